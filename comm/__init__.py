@@ -1,0 +1,4 @@
+"""`expertwire.comm`; see docs/architecture.md for what lives here and who may import it."""
+
+if not __name__.startswith("expertwire."):
+    raise ImportError("import this package as `expertwire.comm`, not as `comm`")

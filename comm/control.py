@@ -1,0 +1,1 @@
+"""placeholder: the control helper replaces this file."""

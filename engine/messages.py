@@ -1,0 +1,147 @@
+"""What fronts and the controller say to each other, as named arrays (`comm.control` carries them).
+
+A front opens a channel, sends `Hello`, and receives `Welcome`. Then it sends `Submit` and `Abort` messages, in any order, and
+receives `Outputs`, `Rejected`, `Stats` and at most one `Failure`, after which the channel is of no more use. Request ids are
+chosen by the front and are unique on its channel; an output with `n` branches is `n` requests (same seed, branch 0..n-1).
+
+Shape letters: Q requests, O outputs (one token of one request each), R prompt-log-probability rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from expertwire.scheduler.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """First message of a front."""
+
+    token: str  # the engine's shared secret
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcome:
+    """The controller's answer: what is served, as a dictionary of JSON values (`ModelInfo.to_dict`)."""
+
+    model_info: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submit:
+    """New requests. `params[i].seed` is never None here: the front has chosen one."""
+
+    ids_Q: np.ndarray  # i64
+    branches_Q: np.ndarray  # i32
+    params: list[dict[str, Any]]  # `SamplingParams.to_dict`, one a request
+    token_offsets_Q1: np.ndarray  # i64
+    tokens: np.ndarray  # i32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abort:
+    """The client is gone, or a stop string was found: free these requests. Unknown and finished ids are ignored."""
+
+    ids: np.ndarray  # i64
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskStats:
+    """Ask for a `Stats` answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Sampled tokens of one step, for one front. Log-probability fields as in `scheduler.plan.StepResult`."""
+
+    step: int
+    id_O: np.ndarray  # i64
+    token_O: np.ndarray  # i32; -1 on a row that carries only prompt log-probabilities or an abort
+    finish_O: np.ndarray  # u8, FinishReason
+    logprob_O: np.ndarray  # f32
+    token_rank_O: np.ndarray  # i32
+    top_offsets_O1: np.ndarray  # i32
+    top_ids: np.ndarray  # i32
+    top_logprobs: np.ndarray  # f32
+    prompt_id_R: np.ndarray  # i64
+    prompt_position_R: np.ndarray  # i32
+    prompt_logprob_R: np.ndarray  # f32
+    prompt_token_rank_R: np.ndarray  # i32
+    prompt_top_offsets_R1: np.ndarray  # i32
+    prompt_top_ids: np.ndarray  # i32
+    prompt_top_logprobs: np.ndarray  # f32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """Answers to requests that were not admitted. `code` is the name of a gRPC status, for instance INVALID_ARGUMENT."""
+
+    ids: list[int]
+    codes: list[str]
+    messages: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Counters and gauges of the engine, JSON values; the keys are documented where `engine.controller` fills them."""
+
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The engine cannot go on: for instance a rank has died. `rank` is -1 when no rank is to blame."""
+
+    rank: int
+    message: str
+
+
+Message = Hello | Welcome | Submit | Abort | AskStats | Outputs | Rejected | Stats | Failure
+_KINDS: Mapping[str, type] = {
+    kind.__name__: kind for kind in (Hello, Welcome, Submit, Abort, AskStats, Outputs, Rejected, Stats, Failure)
+}
+
+
+def encode(message: Message) -> dict[str, np.ndarray]:
+    """A message as named arrays: arrays as they are, everything else in one JSON array of bytes named `_`."""
+    arrays: dict[str, np.ndarray] = {}
+    plain: dict[str, Any] = {"kind": type(message).__name__}
+    for field in fields(message):
+        value = getattr(message, field.name)
+        if isinstance(value, np.ndarray):
+            arrays[field.name] = value
+        else:
+            plain[field.name] = value
+    arrays["_"] = np.frombuffer(json.dumps(plain).encode(), np.uint8)
+    return arrays
+
+
+def decode(arrays: Mapping[str, np.ndarray]) -> Message:
+    """The inverse of `encode`.
+
+    Raises:
+        ValueError: the message is none of ours.
+    """
+    try:
+        plain = json.loads(bytes(arrays["_"]))
+        kind = _KINDS[plain.pop("kind")]
+        return kind(**plain, **{name: value for name, value in arrays.items() if name != "_"})
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a message of this protocol: fields {sorted(arrays)}") from error
+
+
+def submit_one(request_id: int, branch: int, tokens: np.ndarray, params: SamplingParams) -> Submit:
+    """A `Submit` of one request; `tokens` i32 [prompt length]."""
+    return Submit(
+        ids_Q=np.array([request_id], np.int64),
+        branches_Q=np.array([branch], np.int32),
+        params=[params.to_dict()],
+        token_offsets_Q1=np.array([0, len(tokens)], np.int64),
+        tokens=np.asarray(tokens, np.int32),
+    )

@@ -1,0 +1,34 @@
+"""Expertwire: a serving engine for Mixture-of-Experts language models on NVLink clusters.
+
+The public face: `LLM`, `SamplingParams` and the version. Heavy modules are imported on first use.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from expertwire.llm import LLM, RequestOutput
+    from expertwire.scheduler.sampling_params import SamplingParams
+
+# A checkout's root on sys.path would make our folders shadow third parties' packages of the same names (`kernels`, `comm`).
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "pyproject.toml").exists():
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("LLM", "RequestOutput"):
+        from expertwire import llm
+
+        return getattr(llm, name)
+    if name == "SamplingParams":
+        from expertwire.scheduler.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'expertwire' has no attribute {name!r}")

@@ -1,0 +1,4 @@
+"""`expertwire.moe`; see docs/architecture.md for what lives here and who may import it."""
+
+if not __name__.startswith("expertwire."):
+    raise ImportError("import this package as `expertwire.moe`, not as `moe`")

@@ -1,0 +1,126 @@
+"""What a client may ask of sampling. Names and defaults are vLLM's, so that scripts port unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MAX_LOGPROBS = 64
+MAX_BRANCHES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to sample the output tokens of one request.
+
+    Args:
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: keep the smallest set of tokens whose probabilities add up to this, in (0, 1].
+        top_k: keep the k most probable tokens; -1 keeps all.
+        min_p: drop tokens below this fraction of the most probable one, in [0, 1].
+        max_tokens: output tokens at most.
+        min_tokens: end-of-sequence and stop ids cannot be sampled before this many output tokens.
+        seed: draws are a function of (seed, branch, position) alone; None picks one and reports it.
+        stop: strings that end the output; not part of the returned text.
+        stop_token_ids: token ids that end the output, besides the model's end-of-sequence ids.
+        ignore_eos: go on after an end-of-sequence id.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output; > 0.
+        presence_penalty: subtracted once from tokens seen in the output, in [-2, 2].
+        frequency_penalty: subtracted per occurrence in the output, in [-2, 2].
+        logit_bias: token id -> value added to its logit.
+        logprobs: report the sampled token's log-probability and this many top ones (0: only the sampled one).
+        prompt_logprobs: the same for the prompt's tokens.
+        n: how many independent outputs.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        ValueError: names the field and the values it allows.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    seed: int | None = None
+    stop: str | list[str] | tuple[str, ...] | None = None
+    stop_token_ids: list[int] | tuple[int, ...] | None = None
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        self._check_numbers()
+        if any(not isinstance(text, str) or not text for text in stop):
+            raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
+        if any(not _is_int(i) or i < 0 for i in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids must be token ids >= 0, got {list(self.stop_token_ids)}")
+        for token, bias in self.logit_bias.items():
+            if not _is_int(token) or token < 0 or not _is_number(bias) or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias must map token ids >= 0 to values in [-100, 100], got {{{token!r}: {bias!r}}}")
+
+    def _check_numbers(self) -> None:
+        for field, low, high in (
+            ("temperature", 0.0, math.inf),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        ):
+            value = getattr(self, field)
+            if not _is_number(value) or not low <= value <= high:
+                allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
+                raise ValueError(f"{field} must be a finite number {allowed}, got {value!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not _is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be a finite number > 0, got {self.repetition_penalty!r}")
+        if not _is_int(self.top_k) or (self.top_k < 1 and self.top_k not in (-1, 0)):
+            raise ValueError(f"top_k must be -1 (all) or an integer >= 1, got {self.top_k!r}")
+        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be an integer >= 1, got {self.max_tokens!r}")
+        if not _is_int(self.min_tokens) or not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be an integer in [0, max_tokens = {self.max_tokens}], got {self.min_tokens!r}"
+            )
+        if self.seed is not None and (not _is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed must be None or a 64-bit integer, got {self.seed!r}")
+        if not _is_int(self.n) or not 1 <= self.n <= MAX_BRANCHES:
+            raise ValueError(f"n must be an integer in [1, {MAX_BRANCHES}], got {self.n!r}")
+        for field in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, field)
+            if value is not None and (not _is_int(value) or not 0 <= value <= MAX_LOGPROBS):
+                raise ValueError(f"{field} must be None or an integer in [0, {MAX_LOGPROBS}], got {value!r}")
+        for field in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
+
+    def to_dict(self) -> dict:
+        """A dictionary that JSON can carry and `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> SamplingParams:
+        """The inverse of `to_dict`: JSON turns the keys of `logit_bias` into strings."""
+        bias = {int(token): value for token, value in (fields.get("logit_bias") or {}).items()}
+        return cls(**{**fields, "logit_bias": bias})
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
