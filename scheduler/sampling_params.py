@@ -70,7 +70,9 @@ class SamplingParams:
             raise ValueError(f"stop_token_ids must be token ids >= 0, got {list(self.stop_token_ids)}")
         for token, bias in self.logit_bias.items():
             if not _is_int(token) or token < 0 or not _is_number(bias) or not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias must map token ids >= 0 to values in [-100, 100], got {{{token!r}: {bias!r}}}")
+                raise ValueError(
+                    f"logit_bias must map token ids >= 0 to values in [-100, 100], got {{{token!r}: {bias!r}}}"
+                )
 
     def _check_numbers(self) -> None:
         for field, low, high in (

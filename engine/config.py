@@ -1,0 +1,157 @@
+"""What is run: the engine's options and the model's hyperparameters, as frozen values passed explicitly."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of an engine; each is also an argument of `expertwire.LLM` and an option of `expertwire serve`.
+
+    Args:
+        model: folder of a Hugging Face checkpoint.
+        dtype: of weights and activations: "auto" (the checkpoint's), "float32" or "bfloat16".
+        device: "auto" (cuda if there is one), "cpu" or "cuda".
+        ep_size: ranks; each holds the attention of its own requests and a share of the experts.
+        launcher: "auto" (ray if `ray_address` is given, else local), "local" or "ray".
+        ray_address: of a running Ray cluster; None lets the ray launcher start one here.
+        load_format: "auto" (safetensors) or "dummy" (random weights of sane scale, real shapes).
+        max_model_len: prompt and output tokens of one request at most; None takes the model's.
+        max_num_tokens: token budget of one step on one rank (longer prompts are computed in chunks).
+        max_running: requests that run at once on one rank.
+        max_waiting: requests that may wait; more are answered RESOURCE_EXHAUSTED.
+        block_size: tokens in a block of the KV cache.
+        kv_cache_bytes: of one rank; None takes what `max_running` requests of `max_model_len` need, at most a fraction of the
+            memory that is free after loading.
+        redundant_experts: physical experts beyond the logical ones.
+        threads_per_rank: of the CPU ranks; None shares the machine's cores.
+        seed: from which the seeds of requests without one are drawn.
+        start_timeout_s: a rank that is not ready by then is an error.
+        step_timeout_s: a step that takes longer is an error naming the ranks that have not answered.
+    """
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ep_size: int = 1
+    launcher: Literal["auto", "local", "ray"] = "auto"
+    ray_address: str | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: int | None = None
+    max_num_tokens: int = 2048
+    max_running: int = 256
+    max_waiting: int = 4096
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    redundant_experts: int = 0
+    threads_per_rank: int | None = None
+    seed: int = 0
+    start_timeout_s: float = 300.0
+    step_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("dtype", ("auto", *DTYPES)),
+            ("device", ("auto", "cpu", "cuda")),
+            ("launcher", ("auto", "local", "ray")),
+            ("load_format", ("auto", "dummy")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        for field, low in (
+            ("ep_size", 1),
+            ("max_num_tokens", 1),
+            ("max_running", 1),
+            ("max_waiting", 0),
+            ("block_size", 1),
+            ("redundant_experts", 0),
+        ):
+            _check_int(field, getattr(self, field), low)
+        for field in ("max_model_len", "kv_cache_bytes", "threads_per_rank"):
+            if getattr(self, field) is not None:
+                _check_int(field, getattr(self, field), 1)
+        for field in ("start_timeout_s", "step_timeout_s"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{field} must be a number of seconds > 0, got {value!r}")
+        if self.ray_address is not None and self.launcher == "local":
+            raise ValueError(
+                f"ray_address {self.ray_address!r} has no effect with launcher 'local'; use 'ray' or 'auto'"
+            )
+
+    def resolved_launcher(self) -> Literal["local", "ray"]:
+        """The launcher that "auto" means here."""
+        if self.launcher == "auto":
+            return "ray" if self.ray_address is not None else "local"
+        return self.launcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Hyperparameters of a decoder, read from `config.json` by `engine.checkpoint`.
+
+    `sparse_layers[i]` says whether layer i is a mixture of experts; a dense model has none. `rope_scaling` is None, as no
+    supported family scales its rotary embedding yet.
+    """
+
+    architecture: str  # e.g. "Qwen3MoeForCausalLM"
+    dtype: Literal["float32", "bfloat16"]  # of the checkpoint
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    qk_norm: bool
+    intermediate_size: int  # of dense layers
+    sparse_layers: tuple[bool, ...]
+    num_experts: int = 0
+    top_k: int = 0
+    expert_size: int = 0  # width F of one expert
+    renormalize: bool = True  # divide the chosen experts' weights by their sum
+    sliding_window: int | None = None
+    eos_token_ids: tuple[int, ...] = ()  # of generation_config.json if there, else of config.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a front tells its clients about the model it serves."""
+
+    name: str
+    path: str
+    architecture: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    num_layers: int
+    num_experts: int
+    top_k: int
+    ep_size: int
+    device: str
+    block_size: int
+    num_blocks: int  # of the KV cache, one rank
+    max_running: int  # one rank
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelInfo:
+        return cls(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
+
+
+def _check_int(field: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
