@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from expertwire.scheduler.plan import CacheSpec
+
 DTYPES = ("float32", "bfloat16")
 
 
@@ -121,6 +123,13 @@ class ModelConfig:
     renormalize: bool = True  # divide the chosen experts' weights by their sum
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # of generation_config.json if there, else of config.json
+
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """The named caches that the model keeps on a rank."""
+        layers = tuple(range(self.num_layers))
+        itemsize = {"float32": 4, "bfloat16": 2}[self.dtype]
+        size = 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+        return (CacheSpec(name="kv", kind="full", bytes_per_token=size, writers=layers, readers=layers),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`expertwire.engine.models`: one file per architecture family; see docs/architecture.md for what lives here and who may import it."""
+"""`expertwire.engine.models`: one file per architecture family."""
 
 if not __name__.startswith("expertwire."):
     raise ImportError("import this package as `expertwire.engine.models`")

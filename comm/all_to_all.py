@@ -1,0 +1,74 @@
+"""The seam of expert parallelism: tokens go out to their experts' ranks (dispatch) and expert rows come home (combine).
+
+Four phases, each taken by every rank in every layer, also with no tokens. What a layer does between `dispatch_send` and
+`dispatch_recv` (shared experts) overlaps with the exchange. Handles are opaque and frozen; a backend is built once from an
+`AllToAllSpec`.
+
+T tokens of this rank, K experts a token, D width, U unique rows received (one a token, however many of its experts are here),
+R routed rows (one a (token, expert here)), e local experts, P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from expertwire.comm.group import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllToAllSpec:
+    """What an all-to-all is built for.
+
+    Args:
+        group: the ranks.
+        rank_offsets: P + 1 integers; rank p holds the physical experts `rank_offsets[p] : rank_offsets[p + 1]`.
+        max_tokens: of one rank in one step.
+        hidden_size: D.
+        top_k: K.
+        dtype: of rows on the wire.
+    """
+
+    group: Group
+    rank_offsets: tuple[int, ...]
+    max_tokens: int
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatched:
+    """What a rank's experts work on. Routed row r reads `x_UD[row_index_R[r]]`; rows are sorted by local expert, within an
+    expert by (home rank, token, k). Expert e's rows are `expert_offsets[e] : expert_offsets[e + 1]`."""
+
+    x_UD: Tensor
+    row_index_R: Tensor  # i64
+    expert_offsets: Sequence[int]
+
+
+class AllToAll(Protocol):
+    """Dispatch and combine over one group of ranks."""
+
+    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> Any:
+        """Start sending rows to the ranks of their experts.
+
+        `physical_TK` i64: physical expert ids, -1 for none. `num_tokens_P`: T of every rank, known from the plan.
+        """
+        ...
+
+    def dispatch_recv(self, handle: Any) -> Dispatched:
+        """Wait for the rows of every rank."""
+        ...
+
+    def combine_send(self, handle: Any, y_RD: Tensor) -> Any:
+        """Start sending expert rows home, in the order of `Dispatched`; returns the handle for `combine_recv`."""
+        ...
+
+    def combine_recv(self, handle: Any) -> Tensor:
+        """Wait for this rank's rows: [T, K, D], slot (t, k) from expert k of token t, zeros where the id was -1."""
+        ...

@@ -1,0 +1,139 @@
+"""A rank's side of the control channel; `comm.control_hub` says which way messages travel."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from expertwire.comm.control_node import Inbox, NodeSender, RingInbox, RingOutbox, SocketInbox, attach, wait
+from expertwire.comm.control_socket import SocketChannel, connect
+from expertwire.comm.control_wire import ChannelClosed, pack, unpack
+
+_JOIN_S = 60.0  # for the peers to do their part once all ranks have said hello
+_DRAIN_S = 60.0  # for a peer to read on in the middle of a message
+_FOREVER_S = 1e9
+
+
+class ControlLink:
+    """A rank's connection to the controller.
+
+    The first `recv` completes the joining, which needs every rank: so a rank calls it as soon as it is ready for plans.
+
+    Args:
+        address: the hub's.
+        token: shared secret.
+        rank: this rank.
+        node: id of this host (`this_node()`).
+        hello: what the hub's `wait_joined` returns for this rank.
+
+    Attributes:
+        local_ip: address of this host as the controller sees it.
+
+    Raises:
+        OSError: nobody listens at `address`.
+    """
+
+    def __init__(self, address: str, token: str, *, rank: int, node: str, hello: Mapping[str, np.ndarray]) -> None:
+        self._rank = rank
+        self._token = token
+        self._hub: SocketChannel | None = connect(address, token)
+        self.local_ip = self._hub.local_ip
+        self._relay: NodeSender | None = NodeSender(token)
+        self._inbox: Inbox | None = None
+        self._outbox: RingOutbox | None = None
+        self._poller = select.poll()
+        reserved = {
+            "_rank": np.array([rank]),
+            "_node": np.frombuffer(node.encode(), np.uint8),
+            "_address": np.frombuffer(self._relay.address.encode(), np.uint8),
+        }
+        self._hub.send({**hello, **reserved})
+
+    def recv(self, timeout_s: float | None = None) -> dict[str, np.ndarray] | None:
+        """The next plan, or None after `timeout_s` seconds (None: wait for ever).
+
+        Raises:
+            ChannelClosed: the controller is gone, or refused this rank.
+        """
+        timeout_s = _FOREVER_S if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
+        if self._inbox is None and not self._join(timeout_s):
+            return None
+        while (message := self._inbox.take()) is None:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return None
+            self._pump(wait(self._inbox.ready, [self._inbox], self._poller, remaining))
+        if self._relay:
+            # Before this rank computes: the others of its node would wait for the plan, and this rank for them.
+            self._relay.send(message)
+            self._relay.drain(_DRAIN_S)
+        return unpack(message)
+
+    def send(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Answer the controller.
+
+        Raises:
+            ChannelClosed: the controller is gone.
+        """
+        message = pack(arrays)
+        if self._outbox:
+            if self._outbox.send(message):
+                raise ChannelClosed("the controller closed the connection")
+            self._inbox.channel.drain(_DRAIN_S)
+        else:
+            self._hub.send_frame(message)
+            self._hub.drain(_DRAIN_S)
+
+    def close(self) -> None:
+        """Leave: the controller sees a lost rank. Idempotent."""
+        for part in (self._hub, self._relay, self._outbox):
+            if part:
+                part.close()
+        if isinstance(self._inbox, RingInbox):
+            self._inbox.close()
+        self._hub = self._relay = self._outbox = None
+
+    def _join(self, timeout_s: float) -> bool:
+        """Take the place that the hub gives; whether it has, within `timeout_s`."""
+        try:
+            welcome = self._hub.recv(timeout_s)
+        except ChannelClosed as error:
+            raise ChannelClosed(
+                f"the controller ended the connection (a wrong token, or it failed): {error}"
+            ) from error
+        if welcome is None:
+            return False
+        address = bytes(welcome["address"]).decode()
+        if address:
+            self._inbox, self._outbox = attach(address, self._token, self._rank, _JOIN_S)
+        else:
+            self._inbox = SocketInbox(self._hub)
+        followers = welcome["followers"].tolist()
+        if followers:
+            self._relay.gather(followers, results=False, deadline=time.monotonic() + _JOIN_S, poll=self._check_hub)
+        else:
+            self._relay.close()
+            self._relay = None
+        self._hub.send({"ready": np.array([self._rank])})
+        if self._outbox:
+            self._hub.close()
+            self._hub = None
+        for channel in {self._inbox.channel, self._hub} - {None}:
+            self._poller.register(channel.fileno(), select.POLLIN)
+        return True
+
+    def _check_hub(self) -> None:
+        """Nothing can come from the hub at this time except its end."""
+        frames = self._hub.ready_frames()
+        assert not frames, f"{len(frames)} early messages"
+
+    def _pump(self, events: list[tuple[int, int]]) -> None:
+        for descriptor, _ in events:
+            if descriptor == self._inbox.channel.fileno():
+                self._inbox.pump()
+            else:
+                self._check_hub()

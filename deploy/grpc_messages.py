@@ -1,0 +1,107 @@
+"""Between the gRPC messages of `expertwire.v1` and the values that the engine's front takes and gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import expertwire
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.engine.config import ModelInfo
+from expertwire.engine.outputs import LogprobDict, Update
+from expertwire.scheduler.sampling_params import SamplingParams
+
+FINISH_REASONS: Mapping[str, pb.FinishReason] = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+}
+
+
+def to_prompt(request: pb.GenerateRequest) -> str | list[int]:
+    """The prompt of a request.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise ValueError("prompt is missing: set text or token_ids")
+    return request.text if kind == "text" else list(request.token_ids.ids)
+
+
+def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
+    """What is set in `message`; our defaults otherwise.
+
+    Raises:
+        ValueError: names the field and the values it allows.
+    """
+    return SamplingParams(**{field.name: _plain(value) for field, value in message.ListFields()})
+
+
+def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
+    """A message of the fields of `SamplingParams` that are not None.
+
+    Raises:
+        ValueError: an unknown field or a value of the wrong type.
+    """
+    fields = {name: value for name, value in values.items() if value is not None}
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    if unknown := sorted(fields.keys() - pb.SamplingParams.DESCRIPTOR.fields_by_name.keys()):
+        allowed = ", ".join(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+        raise ValueError(f"no sampling parameter is called {unknown[0]}; there are {allowed}")
+    try:
+        return pb.SamplingParams(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sampling parameters {fields}: {error}") from error
+
+
+def from_model_info(info: ModelInfo) -> pb.ModelInfo:
+    """All of `info` except the server's folder."""
+    values = dataclasses.asdict(info)
+    del values["path"]
+    return pb.ModelInfo(version=expertwire.__version__, **values)
+
+
+def from_stats(values: Mapping[str, Any]) -> pb.Stats:
+    """The controller's statistics; None and what is neither number, text nor a list of them is left out."""
+    message = pb.Stats()
+    message.values.update({name: value for name, value in values.items() if isinstance(value, int | float | str)})
+    for tokens in values.get("expert_load") or ():
+        message.expert_load.add(tokens=tokens)
+    return message
+
+
+def from_logprobs(positions: Iterable[LogprobDict | None]) -> list[pb.PositionLogprobs]:
+    """Log-probabilities by position, in the order of each dictionary; None becomes an empty entry."""
+    return [
+        pb.PositionLogprobs(
+            tokens=[
+                pb.TokenLogprob(token_id=token, logprob=logprob, rank=rank, decoded_token=text or "")
+                for token, (logprob, rank, text) in (entries or {}).items()
+            ]
+        )
+        for entries in positions
+    ]
+
+
+def from_update(update: Update) -> pb.Chunk:
+    """The branch's part of `update`."""
+    chunk = pb.Chunk(branch=update.branch, token_ids=update.token_ids, text=update.text)
+    if update.logprobs is not None:
+        chunk.logprobs.extend(from_logprobs(update.logprobs))
+    if update.finish_reason is not None:
+        chunk.finish_reason = FINISH_REASONS[update.finish_reason]
+    if isinstance(update.stop_reason, str):
+        chunk.stop_string = update.stop_reason
+    elif update.stop_reason is not None:
+        chunk.stop_token_id = update.stop_reason
+    return chunk
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str):
+        return value
+    return dict(value) if isinstance(value, Mapping) else list(value)

@@ -1,0 +1,262 @@
+"""The gRPC server: `expertwire.v1.Inference`, health checks and reflection around one front of the engine.
+
+One asyncio loop serves every stream; the front's file descriptor wakes it, so no thread waits for a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from expertwire.deploy import grpc_messages
+from expertwire.deploy.grpc_stream import OutputStream, StreamFailed
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
+from expertwire.engine.config import ModelInfo
+from expertwire.engine.outputs import EngineFailed, Update
+from expertwire.engine.prompts import Prompt
+from expertwire.scheduler.sampling_params import SamplingParams
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+MAX_REQUEST_ID = 256  # characters
+_GOODBYE_S = 2.0  # for the last messages to leave
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a silent partner
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+
+Code = grpc.StatusCode
+
+
+class Front(Protocol):
+    """What the server needs of `expertwire.engine.front.Front`, which documents it."""
+
+    model_info: ModelInfo
+
+    def encode(self, prompt: Prompt, params: SamplingParams) -> Any: ...
+    def submit(self, prompt: Prompt, params: SamplingParams) -> int: ...
+    def abort(self, request_id: int) -> None: ...
+    def poll(self, timeout_s: float) -> list[Update]: ...
+    def fileno(self) -> int: ...
+
+
+class InferenceServicer(pb_grpc.InferenceServicer):
+    """The service's methods.
+
+    Args:
+        front: used by the loop's thread only.
+        read_stats: the engine's statistics; called in another thread, never twice at once.
+
+    Attributes:
+        failure: why the engine has failed; empty while it has not.
+        failed: set when it has.
+        draining: refuse new requests.
+    """
+
+    def __init__(self, front: Front, read_stats: Callable[[], Mapping[str, Any]]) -> None:
+        self.failure = ""
+        self.failed = asyncio.Event()
+        self.draining = False
+        self._front = front
+        self._read_stats = read_stats
+        self._stats_lock = asyncio.Lock()
+        self._streams: dict[int, OutputStream] = {}  # by the front's id
+        self._ids: dict[str, int] = {}  # the client's ids -> the front's
+        self._idle = asyncio.Event()
+        self._idle.set()
+        asyncio.get_running_loop().add_reader(front.fileno(), self._pump)
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        """See the .proto."""
+        number, stream = await self._open(request, context)
+        try:
+            while (message := await stream.read()) is not None:
+                await context.write(message)
+        except StreamFailed as error:
+            await context.abort(Code[error.code], str(error))
+        finally:
+            # Also where the client has cancelled, its deadline has passed or its connection is lost.
+            self._close(number)
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:  # noqa: N802
+        """See the .proto."""
+        await self._check_alive(context)
+        number = self._ids.get(request.request_id)
+        if number is None:
+            await context.abort(Code.NOT_FOUND, f"no running request has the id {request.request_id!r}")
+        self._front.abort(number)
+        self._pump()
+        return pb.AbortResponse()
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.ModelInfo:  # noqa: N802
+        """See the .proto."""
+        await self._check_alive(context)
+        return grpc_messages.from_model_info(self._front.model_info)
+
+    async def GetStats(self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext) -> pb.Stats:  # noqa: N802
+        """See the .proto."""
+        await self._check_alive(context)
+        try:
+            async with self._stats_lock:
+                values = await asyncio.to_thread(self._read_stats)
+        except (EngineFailed, TimeoutError) as error:
+            await context.abort(Code.UNAVAILABLE, str(error))
+        return grpc_messages.from_stats(values)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait for the open streams to end; after `timeout_s` seconds end them."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        for stream in self._streams.values():
+            stream.fail("UNAVAILABLE", f"the server shuts down and did not finish this request within {timeout_s:g} s")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), _GOODBYE_S)
+
+    def close(self) -> None:
+        """Stop listening to the front."""
+        asyncio.get_running_loop().remove_reader(self._front.fileno())
+
+    async def _open(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> tuple[int, OutputStream]:
+        """Submit a request: the front's id and its stream."""
+        await self._check_alive(context)
+        if self.draining:
+            await context.abort(Code.UNAVAILABLE, "the server is draining and takes no new requests; ask another one")
+        request_id = request.request_id or uuid.uuid4().hex
+        if len(request_id) > MAX_REQUEST_ID:
+            message = f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}"
+            await context.abort(Code.INVALID_ARGUMENT, message)
+        if request_id in self._ids:
+            await context.abort(Code.ALREADY_EXISTS, f"a request with the id {request_id!r} is running")
+        try:
+            params = grpc_messages.to_sampling_params(request.sampling_params)
+            tokens = self._front.encode(grpc_messages.to_prompt(request), params)
+            number = self._front.submit(tokens, params)
+        except ValueError as error:
+            await context.abort(Code.INVALID_ARGUMENT, str(error))
+        except EngineFailed as error:
+            self._fail(error)
+            await self._check_alive(context)
+        stream = self._streams[number] = OutputStream(request_id, len(tokens))
+        self._ids[request_id] = number
+        self._idle.clear()
+        return number, stream
+
+    def _close(self, number: int) -> None:
+        stream = self._streams.pop(number)
+        del self._ids[stream.request_id]
+        # Unknown and finished requests are no matter to the front.
+        self._front.abort(number)
+        self._pump()
+        if not self._streams:
+            self._idle.set()
+
+    def _pump(self) -> None:
+        """Hand what has arrived to the streams."""
+        try:
+            while updates := self._front.poll(0):
+                for update in updates:
+                    if stream := self._streams.get(update.request_id):
+                        stream.add(update)
+        except EngineFailed as error:
+            self._fail(error)
+
+    def _fail(self, error: EngineFailed) -> None:
+        """The engine is of no more use; whoever still waits for it is told. The process stays, to answer health checks."""
+        if not self.failed.is_set():
+            self.failure = str(error)
+            self.failed.set()
+            self.close()
+            for stream in self._streams.values():
+                if not stream.done:
+                    stream.fail("UNAVAILABLE", self.failure)
+
+    async def _check_alive(self, context: grpc.aio.ServicerContext) -> None:
+        if self.failed.is_set():
+            await context.abort(Code.UNAVAILABLE, self.failure)
+
+
+class Server:
+    """A gRPC server that holds its port from the start and serves later, when there is an engine.
+
+    Made within a running event loop.
+
+    Args:
+        host: name or address to listen at.
+        port: 0 takes a free one.
+
+    Attributes:
+        port: where it listens.
+
+    Raises:
+        ValueError: it cannot listen there.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._server = grpc.aio.server(options=_OPTIONS)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ValueError(f"cannot listen on {address}: the port is taken, or the host is not ours") from error
+
+    async def serve(
+        self,
+        front: Front,
+        read_stats: Callable[[], Mapping[str, Any]],
+        *,
+        stop: asyncio.Event,
+        drain_timeout_s: float,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> str:
+        """Serve until `stop` is set, and drain.
+
+        Args:
+            front: of the engine; left open.
+            read_stats: as for `InferenceServicer`.
+            stop: end of service.
+            drain_timeout_s: for running requests to finish.
+            on_ready: called when requests are answered.
+
+        Returns:
+            Why the engine failed; empty if it did not.
+        """
+        servicer = InferenceServicer(front, read_stats)
+        health_servicer = health.aio.HealthServicer()
+        pb_grpc.add_InferenceServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        try:
+            on_ready()
+            await _first(stop, servicer.failed)
+            await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
+            await stop.wait()
+            await servicer.drain(drain_timeout_s)
+            servicer.close()
+        finally:
+            await self._server.stop(_GOODBYE_S)
+        return servicer.failure
+
+
+async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
+    for name in ("", SERVICE):
+        await servicer.set(name, status)
+
+
+async def _first(*events: asyncio.Event) -> None:
+    tasks = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

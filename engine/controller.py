@@ -1,0 +1,381 @@
+"""The controller's process: the one brain. It takes requests from fronts, schedules, and drives the ranks step by step.
+
+Nothing slow happens here: no tokeniser, no tensor, no model. It reports to the process that started it with one JSON object
+a line on standard output: {"listening": {"hub", "fronts"}}, then {"ready": ...} or {"failed": {"rank", "message"}}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from expertwire.comm.control import (
+    ChannelClosed,
+    ControlHub,
+    RankLost,
+    RankTimeout,
+    SocketChannel,
+    listen,
+)
+from expertwire.engine import messages
+from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo
+from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.outputs import StepOutputs
+from expertwire.scheduler.plan import StepPlan, StepResult
+from expertwire.scheduler.request import Request
+from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.scheduler import Scheduler
+
+# A request's key is its front's number and the id that the front gave it.
+_ID_BITS = 40
+# The share of free memory that caches may take, when no size is given.
+_CACHE_SHARE = 0.5
+# How long to wait for the culprit when a rank reports an error that a dead peer may have caused.
+_BLAME_S = 1.0
+
+
+class RankError(RuntimeError):
+    """A rank has answered with an error."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What a controller is told when it starts."""
+
+    config: EngineConfig
+    model: ModelConfig
+    max_model_len: int
+    hub_address: str
+    fronts_address: str
+    token: str
+
+
+@dataclass(kw_only=True)
+class _Loop:
+    """What the loop carries from step to step."""
+
+    scheduler: Scheduler
+    hub: ControlHub
+    info: ModelInfo
+    fronts: dict[int, SocketChannel] = field(default_factory=dict)  # by the number that keys carry
+    num_fronts: int = 0
+    asking: list[int] = field(default_factory=list)  # fronts that wait for statistics
+    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
+    load: np.ndarray | None = None  # i64 [layers * experts]
+
+
+# Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and where time went, in
+# µs: planning, waiting for the ranks, the slowest rank's forward pass (a part of waiting), committing and answering.
+_TOTALS = ("steps", "tokens_computed", "tokens_sampled", "plan_us", "wait_us", "forward_us", "commit_us")
+
+
+def controller_main(orders: Orders) -> None:
+    """Run until the parent lets go; the entry point of `engine.engine`."""
+    listener = listen(orders.fronts_address, orders.token)
+    hub = ControlHub(orders.config.ep_size, address=orders.hub_address, token=orders.token)
+    loop: _Loop | None = None
+    try:
+        _tell(listening={"hub": hub.address, "fronts": listener.address})
+        info = _start_ranks(orders, hub)
+        scheduler = Scheduler(_scheduler_config(orders, info), orders.model.cache_specs())
+        loop = _Loop(scheduler=scheduler, hub=hub, info=info)
+        _tell(ready=info.to_dict())
+        while True:
+            _listen(loop, listener)
+            if not loop.scheduler.idle or loop.asking:
+                _step(loop, orders.config.step_timeout_s)
+    except (RankLost, RankTimeout, RankError) as error:
+        rank, message = _blame(hub, error)
+        for number in list(loop.fronts) if loop is not None else ():
+            _send(loop, number, messages.Failure(rank=rank, message=message))
+        _tell(failed={"rank": rank, "message": message})
+    finally:
+        hub.close()
+        listener.close()
+
+
+def _tell(**status: Any) -> None:
+    sys.stdout.write(json.dumps(status) + "\n")
+    sys.stdout.flush()
+
+
+# ---- starting
+
+
+def _start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
+    config = orders.config
+    hub.wait_joined(config.start_timeout_s, lambda: None)
+    hub.publish({})
+    store = _answers(hub, config.start_timeout_s)[0]["store"]
+    hub.publish({"store": store})
+    loaded = _answers(hub, config.start_timeout_s)
+    num_blocks, max_model_len = _size_caches(orders, loaded)
+    hub.publish({"num_blocks": np.array([num_blocks]), "max_model_len": np.array([max_model_len])})
+    _answers(hub, config.start_timeout_s)
+    model = orders.model
+    return ModelInfo(
+        name=config.model.rstrip("/").rsplit("/", 1)[-1],
+        path=config.model,
+        architecture=model.architecture,
+        dtype=model.dtype,
+        vocab_size=model.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        ep_size=config.ep_size,
+        device=config.device,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        max_running=config.max_running,
+        seed=config.seed,
+    )
+
+
+def _size_caches(orders: Orders, loaded: list[dict[str, np.ndarray]]) -> tuple[int, int]:
+    """Blocks on every rank, and the longest request that they hold.
+
+    Raises:
+        RankError: not even one request of the asked length fits.
+    """
+    config = orders.config
+    nodes = [bytes(answer["node"]) for answer in loaded]
+    free = min(int(answer["free"][0]) // nodes.count(bytes(answer["node"])) for answer in loaded)
+    block_bytes = config.block_size * sum(spec.bytes_per_token for spec in orders.model.cache_specs())
+    longest = -(-orders.max_model_len // config.block_size)
+    budget = config.kv_cache_bytes
+    if budget is None:
+        budget = min(config.max_running * longest * block_bytes, int(free * _CACHE_SHARE))
+    num_blocks = budget // block_bytes
+    if num_blocks >= longest:
+        return num_blocks + 1, orders.max_model_len  # and the null block
+    if config.max_model_len is not None or num_blocks < 2:
+        raise RankError(
+            -1,
+            f"the KV cache of one rank ({budget} bytes) holds {num_blocks * config.block_size} tokens, fewer than "
+            f"max_model_len = {orders.max_model_len}, which needs {longest * block_bytes} bytes; raise kv_cache_bytes or lower max_model_len",
+        )
+    return num_blocks + 1, num_blocks * config.block_size
+
+
+def _scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
+    config = orders.config
+    return SchedulerConfig(
+        num_ranks=config.ep_size,
+        max_running=config.max_running,
+        max_num_tokens=config.max_num_tokens,
+        max_model_len=info.max_model_len,
+        block_size=config.block_size,
+        num_blocks=info.num_blocks,
+        max_waiting=config.max_waiting,
+        eos_token_ids=info.eos_token_ids,
+        vocab_size=info.vocab_size,
+    )
+
+
+def _answers(hub: ControlHub, timeout_s: float) -> list[dict[str, np.ndarray]]:
+    answers = hub.collect(timeout_s)
+    for rank, answer in enumerate(answers):
+        if "error" in answer:
+            raise RankError(rank, bytes(answer["error"]).decode())
+    return answers
+
+
+def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError) -> tuple[int, str]:
+    """The rank at fault and what to say. A rank's error may be the wake of another's death: that one is named then."""
+    if isinstance(error, RankError):
+        deadline = time.monotonic() + (_BLAME_S if error.rank >= 0 else 0.0)
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                select.select(hub.filenos(), [], [], left)
+                hub.poll_lost()
+            except RankLost as lost:
+                return lost.rank, f"rank {lost.rank} has died: {lost.reason}"
+        return error.rank, f"rank {error.rank}: {error}" if error.rank >= 0 else str(error)
+    if isinstance(error, RankLost):
+        return error.rank, f"rank {error.rank} has died: {error.reason}"
+    return error.ranks[0], str(error)
+
+
+# ---- the loop
+
+
+def _listen(loop: _Loop, listener: Any) -> None:
+    """Take in what the fronts say; waits only when there is nothing else to do."""
+    busy = not loop.scheduler.idle or bool(loop.asking)
+    by_descriptor = {channel.fileno(): number for number, channel in loop.fronts.items()}
+    watched = [listener.fileno(), *by_descriptor, *loop.hub.filenos()]
+    readable, _, _ = select.select(watched, [], [], 0 if busy else None)
+    for descriptor in readable:
+        if descriptor == listener.fileno():
+            _accept(loop, listener)
+        elif descriptor in by_descriptor:
+            _receive(loop, by_descriptor[descriptor])
+        else:
+            loop.hub.poll_lost()
+
+
+def _accept(loop: _Loop, listener: Any) -> None:
+    while (channel := listener.accept(0)) is not None:
+        loop.fronts[loop.num_fronts] = channel
+        loop.num_fronts += 1
+
+
+def _receive(loop: _Loop, number: int) -> None:
+    channel = loop.fronts[number]
+    try:
+        while (arrays := channel.recv(0)) is not None:
+            _handle(loop, number, messages.decode(arrays))
+    except (ChannelClosed, ValueError):
+        _forget(loop, number)
+
+
+def _handle(loop: _Loop, number: int, message: messages.Message) -> None:
+    match message:
+        case messages.Hello():
+            _send(loop, number, messages.Welcome(model_info=loop.info.to_dict()))
+        case messages.Submit():
+            _submit(loop, number, message)
+        case messages.Abort():
+            for request_id in message.ids.tolist():
+                loop.scheduler.abort(_key(number, request_id))
+        case messages.AskStats():
+            loop.asking.append(number)
+        case _:
+            raise ValueError(f"a front does not send {type(message).__name__}")
+
+
+def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
+    now, rejections = time.monotonic(), []
+    for i, request_id in enumerate(message.ids_Q.tolist()):
+        start, end = message.token_offsets_Q1[i : i + 2]
+        params = SamplingParams.from_dict(message.params[i])
+        assert params.seed is not None, f"request {request_id} of front {number} has no seed"
+        request = Request(
+            key=_key(number, request_id),
+            prompt=message.tokens[start:end],
+            params=params,
+            branch=int(message.branches_Q[i]),
+            seed=params.seed,
+        )
+        if (rejection := loop.scheduler.submit(request, now)) is not None:
+            rejections.append(rejection)
+    if rejections:
+        answer = messages.Rejected(
+            ids=[rejection.key & ((1 << _ID_BITS) - 1) for rejection in rejections],
+            codes=[rejection.code for rejection in rejections],
+            messages=[rejection.message for rejection in rejections],
+        )
+        _send(loop, number, answer)
+
+
+def _step(loop: _Loop, timeout_s: float) -> None:
+    clock = [time.perf_counter()]
+    plan = loop.scheduler.plan(time.monotonic(), report_load=bool(loop.asking))
+    if plan is None:
+        return
+    loop.hub.publish(plan.to_arrays())
+    clock.append(time.perf_counter())
+    results = [StepResult.from_arrays(answer) for answer in _answers(loop.hub, timeout_s)]
+    clock.append(time.perf_counter())
+    outputs = loop.scheduler.commit(plan, results, time.monotonic())
+    _deliver(loop, outputs)
+    clock.append(time.perf_counter())
+    _count(loop, plan, results, clock)
+    if loop.asking:
+        load = np.sum([result.expert_load for result in results], axis=0)
+        loop.load = load if loop.load is None else loop.load + load
+        _answer_stats(loop)
+
+
+def _deliver(loop: _Loop, outputs: StepOutputs) -> None:
+    """Send each front its requests' share of a step's outputs."""
+    if not len(outputs.key_O) and not len(outputs.prompt_key_R):
+        return
+    owners = np.unique(np.concatenate((outputs.key_O, outputs.prompt_key_R)) >> _ID_BITS)
+    for number in owners.tolist():
+        if number in loop.fronts:
+            _send(loop, number, _outputs_for(number, outputs, alone=len(owners) == 1))
+
+
+def _outputs_for(number: int, outputs: StepOutputs, *, alone: bool) -> messages.Outputs:
+    values = {f.name.replace("key_", "id_"): getattr(outputs, f.name) for f in fields(outputs)}
+    if not alone:
+        rows_O = np.flatnonzero(outputs.key_O >> _ID_BITS == number)
+        rows_R = np.flatnonzero(outputs.prompt_key_R >> _ID_BITS == number)
+        tops = _take(values, rows_O, "top_offsets_O1", ("top_ids", "top_logprobs"))
+        tops |= _take(values, rows_R, "prompt_top_offsets_R1", ("prompt_top_ids", "prompt_top_logprobs"))
+        taken = {
+            name: value[rows_O] if name.endswith("_O") else value[rows_R]
+            for name, value in values.items()
+            if name.endswith(("_O", "_R"))
+        }
+        values |= taken | tops
+    for name in ("id_O", "prompt_id_R"):
+        values[name] = values[name] & ((1 << _ID_BITS) - 1)
+    return messages.Outputs(**values)
+
+
+def _take(values: dict[str, Any], rows: np.ndarray, offsets: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Some rows of ragged arrays, with their offsets."""
+    starts, counts = values[offsets][:-1][rows], np.diff(values[offsets])[rows]
+    new_offsets = np.concatenate(([0], np.cumsum(counts)))
+    index = np.arange(new_offsets[-1]) + np.repeat(starts - new_offsets[:-1], counts)
+    return {offsets: new_offsets.astype(np.int32), **{name: values[name][index] for name in names}}
+
+
+def _count(loop: _Loop, plan: StepPlan, results: list[StepResult], clock: list[float]) -> None:
+    totals = loop.totals
+    totals["steps"] += bool(plan.num_tokens_P.any())
+    totals["tokens_computed"] += int(plan.num_tokens_P.sum())
+    totals["tokens_sampled"] += sum(len(result.token_O) for result in results)
+    totals["forward_us"] += max(result.forward_us for result in results)
+    for name, start, end in zip(("plan_us", "wait_us", "commit_us"), clock, clock[1:], strict=False):
+        totals[name] += int((end - start) * 1e6)
+
+
+def _answer_stats(loop: _Loop) -> None:
+    """Statistics: the scheduler's gauges, the totals, and `expert_load`: rows by [layer][logical expert] since the start."""
+    assert loop.load is not None
+    load = loop.load.reshape(loop.info.num_layers, -1).tolist()
+    values = {**loop.scheduler.stats(), **loop.totals, "expert_load": load}
+    for number in loop.asking:
+        _send(loop, number, messages.Stats(values=values))
+    loop.asking.clear()
+
+
+def _send(loop: _Loop, number: int, message: messages.Message) -> None:
+    if number in loop.fronts:
+        try:
+            loop.fronts[number].send(messages.encode(message))
+        except ChannelClosed:
+            _forget(loop, number)
+
+
+def _forget(loop: _Loop, number: int) -> None:
+    """A front is gone: so are its requests."""
+    loop.fronts.pop(number).close()
+    loop.asking = [n for n in loop.asking if n != number]
+    for key in loop.scheduler.unfinished():
+        if key >> _ID_BITS == number:
+            loop.scheduler.abort(key)
+
+
+def _key(number: int, request_id: int) -> int:
+    with contextlib.suppress(TypeError):
+        if 0 <= request_id < 1 << _ID_BITS:
+            return number << _ID_BITS | request_id
+    raise ValueError(f"request id must be in [0, 2**{_ID_BITS}), got {request_id!r}")

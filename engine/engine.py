@@ -1,0 +1,155 @@
+"""A running engine: a controller and its ranks, started and ended together."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import threading
+import time
+from types import TracebackType
+from typing import IO
+
+from expertwire.comm.control import SocketChannel, connect
+from expertwire.engine import process
+from expertwire.engine.checkpoint import read_model_config
+from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo
+from expertwire.engine.controller import Orders
+from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
+from expertwire.engine.outputs import EngineFailed
+from expertwire.moe.placement import place
+
+_POLL_S = 0.1
+_STOP_S = 5.0
+
+
+class Engine:
+    """Starts the controller and the ranks, and returns when they can serve.
+
+    Attributes:
+        token: what fronts must know to connect.
+        address: where the controller listens for fronts.
+        info: what is served.
+
+    Raises:
+        ValueError: the options do not fit the model or the machine.
+        EngineFailed: a rank could not start; names it.
+    """
+
+    def __init__(self, config: EngineConfig, launcher: Launcher) -> None:
+        model = read_model_config(config.model, config.dtype)
+        max_model_len = _check(config, model)
+        self.token = secrets.token_hex(16)
+        self._launcher = launcher
+        self._status = _Status()
+        orders = Orders(
+            config=config,
+            model=model,
+            max_model_len=max_model_len,
+            hub_address=launcher.hub_address(),
+            fronts_address=f"unix:@expertwire-{secrets.token_hex(8)}",
+            token=self.token,
+        )
+        self._controller = process.start_call(
+            "expertwire.engine.controller:controller_main", orders, stdout=subprocess.PIPE
+        )
+        self._reader = threading.Thread(target=self._status.read, args=(self._controller.stdout,), daemon=True)
+        self._reader.start()
+        try:
+            listening = self._await("listening", config.start_timeout_s)
+            self.address = listening["fronts"]
+            spec = WorkerSpec(config=config, num_ranks=config.ep_size, address=listening["hub"], token=self.token)
+            launcher.start(spec)
+            self.info = ModelInfo.from_dict(self._await("ready", config.start_timeout_s))
+        except RankFailed as error:
+            self.close()
+            raise EngineFailed(str(error), error.rank) from error
+        except BaseException:
+            self.close()
+            raise
+        # A dead rank ends the controller; then the others must go too, also while nobody is asking.
+        threading.Thread(target=self._tear_down_after_failure, daemon=True).start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine can no longer serve, or None."""
+        return self._status.failure[1] if self._status.failure is not None else None
+
+    def connect(self) -> SocketChannel:
+        """A channel for a `Front`."""
+        return connect(self.address, self.token)
+
+    def close(self) -> None:
+        """End every process of the engine and wait for them. Idempotent."""
+        self._status.closing = True
+        process.stop_all([self._controller], _STOP_S, grace_s=0.0)
+        self._launcher.stop(_STOP_S)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _await(self, key: str, timeout_s: float) -> dict:
+        deadline = time.monotonic() + timeout_s
+        while not self._status.wait(key, _POLL_S):
+            if self._status.failure is not None:
+                rank, message = self._status.failure
+                raise EngineFailed(message, rank)
+            if key != "listening":
+                self._launcher.poll()
+            if time.monotonic() > deadline:
+                raise EngineFailed(f"the engine was not {key} within start_timeout_s = {timeout_s:g} s", -1)
+        return self._status.lines[key]
+
+    def _tear_down_after_failure(self) -> None:
+        self._reader.join()
+        if not self._status.closing:
+            self._launcher.stop(_STOP_S)
+
+
+class _Status:
+    """What the controller has reported on its standard output."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, dict] = {}
+        self.failure: tuple[int, str] | None = None
+        self.closing = False
+        self._news = threading.Condition()
+
+    def read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            status = json.loads(line)
+            with self._news:
+                self.lines |= status
+                if "failed" in status:
+                    self.failure = (status["failed"]["rank"], status["failed"]["message"])
+                self._news.notify_all()
+        with self._news:
+            if self.failure is None and not self.closing:
+                self.failure = (-1, "the controller has died")
+            self._news.notify_all()
+
+    def wait(self, key: str, timeout_s: float) -> bool:
+        with self._news:
+            return (
+                self._news.wait_for(lambda: key in self.lines or self.failure is not None, timeout_s)
+                and key in self.lines
+            )
+
+
+def _check(config: EngineConfig, model: ModelConfig) -> int:
+    """What can be refused before anything starts; returns the longest request."""
+    longest = model.max_position_embeddings
+    if config.max_model_len is not None and not 2 <= config.max_model_len <= longest:
+        raise ValueError(f"max_model_len must be in [2, {longest}], the model's positions, got {config.max_model_len}")
+    if config.redundant_experts and not any(model.sparse_layers):
+        raise ValueError(
+            f"redundant_experts must be 0: {model.architecture} has no experts; got {config.redundant_experts}"
+        )
+    if any(model.sparse_layers):
+        place(model.num_experts, config.ep_size, config.redundant_experts)
+    return config.max_model_len or longest

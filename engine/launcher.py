@@ -1,0 +1,102 @@
+"""Starting one worker process per rank and watching them: the protocol, and the launcher for this machine."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from typing import Protocol
+
+from expertwire.comm.control import this_node
+from expertwire.engine import process
+
+WORKER = "expertwire.engine.worker:worker_main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What every worker is told.
+
+    Args:
+        config: an `EngineConfig` (anything picklable that the worker understands).
+        num_ranks: P.
+        address: of the `ControlHub`.
+        token: the hub's shared secret.
+    """
+
+    config: object
+    num_ranks: int
+    address: str
+    token: str
+
+
+class RankFailed(RuntimeError):
+    """A worker process has died, or could not be started.
+
+    Attributes:
+        rank: whose worker it was; -1 when no rank is to blame.
+        message: what happened, with the process id.
+    """
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(f"rank {rank}: {message}" if rank >= 0 else message)
+        self.rank = rank
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str]]:
+        return RankFailed, (self.rank, self.message)
+
+
+class Launcher(Protocol):
+    """Starts the workers of one engine, once. A worker runs `worker_main(config, rank, num_ranks, address, token, node)`."""
+
+    def hub_address(self) -> str:
+        """Where the controller shall listen for the workers ("tcp:host:0"), so that all of them can reach it."""
+        ...
+
+    def start(self, spec: WorkerSpec) -> None:
+        """Start every worker, without waiting until they have joined. Raises `RankFailed`."""
+        ...
+
+    def poll(self) -> None:
+        """Look after the workers without waiting. Raises `RankFailed` if one has ended."""
+        ...
+
+    def stop(self, timeout_s: float) -> None:
+        """End every worker and wait until they are gone, at most about `timeout_s` seconds. Idempotent."""
+        ...
+
+
+class LocalLauncher:
+    """Workers as processes of this machine; they end with this process, however it ends.
+
+    Args:
+        worker: the worker's entry point, "package.module:function".
+    """
+
+    def __init__(self, worker: str = WORKER) -> None:
+        self._worker = worker
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def hub_address(self) -> str:
+        """See `Launcher`."""
+        return "tcp:127.0.0.1:0"
+
+    def start(self, spec: WorkerSpec) -> None:
+        """See `Launcher`."""
+        assert not self._processes, f"{len(self._processes)} workers run already"
+        node = this_node()
+        for rank in range(spec.num_ranks):
+            args = (spec.config, rank, spec.num_ranks, spec.address, spec.token, node)
+            self._processes.append(process.start_call(self._worker, *args))
+
+    def poll(self) -> None:
+        """See `Launcher`. Of several dead workers it names one that was killed, rather than those that failed in its wake."""
+        codes = {rank: code for rank, worker in enumerate(self._processes) if (code := worker.poll()) is not None}
+        if codes:
+            rank = min(codes, key=lambda rank: (codes[rank] >= 0, codes[rank] == 0))
+            raise RankFailed(rank, f"worker process {self._processes[rank].pid} {process.describe_exit(codes[rank])}")
+
+    def stop(self, timeout_s: float) -> None:
+        """See `Launcher`."""
+        workers, self._processes = self._processes, []
+        process.stop_all(workers, timeout_s)

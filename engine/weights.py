@@ -1,0 +1,246 @@
+"""Filling a rank's parameters: from a checkpoint, reading only the bytes that this rank needs, or with random weights.
+
+Bytes are read with plain reads into one small buffer instead of a mapping of the file: a mapping's pages count as the
+process's memory, and a file that shrinks under it kills the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from io import FileIO
+from itertools import groupby
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from expertwire.engine.checkpoint import Checkpoint, StoredTensor, some
+from expertwire.engine.weight_map import Destination, ParamSpec, WeightMap
+
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CHUNK_BYTES = 16 << 20
+
+
+def allocate(specs: Mapping[str, ParamSpec], dtype: torch.dtype, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Uninitialised contiguous parameters; call `check_memory` with `nbytes(specs, dtype)` first."""
+    return {name: torch.empty(spec.shape, dtype=dtype, device=device) for name, spec in specs.items()}
+
+
+def nbytes(specs: Mapping[str, ParamSpec], dtype: torch.dtype) -> int:
+    """Bytes of the parameters that `allocate` makes."""
+    return dtype.itemsize * sum(math.prod(spec.shape) for spec in specs.values())
+
+
+def load_weights(
+    checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, torch.Tensor], *, progress: bool
+) -> None:
+    """Fills `params` in place from the checkpoint, converting between float32, bfloat16 and float16 (rounding to nearest).
+
+    Everything is checked from the headers before a byte is read. A map's entry without destinations may be missing in the
+    checkpoint. Extra memory: one buffer of 16 MiB, or of the longest row (index of the first dimension) of a tensor.
+
+    Args:
+        checkpoint: where the tensors are.
+        weight_map: for every tensor of the checkpoint, where it goes on this rank.
+        params: filled completely; on one device.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: a tensor that the map does not know, one it needs that is missing, of a wrong shape or of an unsupported
+            stored type, a parameter that would not be filled, a file that changed: names the tensor, parameter or file.
+    """
+    _check(checkpoint, weight_map, params)
+    wanted = [(checkpoint.tensors[name], destinations) for name, destinations in weight_map.items() if destinations]
+    wanted.sort(key=lambda item: (item[0].file, item[0].offset))
+    longest = max((stored.nbytes // _rows(stored) for stored, _ in wanted), default=0)
+    on_cuda = any(param.is_cuda for param in params.values())
+    buffer = torch.empty(max(CHUNK_BYTES, longest), dtype=torch.uint8, pin_memory=on_cuda)
+    total = sum(stored.nbytes for stored, _ in wanted)
+    with tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
+        numbered = enumerate(wanted, 1)
+        for path, in_file in groupby(numbered, key=lambda item: item[1][0].file):
+            with path.open("rb", buffering=0) as file:
+                for number, (stored, destinations) in in_file:
+                    _copy(file, stored, [params[d.param][d.region] for d in destinations], buffer)
+                    bar.set_postfix_str(f"{number}/{len(wanted)} tensors", refresh=False)
+                    bar.update(stored.nbytes)
+
+
+def dummy_weights(specs: Mapping[str, ParamSpec], params: Mapping[str, torch.Tensor], seed: int) -> None:
+    """Fills `params` with normal(0, 1/sqrt(fan_in)) values, or ones where `fan_in` is None.
+
+    Values depend on the seed, the parameter's name and shape and the type of device, not on other parameters, so that what
+    every rank holds is equal on all. Extra memory: one buffer of 16 MiB.
+    """
+    for name, spec in specs.items():
+        values = params[name].view(-1)
+        if spec.fan_in is None:
+            values.fill_(1)
+            continue
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        chunk_size = min(values.numel(), CHUNK_BYTES // torch.float32.itemsize)
+        noise = torch.empty(chunk_size, dtype=torch.float32, device=values.device)
+        for chunk in values.split(max(1, chunk_size)):
+            chunk.copy_(noise[: len(chunk)].normal_(0, spec.fan_in**-0.5, generator=generator))
+
+
+def _check(checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, torch.Tensor]) -> None:
+    """Raises unless the map uses or knowingly ignores every tensor and fills every parameter, exactly once."""
+    unknown = [name for name in checkpoint.names() if name not in weight_map]
+    if unknown:
+        raise ValueError(f"{checkpoint.path}: the model does not know these tensors: {some(unknown)}")
+    wanted = {name: destinations for name, destinations in weight_map.items() if destinations}
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    if missing:
+        raise ValueError(f"{checkpoint.path}: the model needs tensors that are missing: {some(missing)}")
+    _check_filled(wanted.values(), params)
+    misshapen = []
+    for name, destinations in wanted.items():
+        found, expected = checkpoint.shape(name), {d.shape(tuple(params[d.param].shape)) for d in destinations}
+        if expected != {found}:
+            misshapen.append(
+                f"{name} is {list(found)}, expected {' and '.join(str(list(s)) for s in sorted(expected))}"
+            )
+    if misshapen:
+        raise ValueError(f"{checkpoint.path}: wrong shapes: {some(misshapen)}")
+    unsupported = [
+        f"{name} ({checkpoint.dtype(name)})" for name in wanted if checkpoint.dtype(name) not in STORED_DTYPES
+    ]
+    if unsupported:
+        raise ValueError(
+            f"{checkpoint.path}: stored types other than {', '.join(STORED_DTYPES)} are not supported yet: {some(unsupported)}"
+        )
+
+
+Box = tuple[tuple[int, int], ...]  # [start, stop) along each dimension
+
+
+def _check_filled(wanted: Iterable[Sequence[Destination]], params: Mapping[str, torch.Tensor]) -> None:
+    boxes: dict[str, list[Box]] = {name: [] for name in params}
+    for destinations in wanted:
+        for d in destinations:
+            assert d.param in params, f"the weight map fills {d.param}, which is no parameter of this rank"
+            boxes[d.param].append(_box(d, params[d.param].shape))
+    unfilled = []
+    for name, param in params.items():
+        filled = sum(math.prod(stop - start for start, stop in box) for box in boxes[name])
+        if filled < param.numel():
+            unfilled.append(f"{name} ({filled} of {param.numel()} elements)")
+        else:
+            assert _tile(boxes[name], param.shape), f"the regions of {name} {list(param.shape)} overlap: {boxes[name]}"
+    if unfilled:
+        raise ValueError(f"the model's weight map leaves parameters unfilled: {some(unfilled)}")
+
+
+def _box(destination: Destination, shape: Sequence[int]) -> Box:
+    box = [(i.start, i.stop) if isinstance(i, slice) else (i, i + 1) for i in destination.region]
+    box += [(0, size) for size in shape[len(box) :]]
+    inside = len(box) == len(shape) and all(0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True))
+    assert inside, f"{destination} is not within {list(shape)}"
+    return tuple(box)
+
+
+def _tile(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
+    """Whether the boxes fill `shape` exactly once: equal or adjacent along each dimension, from the first to the last."""
+    if not shape:
+        return len(boxes) == 1
+    groups: dict[tuple[int, int], list[Box]] = {}
+    for box in boxes:
+        groups.setdefault(box[0], []).append(box[1:])
+    end = 0
+    for start, stop in sorted(groups):
+        if start != end:
+            return False
+        end = stop
+    return end == shape[0] and all(_tile(group, shape[1:]) for group in groups.values())
+
+
+def _copy(file: FileIO, stored: StoredTensor, targets: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
+    """Reads one tensor and copies it to each of the targets, as many rows at a time as fit the buffer."""
+    rows = _rows(stored)
+    row_bytes = stored.nbytes // rows
+    if row_bytes == 0:
+        return
+    shape = (rows, *stored.shape[1:])
+    file.seek(stored.offset)
+    step = len(buffer) // row_bytes
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        raw = buffer[: count * row_bytes]
+        _read_into(file, raw)
+        source = raw.view(STORED_DTYPES[stored.dtype]).view(count, *shape[1:])
+        for target in targets:
+            target.view(shape)[start : start + count].copy_(source)
+
+
+def _rows(stored: StoredTensor) -> int:
+    return max(1, stored.shape[0]) if stored.shape else 1
+
+
+def _read_into(file: FileIO, raw: torch.Tensor) -> None:
+    unread = memoryview(raw.numpy())
+    while unread:
+        count = file.readinto(unread)
+        if not count:
+            raise ValueError(f"{file.name} became shorter while it was read")
+        unread = unread[count:]
+
+
+def check_memory(bytes_needed: int, device: torch.device | str, *, sharers: int = 1) -> None:
+    """Raises before memory runs out.
+
+    Args:
+        bytes_needed: of the weights of one rank.
+        device: "cpu" or a CUDA device.
+        sharers: ranks that load as much at the same time from the same memory.
+
+    Raises:
+        ValueError: they do not fit; says how much is needed and free, and what to change.
+    """
+    free = free_memory(device)
+    if bytes_needed * sharers > free:
+        ranks = f" on each of {sharers} ranks" if sharers > 1 else ""
+        raise ValueError(
+            f"the weights need {bytes_needed / 1e9:.2f} GB{ranks}, but only {free / 1e9:.2f} GB of memory are free on "
+            f"{device}; use more ranks on more devices (ep_size), dtype='bfloat16', or a smaller model"
+        )
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can still be allocated there: of the GPU, or of this machine and this process's control group."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    return min([available, *cgroup_free(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def cgroup_free(membership: Path, mount: Path) -> list[int]:
+    """Bytes below the limit of each control group, of version 1 or 2, that this process is in (kernel's cgroup-v2.rst).
+
+    Cached file pages count as free: the kernel drops them first.
+    """
+    if not membership.is_file():
+        return []
+    free = []
+    for line in membership.read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, limit_file, usage_file = mount, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit_file, usage_file = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # A container may see its own group as the mount's root, whatever its name outside.
+        inner = base / group.lstrip("/")
+        for folder in [inner, *(p for p in inner.parents if p.is_relative_to(base))]:
+            if (folder / limit_file).is_file() and (limit := (folder / limit_file).read_text().strip()) != "max":
+                stat = dict(item.split() for item in (folder / "memory.stat").read_text().splitlines())
+                prefix = "total_" if controllers else ""
+                cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                free.append(int(limit) - int((folder / usage_file).read_text()) + cache)
+    return free

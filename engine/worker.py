@@ -1,0 +1,142 @@
+"""A rank's process: join the controller and the other ranks, load, then run plans until the controller is gone.
+
+What is said before the first plan, each a round of one message to every rank and one answer of each:
+
+    controller: {}                         rank: {"store": address, of rank 0 only}
+    controller: {"store": address}         rank: {"free": bytes that are free after loading, "node": ...}
+    controller: {"num_blocks", "max_model_len"}    rank: {}
+
+A rank that fails answers {"error": text} instead, and waits for the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+
+import numpy as np
+import torch
+
+from expertwire.comm import group as groups
+from expertwire.comm.a2a_reference import ReferenceAllToAll
+from expertwire.comm.all_to_all import AllToAll, AllToAllSpec
+from expertwire.comm.control import ChannelClosed, ControlLink
+from expertwire.engine import weights
+from expertwire.engine.checkpoint import Checkpoint, read_model_config
+from expertwire.engine.config import EngineConfig, ModelConfig
+from expertwire.engine.decoder import Decoder, RankContext
+from expertwire.engine.models import registry
+from expertwire.engine.runner import Runner
+from expertwire.engine.slots import Slots
+from expertwire.moe.placement import Placement, place
+from expertwire.scheduler.plan import StepPlan
+
+
+def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
+    """Run rank `rank` until the controller closes the connection; the entry point of every launcher."""
+    link = ControlLink(address, token, rank=rank, node=node, hello={})
+    try:
+        _serve(link, _start(config, rank, num_ranks, node, link))
+    except ChannelClosed:
+        pass
+    except Exception as error:  # noqa: BLE001 - whatever it is, the controller must hear of it
+        _report(link, error)
+    finally:
+        link.close()
+
+
+def _serve(link: ControlLink, runner: Runner) -> None:
+    while True:
+        plan = StepPlan.from_arrays(link.recv())
+        link.send(runner.step(plan).to_arrays())
+
+
+def _report(link: ControlLink, error: Exception) -> None:
+    """Answer with the error and wait until the controller has taken it in and closes."""
+    text = str(error) if isinstance(error, ValueError) else "".join(traceback.format_exception(error)).strip()
+    with contextlib.suppress(ChannelClosed):
+        link.send({"error": _bytes(text or repr(error))})
+        while True:
+            link.recv()
+
+
+def _start(config: EngineConfig, rank: int, num_ranks: int, node: str, link: ControlLink) -> Runner:
+    link.recv()
+    if config.threads_per_rank is not None:
+        torch.set_num_threads(config.threads_per_rank)
+    store, store_address = None, ""
+    if rank == 0 and num_ranks > 1:
+        store, store_address = groups.serve_store(link.local_ip)
+    link.send({"store": _bytes(store_address)})
+    store_address = bytes(link.recv()["store"]).decode()
+
+    device = _device(config, rank)
+    group = groups.make_group(
+        store_address=store_address,
+        rank=rank,
+        size=num_ranks,
+        device=device.split(":")[0],
+        local_ip=link.local_ip,
+        timeout_s=config.step_timeout_s,
+        master=store,
+    )
+    model_config = read_model_config(config.model, config.dtype)
+    model = _load(config, model_config, rank, num_ranks, device, group)
+    link.send({"free": np.array([weights.free_memory(device)]), "node": _bytes(node)})
+
+    sizes = link.recv()
+    num_blocks, max_model_len = int(sizes["num_blocks"][0]), int(sizes["max_model_len"][0])
+    caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
+    slots = Slots(
+        num_slots=config.max_running, max_model_len=max_model_len, block_size=config.block_size, device=device
+    )
+    group.barrier()
+    link.send({})
+    return Runner(model=model, caches=caches, slots=slots, rank=rank)
+
+
+def _load(
+    config: EngineConfig, model_config: ModelConfig, rank: int, num_ranks: int, device: str, group: groups.Group
+) -> Decoder:
+    dtype = getattr(torch, model_config.dtype)
+    placement: Placement | None = None
+    all_to_all: AllToAll | None = None
+    if any(model_config.sparse_layers):
+        placement = place(model_config.num_experts, num_ranks, config.redundant_experts)
+        all_to_all = ReferenceAllToAll(
+            AllToAllSpec(
+                group=group,
+                rank_offsets=placement.rank_offsets,
+                max_tokens=config.max_num_tokens,
+                hidden_size=model_config.hidden_size,
+                top_k=model_config.top_k,
+                dtype=dtype,
+            )
+        )
+    context = RankContext(rank=rank, dtype=dtype, device=device, placement=placement, all_to_all=all_to_all)
+    model = registry.build(model_config, context)
+    specs = model.param_specs()
+    weights.check_memory(weights.nbytes(specs, dtype), device, sharers=num_ranks if device == "cpu" else 1)
+    params = weights.allocate(specs, dtype, device)
+    if config.load_format == "dummy":
+        weights.dummy_weights(specs, params, config.seed)
+    else:
+        weights.load_weights(Checkpoint(config.model), model.weight_map(), params, progress=rank == 0)
+    with torch.inference_mode():
+        model.bind(params)
+    return model
+
+
+def _device(config: EngineConfig, rank: int) -> str:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; use device='cpu' or 'auto'")
+    if config.device == "cpu" or not available:
+        return "cpu"
+    device = f"cuda:{rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(device)
+    return device
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)

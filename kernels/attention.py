@@ -1,0 +1,129 @@
+"""Causal attention over a paged KV cache, grouped-query form.
+
+A sequence's keys and values lie in blocks of `block_size` tokens; its block table lists them in order. The queries of this
+step are the last ones of their sequences: query i of a sequence with `length` known tokens and `num` queries is at position
+`length - num + i` and sees the positions up to its own.
+
+T tokens, H query heads, G key/value heads (H/G queries share one), d head size, B sequences, L padded length, s block size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedSequences:
+    """Which tokens of the step belong to which sequence, and where their caches lie.
+
+    Sequences with one query come first (`num_single` of them), so that they can run as one batch.
+    """
+
+    num_single: int
+    cu_queries: list[int]  # B + 1: query rows of sequence b are [cu_queries[b], cu_queries[b + 1])
+    lengths: list[int]  # B: tokens whose keys are in the cache after this step's are written
+    block_tables: list[Tensor]  # of the sequences with several queries: i64 [blocks]
+    single_block_table: Tensor  # i64 [num_single * blocks], padded with the null block
+    single_mask: Tensor | None  # bool [num_single, 1, 1, L], True where visible; None if all is
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+
+def describe(
+    cu_queries: np.ndarray, lengths: np.ndarray, block_tables: np.ndarray, block_size: int, device: str
+) -> PagedSequences:
+    """Build the description on the host.
+
+    cu_queries i64 [B + 1], lengths i64 [B], block_tables i32 [B, blocks] (the null block 0 where unused); sequences with one
+    query first.
+    """
+    nums = np.diff(cu_queries)
+    single = int((nums == 1).sum())
+    assert (nums[:single] == 1).all(), f"sequences with one query must come first, got {nums.tolist()}"
+    blocks = -(-lengths // block_size)
+    widest = int(blocks[:single].max(initial=0))
+    table = torch.from_numpy(block_tables[:single, :widest].astype(np.int64)).reshape(-1).to(device)
+    padded = widest * block_size
+    mask = None
+    if single and int(lengths[:single].min()) < padded:
+        visible = np.arange(padded) < lengths[:single, None]
+        mask = torch.from_numpy(visible[:, None, None, :]).to(device)
+    tables = [
+        torch.from_numpy(block_tables[b, : blocks[b]].astype(np.int64)).to(device) for b in range(single, len(lengths))
+    ]
+    return PagedSequences(
+        num_single=single,
+        cu_queries=cu_queries.tolist(),
+        lengths=lengths.tolist(),
+        block_tables=tables,
+        single_block_table=table,
+        single_mask=mask,
+    )
+
+
+def reference(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
+    """One query at a time in fp32; caches [blocks, s, G, d]; returns [T, H, d]."""
+    out_THd = torch.empty_like(q_THd)
+    tables = list(seqs.single_block_table.reshape(seqs.num_single, -1)) if seqs.num_single else []
+    for b, table in enumerate([*tables, *seqs.block_tables]):
+        start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
+        for row in range(start, end):
+            visible = seqs.lengths[b] - (end - 1 - row)
+            k_GLd, v_GLd = (c[table].flatten(0, 1)[:visible].float().transpose(0, 1) for c in (k_cache, v_cache))
+            q_Gqd = q_THd[row].float().view(k_GLd.shape[0], -1, q_THd.shape[-1])
+            scores = q_Gqd @ k_GLd.transpose(1, 2) * q_THd.shape[-1] ** -0.5
+            out_THd[row] = (scores.softmax(-1) @ v_GLd).flatten(0, 1).to(q_THd.dtype)
+    return out_THd
+
+
+def write(k_cache: Tensor, v_cache: Tensor, k_TGd: Tensor, v_TGd: Tensor, slot_mapping_T: Tensor) -> None:
+    """Store this step's keys and values; `slot_mapping_T` i64 is block * s + offset."""
+    k_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, k_TGd)
+    v_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, v_TGd)
+
+
+def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
+    """As `reference`, by torch's fused attention: one batch of single queries, then one call a longer sequence."""
+    outputs = []
+    if seqs.num_single:
+        outputs.append(_attend_single(q_THd[: seqs.num_single], k_cache, v_cache, seqs))
+    for i, table in enumerate(seqs.block_tables):
+        b = seqs.num_single + i
+        q = q_THd[seqs.cu_queries[b] : seqs.cu_queries[b + 1]]
+        outputs.append(_attend_several(q, k_cache, v_cache, table, seqs.lengths[b]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else q_THd
+
+
+def _gather(cache: Tensor, table: Tensor, batch: int) -> Tensor:
+    """[batch, G, L, d] of the blocks in `table`."""
+    _, _, heads, dim = cache.shape
+    return cache.index_select(0, table).view(batch, -1, heads, dim).transpose(1, 2)
+
+
+def _attend_single(q_BHd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
+    batch, num_heads, dim = q_BHd.shape
+    k_BGLd, v_BGLd = (_gather(c, seqs.single_block_table, batch) for c in (k_cache, v_cache))
+    # The heads that share a key head are its queries: nothing is repeated.
+    q_BGqd = q_BHd.view(batch, k_BGLd.shape[1], -1, dim)
+    out = F.scaled_dot_product_attention(q_BGqd, k_BGLd, v_BGLd, attn_mask=seqs.single_mask)
+    return out.reshape(batch, num_heads, dim)
+
+
+def _attend_several(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int) -> Tensor:
+    num, num_heads, _ = q_THd.shape
+    k_1GLd, v_1GLd = (_gather(c, table, 1)[:, :, :length] for c in (k_cache, v_cache))
+    q_1HTd = q_THd.transpose(0, 1).unsqueeze(0)
+    mask = None
+    if num < length:
+        mask = torch.ones(num, length, dtype=torch.bool, device=q_THd.device).tril(length - num)
+    out = F.scaled_dot_product_attention(
+        q_1HTd, k_1GLd, v_1GLd, attn_mask=mask, is_causal=mask is None, enable_gqa=num_heads != k_1GLd.shape[1]
+    )
+    return out[0].transpose(0, 1)

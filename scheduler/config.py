@@ -1,0 +1,55 @@
+"""What the scheduler is told about the engine: `SchedulerConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Sizes of the ranks' slot tables, caches and steps.
+
+    Args:
+        num_ranks: data-parallel ranks, each with slots and blocks of its own.
+        max_running: slots on one rank.
+        max_num_tokens: token budget of one step on one rank. A rank runs at most this many requests, so that each of them
+            gets at least one token a step.
+        max_model_len: prompt and output tokens of one request at most.
+        block_size: tokens in a block, the same in every cache.
+        num_blocks: on one rank in each cache, including block 0, the null block, which is never handed out.
+        max_waiting: requests that may wait.
+        eos_token_ids: end-of-sequence ids; any of them ends an output.
+        vocab_size: token ids are in [0, vocab_size).
+
+    Raises:
+        ValueError: names the field and the values it allows.
+    """
+
+    num_ranks: int
+    max_running: int
+    max_num_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_waiting: int
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        for field, low in (
+            ("num_ranks", 1),
+            ("max_running", 1),
+            ("max_num_tokens", 1),
+            ("max_model_len", 2),
+            ("block_size", 1),
+            ("num_blocks", 2),
+            ("max_waiting", 1),
+            ("vocab_size", 1),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)

@@ -1,0 +1,82 @@
+"""What a step's results say about requests: `StepOutputs`, gathered from all ranks' `StepResult`s.
+
+Shape letters: O sampled tokens, R prompt-log-probability rows, N rows of the running table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertwire.scheduler import ragged
+from expertwire.scheduler.plan import StepResult
+from expertwire.scheduler.table import RunningTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutputs:
+    """Sampled tokens and prompt log-probabilities of one step by request key, sorted by rank.
+
+    Fields as in `StepResult`. A request's last output has `finish_O` set. Prompt log-probabilities come with the step that
+    computed them, so never after the request's first token.
+    """
+
+    step: int
+    key_O: np.ndarray  # i64
+    token_O: np.ndarray  # i32
+    finish_O: np.ndarray  # u8, FinishReason
+    logprob_O: np.ndarray  # f32
+    token_rank_O: np.ndarray  # i32
+    top_offsets_O1: np.ndarray  # i32
+    top_ids: np.ndarray  # i32
+    top_logprobs: np.ndarray  # f32
+    prompt_key_R: np.ndarray  # i64
+    prompt_position_R: np.ndarray  # i32
+    prompt_logprob_R: np.ndarray  # f32
+    prompt_token_rank_R: np.ndarray  # i32
+    prompt_top_offsets_R1: np.ndarray  # i32
+    prompt_top_ids: np.ndarray  # i32
+    prompt_top_logprobs: np.ndarray  # f32
+
+
+def gather(
+    step: int, results: Sequence[StepResult], rows_O: np.ndarray, table: RunningTable
+) -> tuple[np.ndarray, StepOutputs]:
+    """Join the ranks' results (of all ranks, in their order), without the rows of requests that are no longer running.
+
+    Args:
+        rows_O: i64, rows of the table of the sampled tokens.
+
+    Returns:
+        `rows_O` of the tokens that are left, and the outputs, not yet with finish reasons.
+    """
+
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([getattr(result, name) for result in results])
+
+    rows_R = table.rows_of_parts([result.prompt_slot for result in results])
+    keep_O, keep_R = table.running_N[rows_O], table.running_N[rows_R]
+    top_counts_O = ragged.counts([result.top_offsets_O1 for result in results])
+    top_counts_R = ragged.counts([result.prompt_top_offsets for result in results])
+    keep_top_O, keep_top_R = np.repeat(keep_O, top_counts_O), np.repeat(keep_R, top_counts_R)
+    rows_O, rows_R = rows_O[keep_O], rows_R[keep_R]
+    return rows_O, StepOutputs(
+        step=step,
+        key_O=table.key_N[rows_O],
+        token_O=join("token_O")[keep_O],
+        finish_O=np.zeros(len(rows_O), np.uint8),
+        logprob_O=join("logprob_O")[keep_O],
+        token_rank_O=join("token_rank_O")[keep_O],
+        top_offsets_O1=ragged.offsets(top_counts_O[keep_O]),
+        top_ids=join("top_ids")[keep_top_O],
+        top_logprobs=join("top_logprobs")[keep_top_O],
+        prompt_key_R=table.key_N[rows_R],
+        prompt_position_R=join("prompt_position")[keep_R],
+        prompt_logprob_R=join("prompt_logprob")[keep_R],
+        prompt_token_rank_R=join("prompt_token_rank")[keep_R],
+        prompt_top_offsets_R1=ragged.offsets(top_counts_R[keep_R]),
+        prompt_top_ids=join("prompt_top_ids")[keep_top_R],
+        prompt_top_logprobs=join("prompt_top_logprobs")[keep_top_R],
+    )

@@ -1,0 +1,230 @@
+"""Every way that a plan can travel obeys the same rules.
+
+Order, messages of any size, no lost wake-up, no rank lost in silence, nothing left behind.
+"""
+
+import random
+import select
+import signal
+import subprocess
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from control_ranks import TOKEN, joined, plan, shared_files, start_rank
+
+from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink, RankLost, RankTimeout, this_node
+from expertwire.comm.control_node import PLAN_RING_BYTES, RESULT_RING_BYTES
+from expertwire.engine import process
+
+# The hub's node is A. Local; remote without relay; remote with relay; both.
+TOPOLOGIES = ["A", "AAA", "BC", "BBB", "ABBA"]
+BIG = PLAN_RING_BYTES // 8  # items of 8 bytes: does not fit into the ring
+BIG_ANSWER = RESULT_RING_BYTES // 8
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_in_shared_memory():
+    before = shared_files()
+    yield
+    assert shared_files() <= before
+
+
+def check(results, step, size=10, answer=0):
+    for rank, result in enumerate(results):
+        assert result["step"][0] == step
+        assert result["sum"][0] == step * size
+        assert result["answer"].tolist() == [rank] * answer
+
+
+@pytest.mark.parametrize("nodes", TOPOLOGIES)
+def test_steps_of_any_size_arrive_in_order(nodes):
+    sizes = [0, 10, BIG // 2, BIG, 10, BIG * 2, 10, BIG - 100, 0]
+    answers = [0, BIG_ANSWER, 3, BIG_ANSWER * 8, 10, BIG_ANSWER - 50, BIG_ANSWER // 2]
+    with joined(nodes) as (hub, _):
+        for step in range(40):
+            size, answer = sizes[step % len(sizes)], answers[step % len(answers)]
+            hub.publish(plan(step, size, answer=answer))
+            check(hub.collect(60), step, size, answer)
+
+
+@pytest.mark.parametrize("nodes", TOPOLOGIES)
+def test_plans_may_run_ahead_of_their_results(nodes):
+    """Also by more than the rings hold: nobody waits for anybody who waits."""
+    size, ahead = BIG // 4, 12
+    with joined(nodes) as (hub, _):
+        for step in range(ahead):
+            hub.publish(plan(step, size, answer=BIG_ANSWER // 3))
+        for step in range(ahead, 40):
+            check(hub.collect(60), step - ahead, size, BIG_ANSWER // 3)
+            hub.publish(plan(step, size, answer=BIG_ANSWER // 3))
+        for step in range(40 - ahead, 40):
+            check(hub.collect(60), step, size, BIG_ANSWER // 3)
+
+
+@pytest.mark.parametrize("nodes", ["AAA", "ABB"])
+def test_no_wake_up_is_lost_in_thousands_of_steps_with_naps_on_both_sides(nodes):
+    """Naps around the spinning time, so that sleepers and writers meet in every possible order."""
+    dice = random.Random(0)
+    slow = 0
+    with joined(nodes) as (hub, _):
+        for step in range(3000):
+            hub.publish(plan(step, nap_us=150))
+            if dice.random() < 0.5:
+                time.sleep(dice.random() * 150e-6)
+            before = time.monotonic()
+            check(hub.collect(60), step)
+            slow += time.monotonic() - before > 0.09
+    # A lost wake-up would cost the 100 ms of the re-check. Other load may cost that now and then, but not often.
+    assert slow < 30
+
+
+@pytest.mark.parametrize(("nodes", "victim"), [("AA", 1), ("BB", 0), ("BB", 1), ("ABC", 2), ("ABC", 0)])
+def test_a_killed_rank_is_named_while_others_are_waited_for(nodes, victim):
+    with joined(nodes) as (hub, workers):
+        hub.publish(plan(0))
+        check(hub.collect(60), 0)
+        hub.publish(plan(1, die=victim))
+        with pytest.raises(RankLost, match=f"rank {victim} ") as lost:
+            hub.collect(60)
+        assert lost.value.rank == victim
+        assert workers[victim].wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("nodes", "victim"), [("AA", 1), ("BB", 1), ("B", 0)])
+def test_an_idle_controller_notices_a_dead_rank_in_its_select(nodes, victim):
+    with joined(nodes) as (hub, workers):
+        hub.publish(plan(0))
+        check(hub.collect(60), 0)
+        hub.poll_lost()
+        workers[victim].kill()
+        with pytest.raises(RankLost) as lost:
+            while select.select(hub.filenos(), [], [], 20)[0]:
+                hub.poll_lost()
+        assert lost.value.rank == victim
+
+
+def test_publishing_to_a_dead_rank_ends_in_rank_lost():
+    with joined("AB") as (hub, workers):
+        workers[1].kill()
+        workers[1].wait()
+        with pytest.raises(RankLost, match="rank 1 "):
+            for step in range(1000):
+                hub.publish(plan(step))
+                hub.collect(10)
+
+
+@pytest.mark.parametrize("nodes", ["AA", "BB"])
+def test_a_rank_that_does_not_answer_is_named_(nodes):
+    with joined(nodes) as (hub, _):
+        hub.publish(plan(0, hang=1))
+        with pytest.raises(RankTimeout, match="rank 1 did not answer within") as missing:
+            hub.collect(0.5)
+        assert missing.value.ranks == (1,)
+
+
+@pytest.mark.parametrize("nodes", ["AA", "BB"])
+def test_a_rank_that_leaves_is_lost(nodes):
+    with joined(nodes) as (hub, _), pytest.raises(RankLost, match="rank 1 "):
+        hub.publish(plan(0, quit=1))
+        hub.collect(20)
+
+
+@pytest.mark.parametrize("nodes", ["AAA", "BBB", "ABB"])
+def test_ranks_see_the_end_of_the_hub_and_leave_by_themselves(nodes):
+    with joined(nodes) as (hub, workers):
+        hub.publish(plan(0))
+        hub.collect(60)
+        hub.close()
+        hub.close()
+        assert [worker.wait(20) for worker in workers] == [0] * len(nodes)
+
+
+def test_hellos_come_back_by_rank():
+    hub = ControlHub(3, token=TOKEN)
+    workers = [start_rank({}, rank, 3, hub.address) for rank in (2, 0, 1)]
+    try:
+        hellos = hub.wait_joined(60, lambda: None)
+        assert [hello["pid"].tolist() for hello in hellos] == [[workers[index].pid] for index in (1, 2, 0)]
+        assert all(set(hello) == {"pid"} for hello in hellos)
+    finally:
+        hub.close()
+        process.stop_all(workers, 5)
+
+
+def test_missing_ranks_are_named_at_the_deadline():
+    hub = ControlHub(3, token=TOKEN, node="A")
+    link = ControlLink(hub.address, TOKEN, rank=1, node="A", hello={})
+    with pytest.raises(RankTimeout, match="ranks 0, 2 did not connect"):
+        hub.wait_joined(0.3, lambda: None)
+    link.close()
+    hub.close()
+
+
+def test_a_rank_that_dies_while_others_are_awaited_is_lost():
+    hub = ControlHub(2, token=TOKEN, node="A")
+    ControlLink(hub.address, TOKEN, rank=1, node="A", hello={}).close()
+    with pytest.raises(RankLost, match="rank 1 "):
+        hub.wait_joined(10, lambda: None)
+    hub.close()
+
+
+def test_joining_calls_poll_which_may_raise():
+    def supervise():
+        raise RuntimeError("worker process 5 died")
+
+    hub = ControlHub(1, token=TOKEN)
+    with pytest.raises(RuntimeError, match="worker process 5 died"):
+        hub.wait_joined(10, supervise)
+    hub.close()
+
+
+def test_a_rank_with_a_wrong_token_is_refused_and_told_so():
+    hub = ControlHub(1, token=TOKEN)
+    link = ControlLink(hub.address, "guessed", rank=0, node="A", hello={})
+    with pytest.raises(RankTimeout):
+        hub.wait_joined(0.3, lambda: None)
+    with pytest.raises(ChannelClosed, match="wrong token"):
+        link.recv(5)
+    link.close()
+    hub.close()
+
+
+def test_link_recv_returns_none_after_its_timeout_before_and_after_joining():
+    hub = ControlHub(1, token=TOKEN, node="A")
+    link = ControlLink(hub.address, TOKEN, rank=0, node="B", hello={"n": np.array([1])})
+    assert link.recv(0.05) is None
+    assert link.local_ip == "127.0.0.1"
+    hellos = []
+    joiner = threading.Thread(target=lambda: hellos.extend(hub.wait_joined(10, lambda: None)))
+    joiner.start()
+    while joiner.is_alive():
+        assert link.recv(0.05) is None
+    assert hellos[0]["n"][0] == 1
+    hub.publish(plan(3))
+    assert link.recv(5)["step"][0] == 3
+    link.close()
+    hub.close()
+
+
+@pytest.mark.parametrize("config", [{}, {"nodes": "BB"}], ids=["local", "relayed"])
+def test_killing_the_controller_leaves_no_process_and_no_file(config):
+    controller = process.start_call("control_ranks:controller_main", 2, config, stdout=subprocess.PIPE)
+    ranks = [psutil.Process(int(pid)) for pid in controller.stdout.readline().split()]
+    assert len(ranks) == 2
+    controller.kill()
+    controller.wait()
+    controller.stdout.close()
+    _, alive = psutil.wait_procs(ranks, 10)
+    assert not alive
+
+
+def test_this_node_is_one_per_host():
+    assert process.start_call("test_control_hub:assert_same_node", this_node()).wait(30) == 0
+    assert process.start_call("test_control_hub:assert_same_node", "another").wait(30) == 1
+
+
+def assert_same_node(node):
+    assert this_node() == node

@@ -1,0 +1,98 @@
+"""A worker without a model: it joins the hub and does what each message asks. Plus what tests need around it.
+
+`config` is a dictionary: `nodes` (node id by rank; the real one if missing), `fail_at_start` (a rank that raises).
+A plan has `step`, and may have `die`, `hang` or `quit` (a rank), `nap_us` (sleep at random up to that), `answer` (items to send back).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink
+from expertwire.engine import process
+
+TOKEN = "a secret"
+
+
+def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
+    """The signature of `expertwire.engine.worker.worker_main`."""
+    if config.get("fail_at_start") == rank:
+        raise RuntimeError("cannot start")
+    node = config["nodes"][rank] if "nodes" in config else node
+    link = ControlLink(address, token, rank=rank, node=node, hello={"pid": np.array([os.getpid()])})
+    dice = random.Random(rank)
+    with contextlib.suppress(ChannelClosed):
+        while True:
+            plan = link.recv(None)
+            for order, act in (("die", _die), ("hang", _hang), ("quit", link.close)):
+                if order in plan and plan[order][0] == rank:
+                    act()
+                    if order == "quit":
+                        return
+            if "nap_us" in plan:
+                time.sleep(dice.random() * 1e-6 * plan["nap_us"][0])
+            answer = np.full(int(plan["answer"][0]) if "answer" in plan else 0, rank, np.int64)
+            link.send({"step": plan["step"], "sum": plan["data"].sum(keepdims=True), "answer": answer})
+    link.close()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang() -> None:
+    time.sleep(3600)
+
+
+def controller_main(num_ranks: int, config: dict) -> None:
+    """A controller as a process of its own, which prints the pids of its ranks and steps until it is killed."""
+    hub = ControlHub(num_ranks, token=TOKEN)
+    workers = [start_rank(config, rank, num_ranks, hub.address) for rank in range(num_ranks)]
+    hub.wait_joined(30, lambda: None)
+    print(*[worker.pid for worker in workers], flush=True)
+    for step in range(10**9):
+        hub.publish(plan(step))
+        hub.collect(30)
+
+
+def start_rank(config: dict, rank: int, num_ranks: int, address: str, token: str = TOKEN) -> subprocess.Popen[bytes]:
+    return process.start_call(
+        "control_ranks:worker_main", config, rank, num_ranks, address, token, config.get("node", "here")
+    )
+
+
+@contextlib.contextmanager
+def joined(nodes: str, **hub_options: str) -> Iterator[tuple[ControlHub, list[subprocess.Popen[bytes]]]]:
+    """A hub on node A and a rank on each of `nodes` ("AAB": two there and one on B); all gone afterwards."""
+    hub = ControlHub(len(nodes), token=TOKEN, node="A", **hub_options)
+    config = {"nodes": tuple(nodes)}
+    workers = [start_rank(config, rank, len(nodes), hub.address) for rank in range(len(nodes))]
+    try:
+        hub.wait_joined(60, lambda: None)
+        yield hub, workers
+    finally:
+        hub.close()
+        process.stop_all(workers, 5)
+
+
+def plan(step: int, size: int = 10, **orders: int) -> dict[str, np.ndarray]:
+    """A plan whose data sum to `step * size`."""
+    return {
+        "step": np.array([step]),
+        "data": np.full(size, step),
+        **{name: np.array([value]) for name, value in orders.items()},
+    }
+
+
+def shared_files() -> set[Path]:
+    """The files of ours that have a name in shared memory."""
+    return set(Path("/dev/shm").glob("expertwire-*"))

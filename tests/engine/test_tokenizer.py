@@ -1,0 +1,244 @@
+"""Text to tokens and back, against transformers and against whole decoding."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import tokenizer_files
+from expertwire.engine.tokenizer import Tokenizer
+
+TEXTS = [
+    "The quick brown fox",
+    "  leading and trailing  ",
+    "größer, 你好 🙂 don't",
+    "<|im_start|>user\nhi<|im_end|><s> the fox",
+    "",
+]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the <b>fox</b> & 'ü' 🙂", "name": None},
+]
+
+
+@pytest.fixture(scope="module", params=sorted(tokenizer_files.KINDS))
+def folder(request, tmp_path_factory):
+    return tokenizer_files.write(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return Tokenizer.open(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_text_and_chats_equal_transformers(ours, theirs):
+    for text in TEXTS:
+        for add in (True, False):
+            assert ours.encode(text, add_special_tokens=add) == theirs.encode(text, add_special_tokens=add), text
+        ids = theirs.encode(text)
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip), text
+    tools = [{"type": "function", "function": {"name": "ü<tool>", "parameters": {}}}]
+    for options in ({}, {"add_generation_prompt": False}, {"tools": tools}):
+        options = {"add_generation_prompt": True, **options}
+        rendered = theirs.apply_chat_template(CHAT, tokenize=False, **options)
+        assert ours.render_chat(CHAT, **options) == rendered
+        assert ours.encode_chat(CHAT, **options) == theirs.apply_chat_template(CHAT, return_dict=False, **options)
+    assert ours.encode_chat(CHAT).count(1) == 1  # one <s>, although byte_fallback's post-processor adds one as well
+    assert ours.special_tokens["eos_token"] == "<|im_end|>"
+    assert ours.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_streamed_pieces_join_to_the_whole_text(ours, skip):
+    rng = random.Random(1)
+    cases = [ours.encode(text) for text in tokenizer_files.CORPUS[:5]]
+    cases += [[rng.randrange(ours.vocab_size + 3) for _ in range(rng.randrange(20))] for _ in range(1500)]
+    for ids in cases:
+        stream = ours.stream(skip)
+        assert "".join([*map(stream.push, ids), stream.flush()]) == ours.decode(ids, skip_special_tokens=skip), ids
+
+
+def test_a_stream_gives_text_as_soon_as_it_is_certain(tmp_path):
+    tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "byte_level"))
+    smile = tokenizer.encode("a🙃b")
+    assert len(smile) > 3
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in smile]
+    assert pieces == ["a", *[""] * (len(smile) - 3), "🙃", "b"]
+    spaced = Tokenizer.open(tokenizer_files.write(tmp_path / "spaced", "byte_fallback"))
+    stream = spaced.stream()
+    assert [stream.push(token) for token in spaced.encode("the fox")] == ["", "the", " f", "ox"]
+
+
+def test_every_streamed_decoder_is_named_or_refused(tmp_path):
+    folder = tokenizer_files.write(tmp_path, "byte_level")
+    file = folder / "tokenizer.json"
+    parts = json.loads(file.read_text())
+    parts["decoder"] = {"type": "Sequence", "decoders": [parts["decoder"], {"type": "Fuse"}]}
+    file.write_text(json.dumps(parts))
+    with pytest.raises(ValueError, match="ByteLevel \\+ Fuse cannot be streamed"):
+        Tokenizer.open(folder).stream()
+
+
+def test_token_text(tmp_path):
+    tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path / "a", "byte_fallback"))
+    assert tokenizer.token_text(tokenizer.encode("x the")[-1]) == " the"
+    assert tokenizer.token_text(5 + 0xE2) == "�"
+    tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path / "b", "byte_level"))
+    assert tokenizer.token_text(1) == "<s>"
+
+
+@pytest.mark.parametrize("add_bos_token", [True, False])
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_tokenizer_json_alone_decides_about_bos(tmp_path, kind, add_bos_token):
+    transformers = pytest.importorskip("transformers")
+    folder = tokenizer_files.write(tmp_path, kind, add_bos_token=add_bos_token, tokenizer_class="LlamaTokenizer")
+    ids = Tokenizer.open(folder).encode("the fox")
+    assert (ids[0] == 1) == (kind == "byte_fallback")
+    assert ids == transformers.AutoTokenizer.from_pretrained(folder).encode("the fox")
+
+
+def test_tokens_that_only_the_config_declares(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    entry = {"content": "<tool>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
+    folder = tokenizer_files.write(tmp_path, "byte_level", added_tokens_decoder={"900": entry}, pad_token="<pad>")
+    ours, theirs = Tokenizer.open(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    text = "a<tool>b<pad>c"
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True) == "a<tool>bc"
+
+
+def test_special_tokens_map(tmp_path):
+    folder = tokenizer_files.write(tmp_path, "byte_level", bos_token=None)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|im_start|>"}}))
+    assert Tokenizer.open(folder).special_tokens["bos_token"] == "<|im_start|>"
+
+
+def test_truncation_and_padding_of_the_file_have_no_effect(tmp_path):
+    folder = tokenizer_files.write(tmp_path, "byte_level")
+    backend = tokenizer_files.byte_level()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    backend.save(str(folder / "tokenizer.json"))
+    ids = Tokenizer.open(folder).encode("The quick brown fox jumps")
+    assert ids == tokenizer_files.byte_level().encode("The quick brown fox jumps").ids
+
+
+class TestChatTemplates:
+    NAMED = [{"name": "default", "template": "plain {{ messages | length }}"}, {"name": "tool_use", "template": "tools"}]
+
+    def test_named_templates_in_the_config(self, tmp_path):
+        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template=self.NAMED))
+        assert tokenizer.render_chat(CHAT) == "plain 2"
+        assert tokenizer.render_chat(CHAT, tools=[{}]) == "tools"
+        assert tokenizer.render_chat(CHAT, tools=[{}], chat_template="default") == "plain 2"
+        assert tokenizer.render_chat(CHAT, chat_template="{{ deep.er }}", deep={"er": 7}) == "7"
+        with pytest.raises(ValueError, match="default, tool_use"):
+            tokenizer.render_chat(CHAT, chat_template="missing")
+
+    def test_files_beside_the_config_come_first(self, tmp_path):
+        folder = tokenizer_files.write(tmp_path, "word_level", chat_template=None)
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
+        assert Tokenizer.open(folder).render_chat(CHAT) == "from json"
+        tokenizer_files.write(tmp_path, "word_level", chat_template="from config")
+        assert Tokenizer.open(folder).render_chat(CHAT) == "from config"
+        (folder / "chat_template.jinja").write_text("from jinja é")
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "short.jinja").write_text("short")
+        tokenizer = Tokenizer.open(folder)
+        assert tokenizer.render_chat(CHAT) == "from jinja é"
+        assert tokenizer.render_chat(CHAT, chat_template="short") == "short"
+
+    def test_the_environment_is_that_of_transformers(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        template = (
+            "{%- for m in messages %}\n  {% if loop.index > 2 %}{% break %}{% endif %}\n"
+            "  {% generation %}{{ m.content | tojson(indent=2) }}{% endgeneration %}\n"
+            "{% set ns = namespace(found=1) %}{% set ns.found = 2 %}{{ ns.found }}{{ strftime_now('%Y') | length }}\n"
+            "{% endfor %}{{ eos_token }}{{ undefined_name }}{{ {'b': 1, 'a': 'é<'} | tojson(sort_keys=True) }}"
+        )
+        folder = tokenizer_files.write(tmp_path, "word_level", chat_template=template)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        chat = [*CHAT, {"role": "user", "content": "third"}]
+        assert Tokenizer.open(folder).render_chat(chat) == theirs.apply_chat_template(chat, tokenize=False)
+
+    @pytest.mark.parametrize(
+        ("messages", "error"),
+        [
+            ([], "non-empty list"),
+            ("hello", "non-empty list"),
+            ([{"content": "no role"}], "'role'"),
+            ([{"role": "user", "content": object()}], "JSON values"),
+            ([{"role": "user", "content": "a"}, {"role": "system", "content": "late"}], "system comes first"),
+        ],
+    )
+    def test_bad_messages(self, tmp_path, messages, error):
+        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level"))
+        with pytest.raises(ValueError, match=error):
+            tokenizer.render_chat(messages)
+
+    @pytest.mark.parametrize(
+        "template",
+        ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ messages + 1 }}", "{{ 1 // 0 }}", "{{ a.b.c }}"],
+    )
+    def test_a_template_that_misbehaves_is_the_users_error(self, tmp_path, template):
+        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template=template))
+        with pytest.raises(ValueError, match="cannot render these messages"):
+            tokenizer.render_chat(CHAT)
+
+    def test_no_template(self, tmp_path):
+        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template=None))
+        assert tokenizer.encode("lazy dog.") != []
+        with pytest.raises(ValueError, match="no chat template"):
+            tokenizer.render_chat(CHAT)
+
+    def test_a_template_that_does_not_parse(self, tmp_path):
+        with pytest.raises(ValueError, match="'default' is not valid Jinja"):
+            Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template="{% if %}"))
+
+
+class TestBadFiles:
+    def test_missing_tokenizer(self, tmp_path):
+        with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+            Tokenizer.open(tmp_path)
+        (tmp_path / "tokenizer.model").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"convert its tokenizer\.model"):
+            Tokenizer.open(tmp_path)
+
+    @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": 3}'])
+    def test_malformed_tokenizer(self, tmp_path, content):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+            Tokenizer.open(tmp_path)
+
+    @pytest.mark.parametrize(("content", "error"), [("{", "not valid JSON"), ("[]", "must hold a JSON object")])
+    def test_malformed_config(self, tmp_path, content, error):
+        tokenizer_files.write(tmp_path, "word_level")
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"tokenizer_config\.json.*{error}"):
+            Tokenizer.open(tmp_path)
+
+    def test_without_config(self, tmp_path):
+        tokenizer_files.write(tmp_path, "word_level")
+        (tmp_path / "tokenizer_config.json").unlink()
+        assert Tokenizer.open(tmp_path).special_tokens == {}
+
+    def test_text_that_is_not_unicode(self, tmp_path):
+        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level"))
+        with pytest.raises(ValueError):
+            tokenizer.encode("a\ud800b")
+
+
+def test_fronts_do_not_import_torch():
+    code = "import sys; import expertwire.engine.front; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from sim_ranks import CACHES, SimCluster, make_config, make_request
+
+from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.request import Request
+from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.scheduler import Scheduler
+
+
+def submit(prompt, config=None, **params):
+    request = Request(key=7, prompt=np.array(prompt, np.int32), params=SamplingParams(**params), seed=0)
+    return Scheduler(config or make_config(), CACHES).submit(request, now=0.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "config", "words"),
+    [
+        ([], {}, {}, ["prompt", "at least 1", "0"]),
+        ([2] * 32, {}, {}, ["prompt", "32 tokens", "at most 31", "max_model_len = 32"]),
+        ([2, 50], {}, {}, ["prompt[1]", "50", "0 to 49"]),
+        ([2, 3, -1], {}, {}, ["prompt[2]", "-1", "0 to 49"]),
+        ([2], {"stop_token_ids": [3, 50]}, {}, ["stop_token_ids", "50", "0 to 49"]),
+        ([2], {"logit_bias": {3: 1.0, 99: 1.0}}, {}, ["logit_bias", "99", "0 to 49"]),
+        ([2], {"logprobs": 51}, {}, ["logprobs", "51", "at most 50"]),
+        ([2], {"prompt_logprobs": 64}, {}, ["prompt_logprobs", "64", "at most 50"]),
+        (
+            [2] * 5,
+            {"max_tokens": 5},
+            {"num_blocks": 3},
+            ["prompt", "5 tokens", "max_tokens", "3 cache blocks", "9 tokens"],
+        ),
+    ],
+)
+def test_what_can_never_run_is_rejected_with_what_is_allowed(prompt, params, config, words):
+    rejection = submit(prompt, make_config(**config), **params)
+    assert (rejection.key, rejection.code) == (7, "INVALID_ARGUMENT")
+    for word in words:
+        assert word in rejection.message, rejection.message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "config"),
+    [
+        ([2] * 31, {}, {}),
+        ([0, 49], {"stop_token_ids": [0, 49], "logit_bias": {49: 1.0}, "logprobs": 50}, {}),
+        ([2] * 5, {"max_tokens": 4}, {"num_blocks": 3}),  # 8 tokens to compute: the last one never is
+        ([2], {"max_tokens": 10**12, "min_tokens": 10**12, "top_k": 10**12, "temperature": 1e300}, {}),
+    ],
+)
+def test_the_limits_themselves_are_allowed(prompt, params, config):
+    assert submit(prompt, make_config(**config), **params) is None
+
+
+def test_a_full_queue_says_try_later_and_accepts_again():
+    cluster = SimCluster(make_config(num_ranks=1, max_running=1, max_waiting=2))
+    cluster.submit(make_request(0), make_request(1))
+    rejection = cluster.scheduler.submit(make_request(2), 0.0)
+    assert (rejection.key, rejection.code) == (2, "RESOURCE_EXHAUSTED")
+    assert "max_waiting = 2" in rejection.message
+    cluster.step()
+    cluster.submit(make_request(2))
+    cluster.drain()
+    assert set(cluster.finish) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "field", ["num_ranks", "max_running", "max_num_tokens", "max_model_len", "block_size", "num_blocks"]
+)
+@pytest.mark.parametrize("value", [0, -3, 1.5, True])
+def test_config_names_the_wrong_field(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be an integer >= "):
+        make_config(**{field: value})
+
+
+@pytest.mark.parametrize("kind", ["window", "latent", "index", "state"])
+def test_kinds_of_cache_that_are_not_supported_yet(kind):
+    spec = CacheSpec(name="odd", kind=kind, bytes_per_token=4, writers=(0,), readers=(0,), window=8)
+    with pytest.raises(ValueError, match=f"'odd' is of kind '{kind}'.*supports these kinds: full"):
+        Scheduler(make_config(), (*CACHES, spec))
+
+
+@pytest.mark.parametrize("specs", [(), (CACHES[0], CACHES[0])])
+def test_caches_need_names_of_their_own(specs):
+    with pytest.raises(ValueError, match="cache_specs"):
+        Scheduler(make_config(), specs)
