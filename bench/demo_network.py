@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from expertwire.deploy.demo_task import WORDS
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+
+from expertwire.deploy.demo_task import WORDS
 
 
 @dataclass(frozen=True)

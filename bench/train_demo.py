@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from expertwire.bench.demo_network import CONFIGS, DemoConfig, DemoModel
-from expertwire.deploy.demo_task import EOS, PAD, QUESTION, UNKNOWN, WORDS, Kind, make_example
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+
+from expertwire.bench.demo_network import CONFIGS, DemoConfig, DemoModel
+from expertwire.deploy.demo_task import EOS, PAD, QUESTION, UNKNOWN, WORDS, Kind, make_example
 
 TOKEN_IDS = {word: token_id for token_id, word in enumerate(WORDS)}
 SPECIAL = (PAD, EOS, UNKNOWN, *(word for word in WORDS if word.startswith("<reserved")))
@@ -46,7 +47,7 @@ class Recipe:
     tokens: int | None = None
     cpu_seconds: float | None = None
     seed: int = 0
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
     lr: float = 3e-3
     warmup: float = 0.02  # share of the budget
     decay_from: float = 0.4  # share of the budget after which the learning rate falls linearly to 0
@@ -134,7 +135,7 @@ class Training:
         """Trains until the budget is spent, printing the mean loss and saving the state every `log_every` steps."""
         losses = []
         while self.progress < 1:
-            losses.append(self._advance())
+            losses.append(self.advance())
             if self.step % log_every == 0 or self.progress == 1:
                 rate = self.tokens / self.cpu_seconds
                 print(
@@ -154,7 +155,8 @@ class Training:
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **counters}, temporary)
         temporary.replace(self.state_path)
 
-    def _advance(self) -> float:
+    def advance(self) -> float:
+        """One step of training; returns its loss."""
         started = time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.progress)

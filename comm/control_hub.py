@@ -161,8 +161,7 @@ class ControlHub:
         for connection in self._connections.values():
             connection.close()
         for inbox in self._inboxes:
-            if isinstance(inbox, RingInbox):
-                inbox.close()
+            inbox.close()
         if self._sender:
             self._sender.close()
         self._inboxes = []

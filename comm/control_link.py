@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from expertwire.comm.control_node import Inbox, NodeSender, RingInbox, RingOutbox, SocketInbox, attach, wait
-from expertwire.comm.control_socket import SocketChannel, connect
+from expertwire.comm.control_node import Inbox, NodeSender, RingOutbox, SocketInbox, attach, wait
+from expertwire.comm.control_socket import connect
 from expertwire.comm.control_wire import ChannelClosed, pack, unpack
 
 _JOIN_S = 60.0  # for the peers to do their part once all ranks have said hello
@@ -39,11 +39,11 @@ class ControlLink:
     def __init__(self, address: str, token: str, *, rank: int, node: str, hello: Mapping[str, np.ndarray]) -> None:
         self._rank = rank
         self._token = token
-        self._hub: SocketChannel | None = connect(address, token)
+        self._hub = connect(address, token)
         self.local_ip = self._hub.local_ip
-        self._relay: NodeSender | None = NodeSender(token)
+        self._relay = NodeSender(token)
         self._inbox: Inbox | None = None
-        self._outbox: RingOutbox | None = None
+        self._outbox: RingOutbox | None = None  # None: results go over the connection to the hub
         self._poller = select.poll()
         reserved = {
             "_rank": np.array([rank]),
@@ -60,25 +60,27 @@ class ControlLink:
         """
         timeout_s = _FOREVER_S if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
-        if self._inbox is None and not self._join(timeout_s):
+        inbox = self._inbox or self._join(timeout_s)
+        if inbox is None:
             return None
-        while (message := self._inbox.take()) is None:
+        while (message := inbox.take()) is None:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            self._pump(wait(self._inbox.ready, [self._inbox], self._poller, remaining))
-        if self._relay:
+            self._pump(inbox, wait(inbox.ready, [inbox], self._poller, remaining))
+        if self._relay.members:
             # Before this rank computes: the others of its node would wait for the plan, and this rank for them.
             self._relay.send(message)
             self._relay.drain(_DRAIN_S)
         return unpack(message)
 
     def send(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Answer the controller.
+        """Answer the controller; only after a first `recv`.
 
         Raises:
             ChannelClosed: the controller is gone.
         """
+        assert self._inbox, f"rank {self._rank} answers before it has joined"
         message = pack(arrays)
         if self._outbox:
             if self._outbox.send(message):
@@ -90,15 +92,17 @@ class ControlLink:
 
     def close(self) -> None:
         """Leave: the controller sees a lost rank. Idempotent."""
-        for part in (self._hub, self._relay, self._outbox):
-            if part:
-                part.close()
-        if isinstance(self._inbox, RingInbox):
+        self._hub.close()
+        self._relay.close()
+        if self._outbox:
+            self._outbox.close()
+            self._outbox = None
+        if self._inbox:
             self._inbox.close()
-        self._hub = self._relay = self._outbox = None
+            self._inbox = None
 
-    def _join(self, timeout_s: float) -> bool:
-        """Take the place that the hub gives; whether it has, within `timeout_s`."""
+    def _join(self, timeout_s: float) -> Inbox | None:
+        """Take the place that the hub gives; where plans will arrive, or None if nothing was heard for `timeout_s`."""
         try:
             welcome = self._hub.recv(timeout_s)
         except ChannelClosed as error:
@@ -106,7 +110,7 @@ class ControlLink:
                 f"the controller ended the connection (a wrong token, or it failed): {error}"
             ) from error
         if welcome is None:
-            return False
+            return None
         address = bytes(welcome["address"]).decode()
         if address:
             self._inbox, self._outbox = attach(address, self._token, self._rank, _JOIN_S)
@@ -117,23 +121,22 @@ class ControlLink:
             self._relay.gather(followers, results=False, deadline=time.monotonic() + _JOIN_S, poll=self._check_hub)
         else:
             self._relay.close()
-            self._relay = None
         self._hub.send({"ready": np.array([self._rank])})
         if self._outbox:
-            self._hub.close()
-            self._hub = None
-        for channel in {self._inbox.channel, self._hub} - {None}:
-            self._poller.register(channel.fileno(), select.POLLIN)
-        return True
+            self._hub.close()  # the local connection takes its place
+        else:
+            self._poller.register(self._hub.fileno(), select.POLLIN)
+        self._poller.register(self._inbox.channel.fileno(), select.POLLIN)
+        return self._inbox
 
     def _check_hub(self) -> None:
         """Nothing can come from the hub at this time except its end."""
         frames = self._hub.ready_frames()
         assert not frames, f"{len(frames)} early messages"
 
-    def _pump(self, events: list[tuple[int, int]]) -> None:
+    def _pump(self, inbox: Inbox, events: list[tuple[int, int]]) -> None:
         for descriptor, _ in events:
-            if descriptor == self._inbox.channel.fileno():
-                self._inbox.pump()
+            if descriptor == inbox.channel.fileno():
+                inbox.pump()
             else:
                 self._check_hub()

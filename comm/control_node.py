@@ -49,6 +49,10 @@ class Inbox(Protocol):
         """Ask the peer for a doorbell, or no longer."""
         ...
 
+    def close(self) -> None:
+        """Close the connection and unmap. Idempotent."""
+        ...
+
 
 class SocketInbox:
     """Messages of a peer on another node."""
@@ -72,6 +76,10 @@ class SocketInbox:
     def set_asleep(self, asleep: bool) -> None:
         """See `Inbox`: a connection needs no doorbell."""
 
+    def close(self) -> None:
+        """See `Inbox`."""
+        self.channel.close()
+
 
 class RingInbox:
     """Messages of a peer on this node: from its ring, or around it."""
@@ -91,7 +99,9 @@ class RingInbox:
         """See `Inbox`."""
         if self._reader.holds(self._sequence):
             message = self._reader.read()
-        elif (message := self._around.pop(self._sequence, None)) is None:
+        elif self._sequence in self._around:
+            message = self._around.pop(self._sequence)
+        else:
             return None
         self._sequence += 1
         return message
@@ -107,7 +117,7 @@ class RingInbox:
         self._reader.set_asleep(asleep)
 
     def close(self) -> None:
-        """Unmap the ring and close the connection."""
+        """See `Inbox`."""
         self._ring.close()
         self.channel.close()
 

@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +114,7 @@ class SocketChannel:
     def recv_frame(self, timeout_s: float | None) -> bytearray | None:
         """The next frame, or None after `timeout_s`. Raises as `recv`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._flush_quietly()
         while (frame := self._take_frame()) is None:
             if self._read():
                 continue
@@ -183,7 +184,7 @@ class SocketChannel:
         self._incoming += data
         return True
 
-    def _write(self, parts: list[bytes] | list[memoryview]) -> int:
+    def _write(self, parts: Sequence[bytes | bytearray | memoryview]) -> int:
         try:
             return self._sock.sendmsg(parts)
         except (BlockingIOError, InterruptedError):
@@ -202,6 +203,9 @@ class SocketChannel:
     def _wait(self, timeout_s: float | None) -> None:
         self._poll.modify(self._sock, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
         self._poll.poll(None if timeout_s is None else min(timeout_s, _LONGEST_POLL_S) * 1000)
+        self._flush_quietly()
+
+    def _flush_quietly(self) -> None:
         try:
             self.flush()
         except ChannelClosed:
@@ -232,10 +236,10 @@ class Listener:
             for key, _ in events:
                 if key.fileobj is self._sock:
                     self._meet_strangers()
-                elif channel := self._check(key.fileobj):
+                elif channel := self._check(key.data):
                     return channel
             self._forget_strangers()
-            if not events and remaining is not None and deadline - time.monotonic() <= 0:
+            if not events and remaining == 0.0:
                 return None
 
     def fileno(self) -> int:
@@ -258,7 +262,7 @@ class Listener:
                 stranger, _ = self._sock.accept()
                 stranger.setblocking(False)
                 self._strangers[stranger] = (time.monotonic() + _PREFACE_S, bytearray())
-                self._selector.register(stranger, selectors.EVENT_READ)
+                self._selector.register(stranger, selectors.EVENT_READ, stranger)
 
     def _check(self, stranger: socket.socket) -> SocketChannel | None:
         _, said = self._strangers[stranger]
@@ -329,7 +333,7 @@ def _parse_address(address: str) -> tuple[socket.AddressFamily, str | tuple[str,
     kind, _, where = address.partition(":")
     if kind == "unix" and where.startswith("@") and len(where) > 1:
         return socket.AF_UNIX, "\0" + where[1:], None
-    if kind == "unix" and where:
+    if kind == "unix" and where.strip("@"):
         if len(where.encode()) > 107:
             raise ValueError(f"address {address!r}: a unix socket's path has at most 107 bytes")
         return socket.AF_UNIX, where, Path(where)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import grpc
@@ -30,6 +31,8 @@ _GOODBYE_S = 2.0  # for the last messages to leave
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a silent partner
     ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 20_000),  # finds clients that vanish without a word
+    ("grpc.keepalive_timeout_ms", 10_000),
 )
 
 Code = grpc.StatusCode
@@ -40,6 +43,8 @@ class Front(Protocol):
 
     model_info: ModelInfo
 
+    @property
+    def failure(self) -> EngineFailed | None: ...
     def encode(self, prompt: Prompt, params: SamplingParams) -> Any: ...
     def submit(self, prompt: Prompt, params: SamplingParams) -> int: ...
     def abort(self, request_id: int) -> None: ...
@@ -52,7 +57,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     Args:
         front: used by the loop's thread only.
-        read_stats: the engine's statistics; called in another thread, never twice at once.
+        read_stats: the engine's statistics; called in one other thread, as it may wait.
 
     Attributes:
         failure: why the engine has failed; empty while it has not.
@@ -66,14 +71,15 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self.draining = False
         self._front = front
         self._read_stats = read_stats
-        self._stats_lock = asyncio.Lock()
+        self._stats_thread = ThreadPoolExecutor(1, "stats")
         self._streams: dict[int, OutputStream] = {}  # by the front's id
         self._ids: dict[str, int] = {}  # the client's ids -> the front's
         self._idle = asyncio.Event()
         self._idle.set()
-        asyncio.get_running_loop().add_reader(front.fileno(), self._pump)
+        self._descriptor = front.fileno()
+        asyncio.get_running_loop().add_reader(self._descriptor, self._pump)
 
-    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """See the .proto."""
         number, stream = await self._open(request, context)
         try:
@@ -85,7 +91,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             # Also where the client has cancelled, its deadline has passed or its connection is lost.
             self._close(number)
 
-    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:  # noqa: N802
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         """See the .proto."""
         await self._check_alive(context)
         number = self._ids.get(request.request_id)
@@ -95,17 +101,16 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self._pump()
         return pb.AbortResponse()
 
-    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.ModelInfo:  # noqa: N802
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.ModelInfo:
         """See the .proto."""
         await self._check_alive(context)
         return grpc_messages.from_model_info(self._front.model_info)
 
-    async def GetStats(self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext) -> pb.Stats:  # noqa: N802
+    async def GetStats(self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext) -> pb.Stats:
         """See the .proto."""
         await self._check_alive(context)
         try:
-            async with self._stats_lock:
-                values = await asyncio.to_thread(self._read_stats)
+            values = await asyncio.get_running_loop().run_in_executor(self._stats_thread, self._read_stats)
         except (EngineFailed, TimeoutError) as error:
             await context.abort(Code.UNAVAILABLE, str(error))
         return grpc_messages.from_stats(values)
@@ -122,7 +127,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     def close(self) -> None:
         """Stop listening to the front."""
-        asyncio.get_running_loop().remove_reader(self._front.fileno())
+        if not self.failed.is_set():
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+        self._stats_thread.shutdown(wait=False)
 
     async def _open(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> tuple[int, OutputStream]:
         """Submit a request: the front's id and its stream."""
@@ -161,19 +168,22 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     def _pump(self) -> None:
         """Hand what has arrived to the streams."""
         try:
-            while updates := self._front.poll(0):
-                for update in updates:
-                    if stream := self._streams.get(update.request_id):
-                        stream.add(update)
+            updates = self._front.poll(0)
         except EngineFailed as error:
             self._fail(error)
+            return
+        for update in updates:
+            if stream := self._streams.get(update.request_id):
+                stream.add(update)
+        if self._front.failure is not None:
+            self._fail(self._front.failure)
 
     def _fail(self, error: EngineFailed) -> None:
         """The engine is of no more use; whoever still waits for it is told. The process stays, to answer health checks."""
         if not self.failed.is_set():
             self.failure = str(error)
             self.failed.set()
-            self.close()
+            asyncio.get_running_loop().remove_reader(self._descriptor)
             for stream in self._streams.values():
                 if not stream.done:
                     stream.fail("UNAVAILABLE", self.failure)

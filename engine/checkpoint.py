@@ -1,9 +1,9 @@
 """A Hugging Face checkpoint folder: its hyperparameters and where each tensor lies; nothing here reads a weight or needs torch.
 
 `config.json` is understood in the hub's style (`rope_theta`, `rope_scaling`, `torch_dtype`) and in that of transformers 5
-(`rope_parameters`, `dtype`, `num_local_experts`). Every field that changes a result must be there, except the ones the hub's own
-files leave out: `head_dim` and the attention's biases of Mixtral (hidden_size / num_attention_heads; none), `rope_scaling`
-(none), `use_sliding_window` (false) and the end-of-sequence ids (none).
+(`rope_parameters`, `dtype`, `num_local_experts`). Every field that changes a result must be there, except those that the hub's
+own files leave out or set to null, which mean: Mixtral's `head_dim` hidden_size / num_attention_heads; `sliding_window`,
+`use_sliding_window`, `rope_scaling`, `mlp_only_layers` and the end-of-sequence ids none.
 
 Safetensors files: an 8-byte little-endian length, a JSON header of that length, the data
 (https://github.com/huggingface/safetensors#format).

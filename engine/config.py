@@ -69,7 +69,7 @@ class EngineConfig:
             ("ep_size", 1),
             ("max_num_tokens", 1),
             ("max_running", 1),
-            ("max_waiting", 0),
+            ("max_waiting", 1),
             ("block_size", 1),
             ("redundant_experts", 0),
         ):

@@ -15,7 +15,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.comm.all_to_all import AllToAll
@@ -23,9 +22,9 @@ from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv, paged_kv
 from expertwire.engine.config import ModelConfig
 from expertwire.engine.weight_map import Destination, ParamSpec, WeightMap
-from expertwire.kernels import attention, experts, linear, rotary
+from expertwire.kernels import experts, linear, rotary
 from expertwire.kernels.linear import Linear
-from expertwire.kernels.rms_norm import rms_norm
+from expertwire.kernels.registry import Ops
 from expertwire.moe.layer import MoeLayer
 from expertwire.moe.placement import Placement
 
@@ -57,6 +56,7 @@ class RankContext:
     rank: int
     dtype: torch.dtype
     device: str
+    ops: Ops
     placement: Placement | None  # None: a dense model
     all_to_all: AllToAll | None
 
@@ -65,22 +65,21 @@ class RankContext:
 class Attention:
     """One layer's attention. Query, key and value projections are one product; so are the norms of query and key."""
 
-    config: ModelConfig
+    ops: Ops
+    eps: float
+    head_dim: int
     qkv: Linear
     qk_norm: Tensor | None  # [H + G, d]
     output: Linear
 
-    def forward(self, x_TD: Tensor, batch: ForwardBatch, cache: PagedKv, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-        c = self.config
-        heads = c.num_heads + c.num_kv_heads
-        qkv = self.qkv(x_TD).view(x_TD.shape[0], -1, c.head_dim)
-        qk, v_TGd = qkv[:, :heads], qkv[:, heads:]
-        if self.qk_norm is not None:
-            qk = F.rms_norm(qk, (c.head_dim,), None, c.rms_norm_eps) * self.qk_norm
-        qk = rotary.rotate(qk, cos_T1d, sin_T1d)
-        attention.write(cache.k, cache.v, qk[:, c.num_heads :], v_TGd, batch.slot_mapping_T)
-        out_THd = attention.attend(qk[:, : c.num_heads], cache.k, cache.v, batch.sequences)
-        return self.output(out_THd.reshape(x_TD.shape[0], -1))
+    def forward(self, x_TD: Tensor, batch: ForwardBatch, cache: PagedKv, tables: tuple[Tensor, Tensor]) -> Tensor:
+        num_tokens = x_TD.shape[0]
+        qkv_Thd = self.qkv(x_TD).view(num_tokens, -1, self.head_dim)
+        positions_T, slots_T = batch.positions_T, batch.slot_mapping_T
+        q_THd = self.ops.rotate_and_store(
+            qkv_Thd, self.qk_norm, self.eps, tables, positions_T, slots_T, cache.k, cache.v
+        )
+        return self.output(self.ops.attend(q_THd, cache.k, cache.v, batch.sequences).reshape(num_tokens, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +228,9 @@ class Decoder:
             q_norm, k_norm = p["q_norm"].expand(c.num_heads, -1), p["k_norm"].expand(c.num_kv_heads, -1)
             qk_norm = torch.cat((q_norm, k_norm))
         attn = Attention(
-            config=c,
+            ops=self.context.ops,
+            eps=c.rms_norm_eps,
+            head_dim=c.head_dim,
             qkv=linear.prepare(p.pop("qkv"), p.get("qkv_bias")),
             qk_norm=qk_norm,
             output=linear.prepare(p.pop("o"), p.get("o_bias")),
@@ -239,7 +240,7 @@ class Decoder:
             input_norm=p["input_norm"],
             attention=attn,
             post_norm=p["post_norm"],
-            mlp=moe.forward if moe is not None else _dense_mlp(p),
+            mlp=moe.forward if moe is not None else _dense_mlp(p, self.context.ops),
             moe=moe,
         )
 
@@ -249,10 +250,11 @@ class Decoder:
         assert context.all_to_all is not None
         physical = torch.from_numpy(context.placement.physical_for(context.rank)).to(context.device)
         return MoeLayer(
+            ops=context.ops,
             router=linear.prepare(p.pop("router")),
             top_k=c.top_k,
             renormalize=c.renormalize,
-            experts=experts.prepare(p.pop("w13"), p.pop("w2")),
+            experts=experts.prepare(p.pop("w13"), p.pop("w2"), context.ops.silu_mul),
             shared=None,
             all_to_all=context.all_to_all,
             physical_of_E=physical,
@@ -264,21 +266,24 @@ class Decoder:
     def allocate(self, *, num_blocks: int, block_size: int, max_model_len: int) -> list[PagedKv]:
         """As `Model.allocate`."""
         c, dtype, device = self.config, self.context.dtype, self.context.device
-        self._tables = rotary.tables(max_model_len, c.head_dim, c.rope_theta, dtype, torch.device(device))
+        self._tables = rotary.tables(max_model_len, c.head_dim, c.rope_theta, device)
         shape = (num_blocks, block_size, c.num_kv_heads, c.head_dim)
         return [paged_kv(shape, dtype, device) for _ in range(c.num_layers)]
 
     def forward(self, batch: ForwardBatch, caches: list[PagedKv]) -> Tensor:
         """As `Model.forward`."""
         assert self._tables is not None, "forward before allocate"
-        eps = self.config.rms_norm_eps
-        cos_T1d, sin_T1d = (table[batch.positions_T].unsqueeze(1) for table in self._tables)
+        ops, eps = self.context.ops, self.config.rms_norm_eps
         num_tokens_P = list(batch.num_tokens_P)
         x_TD = self._embed[batch.token_ids_T]
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x_TD = x_TD + layer.attention.forward(rms_norm(x_TD, layer.input_norm, eps), batch, cache, cos_T1d, sin_T1d)
-            x_TD = x_TD + layer.mlp(rms_norm(x_TD, layer.post_norm, eps), num_tokens_P)
-        return rms_norm(x_TD, self._norm, eps)
+        normed_TD = ops.rms_norm(x_TD, self.layers[0].input_norm, eps)
+        # The norm after each layer is the next layer's first one.
+        after = [*(layer.input_norm for layer in self.layers[1:]), self._norm]
+        for layer, cache, next_norm in zip(self.layers, caches, after, strict=True):
+            attended_TD = layer.attention.forward(normed_TD, batch, cache, self._tables)
+            x_TD, normed_TD = ops.add_rms_norm(x_TD, attended_TD, layer.post_norm, eps)
+            x_TD, normed_TD = ops.add_rms_norm(x_TD, layer.mlp(normed_TD, num_tokens_P), next_norm, eps)
+        return normed_TD
 
     def logits(self, x_XD: Tensor) -> Tensor:
         """As `Model.logits`."""
@@ -294,11 +299,10 @@ class Decoder:
         return load.reshape(-1)
 
 
-def _dense_mlp(p: Params) -> Callable[[Tensor, list[int]], Tensor]:
+def _dense_mlp(p: Params, ops: Ops) -> Callable[[Tensor, list[int]], Tensor]:
     gate_up, down = linear.prepare(p.pop("gate_up")), linear.prepare(p.pop("down"))
 
     def apply(x_TD: Tensor, num_tokens_P: list[int]) -> Tensor:
-        gate, up = gate_up(x_TD).chunk(2, dim=-1)
-        return down(F.silu(gate) * up)
+        return down(ops.silu_mul(gate_up(x_TD)))
 
     return apply

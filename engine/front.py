@@ -122,6 +122,7 @@ class Front:
             stream = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
             request.branches[wire] = self._wires[wire] = _Branch(request, wire, index, stream)
         self._send(_submission(request, wires, tokens))
+        self._check_alive()
         return request.id
 
     def abort(self, request_id: int) -> None:
@@ -313,7 +314,8 @@ class Front:
         self._send(Abort(ids=np.array(wires, np.int64)))
 
     def _fail(self, rank: int, message: str) -> None:
-        self._failure = EngineFailed(f"the engine failed at rank {rank}: {message}" if rank >= 0 else message, rank)
+        named = rank < 0 or f"rank {rank}" in message
+        self._failure = EngineFailed(message if named else f"rank {rank}: {message}", rank)
         for request in list(self._requests.values()):
             self._end_with_error(request, RequestError("UNAVAILABLE", str(self._failure)))
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from typing import IO
+from typing import IO, Any
 
 LIFELINE_EXIT_CODE = 75  # of a child whose parent let go of it
 _LENGTH = struct.Struct("<Q")
@@ -39,6 +39,7 @@ def start(module: str, payload: object, *, stdout: int | IO[bytes] | None = None
     # -P: the current folder is no place to import from.
     command = [sys.executable, "-P", "-m", module]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True)
+    assert process.stdin
     data = pickle.dumps((os.getpid(), sys.path, payload))
     try:
         process.stdin.write(_LENGTH.pack(len(data)) + data)
@@ -53,7 +54,7 @@ def start_call(target: str, *args: object, stdout: int | IO[bytes] | None = None
     return start("expertwire.engine.process", (target, args), stdout=stdout)
 
 
-def read_payload() -> object:
+def read_payload() -> Any:
     """In a child: what the parent passed to `start`. From here on the child ends with its parent and ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The lifeline moves out of the way of whoever reads standard input.
@@ -99,6 +100,7 @@ def stop_all(processes: Iterable[subprocess.Popen[bytes]], timeout_s: float, *, 
 
 
 def _cut(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin
     with contextlib.suppress(BrokenPipeError):  # what was still buffered has no reader any more
         process.stdin.close()
 

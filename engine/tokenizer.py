@@ -18,6 +18,9 @@ from expertwire.engine.chat import ChatTemplates
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+# Decoders that treat a token alone, given that it is not the first, so that its text does not depend on its neighbours.
+_PIECE_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
+
 
 class TextStream(Protocol):
     """The text of one sequence, piece by piece; the pieces and the flush together are what `Tokenizer.decode` gives."""
@@ -44,14 +47,14 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self._backend = backend
         self._chat_templates = chat_templates
-        self._tables: dict[bool, _ByteTable | _PieceTable] = {}
+        self._tables = {skip: _make_table(backend, skip) for skip in (False, True)}
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
         """Read `tokenizer.json`, `tokenizer_config.json` and the chat templates of the folder `path`.
 
         Raises:
-            ValueError: a file is missing or malformed; the message names it.
+            ValueError: a file is missing, malformed or of an unsupported kind; the message names it.
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
@@ -103,16 +106,11 @@ class Tokenizer:
 
     def token_text(self, token: int) -> str:
         """The text of one token within a sequence; U+FFFD stands for bytes that are only part of a character."""
-        return self._table(False).text(token)
+        return self._tables[False].text(token)
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A new stream for one sequence."""
-        return self._table(skip_special_tokens).stream()
-
-    def _table(self, skip_special_tokens: bool) -> _ByteTable | _PieceTable:
-        if skip_special_tokens not in self._tables:
-            self._tables[skip_special_tokens] = _make_table(self._backend, skip_special_tokens)
-        return self._tables[skip_special_tokens]
+        return self._tables[skip_special_tokens].stream()
 
 
 class _ByteTable(dict[int, bytes]):
@@ -225,8 +223,11 @@ def _make_table(backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> _By
     skipped = frozenset(token for token, entry in added.items() if entry.special and skip_special_tokens)
     if kinds == ["ByteLevel"]:
         return _ByteTable(backend, skipped)
-    if "ByteLevel" in kinds:
-        raise ValueError(f"tokenizer.json: a decoder of {' + '.join(kinds)} cannot be streamed")
+    if not _PIECE_DECODERS.issuperset(kinds):
+        raise ValueError(
+            f"tokenizer.json: a decoder of {' + '.join(kinds)} is not supported; allowed are ByteLevel alone, or any of "
+            f"{', '.join(sorted(_PIECE_DECODERS))}"
+        )
     return _PieceTable(backend, skipped, "ByteFallback" in kinds)
 
 

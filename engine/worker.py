@@ -28,6 +28,7 @@ from expertwire.engine.decoder import Decoder, RankContext
 from expertwire.engine.models import registry
 from expertwire.engine.runner import Runner
 from expertwire.engine.slots import Slots
+from expertwire.kernels import registry as kernels
 from expertwire.moe.placement import Placement, place
 from expertwire.scheduler.plan import StepPlan
 
@@ -113,7 +114,14 @@ def _load(
                 dtype=dtype,
             )
         )
-    context = RankContext(rank=rank, dtype=dtype, device=device, placement=placement, all_to_all=all_to_all)
+    context = RankContext(
+        rank=rank,
+        dtype=dtype,
+        device=device,
+        ops=kernels.choose(device.split(":")[0]),
+        placement=placement,
+        all_to_all=all_to_all,
+    )
     model = registry.build(model_config, context)
     specs = model.param_specs()
     weights.check_memory(weights.nbytes(specs, dtype), device, sharers=num_ranks if device == "cpu" else 1)

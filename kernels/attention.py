@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertwire.kernels import rotary
+
 
 @dataclass(frozen=True, kw_only=True)
 class PagedSequences:
@@ -26,10 +28,10 @@ class PagedSequences:
 
     num_single: int
     cu_queries: list[int]  # B + 1: query rows of sequence b are [cu_queries[b], cu_queries[b + 1])
-    lengths: list[int]  # B: tokens whose keys are in the cache after this step's are written
+    lengths: list[int]  # B: tokens whose keys are in the cache once this step's are stored
+    single_lengths: Tensor  # i64 [num_single], the same
+    single_block_table: Tensor  # i64 [num_single, blocks], padded with the null block
     block_tables: list[Tensor]  # of the sequences with several queries: i64 [blocks]
-    single_block_table: Tensor  # i64 [num_single * blocks], padded with the null block
-    single_mask: Tensor | None  # bool [num_single, 1, 1, L], True where visible; None if all is
 
     @property
     def num_sequences(self) -> int:
@@ -49,30 +51,21 @@ def describe(
     assert (nums[:single] == 1).all(), f"sequences with one query must come first, got {nums.tolist()}"
     blocks = -(-lengths // block_size)
     widest = int(blocks[:single].max(initial=0))
-    table = torch.from_numpy(block_tables[:single, :widest].astype(np.int64)).reshape(-1).to(device)
-    padded = widest * block_size
-    mask = None
-    if single and int(lengths[:single].min()) < padded:
-        visible = np.arange(padded) < lengths[:single, None]
-        mask = torch.from_numpy(visible[:, None, None, :]).to(device)
-    tables = [
-        torch.from_numpy(block_tables[b, : blocks[b]].astype(np.int64)).to(device) for b in range(single, len(lengths))
-    ]
+    tables = [block_tables[b, : blocks[b]] for b in range(single, len(lengths))]
     return PagedSequences(
         num_single=single,
         cu_queries=cu_queries.tolist(),
         lengths=lengths.tolist(),
-        block_tables=tables,
-        single_block_table=table,
-        single_mask=mask,
+        single_lengths=torch.from_numpy(lengths[:single]).to(device),
+        single_block_table=torch.from_numpy(block_tables[:single, :widest].astype(np.int64)).to(device),
+        block_tables=[torch.from_numpy(table.astype(np.int64)).to(device) for table in tables],
     )
 
 
 def reference(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
     """One query at a time in fp32; caches [blocks, s, G, d]; returns [T, H, d]."""
     out_THd = torch.empty_like(q_THd)
-    tables = list(seqs.single_block_table.reshape(seqs.num_single, -1)) if seqs.num_single else []
-    for b, table in enumerate([*tables, *seqs.block_tables]):
+    for b, table in enumerate([*seqs.single_block_table, *seqs.block_tables]):
         start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
         for row in range(start, end):
             visible = seqs.lengths[b] - (end - 1 - row)
@@ -83,40 +76,75 @@ def reference(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequen
     return out_THd
 
 
-def write(k_cache: Tensor, v_cache: Tensor, k_TGd: Tensor, v_TGd: Tensor, slot_mapping_T: Tensor) -> None:
-    """Store this step's keys and values; `slot_mapping_T` i64 is block * s + offset."""
-    k_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, k_TGd)
+def rotate_and_store(
+    qkv_Thd: Tensor,
+    norm_hd: Tensor | None,
+    eps: float,
+    tables: tuple[Tensor, Tensor],
+    positions_T: Tensor,
+    slot_mapping_T: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """What lies between the projections and the attention: norms of query and key heads, rotation, storing keys and values.
+
+    Args:
+        qkv_Thd: [T, H + 2G, d]: query, key and value heads.
+        norm_hd: weights of the heads' RMS norms [H + G, d], or None.
+        eps: of the norms.
+        tables: `rotary.tables`.
+        positions_T: i64.
+        slot_mapping_T: i64, block * s + offset.
+        k_cache: [blocks, s, G, d], written, as is `v_cache`.
+
+    Returns:
+        Queries [T, H, d].
+    """
+    num_kv, dim = k_cache.shape[2:]
+    num_heads = qkv_Thd.shape[1] - 2 * num_kv
+    qk, v_TGd = qkv_Thd[:, : num_heads + num_kv].float(), qkv_Thd[:, num_heads + num_kv :]
+    if norm_hd is not None:
+        qk = F.rms_norm(qk, (dim,), None, eps) * norm_hd.float()
+    qk = rotary.rotate(qk, *(table[positions_T].unsqueeze(1) for table in tables)).to(qkv_Thd.dtype)
+    k_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, qk[:, num_heads:])
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, v_TGd)
+    return qk[:, :num_heads]
 
 
 def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
     """As `reference`, by torch's fused attention: one batch of single queries, then one call a longer sequence."""
-    outputs = []
-    if seqs.num_single:
-        outputs.append(_attend_single(q_THd[: seqs.num_single], k_cache, v_cache, seqs))
-    for i, table in enumerate(seqs.block_tables):
-        b = seqs.num_single + i
+    single = _attend_single(q_THd[: seqs.num_single], k_cache, v_cache, seqs)
+    return torch.cat((single, attend_several(q_THd, k_cache, v_cache, seqs)))
+
+
+def attend_several(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
+    """The sequences with several queries only: [T - num_single, H, d]."""
+    outputs = [q_THd[:0]]
+    for b, table in enumerate(seqs.block_tables, seqs.num_single):
         q = q_THd[seqs.cu_queries[b] : seqs.cu_queries[b + 1]]
-        outputs.append(_attend_several(q, k_cache, v_cache, table, seqs.lengths[b]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else q_THd
+        outputs.append(_attend_one(q, k_cache, v_cache, table, seqs.lengths[b]))
+    return torch.cat(outputs)
 
 
 def _gather(cache: Tensor, table: Tensor, batch: int) -> Tensor:
     """[batch, G, L, d] of the blocks in `table`."""
     _, _, heads, dim = cache.shape
-    return cache.index_select(0, table).view(batch, -1, heads, dim).transpose(1, 2)
+    return cache.index_select(0, table.flatten()).view(batch, -1, heads, dim).transpose(1, 2)
 
 
 def _attend_single(q_BHd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
+    if not len(q_BHd):
+        return q_BHd
     batch, num_heads, dim = q_BHd.shape
     k_BGLd, v_BGLd = (_gather(c, seqs.single_block_table, batch) for c in (k_cache, v_cache))
+    visible = torch.arange(k_BGLd.shape[2], device=q_BHd.device) < seqs.single_lengths[:, None]
     # The heads that share a key head are its queries: nothing is repeated.
     q_BGqd = q_BHd.view(batch, k_BGLd.shape[1], -1, dim)
-    out = F.scaled_dot_product_attention(q_BGqd, k_BGLd, v_BGLd, attn_mask=seqs.single_mask)
+    out = F.scaled_dot_product_attention(q_BGqd, k_BGLd, v_BGLd, attn_mask=visible[:, None, None, :])
     return out.reshape(batch, num_heads, dim)
 
 
-def _attend_several(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int) -> Tensor:
+def _attend_one(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int) -> Tensor:
     num, num_heads, _ = q_THd.shape
     k_1GLd, v_1GLd = (_gather(c, table, 1)[:, :, :length] for c in (k_cache, v_cache))
     q_1HTd = q_THd.transpose(0, 1).unsqueeze(0)

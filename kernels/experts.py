@@ -22,35 +22,35 @@ GroupedMlp = Callable[[Tensor, Sequence[int]], Tensor]
 _ROWS_APART = 32
 
 
+def silu_mul_reference(gate_up_NF: Tensor) -> Tensor:
+    """`silu(gate) * up` of [N, 2F], each rounded to the dtype."""
+    gate_NF, up_NF = gate_up_NF.chunk(2, dim=-1)
+    return F.silu(gate_NF) * up_NF
+
+
 def reference(x_ND: Tensor, offsets: Sequence[int], w13_eFD: Tensor, w2_eDF: Tensor) -> Tensor:
     """A loop over experts; w13 [e, 2F, D], w2 [e, D, F]; returns [N, D] in x's dtype."""
     y_ND = torch.empty_like(x_ND)
     for e, (start, end) in enumerate(pairwise(offsets)):
-        gate, up = linear.reference(x_ND[start:end], w13_eFD[e]).chunk(2, dim=-1)
-        y_ND[start:end] = linear.reference(F.silu(gate) * up, w2_eDF[e])
+        hidden = silu_mul_reference(linear.reference(x_ND[start:end], w13_eFD[e]))
+        y_ND[start:end] = linear.reference(hidden, w2_eDF[e])
     return y_ND
 
 
-def prepare(w13_eFD: Tensor, w2_eDF: Tensor) -> GroupedMlp:
+def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor]) -> GroupedMlp:
     """A callable for these weights. The caller gives them up, as for `linear.prepare`."""
     w13 = [linear.prepare(w) for w in w13_eFD.unbind(0)]
     w2 = [linear.prepare(w) for w in w2_eDF.unbind(0)]
 
     def apply(x_ND: Tensor, offsets: Sequence[int]) -> Tensor:
-        num_rows = x_ND.shape[0]
         busy = [e for e in range(len(w13)) if offsets[e] < offsets[e + 1]]
         if not busy:
             return torch.empty_like(x_ND)
-        rows = x_ND.split([offsets[e + 1] - offsets[e] for e in busy])
-        if num_rows >= _ROWS_APART * len(busy):
-            return torch.cat([w2[e](_silu_mul(w13[e](x))) for e, x in zip(busy, rows, strict=True)])
-        hidden = _silu_mul(torch.cat([w13[e](x) for e, x in zip(busy, rows, strict=True)]))
-        parts = hidden.split([len(x) for x in rows])
-        return torch.cat([w2[e](h) for e, h in zip(busy, parts, strict=True)])
+        sizes = [offsets[e + 1] - offsets[e] for e in busy]
+        rows = x_ND.split(sizes)
+        if len(x_ND) >= _ROWS_APART * len(busy):
+            return torch.cat([w2[e](silu_mul(w13[e](x))) for e, x in zip(busy, rows, strict=True)])
+        hidden = silu_mul(torch.cat([w13[e](x) for e, x in zip(busy, rows, strict=True)]))
+        return torch.cat([w2[e](h) for e, h in zip(busy, hidden.split(sizes), strict=True)])
 
     return apply
-
-
-def _silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

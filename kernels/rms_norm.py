@@ -1,22 +1,22 @@
 """Root-mean-square normalisation: `y = x / sqrt(mean(x^2) + eps) * weight`, over the last dimension, in fp32.
 
-Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019). T tokens, D model width.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D] fp32 or bf16, weight [D] -> [..., D] in x's dtype."""
-    x_fp32 = x.float()
+def reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x fp32 or bf16 -> y in x's dtype."""
+    x_fp32 = x_TD.float()
     scale = torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
-    return (x_fp32 * scale * weight.float()).to(x.dtype)
+    return (x_fp32 * scale * weight_D.float()).to(x_TD.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `reference`, by torch's fused kernel."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+def add_reference(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual sum `x + delta`, and its norm."""
+    sum_TD = x_TD + delta_TD
+    return sum_TD, reference(sum_TD, weight_D, eps)

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 
-def tables(
-    num_positions: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [positions, d] in `dtype`; the first half of the sines is negative, as `rotate` expects."""
+def tables(num_positions: int, head_dim: int, theta: float, device: str) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines, fp32 [positions, d]; the first half of the sines is negative, as `rotate` expects."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     angles = torch.arange(num_positions).float()[:, None] * inverse
     cos, sin = angles.cos(), angles.sin()
-    return (
-        torch.cat((cos, cos), dim=-1).to(device=device, dtype=dtype),
-        torch.cat((-sin, sin), dim=-1).to(device=device, dtype=dtype),
-    )
+    return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)
 
 
 def reference(x_THd: Tensor, positions_T: Tensor, theta: float) -> Tensor:

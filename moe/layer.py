@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from expertwire.comm.all_to_all import AllToAll
-from expertwire.kernels import combine, routing
 from expertwire.kernels.experts import GroupedMlp
 from expertwire.kernels.linear import Linear
+from expertwire.kernels.registry import Ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class MoeLayer:
     `load_E` i64 counts, on the host, how many rows this rank's tokens have sent to each logical expert.
     """
 
+    ops: Ops
     router: Linear
     top_k: int
     renormalize: bool
@@ -36,12 +37,12 @@ class MoeLayer:
 
     def forward(self, x_TD: Tensor, num_tokens_P: Sequence[int]) -> Tensor:
         """x [T, D] -> y [T, D]; every rank of the group calls it together, also with no tokens."""
-        ids_TK, weights_TK = routing.reference(self.router(x_TD), self.top_k, renormalize=self.renormalize)
+        ids_TK, weights_TK = self.ops.route(self.router(x_TD), self.top_k, renormalize=self.renormalize)
         self.load_E[:] += np.bincount(ids_TK.flatten().cpu().numpy(), minlength=len(self.load_E))
         handle = self.all_to_all.dispatch_send(x_TD, self.physical_of_E[ids_TK], num_tokens_P)
         shared_TD = self.shared(x_TD) if self.shared is not None else None
         arrived = self.all_to_all.dispatch_recv(handle)
         y_RD = self.experts(arrived.x_UD.index_select(0, arrived.row_index_R), arrived.expert_offsets)
         returning = self.all_to_all.combine_send(handle, y_RD)
-        y_TD = combine.combine(self.all_to_all.combine_recv(returning), weights_TK)
+        y_TD = self.ops.combine(self.all_to_all.combine_recv(returning), weights_TK)
         return y_TD if shared_TD is None else torch.add(y_TD, shared_TD)

@@ -12,8 +12,8 @@ class SchedulerConfig:
     Args:
         num_ranks: data-parallel ranks, each with slots and blocks of its own.
         max_running: slots on one rank.
-        max_num_tokens: token budget of one step on one rank. A rank runs at most this many requests, so that each of them
-            gets at least one token a step.
+        max_num_tokens: token budget of one step on one rank. Also bounds the requests that run at once, as each of them gets
+            at least one token a step.
         max_model_len: prompt and output tokens of one request at most.
         block_size: tokens in a block, the same in every cache.
         num_blocks: on one rank in each cache, including block 0, the null block, which is never handed out.

@@ -6,9 +6,9 @@ one and keeps it, so plans carry no sampled tokens.
 
 Everything is a function of the calls made, their `now` included: the same calls give the same plans, byte by byte.
 
-Where the rest will go: prefix hits raise `num_computed` at admission, preemption is one more way out of the
-running table (`_end` without an answer, and back to the queue with the tokens known so far), priorities are policies, and
-overlap lets `plan` count the tokens in flight as computed instead of insisting on the commit.
+Where the rest will go: prefix hits raise `num_computed` at admission, preemption is one more way out of the running table
+(`_end` without an answer, and back to the queue with the tokens known so far), priorities are policies, and overlap lets
+`plan` count the tokens in flight as computed instead of insisting on the commit.
 
 Shape letters: P ranks, A admitted requests, S scheduled requests, O sampled tokens, V vocabulary. `rows` are rows
 of the running table.
@@ -40,7 +40,6 @@ SUPPORTED_KINDS = ("full",)
 
 class _Admission(NamedTuple):
     rank: int
-    number: int  # counts admissions
     num_blocks: int  # reserved in each cache
     num_scheduled: int
     request: Request
@@ -73,7 +72,6 @@ class Scheduler:
         self._ended: list[int] = []  # rows to release in the next plan
         self._in_flight: StepPlan | None = None
         self._num_plans = 0
-        self._num_admitted = 0
 
     @property
     def num_waiting(self) -> int:
@@ -114,8 +112,8 @@ class Scheduler:
     def plan(self, now: float, *, report_load: bool = False) -> StepPlan | None:
         """The next step; None if there is nothing to compute or release, unless the ranks shall report their load.
 
-        Running requests come first: one token for each that needs no more, then chunks in order of admission. What is left of
-        a rank's budget goes to new requests. A step may have no tokens: then it only releases slots.
+        Running requests come first: one token for each that needs no more, then the next chunk of a prompt. What is left of a
+        rank's budget goes to new requests. A step may have no tokens: then it only releases slots.
         """
         assert self._in_flight is None, f"step {self._num_plans - 1} is not committed"
         released = np.sort(np.array(self._ended, np.int64))
@@ -189,8 +187,7 @@ class Scheduler:
         assert (want > 0).all(), f"nothing to compute in rows {rows[want <= 0]}"
         single_P = np.bincount(table.rank_N[rows[want == 1]], minlength=self.config.num_ranks)
         budget_P = self.config.max_num_tokens - single_P
-        several = np.flatnonzero(want > 1)
-        for i in several[np.argsort(table.admitted_N[rows[several]])]:
+        for i in np.flatnonzero(want > 1):  # at most one a rank: nothing is admitted behind a prompt that is cut
             rank = table.rank_N[rows[i]]
             want[i] = min(want[i], budget_P[rank])
             budget_P[rank] -= want[i]
@@ -202,7 +199,7 @@ class Scheduler:
         chosen: list[_Admission] = []
         if not self._waiting:
             return chosen
-        free_P = min(self.config.max_running, self.config.max_num_tokens) - self._table.occupied_P()
+        free_P = self.config.max_running - self._table.occupied_P()
         room_P = (free_P > 0) & (budget_P > 0)
         blocks_P = self._pool.unreserved_P()
         load_P = self._table.outstanding_P()
@@ -212,8 +209,7 @@ class Scheduler:
             if rank is None:
                 break
             count = min(len(request.prompt), int(budget_P[rank]))
-            chosen.append(_Admission(rank, self._num_admitted, num_blocks, count, request))
-            self._num_admitted += 1
+            chosen.append(_Admission(rank, num_blocks, count, request))
             budget_P[rank] -= count
             free_P[rank] -= 1
             room_P[rank] = free_P[rank] > 0 and budget_P[rank] > 0
@@ -228,11 +224,12 @@ class Scheduler:
         chosen.sort(key=lambda admission: admission.rank)
         for rank, *_, request in chosen:
             request.rank = rank
-            self._may_stop_V[list(request.stop_ids)] = True
+            if request.stop_ids:
+                self._may_stop_V[list(request.stop_ids)] = True
             self._running[request.key] = self._waiting.pop(request.key)
-        ranks, numbers, num_blocks, counts, requests = zip(*chosen, strict=True)
+        ranks, num_blocks, counts, requests = zip(*chosen, strict=True)
         self._pool.reserve(np.array(ranks), np.array(num_blocks))
-        rows = self._table.admit(requests, np.array(numbers), np.array(num_blocks))
+        rows = self._table.admit(requests, np.array(num_blocks))
         return list(requests), rows, np.array(counts, np.int32)
 
     def _build(

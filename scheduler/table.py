@@ -1,8 +1,7 @@
 """The running requests of all ranks as numpy arrays: one row per slot, row = rank * max_running + slot.
 
-Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, B positions in a
-block table. Functions take `rows`, an
-ascending array of row numbers, and so sorted by rank, as a `StepPlan` wants it.
+Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, B positions in a block table.
+Functions take `rows`, an ascending array of row numbers, and so sorted by rank, as a `StepPlan` wants it.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ class RunningTable:
         self.occupied_N = np.zeros(n, bool)
         self.running_N = np.zeros(n, bool)
         self.key_N = np.zeros(n, np.int64)
-        self.admitted_N = np.zeros(n, np.int64)  # the how-manieth admission this was
         self.num_tokens_N = np.zeros(n, np.int32)  # known: the prompt's and the sampled ones
         self.num_computed_N = np.zeros(n, np.int32)  # in the caches
         self.num_scheduled_N = np.zeros(n, np.int32)  # in the step in flight
@@ -48,7 +46,7 @@ class RunningTable:
         # Untouched pages cost nothing, so the width may be that of the longest request.
         self.block_ids_GNB = np.zeros((num_groups, n, config.blocks_for(config.max_model_len)), np.int32)
 
-    def admit(self, requests: Sequence[Request], number_A: np.ndarray, num_reserved_A: np.ndarray) -> np.ndarray:
+    def admit(self, requests: Sequence[Request], num_reserved_A: np.ndarray) -> np.ndarray:
         """Give each request (sorted by `rank`) the lowest free slot of its rank: i64 [A] rows, ascending."""
         rank_A = np.array([request.rank for request in requests], np.int64)
         counts_P = np.bincount(rank_A, minlength=len(self.bounds_P1) - 1)
@@ -60,7 +58,6 @@ class RunningTable:
         min_tokens_A = np.array([min(request.params.min_tokens, request.limit) for request in requests])
         self.occupied_N[rows] = self.running_N[rows] = True
         self.key_N[rows] = [request.key for request in requests]
-        self.admitted_N[rows] = number_A
         self.num_tokens_N[rows] = prompt_len_A
         self.num_computed_N[rows] = 0
         self.limit_N[rows] = limit_A

@@ -1,7 +1,8 @@
 """A worker without a model: it joins the hub and does what each message asks. Plus what tests need around it.
 
 `config` is a dictionary: `nodes` (node id by rank; the real one if missing), `fail_at_start` (a rank that raises).
-A plan has `step`, and may have `die`, `hang` or `quit` (a rank), `nap_us` (sleep at random up to that), `answer` (items to send back).
+A plan has `step`, and may have `die`, `hang` or `quit` (a rank), `nap_us` (sleep at random up to that), `answer` (items to
+send back).
 """
 
 from __future__ import annotations

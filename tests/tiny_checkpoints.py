@@ -1,10 +1,12 @@
 """Tiny random checkpoints in the hub's real format, and what transformers computes from them.
 
-Weights are scaled so that every sub-layer matters: the logits' standard deviation is 2-4 and zeroing any one tensor moves some
-logit by more than 0.1 (`sensitivity`; `tests/engine/test_checkpoint.py` checks it). Default initialisation hides wrong experts.
+Weights are scaled so that every sub-layer matters: the logits' standard deviation is 2-4 and zeroing any one tensor moves
+some logit by more than 0.1 (`sensitivity`; `test_tiny_checkpoints.py` checks it). Default initialisation hides wrong experts.
 """
 
 from __future__ import annotations
+
+import expertwire  # noqa: F401  # isort: skip  (first: transformers must not take our `kernels` for another package's)
 
 import atexit
 import functools

@@ -32,7 +32,8 @@ def byte_level() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False),
     )
     tokenizer.add_tokens([AddedToken("<think it>"), AddedToken("Ġé ü")])
     return tokenizer
@@ -81,18 +82,7 @@ def word_piece() -> Tokenizer:
     return tokenizer
 
 
-def suffix_bpe() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.BPEDecoder()
-    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-KINDS = {
-    kind.__name__: kind for kind in (byte_level, byte_fallback, unigram, word_level, word_piece, suffix_bpe)
-}
+KINDS = {kind.__name__: kind for kind in (byte_level, byte_fallback, unigram, word_level, word_piece)}
 
 
 def write(folder: Path, kind: str, **config: object) -> Path:

@@ -39,6 +39,17 @@ def check(results, step, size=10, answer=0):
         assert result["answer"].tolist() == [rank] * answer
 
 
+def run(hub, steps):
+    for step in range(steps):
+        hub.publish(plan(step))
+        check(hub.collect(60), step)
+
+
+def idle(hub):
+    while select.select(hub.filenos(), [], [], 20)[0]:
+        hub.poll_lost()
+
+
 @pytest.mark.parametrize("nodes", TOPOLOGIES)
 def test_steps_of_any_size_arrive_in_order(nodes):
     sizes = [0, 10, BIG // 2, BIG, 10, BIG * 2, 10, BIG - 100, 0]
@@ -84,8 +95,7 @@ def test_no_wake_up_is_lost_in_thousands_of_steps_with_naps_on_both_sides(nodes)
 @pytest.mark.parametrize(("nodes", "victim"), [("AA", 1), ("BB", 0), ("BB", 1), ("ABC", 2), ("ABC", 0)])
 def test_a_killed_rank_is_named_while_others_are_waited_for(nodes, victim):
     with joined(nodes) as (hub, workers):
-        hub.publish(plan(0))
-        check(hub.collect(60), 0)
+        run(hub, 1)
         hub.publish(plan(1, die=victim))
         with pytest.raises(RankLost, match=f"rank {victim} ") as lost:
             hub.collect(60)
@@ -96,13 +106,11 @@ def test_a_killed_rank_is_named_while_others_are_waited_for(nodes, victim):
 @pytest.mark.parametrize(("nodes", "victim"), [("AA", 1), ("BB", 1), ("B", 0)])
 def test_an_idle_controller_notices_a_dead_rank_in_its_select(nodes, victim):
     with joined(nodes) as (hub, workers):
-        hub.publish(plan(0))
-        check(hub.collect(60), 0)
+        run(hub, 1)
         hub.poll_lost()
         workers[victim].kill()
         with pytest.raises(RankLost) as lost:
-            while select.select(hub.filenos(), [], [], 20)[0]:
-                hub.poll_lost()
+            idle(hub)
         assert lost.value.rank == victim
 
 
@@ -111,9 +119,7 @@ def test_publishing_to_a_dead_rank_ends_in_rank_lost():
         workers[1].kill()
         workers[1].wait()
         with pytest.raises(RankLost, match="rank 1 "):
-            for step in range(1000):
-                hub.publish(plan(step))
-                hub.collect(10)
+            run(hub, 1000)
 
 
 @pytest.mark.parametrize("nodes", ["AA", "BB"])
@@ -127,9 +133,10 @@ def test_a_rank_that_does_not_answer_is_named_(nodes):
 
 @pytest.mark.parametrize("nodes", ["AA", "BB"])
 def test_a_rank_that_leaves_is_lost(nodes):
-    with joined(nodes) as (hub, _), pytest.raises(RankLost, match="rank 1 "):
+    with joined(nodes) as (hub, _):
         hub.publish(plan(0, quit=1))
-        hub.collect(20)
+        with pytest.raises(RankLost, match="rank 1 "):
+            hub.collect(20)
 
 
 @pytest.mark.parametrize("nodes", ["AAA", "BBB", "ABB"])

@@ -78,6 +78,6 @@ def test_too_little_shared_memory_is_an_error_at_creation_and_leaves_nothing(mon
 
     before = set(os.listdir("/dev/shm"))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="cannot get .* bytes in /dev/shm"):
+    with pytest.raises(OSError, match=r"cannot get .* bytes in /dev/shm"):
         Ring.create(1, CAPACITY)
     assert set(os.listdir("/dev/shm")) <= before

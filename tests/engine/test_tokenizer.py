@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import tokenizer_files
+
 from expertwire.engine.tokenizer import Tokenizer
 
 TEXTS = [
@@ -21,6 +22,11 @@ TEXTS = [
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "the <b>fox</b> & 'ü' 🙂", "name": None},
+]
+
+NAMED_TEMPLATES = [
+    {"name": "default", "template": "plain {{ messages | length }}"},
+    {"name": "tool_use", "template": "tools"},
 ]
 
 
@@ -80,14 +86,25 @@ def test_a_stream_gives_text_as_soon_as_it_is_certain(tmp_path):
     assert [stream.push(token) for token in spaced.encode("the fox")] == ["", "the", " f", "ox"]
 
 
-def test_every_streamed_decoder_is_named_or_refused(tmp_path):
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"type": "BPEDecoder", "suffix": "</w>"},
+        {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+    ],
+)
+def test_decoders_that_cannot_be_streamed_are_refused(tmp_path, decoder):
     folder = tokenizer_files.write(tmp_path, "byte_level")
     file = folder / "tokenizer.json"
-    parts = json.loads(file.read_text())
-    parts["decoder"] = {"type": "Sequence", "decoders": [parts["decoder"], {"type": "Fuse"}]}
-    file.write_text(json.dumps(parts))
-    with pytest.raises(ValueError, match="ByteLevel \\+ Fuse cannot be streamed"):
-        Tokenizer.open(folder).stream()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "decoder": decoder}))
+    with pytest.raises(ValueError, match=r"decoder of (BPEDecoder|ByteLevel \+ Strip) is not supported"):
+        Tokenizer.open(folder)
 
 
 def test_token_text(tmp_path):
@@ -110,7 +127,14 @@ def test_tokenizer_json_alone_decides_about_bos(tmp_path, kind, add_bos_token):
 
 def test_tokens_that_only_the_config_declares(tmp_path):
     transformers = pytest.importorskip("transformers")
-    entry = {"content": "<tool>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
+    entry = {
+        "content": "<tool>",
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": False,
+    }
     folder = tokenizer_files.write(tmp_path, "byte_level", added_tokens_decoder={"900": entry}, pad_token="<pad>")
     ours, theirs = Tokenizer.open(folder), transformers.AutoTokenizer.from_pretrained(folder)
     text = "a<tool>b<pad>c"
@@ -135,10 +159,8 @@ def test_truncation_and_padding_of_the_file_have_no_effect(tmp_path):
 
 
 class TestChatTemplates:
-    NAMED = [{"name": "default", "template": "plain {{ messages | length }}"}, {"name": "tool_use", "template": "tools"}]
-
     def test_named_templates_in_the_config(self, tmp_path):
-        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template=self.NAMED))
+        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template=NAMED_TEMPLATES))
         assert tokenizer.render_chat(CHAT) == "plain 2"
         assert tokenizer.render_chat(CHAT, tools=[{}]) == "tools"
         assert tokenizer.render_chat(CHAT, tools=[{}], chat_template="default") == "plain 2"

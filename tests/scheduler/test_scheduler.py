@@ -310,6 +310,40 @@ def test_log_probabilities_follow_their_requests():
     assert [tops[key] for key in (0, 1, 2, 4)] == [3, 3, 3, 3]
 
 
+def test_rows_of_an_aborted_request_are_dropped_with_all_that_hangs_on_them():
+    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=20))
+    cluster.submit(*(make_request(key, length=4, logprobs=2, prompt_logprobs=3) for key in range(3)))
+    cluster.plan()
+    cluster.scheduler.abort(1)
+    out = cluster.commit()
+    assert out.key_O.tolist() == [0, 2]
+    assert out.top_offsets_O1.tolist() == [0, 2, 4]
+    assert out.top_ids.tolist() == (-out.top_logprobs).tolist() == [t + i for t in out.token_O for i in (0, 1)]
+    assert out.prompt_key_R.tolist() == [0, 0, 0, 2, 2, 2]
+    assert out.prompt_position_R.tolist() == [1, 2, 3, 1, 2, 3]
+    assert out.prompt_top_offsets_R1.tolist() == [0, 3, 6, 9, 12, 15, 18]
+    assert out.prompt_top_logprobs.tolist() == (-out.prompt_top_ids).tolist()
+    assert out.prompt_top_ids.tolist() == [int(i - t) for t in out.prompt_logprob_R for i in (0, 1, 2)]
+
+
+def test_plans_carry_the_epoch():
+    cluster = SimCluster(make_config())
+    assert cluster.scheduler.plan(0.0, report_load=True).epoch == 0
+    other = SimCluster(make_config())
+    other.scheduler.epoch = 7
+    assert other.scheduler.plan(0.0, report_load=True).epoch == 7
+
+
+def test_unfinished_requests():
+    cluster = SimCluster(make_config(num_ranks=1, max_running=2))
+    cluster.submit(*(make_request(key, max_tokens=3, ignore_eos=True) for key in range(4)))
+    cluster.step()
+    cluster.scheduler.abort(1)
+    assert sorted(cluster.scheduler.unfinished()) == [0, 2, 3]
+    cluster.drain()
+    assert cluster.scheduler.unfinished() == []
+
+
 def test_nothing_to_do_but_to_report_the_load():
     cluster = SimCluster(make_config())
     assert cluster.scheduler.plan(0.0) is None

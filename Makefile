@@ -1,0 +1,64 @@
+# Every target makes what it needs in .venv, a virtual environment of its own, and installs only what has changed.
+#
+#   make demo        serve the demo model from two expert-parallel ranks under Ray, and ask it questions
+#   make test        the tests, without the full matrices
+#   make test-full   all tests
+#   make lint        style
+#   make proto       regenerate the gRPC code after a change of the .proto
+#
+# PYTHON chooses the interpreter; PIP_ARGS is passed to pip, for instance on a Linux machine without a GPU, to save 3 GB:
+#   make demo PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
+
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+  $$name $(NEW_ENOUGH) 2>/dev/null && echo $$name && break; done)
+PIP_ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/installed
+INSTALLED_DEV := .venv/installed-dev
+PROTO := deploy/proto
+# The oldest tools whose code the oldest grpcio and protobuf of pyproject.toml can run.
+PROTO_TOOLS := grpcio-tools==1.73.1
+
+.PHONY: demo test test-full lint proto clean
+
+demo: $(INSTALLED)
+	$(BIN)/expertwire demo
+
+test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -q -m "not full"
+
+test-full: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.venv/bin/pip:
+	@"$(PYTHON)" $(NEW_ENOUGH) 2>/dev/null || \
+	  { echo "error: Expertwire needs Python 3.11 or later; name it with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+
+# torch first: it decides which of its builds fits this machine.
+.venv/torch: .venv/bin/pip
+	$(BIN)/python -m pip install $(PIP_ARGS) "torch>=2.11,<2.14"
+	@touch $@
+
+$(INSTALLED): .venv/torch pyproject.toml
+	$(BIN)/python -m pip install $(PIP_ARGS) -e .
+	@touch $@
+
+$(INSTALLED_DEV): .venv/torch pyproject.toml
+	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[dev]"
+	@touch $(INSTALLED) $@
+
+# In an environment of its own: new tools make code that older versions of grpcio refuse.
+proto:
+	tools=$$(mktemp -d) && trap 'rm -rf "$$tools"' EXIT && "$(PYTHON)" -m venv "$$tools/venv" && \
+	"$$tools/venv/bin/python" -m pip install -q $(PIP_ARGS) "$(PROTO_TOOLS)" && \
+	"$$tools/venv/bin/python" -m grpc_tools.protoc -I expertwire/$(PROTO)=$(PROTO) --python_out="$$tools" --pyi_out="$$tools" \
+	  --grpc_python_out="$$tools" expertwire/$(PROTO)/expertwire_v1.proto && cp "$$tools"/expertwire/$(PROTO)/*_pb2* $(PROTO)
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,197 @@
+"""A small client of `expertwire.v1`, for programs without an event loop.
+
+with Client("127.0.0.1:50051") as client:
+    for chunk in client.generate("Once upon a time", temperature=0, max_tokens=64):
+        print(chunk.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import grpc
+from google.protobuf import json_format
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from expertwire.deploy.grpc_messages import FINISH_REASONS, from_sampling_params
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
+from expertwire.engine.outputs import Logprob, LogprobDict
+
+_REASON_NAMES = {code: name for name, code in FINISH_REASONS.items()}
+
+
+class ServerError(RuntimeError):
+    """The server answered with an error status.
+
+    Attributes:
+        code: name of the gRPC status, for instance "INVALID_ARGUMENT".
+        message: what to do about it.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What is new of one branch."""
+
+    branch: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[LogprobDict] | None  # one entry a token, if asked for
+    finish_reason: str | None  # "stop", "length" or "abort" on the last chunk
+    stop_reason: str | int | None  # the stop string or stop token that matched
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a request has used; `seed` repeats it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    seed: int
+
+
+class Generation:
+    """The stream of one request: iterate over its chunks once. Closing it early aborts the request.
+
+    Attributes:
+        request_id: for `Client.abort`.
+        prompt_logprobs: one entry a prompt token, None for the first; complete before the first chunk, if asked for.
+        usage: set when the stream has ended regularly.
+    """
+
+    def __init__(self, request_id: str, call: grpc.Call) -> None:
+        self.request_id = request_id
+        self.prompt_logprobs: list[LogprobDict | None] = []
+        self.usage: Usage | None = None
+        self._call = call
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Raises `ServerError`."""
+        try:
+            for message in self._call:
+                self.prompt_logprobs += [_to_logprobs(entry) for entry in message.prompt_logprobs]
+                if message.HasField("usage"):
+                    self.usage = Usage(**{field.name: getattr(message.usage, field.name) for field in _USAGE_FIELDS})
+                yield from map(_to_chunk, message.chunks)
+        except grpc.RpcError as error:
+            _raise(error)
+        finally:
+            self._call.cancel()
+
+    def close(self) -> None:
+        """Abort the request, if it still runs."""
+        self._call.cancel()
+
+
+class Client:
+    """A connection to a server.
+
+    Args:
+        address: "host:port".
+        timeout_s: for the short calls; None waits for ever.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:50051", *, timeout_s: float | None = 30.0) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self._stub = pb_grpc.InferenceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._timeout_s = timeout_s
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+        **sampling_params: Any,
+    ) -> Generation:
+        """Ask for the outputs of a prompt: text, or its token ids.
+
+        Args:
+            prompt: what the model continues.
+            request_id: unique among running requests; None makes one.
+            timeout_s: the server aborts the request after this time.
+            sampling_params: fields of `expertwire.SamplingParams`.
+
+        Raises:
+            ValueError: an unknown sampling parameter. (The server's errors come from the iteration.)
+        """
+        request = pb.GenerateRequest(
+            request_id=request_id or uuid.uuid4().hex, sampling_params=from_sampling_params(sampling_params)
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.SetInParent()
+            request.token_ids.ids.extend(prompt)
+        return Generation(request.request_id, self._stub.Generate(request, timeout=timeout_s))
+
+    def abort(self, request_id: str) -> None:
+        """End a running request. Raises `ServerError`."""
+        self._call(self._stub.Abort, pb.AbortRequest(request_id=request_id))
+
+    def model_info(self) -> dict[str, Any]:
+        """What is served, by the field names of `ModelInfo` in the .proto. Raises `ServerError`."""
+        info = self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest())
+        return {field.name: getattr(info, field.name) for field in pb.ModelInfo.DESCRIPTOR.fields}
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges of the engine; `expert_load` has the tokens of each expert by MoE layer. Raises `ServerError`."""
+        stats = self._call(self._stub.GetStats, pb.GetStatsRequest())
+        return {**json_format.MessageToDict(stats.values), "expert_load": [list(e.tokens) for e in stats.expert_load]}
+
+    def is_serving(self) -> bool:
+        """What the server's health check says; False also where there is no server."""
+        try:
+            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
+        except grpc.RpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def close(self) -> None:
+        """Close the connection; running requests are aborted."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            _raise(error)
+
+
+_USAGE_FIELDS = tuple(pb.Usage.DESCRIPTOR.fields)
+
+
+def _to_chunk(chunk: pb.Chunk) -> Chunk:
+    stop = chunk.WhichOneof("stop_reason")
+    return Chunk(
+        branch=chunk.branch,
+        token_ids=list(chunk.token_ids),
+        text=chunk.text,
+        logprobs=[_to_logprobs(entry) or {} for entry in chunk.logprobs] or None,
+        finish_reason=_REASON_NAMES.get(chunk.finish_reason),
+        stop_reason=stop and getattr(chunk, stop),
+    )
+
+
+def _to_logprobs(entry: pb.PositionLogprobs) -> LogprobDict | None:
+    return {token.token_id: Logprob(token.logprob, token.rank, token.decoded_token) for token in entry.tokens} or None
+
+
+def _raise(error: grpc.RpcError) -> NoReturn:
+    raise ServerError(error.code().name, error.details() or "") from error

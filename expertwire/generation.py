@@ -1,0 +1,211 @@
+"""One call of the offline API: prompts on their way through a front, and what comes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+from tqdm import tqdm
+
+from expertwire.engine.front import Front
+from expertwire.engine.outputs import EngineFailed, LogprobDict, RequestError, Update
+from expertwire.scheduler.sampling_params import SamplingParams
+
+_POLL_S = 0.2  # how long an interrupt may wait for the end of a poll
+
+
+@dataclass
+class CompletionOutput:
+    """One of a request's `n` outputs.
+
+    Attributes:
+        index: which one, from 0; also the branch of its draws.
+        text: empty without a tokenizer.
+        token_ids: of the output, with the end-of-sequence or stop token.
+        logprobs: one entry a token when asked for: token id -> `Logprob`, the sampled token first.
+        cumulative_logprob: the sum over the sampled tokens, when `logprobs` was asked for.
+        finish_reason: "stop" or "length".
+        stop_reason: the stop string or the id among `stop_token_ids` that ended the output.
+        seed: with `index` and the prompt it reproduces the output.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[LogprobDict] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    seed: int | None = None
+
+
+@dataclass
+class RequestOutput:
+    """What became of one prompt.
+
+    Attributes:
+        request_id: unique within an `LLM`.
+        prompt: the text, if the prompt was one.
+        prompt_token_ids: its tokens.
+        prompt_logprobs: when asked for: None for the first token, then token id -> `Logprob`, the prompt's token first.
+        outputs: `n` of them.
+        finished: every output has its end.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[LogprobDict | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+
+
+class Job:
+    """A prompt on its way, and what has come of it."""
+
+    def __init__(self, index: int, text: str | None, tokens: np.ndarray, params: SamplingParams) -> None:
+        self.index = index
+        self.text = text
+        self.tokens = tokens
+        self.params = params
+        self.request_id = -1
+        self.num_waiting = params.n  # branches without an update
+        self.finished = False
+        self.prompt_logprobs: list[LogprobDict | None] | None = None
+        self.outputs = [
+            CompletionOutput(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)
+        ]
+        self.texts: list[list[str]] = [[] for _ in self.outputs]
+
+    def add(self, update: Update) -> None:
+        output = self.outputs[update.branch]
+        self.num_waiting -= output.seed is None
+        output.seed = update.seed
+        output.token_ids.extend(update.token_ids)
+        self.texts[update.branch].append(update.text)
+        if output.logprobs is not None and update.logprobs is not None:
+            output.logprobs.extend(update.logprobs)
+        if update.prompt_logprobs is not None:
+            self.prompt_logprobs = update.prompt_logprobs
+        output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
+        self.finished = update.done
+
+    def output(self) -> RequestOutput:
+        for output, texts in zip(self.outputs, self.texts, strict=True):
+            output.text = "".join(texts)
+            if output.logprobs is not None:
+                sampled = zip(output.token_ids, output.logprobs, strict=True)
+                output.cumulative_logprob = sum(entry[token].logprob for token, entry in sampled)
+        return RequestOutput(
+            request_id=str(self.request_id),
+            prompt=self.text,
+            prompt_token_ids=self.tokens.tolist(),
+            prompt_logprobs=self.prompt_logprobs,
+            outputs=self.outputs,
+            finished=self.finished,
+        )
+
+
+class Run:
+    """Keeps as many prompts in flight as the engine lets wait, until all are finished."""
+
+    def __init__(self, front: Front, jobs: Sequence[Job], max_waiting: int) -> None:
+        self.unfinished = len(jobs)
+        self._front = front
+        self._todo = iter(jobs)
+        self._next = next(self._todo, None)
+        self._open: dict[int, Job] = {}
+        self._room = max_waiting
+
+    def submit(self) -> None:
+        """Send what there is room for."""
+        while self._next is not None and self._next.params.n <= self._room:
+            job = self._next
+            job.request_id = self._front.submit(job.tokens, job.params)
+            self._open[job.request_id] = job
+            self._room -= job.num_waiting
+            self._next = next(self._todo, None)
+
+    def poll(self) -> tuple[int, int]:
+        """Wait for news; returns the numbers of finished prompts and of new tokens in it."""
+        finished, tokens = 0, 0
+        for update in self._front.poll(_POLL_S):
+            job = self._open.get(update.request_id)
+            if job is None:  # of a run that was interrupted
+                continue
+            if update.error is not None:
+                del self._open[update.request_id]
+                self._raise(job, update.error)
+            self._room += job.num_waiting
+            job.add(update)
+            self._room -= job.num_waiting
+            tokens += len(update.token_ids)
+            if job.finished:
+                del self._open[update.request_id]
+                finished += 1
+        self.unfinished -= finished
+        return finished, tokens
+
+    def abort(self) -> None:
+        """End what is open."""
+        for request_id in self._open:
+            self._front.abort(request_id)
+        self._open.clear()
+
+    def _raise(self, job: Job, error: RequestError) -> NoReturn:
+        if self._front.failure is not None:
+            raise EngineFailed(str(self._front.failure), self._front.failure.rank)
+        kind = ValueError if error.code == "INVALID_ARGUMENT" else RuntimeError
+        raise kind(f"prompt {job.index}: {error.message} ({error.code})")
+
+
+class Progress:
+    """A progress bar over prompts that shows tokens per second."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._bar = tqdm(total=total, desc="prompts", unit="prompt", miniters=0, dynamic_ncols=True, disable=not shown)
+        self._begin = time.monotonic()
+        self._tokens = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, prompts: int, tokens: int) -> None:
+        self._tokens += tokens
+        rate = self._tokens / max(time.monotonic() - self._begin, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+        self._bar.update(prompts)
+
+
+@contextlib.contextmanager
+def delayed_interrupt() -> Iterator[Callable[[], None]]:
+    """Keep Ctrl-C from cutting a message in two: it has its effect when the yielded function is called, a second one at once."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield lambda: None
+        return
+    interrupts: list[tuple[int, Any]] = []
+
+    def remember(number: int, frame: Any) -> None:
+        interrupts.append((number, frame))
+        if len(interrupts) > 1:
+            previous(number, frame)
+
+    def check() -> None:
+        if interrupts:
+            previous(*interrupts.pop())
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)

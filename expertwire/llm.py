@@ -1,0 +1,219 @@
+"""The offline API: an engine and its front in the caller's process, with the shapes that users know from vLLM."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from expertwire.engine.config import EngineConfig, ModelInfo
+from expertwire.engine.front import Front
+from expertwire.engine.outputs import EngineFailed
+from expertwire.engine.prompts import Prompt
+from expertwire.engine.tokenizer import Tokenizer
+from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, Run, delayed_interrupt
+from expertwire.scheduler.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from expertwire.engine.engine import Engine
+
+__all__ = ["LLM", "CompletionOutput", "EngineFailed", "RequestOutput", "SamplingParams"]
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, ready to generate. Use it as a context manager, or call `close`.
+
+    Args:
+        model: folder of a Hugging Face checkpoint.
+        options: the other fields of `EngineConfig` (`dtype`, `device`, `ep_size`, `launcher`, `load_format`, `max_model_len`,
+            `max_num_tokens`, `max_running`, `seed`, ...).
+
+    Raises:
+        ValueError: an option or the checkpoint is not usable; the message says why.
+        EngineFailed: the engine could not start.
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        config = EngineConfig(model=str(model), **options)
+        tokenizer = _open_tokenizer(config)
+        self._max_waiting = max(1, config.max_waiting)
+        self._engine = _start_engine(config)
+        try:
+            self._front = Front(self._engine.connect(), tokenizer, deterministic_seeds=True)
+        except BaseException:
+            self._engine.close()
+            raise
+        # Scripts need not close: the engine ends with this object or the interpreter.
+        self._closing = weakref.finalize(self, _shut_down, self._front, self._engine)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """What is served."""
+        return self._front.model_info
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None for random weights (`load_format="dummy"`) of a folder without a tokenizer."""
+        return self._front.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Outputs for prompts, in their order.
+
+        An interrupt (Ctrl-C) ends the open requests; the `LLM` remains usable.
+
+        Args:
+            prompts: one or a list of: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+            sampling_params: for all prompts, or one for each; None takes the defaults.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            ValueError: a prompt or its parameters cannot be served; no other has been generated in vain if this can be told
+                beforehand.
+            EngineFailed: the engine has failed; the message names the rank.
+        """
+        return self._run(self._jobs([_plain_prompt(prompt) for prompt in _as_list(prompts)], sampling_params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Outputs for one conversation or several, rendered with the model's chat template.
+
+        Args:
+            messages: dictionaries with "role" and "content", or a list of such lists.
+            sampling_params: as in `generate`.
+            use_tqdm: show a progress bar.
+            add_generation_prompt: end with what begins the assistant's answer.
+            chat_template: name of one of the model's templates, or the Jinja source of another.
+            tools: JSON schemas of functions.
+            chat_template_kwargs: further variables of the template.
+
+        Raises:
+            ValueError: as `generate`; also if there is no chat template, or it refuses the messages.
+            EngineFailed: as `generate`.
+        """
+        if self.tokenizer is None:
+            raise ValueError("chat needs a tokenizer, and the model has none; use generate with token ids")
+        several = isinstance(messages, Sequence) and messages and isinstance(messages[0], (list, tuple))
+        conversations: Any = messages if several else [messages]
+        options: dict[str, Any] = {"chat_template": chat_template, "tools": tools, **(chat_template_kwargs or {})}
+        texts = [self.tokenizer.render_chat(chat, add_generation_prompt, **options) for chat in conversations]
+        # The template writes the special tokens.
+        prompts = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return self._run(self._jobs(prompts, sampling_params), use_tqdm)
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters and gauges.
+
+        Raises:
+            EngineFailed: the engine has failed.
+        """
+        return self._front.stats()
+
+    def close(self) -> None:
+        """Stop the engine and everything it started. Idempotent."""
+        self._closing()
+
+    def _jobs(
+        self,
+        prompts: Sequence[tuple[str | None, Prompt]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Job]:
+        if not self._closing.alive:
+            raise ValueError("this LLM is closed")
+        if isinstance(sampling_params, Sequence):
+            params = list(sampling_params)
+        else:
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"sampling_params must be one for all or one a prompt ({len(prompts)}), got {len(params)}")
+        jobs = []
+        for index, ((text, prompt), param) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                jobs.append(Job(index, text, self._front.encode(prompt, param), param))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from error
+            if param.n > self._max_waiting:
+                raise ValueError(f"prompt {index}: n must be at most max_waiting = {self._max_waiting}, got {param.n}")
+        return jobs
+
+    def _run(self, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
+        run = Run(self._front, jobs, self._max_waiting)
+        with Progress(len(jobs), use_tqdm) as progress, delayed_interrupt() as check_interrupt:
+            try:
+                while run.unfinished:
+                    run.submit()
+                    progress.show(*run.poll())
+                    check_interrupt()
+            finally:
+                run.abort()
+        return [job.output() for job in jobs]
+
+
+def _open_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    if config.load_format == "dummy" and not (Path(config.model) / "tokenizer.json").exists():
+        return None
+    return Tokenizer.open(config.model)
+
+
+def _start_engine(config: EngineConfig) -> Engine:
+    from expertwire.engine.engine import Engine
+
+    if config.resolved_launcher() == "ray":
+        from expertwire.deploy.ray_launcher import RayLauncher
+
+        return Engine(config, RayLauncher(address=config.ray_address))
+    from expertwire.engine.launcher import LocalLauncher
+
+    return Engine(config, LocalLauncher())
+
+
+def _shut_down(front: Front, engine: Engine) -> None:
+    try:
+        front.close()
+    finally:
+        engine.close()
+
+
+def _as_list(prompts: Any) -> Sequence[Any]:
+    """A list of prompts; a list of integers is one prompt."""
+    if isinstance(prompts, (str, Mapping, np.ndarray)):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a string, token ids, or a list of these, got {type(prompts).__name__}")
+    return [prompts] if len(prompts) and all(isinstance(item, (int, np.integer)) for item in prompts) else prompts
+
+
+def _plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
+    """Text if there is one, and what the front encodes."""
+    if isinstance(prompt, Mapping):
+        known = {"prompt", "prompt_token_ids"}
+        if not prompt or not known.issuperset(prompt):
+            raise ValueError(f"a prompt's dictionary must have 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
+        text = prompt.get("prompt")
+        return text, prompt.get("prompt_token_ids", text)
+    return (prompt if isinstance(prompt, str) else None), prompt

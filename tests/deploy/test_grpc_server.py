@@ -1,0 +1,416 @@
+"""The gRPC server against a front without an engine: streams, errors, slow and vanishing clients, failure, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import fake_front
+import grpc
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from expertwire.deploy.grpc_server import SERVICE, Server
+from expertwire.deploy.grpc_stream import UNREAD_SIZE
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
+from expertwire.engine.outputs import Logprob, RequestError
+
+STATS = {"running": 2, "step": 7, "name": "x", "ranks": None, "expert_load": [[1, 2, 3], [4, 5, 6]]}
+
+
+class Running:
+    """A server, its front and a client's channel."""
+
+    def __init__(self, server, front, channel, stop, serving):
+        self.server, self.front, self.channel, self.stop, self.serving = server, front, channel, stop, serving
+        self.stub = pb_grpc.InferenceStub(channel)
+
+    def generate(self, text="abc", *, request_id="", timeout=None, **sampling):
+        request = pb.GenerateRequest(
+            text=text, request_id=request_id, sampling_params=pb.SamplingParams(**sampling)
+        )
+        return self.stub.Generate(request, timeout=timeout)
+
+    async def submitted(self, count=1):
+        """Wait until the front has got so many requests."""
+        await until(lambda: len(self.front.submitted) >= count)
+
+    async def health(self):
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        answers = [await stub.Check(health_pb2.HealthCheckRequest(service=name)) for name in ("", SERVICE)]
+        assert answers[0] == answers[1]
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(answers[0].status)
+
+
+def scenario(*, drain_timeout_s=5.0):
+    """Makes an async test with a `Running` argument into a pytest function."""
+
+    def decorate(function):
+        def test():
+            asyncio.run(asyncio.wait_for(_run(function, drain_timeout_s), 60))
+
+        test.__name__, test.__doc__ = function.__name__, function.__doc__
+        return test
+
+    return decorate
+
+
+async def _run(function, drain_timeout_s):
+    server, front, stop = Server("127.0.0.1", 0), fake_front.FakeFront(), asyncio.Event()
+    serve = server.serve(front, lambda: STATS, stop=stop, drain_timeout_s=drain_timeout_s)
+    serving = asyncio.ensure_future(serve)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            await function(Running(server, front, channel, stop, serving))
+        stop.set()
+        await serving
+    finally:
+        serving.cancel()
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+async def collect(call):
+    """All messages of a stream."""
+    return [message async for message in call]
+
+
+async def status(awaitable):
+    """The code's name and the message of the error that a call ends in."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await awaitable
+    return caught.value.code().name, caught.value.details()
+
+
+def text_of(messages, branch=0):
+    return "".join(chunk.text for message in messages for chunk in message.chunks if chunk.branch == branch)
+
+
+@scenario()
+async def test_stream_of_two_branches(run):
+    call = run.generate("hello", request_id="mine", n=2, temperature=0.0, seed=3)
+    await run.submitted()
+    for branch, text, fields in (
+        (0, "ab", {}),
+        (1, "x", {}),
+        (0, "c", {"finish_reason": "stop", "stop_reason": "##"}),
+        (1, "yz", {}),
+        (1, "", {"token_ids": (42,), "finish_reason": "stop", "stop_reason": 42}),
+    ):
+        run.front.push(0, branch, text, **fields)
+        await asyncio.sleep(0.01)
+    messages = await collect(call)
+    assert [message.request_id for message in messages] == ["mine"] + [""] * (len(messages) - 1)
+    assert (text_of(messages), text_of(messages, 1)) == ("abc", "xyz")
+    chunks = [chunk for message in messages for chunk in message.chunks]
+    assert [i for chunk in chunks if chunk.branch == 1 for i in chunk.token_ids] == [120 - 100, 21, 22, 42]
+    last = [[chunk for chunk in chunks if chunk.branch == branch][-1] for branch in (0, 1)]
+    assert [chunk.finish_reason for chunk in last] == [pb.FINISH_REASON_STOP] * 2
+    assert (last[0].stop_string, last[1].stop_token_id) == ("##", 42)
+    usage = pb.Usage(prompt_tokens=5, completion_tokens=7, seed=77)
+    assert [message.usage for message in messages if message.HasField("usage")] == [usage]
+    assert messages[-1].HasField("usage")
+    assert run.front.aborted == []
+
+
+@scenario()
+async def test_log_probabilities(run):
+    call = run.generate("hi", logprobs=1, prompt_logprobs=0, max_tokens=2)
+    await run.submitted()
+    prompt_logprobs = [None, {5: Logprob(-0.5, 3, "i")}]
+    logprobs = ({97: Logprob(-2.0, 9, "a"), 98: Logprob(-1.0, 1, "b")},)
+    run.front.push(0, text="a", logprobs=logprobs, prompt_logprobs=prompt_logprobs, finish_reason="length")
+    (message,) = await collect(call)
+    assert [[entry.token_id for entry in position.tokens] for position in message.prompt_logprobs] == [[], [5]]
+    (position,) = message.chunks[0].logprobs
+    assert [(entry.token_id, entry.logprob, entry.rank, entry.decoded_token) for entry in position.tokens] == [
+        (97, -2.0, 9, "a"),
+        (98, -1.0, 1, "b"),
+    ]
+
+
+@scenario()
+async def test_unset_fields_take_our_defaults_and_zeros_are_values(run):
+    calls = [run.generate(), run.generate(temperature=0.0, min_p=0.0, seed=0, ignore_eos=False, logprobs=0)]
+    await run.submitted(2)
+    default, zeros = sorted((params for _, params in run.front.submitted), key=lambda params: -params.temperature)
+    assert (default.temperature, default.max_tokens, default.top_k, default.seed, default.logprobs) == (1, 16, -1, None, None)
+    assert (zeros.temperature, zeros.seed, zeros.logprobs, zeros.skip_special_tokens) == (0, 0, 0, True)
+    for call in calls:
+        call.cancel()
+
+
+@scenario()
+async def test_token_ids_and_every_sampling_field_arrive(run):
+    values = {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_tokens": 9, "min_tokens": 2, "seed": -4,
+        "stop": ["a", "b"], "stop_token_ids": [7], "ignore_eos": True, "repetition_penalty": 1.1,
+        "presence_penalty": 0.2, "frequency_penalty": -0.3, "logit_bias": {4: -1.5}, "logprobs": 2,
+        "prompt_logprobs": 3, "n": 2, "skip_special_tokens": False,
+    }  # fmt: skip
+    assert set(values) == set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling_params=pb.SamplingParams(**values))
+    call = run.stub.Generate(request)
+    await run.submitted()
+    ((prompt, params),) = run.front.submitted
+    assert prompt == [5, 6]
+    expected = {**values, "stop": ("a", "b"), "stop_token_ids": (7,)}
+    assert params.to_dict() == expected  # so every field of SamplingParams is in the .proto
+    call.cancel()
+
+
+@scenario()
+async def test_bad_requests_name_the_field_and_what_it_allows(run):
+    for request, words in (
+        (pb.GenerateRequest(), ["prompt", "text", "token_ids"]),
+        (pb.GenerateRequest(text=""), ["prompt", "at least one token"]),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), ["prompt", "at least one token"]),
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[100])), ["prompt", "[0, 100)"]),
+        (pb.GenerateRequest(text="a" * 1000), ["prompt", "1000", "max_model_len"]),
+        (pb.GenerateRequest(text="a", request_id="x" * 300), ["request_id", "256"]),
+        (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(temperature=-1)), ["temperature", ">= 0"]),
+        (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(top_p=0)), ["top_p", "(0, 1]"]),
+        (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(max_tokens=0)), ["max_tokens", ">= 1"]),
+        (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(n=0)), ["n must", "[1, 256]"]),
+        (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(stop=[""])), ["stop", "non-empty"]),
+        (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(logit_bias={1: 1e9})), ["logit_bias", "100"]),
+    ):
+        code, message = await status(collect(run.stub.Generate(request)))
+        assert code == "INVALID_ARGUMENT"
+        assert all(word in message for word in words), message
+    assert run.front.submitted == []
+
+
+@scenario()
+async def test_rejections_keep_their_code(run):
+    call = run.generate()
+    await run.submitted()
+    run.front.push(0, error=RequestError("RESOURCE_EXHAUSTED", "4096 requests wait; try again later"), token_ids=())
+    assert await status(collect(call)) == ("RESOURCE_EXHAUSTED", "4096 requests wait; try again later")
+
+
+@scenario()
+async def test_a_cancelled_call_aborts_at_once(run):
+    call = run.generate()
+    await run.submitted()
+    run.front.push(0, text="a")
+    assert text_of([await anext(call.__aiter__())]) == "a"
+    call.cancel()
+    await until(lambda: run.front.aborted == [0])
+
+
+@scenario()
+async def test_a_lost_connection_aborts_all_its_requests(run):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{run.server.port}") as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        calls = [stub.Generate(pb.GenerateRequest(text="abc")) for _ in range(3)]
+        await run.submitted(3)
+    await until(lambda: sorted(run.front.aborted) == [0, 1, 2])
+    del calls
+
+
+@scenario()
+async def test_a_deadline_aborts(run):
+    call = run.generate(timeout=0.2)
+    assert (await status(collect(call)))[0] == "DEADLINE_EXCEEDED"
+    await until(lambda: run.front.aborted == [0])
+
+
+@scenario()
+async def test_abort_by_id(run):
+    calls = [run.generate(request_id="one", n=2), run.generate(request_id="two")]
+    await run.submitted(2)
+    # The second request's message would be lost if the abort ended more than its own.
+    run.front.push(0, 0, "a")
+    await run.stub.Abort(pb.AbortRequest(request_id="one"))
+    messages = await collect(calls[0])
+    chunks = [chunk for message in messages for chunk in message.chunks]
+    aborted = {chunk.branch for chunk in chunks if chunk.finish_reason == pb.FINISH_REASON_ABORT}
+    assert (text_of(messages), aborted, messages[-1].usage.completion_tokens) == ("a", {0, 1}, 1)
+    run.front.push(1, text="b", finish_reason="stop")
+    assert text_of(await collect(calls[1])) == "b"
+    code, message = await status(run.stub.Abort(pb.AbortRequest(request_id="one")))
+    assert code == "NOT_FOUND" and "'one'" in message
+
+
+@scenario()
+async def test_the_server_chooses_an_id_that_abort_takes(run):
+    call = run.generate()
+    await run.submitted()
+    run.front.push(0, text="a")
+    first = await anext(call.__aiter__())
+    await run.stub.Abort(pb.AbortRequest(request_id=first.request_id))
+    assert (await collect(call))[-1].HasField("usage")
+
+
+@scenario()
+async def test_an_id_is_taken_while_its_request_runs(run):
+    first = run.generate(request_id="same")
+    await run.submitted()
+    code, message = await status(collect(run.generate(request_id="same")))
+    assert code == "ALREADY_EXISTS" and "'same'" in message
+    run.front.push(0, text="a", finish_reason="stop")
+    await collect(first)
+    again = run.generate(request_id="same")
+    await run.submitted(2)
+    run.front.push(1, text="b", finish_reason="stop")
+    assert text_of(await collect(again)) == "b"
+
+
+@scenario()
+async def test_a_slow_client_gets_few_large_messages_and_blocks_nobody(run):
+    slow = run.generate(max_tokens=500_000, ignore_eos=True)
+    await run.submitted()
+    run.front.push(0, text="a" * 100)
+    await anext(slow.__aiter__())
+    # Nobody reads the slow stream meanwhile: what the transport does not take is joined.
+    for _ in range(2000):
+        run.front.push(0, text="b" * 100)
+        await asyncio.sleep(0)
+    quick = run.generate()
+    await run.submitted(2)
+    run.front.push(1, text="quick", finish_reason="stop")
+    assert text_of(await collect(quick)) == "quick"
+    run.front.push(0, text="c", finish_reason="length")
+    messages = await collect(slow)
+    assert text_of(messages) == "b" * 200_000 + "c"
+    assert messages[-1].usage.completion_tokens == 200_101
+    assert len(messages) < 1500
+
+
+@scenario()
+async def test_a_client_that_does_not_read_is_cut_off(run):
+    call = run.generate(ignore_eos=True, max_tokens=10**6)
+    await run.submitted()
+    run.front.push(0, text="a")
+    await anext(call.__aiter__())
+    for _ in range(40):
+        run.front.push(0, text="b" * (UNREAD_SIZE // 16))
+        await asyncio.sleep(0.01)
+    await until(lambda: run.front.aborted == [0])
+    code, message = await status(collect(call))
+    assert code == "RESOURCE_EXHAUSTED" and "slowly" in message
+
+
+@scenario()
+async def test_long_prompt_log_probabilities_come_in_messages_that_clients_take(run):
+    call = run.generate("a" * 900, prompt_logprobs=64)
+    await run.submitted()
+    entry = {i: Logprob(-1.0, i + 1, "\u00e4" * 20) for i in range(65)}
+    run.front.push(0, text="a", prompt_logprobs=[None, *[entry] * 899], finish_reason="length")
+    messages = await collect(call)
+    assert sum(len(message.prompt_logprobs) for message in messages) == 900
+    assert max(message.ByteSize() for message in messages) < 4 << 20
+    assert len(messages) > 1
+
+
+@scenario()
+async def test_a_failed_engine_ends_streams_and_the_health_check_tells(run):
+    assert await run.health() == "SERVING"
+    calls = [run.generate(), run.generate()]
+    await run.submitted(2)
+    run.front.push(0, text="a")
+    run.front.fail("the engine failed at rank 2: worker process 7 was killed by SIGKILL", 2)
+    for call in calls:
+        code, message = await status(collect(call))
+        assert code == "UNAVAILABLE" and "rank 2" in message
+    for call in (
+        collect(run.generate()),
+        run.stub.GetStats(pb.GetStatsRequest()),
+        run.stub.Abort(pb.AbortRequest(request_id="x")),
+        run.stub.GetModelInfo(pb.GetModelInfoRequest()),
+    ):
+        code, message = await status(call)
+        assert code == "UNAVAILABLE" and "rank 2" in message
+    assert await run.health() == "NOT_SERVING"
+    assert not run.serving.done()
+    run.stop.set()
+    assert "rank 2" in await run.serving
+
+
+@scenario()
+async def test_a_failure_without_open_requests_is_noticed(run):
+    run.front.fail("the engine failed at rank 0: it was tired", 0)
+    while await run.health() == "SERVING":
+        await asyncio.sleep(0.01)
+
+
+@scenario()
+async def test_drain_finishes_what_runs_and_refuses_the_rest(run):
+    call = run.generate()
+    await run.submitted()
+    run.stop.set()
+    while await run.health() == "SERVING":
+        await asyncio.sleep(0.01)
+    code, message = await status(collect(run.generate()))
+    assert code == "UNAVAILABLE" and "draining" in message
+    run.front.push(0, text="done", finish_reason="stop")
+    assert text_of(await collect(call)) == "done"
+    assert await run.serving == ""
+    assert run.front.aborted == []
+
+
+@scenario(drain_timeout_s=0.1)
+async def test_drain_ends_what_does_not_finish_in_time(run):
+    call = run.generate()
+    await run.submitted()
+    run.front.push(0, text="a")
+    run.stop.set()
+    assert text_of([await anext(call.__aiter__())]) == "a"
+    code, message = await status(collect(call))
+    assert code == "UNAVAILABLE" and "0.1 s" in message
+    await run.serving
+    assert run.front.aborted == [0]
+
+
+@scenario()
+async def test_model_info_and_statistics(run):
+    info = await run.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert (info.name, info.max_model_len, list(info.eos_token_ids), info.ep_size) == ("fake", 1000, [2, 3], 3)
+    assert info.version and "models" not in str(info)
+    stats = await run.stub.GetStats(pb.GetStatsRequest())
+    assert dict(stats.values) == {"running": 2, "step": 7, "name": "x"}
+    assert [list(layer.tokens) for layer in stats.expert_load] == STATS["expert_load"]
+
+
+@scenario()
+async def test_reflection_describes_the_service(run):
+    stub = reflection_pb2_grpc.ServerReflectionStub(run.channel)
+
+    async def ask(**question):
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**question)]))
+        return await anext(call.__aiter__())
+
+    answer = await ask(list_services="")
+    assert {"expertwire.v1.Inference", "grpc.health.v1.Health"} <= {
+        service.name for service in answer.list_services_response.service
+    }
+    answer = await ask(file_containing_symbol="expertwire.v1.Inference.Generate")
+    described = FileDescriptorProto.FromString(answer.file_descriptor_response.file_descriptor_proto[0])
+    assert described.package == "expertwire.v1"
+
+
+def test_a_taken_port_is_an_error():
+    async def listen(port):
+        Server("127.0.0.1", port)
+
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"{port}.*taken"):
+            asyncio.run(listen(port))
+
+
+def test_two_servers_do_not_share_a_port():
+    async def listen():
+        first = Server("127.0.0.1", 0)
+        Server("127.0.0.1", first.port)
+
+    with pytest.raises(ValueError, match="taken"):
+        asyncio.run(listen())

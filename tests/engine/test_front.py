@@ -1,0 +1,404 @@
+"""Requests, their updates and their ends, over a channel whose other end the test holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import select
+
+import numpy as np
+import pytest
+import tokenizer_files
+from fake_controller import INFO, HandController, PromptRow, Row
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertwire.engine.front import Front
+from expertwire.engine.messages import Abort, AskStats, Failure, Rejected, Stats, Submit
+from expertwire.engine.outputs import EngineFailed, Logprob
+from expertwire.engine.stop_strings import StopStrings
+from expertwire.engine.tokenizer import Tokenizer
+from expertwire.scheduler.plan import FinishReason
+from expertwire.scheduler.sampling_params import SamplingParams
+
+STOP, LENGTH, ABORT = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.open(tokenizer_files.write(tmp_path_factory.mktemp("tokenizer"), "byte_level"))
+
+
+@pytest.fixture
+def controller():
+    controller = HandController()
+    yield controller
+    controller.close()
+
+
+@pytest.fixture
+def front(controller, tokenizer):
+    return Front(controller.front_channel, tokenizer)
+
+
+def ids(tokenizer, text):
+    return tokenizer.encode(text)
+
+
+def test_a_request_from_text_to_text(front, controller, tokenizer):
+    assert front.model_info == INFO
+    params = SamplingParams(max_tokens=9, seed=5, temperature=0.5)
+    request = front.submit("The quick brown", params)
+    [submit] = controller.heard()
+    assert isinstance(submit, Submit)
+    assert submit.tokens.tolist() == ids(tokenizer, "The quick brown")
+    assert SamplingParams.from_dict(submit.params[0]) == params
+    assert front.num_open == 1
+    wire = int(submit.ids_Q[0])
+    answer = ids(tokenizer, " fox 🙂")
+    for token in answer[:-1]:
+        controller.say(Row(wire, token))
+    controller.say(Row(wire, answer[-1], LENGTH))
+    updates = front.poll(1.0)
+    assert [update.token_ids for update in updates] == [(token,) for token in answer]
+    assert "".join(update.text for update in updates) == " fox 🙂"
+    assert {(update.request_id, update.branch, update.seed) for update in updates} == {(request, 0, 5)}
+    assert [update.done for update in updates] == [False] * (len(answer) - 1) + [True]
+    assert updates[-1].finish_reason == "length"
+    assert all(update.logprobs is None and update.error is None for update in updates)
+    assert front.num_open == 0
+    assert front.poll(0.0) == []
+    assert controller.heard() == []
+
+
+def test_branches_are_requests_of_their_own(front, controller, tokenizer):
+    prompt = ids(tokenizer, "the fox")
+    request = front.submit(prompt, SamplingParams(n=3, prompt_logprobs=0))
+    [submit] = controller.heard()
+    assert submit.branches_Q.tolist() == [0, 1, 2]
+    assert submit.tokens.tolist() == prompt * 3
+    assert submit.token_offsets_Q1.tolist() == [0, len(prompt), 2 * len(prompt), 3 * len(prompt)]
+    seeds = {params["seed"] for params in submit.params}
+    assert len(seeds) == 1
+    assert [params["prompt_logprobs"] for params in submit.params] == [0, None, None]
+    a, b, c = submit.ids_Q.tolist()
+    controller.say(Row(b, 50, LENGTH), Row(a, 51), Row(c, 52, LENGTH))
+    updates = front.poll(1.0)
+    assert [(update.branch, update.finish_reason, update.done) for update in updates] == [
+        (1, "length", False),
+        (0, None, False),
+        (2, "length", False),
+    ]
+    controller.say(Row(a, 53, STOP))
+    [update] = front.poll(1.0)
+    assert (update.request_id, update.finish_reason, update.done) == (request, "stop", True)
+    assert {update.seed} == seeds
+
+
+class TestEnds:
+    def test_the_token_that_stops_has_no_text(self, front, controller, tokenizer):
+        params = SamplingParams(stop_token_ids=[60], skip_special_tokens=False)
+        front.submit("a", params)
+        front.submit("a", params)
+        first, second = (int(submit.ids_Q[0]) for submit in controller.heard())
+        controller.say(Row(first, 4, STOP), Row(second, 60, STOP))
+        eos, stop = front.poll(1.0)
+        assert (eos.token_ids, eos.text, eos.stop_reason) == ((4,), "", None)
+        assert (stop.token_ids, stop.text, stop.stop_reason) == ((60,), "", 60)
+
+    def test_special_tokens_in_the_text(self, front, controller):
+        for skip, text in ((True, ""), (False, "<|im_start|>")):
+            front.submit("a", SamplingParams(skip_special_tokens=skip))
+            controller.say(Row(int(controller.heard()[0].ids_Q[0]), 3, LENGTH))
+            assert front.poll(1.0)[0].text == text
+
+    def test_an_unfinished_character_is_released_at_the_end(self, front, controller, tokenizer):
+        front.submit("a", SamplingParams())
+        wire = int(controller.heard()[0].ids_Q[0])
+        controller.say(Row(wire, ids(tokenizer, "🙃")[0], LENGTH))
+        [update] = front.poll(1.0)
+        assert update.text == "�"
+
+    def test_the_engine_aborts(self, front, controller):
+        front.submit("a", SamplingParams())
+        wire = int(controller.heard()[0].ids_Q[0])
+        controller.say(Row(wire, -1, ABORT))
+        [update] = front.poll(1.0)
+        assert (update.token_ids, update.finish_reason, update.done) == ((), "abort", True)
+
+    def test_the_client_aborts(self, front, controller, tokenizer):
+        request = front.submit("a", SamplingParams(n=2, stop="fox jumps"))
+        [submit] = controller.heard()
+        wires = submit.ids_Q.tolist()
+        controller.say(*(Row(wires[0], token) for token in ids(tokenizer, "fox")))
+        assert "".join(update.text for update in front.poll(1.0)) == ""
+        front.abort(request)
+        assert front.num_open == 0
+        [abort] = controller.heard()
+        assert isinstance(abort, Abort)
+        assert abort.ids.tolist() == wires
+        controller.say(Row(wires[0], 50), Row(wires[1], -1, ABORT))
+        updates = front.poll(60.0)
+        assert [(update.branch, update.text, update.done) for update in updates] == [(0, "fox", False), (1, "", True)]
+        assert {update.finish_reason for update in updates} == {"abort"}
+        front.abort(request)
+        front.abort(12345)
+        assert controller.heard() == []
+        assert front.poll(0.0) == []
+
+    def test_rejected(self, front, controller):
+        request = front.submit("a", SamplingParams(n=2))
+        other = front.submit("b", SamplingParams())
+        wires = controller.heard()[0].ids_Q.tolist()
+        controller.send(Rejected(ids=wires[1:], codes=["RESOURCE_EXHAUSTED"], messages=["4096 requests wait"]))
+        [update] = front.poll(1.0)
+        assert update.request_id == request
+        assert update.error == ("RESOURCE_EXHAUSTED", "4096 requests wait")
+        assert update.done
+        assert front.num_open == 1
+        [abort] = controller.heard()
+        assert wires[0] in abort.ids.tolist()
+        controller.say(Row(wires[0], 50))
+        assert front.poll(1.0) == []
+        assert other != request
+
+
+class TestStopStrings:
+    def run(self, front, controller, tokenizer, params, text, finish=LENGTH):
+        front.submit("a", params)
+        wire = int(controller.heard()[0].ids_Q[0])
+        tokens = ids(tokenizer, text)
+        for i, token in enumerate(tokens):
+            controller.say(Row(wire, token, finish if i + 1 == len(tokens) else 0))
+        return wire, front.poll(1.0)
+
+    def test_text_ends_before_the_stop_string(self, front, controller, tokenizer):
+        wire, updates = self.run(
+            front, controller, tokenizer, SamplingParams(stop=["own fo", "dog"]), "quick brown fox jumps"
+        )
+        assert "".join(update.text for update in updates) == "quick br"
+        assert (updates[-1].finish_reason, updates[-1].stop_reason, updates[-1].done) == ("stop", "own fo", True)
+        [abort] = controller.heard()
+        assert abort.ids.tolist() == [wire]
+        assert tokenizer.decode([token for update in updates for token in update.token_ids]) == "quick brown fox"
+
+    def test_a_beginning_is_held_back_until_it_is_none(self, front, controller, tokenizer):
+        _, updates = self.run(front, controller, tokenizer, SamplingParams(stop="quick brown dog"), "quick brown fox")
+        assert [update.text for update in updates if update.text] == ["quick brown fox"]
+        _, updates = self.run(front, controller, tokenizer, SamplingParams(stop="quick brown dog"), "quick brown")
+        assert updates[-1].text == "quick brown"
+        assert updates[-1].finish_reason == "length"
+
+    def test_the_last_token_completes_it(self, front, controller, tokenizer):
+        _, updates = self.run(front, controller, tokenizer, SamplingParams(stop="fox"), "brown fox")
+        assert "".join(update.text for update in updates) == "brown "
+        assert (updates[-1].finish_reason, updates[-1].stop_reason) == ("stop", "fox")
+        assert controller.heard() == []
+
+    def test_none_before_min_tokens(self, front, controller, tokenizer):
+        first = len(ids(tokenizer, "fox"))
+        params = SamplingParams(stop="fox", min_tokens=first, max_tokens=50)
+        _, updates = self.run(front, controller, tokenizer, params, "fox fox fox")
+        assert "".join(update.text for update in updates) == "fox "
+        assert updates[-1].stop_reason == "fox"
+
+    @given(
+        st.lists(st.text("ab", max_size=5)),
+        st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    )
+    def test_pieces_make_no_difference(self, pieces, strings):
+        text, expected, found = "".join(pieces), "".join(pieces), None
+        for end in range(len(text) + 1):
+            complete = [string for string in strings if text[:end].endswith(string)]
+            if complete:
+                found = max(complete, key=len)
+                expected = text[: end - len(found)]
+                break
+        stop, out, seen = StopStrings(strings), "", ""
+        for piece in pieces:
+            if stop.found is None:
+                out, seen = out + stop.push(piece), seen + piece
+            if stop.found is None:
+                beginnings = [
+                    n for n in range(len(seen) + 1) if any(s.startswith(seen[len(seen) - n :]) for s in strings)
+                ]
+                assert len(seen) - len(out) == max(beginnings)
+        assert (out if stop.found else out + stop.flush(), stop.found) == (expected, found)
+
+
+class TestLogprobs:
+    def test_sampled_and_top(self, front, controller, tokenizer):
+        front.submit("a", SamplingParams(logprobs=2))
+        wire = int(controller.heard()[0].ids_Q[0])
+        controller.say(Row(999, 1, top={1: -9.0}), Row(wire, 50, 0, -2.5, 7, {60: -0.5, 61: -1.5}))
+        controller.say(Row(wire, 61, LENGTH, -1.5, 2, {60: -0.5, 61: -1.5}))
+        first, second = front.poll(1.0)
+        text = tokenizer.token_text
+        assert list(first.logprobs[0].items()) == [
+            (50, Logprob(-2.5, 7, text(50))),
+            (60, Logprob(-0.5, 1, text(60))),
+            (61, Logprob(-1.5, 2, text(61))),
+        ]
+        assert list(second.logprobs[0].items()) == [(61, Logprob(-1.5, 2, text(61))), (60, Logprob(-0.5, 1, text(60)))]
+
+    def test_only_the_sampled_one(self, front, controller):
+        front.submit("a", SamplingParams(logprobs=0))
+        controller.say(Row(int(controller.heard()[0].ids_Q[0]), 50, LENGTH, -2.5, 7))
+        [update] = front.poll(1.0)
+        assert [list(entry) for entry in update.logprobs] == [[50]]
+
+    def test_of_the_prompt_in_chunks(self, front, controller):
+        front.submit([10, 11, 12, 13], SamplingParams(prompt_logprobs=1))
+        wire = int(controller.heard()[0].ids_Q[0])
+        controller.say(prompt_rows=[PromptRow(wire, 1, -1.0, 3, {20: -0.5}), PromptRow(888, 1, -9.0, 1)])
+        assert front.poll(1.0) == []
+        rows = [PromptRow(wire, 2, -2.0, 1, {12: -2.0}), PromptRow(wire, 3, -3.0, 9, {21: -0.25})]
+        controller.say(Row(wire, 50), prompt_rows=rows)
+        controller.say(Row(wire, 51, LENGTH))
+        first, last = front.poll(1.0)
+        assert first.prompt_logprobs[0] is None
+        assert [{token: entry[:2] for token, entry in entries.items()} for entries in first.prompt_logprobs[1:]] == [
+            {11: (-1.0, 3), 20: (-0.5, 1)},
+            {12: (-2.0, 1)},
+            {13: (-3.0, 9), 21: (-0.25, 1)},
+        ]
+        assert last.prompt_logprobs is None
+
+    def test_of_a_prompt_of_one_token(self, front, controller):
+        front.submit([10], SamplingParams(prompt_logprobs=1))
+        controller.say(Row(int(controller.heard()[0].ids_Q[0]), 50, LENGTH))
+        [update] = front.poll(1.0)
+        assert update.prompt_logprobs == [None]
+
+
+class TestSeeds:
+    def seeds(self, tokenizer, **options):
+        controller = HandController()
+        front = Front(controller.front_channel, tokenizer, **options)
+        for seed in (None, None, 3):
+            front.submit("a", SamplingParams(seed=seed))
+        seeds = [submit.params[0]["seed"] for submit in controller.heard()]
+        controller.close()
+        return seeds
+
+    def test_deterministic(self, tokenizer):
+        first = self.seeds(tokenizer, deterministic_seeds=True)
+        assert first == self.seeds(tokenizer, deterministic_seeds=True)
+        assert first[0] != first[1]
+        assert first[2] == 3
+
+    def test_from_the_system(self, tokenizer):
+        assert self.seeds(tokenizer)[:2] != self.seeds(tokenizer)[:2]
+
+
+class TestBadRequests:
+    @pytest.mark.parametrize(
+        ("prompt", "params", "error"),
+        [
+            ([], {}, "at least one token"),
+            ("", {}, "at least one token"),
+            (7, {}, "string or a list of token ids, got int"),
+            (b"abc", {}, "string or a list of token ids, got bytes"),
+            (None, {}, "got NoneType"),
+            ([1.5], {}, "integer token ids"),
+            ([True], {}, "integer token ids"),
+            (["a"], {}, "integer token ids"),
+            ([[1, 2], [3]], {}, "flat list"),
+            ([[1, 2]], {}, "flat list"),
+            ([2**70], {}, "token ids"),
+            ([1, 400], {}, r"prompt must be token ids in \[0, 400\), got 400"),
+            ([-1], {}, "got -1"),
+            ([1] * 64, {}, "max_model_len 64 allows at most 63"),
+            ("a\ud800", {}, "valid Unicode"),
+            ([1], {"stop_token_ids": [400]}, "stop_token_ids must be token ids"),
+            ([1], {"logit_bias": {400: 1.0}}, "logit_bias must be token ids"),
+        ],
+    )
+    def test_is_refused_at_once(self, front, controller, prompt, params, error):
+        with pytest.raises(ValueError, match=error):
+            front.submit(prompt, SamplingParams(**params))
+        assert front.num_open == 0
+        assert controller.heard() == []
+
+    def test_without_a_tokenizer(self, controller):
+        front = Front(controller.front_channel, None)
+        with pytest.raises(ValueError, match="text prompt needs a tokenizer"):
+            front.submit("a", SamplingParams())
+        with pytest.raises(ValueError, match="stop needs a tokenizer"):
+            front.submit([1], SamplingParams(stop="a"))
+        front.submit(np.array([1, 2]), SamplingParams(logprobs=0))
+        controller.say(Row(int(controller.heard()[0].ids_Q[0]), 50, LENGTH, -1.0, 1))
+        [update] = front.poll(1.0)
+        assert (update.token_ids, update.text, update.logprobs) == ((50,), "", ({50: Logprob(-1.0, 1, None)},))
+
+    def test_more_logprobs_than_tokens(self, tokenizer):
+        controller = HandController(dataclasses.replace(INFO, vocab_size=16))
+        front = Front(controller.front_channel, None)
+        with pytest.raises(ValueError, match="logprobs must be at most the vocabulary's 16, got 20"):
+            front.submit([1], SamplingParams(logprobs=20))
+        controller.close()
+
+
+class TestFailure:
+    def check(self, front, controller, requests, error, rank):
+        updates = front.poll(5.0)
+        assert [update.request_id for update in updates if update.error] == requests
+        for update in updates:
+            if update.error:
+                assert update.done
+                assert update.error.code == "UNAVAILABLE"
+                assert error in update.error.message
+        assert front.num_open == 0
+        for call in (lambda: front.poll(5.0), lambda: front.submit("a", SamplingParams()), front.stats):
+            with pytest.raises(EngineFailed, match=error) as caught:
+                call()
+            assert caught.value.rank == rank
+        assert error in str(front.failure)
+        front.abort(requests[0])
+
+    def test_of_a_rank(self, front, controller):
+        requests = [front.submit("a", SamplingParams(n=n)) for n in (1, 2)]
+        wire = int(controller.heard()[0].ids_Q[0])
+        controller.say(Row(wire, 50))
+        controller.send(Failure(rank=3, message="killed by signal 9"))
+        self.check(front, controller, requests, "rank 3: killed by signal 9", 3)
+
+    def test_of_the_controller(self, front, controller):
+        requests = [front.submit("a", SamplingParams()) for _ in range(2)]
+        controller.channel.close()
+        self.check(front, controller, requests, "connection to the controller is lost", -1)
+
+    def test_at_the_greeting(self, tokenizer):
+        controller = HandController(greet=False)
+        with pytest.raises(EngineFailed, match=r"did not greet within 0\.01 s"):
+            Front(controller.front_channel, tokenizer, welcome_timeout_s=0.01)
+        controller.send(Failure(rank=-1, message="out of memory"))
+        with pytest.raises(EngineFailed, match="out of memory"):
+            Front(controller.front_channel, tokenizer)
+        controller.channel.close()
+        with pytest.raises(EngineFailed, match="lost"):
+            Front(controller.front_channel, tokenizer)
+        controller.close()
+
+
+def test_statistics_keep_what_arrives_meanwhile(front, controller):
+    front.submit("a", SamplingParams())
+    wire = int(controller.heard()[0].ids_Q[0])
+    controller.say(Row(wire, 50))
+    with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
+        front.stats(0.01)
+    assert [type(message) for message in controller.heard()] == [AskStats]
+    controller.send(Stats(values={"age": "late"}))
+    controller.send(Stats(values={"age": "new"}))
+    controller.say(Row(wire, 51))
+    assert front.stats(5.0) == {"age": "new"}
+    assert [update.token_ids for update in front.poll(60.0)] == [(50,), (51,)]
+
+
+def test_fileno_shows_what_arrives(front, controller):
+    assert select.select([front], [], [], 0) == ([], [], [])
+    front.submit("a", SamplingParams())
+    controller.say(Row(int(controller.heard()[0].ids_Q[0]), 50))
+    assert select.select([front], [], [], 5)[0] == [front]
+    front.close()
+    front.close()
