@@ -4,7 +4,8 @@ Every bin is a kind and a size of problem, asked on test problems only (`expertw
 of `samples` samples at temperature 0.7 the mean (pass@1), the share of problems with at least one right sample (pass@N) and
 the share where the most frequent final answer is right (maj@N; `SUM` only, since a `COUNTDOWN` question contains its
 answer). Every figure is a mean over problems of independent scores and comes with the standard error of that mean; for
-scores of 0 and 1 that is the binomial sqrt(p (1 - p) / problems).
+scores of 0 and 1 that is the binomial sqrt(p (1 - p) / problems). (`COUNTDOWN` with 3 numbers has only some 80 sets of
+numbers to test on, so its problems share them and its errors are underestimates.)
 """
 
 from __future__ import annotations
@@ -193,10 +194,10 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - started
     print(f"{args.engine}, {args.dtype}, {args.problems} problems a bin, {seconds:.0f} s\n\n{table(rows)}")
     if args.out is not None:
-        run = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        args.out.write_text(
-            json.dumps(run | {"seconds": seconds, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
+        run = vars(args) | {"model": args.model.name, "seconds": round(seconds, 1)}
+        run["rows"] = [asdict(row) for row in rows]
+        del run["out"]
+        args.out.write_text(json.dumps(run, indent=1) + "\n")
 
 
 if __name__ == "__main__":

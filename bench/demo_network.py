@@ -1,7 +1,7 @@
 """The demo model's network for training: Qwen3-MoE with transformers' parameter names and a fast forward on one CPU core.
 
-Rows are sorted by expert and each expert runs one dense product. Everything is fp32: in bf16 the varying number of rows of
-an expert makes the CPU's matrix library prepare a new kernel almost every time, which costs more than it saves.
+Rows are sorted by expert and each expert runs one dense product. Everything is fp32: bf16 was slower here, probably because
+an expert's number of rows varies and the CPU's matrix library prepares a kernel for every new shape (docs/demo_model.md).
 
 Shape letters: B batch, S sequence length, T = B*S tokens, D model width, F expert width, E experts, K top-k,
 N = T*K routed rows, R rows of one expert, H heads, C head_dim, V vocabulary.

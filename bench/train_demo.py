@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
@@ -234,7 +234,8 @@ def make_tokenizer() -> Tokenizer:
 def save_checkpoint(model: DemoModel, folder: Path) -> None:
     """Writes weights, configuration and tokenizer in the hub's format."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(hub_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    # `save_file` would leave a file that only its owner may read.
+    (folder / "model.safetensors").write_bytes(save(hub_tensors(model), metadata={"format": "pt"}))
     make_tokenizer().save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "chat_template": CHAT_TEMPLATE,

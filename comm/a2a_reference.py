@@ -22,16 +22,23 @@ from expertwire.comm.group import Pending, exchange_now
 
 @dataclass(frozen=True, kw_only=True)
 class _Handle:
+    """`slots_P[p]`: which of this rank's T * K slots have their expert on rank p. The rest describes the routed rows that arrive
+    here: how many from each rank, and, in the order of experts, the row of x_UD and the place in the order of arrival."""
+
     num_tokens: int
-    physical_P_TK: list[np.ndarray]  # every rank's ids, [T_p, K]
+    slots_P: list[np.ndarray]
+    arrivals_P: list[int]
+    row_index_R: np.ndarray
+    order_R: np.ndarray
+    expert_offsets: list[int]
     x_UD: Tensor
     pending: Pending | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Returning:
-    home_slots: np.ndarray  # slot t * K + k of each row that comes home, in the order received
     num_tokens: int
+    home_slots: np.ndarray  # slot t * K + k of each row that comes home, in the order received
     rows: Tensor
     pending: Pending | None
 
@@ -42,85 +49,84 @@ class ReferenceAllToAll:
     def __init__(self, spec: AllToAllSpec) -> None:
         self._spec = spec
         self._rank_offsets = np.asarray(spec.rank_offsets, np.int64)
-        rank = spec.group.rank
-        self._first, self._last = spec.rank_offsets[rank], spec.rank_offsets[rank + 1]
 
     def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> _Handle:
-        group, top_k = self._spec.group, self._spec.top_k
+        group = self._spec.group
         num_tokens = x_TD.shape[0]
         assert num_tokens == num_tokens_P[group.rank], f"rank {group.rank} has {num_tokens} tokens, plan {num_tokens_P}"
         assert num_tokens <= self._spec.max_tokens, f"{num_tokens} tokens, built for {self._spec.max_tokens}"
-        if group.size == 1:
-            ids = [physical_TK.cpu().numpy()]
-            return _Handle(num_tokens=num_tokens, physical_P_TK=ids, x_UD=x_TD, pending=None)
-        ids_out = [n * top_k for n in num_tokens_P]
-        ids_in = [num_tokens * top_k] * group.size
-        everyone = exchange_now(group, physical_TK.reshape(-1).repeat(group.size), ids_out, ids_in)
-        flat = everyone.cpu().numpy()
-        starts = np.cumsum([0, *ids_out])
-        ids = [flat[starts[p] : starts[p + 1]].reshape(-1, top_k) for p in range(group.size)]
-
-        tokens_P = [np.flatnonzero(self._at_rank(ids[group.rank], p).any(axis=1)) for p in range(group.size)]
-        receive = [int(self._here(ids_TK).any(axis=1).sum()) for ids_TK in ids]
-        rows = x_TD[torch.from_numpy(np.concatenate(tokens_P)).to(x_TD.device)]
-        x_UD = x_TD.new_empty(sum(receive), x_TD.shape[1])
-        pending = group.exchange(x_UD, rows, receive, [len(t) for t in tokens_P])
-        return _Handle(num_tokens=num_tokens, physical_P_TK=ids, x_UD=x_UD, pending=pending)
+        ids_P = self._everyones_ids(physical_TK, num_tokens_P)
+        mine_TK = ids_P[group.rank]
+        x_UD, pending = x_TD, None
+        if group.size > 1:
+            receive = [int(self._at(ids_TK, group.rank).any(axis=1).sum()) for ids_TK in ids_P]
+            tokens_P = [np.flatnonzero(self._at(mine_TK, p).any(axis=1)) for p in range(group.size)]
+            x_UD = x_TD.new_empty(sum(receive), x_TD.shape[1])
+            rows = x_TD[torch.from_numpy(np.concatenate(tokens_P)).to(x_TD.device)]
+            pending = group.exchange(x_UD, rows, receive, [len(tokens) for tokens in tokens_P])
+        experts_R, rows_R, arrivals_P = self._arrivals(ids_P)
+        order_R = np.argsort(experts_R, kind="stable")
+        first, last = self._rank_offsets[group.rank : group.rank + 2]
+        return _Handle(
+            num_tokens=num_tokens,
+            slots_P=[np.flatnonzero(self._at(mine_TK, p)) for p in range(group.size)],
+            arrivals_P=arrivals_P,
+            row_index_R=rows_R[order_R],
+            order_R=order_R,
+            expert_offsets=[0, *np.bincount(experts_R, minlength=last - first).cumsum().tolist()],
+            x_UD=x_UD,
+            pending=pending,
+        )
 
     def dispatch_recv(self, handle: _Handle) -> Dispatched:
         if handle.pending is not None:
             handle.pending.wait()
-        experts_R, rows_R = self._arrivals(handle)
-        order = np.argsort(experts_R, kind="stable")
-        counts = np.bincount(experts_R, minlength=self._last - self._first)
-        return Dispatched(
-            x_UD=handle.x_UD,
-            row_index_R=torch.from_numpy(rows_R[order]).to(handle.x_UD.device),
-            expert_offsets=[0, *np.cumsum(counts).tolist()],
-        )
+        row_index_R = torch.from_numpy(handle.row_index_R).to(handle.x_UD.device)
+        return Dispatched(x_UD=handle.x_UD, row_index_R=row_index_R, expert_offsets=handle.expert_offsets)
 
     def combine_send(self, handle: _Handle, y_RD: Tensor) -> _Returning:
-        group = self._spec.group
-        experts_R, _ = self._arrivals(handle)
-        # From expert order back to the order of arrival: by home rank, token, k.
-        back = np.empty(len(experts_R), np.int64)
-        back[np.argsort(experts_R, kind="stable")] = np.arange(len(experts_R))
-        rows = y_RD[torch.from_numpy(back).to(y_RD.device)]
-        mine = handle.physical_P_TK[group.rank]
-        at_P = [np.flatnonzero(self._at_rank(mine, p)) for p in range(group.size)]
-        home_slots = np.concatenate(at_P)
-        if group.size == 1:
-            return _Returning(home_slots=home_slots, num_tokens=handle.num_tokens, rows=rows, pending=None)
-        home = y_RD.new_empty(len(home_slots), y_RD.shape[1])
-        counts = [int(self._here(ids_TK).sum()) for ids_TK in handle.physical_P_TK]
-        pending = group.exchange(home, rows, [len(a) for a in at_P], counts)
-        return _Returning(home_slots=home_slots, num_tokens=handle.num_tokens, rows=home, pending=pending)
+        rows = torch.empty_like(y_RD)  # in the order of arrival again: by home rank, token, k
+        rows[torch.from_numpy(handle.order_R).to(y_RD.device)] = y_RD
+        home, pending = rows, None
+        if self._spec.group.size > 1:
+            counts = [len(slots) for slots in handle.slots_P]
+            home = y_RD.new_empty(sum(counts), y_RD.shape[1])
+            pending = self._spec.group.exchange(home, rows, counts, handle.arrivals_P)
+        home_slots = np.concatenate(handle.slots_P)
+        return _Returning(num_tokens=handle.num_tokens, home_slots=home_slots, rows=home, pending=pending)
 
     def combine_recv(self, handle: _Returning) -> Tensor:
         if handle.pending is not None:
             handle.pending.wait()
         num_slots, width = handle.num_tokens * self._spec.top_k, handle.rows.shape[1]
-        if len(handle.home_slots) == num_slots and self._spec.group.size == 1:
-            return handle.rows.view(handle.num_tokens, self._spec.top_k, width)
-        out = handle.rows.new_zeros(num_slots, width)
-        out[torch.from_numpy(handle.home_slots).to(out.device)] = handle.rows
+        out = handle.rows
+        if self._spec.group.size > 1 or len(handle.home_slots) < num_slots:
+            out = handle.rows.new_zeros(num_slots, width)
+            out[torch.from_numpy(handle.home_slots).to(out.device)] = handle.rows
         return out.view(handle.num_tokens, self._spec.top_k, width)
 
-    def _at_rank(self, ids_TK: np.ndarray, rank: int) -> np.ndarray:
+    def _everyones_ids(self, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> list[np.ndarray]:
+        """Every rank's physical ids, [T_p, K]."""
+        group, top_k = self._spec.group, self._spec.top_k
+        if group.size == 1:
+            return [physical_TK.cpu().numpy()]
+        sizes = [num_tokens * top_k for num_tokens in num_tokens_P]
+        flat = exchange_now(group, physical_TK.flatten().repeat(group.size), sizes, [physical_TK.numel()] * group.size)
+        return [ids.reshape(-1, top_k) for ids in np.split(flat.cpu().numpy(), np.cumsum(sizes)[:-1])]
+
+    def _at(self, ids_TK: np.ndarray, rank: int) -> np.ndarray:
         return (ids_TK >= self._rank_offsets[rank]) & (ids_TK < self._rank_offsets[rank + 1])
 
-    def _here(self, ids_TK: np.ndarray) -> np.ndarray:
-        return (ids_TK >= self._first) & (ids_TK < self._last)
-
-    def _arrivals(self, handle: _Handle) -> tuple[np.ndarray, np.ndarray]:
-        """Local expert and row of x_UD of every routed row, by (home rank, token, k)."""
+    def _arrivals(self, ids_P: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Local expert and row of x_UD of every routed row that comes here, by (home rank, token, k); rows from each rank."""
+        rank, size = self._spec.group.rank, self._spec.group.size
         experts, rows, base = [], [], 0
-        for ids_TK in handle.physical_P_TK:
-            here_TK = self._here(ids_TK)
+        for ids_TK in ids_P:
+            here_TK = self._at(ids_TK, rank)
             token_here = here_TK.any(axis=1)
-            row_of_token = np.cumsum(token_here) - 1 if self._spec.group.size > 1 else np.arange(len(ids_TK))
-            tokens = np.nonzero(here_TK)[0]
-            experts.append(ids_TK[here_TK] - self._first)
-            rows.append(base + row_of_token[tokens])
+            # A single rank sends nothing, so its rows keep their places.
+            row_of_token = base + (np.cumsum(token_here) - 1 if size > 1 else np.arange(len(ids_TK)))
+            experts.append(ids_TK[here_TK] - self._rank_offsets[rank])
+            rows.append(row_of_token[np.nonzero(here_TK)[0]])
             base += int(token_here.sum())
-        return np.concatenate(experts), np.concatenate(rows)
+        return np.concatenate(experts), np.concatenate(rows), [len(e) for e in experts]

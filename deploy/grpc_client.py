@@ -145,7 +145,7 @@ class Client:
         return {field.name: getattr(info, field.name) for field in pb.ModelInfo.DESCRIPTOR.fields}
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges of the engine; `expert_load` has the tokens of each expert by MoE layer. Raises `ServerError`."""
+        """Counters and gauges of the engine; `expert_load` has the tokens of each expert by layer. Raises `ServerError`."""
         stats = self._call(self._stub.GetStats, pb.GetStatsRequest())
         return {**json_format.MessageToDict(stats.values), "expert_load": [list(e.tokens) for e in stats.expert_load]}
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import expertwire
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.config import ModelInfo
 from expertwire.engine.outputs import LogprobDict, Update
@@ -62,14 +62,14 @@ def from_model_info(info: ModelInfo) -> pb.ModelInfo:
     """All of `info` except the server's folder."""
     values = dataclasses.asdict(info)
     del values["path"]
-    return pb.ModelInfo(version=expertwire.__version__, **values)
+    return pb.ModelInfo(version=importlib.metadata.version("expertwire"), **values)
 
 
 def from_stats(values: Mapping[str, Any]) -> pb.Stats:
-    """The controller's statistics; None and what is neither number, text nor a list of them is left out."""
+    """The statistics of `Front.stats`."""
     message = pb.Stats()
-    message.values.update({name: value for name, value in values.items() if isinstance(value, int | float | str)})
-    for tokens in values.get("expert_load") or ():
+    message.values.update({name: value for name, value in values.items() if name != "expert_load"})
+    for tokens in values.get("expert_load", ()):
         message.expert_load.add(tokens=tokens)
     return message
 

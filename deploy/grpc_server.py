@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ _OPTIONS = (
 )
 
 Code = grpc.StatusCode
+_log = logging.getLogger(__name__)
 
 
 class Front(Protocol):
@@ -175,6 +177,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         for update in updates:
             if stream := self._streams.get(update.request_id):
                 stream.add(update)
+                if stream.done and not update.done:
+                    self._front.abort(update.request_id)  # its client reads too slowly
         if self._front.failure is not None:
             self._fail(self._front.failure)
 
@@ -183,6 +187,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         if not self.failed.is_set():
             self.failure = str(error)
             self.failed.set()
+            _log.error("error: %s", self.failure)
             asyncio.get_running_loop().remove_reader(self._descriptor)
             for stream in self._streams.values():
                 if not stream.done:
@@ -194,9 +199,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
 
 class Server:
-    """A gRPC server that holds its port from the start and serves later, when there is an engine.
-
-    Made within a running event loop.
+    """A gRPC server; made within a running event loop.
 
     Args:
         host: name or address to listen at.

@@ -73,13 +73,12 @@ class Attention:
     output: Linear
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch, cache: PagedKv, tables: tuple[Tensor, Tensor]) -> Tensor:
-        num_tokens = x_TD.shape[0]
-        qkv_Thd = self.qkv(x_TD).view(num_tokens, -1, self.head_dim)
+        qkv_Thd = self.qkv(x_TD).unflatten(1, (-1, self.head_dim))
         positions_T, slots_T = batch.positions_T, batch.slot_mapping_T
         q_THd = self.ops.rotate_and_store(
             qkv_Thd, self.qk_norm, self.eps, tables, positions_T, slots_T, cache.k, cache.v
         )
-        return self.output(self.ops.attend(q_THd, cache.k, cache.v, batch.sequences).reshape(num_tokens, -1))
+        return self.output(self.ops.attend(q_THd, cache.k, cache.v, batch.sequences).flatten(1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,6 @@ from expertwire.kernels import linear
 # (x_ND sorted by expert, offsets of e + 1 integers) -> y_ND
 GroupedMlp = Callable[[Tensor, Sequence[int]], Tensor]
 
-# From this many rows an expert on, each expert's activations are computed apart so that they stay in the cache.
-_ROWS_APART = 32
-
 
 def silu_mul_reference(gate_up_NF: Tensor) -> Tensor:
     """`silu(gate) * up` of [N, 2F], each rounded to the dtype."""
@@ -38,19 +35,33 @@ def reference(x_ND: Tensor, offsets: Sequence[int], w13_eFD: Tensor, w2_eDF: Ten
 
 
 def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor]) -> GroupedMlp:
-    """A callable for these weights. The caller gives them up, as for `linear.prepare`."""
-    w13 = [linear.prepare(w) for w in w13_eFD.unbind(0)]
-    w2 = [linear.prepare(w) for w in w2_eDF.unbind(0)]
+    """A callable for these weights, as `linear.prepare` makes one."""
+    if not (linear.few_rows_apart(w13_eFD) and linear.few_rows_apart(w2_eDF)):
+        return lambda x_ND, offsets: _by_expert(x_ND, offsets, w13_eFD, w2_eDF, silu_mul, 0, torch.empty_like(x_ND))
+    from expertwire.kernels.cpu import gemm
+
+    few, apply_few = gemm.few(w13_eFD.dtype), gemm.prepare_experts(w13_eFD, w2_eDF)
 
     def apply(x_ND: Tensor, offsets: Sequence[int]) -> Tensor:
-        busy = [e for e in range(len(w13)) if offsets[e] < offsets[e + 1]]
-        if not busy:
-            return torch.empty_like(x_ND)
-        sizes = [offsets[e + 1] - offsets[e] for e in busy]
-        rows = x_ND.split(sizes)
-        if len(x_ND) >= _ROWS_APART * len(busy):
-            return torch.cat([w2[e](silu_mul(w13[e](x))) for e, x in zip(busy, rows, strict=True)])
-        hidden = silu_mul(torch.cat([w13[e](x) for e, x in zip(busy, rows, strict=True)]))
-        return torch.cat([w2[e](h) for e, h in zip(busy, hidden.split(sizes), strict=True)])
+        y_ND = torch.empty_like(x_ND)
+        apply_few(x_ND, offsets, y_ND)
+        return _by_expert(x_ND, offsets, w13_eFD, w2_eDF, silu_mul, few, y_ND)
 
     return apply
+
+
+def _by_expert(
+    x_ND: Tensor,
+    offsets: Sequence[int],
+    w13_eFD: Tensor,
+    w2_eDF: Tensor,
+    silu_mul: Callable[[Tensor], Tensor],
+    more_than: int,
+    y_ND: Tensor,
+) -> Tensor:
+    """The library's products, one expert after another, for those with more rows than `more_than`."""
+    for e, (start, end) in enumerate(pairwise(offsets)):
+        if end - start > more_than:
+            hidden = silu_mul(F.linear(x_ND[start:end], w13_eFD[e]))
+            torch.mm(hidden, w2_eDF[e].T, out=y_ND[start:end])
+    return y_ND

@@ -2,8 +2,8 @@
 
 T tokens, D input width, N output width.
 
-A weight is *prepared* once, after loading, for the device it lives on, and called many times. On a CPU that is a oneDNN weight
-in the blocked layout that its kernels read without repacking (half the memory traffic of a plain weight at few tokens).
+A weight is *prepared* once, after loading, and called many times. On one CPU thread, few rows go through `kernels.cpu.gemm`,
+which runs at the speed of memory; everything else is the library's product.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tenso
 
 
 def prepare(w_ND: Tensor, bias_N: Tensor | None = None) -> Linear:
-    """A callable that applies `w_ND` (fp32 or bf16). The caller gives `w_ND` up: on a CPU only the packed copy is kept."""
-    if w_ND.device.type != "cpu":
+    """A callable that applies `w_ND` (fp32 or bf16), by the device that it is on and the threads that torch has now."""
+    if bias_N is not None or not few_rows_apart(w_ND):
         return lambda x_TD: F.linear(x_TD, w_ND, bias_N)
-    return _packed(torch.ops.mkldnn._reorder_linear_weight(w_ND.contiguous()), w_ND.shape[0], bias_N)
+    from expertwire.kernels.cpu import gemm
+
+    few, apply_few = gemm.few(w_ND.dtype), gemm.prepare_linear(w_ND)
+    return lambda x_TD: apply_few(x_TD) if x_TD.shape[0] <= few else F.linear(x_TD, w_ND)
 
 
-def _packed(weight: Tensor, num_outputs: int, bias_N: Tensor | None) -> Linear:
-    linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
+def few_rows_apart(weight: Tensor) -> bool:
+    """Whether few rows go through `kernels.cpu.gemm`: on a CPU, with one thread, for the shapes that it covers."""
+    if weight.device.type != "cpu" or torch.get_num_threads() != 1:
+        return False
+    from expertwire.kernels.cpu import gemm  # numba is slow to import and of no use elsewhere
 
-    def apply(x_TD: Tensor) -> Tensor:
-        if x_TD.shape[0] == 0:  # oneDNN has no empty products
-            return x_TD.new_empty(0, num_outputs)
-        return linear_pointwise(x_TD, weight, bias_N, "none", (), "")
-
-    return apply
+    return gemm.supports(weight)

@@ -32,16 +32,17 @@ def choose(device: str) -> Ops:
     """The ops for "cpu" (numba) or a CUDA device (torch)."""
     if device == "cpu":
         # numba is slow to import and of no use elsewhere.
-        from expertwire.kernels import cpu
+        from expertwire.kernels.cpu import attention as cpu_attention
+        from expertwire.kernels.cpu import elementwise
 
         return Ops(
-            rms_norm=cpu.rms_norm,
-            add_rms_norm=cpu.add_rms_norm,
-            rotate_and_store=cpu.rotate_and_store,
-            attend=cpu.attend,
-            route=cpu.route,
-            silu_mul=cpu.silu_mul,
-            combine=cpu.combine,
+            rms_norm=elementwise.rms_norm,
+            add_rms_norm=elementwise.add_rms_norm,
+            rotate_and_store=cpu_attention.rotate_and_store,
+            attend=cpu_attention.attend,
+            route=elementwise.route,
+            silu_mul=elementwise.silu_mul,
+            combine=elementwise.combine,
         )
     return Ops(
         rms_norm=rms_norm.reference,

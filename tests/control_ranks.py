@@ -8,6 +8,7 @@ send back).
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+import expertwire
 from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink
 from expertwire.engine import process
 
@@ -29,7 +31,8 @@ def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: st
     if config.get("fail_at_start") == rank:
         raise RuntimeError("cannot start")
     node = config["nodes"][rank] if "nodes" in config else node
-    link = ControlLink(address, token, rank=rank, node=node, hello={"pid": np.array([os.getpid()])})
+    hello = {"pid": np.array([os.getpid()]), "shadows": np.array([_num_shadows()])}
+    link = ControlLink(address, token, rank=rank, node=node, hello=hello)
     dice = random.Random(rank)
     with contextlib.suppress(ChannelClosed):
         while True:
@@ -44,6 +47,15 @@ def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: st
             answer = np.full(int(plan["answer"][0]) if "answer" in plan else 0, rank, np.int64)
             link.send({"step": plan["step"], "sum": plan["data"].sum(keepdims=True), "answer": answer})
     link.close()
+
+
+def _num_shadows() -> int:
+    """How many of our folders would be imported under their bare names, in place of somebody else's package."""
+    root = str(Path(expertwire.__file__).parent.parent)
+    specs = [
+        importlib.util.find_spec(name) for name in ("bench", "comm", "deploy", "engine", "kernels", "moe", "scheduler")
+    ]
+    return sum(spec is not None and str(spec.origin).startswith(root + os.sep) for spec in specs)
 
 
 def _die() -> None:

@@ -132,7 +132,8 @@ def test_batches_follow_from_the_step_and_hold_training_problems_only():
 
 
 def test_arbitrary_choices_weigh_less():
-    words = [*"14 + 3 = 17 : 15 17 ; 15 + 17 = 32 : 32 ; answer 32".split(), EOS]
+    text = "14 + 3 = 17 : 15 17 ; 15 + 17 = 32 : 32 ; answer 32"
+    words = [*text.split(), EOS]
     light = [i for i, weight in enumerate(token_weights("SUM", words)) if weight < 1]
     assert light == [0, 2, 9, 11]
     assert set(token_weights("COUNTDOWN", words)) == {1.0}

@@ -137,10 +137,10 @@ class TestEnds:
         [abort] = controller.heard()
         assert isinstance(abort, Abort)
         assert abort.ids.tolist() == wires
-        controller.say(Row(wires[0], 50), Row(wires[1], -1, ABORT))
-        updates = front.poll(60.0)
+        updates = front.poll(3600.0)
         assert [(update.branch, update.text, update.done) for update in updates] == [(0, "fox", False), (1, "", True)]
         assert {update.finish_reason for update in updates} == {"abort"}
+        controller.say(Row(wires[0], 50), Row(wires[1], -1, ABORT))
         front.abort(request)
         front.abort(12345)
         assert controller.heard() == []
@@ -263,6 +263,13 @@ class TestLogprobs:
             {13: (-3.0, 9), 21: (-0.25, 1)},
         ]
         assert last.prompt_logprobs is None
+
+    def test_of_the_prompt_come_with_the_branch_that_computes_them(self, front, controller):
+        front.submit([10, 11], SamplingParams(prompt_logprobs=0, n=2))
+        first, second = controller.heard()[0].ids_Q.tolist()
+        controller.say(Row(second, 50))
+        controller.say(Row(first, 50), prompt_rows=[PromptRow(first, 1, -1.0, 3)])
+        assert [(update.branch, bool(update.prompt_logprobs)) for update in front.poll(1.0)] == [(1, False), (0, True)]
 
     def test_of_a_prompt_of_one_token(self, front, controller):
         front.submit([10], SamplingParams(prompt_logprobs=1))
@@ -389,10 +396,10 @@ def test_statistics_keep_what_arrives_meanwhile(front, controller):
         front.stats(0.01)
     assert [type(message) for message in controller.heard()] == [AskStats]
     controller.send(Stats(values={"age": "late"}))
-    controller.send(Stats(values={"age": "new"}))
     controller.say(Row(wire, 51))
+    controller.send(Stats(values={"age": "new"}))
     assert front.stats(5.0) == {"age": "new"}
-    assert [update.token_ids for update in front.poll(60.0)] == [(50,), (51,)]
+    assert [update.token_ids for update in front.poll(3600.0)] == [(50,), (51,)]
 
 
 def test_fileno_shows_what_arrives(front, controller):

@@ -31,7 +31,9 @@ def start(hub, launcher, **config):
 
 
 def join(hub, launcher):
-    return [psutil.Process(int(hello["pid"][0])) for hello in hub.wait_joined(60, launcher.poll)]
+    hellos = hub.wait_joined(60, launcher.poll)
+    assert not any(hello["shadows"][0] for hello in hellos)
+    return [psutil.Process(int(hello["pid"][0])) for hello in hellos]
 
 
 def supervise(launcher):

@@ -185,7 +185,7 @@ class TestChatTemplates:
         transformers = pytest.importorskip("transformers")
         template = (
             "{%- for m in messages %}\n  {% if loop.index > 2 %}{% break %}{% endif %}\n"
-            "  {% generation %}{{ m.content | tojson(indent=2) }}{% endgeneration %}\n"
+            "  {% generation %}{{ m.content | tojson(indent=2) }}{{ m.name is defined }}{% endgeneration %}\n"
             "{% set ns = namespace(found=1) %}{% set ns.found = 2 %}{{ ns.found }}{{ strftime_now('%Y') | length }}\n"
             "{% endfor %}{{ eos_token }}{{ undefined_name }}{{ {'b': 1, 'a': 'é<'} | tojson(sort_keys=True) }}"
         )

@@ -16,6 +16,7 @@ from fake_controller import INFO, ThreadController, next_token
 import expertwire
 from expertwire import llm as llm_module
 from expertwire.engine.outputs import EngineFailed, Logprob
+from expertwire.generation import delayed_interrupt
 
 SamplingParams = expertwire.SamplingParams
 
@@ -133,11 +134,13 @@ def test_stop_strings(start):
     [output] = llm.generate([[1, 2]], SamplingParams(max_tokens=12, stop=stop), use_tqdm=False)
     assert output.outputs[0].text == whole[: whole.index(stop)]
     assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+    llm.stats()  # the engine has heard everything before
     assert engine.controller.aborted
 
 
-def test_chat(start):
-    llm, _ = start()
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_chat(start, kind, tmp_path):
+    llm, _ = start(tokenizer_files.write(tmp_path, kind))
     chats = [[{"role": "user", "content": word}] for word in ("fox", "dog")]
     outputs = llm.chat(chats, SamplingParams(max_tokens=2), use_tqdm=False)
     for chat, output in zip(chats, outputs, strict=True):
@@ -219,6 +222,24 @@ def test_an_interrupt_leaves_it_usable(start):
     engine.controller.paused.clear()
     [output] = llm.generate([[4, 5]], use_tqdm=False)
     assert output.outputs[0].token_ids == expected([4, 5], 16)
+
+
+def test_an_interrupt_waits_for_its_turn_unless_repeated():
+    reached = []
+
+    def interrupted(times):
+        with delayed_interrupt() as check:
+            check()
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            reached.append("check")
+            check()
+            reached.append("end")
+
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(times)
+    assert reached == ["check"]
 
 
 def test_generate_from_another_thread(start):

@@ -1,0 +1,138 @@
+"""The `expertwire` command. Exit codes: 0 done, 1 the engine failed, 2 a wrong option, model or input."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn
+
+from expertwire.deploy.options import add_engine_options, add_options, engine_config, given
+from expertwire.engine.outputs import EngineFailed
+from expertwire.scheduler.sampling_params import SamplingParams
+
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "n")
+BENCHES: Mapping[str, str] = {
+    "throughput": "tokens per second and per core-second of random prompts",
+    "control": "microseconds per step of the control channel",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser(benches=argv[1:2] if argv[:1] == ["bench"] else ()).parse_args(argv)
+    try:
+        return args.command(args) or 0
+    except (ValueError, OSError) as error:
+        return _fail(error, 2)
+    except EngineFailed as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        benches: the benchmarks whose options are wanted, which cost some imports.
+    """
+    parser = _Parser(prog="expertwire", description="Serves Mixture-of-Experts language models.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_generate(commands)
+    _add_demo(commands)
+    group = commands.add_parser("bench", help="measure", description="Measures.")
+    subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
+    for name, text in BENCHES.items():
+        bench = subcommands.add_parser(name, help=text, description=text.capitalize() + ".")
+        if name in benches:
+            module = importlib.import_module(f"expertwire.bench.{name}")
+            module.add_arguments(bench)
+            bench.set_defaults(command=module.main)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="serve a model over gRPC", description="Serves a model over gRPC.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=50051, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--drain-timeout", type=_seconds, default=30.0, metavar="X",
+        help="seconds that running requests get to finish after SIGTERM (default: %(default)s)",
+    )  # fmt: skip
+    add_engine_options(parser)
+    parser.set_defaults(command=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of its messages is in our errors
+    from expertwire.deploy.serve import serve
+
+    where = {"host": args.host, "port": args.port, "drain_timeout_s": args.drain_timeout}
+    return serve(engine_config(args), **where, announce=functools.partial(print, flush=True))
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate", help="continue prompts, without a server", description="Continues prompts, without a server."
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_FIELDS)
+    add_engine_options(parser)
+    parser.set_defaults(command=_generate)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from expertwire.deploy.generate import generate
+
+    params = SamplingParams(**given(args, SAMPLING_FIELDS))
+    generate(engine_config(args), args.prompt, params, write=functools.partial(print, end="", flush=True))
+    return 0
+
+
+def _add_demo(commands: Any) -> None:
+    text = "serve the demo model and ask it questions"
+    parser = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
+    parser.add_argument("--launcher", choices=("ray", "local"), default="ray", help="(default: %(default)s)")
+    parser.add_argument("--ep-size", type=int, default=2, metavar="N", help="ranks (default: %(default)s)")
+    parser.set_defaults(command=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from expertwire.deploy.demo import demo
+
+    return demo(launcher=args.launcher, ep_size=args.ep_size)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < 1 << 16:
+        raise argparse.ArgumentTypeError(f"must be in [0, 65535], got {port}")
+    return port
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds >= 0, got {text}")
+    return seconds
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

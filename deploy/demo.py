@@ -1,0 +1,198 @@
+"""`expertwire demo`: a real server with sharded experts, asked questions by a real client, its answers checked exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO
+
+import psutil
+
+from expertwire.deploy.demo_task import Kind, Problem, check, make_problem
+from expertwire.deploy.grpc_client import Client
+from expertwire.engine.outputs import EngineFailed
+from expertwire.moe.placement import place
+
+ONE_BY_ONE: tuple[tuple[Kind, int], ...] = (
+    ("SUM", 2), ("SUM", 3), ("SUM", 4), ("SUM", 5), ("COUNTDOWN", 2), ("COUNTDOWN", 3), ("COUNTDOWN", 3), ("COUNTDOWN", 4),
+)  # fmt: skip
+AT_ONCE: tuple[tuple[Kind, int], ...] = (("SUM", 3), ("SUM", 4), ("COUNTDOWN", 3)) * 8
+NEEDED = 0.75  # of all answers must be right
+MAX_TOKENS = 128
+_START_S = 330.0
+_STOP_S = 60.0
+_PROGRESS_S = 1.0
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back for one problem; times in seconds since the question."""
+
+    problem: Problem
+    text: str
+    num_tokens: int
+    first_s: float
+    total_s: float
+
+    @property
+    def correct(self) -> bool:
+        return check(self.problem, self.text)
+
+
+def demo(*, launcher: str, ep_size: int) -> int:
+    """Run the demonstration.
+
+    Returns:
+        The exit code: 0 if enough answers were right and nothing was left running.
+
+    Raises:
+        EngineFailed: the server did not start or did not end as it should.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with _server(launcher, ep_size) as address, Client(address) as client:
+        info = client.model_info()
+        print(
+            f"\n{info['name']}: {info['architecture']}, {info['num_layers']} layers of {info['num_experts']} experts, "
+            f"{info['top_k']} for each token, sharded over {info['ep_size']} ranks\n"
+        )
+        answers = [_ask_aloud(client, problem) for problem in _problems(ONE_BY_ONE, seed=1)]
+        together, seconds = _ask_together(client, _problems(AT_ONCE, seed=2))
+        stats = client.stats()
+    _print_spread(stats["expert_load"], ep_size)
+    return _summarise(answers, together, seconds)
+
+
+def spread_lines(expert_load: Sequence[Sequence[int]], ep_size: int) -> list[str]:
+    """A bar a logical expert, by layer and rank, and the ranks' shares of the tokens.
+
+    Args:
+        expert_load: tokens by [layer][logical expert]; layers without experts have none.
+        ep_size: ranks, without redundant experts.
+    """
+    lines = []
+    for layer, tokens in enumerate(expert_load):
+        if not sum(tokens):
+            continue
+        placement = place(len(tokens), ep_size)
+        parts = []
+        for rank in range(ep_size):
+            mine = [tokens[expert] for expert in placement.experts_of(rank)]
+            bars = "".join(_BLOCKS[-(-(len(_BLOCKS) - 1) * count // max(tokens))] for count in mine)
+            parts.append(f"rank {rank} {bars} {sum(mine) / sum(tokens):4.0%}")
+        lines.append(f"  layer {layer}   " + "   ".join(parts))
+    return lines
+
+
+@contextlib.contextmanager
+def _server(launcher: str, ep_size: int) -> Iterator[str]:
+    """A server process; yields its address, and makes sure in the end that it and its children are gone."""
+    options = ["serve", "--launcher", launcher, "--ep-size", str(ep_size), "--port", "0"]
+    print(f"$ expertwire {' '.join(options)}")
+    with tempfile.TemporaryFile("w+") as log:
+        # -P: the current folder is no place to import from.
+        command = [sys.executable, "-P", "-m", "expertwire.deploy.cli", *options]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            yield _address(server, log, f"starting {'Ray and ' if launcher == 'ray' else ''}{ep_size} ranks")
+        finally:
+            _stop(server)
+        if server.returncode:
+            raise EngineFailed(f"the server ended with exit code {server.returncode}:\n{_tail(log)}")
+
+
+def _address(server: subprocess.Popen[str], log: IO[str], what: str) -> str:
+    """Wait until the server says where it listens."""
+    begin = time.monotonic()
+    while (seconds := time.monotonic() - begin) < _START_S:
+        if sys.stdout.isatty():
+            print(f"\r{what} ... {seconds:.0f} s", end="", flush=True)
+        if select.select([server.stdout], [], [], _PROGRESS_S)[0]:
+            line = server.stdout.readline()
+            if not line:
+                raise EngineFailed(f"the server did not start: {_tail(log)}")
+            print(f"\r{line.strip()} (started in {seconds:.1f} s)")
+            return line.split()[-1]
+    raise EngineFailed(f"the server did not start within {_START_S:g} s: {_tail(log)}")
+
+
+def _stop(server: subprocess.Popen[str]) -> None:
+    """SIGTERM, as an operator would; then nothing of it may be left."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(server.pid).children(recursive=True)
+        server.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(_STOP_S)
+        _, left = psutil.wait_procs(family, timeout=5.0)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if server.poll() is None:
+            server.kill()
+            server.wait()
+        if left:
+            raise EngineFailed(f"the server left processes behind: {', '.join(str(process.pid) for process in left)}")
+
+
+def _tail(log: IO[str]) -> str:
+    log.seek(0)
+    return "".join(log.readlines()[-20:]).strip()
+
+
+def _problems(kinds: Sequence[tuple[Kind, int]], seed: int) -> list[Problem]:
+    return [make_problem(kind, size, 1000 * seed + i) for i, (kind, size) in enumerate(kinds)]
+
+
+def _ask(client: Client, problem: Problem, *, aloud: bool) -> Answer:
+    begin, first, text, num_tokens = time.monotonic(), 0.0, "", 0
+    for chunk in client.generate(problem.prompt, temperature=0, max_tokens=MAX_TOKENS):
+        first = first or time.monotonic() - begin
+        text += chunk.text
+        num_tokens += len(chunk.token_ids)
+        if aloud:
+            print(chunk.text, end="", flush=True)
+    total = time.monotonic() - begin
+    return Answer(problem=problem, text=text, num_tokens=num_tokens, first_s=first, total_s=total)
+
+
+def _ask_aloud(client: Client, problem: Problem) -> Answer:
+    print(f"{problem.prompt} ", end="", flush=True)
+    answer = _ask(client, problem, aloud=True)
+    print(f"   {'✓' if answer.correct else '✗'}")
+    return answer
+
+
+def _ask_together(client: Client, problems: Sequence[Problem]) -> tuple[list[Answer], float]:
+    """Ask all at once: the answers and the seconds until the last one."""
+    begin = time.monotonic()
+    with ThreadPoolExecutor(len(problems)) as pool:
+        answers = list(pool.map(lambda problem: _ask(client, problem, aloud=False), problems))
+    return answers, time.monotonic() - begin
+
+
+def _print_spread(expert_load: Sequence[Sequence[int]], ep_size: int) -> None:
+    print("\nHow the tokens spread over the experts of each rank:\n")
+    print("\n".join(spread_lines(expert_load, ep_size)))
+
+
+def _summarise(one_by_one: Sequence[Answer], together: Sequence[Answer], seconds: float) -> int:
+    answers = [*one_by_one, *together]
+    correct, needed = sum(answer.correct for answer in answers), int(NEEDED * len(answers))
+    alone_rate = sum(answer.num_tokens for answer in one_by_one) / sum(answer.total_s for answer in one_by_one)
+    together_rate = sum(answer.num_tokens for answer in together) / seconds
+    first = statistics.median(answer.first_s for answer in one_by_one)
+    print(f"""
+  right answers            {correct} of {len(answers)} (at least {needed} expected)
+  one question at a time   {alone_rate:.0f} tokens/s, first token after {1e3 * first:.0f} ms (median)
+  {len(together)} questions at once    {together_rate:.0f} tokens/s
+""")
+    return 0 if correct >= needed else 1

@@ -1,0 +1,82 @@
+"""Command-line options of a dataclass: one option a field, with its type, its choices and its help from the docstring."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.resources
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from expertwire.engine.config import EngineConfig
+
+ENGINE_FIELDS = (
+    "dtype", "device", "ep_size", "launcher", "ray_address", "load_format", "max_model_len", "max_num_tokens",
+    "max_running", "max_waiting", "block_size", "kv_cache_bytes", "redundant_experts", "threads_per_rank", "seed",
+    "start_timeout_s", "step_timeout_s",
+)  # fmt: skip
+_FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """`MODEL` and the options of `EngineConfig`."""
+    text = "folder of a Hugging Face checkpoint (default: the demo model)"
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=text)
+    add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE_FIELDS)
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """What the command line says about the engine; the demo model if it names none.
+
+    Raises:
+        ValueError: an option is not usable.
+    """
+    model = args.model or str(importlib.resources.files("expertwire") / "demo_model")
+    return EngineConfig(**{**given(args, ENGINE_FIELDS), "model": model})
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type, fields: Iterable[str]) -> None:
+    """An option for each of the `fields` of the dataclass `kind`.
+
+    Options of seconds have no suffix: `start_timeout_s` is --start-timeout.
+    """
+    hints, helps = typing.get_type_hints(kind), help_texts(kind)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name in fields:
+        default = "" if defaults[name] is None else f" (default: {defaults[name]})"
+        text = helps[name].replace("None", "unset") + default
+        parser.add_argument(
+            "--" + name.removesuffix("_s").replace("_", "-"),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            **_kind_of(hints[name]),
+        )
+
+
+def given(args: argparse.Namespace, fields: Iterable[str]) -> dict[str, Any]:
+    """Those of the fields that the command line sets."""
+    return {name: getattr(args, name) for name in fields if hasattr(args, name)}
+
+
+def help_texts(kind: type) -> dict[str, str]:
+    """What the `Args:` of a class's docstring say about each field."""
+    docstring = inspect.getdoc(kind) or ""
+    arguments = docstring.partition("Args:\n")[2].partition("\n\n")[0]
+    return {name: " ".join(text.split()).rstrip(".") for name, text in _FIELD.findall(arguments)}
+
+
+def _kind_of(hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of a type; of a union, the first member counts."""
+    if isinstance(hint, types.UnionType):
+        members = typing.get_args(hint)
+        if list[str] in members:
+            return {"action": "append", "metavar": "TEXT"}
+        hint = members[0]
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    return {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}

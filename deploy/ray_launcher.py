@@ -1,0 +1,250 @@
+"""Workers as Ray actors, one per rank, on one machine or many.
+
+Ray places the actors and watches them; no Ray object is in the path of a step. Every machine of the cluster needs the same
+version of `expertwire`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from expertwire.comm.control import this_node
+from expertwire.engine.launcher import WORKER, RankFailed, WorkerSpec
+
+_OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes there; Ray's least
+_GRACE_S = 0.5
+
+
+class _Worker:
+    """The actor. `run` blocks for as long as the engine lives."""
+
+    def where(self) -> tuple[str, int]:
+        """This node's address, and the process id."""
+        return ray.util.get_node_ip_address(), os.getpid()
+
+    def run(self, path: list[str], target: str, spec: WorkerSpec, rank: int) -> None:
+        """Run the worker's entry point, which finds modules where the driver finds them."""
+        sys.path += [entry for entry in path if entry and entry not in sys.path]
+        module, _, function = target.partition(":")
+        main = getattr(importlib.import_module(module), function)
+        main(spec.config, rank, spec.num_ranks, spec.address, spec.token, this_node())
+
+
+class RayLauncher:
+    """Starts workers on a Ray cluster; a `Launcher`.
+
+    A rank takes one GPU if the config's `device` is "cuda", or "auto" on a cluster that has GPUs; otherwise one CPU, or the
+    largest 1/k of a CPU with which all ranks find room.
+
+    Args:
+        address: "host:port" of a running cluster, or "auto" for the one on this machine; None starts Ray here, and ends it in
+            `stop`. A process that is connected to Ray already stays with that cluster.
+        worker: the worker's entry point, "package.module:function".
+        connect_timeout_s: for a cluster to answer.
+        start_timeout_s: for Ray to provide the actors' processes.
+
+    Raises:
+        ValueError: `address` is malformed.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        worker: str = WORKER,
+        connect_timeout_s: float = 30.0,
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        if address is not None and address != "auto" and _host_and_port(address) is None:
+            raise ValueError(f'ray_address {address!r}: allowed are "host:port", "auto" and None')
+        self._address = address
+        self._worker = worker
+        self._connect_timeout_s = connect_timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._owns_ray = False
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._runs: list[ray.ObjectRef] = []
+        self._places: list[tuple[str, int]] = []
+
+    def hub_address(self) -> str:
+        """See `engine.launcher.Launcher`. Connects to Ray, or starts it.
+
+        Raises:
+            ValueError: no Ray cluster answers at the given address.
+        """
+        self._connect()
+        return f"tcp:{ray.util.get_node_ip_address()}:0"
+
+    def start(self, spec: WorkerSpec) -> None:
+        """See `engine.launcher.Launcher`; waits for the actors' processes.
+
+        Raises:
+            ValueError: the cluster is too small, or cannot be reached.
+            RankFailed: no room in time, or a process did not start.
+        """
+        assert not self._actors, f"{len(self._actors)} workers run already"
+        self._connect()
+        deadline = time.monotonic() + self._start_timeout_s
+        resources = _resources(spec)
+        group = placement_group([resources] * spec.num_ranks, strategy="PACK")
+        self._group = group
+        if not group.wait(self._start_timeout_s):
+            raise RankFailed(
+                -1,
+                f"Ray found no room for {spec.num_ranks} ranks of {resources} within {self._start_timeout_s:g} s: "
+                f"{ray.available_resources()} are free",
+            )
+        for bundle in _by_node(group):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+            worker = ray.remote(_Worker).options(
+                max_restarts=0,
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=strategy,
+            )
+            self._actors.append(worker.remote())
+        for rank, actor in enumerate(self._actors):
+            self._places.append(self._await_actor(rank, actor, deadline))
+        # The engine's ranks live in this call; its reference is what tells us of their end.
+        self._runs = [actor.run.remote(sys.path, self._worker, spec, rank) for rank, actor in enumerate(self._actors)]
+
+    def poll(self) -> None:
+        """See `engine.launcher.Launcher`. Of several dead workers it names one whose process died."""
+        if not self._runs:
+            return
+        done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        if done:
+            ends = {rank: _how_it_ended(ref) for rank, ref in enumerate(self._runs) if ref in done}
+            rank = min(ends, key=lambda rank: ends[rank][0])
+            ip, pid = self._places[rank]
+            raise RankFailed(rank, f"worker process {pid} on {ip} {ends[rank][1]}")
+
+    def stop(self, timeout_s: float) -> None:
+        """See `engine.launcher.Launcher`. Ray itself ends here only if it was started here."""
+        if ray.is_initialized():
+            deadline = time.monotonic() + timeout_s
+            if self._runs:
+                ray.wait(self._runs, num_returns=len(self._runs), timeout=min(_GRACE_S, timeout_s))
+            for actor in self._actors:
+                ray.kill(actor, no_restart=True)
+            if self._group:
+                remove_placement_group(self._group)
+            here = ray.util.get_node_ip_address()
+            _await_gone([pid for ip, pid in self._places if ip == here], deadline)
+            if self._owns_ray:
+                ray.shutdown()
+        self._actors, self._runs, self._places, self._group, self._owns_ray = [], [], [], None, False
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        if self._address is None:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
+            self._owns_ray = True
+            return
+        if (where := _host_and_port(self._address)) is not None:
+            try:
+                socket.create_connection(where, timeout=self._connect_timeout_s).close()
+            except OSError as error:
+                raise ValueError(f"ray_address {self._address!r}: nothing answers there ({error})") from error
+        _init_within(self._address, self._connect_timeout_s)
+        self._owns_ray = True  # of our connection: the cluster goes on without us
+
+    def _await_actor(self, rank: int, actor: Any, deadline: float) -> tuple[str, int]:
+        try:
+            return ray.get(actor.where.remote(), timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError as error:
+            raise RankFailed(rank, f"its process did not start within {self._start_timeout_s:g} s") from error
+        except RayError as error:
+            raise RankFailed(rank, f"its process did not start: {_in_one_line(error)}") from error
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    host, _, port = address.rpartition(":")
+    return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
+
+
+def _init_within(address: str, timeout_s: float) -> None:
+    """`ray.init`, which by itself tries for many minutes to reach something that is not Ray."""
+    failure: list[BaseException] = []
+
+    def init() -> None:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR)
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=init, name="ray.init", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise ValueError(f"ray_address {address!r}: no Ray cluster answered within {timeout_s:g} s")
+    if failure:
+        raise ValueError(f"ray_address {address!r}: cannot connect: {_in_one_line(failure[0])}") from failure[0]
+
+
+def _resources(spec: WorkerSpec) -> dict[str, float]:
+    """What one rank takes, by Ray's names."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    device = getattr(spec.config, "device", "cpu")
+    needs_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+    if needs_gpu and gpus < spec.num_ranks:
+        raise ValueError(
+            f"ep_size is {spec.num_ranks}, but the Ray cluster has {gpus} GPUs; allowed are at most {gpus}"
+        )
+    cpus = [node.get("CPU", 0) for node in nodes]
+    if not any(cpus):
+        raise ValueError("the Ray cluster has no CPUs; start its nodes with --num-cpus of at least 1")
+    share = next(k for k in range(1, 10_000) if sum(int(cpu * k) for cpu in cpus) >= spec.num_ranks)
+    cpu = math.floor(1e4 / share) / 1e4  # Ray counts in 1/10,000
+    return {"CPU": cpu, "GPU": 1} if needs_gpu else {"CPU": cpu}
+
+
+def _by_node(group: PlacementGroup) -> list[int]:
+    """Its bundles in an order that keeps those of a node together; this node's first."""
+    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    here = ray.get_runtime_context().get_node_id()
+    return sorted(nodes, key=lambda bundle: (nodes[bundle] != here, nodes[bundle], bundle))
+
+
+def _how_it_ended(run: ray.ObjectRef) -> tuple[int, str]:
+    """How likely it is a consequence of another's end (0: least), and in words."""
+    try:
+        ray.get(run)
+    except ActorDiedError as error:
+        return 0, f"has died: {_in_one_line(error)}"
+    except RayTaskError as error:
+        return 1, f"failed: {_in_one_line(error.cause)}"
+    except RayError as error:
+        return 0, f"is lost: {_in_one_line(error)}"
+    return 2, "has ended by itself"
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:600] or repr(error)
+
+
+def _await_gone(pids: list[int], deadline: float) -> None:
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)

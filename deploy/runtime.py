@@ -1,0 +1,49 @@
+"""From options to a running engine and its front, for the commands and the offline API."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from expertwire.engine.config import EngineConfig
+from expertwire.engine.engine import Engine
+from expertwire.engine.front import Front
+from expertwire.engine.launcher import Launcher, LocalLauncher
+from expertwire.engine.tokenizer import Tokenizer
+
+
+def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The model's; None for random weights of a folder that has none.
+
+    Raises:
+        ValueError: it is missing or malformed.
+    """
+    if config.load_format == "dummy" and not (Path(config.model) / "tokenizer.json").exists():
+        return None
+    return Tokenizer.open(config.model)
+
+
+def make_launcher(config: EngineConfig) -> Launcher:
+    """The launcher that `config` asks for."""
+    if config.resolved_launcher() == "local":
+        return LocalLauncher()
+    from expertwire.deploy.ray_launcher import RayLauncher
+
+    return RayLauncher(address=config.ray_address)
+
+
+@contextlib.contextmanager
+def open_front(config: EngineConfig, *, deterministic_seeds: bool = True) -> Iterator[Front]:
+    """A front with an engine of its own, which ends with the block.
+
+    Raises:
+        ValueError: an option or the checkpoint is not usable.
+        EngineFailed: the engine could not start.
+    """
+    tokenizer = open_tokenizer(config)
+    with (
+        Engine(config, make_launcher(config)) as engine,
+        contextlib.closing(Front(engine.connect(), tokenizer, deterministic_seeds=deterministic_seeds)) as front,
+    ):
+        yield front

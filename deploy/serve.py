@@ -1,0 +1,95 @@
+"""`expertwire serve`: an engine behind a gRPC server, until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from expertwire.deploy import runtime
+from expertwire.deploy.grpc_server import Server
+from expertwire.engine.config import EngineConfig
+from expertwire.engine.engine import Engine
+from expertwire.engine.front import Front
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(
+    config: EngineConfig, *, host: str, port: int, drain_timeout_s: float, announce: Callable[[str], None]
+) -> int:
+    """Serve until SIGINT or SIGTERM, then drain; a second signal ends at once.
+
+    Args:
+        config: of the engine.
+        host: name or address to listen at.
+        port: 0 takes a free one.
+        drain_timeout_s: for running requests to finish.
+        announce: gets one line, "serving MODEL on HOST:PORT", when requests are answered.
+
+    Returns:
+        The exit code: 1 if the engine failed meanwhile.
+
+    Raises:
+        ValueError: the port is taken, or the model or an option is not usable.
+        EngineFailed: the engine could not start.
+    """
+    if port:
+        _check_port(host, port)
+    tokenizer = runtime.open_tokenizer(config)
+    _exit_on_signals()
+    # The engine first: Ray forks, which a process that already has gRPC's threads should not do.
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(Engine(config, runtime.make_launcher(config)))
+        front = stack.enter_context(contextlib.closing(Front(engine.connect(), tokenizer)))
+        # Statistics may take a step to come; a front of their own lets another thread wait for them.
+        stats_front = stack.enter_context(contextlib.closing(Front(engine.connect(), None)))
+
+        async def serve_front() -> str:
+            server = Server(host, port)
+            return await server.serve(
+                front,
+                stats_front.stats,
+                stop=_stop_on_signals(),
+                drain_timeout_s=drain_timeout_s,
+                on_ready=lambda: announce(f"serving {front.model_info.name} on {host}:{server.port}"),
+            )
+
+        return 1 if asyncio.run(serve_front()) else 0
+
+
+def _check_port(host: str, port: int) -> None:
+    """Whether we can listen there, before a model is loaded in vain."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _exit_on_signals() -> None:
+    """From now on a signal raises, so that what has been started is ended on the way out."""
+
+    def leave(number: int, _frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    for number in _SIGNALS:
+        signal.signal(number, leave)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """An event that the next signal sets; the one after it raises."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def drain() -> None:
+        stop.set()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+        _exit_on_signals()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, drain)
+    return stop

@@ -1,0 +1,135 @@
+"""Norms, routing, activation and combine on a CPU: each is one pass over memory, where torch takes several and a call for each.
+
+Every function has its specification in the op's own file. Loops over tokens are independent and their order within a token is
+fixed, so a token's bits do not depend on its neighbours.
+
+T tokens, D model width, F expert width, E experts, K chosen, N rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from expertwire.kernels.cpu.numbers import as_array, exp, jit, load, round_like, softmax
+
+
+@jit
+def _rms_norm(x_TD: np.ndarray, weight_D: np.ndarray, eps: float, y_TD: np.ndarray) -> None:
+    width = x_TD.shape[1]
+    for t in range(x_TD.shape[0]):
+        total = np.float32(0)
+        for i in range(width):
+            value = load(x_TD[t, i])
+            total += value * value
+        scale = np.float32(1) / np.sqrt(total / np.float32(width) + np.float32(eps))
+        for i in range(width):
+            y_TD[t, i] = round_like(load(x_TD[t, i]) * scale * load(weight_D[i]), y_TD[t, i])
+
+
+@jit
+def _add(x_TD: np.ndarray, delta_TD: np.ndarray, sum_TD: np.ndarray) -> None:
+    for t in range(x_TD.shape[0]):
+        for i in range(x_TD.shape[1]):
+            sum_TD[t, i] = round_like(load(x_TD[t, i]) + load(delta_TD[t, i]), sum_TD[t, i])
+
+
+@jit
+def _add_rms_norm(
+    x_TD: np.ndarray, delta_TD: np.ndarray, weight_D: np.ndarray, eps: float, sum_TD: np.ndarray, y_TD: np.ndarray
+) -> None:
+    _add(x_TD, delta_TD, sum_TD)
+    _rms_norm(sum_TD, weight_D, eps, y_TD)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`kernels.rms_norm.reference`."""
+    y_TD = torch.empty_like(x_TD)
+    _rms_norm(as_array(x_TD), as_array(weight_D), eps, as_array(y_TD))
+    return y_TD
+
+
+def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`kernels.rms_norm.add_reference`."""
+    sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    _add_rms_norm(as_array(x_TD), as_array(delta_TD), as_array(weight_D), eps, as_array(sum_TD), as_array(y_TD))
+    return sum_TD, y_TD
+
+
+@jit
+def _route(logits_TE: np.ndarray, renormalize: bool, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+    num_experts, top_k = logits_TE.shape[1], ids_TK.shape[1]
+    probs = np.empty(num_experts, np.float32)
+    for t in range(logits_TE.shape[0]):
+        for e in range(num_experts):
+            probs[e] = load(logits_TE[t, e])
+        softmax(probs)
+        chosen = np.float32(0)
+        for k in range(top_k):
+            best = 0
+            for e in range(num_experts):
+                if probs[e] > probs[best]:
+                    best = e
+            ids_TK[t, k] = best
+            weights_TK[t, k] = probs[best]
+            chosen += probs[best]
+            probs[best] = np.float32(-1)
+        if renormalize:
+            for k in range(top_k):
+                weights_TK[t, k] /= chosen
+
+
+def route(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """`kernels.routing.reference`; of equal weights the lower id comes first."""
+    num_tokens = logits_TE.shape[0]
+    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
+    weights_TK = torch.empty(num_tokens, top_k)
+    _route(as_array(logits_TE), renormalize, ids_TK.numpy(), weights_TK.numpy())
+    return ids_TK, weights_TK
+
+
+@jit
+def silu_mul_row(gate_up: np.ndarray, out: np.ndarray, like: float) -> None:
+    """One row: the products of fp32 rows rounded, as the layers between are, to `like`'s type; `out` in its own."""
+    width = len(out)
+    for i in range(width):
+        gate = load(round_like(load(gate_up[i]), like))
+        up = load(round_like(load(gate_up[i + width]), like))
+        # e^-x leaves the range of _exp only where silu is zero anyway.
+        silu = load(round_like(gate / (np.float32(1) + exp(min(-gate, np.float32(88.0)))), like))
+        out[i] = round_like(load(round_like(silu * up, like)), out[i])
+
+
+@jit
+def _silu_mul(gate_up_NF: np.ndarray, out_NF: np.ndarray) -> None:
+    for n in range(out_NF.shape[0]):
+        silu_mul_row(gate_up_NF[n], out_NF[n], out_NF[n, 0])
+
+
+def silu_mul(gate_up_NF: Tensor) -> Tensor:
+    """`kernels.experts.silu_mul_reference`."""
+    out_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], gate_up_NF.shape[1] // 2)
+    _silu_mul(as_array(gate_up_NF), as_array(out_NF))
+    return out_NF
+
+
+@njit(cache=True, error_model="numpy")  # no fast math: product and sum must round separately
+def _combine(rows_TKD: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
+    total = np.empty(out_TD.shape[1], np.float32)
+    for t in range(out_TD.shape[0]):
+        total[:] = np.float32(0)
+        for k in range(weights_TK.shape[1]):
+            weight = weights_TK[t, k]
+            for i in range(len(total)):
+                total[i] += load(rows_TKD[t, k, i]) * weight
+        for i in range(len(total)):
+            out_TD[t, i] = round_like(total[i], out_TD[t, i])
+
+
+def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    """`kernels.combine.reference`, bit for bit."""
+    out_TD = torch.empty_like(rows_TKD[:, 0])
+    _combine(as_array(rows_TKD), weights_TK.numpy(), as_array(out_TD))
+    return out_TD

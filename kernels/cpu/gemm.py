@@ -1,0 +1,106 @@
+"""Products of few rows with a large weight on one CPU thread, at the speed of memory: `y_MN = x_MK @ w_NK^T`.
+
+M rows (few), N outputs, K inputs, R routed rows, e experts, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.kernels.cpu.elementwise import silu_mul_row
+from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like
+from expertwire.kernels.cpu.tile import LANES, TILE_M, TILE_N, tile1, tile2, tile3, tile4
+
+
+def few(dtype: torch.dtype) -> int:
+    """Up to how many rows this beats a library's kernel, which reuses what it has read (measured with AVX-512 and AMX)."""
+    return 24 if dtype == torch.bfloat16 else 48
+
+
+def supports(weight: Tensor) -> bool:
+    """Whether the tile covers a weight [..., N, K]."""
+    return weight.shape[-1] % LANES == 0 and weight.shape[-2] % TILE_N == 0 and weight.is_contiguous()
+
+
+@jit
+def _product(w: np.ndarray, w_at: int, x: np.ndarray, y: np.ndarray) -> None:
+    """x fp32 [M, K], w [N, K] from element `w_at` on, y fp32 [M, N]; four rows of w after another."""
+    num_m, num_k, num_n = x.shape[0], x.shape[1], y.shape[1]
+    for n in range(0, num_n, TILE_N):
+        w_row = w_at + n * num_k
+        for m in range(0, num_m, TILE_M):
+            left, x_row, y_row = num_m - m, m * num_k, m * num_n + n
+            if left >= 4:
+                tile4(w, w_row, num_k, x, x_row, num_k, y, y_row, num_n, num_k)
+            elif left == 3:
+                tile3(w, w_row, num_k, x, x_row, num_k, y, y_row, num_n, num_k)
+            elif left == 2:
+                tile2(w, w_row, num_k, x, x_row, num_k, y, y_row, num_n, num_k)
+            else:
+                tile1(w, w_row, num_k, x, x_row, num_k, y, y_row, num_n, num_k)
+
+
+@jit
+def _widen(x: np.ndarray, wide: np.ndarray) -> None:
+    for m in range(x.shape[0]):
+        for k in range(x.shape[1]):
+            wide[m, k] = load(x[m, k])
+
+
+@jit
+def _narrow(wide: np.ndarray, y: np.ndarray) -> None:
+    for m in range(y.shape[0]):
+        for n in range(y.shape[1]):
+            y[m, n] = round_like(wide[m, n], y[m, n])
+
+
+@jit
+def _linear(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
+    wide_x, wide_y = np.empty(x.shape, np.float32), np.empty(y.shape, np.float32)
+    _widen(x, wide_x)
+    _product(w, 0, wide_x, wide_y)
+    _narrow(wide_y, y)
+
+
+def prepare_linear(w_NK: Tensor) -> Callable[[Tensor], Tensor]:
+    """`kernels.linear.reference` for few contiguous rows of the weight's dtype."""
+    weight = as_array(w_NK)
+
+    def apply(x_MK: Tensor) -> Tensor:
+        y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
+        _linear(as_array(x_MK), weight, as_array(y_MN))
+        return y_MN
+
+    return apply
+
+
+@jit
+def _experts(x: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, max_rows: int, y: np.ndarray) -> None:
+    width, inner = x.shape[1], w2.shape[2]
+    wide_x, gate_up = np.empty((max_rows, width), np.float32), np.empty((max_rows, 2 * inner), np.float32)
+    hidden, wide_y = np.empty((max_rows, inner), np.float32), np.empty((max_rows, width), np.float32)
+    for e in range(w13.shape[0]):
+        start, end = offsets[e], offsets[e + 1]
+        rows = end - start
+        if rows == 0 or rows > max_rows:
+            continue
+        _widen(x[start:end], wide_x[:rows])
+        _product(w13, e * 2 * inner * width, wide_x[:rows], gate_up[:rows])
+        for m in range(rows):
+            silu_mul_row(gate_up[m], hidden[m], x[start, 0])
+        _product(w2, e * inner * width, hidden[:rows], wide_y[:rows])
+        _narrow(wide_y[:rows], y[start:end])
+
+
+def prepare_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> Callable[[Tensor, Sequence[int], Tensor], None]:
+    """`kernels.experts.reference` into y [R, D], for the experts with few rows; leaves the others' rows alone."""
+    w13, w2, max_rows = as_array(w13_eFD), as_array(w2_eDF), few(w13_eFD.dtype)
+
+    def apply(x_RD: Tensor, offsets: Sequence[int], y_RD: Tensor) -> None:
+        _experts(as_array(x_RD), np.asarray(offsets), w13, w2, max_rows, as_array(y_RD))
+
+    return apply

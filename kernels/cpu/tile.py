@@ -1,0 +1,122 @@
+"""The inner tile of products on a CPU: up to four rows of x times four rows of w, y[m, n] = sum over k of x[m, k] w[n, k].
+
+Written in LLVM's vector types and compiled for the machine at hand by numba; nothing in it is particular to an instruction set.
+With few rows a product reads each weight once and does little with it, and waits for memory: so the tile asks for the weights
+some kilobytes ahead, which doubles its speed (measured at 1 to 8 rows).
+
+A sum over K is sixteen partial sums over k, k + 16, ..., added as a tree: one order for every M, N and position, so a row's bits
+do not depend on how many rows there are.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16  # K is a multiple of it
+TILE_N = 4  # rows of w in a tile
+TILE_M = 4  # rows of x, at most
+_AHEAD_BYTES = 8192
+
+_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_VECTOR = ir.VectorType(_F32, LANES)
+
+
+class _TileEmitter:
+    """Emits one tile: `rows` rows of x (fp32) times four rows of w (fp32 or bf16), K long, into y (fp32)."""
+
+    def __init__(self, builder: ir.IRBuilder, rows: int, bf16: bool) -> None:
+        self.b, self.rows, self.bf16 = builder, rows, bf16
+        self.module = builder.function.module
+
+    def emit(
+        self, w: ir.Value, ldw: ir.Value, x: ir.Value, ldx: ir.Value, y: ir.Value, ldy: ir.Value, num_k: ir.Value
+    ) -> None:
+        b = self.b
+        w_rows = [b.gep(w, [b.mul(ldw, _I64(n))]) for n in range(TILE_N)]
+        x_rows = [b.gep(x, [b.mul(ldx, _I64(m))]) for m in range(self.rows)]
+        before, loop, after = b.block, b.append_basic_block("k"), b.append_basic_block("sum")
+        b.branch(loop)
+
+        b.position_at_end(loop)
+        k = b.phi(_I64)
+        sums = [[b.phi(_VECTOR) for _ in range(TILE_N)] for _ in range(self.rows)]
+        w_now = [self._weights(row, k) for row in w_rows]
+        new_sums = [
+            [self._fma(value, self._vector(row, k), total) for value, total in zip(w_now, totals, strict=True)]
+            for row, totals in zip(x_rows, sums, strict=True)
+        ]
+        next_k = b.add(k, _I64(LANES))
+        k.add_incoming(_I64(0), before)
+        k.add_incoming(next_k, loop)
+        for phi, value in zip(chain(*sums), chain(*new_sums), strict=True):
+            phi.add_incoming(_VECTOR([_F32(0.0)] * LANES), before)
+            phi.add_incoming(value, loop)
+        b.cbranch(b.icmp_signed("<", next_k, num_k), loop, after)
+
+        b.position_at_end(after)
+        for m in range(self.rows):
+            for n in range(TILE_N):
+                b.store(self._tree_sum(new_sums[m][n]), b.gep(y, [b.add(b.mul(ldy, _I64(m)), _I64(n))]))
+
+    def _vector(self, row: ir.Value, k: ir.Value) -> ir.Value:
+        return self.b.load(self.b.bitcast(self.b.gep(row, [k]), _VECTOR.as_pointer()), align=4)
+
+    def _weights(self, row: ir.Value, k: ir.Value) -> ir.Value:
+        b = self.b
+        here = b.gep(row, [k])
+        byte = b.bitcast(here, ir.IntType(8).as_pointer())
+        prefetch_type = ir.FunctionType(ir.VoidType(), [byte.type, _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(self.module, prefetch_type, "llvm.prefetch.p0")
+        b.call(prefetch, [b.gep(byte, [_I64(_AHEAD_BYTES)]), _I32(0), _I32(3), _I32(1)])
+        if not self.bf16:
+            return self._vector(row, k)
+        wide = ir.VectorType(_I32, LANES)
+        stored = b.load(b.bitcast(here, ir.VectorType(_I16, LANES).as_pointer()), align=2)
+        return b.bitcast(b.shl(b.zext(stored, wide), wide([_I32(16)] * LANES)), _VECTOR)
+
+    def _fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        function_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+        return self.b.call(
+            cgutils.get_or_insert_function(self.module, function_type, f"llvm.fma.v{LANES}f32"), [a, b, c]
+        )
+
+    def _tree_sum(self, vector: ir.Value) -> ir.Value:
+        b, width = self.b, LANES
+        while width > 1:
+            width //= 2
+            undefined = ir.Constant(vector.type, ir.Undefined)
+            low, high = (
+                b.shuffle_vector(vector, undefined, ir.VectorType(_I32, width)([_I32(i + start) for i in range(width)]))
+                for start in (0, width)
+            )
+            vector = b.fadd(low, high)
+        return b.extract_element(vector, _I32(0))
+
+
+def _tile(rows: int) -> Any:
+    """tile(w, offset, stride, x, offset, stride, y, offset, stride, K): arrays, and i64 counts of their elements."""
+
+    @intrinsic
+    def tile(context, w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
+        def generate(context, builder, signature, args):
+            def pointer(i):
+                array = context.make_array(signature.args[i])(context, builder, args[i])
+                return builder.gep(array.data, [args[i + 1]])
+
+            emitter = _TileEmitter(builder, rows, bf16=signature.args[0].dtype == types.uint16)
+            emitter.emit(pointer(0), args[2], pointer(3), args[5], pointer(6), args[8], args[9])
+            return context.get_dummy_value()
+
+        numbers = (types.int64, types.int64)
+        return types.void(w, *numbers, x, *numbers, y, *numbers, types.int64), generate
+
+    return tile
+
+
+tile1, tile2, tile3, tile4 = (_tile(rows) for rows in (1, 2, 3, 4))

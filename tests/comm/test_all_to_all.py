@@ -1,0 +1,184 @@
+"""Every all-to-all backend: rows arrive bit by bit where their experts are, in the agreed order, and come home to their slots.
+
+The ranks run a case and answer with what they saw; what they should have seen is computed here from everybody's inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from ranks import Ranks
+
+from expertwire.comm.a2a_reference import ReferenceAllToAll
+from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.group import SoloGroup
+from expertwire.kernels import combine, experts
+from expertwire.moe import reference
+from expertwire.moe.placement import place
+
+BACKENDS = {"reference": ReferenceAllToAll}
+SIZES = [1, 2, 3, 4]
+D, F = 24, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Tokens of the ranks (cut to the ranks that there are) and their logical expert ids."""
+
+    tokens: tuple[int, ...] = (5, 3, 7, 4)
+    num_experts: int = 8
+    top_k: int = 2
+    redundant: int = 0
+    ids: str = "random"
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [T, D], logical ids [T, K], weights [T, K] of one rank."""
+        rng = np.random.default_rng([7, rank])
+        shape = (self.tokens[rank], self.top_k)
+        ids = np.array([rng.permutation(self.num_experts)[: self.top_k] for _ in range(shape[0])], np.int64).reshape(
+            shape
+        )
+        if self.ids == "holes":
+            ids[rng.random(shape) < 0.4] = -1
+        elif self.ids == "none":
+            ids[:] = -1
+        elif self.ids == "last":
+            ids[:] = np.arange(self.num_experts - self.top_k, self.num_experts)
+        x = torch.from_numpy(rng.standard_normal((shape[0], D))).to(self.dtype)
+        return x, torch.from_numpy(ids), torch.from_numpy(rng.random(shape)).float()
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """w13 [E, 2F, D], w2 [E, D, F]."""
+        rng = np.random.default_rng(8)
+        shapes = (self.num_experts, 2 * F, D), (self.num_experts, D, F)
+        return tuple(torch.from_numpy(rng.standard_normal(s) * 0.3).to(self.dtype) for s in shapes)
+
+
+CASES = {
+    "even": Case(tokens=(4, 4, 4, 4)),
+    "uneven": Case(tokens=(1, 9, 2, 30)),
+    "bf16": Case(dtype=torch.bfloat16),
+    "first has none": Case(tokens=(0, 5, 0, 3)),
+    "only the last has tokens": Case(tokens=(0, 0, 0, 6)),
+    "nobody has tokens": Case(tokens=(0, 0, 0, 0)),
+    "holes": Case(ids="holes", top_k=3),
+    "no token has an expert": Case(ids="none"),
+    "all to one expert": Case(ids="last", top_k=1),
+    "all to the same experts": Case(ids="last", top_k=3),
+    "one expert a token": Case(top_k=1),
+    "every expert": Case(top_k=8),
+    "uneven experts": Case(num_experts=7, top_k=3),
+    "replicas": Case(num_experts=5, redundant=3, ids="holes"),
+    "fewer experts than ranks": Case(num_experts=2, top_k=2, tokens=(3, 0, 8, 1)),
+    "one expert, bf16": Case(num_experts=1, top_k=1, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def ranks(request):
+    with Ranks(request.param) as ranks:
+        yield ranks
+
+
+def placed(case, size):
+    """At one rank there is no place for a second copy."""
+    return place(case.num_experts, size, case.redundant if size > 1 else 0)
+
+
+def run_case(group, backend, case, steps=1):
+    """What a rank sees: arrived rows, their offsets, number of unique rows, rows that came home, the layer's output."""
+    placement = placed(case, group.size)
+    all_to_all = BACKENDS[backend](spec(group, case, placement.rank_offsets))
+    x, ids, weights = case.inputs(group.rank)
+    physical = torch.from_numpy(np.append(placement.physical_for(group.rank), -1))[ids]
+    w13, w2 = case.weights()
+    here = placement.experts_of(group.rank)
+    for _ in range(steps):
+        handle = all_to_all.dispatch_send(x, physical, case.tokens[: group.size])
+        arrived = all_to_all.dispatch_recv(handle)
+        rows = arrived.x_UD[arrived.row_index_R]
+        y = torch.empty_like(rows)
+        for e, (start, end) in enumerate(pairwise(arrived.expert_offsets)):
+            for r in range(start, end):  # one by one: the specification below has other neighbours
+                y[r] = experts.reference(rows[r : r + 1], [0, 1], w13[here[e]][None], w2[here[e]][None])
+        home = all_to_all.combine_recv(all_to_all.combine_send(handle, y))
+    return rows, list(arrived.expert_offsets), arrived.x_UD.shape[0], home, combine.combine(home, weights)
+
+
+def spec(group, case, rank_offsets):
+    tokens = max(case.tokens)
+    return AllToAllSpec(
+        group=group, rank_offsets=rank_offsets, max_tokens=tokens, hidden_size=D, top_k=case.top_k, dtype=case.dtype
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_rows_go_to_their_experts_and_come_home(ranks, backend, name):
+    case, size = CASES[name], ranks.size
+    answers = ranks.run(run_case, backend, case)
+    check_arrivals(case, size, answers)
+    w13, w2 = case.weights()
+    for rank, (*_, home, y) in enumerate(answers):
+        x, ids, weights = case.inputs(rank)
+        assert home.shape == (case.tokens[rank], case.top_k, D)
+        assert not home[ids == -1].any()
+        expected = [
+            reference.moe(*(part[t : t + 1] for part in (x, ids, weights)), w13, w2) for t in range(case.tokens[rank])
+        ]
+        assert y.dtype == case.dtype
+        assert torch.equal(y, torch.cat([x[:0], *expected])), f"rank {rank}"
+
+
+def check_arrivals(case, size, answers):
+    """Sorted by expert, then home rank, token, k; one row a token on the wire."""
+    placement = placed(case, size)
+    inputs = [case.inputs(home) for home in range(size)]
+    physical = [np.append(placement.physical_for(home), -1)[inputs[home][1]] for home in range(size)]
+    for rank, (rows, offsets, unique, *_) in enumerate(answers):
+        first, last = placement.rank_offsets[rank : rank + 2]
+        expected, expected_offsets = [torch.empty(0, D, dtype=case.dtype)], [0]
+        for expert in range(first, last):
+            for home in range(size):
+                expected.append(inputs[home][0][np.nonzero(physical[home] == expert)[0]])
+            expected_offsets.append(sum(map(len, expected)))
+        assert offsets == expected_offsets, f"rank {rank}"
+        assert torch.equal(rows, torch.cat(expected)), f"rank {rank}"
+        arriving = sum(((ids >= first) & (ids < last)).any(axis=1).sum() for ids in physical)
+        assert unique == (arriving if size > 1 else case.tokens[0]), f"rank {rank}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_layers_in_a_row(ranks, backend):
+    once, often = (ranks.run(run_case, backend, CASES["replicas"], steps) for steps in (1, 20))
+    for first, last in zip(once, often, strict=True):
+        assert torch.equal(first[-1], last[-1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_token_counts_are_refused(backend):
+    case = Case(tokens=(4,))
+    all_to_all = BACKENDS[backend](spec(SoloGroup(), case, (0, 8)))
+    x, ids, _ = case.inputs(0)
+    with pytest.raises(AssertionError, match="rank 0 has 4 tokens"):
+        all_to_all.dispatch_send(x, ids, [3])
+    with pytest.raises(AssertionError, match="5 tokens, built for 4"):
+        all_to_all.dispatch_send(x[[0, 0, 1, 2, 3]], ids[[0, 0, 1, 2, 3]], [5])
+
+
+def fail(group, rank):
+    if group.rank == rank:
+        raise ValueError("on purpose")
+    group.barrier()
+
+
+def test_a_failing_rank_is_named_and_the_next_run_has_new_ones():
+    with Ranks(2) as ranks:
+        with pytest.raises(RuntimeError, match=r"(?s)rank 1:.*on purpose"):
+            ranks.run(fail, 1)
+        assert ranks.run(fail, -1) == [None, None]

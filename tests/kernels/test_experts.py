@@ -1,0 +1,99 @@
+"""The grouped expert MLP: any distribution of rows over experts gives each row its own expert's output."""
+
+import numpy as np
+import pytest
+import torch
+
+from expertwire.kernels import experts, registry
+
+OPS = {"cpu": registry.choose("cpu"), "torch": registry.choose("cuda")}
+DTYPES = [torch.float32, torch.bfloat16]
+# Rows of each of five experts.
+COUNTS = {
+    "nothing": [0, 0, 0, 0, 0],
+    "one row": [0, 0, 1, 0, 0],
+    "one each": [1, 1, 1, 1, 1],
+    "all to the last": [0, 0, 0, 0, 40],
+    "uneven": [3, 0, 17, 1, 64],
+    "around small": [4, 5, 8, 9, 16],
+    "many": [33, 70, 32, 31, 130],
+}
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 2**-6, "atol": 3e-2}}
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def inputs(counts, dtype, width=64, inner=48):
+    generator = torch.Generator().manual_seed(6)
+
+    def normal(*shape, scale):
+        return (scale * torch.randn(shape, generator=generator)).to(dtype)
+
+    num, scale = len(counts), 1.5 / width**0.5
+    weights = normal(num, 2 * inner, width, scale=scale), normal(num, width, inner, scale=scale)
+    return normal(sum(counts), width, scale=1.0), [0, *np.cumsum(counts).tolist()], *weights
+
+
+def formula(x, offsets, w13, w2):
+    """fp64, rounded to the activations' dtype where the contract rounds."""
+    dtype, rows = x.dtype, []
+    for r in range(len(x)):
+        expert = np.searchsorted(offsets, r, side="right") - 1
+        gate, up = (w13[expert].double() @ x[r].double()).to(dtype).chunk(2)
+        silu = (gate.double() * gate.double().sigmoid()).to(dtype)
+        rows.append(w2[expert].double() @ (silu * up).double())
+    return torch.stack(rows) if rows else torch.empty(0, x.shape[1], dtype=torch.float64)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", COUNTS)
+def test_prepared(ops, dtype, name):
+    x, offsets, w13, w2 = inputs(COUNTS[name], dtype)
+    expected = formula(x, offsets, w13, w2)
+    y = experts.prepare(w13.clone(), w2.clone(), ops.silu_mul)(x, offsets)
+    assert (y.shape, y.dtype) == (x.shape, dtype)
+    torch.testing.assert_close(y.double(), expected, **TOLERANCE[dtype])
+    torch.testing.assert_close(experts.reference(x, offsets, w13, w2).double(), expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("width", "inner"), [(24, 16), (33, 7), (128, 256)])
+def test_other_widths(width, inner):
+    x, offsets, w13, w2 = inputs([0, 3, 20, 1], torch.float32, width, inner)
+    y = experts.prepare(w13.clone(), w2.clone(), OPS["cpu"].silu_mul)(x, offsets)
+    torch.testing.assert_close(y.double(), formula(x, offsets, w13, w2), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 2), (5, 38), (100, 96)], ids=str)
+def test_silu_mul(ops, dtype, shape):
+    gate_up = (4 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(dtype)
+    y = ops.silu_mul(gate_up)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    expected = (gate * gate.sigmoid()).to(dtype).double() * up
+    torch.testing.assert_close(y.double(), expected, rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_mul_of_extreme_gates(ops, dtype):
+    gate = torch.tensor([-1e30, -1000.0, -90.0, -88.0, -20.0, -0.0, 0.0, 20.0, 88.0, 1000.0, 1e30])
+    y = ops.silu_mul(torch.cat((gate, torch.ones_like(gate))).to(dtype)[None])[0]
+    gate = gate.to(dtype).double()
+    torch.testing.assert_close(y.double(), gate * gate.sigmoid(), rtol=2**-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_mul_of_a_row_does_not_depend_on_its_neighbours(dtype):
+    gate_up = torch.randn(30, 74, generator=torch.Generator().manual_seed(1)).to(dtype)
+    whole = OPS["cpu"].silu_mul(gate_up)
+    assert all(torch.equal(OPS["cpu"].silu_mul(gate_up[r : r + 1])[0], whole[r]) for r in range(30))
