@@ -12,7 +12,23 @@ from torch import Tensor
 from expertwire.kernels import attention
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, softmax
-from expertwire.kernels.cpu.tile import LANES, TILE_M, TILE_N, tile1, tile2, tile3, tile4
+from expertwire.kernels.cpu.tile import (
+    LANES,
+    TILE_M,
+    TILE_N,
+    accumulate1,
+    accumulate1_wide,
+    accumulate2,
+    accumulate2_wide,
+    accumulate3,
+    accumulate3_wide,
+    accumulate4,
+    accumulate4_wide,
+    tile1,
+    tile2,
+    tile3,
+    tile4,
+)
 
 
 @jit
@@ -98,7 +114,6 @@ def _attend_single(
     group = num_heads // num_kv
     scores = np.empty((group, tables_Bb.shape[1] * block_size), np.float32)
     query, total = np.empty((group, dim), np.float32), np.empty((group, dim), np.float32)
-    row = np.empty(dim, np.float32)
     for b in range(batch):
         length = lengths_B[b]
         for g in range(num_kv):
@@ -109,14 +124,9 @@ def _attend_single(
             for j in range(group):
                 softmax(scores[j, :length])
             total[:] = np.float32(0)
-            for position in range(length):
-                value = v_NsGd[tables_Bb[b, position // block_size], position % block_size, g]
-                for i in range(dim):
-                    row[i] = load(value[i])
-                for j in range(group):
-                    weight = scores[j, position]
-                    for i in range(dim):
-                        total[j, i] += weight * row[i]
+            for position in range(0, length, block_size):
+                count = min(block_size, length - position)
+                _weigh(scores, position, count, v_NsGd, tables_Bb[b, position // block_size], g, total)
             for j in range(group):
                 for i in range(dim):
                     out_BHd[b, g * group + j, i] = round_like(total[j, i], out_BHd[b, g * group + j, i])
@@ -140,6 +150,42 @@ def _score(query: np.ndarray, k_NsGd: np.ndarray, g: int, table: np.ndarray, len
                 tile2(k_NsGd, key, stride, query, x, dim, scores, y, padded, dim)
             else:
                 tile1(k_NsGd, key, stride, query, x, dim, scores, y, padded, dim)
+
+
+@jit
+def _weigh(
+    scores: np.ndarray, position: int, count: int, v_NsGd: np.ndarray, block: int, g: int, total: np.ndarray
+) -> None:
+    """Add the values of head g in one block, times the group's weights from `position` on, to `total`."""
+    block_size, num_kv, dim = v_NsGd.shape[1], v_NsGd.shape[2], v_NsGd.shape[3]
+    stride = num_kv * dim
+    group, padded = scores.shape
+    for j in range(0, group, TILE_M):
+        left, x = group - j, j * padded + position
+        i = 0
+        while i < dim:
+            wide = dim - i >= 4 * LANES
+            v, y = (block * block_size * num_kv + g) * dim + i, j * dim + i
+            if left >= 4:
+                if wide:
+                    accumulate4_wide(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
+                else:
+                    accumulate4(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
+            elif left == 3:
+                if wide:
+                    accumulate3_wide(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
+                else:
+                    accumulate3(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
+            elif left == 2:
+                if wide:
+                    accumulate2_wide(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
+                else:
+                    accumulate2(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
+            elif wide:
+                accumulate1_wide(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
+            else:
+                accumulate1(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
+            i += 4 * LANES if wide else LANES
 
 
 def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:

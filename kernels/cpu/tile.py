@@ -1,4 +1,7 @@
-"""The inner tile of products on a CPU: up to four rows of x times four rows of w, y[m, n] = sum over k of x[m, k] w[n, k].
+"""The inner tiles of products on a CPU, in two forms:
+
+    tile        up to four rows of x times four rows of w     y[m, n] = sum over k of x[m, k] w[n, k]
+    accumulate  up to four rows of x times rows of v          y[m, i] += sum over r of x[m, r] v[r, i], i of 64 at most
 
 Written in LLVM's vector types and compiled for the machine at hand by numba; nothing in it is particular to an instruction set.
 With few rows a product reads each weight once and does little with it, and waits for memory: so the tile asks for the weights
@@ -64,6 +67,49 @@ class _TileEmitter:
             for n in range(TILE_N):
                 b.store(self._tree_sum(new_sums[m][n]), b.gep(y, [b.add(b.mul(ldy, _I64(m)), _I64(n))]))
 
+    def emit_accumulate(
+        self,
+        v: ir.Value,
+        ldv: ir.Value,
+        x: ir.Value,
+        ldx: ir.Value,
+        y: ir.Value,
+        ldy: ir.Value,
+        num_rows: ir.Value,
+        chunks: int,
+    ) -> None:
+        b = self.b
+        spots = [(b.gep(y, [b.mul(ldy, _I64(m))]), _I64(i * LANES)) for m in range(self.rows) for i in range(chunks)]
+        loaded = [self._vector(row, at) for row, at in spots]
+        before, loop, after = b.block, b.append_basic_block("r"), b.append_basic_block("store")
+        b.branch(loop)
+
+        b.position_at_end(loop)
+        r = b.phi(_I64)
+        sums = [b.phi(_VECTOR) for _ in spots]
+        values = [self._weights(b.gep(v, [b.mul(ldv, r)]), _I64(i * LANES)) for i in range(chunks)]
+        new_sums = []
+        for m in range(self.rows):
+            weight = self._splat(b.load(b.gep(x, [b.add(b.mul(ldx, _I64(m)), r)])))
+            new_sums += [self._fma(weight, value, sums[m * chunks + i]) for i, value in enumerate(values)]
+        next_r = b.add(r, _I64(1))
+        r.add_incoming(_I64(0), before)
+        r.add_incoming(next_r, loop)
+        for phi, start, value in zip(sums, loaded, new_sums, strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(value, loop)
+        b.cbranch(b.icmp_signed("<", next_r, num_rows), loop, after)
+
+        b.position_at_end(after)
+        for (row, at), value in zip(spots, new_sums, strict=True):
+            b.store(value, b.bitcast(b.gep(row, [at]), _VECTOR.as_pointer()), align=4)
+
+    def _splat(self, value: ir.Value) -> ir.Value:
+        one = self.b.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
+        return self.b.shuffle_vector(
+            one, ir.Constant(_VECTOR, ir.Undefined), ir.VectorType(_I32, LANES)([_I32(0)] * LANES)
+        )
+
     def _vector(self, row: ir.Value, k: ir.Value) -> ir.Value:
         return self.b.load(self.b.bitcast(self.b.gep(row, [k]), _VECTOR.as_pointer()), align=4)
 
@@ -105,18 +151,43 @@ def _tile(rows: int) -> Any:
     @intrinsic
     def tile(context, w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
         def generate(context, builder, signature, args):
-            def pointer(i):
-                array = context.make_array(signature.args[i])(context, builder, args[i])
-                return builder.gep(array.data, [args[i + 1]])
-
             emitter = _TileEmitter(builder, rows, bf16=signature.args[0].dtype == types.uint16)
-            emitter.emit(pointer(0), args[2], pointer(3), args[5], pointer(6), args[8], args[9])
+            w, x, y = (_pointer(context, builder, signature, args, i) for i in (0, 3, 6))
+            emitter.emit(w, args[2], x, args[5], y, args[8], args[9])
             return context.get_dummy_value()
 
-        numbers = (types.int64, types.int64)
-        return types.void(w, *numbers, x, *numbers, y, *numbers, types.int64), generate
+        return _signature(w, x, y), generate
 
     return tile
 
 
+def _accumulate(rows: int, chunks: int) -> Any:
+    """accumulate(v, offset, stride, x, offset, stride, y, offset, stride, rows of v >= 1): arrays, and i64 counts of elements."""
+
+    @intrinsic
+    def accumulate(context, v, v_at, ldv, x, x_at, ldx, y, y_at, ldy, num_rows):
+        def generate(context, builder, signature, args):
+            emitter = _TileEmitter(builder, rows, bf16=signature.args[0].dtype == types.uint16)
+            v, x, y = (_pointer(context, builder, signature, args, i) for i in (0, 3, 6))
+            emitter.emit_accumulate(v, args[2], x, args[5], y, args[8], args[9], chunks)
+            return context.get_dummy_value()
+
+        return _signature(v, x, y), generate
+
+    return accumulate
+
+
+def _pointer(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, i: int) -> ir.Value:
+    """Where array argument i starts, given its offset in the next argument."""
+    array = context.make_array(signature.args[i])(context, builder, args[i])
+    return builder.gep(array.data, [args[i + 1]])
+
+
+def _signature(a: Any, b: Any, c: Any) -> Any:
+    numbers = (types.int64, types.int64)
+    return types.void(a, *numbers, b, *numbers, c, *numbers, types.int64)
+
+
 tile1, tile2, tile3, tile4 = (_tile(rows) for rows in (1, 2, 3, 4))
+accumulate1, accumulate2, accumulate3, accumulate4 = (_accumulate(rows, 1) for rows in (1, 2, 3, 4))
+accumulate1_wide, accumulate2_wide, accumulate3_wide, accumulate4_wide = (_accumulate(rows, 4) for rows in (1, 2, 3, 4))

@@ -9,7 +9,7 @@ from expertwire.kernels import attention, registry, rms_norm, rotary
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.choose("cuda")}
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 2**-7}}
-HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 12, 4
+HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 32, 4
 
 # (queries, known tokens) of each sequence; single queries first.
 BATCHES = {
@@ -68,12 +68,12 @@ def test_attend(attend, dtype, name):
 
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
-@pytest.mark.parametrize(("heads", "dim"), [(2, 16), (2, 128), (8, 24), (4, 1)])
+@pytest.mark.parametrize(("heads", "dim"), [(2, 16), (2, 128), (8, 24), (10, 32), (4, 1), (6, 12)])
 def test_any_heads(ops, heads, dim):
     batch = [(1, 13), (4, 9)]
     q, k, v, seqs, tables = scene(batch, torch.float32, dim=dim, heads=heads)
     expected = formula(q, k, v, batch, tables)
-    torch.testing.assert_close(ops.attend(q, k, v, seqs).double(), expected, rtol=1e-5, atol=3e-5)
+    torch.testing.assert_close(ops.attend(q, k, v, seqs).double(), expected, rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
