@@ -10,7 +10,9 @@ import importlib
 import logging
 import math
 import os
+import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expertwire.comm.control import this_node
+from expertwire.deploy import ray_guard
 from expertwire.engine.launcher import WORKER, RankFailed, WorkerSpec
 
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes there; Ray's least
@@ -76,6 +79,7 @@ class RayLauncher:
         self._connect_timeout_s = connect_timeout_s
         self._start_timeout_s = start_timeout_s
         self._owns_ray = False
+        self._guard: subprocess.Popen[bytes] | None = None
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._runs: list[ray.ObjectRef] = []
@@ -148,6 +152,9 @@ class RayLauncher:
             _await_gone([pid for ip, pid in self._places if ip == here], deadline)
             if self._owns_ray:
                 ray.shutdown()
+        if self._guard:
+            ray_guard.stop(self._guard)
+        self._guard = None
         self._actors, self._runs, self._places, self._group, self._owns_ray = [], [], [], None, False
 
     def _connect(self) -> None:
@@ -161,6 +168,9 @@ class RayLauncher:
                 object_store_memory=_OBJECT_STORE_BYTES,
             )
             self._owns_ray = True
+            if sys.platform == "linux":
+                raylet = next(child for child in psutil.Process().children() if child.name() == "raylet")
+                self._guard = ray_guard.start(raylet.pid)
             return
         if (where := _host_and_port(self._address)) is not None:
             try:
@@ -242,7 +252,10 @@ def _how_it_ended(run: ray.ObjectRef) -> tuple[int, str]:
 
 
 def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:600] or repr(error)
+    text = " ".join(str(error).split()) or repr(error)
+    # Ray's long story of a lost process comes down to this.
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
+    return (detail[1] if detail else text)[:600]
 
 
 def _await_gone(pids: list[int], deadline: float) -> None:

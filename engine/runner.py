@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv
 from expertwire.engine.decoder import Decoder
 from expertwire.engine.slots import Slots
-from expertwire.kernels import sampling
+from expertwire.kernels import attention, sampling
 from expertwire.scheduler.plan import RankPlan, StepPlan, StepResult
 
 _I32, _F32 = np.zeros(0, np.int32), np.zeros(0, np.float32)
@@ -25,6 +26,24 @@ class Runner:
 
     def __init__(self, *, model: Decoder, caches: list[PagedKv], slots: Slots, rank: int) -> None:
         self._model, self._caches, self._slots, self._rank = model, caches, slots, rank
+
+    @torch.inference_mode()
+    def warm_up(self, num_ranks: int, max_num_tokens: int) -> None:
+        """Compute one token, then two, into the null block, on all ranks together: what is compiled or allocated on first use
+        is so before anyone waits for it."""
+        block_size, device = self._caches[0].k.shape[1], self._caches[0].k.device
+        for num in range(1, min(2, max_num_tokens) + 1):
+            table = np.zeros((1, num), np.int32)
+            positions_T = torch.arange(num, device=device)
+            batch = ForwardBatch(
+                token_ids_T=torch.zeros_like(positions_T),
+                positions_T=positions_T,
+                slot_mapping_T=positions_T % block_size,
+                sequences=attention.describe(np.array([0, num]), np.array([num]), table, block_size, str(device)),
+                num_tokens_P=[num] * num_ranks,
+            )
+            self._model.logits(self._model.forward(batch, self._caches)).argmax(dim=-1)
+        self._model.take_expert_load()
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:

@@ -91,9 +91,10 @@ def _start(config: EngineConfig, rank: int, num_ranks: int, node: str, link: Con
     slots = Slots(
         num_slots=config.max_running, max_model_len=max_model_len, block_size=config.block_size, device=device
     )
-    group.barrier()
+    runner = Runner(model=model, caches=caches, slots=slots, rank=rank)
+    runner.warm_up(num_ranks, config.max_num_tokens)
     link.send({})
-    return Runner(model=model, caches=caches, slots=slots, rank=rank)
+    return runner
 
 
 def _load(

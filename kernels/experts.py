@@ -62,6 +62,8 @@ def _by_expert(
     """The library's products, one expert after another, for those with more rows than `more_than`."""
     for e, (start, end) in enumerate(pairwise(offsets)):
         if end - start > more_than:
-            hidden = silu_mul(F.linear(x_ND[start:end], w13_eFD[e]))
-            torch.mm(hidden, w2_eDF[e].T, out=y_ND[start:end])
+            # Rows of the experts behind are as good a padding as any.
+            padded_end = min(start + linear.padded_rows(end - start), len(x_ND))
+            hidden = silu_mul(linear.library(x_ND[start:padded_end], w13_eFD[e]))
+            y_ND[start:end] = linear.library(hidden, w2_eDF[e])[: end - start]
     return y_ND

@@ -23,14 +23,33 @@ def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tenso
     return (y_TN if bias_N is None else y_TN + bias_N.float()).to(x_TD.dtype)
 
 
+def padded_rows(num_rows: int) -> int:
+    """`num_rows` rounded up to one of eight sizes an octave, at least by sixteens.
+
+    oneDNN compiles a kernel for every number of rows it meets, which takes milliseconds and about a megabyte each.
+    """
+    step = max(16, 1 << max(0, num_rows.bit_length() - 4))
+    return -(-num_rows // step) * step
+
+
+def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """The library's product, for any number of rows."""
+    num_rows = x_TD.shape[0]
+    if x_TD.device.type != "cpu" or x_TD.dtype != torch.bfloat16 or num_rows in (0, padded_rows(num_rows)):
+        return F.linear(x_TD, w_ND, bias_N)
+    padded = x_TD.new_zeros(padded_rows(num_rows), x_TD.shape[1])
+    padded[:num_rows] = x_TD
+    return F.linear(padded, w_ND, bias_N)[:num_rows]
+
+
 def prepare(w_ND: Tensor, bias_N: Tensor | None = None) -> Linear:
     """A callable that applies `w_ND` (fp32 or bf16), by the device that it is on and the threads that torch has now."""
     if bias_N is not None or not few_rows_apart(w_ND):
-        return lambda x_TD: F.linear(x_TD, w_ND, bias_N)
+        return lambda x_TD: library(x_TD, w_ND, bias_N)
     from expertwire.kernels.cpu import gemm
 
     few, apply_few = gemm.few(w_ND.dtype), gemm.prepare_linear(w_ND)
-    return lambda x_TD: apply_few(x_TD) if x_TD.shape[0] <= few else F.linear(x_TD, w_ND)
+    return lambda x_TD: apply_few(x_TD) if x_TD.shape[0] <= few else library(x_TD, w_ND)
 
 
 def few_rows_apart(weight: Tensor) -> bool:

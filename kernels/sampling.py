@@ -46,12 +46,15 @@ def reference(
 
     logits fp32; temperature fp32, 0 is greedy; top_k i64, -1 keeps all; top_p, min_p fp32; uniform fp64.
     Top-k comes before top-p, whose probabilities are those of what top-k kept; min-p is relative to the most probable token.
+    A row without probabilities (every token banned, or a logit that has overflowed) is greedy.
     """
     greedy_S = logits_SV.argmax(dim=-1)
     drawn = temperature_S > 0
     if not bool(drawn.any()):
         return greedy_S
-    logits_SV = logits_SV / torch.where(drawn, temperature_S, 1.0).unsqueeze(1)
+    # Relative to the largest, so that a tiny temperature overflows to -inf only.
+    largest_S1 = logits_SV.gather(1, greedy_S.unsqueeze(1))
+    logits_SV = (logits_SV - largest_S1) / torch.where(drawn, temperature_S, 1.0).unsqueeze(1)
     if bool(((top_k_S > 0) | (top_p_S < 1)).any()):
         logits_SV = _keep_top(logits_SV, top_k_S, top_p_S)
     probs_SV = torch.softmax(logits_SV, dim=-1)
@@ -61,7 +64,7 @@ def reference(
     cumulative_SV = probs_SV.double().cumsum(dim=-1)
     target_S1 = uniform_S.unsqueeze(1) * cumulative_SV[:, -1:]
     token_S = torch.searchsorted(cumulative_SV, target_S1, right=True).squeeze(1)
-    return torch.where(drawn, token_S, greedy_S)
+    return torch.where(drawn & (cumulative_SV[:, -1] > 0), token_S, greedy_S)
 
 
 def _keep_top(logits_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor) -> Tensor:

@@ -31,7 +31,11 @@ def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: st
     if config.get("fail_at_start") == rank:
         raise RuntimeError("cannot start")
     node = config["nodes"][rank] if "nodes" in config else node
-    hello = {"pid": np.array([os.getpid()]), "shadows": np.array([_num_shadows()])}
+    hello = {
+        "pid": np.array([os.getpid()]),
+        "node": np.frombuffer(node.encode(), np.uint8),
+        "shadows": np.array([_num_shadows()]),
+    }
     link = ControlLink(address, token, rank=rank, node=node, hello=hello)
     dice = random.Random(rank)
     with contextlib.suppress(ChannelClosed):

@@ -105,9 +105,32 @@ def test_stopping_the_launcher_that_started_ray_ends_it(owner):
     ours = [child for child in children if "ray" in " ".join(child.cmdline())]
     assert any("raylet" in child.name() for child in ours)
     owner.stop(10)
+    owner.stop(10)
     assert not ray.is_initialized()
     _, alive = psutil.wait_procs(ours, 15)
     assert not alive
+
+
+def test_killing_the_process_that_started_ray_leaves_nothing():
+    driver = process.start_call("test_ray_launcher:drive", stdout=subprocess.PIPE)
+    assert driver.stdout.readline() == b"running\n"
+    ours = psutil.Process(driver.pid).children(recursive=True)
+    assert any("raylet" in child.name() for child in ours)
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    _, alive = psutil.wait_procs(ours, 30)
+    assert not alive
+
+
+def drive():
+    """In a child: an engine that runs under a Ray of its own until it is killed."""
+    launcher = RayLauncher(worker=WORKER)
+    hub = ControlHub(3, address=launcher.hub_address(), token=TOKEN)
+    start(hub, launcher)
+    join(hub, launcher)
+    print("running", flush=True)
+    time.sleep(3600)
 
 
 @pytest.mark.parametrize("address", ["host", "ray://host:10001", "host:port", ""])

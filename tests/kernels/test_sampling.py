@@ -30,7 +30,7 @@ def uniform(num, seed=1, branch=0):
 
 
 def probabilities(logits, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0):
-    """The definition: temperature, then the k best, then the smallest set of p of what is left, then at least min_p of the best."""
+    """By definition: the k best, of these the smallest set that makes up top_p, of these what has min_p of the best."""
     p = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     order = np.argsort(-p, kind="stable")
     if top_k > 0:

@@ -25,7 +25,11 @@ def weights(dtype):
 
 
 def tokens(rank, count, dtype):
-    return torch.randn(count, D, generator=torch.Generator().manual_seed(10 + rank)).to(dtype)
+    """[count, D], none so near to choosing other experts that rounding decides."""
+    x = torch.randn(10 * count, D, generator=torch.Generator().manual_seed(10 + rank)).to(dtype)
+    best = (x.double() @ weights(dtype)[0].double().T).topk(K + 1).values
+    margin = best[:, K - 1] - best[:, K]
+    return x[margin > 0.1][:count]
 
 
 def layer(group, dtype, *, renormalize=True, redundant=0, shared=None):

@@ -1,0 +1,129 @@
+"""The command line: what it accepts, what it says to bad input, and one run of each command."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from expertwire.deploy import cli
+from expertwire.deploy.options import engine_config, help_texts
+from expertwire.engine.config import EngineConfig
+from expertwire.engine.outputs import EngineFailed
+
+
+def run(*args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it."""
+    command = [sys.executable, "-m", "expertwire.deploy.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+
+
+def fails(capsys, *args: str) -> str:
+    """The one line that a command says before it exits with 2."""
+    try:
+        code = cli.main(args)
+    except SystemExit as leaving:
+        code = leaving.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["COMMAND"]),
+        (["sevre"], ["sevre", "serve", "generate", "demo", "bench"]),
+        (["serve", "--prot", "1"], ["--prot"]),
+        (["serve", "--port", "many"], ["--port", "many"]),
+        (["serve", "--port", "70000"], ["--port", "[0, 65535]", "70000"]),
+        (["serve", "--drain-timeout", "-1"], ["--drain-timeout", ">= 0"]),
+        (["serve", "--host", "no host", "--port", "1"], ["--host no host"]),
+        (["serve", "/no/such/folder"], ["/no/such/folder"]),
+        (["serve", "--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
+        (["serve", "--launcher", "slurm"], ["--launcher", "slurm", "ray"]),
+        (["serve", "--ep-size", "two"], ["--ep-size", "two"]),
+        (["serve", "--ep-size", "0"], ["ep_size", ">= 1", "0"]),
+        (["serve", "--max-num-tokens", "0"], ["max_num_tokens", ">= 1"]),
+        (["serve", "--kv-cache-bytes", "-5"], ["kv_cache_bytes", ">= 1"]),
+        (["serve", "--start-timeout", "0"], ["start_timeout_s", "> 0"]),
+        (["serve", "--launcher", "local", "--ray-address", "x:1"], ["ray_address", "no effect", "local"]),
+        (["generate"], ["--prompt"]),
+        (["generate", "--prompt", "SUM", "--top-p", "2"], ["top_p", "(0, 1]", "2"]),
+        (["generate", "--prompt", "SUM", "--max-tokens", "0"], ["max_tokens", ">= 1"]),
+        (["generate", "--prompt", "SUM", "--n", "1000"], ["n must", "256"]),
+        (["generate", "/no/such/folder", "--prompt", "a"], ["/no/such/folder"]),
+        (["demo", "--launcher", "auto"], ["--launcher", "auto", "ray", "local"]),
+        (["bench"], ["BENCHMARK"]),
+        (["bench", "speed"], ["speed", "throughput"]),
+        (["bench", "throughput", "--num-prompts", "0"], ["num_prompts", ">= 1"]),
+        (["bench", "throughput", "--json", "/no/such/folder/x.json"], ["--json", "/no/such/folder"]),
+        (["bench", "throughput", "/no/such/folder", "--load-format", "dummy"], ["/no/such/folder"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(capsys, args, words):
+    message = fails(capsys, *args)
+    assert all(word in message for word in words), message
+
+
+def test_a_taken_port_is_found_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        # The model is missing too, so the port was looked at first.
+        assert f"--port {port}" in fails(capsys, "serve", "/no/such/folder", "--port", port)
+
+
+def test_an_engine_failure_is_exit_code_1(capsys, monkeypatch):
+    def fail(args):
+        raise EngineFailed("the engine failed at rank 1:\nit fell over", 1)
+
+    monkeypatch.setattr(cli, "_demo", fail)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == "error: the engine failed at rank 1: it fell over\n"
+
+
+def test_options_reach_the_configuration():
+    parser = cli.make_parser(benches=())
+    assert engine_config(parser.parse_args(["serve", "m"])) == EngineConfig(model="m")
+    args = parser.parse_args(["serve", "m", "--ep-size", "3", "--start-timeout", "2.5", "--dtype", "bfloat16"])
+    assert engine_config(args) == EngineConfig(model="m", ep_size=3, start_timeout_s=2.5, dtype="bfloat16")
+    demo = Path(engine_config(parser.parse_args(["serve"])).model)
+    assert json.loads((demo / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]
+
+
+def test_every_engine_option_is_explained():
+    texts = help_texts(EngineConfig)
+    assert set(texts) == set(EngineConfig.__dataclass_fields__)
+    assert texts["kv_cache_bytes"].endswith("after loading")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from expertwire.deploy import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'ray', 'grpc', 'numba', 'tokenizers'} & set(sys.modules)))"
+    )
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[0].startswith("usage: expertwire") and lines[-1] == "[]"
+
+
+def test_generate_answers():
+    done = run("generate", "--prompt", "SUM 40 70 15 ?", "--temperature", "0", "--max-tokens", "64")
+    assert (done.returncode, done.stdout.strip()[-9:]) == (0, "answer 25"), done.stderr
+
+
+def test_generate_several_prompts_and_outputs():
+    done = run("generate", "--prompt", "SUM 1 2 ?", "--prompt", "SUM 3 4 ?", "--n", "2", "--max-tokens", "3")
+    headings = [line for line in done.stdout.splitlines() if line.startswith("==>")]
+    assert headings == [f"==> prompt {i}, output {j} <==" for i in (1, 2) for j in (1, 2)], done.stderr
+
+
+def test_generate_refuses_what_does_not_fit_the_model():
+    done = run("generate", "--prompt", "1 " * 3000, "--max-tokens", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "max_model_len" in done.stderr.splitlines()[-1]

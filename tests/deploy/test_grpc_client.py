@@ -1,0 +1,117 @@
+"""The sync client against the server, over a front that answers by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import fake_front
+import pytest
+
+from expertwire.deploy.grpc_client import Client, ServerError, Usage
+from expertwire.deploy.grpc_server import Server
+from expertwire.engine.outputs import Logprob
+
+STATS = {"num_running": 2.0, "running": [1.0, 1.0], "expert_load": [[1, 2, 3], [4, 5, 6]]}
+
+
+class EchoFront(fake_front.FakeFront):
+    """Answers a prompt with itself, letter by letter; one that ends in "..." never ends."""
+
+    def submit(self, prompt, params):
+        number = super().submit(prompt, params)
+        text = "".join(chr(token) for token in prompt)
+        for branch in range(params.n):
+            for letter in text.removesuffix("..."):
+                logprobs = None if params.logprobs is None else ({ord(letter): Logprob(-1.5, 2, letter)},)
+                self.push(number, branch, letter, token_ids=(ord(letter),), logprobs=logprobs)
+            if not text.endswith("..."):
+                stop = {"finish_reason": "stop", "stop_reason": "##"} if params.stop else {"finish_reason": "length"}
+                self.push(number, branch, token_ids=(), **stop)
+        return number
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A server in a thread: its address, front and loop."""
+    ready, running = threading.Event(), {}
+
+    async def main():
+        stop, front, server = asyncio.Event(), EchoFront(), Server("127.0.0.1", 0)
+        loop = asyncio.get_running_loop()
+        running.update(address=f"127.0.0.1:{server.port}", front=front, loop=loop, stop=stop)
+        await server.serve(front, lambda: STATS, stop=stop, drain_timeout_s=5, on_ready=ready.set)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    assert ready.wait(30)
+    yield running
+    running["loop"].call_soon_threadsafe(running["stop"].set)
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def client(server):
+    with Client(server["address"]) as client:
+        yield client
+
+
+def test_text_comes_in_pieces_and_usage_at_the_end(client):
+    generation = client.generate([72, 73, 74], temperature=0, max_tokens=9)
+    chunks = list(generation)
+    assert "".join(chunk.text for chunk in chunks) == "HIJ"
+    assert [token for chunk in chunks for token in chunk.token_ids] == [72, 73, 74]
+    assert chunks[-1].finish_reason == "length" and chunks[-1].stop_reason is None and chunks[-1].logprobs is None
+    assert generation.usage == Usage(prompt_tokens=3, completion_tokens=3, seed=77)
+
+
+def test_branches_log_probabilities_and_stop_reasons(client):
+    chunks = list(client.generate([65], n=2, logprobs=0, stop="##"))
+    assert sorted(chunk.branch for chunk in chunks if chunk.finish_reason) == [0, 1]
+    assert {chunk.stop_reason for chunk in chunks if chunk.finish_reason} == {"##"}
+    entries = [entry for chunk in chunks for entry in chunk.logprobs or ()]
+    assert entries == [{65: Logprob(-1.5, 2, "A")}] * 2
+
+
+def test_errors_have_code_and_message(client):
+    with pytest.raises(ServerError, match="temperature") as caught:
+        list(client.generate("a", temperature=-1.0))
+    assert caught.value.code == "INVALID_ARGUMENT"
+    with pytest.raises(ServerError, match="nobody") as caught:
+        client.abort("nobody")
+    assert caught.value.code == "NOT_FOUND"
+    with pytest.raises(ValueError, match="no sampling parameter is called temprature; there are temperature"):
+        client.generate("a", temprature=0)
+    with pytest.raises(ValueError, match="max_tokens"):
+        client.generate("a", max_tokens="many")
+
+
+def test_abort_from_elsewhere_ends_the_stream(client):
+    generation = client.generate([65, *b"..."], request_id="endless")
+    chunks = iter(generation)
+    assert next(chunks).text == "A"
+    client.abort("endless")
+    assert [chunk.finish_reason for chunk in chunks] == ["abort"]
+    assert generation.usage.completion_tokens == 1
+
+
+def test_leaving_a_stream_early_aborts_its_request(server, client):
+    for chunk in client.generate([66, *b"..."], request_id="left"):
+        assert chunk.text == "B"
+        break
+    number = len(server["front"].submitted) - 1
+    # The id is free again once the server has noticed.
+    while number not in server["front"].aborted:
+        list(client.generate([65]))
+
+
+def test_model_info_stats_and_health(server, client):
+    info = client.model_info()
+    assert (info["name"], info["vocab_size"], list(info["eos_token_ids"])) == ("fake", 100, [2, 3])
+    assert client.stats() == STATS
+    assert client.is_serving()
+    with Client("127.0.0.1:1", timeout_s=5) as nobody:
+        assert not nobody.is_serving()
+        with pytest.raises(ServerError, match="UNAVAILABLE"):
+            nobody.model_info()

@@ -1,0 +1,123 @@
+"""`deploy/ray_cluster.sh` makes a cluster out of two hosts, on which the ranks of one engine join, relay, and are watched."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from control_ranks import TOKEN, plan
+from two_hosts import two_hosts, why_not
+
+from expertwire.comm.control import ControlHub
+from expertwire.deploy.ray_launcher import RayLauncher
+from expertwire.engine.launcher import RankFailed, WorkerSpec
+
+SCRIPT = str(Path(__file__).resolve().parents[2] / "deploy" / "ray_cluster.sh")
+NUM_RANKS = 4
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_ranks_on_two_hosts_join_step_and_are_watched(tmp_path):
+    token, other_token = tmp_path / "token", tmp_path / "other"
+    with two_hosts() as (head, worker):
+        code, said = head.run(SCRIPT, "head", "--token-file", str(token), "--num-cpus", "2")
+        assert code == 0, said
+        assert token.stat().st_mode & 0o777 == 0o600
+        address = f"{head.ip}:6379"
+        join = ("join", address, "--num-cpus", "2", "--token-file")
+        assert f"ray_cluster.sh join {address} --token-file {token}" in said
+
+        other_token.write_text("guessed")
+        stranger = worker.popen(SCRIPT, *join, str(other_token), stderr=subprocess.PIPE, text=True)
+        code, said = worker.run(SCRIPT, *join, str(token))
+        assert code == 0, said
+        assert f"{worker.ip} has joined {address}" in said
+        assert f"the token in {other_token} is not the head's" in stranger.communicate(timeout=120)[1]
+        assert stranger.returncode == 1
+
+        environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        code, said = head.run(
+            sys.executable, "-c", f"import test_ray_cluster as t; t.drive({address!r})", env=environment
+        )
+        assert code == 0, said
+        report = json.loads(said.splitlines()[-1])
+        assert report["sums"] == [[10 * step] * NUM_RANKS for step in range(20)]
+        assert len(set(report["nodes"][:2])) == len(set(report["nodes"][2:])) == 1, "the ranks of a host are neighbours"
+        assert len(set(report["nodes"])) == 2
+        assert report["leaders"] == [2], "one relay on the host without the controller"
+        assert report["failure"][0] == 3
+        assert f"on {worker.ip} has died" in report["failure"][1]
+
+        code, said = worker.run(SCRIPT, "stop")
+        assert code == 0, said
+        code, said = worker.run("sh", "-c", "cat /proc/[0-9]*/comm")
+        assert "raylet" not in said
+
+
+def drive(address):
+    """On the head: what an engine's parent does, with workers that have no model. Prints what it saw as JSON."""
+    launcher = RayLauncher(address, worker="control_ranks:worker_main")
+    hub = ControlHub(NUM_RANKS, address=launcher.hub_address(), token=TOKEN)
+    try:
+        launcher.start(WorkerSpec(config={}, num_ranks=NUM_RANKS, address=hub.address, token=TOKEN))
+        hellos = hub.wait_joined(60, launcher.poll)
+        sums = []
+        for step in range(20):
+            hub.publish(plan(step))
+            sums.append([int(result["sum"][0]) for result in hub.collect(30)])
+        hub.publish(plan(20, die=3))
+        failure = None
+        while failure is None:
+            failure = first_failure(launcher)
+    finally:
+        hub.close()
+        launcher.stop(10)
+    nodes = [bytes(hello["node"]).decode() for hello in hellos]
+    print(json.dumps({"sums": sums, "nodes": nodes, "leaders": hub._leaders, "failure": failure}))
+
+
+def first_failure(launcher):
+    time.sleep(0.05)
+    try:
+        launcher.poll()
+    except RankFailed as error:
+        return error.rank, error.message
+    return None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "usage:"),
+        (["start"], "unknown command start"),
+        (["head"], "--token-file is missing"),
+        (["head", "--token-file"], "--token-file needs a value"),
+        (["head", "--token-file", "x", "--port", "many"], "--port: 'many' is not a number"),
+        (["head", "--token-file", "x", "--speed", "9"], "unknown option --speed"),
+        (["join", "--token-file", "x"], "join needs the head's HOST:PORT, got '--token-file'"),
+    ],
+)
+def test_wrong_arguments_get_a_clear_answer(arguments, complaint):
+    done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+
+
+def test_joining_without_a_token_or_a_head_gets_a_clear_answer(tmp_path):
+    token = tmp_path / "token"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def join():
+        command = [SCRIPT, "join", "127.0.0.1:1", "--token-file", str(token)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stderr
+
+    assert f"{token} does not exist or is empty; copy it from the head" in join()
+    token.write_text("a token")
+    assert "nothing answers at 127.0.0.1:1" in join()

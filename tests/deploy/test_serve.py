@@ -1,0 +1,179 @@
+"""`expertwire serve` as a process: signals, vanishing clients, a killed rank, nothing left behind. Serves the demo model."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from expertwire.deploy.demo_task import check, make_problem
+from expertwire.deploy.grpc_client import Client, ServerError
+
+ENDLESS = {"ignore_eos": True, "max_tokens": 1900}
+
+
+class Served:
+    """A running server, its process and its children at the start."""
+
+    def __init__(self, process, address):
+        self.process = process
+        self.address = address
+        self.children = psutil.Process(process.pid).children(recursive=True)
+
+    def end(self, number=signal.SIGTERM):
+        """Signal it; its exit code, when it and all its children are gone."""
+        self.process.send_signal(number)
+        code = self.process.wait(60)
+        _, left = psutil.wait_procs(self.children, timeout=10)
+        assert not left
+        return code
+
+
+@contextlib.contextmanager
+def serve(*options):
+    command = [
+        sys.executable,
+        "-m",
+        "expertwire.deploy.cli",
+        "serve",
+        "--port",
+        "0",
+        "--threads-per-rank",
+        "1",
+        *options,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving demo_model on "), process.stderr.read()
+        yield Served(process, line.split()[-1])
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One for the tests that leave it as it was; drains and exits with 0."""
+    with serve("--max-waiting", "2", "--max-running", "4") as served:
+        yield served
+        assert served.end() == 0
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.address) as client:
+        yield client
+
+
+def test_answers_over_grpc_are_right(client):
+    assert client.is_serving()
+    for seed in range(3):
+        problem = make_problem("SUM", 2, seed)
+        generation = client.generate(problem.prompt, temperature=0, max_tokens=64)
+        assert check(problem, "".join(chunk.text for chunk in generation))
+        assert generation.usage.prompt_tokens == 4
+    stats = client.stats()
+    assert stats["num_running"] == 0
+    assert [len(tokens) for tokens in stats["expert_load"]] == [8] * 3
+    assert all(sum(tokens) > 0 for tokens in stats["expert_load"])
+
+
+def test_clients_that_leave_free_their_blocks(client):
+    for leave in ("close", "abort"):
+        generation = client.generate("SUM 1 2 ?", request_id=leave, **ENDLESS)
+        next(iter(generation))
+        assert sum(client.stats()["running"]) == 1
+        if leave == "close":
+            generation.close()
+        else:
+            client.abort(leave)
+        until(lambda: client.stats()["num_running"] == 0)
+    assert sum(sum(used) for used in client.stats()["blocks_used"].values()) == 0
+
+
+def test_a_full_queue_is_an_answer(client):
+    running = [client.generate("SUM 1 2 ?", request_id=f"r{i}", **ENDLESS) for i in range(4)]
+    streams = [iter(generation) for generation in running]
+    for stream in streams:
+        next(stream)
+    with pytest.raises(ServerError, match="max_waiting|wait") as caught:
+        list(client.generate("SUM 1 2 ?", n=3))
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    for generation in running:
+        generation.close()
+    until(lambda: client.stats()["num_running"] == 0)
+
+
+def test_a_signal_drains():
+    with serve() as served, Client(served.address) as client:
+        chunks = iter(client.generate("SUM 1 2 ?", ignore_eos=True, max_tokens=300))
+        next(chunks)
+        served.process.send_signal(signal.SIGTERM)
+        until(lambda: not client.is_serving())
+        with pytest.raises(ServerError, match="draining|UNAVAILABLE"):
+            list(client.generate("SUM 1 2 ?"))
+        assert list(chunks)[-1].finish_reason == "length"
+        assert served.process.wait(60) == 0
+
+
+def test_a_second_signal_ends_at_once():
+    with serve("--drain-timeout", "600") as served, Client(served.address) as client:
+        chunks = iter(client.generate("SUM 1 2 ?", ignore_eos=True, max_tokens=1900))
+        next(chunks)
+        served.process.send_signal(signal.SIGINT)
+        until(lambda: not client.is_serving())
+        assert served.end(signal.SIGINT) == 128 + signal.SIGINT
+        with pytest.raises(ServerError):
+            list(chunks)
+
+
+def test_a_killed_rank_ends_its_streams_and_is_named():
+    with serve("--ep-size", "2", "--launcher", "local") as served, Client(served.address) as client:
+        chunks = iter(client.generate("SUM 1 2 ?", **ENDLESS))
+        next(chunks)
+        controller, *ranks = sorted(served.children, key=lambda child: child.create_time())
+        ranks[1].kill()
+        with pytest.raises(ServerError, match="rank 1") as caught:
+            list(chunks)
+        assert caught.value.code == "UNAVAILABLE"
+        until(lambda: not client.is_serving())
+        with pytest.raises(ServerError, match="rank 1"):
+            list(client.generate("SUM 1 2 ?"))
+        # The process stays, so that whoever watches its health can tell; its ranks go.
+        until(lambda: not any(child.is_running() for child in (controller, ranks[0])))
+        assert served.process.poll() is None
+        assert served.end() == 1
+        assert "rank 1" in served.process.stderr.read()
+
+
+def test_a_signal_while_it_starts_leaves_nothing():
+    command = [sys.executable, "-m", "expertwire.deploy.cli", "serve", "--port", "0", "--ep-size", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        parent = psutil.Process(process.pid)
+        until(lambda: len(parent.children()) >= 2)
+        children = parent.children(recursive=True)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.stdout.read() == b""
+        _, left = psutil.wait_procs(children, timeout=10)
+        assert not left
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
