@@ -105,12 +105,13 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--json: there is no folder {args.json.parent}")
     with open_front(config) as front:
         generator = np.random.default_rng(config.seed)
-        shape = (workload.num_prompts, workload.input_len)
+        num_warm_up = min(workload.concurrency, workload.num_prompts)
+        shape = (num_warm_up + workload.num_prompts, workload.input_len)
         prompts = list(generator.integers(0, front.model_info.vocab_size, shape, dtype=np.int32))
         warm_up = workload.params(min(_WARM_UP_TOKENS, workload.output_len))
-        run(front, prompts[: workload.concurrency], warm_up, workload.concurrency)
+        run(front, prompts[:num_warm_up], warm_up, workload.concurrency)
         memory = [_memory_pss()]
-        sample = run(front, prompts, workload.params(workload.output_len), workload.concurrency)
+        sample = run(front, prompts[num_warm_up:], workload.params(workload.output_len), workload.concurrency)
         memory.append(_memory_pss())
         result = report(config, front.model_info, workload, sample, max(memory))
     print(table(result))
@@ -136,11 +137,9 @@ def run(front: Any, prompts: list[np.ndarray], params: SamplingParams, concurren
     begin, prefilled = Mark.now(), None
 
     def submit() -> None:
-        for prompt in todo:
+        while front.num_open < concurrency and (prompt := next(todo, None)) is not None:
             submitted = time.perf_counter()
             jobs[front.submit(prompt, params)] = _Job(submitted)
-            if front.num_open >= concurrency:
-                return
 
     submit()
     while front.num_open:
@@ -152,8 +151,7 @@ def run(front: Any, prompts: list[np.ndarray], params: SamplingParams, concurren
             arrivals = jobs[update.request_id].arrivals
             without_token -= not arrivals
             arrivals.extend([now] * len(update.token_ids))
-            if update.done:
-                submit()
+        submit()
         if not without_token and prefilled is None and len(prompts) <= concurrency:
             prefilled = Mark.now()
     return Sample(jobs=list(jobs.values()), begin=begin, prefilled=prefilled, end=Mark.now())

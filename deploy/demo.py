@@ -31,7 +31,7 @@ MAX_TOKENS = 128
 _START_S = 330.0
 _STOP_S = 60.0
 _PROGRESS_S = 1.0
-_BLOCKS = " ▁▂▃▄▅▆▇█"
+_BLOCKS = "·▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,14 +67,14 @@ class ChatTemplates:
         Raises:
             ValueError: the messages are malformed, there is no template, or the template refuses the messages.
         """
-        template = self._choose(chat_template, bool(tools))
+        template, messages = self._choose(chat_template, bool(tools)), _checked(messages)
         values = _plain({"tools": tools, "documents": documents, **variables})
         try:
             return template.render(
                 {
                     **self._special_tokens,
                     **values,
-                    "messages": _checked(messages),
+                    "messages": messages,
                     "add_generation_prompt": add_generation_prompt,
                 }
             )

@@ -39,7 +39,7 @@ def read_model_config(path: str | Path, dtype: Literal["auto", "float32", "bfloa
     Raises:
         ValueError: no such folder or file, damaged JSON, a field that is missing, wrong or not supported: names file and field.
     """
-    fields = _Fields(_folder(path) / "config.json")
+    fields = _Fields(checkpoint_folder(path) / "config.json")
     architecture = _architecture(fields)
     if fields.get("quantization_config") is not None or (Path(path) / "hf_quant_config.json").exists():
         raise ValueError(f"{fields.file}: a quantised checkpoint (quantization_config) is not supported yet")
@@ -274,7 +274,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = _folder(path)
+        self.path = checkpoint_folder(path)
         single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
         if single.is_file():
             self.tensors: Mapping[str, StoredTensor] = _read_header(single)
@@ -369,7 +369,8 @@ def some(names: Iterable[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _folder(path: str | Path) -> Path:
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder `path`. Raises ValueError if there is none."""
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,8 +80,12 @@ class EngineConfig:
                 _check_int(field, getattr(self, field), 1)
         for field in ("start_timeout_s", "step_timeout_s"):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{field} must be a number of seconds > 0, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a 64-bit integer, got {self.seed!r}")
+        if self.ray_address is not None and not isinstance(self.ray_address, str):
+            raise ValueError(f'ray_address must be "host:port", "auto" or None, got {self.ray_address!r}')
         if self.ray_address is not None and self.launcher == "local":
             raise ValueError(
                 f"ray_address {self.ray_address!r} has no effect with launcher 'local'; use 'ray' or 'auto'"

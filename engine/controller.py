@@ -149,24 +149,35 @@ def _size_caches(orders: Orders, loaded: list[dict[str, np.ndarray]]) -> tuple[i
     """Blocks on every rank, and the longest request that they hold.
 
     Raises:
-        RankError: not even one request of the asked length fits.
+        RankError: as `cache_blocks` says.
     """
     config = orders.config
     nodes = [bytes(answer["node"]) for answer in loaded]
     free = min(int(answer["free"][0]) // nodes.count(bytes(answer["node"])) for answer in loaded)
-    block_bytes = config.block_size * sum(spec.bytes_per_token for spec in orders.model.cache_specs())
-    longest = -(-orders.max_model_len // config.block_size)
+    try:
+        return cache_blocks(config, orders.model, orders.max_model_len, int(free * _CACHE_SHARE))
+    except ValueError as error:
+        raise RankError(-1, str(error)) from error
+
+
+def cache_blocks(config: EngineConfig, model: ModelConfig, max_model_len: int, free_bytes: int) -> tuple[int, int]:
+    """Blocks on one rank, with the null block, and the longest request that they hold.
+
+    Raises:
+        ValueError: not even one request of the asked length fits.
+    """
+    block_bytes = config.block_size * sum(spec.bytes_per_token for spec in model.cache_specs())
+    longest = -(-max_model_len // config.block_size)
     budget = config.kv_cache_bytes
     if budget is None:
-        budget = min(config.max_running * longest * block_bytes, int(free * _CACHE_SHARE))
+        budget = min(config.max_running * longest * block_bytes, free_bytes)
     num_blocks = budget // block_bytes
     if num_blocks >= longest:
-        return num_blocks + 1, orders.max_model_len  # and the null block
+        return num_blocks + 1, max_model_len
     if config.max_model_len is not None or num_blocks < 2:
-        raise RankError(
-            -1,
-            f"the KV cache of one rank ({budget} bytes) holds {num_blocks * config.block_size} tokens, fewer than "
-            f"max_model_len = {orders.max_model_len}, which needs {longest * block_bytes} bytes; raise kv_cache_bytes or lower max_model_len",
+        raise ValueError(
+            f"the KV cache of one rank ({budget} bytes) holds {num_blocks * config.block_size} tokens; max_model_len = "
+            f"{max_model_len} needs {longest * block_bytes} bytes; raise kv_cache_bytes or lower max_model_len"
         )
     return num_blocks + 1, num_blocks * config.block_size
 

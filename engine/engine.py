@@ -12,9 +12,9 @@ from typing import IO
 
 from expertwire.comm.control import SocketChannel, connect
 from expertwire.engine import process
-from expertwire.engine.checkpoint import read_model_config
+from expertwire.engine.checkpoint import Checkpoint, read_model_config
 from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo
-from expertwire.engine.controller import Orders
+from expertwire.engine.controller import Orders, cache_blocks
 from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
 from expertwire.engine.outputs import EngineFailed
 from expertwire.moe.placement import place
@@ -152,4 +152,9 @@ def _check(config: EngineConfig, model: ModelConfig) -> int:
         )
     if any(model.sparse_layers):
         place(model.num_experts, config.ep_size, config.redundant_experts)
-    return config.max_model_len or longest
+    if config.load_format == "auto":
+        Checkpoint(config.model)
+    max_model_len = config.max_model_len or longest
+    if config.kv_cache_bytes is not None:
+        cache_blocks(config, model, max_model_len, 0)
+    return max_model_len

@@ -56,9 +56,9 @@ def _as_tokens(prompt: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.zeros(0, np.int64)
     try:
         tokens = np.asarray(prompt)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"prompt must be a string or a flat list of token ids: {error}") from error
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+    except (ValueError, OverflowError):
+        tokens = None
+    if tokens is None or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(f"prompt must be a string or a flat list of integer token ids, got {prompt!r:.100}")
     return tokens
 

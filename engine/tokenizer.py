@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from expertwire.engine.chat import ChatTemplates
+from expertwire.engine.checkpoint import checkpoint_folder
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -56,7 +57,7 @@ class Tokenizer:
         Raises:
             ValueError: a file is missing, malformed or of an unsupported kind; the message names it.
         """
-        folder = Path(path)
+        folder = checkpoint_folder(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
             hint = "; convert its tokenizer.model with transformers" if (folder / "tokenizer.model").is_file() else ""

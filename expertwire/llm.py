@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,11 +35,13 @@ class LLM:
             `max_num_tokens`, `max_running`, `seed`, ...).
 
     Raises:
+        TypeError: there is no such option; the message lists them.
         ValueError: an option or the checkpoint is not usable; the message says why.
         EngineFailed: the engine could not start.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
+        _check_names(options)
         config = EngineConfig(model=str(model), **options)
         tokenizer = _open_tokenizer(config)
         self._max_waiting = max(1, config.max_waiting)
@@ -153,6 +156,8 @@ class LLM:
             raise ValueError(f"sampling_params must be one for all or one a prompt ({len(prompts)}), got {len(params)}")
         jobs = []
         for index, ((text, prompt), param) in enumerate(zip(prompts, params, strict=True)):
+            if not isinstance(param, SamplingParams):
+                raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {param!r}")
             try:
                 jobs.append(Job(index, text, self._front.encode(prompt, param), param))
             except ValueError as error:
@@ -172,6 +177,13 @@ class LLM:
             finally:
                 run.abort()
         return [job.output() for job in jobs]
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(EngineConfig) if field.name != "model"]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"LLM has no option {name!r}; there are {', '.join(known)}")
 
 
 def _open_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -214,6 +226,8 @@ def _plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
         known = {"prompt", "prompt_token_ids"}
         if not prompt or not known.issuperset(prompt):
             raise ValueError(f"a prompt's dictionary must have 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
+        if isinstance(prompt.get("prompt_token_ids"), str):
+            raise ValueError(f"prompt_token_ids must be token ids, got {prompt['prompt_token_ids']!r:.100}")
         text = prompt.get("prompt")
         return text, prompt.get("prompt_token_ids", text)
     return (prompt if isinstance(prompt, str) else None), prompt

@@ -24,11 +24,11 @@ def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tenso
 
 
 def padded_rows(num_rows: int) -> int:
-    """`num_rows` rounded up to one of eight sizes an octave, at least by sixteens.
+    """`num_rows` rounded up to one of four sizes an octave, at least by sixteens.
 
     oneDNN compiles a kernel for every number of rows it meets, which takes milliseconds and about a megabyte each.
     """
-    step = max(16, 1 << max(0, num_rows.bit_length() - 4))
+    step = max(16, 1 << max(0, num_rows.bit_length() - 3))
     return -(-num_rows // step) * step
 
 

@@ -59,6 +59,13 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for field, kinds, allowed in (
+            ("stop", (str, list, tuple), "a string or a list of strings"),
+            ("stop_token_ids", (list, tuple), "a list of token ids"),
+            ("logit_bias", (Mapping,), "a dictionary of token ids and values"),
+        ):
+            if getattr(self, field) is not None and not isinstance(getattr(self, field), kinds):
+                raise ValueError(f"{field} must be None or {allowed}, got {getattr(self, field)!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))

@@ -39,6 +39,10 @@ class FakeFront:
         self._ready, self._wake = os.pipe()
         os.set_blocking(self._ready, False)
 
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
     def encode(self, prompt: str | list[int], params: SamplingParams) -> np.ndarray:
         return encode_prompt(prompt, params, MODEL_INFO, LetterTokenizer())
 

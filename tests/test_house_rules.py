@@ -1,0 +1,302 @@
+"""The house rules of the code base, as tests. They read the tree; where they import, it is in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import subprocess
+import sys
+import tomllib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from expertwire.deploy import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Which of our folders each folder may import, besides itself.
+MAY_IMPORT = {
+    "scheduler": set(),
+    "kernels": set(),
+    "comm": {"kernels"},
+    "moe": {"kernels", "comm"},
+    "engine": {"kernels", "comm", "moe", "scheduler"},
+    "deploy": {"kernels", "comm", "moe", "scheduler", "engine"},
+    "expertwire": {"kernels", "comm", "moe", "scheduler", "engine", "deploy"},
+    "bench": {"kernels", "comm", "moe", "scheduler", "engine", "deploy", "expertwire"},
+}
+CORE = ("scheduler", "kernels", "comm", "moe", "engine")
+MAY_READ_ENVIRONMENT = {"deploy"}
+STATELESS = ("engine", "moe", "comm")  # no mutable state in modules
+MUTABLE_CALLS = {"dict", "list", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict"}
+MUTATORS = {"append", "add", "extend", "insert", "update", "pop", "popitem", "clear", "remove", "discard", "setdefault"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+ENGINE_FLAGS = {
+    "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--max-model-len",
+    "--max-num-tokens", "--max-running", "--max-waiting", "--block-size", "--kv-cache-bytes", "--redundant-experts",
+    "--threads-per-rank", "--seed", "--start-timeout", "--step-timeout",
+}  # fmt: skip
+# Every option is one more thing to learn, to test and to keep. Add one here only if nothing can be decided without it.
+FLAGS = {
+    "serve": {"--host", "--port", "--drain-timeout", *ENGINE_FLAGS},
+    "generate": {
+        "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", *ENGINE_FLAGS,
+    },
+    "demo": {"--launcher", "--ep-size"},
+    "bench throughput": {
+        "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
+    },
+}  # fmt: skip
+
+
+def sources(*folders: str) -> Iterator[tuple[str, Path, ast.Module]]:
+    """Our modules, without generated ones: folder, file and syntax tree."""
+    for folder in folders or MAY_IMPORT:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if "_pb2" not in file.name:
+                yield folder, file, ast.parse(file.read_text(), str(file))
+
+
+def place(file: Path, node: ast.AST) -> str:
+    return f"{file.relative_to(ROOT)}:{node.lineno}"
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Every module that is imported anywhere in a file, also within functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            for alias in node.names:
+                yield node, f"{node.module}.{alias.name}"
+
+
+def folder_of(module: str) -> str | None:
+    """Which of our folders a module lies in; None if it is not ours."""
+    names = module.split(".")
+    if names[0] != "expertwire":
+        return None
+    return names[1] if len(names) > 1 and names[1] in MAY_IMPORT else "expertwire"
+
+
+def type_checking_lines(tree: ast.Module) -> set[int]:
+    """Lines under `if TYPE_CHECKING:`, which import nothing when the program runs."""
+    return {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+
+
+def test_imports_go_one_way():
+    """The one exception does not show here: `deploy/cli.py` imports a benchmark by name when asked to run it."""
+    wrong = [
+        f"{place(file, node)} imports {module}"
+        for folder, file, tree in sources()
+        for node, module in imported(tree)
+        if folder_of(module) not in {None, folder, *MAY_IMPORT[folder]}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_core_needs_neither_ray_nor_grpc_and_the_scheduler_no_torch():
+    wrong = [
+        f"{place(file, node)} imports {module}"
+        for folder, file, tree in sources(*CORE)
+        for node, module in imported(tree)
+        if module.split(".")[0] in {"ray", "grpc", *(("torch",) if folder == "scheduler" else ())}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "expertwire",
+        "expertwire.scheduler.scheduler",
+        "expertwire.comm.control",
+        "expertwire.engine.messages",
+        "expertwire.engine.controller",
+        "expertwire.engine.front",
+        "expertwire.engine.engine",
+        "expertwire.deploy.serve",
+    ],
+)
+def test_these_processes_stay_small(module):
+    code = f"import sys, {module}; print(*sorted({{'torch', 'ray', 'transformers', 'numba'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_configuration_does_not_come_from_the_environment():
+    wrong = []
+    for folder, file, tree in sources():
+        for node in ast.walk(tree):
+            name = ""
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+                name = node.attr
+            elif isinstance(node, ast.ImportFrom) and node.module == "os":
+                name = " ".join(alias.name for alias in node.names)
+            if ("environ" in name or "getenv" in name or "putenv" in name) and folder not in MAY_READ_ENVIRONMENT:
+                wrong.append(f"{place(file, node)} uses os.{name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_there_are_no_mixins():
+    wrong = [
+        f"{place(file, node)} {node.name}"
+        for _, file, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any("mixin" in name.lower() for name in (node.name, *(ast.unparse(base) for base in node.bases)))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_hold_no_mutable_state():
+    wrong = [
+        f"{file.relative_to(ROOT)}: {problem}"
+        for _, file, tree in sources(*STATELESS)
+        for problem in mutable_state(tree)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def mutable_state(tree: ast.Module) -> Iterator[str]:
+    """Containers at module level that could change.
+
+    A table is allowed where its type promises not to change it (`Mapping`, `Sequence`, `Final`), or its name is in capitals and
+    nothing in the module changes it.
+    """
+    tables = set()
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if not names or names == ["__all__"] or not is_mutable(getattr(node, "value", None)):
+            continue
+        promise = isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).startswith(
+            ("Mapping", "Sequence", "Final", "Collection")
+        )
+        tables.update(names)
+        if not promise and not all(name.isupper() for name in names):
+            yield f"line {node.lineno}: {names[0]} is a mutable container; make it a constant in capitals, or a value passed along"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            yield f"line {node.lineno}: global {', '.join(node.names)}"
+        elif changed := tables & set(changes(node)):
+            yield f"line {node.lineno}: changes {', '.join(changed)}"
+
+
+def is_mutable(value: ast.expr | None) -> bool:
+    if isinstance(value, ast.Call):
+        return ast.unparse(value.func).rpartition(".")[2] in MUTABLE_CALLS
+    return isinstance(value, ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetComp)
+
+
+def changes(node: ast.AST) -> Iterator[str]:
+    """Names of containers that a statement or call changes in place."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+        yield ast.unparse(node.func.value)
+    elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+        yield ast.unparse(node.value)
+
+
+def test_every_kernel_file_has_its_reference():
+    missing = [
+        str(file.relative_to(ROOT))
+        for file in sorted((ROOT / "kernels").glob("*.py"))
+        if file.name not in ("__init__.py", "registry.py")
+        and not any(
+            isinstance(node, ast.FunctionDef) and node.name.startswith("reference")
+            for node in ast.parse(file.read_text()).body
+        )
+    ]
+    assert not missing, missing
+
+
+def test_the_wheel_has_every_package():
+    """A package that is missing in the list is silently left out of the wheel, while an editable install works."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tree = set()
+    for folder in MAY_IMPORT:
+        for init in (ROOT / folder).rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT).parts
+            tree.add(".".join(parts if folder == "expertwire" else ("expertwire", *parts)))
+    assert set(settings["packages"]) == tree
+    assert {name: "expertwire." + name if name != "expertwire" else name for name in MAY_IMPORT} == {
+        path: package for package, path in settings["package-dir"].items()
+    }
+    for package in tree:
+        assert (ROOT / package.removeprefix("expertwire.").replace(".", "/") / "py.typed").is_file(), package
+
+
+def test_folders_refuse_their_bare_names():
+    names = [name for name in MAY_IMPORT if name != "expertwire"]
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+for name in {names}:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert "expertwire." + name in str(error), error
+    else:
+        raise AssertionError(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_options_are_these():
+    assert {command: flags for command, flags in command_flags() if command in FLAGS} == FLAGS
+    assert {command for command, _ in command_flags()} == {*FLAGS, "bench control"}
+
+
+def command_flags() -> Iterator[tuple[str, set[str]]]:
+    """Every command and its options."""
+
+    def walk(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, set[str]]]:
+        groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        for group in groups:
+            for word, child in group.choices.items():
+                yield from walk(child, f"{name} {word}".strip())
+        if not groups:
+            options = {option for action in parser._actions for option in action.option_strings}
+            yield name, options - {"-h", "--help"}
+
+    return walk(cli.make_parser(benches=cli.BENCHES), "")
+
+
+def test_line_budgets():
+    """Not a rule but a hint: what grows beyond this is worth a second look."""
+    for _, file, tree in sources():
+        lines = len(file.read_text().splitlines())
+        if lines > MAX_FILE_LINES:
+            warnings.warn(f"{file.relative_to(ROOT)} has {lines} lines, more than {MAX_FILE_LINES}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    warnings.warn(f"{place(file, node)} {node.name} has {lines} lines, more than {MAX_FUNCTION_LINES}")
+
+
+@pytest.mark.parametrize(
+    ("source", "problems"),
+    [
+        ("TABLE = {'a': 1}\nLIMITS: tuple[int, ...] = (1, 2)\n_NAMES = [1]\n__all__ = ['x']", 0),
+        ("kinds: Mapping[str, type] = {k.__name__: k for k in (int,)}", 0),
+        ("class A:\n    def f(self):\n        items = {}\n        items['a'] = 1", 0),
+        ("cache = {}", 1),
+        ("_seen = collections.defaultdict(list)", 1),
+        ("TABLE = {}\ndef f():\n    TABLE['a'] = 1", 1),
+        ("TABLE = []\ndef f():\n    TABLE.append(1)", 1),
+        ("x = 1\ndef f():\n    global x\n    x = 2", 1),
+    ],
+)
+def test_the_rule_on_mutable_state_works(source, problems):
+    assert len(list(mutable_state(ast.parse(source)))) == problems
