@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -225,7 +225,7 @@ def _open_ours(nodes: tuple[str, ...]) -> Iterator[_Ours]:
 
 @contextlib.contextmanager
 def _open_actors(num_ranks: int) -> Iterator[list[Any]]:
-    actors = [ray.remote(_Rank).options(num_cpus=0).remote(num_ranks) for _ in range(num_ranks)]
+    actors: list[Any] = [ray.remote(_Rank).options(num_cpus=0).remote(num_ranks) for _ in range(num_ranks)]
     try:
         yield actors
     finally:
@@ -249,7 +249,7 @@ def _open_graph(num_ranks: int) -> Iterator[_Graph]:
             channel.graph.teardown()
 
 
-_OPEN = {
+_OPEN: dict[str, Callable[[int], contextlib.AbstractContextManager[Channel]]] = {
     "shm": lambda num_ranks: _open_ours(("here",) * num_ranks),
     "tcp": lambda num_ranks: _open_ours(tuple(f"node {rank}" for rank in range(num_ranks))),
     "actor": _open_calls,

@@ -15,7 +15,7 @@ import numpy as np
 from expertwire.comm.control_hub import ControlHub, this_node
 from expertwire.comm.control_link import ControlLink
 from expertwire.comm.control_socket import Listener, SocketChannel, connect, listen
-from expertwire.comm.control_wire import ChannelClosed, RankLost, RankTimeout, pack, unpack
+from expertwire.comm.control_wire import ChannelClosed, RankError, RankLost, RankTimeout, pack, unpack
 
 __all__ = [
     "ChannelClosed",
@@ -23,6 +23,7 @@ __all__ = [
     "ControlHub",
     "ControlLink",
     "Listener",
+    "RankError",
     "RankLost",
     "RankTimeout",
     "SocketChannel",

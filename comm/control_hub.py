@@ -33,7 +33,7 @@ from expertwire.comm.control_node import (
     wait,
 )
 from expertwire.comm.control_socket import SocketChannel, listen
-from expertwire.comm.control_wire import ChannelClosed, RankLost, RankTimeout, pack, unpack
+from expertwire.comm.control_wire import ERROR, ChannelClosed, RankError, RankLost, RankTimeout, pack, unpack
 
 
 def this_node() -> str:
@@ -68,7 +68,7 @@ class ControlHub:
         self.address = self._listener.address
         self._connections: dict[int, SocketChannel] = {}
         self._inboxes: list[Inbox] = []
-        self._answers: list[list[bytearray]] = [[] for _ in range(num_ranks)]
+        self._answers: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num_ranks)]
         self._leaders: list[int] = []
         self._sender: NodeSender | None = None
         self._rank_of: dict[int, int] = {}  # by file descriptor
@@ -132,6 +132,7 @@ class ControlHub:
 
         Raises:
             RankLost: a rank's connection ended, even if others have not answered yet.
+            RankError: a rank answered by `ControlLink.fail`, likewise.
             RankTimeout: names the ranks that have not answered after `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
@@ -141,7 +142,7 @@ class ControlHub:
                 missing = tuple(rank for rank, answers in enumerate(self._answers) if not answers)
                 raise RankTimeout(missing, f"did not answer within {timeout_s:g} s")
             self._pump(wait(self._all_answered, self._inboxes, self._poller, remaining))
-        return [unpack(answers.pop(0)) for answers in self._answers]
+        return [answers.pop(0) for answers in self._answers]
 
     def poll_lost(self) -> None:
         """Look after the connections without waiting; an idle controller calls it when one of `filenos` is readable.
@@ -217,13 +218,15 @@ class ControlHub:
 
     def _all_answered(self) -> bool:
         complete = True
-        for inbox, answers in zip(self._inboxes, self._answers, strict=True):
+        for rank, (inbox, answers) in enumerate(zip(self._inboxes, self._answers, strict=True)):
             if not answers:
                 message = inbox.take()
                 if message is None:
                     complete = False
-                else:
-                    answers.append(message)
+                    continue
+                answers.append(unpack(message))
+                if ERROR in answers[0]:
+                    raise RankError(rank, bytes(answers[0][ERROR]).decode())
         return complete
 
     def _pump(self, events: list[tuple[int, int]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from expertwire.comm.control_node import Inbox, NodeSender, RingOutbox, SocketInbox, attach, wait
 from expertwire.comm.control_socket import connect
-from expertwire.comm.control_wire import ChannelClosed, pack, unpack
+from expertwire.comm.control_wire import ERROR, ChannelClosed, pack, unpack
 
 _JOIN_S = 60.0  # for the peers to do their part once all ranks have said hello
 _DRAIN_S = 60.0  # for a peer to read on in the middle of a message
@@ -89,6 +89,10 @@ class ControlLink:
         else:
             self._hub.send_frame(message)
             self._hub.drain(_DRAIN_S)
+
+    def fail(self, message: str) -> None:
+        """Answer that this rank failed: the controller need not wait for the others. Raises `ChannelClosed`."""
+        self.send({ERROR: np.frombuffer(message.encode(), np.uint8)})
 
     def close(self) -> None:
         """Leave: the controller sees a lost rank. Idempotent."""

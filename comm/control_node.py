@@ -8,6 +8,7 @@ proof of life. Messages carry sequence numbers, so that those in the ring and th
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import select
 import sys
@@ -165,6 +166,8 @@ def wait(
     while time.perf_counter() < spin_until:
         if ready():
             return []
+        # Where processes share a core, the one that is waited for may need it.
+        os.sched_yield()
     for inbox in inboxes:
         inbox.set_asleep(True)
     events = [] if ready() else poller.poll(max(0.0, min(timeout_s, RECHECK_S)) * 1000)

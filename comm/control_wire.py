@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
+ERROR = "_error"  # the array that marks an answer as a failure: UTF-8 text
 _HEAD = struct.Struct("<II")
 _PADDING = tuple(bytes(n) for n in range(8))
 _KINDS = "biufc"  # bool, integers, floats, complex
@@ -41,6 +42,23 @@ class RankLost(RuntimeError):
 
     def __reduce__(self) -> tuple[type[RankLost], tuple[int, str]]:
         return RankLost, (self.rank, self.reason)
+
+
+class RankError(RuntimeError):
+    """A rank has answered that it failed.
+
+    Attributes:
+        rank: which one.
+        message: what it said.
+    """
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.rank = rank
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[RankError], tuple[int, str]]:
+        return RankError, (self.rank, self.message)
 
 
 class RankTimeout(TimeoutError):

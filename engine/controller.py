@@ -20,6 +20,7 @@ import numpy as np
 from expertwire.comm.control import (
     ChannelClosed,
     ControlHub,
+    RankError,
     RankLost,
     RankTimeout,
     SocketChannel,
@@ -42,12 +43,8 @@ _CACHE_SHARE = 0.5
 _BLAME_S = 1.0
 
 
-class RankError(RuntimeError):
-    """A rank has answered with an error."""
-
-    def __init__(self, rank: int, message: str) -> None:
-        super().__init__(message)
-        self.rank = rank
+class CacheTooSmall(ValueError):
+    """The KV cache does not hold one request of the asked length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,7 @@ def controller_main(orders: Orders) -> None:
             _listen(loop, listener)
             if not loop.scheduler.idle or loop.asking:
                 _step(loop, orders.config.step_timeout_s)
-    except (RankLost, RankTimeout, RankError) as error:
+    except (RankLost, RankTimeout, RankError, CacheTooSmall) as error:
         rank, message = _blame(hub, error)
         for number in list(loop.fronts) if loop is not None else ():
             _send(loop, number, messages.Failure(rank=rank, message=message))
@@ -118,12 +115,12 @@ def _start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
     config = orders.config
     hub.wait_joined(config.start_timeout_s, lambda: None)
     hub.publish({})
-    store = _answers(hub, config.start_timeout_s)[0]["store"]
+    store = hub.collect(config.start_timeout_s)[0]["store"]
     hub.publish({"store": store})
-    loaded = _answers(hub, config.start_timeout_s)
+    loaded = hub.collect(config.start_timeout_s)
     num_blocks, max_model_len = _size_caches(orders, loaded)
     hub.publish({"num_blocks": np.array([num_blocks]), "max_model_len": np.array([max_model_len])})
-    _answers(hub, config.start_timeout_s)
+    hub.collect(config.start_timeout_s)
     model = orders.model
     return ModelInfo(
         name=config.model.rstrip("/").rsplit("/", 1)[-1],
@@ -197,28 +194,24 @@ def _scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
     )
 
 
-def _answers(hub: ControlHub, timeout_s: float) -> list[dict[str, np.ndarray]]:
-    answers = hub.collect(timeout_s)
-    for rank, answer in enumerate(answers):
-        if "error" in answer:
-            raise RankError(rank, bytes(answer["error"]).decode())
-    return answers
-
-
-def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError) -> tuple[int, str]:
+def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError | CacheTooSmall) -> tuple[int, str]:
     """The rank at fault and what to say. A rank's error may be the wake of another's death: that one is named then."""
-    if isinstance(error, RankError):
-        deadline = time.monotonic() + (_BLAME_S if error.rank >= 0 else 0.0)
-        while (left := deadline - time.monotonic()) > 0:
-            try:
-                select.select(hub.filenos(), [], [], left)
-                hub.poll_lost()
-            except RankLost as lost:
-                return lost.rank, f"rank {lost.rank} has died: {lost.reason}"
-        return error.rank, f"rank {error.rank}: {error}" if error.rank >= 0 else str(error)
-    if isinstance(error, RankLost):
-        return error.rank, f"rank {error.rank} has died: {error.reason}"
-    return error.ranks[0], str(error)
+    match error:
+        case CacheTooSmall():
+            return -1, str(error)
+        case RankTimeout():
+            return error.ranks[0], str(error)
+        case RankError():
+            deadline = time.monotonic() + _BLAME_S
+            while (left := deadline - time.monotonic()) > 0:
+                try:
+                    select.select(hub.filenos(), [], [], left)
+                    hub.poll_lost()
+                except RankLost as lost:
+                    return lost.rank, f"rank {lost.rank} has died: {lost.reason}"
+            return error.rank, str(error)
+        case RankLost():
+            return error.rank, f"rank {error.rank} has died: {error.reason}"
 
 
 # ---- the loop
@@ -300,7 +293,7 @@ def _step(loop: _Loop, timeout_s: float) -> None:
         return
     loop.hub.publish(plan.to_arrays())
     clock.append(time.perf_counter())
-    results = [StepResult.from_arrays(answer) for answer in _answers(loop.hub, timeout_s)]
+    results = [StepResult.from_arrays(answer) for answer in loop.hub.collect(timeout_s)]
     clock.append(time.perf_counter())
     outputs = loop.scheduler.commit(plan, results, time.monotonic())
     _deliver(loop, outputs)

@@ -6,7 +6,7 @@ What is said before the first plan, each a round of one message to every rank an
     controller: {"store": address}         rank: {"free": bytes that are free after loading, "node": ...}
     controller: {"num_blocks", "max_model_len"}    rank: {}
 
-A rank that fails answers {"error": text} instead, and waits for the end.
+A rank that fails answers so (`ControlLink.fail`) instead, and waits for the end.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _report(link: ControlLink, error: Exception) -> None:
     """Answer with the error and wait until the controller has taken it in and closes."""
     text = str(error) if isinstance(error, ValueError) else "".join(traceback.format_exception(error)).strip()
     with contextlib.suppress(ChannelClosed):
-        link.send({"error": _bytes(text or repr(error))})
+        link.fail(text or repr(error))
         while True:
             link.recv()
 
