@@ -1,7 +1,4 @@
-"""Ways to break a copy of a checkpoint folder that has one file of weights.
-
-Each is a function of the folder, or makes one.
-"""
+"""Ways to break a copy of a checkpoint that has one file of weights: each is, or makes, a function of the copy's folder."""
 
 from __future__ import annotations
 
@@ -12,16 +9,22 @@ from typing import Any
 
 Change = Callable[[Path], object]
 
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
 
 def without(name: str) -> Change:
+    """Lose a file."""
     return lambda folder: (folder / name).unlink()
 
 
 def renamed(name: str, other: str) -> Change:
+    """Rename a file."""
     return lambda folder: (folder / name).rename(folder / other)
 
 
 def writing(name: str, text: str) -> Change:
+    """Write `text` to a file."""
     return lambda folder: (folder / name).write_text(text)
 
 
@@ -30,66 +33,77 @@ def config(**fields: Any) -> Change:
 
     def change(folder: Path) -> None:
         file = folder / "config.json"
-        values = json.loads(file.read_text()) | fields
-        file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+        file.write_text(json.dumps(_merge(json.loads(file.read_text()), fields)))
 
     return change
 
 
 def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
+    """Cut the end of the weights off."""
+    file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def _read(file: Path) -> tuple[dict[str, Any], bytes]:
-    data = file.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
-
-
-def _write(file: Path, header: dict[str, Any], data: bytes) -> None:
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
 def header(change: Callable[[dict[str, Any]], object]) -> Change:
-    """Change the header of model.safetensors."""
+    """Change the entries of tensors in the header of the weights."""
 
     def apply(folder: Path) -> None:
-        header, data = _read(folder / "model.safetensors")
-        change(header)
-        _write(folder / "model.safetensors", header, data)
+        tensors, data = _read(folder / WEIGHTS)
+        change(tensors)
+        _write(folder / WEIGHTS, tensors, data)
 
     return apply
 
 
+def copied_tensor(name: str, other: str) -> Change:
+    """Add a tensor `other` with the values of tensor `name`."""
+    return header(lambda tensors: tensors.update({other: tensors[name]}))
+
+
 def sharded(change: Change) -> Change:
-    """Split model.safetensors into the shards a and b, whose tensors keep their places, and change the folder then."""
+    """Split the weights into the shards a.safetensors and b.safetensors, with an index, and `change` the folder then."""
 
     def apply(folder: Path) -> None:
-        header, data = _read(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        names = sorted((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])
-        half = len(names) // 2
-        end = header[names[half - 1]]["data_offsets"][1]
-        for name in names[half:]:
-            header[name]["data_offsets"] = [offset - end for offset in header[name]["data_offsets"]]
-        parts = {"a.safetensors": (names[:half], data[:end]), "b.safetensors": (names[half:], data[end:])}
-        for file, (inside, part) in parts.items():
-            _write(folder / file, {name: header[name] for name in inside}, part)
-        weight_map = {name: file for file, (inside, _) in parts.items() for name in inside}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        tensors, data = _read(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        names = sorted(tensors, key=lambda name: tensors[name]["data_offsets"])
+        a, b = names[: len(names) // 2], names[len(names) // 2 :]
+        end = tensors[a[-1]]["data_offsets"][1]
+        for name in b:
+            tensors[name]["data_offsets"] = [offset - end for offset in tensors[name]["data_offsets"]]
+        _write(folder / "a.safetensors", {name: tensors[name] for name in a}, data[:end])
+        _write(folder / "b.safetensors", {name: tensors[name] for name in b}, data[end:])
+        weight_map = dict.fromkeys(a, "a.safetensors") | dict.fromkeys(b, "b.safetensors")
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
         change(folder)
 
     return apply
 
 
-def index(entries: dict[str, str | None]) -> Change:
+def index(**entries: str | None) -> Change:
     """Set entries of the index; None removes one."""
 
     def change(folder: Path) -> None:
-        file = folder / "model.safetensors.index.json"
-        weight_map = json.loads(file.read_text())["weight_map"] | entries
-        file.write_text(json.dumps({"weight_map": {n: f for n, f in weight_map.items() if f is not None}}))
+        file = folder / INDEX
+        weight_map = json.loads(file.read_text())["weight_map"]
+        file.write_text(json.dumps({"weight_map": _merge(weight_map, entries)}))
 
     return change
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in (old | new).items() if value is not None}
+
+
+def _read(file: Path) -> tuple[dict[str, Any], bytes]:
+    """The header's tensors and the bytes after it."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    tensors = json.loads(data[8:end])
+    tensors.pop("__metadata__", None)
+    return tensors, data[end:]
+
+
+def _write(file: Path, tensors: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(tensors).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)

@@ -33,6 +33,7 @@ class Inbox(Protocol):
     """Where one peer's messages arrive."""
 
     channel: SocketChannel
+    in_memory: bool  # messages can appear without a system call
 
     def ready(self) -> bool:
         """Whether `take` has a message, without a system call."""
@@ -57,6 +58,8 @@ class Inbox(Protocol):
 
 class SocketInbox:
     """Messages of a peer on another node."""
+
+    in_memory = False
 
     def __init__(self, channel: SocketChannel) -> None:
         self.channel = channel
@@ -84,6 +87,8 @@ class SocketInbox:
 
 class RingInbox:
     """Messages of a peer on this node: from its ring, or around it."""
+
+    in_memory = True
 
     def __init__(self, ring: Ring, reader: int, channel: SocketChannel) -> None:
         self.channel = channel
@@ -159,10 +164,11 @@ def wait(
 ) -> list[tuple[int, int]]:
     """Return when `ready`, when a connection has news, or after at most `timeout_s` (and `RECHECK_S`) seconds.
 
-    Spins for `SPIN_S`, then sleeps on the connections: a writer that finds the reader's flag set rings. Returns the
-    events of `poller`.
+    Spins for `SPIN_S` where something can appear in memory, then sleeps on the connections: a writer that finds the reader's
+    flag set rings. Returns the events of `poller`.
     """
-    spin_until = time.perf_counter() + min(SPIN_S, timeout_s)
+    spin_s = min(SPIN_S, timeout_s) if any(inbox.in_memory for inbox in inboxes) else 0.0
+    spin_until = time.perf_counter() + spin_s
     while time.perf_counter() < spin_until:
         if ready():
             return []

@@ -134,11 +134,11 @@ class Decoder:
         }
 
     def _moe_specs(self) -> dict[str, ParamSpec]:
-        c, here = self.config, len(self._experts_here())
+        c, here = self.config, self._experts_here()
         return {
             "router": ParamSpec(shape=(c.num_experts, c.hidden_size), fan_in=c.hidden_size),
-            "w13": ParamSpec(shape=(here, 2 * c.expert_size, c.hidden_size), fan_in=c.hidden_size),
-            "w2": ParamSpec(shape=(here, c.hidden_size, c.expert_size), fan_in=c.expert_size),
+            "w13": ParamSpec(shape=(len(here), 2 * c.expert_size, c.hidden_size), fan_in=c.hidden_size, experts=here),
+            "w2": ParamSpec(shape=(len(here), c.hidden_size, c.expert_size), fan_in=c.expert_size, experts=here),
         }
 
     def _experts_here(self) -> tuple[int, ...]:

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
-    """A parameter that a rank holds. `fan_in` scales the random weights of `--load-format dummy` (None: filled with ones)."""
+    """A parameter that a rank holds. `fan_in` scales the random weights of `--load-format dummy` (None: filled with ones).
+
+    `experts`, where the first dimension is experts: their logical ids, so that random weights are the same on whatever rank.
+    """
 
     shape: tuple[int, ...]
     fan_in: int | None
+    experts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

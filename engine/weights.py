@@ -73,19 +73,26 @@ def load_weights(
 def dummy_weights(specs: Mapping[str, ParamSpec], params: Mapping[str, torch.Tensor], seed: int) -> None:
     """Fills `params` with normal(0, 1/sqrt(fan_in)) values, or ones where `fan_in` is None.
 
-    Values depend on the seed, the parameter's name and shape and the type of device, not on other parameters, so that what
-    every rank holds is equal on all. Extra memory: about 2 MiB.
+    Values depend on the seed, the parameter's name, the expert and the type of device, not on what else a rank holds: so they are
+    equal on all ranks and at any number of them. Extra memory: about 2 MiB.
     """
     for name, spec in specs.items():
-        values = params[name].view(-1)
         if spec.fan_in is None:
-            values.fill_(1)
-            continue
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "little") >> 1)
-        noise = torch.empty(min(NOISE_SIZE, values.numel()), dtype=torch.float32, device=values.device)
-        for chunk in values.split(NOISE_SIZE):
-            chunk.copy_(noise[: len(chunk)].normal_(0, spec.fan_in**-0.5, generator=generator))
+            params[name].fill_(1)
+        elif spec.experts is None:
+            _fill_normal(params[name], f"{seed}/{name}", spec.fan_in)
+        else:
+            for values, expert in zip(params[name], spec.experts, strict=True):
+                _fill_normal(values, f"{seed}/{name}/{expert}", spec.fan_in)
+
+
+def _fill_normal(param: torch.Tensor, key: str, fan_in: int) -> None:
+    values = param.view(-1)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    noise = torch.empty(min(NOISE_SIZE, values.numel()), dtype=torch.float32, device=values.device)
+    for chunk in values.split(NOISE_SIZE):
+        chunk.copy_(noise[: len(chunk)].normal_(0, fan_in**-0.5, generator=generator))
 
 
 def _check(checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, torch.Tensor]) -> None:
