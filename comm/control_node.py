@@ -24,7 +24,7 @@ from expertwire.comm.control_wire import ChannelClosed, RankLost, RankTimeout
 
 PLAN_RING_BYTES = 2 << 20
 RESULT_RING_BYTES = 1 << 19
-SPIN_S = 50e-6
+SPIN_S = 10e-6
 RECHECK_S = 0.1  # a sleeper looks again after this time, whether it was woken or not
 POLL_S = 0.05
 

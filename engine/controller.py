@@ -115,10 +115,13 @@ def _start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
     config = orders.config
     hub.wait_joined(config.start_timeout_s, lambda: None)
     hub.publish({})
-    store = hub.collect(config.start_timeout_s)[0]["store"]
-    hub.publish({"store": store})
-    loaded = hub.collect(config.start_timeout_s)
-    num_blocks, max_model_len = _size_caches(orders, loaded)
+    present = hub.collect(config.start_timeout_s)
+    nodes = [bytes(answer["node"]) for answer in present]
+    sharers_P = np.array([nodes.count(node) for node in nodes])
+    hub.publish({"store": present[0]["store"], "sharers": sharers_P})
+    free_P = np.array([answer["free"][0] for answer in hub.collect(config.start_timeout_s)])
+    free = int((free_P // sharers_P).min() * _CACHE_SHARE)
+    num_blocks, max_model_len = cache_blocks(config, orders.model, orders.max_model_len, free)
     hub.publish({"num_blocks": np.array([num_blocks]), "max_model_len": np.array([max_model_len])})
     hub.collect(config.start_timeout_s)
     model = orders.model
@@ -142,26 +145,11 @@ def _start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
     )
 
 
-def _size_caches(orders: Orders, loaded: list[dict[str, np.ndarray]]) -> tuple[int, int]:
-    """Blocks on every rank, and the longest request that they hold.
-
-    Raises:
-        RankError: as `cache_blocks` says.
-    """
-    config = orders.config
-    nodes = [bytes(answer["node"]) for answer in loaded]
-    free = min(int(answer["free"][0]) // nodes.count(bytes(answer["node"])) for answer in loaded)
-    try:
-        return cache_blocks(config, orders.model, orders.max_model_len, int(free * _CACHE_SHARE))
-    except ValueError as error:
-        raise RankError(-1, str(error)) from error
-
-
 def cache_blocks(config: EngineConfig, model: ModelConfig, max_model_len: int, free_bytes: int) -> tuple[int, int]:
-    """Blocks on one rank, with the null block, and the longest request that they hold.
+    """Blocks on one rank, with the null block, and the longest request that they hold; `free_bytes` can be had for them.
 
     Raises:
-        ValueError: not even one request of the asked length fits.
+        CacheTooSmall: not even one request of the asked length fits.
     """
     block_bytes = config.block_size * sum(spec.bytes_per_token for spec in model.cache_specs())
     longest = -(-max_model_len // config.block_size)
@@ -172,7 +160,7 @@ def cache_blocks(config: EngineConfig, model: ModelConfig, max_model_len: int, f
     if num_blocks >= longest:
         return num_blocks + 1, max_model_len
     if config.max_model_len is not None or num_blocks < 2:
-        raise ValueError(
+        raise CacheTooSmall(
             f"the KV cache of one rank ({budget} bytes) holds {num_blocks * config.block_size} tokens; max_model_len = "
             f"{max_model_len} needs {longest * block_bytes} bytes; raise kv_cache_bytes or lower max_model_len"
         )

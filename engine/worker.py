@@ -2,9 +2,10 @@
 
 What is said before the first plan, each a round of one message to every rank and one answer of each:
 
-    controller: {}                         rank: {"store": address, of rank 0 only}
-    controller: {"store": address}         rank: {"free": bytes that are free after loading, "node": ...}
-    controller: {"num_blocks", "max_model_len"}    rank: {}
+    controller: {}                                      rank: {"node", "store": address, of rank 0 only}
+    controller: {"store", "sharers": ranks on each      rank: {"free": bytes that are free after loading}
+                 rank's node}
+    controller: {"num_blocks", "max_model_len"}         rank: {}
 
 A rank that fails answers so (`ControlLink.fail`) instead, and waits for the end.
 """
@@ -12,6 +13,7 @@ A rank that fails answers so (`ControlLink.fail`) instead, and waits for the end
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 
 import numpy as np
@@ -63,15 +65,15 @@ def _report(link: ControlLink, error: Exception) -> None:
 
 def _start(config: EngineConfig, rank: int, num_ranks: int, node: str, link: ControlLink) -> Runner:
     link.recv()
-    if config.threads_per_rank is not None:
-        torch.set_num_threads(config.threads_per_rank)
     store, store_address = None, ""
     if rank == 0 and num_ranks > 1:
         store, store_address = groups.serve_store(link.local_ip)
-    link.send({"store": _bytes(store_address)})
-    store_address = bytes(link.recv()["store"]).decode()
+    link.send({"node": _bytes(node), "store": _bytes(store_address)})
+    meeting = link.recv()
+    store_address, sharers = bytes(meeting["store"]).decode(), int(meeting["sharers"][rank])
 
     device = _device(config, rank)
+    torch.set_num_threads(config.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // sharers))
     group = groups.make_group(
         store_address=store_address,
         rank=rank,
@@ -82,8 +84,8 @@ def _start(config: EngineConfig, rank: int, num_ranks: int, node: str, link: Con
         master=store,
     )
     model_config = read_model_config(config.model, config.dtype)
-    model = _load(config, model_config, rank, num_ranks, device, group)
-    link.send({"free": np.array([weights.free_memory(device)]), "node": _bytes(node)})
+    model = _load(config, model_config, rank, num_ranks, sharers, device, group)
+    link.send({"free": np.array([weights.free_memory(device)])})
 
     sizes = link.recv()
     num_blocks, max_model_len = int(sizes["num_blocks"][0]), int(sizes["max_model_len"][0])
@@ -98,7 +100,13 @@ def _start(config: EngineConfig, rank: int, num_ranks: int, node: str, link: Con
 
 
 def _load(
-    config: EngineConfig, model_config: ModelConfig, rank: int, num_ranks: int, device: str, group: groups.Group
+    config: EngineConfig,
+    model_config: ModelConfig,
+    rank: int,
+    num_ranks: int,
+    sharers: int,
+    device: str,
+    group: groups.Group,
 ) -> Decoder:
     dtype = getattr(torch, model_config.dtype)
     placement: Placement | None = None
@@ -125,7 +133,7 @@ def _load(
     )
     model = registry.build(model_config, context)
     specs = model.param_specs()
-    weights.check_memory(weights.nbytes(specs, dtype), device, sharers=num_ranks if device == "cpu" else 1)
+    weights.check_memory(weights.nbytes(specs, dtype), device, sharers=sharers if device == "cpu" else 1)
     params = weights.allocate(specs, dtype, device)
     if config.load_format == "dummy":
         weights.dummy_weights(specs, params, config.seed)

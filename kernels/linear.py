@@ -2,8 +2,8 @@
 
 T tokens, D input width, N output width.
 
-A weight is *prepared* once, after loading, and called many times. On one CPU thread, few rows go through `kernels.cpu.gemm`,
-which runs at the speed of memory; everything else is the library's product.
+A weight is *prepared* once, after loading, and called many times. On one or two CPU threads, few rows go through
+`kernels.cpu.gemm`, which runs at the speed of memory; everything else is the library's product.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def prepare(w_ND: Tensor, bias_N: Tensor | None = None) -> Linear:
 
 
 def few_rows_apart(weight: Tensor) -> bool:
-    """Whether few rows go through `kernels.cpu.gemm`: on a CPU, with one thread, for the shapes that it covers."""
-    if weight.device.type != "cpu" or torch.get_num_threads() != 1:
+    """Whether few rows go through `kernels.cpu.gemm`: on a CPU, with few threads, for the shapes that it covers.
+
+    It runs on one thread, which takes most of the memory bandwidth that two could; more threads together read faster.
+    """
+    if weight.device.type != "cpu" or torch.get_num_threads() > 2:
         return False
     from expertwire.kernels.cpu import gemm  # numba is slow to import and of no use elsewhere
 

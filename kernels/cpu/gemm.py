@@ -1,4 +1,4 @@
-"""Products of few rows with a large weight on one CPU thread, at the speed of memory: `y_MN = x_MK @ w_NK^T`.
+"""Products of few rows with a large weight on a CPU, at the speed of memory: `y_MN = x_MK @ w_NK^T`. They use one thread.
 
 M rows (few), N outputs, K inputs, R routed rows, e experts, D model width, F expert width.
 """

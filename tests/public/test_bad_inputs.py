@@ -1,0 +1,44 @@
+"""Bad inputs are refused at once, by an error that names what is wrong and what is allowed; docs/errors.md shows them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from expertwire.bench.bad_input_cases import Case, cases
+from expertwire.bench.bad_input_place import Place
+from expertwire.bench.bad_inputs import Answer, answer, page
+
+CASES = cases()
+ERRORS = Path(__file__).parents[2] / "docs" / "errors.md"
+
+
+@pytest.fixture(scope="module")
+def found() -> Iterator[Callable[[Case], Answer]]:
+    """What a case is answered; each is tried once."""
+    before = psutil.Process().children(recursive=True)
+    answers: dict[int, Answer] = {}
+    with Place() as place:
+
+        def find(case: Case) -> Answer:
+            if id(case) not in answers:
+                answers[id(case)] = answer(case, place)
+            return answers[id(case)]
+
+        yield find
+    left = [process for process in psutil.Process().children(recursive=True) if process not in before]
+    assert not left
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.area}: {case.given}")
+def test_is_refused(found, case):
+    assert not found(case).complaints, found(case)
+
+
+def test_the_page_is_up_to_date(found):
+    assert ERRORS.read_text() == page([(case, found(case)) for case in CASES]), (
+        "write docs/errors.md again: python -m expertwire.bench.bad_inputs > docs/errors.md"
+    )
