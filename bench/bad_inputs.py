@@ -53,6 +53,8 @@ def answer(case: Case, place: Place) -> Answer:
             kind, message = f"exit code {error.code}", str(error)
         except ServerError as error:
             kind, message = error.code, error.message
+        except ValueError as error:
+            kind, message = "ValueError", str(error)
         except Exception as error:  # noqa: BLE001 - which one is the question
             kind, message = type(error).__name__, str(error)
     message = place.plain(message)

@@ -30,6 +30,7 @@ from expertwire.comm.control_node import (
     RingInbox,
     SocketInbox,
     receive,
+    spin_s,
     wait,
 )
 from expertwire.comm.control_socket import SocketChannel, listen
@@ -71,6 +72,7 @@ class ControlHub:
         self._answers: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num_ranks)]
         self._leaders: list[int] = []
         self._sender: NodeSender | None = None
+        self._spin_s = 0.0
         self._rank_of: dict[int, int] = {}  # by file descriptor
         self._poller = select.poll()
 
@@ -95,6 +97,7 @@ class ControlHub:
         local = members.pop(self._node, [])
         self._leaders = [ranks[0] for ranks in members.values()]
         if local:
+            self._spin_s = spin_s(len(local))
             self._sender = NodeSender(self._token)
             for rank in local:
                 self._welcome(rank, address=self._sender.address.encode(), followers=[])
@@ -141,7 +144,7 @@ class ControlHub:
             if remaining <= 0:
                 missing = tuple(rank for rank, answers in enumerate(self._answers) if not answers)
                 raise RankTimeout(missing, f"did not answer within {timeout_s:g} s")
-            self._pump(wait(self._all_answered, self._inboxes, self._poller, remaining))
+            self._pump(wait(self._all_answered, self._inboxes, self._poller, remaining, self._spin_s))
         return [answers.pop(0) for answers in self._answers]
 
     def poll_lost(self) -> None:

@@ -44,6 +44,7 @@ class ControlLink:
         self._relay = NodeSender(token)
         self._inbox: Inbox | None = None
         self._outbox: RingOutbox | None = None  # None: results go over the connection to the hub
+        self._spin_s = 0.0
         self._poller = select.poll()
         reserved = {
             "_rank": np.array([rank]),
@@ -67,7 +68,7 @@ class ControlLink:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            self._pump(inbox, wait(inbox.ready, [inbox], self._poller, remaining))
+            self._pump(inbox, wait(inbox.ready, [inbox], self._poller, remaining, self._spin_s))
         if self._relay.members:
             # Before this rank computes: the others of its node would wait for the plan, and this rank for them.
             self._relay.send(message)
@@ -117,7 +118,7 @@ class ControlLink:
             return None
         address = bytes(welcome["address"]).decode()
         if address:
-            self._inbox, self._outbox = attach(address, self._token, self._rank, _JOIN_S)
+            self._inbox, self._outbox, self._spin_s = attach(address, self._token, self._rank, _JOIN_S)
         else:
             self._inbox = SocketInbox(self._hub)
         followers = welcome["followers"].tolist()

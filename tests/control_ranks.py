@@ -1,6 +1,7 @@
 """A worker without a model: it joins the hub and does what each message asks. Plus what tests need around it.
 
-`config` is a dictionary: `nodes` (node id by rank; the real one if missing), `fail_at_start` (a rank that raises).
+`config` is a dictionary: `nodes` (node id by rank; the real one if missing), `fail_at_start` (a rank that raises), `recheck_s`
+(after what time a sleeper looks again).
 A plan has `step`, and may have `die`, `hang` or `quit` (a rank), `nap_us` (sleep at random up to that), `answer` (items to
 send back).
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import expertwire
+from expertwire.comm import control_node
 from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink
 from expertwire.engine import process
 
@@ -30,6 +32,7 @@ def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: st
     """The signature of `expertwire.engine.worker.worker_main`."""
     if config.get("fail_at_start") == rank:
         raise RuntimeError("cannot start")
+    control_node.RECHECK_S = config.get("recheck_s", control_node.RECHECK_S)
     node = config["nodes"][rank] if "nodes" in config else node
     hello = {
         "pid": np.array([os.getpid()]),
@@ -88,10 +91,10 @@ def start_rank(config: dict, rank: int, num_ranks: int, address: str, token: str
 
 
 @contextlib.contextmanager
-def joined(nodes: str, **hub_options: str) -> Iterator[tuple[ControlHub, list[subprocess.Popen[bytes]]]]:
+def joined(nodes: str, config: dict | None = None) -> Iterator[tuple[ControlHub, list[subprocess.Popen[bytes]]]]:
     """A hub on node A and a rank on each of `nodes` ("AAB": two there and one on B); all gone afterwards."""
-    hub = ControlHub(len(nodes), token=TOKEN, node="A", **hub_options)
-    config = {"nodes": tuple(nodes)}
+    hub = ControlHub(len(nodes), token=TOKEN, node="A")
+    config = {"nodes": tuple(nodes)} | (config or {})
     workers = [start_rank(config, rank, len(nodes), hub.address) for rank in range(len(nodes))]
     try:
         hub.wait_joined(60, lambda: None)

@@ -12,23 +12,7 @@ from torch import Tensor
 from expertwire.kernels import attention
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, softmax
-from expertwire.kernels.cpu.tile import (
-    LANES,
-    TILE_M,
-    TILE_N,
-    accumulate1,
-    accumulate1_wide,
-    accumulate2,
-    accumulate2_wide,
-    accumulate3,
-    accumulate3_wide,
-    accumulate4,
-    accumulate4_wide,
-    tile1,
-    tile2,
-    tile3,
-    tile4,
-)
+from expertwire.kernels.cpu.tile import LANES, TILE_M, TILE_N, accumulate, tile
 
 
 @jit
@@ -141,15 +125,7 @@ def _score(query: np.ndarray, k_NsGd: np.ndarray, g: int, table: np.ndarray, len
     for position in range(0, length, TILE_N):
         key = ((table[position // block_size] * block_size + position % block_size) * num_kv + g) * dim
         for j in range(0, group, TILE_M):
-            left, x, y = group - j, j * dim, j * padded + position
-            if left >= 4:
-                tile4(k_NsGd, key, stride, query, x, dim, scores, y, padded, dim)
-            elif left == 3:
-                tile3(k_NsGd, key, stride, query, x, dim, scores, y, padded, dim)
-            elif left == 2:
-                tile2(k_NsGd, key, stride, query, x, dim, scores, y, padded, dim)
-            else:
-                tile1(k_NsGd, key, stride, query, x, dim, scores, y, padded, dim)
+            tile(group - j, k_NsGd, key, stride, query, j * dim, dim, scores, j * padded + position, padded, dim)
 
 
 @jit
@@ -160,32 +136,10 @@ def _weigh(
     block_size, num_kv, dim = v_NsGd.shape[1], v_NsGd.shape[2], v_NsGd.shape[3]
     stride = num_kv * dim
     group, padded = scores.shape
+    value = block * block_size * stride + g * dim
     for j in range(0, group, TILE_M):
-        left, x = group - j, j * padded + position
-        i = 0
-        while i < dim:
-            wide = dim - i >= 4 * LANES
-            v, y = (block * block_size * num_kv + g) * dim + i, j * dim + i
-            if left >= 4:
-                if wide:
-                    accumulate4_wide(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
-                else:
-                    accumulate4(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
-            elif left == 3:
-                if wide:
-                    accumulate3_wide(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
-                else:
-                    accumulate3(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
-            elif left == 2:
-                if wide:
-                    accumulate2_wide(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
-                else:
-                    accumulate2(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
-            elif wide:
-                accumulate1_wide(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
-            else:
-                accumulate1(v_NsGd, v, stride, scores, x, padded, total, y, dim, count)
-            i += 4 * LANES if wide else LANES
+        weights = j * padded + position
+        accumulate(group - j, dim, v_NsGd, value, stride, scores, weights, padded, total, j * dim, dim, count)
 
 
 def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:

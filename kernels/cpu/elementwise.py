@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import as_array, exp, jit, load, round_like, softmax
+from expertwire.kernels.cpu.numbers import as_array, exact_jit, exp, jit, load, round_like, softmax
 
 
 @jit
@@ -115,7 +114,7 @@ def silu_mul(gate_up_NF: Tensor) -> Tensor:
     return out_NF
 
 
-@njit(cache=True, error_model="numpy")  # no fast math: product and sum must round separately
+@exact_jit
 def _combine(rows_TKD: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
     total = np.empty(out_TD.shape[1], np.float32)
     for t in range(out_TD.shape[0]):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertwire.kernels.cpu.elementwise import silu_mul_row
 from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like
-from expertwire.kernels.cpu.tile import LANES, TILE_M, TILE_N, tile1, tile2, tile3, tile4
+from expertwire.kernels.cpu.tile import LANES, TILE_M, TILE_N, tile
 
 
 def few(dtype: torch.dtype) -> int:
@@ -33,15 +33,7 @@ def _product(w: np.ndarray, w_at: int, x: np.ndarray, y: np.ndarray) -> None:
     for n in range(0, num_n, TILE_N):
         w_row = w_at + n * num_k
         for m in range(0, num_m, TILE_M):
-            left, x_row, y_row = num_m - m, m * num_k, m * num_n + n
-            if left >= 4:
-                tile4(w, w_row, num_k, x, x_row, num_k, y, y_row, num_n, num_k)
-            elif left == 3:
-                tile3(w, w_row, num_k, x, x_row, num_k, y, y_row, num_n, num_k)
-            elif left == 2:
-                tile2(w, w_row, num_k, x, x_row, num_k, y, y_row, num_n, num_k)
-            else:
-                tile1(w, w_row, num_k, x, x_row, num_k, y, y_row, num_n, num_k)
+            tile(num_m - m, w, w_row, num_k, x, m * num_k, num_k, y, m * num_n + n, num_n, num_k)
 
 
 @jit

@@ -1,20 +1,40 @@
 """Numbers in numba: bf16 seen as its upper sixteen bits (u16), arithmetic in fp32, rounding to nearest even on the way out.
 
-Compiled code is cached beside these files, or in the user's cache folder where they cannot be written.
+Compiled code is cached beside these files, or in the user's cache folder where they cannot be written, apart for every state of
+the sources: numba itself would not notice that a function from another file has changed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-jit = njit(cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy")
+
+def _cache_folder() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    for folder in (Path(__file__).parent / "__pycache__", Path.home() / ".cache" / "expertwire"):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return str(folder / f"numba-{digest}")
+    return ""
+
+
+config.CACHE_DIR = _cache_folder()
+_CACHED = bool(config.CACHE_DIR)
+jit = njit(cache=_CACHED, fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy")
+exact_jit = njit(cache=_CACHED, error_model="numpy")  # products and sums round separately
 
 
 @intrinsic

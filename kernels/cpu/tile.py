@@ -21,10 +21,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from expertwire.kernels.cpu.numbers import jit
+
 LANES = 16  # K is a multiple of it
 TILE_N = 4  # rows of w in a tile
 TILE_M = 4  # rows of x, at most
 _AHEAD_BYTES = 8192
+_WIDE = 4  # vectors of y that one accumulation holds at once
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_F32, LANES)
@@ -188,6 +191,45 @@ def _signature(a: Any, b: Any, c: Any) -> Any:
     return types.void(a, *numbers, b, *numbers, c, *numbers, types.int64)
 
 
-tile1, tile2, tile3, tile4 = (_tile(rows) for rows in (1, 2, 3, 4))
-accumulate1, accumulate2, accumulate3, accumulate4 = (_accumulate(rows, 1) for rows in (1, 2, 3, 4))
-accumulate1_wide, accumulate2_wide, accumulate3_wide, accumulate4_wide = (_accumulate(rows, 4) for rows in (1, 2, 3, 4))
+_tile1, _tile2, _tile3, _tile4 = (_tile(rows) for rows in range(1, TILE_M + 1))
+_add1, _add2, _add3, _add4 = (_accumulate(rows, 1) for rows in range(1, TILE_M + 1))
+_add1_wide, _add2_wide, _add3_wide, _add4_wide = (_accumulate(rows, _WIDE) for rows in range(1, TILE_M + 1))
+
+
+@jit
+def tile(rows, w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
+    """The product of `min(rows, 4)` rows of x with four of w; arrays, and offsets and strides in elements."""
+    if rows >= 4:
+        _tile4(w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+    elif rows == 3:
+        _tile3(w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+    elif rows == 2:
+        _tile2(w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+    else:
+        _tile1(w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+
+
+@jit
+def accumulate(rows, width, v, v_at, ldv, x, x_at, ldx, y, y_at, ldy, num_rows):
+    """Add to `min(rows, 4)` rows of y, `width` long, the products with `num_rows` >= 1 rows of v."""
+    i = 0
+    while i + _WIDE * LANES <= width:
+        if rows >= 4:
+            _add4_wide(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        elif rows == 3:
+            _add3_wide(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        elif rows == 2:
+            _add2_wide(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        else:
+            _add1_wide(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        i += _WIDE * LANES
+    while i < width:
+        if rows >= 4:
+            _add4(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        elif rows == 3:
+            _add3(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        elif rows == 2:
+            _add2(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        else:
+            _add1(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        i += LANES

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from control_ranks import TOKEN, joined, plan, shared_files, start_rank
 
+from expertwire.comm import control_node
 from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink, RankLost, RankTimeout, this_node
 from expertwire.comm.control_node import PLAN_RING_BYTES, RESULT_RING_BYTES
 from expertwire.engine import process
@@ -75,21 +76,21 @@ def test_plans_may_run_ahead_of_their_results(nodes):
             check(hub.collect(60), step, size, BIG_ANSWER // 3)
 
 
-@pytest.mark.parametrize("nodes", ["AAA", "ABB"])
-def test_no_wake_up_is_lost_in_thousands_of_steps_with_naps_on_both_sides(nodes):
-    """Naps around the spinning time, so that sleepers and writers meet in every possible order."""
+@pytest.mark.parametrize(("nodes", "cores_per_process"), [("AAA", 1000), ("AAA", 0), ("ABB", 1000)])
+def test_no_wake_up_is_lost_in_thousands_of_steps_with_naps_on_both_sides(monkeypatch, nodes, cores_per_process):
+    """Naps around the spinning time, so that sleepers and writers meet in every order; with and without spinning.
+
+    Nobody looks again of himself here: a lost wake-up hangs until a timeout.
+    """
+    monkeypatch.setattr(control_node, "CORES_PER_PROCESS", cores_per_process)
+    monkeypatch.setattr(control_node, "RECHECK_S", 3600.0)
     dice = random.Random(0)
-    slow = 0
-    with joined(nodes) as (hub, _):
-        for step in range(3000):
+    with joined(nodes, config={"recheck_s": 3600.0}) as (hub, _):
+        for step in range(2000):
             hub.publish(plan(step, nap_us=150))
             if dice.random() < 0.5:
                 time.sleep(dice.random() * 150e-6)
-            before = time.monotonic()
             check(hub.collect(60), step)
-            slow += time.monotonic() - before > 0.09
-    # A lost wake-up would cost the 100 ms of the re-check. Other load may cost that now and then, but not often.
-    assert slow < 30
 
 
 @pytest.mark.parametrize(("nodes", "victim"), [("AA", 1), ("BB", 0), ("BB", 1), ("ABC", 2), ("ABC", 0)])
