@@ -150,7 +150,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("serve --port 70000", "--port", "[0, 65535]"),
     ("serve --port http", "--port", "[0, 65535]", "http"),
     ("serve --port <taken>", "--port", "in use"),
-    ("serve --host no.such.host.invalid", "no.such.host.invalid"),
+    ("serve --host 203.0.113.1", "--host 203.0.113.1", "annot assign"),
     ("serve --drain-timeout -1", "--drain-timeout", ">= 0"),
     ("serve --drain-timeout soon", "--drain-timeout", ">= 0"),
     ("serve --ep-size two", "--ep-size", "'two'"),

@@ -108,9 +108,11 @@ sys.path.append({tests!r})
 hub = ControlHub(2, token="t")
 launcher = LocalLauncher({worker!r})
 launcher.start(WorkerSpec(config={{}}, num_ranks=2, address=hub.address, token="t"))
-print(*[int(hello["pid"][0]) for hello in hub.wait_joined(60, launcher.poll)], flush=True)
+pids = [int(hello["pid"][0]) for hello in hub.wait_joined(60, launcher.poll)]
 if {fork} and os.fork() == 0:
-    time.sleep(3600)  # holds the other end of the lifelines, as a forked data loader would
+    time.sleep(60)  # holds the other end of the lifelines, as a forked data loader would
+    os._exit(0)
+print(*pids, flush=True)
 time.sleep({stay})
 """
 
