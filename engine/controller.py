@@ -119,7 +119,8 @@ def _start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
     nodes = [bytes(answer["node"]) for answer in present]
     sharers_P = np.array([nodes.count(node) for node in nodes])
     hub.publish({"store": present[0]["store"], "sharers": sharers_P})
-    free_P = np.array([answer["free"][0] for answer in hub.collect(config.start_timeout_s)])
+    loaded = hub.collect(config.start_timeout_s)
+    free_P = np.array([answer["free"][0] for answer in loaded])
     free = int((free_P // sharers_P).min() * _CACHE_SHARE)
     num_blocks, max_model_len = cache_blocks(config, orders.model, orders.max_model_len, free)
     hub.publish({"num_blocks": np.array([num_blocks]), "max_model_len": np.array([max_model_len])})
@@ -137,7 +138,7 @@ def _start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
         num_experts=model.num_experts,
         top_k=model.top_k,
         ep_size=config.ep_size,
-        device=config.device,
+        device=bytes(loaded[0]["device"]).decode(),
         block_size=config.block_size,
         num_blocks=num_blocks,
         max_running=config.max_running,
@@ -210,12 +211,17 @@ def _listen(loop: _Loop, listener: Any) -> None:
     busy = not loop.scheduler.idle or bool(loop.asking)
     by_descriptor = {channel.fileno(): number for number, channel in loop.fronts.items()}
     watched = [listener.fileno(), *by_descriptor, *loop.hub.filenos()]
-    readable, _, _ = select.select(watched, [], [], 0 if busy else None)
+    # A front that is slow to read has left some of its messages with us.
+    behind = [descriptor for descriptor, number in by_descriptor.items() if loop.fronts[number].pending]
+    readable, writable, _ = select.select(watched, behind, [], 0 if busy else None)
+    for descriptor in writable:
+        _flush(loop, by_descriptor[descriptor])
     for descriptor in readable:
         if descriptor == listener.fileno():
             _accept(loop, listener)
-        elif descriptor in by_descriptor:
-            _receive(loop, by_descriptor[descriptor])
+        elif (number := by_descriptor.get(descriptor)) is not None:
+            if number in loop.fronts:
+                _receive(loop, number)
         else:
             loop.hub.poll_lost()
 
@@ -355,6 +361,13 @@ def _send(loop: _Loop, number: int, message: messages.Message) -> None:
             loop.fronts[number].send(messages.encode(message))
         except ChannelClosed:
             _forget(loop, number)
+
+
+def _flush(loop: _Loop, number: int) -> None:
+    try:
+        loop.fronts[number].flush()
+    except ChannelClosed:
+        _forget(loop, number)
 
 
 def _forget(loop: _Loop, number: int) -> None:

@@ -3,7 +3,7 @@
 What is said before the first plan, each a round of one message to every rank and one answer of each:
 
     controller: {}                                      rank: {"node", "store": address, of rank 0 only}
-    controller: {"store", "sharers": ranks on each      rank: {"free": bytes that are free after loading}
+    controller: {"store", "sharers": ranks on each      rank: {"free": bytes left after loading, "device"}
                  rank's node}
     controller: {"num_blocks", "max_model_len"}         rank: {}
 
@@ -85,7 +85,7 @@ def _start(config: EngineConfig, rank: int, num_ranks: int, node: str, link: Con
     )
     model_config = read_model_config(config.model, config.dtype)
     model = _load(config, model_config, rank, num_ranks, sharers, device, group)
-    link.send({"free": np.array([weights.free_memory(device)])})
+    link.send({"free": np.array([weights.free_memory(device)]), "device": _bytes(device.split(":")[0])})
 
     sizes = link.recv()
     num_blocks, max_model_len = int(sizes["num_blocks"][0]), int(sizes["max_model_len"][0])

@@ -6,20 +6,19 @@ import dataclasses
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from expertwire.deploy import runtime
 from expertwire.engine.config import EngineConfig, ModelInfo
+from expertwire.engine.engine import Engine
 from expertwire.engine.front import Front
 from expertwire.engine.outputs import EngineFailed
 from expertwire.engine.prompts import Prompt
 from expertwire.engine.tokenizer import Tokenizer
 from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, Run, delayed_interrupt
 from expertwire.scheduler.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from expertwire.engine.engine import Engine
 
 __all__ = ["LLM", "CompletionOutput", "EngineFailed", "RequestOutput", "SamplingParams"]
 
@@ -43,9 +42,9 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any) -> None:
         _check_names(options)
         config = EngineConfig(model=str(model), **options)
-        tokenizer = _open_tokenizer(config)
-        self._max_waiting = max(1, config.max_waiting)
-        self._engine = _start_engine(config)
+        tokenizer = runtime.open_tokenizer(config)
+        self._max_waiting = config.max_waiting
+        self._engine = Engine(config, runtime.make_launcher(config))
         try:
             self._front = Front(self._engine.connect(), tokenizer, deterministic_seeds=True)
         except BaseException:
@@ -184,24 +183,6 @@ def _check_names(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise TypeError(f"LLM has no option {name!r}; there are {', '.join(known)}")
-
-
-def _open_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    if config.load_format == "dummy" and not (Path(config.model) / "tokenizer.json").exists():
-        return None
-    return Tokenizer.open(config.model)
-
-
-def _start_engine(config: EngineConfig) -> Engine:
-    from expertwire.engine.engine import Engine
-
-    if config.resolved_launcher() == "ray":
-        from expertwire.deploy.ray_launcher import RayLauncher
-
-        return Engine(config, RayLauncher(address=config.ray_address))
-    from expertwire.engine.launcher import LocalLauncher
-
-    return Engine(config, LocalLauncher())
 
 
 def _shut_down(front: Front, engine: Engine) -> None:

@@ -48,11 +48,11 @@ def start(model, monkeypatch):
     def start(folder=model, config=None, **options):
         engines = []
 
-        def start_engine(config):
+        def start_engine(config, launcher):
             engines.append(FakeEngine(config, **options))
             return engines[0]
 
-        monkeypatch.setattr(llm_module, "_start_engine", start_engine)
+        monkeypatch.setattr(llm_module, "Engine", start_engine)
         llms.append(expertwire.LLM(folder, **(config or {})))
         return llms[-1], engines[0]
 
@@ -281,12 +281,12 @@ def test_the_engine_ends_with_the_object(start):
 def test_an_engine_whose_front_cannot_start_is_closed(model, monkeypatch):
     engines = []
 
-    def start_engine(config):
+    def start_engine(config, launcher):
         engines.append(FakeEngine(config))
         engines[0].controller.close()
         return engines[0]
 
-    monkeypatch.setattr(llm_module, "_start_engine", start_engine)
+    monkeypatch.setattr(llm_module, "Engine", start_engine)
     with pytest.raises(EngineFailed):
         expertwire.LLM(model)
     assert engines[0].closed == 1
