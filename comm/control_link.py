@@ -131,7 +131,8 @@ class ControlLink:
             self._hub.close()  # the local connection takes its place
         else:
             self._poller.register(self._hub.fileno(), select.POLLIN)
-        self._poller.register(self._inbox.channel.fileno(), select.POLLIN)
+        if self._inbox.channel is not self._hub:
+            self._poller.register(self._inbox.channel.fileno(), select.POLLIN)
         return self._inbox
 
     def _check_hub(self) -> None:
@@ -141,7 +142,18 @@ class ControlLink:
 
     def _pump(self, inbox: Inbox, events: list[tuple[int, int]]) -> None:
         for descriptor, _ in events:
-            if descriptor == inbox.channel.fileno():
+            if inbox.channel is self._hub:
                 inbox.pump()
-            else:
+            elif descriptor == self._hub.fileno():
                 self._check_hub()
+            else:
+                self._pump_local(inbox)
+
+    def _pump_local(self, inbox: Inbox) -> None:
+        try:
+            inbox.pump()
+        except ChannelClosed:
+            if not self._outbox:
+                # The node's first rank is gone. If this rank left now, the hub might see its end first and blame it.
+                self._hub.recv_frame(_JOIN_S)
+            raise

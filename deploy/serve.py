@@ -68,7 +68,9 @@ def _check_port(host: str, port: int) -> None:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]
-        raise ValueError(f"cannot listen on --host {host} --port {port}: {reason} (--port 0 takes a free port)") from error
+        raise ValueError(
+            f"cannot listen on --host {host} --port {port}: {reason} (--port 0 takes a free port)"
+        ) from error
 
 
 def _exit_on_signals() -> None:

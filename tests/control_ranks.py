@@ -2,8 +2,8 @@
 
 `config` is a dictionary: `nodes` (node id by rank; the real one if missing), `fail_at_start` (a rank that raises), `recheck_s`
 (after what time a sleeper looks again).
-A plan has `step`, and may have `die`, `hang` or `quit` (a rank), `nap_us` (sleep at random up to that), `answer` (items to
-send back).
+A plan has `step`, and may have `die`, `hang`, `quit` or `fail` (a rank), `nap_us` (sleep at random up to that), `answer`
+(items to send back).
 """
 
 from __future__ import annotations
@@ -44,11 +44,18 @@ def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: st
     with contextlib.suppress(ChannelClosed):
         while True:
             plan = link.recv(None)
-            for order, act in (("die", _die), ("hang", _hang), ("quit", link.close)):
-                if order in plan and plan[order][0] == rank:
-                    act()
-                    if order == "quit":
-                        return
+            order = next(
+                (name for name in ("die", "hang", "quit", "fail") if name in plan and plan[name][0] == rank), None
+            )
+            if order == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif order == "hang":
+                time.sleep(3600)
+            elif order == "quit":
+                return link.close()
+            elif order == "fail":
+                link.fail("out of luck")
+                continue
             if "nap_us" in plan:
                 time.sleep(dice.random() * 1e-6 * plan["nap_us"][0])
             answer = np.full(int(plan["answer"][0]) if "answer" in plan else 0, rank, np.int64)
@@ -63,14 +70,6 @@ def _num_shadows() -> int:
         importlib.util.find_spec(name) for name in ("bench", "comm", "deploy", "engine", "kernels", "moe", "scheduler")
     ]
     return sum(spec is not None and str(spec.origin).startswith(root + os.sep) for spec in specs)
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _hang() -> None:
-    time.sleep(3600)
 
 
 def controller_main(num_ranks: int, config: dict) -> None:

@@ -16,7 +16,7 @@ import pytest
 from control_ranks import TOKEN, joined, plan, shared_files, start_rank
 
 from expertwire.comm import control_node
-from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink, RankLost, RankTimeout, this_node
+from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink, RankError, RankLost, RankTimeout, this_node
 from expertwire.comm.control_node import PLAN_RING_BYTES, RESULT_RING_BYTES
 from expertwire.engine import process
 
@@ -130,6 +130,15 @@ def test_a_rank_that_does_not_answer_is_named_(nodes):
         with pytest.raises(RankTimeout, match="rank 1 did not answer within") as missing:
             hub.collect(0.5)
         assert missing.value.ranks == (1,)
+
+
+@pytest.mark.parametrize("nodes", ["AAA", "BBB"])
+def test_a_rank_that_fails_is_quoted_while_others_are_waited_for(nodes):
+    with joined(nodes) as (hub, _):
+        hub.publish(plan(0, fail=1, hang=2))
+        with pytest.raises(RankError, match="out of luck") as failed:
+            hub.collect(60)
+        assert failed.value.rank == 1
 
 
 @pytest.mark.parametrize("nodes", ["AA", "BB"])
