@@ -44,7 +44,8 @@ def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor
 
     def apply(x_ND: Tensor, offsets: Sequence[int]) -> Tensor:
         y_ND = torch.empty_like(x_ND)
-        apply_few(x_ND, offsets, y_ND)
+        if apply_few(x_ND, offsets, y_ND):
+            return y_ND
         return _by_expert(x_ND, offsets, w13_eFD, w2_eDF, silu_mul, few, y_ND)
 
     return apply

@@ -71,14 +71,18 @@ def prepare_linear(w_NK: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @jit
-def _experts(x: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, max_rows: int, y: np.ndarray) -> None:
+def _experts(x: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, max_rows: int, y: np.ndarray) -> bool:
     width, inner = x.shape[1], w2.shape[2]
     wide_x, gate_up = np.empty((max_rows, width), np.float32), np.empty((max_rows, 2 * inner), np.float32)
     hidden, wide_y = np.empty((max_rows, inner), np.float32), np.empty((max_rows, width), np.float32)
+    whole = True
     for e in range(w13.shape[0]):
         start, end = offsets[e], offsets[e + 1]
         rows = end - start
-        if rows == 0 or rows > max_rows:
+        if rows == 0:
+            continue
+        if rows > max_rows:
+            whole = False
             continue
         _widen(x[start:end], wide_x[:rows])
         _product(w13, e * 2 * inner * width, wide_x[:rows], gate_up[:rows])
@@ -86,13 +90,14 @@ def _experts(x: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray
             silu_mul_row(gate_up[m], hidden[m], x[start, 0])
         _product(w2, e * inner * width, hidden[:rows], wide_y[:rows])
         _narrow(wide_y[:rows], y[start:end])
+    return whole
 
 
-def prepare_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> Callable[[Tensor, Sequence[int], Tensor], None]:
-    """`kernels.experts.reference` into y [R, D], for the experts with few rows; leaves the others' rows alone."""
+def prepare_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> Callable[[Tensor, Sequence[int], Tensor], bool]:
+    """`kernels.experts.reference` into y [R, D], for the experts with few rows; whether that was all of them."""
     w13, w2, max_rows = as_array(w13_eFD), as_array(w2_eDF), few(w13_eFD.dtype)
 
-    def apply(x_RD: Tensor, offsets: Sequence[int], y_RD: Tensor) -> None:
-        _experts(as_array(x_RD), np.asarray(offsets), w13, w2, max_rows, as_array(y_RD))
+    def apply(x_RD: Tensor, offsets: Sequence[int], y_RD: Tensor) -> bool:
+        return _experts(as_array(x_RD), np.asarray(offsets), w13, w2, max_rows, as_array(y_RD))
 
     return apply

@@ -11,12 +11,14 @@ import pytest
 from control_ranks import TOKEN, plan
 from two_hosts import two_hosts, why_not
 
+from expertwire import LLM, SamplingParams
 from expertwire.comm.control import ControlHub
 from expertwire.deploy.ray_launcher import RayLauncher
 from expertwire.engine.launcher import RankFailed, WorkerSpec
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "deploy" / "ray_cluster.sh")
 NUM_RANKS = 4
+DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "expertwire" / "demo_model")
 
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -55,10 +57,26 @@ def test_ranks_on_two_hosts_join_step_and_are_watched(tmp_path):
         assert report["failure"][0] == 3
         assert f"on {worker.ip} has died" in report["failure"][1]
 
+        across = "import test_ray_cluster as t; t.generate"
+        code, said = head.run(sys.executable, "-c", f"{across}({address!r})", env=environment, timeout=240)
+        assert code == 0, said
+        assert json.loads(said.splitlines()[-1]) == generate()
+
         code, said = worker.run(SCRIPT, "stop")
         assert code == 0, said
         code, said = worker.run("sh", "-c", "cat /proc/[0-9]*/comm")
         assert "raylet" not in said
+
+
+def generate(address=None):
+    """Greedy tokens of the demo model from four ranks of the cluster, or, without one, from one process here; prints them."""
+    place = {"launcher": "ray", "ray_address": address, "ep_size": NUM_RANKS} if address else {}
+    with LLM(DEMO_MODEL, dtype="float32", threads_per_rank=1, **place) as llm:
+        prompts = [f"SUM {n} {n + 7} {2 * n} ?" for n in range(3, 11)]
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    print(json.dumps(tokens))
+    return [list(ids) for ids in tokens]
 
 
 def drive(address):

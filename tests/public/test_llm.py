@@ -202,10 +202,17 @@ def test_a_failure_names_the_rank(start):
         assert caught.value.rank == 1
 
 
-def test_an_interrupt_leaves_it_usable(start):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises, also where the tests run in the background of a shell, which ignores it; gives the handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_it_usable(start, interruptible):
     llm, engine = start()
     engine.controller.paused.set()
-    previous = signal.getsignal(signal.SIGINT)
 
     def interrupt():
         while not engine.controller.num_requests:
@@ -217,14 +224,14 @@ def test_an_interrupt_leaves_it_usable(start):
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[i] for i in range(20)], SamplingParams(max_tokens=5), use_tqdm=False)
     thread.join()
-    assert signal.getsignal(signal.SIGINT) is previous
+    assert signal.getsignal(signal.SIGINT) is interruptible
     assert llm.stats() == {"num_requests": 0}
     engine.controller.paused.clear()
     [output] = llm.generate([[4, 5]], use_tqdm=False)
     assert output.outputs[0].token_ids == expected([4, 5], 16)
 
 
-def test_an_interrupt_waits_for_its_turn_unless_repeated():
+def test_an_interrupt_waits_for_its_turn_unless_repeated(interruptible):
     reached = []
 
     def interrupted(times):
