@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertwire.kernels import attention
 from expertwire.kernels.attention import PagedSequences
-from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, softmax
+from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, softmax, sum_squares
 from expertwire.kernels.cpu.tile import LANES, TILE_M, TILE_N, accumulate, tile
 
 
@@ -37,10 +37,7 @@ def _rotate_and_store(
             for i in range(dim):
                 row[i] = load(qkv_Thd[t, h, i])
             if norm_hd.shape[0] > 0:
-                total = np.float32(0)
-                for i in range(dim):
-                    total += row[i] * row[i]
-                scale = np.float32(1) / np.sqrt(total / np.float32(dim) + np.float32(eps))
+                scale = np.float32(1) / np.sqrt(sum_squares(row) / np.float32(dim) + np.float32(eps))
                 for i in range(dim):
                     row[i] = row[i] * scale * load(norm_hd[h, i])
             target = q_THd[t, h] if h < num_heads else k_NGd[slot, h - num_heads]

@@ -12,18 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import as_array, exact_jit, exp, jit, load, round_like, softmax
+from expertwire.kernels.cpu.numbers import as_array, exp, jit, load, round_like, softmax, sum_squares
 
 
 @jit
 def _rms_norm(x_TD: np.ndarray, weight_D: np.ndarray, eps: float, y_TD: np.ndarray) -> None:
     width = x_TD.shape[1]
     for t in range(x_TD.shape[0]):
-        total = np.float32(0)
-        for i in range(width):
-            value = load(x_TD[t, i])
-            total += value * value
-        scale = np.float32(1) / np.sqrt(total / np.float32(width) + np.float32(eps))
+        scale = np.float32(1) / np.sqrt(sum_squares(x_TD[t]) / np.float32(width) + np.float32(eps))
         for i in range(width):
             y_TD[t, i] = round_like(load(x_TD[t, i]) * scale * load(weight_D[i]), y_TD[t, i])
 
@@ -114,7 +110,7 @@ def silu_mul(gate_up_NF: Tensor) -> Tensor:
     return out_NF
 
 
-@exact_jit
+@jit
 def _combine(rows_TKD: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
     total = np.empty(out_TD.shape[1], np.float32)
     for t in range(out_TD.shape[0]):
