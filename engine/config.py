@@ -107,7 +107,7 @@ class ModelConfig:
     """
 
     architecture: str  # e.g. "Qwen3MoeForCausalLM"
-    dtype: Literal["float32", "bfloat16"]  # of the checkpoint
+    dtype: Literal["float32", "bfloat16"]  # that it runs in: the checkpoint's, or the one asked for
     vocab_size: int
     hidden_size: int
     num_layers: int
