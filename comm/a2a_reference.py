@@ -23,14 +23,15 @@ from expertwire.comm.group import Pending, exchange_now
 @dataclass(frozen=True, kw_only=True)
 class _Handle:
     """`slots_P[p]`: which of this rank's T * K slots have their expert on rank p. The rest describes the routed rows that arrive
-    here: how many from each rank, and, in the order of experts, the row of x_UD and the place in the order of arrival."""
+    here: how many from each rank, their rows of x_UD in the order of experts, and, in the order of arrival, their places in
+    the order of experts."""
 
     num_tokens: int
     slots_P: list[np.ndarray]
     arrivals_P: list[int]
     row_index_R: np.ndarray
-    order_R: np.ndarray
-    expert_offsets: list[int]
+    place_R: np.ndarray
+    expert_offsets: np.ndarray
     x_UD: Tensor
     pending: Pending | None
 
@@ -74,8 +75,8 @@ class ReferenceAllToAll:
             slots_P=[np.flatnonzero(self._at(mine_TK, p)) for p in range(group.size)],
             arrivals_P=arrivals_P,
             row_index_R=rows_R[order_R],
-            order_R=order_R,
-            expert_offsets=[0, *np.bincount(experts_R, minlength=last - first).cumsum().tolist()],
+            place_R=_inverse(order_R),
+            expert_offsets=_offsets(experts_R, last - first),
             x_UD=x_UD,
             pending=pending,
         )
@@ -87,14 +88,14 @@ class ReferenceAllToAll:
         return Dispatched(x_UD=handle.x_UD, row_index_R=row_index_R, expert_offsets=handle.expert_offsets)
 
     def combine_send(self, handle: _Handle, y_RD: Tensor) -> _Returning:
-        rows = torch.empty_like(y_RD)  # in the order of arrival again: by home rank, token, k
-        rows[torch.from_numpy(handle.order_R).to(y_RD.device)] = y_RD
+        # In the order of arrival again: by home rank, token, k.
+        rows = y_RD.index_select(0, torch.from_numpy(handle.place_R).to(y_RD.device))
         home, pending = rows, None
         if self._spec.group.size > 1:
             counts = [len(slots) for slots in handle.slots_P]
             home = y_RD.new_empty(sum(counts), y_RD.shape[1])
             pending = self._spec.group.exchange(home, rows, counts, handle.arrivals_P)
-        home_slots = np.concatenate(handle.slots_P)
+        home_slots = handle.slots_P[0] if len(handle.slots_P) == 1 else np.concatenate(handle.slots_P)
         return _Returning(num_tokens=handle.num_tokens, home_slots=home_slots, rows=home, pending=pending)
 
     def combine_recv(self, handle: _Returning) -> Tensor:
@@ -118,8 +119,8 @@ class ReferenceAllToAll:
             slots_P=[np.arange(len(ids_R))],
             arrivals_P=[len(ids_R)],
             row_index_R=order_R // self._spec.top_k,
-            order_R=order_R,
-            expert_offsets=[0, *np.bincount(ids_R, minlength=self._spec.rank_offsets[-1]).cumsum().tolist()],
+            place_R=_inverse(order_R),
+            expert_offsets=_offsets(ids_R, self._spec.rank_offsets[-1]),
             x_UD=x_TD,
             pending=None,
         )
@@ -149,3 +150,16 @@ class ReferenceAllToAll:
             rows.append(row_of_token[np.nonzero(here_TK)[0]])
             base += int(token_here.sum())
         return np.concatenate(experts), np.concatenate(rows), [len(e) for e in experts]
+
+
+def _inverse(order_R: np.ndarray) -> np.ndarray:
+    place_R = np.empty_like(order_R)
+    place_R[order_R] = np.arange(len(order_R))
+    return place_R
+
+
+def _offsets(experts_R: np.ndarray, num_experts: int) -> np.ndarray:
+    """Where each expert's rows begin and end: i64 [e + 1]."""
+    offsets = np.zeros(num_experts + 1, np.int64)
+    np.bincount(experts_R, minlength=num_experts).cumsum(out=offsets[1:])
+    return offsets

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Dispatched:
 
     x_UD: Tensor
     row_index_R: Tensor  # i64
-    expert_offsets: Sequence[int]
+    expert_offsets: np.ndarray  # i64, on the host
 
 
 class AllToAll(Protocol):

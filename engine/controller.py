@@ -71,11 +71,13 @@ class _Loop:
     asking: list[int] = field(default_factory=list)  # fronts that wait for statistics
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
     load: np.ndarray | None = None  # i64 [layers * experts]
+    outputs: StepOutputs | None = None  # of the last step, until the ranks have the next one
 
 
 # Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and where time went, in
-# µs: planning, waiting for the ranks, the slowest rank's forward pass (a part of waiting), committing and answering.
-_TOTALS = ("steps", "tokens_computed", "tokens_sampled", "plan_us", "wait_us", "forward_us", "commit_us")
+# µs: planning; then, beside the ranks' work, answering the fronts and waiting; the slowest rank's forward pass (a part of these
+# two); committing.
+_TOTALS = ("steps", "tokens_computed", "tokens_sampled", "plan_us", "deliver_us", "wait_us", "forward_us", "commit_us")
 
 
 def controller_main(orders: Orders) -> None:
@@ -91,12 +93,13 @@ def controller_main(orders: Orders) -> None:
         _tell(ready=info.to_dict())
         while True:
             _listen(loop, listener)
-            if not loop.scheduler.idle or loop.asking:
-                _step(loop, orders.config.step_timeout_s)
+            _step(loop, orders.config.step_timeout_s)
     except (RankLost, RankTimeout, RankError, CacheTooSmall) as error:
         rank, message = _blame(hub, error)
-        for number in list(loop.fronts) if loop is not None else ():
-            _send(loop, number, messages.Failure(rank=rank, message=message))
+        if loop is not None:
+            _deliver(loop)
+            for number in list(loop.fronts):
+                _send(loop, number, messages.Failure(rank=rank, message=message))
         _tell(failed={"rank": rank, "message": message})
     finally:
         hub.close()
@@ -208,7 +211,7 @@ def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError | CacheToo
 
 def _listen(loop: _Loop, listener: Any) -> None:
     """Take in what the fronts say; waits only when there is nothing else to do."""
-    busy = not loop.scheduler.idle or bool(loop.asking)
+    busy = not loop.scheduler.idle or bool(loop.asking) or loop.outputs is not None
     by_descriptor = {channel.fileno(): number for number, channel in loop.fronts.items()}
     watched = [listener.fileno(), *by_descriptor, *loop.hub.filenos()]
     # A front that is slow to read has left some of its messages with us.
@@ -283,14 +286,16 @@ def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
 def _step(loop: _Loop, timeout_s: float) -> None:
     clock = [time.perf_counter()]
     plan = loop.scheduler.plan(time.monotonic(), report_load=bool(loop.asking))
+    if plan is not None:
+        loop.hub.publish(plan.to_arrays())
+    clock.append(time.perf_counter())
+    _deliver(loop)
     if plan is None:
         return
-    loop.hub.publish(plan.to_arrays())
     clock.append(time.perf_counter())
     results = [StepResult.from_arrays(answer) for answer in loop.hub.collect(timeout_s)]
     clock.append(time.perf_counter())
-    outputs = loop.scheduler.commit(plan, results, time.monotonic())
-    _deliver(loop, outputs)
+    loop.outputs = loop.scheduler.commit(plan, results, time.monotonic())
     clock.append(time.perf_counter())
     _count(loop, plan, results, clock)
     if loop.asking:
@@ -299,9 +304,10 @@ def _step(loop: _Loop, timeout_s: float) -> None:
         _answer_stats(loop)
 
 
-def _deliver(loop: _Loop, outputs: StepOutputs) -> None:
-    """Send each front its requests' share of a step's outputs."""
-    if not len(outputs.key_O) and not len(outputs.prompt_key_R):
+def _deliver(loop: _Loop) -> None:
+    """Send each front its requests' share of the last step's outputs."""
+    outputs, loop.outputs = loop.outputs, None
+    if outputs is None or not (len(outputs.key_O) or len(outputs.prompt_key_R)):
         return
     owners = np.unique(np.concatenate((outputs.key_O, outputs.prompt_key_R)) >> _ID_BITS)
     for number in owners.tolist():
@@ -341,7 +347,7 @@ def _count(loop: _Loop, plan: StepPlan, results: list[StepResult], clock: list[f
     totals["tokens_computed"] += int(plan.num_tokens_P.sum())
     totals["tokens_sampled"] += sum(len(result.token_O) for result in results)
     totals["forward_us"] += max(result.forward_us for result in results)
-    for name, start, end in zip(("plan_us", "wait_us", "commit_us"), clock, clock[1:], strict=False):
+    for name, start, end in zip(("plan_us", "deliver_us", "wait_us", "commit_us"), clock, clock[1:], strict=False):
         totals[name] += int((end - start) * 1e6)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -112,12 +112,11 @@ def encode(message: Message) -> dict[str, np.ndarray]:
     """A message as named arrays: arrays as they are, everything else in one JSON array of bytes named `_`."""
     arrays: dict[str, np.ndarray] = {}
     plain: dict[str, Any] = {"kind": type(message).__name__}
-    for field in fields(message):
-        value = getattr(message, field.name)
+    for name, value in vars(message).items():
         if isinstance(value, np.ndarray):
-            arrays[field.name] = value
+            arrays[name] = value
         else:
-            plain[field.name] = value
+            plain[name] = value
     arrays["_"] = np.frombuffer(json.dumps(plain).encode(), np.uint8)
     return arrays
 

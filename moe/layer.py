@@ -42,7 +42,7 @@ class MoeLayer:
         handle = self.all_to_all.dispatch_send(x_TD, self.physical_of_E[ids_TK], num_tokens_P)
         shared_TD = self.shared(x_TD) if self.shared is not None else None
         arrived = self.all_to_all.dispatch_recv(handle)
-        y_RD = self.experts(arrived.x_UD.index_select(0, arrived.row_index_R), arrived.expert_offsets)
+        y_RD = self.experts(arrived.x_UD, arrived.row_index_R, arrived.expert_offsets)
         returning = self.all_to_all.combine_send(handle, y_RD)
         y_TD = self.ops.combine(self.all_to_all.combine_recv(returning), weights_TK)
         return y_TD if shared_TD is None else torch.add(y_TD, shared_TD)

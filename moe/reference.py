@@ -8,6 +8,7 @@ T tokens, K experts a token, D model width, F expert width, E experts.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ def moe(
     rows_TKD = x_TD.new_zeros(num_tokens, top_k, x_TD.shape[1])
     for e in range(w13_EFD.shape[0]):
         tokens, ks = torch.nonzero(ids_TK == e, as_tuple=True)
-        rows_TKD[tokens, ks] = experts.reference(x_TD[tokens], [0, len(tokens)], w13_EFD[e : e + 1], w2_EDF[e : e + 1])
+        rows_TKD[tokens, ks] = experts.reference(
+            x_TD, tokens, np.array([0, len(tokens)]), w13_EFD[e : e + 1], w2_EDF[e : e + 1]
+        )
     y_TD = combine.reference(rows_TKD, weights_TK)
     return y_TD if shared_TD is None else y_TD + shared_TD

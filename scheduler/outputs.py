@@ -50,33 +50,49 @@ def gather(
         rows_O: i64, rows of the table of the sampled tokens.
 
     Returns:
-        `rows_O` of the tokens that are left, and the outputs, not yet with finish reasons.
+        `rows_O` of the tokens that are left, and the outputs, whose finish reasons are still to be filled in.
     """
-
-    def join(name: str) -> np.ndarray:
-        return np.concatenate([getattr(result, name) for result in results])
 
     rows_R = table.rows_of_parts([result.prompt_slot for result in results])
     keep_O, keep_R = table.running_N[rows_O], table.running_N[rows_R]
-    top_counts_O = ragged.counts([result.top_offsets_O1 for result in results])
-    top_counts_R = ragged.counts([result.prompt_top_offsets for result in results])
-    keep_top_O, keep_top_R = np.repeat(keep_O, top_counts_O), np.repeat(keep_R, top_counts_R)
     rows_O, rows_R = rows_O[keep_O], rows_R[keep_R]
+    top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", keep_O)
+    prompt_top_offsets_R1, prompt_top_ids, prompt_top_logprobs = _tops(
+        results, "prompt_top_offsets", "prompt_top_ids", "prompt_top_logprobs", keep_R
+    )
     return rows_O, StepOutputs(
         step=step,
         key_O=table.key_N[rows_O],
-        token_O=join("token_O")[keep_O],
+        token_O=_joined(results, "token_O")[keep_O],
         finish_O=np.zeros(len(rows_O), np.uint8),
-        logprob_O=join("logprob_O")[keep_O],
-        token_rank_O=join("token_rank_O")[keep_O],
-        top_offsets_O1=ragged.offsets(top_counts_O[keep_O]),
-        top_ids=join("top_ids")[keep_top_O],
-        top_logprobs=join("top_logprobs")[keep_top_O],
+        logprob_O=_joined(results, "logprob_O")[keep_O],
+        token_rank_O=_joined(results, "token_rank_O")[keep_O],
+        top_offsets_O1=top_offsets_O1,
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
         prompt_key_R=table.key_N[rows_R],
-        prompt_position_R=join("prompt_position")[keep_R],
-        prompt_logprob_R=join("prompt_logprob")[keep_R],
-        prompt_token_rank_R=join("prompt_token_rank")[keep_R],
-        prompt_top_offsets_R1=ragged.offsets(top_counts_R[keep_R]),
-        prompt_top_ids=join("prompt_top_ids")[keep_top_R],
-        prompt_top_logprobs=join("prompt_top_logprobs")[keep_top_R],
+        prompt_position_R=_joined(results, "prompt_position")[keep_R],
+        prompt_logprob_R=_joined(results, "prompt_logprob")[keep_R],
+        prompt_token_rank_R=_joined(results, "prompt_token_rank")[keep_R],
+        prompt_top_offsets_R1=prompt_top_offsets_R1,
+        prompt_top_ids=prompt_top_ids,
+        prompt_top_logprobs=prompt_top_logprobs,
     )
+
+
+def _joined(results: Sequence[StepResult], name: str) -> np.ndarray:
+    if len(results) == 1:
+        return getattr(results[0], name)
+    return np.concatenate([getattr(result, name) for result in results])
+
+
+def _tops(
+    results: Sequence[StepResult], offsets: str, ids: str, logprobs: str, keep: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """These three fields of the rows to keep; mostly nobody has asked for any."""
+    all_ids, all_logprobs = _joined(results, ids), _joined(results, logprobs)
+    if not len(all_ids):
+        return np.zeros(np.count_nonzero(keep) + 1, np.int32), all_ids, all_logprobs
+    counts = ragged.counts([getattr(result, offsets) for result in results])
+    kept = np.repeat(keep, counts)
+    return ragged.offsets(counts[keep]), all_ids[kept], all_logprobs[kept]

@@ -12,9 +12,9 @@ more than the letter (offsets).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 
@@ -73,29 +73,28 @@ class CacheSpec:
 
 
 class _Arrays:
-    """Named arrays in and out: scalars travel as arrays of one int64, structured arrays as bytes."""
+    """Named arrays in and out: scalars travel as arrays of one int64, records of SAMPLING_DTYPE as bytes."""
+
+    scalars: ClassVar[tuple[str, ...]]
+    records: ClassVar[tuple[str, ...]]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         out = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, int):
                 value = np.array([value], np.int64)
-            elif value.dtype == SAMPLING_DTYPE:
+            elif value.dtype.names:
                 value = value.view(np.uint8)
-            out[field.name] = value
+            out[name] = value
         return out
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        values = {}
-        for field in fields(cls):
-            value = arrays[field.name]
-            if field.type == "int":
-                value = int(value[0])
-            elif field.name == "admit_sampling_A":
-                value = value.view(SAMPLING_DTYPE)
-            values[field.name] = value
+        values = dict(arrays)
+        for name in cls.scalars:
+            values[name] = int(values[name][0])
+        for name in cls.records:
+            values[name] = values[name].view(SAMPLING_DTYPE)
         return cls(**values)
 
 
@@ -126,6 +125,9 @@ class RankPlan:
 @dataclass(frozen=True, kw_only=True)
 class StepPlan(_Arrays):
     """What every rank does in one step. Immutable; built by the scheduler, sent once per node."""
+
+    scalars = ("epoch", "step", "report_load")
+    records = ("admit_sampling_A",)
 
     epoch: int  # of the placement of experts
     step: int
@@ -194,6 +196,9 @@ class StepResult(_Arrays):
     sampled token that asked for them, the most probable tokens in descending order; `prompt_*` has a row for every prompt
     token computed in this step whose successor is also a prompt token, of the slots that asked.
     """
+
+    scalars = ("step", "rank", "forward_us")
+    records = ()
 
     step: int
     rank: int

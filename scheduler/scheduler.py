@@ -17,7 +17,6 @@ of the running table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +35,7 @@ from expertwire.scheduler.table import RunningTable
 __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"]
 
 SUPPORTED_KINDS = ("full",)
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 class _Admission(NamedTuple):
@@ -72,6 +72,7 @@ class Scheduler:
         self._ended: list[int] = []  # rows to release in the next plan
         self._in_flight: StepPlan | None = None
         self._num_plans = 0
+        self._no_admissions = self._admissions([])
 
     @property
     def num_waiting(self) -> int:
@@ -116,9 +117,10 @@ class Scheduler:
         rank's budget goes to new requests. A step may have no tokens: then it only releases slots.
         """
         assert self._in_flight is None, f"step {self._num_plans - 1} is not committed"
-        released = np.sort(np.array(self._ended, np.int64))
-        self._ended.clear()
-        if len(released):
+        released = _NO_ROWS
+        if self._ended:
+            released = np.sort(np.array(self._ended, np.int64))
+            self._ended.clear()
             self._table.release(released, self._pool)
         rows, num, budget_P = self._schedule_running()
         requests, new_rows, new_num = self._admit(self._choose(now, budget_P))
@@ -150,7 +152,8 @@ class Scheduler:
         expected = rows_S[plan.sched_sample_S == 1]
         assert np.array_equal(np.sort(rows_O), expected), f"step {plan.step}: sampled {rows_O}, expected {expected}"
         rows_O, outputs = gather(plan.step, results, rows_O, table)
-        return replace(outputs, finish_O=self._append_tokens(rows_O, outputs.token_O))
+        outputs.finish_O[:] = self._append_tokens(rows_O, outputs.token_O)
+        return outputs
 
     def stats(self) -> dict[str, Any]:
         """Gauges as JSON values: lists have one entry a rank, caches go by name."""
@@ -220,7 +223,7 @@ class Scheduler:
     def _admit(self, chosen: list[_Admission]) -> tuple[list[Request], np.ndarray, np.ndarray]:
         """Move requests from the queue to slots: the requests, their rows (ascending), i32 tokens to compute for each."""
         if not chosen:
-            return [], np.zeros(0, np.int64), np.zeros(0, np.int32)
+            return [], _NO_ROWS, _NO_ROWS
         chosen.sort(key=lambda admission: admission.rank)
         for rank, *_, request in chosen:
             request.rank = rank
@@ -245,12 +248,6 @@ class Scheduler:
         table = self._table
         start = table.num_computed_N[rows]
         block_row, block_cache, block_index, block_id = table.append_blocks(rows, start + num, self._pool)
-        tokens, token_offsets = ragged.pack([request.prompt for request in requests], np.int32)
-        bans, ban_offsets = ragged.pack([request.bans(self._eos_token_ids) for request in requests], np.int32)
-        biases = [request.params.logit_bias or {} for request in requests]
-        bias_ids, bias_offsets = ragged.pack([list(bias) for bias in biases], np.int32)
-        bias_values, _ = ragged.pack([list(bias.values()) for bias in biases], np.float32)
-        sampling = [request.sampling(self.config.vocab_size) for request in requests]
         sched_offsets_P1 = table.offsets_P1(rows)
         computed_1 = ragged.offsets(num)
         return StepPlan(
@@ -262,14 +259,7 @@ class Scheduler:
             release_slot=table.slot_N[released],
             admit_offsets_P1=table.offsets_P1(new_rows),
             admit_slot_A=table.slot_N[new_rows],
-            admit_sampling_A=np.array(sampling, SAMPLING_DTYPE),
-            admit_token_offsets_A1=token_offsets,
-            admit_tokens=tokens,
-            admit_ban_offsets_A1=ban_offsets,
-            admit_bans=bans,
-            admit_bias_offsets_A1=bias_offsets,
-            admit_bias_ids=bias_ids,
-            admit_bias_values=bias_values,
+            **(self._admissions(requests) if requests else self._no_admissions),
             block_offsets_P1=table.offsets_P1(block_row),
             block_slot_B=table.slot_N[block_row],
             block_cache_B=block_cache,
@@ -281,6 +271,24 @@ class Scheduler:
             sched_num_S=num,
             sched_sample_S=(start + num == table.num_tokens_N[rows]).astype(np.uint8),
         )
+
+    def _admissions(self, requests: list[Request]) -> dict[str, np.ndarray]:
+        """What a plan says about new requests, besides their slots."""
+        tokens, token_offsets = ragged.pack([request.prompt for request in requests], np.int32)
+        bans, ban_offsets = ragged.pack([request.bans(self._eos_token_ids) for request in requests], np.int32)
+        biases = [request.params.logit_bias or {} for request in requests]
+        bias_ids, bias_offsets = ragged.pack([list(bias) for bias in biases], np.int32)
+        bias_values, _ = ragged.pack([list(bias.values()) for bias in biases], np.float32)
+        return {
+            "admit_sampling_A": np.array([r.sampling(self.config.vocab_size) for r in requests], SAMPLING_DTYPE),
+            "admit_token_offsets_A1": token_offsets,
+            "admit_tokens": tokens,
+            "admit_ban_offsets_A1": ban_offsets,
+            "admit_bans": bans,
+            "admit_bias_offsets_A1": bias_offsets,
+            "admit_bias_ids": bias_ids,
+            "admit_bias_values": bias_values,
+        }
 
     def _append_tokens(self, rows_O: np.ndarray, token_O: np.ndarray) -> np.ndarray:
         """Count the sampled tokens and end the requests that are complete: u8 [O], finish reasons."""

@@ -15,6 +15,8 @@ from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.request import Request
 
+_NOTHING = np.zeros(0, np.int32)
+
 
 class RunningTable:
     """Counters and block tables of the running requests.
@@ -83,9 +85,12 @@ class RunningTable:
         self, rows: np.ndarray, end: np.ndarray, pool: BlockPool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Give each row the blocks it lacks to hold `end` tokens: i32 row, cache, index and id of each, sorted by rank."""
+        needed = -(-end // self.block_size)
+        if not (needed > self.num_blocks_GN[:, rows]).any():
+            return _NOTHING, _NOTHING, _NOTHING, _NOTHING
         parts = []
         for group, num_blocks_N in enumerate(self.num_blocks_GN):
-            counts = -(-end // self.block_size) - num_blocks_N[rows]
+            counts = needed - num_blocks_N[rows]
             row_B = np.repeat(rows, counts)
             index_B = num_blocks_N[row_B] + ragged.positions(counts)
             ids_B = pool.allocate(group, self.rank_N[row_B])

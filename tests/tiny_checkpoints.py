@@ -53,13 +53,16 @@ _KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         {
             "num_hidden_layers": 4,
             "intermediate_size": 112,
-            "moe_intermediate_size": 48,
+            "moe_intermediate_size": 64,
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [1],
             **_QWEN3,
+            # Multiples of 32, which the CPU kernels cover; the other families' heads are not.
+            "hidden_size": 96,
+            "head_dim": 32,
         },
     ),
     "qwen3": (Qwen3Config, {"num_hidden_layers": 3, "intermediate_size": 112, "max_window_layers": 3, **_QWEN3}),

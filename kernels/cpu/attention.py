@@ -12,7 +12,7 @@ from torch import Tensor
 from expertwire.kernels import attention
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, softmax, sum_squares
-from expertwire.kernels.cpu.tile import LANES, TILE_M, TILE_N, accumulate, tile
+from expertwire.kernels.cpu.tile import LINE, TILE_M, TILE_N, accumulate, place, spread, tile
 
 
 @jit
@@ -91,58 +91,77 @@ def _attend_single(
     out_BHd: np.ndarray,
 ) -> None:
     batch, num_heads, dim = q_BHd.shape
-    block_size, num_kv = k_NsGd.shape[1], k_NsGd.shape[2]
-    group = num_heads // num_kv
-    scores = np.empty((group, tables_Bb.shape[1] * block_size), np.float32)
-    query, total = np.empty((group, dim), np.float32), np.empty((group, dim), np.float32)
+    block_size, like = k_NsGd.shape[1], k_NsGd[0, 0, 0, 0]
+    scores = np.empty((num_heads, tables_Bb.shape[1] * block_size), np.float32)
+    query, total = np.empty((num_heads, dim), np.float32), np.empty((num_heads, dim), np.float32)
     for b in range(batch):
         length = lengths_B[b]
-        for g in range(num_kv):
-            for j in range(group):
-                for i in range(dim):
-                    query[j, i] = load(q_BHd[b, g * group + j, i]) * np.float32(scale)
-            _score(query, k_NsGd, g, tables_Bb[b], length, scores)
-            for j in range(group):
-                softmax(scores[j, :length])
-            total[:] = np.float32(0)
-            for position in range(0, length, block_size):
-                count = min(block_size, length - position)
-                _weigh(scores, position, count, v_NsGd, tables_Bb[b, position // block_size], g, total)
-            for j in range(group):
-                for i in range(dim):
-                    out_BHd[b, g * group + j, i] = round_like(total[j, i], out_BHd[b, g * group + j, i])
+        for h in range(num_heads):
+            spread(q_BHd[b, h], query[h], like)
+            for i in range(dim):
+                query[h, i] *= np.float32(scale)
+        _score(query, k_NsGd, tables_Bb[b], length, scores)
+        for h in range(num_heads):
+            softmax(scores[h, :length])
+        total[:] = np.float32(0)
+        _weigh(scores, v_NsGd, tables_Bb[b], length, total)
+        for h in range(num_heads):
+            for i in range(dim):
+                out_BHd[b, h, i] = round_like(total[h, place(i, like)], out_BHd[b, h, i])
 
 
 @jit
-def _score(query: np.ndarray, k_NsGd: np.ndarray, g: int, table: np.ndarray, length: int, scores: np.ndarray) -> None:
-    """Products of a group's queries with the keys of head g, four keys at a time, to the end of the last four."""
+def _score(query: np.ndarray, k_NsGd: np.ndarray, table: np.ndarray, length: int, scores: np.ndarray) -> None:
+    """Products of the queries with their heads' keys, four keys at a time, to the end of the last four."""
     block_size, num_kv, dim = k_NsGd.shape[1], k_NsGd.shape[2], k_NsGd.shape[3]
-    stride = num_kv * dim
-    group, padded = scores.shape
+    stride, padded = num_kv * dim, scores.shape[1]
+    num_heads, group = len(query), len(query) // num_kv
     for position in range(0, length, TILE_N):
-        key = ((table[position // block_size] * block_size + position % block_size) * num_kv + g) * dim
-        for j in range(0, group, TILE_M):
-            tile(group - j, k_NsGd, key, stride, query, j * dim, dim, scores, j * padded + position, padded, dim)
+        block, offset = position // block_size, position % block_size * stride
+        key = table[block] * block_size * stride + offset
+        next_key = table[min(block + 1, (length - 1) // block_size)] * block_size * stride + offset
+        for h in range(0, num_heads, group):
+            head = h // group * dim
+            for j in range(h, h + group, TILE_M):
+                rows, score = h + group - j, j * padded + position
+                tile(rows, k_NsGd, key + head, next_key + head, stride, query, j * dim, dim, scores, score, padded, dim)
 
 
 @jit
-def _weigh(
-    scores: np.ndarray, position: int, count: int, v_NsGd: np.ndarray, block: int, g: int, total: np.ndarray
-) -> None:
-    """Add the values of head g in one block, times the group's weights from `position` on, to `total`."""
+def _weigh(scores: np.ndarray, v_NsGd: np.ndarray, table: np.ndarray, length: int, total: np.ndarray) -> None:
+    """Add the values of the heads, times their queries' weights, to `total`, one block after another."""
     block_size, num_kv, dim = v_NsGd.shape[1], v_NsGd.shape[2], v_NsGd.shape[3]
-    stride = num_kv * dim
-    group, padded = scores.shape
-    value = block * block_size * stride + g * dim
-    for j in range(0, group, TILE_M):
-        weights = j * padded + position
-        accumulate(group - j, dim, v_NsGd, value, stride, scores, weights, padded, total, j * dim, dim, count)
+    stride, padded = num_kv * dim, scores.shape[1]
+    num_heads, group = len(total), len(total) // num_kv
+    for position in range(0, length, block_size):
+        block, count = position // block_size, min(block_size, length - position)
+        value = table[block] * block_size * stride
+        next_value = table[min(block + 1, (length - 1) // block_size)] * block_size * stride
+        for h in range(0, num_heads, group):
+            head = h // group * dim
+            for j in range(h, h + group, TILE_M):
+                rows, weight, at = h + group - j, j * padded + position, j * dim
+                accumulate(
+                    rows,
+                    dim,
+                    v_NsGd,
+                    value + head,
+                    next_value + head,
+                    stride,
+                    scores,
+                    weight,
+                    padded,
+                    total,
+                    at,
+                    dim,
+                    count,
+                )
 
 
 def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
     """`kernels.attention.reference`: single queries here, where the tile covers the head and block sizes; the rest by torch."""
     block_size, _, dim = k_cache.shape[1:]
-    if dim % LANES or block_size % TILE_N:
+    if dim % LINE or block_size % TILE_N:
         return attention.attend(q_THd, k_cache, v_cache, seqs)
     if seqs.num_single == 0:
         return attention.attend_several(q_THd, k_cache, v_cache, seqs)

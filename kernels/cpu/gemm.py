@@ -5,42 +5,38 @@ M rows (few), N outputs, K inputs, R routed rows, e experts, D model width, F ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from expertwire.kernels.cpu.elementwise import silu_mul_row
-from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like
-from expertwire.kernels.cpu.tile import LANES, TILE_M, TILE_N, tile
+from expertwire.kernels.cpu.numbers import as_array, jit, round_like
+from expertwire.kernels.cpu.tile import LINE, TILE_M, TILE_N, spread, tile
+
+_CHUNK = 32  # rows of w that stay in the cache while all rows of x meet them
 
 
 def few(dtype: torch.dtype) -> int:
     """Up to how many rows this beats a library's kernel, which reuses what it has read (measured with AVX-512 and AMX)."""
-    return 24 if dtype == torch.bfloat16 else 48
+    return 16 if dtype == torch.bfloat16 else 48
 
 
 def supports(weight: Tensor) -> bool:
     """Whether the tile covers a weight [..., N, K]."""
-    return weight.shape[-1] % LANES == 0 and weight.shape[-2] % TILE_N == 0 and weight.is_contiguous()
+    return weight.shape[-1] % LINE == 0 and weight.shape[-2] % TILE_N == 0 and weight.is_contiguous()
 
 
 @jit
 def _product(w: np.ndarray, w_at: int, x: np.ndarray, y: np.ndarray) -> None:
-    """x fp32 [M, K], w [N, K] from element `w_at` on, y fp32 [M, N]; four rows of w after another."""
+    """x fp32 [M, K] in `place` order, w [N, K] from element `w_at` on, y fp32 [M, N]."""
     num_m, num_k, num_n = x.shape[0], x.shape[1], y.shape[1]
-    for n in range(0, num_n, TILE_N):
-        w_row = w_at + n * num_k
+    for chunk in range(0, num_n, _CHUNK):
         for m in range(0, num_m, TILE_M):
-            tile(num_m - m, w, w_row, num_k, x, m * num_k, num_k, y, m * num_n + n, num_n, num_k)
-
-
-@jit
-def _widen(x: np.ndarray, wide: np.ndarray) -> None:
-    for m in range(x.shape[0]):
-        for k in range(x.shape[1]):
-            wide[m, k] = load(x[m, k])
+            for n in range(chunk, min(chunk + _CHUNK, num_n), TILE_N):
+                row, next_row = w_at + n * num_k, w_at + (n + TILE_N) * num_k
+                tile(num_m - m, w, row, next_row, num_k, x, m * num_k, num_k, y, m * num_n + n, num_n, num_k)
 
 
 @jit
@@ -53,7 +49,8 @@ def _narrow(wide: np.ndarray, y: np.ndarray) -> None:
 @jit
 def _linear(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
     wide_x, wide_y = np.empty(x.shape, np.float32), np.empty(y.shape, np.float32)
-    _widen(x, wide_x)
+    for m in range(x.shape[0]):
+        spread(x[m], wide_x[m], x[0, 0])
     _product(w, 0, wide_x, wide_y)
     _narrow(wide_y, y)
 
@@ -71,33 +68,41 @@ def prepare_linear(w_NK: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @jit
-def _experts(x: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, max_rows: int, y: np.ndarray) -> bool:
+def _experts(
+    x: np.ndarray, index: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, max_rows: int, y: np.ndarray
+) -> bool:
     width, inner = x.shape[1], w2.shape[2]
-    wide_x, gate_up = np.empty((max_rows, width), np.float32), np.empty((max_rows, 2 * inner), np.float32)
-    hidden, wide_y = np.empty((max_rows, inner), np.float32), np.empty((max_rows, width), np.float32)
-    whole = True
+    most, whole = 0, True
+    for e in range(w13.shape[0]):
+        rows = offsets[e + 1] - offsets[e]
+        if rows > max_rows:
+            whole = False
+        elif rows > most:
+            most = rows
+    wide_x, gate_up = np.empty((most, width), np.float32), np.empty((most, 2 * inner), np.float32)
+    hidden, wide_y = np.empty((most, inner), np.float32), np.empty((most, width), np.float32)
+    row = np.empty(inner, np.float32)
     for e in range(w13.shape[0]):
         start, end = offsets[e], offsets[e + 1]
         rows = end - start
-        if rows == 0:
+        if rows == 0 or rows > most:
             continue
-        if rows > max_rows:
-            whole = False
-            continue
-        _widen(x[start:end], wide_x[:rows])
+        for m in range(rows):
+            spread(x[index[start + m]], wide_x[m], x[0, 0])
         _product(w13, e * 2 * inner * width, wide_x[:rows], gate_up[:rows])
         for m in range(rows):
-            silu_mul_row(gate_up[m], hidden[m], x[start, 0])
+            silu_mul_row(gate_up[m], row, x[0, 0])
+            spread(row, hidden[m], x[0, 0])
         _product(w2, e * inner * width, hidden[:rows], wide_y[:rows])
         _narrow(wide_y[:rows], y[start:end])
     return whole
 
 
-def prepare_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> Callable[[Tensor, Sequence[int], Tensor], bool]:
-    """`kernels.experts.reference` into y [R, D], for the experts with few rows; whether that was all of them."""
+def prepare_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> Callable[[Tensor, Tensor, np.ndarray, Tensor], bool]:
+    """`kernels.experts.reference` into y_RD, for the experts with few rows; whether that was all of them."""
     w13, w2, max_rows = as_array(w13_eFD), as_array(w2_eDF), few(w13_eFD.dtype)
 
-    def apply(x_RD: Tensor, offsets: Sequence[int], y_RD: Tensor) -> bool:
-        return _experts(as_array(x_RD), np.asarray(offsets), w13, w2, max_rows, as_array(y_RD))
+    def apply(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray, y_RD: Tensor) -> bool:
+        return _experts(as_array(x_UD), row_index_R.numpy(), offsets, w13, w2, max_rows, as_array(y_RD))
 
     return apply

@@ -1,14 +1,17 @@
 """The inner tiles of products on a CPU, in two forms:
 
-    tile        up to four rows of x times four rows of w     y[m, n] = sum over k of x[m, k] w[n, k]
-    accumulate  up to four rows of x times rows of v          y[m, i] += sum over r of x[m, r] v[r, i], i of 64 at most
+    tile        up to six rows of x times four rows of w      y[m, n] = sum over k of x[m, k] w[n, k]
+    accumulate  up to six rows of x times rows of v           y[m, i] += sum over r of x[m, r] v[r, i], i of 64 at most
 
 Written in LLVM's vector types and compiled for the machine at hand by numba; nothing in it is particular to an instruction set.
-With few rows a product reads each weight once and does little with it, and waits for memory: so the tile asks for the weights
-some kilobytes ahead, which doubles its speed (measured at 1 to 8 rows).
+With few rows a product reads each weight once and does little with it, and waits for memory: so a tile asks for what its caller
+will need next, which doubles its speed (measured at 1 to 8 rows).
 
-A sum over K is sixteen partial sums over k, k + 16, ..., added as a tree: one order for every M, N and position, so a row's bits
-do not depend on how many rows there are.
+bf16 weights are widened 32 at a time, by a shift and a mask, which yields those of even and those of odd place: rows of x for a
+`tile` of bf16, and rows of y for an `accumulate`, are fp32 in that order (`place`).
+
+A sum over K is sixteen partial sums over k, k + 16, ... in x's order, added as a tree: one order for every M, N and position, so
+a row's bits do not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -19,115 +22,175 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
-from expertwire.kernels.cpu.numbers import jit
+from expertwire.kernels.cpu.numbers import jit, load
 
-LANES = 16  # K is a multiple of it
+LANES = 16
+LINE = 32  # K is a multiple of it: 64 bytes of bf16
 TILE_N = 4  # rows of w in a tile
-TILE_M = 4  # rows of x, at most
-_AHEAD_BYTES = 8192
-_WIDE = 4  # vectors of y that one accumulation holds at once
+TILE_M = 6  # rows of x, at most: 24 sums, four weights and a row of x fill 32 registers
+_WIDE = 64  # elements of y that one accumulation holds at once
+_MASK = 0xFFFF0000
 
-_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_F32, LANES)
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_VECTOR, _BITS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+
+
+def place(i, like):
+    """Where element i of a row stands that meets weights of `like`'s type."""
+
+
+@overload(place, inline="always")
+def _place_overload(i, like):
+    if like == types.uint16:
+        return lambda i, like: (i & ~31) | ((i & 1) << 4) | ((i & 31) >> 1)
+    return lambda i, like: i
+
+
+@jit
+def spread(x, wide, like):
+    """A row of x, as long as a multiple of 32, in fp32 and in the order that weights of `like`'s type need."""
+    for start in range(0, len(x), LINE):
+        for i in range(LINE):
+            wide[start + place(i, like)] = load(x[start + i])
 
 
 class _TileEmitter:
-    """Emits one tile: `rows` rows of x (fp32) times four rows of w (fp32 or bf16), K long, into y (fp32)."""
+    """Emits tiles for `rows` rows of x (fp32), weights in fp32 or bf16, and y in fp32."""
 
     def __init__(self, builder: ir.IRBuilder, rows: int, bf16: bool) -> None:
         self.b, self.rows, self.bf16 = builder, rows, bf16
         self.module = builder.function.module
+        self.vectors = 2 if bf16 else 1  # of a load of weights
+        self.step = LANES * self.vectors
 
-    def emit(
-        self, w: ir.Value, ldw: ir.Value, x: ir.Value, ldx: ir.Value, y: ir.Value, ldy: ir.Value, num_k: ir.Value
+    def emit_tile(
+        self,
+        w: ir.Value,
+        following: ir.Value,
+        ldw: ir.Value,
+        x: ir.Value,
+        ldx: ir.Value,
+        y: ir.Value,
+        ldy: ir.Value,
+        num_k: ir.Value,
     ) -> None:
         b = self.b
-        w_rows = [b.gep(w, [b.mul(ldw, _I64(n))]) for n in range(TILE_N)]
-        x_rows = [b.gep(x, [b.mul(ldx, _I64(m))]) for m in range(self.rows)]
-        before, loop, after = b.block, b.append_basic_block("k"), b.append_basic_block("sum")
-        b.branch(loop)
+        w_rows, next_rows = self._rows(w, ldw, TILE_N), self._rows(following, ldw, TILE_N)
+        x_rows, y_rows = self._rows(x, ldx, self.rows), self._rows(y, ldy, self.rows)
+        zeros = [_VECTOR([_F32(0.0)] * LANES)] * (self.rows * TILE_N)
 
-        b.position_at_end(loop)
-        k = b.phi(_I64)
-        sums = [[b.phi(_VECTOR) for _ in range(TILE_N)] for _ in range(self.rows)]
-        w_now = [self._weights(row, k) for row in w_rows]
-        new_sums = [
-            [self._fma(value, self._vector(row, k), total) for value, total in zip(w_now, totals, strict=True)]
-            for row, totals in zip(x_rows, sums, strict=True)
-        ]
-        next_k = b.add(k, _I64(LANES))
-        k.add_incoming(_I64(0), before)
-        k.add_incoming(next_k, loop)
-        for phi, value in zip(chain(*sums), chain(*new_sums), strict=True):
-            phi.add_incoming(_VECTOR([_F32(0.0)] * LANES), before)
-            phi.add_incoming(value, loop)
-        b.cbranch(b.icmp_signed("<", next_k, num_k), loop, after)
+        def body(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            for row in next_rows:
+                self._prefetch(row, k)
+            weights = [self._weights(row, k) for row in w_rows]
+            for part in range(self.vectors):
+                inputs = [self._load(row, b.add(k, _I64(part * LANES))) for row in x_rows]
+                sums = [
+                    self._fma(weights[i % TILE_N][part], inputs[i // TILE_N], total) for i, total in enumerate(sums)
+                ]
+            return sums
 
-        b.position_at_end(after)
-        for m in range(self.rows):
-            for n in range(TILE_N):
-                b.store(self._tree_sum(new_sums[m][n]), b.gep(y, [b.add(b.mul(ldy, _I64(m)), _I64(n))]))
+        sums = self._scalars(self._loop(num_k, self.step, zeros, body))
+        for i, total in enumerate(sums):
+            b.store(total, b.gep(y_rows[i // TILE_N], [_I64(i % TILE_N)]))
 
     def emit_accumulate(
         self,
         v: ir.Value,
+        following: ir.Value,
         ldv: ir.Value,
         x: ir.Value,
         ldx: ir.Value,
         y: ir.Value,
         ldy: ir.Value,
         num_rows: ir.Value,
-        chunks: int,
+        width: int,
     ) -> None:
-        b = self.b
-        spots = [(b.gep(y, [b.mul(ldy, _I64(m))]), _I64(i * LANES)) for m in range(self.rows) for i in range(chunks)]
-        loaded = [self._vector(row, at) for row, at in spots]
-        before, loop, after = b.block, b.append_basic_block("r"), b.append_basic_block("store")
-        b.branch(loop)
+        b, per_row = self.b, width // LANES
+        x_rows = self._rows(x, ldx, self.rows)
+        spots = [(row, _I64(i)) for row in self._rows(y, ldy, self.rows) for i in range(0, width, LANES)]
 
+        def body(r: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            at = b.mul(ldv, r)
+            row, next_row = b.gep(v, [at]), b.gep(following, [at])
+            starts = [_I64(i) for i in range(0, width, self.step)]
+            for start in starts:
+                self._prefetch(next_row, start)
+            values = list(chain(*(self._weights(row, start) for start in starts)))
+            weights = [self._splat(b.load(b.gep(x_row, [r]))) for x_row in x_rows]
+            return [self._fma(weights[i // per_row], values[i % per_row], total) for i, total in enumerate(sums)]
+
+        sums = self._loop(num_rows, 1, [self._load(row, at) for row, at in spots], body)
+        for (row, at), total in zip(spots, sums, strict=True):
+            b.store(total, b.bitcast(b.gep(row, [at]), _VECTOR.as_pointer()), align=4)
+
+    def _loop(self, count: ir.Value, step: int, starts: list[ir.Value], body: Any) -> list[ir.Value]:
+        """`sums = body(i, sums)` from `starts` on for i = 0, step, ... below `count`, at least once."""
+        b = self.b
+        before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+        b.branch(loop)
         b.position_at_end(loop)
-        r = b.phi(_I64)
-        sums = [b.phi(_VECTOR) for _ in spots]
-        values = [self._weights(b.gep(v, [b.mul(ldv, r)]), _I64(i * LANES)) for i in range(chunks)]
-        new_sums = []
-        for m in range(self.rows):
-            weight = self._splat(b.load(b.gep(x, [b.add(b.mul(ldx, _I64(m)), r)])))
-            new_sums += [self._fma(weight, value, sums[m * chunks + i]) for i, value in enumerate(values)]
-        next_r = b.add(r, _I64(1))
-        r.add_incoming(_I64(0), before)
-        r.add_incoming(next_r, loop)
-        for phi, start, value in zip(sums, loaded, new_sums, strict=True):
+        i, sums = b.phi(_I64), [b.phi(_VECTOR) for _ in starts]
+        new_sums = body(i, list(sums))
+        next_i = b.add(i, _I64(step))
+        for phi, start, value in zip([i, *sums], [_I64(0), *starts], [next_i, *new_sums], strict=True):
             phi.add_incoming(start, before)
             phi.add_incoming(value, loop)
-        b.cbranch(b.icmp_signed("<", next_r, num_rows), loop, after)
-
+        b.cbranch(b.icmp_signed("<", next_i, count), loop, after)
         b.position_at_end(after)
-        for (row, at), value in zip(spots, new_sums, strict=True):
-            b.store(value, b.bitcast(b.gep(row, [at]), _VECTOR.as_pointer()), align=4)
+        return new_sums
+
+    def _scalars(self, vectors: list[ir.Value]) -> list[ir.Value]:
+        """The sum of every vector as a tree: two vectors are halved side by side, until all sums lie in one vector or two."""
+        width, held = (
+            LANES,
+            [(vector, [i]) for i, vector in enumerate(vectors)],
+        )  # which sums a vector's parts belong to
+        while width > 1:
+            pairs = [held[i : i + 2] for i in range(0, len(held), 2)]
+            held = [self._halve_pair(pair[0], pair[-1], width) for pair in pairs]
+            width //= 2
+        lanes = {
+            i: (vector, lane) for vector, owners in reversed(held) for lane, i in reversed(list(enumerate(owners)))
+        }
+        return [self.b.extract_element(lanes[i][0], _I32(lanes[i][1])) for i in range(len(vectors))]
+
+    def _halve_pair(self, first: tuple, second: tuple, width: int) -> tuple[ir.Value, list[int]]:
+        """Adds the upper to the lower half of every part, `width` wide, of two vectors; the sums together fill one vector."""
+        parts, half = range(0, 2 * LANES, width), width // 2
+        lower = [start + i for start in parts for i in range(half)]
+        low, high = (
+            self.b.shuffle_vector(first[0], second[0], _BITS([_I32(i + shift) for i in lower])) for shift in (0, half)
+        )
+        return self.b.fadd(low, high), first[1] + second[1]
+
+    def _rows(self, start: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
+        return [self.b.gep(start, [self.b.mul(stride, _I64(i))]) for i in range(count)]
 
     def _splat(self, value: ir.Value) -> ir.Value:
-        one = self.b.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
-        return self.b.shuffle_vector(
-            one, ir.Constant(_VECTOR, ir.Undefined), ir.VectorType(_I32, LANES)([_I32(0)] * LANES)
-        )
+        undefined = ir.Constant(_VECTOR, ir.Undefined)
+        one = self.b.insert_element(undefined, value, _I32(0))
+        return self.b.shuffle_vector(one, undefined, _BITS([_I32(0)] * LANES))
 
-    def _vector(self, row: ir.Value, k: ir.Value) -> ir.Value:
+    def _load(self, row: ir.Value, k: ir.Value) -> ir.Value:
         return self.b.load(self.b.bitcast(self.b.gep(row, [k]), _VECTOR.as_pointer()), align=4)
 
-    def _weights(self, row: ir.Value, k: ir.Value) -> ir.Value:
-        b = self.b
-        here = b.gep(row, [k])
-        byte = b.bitcast(here, ir.IntType(8).as_pointer())
-        prefetch_type = ir.FunctionType(ir.VoidType(), [byte.type, _I32, _I32, _I32])
-        prefetch = cgutils.get_or_insert_function(self.module, prefetch_type, "llvm.prefetch.p0")
-        b.call(prefetch, [b.gep(byte, [_I64(_AHEAD_BYTES)]), _I32(0), _I32(3), _I32(1)])
+    def _weights(self, row: ir.Value, k: ir.Value) -> list[ir.Value]:
         if not self.bf16:
-            return self._vector(row, k)
-        wide = ir.VectorType(_I32, LANES)
-        stored = b.load(b.bitcast(here, ir.VectorType(_I16, LANES).as_pointer()), align=2)
-        return b.bitcast(b.shl(b.zext(stored, wide), wide([_I32(16)] * LANES)), _VECTOR)
+            return [self._load(row, k)]
+        b = self.b
+        both = b.load(b.bitcast(b.gep(row, [k]), _BITS.as_pointer()), align=2)
+        even, odd = b.shl(both, _BITS([_I32(16)] * LANES)), b.and_(both, _BITS([_I32(_MASK)] * LANES))
+        return [b.bitcast(even, _VECTOR), b.bitcast(odd, _VECTOR)]
+
+    def _prefetch(self, row: ir.Value, k: ir.Value) -> None:
+        b = self.b
+        byte = b.bitcast(b.gep(row, [k]), ir.IntType(8).as_pointer())
+        function_type = ir.FunctionType(ir.VoidType(), [byte.type, _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(self.module, function_type, "llvm.prefetch.p0")
+        b.call(prefetch, [byte, _I32(0), _I32(3), _I32(1)])
 
     def _fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         function_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
@@ -135,28 +198,15 @@ class _TileEmitter:
             cgutils.get_or_insert_function(self.module, function_type, f"llvm.fma.v{LANES}f32"), [a, b, c]
         )
 
-    def _tree_sum(self, vector: ir.Value) -> ir.Value:
-        b, width = self.b, LANES
-        while width > 1:
-            width //= 2
-            undefined = ir.Constant(vector.type, ir.Undefined)
-            low, high = (
-                b.shuffle_vector(vector, undefined, ir.VectorType(_I32, width)([_I32(i + start) for i in range(width)]))
-                for start in (0, width)
-            )
-            vector = b.fadd(low, high)
-        return b.extract_element(vector, _I32(0))
-
 
 def _tile(rows: int) -> Any:
-    """tile(w, offset, stride, x, offset, stride, y, offset, stride, K): arrays, and i64 counts of their elements."""
+    """tile(w, offset, next offset, stride, x, offset, stride, y, offset, stride, K): arrays, and i64 counts of their elements."""
 
     @intrinsic
-    def tile(context, w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
+    def tile(context, w, w_at, next_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
         def generate(context, builder, signature, args):
-            emitter = _TileEmitter(builder, rows, bf16=signature.args[0].dtype == types.uint16)
-            w, x, y = (_pointer(context, builder, signature, args, i) for i in (0, 3, 6))
-            emitter.emit(w, args[2], x, args[5], y, args[8], args[9])
+            emitter, pointers = _prepare(context, builder, signature, args, rows)
+            emitter.emit_tile(*pointers[:2], args[3], pointers[2], args[6], pointers[3], args[9], args[10])
             return context.get_dummy_value()
 
         return _signature(w, x, y), generate
@@ -164,15 +214,14 @@ def _tile(rows: int) -> Any:
     return tile
 
 
-def _accumulate(rows: int, chunks: int) -> Any:
-    """accumulate(v, offset, stride, x, offset, stride, y, offset, stride, rows of v >= 1): arrays, and i64 counts of elements."""
+def _accumulate(rows: int, width: int) -> Any:
+    """accumulate(v, offset, next offset, stride, x, offset, stride, y, offset, stride, rows of v >= 1), as `_tile`."""
 
     @intrinsic
-    def accumulate(context, v, v_at, ldv, x, x_at, ldx, y, y_at, ldy, num_rows):
+    def accumulate(context, v, v_at, next_at, ldv, x, x_at, ldx, y, y_at, ldy, num_rows):
         def generate(context, builder, signature, args):
-            emitter = _TileEmitter(builder, rows, bf16=signature.args[0].dtype == types.uint16)
-            v, x, y = (_pointer(context, builder, signature, args, i) for i in (0, 3, 6))
-            emitter.emit_accumulate(v, args[2], x, args[5], y, args[8], args[9], chunks)
+            emitter, pointers = _prepare(context, builder, signature, args, rows)
+            emitter.emit_accumulate(*pointers[:2], args[3], pointers[2], args[6], pointers[3], args[9], args[10], width)
             return context.get_dummy_value()
 
         return _signature(v, x, y), generate
@@ -180,56 +229,73 @@ def _accumulate(rows: int, chunks: int) -> Any:
     return accumulate
 
 
-def _pointer(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, i: int) -> ir.Value:
-    """Where array argument i starts, given its offset in the next argument."""
-    array = context.make_array(signature.args[i])(context, builder, args[i])
-    return builder.gep(array.data, [args[i + 1]])
+def _prepare(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, rows: int) -> tuple[_TileEmitter, list]:
+    """An emitter, and where the weights, the weights after them, x and y start."""
+
+    def pointer(i: int, offset: int) -> ir.Value:
+        array = context.make_array(signature.args[i])(context, builder, args[i])
+        return builder.gep(array.data, [args[offset]])
+
+    emitter = _TileEmitter(builder, rows, bf16=signature.args[0].dtype == types.uint16)
+    return emitter, [pointer(0, 1), pointer(0, 2), pointer(4, 5), pointer(7, 8)]
 
 
 def _signature(a: Any, b: Any, c: Any) -> Any:
     numbers = (types.int64, types.int64)
-    return types.void(a, *numbers, b, *numbers, c, *numbers, types.int64)
+    return types.void(a, types.int64, *numbers, b, *numbers, c, *numbers, types.int64)
 
 
-_tile1, _tile2, _tile3, _tile4 = (_tile(rows) for rows in range(1, TILE_M + 1))
-_add1, _add2, _add3, _add4 = (_accumulate(rows, 1) for rows in range(1, TILE_M + 1))
-_add1_wide, _add2_wide, _add3_wide, _add4_wide = (_accumulate(rows, _WIDE) for rows in range(1, TILE_M + 1))
+_tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = (_tile(rows) for rows in range(1, TILE_M + 1))
+_add1, _add2, _add3, _add4, _add5, _add6 = (_accumulate(rows, LINE) for rows in range(1, TILE_M + 1))
+_wide1, _wide2, _wide3, _wide4, _wide5, _wide6 = (_accumulate(rows, _WIDE) for rows in range(1, TILE_M + 1))
 
 
 @jit
-def tile(rows, w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
-    """The product of `min(rows, 4)` rows of x with four of w; arrays, and offsets and strides in elements."""
-    if rows >= 4:
-        _tile4(w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+def tile(rows, w, w_at, next_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
+    """The product of `min(rows, 6)` rows of x with four of w; asks for the four from `next_at` on."""
+    if rows >= 6:
+        _tile6(w, w_at, next_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+    elif rows == 5:
+        _tile5(w, w_at, next_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+    elif rows == 4:
+        _tile4(w, w_at, next_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
     elif rows == 3:
-        _tile3(w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+        _tile3(w, w_at, next_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
     elif rows == 2:
-        _tile2(w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+        _tile2(w, w_at, next_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
     else:
-        _tile1(w, w_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+        _tile1(w, w_at, next_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
 
 
 @jit
-def accumulate(rows, width, v, v_at, ldv, x, x_at, ldx, y, y_at, ldy, num_rows):
-    """Add to `min(rows, 4)` rows of y, `width` long, the products with `num_rows` >= 1 rows of v."""
+def accumulate(rows, width, v, v_at, next_at, ldv, x, x_at, ldx, y, y_at, ldy, num_rows):
+    """Add to `min(rows, 6)` rows of y, `width` long, the products with `num_rows` >= 1 rows of v."""
     i = 0
-    while i + _WIDE * LANES <= width:
-        if rows >= 4:
-            _add4_wide(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+    while i + _WIDE <= width:
+        if rows >= 6:
+            _wide6(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        elif rows == 5:
+            _wide5(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        elif rows == 4:
+            _wide4(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
         elif rows == 3:
-            _add3_wide(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+            _wide3(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
         elif rows == 2:
-            _add2_wide(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+            _wide2(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
         else:
-            _add1_wide(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        i += _WIDE * LANES
+            _wide1(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        i += _WIDE
     while i < width:
-        if rows >= 4:
-            _add4(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        if rows >= 6:
+            _add6(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        elif rows == 5:
+            _add5(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        elif rows == 4:
+            _add4(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
         elif rows == 3:
-            _add3(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+            _add3(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
         elif rows == 2:
-            _add2(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+            _add2(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
         else:
-            _add1(v, v_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        i += LANES
+            _add1(v, v_at + i, next_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        i += LINE

@@ -105,7 +105,9 @@ def run_case(group, backend, case, steps=1):
         y = torch.empty_like(rows)
         for e, (start, end) in enumerate(pairwise(arrived.expert_offsets)):
             for r in range(start, end):  # one by one: the specification below has other neighbours
-                y[r] = experts.reference(rows[r : r + 1], [0, 1], w13[here[e]][None], w2[here[e]][None])
+                y[r] = experts.reference(
+                    rows, torch.tensor([r]), np.array([0, 1]), w13[here[e]][None], w2[here[e]][None]
+                )[0]
         home = all_to_all.combine_recv(all_to_all.combine_send(handle, y))
     return rows, list(arrived.expert_offsets), arrived.x_UD.shape[0], home, combine.combine(home, weights)
 

@@ -173,7 +173,7 @@ def test_every_override_reaches_the_config():
         False,
         True,
     )  # layer 1 is dense by mlp_only_layers, 0 and 2 by the step
-    assert (config.renormalize, config.dtype, config.head_dim, config.expert_size) == (False, "bfloat16", 24, 48)
+    assert (config.renormalize, config.dtype, config.head_dim, config.expert_size) == (False, "bfloat16", 32, 64)
 
 
 @pytest.mark.parametrize(

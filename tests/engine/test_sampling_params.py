@@ -91,7 +91,7 @@ REQUESTS = {
     "bias": {"temperature": 0, "logit_bias": {5: 8.0, 6: 7.5, 319: 9.0, 0: -100.0}},
     "one token allowed": {"logit_bias": {77: 100.0}},
     "stop ids": {"temperature": 1.5, "stop_token_ids": list(range(60))},
-    "stop ids later": {"temperature": 1.5, "stop_token_ids": list(range(60)), "min_tokens": 9},
+    "stop ids later": {"temperature": 1.5, "stop_token_ids": list(range(150)), "min_tokens": 9},
     "forced end": {"logit_bias": {297: 40.0, 299: 40.0}},
     "forced end later": {"logit_bias": {297: 40.0, 299: 40.0}, "min_tokens": 5},
     "forced end ignored": {"logit_bias": {297: 12.0, 299: 12.0}, "ignore_eos": True, "min_tokens": 5},

@@ -31,9 +31,9 @@ def test_names_are_the_hubs():
     assert mixtral.shape("model.layers.2.block_sparse_moe.experts.7.w2.weight") == (64, 96)
     assert mixtral.shape("model.layers.0.block_sparse_moe.gate.weight") == (8, 64)
     qwen = Checkpoint(tiny.cached("qwen3_moe"))
-    assert qwen.shape("model.layers.0.mlp.experts.7.gate_proj.weight") == (48, 64)
-    assert qwen.shape("model.layers.1.mlp.down_proj.weight") == (64, 112)
-    assert qwen.shape("model.layers.3.self_attn.q_norm.weight") == (24,)
+    assert qwen.shape("model.layers.0.mlp.experts.7.gate_proj.weight") == (64, 96)
+    assert qwen.shape("model.layers.1.mlp.down_proj.weight") == (96, 112)
+    assert qwen.shape("model.layers.3.self_attn.q_norm.weight") == (32,)
     assert "lm_head.weight" not in Checkpoint(tiny.cached("qwen3", tie_word_embeddings=True)).names()
 
 

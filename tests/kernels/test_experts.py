@@ -29,7 +29,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def inputs(counts, dtype, width=64, inner=48):
+def inputs(counts, dtype, width=64, inner=96):
     generator = torch.Generator().manual_seed(6)
 
     def normal(*shape, scale):
@@ -37,12 +37,15 @@ def inputs(counts, dtype, width=64, inner=48):
 
     num, scale = len(counts), 1.5 / width**0.5
     weights = normal(num, 2 * inner, width, scale=scale), normal(num, width, inner, scale=scale)
-    return normal(sum(counts), width, scale=1.0), [0, *np.cumsum(counts).tolist()], *weights
+    x = normal(sum(counts) + 3, width, scale=1.0)
+    index = torch.randint(len(x), (sum(counts),), generator=generator)  # rows are read in any order, some of them twice
+    return x, index, np.concatenate(([0], np.cumsum(counts))), *weights
 
 
-def formula(x, offsets, w13, w2):
+def formula(x, index, offsets, w13, w2):
     """fp64, rounded to the activations' dtype where the contract rounds."""
     dtype, rows = x.dtype, []
+    x = x[index]
     for r in range(len(x)):
         expert = np.searchsorted(offsets, r, side="right") - 1
         gate, up = (w13[expert].double() @ x[r].double()).to(dtype).chunk(2)
@@ -56,20 +59,20 @@ def formula(x, offsets, w13, w2):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", COUNTS)
 def test_prepared(ops, dtype, name):
-    x, offsets, w13, w2 = inputs(COUNTS[name], dtype)
-    expected = formula(x, offsets, w13, w2)
-    y = experts.prepare(w13.clone(), w2.clone(), ops.silu_mul)(x, offsets)
-    assert (y.shape, y.dtype) == (x.shape, dtype)
+    *rows, w13, w2 = inputs(COUNTS[name], dtype)
+    expected = formula(*rows, w13, w2)
+    y = experts.prepare(w13.clone(), w2.clone(), ops.silu_mul)(*rows)
+    assert (y.shape, y.dtype) == (expected.shape, dtype)
     torch.testing.assert_close(y.double(), expected, **TOLERANCE[dtype])
-    torch.testing.assert_close(experts.reference(x, offsets, w13, w2).double(), expected, **TOLERANCE[dtype])
+    torch.testing.assert_close(experts.reference(*rows, w13, w2).double(), expected, **TOLERANCE[dtype])
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("width", "inner"), [(24, 16), (33, 7), (128, 256)])
+@pytest.mark.parametrize(("width", "inner"), [(24, 16), (33, 7), (64, 48), (128, 256)])
 def test_other_widths(width, inner):
-    x, offsets, w13, w2 = inputs([0, 3, 20, 1], torch.float32, width, inner)
-    y = experts.prepare(w13.clone(), w2.clone(), OPS["cpu"].silu_mul)(x, offsets)
-    torch.testing.assert_close(y.double(), formula(x, offsets, w13, w2), **TOLERANCE[torch.float32])
+    *rows, w13, w2 = inputs([0, 3, 20, 1], torch.float32, width, inner)
+    y = experts.prepare(w13.clone(), w2.clone(), OPS["cpu"].silu_mul)(*rows)
+    torch.testing.assert_close(y.double(), formula(*rows, w13, w2), **TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
