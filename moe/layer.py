@@ -39,7 +39,7 @@ class MoeLayer:
         """x [T, D] -> y [T, D]; every rank of the group calls it together, also with no tokens."""
         ids_TK, weights_TK = self.ops.route(self.router(x_TD), self.top_k, renormalize=self.renormalize)
         self.load_E[:] += np.bincount(ids_TK.flatten().cpu().numpy(), minlength=len(self.load_E))
-        handle = self.all_to_all.dispatch_send(x_TD, self.physical_of_E[ids_TK], num_tokens_P)
+        handle = self.all_to_all.dispatch_send(x_TD, self.physical_of_E.take(ids_TK), num_tokens_P)
         shared_TD = self.shared(x_TD) if self.shared is not None else None
         arrived = self.all_to_all.dispatch_recv(handle)
         y_RD = self.experts(arrived.x_UD, arrived.row_index_R, arrived.expert_offsets)

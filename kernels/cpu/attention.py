@@ -117,14 +117,14 @@ def _score(query: np.ndarray, k_NsGd: np.ndarray, table: np.ndarray, length: int
     stride, padded = num_kv * dim, scores.shape[1]
     num_heads, group = len(query), len(query) // num_kv
     for position in range(0, length, TILE_N):
-        block, offset = position // block_size, position % block_size * stride
-        key = table[block] * block_size * stride + offset
-        next_key = table[min(block + 1, (length - 1) // block_size)] * block_size * stride + offset
+        inside = position % block_size * stride
+        here, soon, later = _blocks(table, position // block_size, length, block_size, stride)
         for h in range(0, num_heads, group):
-            head = h // group * dim
+            at = inside + h // group * dim
+            key, soon_key, later_key = here + at, soon + at, later + at
             for j in range(h, h + group, TILE_M):
                 rows, score = h + group - j, j * padded + position
-                tile(rows, k_NsGd, key + head, next_key + head, stride, query, j * dim, dim, scores, score, padded, dim)
+                tile(rows, k_NsGd, key, soon_key, later_key, stride, query, j * dim, dim, scores, score, padded, dim)
 
 
 @jit
@@ -134,28 +134,36 @@ def _weigh(scores: np.ndarray, v_NsGd: np.ndarray, table: np.ndarray, length: in
     stride, padded = num_kv * dim, scores.shape[1]
     num_heads, group = len(total), len(total) // num_kv
     for position in range(0, length, block_size):
-        block, count = position // block_size, min(block_size, length - position)
-        value = table[block] * block_size * stride
-        next_value = table[min(block + 1, (length - 1) // block_size)] * block_size * stride
+        count = min(block_size, length - position)
+        here, soon, later = _blocks(table, position // block_size, length, block_size, stride)
         for h in range(0, num_heads, group):
-            head = h // group * dim
+            at = h // group * dim
+            value, soon_value, later_value = here + at, soon + at, later + at
             for j in range(h, h + group, TILE_M):
-                rows, weight, at = h + group - j, j * padded + position, j * dim
+                rows, weight, y = h + group - j, j * padded + position, j * dim
                 accumulate(
                     rows,
                     dim,
                     v_NsGd,
-                    value + head,
-                    next_value + head,
+                    value,
+                    soon_value,
+                    later_value,
                     stride,
                     scores,
                     weight,
                     padded,
                     total,
-                    at,
+                    y,
                     dim,
                     count,
                 )
+
+
+@jit
+def _blocks(table: np.ndarray, index: int, length: int, block_size: int, stride: int) -> tuple[int, int, int]:
+    """Where a sequence's block starts, the next one and the one after, as far as there are any."""
+    last, size = (length - 1) // block_size, block_size * stride
+    return table[index] * size, table[min(index + 1, last)] * size, table[min(index + 2, last)] * size
 
 
 def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
