@@ -2,7 +2,7 @@
 
 Starts a server of its own, keeps `--streams` calls open, each with a random prompt and output length, and cancels a share of
 them after a random time, some without reading. At the end nothing may be left: no running or waiting request, no used block, no
-process; memory at the end is set beside memory after the first quarter. Exits 1 if anything is.
+process; memory is reported by process and quarter of the time. Exits 1 if anything is left.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def server(arguments: list[str]) -> Iterator[tuple[str, psutil.Popen]]:
 
 async def _load(address: str, process: psutil.Popen, args: argparse.Namespace) -> dict[str, Any]:
     counts: Counter[str] = Counter()
-    memory: list[tuple[float, float]] = []
+    memory: list[tuple[float, list[float]]] = []
     began = time.monotonic()
     async with grpc.aio.insecure_channel(address) as channel:
         stub = pb_grpc.InferenceStub(channel)
@@ -85,8 +85,7 @@ async def _load(address: str, process: psutil.Popen, args: argparse.Namespace) -
             memory.append((time.monotonic() - began, await asyncio.to_thread(_memory_mib, process)))
         await asyncio.gather(*clients)
         left = await _left(stub)
-    quarter = [m for t, m in memory if args.seconds / 4 <= t <= args.seconds / 2]
-    last = [m for t, m in memory if t >= args.seconds * 3 / 4]
+    quarters = [[sample for t, sample in memory if t * 4 // args.seconds == i] for i in range(4)]
     return {
         "model": info.name,
         "streams": args.streams,
@@ -95,8 +94,9 @@ async def _load(address: str, process: psutil.Popen, args: argparse.Namespace) -
         "unexpected": {name: n for name, n in counts.items() if name.startswith("status ")},
         "tokens_per_s": counts["tokens"] / args.seconds,
         "left": left,
-        "pss_mib_second_quarter": statistics.median(quarter),
-        "pss_mib_last_quarter": statistics.median(last),
+        "processes": ["server", "controller", *(f"rank {rank}" for rank in range(info.ep_size))],
+        "pss_mib_quarters": [[round(statistics.median(mib), 1) for mib in zip(*q, strict=True)] for q in quarters],
+        "pss_mib_quarters_total": [round(statistics.median(map(sum, q)), 1) for q in quarters],
     }
 
 
@@ -144,9 +144,10 @@ async def _left(stub: pb_grpc.InferenceStub) -> dict[str, int]:
         await asyncio.sleep(0.5)
 
 
-def _memory_mib(process: psutil.Popen) -> float:
-    family = [process, *process.children(recursive=True)]
-    return sum(member.memory_full_info().pss for member in family) / 2**20
+def _memory_mib(process: psutil.Popen) -> list[float]:
+    """The proportional set size of every process, in the order that they were started."""
+    family = [process, *sorted(process.children(recursive=True), key=lambda member: member.pid)]
+    return [member.memory_full_info().pss / 2**20 for member in family]
 
 
 if __name__ == "__main__":

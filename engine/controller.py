@@ -33,7 +33,7 @@ from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.scheduler.scheduler import Scheduler
+from expertwire.scheduler.scheduler import Rejection, Scheduler
 
 # A request's key is its front's number and the id that the front gave it.
 _ID_BITS = 40
@@ -261,6 +261,12 @@ def _handle(loop: _Loop, number: int, message: messages.Message) -> None:
 
 def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
     now, rejections = time.monotonic(), []
+    allowed = loop.scheduler.config.max_waiting
+    if len(message.ids_Q) > allowed:
+        reason = f"n must be at most max_waiting = {allowed}, got {len(message.ids_Q)}"
+        rejections = [Rejection(_key(number, i), "INVALID_ARGUMENT", reason) for i in message.ids_Q.tolist()]
+        _reject(loop, number, rejections)
+        return
     for i, request_id in enumerate(message.ids_Q.tolist()):
         start, end = message.token_offsets_Q1[i : i + 2]
         params = SamplingParams.from_dict(message.params[i])
@@ -275,12 +281,16 @@ def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
         if (rejection := loop.scheduler.submit(request, now)) is not None:
             rejections.append(rejection)
     if rejections:
-        answer = messages.Rejected(
-            ids=[rejection.key & ((1 << _ID_BITS) - 1) for rejection in rejections],
-            codes=[rejection.code for rejection in rejections],
-            messages=[rejection.message for rejection in rejections],
-        )
-        _send(loop, number, answer)
+        _reject(loop, number, rejections)
+
+
+def _reject(loop: _Loop, number: int, rejections: list[Rejection]) -> None:
+    answer = messages.Rejected(
+        ids=[rejection.key & ((1 << _ID_BITS) - 1) for rejection in rejections],
+        codes=[rejection.code for rejection in rejections],
+        messages=[rejection.message for rejection in rejections],
+    )
+    _send(loop, number, answer)
 
 
 def _step(loop: _Loop, timeout_s: float) -> None:

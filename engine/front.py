@@ -187,7 +187,7 @@ class Front:
         self._channel.close()
 
     def _meet(self, token: str, timeout_s: float) -> ModelInfo:
-        self._send(Hello(token=token))
+        self._send(Hello())
         message = self._receive(timeout_s)
         if isinstance(message, Welcome):
             return ModelInfo.from_dict(message.model_info)

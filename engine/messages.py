@@ -23,8 +23,6 @@ from expertwire.scheduler.sampling_params import SamplingParams
 class Hello:
     """First message of a front."""
 
-    token: str  # the engine's shared secret
-
 
 @dataclass(frozen=True, kw_only=True)
 class Welcome:

@@ -38,14 +38,15 @@ from expertwire.scheduler.plan import StepPlan
 def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
     """Run rank `rank` until the controller closes the connection; the entry point of every launcher."""
     link = ControlLink(address, token, rank=rank, node=node, hello={})
-    try:
-        _serve(link, _start(config, rank, num_ranks, node, link))
-    except ChannelClosed:
-        pass
-    except Exception as error:  # noqa: BLE001 - whatever it is, the controller must hear of it
-        _report(link, error)
-    finally:
-        link.close()
+    # The group is closed last of all: the other ranks would see that, and be blamed for it, before this rank has said why.
+    with contextlib.ExitStack() as closing:
+        closing.callback(link.close)
+        try:
+            _serve(link, _start(config, rank, num_ranks, node, link, closing))
+        except ChannelClosed:
+            pass
+        except Exception as error:  # noqa: BLE001 - whatever it is, the controller must hear of it
+            _report(link, error)
 
 
 def _serve(link: ControlLink, runner: Runner) -> None:
@@ -63,7 +64,9 @@ def _report(link: ControlLink, error: Exception) -> None:
             link.recv()
 
 
-def _start(config: EngineConfig, rank: int, num_ranks: int, node: str, link: ControlLink) -> Runner:
+def _start(
+    config: EngineConfig, rank: int, num_ranks: int, node: str, link: ControlLink, closing: contextlib.ExitStack
+) -> Runner:
     link.recv()
     store, store_address = None, ""
     if rank == 0 and num_ranks > 1:
@@ -83,6 +86,7 @@ def _start(config: EngineConfig, rank: int, num_ranks: int, node: str, link: Con
         timeout_s=config.step_timeout_s,
         master=store,
     )
+    closing.callback(group.close)
     model_config = read_model_config(config.model, config.dtype)
     model = _load(config, model_config, rank, num_ranks, sharers, device, group)
     link.send({"free": np.array([weights.free_memory(device)]), "device": _bytes(device.split(":")[0])})

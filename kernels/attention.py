@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels import rotary
+from expertwire.kernels import linear, rotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +146,17 @@ def _attend_single(q_BHd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedS
 
 def _attend_one(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int) -> Tensor:
     num, num_heads, _ = q_THd.shape
-    k_1GLd, v_1GLd = (_gather(c, table, 1)[:, :, :length] for c in (k_cache, v_cache))
-    q_1HTd = q_THd.transpose(0, 1).unsqueeze(0)
+    rows, keys = num, length
+    if linear.compiles_by_rows(q_THd):
+        # Queries behind the last one, and keys that no query before them sees.
+        rows, keys = linear.padded_rows(num), linear.padded_rows(length)
+        table = F.pad(table, (0, -(-keys // k_cache.shape[1]) - len(table)))
+    k_1GLd, v_1GLd = (_gather(c, table, 1)[:, :, :keys] for c in (k_cache, v_cache))
+    q_1HTd = F.pad(q_THd.transpose(0, 1).unsqueeze(0), (0, 0, 0, rows - num))
     mask = None
     if num < length:
-        mask = torch.ones(num, length, dtype=torch.bool, device=q_THd.device).tril(length - num)
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=q_THd.device).tril(length - num)
     out = F.scaled_dot_product_attention(
         q_1HTd, k_1GLd, v_1GLd, attn_mask=mask, is_causal=mask is None, enable_gqa=num_heads != k_1GLd.shape[1]
     )
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1)[:num]

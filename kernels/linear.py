@@ -23,11 +23,14 @@ def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tenso
     return (y_TN if bias_N is None else y_TN + bias_N.float()).to(x_TD.dtype)
 
 
-def padded_rows(num_rows: int) -> int:
-    """`num_rows` rounded up to one of four sizes an octave, at least by sixteens.
+def compiles_by_rows(x: Tensor) -> bool:
+    """Whether the library compiles a kernel for every number of rows it meets: milliseconds and up to a megabyte each, kept
+    for good. oneDNN does, for bf16, in products and in torch's attention."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
-    oneDNN compiles a kernel for every number of rows it meets, which takes milliseconds and about a megabyte each.
-    """
+
+def padded_rows(num_rows: int) -> int:
+    """`num_rows` rounded up to one of four sizes an octave, at least by sixteens."""
     step = max(16, 1 << max(0, num_rows.bit_length() - 3))
     return -(-num_rows // step) * step
 
@@ -35,7 +38,7 @@ def padded_rows(num_rows: int) -> int:
 def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """The library's product, for any number of rows."""
     num_rows = x_TD.shape[0]
-    if x_TD.device.type != "cpu" or x_TD.dtype != torch.bfloat16 or num_rows in (0, padded_rows(num_rows)):
+    if not compiles_by_rows(x_TD) or num_rows in (0, padded_rows(num_rows)):
         return F.linear(x_TD, w_ND, bias_N)
     padded = x_TD.new_zeros(padded_rows(num_rows), x_TD.shape[1])
     padded[:num_rows] = x_TD

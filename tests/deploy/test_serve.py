@@ -6,6 +6,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -121,11 +122,15 @@ def test_a_full_queue_is_an_answer(client):
     for _ in range(4):
         streams.append(iter(client.generate("SUM 1 2 ?", **ENDLESS)))
         next(streams[-1])
-    with pytest.raises(ServerError, match="max_waiting") as caught:
-        list(client.generate("SUM 1 2 ?", n=3))
+    last = threading.Thread(target=lambda: list(client.generate("SUM 1 2 ?", max_tokens=1)))
+    last.start()
+    until(lambda: client.stats()["num_waiting"] == 1)
+    with pytest.raises(ServerError, match="try later") as caught:
+        list(client.generate("SUM 1 2 ?", n=2))
     assert caught.value.code == "RESOURCE_EXHAUSTED"
     for stream in streams:
         stream.close()
+    last.join()
     until(lambda: client.stats()["num_running"] == 0)
 
 
