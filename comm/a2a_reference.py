@@ -111,9 +111,9 @@ class ReferenceAllToAll:
     def _alone(self, x_TD: Tensor, physical_TK: Tensor) -> _Handle | None:
         """The handle of a single rank, where only sorting is left to do; None if some ids are -1."""
         ids_R = physical_TK.flatten().cpu().numpy()
-        if len(ids_R) and ids_R.min() < 0:
+        order_R = ids_R.argsort(kind="stable")
+        if len(ids_R) and ids_R[order_R[0]] < 0:
             return None
-        order_R = np.argsort(ids_R, kind="stable")
         return _Handle(
             num_tokens=x_TD.shape[0],
             slots_P=[np.arange(len(ids_R))],

@@ -262,11 +262,9 @@ def _handle(loop: _Loop, number: int, message: messages.Message) -> None:
 def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
     now, rejections = time.monotonic(), []
     allowed = loop.scheduler.config.max_waiting
-    if len(message.ids_Q) > allowed:
-        reason = f"n must be at most max_waiting = {allowed}, got {len(message.ids_Q)}"
-        rejections = [Rejection(_key(number, i), "INVALID_ARGUMENT", reason) for i in message.ids_Q.tolist()]
-        _reject(loop, number, rejections)
-        return
+    if (n := len(message.ids_Q)) > allowed:
+        reason = f"n must be at most max_waiting = {allowed}, got {n}"
+        return _reject(loop, number, [Rejection(i, "INVALID_ARGUMENT", reason) for i in message.ids_Q.tolist()])
     for i, request_id in enumerate(message.ids_Q.tolist()):
         start, end = message.token_offsets_Q1[i : i + 2]
         params = SamplingParams.from_dict(message.params[i])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv, paged_kv
 from expertwire.engine.config import ModelConfig
 from expertwire.engine.weight_map import Destination, ParamSpec, WeightMap
-from expertwire.kernels import experts, linear, rotary
+from expertwire.kernels import attention, experts, linear, rotary, routing
 from expertwire.kernels.linear import Linear
 from expertwire.kernels.registry import Ops
 from expertwire.moe.layer import MoeLayer
@@ -63,7 +63,8 @@ class RankContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """One layer's attention. Query, key and value projections are one product; so are the norms of query and key."""
+    """One layer's attention and the norm behind it. Query, key and value projections are one product; so are the norms of
+    query and key. `few` does the same in one call, for the steps that it gives a description of."""
 
     ops: Ops
     eps: float
@@ -71,14 +72,28 @@ class Attention:
     qkv: Linear
     qk_norm: Tensor | None  # [H + G, d]
     output: Linear
+    norm: Tensor
+    few: attention.FewRows | None
 
-    def forward(self, x_TD: Tensor, batch: ForwardBatch, cache: PagedKv, tables: tuple[Tensor, Tensor]) -> Tensor:
-        qkv_Thd = self.qkv(x_TD).unflatten(1, (-1, self.head_dim))
+    def forward(
+        self,
+        x_TD: Tensor,
+        normed_TD: Tensor,
+        batch: ForwardBatch,
+        cache: PagedKv,
+        tables: tuple[Tensor, Tensor],
+        step: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """x plus the attention of its norm, and the norm of that."""
+        if step is not None and self.few is not None:
+            return self.few(x_TD, normed_TD, cache.k, cache.v, step)
+        qkv_Thd = self.qkv(normed_TD).unflatten(1, (-1, self.head_dim))
         positions_T, slots_T = batch.positions_T, batch.slot_mapping_T
         q_THd = self.ops.rotate_and_store(
             qkv_Thd, self.qk_norm, self.eps, tables, positions_T, slots_T, cache.k, cache.v
         )
-        return self.output(self.ops.attend(q_THd, cache.k, cache.v, batch.sequences).flatten(1))
+        attended_TD = self.output(self.ops.attend(q_THd, cache.k, cache.v, batch.sequences).flatten(1))
+        return self.ops.add_rms_norm(x_TD, attended_TD, self.norm, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +102,6 @@ class Layer:
 
     input_norm: Tensor
     attention: Attention
-    post_norm: Tensor
     mlp: Callable[[Tensor, list[int]], Tensor]
     moe: MoeLayer | None
 
@@ -226,6 +240,9 @@ class Decoder:
         if c.qk_norm:
             q_norm, k_norm = p["q_norm"].expand(c.num_heads, -1), p["k_norm"].expand(c.num_kv_heads, -1)
             qk_norm = torch.cat((q_norm, k_norm))
+        few = None
+        if not c.attention_bias:
+            few = attention.prepare_few(p["qkv"], p["o"], qk_norm, p["post_norm"], c.rms_norm_eps, c.head_dim)
         attn = Attention(
             ops=self.context.ops,
             eps=c.rms_norm_eps,
@@ -233,12 +250,13 @@ class Decoder:
             qkv=linear.prepare(p.pop("qkv"), p.get("qkv_bias")),
             qk_norm=qk_norm,
             output=linear.prepare(p.pop("o"), p.get("o_bias")),
+            norm=p["post_norm"],
+            few=few,
         )
         moe = self._bind_moe(p) if sparse else None
         return Layer(
             input_norm=p["input_norm"],
             attention=attn,
-            post_norm=p["post_norm"],
             mlp=moe.forward if moe is not None else _dense_mlp(p, self.context.ops),
             moe=moe,
         )
@@ -250,9 +268,7 @@ class Decoder:
         physical = torch.from_numpy(context.placement.physical_for(context.rank)).to(context.device)
         return MoeLayer(
             ops=context.ops,
-            router=linear.prepare(p.pop("router")),
-            top_k=c.top_k,
-            renormalize=c.renormalize,
+            router=routing.prepare(p.pop("router"), c.top_k, context.ops.route, renormalize=c.renormalize),
             experts=experts.prepare(p.pop("w13"), p.pop("w2"), context.ops.silu_mul),
             shared=None,
             all_to_all=context.all_to_all,
@@ -276,11 +292,12 @@ class Decoder:
         num_tokens_P = list(batch.num_tokens_P)
         x_TD = self._embed[batch.token_ids_T]
         normed_TD = ops.rms_norm(x_TD, self.layers[0].input_norm, eps)
+        few, seqs = self.layers[0].attention.few, batch.sequences
+        step = few and few.step(self._tables, batch.positions_T, batch.slot_mapping_T, seqs, caches[0].k)
         # The norm after each layer is the next layer's first one.
         after = [*(layer.input_norm for layer in self.layers[1:]), self._norm]
         for layer, cache, next_norm in zip(self.layers, caches, after, strict=True):
-            attended_TD = layer.attention.forward(normed_TD, batch, cache, self._tables)
-            x_TD, normed_TD = ops.add_rms_norm(x_TD, attended_TD, layer.post_norm, eps)
+            x_TD, normed_TD = layer.attention.forward(x_TD, normed_TD, batch, cache, self._tables, step)
             x_TD, normed_TD = ops.add_rms_norm(x_TD, layer.mlp(normed_TD, num_tokens_P), next_norm, eps)
         return normed_TD
 

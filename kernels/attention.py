@@ -10,6 +10,7 @@ T tokens, H query heads, G key/value heads (H/G queries share one), d head size,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +61,33 @@ def describe(
         single_block_table=torch.from_numpy(block_tables[:single, :widest].astype(np.int64)).to(device),
         block_tables=[torch.from_numpy(table.astype(np.int64)).to(device) for table in tables],
     )
+
+
+class FewRows(Protocol):
+    """A layer's attention and the norm behind it in one call, for steps of a few single queries: the ops' bits, fewer calls."""
+
+    def step(
+        self, tables: tuple[Tensor, Tensor], positions_T: Tensor, slots_T: Tensor, seqs: PagedSequences, k_cache: Tensor
+    ) -> Any:
+        """What the layers of a step share, for `__call__`; None if this is not such a step."""
+        ...
+
+    def __call__(
+        self, x_TD: Tensor, normed_TD: Tensor, k_cache: Tensor, v_cache: Tensor, step: Any
+    ) -> tuple[Tensor, Tensor]:
+        """x plus the attention of its norm, and the norm of that."""
+        ...
+
+
+def prepare_few(
+    w_qkv: Tensor, w_o: Tensor, qk_norm_hd: Tensor | None, norm_D: Tensor, eps: float, head_dim: int
+) -> FewRows | None:
+    """For these weights, [(H + 2G) * d, D] and [D, H * d], where there is an implementation."""
+    if not (linear.few_rows_apart(w_qkv) and linear.few_rows_apart(w_o)):
+        return None
+    from expertwire.kernels.cpu import decode
+
+    return decode.AttentionAndNorm(w_qkv, w_o, qk_norm_hd, norm_D, eps, head_dim)
 
 
 def reference(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:

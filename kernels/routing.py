@@ -1,12 +1,18 @@
 """Choice of experts: softmax over all experts, the K largest, weights divided by their sum if the model says so.
 
-T tokens, E experts, K chosen. Gating is in fp32 whatever the activations are.
+T tokens, D model width, E experts, K chosen. Gating is in fp32 whatever the activations are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from expertwire.kernels import linear
+
+Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # x_TD -> ids_TK, weights_TK
 
 
 def reference(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -15,3 +21,18 @@ def reference(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tens
     if renormalize:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
     return ids_TK, weights_TK
+
+
+def prepare(w_ED: Tensor, top_k: int, route: Callable[..., tuple[Tensor, Tensor]], *, renormalize: bool) -> Router:
+    """The product with `w_ED`, then `route`, an implementation of `reference`; few rows as `linear.prepare` treats them."""
+    dense = linear.prepare(w_ED)
+
+    def apply(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return route(dense(x_TD), top_k, renormalize=renormalize)
+
+    if not linear.few_rows_apart(w_ED):
+        return apply
+    from expertwire.kernels.cpu import decode, gemm
+
+    few, apply_few = gemm.few(w_ED.dtype), decode.prepare_router(w_ED, top_k, renormalize)
+    return lambda x_TD: apply_few(x_TD) if x_TD.shape[0] <= few else apply(x_TD)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from expertwire.comm.all_to_all import AllToAll
 from expertwire.kernels.experts import GroupedMlp
-from expertwire.kernels.linear import Linear
 from expertwire.kernels.registry import Ops
+from expertwire.kernels.routing import Router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,7 @@ class MoeLayer:
     """
 
     ops: Ops
-    router: Linear
-    top_k: int
-    renormalize: bool
+    router: Router
     experts: GroupedMlp
     shared: Callable[[Tensor], Tensor] | None
     all_to_all: AllToAll
@@ -37,7 +35,7 @@ class MoeLayer:
 
     def forward(self, x_TD: Tensor, num_tokens_P: Sequence[int]) -> Tensor:
         """x [T, D] -> y [T, D]; every rank of the group calls it together, also with no tokens."""
-        ids_TK, weights_TK = self.ops.route(self.router(x_TD), self.top_k, renormalize=self.renormalize)
+        ids_TK, weights_TK = self.router(x_TD)
         self.load_E[:] += np.bincount(ids_TK.flatten().cpu().numpy(), minlength=len(self.load_E))
         handle = self.all_to_all.dispatch_send(x_TD, self.physical_of_E.take(ids_TK), num_tokens_P)
         shared_TD = self.shared(x_TD) if self.shared is not None else None

@@ -16,7 +16,7 @@ from expertwire.kernels.cpu.tile import LINE, TILE_M, TILE_N, accumulate, place,
 
 
 @jit
-def _rotate_and_store(
+def rotate_and_store_rows(
     qkv_Thd: np.ndarray,
     norm_hd: np.ndarray,
     eps: float,
@@ -65,7 +65,7 @@ def rotate_and_store(
     num_kv, dim = k_cache.shape[2:]
     q_THd = qkv_Thd.new_empty(qkv_Thd.shape[0], qkv_Thd.shape[1] - 2 * num_kv, dim)
     norm = qkv_Thd.new_empty(0, dim) if norm_hd is None else norm_hd
-    _rotate_and_store(
+    rotate_and_store_rows(
         as_array(qkv_Thd),
         as_array(norm),
         eps,
@@ -81,7 +81,7 @@ def rotate_and_store(
 
 
 @jit
-def _attend_single(
+def attend_single(
     q_BHd: np.ndarray,
     k_NsGd: np.ndarray,
     v_NsGd: np.ndarray,
@@ -166,16 +166,21 @@ def _blocks(table: np.ndarray, index: int, length: int, block_size: int, stride:
     return table[index] * size, table[min(index + 1, last)] * size, table[min(index + 2, last)] * size
 
 
+def covers(head_dim: int, block_size: int) -> bool:
+    """Whether the tile covers heads and blocks of these sizes."""
+    return head_dim % LINE == 0 and block_size % TILE_N == 0
+
+
 def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
     """`kernels.attention.reference`: single queries here, where the tile covers the head and block sizes; the rest by torch."""
     block_size, _, dim = k_cache.shape[1:]
-    if dim % LINE or block_size % TILE_N:
+    if not covers(dim, block_size):
         return attention.attend(q_THd, k_cache, v_cache, seqs)
     if seqs.num_single == 0:
         return attention.attend_several(q_THd, k_cache, v_cache, seqs)
     out_THd = torch.empty_like(q_THd)
     single = seqs.num_single
-    _attend_single(
+    attend_single(
         as_array(q_THd[:single]),
         as_array(k_cache),
         as_array(v_cache),

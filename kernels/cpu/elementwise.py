@@ -32,7 +32,7 @@ def _add(x_TD: np.ndarray, delta_TD: np.ndarray, sum_TD: np.ndarray) -> None:
 
 
 @jit
-def _add_rms_norm(
+def add_rms_norm_rows(
     x_TD: np.ndarray, delta_TD: np.ndarray, weight_D: np.ndarray, eps: float, sum_TD: np.ndarray, y_TD: np.ndarray
 ) -> None:
     _add(x_TD, delta_TD, sum_TD)
@@ -49,12 +49,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`kernels.rms_norm.add_reference`."""
     sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    _add_rms_norm(as_array(x_TD), as_array(delta_TD), as_array(weight_D), eps, as_array(sum_TD), as_array(y_TD))
+    add_rms_norm_rows(as_array(x_TD), as_array(delta_TD), as_array(weight_D), eps, as_array(sum_TD), as_array(y_TD))
     return sum_TD, y_TD
 
 
 @jit
-def _route(logits_TE: np.ndarray, renormalize: bool, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+def route_rows(logits_TE: np.ndarray, renormalize: bool, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
     num_experts, top_k = logits_TE.shape[1], ids_TK.shape[1]
     probs = np.empty(num_experts, np.float32)
     for t in range(logits_TE.shape[0]):
@@ -81,7 +81,7 @@ def route(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, 
     num_tokens = logits_TE.shape[0]
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
     weights_TK = torch.empty(num_tokens, top_k)
-    _route(as_array(logits_TE), renormalize, ids_TK.numpy(), weights_TK.numpy())
+    route_rows(as_array(logits_TE), renormalize, ids_TK.numpy(), weights_TK.numpy())
     return ids_TK, weights_TK
 
 

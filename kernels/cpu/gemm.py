@@ -49,7 +49,7 @@ def _narrow(wide: np.ndarray, y: np.ndarray) -> None:
 
 
 @jit
-def _linear(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
+def linear_rows(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
     wide_x, wide_y = np.empty(x.shape, np.float32), np.empty(y.shape, np.float32)
     for m in range(x.shape[0]):
         spread(x[m], wide_x[m], x[0, 0])
@@ -63,7 +63,7 @@ def prepare_linear(w_NK: Tensor) -> Callable[[Tensor], Tensor]:
 
     def apply(x_MK: Tensor) -> Tensor:
         y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
-        _linear(as_array(x_MK), weight, as_array(y_MN))
+        linear_rows(as_array(x_MK), weight, as_array(y_MN))
         return y_MN
 
     return apply

@@ -42,9 +42,7 @@ def layer(group, dtype, *, renormalize=True, redundant=0, shared=None):
     )
     return MoeLayer(
         ops=ops,
-        router=linear.prepare(router),
-        top_k=K,
-        renormalize=renormalize,
+        router=routing.prepare(router, K, ops.route, renormalize=renormalize),
         experts=experts.prepare(w13[here], w2[here], ops.silu_mul),
         shared=shared,
         all_to_all=ReferenceAllToAll(spec),
