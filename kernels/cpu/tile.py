@@ -149,10 +149,8 @@ class _TileEmitter:
 
     def _scalars(self, vectors: list[ir.Value]) -> list[ir.Value]:
         """The sum of every vector as a tree: two vectors are halved side by side, until all sums lie in one vector or two."""
-        width, held = (
-            LANES,
-            [(vector, [i]) for i, vector in enumerate(vectors)],
-        )  # which sums a vector's parts belong to
+        width = LANES
+        held = [(vector, [i]) for i, vector in enumerate(vectors)]  # and which sums a vector's parts belong to
         while width > 1:
             pairs = [held[i : i + 2] for i in range(0, len(held), 2)]
             held = [self._halve_pair(pair[0], pair[-1], width) for pair in pairs]
