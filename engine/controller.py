@@ -261,10 +261,10 @@ def _handle(loop: _Loop, number: int, message: messages.Message) -> None:
 
 def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
     now, rejections = time.monotonic(), []
-    allowed = loop.scheduler.config.max_waiting
-    if (n := len(message.ids_Q)) > allowed:
+    if (n := len(message.ids_Q)) > (allowed := loop.scheduler.config.max_waiting):
         reason = f"n must be at most max_waiting = {allowed}, got {n}"
-        return _reject(loop, number, [Rejection(i, "INVALID_ARGUMENT", reason) for i in message.ids_Q.tolist()])
+        keys = [_key(number, request_id) for request_id in message.ids_Q.tolist()]
+        return _reject(loop, number, [Rejection(key, "INVALID_ARGUMENT", reason) for key in keys])
     for i, request_id in enumerate(message.ids_Q.tolist()):
         start, end = message.token_offsets_Q1[i : i + 2]
         params = SamplingParams.from_dict(message.params[i])

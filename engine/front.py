@@ -48,7 +48,6 @@ class Front:
     Args:
         channel: connected to the controller; `close` closes it.
         tokenizer: None serves token ids only, without text.
-        token: the engine's shared secret.
         deterministic_seeds: draw the seeds of requests without one from the engine's seed, so that a program gives the same
             outputs every time, instead of from the operating system.
         welcome_timeout_s: the controller must answer within this time.
@@ -65,7 +64,6 @@ class Front:
         channel: ControlChannel,
         tokenizer: Tokenizer | None,
         *,
-        token: str = "",
         deterministic_seeds: bool = False,
         welcome_timeout_s: float = 30.0,
     ) -> None:
@@ -79,7 +77,7 @@ class Front:
         self._next_request = 0
         self._next_wire = 0
         self._failure: EngineFailed | None = None
-        self.model_info = self._meet(token, welcome_timeout_s)
+        self.model_info = self._meet(welcome_timeout_s)
         self._seeds = random.Random(self.model_info.seed) if deterministic_seeds else random.SystemRandom()
 
     @property
@@ -186,7 +184,7 @@ class Front:
         """Leave; the controller frees the open requests. Idempotent."""
         self._channel.close()
 
-    def _meet(self, token: str, timeout_s: float) -> ModelInfo:
+    def _meet(self, timeout_s: float) -> ModelInfo:
         self._send(Hello())
         message = self._receive(timeout_s)
         if isinstance(message, Welcome):

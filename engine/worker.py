@@ -38,7 +38,7 @@ from expertwire.scheduler.plan import StepPlan
 def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
     """Run rank `rank` until the controller closes the connection; the entry point of every launcher."""
     link = ControlLink(address, token, rank=rank, node=node, hello={})
-    # The group is closed last of all: the other ranks would see that, and be blamed for it, before this rank has said why.
+    # The group is closed after the report: the other ranks would fail, and be blamed, before this one has said why.
     with contextlib.ExitStack() as closing:
         closing.callback(link.close)
         try:

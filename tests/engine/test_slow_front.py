@@ -27,7 +27,7 @@ def test_outputs_wait_for_a_slow_front():
         model=str(tiny.cached("qwen3")), dtype="float32", threads_per_rank=1, kv_cache_bytes=20_000_000
     )
     with Engine(config, LocalLauncher()) as engine:
-        slow, other = (Front(engine.connect(), None, token=engine.token) for _ in range(2))
+        slow, other = (Front(engine.connect(), None) for _ in range(2))
         for i in range(NUM_REQUESTS):
             slow.submit(tiny.prompt(300, seed=i), params)
         while not other.stats()["num_plans"]:
