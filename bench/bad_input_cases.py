@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,6 +56,15 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ({"max_num_tokens": 0}, "max_num_tokens", ">= 1"),
     ({"max_running": -1}, "max_running", ">= 1"),
     ({"max_waiting": 0}, "max_waiting", ">= 1"),
+    ({"max_waiting_per_tenant": 0}, "max_waiting_per_tenant", ">= 1"),
+    ({"chunk_tokens": 0}, "chunk_tokens", ">= 1"),
+    ({"policy": "lottery"}, "policy", "fcfs, priority, shortest, prefix, fair"),
+    ({"policy": "priority", "aging": -1}, "aging", ">= 0"),
+    ({"aging": 1.0}, "aging", "no effect", "'priority' or 'shortest'"),
+    ({"policy": "fair", "tenant_weights": {"a": 0}}, "tenant_weights", "> 0", "'a'"),
+    ({"policy": "fair", "tenant_weights": "a=1"}, "tenant_weights", "dictionary"),
+    ({"tenant_weights": {"a": 2}}, "tenant_weights", "no effect", "'fair'"),
+    ({"prefix_cache": "yes"}, "prefix_cache", "True or False"),
     ({"block_size": 0}, "block_size", ">= 1"),
     ({"kv_cache_bytes": 1000}, "1000 bytes", "max_model_len = 2048", "1572864", "raise kv_cache_bytes"),
     ({"kv_cache_bytes": 100_000, "max_model_len": 512}, "128 tokens", "512", "raise kv_cache_bytes"),
@@ -155,6 +164,8 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("serve --drain-timeout soon", "--drain-timeout", ">= 0"),
     ("serve --ep-size two", "--ep-size", "'two'"),
     ("serve --ep-size 0 --port 0", "ep_size", ">= 1"),
+    ("serve --policy lottery", "--policy", "fcfs, priority, shortest, prefix, fair"),
+    ("serve --tenant-weights a:1", "--tenant-weights", "NAME=NUMBER", "'a:1'"),
     ("serve --dtype float64", "--dtype", "auto, float32, bfloat16"),
     ("generate", "--prompt"),
     ("generate /no/such/folder --prompt x", "there is no folder '/no/such/folder'"),
@@ -240,23 +251,36 @@ PROMPTS: tuple[tuple[Any, ...], ...] = (
     ('generate({"prompt_token_ids": "a"})', ({"prompt_token_ids": "a"},), "prompt_token_ids"),
     ('generate("SUM", [SamplingParams()] * 2)', ("SUM", [GREEDY] * 2), "sampling_params", "(1), got 2"),
     ('generate("SUM", {"temperature": 0})', ("SUM", {"temperature": 0}), "sampling_params", "SamplingParams"),
+    ('generate({"cache_salt": "a"})', ({"cache_salt": "a"},), "'prompt' or 'prompt_token_ids'"),
     ("logit_bias={500: 1}", ("SUM", SamplingParams(logit_bias={500: 1})), "logit_bias", "[0, 128)"),
     ("stop_token_ids=[500]", ("SUM", SamplingParams(stop_token_ids=[500])), "stop_token_ids", "[0, 128)"),
     ("chat([])", ([],), "non-empty list"),
     ('chat([{"content": "a"}])', ([{"content": "a"}],), "'role'"),
 )
+OPTIONS_OF_PROMPTS: tuple[tuple[Any, ...], ...] = (
+    ({"priority": 2**31}, "priority", "[-2**31, 2**31)"),
+    ({"priority": "high"}, "priority", "integer"),
+    ({"priority": [1, 2]}, "priority", "(1), got 2"),
+    ({"tenant": 5}, "tenant", "string"),
+    ({"cache_salt": "\ud800"}, "cache_salt", "valid Unicode"),
+)
 
 
 def _prompts() -> Iterator[Case]:
     for given, arguments, *says in PROMPTS:
-        method = "chat" if given.startswith("chat") else "generate"
-        yield Case(
-            area="Prompts of the Python API",
-            given=given,
-            attempt=lambda place, m=method, a=arguments: getattr(place.llm, m)(*a, use_tqdm=False),
-            answer="ValueError",
-            says=tuple(says),
-        )
+        yield _prompt(given, "chat" if given.startswith("chat") else "generate", arguments, {}, says)
+    for options, *says in OPTIONS_OF_PROMPTS:
+        yield _prompt(f'generate("SUM", {_arguments(options)})', "generate", ("SUM",), options, says)
+
+
+def _prompt(given: str, method: str, arguments: Sequence[Any], options: dict[str, Any], says: Sequence[str]) -> Case:
+    return Case(
+        area="Prompts of the Python API",
+        given=given,
+        attempt=lambda place: getattr(place.llm, method)(*arguments, use_tqdm=False, **options),
+        answer="ValueError",
+        says=tuple(says),
+    )
 
 
 REQUESTS: tuple[tuple[Any, ...], ...] = (
@@ -266,6 +290,8 @@ REQUESTS: tuple[tuple[Any, ...], ...] = (
     ("token id -1", {"prompt": [-1]}, "[0, 128)", "got -1"),
     ("2048 token ids, max_model_len=2048", {"prompt": [5] * 2048}, "2048 tokens", "at most 2047"),
     ("a request_id of 300 characters", {"request_id": "x" * 300}, "request_id", "at most 256"),
+    ("a tenant of 129 characters", {"tenant": "x" * 129}, "tenant", "at most 128", "got 129"),
+    ("a cache_salt of 129 characters", {"cache_salt": "x" * 129}, "cache_salt", "at most 128", "got 129"),
     ('stop="a", of a model without tokenizer', {"stop": "a"}, "stop", "stop_token_ids"),
     ("logit_bias={500: 1.0}", {"logit_bias": {500: 1.0}}, "logit_bias", "[0, 128)"),
     ("stop_token_ids=[500]", {"stop_token_ids": [500]}, "stop_token_ids", "[0, 128)"),
@@ -283,6 +309,8 @@ def _requests() -> Iterator[Case]:
     many = partial(Place.request, n=2)
     yield _request("n=2, when max_waiting=1", many, "INVALID_ARGUMENT", "n must be", "max_waiting = 1", "got 2")
     yield _request("Abort of an unknown request_id", lambda place: place.client.abort("x"), "NOT_FOUND", "'x'")
+    big = partial(Place.request, priority=2**31)
+    yield _request("priority=2**31 (refused by our client)", big, "ValueError", "priority", "2147483648")
     unknown = partial(Place.request, best_of=2)
     yield _request("best_of=2 (refused by our client)", unknown, "ValueError", "best_of", "max_tokens")
 

@@ -30,7 +30,9 @@ processes start first, and end with the error. The model is the demo model, or a
   engine could not start or has failed; the message names the rank.
 - Commands print one line on stderr. They exit with 2 for a wrong option, model or input, with 1 if the engine failed.
 - The server answers with a gRPC status. Besides those below: `UNAVAILABLE` while it drains and after its engine has failed
-  (the message names the rank), `DEADLINE_EXCEEDED` when the client's deadline has passed.
+  (the message names the rank), `DEADLINE_EXCEEDED` when the client's deadline has passed, `RESOURCE_EXHAUSTED` when too many
+  requests wait, or the first token cannot come before the deadline: then the trailing metadata may have `retry-after-ms`, the
+  milliseconds to wait before the next try (`ServerError.retry_after_s` of our client).
 """
 
 

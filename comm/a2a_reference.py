@@ -56,8 +56,6 @@ class ReferenceAllToAll:
         num_tokens = x_TD.shape[0]
         assert num_tokens == num_tokens_P[group.rank], f"rank {group.rank} has {num_tokens} tokens, plan {num_tokens_P}"
         assert num_tokens <= self._spec.max_tokens, f"{num_tokens} tokens, built for {self._spec.max_tokens}"
-        if group.size == 1 and (handle := self._alone(x_TD, physical_TK)) is not None:
-            return handle
         ids_P = self._everyones_ids(physical_TK, num_tokens_P)
         mine_TK = ids_P[group.rank]
         x_UD, pending = x_TD, None
@@ -107,23 +105,6 @@ class ReferenceAllToAll:
             out = handle.rows.new_zeros(num_slots, width)
             out[torch.from_numpy(handle.home_slots).to(out.device)] = handle.rows
         return out.view(handle.num_tokens, self._spec.top_k, width)
-
-    def _alone(self, x_TD: Tensor, physical_TK: Tensor) -> _Handle | None:
-        """The handle of a single rank, where only sorting is left to do; None if some ids are -1."""
-        ids_R = physical_TK.flatten().cpu().numpy()
-        order_R = ids_R.argsort(kind="stable")
-        if len(ids_R) and ids_R[order_R[0]] < 0:
-            return None
-        return _Handle(
-            num_tokens=x_TD.shape[0],
-            slots_P=[np.arange(len(ids_R))],
-            arrivals_P=[len(ids_R)],
-            row_index_R=order_R // self._spec.top_k,
-            place_R=_inverse(order_R),
-            expert_offsets=_offsets(ids_R, self._spec.rank_offsets[-1]),
-            x_UD=x_TD,
-            pending=None,
-        )
 
     def _everyones_ids(self, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> list[np.ndarray]:
         """Every rank's physical ids, [T_p, K]."""

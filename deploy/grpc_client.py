@@ -16,7 +16,7 @@ import grpc
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertwire.deploy.grpc_messages import FINISH_REASONS, from_sampling_params
+from expertwire.deploy.grpc_messages import FINISH_REASONS, RETRY_AFTER, from_sampling_params
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.outputs import Logprob, LogprobDict
@@ -30,12 +30,14 @@ class ServerError(RuntimeError):
     Attributes:
         code: name of the gRPC status, for instance "INVALID_ARGUMENT".
         message: what to do about it.
+        retry_after_s: seconds to wait before the next try, if the server knows.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,12 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a request has used; `seed` repeats it."""
+    """What a request has used; `seed` repeats it. Fields as in the .proto."""
 
     prompt_tokens: int
     completion_tokens: int
     seed: int
+    cached_prompt_tokens: int
 
 
 class Generation:
@@ -112,6 +115,9 @@ class Client:
         *,
         request_id: str | None = None,
         timeout_s: float | None = None,
+        priority: int | None = None,
+        tenant: str | None = None,
+        cache_salt: str | None = None,
         **sampling_params: Any,
     ) -> Generation:
         """Ask for the outputs of a prompt: text, or its token ids.
@@ -119,15 +125,22 @@ class Client:
         Args:
             prompt: what the model continues.
             request_id: unique among running requests; None makes one.
-            timeout_s: the server aborts the request after this time.
+            timeout_s: the server refuses the request if its first token cannot come in time, and aborts it after this time.
+            priority: lower is served earlier, where the server's policy is "priority".
+            tenant: whose request it is, for fair shares and limits.
+            cache_salt: cached prefixes are shared only within one tenant and salt.
             sampling_params: fields of `expertwire.SamplingParams`.
 
         Raises:
-            ValueError: an unknown sampling parameter. (The server's errors come from the iteration.)
+            ValueError: an unknown sampling parameter or a value of the wrong type. (The server's errors come from the iteration.)
         """
-        request = pb.GenerateRequest(
-            request_id=request_id or uuid.uuid4().hex, sampling_params=from_sampling_params(sampling_params)
-        )
+        params = from_sampling_params(sampling_params)
+        options = {"priority": priority, "tenant": tenant, "cache_salt": cache_salt}
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            request = pb.GenerateRequest(request_id=request_id or uuid.uuid4().hex, sampling_params=params, **given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"request options {given}: {error}") from error
         if isinstance(prompt, str):
             request.text = prompt
         else:
@@ -194,4 +207,6 @@ def _to_logprobs(entry: pb.PositionLogprobs) -> LogprobDict | None:
 
 
 def _raise(error: grpc.RpcError) -> NoReturn:
-    raise ServerError(error.code().name, error.details() or "") from error
+    wait_ms = dict(error.trailing_metadata() or ()).get(RETRY_AFTER)
+    wait_s = None if wait_ms is None else int(wait_ms) / 1e3
+    raise ServerError(error.code().name, error.details() or "", wait_s) from error

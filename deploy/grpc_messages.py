@@ -10,8 +10,10 @@ from typing import Any
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.config import ModelInfo
 from expertwire.engine.outputs import LogprobDict, Update
+from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
+RETRY_AFTER = "retry-after-ms"  # key of the trailing metadata
 FINISH_REASONS: Mapping[str, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -29,6 +31,17 @@ def to_prompt(request: pb.GenerateRequest) -> str | list[int]:
     if kind is None:
         raise ValueError("prompt is missing: set text or token_ids")
     return request.text if kind == "text" else list(request.token_ids.ids)
+
+
+def to_options(request: pb.GenerateRequest, deadline_s: float | None) -> RequestOptions:
+    """What is set in `request`; our defaults otherwise.
+
+    Raises:
+        ValueError: names the field and the values it allows.
+    """
+    return RequestOptions(
+        priority=request.priority, tenant=request.tenant, cache_salt=request.cache_salt, deadline_s=deadline_s
+    )
 
 
 def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:

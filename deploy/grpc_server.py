@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from expertwire.deploy import grpc_messages
+from expertwire.deploy.grpc_messages import RETRY_AFTER
 from expertwire.deploy.grpc_stream import OutputStream, StreamFailed
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.config import ModelInfo
-from expertwire.engine.outputs import EngineFailed, Update
+from expertwire.engine.outputs import EngineFailed, RequestError, Update
 from expertwire.engine.prompts import Prompt
+from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -48,7 +51,7 @@ class Front(Protocol):
     @property
     def failure(self) -> EngineFailed | None: ...
     def encode(self, prompt: Prompt, params: SamplingParams) -> Any: ...
-    def submit(self, prompt: Prompt, params: SamplingParams) -> int: ...
+    def submit(self, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> int: ...
     def abort(self, request_id: int) -> None: ...
     def poll(self, timeout_s: float) -> list[Update]: ...
     def fileno(self) -> int: ...
@@ -87,8 +90,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         try:
             while (message := await stream.read()) is not None:
                 await context.write(message)
-        except StreamFailed as error:
-            await context.abort(Code[error.code], str(error))
+        except StreamFailed as failed:
+            await context.abort(Code[failed.error.code], failed.error.message, _retry_hint(failed.error))
         finally:
             # Also where the client has cancelled, its deadline has passed or its connection is lost.
             self._close(number)
@@ -147,7 +150,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         try:
             params = grpc_messages.to_sampling_params(request.sampling_params)
             tokens = self._front.encode(grpc_messages.to_prompt(request), params)
-            number = self._front.submit(tokens, params)
+            options = grpc_messages.to_options(request, context.time_remaining())
+            number = self._front.submit(tokens, params, options)
         except ValueError as error:
             await context.abort(Code.INVALID_ARGUMENT, str(error))
         except EngineFailed as error:
@@ -259,6 +263,13 @@ class Server:
         finally:
             await self._server.stop(_GOODBYE_S)
         return servicer.failure
+
+
+def _retry_hint(error: RequestError) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata that say when to try again."""
+    if error.retry_after_s is None:
+        return ()
+    return ((RETRY_AFTER, str(math.ceil(1e3 * error.retry_after_s))),)
 
 
 async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:

@@ -17,11 +17,11 @@ UNREAD_SIZE = 262_144  # of one stream
 
 
 class StreamFailed(Exception):
-    """The stream ends with an error status: the name of a gRPC code and a message to act on."""
+    """The stream ends with an error status: `error` has the name of a gRPC code and a message to act on."""
 
     def __init__(self, error: RequestError) -> None:
         super().__init__(error.message)
-        self.code = error.code
+        self.error = error
 
 
 @dataclass(slots=True)
@@ -62,9 +62,10 @@ class OutputStream:
             return
         self.done = update.done
         if update.error is not None:
-            self.fail(*update.error)
+            self._fail(update.error)
             return
         self._usage.seed = update.seed
+        self._usage.cached_prompt_tokens = update.num_cached_tokens
         self._usage.completion_tokens += len(update.token_ids)
         self._unread_prompt.extend(from_logprobs(update.prompt_logprobs or ()))
         self._append(from_update(update))
@@ -76,9 +77,7 @@ class OutputStream:
 
     def fail(self, code: str, message: str) -> None:
         """End with an error status after what is unread."""
-        self.done = True
-        self._error = RequestError(code, message)
-        self._news.set()
+        self._fail(RequestError(code, message))
 
     async def read(self) -> pb.GenerateResponse | None:
         """What is new, about `MESSAGE_SIZE` at most; None after the last message.
@@ -100,6 +99,11 @@ class OutputStream:
             message.usage.CopyFrom(self._usage)
             self._complete = True
         return message
+
+    def _fail(self, error: RequestError) -> None:
+        self.done = True
+        self._error = error
+        self._news.set()
 
     def _has_unread(self) -> bool:
         return bool(self._unread or self._unread_prompt)

@@ -9,15 +9,16 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from expertwire.engine.config import EngineConfig
 
 ENGINE_FIELDS = (
     "dtype", "device", "ep_size", "launcher", "ray_address", "load_format", "max_model_len", "max_num_tokens",
-    "max_running", "max_waiting", "block_size", "kv_cache_bytes", "redundant_experts", "threads_per_rank", "seed",
-    "start_timeout_s", "step_timeout_s",
+    "max_running", "max_waiting", "max_waiting_per_tenant", "chunk_tokens", "policy", "aging", "tenant_weights",
+    "prefix_cache", "block_size", "kv_cache_bytes", "redundant_experts", "threads_per_rank", "seed", "start_timeout_s",
+    "step_timeout_s",
 )  # fmt: skip
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
@@ -42,7 +43,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 def add_options(parser: argparse.ArgumentParser, kind: type, fields: Iterable[str]) -> None:
     """An option for each of the `fields` of the dataclass `kind`.
 
-    Options of seconds have no suffix: `start_timeout_s` is --start-timeout.
+    Options of seconds have no suffix: `start_timeout_s` is --start-timeout. What is true or false can be turned off:
+    `prefix_cache` is --prefix-cache and --no-prefix-cache. A mapping is NAME=X,NAME=X.
     """
     hints, helps = typing.get_type_hints(kind), help_texts(kind)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
@@ -79,4 +81,20 @@ def _kind_of(hint: Any) -> dict[str, Any]:
         hint = members[0]
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is Mapping:
+        return {"type": _pairs, "metavar": "NAME=X,..."}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
+
+
+def _pairs(text: str) -> dict[str, float]:
+    """Names and numbers of "a=1,b=3"."""
+    pairs = [pair.rpartition("=") for pair in text.split(",")]
+    try:
+        values = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        values = {}
+    if len(values) < len(pairs) or not all(equals for _, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"must be NAME=NUMBER,NAME=NUMBER with every name once, got {text!r}")
+    return values

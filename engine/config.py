@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from expertwire.engine.request_options import check_name
+from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import CacheSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -28,6 +31,16 @@ class EngineConfig:
         max_num_tokens: token budget of one step on one rank (longer prompts are computed in chunks).
         max_running: requests that run at once on one rank.
         max_waiting: requests that may wait; more are answered RESOURCE_EXHAUSTED.
+        max_waiting_per_tenant: of them, requests of one tenant; None: no limit of its own.
+        chunk_tokens: prompt tokens of one step on a rank that also decodes, so that no decode waits for more; None:
+            `max_num_tokens`.
+        policy: which waiting request is served next: "fcfs" (the first to come), "priority" (of the lowest `priority`),
+            "shortest" (with the fewest tokens left), "prefix" (with the most tokens in the prefix cache) or "fair" (of the
+            tenant that has had the least for its weight).
+        aging: what a second of waiting is worth, so that nothing starves: units of priority with the policy "priority", tokens
+            with "shortest"; None takes 0.1 and 100.
+        tenant_weights: shares of the policy "fair" by tenant, a dictionary (a command takes a=1,b=3); any other tenant has 1.
+        prefix_cache: keep the KV blocks of finished requests for later ones that begin alike.
         block_size: tokens in a block of the KV cache.
         kv_cache_bytes: of one rank; None takes what `max_running` requests of `max_model_len` need, at most a fraction of the
             memory that is free after loading.
@@ -49,6 +62,12 @@ class EngineConfig:
     max_num_tokens: int = 2048
     max_running: int = 256
     max_waiting: int = 4096
+    max_waiting_per_tenant: int | None = None
+    chunk_tokens: int | None = None
+    policy: Literal["fcfs", "priority", "shortest", "prefix", "fair"] = "fcfs"
+    aging: float | None = None
+    tenant_weights: Mapping[str, float] | None = None
+    prefix_cache: bool = True
     block_size: int = 16
     kv_cache_bytes: int | None = None
     redundant_experts: int = 0
@@ -63,6 +82,7 @@ class EngineConfig:
             ("device", ("auto", "cpu", "cuda")),
             ("launcher", ("auto", "local", "ray")),
             ("load_format", ("auto", "dummy")),
+            ("policy", ("fcfs", "priority", "shortest", "prefix", "fair")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
@@ -75,12 +95,19 @@ class EngineConfig:
             ("redundant_experts", 0),
         ):
             _check_int(field, getattr(self, field), low)
-        for field in ("max_model_len", "kv_cache_bytes", "threads_per_rank"):
+        for field in (
+            "max_model_len",
+            "max_waiting_per_tenant",
+            "chunk_tokens",
+            "kv_cache_bytes",
+            "threads_per_rank",
+        ):
             if getattr(self, field) is not None:
                 _check_int(field, getattr(self, field), 1)
+        self._check_policy()
         for field in ("start_timeout_s", "step_timeout_s"):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not (_is_number(value) and value > 0):
                 raise ValueError(f"{field} must be a number of seconds > 0, got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be a 64-bit integer, got {self.seed!r}")
@@ -90,6 +117,26 @@ class EngineConfig:
             raise ValueError(
                 f"ray_address {self.ray_address!r} has no effect with launcher 'local'; use 'ray' or 'auto'"
             )
+
+    def _check_policy(self) -> None:
+        for field, policies in (("aging", ("priority", "shortest")), ("tenant_weights", ("fair",))):
+            if getattr(self, field) is not None and self.policy not in policies:
+                allowed = " or ".join(map(repr, policies))
+                raise ValueError(f"{field} has no effect with policy {self.policy!r}; use {allowed}")
+        if self.aging is not None and not (_is_number(self.aging) and self.aging >= 0):
+            raise ValueError(f"aging must be a number >= 0, got {self.aging!r}")
+        if self.tenant_weights is not None:
+            if not isinstance(self.tenant_weights, Mapping):
+                raise ValueError(
+                    f"tenant_weights must be a dictionary of names and weights, got {self.tenant_weights!r}"
+                )
+            object.__setattr__(self, "tenant_weights", dict(self.tenant_weights))
+            for tenant, weight in self.tenant_weights.items():
+                check_name("tenant_weights: a tenant", tenant)
+                if not (_is_number(weight) and weight > 0):
+                    raise ValueError(f"tenant_weights must be numbers > 0, got {weight!r} for {tenant!r}")
+        if not isinstance(self.prefix_cache, bool):
+            raise ValueError(f"prefix_cache must be True or False, got {self.prefix_cache!r}")
 
     def resolved_launcher(self) -> Literal["local", "ray"]:
         """The launcher that "auto" means here."""
@@ -164,6 +211,18 @@ class ModelInfo:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelInfo:
         return cls(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
+
+
+def too_many_branches(n: int, limits: EngineConfig | SchedulerConfig) -> str | None:
+    """Why a request of `n` branches can never wait; None if it can."""
+    for field in ("max_waiting", "max_waiting_per_tenant"):
+        if (allowed := getattr(limits, field)) is not None and n > allowed:
+            return f"n must be at most {field} = {allowed}, got {n}"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_int(field: str, value: object, low: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import select
 import sys
 import time
@@ -27,10 +28,12 @@ from expertwire.comm.control import (
     listen,
 )
 from expertwire.engine import messages
-from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo
+from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo, too_many_branches
+from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
+from expertwire.scheduler.policy import PolicyConfig, make_policy
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Rejection, Scheduler
@@ -60,8 +63,8 @@ class Orders:
 
 
 @dataclass(kw_only=True)
-class _Loop:
-    """What the loop carries from step to step."""
+class Loop:
+    """What the controller has, besides the step in flight."""
 
     scheduler: Scheduler
     hub: ControlHub
@@ -71,33 +74,34 @@ class _Loop:
     asking: list[int] = field(default_factory=list)  # fronts that wait for statistics
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
     load: np.ndarray | None = None  # i64 [layers * experts]
-    outputs: StepOutputs | None = None  # of the last step, until the ranks have the next one
 
 
-# Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and where time went, in
-# µs: planning; then, beside the ranks' work, answering the fronts and waiting; the slowest rank's forward pass (a part of these
-# two); committing.
-_TOTALS = ("steps", "tokens_computed", "tokens_sampled", "plan_us", "deliver_us", "wait_us", "forward_us", "commit_us")
+# Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and where time went, in µs:
+# planning a step, waiting for the ranks to end the one before it, committing that and answering the fronts; the slowest rank's
+# forward pass, beside which all this happens.
+_TOTALS = ("steps", "tokens_computed", "tokens_sampled", "plan_us", "wait_us", "commit_us", "deliver_us", "forward_us")
 
 
 def controller_main(orders: Orders) -> None:
     """Run until the parent lets go; the entry point of `engine.engine`."""
     listener = listen(orders.fronts_address, orders.token)
-    hub = ControlHub(orders.config.ep_size, address=orders.hub_address, token=orders.token)
-    loop: _Loop | None = None
+    config = orders.config
+    hub = ControlHub(config.ep_size, address=orders.hub_address, token=orders.token)
+    loop: Loop | None = None
     try:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
         info = _start_ranks(orders, hub)
-        scheduler = Scheduler(_scheduler_config(orders, info), orders.model.cache_specs())
-        loop = _Loop(scheduler=scheduler, hub=hub, info=info)
+        policy = PolicyConfig(name=config.policy, aging=config.aging, weights=config.tenant_weights)
+        scheduler = Scheduler(_scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
+        loop = Loop(scheduler=scheduler, hub=hub, info=info)
         _tell(ready=info.to_dict())
+        flight: StepPlan | None = None
         while True:
-            _listen(loop, listener)
-            _step(loop, orders.config.step_timeout_s)
+            _listen(loop, listener, busy=flight is not None)
+            flight = step(loop, flight, config.step_timeout_s)
     except (RankLost, RankTimeout, RankError, CacheTooSmall) as error:
         rank, message = _blame(hub, error)
         if loop is not None:
-            _deliver(loop)
             for number in list(loop.fronts):
                 _send(loop, number, messages.Failure(rank=rank, message=message))
         _tell(failed={"rank": rank, "message": message})
@@ -183,6 +187,10 @@ def _scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
         max_waiting=config.max_waiting,
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
+        prefix_cache=config.prefix_cache,
+        prefix_secret=secrets.randbits(128),
+        chunk_tokens=config.chunk_tokens,
+        max_waiting_per_tenant=config.max_waiting_per_tenant,
     )
 
 
@@ -209,9 +217,9 @@ def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError | CacheToo
 # ---- the loop
 
 
-def _listen(loop: _Loop, listener: Any) -> None:
+def _listen(loop: Loop, listener: Any, *, busy: bool) -> None:
     """Take in what the fronts say; waits only when there is nothing else to do."""
-    busy = not loop.scheduler.idle or bool(loop.asking) or loop.outputs is not None
+    busy = busy or not loop.scheduler.idle or bool(loop.asking)
     by_descriptor = {channel.fileno(): number for number, channel in loop.fronts.items()}
     watched = [listener.fileno(), *by_descriptor, *loop.hub.filenos()]
     # A front that is slow to read has left some of its messages with us.
@@ -229,13 +237,13 @@ def _listen(loop: _Loop, listener: Any) -> None:
             loop.hub.poll_lost()
 
 
-def _accept(loop: _Loop, listener: Any) -> None:
+def _accept(loop: Loop, listener: Any) -> None:
     while (channel := listener.accept(0)) is not None:
         loop.fronts[loop.num_fronts] = channel
         loop.num_fronts += 1
 
 
-def _receive(loop: _Loop, number: int) -> None:
+def _receive(loop: Loop, number: int) -> None:
     channel = loop.fronts[number]
     try:
         while (arrays := channel.recv(0)) is not None:
@@ -244,7 +252,7 @@ def _receive(loop: _Loop, number: int) -> None:
         _forget(loop, number)
 
 
-def _handle(loop: _Loop, number: int, message: messages.Message) -> None:
+def _handle(loop: Loop, number: int, message: messages.Message) -> None:
     match message:
         case messages.Hello():
             _send(loop, number, messages.Welcome(model_info=loop.info.to_dict()))
@@ -259,15 +267,15 @@ def _handle(loop: _Loop, number: int, message: messages.Message) -> None:
             raise ValueError(f"a front does not send {type(message).__name__}")
 
 
-def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
+def _submit(loop: Loop, number: int, message: messages.Submit) -> None:
     now, rejections = time.monotonic(), []
-    if (n := len(message.ids_Q)) > (allowed := loop.scheduler.config.max_waiting):
-        reason = f"n must be at most max_waiting = {allowed}, got {n}"
+    if (reason := too_many_branches(len(message.ids_Q), loop.scheduler.config)) is not None:
         keys = [_key(number, request_id) for request_id in message.ids_Q.tolist()]
         return _reject(loop, number, [Rejection(key, "INVALID_ARGUMENT", reason) for key in keys])
     for i, request_id in enumerate(message.ids_Q.tolist()):
         start, end = message.token_offsets_Q1[i : i + 2]
         params = SamplingParams.from_dict(message.params[i])
+        options = RequestOptions(**message.options[i])
         assert params.seed is not None, f"request {request_id} of front {number} has no seed"
         request = Request(
             key=_key(number, request_id),
@@ -275,6 +283,10 @@ def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
             params=params,
             branch=int(message.branches_Q[i]),
             seed=params.seed,
+            priority=options.priority,
+            tenant=options.tenant,
+            salt=options.cache_salt,
+            deadline=None if options.deadline_s is None else now + options.deadline_s,
         )
         if (rejection := loop.scheduler.submit(request, now)) is not None:
             rejections.append(rejection)
@@ -282,40 +294,54 @@ def _submit(loop: _Loop, number: int, message: messages.Submit) -> None:
         _reject(loop, number, rejections)
 
 
-def _reject(loop: _Loop, number: int, rejections: list[Rejection]) -> None:
+def _reject(loop: Loop, number: int, rejections: list[Rejection]) -> None:
     answer = messages.Rejected(
         ids=[rejection.key & ((1 << _ID_BITS) - 1) for rejection in rejections],
         codes=[rejection.code for rejection in rejections],
         messages=[rejection.message for rejection in rejections],
+        retry_after_s=[rejection.retry_after_s for rejection in rejections],
     )
     _send(loop, number, answer)
 
 
-def _step(loop: _Loop, timeout_s: float) -> None:
+def step(loop: Loop, flight: StepPlan | None, timeout_s: float, *, overlap: bool = True) -> StepPlan | None:
+    """Plan a step and send it to the ranks, then wait for the results of the one before it, which they are computing, and answer.
+
+    So the ranks go from step to step without waiting for the controller. A new request starts one step later for it.
+
+    Args:
+        flight: the step that the ranks compute, if any.
+        overlap: False waits for each step before the next is planned; only measurements want that.
+
+    Returns:
+        The step that the ranks compute now, for the next call.
+    """
     clock = [time.perf_counter()]
     plan = loop.scheduler.plan(time.monotonic(), report_load=bool(loop.asking))
     if plan is not None:
         loop.hub.publish(plan.to_arrays())
+    if not overlap:
+        flight, plan = plan, None
     clock.append(time.perf_counter())
-    _deliver(loop)
-    if plan is None:
-        return
-    clock.append(time.perf_counter())
+    if flight is None:
+        return plan
     results = [StepResult.from_arrays(answer) for answer in loop.hub.collect(timeout_s)]
     clock.append(time.perf_counter())
-    loop.outputs = loop.scheduler.commit(plan, results, time.monotonic())
+    outputs = loop.scheduler.commit(flight, results, time.monotonic())
     clock.append(time.perf_counter())
-    _count(loop, plan, results, clock)
-    if loop.asking:
+    _deliver(loop, outputs)
+    clock.append(time.perf_counter())
+    _count(loop, flight, results, clock)
+    if flight.report_load:
         load = np.sum([result.expert_load for result in results], axis=0)
         loop.load = load if loop.load is None else loop.load + load
         _answer_stats(loop)
+    return plan
 
 
-def _deliver(loop: _Loop) -> None:
-    """Send each front its requests' share of the last step's outputs."""
-    outputs, loop.outputs = loop.outputs, None
-    if outputs is None or not (len(outputs.key_O) or len(outputs.prompt_key_R)):
+def _deliver(loop: Loop, outputs: StepOutputs) -> None:
+    """Send each front its requests' share of a step's outputs."""
+    if not (len(outputs.key_O) or len(outputs.prompt_key_R)):
         return
     owners = np.unique(np.concatenate((outputs.key_O, outputs.prompt_key_R)) >> _ID_BITS)
     for number in owners.tolist():
@@ -349,17 +375,17 @@ def _take(values: dict[str, Any], rows: np.ndarray, offsets: str, names: Iterabl
     return {offsets: new_offsets.astype(np.int32), **{name: values[name][index] for name in names}}
 
 
-def _count(loop: _Loop, plan: StepPlan, results: list[StepResult], clock: list[float]) -> None:
+def _count(loop: Loop, plan: StepPlan, results: list[StepResult], clock: list[float]) -> None:
     totals = loop.totals
     totals["steps"] += bool(plan.num_tokens_P.any())
     totals["tokens_computed"] += int(plan.num_tokens_P.sum())
     totals["tokens_sampled"] += sum(len(result.token_O) for result in results)
     totals["forward_us"] += max(result.forward_us for result in results)
-    for name, start, end in zip(("plan_us", "deliver_us", "wait_us", "commit_us"), clock, clock[1:], strict=False):
+    for name, start, end in zip(("plan_us", "wait_us", "commit_us", "deliver_us"), clock, clock[1:], strict=False):
         totals[name] += int((end - start) * 1e6)
 
 
-def _answer_stats(loop: _Loop) -> None:
+def _answer_stats(loop: Loop) -> None:
     """Statistics: the scheduler's gauges, the totals, and `expert_load`: rows by [layer][logical expert] since the start."""
     assert loop.load is not None
     load = loop.load.reshape(loop.info.num_layers, -1).tolist()
@@ -369,7 +395,7 @@ def _answer_stats(loop: _Loop) -> None:
     loop.asking.clear()
 
 
-def _send(loop: _Loop, number: int, message: messages.Message) -> None:
+def _send(loop: Loop, number: int, message: messages.Message) -> None:
     if number in loop.fronts:
         try:
             loop.fronts[number].send(messages.encode(message))
@@ -377,14 +403,14 @@ def _send(loop: _Loop, number: int, message: messages.Message) -> None:
             _forget(loop, number)
 
 
-def _flush(loop: _Loop, number: int) -> None:
+def _flush(loop: Loop, number: int) -> None:
     try:
         loop.fronts[number].flush()
     except ChannelClosed:
         _forget(loop, number)
 
 
-def _forget(loop: _Loop, number: int) -> None:
+def _forget(loop: Loop, number: int) -> None:
     """A front is gone: so are its requests."""
     loop.fronts.pop(number).close()
     loop.asking = [n for n in loop.asking if n != number]

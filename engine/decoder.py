@@ -22,9 +22,10 @@ from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv, paged_kv
 from expertwire.engine.config import ModelConfig
 from expertwire.engine.weight_map import Destination, ParamSpec, WeightMap
-from expertwire.kernels import attention, experts, linear, rotary, routing
+from expertwire.kernels import attention, linear, rotary
 from expertwire.kernels.linear import Linear
 from expertwire.kernels.registry import Ops
+from expertwire.moe import layer as moe_layer
 from expertwire.moe.layer import MoeLayer
 from expertwire.moe.placement import Placement
 
@@ -98,11 +99,11 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Pre-norm residual layer. `mlp` takes the tokens and every rank's token count (a dense one ignores it)."""
+    """Pre-norm residual layer. Of x and its norm, `mlp` too makes the sum and the norm of that; it takes every rank's token count
+    (a dense one ignores it)."""
 
-    input_norm: Tensor
     attention: Attention
-    mlp: Callable[[Tensor, list[int]], Tensor]
+    mlp: Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
     moe: MoeLayer | None
 
 
@@ -225,16 +226,18 @@ class Decoder:
     def bind(self, params: Params) -> None:
         """Take `params` over, emptying the dictionary as it goes, so that memory holds one copy and one parameter more."""
         c = self.config
-        self._embed, self._norm = params.pop("embed"), params.pop("norm")
+        self._embed = params.pop("embed")
         # A tied head is packed from a copy: the embedding is read row by row.
         self._head = linear.prepare(self._embed.clone() if c.tie_word_embeddings else params.pop("lm_head"))
-        for i, sparse in enumerate(c.sparse_layers):
+        # The norm after each layer is the next layer's first one.
+        self._first_norm, *after = *(params.pop(f"layers.{i}.input_norm") for i in range(c.num_layers)), params.pop("norm")
+        for i, (sparse, next_norm) in enumerate(zip(c.sparse_layers, after, strict=True)):
             prefix = f"layers.{i}."
             layer = {name.removeprefix(prefix): params.pop(name) for name in list(params) if name.startswith(prefix)}
-            self.layers.append(self._bind_layer(layer, sparse))
+            self.layers.append(self._bind_layer(layer, sparse, next_norm))
         assert not params, f"parameters that no layer took: {sorted(params)}"
 
-    def _bind_layer(self, p: Params, sparse: bool) -> Layer:
+    def _bind_layer(self, p: Params, sparse: bool, next_norm: Tensor) -> Layer:
         c = self.config
         qk_norm = None
         if c.qk_norm:
@@ -253,27 +256,27 @@ class Decoder:
             norm=p["post_norm"],
             few=few,
         )
-        moe = self._bind_moe(p) if sparse else None
-        return Layer(
-            input_norm=p["input_norm"],
-            attention=attn,
-            mlp=moe.forward if moe is not None else _dense_mlp(p, self.context.ops),
-            moe=moe,
-        )
+        if not sparse:
+            return Layer(attention=attn, mlp=_dense_mlp(p, self.context.ops, next_norm, c.rms_norm_eps), moe=None)
+        moe = self._bind_moe(p, next_norm)
+        return Layer(attention=attn, mlp=moe.forward, moe=moe)
 
-    def _bind_moe(self, p: Params) -> MoeLayer:
+    def _bind_moe(self, p: Params, next_norm: Tensor) -> MoeLayer:
         c, context = self.config, self.context
         assert context.placement is not None
         assert context.all_to_all is not None
-        physical = torch.from_numpy(context.placement.physical_for(context.rank)).to(context.device)
-        return MoeLayer(
+        return moe_layer.prepare(
+            p.pop("router"),
+            p.pop("w13"),
+            p.pop("w2"),
+            next_norm,
             ops=context.ops,
-            router=routing.prepare(p.pop("router"), c.top_k, context.ops.route, renormalize=c.renormalize),
-            experts=experts.prepare(p.pop("w13"), p.pop("w2"), context.ops.silu_mul),
-            shared=None,
+            top_k=c.top_k,
+            renormalize=c.renormalize,
+            eps=c.rms_norm_eps,
+            placement=context.placement,
+            rank=context.rank,
             all_to_all=context.all_to_all,
-            physical_of_E=physical,
-            load_E=np.zeros(c.num_experts, np.int64),
         )
 
     # ---- running
@@ -288,17 +291,14 @@ class Decoder:
     def forward(self, batch: ForwardBatch, caches: list[PagedKv]) -> Tensor:
         """As `Model.forward`."""
         assert self._tables is not None, "forward before allocate"
-        ops, eps = self.context.ops, self.config.rms_norm_eps
         num_tokens_P = list(batch.num_tokens_P)
         x_TD = self._embed[batch.token_ids_T]
-        normed_TD = ops.rms_norm(x_TD, self.layers[0].input_norm, eps)
+        normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
         few, seqs = self.layers[0].attention.few, batch.sequences
         step = few and few.step(self._tables, batch.positions_T, batch.slot_mapping_T, seqs, caches[0].k)
-        # The norm after each layer is the next layer's first one.
-        after = [*(layer.input_norm for layer in self.layers[1:]), self._norm]
-        for layer, cache, next_norm in zip(self.layers, caches, after, strict=True):
+        for layer, cache in zip(self.layers, caches, strict=True):
             x_TD, normed_TD = layer.attention.forward(x_TD, normed_TD, batch, cache, self._tables, step)
-            x_TD, normed_TD = ops.add_rms_norm(x_TD, layer.mlp(normed_TD, num_tokens_P), next_norm, eps)
+            x_TD, normed_TD = layer.mlp(x_TD, normed_TD, num_tokens_P)
         return normed_TD
 
     def logits(self, x_XD: Tensor) -> Tensor:
@@ -315,10 +315,12 @@ class Decoder:
         return load.reshape(-1)
 
 
-def _dense_mlp(p: Params, ops: Ops) -> Callable[[Tensor, list[int]], Tensor]:
+def _dense_mlp(
+    p: Params, ops: Ops, norm_D: Tensor, eps: float
+) -> Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]:
     gate_up, down = linear.prepare(p.pop("gate_up")), linear.prepare(p.pop("down"))
 
-    def apply(x_TD: Tensor, num_tokens_P: list[int]) -> Tensor:
-        return down(ops.silu_mul(gate_up(x_TD)))
+    def apply(x_TD: Tensor, normed_TD: Tensor, num_tokens_P: list[int]) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x_TD, down(ops.silu_mul(gate_up(normed_TD))), norm_D, eps)
 
     return apply

@@ -34,11 +34,13 @@ from expertwire.engine.messages import (
 )
 from expertwire.engine.outputs import EngineFailed, Logprob, LogprobDict, RequestError, Update
 from expertwire.engine.prompts import Prompt, encode_prompt
+from expertwire.engine.request_options import RequestOptions
 from expertwire.engine.stop_strings import StopStrings
 from expertwire.engine.tokenizer import TextStream, Tokenizer
 from expertwire.scheduler.plan import FinishReason
 from expertwire.scheduler.sampling_params import SamplingParams
 
+_PLAIN = RequestOptions()
 _REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
 
 
@@ -98,7 +100,7 @@ class Front:
         """
         return encode_prompt(prompt, params, self.model_info, self.tokenizer)
 
-    def submit(self, prompt: Prompt, params: SamplingParams) -> int:
+    def submit(self, prompt: Prompt, params: SamplingParams, options: RequestOptions = _PLAIN) -> int:
         """Ask for the outputs of a prompt: text, or its token ids.
 
         Returns:
@@ -119,7 +121,7 @@ class Front:
         for index, wire in enumerate(wires):
             stream = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
             request.branches[wire] = self._wires[wire] = _Branch(request, wire, index, stream)
-        self._send(_submission(request, wires, tokens))
+        self._send(_submission(request, wires, tokens, options))
         self._check_alive()
         return request.id
 
@@ -134,8 +136,7 @@ class Front:
             return
         branches = list(request.branches.values())
         for branch in branches:
-            update = Update(request_id, branch.index, text=branch.flush(), seed=request.seed)
-            self._updates.append(self._end(branch, update, "abort"))
+            self._updates.append(self._end(branch, request.update(branch.index, text=branch.flush()), "abort"))
         self._abort_wires([branch.wire for branch in branches])
 
     def poll(self, timeout_s: float) -> list[Update]:
@@ -219,9 +220,9 @@ class Front:
         if isinstance(message, Outputs):
             self._take_outputs(message)
         elif isinstance(message, Rejected):
-            for wire, code, text in zip(message.ids, message.codes, message.messages, strict=True):
+            for wire, *error in zip(message.ids, message.codes, message.messages, message.retry_after_s, strict=True):
                 if branch := self._wires.get(wire):
-                    self._end_with_error(branch.request, RequestError(code, text))
+                    self._end_with_error(branch.request, RequestError(*error))
         elif isinstance(message, Stats):
             self._stats.append(message.values)
         elif isinstance(message, Failure):
@@ -255,7 +256,9 @@ class Front:
             logprobs = (self._logprobs_of(message, row, token),)
         if request.prompt_logprobs is not None and branch.index == 0 and tokens:
             prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        update = Update(request.id, branch.index, tokens, text, logprobs, prompt_logprobs, None, None, request.seed)
+        if branch.index == 0 and tokens:
+            request.num_cached_tokens = int(message.num_cached_O[row])
+        update = request.update(branch.index, tokens, text, logprobs, prompt_logprobs)
         if branch.stop is not None and branch.stop.found is not None:
             return self._end(branch, update, "stop", branch.stop.found)
         if finish:
@@ -304,7 +307,7 @@ class Front:
         for wire in wires:
             del self._wires[wire]
         del self._requests[request.id]
-        self._updates.append(Update(request.id, seed=request.seed, error=error, done=True))
+        self._updates.append(request.update(error=error, done=True))
         if len(wires) > 1:
             self._abort_wires(wires)
 
@@ -326,10 +329,15 @@ class _Request:
         self.prompt = prompt
         self.params = params
         self.seed = seed
+        self.num_cached_tokens = 0
         self.branches: dict[int, _Branch] = {}  # open ones by wire
         self.prompt_logprobs: list[LogprobDict | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt)
+
+    def update(self, *news: Any, **fields: Any) -> Update:
+        """An `Update` with what is known of the request; `news` are the fields after `request_id`."""
+        return Update(self.id, *news, seed=self.seed, num_cached_tokens=self.num_cached_tokens, **fields)
 
 
 class _Branch:
@@ -370,7 +378,7 @@ class _Branch:
         return self.stop.push(text)
 
 
-def _submission(request: _Request, wires: range, tokens: np.ndarray) -> Submit:
+def _submission(request: _Request, wires: range, tokens: np.ndarray, options: RequestOptions) -> Submit:
     params = dataclasses.replace(request.params, seed=request.seed).to_dict()
     # The branches share the prompt, so one of them reports it.
     others = {**params, "prompt_logprobs": None}
@@ -378,6 +386,7 @@ def _submission(request: _Request, wires: range, tokens: np.ndarray) -> Submit:
         ids_Q=np.array(wires, np.int64),
         branches_Q=np.arange(len(wires), dtype=np.int32),
         params=[params, *[others] * (len(wires) - 1)],
+        options=[options.to_dict()] * len(wires),
         token_offsets_Q1=np.arange(len(wires) + 1, dtype=np.int64) * len(tokens),
         tokens=np.tile(tokens, len(wires)),
     )

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from expertwire.scheduler.sampling_params import SamplingParams
-
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
@@ -38,6 +36,7 @@ class Submit:
     ids_Q: np.ndarray  # i64
     branches_Q: np.ndarray  # i32
     params: list[dict[str, Any]]  # `SamplingParams.to_dict`, one a request
+    options: list[dict[str, Any]]  # `RequestOptions.to_dict`, one a request; a deadline counts from when this arrives
     token_offsets_Q1: np.ndarray  # i64
     tokens: np.ndarray  # i32
 
@@ -62,6 +61,7 @@ class Outputs:
     id_O: np.ndarray  # i64
     token_O: np.ndarray  # i32; -1 on a row that carries only prompt log-probabilities or an abort
     finish_O: np.ndarray  # u8, FinishReason
+    num_cached_O: np.ndarray  # i32, prompt tokens that the request found in the prefix cache
     logprob_O: np.ndarray  # f32
     token_rank_O: np.ndarray  # i32
     top_offsets_O1: np.ndarray  # i32
@@ -78,11 +78,15 @@ class Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """Answers to requests that were not admitted. `code` is the name of a gRPC status, for instance INVALID_ARGUMENT."""
+    """Answers to requests that were not admitted. `code` is the name of a gRPC status, for instance INVALID_ARGUMENT.
+
+    `retry_after_s` is when to try a RESOURCE_EXHAUSTED request again; None if nothing is known.
+    """
 
     ids: list[int]
     codes: list[str]
     messages: list[str]
+    retry_after_s: list[float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +135,3 @@ def decode(arrays: Mapping[str, np.ndarray]) -> Message:
         return kind(**plain, **{name: value for name, value in arrays.items() if name != "_"})
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a message of this protocol: fields {sorted(arrays)}") from error
-
-
-def submit_one(request_id: int, branch: int, tokens: np.ndarray, params: SamplingParams) -> Submit:
-    """A `Submit` of one request; `tokens` i32 [prompt length]."""
-    return Submit(
-        ids_Q=np.array([request_id], np.int64),
-        branches_Q=np.array([branch], np.int32),
-        params=[params.to_dict()],
-        token_offsets_Q1=np.array([0, len(tokens)], np.int64),
-        tokens=np.asarray(tokens, np.int32),
-    )

@@ -21,10 +21,14 @@ class Logprob(NamedTuple):
 
 
 class RequestError(NamedTuple):
-    """Why a request got no (further) output. `code` is the name of a gRPC status, for instance RESOURCE_EXHAUSTED."""
+    """Why a request got no (further) output. `code` is the name of a gRPC status, for instance RESOURCE_EXHAUSTED.
+
+    `retry_after_s` is when to try again, if that is known.
+    """
 
     code: str
     message: str
+    retry_after_s: float | None = None
 
 
 class Update(NamedTuple):
@@ -41,6 +45,7 @@ class Update(NamedTuple):
         finish_reason: "stop", "length" or "abort" on the branch's last update.
         stop_reason: the stop string or the id among `stop_token_ids` that ended the branch.
         seed: of the request; the branch's draws follow from (seed, branch, position).
+        num_cached_tokens: prompt tokens that branch 0 found in the prefix cache; 0 until its first token.
         error: the whole request failed; no further update comes.
         done: the request's last update.
     """
@@ -54,6 +59,7 @@ class Update(NamedTuple):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     seed: int = 0
+    num_cached_tokens: int = 0
     error: RequestError | None = None
     done: bool = False
 

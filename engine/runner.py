@@ -50,6 +50,7 @@ class Runner:
         """Do this rank's part of the plan. All ranks of the group call it with the same plan."""
         mine = plan.rank(self._rank)
         self._slots.apply(mine)
+        self._copy_blocks(mine)
         load = self._model.take_expert_load() if plan.report_load else np.zeros(0, np.int64)
         answer = {"step": plan.step, "rank": self._rank, "expert_load": load}
         if not plan.num_tokens_P.any():
@@ -67,6 +68,15 @@ class Runner:
         )
         elapsed_us = int((time.perf_counter() - started) * 1e6)
         return StepResult(**answer, forward_us=elapsed_us, **outputs, **prompt_rows)
+
+    def _copy_blocks(self, mine: RankPlan) -> None:
+        if not len(mine.copy_to_C):
+            return
+        assert not mine.copy_cache_C.any(), f"only cache 0 exists, plan names {np.unique(mine.copy_cache_C)}"
+        source_C, target_C = (torch.from_numpy(ids.astype(np.int64)) for ids in (mine.copy_from_C, mine.copy_to_C))
+        for cache in self._caches:
+            for blocks in (cache.k, cache.v):
+                blocks[target_C] = blocks[source_C]
 
     def _sample(self, x_OD: Tensor, slots_O: np.ndarray) -> dict[str, np.ndarray]:
         state = self._slots.sampling[slots_O]

@@ -38,7 +38,7 @@ class Slots:
         self.bias: list[tuple[np.ndarray, np.ndarray]] = [(_NONE, _NONE)] * num_slots
 
     def apply(self, plan: RankPlan) -> None:
-        """Release, admit, append blocks, in this order."""
+        """Release, admit, set blocks, in this order."""
         self.num_tokens[plan.release_slot] = 0
         self.blocks[plan.release_slot] = 0
         for i, slot in enumerate(plan.admit_slot_A.tolist()):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from expertwire.engine.front import Front
 from expertwire.engine.outputs import EngineFailed, LogprobDict, RequestError, Update
+from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _POLL_S = 0.2  # how long an interrupt may wait for the end of a poll
@@ -56,6 +57,7 @@ class RequestOutput:
         prompt_logprobs: when asked for: None for the first token, then token id -> `Logprob`, the prompt's token first.
         outputs: `n` of them.
         finished: every output has its end.
+        num_cached_tokens: of the prompt's tokens, those that the first output found in the prefix cache.
     """
 
     request_id: str
@@ -64,19 +66,24 @@ class RequestOutput:
     prompt_logprobs: list[LogprobDict | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+    num_cached_tokens: int = 0
 
 
 class Job:
     """A prompt on its way, and what has come of it."""
 
-    def __init__(self, index: int, text: str | None, tokens: np.ndarray, params: SamplingParams) -> None:
+    def __init__(
+        self, index: int, text: str | None, tokens: np.ndarray, params: SamplingParams, options: RequestOptions
+    ) -> None:
         self.index = index
         self.text = text
         self.tokens = tokens
         self.params = params
+        self.options = options
         self.request_id = -1
         self.num_waiting = params.n  # branches without an update
         self.finished = False
+        self.num_cached_tokens = 0
         self.prompt_logprobs: list[LogprobDict | None] | None = None
         self.outputs = [
             CompletionOutput(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)
@@ -94,6 +101,7 @@ class Job:
         if update.prompt_logprobs is not None:
             self.prompt_logprobs = update.prompt_logprobs
         output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
+        self.num_cached_tokens = update.num_cached_tokens
         self.finished = update.done
 
     def output(self) -> RequestOutput:
@@ -109,6 +117,7 @@ class Job:
             prompt_logprobs=self.prompt_logprobs,
             outputs=self.outputs,
             finished=self.finished,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
 
@@ -127,7 +136,7 @@ class Run:
         """Send what there is room for."""
         while self._next is not None and self._next.params.n <= self._room:
             job = self._next
-            job.request_id = self._front.submit(job.tokens, job.params)
+            job.request_id = self._front.submit(job.tokens, job.params, job.options)
             self._open[job.request_id] = job
             self._room -= job.num_waiting
             self._next = next(self._todo, None)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from expertwire.deploy import runtime
-from expertwire.engine.config import EngineConfig, ModelInfo
+from expertwire.engine.config import EngineConfig, ModelInfo, too_many_branches
 from expertwire.engine.engine import Engine
 from expertwire.engine.front import Front
 from expertwire.engine.outputs import EngineFailed
 from expertwire.engine.prompts import Prompt
+from expertwire.engine.request_options import RequestOptions
 from expertwire.engine.tokenizer import Tokenizer
 from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, Run, delayed_interrupt
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -43,7 +44,7 @@ class LLM:
         _check_names(options)
         config = EngineConfig(model=str(model), **options)
         tokenizer = runtime.open_tokenizer(config)
-        self._max_waiting = config.max_waiting
+        self._config = config
         self._engine = Engine(config, runtime.make_launcher(config))
         try:
             self._front = Front(self._engine.connect(), tokenizer, deterministic_seeds=True)
@@ -75,22 +76,32 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
+        tenant: str | Sequence[str] | None = None,
+        cache_salt: str | Sequence[str] | None = None,
     ) -> list[RequestOutput]:
         """Outputs for prompts, in their order.
 
         An interrupt (Ctrl-C) ends the open requests; the `LLM` remains usable.
 
         Args:
-            prompts: one or a list of: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+            prompts: one or a list of: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; a dictionary
+                may have a "cache_salt" of its own.
             sampling_params: for all prompts, or one for each; None takes the defaults.
             use_tqdm: show a progress bar.
+            priority: for all prompts or one for each; lower is served earlier with the policy "priority". None: 0.
+            tenant: whose requests these are, for fair shares and limits; for all or one for each. None: "".
+            cache_salt: cached prefixes are shared only within one tenant and salt; for all or one for each. None: "".
 
         Raises:
             ValueError: a prompt or its parameters cannot be served; no other has been generated in vain if this can be told
                 beforehand.
             EngineFailed: the engine has failed; the message names the rank.
         """
-        return self._run(self._jobs([_plain_prompt(prompt) for prompt in _as_list(prompts)], sampling_params), use_tqdm)
+        items = _as_list(prompts)
+        plain = [_plain_prompt(prompt) for prompt in items]
+        options = _options_of(items, priority=priority, tenant=tenant, cache_salt=cache_salt)
+        return self._run(self._jobs(plain, sampling_params, options), use_tqdm)
 
     def chat(
         self,
@@ -98,6 +109,9 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
+        tenant: str | Sequence[str] | None = None,
+        cache_salt: str | Sequence[str] | None = None,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -109,6 +123,7 @@ class LLM:
             messages: dictionaries with "role" and "content", or a list of such lists.
             sampling_params: as in `generate`.
             use_tqdm: show a progress bar.
+            priority: as in `generate`; so are `tenant` and `cache_salt`.
             add_generation_prompt: end with what begins the assistant's answer.
             chat_template: name of one of the model's templates, or the Jinja source of another.
             tools: JSON schemas of functions.
@@ -126,7 +141,8 @@ class LLM:
         texts = [self.tokenizer.render_chat(chat, add_generation_prompt, **options) for chat in conversations]
         # The template writes the special tokens.
         prompts = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-        return self._run(self._jobs(prompts, sampling_params), use_tqdm)
+        each = _options_of(conversations, priority=priority, tenant=tenant, cache_salt=cache_salt)
+        return self._run(self._jobs(prompts, sampling_params, each), use_tqdm)
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters and gauges.
@@ -144,29 +160,28 @@ class LLM:
         self,
         prompts: Sequence[tuple[str | None, Prompt]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        options: Sequence[RequestOptions],
     ) -> list[Job]:
         if not self._closing.alive:
             raise ValueError("this LLM is closed")
-        if isinstance(sampling_params, Sequence):
-            params = list(sampling_params)
-        else:
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"sampling_params must be one for all or one a prompt ({len(prompts)}), got {len(params)}")
+        given = SamplingParams() if sampling_params is None else sampling_params
+        params = _one_each("sampling_params", given, len(prompts))
         jobs = []
-        for index, ((text, prompt), param) in enumerate(zip(prompts, params, strict=True)):
+        for index, ((text, prompt), param, option) in enumerate(zip(prompts, params, options, strict=True)):
             if not isinstance(param, SamplingParams):
                 raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {param!r}")
             try:
-                jobs.append(Job(index, text, self._front.encode(prompt, param), param))
+                tokens = self._front.encode(prompt, param)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
-            if param.n > self._max_waiting:
-                raise ValueError(f"prompt {index}: n must be at most max_waiting = {self._max_waiting}, got {param.n}")
+            if (reason := too_many_branches(param.n, self._config)) is not None:
+                raise ValueError(f"prompt {index}: {reason}")
+            jobs.append(Job(index, text, tokens, param, option))
         return jobs
 
     def _run(self, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
-        run = Run(self._front, jobs, self._max_waiting)
+        limit = self._config.max_waiting_per_tenant
+        run = Run(self._front, jobs, min(self._config.max_waiting, limit or self._config.max_waiting))
         with Progress(len(jobs), use_tqdm) as progress, delayed_interrupt() as check_interrupt:
             try:
                 while run.unfinished:
@@ -204,11 +219,32 @@ def _as_list(prompts: Any) -> Sequence[Any]:
 def _plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
     """Text if there is one, and what the front encodes."""
     if isinstance(prompt, Mapping):
-        known = {"prompt", "prompt_token_ids"}
-        if not prompt or not known.issuperset(prompt):
+        if not {"prompt", "prompt_token_ids", "cache_salt"}.issuperset(prompt) or not prompt.keys() - {"cache_salt"}:
             raise ValueError(f"a prompt's dictionary must have 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
         if isinstance(prompt.get("prompt_token_ids"), str):
             raise ValueError(f"prompt_token_ids must be token ids, got {prompt['prompt_token_ids']!r:.100}")
         text = prompt.get("prompt")
         return text, prompt.get("prompt_token_ids", text)
     return (prompt if isinstance(prompt, str) else None), prompt
+
+
+def _one_each(field: str, value: Any, count: int) -> list[Any]:
+    """What is given for all prompts, or for each of them, for each of them."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{field} must be one for all or one a prompt ({count}), got {len(value)}")
+    return list(value)
+
+
+def _options_of(prompts: Sequence[Any], **values: Any) -> list[RequestOptions]:
+    """The options of each prompt; what a prompt's dictionary says itself goes first."""
+    each = {field: _one_each(field, value, len(prompts)) for field, value in values.items() if value is not None}
+    options = []
+    for index, prompt in enumerate(prompts):
+        own = {"cache_salt": prompt["cache_salt"]} if isinstance(prompt, Mapping) and "cache_salt" in prompt else {}
+        try:
+            options.append(RequestOptions(**{field: of_each[index] for field, of_each in each.items()} | own))
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from error
+    return options

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch.nn.functional as F
@@ -18,6 +19,22 @@ from expertwire.kernels import linear
 
 # (x_UD, row_index_R i64 sorted by expert, offsets i64 [e + 1] on the host) -> y_RD
 GroupedMlp = Callable[[Tensor, Tensor, np.ndarray], Tensor]
+
+
+class FewRows(Protocol):
+    """A layer whose experts are all here, and the norm behind it, in one call, for few rows an expert: the ops' bits."""
+
+    max_unrouted: int  # tokens
+
+    def __call__(
+        self, x_TD: Tensor, normed_TD: Tensor, routed: tuple[Tensor, Tensor] | None, load_E: np.ndarray
+    ) -> tuple[Tensor, Tensor] | None:
+        """x plus the experts' mixture of its norm, and the norm of that; None, with nothing done, if an expert has too many rows.
+
+        `routed`: the router's ids_TK and weights_TK; None to route here, `max_unrouted` tokens at most. Adds the rows of each
+        logical expert to `load_E`.
+        """
+        ...
 
 
 def silu_mul_reference(gate_up_NF: Tensor) -> Tensor:
@@ -50,6 +67,27 @@ def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor
         return y_RD
 
     return apply
+
+
+def prepare_few(
+    w_router: Tensor,
+    w13_eFD: Tensor,
+    w2_eDF: Tensor,
+    norm_D: Tensor,
+    physical_of_E: Tensor,
+    *,
+    top_k: int,
+    renormalize: bool,
+    eps: float,
+) -> FewRows | None:
+    """For these weights, where there is an implementation."""
+    if not all(linear.few_rows_apart(weight) for weight in (w_router, w13_eFD, w2_eDF)):
+        return None
+    from expertwire.kernels.cpu import decode
+
+    return decode.MoeAndNorm(
+        w_router, w13_eFD, w2_eDF, norm_D, physical_of_E, top_k=top_k, renormalize=renormalize, eps=eps
+    )
 
 
 def _by_expert(

@@ -24,15 +24,6 @@ def reference(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tens
 
 
 def prepare(w_ED: Tensor, top_k: int, route: Callable[..., tuple[Tensor, Tensor]], *, renormalize: bool) -> Router:
-    """The product with `w_ED`, then `route`, an implementation of `reference`; few rows as `linear.prepare` treats them."""
+    """The product with `w_ED`, then `route`, an implementation of `reference`."""
     dense = linear.prepare(w_ED)
-
-    def apply(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        return route(dense(x_TD), top_k, renormalize=renormalize)
-
-    if not linear.few_rows_apart(w_ED):
-        return apply
-    from expertwire.kernels.cpu import decode, gemm
-
-    few, apply_few = gemm.few(w_ED.dtype), decode.prepare_router(w_ED, top_k, renormalize)
-    return lambda x_TD: apply_few(x_TD) if x_TD.shape[0] <= few else apply(x_TD)
+    return lambda x_TD: route(dense(x_TD), top_k, renormalize=renormalize)

@@ -1,18 +1,25 @@
-"""Which blocks of every rank's caches are free, in use (reference counts) and promised (reservations).
+"""Which blocks of every rank's caches are in use, free, or free with contents that a later request may begin with.
 
-Shape letters: G caches (groups of layers with one block table), P ranks, A requests, B block ids. Block 0 of each cache of
-each rank is the null block: never handed out, ranks pad with it.
+Shape letters: G caches (groups of layers with one block table), P ranks, B block ids, Q places of a queue. Block 0 of each cache
+of each rank is the null block: never handed out, ranks pad with it.
 
-A request is admitted only if its worst case can be reserved, and takes blocks one by one as its tokens are computed. So
-`allocate` cannot fail, and no request ever waits for another one's blocks. Prefix caching will keep freed blocks by their hash
-in the free list; preemption will admit with less than the worst case.
+A block in use has one reference or more. A free block waits in its rank's queue: those with a name (see `scheduler.prefix`) at
+the end, so that what was used last is given away last, those without at the front. A request that begins with a free named block
+takes it out of the queue again; its old place there is then stale, which its ticket shows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 
 from expertwire.scheduler import ragged
+from expertwire.scheduler.prefix import NAME
+
+_IN_USE = np.iinfo(np.int64).min
+_NOBODY: Mapping[int, int] = MappingProxyType({})
 
 
 class BlockPool:
@@ -21,66 +28,151 @@ class BlockPool:
     def __init__(self, num_groups: int, num_ranks: int, num_blocks: int) -> None:
         shape = (num_groups, num_ranks, num_blocks)
         self.capacity = num_blocks - 1
+        self.num_blocks = num_blocks
         self.refs_GPB = np.zeros(shape, np.int32)
-        # The free list is a stack: entries [0, num_free) are free, the last one is handed out next.
-        self._free_GPB = np.empty(shape, np.int32)
-        self._free_GPB[:] = np.arange(num_blocks, 0, -1) - 1
         self.num_free_GP = np.full(shape[:2], self.capacity, np.int64)
-        self.reserved_GP = np.zeros(shape[:2], np.int64)
-
-    def unreserved_P(self) -> np.ndarray:
-        """i64 [P], blocks that the rank can still promise in every one of its caches."""
-        return self.capacity - self.reserved_GP.max(axis=0)
-
-    def reserve(self, rank_A: np.ndarray, counts_A: np.ndarray) -> None:
-        """Promise each of A requests its count of blocks of every cache."""
-        self.reserved_GP += np.bincount(rank_A, counts_A, self.reserved_GP.shape[1]).astype(np.int64)
-        assert (self.reserved_GP <= self.capacity).all(), f"promised {self.reserved_GP} of {self.capacity} blocks"
-
-    def unreserve(self, rank_A: np.ndarray, counts_A: np.ndarray) -> None:
-        """Take promises back, when the requests have ended and their blocks are freed."""
-        self.reserved_GP -= np.bincount(rank_A, counts_A, self.reserved_GP.shape[1]).astype(np.int64)
-        assert (self.reserved_GP >= 0).all(), f"took back more than was promised: {self.reserved_GP}"
+        self.named_GPB = np.zeros(shape, bool)
+        self.name_GPB = np.zeros(shape, NAME)
+        self._holders: list[dict[bytes, dict[int, int]]] = [{} for _ in range(num_groups)]  # name -> rank -> block
+        # Queue positions count up (at the end) and down (at the front) for ever; a place is a position modulo the queue's length.
+        self._queue_GPQ = np.zeros((num_groups, num_ranks, 2 * num_blocks), np.int32)
+        self._queue_GPQ[:, :, : self.capacity] = np.arange(1, num_blocks)
+        self._front_GP = np.zeros(shape[:2], np.int64)
+        self._end_GP = np.full(shape[:2], self.capacity, np.int64)
+        self._ticket_GPB = np.full(shape, _IN_USE, np.int64)
+        self._ticket_GPB[:, :, 1:] = np.arange(self.capacity)
 
     def allocate(self, group: int, rank_B: np.ndarray) -> np.ndarray:
-        """Hand out one block, with one reference, for every entry of `rank_B` (ascending): i32 [B]."""
+        """Hand out one block, with one reference, for every entry of `rank_B` (ascending): i32 [B]. They lose their names."""
         counts_P = np.bincount(rank_B, minlength=self.num_free_GP.shape[1])
         free_P = self.num_free_GP[group]
         assert (counts_P <= free_P).all(), f"cache {group}: asked for {counts_P} blocks, free are {free_P}"
-        ids_B = self._free_GPB[group, rank_B, free_P[rank_B] - 1 - ragged.positions(counts_P)]
+        front_P, ids_B = self._front_GP[group], np.zeros(len(rank_B), np.int32)
+        missing = np.arange(len(rank_B))
+        while len(missing):  # again for those that found a stale place
+            rank = rank_B[missing]
+            wanted_P = np.bincount(rank, minlength=len(front_P))
+            position = front_P[rank] + ragged.positions(wanted_P)
+            front_P += wanted_P
+            found = self._queue_GPQ[group, rank, position % self._queue_GPQ.shape[2]]
+            valid = self._ticket_GPB[group, rank, found] == position
+            ids_B[missing[valid]] = found[valid]
+            missing = missing[~valid]
         free_P -= counts_P
+        self._ticket_GPB[group, rank_B, ids_B] = _IN_USE
         self.refs_GPB[group, rank_B, ids_B] = 1
+        self._forget(group, rank_B, ids_B)
         return ids_B
 
+    def share(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray) -> None:
+        """Add a reference to every block (`rank_B`, `ids_B`), which is in use or free with a name."""
+        flat_B = rank_B.astype(np.int64) * self.num_blocks + ids_B
+        refs, tickets = self.refs_GPB[group].reshape(-1), self._ticket_GPB[group].reshape(-1)
+        found = np.unique(flat_B[refs[flat_B] == 0])
+        self.num_free_GP[group] -= np.bincount(found // self.num_blocks, minlength=self.num_free_GP.shape[1])
+        tickets[found] = _IN_USE
+        np.add.at(refs, flat_B, 1)
+
     def free(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray) -> None:
-        """Drop one reference to every block (`rank_B`, `ids_B`); those without any left become free."""
-        _, num_ranks, num_blocks = self.refs_GPB.shape
+        """Drop one reference to every block (`rank_B`, `ids_B`); those without any left become free, the last one first."""
         refs = self.refs_GPB[group].reshape(-1)
-        flat_B = rank_B.astype(np.int64) * num_blocks + ids_B
+        flat_B = (rank_B.astype(np.int64) * self.num_blocks + ids_B)[::-1]
         np.subtract.at(refs, flat_B, 1)
-        flat = np.unique(flat_B)
-        assert (flat % num_blocks != 0).all(), f"cache {group}: the null block was freed"
-        assert (refs[flat] >= 0).all(), f"cache {group}: freed too often: {flat[refs[flat] < 0]}"
-        flat = flat[refs[flat] == 0]
-        rank_F = flat // num_blocks
-        counts_P = np.bincount(rank_F, minlength=num_ranks)
-        free_P = self.num_free_GP[group]
-        self._free_GPB[group, rank_F, free_P[rank_F] + ragged.positions(counts_P)] = flat % num_blocks
-        free_P += counts_P
+        assert (flat_B % self.num_blocks != 0).all(), f"cache {group}: the null block was freed"
+        assert (refs[flat_B] >= 0).all(), f"cache {group}: freed too often: {flat_B[refs[flat_B] < 0]}"
+        flat_F = flat_B[refs[flat_B] == 0]
+        if len(flat_F) > 1:
+            _, first = np.unique(flat_F, return_index=True)
+            flat_F = flat_F[np.sort(first)]
+            flat_F = flat_F[np.argsort(flat_F // self.num_blocks, kind="stable")]
+        named_F = self.named_GPB[group].reshape(-1)[flat_F]
+        self._enqueue(group, flat_F[named_F], at_end=True)
+        self._enqueue(group, flat_F[~named_F], at_end=False)
+
+    def name(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray, names_B: np.ndarray) -> None:
+        """Say what these blocks, which are in use, hold. A name that a rank has already for another block is not given again."""
+        holders = self._holders[group]
+        kept = np.ones(len(ids_B), bool)
+        for i, (name, rank, block) in enumerate(zip(names_B.tolist(), rank_B.tolist(), ids_B.tolist(), strict=True)):
+            held = holders.get(name)
+            if held is None:
+                holders[name] = {rank: block}
+            else:
+                kept[i] = held.setdefault(rank, block) == block
+        rank_B, ids_B = rank_B[kept], ids_B[kept]
+        assert (self.refs_GPB[group, rank_B, ids_B] > 0).all(), "a free block was named"
+        self.named_GPB[group, rank_B, ids_B] = True
+        self.name_GPB[group, rank_B, ids_B] = names_B[kept]
+
+    def holders(self, group: int, name: bytes) -> Mapping[int, int]:
+        """Who has the block of that name: rank -> block."""
+        return self._holders[group].get(name, _NOBODY)
 
     def num_used(self, group: int) -> np.ndarray:
         """i64 [P], blocks with references."""
         return self.capacity - self.num_free_GP[group]
 
     def check_integrity(self) -> None:
-        """Every block is either free, once and without references, or referenced; the null block is neither."""
+        """Every block is either free, with one valid place in its queue and no reference, or referenced; the null block is
+        neither; names and holders agree."""
         num_groups, num_ranks, num_blocks = self.refs_GPB.shape
+        length = self._queue_GPQ.shape[2]
         for group in range(num_groups):
             for rank in range(num_ranks):
-                free = self._free_GPB[group, rank, : self.num_free_GP[group, rank]]
+                front, end = self._front_GP[group, rank], self._end_GP[group, rank]
+                assert 0 <= end - front <= length, (group, rank, front, end)
+                positions = np.arange(front, end)
+                ids = self._queue_GPQ[group, rank, positions % length]
+                free = ids[self._ticket_GPB[group, rank, ids] == positions]
+                assert len(free) == self.num_free_GP[group, rank], (group, rank, free, self.num_free_GP[group, rank])
                 used = np.flatnonzero(self.refs_GPB[group, rank])
                 found = np.sort(np.concatenate([free, used]))
                 assert np.array_equal(found, np.arange(1, num_blocks)), (group, rank, free, used)
                 assert (self.refs_GPB[group, rank] >= 0).all(), (group, rank)
-                reserved = self.reserved_GP[group, rank]
-                assert len(used) <= reserved <= self.capacity, (group, rank, len(used), reserved)
+            named = np.flatnonzero(self.named_GPB[group]).tolist()
+            names = self.name_GPB[group].reshape(-1)[named].tolist()
+            held = {
+                (name, rank * num_blocks + block)
+                for name, blocks in self._holders[group].items()
+                for rank, block in blocks.items()
+            }
+            assert held == set(zip(names, named, strict=True)), (group, "names and holders disagree")
+
+    def _enqueue(self, group: int, flat_F: np.ndarray, *, at_end: bool) -> None:
+        """Put free blocks (sorted by rank) into their ranks' queues, one behind or before the other."""
+        rank_F, ids_F = flat_F // self.num_blocks, flat_F % self.num_blocks
+        counts_P = np.bincount(rank_F, minlength=self.num_free_GP.shape[1])
+        front_P, end_P, length = self._front_GP[group], self._end_GP[group], self._queue_GPQ.shape[2]
+        for rank in np.flatnonzero(end_P - front_P + counts_P > length):
+            self._compact(group, rank)
+        if at_end:
+            position_F = end_P[rank_F] + ragged.positions(counts_P)
+            end_P += counts_P
+        else:
+            position_F = front_P[rank_F] - 1 - ragged.positions(counts_P)
+            front_P -= counts_P
+        self._queue_GPQ[group, rank_F, position_F % length] = ids_F
+        self._ticket_GPB[group, rank_F, ids_F] = position_F
+        self.num_free_GP[group] += counts_P
+
+    def _compact(self, group: int, rank: int) -> None:
+        """Drop the stale places of one queue, which has twice as many places as there are blocks."""
+        length = self._queue_GPQ.shape[2]
+        positions = np.arange(self._front_GP[group, rank], self._end_GP[group, rank])
+        ids = self._queue_GPQ[group, rank, positions % length]
+        ids = ids[self._ticket_GPB[group, rank, ids] == positions]
+        self._queue_GPQ[group, rank, : len(ids)] = ids
+        self._ticket_GPB[group, rank, ids] = np.arange(len(ids))
+        self._front_GP[group, rank], self._end_GP[group, rank] = 0, len(ids)
+
+    def _forget(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray) -> None:
+        """Take the names off blocks that get new contents."""
+        named_B = self.named_GPB[group, rank_B, ids_B]
+        if not named_B.any():
+            return
+        rank_B, ids_B, holders = rank_B[named_B], ids_B[named_B], self._holders[group]
+        for name, rank in zip(self.name_GPB[group, rank_B, ids_B].tolist(), rank_B.tolist(), strict=True):
+            del holders[name][rank]
+            if not holders[name]:
+                del holders[name]
+        self.named_GPB[group, rank_B, ids_B] = False

@@ -20,6 +20,11 @@ class SchedulerConfig:
         max_waiting: requests that may wait.
         eos_token_ids: end-of-sequence ids; any of them ends an output.
         vocab_size: token ids are in [0, vocab_size).
+        prefix_cache: keep blocks of finished requests for later ones that begin alike.
+        prefix_secret: of the names by which prefixes are found; whoever knows it could make up prompts that pass for others.
+        chunk_tokens: prompt tokens of one step on a rank that also decodes, so that no decode waits for more; None:
+            `max_num_tokens`.
+        max_waiting_per_tenant: requests of one tenant that may wait; None: `max_waiting`.
 
     Raises:
         ValueError: names the field and the values it allows.
@@ -34,6 +39,10 @@ class SchedulerConfig:
     max_waiting: int
     eos_token_ids: tuple[int, ...]
     vocab_size: int
+    prefix_cache: bool = True
+    prefix_secret: int = 0
+    chunk_tokens: int | None = None
+    max_waiting_per_tenant: int | None = None
 
     def __post_init__(self) -> None:
         for field, low in (
@@ -49,6 +58,10 @@ class SchedulerConfig:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
+        for field in ("chunk_tokens", "max_waiting_per_tenant"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field} must be an integer >= 1 or None, got {value!r}")
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""

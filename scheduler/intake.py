@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
+
+_PACE_ADMISSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,13 @@ class Rejection:
         key: of the request.
         code: name of a gRPC status. INVALID_ARGUMENT: never possible; RESOURCE_EXHAUSTED: try again later.
         message: names the field, its value and what is allowed.
+        retry_after_s: RESOURCE_EXHAUSTED: when to try again, in seconds; None if nothing is known.
     """
 
     key: int
     code: str
     message: str
+    retry_after_s: float | None = None
 
 
 def token_limit(request: Request, config: SchedulerConfig) -> int:
@@ -30,13 +36,65 @@ def token_limit(request: Request, config: SchedulerConfig) -> int:
     return min(len(request.prompt) + request.params.max_tokens, config.max_model_len)
 
 
-def worst_case_blocks(limit: int, config: SchedulerConfig) -> int:
-    """Blocks of one cache that a request of `limit` tokens may take; the last token is never computed."""
-    return config.blocks_for(limit - 1)
+class Pace:
+    """How fast requests have been admitted lately."""
+
+    def __init__(self) -> None:
+        self._admitted_at: deque[float] = deque(maxlen=_PACE_ADMISSIONS)
+
+    def admitted(self, count: int, now: float) -> None:
+        """Count some."""
+        self._admitted_at.extend([now] * count)
+
+    def wait_s(self, num_ahead: int, now: float) -> float | None:
+        """How long a request behind so many others will wait if it goes on like that, in seconds; None: nothing is known."""
+        if not num_ahead:
+            return 0.0
+        if len(self._admitted_at) < _PACE_ADMISSIONS or now <= self._admitted_at[0]:
+            return None
+        return num_ahead * (now - self._admitted_at[0]) / len(self._admitted_at)
 
 
-def invalid(request: Request, config: SchedulerConfig) -> str | None:
-    """Why the request can never be served; None if it can."""
+def refusal(request: Request, config: SchedulerConfig, queue: WaitingQueue, pace: Pace, now: float) -> Rejection | None:
+    """Why the request is not accepted at this time; None if it is."""
+
+    def refuse(message: str, retry_after_s: float | None) -> Rejection:
+        return Rejection(request.key, "RESOURCE_EXHAUSTED", message, retry_after_s)
+
+    wait_s = pace.wait_s(len(queue), now)
+    if len(queue) >= config.max_waiting:
+        return refuse(
+            f"{len(queue)} requests are waiting; allowed are max_waiting = {config.max_waiting}: try later",
+            pace.wait_s(1, now),
+        )
+    most = config.max_waiting_per_tenant
+    if most is not None and (waiting := queue.num_of(request.tenant)) >= most:
+        return refuse(
+            f"{waiting} requests of tenant {request.tenant!r} are waiting; allowed are max_waiting_per_tenant = {most}: "
+            "try later",
+            pace.wait_s(1, now),
+        )
+    if request.deadline is None:
+        return None
+    left_s = request.deadline - now
+    if left_s <= 0 or (wait_s is not None and wait_s > left_s):
+        wait_s = wait_s or 0.0
+        return refuse(
+            f"the first token would come in about {wait_s:.3g} s, with {len(queue)} requests waiting; the deadline is in "
+            f"{left_s:.3g} s: try later, or with a later deadline",
+            max(wait_s - max(left_s, 0.0), 0.0),
+        )
+    return None
+
+
+def worst_case_blocks(limit: int, config: SchedulerConfig, most_blocks: int) -> int:
+    """Blocks of a cache that a request of `limit` tokens may take, of which it can hold `most_blocks`; the last token is never
+    computed."""
+    return min(config.blocks_for(limit - 1), most_blocks)
+
+
+def invalid(request: Request, config: SchedulerConfig, most_blocks_G: np.ndarray) -> str | None:
+    """Why the request can never be served; None if it can. `most_blocks_G`: of each cache, that one request can hold."""
     length, params = len(request.prompt), request.params
     if length == 0:
         return "prompt must have at least 1 token, got 0"
@@ -58,7 +116,7 @@ def invalid(request: Request, config: SchedulerConfig) -> str | None:
         if (getattr(params, field) or 0) > config.vocab_size:
             return f"{field} is {getattr(params, field)}; allowed are at most {config.vocab_size}, the size of the vocabulary"
     limit = token_limit(request, config)
-    blocks, capacity = worst_case_blocks(limit, config), config.num_blocks - 1
+    blocks, capacity = worst_case_blocks(limit, config, int(most_blocks_G.max())), config.num_blocks - 1
     if blocks > capacity:
         return (
             f"prompt ({length} tokens) and max_tokens ({limit - length} after max_model_len) need {blocks} cache blocks; a rank "

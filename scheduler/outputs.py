@@ -27,6 +27,7 @@ class StepOutputs:
     key_O: np.ndarray  # i64
     token_O: np.ndarray  # i32
     finish_O: np.ndarray  # u8, FinishReason
+    num_cached_O: np.ndarray  # i32, prompt tokens that the prefix cache had when the request was first admitted
     logprob_O: np.ndarray  # f32
     token_rank_O: np.ndarray  # i32
     top_offsets_O1: np.ndarray  # i32
@@ -42,19 +43,25 @@ class StepOutputs:
 
 
 def gather(
-    step: int, results: Sequence[StepResult], rows_O: np.ndarray, table: RunningTable
+    step: int,
+    results: Sequence[StepResult],
+    rows_O: np.ndarray,
+    rows_R: np.ndarray,
+    going_N: np.ndarray,
+    table: RunningTable,
 ) -> tuple[np.ndarray, StepOutputs]:
-    """Join the ranks' results (of all ranks, in their order), without the rows of requests that are no longer running.
+    """Join the ranks' results (of all ranks, in their order), without the rows of requests that are gone.
 
     Args:
         rows_O: i64, rows of the table of the sampled tokens.
+        rows_R: i64, rows of the table of the prompt log-probabilities.
+        going_N: whether the row's request is still the one that the step was planned for, and running.
 
     Returns:
         `rows_O` of the tokens that are left, and the outputs, whose finish reasons are still to be filled in.
     """
 
-    rows_R = table.rows_of_parts([result.prompt_slot for result in results])
-    keep_O, keep_R = table.running_N[rows_O], table.running_N[rows_R]
+    keep_O, keep_R = going_N[rows_O], going_N[rows_R]
     rows_O, rows_R = rows_O[keep_O], rows_R[keep_R]
     top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", keep_O)
     prompt_top_offsets_R1, prompt_top_ids, prompt_top_logprobs = _tops(
@@ -65,6 +72,7 @@ def gather(
         key_O=table.key_N[rows_O],
         token_O=_joined(results, "token_O")[keep_O],
         finish_O=np.zeros(len(rows_O), np.uint8),
+        num_cached_O=table.num_cached_N[rows_O],
         logprob_O=_joined(results, "logprob_O")[keep_O],
         token_rank_O=_joined(results, "token_rank_O")[keep_O],
         top_offsets_O1=top_offsets_O1,

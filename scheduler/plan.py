@@ -5,8 +5,8 @@ by rank, and one `*_offsets` array per group of fields (length P + 1) that says 
 of packing does not grow with the number of ranks. Everything is a *delta by slot*: a rank keeps a table of slots (tokens,
 block tables, sampling state) and a plan says what changes.
 
-Shape letters: P ranks, A admitted requests, S scheduled requests, B appended blocks, O sampled tokens. A suffix `1` is one
-more than the letter (offsets).
+Shape letters: P ranks, A admitted requests, S scheduled requests, B blocks set, C blocks copied, O sampled tokens. A suffix `1`
+is one more than the letter (offsets).
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class _Arrays:
 class RankPlan:
     """One rank's slice of a step: views into the `StepPlan`.
 
-    Order of application: release slots, admit requests, append blocks, then compute the scheduled tokens.
+    Order of application: release slots, admit requests, set blocks in the slots' tables, copy blocks (all that are read before
+    any that is written), then compute the scheduled tokens.
     """
 
     release_slot: np.ndarray  # i32
@@ -116,6 +117,9 @@ class RankPlan:
     block_cache_B: np.ndarray  # i32, index into the model's cache_specs
     block_index_B: np.ndarray  # i32, position in the slot's block table
     block_id_B: np.ndarray  # i32, physical block
+    copy_cache_C: np.ndarray  # i32
+    copy_from_C: np.ndarray  # i32, physical block
+    copy_to_C: np.ndarray  # i32, physical block
     sched_slot_S: np.ndarray  # i32
     sched_start_S: np.ndarray  # i32, tokens computed before this step
     sched_num_S: np.ndarray  # i32, tokens to compute in this step
@@ -154,6 +158,11 @@ class StepPlan(_Arrays):
     block_index_B: np.ndarray
     block_id_B: np.ndarray
 
+    copy_offsets_P1: np.ndarray
+    copy_cache_C: np.ndarray
+    copy_from_C: np.ndarray
+    copy_to_C: np.ndarray
+
     sched_offsets_P1: np.ndarray
     sched_slot_S: np.ndarray
     sched_start_S: np.ndarray
@@ -164,6 +173,7 @@ class StepPlan(_Arrays):
         """The slice of one rank, without copying."""
         admit = slice(self.admit_offsets_P1[rank], self.admit_offsets_P1[rank + 1])
         block = slice(self.block_offsets_P1[rank], self.block_offsets_P1[rank + 1])
+        copy = slice(self.copy_offsets_P1[rank], self.copy_offsets_P1[rank + 1])
         sched = slice(self.sched_offsets_P1[rank], self.sched_offsets_P1[rank + 1])
 
         def ragged(values: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
@@ -181,6 +191,9 @@ class StepPlan(_Arrays):
             block_cache_B=self.block_cache_B[block],
             block_index_B=self.block_index_B[block],
             block_id_B=self.block_id_B[block],
+            copy_cache_C=self.copy_cache_C[copy],
+            copy_from_C=self.copy_from_C[copy],
+            copy_to_C=self.copy_to_C[copy],
             sched_slot_S=self.sched_slot_S[sched],
             sched_start_S=self.sched_start_S[sched],
             sched_num_S=self.sched_num_S[sched],

@@ -1,26 +1,236 @@
-"""In which order waiting requests are admitted. Priority, fair shares and prefix affinity are further policies."""
+"""In which order waiting requests are admitted: one class a policy, each with one idea.
+
+A policy gives every request a `place` in the queue, once; what can be said at submission is said there, as then the queue is
+sorted and a step only looks at its head. Waiting time can be part of it: if all gain by the second alike, nobody ever overtakes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 from expertwire.scheduler.request import Request
 
 
 class Policy(Protocol):
-    """Orders the queue. Must be a function of its arguments, so that a run can be replayed."""
+    """Orders the queue. The defaults are first come, first served; derive from it and say what differs.
 
-    def order(self, waiting: Collection[Request], now: float) -> Iterable[Request]:
-        """The requests to admit first, first. `waiting` is in order of submission; best lazy, as few are taken a step.
+    Answers must be a function of the calls made, their `now` included, so that a run can be replayed.
+    """
+
+    def place(self, request: Request, now: float) -> tuple[float, ...]:
+        """Where an accepted request goes, smaller is earlier; equals are in order of submission. Its `limit` is known.
+
+        Called once for a request: one that is preempted comes back to its old place.
+        """
+        return ()
+
+    def order(self, queue: Iterable[Request], cached_tokens: Callable[[Request], int]) -> Iterable[Request]:
+        """The requests to admit first, first; best lazily, as few are taken a step.
 
         Admission stops at the first request that no rank has room for: passing it over could starve it.
+
+        Args:
+            queue: in order of place.
+            cached_tokens: how many tokens of a request's prompt are in the prefix cache; costs a walk through it.
         """
-        ...
+        return queue
+
+    def admitted(self, request: Request) -> None:
+        """The request leaves the queue to run; once more for each time that it was preempted."""
+
+    def dropped(self, request: Request) -> None:
+        """The request leaves the queue for good without running: it was aborted, or its deadline has passed."""
 
 
-class Fcfs:
+@dataclass(frozen=True)
+class Fcfs(Policy):
     """First come, first served."""
 
-    def order(self, waiting: Collection[Request], now: float) -> Iterable[Request]:
-        return waiting
+
+@dataclass(frozen=True)
+class Priority(Policy):
+    """Lower `priority` first; waiting counts.
+
+    With aging nothing starves: a request is only passed by those whose priority is lower by d > 0 and that are submitted less
+    than d / aging seconds after it.
+
+    Args:
+        aging: units of priority that a second of waiting is worth, 0 to 1e6; with 0 the urgent can starve all others.
+    """
+
+    aging: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_number("aging", self.aging, 0, 1e6)
+
+    def place(self, request: Request, now: float) -> tuple[float, ...]:
+        return (request.priority + self.aging * now,)
+
+
+@dataclass(frozen=True)
+class ShortestRemaining(Policy):
+    """The request with the fewest tokens left to compute first, as far as is known: `limit`; waiting counts.
+
+    A preempted request computes its known tokens again, so it has `limit` tokens left once more and keeps its place. With aging
+    a request is only passed by those that are shorter by d > 0 tokens and submitted less than d / aging seconds after it.
+
+    Args:
+        aging: tokens that a second of waiting is worth, 0 to 1e6; with 0 the short can starve the long.
+    """
+
+    aging: float = 100.0
+
+    def __post_init__(self) -> None:
+        _check_number("aging", self.aging, 0, 1e6)
+
+    def place(self, request: Request, now: float) -> tuple[float, ...]:
+        return (request.limit + self.aging * now,)
+
+
+@dataclass(frozen=True)
+class PrefixAffinity(Policy):
+    """The longest cached prefix first, among those submitted close to one another.
+
+    So prompts that share a prefix run before others push it out of the cache (the longest-prefix-match order of Zheng et al.,
+    "SGLang: Efficient Execution of Structured Language Model Programs", 2023, arXiv:2312.07104, section 3). That alone would
+    starve prompts that nobody shares. Hence the choice is among the head of the queue and the `window - 1` requests submitted
+    after it, and no request is passed by more than `window - 1` later ones.
+
+    Args:
+        window: numbers of submission, >= 1; 1 is first come, first served.
+    """
+
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"window must be an integer >= 1, got {self.window!r}")
+
+    def order(self, queue: Iterable[Request], cached_tokens: Callable[[Request], int]) -> Iterable[Request]:
+        near: list[Request] = []
+        for request in queue:
+            if near and request.order - near[0].order >= self.window:
+                yield from sorted(near, key=cached_tokens, reverse=True)  # stable in reverse, too
+                near = []
+            near.append(request)
+        yield from sorted(near, key=cached_tokens, reverse=True)
+
+
+@dataclass
+class _Busy:
+    """Of a tenant: its requests since it last had none waiting."""
+
+    began: float  # in virtual time
+    num_tokens: int = 0
+    waiting: set[int] = field(default_factory=set)  # keys of those that have not run yet
+
+
+@dataclass
+class FairShare(Policy):
+    """Tenants share the tokens by their weights: self-clocked fair queueing.
+
+    In virtual time, a tenant's request starts where its last one ends, or at present if that is past; it ends `limit / weight`
+    later: all tokens that it may have are counted, as nobody knows how many it will have. The smallest end is admitted first,
+    and becomes the present. What follows:
+
+    - Of two tenants that both have requests waiting, the tokens admitted per weight differ by one request's at most.
+    - However many requests another tenant of equal weight has: while one of n tokens waits, it is admitted at most n tokens and
+      one request more.
+    - Being idle saves up nothing, and an endless stream of new tenants starves no old one (it would if starts were the clock).
+
+    Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994. Ours is that requests may leave
+    the queue out of order. Of one that is dropped, the tokens are given back: the tenant's next ones end earlier. One that is
+    admitted early, next to the request that it continues, moves the present by its own tokens only.
+
+    Args:
+        weights: of tenants, 0.001 to 1000; only ratios count, and beyond these a float's digits would not do for long.
+        default_weight: of those not named, each.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    default_weight: float = 1.0
+    _present: float = field(default=0.0, init=False)
+    _busy: dict[str, _Busy] = field(default_factory=dict, init=False)  # by tenant, of those with requests waiting
+
+    def __post_init__(self) -> None:
+        _check_number("default_weight", self.default_weight, 0.001, 1000)
+        for tenant, weight in self.weights.items():
+            _check_number(f"weights[{tenant!r}]", weight, 0.001, 1000)
+
+    def place(self, request: Request, now: float) -> tuple[float, ...]:
+        weight = self._weight(request)
+        busy = self._busy.get(request.tenant)
+        if busy is None or busy.began + busy.num_tokens / weight < self._present:
+            busy = self._busy[request.tenant] = _Busy(self._present)
+        busy.num_tokens += request.limit
+        busy.waiting.add(request.key)
+        return (busy.began + busy.num_tokens / weight,)
+
+    def admitted(self, request: Request) -> None:
+        latest = self._present + request.limit / self._weight(request)
+        self._present = max(self._present, min(request.place[0], latest))
+        self._leave(request)
+
+    def dropped(self, request: Request) -> None:
+        self._leave(request, given_back=request.limit)
+
+    def _weight(self, request: Request) -> float:
+        return self.weights.get(request.tenant, self.default_weight)
+
+    def _leave(self, request: Request, given_back: int = 0) -> None:
+        """Nothing to do for one that was preempted, so has run, or that is left from before the tenant was last idle."""
+        busy = self._busy.get(request.tenant)
+        if busy is None or request.key not in busy.waiting:
+            return
+        busy.waiting.remove(request.key)
+        busy.num_tokens -= given_back
+        if not busy.waiting:
+            del self._busy[request.tenant]
+
+
+_POLICIES: Mapping[str, type[Any]] = {
+    "fcfs": Fcfs,
+    "priority": Priority,
+    "shortest": ShortestRemaining,
+    "prefix": PrefixAffinity,
+    "fair": FairShare,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Names a policy: "fcfs", "priority", "shortest", "prefix" or "fair". Its options are those of its class; None: its default.
+
+    Raises:
+        ValueError: there is no such policy, or it has no such option, or not with this value; says what is allowed.
+    """
+
+    name: str = "fcfs"
+    aging: float | None = None
+    window: int | None = None
+    weights: Mapping[str, float] | None = None
+    default_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        make_policy(self)
+
+
+def make_policy(config: PolicyConfig) -> Policy:
+    """A new policy, with a state of its own."""
+    if config.name not in _POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {config.name!r}")
+    policy = _POLICIES[config.name]
+    options = {option.name: getattr(config, option.name) for option in fields(config) if option.name != "name"}
+    given = {name: value for name, value in options.items() if value is not None}
+    allowed = [option.name for option in fields(policy) if option.init]
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"policy {config.name!r} has no {name}; its options: {', '.join(allowed) or 'none'}")
+    return policy(**given)
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")

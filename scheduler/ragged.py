@@ -14,6 +14,11 @@ def offsets(counts_A: np.ndarray) -> np.ndarray:
     return offsets_A1
 
 
+def starts(row_B: np.ndarray, num_rows: int) -> np.ndarray:
+    """The offsets of items whose rows are given, ascending: i32 [num_rows + 1]."""
+    return np.searchsorted(row_B, np.arange(num_rows + 1)).astype(np.int32)
+
+
 def positions(counts_A: np.ndarray) -> np.ndarray:
     """Each item's position within its row, i64 [B]: counts (2, 0, 3) give 0 1 0 1 2."""
     ends_A = counts_A.cumsum()

@@ -21,6 +21,10 @@ class Request:
         params: an output with `n` branches is `n` requests; `params.seed` is not read here.
         branch: which of the `n` outputs this is.
         seed: draws are a function of (seed, branch, position).
+        priority: lower is served earlier, by the policies that look at it.
+        tenant: whose it is; for fair shares and limits.
+        salt: prefixes are shared only among requests of one tenant and salt.
+        deadline: when its first token is wanted, on the clock of `now`; None: whenever it comes.
     """
 
     key: int
@@ -28,16 +32,28 @@ class Request:
     params: SamplingParams
     branch: int = 0
     seed: int
+    priority: int = 0
+    tenant: str = ""
+    salt: str = ""
+    deadline: float | None = None
     arrival: float = 0.0  # the `now` of `Scheduler.submit`
+    order: int = -1  # in the queue, by submission; set by the queue
+    place: tuple[float, ...] = ()  # in the queue, before `order`; set by the policy
     limit: int = 0  # prompt and output tokens at most, set by `Scheduler.submit`
     rank: int = -1  # -1 while it waits
     slot: int = -1
+    num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
     stop_ids: frozenset[int] = field(init=False)
+    tokens: np.ndarray = field(init=False)  # i32: the prompt, and the output so far of one that was preempted or forked
+    # The names of the prefixes of `tokens` that fill whole blocks, and the sum of the last one: `scheduler.prefix`.
+    names: list[bytes] = field(init=False, default_factory=list)
+    prefix_sum: np.ndarray | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         assert self.prompt.dtype == np.int32, self.prompt.dtype
         assert self.prompt.ndim == 1, self.prompt.shape
         self.stop_ids = frozenset(self.params.stop_token_ids or ())
+        self.tokens = self.prompt
 
     def bans(self, eos_token_ids: tuple[int, ...]) -> list[int]:
         """Ids that must not be sampled before `min_tokens` output tokens, ascending."""

@@ -1,56 +1,102 @@
 """The running requests of all ranks as numpy arrays: one row per slot, row = rank * max_running + slot.
 
-Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, B positions in a block table.
+Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, B positions in a block table, L tokens.
 Functions take `rows`, an ascending array of row numbers, and so sorted by rank, as a `StepPlan` wants it.
+
+Two counts run ahead of what is known: `num_tokens` includes the tokens that steps in flight will sample, `num_computed` those
+that they will compute. A step's plan relies on all earlier ones, as ranks run them in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from expertwire.scheduler import ragged
+from expertwire.scheduler.admission import Admission
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.request import Request
+from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.prefix import NAME, PrefixNames, names
 
 _NOTHING = np.zeros(0, np.int32)
 
 
+class Copies(NamedTuple):
+    """Blocks to copy, sorted by rank: i32 arrays."""
+
+    rank: np.ndarray
+    cache: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+
+
+_NO_COPIES = Copies(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
+
+
 class RunningTable:
-    """Counters and block tables of the running requests.
+    """Counters, tokens and block tables of the running requests.
 
     A row is *occupied* from admission until its release is planned, and *running* until its request has ended. Between the
-    two it only waits to be released.
+    two it only waits to be released. A *draining* row runs, but computes no more: its request goes back to the queue.
     """
 
-    def __init__(self, config: SchedulerConfig, num_groups: int) -> None:
-        slots = config.max_running
+    def __init__(self, config: SchedulerConfig, specs: Sequence[CacheSpec], pool: BlockPool) -> None:
+        slots, num_groups = config.max_running, len(specs)
         n = config.num_ranks * slots
         self.block_size = config.block_size
+        self.pool = pool
         self.rank_N = np.repeat(np.arange(config.num_ranks), slots)
         self.slot_N = np.tile(np.arange(slots, dtype=np.int32), config.num_ranks)
         self.bounds_P1 = np.arange(config.num_ranks + 1) * slots
 
         self.occupied_N = np.zeros(n, bool)
         self.running_N = np.zeros(n, bool)
+        self.draining_N = np.zeros(n, bool)
         self.key_N = np.zeros(n, np.int64)
-        self.num_tokens_N = np.zeros(n, np.int32)  # known: the prompt's and the sampled ones
-        self.num_computed_N = np.zeros(n, np.int32)  # in the caches
-        self.num_scheduled_N = np.zeros(n, np.int32)  # in the step in flight
-        self.limit_N = np.zeros(n, np.int32)  # of num_tokens
-        self.stop_from_N = np.zeros(n, np.int32)  # stop and end-of-sequence ids count from this num_tokens on
+        self.order_N = np.zeros(n, np.int64)  # of submission
+        self.priority_N = np.zeros(n, np.int64)
+        self.num_known_N = np.zeros(n, np.int32)  # the prompt's and the sampled tokens
+        self.num_tokens_N = np.zeros(n, np.int32)
+        self.num_computed_N = np.zeros(n, np.int32)
+        self.in_flight_N = np.zeros(n, np.int8)  # steps
+        self.limit_N = np.zeros(n, np.int32)  # of num_known
+        self.stop_from_N = np.zeros(n, np.int32)  # stop and end-of-sequence ids count from this num_known on
         self.eos_stops_N = np.zeros(n, bool)
         self.has_stop_ids_N = np.zeros(n, bool)
-        self.num_reserved_N = np.zeros(n, np.int32)  # blocks of each cache
+        self.num_cached_N = np.zeros(n, np.int32)  # prompt tokens found in the cache when first admitted
+        self.shares_tail_N = np.zeros(n, bool)  # a fork: its last block may be another's too
+        # A row's blocks are those at [num_dropped, num_blocks) of its table: a window's first ones are given back.
         self.num_blocks_GN = np.zeros((num_groups, n), np.int32)
-        # Untouched pages cost nothing, so the width may be that of the longest request.
-        self.block_ids_GNB = np.zeros((num_groups, n, config.blocks_for(config.max_model_len)), np.int32)
+        self.num_dropped_GN = np.zeros((num_groups, n), np.int32)
+        self.window_G = [spec.window if spec.kind == "window" else None for spec in specs]
+        self.most_blocks_G = np.array([most_blocks(spec, config) for spec in specs])
+        # Untouched pages cost nothing, so these may be as wide as the longest request.
+        width = config.blocks_for(config.max_model_len)
+        self.block_ids_GNB = np.zeros((num_groups, n, width), np.int32)
+        self.tokens_NL = np.zeros((n, width * config.block_size), np.int32)
+        self._names = None
+        if config.prefix_cache:
+            self._names = PrefixNames(config.max_model_len, config.block_size, config.prefix_secret)
+        self.name_NB = np.zeros((n, width), NAME)
+        self.num_named_N = np.zeros(n, np.int32)  # blocks
+        self.sum_N4 = np.zeros((n, 4), np.uint64)
+        self._new_blocks: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # group, rows, index, ids
 
-    def admit(self, requests: Sequence[Request], num_reserved_A: np.ndarray) -> np.ndarray:
-        """Give each request (sorted by `rank`) the lowest free slot of its rank: i64 [A] rows, ascending."""
-        rank_A = np.array([request.rank for request in requests], np.int64)
+    def name_prefixes(self, request_tokens: np.ndarray, tenant: str, salt: str) -> tuple[np.ndarray, list[bytes]]:
+        """The prefix sum and the names of the whole blocks of a request's tokens; no names if nothing is cached."""
+        if self._names is None:
+            return np.zeros(4, np.uint64), []
+        empty_4 = self._names.empty(tenant, salt)
+        sums_B4 = self._names.prefixes(request_tokens, empty_4)
+        return (sums_B4[-1] if len(sums_B4) else empty_4), names(sums_B4).tolist()
+
+    def admit(self, admissions: Sequence[Admission]) -> np.ndarray:
+        """Give each request (sorted by rank) the lowest free slot of its rank: i64 [A] rows, ascending."""
+        rank_A = np.array([admission.rank for admission in admissions], np.int64)
+        requests = [admission.request for admission in admissions]
         counts_P = np.bincount(rank_A, minlength=len(self.bounds_P1) - 1)
         free = np.flatnonzero(~self.occupied_N)
         rows = free[self.offsets_P1(free)[rank_A] + ragged.positions(counts_P)]
@@ -60,46 +106,155 @@ class RunningTable:
         min_tokens_A = np.array([min(request.params.min_tokens, request.limit) for request in requests])
         self.occupied_N[rows] = self.running_N[rows] = True
         self.key_N[rows] = [request.key for request in requests]
-        self.num_tokens_N[rows] = prompt_len_A
-        self.num_computed_N[rows] = 0
+        self.order_N[rows] = [request.order for request in requests]
+        self.priority_N[rows] = [request.priority for request in requests]
+        self.num_known_N[rows] = self.num_tokens_N[rows] = [len(request.tokens) for request in requests]
+        self.num_computed_N[rows] = [admission.num_cached for admission in admissions]
         self.limit_N[rows] = limit_A
         self.stop_from_N[rows] = np.minimum(prompt_len_A + min_tokens_A, limit_A)
         self.eos_stops_N[rows] = [not request.params.ignore_eos for request in requests]
         self.has_stop_ids_N[rows] = [bool(request.stop_ids) for request in requests]
-        self.num_reserved_N[rows] = num_reserved_A
-        for request, slot in zip(requests, self.slot_N[rows].tolist(), strict=True):
+        self.num_cached_N[rows] = [request.num_cached for request in requests]
+        self.num_named_N[rows] = self.num_computed_N[rows] // self.block_size
+        self.sum_N4[rows] = [request.prefix_sum for request in requests]
+        for request, slot, row in zip(requests, self.slot_N[rows].tolist(), rows.tolist(), strict=True):
             request.slot = slot
+            self.tokens_NL[row, : len(request.tokens)] = request.tokens
+            if request.names:
+                self.name_NB[row, : len(request.names)] = np.frombuffer(b"".join(request.names), NAME)
+        self.shares_tail_N[rows] = self.num_computed_N[rows] % self.block_size > 0
+        self._share_cached(admissions, rows)
         return rows
 
-    def release(self, rows: np.ndarray, pool: BlockPool) -> None:
+    def release(self, rows: np.ndarray) -> None:
         """Empty the rows; their blocks go back to the pool."""
-        for group in range(len(self.num_blocks_GN)):
-            counts = self.num_blocks_GN[group, rows]
-            row_B = np.repeat(rows, counts)
-            pool.free(group, self.rank_N[row_B], self.block_ids_GNB[group, row_B, ragged.positions(counts)])
-        pool.unreserve(self.rank_N[rows], self.num_reserved_N[rows])
-        self.num_blocks_GN[:, rows] = 0
-        self.occupied_N[rows] = False
+        for group, dropped_N in enumerate(self.num_dropped_GN):
+            counts = self.num_blocks_GN[group, rows] - dropped_N[rows]
+            self._give_back(group, rows, counts)
+        self.num_blocks_GN[:, rows] = self.num_dropped_GN[:, rows] = 0
+        self.occupied_N[rows] = self.running_N[rows] = self.draining_N[rows] = self.shares_tail_N[rows] = False
+        self.in_flight_N[rows] = 0
 
-    def append_blocks(
-        self, rows: np.ndarray, end: np.ndarray, pool: BlockPool
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Give each row the blocks it lacks to hold `end` tokens: i32 row, cache, index and id of each, sorted by rank."""
+    def lacking_GR(self, rows: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """How many blocks each row lacks to hold `end` tokens, with one for a shared block that it must copy: [G, R]."""
+        lacking = np.maximum(-(-end // self.block_size) - self.num_blocks_GN[:, rows], 0)
+        return lacking + self.shares_tail_N[rows]
+
+    def promised_GP(self) -> np.ndarray:
+        """Blocks that the running requests will still take for the tokens that they have: i64 [G, P]."""
+        rows = np.flatnonzero(self.running_N & (self.num_tokens_N > self.num_computed_N))
+        held_GR = self.num_blocks_GN[:, rows] - self.num_dropped_GN[:, rows]
+        lacking_GR = np.minimum(
+            self.lacking_GR(rows, self.num_tokens_N[rows]), self.most_blocks_G[:, None] - held_GR + 1
+        )
+        num_ranks = len(self.bounds_P1) - 1
+        return np.array([np.bincount(self.rank_N[rows], lacking, num_ranks) for lacking in lacking_GR]).astype(np.int64)
+
+    def append_blocks(self, rows: np.ndarray, end: np.ndarray) -> None:
+        """Give each row the blocks it lacks to hold `end` tokens."""
         needed = -(-end // self.block_size)
-        if not (needed > self.num_blocks_GN[:, rows]).any():
-            return _NOTHING, _NOTHING, _NOTHING, _NOTHING
-        parts = []
         for group, num_blocks_N in enumerate(self.num_blocks_GN):
             counts = needed - num_blocks_N[rows]
+            if not (counts > 0).any():
+                continue
+            counts = np.maximum(counts, 0)
             row_B = np.repeat(rows, counts)
             index_B = num_blocks_N[row_B] + ragged.positions(counts)
-            ids_B = pool.allocate(group, self.rank_N[row_B])
-            self.block_ids_GNB[group, row_B, index_B] = ids_B
+            ids_B = self.pool.allocate(group, self.rank_N[row_B])
             num_blocks_N[rows] += counts
-            parts.append((row_B, np.full(len(row_B), group), index_B, ids_B))
+            self._set_blocks(group, row_B, index_B, ids_B)
+
+    def drop_blocks(self, rows: np.ndarray) -> None:
+        """Give back what lies before each row's window, now that its next token to compute is known."""
+        for group, window in enumerate(self.window_G):
+            if window is not None:
+                first = np.maximum(self.num_computed_N[rows] - window + 1, 0) // self.block_size
+                counts = np.minimum(first, self.num_blocks_GN[group, rows]) - self.num_dropped_GN[group, rows]
+                self._give_back(group, rows, counts)
+                self.num_dropped_GN[group, rows] += counts
+
+    def first_seen_G(self, num_computed: int) -> np.ndarray:
+        """The first block that the token behind so many computed ones sees, in each cache."""
+        starts = [0 if window is None else max(num_computed - window + 1, 0) for window in self.window_G]
+        return np.array(starts) // self.block_size
+
+    def unshare_tails(self, rows: np.ndarray) -> Copies:
+        """Copy on write: rows about to write into a block that others use too get one of their own."""
+        rows = rows[self.shares_tail_N[rows]]
+        if not len(rows):
+            return _NO_COPIES
+        parts = []
+        for group in range(len(self.num_blocks_GN)):
+            index = self.num_computed_N[rows] // self.block_size
+            inside = (self.num_computed_N[rows] % self.block_size > 0) & (index < self.num_blocks_GN[group, rows])
+            row_C, index_C = rows[inside], index[inside]
+            source_C = self.block_ids_GNB[group, row_C, index_C]
+            shared = self.pool.refs_GPB[group, self.rank_N[row_C], source_C] > 1
+            row_C, index_C, source_C = row_C[shared], index_C[shared], source_C[shared]
+            rank_C = self.rank_N[row_C]
+            target_C = self.pool.allocate(group, rank_C)
+            self.pool.free(group, rank_C, source_C)
+            self._set_blocks(group, row_C, index_C, target_C)
+            parts.append((rank_C, np.full(len(row_C), group), source_C, target_C))
+        self.shares_tail_N[rows] = False
+        copies = Copies(*(np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)))
+        by_rank = np.argsort(copies.rank, kind="stable")
+        return Copies(*(part[by_rank] for part in copies))
+
+    def advance(self, rows: np.ndarray, num: np.ndarray, sample: np.ndarray) -> None:
+        """A step has been planned that computes `num` tokens of each row and samples a token where `sample` says so."""
+        self.num_computed_N[rows] += num
+        self.num_tokens_N[rows] += sample
+        self.in_flight_N[rows] += 1
+
+    def take_new_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What has been set in block tables since the last call: i32 row, cache, index and id of each, sorted by rank."""
+        if not self._new_blocks:
+            return _NOTHING, _NOTHING, _NOTHING, _NOTHING
+        parts = [
+            (row_B, np.full(len(row_B), group), index_B, ids_B) for group, row_B, index_B, ids_B in self._new_blocks
+        ]
+        self._new_blocks.clear()
         row_B, cache_B, index_B, ids_B = (np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True))
         order = np.argsort(self.rank_N[row_B], kind="stable")
         return row_B[order], cache_B[order], index_B[order], ids_B[order]
+
+    def append_tokens(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """One sampled token for each row (in any order) is known now."""
+        known = self.num_known_N[rows]
+        self.tokens_NL[rows, known] = tokens
+        self.num_known_N[rows] = known = known + 1
+        if self._names is None:
+            return
+        full = known % self.block_size == 0
+        if full.any():
+            rows, block = rows[full], known[full] // self.block_size - 1
+            columns = block[:, None] * self.block_size + np.arange(self.block_size)
+            self.sum_N4[rows] = sums = self._names.extended(
+                self.sum_N4[rows], block, self.tokens_NL[rows[:, None], columns]
+            )
+            self.name_NB[rows, block] = names(sums)
+
+    def name_blocks(self, rows: np.ndarray) -> np.ndarray:
+        """Name the blocks of these rows that are whole now, or will be when the steps in flight are done: the new names."""
+        if self._names is None:
+            return _NOTHING
+        whole = np.minimum(self.num_computed_N[rows], self.num_known_N[rows]) // self.block_size
+        more = whole > self.num_named_N[rows]
+        if not more.any():
+            return _NOTHING
+        rows, whole = rows[more], whole[more]
+        counts = whole - self.num_named_N[rows]
+        row_B = np.repeat(rows, counts)
+        index_B = self.num_named_N[row_B] + ragged.positions(counts)
+        self.num_named_N[rows] = whole
+        names_B = self.name_NB[row_B, index_B]
+        for group, dropped_N in enumerate(self.num_dropped_GN):
+            here = index_B >= dropped_N[row_B]
+            group_row, group_index = row_B[here], index_B[here]
+            ids = self.block_ids_GNB[group, group_row, group_index]
+            self.pool.name(group, self.rank_N[group_row], ids, names_B[here])
+        return names_B
 
     def offsets_P1(self, rows: np.ndarray) -> np.ndarray:
         """Where each rank's part of `rows` lies: i32 [P + 1]."""
@@ -114,30 +269,68 @@ class RunningTable:
         slots, offsets_P1 = ragged.pack(slots_P, np.int64)
         return self.rows_of(offsets_P1, slots)
 
-    def occupied_P(self) -> np.ndarray:
-        """i64 [P], occupied slots."""
-        return self.occupied_N.reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
+    def count_P(self, of_N: np.ndarray) -> np.ndarray:
+        """i64 [P], how many of each rank's rows are true."""
+        return of_N.reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
 
     def outstanding_P(self) -> np.ndarray:
         """i64 [P], tokens that the running requests may still have to compute."""
         left_N = np.where(self.running_N, self.limit_N - self.num_computed_N, 0)
         return left_N.reshape(len(self.bounds_P1) - 1, -1).sum(axis=1, dtype=np.int64)
 
-    def check_integrity(self, pool: BlockPool) -> None:
-        """The counters are in order, and the block tables and reservations are exactly what the pool accounts for."""
+    def blocks_of(self, group: int, row: int) -> np.ndarray:
+        """A row's blocks, i32."""
+        return self.block_ids_GNB[group, row, self.num_dropped_GN[group, row] : self.num_blocks_GN[group, row]]
+
+    def check_integrity(self) -> None:
+        """The counters are in order, and the block tables are exactly what the pool accounts for."""
         rows = np.flatnonzero(self.occupied_N)
         assert not (self.running_N & ~self.occupied_N).any(), "running, but not occupied"
-        end = self.num_computed_N[rows] + self.num_scheduled_N[rows]
-        assert (end <= self.num_tokens_N[rows]).all(), (end, self.num_tokens_N[rows])
-        assert (self.num_tokens_N[rows] <= self.limit_N[rows]).all(), (self.num_tokens_N[rows], self.limit_N[rows])
-        refs_GPB = np.zeros_like(pool.refs_GPB)
+        known, tokens, computed = self.num_known_N[rows], self.num_tokens_N[rows], self.num_computed_N[rows]
+        ahead = tokens - known
+        going = self.running_N[rows]
+        assert (ahead >= 0).all(), (known, tokens)
+        assert (ahead[going] <= self.in_flight_N[rows][going]).all(), (known, tokens, self.in_flight_N[rows])
+        assert (computed <= tokens).all(), (computed, tokens)
+        assert (tokens <= self.limit_N[rows]).all(), (tokens, self.limit_N[rows])
+        refs_GPB = np.zeros_like(self.pool.refs_GPB)
         for group in range(len(self.num_blocks_GN)):
-            counts = self.num_blocks_GN[group, rows]
-            assert np.array_equal(counts, -(-end // self.block_size)), (group, counts, end)
-            assert (counts <= self.num_reserved_N[rows]).all(), (group, counts, self.num_reserved_N[rows])
-            row_B = np.repeat(rows, counts)
-            ids_B = self.block_ids_GNB[group, row_B, ragged.positions(counts)]
-            np.add.at(refs_GPB[group], (self.rank_N[row_B], ids_B), 1)
-        assert np.array_equal(refs_GPB, pool.refs_GPB), "the block tables and the pool disagree on references"
-        reserved_P = np.bincount(self.rank_N[rows], self.num_reserved_N[rows], minlength=len(self.bounds_P1) - 1)
-        assert (pool.reserved_GP == reserved_P).all(), (pool.reserved_GP, reserved_P)
+            assert np.array_equal(self.num_blocks_GN[group, rows], -(-computed // self.block_size)), (group, computed)
+            for row in rows.tolist():
+                np.add.at(refs_GPB[group, self.rank_N[row]], self.blocks_of(group, row), 1)
+        assert np.array_equal(refs_GPB, self.pool.refs_GPB), "the block tables and the pool disagree on references"
+
+    def _share_cached(self, admissions: Sequence[Admission], rows: np.ndarray) -> None:
+        for group in range(len(self.num_blocks_GN)):
+            held = [admission.blocks_G[group] for admission in admissions if admission.num_cached]
+            held_rows = np.array([row for admission, row in zip(admissions, rows, strict=True) if admission.num_cached])
+            if not held:
+                continue
+            counts = np.array([len(blocks) for blocks in held])
+            ends = np.array([-(-a.num_cached // self.block_size) for a in admissions if a.num_cached])
+            row_B = np.repeat(held_rows, counts)
+            index_B = np.repeat(ends - counts, counts) + ragged.positions(counts)
+            ids_B = np.concatenate(held).astype(np.int32)
+            self.pool.share(group, self.rank_N[row_B], ids_B)
+            self.num_blocks_GN[group, held_rows] = ends
+            self.num_dropped_GN[group, held_rows] = ends - counts
+            self._set_blocks(group, row_B, index_B, ids_B)
+
+    def _set_blocks(self, group: int, row_B: np.ndarray, index_B: np.ndarray, ids_B: np.ndarray) -> None:
+        self.block_ids_GNB[group, row_B, index_B] = ids_B
+        self._new_blocks.append((group, row_B, index_B, ids_B))
+
+    def _give_back(self, group: int, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Free the first `counts` blocks that each row still has."""
+        row_B = np.repeat(rows, counts)
+        index_B = self.num_dropped_GN[group, row_B] + ragged.positions(counts)
+        self.pool.free(group, self.rank_N[row_B], self.block_ids_GNB[group, row_B, index_B])
+
+
+def most_blocks(spec: CacheSpec, config: SchedulerConfig) -> int:
+    """Blocks of a cache that one request can hold: those of the longest, or of its window and one step's tokens."""
+    longest = config.blocks_for(config.max_model_len)
+    if spec.kind != "window":
+        return longest
+    assert spec.window is not None, f"cache {spec.name!r} has no window"
+    return min(longest, config.blocks_for(spec.window + config.max_num_tokens) + 1)

@@ -24,6 +24,7 @@ from expertwire.engine.messages import (
     decode,
     encode,
 )
+from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.plan import FinishReason
 from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -57,6 +58,7 @@ class Row:
     logprob: float = float("nan")
     rank: int = 0
     top: dict[int, float] = field(default_factory=dict)
+    num_cached: int = 0
 
 
 @dataclass
@@ -82,6 +84,7 @@ def outputs(rows: list[Row], prompt_rows: list[PromptRow] = (), step: int = 0) -
         id_O=np.array([row.id for row in rows], np.int64),
         token_O=np.array([row.token for row in rows], np.int32),
         finish_O=np.array([row.finish for row in rows], np.uint8),
+        num_cached_O=np.array([row.num_cached for row in rows], np.int32),
         logprob_O=np.array([row.logprob for row in rows], np.float32),
         token_rank_O=np.array([row.rank for row in rows], np.int32),
         top_offsets_O1=offsets(rows),
@@ -95,6 +98,10 @@ def outputs(rows: list[Row], prompt_rows: list[PromptRow] = (), step: int = 0) -
         prompt_top_ids=np.array(flat(prompt_rows, False), np.int32),
         prompt_top_logprobs=np.array(flat(prompt_rows, True), np.float32),
     )
+
+
+def rejected(wire: int, code: str, message: str, retry_after_s: float | None = None) -> Rejected:
+    return Rejected(ids=[wire], codes=[code], messages=[message], retry_after_s=[retry_after_s])
 
 
 def channel_pair() -> tuple[SocketChannel, SocketChannel]:
@@ -139,6 +146,8 @@ class _Running:
 class ThreadController:
     """Serves a model whose i-th token is a function of prompt, branch and i, one token a request and step.
 
+    Branch 0 claims to have found half of its prompt in the prefix cache, every further one a token more.
+
     Args:
         info: what is served.
         max_waiting: requests that may wait; of `info.max_running` running ones.
@@ -152,6 +161,7 @@ class ThreadController:
         self.front_channel, self._channel = channel_pair()
         self.most_waiting = 0
         self.aborted: list[int] = []
+        self.options: list[RequestOptions] = []  # of every request, in the order of submission
         self.paused = threading.Event()
         self._info = info
         self._max_waiting = max_waiting
@@ -205,15 +215,15 @@ class ThreadController:
             offsets = message.token_offsets_Q1
             for i, wire in enumerate(message.ids_Q.tolist()):
                 prompt = message.tokens[offsets[i] : offsets[i + 1]].tolist()
-                self._admit(
-                    wire, _Running(prompt, int(message.branches_Q[i]), SamplingParams.from_dict(message.params[i]))
-                )
+                params = SamplingParams.from_dict(message.params[i])
+                self.options.append(RequestOptions(**message.options[i]))
+                self._admit(wire, _Running(prompt, int(message.branches_Q[i]), params))
 
     def _admit(self, wire: int, request: _Running) -> None:
         if request.prompt[0] == self._reject:
-            self._send(Rejected(ids=[wire], codes=["INVALID_ARGUMENT"], messages=["too many blocks"]))
+            self._send(rejected(wire, "INVALID_ARGUMENT", "too many blocks"))
         elif len(self._waiting) >= self._max_waiting:
-            self._send(Rejected(ids=[wire], codes=["RESOURCE_EXHAUSTED"], messages=["queue full"]))
+            self._send(rejected(wire, "RESOURCE_EXHAUSTED", "queue full"))
         else:
             self._waiting[wire] = request
             self.most_waiting = max(self.most_waiting, len(self._waiting))
@@ -230,7 +240,9 @@ class ThreadController:
             token = next_token(request.prompt, request.branch, request.num_outputs)
             request.num_outputs += 1
             finish = FinishReason.LENGTH if request.num_outputs == params.max_tokens else FinishReason.NONE
-            rows.append(Row(wire, token, finish, logprob=-0.5, rank=1, top={token: -0.5} if params.logprobs else {}))
+            top = {token: -0.5} if params.logprobs else {}
+            cached = len(request.prompt) // 2 + request.branch
+            rows.append(Row(wire, token, finish, logprob=-0.5, rank=1, top=top, num_cached=cached))
             if finish:
                 del self._running[wire]
         self._send(outputs(rows, prompt_rows, step))

@@ -10,6 +10,7 @@ import numpy as np
 from expertwire.engine.config import ModelInfo
 from expertwire.engine.outputs import EngineFailed, RequestError, Update
 from expertwire.engine.prompts import encode_prompt
+from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
 MODEL_INFO = ModelInfo(
@@ -33,6 +34,7 @@ class FakeFront:
         self.model_info = MODEL_INFO
         self.failure: EngineFailed | None = None
         self.submitted: list[tuple[list[int], SamplingParams]] = []  # a request's id is its place
+        self.options: list[RequestOptions] = []  # likewise
         self.aborted: list[int] = []
         self._open: dict[int, int] = {}  # running branches by id
         self._updates: list[Update] = []
@@ -46,10 +48,11 @@ class FakeFront:
     def encode(self, prompt: str | list[int], params: SamplingParams) -> np.ndarray:
         return encode_prompt(prompt, params, MODEL_INFO, LetterTokenizer())
 
-    def submit(self, prompt: np.ndarray, params: SamplingParams) -> int:
+    def submit(self, prompt: np.ndarray, params: SamplingParams, options: RequestOptions | None = None) -> int:
         if self.failure:
             raise self.failure
         self.submitted.append((list(prompt), params))
+        self.options.append(options or RequestOptions())
         number = len(self.submitted) - 1
         self._open[number] = params.n
         return number

@@ -37,8 +37,9 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 ENGINE_FLAGS = {
     "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--max-model-len",
-    "--max-num-tokens", "--max-running", "--max-waiting", "--block-size", "--kv-cache-bytes", "--redundant-experts",
-    "--threads-per-rank", "--seed", "--start-timeout", "--step-timeout",
+    "--max-num-tokens", "--max-running", "--max-waiting", "--max-waiting-per-tenant", "--chunk-tokens", "--policy",
+    "--aging", "--tenant-weights", "--prefix-cache", "--no-prefix-cache", "--block-size", "--kv-cache-bytes",
+    "--redundant-experts", "--threads-per-rank", "--seed", "--start-timeout", "--step-timeout",
 }  # fmt: skip
 # Every option is one more thing to learn, to test and to keep. Add one here only if nothing can be decided without it.
 FLAGS = {

@@ -60,7 +60,8 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Generates text, token by token. Cancelling the call, its deadline, or a lost connection aborts the request.
+        """Generates text, token by token. Cancelling the call, its deadline, or a lost connection aborts the request. The deadline of
+        the call is also that of the first token: if it cannot come in time, the request is refused at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,15 +1,13 @@
-"""What a decoding step does in a layer besides its experts, in two calls: attention with the norm behind it, and routing.
+"""What a decoding step does in a layer, in two calls: attention with the norm behind it, and a rank's experts with theirs.
 
 At a few rows a step, calling an op costs as much as its work. So this puts the ops of `gemm`, `attention` and `elementwise`
 behind one another, and a row's bits are those of the ops called one by one.
 
-T tokens, one of each sequence, D model width, H query heads, G key/value heads, d head size, E experts, K chosen, b blocks, s
-block size.
+T tokens, one of each sequence, D model width, H query heads, G key/value heads, d head size, E logical experts, e those here, K
+chosen, R routed rows, F expert width, b blocks, s block size.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.attention import attend_single, covers, rotate_and_store_rows
-from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, route_rows
-from expertwire.kernels.cpu.gemm import few, linear_rows
+from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows, route_rows
+from expertwire.kernels.cpu.gemm import experts_rows, few, linear_rows
 from expertwire.kernels.cpu.numbers import as_array, jit
 
 # What all layers of a step share: cosines and sines, positions_T, slots_T, tables_Tb, lengths_T.
@@ -110,21 +108,98 @@ class AttentionAndNorm:
 
 
 @jit
-def _route(x_TD: np.ndarray, w_ED: np.ndarray, renormalize: bool, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
-    logits_TE = np.empty((x_TD.shape[0], w_ED.shape[0]), x_TD.dtype)
-    linear_rows(x_TD, w_ED, logits_TE)
-    route_rows(logits_TE, renormalize, ids_TK, weights_TK)
+def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray, place_TK: np.ndarray) -> int:
+    """`comm.all_to_all.Dispatched` of one rank, where each (token, k) stands in it, and how many rows an expert has at most."""
+    num_tokens, top_k = physical_TK.shape
+    offsets[:] = 0
+    for t in range(num_tokens):
+        for k in range(top_k):
+            offsets[physical_TK[t, k] + 1] += 1
+    most = offsets.max()
+    next_e = np.empty(len(offsets) - 1, np.int64)
+    for e in range(len(next_e)):
+        next_e[e] = offsets[e]
+        offsets[e + 1] += offsets[e]
+    for t in range(num_tokens):
+        for k in range(top_k):
+            row = next_e[physical_TK[t, k]]
+            place_TK[t, k], row_index_R[row] = row, t
+            next_e[physical_TK[t, k]] += 1
+    return most
 
 
-def prepare_router(w_ED: Tensor, top_k: int, renormalize: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`kernels.routing.prepare` for few rows."""
-    weight = as_array(w_ED)
+@jit
+def _moe(
+    x_TD: np.ndarray,
+    normed_TD: np.ndarray,
+    ids_TK: np.ndarray,
+    weights_TK: np.ndarray,
+    w_router: np.ndarray,
+    renormalize: bool,
+    max_rows: int,
+    physical_of_E: np.ndarray,
+    w13: np.ndarray,
+    w2: np.ndarray,
+    norm_D: np.ndarray,
+    eps: float,
+    load_E: np.ndarray,
+    sum_TD: np.ndarray,
+    y_TD: np.ndarray,
+) -> bool:
+    """Chooses the experts if `ids_TK` is empty. False, with nothing done, if an expert would have more than `max_rows`."""
+    num_tokens, width, top_k = x_TD.shape[0], x_TD.shape[1], ids_TK.shape[1]
+    if len(ids_TK) < num_tokens:
+        ids_TK, weights_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
+        logits_TE = np.empty((num_tokens, w_router.shape[0]), x_TD.dtype)
+        linear_rows(normed_TD, w_router, logits_TE)
+        route_rows(logits_TE, renormalize, ids_TK, weights_TK)
 
-    def apply(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        num_tokens = x_TD.shape[0]
-        ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
-        weights_TK = torch.empty(num_tokens, top_k)
-        _route(as_array(x_TD), weight, renormalize, ids_TK.numpy(), weights_TK.numpy())
-        return ids_TK, weights_TK
+    physical_TK, place_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.int64)
+    for t in range(num_tokens):
+        for k in range(top_k):
+            physical_TK[t, k] = physical_of_E[ids_TK[t, k]]
+    offsets, row_index_R = np.empty(len(w13) + 1, np.int64), np.empty(num_tokens * top_k, np.int64)
+    if _sort(physical_TK, offsets, row_index_R, place_TK) > max_rows:
+        return False
+    rows_RD = np.empty((num_tokens * top_k, width), x_TD.dtype)
+    experts_rows(normed_TD, row_index_R, offsets, w13, w2, max_rows, rows_RD)
+    rows_TKD = np.empty((num_tokens, top_k, width), x_TD.dtype)
+    for t in range(num_tokens):
+        for k in range(top_k):
+            load_E[ids_TK[t, k]] += 1
+            for i in range(width):
+                rows_TKD[t, k, i] = rows_RD[place_TK[t, k], i]
+    delta_TD = np.empty_like(x_TD)
+    combine_rows(rows_TKD, weights_TK, delta_TD)
+    add_rms_norm_rows(x_TD, delta_TD, norm_D, eps, sum_TD, y_TD)
+    return True
 
-    return apply
+
+class MoeAndNorm:
+    """`kernels.experts.FewRows` on a CPU."""
+
+    def __init__(
+        self,
+        w_router: Tensor,
+        w13_eFD: Tensor,
+        w2_eDF: Tensor,
+        norm_D: Tensor,
+        physical_of_E: Tensor,
+        *,
+        top_k: int,
+        renormalize: bool,
+        eps: float,
+    ) -> None:
+        weights = (as_array(tensor) for tensor in (w13_eFD, w2_eDF, norm_D))
+        self.max_unrouted = few(w_router.dtype)
+        self._fixed = (as_array(w_router), renormalize, self.max_unrouted, physical_of_E.numpy(), *weights, eps)
+        self._unrouted = np.empty((0, top_k), np.int64), np.empty((0, top_k), np.float32)
+
+    def __call__(
+        self, x_TD: Tensor, normed_TD: Tensor, routed: tuple[Tensor, Tensor] | None, load_E: np.ndarray
+    ) -> tuple[Tensor, Tensor] | None:
+        ids_TK, weights_TK = self._unrouted if routed is None else (tensor.numpy() for tensor in routed)
+        sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        x, normed, total, y = (as_array(tensor) for tensor in (x_TD, normed_TD, sum_TD, y_TD))
+        done = _moe(x, normed, ids_TK, weights_TK, *self._fixed, load_E, total, y)
+        return (sum_TD, y_TD) if done else None

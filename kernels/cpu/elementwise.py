@@ -111,7 +111,7 @@ def silu_mul(gate_up_NF: Tensor) -> Tensor:
 
 
 @jit
-def _combine(rows_TKD: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
+def combine_rows(rows_TKD: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
     total = np.empty(out_TD.shape[1], np.float32)
     for t in range(out_TD.shape[0]):
         total[:] = np.float32(0)
@@ -126,5 +126,5 @@ def _combine(rows_TKD: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """`kernels.combine.reference`, bit for bit."""
     out_TD = torch.empty_like(rows_TKD[:, 0])
-    _combine(as_array(rows_TKD), weights_TK.numpy(), as_array(out_TD))
+    combine_rows(as_array(rows_TKD), weights_TK.numpy(), as_array(out_TD))
     return out_TD

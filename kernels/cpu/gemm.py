@@ -70,7 +70,7 @@ def prepare_linear(w_NK: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @jit
-def _experts(
+def experts_rows(
     x: np.ndarray, index: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, max_rows: int, y: np.ndarray
 ) -> bool:
     width, inner = x.shape[1], w2.shape[2]
@@ -105,6 +105,6 @@ def prepare_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> Callable[[Tensor, Tensor
     w13, w2, max_rows = as_array(w13_eFD), as_array(w2_eDF), few(w13_eFD.dtype)
 
     def apply(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray, y_RD: Tensor) -> bool:
-        return _experts(as_array(x_UD), row_index_R.numpy(), offsets, w13, w2, max_rows, as_array(y_RD))
+        return experts_rows(as_array(x_UD), row_index_R.numpy(), offsets, w13, w2, max_rows, as_array(y_RD))
 
     return apply

@@ -202,74 +202,67 @@ class _TileEmitter:
         )
 
 
-def _tile(rows: int) -> Any:
-    """tile(w, offset, offset soon, later, stride, x, offset, stride, y, offset, stride, K): arrays, i64 counts of elements."""
+@intrinsic
+def tile(context, rows, w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
+    """The product of `min(rows, 6)` rows of x with four of w; asks for the four from `soon_at` and from `later_at` on.
+
+    Of w, x and y: the array, where to start, and from row to row, in elements.
+    """
+
+    def generate(context, builder, signature, args):
+        def emit(emitter, pointers):
+            emitter.emit_tile(*pointers[:3], args[5], pointers[3], args[8], pointers[4], args[11], args[12])
+
+        return _for_rows(context, builder, signature, args, emit)
+
+    return _signature(w, x, y), generate
+
+
+def _accumulate(width: int) -> Any:
+    """accumulate(rows, v, start, soon, later, stride, x, start, stride, y, start, stride, rows of v >= 1), as `tile`."""
 
     @intrinsic
-    def tile(context, w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
+    def accumulate(context, rows, v, v_at, soon_at, later_at, ldv, x, x_at, ldx, y, y_at, ldy, num_rows):
         def generate(context, builder, signature, args):
-            emitter, pointers = _prepare(context, builder, signature, args, rows)
-            emitter.emit_tile(*pointers[:3], args[4], pointers[3], args[7], pointers[4], args[10], args[11])
-            return context.get_dummy_value()
+            def emit(emitter, pointers):
+                emitter.emit_accumulate(
+                    *pointers[:3], args[5], pointers[3], args[8], pointers[4], args[11], args[12], width
+                )
 
-        return _signature(w, x, y), generate
-
-    return tile
-
-
-def _accumulate(rows: int, width: int) -> Any:
-    """accumulate(v, offset, offset soon, later, stride, x, offset, stride, y, offset, stride, rows of v >= 1), as `_tile`."""
-
-    @intrinsic
-    def accumulate(context, v, v_at, soon_at, later_at, ldv, x, x_at, ldx, y, y_at, ldy, num_rows):
-        def generate(context, builder, signature, args):
-            emitter, pointers = _prepare(context, builder, signature, args, rows)
-            emitter.emit_accumulate(
-                *pointers[:3], args[4], pointers[3], args[7], pointers[4], args[10], args[11], width
-            )
-            return context.get_dummy_value()
+            return _for_rows(context, builder, signature, args, emit)
 
         return _signature(v, x, y), generate
 
     return accumulate
 
 
-def _prepare(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, rows: int) -> tuple[_TileEmitter, list]:
-    """An emitter, and where the weights, those needed soon and later, x and y start."""
+def _for_rows(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, emit: Any) -> Any:
+    """What `emit` makes, for 1, 2, ... 6 rows. It gets where the weights, those needed soon and later, x and y start."""
 
     def pointer(i: int, offset: int) -> ir.Value:
         array = context.make_array(signature.args[i])(context, builder, args[i])
         return builder.gep(array.data, [args[offset]])
 
-    emitter = _TileEmitter(builder, rows, bf16=signature.args[0].dtype == types.uint16)
-    return emitter, [pointer(0, 1), pointer(0, 2), pointer(0, 3), pointer(5, 6), pointer(8, 9)]
+    pointers = [pointer(1, 2), pointer(1, 3), pointer(1, 4), pointer(6, 7), pointer(9, 10)]
+    blocks = [builder.append_basic_block(f"rows{rows}") for rows in range(1, TILE_M + 1)]
+    done = builder.append_basic_block("done")
+    switch = builder.switch(args[0], blocks[-1])
+    for rows, block in enumerate(blocks, 1):
+        if block is not blocks[-1]:
+            switch.add_case(_I64(rows), block)
+        builder.position_at_end(block)
+        emit(_TileEmitter(builder, rows, bf16=signature.args[1].dtype == types.uint16), pointers)
+        builder.branch(done)
+    builder.position_at_end(done)
+    return context.get_dummy_value()
 
 
 def _signature(a: Any, b: Any, c: Any) -> Any:
     numbers = (types.int64, types.int64)
-    return types.void(a, *numbers, *numbers, b, *numbers, c, *numbers, types.int64)
+    return types.void(types.int64, a, *numbers, *numbers, b, *numbers, c, *numbers, types.int64)
 
 
-_tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = (_tile(rows) for rows in range(1, TILE_M + 1))
-_add1, _add2, _add3, _add4, _add5, _add6 = (_accumulate(rows, LINE) for rows in range(1, TILE_M + 1))
-_wide1, _wide2, _wide3, _wide4, _wide5, _wide6 = (_accumulate(rows, _WIDE) for rows in range(1, TILE_M + 1))
-
-
-@jit
-def tile(rows, w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k):
-    """The product of `min(rows, 6)` rows of x with four of w; asks for the four from `soon_at` and from `later_at` on."""
-    if rows >= 6:
-        _tile6(w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
-    elif rows == 5:
-        _tile5(w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
-    elif rows == 4:
-        _tile4(w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
-    elif rows == 3:
-        _tile3(w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
-    elif rows == 2:
-        _tile2(w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
-    else:
-        _tile1(w, w_at, soon_at, later_at, ldw, x, x_at, ldx, y, y_at, ldy, num_k)
+_accumulate_wide, _accumulate_narrow = _accumulate(_WIDE), _accumulate(LINE)
 
 
 @jit
@@ -277,30 +270,8 @@ def accumulate(rows, width, v, v_at, soon_at, later_at, ldv, x, x_at, ldx, y, y_
     """Add to `min(rows, 6)` rows of y, `width` long, the products with `num_rows` >= 1 rows of v."""
     i = 0
     while i + _WIDE <= width:
-        if rows >= 6:
-            _wide6(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        elif rows == 5:
-            _wide5(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        elif rows == 4:
-            _wide4(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        elif rows == 3:
-            _wide3(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        elif rows == 2:
-            _wide2(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        else:
-            _wide1(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        _accumulate_wide(rows, v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
         i += _WIDE
     while i < width:
-        if rows >= 6:
-            _add6(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        elif rows == 5:
-            _add5(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        elif rows == 4:
-            _add4(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        elif rows == 3:
-            _add3(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        elif rows == 2:
-            _add2(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
-        else:
-            _add1(v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
+        _accumulate_narrow(rows, v, v_at + i, soon_at + i, later_at + i, ldv, x, x_at, ldx, y, y_at + i, ldy, num_rows)
         i += LINE

@@ -10,24 +10,27 @@ import pytest
 
 from expertwire.deploy.grpc_client import Client, ServerError, Usage
 from expertwire.deploy.grpc_server import Server
-from expertwire.engine.outputs import Logprob
+from expertwire.engine.outputs import Logprob, RequestError
+from expertwire.engine.request_options import RequestOptions
 
 STATS = {"num_running": 2.0, "running": [1.0, 1.0], "expert_load": [[1, 2, 3], [4, 5, 6]]}
 
 
 class EchoFront(fake_front.FakeFront):
-    """Answers a prompt with itself, letter by letter; one that ends in "..." never ends."""
+    """Answers a prompt with itself, letter by letter; one that ends in "..." never ends. Tenant "busy" is to wait."""
 
-    def submit(self, prompt, params):
-        number = super().submit(prompt, params)
+    def submit(self, prompt, params, options):
+        number = super().submit(prompt, params, options)
         text = "".join(chr(token) for token in prompt)
+        if options.tenant == "busy":
+            self.push(number, error=RequestError("RESOURCE_EXHAUSTED", "wait", 0.25), token_ids=())
         for branch in range(params.n):
             for letter in text.removesuffix("..."):
                 logprobs = None if params.logprobs is None else ({ord(letter): Logprob(-1.5, 2, letter)},)
                 self.push(number, branch, letter, token_ids=(ord(letter),), logprobs=logprobs)
             if not text.endswith("..."):
                 stop = {"finish_reason": "stop", "stop_reason": "##"} if params.stop else {"finish_reason": "length"}
-                self.push(number, branch, token_ids=(), **stop)
+                self.push(number, branch, token_ids=(), num_cached_tokens=len(text) - 1, **stop)
         return number
 
 
@@ -63,7 +66,18 @@ def test_text_comes_in_pieces_and_usage_at_the_end(client):
     assert "".join(chunk.text for chunk in chunks) == "HIJ"
     assert [token for chunk in chunks for token in chunk.token_ids] == [72, 73, 74]
     assert chunks[-1].finish_reason == "length" and chunks[-1].stop_reason is None and chunks[-1].logprobs is None
-    assert generation.usage == Usage(prompt_tokens=3, completion_tokens=3, seed=77)
+    assert generation.usage == Usage(prompt_tokens=3, completion_tokens=3, seed=77, cached_prompt_tokens=2)
+
+
+def test_options_of_a_request(server, client):
+    list(client.generate([65], priority=-1, tenant="acme", cache_salt="s"))
+    assert server["front"].options[-1] == RequestOptions(priority=-1, tenant="acme", cache_salt="s")
+    with pytest.raises(ServerError, match="wait") as caught:
+        list(client.generate([65], tenant="busy"))
+    assert (caught.value.code, caught.value.retry_after_s) == ("RESOURCE_EXHAUSTED", 0.25)
+    for options in ({"priority": 2**31}, {"priority": "high"}, {"tenant": 5}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            client.generate([65], **options)
 
 
 def test_branches_log_probabilities_and_stop_reasons(client):
@@ -77,7 +91,7 @@ def test_branches_log_probabilities_and_stop_reasons(client):
 def test_errors_have_code_and_message(client):
     with pytest.raises(ServerError, match="temperature") as caught:
         list(client.generate("a", temperature=-1.0))
-    assert caught.value.code == "INVALID_ARGUMENT"
+    assert (caught.value.code, caught.value.retry_after_s) == ("INVALID_ARGUMENT", None)
     with pytest.raises(ServerError, match="nobody") as caught:
         client.abort("nobody")
     assert caught.value.code == "NOT_FOUND"

@@ -9,6 +9,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.config import ModelInfo
+from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
 PROTO = Path(pb.__file__).with_name("expertwire_v1.proto")
@@ -35,6 +36,11 @@ def test_every_field_that_a_client_may_set_is_in_the_proto():
         "stop_token_ids",
         "logit_bias",
     }
+    # The deadline is the call's.
+    options = {field.name for field in dataclasses.fields(RequestOptions)} - {"deadline_s"}
+    request = pb.GenerateRequest.DESCRIPTOR.fields_by_name
+    assert set(request) == {"request_id", "text", "token_ids", "sampling_params"} | options
+    assert all(request[name].has_presence for name in options)
 
 
 def test_model_info_has_everything_but_the_folder():

@@ -19,6 +19,7 @@ from expertwire.deploy.grpc_stream import UNREAD_SIZE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.outputs import Logprob, RequestError
+from expertwire.engine.request_options import RequestOptions
 
 STATS = {"num_running": 2, "running": [1, 1], "blocks_used": {"kv": [0, 5]}, "expert_load": [[1, 2, 3], [4, 5, 6]]}
 
@@ -172,6 +173,43 @@ async def test_token_ids_and_every_sampling_field_arrive(run):
 
 
 @scenario()
+async def test_options_and_the_deadline_arrive(run):
+    request = pb.GenerateRequest(text="a", priority=-7, tenant="acme", cache_salt="s")
+    calls = [run.stub.Generate(request, timeout=1000), run.generate()]
+    await run.submitted(2)
+    with_deadline, plain = sorted(run.front.options, key=lambda options: options.priority)
+    assert 0 < with_deadline.deadline_s <= 1000
+    assert with_deadline == RequestOptions(
+        priority=-7, tenant="acme", cache_salt="s", deadline_s=with_deadline.deadline_s
+    )
+    assert plain == RequestOptions()
+    for call in calls:
+        call.cancel()
+
+
+@scenario()
+async def test_a_rejection_may_say_when_to_try_again(run):
+    calls = [run.generate(), run.generate()]
+    await run.submitted(2)
+    for number, retry_after_s in enumerate((1.2345, None)):
+        run.front.push(number, error=RequestError("RESOURCE_EXHAUSTED", "later", retry_after_s), token_ids=())
+    found = set()
+    for call in calls:
+        assert await status(collect(call)) == ("RESOURCE_EXHAUSTED", "later")
+        found.add(dict(await call.trailing_metadata()).get("retry-after-ms"))
+    assert found == {"1235", None}
+
+
+@scenario()
+async def test_cached_tokens_are_in_the_usage(run):
+    call = run.generate("hello", n=2)
+    await run.submitted()
+    run.front.push(0, 1, "a", finish_reason="stop")
+    run.front.push(0, 0, "a", finish_reason="stop", num_cached_tokens=4)
+    assert (await collect(call))[-1].usage.cached_prompt_tokens == 4
+
+
+@scenario()
 async def test_bad_requests_name_the_field_and_what_it_allows(run):
     for request, words in (
         (pb.GenerateRequest(), ["prompt", "text", "token_ids"]),
@@ -180,6 +218,8 @@ async def test_bad_requests_name_the_field_and_what_it_allows(run):
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[100])), ["prompt", "[0, 100)"]),
         (pb.GenerateRequest(text="a" * 1000), ["prompt", "1000", "max_model_len"]),
         (pb.GenerateRequest(text="a", request_id="x" * 300), ["request_id", "256"]),
+        (pb.GenerateRequest(text="a", tenant="x" * 129), ["tenant", "at most 128", "129"]),
+        (pb.GenerateRequest(text="a", cache_salt="x" * 129), ["cache_salt", "at most 128", "129"]),
         (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(temperature=-1)), ["temperature", ">= 0"]),
         (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(top_p=0)), ["top_p", "(0, 1]"]),
         (pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(max_tokens=0)), ["max_tokens", ">= 1"]),

@@ -8,13 +8,14 @@ import select
 import numpy as np
 import pytest
 import tokenizer_files
-from fake_controller import INFO, HandController, PromptRow, Row
+from fake_controller import INFO, HandController, PromptRow, Row, rejected
 from hypothesis import given
 from hypothesis import strategies as st
 
 from expertwire.engine.front import Front
-from expertwire.engine.messages import Abort, AskStats, Failure, Rejected, Stats, Submit
+from expertwire.engine.messages import Abort, AskStats, Failure, Stats, Submit
 from expertwire.engine.outputs import EngineFailed, Logprob
+from expertwire.engine.request_options import RequestOptions
 from expertwire.engine.stop_strings import StopStrings
 from expertwire.engine.tokenizer import Tokenizer
 from expertwire.scheduler.plan import FinishReason
@@ -95,6 +96,25 @@ def test_branches_are_requests_of_their_own(front, controller, tokenizer):
     assert {update.seed} == seeds
 
 
+def test_options_reach_the_controller_with_every_branch(front, controller):
+    options = RequestOptions(priority=-3, tenant="acme", cache_salt="é", deadline_s=2.5)
+    front.submit("a", SamplingParams(n=2), options)
+    front.submit("a", SamplingParams())
+    both, plain = controller.heard()
+    assert [RequestOptions(**values) for values in both.options] == [options] * 2
+    assert [RequestOptions(**values) for values in plain.options] == [RequestOptions()]
+
+
+def test_cached_tokens_are_those_of_the_first_branch(front, controller):
+    request = front.submit([10, 11, 12], SamplingParams(n=2))
+    first, second = controller.heard()[0].ids_Q.tolist()
+    controller.say(Row(second, 50, num_cached=3))
+    controller.say(Row(first, 50, num_cached=2), Row(second, 51, LENGTH, num_cached=3))
+    assert [update.num_cached_tokens for update in front.poll(1.0)] == [0, 2, 2]
+    front.abort(request)
+    assert [update.num_cached_tokens for update in front.poll(1.0)] == [2]
+
+
 class TestEnds:
     def test_the_token_that_stops_has_no_text(self, front, controller, tokenizer):
         params = SamplingParams(stop_token_ids=[60], skip_special_tokens=False)
@@ -150,10 +170,10 @@ class TestEnds:
         request = front.submit("a", SamplingParams(n=2))
         other = front.submit("b", SamplingParams())
         wires = controller.heard()[0].ids_Q.tolist()
-        controller.send(Rejected(ids=wires[1:], codes=["RESOURCE_EXHAUSTED"], messages=["4096 requests wait"]))
+        controller.send(rejected(wires[1], "RESOURCE_EXHAUSTED", "4096 requests wait", 1.5))
         [update] = front.poll(1.0)
         assert update.request_id == request
-        assert update.error == ("RESOURCE_EXHAUSTED", "4096 requests wait")
+        assert update.error == ("RESOURCE_EXHAUSTED", "4096 requests wait", 1.5)
         assert update.done
         assert front.num_open == 1
         [abort] = controller.heard()

@@ -1,10 +1,10 @@
-"""A decoding step's attention and routing in one call each have the bits of the ops called one by one."""
+"""A decoding step's attention in one call has the bits of the ops called one by one. (The experts': tests/moe/test_layer.py.)"""
 
 import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import attention, linear, registry, rotary, routing
+from expertwire.kernels import attention, linear, registry, rotary
 
 OPS = registry.choose("cpu")
 HEADS, KV_HEADS, DIM, WIDTH, BLOCK, LONGEST = 6, 2, 32, 96, 16, 100
@@ -70,13 +70,3 @@ def test_steps_that_are_not_its_own():
     assert few.step(*many[:4], many[4][0]) is None
     torch.set_num_threads(4)
     assert attention.prepare_few(*weights, None, torch.ones(WIDTH), EPS, DIM) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num", [0, 1, 9, 100])
-def test_routing(dtype, num):
-    weight, x = random(16, WIDTH, seed=1, dtype=dtype), random(num, WIDTH, seed=2, dtype=dtype)
-    ids, weights = routing.prepare(weight, 4, OPS.route, renormalize=True)(x)
-    expected = OPS.route(linear.prepare(weight)(x), 4, renormalize=True)
-    assert torch.equal(ids, expected[0])
-    assert torch.equal(weights, expected[1])

@@ -1,5 +1,7 @@
 """A whole mixture-of-experts layer, on one rank and over several, against the loop over experts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +10,22 @@ from ranks import Ranks
 from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAllSpec
 from expertwire.comm.group import SoloGroup
-from expertwire.kernels import experts, linear, registry, routing
+from expertwire.kernels import linear, registry, routing
 from expertwire.moe import reference
-from expertwire.moe.layer import MoeLayer
+from expertwire.moe.layer import prepare
 from expertwire.moe.placement import place
 
-D, F, E, K = 64, 32, 6, 3
+D, F, E, K, EPS = 64, 32, 8, 3, 1e-6
+OPS = registry.choose("cpu")
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 3e-2}}
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def weights(dtype):
@@ -32,23 +43,38 @@ def tokens(rank, count, dtype):
     return x[margin > 0.1][:count]
 
 
+def norm(dtype):
+    return torch.linspace(0.5, 1.5, D).to(dtype)
+
+
 def layer(group, dtype, *, renormalize=True, redundant=0, shared=None):
     placement = place(E, group.size, redundant)
     router, w13, w2 = weights(dtype)
     here = list(placement.experts_of(group.rank))
-    ops = registry.choose("cpu")
     spec = AllToAllSpec(
         group=group, rank_offsets=placement.rank_offsets, max_tokens=64, hidden_size=D, top_k=K, dtype=dtype
     )
-    return MoeLayer(
-        ops=ops,
-        router=routing.prepare(router, K, ops.route, renormalize=renormalize),
-        experts=experts.prepare(w13[here], w2[here], ops.silu_mul),
-        shared=shared,
+    return prepare(
+        router,
+        w13[here],
+        w2[here],
+        norm(dtype),
+        ops=OPS,
+        top_k=K,
+        renormalize=renormalize,
+        eps=EPS,
+        placement=placement,
+        rank=group.rank,
         all_to_all=ReferenceAllToAll(spec),
-        physical_of_E=torch.from_numpy(placement.physical_for(group.rank)),
-        load_E=np.zeros(E, np.int64),
+        shared=shared,
     )
+
+
+def mixture(moe, x, counts):
+    """What the layer adds to nothing, once the norm behind it is found right."""
+    y, normed = moe.forward(torch.zeros_like(x), x, counts)
+    assert torch.equal(normed, OPS.rms_norm(y, norm(x.dtype), EPS))
+    return y
 
 
 def expected(x, dtype, *, renormalize=True, shared=None):
@@ -66,14 +92,50 @@ def test_alone(dtype, renormalize, shared):
     for count in (0, 1, 50):
         x = tokens(0, count, dtype)
         y, ids = expected(x, dtype, renormalize=renormalize, shared=shared)
-        torch.testing.assert_close(moe.forward(x, [count]), y, **TOLERANCE[dtype])
+        torch.testing.assert_close(mixture(moe, x, [count]), y, **TOLERANCE[dtype])
         load += np.bincount(ids.flatten(), minlength=E)
         assert moe.load_E.tolist() == load.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 2, 9, 30, 64])
+@pytest.mark.usefixtures("one_thread")
+def test_few_rows_have_the_bits_of_the_ops_one_by_one(dtype, renormalize, count):
+    moe = layer(SoloGroup(), dtype, renormalize=renormalize)
+    assert moe.few is not None
+    by_ops = dataclasses.replace(moe, few=None, load_E=np.zeros(E, np.int64))
+    normed = tokens(0, count, dtype)
+    x = normed.flip(0)
+    for found, expected in zip(moe.forward(x, normed, [count]), by_ops.forward(x, normed, [count]), strict=True):
+        assert torch.equal(found, expected)
+    assert moe.load_E.tolist() == by_ops.load_E.tolist()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 48), (torch.bfloat16, 24)], ids=str)
+def test_an_expert_with_many_rows_is_left_to_the_ops(dtype, most):
+    moe = layer(SoloGroup(), dtype)
+    for count in (most, most + 1):  # equal rows choose equal experts
+        x = tokens(0, 1, dtype).expand(count, D).contiguous()
+        done = moe.few(x, x, moe.router(x), moe.load_E)
+        assert (done is None) == (count > most)
+        assert moe.load_E.sum() == K * most
+
+
+def test_few_rows_need_all_experts_here_and_none_that_all_share():
+    assert layer(SoloGroup(), torch.float32, shared=torch.sin).few is None
+    with Ranks(2) as ranks:
+        assert ranks.run(has_few) == [False, False]
+
+
+def has_few(group):
+    return layer(group, torch.float32).few is not None
+
+
 def forward(group, counts, dtype, redundant):
     moe = layer(group, dtype, redundant=redundant)
-    y = moe.forward(tokens(group.rank, counts[group.rank], dtype), counts)
+    y = mixture(moe, tokens(group.rank, counts[group.rank], dtype), counts)
     return y, moe.load_E
 
 
@@ -89,6 +151,6 @@ def test_over_ranks(size):
                         torch.testing.assert_close(y, right, **TOLERANCE[dtype])
                         assert load.tolist() == np.bincount(ids.flatten(), minlength=E).tolist()
         for dtype in TOLERANCE:
-            alone = layer(SoloGroup(), dtype).forward(tokens(1, 20, dtype), [20])
+            alone = mixture(layer(SoloGroup(), dtype), tokens(1, 20, dtype), [20])
             spread = ranks.run(forward, [0, 20, 0, 0][:size], dtype, 0)[1][0]
             assert torch.equal(alone, spread), "bits depend on where the experts are"

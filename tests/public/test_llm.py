@@ -16,6 +16,7 @@ from fake_controller import INFO, ThreadController, next_token
 import expertwire
 from expertwire import llm as llm_module
 from expertwire.engine.outputs import EngineFailed, Logprob
+from expertwire.engine.request_options import RequestOptions
 from expertwire.generation import delayed_interrupt
 
 SamplingParams = expertwire.SamplingParams
@@ -164,6 +165,53 @@ def test_more_prompts_than_may_wait(start):
         llm.generate([1], SamplingParams(n=6))
 
 
+def test_more_prompts_than_a_tenant_may_have_waiting(start):
+    llm, engine = start(config={"max_waiting_per_tenant": 4}, max_waiting=4)
+    assert len(llm.generate([[i] for i in range(30)], SamplingParams(max_tokens=3), use_tqdm=False)) == 30
+    assert engine.controller.most_waiting <= 4
+    with pytest.raises(ValueError, match="prompt 0: n must be at most max_waiting_per_tenant = 4, got 5"):
+        llm.generate([1], SamplingParams(n=5))
+
+
+def test_options_for_all_prompts_or_one_for_each(start):
+    llm, engine = start()
+    quiet, given = {"use_tqdm": False}, engine.controller.options
+    outputs = llm.generate([[1, 2, 3, 4], [5]], SamplingParams(n=2), priority=[2, -2], tenant="acme", **quiet)
+    assert given == [RequestOptions(priority=p, tenant="acme") for p in (2, 2, -2, -2)]
+    assert [output.num_cached_tokens for output in outputs] == [2, 0]
+    prompts = [{"prompt_token_ids": [1], "cache_salt": "own"}, [2]]
+    llm.generate(prompts, priority=7, tenant=("a", "b"), cache_salt="all", **quiet)
+    assert given[4:] == [
+        RequestOptions(priority=7, tenant="a", cache_salt="own"),
+        RequestOptions(priority=7, tenant="b", cache_salt="all"),
+    ]
+    chats = [[{"role": "user", "content": word}] for word in ("fox", "dog")]
+    llm.chat(chats, priority=[3, 4], cache_salt=["x", "y"], **quiet)
+    llm.chat(chats[0], tenant="acme", **quiet)
+    assert given[6:] == [
+        RequestOptions(priority=3, cache_salt="x"),
+        RequestOptions(priority=4, cache_salt="y"),
+        RequestOptions(tenant="acme"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"priority": [1]}, r"priority must be one for all or one a prompt \(2\), got 1"),
+        ({"priority": [1, 2.0]}, "prompt 1: priority must be an integer"),
+        ({"tenant": 5}, "prompt 0: tenant must be a string"),
+        ({"cache_salt": ["a", "b" * 129]}, "prompt 1: cache_salt .* 128 characters"),
+    ],
+)
+def test_bad_options_stop_all_before_any_is_sent(start, options, error):
+    llm, engine = start()
+    with pytest.raises(ValueError, match=error):
+        llm.generate([[1], [2]], **options)
+    llm.stats()  # everything sent before has arrived
+    assert engine.controller.options == []
+
+
 @pytest.mark.parametrize(
     ("prompts", "params", "error"),
     [
@@ -175,6 +223,9 @@ def test_more_prompts_than_may_wait(start):
         ([[1], 2.5], None, "prompt 1: .*got float"),
         (3, None, "prompts must be a string, token ids, or a list of these, got int"),
         ([[1], [2]], [SamplingParams()], r"one a prompt \(2\), got 1"),
+        ([[1], [2]], [], r"one a prompt \(2\), got 0"),
+        ([[1], {"cache_salt": "a"}], None, "must have 'prompt' or 'prompt_token_ids'"),
+        ([[1], {"prompt": "a", "cache_salt": 3}], None, "prompt 1: cache_salt must be a string"),
     ],
 )
 def test_a_bad_prompt_stops_all_before_any_is_sent(start, prompts, params, error):

@@ -46,7 +46,7 @@ def test_the_options_are_those_of_the_command_line():
     [commands] = [a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     serve = commands.choices["serve"]
     rows = [
-        f"| `{action.option_strings[-1]}` | {serve._get_formatter()._expand_help(action)} |"
+        f"| {', '.join(f'`{flag}`' for flag in action.option_strings)} | {serve._get_formatter()._expand_help(action)} |"
         for action in serve._actions
         if action.option_strings and action.dest != "help"
     ]

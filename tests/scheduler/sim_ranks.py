@@ -1,12 +1,16 @@
 """Simulated ranks: they apply plans as a worker does, check all that a worker relies on, and sample tokens by hashing.
 
-What they hash is read back from simulated caches through the block tables, so a wrong block table, a block given to two
-requests or a skipped token changes the outputs or fails at once. `expected_output` is the same without any scheduler.
+A simulated cache holds, for each token, a hash of all tokens up to it; ranks read it back through the block tables before they
+sample, so a wrong block table, a block overwritten by another request, a prefix taken for another or a skipped token fails at
+once. `expected_output` is the same without any scheduler.
 """
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -18,6 +22,12 @@ from expertwire.scheduler.scheduler import Scheduler, StepOutputs
 
 CACHES = tuple(
     CacheSpec(name=name, kind="full", bytes_per_token=4, writers=(0,), readers=(0,)) for name in ("first", "second")
+)
+
+
+WINDOWED = (
+    CACHES[0],
+    CacheSpec(name="window", kind="window", bytes_per_token=4, writers=(0,), readers=(0,), window=6),
 )
 
 
@@ -37,26 +47,38 @@ def make_config(**changes) -> SchedulerConfig:
     return SchedulerConfig(**{**sizes, **changes})
 
 
-def make_request(key: int, length: int = 5, *, branch: int = 0, **params) -> Request:
-    """The seed is the key, and the prompt is drawn from it."""
-    prompt = np.random.default_rng(key).integers(2, 50, length).astype(np.int32)
-    return Request(key=key, prompt=prompt, params=SamplingParams(**params), branch=branch, seed=key)
+def make_request(key: int, length: int = 5, *, branch: int = 0, shared: int = 0, text: int = 0, **values) -> Request:
+    """The seed is the key, and the prompt is drawn from it, but for the first `shared` tokens, which are those of `text`.
+
+    Other `values` are fields of `Request` or of `SamplingParams`.
+    """
+    own = np.random.default_rng(key).integers(2, 50, length)
+    common = np.random.default_rng([text, 1]).integers(2, 50, 1000)
+    prompt = np.concatenate((common[: min(shared, length)], own[min(shared, length) :])).astype(np.int32)
+    fields = {name: values.pop(name) for name in ("priority", "tenant", "salt", "deadline") if name in values}
+    return Request(key=key, prompt=prompt, params=SamplingParams(**values), branch=branch, seed=key, **fields)
+
+
+def prefix_hash(state: int, token: int) -> int:
+    """The hash of a prefix and one more token."""
+    return (state * 1_000_003 + token + 1) % (2**61 - 1)
 
 
 def fake_token(tokens: list[int], seed: int, branch: int, vocab_size: int, bans: set[int]) -> int:
     """The token that follows `tokens`: a hash, moved on past the banned ids."""
-    state = seed * 31 + branch
-    for token in tokens:
-        state = (state * 1_000_003 + token + 1) % (2**61 - 1)
+    state = functools.reduce(prefix_hash, tokens, seed * 31 + branch)
     token = state % vocab_size
     while token in bans:
         token = (token + 1) % vocab_size
     return token
 
 
-def expected_output(request: Request, config: SchedulerConfig) -> tuple[list[int], FinishReason]:
-    """What a request must answer, by the definition of its parameters."""
-    params, tokens, output = request.params, request.prompt.tolist(), []
+def expected_output(
+    request: Request, config: SchedulerConfig, begun: tuple[int, ...] = ()
+) -> tuple[list[int], FinishReason]:
+    """What a request must answer, by the definition of its parameters; a fork has `begun`."""
+    params, output = request.params, list(begun)
+    tokens = request.prompt.tolist() + output
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(config.eos_token_ids))
     while True:
         bans = stops if len(output) < params.min_tokens else set()
@@ -75,43 +97,47 @@ class Slot:
     tokens: list[int]
     bans: set[int]
     bias: dict[int, float]
-    num_computed: int = 0
-    blocks: list[list[int]] = field(default_factory=lambda: [[] for _ in CACHES])
+    num_computed: int = -1  # not known before the first tokens are scheduled, as a beginning may be cached
+    blocks: list[dict[int, int]] = field(default_factory=list)  # of each cache, by place in its block table
 
 
 class SimRank:
-    """One rank: a slot table and a cache of one integer a token for each of `CACHES`."""
+    """One rank: a slot table and, for each cache, one integer a token."""
 
-    def __init__(self, rank: int, config: SchedulerConfig) -> None:
+    def __init__(self, rank: int, config: SchedulerConfig, specs: tuple[CacheSpec, ...] = CACHES) -> None:
         self.rank = rank
         self.config = config
+        self.specs = specs
         self.slots: dict[int, Slot] = {}
-        self.owners: list[dict[int, int]] = [{} for _ in CACHES]
-        self.caches = np.full((len(CACHES), config.num_blocks, config.block_size), -1, np.int64)
+        self.caches = np.full((len(specs), config.num_blocks, config.block_size), -1, np.int64)
+        self.num_computed = 0
+        self.no_decode_waits = True  # whether to check that
 
     def run(self, plan: StepPlan) -> StepResult:
         """Apply this rank's slice and answer."""
         mine = plan.rank(self.rank)
         assert plan.num_tokens_P[self.rank] == mine.sched_num_S.sum() <= self.config.max_num_tokens
         self._update_slots(mine)
-        self._check_no_decode_is_left_out(mine)
-        outputs, prompts = [], []
+        if self.no_decode_waits:
+            self._check_no_decode_is_left_out(mine)
         assert len(set(mine.sched_slot_S.tolist())) == len(mine.sched_slot_S), "a slot is scheduled twice"
-        for index, start, num, sample in zip(
-            mine.sched_slot_S.tolist(), mine.sched_start_S, mine.sched_num_S, mine.sched_sample_S, strict=True
-        ):
-            prompts += self._compute(index, int(start), int(num))
+        scheduled = list(
+            zip(mine.sched_slot_S.tolist(), mine.sched_start_S, mine.sched_num_S, mine.sched_sample_S, strict=True)
+        )
+        # As in a model's layers: what all of them write comes before what any of them reads.
+        prompts = [row for index, start, num, _ in scheduled for row in self._compute(index, int(start), int(num))]
+        outputs = []
+        for index, start, _, sample in scheduled:
+            slot = self.slots[index]
+            self._check_caches(slot, int(start))
+            assert sample == (slot.num_computed == len(slot.tokens))
             if sample:
                 outputs.append(self._sample(index))
-            assert sample == (self.slots[index].num_computed == len(self.slots[index].tokens) - sample)
         return self._result(plan.step, outputs, prompts)
 
     def _update_slots(self, mine: RankPlan) -> None:
         for index in mine.release_slot.tolist():
-            slot = self.slots.pop(index)
-            for owners, blocks in zip(self.owners, slot.blocks, strict=True):
-                for block in blocks:
-                    assert owners.pop(block) == index
+            del self.slots[index]
         for i, index in enumerate(mine.admit_slot_A.tolist()):
             assert index not in self.slots, f"slot {index} is in use"
             assert 0 <= index < self.config.max_running
@@ -120,15 +146,18 @@ class SimRank:
                 tokens=mine.admit_tokens[i].tolist(),
                 bans=set(mine.admit_bans[i].tolist()),
                 bias=dict(zip(mine.admit_bias_ids[i].tolist(), mine.admit_bias_values[i].tolist(), strict=True)),
+                blocks=[{} for _ in self.specs],
             )
         for index, cache, position, block in zip(
-            mine.block_slot_B.tolist(), mine.block_cache_B, mine.block_index_B, mine.block_id_B.tolist(), strict=True
+            mine.block_slot_B.tolist(),
+            mine.block_cache_B,
+            mine.block_index_B.tolist(),
+            mine.block_id_B.tolist(),
+            strict=True,
         ):
             assert 0 < block < self.config.num_blocks, f"block {block}: the null block, or there is none such"
-            assert block not in self.owners[cache], f"block {block} belongs to slot {self.owners[cache][block]}"
-            assert position == len(self.slots[index].blocks[cache]), "block tables grow at their end"
-            self.owners[cache][block] = index
-            self.slots[index].blocks[cache].append(block)
+            self.slots[index].blocks[cache][position] = block
+        self.caches[mine.copy_cache_C, mine.copy_to_C] = self.caches[mine.copy_cache_C, mine.copy_from_C]
 
     def _check_no_decode_is_left_out(self, mine: RankPlan) -> None:
         scheduled = set(mine.sched_slot_S.tolist())
@@ -138,28 +167,32 @@ class SimRank:
 
     def _compute(self, index: int, start: int, num: int) -> list[tuple]:
         """Write tokens [start, start + num) into the caches; the rows of prompt log-probabilities, if asked for."""
-        slot = self.slots[index]
-        assert start == slot.num_computed
+        slot, size = self.slots[index], self.config.block_size
+        assert slot.num_computed in (-1, start), f"slot {index} goes on at {start}, has {slot.num_computed}"
         assert num > 0
         assert start + num <= len(slot.tokens)
-        for position in range(start, start + num):
-            for cache, blocks in zip(self.caches, slot.blocks, strict=True):
-                cache[blocks[position // self.config.block_size], position % self.config.block_size] = slot.tokens[
-                    position
-                ]
-        slot.num_computed += num
-        for blocks in slot.blocks:
-            assert len(blocks) == -(-slot.num_computed // self.config.block_size), "more blocks than the tokens need"
+        states = list(accumulate(slot.tokens[: start + num], prefix_hash, initial=0))[1:]
+        for cache, blocks in zip(self.caches, slot.blocks, strict=True):
+            for position in range(start, start + num):
+                cache[blocks[position // size], position % size] = states[position]
+            assert max(blocks) == (start + num - 1) // size, "more blocks than the tokens need"
+        slot.num_computed = start + num
+        self.num_computed += num
         count = int(slot.sampling["prompt_logprobs"])
         predicted = range(start + 1, min(start + num + 1, int(slot.sampling["prompt_len"])))
         return [(index, p, slot.tokens[p], count) for p in predicted] if count >= 0 else []
 
+    def _check_caches(self, slot: Slot, start: int) -> None:
+        """What the tokens from `start` on attend to is there."""
+        size = self.config.block_size
+        states = list(accumulate(slot.tokens[: slot.num_computed], prefix_hash, initial=0))[1:]
+        for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
+            first = 0 if spec.window is None else max(start - spec.window + 1, 0)
+            found = [int(cache[blocks[p // size], p % size]) for p in range(first, slot.num_computed)]
+            assert found == states[first:], f"cache {spec.name!r} holds other tokens"
+
     def _sample(self, index: int) -> tuple:
         slot = self.slots[index]
-        for cache, blocks in zip(self.caches, slot.blocks, strict=True):
-            assert cache[blocks].reshape(-1)[: slot.num_computed].tolist() == slot.tokens, (
-                "the cache holds other tokens"
-            )
         sampling = slot.sampling
         outputs_so_far = len(slot.tokens) - int(sampling["prompt_len"])
         bans = slot.bans if outputs_so_far < sampling["min_tokens"] else set()
@@ -196,61 +229,103 @@ class SimRank:
 
 
 class SimCluster:
-    """A scheduler and its ranks; collects what every request is answered."""
+    """A scheduler and its ranks; collects what every request is answered.
 
-    def __init__(self, config: SchedulerConfig, policy=None) -> None:
+    Args:
+        overlap: plan each step before the one before it is committed.
+        check: whether to check the scheduler's integrity after every operation.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy=None,
+        *,
+        specs: tuple[CacheSpec, ...] = CACHES,
+        overlap: bool = False,
+        check: bool = True,
+    ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, CACHES, policy)
-        self.ranks = [SimRank(rank, config) for rank in range(config.num_ranks)]
-        self.plans: list[StepPlan] = []
-        self.in_flight: StepPlan | None = None
+        self.scheduler = Scheduler(config, specs, policy)
+        self.ranks = [SimRank(rank, config, specs) for rank in range(config.num_ranks)]
+        self.overlap = overlap
+        self.plans: list[StepPlan] = []  # as the ranks saw them
+        self.in_flight: deque[StepPlan] = deque()
         self.tokens: dict[int, list[int]] = {}
         self.finish: dict[int, FinishReason] = {}
+        self.num_cached: dict[int, int] = {}
         self.now = 0.0
+        self._check = self.scheduler.check_integrity if check else lambda: None
 
     def submit(self, *requests: Request) -> None:
         for request in requests:
             rejection = self.scheduler.submit(request, self.now)
             assert rejection is None, rejection
             self.tokens[request.key] = []
+            self._check()
+
+    def fork(self, key: int, *children: Request) -> None:
+        """The children's answers begin with what `key` has been answered so far."""
+        rejections = self.scheduler.fork(key, children, self.now)
+        assert not rejections, rejections
+        for child in children:
+            self.tokens[child.key] = child.tokens[len(child.prompt) :].tolist()
+        self._check()
+
+    def abort(self, key: int) -> None:
+        self.scheduler.abort(key)
+        self._check()
 
     def plan(self) -> StepPlan | None:
-        self.in_flight = self.scheduler.plan(self.now)
-        if self.in_flight is not None:
-            self.plans.append(StepPlan.from_arrays(self.in_flight.to_arrays()))
-        return self.in_flight
+        plan = self.scheduler.plan(self.now)
+        if plan is not None:
+            self.in_flight.append(plan)
+            self.plans.append(StepPlan.from_arrays(plan.to_arrays()))
+        return plan
 
     def commit(self) -> StepOutputs:
+        plan = self.in_flight.popleft()
         # Ranks see what came over a channel, and answer in any order.
-        results = [rank.run(self.plans[-1]) for rank in self.ranks]
-        outputs = self.scheduler.commit(self.in_flight, results[::-1], self.now)
-        self.in_flight = None
-        for key, token, finish in zip(
-            outputs.key_O.tolist(), outputs.token_O.tolist(), outputs.finish_O.tolist(), strict=True
+        seen = self.plans[plan.step - self.plans[0].step]
+        strict = not self.overlap and not self.scheduler.stats()["preemptions"]
+        for rank in self.ranks:
+            rank.no_decode_waits = strict
+        results = [rank.run(seen) for rank in self.ranks]
+        outputs = self.scheduler.commit(plan, results[::-1], self.now)
+        for key, token, finish, cached in zip(
+            outputs.key_O.tolist(),
+            outputs.token_O.tolist(),
+            outputs.finish_O.tolist(),
+            outputs.num_cached_O.tolist(),
+            strict=True,
         ):
             assert key not in self.finish, f"request {key} has ended already"
             self.tokens[key].append(token)
+            assert self.num_cached.setdefault(key, cached) == cached
             if finish:
                 self.finish[key] = FinishReason(finish)
         self.now += 0.01
         return outputs
 
     def step(self) -> StepOutputs | None:
+        """Plan a step, and commit it, or the one before it; None if there was nothing to do."""
         plan = self.plan()
-        self.scheduler.check_integrity()
-        outputs = None if plan is None else self.commit()
-        self.scheduler.check_integrity()
+        self._check()
+        outputs = None
+        if self.in_flight and (plan is None or len(self.in_flight) > self.overlap):
+            outputs = self.commit()
+            self._check()
         return outputs
 
     def drain(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left, and see that nothing is."""
         for _ in range(max_steps):
-            if self.step() is None:
+            self.step()
+            if self.scheduler.idle:
                 break
         assert self.scheduler.idle, f"not idle after {max_steps} steps: {self.scheduler.stats()}"
         stats = self.scheduler.stats()
-        for name in ("blocks_used", "blocks_reserved"):
-            assert stats[name] == {spec.name: [0] * self.config.num_ranks for spec in CACHES}
+        assert all(used == [0] * self.config.num_ranks for used in stats["blocks_used"].values()), stats
         assert all(not rank.slots for rank in self.ranks)
 
     def admitted(self, plan: StepPlan) -> list[int]:

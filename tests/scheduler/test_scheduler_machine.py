@@ -1,11 +1,23 @@
-"""Random schedules: submit, abort, plan and commit in any order, with slots, blocks and budgets that are always short."""
+"""Random schedules: submit, fork, abort, plan and commit in any order, with slots, blocks and budgets that are always short.
+
+Prompts share prefixes, pools are often so small that requests are preempted, and every other run plans ahead.
+"""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sim_ranks import SimCluster, expected_output, make_config, make_request
+from sim_ranks import CACHES, WINDOWED, SimCluster, expected_output, make_config, make_request
 
 from expertwire.scheduler.plan import FinishReason
+from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
+
+POLICIES = {
+    "fcfs": Fcfs,
+    "priority": lambda: Priority(aging=1.0),
+    "shortest": lambda: ShortestRemaining(aging=10.0),
+    "prefix": lambda: PrefixAffinity(window=3),
+    "fair": lambda: FairShare({"a": 1.0, "b": 3.0}),
+}
 
 
 class Machine(RuleBasedStateMachine):
@@ -13,95 +25,124 @@ class Machine(RuleBasedStateMachine):
         num_ranks=st.integers(1, 3),
         max_running=st.integers(1, 4),
         max_num_tokens=st.integers(1, 12),
+        chunk_tokens=st.sampled_from([None, None, 1, 3]),
         block_size=st.integers(1, 5),
         spare=st.integers(0, 10),
+        specs=st.sampled_from([CACHES[:1], CACHES, WINDOWED, WINDOWED[1:]]),
+        overlap=st.booleans(),
+        prefix_cache=st.sampled_from([True, True, False]),
+        policy=st.sampled_from(sorted(POLICIES)),
     )
-    def start(self, num_ranks, max_running, max_num_tokens, block_size, spare):
+    def start(
+        self,
+        num_ranks,
+        max_running,
+        max_num_tokens,
+        chunk_tokens,
+        block_size,
+        spare,
+        specs,
+        overlap,
+        prefix_cache,
+        policy,
+    ):
         max_model_len = 24
         self.config = make_config(
             num_ranks=num_ranks,
             max_running=max_running,
             max_num_tokens=max_num_tokens,
+            chunk_tokens=chunk_tokens,
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=1 + -(-max_model_len // block_size) + spare,
             max_waiting=6,
+            prefix_cache=prefix_cache,
         )
-        self.cluster = SimCluster(self.config)
+        self.cluster = SimCluster(self.config, POLICIES[policy](), specs=specs, overlap=overlap)
         self.requests = {}
-        self.waiting = []
+        self.begun = {}  # what a fork had when it began
         self.aborted = {}
 
     @rule(
         length=st.integers(1, 23),
+        shared=st.sampled_from([0, 3, 8, 15, 30]),
+        text=st.integers(0, 1),
         max_tokens=st.integers(1, 12),
         min_share=st.sampled_from([0, 0, 0.5, 1]),
         stops=st.lists(st.integers(0, 49), max_size=8),
         ignore_eos=st.booleans(),
+        priority=st.integers(-2, 2),
+        tenant=st.sampled_from("ab"),
     )
-    def submit(self, length, max_tokens, min_share, stops, ignore_eos):
-        params = {"min_tokens": int(max_tokens * min_share), "stop_token_ids": stops, "ignore_eos": ignore_eos}
-        request = make_request(len(self.requests), length, max_tokens=max_tokens, **params)
-        if len(self.waiting) == self.config.max_waiting:
-            assert self.cluster.scheduler.submit(request, 0.0).code == "RESOURCE_EXHAUSTED"
+    def submit(self, length, shared, text, max_tokens, min_share, stops, ignore_eos, priority, tenant):
+        request = make_request(
+            len(self.requests),
+            length,
+            shared=shared,
+            text=text,
+            priority=priority,
+            tenant=tenant,
+            max_tokens=max_tokens,
+            min_tokens=int(max_tokens * min_share),
+            stop_token_ids=stops,
+            ignore_eos=ignore_eos,
+        )
+        scheduler = self.cluster.scheduler
+        if scheduler.num_waiting >= self.config.max_waiting:
+            assert scheduler.submit(request, self.cluster.now).code == "RESOURCE_EXHAUSTED"
             return
         self.cluster.submit(request)
         self.requests[request.key] = request
-        self.waiting.append(request.key)
+
+    @precondition(lambda self: self.cluster.scheduler.num_running)
+    @rule(data=st.data(), branch=st.integers(1, 3), max_tokens=st.integers(1, 12))
+    def fork(self, data, branch, max_tokens):
+        parent = self.requests[data.draw(st.sampled_from(sorted(self.cluster.scheduler.unfinished())))]
+        so_far = len(self.cluster.tokens[parent.key])
+        child = make_request(len(self.requests), 1, branch=branch, max_tokens=so_far + max_tokens)
+        child.prompt = child.tokens = parent.prompt
+        child.tenant = parent.tenant
+        if len(parent.prompt) + so_far >= min(len(parent.prompt) + child.params.max_tokens, self.config.max_model_len):
+            return
+        if self.cluster.scheduler.num_waiting >= self.config.max_waiting:
+            return
+        self.cluster.fork(parent.key, child)
+        self.requests[child.key] = child
+        self.begun[child.key] = tuple(self.cluster.tokens[child.key])
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def abort(self, data):
         key = data.draw(st.sampled_from(sorted(self.requests)))
-        self.cluster.scheduler.abort(key)
-        if key in self.waiting:
-            self.waiting.remove(key)
+        self.cluster.abort(key)
         if key not in self.cluster.finish:
             self.aborted.setdefault(key, len(self.cluster.tokens[key]))
 
-    @precondition(lambda self: self.cluster.in_flight is None)
-    @rule()
-    def plan(self):
-        plan = self.cluster.plan()
-        if plan is None:
-            assert self.cluster.scheduler.idle
-            return
-        admitted = self.cluster.admitted(plan)
-        assert sorted(admitted) == self.waiting[: len(admitted)], "not first come, first served"
-        del self.waiting[: len(admitted)]
+    @rule(count=st.integers(1, 6))
+    def steps(self, count):
+        for _ in range(count):
+            self.cluster.step()
 
-    @precondition(lambda self: self.cluster.in_flight is not None)
+    @precondition(lambda self: self.cluster.in_flight)
     @rule()
     def commit(self):
         self.cluster.commit()
 
-    @precondition(lambda self: self.cluster.in_flight is None)
-    @rule(count=st.integers(1, 5))
-    def steps(self, count):
-        for _ in range(count):
-            self.plan()
-            if self.cluster.in_flight is not None:
-                self.commit()
-
     @invariant()
-    def intact(self):
+    def everyone_is_somewhere(self):
         if not hasattr(self, "cluster"):
             return
         scheduler = self.cluster.scheduler
-        scheduler.check_integrity()
-        assert scheduler.num_waiting == len(self.waiting)
         unfinished = self.requests.keys() - self.cluster.finish.keys() - self.aborted.keys()
-        assert scheduler.num_running == len(unfinished) - len(self.waiting)
+        assert sorted(scheduler.unfinished()) == sorted(unfinished)
 
     def teardown(self):
         if not hasattr(self, "cluster"):
             return
-        if self.cluster.in_flight is not None:
-            self.commit()
-        # Alone on one rank, a request takes at most this many steps; FCFS never waits for more than all before it.
-        self.cluster.drain(max_steps=2 + sum(2 + request.limit for request in self.requests.values()))
+        # Alone on one rank, a request takes at most this many steps, and there is always one that gets on.
+        self.cluster.drain(max_steps=10 + 2 * sum(4 + request.limit for request in self.requests.values()))
         for key, request in self.requests.items():
-            tokens, reason = expected_output(request, self.config)
+            tokens, reason = expected_output(request, self.config, self.begun.get(key, ()))
             if key in self.aborted:
                 assert self.cluster.tokens[key] == tokens[: self.aborted[key]], (
                     "output after the abort, or other tokens"
@@ -112,5 +153,5 @@ class Machine(RuleBasedStateMachine):
         assert FinishReason.ABORT not in self.cluster.finish.values()
 
 
-Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestRandomSchedules = Machine.TestCase

@@ -1,0 +1,62 @@
+"""Names of prefixes: two requests whose tokens begin alike find each other's cache blocks by them.
+
+A name is 128 bits: four lanes of multilinear hashing, h = floor((sum over i of m_i * s_i mod 2^64) / 2^32), with secret random
+m_i (Lemire and Kaser, "Strongly universal string hashing is fast", 2014): for whoever does not know the secret, two different
+prefixes have the same name with probability 2^-128. The characters s_i are the tokens, each with its position's own m_i, and the
+digest of whom they belong to; so every prefix's sum is a running sum, computed for a whole prompt at once and continued token by
+token for all running requests together.
+
+Shape letters: L tokens, B blocks, R rows of the running table, s tokens in a block; 4 the lanes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+NAME = np.dtype("V16")
+_SALT_WORDS = 8
+
+
+class PrefixNames:
+    """Names the prefixes that fill whole blocks.
+
+    Args:
+        max_len: tokens of the longest request.
+        block_size: s.
+        secret: of this engine.
+    """
+
+    def __init__(self, max_len: int, block_size: int, secret: int) -> None:
+        self.block_size = block_size
+        num_blocks = -(-max_len // block_size)
+        draw = np.random.Generator(np.random.PCG64(secret)).integers
+        self._factors_Bs4 = draw(0, 2**64, (num_blocks, block_size, 4), np.uint64)
+        self._salt_factors = draw(0, 2**64, (_SALT_WORDS + 1, 4), np.uint64)
+
+    def empty(self, tenant: str, salt: str) -> np.ndarray:
+        """The sum of the empty prefix of a tenant and salt: u64 [4]."""
+        digest = hashlib.sha256(repr((tenant, salt)).encode()).digest()
+        words = np.frombuffer(digest, np.uint32).astype(np.uint64)
+        return self._salt_factors[0] + (words[:, None] * self._salt_factors[1:]).sum(axis=0)
+
+    def prefixes(self, tokens: np.ndarray, empty_4: np.ndarray) -> np.ndarray:
+        """Sums of the prefixes of `tokens` i32 [L] that fill 1, 2, ... blocks: u64 [L // s, 4]."""
+        num_blocks = len(tokens) // self.block_size
+        blocks_Bs = tokens[: num_blocks * self.block_size].reshape(num_blocks, self.block_size)
+        return empty_4 + self._block_sums(np.arange(num_blocks), blocks_Bs).cumsum(axis=0)
+
+    def extended(self, sums_R4: np.ndarray, block_R: np.ndarray, tokens_Rs: np.ndarray) -> np.ndarray:
+        """Each row's sum with one more block, number `block_R` of its sequence: u64 [R, 4]."""
+        return sums_R4 + self._block_sums(block_R, tokens_Rs)
+
+    def _block_sums(self, block_B: np.ndarray, tokens_Bs: np.ndarray) -> np.ndarray:
+        # One more than the token: otherwise a prefix would have the name of its continuation by zeros.
+        characters_Bs = tokens_Bs.astype(np.uint64) + np.uint64(1)
+        return np.einsum("bs,bsl->bl", characters_Bs, self._factors_Bs4[block_B])
+
+
+def names(sums_B4: np.ndarray) -> np.ndarray:
+    """The names for sums [B, 4]: `NAME` [B]."""
+    return np.ascontiguousarray((sums_B4 >> np.uint64(32)).astype(np.uint32)).view(NAME).reshape(-1)

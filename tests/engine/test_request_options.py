@@ -1,0 +1,83 @@
+"""What requests and engines may be told about scheduling."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from expertwire.deploy.options import help_texts
+from expertwire.engine.config import EngineConfig
+from expertwire.engine.request_options import RequestOptions
+from expertwire.scheduler.policy import Priority, ShortestRemaining
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"priority": -(2**31), "tenant": "x" * 128, "cache_salt": "ä🙂\n", "deadline_s": 0.0},
+        {"priority": 2**31 - 1, "deadline_s": 3},
+    ],
+)
+def test_json_carries_them(values):
+    options = RequestOptions(**values)
+    assert RequestOptions(**json.loads(json.dumps(options.to_dict()))) == options
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"priority": 2**31}, r"priority must be an integer in \[-2\*\*31, 2\*\*31\), got 2147483648"),
+        ({"priority": -(2**31) - 1}, "priority"),
+        ({"priority": 1.0}, "priority"),
+        ({"priority": True}, "priority"),
+        (
+            {"tenant": "x" * 129},
+            "tenant must be a string of at most 128 characters of valid Unicode, got 129 characters",
+        ),
+        ({"tenant": None}, "tenant"),
+        ({"cache_salt": 5}, "cache_salt"),
+        ({"cache_salt": "a\ud800"}, "cache_salt .* valid Unicode"),
+        ({"deadline_s": -0.5}, "deadline_s must be None or a number of seconds >= 0"),
+        ({"deadline_s": float("nan")}, "deadline_s"),
+        ({"deadline_s": float("inf")}, "deadline_s"),
+    ],
+)
+def test_bad_ones_are_refused(values, error):
+    with pytest.raises(ValueError, match=error):
+        RequestOptions(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"policy": "lottery"}, "policy must be one of fcfs, priority, shortest, prefix, fair, got 'lottery'"),
+        ({"aging": 1.0}, "aging has no effect with policy 'fcfs'; use 'priority' or 'shortest'"),
+        ({"aging": -1, "policy": "priority"}, "aging must be a number >= 0"),
+        ({"aging": float("nan"), "policy": "shortest"}, "aging"),
+        ({"tenant_weights": {"a": 1}}, "tenant_weights has no effect with policy 'fcfs'; use 'fair'"),
+        ({"tenant_weights": [1], "policy": "fair"}, "tenant_weights must be a dictionary"),
+        ({"tenant_weights": {"a": 0}, "policy": "fair"}, "tenant_weights must be numbers > 0, got 0 for 'a'"),
+        ({"tenant_weights": {1: 1}, "policy": "fair"}, "tenant_weights: a tenant must be a string"),
+        ({"prefix_cache": 1}, "prefix_cache must be True or False"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be an integer >= 1"),
+        ({"max_waiting_per_tenant": 0}, "max_waiting_per_tenant must be an integer >= 1"),
+    ],
+)
+def test_bad_options_of_an_engine_are_refused(options, error):
+    with pytest.raises(ValueError, match=error):
+        EngineConfig(model="m", **options)
+
+
+def test_an_engines_options_reach_other_processes():
+    weights = {"a": 1, "b": 2.5}
+    config = EngineConfig(model="m", policy="fair", tenant_weights=weights)
+    weights["c"] = -1
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.tenant_weights == {"a": 1, "b": 2.5}
+
+
+def test_the_documented_rates_of_aging_are_those_of_the_policies():
+    assert help_texts(EngineConfig)["aging"].endswith(f"takes {Priority().aging:g} and {ShortestRemaining().aging:g}")
