@@ -230,8 +230,9 @@ class Decoder:
         # A tied head is packed from a copy: the embedding is read row by row.
         self._head = linear.prepare(self._embed.clone() if c.tie_word_embeddings else params.pop("lm_head"))
         # The norm after each layer is the next layer's first one.
-        self._first_norm, *after = *(params.pop(f"layers.{i}.input_norm") for i in range(c.num_layers)), params.pop("norm")
-        for i, (sparse, next_norm) in enumerate(zip(c.sparse_layers, after, strict=True)):
+        norms = [*(params.pop(f"layers.{i}.input_norm") for i in range(c.num_layers)), params.pop("norm")]
+        self._first_norm = norms[0]
+        for i, (sparse, next_norm) in enumerate(zip(c.sparse_layers, norms[1:], strict=True)):
             prefix = f"layers.{i}."
             layer = {name.removeprefix(prefix): params.pop(name) for name in list(params) if name.startswith(prefix)}
             self.layers.append(self._bind_layer(layer, sparse, next_norm))

@@ -18,7 +18,14 @@ class Cached(NamedTuple):
     """A beginning of a request that a rank has: its tokens, and in every cache the last blocks of it (all, but for windows)."""
 
     num_tokens: int
-    blocks_G: Sequence[Sequence[int]]
+    blocks_G: Sequence[np.ndarray]
+
+
+class Guess(NamedTuple):
+    """Who probably has a beginning of a request: a rank, or -1, and how many blocks."""
+
+    rank: int
+    num_blocks: int
 
 
 class Admission(NamedTuple):
@@ -28,7 +35,7 @@ class Admission(NamedTuple):
     rank: int
     num_scheduled: int  # tokens to compute in this step
     num_cached: int  # tokens that need not be computed
-    blocks_G: Sequence[Sequence[int]]  # that hold them
+    blocks_G: Sequence[np.ndarray]  # that hold them
 
 
 class Room:
@@ -50,25 +57,28 @@ class Room:
         """No rank can take anything."""
         return not self._open_P.any()
 
-    def choose(self, num_blocks: int, cached_P: np.ndarray | None, block_size: int) -> int | None:
-        """The rank for a request of `num_blocks` blocks, of which the ranks have the first `cached_P`; None: no rank has room."""
-        if cached_P is None:
-            return place(self._open_P & (self._blocks_P >= num_blocks), self._load_P)
-        return place(self._open_P & (self._blocks_P >= num_blocks - cached_P), self._load_P - cached_P * block_size)
+    def choose(self, num_blocks: int, favoured: int, num_cached: int) -> int | None:
+        """The rank for a request that needs `num_blocks` free blocks; None: no rank has room. `favoured` has `num_cached` tokens
+        of it already, if it is a rank and not -1."""
+        load_P = self._load_P
+        if favoured >= 0:
+            load_P = load_P.copy()
+            load_P[favoured] -= num_cached
+        return place(self._open_P & (self._blocks_P >= num_blocks), load_P)
 
     def fits(self, rank: int, num_blocks: int) -> bool:
         """Whether a rank can take a request that needs `num_blocks` free blocks."""
         return bool(self._open_P[rank] and self._blocks_P[rank] >= num_blocks)
 
-    def take(self, request: Request, rank: int, num_blocks: int, cached: Cached) -> Admission:
-        """Admit a request that needs `num_blocks` free blocks, and count what it takes."""
-        num_scheduled = min(len(request.tokens) - cached.num_tokens, int(self._budget_P[rank]))
+    def take(self, request: Request, rank: int, num_blocks: int, num_cached: int) -> int:
+        """Admit a request that needs `num_blocks` free blocks, and count what it takes: how many tokens it may compute now."""
+        num_scheduled = min(len(request.tokens) - num_cached, int(self._budget_P[rank]))
         self._budget_P[rank] -= num_scheduled
         self._slots_P[rank] -= 1
         self._open_P[rank] = self._slots_P[rank] > 0 and self._budget_P[rank] > 0
         self._blocks_P[rank] -= num_blocks + 1
-        self._load_P[rank] += request.limit - cached.num_tokens
-        return Admission(request, rank, num_scheduled, *cached)
+        self._load_P[rank] += request.limit - num_cached
+        return num_scheduled
 
 
 class PrefixCache:
@@ -79,68 +89,67 @@ class PrefixCache:
     """
 
     def __init__(self, pool: BlockPool, specs: Sequence[CacheSpec], config: SchedulerConfig) -> None:
-        self._pool, self._block_size, self._num_ranks = pool, config.block_size, config.num_ranks
+        self._pool, self._block_size, self._num_groups = pool, config.block_size, len(specs)
         self._windows = {group: spec.window for group, spec in enumerate(specs) if spec.window is not None}
         self._full = [group for group in range(len(specs)) if group not in self._windows]
-        self.nothing = Cached(0, [()] * len(specs))
+        self.nothing = Cached(0, [np.zeros(0, np.int64)] * len(specs))
 
-    def names(self, request: Request) -> list[bytes]:
-        """Of the blocks that need not be computed if a rank has them."""
+    def names(self, request: Request) -> np.ndarray:
+        """Of the blocks that need not be computed if a rank has them: u64 [blocks, 2]."""
         if request.params.prompt_logprobs is not None:
-            return []
+            return request.names[:0]
         return request.names[: (len(request.tokens) - 1) // self._block_size]
 
-    def estimate(self, request: Request) -> np.ndarray | None:
-        """How many of the request's first blocks each rank has, probably: i64 [P]; None if nobody has any.
+    def guess(self, requests: Sequence[Request]) -> list[Guess]:
+        """Who probably has how much of each request; `find` makes sure."""
+        names, offsets = self._pack(requests)
+        if not len(names):
+            return [Guess(-1, 0)] * len(requests)
+        rank_M = self._pool.guess(names)
+        hit_M = np.flatnonzero(rank_M >= 0)
+        last = np.searchsorted(hit_M, offsets[1:]) - 1  # of each request, the deepest name that anybody has
+        has = (last >= 0) & (np.searchsorted(hit_M, offsets[:-1]) <= last)
+        deepest = hit_M[last] if len(hit_M) else last
+        rank_A = np.where(has, rank_M[deepest], -1)
+        depth_A = np.where(has, deepest + 1 - offsets[:-1], 0)
+        return [Guess(rank, depth) for rank, depth in zip(rank_A.tolist(), depth_A.tolist(), strict=True)]
 
-        It is so if a rank that has a block has all those before it, as blocks are given up from the end; `find` makes sure.
-        """
-        names, group = self.names(request), self._full[0] if self._full else 0
-        low, high = 0, len(names)
-        while self._full and low < high:  # the first name that nobody has
-            middle = (low + high) // 2
-            if self._pool.holders(group, names[middle]):
-                low = middle + 1
-            else:
-                high = middle
-        cached_P = np.zeros(self._num_ranks, np.int64)
-        seen = 0
-        for num_blocks in range(high, 0, -1):
-            for rank in self._pool.holders(group, names[num_blocks - 1]):
-                if not cached_P[rank]:
-                    cached_P[rank] = num_blocks
-                    seen += 1
-            if seen == self._num_ranks:
-                break
-        return cached_P if seen else None
-
-    def find(self, request: Request, rank: int) -> Cached:
-        """What this rank has, for certain."""
-        names = self.names(request)
-        blocks: dict[int, list[int]] = {}
+    def find(self, requests: Sequence[Request], ranks: Sequence[int]) -> list[Cached]:
+        """What the rank chosen for each request has, for certain."""
+        names, offsets = self._pack(requests)
+        rank_M = np.repeat(np.array(ranks, np.int64), np.diff(offsets))
+        ids_GM = np.array([self._pool.find(group, rank_M, names) for group in range(self._num_groups)])
+        ends = offsets[1:].copy()
         for group in self._full:
-            blocks[group] = []
-            for name in names:
-                block = self._pool.holders(group, name).get(rank)
-                if block is None:
-                    break
-                blocks[group].append(block)
-            names = names[: len(blocks[group])]
-        held = {group: [self._pool.holders(group, name).get(rank) for name in names] for group in self._windows}
-        num_blocks = len(names)
-        while num_blocks and any(None in held[g][self._first(g, num_blocks) : num_blocks] for g in held):
+            missing = np.flatnonzero(ids_GM[group] < 0)
+            first = np.append(missing, len(names))[np.searchsorted(missing, offsets[:-1])]
+            ends = np.minimum(ends, np.maximum(first, offsets[:-1]))
+        return [
+            self._cached(ids_GM[:, start:end]) for start, end in zip(offsets[:-1].tolist(), ends.tolist(), strict=True)
+        ]
+
+    def _cached(self, ids_GB: np.ndarray) -> Cached:
+        """The longest beginning of these blocks at whose end every window is whole."""
+        num_blocks = ids_GB.shape[1]
+        while num_blocks and any((ids_GB[g, self._first(g, num_blocks) : num_blocks] < 0).any() for g in self._windows):
             num_blocks -= 1
         if not num_blocks:
             return self.nothing
-        for group, ids in held.items():
-            blocks[group] = [block for block in ids[self._first(group, num_blocks) : num_blocks] if block is not None]
-        blocks_G = [blocks[group][:num_blocks] for group in range(len(blocks))]
+        blocks_G = [
+            ids[self._first(group, num_blocks) if group in self._windows else 0 : num_blocks]
+            for group, ids in enumerate(ids_GB)
+        ]
         return Cached(num_blocks * self._block_size, blocks_G)
+
+    def _pack(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
+        """The names of all requests, one behind the other, and where each one's lie."""
+        parts = [self.names(request) for request in requests]
+        return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
 
     def num_taken(self, cached: Cached, rank: int) -> int:
         """How many free blocks sharing these takes out of the rank's queue, in the cache where it is most."""
         refs_GPB = self._pool.refs_GPB
-        return max(int((refs_GPB[g, rank, np.array(ids, int)] == 0).sum()) for g, ids in enumerate(cached.blocks_G))
+        return max(np.count_nonzero(refs_GPB[g, rank, ids] == 0) for g, ids in enumerate(cached.blocks_G))
 
     def _first(self, group: int, num_blocks: int) -> int:
         """The first block that the token behind `num_blocks` blocks can see in a window."""

@@ -10,16 +10,12 @@ takes it out of the queue again; its old place there is then stale, which its ti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import numpy as np
 
 from expertwire.scheduler import ragged
-from expertwire.scheduler.prefix import NAME
+from expertwire.scheduler.prefix_index import PrefixIndex
 
 _IN_USE = np.iinfo(np.int64).min
-_NOBODY: Mapping[int, int] = MappingProxyType({})
 
 
 class BlockPool:
@@ -32,8 +28,7 @@ class BlockPool:
         self.refs_GPB = np.zeros(shape, np.int32)
         self.num_free_GP = np.full(shape[:2], self.capacity, np.int64)
         self.named_GPB = np.zeros(shape, bool)
-        self.name_GPB = np.zeros(shape, NAME)
-        self._holders: list[dict[bytes, dict[int, int]]] = [{} for _ in range(num_groups)]  # name -> rank -> block
+        self._index = PrefixIndex(num_groups * num_ranks, num_blocks)
         # Queue positions count up (at the end) and down (at the front) for ever; a place is a position modulo the queue's length.
         self._queue_GPQ = np.zeros((num_groups, num_ranks, 2 * num_blocks), np.int32)
         self._queue_GPQ[:, :, : self.capacity] = np.arange(1, num_blocks)
@@ -89,24 +84,18 @@ class BlockPool:
         self._enqueue(group, flat_F[named_F], at_end=True)
         self._enqueue(group, flat_F[~named_F], at_end=False)
 
-    def name(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray, names_B: np.ndarray) -> None:
-        """Say what these blocks, which are in use, hold. A name that a rank has already for another block is not given again."""
-        holders = self._holders[group]
-        kept = np.ones(len(ids_B), bool)
-        for i, (name, rank, block) in enumerate(zip(names_B.tolist(), rank_B.tolist(), ids_B.tolist(), strict=True)):
-            held = holders.get(name)
-            if held is None:
-                holders[name] = {rank: block}
-            else:
-                kept[i] = held.setdefault(rank, block) == block
-        rank_B, ids_B = rank_B[kept], ids_B[kept]
+    def name(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray, names_B2: np.ndarray) -> None:
+        """Say what these blocks, which are in use and have no names, hold."""
         assert (self.refs_GPB[group, rank_B, ids_B] > 0).all(), "a free block was named"
-        self.named_GPB[group, rank_B, ids_B] = True
-        self.name_GPB[group, rank_B, ids_B] = names_B[kept]
+        self.named_GPB[group, rank_B, ids_B] = self._index.insert(self._number(group, rank_B, ids_B), rank_B, names_B2)
 
-    def holders(self, group: int, name: bytes) -> Mapping[int, int]:
-        """Who has the block of that name: rank -> block."""
-        return self._holders[group].get(name, _NOBODY)
+    def find(self, group: int, rank_M: np.ndarray, names_M2: np.ndarray) -> np.ndarray:
+        """A block of each rank with each name, or -1: i64 [M]."""
+        return self._index.find(group * self.num_free_GP.shape[1] + rank_M, names_M2)
+
+    def guess(self, names_M2: np.ndarray) -> np.ndarray:
+        """A rank that probably has a block with each name, or -1: i32 [M]."""
+        return self._index.guess(names_M2)
 
     def num_used(self, group: int) -> np.ndarray:
         """i64 [P], blocks with references."""
@@ -129,14 +118,7 @@ class BlockPool:
                 found = np.sort(np.concatenate([free, used]))
                 assert np.array_equal(found, np.arange(1, num_blocks)), (group, rank, free, used)
                 assert (self.refs_GPB[group, rank] >= 0).all(), (group, rank)
-            named = np.flatnonzero(self.named_GPB[group]).tolist()
-            names = self.name_GPB[group].reshape(-1)[named].tolist()
-            held = {
-                (name, rank * num_blocks + block)
-                for name, blocks in self._holders[group].items()
-                for rank, block in blocks.items()
-            }
-            assert held == set(zip(names, named, strict=True)), (group, "names and holders disagree")
+        self._index.check_integrity(self.named_GPB.reshape(-1))
 
     def _enqueue(self, group: int, flat_F: np.ndarray, *, at_end: bool) -> None:
         """Put free blocks (sorted by rank) into their ranks' queues, one behind or before the other."""
@@ -170,9 +152,10 @@ class BlockPool:
         named_B = self.named_GPB[group, rank_B, ids_B]
         if not named_B.any():
             return
-        rank_B, ids_B, holders = rank_B[named_B], ids_B[named_B], self._holders[group]
-        for name, rank in zip(self.name_GPB[group, rank_B, ids_B].tolist(), rank_B.tolist(), strict=True):
-            del holders[name][rank]
-            if not holders[name]:
-                del holders[name]
+        rank_B, ids_B = rank_B[named_B], ids_B[named_B]
+        self._index.remove(self._number(group, rank_B, ids_B), rank_B)
         self.named_GPB[group, rank_B, ids_B] = False
+
+    def _number(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray) -> np.ndarray:
+        """Blocks numbered through, as the index has them: i64 [B]."""
+        return (group * self.num_free_GP.shape[1] + rank_B.astype(np.int64)) * self.num_blocks + ids_B

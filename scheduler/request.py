@@ -8,6 +8,7 @@ import numpy as np
 
 from expertwire.scheduler.sampling_params import SamplingParams
 
+_NO_NAMES = np.zeros((0, 2), np.uint64)
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
@@ -46,7 +47,7 @@ class Request:
     stop_ids: frozenset[int] = field(init=False)
     tokens: np.ndarray = field(init=False)  # i32: the prompt, and the output so far of one that was preempted or forked
     # The names of the prefixes of `tokens` that fill whole blocks, and the sum of the last one: `scheduler.prefix`.
-    names: list[bytes] = field(init=False, default_factory=list)
+    names: np.ndarray = field(init=False, default_factory=lambda: _NO_NAMES)  # u64 [blocks, 2]
     prefix_sum: np.ndarray | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from expertwire.scheduler import preemption, ragged
-from expertwire.scheduler.admission import Admission, Cached, PrefixCache, Room
+from expertwire.scheduler.admission import Admission, PrefixCache, Room
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.intake import Pace, Rejection, invalid, refusal, token_limit
@@ -38,6 +39,7 @@ __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"
 
 SUPPORTED_KINDS = ("full", "latent", "index", "window")
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
+_LOOK_AHEAD = 16  # waiting requests that are looked up at once, or as many as there are slots
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -77,9 +79,7 @@ class Scheduler:
         self._queue = WaitingQueue()
         self._running: dict[int, Request] = {}
         self._forks: dict[int, int] = {}  # waiting request -> running one that it continues
-        self._arriving: set[bytes] = (
-            set()
-        )  # names of blocks that running requests have still to compute of their prompts
+        self._most_blocks = int(self._table.most_blocks_G.max())
         self._may_stop_V = np.zeros(config.vocab_size, bool)  # some request so far had this stop id
         self._ended: list[int] = []  # rows to release in the next plan
         self._in_flight: deque[_InFlight] = deque()
@@ -115,7 +115,7 @@ class Scheduler:
         request.arrival = now
         request.limit = token_limit(request, self.config)
         request.place = self._policy.place(request, now)
-        self._name(request)
+        self._table.name_prefixes(request)
         self._queue.add(request)
         return None
 
@@ -146,7 +146,7 @@ class Scheduler:
                 rejections.append(rejection)
                 continue
             child.tokens = tokens
-            self._name(child)
+            self._table.name_prefixes(child)
             if key in self._running:
                 self._forks[child.key] = key
         return rejections
@@ -206,7 +206,7 @@ class Scheduler:
         assert np.array_equal(np.sort(rows_O), expected), f"step {plan.step}: sampled {rows_O}, expected {expected}"
         rows_O, outputs = gather(plan.step, results, rows_O, rows_R, going_N, table)
         table.append_tokens(rows_O, outputs.token_O)
-        self._name_blocks(np.sort(rows_O))
+        table.name_blocks(np.sort(rows_O))
         outputs.finish_O[:] = self._finish(rows_O, outputs.token_O)
         return outputs
 
@@ -237,8 +237,6 @@ class Scheduler:
         ended = np.flatnonzero(table.occupied_N & ~table.running_N).tolist()
         assert ended == sorted(self._ended), (ended, self._ended)
         assert self._in_flight or not table.in_flight_N[rows].any(), "scheduled, but nothing in flight"
-        awaited = [request.names[table.num_named_N[self._row(request)] :] for request in self._running.values()]
-        assert self._arriving <= {name for names in awaited for name in names}, "names are awaited that nobody computes"
         assert all(child in self._queue and parent in self._running for child, parent in self._forks.items())
 
     # ---- planning: who goes, who goes on, who gives way, who comes
@@ -307,34 +305,55 @@ class Scheduler:
             return []
         chosen = self._continue_forks(room) if self._forks else []
         forked = {admission.request.key for admission in chosen}
-        for request in self._policy.order(self._queue, self._num_cached):
-            if request.key in forked:
-                continue
-            cached_P = self._prefixes.estimate(request)
-            if self._arriving and self._is_arriving(request, cached_P):
-                continue
-            if (admission := self._find_place(request, cached_P, room)) is None:
-                break
-            chosen.append(admission)
-            self._arriving.update(request.names[admission.num_cached // config.block_size :])
+        queue = (request for request in self._policy.order(self._queue, self._num_cached) if request.key not in forked)
+        arriving = set(table.names_next().tolist())
+        going_on = True
+        while going_on and (batch := list(islice(queue, max(int(slots_P.sum()), _LOOK_AHEAD)))):
+            found, going_on = self._find_places(batch, room, arriving)
+            chosen += found
         self._pace.admitted(len(chosen), now)
         chosen.sort(key=lambda admission: admission.rank)
         return chosen
 
-    def _find_place(self, request: Request, cached_P: np.ndarray | None, room: Room) -> Admission | None:
-        num_blocks = min(self.config.blocks_for(len(request.tokens)), int(self._table.most_blocks_G.max()))
-        while (rank := room.choose(num_blocks, cached_P, self.config.block_size)) is not None:
-            cached, needed = self._prefixes.nothing, num_blocks
-            if cached_P is not None and cached_P[rank]:
-                cached = self._prefixes.find(request, rank)
-                needed = (
-                    num_blocks - cached.num_tokens // self.config.block_size + self._prefixes.num_taken(cached, rank)
-                )
-                if not room.fits(rank, needed):
-                    cached_P[rank] = 0
-                    continue
-            return room.take(request, rank, needed, cached)
-        return None
+    def _find_places(self, requests: list[Request], room: Room, arriving: set[int]) -> tuple[list[Admission], bool]:
+        """Admit these requests, in this order, but for those whose next block is being computed: these do better to wait for it.
+
+        Returns:
+            The admissions, and whether every request found room.
+        """
+        size, everyone = self.config.block_size, True
+        taken: list[tuple[Request, int, int]] = []
+        hopeful = []  # places in `taken`
+        for request, guess in zip(requests, self._prefixes.guess(requests), strict=True):
+            names = self._prefixes.names(request)
+            following = int(names[guess.num_blocks, 0]) if guess.num_blocks < len(names) else None
+            if following in arriving:
+                continue
+            num_blocks = min(self.config.blocks_for(len(request.tokens)), self._most_blocks)
+            rank = room.choose(num_blocks, guess.rank, guess.num_blocks * size)
+            if rank is None and guess.rank >= 0:  # there is room, perhaps, beside what it shares
+                cached = self._prefixes.find([request], [guess.rank])[0]
+                num_blocks += self._prefixes.num_taken(cached, guess.rank) - cached.num_tokens // size
+                rank = guess.rank if room.fits(guess.rank, num_blocks) else None
+            if rank is None:
+                everyone = False
+                break
+            num_scheduled = room.take(request, rank, num_blocks, guess.num_blocks * size if rank == guess.rank else 0)
+            if guess.rank >= 0:
+                hopeful.append(len(taken))
+            taken.append((request, rank, num_scheduled))
+            if following is not None:
+                arriving.add(following)
+        cached_A = [self._prefixes.nothing] * len(taken)
+        if hopeful:
+            found = self._prefixes.find([taken[i][0] for i in hopeful], [taken[i][1] for i in hopeful])
+            for i, cached in zip(hopeful, found, strict=True):
+                cached_A[i] = cached
+        admissions = [
+            Admission(request, rank, min(num_scheduled, len(request.tokens) - cached.num_tokens), *cached)
+            for (request, rank, num_scheduled), cached in zip(taken, cached_A, strict=True)
+        ]
+        return admissions, everyone
 
     def _continue_forks(self, room: Room) -> list[Admission]:
         """Forks that start beside the request that they continue, with its blocks; those without room there wait as any other."""
@@ -348,20 +367,15 @@ class Scheduler:
             first_G = table.num_dropped_GN[:, row]
             holds_all = num_cached and (first_G <= table.first_seen_G(num_cached)).all()
             if holds_all and not table.draining_N[row] and room.fits(parent.rank, needed):
-                blocks_G = [table.block_ids_GNB[g, row, first:num_held].tolist() for g, first in enumerate(first_G)]
-                chosen.append(room.take(child, parent.rank, needed, Cached(num_cached, blocks_G)))
+                blocks_G = [table.block_ids_GNB[g, row, first:num_held] for g, first in enumerate(first_G)]
+                num_scheduled = room.take(child, parent.rank, needed, num_cached)
+                chosen.append(Admission(child, parent.rank, num_scheduled, num_cached, blocks_G))
                 table.shares_tail_N[row] = True
         self._forks.clear()
         return chosen
 
-    def _is_arriving(self, request: Request, cached_P: np.ndarray | None) -> bool:
-        """Whether a running request is computing the next block of this one's prompt: better to wait than to compute it, too."""
-        names, num_blocks = self._prefixes.names(request), 0 if cached_P is None else int(cached_P.max())
-        return num_blocks < len(names) and names[num_blocks] in self._arriving
-
     def _num_cached(self, request: Request) -> int:
-        cached_P = self._prefixes.estimate(request)
-        return 0 if cached_P is None else int(cached_P.max()) * self.config.block_size
+        return self._prefixes.guess([request])[0].num_blocks * self.config.block_size
 
     def _admit(self, admissions: list[Admission]) -> np.ndarray:
         """Move requests from the queue to slots: their rows, ascending."""
@@ -395,7 +409,7 @@ class Scheduler:
         block_row, block_cache, block_index, block_id = table.take_new_blocks()
         sample = start + num == table.num_tokens_N[rows]
         table.advance(rows, num, sample)
-        self._name_blocks(rows)
+        table.name_blocks(rows)
         sched_offsets_P1 = table.offsets_P1(rows)
         return StepPlan(
             epoch=self.epoch,
@@ -443,14 +457,6 @@ class Scheduler:
 
     # ---- names, ends and returns
 
-    def _name(self, request: Request) -> None:
-        request.prefix_sum, request.names = self._table.name_prefixes(request.tokens, request.tenant, request.salt)
-
-    def _name_blocks(self, rows: np.ndarray) -> None:
-        new = self._table.name_blocks(rows)
-        if self._arriving and len(new):
-            self._arriving.difference_update(new.tolist())
-
     def _finish(self, rows_O: np.ndarray, token_O: np.ndarray) -> np.ndarray:
         """End the requests that are complete with these tokens: u8 [O], finish reasons."""
         table = self._table
@@ -479,8 +485,7 @@ class Scheduler:
         row, table = self._leave(request), self._table
         num_known = int(table.num_known_N[row])
         request.tokens = table.tokens_NL[row, :num_known].copy()
-        request.names = table.name_NB[row, : num_known // self.config.block_size].tolist() if request.names else []
-        request.prefix_sum = table.sum_N4[row].copy()
+        table.copy_names(row, request)
         request.rank = request.slot = -1
         self._queue.add(request)
 
@@ -488,7 +493,6 @@ class Scheduler:
         """Take a request out of the running ones: the row that it had."""
         del self._running[request.key]
         row = self._row(request)
-        self._arriving.difference_update(request.names[self._table.num_named_N[row] :])
         self._forks = {child: parent for child, parent in self._forks.items() if parent != request.key}
         return row
 

@@ -19,9 +19,11 @@ from expertwire.scheduler.admission import Admission
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import CacheSpec
-from expertwire.scheduler.prefix import NAME, PrefixNames, names
+from expertwire.scheduler.prefix import PrefixNames, names
+from expertwire.scheduler.request import Request
 
 _NOTHING = np.zeros(0, np.int32)
+_NO_NAMES = np.zeros(0, np.uint64)
 
 
 class Copies(NamedTuple):
@@ -80,18 +82,18 @@ class RunningTable:
         self._names = None
         if config.prefix_cache:
             self._names = PrefixNames(config.max_model_len, config.block_size, config.prefix_secret)
-        self.name_NB = np.zeros((n, width), NAME)
+        self.name_NB2 = np.zeros((n, width, 2), np.uint64)
         self.num_named_N = np.zeros(n, np.int32)  # blocks
         self.sum_N4 = np.zeros((n, 4), np.uint64)
         self._new_blocks: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # group, rows, index, ids
 
-    def name_prefixes(self, request_tokens: np.ndarray, tenant: str, salt: str) -> tuple[np.ndarray, list[bytes]]:
-        """The prefix sum and the names of the whole blocks of a request's tokens; no names if nothing is cached."""
+    def name_prefixes(self, request: Request) -> None:
+        """Set the names of the whole blocks of a request's tokens, and the sum behind the last; no names if nothing is cached."""
         if self._names is None:
-            return np.zeros(4, np.uint64), []
-        empty_4 = self._names.empty(tenant, salt)
-        sums_B4 = self._names.prefixes(request_tokens, empty_4)
-        return (sums_B4[-1] if len(sums_B4) else empty_4), names(sums_B4).tolist()
+            return
+        empty_4 = self._names.empty(request.tenant, request.salt)
+        sums_B4 = self._names.prefixes(request.tokens, empty_4)
+        request.prefix_sum, request.names = (sums_B4[-1] if len(sums_B4) else empty_4), names(sums_B4)
 
     def admit(self, admissions: Sequence[Admission]) -> np.ndarray:
         """Give each request (sorted by rank) the lowest free slot of its rank: i64 [A] rows, ascending."""
@@ -116,12 +118,13 @@ class RunningTable:
         self.has_stop_ids_N[rows] = [bool(request.stop_ids) for request in requests]
         self.num_cached_N[rows] = [request.num_cached for request in requests]
         self.num_named_N[rows] = self.num_computed_N[rows] // self.block_size
-        self.sum_N4[rows] = [request.prefix_sum for request in requests]
+        if self._names is not None:
+            self.sum_N4[rows] = [request.prefix_sum for request in requests]
         for request, slot, row in zip(requests, self.slot_N[rows].tolist(), rows.tolist(), strict=True):
             request.slot = slot
             self.tokens_NL[row, : len(request.tokens)] = request.tokens
-            if request.names:
-                self.name_NB[row, : len(request.names)] = np.frombuffer(b"".join(request.names), NAME)
+            if len(request.names):
+                self.name_NB2[row, : len(request.names)] = request.names
         self.shares_tail_N[rows] = self.num_computed_N[rows] % self.block_size > 0
         self._share_cached(admissions, rows)
         return rows
@@ -233,28 +236,38 @@ class RunningTable:
             self.sum_N4[rows] = sums = self._names.extended(
                 self.sum_N4[rows], block, self.tokens_NL[rows[:, None], columns]
             )
-            self.name_NB[rows, block] = names(sums)
+            self.name_NB2[rows, block] = names(sums)
 
-    def name_blocks(self, rows: np.ndarray) -> np.ndarray:
-        """Name the blocks of these rows that are whole now, or will be when the steps in flight are done: the new names."""
+    def name_blocks(self, rows: np.ndarray) -> None:
+        """Name the blocks of these rows that are whole now, or will be when the steps in flight are done."""
         if self._names is None:
-            return _NOTHING
+            return
         whole = np.minimum(self.num_computed_N[rows], self.num_known_N[rows]) // self.block_size
         more = whole > self.num_named_N[rows]
         if not more.any():
-            return _NOTHING
+            return
         rows, whole = rows[more], whole[more]
         counts = whole - self.num_named_N[rows]
         row_B = np.repeat(rows, counts)
         index_B = self.num_named_N[row_B] + ragged.positions(counts)
         self.num_named_N[rows] = whole
-        names_B = self.name_NB[row_B, index_B]
+        names_B = self.name_NB2[row_B, index_B]
         for group, dropped_N in enumerate(self.num_dropped_GN):
             here = index_B >= dropped_N[row_B]
             group_row, group_index = row_B[here], index_B[here]
             ids = self.block_ids_GNB[group, group_row, group_index]
             self.pool.name(group, self.rank_N[group_row], ids, names_B[here])
-        return names_B
+
+    def copy_names(self, row: int, request: Request) -> None:
+        """Give a request that leaves its row the names of what it has."""
+        if self._names is not None:
+            request.names = self.name_NB2[row, : self.num_known_N[row] // self.block_size].copy()
+            request.prefix_sum = self.sum_N4[row].copy()
+
+    def names_next(self) -> np.ndarray:
+        """The first half of the next name of every running request that has still to compute whole blocks: u64."""
+        rows = np.flatnonzero(self.running_N & (self.num_known_N // self.block_size > self.num_named_N))
+        return self.name_NB2[rows, self.num_named_N[rows], 0] if self._names is not None else _NO_NAMES
 
     def offsets_P1(self, rows: np.ndarray) -> np.ndarray:
         """Where each rank's part of `rows` lies: i32 [P + 1]."""

@@ -5,111 +5,299 @@ from hypothesis import strategies as st
 
 from expertwire.scheduler.block_pool import BlockPool
 
+LETTERS = "abcdefghijklxyz"
+NAMES = np.random.default_rng(0).integers(0, 2**64, (len(LETTERS), 2), np.uint64)
 
-def ranks(*values):
+
+def array(*values):
     return np.array(values, np.int64)
 
 
-def reserve_all(pool):
+def names(letters):
+    return NAMES[[LETTERS.index(letter) for letter in letters]]
+
+
+def found(pool, letter, group=0):
+    """Which block of that name each rank has: rank -> block."""
     num_ranks = pool.num_free_GP.shape[1]
-    pool.reserve(np.arange(num_ranks), np.full(num_ranks, pool.capacity))
+    ids_P = pool.find(group, np.arange(num_ranks), names(letter * num_ranks))
+    return {rank: block for rank, block in enumerate(ids_P.tolist()) if block >= 0}
+
+
+def pool_of(num_blocks=6, **sizes):
+    return BlockPool(**{"num_groups": 1, "num_ranks": 1, "num_blocks": num_blocks, **sizes})
+
+
+def take(pool, count, rank=0, group=0):
+    return pool.allocate(group, np.full(count, rank))
+
+
+def name(pool, ids, letters, rank=0, group=0):
+    pool.name(group, np.full(len(ids), rank), ids, names(letters))
+
+
+def give(pool, ids, rank=0, group=0):
+    pool.free(group, np.full(len(ids), rank), np.array(ids))
+    pool.check_integrity()
+
+
+def share(pool, ids, rank=0, group=0):
+    pool.share(group, np.full(len(ids), rank), np.array(ids))
+    pool.check_integrity()
 
 
 def test_the_null_block_is_never_handed_out():
-    pool = BlockPool(num_groups=2, num_ranks=2, num_blocks=4)
-    reserve_all(pool)
-    ids = pool.allocate(1, ranks(0, 0, 0, 1, 1, 1))
+    pool = pool_of(4, num_groups=2, num_ranks=2)
+    ids = pool.allocate(1, array(0, 0, 0, 1, 1, 1))
     assert ids.tolist() == [1, 2, 3, 1, 2, 3]
-    assert pool.num_used(0).tolist() == [0, 0]
+    assert [pool.num_used(group).tolist() for group in (0, 1)] == [[0, 0], [3, 3]]
     pool.check_integrity()
     with pytest.raises(AssertionError, match="asked for"):
-        pool.allocate(1, ranks(1))
+        take(pool, 1, rank=1, group=1)
 
 
-def test_a_block_with_two_references_is_freed_by_the_second():
-    pool = BlockPool(num_groups=1, num_ranks=2, num_blocks=5)
-    reserve_all(pool)
-    ids = pool.allocate(0, ranks(0, 1))
-    pool.refs_GPB[0, 1, ids[1]] += 1
-    pool.free(0, ranks(0, 1), ids)
-    assert pool.num_used(0).tolist() == [0, 1]
-    pool.check_integrity()
-    pool.free(0, ranks(1), ids[1:])
-    assert pool.num_used(0).tolist() == [0, 0]
-    pool.check_integrity()
-
-
-def test_both_references_dropped_in_one_call():
-    pool = BlockPool(num_groups=1, num_ranks=1, num_blocks=3)
-    reserve_all(pool)
-    (block,) = pool.allocate(0, ranks(0))
-    pool.refs_GPB[0, 0, block] += 1
-    pool.free(0, ranks(0, 0), np.array([block, block]))
+@pytest.mark.parametrize("together", [False, True])
+def test_a_shared_block_is_free_when_all_have_freed_it(together):
+    pool = pool_of()
+    (block,) = take(pool, 1)
+    share(pool, [block])
+    share(pool, [block, block])
+    assert pool.num_used(0).tolist() == [1]
+    for _ in range(3 - together):
+        give(pool, [block])
+        assert pool.num_used(0).tolist() == [1]
+    give(pool, [block] * (1 + together))
     assert pool.num_used(0).tolist() == [0]
-    pool.check_integrity()
+    with pytest.raises(AssertionError, match="too often"):
+        give(pool, [block])
 
 
 @pytest.mark.parametrize("block", [0, 2])
 def test_freeing_what_is_not_in_use_is_an_error(block):
-    pool = BlockPool(num_groups=1, num_ranks=1, num_blocks=3)
     with pytest.raises(AssertionError, match=r"null block|too often"):
-        pool.free(0, ranks(0), np.array([block]))
+        give(pool_of(), [block])
 
 
-def test_reservations_are_promises_up_to_the_capacity():
-    pool = BlockPool(num_groups=2, num_ranks=2, num_blocks=11)
-    pool.reserve(ranks(1, 0, 1), np.array([3, 1, 4]))
-    assert pool.unreserved_P().tolist() == [9, 3]
-    pool.unreserve(ranks(1), np.array([4]))
-    assert pool.unreserved_P().tolist() == [9, 7]
-    with pytest.raises(AssertionError, match="promised"):
-        pool.reserve(ranks(1), np.array([8]))
+def test_a_free_named_block_can_be_shared_and_keeps_its_name():
+    pool = pool_of()
+    ids = take(pool, 2)
+    name(pool, ids, "ab")
+    give(pool, ids)
+    assert found(pool, "a") == {0: ids[0]}
+    share(pool, ids[:1])
+    assert pool.num_used(0).tolist() == [1]
+    assert ids[0] not in take(pool, 4)
+    assert found(pool, "a") == {0: ids[0]}
+    assert found(pool, "b") == {}
+
+
+def test_blocks_without_a_name_are_given_away_first():
+    pool = pool_of(5)
+    ids = take(pool, 4)
+    name(pool, ids[:2], "ab")
+    give(pool, ids)
+    assert set(take(pool, 2)) == set(ids[2:])
+    assert found(pool, "a")
+    assert found(pool, "b")
+
+
+def test_what_was_used_last_is_given_away_last_and_a_tail_before_its_head():
+    pool = pool_of(7)
+    first, second = take(pool, 3), take(pool, 3)
+    name(pool, first, "abc")
+    name(pool, second, "xyz")
+    give(pool, second)
+    give(pool, first)
+    assert take(pool, 6).tolist() == [*second[::-1], *first[::-1]]
+
+
+def test_using_a_block_again_makes_it_the_last_to_go():
+    pool = pool_of(4)
+    ids = take(pool, 3)
+    name(pool, ids, "abc")
+    give(pool, ids)  # to go: c, b, a
+    share(pool, ids[2:])
+    give(pool, ids[2:])
+    assert [take(pool, 1)[0] for _ in ids] == [ids[1], ids[0], ids[2]]
+
+
+def test_who_gets_a_block_finds_no_name_on_it():
+    pool = pool_of(3)
+    ids = take(pool, 2)
+    name(pool, ids, "ab")
+    give(pool, ids)
+    take(pool, 1)
+    assert [found(pool, letter) for letter in "ab"] == [{0: ids[0]}, {}]
+    take(pool, 1)
+    assert found(pool, "a") == {}
+    pool.check_integrity()
+
+
+def test_of_blocks_with_the_same_name_one_is_found_as_long_as_there_is_one():
+    pool = pool_of(3)
+    ids = take(pool, 2)
+    name(pool, ids, "aa")
+    assert found(pool, "a")[0] in ids
+    give(pool, ids)
+    for left in (1, 0):
+        take(pool, 1)
+        assert len(found(pool, "a")) == left
+
+
+def test_many_names_are_found_at_once_each_for_its_rank():
+    pool = pool_of(4, num_groups=2, num_ranks=2)
+    ids = pool.allocate(1, array(0, 0, 1))
+    pool.name(1, array(0, 0, 1), ids, names("abb"))
+    assert pool.find(1, array(0, 1, 1, 0, 0), names("babac")).tolist() == [ids[1], -1, ids[2], ids[0], -1]
+    assert pool.find(1, array(), names("")).tolist() == []
+
+
+def test_a_guess_names_a_rank_that_has_the_block_if_nothing_has_changed_since():
+    pool = pool_of(4, num_ranks=3)
+    ids = pool.allocate(0, array(0, 2))
+    pool.name(0, array(0, 2), ids, names("ab"))
+    assert pool.guess(names("bac")).tolist() == [2, 0, -1]
+    pool.free(0, array(2), ids[1:])
+    take(pool, 3, rank=2)
+    assert pool.guess(names("ba")).tolist() == [-1, 0]
+
+
+def test_every_rank_and_cache_has_blocks_and_names_of_its_own():
+    pool = pool_of(4, num_groups=2, num_ranks=3)
+    ids = pool.allocate(0, array(0, 2, 2))
+    pool.name(0, array(0, 2), ids[[0, 2]], names("aa"))
+    assert found(pool, "a") == {0: ids[0], 2: ids[2]}
+    assert found(pool, "a", group=1) == {}
+    pool.free(0, array(2, 0), ids[[2, 0]])
+    assert [pool.num_used(group).tolist() for group in (0, 1)] == [[0, 0, 1], [0, 0, 0]]
+    take(pool, 3, rank=0)
+    assert found(pool, "a") == {2: ids[2]}
+    pool.check_integrity()
+
+
+def test_a_queue_never_fills_with_places_that_are_out_of_date():
+    pool = pool_of(5)
+    ids = take(pool, 3)
+    name(pool, ids, "abc")
+    give(pool, ids)
+    for _ in range(50):  # what is taken out of the middle of the queue leaves its place behind
+        share(pool, ids[:2])
+        give(pool, ids[:2])
+    assert [take(pool, 1)[0] for _ in range(4)] == [4, ids[2], ids[1], ids[0]]
+    pool.check_integrity()
 
 
 def corrupt_leak(pool):
     pool.num_free_GP[0, 0] -= 1
 
 
-def corrupt_double(pool):
-    pool.refs_GPB[0, 0, pool._free_GPB[0, 0, 0]] = 1
+def corrupt_use_of_a_free_block(pool):
+    pool.refs_GPB[0, 0, take(pool, 1) + 1] = 1
 
 
 def corrupt_null(pool):
     pool.refs_GPB[0, 0, 0] = 1
 
 
-def corrupt_promise(pool):
-    pool.reserved_GP[0, 0] = 1
+def corrupt_name(pool):
+    pool.named_GPB[0, 0, 5] = True
 
 
-@pytest.mark.parametrize("corrupt", [corrupt_leak, corrupt_double, corrupt_null, corrupt_promise])
+@pytest.mark.parametrize("corrupt", [corrupt_leak, corrupt_use_of_a_free_block, corrupt_null, corrupt_name])
 def test_the_integrity_check_finds(corrupt):
-    pool = BlockPool(num_groups=1, num_ranks=1, num_blocks=6)
-    reserve_all(pool)
-    pool.allocate(0, ranks(0, 0))
+    pool = pool_of()
+    name(pool, take(pool, 2), "ab")
     pool.check_integrity()
     corrupt(pool)
     with pytest.raises(AssertionError):
         pool.check_integrity()
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 2), max_size=8)), max_size=20))
-def test_any_order_of_allocating_and_freeing(operations):
-    pool = BlockPool(num_groups=1, num_ranks=3, num_blocks=7)
-    reserve_all(pool)
-    held = set()
-    for take, wanted in operations:
-        if take:
-            counts = np.minimum(np.bincount(np.array(wanted, int), minlength=3), pool.num_free_GP[0])
-            rank_B = np.repeat(np.arange(3), counts)
-            new = set(zip(rank_B.tolist(), pool.allocate(0, rank_B).tolist(), strict=True))
-            assert len(new) == len(rank_B)
-            assert not new & held
-            held |= new
-        else:
-            dropped = sorted(held)[: len(wanted)]
-            held -= set(dropped)
-            pool.free(0, np.array([r for r, _ in dropped], int), np.array([b for _, b in dropped], int))
-        pool.check_integrity()
-        assert pool.num_used(0).sum() == len(held)
+class PlainPool:
+    """One cache of one rank, in plain words."""
+
+    def __init__(self, num_blocks):
+        self.free = list(range(1, num_blocks))  # the first goes first
+        self.refs = dict.fromkeys(range(1, num_blocks), 0)
+        self.names = {}  # of blocks
+
+    def allocate(self):
+        block = self.free.pop(0)
+        self.refs[block] = 1
+        self.names.pop(block, None)
+        return block
+
+    def share(self, block):
+        if not self.refs[block]:
+            self.free.remove(block)
+        self.refs[block] += 1
+
+    def drop(self, blocks):
+        """The last is the first to be free."""
+        for block in reversed(blocks):
+            self.refs[block] -= 1
+        emptied = list(dict.fromkeys(block for block in reversed(blocks) if not self.refs[block]))
+        self.free += [block for block in emptied if block in self.names]
+        for block in emptied:
+            if block not in self.names:
+                self.free.insert(0, block)
+
+
+def pick(random, plains, times, most):
+    """Up to `most` blocks of every rank, a block up to `times(plain, block)` times: pairs sorted by rank; ranks and ids."""
+    pairs = []
+    for rank, plain in enumerate(plains):
+        blocks = [block for block in plain.refs for _ in range(times(plain, block))]
+        pairs += [(rank, block) for block in random.sample(blocks, min(len(blocks), random.randint(0, most)))]
+    return pairs, array(*(rank for rank, _ in pairs)), array(*(block for _, block in pairs))
+
+
+def do_allocate(random, pool, group, plains):
+    counts = [min(len(plain.free), random.choice([0, 1, 1, 3])) for plain in plains]
+    rank_B = np.repeat(np.arange(len(plains)), counts)
+    pairs = zip(rank_B, pool.allocate(group, rank_B), strict=True)
+    assert sorted(pairs) == sorted((rank, plains[rank].allocate()) for rank in rank_B)
+
+
+def do_share(random, pool, group, plains):
+    pairs, rank_B, ids_B = pick(random, plains, lambda plain, block: 2 * (block in plain.names), 2)
+    pool.share(group, rank_B, ids_B)
+    for rank, block in pairs:
+        plains[rank].share(block)
+
+
+def do_free(random, pool, group, plains):
+    pairs, rank_B, ids_B = pick(random, plains, lambda plain, block: plain.refs[block], 6)
+    pool.free(group, rank_B, ids_B)
+    for rank, plain in enumerate(plains):
+        plain.drop([block for owner, block in pairs if owner == rank])
+
+
+def do_name(random, pool, group, plains):
+    pairs, rank_B, ids_B = pick(random, plains, lambda plain, block: plain.refs[block] and block not in plain.names, 9)
+    letters = random.choices(LETTERS, k=len(pairs))
+    pool.name(group, rank_B, ids_B, names(letters))
+    for (rank, block), letter in zip(pairs, letters, strict=True):
+        if pool.named_GPB[group, rank, block]:  # it is not if too many names have come to lie together
+            plains[rank].names[block] = letter
+    assert pool.named_GPB[group, rank_B, ids_B].all() or pool.named_GPB.sum() >= 8
+
+
+def check(pool, group, plains):
+    pool.check_integrity()
+    assert pool.num_used(group).tolist() == [sum(map(bool, plain.refs.values())) for plain in plains]
+    for rank, plain in enumerate(plains):
+        ids = pool.find(group, np.full(len(LETTERS), rank), NAMES)
+        assert all(plain.names.get(block) == letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0)
+        assert {letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0} == set(plain.names.values())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.randoms(use_true_random=True), st.integers(1, 2), st.integers(1, 3), st.integers(2, 9))
+def test_it_does_what_plain_pools_do(random, num_groups, num_ranks, num_blocks):
+    pool = BlockPool(num_groups, num_ranks, num_blocks)
+    plains = [[PlainPool(num_blocks) for _ in range(num_ranks)] for _ in range(num_groups)]
+    for _ in range(300):
+        group = random.randrange(num_groups)
+        random.choice([do_allocate, do_share, do_free, do_name])(random, pool, group, plains[group])
+        check(pool, group, plains[group])

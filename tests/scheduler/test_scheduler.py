@@ -8,6 +8,7 @@ from sim_ranks import CACHES, SimCluster, expected_output, make_config, make_req
 
 from expertwire.scheduler.placement import place
 from expertwire.scheduler.plan import FinishReason, StepPlan
+from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.scheduler import Scheduler
 
 
@@ -179,13 +180,13 @@ def test_running_requests_come_before_admissions():
         cluster.commit()
 
 
-def test_admission_waits_for_the_worst_case_and_keeps_the_order():
-    # 8 blocks of 4 tokens: request 0 may take 6 of them, 1 would need 4 and keeps 2, which needs 1, waiting behind it.
-    cluster = SimCluster(make_config(num_ranks=1, num_blocks=9, max_num_tokens=20))
+def test_admission_waits_for_blocks_and_keeps_the_order():
+    # 8 blocks of 4 tokens: request 0 takes 5 and has one more set aside, 1 needs 3 and keeps 2, which needs 1, behind it.
+    cluster = SimCluster(make_config(num_ranks=1, num_blocks=9, max_num_tokens=32))
     cluster.submit(
-        make_request(0, length=5, max_tokens=20, ignore_eos=True),
+        make_request(0, length=20, max_tokens=3, ignore_eos=True),
         make_request(1, length=9, max_tokens=8),
-        make_request(2, 1, max_tokens=1),
+        make_request(2, length=1, max_tokens=1),
     )
     assert cluster.admitted(cluster.plan()) == [0]
     cluster.commit()
@@ -194,6 +195,12 @@ def test_admission_waits_for_the_worst_case_and_keeps_the_order():
     plan = cluster.plan()
     assert plan.release_slot.tolist() == [0]
     assert cluster.admitted(plan) == [1, 2]
+
+
+def test_blocks_are_not_set_aside_for_tokens_that_may_never_come():
+    cluster = SimCluster(make_config(num_ranks=1, num_blocks=9))
+    cluster.submit(*(make_request(key, length=2, max_tokens=20) for key in range(3)))
+    assert cluster.admitted(cluster.plan()) == [0, 1, 2]
 
 
 def test_a_released_slot_and_its_blocks_are_used_by_the_same_plan():
@@ -231,9 +238,9 @@ def test_place(ranks):
     assert place(fits, load) == best
 
 
-class Lifo:
-    def order(self, waiting, now):
-        return reversed(list(waiting))
+class Lifo(Policy):
+    def order(self, queue, cached_tokens):
+        return reversed(list(queue))
 
 
 def test_a_policy_decides_the_order():
@@ -378,9 +385,9 @@ def test_stats_count_what_is_there():
     stats = cluster.scheduler.stats()
     assert (stats["num_running"], stats["num_waiting"], stats["running"]) == (2, 1, [1, 1])
     assert stats["blocks_used"] == {"first": [2, 2], "second": [2, 2]}
-    assert stats["blocks_reserved"] == {"first": [4, 4], "second": [4, 4]}
     assert stats["outstanding_tokens"] == [10, 10]
-    assert stats["blocks"] == 16
+    assert (stats["blocks"], stats["num_plans"]) == (16, 1)
+    assert (stats["prompt_tokens"], stats["cached_tokens"], stats["preemptions"]) == (10, 0, 0)
 
 
 def test_the_same_calls_give_the_same_plans():

@@ -1,0 +1,179 @@
+"""Too few blocks for what runs: who gives way, and that nobody can tell from the answers."""
+
+import pytest
+from sim_ranks import CACHES, WINDOWED, SimCluster, expected_output, make_config, make_request
+
+from expertwire.scheduler.policy import Priority
+
+SMALL = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 13}  # 12 blocks of 4 tokens
+
+
+def start(*requests, policy=None, overlap=False, specs=CACHES, **sizes):
+    """A cluster that runs the requests: (length, fields), the key is the place in the list. None stops by itself."""
+    cluster = SimCluster(make_config(**{**SMALL, **sizes}), policy, overlap=overlap, specs=specs)
+    for key, (length, values) in enumerate(requests):
+        cluster.submit(make_request(key, length, **{"max_tokens": 20, "ignore_eos": True, **values}))
+    assert cluster.admitted(cluster.plan()) == list(range(len(requests)))
+    cluster.commit()
+    return cluster
+
+
+def first_preempted(cluster):
+    """Keys of those that give way first."""
+    for _ in range(100):
+        running = [{i: int(slot.sampling["seed"]) for i, slot in rank.slots.items()} for rank in cluster.ranks]
+        ended = set(cluster.finish)
+        plan = cluster.plan()
+        cluster.commit()
+        released = [running[r][i] for r in range(len(cluster.ranks)) for i in plan.rank(r).release_slot.tolist()]
+        if gone := [key for key in released if key not in ended]:
+            return gone
+    raise AssertionError("nobody was preempted")
+
+
+@pytest.mark.parametrize(
+    ("requests", "victim"),
+    [
+        ([(7, {}), (7, {}), (7, {})], 2),  # the youngest of equals
+        ([(7, {}), (5, {}), (9, {})], 1),  # the cheapest
+        ([(7, {}), (9, {}), (5, {})], 2),
+        ([(7, {}), (5, {"priority": 1}), (5, {"priority": 2})], 2),  # the least urgent
+        ([(7, {}), (9, {"priority": 2}), (5, {"priority": 1})], 1),
+        ([(5, {}), (9, {}), (7, {})], 2),  # never the oldest, though it is the cheapest
+        ([(5, {"priority": 1}), (9, {}), (7, {})], 0),  # but then a more urgent one is safe
+        ([(7, {}), (7, {}), (5, {"max_tokens": 10})], 1),  # nor one that is about to finish
+        ([(7, {}), (7, {}), (5, {"max_tokens": 10, "priority": 1})], 1),
+    ],
+)
+def test_who_gives_way(requests, victim):
+    cluster = start(*requests)
+    assert first_preempted(cluster) == [victim]
+    cluster.drain()
+    assert set(cluster.finish) == {0, 1, 2}
+
+
+def test_of_those_about_to_finish_one_gives_way_if_nobody_else_can():
+    # After 5 tokens each, every request wants a third block, and 2 of 8 are left.
+    cluster = start(*[(5, {"max_tokens": 7})] * 3, num_blocks=9)
+    assert first_preempted(cluster) == [2]
+    cluster.drain()
+    assert set(cluster.finish) == {0, 1, 2}
+
+
+def test_as_many_give_way_as_it_takes():
+    # 11 blocks hold a prompt of which 16 tokens are to come, and two others.
+    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=8, num_blocks=9))
+    cluster.submit(make_request(0, 5, max_tokens=20, ignore_eos=True), make_request(1, 5, max_tokens=20, ignore_eos=True))
+    cluster.step()
+    cluster.submit(make_request(2, 5, max_tokens=20, ignore_eos=True, priority=-1))
+    gone = first_preempted(cluster)
+    assert gone == [1]
+    assert 2 in cluster.scheduler.unfinished()
+    cluster.drain()
+
+
+def test_only_the_rank_that_is_short_preempts():
+    cluster = start(*[(7, {}), (7, {}), (7, {}), (7, {"max_tokens": 2}), (7, {}), (7, {"max_tokens": 2})], num_ranks=2)
+    assert first_preempted(cluster) == [4]
+    assert cluster.scheduler.stats()["preemptions"] == 1
+    cluster.drain()
+    assert len(cluster.finish) == 6
+
+
+def test_who_gave_way_comes_back_with_its_tokens_before_those_that_came_later():
+    cluster = start((7, {}), (7, {}), (7, {}))
+    cluster.submit(make_request(3, 7, max_tokens=20))
+    assert first_preempted(cluster) == [2]
+    so_far = list(cluster.tokens[2])
+    assert [request.key for request in (2, 3) if False] == []
+    assert cluster.scheduler.unfinished()[:2] == [2, 3]
+    while not cluster.admitted(plan := cluster.plan()):
+        cluster.commit()
+    mine = plan.rank(0)
+    assert cluster.admitted(plan)[0] == 2
+    assert mine.admit_tokens[0].tolist() == make_request(2, 7).prompt.tolist() + so_far
+    assert mine.admit_sampling_A[0]["prompt_len"] == 7
+    cluster.commit()
+    cluster.drain()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("specs", [CACHES, WINDOWED], ids=["full", "window"])
+@pytest.mark.parametrize("chunk", [1, 5, 32])
+def test_a_small_pool_answers_as_a_large_one(overlap, prefix_cache, specs, chunk):
+    def answers(num_blocks):
+        sizes = {"max_num_tokens": max(chunk, 4), "chunk_tokens": chunk, "num_blocks": num_blocks, "max_running": 4}
+        config = make_config(**sizes, prefix_cache=prefix_cache)
+        cluster = SimCluster(config, overlap=overlap, specs=specs)
+        requests = [
+            make_request(key, 2 + 5 * key % 17, shared=6, max_tokens=5 + key % 13, min_tokens=key % 5) for key in range(16)
+        ]
+        cluster.submit(*requests)
+        cluster.drain()
+        for request in requests:
+            assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config)
+        return cluster.tokens, cluster.scheduler.stats()["preemptions"]
+
+    small, num_preempted = answers(9)
+    large, none = answers(100)
+    assert small == large
+    assert (num_preempted > 0, none) == (True, 0)
+
+
+def test_what_was_in_the_cache_is_said_of_the_first_admission():
+    cluster = SimCluster(make_config(**SMALL))
+    cluster.submit(make_request(9, 7, shared=7, max_tokens=1))
+    cluster.drain()
+    cluster.submit(*(make_request(key, 7, shared=5, max_tokens=20, ignore_eos=True) for key in range(3)))
+    cluster.drain()
+    assert cluster.scheduler.stats()["preemptions"] > 0
+    assert [cluster.num_cached[key] for key in range(3)] == [4, 4, 4]
+    assert cluster.scheduler.stats()["prompt_tokens"] == 28
+
+
+def test_prompt_log_probabilities_come_once_also_of_who_gave_way():
+    cluster = start(*[(7, {"prompt_logprobs": 1})] * 3)
+    positions = {}
+    while not cluster.scheduler.idle:
+        cluster.plan()
+        outputs = cluster.commit()
+        for key, position in zip(outputs.prompt_key_R.tolist(), outputs.prompt_position_R.tolist(), strict=True):
+            positions.setdefault(key, []).append(position)
+    assert cluster.scheduler.stats()["preemptions"] > 0
+    assert positions == {}, "the first step had them all"
+
+
+def test_abort_of_who_gave_way():
+    cluster = start((7, {}), (7, {}), (7, {}))
+    (victim,) = first_preempted(cluster)
+    so_far = list(cluster.tokens[victim])
+    cluster.abort(victim)
+    cluster.drain()
+    assert cluster.tokens[victim] == so_far
+    assert set(cluster.finish) == {0, 1}
+
+
+def test_a_stream_of_urgent_requests_leaves_the_oldest_of_them_alone():
+    """However many come, somebody always gets on; the less urgent have their turn in between by their age."""
+    cluster = start((7, {"priority": 5}), policy=Priority(aging=10.0))
+    for key in range(1, 60):
+        cluster.submit(make_request(key, 7, priority=0, max_tokens=8, ignore_eos=True))
+        cluster.step()
+        cluster.step()
+    assert 0 in cluster.finish
+    cluster.drain()
+
+
+def test_who_gives_way_while_its_token_is_in_flight_gets_it():
+    cluster = SimCluster(make_config(**SMALL), overlap=True)
+    cluster.submit(*(make_request(key, 7, max_tokens=20, ignore_eos=True) for key in range(3)))
+    while not cluster.scheduler.stats()["preemptions"]:
+        cluster.step()
+    assert not cluster.scheduler.num_waiting, "it is not yet back in the queue"
+    before = len(cluster.tokens[2])
+    cluster.step()
+    assert cluster.scheduler.unfinished()[0] == 2
+    assert len(cluster.tokens[2]) == before + 1
+    cluster.drain()
+    assert cluster.tokens[2] == expected_output(make_request(2, 7, max_tokens=20, ignore_eos=True), cluster.config)[0]
