@@ -11,6 +11,7 @@ from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.placement import place
 from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.prefix_index import NOBODY
 from expertwire.scheduler.request import Request
 
 
@@ -22,10 +23,12 @@ class Cached(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """Who probably has a beginning of a request: a rank, or -1, and how many blocks."""
+    """How many of a request's first blocks some rank probably has, and which; `NOBODY` if none, `UNKNOWN` if it cannot be said.
+    `following` tells the next block, if it is not the last."""
 
     rank: int
     num_blocks: int
+    following: int | None
 
 
 class Admission(NamedTuple):
@@ -104,15 +107,21 @@ class PrefixCache:
         """Who probably has how much of each request; `find` makes sure."""
         names, offsets = self._pack(requests)
         if not len(names):
-            return [Guess(-1, 0)] * len(requests)
+            return [Guess(NOBODY, 0, None)] * len(requests)
         rank_M = self._pool.guess(names)
-        hit_M = np.flatnonzero(rank_M >= 0)
+        hit_M = np.flatnonzero(rank_M != NOBODY)
         last = np.searchsorted(hit_M, offsets[1:]) - 1  # of each request, the deepest name that anybody has
         has = (last >= 0) & (np.searchsorted(hit_M, offsets[:-1]) <= last)
         deepest = hit_M[last] if len(hit_M) else last
-        rank_A = np.where(has, rank_M[deepest], -1)
+        rank_A = np.where(has, rank_M[deepest], NOBODY)
         depth_A = np.where(has, deepest + 1 - offsets[:-1], 0)
-        return [Guess(rank, depth) for rank, depth in zip(rank_A.tolist(), depth_A.tolist(), strict=True)]
+        next_A = offsets[:-1] + depth_A
+        following = np.append(names[:, 0], 0)[next_A].tolist()
+        ends = (next_A == offsets[1:]).tolist()
+        return [
+            Guess(rank, depth, None if end else name)
+            for rank, depth, end, name in zip(rank_A.tolist(), depth_A.tolist(), ends, following, strict=True)
+        ]
 
     def find(self, requests: Sequence[Request], ranks: Sequence[int]) -> list[Cached]:
         """What the rank chosen for each request has, for certain."""

@@ -91,10 +91,10 @@ class BlockPool:
 
     def find(self, group: int, rank_M: np.ndarray, names_M2: np.ndarray) -> np.ndarray:
         """A block of each rank with each name, or -1: i64 [M]."""
-        return self._index.find(group * self.num_free_GP.shape[1] + rank_M, names_M2)
+        return self._index.find(group * self.num_free_GP.shape[1] + rank_M, rank_M, names_M2)
 
     def guess(self, names_M2: np.ndarray) -> np.ndarray:
-        """A rank that probably has a block with each name, or -1: i32 [M]."""
+        """A rank that probably has a block with each name, or `NOBODY`, or `UNKNOWN`: i32 [M]."""
         return self._index.guess(names_M2)
 
     def num_used(self, group: int) -> np.ndarray:

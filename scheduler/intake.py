@@ -103,9 +103,10 @@ def invalid(request: Request, config: SchedulerConfig, most_blocks_G: np.ndarray
             f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
             f"(max_model_len = {config.max_model_len}, of which one is for the output)"
         )
-    wrong = np.flatnonzero((request.prompt < 0) | (request.prompt >= config.vocab_size))
+    if request.prompt.min() < 0 or request.prompt.max() >= config.vocab_size:
+        wrong = int(np.flatnonzero((request.prompt < 0) | (request.prompt >= config.vocab_size))[0])
+        return f"prompt[{wrong}] names token {request.prompt[wrong]}; allowed are 0 to {config.vocab_size - 1}"
     for field, ids in (
-        (f"prompt[{wrong[0]}]" if len(wrong) else "", request.prompt[wrong[:1]]),
         ("stop_token_ids", params.stop_token_ids or ()),
         ("logit_bias", params.logit_bias or ()),
     ):

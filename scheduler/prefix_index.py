@@ -4,7 +4,7 @@ A table of buckets with eight ways, each a tag of the name and a block; the name
 that is full takes no more, which loses two cached blocks in ten thousand when all have names, and nothing else.
 The same name may be there several times, for blocks of equal content.
 
-And a guess who holds a prefix at all: the rank that named it last, in a table where others may have overwritten it.
+And a guess who holds a prefix at all: the rank that has named or used it last, in a table where others may have overwritten it.
 
 Shape letters: M names to look for, B blocks, W ways. A name is two u64.
 """
@@ -17,6 +17,7 @@ _WAYS = 8
 _HIGH = np.uint64(32)
 _OWNER_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads the owners over the buckets
 NOBODY = -1
+UNKNOWN = -2  # somebody, perhaps
 
 
 class PrefixIndex:
@@ -48,9 +49,7 @@ class PrefixIndex:
         self._block_UW[bucket, way] = blocks
         self._tag_UW[bucket, way] = _tag(names)
         self.name_B2[blocks] = names
-        place = self._guess_place(names)
-        self._guess_tag[place] = names[:, 1] >> _HIGH
-        self._guess_rank[place] = rank_B[order]
+        self._remember(names, rank_B[order])
         inserted_B = np.zeros(len(blocks_B), bool)
         inserted_B[order] = True
         return inserted_B
@@ -64,9 +63,9 @@ class PrefixIndex:
         self._block_UW[bucket_B, mine_BW.argmax(axis=1)] = NOBODY
         place_B = self._guess_place(names_B2)
         stale_B = (self._guess_rank[place_B] == rank_B) & (self._guess_tag[place_B] == names_B2[:, 1] >> _HIGH)
-        self._guess_rank[place_B[stale_B]] = NOBODY
+        self._guess_rank[place_B[stale_B]] = UNKNOWN
 
-    def find(self, owner_M: np.ndarray, names_M2: np.ndarray) -> np.ndarray:
+    def find(self, owner_M: np.ndarray, rank_M: np.ndarray, names_M2: np.ndarray) -> np.ndarray:
         """A block of each owner with each name, without the owner's part of its number, or -1: i64 [M]."""
         bucket_M = self._bucket(owner_M, names_M2)
         found_M = np.full(len(names_M2), NOBODY, np.int64)
@@ -75,10 +74,11 @@ class PrefixIndex:
         same = (blocks != NOBODY) & (blocks // self._num_blocks == owner_M[m])
         same[same] = (self.name_B2[blocks[same]] == names_M2[m[same]]).all(axis=1)
         found_M[m[same]] = blocks[same] % self._num_blocks
+        self._remember(names_M2[m[same]], rank_M[m[same]])
         return found_M
 
     def guess(self, names_M2: np.ndarray) -> np.ndarray:
-        """A rank that probably holds each name, or -1: i32 [M]."""
+        """A rank that probably holds each name, or `NOBODY`, or `UNKNOWN`: i32 [M]."""
         place_M = self._guess_place(names_M2)
         return np.where(self._guess_tag[place_M] == names_M2[:, 1] >> _HIGH, self._guess_rank[place_M], NOBODY)
 
@@ -93,6 +93,11 @@ class PrefixIndex:
 
     def _bucket(self, owner_M: np.ndarray, names_M2: np.ndarray) -> np.ndarray:
         return ((names_M2[:, 0] ^ (owner_M.astype(np.uint64) * _OWNER_FACTOR)) & self._mask).astype(np.int64)
+
+    def _remember(self, names_M2: np.ndarray, rank_M: np.ndarray) -> None:
+        place_M = self._guess_place(names_M2)
+        self._guess_tag[place_M] = names_M2[:, 1] >> _HIGH
+        self._guess_rank[place_M] = rank_M
 
     def _guess_place(self, names_M2: np.ndarray) -> np.ndarray:
         return (names_M2[:, 1] & np.uint64(len(self._guess_rank) - 1)).astype(np.int64)

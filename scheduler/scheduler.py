@@ -31,6 +31,7 @@ from expertwire.scheduler.intake import Pace, Rejection, invalid, refusal, token
 from expertwire.scheduler.outputs import StepOutputs, gather
 from expertwire.scheduler.plan import SAMPLING_DTYPE, CacheSpec, FinishReason, StepPlan, StepResult
 from expertwire.scheduler.policy import Fcfs, Policy
+from expertwire.scheduler.prefix_index import NOBODY
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.table import RunningTable
@@ -39,7 +40,7 @@ __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"
 
 SUPPORTED_KINDS = ("full", "latent", "index", "window")
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
-_LOOK_AHEAD = 16  # waiting requests that are looked up at once, or as many as there are slots
+_LOOK_AHEAD = 64  # waiting requests that are looked up together
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -308,7 +309,7 @@ class Scheduler:
         queue = (request for request in self._policy.order(self._queue, self._num_cached) if request.key not in forked)
         arriving = set(table.names_next().tolist())
         going_on = True
-        while going_on and (batch := list(islice(queue, max(int(slots_P.sum()), _LOOK_AHEAD)))):
+        while going_on and (batch := list(islice(queue, _LOOK_AHEAD))):
             found, going_on = self._find_places(batch, room, arriving)
             chosen += found
         self._pace.admitted(len(chosen), now)
@@ -325,9 +326,7 @@ class Scheduler:
         taken: list[tuple[Request, int, int]] = []
         hopeful = []  # places in `taken`
         for request, guess in zip(requests, self._prefixes.guess(requests), strict=True):
-            names = self._prefixes.names(request)
-            following = int(names[guess.num_blocks, 0]) if guess.num_blocks < len(names) else None
-            if following in arriving:
+            if guess.following in arriving:
                 continue
             num_blocks = min(self.config.blocks_for(len(request.tokens)), self._most_blocks)
             rank = room.choose(num_blocks, guess.rank, guess.num_blocks * size)
@@ -339,11 +338,11 @@ class Scheduler:
                 everyone = False
                 break
             num_scheduled = room.take(request, rank, num_blocks, guess.num_blocks * size if rank == guess.rank else 0)
-            if guess.rank >= 0:
+            if guess.rank != NOBODY:
                 hopeful.append(len(taken))
             taken.append((request, rank, num_scheduled))
-            if following is not None:
-                arriving.add(following)
+            if guess.following is not None:
+                arriving.add(guess.following)
         cached_A = [self._prefixes.nothing] * len(taken)
         if hopeful:
             found = self._prefixes.find([taken[i][0] for i in hopeful], [taken[i][1] for i in hopeful])

@@ -83,7 +83,9 @@ def test_tenant_salt_and_secret_are_part_of_the_name():
 
 
 def test_another_engine_with_the_same_secret_gives_the_same_names():
-    assert name_all(range(MAX_LEN), "a", "b") == name_all(range(MAX_LEN), "a", "b", PrefixNames(MAX_LEN, BLOCK, secret=1))
+    assert name_all(range(MAX_LEN), "a", "b") == name_all(
+        range(MAX_LEN), "a", "b", PrefixNames(MAX_LEN, BLOCK, secret=1)
+    )
 
 
 def test_no_two_of_many_prefixes_share_even_half_a_name():
@@ -91,7 +93,9 @@ def test_no_two_of_many_prefixes_share_even_half_a_name():
     rng = np.random.default_rng(0)
     blocks = np.concatenate((rng.integers(0, 3, (10_000, BLOCK)), rng.integers(0, 2**31, (10_000, BLOCK))))
     values = np.unique(blocks, axis=0).astype(np.int32)
-    sums = PREFIXES.extended(np.broadcast_to(PREFIXES.empty("", ""), (len(values), 4)), np.zeros(len(values), int), values)
+    sums = PREFIXES.extended(
+        np.broadcast_to(PREFIXES.empty("", ""), (len(values), 4)), np.zeros(len(values), int), values
+    )
     found = as_bytes(sums)
     for half in (slice(0, 8), slice(8, 16)):
         assert len({name[half] for name in found}) == len(values)
