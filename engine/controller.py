@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 import select
 import sys
 import time
@@ -28,9 +27,9 @@ from expertwire.comm.control import (
     listen,
 )
 from expertwire.engine import messages
-from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo, too_many_branches
+from expertwire.engine.config import ModelInfo, too_many_branches
 from expertwire.engine.request_options import RequestOptions
-from expertwire.scheduler.config import SchedulerConfig
+from expertwire.engine.startup import CacheTooSmall, Orders, scheduler_config, start_ranks
 from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.policy import PolicyConfig, make_policy
@@ -40,26 +39,8 @@ from expertwire.scheduler.scheduler import Rejection, Scheduler
 
 # A request's key is its front's number and the id that the front gave it.
 _ID_BITS = 40
-# The share of free memory that caches may take, when no size is given.
-_CACHE_SHARE = 0.5
 # How long to wait for the culprit when a rank reports an error that a dead peer may have caused.
 _BLAME_S = 1.0
-
-
-class CacheTooSmall(ValueError):
-    """The KV cache does not hold one request of the asked length."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What a controller is told when it starts."""
-
-    config: EngineConfig
-    model: ModelConfig
-    max_model_len: int
-    hub_address: str
-    fronts_address: str
-    token: str
 
 
 @dataclass(kw_only=True)
@@ -90,9 +71,9 @@ def controller_main(orders: Orders) -> None:
     loop: Loop | None = None
     try:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
-        info = _start_ranks(orders, hub)
+        info = start_ranks(orders, hub)
         policy = PolicyConfig(name=config.policy, aging=config.aging, weights=config.tenant_weights)
-        scheduler = Scheduler(_scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
+        scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
         loop = Loop(scheduler=scheduler, hub=hub, info=info)
         _tell(ready=info.to_dict())
         flight: StepPlan | None = None
@@ -113,85 +94,6 @@ def controller_main(orders: Orders) -> None:
 def _tell(**status: Any) -> None:
     sys.stdout.write(json.dumps(status) + "\n")
     sys.stdout.flush()
-
-
-# ---- starting
-
-
-def _start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
-    config = orders.config
-    hub.wait_joined(config.start_timeout_s, lambda: None)
-    hub.publish({})
-    present = hub.collect(config.start_timeout_s)
-    nodes = [bytes(answer["node"]) for answer in present]
-    sharers_P = np.array([nodes.count(node) for node in nodes])
-    hub.publish({"store": present[0]["store"], "sharers": sharers_P})
-    loaded = hub.collect(config.start_timeout_s)
-    free_P = np.array([answer["free"][0] for answer in loaded])
-    free = int((free_P // sharers_P).min() * _CACHE_SHARE)
-    num_blocks, max_model_len = cache_blocks(config, orders.model, orders.max_model_len, free)
-    hub.publish({"num_blocks": np.array([num_blocks]), "max_model_len": np.array([max_model_len])})
-    hub.collect(config.start_timeout_s)
-    model = orders.model
-    return ModelInfo(
-        name=config.model.rstrip("/").rsplit("/", 1)[-1],
-        path=config.model,
-        architecture=model.architecture,
-        dtype=model.dtype,
-        vocab_size=model.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=model.eos_token_ids,
-        num_layers=model.num_layers,
-        num_experts=model.num_experts,
-        top_k=model.top_k,
-        ep_size=config.ep_size,
-        device=bytes(loaded[0]["device"]).decode(),
-        block_size=config.block_size,
-        num_blocks=num_blocks,
-        max_running=config.max_running,
-        seed=config.seed,
-    )
-
-
-def cache_blocks(config: EngineConfig, model: ModelConfig, max_model_len: int, free_bytes: int) -> tuple[int, int]:
-    """Blocks on one rank, with the null block, and the longest request that they hold; `free_bytes` can be had for them.
-
-    Raises:
-        CacheTooSmall: not even one request of the asked length fits.
-    """
-    block_bytes = config.block_size * sum(spec.bytes_per_token for spec in model.cache_specs())
-    longest = -(-max_model_len // config.block_size)
-    budget = config.kv_cache_bytes
-    if budget is None:
-        budget = min(config.max_running * longest * block_bytes, free_bytes)
-    num_blocks = budget // block_bytes
-    if num_blocks >= longest:
-        return num_blocks + 1, max_model_len
-    if config.max_model_len is not None or num_blocks < 2:
-        raise CacheTooSmall(
-            f"the KV cache of one rank ({budget} bytes) holds {num_blocks * config.block_size} tokens; max_model_len = "
-            f"{max_model_len} needs {longest * block_bytes} bytes; raise kv_cache_bytes or lower max_model_len"
-        )
-    return num_blocks + 1, num_blocks * config.block_size
-
-
-def _scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
-    config = orders.config
-    return SchedulerConfig(
-        num_ranks=config.ep_size,
-        max_running=config.max_running,
-        max_num_tokens=config.max_num_tokens,
-        max_model_len=info.max_model_len,
-        block_size=config.block_size,
-        num_blocks=info.num_blocks,
-        max_waiting=config.max_waiting,
-        eos_token_ids=info.eos_token_ids,
-        vocab_size=info.vocab_size,
-        prefix_cache=config.prefix_cache,
-        prefix_secret=secrets.randbits(128),
-        chunk_tokens=config.chunk_tokens,
-        max_waiting_per_tenant=config.max_waiting_per_tenant,
-    )
 
 
 def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError | CacheTooSmall) -> tuple[int, str]:

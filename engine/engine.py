@@ -14,9 +14,9 @@ from expertwire.comm.control import SocketChannel, connect
 from expertwire.engine import process
 from expertwire.engine.checkpoint import Checkpoint, read_model_config
 from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo
-from expertwire.engine.controller import Orders, cache_blocks
 from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
 from expertwire.engine.outputs import EngineFailed
+from expertwire.engine.startup import Orders, cache_blocks
 from expertwire.moe.placement import place
 
 _POLL_S = 0.1

@@ -9,7 +9,7 @@ import numpy as np
 
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.placement import place
+from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.prefix_index import NOBODY
 from expertwire.scheduler.request import Request
@@ -48,10 +48,13 @@ class Room:
         slots_P: further requests that may run.
         budget_P: tokens.
         blocks_P: free and not promised, less one for every running request: what the next tokens of those will need.
-        load_P: as in `placement.place`.
+        load_P: f64, as `placement` measures it.
     """
 
-    def __init__(self, slots_P: np.ndarray, budget_P: np.ndarray, blocks_P: np.ndarray, load_P: np.ndarray) -> None:
+    def __init__(
+        self, placement: Placement, slots_P: np.ndarray, budget_P: np.ndarray, blocks_P: np.ndarray, load_P: np.ndarray
+    ) -> None:
+        self._placement = placement
         self._slots_P, self._budget_P, self._blocks_P, self._load_P = slots_P, budget_P, blocks_P, load_P
         self._open_P = (slots_P > 0) & (budget_P > 0)
 
@@ -63,11 +66,8 @@ class Room:
     def choose(self, num_blocks: int, favoured: int, num_cached: int) -> int | None:
         """The rank for a request that needs `num_blocks` free blocks; None: no rank has room. `favoured` has `num_cached` tokens
         of it already, if it is a rank and not -1."""
-        load_P = self._load_P
-        if favoured >= 0:
-            load_P = load_P.copy()
-            load_P[favoured] -= num_cached
-        return place(self._open_P & (self._blocks_P >= num_blocks), load_P)
+        fits_P = self._open_P & (self._blocks_P >= num_blocks)
+        return self._placement.choose(fits_P, self._load_P, favoured, num_cached)
 
     def fits(self, rank: int, num_blocks: int) -> bool:
         """Whether a rank can take a request that needs `num_blocks` free blocks."""
@@ -80,7 +80,8 @@ class Room:
         self._slots_P[rank] -= 1
         self._open_P[rank] = self._slots_P[rank] > 0 and self._budget_P[rank] > 0
         self._blocks_P[rank] -= num_blocks + 1
-        self._load_P[rank] += request.limit - num_cached
+        num_tokens = len(request.tokens)
+        self._load_P[rank] += self._placement.load(num_tokens, num_cached, request.limit - num_tokens)
         return num_scheduled
 
 
@@ -116,7 +117,7 @@ class PrefixCache:
         rank_A = np.where(has, rank_M[deepest], NOBODY)
         depth_A = np.where(has, deepest + 1 - offsets[:-1], 0)
         next_A = offsets[:-1] + depth_A
-        following = np.append(names[:, 0], 0)[next_A].tolist()
+        following = np.append(names[:, 0], np.uint64(0))[next_A].tolist()
         ends = (next_A == offsets[1:]).tolist()
         return [
             Guess(rank, depth, None if end else name)

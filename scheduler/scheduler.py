@@ -29,6 +29,7 @@ from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.intake import Pace, Rejection, invalid, refusal, token_limit
 from expertwire.scheduler.outputs import StepOutputs, gather
+from expertwire.scheduler.placement import Balanced, Placement
 from expertwire.scheduler.plan import SAMPLING_DTYPE, CacheSpec, FinishReason, StepPlan, StepResult
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.prefix_index import NOBODY
@@ -65,13 +66,18 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: SchedulerConfig, cache_specs: tuple[CacheSpec, ...], policy: Policy | None = None
+        self,
+        config: SchedulerConfig,
+        cache_specs: tuple[CacheSpec, ...],
+        policy: Policy | None = None,
+        placement: Placement | None = None,
     ) -> None:
         _check_caches(cache_specs)
         self.config = config
         self.cache_specs = cache_specs
         self.epoch = 0
         self._policy = policy or Fcfs()
+        self._placement = placement or Balanced()
         # An id outside the vocabulary, which some checkpoints name, is never sampled.
         self._eos_token_ids = tuple(token for token in config.eos_token_ids if 0 <= token < config.vocab_size)
         self._pool = BlockPool(len(cache_specs), config.num_ranks, config.num_blocks)
@@ -301,7 +307,7 @@ class Scheduler:
         table, config = self._table, self.config
         slots_P = min(config.max_running, config.max_num_tokens) - table.count_P(table.occupied_N)
         blocks_P = (self._pool.num_free_GP - table.promised_GP()).min(axis=0) - table.count_P(table.running_N)
-        room = Room(slots_P, budget_P, blocks_P, table.outstanding_P())
+        room = Room(self._placement, slots_P, budget_P, blocks_P, table.load_P(self._placement))
         if room.full:
             return []
         chosen = self._continue_forks(room) if self._forks else []
@@ -332,7 +338,8 @@ class Scheduler:
             rank = room.choose(num_blocks, guess.rank, guess.num_blocks * size)
             if rank is None and guess.rank >= 0:  # there is room, perhaps, beside what it shares
                 cached = self._prefixes.find([request], [guess.rank])[0]
-                num_blocks += self._prefixes.num_taken(cached, guess.rank) - cached.num_tokens // size
+                left = self.config.blocks_for(len(request.tokens) - cached.num_tokens)
+                num_blocks = min(left, self._most_blocks) + self._prefixes.num_taken(cached, guess.rank)
                 rank = guess.rank if room.fits(guess.rank, num_blocks) else None
             if rank is None:
                 everyone = False

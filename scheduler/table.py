@@ -18,6 +18,7 @@ from expertwire.scheduler import ragged
 from expertwire.scheduler.admission import Admission
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.prefix import PrefixNames, names
 from expertwire.scheduler.request import Request
@@ -290,6 +291,11 @@ class RunningTable:
         """i64 [P], tokens that the running requests may still have to compute."""
         left_N = np.where(self.running_N, self.limit_N - self.num_computed_N, 0)
         return left_N.reshape(len(self.bounds_P1) - 1, -1).sum(axis=1, dtype=np.int64)
+
+    def load_P(self, placement: Placement) -> np.ndarray:
+        """f64 [P], what the running requests load their ranks with."""
+        load_N = placement.load(self.num_tokens_N, self.num_computed_N, self.limit_N - self.num_tokens_N)
+        return np.where(self.running_N, load_N, 0.0).reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
 
     def blocks_of(self, group: int, row: int) -> np.ndarray:
         """A row's blocks, i32."""

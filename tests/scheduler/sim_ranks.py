@@ -255,6 +255,7 @@ class SimCluster:
         self.finish: dict[int, FinishReason] = {}
         self.num_cached: dict[int, int] = {}
         self.now = 0.0
+        self.num_operations = 0  # calls to the scheduler, without those that check it and plans that have nothing to do
         self._check = self.scheduler.check_integrity if check else lambda: None
 
     def submit(self, *requests: Request) -> None:
@@ -262,6 +263,7 @@ class SimCluster:
             rejection = self.scheduler.submit(request, self.now)
             assert rejection is None, rejection
             self.tokens[request.key] = []
+            self.num_operations += 1
             self._check()
 
     def fork(self, key: int, *children: Request) -> None:
@@ -270,10 +272,12 @@ class SimCluster:
         assert not rejections, rejections
         for child in children:
             self.tokens[child.key] = child.tokens[len(child.prompt) :].tolist()
+        self.num_operations += 1
         self._check()
 
     def abort(self, key: int) -> None:
         self.scheduler.abort(key)
+        self.num_operations += 1
         self._check()
 
     def plan(self) -> StepPlan | None:
@@ -281,6 +285,7 @@ class SimCluster:
         if plan is not None:
             self.in_flight.append(plan)
             self.plans.append(StepPlan.from_arrays(plan.to_arrays()))
+            self.num_operations += 1
         return plan
 
     def commit(self) -> StepOutputs:
@@ -292,6 +297,7 @@ class SimCluster:
             rank.no_decode_waits = strict
         results = [rank.run(seen) for rank in self.ranks]
         outputs = self.scheduler.commit(plan, results[::-1], self.now)
+        self.num_operations += 1
         for key, token, finish, cached in zip(
             outputs.key_O.tolist(),
             outputs.token_O.tolist(),

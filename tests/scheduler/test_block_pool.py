@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertwire.scheduler.block_pool import BlockPool
+from expertwire.scheduler.prefix_index import NOBODY, UNKNOWN
 
 LETTERS = "abcdefghijklxyz"
 NAMES = np.random.default_rng(0).integers(0, 2**64, (len(LETTERS), 2), np.uint64)
@@ -156,10 +157,10 @@ def test_a_guess_names_a_rank_that_has_the_block_if_nothing_has_changed_since():
     pool = pool_of(4, num_ranks=3)
     ids = pool.allocate(0, array(0, 2))
     pool.name(0, array(0, 2), ids, names("ab"))
-    assert pool.guess(names("bac")).tolist() == [2, 0, -1]
+    assert pool.guess(names("bac")).tolist() == [2, 0, NOBODY]
     pool.free(0, array(2), ids[1:])
     take(pool, 3, rank=2)
-    assert pool.guess(names("ba")).tolist() == [-1, 0]
+    assert pool.guess(names("ba")).tolist() == [UNKNOWN, 0]
 
 
 def test_every_rank_and_cache_has_blocks_and_names_of_its_own():

@@ -3,9 +3,17 @@
 Prompts share prefixes, pools are often so small that requests are preempted, and every other run plans ahead.
 """
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sim_ranks import CACHES, WINDOWED, SimCluster, expected_output, make_config, make_request
 
 from expertwire.scheduler.plan import FinishReason
@@ -21,13 +29,15 @@ POLICIES = {
 
 
 class Machine(RuleBasedStateMachine):
+    num_operations = 0  # of all machines of a class together
+
     @initialize(
-        num_ranks=st.integers(1, 3),
-        max_running=st.integers(1, 4),
-        max_num_tokens=st.integers(1, 12),
+        num_ranks=st.sampled_from([1, 1, 2, 3]),
+        max_running=st.sampled_from([4, 3, 2, 1]),
+        max_num_tokens=st.sampled_from([12, 8, 5, 3, 2, 1]),
         chunk_tokens=st.sampled_from([None, None, 1, 3]),
         block_size=st.integers(1, 5),
-        spare=st.integers(0, 10),
+        spare=st.sampled_from([0, 0, 0, 1, 2, 5, 10]),
         specs=st.sampled_from([CACHES[:1], CACHES, WINDOWED, WINDOWED[1:]]),
         overlap=st.booleans(),
         prefix_cache=st.sampled_from([True, True, False]),
@@ -64,61 +74,73 @@ class Machine(RuleBasedStateMachine):
         self.aborted = {}
 
     @rule(
+        count=st.integers(1, 4),
         length=st.integers(1, 23),
         shared=st.sampled_from([0, 3, 8, 15, 30]),
         text=st.integers(0, 1),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.sampled_from([20, 12, 5, 1]),
         min_share=st.sampled_from([0, 0, 0.5, 1]),
-        stops=st.lists(st.integers(0, 49), max_size=8),
-        ignore_eos=st.booleans(),
+        stops=st.lists(st.integers(0, 49), max_size=3),
+        ignore_eos=st.sampled_from([True, True, False]),
         priority=st.integers(-2, 2),
         tenant=st.sampled_from("ab"),
     )
-    def submit(self, length, shared, text, max_tokens, min_share, stops, ignore_eos, priority, tenant):
-        request = make_request(
-            len(self.requests),
-            length,
-            shared=shared,
-            text=text,
-            priority=priority,
-            tenant=tenant,
-            max_tokens=max_tokens,
-            min_tokens=int(max_tokens * min_share),
-            stop_token_ids=stops,
-            ignore_eos=ignore_eos,
-        )
-        scheduler = self.cluster.scheduler
-        if scheduler.num_waiting >= self.config.max_waiting:
-            assert scheduler.submit(request, self.cluster.now).code == "RESOURCE_EXHAUSTED"
-            return
-        self.cluster.submit(request)
-        self.requests[request.key] = request
+    def submit(self, count, length, shared, text, max_tokens, min_share, stops, ignore_eos, priority, tenant):
+        """Some of a kind: they begin alike."""
+        for _ in range(count):
+            request = make_request(
+                len(self.requests),
+                length,
+                shared=shared,
+                text=text,
+                priority=priority,
+                tenant=tenant,
+                max_tokens=max_tokens,
+                min_tokens=int(max_tokens * min_share),
+                stop_token_ids=stops,
+                ignore_eos=ignore_eos,
+            )
+            scheduler = self.cluster.scheduler
+            if scheduler.num_waiting >= self.config.max_waiting:
+                assert scheduler.submit(request, self.cluster.now).code == "RESOURCE_EXHAUSTED"
+                return
+            self.cluster.submit(request)
+            self.requests[request.key] = request
 
     @precondition(lambda self: self.cluster.scheduler.num_running)
-    @rule(data=st.data(), branch=st.integers(1, 3), max_tokens=st.integers(1, 12))
-    def fork(self, data, branch, max_tokens):
+    @rule(data=st.data(), count=st.integers(1, 3), branch=st.integers(1, 3), max_tokens=st.integers(1, 12))
+    def fork(self, data, count, branch, max_tokens):
         parent = self.requests[data.draw(st.sampled_from(sorted(self.cluster.scheduler.unfinished())))]
         so_far = len(self.cluster.tokens[parent.key])
-        child = make_request(len(self.requests), 1, branch=branch, max_tokens=so_far + max_tokens)
-        child.prompt = child.tokens = parent.prompt
-        child.tenant = parent.tenant
-        if len(parent.prompt) + so_far >= min(len(parent.prompt) + child.params.max_tokens, self.config.max_model_len):
+        if len(parent.prompt) + so_far >= self.config.max_model_len:
             return
-        if self.cluster.scheduler.num_waiting >= self.config.max_waiting:
+        if self.cluster.scheduler.num_waiting + count > self.config.max_waiting:
             return
-        self.cluster.fork(parent.key, child)
-        self.requests[child.key] = child
-        self.begun[child.key] = tuple(self.cluster.tokens[child.key])
+        children = []
+        for i in range(count):
+            key = len(self.requests) + i
+            child = make_request(key, 1, branch=branch, max_tokens=so_far + max_tokens, ignore_eos=max_tokens % 2 == 0)
+            child.prompt = child.tokens = parent.prompt
+            child.tenant = parent.tenant
+            children.append(child)
+        self.cluster.fork(parent.key, *children)
+        for child in children:
+            self.requests[child.key] = child
+            self.begun[child.key] = tuple(self.cluster.tokens[child.key])
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def abort(self, data):
-        key = data.draw(st.sampled_from(sorted(self.requests)))
+    @rule(data=st.data(), seldom=st.sampled_from([False, False, False, True]))
+    def abort(self, data, seldom):
+        if not seldom:
+            return
+        unfinished = self.cluster.scheduler.unfinished()
+        key = data.draw(st.sampled_from(sorted(unfinished or self.requests)))
         self.cluster.abort(key)
         if key not in self.cluster.finish:
             self.aborted.setdefault(key, len(self.cluster.tokens[key]))
 
-    @rule(count=st.integers(1, 6))
+    @precondition(lambda self: not self.cluster.scheduler.idle)
+    @rule(count=st.integers(1, 9))
     def steps(self, count):
         for _ in range(count):
             self.cluster.step()
@@ -151,7 +173,19 @@ class Machine(RuleBasedStateMachine):
             else:
                 assert (self.cluster.tokens[key], self.cluster.finish[key]) == (tokens, reason)
         assert FinishReason.ABORT not in self.cluster.finish.values()
+        type(self).num_operations += self.cluster.num_operations
 
 
-Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestRandomSchedules = Machine.TestCase
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_operations():
+    class Many(Machine):
+        pass
+
+    run_state_machine_as_test(Many, settings=settings(max_examples=1500, stateful_step_count=80, deadline=None))
+    print(f"{Many.num_operations} operations")
+    assert Many.num_operations >= 100_000

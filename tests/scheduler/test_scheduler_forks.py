@@ -1,0 +1,182 @@
+"""Forks: branches that go on from where another request is, on its blocks."""
+
+import pytest
+from sim_ranks import CACHES, WINDOWED, SimCluster, expected_output, make_config, make_request
+
+SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 41, "max_running": 6}
+
+
+def make_child(parent, key, **values):
+    """Goes on from `parent` with draws of its own."""
+    child = make_request(key, 1, **{"max_tokens": 20, "ignore_eos": True, **values})
+    child.prompt = child.tokens = parent.prompt
+    child.tenant, child.salt = parent.tenant, parent.salt
+    return child
+
+
+def start(length, num_steps, **options):
+    """A cluster that has run request 0 for so many steps, and the request."""
+    sizes = {name: options.pop(name) for name in list(options) if name in ("prefix_cache", "max_running", "num_blocks")}
+    cluster = SimCluster(make_config(**{**SIZES, **sizes}), **options)
+    parent = make_request(0, length, max_tokens=20, ignore_eos=True)
+    cluster.submit(parent)
+    for _ in range(num_steps):
+        cluster.step()
+    return cluster, parent
+
+
+def check(cluster, request, begun=()):
+    assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, cluster.config, begun)
+
+
+@pytest.mark.parametrize("specs", [CACHES, WINDOWED], ids=["full", "window"])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("length", [3, 4, 5, 6, 7, 8])
+def test_a_fork_answers_as_if_it_had_been_alone(length, overlap, prefix_cache, specs):
+    cluster, parent = start(length, 3, overlap=overlap, prefix_cache=prefix_cache, specs=specs)
+    children = [make_child(parent, key, branch=key) for key in (1, 2)]
+    cluster.fork(0, *children)
+    begun = tuple(cluster.tokens[1])
+    assert begun == tuple(cluster.tokens[0])
+    cluster.step()
+    grandchild = make_child(parent, 3)
+    cluster.fork(1, grandchild)
+    begun_later = tuple(cluster.tokens[3])
+    cluster.drain()
+    check(cluster, parent)
+    for child in children:
+        check(cluster, child, begun)
+    check(cluster, grandchild, begun_later)
+    assert cluster.tokens[1] != cluster.tokens[2]
+
+
+@pytest.mark.parametrize("num_children", [1, 3])
+def test_what_is_computed_is_not_computed_again(num_children):
+    cluster, parent = start(10, 3)  # 12 tokens are computed
+    cluster.fork(0, *(make_child(parent, key, max_tokens=4) for key in range(1, 1 + num_children)))
+    plan = cluster.plan()
+    assert plan.sched_start_S.tolist() == [12] * (1 + num_children)
+    assert plan.sched_num_S.tolist() == [1] * (1 + num_children)
+    cluster.commit()
+    assert [cluster.num_cached[key] for key in range(1, 1 + num_children)] == [10] * num_children
+    assert cluster.scheduler.stats()["cached_tokens"] == 10 * num_children
+
+
+def test_whole_blocks_are_shared_and_never_copied():
+    cluster, parent = start(10, 3)  # 12 tokens: 3 whole blocks
+    cluster.fork(0, make_child(parent, 1, max_tokens=10))
+    before = len(cluster.plans)
+    assert len(cluster.plan().copy_to_C) == 0
+    cluster.commit()
+    assert cluster.scheduler.stats()["blocks_used"] == {"first": [5], "second": [5]}
+    cluster.drain()
+    assert all(len(plan.copy_to_C) == 0 for plan in cluster.plans[before:])
+
+
+@pytest.mark.parametrize("num_children", [1, 3])
+def test_the_block_that_several_write_to_is_copied_for_all_but_one(num_children):
+    cluster, parent = start(10, 2)  # 11 tokens: 2 whole blocks, and one of 3 tokens
+    cluster.fork(0, *(make_child(parent, key, max_tokens=10) for key in range(1, 1 + num_children)))
+    before = len(cluster.plans)
+    plan = cluster.plan().rank(0)
+    assert plan.copy_cache_C.tolist() == sorted([0, 1] * num_children)
+    assert len(set(plan.copy_from_C.tolist())) == 1
+    cluster.commit()
+    assert cluster.scheduler.stats()["blocks_used"] == {"first": [3 + num_children], "second": [3 + num_children]}
+    cluster.drain()
+    assert all(len(plan.copy_to_C) == 0 for plan in cluster.plans[before + 1 :])
+    check(cluster, parent)
+
+
+def test_a_fork_of_a_waiting_request_waits_too():
+    cluster = SimCluster(make_config(**{**SIZES, "max_running": 1}))
+    first, parent = make_request(9, max_tokens=2, ignore_eos=True), make_request(0, 9, max_tokens=3, ignore_eos=True)
+    cluster.submit(first, parent)
+    cluster.step()
+    child = make_child(parent, 1, max_tokens=3)
+    cluster.fork(0, child)
+    assert cluster.tokens[1] == []
+    cluster.drain()
+    check(cluster, parent)
+    check(cluster, child)
+    assert list(cluster.finish) == [9, 0, 1]
+
+
+def test_a_fork_without_a_slot_waits_and_then_finds_the_blocks():
+    cluster, parent = start(10, 4, max_running=1)
+    child = make_child(parent, 1)
+    cluster.fork(0, child)
+    begun = tuple(cluster.tokens[1])
+    assert len(begun) == 4
+    assert cluster.admitted(cluster.plan()) == []
+    cluster.commit()
+    cluster.drain()
+    check(cluster, parent)
+    check(cluster, child, begun)
+    assert cluster.num_cached[1] == 10, "of its 14 tokens, 3 whole blocks"
+
+
+@pytest.mark.parametrize("when", ["before the plan", "in flight", "after the step"])
+def test_a_fork_outlives_what_it_was_forked_from(when):
+    cluster, parent = start(10, 2)
+    child = make_child(parent, 1)
+    cluster.fork(0, child)
+    begun = tuple(cluster.tokens[1])
+    if when == "before the plan":
+        cluster.abort(0)
+    cluster.plan()
+    if when == "in flight":
+        cluster.abort(0)
+    cluster.commit()
+    cluster.abort(0)
+    cluster.drain()
+    check(cluster, child, begun)
+    assert 0 not in cluster.finish
+
+
+def test_an_aborted_fork_leaves_the_others_alone():
+    cluster, parent = start(10, 2)
+    child = make_child(parent, 2)
+    cluster.fork(0, make_child(parent, 1), child)
+    begun = tuple(cluster.tokens[2])
+    cluster.abort(1)
+    cluster.drain()
+    check(cluster, parent)
+    check(cluster, child, begun)
+
+
+def test_a_fork_of_nobody_is_an_error():
+    cluster, parent = start(10, 2)
+    with pytest.raises(KeyError, match="request 7 is neither waiting nor running"):
+        cluster.scheduler.fork(7, [make_child(parent, 1)], cluster.now)
+
+
+def test_forks_that_the_queue_has_no_place_for_are_rejected():
+    cluster = SimCluster(make_config(**{**SIZES, "max_waiting": 2}))
+    parent = make_request(0, max_tokens=5)
+    cluster.submit(parent)
+    cluster.step()
+    rejections = cluster.scheduler.fork(0, [make_child(parent, key) for key in (1, 2, 3)], cluster.now)
+    assert [(rejection.key, rejection.code) for rejection in rejections] == [(3, "RESOURCE_EXHAUSTED")]
+    assert sorted(cluster.scheduler.unfinished()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_forks_in_a_small_pool(overlap):
+    cluster, parent = start(10, 3, num_blocks=10, overlap=overlap)
+    children = [make_child(parent, key) for key in range(1, 5)]
+    cluster.fork(0, *children)
+    begun = tuple(cluster.tokens[1])
+    cluster.drain()
+    assert cluster.scheduler.stats()["preemptions"] > 0
+    check(cluster, parent)
+    for child in children:
+        check(cluster, child, begun)
+
+
+def test_a_fork_may_stop_where_another_goes_on():
+    cluster, parent = start(10, 3)
+    cluster.fork(0, make_child(parent, 1, max_tokens=4))
+    cluster.drain()
+    assert {key: len(tokens) for key, tokens in cluster.tokens.items()} == {0: 20, 1: 4}

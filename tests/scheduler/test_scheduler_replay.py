@@ -1,0 +1,125 @@
+"""The same calls give the same plans and outputs, byte by byte."""
+
+import random
+from collections import deque
+
+import pytest
+from sim_ranks import CACHES, WINDOWED, SimRank, make_config, make_request
+
+from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
+from expertwire.scheduler.scheduler import Scheduler
+
+
+class Calls:
+    """Makes calls to a scheduler and keeps them, with what they returned."""
+
+    def __init__(self, make_scheduler):
+        self.make_scheduler = make_scheduler
+        self.scheduler = make_scheduler()
+        self.log = []
+
+    def __call__(self, name, *args):
+        value = getattr(self, "_" + name)(self.scheduler, *args)
+        self.log.append((name, args, as_bytes(value)))
+        return value
+
+    def replay(self):
+        """All of them once more, with another scheduler: what each returns."""
+        scheduler, plans = self.make_scheduler(), deque()
+        for name, args, _ in self.log:
+            if name == "commit":
+                value = scheduler.commit(plans.popleft(), args[1], args[2])
+            else:
+                value = getattr(self, "_" + name)(scheduler, *args)
+            if name == "plan" and value is not None:
+                plans.append(value)
+            yield as_bytes(value)
+
+    def _submit(self, scheduler, key, values, now):
+        return scheduler.submit(make_twin(key, values), now)
+
+    def _fork(self, scheduler, parent, key, values, now):
+        return scheduler.fork(parent, [make_twin(key, values)], now)
+
+    def _abort(self, scheduler, key):
+        scheduler.abort(key)
+
+    def _plan(self, scheduler, now):
+        return scheduler.plan(now)
+
+    def _commit(self, scheduler, plan, results, now):
+        return scheduler.commit(plan, results, now)
+
+
+def make_twin(key, values):
+    """A request of its own key, that is otherwise as `values` say; so forks have the prompt of what they continue."""
+    request = make_request(**values)
+    request.key = request.seed = key
+    return request
+
+
+def as_bytes(value):
+    """Also of arrays, with their types."""
+    if hasattr(value, "step"):
+        return [
+            (name, str(getattr(a, "dtype", "")), getattr(a, "tobytes", lambda a=a: a)())
+            for name, a in vars(value).items()
+        ]
+    return value
+
+
+def play(calls, ranks, rng, max_in_flight):
+    """A random session: plans and commits with submissions, aborts and forks in between."""
+    values_of, in_flight, now = {}, deque(), 0.0
+    for key in range(400):
+        now += rng.random() / 10
+        kind = rng.choice(["submit", "submit", "abort", "fork", "plan", "plan", "plan", "plan", "commit"])
+        unfinished = calls.scheduler.unfinished()
+        if kind == "submit":
+            values = {
+                "key": key,
+                "length": rng.randint(1, 23),
+                "shared": rng.choice([0, 9, 20]),
+                "text": rng.randint(0, 1),
+            }
+            values |= {"max_tokens": rng.randint(1, 12), "priority": rng.randint(-1, 1), "tenant": rng.choice("ab")}
+            values |= {"deadline": rng.choice([None, now + 1.0]), "logprobs": rng.choice([None, 1])}
+            values_of[key] = values
+            calls("submit", key, values, now)
+        elif kind == "abort" and unfinished:
+            calls("abort", rng.choice(unfinished))
+        elif kind == "fork" and unfinished:
+            parent = rng.choice(unfinished)
+            values_of[key] = values_of[parent]
+            calls("fork", parent, key, values_of[key], now)
+        elif kind == "plan" and len(in_flight) < max_in_flight and (plan := calls("plan", now)) is not None:
+            in_flight.append(plan)
+        elif in_flight:
+            plan = in_flight.popleft()
+            calls("commit", plan, [rank.run(plan) for rank in ranks], now)
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Fcfs,
+        lambda: Priority(aging=1.0),
+        lambda: ShortestRemaining(aging=10.0),
+        lambda: PrefixAffinity(window=3),
+        lambda: FairShare({"a": 1.0, "b": 3.0}),
+    ],
+    ids=["fcfs", "priority", "shortest", "prefix", "fair"],
+)
+def test_the_same_calls_give_the_same_bytes(policy, max_in_flight):
+    specs = WINDOWED if max_in_flight == 1 else CACHES
+    config = make_config(max_running=4, num_blocks=9, max_waiting=8, chunk_tokens=6)
+    calls = Calls(lambda: Scheduler(config, specs, policy()))
+    ranks = [SimRank(rank, config, specs) for rank in range(config.num_ranks)]
+    for rank in ranks:
+        rank.no_decode_waits = False
+    play(calls, ranks, random.Random(max_in_flight), max_in_flight)
+    stats = calls.scheduler.stats()
+    assert min(stats["preemptions"], stats["cached_tokens"]) > 0, stats
+    for number, (value, (name, _, expected)) in enumerate(zip(calls.replay(), calls.log, strict=True)):
+        assert value == expected, f"call {number}, {name}"
