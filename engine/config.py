@@ -11,6 +11,7 @@ from typing import Any, Literal
 from expertwire.engine.request_options import check_name
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.policy import PolicyConfig
 
 DTYPES = ("float32", "bfloat16")
 
@@ -123,18 +124,15 @@ class EngineConfig:
             if getattr(self, field) is not None and self.policy not in policies:
                 allowed = " or ".join(map(repr, policies))
                 raise ValueError(f"{field} has no effect with policy {self.policy!r}; use {allowed}")
-        if self.aging is not None and not (_is_number(self.aging) and self.aging >= 0):
-            raise ValueError(f"aging must be a number >= 0, got {self.aging!r}")
         if self.tenant_weights is not None:
             if not isinstance(self.tenant_weights, Mapping):
                 raise ValueError(
                     f"tenant_weights must be a dictionary of names and weights, got {self.tenant_weights!r}"
                 )
             object.__setattr__(self, "tenant_weights", dict(self.tenant_weights))
-            for tenant, weight in self.tenant_weights.items():
+            for tenant in self.tenant_weights:
                 check_name("tenant_weights: a tenant", tenant)
-                if not (_is_number(weight) and weight > 0):
-                    raise ValueError(f"tenant_weights must be numbers > 0, got {weight!r} for {tenant!r}")
+        PolicyConfig(name=self.policy, aging=self.aging, tenant_weights=self.tenant_weights)
         if not isinstance(self.prefix_cache, bool):
             raise ValueError(f"prefix_cache must be True or False, got {self.prefix_cache!r}")
 

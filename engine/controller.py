@@ -72,7 +72,7 @@ def controller_main(orders: Orders) -> None:
     try:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
         info = start_ranks(orders, hub)
-        policy = PolicyConfig(name=config.policy, aging=config.aging, weights=config.tenant_weights)
+        policy = PolicyConfig(name=config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
         loop = Loop(scheduler=scheduler, hub=hub, info=info)
         _tell(ready=info.to_dict())

@@ -145,19 +145,19 @@ class FairShare(Policy):
     admitted early, next to the request that it continues, moves the present by its own tokens only.
 
     Args:
-        weights: of tenants, 0.001 to 1000; only ratios count, and beyond these a float's digits would not do for long.
+        tenant_weights: of tenants, 0.001 to 1000; only ratios count, and beyond these a float's digits would not do for long.
         default_weight: of those not named, each.
     """
 
-    weights: Mapping[str, float] = field(default_factory=dict)
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
     default_weight: float = 1.0
     _present: float = field(default=0.0, init=False)
     _busy: dict[str, _Busy] = field(default_factory=dict, init=False)  # by tenant, of those with requests waiting
 
     def __post_init__(self) -> None:
         _check_number("default_weight", self.default_weight, 0.001, 1000)
-        for tenant, weight in self.weights.items():
-            _check_number(f"weights[{tenant!r}]", weight, 0.001, 1000)
+        for tenant, weight in self.tenant_weights.items():
+            _check_number(f"tenant_weights[{tenant!r}]", weight, 0.001, 1000)
 
     def place(self, request: Request, now: float) -> tuple[float, ...]:
         weight = self._weight(request)
@@ -177,7 +177,7 @@ class FairShare(Policy):
         self._leave(request, given_back=request.limit)
 
     def _weight(self, request: Request) -> float:
-        return self.weights.get(request.tenant, self.default_weight)
+        return self.tenant_weights.get(request.tenant, self.default_weight)
 
     def _leave(self, request: Request, given_back: int = 0) -> None:
         """Nothing to do for one that was preempted, so has run, or that is left from before the tenant was last idle."""
@@ -210,7 +210,7 @@ class PolicyConfig:
     name: str = "fcfs"
     aging: float | None = None
     window: int | None = None
-    weights: Mapping[str, float] | None = None
+    tenant_weights: Mapping[str, float] | None = None
     default_weight: float | None = None
 
     def __post_init__(self) -> None:

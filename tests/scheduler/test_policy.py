@@ -329,7 +329,7 @@ def test_the_same_calls_give_the_same_order(calls):
         (PolicyConfig(name="priority", aging=0), Priority(0)),
         (PolicyConfig(name="shortest", aging=3.5), ShortestRemaining(3.5)),
         (PolicyConfig(name="prefix", window=7), PrefixAffinity(7)),
-        (PolicyConfig(name="fair", weights={"a": 2.0}, default_weight=3), FairShare({"a": 2.0}, 3)),
+        (PolicyConfig(name="fair", tenant_weights={"a": 2.0}, default_weight=3), FairShare({"a": 2.0}, 3)),
     ],
 )
 def test_policies_by_name(config, policy):
@@ -343,12 +343,12 @@ def test_policies_by_name(config, policy):
     [
         ({"name": "lifo"}, "fcfs, priority, shortest, prefix, fair, got 'lifo'"),
         ({"aging": 1.0}, "'fcfs' has no aging; its options: none"),
-        ({"name": "fair", "aging": 1.0}, "'fair' has no aging; its options: weights, default_weight"),
+        ({"name": "fair", "aging": 1.0}, "'fair' has no aging; its options: tenant_weights, default_weight"),
         ({"name": "priority", "aging": -1.0}, "aging must be a number from 0 to .*, got -1.0"),
         ({"name": "shortest", "aging": float("nan")}, "aging must be a number from 0 to .*, got nan"),
         ({"name": "prefix", "window": 0}, "window must be an integer >= 1, got 0"),
         ({"name": "prefix", "window": 1.5}, "window must be an integer >= 1, got 1.5"),
-        ({"name": "fair", "weights": {"a": 0}}, r"weights\['a'\] must be a number from 0.001 to 1000, got 0"),
+        ({"name": "fair", "tenant_weights": {"a": 0}}, r"tenant_weights\['a'\] must be a number from 0.001 to 1000, got 0"),
         ({"name": "fair", "default_weight": True}, "default_weight must be a number from 0.001 to 1000, got True"),
     ],
 )
