@@ -4,7 +4,8 @@ By default a trace (see `traces`) is served by `--ranks` ranks whose steps take 
 simulated clock (see `simulation`); the report has goodput under latency targets, latencies, balance, prefix hits and preemptions.
 The scheduler's own time does not enter that clock unless `--host-time` is given, so a run can be repeated exactly. `--record`
 logs every call, `--replay` runs a log again and compares all plans, `--timeline` draws a picture. `--cost` measures what a step
-costs the host (`schedule_cost`) and `--peer` compares that with another engine's scheduler (`schedule_peer`).
+costs the host (`schedule_cost`), `--peer` compares that with another engine's scheduler (`schedule_peer`), and `--placements`
+compares rules of which rank gets a request (`schedule_placements`).
 
 N steps, P ranks.
 """
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from expertwire.bench import schedule_cost, schedule_peer, timeline
+from expertwire.bench import schedule_cost, schedule_peer, schedule_placements, timeline
 from expertwire.bench.schedule_log import replay
 from expertwire.bench.simulation import EOS, Outcome, Simulation, StepModel
-from expertwire.bench.traces import TRACES, Served, oracle_hits
+from expertwire.bench.traces import TRACES, Poisson, Served, oracle_hits
+from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.plan import FinishReason
 from expertwire.scheduler.policy import PolicyConfig
 from expertwire.scheduler.scheduler import SchedulerConfig
@@ -61,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cost", action="store_true", help="measure what a step costs the host instead")
     parser.add_argument("--gc-freeze", action="store_true", help="with --cost: gc.freeze() before measuring")
     parser.add_argument("--peer", type=Path, metavar="PATH", help="compare with a checkout of nano-vllm instead")
+    text = "compare placements on every trace, on so many ranks, instead"
+    parser.add_argument("--placements", type=int, nargs="+", metavar="N", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
 
 
@@ -82,6 +86,9 @@ def main(args: argparse.Namespace) -> int:
     elif args.peer:
         result = schedule_peer.compare(args.peer, overlap=args.overlap)
         print(schedule_peer.table(result))
+    elif args.placements:
+        result = _options(args) | schedule_placements.compare(args.placements, lambda *run: _compared(args, *run))
+        print(schedule_placements.table(result))
     else:
         result = _simulate(args)
         print(table(result))
@@ -93,8 +100,39 @@ def main(args: argparse.Namespace) -> int:
 def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     rate = {} if args.rate is None else {"rate": args.rate}
     trace = TRACES[args.trace](num_requests=args.requests, seed=args.seed, **rate)
+    simulation = _simulation(args, trace, args.ranks, record=args.record)
+    outcome = simulation.run()
+    if args.timeline:
+        title = f"{args.trace}: {len(outcome.arrivals)} requests on {args.ranks} rank(s)"
+        timeline.save(args.timeline, picture(outcome, title))
+    return _options(args) | report(simulation, 1e-3 * args.ttft_ms, 1e-3 * args.tpot_ms)
+
+
+def _compared(
+    args: argparse.Namespace, name: str, num_ranks: int, num_requests: int, rate: float, placement: Placement
+) -> dict[str, Any]:
+    """The report of one run of a comparison."""
+    trace = TRACES[name](num_requests=num_requests, seed=args.seed, rate=rate)
+    simulation = _simulation(args, trace, num_ranks, placement=placement)
+    simulation.run()
+    return report(simulation, 1e-3 * args.ttft_ms, 1e-3 * args.tpot_ms)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    options = {name: value if not isinstance(value, Path) else str(value) for name, value in vars(args).items()}
+    return {"options": {name: value for name, value in options.items() if name != "command"}}
+
+
+def _simulation(
+    args: argparse.Namespace,
+    trace: Poisson,
+    num_ranks: int,
+    *,
+    record: Path | None = None,
+    placement: Placement | None = None,
+) -> Simulation:
     config = SchedulerConfig(
-        num_ranks=args.ranks,
+        num_ranks=num_ranks,
         max_running=args.running,
         max_num_tokens=args.max_num_tokens,
         max_model_len=trace.max_model_len,
@@ -106,29 +144,25 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
         prefix_cache=args.prefix_cache,
         chunk_tokens=args.chunk_tokens,
     )
-    simulation = Simulation(
+    return Simulation(
         trace,
         config,
         model=StepModel(),
         overlap=args.overlap,
         host_time=args.host_time,
         policy=PolicyConfig(name=args.policy),
-        record=args.record,
+        record=record,
+        placement=placement,
     )
-    outcome = simulation.run()
-    options = {name: value if not isinstance(value, Path) else str(value) for name, value in vars(args).items()}
-    result = {"options": {name: value for name, value in options.items() if name != "command"}}
-    if args.timeline:
-        title = f"{args.trace}: {len(outcome.arrivals)} requests on {args.ranks} rank(s)"
-        timeline.save(args.timeline, picture(outcome, title))
-    return result | report(simulation, 1e-3 * args.ttft_ms, 1e-3 * args.tpot_ms)
 
 
 def report(simulation: Simulation, ttft_s: float, tpot_s: float) -> dict[str, Any]:
     """Everything about a run, as JSON values.
 
     Goodput counts the requests that were answered to their end, with the first token within `ttft_s` of the arrival and, after
-    it, `tpot_s` a token on average; out of all but those that their clients aborted.
+    it, `tpot_s` a token on average; out of all but those that their clients aborted. `tokens_max_over_least` is the fullest
+    rank's tokens over the least possible: the mean, or the tokens of one request where these are more. `spread_oracle_tokens` is
+    what the oracle finds with a cache of unlimited size on each rank.
 
     Raises:
         ValueError: no request was served.
@@ -144,6 +178,8 @@ def report(simulation: Simulation, ttft_s: float, tpot_s: float) -> dict[str, An
     if not outcome.seconds:
         raise ValueError(f"none of the {len(rows)} requests was served: {int(rows['rejected'].sum())} were rejected")
     seconds = outcome.start[-1] + outcome.seconds[-1]
+    tokens_NP = np.add(outcome.prefill, outcome.decode)
+    history = _history(simulation)
     prompt_tokens = sum(len(outcome.arrivals[key].prompt) for key in simulation.ranks.cached)
     return {
         "ranks": config.num_ranks,
@@ -158,14 +194,18 @@ def report(simulation: Simulation, ttft_s: float, tpot_s: float) -> dict[str, An
         "ttft_ms": _quantiles(ttft[rows["count"] > 0]),
         "tpot_ms": _quantiles(tpot[rows["count"] > 1]),
         "balance": {
-            "tokens_max_over_mean": _imbalance(np.add(outcome.prefill, outcome.decode)),
+            "tokens_max_over_mean": _imbalance(tokens_NP),
+            "tokens_max_over_least": float(
+                tokens_NP.max(axis=1).sum() / np.maximum(tokens_NP.mean(axis=1), outcome.largest).sum()
+            ),
             "blocks_max_over_mean": _imbalance(np.array(outcome.blocks)),
             "idle_share": 1 - float(np.average(outcome.busy().mean(axis=1), weights=outcome.seconds)),
         },
         "prefix": {
             "prompt_tokens": prompt_tokens,
             "cached_tokens": sum(simulation.ranks.cached.values()),
-            "oracle_tokens": oracle_hits(_history(simulation), config.block_size),
+            "oracle_tokens": oracle_hits(history, config.block_size),
+            "spread_oracle_tokens": oracle_hits(history, config.block_size, config.num_ranks),
         },
         "preemptions": simulation.ranks.preemptions,
         "steps": len(outcome.seconds),
@@ -188,9 +228,9 @@ def table(result: dict[str, Any]) -> str:
         f"(TTFT <= {targets['ttft']:g} ms, TPOT <= {targets['tpot']:g} ms)",
         f"throughput      {result['output_tokens_per_s']:,.0f} output, {result['input_tokens_per_s']:,.0f} input tokens/s",
         f"prefix hits     {prefix['cached_tokens'] / tokens:.1%} of the prompts' tokens; {prefix['oracle_tokens'] / tokens:.1%} "
-        "with unlimited memory",
+        f"with unlimited memory, {prefix['spread_oracle_tokens'] / tokens:.1%} on each rank",
         f"max / mean      {balance['tokens_max_over_mean']:.3f} tokens, {balance['blocks_max_over_mean']:.3f} blocks of a rank; "
-        f"ranks wait {balance['idle_share']:.1%} of a step",
+        f"max / least possible {balance['tokens_max_over_least']:.3f} tokens; ranks wait {balance['idle_share']:.1%} of a step",
         f"scheduler       {result['host_us_per_step']:,.0f} µs of processor time a step",
         "",
         f"{'ms':<16}{'p50':>12}{'p99':>12}{'mean':>12}",

@@ -20,6 +20,7 @@ from expertwire.bench.schedule_log import Recorder
 from expertwire.bench.traces import Arrival, Poisson
 from expertwire.scheduler import ragged
 from expertwire.scheduler.outputs import StepOutputs
+from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.plan import CacheSpec, FinishReason, StepPlan, StepResult
 from expertwire.scheduler.policy import PolicyConfig, make_policy
 from expertwire.scheduler.request import Request
@@ -62,11 +63,13 @@ class StepModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a step asks of each rank: tokens of prompts (or recomputed), tokens of outputs, and cached tokens read. f64 [P]."""
+    """What a step asks of each rank: tokens of prompts (or recomputed), tokens of outputs, and cached tokens read. f64 [P].
+    And the most tokens of one request."""
 
     prefill_P: np.ndarray
     decode_P: np.ndarray
     context_P: np.ndarray
+    largest: int
 
 
 class SimulatedRanks:
@@ -120,7 +123,10 @@ class SimulatedRanks:
         tokens_P = np.bincount(rank_S, plan.sched_num_S, len(counts_P))
         decode_P = np.bincount(rank_S, plan.sched_num_S * decode_S, len(counts_P))
         load = Load(
-            prefill_P=tokens_P - decode_P, decode_P=decode_P, context_P=np.bincount(rank_S, end_S, len(counts_P))
+            prefill_P=tokens_P - decode_P,
+            decode_P=decode_P,
+            context_P=np.bincount(rank_S, end_S, len(counts_P)),
+            largest=int(plan.sched_num_S.max(initial=0)),
         )
         sampled = np.flatnonzero(plan.sched_sample_S)
         rows = row_S[sampled]
@@ -178,6 +184,7 @@ class Outcome:
     rank_s: list[np.ndarray] = field(default_factory=list)
     prefill: list[np.ndarray] = field(default_factory=list)  # tokens
     decode: list[np.ndarray] = field(default_factory=list)  # tokens
+    largest: list[int] = field(default_factory=list)  # tokens of one request
     blocks: list[np.ndarray] = field(default_factory=list)  # in use
     host_s: float = 0.0  # processor time in the scheduler
 
@@ -211,7 +218,8 @@ class Simulation:
         model: how long a step takes.
         overlap: plan the next step while one runs, and take in its results beside the one after.
         host_time: the scheduler's measured processor time passes on the simulated clock, too.
-        record: a file for the log of all calls.
+        record: a file for the log of all calls; only with the default placement.
+        placement: which rank gets a request; None: the scheduler's default.
     """
 
     def __init__(
@@ -224,8 +232,10 @@ class Simulation:
         host_time: bool = False,
         policy: PolicyConfig,
         record: Path | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        self.scheduler = Scheduler(config, CACHES, make_policy(policy))
+        assert record is None or placement is None, "a log does not say how requests were placed"
+        self.scheduler = Scheduler(config, CACHES, make_policy(policy), placement)
         self.ranks = SimulatedRanks(config)
         self.outcome = Outcome()
         self._calls = self.scheduler if record is None else Recorder(self.scheduler, record, policy)
@@ -322,6 +332,7 @@ class Simulation:
             outcome.rank_s.append(rank_s)
             outcome.prefill.append(load.prefill_P)
             outcome.decode.append(load.decode_P)
+            outcome.largest.append(load.largest)
             used = self.scheduler.stats()["blocks_used"]
             outcome.blocks.append(np.sum(list(used.values()), axis=0))
         return _Flight(plan=plan, results=results, start=self._now, end=self._now + seconds)

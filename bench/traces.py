@@ -240,35 +240,41 @@ class Served:
     finished: float | None
 
 
-def oracle_hits(history: Iterable[Served], block_size: int) -> int:
+def oracle_hits(history: Iterable[Served], block_size: int, num_caches: int = 1) -> int:
     """Prompt tokens that a prefix cache of unlimited size, which knows a prompt from its submission on, would find.
+
+    With several caches, sessions are dealt out to them in turn, and so are requests without a session: what many have in common
+    must be computed once in each.
 
     Whole blocks only, and never a prompt's last token, which has to be computed. An answer is known from its end on. Prefixes are
     shared within one tenant. An upper bound: a real cache has a prompt's blocks only after it has computed them, and only on the
     rank that has.
     """
     events: list[tuple[float, int, int, Served]] = []
+    owners: dict[int, str] = {}
     for order, served in enumerate(history):
+        session = served.arrival.session
+        owners[order] = f"{(session if session >= 0 else order) % num_caches} {served.arrival.tenant}"
         events.append((served.submitted, 1, order, served))
         if served.finished is not None:
             events.append((served.finished, 0, order, served))
     known: set[bytes] = set()
     hits = 0
-    for _, is_submission, _, served in sorted(events, key=lambda event: event[:3]):
+    for _, is_submission, order, served in sorted(events, key=lambda event: event[:3]):
         prompt = served.arrival.prompt
         if is_submission:
-            chain = list(_chain(prompt, block_size, served.arrival.tenant))
+            chain = list(_chain(prompt, block_size, owners[order]))
             usable = chain[: (len(prompt) - 1) // block_size]
             hits += block_size * next((i for i, block in enumerate(usable) if block not in known), len(usable))
         else:
-            chain = list(_chain(np.concatenate([prompt, served.computed]), block_size, served.arrival.tenant))
+            chain = list(_chain(np.concatenate([prompt, served.computed]), block_size, owners[order]))
         known.update(chain)
     return hits
 
 
-def _chain(tokens: np.ndarray, block_size: int, tenant: str) -> Iterator[bytes]:
+def _chain(tokens: np.ndarray, block_size: int, owner: str) -> Iterator[bytes]:
     """A name for each whole block, which names all that precedes it, too."""
-    name = hashlib.blake2b(tenant.encode(), digest_size=16).digest()
+    name = hashlib.blake2b(owner.encode(), digest_size=16).digest()
     data = np.ascontiguousarray(tokens, np.int32).tobytes()
     for end in range(4 * block_size, len(data) + 1, 4 * block_size):
         name = hashlib.blake2b(name + data[end - 4 * block_size : end], digest_size=16).digest()

@@ -19,6 +19,7 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop
 BENCHES: Mapping[str, str] = {
     "throughput": "tokens per second and per core-second of random prompts",
     "control": "microseconds per step of the control channel",
+    "schedule": "goodput, latencies, balance and prefix hits of the scheduler on simulated ranks",
 }
 
 

@@ -7,12 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from expertwire.scheduler import ragged
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.prefix import PrefixNames, names
 from expertwire.scheduler.prefix_index import NOBODY
 from expertwire.scheduler.request import Request
+
+_CLOSED = -1  # free blocks of a rank that has no slot or no tokens left, as every request needs one
+_NO_NAMES = np.zeros((0, 2), np.uint64)
 
 
 class Cached(NamedTuple):
@@ -54,33 +59,36 @@ class Room:
     def __init__(
         self, placement: Placement, slots_P: np.ndarray, budget_P: np.ndarray, blocks_P: np.ndarray, load_P: np.ndarray
     ) -> None:
-        self._placement = placement
-        self._slots_P, self._budget_P, self._blocks_P, self._load_P = slots_P, budget_P, blocks_P, load_P
-        self._open_P = (slots_P > 0) & (budget_P > 0)
+        self._placement, self._load_P = placement, load_P
+        self._slots, self._budget = (
+            slots_P.tolist(),
+            budget_P.tolist(),
+        )  # by rank; as numbers, not arrays, they are quick
+        self._blocks_P = np.where((slots_P > 0) & (budget_P > 0), blocks_P, _CLOSED)
 
     @property
     def full(self) -> bool:
         """No rank can take anything."""
-        return not self._open_P.any()
+        return not any(slots > 0 and budget > 0 for slots, budget in zip(self._slots, self._budget, strict=True))
 
     def choose(self, num_blocks: int, favoured: int, num_cached: int) -> int | None:
         """The rank for a request that needs `num_blocks` free blocks; None: no rank has room. `favoured` has `num_cached` tokens
         of it already, if it is a rank and not -1."""
-        fits_P = self._open_P & (self._blocks_P >= num_blocks)
-        return self._placement.choose(fits_P, self._load_P, favoured, num_cached)
+        return self._placement.choose(self._blocks_P >= num_blocks, self._load_P, favoured, num_cached)
 
     def fits(self, rank: int, num_blocks: int) -> bool:
         """Whether a rank can take a request that needs `num_blocks` free blocks."""
-        return bool(self._open_P[rank] and self._blocks_P[rank] >= num_blocks)
+        return bool(self._blocks_P[rank] >= num_blocks)
 
     def take(self, request: Request, rank: int, num_blocks: int, num_cached: int) -> int:
         """Admit a request that needs `num_blocks` free blocks, and count what it takes: how many tokens it may compute now."""
-        num_scheduled = min(len(request.tokens) - num_cached, int(self._budget_P[rank]))
-        self._budget_P[rank] -= num_scheduled
-        self._slots_P[rank] -= 1
-        self._open_P[rank] = self._slots_P[rank] > 0 and self._budget_P[rank] > 0
-        self._blocks_P[rank] -= num_blocks + 1
         num_tokens = len(request.tokens)
+        num_scheduled = min(num_tokens - num_cached, self._budget[rank])
+        self._budget[rank] -= num_scheduled
+        self._slots[rank] -= 1
+        self._blocks_P[rank] -= num_blocks + 1
+        if not self._slots[rank] or not self._budget[rank]:
+            self._blocks_P[rank] = _CLOSED
         self._load_P[rank] += self._placement.load(num_tokens, num_cached, request.limit - num_tokens)
         return num_scheduled
 
@@ -92,20 +100,30 @@ class PrefixCache:
     needs all of it computed.
     """
 
-    def __init__(self, pool: BlockPool, specs: Sequence[CacheSpec], config: SchedulerConfig) -> None:
+    def __init__(
+        self, pool: BlockPool, specs: Sequence[CacheSpec], config: SchedulerConfig, prefix_names: PrefixNames | None
+    ) -> None:
+        self._prefix_names = prefix_names
         self._pool, self._block_size, self._num_groups = pool, config.block_size, len(specs)
         self._windows = {group: spec.window for group, spec in enumerate(specs) if spec.window is not None}
         self._full = [group for group in range(len(specs)) if group not in self._windows]
         self.nothing = Cached(0, [np.zeros(0, np.int64)] * len(specs))
 
-    def names(self, request: Request) -> np.ndarray:
-        """Of the blocks that need not be computed if a rank has them: u64 [blocks, 2]."""
-        if request.params.prompt_logprobs is not None:
-            return request.names[:0]
-        return request.names[: (len(request.tokens) - 1) // self._block_size]
+    def name(self, requests: Sequence[Request]) -> None:
+        """Give names to those that have none yet."""
+        requests = [request for request in requests if request.names is None]
+        if self._prefix_names is None or not requests:
+            return
+        empty_A4 = np.array([self._prefix_names.empty(request.tenant, request.salt) for request in requests])
+        sums_B4, offsets = self._prefix_names.prefixes_of_all([request.tokens for request in requests], empty_A4)
+        names_B2, offsets = names(sums_B4), offsets.tolist()
+        for request, empty_4, start, end in zip(requests, empty_A4, offsets[:-1], offsets[1:], strict=True):
+            request.names = names_B2[start:end]
+            request.prefix_sum = sums_B4[end - 1] if end > start else empty_4
 
     def guess(self, requests: Sequence[Request]) -> list[Guess]:
         """Who probably has how much of each request; `find` makes sure."""
+        self.name(requests)
         names, offsets = self._pack(requests)
         if not len(names):
             return [Guess(NOBODY, 0, None)] * len(requests)
@@ -117,7 +135,7 @@ class PrefixCache:
         rank_A = np.where(has, rank_M[deepest], NOBODY)
         depth_A = np.where(has, deepest + 1 - offsets[:-1], 0)
         next_A = offsets[:-1] + depth_A
-        following = np.append(names[:, 0], np.uint64(0))[next_A].tolist()
+        following = names[np.minimum(next_A, len(names) - 1), 0].tolist()
         ends = (next_A == offsets[1:]).tolist()
         return [
             Guess(rank, depth, None if end else name)
@@ -141,7 +159,7 @@ class PrefixCache:
     def _cached(self, ids_GB: np.ndarray) -> Cached:
         """The longest beginning of these blocks at whose end every window is whole."""
         num_blocks = ids_GB.shape[1]
-        while num_blocks and any((ids_GB[g, self._first(g, num_blocks) : num_blocks] < 0).any() for g in self._windows):
+        while self._windows and num_blocks and not self._windows_are_whole(ids_GB, num_blocks):
             num_blocks -= 1
         if not num_blocks:
             return self.nothing
@@ -151,10 +169,19 @@ class PrefixCache:
         ]
         return Cached(num_blocks * self._block_size, blocks_G)
 
+    def _windows_are_whole(self, ids_GB: np.ndarray, num_blocks: int) -> bool:
+        return all((ids_GB[g, self._first(g, num_blocks) : num_blocks] >= 0).all() for g in self._windows)
+
     def _pack(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
-        """The names of all requests, one behind the other, and where each one's lie."""
-        parts = [self.names(request) for request in requests]
-        return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
+        """The names of the blocks that need not be computed if a rank has them, u64 [M, 2], of all requests, one behind the
+        other, and where each one's lie."""
+        parts = [self._useful(request) for request in requests]
+        return np.concatenate(parts), ragged.offsets(np.fromiter(map(len, parts), np.int64, len(parts)))
+
+    def _useful(self, request: Request) -> np.ndarray:
+        if request.names is None or request.params.prompt_logprobs is not None:
+            return _NO_NAMES
+        return request.names[: (len(request.tokens) - 1) // self._block_size]
 
     def num_taken(self, cached: Cached, rank: int) -> int:
         """How many free blocks sharing these takes out of the rank's queue, in the cache where it is most."""

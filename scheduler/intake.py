@@ -103,19 +103,16 @@ def invalid(request: Request, config: SchedulerConfig, most_blocks_G: np.ndarray
             f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
             f"(max_model_len = {config.max_model_len}, of which one is for the output)"
         )
-    if request.prompt.min() < 0 or request.prompt.max() >= config.vocab_size:
+    if request.prompt.view(np.uint32).max() >= config.vocab_size:  # as they are unsigned, negative ones are large
         wrong = int(np.flatnonzero((request.prompt < 0) | (request.prompt >= config.vocab_size))[0])
         return f"prompt[{wrong}] names token {request.prompt[wrong]}; allowed are 0 to {config.vocab_size - 1}"
-    for field, ids in (
-        ("stop_token_ids", params.stop_token_ids or ()),
-        ("logit_bias", params.logit_bias or ()),
-    ):
-        for token in ids:
+    for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        for token in ids or ():
             if not 0 <= token < config.vocab_size:
                 return f"{field} names token {token}; allowed are 0 to {config.vocab_size - 1}"
-    for field in ("logprobs", "prompt_logprobs"):
-        if (getattr(params, field) or 0) > config.vocab_size:
-            return f"{field} is {getattr(params, field)}; allowed are at most {config.vocab_size}, the size of the vocabulary"
+    for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None and count > config.vocab_size:
+            return f"{field} is {count}; allowed are at most {config.vocab_size}, the size of the vocabulary"
     limit = token_limit(request, config)
     blocks, capacity = worst_case_blocks(limit, config, int(most_blocks_G.max())), config.num_blocks - 1
     if blocks > capacity:

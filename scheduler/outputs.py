@@ -46,7 +46,6 @@ def gather(
     step: int,
     results: Sequence[StepResult],
     rows_O: np.ndarray,
-    rows_R: np.ndarray,
     going_N: np.ndarray,
     table: RunningTable,
 ) -> tuple[np.ndarray, StepOutputs]:
@@ -54,19 +53,14 @@ def gather(
 
     Args:
         rows_O: i64, rows of the table of the sampled tokens.
-        rows_R: i64, rows of the table of the prompt log-probabilities.
         going_N: whether the row's request is still the one that the step was planned for, and running.
 
     Returns:
         `rows_O` of the tokens that are left, and the outputs, whose finish reasons are still to be filled in.
     """
-
-    keep_O, keep_R = going_N[rows_O], going_N[rows_R]
-    rows_O, rows_R = rows_O[keep_O], rows_R[keep_R]
+    keep_O = going_N[rows_O]
+    rows_O = rows_O[keep_O]
     top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", keep_O)
-    prompt_top_offsets_R1, prompt_top_ids, prompt_top_logprobs = _tops(
-        results, "prompt_top_offsets", "prompt_top_ids", "prompt_top_logprobs", keep_R
-    )
     return rows_O, StepOutputs(
         step=step,
         key_O=table.key_N[rows_O],
@@ -78,14 +72,29 @@ def gather(
         top_offsets_O1=top_offsets_O1,
         top_ids=top_ids,
         top_logprobs=top_logprobs,
-        prompt_key_R=table.key_N[rows_R],
-        prompt_position_R=_joined(results, "prompt_position")[keep_R],
-        prompt_logprob_R=_joined(results, "prompt_logprob")[keep_R],
-        prompt_token_rank_R=_joined(results, "prompt_token_rank")[keep_R],
-        prompt_top_offsets_R1=prompt_top_offsets_R1,
-        prompt_top_ids=prompt_top_ids,
-        prompt_top_logprobs=prompt_top_logprobs,
+        **_prompt_logprobs(results, going_N, table),
     )
+
+
+def _prompt_logprobs(results: Sequence[StepResult], going_N: np.ndarray, table: RunningTable) -> dict[str, np.ndarray]:
+    """The fields about prompts."""
+    if any(len(result.prompt_slot) for result in results):
+        rows_R = table.rows_of_parts([result.prompt_slot for result in results])
+    else:  # one rank's empty fields are as good as all ranks'
+        rows_R, results = np.zeros(0, np.int64), results[:1]
+    keep_R = going_N[rows_R]
+    top_offsets_R1, top_ids, top_logprobs = _tops(
+        results, "prompt_top_offsets", "prompt_top_ids", "prompt_top_logprobs", keep_R
+    )
+    return {
+        "prompt_key_R": table.key_N[rows_R[keep_R]],
+        "prompt_position_R": _joined(results, "prompt_position")[keep_R],
+        "prompt_logprob_R": _joined(results, "prompt_logprob")[keep_R],
+        "prompt_token_rank_R": _joined(results, "prompt_token_rank")[keep_R],
+        "prompt_top_offsets_R1": top_offsets_R1,
+        "prompt_top_ids": top_ids,
+        "prompt_top_logprobs": top_logprobs,
+    }
 
 
 def _joined(results: Sequence[StepResult], name: str) -> np.ndarray:
@@ -98,9 +107,10 @@ def _tops(
     results: Sequence[StepResult], offsets: str, ids: str, logprobs: str, keep: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """These three fields of the rows to keep; mostly nobody has asked for any."""
+    if not any(len(getattr(result, ids)) for result in results):
+        first = results[0]
+        return np.zeros(np.count_nonzero(keep) + 1, np.int32), getattr(first, ids), getattr(first, logprobs)
     all_ids, all_logprobs = _joined(results, ids), _joined(results, logprobs)
-    if not len(all_ids):
-        return np.zeros(np.count_nonzero(keep) + 1, np.int32), all_ids, all_logprobs
     counts = ragged.counts([getattr(result, offsets) for result in results])
     kept = np.repeat(keep, counts)
     return ragged.offsets(counts[keep]), all_ids[kept], all_logprobs[kept]

@@ -15,8 +15,11 @@ def shortage_GP(table: RunningTable, rows: np.ndarray, lacking_GR: np.ndarray) -
     free_GP = table.pool.num_free_GP
     if not lacking_GR.any():
         return np.zeros_like(free_GP)
-    needed = [np.bincount(table.rank_N[rows], lacking, free_GP.shape[1]) for lacking in lacking_GR]
-    return np.maximum(np.array(needed).astype(np.int64) - free_GP, 0)
+    needed_GP = np.zeros_like(free_GP)
+    for needed_P, lacking in zip(needed_GP, lacking_GR, strict=True):
+        lacks = np.flatnonzero(lacking)
+        needed_P += np.bincount(table.rank_N[rows[lacks]], lacking[lacks], len(needed_P)).astype(np.int64)
+    return np.maximum(needed_GP - free_GP, 0)
 
 
 def victims(table: RunningTable, short_GP: np.ndarray) -> np.ndarray:

@@ -6,14 +6,17 @@ prefixes have the same name with probability 2^-128. The characters s_i are the 
 digest of whom they belong to; so every prefix's sum is a running sum, computed for a whole prompt at once and continued token by
 token for all running requests together.
 
-Shape letters: L tokens, B blocks, R rows of the running table, s tokens in a block; 4 the lanes.
+Shape letters: L tokens, B blocks, R rows of the running table, A requests, s tokens in a block; 4 the lanes.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
+
+from expertwire.scheduler import ragged
 
 _SALT_WORDS = 8
 _MAX_SALTS = 1024  # kept at hand
@@ -32,7 +35,7 @@ class PrefixNames:
         self.block_size = block_size
         num_blocks = -(-max_len // block_size)
         draw = np.random.Generator(np.random.PCG64(secret)).integers
-        self._factors_Bs4 = draw(0, 2**64, (num_blocks, block_size, 4), np.uint64)
+        self._factors_B4s = draw(0, 2**64, (num_blocks, 4, block_size), np.uint64)
         self._salt_factors = draw(0, 2**64, (_SALT_WORDS + 1, 4), np.uint64)
         self._empty: dict[tuple[str, str], np.ndarray] = {}
 
@@ -54,6 +57,17 @@ class PrefixNames:
         blocks_Bs = tokens[: num_blocks * self.block_size].reshape(num_blocks, self.block_size)
         return empty_4 + self._block_sums(np.arange(num_blocks), blocks_Bs).cumsum(axis=0)
 
+    def prefixes_of_all(self, tokens_A: Sequence[np.ndarray], empty_A4: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`prefixes` for several requests at once: the sums of all, one request behind the other, u64 [B, 4], and where each
+        one's begin and end, [A + 1]."""
+        size = self.block_size
+        counts_A = np.array([len(tokens) // size for tokens in tokens_A])
+        offsets_A1 = ragged.offsets(counts_A)
+        tokens = np.concatenate([tokens[: len(tokens) // size * size] for tokens in tokens_A])
+        sums_B4 = self._block_sums(ragged.positions(counts_A), tokens.reshape(-1, size)).cumsum(axis=0)
+        before_A4 = np.concatenate((np.zeros((1, 4), np.uint64), sums_B4)).take(offsets_A1[:-1], axis=0)
+        return sums_B4 + (empty_A4 - before_A4).repeat(counts_A, axis=0), offsets_A1
+
     def extended(self, sums_R4: np.ndarray, block_R: np.ndarray, tokens_Rs: np.ndarray) -> np.ndarray:
         """Each row's sum with one more block, number `block_R` of its sequence: u64 [R, 4]."""
         return sums_R4 + self._block_sums(block_R, tokens_Rs)
@@ -61,7 +75,7 @@ class PrefixNames:
     def _block_sums(self, block_B: np.ndarray, tokens_Bs: np.ndarray) -> np.ndarray:
         # One more than the token: otherwise a prefix would have the name of its continuation by zeros.
         characters_Bs = tokens_Bs.astype(np.uint64) + np.uint64(1)
-        return (characters_Bs[:, None, :] @ self._factors_Bs4[block_B])[:, 0]
+        return np.vecdot(characters_Bs[:, None], self._factors_B4s.take(block_B, axis=0))
 
 
 def names(sums_B4: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 
 _WAYS = 8
 _HIGH = np.uint64(32)
+_LOW_HALF = np.uint64(2**32 - 1)
 _OWNER_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads the owners over the buckets
 NOBODY = -1
 UNKNOWN = -2  # somebody, perhaps
@@ -25,83 +26,96 @@ class PrefixIndex:
 
     def __init__(self, num_owners: int, num_blocks: int) -> None:
         total = num_owners * num_blocks
+        assert total < 2**31, f"{total} blocks are more than the table can number"
         num_buckets = 1 << max(total // 2 - 1, 1).bit_length()
         self._num_blocks = num_blocks
         self._mask = np.uint64(num_buckets - 1)
-        self._block_UW = np.full((num_buckets, _WAYS), NOBODY, np.int64)
+        self._block_UW = np.full((num_buckets, _WAYS), NOBODY, np.int32)
         self._tag_UW = np.zeros((num_buckets, _WAYS), np.uint32)
-        self.name_B2 = np.zeros((total, 2), np.uint64)  # of each block that is in the table
-        self._guess_tag = np.zeros(4 * num_buckets, np.uint32)
-        self._guess_rank = np.full(4 * num_buckets, NOBODY, np.int32)
+        self._blocks, self._tags = self._block_UW.reshape(-1), self._tag_UW.reshape(-1)  # the same, by place
+        # Of each block that is in the table: its place, which is bucket * ways + way, and the halves of its name.
+        self._place_B = np.zeros(total, np.int64)
+        self._first_B, self._second_B = np.zeros((2, total), np.uint64)
+        self._guess = np.full(4 * num_buckets, _guess(np.uint64(0), np.int64(NOBODY)), np.uint64)
 
     def insert(self, blocks_B: np.ndarray, rank_B: np.ndarray, names_B2: np.ndarray) -> np.ndarray:
         """Give blocks names, which have none; whether there was room for each: bool [B]."""
         bucket_B = self._bucket(blocks_B // self._num_blocks, names_B2)
-        order = np.argsort(bucket_B, kind="stable")
-        bucket = bucket_B[order]
-        first = np.flatnonzero(np.concatenate(([True], bucket[1:] != bucket[:-1])))
-        nth = np.arange(len(bucket)) - np.repeat(first, np.diff(np.append(first, len(bucket))))
-        free_BW = self._block_UW[bucket] == NOBODY
-        wanted_BW = free_BW & (free_BW.cumsum(axis=1) == nth[:, None] + 1)
-        fits = wanted_BW.any(axis=1)
-        way, bucket, order = wanted_BW.argmax(axis=1)[fits], bucket[fits], order[fits]
-        blocks, names = blocks_B[order], names_B2[order]
-        self._block_UW[bucket, way] = blocks
-        self._tag_UW[bucket, way] = _tag(names)
-        self.name_B2[blocks] = names
-        self._remember(names, rank_B[order])
         inserted_B = np.zeros(len(blocks_B), bool)
-        inserted_B[order] = True
+        left = np.arange(len(blocks_B))
+        while len(left):  # again for those that choose a way that one before them chooses, too
+            free_LW = self._block_UW.take(bucket_B[left], axis=0) == NOBODY
+            place = bucket_B[left] * _WAYS + free_LW.argmax(axis=1)
+            fits = self._blocks.take(place) == NOBODY
+            left, place = left[fits], place[fits]
+            blocks = blocks_B[left]
+            self._blocks[place[::-1]] = blocks[::-1]  # the first of those in one place is the last to be written
+            gets = self._blocks.take(place) == blocks
+            self._place_B[blocks[gets]] = place[gets]
+            inserted_B[left[gets]] = True
+            left = left[~gets]
+        blocks, names_B2 = blocks_B[inserted_B], names_B2[inserted_B]
+        self._tags[self._place_B[blocks]] = _tag(names_B2)
+        self._first_B[blocks], self._second_B[blocks] = names_B2[:, 0], names_B2[:, 1]
+        self._remember(names_B2[:, 1], rank_B[inserted_B])
         return inserted_B
 
     def remove(self, blocks_B: np.ndarray, rank_B: np.ndarray) -> None:
         """Take the names off blocks that have one."""
-        names_B2 = self.name_B2[blocks_B]
-        bucket_B = self._bucket(blocks_B // self._num_blocks, names_B2)
-        mine_BW = self._block_UW[bucket_B] == blocks_B[:, None]
-        assert mine_BW.any(axis=1).all(), f"blocks {blocks_B[~mine_BW.any(axis=1)]} have no name"
-        self._block_UW[bucket_B, mine_BW.argmax(axis=1)] = NOBODY
-        place_B = self._guess_place(names_B2)
-        stale_B = (self._guess_rank[place_B] == rank_B) & (self._guess_tag[place_B] == names_B2[:, 1] >> _HIGH)
-        self._guess_rank[place_B[stale_B]] = UNKNOWN
+        place_B = self._place_B.take(blocks_B)
+        mine_B = self._blocks.take(place_B) == blocks_B
+        assert mine_B.all(), f"blocks {blocks_B[~mine_B]} have no name"
+        self._blocks[place_B] = NOBODY
+        second_B = self._second_B.take(blocks_B)
+        place_B = self._guess_place(second_B)
+        stale_B = self._guess.take(place_B) == _guess(second_B, rank_B)
+        self._guess[place_B[stale_B]] = _guess(second_B[stale_B], np.int64(UNKNOWN))
 
     def find(self, owner_M: np.ndarray, rank_M: np.ndarray, names_M2: np.ndarray) -> np.ndarray:
         """A block of each owner with each name, without the owner's part of its number, or -1: i64 [M]."""
         bucket_M = self._bucket(owner_M, names_M2)
         found_M = np.full(len(names_M2), NOBODY, np.int64)
-        m, way = np.nonzero(self._tag_UW[bucket_M] == _tag(names_M2)[:, None])
+        m, way = np.nonzero(self._tag_UW.take(bucket_M, axis=0) == _tag(names_M2)[:, None])
         blocks = self._block_UW[bucket_M[m], way]
         same = (blocks != NOBODY) & (blocks // self._num_blocks == owner_M[m])
-        same[same] = (self.name_B2[blocks[same]] == names_M2[m[same]]).all(axis=1)
-        found_M[m[same]] = blocks[same] % self._num_blocks
-        self._remember(names_M2[m[same]], rank_M[m[same]])
+        m, blocks = m[same], blocks[same]
+        same = (self._first_B[blocks] == names_M2[m, 0]) & (self._second_B[blocks] == names_M2[m, 1])
+        m, blocks = m[same], blocks[same]
+        found_M[m] = blocks % self._num_blocks
+        self._remember(names_M2[m, 1], rank_M[m])
         return found_M
 
     def guess(self, names_M2: np.ndarray) -> np.ndarray:
         """A rank that probably holds each name, or `NOBODY`, or `UNKNOWN`: i32 [M]."""
-        place_M = self._guess_place(names_M2)
-        return np.where(self._guess_tag[place_M] == names_M2[:, 1] >> _HIGH, self._guess_rank[place_M], NOBODY)
+        second_M = names_M2[:, 1]
+        guess_M = self._guess.take(self._guess_place(second_M))
+        rank_M = (guess_M & _LOW_HALF).astype(np.int32) + UNKNOWN
+        return np.where((guess_M ^ second_M) <= _LOW_HALF, rank_M, np.int32(NOBODY))
 
     def check_integrity(self, named_B: np.ndarray) -> None:
         """Exactly the blocks `named_B`, bool, are in the table, once, under their names."""
         bucket, way = np.nonzero(self._block_UW != NOBODY)
         blocks = self._block_UW[bucket, way]
         assert np.array_equal(np.sort(blocks), np.flatnonzero(named_B)), (blocks, np.flatnonzero(named_B))
-        names = self.name_B2[blocks]
+        names = np.stack((self._first_B[blocks], self._second_B[blocks]), axis=1)
+        assert np.array_equal(self._place_B[blocks], bucket * _WAYS + way), "a block is elsewhere"
         assert np.array_equal(self._bucket(blocks // self._num_blocks, names), bucket), "a name is in another's bucket"
         assert np.array_equal(self._tag_UW[bucket, way], _tag(names)), "a tag is another name's"
 
     def _bucket(self, owner_M: np.ndarray, names_M2: np.ndarray) -> np.ndarray:
         return ((names_M2[:, 0] ^ (owner_M.astype(np.uint64) * _OWNER_FACTOR)) & self._mask).astype(np.int64)
 
-    def _remember(self, names_M2: np.ndarray, rank_M: np.ndarray) -> None:
-        place_M = self._guess_place(names_M2)
-        self._guess_tag[place_M] = names_M2[:, 1] >> _HIGH
-        self._guess_rank[place_M] = rank_M
+    def _remember(self, second_M: np.ndarray, rank_M: np.ndarray) -> None:
+        self._guess[self._guess_place(second_M)] = _guess(second_M, rank_M)
 
-    def _guess_place(self, names_M2: np.ndarray) -> np.ndarray:
-        return (names_M2[:, 1] & np.uint64(len(self._guess_rank) - 1)).astype(np.int64)
+    def _guess_place(self, second_M: np.ndarray) -> np.ndarray:
+        return (second_M & np.uint64(len(self._guess) - 1)).astype(np.int64)
 
 
 def _tag(names_M2: np.ndarray) -> np.ndarray:
     return (names_M2[:, 0] >> _HIGH).astype(np.uint32)
+
+
+def _guess(second_M: np.ndarray, rank_M: np.ndarray) -> np.ndarray:
+    """An entry of the table of guesses: the upper half of a name's second half, and beneath it the rank, from `UNKNOWN` on."""
+    return (second_M & ~_LOW_HALF) | (rank_M - UNKNOWN).astype(np.uint64)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from expertwire.scheduler import ragged
+from expertwire.scheduler.plan import SAMPLING_DTYPE
 from expertwire.scheduler.sampling_params import SamplingParams
 
-_NO_NAMES = np.zeros((0, 2), np.uint64)
+_NO_IDS: frozenset[int] = frozenset()
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
@@ -46,20 +49,21 @@ class Request:
     num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
     stop_ids: frozenset[int] = field(init=False)
     tokens: np.ndarray = field(init=False)  # i32: the prompt, and the output so far of one that was preempted or forked
-    # The names of the prefixes of `tokens` that fill whole blocks, and the sum of the last one: `scheduler.prefix`.
-    names: np.ndarray = field(init=False, default_factory=lambda: _NO_NAMES)  # u64 [blocks, 2]
+    # The names of the prefixes of `tokens` that fill whole blocks, u64 [blocks, 2], and the sum of the last one: see
+    # `scheduler.prefix`. A waiting request has them once it has been looked up; while it runs, the table has them.
+    names: np.ndarray | None = field(init=False, default=None)
     prefix_sum: np.ndarray | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         assert self.prompt.dtype == np.int32, self.prompt.dtype
         assert self.prompt.ndim == 1, self.prompt.shape
-        self.stop_ids = frozenset(self.params.stop_token_ids or ())
+        self.stop_ids = frozenset(self.params.stop_token_ids) if self.params.stop_token_ids else _NO_IDS
         self.tokens = self.prompt
 
-    def bans(self, eos_token_ids: tuple[int, ...]) -> list[int]:
+    def bans(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
         """Ids that must not be sampled before `min_tokens` output tokens, ascending."""
         if not self.params.min_tokens:
-            return []
+            return ()
         return sorted(self.stop_ids.union(() if self.params.ignore_eos else eos_token_ids))
 
     def sampling(self, vocab_size: int) -> tuple[float, ...]:
@@ -82,3 +86,22 @@ class Request:
             p.frequency_penalty,
             0,
         )
+
+
+def introduction(requests: Sequence[Request], vocab_size: int, eos_token_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """What a plan says about new requests, besides their slots: its fields."""
+    tokens, token_offsets = ragged.pack([request.tokens for request in requests], np.int32)
+    bans, ban_offsets = ragged.pack([request.bans(eos_token_ids) for request in requests], np.int32)
+    biases = [request.params.logit_bias for request in requests]
+    bias_ids, bias_offsets = ragged.pack([list(bias) if bias else () for bias in biases], np.int32)
+    bias_values, _ = ragged.pack([list(bias.values()) if bias else () for bias in biases], np.float32)
+    return {
+        "admit_sampling_A": np.array([r.sampling(vocab_size) for r in requests], SAMPLING_DTYPE),
+        "admit_token_offsets_A1": token_offsets,
+        "admit_tokens": tokens,
+        "admit_ban_offsets_A1": ban_offsets,
+        "admit_bans": bans,
+        "admit_bias_offsets_A1": bias_offsets,
+        "admit_bias_ids": bias_ids,
+        "admit_bias_values": bias_values,
+    }

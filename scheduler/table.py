@@ -1,6 +1,7 @@
 """The running requests of all ranks as numpy arrays: one row per slot, row = rank * max_running + slot.
 
-Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, B positions in a block table, L tokens.
+Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, B positions in a block table, L tokens,
+s tokens in a block.
 Functions take `rows`, an ascending array of row numbers, and so sorted by rank, as a `StepPlan` wants it.
 
 Two counts run ahead of what is known: `num_tokens` includes the tokens that steps in flight will sample, `num_computed` those
@@ -23,6 +24,7 @@ from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.prefix import PrefixNames, names
 from expertwire.scheduler.request import Request
 
+SUPPORTED_KINDS = ("full", "latent", "index", "window")
 _NOTHING = np.zeros(0, np.int32)
 _NO_NAMES = np.zeros(0, np.uint64)
 
@@ -51,6 +53,7 @@ class RunningTable:
         n = config.num_ranks * slots
         self.block_size = config.block_size
         self.pool = pool
+        self.specs = tuple(specs)
         self.rank_N = np.repeat(np.arange(config.num_ranks), slots)
         self.slot_N = np.tile(np.arange(slots, dtype=np.int32), config.num_ranks)
         self.bounds_P1 = np.arange(config.num_ranks + 1) * slots
@@ -79,22 +82,19 @@ class RunningTable:
         # Untouched pages cost nothing, so these may be as wide as the longest request.
         width = config.blocks_for(config.max_model_len)
         self.block_ids_GNB = np.zeros((num_groups, n, width), np.int32)
-        self.tokens_NL = np.zeros((n, width * config.block_size), np.int32)
-        self._names = None
+        self._ids_G = [ids_NB.reshape(-1) for ids_NB in self.block_ids_GNB]  # the same by one index, which is faster
+        # Tokens known since admission: whole blocks, and behind them the tail, so that appending stays within little memory.
+        self._tokens_NL = np.zeros((n, width * config.block_size), np.int32)
+        self._tail_Ns = np.zeros((n, config.block_size), np.int32)
+        self.names = None
         if config.prefix_cache:
-            self._names = PrefixNames(config.max_model_len, config.block_size, config.prefix_secret)
+            self.names = PrefixNames(config.max_model_len, config.block_size, config.prefix_secret)
         self.name_NB2 = np.zeros((n, width, 2), np.uint64)
+        self._names_M2 = self.name_NB2.reshape(-1, 2)  # by row * width + index, as `_ids_G`
+        self._width = width
         self.num_named_N = np.zeros(n, np.int32)  # blocks
         self.sum_N4 = np.zeros((n, 4), np.uint64)
         self._new_blocks: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # group, rows, index, ids
-
-    def name_prefixes(self, request: Request) -> None:
-        """Set the names of the whole blocks of a request's tokens, and the sum behind the last; no names if nothing is cached."""
-        if self._names is None:
-            return
-        empty_4 = self._names.empty(request.tenant, request.salt)
-        sums_B4 = self._names.prefixes(request.tokens, empty_4)
-        request.prefix_sum, request.names = (sums_B4[-1] if len(sums_B4) else empty_4), names(sums_B4)
 
     def admit(self, admissions: Sequence[Admission]) -> np.ndarray:
         """Give each request (sorted by rank) the lowest free slot of its rank: i64 [A] rows, ascending."""
@@ -119,13 +119,15 @@ class RunningTable:
         self.has_stop_ids_N[rows] = [bool(request.stop_ids) for request in requests]
         self.num_cached_N[rows] = [request.num_cached for request in requests]
         self.num_named_N[rows] = self.num_computed_N[rows] // self.block_size
-        if self._names is not None:
-            self.sum_N4[rows] = [request.prefix_sum for request in requests]
+        if self.names is not None:
+            self.sum_N4[rows] = np.concatenate([request.prefix_sum for request in requests]).reshape(-1, 4)
         for request, slot, row in zip(requests, self.slot_N[rows].tolist(), rows.tolist(), strict=True):
             request.slot = slot
-            self.tokens_NL[row, : len(request.tokens)] = request.tokens
-            if len(request.names):
+            behind = len(request.tokens) % self.block_size
+            self._tail_Ns[row, :behind] = request.tokens[len(request.tokens) - behind :]
+            if request.names is not None:
                 self.name_NB2[row, : len(request.names)] = request.names
+                request.names = request.prefix_sum = None  # now they are here
         self.shares_tail_N[rows] = self.num_computed_N[rows] % self.block_size > 0
         self._share_cached(admissions, rows)
         return rows
@@ -141,31 +143,29 @@ class RunningTable:
 
     def lacking_GR(self, rows: np.ndarray, end: np.ndarray) -> np.ndarray:
         """How many blocks each row lacks to hold `end` tokens, with one for a shared block that it must copy: [G, R]."""
-        lacking = np.maximum(-(-end // self.block_size) - self.num_blocks_GN[:, rows], 0)
+        lacking = np.maximum(-(-end // self.block_size) - self.num_blocks_GN.take(rows, axis=1), 0)
         return lacking + self.shares_tail_N[rows]
 
     def promised_GP(self) -> np.ndarray:
         """Blocks that the running requests will still take for the tokens that they have: i64 [G, P]."""
-        rows = np.flatnonzero(self.running_N & (self.num_tokens_N > self.num_computed_N))
-        held_GR = self.num_blocks_GN[:, rows] - self.num_dropped_GN[:, rows]
-        lacking_GR = np.minimum(
-            self.lacking_GR(rows, self.num_tokens_N[rows]), self.most_blocks_G[:, None] - held_GR + 1
-        )
-        num_ranks = len(self.bounds_P1) - 1
-        return np.array([np.bincount(self.rank_N[rows], lacking, num_ranks) for lacking in lacking_GR]).astype(np.int64)
+        going_N = self.running_N & (self.num_tokens_N > self.num_computed_N)
+        lacking_GN = np.maximum(-(-self.num_tokens_N // self.block_size) - self.num_blocks_GN, 0) + self.shares_tail_N
+        held_GN = self.num_blocks_GN - self.num_dropped_GN
+        promised_GN = np.minimum(lacking_GN, self.most_blocks_G[:, None] - held_GN + 1) * going_N
+        return promised_GN.reshape(len(promised_GN), len(self.bounds_P1) - 1, -1).sum(axis=2)
 
     def append_blocks(self, rows: np.ndarray, end: np.ndarray) -> None:
         """Give each row the blocks it lacks to hold `end` tokens."""
         needed = -(-end // self.block_size)
         for group, num_blocks_N in enumerate(self.num_blocks_GN):
-            counts = needed - num_blocks_N[rows]
-            if not (counts > 0).any():
+            counts = needed - num_blocks_N.take(rows)
+            lacks = np.flatnonzero(counts > 0)
+            if not len(lacks):
                 continue
-            counts = np.maximum(counts, 0)
-            row_B = np.repeat(rows, counts)
-            index_B = num_blocks_N[row_B] + ragged.positions(counts)
+            row_B = np.repeat(rows[lacks], counts[lacks])
+            index_B = num_blocks_N[row_B] + ragged.positions(counts[lacks])
             ids_B = self.pool.allocate(group, self.rank_N[row_B])
-            num_blocks_N[rows] += counts
+            num_blocks_N[rows[lacks]] = needed[lacks]
             self._set_blocks(group, row_B, index_B, ids_B)
 
     def drop_blocks(self, rows: np.ndarray) -> None:
@@ -184,6 +184,8 @@ class RunningTable:
 
     def unshare_tails(self, rows: np.ndarray) -> Copies:
         """Copy on write: rows about to write into a block that others use too get one of their own."""
+        if not self.shares_tail_N.any():
+            return _NO_COPIES
         rows = rows[self.shares_tail_N[rows]]
         if not len(rows):
             return _NO_COPIES
@@ -205,11 +207,13 @@ class RunningTable:
         by_rank = np.argsort(copies.rank, kind="stable")
         return Copies(*(part[by_rank] for part in copies))
 
-    def advance(self, rows: np.ndarray, num: np.ndarray, sample: np.ndarray) -> None:
-        """A step has been planned that computes `num` tokens of each row and samples a token where `sample` says so."""
-        self.num_computed_N[rows] += num
-        self.num_tokens_N[rows] += sample
-        self.in_flight_N[rows] += 1
+    def advance(self, rows: np.ndarray, end: np.ndarray, num_tokens: np.ndarray) -> None:
+        """A step has been planned that computes each row up to `end`; then, with what is to be sampled, it has `num_tokens`."""
+        self.num_computed_N[rows] = end
+        self.num_tokens_N[rows] = num_tokens
+        scheduled_N = np.zeros_like(self.running_N)
+        scheduled_N[rows] = True
+        self.in_flight_N += scheduled_N
 
     def take_new_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """What has been set in block tables since the last call: i32 row, cache, index and id of each, sorted by rank."""
@@ -226,49 +230,56 @@ class RunningTable:
     def append_tokens(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """One sampled token for each row (in any order) is known now."""
         known = self.num_known_N[rows]
-        self.tokens_NL[rows, known] = tokens
-        self.num_known_N[rows] = known = known + 1
-        if self._names is None:
+        block = known // self.block_size
+        within = known - block * self.block_size
+        self._tail_Ns[rows, within] = tokens
+        self.num_known_N[rows] = known + 1
+        full = np.flatnonzero(within == self.block_size - 1)
+        if not len(full):
             return
-        full = known % self.block_size == 0
-        if full.any():
-            rows, block = rows[full], known[full] // self.block_size - 1
-            columns = block[:, None] * self.block_size + np.arange(self.block_size)
-            self.sum_N4[rows] = sums = self._names.extended(
-                self.sum_N4[rows], block, self.tokens_NL[rows[:, None], columns]
-            )
-            self.name_NB2[rows, block] = names(sums)
+        rows, block, tails_Rs = rows[full], block[full], self._tail_Ns.take(rows[full], axis=0)
+        self._tokens_NL.reshape(-1, self.block_size)[rows * self._width + block] = tails_Rs
+        if self.names is not None:
+            self.sum_N4[rows] = sums_R4 = self.names.extended(self.sum_N4.take(rows, axis=0), block, tails_Rs)
+            self.name_NB2[rows, block] = names(sums_R4)
 
-    def name_blocks(self, rows: np.ndarray) -> None:
-        """Name the blocks of these rows that are whole now, or will be when the steps in flight are done."""
-        if self._names is None:
+    def tokens(self, row: int, request: Request) -> np.ndarray:
+        """The known tokens of a running request, which has this row: i32, a copy."""
+        num_known = int(self.num_known_N[row])
+        behind = num_known % self.block_size
+        tokens = np.concatenate((self._tokens_NL[row, : num_known - behind], self._tail_Ns[row, :behind]))
+        tokens[: len(request.tokens)] = request.tokens
+        return tokens
+
+    def name_blocks(self) -> None:
+        """Name the blocks that are whole now, or will be when the steps in flight are done."""
+        if self.names is None:
             return
-        whole = np.minimum(self.num_computed_N[rows], self.num_known_N[rows]) // self.block_size
-        more = whole > self.num_named_N[rows]
-        if not more.any():
+        whole_N = np.minimum(self.num_computed_N, self.num_known_N) // self.block_size
+        rows = np.flatnonzero(self.occupied_N & (whole_N > self.num_named_N))
+        if not len(rows):
             return
-        rows, whole = rows[more], whole[more]
-        counts = whole - self.num_named_N[rows]
+        counts = whole_N[rows] - self.num_named_N[rows]
         row_B = np.repeat(rows, counts)
         index_B = self.num_named_N[row_B] + ragged.positions(counts)
-        self.num_named_N[rows] = whole
-        names_B = self.name_NB2[row_B, index_B]
+        self.num_named_N[rows] = whole_N[rows]
+        place_B = row_B * self._width + index_B
+        names_B2 = self._names_M2.take(place_B, axis=0)
         for group, dropped_N in enumerate(self.num_dropped_GN):
-            here = index_B >= dropped_N[row_B]
-            group_row, group_index = row_B[here], index_B[here]
-            ids = self.block_ids_GNB[group, group_row, group_index]
-            self.pool.name(group, self.rank_N[group_row], ids, names_B[here])
+            here = slice(None) if self.window_G[group] is None else index_B >= dropped_N[row_B]
+            ids = self._ids_G[group].take(place_B[here])
+            self.pool.name(group, self.rank_N.take(row_B[here]), ids, names_B2[here])
 
     def copy_names(self, row: int, request: Request) -> None:
         """Give a request that leaves its row the names of what it has."""
-        if self._names is not None:
+        if self.names is not None:
             request.names = self.name_NB2[row, : self.num_known_N[row] // self.block_size].copy()
             request.prefix_sum = self.sum_N4[row].copy()
 
     def names_next(self) -> np.ndarray:
         """The first half of the next name of every running request that has still to compute whole blocks: u64."""
         rows = np.flatnonzero(self.running_N & (self.num_known_N // self.block_size > self.num_named_N))
-        return self.name_NB2[rows, self.num_named_N[rows], 0] if self._names is not None else _NO_NAMES
+        return self.name_NB2[rows, self.num_named_N[rows], 0] if self.names is not None else _NO_NAMES
 
     def offsets_P1(self, rows: np.ndarray) -> np.ndarray:
         """Where each rank's part of `rows` lies: i32 [P + 1]."""
@@ -320,13 +331,14 @@ class RunningTable:
         assert np.array_equal(refs_GPB, self.pool.refs_GPB), "the block tables and the pool disagree on references"
 
     def _share_cached(self, admissions: Sequence[Admission], rows: np.ndarray) -> None:
+        having = [i for i, admission in enumerate(admissions) if admission.num_cached]
+        if not having:
+            return
+        held_rows = rows[having]
+        ends = -(-self.num_computed_N[held_rows] // self.block_size)
         for group in range(len(self.num_blocks_GN)):
-            held = [admission.blocks_G[group] for admission in admissions if admission.num_cached]
-            held_rows = np.array([row for admission, row in zip(admissions, rows, strict=True) if admission.num_cached])
-            if not held:
-                continue
+            held = [admissions[i].blocks_G[group] for i in having]
             counts = np.array([len(blocks) for blocks in held])
-            ends = np.array([-(-a.num_cached // self.block_size) for a in admissions if a.num_cached])
             row_B = np.repeat(held_rows, counts)
             index_B = np.repeat(ends - counts, counts) + ragged.positions(counts)
             ids_B = np.concatenate(held).astype(np.int32)
@@ -336,14 +348,14 @@ class RunningTable:
             self._set_blocks(group, row_B, index_B, ids_B)
 
     def _set_blocks(self, group: int, row_B: np.ndarray, index_B: np.ndarray, ids_B: np.ndarray) -> None:
-        self.block_ids_GNB[group, row_B, index_B] = ids_B
+        self._ids_G[group][row_B * self._width + index_B] = ids_B
         self._new_blocks.append((group, row_B, index_B, ids_B))
 
     def _give_back(self, group: int, rows: np.ndarray, counts: np.ndarray) -> None:
         """Free the first `counts` blocks that each row still has."""
         row_B = np.repeat(rows, counts)
         index_B = self.num_dropped_GN[group, row_B] + ragged.positions(counts)
-        self.pool.free(group, self.rank_N[row_B], self.block_ids_GNB[group, row_B, index_B])
+        self.pool.free(group, self.rank_N[row_B], self._ids_G[group].take(row_B * self._width + index_B))
 
 
 def most_blocks(spec: CacheSpec, config: SchedulerConfig) -> int:
@@ -353,3 +365,19 @@ def most_blocks(spec: CacheSpec, config: SchedulerConfig) -> int:
         return longest
     assert spec.window is not None, f"cache {spec.name!r} has no window"
     return min(longest, config.blocks_for(spec.window + config.max_num_tokens) + 1)
+
+
+def check_caches(cache_specs: tuple[CacheSpec, ...]) -> None:
+    """ValueError: there is no cache, or one of a kind that is not supported, or two of one name."""
+    given = [spec.name for spec in cache_specs]
+    if not given or len(set(given)) < len(given):
+        raise ValueError(f"cache_specs must have at least one cache, each with a name of its own, got {given}")
+    for spec in cache_specs:
+        if spec.kind not in SUPPORTED_KINDS:
+            raise ValueError(
+                f"cache {spec.name!r} is of kind {spec.kind!r}; the scheduler supports these kinds: {', '.join(SUPPORTED_KINDS)}"
+            )
+        if spec.kind == "window" and (spec.window is None or spec.window < 1):
+            raise ValueError(
+                f"cache {spec.name!r} is of kind 'window'; window must be an integer >= 1, got {spec.window!r}"
+            )

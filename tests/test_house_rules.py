@@ -52,6 +52,12 @@ FLAGS = {
         "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
     },
     "bench control": {"--ranks", "--steps", "--channels", "--json"},
+    "bench schedule": {
+        "--trace", "--policy", "--ranks", "--running", "--requests", "--seed", "--blocks", "--max-num-tokens", "--steps",
+        "--rate", "--chunk-tokens", "--ttft-ms", "--tpot-ms", "--overlap", "--no-overlap", "--prefix-cache",
+        "--no-prefix-cache", "--host-time", "--timeline", "--record", "--replay", "--cost", "--gc-freeze", "--peer",
+        "--placements", "--json",
+    },
 }  # fmt: skip
 
 

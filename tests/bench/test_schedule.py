@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import itertools
 import json
@@ -11,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from expertwire.bench import schedule, schedule_cost, schedule_peer, timeline
+from expertwire.bench import schedule, schedule_cost, schedule_peer, schedule_placements, timeline
 from expertwire.bench.schedule_log import replay
 from expertwire.bench.simulation import EOS, Simulation, StepModel
 from expertwire.bench.traces import TRACES, Lengths, Poisson
@@ -42,9 +43,15 @@ def config(**changes) -> SchedulerConfig:
     return SchedulerConfig(**{**sizes, **changes})
 
 
-def simulate(trace: Poisson, overlap=True, record=None, **changes) -> Simulation:
+def simulate(trace: Poisson, overlap=True, record=None, placement=None, **changes) -> Simulation:
     simulation = Simulation(
-        trace, config(**changes), model=StepModel(), overlap=overlap, policy=PolicyConfig(), record=record
+        trace,
+        config(**changes),
+        model=StepModel(),
+        overlap=overlap,
+        policy=PolicyConfig(),
+        record=record,
+        placement=placement,
     )
     simulation.run()
     return simulation
@@ -108,6 +115,49 @@ def test_prefix_hits_are_at_most_those_of_unlimited_memory(num_ranks):
         assert prefix["cached_tokens"] >= 0.95 * prefix["oracle_tokens"]
     without = schedule.report(simulate(trace, num_ranks=num_ranks, prefix_cache=False), 1.0, 1.0)["prefix"]
     assert without["cached_tokens"] == 0
+
+
+def test_other_placements_take_ranks_in_turn_and_by_requests():
+    fits, loads = np.array([True, True, False]), np.array([3.0, 2.0, 0.0])
+    turns = schedule_placements.RoundRobin()
+    assert [turns.choose(fits, loads, 0, 100) for _ in range(3)] == [0, 1, 0]
+    assert turns.choose(~fits, loads, -1, 0) == 2
+    assert turns.choose(fits, loads, -1, 0) == 0
+    assert turns.choose(np.zeros(3, bool), loads, -1, 0) is None
+    least = schedule_placements.LeastRequests()
+    assert least.choose(fits, loads, 0, 100) == 1
+    assert least.load(np.array([5, 900]), np.array([0, 0]), np.array([1, 1])).tolist() == [1.0, 1.0]
+
+
+def test_sessions_stay_with_their_prefixes_and_steps_are_shorter_for_it():
+    trace = short("multi-turn", 120, rate=60.0, think_s=0.5)
+    runs = {
+        name: schedule.report(simulate(trace, num_ranks=4, placement=make()), 1.0, 1.0)
+        for name, make in schedule_placements.PLACEMENTS.items()
+    }
+    hits = {name: run["prefix"]["cached_tokens"] / run["prefix"]["spread_oracle_tokens"] for name, run in runs.items()}
+    assert hits["balanced"] > 0.95, hits
+    assert max(hits["round-robin"], hits["least-requests"]) < 0.8, hits
+    steps = {name: run["step_ms"]["mean"] for name, run in runs.items()}
+    assert steps["balanced"] < min(steps["round-robin"], steps["least-requests"]), steps
+
+
+def test_placements_are_compared_on_the_same_requests(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(schedule, "TRACES", {name: functools.partial(short, name) for name in TRACES})
+    monkeypatch.setattr(schedule_placements, "SECONDS", 1.0)
+    monkeypatch.setattr(schedule_placements, "LOADS", {"light": 10.0})
+    files = [tmp_path / "first", tmp_path / "again"]
+    for file in files:
+        assert schedule.main(command("--placements", "2", "1", "--blocks", "4000", "--json", str(file))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * (1 + 2 * len(TRACES) * 3)
+    first, again = (json.loads(file.read_text())["runs"] for file in files)
+    assert first == again
+    for rules in zip(*[iter(first)] * 3, strict=True):
+        assert [run["placement"] for run in rules] == list(schedule_placements.PLACEMENTS)
+        assert len({(run["trace"], run["ranks"], run["requests"], run["finished"]) for run in rules}) == 1
+        if rules[0]["ranks"] == 1:  # where there is nothing to choose
+            assert len({run["ttft_ms"]["p99"] for run in rules}) == 1
 
 
 def test_a_run_can_be_repeated():

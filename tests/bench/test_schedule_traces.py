@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -136,3 +138,15 @@ def test_the_oracle_counts_whole_blocks_of_what_came_before():
     # A block counts only behind the same beginning.
     assert oracle([first, served([9, 9, 9, 9, 5, 6, 7, 8, 1], 1.0)], 4) == 0
     assert oracle([first, first, first], 4) == 16
+
+
+def test_each_of_several_caches_computes_what_all_have_in_common():
+    first = served(list(range(1, 11)), 0.0)
+    assert [oracle([first] * 4, 4, num_caches) for num_caches in (1, 2, 3, 4)] == [24, 16, 8, 0]
+    # A session stays with its cache.
+    turns = [dataclasses.replace(first.arrival, session=session) for session in (0, 1, 0, 1)]
+    asked = [
+        dataclasses.replace(first, arrival=turn, submitted=float(i)) for i, turn in enumerate([*turns[:2], turns[0]])
+    ]
+    assert oracle(asked, 4, 2) == 8
+    assert oracle(asked[:2], 4, 2) == 0

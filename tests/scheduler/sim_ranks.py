@@ -240,13 +240,14 @@ class SimCluster:
         self,
         config: SchedulerConfig,
         policy=None,
+        placement=None,
         *,
         specs: tuple[CacheSpec, ...] = CACHES,
         overlap: bool = False,
         check: bool = True,
     ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, specs, policy)
+        self.scheduler = Scheduler(config, specs, policy, placement)
         self.ranks = [SimRank(rank, config, specs) for rank in range(config.num_ranks)]
         self.overlap = overlap
         self.plans: list[StepPlan] = []  # as the ranks saw them

@@ -348,7 +348,10 @@ def test_policies_by_name(config, policy):
         ({"name": "shortest", "aging": float("nan")}, "aging must be a number from 0 to .*, got nan"),
         ({"name": "prefix", "window": 0}, "window must be an integer >= 1, got 0"),
         ({"name": "prefix", "window": 1.5}, "window must be an integer >= 1, got 1.5"),
-        ({"name": "fair", "tenant_weights": {"a": 0}}, r"tenant_weights\['a'\] must be a number from 0.001 to 1000, got 0"),
+        (
+            {"name": "fair", "tenant_weights": {"a": 0}},
+            r"tenant_weights\['a'\] must be a number from 0.001 to 1000, got 0",
+        ),
         ({"name": "fair", "default_weight": True}, "default_weight must be a number from 0.001 to 1000, got True"),
     ],
 )

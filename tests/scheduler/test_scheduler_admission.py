@@ -172,3 +172,13 @@ def test_aging_lets_the_less_urgent_have_their_turn():
         if 1 in cluster.finish:
             break
     assert 3 < key < 20  # after 5 / 10 seconds, at 0.1 s a step
+
+
+def test_blocks_that_a_prompt_will_take_are_not_given_to_another():
+    # Of 8 blocks the first prompt has 5 and takes one more in this step; one is set aside for what it says, so that 1 is left.
+    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=20, num_blocks=9))
+    cluster.submit(make_request(0, 22, max_tokens=9, ignore_eos=True), make_request(1, 8, max_tokens=9))
+    cluster.step()
+    assert cluster.admitted(cluster.plan()) == []
+    cluster.commit()
+    cluster.drain()

@@ -186,6 +186,6 @@ def test_a_hundred_thousand_operations():
     class Many(Machine):
         pass
 
-    run_state_machine_as_test(Many, settings=settings(max_examples=1500, stateful_step_count=80, deadline=None))
+    run_state_machine_as_test(Many, settings=settings(max_examples=800, stateful_step_count=60, deadline=None))
     print(f"{Many.num_operations} operations")
     assert Many.num_operations >= 100_000

@@ -1,8 +1,10 @@
 """Too few blocks for what runs: who gives way, and that nobody can tell from the answers."""
 
+import numpy as np
 import pytest
 from sim_ranks import CACHES, WINDOWED, SimCluster, expected_output, make_config, make_request
 
+from expertwire.scheduler.placement import Balanced, place
 from expertwire.scheduler.policy import Priority
 
 SMALL = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 13}  # 12 blocks of 4 tokens
@@ -41,8 +43,8 @@ def first_preempted(cluster):
         ([(7, {}), (9, {"priority": 2}), (5, {"priority": 1})], 1),
         ([(5, {}), (9, {}), (7, {})], 2),  # never the oldest, though it is the cheapest
         ([(5, {"priority": 1}), (9, {}), (7, {})], 0),  # but then a more urgent one is safe
-        ([(7, {}), (7, {}), (5, {"max_tokens": 10})], 1),  # nor one that is about to finish
-        ([(7, {}), (7, {}), (5, {"max_tokens": 10, "priority": 1})], 1),
+        ([(7, {}), (7, {}), (5, {"max_tokens": 13})], 1),  # nor one that is about to finish
+        ([(7, {}), (7, {}), (5, {"max_tokens": 13, "priority": 1})], 1),
     ],
 )
 def test_who_gives_way(requests, victim):
@@ -73,14 +75,23 @@ def test_as_many_give_way_as_it_takes():
     assert len(cluster.finish) == 5
 
 
+class Crowded(Balanced):
+    """All on rank 0, while there is a slot."""
+
+    def choose(self, fits_P, load_P, favoured, num_cached):
+        return place(fits_P, np.arange(len(fits_P)))
+
+
 def test_only_the_rank_that_is_short_preempts():
-    # On rank 0 there are three requests that grow to 7 blocks each, on rank 1 there is one that grows to 15, of 16.
-    requests = [(7, {}), (7, {"max_tokens": 53}), (7, {}), (7, {})]
-    cluster = start(*requests, num_ranks=2, max_model_len=64, num_blocks=17)
-    assert first_preempted(cluster) == [3]
+    cluster = SimCluster(make_config(**{**SMALL, "num_ranks": 2}), placement=Crowded())
+    lengths = [20, 20, 20, 12, 12]
+    cluster.submit(*(make_request(key, 7, max_tokens=n, ignore_eos=True) for key, n in enumerate(lengths)))
+    cluster.step()
+    assert [len(rank.slots) for rank in cluster.ranks] == [3, 2]
+    assert first_preempted(cluster) == [2]
     cluster.drain()
-    assert len(cluster.finish) == 4
-    assert [key for plan in cluster.plans for key in cluster.admitted(plan)].count(1) == 1
+    keys = [key for plan in cluster.plans for key in cluster.admitted(plan)]
+    assert [keys.count(key) for key in (3, 4)] == [1, 1]
 
 
 def test_who_gave_way_comes_back_with_its_tokens_before_those_that_came_later():
@@ -183,3 +194,14 @@ def test_who_gives_way_while_its_token_is_in_flight_gets_it():
     assert cluster.scheduler.unfinished()[0] == 2
     cluster.drain()
     assert cluster.tokens[2] == expected_output(make_request(2, 7, max_tokens=20, ignore_eos=True), cluster.config)[0]
+
+
+def test_while_blocks_are_still_to_come_the_oldest_gets_what_there_is():
+    # 10 blocks, of which each has 3 and wants a fourth at once: one gives way, but has a step in flight.
+    cluster = SimCluster(make_config(**{**SMALL, "num_blocks": 11}), overlap=True)
+    cluster.submit(*(make_request(key, 7, max_tokens=20, ignore_eos=True) for key in range(3)))
+    while not cluster.scheduler.stats()["preemptions"]:
+        cluster.step()
+    assert cluster.plans[-1].sched_slot_S.tolist() == [0]
+    cluster.drain()
+    assert len(cluster.finish) == 3
