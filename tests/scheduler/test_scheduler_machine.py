@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
         type(self).num_operations += self.cluster.num_operations
 
 
-Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestRandomSchedules = Machine.TestCase
 
 
