@@ -37,10 +37,14 @@ def token_limit(request: Request, config: SchedulerConfig) -> int:
 
 
 class Pace:
-    """How fast requests have been admitted lately."""
+    """How fast requests have been admitted lately, since some wait: without that it says how seldom they come."""
 
     def __init__(self) -> None:
         self._admitted_at: deque[float] = deque(maxlen=_PACE_ADMISSIONS)
+
+    def nobody_waits(self) -> None:
+        """Begin anew."""
+        self._admitted_at.clear()
 
     def admitted(self, count: int, now: float) -> None:
         """Count some."""

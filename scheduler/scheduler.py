@@ -47,7 +47,7 @@ class _InFlight(NamedTuple):
 
     plan: StepPlan
     rows_S: np.ndarray
-    key_S: np.ndarray
+    order_S: np.ndarray  # of submission: unlike a key, never used again
 
 
 class Scheduler:
@@ -111,6 +111,8 @@ class Scheduler:
         assert request.key not in self._running, f"key {request.key} is running already"
         if (reason := invalid(request, self.config, self._table.most_blocks_G)) is not None:
             return Rejection(request.key, "INVALID_ARGUMENT", reason)
+        if not self._queue:
+            self._pace.nobody_waits()
         if (rejection := refusal(request, self.config, self._queue, self._pace, now)) is not None:
             return rejection
         request.arrival = now
@@ -183,7 +185,7 @@ class Scheduler:
             num = num_N[rows]
         plan = self._build(report_load, released, [admission.request for admission in admissions], new_rows, rows, num)
         self._num_plans += 1
-        self._in_flight.append(_InFlight(plan, rows, table.key_N[rows]))
+        self._in_flight.append(_InFlight(plan, rows, table.order_N[rows]))
         return plan
 
     def commit(self, plan: StepPlan, results: Sequence[StepResult], now: float) -> StepOutputs:
@@ -194,7 +196,7 @@ class Scheduler:
         results = sorted(results, key=lambda result: result.rank)
         got = [(result.step, result.rank) for result in results]
         assert got == [(plan.step, rank) for rank in range(self.config.num_ranks)], f"step {plan.step}: got {got}"
-        same = (table.key_N[step.rows_S] == step.key_S) & table.running_N[step.rows_S]
+        same = (table.order_N[step.rows_S] == step.order_S) & table.running_N[step.rows_S]
         going_N = np.zeros_like(table.running_N)
         going_N[step.rows_S] = same
         table.in_flight_N -= going_N
