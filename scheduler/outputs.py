@@ -20,7 +20,7 @@ class StepOutputs:
     """Sampled tokens and prompt log-probabilities of one step by request key, sorted by rank.
 
     Fields as in `StepResult`. A request's last output has `finish_O` set. Prompt log-probabilities come with the step that
-    computed them, so never after the request's first token.
+    computed them: before the request's first token, and once more after it has been preempted.
     """
 
     step: int
