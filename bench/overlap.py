@@ -1,13 +1,15 @@
 """`python -m expertwire.bench.overlap`: does the controller's work hide behind the ranks'?
 
 The controller's own loop (`engine.controller.step`) drives ranks in processes of their own over the real control channel, with a
-front that takes the answers. The ranks sleep instead of computing, so a step's period is the ranks' time and what the host adds.
+front that takes the answers. The ranks sleep instead of computing, so a step's period is the ranks' time (`forward_us`) and what
+the host adds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import socket
 import statistics
@@ -106,10 +108,12 @@ def rank_main(
     link = ControlLink(address, token, rank=rank, node=node, hello={})
     with contextlib.suppress(ChannelClosed):
         while (arrays := link.recv(None)) is not None:
-            end = time.perf_counter() + step_s
-            answer = ranks.run(StepPlan.from_arrays(arrays))[0][rank].to_arrays()
-            time.sleep(max(end - time.perf_counter(), 0.0))
-            link.send(answer)
+            start = time.perf_counter()
+            answer = ranks.run(StepPlan.from_arrays(arrays))[0][rank]
+            time.sleep(max(start + step_s - time.perf_counter(), 0.0))
+            # A sleep may take longer than it should, and that is not the host's doing.
+            took_us = int((time.perf_counter() - start) * 1e6)
+            link.send(dataclasses.replace(answer, forward_us=took_us).to_arrays())
     link.close()
 
 
