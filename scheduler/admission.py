@@ -60,10 +60,7 @@ class Room:
         self, placement: Placement, slots_P: np.ndarray, budget_P: np.ndarray, blocks_P: np.ndarray, load_P: np.ndarray
     ) -> None:
         self._placement, self._load_P = placement, load_P
-        self._slots, self._budget = (
-            slots_P.tolist(),
-            budget_P.tolist(),
-        )  # by rank; as numbers, not arrays, they are quick
+        self._slots, self._budget = slots_P.tolist(), budget_P.tolist()  # by rank; quicker than arrays, one at a time
         self._blocks_P = np.where((slots_P > 0) & (budget_P > 0), blocks_P, _CLOSED)
 
     @property
@@ -105,7 +102,7 @@ class PrefixCache:
     ) -> None:
         self._prefix_names = prefix_names
         self._pool, self._block_size, self._num_groups = pool, config.block_size, len(specs)
-        self._windows = {group: spec.window for group, spec in enumerate(specs) if spec.window is not None}
+        self._windows = {group: spec for group, spec in enumerate(specs) if spec.window is not None}
         self._full = [group for group in range(len(specs)) if group not in self._windows]
         self.nothing = Cached(0, [np.zeros(0, np.int64)] * len(specs))
 
@@ -115,7 +112,7 @@ class PrefixCache:
         if self._prefix_names is None or not requests:
             return
         empty_A4 = np.array([self._prefix_names.empty(request.tenant, request.salt) for request in requests])
-        sums_B4, offsets = self._prefix_names.prefixes_of_all([request.tokens for request in requests], empty_A4)
+        sums_B4, offsets = self._prefix_names.prefixes([request.tokens for request in requests], empty_A4)
         names_B2, offsets = names(sums_B4), offsets.tolist()
         for request, empty_4, start, end in zip(requests, empty_A4, offsets[:-1], offsets[1:], strict=True):
             request.names = names_B2[start:end]
@@ -190,4 +187,4 @@ class PrefixCache:
 
     def _first(self, group: int, num_blocks: int) -> int:
         """The first block that the token behind `num_blocks` blocks can see in a window."""
-        return max(num_blocks * self._block_size - self._windows[group] + 1, 0) // self._block_size
+        return int(self._windows[group].first_seen(num_blocks * self._block_size, self._block_size))

@@ -114,7 +114,8 @@ class Admitter:
             num_held = self._config.blocks_for(num_cached)
             needed = self._config.blocks_for(len(child.tokens)) - num_held + 1  # the last block may have to be copied
             first_G = table.num_dropped_GN[:, row]
-            holds_all = num_cached and (first_G <= table.first_seen_G(num_cached)).all()
+            seen_G = [spec.first_seen(num_cached, self._config.block_size) for spec in table.specs]
+            holds_all = num_cached and (first_G <= seen_G).all()
             if holds_all and not table.draining_N[row] and room.fits(rank, needed):
                 blocks_G = [table.block_ids_GNB[g, row, first:num_held] for g, first in enumerate(first_G)]
                 num_scheduled = room.take(child, rank, needed, num_cached)

@@ -71,6 +71,12 @@ class CacheSpec:
     readers: tuple[int, ...]
     window: int | None = None
 
+    def first_seen(self, num_computed: int | np.ndarray, block_size: int) -> int | np.ndarray:
+        """The first block that the token behind so many computed ones sees."""
+        if self.window is None:
+            return 0 * num_computed
+        return np.maximum(num_computed - self.window + 1, 0) // block_size
+
 
 class _Arrays:
     """Named arrays in and out: scalars travel as arrays of one int64, records of SAMPLING_DTYPE as bytes."""

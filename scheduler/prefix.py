@@ -51,15 +51,9 @@ class PrefixNames:
         self._empty[tenant, salt] = empty_4
         return empty_4
 
-    def prefixes(self, tokens: np.ndarray, empty_4: np.ndarray) -> np.ndarray:
-        """Sums of the prefixes of `tokens` i32 [L] that fill 1, 2, ... blocks: u64 [L // s, 4]."""
-        num_blocks = len(tokens) // self.block_size
-        blocks_Bs = tokens[: num_blocks * self.block_size].reshape(num_blocks, self.block_size)
-        return empty_4 + self._block_sums(np.arange(num_blocks), blocks_Bs).cumsum(axis=0)
-
-    def prefixes_of_all(self, tokens_A: Sequence[np.ndarray], empty_A4: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`prefixes` for several requests at once: the sums of all, one request behind the other, u64 [B, 4], and where each
-        one's begin and end, [A + 1]."""
+    def prefixes(self, tokens_A: Sequence[np.ndarray], empty_A4: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of the prefixes of each request's tokens, i32 [L], that fill 1, 2, ... blocks: one request behind the other,
+        u64 [B, 4], and where each one's begin and end, [A + 1]."""
         size = self.block_size
         counts_A = np.array([len(tokens) // size for tokens in tokens_A])
         offsets_A1 = ragged.offsets(counts_A)

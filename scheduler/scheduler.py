@@ -280,8 +280,7 @@ class Scheduler:
         the next plan.
         """
         table = self._table
-        if any(window is not None for window in table.window_G):
-            table.drop_blocks(rows)
+        table.drop_blocks(rows)
         lacking_GR = table.lacking_GR(rows, table.num_computed_N[rows] + num)
         short_GP = preemption.shortage_GP(table, rows, lacking_GR)
         if not short_GP.any():

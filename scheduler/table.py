@@ -77,7 +77,6 @@ class RunningTable:
         # A row's blocks are those at [num_dropped, num_blocks) of its table: a window's first ones are given back.
         self.num_blocks_GN = np.zeros((num_groups, n), np.int32)
         self.num_dropped_GN = np.zeros((num_groups, n), np.int32)
-        self.window_G = [spec.window if spec.kind == "window" else None for spec in specs]
         self.most_blocks_G = np.array([most_blocks(spec, config) for spec in specs])
         # Untouched pages cost nothing, so these may be as wide as the longest request.
         width = config.blocks_for(config.max_model_len)
@@ -170,17 +169,12 @@ class RunningTable:
 
     def drop_blocks(self, rows: np.ndarray) -> None:
         """Give back what lies before each row's window, now that its next token to compute is known."""
-        for group, window in enumerate(self.window_G):
-            if window is not None:
-                first = np.maximum(self.num_computed_N[rows] - window + 1, 0) // self.block_size
+        for group, spec in enumerate(self.specs):
+            if spec.window is not None:
+                first = spec.first_seen(self.num_computed_N[rows], self.block_size)
                 counts = np.minimum(first, self.num_blocks_GN[group, rows]) - self.num_dropped_GN[group, rows]
                 self._give_back(group, rows, counts)
                 self.num_dropped_GN[group, rows] += counts
-
-    def first_seen_G(self, num_computed: int) -> np.ndarray:
-        """The first block that the token behind so many computed ones sees, in each cache."""
-        starts = [0 if window is None else max(num_computed - window + 1, 0) for window in self.window_G]
-        return np.array(starts) // self.block_size
 
     def unshare_tails(self, rows: np.ndarray) -> Copies:
         """Copy on write: rows about to write into a block that others use too get one of their own."""
@@ -266,7 +260,7 @@ class RunningTable:
         place_B = row_B * self._width + index_B
         names_B2 = self._names_M2.take(place_B, axis=0)
         for group, dropped_N in enumerate(self.num_dropped_GN):
-            here = slice(None) if self.window_G[group] is None else index_B >= dropped_N[row_B]
+            here = slice(None) if self.specs[group].window is None else index_B >= dropped_N[row_B]
             ids = self._ids_G[group].take(place_B[here])
             self.pool.name(group, self.rank_N.take(row_B[here]), ids, names_B2[here])
 
@@ -381,3 +375,5 @@ def check_caches(cache_specs: tuple[CacheSpec, ...]) -> None:
             raise ValueError(
                 f"cache {spec.name!r} is of kind 'window'; window must be an integer >= 1, got {spec.window!r}"
             )
+        if spec.kind != "window" and spec.window is not None:
+            raise ValueError(f"cache {spec.name!r} is of kind {spec.kind!r}; window must be None, got {spec.window!r}")
