@@ -33,6 +33,7 @@ from expertwire.engine.startup import CacheTooSmall, Orders, scheduler_config, s
 from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.policy import PolicyConfig, make_policy
+from expertwire.scheduler.rehearsal import rehearse
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Rejection, Scheduler
@@ -41,6 +42,8 @@ from expertwire.scheduler.scheduler import Rejection, Scheduler
 _ID_BITS = 40
 # How long to wait for the culprit when a rank reports an error that a dead peer may have caused.
 _BLAME_S = 1.0
+# How long nothing must have happened for the scheduler to be checked.
+_QUIET_S = 1.0
 
 
 @dataclass(kw_only=True)
@@ -55,6 +58,7 @@ class Loop:
     asking: list[int] = field(default_factory=list)  # fronts that wait for statistics
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
     load: np.ndarray | None = None  # i64 [layers * experts]
+    unchecked: bool = False  # whether something has been done since the scheduler's integrity was checked
 
 
 # Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and where time went, in µs:
@@ -71,6 +75,7 @@ def controller_main(orders: Orders) -> None:
     loop: Loop | None = None
     try:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
+        rehearse()  # while the ranks start
         info = start_ranks(orders, hub)
         policy = PolicyConfig(name=config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
@@ -126,7 +131,12 @@ def _listen(loop: Loop, listener: Any, *, busy: bool) -> None:
     watched = [listener.fileno(), *by_descriptor, *loop.hub.filenos()]
     # A front that is slow to read has left some of its messages with us.
     behind = [descriptor for descriptor, number in by_descriptor.items() if loop.fronts[number].pending]
-    readable, writable, _ = select.select(watched, behind, [], 0 if busy else None)
+    loop.unchecked |= busy
+    wait_s = 0 if busy else _QUIET_S if loop.unchecked else None
+    readable, writable, _ = select.select(watched, behind, [], wait_s)
+    if not busy and not (readable or writable):
+        loop.scheduler.check_integrity()
+        loop.unchecked = False
     for descriptor in writable:
         _flush(loop, by_descriptor[descriptor])
     for descriptor in readable:

@@ -15,8 +15,9 @@ class SchedulerConfig:
         max_num_tokens: token budget of one step on one rank. Also bounds the requests that run at once, as each of them gets
             at least one token a step.
         max_model_len: prompt and output tokens of one request at most.
-        block_size: tokens in a block, the same in every cache.
+        block_size: tokens in a block, the same in every cache but those of states.
         num_blocks: on one rank in each cache, including block 0, the null block, which is never handed out.
+        num_states: the same for caches of states; None if there are none.
         max_waiting: requests that may wait.
         eos_token_ids: end-of-sequence ids; any of them ends an output.
         vocab_size: token ids are in [0, vocab_size).
@@ -43,6 +44,7 @@ class SchedulerConfig:
     prefix_secret: int = 0
     chunk_tokens: int | None = None
     max_waiting_per_tenant: int | None = None
+    num_states: int | None = None
 
     def __post_init__(self) -> None:
         for field, low in (
@@ -58,10 +60,10 @@ class SchedulerConfig:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
-        for field in ("chunk_tokens", "max_waiting_per_tenant"):
+        for field, low in (("chunk_tokens", 1), ("max_waiting_per_tenant", 1), ("num_states", 2)):
             value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field} must be an integer >= 1 or None, got {value!r}")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ValueError(f"{field} must be an integer >= {low} or None, got {value!r}")
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""

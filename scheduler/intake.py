@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from expertwire.scheduler import block_loops, row_loops
+from expertwire.scheduler.block_loops import Caches
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
@@ -91,14 +93,8 @@ def refusal(request: Request, config: SchedulerConfig, queue: WaitingQueue, pace
     return None
 
 
-def worst_case_blocks(limit: int, config: SchedulerConfig, most_blocks: int) -> int:
-    """Blocks of a cache that a request of `limit` tokens may take, of which it can hold `most_blocks`; the last token is never
-    computed."""
-    return min(config.blocks_for(limit - 1), most_blocks)
-
-
-def invalid(request: Request, config: SchedulerConfig, most_blocks_G: np.ndarray) -> str | None:
-    """Why the request can never be served; None if it can. `most_blocks_G`: of each cache, that one request can hold."""
+def invalid(request: Request, config: SchedulerConfig, caches: Caches, capacity_G: np.ndarray) -> str | None:
+    """Why the request can never be served; None if it can. `capacity_G`: blocks of each cache on one rank."""
     length, params = len(request.prompt), request.params
     if length == 0:
         return "prompt must have at least 1 token, got 0"
@@ -107,7 +103,7 @@ def invalid(request: Request, config: SchedulerConfig, most_blocks_G: np.ndarray
             f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
             f"(max_model_len = {config.max_model_len}, of which one is for the output)"
         )
-    if request.prompt.view(np.uint32).max() >= config.vocab_size:  # as they are unsigned, negative ones are large
+    if not block_loops.all_below(request.prompt, config.vocab_size):
         wrong = int(np.flatnonzero((request.prompt < 0) | (request.prompt >= config.vocab_size))[0])
         return f"prompt[{wrong}] names token {request.prompt[wrong]}; allowed are 0 to {config.vocab_size - 1}"
     for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
@@ -117,11 +113,12 @@ def invalid(request: Request, config: SchedulerConfig, most_blocks_G: np.ndarray
     for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if count is not None and count > config.vocab_size:
             return f"{field} is {count}; allowed are at most {config.vocab_size}, the size of the vocabulary"
-    limit = token_limit(request, config)
-    blocks, capacity = worst_case_blocks(limit, config, int(most_blocks_G.max())), config.num_blocks - 1
-    if blocks > capacity:
+    limit = token_limit(request, config)  # the last token is never computed
+    if (group := row_loops.too_large(caches, limit - 1, capacity_G)) >= 0:
+        needed, capacity = -(-(limit - 1) // caches.size_G[group]), capacity_G[group]
         return (
-            f"prompt ({length} tokens) and max_tokens ({limit - length} after max_model_len) need {blocks} cache blocks; a rank "
-            f"has {capacity}, which is enough for {capacity * config.block_size + 1} tokens in all"
+            f"prompt ({length} tokens) and max_tokens ({limit - length} after max_model_len) need "
+            f"{min(needed, caches.most_G[group])} cache blocks; a rank has {capacity}, which is enough for "
+            f"{capacity * caches.size_G[group] + 1} tokens in all"
         )
     return None

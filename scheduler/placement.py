@@ -11,6 +11,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from expertwire.scheduler import row_loops
+
 Count = TypeVar("Count", float, np.ndarray)  # of one request, or of each of an array
 
 
@@ -55,17 +57,17 @@ class Balanced:
     kv_share: float = 2.3e-3
 
     def load(self, num_tokens: Count, num_computed: Count, num_left: Count) -> Count:
-        return num_tokens - num_computed + np.minimum(num_left, self.horizon) * (1 + self.kv_share * num_tokens)
+        steps = min(num_left, self.horizon) if isinstance(num_left, int) else np.minimum(num_left, self.horizon)
+        return num_tokens - num_computed + steps * (1 + self.kv_share * num_tokens)
 
     def choose(self, fits_P: np.ndarray, load_P: np.ndarray, favoured: int, num_cached: int) -> int | None:
         rank = place(fits_P, load_P)
-        if favoured >= 0 and fits_P[favoured] and load_P[favoured] - num_cached <= load_P[rank]:
+        if rank is not None and favoured >= 0 and fits_P[favoured] and load_P[favoured] - num_cached <= load_P[rank]:
             return favoured
         return rank
 
 
 def place(fits_P: np.ndarray, load_P: np.ndarray) -> int | None:
     """The rank with the least load among those with room, the lowest of equals; None if no rank has room."""
-    if not fits_P.any():
-        return None
-    return int(np.where(fits_P, load_P, np.inf).argmin())
+    rank = row_loops.least(fits_P, load_P)
+    return None if rank < 0 else rank

@@ -11,14 +11,19 @@ is one more than the letter (offsets).
 
 from __future__ import annotations
 
+import itertools
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
 CacheKind = Literal["full", "window", "latent", "index", "state"]
+
+_U8, _I32, _I64, _F32 = (np.dtype(kind) for kind in (np.uint8, np.int32, np.int64, np.float32))
 
 # Per-slot sampling state, sent once when a request is admitted.
 SAMPLING_DTYPE = np.dtype(
@@ -62,6 +67,8 @@ class CacheSpec:
         writers: layers that write it.
         readers: layers that read it (a layer may read another layer's cache).
         window: tokens kept, for kind `window`.
+        snapshot_every: tokens after which the state is kept, for prefixes, and goes on in another block; for kind `state`, whose
+            blocks hold one state each. A multiple of the block size.
     """
 
     name: str
@@ -70,42 +77,98 @@ class CacheSpec:
     writers: tuple[int, ...]
     readers: tuple[int, ...]
     window: int | None = None
+    snapshot_every: int | None = None
 
-    def first_seen(self, num_computed: int | np.ndarray, block_size: int) -> int | np.ndarray:
-        """The first block that the token behind so many computed ones sees."""
-        if self.window is None:
-            return 0 * num_computed
-        return np.maximum(num_computed - self.window + 1, 0) // block_size
+    @property
+    def num_seen(self) -> int | None:
+        """Tokens of it that a token needs, itself included; None: all. Of a state, that is the one after the token before."""
+        return 2 if self.kind == "state" else self.window
+
+    def tokens_per_block(self, block_size: int) -> int:
+        """`block_size`, but for a state."""
+        return self.snapshot_every or block_size
 
 
-class _Arrays:
-    """Named arrays in and out: scalars travel as arrays of one int64, records of SAMPLING_DTYPE as bytes."""
+class _Message:
+    """Scalars and arrays that travel as one array of words, named like the class: there is little to make and unmake.
+
+        i64 [1 + scalars + arrays]   digest of the fields' names and types | scalars | each array's length in words
+        i32 [sum of the lengths]     the arrays, one after another; bytes travel as words
+
+    Attributes:
+        scalars: the fields that are ints; they come first.
+        dtypes: of the other fields, which are contiguous arrays; i32 unless `others` says otherwise.
+    """
 
     scalars: ClassVar[tuple[str, ...]]
-    records: ClassVar[tuple[str, ...]]
+    dtypes: ClassVar[dict[str, np.dtype]]
+    _bytes: ClassVar[list[int]]  # indices among the arrays
+    _others: ClassVar[list[tuple[int, np.dtype]]]  # likewise, of those that are neither bytes nor words
+    _nothing: ClassVar[list[np.ndarray]]  # empty arrays, shared: most are
+    _travelling: ClassVar[list[np.dtype]]
+    _head: ClassVar[struct.Struct]
+    _digest: ClassVar[int]
+
+    def __init_subclass__(cls, *, others: dict[str, np.dtype]) -> None:
+        types = cls.__annotations__
+        cls.scalars = tuple(name for name in types if types[name] == "int")
+        cls.dtypes = {name: others.get(name, _I32) for name in types if name not in cls.scalars}
+        assert [*types] == [*cls.scalars, *cls.dtypes], f"{cls.__name__}: scalars come first"
+        dtypes = list(cls.dtypes.values())
+        cls._bytes = [index for index, dtype in enumerate(dtypes) if dtype.itemsize == 1]
+        cls._others = [(index, dtype) for index, dtype in enumerate(dtypes) if dtype.itemsize > 1 and dtype != _I32]
+        cls._nothing = [np.zeros(0, dtype) for dtype in dtypes]
+        cls._travelling = [dtype if dtype.itemsize > 1 else _I32 for dtype in dtypes]
+        cls._head = struct.Struct(f"<{1 + len(cls.scalars)}q{len(dtypes)}Q")
+        cls._digest = zlib.crc32(str([*types, *(dtype.descr for dtype in dtypes)]).encode())
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        out = {}
-        for name, value in vars(self).items():
-            if isinstance(value, int):
-                value = np.array([value], np.int64)
-            elif value.dtype.names:
-                value = value.view(np.uint8)
-            out[name] = value
-        return out
+        """What the control channel carries."""
+        values = list(vars(self).values())
+        scalars, arrays = values[: len(self.scalars)], values[len(self.scalars) :]
+        for index in self._bytes:
+            arrays[index] = arrays[index].astype(_I32)
+        found = [array.dtype for array in arrays]
+        assert found == self._travelling, f"{type(self).__name__} has {dict(zip(self.dtypes, found, strict=True))}"
+        head = self._head.pack(self._digest, *scalars, *[array.nbytes // _I32.itemsize for array in arrays])
+        return {type(self).__name__: np.frombuffer(b"".join((head, *arrays)), _I32)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        values = dict(arrays)
-        for name in cls.scalars:
-            values[name] = int(values[name][0])
-        for name in cls.records:
-            values[name] = values[name].view(SAMPLING_DTYPE)
-        return cls(**values)
+        """The message, as views of what arrived.
+
+        Raises:
+            ValueError: it is another message, of another version, or damaged.
+        """
+        words = arrays.get(cls.__name__)
+        if words is None or words.dtype != _I32 or words.ndim != 1 or words.nbytes < cls._head.size:
+            found = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+            raise ValueError(f"expected a {cls.__name__}, got {found}")
+        digest, *values = cls._head.unpack_from(words)
+        if digest != cls._digest:
+            raise ValueError(f"a {cls.__name__} of another version: its fields' digest is {digest}, ours {cls._digest}")
+        lengths = values[len(cls.scalars) :]
+        bounds = [*itertools.accumulate(lengths, initial=cls._head.size // _I32.itemsize)]
+        parts = zip(bounds, bounds[1:], cls._nothing, strict=False)
+        fields = [words[begin:end] if begin < end else nothing for begin, end, nothing in parts]
+        try:
+            if bounds[-1] != len(words):
+                raise ValueError(f"that would be {bounds[-1]}")
+            for index, dtype in cls._others:
+                if lengths[index]:
+                    fields[index] = fields[index].view(dtype)
+        except ValueError as error:
+            what = f"malformed {cls.__name__} of {len(words)} words with arrays of {lengths}"
+            raise ValueError(f"{what}: {error}") from error
+        for index in cls._bytes:
+            fields[index] = fields[index].astype(_U8)
+        message = object.__new__(cls)
+        vars(message).update(zip(cls.scalars, values, strict=False))
+        vars(message).update(zip(cls.dtypes, fields, strict=True))
+        return message
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankPlan:
+class RankPlan(NamedTuple):
     """One rank's slice of a step: views into the `StepPlan`.
 
     Order of application: release slots, admit requests, set blocks in the slots' tables, copy blocks (all that are read before
@@ -133,11 +196,8 @@ class RankPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepPlan(_Arrays):
+class StepPlan(_Message, others={"admit_sampling_A": SAMPLING_DTYPE, "admit_bias_values": _F32, "sched_sample_S": _U8}):
     """What every rank does in one step. Immutable; built by the scheduler, sent once per node."""
-
-    scalars = ("epoch", "step", "report_load")
-    records = ("admit_sampling_A",)
 
     epoch: int  # of the placement of experts
     step: int
@@ -177,16 +237,18 @@ class StepPlan(_Arrays):
 
     def rank(self, rank: int) -> RankPlan:
         """The slice of one rank, without copying."""
-        admit = slice(self.admit_offsets_P1[rank], self.admit_offsets_P1[rank + 1])
-        block = slice(self.block_offsets_P1[rank], self.block_offsets_P1[rank + 1])
-        copy = slice(self.copy_offsets_P1[rank], self.copy_offsets_P1[rank + 1])
-        sched = slice(self.sched_offsets_P1[rank], self.sched_offsets_P1[rank + 1])
+
+        def part(offsets_P1: np.ndarray) -> slice:
+            return slice(offsets_P1.item(rank), offsets_P1.item(rank + 1))
+
+        admit, block = part(self.admit_offsets_P1), part(self.block_offsets_P1)
+        copy, sched = part(self.copy_offsets_P1), part(self.sched_offsets_P1)
 
         def ragged(values: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
             return [values[offsets[i] : offsets[i + 1]] for i in range(admit.start, admit.stop)]
 
         return RankPlan(
-            release_slot=self.release_slot[self.release_offsets_P1[rank] : self.release_offsets_P1[rank + 1]],
+            release_slot=self.release_slot[part(self.release_offsets_P1)],
             admit_slot_A=self.admit_slot_A[admit],
             admit_sampling_A=self.admit_sampling_A[admit],
             admit_tokens=ragged(self.admit_tokens, self.admit_token_offsets_A1),
@@ -208,7 +270,11 @@ class StepPlan(_Arrays):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult(_Arrays):
+class StepResult(
+    _Message,
+    others={"expert_load": _I64}
+    | dict.fromkeys(("logprob_O", "top_logprobs", "prompt_logprob", "prompt_top_logprobs"), _F32),
+):
     """What one rank answers to a step.
 
     Log-probabilities are those of the model's raw logits, before penalties, bias and temperature. `top_*` holds, for each
@@ -216,12 +282,10 @@ class StepResult(_Arrays):
     token computed in this step whose successor is also a prompt token, of the slots that asked.
     """
 
-    scalars = ("step", "rank", "forward_us")
-    records = ()
-
     step: int
     rank: int
     forward_us: int  # wall time of the model's part of the step
+    expert_load: np.ndarray  # i64 [layers * logical experts] since the last report, or empty
     slot_O: np.ndarray  # i32
     token_O: np.ndarray  # i32
     logprob_O: np.ndarray  # f32; NaN where not asked for
@@ -236,4 +300,3 @@ class StepResult(_Arrays):
     prompt_top_offsets: np.ndarray  # i32, one more than rows
     prompt_top_ids: np.ndarray  # i32
     prompt_top_logprobs: np.ndarray  # f32
-    expert_load: np.ndarray  # i64 [layers * logical experts] since the last report, or empty

@@ -34,7 +34,7 @@ def victims(table: RunningTable, short_GP: np.ndarray) -> np.ndarray:
         first, last = table.bounds_P1[rank : rank + 2]
         rows = first + np.flatnonzero(table.running_N[first:last] & ~table.draining_N[first:last])
         rows = rows[np.lexsort((table.order_N[rows], table.priority_N[rows]))][1:]
-        about_to_finish = table.limit_N[rows] - table.num_tokens_N[rows] <= table.block_size
+        about_to_finish = table.limit_N[rows] - table.num_tokens_N[rows] <= table.config.block_size
         keys = (-table.order_N[rows], table.num_computed_N[rows], -table.priority_N[rows], about_to_finish)
         short_G = short_GP[:, rank].copy()
         for row in rows[np.lexsort(keys)].tolist():

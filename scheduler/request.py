@@ -66,26 +66,29 @@ class Request:
             return ()
         return sorted(self.stop_ids.union(() if self.params.ignore_eos else eos_token_ids))
 
-    def sampling(self, vocab_size: int) -> tuple[float, ...]:
-        """One record of `plan.SAMPLING_DTYPE`. What a 32-bit field cannot hold is replaced by a value of equal effect."""
-        p = self.params
-        prompt_len = len(self.prompt)
-        return (
-            self.seed,
-            self.branch,
-            prompt_len,
-            min(p.min_tokens, self.limit - prompt_len),
-            p.top_k if 0 < p.top_k < vocab_size else -1,
-            -1 if p.logprobs is None else p.logprobs,
-            -1 if p.prompt_logprobs is None else p.prompt_logprobs,
-            min(p.temperature, _FLOAT_MAX),
-            p.top_p,
-            p.min_p,
-            min(p.repetition_penalty, _FLOAT_MAX),
-            p.presence_penalty,
-            p.frequency_penalty,
-            0,
-        )
+
+def sampling(requests: Sequence[Request], vocab_size: int) -> np.ndarray:
+    """A record of `plan.SAMPLING_DTYPE` for each. What a 32-bit field cannot hold is replaced by a value of equal effect."""
+    params = [request.params for request in requests]
+    records_A = np.zeros(len(requests), SAMPLING_DTYPE)
+    columns = {
+        "seed": [request.seed for request in requests],
+        "branch": [request.branch for request in requests],
+        "prompt_len": [len(request.prompt) for request in requests],
+        "min_tokens": [min(r.params.min_tokens, r.limit - len(r.prompt)) for r in requests],
+        "top_k": [p.top_k if 0 < p.top_k < vocab_size else -1 for p in params],
+        "logprobs": [-1 if p.logprobs is None else p.logprobs for p in params],
+        "prompt_logprobs": [-1 if p.prompt_logprobs is None else p.prompt_logprobs for p in params],
+        "temperature": [min(p.temperature, _FLOAT_MAX) for p in params],
+        "top_p": [p.top_p for p in params],
+        "min_p": [p.min_p for p in params],
+        "repetition_penalty": [min(p.repetition_penalty, _FLOAT_MAX) for p in params],
+        "presence_penalty": [p.presence_penalty for p in params],
+        "frequency_penalty": [p.frequency_penalty for p in params],
+    }
+    for name, column in columns.items():
+        records_A[name] = column
+    return records_A
 
 
 def introduction(requests: Sequence[Request], vocab_size: int, eos_token_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -96,7 +99,7 @@ def introduction(requests: Sequence[Request], vocab_size: int, eos_token_ids: tu
     bias_ids, bias_offsets = ragged.pack([list(bias) if bias else () for bias in biases], np.int32)
     bias_values, _ = ragged.pack([list(bias.values()) if bias else () for bias in biases], np.float32)
     return {
-        "admit_sampling_A": np.array([r.sampling(vocab_size) for r in requests], SAMPLING_DTYPE),
+        "admit_sampling_A": sampling(requests, vocab_size),
         "admit_token_offsets_A1": token_offsets,
         "admit_tokens": tokens,
         "admit_ban_offsets_A1": ban_offsets,

@@ -8,7 +8,8 @@ Everything is a function of the calls made, their `now` included: the same calls
 
 The rest of the house: `request`, `intake` (which requests can be served at all), `queue` and `policy` (who is next), `prefix`,
 `block_pool` and `admission` (blocks, and which prefixes the ranks have), `admitter` (who starts), `placement` (which rank),
-`table` (what runs), `preemption` (who gives way), `plan` (what ranks are told and answer), `outputs` (what the answers say).
+`table` (what runs), `preemption` (who gives way), `plan` (what ranks are told and answer), `outputs` (what the answers say), and
+`block_loops` and `row_loops` (what of all this is compiled).
 
 Shape letters: P ranks, A admitted requests, S scheduled requests, O sampled tokens, N rows of the running table, V vocabulary.
 `rows` are rows of the running table.
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expertwire.scheduler import preemption, ragged
-from expertwire.scheduler.admission import Admission
 from expertwire.scheduler.admitter import Admitter
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
@@ -34,7 +34,7 @@ from expertwire.scheduler.plan import CacheSpec, FinishReason, StepPlan, StepRes
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request, introduction
-from expertwire.scheduler.table import RunningTable, check_caches
+from expertwire.scheduler.table import ASK, Admission, RunningTable, capacities, check_caches
 
 __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"]
 
@@ -69,17 +69,18 @@ class Scheduler:
         policy: Policy | None = None,
         placement: Placement | None = None,
     ) -> None:
-        check_caches(cache_specs)
+        check_caches(cache_specs, config)
         self.config = config
         self.cache_specs = cache_specs
         self.epoch = 0
         self._policy = policy or Fcfs()
         # An id outside the vocabulary, which some checkpoints name, is never sampled.
         self._eos_token_ids = tuple(token for token in config.eos_token_ids if 0 <= token < config.vocab_size)
-        self._pool = BlockPool(len(cache_specs), config.num_ranks, config.num_blocks)
+        self._eos_ids = np.array(self._eos_token_ids, np.int64)
+        self._pool = BlockPool(capacities(cache_specs, config), config.num_ranks)
         self._table = RunningTable(config, cache_specs, self._pool)
         self._queue = WaitingQueue()
-        self._admitter = Admitter(config, self._table, self._queue, self._policy, placement or Balanced())
+        self._admitter = Admitter(self._table, self._queue, self._policy, placement or Balanced())
         self._running: dict[int, Request] = {}
         self._may_stop_V = np.zeros(config.vocab_size, bool)  # some request so far had this stop id
         self._ended: list[int] = []  # rows to release in the next plan
@@ -109,7 +110,7 @@ class Scheduler:
     def submit(self, request: Request, now: float) -> Rejection | None:
         """Put a request into the queue, or say why not."""
         assert request.key not in self._running, f"key {request.key} is running already"
-        if (reason := invalid(request, self.config, self._table.most_blocks_G)) is not None:
+        if (reason := invalid(request, self.config, self._table.caches, self._pool.capacity_G)) is not None:
             return Rejection(request.key, "INVALID_ARGUMENT", reason)
         if not self._queue:
             self._pace.nobody_waits()
@@ -158,7 +159,7 @@ class Scheduler:
         if (waiting := self._queue.discard(key)) is not None:
             self._policy.dropped(waiting)
         elif (request := self._running.get(key)) is not None:
-            self._end(request)
+            self._end(np.array([self._row(request)]))
 
     def plan(self, now: float, *, report_load: bool = False) -> StepPlan | None:
         """The next step; None if there is nothing to compute or release, unless the ranks shall report their load.
@@ -169,7 +170,7 @@ class Scheduler:
         assert len(self._in_flight) < MAX_IN_FLIGHT, f"step {self._in_flight[0].plan.step} is not committed"
         table = self._table
         released = self._release()
-        rows, num, budget_P = self._want()
+        rows, num, budget_P = table.want()
         rows, num, preempted = self._serve(rows, num)
         released = np.sort(np.concatenate((released, preempted)))
         admissions = self._admitter.choose(budget_P)
@@ -196,10 +197,7 @@ class Scheduler:
         results = sorted(results, key=lambda result: result.rank)
         got = [(result.step, result.rank) for result in results]
         assert got == [(plan.step, rank) for rank in range(self.config.num_ranks)], f"step {plan.step}: got {got}"
-        same = (table.order_N[step.rows_S] == step.order_S) & table.running_N[step.rows_S]
-        going_N = np.zeros_like(table.running_N)
-        going_N[step.rows_S] = same
-        table.in_flight_N -= going_N
+        going_N = table.settle(step.rows_S, step.order_S)
         rows_O = table.rows_of_parts([result.slot_O for result in results])
         expected = step.rows_S[plan.sched_sample_S == 1]
         assert np.array_equal(rows_O, expected) or np.array_equal(np.sort(rows_O), expected), (
@@ -221,7 +219,7 @@ class Scheduler:
             "num_waiting": self.num_waiting,
             "running": self._table.count_P(self._table.running_N).tolist(),
             "outstanding_tokens": self._table.outstanding_P().tolist(),
-            "blocks": pool.capacity,
+            "blocks": self.config.num_blocks - 1,
             "blocks_used": {spec.name: pool.num_used(group).tolist() for group, spec in enumerate(self.cache_specs)},
             **self._counts,
         }
@@ -247,31 +245,12 @@ class Scheduler:
         table = self._table
         ended, self._ended = self._ended, []
         draining = np.flatnonzero(table.draining_N & table.running_N & (table.in_flight_N == 0))
-        for request in [self._running[key] for key in table.key_N[draining].tolist()]:
-            self._requeue(request)
+        for row, request in zip(draining.tolist(), self._leave(draining), strict=True):
+            self._requeue(row, request)
         rows = np.sort(np.concatenate((np.array(ended, np.int64), draining)))
         if len(rows):
             table.release(rows)
         return rows
-
-    def _want(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows to compute, i32 tokens for each, and the token budget that every rank has left."""
-        table, config = self._table, self.config
-        going_N = table.running_N & ~table.draining_N & (table.num_tokens_N < table.limit_N)
-        want_N = table.num_tokens_N - table.num_computed_N
-        rows = np.flatnonzero(going_N)
-        want = want_N[rows]
-        assert (want > 0).all(), f"nothing to compute in rows {rows[want <= 0]}"
-        single_P = table.count_P(going_N & (want_N == 1))
-        budget_P = config.max_num_tokens - single_P
-        if config.chunk_tokens is not None:
-            budget_P = np.where(single_P > 0, np.minimum(budget_P, config.chunk_tokens), budget_P)
-        for i in np.flatnonzero(want > 1):  # few: nothing is admitted behind a prompt that is cut
-            rank = table.rank_N[rows[i]]
-            want[i] = min(want[i], budget_P[rank])
-            budget_P[rank] -= want[i]
-        assert (budget_P >= 0).all(), f"over budget: {budget_P}"
-        return rows[want > 0], want[want > 0], budget_P
 
     def _serve(self, rows: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Those of the rows that get the blocks they need, their tokens, and the rows that were emptied for it.
@@ -281,7 +260,7 @@ class Scheduler:
         """
         table = self._table
         table.drop_blocks(rows)
-        lacking_GR = table.lacking_GR(rows, table.num_computed_N[rows] + num)
+        lacking_GR = table.lacking_GR(rows, num)
         short_GP = preemption.shortage_GP(table, rows, lacking_GR)
         if not short_GP.any():
             return rows, num, _NO_ROWS
@@ -320,13 +299,8 @@ class Scheduler:
     ) -> StepPlan:
         """The plan that releases and admits these and computes `num` tokens of each of `rows`."""
         table = self._table
-        start, num_tokens = table.num_computed_N[rows], table.num_tokens_N[rows]
-        end = start + num
         copies = table.unshare_tails(rows)
-        table.append_blocks(rows, end)
-        block_row, block_cache, block_index, block_id = table.take_new_blocks()
-        sample = end == num_tokens
-        table.advance(rows, end, num_tokens + sample)
+        step = table.schedule(rows, num)
         table.name_blocks()
         new = introduction(requests, self.config.vocab_size, self._eos_token_ids) if requests else self._no_introduction
         sched_offsets_P1 = table.offsets_P1(rows)
@@ -340,20 +314,20 @@ class Scheduler:
             admit_offsets_P1=table.offsets_P1(new_rows),
             admit_slot_A=table.slot_N[new_rows],
             **new,
-            block_offsets_P1=table.offsets_P1(block_row),
-            block_slot_B=table.slot_N[block_row],
-            block_cache_B=block_cache,
-            block_index_B=block_index,
-            block_id_B=block_id,
+            block_offsets_P1=table.offsets_P1(step.block_row_B),
+            block_slot_B=table.slot_N[step.block_row_B],
+            block_cache_B=step.block_cache_B,
+            block_index_B=step.block_index_B,
+            block_id_B=step.block_id_B,
             copy_offsets_P1=ragged.starts(copies.rank, self.config.num_ranks),
             copy_cache_C=copies.cache,
             copy_from_C=copies.source,
             copy_to_C=copies.target,
             sched_offsets_P1=sched_offsets_P1,
             sched_slot_S=table.slot_N[rows],
-            sched_start_S=start,
+            sched_start_S=step.start_S,
             sched_num_S=num,
-            sched_sample_S=sample.astype(np.uint8),
+            sched_sample_S=step.sample_S,
         )
 
     # ---- names, ends and returns
@@ -361,41 +335,34 @@ class Scheduler:
     def _finish(self, rows_O: np.ndarray, token_O: np.ndarray) -> np.ndarray:
         """End the requests that are complete with these tokens: u8 [O], finish reasons."""
         table = self._table
-        num_known_O = table.num_known_N[rows_O]
-        stop_O = np.zeros(len(rows_O), bool)
-        for token in self._eos_token_ids:
-            stop_O |= token_O == token
-        stop_O &= table.eos_stops_N[rows_O]
-        for i in np.flatnonzero(table.has_stop_ids_N[rows_O] & self._may_stop_V[token_O]):
-            stop_O[i] |= int(token_O[i]) in self._running[int(table.key_N[rows_O[i]])].stop_ids
-        stop_O &= num_known_O >= table.stop_from_N[rows_O]
-        finish_O = np.full(len(rows_O), FinishReason.NONE, np.uint8)
-        finish_O[num_known_O >= table.limit_N[rows_O]] = FinishReason.LENGTH
-        finish_O[stop_O] = FinishReason.STOP
-        for key in table.key_N[rows_O[finish_O != FinishReason.NONE]].tolist():
-            self._end(self._running[key])
+        finish_O = table.finish(rows_O, token_O, self._eos_ids, self._may_stop_V)
+        for i in np.flatnonzero(finish_O == ASK):
+            row = rows_O[i]
+            if int(token_O[i]) in self._running[int(table.key_N[row])].stop_ids:
+                finish_O[i] = FinishReason.STOP
+            else:
+                finish_O[i] = FinishReason.LENGTH if table.num_known_N[row] >= table.limit_N[row] else FinishReason.NONE
+        self._end(rows_O[finish_O != FinishReason.NONE])
         return finish_O
 
-    def _end(self, request: Request) -> None:
-        """Stop running a request; the next plan releases its slot."""
-        row = self._leave(request)
-        self._table.running_N[row] = False
-        self._ended.append(row)
+    def _end(self, rows: np.ndarray) -> None:
+        """Stop running these rows' requests; the next plan releases their slots."""
+        self._leave(rows)
+        self._table.running_N[rows] = False
+        self._ended += rows.tolist()
 
-    def _requeue(self, request: Request) -> None:
+    def _requeue(self, row: int, request: Request) -> None:
         """Put a preempted request, whose row is about to be released, back to its place in the queue, with its output so far."""
-        row, table = self._leave(request), self._table
+        table = self._table
         request.tokens = table.tokens(row, request)
         table.copy_names(row, request)
         request.rank = request.slot = -1
         self._queue.add(request)
 
-    def _leave(self, request: Request) -> int:
-        """Take a request out of the running ones: the row that it had."""
-        del self._running[request.key]
-        row = self._row(request)
-        self._admitter.parent_left(row)
-        return row
+    def _leave(self, rows: np.ndarray) -> list[Request]:
+        """Take the requests of these rows out of the running ones."""
+        self._admitter.parents_left(rows)
+        return [self._running.pop(key) for key in self._table.key_N[rows].tolist()]
 
     def _row(self, request: Request) -> int:
-        return int(self._table.bounds_P1[request.rank]) + request.slot
+        return request.rank * self.config.max_running + request.slot

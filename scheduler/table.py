@@ -1,7 +1,7 @@
 """The running requests of all ranks as numpy arrays: one row per slot, row = rank * max_running + slot.
 
-Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, B positions in a block table, L tokens,
-s tokens in a block.
+Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, W width of a block
+table, B blocks, L tokens, s tokens in a block.
 Functions take `rows`, an ascending array of row numbers, and so sorted by rank, as a `StepPlan` wants it.
 
 Two counts run ahead of what is known: `num_tokens` includes the tokens that steps in flight will sample, `num_computed` those
@@ -11,22 +11,34 @@ that they will compute. A step's plan relies on all earlier ones, as ranks run t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-from expertwire.scheduler import ragged
-from expertwire.scheduler.admission import Admission
+from expertwire.scheduler import ragged, row_loops
+from expertwire.scheduler.block_loops import Caches
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.placement import Placement
-from expertwire.scheduler.plan import CacheSpec
-from expertwire.scheduler.prefix import PrefixNames, names
+from expertwire.scheduler.plan import CacheKind, CacheSpec, FinishReason
+from expertwire.scheduler.prefix import PrefixNames
 from expertwire.scheduler.request import Request
 
-SUPPORTED_KINDS = ("full", "latent", "index", "window")
+ASK = 255
+_EVERYTHING = 2**60  # tokens that a token of a cache without a window sees
 _NOTHING = np.zeros(0, np.int32)
 _NO_NAMES = np.zeros(0, np.uint64)
+_NO_FACTORS = np.zeros((0, 4, 0), np.uint64)
+
+
+class Admission(NamedTuple):
+    """A request that starts on a rank in this step."""
+
+    request: Request
+    rank: int
+    num_scheduled: int  # tokens to compute in this step
+    num_cached: int  # tokens that need not be computed
+    parent: int = -1  # of a fork: the row that has them
 
 
 class Copies(NamedTuple):
@@ -36,6 +48,17 @@ class Copies(NamedTuple):
     cache: np.ndarray
     source: np.ndarray
     target: np.ndarray
+
+
+class Scheduled(NamedTuple):
+    """What a step computes of its rows, and what is new in the block tables, sorted by row."""
+
+    start_S: np.ndarray  # i32, tokens computed before
+    sample_S: np.ndarray  # u8, whether it then samples
+    block_row_B: np.ndarray  # i64
+    block_cache_B: np.ndarray  # i32, as the rest
+    block_index_B: np.ndarray
+    block_id_B: np.ndarray
 
 
 _NO_COPIES = Copies(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
@@ -49,11 +72,9 @@ class RunningTable:
     """
 
     def __init__(self, config: SchedulerConfig, specs: Sequence[CacheSpec], pool: BlockPool) -> None:
-        slots, num_groups = config.max_running, len(specs)
+        slots, num_groups, size = config.max_running, len(specs), config.block_size
         n = config.num_ranks * slots
-        self.block_size = config.block_size
-        self.pool = pool
-        self.specs = tuple(specs)
+        self.config, self.pool, self.specs = config, pool, tuple(specs)
         self.rank_N = np.repeat(np.arange(config.num_ranks), slots)
         self.slot_N = np.tile(np.arange(slots, dtype=np.int32), config.num_ranks)
         self.bounds_P1 = np.arange(config.num_ranks + 1) * slots
@@ -74,26 +95,59 @@ class RunningTable:
         self.has_stop_ids_N = np.zeros(n, bool)
         self.num_cached_N = np.zeros(n, np.int32)  # prompt tokens found in the cache when first admitted
         self.shares_tail_N = np.zeros(n, bool)  # a fork: its last block may be another's too
-        # A row's blocks are those at [num_dropped, num_blocks) of its table: a window's first ones are given back.
-        self.num_blocks_GN = np.zeros((num_groups, n), np.int32)
-        self.num_dropped_GN = np.zeros((num_groups, n), np.int32)
-        self.most_blocks_G = np.array([most_blocks(spec, config) for spec in specs])
+        # A row's blocks are those at [num_dropped, num_blocks) of its table: a window's first ones are given back. Its rank knows
+        # of those before num_sent.
+        self.num_blocks_GN, self.num_dropped_GN, self.num_sent_GN = np.zeros((3, num_groups, n), np.int32)
         # Untouched pages cost nothing, so these may be as wide as the longest request.
         width = config.blocks_for(config.max_model_len)
-        self.block_ids_GNB = np.zeros((num_groups, n, width), np.int32)
-        self._ids_G = [ids_NB.reshape(-1) for ids_NB in self.block_ids_GNB]  # the same by one index, which is faster
+        self.block_ids_GNW = np.zeros((num_groups, n, width), np.int32)
         # Tokens known since admission: whole blocks, and behind them the tail, so that appending stays within little memory.
-        self._tokens_NL = np.zeros((n, width * config.block_size), np.int32)
-        self._tail_Ns = np.zeros((n, config.block_size), np.int32)
-        self.names = None
+        self._tokens_NL = np.zeros((n, width * size), np.int32)
+        self._tail_Ns = np.zeros((n, size), np.int32)
+        self.names, self._factors = None, _NO_FACTORS
         if config.prefix_cache:
-            self.names = PrefixNames(config.max_model_len, config.block_size, config.prefix_secret)
-        self.name_NB2 = np.zeros((n, width, 2), np.uint64)
-        self._names_M2 = self.name_NB2.reshape(-1, 2)  # by row * width + index, as `_ids_G`
-        self._width = width
+            self.names = PrefixNames(config.max_model_len, size, config.prefix_secret)
+            self._factors = self.names.factors_W4s
+        self.name_NW2 = np.zeros((n, width, 2), np.uint64)
         self.num_named_N = np.zeros(n, np.int32)  # blocks
         self.sum_N4 = np.zeros((n, 4), np.uint64)
-        self._new_blocks: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # group, rows, index, ids
+        size_G = np.array([spec.tokens_per_block(size) for spec in specs])
+        self.caches = Caches(
+            size_G=size_G,
+            window_G=np.array([spec.num_seen or _EVERYTHING for spec in specs]),
+            names_G=size_G // size,
+            most_G=np.array([most_blocks(spec, config) for spec in specs]),
+        )
+        self._rows = self._for_loops()
+        self._want_N = np.zeros(n, np.int64), np.zeros(n, np.int32)
+
+    def _for_loops(self) -> row_loops.Rows:
+        return row_loops.Rows(
+            block_size=self.config.block_size,
+            rank_N=self.rank_N,
+            occupied_N=self.occupied_N,
+            running_N=self.running_N,
+            draining_N=self.draining_N,
+            in_flight_N=self.in_flight_N,
+            num_known_N=self.num_known_N,
+            num_tokens_N=self.num_tokens_N,
+            num_computed_N=self.num_computed_N,
+            limit_N=self.limit_N,
+            stop_from_N=self.stop_from_N,
+            eos_stops_N=self.eos_stops_N,
+            has_stop_ids_N=self.has_stop_ids_N,
+            order_N=self.order_N,
+            shares_tail_N=self.shares_tail_N,
+            num_named_N=self.num_named_N,
+            num_blocks_GN=self.num_blocks_GN,
+            num_dropped_GN=self.num_dropped_GN,
+            num_sent_GN=self.num_sent_GN,
+            block_ids_GNW=self.block_ids_GNW,
+            tail_Ns=self._tail_Ns,
+            tokens_NL=self._tokens_NL,
+            name_NW2=self.name_NW2,
+            sum_N4=self.sum_N4,
+        )
 
     def admit(self, admissions: Sequence[Admission]) -> np.ndarray:
         """Give each request (sorted by rank) the lowest free slot of its rank: i64 [A] rows, ascending."""
@@ -103,78 +157,65 @@ class RunningTable:
         free = np.flatnonzero(~self.occupied_N)
         rows = free[self.offsets_P1(free)[rank_A] + ragged.positions(counts_P)]
         assert np.array_equal(self.rank_N[rows], rank_A), f"too few free slots for {counts_P} requests"
-        prompt_len_A = np.array([len(request.prompt) for request in requests])
         limit_A = np.array([request.limit for request in requests])
-        min_tokens_A = np.array([min(request.params.min_tokens, request.limit) for request in requests])
+        stop_from_A = np.array([len(request.prompt) + request.params.min_tokens for request in requests])
         self.occupied_N[rows] = self.running_N[rows] = True
         self.key_N[rows] = [request.key for request in requests]
         self.order_N[rows] = [request.order for request in requests]
         self.priority_N[rows] = [request.priority for request in requests]
         self.num_known_N[rows] = self.num_tokens_N[rows] = [len(request.tokens) for request in requests]
-        self.num_computed_N[rows] = [admission.num_cached for admission in admissions]
+        self.num_computed_N[rows] = computed_A = np.array([admission.num_cached for admission in admissions])
         self.limit_N[rows] = limit_A
-        self.stop_from_N[rows] = np.minimum(prompt_len_A + min_tokens_A, limit_A)
+        self.stop_from_N[rows] = np.minimum(stop_from_A, limit_A)
         self.eos_stops_N[rows] = [not request.params.ignore_eos for request in requests]
         self.has_stop_ids_N[rows] = [bool(request.stop_ids) for request in requests]
         self.num_cached_N[rows] = [request.num_cached for request in requests]
-        self.num_named_N[rows] = self.num_computed_N[rows] // self.block_size
-        if self.names is not None:
-            self.sum_N4[rows] = np.concatenate([request.prefix_sum for request in requests]).reshape(-1, 4)
+        self.num_named_N[rows] = computed_A // self.config.block_size
+        self.shares_tail_N[rows] = (computed_A % self.caches.size_G[:, None] > 0).any(axis=0)
         for request, slot, row in zip(requests, self.slot_N[rows].tolist(), rows.tolist(), strict=True):
             request.slot = slot
-            behind = len(request.tokens) % self.block_size
-            self._tail_Ns[row, :behind] = request.tokens[len(request.tokens) - behind :]
+            if behind := len(request.tokens) % self.config.block_size:
+                self._tail_Ns[row, :behind] = request.tokens[-behind:]
             if request.names is not None:
-                self.name_NB2[row, : len(request.names)] = request.names
+                self.name_NW2[row, : len(request.names)] = request.names
+                self.sum_N4[row] = request.prefix_sum
                 request.names = request.prefix_sum = None  # now they are here
-        self.shares_tail_N[rows] = self.num_computed_N[rows] % self.block_size > 0
-        self._share_cached(admissions, rows)
+        parent_A = np.array([admission.parent for admission in admissions])
+        row_loops.begin(self.caches, self.pool.blocks, self._rows, rows, parent_A, computed_A)
         return rows
 
     def release(self, rows: np.ndarray) -> None:
         """Empty the rows; their blocks go back to the pool."""
-        for group, dropped_N in enumerate(self.num_dropped_GN):
-            counts = self.num_blocks_GN[group, rows] - dropped_N[rows]
-            self._give_back(group, rows, counts)
-        self.num_blocks_GN[:, rows] = self.num_dropped_GN[:, rows] = 0
+        row_loops.release(self.pool.blocks, self._rows, rows)
         self.occupied_N[rows] = self.running_N[rows] = self.draining_N[rows] = self.shares_tail_N[rows] = False
         self.in_flight_N[rows] = 0
 
-    def lacking_GR(self, rows: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """How many blocks each row lacks to hold `end` tokens, with one for a shared block that it must copy: [G, R]."""
-        lacking = np.maximum(-(-end // self.block_size) - self.num_blocks_GN.take(rows, axis=1), 0)
-        return lacking + self.shares_tail_N[rows]
+    def want(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows to compute, i64, i32 tokens for each, and the token budget that every rank has left, i64 [P].
 
-    def promised_GP(self) -> np.ndarray:
-        """Blocks that the running requests will still take for the tokens that they have: i64 [G, P]."""
-        going_N = self.running_N & (self.num_tokens_N > self.num_computed_N)
-        lacking_GN = np.maximum(-(-self.num_tokens_N // self.block_size) - self.num_blocks_GN, 0) + self.shares_tail_N
-        held_GN = self.num_blocks_GN - self.num_dropped_GN
-        promised_GN = np.minimum(lacking_GN, self.most_blocks_G[:, None] - held_GN + 1) * going_N
-        return promised_GN.reshape(len(promised_GN), len(self.bounds_P1) - 1, -1).sum(axis=2)
-
-    def append_blocks(self, rows: np.ndarray, end: np.ndarray) -> None:
-        """Give each row the blocks it lacks to hold `end` tokens."""
-        needed = -(-end // self.block_size)
-        for group, num_blocks_N in enumerate(self.num_blocks_GN):
-            counts = needed - num_blocks_N.take(rows)
-            lacks = np.flatnonzero(counts > 0)
-            if not len(lacks):
-                continue
-            row_B = np.repeat(rows[lacks], counts[lacks])
-            index_B = num_blocks_N[row_B] + ragged.positions(counts[lacks])
-            ids_B = self.pool.allocate(group, self.rank_N[row_B])
-            num_blocks_N[rows[lacks]] = needed[lacks]
-            self._set_blocks(group, row_B, index_B, ids_B)
+        One token for each that needs no more; what is left of a rank's budget goes to those that need more, in order."""
+        config, (row_N, num_N) = self.config, self._want_N
+        budget_P = np.zeros(config.num_ranks, np.int64)
+        chunk_tokens = config.max_num_tokens if config.chunk_tokens is None else config.chunk_tokens
+        count = row_loops.want(self._rows, config.max_num_tokens, chunk_tokens, row_N, num_N, budget_P)
+        return row_N[:count].copy(), num_N[:count].copy(), budget_P
 
     def drop_blocks(self, rows: np.ndarray) -> None:
         """Give back what lies before each row's window, now that its next token to compute is known."""
-        for group, spec in enumerate(self.specs):
-            if spec.window is not None:
-                first = spec.first_seen(self.num_computed_N[rows], self.block_size)
-                counts = np.minimum(first, self.num_blocks_GN[group, rows]) - self.num_dropped_GN[group, rows]
-                self._give_back(group, rows, counts)
-                self.num_dropped_GN[group, rows] += counts
+        if (self.caches.window_G < _EVERYTHING).any():
+            row_loops.drop_unseen(self.caches, self.pool.blocks, self._rows, rows)
+
+    def lacking_GR(self, rows: np.ndarray, num: np.ndarray) -> np.ndarray:
+        """How many blocks each row lacks to compute `num` tokens more, with one for a shared block that it must copy: [G, R]."""
+        lacking_GR = np.zeros((len(self.specs), len(rows)), np.int64)
+        row_loops.lacking(self.caches, self._rows, rows, num, lacking_GR)
+        return lacking_GR
+
+    def promised_GP(self) -> np.ndarray:
+        """Blocks that the running requests will still take for the tokens that they have: i64 [G, P]."""
+        promised_GP = np.zeros((len(self.specs), self.config.num_ranks), np.int64)
+        row_loops.promised(self.caches, self._rows, promised_GP)
+        return promised_GP
 
     def unshare_tails(self, rows: np.ndarray) -> Copies:
         """Copy on write: rows about to write into a block that others use too get one of their own."""
@@ -184,96 +225,79 @@ class RunningTable:
         if not len(rows):
             return _NO_COPIES
         parts = []
-        for group in range(len(self.num_blocks_GN)):
-            index = self.num_computed_N[rows] // self.block_size
-            inside = (self.num_computed_N[rows] % self.block_size > 0) & (index < self.num_blocks_GN[group, rows])
+        for group, size in enumerate(self.caches.size_G.tolist()):
+            index = self.num_computed_N[rows] // size
+            inside = (self.num_computed_N[rows] % size > 0) & (index < self.num_blocks_GN[group, rows])
             row_C, index_C = rows[inside], index[inside]
-            source_C = self.block_ids_GNB[group, row_C, index_C]
+            source_C = self.block_ids_GNW[group, row_C, index_C]
             shared = self.pool.refs_GPB[group, self.rank_N[row_C], source_C] > 1
             row_C, index_C, source_C = row_C[shared], index_C[shared], source_C[shared]
             rank_C = self.rank_N[row_C]
             target_C = self.pool.allocate(group, rank_C)
             self.pool.free(group, rank_C, source_C)
-            self._set_blocks(group, row_C, index_C, target_C)
+            self.block_ids_GNW[group, row_C, index_C] = target_C
+            self.num_sent_GN[group, row_C] = np.minimum(self.num_sent_GN[group, row_C], index_C)
             parts.append((rank_C, np.full(len(row_C), group), source_C, target_C))
         self.shares_tail_N[rows] = False
         copies = Copies(*(np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)))
         by_rank = np.argsort(copies.rank, kind="stable")
         return Copies(*(part[by_rank] for part in copies))
 
-    def advance(self, rows: np.ndarray, end: np.ndarray, num_tokens: np.ndarray) -> None:
-        """A step has been planned that computes each row up to `end`; then, with what is to be sampled, it has `num_tokens`."""
-        self.num_computed_N[rows] = end
-        self.num_tokens_N[rows] = num_tokens
-        scheduled_N = np.zeros_like(self.running_N)
-        scheduled_N[rows] = True
-        self.in_flight_N += scheduled_N
+    def schedule(self, rows: np.ndarray, num: np.ndarray) -> Scheduled:
+        """A step is planned that computes `num` tokens more of each row: give them the blocks that they lack, and count."""
+        count = row_loops.count_new(self.caches, self._rows, rows, num)
+        start_S, sample_S = np.empty(len(rows), np.int32), np.empty(len(rows), np.uint8)
+        step = Scheduled(start_S, sample_S, np.empty(count, np.int64), *np.empty((3, count), np.int32))
+        row_loops.schedule(self.caches, self.pool.blocks, self._rows, rows, num, *step)
+        return step
 
-    def take_new_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What has been set in block tables since the last call: i32 row, cache, index and id of each, sorted by rank."""
-        if not self._new_blocks:
-            return _NOTHING, _NOTHING, _NOTHING, _NOTHING
-        parts = [
-            (row_B, np.full(len(row_B), group), index_B, ids_B) for group, row_B, index_B, ids_B in self._new_blocks
-        ]
-        self._new_blocks.clear()
-        row_B, cache_B, index_B, ids_B = (np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True))
-        order = np.argsort(self.rank_N[row_B], kind="stable")
-        return row_B[order], cache_B[order], index_B[order], ids_B[order]
+    def has_tails(self, row: int, num_tokens: int) -> bool:
+        """Whether a row still has all that the token behind its first `num_tokens` ones sees."""
+        first_G = np.maximum(num_tokens - self.caches.window_G + 1, 0) // self.caches.size_G
+        return bool((self.num_dropped_GN[:, row] <= first_G).all())
+
+    def settle(self, rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """A step of these rows is done, which were these requests' by order of submission: bool [N], whether they still run."""
+        going_N = np.zeros_like(self.running_N)
+        row_loops.settle(self._rows, rows, order, going_N)
+        return going_N
+
+    def finish(self, rows: np.ndarray, tokens: np.ndarray, eos_ids: np.ndarray, may_stop_V: np.ndarray) -> np.ndarray:
+        """Why each row ends with this token, its last one: u8, `FinishReason`, or `ASK`, which is where `may_stop_V` says that
+        the token stops some requests, and the row's has stop ids of its own."""
+        finish = np.empty(len(rows), np.uint8)
+        row_loops.finish(
+            self._rows, eos_ids, may_stop_V, rows, tokens, ASK, finish, int(FinishReason.STOP), int(FinishReason.LENGTH)
+        )
+        return finish
 
     def append_tokens(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """One sampled token for each row (in any order) is known now."""
-        known = self.num_known_N[rows]
-        block = known // self.block_size
-        within = known - block * self.block_size
-        self._tail_Ns[rows, within] = tokens
-        self.num_known_N[rows] = known + 1
-        full = np.flatnonzero(within == self.block_size - 1)
-        if not len(full):
-            return
-        rows, block, tails_Rs = rows[full], block[full], self._tail_Ns.take(rows[full], axis=0)
-        self._tokens_NL.reshape(-1, self.block_size)[rows * self._width + block] = tails_Rs
-        if self.names is not None:
-            self.sum_N4[rows] = sums_R4 = self.names.extended(self.sum_N4.take(rows, axis=0), block, tails_Rs)
-            self.name_NB2[rows, block] = names(sums_R4)
+        row_loops.append_tokens(self._rows, self._factors, rows, tokens)
 
     def tokens(self, row: int, request: Request) -> np.ndarray:
         """The known tokens of a running request, which has this row: i32, a copy."""
         num_known = int(self.num_known_N[row])
-        behind = num_known % self.block_size
+        behind = num_known % self.config.block_size
         tokens = np.concatenate((self._tokens_NL[row, : num_known - behind], self._tail_Ns[row, :behind]))
         tokens[: len(request.tokens)] = request.tokens
         return tokens
 
     def name_blocks(self) -> None:
         """Name the blocks that are whole now, or will be when the steps in flight are done."""
-        if self.names is None:
-            return
-        whole_N = np.minimum(self.num_computed_N, self.num_known_N) // self.block_size
-        rows = np.flatnonzero(self.occupied_N & (whole_N > self.num_named_N))
-        if not len(rows):
-            return
-        counts = whole_N[rows] - self.num_named_N[rows]
-        row_B = np.repeat(rows, counts)
-        index_B = self.num_named_N[row_B] + ragged.positions(counts)
-        self.num_named_N[rows] = whole_N[rows]
-        place_B = row_B * self._width + index_B
-        names_B2 = self._names_M2.take(place_B, axis=0)
-        for group, dropped_N in enumerate(self.num_dropped_GN):
-            here = slice(None) if self.specs[group].window is None else index_B >= dropped_N[row_B]
-            ids = self._ids_G[group].take(place_B[here])
-            self.pool.name(group, self.rank_N.take(row_B[here]), ids, names_B2[here])
+        if self.names is not None:
+            row_loops.name_whole(self.caches, self.pool.blocks, self._rows)
 
     def copy_names(self, row: int, request: Request) -> None:
         """Give a request that leaves its row the names of what it has."""
         if self.names is not None:
-            request.names = self.name_NB2[row, : self.num_known_N[row] // self.block_size].copy()
+            request.names = self.name_NW2[row, : self.num_known_N[row] // self.config.block_size].copy()
             request.prefix_sum = self.sum_N4[row].copy()
 
     def names_next(self) -> np.ndarray:
         """The first half of the next name of every running request that has still to compute whole blocks: u64."""
-        rows = np.flatnonzero(self.running_N & (self.num_known_N // self.block_size > self.num_named_N))
-        return self.name_NB2[rows, self.num_named_N[rows], 0] if self.names is not None else _NO_NAMES
+        rows = np.flatnonzero(self.running_N & (self.num_known_N // self.config.block_size > self.num_named_N))
+        return self.name_NW2[rows, self.num_named_N[rows], 0] if self.names is not None else _NO_NAMES
 
     def offsets_P1(self, rows: np.ndarray) -> np.ndarray:
         """Where each rank's part of `rows` lies: i32 [P + 1]."""
@@ -304,7 +328,7 @@ class RunningTable:
 
     def blocks_of(self, group: int, row: int) -> np.ndarray:
         """A row's blocks, i32."""
-        return self.block_ids_GNB[group, row, self.num_dropped_GN[group, row] : self.num_blocks_GN[group, row]]
+        return self.block_ids_GNW[group, row, self.num_dropped_GN[group, row] : self.num_blocks_GN[group, row]]
 
     def check_integrity(self) -> None:
         """The counters are in order, and the block tables are exactly what the pool accounts for."""
@@ -319,61 +343,44 @@ class RunningTable:
         assert (tokens <= self.limit_N[rows]).all(), (tokens, self.limit_N[rows])
         refs_GPB = np.zeros_like(self.pool.refs_GPB)
         for group in range(len(self.num_blocks_GN)):
-            assert np.array_equal(self.num_blocks_GN[group, rows], -(-computed // self.block_size)), (group, computed)
+            blocks = -(-computed // self.caches.size_G[group])
+            assert np.array_equal(self.num_blocks_GN[group, rows], blocks), (group, computed)
             for row in rows.tolist():
                 np.add.at(refs_GPB[group, self.rank_N[row]], self.blocks_of(group, row), 1)
         assert np.array_equal(refs_GPB, self.pool.refs_GPB), "the block tables and the pool disagree on references"
 
-    def _share_cached(self, admissions: Sequence[Admission], rows: np.ndarray) -> None:
-        having = [i for i, admission in enumerate(admissions) if admission.num_cached]
-        if not having:
-            return
-        held_rows = rows[having]
-        ends = -(-self.num_computed_N[held_rows] // self.block_size)
-        for group in range(len(self.num_blocks_GN)):
-            held = [admissions[i].blocks_G[group] for i in having]
-            counts = np.array([len(blocks) for blocks in held])
-            row_B = np.repeat(held_rows, counts)
-            index_B = np.repeat(ends - counts, counts) + ragged.positions(counts)
-            ids_B = np.concatenate(held).astype(np.int32)
-            self.pool.share(group, self.rank_N[row_B], ids_B)
-            self.num_blocks_GN[group, held_rows] = ends
-            self.num_dropped_GN[group, held_rows] = ends - counts
-            self._set_blocks(group, row_B, index_B, ids_B)
-
-    def _set_blocks(self, group: int, row_B: np.ndarray, index_B: np.ndarray, ids_B: np.ndarray) -> None:
-        self._ids_G[group][row_B * self._width + index_B] = ids_B
-        self._new_blocks.append((group, row_B, index_B, ids_B))
-
-    def _give_back(self, group: int, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Free the first `counts` blocks that each row still has."""
-        row_B = np.repeat(rows, counts)
-        index_B = self.num_dropped_GN[group, row_B] + ragged.positions(counts)
-        self.pool.free(group, self.rank_N[row_B], self._ids_G[group].take(row_B * self._width + index_B))
-
 
 def most_blocks(spec: CacheSpec, config: SchedulerConfig) -> int:
     """Blocks of a cache that one request can hold: those of the longest, or of its window and one step's tokens."""
-    longest = config.blocks_for(config.max_model_len)
-    if spec.kind != "window":
-        return longest
-    assert spec.window is not None, f"cache {spec.name!r} has no window"
-    return min(longest, config.blocks_for(spec.window + config.max_num_tokens) + 1)
+    size, seen = spec.tokens_per_block(config.block_size), spec.num_seen
+    longest = -(-config.max_model_len // size)
+    return longest if seen is None else min(longest, -(-(seen + config.max_num_tokens) // size) + 1)
 
 
-def check_caches(cache_specs: tuple[CacheSpec, ...]) -> None:
-    """ValueError: there is no cache, or one of a kind that is not supported, or two of one name."""
+def check_caches(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfig) -> None:
+    """ValueError: there is no cache, or two of one name, or one whose fields do not fit its kind or the sizes."""
     given = [spec.name for spec in cache_specs]
     if not given or len(set(given)) < len(given):
         raise ValueError(f"cache_specs must have at least one cache, each with a name of its own, got {given}")
     for spec in cache_specs:
-        if spec.kind not in SUPPORTED_KINDS:
-            raise ValueError(
-                f"cache {spec.name!r} is of kind {spec.kind!r}; the scheduler supports these kinds: {', '.join(SUPPORTED_KINDS)}"
-            )
+        what = f"cache {spec.name!r} is of kind {spec.kind!r}"
+        if spec.kind not in get_args(CacheKind):
+            raise ValueError(f"{what}; the scheduler supports these kinds: {', '.join(get_args(CacheKind))}")
         if spec.kind == "window" and (spec.window is None or spec.window < 1):
-            raise ValueError(
-                f"cache {spec.name!r} is of kind 'window'; window must be an integer >= 1, got {spec.window!r}"
-            )
+            raise ValueError(f"{what}; window must be an integer >= 1, got {spec.window!r}")
         if spec.kind != "window" and spec.window is not None:
-            raise ValueError(f"cache {spec.name!r} is of kind {spec.kind!r}; window must be None, got {spec.window!r}")
+            raise ValueError(f"{what}; window must be None, got {spec.window!r}")
+        every = spec.snapshot_every
+        if spec.kind == "state" and (every is None or every < 1 or every % config.block_size):
+            raise ValueError(
+                f"{what}; snapshot_every must be a multiple of block_size {config.block_size}, got {every!r}"
+            )
+        if spec.kind != "state" and every is not None:
+            raise ValueError(f"{what}; snapshot_every must be None, got {every!r}")
+        if spec.kind == "state" and config.num_states is None:
+            raise ValueError(f"{what}; num_states must be an integer >= 2, got None")
+
+
+def capacities(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfig) -> list[int]:
+    """Blocks of each cache on one rank, without the null block."""
+    return [((config.num_states or 0) if spec.kind == "state" else config.num_blocks) - 1 for spec in cache_specs]

@@ -1,40 +1,21 @@
-"""Numbers in numba: bf16 seen as its upper sixteen bits (u16), arithmetic in fp32, rounding to nearest even on the way out.
-
-Compiled code is cached beside these files, or in the user's cache folder where they cannot be written, apart for every state of
-the sources: numba itself would not notice that a function from another file has changed.
-"""
+"""Numbers in numba: bf16 seen as its upper sixteen bits (u16), arithmetic in fp32, rounding to nearest even on the way out."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import config, njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from expertwire.compiled import compiler
 
-def _cache_folder() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    for folder in (Path(__file__).parent / "__pycache__", Path.home() / ".cache" / "expertwire"):
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return str(folder / f"numba-{digest}")
-    return ""
-
-
-config.CACHE_DIR = _cache_folder()
 # No fast math: what LLVM makes of it depends on what a function is inlined into, which depends on what was in the cache, so two
 # ranks could differ in their last bits.
-jit = njit(cache=bool(config.CACHE_DIR), error_model="numpy")
+jit = compiler(__file__, error_model="numpy")
 
 
 @intrinsic

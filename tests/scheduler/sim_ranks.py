@@ -29,6 +29,8 @@ WINDOWED = (
     CACHES[0],
     CacheSpec(name="window", kind="window", bytes_per_token=4, writers=(0,), readers=(0,), window=6),
 )
+STATE = CacheSpec(name="state", kind="state", bytes_per_token=4, writers=(0,), readers=(0,), snapshot_every=8)
+WITH_STATE = (CACHES[0], STATE)
 
 
 def make_config(**changes) -> SchedulerConfig:
@@ -109,7 +111,9 @@ class SimRank:
         self.config = config
         self.specs = specs
         self.slots: dict[int, Slot] = {}
-        self.caches = np.full((len(specs), config.num_blocks, config.block_size), -1, np.int64)
+        self.caches = np.full(
+            (len(specs), config.num_blocks, config.block_size), -1, np.int64
+        )  # a state is a block's first
         self.num_computed = 0
         self.no_decode_waits = True  # whether to check that
 
@@ -155,7 +159,8 @@ class SimRank:
             mine.block_id_B.tolist(),
             strict=True,
         ):
-            assert 0 < block < self.config.num_blocks, f"block {block}: the null block, or there is none such"
+            most = self.config.num_states if self.specs[cache].kind == "state" else self.config.num_blocks
+            assert 0 < block < most, f"block {block}: the null block, or there is none such"
             self.slots[index].blocks[cache][position] = block
         self.caches[mine.copy_cache_C, mine.copy_to_C] = self.caches[mine.copy_cache_C, mine.copy_from_C]
 
@@ -167,14 +172,22 @@ class SimRank:
 
     def _compute(self, index: int, start: int, num: int) -> list[tuple]:
         """Write tokens [start, start + num) into the caches; the rows of prompt log-probabilities, if asked for."""
-        slot, size = self.slots[index], self.config.block_size
+        slot = self.slots[index]
         assert slot.num_computed in (-1, start), f"slot {index} goes on at {start}, has {slot.num_computed}"
         assert num > 0
         assert start + num <= len(slot.tokens)
         states = list(accumulate(slot.tokens[: start + num], prefix_hash, initial=0))[1:]
-        for cache, blocks in zip(self.caches, slot.blocks, strict=True):
-            for position in range(start, start + num):
-                cache[blocks[position // size], position % size] = states[position]
+        for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
+            if spec.kind == "state":
+                size = spec.snapshot_every
+                found = cache[blocks[(start - 1) // size], 0] if start else 0
+                assert found == (states[start - 1] if start else 0), "the state is another one"
+                for position in range(start, start + num):
+                    cache[blocks[position // size], 0] = states[position]
+            else:
+                size = self.config.block_size
+                for position in range(start, start + num):
+                    cache[blocks[position // size], position % size] = states[position]
             assert max(blocks) == (start + num - 1) // size, "more blocks than the tokens need"
         slot.num_computed = start + num
         self.num_computed += num
@@ -187,6 +200,9 @@ class SimRank:
         size = self.config.block_size
         states = list(accumulate(slot.tokens[: slot.num_computed], prefix_hash, initial=0))[1:]
         for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
+            if spec.kind == "state":
+                assert cache[blocks[(slot.num_computed - 1) // spec.snapshot_every], 0] == states[-1], "a wrong state"
+                continue
             first = 0 if spec.window is None else max(start - spec.window + 1, 0)
             found = [int(cache[blocks[p // size], p % size]) for p in range(first, slot.num_computed)]
             assert found == states[first:], f"cache {spec.name!r} holds other tokens"

@@ -73,12 +73,20 @@ def test_config_names_the_wrong_field(field, value):
         make_config(**{field: value})
 
 
-@pytest.mark.parametrize("kind", ["state"])
-def test_kinds_of_cache_that_are_not_supported_yet(kind):
-    spec = CacheSpec(name="odd", kind=kind, bytes_per_token=4, writers=(0,), readers=(0,), window=8)
-    with pytest.raises(
-        ValueError, match=f"'odd' is of kind '{kind}'.*supports these kinds: full, latent, index, window"
-    ):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "odd"}, "these kinds: full, window, latent, index, state"),
+        ({"kind": "latent", "window": 8}, "window must be None, got 8"),
+        ({"kind": "full", "snapshot_every": 8}, "snapshot_every must be None, got 8"),
+        ({"kind": "state"}, "snapshot_every must be a multiple of block_size 4, got None"),
+        ({"kind": "state", "snapshot_every": 6}, "snapshot_every must be a multiple of block_size 4, got 6"),
+        ({"kind": "state", "snapshot_every": 8}, "num_states must be an integer >= 2, got None"),
+    ],
+)
+def test_a_cache_whose_fields_do_not_fit_is_refused(fields, message):
+    spec = CacheSpec(name="odd", bytes_per_token=4, writers=(0,), readers=(0,), **fields)
+    with pytest.raises(ValueError, match=f"cache 'odd' is of kind '{fields['kind']}'; .*{message}"):
         Scheduler(make_config(), (*CACHES, spec))
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertwire.scheduler.prefix import PrefixNames, names
+from expertwire.scheduler.prefix import PrefixNames
 
 BLOCK = 4
 MAX_LEN = 64
@@ -11,34 +11,26 @@ PREFIXES = PrefixNames(MAX_LEN, BLOCK, secret=1)
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=MAX_LEN)
 
 
-def as_bytes(sums_B4):
-    """One name of 16 bytes for every sum."""
-    found = np.ascontiguousarray(names(sums_B4))
-    assert found.nbytes == 16 * len(sums_B4)
-    return [found.tobytes()[i : i + 16] for i in range(0, found.nbytes, 16)]
-
-
 def name_all(values, tenant="", salt="", prefixes=PREFIXES):
-    sums_B4, _ = prefixes.prefixes([np.array(values, np.int32)], prefixes.empty(tenant, salt)[None])
-    return as_bytes(sums_B4)
+    """One name of 16 bytes for every prefix that fills whole blocks."""
+    names_W2, _ = prefixes.name(np.array(values, np.int32), prefixes.empty(tenant, salt))
+    assert names_W2.nbytes == 16 * (len(values) // prefixes.block_size)
+    return [name.tobytes() for name in names_W2]
 
 
 @given(tokens)
-def test_block_by_block_is_the_same_as_all_at_once(values):
-    found, sum_4 = [], PREFIXES.empty("a", "b")[None]
+def test_a_name_is_that_of_the_formula(values):
+    """The names are halves of sums, and a sum goes on from that of the prefix."""
+    names_W2, sum_4 = PREFIXES.name(np.array(values, np.int32), PREFIXES.empty("a", "b"))
+    total = PREFIXES.empty("a", "b").tolist()
     for block in range(len(values) // BLOCK):
-        part = np.array([values[block * BLOCK : (block + 1) * BLOCK]], np.int32)
-        sum_4 = PREFIXES.extended(sum_4, np.array([block]), part)
-        found += as_bytes(sum_4)
-    assert found == name_all(values, "a", "b")
-
-
-def test_rows_are_extended_side_by_side_each_at_its_place():
-    values = np.arange(3 * BLOCK, dtype=np.int32)
-    empty_4 = PREFIXES.empty("", "")
-    sums_B4, _ = PREFIXES.prefixes([values], empty_4[None])
-    extended = PREFIXES.extended(np.stack([sums_B4[1], empty_4]), np.array([2, 0]), values.reshape(3, BLOCK)[[2, 0]])
-    assert as_bytes(extended) == as_bytes(sums_B4[[2, 0]])
+        for lane in range(4):
+            factors = PREFIXES.factors_W4s[block, lane].tolist()
+            characters = values[block * BLOCK : (block + 1) * BLOCK]
+            total[lane] += sum(m * (s + 1) for m, s in zip(factors, characters, strict=True))
+        halves = np.array([lane % 2**64 >> 32 for lane in total], np.uint32)
+        assert names_W2[block].tobytes() == halves.tobytes()
+    assert sum_4.tolist() == [lane % 2**64 for lane in total]
 
 
 @given(tokens, tokens, tokens)
@@ -94,9 +86,6 @@ def test_no_two_of_many_prefixes_share_even_half_a_name():
     rng = np.random.default_rng(0)
     blocks = np.concatenate((rng.integers(0, 3, (10_000, BLOCK)), rng.integers(0, 2**31, (10_000, BLOCK))))
     values = np.unique(blocks, axis=0).astype(np.int32)
-    sums = PREFIXES.extended(
-        np.broadcast_to(PREFIXES.empty("", ""), (len(values), 4)), np.zeros(len(values), int), values
-    )
-    found = as_bytes(sums)
+    found = [name_all(row)[0] for row in values]
     for half in (slice(0, 8), slice(8, 16)):
         assert len({name[half] for name in found}) == len(values)

@@ -3,6 +3,8 @@
 Prompts share prefixes, pools are often so small that requests are preempted, and every other run plans ahead.
 """
 
+import dataclasses
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sim_ranks import CACHES, WINDOWED, SimCluster, expected_output, make_config, make_request
+from sim_ranks import CACHES, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
 
 from expertwire.scheduler.plan import FinishReason
 from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
@@ -38,7 +40,8 @@ class Machine(RuleBasedStateMachine):
         chunk_tokens=st.sampled_from([None, None, 1, 3]),
         block_size=st.integers(1, 5),
         spare=st.sampled_from([0, 0, 0, 1, 2, 5, 10]),
-        specs=st.sampled_from([CACHES[:1], CACHES, WINDOWED, WINDOWED[1:]]),
+        specs=st.sampled_from([CACHES[:1], CACHES, WINDOWED, WINDOWED[1:], (*WINDOWED, STATE), (CACHES[0], STATE)]),
+        blocks_per_state=st.integers(1, 3),
         overlap=st.booleans(),
         prefix_cache=st.sampled_from([True, True, False]),
         policy=st.sampled_from(sorted(POLICIES)),
@@ -52,11 +55,14 @@ class Machine(RuleBasedStateMachine):
         block_size,
         spare,
         specs,
+        blocks_per_state,
         overlap,
         prefix_cache,
         policy,
     ):
         max_model_len = 24
+        every = block_size * blocks_per_state
+        specs = tuple(dataclasses.replace(s, snapshot_every=every) if s is STATE else s for s in specs)
         self.config = make_config(
             num_ranks=num_ranks,
             max_running=max_running,
@@ -65,6 +71,7 @@ class Machine(RuleBasedStateMachine):
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=1 + -(-max_model_len // block_size) + spare,
+            num_states=1 + min(-(-max_model_len // every), -(-(2 + max_num_tokens) // every) + 1) + spare,
             max_waiting=6,
             prefix_cache=prefix_cache,
         )

@@ -1,0 +1,320 @@
+"""Loops over blocks and their names, compiled: what is done thousands of times a step. `block_pool` makes the arrays and says
+what they mean.
+
+Shape letters: G caches, P ranks, O = G * P owners of blocks (a rank's cache), B blocks of all owners, numbered through (owner *
+num_blocks + id), U buckets, W blocks of one request, s tokens in a block; 4 the lanes of a name's sum.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+
+from expertwire.compiled import compiler
+
+END = -1  # of a bucket's chain
+UNNAMED = -2  # in no chain
+NOBODY = -1
+UNKNOWN = -2  # somebody, perhaps
+_LOW_HALF = np.uint64(2**32 - 1)
+_HALF = np.uint64(32)
+_OWNER_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads the owners over the buckets
+_TOKENS = types.Array(types.int32, 1, "C", readonly=True)  # which may be written or not
+
+jit = compiler(__file__, sources="*_loops.py")
+
+# Together, as memory is what these loops wait for.
+BLOCK = np.dtype(
+    [
+        ("refs", np.int32),
+        ("after", np.int32),  # in the circle of free blocks
+        ("before", np.int32),
+        ("chain", np.int32),  # the next block in the same bucket
+        ("first", np.uint64),  # half of its name
+        ("second", np.uint64),
+    ]
+)
+
+
+class Caches(NamedTuple):
+    """What the caches are: of each, i64 [G]."""
+
+    size_G: np.ndarray  # tokens in a block
+    window_G: np.ndarray  # tokens that a token sees, itself included
+    names_G: np.ndarray  # prefix names in a block: one, or as many as it is larger than the others' blocks
+    most_G: np.ndarray  # blocks that one request can hold
+
+
+class Blocks(NamedTuple):
+    """Blocks and their names; see `block_pool`. The links make a circle a rank's cache, whose null block is its beginning."""
+
+    num_blocks: int
+    num_ranks: int
+    block_B: np.ndarray  # BLOCK
+    num_free_O: np.ndarray  # i64
+    first_U: np.ndarray  # i32, of a bucket's chain
+    guess: np.ndarray  # u64: the upper half of a name's second half, and beneath it the rank, from `UNKNOWN` on
+
+
+# ---- blocks: references and the circles of free ones
+
+
+@jit
+def _unlink(blocks, number):
+    after, before = blocks.block_B[number].after, blocks.block_B[number].before
+    blocks.block_B[before].after, blocks.block_B[after].before = after, before
+
+
+@jit
+def _link_behind(blocks, number, place):
+    after = blocks.block_B[place].after
+    blocks.block_B[place].after, blocks.block_B[number].before = number, place
+    blocks.block_B[number].after, blocks.block_B[after].before = after, number
+
+
+@jit
+def take_block(blocks, owner):
+    """The free block that goes first, with one reference. It still has its name: taking many names off at the end is faster, as
+    the memory's answers for one block need not wait for those for another."""
+    number = blocks.block_B[owner * blocks.num_blocks].after
+    assert number != owner * blocks.num_blocks, "no block is free"
+    _unlink(blocks, number)
+    blocks.block_B[number].refs = 1
+    blocks.num_free_O[owner] -= 1
+    return number
+
+
+@jit
+def share_block(blocks, number):
+    if blocks.block_B[number].refs == 0:
+        _unlink(blocks, number)
+        blocks.num_free_O[number // blocks.num_blocks] -= 1
+    blocks.block_B[number].refs += 1
+
+
+@jit
+def drop_block(blocks, number):
+    """Drop a reference. Without any left, a block with a name goes last, one without goes first."""
+    assert blocks.block_B[number].refs > 0, "freed too often"
+    blocks.block_B[number].refs -= 1
+    if blocks.block_B[number].refs == 0:
+        owner = number // blocks.num_blocks
+        null = owner * blocks.num_blocks
+        _link_behind(blocks, number, null if blocks.block_B[number].chain == UNNAMED else blocks.block_B[null].before)
+        blocks.num_free_O[owner] += 1
+
+
+@jit
+def take(blocks, owner_B, ids_B):
+    """Hand out one block for every entry of `owner_B`."""
+    for i in range(len(owner_B)):
+        ids_B[i] = take_block(blocks, owner_B[i]) - owner_B[i] * blocks.num_blocks
+    for i in range(len(owner_B)):
+        forget_name(blocks, owner_B[i] * blocks.num_blocks + ids_B[i])
+
+
+@jit
+def share(blocks, number_B):
+    """Add a reference to each."""
+    for number in number_B:
+        share_block(blocks, number)
+
+
+@jit
+def drop(blocks, number_B):
+    """Drop a reference to each, to the last one first."""
+    for number in number_B[::-1]:
+        drop_block(blocks, number)
+
+
+# ---- blocks: names
+
+
+@jit
+def bucket_of(blocks, owner, first):
+    """Where an owner's block with a name of this first half is found."""
+    return (first ^ (np.uint64(owner) * _OWNER_FACTOR)) & np.uint64(len(blocks.first_U) - 1)
+
+
+@jit
+def _guess_place(blocks, second):
+    return second & np.uint64(len(blocks.guess) - 1)
+
+
+@jit
+def _remember(blocks, second, rank):
+    blocks.guess[_guess_place(blocks, second)] = (second & ~_LOW_HALF) | np.uint64(rank - UNKNOWN)
+
+
+@jit
+def name_block(blocks, number, first, second):
+    owner = number // blocks.num_blocks
+    bucket = bucket_of(blocks, owner, first)
+    blocks.block_B[number].chain = blocks.first_U[bucket]
+    blocks.first_U[bucket] = number
+    blocks.block_B[number].first, blocks.block_B[number].second = first, second
+    _remember(blocks, second, owner % blocks.num_ranks)
+
+
+@jit
+def forget_name(blocks, number):
+    """Take its name off a block, if it has one."""
+    if blocks.block_B[number].chain == UNNAMED:
+        return
+    owner = number // blocks.num_blocks
+    bucket = bucket_of(blocks, owner, blocks.block_B[number].first)
+    other = blocks.first_U[bucket]
+    if other == number:
+        blocks.first_U[bucket] = blocks.block_B[number].chain
+    else:
+        while blocks.block_B[other].chain != number:
+            other = blocks.block_B[other].chain
+        blocks.block_B[other].chain = blocks.block_B[number].chain
+    blocks.block_B[number].chain = UNNAMED
+    second = blocks.block_B[number].second
+    rank = np.uint64(owner % blocks.num_ranks - UNKNOWN)
+    if blocks.guess[_guess_place(blocks, second)] == (second & ~_LOW_HALF) | rank:
+        _remember(blocks, second, UNKNOWN)
+
+
+@jit
+def find_block(blocks, owner, first, second):
+    """A block of this owner with this name, or `NOBODY`."""
+    number = blocks.first_U[bucket_of(blocks, owner, first)]
+    start = owner * blocks.num_blocks
+    while number != END:
+        same = blocks.block_B[number].first == first and blocks.block_B[number].second == second
+        if same and start <= number < start + blocks.num_blocks:
+            _remember(blocks, second, owner % blocks.num_ranks)
+            return number
+        number = blocks.block_B[number].chain
+    return np.int32(NOBODY)
+
+
+@jit
+def name(blocks, number_B, name_B2):
+    """Give blocks names, which have none."""
+    for i in range(len(number_B)):
+        name_block(blocks, number_B[i], name_B2[i, 0], name_B2[i, 1])
+
+
+@jit
+def find(blocks, owner, name_M2, ids_M):
+    """A block of this owner with each name, or `NOBODY`."""
+    for m in range(len(name_M2)):
+        number = find_block(blocks, owner, name_M2[m, 0], name_M2[m, 1])
+        ids_M[m] = number if number == NOBODY else number - owner * blocks.num_blocks
+
+
+@jit
+def guess(blocks, name_M2):
+    """Of these names of one request, how many there are up to the last one that anybody is known to have had, and who that was:
+    a rank, or `UNKNOWN`; 0 and `NOBODY` if there is none."""
+    for m in range(len(name_M2) - 1, -1, -1):
+        second = name_M2[m, 1]
+        entry = blocks.guess[_guess_place(blocks, second)]
+        if (entry ^ second) <= _LOW_HALF and (entry & _LOW_HALF) != np.uint64(NOBODY - UNKNOWN):
+            return m + 1, np.int64(entry & _LOW_HALF) + UNKNOWN
+    return 0, NOBODY
+
+
+@jit
+def walk_free(blocks, owner, number_B):
+    """The free blocks of an owner, in order; how many, or -1 if the links do not fit together."""
+    null = owner * blocks.num_blocks
+    number, count = blocks.block_B[null].after, 0
+    while number != null:
+        if count == len(number_B) or blocks.block_B[blocks.block_B[number].after].before != number:
+            return -1
+        number_B[count] = number
+        number, count = blocks.block_B[number].after, count + 1
+    return count
+
+
+@jit
+def walk_chains(blocks, number_B):
+    """The blocks with names, bucket by bucket; how many, or -1 if one is in a wrong bucket or there are too many."""
+    count = 0
+    for bucket in range(len(blocks.first_U)):
+        number = blocks.first_U[bucket]
+        while number != END:
+            owner = number // blocks.num_blocks
+            if count == len(number_B) or bucket_of(blocks, owner, blocks.block_B[number].first) != bucket:
+                return -1
+            number_B[count] = number
+            number, count = blocks.block_B[number].chain, count + 1
+    return count
+
+
+# ---- prefixes
+
+
+@jit
+def first_seen(caches, group, num_computed):
+    """The first block that the token behind so many computed ones sees."""
+    return max(num_computed - caches.window_G[group] + 1, 0) // caches.size_G[group]
+
+
+@jit
+def extend(factors_4s, tokens_s, sum_4, name_2):
+    """A prefix's sum with one more block's tokens, and its name; see `prefix`."""
+    for lane in range(4):
+        total = sum_4[lane]
+        for i in range(len(tokens_s)):
+            # One more than the token: otherwise a prefix would have the name of its continuation by zeros.
+            total += factors_4s[lane, i] * (np.uint64(tokens_s[i]) + np.uint64(1))
+        sum_4[lane] = total
+    name_2[0] = (sum_4[0] >> _HALF) | (sum_4[1] & ~_LOW_HALF)
+    name_2[1] = (sum_4[2] >> _HALF) | (sum_4[3] & ~_LOW_HALF)
+
+
+@jit(signature=types.void(types.uint64[:, :, ::1], _TOKENS, types.uint64[::1], types.uint64[:, ::1]))
+def name_prefixes(factors_W4s, tokens, sum_4, name_W2):
+    """Names of the prefixes that fill whole blocks; `sum_4`, the empty prefix's, becomes the last one's."""
+    size = factors_W4s.shape[2]
+    for block in range(len(name_W2)):
+        extend(factors_W4s[block], tokens[block * size : (block + 1) * size], sum_4, name_W2[block])
+
+
+@jit
+def _has_tails(caches, blocks, rank, name_W2, depth, block_size):
+    """Whether a rank has all that the token behind `depth` named blocks sees in the caches that are windows."""
+    for group in range(len(caches.size_G)):
+        names = caches.names_G[group]
+        if depth % names:
+            return False
+        owner = group * blocks.num_ranks + rank
+        for index in range(depth // names - 1, first_seen(caches, group, depth * block_size) - 1, -1):
+            last = (index + 1) * names - 1
+            if find_block(blocks, owner, name_W2[last, 0], name_W2[last, 1]) == NOBODY:
+                return False
+    return True
+
+
+@jit
+def find_prefix(caches, blocks, rank, name_W2, block_size, taken_G):
+    """How many of a request's first named blocks a rank has, in every cache; `taken_G`: free blocks that sharing them takes."""
+    depth = len(name_W2)
+    for group in range(len(caches.size_G)):
+        if caches.window_G[group] > depth * block_size:  # all of it is seen
+            owner, first = group * blocks.num_ranks + rank, 0
+            while first < depth and find_block(blocks, owner, name_W2[first, 0], name_W2[first, 1]) != NOBODY:
+                first += 1
+            depth = first
+    while depth and not _has_tails(caches, blocks, rank, name_W2, depth, block_size):
+        depth -= 1
+    for group in range(len(caches.size_G)):
+        names, owner, taken_G[group] = caches.names_G[group], group * blocks.num_ranks + rank, 0
+        for index in range(first_seen(caches, group, depth * block_size), depth // names):
+            last = (index + 1) * names - 1
+            taken_G[group] += blocks.block_B[find_block(blocks, owner, name_W2[last, 0], name_W2[last, 1])].refs == 0
+    return depth
+
+
+@jit(signature=types.boolean(_TOKENS, types.int64))
+def all_below(tokens, vocab_size):
+    """Whether all are ids of the vocabulary."""
+    num_wrong = 0
+    for token in tokens:
+        num_wrong += (token < 0) | (token >= vocab_size)
+    return num_wrong == 0

@@ -1,0 +1,82 @@
+"""Everything that is compiled is called once before there is a request to wait for the compiler."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.plan import CacheSpec, StepPlan, StepResult
+from expertwire.scheduler.request import Request
+from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.scheduler import Scheduler
+
+_LAYERS = {"bytes_per_token": 1, "writers": (0,), "readers": (0,)}
+_CACHES = (
+    CacheSpec(name="full", kind="full", **_LAYERS),
+    CacheSpec(name="window", kind="window", window=3, **_LAYERS),
+    CacheSpec(name="state", kind="state", snapshot_every=2, **_LAYERS),
+)
+
+
+def rehearse() -> None:
+    """Serve a few requests on a rank that is not there: with a common prefix, a fork, and too few blocks, so that one gives way.
+
+    Takes some 20 s where nothing has been compiled yet, and otherwise a fraction of a second.
+    """
+    config = SchedulerConfig(
+        num_ranks=1,
+        max_running=3,
+        max_num_tokens=4,
+        max_model_len=12,
+        block_size=2,
+        num_blocks=10,
+        num_states=10,
+        max_waiting=9,
+        eos_token_ids=(1,),
+        vocab_size=9,
+        chunk_tokens=3,
+    )
+    scheduler = Scheduler(config, _CACHES)
+    for key in range(3):
+        scheduler.submit(_request(key), 0.0)
+    for step in range(60):
+        plan = scheduler.plan(0.0)
+        if plan is not None:
+            scheduler.commit(plan, [_answer(plan)], 0.0)
+        if step == 3:
+            scheduler.fork(0, [_request(4)], 0.0)
+        scheduler.check_integrity()
+    assert scheduler.idle, f"the rehearsal does not end: {scheduler.stats()}"
+    stats = scheduler.stats()
+    assert min(stats["preemptions"], stats["cached_tokens"]) > 0, f"the rehearsal leaves something out: {stats}"
+
+
+def _request(key: int) -> Request:
+    prompt = np.full(5, 2, np.int32)
+    return Request(key=key, prompt=prompt, params=SamplingParams(max_tokens=7, stop_token_ids=[3]), seed=0)
+
+
+def _answer(plan: StepPlan) -> StepResult:
+    """Each slot that samples gets a 4."""
+    slots = plan.sched_slot_S[plan.sched_sample_S == 1]
+    no_ints, no_floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    return StepResult(
+        step=plan.step,
+        rank=0,
+        forward_us=0,
+        slot_O=slots,
+        token_O=np.full(len(slots), 4, np.int32),
+        logprob_O=np.zeros(len(slots), np.float32),
+        token_rank_O=np.zeros(len(slots), np.int32),
+        top_offsets_O1=np.zeros(len(slots) + 1, np.int32),
+        top_ids=no_ints,
+        top_logprobs=no_floats,
+        prompt_slot=no_ints,
+        prompt_position=no_ints,
+        prompt_logprob=no_floats,
+        prompt_token_rank=no_ints,
+        prompt_top_offsets=np.zeros(1, np.int32),
+        prompt_top_ids=no_ints,
+        prompt_top_logprobs=no_floats,
+        expert_load=np.zeros(0, np.int64),
+    )

@@ -1,0 +1,35 @@
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+from sim_ranks import WINDOWED, SimCluster, make_config, make_request
+from expertwire.scheduler import block_loops, row_loops
+from expertwire.scheduler.rehearsal import rehearse
+
+def compiled():
+    functions = [f for module in (block_loops, row_loops) for f in vars(module).values() if hasattr(f, "signatures")]
+    return {f"{f.__module__}.{f.__name__}": len(f.signatures) for f in functions}
+
+rehearse()
+before = compiled()
+cluster = SimCluster(make_config(num_blocks=9, max_running=4), specs=WINDOWED, overlap=True, check=False)
+cluster.submit(*(make_request(key, 2 + 5 * key % 17, shared=6, max_tokens=5 + key % 13, ignore_eos=True) for key in range(30)))
+for key in range(6):
+    cluster.step()
+running = next(key for key in cluster.tokens if cluster.tokens[key] and key not in cluster.finish)
+parent = make_request(running, 2 + 5 * running % 17, shared=6)
+child = make_request(100, 5, max_tokens=13)
+child.prompt = child.tokens = parent.prompt
+cluster.fork(running, child)
+cluster.drain()
+assert cluster.scheduler.stats()["preemptions"], "nobody gave way"
+print({name: (count, compiled()[name]) for name, count in before.items() if compiled()[name] != count})
+"""
+
+
+def test_after_the_rehearsal_nothing_is_left_to_compile():
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "{}"), done.stderr

@@ -1,0 +1,86 @@
+"""Caches of recurrent states: one block holds the state after its last token, and every so many tokens one is kept."""
+
+import pytest
+from sim_ranks import STATE, WITH_STATE, SimCluster, expected_output, make_config, make_request
+
+SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_tokens": 8, "num_blocks": 65, "num_states": 20}
+EVERY = 8
+
+
+def serve(cluster, key, length, **values):
+    request = make_request(key, length, **{"shared": 1000, "max_tokens": 1, "ignore_eos": True, **values})
+    cluster.submit(request)
+    cluster.drain()
+    assert (cluster.tokens[key], cluster.finish[key]) == expected_output(request, cluster.config)
+    return cluster.num_cached[key]
+
+
+def states(cluster):
+    (used,) = cluster.scheduler.stats()["blocks_used"]["state"]
+    return used
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("specs", [WITH_STATE, (STATE,)], ids=["with a full cache", "alone"])
+def test_a_request_holds_one_state_and_at_times_two(specs, overlap):
+    cluster = SimCluster(make_config(**SIZES), specs=specs, overlap=overlap)
+    request = make_request(0, 60, max_tokens=60, ignore_eos=True)
+    cluster.submit(request)
+    held = set()
+    while not cluster.scheduler.idle:
+        cluster.step()
+        held.add(states(cluster))
+    assert held == {0, 1, 2}
+    assert (cluster.tokens[0], cluster.finish[0]) == expected_output(request, cluster.config)
+
+
+@pytest.mark.parametrize("specs", [WITH_STATE, (STATE,)], ids=["with a full cache", "alone"])
+@pytest.mark.parametrize("length", [5, 8, 9, 16, 17, 20, 41])
+def test_a_prefix_ends_where_a_state_was_kept(length, specs):
+    cluster = SimCluster(make_config(**SIZES), specs=specs)
+    assert [serve(cluster, key, length) for key in (0, 1)] == [0, (length - 1) // EVERY * EVERY]
+
+
+def test_a_state_that_was_given_away_ends_no_prefix():
+    # 5 states: of 60 tokens the last ones are left.
+    cluster = SimCluster(make_config(**{**SIZES, "num_states": 6}), specs=WITH_STATE)
+    serve(cluster, 0, 60)
+    assert serve(cluster, 1, 60) == 56
+    assert serve(cluster, 2, 20) == 0
+
+
+def test_a_fork_goes_on_from_a_state_of_its_own():
+    config = make_config(**{**SIZES, "max_running": 4})
+    cluster = SimCluster(config, specs=WITH_STATE)
+    parent = make_request(0, 11, max_tokens=20, ignore_eos=True)
+    cluster.submit(parent)
+    for _ in range(5):
+        cluster.step()
+    begun = tuple(cluster.tokens[0])
+    assert len(begun) >= 3
+    children = [make_request(key, 11, max_tokens=20, ignore_eos=True) for key in (1, 2)]
+    for child in children:
+        child.prompt = child.tokens = parent.prompt
+    cluster.fork(0, *children)
+    cluster.drain()
+    for request, start in ((parent, ()), (children[0], begun), (children[1], begun)):
+        assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config, start)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("num_states", [4, 6])
+def test_with_few_states_everyone_is_answered(num_states, overlap):
+    config = make_config(**{**SIZES, "num_states": num_states, "max_running": 4})
+    cluster = SimCluster(config, specs=WITH_STATE, overlap=overlap)
+    requests = [make_request(key, 1 + 13 * key % 50, shared=24, max_tokens=1 + 7 * key % 40) for key in range(20)]
+    cluster.submit(*requests)
+    cluster.drain()
+    for request in requests:
+        assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config)
+
+
+def test_a_chunk_with_more_states_than_there_are_is_refused():
+    cluster = SimCluster(make_config(**{**SIZES, "num_states": 3, "max_num_tokens": 64}), specs=WITH_STATE)
+    rejection = cluster.scheduler.submit(make_request(0, 60), 0.0)
+    assert rejection.code == "INVALID_ARGUMENT"
+    assert "cache blocks; a rank has 2" in rejection.message
