@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -51,7 +50,7 @@ class Channel(Protocol):
 
 def answer(plan: dict[str, np.ndarray], num_ranks: int) -> dict[str, np.ndarray]:
     """What a rank sends back: a `StepResult` with its share of the decodes."""
-    return _arrays(StepResult, "_O", len(plan["sched_slot_S"]) // num_ranks, num_ranks)
+    return _arrays(StepResult, "_O", len(StepPlan.from_arrays(plan).sched_slot_S) // num_ranks, num_ranks)
 
 
 def plan_of(decodes: int, num_ranks: int) -> dict[str, np.ndarray]:
@@ -141,16 +140,12 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _arrays(kind: type, suffix: str, items: int, num_ranks: int) -> dict[str, np.ndarray]:
+def _arrays(kind: type[StepPlan] | type[StepResult], suffix: str, items: int, num_ranks: int) -> dict[str, np.ndarray]:
     """A plan or result with `items` entries in the fields that end with `suffix`, and nothing in the others."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if field.type == "int":
-            values[field.name] = 0
-        elif "offsets" in field.name or field.name.endswith("_P"):
-            values[field.name] = np.zeros(num_ranks + 1, np.int32)
-        else:
-            values[field.name] = np.zeros(items if field.name.endswith(suffix) else 0, np.int32)
+    values: dict[str, Any] = dict.fromkeys(kind.scalars, 0)
+    for name, dtype in kind.dtypes.items():
+        offsets = "offsets" in name or name.endswith("_P")
+        values[name] = np.zeros(num_ranks + 1 if offsets else items if name.endswith(suffix) else 0, dtype)
     return kind(**values).to_arrays()
 
 

@@ -1,15 +1,17 @@
 """`python -m expertwire.bench.overlap`: does the controller's work hide behind the ranks'?
 
 The controller's own loop (`engine.controller.step`) drives ranks in processes of their own over the real control channel, with a
-front that takes the answers. The ranks sleep instead of computing, so a step's period is the ranks' time (`forward_us`) and what
-the host adds.
+front that takes the answers. The ranks run the engine's loop (`engine.rank_loop`) and wait instead of computing, so a step's
+period is the ranks' time (`forward_us`) and what the hosts add.
+
+A rank is one with a device that keeps a queue of its work, as a GPU does: its host sends the last result and launches the next
+step while it computes. With `--host-computes` it is one without, as on a CPU: there, both come on top of a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import socket
 import statistics
@@ -26,13 +28,15 @@ from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink, Sock
 from expertwire.engine import controller
 from expertwire.engine.config import ModelInfo
 from expertwire.engine.launcher import LocalLauncher, WorkerSpec
-from expertwire.scheduler.plan import StepPlan
+from expertwire.engine.rank_loop import Launched, serve
+from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler, SchedulerConfig
 
 _WARM_UP = 20
 _PROMPT = 64
+_SPIN_S = 0.3e-3  # at the end of a simulated step
 
 
 def main() -> int:
@@ -41,6 +45,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--running", type=int, default=64, help="requests, on all ranks together")
     parser.add_argument("--step-ms", type=float, default=10.0, help="the ranks' time for a step")
+    parser.add_argument("--host-computes", action="store_true", help="the ranks have no devices")
     parser.add_argument("--steps", type=int, default=300, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -64,7 +69,7 @@ def measure(args: argparse.Namespace, *, overlap: bool) -> dict[str, float]:
     """Periods of the steps in ms, and where the controller's time goes in µs a step."""
     num_tokens = args.steps + _WARM_UP + 8
     config = scheduler_config(args.ranks, args.running, _PROMPT + num_tokens)
-    with _open_loop(config, args.step_ms * 1e-3) as loop:
+    with _open_loop(config, args.step_ms * 1e-3, args.host_computes) as loop:
         for key in range(args.running):
             prompt = np.random.default_rng(key).integers(1, config.vocab_size, _PROMPT, dtype=np.int32)
             params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
@@ -100,32 +105,55 @@ def scheduler_config(num_ranks: int, running: int, max_model_len: int) -> Schedu
 
 
 def rank_main(
-    setting: tuple[SchedulerConfig, float], rank: int, num_ranks: int, address: str, token: str, node: str
+    setting: tuple[SchedulerConfig, float, bool], rank: int, num_ranks: int, address: str, token: str, node: str
 ) -> None:
-    """A rank that sleeps."""
-    config, step_s = setting
-    ranks = SimulatedRanks(config)
+    """A rank that simulates computing; its loop is the engine's."""
     link = ControlLink(address, token, rank=rank, node=node, hello={})
     with contextlib.suppress(ChannelClosed):
-        while (arrays := link.recv(None)) is not None:
-            start = time.perf_counter()
-            answer = ranks.run(StepPlan.from_arrays(arrays))[0][rank]
-            time.sleep(max(start + step_s - time.perf_counter(), 0.0))
-            # A sleep may take longer than it should, and that is not the host's doing.
-            took_us = int((time.perf_counter() - start) * 1e6)
-            link.send(dataclasses.replace(answer, forward_us=took_us).to_arrays())
+        serve(link, _SimulatedRunner(*setting, rank))
     link.close()
 
 
+class _SimulatedRunner:
+    """A runner that takes `step_s` for every step."""
+
+    def __init__(self, config: SchedulerConfig, step_s: float, host_computes: bool, rank: int) -> None:
+        self._ranks, self._rank = SimulatedRanks(config), rank
+        self._step_s, self._host_computes = step_s, host_computes
+        self.depth = 1 if host_computes else 2
+        self._free_at = 0.0  # when the device has done all that it was given
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """See `rank_loop.Steps`."""
+        mine = plan.rank(self._rank)
+        start = max(time.perf_counter(), self._free_at)
+        self._free_at = end = start + self._step_s
+
+        def finish() -> StepResult:
+            until = time.perf_counter() + self._step_s if self._host_computes else end
+            answer = self._ranks.run(plan)[0][self._rank]
+            assert len(answer.slot_O) <= len(mine.sched_slot_S), f"{len(answer.slot_O)} of {len(mine.sched_slot_S)}"
+            _wait_until(until)
+            return StepResult(**{**vars(answer), "forward_us": int(self._step_s * 1e6)})
+
+        return Launched(finish, lambda: time.perf_counter() >= end - _SPIN_S)
+
+
+def _wait_until(end: float) -> None:
+    """To the point, as one waits for a device: a sleep alone would be late by some 0.1 ms, and that is no host's work."""
+    time.sleep(max(0.0, end - _SPIN_S - time.perf_counter()))
+    while time.perf_counter() < end:
+        pass
+
+
 @contextlib.contextmanager
-def _open_loop(config: SchedulerConfig, step_s: float) -> Iterator[controller.Loop]:
+def _open_loop(config: SchedulerConfig, step_s: float, host_computes: bool) -> Iterator[controller.Loop]:
     launcher = LocalLauncher("expertwire.bench.overlap:rank_main")
     hub = ControlHub(config.num_ranks, token="bench")
     front, reader = _open_front()
     try:
-        launcher.start(
-            WorkerSpec(config=(config, step_s), num_ranks=config.num_ranks, address=hub.address, token="bench")
-        )
+        setting = (config, step_s, host_computes)
+        launcher.start(WorkerSpec(config=setting, num_ranks=config.num_ranks, address=hub.address, token="bench"))
         hub.wait_joined(60, launcher.poll)
         loop = controller.Loop(scheduler=Scheduler(config, CACHES), hub=hub, info=_info(config))
         loop.fronts[0], loop.num_fronts = front, 1

@@ -26,7 +26,7 @@ from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Rejection, Scheduler, SchedulerConfig
 
-FORMAT = 1
+FORMAT = 2
 _ASKED = ("key", "branch", "seed", "priority", "tenant", "salt", "deadline")  # of a request, as they are
 
 
@@ -112,9 +112,10 @@ def replay(file: Path) -> Replayed:
 
 def digests(plan: StepPlan) -> dict[str, str]:
     """Of each field's bytes, dtype and shape."""
+    arrays = {name: np.asarray(value) for name, value in vars(plan).items()}
     return {
         name: hashlib.blake2b(f"{value.dtype.str}{value.shape}".encode() + value.tobytes(), digest_size=8).hexdigest()
-        for name, value in plan.to_arrays().items()
+        for name, value in arrays.items()
     }
 
 

@@ -45,20 +45,26 @@ class AllToAllSpec:
 @dataclass(frozen=True, kw_only=True)
 class Dispatched:
     """What a rank's experts work on. Routed row r reads `x_UD[row_index_R[r]]`; rows are sorted by local expert, within an
-    expert by (home rank, token, k). Expert e's rows are `expert_offsets[e] : expert_offsets[e + 1]`."""
+    expert by (home rank, token, k). Expert e's rows are `expert_offsets[e] : expert_offsets[e + 1]`.
+
+    Where the host knows the counts, `expert_offsets` is i64 on the host, R is exact and the experts' rows stay in this order.
+    Otherwise it is i32 on the device, R is what there can be at most, and `home_R` says where each routed row's result goes.
+    """
 
     x_UD: Tensor
-    row_index_R: Tensor  # i64
-    expert_offsets: np.ndarray  # i64, on the host
+    row_index_R: Tensor  # i64 or i32
+    expert_offsets: np.ndarray | Tensor
+    home_R: Tensor | None = None  # i32
 
 
 class AllToAll(Protocol):
     """Dispatch and combine over one group of ranks."""
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> Any:
+    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> Any:
         """Start sending rows to the ranks of their experts.
 
-        `physical_TK` i64: physical expert ids, -1 for none. `num_tokens_P`: T of every rank, known from the plan.
+        `physical_TK` i64: physical expert ids, -1 for none. `num_tokens_P`: T of every rank, known from the plan; or, where the
+        host learns nothing, i32 [P] on the device: how many of x's rows count.
         """
         ...
 
@@ -67,7 +73,7 @@ class AllToAll(Protocol):
         ...
 
     def combine_send(self, handle: Any, y_RD: Tensor) -> Any:
-        """Start sending expert rows home, in the order of `Dispatched`; returns the handle for `combine_recv`."""
+        """Start sending expert rows home, which lie as `Dispatched` says; returns the handle for `combine_recv`."""
         ...
 
     def combine_recv(self, handle: Any) -> Tensor:

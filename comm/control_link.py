@@ -65,10 +65,10 @@ class ControlLink:
         if inbox is None:
             return None
         while (message := inbox.take()) is None:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                return None
+            remaining = max(0.0, deadline - time.monotonic())
             self._pump(inbox, wait(inbox.ready, [inbox], self._poller, remaining, self._spin_s))
+            if not remaining and not inbox.ready():
+                return None
         if self._relay.members:
             # Before this rank computes: the others of its node would wait for the plan, and this rank for them.
             self._relay.send(message)

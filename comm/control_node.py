@@ -135,11 +135,11 @@ class RingOutbox:
 
     def send(self, message: bytes | bytearray) -> list[int]:
         """Send to every reader without waiting; returns the readers whose connection is gone."""
-        prefix = self._sequence.to_bytes(8, "little")
+        sequence = self._sequence
         self._sequence += 1
-        if self._writer.try_write(self._sequence - 1, message):
+        if self._writer.try_write(sequence, message):
             return self._send_each(self._writer.wake())
-        return self._send_each(range(len(self._channels)), prefix, message)
+        return self._send_each(range(len(self._channels)), sequence.to_bytes(8, "little"), message)
 
     def _send_each(self, readers: Iterable[int], *parts: bytes | bytearray) -> list[int]:
         gone = []

@@ -101,10 +101,11 @@ class SocketChannel:
         """Send one frame made of `parts`, or queue it; without parts, a doorbell. Raises as `send`."""
         frame = [_LENGTH.pack(sum(map(len, parts))), *parts]
         with self._lock:
-            self._flush()
-            if (pending := self.pending) > self._max_pending:
+            if self._outgoing:
+                self._flush()
+            if self._outgoing and (pending := self.pending) > self._max_pending:
                 raise ChannelClosed(f"the peer stopped reading: {pending >> 20} MiB wait to be sent")
-            sent = 0 if pending else self._write(frame)
+            sent = 0 if self._outgoing else self._write(frame)
             for part in frame:
                 if sent < len(part):
                     # A copy, because the caller may reuse its buffer.
@@ -146,7 +147,7 @@ class SocketChannel:
         Raises:
             ChannelClosed: as `send`, or the peer read nothing for `timeout_s` seconds.
         """
-        if self.flush():
+        if not self._outgoing or self.flush():
             return
         poller = select.poll()
         poller.register(self._sock, select.POLLOUT)

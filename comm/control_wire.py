@@ -88,9 +88,8 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     dims = [size for value in values for size in value.shape]
     parts = [schema, struct.pack(f"<{len(dims)}q", *dims)]
     for value in values:
-        raw = value.tobytes()
-        parts.append(raw)
-        if padding := -len(raw) & 7:
+        parts.append(value if value.flags.c_contiguous else value.tobytes())
+        if padding := -value.nbytes & 7:
             parts.append(_PADDING[padding])
     return b"".join(parts)
 

@@ -22,7 +22,7 @@ from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv, paged_kv
 from expertwire.engine.config import ModelConfig
 from expertwire.engine.weight_map import Destination, ParamSpec, WeightMap
-from expertwire.kernels import attention, linear, rotary
+from expertwire.kernels import attention, rotary
 from expertwire.kernels.linear import Linear
 from expertwire.kernels.registry import Ops
 from expertwire.moe import layer as moe_layer
@@ -103,7 +103,7 @@ class Layer:
     (a dense one ignores it)."""
 
     attention: Attention
-    mlp: Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
+    mlp: Callable[[Tensor, Tensor, list[int] | Tensor], tuple[Tensor, Tensor]]
     moe: MoeLayer | None
 
 
@@ -228,7 +228,7 @@ class Decoder:
         c = self.config
         self._embed = params.pop("embed")
         # A tied head is packed from a copy: the embedding is read row by row.
-        self._head = linear.prepare(self._embed.clone() if c.tie_word_embeddings else params.pop("lm_head"))
+        self._head = self.context.ops.linear(self._embed.clone() if c.tie_word_embeddings else params.pop("lm_head"))
         # The norm after each layer is the next layer's first one.
         norms = [*(params.pop(f"layers.{i}.input_norm") for i in range(c.num_layers)), params.pop("norm")]
         self._first_norm = norms[0]
@@ -245,15 +245,15 @@ class Decoder:
             q_norm, k_norm = p["q_norm"].expand(c.num_heads, -1), p["k_norm"].expand(c.num_kv_heads, -1)
             qk_norm = torch.cat((q_norm, k_norm))
         few = None
-        if not c.attention_bias:
+        if not c.attention_bias and not self.context.ops.on_device:
             few = attention.prepare_few(p["qkv"], p["o"], qk_norm, p["post_norm"], c.rms_norm_eps, c.head_dim)
         attn = Attention(
             ops=self.context.ops,
             eps=c.rms_norm_eps,
             head_dim=c.head_dim,
-            qkv=linear.prepare(p.pop("qkv"), p.get("qkv_bias")),
+            qkv=self.context.ops.linear(p.pop("qkv"), p.get("qkv_bias")),
             qk_norm=qk_norm,
-            output=linear.prepare(p.pop("o"), p.get("o_bias")),
+            output=self.context.ops.linear(p.pop("o"), p.get("o_bias")),
             norm=p["post_norm"],
             few=few,
         )
@@ -292,7 +292,7 @@ class Decoder:
     def forward(self, batch: ForwardBatch, caches: list[PagedKv]) -> Tensor:
         """As `Model.forward`."""
         assert self._tables is not None, "forward before allocate"
-        num_tokens_P = list(batch.num_tokens_P)
+        num_tokens_P = list(batch.num_tokens_P) if batch.num_valid is None else batch.num_valid
         x_TD = self._embed[batch.token_ids_T]
         normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
         few, seqs = self.layers[0].attention.few, batch.sequences
@@ -311,17 +311,18 @@ class Decoder:
         load = np.zeros((self.config.num_layers, self.config.num_experts), np.int64)
         for i, layer in enumerate(self.layers):
             if layer.moe is not None:
-                load[i] = layer.moe.load_E
-                layer.moe.load_E[:] = 0
+                counted = layer.moe.load_E
+                load[i] = counted.cpu().numpy() if isinstance(counted, Tensor) else counted
+                counted[:] = 0
         return load.reshape(-1)
 
 
 def _dense_mlp(
     p: Params, ops: Ops, norm_D: Tensor, eps: float
-) -> Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]:
-    gate_up, down = linear.prepare(p.pop("gate_up")), linear.prepare(p.pop("down"))
+) -> Callable[[Tensor, Tensor, list[int] | Tensor], tuple[Tensor, Tensor]]:
+    gate_up, down = ops.linear(p.pop("gate_up")), ops.linear(p.pop("down"))
 
-    def apply(x_TD: Tensor, normed_TD: Tensor, num_tokens_P: list[int]) -> tuple[Tensor, Tensor]:
+    def apply(x_TD: Tensor, normed_TD: Tensor, num_tokens_P: list[int] | Tensor) -> tuple[Tensor, Tensor]:
         return ops.add_rms_norm(x_TD, down(ops.silu_mul(gate_up(normed_TD))), norm_D, eps)
 
     return apply

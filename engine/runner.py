@@ -6,23 +6,27 @@ S scheduled slots, O sampled tokens, V vocabulary.
 from __future__ import annotations
 
 import time
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.engine import logprobs
 from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv
 from expertwire.engine.decoder import Decoder
+from expertwire.engine.rank_loop import Launched
 from expertwire.engine.slots import Slots
 from expertwire.kernels import attention, sampling
 from expertwire.scheduler.plan import RankPlan, StepPlan, StepResult
 
-_I32, _F32 = np.zeros(0, np.int32), np.zeros(0, np.float32)
-
 
 class Runner:
     """Runs plans on one rank."""
+
+    depth = 1  # the host computes
 
     def __init__(self, *, model: Decoder, caches: list[PagedKv], slots: Slots, rank: int) -> None:
         self._model, self._caches, self._slots, self._rank = model, caches, slots, rank
@@ -46,16 +50,24 @@ class Runner:
         self._model.take_expert_load()
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepResult:
-        """Do this rank's part of the plan. All ranks of the group call it with the same plan."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """Apply the plan and build the batch; see `rank_loop.Steps`. All ranks of the group call it with the same plan."""
         mine = plan.rank(self._rank)
         self._slots.apply(mine)
         self._copy_blocks(mine)
         load = self._model.take_expert_load() if plan.report_load else np.zeros(0, np.int64)
         answer = {"step": plan.step, "rank": self._rank, "expert_load": load}
         if not plan.num_tokens_P.any():
-            return StepResult(**answer, forward_us=0, **_sampled_nothing(), **_no_prompt_rows())
+            return Launched(
+                partial(StepResult, **answer, forward_us=0, **logprobs.no_tokens(), **logprobs.no_prompt_rows())
+            )
         batch, order, last_rows = self._slots.batch(mine, plan.num_tokens_P.tolist())
+        return Launched(partial(self._finish, mine, answer, batch, order, last_rows))
+
+    @torch.inference_mode()
+    def _finish(
+        self, mine: RankPlan, answer: dict[str, Any], batch: ForwardBatch, order: np.ndarray, last_rows: np.ndarray
+    ) -> StepResult:
         started = time.perf_counter()
         hidden_TD = self._model.forward(batch, self._caches)
         prompt_rows = self._prompt_logprobs(hidden_TD, mine, order, last_rows)
@@ -64,7 +76,7 @@ class Runner:
         outputs = (
             self._sample(hidden_TD[torch.from_numpy(last_rows[sampled])], slots_O)
             if len(slots_O)
-            else _sampled_nothing()
+            else logprobs.no_tokens()
         )
         elapsed_us = int((time.perf_counter() - started) * 1e6)
         return StepResult(**answer, forward_us=elapsed_us, **outputs, **prompt_rows)
@@ -114,7 +126,7 @@ class Runner:
         for row, slot in enumerate(slots_O.tolist()):
             prompt_len, known = int(state["prompt_len"][row]), int(self._slots.num_tokens[slot])
             if penalized[row]:
-                tokens = self._slots.tokens[slot, :known]
+                tokens = torch.from_numpy(self._slots.tokens[slot, :known].astype(np.int64)).to(logits_OV.device)
                 sampling.penalize(
                     logits_OV[row],
                     tokens[:prompt_len],
@@ -134,80 +146,17 @@ class Runner:
         self, hidden_TD: Tensor, mine: RankPlan, order: np.ndarray, last_rows: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Rows for every prompt token computed in this step whose successor is a prompt token too."""
-        wanted = self._slots.sampling["prompt_logprobs"][mine.sched_slot_S]
-        if not (wanted >= 0).any():
-            return _no_prompt_rows()
-        rows, slots, positions = [], [], []
-        for i, last in zip(order.tolist(), last_rows.tolist(), strict=True):
-            if wanted[i] < 0:
-                continue
-            slot, start, num = int(mine.sched_slot_S[i]), int(mine.sched_start_S[i]), int(mine.sched_num_S[i])
-            count = min(num, int(self._slots.sampling["prompt_len"][slot]) - 1 - start)
-            if count > 0:
-                rows.append(np.arange(last - num + 1, last - num + 1 + count))
-                slots.append(np.full(count, slot, np.int32))
-                positions.append(np.arange(start + 1, start + 1 + count, dtype=np.int32))
-        if not rows:
-            return _no_prompt_rows()
-        slot_X, position_X = np.concatenate(slots), np.concatenate(positions)
-        logits_XV = self._model.logits(hidden_TD[torch.from_numpy(np.concatenate(rows))])
+        rows = logprobs.prompt_rows(mine, self._slots.sampling, order, last_rows)
+        if rows is None:
+            return logprobs.no_prompt_rows()
+        row_X, slot_X, position_X = rows
+        logits_XV = self._model.logits(hidden_TD[torch.from_numpy(row_X)])
         num_top_X = self._slots.sampling["prompt_logprobs"][slot_X]
         found = _logprobs(logits_XV, self._slots.tokens[slot_X, position_X], num_top_X)
-        return {
-            "prompt_slot": slot_X,
-            "prompt_position": position_X,
-            "prompt_logprob": found["logprob_O"],
-            "prompt_token_rank": found["token_rank_O"],
-            "prompt_top_offsets": found["top_offsets_O1"],
-            "prompt_top_ids": found["top_ids"],
-            "prompt_top_logprobs": found["top_logprobs"],
-        }
+        return logprobs.prompt_fields(slot_X, position_X, found)
 
 
 def _logprobs(logits_OV: Tensor, token_O: np.ndarray, num_top_O: np.ndarray) -> dict[str, np.ndarray]:
     """The log-probability fields of a result; rows with num_top -1 have not asked."""
-    count = len(token_O)
-    logprob_O, rank_O = np.full(count, np.nan, np.float32), np.zeros(count, np.int32)
-    asked = np.flatnonzero(num_top_O >= 0)
-    num_top = np.zeros(count, np.int64)
-    top_ids, top_logprobs = _I32, _F32
-    if len(asked):
-        num_top[asked] = np.minimum(num_top_O[asked], logits_OV.shape[1])
-        widest = int(num_top.max())
-        tokens = torch.from_numpy(token_O[asked].astype(np.int64)).to(logits_OV.device)
-        found = sampling.token_logprobs(logits_OV[torch.from_numpy(asked)], tokens, widest)
-        logprob_O[asked], rank_O[asked] = found[0].cpu().numpy(), found[1].cpu().numpy()
-        kept = np.arange(widest) < num_top[asked, None]
-        top_ids = found[2].cpu().numpy().astype(np.int32)[kept]
-        top_logprobs = found[3].cpu().numpy()[kept]
-    return {
-        "logprob_O": logprob_O,
-        "token_rank_O": rank_O,
-        "top_offsets_O1": np.concatenate(([0], np.cumsum(num_top))).astype(np.int32),
-        "top_ids": top_ids,
-        "top_logprobs": top_logprobs,
-    }
-
-
-def _sampled_nothing() -> dict[str, np.ndarray]:
-    return {
-        "slot_O": _I32,
-        "token_O": _I32,
-        "logprob_O": _F32,
-        "token_rank_O": _I32,
-        "top_offsets_O1": np.zeros(1, np.int32),
-        "top_ids": _I32,
-        "top_logprobs": _F32,
-    }
-
-
-def _no_prompt_rows() -> dict[str, np.ndarray]:
-    return {
-        "prompt_slot": _I32,
-        "prompt_position": _I32,
-        "prompt_logprob": _F32,
-        "prompt_token_rank": _I32,
-        "prompt_top_offsets": np.zeros(1, np.int32),
-        "prompt_top_ids": _I32,
-        "prompt_top_logprobs": _F32,
-    }
+    found = logprobs.of(logits_OV, torch.from_numpy(token_O).to(logits_OV.device), num_top_O)
+    return logprobs.fields([tensor.cpu().numpy() for tensor in found], num_top_O, logits_OV.shape[1])

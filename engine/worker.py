@@ -20,19 +20,21 @@ import numpy as np
 import torch
 
 from expertwire.comm import group as groups
+from expertwire.comm.a2a_local import LocalAllToAll
 from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAll, AllToAllSpec
 from expertwire.comm.control import ChannelClosed, ControlLink
 from expertwire.engine import weights
+from expertwire.engine.caches import PagedKv
 from expertwire.engine.checkpoint import Checkpoint, read_model_config
 from expertwire.engine.config import EngineConfig, ModelConfig
 from expertwire.engine.decoder import Decoder, RankContext
 from expertwire.engine.models import registry
+from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import Runner
 from expertwire.engine.slots import Slots
 from expertwire.kernels import registry as kernels
 from expertwire.moe.placement import Placement, place
-from expertwire.scheduler.plan import StepPlan
 
 
 def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
@@ -42,17 +44,11 @@ def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, t
     with contextlib.ExitStack() as closing:
         closing.callback(link.close)
         try:
-            _serve(link, _start(config, rank, num_ranks, node, link, closing))
+            serve(link, _start(config, rank, num_ranks, node, link, closing))
         except ChannelClosed:
             pass
         except Exception as error:  # noqa: BLE001 - whatever it is, the controller must hear of it
             _report(link, error)
-
-
-def _serve(link: ControlLink, runner: Runner) -> None:
-    while True:
-        plan = StepPlan.from_arrays(link.recv())
-        link.send(runner.step(plan).to_arrays())
 
 
 def _report(link: ControlLink, error: Exception) -> None:
@@ -66,7 +62,7 @@ def _report(link: ControlLink, error: Exception) -> None:
 
 def _start(
     config: EngineConfig, rank: int, num_ranks: int, node: str, link: ControlLink, closing: contextlib.ExitStack
-) -> Runner:
+) -> Steps:
     link.recv()
     store, store_address = None, ""
     if rank == 0 and num_ranks > 1:
@@ -94,12 +90,27 @@ def _start(
     sizes = link.recv()
     num_blocks, max_model_len = int(sizes["num_blocks"][0]), int(sizes["max_model_len"][0])
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
-    slots = Slots(
-        num_slots=config.max_running, max_model_len=max_model_len, block_size=config.block_size, device=device
-    )
-    runner = Runner(model=model, caches=caches, slots=slots, rank=rank)
-    runner.warm_up(num_ranks, config.max_num_tokens)
+    runner = _make_runner(config, model, caches, max_model_len, rank, num_ranks)
     link.send({})
+    return runner
+
+
+def _make_runner(
+    config: EngineConfig, model: Decoder, caches: list[PagedKv], max_model_len: int, rank: int, num_ranks: int
+) -> Steps:
+    """Warmed up: on a GPU, graphs are captured now, so that running out of memory is found before anyone is served."""
+    device = model.context.device
+    shape = {"num_slots": config.max_running, "max_model_len": max_model_len, "block_size": config.block_size}
+    if model.context.ops.on_device:
+        from expertwire.engine.device_runner import DeviceRunner  # Triton is of no use elsewhere
+        from expertwire.engine.device_slots import DeviceSlots
+
+        slots = DeviceSlots(**shape, device=device)
+        on_device = DeviceRunner(model=model, caches=caches, slots=slots, rank=rank, num_ranks=num_ranks)
+        on_device.warm_up(config.max_num_tokens, config.max_running)
+        return on_device
+    runner = Runner(model=model, caches=caches, slots=Slots(**shape, device=device), rank=rank)
+    runner.warm_up(num_ranks, config.max_num_tokens)
     return runner
 
 
@@ -115,23 +126,24 @@ def _load(
     dtype = getattr(torch, model_config.dtype)
     placement: Placement | None = None
     all_to_all: AllToAll | None = None
+    ops = kernels.choose(device)
     if any(model_config.sparse_layers):
         placement = place(model_config.num_experts, num_ranks, config.redundant_experts)
-        all_to_all = ReferenceAllToAll(
-            AllToAllSpec(
-                group=group,
-                rank_offsets=placement.rank_offsets,
-                max_tokens=config.max_num_tokens,
-                hidden_size=model_config.hidden_size,
-                top_k=model_config.top_k,
-                dtype=dtype,
-            )
+        spec = AllToAllSpec(
+            group=group,
+            rank_offsets=placement.rank_offsets,
+            max_tokens=config.max_num_tokens,
+            hidden_size=model_config.hidden_size,
+            top_k=model_config.top_k,
+            dtype=dtype,
         )
+        local = ops.on_device and num_ranks == 1
+        all_to_all = LocalAllToAll(spec, ops.permute) if local else ReferenceAllToAll(spec)
     context = RankContext(
         rank=rank,
         dtype=dtype,
         device=device,
-        ops=kernels.choose(device.split(":")[0]),
+        ops=ops,
         placement=placement,
         all_to_all=all_to_all,
     )

@@ -93,6 +93,26 @@ def test_no_wake_up_is_lost_in_thousands_of_steps_with_naps_on_both_sides(monkey
             check(hub.collect(60), step)
 
 
+@pytest.mark.parametrize("node", ["A", "B"])
+def test_a_look_without_waiting_sees_what_has_arrived(node):
+    hub = ControlHub(1, token=TOKEN, node="A")
+    link = ControlLink(hub.address, TOKEN, rank=0, node=node, hello={})
+    joining = threading.Thread(target=hub.wait_joined, args=(20, lambda: None))
+    joining.start()
+    assert link.recv(0.2) is None
+    joining.join()
+    deadline = time.monotonic() + 20
+    for step, size in enumerate([10, BIG, 10]):
+        hub.publish(plan(step, size))
+        while (got := link.recv(0.0)) is None:
+            hub.poll_lost()  # sends what is left of a large one
+            assert time.monotonic() < deadline, f"step {step} does not arrive"
+        assert got["step"][0] == step
+    assert link.recv(0.0) is None
+    link.close()
+    hub.close()
+
+
 @pytest.mark.parametrize(("nodes", "victim"), [("AA", 1), ("BB", 0), ("BB", 1), ("ABC", 2), ("ABC", 0)])
 def test_a_killed_rank_is_named_while_others_are_waited_for(nodes, victim):
     with joined(nodes) as (hub, workers):

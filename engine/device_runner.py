@@ -1,0 +1,318 @@
+"""One rank's step on a GPU. Nothing here waits for the device before `finish`, so a step can be launched while another computes.
+
+Steps of single queries replay a CUDA graph, captured before there is a request, for the next larger of a few numbers of
+sequences. Rows that fill up belong to no slot: they store nothing, reach no expert, and their outputs are not looked at.
+
+T tokens, B sequences, O sampled tokens, V vocabulary, W blocks of a slot's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.engine import logprobs
+from expertwire.engine.batch import ForwardBatch
+from expertwire.engine.caches import PagedKv
+from expertwire.engine.decoder import Decoder
+from expertwire.engine.device_slots import DeviceSlots, Scheduled
+from expertwire.engine.rank_loop import Launched
+from expertwire.kernels import sampling
+from expertwire.kernels.attention import DeviceSequences
+from expertwire.kernels.gpu.batch import look_up
+from expertwire.kernels.gpu.sampling import sample
+from expertwire.scheduler.plan import RankPlan, StepPlan, StepResult
+
+# The fields of a sampling record that the kernel takes, as (name, type).
+_COLUMNS = (
+    ("temperature", np.float32),
+    ("top_k", np.int64),
+    ("top_p", np.float32),
+    ("min_p", np.float32),
+    ("seed", np.int64),
+    ("branch", np.int64),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Graph:
+    """A captured step of `size` single queries."""
+
+    size: int
+    graph: Any
+    inputs: Tensor  # i32, see `_inputs`
+    hidden_TD: Tensor
+
+
+class DeviceRunner:
+    """Runs plans on one rank; `rank_loop.Steps`.
+
+    Args:
+        num_ranks: of the group. Only one rank's steps are captured: an all-to-all over several asks the host.
+    """
+
+    depth = 2  # steps launched at once: the next one's work lies ready when a step ends
+
+    def __init__(self, *, model: Decoder, caches: list[PagedKv], slots: DeviceSlots, rank: int, num_ranks: int) -> None:
+        self._model, self._caches, self._slots = model, caches, slots
+        self._rank, self._num_ranks = rank, num_ranks
+        self._device = slots.device
+        self._on_gpu = slots.device != "cpu"
+        self._graphs: list[_Graph] = []  # ascending
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_tokens: int, max_running: int) -> None:
+        """Compile what is compiled on first use, for every tile class that a step can take, and capture the graphs."""
+        sizes = [size for size in _sizes(max_running) if size <= max_num_tokens]
+        for size in sorted({1, 2, *sizes}):
+            self._model.logits(self._run_single(self._nobody(size), size))
+        if self._num_ranks == 1 and self._on_gpu:
+            pool = torch.cuda.graph_pool_handle()
+            self._graphs = [self._capture(size, pool) for size in reversed(sizes)][::-1]
+        self._model.take_expert_load()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """Give the device its work; see `rank_loop.Steps`. All ranks of the group call it with the same plan."""
+        mine = plan.rank(self._rank)
+        self._slots.apply(mine)
+        self._copy_blocks(mine)
+        load = self._model.take_expert_load() if plan.report_load else np.zeros(0, np.int64)
+        answer = {"step": plan.step, "rank": self._rank, "expert_load": load}
+        if not plan.num_tokens_P.any():
+            nothing = logprobs.no_tokens() | logprobs.no_prompt_rows()
+            return Launched(partial(StepResult, **answer, forward_us=0, **nothing))
+        started = self._mark()
+        step = self._slots.schedule(mine)
+        graph = self._graph_for(step)
+        inputs = _inputs(step, graph.size if graph is not None else len(step.slot_T))
+        on_device = self._slots.to_device(inputs, step.slot_B, step.row_O, step.slot_O, step.position_O)
+        if graph is not None:
+            graph.inputs.copy_(on_device[0])
+            graph.graph.replay()
+            hidden_TD = graph.hidden_TD
+        else:
+            hidden_TD = self._forward(on_device[0], on_device[1], step, plan.num_tokens_P.tolist())
+        prompt = self._prompt_logprobs(hidden_TD, mine, step)
+        sampled = self._sample(hidden_TD, step, *on_device[2:])
+        ended = self._mark()
+        finish = partial(self._finish, answer, prompt, sampled, started, ended)
+        return Launched(finish, ended.query) if self._on_gpu else Launched(finish)
+
+    def _finish(
+        self,
+        answer: dict[str, Any],
+        prompt: Callable[[], dict[str, np.ndarray]],
+        sampled: Callable[[], dict[str, np.ndarray]],
+        started: Any,
+        ended: Any,
+    ) -> StepResult:
+        elapsed_us = 0
+        if self._on_gpu:
+            ended.synchronize()
+            elapsed_us = int(started.elapsed_time(ended) * 1e3)
+        return StepResult(**answer, forward_us=elapsed_us, **sampled(), **prompt())
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _copy_blocks(self, mine: RankPlan) -> None:
+        if not len(mine.copy_to_C):
+            return
+        assert not mine.copy_cache_C.any(), f"only cache 0 exists, plan names {np.unique(mine.copy_cache_C)}"
+        source_C, target_C = (ids.long() for ids in self._slots.to_device(mine.copy_from_C, mine.copy_to_C))
+        for cache in self._caches:
+            for blocks in (cache.k, cache.v):
+                blocks.index_copy_(0, target_C, blocks.index_select(0, source_C))
+
+    # ---- the model
+
+    def _graph_for(self, step: Scheduled) -> _Graph | None:
+        """The smallest one that takes the step."""
+        return next((g for g in self._graphs if g.size >= len(step.slot_T)), None) if step.all_single else None
+
+    def _forward(self, inputs: Tensor, slot_B: Tensor, step: Scheduled, num_tokens_P: list[int]) -> Tensor:
+        num_tokens, num_sequences = len(step.slot_T), len(step.slot_B)
+        table = self._slots.blocks_SW.index_select(0, slot_B)
+        longest = int(step.length_B.max(initial=1))
+        return self._model.forward(
+            self._batch(inputs, num_tokens, num_sequences, step.num_single, table, longest, num_tokens_P), self._caches
+        )
+
+    def _batch(
+        self,
+        inputs: Tensor,
+        num_tokens: int,
+        num_sequences: int,
+        num_single: int,
+        block_table: Tensor,
+        max_length: int,
+        num_tokens_P: list[int],
+    ) -> ForwardBatch:
+        room = _room(num_tokens)
+        slot_T, position_T = inputs[:num_tokens], inputs[room : room + num_tokens]
+        lengths, cu_queries = (
+            inputs[2 * room : 2 * room + num_sequences],
+            inputs[3 * room : 3 * room + num_sequences + 1],
+        )
+        slots = self._slots
+        token_T, positions_T, mapping_T = look_up(
+            slot_T, position_T, slots.tokens_SL, slots.blocks_SW, slots.block_size
+        )
+        return ForwardBatch(
+            token_ids_T=token_T,
+            positions_T=positions_T,
+            slot_mapping_T=mapping_T,
+            sequences=DeviceSequences(
+                num_single=num_single,
+                max_length=max_length,
+                cu_queries=cu_queries,
+                lengths=lengths,
+                block_table=block_table,
+            ),
+            num_tokens_P=num_tokens_P,
+            num_valid=inputs[-4:-3] if self._num_ranks == 1 else None,
+        )
+
+    def _run_single(self, inputs: Tensor, size: int) -> Tensor:
+        """Single queries, some of which may be nobody's: all that a graph holds."""
+        table = self._slots.blocks_SW.index_select(0, inputs[:size].clamp(min=0))
+        longest = table.shape[1] * self._slots.block_size
+        return self._model.forward(self._batch(inputs, size, size, size, table, longest, [size]), self._caches)
+
+    def _nobody(self, size: int) -> Tensor:
+        """Inputs of tokens that belong to no slot."""
+        inputs = np.zeros(4 * _room(size) + 8, np.int32)
+        inputs[:size] = -1
+        return self._slots.to_device(inputs)[0].clone()
+
+    def _capture(self, size: int, pool: Any) -> _Graph:
+        inputs = self._nobody(size)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run_single(inputs, size)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            hidden_TD = self._run_single(inputs, size)
+        return _Graph(size=size, graph=graph, inputs=inputs, hidden_TD=hidden_TD)
+
+    # ---- sampling
+
+    def _sample(
+        self, hidden_TD: Tensor, step: Scheduled, row_O: Tensor, slot_O: Tensor, position_O: Tensor
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Sample and write down the tokens; what the result says of them, once the device is done."""
+        if not len(row_O):
+            return logprobs.no_tokens
+        state = self._slots.sampling[step.slot_O]
+        logits_OV = self._model.logits(hidden_TD.index_select(0, row_O)).contiguous()
+        raw_OV = logits_OV.clone() if (state["logprobs"] >= 0).any() else logits_OV
+        self._adjust(logits_OV, step, state)
+        columns = {name: self._column(state[name].astype(dtype)) for name, dtype in _COLUMNS}
+        token_O = sample(
+            logits_OV,
+            *columns.values(),
+            position_O.long(),
+            drawn=bool(state["temperature"].any()),
+            filtered=bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any()),
+        )
+        self._slots.append(slot_O, position_O, token_O)
+        found = logprobs.of(raw_OV, token_O, state["logprobs"])
+        tokens = self._to_host(token_O.int())
+        picked = [self._to_host(tensor) for tensor in found]
+        return lambda: {
+            "slot_O": step.slot_O.astype(np.int32),
+            "token_O": tokens.numpy(),
+            **logprobs.fields([tensor.numpy() for tensor in picked], state["logprobs"], logits_OV.shape[1]),
+        }
+
+    def _column(self, values: np.ndarray) -> Tensor:
+        column = torch.from_numpy(values)
+        return column.pin_memory().to(self._device, non_blocking=True) if self._on_gpu else column
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """A copy that is there when the step's end is."""
+        if not self._on_gpu:
+            return tensor
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        return copy
+
+    def _adjust(self, logits_OV: Tensor, step: Scheduled, state: np.ndarray) -> None:
+        """Penalties, bias and bans, in place, for the few rows that ask for them."""
+        for row, slot in enumerate(step.slot_O.tolist()):
+            record = state[row]
+            prompt_len, known = int(record["prompt_len"]), int(self._slots.num_tokens[slot]) - 1
+            penalties = {
+                "repetition": float(record["repetition_penalty"]),
+                "presence": float(record["presence_penalty"]),
+                "frequency": float(record["frequency_penalty"]),
+            }
+            if penalties != {"repetition": 1.0, "presence": 0.0, "frequency": 0.0}:
+                tokens = self._slots.tokens_SL[slot, :known].long()
+                sampling.penalize(logits_OV[row], tokens[:prompt_len], tokens[prompt_len:], **penalties)
+            ids, values = self._slots.bias[slot]
+            if len(ids):
+                logits_OV[row].index_add_(0, self._column(ids.astype(np.int64)), self._column(values))
+            bans = self._slots.bans[slot]
+            if len(bans) and known - prompt_len < record["min_tokens"]:
+                logits_OV[row].index_fill_(0, self._column(bans.astype(np.int64)), -torch.inf)
+
+    def _prompt_logprobs(
+        self, hidden_TD: Tensor, mine: RankPlan, step: Scheduled
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Rows for every prompt token computed in this step whose successor is a prompt token too."""
+        rows = logprobs.prompt_rows(mine, self._slots.sampling, step.order_B, step.last_row_B)
+        if rows is None:
+            return logprobs.no_prompt_rows
+        row_X, slot_X, position_X = rows
+        at_X = slot_X.astype(np.int64) * self._slots.tokens_SL.shape[1] + position_X
+        logits_XV = self._model.logits(hidden_TD.index_select(0, self._column(row_X)))
+        token_X = self._slots.tokens_SL.view(-1).index_select(0, self._column(at_X))
+        num_top_X = self._slots.sampling["prompt_logprobs"][slot_X]
+        picked = [self._to_host(tensor) for tensor in logprobs.of(logits_XV, token_X, num_top_X)]
+        vocab = logits_XV.shape[1]
+        return lambda: logprobs.prompt_fields(
+            slot_X, position_X, logprobs.fields([tensor.numpy() for tensor in picked], num_top_X, vocab)
+        )
+
+
+def _room(count: int) -> int:
+    """`count` rounded up, so that what lies behind so many i32 begins at a multiple of 16 bytes."""
+    return -(-count // 4) * 4
+
+
+def _inputs(step: Scheduled, size: int) -> np.ndarray:
+    """A step's numbers for the device, where `size` tokens have room: slots and positions of the tokens, lengths of the sequences
+    and `cu_queries`, each with room for `size`, and the number of tokens."""
+    count, room = len(step.slot_T), _room(size)
+    inputs = np.zeros(4 * room + 8, np.int32)
+    inputs[:size] = -1
+    inputs[:count] = step.slot_T
+    inputs[room : room + count] = step.position_T
+    inputs[2 * room : 2 * room + len(step.length_B)] = step.length_B
+    inputs[3 * room : 3 * room + size + 1] = count
+    inputs[3 * room : 3 * room + len(step.cu_queries)] = step.cu_queries
+    inputs[-4] = count
+    return inputs
+
+
+def _sizes(max_running: int) -> list[int]:
+    """Numbers of sequences to capture: every one that fills a step up by an eighth at most, from 16 on."""
+    sizes, size = [], 1
+    while size < max_running:
+        sizes.append(size)
+        size += max(1, size if size < 8 else 8 if size < 64 else size // 8)
+    return [*sizes, max_running]
