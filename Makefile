@@ -4,6 +4,7 @@
 #   make test        the tests, without the full matrices
 #   make test-full   all tests
 #   make lint        style
+#   make kernels-report   what the compiler makes of every GPU kernel; needs no GPU
 #   make proto       regenerate the gRPC code after a change of the .proto
 #
 # PYTHON chooses the interpreter; PIP_ARGS is passed to pip, for instance on a Linux machine without a GPU, to save 3 GB:
@@ -20,7 +21,7 @@ PROTO := deploy/proto
 # The oldest tools whose code the oldest grpcio and protobuf of pyproject.toml can run.
 PROTO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: demo test test-full lint proto clean
+.PHONY: demo test test-full lint kernels-report proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/expertwire demo
@@ -34,6 +35,9 @@ test-full: $(INSTALLED_DEV)
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+kernels-report: $(INSTALLED)
+	$(BIN)/python -m expertwire.bench.kernels_report
 
 .venv/bin/pip:
 	@"$(PYTHON)" $(NEW_ENOUGH) 2>/dev/null || \

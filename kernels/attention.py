@@ -4,7 +4,11 @@ A sequence's keys and values lie in blocks of `block_size` tokens; its block tab
 step are the last ones of their sequences: query i of a sequence with `length` known tokens and `num` queries is at position
 `length - num + i` and sees the positions up to its own.
 
-T tokens, H query heads, G key/value heads (H/G queries share one), d head size, B sequences, L padded length, s block size.
+Two variants: a sliding window of `window` tokens (0: none) shows a query the last `window` positions up to its own; a sink is a
+learned logit a head that takes part in the softmax's sum and brings no value (gpt-oss).
+
+T tokens, H query heads, G key/value heads (H/G queries share one), d head size, B sequences, L padded length, s block size,
+W blocks in a row of the block table.
 """
 
 from __future__ import annotations
@@ -63,6 +67,24 @@ def describe(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceSequences:
+    """The same for a GPU: only device tensors, and the bounds that the host knows; nothing is read back.
+
+    Sequences without queries may stand last, so that a captured graph keeps its shapes.
+    """
+
+    num_single: int  # sequences with at most one query; they come first, and row b is theirs
+    max_length: int  # no sequence is longer
+    cu_queries: Tensor  # i32 [B + 1], as in PagedSequences; the last one may be less than the rows of the step
+    lengths: Tensor  # i32 [B]
+    block_table: Tensor  # i32 [B, W], padded with the null block
+
+    @property
+    def num_sequences(self) -> int:
+        return self.lengths.shape[0]
+
+
 class FewRows(Protocol):
     """A layer's attention and the norm behind it in one call, for steps of a few single queries: the ops' bits, fewer calls."""
 
@@ -90,17 +112,31 @@ def prepare_few(
     return decode.AttentionAndNorm(w_qkv, w_o, qk_norm_hd, norm_D, eps, head_dim)
 
 
-def reference(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
-    """One query at a time in fp32; caches [blocks, s, G, d]; returns [T, H, d]."""
+def reference(
+    q_THd: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqs: PagedSequences,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """One query at a time in fp32; caches [blocks, s, G, d]; `scale` is d^-0.5 unless given; returns [T, H, d]."""
     out_THd = torch.empty_like(q_THd)
+    scale = q_THd.shape[-1] ** -0.5 if scale is None else scale
     for b, table in enumerate([*seqs.single_block_table, *seqs.block_tables]):
         start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
         for row in range(start, end):
-            visible = seqs.lengths[b] - (end - 1 - row)
-            k_GLd, v_GLd = (c[table].flatten(0, 1)[:visible].float().transpose(0, 1) for c in (k_cache, v_cache))
+            stop = seqs.lengths[b] - (end - 1 - row)
+            visible = slice(max(0, stop - window) if window else 0, stop)
+            k_GLd, v_GLd = (c[table].flatten(0, 1)[visible].float().transpose(0, 1) for c in (k_cache, v_cache))
             q_Gqd = q_THd[row].float().view(k_GLd.shape[0], -1, q_THd.shape[-1])
-            scores = q_Gqd @ k_GLd.transpose(1, 2) * q_THd.shape[-1] ** -0.5
-            out_THd[row] = (scores.softmax(-1) @ v_GLd).flatten(0, 1).to(q_THd.dtype)
+            logits = [q_Gqd @ k_GLd.transpose(1, 2) * scale]
+            if sinks_H is not None:
+                logits.append(sinks_H.float().view(*q_Gqd.shape[:2], 1))
+            weights = torch.cat(logits, -1).softmax(-1)[..., : k_GLd.shape[1]]
+            out_THd[row] = (weights @ v_GLd).flatten(0, 1).to(q_THd.dtype)
     return out_THd
 
 
@@ -113,6 +149,8 @@ def rotate_and_store(
     slot_mapping_T: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    interleaved: bool = False,
 ) -> Tensor:
     """What lies between the projections and the attention: norms of query and key heads, rotation, storing keys and values.
 
@@ -120,10 +158,11 @@ def rotate_and_store(
         qkv_Thd: [T, H + 2G, d]: query, key and value heads.
         norm_hd: weights of the heads' RMS norms [H + G, d], or None.
         eps: of the norms.
-        tables: `rotary.tables`.
+        tables: `rotary.tables` for the dimensions that are rotated: the first r <= d.
         positions_T: i64.
         slot_mapping_T: i64, block * s + offset.
         k_cache: [blocks, s, G, d], written, as is `v_cache`.
+        interleaved: the pairs are (x_2i, x_2i+1), not (x_i, x_i+r/2).
 
     Returns:
         Queries [T, H, d].
@@ -133,10 +172,19 @@ def rotate_and_store(
     qk, v_TGd = qkv_Thd[:, : num_heads + num_kv].float(), qkv_Thd[:, num_heads + num_kv :]
     if norm_hd is not None:
         qk = F.rms_norm(qk, (dim,), None, eps) * norm_hd.float()
-    qk = rotary.rotate(qk, *(table[positions_T].unsqueeze(1) for table in tables)).to(qkv_Thd.dtype)
+    turned, kept = qk.split((tables[0].shape[1], dim - tables[0].shape[1]), -1)
+    qk = torch.cat((rotate_at(turned, tables, positions_T, interleaved), kept), -1).to(qkv_Thd.dtype)
     k_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, qk[:, num_heads:])
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, v_TGd)
     return qk[:, :num_heads]
+
+
+def rotate_at(x_THr: Tensor, tables: tuple[Tensor, Tensor], positions_T: Tensor, interleaved: bool) -> Tensor:
+    """`rotary.rotate` at these positions, of pairs (x_i, x_i+r/2) or, interleaved, (x_2i, x_2i+1)."""
+    if interleaved:
+        x_THr = x_THr.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    x_THr = rotary.rotate(x_THr, *(table[positions_T].unsqueeze(1) for table in tables))
+    return x_THr.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if interleaved else x_THr
 
 
 def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 
-def reference(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """rows fp32 or bf16, weights fp32 -> y [T, D] in the rows' dtype."""
+def reference(rows_TKD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Tensor:
+    """rows fp32 or bf16, weights fp32 -> y [T, D] in the rows' dtype.
+
+    The shared expert's rows are added last, to the rounded sum.
+    """
     out_TD = torch.zeros_like(rows_TKD[:, 0], dtype=torch.float32)
     for k in range(rows_TKD.shape[1]):
         out_TD += rows_TKD[:, k].float() * weights_TK[:, k, None]
-    return out_TD.to(rows_TKD.dtype)
+    y_TD = out_TD.to(rows_TKD.dtype)
+    return y_TD if shared_TD is None else y_TD + shared_TD
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:

@@ -8,17 +8,21 @@ each product, as the model's layers are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.kernels import linear
 
-# (x_UD, row_index_R i64 sorted by expert, offsets i64 [e + 1] on the host) -> y_RD
-GroupedMlp = Callable[[Tensor, Tensor, np.ndarray], Tensor]
+# (x_UD, row_index_R sorted by expert, offsets [e + 1], home_R or None) -> y_RD: either row_index and offsets are i64, the latter
+# on the host, and rows stay in order; or, on a GPU, all is i32 on the device, row r goes to place home_R[r], and there may be
+# fewer rows than R.
+GroupedMlp = Callable[[Tensor, Tensor, np.ndarray | Tensor, Tensor | None], Tensor]
 
 
 class FewRows(Protocol):
@@ -52,6 +56,78 @@ def reference(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray, w13_eFD: T
     return y_RD
 
 
+@dataclass(frozen=True)
+class Activation:
+    """What lies between the two products of an expert.
+
+    "swiglu": `silu(gate) * up`. "swiglu_clamped" (gpt-oss): gate clamped above at `limit`, up on both sides, then
+    `gate * sigmoid(alpha * gate) * (up + 1)`. "relu2": `max(up, 0) ** 2`, without a gate.
+    """
+
+    kind: str = "swiglu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        kinds = ("swiglu", "swiglu_clamped", "relu2")
+        if self.kind not in kinds:
+            raise ValueError(f"Activation.kind is {self.kind!r}, must be one of {kinds}")
+
+    @property
+    def gated(self) -> bool:
+        return self.kind != "relu2"
+
+
+def activation_reference(product_NF: Tensor, activation: Activation) -> Tensor:
+    """fp32 [N, 2F], gate columns before up columns, or [N, F] without a gate -> fp32 [N, F]."""
+    if activation.kind == "relu2":
+        return product_NF.relu().square()
+    gate_NF, up_NF = product_NF.chunk(2, dim=-1)
+    if activation.kind == "swiglu":
+        return F.silu(gate_NF) * up_NF
+    gate_NF, up_NF = gate_NF.clamp(max=activation.limit), up_NF.clamp(-activation.limit, activation.limit)
+    return gate_NF * torch.sigmoid(activation.alpha * gate_NF) * (up_NF + 1)
+
+
+def w13_reference(
+    x_UD: Tensor,
+    row_index_R: Tensor,
+    expert_offsets: Tensor,
+    w13_eFD: Tensor,
+    activation: Activation,
+    bias_eF: Tensor | None = None,
+) -> Tensor:
+    """The hidden layer [R, F] in x's dtype, rounded once; w13 [e, 2F, D], gate rows over up rows, or [e, F, D] without a gate.
+
+    As on a GPU, the offsets lie on the device, and rows behind the last offset are undefined (here: zero).
+    """
+    columns = w13_eFD.shape[1] // (2 if activation.gated else 1)
+    hidden_RF = x_UD.new_zeros(len(row_index_R), columns)
+    for e, (start, end) in enumerate(pairwise(expert_offsets.tolist())):
+        product = x_UD[row_index_R[start:end].long()].float() @ w13_eFD[e].float().T
+        if bias_eF is not None:
+            product += bias_eF[e].float()
+        hidden_RF[start:end] = activation_reference(product, activation).to(x_UD.dtype)
+    return hidden_RF
+
+
+def w2_reference(
+    hidden_RF: Tensor,
+    expert_offsets: Tensor,
+    w2_eDF: Tensor,
+    home_R: Tensor,
+    out_SD: Tensor,
+    bias_eD: Tensor | None = None,
+) -> Tensor:
+    """Each routed row's product, rounded to the dtype of `out`, into its slot `home_R` of `out` [S, D]; the rest stays."""
+    for e, (start, end) in enumerate(pairwise(expert_offsets.tolist())):
+        product = hidden_RF[start:end].float() @ w2_eDF[e].float().T
+        if bias_eD is not None:
+            product += bias_eD[e].float()
+        out_SD[home_R[start:end].long()] = product.to(out_SD.dtype)
+    return out_SD
+
+
 def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor]) -> GroupedMlp:
     """A callable for these weights, as `linear.prepare` makes one."""
     few, apply_few = 0, None
@@ -60,7 +136,9 @@ def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor
 
         few, apply_few = gemm.few(w13_eFD.dtype), gemm.prepare_experts(w13_eFD, w2_eDF)
 
-    def apply(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray) -> Tensor:
+    def apply(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray | Tensor, home_R: Tensor | None = None) -> Tensor:
+        assert isinstance(offsets, np.ndarray), "here the host counts rows"
+        assert home_R is None, "and they stay in order"
         y_RD = x_UD.new_empty(len(row_index_R), x_UD.shape[1])
         if apply_few is None or not apply_few(x_UD, row_index_R, offsets, y_RD):
             _by_expert(x_UD.index_select(0, row_index_R), offsets, w13_eFD, w2_eDF, silu_mul, few, y_RD)

@@ -1,55 +1,134 @@
-"""Which implementation of each op runs: chosen once, at start, from the device; never changed, never a silent fallback."""
+"""Which implementations run: chosen once, at start, from the device; never changed, never a silent fallback.
+
+`cpu`: numba, and oneDNN through torch. `triton`: a GPU. `plain`: torch, anywhere; slow, and beside which the others are tested.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from expertwire.kernels import attention, combine, experts, rms_norm, routing
+from expertwire.kernels import attention, combine, experts, linear, permute, rms_norm, routing
+from expertwire.kernels.experts import GroupedMlp
+from expertwire.kernels.linear import Linear
+from expertwire.kernels.permute import Permuted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """One implementation of each op; the signatures are those of the references."""
+    """One implementation of each op; the signatures are those of the references. `linear` and `experts` prepare weights.
 
+    `on_device`: sequences and counts are described by tensors on the device (`attention.DeviceSequences`), and nothing is read
+    back while a model computes.
+    """
+
+    why: str
+    on_device: bool
+    linear: Callable[..., Linear]
+    experts: Callable[[Tensor, Tensor], GroupedMlp]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotate_and_store: Callable[..., Tensor]
     attend: Callable[..., Tensor]
     route: Callable[..., tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
+    permute: Callable[..., Permuted]
     combine: Callable[[Tensor, Tensor], Tensor]
 
     def explain(self) -> str:
-        """One line an op: where its implementation lives."""
-        chosen = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return "\n".join(f"{name}: {op.__module__}.{op.__name__}" for name, op in chosen)
+        """Why these, and for each op where its implementation lives."""
+        ops = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return "\n".join([self.why, *(f"{name}: {_place(op)}" for name, op in ops if callable(op))])
+
+
+def _place(op: Any) -> str:
+    op = op.func if isinstance(op, partial) else op
+    return f"{op.__module__}.{op.__name__}"
 
 
 def choose(device: str) -> Ops:
-    """The ops for "cpu" (numba) or a CUDA device (torch)."""
-    if device == "cpu":
-        # numba is slow to import and of no use elsewhere.
-        from expertwire.kernels.cpu import attention as cpu_attention
-        from expertwire.kernels.cpu import elementwise
+    """The ops for "cpu" or "cuda".
 
-        return Ops(
-            rms_norm=elementwise.rms_norm,
-            add_rms_norm=elementwise.add_rms_norm,
-            rotate_and_store=cpu_attention.rotate_and_store,
-            attend=cpu_attention.attend,
-            route=elementwise.route,
-            silu_mul=elementwise.silu_mul,
-            combine=elementwise.combine,
-        )
+    Raises:
+        ValueError: the GPU is too old.
+    """
+    return cpu() if device == "cpu" else triton(device)
+
+
+def cpu() -> Ops:
+    """For a CPU."""
+    # numba is slow to import and of no use elsewhere.
+    from expertwire.kernels.cpu import attention as cpu_attention
+    from expertwire.kernels.cpu import elementwise
+
     return Ops(
+        why="the device is a CPU: numba for few rows, oneDNN through torch for many",
+        on_device=False,
+        linear=linear.prepare,
+        experts=partial(experts.prepare, silu_mul=elementwise.silu_mul),
+        rms_norm=elementwise.rms_norm,
+        add_rms_norm=elementwise.add_rms_norm,
+        rotate_and_store=cpu_attention.rotate_and_store,
+        attend=cpu_attention.attend,
+        route=elementwise.route,
+        silu_mul=elementwise.silu_mul,
+        permute=permute.reference,
+        combine=elementwise.combine,
+    )
+
+
+def plain() -> Ops:
+    """In torch alone."""
+    return Ops(
+        why="asked for: torch alone",
+        on_device=False,
+        linear=linear.prepare,
+        experts=partial(experts.prepare, silu_mul=experts.silu_mul_reference),
         rms_norm=rms_norm.reference,
         add_rms_norm=rms_norm.add_reference,
         rotate_and_store=attention.rotate_and_store,
         attend=attention.attend,
         route=routing.reference,
         silu_mul=experts.silu_mul_reference,
+        permute=permute.reference,
         combine=combine.combine,
+    )
+
+
+def triton(device: str) -> Ops:
+    """For a GPU (or, in Triton's interpreter, for tensors on a CPU)."""
+    from expertwire.kernels.gpu import attention as gpu_attention
+    from expertwire.kernels.gpu import combine as gpu_combine
+    from expertwire.kernels.gpu import experts as gpu_experts
+    from expertwire.kernels.gpu import linear as gpu_linear
+    from expertwire.kernels.gpu import permute as gpu_permute
+    from expertwire.kernels.gpu import quantize, rotate_and_store
+    from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
+    from expertwire.kernels.gpu import routing as gpu_routing
+    from expertwire.kernels.gpu.device import describe
+
+    gpu = describe(device)
+    if gpu.arch < 90:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"device {device} is a {name} of compute capability {gpu.arch / 10}; allowed are 9.0 and above"
+        )
+    return Ops(
+        why=f"{device} has compute capability {gpu.arch / 10} and {gpu.num_sms} multiprocessors: Triton",
+        on_device=True,
+        linear=partial(gpu_linear.prepare, device=gpu),
+        experts=partial(gpu_experts.prepare, device=gpu),
+        rms_norm=gpu_rms_norm.rms_norm,
+        add_rms_norm=gpu_rms_norm.add_rms_norm,
+        rotate_and_store=rotate_and_store.rotate_and_store,
+        attend=partial(gpu_attention.attend, device=gpu),
+        route=gpu_routing.route,
+        silu_mul=quantize.silu_mul,
+        permute=gpu_permute.permute,
+        combine=gpu_combine.combine,
     )

@@ -1,29 +1,90 @@
-"""Choice of experts: softmax over all experts, the K largest, weights divided by their sum if the model says so.
+"""Choice of experts: a score of every logit, the K experts with the largest, weights from their scores.
 
-T tokens, D model width, E experts, K chosen. Gating is in fp32 whatever the activations are.
+Scores: softmax over all experts, sigmoid, or sqrt(softplus). Weights may be divided by their sum, and are multiplied by
+`scale`. Softmax with division is the same as a softmax over the chosen logits (gpt-oss, Granite); sigmoid without it is
+Llama 4's rule.
+
+A selection bias is added to scores for the choice only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Group-limited
+choice first keeps the best groups of neighbouring experts: by their best expert (DeepSeek-V2, arXiv 2405.04434) or by
+the sum of their two best (DeepSeek-V3). Scores grow with logits, so where neither bias nor sum enters, logits are
+compared: distinct ones stay distinct. Of equals the lowest id wins, everywhere.
+
+T tokens, D model width, E experts, K chosen, G groups. Gating is in fp32 whatever the activations are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.kernels import linear
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # x_TD -> ids_TK, weights_TK
+Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
+# Keeps the division by a sum of scores finite where all are zero; it changes no other sum.
+TINY = 1e-20
 
 
-def reference(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Expert ids i64 [T, K] and weights fp32 [T, K], in descending order of weight."""
-    weights_TK, ids_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Choose among the experts of the `kept` best of `number` equal groups; `by` is what makes a group good."""
+
+    number: int
+    kept: int
+    by: Literal["best", "two_best"]
+
+
+def reference(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score: Score = "softmax",
+    bias_E: Tensor | None = None,
+    groups: Groups | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Expert ids i64 [T, K] and weights fp32 [T, K], in descending order of what they were chosen by; bias fp32."""
+    logits_TE = logits_TE.float()
+    scores_TE = _scores(logits_TE, score)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if bias_E is None and (groups is None or groups.by == "best"):
+        choice_TE = logits_TE
+    if groups is not None:
+        choice_TE = _limited(choice_TE, groups)
+    ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights_TK = scores_TE.gather(1, ids_TK)
     if renormalize:
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    return ids_TK, weights_TK
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
+    return ids_TK, weights_TK if scale == 1.0 else weights_TK * scale
 
 
-def prepare(w_ED: Tensor, top_k: int, route: Callable[..., tuple[Tensor, Tensor]], *, renormalize: bool) -> Router:
-    """The product with `w_ED`, then `route`, an implementation of `reference`."""
-    dense = linear.prepare(w_ED)
+def _scores(logits_TE: Tensor, score: Score) -> Tensor:
+    match score:
+        case "softmax":
+            return torch.softmax(logits_TE, dim=-1)
+        case "sigmoid":
+            return torch.sigmoid(logits_TE)
+        case "sqrt_softplus":
+            return F.softplus(logits_TE).sqrt()
+
+
+def _limited(choice_TE: Tensor, groups: Groups) -> Tensor:
+    """`choice_TE` with -inf for the experts of the groups that are not kept."""
+    choice_TGe = choice_TE.unflatten(1, (groups.number, -1))
+    group_TG = choice_TGe.topk(1 if groups.by == "best" else 2, dim=-1).values.sum(dim=-1)
+    dropped_TG = group_TG.sort(dim=-1, descending=True, stable=True).indices[:, groups.kept :]
+    mask_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, dropped_TG, True)
+    return choice_TGe.masked_fill(mask_TG.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def prepare(
+    dense: linear.Linear, top_k: int, route: Callable[..., tuple[Tensor, Tensor]], *, renormalize: bool
+) -> Router:
+    """The product `dense` with the router's weights, then `route`, an implementation of `reference`."""
     return lambda x_TD: route(dense(x_TD), top_k, renormalize=renormalize)

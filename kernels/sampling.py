@@ -80,21 +80,26 @@ def _keep_top(logits_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor) -> Tensor:
 
 
 def penalize(
-    logits_V: Tensor, prompt: np.ndarray, output: np.ndarray, *, repetition: float, presence: float, frequency: float
+    logits_V: Tensor, prompt: Tensor, output: Tensor, *, repetition: float, presence: float, frequency: float
 ) -> None:
     """Apply one row's penalties in place.
 
-    `prompt`, `output`: token ids. Repetition divides positive and multiplies negative logits of every token seen (Keskar et al.,
-    "CTRL", 2019); presence and frequency are subtracted once, and per occurrence, for tokens of the output.
+    `prompt`, `output`: token ids, i64. Repetition divides positive and multiplies negative logits of every token seen (Keskar et
+    al., "CTRL", 2019); presence and frequency are subtracted once, and per occurrence, for tokens of the output.
     """
+    counts_V = _counts(output, logits_V)
     if repetition != 1.0:
-        seen = torch.from_numpy(np.unique(np.concatenate((prompt, output))).astype(np.int64)).to(logits_V.device)
-        values = logits_V[seen]
-        logits_V[seen] = torch.where(values > 0, values / repetition, values * repetition)
+        seen_V = (counts_V > 0) | (_counts(prompt, logits_V) > 0)
+        logits_V.copy_(
+            torch.where(seen_V, torch.where(logits_V > 0, logits_V / repetition, logits_V * repetition), logits_V)
+        )
     if presence != 0.0 or frequency != 0.0:
-        ids, counts = np.unique(output, return_counts=True)
-        penalty = presence + frequency * torch.from_numpy(counts).to(logits_V)
-        logits_V[torch.from_numpy(ids.astype(np.int64)).to(logits_V.device)] -= penalty
+        logits_V -= torch.where(counts_V > 0, presence + frequency * counts_V, 0.0)
+
+
+def _counts(tokens: Tensor, logits_V: Tensor) -> Tensor:
+    """How often each token occurs."""
+    return torch.zeros_like(logits_V).index_add_(0, tokens, torch.ones_like(tokens, dtype=logits_V.dtype))
 
 
 def token_logprobs(logits_XV: Tensor, token_X: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 
 from expertwire.kernels import attention, registry, rms_norm, rotary
 
-OPS = {"cpu": registry.choose("cpu"), "torch": registry.choose("cuda")}
+OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 2**-7}}
 HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 32, 4

@@ -6,7 +6,7 @@ import torch
 
 from expertwire.kernels import combine, registry
 
-COMBINES = {"spec": combine.reference, "cpu": registry.choose("cpu").combine, "torch": registry.choose("cuda").combine}
+COMBINES = {"spec": combine.reference, "cpu": registry.choose("cpu").combine, "torch": registry.plain().combine}
 
 
 def formula(rows, weights):

@@ -6,7 +6,7 @@ import torch
 
 from expertwire.kernels import experts, registry
 
-OPS = {"cpu": registry.choose("cpu"), "torch": registry.choose("cuda")}
+OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 DTYPES = [torch.float32, torch.bfloat16]
 # Rows of each of five experts.
 COUNTS = {
@@ -61,7 +61,7 @@ def formula(x, index, offsets, w13, w2):
 def test_prepared(ops, dtype, name):
     *rows, w13, w2 = inputs(COUNTS[name], dtype)
     expected = formula(*rows, w13, w2)
-    y = experts.prepare(w13.clone(), w2.clone(), ops.silu_mul)(*rows)
+    y = ops.experts(w13.clone(), w2.clone())(*rows)
     assert (y.shape, y.dtype) == (expected.shape, dtype)
     torch.testing.assert_close(y.double(), expected, **TOLERANCE[dtype])
     torch.testing.assert_close(experts.reference(*rows, w13, w2).double(), expected, **TOLERANCE[dtype])
@@ -71,7 +71,7 @@ def test_prepared(ops, dtype, name):
 @pytest.mark.parametrize(("width", "inner"), [(24, 16), (33, 7), (64, 48), (128, 256)])
 def test_other_widths(width, inner):
     *rows, w13, w2 = inputs([0, 3, 20, 1], torch.float32, width, inner)
-    y = experts.prepare(w13.clone(), w2.clone(), OPS["cpu"].silu_mul)(*rows)
+    y = OPS["cpu"].experts(w13.clone(), w2.clone())(*rows)
     torch.testing.assert_close(y.double(), formula(*rows, w13, w2), **TOLERANCE[torch.float32])
 
 

@@ -1,10 +1,22 @@
 """Which implementations are chosen, and that one can read it."""
 
+import pytest
+
 from expertwire.kernels import registry
 
 
-def test_the_choice_can_be_read():
-    lines = registry.choose("cpu").explain().splitlines()
-    assert len(lines) == 7
-    assert all(": expertwire.kernels.cpu." in line for line in lines), lines
-    assert "attend: expertwire.kernels.attention.attend" in registry.choose("cuda").explain().splitlines()
+@pytest.mark.parametrize(
+    ("ops", "folder"),
+    [(registry.choose("cpu"), "expertwire.kernels.cpu."), (registry.plain(), "expertwire.kernels.")],
+    ids=["cpu", "plain"],
+)
+def test_the_choice_can_be_read(ops, folder):
+    why, *lines = ops.explain().splitlines()
+    assert why == ops.why
+    assert len(lines) == 10
+    assert sum(f": {folder}" in line for line in lines) >= 7, lines
+
+
+def test_a_gpu_runs_triton_and_nothing_else():
+    lines = registry.triton("cpu").explain().splitlines()[1:]
+    assert all(": expertwire.kernels.gpu." in line for line in lines), lines

@@ -134,7 +134,7 @@ def test_uniform_of_different_counters_looks_independent():
 
 
 def test_penalties_by_hand():
-    prompt, output = np.array([0, 1, 1]), np.array([2, 2, 3, 1])
+    prompt, output = torch.tensor([0, 1, 1]), torch.tensor([2, 2, 3, 1])
     start = torch.tensor([1.0, -1.0, 4.0, -2.0, 5.0])
 
     def penalized(**options):

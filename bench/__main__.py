@@ -1,0 +1,26 @@
+"""`python -m expertwire.bench NAME`: the benchmarks of `expertwire bench`, and the kernels', which needs less installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code: 0 done, 1 something is wrong, 2 a wrong option."""
+    if argv[:1] == ["kernels"]:
+        from expertwire.bench import kernels
+
+        return kernels.run(argv[1:])
+    from expertwire.deploy import cli
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m expertwire.bench NAME [OPTION ...]\n")
+        for name, text in {"kernels": "the GPU kernels beside the hardware's limits", **cli.BENCHES}.items():
+            print(f"  {name:<12}{text}")
+        return 0 if argv else 2
+    return cli.main(["bench", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

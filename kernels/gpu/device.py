@@ -1,0 +1,27 @@
+"""What the kernels' wrappers must know of the GPU; asked once, at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """`arch`: compute capability, 90 for Hopper, 100 for Blackwell. `num_sms`: streaming multiprocessors."""
+
+    arch: int
+    num_sms: int
+
+
+H200 = Device(arch=90, num_sms=132)
+B200 = Device(arch=100, num_sms=148)
+
+
+def describe(device: torch.device | str) -> Device:
+    """The CUDA device; a CPU, where only the interpreter runs kernels, passes for a small Hopper."""
+    if torch.device(device).type != "cuda":
+        return Device(arch=90, num_sms=4)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(arch=10 * properties.major + properties.minor, num_sms=properties.multi_processor_count)

@@ -1,0 +1,317 @@
+"""Expert weights as the GPU kernels read them, and how to make them from a checkpoint's.
+
+w13 [e, 2F, D] comes as gate rows over up rows; the kernels want both rows of a hidden column within one tile, so that the
+activation needs no exchange: rows are interleaved by eight (gate 0-7, up 0-7, gate 8-15, ...), which leaves both in one thread of
+a tensor core's accumulator.
+
+e experts, M rows of a weight matrix, K its columns, N rows of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERLEAVE = 8  # rows
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+GROUPS = {"int4": 32, "mxfp4": 32, "nvfp4": 16}  # columns that share a scale
+SCALES = {"int4": torch.bfloat16, "mxfp4": torch.uint8, "nvfp4": FP8}
+BLOCK = 128  # rows and columns that share a scale in "fp8_block", and columns of x
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The weights of e experts, each [M, K]: M = 2F rows interleaved by eight (gated w13), F (ungated w1), or D (w2).
+
+    format    | data           | scales                                | x
+    dense     | any [e, M, K]  | none                                  | of the same dtype
+    fp8_block | fp8 [e, M, K]  | fp32 [e, M / 128, K / 128] (1)        | fp8, scales of `tiles.tile_scales`
+    fp8_row   | fp8 [e, M, K]  | fp32 [e, M], in the order of the rows | fp8, scales fp32 [N] or [1]
+    int4      | words (2)      | bf16 [e, K / 32, M] (3)               | bf16, fp16 or fp32
+    mxfp4     | words          | u8 exponents [e, K / 32, M]           | bf16 or fp32 (4)
+    nvfp4     | words          | fp8 [e, K / 16, M]                    | bf16 or fp32
+
+    (1) rounded up; for a gated w13 the gate's blocks before the up's, neither interleaved.
+    (2) i32 [e, M, K / 8] of `pack4`, K filled up to a multiple of 128. All 4-bit weights become x's dtype before the product.
+    (3) `(q - 8) * scale`, q in [0, 15].
+    (4) e2m1 numbers become 2^-26 times their value, too small for fp16; `global_scales` fp32 [e] makes up for it.
+    """
+
+    format: str
+    data: Tensor
+    scales: Tensor | None = None
+    global_scales: Tensor | None = None
+    columns: int | None = None  # K, where it does not show
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """e, M and K."""
+        e, M, K = self.data.shape
+        return e, M, self.columns or K
+
+    @property
+    def block_k(self) -> int:
+        """Columns a step of the product: part of the numerics, so the same for every batch."""
+        return 64 if self.format == "dense" else 128
+
+    @property
+    def packed_k(self) -> int:
+        """Elements of `data` a step."""
+        return self.block_k // 8 if self.format in GROUPS else self.block_k
+
+    def scale_argument(self, rows: int) -> Tensor | TensorDescriptor | None:
+        """The scales as the kernel takes them, for tiles of so many rows."""
+        if self.format not in GROUPS:
+            return self.scales
+        return TensorDescriptor.from_tensor(self.scales, [1, self.block_k // GROUPS[self.format], rows])
+
+    def check(self, x: Tensor, x_scales: Tensor | None, tiled_rows: int) -> None:
+        """Assert that rows and scales of x are those that the format asks for."""
+        num_rows, K = x.shape
+        forbidden = {"mxfp4": (torch.float16,), "nvfp4": (torch.float16,)}.get(self.format, ())
+        assert x.dtype not in forbidden, (self.format, x.dtype)
+        assert self.format in GROUPS or x.dtype == self.data.dtype, (self.format, x.dtype, self.data.dtype)
+        shapes = {"dense": None, "fp8_block": (-(-K // BLOCK), tiled_rows), "fp8_row": (num_rows,)}
+        found = None if x_scales is None else tuple(x_scales.shape)
+        constant = self.format == "fp8_row" and found == (1,)
+        assert constant or found == shapes.get(self.format), (self.format, found, shapes)
+
+
+@triton.jit
+def _fp4_pair(word, PAIR: tl.constexpr):
+    """Two of a word's eight e2m1 numbers, as two bf16 numbers 2^126 times too small; see `_spread`."""
+    if PAIR == 3:  # noqa: SIM108
+        pair = ((word << 1) & 0x80008000) | ((word >> 3) & 0x01800180) | ((word >> 7) & 0x00400040)
+    else:
+        pair = (word << 3 * PAIR) & 0x81C081C0
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _int4_pair(word, PAIR: tl.constexpr):
+    """Two of a word's eight 4-bit numbers q as 1 + q / 16: their bits behind those of 1.0."""
+    low = ((word << 19 - 4 * PAIR) & 0x00780000) | 0x3F800000
+    high = word << 3 if PAIR == 0 else word >> 4 * PAIR - 3
+    high = (high & 0x00780000) | 0x3F800000
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scaled_pair(word, factor, PAIR: tl.constexpr, FORMAT: tl.constexpr):
+    """[ROWS, WORDS, 2]: columns 2c and 2c + 1 of a half of a chunk."""
+    if FORMAT == "int4":
+        low, high = _int4_pair(word, PAIR)
+        low = low * (factor * 16.0) - factor * 24.0
+        high = high * (factor * 16.0) - factor * 24.0
+    else:
+        low, high = _fp4_pair(word, PAIR)
+        low *= factor
+        high *= factor
+    return tl.join(low, high)
+
+
+@triton.jit
+def dequantise(words, scale, FORMAT: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Words [ROWS, WORDS] of eight 4-bit weights each and scales [SCALES, ROWS] -> fp32 [ROWS, 8 * WORDS].
+
+    A word holds eight columns that lie in one thread of a tensor core's left operand, so the weights never change threads.
+    """
+    words = words.to(tl.uint32, bitcast=True)
+    if FORMAT == "mxfp4":
+        factor = ((scale.to(tl.int32) + 100) << 23).to(tl.float32, bitcast=True)  # 2^100 times the scale
+    elif FORMAT == "nvfp4":
+        factor = scale.to(tl.float32) * 1.2676506002282294e30
+    else:
+        factor = scale.to(tl.float32)
+    factor = tl.trans(factor)
+    if FORMAT == "nvfp4":
+        factor, factor_1 = tl.split(tl.reshape(factor, (ROWS, SCALES // 2, 2)))
+        factor_1 = tl.broadcast_to(factor_1[:, :, None], (ROWS, WORDS // 4, 4)).reshape(ROWS, WORDS)
+    factor = tl.broadcast_to(factor[:, :, None], (ROWS, WORDS // 4, 4)).reshape(ROWS, WORDS)
+    if FORMAT != "nvfp4":
+        factor_1 = factor
+    chunk_0 = tl.join(_scaled_pair(words, factor, 0, FORMAT), _scaled_pair(words, factor, 1, FORMAT))
+    chunk_1 = tl.join(_scaled_pair(words, factor_1, 2, FORMAT), _scaled_pair(words, factor_1, 3, FORMAT))
+    # row, group of 32 columns, c, 2c or 2c + 1, half, chunk -> columns in order
+    weights = tl.join(chunk_0, chunk_1).reshape(ROWS, WORDS // 4, 4, 2, 2, 2)
+    return weights.permute(0, 1, 5, 4, 2, 3).reshape(ROWS, 8 * WORDS)
+
+
+def interleave(w13_eFX: Tensor) -> Tensor:
+    """[e, 2F, ...] with gate rows over up rows -> interleaved by eight."""
+    e, rows = w13_eFX.shape[:2]
+    assert rows % (2 * INTERLEAVE) == 0, f"{rows} rows cannot be interleaved by {INTERLEAVE}"
+    halves = w13_eFX.view(e, 2, rows // (2 * INTERLEAVE), INTERLEAVE, *w13_eFX.shape[2:])
+    return halves.transpose(1, 2).reshape(w13_eFX.shape)
+
+
+def from_pairs(w13_eFX: Tensor) -> Tensor:
+    """[e, 2F, ...] with each gate row before its up row (gpt-oss) -> gate rows over up rows."""
+    return torch.cat([w13_eFX[:, 0::2], w13_eFX[:, 1::2]], dim=1)
+
+
+def dense(weights: Tensor, *, gated: bool = False) -> ExpertWeights:
+    """bf16, fp16 or fp32 [e, M, K]; `gated`: gate rows over up rows."""
+    return ExpertWeights(format="dense", data=interleave(weights) if gated else weights.contiguous())
+
+
+def fp8_block(data: Tensor, scales: Tensor, *, gated: bool = False) -> ExpertWeights:
+    """fp8 [e, M, K] and fp32 [e, M / 128, K / 128]; `gated`: gate over up in both."""
+    e, M, K = data.shape
+    block_rows = 2 * -(-M // 2 // BLOCK) if gated else -(-M // BLOCK)
+    assert scales.shape == (e, block_rows, -(-K // BLOCK)), (data.shape, scales.shape)
+    return ExpertWeights(
+        format="fp8_block", data=interleave(data) if gated else data.contiguous(), scales=scales.contiguous()
+    )
+
+
+def fp8_row(data: Tensor, scales: Tensor, *, gated: bool = False) -> ExpertWeights:
+    """fp8 [e, M, K] and fp32 scales [e, M], or [e] or [e, 2] (gate, up) for whole matrices."""
+    e, M, _ = data.shape
+    per_part = scales.reshape(e, -1)
+    row_scales = per_part.repeat_interleave(M // per_part.shape[1], dim=1)
+    assert row_scales.shape == (e, M), (data.shape, scales.shape)
+    if gated:
+        data, row_scales = interleave(data), interleave(row_scales)
+    return ExpertWeights(format="fp8_row", data=data.contiguous(), scales=row_scales.contiguous())
+
+
+def _spread(codes: Tensor, pair: int, format: str) -> Tensor:
+    """A 4-bit code's bits where the kernel looks for those of its pair, in 16 bits.
+
+    int4: side by side. e2m1: shifted by 3 * pair from where bf16 has its sign and the bits next to its mantissa; what is left
+    of the 16 bits goes to the last pair.
+    """
+    if format == "int4":
+        return codes << 4 * pair
+    sign, magnitude = codes >> 3, codes & 7
+    if pair == 3:
+        return (sign << 14) | (magnitude >> 1 << 10) | ((magnitude & 1) << 13)
+    return ((sign << 15) | (magnitude << 6)) >> 3 * pair
+
+
+def pack4(
+    format: str, codes: Tensor, scales: Tensor, global_scales: Tensor | None = None, *, gated: bool = False
+) -> ExpertWeights:
+    """4-bit codes u8 [e, M, K] and scales [e, M, K / 32 or 16] (int4 bf16, mxfp4 u8 exponents, nvfp4 fp8) -> weights.
+
+    `global_scales`: fp32 [e], nvfp4 only. `gated`: gate rows over up rows.
+    """
+    e, M, K = codes.shape
+    group = GROUPS[format]
+    assert scales.shape == (e, M, K // group), (format, codes.shape, scales.shape)
+    assert K % group == 0 and scales.dtype == SCALES[format], (K, scales.dtype)  # noqa: PT018
+    if gated:
+        codes, scales = interleave(codes), interleave(scales.view(torch.int16 if format == "int4" else torch.uint8))
+        scales = scales.view(SCALES[format])
+    padding = -K % BLOCK
+    codes = torch.nn.functional.pad(codes.to(torch.int64), (0, padding), value=8 if format == "int4" else 0)
+    # group of 32 columns, chunk, half, c, 2c or 2c + 1 -> word, pair, 2c or 2c + 1
+    parts = codes.view(e, M, -1, 2, 2, 4, 2).permute(0, 1, 2, 5, 3, 4, 6).reshape(e, M, -1, 4, 2)
+    words = sum(_spread(parts[..., pair, elem], pair, format) << 16 * elem for pair in range(4) for elem in range(2))
+    filled = scales.new_zeros(e, (K + padding) // group, M)
+    filled[:, : K // group] = scales.transpose(1, 2)
+    if format != "int4":
+        global_scales = (torch.ones(e, device=codes.device) if global_scales is None else global_scales) * 2.0**26
+    signed = words - (words >> 31 << 32)
+    return ExpertWeights(
+        format=format, data=signed.to(torch.int32), scales=filled, global_scales=global_scales, columns=K
+    )
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the codes' magnitudes
+
+
+def quantise4(format: str, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[e, M, K] -> codes, scales and global scales as `pack4` takes them: the nearest code, the smallest scale that fits."""
+    e, M, K = weights.shape
+    groups = weights.float().view(e, M, -1, GROUPS[format])
+    largest = groups.abs().amax(-1)
+    if format == "int4":
+        scales = (largest / 7).clamp(min=1e-12).to(torch.bfloat16)
+        codes = (groups / scales.float()[..., None]).round().clamp(-8, 7) + 8
+        return codes.to(torch.uint8).view(e, M, K), scales, None
+    global_scales = None
+    if format == "mxfp4":
+        scales = (torch.log2(largest.clamp(min=2.0**-100) / 6).ceil() + 127).to(torch.uint8)
+    else:
+        global_scales = largest.amax((1, 2)) / (6 * FP8_MAX)
+        scales = (largest / 6 / global_scales[:, None, None]).to(FP8)
+    values = groups / _scale_values(format, scales, global_scales).clamp(min=1e-30)[..., None]
+    magnitudes = torch.tensor(E2M1, device=weights.device)
+    codes = (values.abs()[..., None] - magnitudes).abs().argmin(-1) + 8 * (values < 0)
+    return codes.to(torch.uint8).view(e, M, K), scales, global_scales
+
+
+def _scale_values(format: str, scales: Tensor, global_scales: Tensor | None) -> Tensor:
+    if format == "mxfp4":
+        return torch.exp2(scales.float() - 127)
+    return scales.float() if global_scales is None else scales.float() * global_scales[:, None, None]
+
+
+def dequantise4(format: str, codes: Tensor, scales: Tensor, global_scales: Tensor | None) -> Tensor:
+    """fp32 [e, M, K] of what `pack4` takes."""
+    magnitudes = torch.tensor(E2M1, device=codes.device)[(codes & 7).long()]
+    values = codes.float() - 8 if format == "int4" else torch.where(codes > 7, -magnitudes, magnitudes)
+    return values * _scale_values(format, scales, global_scales).repeat_interleave(GROUPS[format], 2)
+
+
+def quantise_rows(x_NK: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """fp8 e4m3 rows with one scale for each `group` columns: [N, K], fp32 [N, K / group]. A reference."""
+    N, K = x_NK.shape
+    padded = torch.nn.functional.pad(x_NK.float(), (0, -K % group)).view(N, -1, group)
+    scales = (padded.abs().amax(-1) / FP8_MAX).clamp(min=1e-12)
+    return (padded / scales[..., None]).view(N, -1)[:, :K].to(FP8), scales
+
+
+def quantise_blocks(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """[e, M, K] -> fp8 e4m3 with one scale for each block of 128 x 128: [e, M, K], fp32 [e, M / 128, K / 128]."""
+    e, M, K = weights.shape
+    padded = torch.nn.functional.pad(weights.float(), (0, -K % BLOCK, 0, -M % BLOCK))
+    blocks = padded.view(e, -(-M // BLOCK), BLOCK, -(-K // BLOCK), BLOCK)
+    scales = (blocks.abs().amax((2, 4)) / FP8_MAX).clamp(min=1e-12)
+    quantised = (blocks / scales[:, :, None, :, None]).reshape(padded.shape)[:, :M, :K]
+    return quantised.to(FP8), scales
+
+
+def dequantise_rows(x_NK: Tensor, scales_NG: Tensor, group: int) -> Tensor:
+    """fp32 of what `quantise_rows` returned."""
+    return x_NK.float() * scales_NG.repeat_interleave(group, 1)[:, : x_NK.shape[1]]
+
+
+def dequantise_blocks(data: Tensor, scales: Tensor) -> Tensor:
+    """fp32 of what `quantise_blocks` returned."""
+    _, M, K = data.shape
+    return data.float() * scales.repeat_interleave(BLOCK, 1)[:, :M].repeat_interleave(BLOCK, 2)[:, :, :K]
+
+
+def meta(format: str, e: int, M: int, K: int) -> ExpertWeights:
+    """Without storage: to compile for."""
+    if format == "dense":
+        return ExpertWeights(format=format, data=torch.empty(e, M, K, dtype=torch.bfloat16, device="meta"))
+    if format in GROUPS:
+        padded = K + -K % BLOCK
+        return ExpertWeights(
+            format=format,
+            data=torch.empty(e, M, padded // 8, dtype=torch.int32, device="meta"),
+            scales=torch.empty(e, padded // GROUPS[format], M, dtype=SCALES[format], device="meta"),
+            global_scales=torch.empty(e, device="meta"),
+            columns=K,
+        )
+    data = torch.empty(e, M, K, dtype=FP8, device="meta")
+    shape = (e, M) if format == "fp8_row" else (e, -(-M // BLOCK), -(-K // BLOCK))
+    return ExpertWeights(format=format, data=data, scales=torch.empty(shape, device="meta"))
+
+
+def meta_rows(format: str, N: int, K: int, tiled_rows: int) -> tuple[Tensor, Tensor | None]:
+    """Rows of x and their scales, without storage."""
+    if not format.startswith("fp8"):
+        return torch.empty(N, K, dtype=torch.bfloat16, device="meta"), None
+    shape = (N,) if format == "fp8_row" else (-(-K // BLOCK), tiled_rows)
+    return torch.empty(N, K, dtype=FP8, device="meta"), torch.empty(shape, device="meta")

@@ -1,0 +1,411 @@
+"""Grouped GEMMs of the experts: `kernels/experts.py` specifies them.
+
+Weights are the left operand and tokens the columns of the product, so that one instruction family with one order of summation
+serves one row an expert as well as thousands: only its number of columns changes, and no row's bits with it. Programs stay and
+take one tile after another; how many there are is known to the device alone. Tiles that share weights follow one another.
+
+M rows of a weight matrix, K its columns, R routed rows, U rows of x, S slots of the combine layout, e experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from expertwire.kernels.experts import Activation
+from expertwire.kernels.gpu import formats
+from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.device import H200, Device
+from expertwire.kernels.gpu.formats import ExpertWeights
+from expertwire.kernels.gpu.tiles import GemmTiles, Rows, TileMap, gemm_tiles, locate, token_tile
+
+
+@triton.jit
+def _activate(acc, bias_ptr, f, F, alpha, limit, ROWS: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr):
+    """[ROWS, TOKENS] of the product -> columns `f` of the output; `bias_ptr`: the expert's."""
+    if KIND.startswith("swiglu"):
+        # Rows interleaved by eight: gate and up of a column lie in the same thread.
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1)))
+        gate = tl.reshape(gate, (ROWS // 2, TOKENS))
+        up = tl.reshape(up, (ROWS // 2, TOKENS))
+        if bias_ptr is not None:
+            gate += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
+            up += tl.load(bias_ptr + F + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
+        if KIND == "swiglu_clamped":
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+            result = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+        else:
+            result = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        result = acc
+        if bias_ptr is not None:
+            result += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
+        if KIND == "relu2":
+            result = tl.maximum(result, 0.0) * tl.maximum(result, 0.0)
+    return result
+
+
+@triton.jit
+def _load_x(x, source, row, k, exists, K, GATHER: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[TOKENS, BLOCK_K] of the rows `source`, or of the rows from `row` on."""
+    if GATHER:
+        column = k + tl.arange(0, BLOCK_K)
+        inside = exists[:, None] & (column < K)[None, :]
+        block = tl.load(x + source.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
+    else:
+        block = x.load([row, k])
+    return block
+
+
+@triton.jit
+def _product(
+    w_desc,
+    w_scale,
+    w_global,
+    x,
+    x_scale,
+    x_scale_stride,
+    source,
+    expert,
+    block,
+    row,
+    scale_column,
+    exists,
+    M,
+    K,
+    FORMAT: tl.constexpr,
+    GATED: tl.constexpr,
+    GATHER: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """fp32 [ROWS, TOKENS]: the block of weights times the rows of x, in steps of BLOCK_K, each upon the sum of those before.
+
+    `STAGES` stands at the loop, too: then loads of scales are pipelined with those of the matrices.
+    """
+    SCALES: tl.constexpr = BLOCK_K // (16 if FORMAT == "nvfp4" else 32)
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    if FORMAT == "fp8_block":
+        k_blocks = tl.cdiv(K, BLOCK_K)
+        w_scale += expert.to(tl.int64) * tl.cdiv(M, 128) * k_blocks
+        up_scale = w_scale + tl.cdiv(M // 2, 128) * k_blocks
+        block_row = (block * ROWS // 2 if GATED else block * ROWS) // 128 * k_blocks
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        if FORMAT == "fp8_block":
+            scale_x = x_scale.load([k // BLOCK_K, scale_column])
+            scale_w = tl.load(w_scale + block_row + k // BLOCK_K)
+            if GATED:
+                scale_up = tl.load(up_scale + block_row + k // BLOCK_K)
+                scale_w = tl.where(tl.arange(0, ROWS) // 8 % 2 == 1, scale_up, scale_w)[:, None]
+        if FORMAT == "dense" or FORMAT == "fp8_block" or FORMAT == "fp8_row":
+            w_block = w_desc.load([expert, block * ROWS, k]).reshape(ROWS, BLOCK_K)
+        else:
+            words = w_desc.load([expert, block * ROWS, k // 8]).reshape(ROWS, BLOCK_K // 8)
+            scale = w_scale.load([expert, k // BLOCK_K * SCALES, block * ROWS]).reshape(SCALES, ROWS)
+            w_block = formats.dequantise(words, scale, FORMAT, SCALES, ROWS, BLOCK_K // 8)
+            w_block = w_block.to(x.dtype.element_ty if GATHER else x.dtype)
+        x_block = tl.trans(_load_x(x, source, row, k, exists, K, GATHER, BLOCK_K))
+        if FORMAT == "fp8_block":
+            acc += tl.dot(w_block, x_block) * (scale_w * scale_x)
+        else:
+            # Hopper's tensor cores add fp8 products in few bits: sums of BLOCK_K of them are added outside.
+            acc = tl.dot(w_block, x_block, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+    if FORMAT == "fp8_row":
+        m = block * ROWS + tl.arange(0, ROWS)
+        scale_w = tl.load(w_scale + expert.to(tl.int64) * M + m, mask=m < M, other=0.0)
+        acc *= scale_w[:, None] * tl.load(x_scale + source * x_scale_stride)[None, :]
+    if w_global is not None:
+        acc *= tl.load(w_global + expert)
+    return acc
+
+
+@triton.jit
+def _tile(
+    w_desc,
+    w_scale,
+    w_global,
+    x,
+    x_scale,
+    x_scale_stride,
+    row_index_ptr,
+    bias_ptr,
+    home_ptr,
+    out_ptr,
+    expert,
+    block,
+    row,
+    end,
+    scale_column,
+    M,
+    K,
+    out_width,
+    alpha,
+    limit,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Block `block` of the expert's weight rows times the tokens [row, min(row + TOKENS, end))."""
+    GATHER: tl.constexpr = row_index_ptr is not None
+    GATED: tl.constexpr = ACTIVATION.startswith("swiglu")
+    OUT_ROWS: tl.constexpr = ROWS // 2 if GATED else ROWS
+    token = row + tl.arange(0, TOKENS)
+    exists = token < end
+    source = tl.load(row_index_ptr + token, mask=exists, other=0) if GATHER else tl.minimum(token, end - 1)
+    acc = _product(
+        w_desc, w_scale, w_global, x, x_scale, x_scale_stride, source, expert, block, row, scale_column, exists, M, K,
+        FORMAT, GATED, GATHER, TOKENS, ROWS, BLOCK_K, STAGES,
+    )  # fmt: skip
+    f = block * OUT_ROWS + tl.arange(0, OUT_ROWS)
+    expert_bias = bias_ptr + expert.to(tl.int64) * M if bias_ptr is not None else None
+    result = _activate(acc, expert_bias, f, out_width, alpha, limit, ROWS, TOKENS, ACTIVATION)
+    slot = tl.load(home_ptr + token, mask=exists, other=0) if home_ptr is not None else token
+    out_ptrs = out_ptr + slot.to(tl.int64)[:, None] * out_width + f[None, :]
+    tl.store(out_ptrs, tl.trans(result.to(out_ptr.dtype.element_ty)), mask=exists[:, None] & (f < out_width)[None, :])
+
+
+@triton.jit
+def _grouped_gemm(
+    w_desc,  # [e, M, K], tiles of ROWS x BLOCK_K
+    w_scale,  # as `formats.ExpertWeights` has them
+    w_global,
+    x,  # pointer to [U, K], or without row_index a descriptor of [R, K], tiles of TOKENS x BLOCK_K
+    x_tail,  # the same, tiles of TAIL x BLOCK_K
+    x_scale,  # a descriptor of `tile_scales` for "fp8_block", tiles of 1 x TOKENS; a pointer to [U or R], or one, for "fp8_row"
+    x_scale_tail,  # the same, tiles of 1 x TAIL
+    x_scale_stride,
+    row_index_ptr,
+    offsets_ptr,
+    first_tile_ptr,
+    tile_expert_ptr,
+    bias_ptr,
+    home_ptr,
+    out_ptr,
+    M,
+    K,
+    out_width,
+    alpha,
+    limit,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # `Activation.kind`, or "" for w2
+    TOKENS: tl.constexpr,
+    TAIL: tl.constexpr,  # an expert's last tile has this size if that is enough; 0: never
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    num_blocks = tl.cdiv(M, ROWS)
+    num_items = tl.load(first_tile_ptr + w_desc.shape[0]) * num_blocks
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        expert, block, tile, row, end = locate(
+            item, offsets_ptr, first_tile_ptr, tile_expert_ptr, num_blocks, TOKENS, GROUP
+        )
+        if TAIL > 0 and end - row <= TAIL:
+            _tile(
+                w_desc, w_scale, w_global, x_tail, x_scale_tail, x_scale_stride, row_index_ptr, bias_ptr, home_ptr, out_ptr,
+                expert, block, row, end, tile * TOKENS, M, K, out_width, alpha, limit,
+                FORMAT, ACTIVATION, TAIL, ROWS, BLOCK_K, STAGES,
+            )  # fmt: skip
+        else:
+            _tile(
+                w_desc, w_scale, w_global, x, x_scale, x_scale_stride, row_index_ptr, bias_ptr, home_ptr, out_ptr,
+                expert, block, row, end, tile * TOKENS, M, K, out_width, alpha, limit,
+                FORMAT, ACTIVATION, TOKENS, ROWS, BLOCK_K, STAGES,
+            )  # fmt: skip
+
+
+def w13(
+    x_UD: Tensor,
+    rows: Rows,
+    weights: ExpertWeights,
+    activation: Activation,
+    device: Device,
+    *,
+    bias_eF: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`experts.w13_reference`: rows gathered, hidden layer [R, F] returned; rows behind the last offset stay undefined.
+
+    `weights`: rows interleaved if gated. `bias_eF`: gate before up. `x_scales`: fp32, for fp8 rows, which need an `out_dtype`.
+    """
+    M = weights.shape[1]
+    width = M // 2 if activation.gated else M
+    hidden_RF = x_UD.new_empty(len(rows.row_index_R), width, dtype=out_dtype or x_UD.dtype)
+    _launch(x_UD, x_scales, rows, weights, bias_eF, hidden_RF, activation, device)
+    return hidden_RF
+
+
+def w2(
+    hidden_RF: Tensor,
+    rows: Rows,
+    weights: ExpertWeights,
+    out_SD: Tensor,
+    device: Device,
+    *,
+    bias_eD: Tensor | None = None,
+    x_scales: Tensor | None = None,
+) -> Tensor:
+    """`experts.w2_reference`: each row into its slot of `out_SD`, which is returned; the other slots stay as they are."""
+    assert len(hidden_RF) == len(rows.home_R), (hidden_RF.shape, rows.home_R.shape)
+    assert out_SD.shape[1] == weights.shape[1], (out_SD.shape, weights.shape)
+    _launch(hidden_RF, x_scales, rows, weights, bias_eD, out_SD, None, device)
+    return out_SD
+
+
+def _launch(
+    x: Tensor,
+    x_scales: Tensor | None,
+    rows: Rows,
+    weights: ExpertWeights,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: Activation | None,
+    device: Device,
+) -> None:
+    if x.shape[0] == 0 or len(rows.row_index_R) == 0:
+        return
+    config = gemm_tiles(weights.format, rows.tile_map.token_tile, weights.shape, rows.planned, device)
+    args, constexprs = _arguments(config, x, x_scales, rows, weights, bias, out, activation)
+    grid = (device.num_sms * config.blocks_per_sm,)
+    _grouped_gemm[grid](**args, **constexprs, **config.options)
+
+
+def _arguments(
+    config: GemmTiles,
+    x: Tensor,
+    x_scales: Tensor | None,
+    rows: Rows,
+    weights: ExpertWeights,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: Activation | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The kernel's arguments and constants."""
+    num_experts, M, K = weights.shape
+    assert x.shape[1] == K, (x.shape, weights.shape)
+    assert x.is_contiguous() and out.is_contiguous(), (x.stride(), out.stride())  # noqa: PT018
+    assert bias is None or bias.shape == (num_experts, M), (bias.shape, weights.shape)
+    weights.check(x, x_scales, rows.tile_map.rows)
+    block_k = weights.block_k
+    x_tile, x_tail = x, x
+    if activation is None:
+        x_tile = TensorDescriptor.from_tensor(x, [config.tokens, block_k])
+        x_tail = TensorDescriptor.from_tensor(x, [config.tail or config.tokens, block_k])
+    x_scale, x_scale_tail = x_scales, x_scales
+    if weights.format == "fp8_block":
+        x_scale = TensorDescriptor.from_tensor(x_scales, [1, config.tokens])
+        x_scale_tail = TensorDescriptor.from_tensor(x_scales, [1, config.tail or config.tokens])
+    args = {
+        "w_desc": TensorDescriptor.from_tensor(weights.data, [1, config.rows, weights.packed_k]),
+        "w_scale": weights.scale_argument(config.rows),
+        "w_global": weights.global_scales,
+        "x": x_tile,
+        "x_tail": x_tail,
+        "x_scale": x_scale,
+        "x_scale_tail": x_scale_tail,
+        "x_scale_stride": 0 if x_scales is not None and x_scales.numel() == 1 else 1,
+        "row_index_ptr": rows.row_index_R if activation else None,
+        "offsets_ptr": rows.expert_offsets,
+        "first_tile_ptr": rows.tile_map.first_tile,
+        "tile_expert_ptr": rows.tile_map.tile_expert,
+        "bias_ptr": bias,
+        "home_ptr": None if activation else rows.home_R,
+        "out_ptr": out,
+        "M": M,
+        "K": K,
+        "out_width": out.shape[1],
+        "alpha": activation.alpha if activation else 0.0,
+        "limit": activation.limit if activation else 0.0,
+    }
+    constexprs = {
+        "FORMAT": weights.format,
+        "ACTIVATION": activation.kind if activation else "",
+        "TOKENS": config.tokens,
+        "TAIL": config.tail,
+        "ROWS": config.rows,
+        "BLOCK_K": block_k,
+        "GROUP": config.group,
+        "STAGES": config.num_stages,
+    }
+    return args, constexprs
+
+
+SHAPES = {  # experts on a rank, D, F
+    "qwen3-30b": (128, 2048, 768),
+    "mixtral-8x7b": (8, 4096, 14336),
+    "deepseek-v3-ep8": (32, 7168, 2048),
+    "gpt-oss-120b": (128, 2880, 2880),
+    "kimi-k2-ep8": (48, 7168, 2048),
+}
+
+
+def _case(format: str, shape: str, planned: int, activation: Activation | None, *, full: bool = False) -> Case:
+    num_experts, D, F = SHAPES[shape]
+    M, K = (2 * F if activation.gated else F, D) if activation else (D, F)
+    weights = formats.meta(format, num_experts, M, K)
+    tokens = token_tile(format, planned, num_experts)
+    config = gemm_tiles(format, tokens, (num_experts, M, K), planned, H200)
+
+    def meta(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    rows = Rows(
+        row_index_R=meta(planned),
+        home_R=meta(planned),
+        expert_offsets=meta(num_experts + 1),
+        planned=planned,
+        tile_map=TileMap(meta(num_experts + 1), meta(planned), tokens),
+    )
+    x, x_scales = formats.meta_rows(format, planned, K, rows.tile_map.rows)
+    out = meta(planned, F if activation else D, dtype=torch.bfloat16)
+    bias = meta(num_experts, M, dtype=torch.bfloat16) if shape.startswith("gpt-oss") else None
+    args, constexprs = _arguments(config, x, x_scales, rows, weights, bias, out, activation)
+    which = f"w13 {activation.kind}" if activation else "w2"
+    instruction = "QGMMA" if format.startswith("fp8") else "HGMMA"
+    return Case(
+        name=f"grouped_gemm.{which} {format} {shape} {tokens}x{config.rows}",
+        kernel=_grouped_gemm,
+        args=args,
+        constexprs=constexprs,
+        expect={90: instruction, 100: "UTC"},
+        options=config.options,
+        blocks_per_sm=config.blocks_per_sm,
+        store_bytes=16 if config.rows == 128 else 8,
+        narrow_copies=format == "fp8_block",
+        full=full,
+    )
+
+
+def cases() -> list[Case]:
+    """Formats where they are used, with every tile of each; most are left to the full matrix."""
+    swiglu, clamped, relu2 = Activation(), Activation("swiglu_clamped"), Activation("relu2")
+    found = []
+    for format, shape, activation in (
+        ("dense", "qwen3-30b", swiglu),
+        ("fp8_block", "deepseek-v3-ep8", swiglu),
+        ("fp8_row", "mixtral-8x7b", swiglu),
+        ("int4", "kimi-k2-ep8", swiglu),
+        ("mxfp4", "gpt-oss-120b", clamped),
+        ("nvfp4", "qwen3-30b", swiglu),
+    ):
+        num_experts = SHAPES[shape][0]
+        for mean in (1 / 32, 8, 16, 32, 256, 1024)[: 6 if format == "dense" else 5]:
+            planned = max(1, int(mean * num_experts))
+            found.append(_case(format, shape, planned, activation, full=mean != 256))
+            found.append(_case(format, shape, planned, None, full=mean != 8))
+    found += [_case("dense", "gpt-oss-120b", planned, clamped, full=True) for planned in (128, 16384)]
+    found += [_case("dense", "deepseek-v3-ep8", planned, relu2, full=planned > 32) for planned in (32, 4096)]
+    return list({case.name: case for case in found}.values())

@@ -1,0 +1,350 @@
+"""Dense linear layer whose rows do not depend on each other's number: `kernels.linear` in Triton.
+
+The product is `w @ x^T` for one token as for thousands: weights are the left operand, so that few tokens still meet
+wide matrix instructions, and an output is the sum over blocks of `block_k` inputs in ascending order. Where the weight
+has too few rows to occupy the device, K is cut into `splits` parts, by the weight's shape alone, whose sums are added
+in order. For few tokens the parts are computed side by side and the last to finish adds them up; for many, one program
+computes them one after another: the same additions.
+
+An fp32 weight that meets bf16 activations is cut into three bf16 terms, side by side in D: every product is exact, as
+in fp32. (Triton's fp32 product on Blackwell is TF32, whatever precision is asked for.)
+
+T tokens, D input width, N output width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.device import B200, H200, Device
+from expertwire.kernels.linear import Linear
+
+_SIDE_BY_SIDE = 128  # tokens
+# ptxas for Blackwell otherwise spills a register or two where hundreds are left.
+_REGISTERS = {"maxnreg": 255}
+_GROUP = tl.constexpr(8)  # tiles of weight rows that are taken together, for the second-level cache
+
+
+@triton.jit
+def _product(
+    w_ptr,
+    x_ptr,
+    n,
+    t,
+    num_tokens,
+    num_rows,
+    depth,
+    width,
+    stride_t,
+    start,
+    end,
+    TERMS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """fp32 [rows, tokens] over the inputs from `start` to `end`, of `depth` a weight row; x has `width`, and again."""
+    total = tl.zeros([n.shape[0], t.shape[0]], tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    w_rows = w_ptr + n.to(tl.int64)[:, None] * depth
+    x_rows = x_ptr + t.to(tl.int64)[:, None] * stride_t
+    w_mask, x_mask = (n < num_rows)[:, None], (t < num_tokens)[:, None]
+    for at in range(start, end, BLOCK_K):
+        d = at + k[None, :]
+        if EVEN:
+            w = tl.load(w_rows + d, mask=w_mask, other=0.0)
+            x_at = tl.multiple_of(at % width, BLOCK_K) if TERMS > 1 else at
+            x = tl.load(x_rows + x_at + k[None, :], mask=x_mask, other=0.0)
+        else:
+            w = tl.load(w_rows + d, mask=w_mask & (d < end), other=0.0)
+            x = tl.load(x_rows + d, mask=x_mask & (d < end), other=0.0)
+        total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _store(total, bias_ptr, y_ptr, n, t, num_tokens, num_rows, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(tl.float32)[:, None]
+    y = tl.trans(total.to(y_ptr.dtype.element_ty))
+    mask = (t < num_tokens)[:, None] & (n < num_rows)[None, :]
+    tl.store(y_ptr + t.to(tl.int64)[:, None] * num_rows + n[None, :], y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def linear_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counters_ptr,
+    num_tokens,
+    num_rows,
+    width,
+    stride_t,
+    num_splits,
+    split_k,
+    num_programs,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
+    TERMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """w [N, TERMS * D], x [T, D], y [T, N]; parts fp32, a tile a (tile, split); counters i32, one a tile: zeros, also behind."""
+    depth = TERMS * width
+    row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
+    num_items = row_tiles * token_tiles * (num_splits if SIDE_BY_SIDE else 1)
+    for item in range(tl.program_id(0), num_items, num_programs):
+        tile = item // num_splits if SIDE_BY_SIDE else item
+        group = tile // (_GROUP * token_tiles)
+        members = tl.minimum(_GROUP, row_tiles - group * _GROUP)
+        within = tile - group * _GROUP * token_tiles
+        n = (group * _GROUP + within % members) * ROWS + tl.arange(0, ROWS)
+        t = (within // members) * TOKENS + tl.arange(0, TOKENS)
+        first = item % num_splits if SIDE_BY_SIDE else 0
+        end = tl.minimum(depth, (first + 1) * split_k) if SPLIT else depth
+        total = _product(
+            w_ptr, x_ptr, n, t, num_tokens, num_rows, depth, width, stride_t, first * split_k, end, TERMS, BLOCK_K, EVEN
+        )
+        complete = True
+        if SIDE_BY_SIDE:
+            at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+            tl.store(parts_ptr + item * (ROWS * TOKENS) + at, total)
+            tl.debug_barrier()
+            complete = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == num_splits - 1
+            if complete:
+                tl.store(counters_ptr + tile, 0)
+                parts = parts_ptr + tile * num_splits * (ROWS * TOKENS) + at
+                total = tl.load(parts, cache_modifier=".cg")
+                for split in range(1, num_splits):
+                    total += tl.load(parts + split * (ROWS * TOKENS), cache_modifier=".cg")
+        elif SPLIT:
+            for split in range(1, num_splits):
+                end = tl.minimum(depth, (split + 1) * split_k)
+                total += _product(
+                    w_ptr,
+                    x_ptr,
+                    n,
+                    t,
+                    num_tokens,
+                    num_rows,
+                    depth,
+                    width,
+                    stride_t,
+                    split * split_k,
+                    end,
+                    TERMS,
+                    BLOCK_K,
+                    EVEN,
+                )
+        if complete:
+            _store(total, bias_ptr, y_ptr, n, t, num_tokens, num_rows, HAS_BIAS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How a product is cut. `block_k`, `splits` and `split_k` depend on the weight only: they make the bits."""
+
+    block_k: int
+    splits: int
+    split_k: int
+    rows: int
+    tokens: int
+    side_by_side: bool
+    num_warps: int
+    num_stages: int
+    blocks_per_sm: int
+
+
+def tiles(num_tokens: int, num_rows: int, depth: int, dtype: torch.dtype, device: Device) -> Tiles:
+    """For weights [num_rows, depth] of this dtype."""
+    block_k = 16 if dtype == torch.float32 else 64
+    blocks = triton.cdiv(depth, block_k)
+    row_tiles = triton.cdiv(num_rows, 64)
+    # Side by side they are to occupy some 128 multiprocessors, with four blocks or more each.
+    splits = 1
+    while row_tiles * splits < 96 and splits < 32 and 8 * splits <= blocks:
+        splits *= 2
+    split_k = triton.cdiv(blocks, splits) * block_k
+    splits = triton.cdiv(depth, split_k)
+    side_by_side = splits > 1 and num_tokens <= _SIDE_BY_SIDE
+    rows, tokens, num_warps, num_stages, blocks_per_sm = _tile(num_tokens, row_tiles, splits, dtype, device)
+    return Tiles(
+        block_k=block_k,
+        splits=splits,
+        split_k=split_k,
+        rows=rows,
+        tokens=tokens,
+        side_by_side=side_by_side,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        blocks_per_sm=blocks_per_sm,
+    )
+
+
+def _tile(
+    num_tokens: int, row_tiles: int, splits: int, dtype: torch.dtype, device: Device
+) -> tuple[int, int, int, int, int]:
+    """Rows, tokens, warps, stages, blocks an SM."""
+    if dtype == torch.float32:
+        return 64, (16 if num_tokens <= 16 else 64), 4, 3, 2
+    if num_tokens <= 16:
+        return 64, 16, 4, 8, 2
+    if num_tokens <= 32:
+        return 64, 32, 4, 8, 2
+    if num_tokens <= 64:
+        return 64, 64, 4, 6, 2
+    if num_tokens <= _SIDE_BY_SIDE:
+        return 64, 128, 4, 4, 2
+    large_tiles = triton.cdiv(row_tiles, 2) * triton.cdiv(num_tokens, 256)
+    # Two accumulators of the large tile would not fit the registers.
+    if splits > 1 or large_tiles < device.num_sms:
+        return 128, 128, 8, 4, 1
+    return 128, 256, 8, 4, 1
+
+
+def prepare(
+    w_ND: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    device: Device,
+    x_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Linear:
+    """A callable x [T, D] -> y [T, N] for this weight, bf16, fp16 or fp32, and x in `x_dtype`: the weight's, or bf16 for fp32.
+
+    y is in `out_dtype`, or else in x's dtype. Calls must follow each other on one stream: they share the counters.
+    """
+    num_rows, width = w_ND.shape
+    x_dtype = x_dtype or w_ND.dtype
+    terms = [w_ND] if x_dtype == w_ND.dtype else three_terms(w_ND)
+    assert terms[0].dtype == x_dtype, f"{x_dtype} by {w_ND.dtype}"
+    assert device.arch < 100 or x_dtype != torch.float32, "on Blackwell fp32 products are TF32"
+    assert bias_N is None or (bias_N.shape == (num_rows,) and bias_N.is_contiguous()), bias_N
+    weight = torch.cat(terms, dim=1).contiguous() if len(terms) > 1 else w_ND
+    assert weight.is_contiguous(), f"strides {w_ND.stride()} of shape {tuple(w_ND.shape)}"
+    counters = torch.zeros(triton.cdiv(num_rows, 64), dtype=torch.int32, device=w_ND.device)
+
+    def apply(x_TD: Tensor) -> Tensor:
+        num_tokens = x_TD.shape[0]
+        assert (x_TD.shape[1], x_TD.dtype) == (width, x_dtype), f"{x_TD.shape} {x_TD.dtype} for {width} {x_dtype}"
+        assert x_TD.stride(1) == 1 or width == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
+        y_TN = x_TD.new_empty(num_tokens, num_rows, dtype=out_dtype or x_dtype)
+        if num_tokens:
+            _launch(x_TD, weight, bias_N, y_TN, counters, device)
+        return y_TN
+
+    return apply
+
+
+def three_terms(w_ND: Tensor) -> list[Tensor]:
+    """Three bf16 tensors whose sum is an fp32 one, exactly where its numbers are not tiny (below 2^-110)."""
+    terms, rest = [], w_ND
+    for _ in range(3):
+        terms.append(rest.to(torch.bfloat16))
+        rest = rest - terms[-1].float()
+    return terms
+
+
+def _launch(
+    x_TD: Tensor, weight: Tensor, bias_N: Tensor | None, y_TN: Tensor, counters: Tensor, device: Device
+) -> None:
+    (num_tokens, width), (num_rows, depth) = x_TD.shape, weight.shape
+    plan = tiles(num_tokens, num_rows, depth, weight.dtype, device)
+    num_items = triton.cdiv(num_rows, plan.rows) * triton.cdiv(num_tokens, plan.tokens)
+    parts = y_TN
+    if plan.side_by_side:
+        num_items *= plan.splits
+        parts = y_TN.new_empty(num_items * plan.rows * plan.tokens, dtype=torch.float32)
+    num_programs = min(num_items, plan.blocks_per_sm * device.num_sms)
+    linear_kernel[(num_programs,)](
+        x_TD,
+        weight,
+        y_TN if bias_N is None else bias_N,
+        y_TN,
+        parts,
+        counters,
+        num_tokens,
+        num_rows,
+        width,
+        x_TD.stride(0),
+        plan.splits,
+        plan.split_k,
+        num_programs,
+        **_constexprs(plan, width, depth // width, bias_N is not None),
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        **_REGISTERS,
+    )
+
+
+def _constexprs(plan: Tiles, width: int, terms: int, has_bias: bool) -> dict[str, int | bool]:
+    even = width % plan.block_k == 0
+    assert even or terms == 1, f"{width} inputs in {terms} terms are no multiple of {plan.block_k}"
+    return {
+        "HAS_BIAS": has_bias,
+        "SPLIT": plan.splits > 1,
+        "SIDE_BY_SIDE": plan.side_by_side,
+        "TERMS": terms,
+        "ROWS": plan.rows,
+        "TOKENS": plan.tokens,
+        "BLOCK_K": plan.block_k,
+        "EVEN": even,
+    }
+
+
+def cases() -> list[Case]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    shapes = {  # output, input, terms, dtype of the result, bias, tokens
+        "qwen3-30b qkv": (5120, 2048, 1, bf16, False, (1, 32, 128)),
+        "qwen3-30b o": (2048, 4096, 1, bf16, False, (1, 64, 8192)),
+        "qwen3-30b router": (128, 2048, 1, fp32, False, (1, 8192)),
+        "qwen3-30b lm_head": (151936, 2048, 1, fp32, False, (1, 32, 64, 128, 256)),
+        "gpt-oss-120b router": (128, 2880, 1, bf16, True, (16, 4096)),
+        "deepseek-v3 router": (256, 7168, 3, fp32, False, (1, 8192)),
+        "deepseek-v3 o": (7168, 16384, 1, bf16, False, (1, 4096)),
+    }
+    return [
+        _case(f"{name} T{num_tokens}", num_tokens, *shape, device)
+        for name, (*shape, counts) in shapes.items()
+        for num_tokens in counts
+        for device in (H200, B200)
+    ]
+
+
+def _case(
+    name: str, num_tokens: int, num_rows: int, width: int, terms: int, out: torch.dtype, bias: bool, device: Device
+) -> Case:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    plan = tiles(num_tokens, num_rows, terms * width, bf16, device)
+    return Case(
+        name=f"linear {name} sm_{device.arch}",
+        kernel=linear_kernel,
+        args={
+            **{"x_ptr": bf16, "w_ptr": bf16, "bias_ptr": bf16, "y_ptr": out, "parts_ptr": fp32},
+            "counters_ptr": torch.int32,
+            "num_tokens": num_tokens,
+            "num_rows": num_rows,
+            "width": width,
+            "stride_t": width,
+            "num_splits": plan.splits,
+            "split_k": plan.split_k,
+            "num_programs": plan.blocks_per_sm * device.num_sms,
+        },
+        constexprs=_constexprs(plan, width, terms, bias),
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        blocks_per_sm=plan.blocks_per_sm,
+        expect={device.arch: {90: "HGMMA", 100: "UTC"}[device.arch]},
+        options=_REGISTERS,
+    )

@@ -1,0 +1,241 @@
+"""Choice of experts, in one launch: `kernels.routing` in Triton.
+
+A program takes one warp and a few tokens. Scores become integers of the same order, with the expert's id behind them,
+so that one maximum finds the best expert and settles ties; it is taken out K times. Only the chosen logits are then
+made into weights.
+
+T tokens, E experts, K chosen, C columns: experts in groups, each group padded to a power of two.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertwire.kernels import routing
+from expertwire.kernels.gpu.compile import Case
+
+_SCORES = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
+_SOFTMAX, _SIGMOID = tl.constexpr(0), tl.constexpr(1)
+_LOWEST = tl.constexpr(-(2**63))
+_TINY = tl.constexpr(routing.TINY)
+
+
+@triton.jit
+def _ordered(x):
+    """Integers in the order of fp32 numbers, both zeros alike; what is not a number lies below them all."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x == x, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -0x7FFFFFFF)
+
+
+@triton.jit
+def _ranked(x, position, SIZE: tl.constexpr):
+    """One integer a number, unique: larger for larger `x`, and of equals for the lower position."""
+    return (_ordered(x).to(tl.int64) << 32) | (SIZE - 1 - position).to(tl.int64)
+
+
+@triton.jit
+def _number(ranked):
+    """The `x` of `_ranked`."""
+    bits = (ranked >> 32).to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _score(logits, largest, SCORE: tl.constexpr):
+    """The score, or for softmax its numerator."""
+    if SCORE == _SOFTMAX:
+        return tl.exp(logits - largest)
+    elif SCORE == _SIGMOID:
+        return 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        return tl.sqrt(tl.maximum(logits, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(logits))))
+
+
+@triton.jit
+def _keep_groups(
+    ranked_TC,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TWO_BEST: tl.constexpr,
+    GROUPS_C: tl.constexpr,
+    GROUP_C: tl.constexpr,
+):
+    TOKENS: tl.constexpr = ranked_TC.shape[0]
+    ranked = tl.reshape(ranked_TC, TOKENS, GROUPS_C, GROUP_C)
+    best = tl.max(ranked, axis=2)
+    score = _number(best)
+    if TWO_BEST:
+        score += _number(tl.max(tl.where(ranked == best[:, :, None], _LOWEST, ranked), axis=2))
+    group = tl.arange(0, GROUPS_C)[None, :]
+    groups = tl.where(group < GROUPS, _ranked(score, group, GROUPS_C), _LOWEST)
+    for _ in tl.static_range(KEPT):
+        groups = tl.where(groups == tl.max(groups, axis=1)[:, None], _LOWEST, groups)
+    # What was taken out is kept: it is the lowest now, as the groups are that do not exist.
+    ranked = tl.where((groups == _LOWEST)[:, :, None], ranked, _LOWEST)
+    return tl.reshape(ranked, TOKENS, GROUPS_C * GROUP_C)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def route_kernel(
+    logits_ptr,
+    bias_ptr,
+    ids_ptr,
+    weights_ptr,
+    num_tokens,
+    stride_t,
+    scale,
+    EXPERTS: tl.constexpr,
+    K: tl.constexpr,
+    SCORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TWO_BEST: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS_C: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    K_C: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = GROUPS_C * GROUP_C
+    PER_GROUP: tl.constexpr = EXPERTS // GROUPS
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.arange(0, COLUMNS)
+    expert = (column // GROUP_C) * PER_GROUP + column % GROUP_C
+    exists = (column // GROUP_C < GROUPS) & (column % GROUP_C < PER_GROUP)
+    row_ptr = logits_ptr + t.to(tl.int64) * stride_t
+    mask_TC = (t < num_tokens)[:, None] & exists[None, :]
+    logits_TC = tl.load(row_ptr[:, None] + expert[None, :], mask=mask_TC, other=float("-inf")).to(tl.float32)
+    largest_T = tl.max(logits_TC, axis=1)
+    largest_T = tl.where(largest_T == float("-inf"), 0.0, largest_T)
+    total_T = tl.full([TOKENS], 1.0, tl.float32)
+    if SCORE == _SOFTMAX and (HAS_BIAS or not RENORMALIZE):
+        total_T = tl.maximum(tl.sum(tl.exp(logits_TC - largest_T[:, None]), axis=1), _TINY)
+
+    choice_TC = logits_TC
+    if HAS_BIAS or TWO_BEST:
+        choice_TC = _score(logits_TC, largest_T[:, None], SCORE) / total_T[:, None]
+    if HAS_BIAS:
+        choice_TC += tl.load(bias_ptr + expert, mask=exists, other=0.0)[None, :]
+    ranked_TC = tl.where(exists[None, :], _ranked(choice_TC, column[None, :], COLUMNS), _LOWEST)
+    if KEPT < GROUPS:
+        ranked_TC = _keep_groups(ranked_TC, GROUPS, KEPT, TWO_BEST, GROUPS_C, GROUP_C)
+
+    k = tl.arange(0, K_C)[None, :]
+    ids_TK = tl.zeros([TOKENS, K_C], tl.int32)
+    for i in tl.static_range(K):
+        best_T = tl.max(ranked_TC, axis=1)
+        ranked_TC = tl.where(ranked_TC == best_T[:, None], _LOWEST, ranked_TC)
+        best_column = COLUMNS - 1 - (best_T & 0xFFFFFFFF).to(tl.int32)
+        best_id = (best_column // GROUP_C) * PER_GROUP + best_column % GROUP_C
+        ids_TK = tl.where(k == i, best_id[:, None], ids_TK)
+
+    mask_TK = (t < num_tokens)[:, None] & (k < K)
+    chosen_TK = tl.load(row_ptr[:, None] + ids_TK, mask=mask_TK, other=float("-inf")).to(tl.float32)
+    weights_TK = tl.where(k < K, _score(chosen_TK, largest_T[:, None], SCORE), 0.0) / total_T[:, None]
+    if RENORMALIZE:
+        weights_TK = weights_TK / (tl.sum(weights_TK, axis=1) + _TINY)[:, None]
+    at_TK = t.to(tl.int64)[:, None] * K + k
+    tl.store(ids_ptr + at_TK, ids_TK.to(ids_ptr.dtype.element_ty), mask=mask_TK)
+    tl.store(weights_ptr + at_TK, weights_TK * scale, mask=mask_TK)
+
+
+def _constexprs(
+    num_experts: int,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score: routing.Score,
+    has_bias: bool,
+    groups: routing.Groups | None,
+) -> dict[str, int | bool]:
+    number, kept = (1, 1) if groups is None else (groups.number, groups.kept)
+    groups_c, group_c = triton.next_power_of_2(number), triton.next_power_of_2(num_experts // number)
+    return {
+        "EXPERTS": num_experts,
+        "K": top_k,
+        "SCORE": _SCORES[score],
+        "HAS_BIAS": has_bias,
+        "RENORMALIZE": renormalize,
+        "GROUPS": number,
+        "KEPT": kept,
+        "TWO_BEST": groups is not None and groups.by == "two_best",
+        "TOKENS": max(1, 128 // (groups_c * group_c)),
+        "GROUPS_C": groups_c,
+        "GROUP_C": group_c,
+        "K_C": triton.next_power_of_2(top_k),
+    }
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score: routing.Score = "softmax",
+    bias_E: Tensor | None = None,
+    groups: routing.Groups | None = None,
+    scale: float = 1.0,
+    ids_dtype: torch.dtype = torch.int64,
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most 1024 experts; ids i64 or i32."""
+    num_tokens, num_experts = logits_TE.shape
+    number, kept = (1, 1) if groups is None else (groups.number, groups.kept)
+    assert num_experts % number == 0, f"{num_experts} experts in {number} groups"
+    assert 0 < top_k <= kept * num_experts // number, f"{top_k} of {num_experts} experts, {kept} of {number} groups"
+    assert num_experts <= 1024, f"{num_experts} experts"
+    assert logits_TE.stride(1) == 1 or num_experts == 1, f"strides {logits_TE.stride()}"
+    assert bias_E is None or (bias_E.shape == (num_experts,) and bias_E.dtype == torch.float32), bias_E
+    ids_TK = torch.empty(num_tokens, top_k, dtype=ids_dtype, device=logits_TE.device)
+    weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits_TE.device)
+    if num_tokens == 0:
+        return ids_TK, weights_TK
+    constexprs = _constexprs(
+        num_experts, top_k, renormalize=renormalize, score=score, has_bias=bias_E is not None, groups=groups
+    )
+    bias = weights_TK if bias_E is None else bias_E
+    route_kernel[(triton.cdiv(num_tokens, constexprs["TOKENS"]),)](
+        logits_TE, bias, ids_TK, weights_TK, num_tokens, logits_TE.stride(0), scale, **constexprs, num_warps=1
+    )
+    return ids_TK, weights_TK
+
+
+def cases() -> list[Case]:
+    v2 = routing.Groups(number=8, kept=3, by="best")
+    v3 = routing.Groups(number=8, kept=4, by="two_best")
+    models = {
+        "qwen3-30b": (128, 8, torch.bfloat16, {}),
+        "mixtral": (8, 2, torch.bfloat16, {}),
+        "gpt-oss-120b": (128, 4, torch.bfloat16, {}),
+        "deepseek-v2": (160, 6, torch.float32, {"renormalize": False, "groups": v2}),
+        "deepseek-v3": (256, 8, torch.float32, {"score": "sigmoid", "has_bias": True, "groups": v3}),
+        "kimi-k2": (384, 8, torch.float32, {"score": "sigmoid", "has_bias": True}),
+        "nemotron-3-super": (512, 22, torch.float32, {"score": "sigmoid", "has_bias": True}),
+        "deepseek-v4": (256, 6, torch.float32, {"score": "sqrt_softplus", "has_bias": True}),
+        "llama-4": (128, 1, torch.bfloat16, {"renormalize": False, "score": "sigmoid"}),
+    }
+    defaults = {"renormalize": True, "score": "softmax", "has_bias": False, "groups": None}
+    return [
+        Case(
+            name=f"routing.route {name}",
+            kernel=route_kernel,
+            args={
+                "logits_ptr": dtype,
+                "bias_ptr": torch.float32,
+                "ids_ptr": torch.int64,
+                "weights_ptr": torch.float32,
+                "num_tokens": 100,
+                "stride_t": num_experts,
+                "scale": 2.5,
+            },
+            constexprs=_constexprs(num_experts, top_k, **(defaults | rule)),
+            num_warps=1,
+            blocks_per_sm=16,
+            expect={90: "", 100: ""},
+            wide=False,  # a token's ids and weights are a few bytes
+        )
+        for name, (num_experts, top_k, dtype, rule) in models.items()
+    ]

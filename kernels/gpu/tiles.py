@@ -1,0 +1,265 @@
+"""How grouped GEMMs are cut into tiles, and which tile belongs to which expert; the latter found on the device, without the host.
+
+Rows sorted by expert are cut, expert by expert, into tiles of at most `token_tile` rows. e experts, R rows at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertwire.kernels.gpu.compile import REGISTERS_PER_SM, Case
+from expertwire.kernels.gpu.device import Device
+
+_BLOCK = 128  # tiles a program
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """`first_tile` i32 [e + 1]: each expert's first tile, and how many tiles there are; `tile_expert` i32: each tile's expert."""
+
+    first_tile: Tensor
+    tile_expert: Tensor  # of max_tiles(...), those behind the last tile undefined
+    token_tile: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of all tiles that there can be, padding included."""
+        return len(self.tile_expert) * self.token_tile
+
+
+def max_tiles(num_rows: int, num_experts: int, token_tile: int) -> int:
+    """How many tiles there can be, however the rows fall: a bound that the host knows."""
+    return min(num_rows, triton.cdiv(num_rows, token_tile) + num_experts)
+
+
+@triton.jit
+def _tile_metadata(
+    offsets_ptr,
+    first_tile_ptr,
+    tile_expert_ptr,
+    num_experts,
+    bound,
+    TOKEN_TILE: tl.constexpr,
+    EXPERTS: tl.constexpr,  # num_experts rounded up to a power of two
+    BLOCK: tl.constexpr,
+):
+    expert = tl.arange(0, EXPERTS)
+    exists = expert < num_experts
+    rows = tl.load(offsets_ptr + expert + 1, mask=exists, other=0) - tl.load(offsets_ptr + expert, mask=exists, other=0)
+    end_tile = tl.cumsum((rows + TOKEN_TILE - 1) // TOKEN_TILE, axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(first_tile_ptr, 0)
+        tl.store(first_tile_ptr + 1 + expert, end_tile, mask=exists)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    before = ((end_tile[None, :] <= tile[:, None]) & exists[None, :]).to(tl.int32)
+    tl.store(tile_expert_ptr + tile, tl.sum(before, axis=1), mask=tile < bound)
+
+
+def tile_metadata(expert_offsets: Tensor, num_rows: int, token_tile: int) -> TileMap:
+    """Expert e's rows are `expert_offsets[e] : expert_offsets[e + 1]` (i32, on the device); `num_rows` bounds the last offset."""
+    num_experts = expert_offsets.shape[0] - 1
+    assert expert_offsets.dtype == torch.int32, expert_offsets.dtype
+    bound = max_tiles(num_rows, num_experts, token_tile)
+    first_tile = torch.empty_like(expert_offsets)
+    tile_expert = expert_offsets.new_empty(bound)
+    _tile_metadata[(max(1, triton.cdiv(bound, _BLOCK)),)](
+        expert_offsets, first_tile, tile_expert, num_experts, bound, **_constexprs(num_experts, token_tile), num_warps=4
+    )
+    return TileMap(first_tile, tile_expert, token_tile)
+
+
+def _constexprs(num_experts: int, token_tile: int) -> dict[str, Any]:
+    return {"TOKEN_TILE": token_tile, "EXPERTS": triton.next_power_of_2(num_experts), "BLOCK": _BLOCK}
+
+
+@triton.jit
+def locate(item, offsets_ptr, first_tile_ptr, tile_expert_ptr, num_blocks, TOKENS: tl.constexpr, GROUP: tl.constexpr):
+    """A work item's expert, block of weight rows, tile, first row, and the end of the expert's rows.
+
+    Expert after expert; within one, up to GROUP tiles of tokens share each block of weights before the next block comes.
+    """
+    expert = tl.load(tile_expert_ptr + item // num_blocks)
+    first_tile = tl.load(first_tile_ptr + expert)
+    num_tiles = tl.load(first_tile_ptr + expert + 1) - first_tile
+    inside = item - first_tile * num_blocks
+    group_tile = inside // (GROUP * num_blocks) * GROUP
+    group_size = tl.minimum(num_tiles - group_tile, GROUP)
+    inside = inside % (GROUP * num_blocks)
+    tile = group_tile + inside % group_size
+    row = tl.load(offsets_ptr + expert) + tile * TOKENS
+    return expert, inside // group_size, first_tile + tile, row, tl.load(offsets_ptr + expert + 1)
+
+
+@triton.jit
+def _tile_scales(
+    scales_ptr,
+    row_index_ptr,
+    offsets_ptr,
+    first_tile_ptr,
+    tile_expert_ptr,
+    out_ptr,
+    num_experts,
+    groups,
+    stride,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    if tile < tl.load(first_tile_ptr + num_experts):
+        expert = tl.load(tile_expert_ptr + tile)
+        token = tl.arange(0, TOKENS)
+        row = tl.load(offsets_ptr + expert) + (tile - tl.load(first_tile_ptr + expert)) * TOKENS + token
+        exists = row < tl.load(offsets_ptr + expert + 1)
+        source = tl.load(row_index_ptr + row, mask=exists, other=0) if row_index_ptr is not None else row
+        group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+        mask = exists[:, None] & (group < groups)[None, :]
+        scales = tl.load(scales_ptr + source.to(tl.int64)[:, None] * groups + group[None, :], mask=mask, other=0.0)
+        column = tile.to(tl.int64) * TOKENS + token
+        tl.store(out_ptr + group.to(tl.int64)[None, :] * stride + column[:, None], scales, mask=mask)
+
+
+def tile_scales(scales_NG: Tensor, row_index_R: Tensor | None, expert_offsets: Tensor, tile_map: TileMap) -> Tensor:
+    """Scales of rows for a grouped GEMM's tiles, group by group: fp32 [G, `tile_map.rows`], padding undefined.
+
+    Without an index the rows are routed rows already.
+    """
+    groups = scales_NG.shape[1]
+    out = scales_NG.new_empty(groups, tile_map.rows)
+    if tile_map.rows:
+        args = _scale_arguments(scales_NG.contiguous(), row_index_R, expert_offsets, tile_map, out)
+        grid = (len(tile_map.tile_expert), triton.cdiv(groups, 8))
+        _tile_scales[grid](**args, TOKENS=tile_map.token_tile, GROUPS=8, num_warps=4)
+    return out
+
+
+def _scale_arguments(
+    scales_NG: Tensor, row_index_R: Tensor | None, expert_offsets: Tensor, tile_map: TileMap, out: Tensor
+) -> dict[str, Any]:
+    return {
+        "scales_ptr": scales_NG,
+        "row_index_ptr": row_index_R,
+        "offsets_ptr": expert_offsets,
+        "first_tile_ptr": tile_map.first_tile,
+        "tile_expert_ptr": tile_map.tile_expert,
+        "out_ptr": out,
+        "num_experts": len(expert_offsets) - 1,
+        "groups": scales_NG.shape[1],
+        "stride": out.shape[1],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmTiles:
+    """How a grouped GEMM is cut: weight rows x tokens a tile, stages of the pipeline, resident blocks an SM."""
+
+    rows: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+    blocks_per_sm: int
+    group: int = 8  # tiles of tokens that share a block of weights
+
+    @property
+    def tail(self) -> int:
+        """Tokens of a smaller tile for an expert's last rows; 0 where the weights' bytes count for more than padding."""
+        return self.tokens // 2 if self.tokens >= 128 else 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For the launch. Told how many registers there are, ptxas does not spill to save some for further blocks."""
+        registers = min(255, REGISTERS_PER_SM // (32 * self.num_warps * self.blocks_per_sm))
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": registers}
+
+
+def token_tile(format: str, planned_rows: int, num_experts: int) -> int:
+    """Tokens a tile, from the rows that the host has planned for these experts: a little more than the mean expert's.
+
+    A second tile of an expert reads its weights again, from the L2 cache at best; a tile too large computes padding.
+    """
+    mean = planned_rows / num_experts
+    tokens = next((tokens for tokens, most in ((16, 10), (32, 24), (64, 50), (128, 512)) if mean <= most), 256)
+    return tokens if format == "dense" else min(tokens, 128)
+
+
+def gemm_tiles(format: str, tokens: int, weights: tuple[int, int, int], planned_rows: int, device: Device) -> GemmTiles:
+    """For weights [e, M, K] and `tokens` a tile. The order of summation does not depend on any of it."""
+    num_experts, M, _ = weights
+    if tokens == 128 and format != "dense":
+        # Sums of a step and of all before it need twice the registers.
+        return GemmTiles(rows=128, tokens=128, num_warps=8, num_stages=5, blocks_per_sm=1)
+    if tokens == 256:
+        return GemmTiles(rows=128, tokens=256, num_warps=8, num_stages=4, blocks_per_sm=1)
+    if tokens >= 64:
+        # Two blocks an SM: one computes while the other starts or ends a tile.
+        stages = 3 if tokens == 128 else 4
+        return GemmTiles(rows=128, tokens=tokens, num_warps=4, num_stages=stages, blocks_per_sm=2)
+    # Few rows: every SM needs enough of the weights in flight. Half as high if there are too few blocks for all SMs.
+    if min(planned_rows, num_experts) * triton.cdiv(M, 128) >= 2 * device.num_sms:
+        return GemmTiles(rows=128, tokens=tokens, num_warps=4, num_stages=5, blocks_per_sm=2)
+    return GemmTiles(rows=64, tokens=tokens, num_warps=4, num_stages=6, blocks_per_sm=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Routed rows, sorted by expert. The host knows how many there can be and how many it expects, no more."""
+
+    row_index_R: Tensor  # i32: row of x
+    home_R: Tensor  # i32: slot of the output
+    expert_offsets: Tensor  # i32 [e + 1]
+    planned: int  # rows expected; only the choice of tiles depends on it
+    tile_map: TileMap
+
+    @classmethod
+    def of(cls, row_index_R: Tensor, home_R: Tensor, expert_offsets: Tensor, planned: int, format: str) -> Rows:
+        """With the tiles that suit both products with weights of this format; one small launch."""
+        assert row_index_R.shape == home_R.shape, (row_index_R.shape, home_R.shape)
+        tokens = token_tile(format, planned, len(expert_offsets) - 1)
+        tile_map = tile_metadata(expert_offsets, len(row_index_R), tokens)
+        return cls(
+            row_index_R=row_index_R, home_R=home_R, expert_offsets=expert_offsets, planned=planned, tile_map=tile_map
+        )
+
+
+def cases() -> list[Case]:
+    metadata = [
+        Case(
+            name=f"tiles.tile_metadata experts{num_experts} tokens{tokens}",
+            kernel=_tile_metadata,
+            args={
+                "offsets_ptr": torch.int32,
+                "first_tile_ptr": torch.int32,
+                "tile_expert_ptr": torch.int32,
+                "num_experts": num_experts,
+                "bound": max_tiles(32768, num_experts, tokens),
+            },
+            constexprs=_constexprs(num_experts, tokens),
+            expect={90: "", 100: ""},
+            wide=False,
+        )
+        for num_experts, tokens in ((8, 256), (384, 128))
+    ]
+    offsets, index = (torch.empty(size, dtype=torch.int32, device="meta") for size in (33, 2048))
+    scales = [
+        Case(
+            name=f"tiles.tile_scales tokens{tokens}",
+            kernel=_tile_scales,
+            args=_scale_arguments(
+                torch.empty(256, 56, device="meta"),
+                row_index,
+                offsets,
+                TileMap(offsets, index, tokens),
+                torch.empty(56, 2048 * tokens, device="meta"),
+            ),
+            constexprs={"TOKENS": tokens, "GROUPS": 8},
+            expect={90: "", 100: ""},
+            wide=False,
+        )
+        for tokens, row_index in ((16, index), (128, None))
+    ]
+    return metadata + scales

@@ -1,0 +1,48 @@
+"""Dynamic quantisation to fp8 (e4m3): values times a scale for every `group` neighbours of a row.
+
+`scale = max|x| / 448`, so that the largest of a group becomes fp8's largest number; x is about `values * scale`. A
+group of 128 is DeepSeek-V3's (arXiv 2412.19437, section 3.3.2); a group as wide as the row is a scale a token. A group
+depends on nothing outside of it.
+
+T tokens, D width, G groups a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 128
+LARGEST = 448.0
+# The least that a group's largest magnitude passes for: its scale stays a normal number.
+LEAST = 1e-30
+
+
+class Quantized(NamedTuple):
+    """x is about `values_TD * scales_TG`, each scale for `D / G` neighbours."""
+
+    values_TD: Tensor  # fp8 e4m3
+    scales_TG: Tensor  # fp32
+
+
+def scaled(x_TD: Tensor, group: int = GROUP) -> Quantized:
+    """As `reference`, before the values are rounded: fp32."""
+    grouped = x_TD.float().unflatten(1, (x_TD.shape[1] // group, group))
+    largest_TG1 = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST)
+    # Not `LARGEST / largest_TG1`, which torch rounds twice.
+    values = (grouped * torch.full_like(largest_TG1, LARGEST).div(largest_TG1)).clamp(-LARGEST, LARGEST)
+    return Quantized(values.flatten(1), (largest_TG1 / LARGEST).squeeze(2))
+
+
+def reference(x_TD: Tensor, group: int = GROUP) -> Quantized:
+    """x fp32, bf16 or fp16, D a multiple of `group`."""
+    values_TD, scales_TG = scaled(x_TD, group)
+    return Quantized(values_TD.to(torch.float8_e4m3fn), scales_TG)
+
+
+def dequantize(quantized: Quantized) -> Tensor:
+    """fp32 [T, D]."""
+    values_TD, scales_TG = quantized
+    return values_TD.float() * scales_TG.repeat_interleave(values_TD.shape[1] // max(1, scales_TG.shape[1]), dim=1)

@@ -1,0 +1,76 @@
+"""Every kernel, compiled for Hopper and Blackwell without either: the machine code spills nothing and uses the tensor cores."""
+
+import dataclasses
+import os
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from expertwire.bench import kernels_report
+from expertwire.kernels.gpu import compile as ahead_of_time
+
+CASES = ahead_of_time.every_case()
+RUNS = [
+    pytest.param(case, arch, id=f"{case.name}-sm_{arch}", marks=[pytest.mark.full] if case.full else [])
+    for case in CASES
+    for arch in case.expect
+]
+
+
+@pytest.mark.parametrize(("case", "arch"), RUNS)
+def test_compiled(case, arch):
+    assert ahead_of_time.problems(case, arch, ahead_of_time.compile_case(case, arch)) == []
+
+
+def test_names_are_unique():
+    assert [name for name, count in Counter(case.name for case in CASES).items() if count > 1] == []
+
+
+def test_the_report_names_the_case_and_its_problems(monkeypatch):
+    """A kernel without matrix products, taken for one that should have some."""
+    case = next(case for case in CASES if case.name.startswith("tiles.tile_metadata"))
+    monkeypatch.setattr(ahead_of_time, "every_case", lambda: [dataclasses.replace(case, expect={90: "HGMMA"})])
+    text, fine = kernels_report.line(0, 90)
+    assert not fine
+    assert text.startswith(case.name) and text.endswith("matrix instruction none, not HGMMA")
+
+
+GOOD = ahead_of_time.Compiled(
+    registers=128,
+    shared=100 * 1024,
+    stack=0,
+    local=0,
+    tensor_memory=0,
+    num_warps=8,
+    instructions=Counter({"HGMMA.64x128x16.F32.BF16": 8, "LDGSTS.E.BYPASS.128": 4, "STG.E.128": 2}),
+    ptx="",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, ""),
+        ({"stack": 8}, "8 B of stack"),
+        ({"instructions": GOOD.instructions + Counter({"STL.64": 3, "LDL": 1})}, "4 spills"),
+        ({"instructions": Counter({"HMMA.16816.F32.BF16": 8, "LDG.E.128": 4, "STG.E.128": 2})}, "HMMA, not HGMMA"),
+        ({"instructions": Counter({"LDG.E.128": 4, "STG.E.128": 2})}, "none, not HGMMA"),
+        ({"instructions": GOOD.instructions + Counter({"LDGSTS.E.64": 1})}, "copies of [8, 16] bytes"),
+        ({"instructions": Counter({"HGMMA": 8, "LDG.E": 4, "STG.E.128": 2})}, "no 16-byte load"),
+        ({"instructions": Counter({"HGMMA": 8, "UTMALDG.2D": 4, "STG.E.64": 2})}, "no 16-byte store"),
+        ({"shared": 230 * 1024}, "more than the 232448 of a block"),
+        ({"shared": 114 * 1024}, "2 blocks with 116736 B"),
+        ({"registers": 136}, "2 blocks of 8 warps with 136 registers"),
+        ({"tensor_memory": 320}, "320 columns"),
+    ],
+)
+def test_what_counts_as_a_problem(change, found):
+    case = ahead_of_time.Case(
+        name="", kernel=None, args={}, constexprs={}, expect={90: "HGMMA"}, num_warps=8, blocks_per_sm=2
+    )
+    problems = ahead_of_time.problems(case, 90, dataclasses.replace(GOOD, **change))
+    assert (found in " ".join(problems)) and bool(problems) == bool(found)

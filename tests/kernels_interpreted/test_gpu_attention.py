@@ -1,0 +1,188 @@
+"""The paged attention kernel in the interpreter: the reference's values, and the same bits however a query is scheduled."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from expertwire.kernels import attention
+from expertwire.kernels.gpu import attention as gpu
+from expertwire.kernels.gpu.device import Device
+
+DEVICE = Device(arch=90, num_sms=1)
+TILES = gpu.Tiles(single_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
+BLOCK = 16
+
+# (queries, known tokens) of each sequence; single queries first.
+BATCHES = {
+    "one token": [(1, 1)],
+    "around a block": [(1, BLOCK - 1), (1, BLOCK), (1, BLOCK + 1)],
+    "several splits": [(1, 32), (1, 33), (1, 95), (1, 97)],
+    "whole prefill": [(17, 17)],
+    "chunk": [(5, 70)],
+    "mixed": [(1, 8), (1, 65), (3, 3), (16, 30), (21, 64)],
+}
+
+
+def scene(batch, dtype, *, heads=4, kv_heads=2, dim=32, block=BLOCK, seed=0, unused=0):
+    """Queries, caches poisoned wherever no sequence has stored, the description for the reference and that for a GPU.
+
+    `unused` sequences without queries, with a row each, stand last.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    nums, lengths = (np.array([s[i] for s in batch], np.int64) for i in (0, 1))
+    counts = -(-lengths // block)
+    ids = 1 + np.random.default_rng(seed).permutation(int(counts.sum()))
+    tables = np.zeros((len(batch), int(counts.max())), np.int32)
+    q = torch.randn(int(nums.sum()) + unused, heads, dim, generator=generator).to(dtype)
+    k, v = (torch.full((len(ids) + 1, block, kv_heads, dim), float("nan"), dtype=dtype) for _ in range(2))
+    for b, count in enumerate(counts):
+        tables[b, :count], ids = ids[:count], ids[count:]
+        for position in range(lengths[b]):
+            for cache in (k, v):
+                drawn = torch.randn(kv_heads, dim, generator=generator)
+                cache[tables[b, position // block], position % block] = drawn.to(dtype)
+    cu_queries = np.concatenate(([0], np.cumsum(nums)))
+    host = attention.describe(cu_queries, lengths, tables, block, "cpu")
+    device = attention.DeviceSequences(
+        num_single=host.num_single + (unused if host.num_single == len(batch) else 0),
+        max_length=int(lengths.max()),
+        cu_queries=torch.from_numpy(np.pad(cu_queries, (0, unused), mode="edge")).int(),
+        lengths=torch.from_numpy(np.pad(lengths, (0, unused))).int(),
+        block_table=torch.from_numpy(np.pad(tables, ((0, unused), (0, 0)))),
+    )
+    return q, k, v, host, device
+
+
+def run(q, k, v, seqs, **options):
+    """Into a poisoned output."""
+    out = torch.full_like(q, float("nan")).contiguous()
+    return gpu.attend(q, k, v, seqs, DEVICE, out=out, **{"tiling": TILES, **options})
+
+
+def check(batch, dtype, *, scale=None, window=0, sinks_H=None, tiling=TILES, **shapes):
+    q, k, v, host, device = scene(batch, dtype, **shapes)
+    options = {"scale": scale, "window": window, "sinks_H": sinks_H}
+    rows = host.cu_queries[-1]
+    expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, **options)
+    actual = run(q, k, v, device, tiling=tiling, **options)
+    torch.testing.assert_close(actual[:rows], expected, **TOLERANCE[dtype])
+    assert actual[rows:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_reference(name, dtype):
+    check(BATCHES[name], dtype)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8, 16, 20], ids="group {}".format)
+def test_groups(heads):
+    check([(1, 40), (7, 40)], torch.float32, heads=2 * heads)
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("block", [4, 16, 64])
+def test_head_and_block_sizes(dim, block):
+    check([(1, 33), (1, 63), (18, 65)], torch.float32, dim=dim, block=block)
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 33, 1000])
+def test_windows(window):
+    check([(1, 16), (1, 48), (1, 65), (1, 96), (20, 66)], torch.float32, window=window)
+
+
+def test_windows_skip_tiles():
+    """Blocks that a window has left behind may be anything, NaN in the values too."""
+    q, k, v, host, device = scene([(1, 96), (4, 96)], torch.float32)
+    expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host, window=16)
+    for table in (host.single_block_table[0], host.block_tables[0]):
+        v[table[:3]] = float("nan")
+    torch.testing.assert_close(run(q, k, v, device, window=16), expected, **TOLERANCE[torch.float32])
+
+
+def test_reference_is_the_masked_softmax():
+    """Over one logit more, the sink's, without a value."""
+    q, k, v, host, _ = scene([(9, 30)], torch.float32, kv_heads=4)
+    sinks_H = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    k_LHd, v_LHd = (cache[host.block_tables[0]].flatten(0, 1)[:30].double() for cache in (k, v))
+    logits = torch.einsum("thd,lhd->thl", q.double(), k_LHd) * 0.3
+    distance = torch.arange(21, 30)[:, None, None] - torch.arange(30)
+    logits = logits.masked_fill((distance < 0) | (distance >= 7), float("-inf"))
+    weights = torch.cat((logits, sinks_H.double().expand(9, 4)[..., None]), -1).softmax(-1)[..., :-1]
+    actual = attention.reference(q, k, v, host, scale=0.3, window=7, sinks_H=sinks_H)
+    torch.testing.assert_close(actual.double(), torch.einsum("thl,lhd->thd", weights, v_LHd), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_sinks(window):
+    sinks_H = torch.tensor([-40.0, 0.0, 3.0, 40.0])
+    check([(1, 1), (1, 70), (9, 40)], torch.float32, sinks_H=sinks_H, window=window, scale=0.5)
+
+
+def test_sequences_without_queries():
+    check([(1, 40), (1, 3)], torch.float32, unused=3)
+    check([(1, 40), (9, 40)], torch.float32, unused=3)
+
+
+def test_chosen_tiles():
+    tiling = gpu.tiles(head_dim=32, element_size=4, arch=90)
+    check([(1, 70), (20, 70)], torch.float32, tiling=dataclasses.replace(tiling, split=64))
+
+
+def test_queries_apart():
+    """As they lie in the output of the projection, between keys and values."""
+    q, k, v, host, device = scene([(1, 20), (6, 20)], torch.float32)
+    apart = torch.cat((q, torch.full_like(q, float("nan"))), 1)[:, : q.shape[1]]
+    torch.testing.assert_close(run(apart, k, v, device), attention.reference(q, k.nan_to_num(), v.nan_to_num(), host))
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, False), (20, True)])
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_bits_do_not_depend_on_the_schedule(dtype, window, sinks):
+    """The last queries of a sequence: in a prefill, in a chunk, and each as a decode, alone or in a batch, however shared out."""
+    length, num = 71, 20
+    sinks_H = torch.linspace(-1, 2, 4) if sinks else None
+    q, k, v, _, seqs = scene([(length, length)], dtype)
+    whole = run(q, k, v, seqs, window=window, sinks_H=sinks_H)
+
+    def again(starts, sizes, **options):
+        """These stretches of the sequence as sequences of one step, sharing their cache."""
+        rows = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        step = attention.DeviceSequences(
+            num_single=sizes.count(1),
+            max_length=options.pop("max_length", length),
+            cu_queries=torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32),
+            lengths=torch.tensor(ends, dtype=torch.int32),
+            block_table=seqs.block_table.expand(len(sizes), -1).contiguous(),
+        )
+        return run(q[rows], k, v, step, window=window, sinks_H=sinks_H, **options), whole[rows]
+
+    for actual, expected in (
+        again([length - num], [num]),
+        again([length - 1], [1]),
+        again([31, 32, 70], [1] * 3),
+        again([3, 64, 10, 60], [1, 1, 7, 11], max_length=1000),
+        again([5, 63, 12], [1, 1, 20], tiling=dataclasses.replace(TILES, single_rows=64, rows=32)),
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_splits_are_shared_out_by_the_size_of_the_batch():
+    assert gpu.num_shares(Device(arch=90, num_sms=132), 4, 128) == 128
+    assert gpu.num_shares(Device(arch=90, num_sms=132), 1024, 128) == 2
+    assert gpu.num_shares(Device(arch=90, num_sms=132), 10**6, 128) == 1
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_keys_and_splits_follow_the_shape_alone(head_dim, element_size):
+    chosen = [
+        gpu.tiles(head_dim=head_dim, element_size=element_size, arch=90, invariant=mode) for mode in (True, False)
+    ]
+    assert len({(tiling.keys, tiling.split) for tiling in chosen}) == 1
+    assert chosen[0].split % chosen[0].keys == 0
+    assert chosen[0].single_rows == chosen[0].rows == 64

@@ -1,0 +1,118 @@
+"""A rank's steps as on a GPU, all kernels interpreted, beside the same steps on the CPU: scheduler, slots, model, sampling."""
+
+import numpy as np
+import pytest
+import tiny_checkpoints
+import torch
+
+from expertwire.comm.a2a_local import LocalAllToAll
+from expertwire.comm.a2a_reference import ReferenceAllToAll
+from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.group import SoloGroup
+from expertwire.engine import weights
+from expertwire.engine.checkpoint import Checkpoint, read_model_config
+from expertwire.engine.decoder import RankContext
+from expertwire.engine.device_runner import DeviceRunner
+from expertwire.engine.device_slots import DeviceSlots
+from expertwire.engine.models import registry
+from expertwire.engine.runner import Runner
+from expertwire.engine.slots import Slots
+from expertwire.kernels import registry as kernels
+from expertwire.moe.placement import place
+from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.request import Request
+from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.scheduler import Scheduler
+
+SIZES = {"max_model_len": 64, "block_size": 16}
+NUM_BLOCKS, MAX_RUNNING = 17, 4
+
+
+def build(folder, ops):
+    config = read_model_config(folder, "float32")
+    placement = place(config.num_experts, 1) if any(config.sparse_layers) else None
+    all_to_all = None
+    if placement is not None:
+        spec = AllToAllSpec(
+            group=SoloGroup(),
+            rank_offsets=placement.rank_offsets,
+            max_tokens=32,
+            hidden_size=config.hidden_size,
+            top_k=config.top_k,
+            dtype=torch.float32,
+        )
+        all_to_all = LocalAllToAll(spec, ops.permute) if ops.on_device else ReferenceAllToAll(spec)
+    context = RankContext(
+        rank=0, dtype=torch.float32, device="cpu", ops=ops, placement=placement, all_to_all=all_to_all
+    )
+    model = registry.build(config, context)
+    params = weights.allocate(model.param_specs(), torch.float32, "cpu")
+    weights.load_weights(Checkpoint(folder), model.weight_map(), params, progress=False)
+    with torch.inference_mode():
+        model.bind(params)
+    caches = model.allocate(num_blocks=NUM_BLOCKS, **SIZES)
+    if ops.on_device:
+        slots = DeviceSlots(num_slots=MAX_RUNNING, device="cpu", **SIZES)
+        return config, DeviceRunner(model=model, caches=caches, slots=slots, rank=0, num_ranks=1)
+    slots = Slots(num_slots=MAX_RUNNING, device="cpu", **SIZES)
+    return config, Runner(model=model, caches=caches, slots=slots, rank=0)
+
+
+def requests(folder):
+    def request(key, length, **values):
+        prompt = np.array(tiny_checkpoints.safe_prompt(folder, length, seed=key % 3), np.int32)
+        return Request(key=key, prompt=prompt, params=SamplingParams(**values), seed=7 * key)
+
+    return [
+        request(0, 5, max_tokens=4, logprobs=3),
+        request(1, 20, max_tokens=3, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, logprobs=0),
+        request(2, 17, max_tokens=4, prompt_logprobs=2, repetition_penalty=1.5, frequency_penalty=0.3),
+        request(3, 20, max_tokens=3, temperature=1.5, min_tokens=2, stop_token_ids=[3, 4], logit_bias={5: 2.0}),
+        request(6, 33, max_tokens=2, logprobs=1),  # begins like 3 and 0, if that has been computed
+    ]
+
+
+def serve(folder, ops):
+    """Tokens and log-probabilities by request, and the ranks' load."""
+    config, runner = build(folder, ops)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_ranks=1,
+            max_running=MAX_RUNNING,
+            max_num_tokens=24,
+            num_blocks=NUM_BLOCKS,
+            max_waiting=9,
+            eos_token_ids=(),
+            vocab_size=config.vocab_size,
+            **SIZES,
+        ),
+        config.cache_specs(),
+    )
+    for request in requests(folder):
+        assert scheduler.submit(request, 0.0) is None
+    tokens, logprobs, prompts = {}, {}, {}
+    while not scheduler.idle:
+        plan = scheduler.plan(0.0, report_load=True)
+        result = runner.launch(plan).finish()
+        load = result.expert_load
+        outputs = scheduler.commit(plan, [result], 0.0)
+        for i, key in enumerate(outputs.key_O.tolist()):
+            tokens.setdefault(key, []).append(int(outputs.token_O[i]))
+            logprobs.setdefault(key, []).append((outputs.logprob_O[i], outputs.token_rank_O[i]))
+            top = slice(*outputs.top_offsets_O1[i : i + 2])
+            logprobs[key] += zip(outputs.top_logprobs[top], outputs.top_ids[top], strict=True)
+        for i, key in enumerate(outputs.prompt_key_R.tolist()):
+            prompts.setdefault(key, []).append((outputs.prompt_logprob_R[i], outputs.prompt_position_R[i]))
+    return tokens, logprobs, prompts, load
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe"])
+def test_the_same_tokens_as_on_the_cpu(kind):
+    folder = tiny_checkpoints.cached(kind)
+    expected, found = serve(folder, kernels.cpu()), serve(folder, kernels.triton("cpu"))
+    assert found[0] == expected[0]
+    for part in (1, 2):
+        assert found[part].keys() == expected[part].keys()
+        for key, pairs in expected[part].items():
+            np.testing.assert_allclose(np.array(found[part][key]), np.array(pairs), atol=2e-4)
+    np.testing.assert_array_equal(found[3], expected[3])

@@ -1,0 +1,90 @@
+"""The dense product: against its reference, and bit for bit whatever the number of rows."""
+
+import pytest
+import torch
+
+from expertwire.kernels import linear
+from expertwire.kernels.gpu import linear as gpu
+from expertwire.kernels.gpu.device import Device
+
+DEVICE = Device(arch=90, num_sms=4)
+
+
+def inputs(tokens, rows, width, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((tokens, width), (rows, width), (rows,))
+    )
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """What a kernel forgets to write, or reads before it is written, is no number."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        done = empty(self, *args, **kwargs)
+        return done.fill_(torch.nan) if done.is_floating_point() else done
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "width"), [(0, 8, 16), (1, 1, 1), (3, 65, 130), (17, 128, 256), (130, 70, 96), (2, 40, 1100)]
+)
+def test_product(dtype, bias, tokens, rows, width):
+    x, w, b = inputs(tokens, rows, width, dtype)
+    b = b if bias else None
+    done = gpu.prepare(w, b, device=DEVICE)(x)
+    assert done.dtype == dtype
+    torch.testing.assert_close(
+        done, linear.reference(x, w, b), rtol=2e-3 if dtype == torch.float16 else 1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("rows", "width"), [(96, 1024), (200, 600)])
+def test_a_row_has_the_same_bits_alone_and_in_any_company(rows, width):
+    x, w, b = inputs(200, rows, width, torch.float16)
+    apply = gpu.prepare(w, b, device=DEVICE, out_dtype=torch.float32)
+    plans = [gpu.tiles(tokens, rows, width, torch.float16, DEVICE) for tokens in (1, 200)]
+    assert plans[0].splits == plans[1].splits > 1
+    assert plans[0].side_by_side > plans[1].side_by_side
+    whole = apply(x)
+    for tokens in (1, 20, 100):
+        assert torch.equal(apply(x[:tokens]), whole[:tokens])
+    assert torch.equal(apply(x[57:58]), whole[57:58])
+
+
+def test_the_counters_are_ready_for_the_next_call():
+    x, w, _ = inputs(3, 70, 1024, torch.float32)
+    apply = gpu.prepare(w, device=DEVICE)
+    assert torch.equal(apply(x), apply(x))
+
+
+def test_fp32_results_are_not_rounded_and_rows_of_a_wider_tensor_are_read_in_place():
+    x, w, _ = inputs(5, 33, 192, torch.float16)
+    done = gpu.prepare(w[:, :128].contiguous(), device=DEVICE, out_dtype=torch.float32)(x[:, :128])
+    torch.testing.assert_close(done, x[:, :128].float() @ w[:, :128].float().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 140])
+def test_an_fp32_weight_in_three_terms_is_exact(tokens, monkeypatch):
+    """Activations are bf16 there; here, for the interpreter's sake, their numbers, and the terms', are held in fp32."""
+    x, w, _ = inputs(tokens, 66, 256, torch.float32)
+    x = x.bfloat16().float()
+    terms = gpu.three_terms(w)
+    assert torch.equal(sum(term.double() for term in terms), w.double())
+    weight = torch.cat([term.float() for term in terms], dim=1)
+    y, counters = x.new_empty(tokens, 66), torch.zeros(2, dtype=torch.int32)
+    gpu._launch(x, weight, None, y, counters, DEVICE)
+    torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_kernel_cannot_do_is_refused():
+    _, w, _ = inputs(1, 8, 16, torch.float32)
+    with pytest.raises(AssertionError, match="TF32"):
+        gpu.prepare(w, device=Device(arch=100, num_sms=4))
+    with pytest.raises(AssertionError, match="float16 for 16"):
+        gpu.prepare(w, device=DEVICE)(torch.zeros(1, 16, dtype=torch.float16))

@@ -1,0 +1,157 @@
+"""Latent attention and the writing of its cache in the interpreter, against the reference and between schedules."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from expertwire.kernels import attention, mla, rotary
+from expertwire.kernels.gpu import mla as gpu
+from expertwire.kernels.gpu.device import Device
+
+DEVICE = Device(arch=90, num_sms=1)
+TILES = gpu.Tiles(rows=16, keys=16, split=32, parts=1, num_warps=4, num_stages=2)
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
+RANK, ROTATED, BLOCK, SCALE, EPS = 32, 16, 16, 0.2, 1e-6
+
+# (queries, known tokens) of each sequence; single queries first.
+BATCHES = {
+    "one token": [(1, 1)],
+    "around a block": [(1, BLOCK - 1), (1, BLOCK), (1, BLOCK + 1)],
+    "several splits": [(1, 32), (1, 33), (1, 65)],
+    "whole prefill": [(17, 17)],
+    "mixed": [(1, 8), (1, 65), (3, 3), (9, 30), (5, 64)],
+}
+
+
+def scene(batch, dtype, *, heads=4, unused=0, seed=0):
+    """Queries, a cache poisoned wherever no sequence has stored, the description for the reference and that for a GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    nums, lengths = (np.array([s[i] for s in batch], np.int64) for i in (0, 1))
+    counts = -(-lengths // BLOCK)
+    ids = 1 + np.random.default_rng(seed).permutation(int(counts.sum()))
+    tables = np.zeros((len(batch), int(counts.max())), np.int32)
+    q = torch.randn(int(nums.sum()) + unused, heads, RANK + ROTATED, generator=generator).to(dtype)
+    cache = torch.full((len(ids) + 1, BLOCK, RANK + ROTATED), float("nan"), dtype=dtype)
+    for b, count in enumerate(counts):
+        tables[b, :count], ids = ids[:count], ids[count:]
+        for position in range(lengths[b]):
+            row = torch.randn(RANK + ROTATED, generator=generator)
+            cache[tables[b, position // BLOCK], position % BLOCK] = row.to(dtype)
+    cu_queries = np.concatenate(([0], np.cumsum(nums)))
+    host = attention.describe(cu_queries, lengths, tables, BLOCK, "cpu")
+    device = attention.DeviceSequences(
+        num_single=host.num_single + (unused if host.num_single == len(batch) else 0),
+        max_length=int(lengths.max()),
+        cu_queries=torch.from_numpy(np.pad(cu_queries, (0, unused), mode="edge")).int(),
+        lengths=torch.from_numpy(np.pad(lengths, (0, unused))).int(),
+        block_table=torch.from_numpy(np.pad(tables, ((0, unused), (0, 0)))),
+    )
+    return q, cache, host, device
+
+
+def run(q, cache, seqs, **options):
+    """Into a poisoned output."""
+    out = q.new_full((*q.shape[:2], RANK), float("nan"))
+    return gpu.attend(q, cache, seqs, DEVICE, rank=RANK, scale=SCALE, out=out, **{"tiling": TILES, **options})
+
+
+def check(batch, dtype, *, heads=4, unused=0, **options):
+    q, cache, host, device = scene(batch, dtype, heads=heads, unused=unused)
+    rows = host.cu_queries[-1]
+    expected = mla.reference(q[:rows], cache.nan_to_num(), host, rank=RANK, scale=SCALE)
+    actual = run(q, cache, device, **options)
+    torch.testing.assert_close(actual[:rows], expected, **TOLERANCE[dtype])
+    assert actual[rows:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_reference(name, dtype):
+    check(BATCHES[name], dtype)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 16, 32], ids="{} heads".format)
+def test_heads(heads):
+    check([(1, 40), (3, 40)], torch.float32, heads=heads)
+
+
+def test_sequences_without_queries():
+    check([(1, 40), (1, 3)], torch.float32, unused=3)
+    check([(1, 40), (9, 40)], torch.float32, unused=3)
+
+
+def test_results_in_two_parts():
+    check([(1, 65), (5, 40)], torch.float32, tiling=dataclasses.replace(TILES, parts=2))
+
+
+def test_small_workspace():
+    """Launch after launch: sequences, and pieces of sequences."""
+    check([(1, 40), (1, 33), (1, 2), (9, 40), (7, 20)], torch.float32, workspace_rows=2 * 4 * 2)
+
+
+def test_bits_do_not_depend_on_the_schedule():
+    """The last queries of a sequence: in a prefill, in a chunk, and each as a decode, alone or in a batch."""
+    length = 67
+    q, cache, _, seqs = scene([(length, length)], torch.float16)
+    whole = run(q, cache, seqs)
+
+    def again(starts, sizes, **options):
+        rows = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
+        step = attention.DeviceSequences(
+            num_single=sizes.count(1),
+            max_length=options.pop("max_length", length),
+            cu_queries=torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32),
+            lengths=torch.tensor([sum(pair) for pair in zip(starts, sizes, strict=True)], dtype=torch.int32),
+            block_table=seqs.block_table.expand(len(sizes), -1).contiguous(),
+        )
+        return run(q[rows], cache, step, **options), whole[rows]
+
+    for actual, expected in (
+        again([50], [17]),
+        again([66], [1]),
+        again([31, 32, 66], [1] * 3, max_length=1000),
+        again([3, 64, 60], [1, 1, 7], workspace_rows=32),
+        again([63, 52], [1, 11], tiling=dataclasses.replace(TILES, rows=32)),
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_splits_hold_whole_tiles(arch, element_size):
+    tiling = gpu.tiles(rank=512, element_size=element_size, arch=arch)
+    assert tiling.split % tiling.keys == 0
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("tokens", "heads"), [(0, 3), (1, 1), (7, 3), (5, 8), (4, 20)])
+def test_rotate_and_store(tokens, heads, dtype, interleaved):
+    """Queries and outputs are parts of longer rows; one token is not stored."""
+    generator = torch.Generator().manual_seed(tokens)
+    q = torch.randn(tokens, heads, 24 + ROTATED, generator=generator).to(dtype)[:, :, 24:]
+    kv = torch.randn(tokens, 40 + RANK + ROTATED, generator=generator).to(dtype)[:, 40:]
+    norm = torch.rand(RANK, generator=generator).to(dtype) + 0.5
+    positions = torch.randint(0, 50, (tokens,), generator=generator)
+    slots = torch.randperm(3 * BLOCK, generator=generator)[:tokens]
+    slots[1:2] = -1
+    tables = rotary.tables(50, ROTATED, 1e4, "cpu")
+    stored = slots >= 0
+    caches = [torch.full((3, BLOCK, RANK + ROTATED), float("nan"), dtype=dtype) for _ in range(2)]
+    expected = mla.rotate_and_store(
+        q, kv, norm, EPS, tables, positions, slots.clamp(min=0), caches[0].clone(), interleaved=interleaved
+    )
+    kept = [tensor[stored] for tensor in (q, kv, positions, slots)]
+    mla.rotate_and_store(*kept[:2], norm, EPS, tables, *kept[2:], caches[0], interleaved=interleaved)
+    absorbed = torch.full((tokens, heads, RANK + ROTATED), float("nan"), dtype=dtype)
+    out = absorbed[:, :, RANK:]
+    gpu.rotate_and_store(q, kv, norm, EPS, tables, positions, slots, caches[1], interleaved=interleaved, out=out)
+    torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
+    torch.testing.assert_close(caches[1], caches[0], **TOLERANCE[dtype], equal_nan=True)
+    assert absorbed[:, :, :RANK].isnan().all()
+
+
+def test_chosen_tiles():
+    check([(1, 70), (3, 70)], torch.float32, tiling=gpu.tiles(rank=RANK, element_size=4, arch=100))

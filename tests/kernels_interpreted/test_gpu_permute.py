@@ -1,0 +1,67 @@
+"""The order of routed rows against its reference: counts, stability, places that no row takes."""
+
+import pytest
+import torch
+
+from expertwire.kernels import permute
+from expertwire.kernels.gpu import permute as gpu
+
+
+def check(ids, num_experts):
+    done, expected = gpu.permute(ids, num_experts), permute.reference(ids, num_experts)
+    for name in ("expert_offsets", "row_index_N", "home_N"):
+        assert getattr(done, name).dtype == torch.int32
+        assert getattr(done, name).tolist() == getattr(expected, name).tolist(), name
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """What a kernel forgets to write is a number that is no row."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(-12345))
+
+
+@pytest.fixture(params=["one launch", "counted"])
+def _regime(request, monkeypatch):
+    if request.param == "counted":
+        monkeypatch.setattr(gpu, "_ONE_LAUNCH", 0)
+
+
+@pytest.mark.usefixtures("_regime")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(0, 2, 3), (1, 1, 1), (1, 8, 16), (7, 3, 5), (64, 2, 8), (43, 3, 40), (1025, 4, 3), (1366, 3, 2)],
+)
+def test_random_choices(tokens, top_k, experts, dtype):
+    generator = torch.Generator().manual_seed(tokens)
+    check(torch.randint(-1, experts, (tokens, top_k), generator=generator, dtype=dtype), experts)
+
+
+@pytest.mark.usefixtures("_regime")
+@pytest.mark.parametrize("value", [-1, 0, 2, 4, 5])
+def test_one_expert_takes_everything(value):
+    """-1 and 5 are none of the five experts."""
+    check(torch.full((300, 4), value), 5)
+
+
+@pytest.mark.usefixtures("_regime")
+@pytest.mark.parametrize("tokens", [1023, 1024, 1025, 2049])
+def test_at_the_ends_of_chunks(tokens):
+    check(torch.arange(4 * tokens).view(tokens, 4) % 3, 3)
+
+
+def test_ids_without_columns_or_with_a_view_are_refused():
+    with pytest.raises(AssertionError, match="strides"):
+        gpu.permute(torch.zeros(4, 6, dtype=torch.int64)[:, :2], 3)
+
+
+@pytest.mark.usefixtures("_regime")
+@pytest.mark.parametrize("valid", [0, 1, 43, 700, 1366])
+def test_tokens_that_only_fill_up_reach_no_expert(valid):
+    ids = torch.arange(3 * 1366).view(1366, 3) % 5
+    num_valid = torch.tensor([valid], dtype=torch.int32)
+    done, expected = gpu.permute(ids, 5, num_valid), permute.reference(ids, 5, num_valid)
+    assert int(expected.expert_offsets[-1]) == 3 * valid
+    for name in ("expert_offsets", "row_index_N", "home_N"):
+        assert getattr(done, name).tolist() == getattr(expected, name).tolist(), name

@@ -1,0 +1,54 @@
+"""Quantisation and activation against their references. The interpreter rounds to fp8 wrongly: values are compared before."""
+
+import pytest
+import torch
+
+from expertwire.kernels import experts, quantize
+from expertwire.kernels.gpu import quantize as gpu
+
+SHAPES = [(0, 256, 128), (1, 128, 128), (3, 768, 128), (2, 2048, 128), (2, 1280, 1280), (3, 100, 100), (2, 96, 32)]
+
+
+def rows(tokens, width, dtype, seed=0):
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+    if tokens > 1:
+        x[0] *= 1e-3
+        x[1, : width // 2] = 0.0
+        x[1, -1] = 60000.0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "width", "group"), SHAPES)
+def test_quantize(dtype, tokens, width, group):
+    x = rows(tokens, width, dtype)
+    done, expected = gpu.quantize(x, group, dtype=torch.float32), quantize.scaled(x, group)
+    assert torch.equal(done.scales_TG, expected.scales_TG)
+    assert torch.equal(done.values_TD, expected.values_TD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "width", "group"), SHAPES)
+def test_silu_mul_with_and_without_quantisation(dtype, tokens, width, group):
+    x = rows(tokens, 2 * width, dtype).clamp(-100, 100)
+    hidden = gpu.silu_mul(x)
+    torch.testing.assert_close(hidden, experts.silu_mul_reference(x))
+    done, expected = gpu.silu_mul_quantize(x, group, dtype=torch.float32), quantize.scaled(hidden, group)
+    assert torch.equal(done.scales_TG, expected.scales_TG)
+    assert torch.equal(done.values_TD, expected.values_TD)
+
+
+def test_fp8_comes_out_near_what_went_in():
+    """Of the interpreter's roundings some are off by a binade, none by more."""
+    x = rows(4, 512, torch.float32)
+    done = gpu.quantize(x)
+    assert done.values_TD.dtype == torch.float8_e4m3fn
+    error = (quantize.dequantize(done) - x).abs()
+    least = quantize.LARGEST * done.scales_TG.repeat_interleave(128, 1) * 2**-18
+    assert (error <= x.abs() / 2 + least).all()
+    assert error.mean() < 0.05 * x.abs().mean()
+
+
+def test_a_group_that_does_not_fit_is_refused():
+    with pytest.raises(AssertionError, match="96 of 192"):
+        gpu.quantize(torch.zeros(1, 192), 96)

@@ -1,0 +1,97 @@
+"""The routing kernel against its reference: every rule, ties, logits that are no numbers."""
+
+import pytest
+import torch
+
+from expertwire.kernels import routing
+from expertwire.kernels.gpu import routing as gpu
+
+V2 = routing.Groups(number=8, kept=3, by="best")
+V3 = routing.Groups(number=4, kept=2, by="two_best")
+RULES = {
+    "softmax": ({"renormalize": False}, 128, 8),
+    "renormalized": ({"renormalize": True}, 8, 2),
+    "odd": ({"renormalize": True, "scale": 2.5}, 60, 6),
+    "biased softmax": ({"renormalize": True, "bias_E": True}, 24, 3),
+    "deepseek v2": ({"renormalize": False, "scale": 16.0, "groups": V2}, 160, 6),
+    "deepseek v3": ({"renormalize": True, "score": "sigmoid", "bias_E": True, "scale": 2.5, "groups": V3}, 64, 8),
+    "kimi": ({"renormalize": True, "score": "sigmoid", "bias_E": True}, 384, 8),
+    "nemotron": ({"renormalize": True, "score": "sigmoid", "bias_E": True}, 512, 22),
+    "deepseek v4": ({"renormalize": True, "score": "sqrt_softplus", "bias_E": True}, 32, 6),
+    "llama 4": ({"renormalize": False, "score": "sigmoid"}, 16, 1),
+    "all": ({"renormalize": True}, 5, 5),
+    "one": ({"renormalize": True}, 1, 1),
+}
+
+
+def arguments(name, generator):
+    rule, experts, top_k = RULES[name]
+    rule = dict(rule)
+    if rule.pop("bias_E", False):
+        rule["bias_E"] = 0.5 * torch.randn(experts, generator=generator)
+    return rule, experts, top_k
+
+
+def check(logits, top_k, rule):
+    ids, weights = gpu.route(logits, top_k, **rule)
+    expected_ids, expected = routing.reference(logits, top_k, **rule)
+    assert ids.tolist() == expected_ids.tolist()
+    torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 19])
+def test_every_rule(name, dtype, tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    rule, experts, top_k = arguments(name, generator)
+    check((3 * torch.randn(tokens, experts, generator=generator)).to(dtype), top_k, rule)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_of_equals_the_lowest_id_wins(name):
+    generator = torch.Generator().manual_seed(1)
+    rule, experts, top_k = arguments(name, generator)
+    if "bias_E" in rule:
+        rule["bias_E"] = rule["bias_E"].round()
+    few_values = torch.randint(-1, 2, (6, experts), generator=generator).float()
+    few_values[few_values == 0] *= -1  # both zeros
+    few_values[0] = 0.0
+    few_values[1] = -0.0
+    check(few_values, top_k, rule)
+
+
+def test_extreme_logits():
+    logits = torch.tensor([[1e4, -1e4, 0.0, 9999.0], [-1e30, -1e30, -1e30, -torch.inf]])
+    for renormalize in (False, True):
+        check(logits, 3, {"renormalize": renormalize})
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_whatever_the_logits_ids_are_distinct_experts(name, value):
+    rule, experts, top_k = arguments(name, torch.Generator().manual_seed(2))
+    logits = torch.zeros(4, experts)
+    logits[1:] = value
+    logits[3, ::2] = 1.0
+    ids, _ = gpu.route(logits, top_k, **rule)
+    assert all(len(set(row)) == top_k and set(row) <= set(range(experts)) for row in ids.tolist())
+
+
+def test_rows_of_a_wider_tensor_and_narrow_ids():
+    wide = torch.randn(7, 40, generator=torch.Generator().manual_seed(3))
+    ids, weights = gpu.route(wide[:, :32], 4, renormalize=True, ids_dtype=torch.int32)
+    expected_ids, expected = routing.reference(wide[:, :32], 4, renormalize=True)
+    assert ids.dtype == torch.int32
+    assert ids.tolist() == expected_ids.tolist()
+    torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-9)
+
+
+def test_a_tokens_bits_do_not_depend_on_its_neighbours():
+    logits = torch.randn(20, 40, generator=torch.Generator().manual_seed(4))
+    whole = gpu.route(logits, 4, renormalize=True)
+    for t in range(20):
+        alone = gpu.route(logits[t : t + 1], 4, renormalize=True)
+        assert torch.equal(alone[0][0], whole[0][t])
+        assert torch.equal(alone[1][0], whole[1][t])
