@@ -152,7 +152,7 @@ def _checkpoint(given: str, change: Change, *says: str, starts: bool = False, **
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("", "COMMAND"),
-    ("train", "'train'", "serve, generate, demo, bench"),
+    ("train", "'train'", "serve, generate, demo, explain, bench"),
     ("serve --gpu-memory-utilization=0.9", "--gpu-memory-utilization", "--help"),
     ("serve one two", "two"),
     ("serve /no/such/folder --port 0", "there is no folder '/no/such/folder'"),
@@ -172,6 +172,10 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("generate --prompt x --temperature hot", "--temperature", "'hot'"),
     ("generate --prompt x --top-p 2", "top_p", "(0, 1]"),
     ("demo --launcher slurm", "--launcher", "ray, local"),
+    ("explain --device tpu", "--device", "cpu, cuda, h200, b200"),
+    ("explain --device cuda", "--device", "cpu, h200 and b200"),
+    ("explain --ep-size 0", "--ep-size", ">= 1"),
+    ("explain /no/such/folder", "there is no folder '/no/such/folder'"),
     ("bench", "BENCHMARK"),
     ("bench latency", "'latency'", "throughput"),
     ("bench throughput --input-len 0", "input_len", ">= 1"),

@@ -16,10 +16,10 @@ MOST_LINES = 12  # of a list of failures
 
 def short_table(results: Results) -> str:
     """What matters, the bars last."""
-    lines = [*_head(results), *_check_lines(results), *_bit_lines(results)]
-    ceilings = results.ceilings()
+    lines, ceilings = [*_head(results), *_check_lines(results)], results.ceilings()
     if ceilings is not None:
-        lines += [*_expert_lines(results, ceilings), *_other_lines(results, ceilings), *_cost_lines(results)]
+        lines += [*_expert_lines(results, ceilings), *_cost_lines(results), *_other_lines(results, ceilings)]
+    lines += _bit_lines(results)
     tail = "\n".join([*_left_out_lines(results), *_bar_lines(results)])
     text = "\n".join(lines)
     room = MOST_CHARACTERS - len(tail) - 80
@@ -91,11 +91,15 @@ def _bit_lines(results: Results) -> Iterator[str]:
     if items:
         yield "\nequal bits (classes of what gave the same):"
     for _, key, item in items:
+        names: dict[str, list[str]] = {}
         for name, classes in item["classes"].items():
             verdict = (
                 "all equal: " + ", ".join(classes[0]) if len(classes) == 1 else " | ".join(map(", ".join, classes))
             )
-            yield f"  {'  ' if len(classes) == 1 else '!='} {key}, {name}: {verdict}"[:180]
+            names.setdefault(verdict, []).append(name)
+        for verdict, alike in names.items():
+            mark = "  " if verdict.startswith("all equal") else "!="
+            yield f"  {mark} {key}, {' and '.join(alike)}: {verdict}"[:200]
 
 
 def _expert_lines(results: Results, ceilings: Ceilings) -> Iterator[str]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
-from expertwire.deploy.options import add_engine_options, add_options, engine_config, given
+from expertwire.deploy.options import add_engine_options, add_options, engine_config, given, model_folder
 from expertwire.engine.outputs import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -54,6 +54,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_serve(commands)
     _add_generate(commands)
     _add_demo(commands)
+    _add_explain(commands)
     group = commands.add_parser("bench", help="measure", description="Measures.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
     for name, text in BENCHES.items():
@@ -103,6 +104,24 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_explain(commands: Any) -> None:
+    text = "say which kernels a model runs with, and why"
+    parser = commands.add_parser("explain", help=text, description=text.capitalize() + ".")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder with a config.json (default: the demo model)")
+    text = "h200 and b200 need not be here (default: %(default)s)"
+    parser.add_argument("--device", choices=("cpu", "cuda", "h200", "b200"), default="cpu", help=text)
+    parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="ranks (default: %(default)s)")
+    parser.set_defaults(command=_explain)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from expertwire.deploy.explain import explain
+
+    for line in explain(model_folder(args), args.device, args.ep_size):
+        print(line)
+    return 0
+
+
 def _add_demo(commands: Any) -> None:
     text = "serve the demo model and ask it questions"
     parser = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
@@ -128,6 +147,12 @@ def _seconds(text: str) -> float:
         if 0 <= float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"must be a number of seconds >= 0, got {text}")
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
+    return int(text)
 
 
 def _fail(error: Exception, code: int) -> int:

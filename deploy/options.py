@@ -36,8 +36,12 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     Raises:
         ValueError: an option is not usable.
     """
-    model = args.model or str(importlib.resources.files("expertwire") / "demo_model")
-    return EngineConfig(**{**given(args, ENGINE_FIELDS), "model": model})
+    return EngineConfig(**{**given(args, ENGINE_FIELDS), "model": model_folder(args)})
+
+
+def model_folder(args: argparse.Namespace) -> str:
+    """What the command line says, or the demo model's."""
+    return args.model or str(importlib.resources.files("expertwire") / "demo_model")
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type, fields: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from expertwire.kernels import attention, combine, experts, linear, permute, rms
 from expertwire.kernels.experts import GroupedMlp
 from expertwire.kernels.linear import Linear
 from expertwire.kernels.permute import Permuted
+
+if TYPE_CHECKING:
+    from expertwire.kernels.gpu.device import Device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,17 @@ def choose(device: str) -> Ops:
     Raises:
         ValueError: the GPU is too old.
     """
-    return cpu() if device == "cpu" else triton(device)
+    if device == "cpu":
+        return cpu()
+    from expertwire.kernels.gpu.device import describe
+
+    gpu = describe(device)
+    if gpu.arch < 90:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"device {device} is a {name} of compute capability {gpu.arch / 10}; allowed are 9.0 and above"
+        )
+    return triton(gpu)
 
 
 def cpu() -> Ops:
@@ -100,7 +113,7 @@ def plain() -> Ops:
     )
 
 
-def triton(device: str) -> Ops:
+def triton(gpu: Device) -> Ops:
     """For a GPU (or, in Triton's interpreter, for tensors on a CPU)."""
     from expertwire.kernels.gpu import attention as gpu_attention
     from expertwire.kernels.gpu import combine as gpu_combine
@@ -110,16 +123,9 @@ def triton(device: str) -> Ops:
     from expertwire.kernels.gpu import quantize, rotate_and_store
     from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
     from expertwire.kernels.gpu import routing as gpu_routing
-    from expertwire.kernels.gpu.device import describe
 
-    gpu = describe(device)
-    if gpu.arch < 90:
-        name = torch.cuda.get_device_name(device)
-        raise ValueError(
-            f"device {device} is a {name} of compute capability {gpu.arch / 10}; allowed are 9.0 and above"
-        )
     return Ops(
-        why=f"{device} has compute capability {gpu.arch / 10} and {gpu.num_sms} multiprocessors: Triton",
+        why=f"the device is a GPU of compute capability {gpu.arch / 10} with {gpu.num_sms} multiprocessors: Triton",
         on_device=True,
         linear=partial(gpu_linear.prepare, device=gpu),
         experts=partial(gpu_experts.prepare, device=gpu),

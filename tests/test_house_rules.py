@@ -49,6 +49,7 @@ FLAGS = {
         "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", *ENGINE_FLAGS,
     },
     "demo": {"--launcher", "--ep-size"},
+    "explain": {"--device", "--ep-size"},
     "bench throughput": {
         "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
     },

@@ -439,6 +439,7 @@ def attend(
     assert out.is_contiguous(), f"output strides {out.stride()}"
     tiling = tiling or tiles(head_dim=dim, element_size=q_THd.element_size(), arch=device.arch, invariant=invariant)
     scale = dim**-0.5 if scale is None else scale
+    assert scale > 0, f"scale {scale}: maxima are taken before it is applied"
     for single in (True, False):
         _launch(q_THd, k_cache, v_cache, out, seqs, device, single, tiling, scale, window, sinks_H)
     return out

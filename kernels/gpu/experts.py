@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expertwire.kernels.experts import Activation, GroupedMlp
-from expertwire.kernels.gpu import formats, grouped_gemm
+from expertwire.kernels.gpu import formats, grouped_gemm, tiles
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 
@@ -25,7 +25,7 @@ def prepare(w13_eFD: Tensor, w2_eDF: Tensor, *, device: Device) -> GroupedMlp:
             offsets = torch.from_numpy(offsets.astype(np.int32)).to(x_UD.device)
         if home_R is None:
             home_R = torch.arange(len(row_index_R), dtype=torch.int32, device=x_UD.device)
-        rows = grouped_gemm.Rows.of(row_index_R.int(), home_R, offsets, len(row_index_R), "dense")
+        rows = tiles.Rows.of(row_index_R.int(), home_R, offsets, len(row_index_R), "dense")
         hidden_RF = grouped_gemm.w13(x_UD, rows, w13, activation, device)
         return grouped_gemm.w2(hidden_RF, rows, w2, x_UD.new_empty(len(row_index_R), x_UD.shape[1]), device)
 

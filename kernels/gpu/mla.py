@@ -168,6 +168,7 @@ def attend(
     num_tokens, num_heads, width = q_THl.shape
     assert cache.shape[2] == width, f"rows of {cache.shape[2]} numbers, queries of {width}"
     assert cache.stride(2) == q_THl.stride(2) == 1, f"strides {cache.stride()} and {q_THl.stride()}"
+    assert scale > 0, f"scale {scale}: maxima are taken before it is applied"
     assert seqs.num_single <= num_tokens, f"{seqs.num_single} single queries in {num_tokens} rows"
     for size in (rank, width - rank):
         assert size == triton.next_power_of_2(size) >= 16, f"{rank} latent numbers and {width - rank} rotated ones"

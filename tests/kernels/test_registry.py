@@ -3,6 +3,7 @@
 import pytest
 
 from expertwire.kernels import registry
+from expertwire.kernels.gpu.device import H200
 
 
 @pytest.mark.parametrize(
@@ -18,5 +19,5 @@ def test_the_choice_can_be_read(ops, folder):
 
 
 def test_a_gpu_runs_triton_and_nothing_else():
-    lines = registry.triton("cpu").explain().splitlines()[1:]
+    lines = registry.triton(H200).explain().splitlines()[1:]
     assert all(": expertwire.kernels.gpu." in line for line in lines), lines
