@@ -4,9 +4,8 @@ A random Qwen3-MoE layer of 512 wide (32 experts, top-4, of width 256) at 1, 16,
 runs in one process on one thread, by turns within a round, so that a noisy machine is noisy for all; time is the processor time
 of the process, and what counts is the ratio within a round. Calls go over several layers of weights, as they do in a model.
 
-`experts` is: tokens, and which experts they go to -> their mixture. `layer` adds the router before it, and the residual and the
-norm behind it. Ours are those of the engine on one rank, sorting, gathering and combining included; `few` is what the engine takes
-while no expert has many rows.
+`experts` is: tokens, and which experts they go to -> their mixture. `layer` adds the router before it, and the residual and
+the norm behind it. Ours are those of the engine on one rank, sorting, gathering and combining included.
 
 T tokens, D model width, F expert width, E experts, K chosen.
 """
@@ -37,9 +36,10 @@ from expertwire.moe.placement import place
 
 D, F, E, K, EPS = 512, 256, 32, 4, 1e-6
 TOKENS = (1, 16, 64, 256)
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.bfloat16,)
 NUM_LAYERS = 4  # 200 MB in fp32: more than a core's own caches
 BATCHED_TOKENS = 16  # batched_mm copies the weights of every row: unusable above
+_MARGIN = 0.05  # between the logits of the last expert chosen and the next one
 
 Call = Callable[["Step"], Tensor]
 
@@ -95,11 +95,14 @@ def random_layer(seed: int, dtype: torch.dtype) -> Weights:
 
 
 def random_steps(layers: Sequence[Weights], num_tokens: int, seed: int) -> list[Step]:
-    """One for each layer, routed by it."""
+    """One for each layer, routed by it; no token is so near to choosing other experts that rounding decides."""
     generator = torch.Generator().manual_seed(seed)
     steps = []
     for i, layer in enumerate(layers):
-        x_TD = torch.randn(num_tokens, D, generator=generator).to(layer.router.dtype)
+        x_TD = torch.randn(4 * num_tokens + 16, D, generator=generator).to(layer.router.dtype)
+        best = (x_TD.float() @ layer.router.float().T).topk(K + 1).values
+        x_TD = x_TD[best[:, K - 1] - best[:, K] > _MARGIN][:num_tokens]
+        assert len(x_TD) == num_tokens, f"{len(x_TD)} tokens are clear, {num_tokens} were wanted"
         ids_TK, weights_TK = routing.reference(x_TD @ layer.router.T, K, renormalize=True)
         steps.append(Step(layer=i, x_TD=x_TD, ids_TK=ids_TK, weights_TK=weights_TK))
     return steps

@@ -189,7 +189,7 @@ def compile_beforehand(results: Results, names: list[str], quick: bool, deadline
     began = time.time()
     until = min(deadline, began + COMPILE_SECONDS[quick])
     processes = max(1, min(16, (os.cpu_count() or 2) - 1))
-    tasks = kernels_parts.keys(names, quick)
+    tasks = kernels_parts.to_compile(results, names, quick)
     failures, done = kernels_parts.compile_all(tasks, quick, processes, until)
     results.data["compiled"] = {
         "items": done,

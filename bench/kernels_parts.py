@@ -69,10 +69,16 @@ def items(name: str, quick: bool, tiny: bool) -> list[Item]:
     return kernels_around.other_items(quick)
 
 
-def keys(names: list[str], quick: bool) -> list[tuple[str, int]]:
-    """Part and place of every item whose kernels can be compiled beforehand."""
-    every = ((name, i, item) for name in names for i, item in enumerate(items(name, quick, False)))
-    return [(name, i) for name, i, item in every if warms(item)]
+def to_compile(results: Results, names: list[str], quick: bool) -> list[tuple[str, int]]:
+    """Part and place of every item without a result whose kernels can be compiled beforehand.
+
+    The parts take turns: neighbours in a part often need the same kernel, and processes should not compile it all at once.
+    """
+    every = [(place, name, item) for name in names for place, item in enumerate(items(name, quick, False))]
+    wanted = [
+        (place, name) for place, name, item in every if warms(item) and item.key not in results.part(name)["items"]
+    ]
+    return [(name, place) for place, name in sorted(wanted, key=lambda task: task[0])]
 
 
 def missing(results: Results, names: list[str], quick: bool, tiny: bool) -> dict[str, list[str]]:

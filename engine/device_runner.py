@@ -29,15 +29,15 @@ from expertwire.kernels.gpu.batch import look_up
 from expertwire.kernels.gpu.sampling import sample
 from expertwire.scheduler.plan import RankPlan, StepPlan, StepResult
 
-# The fields of a sampling record that the kernel takes, as (name, type).
-_COLUMNS = (
-    ("temperature", np.float32),
-    ("top_k", np.int64),
-    ("top_p", np.float32),
-    ("min_p", np.float32),
-    ("seed", np.int64),
-    ("branch", np.int64),
-)
+# The fields of a sampling record that the kernel takes, in its order.
+_COLUMNS = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "branch": torch.int64,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,17 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def warm_up(self, max_num_tokens: int, max_running: int) -> None:
-        """Compile what is compiled on first use, for every tile class that a step can take, and capture the graphs."""
+        """Compile what is compiled on first use, for every class of tiles that a step can take, and capture the graphs."""
         sizes = [size for size in _sizes(max_running) if size <= max_num_tokens]
-        for size in sorted({1, 2, *sizes}):
-            self._model.logits(self._run_single(self._nobody(size), size))
+        for size in sizes:
+            logits_OV = self._model.logits(self._run_single(self._nobody(size), size)).contiguous()
+        for drawn, filtered in ((False, False), (True, False), (True, True)):
+            numbers = [torch.zeros(len(logits_OV), dtype=d, device=self._device) for d in _COLUMNS.values()]
+            sample(logits_OV, *numbers, numbers[-1], drawn=drawn, filtered=filtered)
+        size = 1
+        while size <= max_num_tokens:
+            self._run_prompt(self._nobody(size), size)
+            size = max_num_tokens if size < max_num_tokens < 2 * size else 2 * size
         if self._num_ranks == 1 and self._on_gpu:
             pool = torch.cuda.graph_pool_handle()
             self._graphs = [self._capture(size, pool) for size in reversed(sizes)][::-1]
@@ -188,7 +195,15 @@ class DeviceRunner:
         """Single queries, some of which may be nobody's: all that a graph holds."""
         table = self._slots.blocks_SW.index_select(0, inputs[:size].clamp(min=0))
         longest = table.shape[1] * self._slots.block_size
-        return self._model.forward(self._batch(inputs, size, size, size, table, longest, [size]), self._caches)
+        num_tokens_P = [size] * self._num_ranks
+        return self._model.forward(self._batch(inputs, size, size, size, table, longest, num_tokens_P), self._caches)
+
+    def _run_prompt(self, inputs: Tensor, size: int) -> Tensor:
+        """Tokens that are nobody's, as if they were of one prompt."""
+        table = self._slots.blocks_SW[:1]
+        longest = table.shape[1] * self._slots.block_size
+        num_tokens_P = [size] * self._num_ranks
+        return self._model.forward(self._batch(inputs, size, 1, 0, table, longest, num_tokens_P), self._caches)
 
     def _nobody(self, size: int) -> Tensor:
         """Inputs of tokens that belong to no slot."""
@@ -220,10 +235,10 @@ class DeviceRunner:
         logits_OV = self._model.logits(hidden_TD.index_select(0, row_O)).contiguous()
         raw_OV = logits_OV.clone() if (state["logprobs"] >= 0).any() else logits_OV
         self._adjust(logits_OV, step, state)
-        columns = {name: self._column(state[name].astype(dtype)) for name, dtype in _COLUMNS}
+        columns = [self._column(state[name]).to(dtype) for name, dtype in _COLUMNS.items()]
         token_O = sample(
             logits_OV,
-            *columns.values(),
+            *columns,
             position_O.long(),
             drawn=bool(state["temperature"].any()),
             filtered=bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any()),
@@ -239,7 +254,7 @@ class DeviceRunner:
         }
 
     def _column(self, values: np.ndarray) -> Tensor:
-        column = torch.from_numpy(values)
+        column = torch.from_numpy(values.copy())
         return column.pin_memory().to(self._device, non_blocking=True) if self._on_gpu else column
 
     def _to_host(self, tensor: Tensor) -> Tensor:

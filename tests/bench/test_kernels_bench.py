@@ -377,6 +377,18 @@ def test_a_process_that_does_nothing_is_not_started_again(tmp_path, results, mon
         kernels.supervise(tmp_path, ["bits"], True, time.time() + 60)
 
 
+def test_kernels_are_compiled_by_other_processes(results):
+    """Here, without a GPU, every one of them fails, and says so."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    tasks = kernels_parts.to_compile(results, ["routing", "sampling"], True)
+    assert tasks[:3] == [("routing", 0), ("sampling", 0), ("routing", 1)]
+    failures, done = kernels_parts.compile_all(tasks[:2], True, 1, time.time() + 60)
+    assert (len(failures), done) == (2, 2)
+    results.finish("routing", kernels_parts.items("routing", True, False)[0].key, {})
+    assert ("routing", 0) not in kernels_parts.to_compile(results, ["routing"], True)
+
+
 # Options.
 
 
@@ -439,7 +451,7 @@ def measured(results):
                 result = {"classes": {"rows": [["a", "b"], ["c"]]}, "ok": False}
             else:
                 tokens = int(item.key.rpartition(" T")[2]) if name.startswith("experts-") else None
-                facts = {} if tokens is None else {"tokens": tokens}
+                facts = {"model": "m"} | ({} if tokens is None else {"tokens": tokens})
                 us = {
                     "ours": 2000.0,
                     "ours, fast": 1000.0,
@@ -521,6 +533,13 @@ def test_the_plot(measured):
     circles = root.findall(".//{http://www.w3.org/2000/svg}circle")
     assert len(circles) == sum(map(len, series.values())) + len(series)
     assert all(0 < float(c.get("cx")) < 1100 and 0 < float(c.get("cy")) < 700 for c in circles)
+
+
+def test_the_plot_as_png(tmp_path, measured):
+    pytest.importorskip("matplotlib")
+    series = kernels_plot.points(measured, CEILINGS)
+    assert kernels_plot.save_png(tmp_path / "a.png", series, CEILINGS, "t")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_faster_points_lie_higher():
