@@ -133,7 +133,7 @@ def warm_experts(draw: Draw, format: str, kind: str, num_tokens: int) -> None:
 
 def _layer_shape(draw: Draw, kind: str) -> Model:
     sizes = (
-        {"num_experts": 3, "top_k": 2, "D": 96, "F": 96}
+        {"num_experts": 3, "top_k": 2, "D": 96, "F": 64}
         if draw.tiny
         else {"num_experts": 32, "top_k": 8, "D": 2048, "F": 768}
     )

@@ -264,7 +264,8 @@ def layer_work(draw: Draw, model: Model, format: str, ep: int, num_tokens: int, 
     modules = [make(model, layer) for layer in layers] if make else []
     for i, routed in enumerate(routeds):
         layer, rows = layers[i % len(layers)], as_rows(routed, format)
-        x, x_scales = (None if part is None else part[: routed.num_tokens] for part in xs[i % len(xs)])
+        every_x, every_scale = xs[i % len(xs)]
+        x, x_scales = every_x[: routed.num_tokens], None if every_scale is None else every_scale[: routed.num_tokens]
         found: dict[str, Call] = {"ours": pair(draw, layer, rows, x, x_scales)}
         if num_tokens in APART_TOKENS or format.startswith("fp8"):
             found |= apart(draw, layer, rows, x, x_scales)

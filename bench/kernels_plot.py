@@ -79,8 +79,8 @@ def roofline_svg(series: Mapping[str, list[Point]], ceilings: Ceilings, title: s
             line = " ".join(f"{x(point.intensity):.1f},{y(point.rate):.1f}" for point in found)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
         for p in found:
-            at = f'cx="{x(p.intensity):.1f}" cy="{y(p.rate):.1f}"'
-            parts.append(f"<circle {at} {look}><title>{_escaped(p.label)}</title></circle>")
+            place = f'cx="{x(p.intensity):.1f}" cy="{y(p.rate):.1f}"'
+            parts.append(f"<circle {place} {look}><title>{_escaped(p.label)}</title></circle>")
         parts.append(f'<circle cx="{_WIDTH - _RIGHT + 16}" cy="{row + 6}" {look}/>')
         parts.append(f'<text x="{_WIDTH - _RIGHT + 26}" y="{row + 10}">{_escaped(name)}</text>')
     middle, low = (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12

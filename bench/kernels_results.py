@@ -172,9 +172,9 @@ def bars(results: Results) -> list[dict[str, Any]]:
 
 def _both_products(results: Results) -> float | None:
     """TFLOP/s of the two products without what lies between them."""
-    item = results.find("deepseek-v3 fp8_block EP8 T8192")
-    times = [item["us"].get(name, {}).get("median") for name in ("w13", "w2")] if item and "us" in item else [None]
-    return None if None in times else item["flops"] / sum(times) / 1e6
+    item = results.find("deepseek-v3 fp8_block EP8 T8192") or {}
+    times = [time_us["median"] for name in ("w13", "w2") if "median" in (time_us := item.get("us", {}).get(name, {}))]
+    return item["flops"] / sum(times) / 1e6 if len(times) == 2 else None
 
 
 def invariance_costs(results: Results) -> dict[str, float]:

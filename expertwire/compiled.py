@@ -25,12 +25,12 @@ def compiler(file: str, sources: str = "*.py", **options: Any) -> Callable[..., 
     """
     folder = _cache_folder(sorted(Path(file).parent.glob(sources)))
 
-    def jit(function: Any = None, *, signature: Any = None) -> Any:
+    def jit(function: Any = None, *, signature: Any = None, **more: Any) -> Any:
         if function is None:
-            return lambda function: jit(function, signature=signature)
+            return lambda function: jit(function, signature=signature, **more)
         before, config.CACHE_DIR = config.CACHE_DIR, folder
         try:
-            return njit(signature, cache=bool(folder), **options)(function)
+            return njit(signature, cache=bool(folder), **options, **more)(function)
         finally:
             config.CACHE_DIR = before
 

@@ -59,13 +59,13 @@ class Blocks(NamedTuple):
 # ---- blocks: references and the circles of free ones
 
 
-@jit
+@jit(inline="always")
 def _unlink(blocks, number):
     after, before = blocks.block_B[number].after, blocks.block_B[number].before
     blocks.block_B[before].after, blocks.block_B[after].before = after, before
 
 
-@jit
+@jit(inline="always")
 def _link_behind(blocks, number, place):
     after = blocks.block_B[place].after
     blocks.block_B[place].after, blocks.block_B[number].before = number, place
@@ -130,18 +130,18 @@ def drop(blocks, number_B):
 # ---- blocks: names
 
 
-@jit
+@jit(inline="always")
 def bucket_of(blocks, owner, first):
     """Where an owner's block with a name of this first half is found."""
     return (first ^ (np.uint64(owner) * _OWNER_FACTOR)) & np.uint64(len(blocks.first_U) - 1)
 
 
-@jit
+@jit(inline="always")
 def _guess_place(blocks, second):
     return second & np.uint64(len(blocks.guess) - 1)
 
 
-@jit
+@jit(inline="always")
 def _remember(blocks, second, rank):
     blocks.guess[_guess_place(blocks, second)] = (second & ~_LOW_HALF) | np.uint64(rank - UNKNOWN)
 
@@ -249,7 +249,7 @@ def walk_chains(blocks, number_B):
 # ---- prefixes
 
 
-@jit
+@jit(inline="always")
 def first_seen(caches, group, num_computed):
     """The first block that the token behind so many computed ones sees."""
     return max(num_computed - caches.window_G[group] + 1, 0) // caches.size_G[group]

@@ -236,6 +236,25 @@ def count_new(caches, rows, row_S, num_S):
 
 
 @jit
+def _grow(caches, blocks, rows, row, end, taken_B, num_taken, new_row_B, new_cache_B, new_index_B, new_id_B, n):
+    """Give a row the blocks to hold `end` tokens, and write down what its rank does not know of: the two counts, gone on."""
+    for group in range(len(caches.size_G)):
+        owner = group * blocks.num_ranks + rows.rank_N[row]
+        for index in range(rows.num_blocks_GN[group, row], -(-end // caches.size_G[group])):
+            number = take_block(blocks, owner)
+            taken_B[num_taken] = number
+            num_taken += 1
+            rows.block_ids_GNW[group, row, index] = number - owner * blocks.num_blocks
+            rows.num_blocks_GN[group, row] = index + 1
+        for index in range(rows.num_sent_GN[group, row], rows.num_blocks_GN[group, row]):
+            new_row_B[n], new_cache_B[n], new_index_B[n] = row, group, index
+            new_id_B[n] = rows.block_ids_GNW[group, row, index]
+            n += 1
+        rows.num_sent_GN[group, row] = rows.num_blocks_GN[group, row]
+    return num_taken, n
+
+
+@jit
 def schedule(caches, blocks, rows, row_S, num_S, start_S, sample_S, new_row_B, new_cache_B, new_index_B, new_id_B):
     """Let these rows, ascending, compute `num_S` tokens more: where each starts, whether it then samples, and what is new in
     the block tables."""
@@ -244,26 +263,34 @@ def schedule(caches, blocks, rows, row_S, num_S, start_S, sample_S, new_row_B, n
         row = row_S[i]
         start = rows.num_computed_N[row]
         end = start + num_S[i]
+        grows = False
         for group in range(len(caches.size_G)):
-            owner = group * blocks.num_ranks + rows.rank_N[row]
-            for index in range(rows.num_blocks_GN[group, row], -(-end // caches.size_G[group])):
-                number = take_block(blocks, owner)
-                taken_B[num_taken] = number
-                num_taken += 1
-                rows.block_ids_GNW[group, row, index] = number - owner * blocks.num_blocks
-                rows.num_blocks_GN[group, row] = index + 1
-            for index in range(rows.num_sent_GN[group, row], rows.num_blocks_GN[group, row]):
-                new_row_B[n], new_cache_B[n], new_index_B[n] = row, group, index
-                new_id_B[n] = rows.block_ids_GNW[group, row, index]
-                n += 1
-            rows.num_sent_GN[group, row] = rows.num_blocks_GN[group, row]
+            grows |= rows.num_sent_GN[group, row] * caches.size_G[group] < end
+            grows |= rows.num_sent_GN[group, row] < rows.num_blocks_GN[group, row]
+        if grows:
+            num_taken, n = _grow(
+                caches, blocks, rows, row, end, taken_B, num_taken, new_row_B, new_cache_B, new_index_B, new_id_B, n
+            )
         start_S[i], sample_S[i] = start, end == rows.num_tokens_N[row]
         rows.num_computed_N[row] = end
         rows.num_tokens_N[row] += sample_S[i]
         rows.in_flight_N[row] += 1
-    for number in taken_B[:num_taken]:
-        forget_name(blocks, number)
+    for i in range(num_taken):
+        forget_name(blocks, taken_B[i])
     assert n == len(new_row_B), "new blocks were counted wrong"
+
+
+@jit
+def _name_row(caches, blocks, rows, row, whole):
+    for last in range(rows.num_named_N[row], whole):
+        for group in range(len(caches.size_G)):
+            index = (last + 1) // caches.names_G[group] - 1
+            if (last + 1) % caches.names_G[group] == 0 and index >= rows.num_dropped_GN[group, row]:
+                start = (group * blocks.num_ranks + rows.rank_N[row]) * blocks.num_blocks
+                number = start + rows.block_ids_GNW[group, row, index]
+                if blocks.block_B[number].chain == UNNAMED:
+                    name_block(blocks, number, rows.name_NW2[row, last, 0], rows.name_NW2[row, last, 1])
+    rows.num_named_N[row] = whole
 
 
 @jit
@@ -271,18 +298,8 @@ def name_whole(caches, blocks, rows):
     """Name the blocks that are whole, or will be when the steps in flight are done."""
     for row in range(len(rows.rank_N)):
         known = min(rows.num_computed_N[row], rows.num_known_N[row])
-        if not rows.occupied_N[row] or known < (rows.num_named_N[row] + 1) * rows.block_size:
-            continue
-        whole = known // rows.block_size
-        for last in range(rows.num_named_N[row], whole):
-            for group in range(len(caches.size_G)):
-                index = (last + 1) // caches.names_G[group] - 1
-                if (last + 1) % caches.names_G[group] == 0 and index >= rows.num_dropped_GN[group, row]:
-                    start = (group * blocks.num_ranks + rows.rank_N[row]) * blocks.num_blocks
-                    number = start + rows.block_ids_GNW[group, row, index]
-                    if blocks.block_B[number].chain == UNNAMED:
-                        name_block(blocks, number, rows.name_NW2[row, last, 0], rows.name_NW2[row, last, 1])
-        rows.num_named_N[row] = whole
+        if rows.occupied_N[row] and known >= (rows.num_named_N[row] + 1) * rows.block_size:
+            _name_row(caches, blocks, rows, row, known // rows.block_size)
 
 
 @jit
@@ -305,22 +322,28 @@ def finish(rows, eos_ids, may_stop_V, row_O, token_O, ask, finish_O, stop, lengt
             if rows.has_stop_ids_N[row] and may_stop_V[token]:
                 finish_O[i] = ask
             if rows.eos_stops_N[row]:
-                for eos in eos_ids:
-                    if token == eos:
+                for j in range(len(eos_ids)):
+                    if token == eos_ids[j]:
                         finish_O[i] = stop
+
+
+@jit
+def _append_block(rows, factors_W4s, row, block):
+    """A row's tail is a whole block now."""
+    for j in range(rows.block_size):
+        rows.tokens_NL[row, block * rows.block_size + j] = rows.tail_Ns[row, j]
+    if len(factors_W4s):
+        extend(factors_W4s[block], rows.tail_Ns[row], rows.sum_N4[row], rows.name_NW2[row, block])
 
 
 @jit
 def append_tokens(rows, factors_W4s, row_O, token_O):
     """One more token of each row is known; whole blocks of them get their names, if there are any factors."""
-    size = rows.block_size
     for i in range(len(row_O)):
         row = row_O[i]
-        block, within = rows.num_known_N[row] // size, rows.num_known_N[row] % size
+        block = rows.num_known_N[row] // rows.block_size
+        within = rows.num_known_N[row] - block * rows.block_size
         rows.tail_Ns[row, within] = token_O[i]
         rows.num_known_N[row] += 1
-        if within == size - 1:
-            for j in range(size):
-                rows.tokens_NL[row, block * size + j] = rows.tail_Ns[row, j]
-            if len(factors_W4s):
-                extend(factors_W4s[block], rows.tail_Ns[row], rows.sum_N4[row], rows.name_NW2[row, block])
+        if within == rows.block_size - 1:
+            _append_block(rows, factors_W4s, row, block)

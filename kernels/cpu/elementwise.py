@@ -86,15 +86,20 @@ def route(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, 
 
 
 @jit
+def silu_mul_of(gate: float, up: float, like: float) -> float:
+    """Of two fp32 products, each rounded, as the layers between are, to `like`'s type, in which the result is."""
+    gate, up = load(round_like(gate, like)), load(round_like(up, like))
+    # e^-x leaves the range of _exp only where silu is zero anyway.
+    silu = load(round_like(gate / (np.float32(1) + exp(min(-gate, np.float32(88.0)))), like))
+    return round_like(silu * up, like)
+
+
+@jit
 def silu_mul_row(gate_up: np.ndarray, out: np.ndarray, like: float) -> None:
-    """One row: the products of fp32 rows rounded, as the layers between are, to `like`'s type; `out` in its own."""
+    """One row, as `silu_mul_of`; `out` in its own type."""
     width = len(out)
     for i in range(width):
-        gate = load(round_like(load(gate_up[i]), like))
-        up = load(round_like(load(gate_up[i + width]), like))
-        # e^-x leaves the range of _exp only where silu is zero anyway.
-        silu = load(round_like(gate / (np.float32(1) + exp(min(-gate, np.float32(88.0)))), like))
-        out[i] = round_like(load(round_like(silu * up, like)), out[i])
+        out[i] = round_like(load(silu_mul_of(load(gate_up[i]), load(gate_up[i + width]), like)), out[i])
 
 
 @jit

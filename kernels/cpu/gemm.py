@@ -1,5 +1,7 @@
 """Products of few rows with a large weight on a CPU, at the speed of memory: `y_MN = x_MK @ w_NK^T`. They use one thread.
 
+By tiles of vectors (`tile`) or, for bf16 where the processor has them, of matrices (`amx`); which, depends on a weight alone.
+
 M rows (few), N outputs, K inputs, R routed rows, e experts, D model width, F expert width.
 """
 
@@ -9,9 +11,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numba import types
+from numba.extending import overload
 from torch import Tensor
 
-from expertwire.kernels.cpu.elementwise import silu_mul_row
+from expertwire.kernels.cpu import amx
+from expertwire.kernels.cpu.elementwise import silu_mul_of, silu_mul_row
 from expertwire.kernels.cpu.numbers import as_array, jit, round_like
 from expertwire.kernels.cpu.tile import LINE, TILE_M, TILE_N, spread, tile
 
@@ -21,7 +26,9 @@ _LATER_BYTES = 16384
 
 def few(dtype: torch.dtype) -> int:
     """Up to how many rows this beats a library's kernel, which reuses what it has read (measured with AVX-512 and AMX)."""
-    return 24 if dtype == torch.bfloat16 else 48
+    if dtype == torch.bfloat16:
+        return 128 if amx.AVAILABLE else 24
+    return 48
 
 
 def supports(weight: Tensor) -> bool:
@@ -49,7 +56,63 @@ def _narrow(wide: np.ndarray, y: np.ndarray) -> None:
 
 
 @jit
-def linear_rows(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
+def _transpose(products: np.ndarray, m: int, rows: int, n: int, y: np.ndarray) -> None:
+    """One tile of `amx.multiply`, [16 outputs, 16 rows], into up to 16 rows of y from `m` on, at outputs from `n` on."""
+    for i in range(rows):
+        for j in range(amx.TILE):
+            y[m + i, n + j] = round_like(products[j, i], y[0, 0])
+
+
+@jit
+def _product_by_matrices(w: np.ndarray, w_at: int, pairs: np.ndarray, products: np.ndarray, y: np.ndarray) -> None:
+    """As `_product`, with x in pairs and y rounded."""
+    num_m, num_n, num_k = y.shape[0], y.shape[1], 2 * pairs.shape[1]
+    num_blocks = amx.blocks_of(num_m)
+    for n in range(0, num_n, 2 * amx.TILE):
+        # The last ones once more, if there is no whole tile left.
+        first, second = min(n, num_n - amx.TILE), min(n + amx.TILE, num_n - amx.TILE)
+        ahead = 2 * amx.TILE * num_k
+        for block in range(0, num_blocks, 2):
+            amx.multiply(w, w_at + first * num_k, w_at + second * num_k, ahead, pairs, block, num_blocks, products)
+            for j in range(min(2, num_blocks - block)):
+                m = (block + j) * amx.TILE
+                rows = min(amx.TILE, num_m - m)
+                _transpose(products[2 * j], m, rows, first, y)
+                _transpose(products[2 * j + 1], m, rows, second, y)
+
+
+@jit
+def _hidden_by_matrices(
+    w13: np.ndarray, w_at: int, inner: int, pairs: np.ndarray, num_m: int, products: np.ndarray, hidden: np.ndarray
+) -> None:
+    """The rows between an expert's products, x and they in pairs."""
+    num_k, num_blocks, like = 2 * pairs.shape[1], amx.blocks_of(num_m), w13[0, 0, 0]
+    for n in range(0, inner, amx.TILE):
+        first = min(n, inner - amx.TILE)
+        gate, up, ahead = w_at + first * num_k, w_at + (inner + first) * num_k, amx.TILE * num_k
+        for block in range(0, num_blocks, 2):
+            amx.multiply(w13, gate, up, ahead, pairs, block, num_blocks, products)
+            for j in range(min(2, num_blocks - block)):
+                for i in range(0, amx.TILE, 2):
+                    for m in range(amx.TILE):
+                        low = silu_mul_of(products[2 * j, i, m], products[2 * j + 1, i, m], like)
+                        high = silu_mul_of(products[2 * j, i + 1, m], products[2 * j + 1, i + 1, m], like)
+                        hidden[block + j, (first + i) // 2, m] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
+
+
+@jit
+def _linear_by_matrices(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
+    pairs = np.zeros((amx.blocks_of(x.shape[0]), x.shape[1] // 2, amx.TILE), np.uint32)
+    products = np.empty((4, amx.TILE, amx.TILE), np.float32)
+    for m in range(x.shape[0]):
+        amx.put_pairs(x[m], m, pairs)
+    amx.begin()
+    _product_by_matrices(w, 0, pairs, products, y)
+    amx.finish()
+
+
+@jit
+def _linear_by_tiles(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
     wide_x, wide_y = np.empty(x.shape, np.float32), np.empty(y.shape, np.float32)
     for m in range(x.shape[0]):
         spread(x[m], wide_x[m], x[0, 0])
@@ -63,24 +126,28 @@ def prepare_linear(w_NK: Tensor) -> Callable[[Tensor], Tensor]:
 
     def apply(x_MK: Tensor) -> Tensor:
         y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
-        linear_rows(as_array(x_MK), weight, as_array(y_MN))
+        _linear(as_array(x_MK), weight, as_array(y_MN))
         return y_MN
 
     return apply
 
 
 @jit
-def experts_rows(
-    x: np.ndarray, index: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, max_rows: int, y: np.ndarray
-) -> bool:
-    width, inner = x.shape[1], w2.shape[2]
-    most, whole = 0, True
-    for e in range(w13.shape[0]):
+def _most_rows(offsets: np.ndarray, max_rows: int) -> int:
+    """Of the experts that have no more than `max_rows`."""
+    most = 0
+    for e in range(len(offsets) - 1):
         rows = offsets[e + 1] - offsets[e]
-        if rows > max_rows:
-            whole = False
-        elif rows > most:
+        if most < rows <= max_rows:
             most = rows
+    return most
+
+
+@jit
+def _experts_by_tiles(
+    x: np.ndarray, index: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, most: int, y: np.ndarray
+) -> None:
+    width, inner = x.shape[1], w2.shape[2]
     wide_x, gate_up = np.empty((most, width), np.float32), np.empty((most, 2 * inner), np.float32)
     hidden, wide_y = np.empty((most, inner), np.float32), np.empty((most, width), np.float32)
     row = np.empty(inner, np.float32)
@@ -97,7 +164,84 @@ def experts_rows(
             spread(row, hidden[m], x[0, 0])
         _product(w2, e * inner * width, hidden[:rows], wide_y[:rows])
         _narrow(wide_y[:rows], y[start:end])
-    return whole
+
+
+@jit
+def _experts_by_matrices(
+    x: np.ndarray, index: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, most: int, y: np.ndarray
+) -> None:
+    width, inner, blocks = x.shape[1], w2.shape[2], amx.blocks_of(most)
+    pairs = np.zeros((blocks, width // 2, amx.TILE), np.uint32)
+    hidden = np.zeros((blocks, inner // 2, amx.TILE), np.uint32)
+    products = np.empty((4, amx.TILE, amx.TILE), np.float32)
+    amx.begin()
+    for e in range(w13.shape[0]):
+        start, end = offsets[e], offsets[e + 1]
+        rows = end - start
+        if rows == 0 or rows > most:
+            continue
+        for m in range(rows):
+            amx.put_pairs(x[index[start + m]], m, pairs)
+        _hidden_by_matrices(w13, e * 2 * inner * width, inner, pairs, rows, products, hidden)
+        _product_by_matrices(w2, e * inner * width, hidden, products, y[start:end])
+    amx.finish()
+
+
+def linear_rows(x, w, y):
+    """`kernels.linear.reference` of contiguous rows; by matrices, if the weights fill their tiles and the processor has any."""
+
+
+@overload(linear_rows)
+def _linear_rows_overload(x, w, y):
+    if not (amx.AVAILABLE and w.dtype == types.uint16):
+        return lambda x, w, y: _linear_by_tiles(x, w, y)
+
+    def either(x, w, y):
+        if w.shape[0] < amx.TILE:
+            _linear_by_tiles(x, w, y)
+        else:
+            _linear_by_matrices(x, w, y)
+
+    return either
+
+
+def experts_rows(x, index, offsets, w13, w2, max_rows, y):
+    """`kernels.experts.reference`, for experts of `max_rows` rows at most; whether that was all of them."""
+
+
+@overload(experts_rows)
+def _experts_rows_overload(x, index, offsets, w13, w2, max_rows, y):
+    by_matrices = amx.AVAILABLE and w13.dtype == types.uint16
+
+    if by_matrices:
+
+        def compute(x, index, offsets, w13, w2, max_rows, y):
+            most = _most_rows(offsets, max_rows)
+            if min(w2.shape[1], w2.shape[2]) < amx.TILE:
+                _experts_by_tiles(x, index, offsets, w13, w2, most, y)
+            else:
+                _experts_by_matrices(x, index, offsets, w13, w2, most, y)
+            return np.diff(offsets).max() <= max_rows
+
+        return compute
+
+    def compute_by_tiles(x, index, offsets, w13, w2, max_rows, y):
+        _experts_by_tiles(x, index, offsets, w13, w2, _most_rows(offsets, max_rows), y)
+        return np.diff(offsets).max() <= max_rows
+
+    return compute_by_tiles
+
+
+@jit
+def _linear(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
+    linear_rows(x, w, y)
+
+
+@jit
+def _experts(
+    x: np.ndarray, index: np.ndarray, offsets: np.ndarray, w13: np.ndarray, w2: np.ndarray, max_rows: int, y: np.ndarray
+) -> bool:
+    return experts_rows(x, index, offsets, w13, w2, max_rows, y)
 
 
 def prepare_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> Callable[[Tensor, Tensor, np.ndarray, Tensor], bool]:
@@ -105,6 +249,6 @@ def prepare_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> Callable[[Tensor, Tensor
     w13, w2, max_rows = as_array(w13_eFD), as_array(w2_eDF), few(w13_eFD.dtype)
 
     def apply(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray, y_RD: Tensor) -> bool:
-        return experts_rows(as_array(x_UD), row_index_R.numpy(), offsets, w13, w2, max_rows, as_array(y_RD))
+        return _experts(as_array(x_UD), row_index_R.numpy(), offsets, w13, w2, max_rows, as_array(y_RD))
 
     return apply

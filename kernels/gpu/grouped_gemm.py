@@ -95,8 +95,9 @@ def _product(
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     if FORMAT == "fp8_block":
         k_blocks = tl.cdiv(K, BLOCK_K)
-        w_scale += expert.to(tl.int64) * tl.cdiv(M, 128) * k_blocks
-        up_scale = w_scale + tl.cdiv(M // 2, 128) * k_blocks
+        half_blocks = tl.cdiv(M // 2, 128)  # the gate's and the up's blocks begin anew
+        w_scale += expert.to(tl.int64) * (2 * half_blocks if GATED else tl.cdiv(M, 128)) * k_blocks
+        up_scale = w_scale + half_blocks * k_blocks
         block_row = (block * ROWS // 2 if GATED else block * ROWS) // 128 * k_blocks
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if FORMAT == "fp8_block":
