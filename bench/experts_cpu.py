@@ -36,7 +36,7 @@ from expertwire.moe.placement import place
 
 D, F, E, K, EPS = 512, 256, 32, 4, 1e-6
 TOKENS = (1, 16, 64, 256)
-DTYPES = (torch.bfloat16,)
+DTYPES = (torch.float32, torch.bfloat16)
 NUM_LAYERS = 4  # 200 MB in fp32: more than a core's own caches
 BATCHED_TOKENS = 16  # batched_mm copies the weights of every row: unusable above
 _MARGIN = 0.05  # between the logits of the last expert chosen and the next one

@@ -1,8 +1,8 @@
 """Products with bf16 weights on processors that multiply matrices (AMX), reading the weights as they lie.
 
 The instruction multiplies a tile of 16 rows and 32 columns by one of 16 pairs of rows and 16 columns. Here the first are weights,
-which need no other layout for that, and the second are rows of x, transposed (`put_pairs`): so little x is rearranged instead of
-much w, and the product is transposed too. A library, whose weights are the second tile, rearranges them in every call.
+which need no other layout for that, and the second are rows of x, in pairs, transposed (`put_pairs`); little x is rearranged
+instead of much w, and the product is transposed too. A library, whose weights are the second tile, rearranges them in every call.
 
 A sum over K runs pair by pair, in fp32, whatever the number of rows and wherever a row stands: its bits depend on nothing else.
 
@@ -40,14 +40,6 @@ def _allowed() -> bool:
 
 
 AVAILABLE = _allowed()
-
-
-@jit
-def put_pairs(row, m, pairs):
-    """Write a row of x, bf16, as row `m` of `pairs`."""
-    block, lane = m // TILE, m % TILE
-    for k in range(pairs.shape[1]):
-        pairs[block, k, lane] = np.uint32(row[2 * k]) | (np.uint32(row[2 * k + 1]) << np.uint32(16))
 
 
 @jit
@@ -127,6 +119,48 @@ def _multiply(num_blocks: int, prefetches: bool):
 _one, _one_ahead, _two, _two_ahead = (
     _multiply(num_blocks, prefetches) for num_blocks in (1, 2) for prefetches in (False, True)
 )
+
+
+@intrinsic
+def transpose(context, x, x_at, ldx, y, y_at, ldy):
+    """16 by 16 numbers of 32 bits; of x and y: the array, where to start, and from row to row, in elements of 32 bits."""
+
+    def generate(context, builder, signature, args):
+        b, vector = builder, ir.VectorType(_I32, TILE)
+
+        def places(array: int) -> list[ir.Value]:
+            view = context.make_array(signature.args[array])(context, b, args[array])
+            start = b.bitcast(view.data, _I32.as_pointer())
+            spots = [b.add(args[array + 1], b.mul(args[array + 2], _I64(i))) for i in range(TILE)]
+            return [b.bitcast(b.gep(start, [spot]), vector.as_pointer()) for spot in spots]
+
+        rows = [b.load(place, align=2) for place in places(0)]
+        for size in (1, 2, 4, 8):  # of the blocks that change places
+            low = [lane + TILE - size if lane & size else lane for lane in range(TILE)]
+            high = [lane + TILE if lane & size else lane + size for lane in range(TILE)]
+            for i in (i for i in range(TILE) if not i & size):
+                pair = rows[i], rows[i + size]
+                for j, lanes in ((i, low), (i + size, high)):
+                    rows[j] = b.shuffle_vector(*pair, ir.Constant(vector, lanes))
+        for row, place in zip(rows, places(3), strict=True):
+            b.store(row, place, align=2)
+        return context.get_dummy_value()
+
+    number = types.int64
+    return types.void(x, number, number, y, number, number), generate
+
+
+@jit
+def put_pairs(x, index, start, num_rows, rows, pairs):
+    """Put the rows `index[start : start + num_rows]` of x, bf16, into `pairs`, sixteen at a time by way of `rows` [16, K]."""
+    num_k = x.shape[1]
+    for block in range(blocks_of(num_rows)):
+        first = start + block * TILE
+        for m in range(min(TILE, start + num_rows - first)):
+            rows[m] = x[index[first + m]]
+        at = block * num_k // 2 * TILE
+        for k in range(0, num_k // 2, TILE):
+            transpose(rows, k, num_k // 2, pairs, at + k * TILE, TILE)
 
 
 @intrinsic

@@ -56,18 +56,20 @@ def _narrow(wide: np.ndarray, y: np.ndarray) -> None:
 
 
 @jit
-def _transpose(products: np.ndarray, m: int, rows: int, n: int, y: np.ndarray) -> None:
-    """One tile of `amx.multiply`, [16 outputs, 16 rows], into up to 16 rows of y from `m` on, at outputs from `n` on."""
-    for i in range(rows):
+def _put_back(products: np.ndarray, tile: int, m: int, n: int, y: np.ndarray) -> None:
+    """Tile `tile` of `amx.multiply` into up to 16 rows of y from `m` on, at outputs from `n` on; the tile is lost."""
+    start = tile * amx.TILE * amx.TILE
+    amx.transpose(products, start, amx.TILE, products, start, amx.TILE)
+    for i in range(min(amx.TILE, y.shape[0] - m)):
+        out, row = y[m + i, n : n + amx.TILE], products[tile, i]
         for j in range(amx.TILE):
-            y[m + i, n + j] = round_like(products[j, i], y[0, 0])
+            out[j] = round_like(row[j], out[j])
 
 
 @jit
 def _product_by_matrices(w: np.ndarray, w_at: int, pairs: np.ndarray, products: np.ndarray, y: np.ndarray) -> None:
     """As `_product`, with x in pairs and y rounded."""
-    num_m, num_n, num_k = y.shape[0], y.shape[1], 2 * pairs.shape[1]
-    num_blocks = amx.blocks_of(num_m)
+    num_n, num_k, num_blocks = y.shape[1], 2 * pairs.shape[1], amx.blocks_of(y.shape[0])
     for n in range(0, num_n, 2 * amx.TILE):
         # The last ones once more, if there is no whole tile left.
         first, second = min(n, num_n - amx.TILE), min(n + amx.TILE, num_n - amx.TILE)
@@ -76,9 +78,8 @@ def _product_by_matrices(w: np.ndarray, w_at: int, pairs: np.ndarray, products: 
             amx.multiply(w, w_at + first * num_k, w_at + second * num_k, ahead, pairs, block, num_blocks, products)
             for j in range(min(2, num_blocks - block)):
                 m = (block + j) * amx.TILE
-                rows = min(amx.TILE, num_m - m)
-                _transpose(products[2 * j], m, rows, first, y)
-                _transpose(products[2 * j + 1], m, rows, second, y)
+                _put_back(products, 2 * j, m, first, y)
+                _put_back(products, 2 * j + 1, m, second, y)
 
 
 @jit
@@ -88,8 +89,7 @@ def _hidden_by_matrices(
     """The rows between an expert's products, x and they in pairs."""
     num_k, num_blocks, like = 2 * pairs.shape[1], amx.blocks_of(num_m), w13[0, 0, 0]
     for n in range(0, inner, amx.TILE):
-        first = min(n, inner - amx.TILE)
-        gate, up, ahead = w_at + first * num_k, w_at + (inner + first) * num_k, amx.TILE * num_k
+        gate, up, ahead = w_at + n * num_k, w_at + (inner + n) * num_k, amx.TILE * num_k
         for block in range(0, num_blocks, 2):
             amx.multiply(w13, gate, up, ahead, pairs, block, num_blocks, products)
             for j in range(min(2, num_blocks - block)):
@@ -97,15 +97,15 @@ def _hidden_by_matrices(
                     for m in range(amx.TILE):
                         low = silu_mul_of(products[2 * j, i, m], products[2 * j + 1, i, m], like)
                         high = silu_mul_of(products[2 * j, i + 1, m], products[2 * j + 1, i + 1, m], like)
-                        hidden[block + j, (first + i) // 2, m] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
+                        hidden[block + j, (n + i) // 2, m] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
 
 
 @jit
 def _linear_by_matrices(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
     pairs = np.zeros((amx.blocks_of(x.shape[0]), x.shape[1] // 2, amx.TILE), np.uint32)
     products = np.empty((4, amx.TILE, amx.TILE), np.float32)
-    for m in range(x.shape[0]):
-        amx.put_pairs(x[m], m, pairs)
+    rows = np.zeros((amx.TILE, x.shape[1]), np.uint16)
+    amx.put_pairs(x, np.arange(x.shape[0]), 0, x.shape[0], rows, pairs)
     amx.begin()
     _product_by_matrices(w, 0, pairs, products, y)
     amx.finish()
@@ -172,6 +172,7 @@ def _experts_by_matrices(
 ) -> None:
     width, inner, blocks = x.shape[1], w2.shape[2], amx.blocks_of(most)
     pairs = np.zeros((blocks, width // 2, amx.TILE), np.uint32)
+    block_of_x = np.zeros((amx.TILE, width), np.uint16)
     hidden = np.zeros((blocks, inner // 2, amx.TILE), np.uint32)
     products = np.empty((4, amx.TILE, amx.TILE), np.float32)
     amx.begin()
@@ -180,8 +181,7 @@ def _experts_by_matrices(
         rows = end - start
         if rows == 0 or rows > most:
             continue
-        for m in range(rows):
-            amx.put_pairs(x[index[start + m]], m, pairs)
+        amx.put_pairs(x, index, start, rows, block_of_x, pairs)
         _hidden_by_matrices(w13, e * 2 * inner * width, inner, pairs, rows, products, hidden)
         _product_by_matrices(w2, e * inner * width, hidden, products, y[start:end])
     amx.finish()
@@ -211,25 +211,20 @@ def experts_rows(x, index, offsets, w13, w2, max_rows, y):
 
 @overload(experts_rows)
 def _experts_rows_overload(x, index, offsets, w13, w2, max_rows, y):
-    by_matrices = amx.AVAILABLE and w13.dtype == types.uint16
+    # Both widths are multiples of a line, so whole tiles fill the weights.
+    if amx.AVAILABLE and w13.dtype == types.uint16:
 
-    if by_matrices:
-
-        def compute(x, index, offsets, w13, w2, max_rows, y):
-            most = _most_rows(offsets, max_rows)
-            if min(w2.shape[1], w2.shape[2]) < amx.TILE:
-                _experts_by_tiles(x, index, offsets, w13, w2, most, y)
-            else:
-                _experts_by_matrices(x, index, offsets, w13, w2, most, y)
+        def by_matrices(x, index, offsets, w13, w2, max_rows, y):
+            _experts_by_matrices(x, index, offsets, w13, w2, _most_rows(offsets, max_rows), y)
             return np.diff(offsets).max() <= max_rows
 
-        return compute
+        return by_matrices
 
-    def compute_by_tiles(x, index, offsets, w13, w2, max_rows, y):
+    def by_tiles(x, index, offsets, w13, w2, max_rows, y):
         _experts_by_tiles(x, index, offsets, w13, w2, _most_rows(offsets, max_rows), y)
         return np.diff(offsets).max() <= max_rows
 
-    return compute_by_tiles
+    return by_tiles
 
 
 @jit

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from expertwire.kernels import linear
+from expertwire.kernels.cpu import gemm
 
-ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130]
-SHAPES = [(320, 64), (64, 320), (8, 64), (96, 24), (33, 17), (1, 5), (256, 512)]  # outputs, inputs
+ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
+SHAPES = [(320, 64), (64, 320), (8, 64), (20, 32), (60, 96), (96, 24), (33, 17), (1, 5), (256, 512)]  # outputs, inputs
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -36,6 +37,19 @@ def test_prepared(dtype, shape, with_bias):
         torch.testing.assert_close(
             y.double(), expected, **tolerance, msg=lambda text, rows=rows: f"{rows} rows: {text}"
         )
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 64), (20, 32), (320, 64), (256, 512)], ids=str)
+def test_bits_of_few_rows_do_not_depend_on_their_company(dtype, shape):
+    few = gemm.few(dtype)
+    generator = torch.Generator().manual_seed(5)
+    layer = linear.prepare(torch.randn(shape, generator=generator).to(dtype))
+    x = torch.randn(few, shape[1], generator=generator).to(dtype)
+    whole = layer(x)
+    for first, last in [(0, 1), (few - 1, few), (3, 5), (1, 17), (2, 18), (5, 22), (0, few - 1), (1, few)]:
+        assert torch.equal(layer(x[first:last]), whole[first:last]), f"rows {first} to {last} of {few}"
 
 
 def test_reference_rounds_once():
