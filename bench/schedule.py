@@ -61,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", type=Path, metavar="FILE", help="log all calls; gzipped if it ends with .gz")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="repeat a log, compare every plan; nothing else")
     parser.add_argument("--cost", action="store_true", help="measure what a step costs the host instead")
-    parser.add_argument("--gc-freeze", action="store_true", help="with --cost: gc.freeze() before measuring")
     parser.add_argument("--peer", type=Path, metavar="PATH", help="compare with a checkout of nano-vllm instead")
     text = "compare placements on every trace, on so many ranks, instead"
     parser.add_argument("--placements", type=int, nargs="+", metavar="N", help=text)
@@ -79,9 +78,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{done.plans:,} plans: {done.difference or 'all the same'}")
         return int(done.difference is not None)
     if args.cost:
-        result = schedule_cost.cost(
-            args.ranks, args.running, args.steps, overlap=args.overlap, gc_freeze=args.gc_freeze
-        )
+        result = schedule_cost.cost(args.ranks, args.running, args.steps, overlap=args.overlap)
         print(schedule_cost.table(result))
     elif args.peer:
         result = schedule_peer.compare(args.peer, overlap=args.overlap)

@@ -24,6 +24,7 @@ import numpy as np
 
 from expertwire.bench.simulation import CACHES, EOS, SimulatedRanks
 from expertwire.comm.control import pack, unpack
+from expertwire.engine.controller import collect_when_quiet
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -178,26 +179,22 @@ class Ours:
         return self.ended[-1]
 
 
-def cost(num_ranks: int, running: int, steps: int, *, overlap: bool = True, gc_freeze: bool = False) -> dict[str, Any]:
+def cost(num_ranks: int, running: int, steps: int, *, overlap: bool = True) -> dict[str, Any]:
     """Measure our scheduler: µs a step by part, bytes of a plan, and what the load was."""
     ours = Ours(num_ranks, running, overlap=overlap)
     ours.fill()
-    if gc_freeze:
-        gc.collect()
-        gc.freeze()
+    collect_when_quiet()
     before = ours.scheduler.stats()
     for _ in range(steps):
         ours.step()
     prompt_tokens, cached = (ours.scheduler.stats()[name] - before[name] for name in ("prompt_tokens", "cached_tokens"))
-    if gc_freeze:
-        gc.unfreeze()
+    gc.enable()
     watch = ours.watch
     return {
         "ranks": num_ranks,
         "running": running,
         "steps": steps,
         "overlap": overlap,
-        "gc_frozen": gc_freeze,
         "clock_granularity_ns": granularity_ns(),
         "cpu_us": {"total": _figures(watch.total())} | {name: _figures(watch.part(name)) for name in PARTS},
         "wall_us": {"total": _figures(watch.total(1))} | {name: _figures(watch.part(name, 1)) for name in PARTS},
@@ -230,7 +227,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"plan: {size['p50']:,.0f} bytes (p99 {size['p99']:,.0f}); clock granularity {result['clock_granularity_ns']} ns; "
-        f"`unpack` is not in the total; garbage collector {'frozen' if result['gc_frozen'] else 'as in the controller'}",
+        "`unpack` is not in the total; garbage collected as in the controller",
     ]
     return "\n".join(lines)
 

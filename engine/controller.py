@@ -7,6 +7,7 @@ a line on standard output: {"listening": {"hub", "fronts"}}, then {"ready": ...}
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import select
 import sys
@@ -80,6 +81,7 @@ def controller_main(orders: Orders) -> None:
         policy = PolicyConfig(name=config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
         loop = Loop(scheduler=scheduler, hub=hub, info=info)
+        collect_when_quiet()
         _tell(ready=info.to_dict())
         flight: StepPlan | None = None
         while True:
@@ -94,6 +96,13 @@ def controller_main(orders: Orders) -> None:
     finally:
         hub.close()
         listener.close()
+
+
+def collect_when_quiet() -> None:
+    """Leave garbage in circles to the moments when nothing happens. With thousands of requests that come and go, looking for it
+    takes 5 to 10 ms every few dozen steps, and none is made."""
+    gc.collect()
+    gc.disable()
 
 
 def _tell(**status: Any) -> None:
@@ -136,6 +145,7 @@ def _listen(loop: Loop, listener: Any, *, busy: bool) -> None:
     readable, writable, _ = select.select(watched, behind, [], wait_s)
     if not busy and not (readable or writable):
         loop.scheduler.check_integrity()
+        gc.collect()
         loop.unchecked = False
     for descriptor in writable:
         _flush(loop, by_descriptor[descriptor])

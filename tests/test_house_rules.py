@@ -57,7 +57,7 @@ FLAGS = {
     "bench schedule": {
         "--trace", "--policy", "--ranks", "--running", "--requests", "--seed", "--blocks", "--max-num-tokens", "--steps",
         "--rate", "--chunk-tokens", "--ttft-ms", "--tpot-ms", "--overlap", "--no-overlap", "--prefix-cache",
-        "--no-prefix-cache", "--host-time", "--timeline", "--record", "--replay", "--cost", "--gc-freeze", "--peer",
+        "--no-prefix-cache", "--host-time", "--timeline", "--record", "--replay", "--cost", "--peer",
         "--placements", "--json",
     },
 }  # fmt: skip

@@ -1,3 +1,4 @@
+import gc
 from dataclasses import fields, replace
 
 import numpy as np
@@ -404,3 +405,20 @@ def test_the_same_calls_give_the_same_plans():
     first, second = plans(), plans()
     assert len(first) == len(second) > 20
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_serving_makes_no_garbage_in_circles():
+    """So the controller need not look for it while it serves."""
+    cluster = SimCluster(make_config(num_blocks=9, max_running=4), overlap=True, check=False)
+    gc.collect()
+    gc.disable()
+    try:
+        cluster.submit(*(make_request(key, 2 + 5 * key % 17, shared=6, max_tokens=5 + key % 13) for key in range(60)))
+        for key in range(0, 60, 7):
+            cluster.step()
+            cluster.abort(key)
+        cluster.drain()
+        assert cluster.scheduler.stats()["preemptions"]
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
