@@ -73,10 +73,9 @@ class Admitter:
         for key, row in self.forks.items():
             child, rank = self._queue.get(key), int(table.rank_N[row])
             self._prefixes.name(child)
-            num_cached = min(int(table.num_computed_N[row]), len(child.tokens) - 1)
-            holds_all = num_cached and not table.draining_N[row] and table.has_tails(row, num_cached)
+            num_cached = 0 if table.draining_N[row] else table.shareable(row, len(child.tokens) - 1)
             # One more than it lacks, as the last block may have to be copied.
-            if holds_all and room.fits_beside(rank, len(child.tokens) - num_cached, 1):
+            if num_cached and room.fits_beside(rank, len(child.tokens) - num_cached, 1):
                 num_scheduled = room.take(child, rank, num_cached)
                 chosen.append(Admission(child, rank, num_scheduled, num_cached, parent=row))
         self.forks.clear()

@@ -10,6 +10,7 @@ that they will compute. A step's plan relies on all earlier ones, as ranks run t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
@@ -251,10 +252,17 @@ class RunningTable:
         row_loops.schedule(self.caches, self.pool.blocks, self._rows, rows, num, *step)
         return step
 
-    def has_tails(self, row: int, num_tokens: int) -> bool:
-        """Whether a row still has all that the token behind its first `num_tokens` ones sees."""
-        first_G = np.maximum(num_tokens - self.caches.window_G + 1, 0) // self.caches.size_G
-        return bool((self.num_dropped_GN[:, row] <= first_G).all())
+    def shareable(self, row: int, most: int) -> int:
+        """From how many of its first tokens, `most` at most, another request can go on with a row's blocks; 0: none.
+
+        A state is there for all that are computed, and where one was kept; behind that it has gone on.
+        """
+        num = int(self.num_computed_N[row])
+        if num > most:
+            every = math.lcm(*(spec.tokens_per_block(1) for spec in self.specs if spec.kind == "state"))
+            num = most // every * every
+        first_G = np.maximum(num - self.caches.window_G + 1, 0) // self.caches.size_G
+        return num if (self.num_dropped_GN[:, row] <= first_G).all() else 0
 
     def settle(self, rows: np.ndarray, order: np.ndarray) -> np.ndarray:
         """A step of these rows is done, which were these requests' by order of submission: bool [N], whether they still run."""
