@@ -1,6 +1,9 @@
 """Loops over the rows of the running table, compiled: what is done thousands of times a step. `table` makes the arrays and says
 what they mean.
 
+What only few rows need is a function of its own: where a loop's body calls others with these tuples, numba counts references
+in every turn of it, which costs more than most bodies do.
+
 Shape letters as in `block_loops`, and A admitted requests, N rows, S scheduled rows, R rows, B new entries of block tables, O
 sampled tokens, V vocabulary.
 """
