@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from expertwire.engine.checkpoint import read_model_config
 from expertwire.engine.config import ModelConfig
 
-DEVICES = ("cpu", "cuda", "h200", "b200")
 _TOKENS = (1, 8, 64, 512, 4096)
 
 

@@ -21,9 +21,9 @@ from expertwire.engine import logprobs
 from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv
 from expertwire.engine.decoder import Decoder
-from expertwire.engine.device_slots import DeviceSlots, Scheduled
+from expertwire.engine.device_slots import DeviceSlots
 from expertwire.engine.rank_loop import Launched
-from expertwire.kernels import sampling
+from expertwire.engine.slot_states import Scheduled
 from expertwire.kernels.attention import DeviceSequences
 from expertwire.kernels.gpu.batch import look_up
 from expertwire.kernels.gpu.sampling import sample
@@ -99,7 +99,9 @@ class DeviceRunner:
         step = self._slots.schedule(mine)
         graph = self._graph_for(step)
         inputs = _inputs(step, graph.size if graph is not None else len(step.slot_T))
-        on_device = self._slots.to_device(inputs, step.slot_B, step.row_O, step.slot_O, step.position_O)
+        position_O = self._slots.num_tokens[step.slot_O]
+        at_O, row_O = self._slots.places(step.slot_O, position_O), step.last_row_B[step.sampled_B]
+        on_device = self._slots.to_device(inputs, step.slot_B, row_O, at_O, position_O)
         if graph is not None:
             graph.inputs.copy_(on_device[0])
             graph.graph.replay()
@@ -146,7 +148,8 @@ class DeviceRunner:
 
     def _graph_for(self, step: Scheduled) -> _Graph | None:
         """The smallest one that takes the step."""
-        return next((g for g in self._graphs if g.size >= len(step.slot_T)), None) if step.all_single else None
+        single = step.num_single == len(step.slot_B) > 0
+        return next((g for g in self._graphs if g.size >= len(step.slot_T)), None) if single else None
 
     def _forward(self, inputs: Tensor, slot_B: Tensor, step: Scheduled, num_tokens_P: list[int]) -> Tensor:
         num_tokens, num_sequences = len(step.slot_T), len(step.slot_B)
@@ -226,7 +229,7 @@ class DeviceRunner:
     # ---- sampling
 
     def _sample(
-        self, hidden_TD: Tensor, step: Scheduled, row_O: Tensor, slot_O: Tensor, position_O: Tensor
+        self, hidden_TD: Tensor, step: Scheduled, row_O: Tensor, at_O: Tensor, position_O: Tensor
     ) -> Callable[[], dict[str, np.ndarray]]:
         """Sample and write down the tokens; what the result says of them, once the device is done."""
         if not len(row_O):
@@ -234,8 +237,8 @@ class DeviceRunner:
         state = self._slots.sampling[step.slot_O]
         logits_OV = self._model.logits(hidden_TD.index_select(0, row_O)).contiguous()
         raw_OV = logits_OV.clone() if (state["logprobs"] >= 0).any() else logits_OV
-        self._adjust(logits_OV, step, state)
-        columns = [self._column(state[name]).to(dtype) for name, dtype in _COLUMNS.items()]
+        self._slots.adjust(logits_OV, step.slot_O)
+        columns = [self._slots.upload(state[name]).to(dtype) for name, dtype in _COLUMNS.items()]
         token_O = sample(
             logits_OV,
             *columns,
@@ -243,7 +246,7 @@ class DeviceRunner:
             drawn=bool(state["temperature"].any()),
             filtered=bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any()),
         )
-        self._slots.append(slot_O, position_O, token_O)
+        self._slots.append(step, at_O, token_O)
         found = logprobs.of(raw_OV, token_O, state["logprobs"])
         tokens = self._to_host(token_O.int())
         picked = [self._to_host(tensor) for tensor in found]
@@ -253,10 +256,6 @@ class DeviceRunner:
             **logprobs.fields([tensor.numpy() for tensor in picked], state["logprobs"], logits_OV.shape[1]),
         }
 
-    def _column(self, values: np.ndarray) -> Tensor:
-        column = torch.from_numpy(values.copy())
-        return column.pin_memory().to(self._device, non_blocking=True) if self._on_gpu else column
-
     def _to_host(self, tensor: Tensor) -> Tensor:
         """A copy that is there when the step's end is."""
         if not self._on_gpu:
@@ -265,37 +264,17 @@ class DeviceRunner:
         copy.copy_(tensor, non_blocking=True)
         return copy
 
-    def _adjust(self, logits_OV: Tensor, step: Scheduled, state: np.ndarray) -> None:
-        """Penalties, bias and bans, in place, for the few rows that ask for them."""
-        for row, slot in enumerate(step.slot_O.tolist()):
-            record = state[row]
-            prompt_len, known = int(record["prompt_len"]), int(self._slots.num_tokens[slot]) - 1
-            penalties = {
-                "repetition": float(record["repetition_penalty"]),
-                "presence": float(record["presence_penalty"]),
-                "frequency": float(record["frequency_penalty"]),
-            }
-            if penalties != {"repetition": 1.0, "presence": 0.0, "frequency": 0.0}:
-                tokens = self._slots.tokens_SL[slot, :known].long()
-                sampling.penalize(logits_OV[row], tokens[:prompt_len], tokens[prompt_len:], **penalties)
-            ids, values = self._slots.bias[slot]
-            if len(ids):
-                logits_OV[row].index_add_(0, self._column(ids.astype(np.int64)), self._column(values))
-            bans = self._slots.bans[slot]
-            if len(bans) and known - prompt_len < record["min_tokens"]:
-                logits_OV[row].index_fill_(0, self._column(bans.astype(np.int64)), -torch.inf)
-
     def _prompt_logprobs(
         self, hidden_TD: Tensor, mine: RankPlan, step: Scheduled
     ) -> Callable[[], dict[str, np.ndarray]]:
         """Rows for every prompt token computed in this step whose successor is a prompt token too."""
-        rows = logprobs.prompt_rows(mine, self._slots.sampling, step.order_B, step.last_row_B)
+        rows = logprobs.prompt_rows(mine, self._slots.sampling, step)
         if rows is None:
             return logprobs.no_prompt_rows
         row_X, slot_X, position_X = rows
-        at_X = slot_X.astype(np.int64) * self._slots.tokens_SL.shape[1] + position_X
-        logits_XV = self._model.logits(hidden_TD.index_select(0, self._column(row_X)))
-        token_X = self._slots.tokens_SL.view(-1).index_select(0, self._column(at_X))
+        at_X = self._slots.places(slot_X, position_X)
+        logits_XV = self._model.logits(hidden_TD.index_select(0, self._slots.upload(row_X)))
+        token_X = self._slots.tokens_SL.view(-1).index_select(0, self._slots.upload(at_X))
         num_top_X = self._slots.sampling["prompt_logprobs"][slot_X]
         picked = [self._to_host(tensor) for tensor in logprobs.of(logits_XV, token_X, num_top_X)]
         vocab = logits_XV.shape[1]
@@ -325,7 +304,7 @@ def _inputs(step: Scheduled, size: int) -> np.ndarray:
 
 
 def _sizes(max_running: int) -> list[int]:
-    """Numbers of sequences to capture: every one that fills a step up by an eighth at most, from 16 on."""
+    """Numbers of sequences to capture: doubling to 8, by eights to 64, from there on by an eighth."""
     sizes, size = [], 1
     while size < max_running:
         sizes.append(size)

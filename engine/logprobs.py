@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.engine.slot_states import Scheduled
 from expertwire.kernels import sampling
 from expertwire.scheduler.plan import RankPlan
 
@@ -49,7 +50,7 @@ def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> di
 
 
 def prompt_rows(
-    mine: RankPlan, sampling_S: np.ndarray, order_B: np.ndarray, last_row_B: np.ndarray
+    mine: RankPlan, sampling_S: np.ndarray, step: Scheduled
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Row of the batch i64, slot i32 and position i32 of the predicted token, of every prompt token computed in this step whose
     successor is a prompt token too, for the slots that asked; None if there is none."""
@@ -57,7 +58,7 @@ def prompt_rows(
     if not (wanted >= 0).any():
         return None
     rows, slots, positions = [], [], []
-    for i, last in zip(order_B.tolist(), last_row_B.tolist(), strict=True):
+    for i, last in zip(step.order_B.tolist(), step.last_row_B.tolist(), strict=True):
         if wanted[i] < 0:
             continue
         slot, start, num = int(mine.sched_slot_S[i]), int(mine.sched_start_S[i]), int(mine.sched_num_S[i])

@@ -18,6 +18,7 @@ from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv
 from expertwire.engine.decoder import Decoder
 from expertwire.engine.rank_loop import Launched
+from expertwire.engine.slot_states import Scheduled
 from expertwire.engine.slots import Slots
 from expertwire.kernels import attention, sampling
 from expertwire.scheduler.plan import RankPlan, StepPlan, StepResult
@@ -61,23 +62,19 @@ class Runner:
             return Launched(
                 partial(StepResult, **answer, forward_us=0, **logprobs.no_tokens(), **logprobs.no_prompt_rows())
             )
-        batch, order, last_rows = self._slots.batch(mine, plan.num_tokens_P.tolist())
-        return Launched(partial(self._finish, mine, answer, batch, order, last_rows))
+        step = self._slots.schedule(mine)
+        batch = self._slots.batch(step, plan.num_tokens_P.tolist())
+        return Launched(partial(self._finish, mine, answer, batch, step))
 
     @torch.inference_mode()
-    def _finish(
-        self, mine: RankPlan, answer: dict[str, Any], batch: ForwardBatch, order: np.ndarray, last_rows: np.ndarray
-    ) -> StepResult:
+    def _finish(self, mine: RankPlan, answer: dict[str, Any], batch: ForwardBatch, step: Scheduled) -> StepResult:
         started = time.perf_counter()
         hidden_TD = self._model.forward(batch, self._caches)
-        prompt_rows = self._prompt_logprobs(hidden_TD, mine, order, last_rows)
-        sampled = mine.sched_sample_S[order] != 0
-        slots_O = mine.sched_slot_S[order][sampled]
-        outputs = (
-            self._sample(hidden_TD[torch.from_numpy(last_rows[sampled])], slots_O)
-            if len(slots_O)
-            else logprobs.no_tokens()
-        )
+        prompt_rows = self._prompt_logprobs(hidden_TD, mine, step)
+        outputs = logprobs.no_tokens()
+        if len(step.slot_O):
+            rows_O = torch.from_numpy(step.last_row_B[step.sampled_B])
+            outputs = self._sample(hidden_TD[rows_O], step.slot_O.astype(np.int32))
         elapsed_us = int((time.perf_counter() - started) * 1e6)
         return StepResult(**answer, forward_us=elapsed_us, **outputs, **prompt_rows)
 
@@ -94,7 +91,7 @@ class Runner:
         state = self._slots.sampling[slots_O]
         logits_OV = self._model.logits(x_OD)
         raw_OV = logits_OV.clone() if (state["logprobs"] >= 0).any() else logits_OV
-        self._adjust(logits_OV, slots_O, state)
+        self._slots.adjust(logits_OV, slots_O)
         token_O = self._draw(logits_OV, slots_O, state)
         self._slots.append(slots_O, token_O)
         return {"slot_O": slots_O, "token_O": token_O, **_logprobs(raw_OV, token_O, state["logprobs"])}
@@ -118,35 +115,9 @@ class Runner:
         )
         return token_O.cpu().numpy().astype(np.int32)
 
-    def _adjust(self, logits_OV: Tensor, slots_O: np.ndarray, state: np.ndarray) -> None:
-        """Penalties, bias and bans, in place, for the few rows that ask for them."""
-        penalized = (
-            (state["repetition_penalty"] != 1) | (state["presence_penalty"] != 0) | (state["frequency_penalty"] != 0)
-        )
-        for row, slot in enumerate(slots_O.tolist()):
-            prompt_len, known = int(state["prompt_len"][row]), int(self._slots.num_tokens[slot])
-            if penalized[row]:
-                tokens = torch.from_numpy(self._slots.tokens[slot, :known].astype(np.int64)).to(logits_OV.device)
-                sampling.penalize(
-                    logits_OV[row],
-                    tokens[:prompt_len],
-                    tokens[prompt_len:],
-                    repetition=float(state["repetition_penalty"][row]),
-                    presence=float(state["presence_penalty"][row]),
-                    frequency=float(state["frequency_penalty"][row]),
-                )
-            ids, values = self._slots.bias[slot]
-            if len(ids):
-                logits_OV[row, torch.from_numpy(ids.astype(np.int64))] += torch.from_numpy(values).to(logits_OV.device)
-            bans = self._slots.bans[slot]
-            if len(bans) and known - prompt_len < state["min_tokens"][row]:
-                logits_OV[row, torch.from_numpy(bans.astype(np.int64))] = -torch.inf
-
-    def _prompt_logprobs(
-        self, hidden_TD: Tensor, mine: RankPlan, order: np.ndarray, last_rows: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def _prompt_logprobs(self, hidden_TD: Tensor, mine: RankPlan, step: Scheduled) -> dict[str, np.ndarray]:
         """Rows for every prompt token computed in this step whose successor is a prompt token too."""
-        rows = logprobs.prompt_rows(mine, self._slots.sampling, order, last_rows)
+        rows = logprobs.prompt_rows(mine, self._slots.sampling, step)
         if rows is None:
             return logprobs.no_prompt_rows()
         row_X, slot_X, position_X = rows

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from expertwire.engine.batch import ForwardBatch
+from expertwire.engine.slot_states import Scheduled, SlotStates
 from expertwire.kernels import attention
-from expertwire.scheduler.plan import SAMPLING_DTYPE, RankPlan
-
-_NONE = np.zeros(0, np.int32)
+from expertwire.scheduler.plan import RankPlan
 
 
-class Slots:
+class Slots(SlotStates):
     """The table.
 
     Args:
@@ -29,55 +29,36 @@ class Slots:
     """
 
     def __init__(self, *, num_slots: int, max_model_len: int, block_size: int, device: str) -> None:
-        self._block_size, self._device = block_size, device
+        super().__init__(num_slots, device)
+        self._block_size = block_size
         self.tokens = np.zeros((num_slots, max_model_len + 1), np.int32)
-        self.num_tokens = np.zeros(num_slots, np.int64)
         self.blocks = np.zeros((num_slots, -(-max_model_len // block_size)), np.int32)
-        self.sampling = np.zeros(num_slots, SAMPLING_DTYPE)
-        self.bans = [_NONE] * num_slots
-        self.bias: list[tuple[np.ndarray, np.ndarray]] = [(_NONE, _NONE)] * num_slots
+
+    def known_tokens(self, slot: int) -> Tensor:
+        return self.upload(self.tokens[slot, : self.num_tokens[slot]]).long()
 
     def apply(self, plan: RankPlan) -> None:
         """Release, admit, set blocks, in this order."""
-        self.num_tokens[plan.release_slot] = 0
-        self.blocks[plan.release_slot] = 0
-        for i, slot in enumerate(plan.admit_slot_A.tolist()):
-            tokens = plan.admit_tokens[i]
+        self.admit(plan)
+        self.blocks[plan.release_slot] = self.blocks[plan.admit_slot_A] = 0
+        for slot, tokens in zip(plan.admit_slot_A.tolist(), plan.admit_tokens, strict=True):
             self.tokens[slot, : len(tokens)] = tokens
-            self.num_tokens[slot] = len(tokens)
-            self.blocks[slot] = 0
-            self.sampling[slot] = plan.admit_sampling_A[i]
-            # Copies: the plan's memory is reused.
-            self.bans[slot] = plan.admit_bans[i].copy()
-            self.bias[slot] = (plan.admit_bias_ids[i].copy(), plan.admit_bias_values[i].copy())
         assert not plan.block_cache_B.any(), f"only cache 0 exists, plan names {np.unique(plan.block_cache_B)}"
         self.blocks[plan.block_slot_B, plan.block_index_B] = plan.block_id_B
 
-    def batch(self, plan: RankPlan, num_tokens_P: list[int]) -> tuple[ForwardBatch, np.ndarray, np.ndarray]:
-        """The forward batch; the scheduled slots' order in it (indices into the plan's); each slot's last row."""
-        # Single queries first, see `PagedSequences`.
-        order = np.argsort(plan.sched_num_S != 1, kind="stable")
-        slots, starts, nums = (
-            a[order].astype(np.int64) for a in (plan.sched_slot_S, plan.sched_start_S, plan.sched_num_S)
-        )
-        cu_queries = np.concatenate(([0], np.cumsum(nums)))
-        total = int(cu_queries[-1])
-        slot_T = np.repeat(slots, nums)
-        positions_T = np.arange(total) - np.repeat(cu_queries[:-1] - starts, nums)
-        assert (starts + nums <= self.num_tokens[slots]).all(), "a plan computes tokens that are not known"
-        block_T, offset_T = positions_T // self._block_size, positions_T % self._block_size
-        mapping_T = self.blocks[slot_T, block_T].astype(np.int64) * self._block_size + offset_T
-        sequences = attention.describe(cu_queries, starts + nums, self.blocks[slots], self._block_size, self._device)
-        token_ids_T = self.tokens[slot_T, positions_T].astype(np.int64)
-        ids, positions, mapping = (torch.from_numpy(a).to(self._device) for a in (token_ids_T, positions_T, mapping_T))
-        batch = ForwardBatch(
+    def batch(self, step: Scheduled, num_tokens_P: list[int]) -> ForwardBatch:
+        """The forward batch of a step."""
+        slot_T, position_T, size = step.slot_T, step.position_T, self._block_size
+        mapping_T = self.blocks[slot_T, position_T // size].astype(np.int64) * size + position_T % size
+        token_ids_T = self.tokens[slot_T, position_T].astype(np.int64)
+        ids, positions, mapping = (torch.from_numpy(a).to(self.device) for a in (token_ids_T, position_T, mapping_T))
+        return ForwardBatch(
             token_ids_T=ids,
             positions_T=positions,
             slot_mapping_T=mapping,
-            sequences=sequences,
+            sequences=attention.describe(step.cu_queries, step.length_B, self.blocks[step.slot_B], size, self.device),
             num_tokens_P=num_tokens_P,
         )
-        return batch, order, cu_queries[1:] - 1
 
     def append(self, slots: np.ndarray, tokens: np.ndarray) -> None:
         """Add one sampled token to each slot."""

@@ -1,0 +1,132 @@
+"""What the host keeps of a rank's slots, wherever their tokens lie: counts, sampling parameters, and what changes logits.
+
+S slots, T tokens of a step, B scheduled slots, O sampled tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.kernels import sampling
+from expertwire.scheduler.plan import SAMPLING_DTYPE, RankPlan
+
+_NONE = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    """What a step computes, in the order of its rows: sequences with one query first, as attention wants them.
+
+    Attributes:
+        order_B: which scheduled slot of the plan each sequence is; `slot_B` which slot.
+        slot_T, position_T: of each token.
+        cu_queries: [B + 1]; `length_B`: with this step's tokens.
+        sampled_B: bool, whether the sequence samples; `slot_O`: the slots of those.
+    """
+
+    order_B: np.ndarray
+    slot_B: np.ndarray
+    slot_T: np.ndarray
+    position_T: np.ndarray
+    cu_queries: np.ndarray
+    length_B: np.ndarray
+    sampled_B: np.ndarray
+    slot_O: np.ndarray
+
+    @property
+    def num_single(self) -> int:
+        return int((np.diff(self.cu_queries) == 1).sum())
+
+    @property
+    def last_row_B(self) -> np.ndarray:
+        """The row of each sequence's last token."""
+        return self.cu_queries[1:] - 1
+
+
+class SlotStates:
+    """The part of a table of slots that is the same on every device; a table says where the tokens are (`known_tokens`)."""
+
+    def __init__(self, num_slots: int, device: str) -> None:
+        self.device = device
+        self.num_tokens = np.zeros(num_slots, np.int64)
+        self.sampling = np.zeros(num_slots, SAMPLING_DTYPE)
+        self._bans = [_NONE] * num_slots
+        self._bias: list[tuple[np.ndarray, np.ndarray]] = [(_NONE, _NONE)] * num_slots
+        self._adjusted = np.zeros(num_slots, bool)  # whether anything changes the slot's logits
+
+    def known_tokens(self, slot: int) -> Tensor:
+        """i64, the prompt's and the sampled tokens, on the table's device."""
+        raise NotImplementedError
+
+    def admit(self, plan: RankPlan) -> None:
+        """Release and admit."""
+        self.num_tokens[plan.release_slot] = 0
+        for i, slot in enumerate(plan.admit_slot_A.tolist()):
+            self.num_tokens[slot] = len(plan.admit_tokens[i])
+            self.sampling[slot] = plan.admit_sampling_A[i]
+            # Copies: the plan's memory is reused.
+            self._bans[slot] = plan.admit_bans[i].copy()
+            self._bias[slot] = (plan.admit_bias_ids[i].copy(), plan.admit_bias_values[i].copy())
+        slots = plan.admit_slot_A
+        listed = [len(self._bans[slot]) + len(self._bias[slot][0]) > 0 for slot in slots.tolist()]
+        self._adjusted[slots] = _penalized(self.sampling[slots]) | np.array(listed, bool)
+
+    def schedule(self, plan: RankPlan) -> Scheduled:
+        """What the plan computes."""
+        order_B = np.argsort(plan.sched_num_S != 1, kind="stable")
+        slot_B, starts, nums = (
+            a[order_B].astype(np.int64) for a in (plan.sched_slot_S, plan.sched_start_S, plan.sched_num_S)
+        )
+        length_B, cu_queries = starts + nums, np.concatenate(([0], np.cumsum(nums)))
+        assert (length_B <= self.num_tokens[slot_B]).all(), "a plan computes tokens that are not known"
+        sampled_B = plan.sched_sample_S[order_B] != 0
+        return Scheduled(
+            order_B=order_B,
+            slot_B=slot_B,
+            slot_T=np.repeat(slot_B, nums),
+            position_T=np.arange(cu_queries[-1]) - np.repeat(cu_queries[:-1] - starts, nums),
+            cu_queries=cu_queries,
+            length_B=length_B,
+            sampled_B=sampled_B,
+            slot_O=slot_B[sampled_B],
+        )
+
+    def adjust(self, logits_OV: Tensor, slot_O: np.ndarray) -> None:
+        """Penalties, bias and bans, in place, for the few rows that ask for them."""
+        for row in np.flatnonzero(self._adjusted[slot_O]).tolist():
+            slot, logits_V = int(slot_O[row]), logits_OV[row]
+            record = self.sampling[slot]
+            prompt_len, known = int(record["prompt_len"]), int(self.num_tokens[slot])
+            if _penalized(record):
+                tokens = self.known_tokens(slot)
+                sampling.penalize(
+                    logits_V,
+                    tokens[:prompt_len],
+                    tokens[prompt_len:],
+                    repetition=float(record["repetition_penalty"]),
+                    presence=float(record["presence_penalty"]),
+                    frequency=float(record["frequency_penalty"]),
+                )
+            ids, values = self._bias[slot]
+            if len(ids):
+                logits_V.index_add_(0, self.upload(ids).long(), self.upload(values))
+            bans = self._bans[slot]
+            if len(bans) and known - prompt_len < record["min_tokens"]:
+                logits_V.index_fill_(0, self.upload(bans).long(), -torch.inf)
+
+    def upload(self, values: np.ndarray) -> Tensor:
+        """A copy on the table's device, for which nothing that the device computes is waited."""
+        tensor = torch.from_numpy(values.copy())
+        return tensor if self.device == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _penalized(sampling_S: np.ndarray) -> np.ndarray:
+    return (
+        (sampling_S["repetition_penalty"] != 1)
+        | (sampling_S["presence_penalty"] != 0)
+        | (sampling_S["frequency_penalty"] != 0)
+    )
