@@ -224,12 +224,16 @@ def prepare(
     """A callable x [T, D] -> y [T, N] for this weight, bf16, fp16 or fp32, and x in `x_dtype`: the weight's, or bf16 for fp32.
 
     y is in `out_dtype`, or else in x's dtype. Calls must follow each other on one stream: they share the counters.
+
+    Raises:
+        ValueError: fp32 activations on Blackwell.
     """
     num_rows, width = w_ND.shape
     x_dtype = x_dtype or w_ND.dtype
     terms = [w_ND] if x_dtype == w_ND.dtype else three_terms(w_ND)
     assert terms[0].dtype == x_dtype, f"{x_dtype} by {w_ND.dtype}"
-    assert device.arch < 100 or x_dtype != torch.float32, "on Blackwell fp32 products are TF32"
+    if device.arch >= 100 and x_dtype == torch.float32:
+        raise ValueError("dtype is float32, whose products Triton makes in TF32 on this GPU; allowed is bfloat16")
     assert bias_N is None or (bias_N.shape == (num_rows,) and bias_N.is_contiguous()), bias_N
     weight = torch.cat(terms, dim=1).contiguous() if len(terms) > 1 else w_ND
     assert weight.is_contiguous(), f"strides {w_ND.stride()} of shape {tuple(w_ND.shape)}"
