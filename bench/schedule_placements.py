@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from expertwire.bench.traces import TRACES
-from expertwire.scheduler.placement import Balanced, Count, Placement, place
+from expertwire.scheduler.placement import Balanced, Placement
 
 LOADS: Mapping[str, float] = {"light": 4.0, "medium": 12.0, "heavy": 24.0}  # requests a second and rank
 LONG_SHARE = 1 / 3  # of these rates for `long-context`, whose prompts are longer on average
@@ -20,30 +20,27 @@ MAX_REQUESTS = 4000  # of one run, so that on many ranks it is a burst
 
 
 class RoundRobin:
-    """Ranks in turn."""
+    """The rank that has been given the fewest requests: ranks in turn, while all have room."""
 
-    def __init__(self) -> None:
-        self._last = -1
+    credit = None
 
-    def load(self, num_tokens: Count, num_computed: Count, num_left: Count) -> Count:
-        return 0.0 * num_tokens
+    def load(self, num_tokens: np.ndarray, num_computed: np.ndarray, num_left: np.ndarray) -> np.ndarray:
+        return np.ones_like(num_tokens)
 
-    def choose(self, fits_P: np.ndarray, load_P: np.ndarray, favoured: int, num_cached: int) -> int | None:
-        ranks = np.flatnonzero(fits_P)
-        if not len(ranks):
-            return None
-        self._last = int(ranks[np.searchsorted(ranks, self._last, side="right") % len(ranks)])
-        return self._last
+    def load_P(self, running_P: np.ndarray, given_P: np.ndarray) -> np.ndarray:
+        return given_P
 
 
 class LeastRequests:
     """The rank that runs the fewest requests."""
 
-    def load(self, num_tokens: Count, num_computed: Count, num_left: Count) -> Count:
-        return 0.0 * num_tokens + 1.0
+    credit = None
 
-    def choose(self, fits_P: np.ndarray, load_P: np.ndarray, favoured: int, num_cached: int) -> int | None:
-        return place(fits_P, load_P)
+    def load(self, num_tokens: np.ndarray, num_computed: np.ndarray, num_left: np.ndarray) -> np.ndarray:
+        return np.ones_like(num_tokens)
+
+    def load_P(self, running_P: np.ndarray, given_P: np.ndarray) -> np.ndarray:
+        return running_P
 
 
 PLACEMENTS: Mapping[str, Callable[[], Placement]] = {

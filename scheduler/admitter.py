@@ -1,18 +1,26 @@
 """Which waiting requests start in a step, and on which ranks.
 
-`rows` are rows of the running table.
+`rows` are rows of the running table. P ranks, A requests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 
-from expertwire.scheduler.admission import PrefixCache, Room
+from expertwire.scheduler import admission_loops
+from expertwire.scheduler.admission import PrefixCache
+from expertwire.scheduler.admission_loops import Chosen, Room
+from expertwire.scheduler.block_loops import NOBODY
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
-from expertwire.scheduler.table import Admission, RunningTable
+from expertwire.scheduler.table import NO_ADMISSIONS, Admissions, RunningTable
+
+_AT_ONCE = 128  # requests looked at together
 
 
 class Admitter:
@@ -26,60 +34,78 @@ class Admitter:
         self._table, self._queue = table, queue
         self._policy, self._placement = policy, placement
         self._prefixes = PrefixCache(table)
+        self._arriving_U = np.zeros(1 << (2 * len(table.rank_N)).bit_length(), np.uint64)
         self.forks: dict[int, int] = {}
 
-    def choose(self, budget_P: np.ndarray) -> list[Admission]:
-        """The requests that start now, sorted by rank. `budget_P`: tokens of the step that every rank has left."""
+    def choose(self, budget_P: np.ndarray) -> Admissions:
+        """The requests that start now. `budget_P`: tokens of the step that every rank has left."""
         if not self._queue or not (budget_P > 0).any():
-            return []
-        room = Room(self._table, self._placement, budget_P)
-        if room.full:
-            return []
-        chosen = self._continue_forks(room)
-        queue = self._policy.order(self._queue, self._num_cached)
-        if chosen:
-            forked = {admission.request.key for admission in chosen}
-            queue = (request for request in queue if request.key not in forked)
-        arriving = set(self._table.names_next().tolist())
-        for request in queue:
-            guess = self._prefixes.guess(request)
-            if guess.following in arriving:  # its next block is being computed: it does better to wait for that
-                continue
-            num_tokens, rank = len(request.tokens), guess.rank
-            num_cached = guess.num_blocks * self._table.config.block_size
-            rank = room.choose(num_tokens, guess.rank, num_cached)
-            if rank is not None:
-                num_cached = self._prefixes.find(request, rank)[0] if guess.num_blocks else 0
-            elif guess.rank >= 0:  # there is room, perhaps, beside what it shares
-                num_cached, taken_G = self._prefixes.find(request, guess.rank)
-                rank = guess.rank if room.fits_beside(guess.rank, num_tokens - num_cached, taken_G) else None
-            if rank is None:
-                break
-            num_scheduled = room.take(request, rank, num_cached)
-            chosen.append(Admission(request, rank, num_scheduled, num_cached))
-            if guess.following is not None:
-                arriving.add(guess.following)
-        chosen.sort(key=lambda admission: admission.rank)
-        return chosen
+            return NO_ADMISSIONS
+        room = self._room(budget_P)
+        if not ((room.slots_P > 0) & (budget_P > 0)).any():
+            return NO_ADMISSIONS
+        requests, columns = self._continue_forks(room)
+        for part, more in self._from_queue(room, {request.key for request in requests}):
+            requests, columns = requests + part, np.concatenate((columns, more), axis=1)
+        by_rank = np.argsort(columns[0], kind="stable")
+        return Admissions([requests[i] for i in by_rank.tolist()], *columns[:, by_rank])
 
     def parents_left(self, rows: np.ndarray) -> None:
         """The requests of these rows run no more: forks of them wait as any other."""
         if self.forks:
             self.forks = {child: row for child, row in self.forks.items() if row not in rows}
 
-    def _continue_forks(self, room: Room) -> list[Admission]:
+    def _room(self, budget_P: np.ndarray) -> Room:
+        table, config = self._table, self._table.config
+        running_P = table.count_P(table.running_N)
+        return Room(
+            slots_P=min(config.max_running, config.max_num_tokens) - table.count_P(table.occupied_N),
+            budget_P=budget_P,
+            # Free and not promised, less one for every running request: what the next tokens of those will need.
+            blocks_GP=table.pool.num_free_GP - table.promised_GP() - running_P,
+            load_P=self._placement.load_P(table.load_P(self._placement), table.num_given_P).astype(np.float64),
+            fits_P=np.zeros(config.num_ranks, bool),
+        )
+
+    def _continue_forks(self, room: Room) -> tuple[list[Request], np.ndarray]:
         """Forks that start beside the request that they continue, with its blocks; those without room there wait as any other."""
-        table, chosen = self._table, []
+        table, requests, columns = self._table, [], np.zeros((len(Admissions._fields) - 1, 0), np.int64)
+        needed_G = np.zeros(len(table.specs), np.int64)
+        self._prefixes.name([self._queue.get(key) for key in self.forks])
         for key, row in self.forks.items():
             child, rank = self._queue.get(key), int(table.rank_N[row])
-            self._prefixes.name(child)
-            num_cached = 0 if table.draining_N[row] else table.shareable(row, len(child.tokens) - 1)
-            # One more than it lacks, as the last block may have to be copied.
-            if num_cached and room.fits_beside(rank, len(child.tokens) - num_cached, 1):
-                num_scheduled = room.take(child, rank, num_cached)
-                chosen.append(Admission(child, rank, num_scheduled, num_cached, parent=row))
+            num_tokens = len(child.tokens)
+            num_cached = 0 if table.draining_N[row] else table.shareable(row, num_tokens - 1)
+            admission_loops.needs(table.caches, num_tokens - num_cached, needed_G)
+            needed_G += 1  # as the last block may have to be copied
+            if num_cached and admission_loops.fits(room, rank, needed_G):
+                load = self._placement.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
+                num = admission_loops.take(room, rank, needed_G, num_tokens - num_cached, float(load[0]))
+                requests.append(child)
+                columns = np.column_stack((columns, (rank, num_cached, num, row)))
         self.forks.clear()
-        return chosen
+        return requests, columns
 
-    def _num_cached(self, request: Request) -> int:
-        return self._prefixes.guess(request).num_blocks * self._table.config.block_size
+    def _from_queue(self, room: Room, forked: set[int]) -> Iterator[tuple[list[Request], np.ndarray]]:
+        """Others, a few at a time."""
+        table, credit = self._table, self._placement.credit
+        queue = self._policy.order(self._queue, self._prefixes.num_cached)
+        queue = (request for request in queue if request.key not in forked) if forked else iter(queue)
+        admission_loops.arriving(table.for_loops, self._arriving_U)
+        while (most := min(_AT_ONCE, int(room.slots_P.sum()))) and (requests := list(islice(queue, most))):
+            columns = np.full((len(Admissions._fields) - 1, len(requests)), NOBODY)
+            count = admission_loops.choose(
+                table.caches,
+                table.pool.blocks,
+                table.config.block_size,
+                room,
+                self._prefixes.candidates(requests, self._placement),
+                -1.0 if credit is None else credit,
+                self._arriving_U,
+                Chosen(*columns[:3]),
+                *np.zeros((2, len(table.specs)), np.int64),
+            )
+            starts = np.flatnonzero(columns[0] != NOBODY)
+            yield [requests[i] for i in starts.tolist()], columns[:, starts]
+            if count < len(requests):
+                break

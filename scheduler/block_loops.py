@@ -2,7 +2,8 @@
 what they mean.
 
 Shape letters: G caches, P ranks, O = G * P owners of blocks (a rank's cache), B blocks of all owners, numbered through (owner *
-num_blocks + id), U buckets, W blocks of one request, s tokens in a block; 4 the lanes of a name's sum.
+num_blocks + id), Q places of an owner's queue, a power of two, U buckets, W blocks of one request, s tokens in a block; 4 the
+lanes of a name's sum.
 """
 
 from typing import NamedTuple
@@ -14,21 +15,22 @@ from expertwire.compiled import compiler
 
 END = -1  # of a bucket's chain
 UNNAMED = -2  # in no chain
+NOWHERE = -1  # in the queue of free blocks
 NOBODY = -1
-UNKNOWN = -2  # somebody, perhaps
 _LOW_HALF = np.uint64(2**32 - 1)
 _HALF = np.uint64(32)
 _OWNER_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads the owners over the buckets
 _TOKENS = types.Array(types.int32, 1, "C", readonly=True)  # which may be written or not
 
-jit = compiler(__file__, sources="*_loops.py")
+# These functions keep no array and make none. Otherwise numba would count references to all arrays of a tuple, with atomic
+# instructions, wherever one is handed on: half of the time of some loops.
+jit = compiler(__file__, sources="*_loops.py", _nrt=False)
 
 # Together, as memory is what these loops wait for.
 BLOCK = np.dtype(
     [
         ("refs", np.int32),
-        ("after", np.int32),  # in the circle of free blocks
-        ("before", np.int32),
+        ("place", np.int32),  # in the queue of free blocks
         ("chain", np.int32),  # the next block in the same bucket
         ("first", np.uint64),  # half of its name
         ("second", np.uint64),
@@ -43,65 +45,88 @@ class Caches(NamedTuple):
     window_G: np.ndarray  # tokens that a token sees, itself included
     names_G: np.ndarray  # prefix names in a block: one, or as many as it is larger than the others' blocks
     most_G: np.ndarray  # blocks that one request can hold
+    patience: int  # how many blocks of a prefix in a row may have been forgotten
 
 
 class Blocks(NamedTuple):
-    """Blocks and their names; see `block_pool`. The links make a circle a rank's cache, whose null block is its beginning."""
+    """Blocks and their names; see `block_pool`. An owner's queue is a ring: its entries from `head` to `tail` that are also their
+    blocks' `place` are its free blocks. The others are left from blocks that were taken out of the middle."""
 
     num_blocks: int
     num_ranks: int
     block_B: np.ndarray  # BLOCK
     num_free_O: np.ndarray  # i64
+    queue_OQ: np.ndarray  # i32
+    head_O: np.ndarray  # i64; modulo Q
+    tail_O: np.ndarray
     first_U: np.ndarray  # i32, of a bucket's chain
-    guess: np.ndarray  # u64: the upper half of a name's second half, and beneath it the rank, from `UNKNOWN` on
+    guess: np.ndarray  # u64: the upper half of a name's second half, and beneath it the rank, from `NOBODY` on
 
 
-# ---- blocks: references and the circles of free ones
-
-
-@jit(inline="always")
-def _unlink(blocks, number):
-    after, before = blocks.block_B[number].after, blocks.block_B[number].before
-    blocks.block_B[before].after, blocks.block_B[after].before = after, before
-
-
-@jit(inline="always")
-def _link_behind(blocks, number, place):
-    after = blocks.block_B[place].after
-    blocks.block_B[place].after, blocks.block_B[number].before = number, place
-    blocks.block_B[number].after, blocks.block_B[after].before = after, number
+# ---- blocks: references and the queues of free ones
 
 
 @jit
 def take_block(blocks, owner):
     """The free block that goes first, with one reference. It still has its name: taking many names off at the end is faster, as
     the memory's answers for one block need not wait for those for another."""
-    number = blocks.block_B[owner * blocks.num_blocks].after
-    assert number != owner * blocks.num_blocks, "no block is free"
-    _unlink(blocks, number)
+    assert blocks.num_free_O[owner] > 0, "no block is free"
+    last_place = blocks.queue_OQ.shape[1] - 1
+    while True:
+        place = blocks.head_O[owner] & last_place
+        number = blocks.queue_OQ[owner, place]
+        blocks.head_O[owner] += 1
+        if blocks.block_B[number].place == place:
+            break
     blocks.block_B[number].refs = 1
+    blocks.block_B[number].place = NOWHERE
     blocks.num_free_O[owner] -= 1
     return number
 
 
 @jit
-def share_block(blocks, number):
+def share_block(blocks, owner, number):
+    """Add a reference. A free block's entry in the queue stays there, but counts no more."""
     if blocks.block_B[number].refs == 0:
-        _unlink(blocks, number)
-        blocks.num_free_O[number // blocks.num_blocks] -= 1
+        blocks.block_B[number].place = NOWHERE
+        blocks.num_free_O[owner] -= 1
     blocks.block_B[number].refs += 1
 
 
 @jit
-def drop_block(blocks, number):
-    """Drop a reference. Without any left, a block with a name goes last, one without goes first."""
+def drop_block(blocks, owner, number):
+    """Drop a reference. Without any left, a block with a name goes last, one without goes first: `make_room` first."""
     assert blocks.block_B[number].refs > 0, "freed too often"
     blocks.block_B[number].refs -= 1
-    if blocks.block_B[number].refs == 0:
-        owner = number // blocks.num_blocks
-        null = owner * blocks.num_blocks
-        _link_behind(blocks, number, null if blocks.block_B[number].chain == UNNAMED else blocks.block_B[null].before)
-        blocks.num_free_O[owner] += 1
+    if blocks.block_B[number].refs > 0:
+        return
+    last_place = blocks.queue_OQ.shape[1] - 1
+    if blocks.block_B[number].chain == UNNAMED:
+        blocks.head_O[owner] -= 1
+        place = blocks.head_O[owner] & last_place
+    else:
+        place = blocks.tail_O[owner] & last_place
+        blocks.tail_O[owner] += 1
+    blocks.queue_OQ[owner, place] = number
+    blocks.block_B[number].place = place
+    blocks.num_free_O[owner] += 1
+
+
+@jit
+def make_room(blocks):
+    """See to it that all blocks find a place in their queues: take out the entries that do not count, where there are many."""
+    num_places = blocks.queue_OQ.shape[1]
+    for owner in range(len(blocks.head_O)):
+        if blocks.tail_O[owner] - blocks.head_O[owner] > num_places - blocks.num_blocks:
+            end = blocks.head_O[owner]
+            for at in range(blocks.head_O[owner], blocks.tail_O[owner]):
+                place = at & (num_places - 1)
+                number = blocks.queue_OQ[owner, place]
+                if blocks.block_B[number].place == place:
+                    blocks.queue_OQ[owner, end & (num_places - 1)] = number
+                    blocks.block_B[number].place = end & (num_places - 1)
+                    end += 1
+            blocks.tail_O[owner] = end
 
 
 @jit
@@ -117,14 +142,15 @@ def take(blocks, owner_B, ids_B):
 def share(blocks, number_B):
     """Add a reference to each."""
     for number in number_B:
-        share_block(blocks, number)
+        share_block(blocks, number // blocks.num_blocks, number)
 
 
 @jit
 def drop(blocks, number_B):
     """Drop a reference to each, to the last one first."""
+    make_room(blocks)
     for number in number_B[::-1]:
-        drop_block(blocks, number)
+        drop_block(blocks, number // blocks.num_blocks, number)
 
 
 # ---- blocks: names
@@ -137,18 +163,13 @@ def bucket_of(blocks, owner, first):
 
 
 @jit(inline="always")
-def _guess_place(blocks, second):
-    return second & np.uint64(len(blocks.guess) - 1)
-
-
-@jit(inline="always")
 def _remember(blocks, second, rank):
-    blocks.guess[_guess_place(blocks, second)] = (second & ~_LOW_HALF) | np.uint64(rank - UNKNOWN)
+    place = second & np.uint64(len(blocks.guess) - 1)
+    blocks.guess[place] = (second & ~_LOW_HALF) | np.uint64(rank - NOBODY)
 
 
 @jit
-def name_block(blocks, number, first, second):
-    owner = number // blocks.num_blocks
+def name_block(blocks, owner, number, first, second):
     bucket = bucket_of(blocks, owner, first)
     blocks.block_B[number].chain = blocks.first_U[bucket]
     blocks.first_U[bucket] = number
@@ -171,10 +192,6 @@ def forget_name(blocks, number):
             other = blocks.block_B[other].chain
         blocks.block_B[other].chain = blocks.block_B[number].chain
     blocks.block_B[number].chain = UNNAMED
-    second = blocks.block_B[number].second
-    rank = np.uint64(owner % blocks.num_ranks - UNKNOWN)
-    if blocks.guess[_guess_place(blocks, second)] == (second & ~_LOW_HALF) | rank:
-        _remember(blocks, second, UNKNOWN)
 
 
 @jit
@@ -195,7 +212,7 @@ def find_block(blocks, owner, first, second):
 def name(blocks, number_B, name_B2):
     """Give blocks names, which have none."""
     for i in range(len(number_B)):
-        name_block(blocks, number_B[i], name_B2[i, 0], name_B2[i, 1])
+        name_block(blocks, number_B[i] // blocks.num_blocks, number_B[i], name_B2[i, 0], name_B2[i, 1])
 
 
 @jit
@@ -207,27 +224,32 @@ def find(blocks, owner, name_M2, ids_M):
 
 
 @jit
-def guess(blocks, name_M2):
-    """Of these names of one request, how many there are up to the last one that anybody is known to have had, and who that was:
-    a rank, or `UNKNOWN`; 0 and `NOBODY` if there is none."""
-    for m in range(len(name_M2) - 1, -1, -1):
+def guess(blocks, name_M2, patience):
+    """Of these names of one request, how many there are up to the last one that anybody is known to have had, and which rank that
+    was; 0 and `NOBODY` if there is none. It ends at more than `patience` unknown ones in a row."""
+    depth, rank, misses = 0, NOBODY, 0
+    for m in range(len(name_M2)):
         second = name_M2[m, 1]
-        entry = blocks.guess[_guess_place(blocks, second)]
-        if (entry ^ second) <= _LOW_HALF and (entry & _LOW_HALF) != np.uint64(NOBODY - UNKNOWN):
-            return m + 1, np.int64(entry & _LOW_HALF) + UNKNOWN
-    return 0, NOBODY
+        entry = blocks.guess[second & np.uint64(len(blocks.guess) - 1)]
+        misses += 1
+        if (entry ^ second) <= _LOW_HALF and (entry & _LOW_HALF) != np.uint64(0):
+            depth, rank, misses = m + 1, np.int64(entry & _LOW_HALF) + NOBODY, 0
+        if misses > patience:
+            break
+    return depth, rank
 
 
 @jit
 def walk_free(blocks, owner, number_B):
-    """The free blocks of an owner, in order; how many, or -1 if the links do not fit together."""
-    null = owner * blocks.num_blocks
-    number, count = blocks.block_B[null].after, 0
-    while number != null:
-        if count == len(number_B) or blocks.block_B[blocks.block_B[number].after].before != number:
-            return -1
-        number_B[count] = number
-        number, count = blocks.block_B[number].after, count + 1
+    """The free blocks of an owner, in order; how many, or -1 if there are too many."""
+    last_place, count = blocks.queue_OQ.shape[1] - 1, 0
+    for at in range(blocks.head_O[owner], blocks.tail_O[owner]):
+        number = blocks.queue_OQ[owner, at & last_place]
+        if blocks.block_B[number].place == at & last_place:
+            if count == len(number_B):
+                return -1
+            number_B[count] = number
+            count += 1
     return count
 
 
@@ -255,25 +277,25 @@ def first_seen(caches, group, num_computed):
     return max(num_computed - caches.window_G[group] + 1, 0) // caches.size_G[group]
 
 
-@jit
-def extend(factors_4s, tokens_s, sum_4, name_2):
-    """A prefix's sum with one more block's tokens, and its name; see `prefix`."""
-    for lane in range(4):
-        total = sum_4[lane]
-        for i in range(len(tokens_s)):
-            # One more than the token: otherwise a prefix would have the name of its continuation by zeros.
-            total += factors_4s[lane, i] * (np.uint64(tokens_s[i]) + np.uint64(1))
-        sum_4[lane] = total
-    name_2[0] = (sum_4[0] >> _HALF) | (sum_4[1] & ~_LOW_HALF)
-    name_2[1] = (sum_4[2] >> _HALF) | (sum_4[3] & ~_LOW_HALF)
+@jit(inline="always")
+def extend(factors_W4s, block, tokens, start, sum_A4, at):
+    """Add block `block` of a request, at `start` of the tokens, to its sum, which is at `at`; see `prefix`."""
+    first, second, third, fourth = sum_A4[at, 0], sum_A4[at, 1], sum_A4[at, 2], sum_A4[at, 3]
+    for i in range(factors_W4s.shape[2]):
+        # One more than the token: otherwise a prefix would have the name of its continuation by zeros.
+        character = np.uint64(tokens[start + i]) + np.uint64(1)
+        first += factors_W4s[block, 0, i] * character
+        second += factors_W4s[block, 1, i] * character
+        third += factors_W4s[block, 2, i] * character
+        fourth += factors_W4s[block, 3, i] * character
+    sum_A4[at, 0], sum_A4[at, 1], sum_A4[at, 2], sum_A4[at, 3] = first, second, third, fourth
 
 
-@jit(signature=types.void(types.uint64[:, :, ::1], _TOKENS, types.uint64[::1], types.uint64[:, ::1]))
-def name_prefixes(factors_W4s, tokens, sum_4, name_W2):
-    """Names of the prefixes that fill whole blocks; `sum_4`, the empty prefix's, becomes the last one's."""
-    size = factors_W4s.shape[2]
-    for block in range(len(name_W2)):
-        extend(factors_W4s[block], tokens[block * size : (block + 1) * size], sum_4, name_W2[block])
+@jit(inline="always")
+def upper_halves(sum_A4, at):
+    """The two parts of the name that a sum makes."""
+    first = (sum_A4[at, 0] >> _HALF) | (sum_A4[at, 1] & ~_LOW_HALF)
+    return first, (sum_A4[at, 2] >> _HALF) | (sum_A4[at, 3] & ~_LOW_HALF)
 
 
 @jit

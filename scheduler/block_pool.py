@@ -1,16 +1,16 @@
 """Which blocks of every rank's caches are in use, free, or free with contents that a later request may begin with.
 
-A block in use has one reference or more. Free blocks form a circle through the null block, block 0 of each cache of each rank,
-which is never handed out (ranks pad with it): the one behind it goes first. A block with a name (see `scheduler.prefix`) becomes
-free at the end of the circle, so that what was used last is given away last; one without, at the beginning. A request that begins
-with a free named block takes it out again.
+A block in use has one reference or more. Free blocks wait in a queue; the null block, block 0 of each cache of each rank, is
+never handed out (ranks pad with it). A block with a name (see `scheduler.prefix`) becomes free at the end of the queue, so that
+what was used last is given away last; one without, at its head. A request that begins with a free named block takes it out
+again.
 
 Names are found through buckets of blocks, each a chain. The same name may be there several times, for blocks of equal content.
 There is also a guess who holds a prefix at all: the rank that has named or used it last, in a table where others may have
-overwritten it.
+overwritten it, and where it stays when the block is gone.
 
-Shape letters: G caches (groups of layers with one block table), P ranks, O = G * P owners of blocks, B blocks, M names to look
-for. Block numbers count through all owners. A name is two u64.
+Shape letters: G caches (groups of layers with one block table), P ranks, O = G * P owners of blocks, Q places of a queue, B
+blocks, M names to look for. Block numbers count through all owners. A name is two u64.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from __future__ import annotations
 import numpy as np
 
 from expertwire.scheduler import block_loops
-from expertwire.scheduler.block_loops import END, NOBODY, UNKNOWN, UNNAMED
+from expertwire.scheduler.block_loops import END, NOBODY, NOWHERE, UNNAMED
 
-__all__ = ["NOBODY", "UNKNOWN", "BlockPool"]
+__all__ = ["NOBODY", "BlockPool"]
 
 
 class BlockPool:
@@ -36,18 +36,21 @@ class BlockPool:
         self.num_ranks = num_ranks
         self.num_blocks = num_blocks
         block_B = np.zeros(total, block_loops.BLOCK)
-        block_B["after"], block_B["before"] = np.arange(1, total + 1), np.arange(-1, total - 1)
-        block_B["chain"] = UNNAMED
-        null_O = np.arange(num_owners) * num_blocks
-        last_O = null_O + np.repeat(self.capacity_G, num_ranks)
-        block_B["after"][last_O], block_B["before"][null_O] = null_O, last_O
+        block_B["place"], block_B["chain"] = NOWHERE, UNNAMED
+        queue_OQ = np.zeros((num_owners, 1 << (2 * num_blocks - 1).bit_length()), np.int32)
+        for owner, capacity in enumerate(np.repeat(self.capacity_G, num_ranks).tolist()):
+            number_B = owner * num_blocks + np.arange(1, capacity + 1)
+            queue_OQ[owner, :capacity], block_B["place"][number_B] = number_B, np.arange(capacity)
         self.blocks = block_loops.Blocks(
             num_blocks=num_blocks,
             num_ranks=num_ranks,
             block_B=block_B,
             num_free_O=np.repeat(self.capacity_G, num_ranks),
+            queue_OQ=queue_OQ,
+            head_O=np.zeros(num_owners, np.int64),
+            tail_O=np.repeat(self.capacity_G, num_ranks),
             first_U=np.full(num_buckets, END, np.int32),
-            guess=np.full(2 * num_buckets, NOBODY - UNKNOWN, np.uint64),
+            guess=np.zeros(2 * num_buckets, np.uint64),
         )
         # The same memory, by cache, rank and block.
         self.num_free_GP = self.blocks.num_free_O.reshape(num_groups, num_ranks)
@@ -83,16 +86,16 @@ class BlockPool:
         block_loops.find(self.blocks, group * self.num_ranks + rank, names_M2, ids_M)
         return ids_M
 
-    def guess(self, names_M2: np.ndarray) -> tuple[int, int]:
-        """Of the names of one request's blocks: up to which one somebody probably has them, and who: a rank, or `UNKNOWN`."""
-        return block_loops.guess(self.blocks, names_M2)
+    def guess(self, names_M2: np.ndarray, patience: int) -> tuple[int, int]:
+        """Of the names of one request's blocks: up to which one some rank probably has them, and which (`block_loops.guess`)."""
+        return block_loops.guess(self.blocks, names_M2, patience)
 
     def num_used(self, group: int) -> np.ndarray:
         """i64 [P], blocks with references."""
         return self.capacity_G[group] - self.num_free_GP[group]
 
     def check_integrity(self) -> None:
-        """Every block is either free, once in its circle and without a reference, or referenced; the null block is neither;
+        """Every block is either free, once in its queue and without a reference, or referenced; the null block is neither;
         every named block is in its name's bucket."""
         number_B = np.zeros(self.num_blocks, np.int32)
         for group, rank in np.ndindex(self.num_free_GP.shape):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler import block_loops, row_loops
+from expertwire.scheduler import block_loops
 from expertwire.scheduler.block_loops import Caches
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.queue import WaitingQueue
@@ -63,38 +65,48 @@ class Pace:
 
 def refusal(request: Request, config: SchedulerConfig, queue: WaitingQueue, pace: Pace, now: float) -> Rejection | None:
     """Why the request is not accepted at this time; None if it is."""
-
-    def refuse(message: str, retry_after_s: float | None) -> Rejection:
-        return Rejection(request.key, "RESOURCE_EXHAUSTED", message, retry_after_s)
-
-    wait_s = pace.wait_s(len(queue), now)
+    most, message, retry_after_s = config.max_waiting_per_tenant, None, None
     if len(queue) >= config.max_waiting:
-        return refuse(
-            f"{len(queue)} requests are waiting; allowed are max_waiting = {config.max_waiting}: try later",
-            pace.wait_s(1, now),
-        )
-    most = config.max_waiting_per_tenant
-    if most is not None and (waiting := queue.num_of(request.tenant)) >= most:
-        return refuse(
+        message = f"{len(queue)} requests are waiting; allowed are max_waiting = {config.max_waiting}: try later"
+        retry_after_s = pace.wait_s(1, now)
+    elif most is not None and (waiting := queue.num_of(request.tenant)) >= most:
+        message = (
             f"{waiting} requests of tenant {request.tenant!r} are waiting; allowed are max_waiting_per_tenant = {most}: "
-            "try later",
-            pace.wait_s(1, now),
+            "try later"
         )
-    if request.deadline is None:
-        return None
-    left_s = request.deadline - now
-    if left_s <= 0 or (wait_s is not None and wait_s > left_s):
-        wait_s = wait_s or 0.0
-        return refuse(
-            f"the first token would come in about {wait_s:.3g} s, with {len(queue)} requests waiting; the deadline is in "
-            f"{left_s:.3g} s: try later, or with a later deadline",
-            max(wait_s - max(left_s, 0.0), 0.0),
-        )
-    return None
+        retry_after_s = pace.wait_s(1, now)
+    elif request.deadline is not None:
+        wait_s, left_s = pace.wait_s(len(queue), now), request.deadline - now
+        if left_s <= 0 or (wait_s is not None and wait_s > left_s):
+            wait_s = wait_s or 0.0
+            message = (
+                f"the first token would come in about {wait_s:.3g} s, with {len(queue)} requests waiting; the deadline is in "
+                f"{left_s:.3g} s: try later, or with a later deadline"
+            )
+            retry_after_s = max(wait_s - max(left_s, 0.0), 0.0)
+    return None if message is None else Rejection(request.key, "RESOURCE_EXHAUSTED", message, retry_after_s)
 
 
-def invalid(request: Request, config: SchedulerConfig, caches: Caches, capacity_G: np.ndarray) -> str | None:
-    """Why the request can never be served; None if it can. `capacity_G`: blocks of each cache on one rank."""
+class Bound(NamedTuple):
+    """How many tokens one request can have computed: those that this cache holds."""
+
+    num_tokens: int
+    group: int
+
+
+def bound(caches: Caches, capacity_G: np.ndarray) -> Bound:
+    """Of the caches' bounds the least. `capacity_G`: blocks of each on one rank."""
+    bounds = [
+        Bound(capacity * size if most > capacity else sys.maxsize, group)
+        for group, (capacity, size, most) in enumerate(
+            zip(capacity_G.tolist(), caches.size_G.tolist(), caches.most_G.tolist(), strict=True)
+        )
+    ]
+    return min(bounds)
+
+
+def invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Bound) -> str | None:
+    """Why the request, whose `limit` is known, can never be served; None if it can."""
     length, params = len(request.prompt), request.params
     if length == 0:
         return "prompt must have at least 1 token, got 0"
@@ -107,18 +119,17 @@ def invalid(request: Request, config: SchedulerConfig, caches: Caches, capacity_
         wrong = int(np.flatnonzero((request.prompt < 0) | (request.prompt >= config.vocab_size))[0])
         return f"prompt[{wrong}] names token {request.prompt[wrong]}; allowed are 0 to {config.vocab_size - 1}"
     for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        for token in ids or ():
+        for token in ids:
             if not 0 <= token < config.vocab_size:
                 return f"{field} names token {token}; allowed are 0 to {config.vocab_size - 1}"
     for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if count is not None and count > config.vocab_size:
             return f"{field} is {count}; allowed are at most {config.vocab_size}, the size of the vocabulary"
-    limit = token_limit(request, config)  # the last token is never computed
-    if (group := row_loops.too_large(caches, limit - 1, capacity_G)) >= 0:
-        needed, capacity = -(-(limit - 1) // caches.size_G[group]), capacity_G[group]
+    if request.limit - 1 > most.num_tokens:  # the last token is never computed
+        size, most_blocks = int(caches.size_G[most.group]), int(caches.most_G[most.group])
         return (
-            f"prompt ({length} tokens) and max_tokens ({limit - length} after max_model_len) need "
-            f"{min(needed, caches.most_G[group])} cache blocks; a rank has {capacity}, which is enough for "
-            f"{capacity * caches.size_G[group] + 1} tokens in all"
+            f"prompt ({length} tokens) and max_tokens ({request.limit - length} after max_model_len) need "
+            f"{min(-(-(request.limit - 1) // size), most_blocks)} cache blocks; a rank has {most.num_tokens // size}, which is "
+            f"enough for {most.num_tokens + 1} tokens in all"
         )
     return None

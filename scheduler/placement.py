@@ -1,26 +1,32 @@
-"""Which data-parallel rank gets a request. P ranks.
+"""Which data-parallel rank gets a request. P ranks, A requests.
 
 All ranks take as long for a step as the slowest one, so work is to be equal in every step, and work that is done need not be
 done again. Both are measured in tokens: one computed token of time, whatever it is spent on.
+
+A request goes to the rank with the least load among those that have room; or to one that has a part of it, unless that is more
+than the part's worth behind (`admission_loops.place`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
-from expertwire.scheduler import row_loops
-
-Count = TypeVar("Count", float, np.ndarray)  # of one request, or of each of an array
-
 
 class Placement(Protocol):
-    """How ranks are loaded and chosen."""
+    """What loads ranks.
 
-    def load(self, num_tokens: Count, num_computed: Count, num_left: Count) -> Count:
-        """What a request adds to the load of its rank.
+    Attributes:
+        credit: the load that one token makes up for which a rank has already; None: that does not draw requests there.
+    """
+
+    @property
+    def credit(self) -> float | None: ...
+
+    def load(self, num_tokens: np.ndarray, num_computed: np.ndarray, num_left: np.ndarray) -> np.ndarray:
+        """What each request adds to the load of its rank, f64; a computed token less by `credit`.
 
         Args:
             num_tokens: known.
@@ -28,14 +34,9 @@ class Placement(Protocol):
             num_left: that it may still sample, at most.
         """
 
-    def choose(self, fits_P: np.ndarray, load_P: np.ndarray, favoured: int, num_cached: int) -> int | None:
-        """The rank for the next request; None: no rank has room.
-
-        Args:
-            fits_P: bool, the rank has a slot, blocks and tokens of this step's budget left.
-            load_P: f64, the sum over its requests.
-            favoured: a rank that has the request's first `num_cached` tokens; negative: none is known.
-        """
+    def load_P(self, running_P: np.ndarray, given_P: np.ndarray) -> np.ndarray:
+        """The ranks' load before a step's requests: from the sum over their running ones, f64, and how many each was given so
+        far, i64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +54,13 @@ class Balanced:
         kv_share: the time to read one token's cache, in computed tokens: 23 ns of 10 µs for Qwen3-30B-A3B in BF16 on one H200.
     """
 
+    credit: ClassVar[float] = 1.0
+
     horizon: int = 32
     kv_share: float = 2.3e-3
 
-    def load(self, num_tokens: Count, num_computed: Count, num_left: Count) -> Count:
-        steps = min(num_left, self.horizon) if isinstance(num_left, int) else np.minimum(num_left, self.horizon)
-        return num_tokens - num_computed + steps * (1 + self.kv_share * num_tokens)
+    def load(self, num_tokens: np.ndarray, num_computed: np.ndarray, num_left: np.ndarray) -> np.ndarray:
+        return num_tokens - num_computed + np.minimum(num_left, self.horizon) * (1 + self.kv_share * num_tokens)
 
-    def choose(self, fits_P: np.ndarray, load_P: np.ndarray, favoured: int, num_cached: int) -> int | None:
-        rank = place(fits_P, load_P)
-        if rank is not None and favoured >= 0 and fits_P[favoured] and load_P[favoured] - num_cached <= load_P[rank]:
-            return favoured
-        return rank
-
-
-def place(fits_P: np.ndarray, load_P: np.ndarray) -> int | None:
-    """The rank with the least load among those with room, the lowest of equals; None if no rank has room."""
-    rank = row_loops.least(fits_P, load_P)
-    return None if rank < 0 else rank
+    def load_P(self, running_P: np.ndarray, given_P: np.ndarray) -> np.ndarray:
+        return running_P

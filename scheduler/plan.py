@@ -15,7 +15,7 @@ import itertools
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -195,13 +195,28 @@ class RankPlan(NamedTuple):
     sched_sample_S: np.ndarray  # u8, 1: sample the next token after the last one
 
 
+class ExpertMoves(NamedTuple):
+    """Experts that move before a step's tokens are computed, of one layer."""
+
+    layer: int
+    source_M: np.ndarray  # i32, physical experts to copy from
+    target_M: np.ndarray  # i32, physical experts to copy for
+    logical_S: np.ndarray  # i32, the logical expert of each physical one, from this step on; empty: not yet
+    turns_S: np.ndarray  # i32, likewise, each one's share of its expert's rows, in turns
+
+
+def _no_words() -> np.ndarray:
+    return np.zeros(0, np.int32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepPlan(_Message, others={"admit_sampling_A": SAMPLING_DTYPE, "admit_bias_values": _F32, "sched_sample_S": _U8}):
     """What every rank does in one step. Immutable; built by the scheduler, sent once per node."""
 
     epoch: int  # of the placement of experts
     step: int
-    report_load: int  # 1: answer with the expert counts since the last report
+    report_load: int  # 1: answer with the expert counts since the last report, before this step
+    move_layer: int = -1  # whose experts move, as `ExpertMoves` says; -1: none
     num_tokens_P: np.ndarray  # i32, tokens that each rank computes
 
     release_offsets_P1: np.ndarray
@@ -234,6 +249,30 @@ class StepPlan(_Message, others={"admit_sampling_A": SAMPLING_DTYPE, "admit_bias
     sched_start_S: np.ndarray
     sched_num_S: np.ndarray
     sched_sample_S: np.ndarray
+
+    move_source_M: np.ndarray = field(default_factory=_no_words)
+    move_target_M: np.ndarray = field(default_factory=_no_words)
+    move_logical_S: np.ndarray = field(default_factory=_no_words)
+    move_turns_S: np.ndarray = field(default_factory=_no_words)
+
+    def moving(self, moves: ExpertMoves) -> StepPlan:
+        """The same step, before whose tokens experts move."""
+        return replace(
+            self,
+            move_layer=moves.layer,
+            move_source_M=moves.source_M,
+            move_target_M=moves.target_M,
+            move_logical_S=moves.logical_S,
+            move_turns_S=moves.turns_S,
+        )
+
+    @property
+    def moves(self) -> ExpertMoves | None:
+        """What `moving` has added."""
+        if self.move_layer < 0:
+            return None
+        slots = self.move_source_M, self.move_target_M
+        return ExpertMoves(self.move_layer, *slots, self.move_logical_S, self.move_turns_S)
 
     def rank(self, rank: int) -> RankPlan:
         """The slice of one rank, without copying."""
@@ -285,6 +324,7 @@ class StepResult(
     step: int
     rank: int
     forward_us: int  # wall time of the model's part of the step
+    move_us: int = 0  # of moving experts before it
     expert_load: np.ndarray  # i64 [layers * logical experts] since the last report, or empty
     slot_O: np.ndarray  # i32
     token_O: np.ndarray  # i32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from expertwire.scheduler.sampling_params import SamplingParams
 
 _NO_IDS: frozenset[int] = frozenset()
 _FLOAT_MAX = float(np.finfo(np.float32).max)
+_RECORD = struct.Struct("<" + "".join({"i8": "q", "i4": "i", "f4": "f"}[kind[1:]] for _, kind in SAMPLING_DTYPE.descr))
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -61,46 +63,51 @@ class Request:
         self.tokens = self.prompt
 
     def bans(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
-        """Ids that must not be sampled before `min_tokens` output tokens, ascending."""
-        if not self.params.min_tokens:
-            return ()
+        """Ids that must not be sampled before `min_tokens` output tokens, if there are to be any, ascending."""
         return sorted(self.stop_ids.union(() if self.params.ignore_eos else eos_token_ids))
 
 
 def sampling(requests: Sequence[Request], vocab_size: int) -> np.ndarray:
     """A record of `plan.SAMPLING_DTYPE` for each. What a 32-bit field cannot hold is replaced by a value of equal effect."""
-    params = [request.params for request in requests]
-    records_A = np.zeros(len(requests), SAMPLING_DTYPE)
-    columns = {
-        "seed": [request.seed for request in requests],
-        "branch": [request.branch for request in requests],
-        "prompt_len": [len(request.prompt) for request in requests],
-        "min_tokens": [min(r.params.min_tokens, r.limit - len(r.prompt)) for r in requests],
-        "top_k": [p.top_k if 0 < p.top_k < vocab_size else -1 for p in params],
-        "logprobs": [-1 if p.logprobs is None else p.logprobs for p in params],
-        "prompt_logprobs": [-1 if p.prompt_logprobs is None else p.prompt_logprobs for p in params],
-        "temperature": [min(p.temperature, _FLOAT_MAX) for p in params],
-        "top_p": [p.top_p for p in params],
-        "min_p": [p.min_p for p in params],
-        "repetition_penalty": [min(p.repetition_penalty, _FLOAT_MAX) for p in params],
-        "presence_penalty": [p.presence_penalty for p in params],
-        "frequency_penalty": [p.frequency_penalty for p in params],
-    }
-    for name, column in columns.items():
-        records_A[name] = column
-    return records_A
+    records = [
+        _RECORD.pack(
+            request.seed,
+            request.branch,
+            len(request.prompt),
+            min(p.min_tokens, request.limit - len(request.prompt)),
+            p.top_k if 0 < p.top_k < vocab_size else -1,
+            -1 if p.logprobs is None else p.logprobs,
+            -1 if p.prompt_logprobs is None else p.prompt_logprobs,
+            min(p.temperature, _FLOAT_MAX),
+            p.top_p,
+            p.min_p,
+            min(p.repetition_penalty, _FLOAT_MAX),
+            p.presence_penalty,
+            p.frequency_penalty,
+            0,
+        )
+        for request in requests
+        for p in (request.params,)
+    ]
+    return np.frombuffer(b"".join(records), SAMPLING_DTYPE)
 
 
-def introduction(requests: Sequence[Request], vocab_size: int, eos_token_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """What a plan says about new requests, besides their slots: its fields."""
-    tokens, token_offsets = ragged.pack([request.tokens for request in requests], np.int32)
-    bans, ban_offsets = ragged.pack([request.bans(eos_token_ids) for request in requests], np.int32)
+def introduction(
+    requests: Sequence[Request],
+    tokens: np.ndarray,
+    token_offsets_A1: np.ndarray,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...],
+) -> dict[str, np.ndarray]:
+    """What a plan says about new requests, besides their slots: its fields. `tokens`: theirs, one after another."""
+    bans = [request.bans(eos_token_ids) if request.params.min_tokens else () for request in requests]
     biases = [request.params.logit_bias for request in requests]
-    bias_ids, bias_offsets = ragged.pack([list(bias) if bias else () for bias in biases], np.int32)
-    bias_values, _ = ragged.pack([list(bias.values()) if bias else () for bias in biases], np.float32)
+    bans, ban_offsets = ragged.pack(bans, np.int32)
+    bias_ids, bias_offsets = ragged.pack([tuple(bias) for bias in biases] if any(biases) else biases, np.int32)
+    bias_values, _ = ragged.pack([tuple(bias.values()) for bias in biases] if any(biases) else biases, np.float32)
     return {
         "admit_sampling_A": sampling(requests, vocab_size),
-        "admit_token_offsets_A1": token_offsets,
+        "admit_token_offsets_A1": token_offsets_A1,
         "admit_tokens": tokens,
         "admit_ban_offsets_A1": ban_offsets,
         "admit_bans": bans,

@@ -1,9 +1,6 @@
 """Loops over the rows of the running table, compiled: what is done thousands of times a step. `table` makes the arrays and says
 what they mean.
 
-What only few rows need is a function of its own: where a loop's body calls others with these tuples, numba counts references
-in every turn of it, which costs more than most bodies do.
-
 Shape letters as in `block_loops`, and A admitted requests, N rows, S scheduled rows, R rows, B new entries of block tables, O
 sampled tokens, V vocabulary.
 """
@@ -21,12 +18,14 @@ from expertwire.scheduler.block_loops import (
     find_block,
     first_seen,
     forget_name,
+    make_room,
     name_block,
     share_block,
     take_block,
+    upper_halves,
 )
 
-jit = compiler(__file__, sources="*_loops.py")
+jit = compiler(__file__, sources="*_loops.py", _nrt=False)  # see block_loops
 
 
 class Rows(NamedTuple):
@@ -58,57 +57,24 @@ class Rows(NamedTuple):
     sum_N4: np.ndarray
 
 
-# ---- who can be let in
-
-
 @jit
-def too_large(caches, num_tokens, capacity_G):
-    """A cache that cannot hold so many tokens of one request, or -1."""
-    for group in range(len(capacity_G)):
-        if min(-(-num_tokens // caches.size_G[group]), caches.most_G[group]) > capacity_G[group]:
-            return group
-    return -1
-
-
-@jit
-def least(fits_P, load_P):
-    """The rank with the least load among those that fit, the lowest of equals; -1 if none fits."""
-    best = -1
-    for rank in range(len(fits_P)):
-        if fits_P[rank] and (best < 0 or load_P[rank] < load_P[best]):
-            best = rank
-    return best
-
-
-@jit
-def fitting(caches, num_tokens, open_P, blocks_GP, needed_G, fits_P):
-    """What blocks so many tokens need, and which of the open ranks have them."""
-    for group in range(len(needed_G)):
-        needed_G[group] = min(-(-num_tokens // caches.size_G[group]), caches.most_G[group])
-    for rank in range(len(fits_P)):
-        fits_P[rank] = open_P[rank]
-        for group in range(len(needed_G)):
-            fits_P[rank] &= blocks_GP[group, rank] >= needed_G[group]
-
-
-@jit
-def occupy(needed_G, rank, blocks_GP):
-    """Take these blocks, and one for the request's next token, from what a rank has left."""
-    for group in range(len(needed_G)):
-        blocks_GP[group, rank] -= needed_G[group] + 1
-
-
-# ---- rows
-
-
-@jit
-def begin(caches, blocks, rows, row_A, parent_A, num_cached_A):
-    """Give new rows the blocks that they begin with: those of their parents, or those with their names."""
+def begin(caches, blocks, rows, row_A, parent_A, num_cached_A, tokens, token_offsets_A1, name_W2):
+    """Give new rows the ends of their tokens, their names, and the blocks that they begin with: those of their parents, or those
+    with their names."""
+    size, name = rows.block_size, 0
     for i in range(len(row_A)):
+        row, whole = row_A[i], (token_offsets_A1[i + 1] - token_offsets_A1[i]) // size
+        behind = token_offsets_A1[i] + whole * size
+        for j in range(token_offsets_A1[i + 1] - behind):
+            rows.tail_Ns[row, j] = tokens[behind + j]
+        if len(name_W2):
+            for w in range(whole):
+                rows.name_NW2[row, w, 0], rows.name_NW2[row, w, 1] = name_W2[name + w, 0], name_W2[name + w, 1]
+            name += whole
         if parent_A[i] >= 0:
-            _share_row(caches, blocks, rows, row_A[i], parent_A[i], num_cached_A[i])
+            _share_row(caches, blocks, rows, row, parent_A[i], num_cached_A[i])
         elif num_cached_A[i] > 0:
-            _share_prefix(caches, blocks, rows, row_A[i], num_cached_A[i] // rows.block_size)
+            _share_prefix(caches, blocks, rows, row, num_cached_A[i] // size)
 
 
 @jit
@@ -121,7 +87,7 @@ def _share_prefix(caches, blocks, rows, row, depth):
             last = (index + 1) * names - 1
             number = find_block(blocks, owner, rows.name_NW2[row, last, 0], rows.name_NW2[row, last, 1])
             assert number != NOBODY, "a block that was found is gone"
-            share_block(blocks, number)
+            share_block(blocks, owner, number)
             rows.block_ids_GNW[group, row, index] = number - owner * blocks.num_blocks
         rows.num_dropped_GN[group, row] = rows.num_sent_GN[group, row] = first
         rows.num_blocks_GN[group, row] = depth // names
@@ -135,23 +101,44 @@ def _share_row(caches, blocks, rows, row, parent, num_cached):
         end = -(-num_cached // caches.size_G[group])
         for index in range(first, end):
             block = rows.block_ids_GNW[group, parent, index]
-            share_block(blocks, owner * blocks.num_blocks + block)
+            share_block(blocks, owner, owner * blocks.num_blocks + block)
             rows.block_ids_GNW[group, row, index] = block
         rows.num_dropped_GN[group, row] = rows.num_sent_GN[group, row] = first
         rows.num_blocks_GN[group, row] = end
 
 
 @jit
+def _name_row(caches, blocks, rows, row, whole):
+    for group in range(len(caches.size_G)):
+        names, owner = caches.names_G[group], group * blocks.num_ranks + rows.rank_N[row]
+        for index in range(max(rows.num_named_N[row] // names, rows.num_dropped_GN[group, row]), whole // names):
+            number, last = owner * blocks.num_blocks + rows.block_ids_GNW[group, row, index], (index + 1) * names - 1
+            if blocks.block_B[number].chain == UNNAMED:
+                name_block(blocks, owner, number, rows.name_NW2[row, last, 0], rows.name_NW2[row, last, 1])
+    rows.num_named_N[row] = whole
+
+
+@jit
+def name_rows(caches, blocks, rows, row_S):
+    """Name these rows' blocks that are whole, or will be when the steps in flight are done."""
+    for row in row_S:
+        known = min(rows.num_computed_N[row], rows.num_known_N[row])
+        if known >= (rows.num_named_N[row] + 1) * rows.block_size:
+            _name_row(caches, blocks, rows, row, known // rows.block_size)
+
+
+@jit
 def _give_back(blocks, rows, group, row, end):
     """Drop a row's blocks before `end`, the last one first."""
-    start = (group * blocks.num_ranks + rows.rank_N[row]) * blocks.num_blocks
+    owner = group * blocks.num_ranks + rows.rank_N[row]
     for index in range(end - 1, rows.num_dropped_GN[group, row] - 1, -1):
-        drop_block(blocks, start + rows.block_ids_GNW[group, row, index])
+        drop_block(blocks, owner, owner * blocks.num_blocks + rows.block_ids_GNW[group, row, index])
 
 
 @jit
 def release(blocks, rows, row_R):
     """Drop all blocks of these rows."""
+    make_room(blocks)
     for row in row_R[::-1]:
         for group in range(len(rows.num_blocks_GN)):
             _give_back(blocks, rows, group, row, rows.num_blocks_GN[group, row])
@@ -161,6 +148,7 @@ def release(blocks, rows, row_R):
 @jit
 def drop_unseen(caches, blocks, rows, row_S):
     """Drop what lies before the rows' windows."""
+    make_room(blocks)
     for row in row_S[::-1]:
         for group in range(len(caches.size_G)):
             first = first_seen(caches, group, rows.num_computed_N[row])
@@ -258,10 +246,12 @@ def _grow(caches, blocks, rows, row, end, taken_B, num_taken, new_row_B, new_cac
 
 
 @jit
-def schedule(caches, blocks, rows, row_S, num_S, start_S, sample_S, new_row_B, new_cache_B, new_index_B, new_id_B):
+def schedule(
+    caches, blocks, rows, row_S, num_S, start_S, sample_S, new_row_B, new_cache_B, new_index_B, new_id_B, taken_B
+):
     """Let these rows, ascending, compute `num_S` tokens more: where each starts, whether it then samples, and what is new in
-    the block tables."""
-    n, num_taken, taken_B = 0, 0, np.empty_like(new_id_B)
+    the block tables. `taken_B` is for its own use."""
+    n, num_taken = 0, 0
     for i in range(len(row_S)):
         row = row_S[i]
         start = rows.num_computed_N[row]
@@ -281,28 +271,6 @@ def schedule(caches, blocks, rows, row_S, num_S, start_S, sample_S, new_row_B, n
     for i in range(num_taken):
         forget_name(blocks, taken_B[i])
     assert n == len(new_row_B), "new blocks were counted wrong"
-
-
-@jit
-def _name_row(caches, blocks, rows, row, whole):
-    for last in range(rows.num_named_N[row], whole):
-        for group in range(len(caches.size_G)):
-            index = (last + 1) // caches.names_G[group] - 1
-            if (last + 1) % caches.names_G[group] == 0 and index >= rows.num_dropped_GN[group, row]:
-                start = (group * blocks.num_ranks + rows.rank_N[row]) * blocks.num_blocks
-                number = start + rows.block_ids_GNW[group, row, index]
-                if blocks.block_B[number].chain == UNNAMED:
-                    name_block(blocks, number, rows.name_NW2[row, last, 0], rows.name_NW2[row, last, 1])
-    rows.num_named_N[row] = whole
-
-
-@jit
-def name_whole(caches, blocks, rows):
-    """Name the blocks that are whole, or will be when the steps in flight are done."""
-    for row in range(len(rows.rank_N)):
-        known = min(rows.num_computed_N[row], rows.num_known_N[row])
-        if rows.occupied_N[row] and known >= (rows.num_named_N[row] + 1) * rows.block_size:
-            _name_row(caches, blocks, rows, row, known // rows.block_size)
 
 
 @jit
@@ -333,10 +301,12 @@ def finish(rows, eos_ids, may_stop_V, row_O, token_O, ask, finish_O, stop, lengt
 @jit
 def _append_block(rows, factors_W4s, row, block):
     """A row's tail is a whole block now."""
-    for j in range(rows.block_size):
-        rows.tokens_NL[row, block * rows.block_size + j] = rows.tail_Ns[row, j]
+    size = rows.block_size
+    for j in range(size):
+        rows.tokens_NL[row, block * size + j] = rows.tail_Ns[row, j]
     if len(factors_W4s):
-        extend(factors_W4s[block], rows.tail_Ns[row], rows.sum_N4[row], rows.name_NW2[row, block])
+        extend(factors_W4s, block, rows.tokens_NL[row], block * size, rows.sum_N4, row)
+        rows.name_NW2[row, block, 0], rows.name_NW2[row, block, 1] = upper_halves(rows.sum_N4, row)
 
 
 @jit

@@ -27,14 +27,14 @@ from expertwire.scheduler import preemption, ragged
 from expertwire.scheduler.admitter import Admitter
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.intake import Pace, Rejection, invalid, refusal, token_limit
+from expertwire.scheduler.intake import Pace, Rejection, bound, invalid, refusal, token_limit
 from expertwire.scheduler.outputs import StepOutputs, gather
 from expertwire.scheduler.placement import Balanced, Placement
-from expertwire.scheduler.plan import CacheSpec, FinishReason, StepPlan, StepResult
+from expertwire.scheduler.plan import CacheSpec, ExpertMoves, FinishReason, StepPlan, StepResult
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request, introduction
-from expertwire.scheduler.table import ASK, Admission, RunningTable, capacities, check_caches
+from expertwire.scheduler.table import ASK, Admissions, RunningTable, capacities, check_caches
 
 __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"]
 
@@ -79,6 +79,7 @@ class Scheduler:
         self._eos_ids = np.array(self._eos_token_ids, np.int64)
         self._pool = BlockPool(capacities(cache_specs, config), config.num_ranks)
         self._table = RunningTable(config, cache_specs, self._pool)
+        self._bound = bound(self._table.caches, self._pool.capacity_G)
         self._queue = WaitingQueue()
         self._admitter = Admitter(self._table, self._queue, self._policy, placement or Balanced())
         self._running: dict[int, Request] = {}
@@ -88,7 +89,7 @@ class Scheduler:
         self._pace = Pace()
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "preemptions": 0}
         self._num_plans = 0
-        self._no_introduction = introduction([], config.vocab_size, self._eos_token_ids)
+        self._no_introduction = introduction([], *ragged.pack([], np.int32), config.vocab_size, self._eos_token_ids)
 
     @property
     def num_waiting(self) -> int:
@@ -110,14 +111,14 @@ class Scheduler:
     def submit(self, request: Request, now: float) -> Rejection | None:
         """Put a request into the queue, or say why not."""
         assert request.key not in self._running, f"key {request.key} is running already"
-        if (reason := invalid(request, self.config, self._table.caches, self._pool.capacity_G)) is not None:
+        request.limit = token_limit(request, self.config)
+        if (reason := invalid(request, self.config, self._table.caches, self._bound)) is not None:
             return Rejection(request.key, "INVALID_ARGUMENT", reason)
         if not self._queue:
             self._pace.nobody_waits()
         if (rejection := refusal(request, self.config, self._queue, self._pace, now)) is not None:
             return rejection
         request.arrival = now
-        request.limit = token_limit(request, self.config)
         request.place = self._policy.place(request, now)
         self._queue.add(request)
         return None
@@ -161,8 +162,8 @@ class Scheduler:
         elif (request := self._running.get(key)) is not None:
             self._end(np.array([self._row(request)]))
 
-    def plan(self, now: float, *, report_load: bool = False) -> StepPlan | None:
-        """The next step; None if there is nothing to compute or release, unless the ranks shall report their load.
+    def plan(self, now: float, *, report_load: bool = False, moves: ExpertMoves | None = None) -> StepPlan | None:
+        """The next step; None if there is nothing to compute or release, unless the ranks shall report load or move experts.
 
         Running requests come first: one token for each that needs no more, then the next chunk of a prompt. What is left of a
         rank's budget goes to new requests. A step may have no tokens: then it only releases slots.
@@ -174,17 +175,19 @@ class Scheduler:
         rows, num, preempted = self._serve(rows, num)
         released = np.sort(np.concatenate((released, preempted)))
         admissions = self._admitter.choose(budget_P)
-        self._pace.admitted(len(admissions), now)
-        if not (len(rows) or admissions or len(released) or report_load):
+        self._pace.admitted(len(admissions.requests), now)
+        if not (len(rows) or admissions.requests or len(released) or report_load or moves):
             return None
-        new_rows = _NO_ROWS
-        if admissions:
-            new_rows = self._admit(admissions)
+        new_rows, new = _NO_ROWS, self._no_introduction
+        if admissions.requests:
+            new_rows, new = self._admit(admissions)
             num_N = np.zeros_like(table.num_tokens_N)
-            num_N[rows], num_N[new_rows] = num, [admission.num_scheduled for admission in admissions]
+            num_N[rows], num_N[new_rows] = num, admissions.num_scheduled_A
             rows = np.flatnonzero(num_N)
             num = num_N[rows]
-        plan = self._build(report_load, released, [admission.request for admission in admissions], new_rows, rows, num)
+        plan = self._build(report_load, released, new_rows, new, rows, num)
+        if moves is not None:
+            plan = plan.moving(moves)
         self._num_plans += 1
         self._in_flight.append(_InFlight(plan, rows, table.order_N[rows]))
         return plan
@@ -205,7 +208,6 @@ class Scheduler:
         )
         rows_O, outputs = gather(plan.step, results, rows_O, going_N, table)
         table.append_tokens(rows_O, outputs.token_O)
-        table.name_blocks()
         outputs.finish_O[:] = self._finish(rows_O, outputs.token_O)
         return outputs
 
@@ -273,36 +275,40 @@ class Scheduler:
         gets = preemption.served(table, rows, lacking_GR)
         return rows[gets], num[gets], emptied
 
-    def _admit(self, admissions: list[Admission]) -> np.ndarray:
-        """Move requests from the queue to slots: their rows, ascending."""
-        for admission in admissions:
-            request = admission.request
-            request.rank = admission.rank
+    def _admit(self, admissions: Admissions) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Move requests from the queue to slots: their rows, ascending, and what the plan says about them."""
+        requests = admissions.requests
+        self._queue.remove(requests)
+        for request, rank, num_cached in zip(
+            requests, admissions.rank_A.tolist(), admissions.num_cached_A.tolist(), strict=True
+        ):
+            request.rank = rank
             if request.num_cached < 0:
-                request.num_cached = min(admission.num_cached, len(request.prompt))
+                request.num_cached = min(num_cached, len(request.prompt))
                 self._counts["prompt_tokens"] += len(request.prompt)
                 self._counts["cached_tokens"] += request.num_cached
             if request.stop_ids:
                 self._may_stop_V[list(request.stop_ids)] = True
-            self._running[request.key] = self._queue.pop(request.key)
+            self._running[request.key] = request
             self._policy.admitted(request)
-        return self._table.admit(admissions)
+        tokens, token_offsets_A1 = ragged.pack([request.tokens for request in requests], np.int32)
+        rows = self._table.admit(admissions, tokens, token_offsets_A1)
+        return rows, introduction(requests, tokens, token_offsets_A1, self.config.vocab_size, self._eos_token_ids)
 
     def _build(
         self,
         report_load: bool,
         released: np.ndarray,
-        requests: list[Request],
         new_rows: np.ndarray,
+        new: dict[str, np.ndarray],
         rows: np.ndarray,
         num: np.ndarray,
     ) -> StepPlan:
-        """The plan that releases and admits these and computes `num` tokens of each of `rows`."""
+        """The plan that releases and admits these, of which `new` tells, and computes `num` tokens of each of `rows`."""
         table = self._table
         copies = table.unshare_tails(rows)
         step = table.schedule(rows, num)
-        table.name_blocks()
-        new = introduction(requests, self.config.vocab_size, self._eos_token_ids) if requests else self._no_introduction
+        table.name_blocks(rows)
         sched_offsets_P1 = table.offsets_P1(rows)
         return StepPlan(
             epoch=self.epoch,

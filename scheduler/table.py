@@ -26,20 +26,21 @@ from expertwire.scheduler.prefix import PrefixNames
 from expertwire.scheduler.request import Request
 
 ASK = 255
+_PATIENCE = 4  # blocks: some guesses are overwritten
 _EVERYTHING = 2**60  # tokens that a token of a cache without a window sees
 _NOTHING = np.zeros(0, np.int32)
-_NO_NAMES = np.zeros(0, np.uint64)
+_NO_NAMES = np.zeros((0, 2), np.uint64)
 _NO_FACTORS = np.zeros((0, 4, 0), np.uint64)
 
 
-class Admission(NamedTuple):
-    """A request that starts on a rank in this step."""
+class Admissions(NamedTuple):
+    """Requests that start in a step, sorted by rank."""
 
-    request: Request
-    rank: int
-    num_scheduled: int  # tokens to compute in this step
-    num_cached: int  # tokens that need not be computed
-    parent: int = -1  # of a fork: the row that has them
+    requests: list[Request]
+    rank_A: np.ndarray  # i64, as the rest
+    num_cached_A: np.ndarray  # tokens that need not be computed
+    num_scheduled_A: np.ndarray  # tokens to compute in this step
+    parent_A: np.ndarray  # of a fork: the row that has them; or -1
 
 
 class Copies(NamedTuple):
@@ -62,6 +63,7 @@ class Scheduled(NamedTuple):
     block_id_B: np.ndarray
 
 
+NO_ADMISSIONS = Admissions([], *np.zeros((4, 0), np.int64))
 _NO_COPIES = Copies(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 
 
@@ -76,6 +78,7 @@ class RunningTable:
         slots, num_groups, size = config.max_running, len(specs), config.block_size
         n = config.num_ranks * slots
         self.config, self.pool, self.specs = config, pool, tuple(specs)
+        self.num_given_P = np.zeros(config.num_ranks, np.int64)  # requests admitted so far
         self.rank_N = np.repeat(np.arange(config.num_ranks), slots)
         self.slot_N = np.tile(np.arange(slots, dtype=np.int32), config.num_ranks)
         self.bounds_P1 = np.arange(config.num_ranks + 1) * slots
@@ -96,6 +99,16 @@ class RunningTable:
         self.has_stop_ids_N = np.zeros(n, bool)
         self.num_cached_N = np.zeros(n, np.int32)  # prompt tokens found in the cache when first admitted
         self.shares_tail_N = np.zeros(n, bool)  # a fork: its last block may be another's too
+        self._facts_N = (
+            self.key_N,
+            self.order_N,
+            self.priority_N,
+            self.limit_N,
+            self.stop_from_N,
+            self.eos_stops_N,
+            self.has_stop_ids_N,
+            self.num_cached_N,
+        )
         # A row's blocks are those at [num_dropped, num_blocks) of its table: a window's first ones are given back. Its rank knows
         # of those before num_sent.
         self.num_blocks_GN, self.num_dropped_GN, self.num_sent_GN = np.zeros((3, num_groups, n), np.int32)
@@ -118,8 +131,10 @@ class RunningTable:
             window_G=np.array([spec.num_seen or _EVERYTHING for spec in specs]),
             names_G=size_G // size,
             most_G=np.array([most_blocks(spec, config) for spec in specs]),
+            # A cache that keeps everything has a prefix's first blocks, or nothing of it.
+            patience=_PATIENCE if any(spec.num_seen is None for spec in specs) else _EVERYTHING,
         )
-        self._rows = self._for_loops()
+        self.for_loops = self._for_loops()
         self._want_N = np.zeros(n, np.int64), np.zeros(n, np.int32)
 
     def _for_loops(self) -> row_loops.Rows:
@@ -150,44 +165,47 @@ class RunningTable:
             sum_N4=self.sum_N4,
         )
 
-    def admit(self, admissions: Sequence[Admission]) -> np.ndarray:
-        """Give each request (sorted by rank) the lowest free slot of its rank: i64 [A] rows, ascending."""
-        rank_A = np.array([admission.rank for admission in admissions], np.int64)
-        requests = [admission.request for admission in admissions]
+    def admit(self, admissions: Admissions, tokens: np.ndarray, token_offsets_A1: np.ndarray) -> np.ndarray:
+        """Give each request the lowest free slot of its rank: i64 [A] rows, ascending. `tokens`: theirs, one after another."""
+        requests, rank_A, computed_A, _, parent_A = admissions
         counts_P = np.bincount(rank_A, minlength=len(self.bounds_P1) - 1)
         free = np.flatnonzero(~self.occupied_N)
         rows = free[self.offsets_P1(free)[rank_A] + ragged.positions(counts_P)]
         assert np.array_equal(self.rank_N[rows], rank_A), f"too few free slots for {counts_P} requests"
-        limit_A = np.array([request.limit for request in requests])
-        stop_from_A = np.array([len(request.prompt) + request.params.min_tokens for request in requests])
+        self.num_given_P += counts_P
         self.occupied_N[rows] = self.running_N[rows] = True
-        self.key_N[rows] = [request.key for request in requests]
-        self.order_N[rows] = [request.order for request in requests]
-        self.priority_N[rows] = [request.priority for request in requests]
-        self.num_known_N[rows] = self.num_tokens_N[rows] = [len(request.tokens) for request in requests]
-        self.num_computed_N[rows] = computed_A = np.array([admission.num_cached for admission in admissions])
-        self.limit_N[rows] = limit_A
-        self.stop_from_N[rows] = np.minimum(stop_from_A, limit_A)
-        self.eos_stops_N[rows] = [not request.params.ignore_eos for request in requests]
-        self.has_stop_ids_N[rows] = [bool(request.stop_ids) for request in requests]
-        self.num_cached_N[rows] = [request.num_cached for request in requests]
+        self.num_known_N[rows] = self.num_tokens_N[rows] = np.diff(token_offsets_A1)
+        self.num_computed_N[rows] = computed_A
         self.num_named_N[rows] = computed_A // self.config.block_size
         self.shares_tail_N[rows] = (computed_A % self.caches.size_G[:, None] > 0).any(axis=0)
-        for request, slot, row in zip(requests, self.slot_N[rows].tolist(), rows.tolist(), strict=True):
+        facts = [self._facts(request) for request in requests]
+        for of_N, fact_A in zip(self._facts_N, np.array(facts, np.int64).T, strict=True):
+            of_N[rows] = fact_A
+        name_W2 = _NO_NAMES
+        if self.names is not None:
+            name_W2 = np.concatenate([request.names for request in requests if request.names is not None])
+            sums = [request.prefix_sum for request in requests if request.prefix_sum is not None]
+            self.sum_N4[rows] = np.concatenate(sums).reshape(-1, 4)
+        for request, slot in zip(requests, self.slot_N[rows].tolist(), strict=True):
             request.slot = slot
-            if behind := len(request.tokens) % self.config.block_size:
-                self._tail_Ns[row, :behind] = request.tokens[-behind:]
-            if request.names is not None:
-                self.name_NW2[row, : len(request.names)] = request.names
-                self.sum_N4[row] = request.prefix_sum
-                request.names = request.prefix_sum = None  # now they are here
-        parent_A = np.array([admission.parent for admission in admissions])
-        row_loops.begin(self.caches, self.pool.blocks, self._rows, rows, parent_A, computed_A)
+            request.names = request.prefix_sum = None  # now they are here
+        row_loops.begin(
+            self.caches, self.pool.blocks, self.for_loops, rows, parent_A, computed_A, tokens, token_offsets_A1, name_W2
+        )
         return rows
 
+    @staticmethod
+    def _facts(request: Request) -> tuple[int, ...]:
+        """What `_facts_N` hold of it."""
+        params, limit = request.params, request.limit
+        stop_from = min(len(request.prompt) + params.min_tokens, limit)
+        flags = not params.ignore_eos, bool(request.stop_ids)
+        return request.key, request.order, request.priority, limit, stop_from, *flags, request.num_cached
+
     def release(self, rows: np.ndarray) -> None:
-        """Empty the rows; their blocks go back to the pool."""
-        row_loops.release(self.pool.blocks, self._rows, rows)
+        """Empty the rows; their blocks go back to the pool, the whole ones with names."""
+        self.name_blocks(rows)
+        row_loops.release(self.pool.blocks, self.for_loops, rows)
         self.occupied_N[rows] = self.running_N[rows] = self.draining_N[rows] = self.shares_tail_N[rows] = False
         self.in_flight_N[rows] = 0
 
@@ -198,24 +216,24 @@ class RunningTable:
         config, (row_N, num_N) = self.config, self._want_N
         budget_P = np.zeros(config.num_ranks, np.int64)
         chunk_tokens = config.max_num_tokens if config.chunk_tokens is None else config.chunk_tokens
-        count = row_loops.want(self._rows, config.max_num_tokens, chunk_tokens, row_N, num_N, budget_P)
+        count = row_loops.want(self.for_loops, config.max_num_tokens, chunk_tokens, row_N, num_N, budget_P)
         return row_N[:count].copy(), num_N[:count].copy(), budget_P
 
     def drop_blocks(self, rows: np.ndarray) -> None:
         """Give back what lies before each row's window, now that its next token to compute is known."""
         if (self.caches.window_G < _EVERYTHING).any():
-            row_loops.drop_unseen(self.caches, self.pool.blocks, self._rows, rows)
+            row_loops.drop_unseen(self.caches, self.pool.blocks, self.for_loops, rows)
 
     def lacking_GR(self, rows: np.ndarray, num: np.ndarray) -> np.ndarray:
         """How many blocks each row lacks to compute `num` tokens more, with one for a shared block that it must copy: [G, R]."""
         lacking_GR = np.zeros((len(self.specs), len(rows)), np.int64)
-        row_loops.lacking(self.caches, self._rows, rows, num, lacking_GR)
+        row_loops.lacking(self.caches, self.for_loops, rows, num, lacking_GR)
         return lacking_GR
 
     def promised_GP(self) -> np.ndarray:
         """Blocks that the running requests will still take for the tokens that they have: i64 [G, P]."""
         promised_GP = np.zeros((len(self.specs), self.config.num_ranks), np.int64)
-        row_loops.promised(self.caches, self._rows, promised_GP)
+        row_loops.promised(self.caches, self.for_loops, promised_GP)
         return promised_GP
 
     def unshare_tails(self, rows: np.ndarray) -> Copies:
@@ -246,10 +264,10 @@ class RunningTable:
 
     def schedule(self, rows: np.ndarray, num: np.ndarray) -> Scheduled:
         """A step is planned that computes `num` tokens more of each row: give them the blocks that they lack, and count."""
-        count = row_loops.count_new(self.caches, self._rows, rows, num)
+        count = row_loops.count_new(self.caches, self.for_loops, rows, num)
         start_S, sample_S = np.empty(len(rows), np.int32), np.empty(len(rows), np.uint8)
         step = Scheduled(start_S, sample_S, np.empty(count, np.int64), *np.empty((3, count), np.int32))
-        row_loops.schedule(self.caches, self.pool.blocks, self._rows, rows, num, *step)
+        row_loops.schedule(self.caches, self.pool.blocks, self.for_loops, rows, num, *step, np.empty(count, np.int32))
         return step
 
     def shareable(self, row: int, most: int) -> int:
@@ -267,7 +285,7 @@ class RunningTable:
     def settle(self, rows: np.ndarray, order: np.ndarray) -> np.ndarray:
         """A step of these rows is done, which were these requests' by order of submission: bool [N], whether they still run."""
         going_N = np.zeros_like(self.running_N)
-        row_loops.settle(self._rows, rows, order, going_N)
+        row_loops.settle(self.for_loops, rows, order, going_N)
         return going_N
 
     def finish(self, rows: np.ndarray, tokens: np.ndarray, eos_ids: np.ndarray, may_stop_V: np.ndarray) -> np.ndarray:
@@ -275,13 +293,21 @@ class RunningTable:
         the token stops some requests, and the row's has stop ids of its own."""
         finish = np.empty(len(rows), np.uint8)
         row_loops.finish(
-            self._rows, eos_ids, may_stop_V, rows, tokens, ASK, finish, int(FinishReason.STOP), int(FinishReason.LENGTH)
+            self.for_loops,
+            eos_ids,
+            may_stop_V,
+            rows,
+            tokens,
+            ASK,
+            finish,
+            int(FinishReason.STOP),
+            int(FinishReason.LENGTH),
         )
         return finish
 
     def append_tokens(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """One sampled token for each row (in any order) is known now."""
-        row_loops.append_tokens(self._rows, self._factors, rows, tokens)
+        row_loops.append_tokens(self.for_loops, self._factors, rows, tokens)
 
     def tokens(self, row: int, request: Request) -> np.ndarray:
         """The known tokens of a running request, which has this row: i32, a copy."""
@@ -291,21 +317,16 @@ class RunningTable:
         tokens[: len(request.tokens)] = request.tokens
         return tokens
 
-    def name_blocks(self) -> None:
-        """Name the blocks that are whole now, or will be when the steps in flight are done."""
+    def name_blocks(self, rows: np.ndarray) -> None:
+        """Name the blocks of these rows that are whole now, or will be when the steps in flight are done."""
         if self.names is not None:
-            row_loops.name_whole(self.caches, self.pool.blocks, self._rows)
+            row_loops.name_rows(self.caches, self.pool.blocks, self.for_loops, rows)
 
     def copy_names(self, row: int, request: Request) -> None:
         """Give a request that leaves its row the names of what it has."""
         if self.names is not None:
             request.names = self.name_NW2[row, : self.num_known_N[row] // self.config.block_size].copy()
             request.prefix_sum = self.sum_N4[row].copy()
-
-    def names_next(self) -> np.ndarray:
-        """The first half of the next name of every running request that has still to compute whole blocks: u64."""
-        rows = np.flatnonzero(self.running_N & (self.num_known_N // self.config.block_size > self.num_named_N))
-        return self.name_NW2[rows, self.num_named_N[rows], 0] if self.names is not None else _NO_NAMES
 
     def offsets_P1(self, rows: np.ndarray) -> np.ndarray:
         """Where each rank's part of `rows` lies: i32 [P + 1]."""

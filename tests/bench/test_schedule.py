@@ -118,15 +118,12 @@ def test_prefix_hits_are_at_most_those_of_unlimited_memory(num_ranks):
 
 
 def test_other_placements_take_ranks_in_turn_and_by_requests():
-    fits, loads = np.array([True, True, False]), np.array([3.0, 2.0, 0.0])
-    turns = schedule_placements.RoundRobin()
-    assert [turns.choose(fits, loads, 0, 100) for _ in range(3)] == [0, 1, 0]
-    assert turns.choose(~fits, loads, -1, 0) == 2
-    assert turns.choose(fits, loads, -1, 0) == 0
-    assert turns.choose(np.zeros(3, bool), loads, -1, 0) is None
-    least = schedule_placements.LeastRequests()
-    assert least.choose(fits, loads, 0, 100) == 1
-    assert least.load(np.array([5, 900]), np.array([0, 0]), np.array([1, 1])).tolist() == [1.0, 1.0]
+    tokens, running_P, given_P = np.array([5, 900]), np.array([3.0, 2.0]), np.array([7, 9])
+    for make, expected in ((schedule_placements.RoundRobin, given_P), (schedule_placements.LeastRequests, running_P)):
+        placement = make()
+        assert placement.credit is None, "prefixes do not matter"
+        assert placement.load(tokens, 0 * tokens, tokens).tolist() == [1.0, 1.0]
+        assert placement.load_P(running_P, given_P) is expected
 
 
 def test_sessions_stay_with_their_prefixes_and_steps_are_shorter_for_it():

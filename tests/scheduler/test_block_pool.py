@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertwire.scheduler.block_loops import END
-from expertwire.scheduler.block_pool import NOBODY, UNKNOWN, BlockPool
+from expertwire.scheduler.block_pool import NOBODY, BlockPool
 
 LETTERS = "abcdefghijklxyz"
 NAMES = np.random.default_rng(0).integers(0, 2**64, (len(LETTERS), 2), np.uint64)
@@ -174,35 +174,48 @@ def test_caches_may_have_different_numbers_of_blocks():
     pool.check_integrity()
 
 
-def test_a_guess_names_a_rank_that_has_the_block_if_nothing_has_changed_since():
+def test_a_guess_names_a_rank_that_had_the_block_last():
     pool = pool_of(4, num_ranks=3)
     ids = pool.allocate(0, array(0, 2))
     pool.name(0, array(0, 2), ids, names("ab"))
-    assert [pool.guess(names(letters)) for letters in ("b", "ba", "ab", "c", "")] == [
+    assert [pool.guess(names(letters), 0) for letters in ("b", "ba", "ab", "c", "")] == [
         (1, 2),
         (2, 0),
         (2, 2),
         (0, NOBODY),
         (0, NOBODY),
     ]
-    assert pool.guess(names("cacc")) == (2, 0), "up to the last one that anybody has"
+    assert pool.guess(names("cacc"), 1) == (2, 0), "up to the last one that anybody had"
+    assert pool.guess(names("cacc"), 0) == (0, NOBODY), "unless too many before it are unknown"
     pool.find(0, 0, names("b"))
-    assert pool.guess(names("b")) == (1, 2), "who does not find it does not have it"
+    assert pool.guess(names("b"), 0) == (1, 2), "who does not find it does not have it"
     pool.free(0, array(2), ids[1:])
     take(pool, 3, rank=2)
-    assert pool.guess(names("b")) == (1, UNKNOWN)
+    assert pool.guess(names("b"), 0) == (1, 2), "it is a guess"
 
 
 def test_the_guess_is_who_named_or_used_it_last():
     pool = pool_of(4, num_ranks=2)
     for rank in (0, 1):
         name(pool, take(pool, 1, rank=rank), "a", rank=rank)
-        assert pool.guess(names("a")) == (1, rank)
+        assert pool.guess(names("a"), 0) == (1, rank)
     pool.find(0, 0, names("a"))
-    assert pool.guess(names("a")) == (1, 0)
+    assert pool.guess(names("a"), 0) == (1, 0)
     give(pool, [1], rank=1)
     take(pool, 3, rank=1)
-    assert pool.guess(names("a")) == (1, 0), "what another loses does not matter"
+    assert pool.guess(names("a"), 0) == (1, 0), "what another loses does not matter"
+
+
+def test_a_block_that_is_shared_and_freed_again_and_again_goes_last_each_time():
+    """Its old places in the queue count no more, however many there are."""
+    pool = pool_of(4)
+    name(pool, take(pool, 3), "abc")
+    give(pool, [1, 2, 3])
+    for _ in range(50):
+        pool.share(0, array(0, 0), array(2, 3))
+        give(pool, [2, 3])
+        pool.check_integrity()
+    assert take(pool, 3).tolist() == [1, 3, 2]
 
 
 def test_every_rank_and_cache_has_blocks_and_names_of_its_own():
@@ -238,13 +251,13 @@ def corrupt_name(pool):
     pool.blocks.block_B["first"][1] += np.uint64(1)
 
 
-def corrupt_circle(pool):
-    pool.blocks.block_B["after"][4] = 4
+def corrupt_queue(pool):
+    pool.blocks.block_B["place"][4] = 0
 
 
 @pytest.mark.parametrize(
     "corrupt",
-    [corrupt_leak, corrupt_use_of_a_free_block, corrupt_null, corrupt_chain, corrupt_name, corrupt_circle],
+    [corrupt_leak, corrupt_use_of_a_free_block, corrupt_null, corrupt_chain, corrupt_name, corrupt_queue],
 )
 def test_the_integrity_check_finds(corrupt):
     pool = pool_of()

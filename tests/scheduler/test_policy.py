@@ -43,12 +43,12 @@ class Line:
 
     def admit(self):
         request = next(iter(self.policy.order(self.queue, self.cached_tokens)))
-        self.queue.pop(request.key)
+        self.queue.remove([request])
         self.policy.admitted(request)
         return request
 
     def drop(self, request):
-        self.queue.pop(request.key)
+        self.queue.remove([request])
         self.policy.dropped(request)
 
     def drain(self):
@@ -213,7 +213,7 @@ def test_a_request_admitted_out_of_order_does_not_move_the_others_far_back():
     """A fork of a running request starts beside it, before all that its tenant has waiting."""
     line = Line(FairShare())
     *_, fork = [line.submit(tenant="flood") for _ in range(200)]
-    line.queue.pop(fork.key)
+    line.queue.remove([fork])
     line.policy.admitted(fork)
     request = line.submit(tenant="quiet")
     assert request in [line.admit() for _ in range(3)]

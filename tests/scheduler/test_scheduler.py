@@ -3,11 +3,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from sim_ranks import CACHES, SimCluster, expected_output, make_config, make_request
 
-from expertwire.scheduler.placement import place
 from expertwire.scheduler.plan import FinishReason, StepPlan
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.scheduler import Scheduler
@@ -230,13 +227,6 @@ def test_ranks_are_balanced_by_tokens():
     plan = cluster.plan()
     assert plan.num_tokens_P.tolist() == [20, 16]
     assert plan.rank(0).admit_sampling_A["seed"].tolist() == [0]
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=8))
-def test_place(ranks):
-    fits, load = np.array([fit for fit, _ in ranks]), np.array([load for _, load in ranks], np.int64)
-    best = min(((load, rank) for rank, (fit, load) in enumerate(ranks) if fit), default=(None, None))[1]
-    assert place(fits, load) == best
 
 
 class Lifo(Policy):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sim_ranks import CACHES, WINDOWED, SimCluster, expected_output, make_config, make_request
 
-from expertwire.scheduler.placement import Balanced, place
+from expertwire.scheduler.placement import Balanced
 from expertwire.scheduler.policy import Priority
 
 SMALL = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 13}  # 12 blocks of 4 tokens
@@ -78,8 +78,8 @@ def test_as_many_give_way_as_it_takes():
 class Crowded(Balanced):
     """All on rank 0, while there is a slot."""
 
-    def choose(self, fits_P, load_P, favoured, num_cached):
-        return place(fits_P, np.arange(len(fits_P)))
+    def load_P(self, running_P, given_P):
+        return 1e9 * np.arange(len(running_P))
 
 
 def test_only_the_rank_that_is_short_preempts():
