@@ -101,7 +101,7 @@ def arriving(rows, arriving_U):
     for at in range(len(arriving_U)):
         arriving_U[at] = np.uint64(0)
     for row in range(len(rows.rank_N)):
-        if rows.running_N[row] and rows.num_known_N[row] // rows.block_size > rows.num_named_N[row]:
+        if rows.running_N[row] and rows.num_known_N[row] >= (rows.num_named_N[row] + 1) * rows.block_size:
             in_set(arriving_U, rows.name_NW2[row, rows.num_named_N[row], 0], True)
 
 

@@ -58,7 +58,7 @@ def gather(
     Returns:
         `rows_O` of the tokens that are left, and the outputs, whose finish reasons are still to be filled in.
     """
-    keep_O = going_N[rows_O]
+    keep_O = np.flatnonzero(going_N[rows_O])  # quicker than a mask, for several arrays
     rows_O = rows_O[keep_O]
     top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", keep_O)
     return rows_O, StepOutputs(
@@ -82,7 +82,7 @@ def _prompt_logprobs(results: Sequence[StepResult], going_N: np.ndarray, table: 
         rows_R = table.rows_of_parts([result.prompt_slot for result in results])
     else:  # one rank's empty fields are as good as all ranks'
         rows_R, results = np.zeros(0, np.int64), results[:1]
-    keep_R = going_N[rows_R]
+    keep_R = np.flatnonzero(going_N[rows_R])
     top_offsets_R1, top_ids, top_logprobs = _tops(
         results, "prompt_top_offsets", "prompt_top_ids", "prompt_top_logprobs", keep_R
     )
@@ -106,11 +106,11 @@ def _joined(results: Sequence[StepResult], name: str) -> np.ndarray:
 def _tops(
     results: Sequence[StepResult], offsets: str, ids: str, logprobs: str, keep: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """These three fields of the rows to keep; mostly nobody has asked for any."""
+    """These three fields of the rows to keep, ascending; mostly nobody has asked for any."""
     if not any(len(getattr(result, ids)) for result in results):
         first = results[0]
-        return np.zeros(np.count_nonzero(keep) + 1, np.int32), getattr(first, ids), getattr(first, logprobs)
+        return np.zeros(len(keep) + 1, np.int32), getattr(first, ids), getattr(first, logprobs)
     all_ids, all_logprobs = _joined(results, ids), _joined(results, logprobs)
     counts = ragged.counts([getattr(result, offsets) for result in results])
-    kept = np.repeat(keep, counts)
+    kept = np.repeat(np.isin(np.arange(len(counts)), keep), counts)
     return ragged.offsets(counts[keep]), all_ids[kept], all_logprobs[kept]

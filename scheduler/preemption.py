@@ -10,18 +10,6 @@ import numpy as np
 from expertwire.scheduler.table import RunningTable
 
 
-def shortage_GP(table: RunningTable, rows: np.ndarray, lacking_GR: np.ndarray) -> np.ndarray:
-    """i64 [G, P]: how many blocks more than there are free the ranks need."""
-    free_GP = table.pool.num_free_GP
-    if not lacking_GR.any():
-        return np.zeros_like(free_GP)
-    needed_GP = np.zeros_like(free_GP)
-    for needed_P, lacking in zip(needed_GP, lacking_GR, strict=True):
-        lacks = np.flatnonzero(lacking)
-        needed_P += np.bincount(table.rank_N[rows[lacks]], lacking[lacks], len(needed_P)).astype(np.int64)
-    return np.maximum(needed_GP - free_GP, 0)
-
-
 def victims(table: RunningTable, short_GP: np.ndarray) -> np.ndarray:
     """Rows to preempt, ascending, so that the others get the blocks that they lack.
 

@@ -196,11 +196,13 @@ def _lacks(caches, rows, group, row, end):
 
 
 @jit
-def lacking(caches, rows, row_S, num_S, lacking_GS):
-    """Blocks that each row lacks to compute `num_S` tokens more."""
+def lacking(caches, rows, row_S, num_S, lacking_GS, lacking_GP):
+    """Blocks that each row lacks to compute `num_S` tokens more, and each rank."""
     for group in range(len(caches.size_G)):
         for i in range(len(row_S)):
-            lacking_GS[group, i] = _lacks(caches, rows, group, row_S[i], rows.num_computed_N[row_S[i]] + num_S[i])
+            row = row_S[i]
+            lacking_GS[group, i] = _lacks(caches, rows, group, row, rows.num_computed_N[row] + num_S[i])
+            lacking_GP[group, rows.rank_N[row]] += lacking_GS[group, i]
 
 
 @jit

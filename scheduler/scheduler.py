@@ -262,8 +262,8 @@ class Scheduler:
         """
         table = self._table
         table.drop_blocks(rows)
-        lacking_GR = table.lacking_GR(rows, num)
-        short_GP = preemption.shortage_GP(table, rows, lacking_GR)
+        lacking_GR, lacking_GP = table.lacking(rows, num)
+        short_GP = np.maximum(lacking_GP - self._pool.num_free_GP, 0)
         if not short_GP.any():
             return rows, num, _NO_ROWS
         victims = preemption.victims(table, short_GP)

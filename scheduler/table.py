@@ -224,11 +224,13 @@ class RunningTable:
         if (self.caches.window_G < _EVERYTHING).any():
             row_loops.drop_unseen(self.caches, self.pool.blocks, self.for_loops, rows)
 
-    def lacking_GR(self, rows: np.ndarray, num: np.ndarray) -> np.ndarray:
-        """How many blocks each row lacks to compute `num` tokens more, with one for a shared block that it must copy: [G, R]."""
+    def lacking(self, rows: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many blocks each row lacks to compute `num` tokens more, with one for a shared block that it must copy: [G, R]; and
+        how many each rank: [G, P]."""
         lacking_GR = np.zeros((len(self.specs), len(rows)), np.int64)
-        row_loops.lacking(self.caches, self.for_loops, rows, num, lacking_GR)
-        return lacking_GR
+        lacking_GP = np.zeros((len(self.specs), self.config.num_ranks), np.int64)
+        row_loops.lacking(self.caches, self.for_loops, rows, num, lacking_GR, lacking_GP)
+        return lacking_GR, lacking_GP
 
     def promised_GP(self) -> np.ndarray:
         """Blocks that the running requests will still take for the tokens that they have: i64 [G, P]."""
