@@ -152,7 +152,7 @@ def _checkpoint(given: str, change: Change, *says: str, starts: bool = False, **
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("", "COMMAND"),
-    ("train", "'train'", "serve, generate, demo, explain, bench"),
+    ("train", "'train'", "serve, generate, demo, explain, experts, bench"),
     ("serve --gpu-memory-utilization=0.9", "--gpu-memory-utilization", "--help"),
     ("serve one two", "two"),
     ("serve /no/such/folder --port 0", "there is no folder '/no/such/folder'"),

@@ -22,9 +22,7 @@ from expertwire.kernels.gpu import (
     rotate_and_store,
     routing,
     sampling,
-    tiles,
 )
-from expertwire.kernels.gpu.tiles import token_tile
 from expertwire.kernels.routing import Groups
 
 VOCAB = 151936
@@ -58,13 +56,11 @@ def routing_work(draw: Draw, model: Model, num_tokens: int) -> Work:
 
 
 def _route(logits: Tensor, bias: Tensor | None, model: Model) -> Call:
-    planned = len(logits) * model.top_k
-    tokens = token_tile("dense", planned, model.num_experts)
+    load_E = torch.zeros(model.num_experts, dtype=torch.int64, device=logits.device)
 
     def call() -> Any:
         ids_TK, weights_TK = routing.route(logits, model.top_k, bias_E=bias, **RULES[model.name])
-        done = permute.permute(ids_TK, model.num_experts)
-        return done, weights_TK, tiles.tile_metadata(done.expert_offsets, planned, tokens)
+        return permute.permute(ids_TK, model.num_experts, load_E=load_E, format="dense"), weights_TK
 
     return call
 

@@ -25,7 +25,7 @@ from expertwire.kernels import (
 )
 from expertwire.kernels.experts import Activation
 from expertwire.kernels.gpu import attention as gpu_attention
-from expertwire.kernels.gpu import formats, tiles
+from expertwire.kernels.gpu import formats, scaled, tiles
 from expertwire.kernels.gpu import mla as gpu_mla
 from expertwire.kernels.gpu.formats import ExpertWeights
 
@@ -79,12 +79,18 @@ def weights_and_plain(draw: Draw, format: str, e: int, M: int, K: int, *, gated:
         scales = plain.abs().amax(-1) / formats.FP8_MAX
         data = (plain / scales[..., None]).to(formats.FP8)
         return formats.fp8_row(data, scales, gated=gated), data.float() * scales[..., None]
+    if format in formats.SCALED:
+        parts = scaled.quantise(scaled.KINDS[format][0], plain)
+        return scaled.pack(format, *parts, gated=gated), scaled.dequantise(*parts)
     codes = formats.quantise4(format, plain)
     return formats.pack4(format, *codes, gated=gated), formats.dequantise4(format, *codes)
 
 
 def rows_and_plain(format: str, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """Rows as the kernels read them, their scales, and fp32."""
+    if format in formats.SCALED:
+        numbers, scales = scaled.quantise(scaled.KINDS[format][1], x)
+        return scaled.rows(numbers), scales, scaled.dequantise(numbers, scales)
     if not format.startswith("fp8"):
         return x, None, x.float()
     group = formats.BLOCK if format == "fp8_block" else x.shape[1]
@@ -118,6 +124,14 @@ def experts_check(draw: Draw, format: str, kind: str, num_tokens: int) -> Findin
         experts.w2_reference(plain_hidden, routed.offsets, plain2, routed.home_R, target, biases[1])
         found[f"w2 {name}"] = error(out, target), tolerance
     return found
+
+
+def scaled_check(draw: Draw, format: str, num_tokens: int) -> Findings:
+    """As `experts_check` on Blackwell; a GPU before it refuses the format."""
+    try:
+        return experts_check(draw, format, "swiglu", num_tokens)
+    except ValueError:
+        return {"refused": (float(draw.gpu.arch >= 100), 0.0)}
 
 
 def warm_experts(draw: Draw, format: str, kind: str, num_tokens: int) -> None:
@@ -222,6 +236,9 @@ def expert_items(quick: bool, tiny: bool) -> list[Item]:
         item(f"{format} T{number}", experts_check, warm_experts, format, "swiglu", number)
         for format in FORMATS
         for number in sizes
+    ]
+    found += [
+        item(f"{format} T{number}", scaled_check, None, format, number) for format in formats.SCALED for number in sizes
     ]
     kinds = ("swiglu_clamped", "relu2")
     return found + [

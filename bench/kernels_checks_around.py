@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
 from expertwire.kernels.gpu import rotate_and_store as gpu_rotate
 from expertwire.kernels.gpu import routing as gpu_routing
 from expertwire.kernels.gpu import sampling as gpu_sampling
+from expertwire.kernels.gpu import tiles
 
 
 def routing_check(draw: Draw, rule: str, num_tokens: int) -> Findings:
@@ -41,17 +41,23 @@ def routing_check(draw: Draw, rule: str, num_tokens: int) -> Findings:
     logits = draw.normal(num_tokens, num_experts, dtype=torch.float32)
     with poisoned():
         ids, weights = gpu_routing.route(logits, top_k, **rules)
-        placed = gpu_permute.permute(ids, num_experts // 2)
+        placed = gpu_permute.permute(ids, num_experts // 2, format="dense")
     expected_ids, expected = routing.reference(logits, top_k, **rules)
     wanted = permute.reference(ids, num_experts // 2)
+    tokens = tiles.token_tile("dense", ids.numel(), num_experts // 2)
+    cut = permute.tile_reference(wanted.expert_offsets, ids.numel(), tokens)
+    num_tiles = int(cut.first_tile[-1])
+    assert placed.tile_map is not None
     # Where scores are compared, not logits, a last bit may let two experts change places.
     return {
         "ids": (differing(ids, expected_ids), max(2e-3, 2 / ids.numel())),
         "weights": (error(weights, expected), 1e-3),
         **{
-            field.name: (differing(getattr(placed, field.name), getattr(wanted, field.name)), 0.0)
-            for field in dataclasses.fields(wanted)
+            name: (differing(getattr(placed, name), getattr(wanted, name)), 0.0)
+            for name in ("expert_offsets", "row_index_N", "home_N")
         },
+        "first tiles": (differing(placed.tile_map.first_tile, cut.first_tile), 0.0),
+        "experts of tiles": (differing(placed.tile_map.tile_expert[:num_tiles], cut.tile_expert[:num_tiles]), 0.0),
     }  # fmt: skip
 
 

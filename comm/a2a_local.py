@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -27,6 +28,10 @@ class LocalAllToAll:
         assert spec.group.size == 1, f"{spec.group.size} ranks"
         self._spec, self._permute = spec, permute
 
+    def counting(self, load_E: Tensor) -> LocalAllToAll:
+        """The same, which adds each expert's rows to `load_E`, i64, on the device."""
+        return LocalAllToAll(self._spec, partial(self._permute, load_E=load_E))
+
     def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> _Handle:
         assert x_TD.shape[0] <= self._spec.max_tokens, f"{x_TD.shape[0]} tokens, built for {self._spec.max_tokens}"
         num_valid = num_tokens_P if isinstance(num_tokens_P, Tensor) else None
@@ -39,6 +44,7 @@ class LocalAllToAll:
             row_index_R=permuted.row_index_N,
             expert_offsets=permuted.expert_offsets,
             home_R=permuted.home_N,
+            tile_map=permuted.tile_map,
         )
 
     def combine_send(self, handle: _Handle, y_RD: Tensor) -> Tensor:

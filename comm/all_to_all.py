@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from expertwire.comm.group import Group
+from expertwire.kernels.permute import TileMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class AllToAllSpec:
         hidden_size: D.
         top_k: K.
         dtype: of rows on the wire.
+        home_size, home_dtype: of the rows that come home; None: like those that go out.
+        layers: the model's layers that take turns, over and over, in this order; errors name them.
+        timeout_s: a rank that lets the others wait for longer is an error, where the backend waits by itself.
     """
 
     group: Group
@@ -40,6 +44,32 @@ class AllToAllSpec:
     hidden_size: int
     top_k: int
     dtype: torch.dtype
+    home_size: int | None = None
+    home_dtype: torch.dtype | None = None
+    layers: tuple[int, ...] = (0,)
+    timeout_s: float = 120.0
+
+
+class RankStalled(RuntimeError):
+    """A rank's part of an exchange did not come in time. All ranks that wait for it raise this.
+
+    Attributes:
+        rank: whose part.
+        exchange: which one, from 1; a step has one a layer.
+        phase: "dispatch" or "combine".
+        layer: the model's.
+    """
+
+    def __init__(self, rank: int, exchange: int, phase: str, layer: int, timeout_s: float) -> None:
+        super().__init__(
+            f"rank {rank} has stalled: the others have waited for more than {timeout_s:g} s for its {phase} of layer {layer}"
+        )
+        self.rank, self.exchange, self.phase, self.layer = rank, exchange, phase, layer
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Of several, the smallest is the cause; the last number is the rank."""
+        return self.exchange, int(self.phase == "combine"), self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +85,7 @@ class Dispatched:
     row_index_R: Tensor  # i64 or i32
     expert_offsets: np.ndarray | Tensor
     home_R: Tensor | None = None  # i32
+    tile_map: TileMap | None = None  # of the rows, if the backend has found their tiles already
 
 
 class AllToAll(Protocol):
@@ -77,5 +108,17 @@ class AllToAll(Protocol):
         ...
 
     def combine_recv(self, handle: Any) -> Tensor:
-        """Wait for this rank's rows: [T, K, D], slot (t, k) from expert k of token t, zeros where the id was -1."""
+        """Wait for this rank's rows: [T, K, D], slot (t, k) from expert k of token t, zeros where the id was -1.
+
+        They, and what `dispatch_recv` returned, may be overwritten by the next `dispatch_send`.
+        """
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An all-to-all that waits on the device, where nothing can be raised: the host asks when a step's work is done."""
+
+    def check(self) -> None:
+        """Raises `RankStalled` if what the device has computed is void."""
         ...

@@ -229,7 +229,8 @@ class ControlHub:
                     continue
                 answers.append(unpack(message))
                 if ERROR in answers[0]:
-                    raise RankError(rank, bytes(answers[0][ERROR]).decode())
+                    details = {name: array for name, array in answers[0].items() if name != ERROR}
+                    raise RankError(rank, bytes(answers[0][ERROR]).decode(), details)
         return complete
 
     def _pump(self, events: list[tuple[int, int]]) -> None:

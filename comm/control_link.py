@@ -91,9 +91,9 @@ class ControlLink:
             self._hub.send_frame(message)
             self._hub.drain(_DRAIN_S)
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, **details: np.ndarray) -> None:
         """Answer that this rank failed: the controller need not wait for the others. Raises `ChannelClosed`."""
-        self.send({ERROR: np.frombuffer(message.encode(), np.uint8)})
+        self.send({ERROR: np.frombuffer(message.encode(), np.uint8), **details})
 
     def close(self) -> None:
         """Leave: the controller sees a lost rank. Idempotent."""

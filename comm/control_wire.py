@@ -50,15 +50,17 @@ class RankError(RuntimeError):
     Attributes:
         rank: which one.
         message: what it said.
+        details: what else it sent with it.
     """
 
-    def __init__(self, rank: int, message: str) -> None:
+    def __init__(self, rank: int, message: str, details: Mapping[str, np.ndarray] | None = None) -> None:
         super().__init__(f"rank {rank}: {message}")
         self.rank = rank
         self.message = message
+        self.details = details or {}
 
-    def __reduce__(self) -> tuple[type[RankError], tuple[int, str]]:
-        return RankError, (self.rank, self.message)
+    def __reduce__(self) -> tuple[type[RankError], tuple[int, str, Mapping[str, np.ndarray]]]:
+        return RankError, (self.rank, self.message, self.details)
 
 
 class RankTimeout(TimeoutError):

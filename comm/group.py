@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,7 +27,10 @@ class Group(Protocol):
     size: int
 
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
-        """Send `counts[p]` rows of `rows` to each rank p and receive `out_counts[p]` rows from it into `out`, in rank order."""
+        """Send `counts[p]` rows of `rows` to each rank p and receive `out_counts[p]` rows from it into `out`, in rank order.
+
+        No counts: equally many of each.
+        """
         ...
 
     def barrier(self) -> None: ...
@@ -32,9 +38,68 @@ class Group(Protocol):
     def close(self) -> None: ...
 
 
+class PeerGroup(Group, Protocol):
+    """A group whose ranks also send to one another as each pair needs."""
+
+    def swap(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
+        """Send `send_P[p]` to each rank p and receive `receive_P[p]` from it, all at once; nothing travels for empty ones."""
+        ...
+
+    def gather(self, out: Tensor, rows: Tensor) -> Pending:
+        """Everybody's `rows`, equally many, into `out` in rank order."""
+        ...
+
+    def registered(self) -> AbstractContextManager[None]:
+        """What is allocated within is registered with NCCL until the group ends; on CPUs, nothing happens.
+
+        All ranks call it together, outside of any capture, and allocate the same.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NcclOptions:
+    """Of one communicator; see NCCL's ncclConfig_t.
+
+    Args:
+        min_ctas, max_ctas: thread blocks of a call; None: NCCL chooses.
+        zero_ctas: copy engines instead of thread blocks, where NCCL can: equal counts, one NVLink domain, registered memory.
+
+    Raises:
+        ValueError: a number is not usable.
+    """
+
+    min_ctas: int | None = None
+    max_ctas: int | None = None
+    zero_ctas: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("min_ctas", "max_ctas"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= MAX_CTAS:
+                raise ValueError(f"{name} must be in [1, {MAX_CTAS}], got {value}")
+        if self.min_ctas is not None and self.max_ctas is not None and self.min_ctas > self.max_ctas:
+            raise ValueError(f"min_ctas must be at most max_ctas = {self.max_ctas}, got {self.min_ctas}")
+
+
+MAX_CTAS = 64  # NCCL's MAXCHANNELS
+_ADDRESS_BYTES = 128
+
+
 class _Done:
     def wait(self) -> None:
         return None
+
+
+class _All:
+    """Several exchanges under way."""
+
+    def __init__(self, pending: Sequence[Pending]) -> None:
+        self._pending = pending
+
+    def wait(self) -> None:
+        for one in self._pending:
+            one.wait()
 
 
 class SoloGroup:
@@ -47,6 +112,17 @@ class SoloGroup:
         assert list(out_counts) == list(counts), f"sends {list(counts)} rows to itself but receives {list(out_counts)}"
         out.copy_(rows)
         return _Done()
+
+    def swap(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
+        receive_P[0].copy_(send_P[0])
+        return _Done()
+
+    def gather(self, out: Tensor, rows: Tensor) -> Pending:
+        out.copy_(rows)
+        return _Done()
+
+    def registered(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def barrier(self) -> None:
         return None
@@ -63,12 +139,27 @@ class TorchGroup:
         device: "cpu" (gloo) or "cuda" (NCCL).
         local_ip: this host's address towards the others; gloo listens there.
         timeout_s: an exchange that takes longer is an error.
+        nccl: only for "cuda".
+
+    Raises:
+        ValueError: this torch's NCCL has no such option.
     """
 
     def __init__(
-        self, *, store: dist.Store, rank: int, size: int, device: str, local_ip: str, timeout_s: float
+        self,
+        *,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: str,
+        local_ip: str,
+        timeout_s: float,
+        nccl: NcclOptions = NcclOptions(),
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.store = rank, size, store
+        self._like: dict[str, Any] = {"device": device, "local_ip": local_ip, "timeout_s": timeout_s, "nccl": nccl}
+        self._parts: list[TorchGroup] = []
+        self._pools: list[Any] = []
         timeout = timedelta(seconds=timeout_s)
         if device == "cpu":
             options = dist.ProcessGroupGloo._Options()
@@ -78,18 +169,94 @@ class TorchGroup:
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
+            configure(options.config, nccl, dist.ProcessGroupNCCL)
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
 
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
         options = dist.AllToAllOptions()
         return self._group.alltoall_base(out, rows, list(out_counts), list(counts), options)
 
+    def swap(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
+        grouped = send_P[0].is_cuda  # then one kernel sends and receives all; gloo has a call for each
+        if grouped:
+            self._group._start_coalescing()
+        works = []
+        for peer, (receive, send) in enumerate(zip(receive_P, send_P, strict=True)):
+            if peer == self.rank:
+                receive.copy_(send)
+                continue
+            if len(receive):
+                works.append(self._group.recv([_bytes(receive)], peer, 0))
+            if len(send):
+                works.append(self._group.send([_bytes(send)], peer, 0))
+        return _All([self._group._end_coalescing()] if grouped else works)
+
+    def gather(self, out: Tensor, rows: Tensor) -> Pending:
+        return self._group._allgather_base(_bytes(out), _bytes(rows))
+
+    @contextlib.contextmanager
+    def registered(self) -> Iterator[None]:
+        if self._like["device"] == "cpu":
+            yield
+            return
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._group.eager_connect_single_device(device)  # a communicator must be there to register with
+        pool = torch.cuda.MemPool(self._group.mem_allocator)
+        with torch.cuda.use_mem_pool(pool):
+            yield
+        self._group.register_mem_pool(pool, symm=True)
+        self._pools.append(pool)
+
     def barrier(self) -> None:
         self._group.barrier(dist.BarrierOptions()).wait()
 
+    def part(self, part_P: Sequence[int]) -> Group:
+        """A group of the ranks whose part is this rank's, in their order; it ends with this one. All ranks call it together."""
+        members = [rank for rank in range(self.size) if part_P[rank] == part_P[self.rank]]
+        if len(members) == 1:
+            self._everyones_address("")
+            return SoloGroup()
+        store, address = serve_store(self._like["local_ip"]) if members[0] == self.rank else (None, "")
+        host, port = self._everyones_address(address)[members[0]].rsplit(":", 1)
+        store = store or dist.TCPStore(host, int(port), is_master=False)
+        part = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **self._like)
+        self._parts.append(part)
+        return part
+
+    def _everyones_address(self, address: str) -> list[str]:
+        mine = torch.frombuffer(bytearray(address.encode().ljust(_ADDRESS_BYTES)), dtype=torch.uint8)
+        mine = mine.to(self._like["device"]).repeat(self.size, 1)
+        ones = [1] * self.size
+        return [bytes(row.numpy()).decode().strip() for row in exchange_now(self, mine, ones, ones).cpu()]
+
     def close(self) -> None:
+        for part in self._parts:
+            part.close()
+        for pool in self._pools:
+            self._group.deregister_mem_pool(pool)
+        self._pools.clear()
         if hasattr(self._group, "abort"):
             self._group.abort()
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """Gloo refuses some types."""
+    return rows.view(torch.uint8)
+
+
+def configure(config: Any, wanted: NcclOptions, library: Any) -> None:
+    """Write what is wanted into torch's `NCCLConfig`; `library` is `ProcessGroupNCCL`.
+
+    Raises:
+        ValueError: this torch's NCCL has no such option.
+    """
+    for name in ("min_ctas", "max_ctas"):
+        if (value := getattr(wanted, name)) is not None:
+            setattr(config, name, value)
+    if wanted.zero_ctas:
+        if not hasattr(library, "NCCL_CTA_POLICY_ZERO"):
+            raise ValueError("zero_ctas needs a torch that is built with NCCL 2.28 or later; allowed here is False")
+        config.cta_policy = library.NCCL_CTA_POLICY_ZERO
 
 
 def make_group(

@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import functools
 import importlib
+import json
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from expertwire.deploy.options import add_engine_options, add_options, engine_config, given, model_folder
@@ -18,7 +20,9 @@ from expertwire.scheduler.sampling_params import SamplingParams
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "n")
 BENCHES: Mapping[str, str] = {
     "throughput": "tokens per second and per core-second of random prompts",
+    "all-to-all": "dispatch and combine beside their bounds, a model and published figures",
     "control": "microseconds per step of the control channel",
+    "balance": "how evenly experts' rows spread over ranks after rebalancing, on simulated routing",
     "schedule": "goodput, latencies, balance and prefix hits of the scheduler on simulated ranks",
 }
 
@@ -55,12 +59,13 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_generate(commands)
     _add_demo(commands)
     _add_explain(commands)
+    _add_experts(commands)
     group = commands.add_parser("bench", help="measure", description="Measures.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
     for name, text in BENCHES.items():
         bench = subcommands.add_parser(name, help=text, description=text.capitalize() + ".")
         if name in benches:
-            module = importlib.import_module(f"expertwire.bench.{name}")
+            module = importlib.import_module("expertwire.bench." + name.replace("-", "_"))
             module.add_arguments(bench)
             bench.set_defaults(command=module.main)
     return parser
@@ -111,14 +116,43 @@ def _add_explain(commands: Any) -> None:
     text = "h200 and b200 need not be here (default: %(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda", "h200", "b200"), default="cpu", help=text)
     parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="ranks (default: %(default)s)")
+    text = "how tokens shall travel between ranks (default: %(default)s)"
+    parser.add_argument("--all-to-all", choices=("auto", "reference", "nccl", "nvlink"), default="auto", help=text)
+    text = (
+        "where the ranks are: a file, or nvl72, nvl36 or hgx8 (default: this machine; nvl72 with b200, hgx8 with h200)"
+    )
+    parser.add_argument("--topology", metavar="FILE", help=text)
     parser.set_defaults(command=_explain)
 
 
 def _explain(args: argparse.Namespace) -> int:
     from expertwire.deploy.explain import explain
 
-    for line in explain(model_folder(args), args.device, args.ep_size):
+    for line in explain(model_folder(args), args.device, args.ep_size, args.all_to_all, args.topology):
         print(line)
+    return 0
+
+
+def _add_experts(commands: Any) -> None:
+    text = "show how tokens spread over experts and ranks"
+    parser = commands.add_parser("experts", help=text, description=text.capitalize() + ".")
+    parser.add_argument("source", metavar="SOURCE", help="host:port of a server, or a file that --json has written")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw it there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.set_defaults(command=_experts)
+
+
+def _experts(args: argparse.Namespace) -> int:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from expertwire.deploy import experts
+
+    values = experts.read(args.source)
+    for line in experts.lines(values):
+        print(line)
+    if args.json:
+        args.json.write_text(json.dumps(values) + "\n")
+    if args.png:
+        experts.save_png(values, args.png)
     return 0
 
 

@@ -1,23 +1,88 @@
-"""`expertwire explain`: which implementations a model runs with on a device, and how its products are cut into tiles."""
+"""`expertwire explain`: which implementations a model runs with on a device, how its products are cut into tiles, and how its
+tokens travel between ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from expertwire.comm.topology import Place, Topology, read
+from expertwire.comm.topology_choice import Situation, choose
 from expertwire.engine.checkpoint import read_model_config
-from expertwire.engine.config import ModelConfig
+from expertwire.engine.config import EngineConfig, ModelConfig
 
 _TOKENS = (1, 8, 64, 512, 4096)
+_NO_GPU = "--device: there is no CUDA device here; allowed are cpu, h200 and b200"
 
 
-def explain(model: str, device: str, ep_size: int) -> Iterator[str]:
-    """Lines of text. "h200" and "b200" need not be here.
+def explain(
+    model: str, device: str, ep_size: int, all_to_all: str = "auto", topology: str | None = None
+) -> Iterator[str]:
+    """Lines of text. "h200" and "b200" need not be here; their ranks are those of `topology` (`comm.topology.read`).
 
     Raises:
-        ValueError: there is no such model or device.
+        ValueError: there is no such model, device, topology or all-to-all, or these ranks cannot use it.
     """
     config = read_model_config(model)
+    travel = list(_travel(config, device, ep_size, all_to_all, topology))  # refused before anything slow
     yield from _on_a_cpu(config) if device == "cpu" else _on_a_gpu(config, device, ep_size)
+    yield from travel
+
+
+def _travel(config: ModelConfig, device: str, ep_size: int, all_to_all: str, topology: str | None) -> Iterator[str]:
+    """The all-to-all, why it is, and how many bytes it has to move."""
+    if not any(config.sparse_layers):
+        return
+    where = read(topology).first(ep_size) if topology else _default_topology(device, ep_size)
+    row = config.hidden_size * {"float32": 4, "bfloat16": 2}[config.dtype]
+    here = Situation(
+        topology=where,
+        device="cpu" if device == "cpu" else "cuda",
+        step_rows=ep_size * EngineConfig.max_num_tokens * config.top_k,
+        # What a GPU's torch has, this machine's cannot say.
+        libraries=_libraries() if device in ("cpu", "cuda") else ("gloo", "nccl"),
+    )
+    yield str(where)
+    yield f"all-to-all {choose(all_to_all, here)}"
+    if ep_size == 1:
+        return
+    from expertwire.comm import a2a_model
+
+    copies = a2a_model.distinct_ranks(a2a_model.even(config.num_experts, ep_size), config.top_k)
+    out = a2a_model.dispatch(1, row, copies, ep_size).wire
+    back = a2a_model.combine(1, row, config.top_k, ep_size).wire
+    yield (
+        f"a token goes to {copies:.2f} of {ep_size} ranks, {a2a_model.duplicate_probability(copies, config.top_k):.0%} of its "
+        f"{config.top_k} copies are saved; {out / 1e3:.1f} KB leave its rank, {back / 1e3:.1f} KB come home (uniform routing)"
+    )
+
+
+def _libraries() -> tuple[str, ...]:
+    from expertwire.comm import backends
+
+    return backends.libraries()
+
+
+def _default_topology(device: str, ep_size: int) -> Topology:
+    """Without a file: ranks of one machine; a rack of Blackwells."""
+    if device in ("h200", "b200"):
+        return read("hgx8" if device == "h200" else "nvl72").first(ep_size)
+    if device == "cuda":
+        return _gpus_here(ep_size)
+    place = Place(domain="this machine", node="this machine", failure_domain="this machine")
+    return Topology(name="this machine", places=(place,) * ep_size)
+
+
+def _gpus_here(ep_size: int) -> Topology:
+    import torch
+
+    from expertwire.comm import topology_probe
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise ValueError(_NO_GPU)
+    if ep_size > count:
+        raise ValueError(f"--ep-size must be in [1, {count}], the GPUs here, or --topology be given, got {ep_size}")
+    return topology_probe.assemble([topology_probe.probe("this machine", f"cuda:{rank}") for rank in range(ep_size)])
 
 
 def _on_a_cpu(config: ModelConfig) -> Iterator[str]:
@@ -25,15 +90,15 @@ def _on_a_cpu(config: ModelConfig) -> Iterator[str]:
 
     from expertwire.kernels import registry
     from expertwire.kernels.cpu import gemm
-    from expertwire.kernels.linear import few_rows_apart
+    from expertwire.kernels.linear import is_packed
 
     yield registry.cpu().explain()
     for name, shape in _products(config).items():
         weight = torch.empty(shape, dtype=getattr(torch, config.dtype))
-        if few_rows_apart(weight):
-            yield f"{name} {list(shape)}: up to {gemm.few(weight.dtype)} rows by {gemm.__name__}, more by oneDNN"
+        if is_packed(weight):
+            yield f"{name} {list(shape)}: packed, by {gemm.__name__}"
         else:
-            yield f"{name} {list(shape)}: by oneDNN, as it has {torch.get_num_threads()} threads, or for the shape"
+            yield f"{name} {list(shape)}: by torch, as it has {torch.get_num_threads()} threads, or for the shape"
 
 
 def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
@@ -44,7 +109,7 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
     from expertwire.kernels.gpu.device import B200, H200, describe
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: there is no CUDA device here; allowed are cpu, h200 and b200")
+        raise ValueError(_NO_GPU)
     gpu = {"h200": H200, "b200": B200}.get(device) or describe("cuda")
     dtype = getattr(torch, config.dtype)
     yield registry.triton(gpu).explain()

@@ -17,8 +17,8 @@ from expertwire.engine.config import EngineConfig
 ENGINE_FIELDS = (
     "dtype", "device", "ep_size", "launcher", "ray_address", "load_format", "max_model_len", "max_num_tokens",
     "max_running", "max_waiting", "max_waiting_per_tenant", "chunk_tokens", "policy", "aging", "tenant_weights",
-    "prefix_cache", "block_size", "kv_cache_bytes", "redundant_experts", "threads_per_rank", "seed", "start_timeout_s",
-    "step_timeout_s",
+    "prefix_cache", "block_size", "kv_cache_bytes", "redundant_experts", "rebalance_steps", "all_to_all",
+    "threads_per_rank", "seed", "start_timeout_s", "step_timeout_s",
 )  # fmt: skip
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 

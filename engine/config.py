@@ -46,6 +46,11 @@ class EngineConfig:
         kv_cache_bytes: of one rank; None takes what `max_running` requests of `max_model_len` need, at most a fraction of the
             memory that is free after loading.
         redundant_experts: physical experts beyond the logical ones.
+        rebalance_steps: after so many steps, again and again, see whether it pays to move experts to other ranks, and do so
+            while requests are served; 0: never.
+        all_to_all: how tokens travel between ranks: "auto" (the best of the others that these ranks can use), "reference"
+            (torch's all_to_all_single), "nccl" (grouped sending and receiving) or "nvlink" (ranks write rows into each other's
+            memory: over NVLink between GPUs, in shared memory between CPU ranks of one machine).
         threads_per_rank: of the CPU ranks; None shares the machine's cores.
         seed: from which the seeds of requests without one are drawn.
         start_timeout_s: a rank that is not ready by then is an error.
@@ -72,6 +77,8 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_bytes: int | None = None
     redundant_experts: int = 0
+    rebalance_steps: int = 0
+    all_to_all: Literal["auto", "reference", "nccl", "nvlink"] = "auto"
     threads_per_rank: int | None = None
     seed: int = 0
     start_timeout_s: float = 300.0
@@ -84,6 +91,7 @@ class EngineConfig:
             ("launcher", ("auto", "local", "ray")),
             ("load_format", ("auto", "dummy")),
             ("policy", ("fcfs", "priority", "shortest", "prefix", "fair")),
+            ("all_to_all", ("auto", "reference", "nccl", "nvlink")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
@@ -94,6 +102,7 @@ class EngineConfig:
             ("max_waiting", 1),
             ("block_size", 1),
             ("redundant_experts", 0),
+            ("rebalance_steps", 0),
         ):
             _check_int(field, getattr(self, field), low)
         for field in (
@@ -105,6 +114,8 @@ class EngineConfig:
         ):
             if getattr(self, field) is not None:
                 _check_int(field, getattr(self, field), 1)
+        if self.rebalance_steps and self.ep_size == 1:
+            raise ValueError(f"rebalance_steps {self.rebalance_steps} has no effect with ep_size 1; use more ranks")
         self._check_policy()
         for field in ("start_timeout_s", "step_timeout_s"):
             value = getattr(self, field)

@@ -12,7 +12,7 @@ import json
 import select
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -29,8 +29,11 @@ from expertwire.comm.control import (
 )
 from expertwire.engine import messages
 from expertwire.engine.config import ModelInfo, too_many_branches
+from expertwire.engine.rebalancing import Rebalancing
 from expertwire.engine.request_options import RequestOptions
 from expertwire.engine.startup import CacheTooSmall, Orders, scheduler_config, start_ranks
+from expertwire.moe.load import ExpertLoad
+from expertwire.moe.placement import place
 from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.policy import PolicyConfig, make_policy
@@ -58,7 +61,8 @@ class Loop:
     num_fronts: int = 0
     asking: list[int] = field(default_factory=list)  # fronts that wait for statistics
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
-    load: np.ndarray | None = None  # i64 [layers * experts]
+    load: ExpertLoad | None = None  # None: a dense model
+    rebalancing: Rebalancing | None = None
     unchecked: bool = False  # whether something has been done since the scheduler's integrity was checked
 
 
@@ -80,7 +84,10 @@ def controller_main(orders: Orders) -> None:
         info = start_ranks(orders, hub)
         policy = PolicyConfig(name=config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
-        loop = Loop(scheduler=scheduler, hub=hub, info=info)
+        loop = Loop(scheduler=scheduler, hub=hub, info=info, load=_expert_load(orders, info))
+        if config.rebalance_steps:
+            assert loop.load is not None, "a dense model has no experts to move"
+            loop.rebalancing = Rebalancing(loop.load, orders.model, config.rebalance_steps)
         collect_when_quiet()
         _tell(ready=info.to_dict())
         flight: StepPlan | None = None
@@ -94,8 +101,17 @@ def controller_main(orders: Orders) -> None:
                 _send(loop, number, messages.Failure(rank=rank, message=message))
         _tell(failed={"rank": rank, "message": message})
     finally:
+        if loop is not None and loop.rebalancing is not None:
+            loop.rebalancing.close()
         hub.close()
         listener.close()
+
+
+def _expert_load(orders: Orders, info: ModelInfo) -> ExpertLoad | None:
+    if not info.num_experts:
+        return None
+    placement = place(info.num_experts, info.ep_size, orders.config.redundant_experts, info.num_layers)
+    return ExpertLoad(placement, info.num_layers)
 
 
 def collect_when_quiet() -> None:
@@ -111,23 +127,33 @@ def _tell(**status: Any) -> None:
 
 
 def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError | CacheTooSmall) -> tuple[int, str]:
-    """The rank at fault and what to say. A rank's error may be the wake of another's death: that one is named then."""
-    match error:
-        case CacheTooSmall():
-            return -1, str(error)
-        case RankTimeout():
-            return error.ranks[0], str(error)
-        case RankError():
-            deadline = time.monotonic() + _BLAME_S
-            while (left := deadline - time.monotonic()) > 0:
-                try:
-                    select.select(hub.filenos(), [], [], left)
-                    hub.poll_lost()
-                except RankLost as lost:
-                    return lost.rank, f"rank {lost.rank} has died: {lost.reason}"
-            return error.rank, str(error)
-        case RankLost():
-            return error.rank, f"rank {error.rank} has died: {error.reason}"
+    """The rank at fault and what to say. An error may be the wake of another rank's death, or of its stall: that one is named."""
+    if isinstance(error, CacheTooSmall):
+        return -1, str(error)
+    found = [error] if isinstance(error, RankLost) else [error, *_other_errors(hub)]
+    for lost in found:
+        if isinstance(lost, RankLost):
+            return lost.rank, f"rank {lost.rank} has died: {lost.reason}"
+    failed = [each for each in found if isinstance(each, RankError)]
+    if stalls := [each for each in failed if "stall" in each.details]:
+        first = min(stalls, key=lambda each: each.details["stall"].tolist())
+        return int(first.details["stall"][-1]), first.message
+    return (failed[0].rank, str(failed[0])) if failed else (error.ranks[0], str(error))
+
+
+def _other_errors(hub: ControlHub) -> Iterator[RankLost | RankError]:
+    """What the other ranks report within a little while."""
+    deadline = time.monotonic() + _BLAME_S
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            hub.collect(left)
+        except RankError as another:
+            yield another
+        except RankLost as lost:
+            yield lost
+            return
+        except RankTimeout:
+            return
 
 
 # ---- the loop
@@ -135,7 +161,8 @@ def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError | CacheToo
 
 def _listen(loop: Loop, listener: Any, *, busy: bool) -> None:
     """Take in what the fronts say; waits only when there is nothing else to do."""
-    busy = busy or not loop.scheduler.idle or bool(loop.asking)
+    moving = loop.rebalancing is not None and loop.rebalancing.moving
+    busy = busy or not loop.scheduler.idle or bool(loop.asking) or moving
     by_descriptor = {channel.fileno(): number for number, channel in loop.fronts.items()}
     watched = [listener.fileno(), *by_descriptor, *loop.hub.filenos()]
     # A front that is slow to read has left some of its messages with us.
@@ -239,7 +266,7 @@ def step(loop: Loop, flight: StepPlan | None, timeout_s: float, *, overlap: bool
         The step that the ranks compute now, for the next call.
     """
     clock = [time.perf_counter()]
-    plan = loop.scheduler.plan(time.monotonic(), report_load=bool(loop.asking))
+    plan = _plan(loop)
     if plan is not None:
         loop.hub.publish(plan.to_arrays())
     if not overlap:
@@ -254,11 +281,26 @@ def step(loop: Loop, flight: StepPlan | None, timeout_s: float, *, overlap: bool
     _deliver(loop, outputs)
     clock.append(time.perf_counter())
     _count(loop, flight, results, clock)
+    rows_LE = None
+    if flight.report_load and loop.load is not None:
+        rows_LE = np.sum([result.expert_load for result in results], axis=0).reshape(loop.load.rows_LE.shape)
+        loop.load.add(rows_LE)
+    if loop.rebalancing is not None:
+        loop.rebalancing.committed(flight, results, rows_LE)
     if flight.report_load:
-        load = np.sum([result.expert_load for result in results], axis=0)
-        loop.load = load if loop.load is None else loop.load + load
         _answer_stats(loop)
     return plan
+
+
+def _plan(loop: Loop) -> StepPlan | None:
+    """The next step, with what moves before it."""
+    now, report_load = time.monotonic(), bool(loop.asking)
+    if loop.rebalancing is None:
+        return loop.scheduler.plan(now, report_load=report_load)
+    also, moves = loop.rebalancing.next()
+    if moves is not None and len(moves.logical_S):
+        loop.scheduler.epoch += 1
+    return loop.scheduler.plan(now, report_load=report_load or also, moves=moves)
 
 
 def _deliver(loop: Loop, outputs: StepOutputs) -> None:
@@ -308,10 +350,11 @@ def _count(loop: Loop, plan: StepPlan, results: list[StepResult], clock: list[fl
 
 
 def _answer_stats(loop: Loop) -> None:
-    """Statistics: the scheduler's gauges, the totals, and `expert_load`: rows by [layer][logical expert] since the start."""
-    assert loop.load is not None
-    load = loop.load.reshape(loop.info.num_layers, -1).tolist()
-    values = {**loop.scheduler.stats(), **loop.totals, "expert_load": load}
+    """Statistics: the scheduler's gauges, the totals, and `ExpertLoad.summary`."""
+    load = {"expert_load": [[]] * loop.info.num_layers} if loop.load is None else loop.load.summary()
+    values = {**loop.scheduler.stats(), **loop.totals, **load}
+    if loop.rebalancing is not None:
+        values["rebalancing"] = {"epoch": loop.scheduler.epoch, **loop.rebalancing.stats()}
     for number in loop.asking:
         _send(loop, number, messages.Stats(values=values))
     loop.asking.clear()

@@ -65,7 +65,7 @@ class RankContext:
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """One layer's attention and the norm behind it. Query, key and value projections are one product; so are the norms of
-    query and key. `few` does the same in one call, for the steps that it gives a description of."""
+    query and key. `fused` does all of it in one call."""
 
     ops: Ops
     eps: float
@@ -74,7 +74,7 @@ class Attention:
     qk_norm: Tensor | None  # [H + G, d]
     output: Linear
     norm: Tensor
-    few: attention.FewRows | None
+    fused: attention.Fused | None
 
     def forward(
         self,
@@ -86,8 +86,8 @@ class Attention:
         step: Any,
     ) -> tuple[Tensor, Tensor]:
         """x plus the attention of its norm, and the norm of that."""
-        if step is not None and self.few is not None:
-            return self.few(x_TD, normed_TD, cache.k, cache.v, step)
+        if self.fused is not None:
+            return self.fused(x_TD, normed_TD, cache.k, cache.v, step)
         qkv_Thd = self.qkv(normed_TD).unflatten(1, (-1, self.head_dim))
         positions_T, slots_T = batch.positions_T, batch.slot_mapping_T
         q_THd = self.ops.rotate_and_store(
@@ -134,7 +134,7 @@ class Decoder:
                 layer["o_bias"] = ParamSpec(shape=(width,), fan_in=width)
             if c.qk_norm:
                 layer["q_norm"] = layer["k_norm"] = ParamSpec(shape=(c.head_dim,), fan_in=None)
-            layer |= self._moe_specs() if sparse else self._dense_specs()
+            layer |= self._moe_specs(i) if sparse else self._dense_specs()
             specs |= {f"layers.{i}.{name}": spec for name, spec in layer.items()}
         specs["norm"] = ParamSpec(shape=(width,), fan_in=None)
         if not c.tie_word_embeddings:
@@ -148,17 +148,17 @@ class Decoder:
             "down": ParamSpec(shape=(width, inner), fan_in=inner),
         }
 
-    def _moe_specs(self) -> dict[str, ParamSpec]:
-        c, here = self.config, self._experts_here()
+    def _moe_specs(self, i: int) -> dict[str, ParamSpec]:
+        c, here = self.config, self._experts_here(i)
         return {
             "router": ParamSpec(shape=(c.num_experts, c.hidden_size), fan_in=c.hidden_size),
             "w13": ParamSpec(shape=(len(here), 2 * c.expert_size, c.hidden_size), fan_in=c.hidden_size, experts=here),
             "w2": ParamSpec(shape=(len(here), c.hidden_size, c.expert_size), fan_in=c.expert_size, experts=here),
         }
 
-    def _experts_here(self) -> tuple[int, ...]:
+    def _experts_here(self, i: int) -> tuple[int, ...]:
         assert self.context.placement is not None, f"{self.config.architecture} has experts but no placement"
-        return self.context.placement.experts_of(self.context.rank)
+        return self.context.placement.experts_of(self.context.rank, i)
 
     def weight_map(self) -> WeightMap:
         """Checkpoint tensor name -> where it goes on this rank."""
@@ -209,7 +209,7 @@ class Decoder:
 
     def expert_map(self, i: int, router: str, expert: str, gate: str, up: str, down: str) -> WeightMap:
         """Per-expert tensors; `expert` is a format string of the expert's id, `gate`, `up`, `down` its tensors."""
-        width, here, param = self.config.expert_size, self._experts_here(), f"layers.{i}."
+        width, here, param = self.config.expert_size, self._experts_here(i), f"layers.{i}."
         names: dict[str, tuple[Destination, ...]] = {router: (Destination(param=param + "router"),)}
         for e in range(self.config.num_experts):
             slots = [slot for slot, logical in enumerate(here) if logical == e]
@@ -235,34 +235,35 @@ class Decoder:
         for i, (sparse, next_norm) in enumerate(zip(c.sparse_layers, norms[1:], strict=True)):
             prefix = f"layers.{i}."
             layer = {name.removeprefix(prefix): params.pop(name) for name in list(params) if name.startswith(prefix)}
-            self.layers.append(self._bind_layer(layer, sparse, next_norm))
+            self.layers.append(self._bind_layer(i, layer, sparse, next_norm))
         assert not params, f"parameters that no layer took: {sorted(params)}"
 
-    def _bind_layer(self, p: Params, sparse: bool, next_norm: Tensor) -> Layer:
+    def _bind_layer(self, i: int, p: Params, sparse: bool, next_norm: Tensor) -> Layer:
         c = self.config
         qk_norm = None
         if c.qk_norm:
             q_norm, k_norm = p["q_norm"].expand(c.num_heads, -1), p["k_norm"].expand(c.num_kv_heads, -1)
             qk_norm = torch.cat((q_norm, k_norm))
-        few = None
-        if not c.attention_bias and not self.context.ops.on_device:
-            few = attention.prepare_few(p["qkv"], p["o"], qk_norm, p["post_norm"], c.rms_norm_eps, c.head_dim)
+        ops, fused = self.context.ops, None
+        qkv, output = ops.linear(p.pop("qkv"), p.get("qkv_bias")), ops.linear(p.pop("o"), p.get("o_bias"))
+        if not ops.on_device:
+            fused = attention.fuse(qkv, output, qk_norm, p["post_norm"], c.rms_norm_eps, c.head_dim)
         attn = Attention(
-            ops=self.context.ops,
+            ops=ops,
             eps=c.rms_norm_eps,
             head_dim=c.head_dim,
-            qkv=self.context.ops.linear(p.pop("qkv"), p.get("qkv_bias")),
+            qkv=qkv,
             qk_norm=qk_norm,
-            output=self.context.ops.linear(p.pop("o"), p.get("o_bias")),
+            output=output,
             norm=p["post_norm"],
-            few=few,
+            fused=fused,
         )
         if not sparse:
             return Layer(attention=attn, mlp=_dense_mlp(p, self.context.ops, next_norm, c.rms_norm_eps), moe=None)
-        moe = self._bind_moe(p, next_norm)
+        moe = self._bind_moe(i, p, next_norm)
         return Layer(attention=attn, mlp=moe.forward, moe=moe)
 
-    def _bind_moe(self, p: Params, next_norm: Tensor) -> MoeLayer:
+    def _bind_moe(self, i: int, p: Params, next_norm: Tensor) -> MoeLayer:
         c, context = self.config, self.context
         assert context.placement is not None
         assert context.all_to_all is not None
@@ -278,6 +279,7 @@ class Decoder:
             placement=context.placement,
             rank=context.rank,
             all_to_all=context.all_to_all,
+            layer=i,
         )
 
     # ---- running
@@ -295,8 +297,8 @@ class Decoder:
         num_tokens_P = list(batch.num_tokens_P) if batch.num_valid is None else batch.num_valid
         x_TD = self._embed[batch.token_ids_T]
         normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
-        few, seqs = self.layers[0].attention.few, batch.sequences
-        step = few and few.step(self._tables, batch.positions_T, batch.slot_mapping_T, seqs, caches[0].k)
+        fused = self.layers[0].attention.fused
+        step = fused and fused.step(self._tables, batch.positions_T, batch.slot_mapping_T, batch.sequences)
         for layer, cache in zip(self.layers, caches, strict=True):
             x_TD, normed_TD = layer.attention.forward(x_TD, normed_TD, batch, cache, self._tables, step)
             x_TD, normed_TD = layer.mlp(x_TD, normed_TD, num_tokens_P)

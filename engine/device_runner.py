@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.comm.all_to_all import Watched
 from expertwire.engine import logprobs
 from expertwire.engine.batch import ForwardBatch
 from expertwire.engine.caches import PagedKv
@@ -87,6 +88,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Give the device its work; see `rank_loop.Steps`. All ranks of the group call it with the same plan."""
+        assert plan.moves is None, "experts on a GPU stay where they are"
         mine = plan.rank(self._rank)
         self._slots.apply(mine)
         self._copy_blocks(mine)
@@ -126,6 +128,8 @@ class DeviceRunner:
         if self._on_gpu:
             ended.synchronize()
             elapsed_us = int(started.elapsed_time(ended) * 1e3)
+        if isinstance(self._model.context.all_to_all, Watched):
+            self._model.context.all_to_all.check()
         return StepResult(**answer, forward_us=elapsed_us, **sampled(), **prompt())
 
     def _mark(self) -> Any:

@@ -150,6 +150,10 @@ def _check(config: EngineConfig, model: ModelConfig) -> int:
         raise ValueError(
             f"redundant_experts must be 0: {model.architecture} has no experts; got {config.redundant_experts}"
         )
+    if config.rebalance_steps and not any(model.sparse_layers):
+        raise ValueError(
+            f"rebalance_steps must be 0: {model.architecture} has no experts; got {config.rebalance_steps}"
+        )
     if any(model.sparse_layers):
         place(model.num_experts, config.ep_size, config.redundant_experts)
     if config.load_format == "auto":

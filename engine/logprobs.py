@@ -24,7 +24,9 @@ def of(logits_OV: Tensor, token_O: Tensor, num_top_O: np.ndarray) -> Sequence[Te
     asked = np.flatnonzero(num_top_O >= 0)
     if not len(asked):
         return ()
-    rows = torch.from_numpy(asked).to(logits_OV.device)
+    rows = torch.from_numpy(asked)
+    if logits_OV.is_cuda:  # a copy from memory that is not pinned would wait for all that the device has to do
+        rows = rows.pin_memory().to(logits_OV.device, non_blocking=True)
     widest = int(np.minimum(num_top_O[asked], logits_OV.shape[1]).max())
     return sampling.token_logprobs(logits_OV.index_select(0, rows), token_O.index_select(0, rows).long(), widest)
 

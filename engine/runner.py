@@ -21,16 +21,20 @@ from expertwire.engine.rank_loop import Launched
 from expertwire.engine.slot_states import Scheduled
 from expertwire.engine.slots import Slots
 from expertwire.kernels import attention, sampling
-from expertwire.scheduler.plan import RankPlan, StepPlan, StepResult
+from expertwire.moe.migration import Leg
+from expertwire.moe.mover import Mover
+from expertwire.scheduler.plan import ExpertMoves, RankPlan, StepPlan, StepResult
 
 
 class Runner:
-    """Runs plans on one rank."""
+    """Runs plans on one rank; `mover` carries out what they say of experts, None if they never move."""
 
     depth = 1  # the host computes
 
-    def __init__(self, *, model: Decoder, caches: list[PagedKv], slots: Slots, rank: int) -> None:
-        self._model, self._caches, self._slots, self._rank = model, caches, slots, rank
+    def __init__(
+        self, *, model: Decoder, caches: list[PagedKv], slots: Slots, rank: int, mover: Mover | None = None
+    ) -> None:
+        self._model, self._caches, self._slots, self._rank, self._mover = model, caches, slots, rank, mover
 
     @torch.inference_mode()
     def warm_up(self, num_ranks: int, max_num_tokens: int) -> None:
@@ -59,15 +63,29 @@ class Runner:
         load = self._model.take_expert_load() if plan.report_load else np.zeros(0, np.int64)
         answer = {"step": plan.step, "rank": self._rank, "expert_load": load}
         if not plan.num_tokens_P.any():
-            return Launched(
-                partial(StepResult, **answer, forward_us=0, **logprobs.no_tokens(), **logprobs.no_prompt_rows())
-            )
+            return Launched(partial(self._idle, plan.moves, answer))
         step = self._slots.schedule(mine)
         batch = self._slots.batch(step, plan.num_tokens_P.tolist())
-        return Launched(partial(self._finish, mine, answer, batch, step))
+        return Launched(partial(self._finish, plan.moves, mine, answer, batch, step))
+
+    def _idle(self, moves: ExpertMoves | None, answer: dict[str, Any]) -> StepResult:
+        nothing = logprobs.no_tokens() | logprobs.no_prompt_rows()
+        return StepResult(**answer, move_us=self._move(moves), forward_us=0, **nothing)
+
+    def _move(self, moves: ExpertMoves | None) -> int:
+        """How long it took, in µs."""
+        if moves is None:
+            return 0
+        assert self._mover is not None, f"layer {moves.layer} shall move, but nothing is prepared for that"
+        started = time.perf_counter()
+        self._mover.run(Leg(*moves))
+        return int((time.perf_counter() - started) * 1e6)
 
     @torch.inference_mode()
-    def _finish(self, mine: RankPlan, answer: dict[str, Any], batch: ForwardBatch, step: Scheduled) -> StepResult:
+    def _finish(
+        self, moves: ExpertMoves | None, mine: RankPlan, answer: dict[str, Any], batch: ForwardBatch, step: Scheduled
+    ) -> StepResult:
+        answer |= {"move_us": self._move(moves)}
         started = time.perf_counter()
         hidden_TD = self._model.forward(batch, self._caches)
         prompt_rows = self._prompt_logprobs(hidden_TD, mine, step)

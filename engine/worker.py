@@ -19,10 +19,9 @@ import traceback
 import numpy as np
 import torch
 
+from expertwire.comm import backends
 from expertwire.comm import group as groups
-from expertwire.comm.a2a_local import LocalAllToAll
-from expertwire.comm.a2a_reference import ReferenceAllToAll
-from expertwire.comm.all_to_all import AllToAll, AllToAllSpec
+from expertwire.comm.all_to_all import AllToAll, AllToAllSpec, RankStalled
 from expertwire.comm.control import ChannelClosed, ControlLink
 from expertwire.engine import weights
 from expertwire.engine.caches import PagedKv
@@ -34,7 +33,11 @@ from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import Runner
 from expertwire.engine.slots import Slots
 from expertwire.kernels import registry as kernels
+from expertwire.moe.mover import Mover
 from expertwire.moe.placement import Placement, place
+
+# An exchange may take so much of a step's time, so that the ranks say who stalled, and where, before the controller gives up.
+_EXCHANGE_SHARE = 0.9
 
 
 def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
@@ -53,9 +56,11 @@ def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, t
 
 def _report(link: ControlLink, error: Exception) -> None:
     """Answer with the error and wait until the controller has taken it in and closes."""
-    text = str(error) if isinstance(error, ValueError) else "".join(traceback.format_exception(error)).strip()
+    for_users = isinstance(error, (ValueError, RankStalled))
+    text = str(error) if for_users else "".join(traceback.format_exception(error)).strip()
+    stall = {"stall": np.array(error.order)} if isinstance(error, RankStalled) else {}
     with contextlib.suppress(ChannelClosed):
-        link.fail(text or repr(error))
+        link.fail(text or repr(error), **stall)
         while True:
             link.recv()
 
@@ -84,24 +89,31 @@ def _start(
     )
     closing.callback(group.close)
     model_config = read_model_config(config.model, config.dtype)
-    model = _load(config, model_config, rank, num_ranks, sharers, device, group)
+    model = _load(config, model_config, rank, num_ranks, node, sharers, device, group)
     link.send({"free": np.array([weights.free_memory(device)]), "device": _bytes(device.split(":")[0])})
 
     sizes = link.recv()
     num_blocks, max_model_len = int(sizes["num_blocks"][0]), int(sizes["max_model_len"][0])
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
-    runner = _make_runner(config, model, caches, max_model_len, rank, num_ranks)
+    runner = _make_runner(config, model, caches, max_model_len, num_ranks, group)
     link.send({})
     return runner
 
 
 def _make_runner(
-    config: EngineConfig, model: Decoder, caches: list[PagedKv], max_model_len: int, rank: int, num_ranks: int
+    config: EngineConfig,
+    model: Decoder,
+    caches: list[PagedKv],
+    max_model_len: int,
+    num_ranks: int,
+    group: groups.Group,
 ) -> Steps:
     """Warmed up: on a GPU, graphs are captured now, so that running out of memory is found before anyone is served."""
-    device = model.context.device
+    device, rank = model.context.device, model.context.rank
     shape = {"num_slots": config.max_running, "max_model_len": max_model_len, "block_size": config.block_size}
     if model.context.ops.on_device:
+        if config.rebalance_steps:
+            raise ValueError(f"rebalance_steps must be 0 on device {device!r}: only a CPU's experts can move yet")
         from expertwire.engine.device_runner import DeviceRunner  # Triton is of no use elsewhere
         from expertwire.engine.device_slots import DeviceSlots
 
@@ -109,7 +121,12 @@ def _make_runner(
         on_device = DeviceRunner(model=model, caches=caches, slots=slots, rank=rank, num_ranks=num_ranks)
         on_device.warm_up(config.max_num_tokens, config.max_running)
         return on_device
-    runner = Runner(model=model, caches=caches, slots=Slots(**shape, device=device), rank=rank)
+    mover = None
+    if config.rebalance_steps:
+        assert model.context.placement is not None, "a dense model's experts cannot move"
+        layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
+        mover = Mover(layers, model.context.placement, group)
+    runner = Runner(model=model, caches=caches, slots=Slots(**shape, device=device), rank=rank, mover=mover)
     runner.warm_up(num_ranks, config.max_num_tokens)
     return runner
 
@@ -119,6 +136,7 @@ def _load(
     model_config: ModelConfig,
     rank: int,
     num_ranks: int,
+    node: str,
     sharers: int,
     device: str,
     group: groups.Group,
@@ -128,7 +146,9 @@ def _load(
     all_to_all: AllToAll | None = None
     ops = kernels.choose(device)
     if any(model_config.sparse_layers):
-        placement = place(model_config.num_experts, num_ranks, config.redundant_experts)
+        placement = place(
+            model_config.num_experts, num_ranks, config.redundant_experts, num_layers=model_config.num_layers
+        )
         spec = AllToAllSpec(
             group=group,
             rank_offsets=placement.rank_offsets,
@@ -136,9 +156,10 @@ def _load(
             hidden_size=model_config.hidden_size,
             top_k=model_config.top_k,
             dtype=dtype,
+            layers=tuple(np.flatnonzero(model_config.sparse_layers).tolist()),
+            timeout_s=_EXCHANGE_SHARE * config.step_timeout_s,
         )
-        local = ops.on_device and num_ranks == 1
-        all_to_all = LocalAllToAll(spec, ops.permute) if local else ReferenceAllToAll(spec)
+        all_to_all = backends.build(config.all_to_all, spec, ops, node, device)[0]
     context = RankContext(
         rank=rank,
         dtype=dtype,

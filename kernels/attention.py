@@ -32,15 +32,33 @@ class PagedSequences:
     """
 
     num_single: int
-    cu_queries: list[int]  # B + 1: query rows of sequence b are [cu_queries[b], cu_queries[b + 1])
-    lengths: list[int]  # B: tokens whose keys are in the cache once this step's are stored
-    single_lengths: Tensor  # i64 [num_single], the same
-    single_block_table: Tensor  # i64 [num_single, blocks], padded with the null block
-    block_tables: list[Tensor]  # of the sequences with several queries: i64 [blocks]
+    cu_queries: np.ndarray  # i64 [B + 1]: query rows of sequence b are [cu_queries[b], cu_queries[b + 1])
+    lengths: np.ndarray  # i64 [B]: tokens whose keys are in the cache once this step's are stored
+    block_table: Tensor  # i64 [B, W], padded with the null block
+    block_size: int
 
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
+
+    @property
+    def single_lengths(self) -> Tensor:
+        """i64 [num_single]."""
+        return torch.from_numpy(self.lengths[: self.num_single]).to(self.block_table.device)
+
+    @property
+    def single_block_table(self) -> Tensor:
+        """i64 [num_single, blocks of the longest of them]."""
+        return self.block_table[: self.num_single, : self._blocks(self.lengths[: self.num_single].max(initial=0))]
+
+    @property
+    def block_tables(self) -> list[Tensor]:
+        """Of the sequences with several queries: i64 [blocks]."""
+        several = range(self.num_single, self.num_sequences)
+        return [self.block_table[b, : self._blocks(self.lengths[b])] for b in several]
+
+    def _blocks(self, length: int) -> int:
+        return -(-int(length) // self.block_size)
 
 
 def describe(
@@ -54,16 +72,13 @@ def describe(
     nums = np.diff(cu_queries)
     single = int((nums == 1).sum())
     assert (nums[:single] == 1).all(), f"sequences with one query must come first, got {nums.tolist()}"
-    blocks = -(-lengths // block_size)
-    widest = int(blocks[:single].max(initial=0))
-    tables = [block_tables[b, : blocks[b]] for b in range(single, len(lengths))]
+    widest = -(-int(lengths.max(initial=0)) // block_size)
     return PagedSequences(
         num_single=single,
-        cu_queries=cu_queries.tolist(),
-        lengths=lengths.tolist(),
-        single_lengths=torch.from_numpy(lengths[:single]).to(device),
-        single_block_table=torch.from_numpy(block_tables[:single, :widest].astype(np.int64)).to(device),
-        block_tables=[torch.from_numpy(table.astype(np.int64)).to(device) for table in tables],
+        cu_queries=cu_queries,
+        lengths=lengths,
+        block_table=torch.from_numpy(block_tables[:, :widest].astype(np.int64)).to(device),
+        block_size=block_size,
     )
 
 
@@ -85,13 +100,11 @@ class DeviceSequences:
         return self.lengths.shape[0]
 
 
-class FewRows(Protocol):
-    """A layer's attention and the norm behind it in one call, for steps of a few single queries: the ops' bits, fewer calls."""
+class Fused(Protocol):
+    """A layer's attention and the norm behind it in one call: the ops' bits, fewer calls."""
 
-    def step(
-        self, tables: tuple[Tensor, Tensor], positions_T: Tensor, slots_T: Tensor, seqs: PagedSequences, k_cache: Tensor
-    ) -> Any:
-        """What the layers of a step share, for `__call__`; None if this is not such a step."""
+    def step(self, tables: tuple[Tensor, Tensor], positions_T: Tensor, slots_T: Tensor, seqs: PagedSequences) -> Any:
+        """What the layers of a step share, for `__call__`."""
         ...
 
     def __call__(
@@ -101,15 +114,15 @@ class FewRows(Protocol):
         ...
 
 
-def prepare_few(
-    w_qkv: Tensor, w_o: Tensor, qk_norm_hd: Tensor | None, norm_D: Tensor, eps: float, head_dim: int
-) -> FewRows | None:
-    """For these weights, [(H + 2G) * d, D] and [D, H * d], where there is an implementation."""
-    if not (linear.few_rows_apart(w_qkv) and linear.few_rows_apart(w_o)):
-        return None
-    from expertwire.kernels.cpu import decode
+def fuse(
+    qkv: linear.Linear, output: linear.Linear, qk_norm_hd: Tensor | None, norm_D: Tensor, eps: float, head_dim: int
+) -> Fused | None:
+    """Of prepared layers to (H + 2G) * d and from H * d, where there is an implementation."""
+    from expertwire.kernels.cpu import fused, gemm  # numba is slow to import and of no use elsewhere
 
-    return decode.AttentionAndNorm(w_qkv, w_o, qk_norm_hd, norm_D, eps, head_dim)
+    if not (isinstance(qkv, gemm.PackedLinear) and isinstance(output, gemm.PackedLinear)):
+        return None
+    return fused.AttentionAndNorm(qkv, output, qk_norm_hd, norm_D, eps, head_dim)
 
 
 def reference(
@@ -222,17 +235,12 @@ def _attend_single(q_BHd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedS
 
 def _attend_one(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int) -> Tensor:
     num, num_heads, _ = q_THd.shape
-    rows, keys = num, length
-    if linear.compiles_by_rows(q_THd):
-        # Queries behind the last one, and keys that no query before them sees.
-        rows, keys = linear.padded_rows(num), linear.padded_rows(length)
-        table = F.pad(table, (0, -(-keys // k_cache.shape[1]) - len(table)))
-    k_1GLd, v_1GLd = (_gather(c, table, 1)[:, :, :keys] for c in (k_cache, v_cache))
-    q_1HTd = F.pad(q_THd.transpose(0, 1).unsqueeze(0), (0, 0, 0, rows - num))
+    k_1GLd, v_1GLd = (_gather(c, table, 1)[:, :, :length] for c in (k_cache, v_cache))
+    q_1HTd = q_THd.transpose(0, 1).unsqueeze(0)
     mask = None
     if num < length:
-        mask = torch.ones(rows, keys, dtype=torch.bool, device=q_THd.device).tril(length - num)
+        mask = torch.ones(num, length, dtype=torch.bool, device=q_THd.device).tril(length - num)
     out = F.scaled_dot_product_attention(
         q_1HTd, k_1GLd, v_1GLd, attn_mask=mask, is_causal=mask is None, enable_gqa=num_heads != k_1GLd.shape[1]
     )
-    return out[0].transpose(0, 1)[:num]
+    return out[0].transpose(0, 1)

@@ -18,26 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.kernels import linear
+from expertwire.kernels.permute import TileMap
 
-# (x_UD, row_index_R sorted by expert, offsets [e + 1], home_R or None) -> y_RD: either row_index and offsets are i64, the latter
-# on the host, and rows stay in order; or, on a GPU, all is i32 on the device, row r goes to place home_R[r], and there may be
-# fewer rows than R.
-GroupedMlp = Callable[[Tensor, Tensor, np.ndarray | Tensor, Tensor | None], Tensor]
+# (x_UD, row_index_R sorted by expert, offsets [e + 1], home_R or None, tile_map or None) -> y_RD: either row_index and offsets
+# are i64, the latter on the host, and rows stay in order; or, on a GPU, all is i32 on the device, row r goes to place home_R[r],
+# there may be fewer rows than R, and their tiles may be known.
+GroupedMlp = Callable[[Tensor, Tensor, np.ndarray | Tensor, Tensor | None, TileMap | None], Tensor]
 
 
-class FewRows(Protocol):
-    """A layer whose experts are all here, and the norm behind it, in one call, for few rows an expert: the ops' bits."""
+class Fused(Protocol):
+    """A layer whose experts are all here, with its router and the norm behind it, in one call: the ops' bits, fewer calls."""
 
-    max_unrouted: int  # tokens
-
-    def __call__(
-        self, x_TD: Tensor, normed_TD: Tensor, routed: tuple[Tensor, Tensor] | None, load_E: np.ndarray
-    ) -> tuple[Tensor, Tensor] | None:
-        """x plus the experts' mixture of its norm, and the norm of that; None, with nothing done, if an expert has too many rows.
-
-        `routed`: the router's ids_TK and weights_TK; None to route here, `max_unrouted` tokens at most. Adds the rows of each
-        logical expert to `load_E`.
-        """
+    def __call__(self, x_TD: Tensor, normed_TD: Tensor, load_E: np.ndarray) -> tuple[Tensor, Tensor]:
+        """x plus the experts' mixture of its norm, and the norm of that. Adds the rows of each logical expert to `load_E`."""
         ...
 
 
@@ -130,57 +123,42 @@ def w2_reference(
 
 def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor]) -> GroupedMlp:
     """A callable for these weights, as `linear.prepare` makes one."""
-    few, apply_few = 0, None
-    if linear.few_rows_apart(w13_eFD) and linear.few_rows_apart(w2_eDF):
+    if linear.is_packed(w13_eFD) and linear.is_packed(w2_eDF):
         from expertwire.kernels.cpu import gemm
 
-        few, apply_few = gemm.few(w13_eFD.dtype), gemm.prepare_experts(w13_eFD, w2_eDF)
+        return gemm.pack_experts(w13_eFD, w2_eDF)
 
-    def apply(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray | Tensor, home_R: Tensor | None = None) -> Tensor:
+    def apply(
+        x_UD: Tensor,
+        row_index_R: Tensor,
+        offsets: np.ndarray | Tensor,
+        home_R: Tensor | None = None,
+        tile_map: TileMap | None = None,
+    ) -> Tensor:
         assert isinstance(offsets, np.ndarray), "here the host counts rows"
-        assert home_R is None, "and they stay in order"
-        y_RD = x_UD.new_empty(len(row_index_R), x_UD.shape[1])
-        if apply_few is None or not apply_few(x_UD, row_index_R, offsets, y_RD):
-            _by_expert(x_UD.index_select(0, row_index_R), offsets, w13_eFD, w2_eDF, silu_mul, few, y_RD)
+        assert home_R is tile_map is None, "and they stay in order"
+        x_RD, y_RD = x_UD.index_select(0, row_index_R), x_UD.new_empty(len(row_index_R), x_UD.shape[1])
+        for e, (start, end) in enumerate(pairwise(offsets.tolist())):
+            hidden = silu_mul(linear.library(x_RD[start:end], w13_eFD[e]))
+            y_RD[start:end] = linear.library(hidden, w2_eDF[e])
         return y_RD
 
     return apply
 
 
-def prepare_few(
-    w_router: Tensor,
-    w13_eFD: Tensor,
-    w2_eDF: Tensor,
+def fuse(
+    router: linear.Linear,
+    experts: GroupedMlp,
     norm_D: Tensor,
     physical_of_E: Tensor,
     *,
     top_k: int,
     renormalize: bool,
     eps: float,
-) -> FewRows | None:
-    """For these weights, where there is an implementation."""
-    if not all(linear.few_rows_apart(weight) for weight in (w_router, w13_eFD, w2_eDF)):
+) -> Fused | None:
+    """Of a prepared router and experts, where there is an implementation."""
+    from expertwire.kernels.cpu import fused, gemm  # numba is slow to import and of no use elsewhere
+
+    if not (isinstance(router, gemm.PackedLinear) and isinstance(experts, gemm.PackedExperts)):
         return None
-    from expertwire.kernels.cpu import decode
-
-    return decode.MoeAndNorm(
-        w_router, w13_eFD, w2_eDF, norm_D, physical_of_E, top_k=top_k, renormalize=renormalize, eps=eps
-    )
-
-
-def _by_expert(
-    x_RD: Tensor,
-    offsets: np.ndarray,
-    w13_eFD: Tensor,
-    w2_eDF: Tensor,
-    silu_mul: Callable[[Tensor], Tensor],
-    more_than: int,
-    y_RD: Tensor,
-) -> None:
-    """The library's products, one expert after another, for those with more rows than `more_than`."""
-    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
-        if end - start > more_than:
-            # Rows of the experts behind are as good a padding as any.
-            padded_end = min(start + linear.padded_rows(end - start), len(x_RD))
-            hidden = silu_mul(linear.library(x_RD[start:padded_end], w13_eFD[e]))
-            y_RD[start:end] = linear.library(hidden, w2_eDF[e])[: end - start]
+    return fused.MoeAndNorm(router, experts, norm_D, physical_of_E, top_k=top_k, renormalize=renormalize, eps=eps)

@@ -2,8 +2,9 @@
 
 T tokens, D input width, N output width.
 
-A weight is *prepared* once, after loading, and called many times. On one or two CPU threads, few rows go through
-`kernels.cpu.gemm`, which runs at the speed of memory; everything else is the library's product.
+A weight is *prepared* once, after loading, and called many times. On one or two CPU threads, for widths that are a multiple of
+32, `kernels.cpu.gemm` packs it and multiplies any number of rows on one thread; everything else is the library's product, of 64
+rows at a time. Either way the bits of a row of y depend on that row of x alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]  # x_TD -> y_TN
 
+_ROWS = 64
+
 
 def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """`x @ w^T + bias`, accumulated in fp32 and rounded once to x's dtype."""
@@ -23,40 +26,29 @@ def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tenso
     return (y_TN if bias_N is None else y_TN + bias_N.float()).to(x_TD.dtype)
 
 
-def compiles_by_rows(x: Tensor) -> bool:
-    """Whether the library compiles a kernel for every number of rows it meets: milliseconds and up to a megabyte each, kept
-    for good. oneDNN does, for bf16, in products and in torch's attention."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16
-
-
-def padded_rows(num_rows: int) -> int:
-    """`num_rows` rounded up to one of four sizes an octave, at least by sixteens."""
-    step = max(16, 1 << max(0, num_rows.bit_length() - 3))
-    return -(-num_rows // step) * step
-
-
 def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """The library's product, for any number of rows."""
-    num_rows = x_TD.shape[0]
-    if not compiles_by_rows(x_TD) or num_rows in (0, padded_rows(num_rows)):
-        return F.linear(x_TD, w_ND, bias_N)
-    padded = x_TD.new_zeros(padded_rows(num_rows), x_TD.shape[1])
-    padded[:num_rows] = x_TD
-    return F.linear(padded, w_ND, bias_N)[:num_rows]
+    """The library's product of as many rows at a time as it ever gets: it chooses the order of a sum by their number, and oneDNN
+    compiles a kernel, milliseconds and up to a megabyte that it keeps for good, for each number that it meets."""
+    y_TN = x_TD.new_empty(x_TD.shape[0], w_ND.shape[0])
+    for x_XD, y_XN in zip(x_TD.split(_ROWS), y_TN.split(_ROWS), strict=True):
+        num = x_XD.shape[0]
+        if num < _ROWS:
+            x_XD = F.pad(x_XD, (0, 0, 0, _ROWS - num))
+        y_XN.copy_(F.linear(x_XD, w_ND, bias_N)[:num])
+    return y_TN
 
 
 def prepare(w_ND: Tensor, bias_N: Tensor | None = None) -> Linear:
     """A callable that applies `w_ND` (fp32 or bf16), by the device that it is on and the threads that torch has now."""
-    if bias_N is not None or not few_rows_apart(w_ND):
+    if not is_packed(w_ND):
         return lambda x_TD: library(x_TD, w_ND, bias_N)
     from expertwire.kernels.cpu import gemm
 
-    few, apply_few = gemm.few(w_ND.dtype), gemm.prepare_linear(w_ND)
-    return lambda x_TD: apply_few(x_TD) if x_TD.shape[0] <= few else library(x_TD, w_ND)
+    return gemm.pack_linear(w_ND, bias_N)
 
 
-def few_rows_apart(weight: Tensor) -> bool:
-    """Whether few rows go through `kernels.cpu.gemm`: on a CPU, with few threads, for the shapes that it covers.
+def is_packed(weight: Tensor) -> bool:
+    """Whether `kernels.cpu.gemm` takes a weight [..., N, D]: on a CPU, with few threads, for the widths that it covers.
 
     It runs on one thread, which takes most of the memory bandwidth that two could; more threads together read faster.
     """

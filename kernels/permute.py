@@ -11,6 +11,39 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class TileMap:
+    """Sorted rows, cut expert by expert into tiles of at most `token_tile` rows.
+
+    `first_tile` i32 [e + 1]: each expert's first tile, and how many tiles there are; `tile_expert` i32: each tile's expert.
+    """
+
+    first_tile: Tensor
+    tile_expert: Tensor  # of max_tiles(...), those behind the last tile undefined
+    token_tile: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of all tiles that there can be, padding included."""
+        return len(self.tile_expert) * self.token_tile
+
+
+def max_tiles(num_rows: int, num_experts: int, token_tile: int) -> int:
+    """How many tiles there can be, however the rows fall: a bound that the host knows."""
+    return min(num_rows, -(-num_rows // token_tile) + num_experts)
+
+
+def tile_reference(expert_offsets: Tensor, num_rows: int, token_tile: int) -> TileMap:
+    """Expert e's rows are `expert_offsets[e] : expert_offsets[e + 1]`, i32; `num_rows` bounds the last offset."""
+    num_experts = len(expert_offsets) - 1
+    tiles = -(-expert_offsets.diff() // token_tile)
+    first_tile = torch.cat([tiles.new_zeros(1), tiles.cumsum(0, dtype=torch.int32)])
+    tile_expert = tiles.new_zeros(max_tiles(num_rows, num_experts, token_tile))
+    experts = torch.arange(num_experts, dtype=torch.int32, device=tiles.device).repeat_interleave(tiles)
+    tile_expert[: len(experts)] = experts
+    return TileMap(first_tile, tile_expert, token_tile)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Permuted:
     """Rows `expert_offsets[e] : expert_offsets[e + 1]` are expert e's; from `expert_offsets[-1]` on there are none: -1."""
@@ -18,11 +51,19 @@ class Permuted:
     expert_offsets: Tensor  # i32 [e + 1]
     row_index_N: Tensor  # i32, the token
     home_N: Tensor  # i32, t * K + k: where the row belongs in the combine layout
+    tile_map: TileMap | None = None  # if asked for
 
 
-def reference(ids_TK: Tensor, num_experts: int, num_valid: Tensor | None = None) -> Permuted:
+def reference(
+    ids_TK: Tensor,
+    num_experts: int,
+    num_valid: Tensor | None = None,
+    *,
+    load_E: Tensor | None = None,
+    token_tile: int | None = None,
+) -> Permuted:
     """`ids_TK`: local experts, i32 or i64; others than 0 .. num_experts - 1 are none, nor are those of tokens from `num_valid`
-    on, i32 [1]."""
+    on, i32 [1]. Each expert's number of rows is added to `load_E`, i64 [e]."""
     top_k, ids_N = ids_TK.shape[1], ids_TK.flatten().long()
     here_N = (ids_N >= 0) & (ids_N < num_experts)
     if num_valid is not None:
@@ -31,7 +72,10 @@ def reference(ids_TK: Tensor, num_experts: int, num_valid: Tensor | None = None)
     home_N = torch.full_like(ids_N, -1, dtype=torch.int32)
     home_N[: len(home_R)] = home_R
     counts = torch.bincount(ids_N[here_N], minlength=num_experts)
+    if load_E is not None:
+        load_E += counts
     expert_offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids_TK.device)
     expert_offsets[1:] = counts.cumsum(0)
     row_index_N = torch.where(home_N < 0, home_N, home_N // top_k)
-    return Permuted(expert_offsets=expert_offsets, row_index_N=row_index_N, home_N=home_N)
+    tile_map = tile_reference(expert_offsets, len(ids_N), token_tile) if token_tile else None
+    return Permuted(expert_offsets=expert_offsets, row_index_N=row_index_N, home_N=home_N, tile_map=tile_map)

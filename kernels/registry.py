@@ -1,6 +1,6 @@
 """Which implementations run: chosen once, at start, from the device; never changed, never a silent fallback.
 
-`cpu`: numba, and oneDNN through torch. `triton`: a GPU. `plain`: torch, anywhere; slow, and beside which the others are tested.
+`cpu`: numba. `triton`: a GPU. `plain`: torch, anywhere; slow, and beside which the others are tested.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def cpu() -> Ops:
     from expertwire.kernels.cpu import elementwise
 
     return Ops(
-        why="the device is a CPU: numba for few rows, oneDNN through torch for many",
+        why="the device is a CPU: numba",
         on_device=False,
         linear=linear.prepare,
         experts=partial(experts.prepare, silu_mul=elementwise.silu_mul),
@@ -135,6 +135,6 @@ def triton(gpu: Device) -> Ops:
         attend=partial(gpu_attention.attend, device=gpu),
         route=gpu_routing.route,
         silu_mul=quantize.silu_mul,
-        permute=gpu_permute.permute,
+        permute=partial(gpu_permute.permute, format="dense"),
         combine=gpu_combine.combine,
     )

@@ -1,6 +1,6 @@
 """A mixture-of-experts layer over the ranks of a group: route, dispatch, experts, combine.
 
-T tokens of this rank, K experts a token, D model width, F expert width, E logical experts, e experts here.
+T tokens of this rank, K experts a token, D model width, F expert width, E logical experts, e experts here, C turns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.comm.a2a_local import LocalAllToAll
 from expertwire.comm.all_to_all import AllToAll
 from expertwire.kernels import experts, routing
 from expertwire.kernels.registry import Ops
@@ -22,48 +23,49 @@ from expertwire.moe.placement import Placement
 class MoeLayer:
     """The weights of one layer on one rank, the norm behind it, and the way to the other ranks.
 
-    `load_E` i64 counts how many rows this rank's tokens have sent to each logical expert: on the device, if the host knows
-    nothing of them. `few` does the same in one call, when it can.
+    `weights` are those of the experts as their kernel reads them, [e, ...] each, where they can be written in place: for who
+    moves experts. `load_E` i64 counts how many rows this rank's tokens have sent to each logical expert: on the device, by the
+    all-to-all, if the host knows nothing of them. `fused` does all of it in one call.
     """
 
     ops: Ops
     router: routing.Router
     experts: experts.GroupedMlp
+    weights: tuple[Tensor, ...]
     shared: Callable[[Tensor], Tensor] | None
     norm: Tensor
     eps: float
     all_to_all: AllToAll
-    physical_of_E: Tensor | None  # i64, for this home rank; None: the logical ids
+    physical_CE: Tensor | None  # i64, `Placement.physical_for` this rank; None: the logical ids
     load_E: np.ndarray | Tensor
-    few: experts.FewRows | None
+    fused: experts.Fused | None
 
     def forward(self, x_TD: Tensor, normed_TD: Tensor, num_tokens_P: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """x plus the mixture of its norm, and the norm of that; every rank calls it together, also with no tokens."""
-        few = self.few
-        routed = self.router(normed_TD) if few is None or x_TD.shape[0] > few.max_unrouted else None
-        if few is not None and (done := few(x_TD, normed_TD, routed, self.load_E)) is not None:
-            return done
-        assert routed is not None, f"{x_TD.shape[0]} tokens were too many for {few}"
-        y_TD = self._mix(normed_TD, *routed, num_tokens_P)
+        if self.fused is not None:
+            assert isinstance(self.load_E, np.ndarray), "where layers are fused, the host counts rows"
+            return self.fused(x_TD, normed_TD, self.load_E)
+        y_TD = self._mix(normed_TD, *self.router(normed_TD), num_tokens_P)
         return self.ops.add_rms_norm(x_TD, y_TD, self.norm, self.eps)
 
     def _mix(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> Tensor:
-        physical_TK = ids_TK if self.physical_of_E is None else self.physical_of_E.take(ids_TK)
-        handle = self.all_to_all.dispatch_send(x_TD, physical_TK, num_tokens_P)
+        handle = self.all_to_all.dispatch_send(x_TD, self._physical(ids_TK), num_tokens_P)
         shared_TD = self.shared(x_TD) if self.shared is not None else None
         arrived = self.all_to_all.dispatch_recv(handle)
-        self._count(ids_TK, arrived.expert_offsets)
-        y_RD = self.experts(arrived.x_UD, arrived.row_index_R, arrived.expert_offsets, arrived.home_R)
+        if isinstance(self.load_E, np.ndarray):
+            self.load_E[:] += np.bincount(ids_TK.flatten().cpu().numpy(), minlength=len(self.load_E))
+        rows = arrived.row_index_R, arrived.expert_offsets, arrived.home_R, arrived.tile_map
+        y_RD = self.experts(arrived.x_UD, *rows)
         returning = self.all_to_all.combine_send(handle, y_RD)
         y_TD = self.ops.combine(self.all_to_all.combine_recv(returning), weights_TK)
         return y_TD if shared_TD is None else torch.add(y_TD, shared_TD)
 
-    def _count(self, ids_TK: Tensor, expert_offsets: np.ndarray | Tensor) -> None:
-        if isinstance(self.load_E, Tensor):
-            assert isinstance(expert_offsets, Tensor), "the load is counted on the device, the rows on the host"
-            self.load_E.add_(expert_offsets.diff())
-        else:
-            self.load_E[:] += np.bincount(ids_TK.flatten().cpu().numpy(), minlength=len(self.load_E))
+    def _physical(self, ids_TK: Tensor) -> Tensor:
+        if self.physical_CE is None:
+            return ids_TK
+        turns, num_experts = self.physical_CE.shape
+        turn_T = torch.arange(len(ids_TK), device=ids_TK.device).remainder_(turns)
+        return self.physical_CE.take(ids_TK + turn_T.mul_(num_experts).unsqueeze(1))
 
 
 def prepare(
@@ -80,25 +82,38 @@ def prepare(
     rank: int,
     all_to_all: AllToAll,
     shared: Callable[[Tensor], Tensor] | None = None,
+    layer: int = 0,
 ) -> MoeLayer:
-    """The layer of these weights, [E, D], [e, 2F, D], [e, D, F] and [D]."""
-    physical_of_E = torch.from_numpy(placement.physical_for(rank)).to(w_router.device)
-    few = None
+    """The layer of these weights, [E, D], [e, 2F, D], [e, D, F] and [D]; `layer` of the placement."""
+    physical_CE = torch.from_numpy(placement.physical_for(rank, layer)).to(w_router.device)
+    router, grouped_mlp, fused = ops.linear(w_router), ops.experts(w13_eFD, w2_eDF), None
+    load_E: np.ndarray | Tensor = np.zeros(placement.num_logical, np.int64)
     local = ops.on_device and placement.num_ranks == 1
+    if local:
+        assert isinstance(all_to_all, LocalAllToAll), f"{all_to_all} tells the host, the ops do not"
+        load_E = torch.zeros(placement.num_logical, dtype=torch.int64, device=w_router.device)
+        all_to_all = all_to_all.counting(load_E)
     if placement.num_ranks == 1 and shared is None and not ops.on_device:
-        weights = w_router, w13_eFD, w2_eDF, norm_D
-        few = experts.prepare_few(*weights, physical_of_E, top_k=top_k, renormalize=renormalize, eps=eps)
+        prepared = router, grouped_mlp, norm_D, physical_CE[0]
+        fused = experts.fuse(*prepared, top_k=top_k, renormalize=renormalize, eps=eps)
     return MoeLayer(
         ops=ops,
-        router=routing.prepare(ops.linear(w_router), top_k, ops.route, renormalize=renormalize),
-        experts=ops.experts(w13_eFD, w2_eDF),
+        router=routing.prepare(router, top_k, ops.route, renormalize=renormalize),
+        experts=grouped_mlp,
+        weights=() if ops.on_device else _in_use(grouped_mlp, w13_eFD, w2_eDF),
         shared=shared,
         norm=norm_D,
         eps=eps,
         all_to_all=all_to_all,
-        physical_of_E=None if local else physical_of_E,
-        load_E=torch.zeros(placement.num_logical, dtype=torch.int64, device=w_router.device)
-        if local
-        else np.zeros(placement.num_logical, np.int64),
-        few=few,
+        physical_CE=None if local else physical_CE,
+        load_E=load_E,
+        fused=fused,
     )
+
+
+def _in_use(grouped_mlp: experts.GroupedMlp, w13_eFD: Tensor, w2_eDF: Tensor) -> tuple[Tensor, ...]:
+    """The weights, or what the kernel has packed them into."""
+    packed = [getattr(grouped_mlp, name, None) for name in ("w13", "w2")]
+    if not all(isinstance(array, np.ndarray) for array in packed):
+        return w13_eFD, w2_eDF
+    return tuple(torch.from_numpy(array.view(np.int32)) for array in packed)

@@ -40,7 +40,8 @@ ENGINE_FLAGS = {
     "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--max-model-len",
     "--max-num-tokens", "--max-running", "--max-waiting", "--max-waiting-per-tenant", "--chunk-tokens", "--policy",
     "--aging", "--tenant-weights", "--prefix-cache", "--no-prefix-cache", "--block-size", "--kv-cache-bytes",
-    "--redundant-experts", "--threads-per-rank", "--seed", "--start-timeout", "--step-timeout",
+    "--redundant-experts", "--rebalance-steps", "--all-to-all", "--threads-per-rank", "--seed", "--start-timeout",
+    "--step-timeout",
 }  # fmt: skip
 # Every option is one more thing to learn, to test and to keep. Add one here only if nothing can be decided without it.
 FLAGS = {
@@ -49,11 +50,17 @@ FLAGS = {
         "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", *ENGINE_FLAGS,
     },
     "demo": {"--launcher", "--ep-size"},
-    "explain": {"--device", "--ep-size"},
+    "explain": {"--device", "--ep-size", "--all-to-all", "--topology"},
+    "experts": {"--png", "--json"},
     "bench throughput": {
         "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
     },
+    "bench all-to-all": {
+        "--model", "--backends", "--ranks", "--tokens", "--hidden-size", "--steps", "--runs", "--sweep", "--loopback",
+        "--json",
+    },
     "bench control": {"--ranks", "--steps", "--channels", "--json"},
+    "bench balance": {"--tokens", "--layers", "--seed", "--ranks", "--json"},
     "bench schedule": {
         "--trace", "--policy", "--ranks", "--running", "--requests", "--seed", "--blocks", "--max-num-tokens", "--steps",
         "--rate", "--chunk-tokens", "--ttft-ms", "--tpot-ms", "--overlap", "--no-overlap", "--prefix-cache",

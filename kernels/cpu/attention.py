@@ -1,4 +1,8 @@
-"""Attention of single queries on a CPU, reading the blocks of the cache in place, and what comes before it.
+"""Attention on a CPU, and what comes before it.
+
+The keys of a head are packed as weights are (`panel`), and so are its values, transposed: both products are those of linear
+layers (`multiply`), with rows of queries, each a token's and a head's, and a softmax row by row between them. A row's bits depend
+on the keys that it sees alone: not on how many queries there are, nor on how many keys lie behind.
 
 T tokens, H query heads, G key/value heads, d head size, B sequences, b blocks, s block size.
 """
@@ -7,12 +11,20 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from expertwire.kernels import attention
 from expertwire.kernels.attention import PagedSequences
-from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, softmax, sum_squares
-from expertwire.kernels.cpu.tile import LINE, TILE_M, TILE_N, accumulate, place, spread, tile
+from expertwire.kernels.cpu import amx, vectors
+from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, put_row, rows_at_once
+from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, sum_squares
+from expertwire.kernels.cpu.panel import LINE, PANEL, pack_half, put_rows
+from expertwire.kernels.cpu.vectors import BITS, F32, I16, I32, I64, LANES
+
+_AHEAD = 64  # positions
+_LINE_BYTES = 64
 
 
 @jit
@@ -80,115 +92,281 @@ def rotate_and_store(
     return q_THd
 
 
-@jit
-def attend_single(
-    q_BHd: np.ndarray,
-    k_NsGd: np.ndarray,
-    v_NsGd: np.ndarray,
-    tables_Bb: np.ndarray,
-    lengths_B: np.ndarray,
-    scale: float,
-    out_BHd: np.ndarray,
-) -> None:
-    batch, num_heads, dim = q_BHd.shape
-    block_size, like = k_NsGd.shape[1], k_NsGd[0, 0, 0, 0]
-    scores = np.empty((num_heads, tables_Bb.shape[1] * block_size), np.float32)
-    query, total = np.empty((num_heads, dim), np.float32), np.empty((num_heads, dim), np.float32)
-    for b in range(batch):
-        length = lengths_B[b]
-        for h in range(num_heads):
-            spread(q_BHd[b, h], query[h], like)
-            for i in range(dim):
-                query[h, i] *= np.float32(scale)
-        _score(query, k_NsGd, tables_Bb[b], length, scores)
-        for h in range(num_heads):
-            softmax(scores[h, :length])
-        total[:] = np.float32(0)
-        _weigh(scores, v_NsGd, tables_Bb[b], length, total)
-        for h in range(num_heads):
-            for i in range(dim):
-                out_BHd[b, h, i] = round_like(total[h, place(i, like)], out_BHd[b, h, i])
+@intrinsic
+def _softmax(context, scores, scores_at, visible, scale, weights, weights_at, width):
+    """Of a row, in fp32: the softmax of the first `visible` scores times `scale`, rounded to the type of weights, then zeros to
+    `width`, a multiple of 16. The scores are lost. Of the arrays: where the row starts."""
+
+    def generate(context, builder, signature, args):
+        b, kind = builder, signature.args[4].dtype
+        source = vectors.pointer(context, b, signature.args[0], args[0], args[1], F32)
+        target = vectors.pointer(context, b, signature.args[4], args[4], args[5], context.get_data_type(kind))
+        count, lanes = b.trunc(args[2], I32), BITS([I32(lane) for lane in range(LANES)])
+        factor = vectors.splat(b, args[3])
+
+        def score(i: ir.Value) -> tuple[ir.Value, ir.Value]:
+            """And which of the sixteen are visible."""
+            at = b.mul(i, I64(LANES))
+            index = b.add(_splat_bits(b, b.trunc(at, I32)), lanes)
+            return b.fmul(vectors.load(b, source, at), factor), b.icmp_signed("<", index, _splat_bits(b, count))
+
+        def largest(i: ir.Value, values: list[ir.Value]) -> list[ir.Value]:
+            value, seen = score(i)
+            return [vectors.maximum(b, b.select(seen, value, values[0]), values[0])]
+
+        def weigh(i: ir.Value, values: list[ir.Value]) -> list[ir.Value]:
+            value, seen = score(i)
+            weight = b.select(seen, vectors.exp(b, b.fsub(value, top)), vectors.each(0.0))
+            vectors.store(b, weight, source, b.mul(i, I64(LANES)))
+            return [b.fadd(values[0], weight)]
+
+        def divide(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            at = b.mul(i, I64(LANES))
+            weight = b.fmul(vectors.load(b, source, at), inverse)
+            vectors.store(b, vectors.to_bf16(b, weight) if kind == types.uint16 else weight, target, at)
+            return []
+
+        steps = b.udiv(b.add(args[2], I64(LANES - 1)), I64(LANES))
+        [top] = vectors.loop(b, steps, [vectors.each(float("-inf"))], largest)
+        top = vectors.folded(b, top, lambda x, y: vectors.maximum(b, x, y))
+        steps = b.udiv(args[6], I64(LANES))
+        [total] = vectors.loop(b, steps, [vectors.each(0.0)], weigh)
+        inverse = b.fdiv(vectors.each(1.0), vectors.folded(b, total, b.fadd))
+        vectors.loop(b, steps, [], divide)
+        return context.get_dummy_value()
+
+    number = types.int64
+    return types.void(scores, number, number, types.float32, weights, number, number), generate
+
+
+def _splat_bits(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    undefined = ir.Constant(BITS, ir.Undefined)
+    return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, vectors.each_bits(0))
+
+
+def _panels(cache, num_panels, depth):
+    """Panels of a depth, for what is in a cache: pairs, if they are multiplied by matrices."""
+
+
+@overload(_panels)
+def _panels_overload(cache, num_panels, depth):
+    if cache.dtype == types.uint16 and amx.AVAILABLE:
+        return lambda cache, num_panels, depth: np.empty((num_panels, depth // 2, PANEL), np.uint32)
+    return lambda cache, num_panels, depth: np.empty((num_panels, depth, PANEL), np.float32)
+
+
+def _keys_in_row(panels):
+    """How many keys a row of a panel of values stands for, and how many elements of a cache an element of a panel."""
+
+
+@overload(_keys_in_row, inline="always")
+def _keys_in_row_overload(panels):
+    num = 2 if panels.dtype == types.uint32 else 1
+    return lambda panels: num
+
+
+def _is_stored_as(cache, panels):
+    """Whether elements of panels are those of a cache, or two of them."""
+
+
+@overload(_is_stored_as, inline="always")
+def _is_stored_as_overload(cache, panels):
+    same = cache.dtype.bitwidth * (2 if panels.dtype == types.uint32 else 1) == panels.dtype.bitwidth
+    return lambda cache, panels: same
+
+
+@intrinsic
+def _ask(context, cache, at):
+    """For the memory of element `at`, soon."""
+
+    def generate(context, builder, signature, args):
+        kind = context.get_data_type(signature.args[0].dtype)
+        address = vectors.pointer(context, builder, signature.args[0], args[0], args[1], kind)
+        vectors.prefetch(builder, address, 1)
+        return context.get_dummy_value()
+
+    return types.void(cache, types.int64), generate
 
 
 @jit
-def _score(query: np.ndarray, k_NsGd: np.ndarray, table: np.ndarray, length: int, scores: np.ndarray) -> None:
-    """Products of the queries with their heads' keys, four keys at a time, to the end of the last four."""
-    block_size, num_kv, dim = k_NsGd.shape[1], k_NsGd.shape[2], k_NsGd.shape[3]
-    stride, padded = num_kv * dim, scores.shape[1]
-    num_heads, group = len(query), len(query) // num_kv
-    for position in range(0, length, TILE_N):
-        inside = position % block_size * stride
-        here, soon, later = _blocks(table, position // block_size, length, block_size, stride)
-        for h in range(0, num_heads, group):
-            at = inside + h // group * dim
-            key, soon_key, later_key = here + at, soon + at, later + at
-            for j in range(h, h + group, TILE_M):
-                rows, score = h + group - j, j * padded + position
-                tile(rows, k_NsGd, key, soon_key, later_key, stride, query, j * dim, dim, scores, score, padded, dim)
+def _place(cache_NsGd, table, g, position):
+    """At which element of a cache a position's head begins."""
+    block_size, num_kv, dim = cache_NsGd.shape[1:]
+    return ((table[position // block_size] * block_size + position % block_size) * num_kv + g) * dim
 
 
 @jit
-def _weigh(scores: np.ndarray, v_NsGd: np.ndarray, table: np.ndarray, length: int, total: np.ndarray) -> None:
-    """Add the values of the heads, times their queries' weights, to `total`, one block after another."""
-    block_size, num_kv, dim = v_NsGd.shape[1], v_NsGd.shape[2], v_NsGd.shape[3]
-    stride, padded = num_kv * dim, scores.shape[1]
-    num_heads, group = len(total), len(total) // num_kv
-    for position in range(0, length, block_size):
-        count = min(block_size, length - position)
-        here, soon, later = _blocks(table, position // block_size, length, block_size, stride)
-        for h in range(0, num_heads, group):
-            at = h // group * dim
-            value, soon_value, later_value = here + at, soon + at, later + at
-            for j in range(h, h + group, TILE_M):
-                rows, weight, y = h + group - j, j * padded + position, j * dim
-                accumulate(
-                    rows,
-                    dim,
-                    v_NsGd,
-                    value,
-                    soon_value,
-                    later_value,
-                    stride,
-                    scores,
-                    weight,
-                    padded,
-                    total,
-                    y,
-                    dim,
-                    count,
-                )
+def _ask_ahead(cache_NsGd, table, g, start, length):
+    """For sixteen positions, some time before they are packed."""
+    line = _LINE_BYTES // cache_NsGd.itemsize
+    for position in range(start + _AHEAD, min(start + _AHEAD + LANES, length)):
+        at = _place(cache_NsGd, table, g, position)
+        for i in range(0, cache_NsGd.shape[3], line):
+            _ask(cache_NsGd, at + i)
 
 
 @jit
-def _blocks(table: np.ndarray, index: int, length: int, block_size: int, stride: int) -> tuple[int, int, int]:
-    """Where a sequence's block starts, the next one and the one after, as far as there are any."""
-    last, size = (length - 1) // block_size, block_size * stride
-    return table[index] * size, table[min(index + 1, last)] * size, table[min(index + 2, last)] * size
+def _pack_keys(k_NsGd, table, g, length, rows, keys):
+    """A sequence's keys of head g as the weights of one output each; `rows` [16, d] holds zeros behind the head's dimensions.
+
+    What is packed behind the last key is not looked at.
+    """
+    block_size, num_kv, dim = k_NsGd.shape[1:]
+    num = _keys_in_row(keys)
+    in_place = _is_stored_as(k_NsGd, keys) and block_size % LANES == 0 and dim % LINE == 0
+    for start in range(0, length, LANES):
+        i, half = start // PANEL, start // LANES % 2
+        _ask_ahead(k_NsGd, table, g, start, length)
+        if in_place:
+            at = _place(k_NsGd, table, g, start)
+            pack_half(k_NsGd, at // num, num_kv * dim // num, keys, i, half)
+        else:
+            for j in range(min(LANES, length - start)):
+                position = start + j
+                put_row(k_NsGd[table[position // block_size], position % block_size, g], rows[j])
+            pack_half(rows, 0, rows.shape[1] // num, keys, i, half)
 
 
-def covers(head_dim: int, block_size: int) -> bool:
-    """Whether the tile covers heads and blocks of these sizes."""
-    return head_dim % LINE == 0 and block_size % TILE_N == 0
+@intrinsic
+def _join(context, v, low_at, high_at, values, at):
+    """32 elements of v from `low_at` on, and the upper halves of pairs from `high_at` on, into `values` from `at` on."""
+
+    def generate(context, builder, signature, args):
+        b, kind = builder, context.get_data_type(signature.args[0].dtype)
+        pairs, bf16 = signature.args[3].dtype == types.uint32, signature.args[0].dtype == types.uint16
+        low, high = (vectors.pointer(context, b, signature.args[0], args[0], args[i], kind) for i in (1, 2))
+        target = vectors.pointer(context, b, signature.args[3], args[3], args[4], I32)
+
+        def part(start: ir.Value, column: int) -> ir.Value:
+            if not bf16:
+                return vectors.load(b, start, I64(column), BITS)
+            return b.zext(vectors.load(b, start, I64(column), ir.VectorType(I16, LANES)), BITS)
+
+        for column in (0, LANES):
+            bits = part(low, column)
+            if pairs:
+                bits = b.or_(bits, b.shl(part(high, column), vectors.each_bits(16)))
+            elif bf16:
+                bits = b.shl(bits, vectors.each_bits(16))
+            vectors.store(b, bits, target, I64(column))
+        return context.get_dummy_value()
+
+    number = types.int64
+    return types.void(v, number, number, values, number), generate
+
+
+@jit
+def _pack_values(v_NsGd, table, g, length, rows, values):
+    """A sequence's values of head g, [d / 32, K', 32], zeros behind the last one.
+
+    `rows` [2, d] holds zeros behind the head's dimensions.
+    """
+    block_size, dim = v_NsGd.shape[1], v_NsGd.shape[3]
+    num, depth, size = _keys_in_row(values), values.shape[1], rows.shape[1]
+    whole = length // num if dim % LINE == 0 else 0
+    for k in range(whole):
+        low, high = k * num, k * num + num - 1
+        if low % LANES == 0:
+            _ask_ahead(v_NsGd, table, g, low, length)
+        low_at, high_at = _place(v_NsGd, table, g, low), _place(v_NsGd, table, g, high)
+        for i in range(len(values)):
+            _join(v_NsGd, low_at + i * PANEL, high_at + i * PANEL, values, (i * depth + k) * PANEL)
+    for k in range(whole, -(-length // PANEL) * PANEL // num):
+        for j in range(num):
+            position = k * num + j
+            if position < length:
+                rows[j, :dim] = v_NsGd[table[position // block_size], position % block_size, g]
+            else:
+                rows[j] = 0
+        for i in range(len(values)):
+            _join(rows, i * PANEL, size + i * PANEL, values, (i * depth + k) * PANEL)
+
+
+@jit
+def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, out_THd):
+    """`kernels.attention.reference`; `cu_queries` as in `PagedSequences`."""
+    num_kv, dim = k_NsGd.shape[2:]
+    longest, depth = -(-max(lengths_B) // PANEL) * PANEL, -(-dim // LINE) * LINE
+    keys, values = _panels(k_NsGd, longest // PANEL, depth), _panels(v_NsGd, depth // PANEL, longest)
+    step = min(rows_at_once(keys), np.diff(cu_queries).max() * (q_THd.shape[1] // num_kv))
+    rows, queries = operand(LANES, depth, keys), operand(step, depth, keys)
+    two_rows = np.zeros((2, depth), v_NsGd.dtype)
+    rows[:], queries[:] = 0, 0
+    scores, weights = np.empty((step, longest), np.float32), operand(step, longest, values)
+    found = products()
+    begin(keys)
+    for b in range(len(lengths_B)):
+        first, last, length = cu_queries[b], cu_queries[b + 1], lengths_B[b]
+        for g in range(num_kv):
+            _pack_keys(k_NsGd, tables_Bb[b], g, length, rows, keys)
+            _pack_values(v_NsGd, tables_Bb[b], g, length, two_rows, values)
+            _attend_head(
+                q_THd[first:last],
+                g,
+                q_THd.shape[1] // num_kv,
+                length,
+                keys,
+                values,
+                np.float32(scale),
+                queries,
+                scores,
+                weights,
+                found,
+                out_THd[first:last],
+            )
+    finish(keys)
+
+
+@jit
+def _attend_head(q_THd, g, group, length, keys, values, scale, queries, scores, weights, found, out_THd):
+    """The last tokens of a sequence, with the `group` heads that share key head g; rows are token by token, head by head."""
+    num, (step, width) = len(q_THd), scores.shape
+    depth, unbiased = queries.shape[1], np.zeros(PANEL, np.float32)
+    for start in range(0, num * group, step):
+        count = min(step, num * group - start)
+        for i in range(count):
+            put_row(q_THd[(start + i) // group, g * group + (start + i) % group], queries[i])
+        seen = -(-(length - num + (start + count - 1) // group + 1) // PANEL) * PANEL
+        for i in range(seen // PANEL):
+            multiply(queries, 0, count, depth, keys, i, found)
+            put_rows(found, HEAD, count, unbiased, 0, scores, i * PANEL, width)
+        for i in range(count):
+            visible, at = length - num + (start + i) // group + 1, i * width
+            _softmax(scores, at, visible, scale, weights, at, seen)
+        for i in range(len(values)):
+            multiply(weights, 0, count, seen, values, i, found)
+            _put_outputs(found, start, count, g, group, i * PANEL, out_THd)
+
+
+@jit
+def _put_outputs(found, start, count, g, group, column, out_THd):
+    """Products with up to 32 dimensions of the values, from `column` on, of rows from `start` on, token by token."""
+    num_heads, dim = out_THd.shape[1:]
+    unbiased, i = np.zeros(PANEL, np.float32), 0
+    while i < count:
+        token, head = (start + i) // group, g * group + (start + i) % group
+        rows = min(count - i, (g + 1) * group - head)
+        if column + PANEL <= dim:
+            at = (token * num_heads + head) * dim + column
+            put_rows(found, HEAD + i, rows, unbiased, 0, out_THd, at, dim)
+        else:
+            for j in range(rows):
+                for k in range(column, dim):
+                    out_THd[token, head + j, k] = round_like(
+                        found[HEAD + i + j, k - column], out_THd[token, head + j, k]
+                    )
+        i += rows
+
+
+@jit
+def _attend(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, out_THd):
+    if len(lengths_B) > 0:
+        attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, out_THd)
 
 
 def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
-    """`kernels.attention.reference`: single queries here, where the tile covers the head and block sizes; the rest by torch."""
-    block_size, _, dim = k_cache.shape[1:]
-    if not covers(dim, block_size):
-        return attention.attend(q_THd, k_cache, v_cache, seqs)
-    if seqs.num_single == 0:
-        return attention.attend_several(q_THd, k_cache, v_cache, seqs)
+    """`kernels.attention.reference`."""
     out_THd = torch.empty_like(q_THd)
-    single = seqs.num_single
-    attend_single(
-        as_array(q_THd[:single]),
-        as_array(k_cache),
-        as_array(v_cache),
-        seqs.single_block_table.numpy(),
-        seqs.single_lengths.numpy(),
-        dim**-0.5,
-        as_array(out_THd[:single]),
-    )
-    if seqs.num_sequences > single:
-        out_THd[single:] = attention.attend_several(q_THd, k_cache, v_cache, seqs)
+    q, k, v, out = (as_array(tensor) for tensor in (q_THd, k_cache, v_cache, out_THd))
+    _attend(q, k, v, seqs.block_table.numpy(), seqs.cu_queries, seqs.lengths, q.shape[2] ** -0.5, out)
     return out_THd

@@ -116,14 +116,15 @@ def silu_mul(gate_up_NF: Tensor) -> Tensor:
 
 
 @jit
-def combine_rows(rows_TKD: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
+def combine_rows(rows_RD: np.ndarray, place_TK: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
+    """`place_TK` says which of the rows are a token's."""
     total = np.empty(out_TD.shape[1], np.float32)
     for t in range(out_TD.shape[0]):
         total[:] = np.float32(0)
         for k in range(weights_TK.shape[1]):
-            weight = weights_TK[t, k]
+            weight, row = weights_TK[t, k], rows_RD[place_TK[t, k]]
             for i in range(len(total)):
-                total[i] += load(rows_TKD[t, k, i]) * weight
+                total[i] += load(row[i]) * weight
         for i in range(len(total)):
             out_TD[t, i] = round_like(total[i], out_TD[t, i])
 
@@ -131,5 +132,6 @@ def combine_rows(rows_TKD: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarra
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """`kernels.combine.reference`, bit for bit."""
     out_TD = torch.empty_like(rows_TKD[:, 0])
-    combine_rows(as_array(rows_TKD), weights_TK.numpy(), as_array(out_TD))
+    place_TK = np.arange(weights_TK.numel()).reshape(weights_TK.shape)
+    combine_rows(as_array(rows_TKD.flatten(0, 1)), place_TK, weights_TK.numpy(), as_array(out_TD))
     return out_TD

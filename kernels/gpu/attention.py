@@ -1,11 +1,10 @@
 """Paged attention for grouped queries in Triton: decode, chunked prefill and mixed steps by one kernel.
 
 A program takes a block of R rows, the (query, head) pairs of one sequence that share a key head, and walks over tiles of
-keys of a fixed size at absolute positions, with the online softmax of Milakov and Gimelshein (2018). After every SPLIT keys,
-at absolute positions too, the result is closed and merged into the total of the splits before it. Rows of sequences with one
-query are too few to fill a GPU: then programs share out the splits, write them to a workspace, and a second kernel merges
-them with the same arithmetic in the same order. So how the work is shared out, which the batch decides, cannot change a bit:
-a query's result depends on its own sequence alone.
+keys of a fixed size at absolute positions, with the online softmax of Milakov and Gimelshein (2018); `splits` says what happens
+after every SPLIT keys. Rows of sequences with one query are too few to fill a GPU: then programs share out the splits, write
+them to a workspace, and a second kernel merges them. So how the work is shared out, which the batch decides, cannot change a
+bit: a query's result depends on its own sequence alone.
 
 `invariant` mode also wants one family of matrix instructions. Rows on the left and at least 64 of them, padded if need be,
 always give wgmma (sm_90) or tcgen05 (sm_100). Why padding is cheap: the keys and values of a tile of 64, 128 bf16 numbers
@@ -30,131 +29,24 @@ from torch import Tensor
 from expertwire.kernels.attention import DeviceSequences
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.splits import (
+    LOG2_E,
+    SPLIT,
+    Span,
+    find,
+    max_splits,
+    merge,
+    merge_workspace,
+    num_shares,
+    rows_of,
+    store_normalised,
+    store_statistics,
+    workspace_row,
+)
 
-SPLIT = 1024  # keys
-MERGED_ROWS = 8
-MERGE_STAGES = 4
-PROGRAMS_PER_SM = 8  # that share out the splits: enough for ragged lengths
 # Architectures on which a test on a GPU found tiles of 64 and 128 rows to give equal bits.
 EQUAL_BITS: frozenset[int] = frozenset()
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _first_block(cu_queries, sequence, first_sequence, first_token, end_token, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Row blocks of the sequences before it, at most: each may leave its last one uneven."""
-    start = tl.minimum(tl.maximum(tl.load(cu_queries + sequence), first_token), end_token) - first_token
-    return start * GROUP // ROWS + sequence - first_sequence
-
-
-@triton.jit
-def find(
-    cu_queries,
-    block,
-    first_sequence,
-    end_sequence,
-    first_token,
-    end_token,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS_EACH: tl.constexpr,
-):
-    """Which sequence a row block belongs to, and which of its blocks it is.
-
-    Counted are the tokens [first_token, end_token) of the sequences [first_sequence, end_sequence). BLOCKS_EACH: blocks of every
-    sequence, 0 if that differs.
-    """
-    if BLOCKS_EACH > 0:
-        return first_sequence + block // BLOCKS_EACH, block % BLOCKS_EACH
-    else:
-        sequence = first_sequence
-        end = end_sequence
-        while end - sequence > 1:
-            middle = (sequence + end) // 2
-            before = _first_block(cu_queries, middle, first_sequence, first_token, end_token, GROUP, ROWS) <= block
-            sequence = tl.where(before, middle, sequence)
-            end = tl.where(before, end, middle)
-        return sequence, block - _first_block(cu_queries, sequence, first_sequence, first_token, end_token, GROUP, ROWS)
-
-
-@triton.jit
-def rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """A block's rows, numbered token * GROUP + head in the group.
-
-    Returns the rows' numbers [R], the end of those that exist, what to add to a token for its position; the position of the first
-    row and the one behind the last row's, 0 if there are none.
-    """
-    end_query = tl.load(cu_queries + sequence + 1)
-    start = tl.minimum(tl.maximum(tl.load(cu_queries + sequence), first_token), end_token)
-    stop = tl.minimum(tl.maximum(end_query, first_token), end_token)
-    first_row, end_row = start * GROUP + block * ROWS, stop * GROUP
-    to_position = tl.load(lengths + sequence) - end_query
-    last_row = tl.minimum(first_row + ROWS, end_row) - 1
-    end = tl.where(first_row < end_row, to_position + last_row // GROUP + 1, 0)
-    return first_row + tl.arange(0, ROWS), end_row, to_position, to_position + first_row // GROUP, end
-
-
-@triton.jit
-def rescale(top, top_before):
-    """2^(before - top), the factor of sums that were relative to an earlier maximum; 0 as long as nothing was seen."""
-    return tl.exp2(top_before - tl.where(top == float("-inf"), 0.0, top))
-
-
-@triton.jit
-def merge(total, top, weight, total_1, top_1, weight_1):
-    """A split's unnormalised values [R, D], their maximum exponent and their weight [R] into those of the splits before it.
-
-    Every rounding is written out, since two kernels have to agree on it.
-    """
-    merged = tl.maximum(top, top_1)
-    old, new = rescale(merged, top), rescale(merged, top_1)
-    total = tl.fma(total, old[:, None], total_1 * new[:, None])
-    return total, merged, tl.fma(weight, old, weight_1 * new)
-
-
-@triton.jit
-def store_normalised(
-    out,
-    row_R,
-    end_row,
-    group,
-    total,
-    top,
-    weight,
-    sinks,
-    dim,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    """Divided by the weights' sum, to which a sink adds its own."""
-    live_R = row_R < end_row
-    head_R = group * GROUP + row_R % GROUP
-    if HAS_SINKS:
-        sink = tl.load(sinks + head_R, mask=live_R, other=0.0).to(tl.float32) * LOG2_E
-        merged = tl.maximum(top, sink)
-        old = rescale(merged, top)
-        factor = tl.div_rn(old, tl.fma(weight, old, tl.exp2(sink - merged)))
-    else:
-        factor = tl.div_rn(1.0, weight)
-    at_R = (row_R // GROUP * (tl.num_programs(1) * GROUP) + head_R).to(tl.int64)
-    value = (total * factor[:, None]).to(out.dtype.element_ty)
-    tl.store(out + at_R[:, None] * DIM + dim, value, mask=live_R[:, None] & (dim < DIM))
-
-
-@triton.jit
-def workspace_row(slot, row_R, first_token, end_token, GROUP: tl.constexpr):
-    """The workspace is [slots * G, rows of the launch, d], so that neighbouring rows lie a fixed distance apart."""
-    rows = (end_token - first_token) * GROUP
-    return (tl.cast(slot, tl.int64) * rows - first_token * GROUP) + row_R
-
-
-@triton.jit
-def store_statistics(statistics, slot, row_R, first_token, end_token, end_row, top, weight, GROUP: tl.constexpr):
-    """A split's maxima and weights."""
-    at_R = workspace_row(slot, row_R, first_token, end_token, GROUP)
-    tl.store(statistics + at_R * 2, top, mask=row_R < end_row)
-    tl.store(statistics + at_R * 2 + 1, weight, mask=row_R < end_row)
 
 
 @triton.jit
@@ -259,6 +151,7 @@ def _attend(
     SHARED_OUT: tl.constexpr,
 ):
     """Grid (row blocks, G, programs that share out a row block's splits)."""
+    wait_for_previous()
     # The later blocks of a sequence see more keys: they start first.
     block, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     sequence, block = find(
@@ -321,58 +214,6 @@ def _attend(
         store_normalised(out, row_R, end_row, group, total, top, weight, sinks, dim, GROUP, DIM, HAS_SINKS)
 
 
-@triton.jit(do_not_specialize=["first_sequence", "end_sequence", "first_token", "end_token", "num_slots"])
-def merge_splits(
-    partials,
-    statistics,
-    out,
-    sinks,
-    cu_queries,
-    lengths,
-    first_sequence,
-    end_sequence,
-    first_token,
-    end_token,
-    num_slots,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
-    BLOCKS_EACH: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Grid (row blocks, G): what the programs of the splits left in the workspace, which starts at `first_token`."""
-    group = tl.program_id(1)
-    block = tl.program_id(0)
-    sequence, block = find(
-        cu_queries, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, BLOCKS_EACH
-    )
-    row_R, end_row, _, first, end = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
-    if end == 0:
-        return
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(first - WINDOW + 1, 0)
-    dim = tl.arange(0, PADDED)
-    live_R = row_R < end_row
-
-    total = tl.zeros([ROWS, PADDED], tl.float32)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    for split in tl.range(begin // SPLIT_KEYS, tl.cdiv(end, SPLIT_KEYS), num_stages=STAGES, disable_licm=True):
-        slot = split % num_slots * tl.num_programs(1) + group
-        at_R = workspace_row(slot, row_R, first_token, end_token, GROUP)
-        mask = live_R[:, None] & (dim < DIM)
-        total_1 = tl.load(partials + at_R[:, None] * DIM + dim, mask=mask, other=0.0)
-        top_1 = tl.load(statistics + at_R * 2, mask=live_R, other=float("-inf"))
-        weight_1 = tl.load(statistics + at_R * 2 + 1, mask=live_R, other=0.0)
-        total, top, weight = merge(total, top, weight, total_1, top_1, weight_1)
-    store_normalised(out, row_R, end_row, group, total, top, weight, sinks, dim, GROUP, DIM, HAS_SINKS)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Rows and warps may follow the step (see the module's docstring); the tile of keys and the split may not."""
@@ -402,11 +243,6 @@ def tiles(*, head_dim: int, element_size: int, arch: int, invariant: bool = True
         least_warps=8 if wide or blackwell else 4,
         num_stages=2,
     )
-
-
-def num_shares(device: Device, num_blocks: int, num_splits: int) -> int:
-    """Programs that share out the splits of a row block."""
-    return max(1, min(num_splits, -(-PROGRAMS_PER_SM * device.num_sms // max(1, num_blocks))))
 
 
 def attend(
@@ -461,41 +297,26 @@ def _launch(
     """The sequences with one query, or the others."""
     num_tokens, num_heads, dim = q_THd.shape
     num_kv, block_size = k_cache.shape[2], k_cache.shape[1]
-    group = num_heads // num_kv
     first, end = (0, seqs.num_single) if single else (seqs.num_single, seqs.num_sequences)
     if first == end:
         return
-    end_token = end if single else num_tokens
+    tokens = first, end if single else num_tokens
+    span = Span(seqs=seqs, sequences=(first, end), tokens=tokens, group=num_heads // num_kv)
     rows = tiling.single_rows if single else tiling.rows
-    blocks_each = -(-group // rows) if single else 0
-    num_blocks = end * blocks_each if single else (num_tokens - first) * group // rows + end - first
+    blocks_each, num_blocks = span.blocks(rows)
     num_splits = max_splits(seqs.max_length, tiling.split, window) if single else 1
-    shared = num_splits > 1
-    workspace = [torch.empty(0, device=out.device)] * 2
-    if shared:
-        workspace = [out.new_empty(end * num_heads * num_splits, width, dtype=torch.float32) for width in (dim, 2)]
-    padded = triton.next_power_of_2(dim)
-    same = {"GROUP": group, "DIM": dim, "PADDED": padded, "WINDOW": window, "HAS_SINKS": sinks_H is not None}
-    sinks = workspace[0] if sinks_H is None else sinks_H
+    workspace = span.workspace(out, num_splits if num_splits > 1 else 0)
     _attend[num_blocks, num_kv, num_shares(device, num_blocks * num_kv, num_splits)](
-        q_THd, k_cache, v_cache, out, *workspace, sinks,
-        seqs.cu_queries, seqs.lengths, seqs.block_table, first, end, first, end_token,
+        q_THd, k_cache, v_cache, out, *workspace, workspace[0] if sinks_H is None else sinks_H,
+        seqs.cu_queries, seqs.lengths, seqs.block_table, *span.bounds,
         scale * LOG2_E.value, q_THd.stride(0), k_cache.stride(0), seqs.block_table.stride(0), num_splits,
-        **same, STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=block_size, ROWS=rows, KEYS=tiling.keys, SPLIT_KEYS=tiling.split,
-        BLOCKS_EACH=blocks_each, SHARED_OUT=shared, num_warps=tiling.num_warps(rows), num_stages=tiling.num_stages,
+        STRIDE_SLOT=k_cache.stride(1), GROUP=span.group, DIM=dim, PADDED=triton.next_power_of_2(dim), BLOCK_SIZE=block_size,
+        WINDOW=window, HAS_SINKS=sinks_H is not None, ROWS=rows, KEYS=tiling.keys, SPLIT_KEYS=tiling.split,
+        BLOCKS_EACH=blocks_each, SHARED_OUT=num_splits > 1,
+        num_warps=tiling.num_warps(rows), num_stages=tiling.num_stages, **EARLY,
     )  # fmt: skip
-    if shared:
-        blocks_each = -(-group // MERGED_ROWS)
-        merge_splits[end * blocks_each, num_kv](
-            *workspace, out, sinks, seqs.cu_queries, seqs.lengths, first, end, first, end_token, num_splits,
-            **same, ROWS=MERGED_ROWS, SPLIT_KEYS=tiling.split, BLOCKS_EACH=blocks_each, STAGES=MERGE_STAGES,
-        )  # fmt: skip
-
-
-def max_splits(max_length: int, split: int, window: int) -> int:
-    """Splits in which a query of a sequence can see keys."""
-    splits = -(-max_length // split)
-    return min(splits, -(-(window - 1) // split) + 1) if window else splits
+    if num_splits > 1:
+        merge_workspace(workspace, out, span, num_splits, split=tiling.split, window=window, sinks_H=sinks_H)
 
 
 def _case(
@@ -534,33 +355,14 @@ def _case(
         num_stages=tiling.num_stages,
         blocks_per_sm=2 if tiling.num_warps(rows) == 4 else 1,
         expect={arch: wanted},
-    )
-
-
-def _merge_case(heads: int, num_kv: int, dim: int, window: int, sinks: bool) -> Case:
-    return Case(
-        name=f"attention.merge {heads // num_kv}x{dim} window {window}",
-        kernel=merge_splits,
-        args={
-            **dict.fromkeys(("partials", "statistics"), torch.float32),
-            **dict.fromkeys(("out", "sinks"), torch.bfloat16),
-            **dict.fromkeys(("cu_queries", "lengths"), torch.int32),
-            **{"first_sequence": 0, "end_sequence": 64, "first_token": 0, "end_token": 64, "num_slots": 32},
-        },
-        constexprs={
-            **{"GROUP": heads // num_kv, "DIM": dim, "PADDED": dim, "WINDOW": window, "HAS_SINKS": sinks},
-            **{"ROWS": MERGED_ROWS, "SPLIT_KEYS": SPLIT, "BLOCKS_EACH": 1, "STAGES": MERGE_STAGES},
-        },
-        blocks_per_sm=4,
-        wide=False,  # the statistics are a number a row
-        expect={90: "", 100: ""},
+        options=EARLY,
     )
 
 
 def cases() -> list[Case]:
     """The shapes of Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b and Qwen3-Next."""
     oss = {"window": 128, "sinks": True}
-    found = [_merge_case(32, 4, 128, 0, False), _merge_case(64, 8, 64, 128, True)]
+    found = []
     for arch in (90, 100):
         found += [
             _case("qwen3 blocks of 16", 32, 4, 128, arch, single=True, shared_out=True),

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 
-_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}  # product and sum round separately
+_OPTIONS = {"enable_fp_fusion": False, **EARLY}  # product and sum round separately
 _COLUMNS = 1024
 
 
@@ -20,6 +21,7 @@ _COLUMNS = 1024
 def combine_kernel(
     rows_ptr, weights_ptr, shared_ptr, out_ptr, width, K: tl.constexpr, HAS_SHARED: tl.constexpr, COLUMNS: tl.constexpr
 ):
+    wait_for_previous()
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     dtype = out_ptr.dtype.element_ty
@@ -55,7 +57,7 @@ def combine(rows_TKD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = Non
         top_k,
         shared_TD is not None,
         columns,
-        **_LAUNCH,
+        **_OPTIONS,
     )
     return out_TD
 
@@ -74,7 +76,7 @@ def cases() -> list[Case]:
             constexprs={"K": top_k, "HAS_SHARED": shared, "COLUMNS": _COLUMNS},
             blocks_per_sm=8,
             expect={90: "", 100: ""},
-            options={"enable_fp_fusion": False},
+            options=_OPTIONS,
         )
         for top_k, width, shared in shapes
     ]

@@ -27,6 +27,8 @@ SHARED_PER_BLOCK = 227 * 1024  # bytes
 SHARED_PER_SM, SHARED_RESERVED = 228 * 1024, 1024  # bytes; reserved in each block
 REGISTERS_PER_SM, MAX_REGISTERS = 65536, 255
 TENSOR_MEMORY_COLUMNS = 512
+_SHARES = r"(LD|ST)G?|LDGSTS|ATOMG?|REDG?|U(TMA|BLK)\w*"  # machine code
+_JUMPS = re.compile(r"^\s*(@!?%p\d+\s+)?(bra|brx|call|ret|exit)\b", re.MULTILINE)  # PTX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,10 @@ class Compiled:
     stack: int
     local: int
     tensor_memory: int  # columns
+    scratch: int  # bytes of global memory that a launch would have to be given
     num_warps: int
-    instructions: Counter[str]  # by full name, "LDG.E.128"
+    early: bool  # launched while the kernel before may still run
+    instructions: Counter[str]  # by full name, "LDG.E.128", in the order of their first
     ptx: str
 
     @property
@@ -98,6 +102,14 @@ class Compiled:
     def has(self, part: str) -> bool:
         """Whether some instruction's name contains it."""
         return any(part in name.split(".")[0] for name in self.instructions)
+
+    @property
+    def waits(self) -> bool:
+        """Whether all threads wait for the kernel before, ahead of any jump and any access of memory that kernels share."""
+        names = [full.split(".")[0] for full in self.instructions]
+        before = names[: names.index("ACQBULK")] if "ACQBULK" in names else names
+        start, waits, _ = self.ptx.partition("griddepcontrol.wait")
+        return bool(waits) and not _JUMPS.search(start) and not any(re.fullmatch(_SHARES, name) for name in before)
 
     def _count(self, *names: str) -> int:
         return sum(count for full, count in self.instructions.items() if full.split(".")[0] in names)
@@ -174,7 +186,9 @@ def _inspect(cubin: Path, kernel: Any) -> Compiled:
         stack=used["STACK"],
         local=used["LOCAL"],
         tensor_memory=getattr(kernel.metadata, "tmem_size", 0) or 0,
+        scratch=kernel.metadata.global_scratch_size,
         num_warps=kernel.metadata.num_warps,
+        early=kernel.metadata.launch_pdl,
         instructions=Counter(names),
         ptx=kernel.asm["ptx"],
     )
@@ -186,14 +200,29 @@ def _run(tool: Path, *arguments: str | Path) -> str:
 
 def problems(case: Case, arch: int, compiled: Compiled) -> list[str]:
     """What is wrong with it, in words; empty if nothing is."""
-    return [*_spilled(compiled), *_wrong_instruction(case, arch, compiled), *_too_big(case, compiled)] + (
-        _narrow(case, compiled) if case.wide else []
-    )
+    return [
+        *_spilled(compiled),
+        *_wrong_instruction(case, arch, compiled),
+        *_too_big(case, compiled),
+        *_wants_scratch(compiled),
+        *_unordered(compiled),
+        *(_narrow(case, compiled) if case.wide else []),
+    ]
 
 
 def _spilled(compiled: Compiled) -> Iterator[str]:
     if compiled.spills or compiled.stack or compiled.local:
         yield f"{compiled.spills} spills, {compiled.stack} B of stack, {compiled.local} B of local memory"
+
+
+def _wants_scratch(compiled: Compiled) -> Iterator[str]:
+    if compiled.scratch:
+        yield f"{compiled.scratch} B of scratch memory, which nobody allocates"
+
+
+def _unordered(compiled: Compiled) -> Iterator[str]:
+    if compiled.early and not compiled.waits:
+        yield "launched early, but does not first of all wait for the kernel before"
 
 
 def _wrong_instruction(case: Case, arch: int, compiled: Compiled) -> Iterator[str]:

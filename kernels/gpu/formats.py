@@ -22,6 +22,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 GROUPS = {"int4": 32, "mxfp4": 32, "nvfp4": 16}  # columns that share a scale
 SCALES = {"int4": torch.bfloat16, "mxfp4": torch.uint8, "nvfp4": FP8}
+SCALED = {"mxfp8": 32, "mxfp4_x8": 32, "nvfp4_x4": 16}  # columns that share a scale, in x too
+FORMATS = ("dense", "fp8_block", "fp8_row", *GROUPS, *SCALED)
 BLOCK = 128  # rows and columns that share a scale in "fp8_block", and columns of x
 
 
@@ -36,11 +38,16 @@ class ExpertWeights:
     int4      | words (2)      | bf16 [e, K / 32, M] (3)               | bf16, fp16 or fp32
     mxfp4     | words          | u8 exponents [e, K / 32, M]           | bf16 or fp32 (4)
     nvfp4     | words          | fp8 [e, K / 16, M]                    | bf16 or fp32
+    mxfp8     | fp8 [e, M, K]  | u8 exponents (5)                      | fp8, scales u8 exponents [N, K / 32]
+    mxfp4_x8  | bytes (6)      | u8 exponents                          | fp8, scales u8 exponents [N, K / 32]
+    nvfp4_x4  | bytes          | fp8                                   | bytes [N, K / 2], scales fp8 [N, K / 16]
 
     (1) rounded up; for a gated w13 the gate's blocks before the up's, neither interleaved.
     (2) i32 [e, M, K / 8] of `pack4`, K filled up to a multiple of 128. All 4-bit weights become x's dtype before the product.
     (3) `(q - 8) * scale`, q in [0, 15].
     (4) e2m1 numbers become 2^-26 times their value, too small for fp16; `global_scales` fp32 [e] makes up for it.
+    (5) [e, K / 128, M, 128 / group]: a step's scales side by side, K filled up as the numbers are.
+    (6) u8 [e, M, K / 2], two e2m1 numbers each, the lower half first, K filled up to a multiple of 128.
     """
 
     format: str
@@ -63,7 +70,13 @@ class ExpertWeights:
     @property
     def packed_k(self) -> int:
         """Elements of `data` a step."""
-        return self.block_k // 8 if self.format in GROUPS else self.block_k
+        halves = self.format in SCALED and self.data.dtype == torch.uint8
+        return self.block_k // (8 if self.format in GROUPS else 2 if halves else 1)
+
+    @property
+    def x_columns(self) -> int:
+        """Elements of a row of x."""
+        return self.shape[2] // (2 if self.format == "nvfp4_x4" else 1)
 
     def scale_argument(self, rows: int) -> Tensor | TensorDescriptor | None:
         """The scales as the kernel takes them, for tiles of so many rows."""
@@ -73,7 +86,16 @@ class ExpertWeights:
 
     def check(self, x: Tensor, x_scales: Tensor | None, tiled_rows: int) -> None:
         """Assert that rows and scales of x are those that the format asks for."""
-        num_rows, K = x.shape
+        num_rows, K = len(x), self.shape[2]
+        assert x.shape[1] == self.x_columns, (self.format, x.shape, self.shape)
+        if self.format in SCALED:
+            dtypes = (torch.uint8, FP8) if self.format == "nvfp4_x4" else (FP8, torch.uint8)
+            assert K % 32 == 0, f"{K} columns"
+            assert x_scales is not None, f"{self.format} rows without scales"
+            assert x_scales.shape == (num_rows, K // SCALED[self.format]), (self.format, x_scales.shape, x.shape)
+            assert x_scales.is_contiguous(), x_scales.stride()
+            assert (x.dtype, x_scales.dtype) == dtypes, (self.format, x.dtype, x_scales.dtype)
+            return
         forbidden = {"mxfp4": (torch.float16,), "nvfp4": (torch.float16,)}.get(self.format, ())
         assert x.dtype not in forbidden, (self.format, x.dtype)
         assert self.format in GROUPS or x.dtype == self.data.dtype, (self.format, x.dtype, self.data.dtype)
@@ -304,6 +326,14 @@ def meta(format: str, e: int, M: int, K: int) -> ExpertWeights:
             global_scales=torch.empty(e, device="meta"),
             columns=K,
         )
+    if format in SCALED:
+        padded, halves = K + -K % BLOCK, format != "mxfp8"
+        sizes = (e, M, padded // 2 if halves else padded), (e, padded // BLOCK, M, BLOCK // SCALED[format])
+        dtypes = torch.uint8 if halves else FP8, FP8 if format == "nvfp4_x4" else torch.uint8
+        data, scales = (
+            torch.empty(size, dtype=dtype, device="meta") for size, dtype in zip(sizes, dtypes, strict=True)
+        )
+        return ExpertWeights(format=format, data=data, scales=scales, columns=K)
     data = torch.empty(e, M, K, dtype=FP8, device="meta")
     shape = (e, M) if format == "fp8_row" else (e, -(-M // BLOCK), -(-K // BLOCK))
     return ExpertWeights(format=format, data=data, scales=torch.empty(shape, device="meta"))
@@ -311,6 +341,11 @@ def meta(format: str, e: int, M: int, K: int) -> ExpertWeights:
 
 def meta_rows(format: str, N: int, K: int, tiled_rows: int) -> tuple[Tensor, Tensor | None]:
     """Rows of x and their scales, without storage."""
+    if format in SCALED:
+        sizes = (N, K // 2 if format == "nvfp4_x4" else K), (N, K // SCALED[format])
+        dtypes = (torch.uint8, FP8) if format == "nvfp4_x4" else (FP8, torch.uint8)
+        x, scales = (torch.empty(size, dtype=dtype, device="meta") for size, dtype in zip(sizes, dtypes, strict=True))
+        return x, scales
     if not format.startswith("fp8"):
         return torch.empty(N, K, dtype=torch.bfloat16, device="meta"), None
     shape = (N,) if format == "fp8_row" else (-(-K // BLOCK), tiled_rows)

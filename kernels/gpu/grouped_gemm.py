@@ -20,112 +20,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from expertwire.kernels.experts import Activation
 from expertwire.kernels.gpu import formats
 from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.device import H200, Device
+from expertwire.kernels.gpu.device import B200, H200, Device
+from expertwire.kernels.gpu.early import wait_for_previous
 from expertwire.kernels.gpu.formats import ExpertWeights
+from expertwire.kernels.gpu.product import activate, product
+from expertwire.kernels.gpu.scaled import scaled_product
 from expertwire.kernels.gpu.tiles import GemmTiles, Rows, TileMap, gemm_tiles, locate, token_tile
-
-
-@triton.jit
-def _activate(acc, bias_ptr, f, F, alpha, limit, ROWS: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr):
-    """[ROWS, TOKENS] of the product -> columns `f` of the output; `bias_ptr`: the expert's."""
-    if KIND.startswith("swiglu"):
-        # Rows interleaved by eight: gate and up of a column lie in the same thread.
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1)))
-        gate = tl.reshape(gate, (ROWS // 2, TOKENS))
-        up = tl.reshape(up, (ROWS // 2, TOKENS))
-        if bias_ptr is not None:
-            gate += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
-            up += tl.load(bias_ptr + F + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
-        if KIND == "swiglu_clamped":
-            gate = tl.minimum(gate, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit)
-            result = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
-        else:
-            result = gate / (1.0 + tl.exp(-gate)) * up
-    else:
-        result = acc
-        if bias_ptr is not None:
-            result += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
-        if KIND == "relu2":
-            result = tl.maximum(result, 0.0) * tl.maximum(result, 0.0)
-    return result
-
-
-@triton.jit
-def _load_x(x, source, row, k, exists, K, GATHER: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[TOKENS, BLOCK_K] of the rows `source`, or of the rows from `row` on."""
-    if GATHER:
-        column = k + tl.arange(0, BLOCK_K)
-        inside = exists[:, None] & (column < K)[None, :]
-        block = tl.load(x + source.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
-    else:
-        block = x.load([row, k])
-    return block
-
-
-@triton.jit
-def _product(
-    w_desc,
-    w_scale,
-    w_global,
-    x,
-    x_scale,
-    x_scale_stride,
-    source,
-    expert,
-    block,
-    row,
-    scale_column,
-    exists,
-    M,
-    K,
-    FORMAT: tl.constexpr,
-    GATED: tl.constexpr,
-    GATHER: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """fp32 [ROWS, TOKENS]: the block of weights times the rows of x, in steps of BLOCK_K, each upon the sum of those before.
-
-    `STAGES` stands at the loop, too: then loads of scales are pipelined with those of the matrices.
-    """
-    SCALES: tl.constexpr = BLOCK_K // (16 if FORMAT == "nvfp4" else 32)
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    if FORMAT == "fp8_block":
-        k_blocks = tl.cdiv(K, BLOCK_K)
-        half_blocks = tl.cdiv(M // 2, 128)  # the gate's and the up's blocks begin anew
-        w_scale += expert.to(tl.int64) * (2 * half_blocks if GATED else tl.cdiv(M, 128)) * k_blocks
-        up_scale = w_scale + half_blocks * k_blocks
-        block_row = (block * ROWS // 2 if GATED else block * ROWS) // 128 * k_blocks
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if FORMAT == "fp8_block":
-            scale_x = x_scale.load([k // BLOCK_K, scale_column])
-            scale_w = tl.load(w_scale + block_row + k // BLOCK_K)
-            if GATED:
-                scale_up = tl.load(up_scale + block_row + k // BLOCK_K)
-                scale_w = tl.where(tl.arange(0, ROWS) // 8 % 2 == 1, scale_up, scale_w)[:, None]
-        if FORMAT == "dense" or FORMAT == "fp8_block" or FORMAT == "fp8_row":
-            w_block = w_desc.load([expert, block * ROWS, k]).reshape(ROWS, BLOCK_K)
-        else:
-            words = w_desc.load([expert, block * ROWS, k // 8]).reshape(ROWS, BLOCK_K // 8)
-            scale = w_scale.load([expert, k // BLOCK_K * SCALES, block * ROWS]).reshape(SCALES, ROWS)
-            w_block = formats.dequantise(words, scale, FORMAT, SCALES, ROWS, BLOCK_K // 8)
-            w_block = w_block.to(x.dtype.element_ty if GATHER else x.dtype)
-        x_block = tl.trans(_load_x(x, source, row, k, exists, K, GATHER, BLOCK_K))
-        if FORMAT == "fp8_block":
-            acc += tl.dot(w_block, x_block) * (scale_w * scale_x)
-        else:
-            # Hopper's tensor cores add fp8 products in few bits: sums of BLOCK_K of them are added outside.
-            acc = tl.dot(w_block, x_block, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
-    if FORMAT == "fp8_row":
-        m = block * ROWS + tl.arange(0, ROWS)
-        scale_w = tl.load(w_scale + expert.to(tl.int64) * M + m, mask=m < M, other=0.0)
-        acc *= scale_w[:, None] * tl.load(x_scale + source * x_scale_stride)[None, :]
-    if w_global is not None:
-        acc *= tl.load(w_global + expert)
-    return acc
 
 
 @triton.jit
@@ -156,6 +56,8 @@ def _tile(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """Block `block` of the expert's weight rows times the tokens [row, min(row + TOKENS, end))."""
     GATHER: tl.constexpr = row_index_ptr is not None
@@ -164,13 +66,21 @@ def _tile(
     token = row + tl.arange(0, TOKENS)
     exists = token < end
     source = tl.load(row_index_ptr + token, mask=exists, other=0) if GATHER else tl.minimum(token, end - 1)
-    acc = _product(
-        w_desc, w_scale, w_global, x, x_scale, x_scale_stride, source, expert, block, row, scale_column, exists, M, K,
-        FORMAT, GATED, GATHER, TOKENS, ROWS, BLOCK_K, STAGES,
-    )  # fmt: skip
+    if SCALED:
+        acc = scaled_product(
+            w_desc, w_scale, x, x_scale, source, expert, block, row, exists, M, K,
+            FORMAT, NATIVE, GATHER, TOKENS, ROWS, BLOCK_K, STAGES,
+        )  # fmt: skip
+    else:
+        acc = product(
+            w_desc, w_scale, x, x_scale, x_scale_stride, source, expert, block, row, scale_column, exists, M, K,
+            FORMAT, GATED, GATHER, TOKENS, ROWS, BLOCK_K, STAGES,
+        )  # fmt: skip
+    if w_global is not None:
+        acc *= tl.load(w_global + expert)
     f = block * OUT_ROWS + tl.arange(0, OUT_ROWS)
     expert_bias = bias_ptr + expert.to(tl.int64) * M if bias_ptr is not None else None
-    result = _activate(acc, expert_bias, f, out_width, alpha, limit, ROWS, TOKENS, ACTIVATION)
+    result = activate(acc, expert_bias, f, out_width, alpha, limit, ROWS, TOKENS, ACTIVATION)
     slot = tl.load(home_ptr + token, mask=exists, other=0) if home_ptr is not None else token
     out_ptrs = out_ptr + slot.to(tl.int64)[:, None] * out_width + f[None, :]
     tl.store(out_ptrs, tl.trans(result.to(out_ptr.dtype.element_ty)), mask=exists[:, None] & (f < out_width)[None, :])
@@ -206,7 +116,10 @@ def _grouped_gemm(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
+    wait_for_previous()
     num_blocks = tl.cdiv(M, ROWS)
     num_items = tl.load(first_tile_ptr + w_desc.shape[0]) * num_blocks
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
@@ -217,13 +130,13 @@ def _grouped_gemm(
             _tile(
                 w_desc, w_scale, w_global, x_tail, x_scale_tail, x_scale_stride, row_index_ptr, bias_ptr, home_ptr, out_ptr,
                 expert, block, row, end, tile * TOKENS, M, K, out_width, alpha, limit,
-                FORMAT, ACTIVATION, TAIL, ROWS, BLOCK_K, STAGES,
+                FORMAT, ACTIVATION, TAIL, ROWS, BLOCK_K, STAGES, SCALED, NATIVE,
             )  # fmt: skip
         else:
             _tile(
                 w_desc, w_scale, w_global, x, x_scale, x_scale_stride, row_index_ptr, bias_ptr, home_ptr, out_ptr,
                 expert, block, row, end, tile * TOKENS, M, K, out_width, alpha, limit,
-                FORMAT, ACTIVATION, TOKENS, ROWS, BLOCK_K, STAGES,
+                FORMAT, ACTIVATION, TOKENS, ROWS, BLOCK_K, STAGES, SCALED, NATIVE,
             )  # fmt: skip
 
 
@@ -278,6 +191,9 @@ def _launch(
 ) -> None:
     if x.shape[0] == 0 or len(rows.row_index_R) == 0:
         return
+    if weights.format in formats.SCALED and x.is_cuda and device.arch < 100:
+        allowed = [format for format in formats.FORMATS if format not in formats.SCALED]
+        raise ValueError(f"format is {weights.format}, for compute capability 10.0; allowed on this GPU are {allowed}")
     config = gemm_tiles(weights.format, rows.tile_map.token_tile, weights.shape, rows.planned, device)
     args, constexprs = _arguments(config, x, x_scales, rows, weights, bias, out, activation)
     grid = (device.num_sms * config.blocks_per_sm,)
@@ -296,15 +212,14 @@ def _arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The kernel's arguments and constants."""
     num_experts, M, K = weights.shape
-    assert x.shape[1] == K, (x.shape, weights.shape)
     assert x.is_contiguous() and out.is_contiguous(), (x.stride(), out.stride())  # noqa: PT018
     assert bias is None or bias.shape == (num_experts, M), (bias.shape, weights.shape)
     weights.check(x, x_scales, rows.tile_map.rows)
-    block_k = weights.block_k
     x_tile, x_tail = x, x
     if activation is None:
-        x_tile = TensorDescriptor.from_tensor(x, [config.tokens, block_k])
-        x_tail = TensorDescriptor.from_tensor(x, [config.tail or config.tokens, block_k])
+        x_block = weights.block_k * weights.x_columns // K
+        x_tile = TensorDescriptor.from_tensor(x, [config.tokens, x_block])
+        x_tail = TensorDescriptor.from_tensor(x, [config.tail or config.tokens, x_block])
     x_scale, x_scale_tail = x_scales, x_scales
     if weights.format == "fp8_block":
         x_scale = TensorDescriptor.from_tensor(x_scales, [1, config.tokens])
@@ -337,9 +252,11 @@ def _arguments(
         "TOKENS": config.tokens,
         "TAIL": config.tail,
         "ROWS": config.rows,
-        "BLOCK_K": block_k,
+        "BLOCK_K": weights.block_k,
         "GROUP": config.group,
         "STAGES": config.num_stages,
+        "SCALED": weights.format in formats.SCALED,
+        "NATIVE": config.native,
     }
     return args, constexprs
 
@@ -358,7 +275,7 @@ def _case(format: str, shape: str, planned: int, activation: Activation | None, 
     M, K = (2 * F if activation.gated else F, D) if activation else (D, F)
     weights = formats.meta(format, num_experts, M, K)
     tokens = token_tile(format, planned, num_experts)
-    config = gemm_tiles(format, tokens, (num_experts, M, K), planned, H200)
+    config = gemm_tiles(format, tokens, (num_experts, M, K), planned, B200 if format in formats.SCALED else H200)
 
     def meta(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -375,17 +292,20 @@ def _case(format: str, shape: str, planned: int, activation: Activation | None, 
     bias = meta(num_experts, M, dtype=torch.bfloat16) if shape.startswith("gpt-oss") else None
     args, constexprs = _arguments(config, x, x_scales, rows, weights, bias, out, activation)
     which = f"w13 {activation.kind}" if activation else "w2"
-    instruction = "QGMMA" if format.startswith("fp8") else "HGMMA"
+    expect = {90: "QGMMA" if format.startswith("fp8") else "HGMMA", 100: "UTC"}
+    name = f"grouped_gemm.{which} {format} {shape} {tokens}x{config.rows}"
+    if format in formats.SCALED:
+        expect = {100: "UTCOMMA" if format == "nvfp4_x4" else "UTCQMMA"}
     return Case(
-        name=f"grouped_gemm.{which} {format} {shape} {tokens}x{config.rows}",
+        name=name,
         kernel=_grouped_gemm,
         args=args,
         constexprs=constexprs,
-        expect={90: instruction, 100: "UTC"},
+        expect=expect,
         options=config.options,
         blocks_per_sm=config.blocks_per_sm,
         store_bytes=16 if config.rows == 128 else 8,
-        narrow_copies=format == "fp8_block",
+        narrow_copies=format == "fp8_block" or format in formats.SCALED,
         full=full,
     )
 
@@ -407,6 +327,15 @@ def cases() -> list[Case]:
             planned = max(1, int(mean * num_experts))
             found.append(_case(format, shape, planned, activation, full=mean != 256))
             found.append(_case(format, shape, planned, None, full=mean != 8))
+    for format, shape, activation in (
+        ("mxfp8", "qwen3-30b", swiglu),
+        ("mxfp4_x8", "gpt-oss-120b", clamped),
+        ("nvfp4_x4", "deepseek-v3-ep8", swiglu),
+    ):
+        for planned in (mean * SHAPES[shape][0] for mean in (1, 16, 32, 256)):
+            small, large = planned == SHAPES[shape][0], planned == 256 * SHAPES[shape][0]
+            found.append(_case(format, shape, planned, activation, full=not large))
+            found.append(_case(format, shape, planned, None, full=not small))
     found += [_case("dense", "gpt-oss-120b", planned, clamped, full=True) for planned in (128, 16384)]
     found += [_case("dense", "deepseek-v3-ep8", planned, relu2, full=planned > 32) for planned in (32, 4096)]
     return list({case.name: case for case in found}.values())

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import B200, H200, Device
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.linear import Linear
 
 _SIDE_BY_SIDE = 128  # tokens
 # ptxas for Blackwell otherwise spills a register or two where hundreds are left.
-_REGISTERS = {"maxnreg": 255}
+_OPTIONS = {"maxnreg": 255, **EARLY}
 _GROUP = tl.constexpr(8)  # tiles of weight rows that are taken together, for the second-level cache
 
 
@@ -76,7 +77,7 @@ def _store(total, bias_ptr, y_ptr, n, t, num_tokens, num_rows, HAS_BIAS: tl.cons
     tl.store(y_ptr + t.to(tl.int64)[:, None] * num_rows + n[None, :], y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_programs"])
 def linear_kernel(
     x_ptr,
     w_ptr,
@@ -101,6 +102,7 @@ def linear_kernel(
     EVEN: tl.constexpr,
 ):
     """w [N, TERMS * D], x [T, D], y [T, N]; parts fp32, a tile a (tile, split); counters i32, one a tile: zeros, also behind."""
+    wait_for_previous()
     depth = TERMS * width
     row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
     num_items = row_tiles * token_tiles * (num_splits if SIDE_BY_SIDE else 1)
@@ -132,21 +134,9 @@ def linear_kernel(
             for split in range(1, num_splits):
                 end = tl.minimum(depth, (split + 1) * split_k)
                 total += _product(
-                    w_ptr,
-                    x_ptr,
-                    n,
-                    t,
-                    num_tokens,
-                    num_rows,
-                    depth,
-                    width,
-                    stride_t,
-                    split * split_k,
-                    end,
-                    TERMS,
-                    BLOCK_K,
-                    EVEN,
-                )
+                    w_ptr, x_ptr, n, t, num_tokens, num_rows, depth, width, stride_t, split * split_k, end,
+                    TERMS, BLOCK_K, EVEN,
+                )  # fmt: skip
         if complete:
             _store(total, bias_ptr, y_ptr, n, t, num_tokens, num_rows, HAS_BIAS)
 
@@ -288,7 +278,7 @@ def _launch(
         **_constexprs(plan, width, depth // width, bias_N is not None),
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
-        **_REGISTERS,
+        **_OPTIONS,
     )
 
 
@@ -350,5 +340,5 @@ def _case(
         num_stages=plan.num_stages,
         blocks_per_sm=plan.blocks_per_sm,
         expect={device.arch: {90: "HGMMA", 100: "UTC"}[device.arch]},
-        options=_REGISTERS,
+        options=_OPTIONS,
     )

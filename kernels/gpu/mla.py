@@ -22,22 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.attention import DeviceSequences
-from expertwire.kernels.gpu import attention
-from expertwire.kernels.gpu.attention import (
+from expertwire.kernels.gpu.attention import rows_of_keys, soften
+from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.rotate_and_store import rotate_pairs
+from expertwire.kernels.gpu.splits import (
     LOG2_E,
-    MERGE_STAGES,
-    MERGED_ROWS,
+    SPLIT,
+    Span,
     find,
-    merge_splits,
+    max_splits,
+    merge_workspace,
+    num_shares,
     rows_of,
-    rows_of_keys,
-    soften,
     store_statistics,
     workspace_row,
 )
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.gpu.rotate_and_store import rotate_pairs
 
 WORKSPACE_ROWS = 1 << 18  # of partial results: 0.5 GB with 512 latent numbers
 HEADS = 8
@@ -76,6 +77,7 @@ def _attend_latent(
 
     The sums lie in two halves, so that not all of them are in motion when they are written; with two PARTS each is a program's.
     """
+    wait_for_previous()
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence, block = find(
         cu_queries, block, first_sequence, end_sequence, first_token, end_token, H, ROWS, BLOCKS_EACH
@@ -146,7 +148,7 @@ def tiles(*, rank: int, element_size: int, arch: int) -> Tiles:
     blackwell = arch >= 100
     keys = 32 if blackwell or rank * element_size > 1024 else 64
     parts = 2 if blackwell else 1
-    return Tiles(rows=64, keys=keys, split=attention.SPLIT, parts=parts, num_warps=8, num_stages=2)
+    return Tiles(rows=64, keys=keys, split=SPLIT, parts=parts, num_warps=8, num_stages=2)
 
 
 def attend(
@@ -175,16 +177,18 @@ def attend(
     out = q_THl.new_empty(num_tokens, num_heads, rank) if out is None else out
     assert out.is_contiguous(), f"output strides {out.stride()}"
     tiling = tiling or tiles(rank=rank, element_size=q_THl.element_size(), arch=device.arch)
-    num_splits = attention.max_splits(seqs.max_length, tiling.split, 0)
+    num_splits = max_splits(seqs.max_length, tiling.split, 0)
     tokens = max(1, workspace_rows // (num_heads * num_splits))
     for first in range(0, seqs.num_single, tokens):
-        span = first, min(first + tokens, seqs.num_single)
-        _launch(q_THl, cache, out, seqs, device, span, span, tiling, scale, num_splits)
+        some = first, min(first + tokens, seqs.num_single)
+        span = Span(seqs=seqs, sequences=some, tokens=some, group=num_heads)
+        _launch(q_THl, cache, out, span, device, tiling, scale, num_splits)
     if seqs.num_sequences > seqs.num_single:
         sequences = seqs.num_single, seqs.num_sequences
         for first in range(seqs.num_single, num_tokens, tokens):
-            span = first, min(first + tokens, num_tokens)
-            _launch(q_THl, cache, out, seqs, device, sequences, span, tiling, scale, num_splits)
+            some = first, min(first + tokens, num_tokens)
+            span = Span(seqs=seqs, sequences=sequences, tokens=some, group=num_heads)
+            _launch(q_THl, cache, out, span, device, tiling, scale, num_splits)
     return out
 
 
@@ -192,40 +196,24 @@ def _launch(
     q_THl: Tensor,
     cache: Tensor,
     out: Tensor,
-    seqs: DeviceSequences,
+    span: Span,
     device: Device,
-    sequences: tuple[int, int],
-    tokens: tuple[int, int],
     tiling: Tiles,
     scale: float,
     num_splits: int,
 ) -> None:
-    """These tokens of these sequences."""
     num_heads, rank = out.shape[1:]
-    num_tokens, num_sequences = (end - first for first, end in (tokens, sequences))
-    single = sequences[0] < seqs.num_single
-
-    def blocks(rows: int) -> tuple[int, int]:
-        """How many blocks of so many rows a sequence with one query has, 0 for the others; and all have at most."""
-        each = -(-num_heads // rows) if single else 0
-        return each, num_tokens * each if single else num_tokens * num_heads // rows + num_sequences
-
-    each, num_blocks = blocks(tiling.rows)
-    rows = num_splits * num_tokens * num_heads
-    partials, statistics = (out.new_empty(rows, width, dtype=torch.float32) for width in (rank, 2))
-    _attend_latent[num_blocks, attention.num_shares(device, num_blocks, num_splits), tiling.parts](
-        q_THl, cache, partials, statistics, seqs.cu_queries, seqs.lengths, seqs.block_table, *sequences, *tokens,
+    seqs = span.seqs
+    each, num_blocks = span.blocks(tiling.rows)
+    workspace = span.workspace(out, num_splits)
+    _attend_latent[num_blocks, num_shares(device, num_blocks, num_splits), tiling.parts](
+        q_THl, cache, *workspace, seqs.cu_queries, seqs.lengths, seqs.block_table, *span.bounds,
         scale * LOG2_E.value, q_THl.stride(0), q_THl.stride(1), cache.stride(0), seqs.block_table.stride(0),
         STRIDE_SLOT=cache.stride(1), H=num_heads, RANK=rank, ROTATED=q_THl.shape[2] - rank, BLOCK_SIZE=cache.shape[1],
         ROWS=tiling.rows, KEYS=tiling.keys, SPLIT_KEYS=tiling.split, BLOCKS_EACH=each, PARTS=tiling.parts,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **EARLY,
     )  # fmt: skip
-    each, num_blocks = blocks(MERGED_ROWS)
-    merge_splits[num_blocks, 1](
-        partials, statistics, out, partials, seqs.cu_queries, seqs.lengths, *sequences, *tokens, num_splits,
-        GROUP=num_heads, DIM=rank, PADDED=rank, WINDOW=0, HAS_SINKS=False, ROWS=MERGED_ROWS, SPLIT_KEYS=tiling.split,
-        BLOCKS_EACH=each, STAGES=MERGE_STAGES,
-    )  # fmt: skip
+    merge_workspace(workspace, out, span, num_splits, split=tiling.split)
 
 
 @triton.jit
@@ -255,6 +243,7 @@ def _rotate_and_store(
     HEADS: tl.constexpr,
 ):
     """Grid (T, 1 + tiles of heads): the cache's row first, which is taken for a tile with one head, then the queries."""
+    wait_for_previous()
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, slot = tl.load(positions + token).to(tl.int64), tl.load(slots + token).to(tl.int64)
     at = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_slot
@@ -322,7 +311,7 @@ def rotate_and_store(
             eps, q_THr.stride(0), q_THr.stride(1), kv_Tl.stride(0), out.stride(0), out.stride(1),
             cache.stride(0), cache.stride(1),
             H=num_heads, RANK=rank, PAIRS=rotated // 2, BLOCK_SIZE=cache.shape[1], INTERLEAVED=interleaved, HEADS=HEADS,
-            num_warps=1,
+            num_warps=1, **EARLY,
         )  # fmt: skip
     return out
 
@@ -350,25 +339,7 @@ def _case(name: str, heads: int, block_size: int, arch: int, *, single: bool) ->
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         expect={arch: "HGMMA" if arch == 90 else "UTC"},
-    )
-
-
-def _merge_case(heads: int, single: bool) -> Case:
-    return Case(
-        name=f"mla.merge {heads} heads {'decode' if single else 'prefill'}",
-        kernel=merge_splits,
-        args={
-            **dict.fromkeys(("partials", "statistics", "sinks"), torch.float32),
-            **{"out": torch.bfloat16, "cu_queries": torch.int32, "lengths": torch.int32},
-            **{"first_sequence": 0, "end_sequence": 64, "first_token": 0, "end_token": 64, "num_slots": 32},
-        },
-        constexprs={
-            **{"GROUP": heads, "DIM": 512, "PADDED": 512, "WINDOW": 0, "HAS_SINKS": False, "ROWS": MERGED_ROWS},
-            **{"SPLIT_KEYS": attention.SPLIT, "BLOCKS_EACH": heads // MERGED_ROWS * single, "STAGES": MERGE_STAGES},
-        },
-        blocks_per_sm=2,
-        wide=False,  # the statistics are a number a row
-        expect={90: "", 100: ""},
+        options=EARLY,
     )
 
 
@@ -387,12 +358,13 @@ def _store_case(interleaved: bool) -> Case:
         num_warps=1,
         blocks_per_sm=8,
         expect={90: "", 100: ""},
+        options=EARLY,
     )
 
 
 def cases() -> list[Case]:
     """DeepSeek-V3 (128 heads) and V2-Lite (16)."""
-    found = [_merge_case(128, True), _merge_case(16, False), _store_case(True), _store_case(False)]
+    found = [_store_case(True), _store_case(False)]
     for arch in (90, 100):
         found += [
             _case("deepseek-v3", 128, 64, arch, single=True),

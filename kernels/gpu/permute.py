@@ -1,9 +1,9 @@
-"""Order of the routed rows: `kernels.permute` in Triton, a counting sort without atomics.
+"""Order of the routed rows, and their tiles: `kernels.permute` in Triton, a counting sort without atomics.
 
-A program a (expert, chunk of ids) finds how many ids come before its own, counts off its expert's ids in its chunk, and
-writes their places. Up to `_ONE_LAUNCH` ids a program reads all of them itself; above, a first launch counts the ids of
-each expert in each chunk. One more "expert" stands behind the last: before it are all routed rows, and its own are the
-places that no row takes.
+A program a (expert, chunk of ids) finds how many ids each expert has, which says where its own begin, counts off its expert's
+ids in its chunk, and writes their places. Up to `_ONE_LAUNCH` ids a program reads all of them itself; above, a first launch
+counts the ids of each expert in each chunk. One more "expert" stands behind the last: before it are all routed rows, and its own
+are the places that no row takes.
 
 N = T * K ids, e local experts, C chunks.
 """
@@ -16,86 +16,114 @@ import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.permute import Permuted
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.tiles import token_tile
+from expertwire.kernels.permute import Permuted, TileMap, max_tiles
 
-_ONE_LAUNCH = 16384  # ids
+_ONE_LAUNCH = 8192  # ids
+_STORED = tl.constexpr(128)  # tiles at a time
+# ptxas for Blackwell otherwise spills a register or two where hundreds are left.
+_OPTIONS = {"maxnreg": 255, **EARLY}
 
 
 @triton.jit
-def _num_valid(valid_ptr, num_ids, K: tl.constexpr, LIMITED: tl.constexpr):
+def _num_valid(valid_ptr, num_ids, K: tl.constexpr):
     """How many ids belong to tokens that count."""
-    if LIMITED:
+    if valid_ptr is not None:
         num_ids = tl.minimum(num_ids, tl.load(valid_ptr) * K)
     return num_ids
 
 
 @triton.jit
-def count_kernel(
-    ids_ptr,
-    counts_ptr,
-    valid_ptr,
-    num_ids,
-    num_experts,
-    num_chunks,
-    K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    EXPERTS_C: tl.constexpr,
-    LIMITED: tl.constexpr,
-):
-    """counts i32 [e, C]."""
-    chunk = tl.program_id(0)
-    n = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + n, mask=n < _num_valid(valid_ptr, num_ids, K, LIMITED), other=-1).to(tl.int32)
+def _histogram(ids_ptr, n, end, num_experts, EXPERTS: tl.constexpr):
+    """How many of the ids `n` before `end` are each expert's: i32 [EXPERTS]."""
+    ids = tl.load(ids_ptr + n, mask=n < end, other=-1).to(tl.int32)
     here = (ids >= 0) & (ids < num_experts)
-    # One bin more than experts takes what is none of them.
-    counts = tl.histogram(tl.where(here, ids, EXPERTS_C - 1), EXPERTS_C)
-    expert = tl.arange(0, EXPERTS_C)
-    tl.store(counts_ptr + expert * num_chunks + chunk, counts, mask=expert < num_experts)
+    return tl.histogram(tl.where(here, ids, 0), EXPERTS, mask=here)
+
+
+@triton.jit(do_not_specialize=["num_ids"])
+def count_kernel(
+    ids_ptr, counts_ptr, valid_ptr, num_ids, num_experts, K: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """counts i32 [C, e]."""
+    wait_for_previous()
+    n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    counts = _histogram(ids_ptr, n, _num_valid(valid_ptr, num_ids, K), num_experts, EXPERTS)
+    expert = tl.arange(0, EXPERTS)
+    tl.store(counts_ptr + tl.program_id(0) * num_experts + expert, counts, mask=expert < num_experts)
 
 
 @triton.jit
-def _before(
-    ids_ptr, counts_ptr, num_ids, num_valid, num_experts, num_chunks, expert, chunk, CHUNK: tl.constexpr,
-    COUNTED: tl.constexpr,
-):  # fmt: skip
-    """How many rows come before those of this expert in this chunk."""
-    found = tl.zeros([CHUNK], tl.int32)
-    if COUNTED:
-        for start in range(0, expert * num_chunks + chunk, CHUNK):
-            at = start + tl.arange(0, CHUNK)
-            counted = at < tl.minimum(expert, num_experts) * num_chunks + tl.where(expert < num_experts, chunk, 0)
-            found += tl.load(counts_ptr + at, mask=counted, other=0)
+def _count(
+    ids_ptr, counts_ptr, num_ids, num_valid, num_experts, num_chunks, chunk, CHUNK: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """Each expert's ids, and how many of them come in earlier chunks: i32 [EXPERTS] both."""
+    every, earlier = tl.zeros([EXPERTS], tl.int32), tl.zeros([EXPERTS], tl.int32)
+    if counts_ptr is not None:
+        CHUNKS: tl.constexpr = CHUNK // EXPERTS if CHUNK > EXPERTS else 1
+        expert = tl.arange(0, EXPERTS)
+        for start in range(0, num_chunks, CHUNKS):
+            at = start + tl.arange(0, CHUNKS)
+            mask = (at < num_chunks)[:, None] & (expert < num_experts)[None, :]
+            counts = tl.load(counts_ptr + at[:, None] * num_experts + expert[None, :], mask=mask, other=0)
+            every += tl.sum(counts, axis=0)
+            earlier += tl.sum(tl.where((at < chunk)[:, None], counts, 0), axis=0)
     else:
         for start in range(0, num_ids, CHUNK):
-            n = start + tl.arange(0, CHUNK)
-            ids = tl.load(ids_ptr + n, mask=n < num_valid, other=-1)
-            found += ((ids >= 0) & (ids < expert)).to(tl.int32)
-    return tl.sum(found, axis=0)
+            every += _histogram(ids_ptr, start + tl.arange(0, CHUNK), num_valid, num_experts, EXPERTS)
+    return every, earlier
 
 
 @triton.jit
+def _describe(every, expert, before, num_experts, offsets_ptr, load_ptr, first_tile_ptr, tile_expert_ptr, tile_rows):
+    """What others want to know of an expert: where its rows and tiles begin, how many rows it has had so far."""
+    tl.store(offsets_ptr + expert, before)
+    index = tl.arange(0, every.shape[0])
+    own = tl.sum(tl.where(index == expert, every, 0), axis=0)
+    if load_ptr is not None and expert < num_experts:
+        tl.store(load_ptr + expert, tl.load(load_ptr + expert) + own)
+    if first_tile_ptr is not None:
+        tiles = (every + tile_rows - 1) // tile_rows
+        first = tl.sum(tl.where(index < expert, tiles, 0), axis=0)
+        tl.store(first_tile_ptr + expert, first)
+        if expert < num_experts:
+            num_tiles = (own + tile_rows - 1) // tile_rows
+            for start in range(0, num_tiles, _STORED):
+                tile = start + tl.arange(0, _STORED)
+                tl.store(tile_expert_ptr + first + tile, tl.zeros([_STORED], tl.int32) + expert, mask=tile < num_tiles)
+
+
+@triton.jit(do_not_specialize=["num_ids", "num_chunks", "tile_rows"])
 def place_kernel(
     ids_ptr,
-    counts_ptr,
+    counts_ptr,  # None: ids are counted here
     offsets_ptr,
     row_index_ptr,
     home_ptr,
     valid_ptr,
+    load_ptr,
+    first_tile_ptr,  # None: no tiles are asked for
+    tile_expert_ptr,
     num_ids,
     num_experts,
     num_chunks,
+    tile_rows,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
-    COUNTED: tl.constexpr,
-    LIMITED: tl.constexpr,
+    EXPERTS: tl.constexpr,  # num_experts rounded up to a power of two
 ):
+    """Grid (e + 1, C)."""
+    wait_for_previous()
     expert, chunk = tl.program_id(0), tl.program_id(1)
-    num_valid = _num_valid(valid_ptr, num_ids, K, LIMITED)
-    before = _before(ids_ptr, counts_ptr, num_ids, num_valid, num_experts, num_chunks, expert, chunk, CHUNK, COUNTED)
+    num_valid = _num_valid(valid_ptr, num_ids, K)
+    every, earlier = _count(ids_ptr, counts_ptr, num_ids, num_valid, num_experts, num_chunks, chunk, CHUNK, EXPERTS)
+    index = tl.arange(0, EXPERTS)
+    before = tl.sum(tl.where(index < expert, every, tl.where(index == expert, earlier, 0)), axis=0)
     if chunk == 0:
-        tl.store(offsets_ptr + expert, before)
+        _describe(every, expert, before, num_experts, offsets_ptr, load_ptr, first_tile_ptr, tile_expert_ptr, tile_rows)
     first, end = 0, num_ids
-    if COUNTED:
+    if counts_ptr is not None:
         first, end = chunk * CHUNK, tl.minimum(num_ids, (chunk + 1) * CHUNK)
     for start in range(first, end, CHUNK):
         n = start + tl.arange(0, CHUNK)
@@ -112,27 +140,34 @@ def place_kernel(
             tl.store(row_index_ptr + n, none, mask=(n >= before) & (n < end))
 
 
-def _plan(num_ids: int) -> tuple[int, bool]:
-    """How many ids a program takes at a time, and whether they are counted beforehand."""
-    counted = num_ids > _ONE_LAUNCH
-    return (4096 if counted else min(2048, max(128, triton.next_power_of_2(num_ids)))), counted
-
-
-def permute(ids_TK: Tensor, num_experts: int, num_valid: Tensor | None = None) -> Permuted:
-    """As `kernels.permute.reference`; ids contiguous, i32 or i64."""
+def permute(
+    ids_TK: Tensor,
+    num_experts: int,
+    num_valid: Tensor | None = None,
+    *,
+    load_E: Tensor | None = None,
+    format: str | None = None,
+) -> Permuted:
+    """As `kernels.permute.reference`; ids contiguous, i32 or i64. `format`: of weights, for whose products rows come in tiles."""
     assert ids_TK.is_contiguous(), f"strides {ids_TK.stride()} of shape {tuple(ids_TK.shape)}"
-    num_ids, device = ids_TK.numel(), ids_TK.device
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    row_index_N, home_N = (torch.empty(num_ids, dtype=torch.int32, device=device) for _ in range(2))
+    assert load_E is None or (load_E.shape == (num_experts,) and load_E.is_contiguous()), load_E
+    num_ids = ids_TK.numel()
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=ids_TK.device)
+
+    tile_map = None
+    if format is not None:
+        tokens = token_tile(format, num_ids, num_experts)
+        tile_map = TileMap(empty(num_experts + 1), empty(max_tiles(num_ids, num_experts, tokens)), tokens)
+    offsets, row_index_N, home_N = empty(num_experts + 1), empty(num_ids), empty(num_ids)
     chunk, counted = _plan(num_ids)
     num_chunks = triton.cdiv(num_ids, chunk) if counted else 1
-    counts = offsets
-    limited, valid, top_k = num_valid is not None, offsets if num_valid is None else num_valid, ids_TK.shape[1]
+    counts = empty(num_chunks, num_experts) if counted else None
+    constexprs = {"K": ids_TK.shape[1], "CHUNK": chunk, "EXPERTS": max(2, triton.next_power_of_2(num_experts))}
     if counted:
-        counts = torch.empty(num_experts, num_chunks, dtype=torch.int32, device=device)
-        experts_c = triton.next_power_of_2(num_experts + 1)
         count_kernel[(num_chunks,)](
-            ids_TK, counts, valid, num_ids, num_experts, num_chunks, top_k, chunk, experts_c, limited, num_warps=8
+            ids_TK, counts, num_valid, num_ids, num_experts, **constexprs, num_warps=8, **_OPTIONS
         )
     place_kernel[(num_experts + 1, num_chunks)](
         ids_TK,
@@ -140,59 +175,69 @@ def permute(ids_TK: Tensor, num_experts: int, num_valid: Tensor | None = None) -
         offsets,
         row_index_N,
         home_N,
-        valid,
+        num_valid,
+        load_E,
+        tile_map and tile_map.first_tile,
+        tile_map and tile_map.tile_expert,
         num_ids,
         num_experts,
         num_chunks,
-        K=top_k,
-        CHUNK=chunk,
-        COUNTED=counted,
-        LIMITED=limited,
+        tile_map.token_tile if tile_map else 0,
+        **constexprs,
         num_warps=_warps(chunk),
+        **_OPTIONS,
     )
-    return Permuted(expert_offsets=offsets, row_index_N=row_index_N, home_N=home_N)
+    return Permuted(expert_offsets=offsets, row_index_N=row_index_N, home_N=home_N, tile_map=tile_map)
+
+
+def _plan(num_ids: int) -> tuple[int, bool]:
+    """How many ids a program takes at a time, and whether they are counted beforehand."""
+    counted = num_ids > _ONE_LAUNCH
+    return (4096 if counted else min(2048, max(128, triton.next_power_of_2(num_ids)))), counted
 
 
 def _warps(chunk: int) -> int:
     return max(1, min(8, chunk // 256))
 
 
+def _cases(num_tokens: int, top_k: int, num_experts: int) -> list[Case]:
+    i32, num_ids = torch.int32, num_tokens * top_k
+    chunk, counted = _plan(num_ids)
+    sizes = {"num_ids": num_ids, "num_experts": num_experts}
+    pointers = (
+        "counts_ptr",
+        "offsets_ptr",
+        "row_index_ptr",
+        "home_ptr",
+        "valid_ptr",
+        "first_tile_ptr",
+        "tile_expert_ptr",
+    )
+    args = {"ids_ptr": torch.int64, **dict.fromkeys(pointers, i32), "load_ptr": torch.int64, **sizes}
+    constexprs = {"K": top_k, "CHUNK": chunk, "EXPERTS": max(2, triton.next_power_of_2(num_experts))}
+    common = {"expect": {90: "", 100: ""}, "wide": False, "options": _OPTIONS}
+    name = f"T{num_tokens} K{top_k} e{num_experts}"
+    place = Case(
+        name=f"permute.place {name}",
+        kernel=place_kernel,
+        args=args
+        | {"num_chunks": triton.cdiv(num_ids, chunk) if counted else 1, "tile_rows": 16}
+        | ({} if counted else {"counts_ptr": None}),
+        constexprs=constexprs,
+        num_warps=_warps(chunk),
+        **common,
+    )
+    count = Case(
+        name=f"permute.count {name}",
+        kernel=count_kernel,
+        args={"ids_ptr": torch.int64, "counts_ptr": i32, "valid_ptr": i32, **sizes},
+        constexprs=constexprs,
+        num_warps=8,
+        **common,
+    )
+    return [place, count] if counted else [place]
+
+
 def cases() -> list[Case]:
-    i32, i64 = torch.int32, torch.int64
     shapes = [(1, 8, 128), (128, 8, 256), (128, 2, 8), (1024, 4, 128), (2048, 8, 384), (8192, 8, 256), (262144, 8, 4)]
-    found = []
-    for num_tokens, top_k, num_experts in shapes:
-        num_ids = num_tokens * top_k
-        chunk, counted = _plan(num_ids)
-        sizes = {
-            "num_ids": num_ids,
-            "num_experts": num_experts,
-            "num_chunks": triton.cdiv(num_ids, chunk) if counted else 1,
-        }
-        pointers = dict.fromkeys(("counts_ptr", "offsets_ptr", "row_index_ptr", "home_ptr", "valid_ptr"), i32)
-        common = {"expect": {90: "", 100: ""}, "wide": False}
-        place = {"K": top_k, "CHUNK": chunk, "COUNTED": counted, "LIMITED": True}
-        name = f"T{num_tokens} K{top_k} e{num_experts}"
-        found.append(
-            Case(
-                name=f"permute.place {name}",
-                kernel=place_kernel,
-                args={"ids_ptr": i64, **pointers, **sizes},
-                constexprs=place,
-                num_warps=_warps(chunk),
-                **common,
-            )
-        )
-        if counted:
-            experts_c = triton.next_power_of_2(num_experts + 1)
-            found.append(
-                Case(
-                    name=f"permute.count {name}",
-                    kernel=count_kernel,
-                    args={"ids_ptr": i64, "counts_ptr": i32, "valid_ptr": i32, **sizes},
-                    constexprs={"K": top_k, "CHUNK": chunk, "EXPERTS_C": experts_c, "LIMITED": True},
-                    num_warps=8,
-                    **common,
-                )
-            )
-    return found
+    return [case for shape in shapes for case in _cases(*shape)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertwire.kernels import quantize as spec
 from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.quantize import GROUP, Quantized
 
 _LARGEST, _LEAST = tl.constexpr(spec.LARGEST), tl.constexpr(spec.LEAST)
@@ -54,6 +55,7 @@ def quantize_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Rows of x: `width` columns, or if GATED as many gates and then as many ups."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * COLUMNS
     d = start + tl.arange(0, COLUMNS)
@@ -94,7 +96,7 @@ def _run(x_TD: Tensor, values_TD: Tensor, scales_TG: Tensor, *, gated: bool, qua
         return
     columns = _columns(width, group)
     quantize_kernel[(num_rows, triton.cdiv(width, columns))](
-        x_TD, values_TD, scales_TG, width, gated, quantized, group, columns, num_warps=_warps(columns)
+        x_TD, values_TD, scales_TG, width, gated, quantized, group, columns, num_warps=_warps(columns), **EARLY
     )
 
 
@@ -149,6 +151,7 @@ def cases() -> list[Case]:
                     },
                     constexprs={"GATED": gated, "QUANTIZED": quantized, "GROUP": group, "COLUMNS": columns},
                     num_warps=_warps(columns),
+                    options=EARLY,
                     expect={90: "", 100: ""},
                     blocks_per_sm=2,
                 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from expertwire.kernels.gpu import quantize
 from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.quantize import store_scaled
 from expertwire.kernels.quantize import GROUP, Quantized
 
@@ -36,6 +37,7 @@ def rms_norm_kernel(
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
     mask = d < width
@@ -107,6 +109,7 @@ def norm(
             GROUP=0 if group is None else quantize.check_group(width, group),
             COLUMNS=columns,
             num_warps=_warps(columns),
+            **EARLY,
         )
     return Normed(sum_TD, y_TD, quantized)
 
@@ -153,6 +156,7 @@ def cases() -> list[Case]:
                 "COLUMNS": triton.next_power_of_2(width),
             },
             num_warps=_warps(triton.next_power_of_2(width)),
+            options=EARLY,
             expect={90: "", 100: ""},
             blocks_per_sm=2,
         )

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 
 HEADS = 8
 
@@ -70,6 +71,7 @@ def _rotate_and_store(
     HEADS: tl.constexpr,
 ):
     """Grid (T, tiles of heads). PADDED_REST is 0 if every dimension is rotated."""
+    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q, is_v = head < H, head >= H + G
@@ -160,7 +162,7 @@ def rotate_and_store(
             qkv_Thd, qkv_Thd if norm_hd is None else norm_hd, *tables, positions_T, slot_mapping_T, q_THd, k_cache, v_cache,
             eps, qkv_Thd.stride(0), k_cache.stride(0), k_cache.stride(1),
             **_shape(num_heads, num_kv, dim, rotated, k_cache.shape[1]), HAS_NORM=norm_hd is not None,
-            INTERLEAVED=interleaved, num_warps=_num_warps(rotated),
+            INTERLEAVED=interleaved, num_warps=_num_warps(rotated), **EARLY,
         )  # fmt: skip
     return q_THd
 
@@ -198,6 +200,7 @@ def _case(
         },
         num_warps=_num_warps(rotated),
         blocks_per_sm=8,
+        options=EARLY,
         expect={90: "", 100: ""},
     )
 

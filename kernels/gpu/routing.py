@@ -16,6 +16,7 @@ from torch import Tensor
 
 from expertwire.kernels import routing
 from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 
 _SCORES = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 _SOFTMAX, _SIGMOID = tl.constexpr(0), tl.constexpr(1)
@@ -100,6 +101,7 @@ def route_kernel(
     GROUP_C: tl.constexpr,
     K_C: tl.constexpr,
 ):
+    wait_for_previous()
     COLUMNS: tl.constexpr = GROUPS_C * GROUP_C
     PER_GROUP: tl.constexpr = EXPERTS // GROUPS
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -198,7 +200,7 @@ def route(
     )
     bias = weights_TK if bias_E is None else bias_E
     route_kernel[(triton.cdiv(num_tokens, constexprs["TOKENS"]),)](
-        logits_TE, bias, ids_TK, weights_TK, num_tokens, logits_TE.stride(0), scale, **constexprs, num_warps=1
+        logits_TE, bias, ids_TK, weights_TK, num_tokens, logits_TE.stride(0), scale, **constexprs, num_warps=1, **EARLY
     )
     return ids_TK, weights_TK
 
@@ -234,6 +236,7 @@ def cases() -> list[Case]:
             constexprs=_constexprs(num_experts, top_k, **(defaults | rule)),
             num_warps=1,
             blocks_per_sm=16,
+            options=EARLY,
             expect={90: "", 100: ""},
             wide=False,  # a token's ids and weights are a few bytes
         )

@@ -262,26 +262,9 @@ def sample(
         found = counts, masses, keys, tokens
         gather_kernel[grid](logits_SV, largest, temperature_S, top_k_S, top_p_S, *found, *sizes, **shape)
     choose_kernel[(num_rows,)](
-        logits_SV,
-        largest,
-        first,
-        temperature_S,
-        top_k_S,
-        top_p_S,
-        min_p_S,
-        seed_S,
-        branch_S,
-        position_S,
-        counts,
-        masses,
-        keys,
-        tokens,
-        token_S,
-        *sizes,
-        DRAWN=drawn,
-        FILTERED=filtered,
-        **shape,
-    )
+        logits_SV, largest, first, temperature_S, top_k_S, top_p_S, min_p_S, seed_S, branch_S, position_S,
+        counts, masses, keys, tokens, token_S, *sizes, DRAWN=drawn, FILTERED=filtered, **shape,
+    )  # fmt: skip
     return token_S
 
 

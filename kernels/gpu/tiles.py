@@ -15,27 +15,11 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.compile import REGISTERS_PER_SM, Case
 from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.formats import SCALED
+from expertwire.kernels.permute import TileMap, max_tiles
 
 _BLOCK = 128  # tiles a program
-
-
-@dataclass(frozen=True)
-class TileMap:
-    """`first_tile` i32 [e + 1]: each expert's first tile, and how many tiles there are; `tile_expert` i32: each tile's expert."""
-
-    first_tile: Tensor
-    tile_expert: Tensor  # of max_tiles(...), those behind the last tile undefined
-    token_tile: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of all tiles that there can be, padding included."""
-        return len(self.tile_expert) * self.token_tile
-
-
-def max_tiles(num_rows: int, num_experts: int, token_tile: int) -> int:
-    """How many tiles there can be, however the rows fall: a bound that the host knows."""
-    return min(num_rows, triton.cdiv(num_rows, token_tile) + num_experts)
 
 
 @triton.jit
@@ -49,6 +33,7 @@ def _tile_metadata(
     EXPERTS: tl.constexpr,  # num_experts rounded up to a power of two
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     expert = tl.arange(0, EXPERTS)
     exists = expert < num_experts
     rows = tl.load(offsets_ptr + expert + 1, mask=exists, other=0) - tl.load(offsets_ptr + expert, mask=exists, other=0)
@@ -62,14 +47,21 @@ def _tile_metadata(
 
 
 def tile_metadata(expert_offsets: Tensor, num_rows: int, token_tile: int) -> TileMap:
-    """Expert e's rows are `expert_offsets[e] : expert_offsets[e + 1]` (i32, on the device); `num_rows` bounds the last offset."""
+    """`permute.tile_reference`, where `gpu.permute` has not found the tiles already."""
     num_experts = expert_offsets.shape[0] - 1
     assert expert_offsets.dtype == torch.int32, expert_offsets.dtype
     bound = max_tiles(num_rows, num_experts, token_tile)
     first_tile = torch.empty_like(expert_offsets)
     tile_expert = expert_offsets.new_empty(bound)
     _tile_metadata[(max(1, triton.cdiv(bound, _BLOCK)),)](
-        expert_offsets, first_tile, tile_expert, num_experts, bound, **_constexprs(num_experts, token_tile), num_warps=4
+        expert_offsets,
+        first_tile,
+        tile_expert,
+        num_experts,
+        bound,
+        **_constexprs(num_experts, token_tile),
+        num_warps=4,
+        **EARLY,
     )
     return TileMap(first_tile, tile_expert, token_tile)
 
@@ -110,6 +102,7 @@ def _tile_scales(
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    wait_for_previous()
     tile = tl.program_id(0)
     if tile < tl.load(first_tile_ptr + num_experts):
         expert = tl.load(tile_expert_ptr + tile)
@@ -134,7 +127,7 @@ def tile_scales(scales_NG: Tensor, row_index_R: Tensor | None, expert_offsets: T
     if tile_map.rows:
         args = _scale_arguments(scales_NG.contiguous(), row_index_R, expert_offsets, tile_map, out)
         grid = (len(tile_map.tile_expert), triton.cdiv(groups, 8))
-        _tile_scales[grid](**args, TOKENS=tile_map.token_tile, GROUPS=8, num_warps=4)
+        _tile_scales[grid](**args, TOKENS=tile_map.token_tile, GROUPS=8, num_warps=4, **EARLY)
     return out
 
 
@@ -164,6 +157,7 @@ class GemmTiles:
     num_stages: int
     blocks_per_sm: int
     group: int = 8  # tiles of tokens that share a block of weights
+    native: bool = False  # scales of both operands are applied by the tensor cores
 
     @property
     def tail(self) -> int:
@@ -171,10 +165,10 @@ class GemmTiles:
         return self.tokens // 2 if self.tokens >= 128 else 0
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """For the launch. Told how many registers there are, ptxas does not spill to save some for further blocks."""
         registers = min(255, REGISTERS_PER_SM // (32 * self.num_warps * self.blocks_per_sm))
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": registers, **EARLY}
 
 
 def token_tile(format: str, planned_rows: int, num_experts: int) -> int:
@@ -190,6 +184,12 @@ def token_tile(format: str, planned_rows: int, num_experts: int) -> int:
 def gemm_tiles(format: str, tokens: int, weights: tuple[int, int, int], planned_rows: int, device: Device) -> GemmTiles:
     """For weights [e, M, K] and `tokens` a tile. The order of summation does not depend on any of it."""
     num_experts, M, _ = weights
+    if format in SCALED:
+        # e2m1 numbers that meet fp8 ones take as much room. Two blocks an SM, with 100 KB each.
+        bytes_a_stage = (128 + tokens) * (64 if format == "nvfp4_x4" else 128)
+        stages = 1 + min(8, 100 * 1024 // bytes_a_stage)
+        native = device.arch >= 100
+        return GemmTiles(rows=128, tokens=tokens, num_warps=4, num_stages=stages, blocks_per_sm=2, native=native)
     if tokens == 128 and format != "dense":
         # Sums of a step and of all before it need twice the registers.
         return GemmTiles(rows=128, tokens=128, num_warps=8, num_stages=5, blocks_per_sm=1)
@@ -216,11 +216,20 @@ class Rows:
     tile_map: TileMap
 
     @classmethod
-    def of(cls, row_index_R: Tensor, home_R: Tensor, expert_offsets: Tensor, planned: int, format: str) -> Rows:
-        """With the tiles that suit both products with weights of this format; one small launch."""
+    def of(
+        cls,
+        row_index_R: Tensor,
+        home_R: Tensor,
+        expert_offsets: Tensor,
+        planned: int,
+        format: str,
+        tile_map: TileMap | None = None,
+    ) -> Rows:
+        """With the tiles that suit both products with weights of this format; if they are not given, by a small launch."""
         assert row_index_R.shape == home_R.shape, (row_index_R.shape, home_R.shape)
         tokens = token_tile(format, planned, len(expert_offsets) - 1)
-        tile_map = tile_metadata(expert_offsets, len(row_index_R), tokens)
+        tile_map = tile_map or tile_metadata(expert_offsets, len(row_index_R), tokens)
+        assert tile_map.token_tile == tokens, f"rows in tiles of {tile_map.token_tile}, not {tokens}"
         return cls(
             row_index_R=row_index_R, home_R=home_R, expert_offsets=expert_offsets, planned=planned, tile_map=tile_map
         )
@@ -239,6 +248,7 @@ def cases() -> list[Case]:
                 "bound": max_tiles(32768, num_experts, tokens),
             },
             constexprs=_constexprs(num_experts, tokens),
+            options=EARLY,
             expect={90: "", 100: ""},
             wide=False,
         )
@@ -257,6 +267,7 @@ def cases() -> list[Case]:
                 torch.empty(56, 2048 * tokens, device="meta"),
             ),
             constexprs={"TOKENS": tokens, "GROUPS": 8},
+            options=EARLY,
             expect={90: "", 100: ""},
             wide=False,
         )

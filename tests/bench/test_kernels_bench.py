@@ -328,7 +328,7 @@ def test_the_command_in_the_interpreter(tmp_path):
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 of 10 checks passed" in done.stdout
+    assert "13 of 13 checks passed" in done.stdout
     data = json.loads((tmp_path / "kernels.json").read_text())
     assert "ceilings" not in data
     assert data["parts"]["check-attention"]["items"]["latent mixed"]["ok"]

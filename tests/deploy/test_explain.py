@@ -1,5 +1,8 @@
 """What `expertwire explain` says of devices that need not be here."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,43 @@ def test_a_gpu_by_its_name(capsys, model, device, capability):
     tokens = [int(line.split("tokens=")[1].split(",")[0]) for line in found if line.startswith("  w13")]
     assert tokens == sorted(tokens), "more tokens take tiles at least as large"
     assert tokens[0] < tokens[-1]
+
+
+QWEN = str(CONFIGS / "qwen3-30b-a3b")
+
+
+def test_the_all_to_all_and_what_it_moves(capsys):
+    found = lines(capsys, QWEN, "--device", "b200", "--ep-size", "64")
+    assert found[-3] == "nvl72: 64 ranks on 16 nodes in 1 NVLink domain of 64"
+    assert found[-2].startswith("all-to-all nvlink: all 64 ranks are in one NVLink domain")
+    # 128 experts: 8 * 2 KiB rows come home, less those from the rank itself.
+    assert "a token goes to 7.78 of 64 ranks" in found[-1]
+    assert f"{8 * 4096 * 63 / 64 / 1e3:.1f} KB come home" in found[-1]
+
+
+def test_a_topology_of_ones_own(capsys, tmp_path):
+    path = tmp_path / "boards.json"
+    boards = [{"name": name, "nodes": [{"name": name, "ranks": 2}]} for name in "ab"]
+    path.write_text(json.dumps({"name": "boards", "domains": boards}))
+    found = lines(capsys, QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path))
+    assert found[-2].startswith("all-to-all nccl: the ranks are in 2 NVLink domains")
+    options = [QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path), "--all-to-all", "nvlink"]
+    assert cli.main(["explain", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: all_to_all 'nvlink' cannot be used")
+    assert error.rstrip().endswith("allowed here are auto, reference, nccl")
+
+
+def test_more_ranks_than_the_topology_has_are_refused(capsys):
+    assert cli.main(["explain", QWEN, "--device", "h200", "--ep-size", "9"]) == 2
+    assert "ep_size must be in [1, 8], the ranks of 'hgx8', got 9" in capsys.readouterr().err
+
+
+def test_a_refusal_loads_nothing_slow():
+    """A wrong combination is told within a second or two: torch alone takes that to import."""
+    code = (
+        "import sys; from expertwire.deploy import cli; "
+        f"code = cli.main(['explain', {QWEN!r}, '--device', 'h200', '--ep-size', '9']); print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 False"

@@ -1,9 +1,10 @@
-"""Where the experts lie does not change a bit of a request that runs alone: EP 1, 2 and 4 give equal log-probabilities."""
+"""What is computed beside a request, in which pieces, where the experts lie and what is cached does not change a bit of it."""
 
 import numpy as np
 import parity
 import pytest
 import tiny_checkpoints as tiny
+import torch
 
 from expertwire import LLM, SamplingParams
 
@@ -43,8 +44,45 @@ def test_representative():
     check("qwen3_moe", "bfloat16", [1, 2, 17, 65, 200], ranks)
 
 
+DTYPES = ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_prompt_in_chunks(dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # with more than two, products are the library's
+    try:
+        model = parity.SoloModel(parity.checkpoint("qwen3_moe"), dtype)
+        prompt = tiny.prompt(90, seed=4)
+        whole = model.logits(prompt)
+        for chunk in (1, 7, 33):
+            assert np.array_equal(model.logits(prompt, chunk), whole), f"{chunk} tokens at a time"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_company_chunks_ranks_and_cache(dtype):
+    lengths = [1, 2, 17, 40, 65, 150, 200]
+    alone = observe("qwen3_moe", dtype, lengths, prefix_cache=False)
+    params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True, logprobs=64)
+    prompts = [tiny.prompt(length, seed=length) for length in lengths]
+    options = {"dtype": dtype, "launcher": "local", "threads_per_rank": 1, "kv_cache_bytes": 20_000_000}
+    with LLM(parity.checkpoint("qwen3_moe"), ep_size=2, chunk_tokens=48, **options) as llm:
+        for attempt in ("cold", "cached"):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            for length, (tokens, entries, values), output in zip(lengths, alone, outputs, strict=True):
+                assert output.num_cached_tokens == (0 if attempt == "cold" else (length - 1) // 16 * 16)
+                [completion] = output.outputs
+                assert list(completion.token_ids) == tokens, f"{length} tokens, {attempt}"
+                assert [list(at) for at in completion.logprobs] == entries[length - 1 :]
+                found = np.array([entry.logprob for at in completion.logprobs for entry in at.values()], np.float32)
+                assert values.endswith(found.tobytes()), f"{length} tokens, {attempt}"
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe, weights as they are", "qwen3"])
 def test_twenty_prompts(variant, dtype):
     lengths = [1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 100, 130, 199, 256, 300]

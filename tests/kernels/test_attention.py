@@ -45,13 +45,13 @@ def formula(q, k, v, batch, tables):
     """Softmax over the visible positions, a query and a head at a time, in fp64."""
     out, row = torch.empty(q.shape, dtype=torch.float64), 0
     for b, (num, length) in enumerate(batch):
+        positions = np.arange(length)
+        keys, values = (c[tables[b, positions // BLOCK], positions % BLOCK].double() for c in (k, v))
         for position in range(length - num, length):
-            at = [(tables[b, p // BLOCK], p % BLOCK) for p in range(position + 1)]
             for head in range(q.shape[1]):
                 group = head // (q.shape[1] // KV_HEADS)
-                keys, values = (torch.stack([c[i, j, group] for i, j in at]).double() for c in (k, v))
-                weights = (keys @ q[row, head].double() / q.shape[2] ** 0.5).softmax(0)
-                out[row, head] = weights @ values
+                logits = keys[: position + 1, group] @ q[row, head].double() / q.shape[2] ** 0.5
+                out[row, head] = logits.softmax(0) @ values[: position + 1, group]
             row += 1
     return out
 
@@ -69,23 +69,26 @@ def test_attend(attend, dtype, name):
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 @pytest.mark.parametrize(("heads", "dim"), [(2, 16), (2, 128), (8, 24), (10, 32), (4, 1), (6, 12)])
-def test_any_heads(ops, heads, dim):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_heads(ops, dtype, heads, dim):
     batch = [(1, 13), (4, 9)]
-    q, k, v, seqs, tables = scene(batch, torch.float32, dim=dim, heads=heads)
+    q, k, v, seqs, tables = scene(batch, dtype, dim=dim, heads=heads)
     expected = formula(q, k, v, batch, tables)
-    torch.testing.assert_close(ops.attend(q, k, v, seqs).double(), expected, rtol=1e-5, atol=5e-5)
+    tolerance = {"rtol": 1e-5, "atol": 5e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-5}
+    torch.testing.assert_close(ops.attend(q, k, v, seqs).double(), expected, **tolerance)
 
 
-@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
-def test_what_is_not_visible_has_no_influence(ops):
-    batch = BATCHES["mixed"]
-    q, k, v, seqs, tables = scene(batch, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "garbage"), [("cpu", (float("nan"), float("nan"))), ("torch", (1e4, -1e4))])
+def test_what_is_not_visible_has_no_influence(dtype, name, garbage):
+    ops, batch = OPS[name], BATCHES["mixed"]
+    q, k, v, seqs, tables = scene(batch, dtype)
     before = ops.attend(q, k, v, seqs)
     known = {(tables[b, p // BLOCK], p % BLOCK) for b, (_, length) in enumerate(batch) for p in range(length)}
     for block in range(k.shape[0]):
         for offset in range(BLOCK):
             if (block, offset) not in known:
-                k[block, offset], v[block, offset] = 1e4, -1e4
+                k[block, offset], v[block, offset] = garbage
     assert torch.equal(ops.attend(q, k, v, seqs), before)
 
 
@@ -98,12 +101,20 @@ def test_large_scores_do_not_overflow(ops):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_decoding_sequences_bits_do_not_depend_on_the_others(dtype):
-    q, k, v, seqs, tables = scene(BATCHES["decode"], dtype)
+@pytest.mark.parametrize(("heads", "dim"), [(HEADS, DIM), (2, 64), (14, 24)])
+def test_bits_of_a_query_depend_on_what_it_sees_alone(dtype, heads, dim):
+    batch = [(1, 9), (1, 40), (5, 17), (60, 100), (16, 16)]
+    q, k, v, seqs, tables = scene(batch, dtype, dim=dim, heads=heads)
     whole = OPS["cpu"].attend(q, k, v, seqs)
-    for b, (_, length) in enumerate(BATCHES["decode"]):
-        alone = attention.describe(np.array([0, 1]), np.array([length]), tables[b : b + 1], BLOCK, "cpu")
-        assert torch.equal(OPS["cpu"].attend(q[b : b + 1], k, v, alone)[0], whole[b])
+    for b, (num, length) in enumerate(batch):
+        for skip, left in {(0, num), (0, 1), (num - 1, 1), (num // 2, num - num // 2), (num // 3, num // 2)}:
+            if left:
+                # Fewer queries, and nothing behind the last of them.
+                ends = np.array([length - num + skip + left])
+                alone = attention.describe(np.array([0, left]), ends, tables[b : b + 1], BLOCK, "cpu")
+                first = seqs.cu_queries[b] + skip
+                found = OPS["cpu"].attend(q[first : first + left].contiguous(), k, v, alone)
+                assert torch.equal(found, whole[first : first + left]), (b, skip, left)
 
 
 def test_single_queries_come_first():

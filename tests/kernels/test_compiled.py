@@ -61,10 +61,14 @@ GOOD = ahead_of_time.Compiled(
     stack=0,
     local=0,
     tensor_memory=0,
+    scratch=0,
     num_warps=8,
+    early=False,
     instructions=Counter({"HGMMA.64x128x16.F32.BF16": 8, "LDGSTS.E.BYPASS.128": 4, "STG.E.128": 2}),
     ptx="",
 )
+
+WAITS = "// %bb.0:  // %__nv_rsqrtf.exit\n\tmov.u32 %r1, %tid.x;\n\tgriddepcontrol.wait;\n\tbra.uni $L1;"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,14 @@ GOOD = ahead_of_time.Compiled(
         ({"shared": 114 * 1024}, "2 blocks with 116736 B"),
         ({"registers": 136}, "2 blocks of 8 warps with 136 registers"),
         ({"tensor_memory": 320}, "320 columns"),
+        ({"scratch": 128}, "128 B of scratch memory"),
+        ({"early": True}, "does not first of all wait"),
+        ({"early": True, "instructions": Counter({"S2R": 1, "ACQBULK": 1}) + GOOD.instructions, "ptx": WAITS}, ""),
+        ({"early": True, "instructions": Counter({"LDG.E": 1, "ACQBULK": 1}), "ptx": WAITS}, "does not first of all"),
+        (
+            {"early": True, "instructions": Counter({"ACQBULK": 1}), "ptx": "\t@%p1 bra $L1;\n" + WAITS},
+            "does not first of all",
+        ),
     ],
 )
 def test_what_counts_as_a_problem(change, found):

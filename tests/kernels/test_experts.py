@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from expertwire.kernels import experts, registry
-from expertwire.kernels.cpu import gemm
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,7 +24,7 @@ COUNTS = {
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 2**-6, "atol": 3e-2}}
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+@pytest.fixture(params=[1, 2, 3], ids=["1 thread", "2 threads", "3 threads"])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -82,16 +81,23 @@ def test_other_widths(width, inner):
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("width", "inner"), [(64, 96), (96, 32), (256, 160)])
-def test_bits_of_few_rows_do_not_depend_on_their_company(dtype, width, inner):
-    few = gemm.few(dtype)
-    x, index, offsets, w13, w2 = inputs([few, 0, 3, 17, few - 1], dtype, width, inner)
+def test_bits_of_rows_do_not_depend_on_their_company(dtype, width, inner):
+    x, index, offsets, w13, w2 = inputs([129, 0, 3, 17, 300], dtype, width, inner)
     apply = OPS["cpu"].experts(w13, w2)
     whole = apply(x, index, offsets)
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
-        for first, last in [(start, start + 1), (start + 1, end), (start + 2, start + 19)]:
+        for first, last in [(start, start + 1), (start + 1, end), (start + 2, start + 19), (start + 3, start + 99)]:
             if start <= first < last <= end:
                 alone = np.repeat([0, last - first], [e + 1, 5 - e])
                 assert torch.equal(apply(x, index[first:last], alone), whole[first:last]), (e, first, last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_expert_is_two_linear_layers_and_the_activation_between_them(dtype):
+    x, index, offsets, w13, w2 = inputs([0, 40, 0, 0, 0], dtype)
+    hidden = OPS["cpu"].silu_mul(OPS["cpu"].linear(w13[1])(x[index]))
+    expected = OPS["cpu"].linear(w2[1])(hidden)
+    assert torch.equal(OPS["cpu"].experts(w13, w2)(x, index, offsets), expected)
 
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from expertwire.kernels import linear
-from expertwire.kernels.cpu import gemm
 
 ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
 SHAPES = [(320, 64), (64, 320), (8, 64), (20, 32), (60, 96), (96, 24), (33, 17), (1, 5), (256, 512)]  # outputs, inputs
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+@pytest.fixture(params=[1, 2, 3], ids=["1 thread", "2 threads", "3 threads"])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -41,15 +40,17 @@ def test_prepared(dtype, shape, with_bias):
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(8, 64), (20, 32), (320, 64), (256, 512)], ids=str)
-def test_bits_of_few_rows_do_not_depend_on_their_company(dtype, shape):
-    few = gemm.few(dtype)
+@pytest.mark.parametrize("shape", [(8, 64), (20, 32), (320, 64), (33, 17), (256, 1024)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bits_of_rows_do_not_depend_on_their_company(dtype, shape, with_bias):
     generator = torch.Generator().manual_seed(5)
-    layer = linear.prepare(torch.randn(shape, generator=generator).to(dtype))
-    x = torch.randn(few, shape[1], generator=generator).to(dtype)
+    bias = torch.randn(shape[0], generator=generator).to(dtype) if with_bias else None
+    layer = linear.prepare(torch.randn(shape, generator=generator).to(dtype), bias)
+    num = 333
+    x = torch.randn(num, shape[1], generator=generator).to(dtype)
     whole = layer(x)
-    for first, last in [(0, 1), (few - 1, few), (3, 5), (1, 17), (2, 18), (5, 22), (0, few - 1), (1, few)]:
-        assert torch.equal(layer(x[first:last]), whole[first:last]), f"rows {first} to {last} of {few}"
+    for first, last in [(0, 1), (num - 1, num), (3, 5), (1, 17), (2, 66), (5, 134), (7, 300), (0, num - 1), (1, num)]:
+        assert torch.equal(layer(x[first:last]), whole[first:last]), f"rows {first} to {last} of {num}"
 
 
 def test_reference_rounds_once():

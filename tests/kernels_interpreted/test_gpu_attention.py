@@ -9,6 +9,7 @@ import torch
 from expertwire.kernels import attention
 from expertwire.kernels.gpu import attention as gpu
 from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.gpu.splits import num_shares
 
 DEVICE = Device(arch=90, num_sms=1)
 TILES = gpu.Tiles(single_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
@@ -172,9 +173,9 @@ def test_bits_do_not_depend_on_the_schedule(dtype, window, sinks):
 
 
 def test_splits_are_shared_out_by_the_size_of_the_batch():
-    assert gpu.num_shares(Device(arch=90, num_sms=132), 4, 128) == 128
-    assert gpu.num_shares(Device(arch=90, num_sms=132), 1024, 128) == 2
-    assert gpu.num_shares(Device(arch=90, num_sms=132), 10**6, 128) == 1
+    assert num_shares(Device(arch=90, num_sms=132), 4, 128) == 128
+    assert num_shares(Device(arch=90, num_sms=132), 1024, 128) == 2
+    assert num_shares(Device(arch=90, num_sms=132), 10**6, 128) == 1
 
 
 @pytest.mark.parametrize("element_size", [2, 4])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from expertwire.kernels import experts
-from expertwire.kernels.gpu import formats, grouped_gemm, tiles
-from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.gpu import formats, grouped_gemm, scaled, tiles
+from expertwire.kernels.gpu.device import B200, H200, Device
 
 DEVICE = Device(arch=90, num_sms=2)
 D, F = 80, 48  # neither a multiple of the tiles
@@ -227,6 +227,42 @@ def test_4_bits(format, counts, tokens):
     hidden, out = randn(total + 3, columns, seed=4), nothing(rows, 96)
     grouped_gemm.w2(hidden, rows, formats.pack4(format, codes, scales, global_scales), out, DEVICE)
     assert_close(out, w2_reference(hidden, rows, plain))
+
+
+def both(format, weights, x):
+    """Weights and rows of x in a format with scales for both, as the kernel takes them and as fp32 numbers."""
+    w, rows = (scaled.quantise(kind, values) for kind, values in zip(scaled.KINDS[format], (weights, x), strict=True))
+    return w, (scaled.rows(rows[0]), rows[1]), scaled.dequantise(*w), scaled.dequantise(*rows)
+
+
+@pytest.mark.parametrize(("counts", "tokens"), [([5, 0, 20], None), ([140, 1], 128)], ids=str)
+@pytest.mark.parametrize("format", formats.SCALED)
+def test_scales_for_both(format, counts, tokens):
+    """What the kernel does where no tensor core applies the scales; K no multiple of a step, M none of the rows of a tile."""
+    e, columns, total = len(counts), 160, sum(counts)
+    rows = rows_of(counts, spare=3, format=format, tokens=tokens)
+    wide = torch.logspace(-3, 0, 96)[:, None]
+    w, (x, x_scales), w_plain, x_plain = both(format, randn(e, 96, columns, seed=2) * wide, randn(20, columns, seed=3))
+    weights, globals_e = scaled.pack(format, *w, gated=True), torch.arange(1.0, 1 + e)
+    assert (x_plain - randn(20, columns, seed=3)).abs().mean() < 0.15
+    actual = grouped_gemm.w13(x, rows, weights, SWIGLU, DEVICE, x_scales=x_scales, out_dtype=torch.float32)
+    assert_close(actual[:total], w13_reference(x_plain, rows, w_plain)[:total])
+    weights = scaled.pack(format, *w, globals_e)
+    _, (hidden, scales), _, plain = both(format, randn(1, 32, 32), randn(total + 3, columns, seed=4))
+    out = nothing(rows, 96)
+    grouped_gemm.w2(hidden, rows, weights, out, DEVICE, x_scales=scales)
+    assert_close(out, w2_reference(plain, rows, w_plain * globals_e[:, None, None]))
+
+
+def test_blackwell_applies_scales_by_itself():
+    """Its instruction wants 128 rows of weights, for one token as for thousands."""
+    shape = (128, 2880, 2880)
+    for format in formats.SCALED:
+        for planned in (1, 256, 65536):
+            tokens = tiles.token_tile(format, planned, shape[0])
+            hopper, blackwell = (tiles.gemm_tiles(format, tokens, shape, planned, device) for device in (H200, B200))
+            assert (hopper.native, blackwell.native, hopper.rows, blackwell.rows) == (False, True, 128, 128)
+    assert not tiles.gemm_tiles("mxfp4", 16, shape, 1, B200).native
 
 
 def test_interleaving_keeps_gate_and_up_apart():

@@ -84,7 +84,7 @@ def test_an_fp32_weight_in_three_terms_is_exact(tokens, monkeypatch):
 
 def test_what_the_kernel_cannot_do_is_refused():
     _, w, _ = inputs(1, 8, 16, torch.float32)
-    with pytest.raises(ValueError, match="dtype is float32.*allowed is bfloat16"):
+    with pytest.raises(ValueError, match=r"dtype is float32.*allowed is bfloat16"):
         gpu.prepare(w, device=Device(arch=100, num_sms=4))
-    with pytest.raises(AssertionError, match="float16 for 16"):
+    with pytest.raises(AssertionError, match=r"float16 for 16"):
         gpu.prepare(w, device=DEVICE)(torch.zeros(1, 16, dtype=torch.float16))

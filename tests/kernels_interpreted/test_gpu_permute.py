@@ -5,13 +5,33 @@ import torch
 
 from expertwire.kernels import permute
 from expertwire.kernels.gpu import permute as gpu
+from expertwire.kernels.gpu import tiles
 
 
-def check(ids, num_experts):
-    done, expected = gpu.permute(ids, num_experts), permute.reference(ids, num_experts)
+def check(ids, num_experts, num_valid=None, format=None):
+    """Returns the number of rows."""
+    before = torch.arange(num_experts) * 10**10
+    loads = [before.clone(), before.clone()]
+    done = gpu.permute(ids, num_experts, num_valid, load_E=loads[0], format=format)
+    tokens = format and tiles.token_tile(format, ids.numel(), num_experts)
+    expected = permute.reference(ids, num_experts, num_valid, load_E=loads[1], token_tile=tokens)
     for name in ("expert_offsets", "row_index_N", "home_N"):
         assert getattr(done, name).dtype == torch.int32
         assert getattr(done, name).tolist() == getattr(expected, name).tolist(), name
+    assert loads[0].tolist() == loads[1].tolist()
+    if format is None:
+        assert done.tile_map is None
+    else:
+        same_tiles(done.tile_map, expected.tile_map)
+    return int(expected.expert_offsets[-1])
+
+
+def same_tiles(found, expected):
+    num_tiles = int(expected.first_tile[-1])
+    assert found.token_tile == expected.token_tile
+    assert found.first_tile.tolist() == expected.first_tile.tolist()
+    assert found.tile_expert[:num_tiles].tolist() == expected.tile_expert[:num_tiles].tolist()
+    assert len(found.tile_expert) == len(expected.tile_expert)
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +80,14 @@ def test_ids_without_columns_or_with_a_view_are_refused():
 @pytest.mark.parametrize("valid", [0, 1, 43, 700, 1366])
 def test_tokens_that_only_fill_up_reach_no_expert(valid):
     ids = torch.arange(3 * 1366).view(1366, 3) % 5
-    num_valid = torch.tensor([valid], dtype=torch.int32)
-    done, expected = gpu.permute(ids, 5, num_valid), permute.reference(ids, 5, num_valid)
-    assert int(expected.expert_offsets[-1]) == 3 * valid
-    for name in ("expert_offsets", "row_index_N", "home_N"):
-        assert getattr(done, name).tolist() == getattr(expected, name).tolist(), name
+    assert check(ids, 5, torch.tensor([valid], dtype=torch.int32), "dense") == 3 * valid
+
+
+@pytest.mark.usefixtures("_regime")
+@pytest.mark.parametrize("counts", [[0, 0, 0], [16, 17, 15, 0], [0, 129 * 16, 0], [1] * 40, [0] * 130 + [1]], ids=sum)
+def test_rows_are_cut_into_tiles(counts, monkeypatch):
+    """Even and uneven ones; more tiles of an expert than are written at a time."""
+    for module in (gpu, tiles):
+        monkeypatch.setattr(module, "token_tile", lambda *_: 16)
+    ids = torch.repeat_interleave(torch.tensor(counts))[:, None]
+    assert check(ids, len(counts), format="dense") == sum(counts)

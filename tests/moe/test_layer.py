@@ -11,7 +11,6 @@ from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAllSpec
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import linear, registry, routing
-from expertwire.kernels.cpu import gemm
 from expertwire.moe import reference
 from expertwire.moe.layer import prepare
 from expertwire.moe.placement import place
@@ -53,7 +52,7 @@ def layer(group, dtype, *, renormalize=True, redundant=0, shared=None):
     router, w13, w2 = weights(dtype)
     here = list(placement.experts_of(group.rank))
     spec = AllToAllSpec(
-        group=group, rank_offsets=placement.rank_offsets, max_tokens=64, hidden_size=D, top_k=K, dtype=dtype
+        group=group, rank_offsets=placement.rank_offsets, max_tokens=512, hidden_size=D, top_k=K, dtype=dtype
     )
     return prepare(
         router,
@@ -100,12 +99,12 @@ def test_alone(dtype, renormalize, shared):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 2, 9, 30, 64])
+@pytest.mark.parametrize("count", [0, 1, 2, 9, 30, 64, 300])
 @pytest.mark.usefixtures("one_thread")
-def test_few_rows_have_the_bits_of_the_ops_one_by_one(dtype, renormalize, count):
+def test_the_fused_layer_has_the_bits_of_the_ops_one_by_one(dtype, renormalize, count):
     moe = layer(SoloGroup(), dtype, renormalize=renormalize)
-    assert moe.few is not None
-    by_ops = dataclasses.replace(moe, few=None, load_E=np.zeros(E, np.int64))
+    assert moe.fused is not None
+    by_ops = dataclasses.replace(moe, fused=None, load_E=np.zeros(E, np.int64))
     normed = tokens(0, count, dtype)
     x = normed.flip(0)
     for found, expected in zip(moe.forward(x, normed, [count]), by_ops.forward(x, normed, [count]), strict=True):
@@ -113,26 +112,14 @@ def test_few_rows_have_the_bits_of_the_ops_one_by_one(dtype, renormalize, count)
     assert moe.load_E.tolist() == by_ops.load_E.tolist()
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_expert_with_many_rows_is_left_to_the_ops(dtype):
-    most = gemm.few(dtype)
-    moe = layer(SoloGroup(), dtype)
-    for count in (most, most + 1):  # equal rows choose equal experts
-        x = tokens(0, 1, dtype).expand(count, D).contiguous()
-        done = moe.few(x, x, moe.router(x), moe.load_E)
-        assert (done is None) == (count > most)
-        assert moe.load_E.sum() == K * most
-
-
-def test_few_rows_need_all_experts_here_and_none_that_all_share():
-    assert layer(SoloGroup(), torch.float32, shared=torch.sin).few is None
+def test_a_fused_layer_needs_all_experts_here_and_none_that_all_share():
+    assert layer(SoloGroup(), torch.float32, shared=torch.sin).fused is None
     with Ranks(2) as ranks:
-        assert ranks.run(has_few) == [False, False]
+        assert ranks.run(has_fused) == [False, False]
 
 
-def has_few(group):
-    return layer(group, torch.float32).few is not None
+def has_fused(group):
+    return layer(group, torch.float32).fused is not None
 
 
 def forward(group, counts, dtype, redundant):

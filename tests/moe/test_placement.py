@@ -1,11 +1,11 @@
-"""Where physical experts lie: every expert somewhere, ranks even, replicas used by turns, the impossible refused."""
+"""Where physical experts lie: every expert somewhere, ranks even, replicas used evenly, the impossible refused."""
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertwire.moe.placement import Placement, place
+from expertwire.moe.placement import TURNS, Placement, place
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 60))
 
@@ -20,37 +20,91 @@ def test_placements(sizes):
     placement = place(num_experts, num_ranks, redundant)
     ranks = [placement.experts_of(rank) for rank in range(num_ranks)]
     assert placement.num_ranks == num_ranks
-    assert sum(ranks, ()) == placement.physical_to_logical
-    assert set(placement.physical_to_logical) == set(range(num_experts))
-    assert len(placement.physical_to_logical) == max(num_experts + redundant, num_ranks)
+    assert sum(ranks, ()) == tuple(placement.layer(0))
+    assert set(placement.layer(0)) == set(range(num_experts))
+    assert placement.num_physical == max(num_experts + redundant, num_ranks)
     assert all(len(set(experts)) == len(experts) for experts in ranks), "a rank holds an expert twice"
     counts = [len(experts) for experts in ranks]
     assert max(counts) - min(counts) <= 1
-    copies = np.bincount(placement.physical_to_logical)
+    [copies] = placement.num_replicas()
     assert copies.max() - copies.min() <= 1
 
 
+@settings(deadline=None, max_examples=12)
 @given(SIZES.filter(lambda s: s[2] <= s[0] * s[1] - s[0]))
 def test_every_home_finds_a_copy_and_its_own_first(sizes):
     placement = place(*sizes)
+    logical = placement.layer(0)
     for home in range(sizes[1]):
-        physical = placement.physical_for(home)
-        assert [placement.physical_to_logical[p] for p in physical] == list(range(sizes[0]))
+        physical_CE = placement.physical_for(home)
+        assert (logical[physical_CE] == np.arange(sizes[0])).all()
         first, last = placement.rank_offsets[home : home + 2]
-        for logical in placement.experts_of(home):
-            assert first <= physical[logical] < last
+        for expert in placement.experts_of(home):
+            assert ((first <= physical_CE[:, expert]) & (physical_CE[:, expert] < last)).all()
 
 
-def test_ranks_without_a_copy_take_turns():
-    placement = Placement(num_logical=2, physical_to_logical=(0, 1, 0, 1, 1, 1), rank_offsets=(0, 2, 3, 4, 5, 6))
-    used = np.array([placement.physical_for(home) for home in range(5)])
-    assert used[:, 0].tolist() == [0, 2, 0, 2, 0]
-    assert used[:, 1].tolist() == [1, 3, 3, 4, 5]
+@st.composite
+def placements(draw):
+    """Of two layers, any experts as replicas, and ranks in any domains."""
+    num_experts, num_ranks = draw(st.integers(1, 6)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    per_rank = [rng.permutation(num_experts)[: rng.integers(0, num_experts + 1)] for _ in range(num_ranks - 1)]
+    per_rank.append(np.setdiff1d(np.arange(num_experts), np.concatenate([[-1], *per_rank])))
+    return Placement(
+        num_logical=num_experts,
+        physical_to_logical=np.tile(np.concatenate(per_rank), (2, 1)),
+        rank_offsets=(0, *np.cumsum([len(experts) for experts in per_rank]).tolist()),
+        domains=tuple(rng.integers(0, draw(st.integers(1, 3)), num_ranks).tolist()),
+        shares=rng.random((2, sum(map(len, per_rank)))) ** 3 if draw(st.booleans()) else None,
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(placements())
+def test_replicas_get_their_shares_of_an_experts_rows(placement):
+    table_PCE = np.stack([placement.physical_for(home, 1) for home in range(placement.num_ranks)])
+    used_S = np.bincount(table_PCE.ravel(), minlength=placement.num_physical) / (
+        table_PCE.shape[0] * table_PCE.shape[1]
+    )
+    assert used_S == pytest.approx(placement.shares[1])
+    assert table_PCE.shape[1] == (1 if placement.num_physical == placement.num_logical else TURNS)
+
+
+def test_shares_are_rounded_to_turns():
+    ids, offsets = np.array([0, 1, 0, 1, 0, 1]), (0, 2, 4, 6)
+    even = Placement(num_logical=2, physical_to_logical=ids, rank_offsets=offsets)
+    assert even.shares.tolist() == [[1 / 3] * 6]
+    given = np.array([[5, 0, 3, 0, 2, 0]])
+    placement = Placement(num_logical=2, physical_to_logical=ids, rank_offsets=offsets, shares=given)
+    assert placement.shares[0, ::2] == pytest.approx([0.5, 0.3, 0.2], abs=1 / (3 * TURNS))
+    assert placement.shares[0, 1::2].tolist() == [1 / 3] * 3, "nothing is known of expert 1"
+    assert placement.shares.sum() == pytest.approx(2)
+
+
+def test_a_replica_in_the_domain_is_used_as_far_as_evenness_allows():
+    def used(domains, *holders):
+        """By home rank, the share of its turns at each of the replicas."""
+        logical = [[1 + 10 * rank, *([0] if rank in holders else [])] for rank in range(6)]
+        ids = np.unique(np.concatenate(logical), return_inverse=True)[1]
+        offsets = (0, *np.cumsum([len(experts) for experts in logical]).tolist())
+        placement = Placement(num_logical=7, physical_to_logical=ids, rank_offsets=offsets, domains=domains)
+        physical = np.flatnonzero(ids == 0)
+        tables = [placement.physical_for(home)[:, 0] for home in range(6)]
+        return [[float((table == p).mean()) for p in physical] for table in tables]
+
+    two = (0, 0, 0, 1, 1, 1)
+    assert used(two, 0, 3) == [[1, 0]] * 3 + [[0, 1]] * 3
+    assert used((), 0, 3) == [[1, 0], [0.5, 0.5], [0.5, 0.5], [0, 1], [0.5, 0.5], [0.5, 0.5]]
+    # Three replicas take a third each: two in one domain need a sixth of the rows from the other.
+    shares = used(two, 0, 1, 3)
+    assert shares[:3] == [[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0]]
+    assert [sum(row[:2]) for row in shares[3:]] == [0, 0, 1]
+    assert np.sum(shares, axis=0).tolist() == [2, 2, 2]
 
 
 def test_by_hand():
     assert place(8, 3).rank_offsets == (0, 3, 6, 8)
-    assert place(2, 3).physical_to_logical == (0, 1, 0)
+    assert place(2, 3).layer(0).tolist() == [0, 1, 0]
     assert [place(5, 2, 3).experts_of(rank) for rank in (0, 1)] == [(0, 1, 2, 3), (4, 0, 1, 2)]
 
 
@@ -61,5 +115,5 @@ def test_what_cannot_be_placed_says_what_can(args, allowed):
 
 
 def test_a_missing_expert_is_found():
-    with pytest.raises(AssertionError, match=r"\[1\] have no physical one"):
-        Placement(num_logical=2, physical_to_logical=(0, 0), rank_offsets=(0, 1, 2))
+    with pytest.raises(AssertionError, match=r"\[1\] of layer 1 have no physical one"):
+        Placement(num_logical=2, physical_to_logical=np.array([[0, 1], [0, 0]]), rank_offsets=(0, 1, 2))

@@ -1,0 +1,213 @@
+"""Dispatch and combine by writing into the peers' memory, on GPUs: the protocol of `comm.a2a_nvlink` as kernels.
+
+Nothing is known on the host and nothing is waited for there, so that all of it can be captured in a CUDA graph: epochs and counts
+live on the device. A wait that takes too long ends too, and what is computed from then on is void: `check` says so.
+
+Letters as in `comm.all_to_all`; R is what there can be at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from expertwire.comm import peer_memory
+from expertwire.comm.all_to_all import AllToAllSpec, Dispatched
+from expertwire.comm.arena import COMBINE, DISPATCH, LINE, ArenaLayout, Region, stall_error
+from expertwire.kernels.gpu import exchange, exchange_few
+
+_STORE = 16  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Handle:
+    num_tokens: int
+    max_rows: int  # R
+    few: bool
+
+
+def build(spec: AllToAllSpec) -> NvlinkGpuAllToAll:
+    """Between GPUs that reach each other's memory. All ranks call it together.
+
+    Raises:
+        ValueError: they do not, or rows cannot be stored 16 bytes at a time.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    memories = peer_memory.symmetric(spec.group, ArenaLayout.of(spec).nbytes, device)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return NvlinkGpuAllToAll(spec, memories, num_programs=num_sms)
+
+
+class NvlinkGpuAllToAll:
+    """See the module.
+
+    Args:
+        memories: the arenas' bytes, by rank (`comm.peer_memory`).
+        num_programs: that move rows.
+        few_ids: up to so many of its own a rank takes the way of fewest launches.
+        max_turns: of a wait in the interpreter, which has no clock.
+    """
+
+    def __init__(
+        self,
+        spec: AllToAllSpec,
+        memories: Sequence[Tensor],
+        *,
+        num_programs: int,
+        few_ids: int = exchange_few.MAX_IDS,
+        max_turns: int = 1,
+    ) -> None:
+        layout = ArenaLayout.of(spec)
+        mine = memories[spec.group.rank]
+        self._spec, self._layout, self._mine, self._num_programs = spec, layout, mine, num_programs
+        self._few_ids = few_ids
+        self._limit = int(spec.timeout_s * 1e9) if mine.is_cuda else max_turns
+        home_dtype, home_size = spec.home_dtype or spec.dtype, spec.home_size or spec.hidden_size
+        for what, nbytes in (
+            ("out", spec.hidden_size * spec.dtype.itemsize),
+            ("home", home_size * home_dtype.itemsize),
+        ):
+            if nbytes % _STORE:
+                raise ValueError(
+                    f"all_to_all 'nvlink' moves rows of a multiple of {_STORE} bytes on GPUs, those that go {what} have {nbytes}"
+                )
+        num_ranks, tokens, top_k = spec.group.size, spec.max_tokens, spec.top_k
+        first, last = spec.rank_offsets[spec.group.rank : spec.group.rank + 2]
+        self._num_experts = last - first
+        self._max_rows = self._most_rows([tokens] * num_ranks)
+        device = mine.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self._peers = torch.tensor([memory.data_ptr() for memory in memories], dtype=torch.int64, device=device)
+        self._rank_offsets = torch.tensor(spec.rank_offsets, dtype=torch.int32, device=device)
+        self._epoch, self._done = zeros(1, dtype=torch.int64) + 1, zeros(1)
+        self._target, self._sent = zeros(tokens, top_k), zeros(num_ranks, dtype=torch.int64)
+        self._counts, self._expert_offsets = zeros(num_ranks, self._num_experts), zeros(self._num_experts + 1)
+        self._row_index, self._slots = zeros(self._max_rows), zeros(self._max_rows)
+        self._in_order = torch.arange(self._max_rows, dtype=torch.int32, device=device)
+        self._rows = self._part(layout.rows).view(num_ranks * tokens, -1).view(spec.dtype)
+        self._home = self._part(layout.home).view(tokens, top_k, -1).view(home_dtype)
+        self._words, self._home_words = self._rows.stride(0) * spec.dtype.itemsize // 4, layout.home.shape[-1] // 4
+
+    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> _Handle:
+        spec, num_tokens, top_k = self._spec, x_TD.shape[0], self._spec.top_k
+        assert num_tokens <= spec.max_tokens, f"{num_tokens} tokens, built for {spec.max_tokens}"
+        assert x_TD.is_contiguous(), x_TD.stride()
+        assert physical_TK.is_contiguous(), physical_TK.stride()
+        valid = num_tokens_P if isinstance(num_tokens_P, Tensor) else self._expert_offsets  # any pointer will do
+        limited = valid is num_tokens_P
+        few = num_tokens * top_k <= self._few_ids
+        (self._send_few if few else self._send)(x_TD, physical_TK, valid, num_tokens, limited)
+        max_rows = self._max_rows if isinstance(num_tokens_P, Tensor) else self._most_rows(num_tokens_P)
+        return _Handle(num_tokens=num_tokens, max_rows=max_rows, few=few)
+
+    def dispatch_recv(self, handle: _Handle) -> Dispatched:
+        self._arrive_few(handle.num_tokens) if handle.few else self._arrive()
+        return Dispatched(
+            x_UD=self._rows,
+            row_index_R=self._row_index[: handle.max_rows],
+            expert_offsets=self._expert_offsets,
+            home_R=self._in_order[: handle.max_rows],
+        )
+
+    def combine_send(self, handle: _Handle, y_RD: Tensor) -> _Handle:
+        spec, layout = self._spec, self._layout
+        assert y_RD.is_contiguous(), y_RD.stride()
+        block, warps = exchange.row_block(self._home_words)
+        exchange.go_home_kernel[(self._num_programs,)](
+            _as_words(y_RD), self._slots, self._expert_offsets, self._epoch, self._done, self._peers,
+            spec.group.rank, spec.group.size, self._num_experts, spec.max_tokens * spec.top_k,
+            layout.combined.offset, layout.home.offset,
+            WORDS=self._home_words, BLOCK=block, RANKS=triton.next_power_of_2(spec.group.size), num_warps=warps,
+        )  # fmt: skip
+        return handle
+
+    def combine_recv(self, handle: _Handle) -> Tensor:
+        self._wait(self._layout.combined.offset, COMBINE)
+        return self._home[: handle.num_tokens]
+
+    def check(self) -> None:
+        """See `comm.all_to_all.Watched`; waits for the device."""
+        words = self._part(self._layout.stalled).view(torch.int64).view(-1, LINE)[:, 0].cpu().numpy()
+        if words.any():
+            raise stall_error(words, self._spec)
+
+    def _send(self, x_TD: Tensor, physical_TK: Tensor, valid: Tensor, num_tokens: int, limited: bool) -> None:
+        spec, layout, top_k = self._spec, self._layout, self._spec.top_k
+        me, num_ranks = spec.group.rank, spec.group.size
+        exchange.plan_kernel[(num_ranks,)](
+            physical_TK, self._rank_offsets, self._target, self._sent, valid, me, num_tokens, spec.max_tokens,
+            K=top_k, K_BLOCK=triton.next_power_of_2(top_k), TOKENS=exchange.plan_tokens(num_tokens, top_k), LIMITED=limited,
+        )  # fmt: skip
+        block, warps = exchange.row_block(max(self._words, self._home_words))
+        exchange.send_kernel[(max(1, min(self._num_programs, num_tokens)),)](
+            _as_words(x_TD), physical_TK, self._target, self._sent, valid, self._epoch, self._done, self._peers,
+            me, num_tokens, spec.max_tokens, num_ranks,
+            layout.dispatched.offset, layout.routes.offset, layout.rows.offset, layout.home.offset,
+            K=top_k, K_BLOCK=triton.next_power_of_2(top_k + 1), WORDS=self._words, HOME_WORDS=self._home_words,
+            BLOCK=block, RANKS=triton.next_power_of_2(num_ranks), LIMITED=limited, num_warps=warps,
+        )  # fmt: skip
+
+    def _send_few(self, x_TD: Tensor, physical_TK: Tensor, valid: Tensor, num_tokens: int, limited: bool) -> None:
+        spec, layout, top_k = self._spec, self._layout, self._spec.top_k
+        block, warps = exchange_few.row_block(max(self._words, self._home_words))
+        exchange_few.send_few_kernel[(max(num_tokens, spec.group.size),)](
+            _as_words(x_TD), physical_TK, self._rank_offsets, valid, self._epoch, self._done, self._peers,
+            spec.group.rank, num_tokens, spec.max_tokens, spec.group.size,
+            layout.dispatched.offset, layout.routes.offset, layout.rows.offset, layout.home.offset,
+            K=top_k, K_BLOCK=triton.next_power_of_2(top_k), TOKENS=triton.next_power_of_2(max(1, num_tokens)),
+            WORDS=self._words, HOME_WORDS=self._home_words, BLOCK=block,
+            RANKS=triton.next_power_of_2(spec.group.size), LIMITED=limited, num_warps=warps,
+        )  # fmt: skip
+
+    def _arrive(self) -> None:
+        spec, layout, me, num_ranks = self._spec, self._layout, self._spec.group.rank, self._spec.group.size
+        self._wait(layout.dispatched.offset, DISPATCH)
+        sizes = {
+            "K": spec.top_k,
+            "CHUNK": exchange.ids_chunk(spec.max_tokens * spec.top_k),
+            "EXPERTS": triton.next_power_of_2(self._num_experts + 1),
+        }
+        exchange.count_kernel[(num_ranks,)](
+            self._peers, self._rank_offsets, self._counts, me, spec.max_tokens, self._num_experts,
+            layout.dispatched.offset, layout.routes.offset, **sizes,
+        )  # fmt: skip
+        exchange.index_kernel[(self._num_experts + 1, num_ranks)](
+            self._peers, self._rank_offsets, self._counts, self._expert_offsets, self._row_index, self._slots,
+            me, num_ranks, spec.max_tokens, self._num_experts, layout.dispatched.offset, layout.routes.offset,
+            **sizes, RANKS=triton.next_power_of_2(num_ranks),
+        )  # fmt: skip
+
+    def _arrive_few(self, num_tokens: int) -> None:
+        spec, layout = self._spec, self._layout
+        exchange_few.arrive_few_kernel[(self._num_experts + 1,)](
+            self._peers, self._rank_offsets, self._epoch, self._expert_offsets, self._row_index, self._slots,
+            spec.group.rank, spec.group.size, spec.max_tokens, self._num_experts,
+            layout.dispatched.offset, layout.routes.offset, layout.stalled.offset, self._limit,
+            K=spec.top_k, CHUNK=exchange_few.chunk_of(num_tokens, spec.top_k, spec.group.size),
+            RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._mine.is_cuda,
+        )  # fmt: skip
+
+    def _most_rows(self, num_tokens_P: Sequence[int]) -> int:
+        """Routed rows that can come here."""
+        return sum(num_tokens_P) * min(self._spec.top_k, self._num_experts)
+
+    def _wait(self, lines_at: int, phase: int) -> None:
+        spec = self._spec
+        exchange.wait_kernel[(1,)](
+            self._peers, self._epoch, spec.group.rank, spec.group.size, lines_at, self._layout.stalled.offset, self._limit,
+            PHASE=phase, RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._mine.is_cuda, num_warps=1,
+        )  # fmt: skip
+
+    def _part(self, region: Region) -> Tensor:
+        return self._mine[region.offset : region.offset + region.nbytes]
+
+
+def _as_words(rows: Tensor) -> Tensor:
+    return rows.view(torch.uint8).view(torch.int32) if rows.numel() else rows.view(-1).view(torch.int32)

@@ -1,0 +1,112 @@
+"""`expertwire experts`: how tokens spread over experts and ranks, as a heat map in the terminal and as PNG.
+
+L layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expertwire.deploy.grpc_client import Client, ServerError
+from expertwire.moe.load import hottest
+
+_SHADES = " ░▒▓█"
+_STEPS = (0.5, 1.0, 2.0, 4.0)  # times the mean expert's rows, at which the next shade begins
+_WIDTH = 128  # columns of experts; more share a column, which shows the hottest of them
+_FIELDS = ("expert_load", "layer_spread", "rank_rows", "rank_tax")
+
+
+def read(source: str) -> dict[str, Any]:
+    """The statistics of a server at `host:port`, or of a file that `--json` has written: `moe.load.ExpertLoad.summary`.
+
+    Raises:
+        ValueError: neither, or a model without experts.
+    """
+    try:
+        values = json.loads(Path(source).read_text()) if Path(source).is_file() else _ask(source)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} is no JSON file: {error}") from None
+    missing = [name for name in _FIELDS if not isinstance(values, dict) or name not in values]
+    if missing or not any(map(any, values["expert_load"])):
+        what = f"has no {', '.join(missing)}" if missing else "has no tokens of experts yet"
+        raise ValueError(f"{source} {what}")
+    return {name: values[name] for name in _FIELDS}
+
+
+def _ask(address: str) -> dict[str, Any]:
+    try:
+        with Client(address) as client:
+            return client.stats()
+    except ServerError as error:
+        raise ValueError(f"{address} is neither a file nor a server that answers: {error}") from None
+
+
+def lines(values: Mapping[str, Any]) -> Iterator[str]:
+    """The heat map and what it comes to."""
+    rows_LE = np.array(_even(values["expert_load"]), float)
+    times_LE = _times(rows_LE)
+    shown = -(-rows_LE.shape[1] // _WIDTH)
+    bins = -(-times_LE.shape[1] // shown)
+    padded = np.zeros((len(times_LE), bins * shown))
+    padded[:, : times_LE.shape[1]] = times_LE
+    legend = "  ".join(f"{_SHADES[i + 1]} >= {step:g}x" for i, step in enumerate(_STEPS))
+    yield f"rows of each expert, over the layer's mean ({legend})"
+    if shown > 1:
+        yield f"a column is the hottest of {shown} experts"
+    for layer, times in enumerate(padded.reshape(len(padded), bins, shown).max(axis=2)):
+        if times.any():
+            shades = "".join(_SHADES[i] for i in np.searchsorted(_STEPS, times, side="right"))
+            yield f"layer {layer:>3} |{shades}| fullest rank {values['layer_spread'][layer]:.2f} of the mean"
+    yield "hottest: " + ", ".join(f"layer {la} expert {e} {times:.1f}x" for la, e, times in hottest(rows_LE))
+    total = sum(values["rank_rows"])
+    for rank, (rows, tax) in enumerate(zip(values["rank_rows"], values["rank_tax"], strict=True)):
+        yield f"rank {rank:>3}  {rows / total:6.1%} of the rows, costs the others {tax:.1%}"
+    yield f"all of it, waiting for the fullest rank of each layer: {sum(values['rank_tax']):.1%}"
+
+
+def save_png(values: Mapping[str, Any], file: Path) -> None:
+    """The heat map with a scale, every expert a cell.
+
+    Raises:
+        ValueError: matplotlib is not installed, or cannot write there.
+    """
+    try:
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--png needs matplotlib; pip install matplotlib") from None
+    times_LE = _times(np.array(_even(values["expert_load"]), float))
+    num_layers, num_experts = times_LE.shape
+    figure = Figure(figsize=(min(16.0, 4 + num_experts / 12), min(14.0, 2.5 + num_layers / 6)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        times_LE.clip(0.1, 10), norm=LogNorm(0.1, 10), cmap="RdBu_r", aspect="auto", interpolation="nearest"
+    )
+    axes.set_xlabel("logical expert")
+    axes.set_ylabel("layer")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    lost = f"waiting for the fullest of {len(values['rank_rows'])} ranks: {sum(values['rank_tax']):.1%}"
+    axes.set_title(f"Rows of each expert over the layer's mean; {lost}")
+    scale = figure.colorbar(image, ax=axes, extend="both", ticks=[0.1, 0.2, 0.5, 1, 2, 5, 10])
+    scale.ax.set_yticklabels(["0.1x", "0.2x", "0.5x", "1x", "2x", "5x", "10x"])
+    try:
+        figure.savefig(file, format="png", dpi=120)
+    except OSError as error:
+        raise ValueError(f"--png: {error}") from None
+
+
+def _even(layers: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Layers without experts get as many zeros as the others have experts."""
+    longest = max(map(len, layers))
+    return [layer if len(layer) else [0] * longest for layer in layers]
+
+
+def _times(rows_LE: np.ndarray) -> np.ndarray:
+    mean_L1 = rows_LE.mean(axis=1, keepdims=True)
+    return np.divide(rows_LE, mean_L1, out=np.zeros_like(rows_LE), where=mean_L1 > 0)

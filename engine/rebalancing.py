@@ -1,0 +1,144 @@
+"""The controller's part in moving experts: windows of load, a verdict on each, and what the next steps shall move. No torch.
+
+Verdicts are found in a thread, as that may take as long as several steps.
+
+L layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from expertwire.engine.config import ModelConfig
+from expertwire.moe.load import ExpertLoad
+from expertwire.moe.migration import Migration
+from expertwire.moe.placement import Placement
+from expertwire.moe.saving import Balancer, Costs, Verdict
+from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult
+
+_STEP_BYTES = 16 << 20  # that a rank sends and receives in one step, but an expert at least
+_GUESSED_BYTES_PER_S = 1e9  # before anything has moved
+
+
+class Rebalancing:
+    """For one model, from start to end.
+
+    Args:
+        load: the account; its placement follows what the ranks use.
+        model: whose experts move.
+        window_steps: steps with tokens in a window.
+    """
+
+    def __init__(self, load: ExpertLoad, model: ModelConfig, window_steps: int) -> None:
+        self._load, self._window_steps = load, window_steps
+        itemsize = {"float32": 4, "bfloat16": 2}[model.dtype]
+        self._expert_bytes = 3 * model.hidden_size * model.expert_size * itemsize
+        self._balancer = Balancer(load.placement)
+        self._thread = ThreadPoolExecutor(1, "rebalance")
+        self._verdict: Future[Verdict] | None = None
+        self._migration: Migration | None = None
+        self._coming: deque[Placement] = deque()  # of planned steps that are not committed
+        self._moved_bytes, self._moved_us = 0, 0
+        self._stats: dict[str, Any] = dict.fromkeys(
+            ("windows", "rebalances", "moved_experts", "moving_steps", "moving_us", "longest_us"), 0
+        )
+        self._start_window()
+
+    @property
+    def moving(self) -> bool:
+        """Whether the next step moves something, also if it has nothing to compute."""
+        self._look_for_verdict()
+        return self._migration is not None
+
+    def next(self) -> tuple[bool, ExpertMoves | None]:
+        """Whether the next step shall report the load, and what moves before it; call it once for each step."""
+        if not self.moving or self._migration is None:
+            return self._window_is_full(), None
+        leg = self._migration.take()
+        if leg is None:
+            self._migration = None
+            return False, None
+        published = len(leg.logical_S) > 0
+        if published:
+            self._coming.append(self._migration.placement)
+        return published, ExpertMoves(*leg)
+
+    def committed(self, plan: StepPlan, results: Sequence[StepResult], rows_LE: np.ndarray | None) -> None:
+        """Take in a step, with the rows that it has reported, if any; these are in the account already."""
+        self._steps += bool(plan.num_tokens_P.any())
+        self._forward_s += 1e-6 * max(result.forward_us for result in results)
+        if rows_LE is not None:
+            self._rows_LE += rows_LE
+        if plan.moves is not None:
+            self._moved(plan.moves, max(result.move_us for result in results))
+        elif rows_LE is not None and self._window_is_full():
+            self._verdict = self._thread.submit(self._balancer.judge, self._rows_LE, self._costs())
+            self._start_window()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start, pauses in µs, and of the last change what was predicted and what it has saved, a window."""
+        return dict(self._stats)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _window_is_full(self) -> bool:
+        """And it is time to look at it: nothing is moving, and no verdict is awaited."""
+        moving = self._migration is not None or len(self._coming) > 0
+        return self._steps >= self._window_steps and self._verdict is None and not moving
+
+    def _start_window(self) -> None:
+        self._rows_LE, self._steps, self._forward_s = np.zeros_like(self._load.rows_LE), 0, 0.0
+
+    def _costs(self) -> Costs:
+        """A row costs as if the fullest ranks' experts were all that a step takes: an upper bound of what can be saved."""
+        fullest = self._load.placement.rank_load(self._rows_LE).max(axis=1).sum()
+        measured = 1e6 * self._moved_bytes / self._moved_us if self._moved_us else _GUESSED_BYTES_PER_S
+        return Costs(
+            s_per_row=self._forward_s / max(fullest, 1.0),
+            bytes_per_expert=self._expert_bytes,
+            bytes_per_s=measured,
+        )
+
+    def _look_for_verdict(self) -> None:
+        if self._verdict is None or not self._verdict.done():
+            return
+        verdict, self._verdict = self._verdict.result(), None
+        self._stats["windows"] += 1
+        if verdict.actual_s is not None:
+            self._tell(expected_s=verdict.expected_s, actual_s=verdict.actual_s)
+        if verdict.placement is not None:
+            self._stats["rebalances"] += 1
+            self._tell(
+                moves=verdict.num_moves,
+                predicted_s=verdict.predicted_s,
+                for_windows=verdict.windows,
+                cost_s=verdict.cost_s,
+            )
+            max_moves = max(1, _STEP_BYTES // self._expert_bytes)
+            self._migration = Migration(self._load.placement, verdict.placement, max_moves)
+
+    def _tell(self, **values: Any) -> None:
+        """In the log, and in the statistics."""
+        sys.stderr.write("experts: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()) + "\n")
+        sys.stderr.flush()
+        self._stats |= values
+
+    def _moved(self, moves: ExpertMoves, elapsed_us: int) -> None:
+        rank_S = self._load.placement.rank_of_S
+        ends = [np.bincount(rank_S[slots]).max() for slots in (moves.source_M, moves.target_M) if len(slots)]
+        if ends:
+            self._moved_bytes += int(max(ends)) * self._expert_bytes
+            self._moved_us += elapsed_us
+        self._stats["moved_experts"] += len(moves.target_M)
+        self._stats["moving_steps"] += 1
+        self._stats["moving_us"] += elapsed_us
+        self._stats["longest_us"] = max(self._stats["longest_us"], elapsed_us)
+        if len(moves.logical_S):
+            self._load.placement = self._coming.popleft()

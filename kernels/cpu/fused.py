@@ -1,0 +1,177 @@
+"""What a step does in a layer, in two calls: attention with the norm behind it, and a rank's experts with theirs.
+
+At a few rows a step, calling an op costs as much as its work. So this puts the ops of `gemm`, `attention` and `elementwise`
+behind one another, and a row's bits are those of the ops called one by one.
+
+T tokens, D model width, H query heads, G key/value heads, d head size, E logical experts, e those here, K
+chosen, R routed rows, F expert width, B sequences, b blocks, s block size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.kernels.attention import PagedSequences
+from expertwire.kernels.cpu.attention import attend_rows, rotate_and_store_rows
+from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows, route_rows
+from expertwire.kernels.cpu.gemm import PackedExperts, PackedLinear, experts_rows, linear_rows
+from expertwire.kernels.cpu.numbers import as_array, jit
+
+# What all layers of a step share: cosines and sines, positions_T, slots_T, tables_Bb, cu_queries, lengths_B.
+StepArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# Weights and bias as `PackedLinear` has them.
+Layer = tuple[np.ndarray, np.ndarray]
+
+
+@jit
+def _attention(
+    x_TD: np.ndarray,
+    normed_TD: np.ndarray,
+    qkv: Layer,
+    all_heads: int,
+    qk_norm_hd: np.ndarray,
+    eps: float,
+    cos_Pd: np.ndarray,
+    sin_Pd: np.ndarray,
+    positions_T: np.ndarray,
+    slots_T: np.ndarray,
+    tables_Bb: np.ndarray,
+    cu_queries: np.ndarray,
+    lengths_B: np.ndarray,
+    k_NsGd: np.ndarray,
+    v_NsGd: np.ndarray,
+    output: Layer,
+    norm_D: np.ndarray,
+    sum_TD: np.ndarray,
+    y_TD: np.ndarray,
+) -> None:
+    num_tokens, num_kv, dim = x_TD.shape[0], k_NsGd.shape[2], k_NsGd.shape[3]
+    num_heads = all_heads - 2 * num_kv
+    qkv_Thd = np.empty((num_tokens, all_heads, dim), x_TD.dtype)
+    linear_rows(normed_TD, qkv[0], qkv[1], qkv_Thd.reshape((num_tokens, -1)))
+    q_THd = np.empty((num_tokens, num_heads, dim), x_TD.dtype)
+    rotate_and_store_rows(
+        qkv_Thd,
+        qk_norm_hd,
+        eps,
+        cos_Pd,
+        sin_Pd,
+        positions_T,
+        slots_T,
+        k_NsGd.reshape((-1, num_kv, dim)),
+        v_NsGd.reshape((-1, num_kv, dim)),
+        q_THd,
+    )
+    attended_THd = np.empty((num_tokens, num_heads, dim), x_TD.dtype)
+    attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, dim**-0.5, attended_THd)
+    delta_TD = np.empty_like(x_TD)
+    linear_rows(attended_THd.reshape((num_tokens, -1)), output[0], output[1], delta_TD)
+    add_rms_norm_rows(x_TD, delta_TD, norm_D, eps, sum_TD, y_TD)
+
+
+class AttentionAndNorm:
+    """`kernels.attention.Fused` on a CPU."""
+
+    def __init__(
+        self, qkv: PackedLinear, output: PackedLinear, qk_norm_hd: Tensor | None, norm_D: Tensor, eps: float, dim: int
+    ) -> None:
+        qk_norm = norm_D.new_empty(0, dim) if qk_norm_hd is None else qk_norm_hd
+        self._before = (qkv.panels, qkv.bias), qkv.num_outputs // dim, as_array(qk_norm), eps
+        self._after = (output.panels, output.bias), as_array(norm_D)
+
+    def step(
+        self, tables: tuple[Tensor, Tensor], positions_T: Tensor, slots_T: Tensor, seqs: PagedSequences
+    ) -> StepArrays:
+        host = (tensor.numpy() for tensor in (*tables, positions_T, slots_T, seqs.block_table))
+        return *host, seqs.cu_queries, seqs.lengths
+
+    def __call__(
+        self, x_TD: Tensor, normed_TD: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepArrays
+    ) -> tuple[Tensor, Tensor]:
+        sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        if len(x_TD) > 0:
+            x, normed, k, v, total, y = (as_array(t) for t in (x_TD, normed_TD, k_cache, v_cache, sum_TD, y_TD))
+            _attention(x, normed, *self._before, *step, k, v, *self._after, total, y)
+        return sum_TD, y_TD
+
+
+@jit
+def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray, place_TK: np.ndarray) -> None:
+    """`comm.all_to_all.Dispatched` of one rank, and where each (token, k) stands in it."""
+    num_tokens, top_k = physical_TK.shape
+    offsets[:] = 0
+    for t in range(num_tokens):
+        for k in range(top_k):
+            offsets[physical_TK[t, k] + 1] += 1
+    next_e = np.empty(len(offsets) - 1, np.int64)
+    for e in range(len(next_e)):
+        next_e[e] = offsets[e]
+        offsets[e + 1] += offsets[e]
+    for t in range(num_tokens):
+        for k in range(top_k):
+            row = next_e[physical_TK[t, k]]
+            place_TK[t, k], row_index_R[row] = row, t
+            next_e[physical_TK[t, k]] += 1
+
+
+@jit
+def _moe(
+    x_TD: np.ndarray,
+    normed_TD: np.ndarray,
+    router: Layer,
+    top_k: int,
+    renormalize: bool,
+    physical_of_E: np.ndarray,
+    w13: np.ndarray,
+    w2: np.ndarray,
+    norm_D: np.ndarray,
+    eps: float,
+    load_E: np.ndarray,
+    sum_TD: np.ndarray,
+    y_TD: np.ndarray,
+) -> None:
+    num_tokens, width = x_TD.shape
+    ids_TK, weights_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
+    logits_TE = np.empty((num_tokens, len(load_E)), x_TD.dtype)
+    linear_rows(normed_TD, router[0], router[1], logits_TE)
+    route_rows(logits_TE, renormalize, ids_TK, weights_TK)
+
+    physical_TK, place_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.int64)
+    for t in range(num_tokens):
+        for k in range(top_k):
+            load_E[ids_TK[t, k]] += 1
+            physical_TK[t, k] = physical_of_E[ids_TK[t, k]]
+    offsets, row_index_R = np.empty(len(w13) + 1, np.int64), np.empty(num_tokens * top_k, np.int64)
+    _sort(physical_TK, offsets, row_index_R, place_TK)
+    rows_RD = np.empty((num_tokens * top_k, width), x_TD.dtype)
+    experts_rows(normed_TD, row_index_R, offsets, w13, w2, rows_RD)
+    delta_TD = np.empty_like(x_TD)
+    combine_rows(rows_RD, place_TK, weights_TK, delta_TD)
+    add_rms_norm_rows(x_TD, delta_TD, norm_D, eps, sum_TD, y_TD)
+
+
+class MoeAndNorm:
+    """`kernels.experts.Fused` on a CPU."""
+
+    def __init__(
+        self,
+        router: PackedLinear,
+        experts: PackedExperts,
+        norm_D: Tensor,
+        physical_of_E: Tensor,
+        *,
+        top_k: int,
+        renormalize: bool,
+        eps: float,
+    ) -> None:
+        routing = (router.panels, router.bias), top_k, renormalize, physical_of_E.numpy()
+        self._fixed = *routing, experts.w13, experts.w2, as_array(norm_D), eps
+
+    def __call__(self, x_TD: Tensor, normed_TD: Tensor, load_E: np.ndarray) -> tuple[Tensor, Tensor]:
+        sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        if len(x_TD) > 0:
+            x, normed, total, y = (as_array(tensor) for tensor in (x_TD, normed_TD, sum_TD, y_TD))
+            _moe(x, normed, *self._fixed, load_E, total, y)
+        return sum_TD, y_TD

@@ -1,0 +1,110 @@
+"""The product of some rows of x with a panel of weights: by matrices, where they are pairs and the processor can, or by vectors.
+
+What is called with an array `w` depends on its type alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from expertwire.kernels.cpu import amx, panel
+from expertwire.kernels.cpu.numbers import jit, load, round_like
+from expertwire.kernels.cpu.panel import PANEL
+
+HEAD = amx.HEAD  # rows of products before those that were asked for
+
+
+def by_matrices(w):
+    return amx.AVAILABLE and w.dtype == types.uint32
+
+
+def begin(w):
+    """Before any `multiply` with weights like w."""
+
+
+@overload(begin)
+def _begin(w):
+    return (lambda w: amx.begin()) if by_matrices(w) else (lambda w: None)
+
+
+def finish(w):
+    """After the last one."""
+
+
+@overload(finish)
+def _finish(w):
+    return (lambda w: amx.finish()) if by_matrices(w) else (lambda w: None)
+
+
+def rows_at_once(w):
+    """How many rows of x `multiply` takes."""
+
+
+@overload(rows_at_once)
+def _rows_at_once(w):
+    rows = amx.ROWS if by_matrices(w) else panel.ROWS
+    return lambda w: rows
+
+
+def operand(num_rows, num_k, w):
+    """An array for rows of x, of the type and with the rows that `multiply` needs."""
+
+
+@overload(operand)
+def _operand(num_rows, num_k, w):
+    dtype = np.uint16 if by_matrices(w) else np.float32
+    return lambda num_rows, num_k, w: np.empty((max(num_rows, amx.TILE), num_k), dtype)
+
+
+def put_row(row, out):
+    """A row, as far as it goes, in the type of `out`."""
+
+
+@overload(put_row)
+def _put_row(row, out):
+    if row.dtype == out.dtype:
+
+        def put(row, out):
+            out[: len(row)] = row
+
+        return put
+
+    def convert(row, out):
+        for i in range(len(row)):
+            out[i] = round_like(load(row[i]), out[i])
+
+    return convert
+
+
+@jit
+def products():
+    """Where `multiply` puts what it finds: fp32 [*, 32], from row HEAD on."""
+    return np.empty((HEAD + max(amx.ROWS, panel.ROWS), PANEL), np.float32)
+
+
+def multiply(x, m, num_m, num_k, w, i, found):
+    """Rows m, m + 1, ... of the first `num_m` of x, as many as it takes at once, times panel i of w [P, >= K', 32].
+
+    x is an `operand`, or like one; `num_k`, at most its width, is K. Asks for the next panel.
+    """
+
+
+@overload(multiply)
+def _multiply(x, m, num_m, num_k, w, i, found):
+    def matrices(x, m, num_m, num_k, w, i, found):
+        at, size = i * w.shape[1] * w.shape[2], w.shape[1] * w.shape[2]
+        amx.multiply_rows(x, m, num_m, num_k, w, at, at + size, m == 0, found)
+
+    step = 2 if w.dtype == types.uint32 else 1
+
+    def vectors(x, m, num_m, num_k, w, i, found):
+        at, size, width = i * w.shape[1] * w.shape[2], w.shape[1] * w.shape[2], x.shape[1]
+        done, count = 0, min(panel.ROWS, num_m - m)
+        while done < count:
+            start, row = (m + done) * width, (HEAD + done) * PANEL
+            left = count - done
+            done += panel.multiply_rows(left, x, start, width, w, at, at + size, num_k // step, found, row)
+
+    return matrices if by_matrices(w) else vectors

@@ -1,0 +1,194 @@
+"""Weights packed for products on a CPU, the product of a few rows with them in vectors, and what is done with products.
+
+A *panel* is the weights of 32 outputs, [K', 32] of 32 bits each: fp32, and K' is K; or bf16 in pairs of neighbours along K, and
+K' is K / 2. So 32 sums stand side by side in vectors, each row of a panel adds to them, and few rows of x, for which a product
+waits for its weights, read memory from front to back.
+
+A sum over K is one sum in the order of K, whatever the number of rows: its bits depend on nothing else.
+
+M rows, N outputs, K inputs, P panels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from expertwire.kernels.cpu import vectors
+from expertwire.kernels.cpu.numbers import jit
+from expertwire.kernels.cpu.vectors import BITS, F32, HIGH, I32, I64, LANES, VECTOR
+
+PANEL = 2 * LANES  # outputs
+LINE = 32  # K is a multiple of it: sixteen pairs
+# Rows of x at once: the sums of the most fill registers.
+_ROWS_AT_ONCE = (12, 6, 3, 2, 1) if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else (3, 2, 1)
+ROWS = _ROWS_AT_ONCE[0]
+
+
+@intrinsic
+def _transpose(context, x, x_at, ldx, y, y_at, ldy):
+    """16 by 16 numbers of 32 bits; of x and y: the array, where to start, and from row to row, in elements."""
+
+    def generate(context, builder, signature, args):
+        b = builder
+        source, target = (vectors.pointer(context, b, signature.args[i], args[i], args[i + 1], I32) for i in (0, 3))
+        rows = [vectors.load(b, source, b.mul(args[2], I64(i)), BITS) for i in range(LANES)]
+        for size in (1, 2, 4, 8):  # of the blocks that change places
+            low = [lane + LANES - size if lane & size else lane for lane in range(LANES)]
+            high = [lane + LANES if lane & size else lane + size for lane in range(LANES)]
+            for i in (i for i in range(LANES) if not i & size):
+                pair = rows[i], rows[i + size]
+                for j, lanes in ((i, low), (i + size, high)):
+                    rows[j] = b.shuffle_vector(*pair, ir.Constant(BITS, lanes))
+        for i, row in enumerate(rows):
+            vectors.store(b, row, target, b.mul(args[5], I64(i)))
+        return context.get_dummy_value()
+
+    number = types.int64
+    return types.void(x, number, number, y, number, number), generate
+
+
+@jit
+def pack_half(rows, at, stride, panels, i, half):
+    """Sixteen rows, from element `at` of 32 bits on, `stride` of them apart, into one half of panel i of `panels` [P, K', 32]."""
+    num_k = panels.shape[1]
+    target = i * num_k * PANEL + half * LANES
+    for k in range(0, num_k, LANES):
+        _transpose(rows, at + k, stride, panels, target + k * PANEL, PANEL)
+
+
+@jit
+def pack_rows(w, starts, panels):
+    """Rows of w [N, K'] into `panels` [P, K', 32], both of 32 bits: half a panel from each of `starts`; zeros behind row N."""
+    num_n, num_k = w.shape
+    rows = np.zeros((LANES, num_k), w.dtype)
+    for half in range(len(starts)):
+        for i in range(LANES):
+            if starts[half] + i < num_n:
+                rows[i] = w[starts[half] + i]
+            else:
+                rows[i] = 0
+        pack_half(rows, 0, num_k, panels, half // 2, half % 2)
+
+
+def _products(
+    b: ir.IRBuilder, rows: int, pairs: bool, x: ir.Value, ldx: ir.Value, w: ir.Value, ahead: ir.Value, num_k: ir.Value
+) -> list[ir.Value]:
+    """The sums of `rows` rows from x, fp32, with the panel at w, of fp32 or of pairs; asks for another one. `num_k` is K'."""
+
+    def weights(bits: ir.Value, step: int) -> ir.Value:
+        if pairs:
+            bits = b.and_(bits, vectors.each_bits(HIGH)) if step else b.shl(bits, vectors.each_bits(16))
+        return b.bitcast(bits, VECTOR)
+
+    def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        at, steps = b.mul(k, I64(PANEL)), 2 if pairs else 1
+        halves = [vectors.load(b, w, b.add(at, I64(half)), BITS) for half in (0, LANES)]
+        for step in range(steps):
+            column = b.add(b.mul(k, I64(steps)), I64(step))
+            for m in range(rows):
+                value = vectors.splat(b, b.load(b.gep(x, [b.add(b.mul(ldx, I64(m)), column)])))
+                for half in range(2):
+                    sums[2 * m + half] = vectors.fma(b, value, weights(halves[half], step), sums[2 * m + half])
+        for line in (0, LANES):
+            vectors.prefetch(b, b.gep(ahead, [b.add(at, I64(line))]), 2)
+        return sums
+
+    return vectors.loop(b, num_k, [vectors.each(0.0)] * (2 * rows), add)
+
+
+@intrinsic
+def multiply_rows(context, num_rows, x, x_at, ldx, w, w_at, ahead_at, num_k, y, y_at):
+    """Of some of `num_rows` rows of x, fp32, with the panel at w_at: y, fp32 [*, 32]. Asks for the panel at `ahead_at`.
+
+    Of the arrays: where to start, and of x from row to row, in elements. `num_k` is K'. Returns how many rows these were.
+    """
+
+    def generate(context, builder, signature, args):
+        b = builder
+
+        def start(array: int, offset: ir.Value, kind: ir.Type) -> ir.Value:
+            return vectors.pointer(context, b, signature.args[array], args[array], offset, kind)
+
+        x_start, y_start = start(1, args[2], F32), start(8, args[9], F32)
+        w_start, ahead = start(4, args[5], I32), start(4, args[6], I32)
+        done, taken = b.append_basic_block("done"), []
+        for rows in _ROWS_AT_ONCE:
+            enough, fewer = b.append_basic_block(f"rows{rows}"), b.append_basic_block("fewer")
+            b.cbranch(b.icmp_signed(">=", args[0], I64(rows)), enough, fewer)
+            b.position_at_end(enough)
+            pairs = signature.args[4].dtype == types.uint32
+            for i, total in enumerate(_products(b, rows, pairs, x_start, args[3], w_start, ahead, args[7])):
+                vectors.store(b, total, y_start, I64(i * LANES))
+            taken.append((I64(rows), b.block))
+            b.branch(done)
+            b.position_at_end(fewer)
+        b.unreachable()
+        b.position_at_end(done)
+        number = b.phi(I64)
+        for value, block in taken:
+            number.add_incoming(value, block)
+        return number
+
+    number = types.int64
+    return number(number, x, number, number, w, number, number, number, y, number), generate
+
+
+@intrinsic
+def put_rows(context, products, first, count, bias, bias_at, y, y_at, ldy):
+    """Rows of `products`, fp32 [*, 32], from `first` on, `count` >= 1 of them, plus a bias, fp32, rounded to y's type.
+
+    Of bias and y: where to start, and of y from row to row, in elements.
+    """
+
+    def generate(context, builder, signature, args):
+        b = builder
+        start = vectors.pointer(context, b, signature.args[3], args[3], args[4], F32)
+        biases = [vectors.load(b, start, I64(half)) for half in (0, LANES)]
+
+        def finished(halves: list[ir.Value]) -> list[ir.Value]:
+            return [b.fadd(half, bias) for half, bias in zip(halves, biases, strict=True)]
+
+        return _put(context, b, signature.args, args, 5, finished)
+
+    number = types.int64
+    return types.void(products, number, number, bias, number, y, number, number), generate
+
+
+@intrinsic
+def put_gated_rows(context, products, first, count, like, y, y_at, ldy):
+    """As `put_rows`, without a bias: sixteen columns of `elementwise.silu_mul_of`, rounded as `like`."""
+
+    def generate(context, builder, signature, args):
+        def finished(halves: list[ir.Value]) -> list[ir.Value]:
+            return [vectors.silu_mul(builder, *halves, bf16=signature.args[3] == types.uint16)]
+
+        return _put(context, builder, signature.args, args, 4, finished)
+
+    number = types.int64
+    return types.void(products, number, number, like, y, number, number), generate
+
+
+def _put(
+    context: Any, b: ir.IRBuilder, kinds: Any, args: Any, y: int, finished: Callable[..., list[ir.Value]]
+) -> ir.Value:
+    """What `finished` makes of the two halves of each row, into y; arguments as in `put_rows`, y and what follows from `y` on."""
+    kind = kinds[y].dtype
+    source = vectors.pointer(context, b, kinds[0], args[0], b.mul(args[1], I64(PANEL)), F32)
+    target = vectors.pointer(context, b, kinds[y], args[y], args[y + 1], context.get_data_type(kind))
+
+    def put(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        row = b.mul(i, I64(PANEL))
+        for j, value in enumerate(finished([vectors.load(b, source, b.add(row, I64(half))) for half in (0, LANES)])):
+            stored = vectors.to_bf16(b, value) if kind == types.uint16 else value
+            vectors.store(b, stored, target, b.add(b.mul(args[y + 2], i), I64(j * LANES)))
+        return []
+
+    vectors.loop(b, args[2], [], put)
+    return context.get_dummy_value()

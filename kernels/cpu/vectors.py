@@ -1,0 +1,133 @@
+"""LLVM's instructions on vectors of sixteen numbers, for kernels that are written in them and compiled by numba for the machine
+at hand; nothing in them is particular to an instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+LANES = 16
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR, BITS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+HIGH = 0xFFFF0000  # the upper of two bf16
+
+
+def each(value: float) -> ir.Constant:
+    """fp32 in every lane."""
+    return VECTOR([F32(value)] * LANES)
+
+
+def each_bits(value: int) -> ir.Constant:
+    return BITS([I32(value)] * LANES)
+
+
+def pointer(context: Any, b: ir.IRBuilder, array_type: Any, array: ir.Value, at: ir.Value, kind: ir.Type) -> ir.Value:
+    """To element `at` of an array, seen as elements of `kind`."""
+    view = context.make_array(array_type)(context, b, array)
+    return b.gep(b.bitcast(view.data, kind.as_pointer()), [at])
+
+
+def load(b: ir.IRBuilder, start: ir.Value, at: ir.Value, kind: ir.Type = VECTOR) -> ir.Value:
+    """A vector from element `at` on, wherever it lies."""
+    return b.load(b.bitcast(b.gep(start, [at]), kind.as_pointer()), align=2)
+
+
+def store(b: ir.IRBuilder, vector: ir.Value, start: ir.Value, at: ir.Value) -> None:
+    b.store(vector, b.bitcast(b.gep(start, [at]), vector.type.as_pointer()), align=2)
+
+
+def splat(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    undefined = ir.Constant(VECTOR, ir.Undefined)
+    return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, each_bits(0))
+
+
+def call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    """An intrinsic from vectors to a vector."""
+    function_type = ir.FunctionType(VECTOR, [arg.type for arg in args])
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, f"llvm.{name}.v{LANES}f32"), args)
+
+
+def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    return call(b, "fma", x, y, z)
+
+
+def prefetch(b: ir.IRBuilder, address: ir.Value, cache: int) -> None:
+    """Ask for what will be read, into the first cache or the second."""
+    byte = b.bitcast(address, I8.as_pointer())
+    function_type = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0")
+    b.call(function, [byte, I32(0), I32(4 - cache), I32(1)])
+
+
+def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """As `numbers.round_like`."""
+    bits = b.bitcast(value, BITS)
+    odd = b.and_(b.lshr(bits, each_bits(16)), each_bits(1))
+    bits = b.add(b.add(bits, each_bits(0x7FFF)), odd)
+    return b.trunc(b.lshr(bits, each_bits(16)), ir.VectorType(I16, LANES))
+
+
+def from_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    return b.bitcast(b.shl(b.zext(value, BITS), each_bits(16)), VECTOR)
+
+
+def maximum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """`numbers.exp`, bit for bit."""
+    x = maximum(b, x, each(-87.0))
+    n = call(b, "floor", b.fadd(b.fmul(x, each(1.44269504088896341)), each(0.5)))
+    r = b.fadd(b.fsub(x, b.fmul(n, each(0.693359375))), b.fmul(n, each(2.12194440e-4)))
+    p = each(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = b.fadd(b.fmul(p, r), each(c))
+    p = b.fadd(b.fadd(b.fmul(b.fmul(p, r), r), r), each(1.0))
+    power = b.shl(b.add(b.fptosi(n, BITS), each_bits(127)), each_bits(23))
+    return b.fmul(p, b.bitcast(power, VECTOR))
+
+
+def folded(b: ir.IRBuilder, vector: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """All lanes combined, as a tree, in every lane."""
+    for distance in (8, 4, 2, 1):
+        other = [lane ^ distance for lane in range(LANES)]
+        vector = combine(vector, b.shuffle_vector(vector, vector, ir.Constant(BITS, other)))
+    return vector
+
+
+def silu_mul(b: ir.IRBuilder, gate: ir.Value, up: ir.Value, bf16: bool) -> ir.Value:
+    """`elementwise.silu_mul_of`, bit for bit, in fp32."""
+
+    def rounded(value: ir.Value) -> ir.Value:
+        return from_bf16(b, to_bf16(b, value)) if bf16 else value
+
+    gate, up = rounded(gate), rounded(up)
+    minus = b.fsub(each(-0.0), gate)
+    minus = b.select(b.fcmp_ordered("<", minus, each(88.0)), minus, each(88.0))
+    silu = rounded(b.fdiv(gate, b.fadd(each(1.0), exp(b, minus))))
+    return rounded(b.fmul(silu, up))
+
+
+def loop(
+    b: ir.IRBuilder,
+    count: ir.Value,
+    starts: Sequence[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """`values = body(i, values)` from `starts` on for i below `count`, at least once."""
+    before, inside, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+    b.branch(inside)
+    b.position_at_end(inside)
+    i, values = b.phi(I64), [b.phi(start.type) for start in starts]
+    new = body(i, list(values))
+    following = b.add(i, I64(1))
+    for phi, start, value in zip([i, *values], [I64(0), *starts], [following, *new], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, b.block)
+    b.cbranch(b.icmp_signed("<", following, count), inside, after)
+    b.position_at_end(after)
+    return new

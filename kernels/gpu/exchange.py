@@ -1,0 +1,410 @@
+"""Dispatch and combine by stores into the peers' memory: the kernels of `comm.a2a_nvlink_gpu`; the twin is `comm.a2a_nvlink`.
+
+    plan      where each row goes: a program a destination, prefix sums, no atomics
+    send      each row is loaded once and stored to all its destinations; the last program writes counts and flags
+    wait      until every rank's flag is there, or one has not come in time: then that goes to everybody, for ever
+    count     how many routed rows have come from each rank for each local expert
+    index     their order by expert, home rank, token, k
+    go_home   expert rows go to their slots on their home ranks; the last program writes flags
+
+`comm.arena` says where everything lies; here it comes as byte offsets. Addresses of arenas are integers, in a table by rank.
+Rows are multiples of 16 bytes, moved as i32 words.
+
+T tokens, K experts a token, R routed rows, P ranks, e local experts. A line is what one rank writes: epoch, count.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from expertwire.kernels.gpu.compile import Case
+
+LINE_BYTES = tl.constexpr(128)
+_ROUTES_BLOCK = 2048  # ids a program takes at a time
+
+
+@triton.jit
+def as_words(address):
+    """An address as a pointer to words that are stored 16 bytes at a time."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+
+
+@triton.jit
+def line_of(address, region, rank):
+    return (address + region + rank * LINE_BYTES).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def num_valid_rows(valid_ptr, me, num_tokens, LIMITED: tl.constexpr):
+    """How many rows count."""
+    if LIMITED:
+        num_tokens = tl.minimum(num_tokens, tl.load(valid_ptr + me))
+    return num_tokens
+
+
+@triton.jit
+def flag_last(
+    done_ptr, epoch_ptr, peers_ptr, counts_ptr, region, me, num_ranks, RANKS: tl.constexpr, COUNTED: tl.constexpr
+):
+    """The program that ends last tells every rank. Each program's stores come before its part of `done`, all of these before
+    the last one's flags, which are released to the system."""
+    tl.debug_barrier()
+    done = tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="gpu")
+    if done == tl.num_programs(0) - 1:
+        tl.store(done_ptr, 0)
+        peer = tl.arange(0, RANKS)
+        exists = peer < num_ranks
+        line = line_of(tl.load(peers_ptr + peer, mask=exists, other=0), region, me)
+        epoch = tl.load(epoch_ptr)
+        if COUNTED:
+            tl.store(line + 1, tl.load(counts_ptr + peer, mask=exists, other=0), mask=exists)
+            tl.debug_barrier()
+        tl.atomic_xchg(line, tl.zeros([RANKS], tl.int64) + epoch, mask=exists, sem="release", scope="sys")
+
+
+@triton.jit
+def plan_kernel(
+    ids_ptr,
+    rank_offsets_ptr,
+    target_ptr,
+    counts_ptr,
+    valid_ptr,
+    me,
+    num_tokens,
+    max_tokens,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,  # K rounded up to a power of two
+    TOKENS: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """`target` i32 [T, K], where the expert lies on this program's rank: at the token's first such k, rank * max_tokens + the
+    row's place; at others -1. `counts` i64 [P]."""
+    peer = tl.program_id(0)
+    first, last = tl.load(rank_offsets_ptr + peer), tl.load(rank_offsets_ptr + peer + 1)
+    num_valid = num_valid_rows(valid_ptr, me, num_tokens, LIMITED)
+    k = tl.arange(0, K_BLOCK)[None, :]
+    taken = tl.full([], 0, tl.int32)
+    for start in range(0, num_valid, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        at = t[:, None] * K + k
+        ids = tl.load(ids_ptr + at, mask=(t[:, None] < num_valid) & (k < K), other=-1).to(tl.int32)
+        here = (ids >= first) & (ids < last)
+        sent = tl.max(here.to(tl.int32), axis=1)
+        row = peer * max_tokens + taken + tl.cumsum(sent, axis=0) - 1
+        is_first = tl.cumsum(here.to(tl.int32), axis=1) == 1
+        tl.store(target_ptr + at, tl.where(is_first, row[:, None], -1), mask=here)
+        taken += tl.sum(sent, axis=0)
+    tl.store(counts_ptr + peer, taken.to(tl.int64))
+
+
+@triton.jit
+def send_kernel(
+    x_ptr,  # i32 words
+    ids_ptr,
+    target_ptr,
+    counts_ptr,
+    valid_ptr,
+    epoch_ptr,
+    done_ptr,
+    peers_ptr,
+    me,
+    num_tokens,
+    max_tokens,
+    num_ranks,
+    dispatched_at,
+    routes_at,
+    rows_at,
+    home_at,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,  # K + 1 rounded up to a power of two
+    WORDS: tl.constexpr,
+    HOME_WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANKS: tl.constexpr,  # num_ranks rounded up to a power of two
+    LIMITED: tl.constexpr,
+):
+    for t in range(tl.program_id(0), num_valid_rows(valid_ptr, me, num_tokens, LIMITED), tl.num_programs(0)):
+        _send_routes(ids_ptr, target_ptr, peers_ptr, t, me, max_tokens, routes_at, K, K_BLOCK)
+        for start in range(0, WORDS, BLOCK):
+            w = start + tl.arange(0, BLOCK)
+            row = tl.load(x_ptr + tl.cast(t, tl.int64) * WORDS + w, mask=w < WORDS)
+            for k in range(K):
+                if tl.load(ids_ptr + t * K + k) >= 0:
+                    target = tl.load(target_ptr + t * K + k)
+                    if target >= 0:
+                        base = tl.load(peers_ptr + target // max_tokens)
+                        place = (me * max_tokens + target % max_tokens).to(tl.int64) * WORDS
+                        tl.store(as_words(base + rows_at) + place + w, row, mask=w < WORDS)
+        for k in range(K):
+            if tl.load(ids_ptr + t * K + k) < 0:
+                home = as_words(tl.load(peers_ptr + me) + home_at) + tl.cast(t * K + k, tl.int64) * HOME_WORDS
+                for start in range(0, HOME_WORDS, BLOCK):
+                    w = start + tl.arange(0, BLOCK)
+                    tl.store(home + w, tl.zeros([BLOCK], tl.int32), mask=w < HOME_WORDS)
+    flag_last(done_ptr, epoch_ptr, peers_ptr, counts_ptr, dispatched_at, me, num_ranks, RANKS, COUNTED=True)
+
+
+@triton.jit
+def _send_routes(ids_ptr, target_ptr, peers_ptr, t, me, max_tokens, routes_at, K: tl.constexpr, K_BLOCK: tl.constexpr):
+    """The token and its ids, beside each copy of the row."""
+    i = tl.arange(0, K_BLOCK)
+    ids = tl.load(ids_ptr + t * K + i - 1, mask=(i > 0) & (i <= K), other=0).to(tl.int32)
+    route = tl.where(i == 0, t, ids)
+    for k in range(K):
+        if tl.load(ids_ptr + t * K + k) >= 0:
+            target = tl.load(target_ptr + t * K + k)
+            if target >= 0:
+                base = (tl.load(peers_ptr + target // max_tokens) + routes_at).to(tl.pointer_type(tl.int32))
+                place = (me * max_tokens + target % max_tokens).to(tl.int64) * (K + 1)
+                tl.store(base + place + i, route, mask=i <= K)
+
+
+@triton.jit
+def await_all(
+    peers_ptr, epoch, me, num_ranks, lines_at, stalled_at, limit,
+    PHASE: tl.constexpr, RANKS: tl.constexpr, CLOCK: tl.constexpr,
+):  # fmt: skip
+    """Until every rank's line has reached the epoch. A rank waited for in vain is written into everybody's arena, as
+    `comm.arena.Stall`; then, and wherever it is found, nobody waits any more."""
+    rank = tl.arange(0, RANKS)
+    exists = rank < num_ranks
+    mine = tl.load(peers_ptr + me)
+    flags, stalls = line_of(mine, lines_at, rank), line_of(mine, stalled_at, rank)
+    started, spent = _now(CLOCK), tl.full([], 0, tl.int64)
+    num_late, num_stalls = num_ranks, 0
+    while (num_late > 0) & (num_stalls == 0) & (spent <= limit):
+        seen = tl.atomic_add(flags, tl.zeros([RANKS], tl.int64), mask=exists, sem="acquire", scope="sys")
+        late = exists & (seen < epoch)
+        num_late = tl.sum(late.to(tl.int32), axis=0)
+        stall = tl.load(stalls, mask=exists, other=0, volatile=True)
+        num_stalls = tl.sum((stall != 0).to(tl.int32), axis=0)
+        spent = _now(CLOCK) - started if CLOCK else spent + 1
+    if (num_late > 0) & (num_stalls == 0):
+        seen = tl.load(flags, mask=exists, other=0, volatile=True)
+        missing = tl.min(tl.where(exists & (seen < epoch), rank, RANKS), axis=0)
+        if missing < RANKS:
+            word = ((epoch * 2 + PHASE) << 16) + missing
+            base = tl.load(peers_ptr + rank, mask=exists, other=0)
+            words = tl.zeros([RANKS], tl.int64) + word
+            tl.atomic_xchg(line_of(base, stalled_at, me), words, mask=exists, sem="release", scope="sys")
+
+
+@triton.jit
+def wait_kernel(
+    peers_ptr,
+    epoch_ptr,
+    me,
+    num_ranks,
+    lines_at,
+    stalled_at,
+    limit,  # ns with CLOCK, else turns
+    PHASE: tl.constexpr,  # 0 dispatch, 1 combine, after which the next epoch begins
+    RANKS: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
+    """One program of one warp."""
+    epoch = tl.load(epoch_ptr)
+    await_all(peers_ptr, epoch, me, num_ranks, lines_at, stalled_at, limit, PHASE, RANKS, CLOCK)
+    if PHASE == 1:
+        tl.store(epoch_ptr, epoch + 1)
+
+
+@triton.jit
+def _now(CLOCK: tl.constexpr):
+    """Nanoseconds; the interpreter has no clock."""
+    if CLOCK:
+        return tl.extra.cuda.globaltimer()
+    return tl.full([], 0, tl.int64)
+
+
+@triton.jit
+def routes_of(peers_ptr, me, source, max_tokens, routes_at, K: tl.constexpr):
+    """What has come from one rank, [T, K + 1]."""
+    base = (tl.load(peers_ptr + me) + routes_at).to(tl.pointer_type(tl.int32))
+    return base + tl.cast(source * max_tokens, tl.int64) * (K + 1)
+
+
+@triton.jit
+def count_kernel(
+    peers_ptr,
+    rank_offsets_ptr,
+    counts_ptr,
+    me,
+    max_tokens,
+    num_experts,
+    dispatched_at,
+    routes_at,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,  # num_experts + 1 rounded up to a power of two
+):
+    """`counts` i32 [P, e]; a program a source."""
+    source = tl.program_id(0)
+    first = tl.load(rank_offsets_ptr + me)
+    num_ids = tl.load(line_of(tl.load(peers_ptr + me), dispatched_at, source) + 1).to(tl.int32) * K
+    routes = routes_of(peers_ptr, me, source, max_tokens, routes_at, K)
+    expert = tl.arange(0, EXPERTS)
+    found = tl.zeros([EXPERTS], tl.int32)
+    for start in range(0, num_ids, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        local = tl.load(routes + n // K * (K + 1) + 1 + n % K, mask=n < num_ids, other=-1) - first
+        here = (n < num_ids) & (local >= 0) & (local < num_experts)
+        # One bin more than experts takes what is none of them.
+        found += tl.histogram(tl.where(here, local, EXPERTS - 1), EXPERTS)
+    tl.store(counts_ptr + source * num_experts + expert, found, mask=expert < num_experts)
+
+
+@triton.jit
+def index_kernel(
+    peers_ptr,
+    rank_offsets_ptr,
+    counts_ptr,
+    expert_offsets_ptr,
+    row_index_ptr,
+    slot_ptr,
+    me,
+    num_ranks,
+    max_tokens,
+    num_experts,
+    dispatched_at,
+    routes_at,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """Programs (expert, source), and one more "expert" for the end of the offsets.
+
+    `slot`: (home rank * max_tokens + t) * K + k.
+    """
+    expert, source = tl.program_id(0), tl.program_id(1)
+    e, p = tl.arange(0, EXPERTS)[None, :], tl.arange(0, RANKS)[:, None]
+    counts = tl.load(counts_ptr + p * num_experts + e, mask=(p < num_ranks) & (e < num_experts), other=0)
+    earlier = (e < expert) | ((e == expert) & (p < source))
+    before = tl.sum(tl.sum(tl.where(earlier, counts, 0), axis=1), axis=0)
+    if source == 0:
+        tl.store(expert_offsets_ptr + expert, before)
+    if expert < num_experts:
+        wanted = tl.load(rank_offsets_ptr + me) + expert
+        num_ids = tl.load(line_of(tl.load(peers_ptr + me), dispatched_at, source) + 1).to(tl.int32) * K
+        routes = routes_of(peers_ptr, me, source, max_tokens, routes_at, K)
+        for start in range(0, num_ids, CHUNK):
+            n = start + tl.arange(0, CHUNK)
+            route = routes + n // K * (K + 1)
+            own = tl.load(route + 1 + n % K, mask=n < num_ids, other=-1) == wanted
+            ranks = tl.cumsum(own.to(tl.int32), axis=0)
+            token = tl.load(route, mask=own, other=0)
+            at = before + ranks - 1
+            tl.store(row_index_ptr + at, source * max_tokens + n // K, mask=own)
+            tl.store(slot_ptr + at, (source * max_tokens + token) * K + n % K, mask=own)
+            before += tl.max(ranks, axis=0)
+
+
+@triton.jit
+def go_home_kernel(
+    y_ptr,  # i32 words
+    slot_ptr,
+    expert_offsets_ptr,
+    epoch_ptr,
+    done_ptr,
+    peers_ptr,
+    me,
+    num_ranks,
+    num_experts,
+    slots_a_rank,
+    combined_at,
+    home_at,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    for r in range(tl.program_id(0), tl.load(expert_offsets_ptr + num_experts), tl.num_programs(0)):
+        slot = tl.load(slot_ptr + r)
+        home = as_words(tl.load(peers_ptr + slot // slots_a_rank) + home_at)
+        home += (slot % slots_a_rank).to(tl.int64) * WORDS
+        for start in range(0, WORDS, BLOCK):
+            w = start + tl.arange(0, BLOCK)
+            row = tl.load(y_ptr + tl.cast(r, tl.int64) * WORDS + w, mask=w < WORDS)
+            tl.store(home + w, row, mask=w < WORDS)
+    flag_last(done_ptr, epoch_ptr, peers_ptr, epoch_ptr, combined_at, me, num_ranks, RANKS, COUNTED=False)
+
+
+def row_block(words: int) -> tuple[int, int]:
+    """Words of a row that a program moves at a time, and its warps: four 16-byte accesses a thread at most."""
+    block = min(4096, triton.next_power_of_2(words))
+    return block, max(1, min(8, block // 512))
+
+
+def plan_tokens(num_tokens: int, top_k: int) -> int:
+    """Tokens that `plan_kernel` takes at a time."""
+    most = max(16, _ROUTES_BLOCK * 2 // triton.next_power_of_2(top_k))
+    return min(most, max(16, triton.next_power_of_2(num_tokens)))
+
+
+def ids_chunk(num_ids: int) -> int:
+    """Ids that `count_kernel` and `index_kernel` take at a time."""
+    return min(_ROUTES_BLOCK, max(128, triton.next_power_of_2(num_ids)))
+
+
+def cases() -> list[Case]:
+    shapes = [
+        ("EP8 T128 fp8", 8, 32, 128, 8, 7168 + 4 * 56),
+        ("EP8 T4096 bf16", 8, 32, 4096, 8, 14336),
+        ("EP72 T128 bf16", 72, 4, 128, 8, 14336),
+        ("EP4 T2048 K22 bf16", 4, 128, 2048, 22, 4096),
+    ]
+    return [case for shape in shapes for case in _cases_of(*shape, full=shape != shapes[0])]
+
+
+def _cases_of(
+    name: str, ranks: int, experts: int, tokens: int, top_k: int, row_bytes: int, *, full: bool
+) -> list[Case]:
+    i32, i64, power = torch.int32, torch.int64, triton.next_power_of_2
+    words, home_words = row_bytes // 4, 3584 if top_k == 8 else 1024
+    (block, warps), (home_block, home_warps) = row_block(max(words, home_words)), row_block(home_words)
+    pointers = {"epoch_ptr": i64, "done_ptr": i32, "peers_ptr": i64}
+    sizes = {"me": 3, "num_ranks": ranks}
+    k, chunk = {"K": top_k}, {"CHUNK": ids_chunk(tokens * top_k), "EXPERTS": power(experts + 1)}
+    routes = {"me": 3, "max_tokens": tokens, "num_experts": experts, "dispatched_at": 0, "routes_at": 4096}
+    found = {"peers_ptr": i64, "rank_offsets_ptr": i32, "counts_ptr": i32}
+
+    def case(kernel, args, constexprs, **options):
+        return Case(
+            name=f"exchange.{kernel.__name__.removesuffix('_kernel')} {name}",
+            kernel=kernel,
+            args=args,
+            constexprs=constexprs,
+            expect={90: "", 100: ""},
+            full=full,
+            **options,
+        )
+
+    plan = {"ids_ptr": i64, "rank_offsets_ptr": i32, "target_ptr": i32, "counts_ptr": i64, "valid_ptr": i32}
+    send = {"x_ptr": i32, "ids_ptr": i64, "target_ptr": i32, "counts_ptr": i64, "valid_ptr": i32, **pointers, **sizes}
+    regions = {"dispatched_at": 0, "routes_at": 4096, "rows_at": 1 << 20, "home_at": 1 << 28}
+    home = {"y_ptr": i32, "slot_ptr": i32, "expert_offsets_ptr": i32, **pointers, **sizes, "num_experts": experts}
+    index = {**found, "expert_offsets_ptr": i32, "row_index_ptr": i32, "slot_ptr": i32, **routes, "num_ranks": ranks}
+    tile = {"TOKENS": plan_tokens(tokens, top_k), "K_BLOCK": power(top_k), "LIMITED": True}
+    rows = {"WORDS": words, "HOME_WORDS": home_words, "BLOCK": block, "K_BLOCK": power(top_k + 1), "LIMITED": True}
+    wait = {"peers_ptr": i64, "epoch_ptr": i64, **sizes, "lines_at": 0, "stalled_at": 2048, "limit": 10**11}
+    back = {"WORDS": home_words, "BLOCK": home_block, "RANKS": power(ranks)}
+    return [
+        case(plan_kernel, {**plan, "me": 3, "num_tokens": tokens, "max_tokens": tokens}, k | tile, wide=False),
+        case(
+            send_kernel,
+            {**send, "num_tokens": tokens, "max_tokens": tokens, **regions},
+            k | rows | {"RANKS": power(ranks)},
+            num_warps=warps,
+        ),
+        case(wait_kernel, wait, {"PHASE": 1, "RANKS": power(ranks), "CLOCK": True}, wide=False, num_warps=1),
+        case(count_kernel, {**found, **routes}, k | chunk, wide=False),
+        case(index_kernel, index, k | chunk | {"RANKS": power(ranks)}, wide=False),
+        case(
+            go_home_kernel,
+            {**home, "slots_a_rank": tokens * top_k, "combined_at": 1024, "home_at": 1 << 28},
+            back,
+            num_warps=home_warps,
+        ),
+    ]

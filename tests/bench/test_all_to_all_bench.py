@@ -1,0 +1,98 @@
+"""The bench of the all-to-all measures what it says, with rows checked, and picks the fastest."""
+
+import json
+
+import numpy as np
+import pytest
+
+from expertwire.bench import all_to_all
+from expertwire.bench.all_to_all_ranks import Candidate, Setting
+from expertwire.comm import a2a_model
+from expertwire.comm.group import NcclOptions
+from expertwire.deploy import cli
+
+SMALL = ["--ranks", "2", "--tokens", "1", "4", "--hidden-size", "16", "--steps", "3", "--runs", "2"]
+
+
+def test_figures_are_complete_and_add_up(tmp_path, capsys):
+    path, table = tmp_path / "figures.json", tmp_path / "table.json"
+    options = [*SMALL, "--sweep", str(table), "--json", str(path)]
+    assert cli.main(["bench", "all-to-all", *options]) == 0
+    figures = json.loads(path.read_text())
+    assert {(row["backend"], row["tokens"]) for row in figures["rows"]} == {
+        (name, tokens) for name in ("reference", "nccl", "padded") for tokens in (1, 4)
+    }
+    for row in figures["rows"]:
+        for phase in ("dispatch", "combine"):
+            part = row[phase]
+            assert 0 < part["p50_us"] <= part["p99_us"]
+            assert part["bytes"]["wire"] <= part["bytes"]["sent"]
+            assert part["bytes"]["unique"] == row["tokens"] * 16 * 2
+            assert part["gb_s"]["sent"] == pytest.approx(part["bytes"]["sent"] / part["p50_us"] / 1e3)
+        assert row["combine"]["bytes"]["sent"] == row["tokens"] * 8 * 16 * 2
+    best = json.loads(table.read_text())["best"]
+    assert [entry["tokens"] for entry in best] == [1, 4]
+    out = capsys.readouterr().out
+    assert "nothing about GPUs" in out
+    assert len(out.splitlines()) == 3 + 2 * len(figures["rows"])
+
+
+def test_the_backends_that_were_asked_for(tmp_path, capsys):
+    options = [*SMALL, "--backends", "nvlink", "--json", str(tmp_path / "figures.json")]
+    assert cli.main(["bench", "all-to-all", *options]) == 0
+    assert {row["backend"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]} == {"nvlink"}
+
+
+def answers(us):
+    """Of two ranks and one candidate: us [2 ranks][steps][dispatch, combine]."""
+    traffic = [[{"unique": 1.0, "sent": 4.0, "wire": wire * phase} for phase in (1, 2)] for wire in (2e3, 3e3)]
+    same = {"candidate": "nccl", "backend": "nccl", "nccl": {}, "tokens": 4}
+    return [[same | {"us": us[rank], "bytes": traffic[rank], "copy_gb_s": 2.0 - rank}] for rank in (0, 1)]
+
+
+def test_the_slowest_rank_counts_and_runs_are_summed_up_by_their_median():
+    """Steps of three runs: p50 of each is 10, 20 and 90 us, where one rank is slow; the median of those is 20."""
+    slow = [[10, 1], [10, 1], [20, 1], [20, 1], [90, 1], [90, 1]]
+    fast = [[1, 2]] * 6
+    setting = Setting(candidates=(Candidate(backend="nccl"),), tokens=(4,), steps=2, runs=3)
+    (row,) = all_to_all.summarise(answers([slow, fast]), setting)
+    assert row["ranks"] == 2
+    assert row["dispatch"]["p50_us"] == 20
+    assert row["combine"]["p50_us"] == 2
+    # The rank with the most on the wire, at the rate of the slowest copy.
+    assert row["dispatch"]["bound_us"] == pytest.approx(3e3 / 1.0 / 1e3)
+    assert row["combine"]["ratio"] == pytest.approx(2 / 6)
+
+
+def test_the_best_is_the_fastest_of_both_phases():
+    def row(backend, dispatch, combine, tokens=1):
+        phases = {"dispatch": {"p50_us": dispatch}, "combine": {"p50_us": combine}}
+        return {"ranks": 2, "tokens": tokens, "backend": backend, "nccl": {"max_ctas": 4}, **phases}
+
+    rows = [row("nccl", 5, 9), row("reference", 6, 7), row("padded", 1, 20), row("nccl", 1, 1, tokens=2)]
+    found = [(entry["tokens"], entry["backend"], entry["p50_us"]) for entry in all_to_all.best(rows)]
+    assert found == [(1, "reference", 13), (2, "nccl", 2)]
+
+
+def test_a_sweep_on_gpus_tries_limits_of_thread_blocks_and_copy_engines():
+    names = [str(candidate) for candidate in all_to_all.sweep("cuda")]
+    assert {"reference", "nccl", "nccl max_ctas=8", "padded max_ctas=32", "padded zero_ctas=True"} <= set(names)
+    assert len(names) == len(set(names))
+    assert str(Candidate(backend="nccl", nccl=NcclOptions(min_ctas=2, max_ctas=4))) == "nccl min_ctas=2 max_ctas=4"
+
+
+@pytest.mark.parametrize("option", ["--tokens", "--ranks", "--steps", "--hidden-size"])
+def test_numbers_below_one_are_refused(option, capsys):
+    assert cli.main(["bench", "all-to-all", option, "0"]) == 2
+    assert f"error: {option} must be >= 1" in capsys.readouterr().err
+
+
+def test_bytes_of_a_routing_are_close_to_the_expected_ones():
+    """Uniform routing as the bench draws it: 64 experts, 8 of them a token, on 8 ranks."""
+    rng = np.random.default_rng(3)
+    ids_TK = np.array([rng.permutation(64)[:8] for _ in range(4000)])
+    offsets = tuple(range(0, 65, 8))
+    out, back = a2a_model.counted(ids_TK, offsets, 3, 100)
+    copies = a2a_model.distinct_ranks([8] * 8, 8)
+    assert out.wire == pytest.approx(a2a_model.dispatch(4000, 100, copies, 8).wire, rel=0.02)
+    assert back.wire == pytest.approx(a2a_model.combine(4000, 100, 8, 8).wire, rel=0.02)

@@ -1,0 +1,114 @@
+"""Dispatch across domains conforms: every byte as from any other backend, and a row crosses to a domain once."""
+
+import pytest
+import torch
+from exchanges import Exchange, run_exchange, take_part
+from ranks import Ranks
+
+from expertwire.comm import topology
+from expertwire.comm.a2a_nccl import NcclAllToAll
+from expertwire.comm.a2a_nvlink import build as nvlink_over_shared_memory
+from expertwire.comm.a2a_reference import ReferenceAllToAll
+from expertwire.comm.topology import Place, Topology
+from expertwire.comm.topology_all_to_all import HierarchicalAllToAll
+
+BACKENDS = {"reference": ReferenceAllToAll, "nccl": NcclAllToAll, "nvlink": nvlink_over_shared_memory}
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+def of_domains(*sizes):
+    places = [
+        Place(domain=f"d{d}", node=f"d{d}", failure_domain=f"d{d}") for d, size in enumerate(sizes) for _ in range(size)
+    ]
+    return Topology(name="t", places=tuple(places))
+
+
+def test_rails():
+    assert of_domains(2, 2, 2).rails() == ([0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1])
+    assert topology.read("nvl72").rails() is None
+    assert of_domains(2, 3).rails() is None
+    assert of_domains(1, 1).rails() is None, "a rank alone in its domain has nobody to hand rows to"
+    pair = of_domains(1, 1).places
+    assert Topology(name="t", places=(*pair, *pair)).rails() is None, "ranks take turns among the domains"
+
+
+def run(group, backend, case, steps):
+    domain_P, place_P = of_domains(2, 2).rails()
+    across, within = group.part(place_P), group.part(domain_P)
+    all_to_all = HierarchicalAllToAll(case.spec(group), across=across, within=within, make=BACKENDS[backend])
+    for step in range(steps):
+        take_part(all_to_all, case, group.rank, group.size, step, lambda: None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Exchange(form="bf16", top_k=3, ids="holes", redundant=4),
+        Exchange(form="odd widths", top_k=1),
+        Exchange(tokens=None, max_tokens=6, num_experts=7, top_k=5),
+        Exchange(ids="none"),
+        Exchange(ids="last", top_k=3, form="fp8 and scales"),
+        Exchange(tokens=(0, 0, 0, 0)),
+    ],
+    ids=str,
+)
+def test_every_byte_arrives_where_it_should(four_ranks, backend, case):
+    four_ranks.run(run, backend, case, 4)
+
+
+class Counting:
+    """A group that notes how many rows leave this rank."""
+
+    def __init__(self, group):
+        self._group, self.rank, self.size, self.left = group, group.rank, group.size, []
+
+    def exchange(self, out, rows, out_counts, counts):
+        if rows.dtype == torch.uint8:  # the ids that the reference tells everybody are no rows
+            self.left.append(sum(counts) - counts[self.rank])
+        return self._group.exchange(out, rows, out_counts, counts)
+
+
+def count_crossings(group, case):
+    domain_P, place_P = of_domains(2, 2).rails()
+    across = Counting(group.part(place_P))
+    all_to_all = HierarchicalAllToAll(
+        case.spec(group), across=across, within=group.part(domain_P), make=ReferenceAllToAll
+    )
+    take_part(all_to_all, case, group.rank, group.size, 0, lambda: None)
+    return across.left[0]
+
+
+def test_a_row_crosses_to_a_domain_once(four_ranks):
+    """With 3 of 8 experts a token, most have several of them in the other domain, on both of its ranks."""
+    case = Exchange(num_experts=8, top_k=3)
+    found = four_ranks.run(count_crossings, case)
+    for rank, left in enumerate(found):
+        _, ids = case.sent(rank, 0, 4)
+        other = (ids < 4) if rank >= 2 else (ids >= 4)
+        assert left == other.any(axis=1).sum()
+        assert left < (other.sum() if other.sum() > other.any(axis=1).sum() else left + 1)
+
+
+def parts(group):
+    across = group.part([0, 1, 0, 1])
+    alone = group.part([0, 1, 2, 3])
+    rows = torch.tensor([[group.rank]])
+    ones = [1] * across.size
+    got = torch.empty(across.size, 1, dtype=torch.int64)
+    across.exchange(got, rows.repeat(across.size, 1), ones, ones).wait()
+    return across.rank, across.size, got.flatten().tolist(), alone.size
+
+
+def test_a_group_falls_into_parts(four_ranks):
+    assert four_ranks.run(parts) == [(0, 2, [0, 2], 1), (0, 2, [1, 3], 1), (1, 2, [0, 2], 1), (1, 2, [1, 3], 1)]
+
+
+def test_the_suite_itself_still_uses_all_ranks(four_ranks):
+    """Groups that were made of parts do not disturb the whole."""
+    four_ranks.run(run_exchange, "nccl over gloo", Exchange(top_k=3), 2)

@@ -1,0 +1,63 @@
+"""What the ranks build, from what they find: hosts that are one or several, as far as their names say."""
+
+import pytest
+from exchanges import Exchange, take_part
+from ranks import Ranks
+
+from expertwire.comm import backends
+from expertwire.comm.group import SoloGroup
+from expertwire.kernels import registry
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+def build(group, wanted, nodes, case):
+    """The backend's name and the choice, or the refusal; what is built is tried."""
+    try:
+        all_to_all, choice = backends.build(wanted, case.spec(group), registry.plain(), nodes[group.rank], "cpu")
+    except ValueError as error:
+        return str(error), ""
+    for step in range(2):
+        take_part(all_to_all, case, group.rank, group.size, step, lambda: None)
+    return type(all_to_all).__name__, choice.why
+
+
+FEW, MANY = Exchange(top_k=3), Exchange(top_k=3, max_tokens=512)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nodes", "case", "name", "why"),
+    [
+        ("auto", "aaaa", FEW, "NvlinkAllToAll", "one machine"),
+        ("auto", "aabb", FEW, "ReferenceAllToAll", "share no memory.* 384 routed rows, which is too few"),
+        ("auto", "aabb", MANY, "HierarchicalAllToAll", "6144 routed rows.* crosses to another domain once"),
+        ("auto", "aaab", MANY, "NcclAllToAll", "which is enough for grouped sending"),
+        ("nccl", "aabb", FEW, "HierarchicalAllToAll", "asked for"),
+        ("nccl", "abab", FEW, "NcclAllToAll", "asked for"),
+        ("reference", "aaaa", FEW, "ReferenceAllToAll", "asked for"),
+    ],
+)
+def test_ranks_agree_on_what_they_build(four_ranks, wanted, nodes, case, name, why):
+    answers = four_ranks.run(build, wanted, nodes, case)
+    assert {found for found, _ in answers} == {name}
+    for _, said in answers:
+        with pytest.raises(AssertionError, match=why):
+            raise AssertionError(said)
+
+
+def test_all_refuse_what_they_cannot_use(four_ranks):
+    for error, _ in four_ranks.run(build, "nvlink", "aabb", FEW):
+        assert error == (
+            "all_to_all 'nvlink' cannot be used: the CPU ranks are on 2 nodes and share no memory; "
+            "allowed here are auto, reference, nccl"
+        )
+
+
+def test_one_rank_needs_none():
+    for wanted in ("auto", "nccl", "nvlink"):
+        name, why = build(SoloGroup(), wanted, "a", FEW)
+        assert (name, why) == ("ReferenceAllToAll", "there is one rank, and nothing travels")

@@ -1,0 +1,79 @@
+"""Which all-to-all is chosen for which ranks, and which contradictions are refused, with what is allowed instead."""
+
+from dataclasses import replace
+
+import pytest
+
+from expertwire.comm import topology
+from expertwire.comm.topology import Place, Topology
+from expertwire.comm.topology_choice import GROUPED_FROM_ROWS, Situation, choose
+
+
+def ranks(domains, nodes=None):
+    """Ranks in domains (and on nodes) of one letter each."""
+    pairs = zip(domains, nodes or domains, strict=True)
+    return Topology(name="t", places=tuple(Place(domain=d, node=n, failure_domain=n) for d, n in pairs))
+
+
+RACK = Situation(topology=topology.read("nvl72"), device="cuda", step_rows=GROUPED_FROM_ROWS)
+BOARDS = replace(RACK, topology=ranks("aabb"))
+HOST = replace(RACK, topology=ranks("aaaa"), device="cpu")
+HOSTS = replace(RACK, topology=ranks("ab"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("here", "name", "why"),
+    [
+        (RACK, "nvlink", "all 72 ranks are in one NVLink domain"),
+        (BOARDS, "nccl", "2 NVLink domains .*enough for grouped .*a row crosses to another domain once"),
+        (replace(BOARDS, step_rows=GROUPED_FROM_ROWS - 1), "reference", "too few for grouped"),
+        (HOST, "nvlink", "write into shared memory"),
+        (replace(HOST, arena_fits=False), "nccl", "do not fit into the shared memory"),
+        (HOSTS, "nccl", "on 2 nodes and share no memory"),
+        (replace(HOSTS, step_rows=1), "reference", "on 2 nodes"),
+        (replace(RACK, topology=ranks("a")), "reference", "one rank"),
+        (replace(RACK, gpus_shared=True, libraries=()), "nvlink", "one NVLink domain"),
+    ],
+)
+def test_auto_takes_the_best_that_is_possible(here, name, why):
+    choice = choose("auto", here)
+    assert choice.name == name
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(choice.why)
+
+
+@pytest.mark.parametrize("wanted", ["reference", "nccl", "nvlink"])
+@pytest.mark.parametrize("here", [RACK, HOST])
+def test_what_is_asked_for_is_taken_where_it_can_be(here, wanted):
+    assert choose(wanted, here).name == wanted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "here", "message"),
+    [
+        ("nvlink", BOARDS, r"'nvlink' cannot be used: .*2 NVLink domains .*; allowed here are auto, reference, nccl$"),
+        ("nvlink", HOSTS, r"'nvlink' .* on 2 nodes and share no memory; allowed here are auto, reference, nccl$"),
+        ("nvlink", replace(HOST, arena_fits=False), r"/dev/shm; allowed here are auto, reference, nccl$"),
+        (
+            "nccl",
+            replace(HOST, libraries=("nccl",)),
+            "'nccl' .*CPU ranks need a torch with gloo; allowed here are auto, nvlink$",
+        ),
+        (
+            "nccl",
+            replace(RACK, libraries=("gloo",)),
+            "'nccl' .*GPU ranks need a torch with nccl; allowed here are auto, nvlink$",
+        ),
+        (
+            "reference",
+            replace(RACK, gpus_shared=True),
+            "'reference' .*share a GPU, which NCCL refuses; .* auto, nvlink$",
+        ),
+        ("nccl", replace(BOARDS, libraries=()), "these ranks can use none$"),
+        ("auto", replace(BOARDS, libraries=()), "these ranks can use none: GPU ranks need a torch with nccl"),
+        ("fast", RACK, " must be one of auto, reference, nccl, nvlink, got 'fast'"),
+    ],
+)
+def test_contradictions_are_refused(wanted, here, message):
+    with pytest.raises(ValueError, match=f"(?s)^all_to_all.*{message}"):
+        choose(wanted, here)

@@ -1,0 +1,68 @@
+"""Experts move while requests are served: nothing is lost, and no bit changes."""
+
+import numpy as np
+import parity
+import pytest
+import tiny_checkpoints as tiny
+
+from expertwire import LLM, SamplingParams
+from expertwire.engine.config import EngineConfig
+
+ROUNDS, NUM_OUTPUT = 2, 32
+TOP_K = 2
+PROMPTS = [tiny.prompt(length, seed=length % 3) for length in (5, 40, 17, 3, 64, 100, 33, 9)]
+
+
+def serve(**options):
+    """Everything that an engine says of requests that run together, and its statistics."""
+    params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True, logprobs=8, prompt_logprobs=4)
+    seen = []
+    with LLM(
+        parity.checkpoint("qwen3_moe"),
+        dtype="bfloat16",
+        launcher="local",
+        threads_per_rank=1,
+        kv_cache_bytes=20_000_000,
+        **options,
+    ) as llm:
+        for _ in range(ROUNDS):
+            for output in llm.generate(PROMPTS, params, use_tqdm=False):
+                [completion] = output.outputs
+                entries = [*output.prompt_logprobs[1:], *completion.logprobs]
+                values = np.array([entry.logprob for at in entries for entry in at.values()], np.float32)
+                seen.append((list(completion.token_ids), [list(at) for at in entries], values.tobytes()))
+        return seen, llm.stats()
+
+
+@pytest.fixture(scope="module")
+def unmoved():
+    seen, stats = serve(ep_size=1)
+    assert "rebalancing" not in stats
+    return seen
+
+
+@pytest.mark.parametrize(("ep_size", "redundant"), [(2, 0), (4, 4)])
+def test_moving_under_load_changes_nothing(unmoved, ep_size, redundant):
+    seen, stats = serve(ep_size=ep_size, redundant_experts=redundant, rebalance_steps=4)
+    assert len(seen) == ROUNDS * len(PROMPTS)
+    assert all(len(tokens) == NUM_OUTPUT for tokens, _, _ in seen), "a request is not complete"
+    moved = stats["rebalancing"]
+    assert moved["epoch"] > 0, f"nothing has moved: {moved}"
+    assert moved["moved_experts"] > 0, moved
+    assert moved["moving_steps"] >= moved["epoch"]
+    assert moved["moving_us"] >= moved["longest_us"] > 0
+    assert {"predicted_s", "for_windows", "cost_s"} <= set(moved)
+    assert seen == unmoved
+    # Each token has its experts counted, before and after: the ranks' rows are all there are.
+    rows = np.array(stats["expert_load"])
+    assert set(rows.sum(axis=1).tolist()) == {0, TOP_K * stats["tokens_computed"]}
+    assert sum(stats["rank_rows"]) == pytest.approx(rows.sum())
+
+
+def test_options_that_contradict_it_are_refused():
+    with pytest.raises(ValueError, match="rebalance_steps 5 has no effect with ep_size 1"):
+        EngineConfig(model="x", rebalance_steps=5)
+    with pytest.raises(ValueError, match="rebalance_steps must be an integer >= 0, got -1"):
+        EngineConfig(model="x", ep_size=2, rebalance_steps=-1)
+    with pytest.raises(ValueError, match="rebalance_steps must be 0: Qwen3ForCausalLM has no experts"):
+        LLM(parity.checkpoint("qwen3"), ep_size=2, rebalance_steps=5, launcher="local")

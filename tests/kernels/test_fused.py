@@ -1,0 +1,80 @@
+"""A layer's attention in one call has the bits of the ops called one by one. (The experts': tests/moe/test_layer.py.)"""
+
+import numpy as np
+import pytest
+import torch
+
+from expertwire.kernels import attention, linear, registry, rotary
+
+OPS = registry.choose("cpu")
+HEADS, KV_HEADS, DIM, WIDTH, BLOCK, LONGEST = 6, 2, 32, 96, 16, 100
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape, seed, dtype, scale=1.0):
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def scene(batch, dtype):
+    """Tables, positions, slots, sequences and caches of the last tokens of sequences: (queries, known tokens) of each."""
+    nums, lengths = (np.array([sequence[i] for sequence in batch]) for i in (0, 1))
+    blocks = np.arange(1, 1 + len(batch) * 7, dtype=np.int32).reshape(len(batch), 7)
+    positions = np.concatenate([np.arange(length - num, length) for num, length in batch])
+    owners = np.repeat(np.arange(len(batch)), nums)
+    slots = blocks[owners, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
+    seqs = attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, blocks, BLOCK, "cpu")
+    shape = (blocks.size + 1, BLOCK, KV_HEADS, DIM)
+    caches = [random(*shape, seed=seed, dtype=dtype) for seed in (1, 2)]
+    tables = rotary.tables(LONGEST, DIM, 1e4, "cpu")
+    return tables, torch.from_numpy(positions), torch.from_numpy(slots), seqs, caches
+
+
+BATCHES = {
+    "one": [(1, 14)],
+    "decode": [(1, 1 + 13 * i % LONGEST) for i in range(24)],
+    "prefill": [(70, 70)],
+    "mixed": [(1, 9), (1, 100), (5, 5), (33, 90)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_attention(dtype, with_norm, with_bias, name):
+    tables, positions, slots, seqs, (k, v) = scene(BATCHES[name], dtype)
+    num = len(positions)
+    heads = HEADS + 2 * KV_HEADS
+    bias = random(heads * DIM, seed=7, dtype=dtype) if with_bias else None
+    qkv = linear.prepare(random(heads * DIM, WIDTH, seed=3, dtype=dtype, scale=WIDTH**-0.5), bias)
+    output = linear.prepare(random(WIDTH, HEADS * DIM, seed=4, dtype=dtype, scale=0.1))
+    qk_norm = random(HEADS + KV_HEADS, DIM, seed=5, dtype=dtype) if with_norm else None
+    norm, x, normed = (random(*shape, seed=6, dtype=dtype) for shape in ((WIDTH,), (num, WIDTH), (num, WIDTH)))
+
+    expected_k, expected_v = k.clone(), v.clone()
+    qkv_Thd = qkv(normed).unflatten(1, (-1, DIM))
+    q = OPS.rotate_and_store(qkv_Thd, qk_norm, EPS, tables, positions, slots, expected_k, expected_v)
+    attended = OPS.attend(q, expected_k, expected_v, seqs).flatten(1)
+    expected = OPS.add_rms_norm(x, output(attended), norm, EPS)
+
+    fused = attention.fuse(qkv, output, qk_norm, norm, EPS, DIM)
+    found = fused(x, normed, k, v, fused.step(tables, positions, slots, seqs))
+    for one, other in zip((*found, k, v), (*expected, expected_k, expected_v), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_that_are_not_packed_are_not_fused():
+    weights = random(320, WIDTH, seed=3, dtype=torch.float32), random(WIDTH, 192, seed=4, dtype=torch.float32)
+    packed = [linear.prepare(weight) for weight in weights]
+    torch.set_num_threads(3)
+    mixed = [packed[0], linear.prepare(weights[1])]
+    assert attention.fuse(*packed, None, torch.ones(WIDTH), EPS, DIM) is not None
+    assert attention.fuse(*mixed, None, torch.ones(WIDTH), EPS, DIM) is None

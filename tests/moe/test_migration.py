@@ -1,0 +1,128 @@
+"""Moving experts: legs that bound what a rank does in a step, and ranks that carry them out without changing a bit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from test_layer import D, E, layer, tokens
+
+from expertwire.moe import mover as movers
+from expertwire.moe.migration import Migration
+from expertwire.moe.mover import Mover
+from expertwire.moe.placement import TURNS, Placement, place
+
+
+def other(placement, seed):
+    """A placement to go to: some experts have changed places, and all shares."""
+    rng = np.random.default_rng(seed)
+    ids, rank_S = placement.physical_to_logical.copy(), placement.rank_of_S
+    for i, _ in np.ndindex(len(ids), 20):
+        a, b = rng.integers(0, placement.num_physical, 2)
+        row = ids[i]
+        if row[b] not in row[rank_S == rank_S[a]] and row[a] not in row[rank_S == rank_S[b]]:
+            row[[a, b]] = row[[b, a]]
+    return Placement(
+        num_logical=placement.num_logical,
+        physical_to_logical=ids,
+        rank_offsets=placement.rank_offsets,
+        shares=rng.random(ids.shape),
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 12), st.integers(2, 5), st.integers(0, 8), st.integers(1, 3), st.integers(0, 99))
+def test_legs_lead_from_one_placement_to_the_other(experts, ranks, redundant, max_moves, seed):
+    before = place(experts, ranks, min(redundant, experts * ranks - experts), num_layers=3)
+    after = other(before, seed)
+    migration, held, rank_S = Migration(before, after, max_moves), before.physical_to_logical.copy(), before.rank_of_S
+    arrived = {}
+    while (leg := migration.take()) is not None:
+        assert np.bincount(rank_S[leg.source_M], minlength=1).max(initial=0) <= max_moves
+        assert np.bincount(rank_S[leg.target_M], minlength=1).max(initial=0) <= max_moves
+        # What is copied is what the slot holds while the old placement is in force.
+        arrived |= {int(t): held[leg.layer, s] for s, t in zip(leg.source_M, leg.target_M, strict=True)}
+        if len(leg.logical_S):
+            for slot, expert in arrived.items():
+                held[leg.layer, slot] = expert
+            assert (held[leg.layer] == leg.logical_S).all(), "a slot holds another expert than the placement says"
+            assert (migration.placement.layer(leg.layer) == leg.logical_S).all()
+            assert (np.rint(migration.placement.shares[leg.layer] * ranks * TURNS) == leg.turns_S).all()
+            arrived.clear()
+    assert not arrived
+    assert (held == after.physical_to_logical).all()
+    assert (migration.placement.shares == after.shares).all()
+
+
+def rows_while_moving(group, seeds, max_moves):
+    """The layer's output before, between and after all legs of a way through several placements."""
+    moe = layer(group, torch.bfloat16, redundant=3)
+    placement = place(E, group.size, 3)
+    mover, x, counts = Mover({0: moe}, placement, group), tokens(group.rank, 9, torch.bfloat16), [9] * group.size
+    outputs, moved = [moe.forward(x, x, counts)[0]], 0
+    for seed in seeds:
+        migration = Migration(placement, other(placement, seed), max_moves)
+        while (leg := migration.take()) is not None:
+            mover.run(leg)
+            moved += len(leg.target_M)
+            outputs.append(moe.forward(x, x, counts)[0])
+        placement = migration.placement
+    used = np.unique(moe.physical_CE.numpy(), axis=0)
+    return outputs, moved, (used == np.unique(placement.physical_for(group.rank), axis=0)).all()
+
+
+@pytest.fixture(scope="module")
+def three_ranks():
+    with Ranks(3, timeout_s=180) as ranks:
+        yield ranks
+
+
+def test_outputs_are_the_same_at_every_leg(three_ranks):
+    for outputs, moved, in_force in three_ranks.run(rows_while_moving, (1, 2, 3), 2):
+        assert moved > 9
+        assert in_force, "the tables are not those of the last placement"
+        assert all(torch.equal(outputs[0], later) for later in outputs)
+
+
+def damaged(group):
+    moe = layer(group, torch.float32, redundant=3)
+    placement = place(E, group.size, 3)
+    intact = movers.exchange_now
+
+    def flip_a_bit(*args):
+        rows = intact(*args)
+        if len(rows):
+            rows[0, D // 2] ^= 4
+        return rows
+
+    movers.exchange_now = flip_a_bit
+    try:
+        before = [weight.clone() for weight in moe.weights]
+        mover, migration = Mover({0: moe}, placement, group), Migration(placement, other(placement, 1), 4)
+        try:
+            while (leg := migration.take()) is not None:
+                mover.run(leg)
+        except RuntimeError as error:
+            return str(error), all(map(torch.equal, before, moe.weights))
+    finally:
+        movers.exchange_now = intact
+    return "", False
+
+
+def test_a_damaged_copy_is_not_used(three_ranks):
+    messages, untouched = zip(*three_ranks.run(damaged), strict=True)
+    assert all(untouched)
+    assert all("an expert of layer 0 from rank" in text and "is damaged" in text for text in messages), messages
+
+
+def test_turns_travel_exactly():
+    placement = Placement(
+        num_logical=2,
+        physical_to_logical=np.array([0, 1, 0, 1]),
+        rank_offsets=(0, 2, 4),
+        shares=np.array([0.7, 1, 0.3, 0]),
+    )
+    turns = np.rint(placement.shares * 2 * TURNS)
+    again = Placement(num_logical=2, physical_to_logical=np.array([0, 1, 0, 1]), rank_offsets=(0, 2, 4), shares=turns)
+    assert (again.shares == placement.shares).all()
