@@ -7,9 +7,9 @@ the next one and keeps it, so plans carry no sampled tokens, and a step can be p
 Everything is a function of the calls made, their `now` included: the same calls give the same plans, byte by byte.
 
 The rest of the house: `request`, `intake` (which requests can be served at all), `queue` and `policy` (who is next), `prefix`,
-`block_pool` and `admission` (blocks, and which prefixes the ranks have), `admitter` (who starts), `placement` (which rank),
-`table` (what runs), `preemption` (who gives way), `plan` (what ranks are told and answer), `outputs` (what the answers say), and
-`block_loops` and `row_loops` (what of all this is compiled).
+`caches`, `block_pool` and `admission` (blocks, and which prefixes the ranks have), `admitter` (who starts), `placement` (which
+rank), `table` (what runs), `preemption` (who gives way), `plan` (what ranks are told and answer), `outputs` (what the answers
+say), and `block_loops`, `row_loops` and `admission_loops` (what of all this is compiled).
 
 Shape letters: P ranks, A admitted requests, S scheduled requests, O sampled tokens, N rows of the running table, V vocabulary.
 `rows` are rows of the running table.
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler import preemption, ragged
+from expertwire.scheduler import caches, preemption, ragged
 from expertwire.scheduler.admitter import Admitter
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
@@ -34,7 +34,7 @@ from expertwire.scheduler.plan import CacheSpec, ExpertMoves, FinishReason, Step
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request, introduction
-from expertwire.scheduler.table import ASK, Admissions, RunningTable, capacities, check_caches
+from expertwire.scheduler.table import ASK, Admissions, RunningTable
 
 __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"]
 
@@ -69,7 +69,7 @@ class Scheduler:
         policy: Policy | None = None,
         placement: Placement | None = None,
     ) -> None:
-        check_caches(cache_specs, config)
+        caches.check(cache_specs, config)
         self.config = config
         self.cache_specs = cache_specs
         self.epoch = 0
@@ -77,7 +77,7 @@ class Scheduler:
         # An id outside the vocabulary, which some checkpoints name, is never sampled.
         self._eos_token_ids = tuple(token for token in config.eos_token_ids if 0 <= token < config.vocab_size)
         self._eos_ids = np.array(self._eos_token_ids, np.int64)
-        self._pool = BlockPool(capacities(cache_specs, config), config.num_ranks)
+        self._pool = BlockPool(caches.capacities(cache_specs, config), config.num_ranks)
         self._table = RunningTable(config, cache_specs, self._pool)
         self._bound = bound(self._table.caches, self._pool.capacity_G)
         self._queue = WaitingQueue()

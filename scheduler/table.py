@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
 from expertwire.scheduler import ragged, row_loops
-from expertwire.scheduler.block_loops import Caches
 from expertwire.scheduler.block_pool import BlockPool
+from expertwire.scheduler.caches import EVERYTHING, describe
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.placement import Placement
-from expertwire.scheduler.plan import CacheKind, CacheSpec, FinishReason
+from expertwire.scheduler.plan import CacheSpec, FinishReason
 from expertwire.scheduler.prefix import PrefixNames
 from expertwire.scheduler.request import Request
 
 ASK = 255
-_PATIENCE = 4  # blocks: some guesses are overwritten
-_EVERYTHING = 2**60  # tokens that a token of a cache without a window sees
 _NOTHING = np.zeros(0, np.int32)
 _NO_NAMES = np.zeros((0, 2), np.uint64)
 _NO_FACTORS = np.zeros((0, 4, 0), np.uint64)
@@ -125,15 +123,7 @@ class RunningTable:
         self.name_NW2 = np.zeros((n, width, 2), np.uint64)
         self.num_named_N = np.zeros(n, np.int32)  # blocks
         self.sum_N4 = np.zeros((n, 4), np.uint64)
-        size_G = np.array([spec.tokens_per_block(size) for spec in specs])
-        self.caches = Caches(
-            size_G=size_G,
-            window_G=np.array([spec.num_seen or _EVERYTHING for spec in specs]),
-            names_G=size_G // size,
-            most_G=np.array([most_blocks(spec, config) for spec in specs]),
-            # A cache that keeps everything has a prefix's first blocks, or nothing of it.
-            patience=_PATIENCE if any(spec.num_seen is None for spec in specs) else _EVERYTHING,
-        )
+        self.caches = describe(specs, config)
         self.for_loops = self._for_loops()
         self._want_N = np.zeros(n, np.int64), np.zeros(n, np.int32)
 
@@ -221,7 +211,7 @@ class RunningTable:
 
     def drop_blocks(self, rows: np.ndarray) -> None:
         """Give back what lies before each row's window, now that its next token to compute is known."""
-        if (self.caches.window_G < _EVERYTHING).any():
+        if (self.caches.window_G < EVERYTHING).any():
             row_loops.drop_unseen(self.caches, self.pool.blocks, self.for_loops, rows)
 
     def lacking(self, rows: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -379,39 +369,3 @@ class RunningTable:
             for row in rows.tolist():
                 np.add.at(refs_GPB[group, self.rank_N[row]], self.blocks_of(group, row), 1)
         assert np.array_equal(refs_GPB, self.pool.refs_GPB), "the block tables and the pool disagree on references"
-
-
-def most_blocks(spec: CacheSpec, config: SchedulerConfig) -> int:
-    """Blocks of a cache that one request can hold: those of the longest, or of its window and one step's tokens."""
-    size, seen = spec.tokens_per_block(config.block_size), spec.num_seen
-    longest = -(-config.max_model_len // size)
-    return longest if seen is None else min(longest, -(-(seen + config.max_num_tokens) // size) + 1)
-
-
-def check_caches(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfig) -> None:
-    """ValueError: there is no cache, or two of one name, or one whose fields do not fit its kind or the sizes."""
-    given = [spec.name for spec in cache_specs]
-    if not given or len(set(given)) < len(given):
-        raise ValueError(f"cache_specs must have at least one cache, each with a name of its own, got {given}")
-    for spec in cache_specs:
-        what = f"cache {spec.name!r} is of kind {spec.kind!r}"
-        if spec.kind not in get_args(CacheKind):
-            raise ValueError(f"{what}; the scheduler supports these kinds: {', '.join(get_args(CacheKind))}")
-        if spec.kind == "window" and (spec.window is None or spec.window < 1):
-            raise ValueError(f"{what}; window must be an integer >= 1, got {spec.window!r}")
-        if spec.kind != "window" and spec.window is not None:
-            raise ValueError(f"{what}; window must be None, got {spec.window!r}")
-        every = spec.snapshot_every
-        if spec.kind == "state" and (every is None or every < 1 or every % config.block_size):
-            raise ValueError(
-                f"{what}; snapshot_every must be a multiple of block_size {config.block_size}, got {every!r}"
-            )
-        if spec.kind != "state" and every is not None:
-            raise ValueError(f"{what}; snapshot_every must be None, got {every!r}")
-        if spec.kind == "state" and config.num_states is None:
-            raise ValueError(f"{what}; num_states must be an integer >= 2, got None")
-
-
-def capacities(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfig) -> list[int]:
-    """Blocks of each cache on one rank, without the null block."""
-    return [((config.num_states or 0) if spec.kind == "state" else config.num_blocks) - 1 for spec in cache_specs]
