@@ -161,7 +161,7 @@ def test_a_killed_rank_ends_its_streams_and_is_named():
     with serve("--ep-size", "2", "--launcher", "local") as served, Client(served.address) as client:
         chunks = iter(client.generate("SUM 1 2 ?", **ENDLESS))
         next(chunks)
-        controller, *ranks = sorted(served.children, key=lambda child: child.create_time())
+        controller, *ranks = sorted(served.children, key=lambda child: (child.create_time(), child.pid))
         ranks[1].kill()
         with pytest.raises(ServerError, match="rank 1") as caught:
             list(chunks)

@@ -49,7 +49,7 @@ def test_moving_under_load_changes_nothing(unmoved, ep_size, redundant):
     moved = stats["rebalancing"]
     assert moved["epoch"] > 0, f"nothing has moved: {moved}"
     assert moved["moved_experts"] > 0, moved
-    assert moved["moving_steps"] >= moved["epoch"]
+    assert moved["moving_steps"] >= moved["epoch"] - 1, "but for a step that is planned and not committed"
     assert moved["moving_us"] >= moved["longest_us"] > 0
     assert {"predicted_s", "for_windows", "cost_s"} <= set(moved)
     assert seen == unmoved
