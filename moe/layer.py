@@ -64,6 +64,8 @@ class MoeLayer:
         if self.physical_CE is None:
             return ids_TK
         turns, num_experts = self.physical_CE.shape
+        if turns == 1:
+            return self.physical_CE.take(ids_TK)
         turn_T = torch.arange(len(ids_TK), device=ids_TK.device).remainder_(turns)
         return self.physical_CE.take(ids_TK + turn_T.mul_(num_experts).unsqueeze(1))
 
