@@ -83,7 +83,7 @@ class NcclOptions:
 
 
 MAX_CTAS = 64  # NCCL's MAXCHANNELS
-_ADDRESS_BYTES = 128
+_TEXT_BYTES = 4096
 
 
 class _Done:
@@ -214,20 +214,14 @@ class TorchGroup:
         """A group of the ranks whose part is this rank's, in their order; it ends with this one. All ranks call it together."""
         members = [rank for rank in range(self.size) if part_P[rank] == part_P[self.rank]]
         if len(members) == 1:
-            self._everyones_address("")
+            everyones_text(self, "", self._like["device"])
             return SoloGroup()
         store, address = serve_store(self._like["local_ip"]) if members[0] == self.rank else (None, "")
-        host, port = self._everyones_address(address)[members[0]].rsplit(":", 1)
+        host, port = everyones_text(self, address, self._like["device"])[members[0]].rsplit(":", 1)
         store = store or dist.TCPStore(host, int(port), is_master=False)
         part = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **self._like)
         self._parts.append(part)
         return part
-
-    def _everyones_address(self, address: str) -> list[str]:
-        mine = torch.frombuffer(bytearray(address.encode().ljust(_ADDRESS_BYTES)), dtype=torch.uint8)
-        mine = mine.to(self._like["device"]).repeat(self.size, 1)
-        ones = [1] * self.size
-        return [bytes(row.numpy()).decode().strip() for row in exchange_now(self, mine, ones, ones).cpu()]
 
     def close(self) -> None:
         for part in self._parts:
@@ -281,3 +275,17 @@ def exchange_now(group: Group, rows: Tensor, out_counts: Sequence[int], counts: 
     out = torch.empty((sum(out_counts), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
     group.exchange(out, rows, out_counts, counts).wait()
     return out
+
+
+def everyones(group: Group, row: Tensor) -> Tensor:
+    """[P, n]: the row [n] of every rank, on the row's device. All ranks call it together."""
+    ones = [1] * group.size
+    return exchange_now(group, row.repeat(group.size, 1), ones, ones)
+
+
+def everyones_text(group: Group, text: str, device: torch.device | str = "cpu") -> list[str]:
+    """What every rank says, by rank. All ranks call it together; `device` is one that the group sends from."""
+    said = text.encode()
+    assert len(said) <= _TEXT_BYTES, f"{len(said)} bytes of text, room for {_TEXT_BYTES}"
+    row = torch.frombuffer(bytearray(said.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
+    return [bytes(row).rstrip(b"\0").decode() for row in everyones(group, row).cpu().numpy()]

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from expertwire.comm.control_hub import this_node
-from expertwire.comm.group import Group, TorchGroup, exchange_now
+from expertwire.comm.group import Group, TorchGroup, everyones_text
 
 _SHARED_FOLDER = Path("/dev/shm")
-_CARD_BYTES = 512
 
 
 def slices(num_ranks: int, nbytes: int, device: str = "cpu") -> list[Tensor]:
@@ -38,7 +37,7 @@ def shared(group: Group, nbytes: int) -> list[Tensor]:
     path = _SHARED_FOLDER / f"expertwire-arena-{secrets.token_hex(8)}"
     problem = _create(path, nbytes)
     try:
-        cards = _everyones_cards(group, f"{this_node()}\n{path}\n{problem}")
+        cards = [card.split("\n") for card in everyones_text(group, f"{this_node()}\n{path}\n{problem}")]
         if problems := [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(cards) if problem]:
             raise ValueError(f"all_to_all 'nvlink' needs {nbytes} bytes of shared memory a rank; {problems[0]}")
         if any(node != cards[0][0] for node, _, _ in cards):
@@ -63,7 +62,7 @@ def symmetric(group: Group, nbytes: int, device: torch.device) -> list[Tensor]:
 
     assert isinstance(group, TorchGroup), f"{group} has no store to meet at"
     # Torch knows a group by its name, and a process may have several.
-    name = _everyones_cards(group, f"expertwire-{secrets.token_hex(8)}", device)[0][0]
+    name = everyones_text(group, f"expertwire-{secrets.token_hex(8)}", device)[0]
     _SymmetricMemory.set_group_info(name, group.rank, group.size, PrefixStore(name, group.store))
     mine = _symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
     mine.zero_()
@@ -86,17 +85,6 @@ def _create(path: Path, nbytes: int) -> str:
     except OSError as error:
         return f"{path.parent}: {error.strerror}"
     return ""
-
-
-def _everyones_cards(group: Group, card: str, device: torch.device | str = "cpu") -> list[list[str]]:
-    """The lines that each rank says of itself."""
-    mine = torch.zeros(_CARD_BYTES, dtype=torch.uint8)
-    text = card.encode()
-    assert len(text) <= _CARD_BYTES, card
-    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    ones = [1] * group.size
-    cards = exchange_now(group, mine.repeat(group.size, 1).to(device), ones, ones).cpu()
-    return [bytes(row.numpy()).rstrip(b"\0").decode().split("\n") for row in cards]
 
 
 def _map(path: Path, nbytes: int) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from expertwire.comm.group import Group
-from expertwire.comm.topology_probe import RankReport, everyones
+from expertwire.comm.group import Group, everyones, everyones_text
+from expertwire.comm.topology_probe import RankReport
 
 _HANDLE_BYTES = 64  # CUmemFabricHandle
 _PINNED, _FABRIC, _DEVICE, _READ_WRITE = (
@@ -26,7 +26,6 @@ _PINNED, _FABRIC, _DEVICE, _READ_WRITE = (
     1,
     3,
 )  # of CUmemAllocationType, -HandleType, CUmemLocationType, CUmemAccess_flags
-_ERROR_BYTES = 448
 
 
 class _Location(ctypes.Structure):
@@ -172,12 +171,10 @@ def check_import(group: Group, driver: Driver, device: str) -> None:
             problem = f"the memory of rank {peer} holds {found:#x} instead of {_word(peer):#x}"
     except DriverError as error:
         problem = f"{error} for the memory of rank {peer}"
-    text = bytearray(problem.encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES))
-    problems = everyones(group, torch.frombuffer(text, dtype=torch.uint8).to(device)).cpu()
+    problems = everyones_text(group, problem, device)
     if kept is not None:
         driver.release(kept)
-    texts = [bytes(row.numpy()).decode().strip() for row in problems]
-    if failed := [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]:
+    if failed := [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]:
         raise ValueError(
             f"all_to_all 'nvlink': a peer's memory cannot be imported ({'; '.join(failed[:4])}); the nodes need one IMEX domain "
             "and channel (nvidia-imex-ctl -N); otherwise use all_to_all 'nccl' or 'reference'"

@@ -17,14 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from expertwire.comm.group import Group, exchange_now
+from expertwire.comm.group import Group, everyones_text
 from expertwire.comm.topology import Place, Topology
 
 FABRIC_STATES = ("not supported", "not started", "in progress", "completed")
 _COMPLETED = FABRIC_STATES[3]
-_REPORT_BYTES = 4096
 _NO_CLUSTER = "00" * 16
 _PATTERN_WORDS = 1 << 12
 _PROBE_TIMEOUT_S = 60.0
@@ -166,21 +164,8 @@ def _check(name: str, code: int) -> None:
 
 def gather(group: Group, report: RankReport, device: str) -> list[RankReport]:
     """Everybody's reports, by rank. All ranks call it together."""
-    text = json.dumps(asdict(report)).encode()
-    assert len(text) <= _REPORT_BYTES, f"a report of {len(text)} bytes, room for {_REPORT_BYTES}"
-    card = torch.frombuffer(bytearray(text.ljust(_REPORT_BYTES)), dtype=torch.uint8).to(device)
-    return [_report(card) for card in everyones(group, card)]
-
-
-def _report(card: Tensor) -> RankReport:
-    fields = json.loads(bytes(card.cpu().numpy()))
-    return RankReport(**{**fields, "peers": tuple(fields["peers"])})
-
-
-def everyones(group: Group, row: Tensor) -> Tensor:
-    """[P, n]: the row [n] of every rank, on the row's device."""
-    ones = [1] * group.size
-    return exchange_now(group, row.repeat(group.size, 1), ones, ones)
+    said = everyones_text(group, json.dumps(asdict(report)), device)
+    return [RankReport(**{**fields, "peers": tuple(fields["peers"])}) for fields in map(json.loads, said)]
 
 
 def assemble(reports: Sequence[RankReport]) -> Topology:
