@@ -3,6 +3,7 @@
 #   make demo        serve the demo model from two expert-parallel ranks under Ray, and ask it questions
 #   make test        the tests, without the full matrices
 #   make test-full   all tests
+#   make check-model NAME=gpt_oss   a family of models against transformers
 #   make lint        style
 #   make kernels-report   what the compiler makes of every GPU kernel; needs no GPU
 #   make proto       regenerate the gRPC code after a change of the .proto
@@ -21,16 +22,19 @@ PROTO := deploy/proto
 # The oldest tools whose code the oldest grpcio and protobuf of pyproject.toml can run.
 PROTO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: demo test test-full lint kernels-report proto clean
+.PHONY: demo test test-full check-model lint kernels-report proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/expertwire demo
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -q -m "not full"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not full"
 
 test-full: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+check-model: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -q tests/engine/test_architectures.py tests/deploy/test_inspect.py -k "$(NAME)"
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check

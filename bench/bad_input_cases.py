@@ -17,6 +17,7 @@ from expertwire.bench.broken_checkpoints import (
     copied_tensor,
     header,
     index,
+    quantized,
     renamed,
     sharded,
     truncate,
@@ -68,6 +69,7 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ({"block_size": 0}, "block_size", ">= 1"),
     ({"kv_cache_bytes": 1000}, "1000 bytes", "max_model_len = 2048", "1572864", "raise kv_cache_bytes"),
     ({"kv_cache_bytes": 100_000, "max_model_len": 512}, "128 tokens", "512", "raise kv_cache_bytes"),
+    ({"quantize": "fp4"}, "quantize", "fp8, int4, mxfp4"),
     ({"redundant_experts": -1}, "redundant_experts", ">= 0"),
     ({"redundant_experts": 9, "ep_size": 2}, "redundant_experts", "allowed: 0 to 8"),
     ({"threads_per_rank": 0}, "threads_per_rank", ">= 1"),
@@ -93,22 +95,34 @@ def _options() -> Iterator[Case]:
 
 
 TENSOR = "model.layers.0.mlp.experts.0.up_proj.weight"
+SCALE = f"{TENSOR}_scale_inv"
+AWQ = config(quantization_config={"quant_method": "awq", "bits": 4})
+FP8_OF_64 = config(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]})
 CHECKPOINTS: tuple[tuple[Any, ...], ...] = (
     ("no such folder", shutil.rmtree, "there is no folder", "Hugging Face checkpoint"),
     ("no config.json", without("config.json"), "no config.json"),
     ("config.json cut off", writing("config.json", '{"architectures": ['), "config.json", "not valid JSON"),
     ("config.json is a list", writing("config.json", "[]"), "config.json", "JSON object"),
-    ("architectures: LlamaForCausalLM", config(architectures=["LlamaForCausalLM"]), "architectures", "Qwen3Moe"),
+    ("architectures: GPT2LMHeadModel", config(architectures=["GPT2LMHeadModel"]), "architectures", "Qwen3Moe"),
     ("no num_experts_per_tok", config(num_experts_per_tok=None), "num_experts_per_tok", "missing"),
     ("num_experts_per_tok: 9", config(num_experts_per_tok=9), "num_experts_per_tok (9)", "num_experts (8)"),
     ("num_attention_heads: 3", config(num_attention_heads=3), "num_attention_heads (3)", "multiple"),
     ("hidden_act: gelu", config(hidden_act="gelu"), "hidden_act", "'silu'"),
     ("torch_dtype: float16", config(torch_dtype="float16"), "float16", "dtype='bfloat16'"),
-    ("quantization_config", config(quantization_config={"quant_method": "fp8"}), "quantised", "not supported yet"),
-    ("rope_scaling: yarn", config(rope_scaling={"type": "yarn", "factor": 4.0}), "'yarn'", "only 'default'"),
-    ("sliding_window: 128", config(use_sliding_window=True, sliding_window=128), "sliding_window (128)", "2048"),
+    ("num_hidden_layers: 1000000", config(num_hidden_layers=10**6), "num_hidden_layers", "at most 4096"),
+    ("quant_method: awq", AWQ, "quantization_config.quant_method", "fp8, mxfp4, compressed-tensors, modelopt", "'awq'"),
+    ("FP8 in blocks of 64", FP8_OF_64, "quantization_config.weight_block_size", "[128, 128]", "[64, 64]"),
+    ("rope_scaling: dynamic", config(rope_scaling={"type": "dynamic", "factor": 4.0}), "default, linear, llama3, yarn"),
+    (
+        "rope_scaling: yarn, half of it",
+        config(rope_scaling={"type": "yarn", "factor": 4.0}),
+        "rope_scaling.original_max",
+    ),
+    ("sliding_window: 0", config(use_sliding_window=True, sliding_window=0), "sliding_window", ">= 1"),
     ("eos_token_id: 500", writing("generation_config.json", '{"eos_token_id": 500}'), "eos_token_id", "below 128"),
     ("no tokenizer.json", without("tokenizer.json"), "no tokenizer.json"),
+    ("only tekken.json", renamed("tokenizer.json", "tekken.json"), "no tokenizer.json", "tekken.json"),
+    ("only tiktoken.model", renamed("tokenizer.json", "tiktoken.model"), "tiktoken.model", "TikTokenTokenizer"),
     ("only tokenizer.model", renamed("tokenizer.json", "tokenizer.model"), "no tokenizer.json", "transformers"),
     ("tokenizer.json damaged", writing("tokenizer.json", "{"), "tokenizer.json", "cannot be read"),
     ("a chat template that is not Jinja", writing("chat_template.jinja", "{% if"), "chat template", "not valid"),
@@ -118,12 +132,14 @@ CHECKPOINTS: tuple[tuple[Any, ...], ...] = (
     ("a truncated file", truncate, "is truncated", "bytes, expected"),
     ("a missing shard", sharded(without("b.safetensors")), "lacks b.safetensors"),
     ("an index that lists too much", sharded(index(extra="a.safetensors")), "do not hold", "extra"),
+    ("an index of other folders", sharded(index(**{TENSOR: "../a.safetensors"})), "weight_map", "in the same folder"),
     ("an index that lists too little", sharded(index(**{TENSOR: None})), "does not list", TENSOR),
 )
 # What only a rank can tell, which knows the model's parameters and its memory.
 CHECKPOINTS_OF_RANKS: tuple[tuple[Any, ...], ...] = (
     ("a missing tensor", header(lambda tensors: tensors.pop(TENSOR)), "missing", TENSOR),
     ("an unknown tensor", copied_tensor(TENSOR, "copy.weight"), "does not know", "copy.weight"),
+    ("a missing scale", quantized(header(lambda tensors: tensors.pop(SCALE))), "missing", SCALE),
     ("a wrong shape", header(lambda tensors: tensors[TENSOR]["shape"].reverse()), TENSOR, "expected [96, 128]"),
     ("an integer tensor", header(lambda tensors: tensors[TENSOR].update(dtype="I16")), TENSOR, "F32, BF16, F16"),
 )
@@ -152,7 +168,7 @@ def _checkpoint(given: str, change: Change, *says: str, starts: bool = False, **
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("", "COMMAND"),
-    ("train", "'train'", "serve, generate, demo, explain, experts, bench"),
+    ("train", "'train'", "serve, generate, demo, inspect, explain, experts, bench"),
     ("serve --gpu-memory-utilization=0.9", "--gpu-memory-utilization", "--help"),
     ("serve one two", "two"),
     ("serve /no/such/folder --port 0", "there is no folder '/no/such/folder'"),
@@ -261,6 +277,17 @@ PROMPTS: tuple[tuple[Any, ...], ...] = (
     ("chat([])", ([],), "non-empty list"),
     ('chat([{"content": "a"}])', ([{"content": "a"}],), "'role'"),
 )
+OPTIONS_OF_CHATS: tuple[tuple[Any, ...], ...] = (
+    ({"thinking": "no"}, "thinking", "True, False"),
+    ({"thinking": False}, "thinking", "does not read", "enable_thinking or thinking"),
+    ({"reasoning_effort": "low"}, "reasoning_effort", "does not read"),
+    ({"tools": "search"}, "tools", "JSON schemas"),
+    ({"tools": [{"name": "search"}]}, "tools", "does not read"),
+    ({"chat_template_kwargs": {"enable_thinkin": True}}, "chat_template_kwargs", "does not read enable_thinkin;"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "'tools'"),
+    ({"continue_final_message": True}, "continue_final_message", "add_generation_prompt=False"),
+    ({"chat_template": "rag"}, "chat_template", "default"),
+)
 OPTIONS_OF_PROMPTS: tuple[tuple[Any, ...], ...] = (
     ({"priority": 2**31}, "priority", "[-2**31, 2**31)"),
     ({"priority": "high"}, "priority", "integer"),
@@ -273,6 +300,9 @@ OPTIONS_OF_PROMPTS: tuple[tuple[Any, ...], ...] = (
 def _prompts() -> Iterator[Case]:
     for given, arguments, *says in PROMPTS:
         yield _prompt(given, "chat" if given.startswith("chat") else "generate", arguments, {}, says)
+    for options, *says in OPTIONS_OF_CHATS:
+        messages = [{"role": "user", "content": "SUM 1 2"}]
+        yield _prompt(f"chat(messages, {_arguments(options)})", "chat", (messages,), options, says)
     for options, *says in OPTIONS_OF_PROMPTS:
         yield _prompt(f'generate("SUM", {_arguments(options)})', "generate", ("SUM",), options, says)
 
@@ -308,6 +338,9 @@ def _requests() -> Iterator[Case]:
     for params, *says in SAMPLING:
         if _fits_the_wire(params):
             yield _request(_arguments(params), partial(Place.request, **params), "INVALID_ARGUMENT", *says)
+    chat = [{"role": "user", "content": "a"}]
+    ask = lambda place: list(place.client.chat(chat))  # noqa: E731 - as short as a partial
+    yield _request("a chat, of a model without tokenizer", ask, "INVALID_ARGUMENT", "needs a tokenizer", "token ids")
     taken = partial(Place.request_beside, request_id="first")
     yield _request("a request_id that is running", taken, "ALREADY_EXISTS", "'first'", "is running")
     many = partial(Place.request, n=2)

@@ -9,28 +9,15 @@ import dataclasses
 import importlib.resources
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from expertwire.comm.a2a_reference import ReferenceAllToAll
-from expertwire.comm.all_to_all import AllToAllSpec
-from expertwire.comm.group import SoloGroup
+from expertwire.bench.rank_model import RankModel
 from expertwire.deploy import demo_task
-from expertwire.engine import weights
-from expertwire.engine.batch import ForwardBatch
-from expertwire.engine.caches import PagedKv
-from expertwire.engine.checkpoint import Checkpoint, read_model_config
-from expertwire.engine.decoder import Decoder, RankContext
-from expertwire.engine.models import registry
-from expertwire.kernels import attention
-from expertwire.kernels import registry as kernels
-from expertwire.moe.placement import place
 
 _CHUNK = 8192  # tokens drawn at a time
-_LONGEST, _BLOCK = 512, 16  # of the demo task's texts, in tokens; of the cache
+_LONGEST = 512  # of the demo task's texts, in tokens
 
 
 def power_law(exponent: float, shape: tuple[int, int, int], num_experts: int, seed: int) -> np.ndarray:
@@ -70,19 +57,20 @@ def _draw(weights_E: np.ndarray, num_tokens: int, top_k: int, rng: np.random.Gen
 
 def recorded(num_tokens: int, seed: int) -> np.ndarray:
     """i16 [2, L, T, K]: where the demo model sends the tokens of its task's problems and solutions."""
-    model, seen = _demo_model(), []
+    folder = str(importlib.resources.files("expertwire") / "demo_model")
+    alone, seen = RankModel(folder, max_tokens=_LONGEST), []
+    model = alone.model
     for i, layer in enumerate(model.layers):
         assert layer.moe is not None, f"layer {i} of the demo model is dense"
         moe = dataclasses.replace(layer.moe, router=_Recorder(layer.moe.router, seen), fused=None)
         model.layers[i] = dataclasses.replace(layer, moe=moe, mlp=moe.forward)
-    caches = model.allocate(num_blocks=_LONGEST // _BLOCK, block_size=_BLOCK, max_model_len=_LONGEST)
     word_ids = {word: i for i, word in enumerate(demo_task.WORDS)}
     rng, total = random.Random(seed), 0
     while total < 2 * num_tokens:
         kind = rng.choice(list(demo_task.SIZES))
         problem, solution = demo_task.make_example(kind, rng.choice(demo_task.SIZES[kind]), rng.randrange(1 << 30))
         ids = [word_ids[word] for word in f"{problem.prompt} {solution}".split()]
-        _forward(model, torch.tensor(ids), caches)
+        alone.logits(ids)
         total += len(ids)
     num_layers = len(model.layers)
     ids_LTK = np.stack([np.concatenate(seen[i::num_layers])[: 2 * num_tokens] for i in range(num_layers)])
@@ -99,43 +87,3 @@ class _Recorder:
         ids_TK, weights_TK = self._router(x_TD)
         self._seen.append(ids_TK.numpy().copy())
         return ids_TK, weights_TK
-
-
-def _demo_model() -> Decoder:
-    folder = Path(str(importlib.resources.files("expertwire") / "demo_model"))
-    config = read_model_config(folder, "float32")
-    placement, ops = place(config.num_experts, 1), kernels.choose("cpu")
-    spec = AllToAllSpec(
-        group=SoloGroup(),
-        rank_offsets=placement.rank_offsets,
-        max_tokens=_LONGEST,
-        hidden_size=config.hidden_size,
-        top_k=config.top_k,
-        dtype=torch.float32,
-    )
-    context = RankContext(
-        rank=0, dtype=torch.float32, device="cpu", ops=ops, placement=placement, all_to_all=ReferenceAllToAll(spec)
-    )
-    model = registry.build(config, context)
-    params = weights.allocate(model.param_specs(), torch.float32, "cpu")
-    weights.load_weights(Checkpoint(folder), model.weight_map(), params, progress=False)
-    with torch.inference_mode():
-        model.bind(params)
-    return model
-
-
-@torch.inference_mode()
-def _forward(model: Decoder, ids_T: Tensor, caches: list[PagedKv]) -> None:
-    """One prompt in the first blocks."""
-    num_tokens = len(ids_T)
-    assert num_tokens <= _LONGEST, f"{num_tokens} tokens"
-    positions_T, table = torch.arange(num_tokens), np.arange(_LONGEST // _BLOCK, dtype=np.int32)[None]
-    sequences = attention.describe(np.array([0, num_tokens]), np.array([num_tokens]), table, _BLOCK, "cpu")
-    batch = ForwardBatch(
-        token_ids_T=ids_T,
-        positions_T=positions_T,
-        slot_mapping_T=positions_T,
-        sequences=sequences,
-        num_tokens_P=[num_tokens],
-    )
-    model.forward(batch, caches)

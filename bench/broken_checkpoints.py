@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
+from expertwire.kernels.formats import quantize
+
 Change = Callable[[Path], object]
 
 WEIGHTS = "model.safetensors"
@@ -58,6 +62,21 @@ def header(change: Callable[[dict[str, Any]], object]) -> Change:
 def copied_tensor(name: str, other: str) -> Change:
     """Add a tensor `other` with the values of tensor `name`."""
     return header(lambda tensors: tensors.update({other: tensors[name]}))
+
+
+def quantized(change: Change) -> Change:
+    """Store the experts in FP8, with scales of blocks, and `change` the folder then."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        for name in [name for name in tensors if ".experts." in name]:
+            packed = quantize("fp8_block", tensors[name])
+            tensors |= {name: packed.data, f"{name}_scale_inv": packed.scales}
+        save_file(tensors, folder / WEIGHTS)
+        config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})(folder)
+        change(folder)
+
+    return apply
 
 
 def sharded(change: Change) -> Change:

@@ -31,7 +31,7 @@ from expertwire.comm.all_to_all import AllToAllSpec
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import registry, rms_norm, routing
 from expertwire.moe import reference
-from expertwire.moe.layer import MoeLayer, prepare
+from expertwire.moe.layer import MoeLayer, Rule, prepare
 from expertwire.moe.placement import place
 
 D, F, E, K, EPS = 512, 256, 32, 4, 1e-6
@@ -160,8 +160,7 @@ def _moe(weights: Weights) -> MoeLayer:
         weights.w2,
         weights.norm,
         ops=registry.cpu(),
-        top_k=K,
-        renormalize=True,
+        rule=Rule(top_k=K, renormalize=True),
         eps=EPS,
         placement=placement,
         rank=0,

@@ -20,6 +20,7 @@ from expertwire.kernels.gpu import rotate_and_store as gpu_rotate
 from expertwire.kernels.gpu import routing as gpu_routing
 from expertwire.kernels.gpu import sampling as gpu_sampling
 from expertwire.kernels.gpu import tiles
+from expertwire.kernels.variants import Rope
 
 
 def routing_check(draw: Draw, rule: str, num_tokens: int) -> Findings:
@@ -117,7 +118,7 @@ def norm_check(draw: Draw, num_tokens: int) -> Findings:
 def rotate_check(draw: Draw, num_tokens: int) -> Findings:
     """Both layouts of pairs, norms of the heads, and what is stored where."""
     H, G, d, block = (4, 2, 32, 16) if draw.tiny else (32, 4, 128, 16)
-    tables = rotary.tables(512, d, 1e4, draw.device)
+    tables = rotary.tables(512, Rope(theta=1e4, size=d), draw.device)
     qkv, norm = draw.normal(num_tokens, H + 2 * G, d), draw.normal(H + G, d)
     positions = draw.integers(0, 512, num_tokens, dtype=torch.int64)
     slots = torch.randperm(2 * num_tokens, generator=draw.generator, device=draw.device)[:num_tokens]

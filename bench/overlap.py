@@ -198,7 +198,9 @@ def _info(config: SchedulerConfig) -> ModelInfo:
         ep_size=config.num_ranks,
         device="cpu",
         block_size=config.block_size,
-        num_blocks=config.num_blocks,
+        cache_tokens=0,
+        cache_blocks={},
+        cache_bytes={},
         max_running=config.max_running,
         seed=0,
     )

@@ -94,7 +94,8 @@ def replay(file: Path) -> Replayed:
     _, head = next(lines, (0, {}))
     if head.get("format") != FORMAT:
         raise ValueError(f"{file} is not a log of scheduler calls of format {FORMAT}")
-    config = SchedulerConfig(**{**head["config"], "eos_token_ids": tuple(head["config"]["eos_token_ids"])})
+    tuples = {name: tuple(value) for name, value in head["config"].items() if isinstance(value, list)}
+    config = SchedulerConfig(**head["config"] | tuples)
     caches = tuple(CacheSpec(**spec) for spec in head["caches"])
     scheduler = Scheduler(config, caches, make_policy(PolicyConfig(**head["policy"])))
     in_flight: dict[int, StepPlan] = {}

@@ -22,6 +22,7 @@ BENCHES: Mapping[str, str] = {
     "throughput": "tokens per second and per core-second of random prompts",
     "all-to-all": "dispatch and combine beside their bounds, a model and published figures",
     "control": "microseconds per step of the control channel",
+    "quantize": "what holding experts in fewer bits costs in accuracy",
     "balance": "how evenly experts' rows spread over ranks after rebalancing, on simulated routing",
     "schedule": "goodput, latencies, balance and prefix hits of the scheduler on simulated ranks",
 }
@@ -58,6 +59,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_serve(commands)
     _add_generate(commands)
     _add_demo(commands)
+    _add_inspect(commands)
     _add_explain(commands)
     _add_experts(commands)
     group = commands.add_parser("bench", help="measure", description="Measures.")
@@ -106,6 +108,24 @@ def _generate(args: argparse.Namespace) -> int:
 
     params = SamplingParams(**given(args, SAMPLING_FIELDS))
     generate(engine_config(args), args.prompt, params, write=functools.partial(print, end="", flush=True))
+    return 0
+
+
+def _add_inspect(commands: Any) -> None:
+    text = "say what a checkpoint is: parameters, bytes, memory"
+    parser = commands.add_parser("inspect", help=text, description=text.capitalize() + ".")
+    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or of its config.json alone")
+    parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="ranks (default: %(default)s)")
+    text = "tokens of a request (default: as many as the model can do)"
+    parser.add_argument("--context", type=_ranks, metavar="N", help=text)
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from expertwire.deploy.inspect import lines
+
+    for line in lines(args.path, args.ep_size, args.context):
+        print(line)
     return 0
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 from expertwire.comm.topology import Place, Topology, read
 from expertwire.comm.topology_choice import Situation, choose
-from expertwire.engine.checkpoint import read_model_config
-from expertwire.engine.config import EngineConfig, ModelConfig
+from expertwire.engine.config import EngineConfig
+from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.model_config import Attention, ModelConfig
+from expertwire.engine.quantization import METHODS
 
 _TOKENS = (1, 8, 64, 512, 4096)
 _NO_GPU = "--device: there is no CUDA device here; allowed are cpu, h200 and b200"
@@ -113,7 +115,10 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
     gpu = {"h200": H200, "b200": B200}.get(device) or describe("cuda")
     dtype = getattr(torch, config.dtype)
     yield registry.triton(gpu).explain()
-    yield f"attention: {attention.tiles(head_dim=config.head_dim, element_size=dtype.itemsize, arch=gpu.arch)}"
+    for head_dim in sorted({a.head_dim for layer in config.layers if isinstance(a := layer.attention, Attention)}):
+        yield f"attention: {attention.tiles(head_dim=head_dim, element_size=dtype.itemsize, arch=gpu.arch)}"
+    quantised = config.quantization.experts if config.quantization is not None else None
+    format = METHODS[quantised].format if quantised is not None else "dense"
     for tokens in _TOKENS:
         yield f"{tokens} tokens a step on each of {ep_size} ranks:"
         for name, (rows, depth) in _products(config).items():
@@ -121,15 +126,16 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
                 yield f"  {name}: {linear.tiles(tokens, rows, depth, dtype, gpu)}"
                 continue
             experts, planned = -(-config.num_experts // ep_size), tokens * config.top_k  # as many come here as go out
-            each = tiles.token_tile("dense", planned, experts)
-            yield f"  {name}: {tiles.gemm_tiles('dense', each, (experts, rows, depth), planned, gpu)}"
+            each = tiles.token_tile(format, planned, experts)
+            yield f"  {name}, {format}: {tiles.gemm_tiles(format, each, (experts, rows, depth), planned, gpu)}"
 
 
 def _products(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """The shapes of some weights."""
-    heads = config.num_heads + 2 * config.num_kv_heads
-    shapes = {"query, key and value": (heads * config.head_dim, config.hidden_size)}
-    if any(config.sparse_layers):
-        shapes["w13"] = (2 * config.expert_size, config.hidden_size)
-        shapes["w2"] = (config.hidden_size, config.expert_size)
+    shapes, attention = {}, config.layers[0].attention
+    if isinstance(attention, Attention):
+        shapes["query, key and value"] = sum(attention.qkv_sizes), config.hidden_size
+    if config.moe is not None:
+        shapes["w13"] = (2 * config.moe.size, config.hidden_size)
+        shapes["w2"] = (config.hidden_size, config.moe.size)
     return shapes

@@ -8,7 +8,7 @@ with Client("127.0.0.1:50051") as client:
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -16,9 +16,10 @@ import grpc
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertwire.deploy.grpc_messages import FINISH_REASONS, RETRY_AFTER, from_sampling_params
+from expertwire.deploy.grpc_messages import FINISH_REASONS, RETRY_AFTER, from_chat, from_sampling_params
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
+from expertwire.engine.chat import Chat
 from expertwire.engine.outputs import Logprob, LogprobDict
 
 _REASON_NAMES = {code: name for name, code in FINISH_REASONS.items()}
@@ -67,12 +68,14 @@ class Generation:
 
     Attributes:
         request_id: for `Client.abort`.
+        opens_reasoning: the text begins within the reasoning, as the prompt has its start; known before the first chunk.
         prompt_logprobs: one entry a prompt token, None for the first; complete before the first chunk, if asked for.
         usage: set when the stream has ended regularly.
     """
 
     def __init__(self, request_id: str, call: grpc.Call) -> None:
         self.request_id = request_id
+        self.opens_reasoning = False
         self.prompt_logprobs: list[LogprobDict | None] = []
         self.usage: Usage | None = None
         self._call = call
@@ -81,6 +84,7 @@ class Generation:
         """Raises `ServerError`."""
         try:
             for message in self._call:
+                self.opens_reasoning |= message.opens_reasoning
                 self.prompt_logprobs += [_to_logprobs(entry) for entry in message.prompt_logprobs]
                 if message.HasField("usage"):
                     self.usage = Usage(**{field.name: getattr(message.usage, field.name) for field in _USAGE_FIELDS})
@@ -134,13 +138,8 @@ class Client:
         Raises:
             ValueError: an unknown sampling parameter or a value of the wrong type. (The server's errors come from the iteration.)
         """
-        params = from_sampling_params(sampling_params)
         options = {"priority": priority, "tenant": tenant, "cache_salt": cache_salt}
-        given = {name: value for name, value in options.items() if value is not None}
-        try:
-            request = pb.GenerateRequest(request_id=request_id or uuid.uuid4().hex, sampling_params=params, **given)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"request options {given}: {error}") from error
+        request = _request(request_id, options, sampling_params)
         if isinstance(prompt, str):
             request.text = prompt
         else:
@@ -148,14 +147,68 @@ class Client:
             request.token_ids.ids.extend(prompt)
         return Generation(request.request_id, self._stub.Generate(request, timeout=timeout_s))
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
+        thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+        priority: int | None = None,
+        tenant: str | None = None,
+        cache_salt: str | None = None,
+        **sampling_params: Any,
+    ) -> Generation:
+        """Ask for the continuation of a conversation, which the server renders with the model's chat template.
+
+        Args:
+            messages: dictionaries with "role" and "content".
+            tools: JSON schemas of functions.
+            reasoning_effort: how much the model shall think, in its own words.
+            thinking: whether the model shall think, where its template has a switch for it.
+            chat_template_kwargs: further variables of the template.
+            add_generation_prompt: end with what begins the assistant's answer.
+            continue_final_message: go on with the last message; excludes `add_generation_prompt`.
+            request_id: as in `generate`; so are the following.
+            timeout_s: see there.
+            priority: see there.
+            tenant: see there.
+            cache_salt: see there.
+            sampling_params: see there.
+
+        Raises:
+            ValueError: as `generate`; also if the chat is malformed.
+        """
+        chat = Chat(
+            messages=messages,
+            tools=tools,
+            reasoning_effort=reasoning_effort,
+            thinking=thinking,
+            chat_template_kwargs={} if chat_template_kwargs is None else chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        options = {"priority": priority, "tenant": tenant, "cache_salt": cache_salt}
+        request = _request(request_id, options, sampling_params)
+        request.chat.CopyFrom(from_chat(chat))
+        return Generation(request.request_id, self._stub.Generate(request, timeout=timeout_s))
+
     def abort(self, request_id: str) -> None:
         """End a running request. Raises `ServerError`."""
         self._call(self._stub.Abort, pb.AbortRequest(request_id=request_id))
 
     def model_info(self) -> dict[str, Any]:
-        """What is served, by the field names of `ModelInfo` in the .proto. Raises `ServerError`."""
+        """What is served, by the field names of `ModelInfo` in the .proto; `dialect` is a dictionary. Raises `ServerError`."""
         info = self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest())
-        return {field.name: getattr(info, field.name) for field in pb.ModelInfo.DESCRIPTOR.fields}
+        dialect = json_format.MessageToDict(info.dialect, preserving_proto_field_name=True)
+        return {field.name: getattr(info, field.name) for field in pb.ModelInfo.DESCRIPTOR.fields} | {
+            "dialect": dialect
+        }
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the engine; `expert_load` has the tokens of each expert by layer. Raises `ServerError`."""
@@ -185,6 +238,18 @@ class Client:
             return method(request, timeout=self._timeout_s)
         except grpc.RpcError as error:
             _raise(error)
+
+
+def _request(
+    request_id: str | None, options: Mapping[str, Any], sampling_params: Mapping[str, Any]
+) -> pb.GenerateRequest:
+    """A request without a prompt."""
+    params = from_sampling_params(sampling_params)
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return pb.GenerateRequest(request_id=request_id or uuid.uuid4().hex, sampling_params=params, **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"request options {given}: {error}") from error
 
 
 _USAGE_FIELDS = tuple(pb.Usage.DESCRIPTOR.fields)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.engine.chat import Chat
 from expertwire.engine.config import ModelInfo
+from expertwire.engine.dialects import Dialect
 from expertwire.engine.outputs import LogprobDict, Update
 from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
 RETRY_AFTER = "retry-after-ms"  # key of the trailing metadata
+JSON_FIELDS = frozenset({"messages", "tools", "chat_template_kwargs"})  # of a chat
 FINISH_REASONS: Mapping[str, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -21,16 +25,32 @@ FINISH_REASONS: Mapping[str, pb.FinishReason] = {
 }
 
 
-def to_prompt(request: pb.GenerateRequest) -> str | list[int]:
+def to_prompt(request: pb.GenerateRequest) -> str | list[int] | Chat:
     """The prompt of a request.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is a malformed chat; names the field and what is allowed.
     """
     kind = request.WhichOneof("prompt")
     if kind is None:
-        raise ValueError("prompt is missing: set text or token_ids")
+        raise ValueError("prompt is missing: set text, token_ids or chat")
+    if kind == "chat":
+        values = {field.name: _from_json(field.name, value) for field, value in request.chat.ListFields()}
+        return Chat(**{"messages": [], **values})
     return request.text if kind == "text" else list(request.token_ids.ids)
+
+
+def from_chat(chat: Chat) -> pb.Chat:
+    """A message of all that `chat` sets. A template of the client's own cannot be sent.
+
+    Raises:
+        ValueError: something is no JSON value, or `chat_template` is given.
+    """
+    if chat.chat_template is not None:
+        raise ValueError("chat_template cannot be sent: the server uses the model's templates")
+    values = {field.name: getattr(chat, field.name) for field in dataclasses.fields(chat)}
+    del values["chat_template"]
+    return pb.Chat(**{name: _to_json(name, value) for name, value in values.items() if value is not None})
 
 
 def to_options(request: pb.GenerateRequest, deadline_s: float | None) -> RequestOptions:
@@ -71,11 +91,30 @@ def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
         raise ValueError(f"sampling parameters {fields}: {error}") from error
 
 
-def from_model_info(info: ModelInfo) -> pb.ModelInfo:
-    """All of `info` except the server's folder."""
+def from_model_info(info: ModelInfo, dialect: Dialect | None, chat_variables: Sequence[str]) -> pb.ModelInfo:
+    """All of `info` except the server's folder, and how the model writes."""
     values = dataclasses.asdict(info)
     del values["path"]
-    return pb.ModelInfo(version=importlib.metadata.version("expertwire"), **values)
+    values["dialect"] = None if dialect is None else from_dialect(dialect)
+    version = importlib.metadata.version("expertwire")
+    return pb.ModelInfo(version=version, chat_variables=chat_variables, **values)
+
+
+def from_dialect(dialect: Dialect) -> pb.Dialect:
+    """All of `dialect` except its marks."""
+    reasoning, answer = dialect.reasoning or ("", ""), dialect.answer or ("", "")
+    message = pb.Dialect(
+        name=dialect.name,
+        reasoning_start=reasoning[0],
+        reasoning_end=reasoning[1],
+        answer_start=answer[0],
+        answer_end=answer[1],
+        end_of_turn=dialect.end_of_turn,
+        reasoning_efforts=dialect.reasoning_efforts,
+    )
+    if dialect.tool_calls is not None:
+        message.tool_calls.CopyFrom(pb.ToolCalls(**dataclasses.asdict(dialect.tool_calls)))
+    return message
 
 
 def from_stats(values: Mapping[str, Any]) -> pb.Stats:
@@ -112,6 +151,22 @@ def from_update(update: Update) -> pb.Chunk:
     elif update.stop_reason is not None:
         chunk.stop_token_id = update.stop_reason
     return chunk
+
+
+def _from_json(field: str, value: Any) -> Any:
+    if field not in JSON_FIELDS:
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{field} must be JSON text: {error}") from error
+
+
+def _to_json(field: str, value: Any) -> Any:
+    try:
+        return json.dumps(value, ensure_ascii=False) if field in JSON_FIELDS else value
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field} must be a JSON value: {error}") from error
 
 
 def _plain(value: Any) -> Any:

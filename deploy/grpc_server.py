@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import grpc
+import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -27,11 +28,13 @@ from expertwire.engine.config import ModelInfo
 from expertwire.engine.outputs import EngineFailed, RequestError, Update
 from expertwire.engine.prompts import Prompt
 from expertwire.engine.request_options import RequestOptions
+from expertwire.engine.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_REQUEST_ID = 256  # characters
 _GOODBYE_S = 2.0  # for the last messages to leave
+_PROMPT_END = 32  # tokens, more than any delimiter and the space after it
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a silent partner
     ("grpc.max_receive_message_length", 64 << 20),
@@ -47,6 +50,7 @@ class Front(Protocol):
     """What the server needs of `expertwire.engine.front.Front`, which documents it."""
 
     model_info: ModelInfo
+    tokenizer: Tokenizer | None
 
     @property
     def failure(self) -> EngineFailed | None: ...
@@ -109,7 +113,10 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.ModelInfo:
         """See the .proto."""
         await self._check_alive(context)
-        return grpc_messages.from_model_info(self._front.model_info)
+        info, tokenizer = self._front.model_info, self._front.tokenizer
+        if tokenizer is None:
+            return grpc_messages.from_model_info(info, None, ())
+        return grpc_messages.from_model_info(info, tokenizer.dialect, tokenizer.chat_variables)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext) -> pb.Stats:
         """See the .proto."""
@@ -157,10 +164,19 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         except EngineFailed as error:
             self._fail(error)
             await self._check_alive(context)
-        stream = self._streams[number] = OutputStream(request_id, len(tokens))
+        stream = OutputStream(request_id, len(tokens), opens_reasoning=self._opens_reasoning(tokens))
+        self._streams[number] = stream
         self._ids[request_id] = number
         self._idle.clear()
         return number, stream
+
+    def _opens_reasoning(self, tokens: np.ndarray) -> bool:
+        tokenizer = self._front.tokenizer
+        if tokenizer is None:
+            return False
+        return tokenizer.dialect.opens_reasoning(
+            tokenizer.decode(tokens[-_PROMPT_END:].tolist(), skip_special_tokens=False)
+        )
 
     def _close(self, number: int) -> None:
         stream = self._streams.pop(number)

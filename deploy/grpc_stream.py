@@ -39,14 +39,16 @@ class OutputStream:
     Args:
         request_id: as the client knows it.
         prompt_tokens: length of the prompt.
+        opens_reasoning: whether the prompt ends with the start of reasoning.
 
     Attributes:
         done: nothing more is expected from the engine.
     """
 
-    def __init__(self, request_id: str, prompt_tokens: int) -> None:
+    def __init__(self, request_id: str, prompt_tokens: int, *, opens_reasoning: bool = False) -> None:
         self.request_id = request_id
         self.done = False
+        self._opens_reasoning = opens_reasoning
         self._usage = pb.Usage(prompt_tokens=prompt_tokens)
         self._error: RequestError | None = None
         self._unread_prompt: deque[pb.PositionLogprobs] = deque()
@@ -92,7 +94,9 @@ class OutputStream:
             raise StreamFailed(self._error)
         if self._complete:
             return None
-        message = pb.GenerateResponse(request_id="" if self._begun else self.request_id)
+        message = pb.GenerateResponse()
+        if not self._begun:
+            message.request_id, message.opens_reasoning = self.request_id, self._opens_reasoning
         self._begun = True
         self._take(message)
         if self.done and self._error is None and not self._has_unread():

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from expertwire.engine.config import EngineConfig
 
 ENGINE_FIELDS = (
-    "dtype", "device", "ep_size", "launcher", "ray_address", "load_format", "max_model_len", "max_num_tokens",
+    "dtype", "device", "ep_size", "launcher", "ray_address", "load_format", "quantize", "max_model_len", "max_num_tokens",
     "max_running", "max_waiting", "max_waiting_per_tenant", "chunk_tokens", "policy", "aging", "tenant_weights",
     "prefix_cache", "block_size", "kv_cache_bytes", "redundant_experts", "rebalance_steps", "all_to_all",
     "threads_per_rank", "seed", "start_timeout_s", "step_timeout_s",
@@ -78,7 +78,7 @@ def help_texts(kind: type) -> dict[str, str]:
 
 def _kind_of(hint: Any) -> dict[str, Any]:
     """How argparse reads a value of a type; of a union, the first member counts."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = typing.get_args(hint)
         if list[str] in members:
             return {"action": "append", "metavar": "TEXT"}

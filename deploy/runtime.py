@@ -24,6 +24,11 @@ def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
     return Tokenizer.open(config.model)
 
 
+def end_of_turn_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end an answer in the model's dialect; none without a tokenizer."""
+    return () if tokenizer is None else tokenizer.end_of_turn_ids()
+
+
 def make_launcher(config: EngineConfig) -> Launcher:
     """The launcher that `config` asks for."""
     if config.resolved_launcher() == "local":
@@ -43,7 +48,7 @@ def open_front(config: EngineConfig, *, deterministic_seeds: bool = True) -> Ite
     """
     tokenizer = open_tokenizer(config)
     with (
-        Engine(config, make_launcher(config)) as engine,
+        Engine(config, make_launcher(config), end_of_turn_ids(tokenizer)) as engine,
         contextlib.closing(Front(engine.connect(), tokenizer, deterministic_seeds=deterministic_seeds)) as front,
     ):
         yield front

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from expertwire.deploy import runtime
 from expertwire.deploy.grpc_server import Server
-from expertwire.engine.config import EngineConfig
+from expertwire.engine.config import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
 from expertwire.engine.front import Front
 
@@ -29,7 +29,7 @@ def serve(
         host: name or address to listen at.
         port: 0 takes a free one.
         drain_timeout_s: for running requests to finish.
-        announce: gets one line, "serving MODEL on HOST:PORT", when requests are answered.
+        announce: gets "serving MODEL on HOST:PORT" when requests are answered, and a line on what the caches hold.
 
     Returns:
         The exit code: 1 if the engine failed meanwhile.
@@ -44,7 +44,8 @@ def serve(
     _exit_on_signals()
     # The engine first: Ray forks, which a process that already has gRPC's threads should not do.
     with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(Engine(config, runtime.make_launcher(config)))
+        launcher, end_of_turn_ids = runtime.make_launcher(config), runtime.end_of_turn_ids(tokenizer)
+        engine = stack.enter_context(Engine(config, launcher, end_of_turn_ids))
         front = stack.enter_context(contextlib.closing(Front(engine.connect(), tokenizer)))
         # Statistics may take a step to come; a front of their own lets another thread wait for them.
         stats_front = stack.enter_context(contextlib.closing(Front(engine.connect(), None)))
@@ -56,10 +57,17 @@ def serve(
                 stats_front.stats,
                 stop=_stop_on_signals(),
                 drain_timeout_s=drain_timeout_s,
-                on_ready=lambda: announce(f"serving {front.model_info.name} on {host}:{server.port}"),
+                on_ready=lambda: announce(
+                    f"serving {front.model_info.name} on {host}:{server.port}\n{_caches(front.model_info)}"
+                ),
             )
 
         return 1 if asyncio.run(serve_front()) else 0
+
+
+def _caches(info: ModelInfo) -> str:
+    sizes = ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in info.cache_bytes.items())
+    return f"the caches of a rank hold {info.cache_tokens:,} tokens: {sizes}"
 
 
 def _check_port(host: str, port: int) -> None:

@@ -1,174 +1,82 @@
-"""Chat templates of a checkpoint: Jinja sources that turn messages into the text of a prompt.
-
-Templates come with the weights, so they run in Jinja's sandbox and see plain JSON values only. The environment is the one
-that Hugging Face's templates are written for: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls
-and `{% generation %}` blocks.
-"""
+"""A conversation to be continued, as a client gives it; `engine.chat_templates` makes a prompt of it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-# What a template may raise besides Jinja's own errors when it meets messages that it does not expect.
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+# Names of the switch that lets a model think, or not; a template reads one of them at most.
+THINKING = ("enable_thinking", "thinking")
 
 
-class ChatTemplates:
-    """The named templates of a model; "default" is used when none is named, "tool_use" when tools are given.
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation that a model shall continue, and how its template shall write it.
 
     Args:
-        sources: name -> Jinja source.
-        special_tokens: variables such as `bos_token` that templates refer to.
+        messages: at least one dictionary with a "role"; keys whose value is None count as absent. Reasoning of the assistant
+            may be called "reasoning_content", "reasoning" or "thinking", whatever the template calls it.
+        tools: JSON schemas of functions.
+        reasoning_effort: how much the model shall think, in the model's own words: "low", "medium" or "high" of gpt-oss.
+        thinking: whether the model shall think, where its template has a switch for it.
+        chat_template_kwargs: further variables of the template.
+        add_generation_prompt: end with what begins the assistant's answer.
+        continue_final_message: end within the last message, which the model goes on with; excludes `add_generation_prompt`.
+        chat_template: name of one of the model's templates, or the source of another.
 
     Raises:
-        ValueError: a source is no valid template.
+        ValueError: names the field and what is allowed.
     """
 
-    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        self._environment = _environment()
-        self._special_tokens = dict(special_tokens)
-        self._templates = {name: self._compile(name, source) for name, source in sources.items()}
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    thinking: bool | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
 
-    @classmethod
-    def open(cls, folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplates:
-        """The templates of a checkpoint: its `chat_template.jinja` (and `additional_chat_templates/*.jinja`), else what
-        `tokenizer_config.json` (`config`) holds, else `chat_template.json`."""
-        return cls(_read_sources(folder, config), special_tokens)
+    def __post_init__(self) -> None:
+        _check_messages(self.messages)
+        if self.tools is not None and not _is_list_of_objects(self.tools):
+            raise ValueError(f"tools must be a list of JSON schemas, each a dictionary, got {self.tools!r:.100}")
+        for name, kind in (("reasoning_effort", str), ("thinking", bool), ("chat_template", str)):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
+                allowed = "True, False" if kind is bool else "a string"
+                raise ValueError(f"{name} must be {allowed} or None, got {getattr(self, name)!r:.100}")
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.100}")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("continue_final_message needs add_generation_prompt=False: nothing begins a new message")
+        self._check_variables()
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        chat_template: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> str:
-        """The prompt that stands for `messages`.
-
-        Args:
-            messages: at least one dictionary with a "role"; keys whose value is None are dropped.
-            add_generation_prompt: end with what begins the assistant's answer.
-            chat_template: name of one of the model's templates, or the source of another.
-            tools: JSON schemas of functions.
-            documents: dictionaries with "title" and "text".
-            variables: further variables of the template.
-
-        Raises:
-            ValueError: the messages are malformed, there is no template, or the template refuses the messages.
-        """
-        template, messages = self._choose(chat_template, bool(tools)), _checked(messages)
-        values = _plain({"tools": tools, "documents": documents, **variables})
-        try:
-            return template.render(
-                {
-                    **self._special_tokens,
-                    **values,
-                    "messages": messages,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except _TEMPLATE_FAULTS as error:
-            raise ValueError(f"the chat template cannot render these messages: {error}") from error
-
-    def _choose(self, name: str | None, with_tools: bool) -> Any:
-        if name is not None and name not in self._templates:
-            if "{" not in name:
-                known = ", ".join(sorted(self._templates)) or "none"
-                raise ValueError(
-                    f"chat_template must be Jinja source or a template of the model ({known}), got {name!r}"
-                )
-            return self._compile("chat_template", name)
-        if name is None:
-            name = "tool_use" if with_tools and "tool_use" in self._templates else "default"
-        if name not in self._templates:
-            raise ValueError(
-                "the model has no chat template: put a chat_template.jinja into its folder, pass `chat_template`, or send the "
-                "prompt as text"
-            )
-        return self._templates[name]
-
-    def _compile(self, name: str, source: str) -> Any:
-        try:
-            return self._environment.from_string(source)
-        except TemplateError as error:
-            raise ValueError(f"chat template {name!r} is not valid Jinja: {error}") from error
+    def _check_variables(self) -> None:
+        names = self.chat_template_kwargs
+        if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"chat_template_kwargs must be a dictionary of names and values, got {names!r:.100}")
+        for name in ("messages", "tools", "add_generation_prompt"):
+            if name in names:
+                raise ValueError(f"chat_template_kwargs must not have {name!r}, which is an argument of its own")
+        if self.reasoning_effort is not None and "reasoning_effort" in names:
+            raise ValueError("reasoning_effort is given twice: as an argument and in chat_template_kwargs")
+        if self.thinking is not None and (twice := next((name for name in THINKING if name in names), None)):
+            raise ValueError(f"thinking is given twice: as an argument and as {twice!r} in chat_template_kwargs")
 
 
-def _read_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    files = {"default": folder / "chat_template.jinja"}
-    files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    sources = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
-    if sources:
-        return sources
-    found = config.get("chat_template")
-    legacy = folder / "chat_template.json"
-    if found is None and legacy.is_file():
-        found = json.loads(legacy.read_text(encoding="utf-8")).get("chat_template")
-    if isinstance(found, list):
-        return {entry["name"]: entry["template"] for entry in found}
-    return {} if found is None else {"default": found}
+def _is_list_of_objects(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(entry, Mapping) for entry in value)
+    )
 
 
-def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _check_messages(messages: Any) -> None:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages must be a non-empty list of dictionaries, got {messages!r}")
+        raise ValueError(f"messages must be a non-empty list of dictionaries, got {messages!r:.100}")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"a message must be a dictionary with a 'role', got {message!r}")
-    return [{key: value for key, value in message.items() if value is not None} for message in _plain(list(messages))]
-
-
-def _plain(value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"messages and template variables must be JSON values: {error}") from error
-
-
-class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here it is only rendered."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's interface
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    helpers: dict[str, Callable] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    environment.globals.update(helpers)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+            raise ValueError(f"a message must be a dictionary with a 'role', got {message!r:.100}")

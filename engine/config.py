@@ -1,4 +1,4 @@
-"""What is run: the engine's options and the model's hyperparameters, as frozen values passed explicitly."""
+"""What is run: the engine's options, as frozen values passed explicitly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from expertwire.engine.request_options import check_name
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.policy import PolicyConfig
 
 DTYPES = ("float32", "bfloat16")
@@ -28,6 +27,8 @@ class EngineConfig:
         launcher: "auto" (ray if `ray_address` is given, else local), "local" or "ray".
         ray_address: of a running Ray cluster; None lets the ray launcher start one here.
         load_format: "auto" (safetensors) or "dummy" (random weights of sane scale, real shapes).
+        quantize: hold experts that the checkpoint has unquantised as "fp8" (blocks of 128 x 128), "int4" or "mxfp4" (groups of
+            32); None: as they are.
         max_model_len: prompt and output tokens of one request at most; None takes the model's.
         max_num_tokens: token budget of one step on one rank (longer prompts are computed in chunks).
         max_running: requests that run at once on one rank.
@@ -64,6 +65,7 @@ class EngineConfig:
     launcher: Literal["auto", "local", "ray"] = "auto"
     ray_address: str | None = None
     load_format: Literal["auto", "dummy"] = "auto"
+    quantize: Literal["fp8", "int4", "mxfp4"] | None = None
     max_model_len: int | None = None
     max_num_tokens: int = 2048
     max_running: int = 256
@@ -92,9 +94,10 @@ class EngineConfig:
             ("load_format", ("auto", "dummy")),
             ("policy", ("fcfs", "priority", "shortest", "prefix", "fair")),
             ("all_to_all", ("auto", "reference", "nccl", "nvlink")),
+            ("quantize", (None, "fp8", "int4", "mxfp4")),
         ):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+                raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}, got {getattr(self, field)!r}")
         for field, low in (
             ("ep_size", 1),
             ("max_num_tokens", 1),
@@ -155,45 +158,6 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Hyperparameters of a decoder, read from `config.json` by `engine.checkpoint`.
-
-    `sparse_layers[i]` says whether layer i is a mixture of experts; a dense model has none. `rope_scaling` is None, as no
-    supported family scales its rotary embedding yet.
-    """
-
-    architecture: str  # e.g. "Qwen3MoeForCausalLM"
-    dtype: Literal["float32", "bfloat16"]  # that it runs in: the checkpoint's, or the one asked for
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    attention_bias: bool
-    qk_norm: bool
-    intermediate_size: int  # of dense layers
-    sparse_layers: tuple[bool, ...]
-    num_experts: int = 0
-    top_k: int = 0
-    expert_size: int = 0  # width F of one expert
-    renormalize: bool = True  # divide the chosen experts' weights by their sum
-    sliding_window: int | None = None
-    eos_token_ids: tuple[int, ...] = ()  # of generation_config.json if there, else of config.json
-
-    def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """The named caches that the model keeps on a rank."""
-        layers = tuple(range(self.num_layers))
-        itemsize = {"float32": 4, "bfloat16": 2}[self.dtype]
-        size = 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
-        return (CacheSpec(name="kv", kind="full", bytes_per_token=size, writers=layers, readers=layers),)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """What a front tells its clients about the model it serves."""
 
@@ -210,7 +174,9 @@ class ModelInfo:
     ep_size: int
     device: str
     block_size: int
-    num_blocks: int  # of the KV cache, one rank
+    cache_tokens: int  # that fit on one rank, of all requests together
+    cache_blocks: dict[str, int]  # of each cache by name, one rank
+    cache_bytes: dict[str, int]  # likewise
     max_running: int  # one rank
     seed: int
 

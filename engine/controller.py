@@ -28,10 +28,11 @@ from expertwire.comm.control import (
     listen,
 )
 from expertwire.engine import messages
+from expertwire.engine.cache_sizes import CacheTooSmall
 from expertwire.engine.config import ModelInfo, too_many_branches
 from expertwire.engine.rebalancing import Rebalancing
 from expertwire.engine.request_options import RequestOptions
-from expertwire.engine.startup import CacheTooSmall, Orders, scheduler_config, start_ranks
+from expertwire.engine.startup import Orders, scheduler_config, start_ranks
 from expertwire.moe.load import ExpertLoad
 from expertwire.moe.placement import place
 from expertwire.scheduler.outputs import StepOutputs
@@ -87,7 +88,7 @@ def controller_main(orders: Orders) -> None:
         loop = Loop(scheduler=scheduler, hub=hub, info=info, load=_expert_load(orders, info))
         if config.rebalance_steps:
             assert loop.load is not None, "a dense model has no experts to move"
-            loop.rebalancing = Rebalancing(loop.load, orders.model, config.rebalance_steps)
+            loop.rebalancing = Rebalancing(loop.load, orders.model, config.quantize, config.rebalance_steps)
         collect_when_quiet()
         _tell(ready=info.to_dict())
         flight: StepPlan | None = None

@@ -3,7 +3,7 @@
 Steps of single queries replay a CUDA graph, captured before there is a request, for the next larger of a few numbers of
 sequences. Rows that fill up belong to no slot: they store nothing, reach no expert, and their outputs are not looked at.
 
-T tokens, B sequences, O sampled tokens, V vocabulary, W blocks of a slot's table.
+T tokens, B sequences, O sampled tokens, V vocabulary, C caches, W blocks of a slot's table.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from expertwire.comm.all_to_all import Watched
 from expertwire.engine import logprobs
-from expertwire.engine.batch import ForwardBatch
-from expertwire.engine.caches import PagedKv
+from expertwire.engine.batch import CacheRows, ForwardBatch
+from expertwire.engine.caches import NamedCache, copy_blocks
 from expertwire.engine.decoder import Decoder
 from expertwire.engine.device_slots import DeviceSlots
 from expertwire.engine.rank_loop import Launched
@@ -60,7 +60,9 @@ class DeviceRunner:
 
     depth = 2  # steps launched at once: the next one's work lies ready when a step ends
 
-    def __init__(self, *, model: Decoder, caches: list[PagedKv], slots: DeviceSlots, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, *, model: Decoder, caches: list[NamedCache], slots: DeviceSlots, rank: int, num_ranks: int
+    ) -> None:
         self._model, self._caches, self._slots = model, caches, slots
         self._rank, self._num_ranks = rank, num_ranks
         self._device = slots.device
@@ -91,7 +93,7 @@ class DeviceRunner:
         assert plan.moves is None, "experts on a GPU stay where they are"
         mine = plan.rank(self._rank)
         self._slots.apply(mine)
-        self._copy_blocks(mine)
+        copy_blocks(self._caches, mine, self._slots.upload)
         load = self._model.take_expert_load() if plan.report_load else np.zeros(0, np.int64)
         answer = {"step": plan.step, "rank": self._rank, "expert_load": load}
         if not plan.num_tokens_P.any():
@@ -139,15 +141,6 @@ class DeviceRunner:
         event.record()
         return event
 
-    def _copy_blocks(self, mine: RankPlan) -> None:
-        if not len(mine.copy_to_C):
-            return
-        assert not mine.copy_cache_C.any(), f"only cache 0 exists, plan names {np.unique(mine.copy_cache_C)}"
-        source_C, target_C = (ids.long() for ids in self._slots.to_device(mine.copy_from_C, mine.copy_to_C))
-        for cache in self._caches:
-            for blocks in (cache.k, cache.v):
-                blocks.index_copy_(0, target_C, blocks.index_select(0, source_C))
-
     # ---- the model
 
     def _graph_for(self, step: Scheduled) -> _Graph | None:
@@ -157,10 +150,11 @@ class DeviceRunner:
 
     def _forward(self, inputs: Tensor, slot_B: Tensor, step: Scheduled, num_tokens_P: list[int]) -> Tensor:
         num_tokens, num_sequences = len(step.slot_T), len(step.slot_B)
-        table = self._slots.blocks_SW.index_select(0, slot_B)
+        tables_CBW = self._slots.blocks_CSW.index_select(1, slot_B)
         longest = int(step.length_B.max(initial=1))
         return self._model.forward(
-            self._batch(inputs, num_tokens, num_sequences, step.num_single, table, longest, num_tokens_P), self._caches
+            self._batch(inputs, num_tokens, num_sequences, step.num_single, tables_CBW, longest, num_tokens_P),
+            self._caches,
         )
 
     def _batch(
@@ -169,7 +163,7 @@ class DeviceRunner:
         num_tokens: int,
         num_sequences: int,
         num_single: int,
-        block_table: Tensor,
+        tables_CBW: Tensor,
         max_length: int,
         num_tokens_P: list[int],
     ) -> ForwardBatch:
@@ -180,19 +174,24 @@ class DeviceRunner:
             inputs[3 * room : 3 * room + num_sequences + 1],
         )
         slots = self._slots
-        token_T, positions_T, mapping_T = look_up(
-            slot_T, position_T, slots.tokens_SL, slots.blocks_SW, slots.block_size
+        token_T, positions_T, mapping_CT = look_up(
+            slot_T, position_T, slots.tokens_SL, slots.blocks_CSW, slots.block_size
         )
         return ForwardBatch(
             token_ids_T=token_T,
             positions_T=positions_T,
-            slot_mapping_T=mapping_T,
-            sequences=DeviceSequences(
-                num_single=num_single,
-                max_length=max_length,
-                cu_queries=cu_queries,
-                lengths=lengths,
-                block_table=block_table,
+            caches=tuple(
+                CacheRows(
+                    slot_mapping_T=mapping_T,
+                    sequences=DeviceSequences(
+                        num_single=num_single,
+                        max_length=max_length,
+                        cu_queries=cu_queries,
+                        lengths=lengths,
+                        block_table=table_BW,
+                    ),
+                )
+                for mapping_T, table_BW in zip(mapping_CT, tables_CBW, strict=True)
             ),
             num_tokens_P=num_tokens_P,
             num_valid=inputs[-4:-3] if self._num_ranks == 1 else None,
@@ -200,17 +199,19 @@ class DeviceRunner:
 
     def _run_single(self, inputs: Tensor, size: int) -> Tensor:
         """Single queries, some of which may be nobody's: all that a graph holds."""
-        table = self._slots.blocks_SW.index_select(0, inputs[:size].clamp(min=0))
-        longest = table.shape[1] * self._slots.block_size
+        tables_CBW = self._slots.blocks_CSW.index_select(1, inputs[:size].clamp(min=0))
+        longest = tables_CBW.shape[2] * self._slots.block_size
         num_tokens_P = [size] * self._num_ranks
-        return self._model.forward(self._batch(inputs, size, size, size, table, longest, num_tokens_P), self._caches)
+        return self._model.forward(
+            self._batch(inputs, size, size, size, tables_CBW, longest, num_tokens_P), self._caches
+        )
 
     def _run_prompt(self, inputs: Tensor, size: int) -> Tensor:
         """Tokens that are nobody's, as if they were of one prompt."""
-        table = self._slots.blocks_SW[:1]
-        longest = table.shape[1] * self._slots.block_size
+        tables_CBW = self._slots.blocks_CSW[:, :1]
+        longest = tables_CBW.shape[2] * self._slots.block_size
         num_tokens_P = [size] * self._num_ranks
-        return self._model.forward(self._batch(inputs, size, 1, 0, table, longest, num_tokens_P), self._caches)
+        return self._model.forward(self._batch(inputs, size, 1, 0, tables_CBW, longest, num_tokens_P), self._caches)
 
     def _nobody(self, size: int) -> Tensor:
         """Inputs of tokens that belong to no slot."""

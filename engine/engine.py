@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import IO
 
 from expertwire.comm.control import SocketChannel, connect
 from expertwire.engine import process
-from expertwire.engine.checkpoint import Checkpoint, read_model_config
-from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo
+from expertwire.engine.cache_sizes import cache_sizes
+from expertwire.engine.checkpoint import Checkpoint
+from expertwire.engine.config import EngineConfig, ModelInfo
+from expertwire.engine.hub_config import read_model_config
 from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
+from expertwire.engine.model_config import ModelConfig
 from expertwire.engine.outputs import EngineFailed
-from expertwire.engine.startup import Orders, cache_blocks
+from expertwire.engine.startup import Orders
 from expertwire.moe.placement import place
 
 _POLL_S = 0.1
@@ -25,6 +30,11 @@ _STOP_S = 5.0
 
 class Engine:
     """Starts the controller and the ranks, and returns when they can serve.
+
+    Args:
+        config: the engine's options.
+        launcher: of its ranks.
+        end_of_turn_ids: tokens that end an output besides those that the checkpoint lists (`Tokenizer.end_of_turn_ids`).
 
     Attributes:
         token: what fronts must know to connect.
@@ -36,8 +46,10 @@ class Engine:
         EngineFailed: a rank could not start; names it.
     """
 
-    def __init__(self, config: EngineConfig, launcher: Launcher) -> None:
+    def __init__(self, config: EngineConfig, launcher: Launcher, end_of_turn_ids: Sequence[int] = ()) -> None:
         model = read_model_config(config.model, config.dtype)
+        eos_token_ids = dict.fromkeys((*model.eos_token_ids, *end_of_turn_ids))
+        model = dataclasses.replace(model, eos_token_ids=tuple(eos_token_ids))
         max_model_len = _check(config, model)
         self.token = secrets.token_hex(16)
         self._launcher = launcher
@@ -156,9 +168,26 @@ def _check(config: EngineConfig, model: ModelConfig) -> int:
         )
     if any(model.sparse_layers):
         place(model.num_experts, config.ep_size, config.redundant_experts)
+    if config.quantize is not None:
+        _check_quantize(config.quantize, model)
     if config.load_format == "auto":
         Checkpoint(config.model)
     max_model_len = config.max_model_len or longest
     if config.kv_cache_bytes is not None:
-        cache_blocks(config, model, max_model_len, 0)
+        cache_sizes(config, model.cache_specs(), max_model_len)
     return max_model_len
+
+
+def _check_quantize(name: str, model: ModelConfig) -> None:
+    if model.moe is None:
+        raise ValueError(f"quantize must be None: {model.architecture} has no experts; got {name!r}")
+    if model.quantization is not None and model.quantization.experts is not None:
+        raise ValueError(
+            f"quantize must be None: the checkpoint has experts in {model.quantization.experts} already; got {name!r}"
+        )
+    group = 1 if name == "fp8" else 32
+    if model.hidden_size % group or model.moe.size % group:
+        raise ValueError(
+            f"quantize {name!r} needs experts whose widths are multiples of {group}; {model.architecture} has "
+            f"{model.hidden_size} and {model.moe.size}"
+        )

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from expertwire.engine.chat import Chat
 from expertwire.engine.config import ModelInfo
 from expertwire.engine.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
 
-Prompt = str | Sequence[int] | np.ndarray
+Prompt = str | Sequence[int] | np.ndarray | Chat
 
 
 def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer | None) -> np.ndarray:
@@ -24,7 +25,7 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
     """
     if params.stop and tokenizer is None:
         raise ValueError("stop needs a tokenizer, and the model has none; use stop_token_ids")
-    tokens = _encode(prompt, tokenizer) if isinstance(prompt, str) else _as_tokens(prompt)
+    tokens = _encode(prompt, tokenizer) if isinstance(prompt, (str, Chat)) else _as_tokens(prompt)
     if len(tokens) == 0:
         raise ValueError("prompt must have at least one token, got none")
     if len(tokens) >= info.max_model_len:
@@ -43,10 +44,11 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
     return tokens.astype(np.int32)
 
 
-def _encode(text: str, tokenizer: Tokenizer | None) -> np.ndarray:
+def _encode(prompt: str | Chat, tokenizer: Tokenizer | None) -> np.ndarray:
     if tokenizer is None:
-        raise ValueError("a text prompt needs a tokenizer, and the model has none; send token ids")
-    return np.array(tokenizer.encode(text), np.int64)
+        kind = "chat" if isinstance(prompt, Chat) else "text prompt"
+        raise ValueError(f"a {kind} needs a tokenizer, and the model has none; send token ids")
+    return np.array(tokenizer.encode_chat(prompt) if isinstance(prompt, Chat) else tokenizer.encode(prompt), np.int64)
 
 
 def _as_tokens(prompt: Sequence[int] | np.ndarray) -> np.ndarray:

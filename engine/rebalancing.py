@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from expertwire.engine.config import ModelConfig
+from expertwire.engine.model_config import ModelConfig
+from expertwire.engine.quantization import expert_bytes
 from expertwire.moe.load import ExpertLoad
 from expertwire.moe.migration import Migration
 from expertwire.moe.placement import Placement
@@ -32,13 +33,13 @@ class Rebalancing:
     Args:
         load: the account; its placement follows what the ranks use.
         model: whose experts move.
+        quantize: as `EngineConfig` has it.
         window_steps: steps with tokens in a window.
     """
 
-    def __init__(self, load: ExpertLoad, model: ModelConfig, window_steps: int) -> None:
+    def __init__(self, load: ExpertLoad, model: ModelConfig, quantize: str | None, window_steps: int) -> None:
         self._load, self._window_steps = load, window_steps
-        itemsize = {"float32": 4, "bfloat16": 2}[model.dtype]
-        self._expert_bytes = 3 * model.hidden_size * model.expert_size * itemsize
+        self._expert_bytes = expert_bytes(model, quantize)
         self._balancer = Balancer(load.placement)
         self._thread = ThreadPoolExecutor(1, "rebalance")
         self._verdict: Future[Verdict] | None = None

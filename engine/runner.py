@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from expertwire.engine import logprobs
-from expertwire.engine.batch import ForwardBatch
-from expertwire.engine.caches import PagedKv
+from expertwire.engine.batch import ForwardBatch, of_prompt
+from expertwire.engine.caches import NamedCache, copy_blocks
 from expertwire.engine.decoder import Decoder
 from expertwire.engine.rank_loop import Launched
 from expertwire.engine.slot_states import Scheduled
 from expertwire.engine.slots import Slots
-from expertwire.kernels import attention, sampling
+from expertwire.kernels import sampling
 from expertwire.moe.migration import Leg
 from expertwire.moe.mover import Mover
 from expertwire.scheduler.plan import ExpertMoves, RankPlan, StepPlan, StepResult
@@ -32,7 +32,7 @@ class Runner:
     depth = 1  # the host computes
 
     def __init__(
-        self, *, model: Decoder, caches: list[PagedKv], slots: Slots, rank: int, mover: Mover | None = None
+        self, *, model: Decoder, caches: list[NamedCache], slots: Slots, rank: int, mover: Mover | None = None
     ) -> None:
         self._model, self._caches, self._slots, self._rank, self._mover = model, caches, slots, rank, mover
 
@@ -40,17 +40,10 @@ class Runner:
     def warm_up(self, num_ranks: int, max_num_tokens: int) -> None:
         """Compute one token, then two, into the null block, on all ranks together: what is compiled or allocated on first use
         is so before anyone waits for it."""
-        block_size, device = self._caches[0].k.shape[1], self._caches[0].k.device
+        slots = self._slots
         for num in range(1, min(2, max_num_tokens) + 1):
-            table = np.zeros((1, num), np.int32)
-            positions_T = torch.arange(num, device=device)
-            batch = ForwardBatch(
-                token_ids_T=torch.zeros_like(positions_T),
-                positions_T=positions_T,
-                slot_mapping_T=positions_T % block_size,
-                sequences=attention.describe(np.array([0, num]), np.array([num]), table, block_size, str(device)),
-                num_tokens_P=[num] * num_ranks,
-            )
+            null_CW = np.zeros((len(self._caches), num), np.int32)
+            batch = of_prompt([0] * num, 0, null_CW, slots.block_size, [num] * num_ranks, slots.device)
             self._model.logits(self._model.forward(batch, self._caches)).argmax(dim=-1)
         self._model.take_expert_load()
 
@@ -59,7 +52,7 @@ class Runner:
         """Apply the plan and build the batch; see `rank_loop.Steps`. All ranks of the group call it with the same plan."""
         mine = plan.rank(self._rank)
         self._slots.apply(mine)
-        self._copy_blocks(mine)
+        copy_blocks(self._caches, mine, self._slots.upload)
         load = self._model.take_expert_load() if plan.report_load else np.zeros(0, np.int64)
         answer = {"step": plan.step, "rank": self._rank, "expert_load": load}
         if not plan.num_tokens_P.any():
@@ -95,15 +88,6 @@ class Runner:
             outputs = self._sample(hidden_TD[rows_O], step.slot_O.astype(np.int32))
         elapsed_us = int((time.perf_counter() - started) * 1e6)
         return StepResult(**answer, forward_us=elapsed_us, **outputs, **prompt_rows)
-
-    def _copy_blocks(self, mine: RankPlan) -> None:
-        if not len(mine.copy_to_C):
-            return
-        assert not mine.copy_cache_C.any(), f"only cache 0 exists, plan names {np.unique(mine.copy_cache_C)}"
-        source_C, target_C = (torch.from_numpy(ids.astype(np.int64)) for ids in (mine.copy_from_C, mine.copy_to_C))
-        for cache in self._caches:
-            for blocks in (cache.k, cache.v):
-                blocks[target_C] = blocks[source_C]
 
     def _sample(self, x_OD: Tensor, slots_O: np.ndarray) -> dict[str, np.ndarray]:
         state = self._slots.sampling[slots_O]

@@ -1,10 +1,12 @@
 """What the host keeps of a rank's slots, wherever their tokens lie: counts, sampling parameters, and what changes logits.
 
-S slots, T tokens of a step, B scheduled slots, O sampled tokens, V vocabulary.
+S slots, C caches, T tokens of a step, B scheduled slots, O sampled tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expertwire.kernels import sampling
-from expertwire.scheduler.plan import SAMPLING_DTYPE, RankPlan
+from expertwire.scheduler.plan import SAMPLING_DTYPE, CacheSpec, RankPlan
 
 _NONE = np.zeros(0, np.int32)
 
@@ -47,20 +49,22 @@ class Scheduled:
         return self.cu_queries[1:] - 1
 
 
-class SlotStates:
+class SlotStates(ABC):
     """The part of a table of slots that is the same on every device; a table says where the tokens are (`known_tokens`)."""
 
-    def __init__(self, num_slots: int, device: str) -> None:
-        self.device = device
+    def __init__(self, num_slots: int, block_size: int, specs: Sequence[CacheSpec], device: str) -> None:
+        self.block_size, self.device = block_size, device
         self.num_tokens = np.zeros(num_slots, np.int64)
         self.sampling = np.zeros(num_slots, SAMPLING_DTYPE)
         self._bans = [_NONE] * num_slots
         self._bias: list[tuple[np.ndarray, np.ndarray]] = [(_NONE, _NONE)] * num_slots
         self._adjusted = np.zeros(num_slots, bool)  # whether anything changes the slot's logits
+        self._windows = [(cache, spec.window) for cache, spec in enumerate(specs) if spec.window is not None]
+        self._num_slid_CS = np.zeros((len(specs), num_slots), np.int64)  # blocks of a slot that slid out of its window
 
+    @abstractmethod
     def known_tokens(self, slot: int) -> Tensor:
         """i64, the prompt's and the sampled tokens, on the table's device."""
-        raise NotImplementedError
 
     def admit(self, plan: RankPlan) -> None:
         """Release and admit."""
@@ -74,6 +78,21 @@ class SlotStates:
         slots = plan.admit_slot_A
         listed = [len(self._bans[slot]) + len(self._bias[slot][0]) > 0 for slot in slots.tolist()]
         self._adjusted[slots] = _penalized(self.sampling[slots]) | np.array(listed, bool)
+        self._num_slid_CS[:, slots] = 0
+
+    def slide(self, plan: RankPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which entries of the block tables slide out of their windows when the plan is carried out, once each: caches, slots and
+        indices, i64. The scheduler gives their blocks to others and says nothing of it."""
+        parts = [np.zeros((3, 0), np.int64)]
+        slot_S, start_S = plan.sched_slot_S, plan.sched_start_S.astype(np.int64)
+        for cache, window in self._windows:
+            slid_S, before_S = np.maximum(start_S - window + 1, 0) // self.block_size, self._num_slid_CS[cache, slot_S]
+            num_S = slid_S - before_S
+            index = np.arange(num_S.sum()) - np.repeat(np.cumsum(num_S) - num_S - before_S, num_S)
+            parts.append(np.stack((np.full_like(index, cache), np.repeat(slot_S, num_S), index)))
+            self._num_slid_CS[cache, slot_S] = slid_S
+        cache_X, slot_X, index_X = np.concatenate(parts, axis=1)
+        return cache_X, slot_X, index_X
 
     def schedule(self, plan: RankPlan) -> Scheduled:
         """What the plan computes."""

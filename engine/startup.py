@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertwire.comm.control import ControlHub
-from expertwire.engine.config import EngineConfig, ModelConfig, ModelInfo
+from expertwire.engine.cache_sizes import cache_sizes
+from expertwire.engine.config import EngineConfig, ModelInfo
+from expertwire.engine.model_config import ModelConfig
 from expertwire.scheduler.config import SchedulerConfig
 
 # The share of free memory that caches may take, when no size is given.
 _CACHE_SHARE = 0.5
-
-
-class CacheTooSmall(ValueError):
-    """The KV cache does not hold one request of the asked length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +46,19 @@ def start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
     loaded = hub.collect(config.start_timeout_s)
     free_P = np.array([answer["free"][0] for answer in loaded])
     free = int((free_P // sharers_P).min() * _CACHE_SHARE)
-    num_blocks, max_model_len = cache_blocks(config, orders.model, orders.max_model_len, free)
-    hub.publish({"num_blocks": np.array([num_blocks]), "max_model_len": np.array([max_model_len])})
-    hub.collect(config.start_timeout_s)
     model = orders.model
+    specs = model.cache_specs()
+    sizes = cache_sizes(config, specs, orders.max_model_len, free)
+    hub.publish({"num_blocks": np.array(sizes.num_blocks), "max_model_len": np.array([sizes.max_model_len])})
+    hub.collect(config.start_timeout_s)
+    names = [spec.name for spec in specs]
     return ModelInfo(
         name=config.model.rstrip("/").rsplit("/", 1)[-1],
         path=config.model,
         architecture=model.architecture,
         dtype=model.dtype,
         vocab_size=model.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=sizes.max_model_len,
         eos_token_ids=model.eos_token_ids,
         num_layers=model.num_layers,
         num_experts=model.num_experts,
@@ -66,32 +66,12 @@ def start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
         ep_size=config.ep_size,
         device=bytes(loaded[0]["device"]).decode(),
         block_size=config.block_size,
-        num_blocks=num_blocks,
+        cache_tokens=sizes.num_tokens,
+        cache_blocks=dict(zip(names, sizes.num_blocks, strict=True)),
+        cache_bytes=dict(zip(names, sizes.num_bytes, strict=True)),
         max_running=config.max_running,
         seed=config.seed,
     )
-
-
-def cache_blocks(config: EngineConfig, model: ModelConfig, max_model_len: int, free_bytes: int) -> tuple[int, int]:
-    """Blocks on one rank, with the null block, and the longest request that they hold; `free_bytes` can be had for them.
-
-    Raises:
-        CacheTooSmall: not even one request of the asked length fits.
-    """
-    block_bytes = config.block_size * sum(spec.bytes_per_token for spec in model.cache_specs())
-    longest = -(-max_model_len // config.block_size)
-    budget = config.kv_cache_bytes
-    if budget is None:
-        budget = min(config.max_running * longest * block_bytes, free_bytes)
-    num_blocks = budget // block_bytes
-    if num_blocks >= longest:
-        return num_blocks + 1, max_model_len
-    if config.max_model_len is not None or num_blocks < 2:
-        raise CacheTooSmall(
-            f"the KV cache of one rank ({budget} bytes) holds {num_blocks * config.block_size} tokens; max_model_len = "
-            f"{max_model_len} needs {longest * block_bytes} bytes; raise kv_cache_bytes or lower max_model_len"
-        )
-    return num_blocks + 1, num_blocks * config.block_size
 
 
 def scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
@@ -103,7 +83,7 @@ def scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
         max_num_tokens=config.max_num_tokens,
         max_model_len=info.max_model_len,
         block_size=config.block_size,
-        num_blocks=info.num_blocks,
+        num_blocks=tuple(info.cache_blocks.values()),
         max_waiting=config.max_waiting,
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,

@@ -7,6 +7,7 @@ are made here from the text of single tokens, looked up in a table.
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from expertwire.engine.chat import ChatTemplates
+from expertwire.engine import tiktoken_files
+from expertwire.engine.chat import Chat
+from expertwire.engine.chat_templates import ChatTemplates
 from expertwire.engine.checkpoint import checkpoint_folder
+from expertwire.engine.dialects import Dialect, dialect_of
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -52,23 +56,17 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
-        """Read `tokenizer.json`, `tokenizer_config.json` and the chat templates of the folder `path`.
+        """Read `tokenizer.json` (or Kimi's `tiktoken.model`), `tokenizer_config.json` and the chat templates of the folder
+        `path`.
 
         Raises:
             ValueError: a file is missing, malformed or of an unsupported kind; the message names it.
         """
         folder = checkpoint_folder(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            hint = "; convert its tokenizer.model with transformers" if (folder / "tokenizer.model").is_file() else ""
-            raise ValueError(f"{folder} has no tokenizer.json, which is needed for text{hint}")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        backend = _read_backend(folder, config)
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(folder, config)
         _add_missing(backend, config, special_tokens)
         return cls(backend, special_tokens, ChatTemplates.open(folder, config, special_tokens))
@@ -93,17 +91,38 @@ class Tokenizer:
         """The text of token ids; ids beyond the vocabulary have none."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
-    ) -> str:
-        """The text of a chat; options and errors as in `ChatTemplates.render`."""
-        return self._chat_templates.render(messages, add_generation_prompt=add_generation_prompt, **options)
+    @functools.cached_property
+    def dialect(self) -> Dialect:
+        """How the model writes reasoning and calls of tools."""
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        return dialect_of(added, self._chat_templates.source)
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
-    ) -> list[int]:
+    @property
+    def chat_variables(self) -> tuple[str, ...]:
+        """The variables of the chat templates that a request may set."""
+        return self._chat_templates.variables()
+
+    def end_of_turn_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer in this dialect, as far as the vocabulary has them."""
+        ids = map(self._backend.token_to_id, self.dialect.end_of_turn)
+        return tuple(token for token in ids if token is not None)
+
+    def render_chat(self, chat: Chat) -> str:
+        """The text of a chat.
+
+        Raises:
+            ValueError: as `ChatTemplates.render`; or the dialect has no such `reasoning_effort`.
+        """
+        efforts = self.dialect.reasoning_efforts
+        if chat.reasoning_effort is not None and efforts and chat.reasoning_effort not in efforts:
+            raise ValueError(
+                f"reasoning_effort must be one of {', '.join(efforts)}, got {chat.reasoning_effort!r:.100}"
+            )
+        return self._chat_templates.render(chat)
+
+    def encode_chat(self, chat: Chat) -> list[int]:
         """Token ids of a chat. The template writes the special tokens, so none is added."""
-        return self.encode(self.render_chat(messages, add_generation_prompt, **options), add_special_tokens=False)
+        return self.encode(self.render_chat(chat), add_special_tokens=False)
 
     def token_text(self, token: int) -> str:
         """The text of one token within a sequence; U+FFFD stands for bytes that are only part of a character."""
@@ -119,7 +138,7 @@ class _ByteTable(dict[int, bytes]):
 
     def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
         self._backend = backend
-        self._byte_of = _byte_alphabet()
+        self._byte_of = {letter: byte for byte, letter in tiktoken_files.byte_alphabet().items()}
         self.update(dict.fromkeys(skipped, b""))
 
     def __missing__(self, token: int) -> bytes:
@@ -217,6 +236,20 @@ class _PieceStream:
         return text
 
 
+def _read_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        if (folder / tiktoken_files.NAME).is_file():
+            return tiktoken_files.read(folder / tiktoken_files.NAME, config)
+        present = [name for name in ("tokenizer.model", "tekken.json") if (folder / name).is_file()]
+        hint = f"; convert its {present[0]} with transformers" if present else ""
+        raise ValueError(f"{folder} has no tokenizer.json, which is needed for text{hint}")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
 def _make_table(backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> _ByteTable | _PieceTable:
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     kinds = [part["type"] for part in decoder.get("decoders", [decoder] if decoder else [])]
@@ -230,14 +263,6 @@ def _make_table(backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> _By
             f"{', '.join(sorted(_PIECE_DECODERS))}"
         )
     return _PieceTable(backend, skipped, "ByteFallback" in kinds)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in byte-level vocabularies: printable Latin-1 for itself, the rest from U+0100
-    on, as in GPT-2."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

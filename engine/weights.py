@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +24,20 @@ from tqdm import tqdm
 from expertwire.engine.checkpoint import Checkpoint, StoredTensor, some
 from expertwire.engine.weight_map import Destination, ParamSpec, WeightMap
 
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu, "I32": torch.int32, "U8": torch.uint8, "I8": torch.uint8,
+}  # fmt: skip
+# What may be loaded into a parameter of a type: floating-point numbers are rounded; 4-bit numbers are bytes, whatever these
+# are called; powers of two may be kept as their exponents.
+_FLOATS = ("F32", "BF16", "F16")
+ACCEPTED = {
+    torch.float32: (*_FLOATS, "F8_E8M0"),
+    torch.bfloat16: _FLOATS,
+    torch.float8_e4m3fn: ("F8_E4M3",),
+    torch.int32: ("I32",),
+    torch.uint8: ("U8", "I8", "F8_E8M0"),
+}
 CHUNK_BYTES = 16 << 20
 HUGE_PAGE_BYTES = 2 << 20
 NOISE_SIZE = 1 << 18  # random values drawn at a time; fits a core's cache
@@ -30,7 +45,7 @@ NOISE_SIZE = 1 << 18  # random values drawn at a time; fits a core's cache
 
 def allocate(specs: Mapping[str, ParamSpec], dtype: torch.dtype, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Uninitialised contiguous parameters; call `check_memory` with `nbytes(specs, dtype)` first."""
-    return {name: _empty(spec.shape, dtype, torch.device(device)) for name, spec in specs.items()}
+    return {name: _empty(spec.shape, spec.dtype or dtype, torch.device(device)) for name, spec in specs.items()}
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -46,11 +61,16 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def nbytes(specs: Mapping[str, ParamSpec], dtype: torch.dtype) -> int:
     """Bytes of the parameters that `allocate` makes."""
-    return dtype.itemsize * sum(math.prod(spec.shape) for spec in specs.values())
+    return sum((spec.dtype or dtype).itemsize * math.prod(spec.shape) for spec in specs.values())
 
 
 def load_weights(
-    checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, torch.Tensor], *, progress: bool
+    checkpoint: Checkpoint,
+    weight_map: WeightMap,
+    params: Mapping[str, torch.Tensor],
+    *,
+    skipped: Sequence[str] = (),
+    progress: bool,
 ) -> None:
     """Fills `params` in place from the checkpoint, converting between float32, bfloat16 and float16 (rounding to nearest).
 
@@ -61,27 +81,28 @@ def load_weights(
         checkpoint: where the tensors are.
         weight_map: for every tensor of the checkpoint, where it goes on this rank.
         params: filled completely; on one device.
+        skipped: regular expressions of whole names of tensors that are knowingly not read.
         progress: show a bar on stderr.
 
     Raises:
         ValueError: a tensor that the map does not know, one it needs that is missing, of a wrong shape or of an unsupported
             stored type, a parameter that would not be filled, a file that changed: names the tensor, parameter or file.
     """
-    _check(checkpoint, weight_map, params)
+    check(checkpoint, weight_map, params, skipped)
     wanted = [(checkpoint.tensors[name], destinations) for name, destinations in weight_map.items() if destinations]
     wanted.sort(key=lambda item: (item[0].file, item[0].offset))
-    longest = max((stored.nbytes // _rows(stored) for stored, _ in wanted), default=0)
+    reads = [(stored, read) for stored, destinations in wanted for read in _reads(stored, destinations)]
+    longest = max((read.unit_bytes for _, read in reads), default=0)
     on_cuda = any(param.is_cuda for param in params.values())
     buffer = torch.empty(max(CHUNK_BYTES, longest), dtype=torch.uint8, pin_memory=on_cuda)
-    total = sum(stored.nbytes for stored, _ in wanted)
+    total = sum(read.nbytes for _, read in reads)
     with tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
-        numbered = enumerate(wanted, 1)
-        for path, in_file in groupby(numbered, key=lambda item: item[1][0].file):
+        for path, in_file in groupby(enumerate(reads, 1), key=lambda item: item[1][0].file):
             with path.open("rb", buffering=0) as file:
-                for number, (stored, destinations) in in_file:
-                    _copy(file, stored, [params[d.param][d.region] for d in destinations], buffer)
-                    bar.set_postfix_str(f"{number}/{len(wanted)} tensors", refresh=False)
-                    bar.update(stored.nbytes)
+                for number, (stored, read) in in_file:
+                    _copy(file, stored, read, params, buffer)
+                    bar.set_postfix_str(f"{number}/{len(reads)} tensors", refresh=False)
+                    bar.update(read.nbytes)
 
 
 def dummy_weights(specs: Mapping[str, ParamSpec], params: Mapping[str, torch.Tensor], seed: int) -> None:
@@ -91,27 +112,38 @@ def dummy_weights(specs: Mapping[str, ParamSpec], params: Mapping[str, torch.Ten
     equal on all ranks and at any number of them. Extra memory: about 2 MiB.
     """
     for name, spec in specs.items():
-        if spec.fan_in is None:
-            params[name].fill_(1)
+        if spec.fan_in is None and spec.value is not None:
+            params[name].copy_(torch.tensor(spec.value))
         elif spec.experts is None:
-            _fill_normal(params[name], f"{seed}/{name}", spec.fan_in)
+            _fill_random(params[name], f"{seed}/{name}", spec.fan_in)
         else:
             for values, expert in zip(params[name], spec.experts, strict=True):
-                _fill_normal(values, f"{seed}/{name}/{expert}", spec.fan_in)
+                _fill_random(values, f"{seed}/{name}/{expert}", spec.fan_in)
 
 
-def _fill_normal(param: torch.Tensor, key: str, fan_in: int) -> None:
+def _fill_random(param: torch.Tensor, key: str, fan_in: int | None) -> None:
+    """Normal numbers, or bits if `fan_in` is None."""
     values = param.view(-1)
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    if fan_in is None:
+        raw = values.view(torch.uint8)
+        torch.randint(0, 256, raw.shape, dtype=torch.uint8, device=raw.device, generator=generator, out=raw)
+        return
     noise = torch.empty(min(NOISE_SIZE, values.numel()), dtype=torch.float32, device=values.device)
     for chunk in values.split(NOISE_SIZE):
         chunk.copy_(noise[: len(chunk)].normal_(0, fan_in**-0.5, generator=generator))
 
 
-def _check(checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, torch.Tensor]) -> None:
-    """Raises unless the map uses or knowingly ignores every tensor and fills every parameter, exactly once."""
-    unknown = [name for name in checkpoint.names() if name not in weight_map]
+def check(
+    checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, torch.Tensor], skipped: Sequence[str] = ()
+) -> None:
+    """Raises as `load_weights` does unless the map uses or ignores every tensor and fills every parameter, exactly once.
+
+    Only the parameters' shapes and types count: they may be on the device "meta".
+    """
+    unread = re.compile("|".join(f"(?:{pattern})" for pattern in skipped) or "(?!)")
+    unknown = [name for name in checkpoint.names() if name not in weight_map and not unread.fullmatch(name)]
     if unknown:
         raise ValueError(f"{checkpoint.path}: the model does not know these tensors: {some(unknown)}")
     wanted = {name: destinations for name, destinations in weight_map.items() if destinations}
@@ -121,7 +153,7 @@ def _check(checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, t
     _check_filled(wanted.values(), params)
     misshapen = []
     for name, destinations in wanted.items():
-        found, expected = checkpoint.shape(name), {d.shape(tuple(params[d.param].shape)) for d in destinations}
+        found, expected = checkpoint.shape(name), {d.expected(tuple(params[d.param].shape)) for d in destinations}
         if expected != {found}:
             misshapen.append(
                 f"{name} is {list(found)}, expected {' and '.join(str(list(s)) for s in sorted(expected))}"
@@ -129,12 +161,12 @@ def _check(checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, t
     if misshapen:
         raise ValueError(f"{checkpoint.path}: wrong shapes: {some(misshapen)}")
     unsupported = [
-        f"{name} ({checkpoint.dtype(name)})" for name in wanted if checkpoint.dtype(name) not in STORED_DTYPES
+        f"{name} ({checkpoint.dtype(name)}, allowed: {', '.join(accepted)})"
+        for name, destinations in wanted.items()
+        if checkpoint.dtype(name) not in (accepted := ACCEPTED[params[destinations[0].param].dtype])
     ]
     if unsupported:
-        raise ValueError(
-            f"{checkpoint.path}: stored types other than {', '.join(STORED_DTYPES)} are not supported yet: {some(unsupported)}"
-        )
+        raise ValueError(f"{checkpoint.path}: tensors of a type that is not supported there: {some(unsupported)}")
 
 
 Box = tuple[tuple[int, int], ...]  # [start, stop) along each dimension
@@ -180,26 +212,77 @@ def _tile(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
     return end == shape[0] and all(_tile(group, shape[1:]) for group in groups.values())
 
 
-def _copy(file: FileIO, stored: StoredTensor, targets: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
-    """Reads one tensor and copies it to each of the targets, as many rows at a time as fit the buffer."""
-    rows = _rows(stored)
-    row_bytes = stored.nbytes // rows
-    if row_bytes == 0:
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """Consecutive bytes of a tensor: all of it, or one index of its first dimension, `lead`.
+
+    What goes to parameters as it lies is read row by row, `unit_bytes` at least at a time; a part of it, or what is transposed or
+    repeated, all at once.
+    """
+
+    lead: int | None
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    unit_bytes: int
+    whole: bool
+    destinations: tuple[Destination, ...]
+
+
+def _reads(stored: StoredTensor, destinations: Sequence[Destination]) -> Iterator[_Read]:
+    for lead in sorted({d.lead for d in destinations}, key=lambda lead: -1 if lead is None else lead):
+        of_lead = tuple(d for d in destinations if d.lead == lead)
+        shape = stored.shape if lead is None else stored.shape[1:]
+        nbytes = stored.nbytes if lead is None else stored.nbytes // stored.shape[0]
+        offset = stored.offset + (0 if lead is None else lead * nbytes)
+        skip = 0 if lead is None else 1
+        whole = any(len(d.source) > skip or d.transposed or d.repeated for d in of_lead)
+        rows = max(1, shape[0]) if shape else 1
+        yield _Read(
+            lead=lead,
+            shape=shape,
+            offset=offset,
+            nbytes=nbytes,
+            unit_bytes=nbytes if whole else nbytes // rows,
+            whole=whole,
+            destinations=of_lead,
+        )
+
+
+def _copy(
+    file: FileIO, stored: StoredTensor, read: _Read, params: Mapping[str, torch.Tensor], buffer: torch.Tensor
+) -> None:
+    """Copies it to each of its destinations, as many rows at a time as fit the buffer."""
+    if read.nbytes == 0:
         return
-    shape = (rows, *stored.shape[1:])
-    file.seek(stored.offset)
-    step = len(buffer) // row_bytes
+    file.seek(read.offset)
+    dtype, targets = STORED_DTYPES[stored.dtype], [params[d.param][d.region] for d in read.destinations]
+    if read.whole:
+        raw = buffer[: read.nbytes]
+        _read_into(file, raw)
+        source = raw.view(dtype).view(read.shape)
+        for d, target in zip(read.destinations, targets, strict=True):
+            _put(target, _taken(source, d, skip=0 if read.lead is None else 1), repeated=d.repeated)
+        return
+    step, rows = len(buffer) // read.unit_bytes, read.nbytes // read.unit_bytes
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        raw = buffer[: count * row_bytes]
+        raw = buffer[: count * read.unit_bytes]
         _read_into(file, raw)
-        source = raw.view(STORED_DTYPES[stored.dtype]).view(count, *shape[1:])
+        source = raw.view(dtype).view(count, -1)
         for target in targets:
-            target.view(shape)[start : start + count].copy_(source)
+            _put(target.view(rows, -1)[start : start + count], source)
 
 
-def _rows(stored: StoredTensor) -> int:
-    return max(1, stored.shape[0]) if stored.shape else 1
+def _taken(source: torch.Tensor, destination: Destination, skip: int) -> torch.Tensor:
+    taken = source[destination.source[skip:]]
+    return taken.transpose(-1, -2) if destination.transposed else taken
+
+
+def _put(target: torch.Tensor, source: torch.Tensor, *, repeated: bool = False) -> None:
+    if source.dtype == torch.float8_e8m0fnu and target.dtype == torch.uint8:
+        source = source.view(torch.uint8)
+    target.copy_(source.reshape(-1, *[1] * (target.dim() - 1)) if repeated else source.reshape(target.shape))
 
 
 def _read_into(file: FileIO, raw: torch.Tensor) -> None:

@@ -5,7 +5,8 @@ What is said before the first plan, each a round of one message to every rank an
     controller: {}                                      rank: {"node", "store": address, of rank 0 only}
     controller: {"store", "sharers": ranks on each      rank: {"free": bytes left after loading, "device"}
                  rank's node}
-    controller: {"num_blocks", "max_model_len"}         rank: {}
+    controller: {"num_blocks": of each cache,           rank: {}
+                 "max_model_len"}
 
 A rank that fails answers so (`ControlLink.fail`) instead, and waits for the end.
 """
@@ -24,11 +25,14 @@ from expertwire.comm import group as groups
 from expertwire.comm.all_to_all import AllToAll, AllToAllSpec, RankStalled
 from expertwire.comm.control import ChannelClosed, ControlLink
 from expertwire.engine import weights
-from expertwire.engine.caches import PagedKv
-from expertwire.engine.checkpoint import Checkpoint, read_model_config
-from expertwire.engine.config import EngineConfig, ModelConfig
-from expertwire.engine.decoder import Decoder, RankContext
-from expertwire.engine.models import registry
+from expertwire.engine.caches import NamedCache
+from expertwire.engine.checkpoint import Checkpoint
+from expertwire.engine.config import EngineConfig
+from expertwire.engine.decoder import Decoder
+from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.layers.step import RankContext
+from expertwire.engine.loading import load
+from expertwire.engine.model_config import ModelConfig
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import Runner
 from expertwire.engine.slots import Slots
@@ -93,7 +97,7 @@ def _start(
     link.send({"free": np.array([weights.free_memory(device)]), "device": _bytes(device.split(":")[0])})
 
     sizes = link.recv()
-    num_blocks, max_model_len = int(sizes["num_blocks"][0]), int(sizes["max_model_len"][0])
+    num_blocks, max_model_len = sizes["num_blocks"].tolist(), int(sizes["max_model_len"][0])
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
     runner = _make_runner(config, model, caches, max_model_len, num_ranks, group)
     link.send({})
@@ -103,21 +107,22 @@ def _start(
 def _make_runner(
     config: EngineConfig,
     model: Decoder,
-    caches: list[PagedKv],
+    caches: list[NamedCache],
     max_model_len: int,
     num_ranks: int,
     group: groups.Group,
 ) -> Steps:
     """Warmed up: on a GPU, graphs are captured now, so that running out of memory is found before anyone is served."""
     device, rank = model.context.device, model.context.rank
-    shape = {"num_slots": config.max_running, "max_model_len": max_model_len, "block_size": config.block_size}
+    specs = [cache.spec for cache in caches]
+    sizes = {"num_slots": config.max_running, "max_model_len": max_model_len, "block_size": config.block_size}
     if model.context.ops.on_device:
         if config.rebalance_steps:
             raise ValueError(f"rebalance_steps must be 0 on device {device!r}: only a CPU's experts can move yet")
         from expertwire.engine.device_runner import DeviceRunner  # Triton is of no use elsewhere
         from expertwire.engine.device_slots import DeviceSlots
 
-        slots = DeviceSlots(**shape, device=device)
+        slots = DeviceSlots(**sizes, specs=specs, device=device)
         on_device = DeviceRunner(model=model, caches=caches, slots=slots, rank=rank, num_ranks=num_ranks)
         on_device.warm_up(config.max_num_tokens, config.max_running)
         return on_device
@@ -126,7 +131,8 @@ def _make_runner(
         assert model.context.placement is not None, "a dense model's experts cannot move"
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = Mover(layers, model.context.placement, group)
-    runner = Runner(model=model, caches=caches, slots=Slots(**shape, device=device), rank=rank, mover=mover)
+    slots = Slots(**sizes, specs=specs, device=device)
+    runner = Runner(model=model, caches=caches, slots=slots, rank=rank, mover=mover)
     runner.warm_up(num_ranks, config.max_num_tokens)
     return runner
 
@@ -168,17 +174,15 @@ def _load(
         placement=placement,
         all_to_all=all_to_all,
     )
-    model = registry.build(model_config, context)
-    specs = model.param_specs()
-    weights.check_memory(weights.nbytes(specs, dtype), device, sharers=sharers if device == "cpu" else 1)
-    params = weights.allocate(specs, dtype, device)
-    if config.load_format == "dummy":
-        weights.dummy_weights(specs, params, config.seed)
-    else:
-        weights.load_weights(Checkpoint(config.model), model.weight_map(), params, progress=rank == 0)
-    with torch.inference_mode():
-        model.bind(params)
-    return model
+    return load(
+        model_config,
+        context,
+        None if config.load_format == "dummy" else Checkpoint(config.model),
+        quantize=config.quantize,
+        seed=config.seed,
+        sharers=sharers if device == "cpu" else 1,
+        progress=rank == 0,
+    )
 
 
 def _device(config: EngineConfig, rank: int) -> str:

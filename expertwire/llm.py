@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from expertwire.deploy import runtime
+from expertwire.engine.chat import Chat
 from expertwire.engine.config import EngineConfig, ModelInfo, too_many_branches
 from expertwire.engine.engine import Engine
 from expertwire.engine.front import Front
@@ -45,7 +46,7 @@ class LLM:
         config = EngineConfig(model=str(model), **options)
         tokenizer = runtime.open_tokenizer(config)
         self._config = config
-        self._engine = Engine(config, runtime.make_launcher(config))
+        self._engine = Engine(config, runtime.make_launcher(config), runtime.end_of_turn_ids(tokenizer))
         try:
             self._front = Front(self._engine.connect(), tokenizer, deterministic_seeds=True)
         except BaseException:
@@ -113,8 +114,11 @@ class LLM:
         tenant: str | Sequence[str] | None = None,
         cache_salt: str | Sequence[str] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
+        thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Outputs for one conversation or several, rendered with the model's chat template.
@@ -125,20 +129,36 @@ class LLM:
             use_tqdm: show a progress bar.
             priority: as in `generate`; so are `tenant` and `cache_salt`.
             add_generation_prompt: end with what begins the assistant's answer.
+            continue_final_message: go on with the last message; excludes `add_generation_prompt`.
             chat_template: name of one of the model's templates, or the Jinja source of another.
             tools: JSON schemas of functions.
+            reasoning_effort: how much the model shall think, in its own words: "low", "medium" or "high" of gpt-oss.
+            thinking: whether the model shall think, where its template has a switch for it.
             chat_template_kwargs: further variables of the template.
 
         Raises:
-            ValueError: as `generate`; also if there is no chat template, or it refuses the messages.
+            ValueError: as `generate`; also if there is no chat template, it refuses the messages, or it does not read a
+                variable that is given.
             EngineFailed: as `generate`.
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer, and the model has none; use generate with token ids")
         several = isinstance(messages, Sequence) and messages and isinstance(messages[0], (list, tuple))
         conversations: Any = messages if several else [messages]
-        options: dict[str, Any] = {"chat_template": chat_template, "tools": tools, **(chat_template_kwargs or {})}
-        texts = [self.tokenizer.render_chat(chat, add_generation_prompt, **options) for chat in conversations]
+        chats = [
+            Chat(
+                messages=conversation,
+                tools=tools,
+                reasoning_effort=reasoning_effort,
+                thinking=thinking,
+                chat_template_kwargs={} if chat_template_kwargs is None else chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=chat_template,
+            )
+            for conversation in conversations
+        ]
+        texts = [self.tokenizer.render_chat(chat) for chat in chats]
         # The template writes the special tokens.
         prompts = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         each = _options_of(conversations, priority=priority, tenant=tenant, cache_salt=cache_salt)

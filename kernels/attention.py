@@ -4,8 +4,10 @@ A sequence's keys and values lie in blocks of `block_size` tokens; its block tab
 step are the last ones of their sequences: query i of a sequence with `length` known tokens and `num` queries is at position
 `length - num + i` and sees the positions up to its own.
 
-Two variants: a sliding window of `window` tokens (0: none) shows a query the last `window` positions up to its own; a sink is a
-learned logit a head that takes part in the softmax's sum and brings no value (gpt-oss).
+Variants: a sliding window of `window` tokens (0: none) shows a query the last `window` positions up to its own; with chunks of
+`chunk` positions (0: none) a query sees those of its own chunk, from (position // chunk) * chunk on (Llama 4). Before the first
+position that is visible the cache may hold anything: its blocks may have been given back. A sink is a learned logit a head that
+takes part in the softmax's sum and brings no value (gpt-oss).
 
 T tokens, H query heads, G key/value heads (H/G queries share one), d head size, B sequences, L padded length, s block size,
 W blocks in a row of the block table.
@@ -40,25 +42,6 @@ class PagedSequences:
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
-
-    @property
-    def single_lengths(self) -> Tensor:
-        """i64 [num_single]."""
-        return torch.from_numpy(self.lengths[: self.num_single]).to(self.block_table.device)
-
-    @property
-    def single_block_table(self) -> Tensor:
-        """i64 [num_single, blocks of the longest of them]."""
-        return self.block_table[: self.num_single, : self._blocks(self.lengths[: self.num_single].max(initial=0))]
-
-    @property
-    def block_tables(self) -> list[Tensor]:
-        """Of the sequences with several queries: i64 [blocks]."""
-        several = range(self.num_single, self.num_sequences)
-        return [self.block_table[b, : self._blocks(self.lengths[b])] for b in several]
-
-    def _blocks(self, length: int) -> int:
-        return -(-int(length) // self.block_size)
 
 
 def describe(
@@ -100,6 +83,16 @@ class DeviceSequences:
         return self.lengths.shape[0]
 
 
+def owners(seqs: DeviceSequences, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Of each token its sequence and its position, i64 [T] each; position -1 where it belongs to none."""
+    token_T = torch.arange(num_tokens, device=seqs.lengths.device)
+    ends_B = seqs.cu_queries[1:].long()
+    sequence_T = torch.searchsorted(ends_B, token_T, right=True)
+    is_owned, sequence_T = sequence_T < len(ends_B), sequence_T.clamp(max=len(ends_B) - 1)
+    position_T = seqs.lengths[sequence_T].long() - ends_B[sequence_T] + token_T
+    return sequence_T, torch.where(is_owned, position_T, -1)
+
+
 class Fused(Protocol):
     """A layer's attention and the norm behind it in one call: the ops' bits, fewer calls."""
 
@@ -115,14 +108,33 @@ class Fused(Protocol):
 
 
 def fuse(
-    qkv: linear.Linear, output: linear.Linear, qk_norm_hd: Tensor | None, norm_D: Tensor, eps: float, head_dim: int
+    qkv: linear.Linear,
+    output: linear.Linear,
+    qk_norm_hd: Tensor | None,
+    norm_D: Tensor,
+    eps: float,
+    head_dim: int,
+    *,
+    interleaved: bool = False,
+    scale: float | None = None,
+    window: int = 0,
+    chunk: int = 0,
+    sinks_H: Tensor | None = None,
 ) -> Fused | None:
-    """Of prepared layers to (H + 2G) * d and from H * d, where there is an implementation."""
+    """Of prepared layers to (H + 2G) * d and from H * d, where there is an implementation; options as of `rotate_and_store` and
+    `attend`. What is rotated is up to the tables of a step."""
     from expertwire.kernels.cpu import fused, gemm  # numba is slow to import and of no use elsewhere
 
     if not (isinstance(qkv, gemm.PackedLinear) and isinstance(output, gemm.PackedLinear)):
         return None
-    return fused.AttentionAndNorm(qkv, output, qk_norm_hd, norm_D, eps, head_dim)
+    options = {"interleaved": interleaved, "scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
+    return fused.AttentionAndNorm(qkv, output, qk_norm_hd, norm_D, eps, head_dim, **options)
+
+
+def first_visible(position: int, window: int, chunk: int) -> int:
+    """The first position that a query at `position` sees."""
+    first = max(0, position + 1 - window) if window else 0
+    return max(first, position // chunk * chunk) if chunk else first
 
 
 def reference(
@@ -133,16 +145,17 @@ def reference(
     *,
     scale: float | None = None,
     window: int = 0,
+    chunk: int = 0,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """One query at a time in fp32; caches [blocks, s, G, d]; `scale` is d^-0.5 unless given; returns [T, H, d]."""
     out_THd = torch.empty_like(q_THd)
     scale = q_THd.shape[-1] ** -0.5 if scale is None else scale
-    for b, table in enumerate([*seqs.single_block_table, *seqs.block_tables]):
+    for b, table in enumerate(seqs.block_table):
         start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
         for row in range(start, end):
             stop = seqs.lengths[b] - (end - 1 - row)
-            visible = slice(max(0, stop - window) if window else 0, stop)
+            visible = slice(first_visible(stop - 1, window, chunk), stop)
             k_GLd, v_GLd = (c[table].flatten(0, 1)[visible].float().transpose(0, 1) for c in (k_cache, v_cache))
             q_Gqd = q_THd[row].float().view(k_GLd.shape[0], -1, q_THd.shape[-1])
             logits = [q_Gqd @ k_GLd.transpose(1, 2) * scale]
@@ -186,61 +199,64 @@ def rotate_and_store(
     if norm_hd is not None:
         qk = F.rms_norm(qk, (dim,), None, eps) * norm_hd.float()
     turned, kept = qk.split((tables[0].shape[1], dim - tables[0].shape[1]), -1)
-    qk = torch.cat((rotate_at(turned, tables, positions_T, interleaved), kept), -1).to(qkv_Thd.dtype)
+    qk = torch.cat((rotary.rotate_at(turned, tables, positions_T, interleaved), kept), -1).to(qkv_Thd.dtype)
     k_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, qk[:, num_heads:])
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, v_TGd)
     return qk[:, :num_heads]
 
 
-def rotate_at(x_THr: Tensor, tables: tuple[Tensor, Tensor], positions_T: Tensor, interleaved: bool) -> Tensor:
-    """`rotary.rotate` at these positions, of pairs (x_i, x_i+r/2) or, interleaved, (x_2i, x_2i+1)."""
-    if interleaved:
-        x_THr = x_THr.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    x_THr = rotary.rotate(x_THr, *(table[positions_T].unsqueeze(1) for table in tables))
-    return x_THr.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if interleaved else x_THr
-
-
-def attend(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
-    """As `reference`, by torch's fused attention: one batch of single queries, then one call a longer sequence."""
-    single = _attend_single(q_THd[: seqs.num_single], k_cache, v_cache, seqs)
-    return torch.cat((single, attend_several(q_THd, k_cache, v_cache, seqs)))
-
-
-def attend_several(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
-    """The sequences with several queries only: [T - num_single, H, d]."""
+def attend(
+    q_THd: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqs: PagedSequences,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    chunk: int = 0,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """As `reference`, one sequence at a time: torch's fused attention, or, with sinks, which that lacks, its parts."""
     outputs = [q_THd[:0]]
-    for b, table in enumerate(seqs.block_tables, seqs.num_single):
+    for b, length in enumerate(seqs.lengths.tolist()):
         q = q_THd[seqs.cu_queries[b] : seqs.cu_queries[b + 1]]
-        outputs.append(_attend_one(q, k_cache, v_cache, table, seqs.lengths[b]))
+        begin = first_visible(length - len(q), window, chunk)
+        k_GLd, v_GLd = (_gather(cache, seqs.block_table[b], begin, length) for cache in (k_cache, v_cache))
+        mask = visible(len(q), begin, length, window, chunk, q.device)
+        outputs.append(_attend_one(q.transpose(0, 1), k_GLd, v_GLd, mask, scale, sinks_H).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def _gather(cache: Tensor, table: Tensor, batch: int) -> Tensor:
-    """[batch, G, L, d] of the blocks in `table`."""
-    _, _, heads, dim = cache.shape
-    return cache.index_select(0, table.flatten()).view(batch, -1, heads, dim).transpose(1, 2)
+def visible(num: int, begin: int, length: int, window: int, chunk: int, device: torch.device) -> Tensor:
+    """Which of the positions from `begin` to `length` the last `num` see: bool [num, positions]."""
+    key_L = torch.arange(begin, length, device=device)
+    query_q1 = torch.arange(length - num, length, device=device)[:, None]
+    found = key_L <= query_q1
+    if window:
+        found &= key_L > query_q1 - window
+    if chunk:
+        found &= key_L >= query_q1 // chunk * chunk
+    return found
 
 
-def _attend_single(q_BHd: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences) -> Tensor:
-    if not len(q_BHd):
-        return q_BHd
-    batch, num_heads, dim = q_BHd.shape
-    k_BGLd, v_BGLd = (_gather(c, seqs.single_block_table, batch) for c in (k_cache, v_cache))
-    visible = torch.arange(k_BGLd.shape[2], device=q_BHd.device) < seqs.single_lengths[:, None]
-    # The heads that share a key head are its queries: nothing is repeated.
-    q_BGqd = q_BHd.view(batch, k_BGLd.shape[1], -1, dim)
-    out = F.scaled_dot_product_attention(q_BGqd, k_BGLd, v_BGLd, attn_mask=visible[:, None, None, :])
-    return out.reshape(batch, num_heads, dim)
+def _gather(cache: Tensor, table: Tensor, begin: int, end: int) -> Tensor:
+    """[G, L, d]: the positions from `begin` to `end`."""
+    block_size = cache.shape[1]
+    first = begin // block_size
+    rows_LGd = cache[table[first : -(-end // block_size)]].flatten(0, 1)
+    return rows_LGd[begin - first * block_size : end - first * block_size].transpose(0, 1)
 
 
-def _attend_one(q_THd: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int) -> Tensor:
-    num, num_heads, _ = q_THd.shape
-    k_1GLd, v_1GLd = (_gather(c, table, 1)[:, :, :length] for c in (k_cache, v_cache))
-    q_1HTd = q_THd.transpose(0, 1).unsqueeze(0)
-    mask = None
-    if num < length:
-        mask = torch.ones(num, length, dtype=torch.bool, device=q_THd.device).tril(length - num)
-    out = F.scaled_dot_product_attention(
-        q_1HTd, k_1GLd, v_1GLd, attn_mask=mask, is_causal=mask is None, enable_gqa=num_heads != k_1GLd.shape[1]
-    )
-    return out[0].transpose(0, 1)
+def _attend_one(
+    q_HTd: Tensor, k_GLd: Tensor, v_GLd: Tensor, mask_TL: Tensor, scale: float | None, sinks_H: Tensor | None
+) -> Tensor:
+    if sinks_H is None:
+        shared = len(q_HTd) != len(k_GLd)
+        batch = (tensor.unsqueeze(0) for tensor in (q_HTd, k_GLd, v_GLd))
+        return F.scaled_dot_product_attention(*batch, attn_mask=mask_TL, scale=scale, enable_gqa=shared)[0]
+    k_HLd, v_HLd = (kv.repeat_interleave(len(q_HTd) // len(kv), 0).float() for kv in (k_GLd, v_GLd))
+    scale = q_HTd.shape[-1] ** -0.5 if scale is None else scale
+    logits_HTL = (q_HTd.float() @ k_HLd.transpose(1, 2) * scale).masked_fill(~mask_TL, float("-inf"))
+    sinks_HT1 = sinks_H.float()[:, None, None].expand(*q_HTd.shape[:2], 1)
+    weights_HTL = torch.cat((logits_HTL, sinks_HT1), -1).softmax(-1)[..., :-1]
+    return (weights_HTL @ v_HLd).to(q_HTd.dtype)

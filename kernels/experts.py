@@ -18,12 +18,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.kernels import linear
+from expertwire.kernels.formats import Quantized, Weight, dequantize
 from expertwire.kernels.permute import TileMap
+from expertwire.kernels.variants import Activation
 
-# (x_UD, row_index_R sorted by expert, offsets [e + 1], home_R or None, tile_map or None) -> y_RD: either row_index and offsets
-# are i64, the latter on the host, and rows stay in order; or, on a GPU, all is i32 on the device, row r goes to place home_R[r],
-# there may be fewer rows than R, and their tiles may be known.
-GroupedMlp = Callable[[Tensor, Tensor, np.ndarray | Tensor, Tensor | None, TileMap | None], Tensor]
+
+class GroupedMlp(Protocol):
+    """The prepared experts of a layer."""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """All arrays [e, ...] that a call reads, contiguous: they may be rewritten in place when an expert moves."""
+        ...
+
+    def __call__(
+        self,
+        x_UD: Tensor,
+        row_index_R: Tensor,
+        offsets: np.ndarray | Tensor,
+        home_R: Tensor | None = None,
+        tile_map: TileMap | None = None,
+    ) -> Tensor:
+        """Rows sorted by expert and `offsets` [e + 1] -> y_RD.
+
+        Either `row_index_R` and `offsets` are i64, the latter on the host, and rows stay in order; or, on a GPU, all is i32 on
+        the device, row r goes to place `home_R[r]`, there may be fewer rows than R, and their tiles may be known.
+        """
+        ...
 
 
 class Fused(Protocol):
@@ -49,28 +70,6 @@ def reference(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray, w13_eFD: T
     return y_RD
 
 
-@dataclass(frozen=True)
-class Activation:
-    """What lies between the two products of an expert.
-
-    "swiglu": `silu(gate) * up`. "swiglu_clamped" (gpt-oss): gate clamped above at `limit`, up on both sides, then
-    `gate * sigmoid(alpha * gate) * (up + 1)`. "relu2": `max(up, 0) ** 2`, without a gate.
-    """
-
-    kind: str = "swiglu"
-    alpha: float = 1.702
-    limit: float = 7.0
-
-    def __post_init__(self) -> None:
-        kinds = ("swiglu", "swiglu_clamped", "relu2")
-        if self.kind not in kinds:
-            raise ValueError(f"Activation.kind is {self.kind!r}, must be one of {kinds}")
-
-    @property
-    def gated(self) -> bool:
-        return self.kind != "relu2"
-
-
 def activation_reference(product_NF: Tensor, activation: Activation) -> Tensor:
     """fp32 [N, 2F], gate columns before up columns, or [N, F] without a gate -> fp32 [N, F]."""
     if activation.kind == "relu2":
@@ -80,6 +79,15 @@ def activation_reference(product_NF: Tensor, activation: Activation) -> Tensor:
         return F.silu(gate_NF) * up_NF
     gate_NF, up_NF = gate_NF.clamp(max=activation.limit), up_NF.clamp(-activation.limit, activation.limit)
     return gate_NF * torch.sigmoid(activation.alpha * gate_NF) * (up_NF + 1)
+
+
+def gate_reference(gate_up_NF: Tensor, activation: Activation) -> Tensor:
+    """Of [N, 2F] `gate * sigmoid(alpha * gate)`, rounded to the dtype, times `up + offset`, rounded; both clamped before."""
+    alpha, limit, offset = activation.gating
+    gate_NF, up_NF = gate_up_NF.float().chunk(2, dim=-1)
+    gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit) + offset
+    silu_NF = (gate_NF * torch.sigmoid(alpha * gate_NF)).to(gate_up_NF.dtype)
+    return (silu_NF.float() * up_NF).to(gate_up_NF.dtype)
 
 
 def w13_reference(
@@ -121,14 +129,24 @@ def w2_reference(
     return out_SD
 
 
-def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor]) -> GroupedMlp:
-    """A callable for these weights, as `linear.prepare` makes one."""
-    if linear.is_packed(w13_eFD) and linear.is_packed(w2_eDF):
-        from expertwire.kernels.cpu import gemm
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LibraryExperts:
+    """With the library's products, an expert after the other; a quantised one is unpacked, to x's dtype, when rows arrive."""
 
-        return gemm.pack_experts(w13_eFD, w2_eDF)
+    w13: Weight  # [e, 2F, D]
+    w2: Weight  # [e, D, F]
+    activation: Activation
+    bias13_eF: Tensor | None
+    bias2_eD: Tensor | None
+    silu_mul: Callable[[Tensor], Tensor]
 
-    def apply(
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        biases = tuple(bias for bias in (self.bias13_eF, self.bias2_eD) if bias is not None)
+        return tensors_of(self.w13) + tensors_of(self.w2) + biases
+
+    def __call__(
+        self,
         x_UD: Tensor,
         row_index_R: Tensor,
         offsets: np.ndarray | Tensor,
@@ -139,11 +157,50 @@ def prepare(w13_eFD: Tensor, w2_eDF: Tensor, silu_mul: Callable[[Tensor], Tensor
         assert home_R is tile_map is None, "and they stay in order"
         x_RD, y_RD = x_UD.index_select(0, row_index_R), x_UD.new_empty(len(row_index_R), x_UD.shape[1])
         for e, (start, end) in enumerate(pairwise(offsets.tolist())):
-            hidden = silu_mul(linear.library(x_RD[start:end], w13_eFD[e]))
-            y_RD[start:end] = linear.library(hidden, w2_eDF[e])
+            if start < end:
+                gate_up = linear.library(x_RD[start:end], *_layer(self.w13, self.bias13_eF, e, x_UD.dtype))
+                y_RD[start:end] = linear.library(self._gated(gate_up), *_layer(self.w2, self.bias2_eD, e, x_UD.dtype))
         return y_RD
 
-    return apply
+    def _gated(self, gate_up_NF: Tensor) -> Tensor:
+        return (
+            self.silu_mul(gate_up_NF)
+            if self.activation.kind == "swiglu"
+            else gate_reference(gate_up_NF, self.activation)
+        )
+
+
+def tensors_of(weight: Weight) -> tuple[Tensor, ...]:
+    return weight.tensors if isinstance(weight, Quantized) else (weight,)
+
+
+def _layer(weight: Weight, bias_eN: Tensor | None, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    matrix = dequantize(weight.expert(e) if isinstance(weight, Quantized) else weight[e], dtype)
+    return matrix, None if bias_eN is None else bias_eN[e].to(dtype)
+
+
+def prepare(
+    w13: Weight,
+    w2: Weight,
+    *,
+    silu_mul: Callable[[Tensor], Tensor],
+    activation: Activation | None = None,
+    bias13_eF: Tensor | None = None,
+    bias2_eD: Tensor | None = None,
+) -> GroupedMlp:
+    """A callable for weights [e, 2F, D], gate rows over up rows, and [e, D, F], as `linear.prepare` makes one.
+
+    Quantised weights stay as they are in memory.
+    """
+    activation = activation or Activation()
+    assert activation.gated, f"{activation} on a CPU"
+    if linear.is_packed(w13) and linear.is_packed(w2):
+        from expertwire.kernels.cpu import gemm
+
+        return gemm.pack_experts(w13, w2, activation, bias13_eF, bias2_eD)
+    return LibraryExperts(
+        w13=w13, w2=w2, activation=activation, bias13_eF=bias13_eF, bias2_eD=bias2_eD, silu_mul=silu_mul
+    )
 
 
 def fuse(

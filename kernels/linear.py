@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertwire.kernels.formats import Weight, dequantize
+
 Linear = Callable[[Tensor], Tensor]  # x_TD -> y_TN
 
 _ROWS = 64
@@ -38,8 +40,12 @@ def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return y_TN
 
 
-def prepare(w_ND: Tensor, bias_N: Tensor | None = None) -> Linear:
-    """A callable that applies `w_ND` (fp32 or bf16), by the device that it is on and the threads that torch has now."""
+def prepare(weight: Weight, bias_N: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Linear:
+    """A callable that applies `weight` [N, D], by the device that it is on and the threads that torch has now.
+
+    The products are in `dtype` (fp32 or bf16), else in the weight's own; a quantised weight needs one and is unpacked here.
+    """
+    w_ND = unpacked(weight, dtype)
     if not is_packed(w_ND):
         return lambda x_TD: library(x_TD, w_ND, bias_N)
     from expertwire.kernels.cpu import gemm
@@ -47,7 +53,15 @@ def prepare(w_ND: Tensor, bias_N: Tensor | None = None) -> Linear:
     return gemm.pack_linear(w_ND, bias_N)
 
 
-def is_packed(weight: Tensor) -> bool:
+def unpacked(weight: Weight, dtype: torch.dtype | None) -> Tensor:
+    """In `dtype`, else as it is."""
+    if dtype is None:
+        assert isinstance(weight, Tensor), f"{weight.format} {weight.shape} without a dtype to unpack it to"
+        return weight
+    return dequantize(weight, dtype)
+
+
+def is_packed(weight: Weight) -> bool:
     """Whether `kernels.cpu.gemm` takes a weight [..., N, D]: on a CPU, with few threads, for the widths that it covers.
 
     It runs on one thread, which takes most of the memory bandwidth that two could; more threads together read faster.

@@ -21,16 +21,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.attention import PagedSequences, rotate_at
+from expertwire.kernels.attention import PagedSequences, visible
+from expertwire.kernels.rotary import rotate_at
 
 
-def reference(q_THl: Tensor, cache: Tensor, seqs: PagedSequences, *, rank: int, scale: float) -> Tensor:
-    """One query at a time in fp32: queries [U_h^T q_h | p_h], cache [blocks, s, l]; returns [T, H, C], C = `rank`."""
+def reference(
+    q_THl: Tensor,
+    cache: Tensor,
+    seqs: PagedSequences,
+    *,
+    rank: int,
+    scale: float,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """One query at a time in fp32.
+
+    Args:
+        q_THl: [U_h^T q_h | p_h].
+        cache: [blocks, s, l].
+        seqs: as in `attention.reference`.
+        rank: C.
+        scale: of the scores; above 0.
+        chosen: i64 [T, k], the positions that a query sees, each once and none behind its own; -1 fills up. None: all.
+
+    Returns:
+        [T, H, C].
+    """
     out_THC = q_THl.new_empty(*q_THl.shape[:2], rank)
-    for b, table in enumerate([*seqs.single_block_table, *seqs.block_tables]):
+    for b, table in enumerate(seqs.block_table):
         start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
         for row in range(start, end):
             rows_Ll = cache[table].flatten(0, 1)[: seqs.lengths[b] - (end - 1 - row)].float()
+            if chosen is not None:
+                rows_Ll = rows_Ll[chosen[row][chosen[row] >= 0]]
             weights_HL = (q_THl[row].float() @ rows_Ll.T * scale).softmax(-1)
             out_THC[row] = (weights_HL @ rows_Ll[:, :rank]).to(q_THl.dtype)
     return out_THC
@@ -71,3 +94,27 @@ def rotate_and_store(
     row_Tl = torch.cat((latent_TC.to(kv_Tl.dtype), k_T1r[:, 0]), -1)
     cache.flatten(0, 1).index_copy_(0, slot_mapping_T, row_Tl)
     return q_THr
+
+
+def attend(
+    q_THl: Tensor,
+    cache: Tensor,
+    seqs: PagedSequences,
+    *,
+    rank: int,
+    scale: float,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """As `reference`, one sequence at a time."""
+    outputs = [q_THl.new_empty(0, q_THl.shape[1], rank)]
+    for b, length in enumerate(seqs.lengths.tolist()):
+        some = slice(seqs.cu_queries[b], seqs.cu_queries[b + 1])
+        q_HTl = q_THl[some].transpose(0, 1).float()
+        rows_Ll = cache[seqs.block_table[b]].flatten(0, 1)[:length].float()
+        mask_TL = visible(q_HTl.shape[1], 0, length, 0, 0, cache.device)
+        if chosen is not None:
+            counts_TL = torch.zeros(len(mask_TL), length + 1, device=cache.device)
+            mask_TL = counts_TL.scatter_(1, chosen[some] % (length + 1), 1.0)[:, :-1].bool()
+        weights_HTL = (q_HTl @ rows_Ll.T * scale).masked_fill(~mask_TL, float("-inf")).softmax(-1)
+        outputs.append((weights_HTL @ rows_Ll[:, :rank]).transpose(0, 1).to(q_THl.dtype))
+    return torch.cat(outputs)

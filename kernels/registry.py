@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expertwire.kernels import attention, combine, experts, linear, permute, rms_norm, routing
+from expertwire.kernels import attention, combine, experts, index, linear, mla, permute, rms_norm, routing
 from expertwire.kernels.experts import GroupedMlp
 from expertwire.kernels.linear import Linear
 from expertwire.kernels.permute import Permuted
@@ -33,11 +33,15 @@ class Ops:
     why: str
     on_device: bool
     linear: Callable[..., Linear]
-    experts: Callable[[Tensor, Tensor], GroupedMlp]
+    experts: Callable[..., GroupedMlp]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotate_and_store: Callable[..., Tensor]
     attend: Callable[..., Tensor]
+    rotate_and_store_latent: Callable[..., Tensor]
+    attend_latent: Callable[..., Tensor]
+    rotate_and_store_index: Callable[..., Tensor]
+    choose_positions: Callable[..., Tensor]
     route: Callable[..., tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
     permute: Callable[..., Permuted]
@@ -77,7 +81,9 @@ def cpu() -> Ops:
     """For a CPU."""
     # numba is slow to import and of no use elsewhere.
     from expertwire.kernels.cpu import attention as cpu_attention
-    from expertwire.kernels.cpu import elementwise
+    from expertwire.kernels.cpu import elementwise, rotary
+    from expertwire.kernels.cpu import index as cpu_index
+    from expertwire.kernels.cpu import mla as cpu_mla
 
     return Ops(
         why="the device is a CPU: numba",
@@ -86,8 +92,12 @@ def cpu() -> Ops:
         experts=partial(experts.prepare, silu_mul=elementwise.silu_mul),
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
-        rotate_and_store=cpu_attention.rotate_and_store,
+        rotate_and_store=rotary.rotate_and_store,
         attend=cpu_attention.attend,
+        rotate_and_store_latent=rotary.rotate_and_store_latent,
+        attend_latent=cpu_mla.attend,
+        rotate_and_store_index=rotary.rotate_and_store_index,
+        choose_positions=cpu_index.choose_positions,
         route=elementwise.route,
         silu_mul=elementwise.silu_mul,
         permute=permute.reference,
@@ -106,6 +116,10 @@ def plain() -> Ops:
         add_rms_norm=rms_norm.add_reference,
         rotate_and_store=attention.rotate_and_store,
         attend=attention.attend,
+        rotate_and_store_latent=mla.rotate_and_store,
+        attend_latent=mla.attend,
+        rotate_and_store_index=index.rotate_and_store,
+        choose_positions=index.choose_positions,
         route=routing.reference,
         silu_mul=experts.silu_mul_reference,
         permute=permute.reference,
@@ -119,6 +133,7 @@ def triton(gpu: Device) -> Ops:
     from expertwire.kernels.gpu import combine as gpu_combine
     from expertwire.kernels.gpu import experts as gpu_experts
     from expertwire.kernels.gpu import linear as gpu_linear
+    from expertwire.kernels.gpu import mla as gpu_mla
     from expertwire.kernels.gpu import permute as gpu_permute
     from expertwire.kernels.gpu import quantize, rotate_and_store
     from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
@@ -133,6 +148,10 @@ def triton(gpu: Device) -> Ops:
         add_rms_norm=gpu_rms_norm.add_rms_norm,
         rotate_and_store=rotate_and_store.rotate_and_store,
         attend=partial(gpu_attention.attend, device=gpu),
+        rotate_and_store_latent=gpu_mla.rotate_and_store,
+        attend_latent=partial(gpu_mla.attend, device=gpu),
+        rotate_and_store_index=index.rotate_and_store,
+        choose_positions=index.choose_positions_on_device,
         route=gpu_routing.route,
         silu_mul=quantize.silu_mul,
         permute=partial(gpu_permute.permute, format="dense"),

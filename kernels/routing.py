@@ -14,29 +14,14 @@ T tokens, D model width, E experts, K chosen, G groups. Gating is in fp32 whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels import linear
+from expertwire.kernels.variants import Groups, Score
 
-Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # x_TD -> ids_TK, weights_TK
-Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 # Keeps the division by a sum of scores finite where all are zero; it changes no other sum.
 TINY = 1e-20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Groups:
-    """Choose among the experts of the `kept` best of `number` equal groups; `by` is what makes a group good."""
-
-    number: int
-    kept: int
-    by: Literal["best", "two_best"]
 
 
 def reference(
@@ -81,10 +66,3 @@ def _limited(choice_TE: Tensor, groups: Groups) -> Tensor:
     dropped_TG = group_TG.sort(dim=-1, descending=True, stable=True).indices[:, groups.kept :]
     mask_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, dropped_TG, True)
     return choice_TGe.masked_fill(mask_TG.unsqueeze(2), -torch.inf).flatten(1)
-
-
-def prepare(
-    dense: linear.Linear, top_k: int, route: Callable[..., tuple[Tensor, Tensor]], *, renormalize: bool
-) -> Router:
-    """The product `dense` with the router's weights, then `route`, an implementation of `reference`."""
-    return lambda x_TD: route(dense(x_TD), top_k, renormalize=renormalize)

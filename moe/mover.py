@@ -24,7 +24,7 @@ class Mover:
     """Carries out legs. All ranks of the group do, together and in the same order.
 
     Args:
-        layers: those with experts; `MoeLayer.weights` are written in place.
+        layers: those with experts; their `experts.weights` are written in place.
         placement: when they were loaded.
         group: the ranks.
     """
@@ -40,7 +40,7 @@ class Mover:
         Raises:
             RuntimeError: a copy is damaged.
         """
-        weights = self._layers[leg.layer].weights
+        weights = self._layers[leg.layer].experts.weights
         if len(leg.target_M):
             self._exchange(leg, weights)
         if len(leg.logical_S):

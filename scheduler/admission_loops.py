@@ -6,11 +6,16 @@ Shape letters as in `block_loops`, and A requests, P ranks, N rows of the runnin
 from typing import NamedTuple
 
 import numpy as np
+from numba import types
 
 from expertwire.compiled import compiler
-from expertwire.scheduler.block_loops import NOBODY, extend, find_prefix, guess, upper_halves
+from expertwire.scheduler.block_loops import NOBODY, TOKENS, extend, find_prefix, guess, prefetch, upper_halves
+from expertwire.scheduler.step_loops import promised
 
 jit = compiler(__file__, sources="*_loops.py", _nrt=False)  # see block_loops
+
+_FACTORS = types.Array(types.uint64, 3, "C")
+_WORDS = types.Array(types.uint64, 1, "C")
 
 
 class Room(NamedTuple):
@@ -31,6 +36,7 @@ class Candidates(NamedTuple):
     first_A: np.ndarray  # i64: its names are those from here on,
     useful_A: np.ndarray  # so many, of blocks that need not be computed where a rank has them
     name_W2: np.ndarray  # u64
+    fact_A: np.ndarray  # request.FACTS
 
 
 class Chosen(NamedTuple):
@@ -41,15 +47,16 @@ class Chosen(NamedTuple):
     num_scheduled_A: np.ndarray
 
 
-@jit
-def name_requests(factors_W4s, tokens, token_offsets_A1, sum_A4, name_offsets_A1, name_W2):
-    """The names of prefixes that fill whole blocks, request by request; `sum_A4`, the empty prefixes', become the last ones'."""
-    size = factors_W4s.shape[2]
-    for i in range(len(sum_A4)):
-        for block in range(name_offsets_A1[i + 1] - name_offsets_A1[i]):
-            extend(factors_W4s, block, tokens, token_offsets_A1[i] + block * size, sum_A4, i)
-            at = name_offsets_A1[i] + block
-            name_W2[at, 0], name_W2[at, 1] = upper_halves(sum_A4, i)
+@jit(signature=types.void(_FACTORS, TOKENS, _WORDS, types.Array(types.uint64, 2, "C")))
+def name_tokens(factors_W4s, tokens, empty_4, name_W2):
+    """Fill in the names of prefixes that fill whole blocks, and behind them the last one's sum; `empty_4`: the empty prefix's."""
+    num_blocks, size = len(name_W2) - 2, factors_W4s.shape[2]
+    sum_14 = name_W2[num_blocks:].reshape(1, 4)
+    for lane in range(4):
+        sum_14[0, lane] = empty_4[lane]
+    for block in range(num_blocks):
+        extend(factors_W4s, block, tokens, block * size, sum_14, 0)
+        name_W2[block, 0], name_W2[block, 1] = upper_halves(sum_14, 0)
 
 
 @jit
@@ -96,13 +103,32 @@ def take(room, rank, needed_G, num_new, load):
 
 
 @jit
-def arriving(rows, arriving_U):
-    """Put the first half of the next name of every running request that has still to compute whole blocks into a set."""
+def take_stock(caches, rows, room, arriving_U, due_N):
+    """Take what the table's rows have, and will need, from the room of empty ranks; and put the first half of the next name of
+    every running request that has still to compute whole blocks into a set. `due_N` is for its own use."""
+    num_due = 0
     for at in range(len(arriving_U)):
         arriving_U[at] = np.uint64(0)
-    for row in range(len(rows.rank_N)):
-        if rows.running_N[row] and rows.num_known_N[row] >= (rows.num_named_N[row] + 1) * rows.block_size:
-            in_set(arriving_U, rows.name_NW2[row, rows.num_named_N[row], 0], True)
+    per_rank = len(rows.rank_N) // len(room.slots_P)
+    for rank in range(len(room.slots_P)):
+        num_occupied, num_running = 0, 0
+        for row in range(rank * per_rank, (rank + 1) * per_rank):
+            num_occupied += rows.occupied_N[row]
+            if not rows.running_N[row]:
+                continue
+            num_running += 1
+            if rows.num_tokens_N[row] > rows.num_computed_N[row]:
+                for group in range(len(caches.size_G)):
+                    room.blocks_GP[group, rank] -= promised(caches, rows, group, row)
+            if rows.num_known_N[row] >= (rows.num_named_N[row] + 1) * rows.block_size:
+                prefetch(rows.name_NW2, (row, rows.num_named_N[row], 0))
+                due_N[num_due] = row
+                num_due += 1
+        room.slots_P[rank] -= num_occupied
+        for group in range(len(caches.size_G)):
+            room.blocks_GP[group, rank] -= num_running  # what their next tokens will need
+    for row in due_N[:num_due]:
+        in_set(arriving_U, rows.name_NW2[row, rows.num_named_N[row], 0], True)
 
 
 @jit

@@ -17,8 +17,8 @@ from expertwire.scheduler.block_loops import NOBODY
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
-from expertwire.scheduler.request import Request
-from expertwire.scheduler.table import NO_ADMISSIONS, Admissions, RunningTable
+from expertwire.scheduler.request import facts
+from expertwire.scheduler.table import NO_ADMISSIONS, Admissions, RunningTable, joined
 
 _AT_ONCE = 128  # requests looked at together
 
@@ -34,7 +34,7 @@ class Admitter:
         self._table, self._queue = table, queue
         self._policy, self._placement = policy, placement
         self._prefixes = PrefixCache(table)
-        self._arriving_U = np.zeros(1 << (2 * len(table.rank_N)).bit_length(), np.uint64)
+        self._arriving_U = np.zeros(1 << len(table.rank_N).bit_length(), np.uint64)
         self.forks: dict[int, int] = {}
 
     def choose(self, budget_P: np.ndarray) -> Admissions:
@@ -44,11 +44,8 @@ class Admitter:
         room = self._room(budget_P)
         if not ((room.slots_P > 0) & (budget_P > 0)).any():
             return NO_ADMISSIONS
-        requests, columns = self._continue_forks(room)
-        for part, more in self._from_queue(room, {request.key for request in requests}):
-            requests, columns = requests + part, np.concatenate((columns, more), axis=1)
-        by_rank = np.argsort(columns[0], kind="stable")
-        return Admissions([requests[i] for i in by_rank.tolist()], *columns[:, by_rank])
+        parts = self._continue_forks(room)
+        return joined([*parts, *self._from_queue(room, {part.requests[0].key for part in parts})])
 
     def parents_left(self, rows: np.ndarray) -> None:
         """The requests of these rows run no more: forks of them wait as any other."""
@@ -57,21 +54,21 @@ class Admitter:
 
     def _room(self, budget_P: np.ndarray) -> Room:
         table, config = self._table, self._table.config
-        running_P = table.count_P(table.running_N)
-        return Room(
-            slots_P=min(config.max_running, config.max_num_tokens) - table.count_P(table.occupied_N),
+        room = Room(
+            slots_P=np.full(config.num_ranks, min(config.max_running, config.max_num_tokens)),
             budget_P=budget_P,
-            # Free and not promised, less one for every running request: what the next tokens of those will need.
-            blocks_GP=table.pool.num_free_GP - table.promised_GP() - running_P,
+            blocks_GP=table.pool.num_free_GP.copy(),
             load_P=self._placement.load_P(table.load_P(self._placement), table.num_given_P).astype(np.float64),
             fits_P=np.zeros(config.num_ranks, bool),
         )
+        due_N = np.empty(len(table.rank_N), np.int32)
+        admission_loops.take_stock(table.caches, table.for_loops, room, self._arriving_U, due_N)
+        return room
 
-    def _continue_forks(self, room: Room) -> tuple[list[Request], np.ndarray]:
+    def _continue_forks(self, room: Room) -> list[Admissions]:
         """Forks that start beside the request that they continue, with its blocks; those without room there wait as any other."""
-        table, requests, columns = self._table, [], np.zeros((len(Admissions._fields) - 1, 0), np.int64)
+        table, parts = self._table, []
         needed_G = np.zeros(len(table.specs), np.int64)
-        self._prefixes.name([self._queue.get(key) for key in self.forks])
         for key, row in self.forks.items():
             child, rank = self._queue.get(key), int(table.rank_N[row])
             num_tokens = len(child.tokens)
@@ -81,31 +78,31 @@ class Admitter:
             if num_cached and admission_loops.fits(room, rank, needed_G):
                 load = self._placement.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
                 num = admission_loops.take(room, rank, needed_G, num_tokens - num_cached, float(load[0]))
-                requests.append(child)
-                columns = np.column_stack((columns, (rank, num_cached, num, row)))
+                columns = np.array([[rank], [num_cached], [num], [row]])
+                parts.append(Admissions([child], *columns, facts([child])))
         self.forks.clear()
-        return requests, columns
+        return parts
 
-    def _from_queue(self, room: Room, forked: set[int]) -> Iterator[tuple[list[Request], np.ndarray]]:
+    def _from_queue(self, room: Room, forked: set[int]) -> Iterator[Admissions]:
         """Others, a few at a time."""
         table, credit = self._table, self._placement.credit
         queue = self._policy.order(self._queue, self._prefixes.num_cached)
         queue = (request for request in queue if request.key not in forked) if forked else iter(queue)
-        admission_loops.arriving(table.for_loops, self._arriving_U)
         while (most := min(_AT_ONCE, int(room.slots_P.sum()))) and (requests := list(islice(queue, most))):
-            columns = np.full((len(Admissions._fields) - 1, len(requests)), NOBODY)
+            candidates = self._prefixes.candidates(requests, self._placement)
+            columns = np.full((4, len(requests)), NOBODY)
             count = admission_loops.choose(
                 table.caches,
                 table.pool.blocks,
                 table.config.block_size,
                 room,
-                self._prefixes.candidates(requests, self._placement),
+                candidates,
                 -1.0 if credit is None else credit,
                 self._arriving_U,
                 Chosen(*columns[:3]),
                 *np.zeros((2, len(table.specs)), np.int64),
             )
             starts = np.flatnonzero(columns[0] != NOBODY)
-            yield [requests[i] for i in starts.tolist()], columns[:, starts]
+            yield Admissions([requests[i] for i in starts.tolist()], *columns[:, starts], candidates.fact_A[starts])
             if count < len(requests):
                 break

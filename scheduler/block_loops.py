@@ -9,7 +9,10 @@ lanes of a name's sum.
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from expertwire.compiled import compiler
 
@@ -20,22 +23,41 @@ NOBODY = -1
 _LOW_HALF = np.uint64(2**32 - 1)
 _HALF = np.uint64(32)
 _OWNER_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads the owners over the buckets
-_TOKENS = types.Array(types.int32, 1, "C", readonly=True)  # which may be written or not
+TOKENS = types.Array(types.int32, 1, "C", readonly=True)  # which may be written or not
 
 # These functions keep no array and make none. Otherwise numba would count references to all arrays of a tuple, with atomic
 # instructions, wherever one is handed on: half of the time of some loops.
 jit = compiler(__file__, sources="*_loops.py", _nrt=False)
 
-# Together, as memory is what these loops wait for.
+# Together, in half a cache line, as memory is what these loops wait for.
 BLOCK = np.dtype(
     [
         ("refs", np.int32),
         ("place", np.int32),  # in the queue of free blocks
         ("chain", np.int32),  # the next block in the same bucket
+        ("owner", np.int32),
         ("first", np.uint64),  # half of its name
         ("second", np.uint64),
     ]
 )
+
+
+@intrinsic
+def prefetch(context, array, index):  # type: ignore[no-untyped-def]
+    """Have the processor fetch the item at `index`, a tuple, which is needed soon; it goes on meanwhile."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        of = context.make_array(signature.args[0])(context, builder, values[0])
+        parts = zip(cgutils.unpack_tuple(builder, values[1]), signature.args[1], strict=True)
+        at = [context.cast(builder, part, kind, types.intp) for part, kind in parts]
+        item = builder.bitcast(cgutils.get_item_pointer(context, builder, signature.args[0], of, at), cgutils.voidptr_t)
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        builder.call(fetch, [item, word(1), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
 
 
 class Caches(NamedTuple):
@@ -72,6 +94,7 @@ def take_block(blocks, owner):
     the memory's answers for one block need not wait for those for another."""
     assert blocks.num_free_O[owner] > 0, "no block is free"
     last_place = blocks.queue_OQ.shape[1] - 1
+    prefetch(blocks.block_B, (blocks.queue_OQ[owner, (blocks.head_O[owner] + 16) & last_place],))
     while True:
         place = blocks.head_O[owner] & last_place
         number = blocks.queue_OQ[owner, place]
@@ -166,6 +189,19 @@ def bucket_of(blocks, owner, first):
 def _remember(blocks, second, rank):
     place = second & np.uint64(len(blocks.guess) - 1)
     blocks.guess[place] = (second & ~_LOW_HALF) | np.uint64(rank - NOBODY)
+
+
+@jit
+def fetch_name(blocks, owner, first, second):
+    """What giving a block this name, or looking for one, will touch."""
+    prefetch(blocks.first_U, (bucket_of(blocks, owner, first),))
+    prefetch(blocks.guess, (second & np.uint64(len(blocks.guess) - 1),))
+
+
+@jit
+def fetch_bucket(blocks, number):
+    """What taking the name off a block will touch, besides the block."""
+    prefetch(blocks.first_U, (bucket_of(blocks, number // blocks.num_blocks, blocks.block_B[number].first),))
 
 
 @jit
@@ -333,7 +369,7 @@ def find_prefix(caches, blocks, rank, name_W2, block_size, taken_G):
     return depth
 
 
-@jit(signature=types.boolean(_TOKENS, types.int64))
+@jit(signature=types.boolean(TOKENS, types.int64))
 def all_below(tokens, vocab_size):
     """Whether all are ids of the vocabulary."""
     num_wrong = 0

@@ -31,7 +31,7 @@ class BlockPool:
         num_owners = num_groups * num_ranks
         total = num_owners * num_blocks
         assert total < 2**31, f"{total} blocks are more than can be numbered"
-        num_buckets = 1 << max(total - 1, 1).bit_length()
+        num_places = 2 << max(total - 1, 1).bit_length()
         self.capacity_G = np.array(capacities_G, np.int64)
         self.num_ranks = num_ranks
         self.num_blocks = num_blocks
@@ -49,8 +49,8 @@ class BlockPool:
             queue_OQ=queue_OQ,
             head_O=np.zeros(num_owners, np.int64),
             tail_O=np.repeat(self.capacity_G, num_ranks),
-            first_U=np.full(num_buckets, END, np.int32),
-            guess=np.zeros(2 * num_buckets, np.uint64),
+            first_U=np.full(num_places, END, np.int32),
+            guess=np.zeros(num_places, np.uint64),
         )
         # The same memory, by cache, rank and block.
         self.num_free_GP = self.blocks.num_free_O.reshape(num_groups, num_ranks)

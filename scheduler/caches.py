@@ -17,9 +17,11 @@ _PATIENCE = 4  # blocks: some guesses are overwritten
 
 def check(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfig) -> None:
     """ValueError: there is no cache, or two of one name, or one whose fields do not fit its kind or the sizes."""
-    given = [spec.name for spec in cache_specs]
+    given, num_blocks = [spec.name for spec in cache_specs], config.num_blocks
     if not given or len(set(given)) < len(given):
         raise ValueError(f"cache_specs must have at least one cache, each with a name of its own, got {given}")
+    if isinstance(num_blocks, tuple) and len(num_blocks) != len(given):
+        raise ValueError(f"num_blocks must be one number, or one for each of the caches {given}, got {num_blocks}")
     for spec in cache_specs:
         what = f"cache {spec.name!r} is of kind {spec.kind!r}"
         if spec.kind not in get_args(CacheKind):
@@ -35,13 +37,12 @@ def check(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfig) -> None:
             )
         if spec.kind != "state" and every is not None:
             raise ValueError(f"{what}; snapshot_every must be None, got {every!r}")
-        if spec.kind == "state" and config.num_states is None:
-            raise ValueError(f"{what}; num_states must be an integer >= 2, got None")
 
 
 def capacities(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfig) -> list[int]:
     """Blocks of each cache on one rank, without the null block."""
-    return [((config.num_states or 0) if spec.kind == "state" else config.num_blocks) - 1 for spec in cache_specs]
+    num = config.num_blocks
+    return [each - 1 for each in (num if isinstance(num, tuple) else (num,) * len(cache_specs))]
 
 
 def describe(specs: Sequence[CacheSpec], config: SchedulerConfig) -> Caches:
@@ -51,14 +52,9 @@ def describe(specs: Sequence[CacheSpec], config: SchedulerConfig) -> Caches:
         size_G=size_G,
         window_G=np.array([spec.num_seen or EVERYTHING for spec in specs]),
         names_G=size_G // config.block_size,
-        most_G=np.array([_most_blocks(spec, config) for spec in specs]),
+        most_G=np.array(
+            [spec.most_blocks(config.block_size, config.max_model_len, config.max_num_tokens) for spec in specs]
+        ),
         # A cache that keeps everything has a prefix's first blocks, or nothing of it.
         patience=_PATIENCE if any(spec.num_seen is None for spec in specs) else EVERYTHING,
     )
-
-
-def _most_blocks(spec: CacheSpec, config: SchedulerConfig) -> int:
-    """Blocks of a cache that one request can hold: those of the longest, or of its window and one step's tokens."""
-    size, seen = spec.tokens_per_block(config.block_size), spec.num_seen
-    longest = -(-config.max_model_len // size)
-    return longest if seen is None else min(longest, -(-(seen + config.max_num_tokens) // size) + 1)

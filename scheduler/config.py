@@ -16,8 +16,8 @@ class SchedulerConfig:
             at least one token a step.
         max_model_len: prompt and output tokens of one request at most.
         block_size: tokens in a block, the same in every cache but those of states.
-        num_blocks: on one rank in each cache, including block 0, the null block, which is never handed out.
-        num_states: the same for caches of states; None if there are none.
+        num_blocks: on one rank in each cache, including block 0, the null block, which is never handed out: one number for all
+            caches, or one for each, in the order of the `CacheSpec`s.
         max_waiting: requests that may wait.
         eos_token_ids: end-of-sequence ids; any of them ends an output.
         vocab_size: token ids are in [0, vocab_size).
@@ -36,7 +36,7 @@ class SchedulerConfig:
     max_num_tokens: int
     max_model_len: int
     block_size: int
-    num_blocks: int
+    num_blocks: int | tuple[int, ...]
     max_waiting: int
     eos_token_ids: tuple[int, ...]
     vocab_size: int
@@ -44,7 +44,6 @@ class SchedulerConfig:
     prefix_secret: int = 0
     chunk_tokens: int | None = None
     max_waiting_per_tenant: int | None = None
-    num_states: int | None = None
 
     def __post_init__(self) -> None:
         for field, low in (
@@ -53,18 +52,26 @@ class SchedulerConfig:
             ("max_num_tokens", 1),
             ("max_model_len", 2),
             ("block_size", 1),
-            ("num_blocks", 2),
             ("max_waiting", 1),
             ("vocab_size", 1),
         ):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            if not _is_count(value, low):
                 raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
-        for field, low in (("chunk_tokens", 1), ("max_waiting_per_tenant", 1), ("num_states", 2)):
+        for field, low in (("chunk_tokens", 1), ("max_waiting_per_tenant", 1)):
             value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            if value is not None and not _is_count(value, low):
                 raise ValueError(f"{field} must be an integer >= {low} or None, got {value!r}")
+        each = self.num_blocks if isinstance(self.num_blocks, tuple) else (self.num_blocks,)
+        if not each or not all(_is_count(value, 2) for value in each):
+            raise ValueError(
+                f"num_blocks must be an integer >= 2, or a tuple of one for each cache, got {self.num_blocks!r}"
+            )
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
+
+
+def _is_count(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

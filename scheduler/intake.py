@@ -14,6 +14,7 @@ from expertwire.scheduler.block_loops import Caches
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
+from expertwire.scheduler.sampling_params import SamplingParams
 
 _PACE_ADMISSIONS = 64
 
@@ -118,13 +119,10 @@ def invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Bou
     if not block_loops.all_below(request.prompt, config.vocab_size):
         wrong = int(np.flatnonzero((request.prompt < 0) | (request.prompt >= config.vocab_size))[0])
         return f"prompt[{wrong}] names token {request.prompt[wrong]}; allowed are 0 to {config.vocab_size - 1}"
-    for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        for token in ids:
-            if not 0 <= token < config.vocab_size:
-                return f"{field} names token {token}; allowed are 0 to {config.vocab_size - 1}"
-    for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-        if count is not None and count > config.vocab_size:
-            return f"{field} is {count}; allowed are at most {config.vocab_size}, the size of the vocabulary"
+    if (params.stop_token_ids or params.logit_bias or params.logprobs or params.prompt_logprobs) and (
+        reason := _outside(params, config.vocab_size)
+    ):
+        return reason
     if request.limit - 1 > most.num_tokens:  # the last token is never computed
         size, most_blocks = int(caches.size_G[most.group]), int(caches.most_G[most.group])
         return (
@@ -132,4 +130,16 @@ def invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Bou
             f"{min(-(-(request.limit - 1) // size), most_blocks)} cache blocks; a rank has {most.num_tokens // size}, which is "
             f"enough for {most.num_tokens + 1} tokens in all"
         )
+    return None
+
+
+def _outside(params: SamplingParams, vocab_size: int) -> str | None:
+    """What goes beyond the vocabulary; None if nothing does."""
+    for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                return f"{field} names token {token}; allowed are 0 to {vocab_size - 1}"
+    for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None and count > vocab_size:
+            return f"{field} is {count}; allowed are at most {vocab_size}, the size of the vocabulary"
     return None

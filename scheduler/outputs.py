@@ -12,6 +12,7 @@ import numpy as np
 
 from expertwire.scheduler import ragged
 from expertwire.scheduler.plan import StepResult
+from expertwire.scheduler.step_loops import Sampled, Scheduled
 from expertwire.scheduler.table import RunningTable
 
 
@@ -43,32 +44,29 @@ class StepOutputs:
 
 
 def gather(
-    step: int,
+    step: Scheduled,
     results: Sequence[StepResult],
-    rows_O: np.ndarray,
-    going_N: np.ndarray,
     table: RunningTable,
+    eos_ids: np.ndarray,
+    may_stop_V: np.ndarray,
 ) -> tuple[np.ndarray, StepOutputs]:
-    """Join the ranks' results (of all ranks, in their order), without the rows of requests that are gone.
-
-    Args:
-        rows_O: i64, rows of the table of the sampled tokens.
-        going_N: whether the row's request is still the one that the step was planned for, and running.
+    """Take a step's results (of all ranks, in their order) into the table, but for what is said of requests that are gone.
 
     Returns:
-        `rows_O` of the tokens that are left, and the outputs, whose finish reasons are still to be filled in.
+        i64 [O], the outputs' rows of the table; and the outputs, whose finish reasons may be `ASK`, see `RunningTable.take_in`.
     """
-    keep_O = np.flatnonzero(going_N[rows_O])  # quicker than a mask, for several arrays
-    rows_O = rows_O[keep_O]
-    top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", keep_O)
-    return rows_O, StepOutputs(
-        step=step,
-        key_O=table.key_N[rows_O],
-        token_O=_joined(results, "token_O")[keep_O],
-        finish_O=np.zeros(len(rows_O), np.uint8),
-        num_cached_O=table.num_cached_N[rows_O],
-        logprob_O=_joined(results, "logprob_O")[keep_O],
-        token_rank_O=_joined(results, "token_rank_O")[keep_O],
+    sampled = Sampled(*(np.concatenate([getattr(result, name) for result in results]) for name in Sampled._fields))
+    offsets_P1 = ragged.offsets(np.fromiter((len(result.slot_O) for result in results), np.int64, len(results)))
+    known, going_N = table.take_in(results[0].step, step, offsets_P1, sampled, eos_ids, may_stop_V)
+    top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", known.at_O)
+    return known.row_O, StepOutputs(
+        step=results[0].step,
+        key_O=known.key_O,
+        token_O=known.token_O,
+        finish_O=known.finish_O,
+        num_cached_O=known.num_cached_O,
+        logprob_O=known.logprob_O,
+        token_rank_O=known.token_rank_O,
         top_offsets_O1=top_offsets_O1,
         top_ids=top_ids,
         top_logprobs=top_logprobs,

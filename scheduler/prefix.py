@@ -4,20 +4,20 @@ A name is 128 bits: four lanes of multilinear hashing, h = floor((sum over i of 
 m_i (Lemire and Kaser, "Strongly universal string hashing is fast", 2014): for whoever does not know the secret, two different
 prefixes have the same name with probability 2^-128. The characters s_i are the tokens, each with its position's own m_i, and the
 digest of whom they belong to; so every prefix's sum is a running sum, computed at once for a prompt (`name`) and continued token
-by token for all running requests together (`row_loops.append_tokens`).
+by token for all running requests together (`step_loops.take_in`).
 
-Shape letters: A requests, W blocks, s tokens in a block; 4 the lanes.
+Shape letters: W blocks, s tokens in a block; 4 the lanes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 
-from expertwire.scheduler import admission_loops, ragged
+from expertwire.scheduler import admission_loops
 
+_U64 = np.dtype(np.uint64)
 _SALT_WORDS = 8
 _MAX_SALTS = 1024  # kept at hand
 
@@ -51,14 +51,9 @@ class PrefixNames:
         self._empty[tenant, salt] = empty_4
         return empty_4
 
-    def name(
-        self, tokens: Sequence[np.ndarray], empty: Sequence[np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The names of the prefixes of each request's i32 tokens that fill 1, 2, ... blocks, one after another, u64 [W, 2]; where
-        each request's begin and end, i32 [A + 1]; and the sums of the last ones, [A, 4]."""
-        sum_A4 = np.concatenate(empty).reshape(-1, 4)
-        flat, token_offsets_A1 = ragged.pack(tokens, np.int32)
-        name_offsets_A1 = ragged.offsets(np.diff(token_offsets_A1) // self.block_size)
-        name_W2 = np.empty((int(name_offsets_A1[-1]), 2), np.uint64)
-        admission_loops.name_requests(self.factors_W4s, flat, token_offsets_A1, sum_A4, name_offsets_A1, name_W2)
-        return name_W2, name_offsets_A1, sum_A4
+    def name(self, tokens: np.ndarray, tenant: str, salt: str) -> np.ndarray:
+        """The names of the prefixes of i32 tokens that fill 1, 2, ... blocks, and behind them the last one's sum, together u64
+        [W + 2, 2]."""
+        name_W2 = np.empty((len(tokens) // self.block_size + 2, 2), _U64)
+        admission_loops.name_tokens(self.factors_W4s, tokens, self.empty(tenant, salt), name_W2)
+        return name_W2

@@ -47,11 +47,12 @@ class WaitingQueue:
 
     def remove(self, requests: Sequence[Request]) -> None:
         """Take out these requests, which must be waiting: quick for one, or for those that are next to each other."""
-        places = {(request.place, request.order) for request in requests}
+        places = sorted((request.place, request.order) for request in requests)
         if not places:
             return
-        begin, end = bisect_left(self._entries, min(places)), bisect_right(self._entries, max(places), key=_place)
-        stay = [entry for entry in self._entries[begin:end] if entry[:2] not in places]
+        begin, end = bisect_left(self._entries, places[0]), bisect_right(self._entries, places[-1], key=_place)
+        orders = {order for _, order in places}
+        stay = [entry for entry in self._entries[begin:end] if entry[1] not in orders]
         assert len(stay) == end - begin - len(requests), f"place or order has changed of one of {places}"
         self._entries[begin:end] = stay
         for request in requests:

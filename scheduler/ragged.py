@@ -27,10 +27,10 @@ def positions(counts_A: np.ndarray) -> np.ndarray:
 
 def pack(rows: Sequence[Sequence[float] | np.ndarray], dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """The rows' items one after another, as `dtype`, and their offsets."""
+    if not any(map(len, rows)):
+        return np.zeros(0, dtype), np.zeros(len(rows) + 1, np.int32)
     counts_A = np.fromiter(map(len, rows), np.int64, len(rows))
     offsets_A1 = offsets(counts_A)
-    if not offsets_A1[-1]:
-        return np.zeros(0, dtype), offsets_A1
     return np.concatenate(rows if counts_A.all() else [row for row in rows if len(row)], dtype=dtype), offsets_A1
 
 

@@ -30,7 +30,6 @@ def rehearse() -> None:
         max_model_len=12,
         block_size=2,
         num_blocks=10,
-        num_states=10,
         max_waiting=9,
         eos_token_ids=(1,),
         vocab_size=9,
@@ -43,7 +42,7 @@ def rehearse() -> None:
         plan = scheduler.plan(0.0)
         if plan is not None:
             scheduler.commit(plan, [_answer(plan)], 0.0)
-        if step == 3:
+        if step == 6:
             scheduler.fork(0, [_request(4)], 0.0)
         scheduler.check_integrity()
     assert scheduler.idle, f"the rehearsal does not end: {scheduler.stats()}"

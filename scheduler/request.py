@@ -12,14 +12,33 @@ from expertwire.scheduler import ragged
 from expertwire.scheduler.plan import SAMPLING_DTYPE
 from expertwire.scheduler.sampling_params import SamplingParams
 
+_I32 = np.dtype(np.int32)
 _NO_IDS: frozenset[int] = frozenset()
 _FLOAT_MAX = float(np.finfo(np.float32).max)
+# What the running table and those who admit want to know of a request.
+FACTS = np.dtype(
+    [
+        ("key", np.int64),
+        ("order", np.int64),
+        ("priority", np.int64),
+        ("num_tokens", np.int32),
+        ("prompt_len", np.int32),
+        ("limit", np.int32),
+        ("stop_from", np.int32),  # stop and end-of-sequence ids count from so many tokens on
+        ("num_cached", np.int32),
+        ("eos_stops", np.bool_),
+        ("has_stop_ids", np.bool_),
+        ("may_begin_cached", np.bool_),
+        ("reserved", np.bool_),
+    ]
+)
+_FACTS = struct.Struct("<3q5i4?")
 _RECORD = struct.Struct("<" + "".join({"i8": "q", "i4": "i", "f4": "f"}[kind[1:]] for _, kind in SAMPLING_DTYPE.descr))
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """One generation asked for. While it runs, its counters are row (`rank`, `slot`) of the `RunningTable`.
+    """One generation asked for. While it runs, its counters are in a row of the `RunningTable`.
 
     Args:
         key: chosen by the caller, unique among the unfinished requests.
@@ -46,18 +65,15 @@ class Request:
     order: int = -1  # in the queue, by submission; set by the queue
     place: tuple[float, ...] = ()  # in the queue, before `order`; set by the policy
     limit: int = 0  # prompt and output tokens at most, set by `Scheduler.submit`
-    rank: int = -1  # -1 while it waits
-    slot: int = -1
+    row: int = -1  # of the running table; -1 while it waits
     num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
     stop_ids: frozenset[int] = field(init=False)
     tokens: np.ndarray = field(init=False)  # i32: the prompt, and the output so far of one that was preempted or forked
-    # The names of the prefixes of `tokens` that fill whole blocks, u64 [blocks, 2], and the sum of the last one: see
-    # `scheduler.prefix`. A waiting request has them once it has been looked up; while it runs, the table has them.
+    # Of `tokens`, see `PrefixNames.name`; while it runs, the table has them. None: also if prefixes have no names.
     names: np.ndarray | None = field(init=False, default=None)
-    prefix_sum: np.ndarray | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        assert self.prompt.dtype == np.int32, self.prompt.dtype
+        assert self.prompt.dtype == _I32, self.prompt.dtype
         assert self.prompt.ndim == 1, self.prompt.shape
         self.stop_ids = frozenset(self.params.stop_token_ids) if self.params.stop_token_ids else _NO_IDS
         self.tokens = self.prompt
@@ -65,6 +81,29 @@ class Request:
     def bans(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
         """Ids that must not be sampled before `min_tokens` output tokens, if there are to be any, ascending."""
         return sorted(self.stop_ids.union(() if self.params.ignore_eos else eos_token_ids))
+
+
+def facts(requests: Sequence[Request]) -> np.ndarray:
+    """A record of `FACTS` for each."""
+    records = [
+        _FACTS.pack(
+            request.key,
+            request.order,
+            request.priority,
+            len(request.tokens),
+            len(request.prompt),
+            request.limit,
+            min(len(request.prompt) + p.min_tokens, request.limit),
+            request.num_cached,
+            not p.ignore_eos,
+            bool(request.stop_ids),
+            p.prompt_logprobs is None,
+            False,
+        )
+        for request in requests
+        for p in (request.params,)
+    ]
+    return np.frombuffer(b"".join(records), FACTS)
 
 
 def sampling(requests: Sequence[Request], vocab_size: int) -> np.ndarray:

@@ -9,7 +9,7 @@ Everything is a function of the calls made, their `now` included: the same calls
 The rest of the house: `request`, `intake` (which requests can be served at all), `queue` and `policy` (who is next), `prefix`,
 `caches`, `block_pool` and `admission` (blocks, and which prefixes the ranks have), `admitter` (who starts), `placement` (which
 rank), `table` (what runs), `preemption` (who gives way), `plan` (what ranks are told and answer), `outputs` (what the answers
-say), and `block_loops`, `row_loops` and `admission_loops` (what of all this is compiled).
+say), and `block_loops`, `row_loops`, `step_loops` and `admission_loops` (what of all this is compiled).
 
 Shape letters: P ranks, A admitted requests, S scheduled requests, O sampled tokens, N rows of the running table, V vocabulary.
 `rows` are rows of the running table.
@@ -34,7 +34,8 @@ from expertwire.scheduler.plan import CacheSpec, ExpertMoves, FinishReason, Step
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request, introduction
-from expertwire.scheduler.table import ASK, Admissions, RunningTable
+from expertwire.scheduler.step_loops import ASK, Scheduled
+from expertwire.scheduler.table import Admissions, Copies, RunningTable
 
 __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"]
 
@@ -46,8 +47,7 @@ class _InFlight(NamedTuple):
     """A step that is planned and not committed: which requests its rows were, as rows are given to others meanwhile."""
 
     plan: StepPlan
-    rows_S: np.ndarray
-    order_S: np.ndarray  # of submission: unlike a key, never used again
+    scheduled: Scheduled
 
 
 class Scheduler:
@@ -118,6 +118,8 @@ class Scheduler:
             self._pace.nobody_waits()
         if (rejection := refusal(request, self.config, self._queue, self._pace, now)) is not None:
             return rejection
+        if self._table.names is not None:
+            request.names = self._table.names.name(request.tokens, request.tenant, request.salt)
         request.arrival = now
         request.place = self._policy.place(request, now)
         self._queue.add(request)
@@ -137,7 +139,7 @@ class Scheduler:
         if key in self._queue:
             tokens = self._queue.get(key).tokens
         elif key in self._running:
-            row = self._row(self._running[key])
+            row = self._running[key].row
             tokens = self._table.tokens(row, self._running[key])
         else:
             raise KeyError(f"request {key} is neither waiting nor running")
@@ -146,11 +148,10 @@ class Scheduler:
             assert len(tokens) < token_limit(child, self.config), (
                 f"fork of {key}: its {len(tokens)} tokens are the limit"
             )
+            child.tokens = tokens
             if (rejection := self.submit(child, now)) is not None:
                 rejections.append(rejection)
-                continue
-            child.tokens = tokens
-            if key in self._running:
+            elif key in self._running:
                 self._admitter.forks[child.key] = row
         return rejections
 
@@ -160,7 +161,7 @@ class Scheduler:
         if (waiting := self._queue.discard(key)) is not None:
             self._policy.dropped(waiting)
         elif (request := self._running.get(key)) is not None:
-            self._end(np.array([self._row(request)]))
+            self._end(np.array([request.row]))
 
     def plan(self, now: float, *, report_load: bool = False, moves: ExpertMoves | None = None) -> StepPlan | None:
         """The next step; None if there is nothing to compute or release, unless the ranks shall report load or move experts.
@@ -171,8 +172,8 @@ class Scheduler:
         assert len(self._in_flight) < MAX_IN_FLIGHT, f"step {self._in_flight[0].plan.step} is not committed"
         table = self._table
         released = self._release()
-        rows, num, budget_P = table.want()
-        rows, num, preempted = self._serve(rows, num)
+        rows, num, budget_P, lacking_GP = table.want()
+        rows, num, preempted = self._serve(rows, num, lacking_GP)
         released = np.sort(np.concatenate((released, preempted)))
         admissions = self._admitter.choose(budget_P)
         self._pace.admitted(len(admissions.requests), now)
@@ -181,34 +182,24 @@ class Scheduler:
         new_rows, new = _NO_ROWS, self._no_introduction
         if admissions.requests:
             new_rows, new = self._admit(admissions)
-            num_N = np.zeros_like(table.num_tokens_N)
-            num_N[rows], num_N[new_rows] = num, admissions.num_scheduled_A
-            rows = np.flatnonzero(num_N)
-            num = num_N[rows]
-        plan = self._build(report_load, released, new_rows, new, rows, num)
+        copies = table.unshare_tails(rows, new_rows)
+        step = table.schedule(rows, num, int(lacking_GP.sum()), new_rows, admissions.num_scheduled_A)
+        plan = self._build(report_load, released, new_rows, new, copies, step)
         if moves is not None:
             plan = plan.moving(moves)
         self._num_plans += 1
-        self._in_flight.append(_InFlight(plan, rows, table.order_N[rows]))
+        self._in_flight.append(_InFlight(plan, step))
         return plan
 
     def commit(self, plan: StepPlan, results: Sequence[StepResult], now: float) -> StepOutputs:
         """Take in every rank's result of `plan`, the first one in flight."""
         step = self._in_flight.popleft()
         assert plan is step.plan, f"step {plan.step} is not the first in flight, {step.plan.step} is"
-        table = self._table
         results = sorted(results, key=lambda result: result.rank)
         got = [(result.step, result.rank) for result in results]
         assert got == [(plan.step, rank) for rank in range(self.config.num_ranks)], f"step {plan.step}: got {got}"
-        going_N = table.settle(step.rows_S, step.order_S)
-        rows_O = table.rows_of_parts([result.slot_O for result in results])
-        expected = step.rows_S[plan.sched_sample_S == 1]
-        assert np.array_equal(rows_O, expected) or np.array_equal(np.sort(rows_O), expected), (
-            f"step {plan.step}: sampled {rows_O}, expected {expected}"
-        )
-        rows_O, outputs = gather(plan.step, results, rows_O, going_N, table)
-        table.append_tokens(rows_O, outputs.token_O)
-        outputs.finish_O[:] = self._finish(rows_O, outputs.token_O)
+        rows_O, outputs = gather(step.scheduled, results, self._table, self._eos_ids, self._may_stop_V)
+        self._finish(rows_O, outputs)
         return outputs
 
     def stats(self) -> dict[str, Any]:
@@ -221,7 +212,7 @@ class Scheduler:
             "num_waiting": self.num_waiting,
             "running": self._table.count_P(self._table.running_N).tolist(),
             "outstanding_tokens": self._table.outstanding_P().tolist(),
-            "blocks": self.config.num_blocks - 1,
+            "blocks": dict(zip((spec.name for spec in self.cache_specs), pool.capacity_G.tolist(), strict=True)),
             "blocks_used": {spec.name: pool.num_used(group).tolist() for group, spec in enumerate(self.cache_specs)},
             **self._counts,
         }
@@ -254,15 +245,17 @@ class Scheduler:
             table.release(rows)
         return rows
 
-    def _serve(self, rows: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Those of the rows that get the blocks they need, their tokens, and the rows that were emptied for it.
+    def _serve(
+        self, rows: np.ndarray, num: np.ndarray, lacking_GP: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Those of the rows that get the blocks they need, their tokens, and the rows that were emptied for it. `lacking_GP`:
+        blocks that each rank lacks for them.
 
         Where blocks are short, requests are preempted. One with a token in flight is let drain first, and its blocks come with
         the next plan.
         """
         table = self._table
         table.drop_blocks(rows)
-        lacking_GR, lacking_GP = table.lacking(rows, num)
         short_GP = np.maximum(lacking_GP - self._pool.num_free_GP, 0)
         if not short_GP.any():
             return rows, num, _NO_ROWS
@@ -271,28 +264,28 @@ class Scheduler:
         self._counts["preemptions"] += len(victims)
         emptied = self._release()
         stay = ~np.isin(rows, victims)
-        rows, num, lacking_GR = rows[stay], num[stay], lacking_GR[:, stay]
-        gets = preemption.served(table, rows, lacking_GR)
+        rows, num = rows[stay], num[stay]
+        gets = preemption.served(table, rows, table.lacking(rows, num))
         return rows[gets], num[gets], emptied
 
     def _admit(self, admissions: Admissions) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Move requests from the queue to slots: their rows, ascending, and what the plan says about them."""
-        requests = admissions.requests
+        requests, fact_A = admissions.requests, admissions.fact_A
         self._queue.remove(requests)
-        for request, rank, num_cached in zip(
-            requests, admissions.rank_A.tolist(), admissions.num_cached_A.tolist(), strict=True
-        ):
-            request.rank = rank
-            if request.num_cached < 0:
-                request.num_cached = min(num_cached, len(request.prompt))
-                self._counts["prompt_tokens"] += len(request.prompt)
-                self._counts["cached_tokens"] += request.num_cached
+        first_A = fact_A["num_cached"] < 0  # others come back after preemption
+        cached_A = np.minimum(admissions.num_cached_A, fact_A["prompt_len"])
+        self._counts["prompt_tokens"] += int(fact_A["prompt_len"][first_A].sum())
+        self._counts["cached_tokens"] += int(cached_A[first_A].sum())
+        fact_A["num_cached"][first_A] = cached_A[first_A]
+        tokens = np.concatenate([request.tokens for request in requests])
+        token_offsets_A1 = ragged.offsets(fact_A["num_tokens"])
+        rows = self._table.admit(admissions, tokens, token_offsets_A1)
+        for request, row in zip(requests, rows.tolist(), strict=True):
+            request.row, request.names = row, None  # the table has the names now
             if request.stop_ids:
                 self._may_stop_V[list(request.stop_ids)] = True
             self._running[request.key] = request
             self._policy.admitted(request)
-        tokens, token_offsets_A1 = ragged.pack([request.tokens for request in requests], np.int32)
-        rows = self._table.admit(admissions, tokens, token_offsets_A1)
         return rows, introduction(requests, tokens, token_offsets_A1, self.config.vocab_size, self._eos_token_ids)
 
     def _build(
@@ -301,27 +294,23 @@ class Scheduler:
         released: np.ndarray,
         new_rows: np.ndarray,
         new: dict[str, np.ndarray],
-        rows: np.ndarray,
-        num: np.ndarray,
+        copies: Copies,
+        step: Scheduled,
     ) -> StepPlan:
-        """The plan that releases and admits these, of which `new` tells, and computes `num` tokens of each of `rows`."""
+        """The plan that releases and admits these, of which `new` tells, and then computes."""
         table = self._table
-        copies = table.unshare_tails(rows)
-        step = table.schedule(rows, num)
-        table.name_blocks(rows)
-        sched_offsets_P1 = table.offsets_P1(rows)
         return StepPlan(
             epoch=self.epoch,
             step=self._num_plans,
             report_load=int(report_load),
-            num_tokens_P=np.diff(ragged.offsets(num)[sched_offsets_P1]),
+            num_tokens_P=np.diff(step.tokens_P1),
             release_offsets_P1=table.offsets_P1(released),
             release_slot=table.slot_N[released],
             admit_offsets_P1=table.offsets_P1(new_rows),
             admit_slot_A=table.slot_N[new_rows],
             **new,
-            block_offsets_P1=table.offsets_P1(step.block_row_B),
-            block_slot_B=table.slot_N[step.block_row_B],
+            block_offsets_P1=step.block_offsets_P1,
+            block_slot_B=step.block_slot_B,
             block_cache_B=step.block_cache_B,
             block_index_B=step.block_index_B,
             block_id_B=step.block_id_B,
@@ -329,27 +318,25 @@ class Scheduler:
             copy_cache_C=copies.cache,
             copy_from_C=copies.source,
             copy_to_C=copies.target,
-            sched_offsets_P1=sched_offsets_P1,
-            sched_slot_S=table.slot_N[rows],
+            sched_offsets_P1=step.offsets_P1,
+            sched_slot_S=step.slot_S,
             sched_start_S=step.start_S,
-            sched_num_S=num,
+            sched_num_S=step.num_S,
             sched_sample_S=step.sample_S,
         )
 
     # ---- names, ends and returns
 
-    def _finish(self, rows_O: np.ndarray, token_O: np.ndarray) -> np.ndarray:
-        """End the requests that are complete with these tokens: u8 [O], finish reasons."""
-        table = self._table
-        finish_O = table.finish(rows_O, token_O, self._eos_ids, self._may_stop_V)
+    def _finish(self, rows_O: np.ndarray, outputs: StepOutputs) -> None:
+        """End the requests that are complete with these outputs, and say so there."""
+        table, finish_O = self._table, outputs.finish_O
         for i in np.flatnonzero(finish_O == ASK):
             row = rows_O[i]
-            if int(token_O[i]) in self._running[int(table.key_N[row])].stop_ids:
+            if int(outputs.token_O[i]) in self._running[int(table.key_N[row])].stop_ids:
                 finish_O[i] = FinishReason.STOP
             else:
                 finish_O[i] = FinishReason.LENGTH if table.num_known_N[row] >= table.limit_N[row] else FinishReason.NONE
-        self._end(rows_O[finish_O != FinishReason.NONE])
-        return finish_O
+        self._end(rows_O[np.flatnonzero(finish_O)])
 
     def _end(self, rows: np.ndarray) -> None:
         """Stop running these rows' requests; the next plan releases their slots."""
@@ -362,13 +349,10 @@ class Scheduler:
         table = self._table
         request.tokens = table.tokens(row, request)
         table.copy_names(row, request)
-        request.rank = request.slot = -1
+        request.row, request.num_cached = -1, int(table.num_cached_N[row])
         self._queue.add(request)
 
     def _leave(self, rows: np.ndarray) -> list[Request]:
         """Take the requests of these rows out of the running ones."""
         self._admitter.parents_left(rows)
         return [self._running.pop(key) for key in self._table.key_N[rows].tolist()]
-
-    def _row(self, request: Request) -> int:
-        return request.rank * self.config.max_running + request.slot

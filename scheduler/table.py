@@ -16,16 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler import ragged, row_loops
+from expertwire.scheduler import ragged, row_loops, step_loops
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.caches import EVERYTHING, describe
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.placement import Placement
-from expertwire.scheduler.plan import CacheSpec, FinishReason
+from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.prefix import PrefixNames
-from expertwire.scheduler.request import Request
+from expertwire.scheduler.request import FACTS, Request
 
-ASK = 255
 _NOTHING = np.zeros(0, np.int32)
 _NO_NAMES = np.zeros((0, 2), np.uint64)
 _NO_FACTORS = np.zeros((0, 4, 0), np.uint64)
@@ -39,6 +38,7 @@ class Admissions(NamedTuple):
     num_cached_A: np.ndarray  # tokens that need not be computed
     num_scheduled_A: np.ndarray  # tokens to compute in this step
     parent_A: np.ndarray  # of a fork: the row that has them; or -1
+    fact_A: np.ndarray  # request.FACTS
 
 
 class Copies(NamedTuple):
@@ -50,19 +50,16 @@ class Copies(NamedTuple):
     target: np.ndarray
 
 
-class Scheduled(NamedTuple):
-    """What a step computes of its rows, and what is new in the block tables, sorted by row."""
-
-    start_S: np.ndarray  # i32, tokens computed before
-    sample_S: np.ndarray  # u8, whether it then samples
-    block_row_B: np.ndarray  # i64
-    block_cache_B: np.ndarray  # i32, as the rest
-    block_index_B: np.ndarray
-    block_id_B: np.ndarray
-
-
-NO_ADMISSIONS = Admissions([], *np.zeros((4, 0), np.int64))
+NO_ADMISSIONS = Admissions([], *np.zeros((4, 0), np.int64), np.zeros(0, FACTS))
 _NO_COPIES = Copies(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
+
+
+def joined(parts: Sequence[Admissions]) -> Admissions:
+    """All of them, sorted by rank."""
+    requests = [request for part in parts for request in part.requests]
+    columns = [np.concatenate(column) for column in zip(*(part[1:] for part in parts or [NO_ADMISSIONS]), strict=True)]
+    by_rank = np.argsort(columns[0], kind="stable")
+    return Admissions([requests[i] for i in by_rank.tolist()], *(column[by_rank] for column in columns))
 
 
 class RunningTable:
@@ -97,16 +94,6 @@ class RunningTable:
         self.has_stop_ids_N = np.zeros(n, bool)
         self.num_cached_N = np.zeros(n, np.int32)  # prompt tokens found in the cache when first admitted
         self.shares_tail_N = np.zeros(n, bool)  # a fork: its last block may be another's too
-        self._facts_N = (
-            self.key_N,
-            self.order_N,
-            self.priority_N,
-            self.limit_N,
-            self.stop_from_N,
-            self.eos_stops_N,
-            self.has_stop_ids_N,
-            self.num_cached_N,
-        )
         # A row's blocks are those at [num_dropped, num_blocks) of its table: a window's first ones are given back. Its rank knows
         # of those before num_sent.
         self.num_blocks_GN, self.num_dropped_GN, self.num_sent_GN = np.zeros((3, num_groups, n), np.int32)
@@ -131,6 +118,7 @@ class RunningTable:
         return row_loops.Rows(
             block_size=self.config.block_size,
             rank_N=self.rank_N,
+            slot_N=self.slot_N,
             occupied_N=self.occupied_N,
             running_N=self.running_N,
             draining_N=self.draining_N,
@@ -138,6 +126,9 @@ class RunningTable:
             num_known_N=self.num_known_N,
             num_tokens_N=self.num_tokens_N,
             num_computed_N=self.num_computed_N,
+            key_N=self.key_N,
+            priority_N=self.priority_N,
+            num_cached_N=self.num_cached_N,
             limit_N=self.limit_N,
             stop_from_N=self.stop_from_N,
             eos_stops_N=self.eos_stops_N,
@@ -157,81 +148,61 @@ class RunningTable:
 
     def admit(self, admissions: Admissions, tokens: np.ndarray, token_offsets_A1: np.ndarray) -> np.ndarray:
         """Give each request the lowest free slot of its rank: i64 [A] rows, ascending. `tokens`: theirs, one after another."""
-        requests, rank_A, computed_A, _, parent_A = admissions
+        requests, rank_A, computed_A, _, parent_A, fact_A = admissions
         counts_P = np.bincount(rank_A, minlength=len(self.bounds_P1) - 1)
         free = np.flatnonzero(~self.occupied_N)
         rows = free[self.offsets_P1(free)[rank_A] + ragged.positions(counts_P)]
         assert np.array_equal(self.rank_N[rows], rank_A), f"too few free slots for {counts_P} requests"
         self.num_given_P += counts_P
-        self.occupied_N[rows] = self.running_N[rows] = True
-        self.num_known_N[rows] = self.num_tokens_N[rows] = np.diff(token_offsets_A1)
-        self.num_computed_N[rows] = computed_A
-        self.num_named_N[rows] = computed_A // self.config.block_size
-        self.shares_tail_N[rows] = (computed_A % self.caches.size_G[:, None] > 0).any(axis=0)
-        facts = [self._facts(request) for request in requests]
-        for of_N, fact_A in zip(self._facts_N, np.array(facts, np.int64).T, strict=True):
-            of_N[rows] = fact_A
-        name_W2 = _NO_NAMES
-        if self.names is not None:
-            name_W2 = np.concatenate([request.names for request in requests if request.names is not None])
-            sums = [request.prefix_sum for request in requests if request.prefix_sum is not None]
-            self.sum_N4[rows] = np.concatenate(sums).reshape(-1, 4)
-        for request, slot in zip(requests, self.slot_N[rows].tolist(), strict=True):
-            request.slot = slot
-            request.names = request.prefix_sum = None  # now they are here
+        name_W2 = _NO_NAMES if self.names is None else np.concatenate([request.names for request in requests])
         row_loops.begin(
-            self.caches, self.pool.blocks, self.for_loops, rows, parent_A, computed_A, tokens, token_offsets_A1, name_W2
+            self.caches,
+            self.pool.blocks,
+            self.for_loops,
+            rows,
+            parent_A,
+            computed_A,
+            fact_A,
+            tokens,
+            token_offsets_A1,
+            name_W2,
         )
         return rows
 
-    @staticmethod
-    def _facts(request: Request) -> tuple[int, ...]:
-        """What `_facts_N` hold of it."""
-        params, limit = request.params, request.limit
-        stop_from = min(len(request.prompt) + params.min_tokens, limit)
-        flags = not params.ignore_eos, bool(request.stop_ids)
-        return request.key, request.order, request.priority, limit, stop_from, *flags, request.num_cached
-
     def release(self, rows: np.ndarray) -> None:
         """Empty the rows; their blocks go back to the pool, the whole ones with names."""
-        self.name_blocks(rows)
-        row_loops.release(self.pool.blocks, self.for_loops, rows)
-        self.occupied_N[rows] = self.running_N[rows] = self.draining_N[rows] = self.shares_tail_N[rows] = False
-        self.in_flight_N[rows] = 0
+        row_loops.release(self.caches, self.pool.blocks, self.for_loops, self.names is not None, rows)
 
-    def want(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows to compute, i64, i32 tokens for each, and the token budget that every rank has left, i64 [P].
+    def want(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Rows to compute, i64, i32 tokens for each, and the token budget that every rank has left, i64 [P]; and how many blocks
+        each rank lacks for that, with one for every shared block that must be copied, i64 [G, P].
 
         One token for each that needs no more; what is left of a rank's budget goes to those that need more, in order."""
         config, (row_N, num_N) = self.config, self._want_N
         budget_P = np.zeros(config.num_ranks, np.int64)
+        lacking_GP = np.zeros((len(self.specs), config.num_ranks), np.int64)
         chunk_tokens = config.max_num_tokens if config.chunk_tokens is None else config.chunk_tokens
-        count = row_loops.want(self.for_loops, config.max_num_tokens, chunk_tokens, row_N, num_N, budget_P)
-        return row_N[:count].copy(), num_N[:count].copy(), budget_P
+        count = step_loops.want(
+            self.caches, self.for_loops, config.max_num_tokens, chunk_tokens, row_N, num_N, budget_P, lacking_GP
+        )
+        return row_N[:count], num_N[:count], budget_P, lacking_GP
 
     def drop_blocks(self, rows: np.ndarray) -> None:
         """Give back what lies before each row's window, now that its next token to compute is known."""
         if (self.caches.window_G < EVERYTHING).any():
             row_loops.drop_unseen(self.caches, self.pool.blocks, self.for_loops, rows)
 
-    def lacking(self, rows: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many blocks each row lacks to compute `num` tokens more, with one for a shared block that it must copy: [G, R]; and
-        how many each rank: [G, P]."""
+    def lacking(self, rows: np.ndarray, num: np.ndarray) -> np.ndarray:
+        """How many blocks each row lacks to compute `num` tokens more, with one for a shared block that it must copy: [G, R]."""
         lacking_GR = np.zeros((len(self.specs), len(rows)), np.int64)
-        lacking_GP = np.zeros((len(self.specs), self.config.num_ranks), np.int64)
-        row_loops.lacking(self.caches, self.for_loops, rows, num, lacking_GR, lacking_GP)
-        return lacking_GR, lacking_GP
+        step_loops.lacking(self.caches, self.for_loops, rows, num, lacking_GR)
+        return lacking_GR
 
-    def promised_GP(self) -> np.ndarray:
-        """Blocks that the running requests will still take for the tokens that they have: i64 [G, P]."""
-        promised_GP = np.zeros((len(self.specs), self.config.num_ranks), np.int64)
-        row_loops.promised(self.caches, self.for_loops, promised_GP)
-        return promised_GP
-
-    def unshare_tails(self, rows: np.ndarray) -> Copies:
+    def unshare_tails(self, *parts: np.ndarray) -> Copies:
         """Copy on write: rows about to write into a block that others use too get one of their own."""
         if not self.shares_tail_N.any():
             return _NO_COPIES
+        rows = np.sort(np.concatenate(parts))
         rows = rows[self.shares_tail_N[rows]]
         if not len(rows):
             return _NO_COPIES
@@ -254,13 +225,28 @@ class RunningTable:
         by_rank = np.argsort(copies.rank, kind="stable")
         return Copies(*(part[by_rank] for part in copies))
 
-    def schedule(self, rows: np.ndarray, num: np.ndarray) -> Scheduled:
-        """A step is planned that computes `num` tokens more of each row: give them the blocks that they lack, and count."""
-        count = row_loops.count_new(self.caches, self.for_loops, rows, num)
-        start_S, sample_S = np.empty(len(rows), np.int32), np.empty(len(rows), np.uint8)
-        step = Scheduled(start_S, sample_S, np.empty(count, np.int64), *np.empty((3, count), np.int32))
-        row_loops.schedule(self.caches, self.pool.blocks, self.for_loops, rows, num, *step, np.empty(count, np.int32))
-        return step
+    def schedule(
+        self, rows: np.ndarray, num: np.ndarray, num_lacking: int, new_rows: np.ndarray, new_num: np.ndarray
+    ) -> step_loops.Scheduled:
+        """A step is planned that computes `num` tokens more of each row, which lack `num_lacking` blocks at most, and `new_num`
+        of the new ones: give them the blocks, count, and name those that are whole, or will be after the steps in flight."""
+        most = num_lacking + step_loops.count_new(self.caches, self.for_loops, new_rows, new_num)
+        step = step_loops.Scheduled.empty(self.config.num_ranks, len(rows) + len(new_rows), most)
+        count = step_loops.schedule(
+            self.caches,
+            self.pool.blocks,
+            self.for_loops,
+            self.names is not None,
+            rows,
+            num,
+            new_rows,
+            new_num,
+            step,
+            np.empty(most, np.int32),
+            np.empty_like(step.row_S),
+        )
+        blocks = {name: getattr(step, name)[:count] for name in step._fields if name.endswith("_B")}
+        return step._replace(**blocks)
 
     def shareable(self, row: int, most: int) -> int:
         """From how many of its first tokens, `most` at most, another request can go on with a row's blocks; 0: none.
@@ -274,32 +260,34 @@ class RunningTable:
         first_G = np.maximum(num - self.caches.window_G + 1, 0) // self.caches.size_G
         return num if (self.num_dropped_GN[:, row] <= first_G).all() else 0
 
-    def settle(self, rows: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """A step of these rows is done, which were these requests' by order of submission: bool [N], whether they still run."""
-        going_N = np.zeros_like(self.running_N)
-        row_loops.settle(self.for_loops, rows, order, going_N)
-        return going_N
-
-    def finish(self, rows: np.ndarray, tokens: np.ndarray, eos_ids: np.ndarray, may_stop_V: np.ndarray) -> np.ndarray:
-        """Why each row ends with this token, its last one: u8, `FinishReason`, or `ASK`, which is where `may_stop_V` says that
-        the token stops some requests, and the row's has stop ids of its own."""
-        finish = np.empty(len(rows), np.uint8)
-        row_loops.finish(
+    def take_in(
+        self,
+        number: int,
+        step: step_loops.Scheduled,
+        offsets_P1: np.ndarray,
+        sampled: step_loops.Sampled,
+        eos_ids: np.ndarray,
+        may_stop_V: np.ndarray,
+    ) -> tuple[step_loops.Known, np.ndarray]:
+        """Step `number` is done, with the tokens that each rank has sampled: those that count, and whether each row's request is
+        still the one that the step was planned for, and running, u8 [N]. Finish reasons may be `ASK`, which is where
+        `may_stop_V` says that the token stops some requests, and the row's has stop ids of its own."""
+        known = step_loops.Known.empty(len(sampled.slot_O))
+        going_N = np.zeros(len(self.rank_N), np.uint8)
+        count = step_loops.take_in(
             self.for_loops,
+            self._factors,
             eos_ids,
             may_stop_V,
-            rows,
-            tokens,
-            ASK,
-            finish,
-            int(FinishReason.STOP),
-            int(FinishReason.LENGTH),
+            step,
+            offsets_P1,
+            sampled,
+            going_N,
+            known,
+            np.empty_like(known.row_O),
         )
-        return finish
-
-    def append_tokens(self, rows: np.ndarray, tokens: np.ndarray) -> None:
-        """One sampled token for each row (in any order) is known now."""
-        row_loops.append_tokens(self.for_loops, self._factors, rows, tokens)
+        assert count >= 0, f"step {number}: sampled {sampled.slot_O}, expected {step.slot_S[step.sample_S == 1]}"
+        return step_loops.Known(*(column[:count] for column in known)), going_N
 
     def tokens(self, row: int, request: Request) -> np.ndarray:
         """The known tokens of a running request, which has this row: i32, a copy."""
@@ -309,16 +297,11 @@ class RunningTable:
         tokens[: len(request.tokens)] = request.tokens
         return tokens
 
-    def name_blocks(self, rows: np.ndarray) -> None:
-        """Name the blocks of these rows that are whole now, or will be when the steps in flight are done."""
-        if self.names is not None:
-            row_loops.name_rows(self.caches, self.pool.blocks, self.for_loops, rows)
-
     def copy_names(self, row: int, request: Request) -> None:
         """Give a request that leaves its row the names of what it has."""
         if self.names is not None:
-            request.names = self.name_NW2[row, : self.num_known_N[row] // self.config.block_size].copy()
-            request.prefix_sum = self.sum_N4[row].copy()
+            name_W2 = self.name_NW2[row, : self.num_known_N[row] // self.config.block_size]
+            request.names = np.concatenate((name_W2, self.sum_N4[row].reshape(2, 2)))
 
     def offsets_P1(self, rows: np.ndarray) -> np.ndarray:
         """Where each rank's part of `rows` lies: i32 [P + 1]."""

@@ -42,7 +42,9 @@ INFO = ModelInfo(
     ep_size=2,
     device="cpu",
     block_size=16,
-    num_blocks=100,
+    cache_tokens=1584,
+    cache_blocks={"full": 100},
+    cache_bytes={"full": 6400},
     max_running=8,
     seed=7,
 )

@@ -11,12 +11,13 @@ from expertwire.engine.config import ModelInfo
 from expertwire.engine.outputs import EngineFailed, RequestError, Update
 from expertwire.engine.prompts import encode_prompt
 from expertwire.engine.request_options import RequestOptions
+from expertwire.engine.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
 
 MODEL_INFO = ModelInfo(
     name="fake", path="/models/fake", architecture="Qwen3MoeForCausalLM", dtype="float32", vocab_size=100,
     max_model_len=1000, eos_token_ids=(2, 3), num_layers=2, num_experts=8, top_k=2, ep_size=3, device="cpu",
-    block_size=16, num_blocks=64, max_running=8, seed=5,
+    block_size=16, cache_tokens=1008, cache_blocks={"full": 64}, cache_bytes={"full": 4096}, max_running=8, seed=5,
 )  # fmt: skip
 
 
@@ -32,6 +33,7 @@ class FakeFront:
 
     def __init__(self) -> None:
         self.model_info = MODEL_INFO
+        self.tokenizer: Tokenizer | None = None  # then text is one token a character, and there is no chat
         self.failure: EngineFailed | None = None
         self.submitted: list[tuple[list[int], SamplingParams]] = []  # a request's id is its place
         self.options: list[RequestOptions] = []  # likewise
@@ -46,7 +48,7 @@ class FakeFront:
         return len(self._open)
 
     def encode(self, prompt: str | list[int], params: SamplingParams) -> np.ndarray:
-        return encode_prompt(prompt, params, MODEL_INFO, LetterTokenizer())
+        return encode_prompt(prompt, params, self.model_info, self.tokenizer or LetterTokenizer())
 
     def submit(self, prompt: np.ndarray, params: SamplingParams, options: RequestOptions | None = None) -> int:
         if self.failure:

@@ -1,8 +1,8 @@
 """The engine against transformers: cases with what the reference computes, and the comparison.
 
 Over the engine's public face log-probabilities are compared: at every position of the prompt and of the output the 64 most
-probable tokens' and the token's own, with the reference's log-softmax over all its logits. `SoloModel` gives the logits
-themselves, of one rank in this process.
+probable tokens' and the token's own, with the reference's log-softmax over all its logits. `rank_model` gives the logits
+themselves.
 
 T tokens of the prompt, V vocabulary.
 """
@@ -10,7 +10,7 @@ T tokens of the prompt, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,18 +19,8 @@ import tiny_checkpoints as tiny
 import torch
 
 from expertwire import LLM, SamplingParams
-from expertwire.comm.a2a_reference import ReferenceAllToAll
-from expertwire.comm.all_to_all import AllToAllSpec
-from expertwire.comm.group import SoloGroup
-from expertwire.engine import weights
-from expertwire.engine.batch import ForwardBatch
-from expertwire.engine.checkpoint import Checkpoint, read_model_config
-from expertwire.engine.decoder import RankContext
-from expertwire.engine.models import registry
+from expertwire.engine.hub_config import read_model_config
 from expertwire.generation import RequestOutput
-from expertwire.kernels import attention
-from expertwire.kernels import registry as kernels
-from expertwire.moe.placement import place
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 130, 300)
 VARIANTS: dict[str, tuple[tiny.Kind, dict[str, object]]] = {
@@ -148,59 +138,3 @@ def _compare_position(case: Case, position: int, entries: dict, token: int, tall
     )
     if not ok:
         tally.failures.append(f"prompt of {len(case.ids)}: log-probabilities at {position} differ by {worst:.2e}")
-
-
-class SoloModel:
-    """A model on one rank in this process, for the torch threads that are set when it is built."""
-
-    BLOCK_SIZE = 16
-
-    def __init__(self, folder: Path, dtype: str = "float32", max_tokens: int = 512) -> None:
-        config = read_model_config(folder, dtype)
-        torch_dtype = getattr(torch, dtype)
-        placement = place(config.num_experts, 1) if any(config.sparse_layers) else None
-        spec = AllToAllSpec(
-            group=SoloGroup(),
-            rank_offsets=placement.rank_offsets if placement else (0, 0),
-            max_tokens=max_tokens,
-            hidden_size=config.hidden_size,
-            top_k=config.top_k,
-            dtype=torch_dtype,
-        )
-        context = RankContext(
-            rank=0,
-            dtype=torch_dtype,
-            device="cpu",
-            ops=kernels.choose("cpu"),
-            placement=placement,
-            all_to_all=ReferenceAllToAll(spec) if placement else None,
-        )
-        self.model = registry.build(config, context)
-        params = weights.allocate(self.model.param_specs(), torch_dtype, "cpu")
-        weights.load_weights(Checkpoint(folder), self.model.weight_map(), params, progress=False)
-        with torch.inference_mode():
-            self.model.bind(params)
-        self._num_blocks = max_tokens // self.BLOCK_SIZE
-        self._caches = self.model.allocate(
-            num_blocks=self._num_blocks + 1, block_size=self.BLOCK_SIZE, max_model_len=max_tokens
-        )
-
-    @torch.inference_mode()
-    def logits(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
-        """fp32 [T, V], the prompt computed `chunk` tokens at a time."""
-        return np.concatenate([self.model.logits(hidden).numpy() for hidden in self._forward(ids, chunk or len(ids))])
-
-    def _forward(self, ids: Sequence[int], chunk: int) -> Iterator[torch.Tensor]:
-        table = 1 + np.random.default_rng(len(ids)).permutation(self._num_blocks).astype(np.int32)
-        for start in range(0, len(ids), chunk):
-            positions = np.arange(start, min(start + chunk, len(ids)))
-            queries, lengths = np.array([0, len(positions)]), positions[-1:] + 1
-            slots = table[positions // self.BLOCK_SIZE].astype(np.int64) * self.BLOCK_SIZE + positions % self.BLOCK_SIZE
-            batch = ForwardBatch(
-                token_ids_T=torch.tensor([ids[p] for p in positions]),
-                positions_T=torch.from_numpy(positions),
-                slot_mapping_T=torch.from_numpy(slots),
-                sequences=attention.describe(queries, lengths, table[None], self.BLOCK_SIZE, "cpu"),
-                num_tokens_P=[len(positions)],
-            )
-            yield self.model.forward(batch, self._caches)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from expertwire.engine.decoder import Decoder
-from expertwire.engine.weight_map import WeightMap
+from dataclasses import replace
+
+from expertwire.engine import readers
+from expertwire.engine.family import Family, Names
+from expertwire.engine.fields import Fields
+from expertwire.engine.model_config import Layer, Moe
 
 
-class Mixtral(Decoder):
-    """`MixtralForCausalLM`."""
+def layers(fields: Fields) -> tuple[Layer, ...]:
+    attention = replace(readers.attention(fields), window=readers.window(fields))
+    experts = readers.experts(fields, "num_local_experts", "num_experts")
+    moe = Moe(**experts, size=fields.integer("intermediate_size"), renormalize=True)
+    return (Layer(attention=attention, mlp=moe),) * fields.integer("num_hidden_layers")
 
-    def moe_map(self, i: int) -> WeightMap:
-        moe = f"model.layers.{i}.block_sparse_moe."
-        return self.expert_map(i, moe + "gate.weight", moe + "experts.{}.", "w1.weight", "w3.weight", "w2.weight")
+
+MIXTRAL = Family(
+    layers=layers, names=Names(moe="block_sparse_moe.", gate="w1", up="w3", down="w2", experts="experts.{}.")
+)

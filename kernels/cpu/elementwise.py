@@ -8,10 +8,13 @@ T tokens, D model width, F expert width, E experts, K chosen, N rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.kernels.cpu import routing
 from expertwire.kernels.cpu.numbers import as_array, exp, jit, load, round_like, softmax, sum_squares
 
 
@@ -76,8 +79,10 @@ def route_rows(logits_TE: np.ndarray, renormalize: bool, ids_TK: np.ndarray, wei
                 weights_TK[t, k] /= chosen
 
 
-def route(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
+def route(logits_TE: Tensor, top_k: int, *, renormalize: bool, **special: Any) -> tuple[Tensor, Tensor]:
     """`kernels.routing.reference`; of equal weights the lower id comes first."""
+    if special:
+        return routing.route(logits_TE, top_k, renormalize=renormalize, **special)
     num_tokens = logits_TE.shape[0]
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
     weights_TK = torch.empty(num_tokens, top_k)

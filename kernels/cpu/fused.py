@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from expertwire.kernels.attention import PagedSequences
-from expertwire.kernels.cpu.attention import attend_rows, rotate_and_store_rows
+from expertwire.kernels.cpu.attention import attend_rows, sinks
 from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows, route_rows
-from expertwire.kernels.cpu.gemm import PackedExperts, PackedLinear, experts_rows, linear_rows
+from expertwire.kernels.cpu.gemm import Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
 from expertwire.kernels.cpu.numbers import as_array, jit
+from expertwire.kernels.cpu.rotary import rotate_and_store_rows
 
 # What all layers of a step share: cosines and sines, positions_T, slots_T, tables_Bb, cu_queries, lengths_B.
 StepArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -33,8 +34,13 @@ def _attention(
     all_heads: int,
     qk_norm_hd: np.ndarray,
     eps: float,
-    cos_Pd: np.ndarray,
-    sin_Pd: np.ndarray,
+    interleaved: bool,
+    scale: float,
+    window: int,
+    chunk: int,
+    sinks_H: np.ndarray,
+    cos_Pr: np.ndarray,
+    sin_Pr: np.ndarray,
     positions_T: np.ndarray,
     slots_T: np.ndarray,
     tables_Bb: np.ndarray,
@@ -56,16 +62,17 @@ def _attention(
         qkv_Thd,
         qk_norm_hd,
         eps,
-        cos_Pd,
-        sin_Pd,
+        cos_Pr,
+        sin_Pr,
         positions_T,
         slots_T,
         k_NsGd.reshape((-1, num_kv, dim)),
         v_NsGd.reshape((-1, num_kv, dim)),
+        interleaved,
         q_THd,
     )
     attended_THd = np.empty((num_tokens, num_heads, dim), x_TD.dtype)
-    attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, dim**-0.5, attended_THd)
+    attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, attended_THd)
     delta_TD = np.empty_like(x_TD)
     linear_rows(attended_THd.reshape((num_tokens, -1)), output[0], output[1], delta_TD)
     add_rms_norm_rows(x_TD, delta_TD, norm_D, eps, sum_TD, y_TD)
@@ -75,10 +82,24 @@ class AttentionAndNorm:
     """`kernels.attention.Fused` on a CPU."""
 
     def __init__(
-        self, qkv: PackedLinear, output: PackedLinear, qk_norm_hd: Tensor | None, norm_D: Tensor, eps: float, dim: int
+        self,
+        qkv: PackedLinear,
+        output: PackedLinear,
+        qk_norm_hd: Tensor | None,
+        norm_D: Tensor,
+        eps: float,
+        dim: int,
+        *,
+        interleaved: bool,
+        scale: float | None,
+        window: int,
+        chunk: int,
+        sinks_H: Tensor | None,
     ) -> None:
         qk_norm = norm_D.new_empty(0, dim) if qk_norm_hd is None else qk_norm_hd
-        self._before = (qkv.panels, qkv.bias), qkv.num_outputs // dim, as_array(qk_norm), eps
+        scale = dim**-0.5 if scale is None else scale
+        attention = interleaved, scale, window, chunk, sinks(sinks_H)
+        self._before = (qkv.panels, qkv.bias), qkv.num_outputs // dim, as_array(qk_norm), eps, *attention
         self._after = (output.panels, output.bias), as_array(norm_D)
 
     def step(
@@ -124,8 +145,7 @@ def _moe(
     top_k: int,
     renormalize: bool,
     physical_of_E: np.ndarray,
-    w13: np.ndarray,
-    w2: np.ndarray,
+    experts: Operands,
     norm_D: np.ndarray,
     eps: float,
     load_E: np.ndarray,
@@ -143,10 +163,10 @@ def _moe(
         for k in range(top_k):
             load_E[ids_TK[t, k]] += 1
             physical_TK[t, k] = physical_of_E[ids_TK[t, k]]
-    offsets, row_index_R = np.empty(len(w13) + 1, np.int64), np.empty(num_tokens * top_k, np.int64)
+    offsets, row_index_R = np.empty(len(experts[1]) + 1, np.int64), np.empty(num_tokens * top_k, np.int64)
     _sort(physical_TK, offsets, row_index_R, place_TK)
     rows_RD = np.empty((num_tokens * top_k, width), x_TD.dtype)
-    experts_rows(normed_TD, row_index_R, offsets, w13, w2, rows_RD)
+    experts_rows(normed_TD, row_index_R, offsets, experts, rows_RD)
     delta_TD = np.empty_like(x_TD)
     combine_rows(rows_RD, place_TK, weights_TK, delta_TD)
     add_rms_norm_rows(x_TD, delta_TD, norm_D, eps, sum_TD, y_TD)
@@ -167,7 +187,7 @@ class MoeAndNorm:
         eps: float,
     ) -> None:
         routing = (router.panels, router.bias), top_k, renormalize, physical_of_E.numpy()
-        self._fixed = *routing, experts.w13, experts.w2, as_array(norm_D), eps
+        self._fixed = *routing, experts.operands, as_array(norm_D), eps
 
     def __call__(self, x_TD: Tensor, normed_TD: Tensor, load_E: np.ndarray) -> tuple[Tensor, Tensor]:
         sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)

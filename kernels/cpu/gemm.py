@@ -16,20 +16,29 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from expertwire.kernels.cpu import amx
+from expertwire.kernels.cpu import amx, unpack
 from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, put_row, rows_at_once
 from expertwire.kernels.cpu.numbers import as_array, jit, round_like
 from expertwire.kernels.cpu.panel import LINE, PANEL, pack_rows, put_gated_rows, put_rows
+from expertwire.kernels.cpu.unpack import Codes, expert, num_panels, room, unpacked
 from expertwire.kernels.cpu.vectors import LANES
+from expertwire.kernels.formats import Quantized, Weight
 from expertwire.kernels.permute import TileMap
+from expertwire.kernels.variants import Activation
 
 _CHUNK = (
     288  # rows of x that stay in the cache while all weights meet them; a multiple of how many are multiplied at once
 )
 
 
-def supports(weight: Tensor) -> bool:
+Gating = tuple[np.float32, np.float32, np.float32]  # alpha, limit and offset of `experts.gate_reference`
+Operands = tuple[np.ndarray | Codes, np.ndarray, np.ndarray | Codes, np.ndarray, Gating]
+
+
+def supports(weight: Weight) -> bool:
     """Whether panels hold a weight [..., N, K]."""
+    if isinstance(weight, Quantized):
+        return weight.shape[-1] % LINE == 0 and all(rows % LANES == 0 for rows in weight.parts)
     return weight.shape[-1] % LINE == 0 and weight.dtype in (torch.float32, torch.bfloat16)
 
 
@@ -49,10 +58,23 @@ class PackedLinear:
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """`kernels.experts.reference`."""
+    """`kernels.experts.reference`, with biases and other activations; weights are panels, or `unpack.Codes` of them."""
 
-    w13: np.ndarray  # [e, F / 16, K', 32]: sixteen of w1, then as many of w3
-    w2: np.ndarray  # [e, P, K', 32]
+    w13: np.ndarray | Codes  # [e, F / 16, K', 32]: sixteen of w1, then as many of w3
+    w2: np.ndarray | Codes  # [e, P, K', 32]
+    bias13: np.ndarray  # fp32 [e, F / 16, 32]
+    bias2: np.ndarray  # fp32 [e, D]
+    gating: Gating
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        biases = torch.from_numpy(self.bias13), torch.from_numpy(self.bias2)
+        return unpack.tensors(self.w13) + unpack.tensors(self.w2) + biases
+
+    @property
+    def operands(self) -> Operands:
+        """As `experts_rows` takes them."""
+        return self.w13, self.bias13, self.w2, self.bias2, self.gating
 
     def __call__(
         self,
@@ -65,8 +87,21 @@ class PackedExperts:
         assert isinstance(offsets, np.ndarray), "here the host counts rows"
         assert home_R is tile_map is None, "and they stay in order"
         y_RD = x_UD.new_empty(len(row_index_R), x_UD.shape[1])
-        _experts(as_array(x_UD), row_index_R.numpy(), offsets, self.w13, self.w2, as_array(y_RD))
+        _experts(as_array(x_UD), row_index_R.numpy(), offsets, self.operands, as_array(y_RD))
         return y_RD
+
+
+@dataclass(frozen=True, eq=False)
+class PackedHeads:
+    """`kernels.heads.reference` of rows of the weights' dtype."""
+
+    panels: np.ndarray  # [H, P, K', 32]
+    num_outputs: int
+
+    def __call__(self, x_THK: Tensor) -> Tensor:
+        y_THN = x_THK.new_empty(*x_THK.shape[:2], self.num_outputs)
+        _heads(as_array(x_THK), self.panels, as_array(y_THN))
+        return y_THN
 
 
 def pack_linear(w_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
@@ -79,16 +114,39 @@ def pack_linear(w_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
     return PackedLinear(_pack(w_NK[None], starts)[0], bias, num_outputs)
 
 
-def pack_experts(w13_eFD: Tensor, w2_eDF: Tensor) -> PackedExperts:
+def pack_heads(w_HNK: Tensor) -> PackedHeads:
+    """From weights that `supports`."""
+    num_outputs = w_HNK.shape[1]
+    return PackedHeads(_pack(w_HNK, np.arange(0, -(-num_outputs // PANEL) * PANEL, LANES)), num_outputs)
+
+
+def pack_experts(
+    w13: Weight,
+    w2: Weight,
+    activation: Activation,
+    bias13_eF: Tensor | None = None,
+    bias2_eD: Tensor | None = None,
+) -> PackedExperts:
     """From weights [e, 2F, D] and [e, D, F] that `supports`."""
-    width, inner = w2_eDF.shape[1:]
+    num_experts, width, inner = w2.shape
+    alpha, limit, offset = activation.gating
     gates = np.arange(0, inner, LANES)
-    w13 = _pack(w13_eFD, np.stack((gates, gates + inner), 1).flatten())
-    return PackedExperts(w13, _pack(w2_eDF, np.arange(0, width, LANES)))
+    halves = np.stack((gates, gates + inner), 1).flatten()
+    bias13 = np.zeros((num_experts, 2 * inner), np.float32) if bias13_eF is None else bias13_eF.float().numpy()
+    bias2 = np.zeros((num_experts, width), np.float32) if bias2_eD is None else bias2_eD.float().numpy()
+    return PackedExperts(
+        w13=_pack(w13, halves),
+        w2=_pack(w2, np.arange(0, width, LANES)),
+        bias13=bias13.reshape(num_experts, -1, LANES)[:, halves // LANES].reshape(num_experts, -1, PANEL),
+        bias2=bias2,
+        gating=(np.float32(alpha), np.float32(limit), np.float32(offset)),
+    )
 
 
-def _pack(w_eNK: Tensor, starts: np.ndarray) -> np.ndarray:
+def _pack(w_eNK: Weight, starts: np.ndarray) -> np.ndarray | Codes:
     """[e, P, K', 32], half a panel from each row of `starts`."""
+    if isinstance(w_eNK, Quantized):
+        return unpack.pack(w_eNK, starts)
     array = as_array(w_eNK.contiguous())
     array = array.view(np.uint32) if array.dtype == np.uint16 else array
     panels = np.empty((len(array), len(starts) // 2, array.shape[2], PANEL), array.dtype)
@@ -121,29 +179,39 @@ def _rows_overload(x, start, count, buffer):
 
 
 @jit
-def _product(x, num_m, w, bias, found, y):
-    num_n, num_k, step = y.shape[1], x.shape[1], rows_at_once(w)
-    for i in range(len(w)):
+def _product(x, num_m, w, bias, room, found, y):
+    num_n, num_k = y.shape[1], x.shape[1]
+    for i in range(num_panels(w)):
         n = i * PANEL
-        for m in range(0, num_m, step):
-            multiply(x, m, num_m, num_k, w, i, found)
-            count = min(step, num_m - m)
+        panels, j = unpacked(w, i, room)
+        for m in range(0, num_m, rows_at_once(panels)):
+            multiply(x, m, num_m, num_k, panels, j, found)
+            count = min(rows_at_once(panels), num_m - m)
             if n + PANEL <= num_n:
                 put_rows(found, HEAD, count, bias, n, y, m * num_n + n, num_n)
             else:
-                for j in range(count):
-                    for k in range(n, num_n):
-                        y[m + j, k] = round_like(found[HEAD + j, k - n] + bias[k], y[m + j, k])
+                _put_few(found, count, bias, n, y[m : m + count])
 
 
 @jit
-def _hidden(x, num_m, w13, found, like, hidden):
+def _put_few(found, count, bias, n, y):
+    """What `put_rows` does, of a panel that is wider than what is left of y from column n on."""
+    for i in range(count):
+        for k in range(n, y.shape[1]):
+            y[i, k] = round_like(found[HEAD + i, k - n] + bias[k], y[i, k])
+
+
+@jit
+def _hidden(x, num_m, w13, bias, gating, room, found, like, hidden):
     """What lies between an expert's products, rounded as `like`."""
-    width, num_k, step = hidden.shape[1], x.shape[1], rows_at_once(w13)
-    for i in range(len(w13)):
+    width, num_k = hidden.shape[1], x.shape[1]
+    for i in range(num_panels(w13)):
+        panels, j = unpacked(w13, i, room)
+        step = rows_at_once(panels)
         for m in range(0, num_m, step):
-            multiply(x, m, num_m, num_k, w13, i, found)
-            put_gated_rows(found, HEAD, min(step, num_m - m), like, hidden, m * width + i * LANES, width)
+            multiply(x, m, num_m, num_k, panels, j, found)
+            count, at = min(step, num_m - m), m * width + i * LANES
+            put_gated_rows(found, HEAD, count, bias, i * PANEL, gating, like, hidden, at, width)
 
 
 @jit
@@ -154,25 +222,26 @@ def linear_rows(x, w, bias, y):
     begin(w)
     for start in range(0, num_m, _CHUNK):
         count = min(_CHUNK, num_m - start)
-        _product(_rows(x, start, count, buffer), count, w, bias, found, y[start : start + count])
+        _product(_rows(x, start, count, buffer), count, w, bias, w, found, y[start : start + count])
     finish(w)
 
 
 @jit
-def experts_rows(x, index, offsets, w13, w2, y):
-    """`kernels.experts.reference`, with weights as in `PackedExperts`, of at least one row."""
-    most, width, inner = min(_CHUNK, np.diff(offsets).max()), x.shape[1], w13.shape[1] * LANES
-    rows, hidden, found = operand(most, width, w13), operand(most, inner, w2), products()
-    bias = np.zeros(width, np.float32)
-    begin(w13)
-    for e in range(len(w13)):
+def experts_rows(x, index, offsets, operands, y):
+    """`kernels.experts.reference`, with `PackedExperts.operands`, of at least one row."""
+    w13, bias13, w2, bias2, gating = operands
+    most, width, inner = min(_CHUNK, np.diff(offsets).max()), x.shape[1], bias13.shape[1] * LANES
+    room13, room2 = room(expert(w13, 0), x), room(expert(w2, 0), x)
+    rows, hidden, found = operand(most, width, room13), operand(most, inner, room2), products()
+    begin(room13)
+    for e in range(len(bias13)):
         for start in range(offsets[e], offsets[e + 1], _CHUNK):
             count = min(_CHUNK, offsets[e + 1] - start)
             for m in range(count):
                 put_row(x[index[start + m]], rows[m])
-            _hidden(rows, count, w13[e], found, x[0, 0], hidden)
-            _product(hidden, count, w2[e], bias, found, y[start : start + count])
-    finish(w13)
+            _hidden(rows, count, expert(w13, e), bias13[e], gating, room13, found, x[0, 0], hidden)
+            _product(hidden, count, expert(w2, e), bias2[e], room2, found, y[start : start + count])
+    finish(room13)
 
 
 @jit
@@ -181,6 +250,24 @@ def _linear(x, w, bias, y):
 
 
 @jit
-def _experts(x, index, offsets, w13, w2, y):
+def _experts(x, index, offsets, operands, y):
     if len(index) > 0:
-        experts_rows(x, index, offsets, w13, w2, y)
+        experts_rows(x, index, offsets, operands, y)
+
+
+@jit
+def _heads(x, w, y):
+    num_m, num_heads, num_k = x.shape
+    num_n, most = y.shape[2], min(num_m, _CHUNK)
+    bias, found = np.zeros(w.shape[1] * PANEL, np.float32), products()
+    rows, columns = operand(most, num_k, w[0]), np.empty((most, num_n), y.dtype)
+    begin(w[0])
+    for h in range(num_heads):
+        for start in range(0, num_m, _CHUNK):
+            count = min(_CHUNK, num_m - start)
+            for m in range(count):
+                put_row(x[start + m, h], rows[m])
+            _product(rows, count, w[h], bias, w[h], found, columns)
+            for m in range(count):
+                y[start + m, h] = columns[m]
+    finish(w[0])

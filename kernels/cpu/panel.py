@@ -162,17 +162,23 @@ def put_rows(context, products, first, count, bias, bias_at, y, y_at, ldy):
 
 
 @intrinsic
-def put_gated_rows(context, products, first, count, like, y, y_at, ldy):
-    """As `put_rows`, without a bias: sixteen columns of `elementwise.silu_mul_of`, rounded as `like`."""
+def put_gated_rows(context, products, first, count, bias, bias_at, gating, like, y, y_at, ldy):
+    """As `put_rows`: sixteen columns of `vectors.silu_mul`, with its alpha, limit and offset, rounded as `like`."""
 
     def generate(context, builder, signature, args):
-        def finished(halves: list[ir.Value]) -> list[ir.Value]:
-            return [vectors.silu_mul(builder, *halves, bf16=signature.args[3] == types.uint16)]
+        b = builder
+        start = vectors.pointer(context, b, signature.args[3], args[3], args[4], F32)
+        biases = [vectors.load(b, start, I64(half)) for half in (0, LANES)]
+        numbers = [vectors.splat(b, b.extract_value(args[5], i)) for i in range(3)]
 
-        return _put(context, builder, signature.args, args, 4, finished)
+        def finished(halves: list[ir.Value]) -> list[ir.Value]:
+            gate, up = (b.fadd(half, bias) for half, bias in zip(halves, biases, strict=True))
+            return [vectors.silu_mul(b, gate, up, *numbers, bf16=signature.args[6] == types.uint16)]
+
+        return _put(context, b, signature.args, args, 7, finished)
 
     number = types.int64
-    return types.void(products, number, number, like, y, number, number), generate
+    return types.void(products, number, number, bias, number, gating, like, y, number, number), generate
 
 
 def _put(

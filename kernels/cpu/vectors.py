@@ -78,6 +78,10 @@ def maximum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
+def minimum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.fcmp_ordered(">", x, y), y, x)
+
+
 def exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """`numbers.exp`, bit for bit."""
     x = maximum(b, x, each(-87.0))
@@ -99,15 +103,18 @@ def folded(b: ir.IRBuilder, vector: ir.Value, combine: Callable[[ir.Value, ir.Va
     return vector
 
 
-def silu_mul(b: ir.IRBuilder, gate: ir.Value, up: ir.Value, bf16: bool) -> ir.Value:
-    """`elementwise.silu_mul_of`, bit for bit, in fp32."""
+def silu_mul(
+    b: ir.IRBuilder, gate: ir.Value, up: ir.Value, alpha: ir.Value, limit: ir.Value, offset: ir.Value, bf16: bool
+) -> ir.Value:
+    """`experts.gate_reference` of fp32 products, in fp32; of alpha 1, limit inf and offset 0 `elementwise.silu_mul_of`, bit for
+    bit."""
 
     def rounded(value: ir.Value) -> ir.Value:
         return from_bf16(b, to_bf16(b, value)) if bf16 else value
 
-    gate, up = rounded(gate), rounded(up)
-    minus = b.fsub(each(-0.0), gate)
-    minus = b.select(b.fcmp_ordered("<", minus, each(88.0)), minus, each(88.0))
+    gate, up = minimum(b, rounded(gate), limit), minimum(b, rounded(up), limit)
+    up = b.fadd(maximum(b, b.fsub(each(-0.0), limit), up), offset)
+    minus = minimum(b, each(88.0), b.fsub(each(-0.0), b.fmul(alpha, gate)))
     silu = rounded(b.fdiv(gate, b.fadd(each(1.0), exp(b, minus))))
     return rounded(b.fmul(silu, up))
 

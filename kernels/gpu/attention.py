@@ -35,6 +35,7 @@ from expertwire.kernels.gpu.splits import (
     SPLIT,
     Span,
     find,
+    first_visible,
     max_splits,
     merge,
     merge_workspace,
@@ -92,6 +93,7 @@ def _fold(
     PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """The keys [start, end) of one split; `start` is at a tile's start."""
     total = tl.zeros([ROWS, PADDED], tl.float32)
@@ -109,6 +111,8 @@ def _fold(
         visible = key[None, :] <= position_R[:, None]
         if WINDOW > 0:
             visible &= key[None, :] > position_R[:, None] - WINDOW
+        if CHUNK > 0:
+            visible &= key[None, :] >= (position_R // CHUNK * CHUNK)[:, None]
         p, old, top, weight = soften(top, weight, scores, scale, visible)
         total = tl.dot(p.to(v.dtype), v, total * old[:, None], input_precision="ieee")
     return total, top, weight
@@ -143,6 +147,7 @@ def _attend(
     PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -162,9 +167,7 @@ def _attend(
     )
     if end == 0:
         return
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(first - WINDOW + 1, 0) // KEYS * KEYS
+    begin = first_visible(first, WINDOW, CHUNK) // KEYS * KEYS
     dim = tl.arange(0, PADDED)
     query_R = (row_R // GROUP).to(tl.int64) * stride_token + (group * GROUP + row_R % GROUP) * DIM
     q_RD = tl.load(q + query_R[:, None] + dim, mask=(row_R < end_row)[:, None] & (dim < DIM), other=0.0)
@@ -199,6 +202,7 @@ def _attend(
             PADDED,
             BLOCK_SIZE,
             WINDOW,
+            CHUNK,
         )
         if SHARED_OUT:
             row_R, end_row, _, _, _ = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
@@ -254,6 +258,7 @@ def attend(
     *,
     scale: float | None = None,
     window: int = 0,
+    chunk: int = 0,
     sinks_H: Tensor | None = None,
     out: Tensor | None = None,
     invariant: bool = True,
@@ -277,7 +282,7 @@ def attend(
     scale = dim**-0.5 if scale is None else scale
     assert scale > 0, f"scale {scale}: maxima are taken before it is applied"
     for single in (True, False):
-        _launch(q_THd, k_cache, v_cache, out, seqs, device, single, tiling, scale, window, sinks_H)
+        _launch(q_THd, k_cache, v_cache, out, seqs, device, single, tiling, scale, window, chunk, sinks_H)
     return out
 
 
@@ -292,6 +297,7 @@ def _launch(
     tiling: Tiles,
     scale: float,
     window: int,
+    chunk: int,
     sinks_H: Tensor | None,
 ) -> None:
     """The sequences with one query, or the others."""
@@ -304,19 +310,21 @@ def _launch(
     span = Span(seqs=seqs, sequences=(first, end), tokens=tokens, group=num_heads // num_kv)
     rows = tiling.single_rows if single else tiling.rows
     blocks_each, num_blocks = span.blocks(rows)
-    num_splits = max_splits(seqs.max_length, tiling.split, window) if single else 1
+    num_splits = max_splits(seqs.max_length, tiling.split, window, chunk) if single else 1
     workspace = span.workspace(out, num_splits if num_splits > 1 else 0)
     _attend[num_blocks, num_kv, num_shares(device, num_blocks * num_kv, num_splits)](
         q_THd, k_cache, v_cache, out, *workspace, workspace[0] if sinks_H is None else sinks_H,
         seqs.cu_queries, seqs.lengths, seqs.block_table, *span.bounds,
         scale * LOG2_E.value, q_THd.stride(0), k_cache.stride(0), seqs.block_table.stride(0), num_splits,
         STRIDE_SLOT=k_cache.stride(1), GROUP=span.group, DIM=dim, PADDED=triton.next_power_of_2(dim), BLOCK_SIZE=block_size,
-        WINDOW=window, HAS_SINKS=sinks_H is not None, ROWS=rows, KEYS=tiling.keys, SPLIT_KEYS=tiling.split,
+        WINDOW=window, CHUNK=chunk, HAS_SINKS=sinks_H is not None, ROWS=rows, KEYS=tiling.keys, SPLIT_KEYS=tiling.split,
         BLOCKS_EACH=blocks_each, SHARED_OUT=num_splits > 1,
         num_warps=tiling.num_warps(rows), num_stages=tiling.num_stages, **EARLY,
     )  # fmt: skip
     if num_splits > 1:
-        merge_workspace(workspace, out, span, num_splits, split=tiling.split, window=window, sinks_H=sinks_H)
+        merge_workspace(
+            workspace, out, span, num_splits, split=tiling.split, window=window, chunk=chunk, sinks_H=sinks_H
+        )
 
 
 def _case(
@@ -329,6 +337,7 @@ def _case(
     single: bool,
     block_size: int = 16,
     window: int = 0,
+    chunk: int = 0,
     sinks: bool = False,
     invariant: bool = True,
     shared_out: bool = False,
@@ -336,7 +345,14 @@ def _case(
     tiling = tiles(head_dim=dim, element_size=2, arch=arch, invariant=invariant)
     rows = tiling.single_rows if single else tiling.rows
     constexprs = {"GROUP": heads // num_kv, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "BLOCK_SIZE": block_size}
-    constexprs |= {"WINDOW": window, "HAS_SINKS": sinks, "ROWS": rows, "KEYS": tiling.keys, "SPLIT_KEYS": tiling.split}
+    constexprs |= {
+        "WINDOW": window,
+        "CHUNK": chunk,
+        "HAS_SINKS": sinks,
+        "ROWS": rows,
+        "KEYS": tiling.keys,
+        "SPLIT_KEYS": tiling.split,
+    }
     strides = {"stride_token": (heads + 2 * num_kv) * dim, "stride_block": block_size * num_kv * dim}
     wanted = "HMMA" if rows < 64 else "HGMMA" if arch == 90 else "UTC"
     return Case(
@@ -360,7 +376,7 @@ def _case(
 
 
 def cases() -> list[Case]:
-    """The shapes of Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b and Qwen3-Next."""
+    """The shapes of Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b, Qwen3-Next, Phi-3 and Llama 4."""
     oss = {"window": 128, "sinks": True}
     found = []
     for arch in (90, 100):
@@ -378,5 +394,6 @@ def cases() -> list[Case]:
             _case("qwen3-next", 16, 2, 256, arch, single=True, shared_out=True),
             _case("qwen3-next", 16, 2, 256, arch, single=False),
             _case("phi", 32, 8, 96, arch, single=False),
+            _case("llama4 chunk", 40, 8, 128, arch, single=False, chunk=8192),
         ]
     return found

@@ -1,42 +1,117 @@
 """The experts' MLP on a GPU, as `kernels.experts.GroupedMlp`: two grouped GEMMs, and nothing known on the host.
 
-R routed rows, D model width, F expert width, e local experts.
+fp8 weights meet rows that are quantised on the way: groups of 128 columns for "fp8_block" (DeepSeek-V3, arXiv 2412.19437, 3.3.2),
+a row for "fp8_row". 4-bit weights meet rows as they are.
+
+U tokens with a row here, R routed rows, D model width, F expert width, e local experts.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.experts import Activation, GroupedMlp
-from expertwire.kernels.gpu import formats, grouped_gemm, tiles
+from expertwire.kernels.experts import GroupedMlp
+from expertwire.kernels.formats import Quantized, Weight
+from expertwire.kernels.gpu import formats, grouped_gemm, quantize, tiles
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.gpu.formats import ExpertWeights
 from expertwire.kernels.permute import TileMap
+from expertwire.kernels.variants import Activation
 
 
-def prepare(w13_eFD: Tensor, w2_eDF: Tensor, *, device: Device) -> GroupedMlp:
-    """A callable for these weights, [e, 2F, D] and [e, D, F]. Given offsets on the host, it copies them."""
-    w13, w2 = formats.dense(w13_eFD, gated=True), formats.dense(w2_eDF)
-    activation = Activation()
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GpuExperts:
+    """Weights as the kernels read them, both in one format."""
 
-    def apply(
+    w13: ExpertWeights
+    w2: ExpertWeights
+    activation: Activation
+    bias13_eF: Tensor | None
+    bias2_eD: Tensor | None
+    device: Device
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        arrays = [(weights.data, weights.scales, weights.global_scales) for weights in (self.w13, self.w2)]
+        every = *arrays[0], *arrays[1], self.bias13_eF, self.bias2_eD
+        return tuple(tensor for tensor in every if tensor is not None)
+
+    def __call__(
+        self,
         x_UD: Tensor,
         row_index_R: Tensor,
         offsets: Tensor | np.ndarray,
         home_R: Tensor | None = None,
         tile_map: TileMap | None = None,
     ) -> Tensor:
+        """Given offsets on the host, it copies them."""
         if isinstance(offsets, np.ndarray):
             offsets = torch.from_numpy(offsets.astype(np.int32)).to(x_UD.device)
         if home_R is None:
             home_R = torch.arange(len(row_index_R), dtype=torch.int32, device=x_UD.device)
-        rows = tiles.Rows.of(row_index_R.int(), home_R, offsets, len(row_index_R), "dense", tile_map)
-        hidden_RF = grouped_gemm.w13(x_UD, rows, w13, activation, device)
-        return grouped_gemm.w2(hidden_RF, rows, w2, x_UD.new_empty(len(row_index_R), x_UD.shape[1]), device)
+        format, planned = self.w13.format, len(row_index_R)
+        tokens = tiles.token_tile(format, planned, len(offsets) - 1)
+        fitting = tile_map if tile_map is not None and tile_map.token_tile == tokens else None
+        rows = tiles.Rows.of(row_index_R.int(), home_R, offsets, planned, format, fitting)
+        x, x_scales = _operand(x_UD, format, rows, rows.row_index_R)
+        hidden_RF = grouped_gemm.w13(
+            x,
+            rows,
+            self.w13,
+            self.activation,
+            self.device,
+            bias_eF=self.bias13_eF,
+            x_scales=x_scales,
+            out_dtype=x_UD.dtype,
+        )
+        hidden, hidden_scales = _operand(hidden_RF, format, rows, None)
+        out_RD = x_UD.new_empty(planned, x_UD.shape[1])
+        return grouped_gemm.w2(
+            hidden, rows, self.w2, out_RD, self.device, bias_eD=self.bias2_eD, x_scales=hidden_scales
+        )
 
-    return apply
+
+def _operand(x: Tensor, format: str, rows: tiles.Rows, row_index_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows, and their scales, as a product with weights of this format takes them; without an index they are routed rows."""
+    if format == "fp8_block":
+        values, scales = quantize.quantize(x, formats.BLOCK)
+        return values, tiles.tile_scales(scales, row_index_R, rows.expert_offsets, rows.tile_map)
+    if format == "fp8_row":
+        values, scales = quantize.quantize(x, x.shape[1])
+        return values, scales[:, 0]
+    return x, None
+
+
+def prepare(
+    w13: Weight,
+    w2: Weight,
+    *,
+    device: Device,
+    activation: Activation | None = None,
+    bias13_eF: Tensor | None = None,
+    bias2_eD: Tensor | None = None,
+) -> GroupedMlp:
+    """A callable for these weights, [e, 2F, D], gate rows over up rows, and [e, D, F].
+
+    Raises:
+        ValueError: gate and up of an "nvfp4" expert have different global scales.
+    """
+    activation = activation or Activation()
+    kinds = [weight.format if isinstance(weight, Quantized) else "dense" for weight in (w13, w2)]
+    assert kinds[0] == kinds[1], f"w13 in {kinds[0]}, w2 in {kinds[1]}"
+    return GpuExperts(
+        w13=formats.of_weight(w13, gated=activation.gated),
+        w2=formats.of_weight(w2),
+        activation=activation,
+        bias13_eF=bias13_eF,
+        bias2_eD=bias2_eD,
+        device=device,
+    )
 
 
 def cases() -> list[Case]:

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from expertwire.kernels.formats import Quantized, Weight
+
 INTERLEAVE = 8  # rows
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -245,6 +247,41 @@ def pack4(
     return ExpertWeights(
         format=format, data=signed.to(torch.int32), scales=filled, global_scales=global_scales, columns=K
     )
+
+
+def of_weight(weight: Weight, *, gated: bool = False) -> ExpertWeights:
+    """From weights [e, M, K] as a checkpoint has them; `gated`: gate rows over up rows, the two `parts` of a quantised one.
+
+    Raises:
+        ValueError: parts of an "nvfp4" matrix have different global scales.
+    """
+    if isinstance(weight, Tensor):
+        return dense(weight, gated=gated)
+    if weight.format == "fp8_block":
+        return fp8_block(weight.data, weight.scales, gated=gated)
+    if weight.format == "fp8_row":
+        return fp8_row(weight.data, weight.scales, gated=gated)
+    every = [_pack_expert(weight.experts(e, e + 1), gated) for e in range(len(weight.data))]  # codes take 64 bits there
+    scales, global_scales = ([getattr(one, name) for one in every] for name in ("scales", "global_scales"))
+    return ExpertWeights(
+        format=weight.format,
+        data=torch.cat([one.data for one in every]),
+        scales=torch.cat(scales),
+        global_scales=None if global_scales[0] is None else torch.cat(global_scales),
+        columns=weight.shape[2],
+    )
+
+
+def _pack_expert(weight: Quantized, gated: bool) -> ExpertWeights:
+    """Of one of the 4-bit formats, with a first dimension of 1."""
+    bytes_eMK = weight.data.contiguous().view(torch.uint8)
+    codes = torch.stack((bytes_eMK & 15, bytes_eMK >> 4), dim=-1).flatten(2)
+    global_scales = weight.global_scales
+    if global_scales is not None:
+        if (global_scales != global_scales[:, :1]).any():
+            raise ValueError(f"global scales of an nvfp4 matrix's parts are {global_scales.tolist()}, must be equal")
+        global_scales = global_scales[:, 0]
+    return pack4(weight.format, codes, weight.scales, global_scales, gated=gated)
 
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the codes' magnitudes

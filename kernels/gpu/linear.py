@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertwire.kernels.formats import Weight
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import B200, H200, Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.linear import Linear
+from expertwire.kernels.linear import Linear, unpacked
 
 _SIDE_BY_SIDE = 128  # tokens
 # ptxas for Blackwell otherwise spills a register or two where hundreds are left.
@@ -204,20 +205,24 @@ def _tile(
 
 
 def prepare(
-    w_ND: Tensor,
+    weight: Weight,
     bias_N: Tensor | None = None,
     *,
     device: Device,
+    dtype: torch.dtype | None = None,
     x_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Linear:
     """A callable x [T, D] -> y [T, N] for this weight, bf16, fp16 or fp32, and x in `x_dtype`: the weight's, or bf16 for fp32.
+
+    The weight is brought to `dtype` first; a quantised one needs it.
 
     y is in `out_dtype`, or else in x's dtype. Calls must follow each other on one stream: they share the counters.
 
     Raises:
         ValueError: fp32 activations on Blackwell.
     """
+    w_ND = unpacked(weight, dtype)
     num_rows, width = w_ND.shape
     x_dtype = x_dtype or w_ND.dtype
     terms = [w_ND] if x_dtype == w_ND.dtype else three_terms(w_ND)
@@ -225,8 +230,8 @@ def prepare(
     if device.arch >= 100 and x_dtype == torch.float32:
         raise ValueError("dtype is float32, whose products Triton makes in TF32 on this GPU; allowed is bfloat16")
     assert bias_N is None or (bias_N.shape == (num_rows,) and bias_N.is_contiguous()), bias_N
-    weight = torch.cat(terms, dim=1).contiguous() if len(terms) > 1 else w_ND
-    assert weight.is_contiguous(), f"strides {w_ND.stride()} of shape {tuple(w_ND.shape)}"
+    terms_ND = torch.cat(terms, dim=1).contiguous() if len(terms) > 1 else w_ND
+    assert terms_ND.is_contiguous(), f"strides {w_ND.stride()} of shape {tuple(w_ND.shape)}"
     counters = torch.zeros(triton.cdiv(num_rows, 64), dtype=torch.int32, device=w_ND.device)
 
     def apply(x_TD: Tensor) -> Tensor:
@@ -235,7 +240,7 @@ def prepare(
         assert x_TD.stride(1) == 1 or width == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
         y_TN = x_TD.new_empty(num_tokens, num_rows, dtype=out_dtype or x_dtype)
         if num_tokens:
-            _launch(x_TD, weight, bias_N, y_TN, counters, device)
+            _launch(x_TD, terms_ND, bias_N, y_TN, counters, device)
         return y_TN
 
     return apply

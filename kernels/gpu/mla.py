@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences
+from expertwire.kernels.attention import DeviceSequences, owners
 from expertwire.kernels.gpu.attention import rows_of_keys, soften
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
@@ -159,13 +159,15 @@ def attend(
     *,
     rank: int,
     scale: float,
+    chosen: Tensor | None = None,
     out: Tensor | None = None,
     tiling: Tiles | None = None,
     workspace_rows: int = WORKSPACE_ROWS,
 ) -> Tensor:
     """`kernels.mla.reference`: [T, H, C] in q's dtype; rows that belong to no sequence are left as they are.
 
-    q_THl: tokens and heads may lie apart. `tiling` is `tiles` of the shapes unless given.
+    q_THl: tokens and heads may lie apart. `tiling` is `tiles` of the shapes unless given. With `chosen` positions the cache is
+    contiguous.
     """
     num_tokens, num_heads, width = q_THl.shape
     assert cache.shape[2] == width, f"rows of {cache.shape[2]} numbers, queries of {width}"
@@ -177,7 +179,9 @@ def attend(
     out = q_THl.new_empty(num_tokens, num_heads, rank) if out is None else out
     assert out.is_contiguous(), f"output strides {out.stride()}"
     tiling = tiling or tiles(rank=rank, element_size=q_THl.element_size(), arch=device.arch)
-    num_splits = max_splits(seqs.max_length, tiling.split, 0)
+    if chosen is not None:
+        cache, seqs = _chosen_sequences(chosen, cache, seqs)
+    num_splits = max_splits(seqs.max_length, tiling.split)
     tokens = max(1, workspace_rows // (num_heads * num_splits))
     for first in range(0, seqs.num_single, tokens):
         some = first, min(first + tokens, seqs.num_single)
@@ -190,6 +194,23 @@ def attend(
             span = Span(seqs=seqs, sequences=sequences, tokens=some, group=num_heads)
             _launch(q_THl, cache, out, span, device, tiling, scale, num_splits)
     return out
+
+
+def _chosen_sequences(chosen_Tk: Tensor, cache: Tensor, seqs: DeviceSequences) -> tuple[Tensor, DeviceSequences]:
+    """The cache in blocks of one token, and each query as a sequence of the positions that it chose, in their order."""
+    block_size, width = cache.shape[1:]
+    sequence_T, last_T = owners(seqs, len(chosen_Tk))
+    none_Tk = (chosen_Tk < 0) | (last_T < 0)[:, None]
+    positions_Tk = torch.where(none_Tk, seqs.max_length - 1, chosen_Tk).sort(1).values[:, : seqs.max_length]
+    slots_Tk = seqs.block_table[sequence_T].gather(1, positions_Tk // block_size) * block_size
+    each = DeviceSequences(
+        num_single=len(chosen_Tk),
+        max_length=positions_Tk.shape[1],
+        cu_queries=torch.arange(len(chosen_Tk) + 1, dtype=torch.int32, device=cache.device),
+        lengths=(~none_Tk).sum(1, dtype=torch.int32),
+        block_table=(slots_Tk + positions_Tk % block_size).int(),
+    )
+    return cache.view(-1, 1, width), each
 
 
 def _launch(

@@ -66,11 +66,12 @@ def _rotate_and_store(
     PADDED_PAIRS: tl.constexpr,
     PADDED_REST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ROTATES: tl.constexpr,
     HAS_NORM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Grid (T, tiles of heads). PADDED_REST is 0 if every dimension is rotated."""
+    """Grid (T, tiles of heads). PADDED_REST is 0 if every dimension is rotated, or none."""
     wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -108,8 +109,9 @@ def _rotate_and_store(
         if PADDED_REST > 0:
             weight = tl.load(norm + row[:, None] + rest[None, :], mask=rest_mask & has_norm, other=1.0)
             others = others * scale * weight.to(tl.float32)
-    turned_1, turned_2 = rotate_pairs(first, second, cos_table, sin_table, position, pair, PAIRS)
-    first, second = tl.where(is_v[:, None], first, turned_1), tl.where(is_v[:, None], second, turned_2)
+    if ROTATES:
+        turned_1, turned_2 = rotate_pairs(first, second, cos_table, sin_table, position, pair, PAIRS)
+        first, second = tl.where(is_v[:, None], first, turned_1), tl.where(is_v[:, None], second, turned_2)
 
     stored = slot >= 0
     is_k, is_v = (head >= H) & (head < H + G) & stored, is_v & stored
@@ -148,7 +150,7 @@ def rotate_and_store(
     assert k_cache.stride() == v_cache.stride(), f"cache strides {k_cache.stride()} and {v_cache.stride()}"
     assert k_cache.shape[3] == dim, f"head sizes {dim} and {k_cache.shape[3]}"
     assert k_cache.stride()[2:] == (dim, 1), f"heads of the cache apart: strides {k_cache.stride()}"
-    assert 0 < rotated <= dim, f"{rotated} rotated dimensions of {dim}"
+    assert rotated <= dim, f"{rotated} rotated dimensions of {dim}"
     assert rotated % 2 == 0, f"{rotated} rotated dimensions are no pairs"
     assert tables[0].is_contiguous(), f"table strides {tables[0].stride()}"
     assert tables[1].is_contiguous(), f"table strides {tables[1].stride()}"
@@ -162,7 +164,7 @@ def rotate_and_store(
             qkv_Thd, qkv_Thd if norm_hd is None else norm_hd, *tables, positions_T, slot_mapping_T, q_THd, k_cache, v_cache,
             eps, qkv_Thd.stride(0), k_cache.stride(0), k_cache.stride(1),
             **_shape(num_heads, num_kv, dim, rotated, k_cache.shape[1]), HAS_NORM=norm_hd is not None,
-            INTERLEAVED=interleaved, num_warps=_num_warps(rotated), **EARLY,
+            INTERLEAVED=interleaved, num_warps=_num_warps(rotated or dim), **EARLY,
         )  # fmt: skip
     return q_THd
 
@@ -173,11 +175,12 @@ def _num_warps(rotated: int) -> int:
 
 
 def _shape(num_heads: int, num_kv: int, dim: int, rotated: int, block_size: int) -> dict[str, int]:
-    """The constexpr sizes."""
+    """The constexpr sizes. Where nothing is rotated, all numbers are pairs that stay as they are."""
+    rotates, rotated = rotated > 0, rotated or dim
     padded_rest = triton.next_power_of_2(dim - rotated) if dim > rotated else 0
     padded = {"PADDED_PAIRS": triton.next_power_of_2(rotated // 2), "PADDED_REST": padded_rest}
     sizes = {"H": num_heads, "G": num_kv, "DIM": dim, "PAIRS": rotated // 2}
-    return {**sizes, **padded, "BLOCK_SIZE": block_size, "HEADS": HEADS}
+    return {**sizes, **padded, "BLOCK_SIZE": block_size, "ROTATES": rotates, "HEADS": HEADS}
 
 
 def _case(

@@ -84,6 +84,17 @@ def rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP:
 
 
 @triton.jit
+def first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """`kernels.attention.first_visible`, of numbers or of vectors."""
+    first = position * 0
+    if WINDOW > 0:
+        first = tl.maximum(position - WINDOW + 1, 0)
+    if CHUNK > 0:
+        first = tl.maximum(first, position // CHUNK * CHUNK)
+    return first
+
+
+@triton.jit
 def rescale(top, top_before):
     """2^(before - top), the factor of sums that were relative to an earlier maximum; 0 as long as nothing was seen."""
     return tl.exp2(top_before - tl.where(top == float("-inf"), 0.0, top))
@@ -163,6 +174,7 @@ def merge_splits(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
@@ -179,9 +191,7 @@ def merge_splits(
     row_R, end_row, _, first, end = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
     if end == 0:
         return
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(first - WINDOW + 1, 0)
+    begin = first_visible(first, WINDOW, CHUNK)
     dim = tl.arange(0, PADDED)
     live_R = row_R < end_row
 
@@ -231,10 +241,10 @@ class Span:
         return values, statistics
 
 
-def max_splits(max_length: int, split: int, window: int) -> int:
+def max_splits(max_length: int, split: int, window: int = 0, chunk: int = 0) -> int:
     """Splits in which a query of a sequence can see keys."""
-    splits = -(-max_length // split)
-    return min(splits, -(-(window - 1) // split) + 1) if window else splits
+    splits = [-(-max_length // split), *(-(-(reach - 1) // split) + 1 for reach in (window, chunk) if reach)]
+    return min(splits)
 
 
 def num_shares(device: Device, num_blocks: int, num_splits: int) -> int:
@@ -250,6 +260,7 @@ def merge_workspace(
     *,
     split: int,
     window: int = 0,
+    chunk: int = 0,
     sinks_H: Tensor | None = None,
 ) -> None:
     """The splits that lie in `span.workspace(out, num_splits)`, into the span's rows of out [T, H, d]."""
@@ -258,12 +269,12 @@ def merge_workspace(
     merge_splits[num_blocks, num_heads // span.group](
         *workspace, out, workspace[0] if sinks_H is None else sinks_H, span.seqs.cu_queries, span.seqs.lengths,
         *span.bounds, num_splits,
-        **_constexprs(span.group, dim, split, window, sinks_H is not None), BLOCKS_EACH=each, **EARLY,
+        **_constexprs(span.group, dim, split, window, chunk, sinks_H is not None), BLOCKS_EACH=each, **EARLY,
     )  # fmt: skip
 
 
-def _constexprs(group: int, dim: int, split: int, window: int, has_sinks: bool) -> dict[str, int | bool]:
-    sizes = {"GROUP": group, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "WINDOW": window}
+def _constexprs(group: int, dim: int, split: int, window: int, chunk: int, has_sinks: bool) -> dict[str, int | bool]:
+    sizes = {"GROUP": group, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "WINDOW": window, "CHUNK": chunk}
     return {**sizes, "HAS_SINKS": has_sinks, "ROWS": _MERGED_ROWS, "SPLIT_KEYS": split, "STAGES": _MERGE_STAGES}
 
 
@@ -278,7 +289,7 @@ def _case(group: int, dim: int, *, single: bool, window: int = 0, sinks: bool = 
             **{"first_sequence": 0, "end_sequence": 64, "first_token": 0, "end_token": 64, "num_slots": 32},
         },
         constexprs={
-            **_constexprs(group, dim, SPLIT, window, sinks),
+            **_constexprs(group, dim, SPLIT, window, 0, sinks),
             "BLOCKS_EACH": -(-group // _MERGED_ROWS) if single else 0,
         },
         blocks_per_sm=2 if dim > 256 else 4,

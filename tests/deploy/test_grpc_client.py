@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 
+import chat_templates
 import fake_front
 import pytest
 
 from expertwire.deploy.grpc_client import Client, ServerError, Usage
 from expertwire.deploy.grpc_server import Server
+from expertwire.engine.chat import Chat
 from expertwire.engine.outputs import Logprob, RequestError
 from expertwire.engine.request_options import RequestOptions
+from expertwire.engine.tokenizer import Tokenizer
 
 STATS = {"num_running": 2.0, "running": [1.0, 1.0], "expert_load": [[1, 2, 3], [4, 5, 6]]}
 
@@ -52,6 +56,21 @@ def server():
     running["loop"].call_soon_threadsafe(running["stop"].set)
     thread.join(30)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve_family(server, tmp_path):
+    """Gives the server a tokenizer with the chat template of a family, until the test ends."""
+    front = server["front"]
+    info = front.model_info
+
+    def serve(name):
+        front.tokenizer = Tokenizer.open(chat_templates.write(tmp_path, chat_templates.FAMILIES[name]))
+        front.model_info = dataclasses.replace(info, vocab_size=front.tokenizer.vocab_size)
+        return front.tokenizer
+
+    yield serve
+    front.tokenizer, front.model_info = None, info
 
 
 @pytest.fixture
@@ -99,6 +118,75 @@ def test_errors_have_code_and_message(client):
         client.generate("a", temprature=0)
     with pytest.raises(ValueError, match="max_tokens"):
         client.generate("a", max_tokens="many")
+
+
+def test_a_chat_becomes_the_prompt_of_its_template(server, client, serve_family):
+    tokenizer, messages = serve_family("deepseek_v31"), chat_templates.TURNS
+    for options, opens in (
+        ({}, False),
+        ({"thinking": True}, True),
+        ({"chat_template_kwargs": {"thinking": True}}, True),
+    ):
+        generation = client.chat(messages, tools=chat_templates.TOOLS, max_tokens=3, tenant="acme", **options)
+        list(generation)
+        tokens, params = server["front"].submitted[-1]
+        chat = Chat(messages=messages, tools=chat_templates.TOOLS, **options)
+        assert tokens == tokenizer.encode_chat(chat)
+        assert tokenizer.decode(tokens, skip_special_tokens=False).endswith("<think>") is opens
+        assert generation.opens_reasoning is opens
+        assert (params.max_tokens, server["front"].options[-1].tenant) == (3, "acme")
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    list(client.chat(messages[:3], **options))
+    assert server["front"].submitted[-1][0] == tokenizer.encode_chat(Chat(messages=messages[:3], **options))
+
+
+def test_a_prompt_of_text_may_open_the_reasoning_too(client, serve_family):
+    tokenizer = serve_family("deepseek_r1")
+    for text, opens in (("<think>\n", True), ("<think>\n\n</think>", False), ("<think> is a word", False)):
+        for prompt in (text, tokenizer.encode("x" * 50 + text)):
+            generation = client.generate(prompt)
+            list(generation)
+            assert generation.opens_reasoning is opens
+    serve_family("mistral")  # whose delimiters are special tokens
+    generation = client.generate("[INST]x[/INST][THINK]")
+    list(generation)
+    assert generation.opens_reasoning
+
+
+def test_what_a_server_says_of_its_dialect(client, serve_family):
+    assert client.model_info()["dialect"] == {}
+    tokenizer = serve_family("gpt_oss")
+    info = client.model_info()
+    assert list(info["chat_variables"]) == list(tokenizer.chat_variables) == ["model_identity", "reasoning_effort"]
+    dialect = info["dialect"]
+    assert dialect["reasoning_start"] == "<|channel|>analysis<|message|>"
+    assert dialect["reasoning_efforts"] == ["low", "medium", "high"]
+    assert dialect["tool_calls"]["kind"] == dialect["name"] == "harmony"
+
+
+def test_chats_that_cannot_be_rendered(client, serve_family):
+    messages = [{"role": "user", "content": "a"}]
+    serve_family("gpt_oss")
+    for options, error in (
+        ({"reasoning_effort": "very"}, "reasoning_effort must be one of low, medium, high, got 'very'"),
+        (
+            {"thinking": True},
+            "thinking: the chat template does not read enable_thinking or thinking; it reads model_identity",
+        ),
+        ({"chat_template_kwargs": {"efort": 1}}, "chat_template_kwargs: .* does not read efort; it reads"),
+    ):
+        with pytest.raises(ServerError, match=error) as caught:
+            list(client.chat(messages, **options))
+        assert caught.value.code == "INVALID_ARGUMENT"
+    for options, error in (
+        ({"thinking": "yes"}, "thinking must be True"),
+        ({"tools": {}}, "tools must be a list"),
+        ({"temprature": 0}, "no sampling parameter is called temprature"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            client.chat(messages, **options)
+    with pytest.raises(ValueError, match="messages must be a JSON value"):
+        client.chat([{"role": "user", "content": b"a"}])
 
 
 def test_abort_from_elsewhere_ends_the_stream(client):

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
+from expertwire.deploy import grpc_messages
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.engine.chat import Chat
 from expertwire.engine.config import ModelInfo
+from expertwire.engine.dialects import DIALECTS, PLAIN
 from expertwire.engine.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -39,13 +42,44 @@ def test_every_field_that_a_client_may_set_is_in_the_proto():
     # The deadline is the call's.
     options = {field.name for field in dataclasses.fields(RequestOptions)} - {"deadline_s"}
     request = pb.GenerateRequest.DESCRIPTOR.fields_by_name
-    assert set(request) == {"request_id", "text", "token_ids", "sampling_params"} | options
+    assert set(request) == {"request_id", "text", "token_ids", "chat", "sampling_params"} | options
     assert all(request[name].has_presence for name in options)
+    # A client's own template would be its code.
+    chat = pb.Chat.DESCRIPTOR.fields_by_name
+    assert set(chat) == {field.name for field in dataclasses.fields(Chat)} - {"chat_template"}
+    assert all(field.has_presence for name, field in chat.items() if name != "messages")
 
 
 def test_model_info_has_everything_but_the_folder():
     fields = {field.name for field in dataclasses.fields(ModelInfo)}
-    assert set(pb.ModelInfo.DESCRIPTOR.fields_by_name) == fields - {"path"} | {"version"}
+    assert set(pb.ModelInfo.DESCRIPTOR.fields_by_name) == fields - {"path"} | {"version", "dialect", "chat_variables"}
+
+
+def test_dialects_are_whole_but_for_their_marks():
+    for dialect in (*DIALECTS, PLAIN):
+        message = grpc_messages.from_dialect(dialect)
+        assert (message.name, tuple(message.end_of_turn)) == (dialect.name, dialect.end_of_turn)
+        assert (message.reasoning_start, message.reasoning_end) == (dialect.reasoning or ("", ""))
+        assert (message.answer_start, message.answer_end) == (dialect.answer or ("", ""))
+        assert tuple(message.reasoning_efforts) == dialect.reasoning_efforts
+        assert message.HasField("tool_calls") == (dialect.tool_calls is not None)
+        if dialect.tool_calls is not None:
+            calls = {field.name: getattr(message.tool_calls, field.name) for field in pb.ToolCalls.DESCRIPTOR.fields}
+            assert calls == dataclasses.asdict(dialect.tool_calls)
+
+
+def test_chats_arrive_as_they_were_sent():
+    messages = [{"role": "user", "content": "é <b>"}]
+    tools = [{"zoo": 1, "ant": [1.0, None, True, {"b": "ü", "a": 2}]}]
+    for chat in (
+        Chat(messages=messages),
+        Chat(messages=messages, tools=tools, reasoning_effort="low", chat_template_kwargs={"x": {"z": 1, "y": 2}}),
+        Chat(messages=messages, thinking=False, add_generation_prompt=False, continue_final_message=True),
+    ):
+        request = pb.GenerateRequest(chat=grpc_messages.from_chat(chat))
+        arrived = grpc_messages.to_prompt(pb.GenerateRequest.FromString(request.SerializeToString()))
+        assert arrived == chat
+        assert str(arrived) == str(chat)  # with the keys in the same order, and 1.0 no integer
 
 
 def _lines(file: FileDescriptorProto) -> list[str]:

@@ -102,7 +102,9 @@ def test_more_gpus_than_there_are_is_a_clear_error(engine):
 def test_stopping_the_launcher_that_started_ray_ends_it(owner):
     owner.hub_address()
     children = psutil.Process().children(recursive=True)
-    ours = [child for child in children if "ray" in " ".join(child.cmdline())]
+    ours = [
+        child for child in children if child.status() != psutil.STATUS_ZOMBIE and "ray" in " ".join(child.cmdline())
+    ]
     assert any("raylet" in child.name() for child in ours)
     owner.stop(10)
     owner.stop(10)

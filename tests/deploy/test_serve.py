@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def serve(*options):
     try:
         line = process.stdout.readline()
         assert line.startswith("serving demo_model on "), process.stderr.read()
+        assert re.match(r"the caches of a rank hold [\d,]+ tokens: full [\d,.]+ MB\n", process.stdout.readline())
         yield Served(process, line.split()[-1])
     finally:
         process.kill()

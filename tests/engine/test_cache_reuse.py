@@ -8,7 +8,7 @@ import pytest
 import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.checkpoint import read_model_config
+from expertwire.engine.hub_config import read_model_config
 
 BLOCK = 16
 

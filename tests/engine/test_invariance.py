@@ -5,6 +5,7 @@ import parity
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from rank_model import RankModel
 
 from expertwire import LLM, SamplingParams
 
@@ -53,7 +54,7 @@ def test_a_prompt_in_chunks(dtype, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # with more than two, products are the library's
     try:
-        model = parity.SoloModel(parity.checkpoint("qwen3_moe"), dtype)
+        model = RankModel(parity.checkpoint("qwen3_moe"), dtype)
         prompt = tiny.prompt(90, seed=4)
         whole = model.logits(prompt)
         for chunk in (1, 7, 33):

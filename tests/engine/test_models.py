@@ -5,6 +5,7 @@ import parity
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from rank_model import RankModel
 
 from expertwire import LLM
 
@@ -24,7 +25,7 @@ def threads(request):
 @pytest.mark.parametrize("variant", parity.VARIANTS)
 def test_logits_of_every_position(variant):
     folder = parity.checkpoint(variant)
-    model = parity.SoloModel(folder)
+    model = RankModel(folder)
     for length in parity.LENGTHS:
         ids = parity.case(variant, length).ids
         right = tiny.reference_logits(folder, ids)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import tokenizer_files
 
+from expertwire.engine.chat import Chat
 from expertwire.engine.tokenizer import Tokenizer
 
 TEXTS = [
@@ -22,11 +23,6 @@ TEXTS = [
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "the <b>fox</b> & 'ü' 🙂", "name": None},
-]
-
-NAMED_TEMPLATES = [
-    {"name": "default", "template": "plain {{ messages | length }}"},
-    {"name": "tool_use", "template": "tools"},
 ]
 
 
@@ -57,9 +53,13 @@ def test_text_and_chats_equal_transformers(ours, theirs):
     for options in ({}, {"add_generation_prompt": False}, {"tools": tools}):
         options = {"add_generation_prompt": True, **options}
         rendered = theirs.apply_chat_template(CHAT, tokenize=False, **options)
-        assert ours.render_chat(CHAT, **options) == rendered
-        assert ours.encode_chat(CHAT, **options) == theirs.apply_chat_template(CHAT, return_dict=False, **options)
-    assert ours.encode_chat(CHAT).count(1) == 1  # one <s>, although byte_fallback's post-processor adds one as well
+        assert ours.render_chat(Chat(messages=CHAT, **options)) == rendered
+        assert ours.encode_chat(Chat(messages=CHAT, **options)) == theirs.apply_chat_template(
+            CHAT, return_dict=False, **options
+        )
+    assert (
+        ours.encode_chat(Chat(messages=CHAT)).count(1) == 1
+    )  # one <s>, although byte_fallback's post-processor adds one as well
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
     assert ours.vocab_size == len(theirs)
 
@@ -158,84 +158,14 @@ def test_truncation_and_padding_of_the_file_have_no_effect(tmp_path):
     assert ids == tokenizer_files.byte_level().encode("The quick brown fox jumps").ids
 
 
-class TestChatTemplates:
-    def test_named_templates_in_the_config(self, tmp_path):
-        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template=NAMED_TEMPLATES))
-        assert tokenizer.render_chat(CHAT) == "plain 2"
-        assert tokenizer.render_chat(CHAT, tools=[{}]) == "tools"
-        assert tokenizer.render_chat(CHAT, tools=[{}], chat_template="default") == "plain 2"
-        assert tokenizer.render_chat(CHAT, chat_template="{{ deep.er }}", deep={"er": 7}) == "7"
-        with pytest.raises(ValueError, match="default, tool_use"):
-            tokenizer.render_chat(CHAT, chat_template="missing")
-
-    def test_files_beside_the_config_come_first(self, tmp_path):
-        folder = tokenizer_files.write(tmp_path, "word_level", chat_template=None)
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
-        assert Tokenizer.open(folder).render_chat(CHAT) == "from json"
-        tokenizer_files.write(tmp_path, "word_level", chat_template="from config")
-        assert Tokenizer.open(folder).render_chat(CHAT) == "from config"
-        (folder / "chat_template.jinja").write_text("from jinja é")
-        (folder / "additional_chat_templates").mkdir()
-        (folder / "additional_chat_templates" / "short.jinja").write_text("short")
-        tokenizer = Tokenizer.open(folder)
-        assert tokenizer.render_chat(CHAT) == "from jinja é"
-        assert tokenizer.render_chat(CHAT, chat_template="short") == "short"
-
-    def test_the_environment_is_that_of_transformers(self, tmp_path):
-        transformers = pytest.importorskip("transformers")
-        template = (
-            "{%- for m in messages %}\n  {% if loop.index > 2 %}{% break %}{% endif %}\n"
-            "  {% generation %}{{ m.content | tojson(indent=2) }}{{ m.name is defined }}{% endgeneration %}\n"
-            "{% set ns = namespace(found=1) %}{% set ns.found = 2 %}{{ ns.found }}{{ strftime_now('%Y') | length }}\n"
-            "{% endfor %}{{ eos_token }}{{ undefined_name }}{{ {'b': 1, 'a': 'é<'} | tojson(sort_keys=True) }}"
-        )
-        folder = tokenizer_files.write(tmp_path, "word_level", chat_template=template)
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        chat = [*CHAT, {"role": "user", "content": "third"}]
-        assert Tokenizer.open(folder).render_chat(chat) == theirs.apply_chat_template(chat, tokenize=False)
-
-    @pytest.mark.parametrize(
-        ("messages", "error"),
-        [
-            ([], "non-empty list"),
-            ("hello", "non-empty list"),
-            ([{"content": "no role"}], "'role'"),
-            ([{"role": "user", "content": object()}], "JSON values"),
-            ([{"role": "user", "content": "a"}, {"role": "system", "content": "late"}], "system comes first"),
-        ],
-    )
-    def test_bad_messages(self, tmp_path, messages, error):
-        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level"))
-        with pytest.raises(ValueError, match=error):
-            tokenizer.render_chat(messages)
-
-    @pytest.mark.parametrize(
-        "template",
-        ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ messages + 1 }}", "{{ 1 // 0 }}", "{{ a.b.c }}"],
-    )
-    def test_a_template_that_misbehaves_is_the_users_error(self, tmp_path, template):
-        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template=template))
-        with pytest.raises(ValueError, match="cannot render these messages"):
-            tokenizer.render_chat(CHAT)
-
-    def test_no_template(self, tmp_path):
-        tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template=None))
-        assert tokenizer.encode("lazy dog.") != []
-        with pytest.raises(ValueError, match="no chat template"):
-            tokenizer.render_chat(CHAT)
-
-    def test_a_template_that_does_not_parse(self, tmp_path):
-        with pytest.raises(ValueError, match="'default' is not valid Jinja"):
-            Tokenizer.open(tokenizer_files.write(tmp_path, "word_level", chat_template="{% if %}"))
-
-
 class TestBadFiles:
     def test_missing_tokenizer(self, tmp_path):
         with pytest.raises(ValueError, match=r"no tokenizer\.json"):
             Tokenizer.open(tmp_path)
-        (tmp_path / "tokenizer.model").write_bytes(b"")
-        with pytest.raises(ValueError, match=r"convert its tokenizer\.model"):
-            Tokenizer.open(tmp_path)
+        for name in ("tekken.json", "tokenizer.model"):
+            (tmp_path / name).write_bytes(b"")
+            with pytest.raises(ValueError, match=f"convert its {name}"):
+                Tokenizer.open(tmp_path)
 
     @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": 3}'])
     def test_malformed_tokenizer(self, tmp_path, content):

@@ -177,16 +177,14 @@ def test_a_parameter_that_stays_unfilled_is_refused(tmp_path):
     refused(tmp_path, tensors(), names, made, r"unfilled: w13 \(150 of 180 elements\), bias \(0 of 3 elements\)$")
 
 
-@pytest.mark.parametrize("stored", [torch.float64, torch.int8, torch.float8_e4m3fn, torch.bool])
-def test_an_unsupported_stored_type_is_refused(tmp_path, stored):
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [(torch.float64, "F64"), (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.bool, "BOOL")],
+)
+def test_an_unsupported_stored_type_is_refused(tmp_path, stored, name):
     values = {**tensors(), "1.w3": torch.ones(F, D).to(stored)}
-    refused(
-        tmp_path,
-        values,
-        weight_map(),
-        params(),
-        r"types other than F32, BF16, F16 are not supported yet: 1\.w3 \(\w+\)$",
-    )
+    message = rf"a type that is not supported there: 1\.w3 \({name}, allowed: F32, BF16, F16, F8_E8M0\)$"
+    refused(tmp_path, values, weight_map(), params(), message)
 
 
 def test_an_unsupported_type_that_is_not_read_does_no_harm(tmp_path):
@@ -224,77 +222,137 @@ def test_the_progress_bar_counts_tensors_and_bytes(tmp_path, capsys, progress):
     assert ("loading weights" in shown and "9/9 tensors" in shown) if progress else shown == ""
 
 
-# ---- random weights
+# ---- parts of tensors: experts that are fused, transposed, or alternate; scales that are repeated
 
 
-def dummy(specs, dtype=torch.float32, seed=0):
-    made = weights.allocate(specs, dtype, "cpu")
-    weights.dummy_weights(specs, made, seed)
+@pytest.fixture(params=[1, 50, 1 << 20])
+def chunk_bytes(request, monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK_BYTES", request.param)
+
+
+def filled(folder, values, names, made):
+    """The parameters, of what was nowhere before."""
+    for param in made.values():
+        param.view(torch.uint8).fill_(0xFF)
+    weights.load_weights(save(folder, values), names, made, progress=False)
     return made
 
 
-def test_random_weights_have_the_scale_of_their_fan_in():
-    specs = {
-        "big": ParamSpec(shape=(3, 700, 1001), fan_in=1001),  # more than one chunk, no multiple of it
-        "small": ParamSpec(shape=(7, 64), fan_in=16),
-        "norm": ParamSpec(shape=(64,), fan_in=None),
-        "none": ParamSpec(shape=(0, 8), fan_in=8),
+def several(param, *regions_and_sources, **more):
+    return tuple(Destination(param=param, region=r, source=s, **more) for r, s in regions_and_sources)
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+def test_parts_of_a_tensor(tmp_path):
+    """Experts 2 and 0 out of all, gate rows above up rows, which alternate in the file."""
+    whole = torch.randn(E, 2 * F, D)
+    parts = [((slot, slice(p * F, p * F + F)), (e, slice(p, None, 2))) for slot, e in enumerate((2, 0)) for p in (0, 1)]
+    names = {"all": several("w13", *parts, stored=tuple(whole.shape))}
+    made = filled(tmp_path, {"all": whole}, names, {"w13": torch.empty(2, 2 * F, D)})
+    expected = [torch.cat([whole[e, 0::2], whole[e, 1::2]]) for e in (2, 0)]
+    assert torch.equal(made["w13"], torch.stack(expected))
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+def test_transposed_parts(tmp_path):
+    whole = torch.randn(E, D, 2 * F)
+    parts = [((0, slice(p * F, p * F + F)), (3, slice(None), slice(p * F, p * F + F))) for p in (1, 0)]
+    names = {"all": several("w13", *parts, stored=tuple(whole.shape), transposed=True)}
+    made = filled(tmp_path, {"all": whole.bfloat16()}, names, {"w13": torch.empty(1, 2 * F, D)})
+    assert torch.equal(made["w13"][0], whole[3].T.bfloat16().float())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_number_is_repeated(tmp_path, shape):
+    scale = torch.full(shape, 0.75)
+    names = {
+        "a": (Destination(param="scales", region=(0, slice(0, 5)), stored=shape, repeated=True),),
+        "b": (Destination(param="scales", region=(0, slice(5, 7)), stored=(2, 1), repeated=True),),
     }
-    made = dummy(specs)
-    assert made["big"].numel() > weights.NOISE_SIZE
-    assert made["big"].std() == pytest.approx(1001**-0.5, rel=0.01)
-    assert abs(made["big"].mean()) < 1e-4
-    assert made["small"].std() == pytest.approx(0.25, rel=0.15)
-    assert (made["norm"] == 1).all()
-    first, second, *_ = made["big"].view(-1).split(weights.NOISE_SIZE)
-    assert not torch.equal(first[:1000], second[:1000])
+    made = filled(tmp_path, {"a": scale, "b": torch.tensor([[2.0], [3.0]])}, names, {"scales": torch.empty(1, 7)})
+    assert made["scales"].tolist() == [[0.75] * 5 + [2.0, 3.0]]
 
 
-def test_random_weights_depend_on_seed_and_name_alone():
-    spec = ParamSpec(shape=(30, 20), fan_in=20)
-    first = dummy({"a": spec, "b": spec})
-    assert not torch.equal(first["a"], first["b"])
-    assert not torch.equal(first["a"], dummy({"a": spec}, seed=1)["a"])
-    assert torch.equal(first["b"], dummy({"b": spec})["b"])
-    assert torch.equal(first["b"].bfloat16(), dummy({"b": spec}, torch.bfloat16)["b"])
+def test_one_number_of_each_expert_is_repeated(tmp_path):
+    values = {"all": torch.arange(4.0).view(4, 1, 1).bfloat16()}
+    names = {"all": several("scales", ((0,), (3,)), ((1,), (1,)), stored=(4, 1, 1), repeated=True)}
+    made = filled(tmp_path, values, names, {"scales": torch.empty(2, 5)})
+    assert made["scales"].tolist() == [[3.0] * 5, [1.0] * 5]
 
 
-# ---- memory
+def test_what_4_bits_and_exponents_are_called(tmp_path):
+    """Bytes may be signed, and powers of two are kept as exponents, or become numbers where a parameter holds these."""
+    powers = torch.tensor([0.25, 1.0, 8.0])
+    values = {"bytes": torch.tensor([-1, 2], dtype=torch.int8), "kept": powers.to(torch.float8_e8m0fnu)}
+    values["numbers"] = values["kept"].clone()
+    made = {
+        "bytes": torch.empty(2, dtype=torch.uint8),
+        "kept": torch.empty(3, dtype=torch.uint8),
+        "numbers": torch.empty(3),
+    }
+    made = filled(tmp_path, values, {name: to(name) for name in made}, made)
+    assert made["bytes"].tolist() == [255, 2]
+    assert made["kept"].tolist() == [125, 127, 130]
+    assert torch.equal(made["numbers"], powers)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "allowed"),
+    [
+        (torch.float8_e4m3fn, torch.bfloat16, "F8_E4M3"),
+        (torch.int32, torch.int64, "I32"),
+        (torch.uint8, torch.float8_e4m3fn, "U8, I8, F8_E8M0"),
+        (torch.float8_e4m3fn, torch.uint8, "F8_E4M3"),
+    ],
+)
+def test_packed_data_are_never_converted(tmp_path, dtype, stored, allowed):
+    checkpoint = save(tmp_path, {"w": torch.ones(2, 3).to(stored)})
+    message = rf"a type that is not supported there: w \(\w+, allowed: {allowed}\)$"
+    with pytest.raises(ValueError, match=message):
+        weights.load_weights(checkpoint, {"w": to("w")}, {"w": torch.empty(2, 3, dtype=dtype)}, progress=False)
+
+
+def test_a_wrong_shape_of_fused_experts_is_refused(tmp_path):
+    names = {"all": several("w", ((0,), (1,)), stored=(3, F, D))}
+    made = {"w": torch.full((1, F, D), torch.nan)}
+    refused(
+        tmp_path, {"all": torch.ones(2, F, D)}, names, made, r"wrong shapes: all is \[2, 5, 6\], expected \[3, 5, 6\]$"
+    )
+
+
+def test_only_the_own_experts_of_a_fused_tensor_are_read(tmp_path):
+    size = 1 << 15
+    whole = torch.arange(16.0)[:, None, None].expand(16, 2, size).contiguous()
+    names = {"all": several("w", ((0, slice(0, 2)), (3,)), ((1, slice(0, 2)), (9,)), stored=(16, 2, size))}
+    checkpoint, made = save(tmp_path, {"all": whole}), {"w": torch.empty(2, 2, size)}
+    before = bytes_read()
+    weights.load_weights(checkpoint, names, made, progress=False)
+    read = bytes_read() - before
+    assert torch.equal(made["w"], whole[[3, 9]])
+    assert 0 <= read - made["w"].nbytes < 16_000, f"{read} bytes read for {made['w'].nbytes}"
+
+
+def test_tensors_that_are_skipped_by_name(tmp_path):
+    values, made = {**tensors(), "mtp.0.fc": torch.ones(2), "a.vision": torch.ones(2, dtype=torch.int64)}, params()
+    patterns = [r"mtp\..*", ".*vision"]
+    weights.load_weights(save(tmp_path, values), weight_map(), made, skipped=patterns, progress=False)
+    assert not any(param.isnan().any() for param in made.values())
+    with pytest.raises(ValueError, match=r"does not know these tensors: a\.vision$"):
+        # A pattern is of the whole name.
+        weights.load_weights(
+            save(tmp_path, values), weight_map(), params(), skipped=[r"mtp\..*", "vision"], progress=False
+        )
+
+
+def test_checking_needs_no_memory(tmp_path):
+    checkpoint = save(tmp_path, tensors())
+    on_meta = {name: torch.empty(spec.shape, device="meta") for name, spec in SPECS.items()}
+    weights.check(checkpoint, weight_map(), on_meta)
+    with pytest.raises(ValueError, match=r"are missing: more$"):
+        weights.check(checkpoint, weight_map() | {"more": to("norm")}, on_meta)
 
 
 def test_the_bytes_of_parameters():
     made = weights.allocate(SPECS, torch.bfloat16, "cpu")
     assert weights.nbytes(SPECS, torch.bfloat16) == sum(values.nbytes for values in made.values())
     assert all(values.dtype == torch.bfloat16 and values.is_contiguous() for values in made.values())
-
-
-def test_weights_that_do_not_fit_are_refused():
-    free = weights.free_memory("cpu")
-    assert free > 0
-    weights.check_memory(1 << 20, "cpu", sharers=4)
-    with pytest.raises(
-        ValueError, match=r"need 900000\.00 GB, but only [\d.]+ GB .* free on cpu; use more ranks .*ep_size"
-    ):
-        weights.check_memory(9 * 10**14, "cpu")
-    with pytest.raises(ValueError, match=r"GB on each of 1000000 ranks, but only"):
-        weights.check_memory(free // 1000, "cpu", sharers=1_000_000)
-
-
-def group(folder, limit, usage, stat, version):
-    folder.mkdir(parents=True)
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    for name, value in zip((*names, "memory.stat"), (limit, usage, stat), strict=True):
-        (folder / name).write_text(f"{value}\n")
-
-
-def test_limits_of_control_groups(tmp_path):
-    membership, mount = tmp_path / "cgroup", tmp_path / "mount"
-    assert weights.cgroup_free(membership, mount) == []
-    membership.write_text("4:cpu,memory:/a/b\n3:cpuset:/\n0::/c/d\n")
-    group(mount / "memory/a", 1000, 900, "total_active_file 5\ntotal_inactive_file 20\nactive_file 1", 1)
-    group(mount / "c/d", "max", 7, "anon 7", 2)
-    assert weights.cgroup_free(membership, mount) == [125]
-    (mount / "c/memory.max").write_text("500\n")
-    (mount / "c/memory.current").write_text("480\n")
-    (mount / "c/memory.stat").write_text("anon 400\nactive_file 30\ninactive_file 40\n")
-    assert sorted(weights.cgroup_free(membership, mount)) == [90, 125]

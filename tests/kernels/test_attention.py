@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from expertwire.kernels import attention, registry, rms_norm, rotary
+from expertwire.kernels.variants import Rope
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -122,11 +123,21 @@ def test_single_queries_come_first():
         attention.describe(np.array([0, 3, 4]), np.array([3, 9]), np.zeros((2, 3), np.int32), BLOCK, "cpu")
 
 
+def rotated(x, positions, interleaved):
+    """The reference, which knows halves only."""
+    if not interleaved or x.shape[-1] == 0:
+        return x if x.shape[-1] == 0 else rotary.reference(x, positions, 1e4)
+    halves = torch.cat((x[..., ::2], x[..., 1::2]), -1)
+    return rotary.reference(halves, positions, 1e4).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 9])
-def test_rotate_and_store(ops, dtype, with_norm, num_tokens):
+@pytest.mark.parametrize("size", [DIM, 8, 6, 0])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotate_and_store(ops, dtype, with_norm, num_tokens, size, interleaved):
     generator = torch.Generator().manual_seed(1)
     qkv = torch.randn(num_tokens, HEADS + 2 * KV_HEADS, DIM, generator=generator).to(dtype)
     norm = (1 + 0.3 * torch.randn(HEADS + KV_HEADS, DIM, generator=generator)).to(dtype) if with_norm else None
@@ -134,13 +145,13 @@ def test_rotate_and_store(ops, dtype, with_norm, num_tokens):
     slots = torch.randperm(5 * BLOCK, generator=generator)[:num_tokens]
     k, v = (torch.randn(5, BLOCK, KV_HEADS, DIM, generator=generator).to(dtype) for _ in range(2))
     caches = k.clone(), v.clone()
-    tables = rotary.tables(500, DIM, 1e4, "cpu")
-    q = ops.rotate_and_store(qkv, norm, 1e-6, tables, positions, slots, *caches)
+    tables = rotary.tables(500, Rope(theta=1e4, size=size), "cpu")
+    q = ops.rotate_and_store(qkv, norm, 1e-6, tables, positions, slots, *caches, interleaved=interleaved)
 
     heads = qkv[:, : HEADS + KV_HEADS].float()
     if with_norm:
         heads = rms_norm.reference(heads, torch.ones(DIM), 1e-6) * norm.float()
-    turned = rotary.reference(heads, positions, 1e4)
+    turned = torch.cat((rotated(heads[..., :size], positions, interleaved), heads[..., size:]), -1)
     tolerance = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-10}}[dtype]
     torch.testing.assert_close(q.float(), turned[:, :HEADS], **tolerance)
     stored_k, stored_v = (c.flatten(0, 1) for c in caches)

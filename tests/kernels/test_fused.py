@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from expertwire.kernels import attention, linear, registry, rotary
+from expertwire.kernels.variants import Rope
 
 OPS = registry.choose("cpu")
 HEADS, KV_HEADS, DIM, WIDTH, BLOCK, LONGEST = 6, 2, 32, 96, 16, 100
@@ -23,7 +24,7 @@ def random(*shape, seed, dtype, scale=1.0):
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-def scene(batch, dtype):
+def scene(batch, dtype, size=DIM):
     """Tables, positions, slots, sequences and caches of the last tokens of sequences: (queries, known tokens) of each."""
     nums, lengths = (np.array([sequence[i] for sequence in batch]) for i in (0, 1))
     blocks = np.arange(1, 1 + len(batch) * 7, dtype=np.int32).reshape(len(batch), 7)
@@ -33,7 +34,7 @@ def scene(batch, dtype):
     seqs = attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, blocks, BLOCK, "cpu")
     shape = (blocks.size + 1, BLOCK, KV_HEADS, DIM)
     caches = [random(*shape, seed=seed, dtype=dtype) for seed in (1, 2)]
-    tables = rotary.tables(LONGEST, DIM, 1e4, "cpu")
+    tables = rotary.tables(LONGEST, Rope(theta=1e4, size=size), "cpu")
     return tables, torch.from_numpy(positions), torch.from_numpy(slots), seqs, caches
 
 
@@ -50,7 +51,23 @@ BATCHES = {
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("name", BATCHES)
 def test_attention(dtype, with_norm, with_bias, name):
-    tables, positions, slots, seqs, (k, v) = scene(BATCHES[name], dtype)
+    check(dtype, with_norm, with_bias, name, {}, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [DIM, 8, 0])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": 0.3}, {"window": 20}, {"chunk": 24}, {"sinks_H": torch.linspace(-2, 2, HEADS), "window": 33}],
+    ids=["scale", "window", "chunk", "sinks and window"],
+)
+def test_variants(dtype, size, interleaved, options):
+    check(dtype, True, False, "mixed", {"interleaved": interleaved}, options, size)
+
+
+def check(dtype, with_norm, with_bias, name, pairs, options, size=DIM):
+    tables, positions, slots, seqs, (k, v) = scene(BATCHES[name], dtype, size)
     num = len(positions)
     heads = HEADS + 2 * KV_HEADS
     bias = random(heads * DIM, seed=7, dtype=dtype) if with_bias else None
@@ -61,11 +78,11 @@ def test_attention(dtype, with_norm, with_bias, name):
 
     expected_k, expected_v = k.clone(), v.clone()
     qkv_Thd = qkv(normed).unflatten(1, (-1, DIM))
-    q = OPS.rotate_and_store(qkv_Thd, qk_norm, EPS, tables, positions, slots, expected_k, expected_v)
-    attended = OPS.attend(q, expected_k, expected_v, seqs).flatten(1)
+    q = OPS.rotate_and_store(qkv_Thd, qk_norm, EPS, tables, positions, slots, expected_k, expected_v, **pairs)
+    attended = OPS.attend(q, expected_k, expected_v, seqs, **options).flatten(1)
     expected = OPS.add_rms_norm(x, output(attended), norm, EPS)
 
-    fused = attention.fuse(qkv, output, qk_norm, norm, EPS, DIM)
+    fused = attention.fuse(qkv, output, qk_norm, norm, EPS, DIM, **pairs, **options)
     found = fused(x, normed, k, v, fused.step(tables, positions, slots, seqs))
     for one, other in zip((*found, k, v), (*expected, expected_k, expected_v), strict=True):
         assert torch.equal(one, other)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from expertwire.kernels import attention, mla, rotary
+from expertwire.kernels.variants import Rope
 
 HEADS, RANK, ROTATED, NOPE, VALUE, BLOCK, WIDTH = 3, 16, 8, 12, 10, 4, 20
 EPS, SCALE, THETA = 1e-6, (NOPE + ROTATED) ** -0.5, 1e4
@@ -69,7 +70,7 @@ def test_absorbed_form_is_that_of_the_paper(batch, interleaved):
             x_TD @ down.T,
             norm,
             EPS,
-            rotary.tables(length, ROTATED, THETA, "cpu"),
+            rotary.tables(length, Rope(theta=THETA, size=ROTATED), "cpu"),
             positions,
             start * BLOCK + positions,
             cache,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from expertwire.kernels import rotary
+from expertwire.kernels.variants import Rope
 
 
 @pytest.mark.parametrize("dim", [2, 24, 128])
@@ -13,7 +14,7 @@ from expertwire.kernels import rotary
 def test_tables_give_the_formula(dim, theta):
     positions = torch.tensor([0, 1, 2, 17, 999, 4095])
     x = torch.randn(6, 3, dim, generator=torch.Generator().manual_seed(0))
-    cos, sin = (table[positions].unsqueeze(1) for table in rotary.tables(4096, dim, theta, "cpu"))
+    cos, sin = (table[positions].unsqueeze(1) for table in rotary.tables(4096, Rope(theta=theta, size=dim), "cpu"))
     # fp32 angles: at position p the rounding of p * frequency is up to 2^-24 * p.
     torch.testing.assert_close(rotary.rotate(x, cos, sin), rotary.reference(x, positions, theta), rtol=1e-3, atol=1e-3)
 

@@ -63,9 +63,9 @@ def run(q, k, v, seqs, **options):
     return gpu.attend(q, k, v, seqs, DEVICE, out=out, **{"tiling": TILES, **options})
 
 
-def check(batch, dtype, *, scale=None, window=0, sinks_H=None, tiling=TILES, **shapes):
+def check(batch, dtype, *, scale=None, window=0, chunk=0, sinks_H=None, tiling=TILES, **shapes):
     q, k, v, host, device = scene(batch, dtype, **shapes)
-    options = {"scale": scale, "window": window, "sinks_H": sinks_H}
+    options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
     rows = host.cu_queries[-1]
     expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, **options)
     actual = run(q, k, v, device, tiling=tiling, **options)
@@ -95,11 +95,17 @@ def test_windows(window):
     check([(1, 16), (1, 48), (1, 65), (1, 96), (20, 66)], torch.float32, window=window)
 
 
+@pytest.mark.parametrize("chunk", [1, 16, 24, 64, 1000])
+def test_chunks(chunk):
+    check([(1, 16), (1, 48), (1, 65), (1, 97), (20, 66)], torch.float32, chunk=chunk)
+    check([(1, 97), (40, 66)], torch.float32, chunk=chunk, window=20)
+
+
 def test_windows_skip_tiles():
     """Blocks that a window has left behind may be anything, NaN in the values too."""
     q, k, v, host, device = scene([(1, 96), (4, 96)], torch.float32)
     expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host, window=16)
-    for table in (host.single_block_table[0], host.block_tables[0]):
+    for table in host.block_table:
         v[table[:3]] = float("nan")
     torch.testing.assert_close(run(q, k, v, device, window=16), expected, **TOLERANCE[torch.float32])
 
@@ -108,7 +114,7 @@ def test_reference_is_the_masked_softmax():
     """Over one logit more, the sink's, without a value."""
     q, k, v, host, _ = scene([(9, 30)], torch.float32, kv_heads=4)
     sinks_H = torch.tensor([-1.0, 0.0, 1.0, 2.0])
-    k_LHd, v_LHd = (cache[host.block_tables[0]].flatten(0, 1)[:30].double() for cache in (k, v))
+    k_LHd, v_LHd = (cache[host.block_table[0]].flatten(0, 1)[:30].double() for cache in (k, v))
     logits = torch.einsum("thd,lhd->thl", q.double(), k_LHd) * 0.3
     distance = torch.arange(21, 30)[:, None, None] - torch.arange(30)
     logits = logits.masked_fill((distance < 0) | (distance >= 7), float("-inf"))

@@ -9,12 +9,12 @@ from expertwire.comm.a2a_local import LocalAllToAll
 from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAllSpec
 from expertwire.comm.group import SoloGroup
-from expertwire.engine import weights
-from expertwire.engine.checkpoint import Checkpoint, read_model_config
-from expertwire.engine.decoder import RankContext
+from expertwire.engine.checkpoint import Checkpoint
 from expertwire.engine.device_runner import DeviceRunner
 from expertwire.engine.device_slots import DeviceSlots
-from expertwire.engine.models import registry
+from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.layers.step import RankContext
+from expertwire.engine.loading import load
 from expertwire.engine.runner import Runner
 from expertwire.engine.slots import Slots
 from expertwire.kernels import registry as kernels
@@ -46,16 +46,13 @@ def build(folder, ops):
     context = RankContext(
         rank=0, dtype=torch.float32, device="cpu", ops=ops, placement=placement, all_to_all=all_to_all
     )
-    model = registry.build(config, context)
-    params = weights.allocate(model.param_specs(), torch.float32, "cpu")
-    weights.load_weights(Checkpoint(folder), model.weight_map(), params, progress=False)
-    with torch.inference_mode():
-        model.bind(params)
-    caches = model.allocate(num_blocks=NUM_BLOCKS, **SIZES)
+    model = load(config, context, Checkpoint(folder))
+    specs = config.cache_specs()
+    caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
     if ops.on_device:
-        slots = DeviceSlots(num_slots=MAX_RUNNING, device="cpu", **SIZES)
+        slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
         return config, DeviceRunner(model=model, caches=caches, slots=slots, rank=0, num_ranks=1)
-    slots = Slots(num_slots=MAX_RUNNING, device="cpu", **SIZES)
+    slots = Slots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
     return config, Runner(model=model, caches=caches, slots=slots, rank=0)
 
 

@@ -9,6 +9,7 @@ import torch
 from expertwire.kernels import attention, mla, rotary
 from expertwire.kernels.gpu import mla as gpu
 from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.variants import Rope
 
 DEVICE = Device(arch=90, num_sms=1)
 TILES = gpu.Tiles(rows=16, keys=16, split=32, parts=1, num_warps=4, num_stages=2)
@@ -57,11 +58,13 @@ def run(q, cache, seqs, **options):
     return gpu.attend(q, cache, seqs, DEVICE, rank=RANK, scale=SCALE, out=out, **{"tiling": TILES, **options})
 
 
-def check(batch, dtype, *, heads=4, unused=0, **options):
+def check(batch, dtype, *, heads=4, unused=0, chosen=None, **options):
     q, cache, host, device = scene(batch, dtype, heads=heads, unused=unused)
     rows = host.cu_queries[-1]
-    expected = mla.reference(q[:rows], cache.nan_to_num(), host, rank=RANK, scale=SCALE)
-    actual = run(q, cache, device, **options)
+    expected = mla.reference(q[:rows], cache.nan_to_num(), host, rank=RANK, scale=SCALE, chosen=chosen)
+    if chosen is not None:
+        chosen = torch.nn.functional.pad(chosen, (0, 0, 0, unused))
+    actual = run(q, cache, device, chosen=chosen, **options)
     torch.testing.assert_close(actual[:rows], expected, **TOLERANCE[dtype])
     assert actual[rows:].isnan().all()
 
@@ -75,6 +78,29 @@ def test_reference(name, dtype):
 @pytest.mark.parametrize("heads", [1, 5, 16, 32], ids="{} heads".format)
 def test_heads(heads):
     check([(1, 40), (3, 40)], torch.float32, heads=heads)
+
+
+def choice(batch, top_k):
+    """Random positions that each query may see, itself among them, in any order; -1 behind them."""
+    generator, rows = np.random.default_rng(0), []
+    for num, length in batch:
+        for position in range(length - num, length):
+            few = generator.permutation(position)[: min(top_k, position + 1) - 1]
+            rows.append(np.pad(np.append(few, position), (0, max(0, top_k - len(few) - 1)), constant_values=-1))
+    return torch.from_numpy(np.stack(rows))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("top_k", [1, 20, 100])
+def test_chosen_positions(dtype, top_k):
+    batch = [(1, 8), (1, 65), (3, 3), (9, 30)]
+    check(batch, dtype, chosen=choice(batch, top_k), unused=2)
+
+
+def test_choosing_all_positions_changes_no_bit():
+    batch = [(1, 8), (1, 65), (9, 30)]
+    q, cache, _, device = scene(batch, torch.float32)
+    assert torch.equal(run(q, cache, device, chosen=choice(batch, 70)), run(q, cache, device))
 
 
 def test_sequences_without_queries():
@@ -137,7 +163,7 @@ def test_rotate_and_store(tokens, heads, dtype, interleaved):
     positions = torch.randint(0, 50, (tokens,), generator=generator)
     slots = torch.randperm(3 * BLOCK, generator=generator)[:tokens]
     slots[1:2] = -1
-    tables = rotary.tables(50, ROTATED, 1e4, "cpu")
+    tables = rotary.tables(50, Rope(theta=1e4, size=ROTATED), "cpu")
     stored = slots >= 0
     caches = [torch.full((3, BLOCK, RANK + ROTATED), float("nan"), dtype=dtype) for _ in range(2)]
     expected = mla.rotate_and_store(

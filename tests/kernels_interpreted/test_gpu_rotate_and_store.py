@@ -5,6 +5,7 @@ import torch
 
 from expertwire.kernels import attention, rotary
 from expertwire.kernels.gpu.rotate_and_store import rotate_and_store
+from expertwire.kernels.variants import Rope
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
 BLOCKS, EPS = 3, 1e-6
@@ -15,7 +16,7 @@ def scene(dtype, *, tokens=5, heads=6, kv_heads=2, dim=32, rotated=None, block=4
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, generator=generator).to(dtype)
     weights = torch.rand(heads + kv_heads, dim, generator=generator).to(dtype) + 0.5 if norm else None
-    tables = rotary.tables(50, rotated or dim, 1e4, "cpu")
+    tables = rotary.tables(50, Rope(theta=1e4, size=dim if rotated is None else rotated), "cpu")
     positions = torch.randint(0, 50, (tokens,), generator=generator)
     slots = torch.randperm(BLOCKS * block, generator=generator)[:tokens]
     caches = [torch.full((BLOCKS, block, kv_heads, dim), float("nan"), dtype=dtype) for _ in range(2)]
@@ -40,7 +41,7 @@ def test_reference(dtype, norm, interleaved):
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
-@pytest.mark.parametrize(("dim", "rotated"), [(64, 16), (80, 80), (96, 24), (48, 32)])
+@pytest.mark.parametrize(("dim", "rotated"), [(64, 16), (80, 80), (96, 24), (48, 32), (48, 0), (64, 0)])
 def test_part_of_the_head(dim, rotated, interleaved):
     check(torch.float32, dim=dim, rotated=rotated, interleaved=interleaved)
 

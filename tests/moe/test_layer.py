@@ -12,7 +12,7 @@ from expertwire.comm.all_to_all import AllToAllSpec
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import linear, registry, routing
 from expertwire.moe import reference
-from expertwire.moe.layer import prepare
+from expertwire.moe.layer import Rule, prepare
 from expertwire.moe.placement import place
 
 D, F, E, K, EPS = 64, 32, 8, 3, 1e-6
@@ -60,8 +60,7 @@ def layer(group, dtype, *, renormalize=True, redundant=0, shared=None):
         w2[here],
         norm(dtype),
         ops=OPS,
-        top_k=K,
-        renormalize=renormalize,
+        rule=Rule(top_k=K, renormalize=renormalize),
         eps=EPS,
         placement=placement,
         rank=group.rank,

@@ -98,13 +98,13 @@ def damaged(group):
 
     movers.exchange_now = flip_a_bit
     try:
-        before = [weight.clone() for weight in moe.weights]
+        before = [weight.clone() for weight in moe.experts.weights]
         mover, migration = Mover({0: moe}, placement, group), Migration(placement, other(placement, 1), 4)
         try:
             while (leg := migration.take()) is not None:
                 mover.run(leg)
         except RuntimeError as error:
-            return str(error), all(map(torch.equal, before, moe.weights))
+            return str(error), all(map(torch.equal, before, moe.experts.weights))
     finally:
         movers.exchange_now = intact
     return "", False

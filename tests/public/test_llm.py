@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import chat_templates
 import numpy as np
 import pytest
 import tokenizer_files
@@ -15,11 +16,13 @@ from fake_controller import INFO, ThreadController, next_token
 
 import expertwire
 from expertwire import llm as llm_module
+from expertwire.engine.chat import Chat
 from expertwire.engine.outputs import EngineFailed, Logprob
 from expertwire.engine.request_options import RequestOptions
 from expertwire.generation import delayed_interrupt
 
 SamplingParams = expertwire.SamplingParams
+CHAT = [{"role": "user", "content": "fox"}]
 
 
 class FakeEngine:
@@ -49,7 +52,7 @@ def start(model, monkeypatch):
     def start(folder=model, config=None, **options):
         engines = []
 
-        def start_engine(config, launcher):
+        def start_engine(config, launcher, end_of_turn_ids):
             engines.append(FakeEngine(config, **options))
             return engines[0]
 
@@ -145,8 +148,8 @@ def test_chat(start, kind, tmp_path):
     chats = [[{"role": "user", "content": word}] for word in ("fox", "dog")]
     outputs = llm.chat(chats, SamplingParams(max_tokens=2), use_tqdm=False)
     for chat, output in zip(chats, outputs, strict=True):
-        assert output.prompt == llm.tokenizer.render_chat(chat)
-        assert output.prompt_token_ids == llm.tokenizer.encode_chat(chat)
+        assert output.prompt == llm.tokenizer.render_chat(Chat(messages=chat))
+        assert output.prompt_token_ids == llm.tokenizer.encode_chat(Chat(messages=chat))
     [alone] = llm.chat(chats[1], SamplingParams(max_tokens=2), use_tqdm=False)
     assert alone.outputs[0].token_ids == outputs[1].outputs[0].token_ids
     options = {"chat_template": "{{ messages[0].content }}{{ more }}", "chat_template_kwargs": {"more": "!"}}
@@ -154,6 +157,39 @@ def test_chat(start, kind, tmp_path):
     for bad in ([], {"role": "user"}, [chats[0], []]):
         with pytest.raises(ValueError, match="non-empty list"):
             llm.chat(bad)
+
+
+def test_what_a_chat_passes_to_the_template(start, monkeypatch):
+    llm, _ = start()
+    seen = []
+    monkeypatch.setattr(llm.tokenizer, "render_chat", lambda chat: seen.append(chat) or "fox")
+    fields = {
+        "tools": [{"name": "f"}],
+        "reasoning_effort": "high",
+        "thinking": False,
+        "chat_template_kwargs": {"more": 1},
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "chat_template": "tool_use",
+    }
+    llm.chat(CHAT, use_tqdm=False, **fields)
+    llm.chat([CHAT, CHAT], use_tqdm=False)
+    assert seen == [Chat(messages=CHAT, **fields), *[Chat(messages=CHAT)] * 2]
+    with pytest.raises(ValueError, match="thinking must be"):
+        llm.chat(CHAT, thinking="no")
+
+
+def test_ends_of_a_turn_reach_the_engine(start, tmp_path, monkeypatch):
+    model = chat_templates.write(tmp_path, chat_templates.FAMILIES["gpt_oss"])
+    given = []
+
+    def start_engine(config, launcher, end_of_turn_ids):
+        given.extend(end_of_turn_ids)
+        return FakeEngine(config)
+
+    monkeypatch.setattr(llm_module, "Engine", start_engine)
+    with expertwire.LLM(model) as llm:
+        assert [llm.tokenizer.decode([i], skip_special_tokens=False) for i in given] == ["<|return|>", "<|call|>"]
 
 
 def test_more_prompts_than_may_wait(start):
@@ -339,7 +375,7 @@ def test_the_engine_ends_with_the_object(start):
 def test_an_engine_whose_front_cannot_start_is_closed(model, monkeypatch):
     engines = []
 
-    def start_engine(config, launcher):
+    def start_engine(config, launcher, end_of_turn_ids):
         engines.append(FakeEngine(config))
         engines[0].controller.close()
         return engines[0]

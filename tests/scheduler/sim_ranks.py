@@ -14,6 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from expertwire.scheduler.caches import capacities
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import CacheSpec, FinishReason, RankPlan, StepPlan, StepResult
 from expertwire.scheduler.request import Request
@@ -111,8 +112,9 @@ class SimRank:
         self.config = config
         self.specs = specs
         self.slots: dict[int, Slot] = {}
+        self.num_blocks = [capacity + 1 for capacity in capacities(specs, config)]
         self.caches = np.full(
-            (len(specs), config.num_blocks, config.block_size), -1, np.int64
+            (len(specs), max(self.num_blocks), config.block_size), -1, np.int64
         )  # a state is a block's first
         self.num_computed = 0
         self.no_decode_waits = True  # whether to check that
@@ -159,8 +161,7 @@ class SimRank:
             mine.block_id_B.tolist(),
             strict=True,
         ):
-            most = self.config.num_states if self.specs[cache].kind == "state" else self.config.num_blocks
-            assert 0 < block < most, f"block {block}: the null block, or there is none such"
+            assert 0 < block < self.num_blocks[cache], f"block {block}: the null block, or there is none such"
             self.slots[index].blocks[cache][position] = block
         self.caches[mine.copy_cache_C, mine.copy_to_C] = self.caches[mine.copy_cache_C, mine.copy_from_C]
 

@@ -81,7 +81,6 @@ def test_config_names_the_wrong_field(field, value):
         ({"kind": "full", "snapshot_every": 8}, "snapshot_every must be None, got 8"),
         ({"kind": "state"}, "snapshot_every must be a multiple of block_size 4, got None"),
         ({"kind": "state", "snapshot_every": 6}, "snapshot_every must be a multiple of block_size 4, got 6"),
-        ({"kind": "state", "snapshot_every": 8}, "num_states must be an integer >= 2, got None"),
     ],
 )
 def test_a_cache_whose_fields_do_not_fit_is_refused(fields, message):

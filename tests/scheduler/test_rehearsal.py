@@ -4,11 +4,13 @@ from pathlib import Path
 
 CODE = """
 from sim_ranks import WINDOWED, SimCluster, make_config, make_request
-from expertwire.scheduler import block_loops, row_loops
+from expertwire.scheduler import admission_loops, block_loops, row_loops, step_loops
 from expertwire.scheduler.rehearsal import rehearse
 
+MODULES = (admission_loops, block_loops, row_loops, step_loops)
+
 def compiled():
-    functions = [f for module in (block_loops, row_loops) for f in vars(module).values() if hasattr(f, "signatures")]
+    functions = [f for module in MODULES for f in vars(module).values() if hasattr(f, "signatures")]
     return {f"{f.__module__}.{f.__name__}": len(f.signatures) for f in functions}
 
 rehearse()

@@ -377,7 +377,7 @@ def test_stats_count_what_is_there():
     assert (stats["num_running"], stats["num_waiting"], stats["running"]) == (2, 1, [1, 1])
     assert stats["blocks_used"] == {"first": [2, 2], "second": [2, 2]}
     assert stats["outstanding_tokens"] == [10, 10]
-    assert (stats["blocks"], stats["num_plans"]) == (16, 1)
+    assert (stats["blocks"], stats["num_plans"]) == ({"first": 16, "second": 16}, 1)
     assert (stats["prompt_tokens"], stats["cached_tokens"], stats["preemptions"]) == (10, 0, 0)
 
 

@@ -39,7 +39,7 @@ class Machine(RuleBasedStateMachine):
         max_num_tokens=st.sampled_from([12, 8, 5, 3, 2, 1]),
         chunk_tokens=st.sampled_from([None, None, 1, 3]),
         block_size=st.integers(1, 5),
-        spare=st.sampled_from([0, 0, 0, 1, 2, 5, 10]),
+        spares=st.lists(st.sampled_from([0, 0, 0, 1, 2, 5, 10]), min_size=3, max_size=3),
         specs=st.sampled_from([CACHES[:1], CACHES, WINDOWED, WINDOWED[1:], (*WINDOWED, STATE), (CACHES[0], STATE)]),
         blocks_per_state=st.integers(1, 3),
         overlap=st.booleans(),
@@ -53,7 +53,7 @@ class Machine(RuleBasedStateMachine):
         max_num_tokens,
         chunk_tokens,
         block_size,
-        spare,
+        spares,
         specs,
         blocks_per_state,
         overlap,
@@ -70,8 +70,10 @@ class Machine(RuleBasedStateMachine):
             chunk_tokens=chunk_tokens,
             max_model_len=max_model_len,
             block_size=block_size,
-            num_blocks=1 + -(-max_model_len // block_size) + spare,
-            num_states=1 + min(-(-max_model_len // every), -(-(2 + max_num_tokens) // every) + 1) + spare,
+            num_blocks=tuple(
+                1 + spec.most_blocks(block_size, max_model_len, max_num_tokens) + spare
+                for spec, spare in zip(specs, spares, strict=False)
+            ),
             max_waiting=6,
             prefix_cache=prefix_cache,
         )

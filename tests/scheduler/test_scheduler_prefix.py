@@ -48,6 +48,14 @@ def test_the_next_turn_of_a_conversation_finds_the_answer_of_the_one_before():
         history = np.concatenate((request.prompt, np.array(cluster.tokens[turn], np.int32)))
 
 
+def test_all_that_one_step_has_computed_is_found_in_the_next():
+    cluster = SimCluster(make_config(**SIZES, max_running=4))
+    for first in (0, 2):
+        cluster.submit(*(make_request(first + text, 9, shared=8, text=text, max_tokens=20) for text in range(2)))
+        cluster.step()
+    assert cluster.num_cached == {0: 0, 1: 0, 2: 8, 3: 8}
+
+
 @pytest.mark.parametrize("owner", [{"salt": "x"}, {"tenant": "x"}, {"tenant": "x", "salt": "x"}])
 def test_nobody_finds_what_another_tenant_or_salt_has_computed(owner):
     cluster = SimCluster(make_config(**SIZES))

@@ -105,3 +105,74 @@ def test_a_window_needs_a_size(window):
     spec = CacheSpec(name="odd", kind="window", bytes_per_token=4, writers=(0,), readers=(0,), window=window)
     with pytest.raises(ValueError, match="'odd' is of kind 'window'; window must be an integer >= 1"):
         Scheduler(make_config(), (spec,))
+
+
+# A window of 6 tokens and chunks of 8: one request holds up to 5 blocks, and 3 while it decodes.
+SMALL_WINDOW = {**SIZES, "num_blocks": (129, 7), "max_running": 6}
+
+
+def serve_many(config, specs, overlap, count=24):
+    """Steps with how many ran, and the cluster, once all are answered rightly and nothing is held."""
+    cluster = SimCluster(config, specs=specs, overlap=overlap)
+    requests = [make_request(key, 1 + 13 * key % 50, shared=24, max_tokens=1 + 7 * key % 40) for key in range(count)]
+    cluster.submit(*requests)
+    cluster.drain()
+    for request in requests:
+        assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config)
+    assert not any(sum(used) for used in cluster.scheduler.stats()["blocks_used"].values())
+    return cluster
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("num_blocks", [(129, 6), (129, 7), (129, 12), (33, 6), (33, 129)], ids=str)
+def test_a_small_cache_beside_a_large_one(num_blocks, overlap):
+    config = make_config(**{**SMALL_WINDOW, "num_blocks": num_blocks})
+    cluster = serve_many(config, WINDOWED, overlap)
+    assert cluster.scheduler.stats()["blocks"] == {"first": num_blocks[0] - 1, "window": num_blocks[1] - 1}
+
+
+def test_the_scarce_cache_is_the_one_that_requests_give_way_for():
+    """Three decodes of 3 blocks do not fit into 6; the full cache has always room."""
+    cluster = SimCluster(make_config(**SMALL_WINDOW), specs=WINDOWED)
+    for key in range(3):
+        cluster.submit(make_request(key, 1, max_tokens=20, ignore_eos=True))
+    most = 0
+    while not cluster.scheduler.idle:
+        cluster.step()
+        most = max(most, blocks_of(cluster, "window"))
+        assert blocks_of(cluster, "first") <= 3 * 6
+    assert most == 6
+    assert cluster.scheduler.stats()["preemptions"] > 0
+    roomy = SimCluster(make_config(**{**SMALL_WINDOW, "num_blocks": (129, 16)}), specs=WINDOWED)
+    for key in range(3):
+        roomy.submit(make_request(key, 1, max_tokens=20, ignore_eos=True))
+    roomy.drain()
+    assert roomy.scheduler.stats()["preemptions"] == 0
+
+
+def test_a_full_small_cache_lets_nobody_in():
+    cluster = SimCluster(make_config(**{**SMALL_WINDOW, "num_blocks": (129, 6)}), specs=WINDOWED)
+    cluster.submit(
+        make_request(0, 40, max_tokens=30, ignore_eos=True), make_request(1, 40, max_tokens=30, ignore_eos=True)
+    )
+    cluster.step()
+    assert (cluster.scheduler.num_running, cluster.scheduler.num_waiting) == (1, 1)
+    cluster.drain()
+    assert cluster.scheduler.stats()["preemptions"] == 0
+
+
+def test_a_prefix_lasts_as_long_as_its_end_does_in_the_small_cache():
+    cluster = SimCluster(make_config(**SMALL_WINDOW), specs=WINDOWED)
+    serve(cluster, 0, 40)
+    assert serve(cluster, 1, 40) == 36
+    for key in (2, 3):
+        serve(cluster, key, 40, shared=0)  # others take the window's blocks; the full cache still has all
+    assert serve(cluster, 4, 40) == 0
+
+
+def test_each_cache_is_as_large_as_the_sizes_say():
+    with pytest.raises(ValueError, match=r"one for each of the caches \['first', 'window'\], got \(9, 9, 9\)"):
+        Scheduler(make_config(num_blocks=(9, 9, 9)), WINDOWED)
+    for wrong in ((9, 1), (9, True), ()):
+        with pytest.raises(ValueError, match="num_blocks must be an integer >= 2, or a tuple of one for each cache"):
+            make_config(num_blocks=wrong)

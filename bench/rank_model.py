@@ -1,0 +1,107 @@
+"""A model on one rank in this process, without an engine: its logits themselves.
+
+T tokens, V vocabulary, P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from expertwire.comm.a2a_reference import ReferenceAllToAll
+from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.group import Group, SoloGroup
+from expertwire.engine.batch import of_prompt
+from expertwire.engine.checkpoint import Checkpoint
+from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.layers.step import RankContext
+from expertwire.engine.loading import load
+from expertwire.kernels import registry as kernels
+from expertwire.moe.placement import place
+
+BLOCK_SIZE = 16
+
+
+class RankModel:
+    """The share of one rank of a group, on a CPU, for the torch threads that are set when it is built.
+
+    All ranks of a group call its methods together, with prompts of the same length.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: "auto", "float32" or "bfloat16".
+        group: None: this rank alone.
+        max_tokens: of a prompt and what follows it; a multiple of 16.
+        quantize: as `EngineConfig` has it.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        dtype: str = "float32",
+        *,
+        group: Group | None = None,
+        max_tokens: int = 512,
+        quantize: str | None = None,
+    ) -> None:
+        group = SoloGroup() if group is None else group
+        config = read_model_config(folder, dtype)
+        torch_dtype = getattr(torch, config.dtype)
+        placement, all_to_all = None, None
+        if config.moe is not None:
+            placement = place(config.num_experts, group.size, num_layers=config.num_layers)
+            spec = AllToAllSpec(
+                group=group,
+                rank_offsets=placement.rank_offsets,
+                max_tokens=max_tokens,
+                hidden_size=config.hidden_size,
+                top_k=config.top_k,
+                dtype=torch_dtype,
+            )
+            all_to_all = ReferenceAllToAll(spec)
+        context = RankContext(
+            rank=group.rank,
+            dtype=torch_dtype,
+            device="cpu",
+            ops=kernels.choose("cpu"),
+            placement=placement,
+            all_to_all=all_to_all,
+        )
+        self.config, self._size = config, group.size
+        self.model = load(config, context, Checkpoint(folder), quantize=quantize)
+        self._num_blocks = max_tokens // BLOCK_SIZE
+        num_blocks = [self._num_blocks + 1] * len(config.cache_specs())
+        self._caches = self.model.allocate(num_blocks=num_blocks, block_size=BLOCK_SIZE, max_model_len=max_tokens)
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
+        """fp32 [T, V], the prompt computed `chunk` tokens at a time."""
+        blocks_CW = self._blocks(len(ids))
+        return np.concatenate(list(self._logits(ids, blocks_CW, chunk or len(ids))))
+
+    @torch.inference_mode()
+    def greedy(self, ids: Sequence[int], num: int) -> list[int]:
+        """The next `num` tokens."""
+        known, blocks_CW = list(ids), self._blocks(len(ids) + num)
+        [*_, last] = self._logits(ids, blocks_CW, 64)
+        for _ in range(num):
+            known.append(int(last[-1].argmax()))
+            last = self._forward(known[-1:], len(known) - 1, blocks_CW)
+        return known[len(ids) :]
+
+    def _blocks(self, length: int) -> np.ndarray:
+        """Of each cache, in no order."""
+        rng = np.random.default_rng(length)
+        return np.stack([1 + rng.permutation(self._num_blocks) for _ in self._caches]).astype(np.int32)
+
+    def _logits(self, ids: Sequence[int], blocks_CW: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(ids), chunk):
+            yield self._forward(ids[start : start + chunk], start, blocks_CW)
+
+    def _forward(self, ids: Sequence[int], start: int, blocks_CW: np.ndarray) -> np.ndarray:
+        num_tokens_P = [len(ids)] * self._size
+        hidden_TD = self.model.forward(of_prompt(ids, start, blocks_CW, BLOCK_SIZE, num_tokens_P), self._caches)
+        return self.model.logits(hidden_TD).numpy()

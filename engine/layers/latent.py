@@ -1,0 +1,191 @@
+"""Multi-head latent attention, and the norm behind it: `kernels.mla` has the mathematics, `kernels.index` the sparse kind's.
+
+T tokens, D model width, H heads, C latent size, r rotated size, n size without position, v value size, l = C + r; d index size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertwire.engine.family import Names
+from expertwire.engine.layers.step import Step
+from expertwire.engine.layout import Layout, Parameters
+from expertwire.engine.model_config import Indexer, LatentAttention
+from expertwire.kernels import heads, rotary
+from expertwire.kernels.formats import dequantize
+from expertwire.kernels.heads import PerHead
+from expertwire.kernels.linear import Linear
+from expertwire.kernels.registry import Ops
+
+_INDEX_EPS = 1e-6
+
+
+def declare(layout: Layout, param: str, source: str, config: LatentAttention, names: Names, width: int) -> None:
+    """The parameters of a layer whose tensors begin with `source`."""
+    c, attn = config, source + "self_attn."
+    query = c.num_heads * (c.plain_dim + c.rope.size)
+    if c.query_rank is None:
+        layout.matrix(param + "q", (attn + "q_proj", query), columns=width)
+    else:
+        layout.matrix(param + "q_a", (attn + "q_a_proj", c.query_rank), columns=width)
+        layout.vector(param + "q_a_norm", (attn + "q_a_layernorm.weight", c.query_rank))
+        layout.matrix(param + "q", (attn + "q_b_proj", query), columns=c.query_rank)
+    layout.matrix(param + "kv_a", (attn + "kv_a_proj_with_mqa", c.rank + c.rope.size), columns=width)
+    layout.vector(param + "kv_a_norm", (attn + "kv_a_layernorm.weight", c.rank))
+    layout.matrix(param + "kv_b", (attn + "kv_b_proj", c.num_heads * (c.plain_dim + c.value_dim)), columns=c.rank)
+    layout.matrix(param + "o", (source + names.output, width), columns=c.num_heads * c.value_dim)
+    if c.indexer is not None:
+        _declare_indexer(layout, param + "indexer.", attn + "indexer.", c.indexer, c.query_rank or width, width)
+    layout.ignore(attn + "rotary_emb.inv_freq")
+
+
+def _declare_indexer(layout: Layout, param: str, source: str, config: Indexer, query_width: int, width: int) -> None:
+    size = config.head_dim
+    layout.matrix(param + "q", (source + "wq_b", config.num_heads * size), columns=query_width)
+    layout.matrix(param + "k", (source + "wk", size), columns=width)
+    layout.vector(param + "k_norm", (source + "k_norm.weight", size))
+    layout.vector(param + "k_norm_bias", (source + "k_norm.bias", size), fan_in=size)
+    layout.matrix(param + "weights", (source + "weights_proj", config.num_heads), columns=width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseIndex:
+    """Which positions a token attends to."""
+
+    config: Indexer
+    ops: Ops
+    layer: int
+    cache: int
+    query: Linear
+    key: Linear
+    norm: tuple[Tensor, Tensor]
+    weights: Linear
+
+    def choose(self, query_TQ: Tensor, normed_TD: Tensor, step: Step) -> Tensor:
+        """i64 [T, top_k], as `kernels.index`; of the compressed query and the layer's input."""
+        c = self.config
+        rows, (index_cache,) = step.cache(self.cache, self.layer)
+        q_THd = self.query(query_TQ).unflatten(1, (c.num_heads, c.head_dim))
+        q_THd = self.ops.rotate_and_store_index(
+            q_THd,
+            self.key(normed_TD),
+            self.norm,
+            _INDEX_EPS,
+            step.tables[c.rope],
+            step.batch.positions_T,
+            rows.slot_mapping_T,
+            index_cache,
+            interleaved=c.rope.interleaved,
+        )
+        weights_TH = self.weights(normed_TD).float() * (c.num_heads * c.head_dim) ** -0.5
+        return self.ops.choose_positions(q_THd, weights_TH, index_cache, rows.sequences, c.top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentQueryAttention:
+    """Absorbed, for decode and prefill alike. `compress` is the first of two query projections, with its norm."""
+
+    config: LatentAttention
+    ops: Ops
+    layer: int
+    cache: int
+    eps: float
+    scale: float
+    compress: tuple[Linear, Tensor] | None
+    query: Linear
+    latent: Linear
+    latent_norm: Tensor
+    absorb: PerHead  # [T, H, n] -> [T, H, C]
+    value: PerHead  # [T, H, C] -> [T, H, v]
+    index: SparseIndex | None
+    output: Linear
+    norm: Tensor
+
+    def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """x plus the attention of its norm, and the norm of that."""
+        c, batch = self.config, step.batch
+        rows, (cache,) = step.cache(self.cache, self.layer)
+        query_TQ = self._compressed(normed_TD)
+        q_THq = self.query(query_TQ).unflatten(1, (c.num_heads, -1))
+        plain_THn, rotated_THr = q_THq.split((c.plain_dim, c.rope.size), dim=2)
+        rotated_THr = self.ops.rotate_and_store_latent(
+            rotated_THr.contiguous(),
+            self.latent(normed_TD),
+            self.latent_norm,
+            c.norm_eps,
+            step.tables[c.rope],
+            batch.positions_T,
+            rows.slot_mapping_T,
+            cache,
+            interleaved=c.rope.interleaved,
+        )
+        if c.query_scaling is not None:
+            scales = step.query_scales(c.query_scaling)
+            plain_THn, rotated_THr = ((part * scales).to(x_TD.dtype) for part in (plain_THn, rotated_THr))
+        q_THl = torch.cat((self.absorb(plain_THn.contiguous()), rotated_THr), dim=2)
+        chosen = self.index.choose(query_TQ, normed_TD, step) if self.index is not None else None
+        latent_THC = self.ops.attend_latent(q_THl, cache, rows.sequences, rank=c.rank, scale=self.scale, chosen=chosen)
+        attended_TX = self.value(latent_THC).flatten(1)
+        return self.ops.add_rms_norm(x_TD, self.output(attended_TX), self.norm, self.eps)
+
+    def _compressed(self, normed_TD: Tensor) -> Tensor:
+        if self.compress is None:
+            return normed_TD
+        project, norm = self.compress
+        return self.ops.rms_norm(project(normed_TD), norm, self.config.norm_eps)
+
+
+def bind(
+    p: Parameters,
+    config: LatentAttention,
+    norm: Tensor,
+    eps: float,
+    ops: Ops,
+    dtype: torch.dtype,
+    layer: int,
+    caches: tuple[int, int | None],
+) -> LatentQueryAttention:
+    """Of the parameters that `declare` declared; `norm` is the one behind it; `caches`: of latents and of index keys."""
+    c = config
+    compress = None
+    if c.query_rank is not None:
+        compress = ops.linear(p.weight("q_a"), dtype=dtype), p.tensor("q_a_norm")
+    kv_b_HxC = dequantize(p.weight("kv_b"), dtype).unflatten(0, (c.num_heads, -1))
+    key_HnC, value_HvC = kv_b_HxC.split((c.plain_dim, c.value_dim), dim=1)
+    index = None
+    if c.indexer is not None:
+        assert caches[1] is not None, f"layer {layer} has an indexer but no cache for it"
+        index = _bind_indexer(p.within("indexer."), c.indexer, ops, dtype, layer, caches[1])
+    return LatentQueryAttention(
+        config=config,
+        ops=ops,
+        layer=layer,
+        cache=caches[0],
+        eps=eps,
+        scale=c.scale or rotary.softmax_scale(c.plain_dim + c.rope.size, c.rope.scaling),
+        compress=compress,
+        query=ops.linear(p.weight("q"), dtype=dtype),
+        latent=ops.linear(p.weight("kv_a"), dtype=dtype),
+        latent_norm=p.tensor("kv_a_norm"),
+        absorb=heads.prepare(key_HnC.transpose(1, 2).contiguous()),
+        value=heads.prepare(value_HvC.contiguous()),
+        index=index,
+        output=ops.linear(p.weight("o"), dtype=dtype),
+        norm=norm,
+    )
+
+
+def _bind_indexer(p: Parameters, config: Indexer, ops: Ops, dtype: torch.dtype, layer: int, cache: int) -> SparseIndex:
+    return SparseIndex(
+        config=config,
+        ops=ops,
+        layer=layer,
+        cache=cache,
+        query=ops.linear(p.weight("q"), dtype=dtype),
+        key=ops.linear(p.weight("k"), dtype=dtype),
+        norm=(p.tensor("k_norm"), p.tensor("k_norm_bias")),
+        weights=ops.linear(p.weight("weights"), dtype=dtype),
+    )

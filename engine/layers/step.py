@@ -1,0 +1,62 @@
+"""What a decoder's layers are given: where they run, and, of a step, what they share.
+
+T tokens of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertwire.comm.all_to_all import AllToAll
+from expertwire.engine.batch import CacheRows, ForwardBatch
+from expertwire.engine.caches import NamedCache
+from expertwire.engine.model_config import QueryScaling
+from expertwire.kernels.registry import Ops
+from expertwire.kernels.variants import Rope
+from expertwire.moe.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankContext:
+    """Where a model runs."""
+
+    rank: int
+    dtype: torch.dtype
+    device: str
+    ops: Ops
+    placement: Placement | None  # None: a dense model
+    all_to_all: AllToAll | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step's batch, the caches, and what several layers compute alike."""
+
+    batch: ForwardBatch
+    caches: Sequence[NamedCache]
+    tables: Mapping[Rope, tuple[Tensor, Tensor]]
+    _shared: dict[Hashable, Any] = field(default_factory=dict)
+
+    def cache(self, number: int, layer: int) -> tuple[CacheRows, tuple[Tensor, ...]]:
+        """Of the model's cache of that number: the step's rows, and a layer's tensors."""
+        return self.batch.caches[number], self.caches[number].layers[layer]
+
+    def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, computed by the first layer that asks."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
+
+    def query_scales(self, scaling: QueryScaling) -> Tensor:
+        """fp32 [T, 1, 1], of the tokens' positions."""
+
+        def compute() -> Tensor:
+            turns_T = ((self.batch.positions_T + scaling.offset) // scaling.length).float()
+            return (1 + scaling.beta * torch.log1p(turns_T))[:, None, None]
+
+        return self.shared(scaling, compute)

@@ -1,0 +1,53 @@
+"""gpt-oss: sinks, every other layer a sliding window, biases everywhere, a clamped activation; MXFP4 experts, gate and up rows
+alternating."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from expertwire.engine import readers
+from expertwire.engine.family import Family, Names
+from expertwire.engine.fields import Fields
+from expertwire.engine.model_config import Attention, Layer, Moe
+from expertwire.kernels.variants import Activation
+
+
+def layers(fields: Fields) -> tuple[Layer, ...]:
+    num_layers = fields.integer("num_hidden_layers")
+    num_heads, num_kv_heads = readers.heads(fields)
+    head_dim, bias = readers.head_dim(fields), fields.flag("attention_bias", default=True)
+    full = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=readers.rope(fields, head_dim),
+        qkv_bias=bias,
+        output_bias=bias,
+        sinks=True,
+    )
+    sliding = replace(full, window=readers.window(fields))
+    types = fields.listed("layer_types", num_layers, "full_attention", "sliding_attention")
+    slides = [i % 2 == 0 if types is None else types[i] == "sliding_attention" for i in range(num_layers)]
+    if any(slides):
+        fields.integer("sliding_window")
+    moe = _moe(fields)
+    return tuple(Layer(attention=sliding if slide else full, mlp=moe) for slide in slides)
+
+
+def _moe(fields: Fields) -> Moe:
+    # A softmax over the logits that were chosen is one over all of them, divided by the sum of those chosen.
+    return Moe(
+        **readers.experts(fields, "num_local_experts", "num_experts"),
+        size=fields.integer("intermediate_size"),
+        renormalize=True,
+        router_bias=True,
+        activation=Activation(
+            "swiglu_clamped",
+            alpha=fields.number("swiglu_alpha", default=1.702),
+            limit=fields.number("swiglu_limit", default=7.0),
+        ),
+        bias=True,
+    )
+
+
+GPT_OSS = Family(layers=layers, names=Names(router="router", fused_layout="columns", pairs=True))

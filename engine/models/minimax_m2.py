@@ -1,0 +1,72 @@
+"""MiniMax-M2: norms over the whole of query and key, half of a head rotated, sigmoid routing with a bias for the choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from expertwire.engine import readers
+from expertwire.engine.family import Family, Names
+from expertwire.engine.fields import Fields
+from expertwire.engine.model_config import Attention, Layer, Moe, Skipped
+from expertwire.kernels.variants import Rope
+
+
+def layers(fields: Fields) -> tuple[Layer, ...]:
+    num_heads, num_kv_heads = readers.heads(fields)
+    head_dim = readers.head_dim(fields)
+    fields.one_of("qk_norm_type", "per_layer", default="per_layer")
+    attention = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=_rope(fields, head_dim),
+        qk_norm="row" if fields.flag("use_qk_norm", default=True) else "none",
+    )
+    layer, num_layers = Layer(attention=attention, mlp=_moe(fields)), fields.integer("num_hidden_layers")
+    types = fields.get("attn_type_list")
+    if types is not None and types != [1] * num_layers:
+        raise ValueError(
+            f"{fields.file}: {fields.path}attn_type_list must be {num_layers} times 1 (softmax attention), got {types!r}"
+        )
+    return (layer,) * num_layers
+
+
+def _rope(fields: Fields, head_dim: int) -> Rope:
+    rope, size = readers.rope(fields, head_dim), fields.integer("rotary_dim", default=None)
+    if size is None:
+        return rope
+    if size % 2 or size > head_dim:
+        raise ValueError(
+            f"{fields.file}: {fields.path}rotary_dim must be even and at most head_dim ({head_dim}), got {size}"
+        )
+    return replace(rope, size=size)
+
+
+def _moe(fields: Fields) -> Moe:
+    fields.one_of("scoring_func", "sigmoid", default="sigmoid")
+    fields.one_of("shared_intermediate_size", 0, default=0)
+    return Moe(
+        **readers.experts(fields, "num_local_experts", "num_experts"),
+        size=fields.integer("intermediate_size"),
+        renormalize=True,
+        score="sigmoid",
+        choice_bias=fields.flag("use_routing_bias", default=True),
+        router_fp32=True,
+    )
+
+
+def _predictors(fields: Fields) -> tuple[Skipped, ...]:
+    return readers.predictors(fields, "num_mtp_modules")
+
+
+MINIMAX_M2 = Family(
+    layers=layers,
+    names=Names(
+        moe="block_sparse_moe.",
+        gate="w1",
+        up="w3",
+        down="w2",
+        choice_bias="e_score_correction_bias",
+    ),
+    skipped=_predictors,
+)

@@ -1,0 +1,73 @@
+"""The choice of positions on a CPU: index keys packed as weights are, for queries that are rows, as in `attention`.
+
+A query's score of a position is one sum over heads in their order, of sums over numbers in theirs, whatever else is computed.
+
+T tokens, H index heads, d their size, B sequences, b blocks, s block size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.kernels.attention import PagedSequences
+from expertwire.kernels.cpu.cached import pack_keys, panels
+from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, put_row, rows_at_once
+from expertwire.kernels.cpu.numbers import as_array, jit, load
+from expertwire.kernels.cpu.panel import LINE, PANEL
+from expertwire.kernels.cpu.vectors import LANES
+
+
+@jit
+def _choose(q_THd, weights_TH, k_Ns1d, tables_Bb, cu_queries, lengths_B, chosen_Tk):
+    num_heads, dim = q_THd.shape[1:]
+    width, depth = -(-max(lengths_B) // PANEL) * PANEL, -(-dim // LINE) * LINE
+    keys = panels(k_Ns1d, width // PANEL, depth)
+    rows, queries = operand(LANES, depth, keys), operand(num_heads, depth, keys)
+    rows[:], queries[:] = 0, 0
+    found, scores = products(), np.empty(width, np.float32)
+    begin(keys)
+    for b in range(len(lengths_B)):
+        pack_keys(k_Ns1d, tables_Bb[b], 0, 0, lengths_B[b], rows, keys)
+        for t in range(cu_queries[b], cu_queries[b + 1]):
+            visible = lengths_B[b] - cu_queries[b + 1] + t + 1
+            for h in range(num_heads):
+                put_row(q_THd[t, h], queries[h])
+            _score(queries, weights_TH[t], keys, -(-visible // PANEL), found, scores)
+            _put_best(scores[:visible], chosen_Tk[t])
+    finish(keys)
+
+
+@jit
+def _score(queries, weights_H, keys, num_panels, found, scores):
+    num_heads, once = len(weights_H), rows_at_once(keys)
+    for i in range(num_panels):
+        part = scores[i * PANEL : (i + 1) * PANEL]
+        part[:] = 0
+        for m in range(0, num_heads, once):
+            multiply(queries, m, num_heads, queries.shape[1], keys, i, found)
+            for h in range(m, min(m + once, num_heads)):
+                weight = load(weights_H[h])
+                for j in range(PANEL):
+                    part[j] += weight * max(found[HEAD + h - m, j], np.float32(0))
+
+
+@jit
+def _put_best(scores, chosen_k):
+    """The best positions in order, of equals the first; -1 behind them."""
+    order = np.argsort(-scores, kind="mergesort")
+    num = min(len(scores), len(chosen_k))
+    chosen_k[:num] = order[:num]
+    chosen_k[num:] = -1
+
+
+def choose_positions(
+    q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int
+) -> Tensor:
+    """`kernels.index.reference`."""
+    chosen_Tk = torch.empty(len(q_THd), top_k, dtype=torch.int64)
+    if len(q_THd) > 0:
+        q, weights, keys = (as_array(tensor) for tensor in (q_THd, weights_TH, index_cache.unsqueeze(2)))
+        _choose(q, weights, keys, seqs.block_table.numpy(), seqs.cu_queries, seqs.lengths, chosen_Tk.numpy())
+    return chosen_Tk

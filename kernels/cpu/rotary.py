@@ -1,0 +1,223 @@
+"""What lies between the projections and the attention on a CPU: norms, rotation, and storing in the caches.
+
+T tokens, H query heads, G key/value heads, h = H + G, d head size, C latent size, r rotated numbers, l = C + r, N slots,
+P positions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, sum_squares
+
+
+@jit
+def _load_row(source, row):
+    for i in range(len(source)):
+        row[i] = load(source[i])
+
+
+@jit
+def _rms_norm(row, eps, norm):
+    scale = np.float32(1) / np.sqrt(sum_squares(row) / np.float32(len(row)) + np.float32(eps))
+    for i in range(len(row)):
+        row[i] = row[i] * scale * load(norm[i])
+
+
+@jit
+def _layer_norm(row, eps, norm, bias):
+    total = np.float32(0)
+    for i in range(len(row)):
+        total += row[i]
+    mean = total / np.float32(len(row))
+    for i in range(len(row)):
+        row[i] -= mean
+    scale = np.float32(1) / np.sqrt(sum_squares(row) / np.float32(len(row)) + np.float32(eps))
+    for i in range(len(row)):
+        row[i] = row[i] * scale * load(norm[i]) + load(bias[i])
+
+
+@jit
+def _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, target):
+    """A row, its first r numbers rotated, rounded to the type of `target`."""
+    size = cos_Pr.shape[1]
+    half = size // 2
+    if interleaved:
+        for i in range(half):
+            first, second = row[2 * i], row[2 * i + 1]
+            cos, sin = cos_Pr[position, i + half], sin_Pr[position, i + half]
+            target[2 * i] = round_like(first * cos - second * sin, target[i])
+            target[2 * i + 1] = round_like(second * cos + first * sin, target[i])
+    else:
+        for i in range(half):
+            first, second = row[i], row[i + half]
+            cos, sin = cos_Pr[position, i + half], sin_Pr[position, i + half]
+            target[i] = round_like(first * cos - second * sin, target[i])
+            target[i + half] = round_like(second * cos + first * sin, target[i])
+    for i in range(size, len(row)):
+        target[i] = round_like(row[i], target[i])
+
+
+@jit
+def rotate_and_store_rows(
+    qkv_Thd: np.ndarray,
+    norm_hd: np.ndarray,
+    eps: float,
+    cos_Pr: np.ndarray,
+    sin_Pr: np.ndarray,
+    positions_T: np.ndarray,
+    slots_T: np.ndarray,
+    k_NGd: np.ndarray,
+    v_NGd: np.ndarray,
+    interleaved: bool,
+    q_THd: np.ndarray,
+) -> None:
+    num_heads, num_kv, dim = q_THd.shape[1], k_NGd.shape[1], q_THd.shape[2]
+    half, row = cos_Pr.shape[1] // 2, np.empty(dim, np.float32)
+    for t in range(qkv_Thd.shape[0]):
+        position, slot = positions_T[t], slots_T[t]
+        for h in range(num_heads + num_kv):
+            for i in range(dim):
+                row[i] = load(qkv_Thd[t, h, i])
+            if norm_hd.shape[0] > 0:
+                scale = np.float32(1) / np.sqrt(sum_squares(row) / np.float32(dim) + np.float32(eps))
+                for i in range(dim):
+                    row[i] = row[i] * scale * load(norm_hd[h, i])
+            target = q_THd[t, h] if h < num_heads else k_NGd[slot, h - num_heads]
+            if interleaved or 2 * half < dim:
+                _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, target)
+            else:
+                for i in range(half):
+                    first, second = row[i], row[i + half]
+                    cos, sin = cos_Pr[position, i + half], sin_Pr[position, i + half]
+                    target[i] = round_like(first * cos - second * sin, target[i])
+                    target[i + half] = round_like(second * cos + first * sin, target[i])
+        for h in range(num_kv):
+            for i in range(dim):
+                v_NGd[slot, h, i] = qkv_Thd[t, num_heads + num_kv + h, i]
+
+
+def rotate_and_store(
+    qkv_Thd: Tensor,
+    norm_hd: Tensor | None,
+    eps: float,
+    tables: tuple[Tensor, Tensor],
+    positions_T: Tensor,
+    slot_mapping_T: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
+    """`kernels.attention.rotate_and_store`."""
+    num_kv, dim = k_cache.shape[2:]
+    q_THd = qkv_Thd.new_empty(qkv_Thd.shape[0], qkv_Thd.shape[1] - 2 * num_kv, dim)
+    norm = qkv_Thd.new_empty(0, dim) if norm_hd is None else norm_hd
+    rotate_and_store_rows(
+        as_array(qkv_Thd),
+        as_array(norm),
+        eps,
+        tables[0].numpy(),
+        tables[1].numpy(),
+        positions_T.numpy(),
+        slot_mapping_T.numpy(),
+        as_array(k_cache.flatten(0, 1)),
+        as_array(v_cache.flatten(0, 1)),
+        interleaved,
+        as_array(q_THd),
+    )
+    return q_THd
+
+
+@jit
+def _rotate_and_store_latent(
+    q_THr, kv_Tl, norm_C, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nl, interleaved, out_THr
+):
+    rank, row = len(norm_C), np.empty(kv_Tl.shape[1], np.float32)
+    for t in range(len(kv_Tl)):
+        position, target = positions_T[t], rows_Nl[slots_T[t]]
+        _load_row(kv_Tl[t], row)
+        _rms_norm(row[:rank], eps, norm_C)
+        for i in range(rank):
+            target[i] = round_like(row[i], target[i])
+        _put_rotated(row[rank:], cos_Pr, sin_Pr, position, interleaved, target[rank:])
+        for h in range(q_THr.shape[1]):
+            _load_row(q_THr[t, h], row[rank:])
+            _put_rotated(row[rank:], cos_Pr, sin_Pr, position, interleaved, out_THr[t, h])
+
+
+def rotate_and_store_latent(
+    q_THr: Tensor,
+    kv_Tl: Tensor,
+    norm_C: Tensor,
+    eps: float,
+    tables: tuple[Tensor, Tensor],
+    positions_T: Tensor,
+    slot_mapping_T: Tensor,
+    cache: Tensor,
+    *,
+    interleaved: bool = True,
+) -> Tensor:
+    """`kernels.mla.rotate_and_store`."""
+    out_THr = q_THr.new_empty(q_THr.shape)
+    _rotate_and_store_latent(
+        as_array(q_THr.contiguous()),
+        as_array(kv_Tl.contiguous()),
+        as_array(norm_C),
+        eps,
+        tables[0].numpy(),
+        tables[1].numpy(),
+        positions_T.numpy(),
+        slot_mapping_T.numpy(),
+        as_array(cache.flatten(0, 1)),
+        interleaved,
+        as_array(out_THr),
+    )
+    return out_THr
+
+
+@jit
+def _rotate_and_store_index(
+    q_THd, k_Td, norm_d, bias_d, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nd, interleaved, out_THd
+):
+    row = np.empty(k_Td.shape[1], np.float32)
+    for t in range(len(k_Td)):
+        position = positions_T[t]
+        _load_row(k_Td[t], row)
+        _layer_norm(row, eps, norm_d, bias_d)
+        _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, rows_Nd[slots_T[t]])
+        for h in range(q_THd.shape[1]):
+            _load_row(q_THd[t, h], row)
+            _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, out_THd[t, h])
+
+
+def rotate_and_store_index(
+    q_THd: Tensor,
+    k_Td: Tensor,
+    norm: tuple[Tensor, Tensor],
+    eps: float,
+    tables: tuple[Tensor, Tensor],
+    positions_T: Tensor,
+    slot_mapping_T: Tensor,
+    index_cache: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
+    """`kernels.index.rotate_and_store`, of tokens that are all stored."""
+    out_THd = q_THd.new_empty(q_THd.shape)
+    _rotate_and_store_index(
+        as_array(q_THd.contiguous()),
+        as_array(k_Td.contiguous()),
+        as_array(norm[0]),
+        as_array(norm[1]),
+        eps,
+        tables[0].numpy(),
+        tables[1].numpy(),
+        positions_T.numpy(),
+        slot_mapping_T.numpy(),
+        as_array(index_cache.flatten(0, 1)),
+        interleaved,
+        as_array(out_THd),
+    )
+    return out_THd

@@ -1,0 +1,193 @@
+"""What sets the dense models apart, one quirk at a time: without it the logits are others.
+
+The numbers in the names of the cases are those of the reference's list of quirks.
+"""
+
+import functools
+import json
+from dataclasses import replace
+
+import architectures
+import numpy as np
+import pytest
+import tiny_checkpoints as tiny
+import torch
+from rank_model import RankModel
+from safetensors.torch import load_file, save_file
+
+from expertwire.bench import rank_model as bench_rank_model
+from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.model_config import Skipped
+from expertwire.kernels.variants import LongRope
+
+NUM_TOKENS = 150
+AGREES, DIFFERS = 1e-3, 1e-2
+DENSE = ["llama", "mistral", "ministral3", "qwen3", "phi3", "phi4_mini", "phi4_mini_short"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def attention(*layers, **fields):
+    """Other fields of the attention of these layers, or of all; a callable makes a field of what it was."""
+
+    def changed(old):
+        return replace(old, **{name: value(old) if callable(value) else value for name, value in fields.items()})
+
+    def change(config):
+        found = [
+            replace(layer, attention=changed(layer.attention)) if not layers or i in layers else layer
+            for i, layer in enumerate(config.layers)
+        ]
+        return replace(config, layers=tuple(found))
+
+    return change
+
+
+def rope(**fields):
+    return attention(rope=lambda old: replace(old.rope, **fields))
+
+
+def scaling(**fields):
+    return attention(rope=lambda old: replace(old.rope, scaling=replace(old.rope.scaling, **fields)))
+
+
+def without_head_norms(config):
+    unread = Skipped(pattern=r".*[qk]_norm\.weight", why="a test")
+    return replace(attention(qk_norm="none")(config), skipped=(unread,))
+
+
+def other_list(config):
+    old = config.layers[0].attention.rope.scaling
+    return scaling(short_factor=old.long_factor, long_factor=old.short_factor)(config)
+
+
+def all_rotated(config):
+    old = config.layers[0].attention.rope.scaling
+    longer = {name: getattr(old, name) + (1.0,) * 4 for name in ("short_factor", "long_factor")}
+    return rope(size=32, scaling=replace(old, **longer))(config)
+
+
+CASES = {
+    "8-ministral3-query-scaling": ("ministral3", attention(query_scaling=None)),
+    "8-ministral3-query-scaling-of-every-layer": ("ministral3", attention(1, query_scaling=None)),
+    "8-ministral3-query-scaling-without-offset": (
+        "ministral3",
+        attention(query_scaling=lambda old: replace(old.query_scaling, offset=1)),
+    ),
+    "ministral3-yarn": ("ministral3", rope(scaling=None)),
+    "ministral3-yarn-attention-factor-of-one": ("ministral3", scaling(mscale=None, mscale_all_dim=None)),
+    "ministral3-rotated-in-halves": ("ministral3", rope(interleaved=True)),
+    "llama-llama3-scaling": ("llama", rope(scaling=None)),
+    "llama-llama3-low-frequencies": ("llama", scaling(low_freq_factor=0.01)),
+    "llama-llama3-high-frequencies": ("llama", scaling(high_freq_factor=100.0)),
+    "llama-rotated-in-halves": ("llama", rope(interleaved=True)),
+    "mistral-window": ("mistral", attention(window=None)),
+    "mistral-window-counts-the-token": ("mistral", attention(window=41)),
+    "qwen3-window-of-the-last-layers": ("qwen3", attention(window=None)),
+    "qwen3-no-window-of-the-first-layers": ("qwen3", attention(window=40)),
+    "qwen3-qk-norm": ("qwen3", without_head_norms),
+    "phi3-window": ("phi3", attention(window=None)),
+    "13-phi4_mini-partly-rotated": ("phi4_mini", all_rotated),
+    "phi4_mini-longrope": ("phi4_mini", rope(scaling=None)),
+    "phi4_mini-longrope-long-list": ("phi4_mini", other_list),
+    "phi4_mini-longrope-attention-factor": ("phi4_mini", scaling(attention_factor=1.0)),
+    "phi4_mini-longrope-short-list": ("phi4_mini_short", other_list),
+    "phi4_mini-longrope-attention-factor-with-the-short-list": ("phi4_mini_short", scaling(attention_factor=1.0)),
+}
+
+
+@functools.cache
+def known(name):
+    """A prompt, and transformers' logits, with which the model's agree."""
+    # Ids that the tokenizer does not know, too (quirk 14).
+    ids = tiny.prompt(NUM_TOKENS, vocab_size=320)
+    right = architectures.reference_logits(name, ids)
+    assert np.abs(RankModel(architectures.folder(name), max_tokens=256).logits(ids) - right).max() <= AGREES
+    return ids, right
+
+
+def of_config(config, name, monkeypatch):
+    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, dtype: config)
+    return RankModel(architectures.folder(name), max_tokens=256)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_quirk(case, monkeypatch):
+    name, change = CASES[case]
+    ids, right = known(name)
+    config = change(read_model_config(architectures.folder(name), "float32"))
+    without = of_config(config, name, monkeypatch).logits(ids)
+    assert np.isfinite(without).all()
+    assert np.abs(without - right).max() > DIFFERS
+
+
+def test_the_longest_sequence_served_chooses_the_list():
+    """Of LongRoPE, unlike transformers: a prompt of the original length is rotated by the list that longer ones need."""
+    folder, ids = architectures.folder("phi4_mini"), tiny.prompt(16)
+    right = architectures.reference_logits("phi4_mini", ids)  # its length chooses the short one
+    assert isinstance(read_model_config(folder).layers[0].attention.rope.scaling, LongRope)
+    assert np.abs(RankModel(folder, max_tokens=16).logits(ids) - right).max() <= AGREES
+    assert np.abs(RankModel(folder, max_tokens=32).logits(ids) - right).max() > DIFFERS
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi4_mini"])
+def test_tied_embeddings(name, monkeypatch):
+    """14: they are the head, of which the checkpoint has none."""
+    config = replace(read_model_config(architectures.folder(name), "float32"), tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"tensors that are missing: lm_head\.weight$"):
+        of_config(config, name, monkeypatch)
+
+
+def test_a_tied_head_may_still_be_there(tmp_path):
+    """14: the same tensor twice."""
+    folder = architectures.folder("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    ids, right = known("llama")
+    assert np.abs(RankModel(tmp_path, max_tokens=256).logits(ids) - right).max() <= AGREES
+
+
+def test_other_tensors_of_the_wrapper(monkeypatch):
+    config = replace(read_model_config(architectures.folder("ministral3"), "float32"), skipped=())
+    with pytest.raises(ValueError, match=r"does not know .*: (multi_modal_projector|vision_tower)\..*, (mul|vis)"):
+        of_config(config, "ministral3", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"), [("language_model.model.", "language_model."), ("model.language_model.", "")]
+)
+def test_wrapped_mistral(tmp_path, prefix, head):
+    """Mistral Small 3.1: the text config, in which the word on tied embeddings is missing, and both names of its tensors."""
+    folder = architectures.folder("mistral")
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {
+        (f"{prefix}{name.removeprefix('model.')}" if name.startswith("model.") else head + name): values
+        for name, values in tensors.items()
+    }
+    assert len(renamed) == len(tensors)
+    save_file(renamed | {"vision_tower.ln_pre.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    text = json.loads((folder / "config.json").read_text())
+    del text["tie_word_embeddings"], text["architectures"]
+    wrapper = {"architectures": ["Mistral3ForConditionalGeneration"], "torch_dtype": "float32", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper))
+    ids, _ = known("mistral")
+    alone = RankModel(folder, max_tokens=256).logits(ids)
+    assert np.array_equal(RankModel(tmp_path, max_tokens=256).logits(ids), alone)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_both_styles(name, tmp_path):
+    """16: transformers 5's own file means the same as the hub's."""
+    made = architectures.model(name)
+    own = made.config.to_dict() | {"architectures": [type(made).__name__], "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    found, hub = read_model_config(tmp_path), read_model_config(architectures.folder(name))
+    assert replace(found, skipped=(), architecture=hub.architecture) == replace(hub, skipped=())

@@ -1,0 +1,30 @@
+"""Several named caches on one rank of the CPU, from the scheduler's plans to what a model sees in them."""
+
+import cache_model
+import pytest
+from cache_model import SIZES, SPECS, CacheModel
+
+from expertwire.engine.runner import Runner
+from expertwire.engine.slots import Slots
+
+NEEDED = tuple(1 + spec.most_blocks(SIZES["block_size"], SIZES["max_model_len"], 16) for spec in SPECS)
+
+
+def make_runner(num_blocks, num_slots=4):
+    model = CacheModel()
+    slots = Slots(num_slots=num_slots, specs=SPECS, device="cpu", **SIZES)
+    return Runner(model=model, caches=model.allocate(num_blocks=num_blocks, **SIZES), slots=slots, rank=0)
+
+
+def test_every_cache_has_blocks_of_its_own():
+    num_blocks = tuple(num + 40 for num in NEEDED)
+    stats = cache_model.serve(make_runner(num_blocks), num_blocks)
+    assert stats["preemptions"] == 0
+    assert stats["cached_tokens"] > 0
+    assert stats["num_copies"] > 0
+
+
+@pytest.mark.parametrize("scarce", range(len(SPECS)))
+def test_any_cache_may_be_the_scarce_one(scarce):
+    num_blocks = tuple(num + (0 if index == scarce else 40) for index, num in enumerate(NEEDED))
+    cache_model.serve(make_runner(num_blocks), num_blocks)

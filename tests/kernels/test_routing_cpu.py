@@ -1,0 +1,61 @@
+"""The CPU's rules of routing against the reference: choices, weights, ties, and bits that depend on a token alone."""
+
+import pytest
+import torch
+
+from expertwire.kernels import registry, routing
+from expertwire.kernels.variants import Groups
+
+OPS = registry.cpu()
+GROUPS = {
+    "all": None,
+    "best": Groups(number=8, kept=3, by="best"),
+    "two best": Groups(number=8, kept=3, by="two_best"),
+    "one": Groups(number=8, kept=1, by="two_best"),
+}
+EXPERTS, TOP_K = 64, 6
+BIAS = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(1))
+
+
+def logits(num_tokens, dtype=torch.float32):
+    return (3 * torch.randn(num_tokens, EXPERTS, generator=torch.Generator().manual_seed(0))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_reference(score, biased, groups, dtype):
+    rule = {"score": score, "groups": groups, "scale": 2.5, "bias_E": BIAS if biased else None}
+    for renormalize in (False, True):
+        ids, weights = OPS.route(logits(50, dtype), TOP_K, renormalize=renormalize, **rule)
+        expected_ids, expected = routing.reference(logits(50, dtype), TOP_K, renormalize=renormalize, **rule)
+        if dtype == torch.float32:  # bf16 logits have ties, and sums with a bias are rounded
+            assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_of_equal_experts_and_groups_the_first_wins():
+    rule = {"renormalize": False, "score": "sigmoid", "bias_E": torch.zeros(8)}
+    ids, weights = OPS.route(torch.zeros(1, 8), 3, **rule, groups=Groups(number=4, kept=2, by="two_best"))
+    assert (ids.tolist(), weights.tolist()) == ([[0, 1, 2]], [[0.5, 0.5, 0.5]])
+
+
+def test_extremes_stay_finite():
+    values = torch.tensor([[-1e4, 1e4, 30.0, -90.0]])
+    ids, weights = OPS.route(values, 4, renormalize=False, score="sigmoid")
+    assert ids.tolist() == [[1, 2, 3, 0]]
+    torch.testing.assert_close(weights, values.sigmoid().gather(1, ids), rtol=1e-5, atol=1e-37)
+    ids, weights = OPS.route(values, 4, renormalize=True, score="sqrt_softplus")
+    assert ids.tolist() == [[1, 2, 3, 0]]
+    assert weights.isfinite().all()
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_a_tokens_bits_do_not_depend_on_its_neighbours(score):
+    rule = {"renormalize": True, "score": score, "bias_E": BIAS, "groups": GROUPS["two best"], "scale": 2.5}
+    ids, weights = OPS.route(logits(61), TOP_K, **rule)
+    for size in (1, 7):
+        parts = [OPS.route(part, TOP_K, **rule) for part in logits(61).split(size)]
+        assert torch.equal(torch.cat([part[0] for part in parts]), ids)
+        assert torch.equal(torch.cat([part[1] for part in parts]), weights)

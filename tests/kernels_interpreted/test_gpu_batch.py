@@ -1,0 +1,36 @@
+"""Several named caches where a GPU computes: tables on the device, steps that run ahead, the kernel that looks rows up."""
+
+import cache_model
+import torch
+from cache_model import SIZES, SPECS, CacheModel
+
+from expertwire.engine.device_runner import DeviceRunner
+from expertwire.engine.device_slots import DeviceSlots
+from expertwire.kernels.gpu.batch import look_up
+
+
+def test_every_cache_has_blocks_of_its_own():
+    num_blocks = tuple(4 + spec.most_blocks(SIZES["block_size"], SIZES["max_model_len"], 16) for spec in SPECS)
+    model = CacheModel()
+    slots = DeviceSlots(num_slots=4, specs=SPECS, device="cpu", **SIZES)
+    caches = model.allocate(num_blocks=num_blocks, **SIZES)
+    runner = DeviceRunner(model=model, caches=caches, slots=slots, rank=0, num_ranks=1)
+    runner.warm_up(max_num_tokens=3, max_running=2)
+    stats = cache_model.serve(runner, num_blocks, depth=2, num_requests=6)
+    assert stats["num_copies"] > 0
+
+
+def test_rows_are_looked_up_in_every_cache():
+    generator = torch.Generator().manual_seed(1)
+    tokens_SL = torch.randint(9, 99, (3, 40), generator=generator, dtype=torch.int32)
+    blocks_CSW = torch.randint(1, 50, (2, 3, 10), generator=generator, dtype=torch.int32)
+    slot_T = torch.randint(0, 3, (150,), generator=generator, dtype=torch.int32)
+    position_T = torch.randint(0, 40, (150,), generator=generator, dtype=torch.int32)
+    slot_T[[3, 149]] = -1
+    token_T, found_T, mapping_CT = look_up(slot_T, position_T, tokens_SL, blocks_CSW, 4)
+    nobody_T = slot_T < 0
+    slot_T, position_T = slot_T.long(), position_T.long()
+    torch.testing.assert_close(found_T, position_T)
+    assert torch.equal(token_T, tokens_SL[slot_T, position_T].long().masked_fill(nobody_T, 0))
+    expected_CT = blocks_CSW[:, slot_T, position_T // 4].long() * 4 + position_T % 4
+    assert torch.equal(mapping_CT, expected_CT.masked_fill(nobody_T, -1))

@@ -1,0 +1,76 @@
+"""The GPU's experts, prepared from weights as checkpoints have them, in Triton's interpreter against the references."""
+
+import numpy as np
+import pytest
+import torch
+
+from expertwire.kernels import experts, formats, linear, quantize
+from expertwire.kernels.gpu import experts as gpu_experts
+from expertwire.kernels.gpu import linear as gpu_linear
+from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.variants import Activation
+
+DEVICE = Device(arch=90, num_sms=2)
+OFFSETS = torch.tensor([0, 3, 3, 20], dtype=torch.int32)
+GROUPS = {"fp8_block": 128, "fp8_row": 128}  # of x, which is quantised with fp8 weights
+
+
+def normal(*shape, seed, scale=1.0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def as_multiplied(x, format):
+    """Rows with what quantisation changes, if the format asks for it."""
+    if format not in GROUPS:
+        return x
+    return quantize.dequantize(quantize.reference(x, GROUPS[format])).to(x.dtype)
+
+
+def weights_of(format, width, inner):
+    w13, w2 = normal(3, 2 * inner, width, seed=1, scale=width**-0.5), normal(3, width, inner, seed=2, scale=inner**-0.5)
+    w13[:, :inner] *= torch.linspace(0.5, 2, inner)[:, None]
+    if format == "dense":
+        return w13, w2
+    if format == "nvfp4":  # gate and up share their global scale
+        w13[:, 0, 0] = w13[:, inner, 0] = w13.abs().max()
+    return formats.quantize(format, w13, (inner, inner)), formats.quantize(format, w2)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
+@pytest.mark.parametrize("format", ["dense", *formats.FORMATS])
+def test_experts(format, monkeypatch):
+    """With biases and clamps; also when an expert has been rewritten in place."""
+    # The interpreter rounds to fp8 wrongly.
+    monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
+    width, inner = (128, 128) if format in GROUPS else (96, 64)
+    activation = Activation("swiglu_clamped", limit=1.5)
+    bias13, bias2 = normal(3, 2 * inner, seed=3), normal(3, width, seed=4)
+    weights, x = weights_of(format, width, inner), normal(20, width, seed=5)
+    index = torch.randint(20, (20,), generator=torch.Generator().manual_seed(6)).int()
+    apply = gpu_experts.prepare(*weights, device=DEVICE, activation=activation, bias13_eF=bias13, bias2_eD=bias2)
+    w13, w2 = (formats.dequantize(weight, torch.float32) for weight in weights)
+    home = torch.arange(20).int()
+    for rewritten in (False, True):
+        if rewritten:
+            for tensor in (*apply.weights, w13, w2):
+                assert tensor.shape[0] == 3
+                tensor[2].copy_(tensor[0])
+        hidden = experts.w13_reference(as_multiplied(x, format), index, OFFSETS, w13, activation, bias13)
+        expected = experts.w2_reference(as_multiplied(hidden, format), OFFSETS, w2, home, torch.empty(20, width), bias2)
+        found = apply(x, index.long(), OFFSETS.numpy().astype(np.int64))
+        error = (found - expected).norm() / expected.norm()
+        assert error < (2e-3 if format in GROUPS else 1e-5), error  # a few numbers of x may round the other way
+    assert any(tensor is bias13 for tensor in apply.weights)
+
+
+def test_global_scales_that_differ():
+    w13, w2 = weights_of("nvfp4", 96, 64)
+    w13.global_scales[1, 1] *= 2
+    with pytest.raises(ValueError, match="global scales"):
+        gpu_experts.prepare(w13, w2, device=DEVICE)
+
+
+def test_a_linear_layer_is_unpacked():
+    weight, x = formats.quantize("mxfp4", normal(64, 64, seed=1)), normal(3, 64, seed=2)
+    y = gpu_linear.prepare(weight, device=DEVICE, dtype=torch.float32)(x)
+    torch.testing.assert_close(y, linear.reference(x, formats.dequantize(weight, torch.float32)), rtol=1e-4, atol=1e-4)

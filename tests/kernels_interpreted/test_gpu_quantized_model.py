@@ -1,0 +1,107 @@
+"""Where activations are quantised too, as GPUs do beside fp8 experts: a model's distributions beside those of a reference that
+quantises identically, with every kernel in Triton's interpreter."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny_checkpoints as tiny
+import torch
+
+from expertwire.bench.rank_model import RankModel
+from expertwire.comm.a2a_local import LocalAllToAll
+from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.group import SoloGroup
+from expertwire.engine.batch import CacheRows, ForwardBatch
+from expertwire.engine.checkpoint import Checkpoint
+from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.layers.step import RankContext
+from expertwire.engine.loading import load
+from expertwire.kernels import experts, formats, quantize
+from expertwire.kernels import registry as kernels
+from expertwire.kernels.attention import DeviceSequences
+from expertwire.kernels.gpu import experts as gpu_experts
+from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.variants import Activation
+from expertwire.moe.placement import place
+
+SHAPE = {
+    "num_hidden_layers": 2,
+    "mlp_only_layers": None,
+    "hidden_size": 128,
+    "moe_intermediate_size": 128,
+    "num_experts": 4,
+}
+
+
+class ReferenceExperts:
+    """fp8 weights times rows that are quantised in groups of 128, with fp32 arithmetic; the layer between is fp32, too."""
+
+    def __init__(self, w13, w2, **_):
+        self.w13, self.w2 = (formats.dequantize(weight, torch.float32) for weight in (w13, w2))
+        self.weights = (self.w13, self.w2)
+
+    def __call__(self, x_UD, row_index_R, offsets, home_R=None, tile_map=None):
+        rows, ends = row_index_R.int(), torch.from_numpy(np.asarray(offsets)).int()
+        hidden_RF = experts.w13_reference(quantised(x_UD), rows, ends, self.w13, Activation())
+        home_R, out_RD = torch.arange(len(rows)), torch.empty(len(rows), x_UD.shape[1])
+        return experts.w2_reference(quantised(hidden_RF), ends, self.w2, home_R, out_RD)
+
+
+def quantised(x):
+    return quantize.dequantize(quantize.reference(x, 128))
+
+
+def device_logits(folder, ids):
+    ops, config = kernels.triton(Device(arch=90, num_sms=2)), read_model_config(folder, "float32")
+    placement = place(config.num_experts, 1, num_layers=config.num_layers)
+    spec = AllToAllSpec(
+        group=SoloGroup(),
+        rank_offsets=placement.rank_offsets,
+        max_tokens=32,
+        hidden_size=config.hidden_size,
+        top_k=config.top_k,
+        dtype=torch.float32,
+    )
+    context = RankContext(
+        rank=0,
+        dtype=torch.float32,
+        device="cpu",
+        ops=ops,
+        placement=placement,
+        all_to_all=LocalAllToAll(spec, ops.permute),
+    )
+    model = load(config, context, Checkpoint(folder), quantize="fp8")
+    caches = model.allocate(num_blocks=[3], block_size=16, max_model_len=32)
+    sequences = DeviceSequences(
+        num_single=0,
+        max_length=len(ids),
+        cu_queries=torch.tensor([0, len(ids)], dtype=torch.int32),
+        lengths=torch.tensor([len(ids)], dtype=torch.int32),
+        block_table=torch.tensor([[1, 2]], dtype=torch.int32),
+    )
+    positions = torch.arange(len(ids))
+    batch = ForwardBatch(
+        token_ids_T=torch.tensor(ids),
+        positions_T=positions,
+        caches=(CacheRows(slot_mapping_T=positions + 16, sequences=sequences),),
+        num_tokens_P=[len(ids)],
+    )
+    with torch.inference_mode():
+        return model.logits(model.forward(batch, caches))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
+def test_divergence_from_a_reference_that_quantises_identically(monkeypatch):
+    # The interpreter rounds to fp8 wrongly.
+    monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
+    folder = tiny.cached("qwen3_moe", **SHAPE)
+    ids = tiny.safe_prompt(folder, 20)
+    found = device_logits(folder, ids).double().log_softmax(-1)
+    plain = torch.from_numpy(RankModel(folder, quantize="fp8").logits(ids)).double().log_softmax(-1)
+    ops = dataclasses.replace(kernels.cpu(), experts=ReferenceExperts)
+    monkeypatch.setattr(kernels, "choose", lambda device: ops)
+    right = torch.from_numpy(RankModel(folder, quantize="fp8").logits(ids)).double().log_softmax(-1)
+    divergence, of_weights_alone = (float((right.exp() * (right - other)).sum(-1).mean()) for other in (found, plain))
+    assert divergence < 1e-4, divergence
+    assert of_weights_alone > 10 * divergence, (of_weights_alone, divergence)  # so activations were quantised
