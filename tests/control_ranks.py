@@ -112,6 +112,20 @@ def plan(step: int, size: int = 10, **orders: int) -> dict[str, np.ndarray]:
     }
 
 
-def shared_files() -> set[Path]:
-    """The files of ours that have a name in shared memory."""
+@contextlib.contextmanager
+def nothing_left_in_shared_memory(seconds: float = 60) -> Iterator[None]:
+    """What has a name in shared memory afterwards, and had none before, loses it soon.
+
+    Engines of other test processes give names there too, but only until their ranks have joined.
+    """
+    before = _named_in_shared_memory()
+    yield
+    new, deadline = _named_in_shared_memory() - before, time.monotonic() + seconds
+    while new and time.monotonic() < deadline:
+        time.sleep(0.05)
+        new &= _named_in_shared_memory()
+    assert not new
+
+
+def _named_in_shared_memory() -> set[Path]:
     return set(Path("/dev/shm").glob("expertwire-*"))

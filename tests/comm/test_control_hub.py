@@ -13,7 +13,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from control_ranks import TOKEN, joined, plan, shared_files, start_rank
+from control_ranks import TOKEN, joined, nothing_left_in_shared_memory, plan, start_rank
 
 from expertwire.comm import control_node
 from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink, RankError, RankLost, RankTimeout, this_node
@@ -28,9 +28,8 @@ BIG_ANSWER = RESULT_RING_BYTES // 8
 
 @pytest.fixture(autouse=True)
 def _nothing_left_in_shared_memory():
-    before = shared_files()
-    yield
-    assert shared_files() <= before
+    with nothing_left_in_shared_memory():
+        yield
 
 
 def check(results, step, size=10, answer=0):

@@ -5,6 +5,7 @@ import os
 from collections import deque
 
 import pytest
+from control_ranks import nothing_left_in_shared_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,8 +77,6 @@ def test_too_little_shared_memory_is_an_error_at_creation_and_leaves_nothing(mon
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = set(os.listdir("/dev/shm"))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"cannot get .* bytes in /dev/shm"):
+    with nothing_left_in_shared_memory(), pytest.raises(OSError, match=r"cannot get .* bytes in /dev/shm"):
         Ring.create(1, CAPACITY)
-    assert set(os.listdir("/dev/shm")) <= before
