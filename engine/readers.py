@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from expertwire.engine.fields import REQUIRED, Fields
-from expertwire.engine.model_config import Attention, Layer, Mlp, QueryScaling, Skipped
+from expertwire.engine.model_config import Attention, Layer, Mlp, Moe, QueryScaling, Skipped
 from expertwire.kernels.variants import Linear, Llama3, LongRope, Rope, Yarn
 
 
@@ -36,11 +36,18 @@ def head_dim(fields: Fields, default: Any = REQUIRED) -> int:
     return size
 
 
-def attention(fields: Fields) -> Attention:
-    """Of the plain kind: rotated heads, no biases, no norms, no window. `head_dim` may be missing."""
+def attention(
+    fields: Fields, *, default_size: Any = None, interleaved: bool = False, partial: float = 1.0
+) -> Attention:
+    """Of the plain kind: rotated heads, no biases, no norms, no window. `default_size`: of `head_dim`; the rest: of `rope`."""
     num_heads, num_kv_heads = heads(fields)
-    size = head_dim(fields, default=None)
-    return Attention(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=size, rope=rope(fields, size))
+    size = head_dim(fields, default=default_size)
+    return Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=size,
+        rope=rope(fields, size, interleaved=interleaved, partial=partial),
+    )
 
 
 def dense(fields: Fields, attention: Attention) -> tuple[Layer, ...]:
@@ -55,15 +62,16 @@ def no_biases(fields: Fields, *names: str) -> None:
         fields.one_of(name, False, default=False)
 
 
-def experts(fields: Fields, *names: str) -> dict[str, int]:
-    """How many experts there are, by the first of these fields that is there, and how many are chosen."""
+def moe(fields: Fields, *names: str, size: str, renormalize: bool) -> Moe:
+    """Of the plain kind: experts chosen and weighed by a softmax, no biases, none shared. Their number is in the first of the
+    fields `names` that is there, their inner width in the field `size`."""
     name = fields.first(*names)
     num_experts, top_k = fields.integer(name), fields.integer("num_experts_per_tok")
     if top_k > num_experts:
         raise ValueError(
             f"{fields.file}: {fields.path}num_experts_per_tok ({top_k}) must be at most {name} ({num_experts})"
         )
-    return {"num_experts": num_experts, "top_k": top_k}
+    return Moe(num_experts=num_experts, top_k=top_k, size=fields.integer(size), renormalize=renormalize)
 
 
 def window(fields: Fields) -> int | None:

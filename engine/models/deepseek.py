@@ -65,18 +65,8 @@ def biased_experts(fields: Fields) -> Moe:
     """V3: chosen by their sigmoids and a bias, out of groups whose two best are good."""
     fields.one_of("topk_method", "noaux_tc", default="noaux_tc")
     fields.one_of("scoring_func", "sigmoid", default="sigmoid")
-    experts = readers.experts(fields, "n_routed_experts", "num_local_experts")
-    return Moe(
-        **experts,
-        size=fields.integer("moe_intermediate_size"),
-        renormalize=fields.flag("norm_topk_prob"),
-        score="sigmoid",
-        groups=groups(fields, **experts, by="two_best"),
-        scale=fields.number("routed_scaling_factor"),
-        choice_bias=True,
-        router_fp32=True,
-        shared_size=shared_size(fields),
-    )
+    moe = experts(fields, "num_local_experts", by="two_best", renormalize=fields.flag("norm_topk_prob"))
+    return replace(moe, score="sigmoid", choice_bias=True, router_fp32=True)
 
 
 def greedy_experts(fields: Fields) -> Moe:
@@ -84,38 +74,39 @@ def greedy_experts(fields: Fields) -> Moe:
     limited = fields.one_of("topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy"
     fields.one_of("scoring_func", "softmax", default="softmax")
     fields.one_of("norm_topk_prob", False, default=False)
-    experts = readers.experts(fields, "n_routed_experts", "num_experts")
-    return Moe(
-        **experts,
-        size=fields.integer("moe_intermediate_size"),
-        renormalize=False,
-        groups=groups(fields, **experts, by="best") if limited else None,
+    moe = experts(fields, "num_experts", by="best" if limited else None, renormalize=False)
+    return replace(moe, router_fp32=True)
+
+
+def experts(fields: Fields, other_name: str, *, by: Literal["best", "two_best"] | None, renormalize: bool) -> Moe:
+    """Beside shared ones, which are stored as one; in groups that are chosen `by` their experts' scores, None: not in groups.
+    `other_name`: what `n_routed_experts` may be called."""
+    names = "n_routed_experts", other_name
+    moe = readers.moe(fields, *names, size="moe_intermediate_size", renormalize=renormalize)
+    return replace(
+        moe,
+        groups=_groups(fields, moe, by) if by is not None else None,
         scale=fields.number("routed_scaling_factor"),
-        router_fp32=True,
-        shared_size=shared_size(fields),
+        shared_size=fields.integer("n_shared_experts", low=0, default=0) * moe.size,
     )
 
 
-def groups(fields: Fields, *, num_experts: int, top_k: int, by: Literal["best", "two_best"]) -> Groups | None:
+def _groups(fields: Fields, moe: Moe, by: Literal["best", "two_best"]) -> Groups | None:
     """None where one group holds all experts or all groups are kept."""
     number = fields.integer("n_group", default=1)
     kept = fields.integer("topk_group", default=number)
-    size, least = num_experts // number, 2 if by == "two_best" else 1
-    if num_experts % number or (number > 1 and size < least):
+    size, least = moe.num_experts // number, 2 if by == "two_best" else 1
+    if moe.num_experts % number or (number > 1 and size < least):
         raise ValueError(
-            f"{fields.file}: {fields.path}n_group ({number}) must cut {num_experts} experts into equal groups of {least} or more"
+            f"{fields.file}: {fields.path}n_group ({number}) must cut {moe.num_experts} experts into equal groups of {least} or "
+            "more"
         )
-    if kept > number or kept * size < top_k:
+    if kept > number or kept * size < moe.top_k:
         raise ValueError(
-            f"{fields.file}: {fields.path}topk_group must be at most n_group ({number}) and leave num_experts_per_tok ({top_k}) "
-            f"experts, got {kept}"
+            f"{fields.file}: {fields.path}topk_group must be at most n_group ({number}) and leave num_experts_per_tok "
+            f"({moe.top_k}) experts, got {kept}"
         )
     return None if kept == number else Groups(number=number, kept=kept, by=by)
-
-
-def shared_size(fields: Fields) -> int:
-    """Of the shared experts together, which are stored as one."""
-    return fields.integer("n_shared_experts", low=0, default=0) * fields.integer("moe_intermediate_size")
 
 
 def stack(fields: Fields, attention: Attention | LatentAttention, moe: Moe) -> tuple[Layer, ...]:

@@ -3,23 +3,21 @@ experts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from expertwire.engine import readers
 from expertwire.engine.family import Family
 from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Attention, Layer
+from expertwire.engine.model_config import Layer
 from expertwire.engine.models import deepseek
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
-    num_heads, num_kv_heads = readers.heads(fields)
-    head_dim = readers.head_dim(fields, default=None)
-    attention = Attention(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=readers.rope(fields, head_dim, partial=0.5),
+    normed = fields.flag("use_qk_norm")
+    attention = replace(
+        readers.attention(fields, partial=0.5),
         qkv_bias=fields.flag("attention_bias"),
-        qk_norm="head" if fields.flag("use_qk_norm") else "none",
+        qk_norm="head" if normed else "none",
     )
     return deepseek.stack(fields, attention, deepseek.biased_experts(fields))
 

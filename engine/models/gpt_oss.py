@@ -7,24 +7,15 @@ from dataclasses import replace
 
 from expertwire.engine import readers
 from expertwire.engine.family import Family, Names
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Attention, Layer, Moe
+from expertwire.engine.fields import REQUIRED, Fields
+from expertwire.engine.model_config import Layer, Moe
 from expertwire.kernels.variants import Activation
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
     num_layers = fields.integer("num_hidden_layers")
-    num_heads, num_kv_heads = readers.heads(fields)
-    head_dim, bias = readers.head_dim(fields), fields.flag("attention_bias", default=True)
-    full = Attention(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=readers.rope(fields, head_dim),
-        qkv_bias=bias,
-        output_bias=bias,
-        sinks=True,
-    )
+    plain, bias = readers.attention(fields, default_size=REQUIRED), fields.flag("attention_bias", default=True)
+    full = replace(plain, qkv_bias=bias, output_bias=bias, sinks=True)
     sliding = replace(full, window=readers.window(fields))
     types = fields.listed("layer_types", num_layers, "full_attention", "sliding_attention")
     slides = [i % 2 == 0 if types is None else types[i] == "sliding_attention" for i in range(num_layers)]
@@ -36,10 +27,9 @@ def layers(fields: Fields) -> tuple[Layer, ...]:
 
 def _moe(fields: Fields) -> Moe:
     # A softmax over the logits that were chosen is one over all of them, divided by the sum of those chosen.
-    return Moe(
-        **readers.experts(fields, "num_local_experts", "num_experts"),
-        size=fields.integer("intermediate_size"),
-        renormalize=True,
+    moe = readers.moe(fields, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
+    return replace(
+        moe,
         router_bias=True,
         activation=Activation(
             "swiglu_clamped",

@@ -3,6 +3,8 @@ which is given the scaled input. MobileLLM-R1 is a dense one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from expertwire.engine import readers
 from expertwire.engine.family import Family, Names
 from expertwire.engine.fields import Fields, is_int
@@ -27,17 +29,14 @@ def layers(fields: Fields) -> tuple[Layer, ...]:
 
 
 def _attention(fields: Fields, is_rotated: bool, chunked: bool) -> Attention:
-    num_heads, num_kv_heads = readers.heads(fields)
-    head_dim, bias = readers.head_dim(fields, default=None), fields.flag("attention_bias", default=False)
+    plain, bias = readers.attention(fields, interleaved=True), fields.flag("attention_bias", default=False)
     chunk = fields.integer("attention_chunk_size", default=None)
     hides = chunk is not None and chunk < fields.integer("max_position_embeddings")
     normed = fields.flag("use_qk_norm")
     # The norm follows the rotation, but has no weights, and a rotation keeps the norm: it may as well come first.
-    return Attention(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=readers.rope(fields, head_dim, interleaved=True) if is_rotated else None,
+    return replace(
+        plain,
+        rope=plain.rope if is_rotated else None,
         qkv_bias=bias,
         output_bias=bias,
         qk_norm="plain" if normed and is_rotated else "none",
@@ -55,15 +54,8 @@ def _query_scaling(fields: Fields) -> QueryScaling | None:
 
 
 def _moe(fields: Fields) -> Moe:
-    size = fields.integer("intermediate_size")
-    return Moe(
-        **readers.experts(fields, "num_local_experts"),
-        size=size,
-        renormalize=False,
-        score="sigmoid",
-        scales_input=True,
-        shared_size=size,
-    )
+    moe = readers.moe(fields, "num_local_experts", size="intermediate_size", renormalize=False)
+    return replace(moe, score="sigmoid", scales_input=True, shared_size=moe.size)
 
 
 def _rotated_layers(fields: Fields, num_layers: int) -> list[bool]:

@@ -6,22 +6,16 @@ from dataclasses import replace
 
 from expertwire.engine import readers
 from expertwire.engine.family import Family, Names
-from expertwire.engine.fields import Fields
+from expertwire.engine.fields import REQUIRED, Fields
 from expertwire.engine.model_config import Attention, Layer, Moe, Skipped
 from expertwire.kernels.variants import Rope
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
-    num_heads, num_kv_heads = readers.heads(fields)
-    head_dim = readers.head_dim(fields)
     fields.one_of("qk_norm_type", "per_layer", default="per_layer")
-    attention = Attention(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=_rope(fields, head_dim),
-        qk_norm="row" if fields.flag("use_qk_norm", default=True) else "none",
-    )
+    normed = fields.flag("use_qk_norm", default=True)
+    plain = readers.attention(fields, default_size=REQUIRED)
+    attention = replace(plain, rope=_rope(fields, plain), qk_norm="row" if normed else "none")
     layer, num_layers = Layer(attention=attention, mlp=_moe(fields)), fields.integer("num_hidden_layers")
     types = fields.get("attn_type_list")
     if types is not None and types != [1] * num_layers:
@@ -31,28 +25,23 @@ def layers(fields: Fields) -> tuple[Layer, ...]:
     return (layer,) * num_layers
 
 
-def _rope(fields: Fields, head_dim: int) -> Rope:
-    rope, size = readers.rope(fields, head_dim), fields.integer("rotary_dim", default=None)
-    if size is None:
-        return rope
-    if size % 2 or size > head_dim:
+def _rope(fields: Fields, attention: Attention) -> Rope | None:
+    size = fields.integer("rotary_dim", default=None)
+    if size is None or attention.rope is None:
+        return attention.rope
+    if size % 2 or size > attention.head_dim:
         raise ValueError(
-            f"{fields.file}: {fields.path}rotary_dim must be even and at most head_dim ({head_dim}), got {size}"
+            f"{fields.file}: {fields.path}rotary_dim must be even and at most head_dim ({attention.head_dim}), got {size}"
         )
-    return replace(rope, size=size)
+    return replace(attention.rope, size=size)
 
 
 def _moe(fields: Fields) -> Moe:
     fields.one_of("scoring_func", "sigmoid", default="sigmoid")
     fields.one_of("shared_intermediate_size", 0, default=0)
-    return Moe(
-        **readers.experts(fields, "num_local_experts", "num_experts"),
-        size=fields.integer("intermediate_size"),
-        renormalize=True,
-        score="sigmoid",
-        choice_bias=fields.flag("use_routing_bias", default=True),
-        router_fp32=True,
-    )
+    moe = readers.moe(fields, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
+    choice_bias = fields.flag("use_routing_bias", default=True)
+    return replace(moe, score="sigmoid", choice_bias=choice_bias, router_fp32=True)
 
 
 def _predictors(fields: Fields) -> tuple[Skipped, ...]:

@@ -7,16 +7,13 @@ from dataclasses import replace
 from expertwire.engine import readers
 from expertwire.engine.family import Family, Names
 from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer, Moe
+from expertwire.engine.model_config import Layer
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
     attention = replace(readers.attention(fields), window=readers.window(fields))
-    experts = readers.experts(fields, "num_local_experts", "num_experts")
-    moe = Moe(**experts, size=fields.integer("intermediate_size"), renormalize=True)
+    moe = readers.moe(fields, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
     return (Layer(attention=attention, mlp=moe),) * fields.integer("num_hidden_layers")
 
 
-MIXTRAL = Family(
-    layers=layers, names=Names(moe="block_sparse_moe.", gate="w1", up="w3", down="w2", experts="experts.{}.")
-)
+MIXTRAL = Family(layers=layers, names=Names(moe="block_sparse_moe.", gate="w1", up="w3", down="w2"))

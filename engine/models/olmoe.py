@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from expertwire.engine import readers
 from expertwire.engine.family import Family
 from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Attention, Layer, Moe
+from expertwire.engine.model_config import Layer
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
     if fields.get("clip_qkv") is not None:
         raise ValueError(f"{fields.file}: {fields.path}clip_qkv must be null, got {fields.get('clip_qkv')!r}")
-    num_heads, num_kv_heads = readers.heads(fields)
-    head_dim, bias = readers.head_dim(fields, default=None), fields.flag("attention_bias", default=False)
-    attention = Attention(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=readers.rope(fields, head_dim),
-        qkv_bias=bias,
-        output_bias=bias,
-        qk_norm="row",
-    )
-    moe = Moe(
-        **readers.experts(fields, "num_experts", "num_local_experts"),
-        size=fields.integer("intermediate_size"),
-        renormalize=fields.flag("norm_topk_prob"),
-    )
+    bias = fields.flag("attention_bias", default=False)
+    attention = replace(readers.attention(fields), qkv_bias=bias, output_bias=bias, qk_norm="row")
+    renormalize = fields.flag("norm_topk_prob")
+    moe = readers.moe(fields, "num_experts", "num_local_experts", size="intermediate_size", renormalize=renormalize)
     return (Layer(attention=attention, mlp=moe),) * fields.integer("num_hidden_layers")
 
 

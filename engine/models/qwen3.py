@@ -6,22 +6,13 @@ from dataclasses import replace
 
 from expertwire.engine import readers
 from expertwire.engine.family import Family
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Attention, Layer, Mlp, Moe
+from expertwire.engine.fields import REQUIRED, Fields
+from expertwire.engine.model_config import Attention, Layer, Mlp
 
 
 def _attention(fields: Fields) -> Attention:
-    num_heads, num_kv_heads = readers.heads(fields)
-    head_dim, bias = readers.head_dim(fields), fields.flag("attention_bias")
-    return Attention(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=readers.rope(fields, head_dim),
-        qkv_bias=bias,
-        output_bias=bias,
-        qk_norm="head",
-    )
+    attention, bias = readers.attention(fields, default_size=REQUIRED), fields.flag("attention_bias")
+    return replace(attention, qkv_bias=bias, output_bias=bias, qk_norm="head")
 
 
 def dense_layers(fields: Fields) -> tuple[Layer, ...]:
@@ -43,11 +34,8 @@ def moe_layers(fields: Fields) -> tuple[Layer, ...]:
         attention = replace(attention, window=readers.window(fields))
     step, dense = fields.integer("decoder_sparse_step"), fields.layers("mlp_only_layers", num_layers) or []
     mlp = Mlp(size=fields.integer("intermediate_size"))
-    moe = Moe(
-        **readers.experts(fields, "num_experts", "num_local_experts"),
-        size=fields.integer("moe_intermediate_size"),
-        renormalize=fields.flag("norm_topk_prob"),
-    )
+    renormalize = fields.flag("norm_topk_prob")
+    moe = readers.moe(fields, "num_experts", "num_local_experts", size="moe_intermediate_size", renormalize=renormalize)
     return tuple(
         Layer(attention=attention, mlp=moe if i not in dense and (i + 1) % step == 0 else mlp)
         for i in range(num_layers)
