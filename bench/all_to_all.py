@@ -10,9 +10,9 @@ Never run on a GPU by us.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ import torch
 
 from expertwire.bench import all_to_all_loopback, all_to_all_model, all_to_all_text
 from expertwire.bench.all_to_all_ranks import BACKENDS, Candidate, Setting, run
+from expertwire.bench.machine import processor
 from expertwire.comm.group import NcclOptions
+from expertwire.kernels import quantize
 
 PHASES = ("dispatch", "combine")
+FORMATS = ("bf16", "fp8")
 DECODE, PREFILL = (1, 32, 128), (512,)
 
 
@@ -33,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "measure nothing: bounds, a model of the best published kernel, and published figures for this machine"
     parser.add_argument("--model", choices=tuple(all_to_all_model.MACHINES), help=text)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="what to measure")
+    text = "what rows go out as (default: bf16)"
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16"], help=text)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="(default: 2 4)")
     text = "one GPU plays one of 8, 64 and 72 ranks: what the kernels cost without a wire, and NVL72 modelled from that"
     parser.add_argument("--loopback", action="store_true", help=text)
@@ -41,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-size", type=int, default=7168, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="of a run (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="(default: %(default)s)")
-    text = "try the backends that send and receive with other settings, and write the best for every number of tokens"
+    text = (
+        "measure every backend, those of NCCL with several settings, and write the table that --all-to-all-table reads"
+    )
     parser.add_argument("--sweep", type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
 
@@ -68,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of all numbers of ranks; with --sweep, also the file of the best settings."""
+    """The figures of all numbers of ranks; with --sweep, also its table."""
     for name in ("tokens", "ranks", "steps", "runs", "hidden_size"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
@@ -79,7 +86,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"--ranks must be in [1, {torch.cuda.device_count()}], the GPUs here, got {args.ranks}; NCCL refuses several ranks "
             "on one GPU, which --loopback can be used for"
         )
-    candidates = sweep(device) if args.sweep else tuple(Candidate(backend=name) for name in args.backends)
+    if "fp8" in args.formats and args.hidden_size % quantize.GROUP:
+        raise ValueError(
+            f"--hidden-size must be a multiple of {quantize.GROUP} with --formats fp8, got {args.hidden_size}"
+        )
+    candidates = sweep(device, max(args.ranks)) if args.sweep else _candidates(args.backends, args.formats)
     setting = Setting(
         candidates=candidates,
         tokens=tuple(args.tokens),
@@ -88,33 +99,51 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         runs=args.runs,
         device=device,
     )
+    here = machine(device)  # its load before that of the ranks
     rows = [row for ranks in args.ranks for row in summarise(run(setting, ranks), setting)]
-    figures = {"machine": machine(device), "setting": _shape(setting), "rows": rows}
+    figures = {"machine": here, "setting": _shape(setting), "rows": rows}
     if args.sweep:
-        table = {"machine": figures["machine"], "setting": figures["setting"], "best": list(best(rows))}
-        args.sweep.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        args.sweep.write_text(json.dumps(table(figures), indent=1) + "\n", encoding="utf-8")
     return figures
 
 
-def sweep(device: str) -> tuple[Candidate, ...]:
+def _candidates(names: Sequence[str], formats: Sequence[str]) -> tuple[Candidate, ...]:
+    """Each backend with each format; what is padded goes out as it is."""
+    pairs = itertools.product(names, formats)
+    return tuple(
+        Candidate(backend=name, format=format) for name, format in pairs if (name, format) != ("padded", "fp8")
+    )
+
+
+def sweep(device: str, num_ranks: int) -> tuple[Candidate, ...]:
     """What --sweep tries; gloo has no thread blocks to count."""
     if device == "cpu":
-        return tuple(Candidate(backend=name) for name in ("reference", "nccl", "padded"))
+        return tuple(Candidate(backend=name) for name in BACKENDS)
     limits = [NcclOptions(max_ctas=ctas) for ctas in (None, 4, 8, 16, 32)]
+    pairs = itertools.permutations(range(num_ranks), 2)
+    reached = all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
     return (
         Candidate(backend="reference"),
         *(Candidate(backend=name, nccl=nccl) for name in ("nccl", "padded") for nccl in limits),
         Candidate(backend="padded", nccl=NcclOptions(zero_ctas=True)),
+        *([Candidate(backend="nvlink")] if reached else []),
     )
 
 
-def best(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The fastest candidate, both phases together, for every number of ranks and tokens."""
-    for ranks, tokens in sorted({(row["ranks"], row["tokens"]) for row in rows}):
-        fits = [row for row in rows if (row["ranks"], row["tokens"]) == (ranks, tokens)]
-        fastest = min(fits, key=lambda row: sum(row[phase]["p50_us"] for phase in PHASES))
-        us = sum(fastest[phase]["p50_us"] for phase in PHASES)
-        yield {"ranks": ranks, "tokens": tokens, "backend": fastest["backend"], "nccl": fastest["nccl"], "p50_us": us}
+def table(figures: dict[str, Any]) -> dict[str, Any]:
+    """What `comm.topology_table` reads: both phases together, fastest first for every number of ranks and tokens."""
+    setting = figures["setting"]
+    entries = [
+        {name: row[name] for name in ("ranks", "tokens", "backend", "nccl")}
+        | {"p50_us": sum(row[phase]["p50_us"] for phase in PHASES)}
+        for row in figures["rows"]
+    ]
+    return {
+        "machine": figures["machine"],
+        "row_bytes": 2 * setting["hidden_size"] * torch.bfloat16.itemsize,
+        "top_k": setting["top_k"],
+        "entries": sorted(entries, key=lambda entry: (entry["ranks"], entry["tokens"], entry["p50_us"])),
+    }
 
 
 def summarise(answers: Sequence[Sequence[dict[str, Any]]], setting: Setting) -> Iterator[dict[str, Any]]:
@@ -126,6 +155,7 @@ def summarise(answers: Sequence[Sequence[dict[str, Any]]], setting: Setting) -> 
             "ranks": len(answers),
             "candidate": first["candidate"],
             "backend": first["backend"],
+            "format": first["format"],
             "nccl": first["nccl"],
             "tokens": first["tokens"],
         }
@@ -170,10 +200,11 @@ def machine(device: str) -> dict[str, Any]:
     """Where it ran, and what its times are worth."""
     if device == "cpu":
         label = "CPU ranks: says how the backends compare here, nothing about GPUs"
-        here = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        return {**here, "load": os.getloadavg()[0], "label": label}
+        here = {"device": device, "name": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+        return {**here, "label": label}
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": device,
+        "name": torch.cuda.get_device_name(),
         "devices": torch.cuda.device_count(),
         "label": "a GPU for every rank",
     }

@@ -24,7 +24,8 @@ from expertwire.comm.a2a_nccl import PaddedNcclAllToAll
 from expertwire.comm.all_to_all import AllToAll, AllToAllSpec, Dispatched
 from expertwire.comm.group import Group, NcclOptions, SoloGroup, TorchGroup
 from expertwire.engine import process
-from expertwire.kernels import registry
+from expertwire.kernels import quantize, registry
+from expertwire.kernels.quantize import dequantize
 
 BACKENDS = ("reference", "nccl", "padded", "nvlink")
 _TIMEOUT_S = 1800.0
@@ -34,14 +35,15 @@ _COPY_BYTES = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A backend, and how its communicator is set up. "padded" is the graph-safe variant of "nccl"."""
+    """A backend, how its communicator is set up, and what rows go out as. "padded" is the graph-safe variant of "nccl"."""
 
     backend: str
+    format: str = "bf16"
     nccl: NcclOptions = field(default_factory=NcclOptions)
 
     def __str__(self) -> str:
         options = [f"{name}={value}" for name, value in asdict(self.nccl).items() if value not in (None, False)]
-        return " ".join([self.backend, *options])
+        return " ".join([self.backend, *options, *([self.format] if self.format != "bf16" else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +99,14 @@ def rank_main(setting: Setting, rank: int, size: int, folder: str) -> None:
         device = f"cuda:{rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     store = dist.FileStore(str(Path(folder) / "store"), size)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    copy_gb_s = 0.0
     with torch.inference_mode():
         for index, candidate in enumerate(setting.candidates):
             group = _join(dist.PrefixStore(f"{index}", store), rank, size, setting.device, candidate.nccl)
-            for tokens in setting.tokens:
-                rows.append(_measure(setting, candidate, tokens, group, device))
+            copy_gb_s = copy_gb_s or _copy_rate(group, _Clock(device), device)
+            measured = [_measure(setting, candidate, tokens, group, device) for tokens in setting.tokens]
+            rows += [row | {"copy_gb_s": copy_gb_s} for row in measured]
             group.barrier()
             group.close()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(rows))
@@ -126,39 +130,47 @@ def _measure(setting: Setting, candidate: Candidate, tokens: int, group: Group, 
         top_k=setting.top_k,
         dtype=torch.bfloat16,
     )
-    all_to_all = _build(candidate.backend, spec, device)
+    all_to_all = _build(candidate, spec, device)
     rng = np.random.default_rng([tokens, group.rank])
     ids_TK = np.array([rng.permutation(setting.num_experts)[: setting.top_k] for _ in range(tokens)])
     x_TD = torch.from_numpy(rng.standard_normal((tokens, setting.hidden_size), np.float32)).to(device, torch.bfloat16)
     clock = _Clock(device)
     plan = [tokens] * group.size
     physical_TK = torch.from_numpy(ids_TK).to(device)
+    answer_TD = dequantize(quantize.reference(x_TD)).to(x_TD.dtype) if candidate.format == "fp8" else x_TD
     times = [
-        _step(all_to_all, x_TD, physical_TK, plan, group, clock) for _ in range(_WARM_UP + setting.runs * setting.steps)
+        _step(all_to_all, x_TD, physical_TK, plan, answer_TD, group, clock)
+        for _ in range(_WARM_UP + setting.runs * setting.steps)
     ]
-    row = x_TD.shape[1] * x_TD.element_size()
-    traffic = a2a_model.counted(ids_TK, offsets, group.rank, row)
+    rows = (a2a_model.row_bytes(setting.hidden_size, format) for format in (candidate.format, "bf16"))
+    (out, _), (_, back) = (a2a_model.counted(ids_TK, offsets, group.rank, row) for row in rows)
     return {
         "candidate": str(candidate),
         "backend": candidate.backend,
+        "format": candidate.format,
         "nccl": asdict(candidate.nccl),
         "tokens": tokens,
         "us": times[_WARM_UP:],  # dispatch, combine
-        "bytes": [asdict(part) for part in traffic],
-        "copy_gb_s": _copy_rate(group, clock, device),
+        "bytes": [asdict(part) for part in (out, back)],
     }
 
 
-def _build(backend: str, spec: AllToAllSpec, device: str) -> AllToAll:
-    if backend == "padded":
+def _build(candidate: Candidate, spec: AllToAllSpec, device: str) -> AllToAll:
+    if candidate.backend == "padded":
         return PaddedNcclAllToAll(spec, registry.choose(device.split(":")[0]).permute, device)
-    return backends.make(backend, spec, device)
+    return backends.make(candidate.backend, spec, device, fp8=candidate.format == "fp8")
 
 
 def _step(
-    all_to_all: AllToAll, x_TD: Tensor, physical_TK: Tensor, plan: list[int], group: Group, clock: _Clock
+    all_to_all: AllToAll,
+    x_TD: Tensor,
+    physical_TK: Tensor,
+    plan: list[int],
+    answer_TD: Tensor,
+    group: Group,
+    clock: _Clock,
 ) -> tuple[float, float]:
-    """us of dispatch and combine; ranks begin each together.
+    """us of dispatch and combine; ranks begin each together. `answer_TD`: what experts see of x, and so what comes home.
 
     Raises:
         AssertionError: what came home is not what was sent.
@@ -168,23 +180,25 @@ def _step(
     handle = all_to_all.dispatch_send(x_TD, physical_TK, plan)
     arrived = all_to_all.dispatch_recv(handle)
     dispatched = clock()
-    y_RD = _echo(arrived)
+    y_RD = _echo(arrived, x_TD)
     group.barrier()
     returning = clock()
     home_TKD = all_to_all.combine_recv(all_to_all.combine_send(handle, y_RD))
     ended = clock()
-    assert torch.equal(home_TKD, x_TD[:, None].expand_as(home_TKD)), "a row has not come home as it went"
+    assert torch.equal(home_TKD, answer_TD[:, None].expand_as(home_TKD)), "a row has not come home as it went"
     return (dispatched - started) * 1e6, (ended - returning) * 1e6
 
 
-def _echo(arrived: Dispatched) -> Tensor:
-    """The rows that arrived, where `Dispatched` wants the experts' answers."""
-    index_R, home_R = arrived.row_index_R, arrived.home_R
+def _echo(arrived: Dispatched, like: Tensor) -> Tensor:
+    """The rows that arrived, as numbers, where `Dispatched` wants the experts' answers."""
+    index_R, home_R, count = arrived.row_index_R, arrived.home_R, int(arrived.expert_offsets[-1])
+    rows = arrived.x_UD.index_select(0, index_R[:count])
+    if rows.dtype == torch.uint8:
+        rows = dequantize(quantize.unpack(rows, like.shape[1])).to(like.dtype)
     if home_R is None:
-        return arrived.x_UD.index_select(0, index_R)
-    y_RD = torch.zeros(len(index_R), arrived.x_UD.shape[1], dtype=arrived.x_UD.dtype, device=arrived.x_UD.device)
-    count = int(arrived.expert_offsets[-1])
-    y_RD[home_R[:count].long()] = arrived.x_UD.index_select(0, index_R[:count])
+        return rows
+    y_RD = like.new_zeros(len(index_R), like.shape[1])
+    y_RD[home_R[:count].long()] = rows
     return y_RD
 
 

@@ -121,9 +121,9 @@ def _table(titles: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
 def measured(figures: dict[str, Any]) -> Iterator[str]:
     """What `all_to_all.measure` has found."""
     machine, setting = figures["machine"], figures["setting"]
-    yield f"{machine['device']}: {machine['label']}"
+    yield f"{machine['name']}: {machine['label']}"
     yield (
-        f"{setting['hidden_size']} numbers of {setting['dtype']} a row, {setting['top_k']} of {setting['num_experts']} experts, "
+        f"{setting['hidden_size']} numbers a row, {setting['top_k']} of {setting['num_experts']} experts, "
         f"{setting['routing']} routing; median of {setting['runs']} runs of {setting['steps']} steps, slowest rank"
     )
     titles = (
@@ -166,7 +166,18 @@ def loopback(figures: dict[str, Any]) -> Iterator[str]:
         f"{machine['device']}, {machine['multiprocessors']} multiprocessors, one rank of several: us of a graph's kernels, "
         "without a wire; NVL72 is modelled: these plus the bytes at the best rate shown"
     )
-    titles = ("ranks", "tokens", "programs", *_LOOPBACK, "graph", "send GB/s", "a program", "NVL72 dispatch", "combine")
+    titles = (
+        "ranks",
+        "tokens",
+        "format",
+        "programs",
+        *_LOOPBACK,
+        "graph",
+        "send GB/s",
+        "a program",
+        "NVL72 dispatch",
+        "combine",
+    )
     yield from _table(titles, _loopback_rows(figures["rows"]))
 
 
@@ -176,7 +187,7 @@ _LOOPBACK = ("plan", "send", "wait", "index", "combine")
 def _loopback_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     for row in rows:
         yield [
-            *(str(row[name]) for name in ("ranks", "tokens", "programs")),
+            *(str(row[name]) for name in ("ranks", "tokens", "format", "programs")),
             *(_number(row["us"][part]) for part in _LOOPBACK),
             _number(row["graph_us"]),
             _number(row["send_gb_s"]),

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ import psutil
 import ray
 from ray.dag import InputNode, MultiOutputNode
 
+from expertwire.bench.machine import processor
 from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink, pack, unpack
 from expertwire.deploy.ray_launcher import RayLauncher
 from expertwire.engine.launcher import LocalLauncher, WorkerSpec
@@ -80,7 +80,7 @@ def run(
                             }
                             rows.append(row | _measure(channel, plan_of(decodes, ranks), gap_us, steps, daemons))
                             print(_line(rows[-1]), flush=True)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    machine = {"cpu": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     return {"machine": machine, "ray": ray.__version__, "steps": steps, "rows": rows}
 
 

@@ -30,8 +30,9 @@ from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAllSpec
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import registry, rms_norm, routing
+from expertwire.kernels.variants import Routing
 from expertwire.moe import reference
-from expertwire.moe.layer import MoeLayer, Rule, prepare
+from expertwire.moe.layer import MoeLayer, prepare
 from expertwire.moe.placement import place
 
 D, F, E, K, EPS = 512, 256, 32, 4, 1e-6
@@ -129,7 +130,7 @@ def our_experts(layers: Sequence[Weights]) -> dict[str, Call]:
     moes = [_moe(layer) for layer in layers]
 
     def call(step: Step) -> Tensor:
-        moe, exchange = moes[step.layer], moes[step.layer].all_to_all
+        moe, exchange = moes[step.layer], moes[step.layer].all_to_alls[0]
         handle = exchange.dispatch_send(step.x_TD, step.ids_TK, [len(step.x_TD)])
         arrived = exchange.dispatch_recv(handle)
         y_RD = moe.experts(arrived.x_UD, arrived.row_index_R, arrived.expert_offsets, arrived.home_R)
@@ -160,11 +161,11 @@ def _moe(weights: Weights) -> MoeLayer:
         weights.w2,
         weights.norm,
         ops=registry.cpu(),
-        rule=Rule(top_k=K, renormalize=True),
+        routing=Routing(top_k=K, renormalize=True),
         eps=EPS,
         placement=placement,
         rank=0,
-        all_to_all=ReferenceAllToAll(spec),
+        all_to_alls=[ReferenceAllToAll(spec)],
     )
 
 

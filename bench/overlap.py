@@ -197,6 +197,7 @@ def _info(config: SchedulerConfig) -> ModelInfo:
         top_k=1,
         ep_size=config.num_ranks,
         device="cpu",
+        all_to_all="",
         block_size=config.block_size,
         cache_tokens=0,
         cache_blocks={},

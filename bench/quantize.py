@@ -40,11 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="to run on (default: some prose; the demo model's own)"
     )
-    parser.add_argument("--tokens", type=_positive, default=512, metavar="N", help="of the text (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=_at_least_two, default=512, metavar="N", help="of the text (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
 
 
-def _positive(text: str) -> int:
+def _at_least_two(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"must be an integer >= 2, got {text}")
     return int(text)

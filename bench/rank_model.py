@@ -14,13 +14,13 @@ import torch
 from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAllSpec
 from expertwire.comm.group import Group, SoloGroup
-from expertwire.engine.batch import of_prompt
+from expertwire.engine.batch import in_parts, of_prompt
 from expertwire.engine.checkpoint import Checkpoint
 from expertwire.engine.hub_config import read_model_config
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loading import load
 from expertwire.kernels import registry as kernels
-from expertwire.moe.placement import place
+from expertwire.moe.placement import Placement, place
 
 BLOCK_SIZE = 16
 
@@ -36,6 +36,8 @@ class RankModel:
         group: None: this rank alone.
         max_tokens: of a prompt and what follows it; a multiple of 16.
         quantize: as `EngineConfig` has it.
+        fast: its `numerics`.
+        num_parts: in which the tokens of a forward pass are computed.
     """
 
     def __init__(
@@ -46,11 +48,14 @@ class RankModel:
         group: Group | None = None,
         max_tokens: int = 512,
         quantize: str | None = None,
+        fast: bool = False,
+        num_parts: int = 1,
     ) -> None:
         group = SoloGroup() if group is None else group
         config = read_model_config(folder, dtype)
         torch_dtype = getattr(torch, config.dtype)
-        placement, all_to_all = None, None
+        placement: Placement | None = None
+        all_to_alls: tuple[ReferenceAllToAll, ...] = ()
         if config.moe is not None:
             placement = place(config.num_experts, group.size, num_layers=config.num_layers)
             spec = AllToAllSpec(
@@ -61,16 +66,16 @@ class RankModel:
                 top_k=config.top_k,
                 dtype=torch_dtype,
             )
-            all_to_all = ReferenceAllToAll(spec)
+            all_to_alls = tuple(ReferenceAllToAll(spec) for _ in range(num_parts))
         context = RankContext(
             rank=group.rank,
             dtype=torch_dtype,
             device="cpu",
-            ops=kernels.choose("cpu"),
+            ops=kernels.choose("cpu", fast=fast),
             placement=placement,
-            all_to_all=all_to_all,
+            all_to_alls=all_to_alls,
         )
-        self.config, self._size = config, group.size
+        self.config, self._size, self._num_parts = config, group.size, num_parts
         self.model = load(config, context, Checkpoint(folder), quantize=quantize)
         self._num_blocks = max_tokens // BLOCK_SIZE
         num_blocks = [self._num_blocks + 1] * len(config.cache_specs())
@@ -102,6 +107,9 @@ class RankModel:
             yield self._forward(ids[start : start + chunk], start, blocks_CW)
 
     def _forward(self, ids: Sequence[int], start: int, blocks_CW: np.ndarray) -> np.ndarray:
-        num_tokens_P = [len(ids)] * self._size
-        hidden_TD = self.model.forward(of_prompt(ids, start, blocks_CW, BLOCK_SIZE, num_tokens_P), self._caches)
-        return self.model.logits(hidden_TD).numpy()
+        batches, begin = [], 0
+        for [num] in in_parts([len(ids)], min(self._num_parts, len(ids))):
+            part, num_tokens_P = ids[begin : begin + num], [num] * self._size
+            batches.append(of_prompt(part, start + begin, blocks_CW, BLOCK_SIZE, num_tokens_P))
+            begin += num
+        return self.model.logits(self.model.forward(batches, self._caches)).numpy()

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from expertwire.bench.machine import processor
 from expertwire.deploy.options import add_engine_options, engine_config
 from expertwire.engine.config import EngineConfig, ModelInfo
 from expertwire.engine.outputs import EngineFailed
@@ -218,15 +219,13 @@ def table(result: dict[str, Any]) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """What the measurement ran on."""
-    cpus = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in _lines(cpus) if line.startswith("model name")]
     gpus = []
     if device == "cuda":
         import torch
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": gpus,
@@ -278,7 +277,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []

@@ -35,6 +35,8 @@ from expertwire.comm.arena import COMBINE, DISPATCH, Arena, ArenaLayout, Stall, 
 # Turns of a wait that only let others run, and how long the later ones sleep.
 _EAGER_TURNS = 50
 _SLEEP_S = 20e-6
+# Bytes of rows that lie in the cache on their way from one place to another.
+_CACHED = 1 << 18
 # How long a rank that has waited in vain listens for one that was let down earlier.
 _AGREE_S = 0.05
 
@@ -76,6 +78,8 @@ class NvlinkAllToAll:
         self._spec, self._rank = spec, spec.group.rank
         self._arenas = [Arena.of(memory, layout, spec) for memory in memories]
         self._mine = self._arenas[self._rank]
+        self._x_UD = torch.from_numpy(self._mine.rows).view(spec.dtype).flatten(0, 1)
+        self._home_SD = torch.from_numpy(self._mine.home).view(spec.home_dtype or spec.dtype)
         self._rank_offsets = np.asarray(spec.rank_offsets, np.int64)
         self._fence = peer_memory.Fence()
         self._epoch = 0
@@ -88,11 +92,12 @@ class NvlinkAllToAll:
         self._epoch += 1
         ids_TK = physical_TK.numpy()
         rank_TK = np.searchsorted(self._rank_offsets, ids_TK, side="right") - 1
-        self._mine.home[np.flatnonzero(ids_TK.ravel() < 0)] = 0
+        self._mine.home[np.flatnonzero(ids_TK < 0)] = 0
+        rows = _bytes(x_TD)
         for peer, arena in enumerate(self._arenas):
             tokens = np.flatnonzero((rank_TK == peer).any(axis=1))
             num = len(tokens)
-            arena.rows[self._rank, :num] = x_TD[torch.from_numpy(tokens)]
+            rows.take(tokens, axis=0, out=arena.rows[self._rank, :num], mode="clip")  # others copy twice
             routes = arena.routes[self._rank, :num]
             routes[:, 0], routes[:, 1:] = tokens, ids_TK[tokens]
             arena.dispatched[self._rank, 1] = num
@@ -105,7 +110,7 @@ class NvlinkAllToAll:
         self._wait(self._mine.dispatched, handle.epoch, DISPATCH)
         self._arrivals = arrivals = self._sort()
         return Dispatched(
-            x_UD=self._mine.rows.flatten(0, 1),
+            x_UD=self._x_UD,
             row_index_R=torch.from_numpy(arrivals.row_R),
             expert_offsets=arrivals.expert_offsets,
         )
@@ -114,9 +119,10 @@ class NvlinkAllToAll:
         arrivals = self._arrivals
         assert arrivals is not None, "rows are sent home before they have arrived"
         assert len(y_RD) == len(arrivals.row_R), f"{len(y_RD)} rows go home, {len(arrivals.row_R)} came"
+        y = _bytes(y_RD)
         for peer, arena in enumerate(self._arenas):
             rows = np.flatnonzero(arrivals.home_rank_R == peer)
-            arena.home[torch.from_numpy(arrivals.slot_R[rows])] = y_RD[torch.from_numpy(rows)]
+            _copy(arena.home, arrivals.slot_R[rows], y, rows)
         self._fence()
         for arena in self._arenas:
             arena.combined[self._rank, 0] = handle.epoch
@@ -126,7 +132,7 @@ class NvlinkAllToAll:
     def combine_recv(self, handle: _Handle) -> Tensor:
         self._wait(self._mine.combined, handle.epoch, COMBINE)
         num_slots, top_k = handle.num_tokens * self._spec.top_k, self._spec.top_k
-        return self._mine.home[:num_slots].unflatten(0, (handle.num_tokens, top_k))
+        return self._home_SD[:num_slots].unflatten(0, (handle.num_tokens, top_k))
 
     def _sort(self) -> _Arrivals:
         """What has arrived, by expert, within an expert by (home rank, token, k)."""
@@ -136,13 +142,15 @@ class NvlinkAllToAll:
         routes_U = self._mine.routes.reshape(-1, self._spec.top_k + 1)[row_U]
         expert_UK = routes_U[:, 1:] - first
         u_R, k_R = np.nonzero((expert_UK >= 0) & (expert_UK < last - first))
-        order_R = np.argsort(expert_UK[u_R, k_R], kind="stable")
-        u_R, k_R = u_R[order_R], k_R[order_R]
+        expert_R = expert_UK[u_R, k_R]
         expert_offsets = np.zeros(last - first + 1, np.int64)
-        np.bincount(expert_UK[u_R, k_R], minlength=last - first).cumsum(out=expert_offsets[1:])
+        np.bincount(expert_R, minlength=last - first).cumsum(out=expert_offsets[1:])
+        order_R = expert_R.argsort(kind="stable")
+        u_R, k_R = u_R[order_R], k_R[order_R]
+        row_R = row_U[u_R]
         return _Arrivals(
-            row_R=row_U[u_R],
-            home_rank_R=row_U[u_R] // max_tokens,
+            row_R=row_R,
+            home_rank_R=row_R // max_tokens,
             slot_R=routes_U[u_R, 0].astype(np.int64) * self._spec.top_k + k_R,
             expert_offsets=expert_offsets,
         )
@@ -173,3 +181,18 @@ class NvlinkAllToAll:
         for arena in self._arenas:
             arena.stalled[self._rank, 0] = stall.word()
         time.sleep(_AGREE_S)
+
+
+def _copy(target: np.ndarray, places: np.ndarray, source: np.ndarray, rows: np.ndarray) -> None:
+    """Rows of the source to places in the target."""
+    at_once = max(1, _CACHED // max(1, source.shape[1]))
+    for start in range(0, len(rows), at_once):
+        some = slice(start, start + at_once)
+        target[places[some]] = source[rows[some]]
+
+
+def _bytes(rows: Tensor) -> np.ndarray:
+    """u8 [rows, bytes]."""
+    if not rows.numel():  # torch gives no view of bytes where it has no strides
+        return np.empty((rows.shape[0], rows.shape[1] * rows.itemsize), np.uint8)
+    return rows.contiguous().view(torch.uint8).numpy()

@@ -1,7 +1,10 @@
 """Dispatch and combine by writing into the peers' memory, on GPUs: the protocol of `comm.a2a_nvlink` as kernels.
 
 Nothing is known on the host and nothing is waited for there, so that all of it can be captured in a CUDA graph: epochs and counts
-live on the device. A wait that takes too long ends too, and what is computed from then on is void: `check` says so.
+live on the device. A wait that takes too long ends too, and what is computed from then on is void: `check` says so. Kernels that
+wait for other ranks are not launched early: they would keep the places of those that another stream has to run meanwhile.
+
+Built for packed rows (`comm.a2a_fp8.packed`), it takes rows of numbers too, and quantises them on their way to the peers.
 
 Letters as in `comm.all_to_all`; R is what there can be at most.
 """
@@ -18,7 +21,9 @@ from torch import Tensor
 from expertwire.comm import peer_memory
 from expertwire.comm.all_to_all import AllToAllSpec, Dispatched
 from expertwire.comm.arena import COMBINE, DISPATCH, LINE, ArenaLayout, Region, stall_error
-from expertwire.kernels.gpu import exchange, exchange_few
+from expertwire.kernels.gpu import exchange, exchange_few, exchange_flags
+from expertwire.kernels.gpu.early import EARLY
+from expertwire.kernels.quantize import packed_bytes
 
 _STORE = 16  # bytes
 
@@ -97,6 +102,10 @@ class NvlinkGpuAllToAll:
 
     def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> _Handle:
         spec, num_tokens, top_k = self._spec, x_TD.shape[0], self._spec.top_k
+        if x_TD.dtype != spec.dtype:
+            assert packed_bytes(x_TD.shape[1]) == spec.hidden_size, (
+                f"{tuple(x_TD.shape)} for rows of {spec.hidden_size} bytes"
+            )
         assert num_tokens <= spec.max_tokens, f"{num_tokens} tokens, built for {spec.max_tokens}"
         assert x_TD.is_contiguous(), x_TD.stride()
         assert physical_TK.is_contiguous(), physical_TK.stride()
@@ -124,7 +133,7 @@ class NvlinkGpuAllToAll:
             _as_words(y_RD), self._slots, self._expert_offsets, self._epoch, self._done, self._peers,
             spec.group.rank, spec.group.size, self._num_experts, spec.max_tokens * spec.top_k,
             layout.combined.offset, layout.home.offset,
-            WORDS=self._home_words, BLOCK=block, RANKS=triton.next_power_of_2(spec.group.size), num_warps=warps,
+            WORDS=self._home_words, BLOCK=block, RANKS=triton.next_power_of_2(spec.group.size), num_warps=warps, **EARLY,
         )  # fmt: skip
         return handle
 
@@ -144,27 +153,37 @@ class NvlinkGpuAllToAll:
         exchange.plan_kernel[(num_ranks,)](
             physical_TK, self._rank_offsets, self._target, self._sent, valid, me, num_tokens, spec.max_tokens,
             K=top_k, K_BLOCK=triton.next_power_of_2(top_k), TOKENS=exchange.plan_tokens(num_tokens, top_k), LIMITED=limited,
+            **EARLY,
         )  # fmt: skip
-        block, warps = exchange.row_block(max(self._words, self._home_words))
+        x, columns = self._given(x_TD)
+        words = max(self._words, self._home_words)
+        block, warps = exchange.quantized_block(columns) if columns else exchange.row_block(words)
         exchange.send_kernel[(max(1, min(self._num_programs, num_tokens)),)](
-            _as_words(x_TD), physical_TK, self._target, self._sent, valid, self._epoch, self._done, self._peers,
+            x, physical_TK, self._target, self._sent, valid, self._epoch, self._done, self._peers,
             me, num_tokens, spec.max_tokens, num_ranks,
             layout.dispatched.offset, layout.routes.offset, layout.rows.offset, layout.home.offset,
-            K=top_k, K_BLOCK=triton.next_power_of_2(top_k + 1), WORDS=self._words, HOME_WORDS=self._home_words,
-            BLOCK=block, RANKS=triton.next_power_of_2(num_ranks), LIMITED=limited, num_warps=warps,
+            K=top_k, K_BLOCK=triton.next_power_of_2(top_k + 1), WORDS=self._words, COLUMNS=columns,
+            HOME_WORDS=self._home_words, BLOCK=block, RANKS=triton.next_power_of_2(num_ranks), LIMITED=limited,
+            num_warps=warps, **exchange.SEND_OPTIONS,
         )  # fmt: skip
 
     def _send_few(self, x_TD: Tensor, physical_TK: Tensor, valid: Tensor, num_tokens: int, limited: bool) -> None:
         spec, layout, top_k = self._spec, self._layout, self._spec.top_k
-        block, warps = exchange_few.row_block(max(self._words, self._home_words))
+        x, columns = self._given(x_TD)
+        block, warps = exchange_few.row_block(columns or max(self._words, self._home_words))
         exchange_few.send_few_kernel[(max(num_tokens, spec.group.size),)](
-            _as_words(x_TD), physical_TK, self._rank_offsets, valid, self._epoch, self._done, self._peers,
+            x, physical_TK, self._rank_offsets, valid, self._epoch, self._done, self._peers,
             spec.group.rank, num_tokens, spec.max_tokens, spec.group.size,
             layout.dispatched.offset, layout.routes.offset, layout.rows.offset, layout.home.offset,
             K=top_k, K_BLOCK=triton.next_power_of_2(top_k), TOKENS=triton.next_power_of_2(max(1, num_tokens)),
-            WORDS=self._words, HOME_WORDS=self._home_words, BLOCK=block,
+            WORDS=self._words, COLUMNS=columns, HOME_WORDS=self._home_words, BLOCK=block,
             RANKS=triton.next_power_of_2(spec.group.size), LIMITED=limited, num_warps=warps,
+            **exchange.SEND_OPTIONS,
         )  # fmt: skip
+
+    def _given(self, x_TD: Tensor) -> tuple[Tensor, int]:
+        """Rows as the kernels take them: words; or numbers, and how many a row has."""
+        return (_as_words(x_TD), 0) if x_TD.dtype == self._spec.dtype else (x_TD, x_TD.shape[1])
 
     def _arrive(self) -> None:
         spec, layout, me, num_ranks = self._spec, self._layout, self._spec.group.rank, self._spec.group.size
@@ -176,12 +195,12 @@ class NvlinkGpuAllToAll:
         }
         exchange.count_kernel[(num_ranks,)](
             self._peers, self._rank_offsets, self._counts, me, spec.max_tokens, self._num_experts,
-            layout.dispatched.offset, layout.routes.offset, **sizes,
+            layout.dispatched.offset, layout.routes.offset, **sizes, **EARLY,
         )  # fmt: skip
         exchange.index_kernel[(self._num_experts + 1, num_ranks)](
             self._peers, self._rank_offsets, self._counts, self._expert_offsets, self._row_index, self._slots,
             me, num_ranks, spec.max_tokens, self._num_experts, layout.dispatched.offset, layout.routes.offset,
-            **sizes, RANKS=triton.next_power_of_2(num_ranks),
+            **sizes, RANKS=triton.next_power_of_2(num_ranks), **EARLY,
         )  # fmt: skip
 
     def _arrive_few(self, num_tokens: int) -> None:
@@ -200,7 +219,7 @@ class NvlinkGpuAllToAll:
 
     def _wait(self, lines_at: int, phase: int) -> None:
         spec = self._spec
-        exchange.wait_kernel[(1,)](
+        exchange_flags.wait_kernel[(1,)](
             self._peers, self._epoch, spec.group.rank, spec.group.size, lines_at, self._layout.stalled.offset, self._limit,
             PHASE=phase, RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._mine.is_cuda, num_warps=1,
         )  # fmt: skip

@@ -36,6 +36,8 @@ class AllToAllSpec:
         home_size, home_dtype: of the rows that come home; None: like those that go out.
         layers: the model's layers that take turns, over and over, in this order; errors name them.
         timeout_s: a rank that lets the others wait for longer is an error, where the backend waits by itself.
+        part, num_parts: of a step that is computed in parts, each with an all-to-all of its own: which one this is for. Their
+            exchanges take turns.
     """
 
     group: Group
@@ -48,6 +50,8 @@ class AllToAllSpec:
     home_dtype: torch.dtype | None = None
     layers: tuple[int, ...] = (0,)
     timeout_s: float = 120.0
+    part: int = 0
+    num_parts: int = 1
 
 
 class RankStalled(RuntimeError):
@@ -55,21 +59,22 @@ class RankStalled(RuntimeError):
 
     Attributes:
         rank: whose part.
-        exchange: which one, from 1; a step has one a layer.
+        exchange: which one, from 1; a step, or each part of it, has one a layer.
         phase: "dispatch" or "combine".
         layer: the model's.
+        part: of the step.
     """
 
-    def __init__(self, rank: int, exchange: int, phase: str, layer: int, timeout_s: float) -> None:
+    def __init__(self, rank: int, exchange: int, phase: str, layer: int, timeout_s: float, part: int = 0) -> None:
         super().__init__(
             f"rank {rank} has stalled: the others have waited for more than {timeout_s:g} s for its {phase} of layer {layer}"
         )
-        self.rank, self.exchange, self.phase, self.layer = rank, exchange, phase, layer
+        self.rank, self.exchange, self.phase, self.layer, self.part = rank, exchange, phase, layer, part
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """Of several, the smallest is the cause; the last number is the rank."""
-        return self.exchange, int(self.phase == "combine"), self.rank
+    def order(self) -> tuple[int, int, int, int]:
+        """As ranks come to wait. Of several, the smallest is the cause; the last number is the rank."""
+        return self.exchange, int(self.phase == "combine"), self.part, self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,9 @@ class Dispatched:
 
     Where the host knows the counts, `expert_offsets` is i64 on the host, R is exact and the experts' rows stay in this order.
     Otherwise it is i32 on the device, R is what there can be at most, and `home_R` says where each routed row's result goes.
+
+    Rows that were quantised for the way are numbers again, or u8 and packed (`kernels.quantize.pack`) where the experts read
+    them so.
     """
 
     x_UD: Tensor

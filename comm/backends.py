@@ -2,71 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch.distributed as dist
+from torch import Tensor
 
-from expertwire.comm import topology_fabric, topology_probe
+from expertwire.comm import a2a_fp8, a2a_nvlink, topology_fabric, topology_probe
+from expertwire.comm.a2a_fp8 import Fp8AllToAll
 from expertwire.comm.a2a_local import LocalAllToAll
 from expertwire.comm.a2a_nccl import NcclAllToAll
 from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAll, AllToAllSpec
 from expertwire.comm.arena import ArenaLayout
-from expertwire.comm.group import TorchGroup
+from expertwire.comm.group import NcclOptions, TorchGroup
 from expertwire.comm.topology_all_to_all import HierarchicalAllToAll
 from expertwire.comm.topology_choice import Choice, Situation, choose
 from expertwire.comm.topology_probe import RankReport
+from expertwire.comm.topology_table import Table
+from expertwire.kernels import quantize
+from expertwire.kernels.quantize import Quantized
 from expertwire.kernels.registry import Ops
 
 
-def build(wanted: str, spec: AllToAllSpec, ops: Ops, node: str, device: str) -> tuple[AllToAll, Choice]:
+def build(
+    wanted: str,
+    spec: AllToAllSpec,
+    ops: Ops,
+    node: str,
+    device: str,
+    *,
+    fp8: bool = False,
+    table: Table | None = None,
+) -> tuple[AllToAll, Choice]:
     """The all-to-all `wanted`: "auto", "reference", "nccl" or "nvlink", and why; a single rank needs none of them.
 
-    All ranks call it together. `node` is this rank's host, `device` "cpu" or "cuda:N".
+    All ranks call it together.
+
+    Args:
+        node: this rank's host.
+        device: "cpu" or "cuda:N".
+        fp8: rows go out quantised (see `comm.a2a_fp8`): experts on a GPU get packed rows, which they must be able to read.
+        table: measured times to choose by.
 
     Raises:
         ValueError: these ranks cannot use it, with the reason.
     """
     if spec.group.size == 1:
-        alone: AllToAll = LocalAllToAll(spec, ops.permute) if ops.on_device else ReferenceAllToAll(spec)
-        return alone, Choice(name="reference", why="there is one rank, and nothing travels")
+        choice = Choice(name="reference", why="there is one rank, and nothing travels")
+        if ops.on_device:  # experts that read packed rows would quantise these just so
+            return LocalAllToAll(spec, ops.permute), choice
+        return _over(ReferenceAllToAll, spec, device, fp8), choice
+    sent = a2a_fp8.packed(spec) if fp8 else spec
     reports = topology_probe.gather(spec.group, topology_probe.probe(node, device), device)
-    here = _situation(spec, reports, device)
-    choice = choose(wanted, here)
+    here = _situation(sent, reports, device)
+    choice = choose(wanted, here, table)
+    if (options := NcclOptions(**choice.nccl)) != NcclOptions():
+        spec = replace(spec, group=cast(TorchGroup, spec.group).part([0] * spec.group.size, options))
     if choice.name == "nvlink" and device != "cpu" and len({report.node for report in reports}) > 1:
         topology_fabric.check_fabric(reports)
         topology_fabric.check_import(spec.group, topology_fabric.load_driver(device), device)
     if choice.name == "nccl" and (rails := here.topology.rails()):
         group, (domain_P, place_P) = cast(TorchGroup, spec.group), rails
         across, within = group.part(place_P), group.part(domain_P)
-        return HierarchicalAllToAll(spec, across=across, within=within, make=NcclAllToAll), choice
-    return make(choice.name, spec, device), choice
+        hierarchical = partial(HierarchicalAllToAll, across=across, within=within, make=NcclAllToAll)
+        return _over(hierarchical, spec, device, fp8), choice
+    return make(choice.name, spec, device, fp8=fp8), choice
 
 
-def make(name: str, spec: AllToAllSpec, device: str) -> AllToAll:
+def make(name: str, spec: AllToAllSpec, device: str, *, fp8: bool = False) -> AllToAll:
     """The backend, without asking whether the ranks can use it. All ranks call it together."""
-    if name == "nvlink" and device == "cpu":
-        from expertwire.comm import a2a_nvlink
-
-        return a2a_nvlink.build(spec)
-    if name == "nvlink":
+    if name == "nvlink" and device != "cpu":
         from expertwire.comm import a2a_nvlink_gpu  # Triton is of no use elsewhere
 
-        return a2a_nvlink_gpu.build(spec)
-    return NcclAllToAll(spec) if name == "nccl" else ReferenceAllToAll(spec)
+        return a2a_nvlink_gpu.build(a2a_fp8.packed(spec) if fp8 else spec)
+    backends: dict[str, Callable[[AllToAllSpec], AllToAll]] = {
+        "reference": ReferenceAllToAll,
+        "nccl": NcclAllToAll,
+        "nvlink": a2a_nvlink.build,
+    }
+    return _over(backends[name], spec, device, fp8)
+
+
+def _over(inner: Callable[[AllToAllSpec], AllToAll], spec: AllToAllSpec, device: str, fp8: bool) -> AllToAll:
+    """What `inner` makes; with `fp8`, rows are quantised before it and, for experts on a CPU, numbers again behind it."""
+    if not fp8:
+        return inner(spec)
+    packed = inner(a2a_fp8.packed(spec))
+    return Fp8AllToAll(spec, packed, quantize=_quantizer(device), unpacks=device == "cpu")
+
+
+def _quantizer(device: str) -> Callable[[Tensor], Quantized]:
+    if device == "cpu":
+        return quantize.reference
+    from expertwire.kernels.gpu import quantize as gpu_quantize
+
+    return gpu_quantize.quantize
 
 
 def _situation(spec: AllToAllSpec, reports: Sequence[RankReport], device: str) -> Situation:
     gpus = [report.gpu for report in reports if report.gpu]
-    shared_bytes = min(report.shared_bytes for report in reports)
+    shared_bytes, layout = min(report.shared_bytes for report in reports), ArenaLayout.of(spec)
+    arenas = spec.group.size * (spec.num_parts - spec.part)  # also those that are still to come
     return Situation(
         topology=topology_probe.assemble(reports),
         device=device.partition(":")[0],
         step_rows=spec.group.size * spec.max_tokens * spec.top_k,
+        row_bytes=layout.rows.shape[-1] + layout.home.shape[-1],
         libraries=libraries(),
         gpus_shared=len(set(gpus)) < len(gpus),
-        arena_fits=device != "cpu" or shared_bytes >= spec.group.size * ArenaLayout.of(spec).nbytes,
+        arena_fits=device != "cpu" or shared_bytes >= arenas * layout.nbytes,
     )
 
 

@@ -210,8 +210,11 @@ class TorchGroup:
     def barrier(self) -> None:
         self._group.barrier(dist.BarrierOptions()).wait()
 
-    def part(self, part_P: Sequence[int]) -> Group:
-        """A group of the ranks whose part is this rank's, in their order; it ends with this one. All ranks call it together."""
+    def part(self, part_P: Sequence[int], nccl: NcclOptions | None = None) -> Group:
+        """A group of the ranks whose part is this rank's, in their order, maybe with other options; it ends with this one.
+
+        All ranks call it together.
+        """
         members = [rank for rank in range(self.size) if part_P[rank] == part_P[self.rank]]
         if len(members) == 1:
             everyones_text(self, "", self._like["device"])
@@ -219,7 +222,8 @@ class TorchGroup:
         store, address = serve_store(self._like["local_ip"]) if members[0] == self.rank else (None, "")
         host, port = everyones_text(self, address, self._like["device"])[members[0]].rsplit(":", 1)
         store = store or dist.TCPStore(host, int(port), is_master=False)
-        part = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **self._like)
+        like = self._like if nccl is None else {**self._like, "nccl": nccl}
+        part = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **like)
         self._parts.append(part)
         return part
 

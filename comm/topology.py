@@ -139,24 +139,24 @@ def parse(data: Any) -> Topology:
     Raises:
         ValueError: the field that is wrong, and what it may be.
     """
-    _fields("the file", data, {"name", "domains"})
-    domains = _items("domains", data["domains"])
+    check_fields("the file", data, {"name", "domains"})
+    domains = check_items("domains", data["domains"])
     places = [place for domain in domains for place in _places(domain)]
     _unique("domain", [domain["name"] for domain in domains])
     _unique("node", [node["name"] for domain in domains for node in domain["nodes"]])
-    return Topology(name=_text("name", data["name"]), places=tuple(places))
+    return Topology(name=check_text("name", data["name"]), places=tuple(places))
 
 
 def _places(domain: Any) -> Iterator[Place]:
-    _fields("a domain", domain, {"name", "nodes"})
-    name = _text("name of a domain", domain["name"])
-    for node in _items(f"nodes of domain {name!r}", domain["nodes"]):
-        _fields(f"a node of domain {name!r}", node, {"name", "ranks"}, {"failure_domain"})
-        node_name = _text("name of a node", node["name"])
+    check_fields("a domain", domain, {"name", "nodes"})
+    name = check_text("name of a domain", domain["name"])
+    for node in check_items(f"nodes of domain {name!r}", domain["nodes"]):
+        check_fields(f"a node of domain {name!r}", node, {"name", "ranks"}, {"failure_domain"})
+        node_name = check_text("name of a node", node["name"])
         ranks = node["ranks"]
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
             raise ValueError(f"ranks of node {node_name!r} must be an integer >= 1, got {ranks!r}")
-        failing = _text(f"failure_domain of node {node_name!r}", node.get("failure_domain", node_name))
+        failing = check_text(f"failure_domain of node {node_name!r}", node.get("failure_domain", node_name))
         yield from [Place(domain=name, node=node_name, failure_domain=failing)] * ranks
 
 
@@ -165,22 +165,25 @@ def _unique(kind: str, names: list[str]) -> None:
         raise ValueError(f"name of a {kind} must be unique, got {min(repeated)!r} twice")
 
 
-def _fields(what: str, value: Any, needed: Collection[str], optional: Collection[str] = ()) -> None:
+def check_fields(what: str, value: Any, needed: Collection[str], optional: Collection[str] = ()) -> None:
+    """Raises ValueError unless the value is an object with the fields that are needed, and no others but those optional ones."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{what} must be an object with {', '.join(sorted(needed))}, got {value!r}")
+        raise ValueError(f"{what} must be an object with {', '.join(sorted(needed or optional))}, got {value!r}")
     if missing := set(needed) - value.keys():
         raise ValueError(f"{what} must have {', '.join(sorted(missing))}")
     if unknown := value.keys() - {*needed, *optional}:
         raise ValueError(f"{what} has {min(unknown)!r}; allowed are {', '.join(sorted({*needed, *optional}))}")
 
 
-def _items(what: str, value: Any) -> list[Any]:
+def check_items(what: str, value: Any) -> list[Any]:
+    """The value; raises ValueError unless it is a list with something in it."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what} must be a list with at least one entry, got {value!r}")
     return value
 
 
-def _text(what: str, value: Any) -> str:
+def check_text(what: str, value: Any) -> str:
+    """The value; raises ValueError unless it is a text that is not empty."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what} must be a text that is not empty, got {value!r}")
     return value

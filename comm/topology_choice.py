@@ -1,12 +1,15 @@
-"""Which all-to-all suits the ranks: from where they are, what they are joined by, and how much a step moves. Pure; says why."""
+"""Which all-to-all suits the ranks: from where they are, what they are joined by, and how much a step moves; by rules, or by
+what a sweep has measured. Pure; says why.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 from expertwire.comm.topology import Topology
+from expertwire.comm.topology_table import Table
 
 Backend = Literal["reference", "nccl", "nvlink"]
 BACKENDS: tuple[Backend, ...] = ("reference", "nccl", "nvlink")
@@ -24,6 +27,7 @@ class Situation:
         topology: of the ranks.
         device: "cpu" or "cuda".
         step_rows: routed rows of all ranks in the largest step.
+        row_bytes: of a row that goes out and one that comes home, together.
         libraries: those of "gloo" and "nccl" that torch has.
         gpus_shared: several ranks have one GPU.
         arena_fits: the ranks' arenas fit into shared memory; only asked of CPU ranks.
@@ -32,6 +36,7 @@ class Situation:
     topology: Topology
     device: str
     step_rows: int
+    row_bytes: int
     libraries: Collection[str] = ("gloo", "nccl")
     gpus_shared: bool = False
     arena_fits: bool = True
@@ -39,21 +44,23 @@ class Situation:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """`name`: the backend; `why`: in words."""
+    """`name`: the backend; `why`: in words; `nccl`: options of the communicator that it shall have, by name."""
 
     name: Backend
     why: str
+    nccl: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}"
 
 
-def choose(wanted: str, here: Situation) -> Choice:
-    """The backend that was asked for, or with "auto" the best that these ranks can use.
+def choose(wanted: str, here: Situation, table: Table | None = None) -> Choice:
+    """The backend that was asked for, or with "auto" the best that these ranks can use: by a table, if there is one.
 
     Raises:
-        ValueError: they cannot use it, or there is no such backend.
+        ValueError: they cannot use it, there is no such backend, or the table is not one of ranks like these.
     """
+    assert table is None or wanted == "auto", f"{wanted} by {table}"
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"all_to_all must be one of auto, {', '.join(BACKENDS)}, got {wanted!r}")
     if here.topology.num_ranks == 1:
@@ -67,6 +74,8 @@ def choose(wanted: str, here: Situation) -> Choice:
             return Choice(name=name, why="it was asked for")
     if not allowed:
         raise ValueError(f"all_to_all: these ranks can use none: {'; '.join(map(str, obstacles.values()))}")
+    if table is not None:
+        return _measured(table, here, allowed)
     if "nvlink" in allowed:
         return Choice(name="nvlink", why=_near(here))
     grouped = here.step_rows >= GROUPED_FROM_ROWS
@@ -77,6 +86,24 @@ def choose(wanted: str, here: Situation) -> Choice:
     if grouped and here.topology.rails() is not None:
         why += "; a row crosses to another domain once and is handed out there"
     return Choice(name="nccl" if grouped and "nccl" in allowed else "reference", why=why)
+
+
+def _measured(table: Table, here: Situation, allowed: list[Backend]) -> Choice:
+    table.check(here.topology.num_ranks, here.device)
+    if here.topology.num_domains > 1:
+        raise ValueError(
+            f"all_to_all_table {table.name!r} was measured on one machine, the ranks are in {here.topology.num_domains} domains "
+            f"({here.topology}); use none"
+        )
+    ranks = here.topology.num_ranks
+    best, *others = table.fastest(ranks, here.step_rows / ranks * here.row_bytes, allowed)
+    options = [f" with {name}={value}" for name, value in best.nccl.items() if value not in (None, False)]
+    times = [f"{best.p50_us:.0f} us{''.join(options)}", *(f"{each.backend} {each.p50_us:.0f} us" for each in others)]
+    why = (
+        f"the fastest of those in {table.name}, measured on {table.machine} with {ranks} ranks of {best.tokens} tokens, "
+        f"{table.nbytes(best.tokens) / 1e6:.3g} MB a rank: {', '.join(times)}"
+    )
+    return Choice(name=cast(Backend, best.backend), why=why, nccl=best.nccl)
 
 
 def _near(here: Situation) -> str:

@@ -20,12 +20,8 @@ from expertwire.comm.group import Group, everyones, everyones_text
 from expertwire.comm.topology_probe import RankReport
 
 _HANDLE_BYTES = 64  # CUmemFabricHandle
-_PINNED, _FABRIC, _DEVICE, _READ_WRITE = (
-    1,
-    8,
-    1,
-    3,
-)  # of CUmemAllocationType, -HandleType, CUmemLocationType, CUmemAccess_flags
+# Of CUmemAllocationType, CUmemAllocationHandleType, CUmemLocationType and CUmemAccess_flags.
+_PINNED, _FABRIC, _DEVICE, _READ_WRITE = 1, 8, 1, 3
 
 
 class _Location(ctypes.Structure):

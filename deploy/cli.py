@@ -13,7 +13,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from expertwire.deploy.options import add_engine_options, add_options, engine_config, given, model_folder
+from expertwire.deploy.options import (
+    EXPLAINED_FIELDS,
+    add_engine_options,
+    add_options,
+    engine_config,
+    given,
+    model_folder,
+)
+from expertwire.engine.config import EngineConfig
 from expertwire.engine.outputs import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -136,19 +144,19 @@ def _add_explain(commands: Any) -> None:
     text = "h200 and b200 need not be here (default: %(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda", "h200", "b200"), default="cpu", help=text)
     parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="ranks (default: %(default)s)")
-    text = "how tokens shall travel between ranks (default: %(default)s)"
-    parser.add_argument("--all-to-all", choices=("auto", "reference", "nccl", "nvlink"), default="auto", help=text)
     text = (
         "where the ranks are: a file, or nvl72, nvl36 or hgx8 (default: this machine; nvl72 with b200, hgx8 with h200)"
     )
     parser.add_argument("--topology", metavar="FILE", help=text)
+    add_options(parser, EngineConfig, EXPLAINED_FIELDS)
     parser.set_defaults(command=_explain)
 
 
 def _explain(args: argparse.Namespace) -> int:
     from expertwire.deploy.explain import explain
 
-    for line in explain(model_folder(args), args.device, args.ep_size, args.all_to_all, args.topology):
+    config = EngineConfig(model=model_folder(args), ep_size=args.ep_size, **given(args, EXPLAINED_FIELDS))
+    for line in explain(config, args.device, args.topology):
         print(line)
     return 0
 

@@ -5,52 +5,67 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from expertwire.comm import topology_table
 from expertwire.comm.topology import Place, Topology, read
 from expertwire.comm.topology_choice import Situation, choose
+from expertwire.engine import travel
 from expertwire.engine.config import EngineConfig
 from expertwire.engine.hub_config import read_model_config
 from expertwire.engine.model_config import Attention, ModelConfig
-from expertwire.engine.quantization import METHODS
+from expertwire.engine.quantization import expert_format
 
 _TOKENS = (1, 8, 64, 512, 4096)
 _NO_GPU = "--device: there is no CUDA device here; allowed are cpu, h200 and b200"
 
 
-def explain(
-    model: str, device: str, ep_size: int, all_to_all: str = "auto", topology: str | None = None
-) -> Iterator[str]:
-    """Lines of text. "h200" and "b200" need not be here; their ranks are those of `topology` (`comm.topology.read`).
+def explain(options: EngineConfig, device: str, topology: str | None = None) -> Iterator[str]:
+    """Lines of text about an engine of these options on the device "cpu", "cuda", "h200" or "b200", which need not be here. Its
+    ranks are those of `topology` (`comm.topology.read`).
 
     Raises:
-        ValueError: there is no such model, device, topology or all-to-all, or these ranks cannot use it.
+        ValueError: there is no such model, device or topology, or the options do not fit it.
     """
-    config = read_model_config(model)
-    travel = list(_travel(config, device, ep_size, all_to_all, topology))  # refused before anything slow
-    yield from _on_a_cpu(config) if device == "cpu" else _on_a_gpu(config, device, ep_size)
-    yield from travel
+    config = read_model_config(options.model)
+    ways = list(_travel(config, options, device, topology))  # refused before anything slow
+    yield from _on_a_cpu(config) if device == "cpu" else _on_a_gpu(config, device, options.ep_size)
+    yield from ways
 
 
-def _travel(config: ModelConfig, device: str, ep_size: int, all_to_all: str, topology: str | None) -> Iterator[str]:
-    """The all-to-all, why it is, and how many bytes it has to move."""
+def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: str | None) -> Iterator[str]:
+    """The all-to-all, why it is, what it needs, and how many bytes it has to move."""
     if not any(config.sparse_layers):
         return
+    travel.check(options, config)
+    ep_size, fp8 = options.ep_size, options.dispatch_dtype == "fp8"
     where = read(topology).first(ep_size) if topology else _default_topology(device, ep_size)
     row = config.hidden_size * {"float32": 4, "bfloat16": 2}[config.dtype]
+    sent = config.hidden_size * 33 // 32 if fp8 else row  # a scale of four bytes for 128 numbers
+    if fp8 and device != "cpu":
+        travel.check_packed(options, config)
     here = Situation(
         topology=where,
         device="cpu" if device == "cpu" else "cuda",
-        step_rows=ep_size * EngineConfig.max_num_tokens * config.top_k,
+        step_rows=ep_size * options.part_tokens * config.top_k,
+        row_bytes=sent + row,
         # What a GPU's torch has, this machine's cannot say.
         libraries=_libraries() if device in ("cpu", "cuda") else ("gloo", "nccl"),
     )
+    table = topology_table.read(options.all_to_all_table) if options.all_to_all_table else None
+    choice = choose(options.all_to_all, here, table)
+    if ep_size > 1:
+        halves = options.num_parts > 1
+        yield "a step in two halves: one computes while the other's rows travel" if halves else "a step at once"
+        if choice.name == "nvlink":
+            arena = options.part_tokens * (ep_size * sent + config.top_k * row)
+            yield f"arenas on each rank: {options.num_parts} of about {arena / 1e6:.1f} MB, for {options.part_tokens} tokens"
     yield str(where)
-    yield f"all-to-all {choose(all_to_all, here)}"
+    yield f"all-to-all {choice}"
     if ep_size == 1:
         return
     from expertwire.comm import a2a_model
 
     copies = a2a_model.distinct_ranks(a2a_model.even(config.num_experts, ep_size), config.top_k)
-    out = a2a_model.dispatch(1, row, copies, ep_size).wire
+    out = a2a_model.dispatch(1, sent, copies, ep_size).wire
     back = a2a_model.combine(1, row, config.top_k, ep_size).wire
     yield (
         f"a token goes to {copies:.2f} of {ep_size} ranks, {a2a_model.duplicate_probability(copies, config.top_k):.0%} of its "
@@ -117,8 +132,7 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
     yield registry.triton(gpu).explain()
     for head_dim in sorted({a.head_dim for layer in config.layers if isinstance(a := layer.attention, Attention)}):
         yield f"attention: {attention.tiles(head_dim=head_dim, element_size=dtype.itemsize, arch=gpu.arch)}"
-    quantised = config.quantization.experts if config.quantization is not None else None
-    format = METHODS[quantised].format if quantised is not None else "dense"
+    format = expert_format(config, None)
     for tokens in _TOKENS:
         yield f"{tokens} tokens a step on each of {ep_size} ranks:"
         for name, (rows, depth) in _products(config).items():

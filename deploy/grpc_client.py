@@ -51,6 +51,7 @@ class Chunk:
     logprobs: list[LogprobDict] | None  # one entry a token, if asked for
     finish_reason: str | None  # "stop", "length" or "abort" on the last chunk
     stop_reason: str | int | None  # the stop string or stop token that matched
+    expert_load: list[list[int]] | None  # by layer and expert, on the last chunk, if asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +265,7 @@ def _to_chunk(chunk: pb.Chunk) -> Chunk:
         logprobs=[_to_logprobs(entry) or {} for entry in chunk.logprobs] or None,
         finish_reason=_REASON_NAMES.get(chunk.finish_reason),
         stop_reason=stop and getattr(chunk, stop),
+        expert_load=[list(layer.tokens) for layer in chunk.expert_load] or None,
     )
 
 

@@ -92,9 +92,9 @@ def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
 
 
 def from_model_info(info: ModelInfo, dialect: Dialect | None, chat_variables: Sequence[str]) -> pb.ModelInfo:
-    """All of `info` except the server's folder, and how the model writes."""
+    """All of `info` that concerns clients, and how the model writes."""
     values = dataclasses.asdict(info)
-    del values["path"]
+    del values["path"], values["all_to_all"]
     values["dialect"] = None if dialect is None else from_dialect(dialect)
     version = importlib.metadata.version("expertwire")
     return pb.ModelInfo(version=version, chat_variables=chat_variables, **values)
@@ -146,6 +146,7 @@ def from_update(update: Update) -> pb.Chunk:
         chunk.logprobs.extend(from_logprobs(update.logprobs))
     if update.finish_reason is not None:
         chunk.finish_reason = FINISH_REASONS[update.finish_reason]
+    chunk.expert_load.extend(pb.ExpertLoad(tokens=tokens) for tokens in update.expert_load or ())
     if isinstance(update.stop_reason, str):
         chunk.stop_string = update.stop_reason
     elif update.stop_reason is not None:

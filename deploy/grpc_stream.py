@@ -14,6 +14,7 @@ from expertwire.engine.outputs import RequestError, Update
 # than 4 MiB unless told otherwise.
 MESSAGE_SIZE = 16_384
 UNREAD_SIZE = 262_144  # of one stream
+_COUNTS = 16  # of an expert's tokens that are as large as an entry
 
 
 class StreamFailed(Exception):
@@ -130,6 +131,7 @@ class OutputStream:
     def _append(self, chunk: pb.Chunk) -> None:
         """Join `chunk` to the last one of its branch, if that is unread and small."""
         size = 1 + len(chunk.token_ids) + sum(len(entry.tokens) for entry in chunk.logprobs)
+        size += sum(len(layer.tokens) for layer in chunk.expert_load) // _COUNTS
         self._unread_size += size
         last = self._tails.get(chunk.branch)
         if last is not None and last.size + size <= MESSAGE_SIZE:

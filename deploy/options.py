@@ -15,11 +15,13 @@ from typing import Any, Literal
 from expertwire.engine.config import EngineConfig
 
 ENGINE_FIELDS = (
-    "dtype", "device", "ep_size", "launcher", "ray_address", "load_format", "quantize", "max_model_len", "max_num_tokens",
-    "max_running", "max_waiting", "max_waiting_per_tenant", "chunk_tokens", "policy", "aging", "tenant_weights",
-    "prefix_cache", "block_size", "kv_cache_bytes", "redundant_experts", "rebalance_steps", "all_to_all",
-    "threads_per_rank", "seed", "start_timeout_s", "step_timeout_s",
+    "dtype", "device", "ep_size", "launcher", "ray_address", "load_format", "quantize", "numerics", "max_model_len",
+    "max_num_tokens", "max_running", "max_waiting", "max_waiting_per_tenant", "chunk_tokens", "policy", "aging",
+    "tenant_weights", "prefix_cache", "block_size", "kv_cache_bytes", "redundant_experts", "topology", "rebalance_steps",
+    "all_to_all", "all_to_all_table", "dispatch_dtype", "two_batch_overlap", "threads_per_rank", "seed", "start_timeout_s",
+    "step_timeout_s",
 )  # fmt: skip
+EXPLAINED_FIELDS = ("all_to_all", "all_to_all_table", "dispatch_dtype", "two_batch_overlap")
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from expertwire.deploy import runtime
@@ -58,16 +58,18 @@ def serve(
                 stop=_stop_on_signals(),
                 drain_timeout_s=drain_timeout_s,
                 on_ready=lambda: announce(
-                    f"serving {front.model_info.name} on {host}:{server.port}\n{_caches(front.model_info)}"
+                    "\n".join([f"serving {front.model_info.name} on {host}:{server.port}", *_about(front.model_info)])
                 ),
             )
 
         return 1 if asyncio.run(serve_front()) else 0
 
 
-def _caches(info: ModelInfo) -> str:
+def _about(info: ModelInfo) -> Iterator[str]:
     sizes = ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in info.cache_bytes.items())
-    return f"the caches of a rank hold {info.cache_tokens:,} tokens: {sizes}"
+    yield f"the caches of a rank hold {info.cache_tokens:,} tokens: {sizes}"
+    if info.all_to_all:
+        yield f"all-to-all {info.all_to_all}"
 
 
 def _check_port(host: str, port: int) -> None:

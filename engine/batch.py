@@ -5,7 +5,7 @@ T tokens of this rank, P ranks, C caches, W blocks of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ class ForwardBatch:
 
     `token_ids_T` and `positions_T` are i64. `caches`: in the order of the model's `cache_specs`.
     `num_valid`, i32 [1] on the device: of a single rank; tokens from there on only fill up a captured step. None: all count.
+    `routed` is told, layer by layer, the logical experts of the tokens, i64 [T, K].
     """
 
     token_ids_T: Tensor
@@ -41,6 +42,12 @@ class ForwardBatch:
     caches: tuple[CacheRows, ...]
     num_tokens_P: Sequence[int]
     num_valid: Tensor | None = None
+    routed: Callable[[int, Tensor], None] | None = None
+
+
+def in_parts(num_tokens_P: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Every rank's tokens in each part of a step: as even as can be, and found alike by all ranks."""
+    return [[(num + part) // num_parts for num in num_tokens_P] for part in reversed(range(num_parts))]
 
 
 def of_prompt(
@@ -55,7 +62,7 @@ def of_prompt(
     position_T = np.arange(start, start + len(token_ids))
     cu_queries, lengths = np.array([0, len(token_ids)]), np.array([start + len(token_ids)])
     return ForwardBatch(
-        token_ids_T=torch.tensor(token_ids, device=device),
+        token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device),
         positions_T=torch.from_numpy(position_T).to(device),
         caches=tuple(
             CacheRows(

@@ -29,6 +29,9 @@ class EngineConfig:
         load_format: "auto" (safetensors) or "dummy" (random weights of sane scale, real shapes).
         quantize: hold experts that the checkpoint has unquantised as "fp8" (blocks of 128 x 128), "int4" or "mxfp4" (groups of
             32); None: as they are.
+        numerics: "invariant" (a token's log-probabilities have the same bits in any batch, whole or in chunks, cached or not, at
+            any `ep_size`) or "fast" (they may differ in the last bits: prompts of latent attention take fewer multiplications,
+            and attention on a GPU tiles whose sums are ordered otherwise).
         max_model_len: prompt and output tokens of one request at most; None takes the model's.
         max_num_tokens: token budget of one step on one rank (longer prompts are computed in chunks).
         max_running: requests that run at once on one rank.
@@ -47,11 +50,21 @@ class EngineConfig:
         kv_cache_bytes: of one rank; None takes what `max_running` requests of `max_model_len` need, at most a fraction of the
             memory that is free after loading.
         redundant_experts: physical experts beyond the logical ones.
+        topology: where the ranks are: a file of NVLink domains, nodes and what fails together, or "nvl72", "nvl36" or "hgx8";
+            None: what they find on their machines. Tokens go to replicas in their own domain as far as these are used evenly, and
+            when experts move, the first two replicas of each come to lie where they do not fail together.
         rebalance_steps: after so many steps, again and again, see whether it pays to move experts to other ranks, and do so
             while requests are served; 0: never.
         all_to_all: how tokens travel between ranks: "auto" (the best of the others that these ranks can use), "reference"
             (torch's all_to_all_single), "nccl" (grouped sending and receiving) or "nvlink" (ranks write rows into each other's
             memory: over NVLink between GPUs, in shared memory between CPU ranks of one machine).
+        all_to_all_table: a file of measured times, as `expertwire bench all-to-all --sweep` writes it, by which "auto" chooses;
+            None: by where the ranks are and how large steps can be.
+        dispatch_dtype: of rows on their way to experts: "auto" (that of activations) or "fp8" (numbers of 8 bits, 128 to a scale:
+            half the bytes of bfloat16). Experts that are "fp8" in blocks read them so on a GPU, with the same bits as "auto"; on
+            a CPU it rounds what experts see, and saves no time.
+        two_batch_overlap: compute every step in two halves: what one sends to other ranks travels while the other computes. The
+            same bits; it pays where steps are large and travelling takes long.
         threads_per_rank: of the CPU ranks; None shares the machine's cores.
         seed: from which the seeds of requests without one are drawn.
         start_timeout_s: a rank that is not ready by then is an error.
@@ -66,6 +79,7 @@ class EngineConfig:
     ray_address: str | None = None
     load_format: Literal["auto", "dummy"] = "auto"
     quantize: Literal["fp8", "int4", "mxfp4"] | None = None
+    numerics: Literal["invariant", "fast"] = "invariant"
     max_model_len: int | None = None
     max_num_tokens: int = 2048
     max_running: int = 256
@@ -79,8 +93,12 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_bytes: int | None = None
     redundant_experts: int = 0
+    topology: str | None = None
     rebalance_steps: int = 0
     all_to_all: Literal["auto", "reference", "nccl", "nvlink"] = "auto"
+    all_to_all_table: str | None = None
+    dispatch_dtype: Literal["auto", "fp8"] = "auto"
+    two_batch_overlap: bool = False
     threads_per_rank: int | None = None
     seed: int = 0
     start_timeout_s: float = 300.0
@@ -95,6 +113,8 @@ class EngineConfig:
             ("policy", ("fcfs", "priority", "shortest", "prefix", "fair")),
             ("all_to_all", ("auto", "reference", "nccl", "nvlink")),
             ("quantize", (None, "fp8", "int4", "mxfp4")),
+            ("numerics", ("invariant", "fast")),
+            ("dispatch_dtype", ("auto", "fp8")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}, got {getattr(self, field)!r}")
@@ -117,8 +137,11 @@ class EngineConfig:
         ):
             if getattr(self, field) is not None:
                 _check_int(field, getattr(self, field), 1)
-        if self.rebalance_steps and self.ep_size == 1:
-            raise ValueError(f"rebalance_steps {self.rebalance_steps} has no effect with ep_size 1; use more ranks")
+        for field in ("prefix_cache", "two_batch_overlap"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
+        self._check_ranks()
+        self._check_table()
         self._check_policy()
         for field in ("start_timeout_s", "step_timeout_s"):
             value = getattr(self, field)
@@ -132,6 +155,29 @@ class EngineConfig:
             raise ValueError(
                 f"ray_address {self.ray_address!r} has no effect with launcher 'local'; use 'ray' or 'auto'"
             )
+
+    def _check_ranks(self) -> None:
+        for field in ("rebalance_steps", "two_batch_overlap"):
+            if (value := getattr(self, field)) and self.ep_size == 1:
+                raise ValueError(f"{field} {value} has no effect with ep_size 1, where nothing travels; use more ranks")
+        if self.topology is not None and not isinstance(self.topology, str):
+            raise ValueError(
+                f"topology must be the path of a file, 'nvl72', 'nvl36', 'hgx8' or None, got {self.topology!r}"
+            )
+        if self.topology is not None and not self.redundant_experts:
+            raise ValueError(
+                f"topology {self.topology!r} has no effect with redundant_experts 0, where none has a replica"
+            )
+
+    def _check_table(self) -> None:
+        if self.all_to_all_table is None:
+            return
+        if not isinstance(self.all_to_all_table, str):
+            raise ValueError(f"all_to_all_table must be the path of a file or None, got {self.all_to_all_table!r}")
+        if self.all_to_all != "auto":
+            raise ValueError(f"all_to_all_table has no effect with all_to_all {self.all_to_all!r}; use 'auto'")
+        if self.ep_size == 1:
+            raise ValueError("all_to_all_table has no effect with ep_size 1, where nothing travels; use more ranks")
 
     def _check_policy(self) -> None:
         for field, policies in (("aging", ("priority", "shortest")), ("tenant_weights", ("fair",))):
@@ -147,8 +193,16 @@ class EngineConfig:
             for tenant in self.tenant_weights:
                 check_name("tenant_weights: a tenant", tenant)
         PolicyConfig(name=self.policy, aging=self.aging, tenant_weights=self.tenant_weights)
-        if not isinstance(self.prefix_cache, bool):
-            raise ValueError(f"prefix_cache must be True or False, got {self.prefix_cache!r}")
+
+    @property
+    def num_parts(self) -> int:
+        """In which a step is computed."""
+        return 2 if self.two_batch_overlap else 1
+
+    @property
+    def part_tokens(self) -> int:
+        """Of one rank in one part of a step, at most."""
+        return -(-self.max_num_tokens // self.num_parts)
 
     def resolved_launcher(self) -> Literal["local", "ray"]:
         """The launcher that "auto" means here."""
@@ -173,6 +227,7 @@ class ModelInfo:
     top_k: int
     ep_size: int
     device: str
+    all_to_all: str  # and why; "" if nothing travels
     block_size: int
     cache_tokens: int  # that fit on one rank, of all requests together
     cache_blocks: dict[str, int]  # of each cache by name, one rank

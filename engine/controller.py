@@ -32,7 +32,7 @@ from expertwire.engine.cache_sizes import CacheTooSmall
 from expertwire.engine.config import ModelInfo, too_many_branches
 from expertwire.engine.rebalancing import Rebalancing
 from expertwire.engine.request_options import RequestOptions
-from expertwire.engine.startup import Orders, scheduler_config, start_ranks
+from expertwire.engine.startup import Orders, Places, scheduler_config, start_ranks
 from expertwire.moe.load import ExpertLoad
 from expertwire.moe.placement import place
 from expertwire.scheduler.outputs import StepOutputs
@@ -82,13 +82,14 @@ def controller_main(orders: Orders) -> None:
     try:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
         rehearse()  # while the ranks start
-        info = start_ranks(orders, hub)
+        info, places = start_ranks(orders, hub)
         policy = PolicyConfig(name=config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
-        loop = Loop(scheduler=scheduler, hub=hub, info=info, load=_expert_load(orders, info))
+        loop = Loop(scheduler=scheduler, hub=hub, info=info, load=_expert_load(orders, info, places))
         if config.rebalance_steps:
             assert loop.load is not None, "a dense model has no experts to move"
-            loop.rebalancing = Rebalancing(loop.load, orders.model, config.quantize, config.rebalance_steps)
+            given = loop.load, orders.model, config.quantize, config.rebalance_steps
+            loop.rebalancing = Rebalancing(*given, failure_domains=places.failure_domains)
         collect_when_quiet()
         _tell(ready=info.to_dict())
         flight: StepPlan | None = None
@@ -108,10 +109,11 @@ def controller_main(orders: Orders) -> None:
         listener.close()
 
 
-def _expert_load(orders: Orders, info: ModelInfo) -> ExpertLoad | None:
+def _expert_load(orders: Orders, info: ModelInfo, places: Places) -> ExpertLoad | None:
     if not info.num_experts:
         return None
-    placement = place(info.num_experts, info.ep_size, orders.config.redundant_experts, info.num_layers)
+    redundant = orders.config.redundant_experts
+    placement = place(info.num_experts, info.ep_size, redundant, info.num_layers, places.domains)
     return ExpertLoad(placement, info.num_layers)
 
 
@@ -306,9 +308,10 @@ def _plan(loop: Loop) -> StepPlan | None:
 
 def _deliver(loop: Loop, outputs: StepOutputs) -> None:
     """Send each front its requests' share of a step's outputs."""
-    if not (len(outputs.key_O) or len(outputs.prompt_key_R)):
+    keys = outputs.key_O, outputs.prompt_key_R, outputs.routed_key_C
+    if not any(map(len, keys)):
         return
-    owners = np.unique(np.concatenate((outputs.key_O, outputs.prompt_key_R)) >> _ID_BITS)
+    owners = np.unique(np.concatenate(keys) >> _ID_BITS)
     for number in owners.tolist():
         if number in loop.fronts:
             _send(loop, number, _outputs_for(number, outputs, alone=len(owners) == 1))
@@ -319,15 +322,13 @@ def _outputs_for(number: int, outputs: StepOutputs, *, alone: bool) -> messages.
     if not alone:
         rows_O = np.flatnonzero(outputs.key_O >> _ID_BITS == number)
         rows_R = np.flatnonzero(outputs.prompt_key_R >> _ID_BITS == number)
+        rows_C = np.flatnonzero(outputs.routed_key_C >> _ID_BITS == number)
         tops = _take(values, rows_O, "top_offsets_O1", ("top_ids", "top_logprobs"))
         tops |= _take(values, rows_R, "prompt_top_offsets_R1", ("prompt_top_ids", "prompt_top_logprobs"))
-        taken = {
-            name: value[rows_O] if name.endswith("_O") else value[rows_R]
-            for name, value in values.items()
-            if name.endswith(("_O", "_R"))
-        }
+        of_rows = {"O": rows_O, "R": rows_R, "C": rows_C}
+        taken = {name: value[of_rows[name[-1]]] for name, value in values.items() if name.endswith(("_O", "_R", "_C"))}
         values |= taken | tops
-    for name in ("id_O", "prompt_id_R"):
+    for name in ("id_O", "prompt_id_R", "routed_id_C"):
         values[name] = values[name] & ((1 << _ID_BITS) - 1)
     return messages.Outputs(**values)
 

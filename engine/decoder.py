@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from expertwire.engine import caches as named_caches
@@ -31,18 +33,21 @@ from expertwire.kernels.formats import Weight, quantize_experts
 from expertwire.kernels.variants import Rope
 from expertwire.moe import layer as moe_layer
 from expertwire.moe.layer import MoeLayer
+from expertwire.moe.stages import Stages, take_turns
 
 Params = dict[str, Tensor]
-# Of x and its norm, x plus what the layer makes of the norm, and the norm of that; attention takes the step, an MLP every rank's
-# number of tokens (a dense one ignores it).
+# Of x and its norm, x plus what the layer makes of the norm, and the norm of that; attention takes the step too.
 Half = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Model(Protocol):
     """What the runner asks of a model."""
 
-    def forward(self, batch: ForwardBatch, caches: Sequence[NamedCache]) -> Tensor:
-        """Hidden states [T, D] after the last norm; writes the caches. All ranks of the group call it together."""
+    def forward(self, batches: Sequence[ForwardBatch], caches: Sequence[NamedCache]) -> Tensor:
+        """Hidden states [T, D] after the last norm, of the parts of a step one after another; writes the caches.
+
+        A part may see what those before it write. All ranks of the group call it together, with as many parts.
+        """
         ...
 
     def logits(self, x_XD: Tensor) -> Tensor:
@@ -56,10 +61,10 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Pre-norm residual layer."""
+    """Pre-norm residual layer: attention, then an MLP or a mixture of experts."""
 
     attention: Half
-    mlp: Half
+    mlp: Half | None
     moe: MoeLayer | None
 
 
@@ -114,8 +119,7 @@ class Decoder:
         attend = self._bind_attention(i, p, layer.attention)
         if isinstance(layer.mlp, Mlp):
             return Layer(attention=attend, mlp=self._dense(p, next_norm), moe=None)
-        moe = self._bind_moe(i, p, layer.mlp, next_norm)
-        return Layer(attention=attend, mlp=moe.forward, moe=moe)
+        return Layer(attention=attend, mlp=None, moe=self._bind_moe(i, p, layer.mlp, next_norm))
 
     def _bind_attention(self, i: int, p: Parameters, config: Attention | LatentAttention) -> Half:
         norm, eps = p.tensor("post_norm"), self.config.rms_norm_eps
@@ -130,7 +134,7 @@ class Decoder:
         ops, eps = self.context.ops, self.config.rms_norm_eps
         dense = mlp.bind(p, ops, self.context.dtype)
 
-        def apply(x_TD: Tensor, normed_TD: Tensor, num_tokens_P: list[int] | Tensor) -> tuple[Tensor, Tensor]:
+        def apply(x_TD: Tensor, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
             return ops.add_rms_norm(x_TD, dense(normed_TD), next_norm, eps)
 
         return apply
@@ -138,7 +142,7 @@ class Decoder:
     def _bind_moe(self, i: int, p: Parameters, moe: Moe, next_norm: Tensor) -> MoeLayer:
         context = self.context
         assert context.placement is not None
-        assert context.all_to_all is not None
+        assert context.all_to_alls, f"{self.config.architecture} has experts but no way to them"
         shared = mlp.bind(p.within("shared."), context.ops, context.dtype) if moe.shared_size else None
         return moe_layer.prepare(
             p.tensor("router"),
@@ -146,14 +150,7 @@ class Decoder:
             self._experts(p, "w2", (self.config.hidden_size,)),
             next_norm,
             ops=context.ops,
-            rule=moe_layer.Rule(
-                top_k=moe.top_k,
-                renormalize=moe.renormalize,
-                score=moe.score,
-                groups=moe.groups,
-                scale=moe.scale,
-                scales_input=moe.scales_input,
-            ),
+            routing=moe,
             activation=moe.activation,
             router_bias=p.maybe("router_bias"),
             choice_bias=p.maybe("choice_bias"),
@@ -161,7 +158,7 @@ class Decoder:
             eps=self.config.rms_norm_eps,
             placement=context.placement,
             rank=context.rank,
-            all_to_all=context.all_to_all,
+            all_to_alls=context.all_to_alls,
             shared=shared,
             layer=i,
         )
@@ -208,16 +205,25 @@ class Decoder:
         assert config.indexer is not None, f"a cache of kind {kind} in layer {layer}"
         return [(config.indexer.head_dim,)]
 
-    def forward(self, batch: ForwardBatch, caches: Sequence[NamedCache]) -> Tensor:
+    def forward(self, batches: Sequence[ForwardBatch], caches: Sequence[NamedCache]) -> Tensor:
         """As `Model.forward`."""
         assert self._tables, "forward before allocate"
+        parts = take_turns([self._stages(batch, caches, part) for part, batch in enumerate(batches)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _stages(self, batch: ForwardBatch, caches: Sequence[NamedCache], part: int) -> Stages[Tensor]:
+        """One part, which stops where it would wait for other ranks."""
         num_tokens_P = list(batch.num_tokens_P) if batch.num_valid is None else batch.num_valid
         step = Step(batch=batch, caches=caches, tables=self._tables)
         x_TD = self._embed[batch.token_ids_T]
         normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             x_TD, normed_TD = layer.attention(x_TD, normed_TD, step)
-            x_TD, normed_TD = layer.mlp(x_TD, normed_TD, num_tokens_P)
+            if layer.moe is not None:
+                told = None if batch.routed is None else partial(batch.routed, i)
+                x_TD, normed_TD = yield from layer.moe.stages(x_TD, normed_TD, num_tokens_P, part, told)
+            elif layer.mlp is not None:
+                x_TD, normed_TD = layer.mlp(x_TD, normed_TD)
         return normed_TD
 
     def logits(self, x_XD: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ T tokens, B sequences, O sampled tokens, V vocabulary, C caches, W blocks of a s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from expertwire.comm.all_to_all import Watched
 from expertwire.engine import logprobs
-from expertwire.engine.batch import CacheRows, ForwardBatch
+from expertwire.engine.batch import CacheRows, ForwardBatch, in_parts
 from expertwire.engine.caches import NamedCache, copy_blocks
 from expertwire.engine.decoder import Decoder
 from expertwire.engine.device_slots import DeviceSlots
 from expertwire.engine.rank_loop import Launched
+from expertwire.engine.routed import NOTHING, RoutedCounts
 from expertwire.engine.slot_states import Scheduled
 from expertwire.kernels.attention import DeviceSequences
 from expertwire.kernels.gpu.batch import look_up
 from expertwire.kernels.gpu.sampling import sample
-from expertwire.scheduler.plan import RankPlan, StepPlan, StepResult
+from expertwire.scheduler.plan import StepPlan, StepResult
 
 # The fields of a sampling record that the kernel takes, in its order.
 _COLUMNS = {
@@ -56,15 +57,23 @@ class DeviceRunner:
 
     Args:
         num_ranks: of the group. Only one rank's steps are captured: an all-to-all over several asks the host.
+        num_parts: in which a step is computed, so that one computes while the others' tokens travel.
     """
 
     depth = 2  # steps launched at once: the next one's work lies ready when a step ends
 
     def __init__(
-        self, *, model: Decoder, caches: list[NamedCache], slots: DeviceSlots, rank: int, num_ranks: int
+        self,
+        *,
+        model: Decoder,
+        caches: list[NamedCache],
+        slots: DeviceSlots,
+        rank: int,
+        num_ranks: int,
+        num_parts: int = 1,
     ) -> None:
         self._model, self._caches, self._slots = model, caches, slots
-        self._rank, self._num_ranks = rank, num_ranks
+        self._rank, self._num_ranks, self._num_parts = rank, num_ranks, num_parts
         self._device = slots.device
         self._on_gpu = slots.device != "cpu"
         self._graphs: list[_Graph] = []  # ascending
@@ -100,22 +109,27 @@ class DeviceRunner:
             nothing = logprobs.no_tokens() | logprobs.no_prompt_rows()
             return Launched(partial(StepResult, **answer, forward_us=0, **nothing))
         started = self._mark()
-        step = self._slots.schedule(mine)
-        graph = self._graph_for(step)
-        inputs = _inputs(step, graph.size if graph is not None else len(step.slot_T))
+        parts = self._slots.schedule(mine, self._num_parts)
+        step = Scheduled.joined(parts)
+        routed = [RoutedCounts.of(self._slots, part, self._model.config) for part in parts]
+        asked = [counts for counts in routed if counts is not None]
+        graph = None if asked else self._graph_for(step)
+        inputs = [_inputs(part, graph.size if graph is not None else len(part.slot_T)) for part in parts]
         position_O = self._slots.num_tokens[step.slot_O]
         at_O, row_O = self._slots.places(step.slot_O, position_O), step.last_row_B[step.sampled_B]
-        on_device = self._slots.to_device(inputs, step.slot_B, row_O, at_O, position_O)
+        slots = [part.slot_B for part in parts]
+        *of_parts, row, at, position = self._slots.to_device(*inputs, *slots, row_O, at_O, position_O)
         if graph is not None:
-            graph.inputs.copy_(on_device[0])
+            graph.inputs.copy_(of_parts[0])
             graph.graph.replay()
             hidden_TD = graph.hidden_TD
         else:
-            hidden_TD = self._forward(on_device[0], on_device[1], step, plan.num_tokens_P.tolist())
-        prompt = self._prompt_logprobs(hidden_TD, mine, step)
-        sampled = self._sample(hidden_TD, step, *on_device[2:])
+            hidden_TD = self._forward(of_parts, parts, routed, plan.num_tokens_P.tolist())
+        prompt = self._prompt_logprobs(hidden_TD, step)
+        sampled = self._sample(hidden_TD, step, row, at, position)
+        counted = [partial(counts.entries, self._to_host(counts.tokens_LOE).numpy()) for counts in asked]
         ended = self._mark()
-        finish = partial(self._finish, answer, prompt, sampled, started, ended)
+        finish = partial(self._finish, answer, prompt, sampled, counted, started, ended)
         return Launched(finish, ended.query) if self._on_gpu else Launched(finish)
 
     def _finish(
@@ -123,6 +137,7 @@ class DeviceRunner:
         answer: dict[str, Any],
         prompt: Callable[[], dict[str, np.ndarray]],
         sampled: Callable[[], dict[str, np.ndarray]],
+        counted: list[Callable[[], np.ndarray]],
         started: Any,
         ended: Any,
     ) -> StepResult:
@@ -130,9 +145,11 @@ class DeviceRunner:
         if self._on_gpu:
             ended.synchronize()
             elapsed_us = int(started.elapsed_time(ended) * 1e3)
-        if isinstance(self._model.context.all_to_all, Watched):
-            self._model.context.all_to_all.check()
-        return StepResult(**answer, forward_us=elapsed_us, **sampled(), **prompt())
+        for all_to_all in self._model.context.all_to_alls:
+            if isinstance(all_to_all, Watched):
+                all_to_all.check()
+        routed = np.concatenate([NOTHING, *(entries() for entries in counted)])
+        return StepResult(**answer, forward_us=elapsed_us, **sampled(), **prompt(), routed=routed)
 
     def _mark(self) -> Any:
         if not self._on_gpu:
@@ -148,14 +165,25 @@ class DeviceRunner:
         single = step.num_single == len(step.slot_B) > 0
         return next((g for g in self._graphs if g.size >= len(step.slot_T)), None) if single else None
 
-    def _forward(self, inputs: Tensor, slot_B: Tensor, step: Scheduled, num_tokens_P: list[int]) -> Tensor:
+    def _forward(
+        self,
+        of_parts: list[Tensor],
+        parts: list[Scheduled],
+        routed: list[RoutedCounts | None],
+        num_tokens_P: list[int],
+    ) -> Tensor:
+        """`of_parts`: the inputs of each part, then the slots of each."""
+        inputs, slots = of_parts[: len(parts)], of_parts[len(parts) :]
+        each = zip(inputs, slots, parts, in_parts(num_tokens_P, len(parts)), strict=True)
+        batches = [self._batch_of(*part) for part in each]
+        told = [replace(batch, routed=counts and counts.add) for batch, counts in zip(batches, routed, strict=True)]
+        return self._model.forward(told, self._caches)
+
+    def _batch_of(self, inputs: Tensor, slot_B: Tensor, step: Scheduled, num_tokens_P: list[int]) -> ForwardBatch:
         num_tokens, num_sequences = len(step.slot_T), len(step.slot_B)
         tables_CBW = self._slots.blocks_CSW.index_select(1, slot_B)
-        longest = int(step.length_B.max(initial=1))
-        return self._model.forward(
-            self._batch(inputs, num_tokens, num_sequences, step.num_single, tables_CBW, longest, num_tokens_P),
-            self._caches,
-        )
+        longest = int(step.length_B.max(initial=1)), int(step.length_B[step.num_single :].max(initial=1))
+        return self._batch(inputs, num_tokens, num_sequences, step.num_single, tables_CBW, longest, num_tokens_P)
 
     def _batch(
         self,
@@ -164,7 +192,7 @@ class DeviceRunner:
         num_sequences: int,
         num_single: int,
         tables_CBW: Tensor,
-        max_length: int,
+        longest: tuple[int, int],
         num_tokens_P: list[int],
     ) -> ForwardBatch:
         room = _room(num_tokens)
@@ -185,7 +213,8 @@ class DeviceRunner:
                     slot_mapping_T=mapping_T,
                     sequences=DeviceSequences(
                         num_single=num_single,
-                        max_length=max_length,
+                        max_length=longest[0],
+                        max_prompt_length=longest[1],
                         cu_queries=cu_queries,
                         lengths=lengths,
                         block_table=table_BW,
@@ -202,16 +231,17 @@ class DeviceRunner:
         tables_CBW = self._slots.blocks_CSW.index_select(1, inputs[:size].clamp(min=0))
         longest = tables_CBW.shape[2] * self._slots.block_size
         num_tokens_P = [size] * self._num_ranks
-        return self._model.forward(
-            self._batch(inputs, size, size, size, tables_CBW, longest, num_tokens_P), self._caches
-        )
+        batch = self._batch(inputs, size, size, size, tables_CBW, (longest, 0), num_tokens_P)
+        return self._model.forward([batch] * self._num_parts, self._caches)
 
-    def _run_prompt(self, inputs: Tensor, size: int) -> Tensor:
-        """Tokens that are nobody's, as if they were of one prompt."""
+    def _run_prompt(self, inputs: Tensor, size: int) -> None:
+        """Tokens that are nobody's, as if they were the last ones of a long prompt, then all of one."""
         tables_CBW = self._slots.blocks_CSW[:, :1]
-        longest = tables_CBW.shape[2] * self._slots.block_size
+        most = tables_CBW.shape[2] * self._slots.block_size
         num_tokens_P = [size] * self._num_ranks
-        return self._model.forward(self._batch(inputs, size, 1, 0, tables_CBW, longest, num_tokens_P), self._caches)
+        for longest in (most, min(size, most)) if self._model.context.ops.fast else (most,):
+            batch = self._batch(inputs, size, 1, 0, tables_CBW, (longest, longest), num_tokens_P)
+            self._model.forward([batch] * self._num_parts, self._caches)
 
     def _nobody(self, size: int) -> Tensor:
         """Inputs of tokens that belong to no slot."""
@@ -269,11 +299,9 @@ class DeviceRunner:
         copy.copy_(tensor, non_blocking=True)
         return copy
 
-    def _prompt_logprobs(
-        self, hidden_TD: Tensor, mine: RankPlan, step: Scheduled
-    ) -> Callable[[], dict[str, np.ndarray]]:
+    def _prompt_logprobs(self, hidden_TD: Tensor, step: Scheduled) -> Callable[[], dict[str, np.ndarray]]:
         """Rows for every prompt token computed in this step whose successor is a prompt token too."""
-        rows = logprobs.prompt_rows(mine, self._slots.sampling, step)
+        rows = logprobs.prompt_rows(self._slots.sampling, step)
         if rows is None:
             return logprobs.no_prompt_rows
         row_X, slot_X, position_X = rows

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import IO
 
+from expertwire.comm import topology
 from expertwire.comm.control import SocketChannel, connect
-from expertwire.engine import process
+from expertwire.engine import process, travel
 from expertwire.engine.cache_sizes import cache_sizes
 from expertwire.engine.checkpoint import Checkpoint
 from expertwire.engine.config import EngineConfig, ModelInfo
@@ -166,6 +167,9 @@ def _check(config: EngineConfig, model: ModelConfig) -> int:
         raise ValueError(
             f"rebalance_steps must be 0: {model.architecture} has no experts; got {config.rebalance_steps}"
         )
+    travel.check(config, model)
+    if config.topology is not None:
+        topology.read(config.topology).first(config.ep_size)
     if any(model.sparse_layers):
         place(model.num_experts, config.ep_size, config.redundant_experts)
     if config.quantize is not None:

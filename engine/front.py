@@ -32,11 +32,11 @@ from expertwire.engine.messages import (
     decode,
     encode,
 )
+from expertwire.engine.open_requests import Branch, OpenRequest
 from expertwire.engine.outputs import EngineFailed, Logprob, LogprobDict, RequestError, Update
 from expertwire.engine.prompts import Prompt, encode_prompt
 from expertwire.engine.request_options import RequestOptions
-from expertwire.engine.stop_strings import StopStrings
-from expertwire.engine.tokenizer import TextStream, Tokenizer
+from expertwire.engine.tokenizer import Tokenizer
 from expertwire.scheduler.plan import FinishReason
 from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -71,8 +71,8 @@ class Front:
     ) -> None:
         self.tokenizer = tokenizer
         self._channel = channel
-        self._requests: dict[int, _Request] = {}
-        self._wires: dict[int, _Branch] = {}
+        self._requests: dict[int, OpenRequest] = {}
+        self._wires: dict[int, Branch] = {}
         self._updates: list[Update] = []
         self._stats: list[dict[str, Any]] = []
         self._num_asked = 0
@@ -113,14 +113,16 @@ class Front:
         tokens = self.encode(prompt, params)
         self._check_alive()
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        request = _Request(self._next_request, tokens.tolist(), params, seed)
+        request = OpenRequest(self._next_request, tokens.tolist(), params, seed)
         self._next_request += 1
         self._requests[request.id] = request
         wires = range(self._next_wire, self._next_wire + params.n)
         self._next_wire = wires.stop
         for index, wire in enumerate(wires):
             stream = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
-            request.branches[wire] = self._wires[wire] = _Branch(request, wire, index, stream)
+            shape = self.model_info.num_layers, self.model_info.num_experts
+            load = np.zeros(shape, np.int64) if params.expert_load else None
+            request.branches[wire] = self._wires[wire] = Branch(request, wire, index, stream, load)
         self._send(_submission(request, wires, tokens, options))
         self._check_alive()
         return request.id
@@ -233,6 +235,8 @@ class Front:
     def _take_outputs(self, message: Outputs) -> None:
         if len(message.prompt_id_R):
             self._take_prompt_logprobs(message)
+        if len(message.routed_id_C):
+            self._take_expert_load(message)
         stopped = []
         rows = zip(message.id_O.tolist(), message.token_O.tolist(), message.finish_O.tolist(), strict=True)
         for row, (wire, token, finish) in enumerate(rows):
@@ -246,7 +250,7 @@ class Front:
         if stopped:
             self._abort_wires(stopped)
 
-    def _advance(self, branch: _Branch, token: int, finish: int, message: Outputs, row: int) -> Update:
+    def _advance(self, branch: Branch, token: int, finish: int, message: Outputs, row: int) -> Update:
         """One row of outputs; the branch ends if `finish` is set or a stop string is complete."""
         request = branch.request
         text = branch.push(token, finish)
@@ -266,14 +270,15 @@ class Front:
             return self._end(branch, update, _REASONS[FinishReason(finish)], token if asked else None)
         return update
 
-    def _end(self, branch: _Branch, update: Update, reason: str, stop_reason: str | int | None = None) -> Update:
+    def _end(self, branch: Branch, update: Update, reason: str, stop_reason: str | int | None = None) -> Update:
         """Forget a branch; its last update."""
         request = branch.request
         del self._wires[branch.wire], request.branches[branch.wire]
         done = not request.branches
         if done:
             del self._requests[request.id]
-        return update._replace(finish_reason=reason, stop_reason=stop_reason, done=done)
+        expert_load = None if branch.expert_load is None else branch.expert_load.tolist()
+        return update._replace(finish_reason=reason, stop_reason=stop_reason, expert_load=expert_load, done=done)
 
     def _logprobs_of(self, message: Outputs, row: int, token: int) -> LogprobDict:
         top = slice(message.top_offsets_O1[row], message.top_offsets_O1[row + 1])
@@ -294,6 +299,15 @@ class Front:
             entry = self._logprobs(token, logprob, rank, message.prompt_top_ids[top], message.prompt_top_logprobs[top])
             branch.request.prompt_logprobs[position] = entry
 
+    def _take_expert_load(self, message: Outputs) -> None:
+        order_C = np.argsort(message.routed_id_C, kind="stable")
+        wires, starts = np.unique(message.routed_id_C[order_C], return_index=True)
+        for wire, rows in zip(wires.tolist(), np.split(order_C, starts[1:]), strict=True):
+            branch = self._wires.get(wire)
+            if branch is not None and branch.expert_load is not None:
+                load = branch.expert_load.reshape(-1)
+                np.add.at(load, message.routed_expert_C[rows], message.routed_tokens_C[rows])
+
     def _logprobs(self, token: int, logprob: float, rank: int, ids: np.ndarray, values: np.ndarray) -> LogprobDict:
         text_of = self.tokenizer.token_text if self.tokenizer else _no_text
         entries = {token: Logprob(logprob, rank, text_of(token))}
@@ -302,7 +316,7 @@ class Front:
                 entries[top] = Logprob(value, place, text_of(top))
         return entries
 
-    def _end_with_error(self, request: _Request, error: RequestError) -> None:
+    def _end_with_error(self, request: OpenRequest, error: RequestError) -> None:
         wires = list(request.branches)
         for wire in wires:
             del self._wires[wire]
@@ -321,64 +335,7 @@ class Front:
             self._end_with_error(request, RequestError("UNAVAILABLE", str(self._failure)))
 
 
-class _Request:
-    """A request whose last update has not been made."""
-
-    def __init__(self, request_id: int, prompt: list[int], params: SamplingParams, seed: int) -> None:
-        self.id = request_id
-        self.prompt = prompt
-        self.params = params
-        self.seed = seed
-        self.num_cached_tokens = 0
-        self.branches: dict[int, _Branch] = {}  # open ones by wire
-        self.prompt_logprobs: list[LogprobDict | None] | None = None
-        if params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None] * len(prompt)
-
-    def update(self, *news: Any, **fields: Any) -> Update:
-        """An `Update` with what is known of the request; `news` are the fields after `request_id`."""
-        return Update(self.id, *news, seed=self.seed, num_cached_tokens=self.num_cached_tokens, **fields)
-
-
-class _Branch:
-    """One output of a request: its text so far."""
-
-    __slots__ = ("index", "num_tokens", "request", "stop", "stream", "wire")
-
-    def __init__(self, request: _Request, wire: int, index: int, stream: TextStream | None) -> None:
-        self.request = request
-        self.wire = wire
-        self.index = index
-        self.stream = stream
-        self.stop = StopStrings(request.params.stop) if request.params.stop else None
-        self.num_tokens = 0
-
-    def push(self, token: int, finish: int) -> str:
-        """The text that a token makes certain; the last one (`finish`) releases what was held back."""
-        if self.stream is None:
-            return ""
-        text = ""
-        if token >= 0 and finish != FinishReason.STOP:
-            self.num_tokens += 1
-            text = self._look(self.stream.push(token))
-        if finish and (self.stop is None or self.stop.found is None):
-            text += self.flush()
-        return text
-
-    def flush(self) -> str:
-        if self.stream is None:
-            return ""
-        text = self._look(self.stream.flush())
-        return text + self.stop.flush() if self.stop is not None and self.stop.found is None else text
-
-    def _look(self, text: str) -> str:
-        # Stop strings count only in the text of tokens beyond min_tokens.
-        if self.stop is None or self.num_tokens <= self.request.params.min_tokens:
-            return text
-        return self.stop.push(text)
-
-
-def _submission(request: _Request, wires: range, tokens: np.ndarray, options: RequestOptions) -> Submit:
+def _submission(request: OpenRequest, wires: range, tokens: np.ndarray, options: RequestOptions) -> Submit:
     params = dataclasses.replace(request.params, seed=request.seed).to_dict()
     # The branches share the prompt, so one of them reports it.
     others = {**params, "prompt_logprobs": None}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from expertwire.engine.slot_states import Scheduled
 from expertwire.kernels import sampling
-from expertwire.scheduler.plan import RankPlan
 
 _I32, _F32 = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
@@ -51,25 +50,16 @@ def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> di
     }
 
 
-def prompt_rows(
-    mine: RankPlan, sampling_S: np.ndarray, step: Scheduled
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def prompt_rows(sampling_S: np.ndarray, step: Scheduled) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Row of the batch i64, slot i32 and position i32 of the predicted token, of every prompt token computed in this step whose
     successor is a prompt token too, for the slots that asked; None if there is none."""
-    wanted = sampling_S["prompt_logprobs"][mine.sched_slot_S]
-    if not (wanted >= 0).any():
+    wanted = sampling_S["prompt_logprobs"][step.slot_B] >= 0
+    if not wanted.any():
         return None
-    rows, slots, positions = [], [], []
-    for i, last in zip(step.order_B.tolist(), step.last_row_B.tolist(), strict=True):
-        if wanted[i] < 0:
-            continue
-        slot, start, num = int(mine.sched_slot_S[i]), int(mine.sched_start_S[i]), int(mine.sched_num_S[i])
-        count = min(num, int(sampling_S["prompt_len"][slot]) - 1 - start)
-        if count > 0:
-            rows.append(np.arange(last - num + 1, last - num + 1 + count))
-            slots.append(np.full(count, slot, np.int32))
-            positions.append(np.arange(start + 1, start + 1 + count, dtype=np.int32))
-    return (np.concatenate(rows), np.concatenate(slots), np.concatenate(positions)) if rows else None
+    wanted_T = np.repeat(wanted, np.diff(step.cu_queries))
+    row_X = np.flatnonzero(wanted_T & (step.position_T + 1 < sampling_S["prompt_len"][step.slot_T]))
+    slot_X, position_X = step.slot_T[row_X].astype(np.int32), (step.position_T[row_X] + 1).astype(np.int32)
+    return (row_X, slot_X, position_X) if len(row_X) else None
 
 
 def prompt_fields(slot_X: np.ndarray, position_X: np.ndarray, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ A front opens a channel, sends `Hello`, and receives `Welcome`. Then it sends `S
 receives `Outputs`, `Rejected`, `Stats` and at most one `Failure`, after which the channel is of no more use. Request ids are
 chosen by the front and are unique on its channel; an output with `n` branches is `n` requests (same seed, branch 0..n-1).
 
-Shape letters: Q requests, O outputs (one token of one request each), R prompt-log-probability rows.
+Shape letters: Q requests, O outputs (one token of one request each), R prompt-log-probability rows, C counts of experts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AskStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Sampled tokens of one step, for one front. Log-probability fields as in `scheduler.plan.StepResult`."""
+    """What one step says of a front's requests. Log-probability fields as in `scheduler.plan.StepResult`."""
 
     step: int
     id_O: np.ndarray  # i64
@@ -74,6 +74,9 @@ class Outputs:
     prompt_top_offsets_R1: np.ndarray  # i32
     prompt_top_ids: np.ndarray  # i32
     prompt_top_logprobs: np.ndarray  # f32
+    routed_id_C: np.ndarray  # i64
+    routed_expert_C: np.ndarray  # i32, layer * logical experts + expert; of one request it may be there twice
+    routed_tokens_C: np.ndarray  # i32, those computed in this step that went to it
 
 
 @dataclass(frozen=True, kw_only=True)

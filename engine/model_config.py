@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from expertwire.kernels.variants import Activation, Groups, Rope, Score
+from expertwire.kernels.variants import Activation, Rope, Routing
 from expertwire.scheduler.plan import CacheKind, CacheSpec
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2}
@@ -101,31 +101,23 @@ class Mlp:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moe:
+class Moe(Routing):
     """A mixture of experts.
 
     Attributes:
         size: inner width of one expert; `shared_size`: of the shared one, 0: none.
-        score, renormalize, groups, scale: how experts are chosen and weighed, see `kernels.routing`.
         choice_bias: a bias on scores for the choice only; `router_bias`: on logits.
         router_fp32: the router's product is computed in float32, whatever the activations are.
         bias: of the experts' two products.
-        scales_input: the weight multiplies an expert's input, not its output (Llama 4).
     """
 
     num_experts: int
-    top_k: int
     size: int
-    renormalize: bool
-    score: Score = "softmax"
-    groups: Groups | None = None
-    scale: float = 1.0
     choice_bias: bool = False
     router_bias: bool = False
     router_fp32: bool = False
     activation: Activation = SWIGLU
     bias: bool = False
-    scales_input: bool = False
     shared_size: int = 0
 
 

@@ -42,6 +42,8 @@ class Update(NamedTuple):
             an end-of-sequence or stop token.
         logprobs: one entry a new token when asked for, else None.
         prompt_logprobs: once, on branch 0, when asked for: one entry a prompt token, None for the first.
+        expert_load: with `finish_reason`, when asked for: by layer and expert, how many of the tokens that were computed for
+            the branch went there. A token counts once, those found in the prefix cache and the last one do not.
         finish_reason: "stop", "length" or "abort" on the branch's last update.
         stop_reason: the stop string or the id among `stop_token_ids` that ended the branch.
         seed: of the request; the branch's draws follow from (seed, branch, position).
@@ -56,6 +58,7 @@ class Update(NamedTuple):
     text: str = ""
     logprobs: tuple[LogprobDict, ...] | None = None
     prompt_logprobs: list[LogprobDict | None] | None = None
+    expert_load: list[list[int]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     seed: int = 0

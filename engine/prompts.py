@@ -36,6 +36,8 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
     _check_ids("prompt", (int(tokens.min()), int(tokens.max())), info.vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
     _check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
+    if params.expert_load and not info.num_experts:
+        raise ValueError(f"expert_load must be False: {info.architecture} has no experts; got True")
     for field in ("logprobs", "prompt_logprobs"):
         if (getattr(params, field) or 0) > info.vocab_size:
             raise ValueError(

@@ -192,6 +192,14 @@ def expert_bytes(model: ModelConfig, quantize: str | None) -> int:
     return int(3 * model.hidden_size * model.moe.size * bits / 8)
 
 
+def expert_format(model: ModelConfig, quantize: str | None) -> str:
+    """In which experts are held: one of `kernels.formats.FORMATS`, or "dense"; `quantize` as `EngineConfig` has it."""
+    if quantize is not None:
+        return "fp8_block" if quantize == "fp8" else quantize
+    stored = model.quantization.experts if model.quantization is not None else None
+    return METHODS[stored].format if stored is not None else "dense"
+
+
 def is_skipped(module: str, patterns: tuple[str, ...]) -> bool:
     """Whether a list of modules that stay as they are names this one: by its name or a part of its path, with `*` for anything,
     or, behind "re:", by a regular expression of its name's beginning."""

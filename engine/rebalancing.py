@@ -35,12 +35,20 @@ class Rebalancing:
         model: whose experts move.
         quantize: as `EngineConfig` has it.
         window_steps: steps with tokens in a window.
+        failure_domains: of each rank, what fails together with it; empty: every rank is one.
     """
 
-    def __init__(self, load: ExpertLoad, model: ModelConfig, quantize: str | None, window_steps: int) -> None:
+    def __init__(
+        self,
+        load: ExpertLoad,
+        model: ModelConfig,
+        quantize: str | None,
+        window_steps: int,
+        failure_domains: Sequence[int] = (),
+    ) -> None:
         self._load, self._window_steps = load, window_steps
         self._expert_bytes = expert_bytes(model, quantize)
-        self._balancer = Balancer(load.placement)
+        self._balancer = Balancer(load.placement, failure_domains)
         self._thread = ThreadPoolExecutor(1, "rebalance")
         self._verdict: Future[Verdict] | None = None
         self._migration: Migration | None = None

@@ -14,27 +14,41 @@ import torch
 from torch import Tensor
 
 from expertwire.engine import logprobs
-from expertwire.engine.batch import ForwardBatch, of_prompt
+from expertwire.engine.batch import ForwardBatch, in_parts, of_prompt
 from expertwire.engine.caches import NamedCache, copy_blocks
 from expertwire.engine.decoder import Decoder
 from expertwire.engine.rank_loop import Launched
+from expertwire.engine.routed import NOTHING, RoutedCounts
 from expertwire.engine.slot_states import Scheduled
 from expertwire.engine.slots import Slots
 from expertwire.kernels import sampling
 from expertwire.moe.migration import Leg
 from expertwire.moe.mover import Mover
-from expertwire.scheduler.plan import ExpertMoves, RankPlan, StepPlan, StepResult
+from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult
 
 
 class Runner:
-    """Runs plans on one rank; `mover` carries out what they say of experts, None if they never move."""
+    """Runs plans on one rank.
+
+    Args:
+        num_parts: in which a step is computed, so that one computes while the others' tokens travel.
+        mover: carries out what plans say of experts; None if they never move.
+    """
 
     depth = 1  # the host computes
 
     def __init__(
-        self, *, model: Decoder, caches: list[NamedCache], slots: Slots, rank: int, mover: Mover | None = None
+        self,
+        *,
+        model: Decoder,
+        caches: list[NamedCache],
+        slots: Slots,
+        rank: int,
+        num_parts: int = 1,
+        mover: Mover | None = None,
     ) -> None:
         self._model, self._caches, self._slots, self._rank, self._mover = model, caches, slots, rank, mover
+        self._num_parts = num_parts
 
     @torch.inference_mode()
     def warm_up(self, num_ranks: int, max_num_tokens: int) -> None:
@@ -44,7 +58,7 @@ class Runner:
         for num in range(1, min(2, max_num_tokens) + 1):
             null_CW = np.zeros((len(self._caches), num), np.int32)
             batch = of_prompt([0] * num, 0, null_CW, slots.block_size, [num] * num_ranks, slots.device)
-            self._model.logits(self._model.forward(batch, self._caches)).argmax(dim=-1)
+            self._model.logits(self._model.forward([batch] * self._num_parts, self._caches)).argmax(dim=-1)
         self._model.take_expert_load()
 
     @torch.inference_mode()
@@ -57,9 +71,15 @@ class Runner:
         answer = {"step": plan.step, "rank": self._rank, "expert_load": load}
         if not plan.num_tokens_P.any():
             return Launched(partial(self._idle, plan.moves, answer))
-        step = self._slots.schedule(mine)
-        batch = self._slots.batch(step, plan.num_tokens_P.tolist())
-        return Launched(partial(self._finish, plan.moves, mine, answer, batch, step))
+        parts = self._slots.schedule(mine, self._num_parts)
+        tokens_P = in_parts(plan.num_tokens_P.tolist(), self._num_parts)
+        routed = [RoutedCounts.of(self._slots, part, self._model.config) for part in parts]
+        batches = [
+            self._slots.batch(part, num_tokens_P, counts and counts.add)
+            for part, num_tokens_P, counts in zip(parts, tokens_P, routed, strict=True)
+        ]
+        asked = [counts for counts in routed if counts is not None]
+        return Launched(partial(self._finish, plan.moves, answer, batches, Scheduled.joined(parts), asked))
 
     def _idle(self, moves: ExpertMoves | None, answer: dict[str, Any]) -> StepResult:
         nothing = logprobs.no_tokens() | logprobs.no_prompt_rows()
@@ -76,18 +96,24 @@ class Runner:
 
     @torch.inference_mode()
     def _finish(
-        self, moves: ExpertMoves | None, mine: RankPlan, answer: dict[str, Any], batch: ForwardBatch, step: Scheduled
+        self,
+        moves: ExpertMoves | None,
+        answer: dict[str, Any],
+        batches: list[ForwardBatch],
+        step: Scheduled,
+        asked: list[RoutedCounts],
     ) -> StepResult:
         answer |= {"move_us": self._move(moves)}
         started = time.perf_counter()
-        hidden_TD = self._model.forward(batch, self._caches)
-        prompt_rows = self._prompt_logprobs(hidden_TD, mine, step)
+        hidden_TD = self._model.forward(batches, self._caches)
+        prompt_rows = self._prompt_logprobs(hidden_TD, step)
         outputs = logprobs.no_tokens()
         if len(step.slot_O):
             rows_O = torch.from_numpy(step.last_row_B[step.sampled_B])
             outputs = self._sample(hidden_TD[rows_O], step.slot_O.astype(np.int32))
         elapsed_us = int((time.perf_counter() - started) * 1e6)
-        return StepResult(**answer, forward_us=elapsed_us, **outputs, **prompt_rows)
+        routed = np.concatenate([NOTHING, *(counts.entries(counts.tokens_LOE.numpy(force=True)) for counts in asked)])
+        return StepResult(**answer, forward_us=elapsed_us, **outputs, **prompt_rows, routed=routed)
 
     def _sample(self, x_OD: Tensor, slots_O: np.ndarray) -> dict[str, np.ndarray]:
         state = self._slots.sampling[slots_O]
@@ -117,9 +143,9 @@ class Runner:
         )
         return token_O.cpu().numpy().astype(np.int32)
 
-    def _prompt_logprobs(self, hidden_TD: Tensor, mine: RankPlan, step: Scheduled) -> dict[str, np.ndarray]:
+    def _prompt_logprobs(self, hidden_TD: Tensor, step: Scheduled) -> dict[str, np.ndarray]:
         """Rows for every prompt token computed in this step whose successor is a prompt token too."""
-        rows = logprobs.prompt_rows(mine, self._slots.sampling, step)
+        rows = logprobs.prompt_rows(self._slots.sampling, step)
         if rows is None:
             return logprobs.no_prompt_rows()
         row_X, slot_X, position_X = rows

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.engine.batch import in_parts
 from expertwire.kernels import sampling
 from expertwire.scheduler.plan import SAMPLING_DTYPE, CacheSpec, RankPlan
 
@@ -21,16 +22,14 @@ _NONE = np.zeros(0, np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class Scheduled:
-    """What a step computes, in the order of its rows: sequences with one query first, as attention wants them.
+    """What a step, or a part of it, computes, in the order of its rows: sequences with one query first, as attention wants them.
 
     Attributes:
-        order_B: which scheduled slot of the plan each sequence is; `slot_B` which slot.
-        slot_T, position_T: of each token.
+        slot_B: of each sequence; `slot_T`, `position_T` of each token.
         cu_queries: [B + 1]; `length_B`: with this step's tokens.
         sampled_B: bool, whether the sequence samples; `slot_O`: the slots of those.
     """
 
-    order_B: np.ndarray
     slot_B: np.ndarray
     slot_T: np.ndarray
     position_T: np.ndarray
@@ -38,6 +37,33 @@ class Scheduled:
     length_B: np.ndarray
     sampled_B: np.ndarray
     slot_O: np.ndarray
+
+    @classmethod
+    def of(cls, slot_B: np.ndarray, start_B: np.ndarray, num_B: np.ndarray, sampled_B: np.ndarray) -> Scheduled:
+        """Of sequences in any order: their first positions, how many tokens they compute, and whether they sample."""
+        order_B = np.argsort(num_B != 1, kind="stable")
+        slot_B, start_B, num_B, sampled_B = (values[order_B] for values in (slot_B, start_B, num_B, sampled_B))
+        cu_queries = np.concatenate(([0], np.cumsum(num_B)))
+        return cls(
+            slot_B=slot_B,
+            slot_T=np.repeat(slot_B, num_B),
+            position_T=np.arange(cu_queries[-1]) - np.repeat(cu_queries[:-1] - start_B, num_B),
+            cu_queries=cu_queries,
+            length_B=start_B + num_B,
+            sampled_B=sampled_B,
+            slot_O=slot_B[sampled_B],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scheduled]) -> Scheduled:
+        """Of parts, one after another; a sequence that is in two of them stays two."""
+        if len(parts) == 1:
+            return parts[0]
+        ends = np.cumsum([part.cu_queries[-1] for part in parts])
+        cu_queries = [part.cu_queries[1:] + end - part.cu_queries[-1] for part, end in zip(parts, ends, strict=True)]
+        names = "slot_B", "slot_T", "position_T", "length_B", "sampled_B", "slot_O"
+        values = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(cu_queries=np.concatenate(([0], *cu_queries)), **values)
 
     @property
     def num_single(self) -> int:
@@ -94,25 +120,24 @@ class SlotStates(ABC):
         cache_X, slot_X, index_X = np.concatenate(parts, axis=1)
         return cache_X, slot_X, index_X
 
-    def schedule(self, plan: RankPlan) -> Scheduled:
-        """What the plan computes."""
-        order_B = np.argsort(plan.sched_num_S != 1, kind="stable")
-        slot_B, starts, nums = (
-            a[order_B].astype(np.int64) for a in (plan.sched_slot_S, plan.sched_start_S, plan.sched_num_S)
+    def schedule(self, plan: RankPlan, num_parts: int = 1) -> list[Scheduled]:
+        """What the plan computes, its tokens cut into parts as `batch.in_parts` says. A sequence that is cut is in both parts, as
+        if they were two chunks of its prompt."""
+        slot_S, start_S, num_S = (
+            values.astype(np.int64) for values in (plan.sched_slot_S, plan.sched_start_S, plan.sched_num_S)
         )
-        length_B, cu_queries = starts + nums, np.concatenate(([0], np.cumsum(nums)))
-        assert (length_B <= self.num_tokens[slot_B]).all(), "a plan computes tokens that are not known"
-        sampled_B = plan.sched_sample_S[order_B] != 0
-        return Scheduled(
-            order_B=order_B,
-            slot_B=slot_B,
-            slot_T=np.repeat(slot_B, nums),
-            position_T=np.arange(cu_queries[-1]) - np.repeat(cu_queries[:-1] - starts, nums),
-            cu_queries=cu_queries,
-            length_B=length_B,
-            sampled_B=sampled_B,
-            slot_O=slot_B[sampled_B],
-        )
+        assert (start_S + num_S <= self.num_tokens[slot_S]).all(), "a plan computes tokens that are not known"
+        sampled_S = plan.sched_sample_S != 0
+        if num_parts == 1:
+            return [Scheduled.of(slot_S, start_S, num_S, sampled_S)]
+        before_S, parts, end = np.cumsum(num_S) - num_S, [], 0
+        for [num] in in_parts([int(num_S.sum())], num_parts):
+            begin, end = end, end + num
+            first_S, last_S = ((place - before_S).clip(0, num_S) for place in (begin, end))
+            here = np.flatnonzero(last_S > first_S)
+            sampled = (sampled_S & (last_S == num_S))[here]
+            parts.append(Scheduled.of(slot_S[here], (start_S + first_S)[here], (last_S - first_S)[here], sampled))
+        return parts
 
     def adjust(self, logits_OV: Tensor, slot_O: np.ndarray) -> None:
         """Penalties, bias and bans, in place, for the few rows that ask for them."""

@@ -8,7 +8,7 @@ S slots, C caches, W blocks of a slot's table, T tokens of the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -50,7 +50,9 @@ class Slots(SlotStates):
         self._blocks_CSW[plan.block_cache_B, plan.block_slot_B, plan.block_index_B] = plan.block_id_B
         self._blocks_CSW[self.slide(plan)] = 0
 
-    def batch(self, step: Scheduled, num_tokens_P: list[int]) -> ForwardBatch:
+    def batch(
+        self, step: Scheduled, num_tokens_P: list[int], routed: Callable[[int, Tensor], None] | None = None
+    ) -> ForwardBatch:
         """The forward batch of a step."""
         token_ids_T = self.tokens[step.slot_T, step.position_T].astype(np.int64)
         return ForwardBatch(
@@ -58,6 +60,7 @@ class Slots(SlotStates):
             positions_T=torch.from_numpy(step.position_T).to(self.device),
             caches=tuple(self._rows(step, blocks_SW) for blocks_SW in self._blocks_CSW),
             num_tokens_P=num_tokens_P,
+            routed=routed,
         )
 
     def _rows(self, step: Scheduled, blocks_SW: np.ndarray) -> CacheRows:

@@ -29,8 +29,16 @@ class Orders:
     token: str
 
 
-def start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
-    """Let the ranks join, load and allocate, as `engine.worker` describes; what is served.
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Of each rank, its NVLink domain and what fails with it, as numbers; empty where no expert has replicas."""
+
+    domains: tuple[int, ...]
+    failure_domains: tuple[int, ...]
+
+
+def start_ranks(orders: Orders, hub: ControlHub) -> tuple[ModelInfo, Places]:
+    """Let the ranks join, load and allocate, as `engine.worker` describes; what is served, and where the ranks are.
 
     Raises:
         RankLost, RankTimeout, RankError: a rank is at fault.
@@ -52,7 +60,8 @@ def start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
     hub.publish({"num_blocks": np.array(sizes.num_blocks), "max_model_len": np.array([sizes.max_model_len])})
     hub.collect(config.start_timeout_s)
     names = [spec.name for spec in specs]
-    return ModelInfo(
+    domains, failure_domains = np.stack([answer["place"] for answer in loaded], axis=1).tolist() or ((), ())
+    info = ModelInfo(
         name=config.model.rstrip("/").rsplit("/", 1)[-1],
         path=config.model,
         architecture=model.architecture,
@@ -65,6 +74,7 @@ def start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
         top_k=model.top_k,
         ep_size=config.ep_size,
         device=bytes(loaded[0]["device"]).decode(),
+        all_to_all=bytes(loaded[0]["all_to_all"]).decode(),
         block_size=config.block_size,
         cache_tokens=sizes.num_tokens,
         cache_blocks=dict(zip(names, sizes.num_blocks, strict=True)),
@@ -72,6 +82,7 @@ def start_ranks(orders: Orders, hub: ControlHub) -> ModelInfo:
         max_running=config.max_running,
         seed=config.seed,
     )
+    return info, Places(domains=tuple(domains), failure_domains=tuple(failure_domains))
 
 
 def scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:

@@ -3,8 +3,9 @@
 What is said before the first plan, each a round of one message to every rank and one answer of each:
 
     controller: {}                                      rank: {"node", "store": address, of rank 0 only}
-    controller: {"store", "sharers": ranks on each      rank: {"free": bytes left after loading, "device"}
-                 rank's node}
+    controller: {"store", "sharers": ranks on each      rank: {"free": bytes left after loading, "device",
+                 rank's node}                                        "all_to_all": which, and why, "place": its
+                                                                     NVLink domain and what fails with it}
     controller: {"num_blocks": of each cache,           rank: {}
                  "max_model_len"}
 
@@ -16,12 +17,15 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from expertwire.comm import backends
+from expertwire.comm import backends, topology, topology_probe, topology_table
 from expertwire.comm import group as groups
+from expertwire.comm.a2a_stream import on_stream
 from expertwire.comm.all_to_all import AllToAll, AllToAllSpec, RankStalled
 from expertwire.comm.control import ChannelClosed, ControlLink
 from expertwire.engine import weights
@@ -36,7 +40,9 @@ from expertwire.engine.model_config import ModelConfig
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import Runner
 from expertwire.engine.slots import Slots
+from expertwire.engine.travel import check_packed
 from expertwire.kernels import registry as kernels
+from expertwire.kernels.registry import Ops
 from expertwire.moe.mover import Mover
 from expertwire.moe.placement import Placement, place
 
@@ -93,8 +99,11 @@ def _start(
     )
     closing.callback(group.close)
     model_config = read_model_config(config.model, config.dtype)
-    model = _load(config, model_config, rank, num_ranks, node, sharers, device, group)
-    link.send({"free": np.array([weights.free_memory(device)]), "device": _bytes(device.split(":")[0])})
+    domain_P, failing_P = _places(config, group, node, device)
+    model, travel = _load(config, model_config, rank, num_ranks, node, sharers, device, group, domain_P)
+    free = np.array([weights.free_memory(device)])
+    place_2 = np.array([*domain_P[rank : rank + 1], *failing_P[rank : rank + 1]], np.int64)
+    link.send({"free": free, "device": _bytes(device.split(":")[0]), "all_to_all": _bytes(travel), "place": place_2})
 
     sizes = link.recv()
     num_blocks, max_model_len = sizes["num_blocks"].tolist(), int(sizes["max_model_len"][0])
@@ -123,8 +132,10 @@ def _make_runner(
         from expertwire.engine.device_slots import DeviceSlots
 
         slots = DeviceSlots(**sizes, specs=specs, device=device)
-        on_device = DeviceRunner(model=model, caches=caches, slots=slots, rank=rank, num_ranks=num_ranks)
-        on_device.warm_up(config.max_num_tokens, config.max_running)
+        on_device = DeviceRunner(
+            model=model, caches=caches, slots=slots, rank=rank, num_ranks=num_ranks, num_parts=config.num_parts
+        )
+        on_device.warm_up(config.part_tokens, config.max_running)
         return on_device
     mover = None
     if config.rebalance_steps:
@@ -132,8 +143,8 @@ def _make_runner(
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = Mover(layers, model.context.placement, group)
     slots = Slots(**sizes, specs=specs, device=device)
-    runner = Runner(model=model, caches=caches, slots=slots, rank=rank, mover=mover)
-    runner.warm_up(num_ranks, config.max_num_tokens)
+    runner = Runner(model=model, caches=caches, slots=slots, rank=rank, num_parts=config.num_parts, mover=mover)
+    runner.warm_up(num_ranks, config.part_tokens)
     return runner
 
 
@@ -146,35 +157,40 @@ def _load(
     sharers: int,
     device: str,
     group: groups.Group,
-) -> Decoder:
+    domains: Sequence[int],
+) -> tuple[Decoder, str]:
+    """The rank's share of the model, and how its tokens travel."""
     dtype = getattr(torch, model_config.dtype)
     placement: Placement | None = None
-    all_to_all: AllToAll | None = None
-    ops = kernels.choose(device)
+    all_to_alls: tuple[AllToAll, ...] = ()
+    travel = ""
+    ops = kernels.choose(device, fast=config.numerics == "fast")
     if any(model_config.sparse_layers):
-        placement = place(
-            model_config.num_experts, num_ranks, config.redundant_experts, num_layers=model_config.num_layers
-        )
+        redundant, num_layers = config.redundant_experts, model_config.num_layers
+        placement = place(model_config.num_experts, num_ranks, redundant, num_layers, domains)
         spec = AllToAllSpec(
             group=group,
             rank_offsets=placement.rank_offsets,
-            max_tokens=config.max_num_tokens,
+            max_tokens=config.part_tokens,
             hidden_size=model_config.hidden_size,
             top_k=model_config.top_k,
             dtype=dtype,
             layers=tuple(np.flatnonzero(model_config.sparse_layers).tolist()),
             timeout_s=_EXCHANGE_SHARE * config.step_timeout_s,
+            num_parts=config.num_parts,
         )
-        all_to_all = backends.build(config.all_to_all, spec, ops, node, device)[0]
+        if config.dispatch_dtype == "fp8" and ops.on_device:
+            check_packed(config, model_config)
+        all_to_alls, travel = _all_to_alls(config, spec, ops, node, device)
     context = RankContext(
         rank=rank,
         dtype=dtype,
         device=device,
         ops=ops,
         placement=placement,
-        all_to_all=all_to_all,
+        all_to_alls=all_to_alls,
     )
-    return load(
+    model = load(
         model_config,
         context,
         None if config.load_format == "dummy" else Checkpoint(config.model),
@@ -183,6 +199,32 @@ def _load(
         sharers=sharers if device == "cpu" else 1,
         progress=rank == 0,
     )
+    return model, travel
+
+
+def _places(config: EngineConfig, group: groups.Group, node: str, device: str) -> tuple[Sequence[int], Sequence[int]]:
+    """Every rank's NVLink domain, and what fails with it; nothing where no expert has replicas, so that nothing depends on it."""
+    if not config.redundant_experts:
+        return (), ()
+    if config.topology is not None:
+        found = topology.read(config.topology).first(group.size)
+    else:
+        found = topology_probe.assemble(topology_probe.gather(group, topology_probe.probe(node, device), device))
+    return found.domain_P().tolist(), found.failure_domain_P().tolist()
+
+
+def _all_to_alls(
+    config: EngineConfig, spec: AllToAllSpec, ops: Ops, node: str, device: str
+) -> tuple[tuple[AllToAll, ...], str]:
+    """One for each part of a step, as what one has to say or to store never meets another's; and which they are."""
+    table = None if config.all_to_all_table is None else topology_table.read(config.all_to_all_table)
+    made: list[AllToAll] = []
+    for part in range(spec.num_parts):
+        of_part = replace(spec, part=part)
+        fp8 = config.dispatch_dtype == "fp8"
+        all_to_all, choice = backends.build(config.all_to_all, of_part, ops, node, device, fp8=fp8, table=table)
+        made.append(all_to_all if spec.num_parts == 1 or device == "cpu" else on_stream(all_to_all))
+    return tuple(made), str(choice) if spec.group.size > 1 else ""
 
 
 def _device(config: EngineConfig, rank: int) -> str:

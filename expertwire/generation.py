@@ -31,6 +31,8 @@ class CompletionOutput:
         token_ids: of the output, with the end-of-sequence or stop token.
         logprobs: one entry a token when asked for: token id -> `Logprob`, the sampled token first.
         cumulative_logprob: the sum over the sampled tokens, when `logprobs` was asked for.
+        expert_load: when asked for: by layer and expert, how many tokens of the prompt and the output went there. A token counts
+            once, those found in the prefix cache and the last one, which is not computed, do not.
         finish_reason: "stop" or "length".
         stop_reason: the stop string or the id among `stop_token_ids` that ended the output.
         seed: with `index` and the prompt it reproduces the output.
@@ -41,6 +43,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[LogprobDict] | None = None
     cumulative_logprob: float | None = None
+    expert_load: list[list[int]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     seed: int | None = None
@@ -101,6 +104,7 @@ class Job:
         if update.prompt_logprobs is not None:
             self.prompt_logprobs = update.prompt_logprobs
         output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
+        output.expert_load = update.expert_load
         self.num_cached_tokens = update.num_cached_tokens
         self.finished = update.done
 

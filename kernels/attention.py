@@ -15,8 +15,8 @@ W blocks in a row of the block table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ class PagedSequences:
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return int(self.lengths.max(initial=0))
 
 
 def describe(
@@ -77,10 +81,37 @@ class DeviceSequences:
     cu_queries: Tensor  # i32 [B + 1], as in PagedSequences; the last one may be less than the rows of the step
     lengths: Tensor  # i32 [B]
     block_table: Tensor  # i32 [B, W], padded with the null block
+    max_prompt_length: int | None = None  # nor is one with several queries longer than this; None: than `max_length`
 
     @property
     def num_sequences(self) -> int:
         return self.lengths.shape[0]
+
+
+Sequences = TypeVar("Sequences", PagedSequences, DeviceSequences)
+
+
+def singles(seqs: Sequences) -> Sequences:
+    """Those with one query, which are the first rows of the step."""
+    num = seqs.num_single
+    return replace(
+        seqs, cu_queries=seqs.cu_queries[: num + 1], lengths=seqs.lengths[:num], block_table=seqs.block_table[:num]
+    )
+
+
+def prompts(seqs: Sequences) -> Sequences:
+    """The others, which are the rest."""
+    num = seqs.num_single
+    rest = replace(
+        seqs,
+        num_single=0,
+        cu_queries=seqs.cu_queries[num:] - num,
+        lengths=seqs.lengths[num:],
+        block_table=seqs.block_table[num:],
+    )
+    if isinstance(rest, DeviceSequences) and rest.max_prompt_length is not None:
+        return replace(rest, max_length=rest.max_prompt_length)
+    return rest
 
 
 def owners(seqs: DeviceSequences, num_tokens: int) -> tuple[Tensor, Tensor]:

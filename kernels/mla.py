@@ -1,4 +1,4 @@
-"""Multi-head latent attention in absorbed form (DeepSeek-V2, 2024): the cache holds one compressed row a token.
+"""Multi-head latent attention (DeepSeek-V2, 2024): the cache holds one compressed row a token.
 
 A token's keys and values of all heads come from one latent vector, c = norm(W_a x)[:C], and a rotated part of the key that
 the heads share, k = rotate(W_a x [C:]):
@@ -10,19 +10,29 @@ Absorbed: q_h . U_h c = (U_h^T q_h) . c, and the sum goes before V_h, so that at
 [c | k] of l = C + r numbers, whose first C numbers are the value too; what it returns is still to be multiplied by V_h. Decode
 and prefill take this form alike, so that they round alike.
 
+Expanded: keys and values of all heads are made again, of n + r and v numbers instead of l and C. That pays where a sequence has
+about as many queries as keys, and rounds otherwise: it is for prompts of the numerics mode "fast".
+
 `scale` is (size of [q_h | p_h])^-0.5, times a square of a factor with YaRN: not l^-0.5, hence an argument.
 
-T tokens, H heads, C latent size (512), r rotated size (64), l = C + r, s block size.
+T tokens, H heads, C latent size (512), r rotated size (64), l = C + r, n and v sizes of a head's key without r and of its value
+(128), d = n + r, s block size, X rows of the cache.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.attention import PagedSequences, visible
+from expertwire.kernels.attention import DeviceSequences, PagedSequences, visible
+from expertwire.kernels.linear import Linear
 from expertwire.kernels.rotary import rotate_at
+
+_WORTH = 2  # keys that are made for a query, at most
 
 
 def reference(
@@ -118,3 +128,51 @@ def attend(
         weights_HTL = (q_HTl @ rows_Ll.T * scale).masked_fill(~mask_TL, float("-inf")).softmax(-1)
         outputs.append((weights_HTL @ rows_Ll[:, :rank]).transpose(0, 1).to(q_THl.dtype))
     return torch.cat(outputs)
+
+
+def is_worth_expanding(prompts: PagedSequences | DeviceSequences, num_tokens: int) -> bool:
+    """Whether sequences of so many queries together have few enough keys, as far as the host knows."""
+    return 0 < prompts.num_sequences * prompts.max_length <= _WORTH * num_tokens
+
+
+def attend_expanded(
+    q_THd: Tensor,
+    cache: Tensor,
+    seqs: PagedSequences | DeviceSequences,
+    *,
+    rank: int,
+    scale: float,
+    expand: Linear,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """Attention of [q_h | p_h] in expanded form.
+
+    Args:
+        q_THd: [q_h | p_h].
+        cache: [blocks, s, l].
+        seqs: as in `attention.reference`.
+        rank: C.
+        scale: of the scores.
+        expand: from [X, C] to [X, H * (n + v)], U_h over V_h of each head.
+        attend: an implementation of `attention.reference`.
+
+    Returns:
+        [T, H, v].
+    """
+    (num_heads, dim), block_size = q_THd.shape[1:], cache.shape[1]
+    tables_BW = seqs.block_table[:, : -(-seqs.max_length // block_size)]
+    rows_Xl = cache[tables_BW.flatten().long()].flatten(0, 1)
+    shared_XHr = rows_Xl[:, None, rank:].expand(-1, num_heads, -1)
+    made_XHm = expand(rows_Xl[:, :rank].contiguous()).unflatten(1, (num_heads, -1))
+    size = dim - shared_XHr.shape[2]
+    value_size = made_XHm.shape[2] - size
+    key_XHd, value_XHv = torch.cat((made_XHm[..., :size], shared_XHr), 2), made_XHm[..., size:]
+    # Zeros behind the shorter ones change neither scores nor values: attention wants keys and values of one size.
+    q_THw, *caches = (_widened(rows, max(dim, value_size)) for rows in (q_THd, key_XHd, value_XHv))
+    own_BW = torch.arange(tables_BW.numel(), dtype=tables_BW.dtype, device=cache.device).view(tables_BW.shape)
+    pages = [rows.unflatten(0, (-1, block_size)) for rows in caches]
+    return attend(q_THw, *pages, replace(seqs, block_table=own_BW), scale=scale)[..., :value_size]
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    return rows.contiguous() if rows.shape[-1] == width else F.pad(rows, (0, width - rows.shape[-1]))

@@ -42,6 +42,30 @@ def reference(x_TD: Tensor, group: int = GROUP) -> Quantized:
     return Quantized(values_TD.to(torch.float8_e4m3fn), scales_TG)
 
 
+def packed_bytes(width: int) -> int:
+    """Of a packed row of D numbers: D fp8 values, their D / 128 scales, and nothing up to a multiple of 16 bytes."""
+    assert width % GROUP == 0, f"{width} columns, groups of {GROUP}"
+    return -(-(width + width // GROUP * 4) // 16) * 16
+
+
+def pack(quantized: Quantized) -> Tensor:
+    """u8 [T, `packed_bytes(D)`]: rows with the scales of their groups of 128 behind them."""
+    values_TD, scales_TG = quantized
+    num_rows, width = values_TD.shape
+    rows = torch.zeros(num_rows, packed_bytes(width), dtype=torch.uint8, device=values_TD.device)
+    values, scales = unpack(rows, width)
+    values.view(torch.uint8).copy_(values_TD.view(torch.uint8))
+    scales.copy_(scales_TG)
+    return rows
+
+
+def unpack(rows: Tensor, width: int) -> Quantized:
+    """What `pack` was given, as views of its rows."""
+    assert rows.shape[1] == packed_bytes(width), f"rows of {rows.shape[1]} bytes, {width} numbers"
+    scales = rows[:, width : width + width // GROUP * 4].view(torch.float32)
+    return Quantized(rows[:, :width].view(torch.float8_e4m3fn), scales)
+
+
 def dequantize(quantized: Quantized) -> Tensor:
     """fp32 [T, D]."""
     values_TD, scales_TG = quantized

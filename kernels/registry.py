@@ -27,11 +27,12 @@ class Ops:
     """One implementation of each op; the signatures are those of the references. `linear` and `experts` prepare weights.
 
     `on_device`: sequences and counts are described by tensors on the device (`attention.DeviceSequences`), and nothing is read
-    back while a model computes.
+    back while a model computes. `fast`: the bits of a token may depend on what is computed along with it.
     """
 
     why: str
     on_device: bool
+    fast: bool
     linear: Callable[..., Linear]
     experts: Callable[..., GroupedMlp]
     rms_norm: Callable[..., Tensor]
@@ -53,19 +54,23 @@ class Ops:
         return "\n".join([self.why, *(f"{name}: {_place(op)}" for name, op in ops if callable(op))])
 
 
+def _mode(fast: bool) -> str:
+    return "fast: bits may depend on the batch" if fast else "invariant: bits do not depend on the batch"
+
+
 def _place(op: Any) -> str:
     op = op.func if isinstance(op, partial) else op
     return f"{op.__module__}.{op.__name__}"
 
 
-def choose(device: str) -> Ops:
+def choose(device: str, *, fast: bool = False) -> Ops:
     """The ops for "cpu" or "cuda".
 
     Raises:
         ValueError: the GPU is too old.
     """
     if device == "cpu":
-        return cpu()
+        return cpu(fast=fast)
     from expertwire.kernels.gpu.device import describe
 
     gpu = describe(device)
@@ -74,20 +79,22 @@ def choose(device: str) -> Ops:
         raise ValueError(
             f"device {device} is a {name} of compute capability {gpu.arch / 10}; allowed are 9.0 and above"
         )
-    return triton(gpu)
+    return triton(gpu, fast=fast)
 
 
-def cpu() -> Ops:
+def cpu(*, fast: bool = False) -> Ops:
     """For a CPU."""
     # numba is slow to import and of no use elsewhere.
     from expertwire.kernels.cpu import attention as cpu_attention
     from expertwire.kernels.cpu import elementwise, rotary
     from expertwire.kernels.cpu import index as cpu_index
     from expertwire.kernels.cpu import mla as cpu_mla
+    from expertwire.kernels.cpu import routing as cpu_routing
 
     return Ops(
-        why="the device is a CPU: numba",
+        why=f"the device is a CPU: numba; {_mode(fast)}",
         on_device=False,
+        fast=fast,
         linear=linear.prepare,
         experts=partial(experts.prepare, silu_mul=elementwise.silu_mul),
         rms_norm=elementwise.rms_norm,
@@ -98,7 +105,7 @@ def cpu() -> Ops:
         attend_latent=cpu_mla.attend,
         rotate_and_store_index=rotary.rotate_and_store_index,
         choose_positions=cpu_index.choose_positions,
-        route=elementwise.route,
+        route=cpu_routing.route,
         silu_mul=elementwise.silu_mul,
         permute=permute.reference,
         combine=elementwise.combine,
@@ -110,6 +117,7 @@ def plain() -> Ops:
     return Ops(
         why="asked for: torch alone",
         on_device=False,
+        fast=False,
         linear=linear.prepare,
         experts=partial(experts.prepare, silu_mul=experts.silu_mul_reference),
         rms_norm=rms_norm.reference,
@@ -127,7 +135,7 @@ def plain() -> Ops:
     )
 
 
-def triton(gpu: Device) -> Ops:
+def triton(gpu: Device, *, fast: bool = False) -> Ops:
     """For a GPU (or, in Triton's interpreter, for tensors on a CPU)."""
     from expertwire.kernels.gpu import attention as gpu_attention
     from expertwire.kernels.gpu import combine as gpu_combine
@@ -140,14 +148,18 @@ def triton(gpu: Device) -> Ops:
     from expertwire.kernels.gpu import routing as gpu_routing
 
     return Ops(
-        why=f"the device is a GPU of compute capability {gpu.arch / 10} with {gpu.num_sms} multiprocessors: Triton",
+        why=(
+            f"the device is a GPU of compute capability {gpu.arch / 10} with {gpu.num_sms} multiprocessors: Triton; "
+            f"{_mode(fast)}"
+        ),
         on_device=True,
+        fast=fast,
         linear=partial(gpu_linear.prepare, device=gpu),
         experts=partial(gpu_experts.prepare, device=gpu),
         rms_norm=gpu_rms_norm.rms_norm,
         add_rms_norm=gpu_rms_norm.add_rms_norm,
         rotate_and_store=rotate_and_store.rotate_and_store,
-        attend=partial(gpu_attention.attend, device=gpu),
+        attend=partial(gpu_attention.attend, device=gpu, invariant=not fast),
         rotate_and_store_latent=gpu_mla.rotate_and_store,
         attend_latent=partial(gpu_mla.attend, device=gpu),
         rotate_and_store_index=index.rotate_and_store,

@@ -103,3 +103,16 @@ class Rope:
     size: int
     interleaved: bool = False
     scaling: Yarn | Llama3 | Linear | LongRope | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How experts are chosen and weighed, see `kernels.routing`; `scales_input`: the weight multiplies what the expert is given,
+    not what it returns, of which there is one then (`top_k` 1)."""
+
+    top_k: int
+    renormalize: bool
+    score: Score = "softmax"
+    groups: Groups | None = None
+    scale: float = 1.0
+    scales_input: bool = False

@@ -15,27 +15,16 @@ import torch
 from torch import Tensor
 
 from expertwire.comm.a2a_local import LocalAllToAll
+from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAll
 from expertwire.kernels import experts
 from expertwire.kernels.formats import Weight
 from expertwire.kernels.registry import Ops
-from expertwire.kernels.variants import Activation, Groups, Score
+from expertwire.kernels.variants import Activation, Routing
 from expertwire.moe.placement import Placement
+from expertwire.moe.stages import Stages, run
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # x_TD -> ids_TK, weights_TK
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """How experts are chosen and weighed, see `kernels.routing`; `scales_input`: the weight multiplies what the expert is given,
-    not what it returns."""
-
-    top_k: int
-    renormalize: bool
-    score: Score = "softmax"
-    groups: Groups | None = None
-    scale: float = 1.0
-    scales_input: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +32,8 @@ class MoeLayer:
     """The weights of one layer on one rank, the norm behind it, and the way to the other ranks.
 
     `experts.weights` may be written in place by who moves experts. `load_E` i64 counts how many rows this rank's tokens have sent
-    to each logical expert: on the device, by the all-to-all, if the host knows nothing of them. `fused` does all of it in one
-    call.
+    to each logical expert: on the host, if the ops are; otherwise on the device, which a single rank's all-to-all does as it
+    goes (`physical_CE` is None then). `fused` does all of it in one call.
     """
 
     ops: Ops
@@ -54,33 +43,62 @@ class MoeLayer:
     shared: Callable[[Tensor], Tensor] | None
     norm: Tensor
     eps: float
-    all_to_all: AllToAll
+    all_to_alls: Sequence[AllToAll]  # one for each part of a step that can be on its way at once
     physical_CE: Tensor | None  # i64, `Placement.physical_for` this rank; None: the logical ids
     load_E: np.ndarray | Tensor
     fused: experts.Fused | None
 
     def forward(self, x_TD: Tensor, normed_TD: Tensor, num_tokens_P: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """x plus the mixture of its norm, and the norm of that; every rank calls it together, also with no tokens."""
-        if self.fused is not None:
+        return run(self.stages(x_TD, normed_TD, num_tokens_P))
+
+    def stages(
+        self,
+        x_TD: Tensor,
+        normed_TD: Tensor,
+        num_tokens_P: Sequence[int] | Tensor,
+        part: int = 0,
+        told: Callable[[Tensor], None] | None = None,
+    ) -> Stages[tuple[Tensor, Tensor]]:
+        """`forward` of one part of a step, which stops where it would wait for the other ranks. `told` is called with the logical
+        experts of each token, i64 [T, K]."""
+        if self.fused is not None and told is None:
             assert isinstance(self.load_E, np.ndarray), "where layers are fused, the host counts rows"
             return self.fused(x_TD, normed_TD, self.load_E)
-        y_TD = self._mix(normed_TD, *self.router(normed_TD), num_tokens_P)
+        ids_TK, weights_TK = self.router(normed_TD)
+        if told is not None:
+            told(ids_TK)
+        y_TD = yield from self._mix(normed_TD, ids_TK, weights_TK, num_tokens_P, self.all_to_alls[part])
         return self.ops.add_rms_norm(x_TD, y_TD, self.norm, self.eps)
 
-    def _mix(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> Tensor:
+    def _mix(
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        num_tokens_P: Sequence[int] | Tensor,
+        all_to_all: AllToAll,
+    ) -> Stages[Tensor]:
         given_TD = x_TD
         if self.scales_input:
             given_TD, weights_TK = (x_TD * weights_TK).to(x_TD.dtype), torch.ones_like(weights_TK)
-        handle = self.all_to_all.dispatch_send(given_TD, self._physical(ids_TK), num_tokens_P)
+        handle = all_to_all.dispatch_send(given_TD, self._physical(ids_TK), num_tokens_P)
+        self._count(ids_TK)
         shared_TD = self.shared(x_TD) if self.shared is not None else None
-        arrived = self.all_to_all.dispatch_recv(handle)
-        if isinstance(self.load_E, np.ndarray):
-            self.load_E[:] += np.bincount(ids_TK.flatten().cpu().numpy(), minlength=len(self.load_E))
+        yield
+        arrived = all_to_all.dispatch_recv(handle)
         rows = arrived.row_index_R, arrived.expert_offsets, arrived.home_R, arrived.tile_map
-        y_RD = self.experts(arrived.x_UD, *rows)
-        returning = self.all_to_all.combine_send(handle, y_RD)
-        y_TD = self.ops.combine(self.all_to_all.combine_recv(returning), weights_TK)
+        returning = all_to_all.combine_send(handle, self.experts(arrived.x_UD, *rows))
+        yield
+        y_TD = self.ops.combine(all_to_all.combine_recv(returning), weights_TK)
         return y_TD if shared_TD is None else torch.add(y_TD, shared_TD)
+
+    def _count(self, ids_TK: Tensor) -> None:
+        if isinstance(self.load_E, np.ndarray):
+            self.load_E[:] += np.bincount(ids_TK.flatten().numpy(), minlength=len(self.load_E))
+        elif self.physical_CE is not None:
+            ids_N = ids_TK.flatten().long()
+            self.load_E.scatter_add_(0, ids_N, torch.ones_like(ids_N))
 
     def _physical(self, ids_TK: Tensor) -> Tensor:
         if self.physical_CE is None:
@@ -99,11 +117,11 @@ def prepare(
     norm_D: Tensor,
     *,
     ops: Ops,
-    rule: Rule,
+    routing: Routing,
     eps: float,
     placement: Placement,
     rank: int,
-    all_to_all: AllToAll,
+    all_to_alls: Sequence[AllToAll],
     activation: Activation | None = None,
     router_bias: Tensor | None = None,
     choice_bias: Tensor | None = None,
@@ -117,31 +135,35 @@ def prepare(
         w_router: [E, D]; in fp32, if its product is to be; `router_bias` [E] on logits, `choice_bias` fp32 [E] on scores.
         w13: [e, 2F, D], gate rows over up rows; `w2` [e, D, F]; `biases` of the two.
         norm_D: behind the layer.
+        all_to_alls: one for each part of a step that can be on its way at once.
     """
+    assert routing.top_k == 1 or not routing.scales_input, f"{routing}: what an expert is given has one weight"
     physical_CE = torch.from_numpy(placement.physical_for(rank, layer)).to(w_router.device)
     grouped_mlp = ops.experts(w13, w2, activation=activation, bias13_eF=biases[0], bias2_eD=biases[1])
-    load_E: np.ndarray | Tensor = np.zeros(placement.num_logical, np.int64)
+    load_E = torch.zeros(placement.num_logical, dtype=torch.int64, device=w_router.device)
     local = ops.on_device and placement.num_ranks == 1
     if local:
-        assert isinstance(all_to_all, LocalAllToAll), f"{all_to_all} tells the host, the ops do not"
-        load_E = torch.zeros(placement.num_logical, dtype=torch.int64, device=w_router.device)
-        all_to_all = all_to_all.counting(load_E)
-    router, fused = _router(w_router, router_bias, choice_bias, rule, ops, norm_D.dtype), None
-    simple = rule == Rule(top_k=rule.top_k, renormalize=rule.renormalize) and choice_bias is None
-    if simple and placement.num_ranks == 1 and shared is None and not ops.on_device:
+        alone = [each for each in all_to_alls if isinstance(each, LocalAllToAll)]
+        assert len(alone) == len(all_to_alls), f"{all_to_alls} tell the host, the ops do not"
+        all_to_alls = [each.counting(load_E) for each in alone]
+    special = _special(routing, choice_bias)
+    router, fused = _router(w_router, router_bias, routing, special, ops, norm_D.dtype), None
+    # One rank's rows stay where they are, unless the all-to-all rounds them.
+    at_home = placement.num_ranks == 1 and isinstance(all_to_alls[0], ReferenceAllToAll)
+    if at_home and not special and shared is None and not (ops.on_device or routing.scales_input):
         given = router.dense, grouped_mlp, norm_D, physical_CE[0]
-        fused = experts.fuse(*given, top_k=rule.top_k, renormalize=rule.renormalize, eps=eps)
+        fused = experts.fuse(*given, top_k=routing.top_k, renormalize=routing.renormalize, eps=eps)
     return MoeLayer(
         ops=ops,
         router=router,
-        scales_input=rule.scales_input,
+        scales_input=routing.scales_input,
         experts=grouped_mlp,
         shared=shared,
         norm=norm_D,
         eps=eps,
-        all_to_all=all_to_all,
+        all_to_alls=tuple(all_to_alls),
         physical_CE=None if local else physical_CE,
-        load_E=load_E,
+        load_E=load_E if ops.on_device else load_E.numpy(),
         fused=fused,
     )
 
@@ -156,16 +178,20 @@ class _Router:
         return self.route(self.dense(x_TD.to(self.dtype)))
 
 
+def _special(routing: Routing, choice_bias: Tensor | None) -> dict[str, Any]:
+    """The arguments of `Ops.route` beyond the common ones; none for the rule that kernels have a short way for."""
+    plain = {"score": "softmax", "bias_E": None, "groups": None, "scale": 1.0}
+    special = {"score": routing.score, "bias_E": choice_bias, "groups": routing.groups, "scale": routing.scale}
+    return {} if special == plain else special
+
+
 def _router(
-    w_ED: Tensor, bias_E: Tensor | None, choice_bias: Tensor | None, rule: Rule, ops: Ops, dtype: torch.dtype
+    w_ED: Tensor, bias_E: Tensor | None, routing: Routing, special: dict[str, Any], ops: Ops, dtype: torch.dtype
 ) -> _Router:
     wide = w_ED.dtype == torch.float32 != dtype
     options: dict[str, Any] = {"x_dtype": dtype, "out_dtype": torch.float32} if wide and ops.on_device else {}
-    special = {"score": rule.score, "bias_E": choice_bias, "groups": rule.groups, "scale": rule.scale}
-    if special == {"score": "softmax", "bias_E": None, "groups": None, "scale": 1.0}:
-        special = {}
     return _Router(
         dense=ops.linear(w_ED, bias_E, **options),
         dtype=dtype if options else w_ED.dtype,
-        route=partial(ops.route, top_k=rule.top_k, renormalize=rule.renormalize, **special),
+        route=partial(ops.route, top_k=routing.top_k, renormalize=routing.renormalize, **special),
     )

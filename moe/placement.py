@@ -8,6 +8,7 @@ L layers, E logical experts, S physical experts, P ranks, C turns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,8 +147,12 @@ def _hand_out(replicas: np.ndarray, left: np.ndarray, wanting: np.ndarray, dealt
     left -= np.bincount(supply, minlength=len(left))
 
 
-def place(num_experts: int, num_ranks: int, redundant: int = 0, num_layers: int = 1) -> Placement:
+def place(
+    num_experts: int, num_ranks: int, redundant: int = 0, num_layers: int = 1, domains: Sequence[int] = ()
+) -> Placement:
     """Spread experts over ranks in order, as evenly as possible; ranks beyond the experts, and `redundant`, get replicas.
+
+    `domains` are those of `Placement`.
 
     Raises:
         ValueError: a rank would hold the same expert twice.
@@ -164,4 +169,5 @@ def place(num_experts: int, num_ranks: int, redundant: int = 0, num_layers: int 
         num_logical=num_experts,
         physical_to_logical=np.tile(np.arange(num_physical) % num_experts, (num_layers, 1)),
         rank_offsets=(0, *np.cumsum(sizes).tolist()),
+        domains=tuple(domains),
     )

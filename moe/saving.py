@@ -57,8 +57,7 @@ class Costs:
 
     def saved_s(self, load_LE: np.ndarray, before: Placement, after: Placement) -> np.ndarray:
         """[L]: seconds by which a window with these rows takes less under `after`."""
-        rows_L = before.rank_load(load_LE).max(axis=1) - after.rank_load(load_LE).max(axis=1)
-        return rows_L * self.s_per_row
+        return _rows_saved(load_LE, before, after) * self.s_per_row
 
     def moving_s(self, before: Placement, after: Placement) -> np.ndarray:
         """[L]: seconds in which the busiest rank of each layer sends or receives."""
@@ -118,7 +117,7 @@ class Balancer:
         windows = self._lasts(load_LE)
         saved_L, moving_L = costs.saved_s(load_LE, now, proposal), costs.moving_s(now, proposal)
         worth_L = (saved_L > 0) & (saved_L * windows > moving_L)
-        self._proposed = now, proposal, _rows_saved(load_LE, now, proposal)
+        self._proposed = now, proposal, float(_rows_saved(load_LE, now, proposal).sum())
         actual_s = expected_s = None
         if self._changed is not None:
             before, expected_s = self._changed
@@ -141,12 +140,13 @@ class Balancer:
         if self._proposed is None or self._proposed[2] <= 0:
             return 0.0
         before, after, predicted = self._proposed
-        faded = min(max(_rows_saved(load_LE, before, after) / predicted, 0.0), 1.0)
+        faded = min(max(float(_rows_saved(load_LE, before, after).sum()) / predicted, 0.0), 1.0)
         return min(faded / (1 - faded), _MAX_WINDOWS) if faded < 1 else _MAX_WINDOWS
 
 
-def _rows_saved(load_LE: np.ndarray, before: Placement, after: Placement) -> float:
-    return float((before.rank_load(load_LE).max(axis=1) - after.rank_load(load_LE).max(axis=1)).sum())
+def _rows_saved(load_LE: np.ndarray, before: Placement, after: Placement) -> np.ndarray:
+    """[L]: of each layer's fullest rank."""
+    return before.rank_load(load_LE).max(axis=1) - after.rank_load(load_LE).max(axis=1)
 
 
 def mixed(before: Placement, after: Placement, changed_L: np.ndarray) -> Placement:

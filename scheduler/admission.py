@@ -49,7 +49,6 @@ class PrefixCache:
             first_A=first_A,
             useful_A=useful_A,
             name_W2=name_W2,
-            fact_A=fact_A,
         )
 
     def _useful(self, fact_A: np.ndarray) -> np.ndarray:

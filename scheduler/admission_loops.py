@@ -36,7 +36,6 @@ class Candidates(NamedTuple):
     first_A: np.ndarray  # i64: its names are those from here on,
     useful_A: np.ndarray  # so many, of blocks that need not be computed where a rank has them
     name_W2: np.ndarray  # u64
-    fact_A: np.ndarray  # request.FACTS
 
 
 class Chosen(NamedTuple):
@@ -70,6 +69,14 @@ def place(fits_P, load_P, favoured, worth):
     if best >= 0 and favoured >= 0 and fits_P[favoured] and load_P[favoured] - worth <= load_P[best]:
         best = favoured
     return best
+
+
+@jit
+def balanced(num_tokens_A, num_computed_A, num_left_A, horizon, kv_share, load_A):
+    """`placement.Balanced.load`."""
+    for i in range(len(load_A)):
+        left = min(num_left_A[i], horizon)
+        load_A[i] = num_tokens_A[i] - num_computed_A[i] + left * (1 + kv_share * num_tokens_A[i])
 
 
 @jit
@@ -109,26 +116,26 @@ def take_stock(caches, rows, room, arriving_U, due_N):
     num_due = 0
     for at in range(len(arriving_U)):
         arriving_U[at] = np.uint64(0)
-    per_rank = len(rows.rank_N) // len(room.slots_P)
     for rank in range(len(room.slots_P)):
         num_occupied, num_running = 0, 0
-        for row in range(rank * per_rank, (rank + 1) * per_rank):
-            num_occupied += rows.occupied_N[row]
-            if not rows.running_N[row]:
+        for at in range(rank * rows.per_rank, (rank + 1) * rows.per_rank):
+            row = rows.row_N[at]
+            num_occupied += rows.occupied_N[at]
+            if not rows.running_N[at]:
                 continue
             num_running += 1
-            if rows.num_tokens_N[row] > rows.num_computed_N[row]:
+            if row.num_tokens > row.num_held:
                 for group in range(len(caches.size_G)):
-                    room.blocks_GP[group, rank] -= promised(caches, rows, group, row)
-            if rows.num_known_N[row] >= (rows.num_named_N[row] + 1) * rows.block_size:
-                prefetch(rows.name_NW2, (row, rows.num_named_N[row], 0))
-                due_N[num_due] = row
+                    room.blocks_GP[group, rank] -= promised(caches, rows, group, at)
+            if row.num_known >= (row.num_named + 1) * rows.block_size:
+                prefetch(rows.name_NW2, (at, row.num_named, 0))
+                due_N[num_due] = at
                 num_due += 1
         room.slots_P[rank] -= num_occupied
         for group in range(len(caches.size_G)):
             room.blocks_GP[group, rank] -= num_running  # what their next tokens will need
-    for row in due_N[:num_due]:
-        in_set(arriving_U, rows.name_NW2[row, rows.num_named_N[row], 0], True)
+    for at in due_N[:num_due]:
+        in_set(arriving_U, rows.name_NW2[at, rows.row_N[at].num_named, 0], True)
 
 
 @jit

@@ -17,8 +17,8 @@ from expertwire.scheduler.block_loops import NOBODY
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
-from expertwire.scheduler.request import facts
-from expertwire.scheduler.table import NO_ADMISSIONS, Admissions, RunningTable, joined
+from expertwire.scheduler.request import Request
+from expertwire.scheduler.table import NO_ADMISSIONS, Admissions, RunningTable, by_rank
 
 _AT_ONCE = 128  # requests looked at together
 
@@ -44,8 +44,12 @@ class Admitter:
         room = self._room(budget_P)
         if not ((room.slots_P > 0) & (budget_P > 0)).any():
             return NO_ADMISSIONS
-        parts = self._continue_forks(room)
-        return joined([*parts, *self._from_queue(room, {part.requests[0].key for part in parts})])
+        forks = self._continue_forks(room)
+        parts = [*forks, *self._from_queue(room, {child.key for (child,), _ in forks})]
+        requests = [request for part, _ in parts for request in part]
+        if not requests:
+            return NO_ADMISSIONS
+        return by_rank(requests, np.concatenate([columns for _, columns in parts], axis=1))
 
     def parents_left(self, rows: np.ndarray) -> None:
         """The requests of these rows run no more: forks of them wait as any other."""
@@ -65,8 +69,9 @@ class Admitter:
         admission_loops.take_stock(table.caches, table.for_loops, room, self._arriving_U, due_N)
         return room
 
-    def _continue_forks(self, room: Room) -> list[Admissions]:
-        """Forks that start beside the request that they continue, with its blocks; those without room there wait as any other."""
+    def _continue_forks(self, room: Room) -> list[tuple[list[Request], np.ndarray]]:
+        """Forks that start beside the request that they continue, with its blocks, and their columns; those without room there
+        wait as any other."""
         table, parts = self._table, []
         needed_G = np.zeros(len(table.specs), np.int64)
         for key, row in self.forks.items():
@@ -78,31 +83,29 @@ class Admitter:
             if num_cached and admission_loops.fits(room, rank, needed_G):
                 load = self._placement.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
                 num = admission_loops.take(room, rank, needed_G, num_tokens - num_cached, float(load[0]))
-                columns = np.array([[rank], [num_cached], [num], [row]])
-                parts.append(Admissions([child], *columns, facts([child])))
+                parts.append(([child], np.array([[rank], [num_cached], [num], [row]])))
         self.forks.clear()
         return parts
 
-    def _from_queue(self, room: Room, forked: set[int]) -> Iterator[Admissions]:
+    def _from_queue(self, room: Room, forked: set[int]) -> Iterator[tuple[list[Request], np.ndarray]]:
         """Others, a few at a time."""
         table, credit = self._table, self._placement.credit
         queue = self._policy.order(self._queue, self._prefixes.num_cached)
         queue = (request for request in queue if request.key not in forked) if forked else iter(queue)
         while (most := min(_AT_ONCE, int(room.slots_P.sum()))) and (requests := list(islice(queue, most))):
-            candidates = self._prefixes.candidates(requests, self._placement)
             columns = np.full((4, len(requests)), NOBODY)
             count = admission_loops.choose(
                 table.caches,
                 table.pool.blocks,
                 table.config.block_size,
                 room,
-                candidates,
+                self._prefixes.candidates(requests, self._placement),
                 -1.0 if credit is None else credit,
                 self._arriving_U,
                 Chosen(*columns[:3]),
                 *np.zeros((2, len(table.specs)), np.int64),
             )
             starts = np.flatnonzero(columns[0] != NOBODY)
-            yield Admissions([requests[i] for i in starts.tolist()], *columns[:, starts], candidates.fact_A[starts])
+            yield [requests[i] for i in starts.tolist()], columns[:, starts]
             if count < len(requests):
                 break

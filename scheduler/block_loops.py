@@ -94,7 +94,6 @@ def take_block(blocks, owner):
     the memory's answers for one block need not wait for those for another."""
     assert blocks.num_free_O[owner] > 0, "no block is free"
     last_place = blocks.queue_OQ.shape[1] - 1
-    prefetch(blocks.block_B, (blocks.queue_OQ[owner, (blocks.head_O[owner] + 16) & last_place],))
     while True:
         place = blocks.head_O[owner] & last_place
         number = blocks.queue_OQ[owner, place]
@@ -105,6 +104,14 @@ def take_block(blocks, owner):
     blocks.block_B[number].place = NOWHERE
     blocks.num_free_O[owner] -= 1
     return number
+
+
+@jit
+def fetch_free(blocks, owner, ahead, count):
+    """What taking so many blocks, after `ahead` others, will touch."""
+    last_place = blocks.queue_OQ.shape[1] - 1
+    for at in range(blocks.head_O[owner] + ahead, blocks.head_O[owner] + ahead + count):
+        prefetch(blocks.block_B, (blocks.queue_OQ[owner, at & last_place],))
 
 
 @jit
@@ -202,6 +209,13 @@ def fetch_name(blocks, owner, first, second):
 def fetch_bucket(blocks, number):
     """What taking the name off a block will touch, besides the block."""
     prefetch(blocks.first_U, (bucket_of(blocks, number // blocks.num_blocks, blocks.block_B[number].first),))
+
+
+@jit
+def fetch_chain(blocks, number):
+    """Likewise, once that is there: the first block of the same bucket."""
+    bucket = bucket_of(blocks, number // blocks.num_blocks, blocks.block_B[number].first)
+    prefetch(blocks.block_B, (blocks.first_U[bucket],))
 
 
 @jit

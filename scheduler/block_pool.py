@@ -20,7 +20,25 @@ import numpy as np
 from expertwire.scheduler import block_loops
 from expertwire.scheduler.block_loops import END, NOBODY, NOWHERE, UNNAMED
 
-__all__ = ["NOBODY", "BlockPool"]
+__all__ = ["NOBODY", "BlockPool", "aligned", "aligned_rows"]
+
+_LINE = 64  # bytes, of the processor's cache
+
+
+def aligned(count: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros that begin with a line of the processor's cache, so that small items lie in as few lines as can be: [count]."""
+    size = count * dtype.itemsize
+    memory = np.zeros(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype)
+
+
+def aligned_rows(num_rows: int, width: int, kind: type) -> np.ndarray:
+    """Likewise, rows of at least `width` items, which are lines in odd number: [num_rows, more than width]. If it was a power of
+    two, the same columns of all rows would have to share a few places of the cache."""
+    dtype = np.dtype(kind)
+    num_lines = -(-width * dtype.itemsize // _LINE) | 1
+    return aligned(num_rows * num_lines * _LINE // dtype.itemsize, dtype).reshape(num_rows, -1)
 
 
 class BlockPool:
@@ -35,7 +53,7 @@ class BlockPool:
         self.capacity_G = np.array(capacities_G, np.int64)
         self.num_ranks = num_ranks
         self.num_blocks = num_blocks
-        block_B = np.zeros(total, block_loops.BLOCK)
+        block_B = aligned(total, block_loops.BLOCK)
         block_B["place"], block_B["chain"] = NOWHERE, UNNAMED
         queue_OQ = np.zeros((num_owners, 1 << (2 * num_blocks - 1).bit_length()), np.int32)
         for owner, capacity in enumerate(np.repeat(self.capacity_G, num_ranks).tolist()):

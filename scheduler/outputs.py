@@ -1,12 +1,13 @@
 """What a step's results say about requests: `StepOutputs`, gathered from all ranks' `StepResult`s.
 
-Shape letters: O sampled tokens, R prompt-log-probability rows, N rows of the running table.
+Shape letters: O sampled tokens, R prompt-log-probability rows, C counts of experts, N rows of the running table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -41,6 +42,9 @@ class StepOutputs:
     prompt_top_offsets_R1: np.ndarray  # i32
     prompt_top_ids: np.ndarray  # i32
     prompt_top_logprobs: np.ndarray  # f32
+    routed_key_C: np.ndarray  # i64
+    routed_expert_C: np.ndarray  # i32, layer * logical experts + expert; of one request it may be there twice
+    routed_tokens_C: np.ndarray  # i32
 
 
 def gather(
@@ -55,8 +59,8 @@ def gather(
     Returns:
         i64 [O], the outputs' rows of the table; and the outputs, whose finish reasons may be `ASK`, see `RunningTable.take_in`.
     """
-    sampled = Sampled(*(np.concatenate([getattr(result, name) for result in results]) for name in Sampled._fields))
-    offsets_P1 = ragged.offsets(np.fromiter((len(result.slot_O) for result in results), np.int64, len(results)))
+    slot_O, offsets_P1 = ragged.pack([result.slot_O for result in results], np.int32)
+    sampled = Sampled(slot_O, *(_joined(results, name) for name in Sampled._fields[1:]))
     known, going_N = table.take_in(results[0].step, step, offsets_P1, sampled, eos_ids, may_stop_V)
     top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", known.at_O)
     return known.row_O, StepOutputs(
@@ -71,12 +75,13 @@ def gather(
         top_ids=top_ids,
         top_logprobs=top_logprobs,
         **_prompt_logprobs(results, going_N, table),
+        **_routed(results, going_N, table),
     )
 
 
 def _prompt_logprobs(results: Sequence[StepResult], going_N: np.ndarray, table: RunningTable) -> dict[str, np.ndarray]:
     """The fields about prompts."""
-    if any(len(result.prompt_slot) for result in results):
+    if _any_of(results, "prompt_slot"):
         rows_R = table.rows_of_parts([result.prompt_slot for result in results])
     else:  # one rank's empty fields are as good as all ranks'
         rows_R, results = np.zeros(0, np.int64), results[:1]
@@ -95,17 +100,33 @@ def _prompt_logprobs(results: Sequence[StepResult], going_N: np.ndarray, table: 
     }
 
 
+def _routed(results: Sequence[StepResult], going_N: np.ndarray, table: RunningTable) -> dict[str, np.ndarray]:
+    """The fields about experts."""
+    if not _any_of(results, "routed"):
+        nothing = results[0].routed
+        return {"routed_key_C": nothing.astype(np.int64), "routed_expert_C": nothing, "routed_tokens_C": nothing}
+    parts = [result.routed.reshape(-1, 3) for result in results]
+    rows_C = table.rows_of_parts([part[:, 0] for part in parts])
+    keep_C = np.flatnonzero(going_N[rows_C])
+    _, expert_C, tokens_C = np.concatenate(parts)[keep_C].T.copy()
+    return {"routed_key_C": table.key_N[rows_C[keep_C]], "routed_expert_C": expert_C, "routed_tokens_C": tokens_C}
+
+
+def _any_of(results: Sequence[StepResult], name: str) -> bool:
+    return any(map(len, map(attrgetter(name), results)))
+
+
 def _joined(results: Sequence[StepResult], name: str) -> np.ndarray:
     if len(results) == 1:
         return getattr(results[0], name)
-    return np.concatenate([getattr(result, name) for result in results])
+    return np.concatenate([*map(attrgetter(name), results)])
 
 
 def _tops(
     results: Sequence[StepResult], offsets: str, ids: str, logprobs: str, keep: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """These three fields of the rows to keep, ascending; mostly nobody has asked for any."""
-    if not any(len(getattr(result, ids)) for result in results):
+    if not _any_of(results, ids):
         first = results[0]
         return np.zeros(len(keep) + 1, np.int32), getattr(first, ids), getattr(first, logprobs)
     all_ids, all_logprobs = _joined(results, ids), _joined(results, logprobs)

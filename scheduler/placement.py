@@ -14,6 +14,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from expertwire.scheduler import admission_loops
+
 
 class Placement(Protocol):
     """What loads ranks.
@@ -60,7 +62,9 @@ class Balanced:
     kv_share: float = 2.3e-3
 
     def load(self, num_tokens: np.ndarray, num_computed: np.ndarray, num_left: np.ndarray) -> np.ndarray:
-        return num_tokens - num_computed + np.minimum(num_left, self.horizon) * (1 + self.kv_share * num_tokens)
+        load_A = np.empty(len(num_tokens))
+        admission_loops.balanced(num_tokens, num_computed, num_left, self.horizon, self.kv_share, load_A)
+        return load_A
 
     def load_P(self, running_P: np.ndarray, given_P: np.ndarray) -> np.ndarray:
         return running_P

@@ -41,7 +41,7 @@ SAMPLING_DTYPE = np.dtype(
         ("repetition_penalty", np.float32),
         ("presence_penalty", np.float32),
         ("frequency_penalty", np.float32),
-        ("reserved", np.int32),
+        ("experts_from", np.int32),  # tokens from this position on have their experts counted; -1: none
     ]
 )
 
@@ -324,7 +324,8 @@ class StepResult(
 
     Log-probabilities are those of the model's raw logits, before penalties, bias and temperature. `top_*` holds, for each
     sampled token that asked for them, the most probable tokens in descending order; `prompt_*` has a row for every prompt
-    token computed in this step whose successor is also a prompt token, of the slots that asked.
+    token computed in this step whose successor is also a prompt token, of the slots that asked. `routed` says how many of a
+    slot's tokens in this step went to an expert, where any did, of the slots that asked; an expert may be there twice.
     """
 
     step: int
@@ -346,3 +347,4 @@ class StepResult(
     prompt_top_offsets: np.ndarray  # i32, one more than rows
     prompt_top_ids: np.ndarray  # i32
     prompt_top_logprobs: np.ndarray  # f32
+    routed: np.ndarray = field(default_factory=_no_words)  # i32 [3 * n]: slot, layer * logical experts + expert, tokens

@@ -15,7 +15,7 @@ from expertwire.scheduler.sampling_params import SamplingParams
 _I32 = np.dtype(np.int32)
 _NO_IDS: frozenset[int] = frozenset()
 _FLOAT_MAX = float(np.finfo(np.float32).max)
-# What the running table and those who admit want to know of a request.
+# What the running table, those who admit and the ranks want to know of a request.
 FACTS = np.dtype(
     [
         ("key", np.int64),
@@ -30,10 +30,11 @@ FACTS = np.dtype(
         ("has_stop_ids", np.bool_),
         ("may_begin_cached", np.bool_),
         ("reserved", np.bool_),
+        ("sampling", SAMPLING_DTYPE),
     ]
 )
-_FACTS = struct.Struct("<3q5i4?")
-_RECORD = struct.Struct("<" + "".join({"i8": "q", "i4": "i", "f4": "f"}[kind[1:]] for _, kind in SAMPLING_DTYPE.descr))
+_SAMPLING = "".join({"i8": "q", "i4": "i", "f4": "f"}[kind[1:]] for _, kind in SAMPLING_DTYPE.descr)
+_FACTS = struct.Struct("<3q5i4?" + _SAMPLING)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -67,10 +68,12 @@ class Request:
     limit: int = 0  # prompt and output tokens at most, set by `Scheduler.submit`
     row: int = -1  # of the running table; -1 while it waits
     num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
+    num_counted: int = 0  # of its tokens, those computed before it was preempted: their experts have been counted
     stop_ids: frozenset[int] = field(init=False)
     tokens: np.ndarray = field(init=False)  # i32: the prompt, and the output so far of one that was preempted or forked
     # Of `tokens`, see `PrefixNames.name`; while it runs, the table has them. None: also if prefixes have no names.
     names: np.ndarray | None = field(init=False, default=None)
+    facts: bytes = field(init=False, default=b"")  # while it waits: see `describe`
 
     def __post_init__(self) -> None:
         assert self.prompt.dtype == _I32, self.prompt.dtype
@@ -83,69 +86,61 @@ class Request:
         return sorted(self.stop_ids.union(() if self.params.ignore_eos else eos_token_ids))
 
 
+def describe(request: Request, vocab_size: int) -> bytes:
+    """One record of `FACTS`. What a 32-bit field cannot hold is replaced by a value of equal effect."""
+    p, prompt_len, limit = request.params, len(request.prompt), request.limit
+    min_tokens = min(p.min_tokens, limit - prompt_len)
+    return _FACTS.pack(
+        request.key,
+        request.order,
+        request.priority,
+        len(request.tokens),
+        prompt_len,
+        limit,
+        prompt_len + min_tokens,
+        request.num_cached,
+        not p.ignore_eos,
+        bool(request.stop_ids),
+        p.prompt_logprobs is None,
+        False,
+        request.seed,
+        request.branch,
+        prompt_len,
+        min_tokens,
+        p.top_k if 0 < p.top_k < vocab_size else -1,
+        -1 if p.logprobs is None else p.logprobs,
+        -1 if p.prompt_logprobs is None else p.prompt_logprobs,
+        p.temperature if p.temperature < _FLOAT_MAX else _FLOAT_MAX,
+        p.top_p,
+        p.min_p,
+        p.repetition_penalty if p.repetition_penalty < _FLOAT_MAX else _FLOAT_MAX,
+        p.presence_penalty,
+        p.frequency_penalty,
+        request.num_counted if p.expert_load else -1,
+    )
+
+
 def facts(requests: Sequence[Request]) -> np.ndarray:
-    """A record of `FACTS` for each."""
-    records = [
-        _FACTS.pack(
-            request.key,
-            request.order,
-            request.priority,
-            len(request.tokens),
-            len(request.prompt),
-            request.limit,
-            min(len(request.prompt) + p.min_tokens, request.limit),
-            request.num_cached,
-            not p.ignore_eos,
-            bool(request.stop_ids),
-            p.prompt_logprobs is None,
-            False,
-        )
-        for request in requests
-        for p in (request.params,)
-    ]
-    return np.frombuffer(b"".join(records), FACTS)
-
-
-def sampling(requests: Sequence[Request], vocab_size: int) -> np.ndarray:
-    """A record of `plan.SAMPLING_DTYPE` for each. What a 32-bit field cannot hold is replaced by a value of equal effect."""
-    records = [
-        _RECORD.pack(
-            request.seed,
-            request.branch,
-            len(request.prompt),
-            min(p.min_tokens, request.limit - len(request.prompt)),
-            p.top_k if 0 < p.top_k < vocab_size else -1,
-            -1 if p.logprobs is None else p.logprobs,
-            -1 if p.prompt_logprobs is None else p.prompt_logprobs,
-            min(p.temperature, _FLOAT_MAX),
-            p.top_p,
-            p.min_p,
-            min(p.repetition_penalty, _FLOAT_MAX),
-            p.presence_penalty,
-            p.frequency_penalty,
-            0,
-        )
-        for request in requests
-        for p in (request.params,)
-    ]
-    return np.frombuffer(b"".join(records), SAMPLING_DTYPE)
+    """The records of all, which wait: `FACTS` [A], a copy."""
+    return np.frombuffer(bytearray().join([request.facts for request in requests]), FACTS)
 
 
 def introduction(
     requests: Sequence[Request],
+    fact_A: np.ndarray,
     tokens: np.ndarray,
     token_offsets_A1: np.ndarray,
-    vocab_size: int,
     eos_token_ids: tuple[int, ...],
 ) -> dict[str, np.ndarray]:
-    """What a plan says about new requests, besides their slots: its fields. `tokens`: theirs, one after another."""
+    """What a plan says about new requests, besides their slots: its fields. `fact_A`: their facts; `tokens`: theirs, one after
+    another."""
     bans = [request.bans(eos_token_ids) if request.params.min_tokens else () for request in requests]
     biases = [request.params.logit_bias for request in requests]
     bans, ban_offsets = ragged.pack(bans, np.int32)
     bias_ids, bias_offsets = ragged.pack([tuple(bias) for bias in biases] if any(biases) else biases, np.int32)
     bias_values, _ = ragged.pack([tuple(bias.values()) for bias in biases] if any(biases) else biases, np.float32)
     return {
-        "admit_sampling_A": sampling(requests, vocab_size),
+        "admit_sampling_A": np.ascontiguousarray(fact_A["sampling"]),
         "admit_token_offsets_A1": token_offsets_A1,
         "admit_tokens": tokens,
         "admit_ban_offsets_A1": ban_offsets,

@@ -11,7 +11,7 @@ MAX_LOGPROBS = 64
 MAX_BRANCHES = 256
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How to sample the output tokens of one request.
 
@@ -32,6 +32,7 @@ class SamplingParams:
         logit_bias: token id -> value added to its logit.
         logprobs: report the sampled token's log-probability and this many top ones (0: only the sampled one).
         prompt_logprobs: the same for the prompt's tokens.
+        expert_load: report how many of an output's computed tokens went to each expert of each layer.
         n: how many independent outputs.
         skip_special_tokens: leave special tokens out of the text.
 
@@ -55,6 +56,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    expert_load: bool = False
     n: int = 1
     skip_special_tokens: bool = True
 
@@ -112,7 +114,7 @@ class SamplingParams:
             value = getattr(self, field)
             if value is not None and (not _is_int(value) or not 0 <= value <= MAX_LOGPROBS):
                 raise ValueError(f"{field} must be None or an integer in [0, {MAX_LOGPROBS}], got {value!r}")
-        for field in ("ignore_eos", "skip_special_tokens"):
+        for field in ("expert_load", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
 

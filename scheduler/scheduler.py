@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +35,9 @@ from expertwire.scheduler.placement import Balanced, Placement
 from expertwire.scheduler.plan import CacheSpec, ExpertMoves, FinishReason, StepPlan, StepResult
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import WaitingQueue
-from expertwire.scheduler.request import Request, introduction
+from expertwire.scheduler.request import Request, describe, introduction
 from expertwire.scheduler.step_loops import ASK, Scheduled
-from expertwire.scheduler.table import Admissions, Copies, RunningTable
+from expertwire.scheduler.table import NO_ADMISSIONS, Admissions, Copies, RunningTable
 
 __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"]
 
@@ -44,7 +46,7 @@ _NO_ROWS = np.zeros(0, np.int64)
 
 
 class _InFlight(NamedTuple):
-    """A step that is planned and not committed: which requests its rows were, as rows are given to others meanwhile."""
+    """A step that is planned and not committed."""
 
     plan: StepPlan
     scheduled: Scheduled
@@ -89,7 +91,8 @@ class Scheduler:
         self._pace = Pace()
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "preemptions": 0}
         self._num_plans = 0
-        self._no_introduction = introduction([], *ragged.pack([], np.int32), config.vocab_size, self._eos_token_ids)
+        no_facts, no_tokens = NO_ADMISSIONS.fact_A, ragged.pack([], np.int32)
+        self._no_introduction = introduction([], no_facts, *no_tokens, self._eos_token_ids)
 
     @property
     def num_waiting(self) -> int:
@@ -122,7 +125,7 @@ class Scheduler:
             request.names = self._table.names.name(request.tokens, request.tenant, request.salt)
         request.arrival = now
         request.place = self._policy.place(request, now)
-        self._queue.add(request)
+        self._wait(request)
         return None
 
     def fork(self, key: int, children: Sequence[Request], now: float) -> list[Rejection]:
@@ -174,7 +177,8 @@ class Scheduler:
         released = self._release()
         rows, num, budget_P, lacking_GP = table.want()
         rows, num, preempted = self._serve(rows, num, lacking_GP)
-        released = np.sort(np.concatenate((released, preempted)))
+        if len(preempted):
+            released = np.sort(np.concatenate((released, preempted)))
         admissions = self._admitter.choose(budget_P)
         self._pace.admitted(len(admissions.requests), now)
         if not (len(rows) or admissions.requests or len(released) or report_load or moves):
@@ -182,8 +186,9 @@ class Scheduler:
         new_rows, new = _NO_ROWS, self._no_introduction
         if admissions.requests:
             new_rows, new = self._admit(admissions)
-        copies = table.unshare_tails(rows, new_rows)
-        step = table.schedule(rows, num, int(lacking_GP.sum()), new_rows, admissions.num_scheduled_A)
+        copies = table.unshare_tails(new_rows[admissions.parent_A >= 0])
+        num_lacking = int(lacking_GP.sum())
+        step = table.schedule(self._num_plans, rows, num, num_lacking, new_rows, admissions.num_scheduled_A)
         plan = self._build(report_load, released, new_rows, new, copies, step)
         if moves is not None:
             plan = plan.moving(moves)
@@ -195,9 +200,9 @@ class Scheduler:
         """Take in every rank's result of `plan`, the first one in flight."""
         step = self._in_flight.popleft()
         assert plan is step.plan, f"step {plan.step} is not the first in flight, {step.plan.step} is"
-        results = sorted(results, key=lambda result: result.rank)
+        results = sorted(results, key=attrgetter("rank"))
         got = [(result.step, result.rank) for result in results]
-        assert got == [(plan.step, rank) for rank in range(self.config.num_ranks)], f"step {plan.step}: got {got}"
+        assert got == [*zip(repeat(plan.step), range(self.config.num_ranks))], f"step {plan.step}: got {got}"
         rows_O, outputs = gather(step.scheduled, results, self._table, self._eos_ids, self._may_stop_V)
         self._finish(rows_O, outputs)
         return outputs
@@ -237,10 +242,13 @@ class Scheduler:
         """Empty the rows of requests that have ended, or must give way and have nothing in flight any more: these rows."""
         table = self._table
         ended, self._ended = self._ended, []
-        draining = np.flatnonzero(table.draining_N & table.running_N & (table.in_flight_N == 0))
-        for row, request in zip(draining.tolist(), self._leave(draining), strict=True):
-            self._requeue(row, request)
-        rows = np.sort(np.concatenate((np.array(ended, np.int64), draining)))
+        if table.draining_N.any():
+            draining = np.flatnonzero(table.draining_N & table.running_N)
+            draining = draining[table.in_flight_N[draining] == 0]
+            for row, request in zip(draining.tolist(), self._leave(draining), strict=True):
+                self._requeue(row, request)
+            ended += draining.tolist()
+        rows = np.array(sorted(ended), np.int64)
         if len(rows):
             table.release(rows)
         return rows
@@ -256,10 +264,9 @@ class Scheduler:
         """
         table = self._table
         table.drop_blocks(rows)
-        short_GP = np.maximum(lacking_GP - self._pool.num_free_GP, 0)
-        if not short_GP.any():
+        if (lacking_GP <= self._pool.num_free_GP).all():
             return rows, num, _NO_ROWS
-        victims = preemption.victims(table, short_GP)
+        victims = preemption.victims(table, np.maximum(lacking_GP - self._pool.num_free_GP, 0))
         table.draining_N[victims] = True
         self._counts["preemptions"] += len(victims)
         emptied = self._release()
@@ -280,13 +287,13 @@ class Scheduler:
         tokens = np.concatenate([request.tokens for request in requests])
         token_offsets_A1 = ragged.offsets(fact_A["num_tokens"])
         rows = self._table.admit(admissions, tokens, token_offsets_A1)
+        self._running.update(zip(fact_A["key"].tolist(), requests, strict=True))
+        for i in np.flatnonzero(fact_A["has_stop_ids"]):
+            self._may_stop_V[list(requests[i].stop_ids)] = True
         for request, row in zip(requests, rows.tolist(), strict=True):
-            request.row, request.names = row, None  # the table has the names now
-            if request.stop_ids:
-                self._may_stop_V[list(request.stop_ids)] = True
-            self._running[request.key] = request
+            request.row, request.names, request.facts = row, None, b""  # the table has them now
             self._policy.admitted(request)
-        return rows, introduction(requests, tokens, token_offsets_A1, self.config.vocab_size, self._eos_token_ids)
+        return rows, introduction(requests, fact_A, tokens, token_offsets_A1, self._eos_token_ids)
 
     def _build(
         self,
@@ -310,10 +317,7 @@ class Scheduler:
             admit_slot_A=table.slot_N[new_rows],
             **new,
             block_offsets_P1=step.block_offsets_P1,
-            block_slot_B=step.block_slot_B,
-            block_cache_B=step.block_cache_B,
-            block_index_B=step.block_index_B,
-            block_id_B=step.block_id_B,
+            **dict(zip(("block_slot_B", "block_cache_B", "block_index_B", "block_id_B"), step.block_4B, strict=True)),
             copy_offsets_P1=ragged.starts(copies.rank, self.config.num_ranks),
             copy_cache_C=copies.cache,
             copy_from_C=copies.source,
@@ -350,7 +354,13 @@ class Scheduler:
         request.tokens = table.tokens(row, request)
         table.copy_names(row, request)
         request.row, request.num_cached = -1, int(table.num_cached_N[row])
+        request.num_counted = max(request.num_counted, int(table.num_computed_N[row]))
+        self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        """Put it into the queue, with its facts at hand."""
         self._queue.add(request)
+        request.facts = describe(request, self.config.vocab_size)
 
     def _leave(self, rows: np.ndarray) -> list[Request]:
         """Take the requests of these rows out of the running ones."""

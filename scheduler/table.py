@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from expertwire.scheduler import ragged, row_loops, step_loops
-from expertwire.scheduler.block_pool import BlockPool
+from expertwire.scheduler.block_pool import BlockPool, aligned, aligned_rows
 from expertwire.scheduler.caches import EVERYTHING, describe
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.prefix import PrefixNames
-from expertwire.scheduler.request import FACTS, Request
+from expertwire.scheduler.request import FACTS, Request, facts
 
 _NOTHING = np.zeros(0, np.int32)
 _NO_NAMES = np.zeros((0, 2), np.uint64)
@@ -54,12 +54,11 @@ NO_ADMISSIONS = Admissions([], *np.zeros((4, 0), np.int64), np.zeros(0, FACTS))
 _NO_COPIES = Copies(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 
 
-def joined(parts: Sequence[Admissions]) -> Admissions:
-    """All of them, sorted by rank."""
-    requests = [request for part in parts for request in part.requests]
-    columns = [np.concatenate(column) for column in zip(*(part[1:] for part in parts or [NO_ADMISSIONS]), strict=True)]
-    by_rank = np.argsort(columns[0], kind="stable")
-    return Admissions([requests[i] for i in by_rank.tolist()], *(column[by_rank] for column in columns))
+def by_rank(requests: Sequence[Request], columns_4A: np.ndarray) -> Admissions:
+    """These requests, sorted by rank; `columns_4A`: what `Admissions` says of each, but for the facts."""
+    order = np.argsort(columns_4A[0], kind="stable")
+    requests = [requests[i] for i in order.tolist()]
+    return Admissions(requests, *columns_4A[:, order], facts(requests))
 
 
 class RunningTable:
@@ -78,73 +77,48 @@ class RunningTable:
         self.slot_N = np.tile(np.arange(slots, dtype=np.int32), config.num_ranks)
         self.bounds_P1 = np.arange(config.num_ranks + 1) * slots
 
-        self.occupied_N = np.zeros(n, bool)
-        self.running_N = np.zeros(n, bool)
-        self.draining_N = np.zeros(n, bool)
-        self.key_N = np.zeros(n, np.int64)
+        row_N, fixed_N = aligned(n, row_loops.ROW), aligned(n, row_loops.FIXED)
+        fixed_N["rank"] = self.rank_N
+        # The same memory, field by field.
+        self.key_N, self.num_cached_N = fixed_N["key"], fixed_N["num_cached"]
+        self.num_known_N, self.num_tokens_N, self.limit_N = row_N["num_known"], row_N["num_tokens"], row_N["limit"]
+        self.num_computed_N, self.num_held_N, self.in_flight_N = (
+            row_N[name] for name in ("num_computed", "num_held", "in_flight")
+        )
+        self.occupied_N, self.running_N, self.draining_N = np.zeros((3, n), bool)
         self.order_N = np.zeros(n, np.int64)  # of submission
         self.priority_N = np.zeros(n, np.int64)
-        self.num_known_N = np.zeros(n, np.int32)  # the prompt's and the sampled tokens
-        self.num_tokens_N = np.zeros(n, np.int32)
-        self.num_computed_N = np.zeros(n, np.int32)
-        self.in_flight_N = np.zeros(n, np.int8)  # steps
-        self.limit_N = np.zeros(n, np.int32)  # of num_known
-        self.stop_from_N = np.zeros(n, np.int32)  # stop and end-of-sequence ids count from this num_known on
-        self.eos_stops_N = np.zeros(n, bool)
-        self.has_stop_ids_N = np.zeros(n, bool)
-        self.num_cached_N = np.zeros(n, np.int32)  # prompt tokens found in the cache when first admitted
-        self.shares_tail_N = np.zeros(n, bool)  # a fork: its last block may be another's too
-        # A row's blocks are those at [num_dropped, num_blocks) of its table: a window's first ones are given back. Its rank knows
-        # of those before num_sent.
-        self.num_blocks_GN, self.num_dropped_GN, self.num_sent_GN = np.zeros((3, num_groups, n), np.int32)
+        self.table_GN = np.zeros((num_groups, n), row_loops.BLOCK_TABLE)
         # Untouched pages cost nothing, so these may be as wide as the longest request.
         width = config.blocks_for(config.max_model_len)
-        self.block_ids_GNW = np.zeros((num_groups, n, width), np.int32)
+        self.block_ids_GNW = aligned_rows(num_groups * n, width, np.int32).reshape(num_groups, n, -1)
         # Tokens known since admission: whole blocks, and behind them the tail, so that appending stays within little memory.
-        self._tokens_NL = np.zeros((n, width * size), np.int32)
-        self._tail_Ns = np.zeros((n, size), np.int32)
+        self._tokens_NL = aligned_rows(n, width * size, np.int32)
+        self._tail_Ns = aligned(n * size, np.dtype(np.int32)).reshape(n, size)
         self.names, self._factors = None, _NO_FACTORS
         if config.prefix_cache:
             self.names = PrefixNames(config.max_model_len, size, config.prefix_secret)
             self._factors = self.names.factors_W4s
-        self.name_NW2 = np.zeros((n, width, 2), np.uint64)
-        self.num_named_N = np.zeros(n, np.int32)  # blocks
-        self.sum_N4 = np.zeros((n, 4), np.uint64)
+        self.name_NW2 = aligned_rows(n, 2 * width, np.uint64).reshape(n, -1, 2)
+        self.sum_N4 = aligned(n * 4, np.dtype(np.uint64)).reshape(n, 4)
         self.caches = describe(specs, config)
-        self.for_loops = self._for_loops()
-        self._want_N = np.zeros(n, np.int64), np.zeros(n, np.int32)
-
-    def _for_loops(self) -> row_loops.Rows:
-        return row_loops.Rows(
-            block_size=self.config.block_size,
-            rank_N=self.rank_N,
-            slot_N=self.slot_N,
+        self._has_windows = bool((self.caches.window_G < EVERYTHING).any())
+        self.for_loops = row_loops.Rows(
+            block_size=size,
+            per_rank=slots,
             occupied_N=self.occupied_N,
             running_N=self.running_N,
             draining_N=self.draining_N,
-            in_flight_N=self.in_flight_N,
-            num_known_N=self.num_known_N,
-            num_tokens_N=self.num_tokens_N,
-            num_computed_N=self.num_computed_N,
-            key_N=self.key_N,
-            priority_N=self.priority_N,
-            num_cached_N=self.num_cached_N,
-            limit_N=self.limit_N,
-            stop_from_N=self.stop_from_N,
-            eos_stops_N=self.eos_stops_N,
-            has_stop_ids_N=self.has_stop_ids_N,
-            order_N=self.order_N,
-            shares_tail_N=self.shares_tail_N,
-            num_named_N=self.num_named_N,
-            num_blocks_GN=self.num_blocks_GN,
-            num_dropped_GN=self.num_dropped_GN,
-            num_sent_GN=self.num_sent_GN,
+            row_N=row_N,
+            fixed_N=fixed_N,
+            table_GN=self.table_GN,
             block_ids_GNW=self.block_ids_GNW,
             tail_Ns=self._tail_Ns,
             tokens_NL=self._tokens_NL,
             name_NW2=self.name_NW2,
             sum_N4=self.sum_N4,
         )
+        self._want_N = np.zeros((2, n), np.int32)
 
     def admit(self, admissions: Admissions, tokens: np.ndarray, token_offsets_A1: np.ndarray) -> np.ndarray:
         """Give each request the lowest free slot of its rank: i64 [A] rows, ascending. `tokens`: theirs, one after another."""
@@ -152,8 +126,9 @@ class RunningTable:
         counts_P = np.bincount(rank_A, minlength=len(self.bounds_P1) - 1)
         free = np.flatnonzero(~self.occupied_N)
         rows = free[self.offsets_P1(free)[rank_A] + ragged.positions(counts_P)]
-        assert np.array_equal(self.rank_N[rows], rank_A), f"too few free slots for {counts_P} requests"
+        assert (self.rank_N[rows] == rank_A).all(), f"too few free slots for {counts_P} requests"
         self.num_given_P += counts_P
+        self.order_N[rows], self.priority_N[rows] = fact_A["order"], fact_A["priority"]
         name_W2 = _NO_NAMES if self.names is None else np.concatenate([request.names for request in requests])
         row_loops.begin(
             self.caches,
@@ -174,8 +149,8 @@ class RunningTable:
         row_loops.release(self.caches, self.pool.blocks, self.for_loops, self.names is not None, rows)
 
     def want(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Rows to compute, i64, i32 tokens for each, and the token budget that every rank has left, i64 [P]; and how many blocks
-        each rank lacks for that, with one for every shared block that must be copied, i64 [G, P].
+        """Rows to compute, i32, tokens for each, i32, and the token budget that every rank has left, i64 [P]; and how many blocks
+        each rank lacks for that, i64 [G, P].
 
         One token for each that needs no more; what is left of a rank's budget goes to those that need more, in order."""
         config, (row_N, num_N) = self.config, self._want_N
@@ -189,47 +164,46 @@ class RunningTable:
 
     def drop_blocks(self, rows: np.ndarray) -> None:
         """Give back what lies before each row's window, now that its next token to compute is known."""
-        if (self.caches.window_G < EVERYTHING).any():
+        if self._has_windows:
             row_loops.drop_unseen(self.caches, self.pool.blocks, self.for_loops, rows)
 
     def lacking(self, rows: np.ndarray, num: np.ndarray) -> np.ndarray:
-        """How many blocks each row lacks to compute `num` tokens more, with one for a shared block that it must copy: [G, R]."""
+        """How many blocks each row lacks to compute `num` tokens more: i64 [G, R]."""
         lacking_GR = np.zeros((len(self.specs), len(rows)), np.int64)
         step_loops.lacking(self.caches, self.for_loops, rows, num, lacking_GR)
         return lacking_GR
 
-    def unshare_tails(self, *parts: np.ndarray) -> Copies:
-        """Copy on write: rows about to write into a block that others use too get one of their own."""
-        if not self.shares_tail_N.any():
-            return _NO_COPIES
-        rows = np.sort(np.concatenate(parts))
-        rows = rows[self.shares_tail_N[rows]]
+    def unshare_tails(self, rows: np.ndarray) -> Copies:
+        """Copy on write: forks about to write into a block that others use too get one of their own."""
         if not len(rows):
             return _NO_COPIES
         parts = []
         for group, size in enumerate(self.caches.size_G.tolist()):
-            index = self.num_computed_N[rows] // size
-            inside = (self.num_computed_N[rows] % size > 0) & (index < self.num_blocks_GN[group, rows])
-            row_C, index_C = rows[inside], index[inside]
+            inside = self.num_computed_N[rows] % size > 0
+            row_C, rank_C = rows[inside], self.rank_N[rows[inside]]
+            index_C = self.num_computed_N[row_C] // size
             source_C = self.block_ids_GNW[group, row_C, index_C]
-            shared = self.pool.refs_GPB[group, self.rank_N[row_C], source_C] > 1
-            row_C, index_C, source_C = row_C[shared], index_C[shared], source_C[shared]
-            rank_C = self.rank_N[row_C]
+            assert (self.pool.refs_GPB[group, rank_C, source_C] > 1).all(), "a fork shares no block"
             target_C = self.pool.allocate(group, rank_C)
             self.pool.free(group, rank_C, source_C)
             self.block_ids_GNW[group, row_C, index_C] = target_C
-            self.num_sent_GN[group, row_C] = np.minimum(self.num_sent_GN[group, row_C], index_C)
             parts.append((rank_C, np.full(len(row_C), group), source_C, target_C))
-        self.shares_tail_N[rows] = False
         copies = Copies(*(np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)))
         by_rank = np.argsort(copies.rank, kind="stable")
         return Copies(*(part[by_rank] for part in copies))
 
     def schedule(
-        self, rows: np.ndarray, num: np.ndarray, num_lacking: int, new_rows: np.ndarray, new_num: np.ndarray
+        self,
+        number: int,
+        rows: np.ndarray,
+        num: np.ndarray,
+        num_lacking: int,
+        new_rows: np.ndarray,
+        new_num: np.ndarray,
     ) -> step_loops.Scheduled:
-        """A step is planned that computes `num` tokens more of each row, which lack `num_lacking` blocks at most, and `new_num`
-        of the new ones: give them the blocks, count, and name those that are whole, or will be after the steps in flight."""
+        """Step `number` is planned, which computes `num` tokens more of each row, which lack `num_lacking` blocks at most, and
+        `new_num` of the new ones: give them the blocks, count, and name those that are whole, or will be after the steps in
+        flight."""
         most = num_lacking + step_loops.count_new(self.caches, self.for_loops, new_rows, new_num)
         step = step_loops.Scheduled.empty(self.config.num_ranks, len(rows) + len(new_rows), most)
         count = step_loops.schedule(
@@ -237,16 +211,16 @@ class RunningTable:
             self.pool.blocks,
             self.for_loops,
             self.names is not None,
+            number,
             rows,
             num,
             new_rows,
             new_num,
             step,
             np.empty(most, np.int32),
-            np.empty_like(step.row_S),
+            *np.empty((2, len(step.slot_S)), np.int32),
         )
-        blocks = {name: getattr(step, name)[:count] for name in step._fields if name.endswith("_B")}
-        return step._replace(**blocks)
+        return step if count == most else step._replace(block_4B=step.block_4B[:, :count])
 
     def shareable(self, row: int, most: int) -> int:
         """From how many of its first tokens, `most` at most, another request can go on with a row's blocks; 0: none.
@@ -258,7 +232,7 @@ class RunningTable:
             every = math.lcm(*(spec.tokens_per_block(1) for spec in self.specs if spec.kind == "state"))
             num = most // every * every
         first_G = np.maximum(num - self.caches.window_G + 1, 0) // self.caches.size_G
-        return num if (self.num_dropped_GN[:, row] <= first_G).all() else 0
+        return num if (self.table_GN["num_dropped"][:, row] <= first_G).all() else 0
 
     def take_in(
         self,
@@ -279,6 +253,7 @@ class RunningTable:
             self._factors,
             eos_ids,
             may_stop_V,
+            number,
             step,
             offsets_P1,
             sampled,
@@ -332,7 +307,8 @@ class RunningTable:
 
     def blocks_of(self, group: int, row: int) -> np.ndarray:
         """A row's blocks, i32."""
-        return self.block_ids_GNW[group, row, self.num_dropped_GN[group, row] : self.num_blocks_GN[group, row]]
+        table = self.table_GN[group, row]
+        return self.block_ids_GNW[group, row, table["num_dropped"] : table["num_blocks"]]
 
     def check_integrity(self) -> None:
         """The counters are in order, and the block tables are exactly what the pool accounts for."""
@@ -346,9 +322,12 @@ class RunningTable:
         assert (computed <= tokens).all(), (computed, tokens)
         assert (tokens <= self.limit_N[rows]).all(), (tokens, self.limit_N[rows])
         refs_GPB = np.zeros_like(self.pool.refs_GPB)
-        for group in range(len(self.num_blocks_GN)):
-            blocks = -(-computed // self.caches.size_G[group])
-            assert np.array_equal(self.num_blocks_GN[group, rows], blocks), (group, computed)
+        held = self.num_held_N[rows]
+        assert (held >= computed).all(), (held, computed)
+        for group, size in enumerate(self.caches.size_G.tolist()):
+            num_blocks = self.table_GN["num_blocks"][group, rows]
+            assert np.array_equal(num_blocks, -(-computed // size)), (group, computed)
+            assert (held <= num_blocks * size).all(), (group, held, num_blocks)
             for row in rows.tolist():
                 np.add.at(refs_GPB[group, self.rank_N[row]], self.blocks_of(group, row), 1)
         assert np.array_equal(refs_GPB, self.pool.refs_GPB), "the block tables and the pool disagree on references"

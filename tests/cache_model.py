@@ -53,7 +53,7 @@ def text(prompt, num_tokens):
 class CacheModel:
     """See the module. Two layers write, in parallel; the second one's caches hold the hash and one."""
 
-    context = SimpleNamespace(all_to_all=None)
+    context, config = SimpleNamespace(all_to_alls=()), None
 
     def allocate(self, *, num_blocks, block_size, max_model_len):
         return [
@@ -61,7 +61,10 @@ class CacheModel:
             for spec, num in zip(SPECS, num_blocks, strict=True)
         ]
 
-    def forward(self, batch, caches):
+    def forward(self, batches, caches):
+        return torch.cat([self._forward(batch, caches) for batch in batches])
+
+    def _forward(self, batch, caches):
         bounds = np.asarray(batch.caches[0].sequences.cu_queries).tolist()
         lengths = np.asarray(batch.caches[0].sequences.lengths).tolist()
         out = torch.zeros(len(batch.token_ids_T), 1)

@@ -3,7 +3,12 @@
 All files that start Ray go to one process: `ray stop`, which deploy/ray_cluster.sh runs, ends every Ray on a machine.
 """
 
+import os
+
 import pytest
+
+# Two processes of tests share the cores, and torch's threads spin while they wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 RAY = ("test_demo.py", "test_models_full.py", "test_ray_cluster.py", "test_ray_launcher.py")
 

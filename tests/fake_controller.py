@@ -41,6 +41,7 @@ INFO = ModelInfo(
     top_k=2,
     ep_size=2,
     device="cpu",
+    all_to_all="",
     block_size=16,
     cache_tokens=1584,
     cache_blocks={"full": 100},
@@ -74,7 +75,11 @@ class PromptRow:
     top: dict[int, float] = field(default_factory=dict)
 
 
-def outputs(rows: list[Row], prompt_rows: list[PromptRow] = (), step: int = 0) -> Outputs:
+def outputs(
+    rows: list[Row], prompt_rows: list[PromptRow] = (), routed: list[tuple[int, int, int]] = (), step: int = 0
+) -> Outputs:
+    """`routed`: of a request, that so many tokens went to an expert."""
+
     def offsets(items: list) -> np.ndarray:
         return np.cumsum([0, *(len(item.top) for item in items)], dtype=np.int32)
 
@@ -99,6 +104,9 @@ def outputs(rows: list[Row], prompt_rows: list[PromptRow] = (), step: int = 0) -
         prompt_top_offsets_R1=offsets(prompt_rows),
         prompt_top_ids=np.array(flat(prompt_rows, False), np.int32),
         prompt_top_logprobs=np.array(flat(prompt_rows, True), np.float32),
+        routed_id_C=np.array([wire for wire, _, _ in routed], np.int64),
+        routed_expert_C=np.array([expert for _, expert, _ in routed], np.int32),
+        routed_tokens_C=np.array([tokens for _, _, tokens in routed], np.int32),
     )
 
 
@@ -122,8 +130,8 @@ class HandController:
     def send(self, message: Message) -> None:
         self.channel.send(encode(message))
 
-    def say(self, *rows: Row, prompt_rows: list[PromptRow] = ()) -> None:
-        self.send(outputs(list(rows), list(prompt_rows)))
+    def say(self, *rows: Row, prompt_rows: list[PromptRow] = (), routed: list[tuple[int, int, int]] = ()) -> None:
+        self.send(outputs(list(rows), list(prompt_rows), routed))
 
     def heard(self) -> list[Message]:
         """Everything the front has said since the last call, without its `Hello`."""
@@ -247,7 +255,7 @@ class ThreadController:
             rows.append(Row(wire, token, finish, logprob=-0.5, rank=1, top=top, num_cached=cached))
             if finish:
                 del self._running[wire]
-        self._send(outputs(rows, prompt_rows, step))
+        self._send(outputs(rows, prompt_rows, step=step))
 
 
 def next_token(prompt: list[int], branch: int, position: int) -> int:

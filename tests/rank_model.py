@@ -34,7 +34,7 @@ class RankModel(_RankModel):
             if layer.moe is not None:
                 watched = _Watched(layer.moe.router, margin, near)
                 moe = replace(layer.moe, router=watched, fused=None)
-                self.model.layers[i] = layer = replace(layer, mlp=moe.forward, moe=moe)
+                self.model.layers[i] = layer = replace(layer, moe=moe)
             attention = layer.attention.__self__
             if getattr(attention, "index", None) is not None:
                 watched_ops = replace(attention.ops, choose_positions=_watched_choice(attention.ops, near))

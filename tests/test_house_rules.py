@@ -38,10 +38,11 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 ENGINE_FLAGS = {
     "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--quantize",
-    "--max-model-len",
+    "--numerics", "--max-model-len",
     "--max-num-tokens", "--max-running", "--max-waiting", "--max-waiting-per-tenant", "--chunk-tokens", "--policy",
     "--aging", "--tenant-weights", "--prefix-cache", "--no-prefix-cache", "--block-size", "--kv-cache-bytes",
-    "--redundant-experts", "--rebalance-steps", "--all-to-all", "--threads-per-rank", "--seed", "--start-timeout",
+    "--redundant-experts", "--topology", "--rebalance-steps", "--all-to-all", "--all-to-all-table", "--dispatch-dtype",
+    "--two-batch-overlap", "--no-two-batch-overlap", "--threads-per-rank", "--seed", "--start-timeout",
     "--step-timeout",
 }  # fmt: skip
 # Every option is one more thing to learn, to test and to keep. Add one here only if nothing can be decided without it.
@@ -52,14 +53,17 @@ FLAGS = {
     },
     "demo": {"--launcher", "--ep-size"},
     "inspect": {"--ep-size", "--context"},
-    "explain": {"--device", "--ep-size", "--all-to-all", "--topology"},
+    "explain": {
+        "--device", "--ep-size", "--topology", "--all-to-all", "--all-to-all-table", "--dispatch-dtype",
+        "--two-batch-overlap", "--no-two-batch-overlap",
+    },
     "experts": {"--png", "--json"},
     "bench throughput": {
         "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
     },
     "bench all-to-all": {
-        "--model", "--backends", "--ranks", "--tokens", "--hidden-size", "--steps", "--runs", "--sweep", "--loopback",
-        "--json",
+        "--model", "--backends", "--formats", "--ranks", "--tokens", "--hidden-size", "--steps", "--runs", "--sweep",
+        "--loopback", "--json",
     },
     "bench control": {"--ranks", "--steps", "--channels", "--json"},
     "bench quantize": {"--formats", "--text", "--tokens", "--json"},

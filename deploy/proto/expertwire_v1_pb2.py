@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+expertwire/deploy/proto/expertwire_v1.proto\x12\rexpertwire.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xb6\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.expertwire.v1.TokenIdsH\x00\x12#\n\x04\x63hat\x18\x08 \x01(\x0b\x32\x13.expertwire.v1.ChatH\x00\x12\x36\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1d.expertwire.v1.SamplingParams\x12\x15\n\x08priority\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06tenant\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x17\n\ncache_salt\x18\x07 \x01(\tH\x03\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_priorityB\t\n\x07_tenantB\r\n\x0b_cache_salt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xc8\x02\n\x04\x43hat\x12\x10\n\x08messages\x18\x01 \x01(\t\x12\x12\n\x05tools\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1d\n\x10reasoning_effort\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x15\n\x08thinking\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12!\n\x14\x63hat_template_kwargs\x18\x05 \x01(\tH\x03\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x06 \x01(\x08H\x04\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x07 \x01(\x08H\x05\x88\x01\x01\x42\x08\n\x06_toolsB\x13\n\x11_reasoning_effortB\x0b\n\t_thinkingB\x17\n\x15_chat_template_kwargsB\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_message\"\x8a\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\n\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.expertwire.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\x05H\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x11 \x01(\x05H\r\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_nB\x16\n\x14_skip_special_tokens\"\xc4\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x14.expertwire.v1.Chunk\x12\x38\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1f.expertwire.v1.PositionLogprobs\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.expertwire.v1.Usage\x12\x17\n\x0fopens_reasoning\x18\x05 \x01(\x08\"\xde\x01\n\x05\x43hunk\x12\x0e\n\x06\x62ranch\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x31\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1f.expertwire.v1.PositionLogprobs\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.expertwire.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\x05H\x00\x42\r\n\x0bstop_reason\"?\n\x10PositionLogprobs\x12+\n\x06tokens\x18\x01 \x03(\x0b\x32\x1b.expertwire.v1.TokenLogprob\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x15\n\rdecoded_token\x18\x04 \x01(\t\"e\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x05\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xdf\x04\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\x05\x12\x15\n\rmax_model_len\x18\x05 \x01(\x05\x12\x15\n\reos_token_ids\x18\x06 \x03(\x05\x12\x12\n\nnum_layers\x18\x07 \x01(\x05\x12\x13\n\x0bnum_experts\x18\x08 \x01(\x05\x12\r\n\x05top_k\x18\t \x01(\x05\x12\x0f\n\x07\x65p_size\x18\n \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x12\n\nblock_size\x18\x0c \x01(\x05\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\r \x01(\x03\x12\x13\n\x0bmax_running\x18\x0e \x01(\x05\x12\x0c\n\x04seed\x18\x0f \x01(\x03\x12\x0f\n\x07version\x18\x10 \x01(\t\x12\'\n\x07\x64ialect\x18\x11 \x01(\x0b\x32\x16.expertwire.v1.Dialect\x12\x16\n\x0e\x63hat_variables\x18\x12 \x03(\t\x12?\n\x0c\x63\x61\x63he_blocks\x18\x13 \x03(\x0b\x32).expertwire.v1.ModelInfo.CacheBlocksEntry\x12=\n\x0b\x63\x61\x63he_bytes\x18\x14 \x03(\x0b\x32(.expertwire.v1.ModelInfo.CacheBytesEntry\x1a\x32\n\x10\x43\x61\x63heBlocksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x31\n\x0f\x43\x61\x63heBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xcf\x01\n\x07\x44ialect\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0freasoning_start\x18\x02 \x01(\t\x12\x15\n\rreasoning_end\x18\x03 \x01(\t\x12\x14\n\x0c\x61nswer_start\x18\x04 \x01(\t\x12\x12\n\nanswer_end\x18\x05 \x01(\t\x12,\n\ntool_calls\x18\x06 \x01(\x0b\x32\x18.expertwire.v1.ToolCalls\x12\x13\n\x0b\x65nd_of_turn\x18\x07 \x03(\t\x12\x19\n\x11reasoning_efforts\x18\x08 \x03(\t\"U\n\tToolCalls\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\t\x12\x0b\n\x03\x65nd\x18\x03 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x04 \x01(\t\x12\x10\n\x08\x61rgument\x18\x05 \x01(\t\"\x11\n\x0fGetStatsRequest\"`\n\x05Stats\x12\'\n\x06values\x18\x01 \x01(\x0b\x32\x17.google.protobuf.Struct\x12.\n\x0b\x65xpert_load\x18\x02 \x03(\x0b\x32\x19.expertwire.v1.ExpertLoad\"\x1c\n\nExpertLoad\x12\x0e\n\x06tokens\x18\x01 \x03(\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xae\x02\n\tInference\x12M\n\x08Generate\x12\x1e.expertwire.v1.GenerateRequest\x1a\x1f.expertwire.v1.GenerateResponse0\x01\x12\x42\n\x05\x41\x62ort\x12\x1b.expertwire.v1.AbortRequest\x1a\x1c.expertwire.v1.AbortResponse\x12L\n\x0cGetModelInfo\x12\".expertwire.v1.GetModelInfoRequest\x1a\x18.expertwire.v1.ModelInfo\x12@\n\x08GetStats\x12\x1e.expertwire.v1.GetStatsRequest\x1a\x14.expertwire.v1.Statsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+expertwire/deploy/proto/expertwire_v1.proto\x12\rexpertwire.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xb6\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.expertwire.v1.TokenIdsH\x00\x12#\n\x04\x63hat\x18\x08 \x01(\x0b\x32\x13.expertwire.v1.ChatH\x00\x12\x36\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1d.expertwire.v1.SamplingParams\x12\x15\n\x08priority\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06tenant\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x17\n\ncache_salt\x18\x07 \x01(\tH\x03\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_priorityB\t\n\x07_tenantB\r\n\x0b_cache_salt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xc8\x02\n\x04\x43hat\x12\x10\n\x08messages\x18\x01 \x01(\t\x12\x12\n\x05tools\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1d\n\x10reasoning_effort\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x15\n\x08thinking\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12!\n\x14\x63hat_template_kwargs\x18\x05 \x01(\tH\x03\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x06 \x01(\x08H\x04\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x07 \x01(\x08H\x05\x88\x01\x01\x42\x08\n\x06_toolsB\x13\n\x11_reasoning_effortB\x0b\n\t_thinkingB\x17\n\x15_chat_template_kwargsB\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_message\"\xb4\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\n\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.expertwire.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\x05H\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x11 \x01(\x05H\r\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x12\x18\n\x0b\x65xpert_load\x18\x13 \x01(\x08H\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_nB\x16\n\x14_skip_special_tokensB\x0e\n\x0c_expert_load\"\xc4\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x14.expertwire.v1.Chunk\x12\x38\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1f.expertwire.v1.PositionLogprobs\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.expertwire.v1.Usage\x12\x17\n\x0fopens_reasoning\x18\x05 \x01(\x08\"\x8e\x02\n\x05\x43hunk\x12\x0e\n\x06\x62ranch\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x31\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1f.expertwire.v1.PositionLogprobs\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.expertwire.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\x05H\x00\x12.\n\x0b\x65xpert_load\x18\x08 \x03(\x0b\x32\x19.expertwire.v1.ExpertLoadB\r\n\x0bstop_reason\"?\n\x10PositionLogprobs\x12+\n\x06tokens\x18\x01 \x03(\x0b\x32\x1b.expertwire.v1.TokenLogprob\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x15\n\rdecoded_token\x18\x04 \x01(\t\"e\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x05\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xdf\x04\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\x05\x12\x15\n\rmax_model_len\x18\x05 \x01(\x05\x12\x15\n\reos_token_ids\x18\x06 \x03(\x05\x12\x12\n\nnum_layers\x18\x07 \x01(\x05\x12\x13\n\x0bnum_experts\x18\x08 \x01(\x05\x12\r\n\x05top_k\x18\t \x01(\x05\x12\x0f\n\x07\x65p_size\x18\n \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x12\n\nblock_size\x18\x0c \x01(\x05\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\r \x01(\x03\x12\x13\n\x0bmax_running\x18\x0e \x01(\x05\x12\x0c\n\x04seed\x18\x0f \x01(\x03\x12\x0f\n\x07version\x18\x10 \x01(\t\x12\'\n\x07\x64ialect\x18\x11 \x01(\x0b\x32\x16.expertwire.v1.Dialect\x12\x16\n\x0e\x63hat_variables\x18\x12 \x03(\t\x12?\n\x0c\x63\x61\x63he_blocks\x18\x13 \x03(\x0b\x32).expertwire.v1.ModelInfo.CacheBlocksEntry\x12=\n\x0b\x63\x61\x63he_bytes\x18\x14 \x03(\x0b\x32(.expertwire.v1.ModelInfo.CacheBytesEntry\x1a\x32\n\x10\x43\x61\x63heBlocksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x31\n\x0f\x43\x61\x63heBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xcf\x01\n\x07\x44ialect\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0freasoning_start\x18\x02 \x01(\t\x12\x15\n\rreasoning_end\x18\x03 \x01(\t\x12\x14\n\x0c\x61nswer_start\x18\x04 \x01(\t\x12\x12\n\nanswer_end\x18\x05 \x01(\t\x12,\n\ntool_calls\x18\x06 \x01(\x0b\x32\x18.expertwire.v1.ToolCalls\x12\x13\n\x0b\x65nd_of_turn\x18\x07 \x03(\t\x12\x19\n\x11reasoning_efforts\x18\x08 \x03(\t\"U\n\tToolCalls\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\t\x12\x0b\n\x03\x65nd\x18\x03 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x04 \x01(\t\x12\x10\n\x08\x61rgument\x18\x05 \x01(\t\"\x11\n\x0fGetStatsRequest\"`\n\x05Stats\x12\'\n\x06values\x18\x01 \x01(\x0b\x32\x17.google.protobuf.Struct\x12.\n\x0b\x65xpert_load\x18\x02 \x03(\x0b\x32\x19.expertwire.v1.ExpertLoad\"\x1c\n\nExpertLoad\x12\x0e\n\x06tokens\x18\x01 \x03(\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xae\x02\n\tInference\x12M\n\x08Generate\x12\x1e.expertwire.v1.GenerateRequest\x1a\x1f.expertwire.v1.GenerateResponse0\x01\x12\x42\n\x05\x41\x62ort\x12\x1b.expertwire.v1.AbortRequest\x1a\x1c.expertwire.v1.AbortResponse\x12L\n\x0cGetModelInfo\x12\".expertwire.v1.GetModelInfoRequest\x1a\x18.expertwire.v1.ModelInfo\x12@\n\x08GetStats\x12\x1e.expertwire.v1.GetStatsRequest\x1a\x14.expertwire.v1.Statsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELINFO_CACHEBLOCKSENTRY']._serialized_options = b'8\001'
   _globals['_MODELINFO_CACHEBYTESENTRY']._loaded_options = None
   _globals['_MODELINFO_CACHEBYTESENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3352
-  _globals['_FINISHREASON']._serialized_end=3472
+  _globals['_FINISHREASON']._serialized_start=3442
+  _globals['_FINISHREASON']._serialized_end=3562
   _globals['_GENERATEREQUEST']._serialized_start=93
   _globals['_GENERATEREQUEST']._serialized_end=403
   _globals['_TOKENIDS']._serialized_start=405
@@ -47,41 +47,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_start=431
   _globals['_CHAT']._serialized_end=759
   _globals['_SAMPLINGPARAMS']._serialized_start=762
-  _globals['_SAMPLINGPARAMS']._serialized_end=1540
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1263
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1311
-  _globals['_GENERATERESPONSE']._serialized_start=1543
-  _globals['_GENERATERESPONSE']._serialized_end=1739
-  _globals['_CHUNK']._serialized_start=1742
-  _globals['_CHUNK']._serialized_end=1964
-  _globals['_POSITIONLOGPROBS']._serialized_start=1966
-  _globals['_POSITIONLOGPROBS']._serialized_end=2029
-  _globals['_TOKENLOGPROB']._serialized_start=2031
-  _globals['_TOKENLOGPROB']._serialized_end=2117
-  _globals['_USAGE']._serialized_start=2119
-  _globals['_USAGE']._serialized_end=2220
-  _globals['_ABORTREQUEST']._serialized_start=2222
-  _globals['_ABORTREQUEST']._serialized_end=2256
-  _globals['_ABORTRESPONSE']._serialized_start=2258
-  _globals['_ABORTRESPONSE']._serialized_end=2273
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2275
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2296
-  _globals['_MODELINFO']._serialized_start=2299
-  _globals['_MODELINFO']._serialized_end=2906
-  _globals['_MODELINFO_CACHEBLOCKSENTRY']._serialized_start=2805
-  _globals['_MODELINFO_CACHEBLOCKSENTRY']._serialized_end=2855
-  _globals['_MODELINFO_CACHEBYTESENTRY']._serialized_start=2857
-  _globals['_MODELINFO_CACHEBYTESENTRY']._serialized_end=2906
-  _globals['_DIALECT']._serialized_start=2909
-  _globals['_DIALECT']._serialized_end=3116
-  _globals['_TOOLCALLS']._serialized_start=3118
-  _globals['_TOOLCALLS']._serialized_end=3203
-  _globals['_GETSTATSREQUEST']._serialized_start=3205
-  _globals['_GETSTATSREQUEST']._serialized_end=3222
-  _globals['_STATS']._serialized_start=3224
-  _globals['_STATS']._serialized_end=3320
-  _globals['_EXPERTLOAD']._serialized_start=3322
-  _globals['_EXPERTLOAD']._serialized_end=3350
-  _globals['_INFERENCE']._serialized_start=3475
-  _globals['_INFERENCE']._serialized_end=3777
+  _globals['_SAMPLINGPARAMS']._serialized_end=1582
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1289
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1337
+  _globals['_GENERATERESPONSE']._serialized_start=1585
+  _globals['_GENERATERESPONSE']._serialized_end=1781
+  _globals['_CHUNK']._serialized_start=1784
+  _globals['_CHUNK']._serialized_end=2054
+  _globals['_POSITIONLOGPROBS']._serialized_start=2056
+  _globals['_POSITIONLOGPROBS']._serialized_end=2119
+  _globals['_TOKENLOGPROB']._serialized_start=2121
+  _globals['_TOKENLOGPROB']._serialized_end=2207
+  _globals['_USAGE']._serialized_start=2209
+  _globals['_USAGE']._serialized_end=2310
+  _globals['_ABORTREQUEST']._serialized_start=2312
+  _globals['_ABORTREQUEST']._serialized_end=2346
+  _globals['_ABORTRESPONSE']._serialized_start=2348
+  _globals['_ABORTRESPONSE']._serialized_end=2363
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2365
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2386
+  _globals['_MODELINFO']._serialized_start=2389
+  _globals['_MODELINFO']._serialized_end=2996
+  _globals['_MODELINFO_CACHEBLOCKSENTRY']._serialized_start=2895
+  _globals['_MODELINFO_CACHEBLOCKSENTRY']._serialized_end=2945
+  _globals['_MODELINFO_CACHEBYTESENTRY']._serialized_start=2947
+  _globals['_MODELINFO_CACHEBYTESENTRY']._serialized_end=2996
+  _globals['_DIALECT']._serialized_start=2999
+  _globals['_DIALECT']._serialized_end=3206
+  _globals['_TOOLCALLS']._serialized_start=3208
+  _globals['_TOOLCALLS']._serialized_end=3293
+  _globals['_GETSTATSREQUEST']._serialized_start=3295
+  _globals['_GETSTATSREQUEST']._serialized_end=3312
+  _globals['_STATS']._serialized_start=3314
+  _globals['_STATS']._serialized_end=3410
+  _globals['_EXPERTLOAD']._serialized_start=3412
+  _globals['_EXPERTLOAD']._serialized_end=3440
+  _globals['_INFERENCE']._serialized_start=3565
+  _globals['_INFERENCE']._serialized_end=3867
 # @@protoc_insertion_point(module_scope)

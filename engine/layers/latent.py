@@ -14,7 +14,8 @@ from expertwire.engine.family import Names
 from expertwire.engine.layers.step import Step
 from expertwire.engine.layout import Layout, Parameters
 from expertwire.engine.model_config import Indexer, LatentAttention
-from expertwire.kernels import heads, rotary
+from expertwire.kernels import attention, heads, mla, rotary
+from expertwire.kernels.attention import Sequences
 from expertwire.kernels.formats import dequantize
 from expertwire.kernels.heads import PerHead
 from expertwire.kernels.linear import Linear
@@ -86,7 +87,7 @@ class SparseIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentQueryAttention:
-    """Absorbed, for decode and prefill alike. `compress` is the first of two query projections, with its norm."""
+    """`compress` is the first of two query projections, with its norm; `expand`: for prompts, where they need not be absorbed."""
 
     config: LatentAttention
     ops: Ops
@@ -100,6 +101,7 @@ class LatentQueryAttention:
     latent_norm: Tensor
     absorb: PerHead  # [T, H, n] -> [T, H, C]
     value: PerHead  # [T, H, C] -> [T, H, v]
+    expand: Linear | None  # [X, C] -> [X, H * (n + v)]
     index: SparseIndex | None
     output: Linear
     norm: Tensor
@@ -125,11 +127,37 @@ class LatentQueryAttention:
         if c.query_scaling is not None:
             scales = step.query_scales(c.query_scaling)
             plain_THn, rotated_THr = ((part * scales).to(x_TD.dtype) for part in (plain_THn, rotated_THr))
-        q_THl = torch.cat((self.absorb(plain_THn.contiguous()), rotated_THr), dim=2)
         chosen = self.index.choose(query_TQ, normed_TD, step) if self.index is not None else None
-        latent_THC = self.ops.attend_latent(q_THl, cache, rows.sequences, rank=c.rank, scale=self.scale, chosen=chosen)
-        attended_TX = self.value(latent_THC).flatten(1)
-        return self.ops.add_rms_norm(x_TD, self.output(attended_TX), self.norm, self.eps)
+        attended_THv = self._attended(plain_THn, rotated_THr, cache, rows.sequences, chosen)
+        return self.ops.add_rms_norm(x_TD, self.output(attended_THv.flatten(1)), self.norm, self.eps)
+
+    def _attended(
+        self, plain_THn: Tensor, rotated_THr: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
+    ) -> Tensor:
+        """[T, H, v]."""
+        num, prompts = seqs.num_single, attention.prompts(seqs)
+        if self.expand is None or not mla.is_worth_expanding(prompts, len(plain_THn) - num):
+            return self._absorbed(plain_THn, rotated_THr, cache, seqs, chosen)
+        prompts_THv = mla.attend_expanded(
+            torch.cat((plain_THn[num:], rotated_THr[num:]), dim=2),
+            cache,
+            prompts,
+            rank=self.config.rank,
+            scale=self.scale,
+            expand=self.expand,
+            attend=self.ops.attend,
+        )
+        if num == 0:
+            return prompts_THv
+        singles_THv = self._absorbed(plain_THn[:num], rotated_THr[:num], cache, attention.singles(seqs), None)
+        return torch.cat((singles_THv, prompts_THv))
+
+    def _absorbed(
+        self, plain_THn: Tensor, rotated_THr: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
+    ) -> Tensor:
+        q_THl = torch.cat((self.absorb(plain_THn.contiguous()), rotated_THr), dim=2)
+        rank, scale = self.config.rank, self.scale
+        return self.value(self.ops.attend_latent(q_THl, cache, seqs, rank=rank, scale=scale, chosen=chosen))
 
     def _compressed(self, normed_TD: Tensor) -> Tensor:
         if self.compress is None:
@@ -155,6 +183,7 @@ def bind(
         compress = ops.linear(p.weight("q_a"), dtype=dtype), p.tensor("q_a_norm")
     kv_b_HxC = dequantize(p.weight("kv_b"), dtype).unflatten(0, (c.num_heads, -1))
     key_HnC, value_HvC = kv_b_HxC.split((c.plain_dim, c.value_dim), dim=1)
+    expand = ops.linear(kv_b_HxC.flatten(0, 1), dtype=dtype) if ops.fast and c.indexer is None else None
     index = None
     if c.indexer is not None:
         assert caches[1] is not None, f"layer {layer} has an indexer but no cache for it"
@@ -172,6 +201,7 @@ def bind(
         latent_norm=p.tensor("kv_a_norm"),
         absorb=heads.prepare(key_HnC.transpose(1, 2).contiguous()),
         value=heads.prepare(value_HvC.contiguous()),
+        expand=expand,
         index=index,
         output=ops.linear(p.weight("o"), dtype=dtype),
         norm=norm,

@@ -30,7 +30,7 @@ class RankContext:
     device: str
     ops: Ops
     placement: Placement | None  # None: a dense model
-    all_to_all: AllToAll | None
+    all_to_alls: tuple[AllToAll, ...]  # one for each part of a step that can be on its way at once; none: a dense model
 
 
 @dataclass(frozen=True, kw_only=True)

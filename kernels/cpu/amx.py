@@ -5,6 +5,9 @@ which is half of 16 rows of a panel (`panel`): nothing is rearranged in a call.
 
 A sum over K runs pair by pair, in fp32, whatever the number of rows and wherever a row stands: its bits depend on nothing else.
 
+The unit that multiplies tiles is slow for half a microsecond whenever it has rested for about as long. So what is to be done with
+products in vectors, if it takes that long, is done row by row between the instructions of the next product.
+
 M rows, K inputs.
 """
 
@@ -12,6 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import llvmlite.binding
 import numpy as np
@@ -20,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from expertwire.kernels.cpu import vectors
+from expertwire.kernels.cpu import panel, vectors
 from expertwire.kernels.cpu.numbers import jit
 from expertwire.kernels.cpu.panel import PANEL
 from expertwire.kernels.cpu.vectors import I8, I64
@@ -30,6 +35,8 @@ ROWS = 2 * TILE  # of x at once
 HEAD = TILE  # rows of products before the first that was asked for
 _DEPTH = 32  # of a tile
 _STRIDE = 4 * PANEL  # bytes of a row of a panel, and of one of products
+_LINE_BYTES = 64
+_LINES = _DEPTH // 2 * _STRIDE // _LINE_BYTES  # of the cache, in the rows of a panel that meet a tile
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA = 158, 0x1023, 18  # Linux, x86-64
 
 
@@ -55,37 +62,70 @@ class _Emitter:
         function_type = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
         self.b.call(cgutils.get_or_insert_function(self.b.module, function_type, f"llvm.x86.{name}"), args)
 
-    def products(self, xs: list[ir.Value], ldx: ir.Value, w: ir.Value, ahead: ir.Value | None, num_k: ir.Value) -> None:
-        """Tile `2 i + j` becomes the product of 16 rows from `xs[i]` on and half j of the panel at w. In bytes, but `num_k`."""
+    def products(
+        self,
+        xs: list[ir.Value],
+        ldx: ir.Value,
+        w: ir.Value,
+        ahead: ir.Value,
+        lines: tuple[ir.Value, ir.Value],
+        num_k: ir.Value,
+        between: Callable[[ir.Value], None],
+    ) -> None:
+        """Tile `2 i + j` becomes the product of 16 rows from `xs[i]` on and half j of the panel at w. In bytes, but `num_k`.
+
+        Of as many rows of a panel as a tile has, it asks for these `lines` of the ones at `ahead`. `between` is emitted once a
+        step, of which it gets the number.
+        """
         b = self.b
         for i in range(2 * len(xs)):
             self.call("tilezero", I8(i))
-        before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
-        b.branch(loop)
-        b.position_at_end(loop)
-        k = b.phi(I64)
-        x_at, w_at = b.mul(k, I64(2)), b.mul(k, I64(_STRIDE // 2))
-        for i, start in enumerate(xs):
-            # Past the first cache, which the panel fills: all rows meet it before the next one.
-            self.call("tileloaddt164", I8(4 + i), b.gep(start, [x_at]), ldx)
-            for j in range(2):
-                if i == 0:
-                    half = b.gep(w, [b.add(w_at, I64(j * _STRIDE // 2))])
-                    self.call("tileloadd64", I8(6 + j), half, I64(_STRIDE))
-                self.call("tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
-        if ahead is not None:
-            for line in range(0, _DEPTH // 2 * _STRIDE, 64):
-                vectors.prefetch(b, b.gep(ahead, [b.add(w_at, I64(line))]), 2)
-        following = b.add(k, I64(_DEPTH))
-        b.cbranch(b.icmp_signed("<", following, num_k), loop, after)
-        k.add_incoming(I64(0), before)
-        k.add_incoming(following, b.block)
-        b.position_at_end(after)
+
+        def multiply(step: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            x_at, w_at = b.mul(step, I64(2 * _DEPTH)), b.mul(step, I64(_DEPTH // 2 * _STRIDE))
+            for i, start in enumerate(xs):
+                # Past the first cache, which the panel fills: all rows meet it before the next one.
+                self.call("tileloaddt164", I8(4 + i), b.gep(start, [x_at]), ldx)
+                for j in range(2):
+                    if i == 0:
+                        half = b.gep(w, [b.add(w_at, I64(j * _STRIDE // 2))])
+                        self.call("tileloadd64", I8(6 + j), half, I64(_STRIDE))
+                    self.call("tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
+            following = b.gep(ahead, [b.add(w_at, b.mul(lines[0], I64(_LINE_BYTES)))])
+
+            def ask(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                vectors.prefetch(b, b.gep(following, [b.mul(line, I64(_LINE_BYTES))]), 2)
+                return []
+
+            vectors.loop(b, b.sub(lines[1], lines[0]), [], ask)
+            between(step)
+            return []
+
+        vectors.loop(b, b.udiv(num_k, I64(_DEPTH)), [], multiply)
 
 
-def _multiply(num_blocks: int, prefetches: bool):
+def _between(context: Any, b: ir.IRBuilder, kind: Any, value: ir.Value, num_k: ir.Value) -> Callable[[ir.Value], None]:
+    """What emits a step's share of `put_gated_rows`, of the arguments in a tuple; nothing of None."""
+    if kind == types.none:
+        return lambda step: None
+    put, count = panel.gated_row(context, b, kind, cgutils.unpack_tuple(b, value, len(kind)))
+    steps = b.udiv(num_k, I64(_DEPTH))
+    share = b.udiv(b.sub(b.add(count, steps), I64(1)), steps)
+
+    def emit(step: ir.Value) -> None:
+        first = b.mul(step, share)
+        left = b.sub(count, first)
+        with b.if_then(b.icmp_signed(">", left, I64(0))):
+            vectors.loop(b, vectors.least(b, left, share), [], lambda i, _: put(b.add(first, i)))
+
+    return emit
+
+
+def _multiply(num_blocks: int):
     @intrinsic
-    def multiply(context, x, first, second, ldx, w, w_at, ahead_at, num_k, y, first_row, second_row):
+    def multiply(
+        context, x, first, second, ldx, w, w_at, ahead_at, line, end_line, num_k, y, first_row, second_row, waiting
+    ):
         def generate(context, builder, signature, args):
             def start(array: int, offset: ir.Value) -> ir.Value:
                 kind = context.get_data_type(signature.args[array].dtype)
@@ -94,23 +134,22 @@ def _multiply(num_blocks: int, prefetches: bool):
 
             emitter = _Emitter(builder)
             xs = [start(0, args[1 + i]) for i in range(num_blocks)]
-            ahead = start(4, args[6]) if prefetches else None
-            emitter.products(xs, builder.mul(args[3], I64(2)), start(4, args[5]), ahead, args[7])
+            between = _between(context, builder, signature.args[13], args[13], args[9])
+            weights = start(4, args[5]), start(4, args[6]), (args[7], args[8]), args[9]
+            emitter.products(xs, builder.mul(args[3], I64(2)), *weights, between)
             for i in range(num_blocks):
                 for j in range(2):
-                    place = builder.add(builder.mul(args[9 + i], I64(PANEL)), I64(j * TILE))
-                    emitter.call("tilestored64", I8(2 * i + j), start(8, place), I64(_STRIDE))
+                    place = builder.add(builder.mul(args[11 + i], I64(PANEL)), I64(j * TILE))
+                    emitter.call("tilestored64", I8(2 * i + j), start(10, place), I64(_STRIDE))
             return context.get_dummy_value()
 
-        number = types.int64
-        return types.void(x, number, number, number, w, number, number, number, y, number, number), generate
+        n = types.int64
+        return types.void(x, n, n, n, w, n, n, n, n, n, y, n, n, waiting), generate
 
     return multiply
 
 
-_one, _one_ahead, _two, _two_ahead = (
-    _multiply(num_blocks, prefetches) for num_blocks in (1, 2) for prefetches in (False, True)
-)
+_one, _two = (_multiply(num_blocks) for num_blocks in (1, 2))
 
 
 @intrinsic
@@ -145,22 +184,21 @@ def begin():
 
 
 @jit
-def multiply_rows(x, m, num_m, num_k, w, at, ahead, asks, products):
+def multiply_rows(x, m, num_m, num_k, w, at, ahead, products, waiting):
     """Rows m to m + 32 of x, bf16 [num_m or 16, >= K], as far as there are any, times the panel of w from element `at` on.
 
     `products` fp32 [HEAD + 32, 32] gets them from row HEAD on. The last 16 rows are one tile, wherever it begins, so that x is
-    read in place. If it `asks`, it asks for the panel at `ahead`.
+    read in place. All rows together ask for the panel at `ahead`, each 32 for their share of it. `waiting`: arguments of
+    `panel.put_gated_rows`, of other products, which it does on the way; or None.
     """
     width, last = x.shape[1], max(num_m - TILE, 0)
     first, second = min(m, last), min(m + TILE, last)
     first_row, second_row = HEAD + first - m, HEAD + second - m
     first, second = first * width, second * width
+    # Asked for at once, what is behind would wait for all of it.
+    block, num_blocks = m // ROWS, (num_m - 1) // ROWS + 1
+    line, end_line = _LINES * block // num_blocks, _LINES * (block + 1) // num_blocks
     if m + TILE >= num_m:
-        if asks:
-            _one_ahead(x, first, 0, width, w, at, ahead, num_k, products, first_row, 0)
-        else:
-            _one(x, first, 0, width, w, at, ahead, num_k, products, first_row, 0)
-    elif asks:
-        _two_ahead(x, first, second, width, w, at, ahead, num_k, products, first_row, second_row)
+        _one(x, first, 0, width, w, at, ahead, line, end_line, num_k, products, first_row, 0, waiting)
     else:
-        _two(x, first, second, width, w, at, ahead, num_k, products, first_row, second_row)
+        _two(x, first, second, width, w, at, ahead, line, end_line, num_k, products, first_row, second_row, waiting)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, pack_values, panels
-from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, put_row, rows_at_once
-from expertwire.kernels.cpu.numbers import as_array, jit, round_like
+from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
+from expertwire.kernels.cpu.numbers import as_array, jit, put_row, round_like
 from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
 from expertwire.kernels.cpu.softmax import softmax
 from expertwire.kernels.cpu.vectors import LANES
@@ -47,9 +47,8 @@ def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, 
     num_kv, dim, group = k_NsGd.shape[2], k_NsGd.shape[3], q_THd.shape[1] // k_NsGd.shape[2]
     longest, most = max(lengths_B), np.diff(cu_queries).max()
     reach = _reach(longest, window, chunk)
-    piece = (
-        most if reach == longest else min(most, max(reach, _LEAST_QUERIES))
-    )  # queries that meet the same packed keys
+    # Queries that meet the same packed keys.
+    piece = most if reach == longest else min(most, max(reach, _LEAST_QUERIES))
     width = -(-min(longest, reach + piece + PANEL) // PANEL) * PANEL
     depth = -(-dim // LINE) * LINE
     keys, values = panels(k_NsGd, width // PANEL, depth), panels(v_NsGd, depth // PANEL, width)

@@ -11,8 +11,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from expertwire.kernels.cpu import amx, vectors
-from expertwire.kernels.cpu.multiply import put_row
-from expertwire.kernels.cpu.numbers import jit
+from expertwire.kernels.cpu.numbers import jit, put_row
 from expertwire.kernels.cpu.panel import LINE, PANEL, pack_half
 from expertwire.kernels.cpu.vectors import BITS, I16, I32, I64, LANES
 

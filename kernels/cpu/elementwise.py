@@ -1,49 +1,51 @@
-"""Norms, routing, activation and combine on a CPU: each is one pass over memory, where torch takes several and a call for each.
+"""Norms, activation and combine on a CPU: each is one pass over memory, where torch takes several and a call for each.
 
 Every function has its specification in the op's own file. Loops over tokens are independent and their order within a token is
 fixed, so a token's bits do not depend on its neighbours.
 
-T tokens, D model width, F expert width, E experts, K chosen, N rows.
+T tokens, D model width, F expert width, K experts of a token, N rows.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu import routing
-from expertwire.kernels.cpu.numbers import as_array, exp, jit, load, round_like, softmax, sum_squares
+from expertwire.kernels.cpu.numbers import as_array, exp, jit, load, rms_scale, round_like
+
+
+@jit
+def _rms_norm_row(x: np.ndarray, weight: np.ndarray, eps: float, y: np.ndarray) -> None:
+    scale = rms_scale(x, eps)
+    for i in range(len(x)):
+        y[i] = round_like(load(x[i]) * scale * load(weight[i]), y[i])
 
 
 @jit
 def _rms_norm(x_TD: np.ndarray, weight_D: np.ndarray, eps: float, y_TD: np.ndarray) -> None:
-    width = x_TD.shape[1]
-    for t in range(x_TD.shape[0]):
-        scale = np.float32(1) / np.sqrt(sum_squares(x_TD[t]) / np.float32(width) + np.float32(eps))
-        for i in range(width):
-            y_TD[t, i] = round_like(load(x_TD[t, i]) * scale * load(weight_D[i]), y_TD[t, i])
+    for t in range(len(x_TD)):
+        _rms_norm_row(x_TD[t], weight_D, eps, y_TD[t])
 
 
 @jit
-def _add(x_TD: np.ndarray, delta_TD: np.ndarray, sum_TD: np.ndarray) -> None:
-    for t in range(x_TD.shape[0]):
-        for i in range(x_TD.shape[1]):
-            sum_TD[t, i] = round_like(load(x_TD[t, i]) + load(delta_TD[t, i]), sum_TD[t, i])
+def _add_row(x: np.ndarray, delta: np.ndarray, total: np.ndarray) -> None:
+    for i in range(len(x)):
+        total[i] = round_like(load(x[i]) + load(delta[i]), total[i])
 
 
 @jit
 def add_rms_norm_rows(
     x_TD: np.ndarray, delta_TD: np.ndarray, weight_D: np.ndarray, eps: float, sum_TD: np.ndarray, y_TD: np.ndarray
 ) -> None:
-    _add(x_TD, delta_TD, sum_TD)
-    _rms_norm(sum_TD, weight_D, eps, y_TD)
+    for t in range(len(x_TD)):
+        _add_row(x_TD[t], delta_TD[t], sum_TD[t])
+        _rms_norm_row(sum_TD[t], weight_D, eps, y_TD[t])
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`kernels.rms_norm.reference`."""
+    assert x_TD.stride(1) == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
     y_TD = torch.empty_like(x_TD)
     _rms_norm(as_array(x_TD), as_array(weight_D), eps, as_array(y_TD))
     return y_TD
@@ -51,43 +53,10 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`kernels.rms_norm.add_reference`."""
+    assert x_TD.stride(1) == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
     sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
     add_rms_norm_rows(as_array(x_TD), as_array(delta_TD), as_array(weight_D), eps, as_array(sum_TD), as_array(y_TD))
     return sum_TD, y_TD
-
-
-@jit
-def route_rows(logits_TE: np.ndarray, renormalize: bool, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
-    num_experts, top_k = logits_TE.shape[1], ids_TK.shape[1]
-    probs = np.empty(num_experts, np.float32)
-    for t in range(logits_TE.shape[0]):
-        for e in range(num_experts):
-            probs[e] = load(logits_TE[t, e])
-        softmax(probs)
-        chosen = np.float32(0)
-        for k in range(top_k):
-            best = 0
-            for e in range(num_experts):
-                if probs[e] > probs[best]:
-                    best = e
-            ids_TK[t, k] = best
-            weights_TK[t, k] = probs[best]
-            chosen += probs[best]
-            probs[best] = np.float32(-1)
-        if renormalize:
-            for k in range(top_k):
-                weights_TK[t, k] /= chosen
-
-
-def route(logits_TE: Tensor, top_k: int, *, renormalize: bool, **special: Any) -> tuple[Tensor, Tensor]:
-    """`kernels.routing.reference`; of equal weights the lower id comes first."""
-    if special:
-        return routing.route(logits_TE, top_k, renormalize=renormalize, **special)
-    num_tokens = logits_TE.shape[0]
-    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    weights_TK = torch.empty(num_tokens, top_k)
-    route_rows(as_array(logits_TE), renormalize, ids_TK.numpy(), weights_TK.numpy())
-    return ids_TK, weights_TK
 
 
 @jit

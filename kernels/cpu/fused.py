@@ -15,10 +15,11 @@ from torch import Tensor
 
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.attention import attend_rows, sinks
-from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows, route_rows
+from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows
 from expertwire.kernels.cpu.gemm import Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
 from expertwire.kernels.cpu.numbers import as_array, jit
 from expertwire.kernels.cpu.rotary import rotate_and_store_rows
+from expertwire.kernels.cpu.routing import Rule, route_rows, rule
 
 # What all layers of a step share: cosines and sines, positions_T, slots_T, tables_Bb, cu_queries, lengths_B.
 StepArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -143,7 +144,7 @@ def _moe(
     normed_TD: np.ndarray,
     router: Layer,
     top_k: int,
-    renormalize: bool,
+    rule: Rule,
     physical_of_E: np.ndarray,
     experts: Operands,
     norm_D: np.ndarray,
@@ -156,7 +157,7 @@ def _moe(
     ids_TK, weights_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
     logits_TE = np.empty((num_tokens, len(load_E)), x_TD.dtype)
     linear_rows(normed_TD, router[0], router[1], logits_TE)
-    route_rows(logits_TE, renormalize, ids_TK, weights_TK)
+    route_rows(logits_TE, rule, ids_TK, weights_TK)
 
     physical_TK, place_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.int64)
     for t in range(num_tokens):
@@ -186,8 +187,8 @@ class MoeAndNorm:
         renormalize: bool,
         eps: float,
     ) -> None:
-        routing = (router.panels, router.bias), top_k, renormalize, physical_of_E.numpy()
-        self._fixed = *routing, experts.operands, as_array(norm_D), eps
+        choice = top_k, rule(len(physical_of_E), renormalize=renormalize), physical_of_E.numpy()
+        self._fixed = (router.panels, router.bias), *choice, experts.operands, as_array(norm_D), eps
 
     def __call__(self, x_TD: Tensor, normed_TD: Tensor, load_E: np.ndarray) -> tuple[Tensor, Tensor]:
         sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)

@@ -17,8 +17,17 @@ from numba.extending import overload
 from torch import Tensor
 
 from expertwire.kernels.cpu import amx, unpack
-from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, put_row, rows_at_once
-from expertwire.kernels.cpu.numbers import as_array, jit, round_like
+from expertwire.kernels.cpu.multiply import (
+    HEAD,
+    begin,
+    finish,
+    multiply,
+    multiply_gating,
+    operand,
+    products,
+    rows_at_once,
+)
+from expertwire.kernels.cpu.numbers import as_array, jit, put_row, round_like
 from expertwire.kernels.cpu.panel import LINE, PANEL, pack_rows, put_gated_rows, put_rows
 from expertwire.kernels.cpu.unpack import Codes, expert, num_panels, room, unpacked
 from expertwire.kernels.cpu.vectors import LANES
@@ -26,10 +35,8 @@ from expertwire.kernels.formats import Quantized, Weight
 from expertwire.kernels.permute import TileMap
 from expertwire.kernels.variants import Activation
 
-_CHUNK = (
-    288  # rows of x that stay in the cache while all weights meet them; a multiple of how many are multiplied at once
-)
-
+# Rows of x that stay in the cache while all weights meet them; a multiple of how many are multiplied at once.
+_CHUNK = 288
 
 Gating = tuple[np.float32, np.float32, np.float32]  # alpha, limit and offset of `experts.gate_reference`
 Operands = tuple[np.ndarray | Codes, np.ndarray, np.ndarray | Codes, np.ndarray, Gating]
@@ -202,16 +209,19 @@ def _put_few(found, count, bias, n, y):
 
 
 @jit
-def _hidden(x, num_m, w13, bias, gating, room, found, like, hidden):
-    """What lies between an expert's products, rounded as `like`."""
+def _hidden(x, num_m, w13, bias, gating, room, found, other, like, hidden):
+    """What lies between an expert's products, rounded as `like`. Some rows are gated while the next ones are multiplied."""
     width, num_k = hidden.shape[1], x.shape[1]
+    waiting = other, HEAD, 0, bias, 0, gating, like, hidden, 0, width
     for i in range(num_panels(w13)):
         panels, j = unpacked(w13, i, room)
         step = rows_at_once(panels)
         for m in range(0, num_m, step):
-            multiply(x, m, num_m, num_k, panels, j, found)
+            multiply_gating(x, m, num_m, num_k, panels, j, found, waiting)
             count, at = min(step, num_m - m), m * width + i * LANES
-            put_gated_rows(found, HEAD, count, bias, i * PANEL, gating, like, hidden, at, width)
+            waiting = found, HEAD, count, bias, i * PANEL, gating, like, hidden, at, width
+            found, other = other, found
+    put_gated_rows(*waiting)
 
 
 @jit
@@ -233,13 +243,14 @@ def experts_rows(x, index, offsets, operands, y):
     most, width, inner = min(_CHUNK, np.diff(offsets).max()), x.shape[1], bias13.shape[1] * LANES
     room13, room2 = room(expert(w13, 0), x), room(expert(w2, 0), x)
     rows, hidden, found = operand(most, width, room13), operand(most, inner, room2), products()
+    other = products()
     begin(room13)
     for e in range(len(bias13)):
         for start in range(offsets[e], offsets[e + 1], _CHUNK):
             count = min(_CHUNK, offsets[e + 1] - start)
             for m in range(count):
                 put_row(x[index[start + m]], rows[m])
-            _hidden(rows, count, expert(w13, e), bias13[e], gating, room13, found, x[0, 0], hidden)
+            _hidden(rows, count, expert(w13, e), bias13[e], gating, room13, found, other, x[0, 0], hidden)
             _product(hidden, count, expert(w2, e), bias2[e], room2, found, y[start : start + count])
     finish(room13)
 

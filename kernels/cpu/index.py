@@ -13,8 +13,8 @@ from torch import Tensor
 
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, panels
-from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, put_row, rows_at_once
-from expertwire.kernels.cpu.numbers import as_array, jit, load
+from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
+from expertwire.kernels.cpu.numbers import as_array, jit, load, put_row
 from expertwire.kernels.cpu.panel import LINE, PANEL
 from expertwire.kernels.cpu.vectors import LANES
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, pack_values, panels
-from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, put_row, rows_at_once
-from expertwire.kernels.cpu.numbers import as_array, exp, jit, round_like
+from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
+from expertwire.kernels.cpu.numbers import as_array, exp, jit, put_row, round_like
 from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
 from expertwire.kernels.cpu.softmax import soften
 from expertwire.kernels.cpu.vectors import LANES

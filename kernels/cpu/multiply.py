@@ -10,8 +10,8 @@ from numba import types
 from numba.extending import overload
 
 from expertwire.kernels.cpu import amx, panel
-from expertwire.kernels.cpu.numbers import jit, load, round_like
-from expertwire.kernels.cpu.panel import PANEL
+from expertwire.kernels.cpu.numbers import jit
+from expertwire.kernels.cpu.panel import PANEL, put_gated_rows
 
 HEAD = amx.HEAD  # rows of products before those that were asked for
 
@@ -58,26 +58,6 @@ def _operand(num_rows, num_k, w):
     return lambda num_rows, num_k, w: np.empty((max(num_rows, amx.TILE), num_k), dtype)
 
 
-def put_row(row, out):
-    """A row, as far as it goes, in the type of `out`."""
-
-
-@overload(put_row)
-def _put_row(row, out):
-    if row.dtype == out.dtype:
-
-        def put(row, out):
-            out[: len(row)] = row
-
-        return put
-
-    def convert(row, out):
-        for i in range(len(row)):
-            out[i] = round_like(load(row[i]), out[i])
-
-    return convert
-
-
 @jit
 def products():
     """Where `multiply` puts what it finds: fp32 [*, 32], from row HEAD on."""
@@ -95,7 +75,7 @@ def multiply(x, m, num_m, num_k, w, i, found):
 def _multiply(x, m, num_m, num_k, w, i, found):
     def matrices(x, m, num_m, num_k, w, i, found):
         at, size = i * w.shape[1] * w.shape[2], w.shape[1] * w.shape[2]
-        amx.multiply_rows(x, m, num_m, num_k, w, at, at + size, m == 0, found)
+        amx.multiply_rows(x, m, num_m, num_k, w, at, at + size, found, None)
 
     step = 2 if w.dtype == types.uint32 else 1
 
@@ -106,5 +86,23 @@ def _multiply(x, m, num_m, num_k, w, i, found):
             start, row = (m + done) * width, (HEAD + done) * PANEL
             left = count - done
             done += panel.multiply_rows(left, x, start, width, w, at, at + size, num_k // step, found, row)
+
+    return matrices if by_matrices(w) else vectors
+
+
+def multiply_gating(x, m, num_m, num_k, w, i, found, waiting):
+    """`multiply`, and `put_gated_rows(*waiting)` of other products, unless they are no rows."""
+
+
+@overload(multiply_gating)
+def _multiply_gating(x, m, num_m, num_k, w, i, found, waiting):
+    def matrices(x, m, num_m, num_k, w, i, found, waiting):
+        at, size = i * w.shape[1] * w.shape[2], w.shape[1] * w.shape[2]
+        amx.multiply_rows(x, m, num_m, num_k, w, at, at + size, found, waiting)
+
+    def vectors(x, m, num_m, num_k, w, i, found, waiting):
+        if waiting[2] > 0:
+            put_gated_rows(*waiting)
+        multiply(x, m, num_m, num_k, w, i, found)
 
     return matrices if by_matrices(w) else vectors

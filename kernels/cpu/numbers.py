@@ -12,6 +12,8 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from expertwire.compiled import compiler
+from expertwire.kernels.cpu import vectors
+from expertwire.kernels.cpu.vectors import I32, I64, LANES
 
 # No fast math: what LLVM makes of it depends on what a function is inlined into, which depends on what was in the cache, so two
 # ranks could differ in their last bits.
@@ -61,67 +63,71 @@ def _round_overload(value, like):
     return lambda value, like: np.float32(value)
 
 
+def put_row(row, out):
+    """A row, as far as it goes, in the type of `out`."""
+
+
+@overload(put_row)
+def _put_row_overload(row, out):
+    same = row.dtype == out.dtype
+
+    def put(row, out):
+        # Not as a slice: numba copies one number by number.
+        for i in range(len(row)):
+            out[i] = row[i] if same else round_like(load(row[i]), out[i])
+
+    return put
+
+
+@intrinsic
+def _fma(context: Any, x: Any, y: Any, z: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
 @jit
 def exp(x: float) -> float:
     """e^x in fp32 for x <= 88, by 2^n times a polynomial of the rest (Cephes' expf); loops over it vectorise."""
     x = max(x, np.float32(-87.0))
-    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1.0)
+    n = np.floor(_fma(x, np.float32(1.44269504088896341), np.float32(0.5)))
+    r = _fma(n, np.float32(2.12194440e-4), _fma(n, np.float32(-0.693359375), x))
+    p = _fma(np.float32(1.9875691500e-4), r, np.float32(1.3981999507e-3))
+    p = _fma(p, r, np.float32(8.3334519073e-3))
+    p = _fma(p, r, np.float32(4.1665795894e-2))
+    p = _fma(p, r, np.float32(1.6666665459e-1))
+    p = _fma(p, r, np.float32(5.0000001201e-1))
+    p = _fma(p, r * r, r) + np.float32(1.0)
     return p * _bits_to_f32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
-@jit
-def sum_squares(x: np.ndarray) -> float:
-    """Of one row, in eight partial sums, which a processor adds side by side."""
-    a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-    e, f, g, h = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-    whole = len(x) // 8 * 8
-    for i in range(0, whole, 8):
-        a += load(x[i]) * load(x[i])
-        b += load(x[i + 1]) * load(x[i + 1])
-        c += load(x[i + 2]) * load(x[i + 2])
-        d += load(x[i + 3]) * load(x[i + 3])
-        e += load(x[i + 4]) * load(x[i + 4])
-        f += load(x[i + 5]) * load(x[i + 5])
-        g += load(x[i + 6]) * load(x[i + 6])
-        h += load(x[i + 7]) * load(x[i + 7])
-    for i in range(whole, len(x)):
-        a += load(x[i]) * load(x[i])
-    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+@intrinsic
+def _sum_squares(context: Any, x: Any, count: Any) -> Any:
+    """Of the first `count` vectors of x, at least one, side by side."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        start = vectors.pointer(context, b, signature.args[0], args[0], I64(0), context.get_data_type(x.dtype))
+
+        def add(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            value = vectors.load_numbers(b, start, b.mul(i, I64(LANES)), bf16=x.dtype == types.uint16)
+            return [vectors.fma(b, value, value, sums[0])]
+
+        [total] = vectors.loop(b, args[1], [vectors.each(0.0)], add)
+        return b.extract_element(vectors.folded(b, total, b.fadd), I32(0))
+
+    return types.float32(x, types.int64), generate
 
 
 @jit
-def softmax(x: np.ndarray) -> None:
-    """In place, of one row; maximum and sum in eight parts, as in `sum_squares`."""
-    largest, total = np.empty(8, np.float32), np.zeros(8, np.float32)
-    whole = len(x) // 8 * 8
-    largest[:] = x[0]
-    for i in range(0, whole, 8):
-        for j in range(8):
-            largest[j] = max(largest[j], x[i + j])
-    for i in range(whole, len(x)):
-        largest[0] = max(largest[0], x[i])
-    top = largest[0]
-    for j in range(8):
-        top = max(top, largest[j])
-    for i in range(len(x)):
-        x[i] = exp(x[i] - top)
-    for i in range(0, whole, 8):
-        for j in range(8):
-            total[j] += x[i + j]
-    for i in range(whole, len(x)):
-        total[0] += x[i]
-    parts = ((total[0] + total[1]) + (total[2] + total[3])) + ((total[4] + total[5]) + (total[6] + total[7]))
-    inverse = np.float32(1) / parts
-    for i in range(len(x)):
-        x[i] *= inverse
+def rms_scale(x: np.ndarray, eps: float) -> float:
+    """What a row is multiplied by to be normed: 1 over the root of its mean square and eps. Its numbers lie side by side."""
+    num, total = len(x) // LANES, np.float32(0)
+    if num > 0:
+        total = _sum_squares(x, num)
+    for i in range(num * LANES, len(x)):
+        total += load(x[i]) * load(x[i])
+    return np.float32(1) / np.sqrt(total / np.float32(len(x)) + np.float32(eps))
 
 
 def as_array(x: Tensor) -> np.ndarray:

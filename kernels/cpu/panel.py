@@ -149,13 +149,9 @@ def put_rows(context, products, first, count, bias, bias_at, y, y_at, ldy):
 
     def generate(context, builder, signature, args):
         b = builder
-        start = vectors.pointer(context, b, signature.args[3], args[3], args[4], F32)
-        biases = [vectors.load(b, start, I64(half)) for half in (0, LANES)]
-
-        def finished(halves: list[ir.Value]) -> list[ir.Value]:
-            return [b.fadd(half, bias) for half, bias in zip(halves, biases, strict=True)]
-
-        return _put(context, b, signature.args, args, 5, finished)
+        row = _Row(context, b, signature.args, args, y=5)
+        vectors.loop(b, args[2], [], lambda i, _: row.put(i, row.biased(i)))
+        return context.get_dummy_value()
 
     number = types.int64
     return types.void(products, number, number, bias, number, y, number, number), generate
@@ -166,35 +162,47 @@ def put_gated_rows(context, products, first, count, bias, bias_at, gating, like,
     """As `put_rows`: sixteen columns of `vectors.silu_mul`, with its alpha, limit and offset, rounded as `like`."""
 
     def generate(context, builder, signature, args):
-        b = builder
-        start = vectors.pointer(context, b, signature.args[3], args[3], args[4], F32)
-        biases = [vectors.load(b, start, I64(half)) for half in (0, LANES)]
-        numbers = [vectors.splat(b, b.extract_value(args[5], i)) for i in range(3)]
-
-        def finished(halves: list[ir.Value]) -> list[ir.Value]:
-            gate, up = (b.fadd(half, bias) for half, bias in zip(halves, biases, strict=True))
-            return [vectors.silu_mul(b, gate, up, *numbers, bf16=signature.args[6] == types.uint16)]
-
-        return _put(context, b, signature.args, args, 7, finished)
+        put, count = gated_row(context, builder, signature.args, args)
+        vectors.loop(builder, count, [], lambda i, _: put(i))
+        return context.get_dummy_value()
 
     number = types.int64
     return types.void(products, number, number, bias, number, gating, like, y, number, number), generate
 
 
-def _put(
-    context: Any, b: ir.IRBuilder, kinds: Any, args: Any, y: int, finished: Callable[..., list[ir.Value]]
-) -> ir.Value:
-    """What `finished` makes of the two halves of each row, into y; arguments as in `put_rows`, y and what follows from `y` on."""
-    kind = kinds[y].dtype
-    source = vectors.pointer(context, b, kinds[0], args[0], b.mul(args[1], I64(PANEL)), F32)
-    target = vectors.pointer(context, b, kinds[y], args[y], args[y + 1], context.get_data_type(kind))
+def gated_row(
+    context: Any, b: ir.IRBuilder, kinds: Any, args: Any
+) -> tuple[Callable[[ir.Value], list[ir.Value]], ir.Value]:
+    """What emits a row of `put_gated_rows`, of whose arguments these are, and how many rows there are."""
+    row = _Row(context, b, kinds, args, y=7)
+    numbers = [vectors.splat(b, b.extract_value(args[5], i)) for i in range(3)]
 
-    def put(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        row = b.mul(i, I64(PANEL))
-        for j, value in enumerate(finished([vectors.load(b, source, b.add(row, I64(half))) for half in (0, LANES)])):
-            stored = vectors.to_bf16(b, value) if kind == types.uint16 else value
-            vectors.store(b, stored, target, b.add(b.mul(args[y + 2], i), I64(j * LANES)))
+    def put(i: ir.Value) -> list[ir.Value]:
+        return row.put(i, [vectors.silu_mul(b, *row.biased(i), *numbers, bf16=kinds[6] == types.uint16)])
+
+    return put, args[2]
+
+
+class _Row:
+    """Emits how a row of products is read and where it goes; arguments as of `put_rows`, y and what follows it from `y` on."""
+
+    def __init__(self, context: Any, b: ir.IRBuilder, kinds: Any, args: Any, *, y: int) -> None:
+        self._b, self._kind, self._ldy = b, kinds[y].dtype, args[y + 2]
+        self._source = vectors.pointer(context, b, kinds[0], args[0], b.mul(args[1], I64(PANEL)), F32)
+        self._target = vectors.pointer(context, b, kinds[y], args[y], args[y + 1], context.get_data_type(self._kind))
+        start = vectors.pointer(context, b, kinds[3], args[3], args[4], F32)
+        self._biases = [vectors.load(b, start, I64(half)) for half in (0, LANES)]
+
+    def biased(self, i: ir.Value) -> list[ir.Value]:
+        """Row i's two halves."""
+        b, at = self._b, self._b.mul(i, I64(PANEL))
+        halves = (vectors.load(b, self._source, b.add(at, I64(half))) for half in (0, LANES))
+        return [b.fadd(half, bias) for half, bias in zip(halves, self._biases, strict=True)]
+
+    def put(self, i: ir.Value, values: list[ir.Value]) -> list[ir.Value]:
+        """Sixteen by sixteen; nothing is carried to the next row."""
+        b = self._b
+        for j, value in enumerate(values):
+            stored = vectors.to_bf16(b, value) if self._kind == types.uint16 else value
+            vectors.store(b, stored, self._target, b.add(b.mul(self._ldy, i), I64(j * LANES)))
         return []
-
-    vectors.loop(b, args[2], [], put)
-    return context.get_dummy_value()

@@ -9,18 +9,12 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import as_array, jit, load, round_like, sum_squares
-
-
-@jit
-def _load_row(source, row):
-    for i in range(len(source)):
-        row[i] = load(source[i])
+from expertwire.kernels.cpu.numbers import as_array, jit, load, put_row, rms_scale, round_like
 
 
 @jit
 def _rms_norm(row, eps, norm):
-    scale = np.float32(1) / np.sqrt(sum_squares(row) / np.float32(len(row)) + np.float32(eps))
+    scale = rms_scale(row, eps)
     for i in range(len(row)):
         row[i] = row[i] * scale * load(norm[i])
 
@@ -33,7 +27,7 @@ def _layer_norm(row, eps, norm, bias):
     mean = total / np.float32(len(row))
     for i in range(len(row)):
         row[i] -= mean
-    scale = np.float32(1) / np.sqrt(sum_squares(row) / np.float32(len(row)) + np.float32(eps))
+    scale = rms_scale(row, eps)
     for i in range(len(row)):
         row[i] = row[i] * scale * load(norm[i]) + load(bias[i])
 
@@ -81,7 +75,8 @@ def rotate_and_store_rows(
             for i in range(dim):
                 row[i] = load(qkv_Thd[t, h, i])
             if norm_hd.shape[0] > 0:
-                scale = np.float32(1) / np.sqrt(sum_squares(row) / np.float32(dim) + np.float32(eps))
+                # Of what was not written just now, which would be waited for.
+                scale = rms_scale(qkv_Thd[t, h], eps)
                 for i in range(dim):
                     row[i] = row[i] * scale * load(norm_hd[h, i])
             target = q_THd[t, h] if h < num_heads else k_NGd[slot, h - num_heads]
@@ -137,13 +132,12 @@ def _rotate_and_store_latent(
     rank, row = len(norm_C), np.empty(kv_Tl.shape[1], np.float32)
     for t in range(len(kv_Tl)):
         position, target = positions_T[t], rows_Nl[slots_T[t]]
-        _load_row(kv_Tl[t], row)
+        put_row(kv_Tl[t], row)
         _rms_norm(row[:rank], eps, norm_C)
-        for i in range(rank):
-            target[i] = round_like(row[i], target[i])
+        put_row(row[:rank], target)
         _put_rotated(row[rank:], cos_Pr, sin_Pr, position, interleaved, target[rank:])
         for h in range(q_THr.shape[1]):
-            _load_row(q_THr[t, h], row[rank:])
+            put_row(q_THr[t, h], row[rank:])
             _put_rotated(row[rank:], cos_Pr, sin_Pr, position, interleaved, out_THr[t, h])
 
 
@@ -184,11 +178,11 @@ def _rotate_and_store_index(
     row = np.empty(k_Td.shape[1], np.float32)
     for t in range(len(k_Td)):
         position = positions_T[t]
-        _load_row(k_Td[t], row)
+        put_row(k_Td[t], row)
         _layer_norm(row, eps, norm_d, bias_d)
         _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, rows_Nd[slots_T[t]])
         for h in range(q_THd.shape[1]):
-            _load_row(q_THd[t, h], row)
+            put_row(q_THd[t, h], row)
             _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, out_THd[t, h])
 
 

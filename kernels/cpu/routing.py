@@ -1,4 +1,4 @@
-"""The rules of routing that few models have, on a CPU: `kernels.routing.reference` token by token.
+"""The choice of experts on a CPU: `kernels.routing.reference` token by token.
 
 torch computes sigmoids eight at a time and what is left one by one, in other bits; here a token's bits are its own.
 
@@ -7,11 +7,15 @@ T tokens, E experts, K chosen, G groups.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import as_array, exp, jit, load, softmax
+from expertwire.kernels.cpu.numbers import as_array, exp, jit, put_row
+from expertwire.kernels.cpu.softmax import softmax
+from expertwire.kernels.cpu.vectors import LANES
 from expertwire.kernels.routing import TINY
 from expertwire.kernels.variants import Groups, Score
 
@@ -19,10 +23,10 @@ _KINDS: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 
 
 @jit
-def _score(kind: int, scores: np.ndarray) -> None:
-    """In place, of one row of logits."""
+def _score(kind: int, scores: np.ndarray, room: np.ndarray) -> None:
+    """In place, of one row of logits, with which `room`, of whole vectors, begins."""
     if kind == 0:
-        softmax(scores)
+        softmax(room, 0, 0, len(scores), np.float32(1), np.float32(-np.inf), room, 0, len(room))
     elif kind == 1:
         for e in range(len(scores)):
             scores[e] = np.float32(1) / (np.float32(1) + exp(min(-scores[e], np.float32(88))))
@@ -67,20 +71,42 @@ def _keep(choice: np.ndarray, values_G: np.ndarray, kept: int, by_two: bool) -> 
             choice[g * size : (g + 1) * size] = np.float32(-np.inf)
 
 
+# Of `route_rows`: the kind of score, a bias on it, whether logits are compared, how groups limit the choice (their number, how
+# many are kept, whether two experts make one good), whether weights sum to one, and what they are multiplied by.
+Rule = tuple[int, np.ndarray, bool, tuple[int, int, bool], bool, np.float32]
+
+
+def rule(
+    num_experts: int,
+    *,
+    renormalize: bool,
+    score: Score = "softmax",
+    bias_E: Tensor | None = None,
+    groups: Groups | None = None,
+    scale: float = 1.0,
+) -> Rule:
+    """From the options of `kernels.routing.reference`."""
+    bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.numpy()
+    limits = (1, 1, False) if groups is None else (groups.number, groups.kept, groups.by == "two_best")
+    by_logits = bias_E is None and not limits[2]
+    return _KINDS[score], bias, by_logits, limits, renormalize, np.float32(scale)
+
+
 @jit
-def _route(logits_TE, kind, bias_E, by_logits, groups, renormalize, scale, ids_TK, weights_TK):
-    num_groups, kept, by_two = groups
-    scores, choice = np.empty(logits_TE.shape[1], np.float32), np.empty(logits_TE.shape[1], np.float32)
-    values_G = np.empty(num_groups, np.float32)
-    for t in range(logits_TE.shape[0]):
-        for e in range(len(scores)):
-            scores[e] = load(logits_TE[t, e])
-            choice[e] = scores[e]
-        _score(kind, scores)
+def route_rows(logits_TE: np.ndarray, rule: Rule, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+    kind, bias_E, by_logits, (num_groups, kept, by_two), renormalize, scale = rule
+    num_experts = logits_TE.shape[1]
+    room, choice = np.empty(-(-num_experts // LANES) * LANES, np.float32), np.empty(num_experts, np.float32)
+    scores, values_G = room[:num_experts], np.empty(num_groups, np.float32)
+    for t in range(len(logits_TE)):
+        put_row(logits_TE[t], scores)
+        put_row(scores, choice)
+        _score(kind, scores, room)
         if not by_logits:
-            for e in range(len(scores)):
+            for e in range(num_experts):
                 choice[e] = scores[e] + bias_E[e]
-        _keep(choice, values_G, kept, by_two)
+        if kept < num_groups:
+            _keep(choice, values_G, kept, by_two)
         total = np.float32(0)
         for k in range(ids_TK.shape[1]):
             best = _best(choice)
@@ -93,22 +119,9 @@ def _route(logits_TE, kind, bias_E, by_logits, groups, renormalize, scale, ids_T
             weights_TK[t, k] *= scale
 
 
-def route(
-    logits_TE: Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score: Score = "softmax",
-    bias_E: Tensor | None = None,
-    groups: Groups | None = None,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+def route(logits_TE: Tensor, top_k: int, **options: Any) -> tuple[Tensor, Tensor]:
     """`kernels.routing.reference`."""
     num_tokens, num_experts = logits_TE.shape
     ids_TK, weights_TK = torch.empty(num_tokens, top_k, dtype=torch.int64), torch.empty(num_tokens, top_k)
-    by_logits = bias_E is None and (groups is None or groups.by == "best")
-    bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.numpy()
-    limits = (1, 1, False) if groups is None else (groups.number, groups.kept, groups.by == "two_best")
-    arrays = ids_TK.numpy(), weights_TK.numpy()
-    _route(as_array(logits_TE), _KINDS[score], bias, by_logits, limits, renormalize, np.float32(scale), *arrays)
+    route_rows(as_array(logits_TE), rule(num_experts, **options), ids_TK.numpy(), weights_TK.numpy())
     return ids_TK, weights_TK

@@ -246,14 +246,6 @@ def _expand(context, codes, first, count, scales, room):
 
 
 def _pair(b: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
-    """Two bf16, rounded as `vectors.to_bf16`, in 32 bits."""
-
-    def rounded(value: ir.Value) -> ir.Value:
-        bits = b.bitcast(value, BITS)
-        odd = b.and_(b.lshr(bits, vectors.each_bits(16)), vectors.each_bits(1))
-        return b.add(b.add(bits, vectors.each_bits(0x7FFF)), odd)
-
-    return b.or_(
-        b.lshr(rounded(low), vectors.each_bits(16)),
-        b.and_(rounded(high), vectors.each_bits(HIGH)),
-    )
+    """Two bf16 in 32 bits."""
+    low, high = (vectors.rounded_bits(b, value) for value in (low, high))
+    return b.or_(b.lshr(low, vectors.each_bits(16)), b.and_(high, vectors.each_bits(HIGH)))

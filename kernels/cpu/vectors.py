@@ -35,6 +35,11 @@ def load(b: ir.IRBuilder, start: ir.Value, at: ir.Value, kind: ir.Type = VECTOR)
     return b.load(b.bitcast(b.gep(start, [at]), kind.as_pointer()), align=2)
 
 
+def load_numbers(b: ir.IRBuilder, start: ir.Value, at: ir.Value, *, bf16: bool) -> ir.Value:
+    """Sixteen numbers as fp32."""
+    return from_bf16(b, load(b, start, at, ir.VectorType(I16, LANES))) if bf16 else load(b, start, at)
+
+
 def store(b: ir.IRBuilder, vector: ir.Value, start: ir.Value, at: ir.Value) -> None:
     b.store(vector, b.bitcast(b.gep(start, [at]), vector.type.as_pointer()), align=2)
 
@@ -62,12 +67,15 @@ def prefetch(b: ir.IRBuilder, address: ir.Value, cache: int) -> None:
     b.call(function, [byte, I32(0), I32(4 - cache), I32(1)])
 
 
-def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """As `numbers.round_like`."""
+def rounded_bits(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """As 32 bits, whose upper half is bf16, as `numbers.round_like`."""
     bits = b.bitcast(value, BITS)
     odd = b.and_(b.lshr(bits, each_bits(16)), each_bits(1))
-    bits = b.add(b.add(bits, each_bits(0x7FFF)), odd)
-    return b.trunc(b.lshr(bits, each_bits(16)), ir.VectorType(I16, LANES))
+    return b.add(b.add(bits, each_bits(0x7FFF)), odd)
+
+
+def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    return b.trunc(b.lshr(rounded_bits(b, value), each_bits(16)), ir.VectorType(I16, LANES))
 
 
 def from_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -82,15 +90,20 @@ def minimum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered(">", x, y), y, x)
 
 
+def least(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """Of two integers."""
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
 def exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """`numbers.exp`, bit for bit."""
     x = maximum(b, x, each(-87.0))
-    n = call(b, "floor", b.fadd(b.fmul(x, each(1.44269504088896341)), each(0.5)))
-    r = b.fadd(b.fsub(x, b.fmul(n, each(0.693359375))), b.fmul(n, each(2.12194440e-4)))
+    n = call(b, "floor", fma(b, x, each(1.44269504088896341), each(0.5)))
+    r = fma(b, n, each(2.12194440e-4), fma(b, n, each(-0.693359375), x))
     p = each(1.9875691500e-4)
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = b.fadd(b.fmul(p, r), each(c))
-    p = b.fadd(b.fadd(b.fmul(b.fmul(p, r), r), r), each(1.0))
+        p = fma(b, p, r, each(c))
+    p = b.fadd(fma(b, p, b.fmul(r, r), r), each(1.0))
     power = b.shl(b.add(b.fptosi(n, BITS), each_bits(127)), each_bits(23))
     return b.fmul(p, b.bitcast(power, VECTOR))
 

@@ -376,7 +376,7 @@ def _case(
 
 
 def cases() -> list[Case]:
-    """The shapes of Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b, Qwen3-Next, Phi-3 and Llama 4."""
+    """The shapes of Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b, Qwen3-Next, Phi-3, Llama 4 and DeepSeek-V3's prompts."""
     oss = {"window": 128, "sinks": True}
     found = []
     for arch in (90, 100):
@@ -395,5 +395,6 @@ def cases() -> list[Case]:
             _case("qwen3-next", 16, 2, 256, arch, single=False),
             _case("phi", 32, 8, 96, arch, single=False),
             _case("llama4 chunk", 40, 8, 128, arch, single=False, chunk=8192),
+            _case("deepseek expanded", 128, 128, 192, arch, single=False, invariant=False),
         ]
     return found

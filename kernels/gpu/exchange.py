@@ -8,32 +8,61 @@
     go_home   expert rows go to their slots on their home ranks; the last program writes flags
 
 `comm.arena` says where everything lies; here it comes as byte offsets. Addresses of arenas are integers, in a table by rank.
-Rows are multiples of 16 bytes, moved as i32 words.
+Rows are multiples of 16 bytes, moved as i32 words; or they come as numbers and are quantised on their way from memory to the
+peers, which find what `kernels.quantize.pack` would have made of them.
 
 T tokens, K experts a token, R routed rows, P ranks, e local experts. A line is what one rank writes: epoch, count.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.exchange_flags import as_words, flag_last, line_of
+from expertwire.kernels.gpu.quantize import scale_groups
+from expertwire.kernels.quantize import GROUP, packed_bytes
 
-LINE_BYTES = tl.constexpr(128)
+_GROUP = tl.constexpr(GROUP)
 _ROUTES_BLOCK = 2048  # ids a program takes at a time
+# Told how many registers there are, ptxas does not spill to save some.
+SEND_OPTIONS = {"maxnreg": 255, **EARLY}
 
 
 @triton.jit
-def as_words(address):
-    """An address as a pointer to words that are stored 16 bytes at a time."""
-    return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+def load_row(x_ptr, t, start, exists, WORDS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of row t, from `start` on: words; or, if they are COLUMNS, numbers."""
+    WIDTH: tl.constexpr = COLUMNS if COLUMNS > 0 else WORDS
+    i = start + tl.arange(0, BLOCK)
+    return tl.load(x_ptr + tl.cast(t, tl.int64) * WIDTH + i, mask=(i < WIDTH) & exists, other=0)
 
 
 @triton.jit
-def line_of(address, region, rank):
-    return (address + region + rank * LINE_BYTES).to(tl.pointer_type(tl.int64))
+def as_sent(row, COLUMNS: tl.constexpr):
+    """What `load_row` has returned as it travels: words, or fp8 values and their scales."""
+    if COLUMNS == 0:
+        return row, row
+    else:
+        values, scales = scale_groups(row.to(tl.float32), _GROUP)
+        return values.to(tl.float8e4nv), scales
+
+
+@triton.jit
+def store_row(address, row, scales, start, WORDS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """What `as_sent` has returned, to the row at an address."""
+    i = start + tl.arange(0, BLOCK)
+    if COLUMNS == 0:
+        tl.store(as_words(address) + i, row, mask=i < WORDS)
+    else:
+        tl.store(tl.multiple_of(address.to(tl.pointer_type(tl.float8e4nv)), 16) + i, row, mask=i < COLUMNS)
+        group = start // _GROUP + tl.arange(0, BLOCK // _GROUP)
+        to = tl.multiple_of((address + COLUMNS).to(tl.pointer_type(tl.float32)), 16)
+        tl.store(to + group, scales, mask=group < COLUMNS // _GROUP)
 
 
 @triton.jit
@@ -42,26 +71,6 @@ def num_valid_rows(valid_ptr, me, num_tokens, LIMITED: tl.constexpr):
     if LIMITED:
         num_tokens = tl.minimum(num_tokens, tl.load(valid_ptr + me))
     return num_tokens
-
-
-@triton.jit
-def flag_last(
-    done_ptr, epoch_ptr, peers_ptr, counts_ptr, region, me, num_ranks, RANKS: tl.constexpr, COUNTED: tl.constexpr
-):
-    """The program that ends last tells every rank. Each program's stores come before its part of `done`, all of these before
-    the last one's flags, which are released to the system."""
-    tl.debug_barrier()
-    done = tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="gpu")
-    if done == tl.num_programs(0) - 1:
-        tl.store(done_ptr, 0)
-        peer = tl.arange(0, RANKS)
-        exists = peer < num_ranks
-        line = line_of(tl.load(peers_ptr + peer, mask=exists, other=0), region, me)
-        epoch = tl.load(epoch_ptr)
-        if COUNTED:
-            tl.store(line + 1, tl.load(counts_ptr + peer, mask=exists, other=0), mask=exists)
-            tl.debug_barrier()
-        tl.atomic_xchg(line, tl.zeros([RANKS], tl.int64) + epoch, mask=exists, sem="release", scope="sys")
 
 
 @triton.jit
@@ -81,6 +90,7 @@ def plan_kernel(
 ):
     """`target` i32 [T, K], where the expert lies on this program's rank: at the token's first such k, rank * max_tokens + the
     row's place; at others -1. `counts` i64 [P]."""
+    wait_for_previous()
     peer = tl.program_id(0)
     first, last = tl.load(rank_offsets_ptr + peer), tl.load(rank_offsets_ptr + peer + 1)
     num_valid = num_valid_rows(valid_ptr, me, num_tokens, LIMITED)
@@ -101,7 +111,7 @@ def plan_kernel(
 
 @triton.jit
 def send_kernel(
-    x_ptr,  # i32 words
+    x_ptr,  # i32 words, or numbers if they are COLUMNS
     ids_ptr,
     target_ptr,
     counts_ptr,
@@ -119,24 +129,25 @@ def send_kernel(
     home_at,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,  # K + 1 rounded up to a power of two
-    WORDS: tl.constexpr,
+    WORDS: tl.constexpr,  # of a row that travels
+    COLUMNS: tl.constexpr,  # of x, if it is quantised on the way, else 0
     HOME_WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,  # num_ranks rounded up to a power of two
     LIMITED: tl.constexpr,
 ):
+    wait_for_previous()
     for t in range(tl.program_id(0), num_valid_rows(valid_ptr, me, num_tokens, LIMITED), tl.num_programs(0)):
         _send_routes(ids_ptr, target_ptr, peers_ptr, t, me, max_tokens, routes_at, K, K_BLOCK)
-        for start in range(0, WORDS, BLOCK):
-            w = start + tl.arange(0, BLOCK)
-            row = tl.load(x_ptr + tl.cast(t, tl.int64) * WORDS + w, mask=w < WORDS)
+        for start in range(0, COLUMNS if COLUMNS > 0 else WORDS, BLOCK):
+            row, scales = as_sent(load_row(x_ptr, t, start, True, WORDS, COLUMNS, BLOCK), COLUMNS)
             for k in range(K):
                 if tl.load(ids_ptr + t * K + k) >= 0:
                     target = tl.load(target_ptr + t * K + k)
                     if target >= 0:
-                        base = tl.load(peers_ptr + target // max_tokens)
-                        place = (me * max_tokens + target % max_tokens).to(tl.int64) * WORDS
-                        tl.store(as_words(base + rows_at) + place + w, row, mask=w < WORDS)
+                        place = (me * max_tokens + target % max_tokens).to(tl.int64) * (WORDS * 4)
+                        to = tl.load(peers_ptr + target // max_tokens) + rows_at + place
+                        store_row(to, row, scales, start, WORDS, COLUMNS, BLOCK)
         for k in range(K):
             if tl.load(ids_ptr + t * K + k) < 0:
                 home = as_words(tl.load(peers_ptr + me) + home_at) + tl.cast(t * K + k, tl.int64) * HOME_WORDS
@@ -162,64 +173,6 @@ def _send_routes(ids_ptr, target_ptr, peers_ptr, t, me, max_tokens, routes_at, K
 
 
 @triton.jit
-def await_all(
-    peers_ptr, epoch, me, num_ranks, lines_at, stalled_at, limit,
-    PHASE: tl.constexpr, RANKS: tl.constexpr, CLOCK: tl.constexpr,
-):  # fmt: skip
-    """Until every rank's line has reached the epoch. A rank waited for in vain is written into everybody's arena, as
-    `comm.arena.Stall`; then, and wherever it is found, nobody waits any more."""
-    rank = tl.arange(0, RANKS)
-    exists = rank < num_ranks
-    mine = tl.load(peers_ptr + me)
-    flags, stalls = line_of(mine, lines_at, rank), line_of(mine, stalled_at, rank)
-    started, spent = _now(CLOCK), tl.full([], 0, tl.int64)
-    num_late, num_stalls = num_ranks, 0
-    while (num_late > 0) & (num_stalls == 0) & (spent <= limit):
-        seen = tl.atomic_add(flags, tl.zeros([RANKS], tl.int64), mask=exists, sem="acquire", scope="sys")
-        late = exists & (seen < epoch)
-        num_late = tl.sum(late.to(tl.int32), axis=0)
-        stall = tl.load(stalls, mask=exists, other=0, volatile=True)
-        num_stalls = tl.sum((stall != 0).to(tl.int32), axis=0)
-        spent = _now(CLOCK) - started if CLOCK else spent + 1
-    if (num_late > 0) & (num_stalls == 0):
-        seen = tl.load(flags, mask=exists, other=0, volatile=True)
-        missing = tl.min(tl.where(exists & (seen < epoch), rank, RANKS), axis=0)
-        if missing < RANKS:
-            word = ((epoch * 2 + PHASE) << 16) + missing
-            base = tl.load(peers_ptr + rank, mask=exists, other=0)
-            words = tl.zeros([RANKS], tl.int64) + word
-            tl.atomic_xchg(line_of(base, stalled_at, me), words, mask=exists, sem="release", scope="sys")
-
-
-@triton.jit
-def wait_kernel(
-    peers_ptr,
-    epoch_ptr,
-    me,
-    num_ranks,
-    lines_at,
-    stalled_at,
-    limit,  # ns with CLOCK, else turns
-    PHASE: tl.constexpr,  # 0 dispatch, 1 combine, after which the next epoch begins
-    RANKS: tl.constexpr,
-    CLOCK: tl.constexpr,
-):
-    """One program of one warp."""
-    epoch = tl.load(epoch_ptr)
-    await_all(peers_ptr, epoch, me, num_ranks, lines_at, stalled_at, limit, PHASE, RANKS, CLOCK)
-    if PHASE == 1:
-        tl.store(epoch_ptr, epoch + 1)
-
-
-@triton.jit
-def _now(CLOCK: tl.constexpr):
-    """Nanoseconds; the interpreter has no clock."""
-    if CLOCK:
-        return tl.extra.cuda.globaltimer()
-    return tl.full([], 0, tl.int64)
-
-
-@triton.jit
 def routes_of(peers_ptr, me, source, max_tokens, routes_at, K: tl.constexpr):
     """What has come from one rank, [T, K + 1]."""
     base = (tl.load(peers_ptr + me) + routes_at).to(tl.pointer_type(tl.int32))
@@ -241,6 +194,7 @@ def count_kernel(
     EXPERTS: tl.constexpr,  # num_experts + 1 rounded up to a power of two
 ):
     """`counts` i32 [P, e]; a program a source."""
+    wait_for_previous()
     source = tl.program_id(0)
     first = tl.load(rank_offsets_ptr + me)
     num_ids = tl.load(line_of(tl.load(peers_ptr + me), dispatched_at, source) + 1).to(tl.int32) * K
@@ -279,6 +233,7 @@ def index_kernel(
 
     `slot`: (home rank * max_tokens + t) * K + k.
     """
+    wait_for_previous()
     expert, source = tl.program_id(0), tl.program_id(1)
     e, p = tl.arange(0, EXPERTS)[None, :], tl.arange(0, RANKS)[:, None]
     counts = tl.load(counts_ptr + p * num_experts + e, mask=(p < num_ranks) & (e < num_experts), other=0)
@@ -320,6 +275,7 @@ def go_home_kernel(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
 ):
+    wait_for_previous()
     for r in range(tl.program_id(0), tl.load(expert_offsets_ptr + num_experts), tl.num_programs(0)):
         slot = tl.load(slot_ptr + r)
         home = as_words(tl.load(peers_ptr + slot // slots_a_rank) + home_at)
@@ -337,6 +293,12 @@ def row_block(words: int) -> tuple[int, int]:
     return block, max(1, min(8, block // 512))
 
 
+def quantized_block(columns: int) -> tuple[int, int]:
+    """Columns of a row that a program quantises at a time, all of most rows, and its warps: 16 a thread, or 32."""
+    block = min(8192, triton.next_power_of_2(columns))
+    return block, max(1, min(8, block // 512))
+
+
 def plan_tokens(num_tokens: int, top_k: int) -> int:
     """Tokens that `plan_kernel` takes at a time."""
     most = max(16, _ROUTES_BLOCK * 2 // triton.next_power_of_2(top_k))
@@ -350,20 +312,25 @@ def ids_chunk(num_ids: int) -> int:
 
 def cases() -> list[Case]:
     shapes = [
-        ("EP8 T128 fp8", 8, 32, 128, 8, 7168 + 4 * 56),
-        ("EP8 T4096 bf16", 8, 32, 4096, 8, 14336),
-        ("EP72 T128 bf16", 72, 4, 128, 8, 14336),
-        ("EP4 T2048 K22 bf16", 4, 128, 2048, 22, 4096),
+        ("EP8 T128 quantised", 8, 32, 128, 8, packed_bytes(7168), 7168),
+        ("EP8 T4096 bf16", 8, 32, 4096, 8, 14336, 0),
+        ("EP72 T128 bf16", 72, 4, 128, 8, 14336, 0),
+        ("EP4 T2048 K22 bf16", 4, 128, 2048, 22, 4096, 0),
+        ("EP16 T512 K22 quantised", 16, 32, 512, 22, packed_bytes(2048), 2048),
     ]
-    return [case for shape in shapes for case in _cases_of(*shape, full=shape != shapes[0])]
+    found = [case for shape in shapes for case in _cases_of(*shape, full=shape != shapes[0])]
+    # The kernel that has two ways: the other one, too.
+    plain = next(case for case in found if case.name == "exchange.send EP8 T4096 bf16")
+    return [replace(case, full=False) if case is plain else case for case in found]
 
 
 def _cases_of(
-    name: str, ranks: int, experts: int, tokens: int, top_k: int, row_bytes: int, *, full: bool
+    name: str, ranks: int, experts: int, tokens: int, top_k: int, row_bytes: int, columns: int, *, full: bool
 ) -> list[Case]:
     i32, i64, power = torch.int32, torch.int64, triton.next_power_of_2
     words, home_words = row_bytes // 4, 3584 if top_k == 8 else 1024
-    (block, warps), (home_block, home_warps) = row_block(max(words, home_words)), row_block(home_words)
+    block, warps = quantized_block(columns) if columns else row_block(max(words, home_words))
+    home_block, home_warps = row_block(home_words)
     pointers = {"epoch_ptr": i64, "done_ptr": i32, "peers_ptr": i64}
     sizes = {"me": 3, "num_ranks": ranks}
     k, chunk = {"K": top_k}, {"CHUNK": ids_chunk(tokens * top_k), "EXPERTS": power(experts + 1)}
@@ -378,27 +345,27 @@ def _cases_of(
             constexprs=constexprs,
             expect={90: "", 100: ""},
             full=full,
-            **options,
+            **({"options": EARLY} | options),
         )
 
     plan = {"ids_ptr": i64, "rank_offsets_ptr": i32, "target_ptr": i32, "counts_ptr": i64, "valid_ptr": i32}
-    send = {"x_ptr": i32, "ids_ptr": i64, "target_ptr": i32, "counts_ptr": i64, "valid_ptr": i32, **pointers, **sizes}
+    x = torch.bfloat16 if columns else i32
+    send = {"x_ptr": x, "ids_ptr": i64, "target_ptr": i32, "counts_ptr": i64, "valid_ptr": i32, **pointers, **sizes}
     regions = {"dispatched_at": 0, "routes_at": 4096, "rows_at": 1 << 20, "home_at": 1 << 28}
     home = {"y_ptr": i32, "slot_ptr": i32, "expert_offsets_ptr": i32, **pointers, **sizes, "num_experts": experts}
     index = {**found, "expert_offsets_ptr": i32, "row_index_ptr": i32, "slot_ptr": i32, **routes, "num_ranks": ranks}
     tile = {"TOKENS": plan_tokens(tokens, top_k), "K_BLOCK": power(top_k), "LIMITED": True}
-    rows = {"WORDS": words, "HOME_WORDS": home_words, "BLOCK": block, "K_BLOCK": power(top_k + 1), "LIMITED": True}
-    wait = {"peers_ptr": i64, "epoch_ptr": i64, **sizes, "lines_at": 0, "stalled_at": 2048, "limit": 10**11}
+    rows = {"WORDS": words, "COLUMNS": columns, "HOME_WORDS": home_words, "BLOCK": block, "K_BLOCK": power(top_k + 1)}
     back = {"WORDS": home_words, "BLOCK": home_block, "RANKS": power(ranks)}
     return [
         case(plan_kernel, {**plan, "me": 3, "num_tokens": tokens, "max_tokens": tokens}, k | tile, wide=False),
         case(
             send_kernel,
             {**send, "num_tokens": tokens, "max_tokens": tokens, **regions},
-            k | rows | {"RANKS": power(ranks)},
+            k | rows | {"RANKS": power(ranks), "LIMITED": True},
             num_warps=warps,
+            options=SEND_OPTIONS,
         ),
-        case(wait_kernel, wait, {"PHASE": 1, "RANKS": power(ranks), "CLOCK": True}, wide=False, num_warps=1),
         case(count_kernel, {**found, **routes}, k | chunk, wide=False),
         case(index_kernel, index, k | chunk | {"RANKS": power(ranks)}, wide=False),
         case(

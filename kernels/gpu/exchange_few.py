@@ -1,6 +1,7 @@
 """Dispatch of few tokens in two launches instead of five: latency counts, not bytes. The protocol is `kernels.gpu.exchange`'s.
 
-    send_few     a program a token finds by itself where its row goes, and a program a rank how many go there
+    send_few     a program a token finds by itself where its row goes, quantises it if it shall be, and stores it there; and a
+                 program a rank finds how many go there
     arrive_few   a program an expert waits by itself, then finds its rows among all that have come
 
 T tokens, K experts a token, P ranks, e local experts.
@@ -13,7 +14,10 @@ import triton
 import triton.language as tl
 
 from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.exchange import as_words, await_all, flag_last, line_of, num_valid_rows
+from expertwire.kernels.gpu.early import wait_for_previous
+from expertwire.kernels.gpu.exchange import SEND_OPTIONS, as_sent, load_row, num_valid_rows, store_row
+from expertwire.kernels.gpu.exchange_flags import as_words, await_all, flag_last, line_of
+from expertwire.kernels.quantize import packed_bytes
 
 MAX_IDS = 2048  # T * K, each program looks at all of them
 _CHUNK = 2048
@@ -26,7 +30,7 @@ def _goes_to(ids, rank_offsets_ptr, rank):
 
 @triton.jit
 def send_few_kernel(
-    x_ptr,  # i32 words
+    x_ptr,  # i32 words, or numbers if they are COLUMNS
     ids_ptr,
     rank_offsets_ptr,
     valid_ptr,
@@ -44,13 +48,16 @@ def send_few_kernel(
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,  # K rounded up to a power of two
     TOKENS: tl.constexpr,  # num_tokens rounded up to a power of two
-    WORDS: tl.constexpr,
+    WORDS: tl.constexpr,  # of a row that travels
+    COLUMNS: tl.constexpr,  # of x, if it is quantised on the way, else 0
     HOME_WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # a whole row
     RANKS: tl.constexpr,  # num_ranks rounded up to a power of two
     LIMITED: tl.constexpr,
 ):
+    wait_for_previous()
     t, num_valid = tl.program_id(0), num_valid_rows(valid_ptr, me, num_tokens, LIMITED)
+    given = load_row(x_ptr, t, 0, t < num_valid, WORDS, COLUMNS, BLOCK)  # on its way while it is found where it goes
     token, i = tl.arange(0, TOKENS)[:, None], tl.arange(0, K_BLOCK)[None, :]
     ids = tl.load(ids_ptr + token * K + i, mask=(token < num_valid) & (i < K), other=-1).to(tl.int32)
     counted = tl.minimum(t, num_ranks - 1)
@@ -60,22 +67,15 @@ def send_few_kernel(
     own = tl.load(ids_ptr + t * K + k_of, mask=(k_of < K) & (t < num_valid), other=-1).to(tl.int32)
     target = tl.full([K_BLOCK], -1, tl.int32)
     for k in range(K):
-        row = row_of(ids, own, token, rank_offsets_ptr, t, k, k_of, me, max_tokens, num_ranks, K_BLOCK, RANKS)
-        target = tl.where(k_of == k, row, target)
-    for start in range(0, WORDS, BLOCK):
-        w = start + tl.arange(0, BLOCK)
-        words = tl.load(x_ptr + tl.cast(t, tl.int64) * WORDS + w, mask=(w < WORDS) & (t < num_valid))
-        for k in range(K):
-            to = _scalar(target, k_of, k)
-            if to >= 0:
-                base = tl.load(peers_ptr + to // max_tokens)
-                place = tl.cast(me * max_tokens + to % max_tokens, tl.int64)
-                tl.store(as_words(base + rows_at) + place * WORDS + w, words, mask=w < WORDS)
+        found = row_of(ids, own, token, rank_offsets_ptr, t, k, k_of, me, max_tokens, num_ranks, K_BLOCK, RANKS)
+        target = tl.where(k_of == k, found, target)
+    row, scales = as_sent(given, COLUMNS)
     for k in range(K):
         to = _scalar(target, k_of, k)
         if to >= 0:
-            base = tl.load(peers_ptr + to // max_tokens) + routes_at
-            route = base.to(tl.pointer_type(tl.int32)) + tl.cast(me * max_tokens + to % max_tokens, tl.int64) * (K + 1)
+            base, place = tl.load(peers_ptr + to // max_tokens), tl.cast(me * max_tokens + to % max_tokens, tl.int64)
+            store_row(base + rows_at + place * (WORDS * 4), row, scales, 0, WORDS, COLUMNS, BLOCK)
+            route = (base + routes_at).to(tl.pointer_type(tl.int32)) + place * (K + 1)
             tl.store(route, t)
             tl.store(route + 1 + k_of, own, mask=k_of < K)
         elif (t < num_valid) & (_scalar(own, k_of, k) < 0):
@@ -171,9 +171,9 @@ def _routed(routes, mine, dispatched_at, start, a_rank, num_ranks, max_tokens, K
 
 
 def row_block(words: int) -> tuple[int, int]:
-    """Words of a row that a program moves at a time, all of most rows, and its warps."""
-    block = min(8192, triton.next_power_of_2(words))
-    return block, max(1, min(8, block // 512))
+    """A row's words, or its columns if they are quantised, rounded up to a power of two; and a program's warps."""
+    block = triton.next_power_of_2(words)
+    return block, max(1, min(8 if block <= 8192 else 16, block // 512))
 
 
 def chunk_of(num_tokens: int, top_k: int, num_ranks: int) -> int:
@@ -182,42 +182,49 @@ def chunk_of(num_tokens: int, top_k: int, num_ranks: int) -> int:
 
 
 def cases() -> list[Case]:
-    return [
-        case
-        for ranks, experts, tokens, row_bytes, full in ((8, 32, 128, 14336, False), (72, 4, 128, 7392, True))
-        for case in _cases_of(ranks, experts, tokens, row_bytes, full)
+    shapes = [  # ranks, experts, tokens, bytes of a row, columns that are quantised
+        (8, 32, 128, packed_bytes(7168), 7168),
+        (8, 32, 128, 14336, 0),
+        (72, 4, 128, packed_bytes(7168), 7168),
     ]
+    return [case for shape in shapes for case in _cases_of(*shape, full=shape[0] > 8)]
 
 
-def _cases_of(ranks: int, experts: int, tokens: int, row_bytes: int, full: bool) -> list[Case]:
+def _cases_of(ranks: int, experts: int, tokens: int, row_bytes: int, columns: int, full: bool) -> list[Case]:
     i32, i64, power, top_k = torch.int32, torch.int64, triton.next_power_of_2, 8
-    words = row_bytes // 4
-    block, warps = row_block(words)
+    words, home_words = row_bytes // 4, 3584
+    block, warps = row_block(columns or max(words, home_words))
     name, common = f"EP{ranks} T{tokens}", {"expect": {90: "", 100: ""}, "full": full}
     pointers = {"rank_offsets_ptr": i32, "epoch_ptr": i64, "peers_ptr": i64}
     sizes = {"me": 3, "num_ranks": ranks, "max_tokens": tokens, "dispatched_at": 0, "routes_at": 4096}
-    send = {"x_ptr": i32, "ids_ptr": i64, "valid_ptr": i32, "done_ptr": i32, "num_tokens": tokens}
-    send |= {"rows_at": 1 << 20, "home_at": 1 << 28}
+    send = {"x_ptr": torch.bfloat16 if columns else i32, "ids_ptr": i64, "valid_ptr": i32, "done_ptr": i32}
+    send |= {"num_tokens": tokens, "rows_at": 1 << 20, "home_at": 1 << 28}
     arrive = dict.fromkeys(("expert_offsets_ptr", "row_index_ptr", "slot_ptr"), i32)
     arrive |= {"num_experts": experts, "stalled_at": 2048, "limit": 10**11}
     tile = {"K": top_k, "K_BLOCK": power(top_k), "TOKENS": power(tokens), "LIMITED": True, "RANKS": power(ranks)}
-    rows = {"WORDS": words, "HOME_WORDS": 3584, "BLOCK": block}
+    rows = {"WORDS": words, "COLUMNS": columns, "HOME_WORDS": home_words, "BLOCK": block}
     found = {"K": top_k, "CHUNK": chunk_of(tokens, top_k, ranks), "RANKS": power(ranks), "CLOCK": True}
-    return [
+    cases = [
         Case(
-            name=f"exchange_few.send {name}",
+            name=f"exchange_few.send {name} {'quantised' if columns else 'bf16'}",
             kernel=send_few_kernel,
             args={**pointers, **sizes, **send},
             constexprs=tile | rows,
             num_warps=warps,
+            options=SEND_OPTIONS,
             **common,
-        ),
-        Case(
-            name=f"exchange_few.arrive {name}",
-            kernel=arrive_few_kernel,
-            args={**pointers, **sizes, **arrive},
-            constexprs=found,
-            wide=False,
-            **common,
-        ),
+        )
     ]
+    if columns:  # what has arrived is found alike
+        arrival = {**pointers, **sizes, **arrive}
+        cases.append(
+            Case(
+                name=f"exchange_few.arrive {name}",
+                kernel=arrive_few_kernel,
+                args=arrival,
+                constexprs=found,
+                wide=False,
+                **common,
+            )
+        )
+    return cases

@@ -1,7 +1,8 @@
 """The experts' MLP on a GPU, as `kernels.experts.GroupedMlp`: two grouped GEMMs, and nothing known on the host.
 
 fp8 weights meet rows that are quantised on the way: groups of 128 columns for "fp8_block" (DeepSeek-V3, arXiv 2412.19437, 3.3.2),
-a row for "fp8_row". 4-bit weights meet rows as they are.
+a row for "fp8_row". 4-bit weights meet rows as they are. Rows of u8 have been quantised in groups of 128 already and are packed
+(`kernels.quantize.pack`): "fp8_block" takes them too, and their results are bf16.
 
 U tokens with a row here, R routed rows, D model width, F expert width, e local experts.
 """
@@ -21,6 +22,7 @@ from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.formats import ExpertWeights
 from expertwire.kernels.permute import TileMap
+from expertwire.kernels.quantize import unpack
 from expertwire.kernels.variants import Activation
 
 
@@ -58,7 +60,8 @@ class GpuExperts:
         tokens = tiles.token_tile(format, planned, len(offsets) - 1)
         fitting = tile_map if tile_map is not None and tile_map.token_tile == tokens else None
         rows = tiles.Rows.of(row_index_R.int(), home_R, offsets, planned, format, fitting)
-        x, x_scales = _operand(x_UD, format, rows, rows.row_index_R)
+        x, x_scales = _operand(x_UD, self.w13, rows, rows.row_index_R)
+        dtype = torch.bfloat16 if x_UD.dtype == torch.uint8 else x_UD.dtype
         hidden_RF = grouped_gemm.w13(
             x,
             rows,
@@ -67,19 +70,24 @@ class GpuExperts:
             self.device,
             bias_eF=self.bias13_eF,
             x_scales=x_scales,
-            out_dtype=x_UD.dtype,
+            out_dtype=dtype,
         )
-        hidden, hidden_scales = _operand(hidden_RF, format, rows, None)
-        out_RD = x_UD.new_empty(planned, x_UD.shape[1])
+        hidden, hidden_scales = _operand(hidden_RF, self.w2, rows, None)
+        out_RD = x_UD.new_empty(planned, self.w2.shape[1], dtype=dtype)
         return grouped_gemm.w2(
             hidden, rows, self.w2, out_RD, self.device, bias_eD=self.bias2_eD, x_scales=hidden_scales
         )
 
 
-def _operand(x: Tensor, format: str, rows: tiles.Rows, row_index_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows, and their scales, as a product with weights of this format takes them; without an index they are routed rows."""
+def _operand(
+    x: Tensor, weights: ExpertWeights, rows: tiles.Rows, row_index_R: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows, and their scales, as a product with these weights takes them; without an index they are routed rows."""
+    format = weights.format
+    assert x.dtype != torch.uint8 or format == "fp8_block", f"packed rows meet weights of format {format}"
     if format == "fp8_block":
-        values, scales = quantize.quantize(x, formats.BLOCK)
+        packed = x.dtype == torch.uint8
+        values, scales = unpack(x, weights.shape[2]) if packed else quantize.quantize(x, formats.BLOCK)
         return values, tiles.tile_scales(scales, row_index_R, rows.expert_offsets, rows.tile_map)
     if format == "fp8_row":
         values, scales = quantize.quantize(x, x.shape[1])

@@ -17,16 +17,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expertwire.kernels.formats import Quantized, Weight
+from expertwire.kernels.formats import BLOCK, E2M1, FP8, GROUPS, Quantized, Weight
 
 INTERLEAVE = 8  # rows
-FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-GROUPS = {"int4": 32, "mxfp4": 32, "nvfp4": 16}  # columns that share a scale
 SCALES = {"int4": torch.bfloat16, "mxfp4": torch.uint8, "nvfp4": FP8}
 SCALED = {"mxfp8": 32, "mxfp4_x8": 32, "nvfp4_x4": 16}  # columns that share a scale, in x too
 FORMATS = ("dense", "fp8_block", "fp8_row", *GROUPS, *SCALED)
-BLOCK = 128  # rows and columns that share a scale in "fp8_block", and columns of x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,9 +279,6 @@ def _pack_expert(weight: Quantized, gated: bool) -> ExpertWeights:
             raise ValueError(f"global scales of an nvfp4 matrix's parts are {global_scales.tolist()}, must be equal")
         global_scales = global_scales[:, 0]
     return pack4(weight.format, codes, weight.scales, global_scales, gated=gated)
-
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the codes' magnitudes
 
 
 def quantise4(format: str, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -34,6 +34,7 @@ def _tile(
     w_scale,
     w_global,
     x,
+    x_stride,
     x_scale,
     x_scale_stride,
     row_index_ptr,
@@ -73,7 +74,7 @@ def _tile(
         )  # fmt: skip
     else:
         acc = product(
-            w_desc, w_scale, x, x_scale, x_scale_stride, source, expert, block, row, scale_column, exists, M, K,
+            w_desc, w_scale, x, x_stride, x_scale, x_scale_stride, source, expert, block, row, scale_column, exists, M, K,
             FORMAT, GATED, GATHER, TOKENS, ROWS, BLOCK_K, STAGES,
         )  # fmt: skip
     if w_global is not None:
@@ -93,6 +94,7 @@ def _grouped_gemm(
     w_global,
     x,  # pointer to [U, K], or without row_index a descriptor of [R, K], tiles of TOKENS x BLOCK_K
     x_tail,  # the same, tiles of TAIL x BLOCK_K
+    x_stride,  # from one row to the next
     x_scale,  # a descriptor of `tile_scales` for "fp8_block", tiles of 1 x TOKENS; a pointer to [U or R], or one, for "fp8_row"
     x_scale_tail,  # the same, tiles of 1 x TAIL
     x_scale_stride,
@@ -128,13 +130,14 @@ def _grouped_gemm(
         )
         if TAIL > 0 and end - row <= TAIL:
             _tile(
-                w_desc, w_scale, w_global, x_tail, x_scale_tail, x_scale_stride, row_index_ptr, bias_ptr, home_ptr, out_ptr,
+                w_desc, w_scale, w_global, x_tail, x_stride, x_scale_tail, x_scale_stride, row_index_ptr, bias_ptr, home_ptr,
+                out_ptr,
                 expert, block, row, end, tile * TOKENS, M, K, out_width, alpha, limit,
                 FORMAT, ACTIVATION, TAIL, ROWS, BLOCK_K, STAGES, SCALED, NATIVE,
             )  # fmt: skip
         else:
             _tile(
-                w_desc, w_scale, w_global, x, x_scale, x_scale_stride, row_index_ptr, bias_ptr, home_ptr, out_ptr,
+                w_desc, w_scale, w_global, x, x_stride, x_scale, x_scale_stride, row_index_ptr, bias_ptr, home_ptr, out_ptr,
                 expert, block, row, end, tile * TOKENS, M, K, out_width, alpha, limit,
                 FORMAT, ACTIVATION, TOKENS, ROWS, BLOCK_K, STAGES, SCALED, NATIVE,
             )  # fmt: skip
@@ -212,7 +215,7 @@ def _arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The kernel's arguments and constants."""
     num_experts, M, K = weights.shape
-    assert x.is_contiguous() and out.is_contiguous(), (x.stride(), out.stride())  # noqa: PT018
+    assert x.stride(1) == 1 and out.is_contiguous(), (x.stride(), out.stride())  # noqa: PT018
     assert bias is None or bias.shape == (num_experts, M), (bias.shape, weights.shape)
     weights.check(x, x_scales, rows.tile_map.rows)
     x_tile, x_tail = x, x
@@ -230,6 +233,7 @@ def _arguments(
         "w_global": weights.global_scales,
         "x": x_tile,
         "x_tail": x_tail,
+        "x_stride": x.stride(0),
         "x_scale": x_scale,
         "x_scale_tail": x_scale_tail,
         "x_scale_stride": 0 if x_scales is not None and x_scales.numel() == 1 else 1,

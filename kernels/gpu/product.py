@@ -41,12 +41,12 @@ def activate(acc, bias_ptr, f, F, alpha, limit, ROWS: tl.constexpr, TOKENS: tl.c
 
 
 @triton.jit
-def load_x(x, source, row, k, exists, K, GATHER: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_x(x, x_stride, source, row, k, exists, K, GATHER: tl.constexpr, BLOCK_K: tl.constexpr):
     """[TOKENS, BLOCK_K] of the rows `source`, or of the rows from `row` on."""
     if GATHER:
         column = k + tl.arange(0, BLOCK_K)
         inside = exists[:, None] & (column < K)[None, :]
-        block = tl.load(x + source.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
+        block = tl.load(x + source.to(tl.int64)[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
     else:
         block = x.load([row, k])
     return block
@@ -57,6 +57,7 @@ def product(
     w_desc,
     w_scale,
     x,
+    x_stride,
     x_scale,
     x_scale_stride,
     source,
@@ -101,7 +102,7 @@ def product(
             scale = w_scale.load([expert, k // BLOCK_K * SCALES, block * ROWS]).reshape(SCALES, ROWS)
             w_block = formats.dequantise(words, scale, FORMAT, SCALES, ROWS, BLOCK_K // 8)
             w_block = w_block.to(x.dtype.element_ty if GATHER else x.dtype)
-        x_block = tl.trans(load_x(x, source, row, k, exists, K, GATHER, BLOCK_K))
+        x_block = tl.trans(load_x(x, x_stride, source, row, k, exists, K, GATHER, BLOCK_K))
         if FORMAT == "fp8_block":
             acc += tl.dot(w_block, x_block) * (scale_w * scale_x)
         else:

@@ -81,7 +81,7 @@ def scaled_product(
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         step = k // BLOCK_K
         w_block = w_desc.load([expert, block * ROWS, step * W_BYTES]).reshape(ROWS, W_BYTES)
-        x_block = load_x(x, source, row, step * X_BYTES, exists, x_columns, GATHER, X_BYTES)
+        x_block = load_x(x, x_columns, source, row, step * X_BYTES, exists, x_columns, GATHER, X_BYTES)
         scale_w = tl.load(w_scale + step * M * S, mask=(m < M)[:, None], other=0.0)
         inside = exists[:, None] & (step * S + s < K // GROUP)[None, :]
         scale_x = tl.load(x_scale + step * S, mask=inside, other=0.0)

@@ -98,6 +98,7 @@ def _tile_scales(
     out_ptr,
     num_experts,
     groups,
+    row_stride,
     stride,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -112,7 +113,7 @@ def _tile_scales(
         source = tl.load(row_index_ptr + row, mask=exists, other=0) if row_index_ptr is not None else row
         group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
         mask = exists[:, None] & (group < groups)[None, :]
-        scales = tl.load(scales_ptr + source.to(tl.int64)[:, None] * groups + group[None, :], mask=mask, other=0.0)
+        scales = tl.load(scales_ptr + source.to(tl.int64)[:, None] * row_stride + group[None, :], mask=mask, other=0.0)
         column = tile.to(tl.int64) * TOKENS + token
         tl.store(out_ptr + group.to(tl.int64)[None, :] * stride + column[:, None], scales, mask=mask)
 
@@ -123,9 +124,10 @@ def tile_scales(scales_NG: Tensor, row_index_R: Tensor | None, expert_offsets: T
     Without an index the rows are routed rows already.
     """
     groups = scales_NG.shape[1]
+    assert scales_NG.stride(1) == 1 or groups == 1, scales_NG.stride()
     out = scales_NG.new_empty(groups, tile_map.rows)
     if tile_map.rows:
-        args = _scale_arguments(scales_NG.contiguous(), row_index_R, expert_offsets, tile_map, out)
+        args = _scale_arguments(scales_NG, row_index_R, expert_offsets, tile_map, out)
         grid = (len(tile_map.tile_expert), triton.cdiv(groups, 8))
         _tile_scales[grid](**args, TOKENS=tile_map.token_tile, GROUPS=8, num_warps=4, **EARLY)
     return out
@@ -143,6 +145,7 @@ def _scale_arguments(
         "out_ptr": out,
         "num_experts": len(expert_offsets) - 1,
         "groups": scales_NG.shape[1],
+        "row_stride": scales_NG.stride(0),
         "stride": out.shape[1],
     }
 

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from expertwire.bench import all_to_all
-from expertwire.bench.all_to_all_ranks import Candidate, Setting
-from expertwire.comm import a2a_model
+from expertwire.bench.all_to_all_ranks import BACKENDS, Candidate, Setting
+from expertwire.comm import a2a_model, topology_table
 from expertwire.comm.group import NcclOptions
 from expertwire.deploy import cli
 
@@ -20,7 +21,7 @@ def test_figures_are_complete_and_add_up(tmp_path, capsys):
     assert cli.main(["bench", "all-to-all", *options]) == 0
     figures = json.loads(path.read_text())
     assert {(row["backend"], row["tokens"]) for row in figures["rows"]} == {
-        (name, tokens) for name in ("reference", "nccl", "padded") for tokens in (1, 4)
+        (name, tokens) for name in BACKENDS for tokens in (1, 4)
     }
     for row in figures["rows"]:
         for phase in ("dispatch", "combine"):
@@ -30,23 +31,39 @@ def test_figures_are_complete_and_add_up(tmp_path, capsys):
             assert part["bytes"]["unique"] == row["tokens"] * 16 * 2
             assert part["gb_s"]["sent"] == pytest.approx(part["bytes"]["sent"] / part["p50_us"] / 1e3)
         assert row["combine"]["bytes"]["sent"] == row["tokens"] * 8 * 16 * 2
-    best = json.loads(table.read_text())["best"]
-    assert [entry["tokens"] for entry in best] == [1, 4]
+    read = topology_table.read(str(table))
+    assert {(entry.backend, entry.tokens) for entry in read.entries} == {
+        (name, tokens) for name in BACKENDS for tokens in (1, 4)
+    }
+    assert (read.device, read.nbytes(4)) == ("cpu", 4 * 8 * 2 * 32)
+    fastest = read.fastest(2, read.nbytes(4), BACKENDS)
+    assert [entry.p50_us for entry in fastest] == sorted(entry.p50_us for entry in read.entries if entry.tokens == 4)
     out = capsys.readouterr().out
     assert "nothing about GPUs" in out
     assert len(out.splitlines()) == 3 + 2 * len(figures["rows"])
 
 
 def test_the_backends_that_were_asked_for(tmp_path, capsys):
-    options = [*SMALL, "--backends", "nvlink", "--json", str(tmp_path / "figures.json")]
-    assert cli.main(["bench", "all-to-all", *options]) == 0
-    assert {row["backend"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]} == {"nvlink"}
+    """In both formats, of which one is half as many bytes on the way out."""
+    options = [*SMALL, "--backends", "nvlink", "padded", "--formats", "bf16", "fp8", "--hidden-size", "128"]
+    assert cli.main(["bench", "all-to-all", *options, "--json", str(tmp_path / "figures.json")]) == 0
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert {row["candidate"] for row in rows} == {"nvlink", "nvlink fp8", "padded"}
+    plain, fp8 = ({row["tokens"]: row for row in rows if row["candidate"] == name} for name in ("nvlink", "nvlink fp8"))
+    for tokens, row in fp8.items():
+        assert row["dispatch"]["bytes"]["sent"] / plain[tokens]["dispatch"]["bytes"]["sent"] == 132 / 256
+        assert row["combine"]["bytes"] == plain[tokens]["combine"]["bytes"]
+
+
+def test_rows_without_whole_groups_cannot_go_out_in_fp8(capsys):
+    assert cli.main(["bench", "all-to-all", *SMALL, "--formats", "fp8"]) == 2
+    assert "--hidden-size must be a multiple of 128 with --formats fp8, got 16" in capsys.readouterr().err
 
 
 def answers(us):
     """Of two ranks and one candidate: us [2 ranks][steps][dispatch, combine]."""
     traffic = [[{"unique": 1.0, "sent": 4.0, "wire": wire * phase} for phase in (1, 2)] for wire in (2e3, 3e3)]
-    same = {"candidate": "nccl", "backend": "nccl", "nccl": {}, "tokens": 4}
+    same = {"candidate": "nccl", "backend": "nccl", "format": "bf16", "nccl": {}, "tokens": 4}
     return [[same | {"us": us[rank], "bytes": traffic[rank], "copy_gb_s": 2.0 - rank}] for rank in (0, 1)]
 
 
@@ -64,19 +81,24 @@ def test_the_slowest_rank_counts_and_runs_are_summed_up_by_their_median():
     assert row["combine"]["ratio"] == pytest.approx(2 / 6)
 
 
-def test_the_best_is_the_fastest_of_both_phases():
+def test_the_table_has_both_phases_together_and_the_fastest_first():
     def row(backend, dispatch, combine, tokens=1):
         phases = {"dispatch": {"p50_us": dispatch}, "combine": {"p50_us": combine}}
         return {"ranks": 2, "tokens": tokens, "backend": backend, "nccl": {"max_ctas": 4}, **phases}
 
     rows = [row("nccl", 5, 9), row("reference", 6, 7), row("padded", 1, 20), row("nccl", 1, 1, tokens=2)]
-    found = [(entry["tokens"], entry["backend"], entry["p50_us"]) for entry in all_to_all.best(rows)]
-    assert found == [(1, "reference", 13), (2, "nccl", 2)]
+    table = all_to_all.table({"machine": {}, "setting": {"hidden_size": 16, "top_k": 8}, "rows": rows})
+    found = [(entry["tokens"], entry["backend"], entry["p50_us"]) for entry in table["entries"]]
+    assert found == [(1, "reference", 13), (1, "nccl", 14), (1, "padded", 21), (2, "nccl", 2)]
 
 
-def test_a_sweep_on_gpus_tries_limits_of_thread_blocks_and_copy_engines():
-    names = [str(candidate) for candidate in all_to_all.sweep("cuda")]
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_sweep_on_gpus_tries_limits_of_thread_blocks_and_copy_engines(monkeypatch, reached):
+    """And memory of peers, if they reach each other's."""
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: reached or (a, b) != (1, 2))
+    names = [str(candidate) for candidate in all_to_all.sweep("cuda", 3)]
     assert {"reference", "nccl", "nccl max_ctas=8", "padded max_ctas=32", "padded zero_ctas=True"} <= set(names)
+    assert ("nvlink" in names) == reached
     assert len(names) == len(set(names))
     assert str(Candidate(backend="nccl", nccl=NcclOptions(min_ctas=2, max_ctas=4))) == "nccl min_ctas=2 max_ctas=4"
 

@@ -104,7 +104,7 @@ def ranks(pools, request):
 
 
 def _one(kind, size, backend):
-    """Four ranks over gloo show what two and eight do."""
+    """Over gloo, two and eight ranks show what four do."""
     marks = [pytest.mark.full] if size == 4 and not backend.startswith("nvlink") else []
     return pytest.param((kind, size), backend, id=f"{backend}, {size} ranks", marks=marks)
 

@@ -4,7 +4,7 @@ import pytest
 from exchanges import Exchange, take_part
 from ranks import Ranks
 
-from expertwire.comm import backends
+from expertwire.comm import backends, topology_table
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import registry
 
@@ -47,6 +47,25 @@ def test_ranks_agree_on_what_they_build(four_ranks, wanted, nodes, case, name, w
     for _, said in answers:
         with pytest.raises(AssertionError, match=why):
             raise AssertionError(said)
+
+
+def build_by_table(group, case):
+    """Times with options of the communicator, which another group then has."""
+    times = {"reference": (9.0, {}), "nccl": (5.0, {"max_ctas": 8}), "nvlink": (7.0, {})}
+    entries = tuple(
+        topology_table.Entry(ranks=group.size, tokens=64, backend=name, nccl=options, p50_us=us)
+        for name, (us, options) in times.items()
+    )
+    table = topology_table.Table(name="t", device="cpu", machine="a CPU", row_bytes=64, top_k=2, entries=entries)
+    all_to_all, choice = backends.build("auto", case.spec(group), registry.plain(), "a", "cpu", table=table)
+    take_part(all_to_all, case, group.rank, group.size, 0, lambda: None)
+    return type(all_to_all).__name__, choice.why
+
+
+def test_ranks_build_what_a_table_says(four_ranks):
+    for name, why in four_ranks.run(build_by_table, FEW):
+        assert name == "NcclAllToAll"
+        assert why.endswith("5 us with max_ctas=8, nvlink 7 us, reference 9 us")
 
 
 def test_all_refuse_what_they_cannot_use(four_ranks):

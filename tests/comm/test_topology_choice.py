@@ -15,7 +15,7 @@ def ranks(domains, nodes=None):
     return Topology(name="t", places=tuple(Place(domain=d, node=n, failure_domain=n) for d, n in pairs))
 
 
-RACK = Situation(topology=topology.read("nvl72"), device="cuda", step_rows=GROUPED_FROM_ROWS)
+RACK = Situation(topology=topology.read("nvl72"), device="cuda", step_rows=GROUPED_FROM_ROWS, row_bytes=28672)
 BOARDS = replace(RACK, topology=ranks("aabb"))
 HOST = replace(RACK, topology=ranks("aaaa"), device="cpu")
 HOSTS = replace(RACK, topology=ranks("ab"), device="cpu")

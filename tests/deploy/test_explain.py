@@ -60,6 +60,38 @@ def test_a_topology_of_ones_own(capsys, tmp_path):
     assert error.rstrip().endswith("allowed here are auto, reference, nccl")
 
 
+def test_measured_times_decide(capsys, tmp_path):
+    """Of eight GPUs, on as many; on others they are refused."""
+    times = [
+        {"ranks": 8, "tokens": 2048, "backend": name, "nccl": options, "p50_us": us}
+        for name, options, us in (("nvlink", {}, 900.0), ("nccl", {"max_ctas": 16}, 800.0), ("padded", {}, 1.0))
+    ]
+    path = tmp_path / "times.json"
+    machine = {"device": "cuda", "name": "an H200"}
+    path.write_text(json.dumps({"machine": machine, "row_bytes": 8192, "top_k": 8, "entries": times}))
+    options = [QWEN, "--device", "h200", "--all-to-all-table", str(path)]
+    found = lines(capsys, *options, "--ep-size", "8")
+    assert found[-2].startswith("all-to-all nccl: the fastest of those in ")
+    assert found[-2].endswith("800 us with max_ctas=16, nvlink 900 us")
+    for others, message in (
+        (["--ep-size", "4"], "measured with 8 ranks, not with 4"),
+        (["--ep-size", "8", "--device", "cpu"], "measured on cuda, the ranks are on cpu"),
+        (["--ep-size", "8", "--all-to-all", "nvlink"], "has no effect with all_to_all 'nvlink'; use 'auto'"),
+    ):
+        assert cli.main(["explain", *options, *others]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_rows_in_fp8_are_half_as_long_for_experts_that_read_them(capsys):
+    def leaving(*options):
+        last = lines(capsys, str(CONFIGS / "deepseek-v3"), "--device", "h200", "--ep-size", "8", *options)[-1]
+        return float(last.partition("saved; ")[2].partition(" KB leave")[0])
+
+    assert leaving("--dispatch-dtype", "fp8") / leaving() == pytest.approx(7392 / 14336, rel=0.01)
+    assert cli.main(["explain", QWEN, "--device", "h200", "--ep-size", "8", "--dispatch-dtype", "fp8"]) == 2
+    assert "experts of format fp8_block" in capsys.readouterr().err
+
+
 def test_more_ranks_than_the_topology_has_are_refused(capsys):
     assert cli.main(["explain", QWEN, "--device", "h200", "--ep-size", "9"]) == 2
     assert "ep_size must be in [1, 8], the ranks of 'hgx8', got 9" in capsys.readouterr().err

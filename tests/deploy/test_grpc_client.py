@@ -34,6 +34,7 @@ class EchoFront(fake_front.FakeFront):
                 self.push(number, branch, letter, token_ids=(ord(letter),), logprobs=logprobs)
             if not text.endswith("..."):
                 stop = {"finish_reason": "stop", "stop_reason": "##"} if params.stop else {"finish_reason": "length"}
+                stop["expert_load"] = [[branch, 2**40], [0, 0]] if params.expert_load else None
                 self.push(number, branch, token_ids=(), num_cached_tokens=len(text) - 1, **stop)
         return number
 
@@ -105,6 +106,13 @@ def test_branches_log_probabilities_and_stop_reasons(client):
     assert {chunk.stop_reason for chunk in chunks if chunk.finish_reason} == {"##"}
     entries = [entry for chunk in chunks for entry in chunk.logprobs or ()]
     assert entries == [{65: Logprob(-1.5, 2, "A")}] * 2
+
+
+def test_the_experts_of_a_branch_come_with_its_end(client):
+    chunks = list(client.generate([65], n=2, expert_load=True))
+    ends = {chunk.branch: chunk.expert_load for chunk in chunks if chunk.finish_reason}
+    assert ends == {branch: [[branch, 2**40], [0, 0]] for branch in (0, 1)}
+    assert all(chunk.expert_load is None for chunk in [*client.generate([65])])
 
 
 def test_errors_have_code_and_message(client):

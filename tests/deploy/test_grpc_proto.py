@@ -50,9 +50,9 @@ def test_every_field_that_a_client_may_set_is_in_the_proto():
     assert all(field.has_presence for name, field in chat.items() if name != "messages")
 
 
-def test_model_info_has_everything_but_the_folder():
-    fields = {field.name for field in dataclasses.fields(ModelInfo)}
-    assert set(pb.ModelInfo.DESCRIPTOR.fields_by_name) == fields - {"path"} | {"version", "dialect", "chat_variables"}
+def test_model_info_has_everything_but_the_folder_and_how_tokens_travel():
+    fields = {field.name for field in dataclasses.fields(ModelInfo)} - {"path", "all_to_all"}
+    assert set(pb.ModelInfo.DESCRIPTOR.fields_by_name) == fields | {"version", "dialect", "chat_variables"}
 
 
 def test_dialects_are_whole_but_for_their_marks():

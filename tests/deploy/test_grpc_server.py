@@ -159,7 +159,7 @@ async def test_token_ids_and_every_sampling_field_arrive(run):
         "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_tokens": 9, "min_tokens": 2, "seed": -4,
         "stop": ["a", "b"], "stop_token_ids": [7], "ignore_eos": True, "repetition_penalty": 1.1,
         "presence_penalty": 0.2, "frequency_penalty": -0.3, "logit_bias": {4: -1.5}, "logprobs": 2,
-        "prompt_logprobs": 3, "n": 2, "skip_special_tokens": False,
+        "prompt_logprobs": 3, "n": 2, "skip_special_tokens": False, "expert_load": True,
     }  # fmt: skip
     assert set(values) == set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling_params=pb.SamplingParams(**values))

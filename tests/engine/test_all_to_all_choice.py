@@ -1,7 +1,9 @@
 """An engine computes the same bits whichever way its tokens travel."""
 
 import importlib.resources
+import json
 
+import parity
 import psutil
 import pytest
 import test_invariance as invariance
@@ -34,6 +36,62 @@ def test_a_frozen_rank_is_named():
     assert not alive
 
 
+def said(outputs):
+    """Tokens and log-probabilities, of prompts too if they were asked for."""
+    entries = [at for out in outputs for at in [*(out.prompt_logprobs or [])[1:], *out.outputs[0].logprobs]]
+    return [(token, entry.logprob) for at in entries for token, entry in at.items()]
+
+
+def table_of(folder, **us):
+    """A file by which backends took so long between two CPU ranks."""
+    entries = [{"ranks": 2, "tokens": 64, "backend": name, "nccl": {}, "p50_us": value} for name, value in us.items()]
+    file = {"machine": {"device": "cpu", "name": "a CPU"}, "row_bytes": 512, "top_k": 2, "entries": entries}
+    path = folder / "times.json"
+    path.write_text(json.dumps(file))
+    return str(path)
+
+
+def test_rows_that_travel_in_fp8_are_rounded_alike_on_any_number_of_ranks(tmp_path):
+    """Also where they stay on their rank. A table decides how those of two ranks travel."""
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=5, prompt_logprobs=5, ignore_eos=True)
+    table = table_of(tmp_path, nvlink=50.0, reference=40.0, nccl=60.0)
+    answers, ways = [], []
+    for options in (
+        {"ep_size": 1},
+        {"ep_size": 2, "redundant_experts": 2, "all_to_all_table": table},
+        {"ep_size": 4},
+    ):
+        options |= {"dispatch_dtype": "fp8", "kv_cache_bytes": 20_000_000}
+        with LLM(DEMO, launcher="local", threads_per_rank=1, **options) as llm:
+            answers.append(said(llm.generate(["12+34=", "Sort: dcab", "7*8="], params, use_tqdm=False)))
+            ways.append(llm.model_info.all_to_all)
+    assert answers[0] == answers[1] == answers[2]
+    assert [way.partition(":")[0] for way in ways] == ["", "reference", "nvlink"]
+    assert ways[1].endswith("40 us, nvlink 50 us, nccl 60 us")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ep_size": 3}, "was measured with 2 ranks, not with 3"),
+        ({"ep_size": 2, "device": "cuda"}, "was measured on cpu, the ranks are on cuda"),
+        ({"ep_size": 2, "all_to_all": "nccl"}, "has no effect with all_to_all 'nccl'"),
+    ],
+)
+def test_a_table_of_other_ranks_is_refused_before_any_starts(tmp_path, options, message):
+    before = psutil.Process().children()
+    with pytest.raises(ValueError, match=f"^all_to_all_table .*{message}"):
+        LLM(DEMO, launcher="local", all_to_all_table=table_of(tmp_path, nccl=1.0), **options)
+    assert psutil.Process().children() == before
+
+
+def test_rows_that_no_scale_fits():
+    with pytest.raises(
+        ValueError, match=r"^dispatch_dtype 'fp8' needs rows of a multiple of 128 numbers; Qwen3Moe.* has 96"
+    ):
+        LLM(parity.checkpoint("qwen3_moe"), launcher="local", dispatch_dtype="fp8")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -52,9 +110,6 @@ def test_demo_model(ep_size):
     def run(all_to_all):
         with LLM(DEMO, launcher="local", ep_size=ep_size, threads_per_rank=1, all_to_all=all_to_all) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
-        return [
-            [(token, entry.logprob) for at in output.outputs[0].logprobs for token, entry in at.items()]
-            for output in outputs
-        ]
+        return said(outputs)
 
     assert run("nvlink") == run("reference")

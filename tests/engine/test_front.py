@@ -246,6 +246,27 @@ class TestStopStrings:
         assert (out if stop.found else out + stop.flush(), stop.found) == (expected, found)
 
 
+class TestExpertLoad:
+    def test_comes_with_the_end_and_adds_up(self, front, controller):
+        front.submit("a", SamplingParams(expert_load=True, n=2))
+        [_, second] = controller.heard()[0].ids_Q.tolist()
+        controller.say(routed=[(second, 0, 3), (999, 0, 9), (second, 3, 1)])
+        controller.say(Row(second, 50), routed=[(second, 3, 1)])
+        controller.say(Row(second, 50, LENGTH), routed=[(second, 3, 4), (second, 3, 2)])
+        *before, last = front.poll(1.0)
+        assert [update.expert_load for update in before] == [None] * len(before)
+        assert (INFO.num_layers, INFO.num_experts) == (1, 4)
+        assert last.expert_load == [[3, 0, 0, 8]]
+
+    def test_of_a_request_that_is_aborted_as_far_as_it_went(self, front, controller):
+        request = front.submit("a", SamplingParams(expert_load=True))
+        controller.say(routed=[(int(controller.heard()[0].ids_Q[0]), 2, 5)])
+        assert front.poll(1.0) == []
+        front.abort(request)
+        [update] = front.poll(1.0)
+        assert sum(map(sum, update.expert_load)) == update.expert_load[0][2] == 5
+
+
 class TestLogprobs:
     def test_sampled_and_top(self, front, controller, tokenizer):
         front.submit("a", SamplingParams(logprobs=2))

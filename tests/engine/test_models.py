@@ -12,21 +12,23 @@ from expertwire import LLM
 OPTIONS = {"dtype": "float32", "threads_per_rank": 1, "launcher": "local", "kv_cache_bytes": 20_000_000}
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request):
-    """Other kernels run with one thread than with several."""
+@pytest.fixture
+def threads():
+    """Sets how many run: with several other kernels do than with one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("variant", parity.VARIANTS)
-def test_logits_of_every_position(variant):
+@pytest.mark.parametrize(
+    ("variant", "num", "lengths"),
+    [*((variant, 1, parity.LENGTHS) for variant in parity.VARIANTS), ("mixtral", 3, (17,)), ("qwen3_moe", 3, (1, 63))],
+)
+def test_logits_of_every_position(variant, num, lengths, threads):
+    threads(num)
     folder = parity.checkpoint(variant)
     model = RankModel(folder)
-    for length in parity.LENGTHS:
+    for length in lengths:
         ids = parity.case(variant, length).ids
         right = tiny.reference_logits(folder, ids)
         for chunk in (None, 32, 1) if length in (63, 130) else (None, 32):

@@ -1,5 +1,8 @@
 """Experts move while requests are served: nothing is lost, and no bit changes."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import parity
 import pytest
@@ -7,6 +10,10 @@ import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
 from expertwire.engine.config import EngineConfig
+from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.rebalancing import Rebalancing
+from expertwire.moe.load import ExpertLoad
+from expertwire.moe.placement import place
 
 ROUNDS, NUM_OUTPUT = 2, 32
 TOP_K = 2
@@ -41,9 +48,22 @@ def unmoved():
     return seen
 
 
+@pytest.fixture
+def boards(tmp_path):
+    """A topology of two domains of two ranks, of which those of different domains fail together."""
+    node = {"ranks": 1}
+    domains = [
+        {"name": name, "nodes": [{"name": name + row, "failure_domain": row, **node} for row in "xy"]} for name in "ab"
+    ]
+    path = tmp_path / "boards.json"
+    path.write_text(json.dumps({"name": "boards", "domains": domains}))
+    return str(path)
+
+
 @pytest.mark.parametrize(("ep_size", "redundant"), [(2, 0), (4, 4)])
-def test_moving_under_load_changes_nothing(unmoved, ep_size, redundant):
-    seen, stats = serve(ep_size=ep_size, redundant_experts=redundant, rebalance_steps=4)
+def test_moving_under_load_changes_nothing(unmoved, ep_size, redundant, boards):
+    topology = boards if redundant else None
+    seen, stats = serve(ep_size=ep_size, redundant_experts=redundant, topology=topology, rebalance_steps=4)
     assert len(seen) == ROUNDS * len(PROMPTS)
     assert all(len(tokens) == NUM_OUTPUT for tokens, _, _ in seen), "a request is not complete"
     moved = stats["rebalancing"]
@@ -59,10 +79,41 @@ def test_moving_under_load_changes_nothing(unmoved, ep_size, redundant):
     assert sum(stats["rank_rows"]) == pytest.approx(rows.sum())
 
 
-def test_options_that_contradict_it_are_refused():
+def test_experts_come_to_lie_where_they_do_not_fail_together():
+    placement, fails = place(8, 4, 8, num_layers=2, domains=(0, 0, 1, 1)), np.array([0, 1, 0, 1])
+
+    def apart(placement):
+        of_slots = fails[placement.rank_of_S]
+        return [len(set(of_slots[row == expert])) > 1 for row in placement.physical_to_logical for expert in range(8)]
+
+    assert not any(apart(placement)), "the second ones lie two ranks on"
+    load = ExpertLoad(placement, 2)
+    model = read_model_config(str(parity.checkpoint("qwen3_moe")))
+    rebalancing = Rebalancing(load, model, None, window_steps=1, failure_domains=fails.tolist())
+    rows = np.tile(np.array([400, 5, 5, 300, 5, 5, 5, 5]), (2, 1))
+    step, result = SimpleNamespace(num_tokens_P=np.ones(4), moves=None), SimpleNamespace(forward_us=10**7, move_us=1)
+    for _ in range(2):
+        rebalancing.committed(step, [result], rows)
+        rebalancing.committed(step, [result], rows)
+        rebalancing._verdict.result(30)
+        assert rebalancing.moving or not rebalancing.stats()["rebalances"]
+    while (moves := rebalancing.next()[1]) is not None:
+        rebalancing.committed(SimpleNamespace(num_tokens_P=np.ones(4), moves=moves), [result], None)
+    rebalancing.close()
+    assert all(apart(load.placement))
+    assert load.placement.domains == (0, 0, 1, 1)
+
+
+def test_options_that_contradict_it_are_refused(boards):
     with pytest.raises(ValueError, match="rebalance_steps 5 has no effect with ep_size 1"):
         EngineConfig(model="x", rebalance_steps=5)
     with pytest.raises(ValueError, match="rebalance_steps must be an integer >= 0, got -1"):
         EngineConfig(model="x", ep_size=2, rebalance_steps=-1)
     with pytest.raises(ValueError, match="rebalance_steps must be 0: Qwen3ForCausalLM has no experts"):
         LLM(parity.checkpoint("qwen3"), ep_size=2, rebalance_steps=5, launcher="local")
+    with pytest.raises(ValueError, match="topology 'hgx8' has no effect with redundant_experts 0"):
+        EngineConfig(model="x", ep_size=2, topology="hgx8")
+    with pytest.raises(ValueError, match="topology must be the path of a file"):
+        EngineConfig(model="x", ep_size=2, redundant_experts=2, topology=5)
+    with pytest.raises(ValueError, match=r"ep_size must be in \[1, 4\], the ranks of 'boards', got 8"):
+        LLM(parity.checkpoint("qwen3_moe"), ep_size=8, redundant_experts=8, topology=boards, launcher="local")

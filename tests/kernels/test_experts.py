@@ -80,7 +80,7 @@ def test_other_widths(width, inner):
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("width", "inner"), [(64, 96), (96, 32), (256, 160)])
+@pytest.mark.parametrize(("width", "inner"), [(32, 64), (64, 96), (96, 32), (256, 160), (1120, 32)])
 def test_bits_of_rows_do_not_depend_on_their_company(dtype, width, inner):
     x, index, offsets, w13, w2 = inputs([129, 0, 3, 17, 300], dtype, width, inner)
     apply = OPS["cpu"].experts(w13, w2)
@@ -93,8 +93,10 @@ def test_bits_of_rows_do_not_depend_on_their_company(dtype, width, inner):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_expert_is_two_linear_layers_and_the_activation_between_them(dtype):
-    x, index, offsets, w13, w2 = inputs([0, 40, 0, 0, 0], dtype)
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 40, 95])
+@pytest.mark.parametrize("width", [32, 64, 1120])
+def test_an_expert_is_two_linear_layers_and_the_activation_between_them(dtype, rows, width):
+    x, index, offsets, w13, w2 = inputs([0, rows, 0, 0, 0], dtype, width)
     hidden = OPS["cpu"].silu_mul(OPS["cpu"].linear(w13[1])(x[index]))
     expected = OPS["cpu"].linear(w2[1])(hidden)
     assert torch.equal(OPS["cpu"].experts(w13, w2)(x, index, offsets), expected)

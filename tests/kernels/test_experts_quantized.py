@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expertwire.kernels import experts, formats, linear
-from expertwire.kernels.cpu import elementwise
+from expertwire.kernels.cpu import elementwise, routing
 from expertwire.kernels.variants import Activation
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -213,7 +213,7 @@ def test_fused_with_its_router():
     norm, x, load = torch.rand(WIDTH).to(dtype), normal(9, WIDTH, seed=8).to(dtype), np.zeros(NUM_EXPERTS, np.int64)
     fused = experts.fuse(router, apply, norm, torch.arange(NUM_EXPERTS), top_k=2, renormalize=True, eps=1e-6)
     assert fused is not None
-    ids_TK, weights_TK = elementwise.route(router(x), 2, renormalize=True)
+    ids_TK, weights_TK = routing.route(router(x), 2, renormalize=True)
     order = ids_TK.flatten().sort(stable=True).indices
     offsets = np.concatenate(([0], np.cumsum(np.bincount(ids_TK.flatten(), minlength=NUM_EXPERTS))))
     rows_TKD = torch.empty(18, WIDTH, dtype=dtype)

@@ -52,6 +52,13 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(dtype):
         assert all(torch.equal(a[0], w[t]) for a, w in zip(alone, whole, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_may_lie_apart(dtype):
+    x, _, weight = inputs((7, 150), dtype)
+    part, weight = x[:, 3:73], weight[:70]
+    assert torch.equal(OPS["cpu"].rms_norm(part, weight, 1e-6), OPS["cpu"].rms_norm(part.contiguous(), weight, 1e-6))
+
+
 def test_the_reference_is_the_formula():
     x, _, weight = inputs((9, 17), torch.float32)
     torch.testing.assert_close(

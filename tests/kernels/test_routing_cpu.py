@@ -41,6 +41,14 @@ def test_of_equal_experts_and_groups_the_first_wins():
     assert (ids.tolist(), weights.tolist()) == ([[0, 1, 2]], [[0.5, 0.5, 0.5]])
 
 
+def test_distinct_logits_stay_distinct_where_their_probabilities_do_not():
+    values = torch.tensor([[200.0, -3.0, 50.0, 20.0]])
+    ids, weights = OPS.route(values, 3, renormalize=True)
+    assert torch.equal(ids, routing.reference(values, 3, renormalize=True)[0])
+    assert ids.tolist() == [[0, 2, 3]]
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0, 0.0]]))
+
+
 def test_extremes_stay_finite():
     values = torch.tensor([[-1e4, 1e4, 30.0, -90.0]])
     ids, weights = OPS.route(values, 4, renormalize=False, score="sigmoid")

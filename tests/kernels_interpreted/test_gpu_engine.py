@@ -29,10 +29,10 @@ SIZES = {"max_model_len": 64, "block_size": 16}
 NUM_BLOCKS, MAX_RUNNING = 17, 4
 
 
-def build(folder, ops):
+def build(folder, ops, num_parts):
     config = read_model_config(folder, "float32")
     placement = place(config.num_experts, 1) if any(config.sparse_layers) else None
-    all_to_all = None
+    all_to_alls = ()
     if placement is not None:
         spec = AllToAllSpec(
             group=SoloGroup(),
@@ -42,16 +42,18 @@ def build(folder, ops):
             top_k=config.top_k,
             dtype=torch.float32,
         )
-        all_to_all = LocalAllToAll(spec, ops.permute) if ops.on_device else ReferenceAllToAll(spec)
+        one = LocalAllToAll(spec, ops.permute) if ops.on_device else ReferenceAllToAll(spec)
+        all_to_alls = (one,) * num_parts
     context = RankContext(
-        rank=0, dtype=torch.float32, device="cpu", ops=ops, placement=placement, all_to_all=all_to_all
+        rank=0, dtype=torch.float32, device="cpu", ops=ops, placement=placement, all_to_alls=all_to_alls
     )
     model = load(config, context, Checkpoint(folder))
     specs = config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
     if ops.on_device:
         slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
-        return config, DeviceRunner(model=model, caches=caches, slots=slots, rank=0, num_ranks=1)
+        runner = DeviceRunner(model=model, caches=caches, slots=slots, rank=0, num_ranks=1, num_parts=num_parts)
+        return config, runner
     slots = Slots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
     return config, Runner(model=model, caches=caches, slots=slots, rank=0)
 
@@ -62,7 +64,7 @@ def requests(folder):
         return Request(key=key, prompt=prompt, params=SamplingParams(**values), seed=7 * key)
 
     return [
-        request(0, 5, max_tokens=4, logprobs=3),
+        request(0, 5, max_tokens=4, logprobs=3, expert_load=True),
         request(1, 20, max_tokens=3, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, logprobs=0),
         request(2, 17, max_tokens=4, prompt_logprobs=2, repetition_penalty=1.5, frequency_penalty=0.3),
         request(3, 20, max_tokens=3, temperature=1.5, min_tokens=2, stop_token_ids=[3, 4], logit_bias={5: 2.0}),
@@ -70,9 +72,9 @@ def requests(folder):
     ]
 
 
-def serve(folder, ops):
-    """Tokens and log-probabilities by request, and the ranks' load."""
-    config, runner = build(folder, ops)
+def serve(folder, ops, num_parts=1, num_requests=5):
+    """Tokens and log-probabilities by request, the ranks' load, and the experts of the request that has asked."""
+    config, runner = build(folder, ops, num_parts)
     if ops.on_device:
         runner.warm_up(max_num_tokens=8, max_running=2)
     scheduler = Scheduler(
@@ -88,9 +90,10 @@ def serve(folder, ops):
         ),
         config.cache_specs(),
     )
-    for request in requests(folder):
+    for request in requests(folder)[:num_requests]:
         assert scheduler.submit(request, 0.0) is None
     tokens, logprobs, prompts = {}, {}, {}
+    of_first = np.zeros(config.num_layers * config.num_experts, np.int64)
     while not scheduler.idle:
         plan = scheduler.plan(0.0, report_load=True)
         result = runner.launch(plan).finish()
@@ -103,16 +106,22 @@ def serve(folder, ops):
             logprobs[key] += zip(outputs.top_logprobs[top], outputs.top_ids[top], strict=True)
         for i, key in enumerate(outputs.prompt_key_R.tolist()):
             prompts.setdefault(key, []).append((outputs.prompt_logprob_R[i], outputs.prompt_position_R[i]))
-    return tokens, logprobs, prompts, load
+        assert not outputs.routed_key_C.any(), "only request 0 has asked"
+        np.add.at(of_first, outputs.routed_expert_C, outputs.routed_tokens_C)
+    return tokens, logprobs, prompts, load, of_first
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe"])
-def test_the_same_tokens_as_on_the_cpu(kind):
+@pytest.mark.parametrize(("num_parts", "num_requests"), [(1, 5), (2, 2)], ids=["whole steps", "halves"])
+def test_the_same_tokens_as_on_the_cpu(kind, num_parts, num_requests):
     folder = tiny_checkpoints.cached(kind, num_hidden_layers=2)  # one sparse, one dense
-    expected, found = serve(folder, kernels.cpu()), serve(folder, kernels.triton(describe("cpu")))
+    expected = serve(folder, kernels.cpu(), num_requests=num_requests)
+    found = serve(folder, kernels.triton(describe("cpu")), num_parts, num_requests)
     assert found[0] == expected[0]
     for part in (1, 2):
         assert found[part].keys() == expected[part].keys()
         for key, pairs in expected[part].items():
             np.testing.assert_allclose(np.array(found[part][key]), np.array(pairs), atol=2e-4)
     np.testing.assert_array_equal(found[3], expected[3])
+    np.testing.assert_array_equal(found[4], expected[4])
+    assert found[4].sum() == 2 * (5 + 4 - 1)  # of its tokens all but the last, in the layer with experts

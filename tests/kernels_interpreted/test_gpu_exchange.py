@@ -12,10 +12,11 @@ from exchanges import Exchange, take_part, take_part_in_turns
 from ranks import Ranks
 
 from expertwire.comm import peer_memory
+from expertwire.comm.a2a_fp8 import packed
 from expertwire.comm.a2a_nvlink_gpu import NvlinkGpuAllToAll
 from expertwire.comm.all_to_all import RankStalled
 from expertwire.comm.arena import ArenaLayout
-from expertwire.kernels import experts
+from expertwire.kernels import experts, formats, quantize
 from expertwire.kernels.gpu import exchange, exchange_few
 from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu.device import H200
@@ -29,8 +30,15 @@ class Member:
 
 def make(case, size, few_ids):
     """Ranks over slices of one tensor."""
-    specs = [case.spec(Member(rank, size)) for rank in range(size)]
-    memories = peer_memory.slices(size, ArenaLayout.of(specs[0]).nbytes)
+    return make_over(room(case, size), case, few_ids)
+
+
+def room(case, size):
+    return peer_memory.slices(size, ArenaLayout.of(case.spec(Member(0, size))).nbytes)
+
+
+def make_over(memories, case, few_ids):
+    specs = [case.spec(Member(rank, len(memories))) for rank in range(len(memories))]
     return [NvlinkGpuAllToAll(spec, memories, num_programs=3, few_ids=few_ids) for spec in specs]
 
 
@@ -53,6 +61,33 @@ CASES = {
 def test_every_byte_arrives_where_it_should(name, few_ids):
     size, case = CASES[name]
     take_part_in_turns(make(case, size, few_ids), case, 0)
+
+
+def exact_rows(tokens, width, generator):
+    """That fp8 and a scale a group hold exactly: the interpreter does not round to fp8 as a GPU does."""
+    numbers = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    x = numbers[torch.randint(126, (tokens, width // 128, 128), generator=generator)]
+    x[..., 5] = quantize.LARGEST
+    x *= 1 - 2 * torch.randint(2, x.shape, generator=generator)
+    return (x * 2.0 ** torch.randint(-9, 9, x.shape[:2], generator=generator)[..., None]).flatten(1)
+
+
+@either_way
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_are_quantised_on_their_way_as_before_it(few_ids, dtype):
+    """All ranks' memory afterwards, byte by byte, beside that of rows which were packed first."""
+    case = Exchange(tokens=(3, 4), max_tokens=5, top_k=3, num_experts=5, ids="holes", form="fp8 and scales, wide")
+    generator = torch.Generator().manual_seed(3)
+    x = [exact_rows(num, 256, generator).to(dtype) for num in case.tokens]
+    arenas = []
+    for given in (x, [quantize.pack(quantize.reference(rows)) for rows in x]):
+        memories = room(case, 2)
+        for rank, all_to_all in enumerate(make_over(memories, case, few_ids)):
+            all_to_all.dispatch_send(given[rank], torch.from_numpy(case.sent(rank, 0, 2)[1]), case.tokens)
+        arenas.append(torch.stack(memories))
+    differences = (arenas[0] != arenas[1]).nonzero()
+    assert not len(differences), f"byte {differences[0].tolist()} of {len(differences)}"
+    assert arenas[0].count_nonzero() > 6 * 256
 
 
 IDS = torch.tensor([[0, 1, 5], [3, -1, 2], [-1, -1, -1], [4, 0, 3]])
@@ -128,6 +163,33 @@ def run(group, case, steps):
 def test_ranks_of_their_own():
     with Ranks(2) as ranks:
         ranks.run(run, Exchange(tokens=None, max_tokens=4, num_experts=4, ids="holes", form="bf16"), 8)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
+@either_way
+def test_experts_give_the_same_bits_however_rows_have_travelled(few_ids):
+    """As numbers that they quantise themselves, or quantised on the way."""
+    D, tokens, generator = 256, [3, 2], torch.Generator().manual_seed(2)
+    case = Exchange(max_tokens=4, num_experts=4, top_k=2)
+    plain = [dataclasses.replace(case.spec(Member(rank, 2)), hidden_size=D, dtype=torch.bfloat16) for rank in range(2)]
+    w13 = formats.quantize("fp8_block", torch.randn(4, 2 * D, D, generator=generator) / 16, (D, D))
+    w2 = formats.quantize("fp8_block", torch.randn(4, D, D, generator=generator) / 16)
+    x = [exact_rows(num, D, generator).bfloat16() for num in tokens]
+    ids = [torch.rand(num, 4, generator=generator).argsort(dim=1)[:, :2].contiguous() for num in tokens]
+    came_home = []
+    for specs in (plain, [packed(spec) for spec in plain]):
+        memories = peer_memory.slices(2, ArenaLayout.of(specs[0]).nbytes)
+        ranks = [NvlinkGpuAllToAll(spec, memories, num_programs=2, few_ids=few_ids) for spec in specs]
+        handles = [rank.dispatch_send(*sent, tokens) for rank, *sent in zip(ranks, x, ids, strict=True)]
+        for i, rank in enumerate(ranks):
+            apply = gpu_experts.prepare(w13.experts(2 * i, 2 * i + 2), w2.experts(2 * i, 2 * i + 2), device=H200)
+            arrived = rank.dispatch_recv(handles[i])
+            rows = arrived.row_index_R, arrived.expert_offsets, arrived.home_R
+            rank.combine_send(handles[i], apply(arrived.x_UD, *rows))
+        came_home.append([rank.combine_recv(handle) for rank, handle in zip(ranks, handles, strict=True)])
+    for once, again in zip(*came_home, strict=True):
+        assert once.count_nonzero() == once.numel()
+        assert torch.equal(once, again)
 
 
 def test_experts_read_rows_where_they_arrived():

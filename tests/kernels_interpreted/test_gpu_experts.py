@@ -63,6 +63,16 @@ def test_experts(format, monkeypatch):
     assert any(tensor is bias13 for tensor in apply.weights)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
+def test_packed_rows_give_the_bits_of_rows_that_are_quantised_here(monkeypatch):
+    monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
+    apply = gpu_experts.prepare(*weights_of("fp8_block", 256, 128), device=DEVICE)
+    x, index = normal(9, 256, seed=5).bfloat16(), torch.randint(9, (20,), generator=torch.Generator().manual_seed(6))
+    found = [apply(rows, index, OFFSETS) for rows in (x, quantize.pack(quantize.reference(x)))]
+    assert found[1].dtype == torch.bfloat16
+    assert torch.equal(*found)
+
+
 def test_global_scales_that_differ():
     w13, w2 = weights_of("nvfp4", 96, 64)
     w13.global_scales[1, 1] *= 2

@@ -56,9 +56,22 @@ def test_figures_add_up(loopback):
     assert found["send_gb_s_per_program"] == pytest.approx(copies * D * 2 / 2e-6 / 1e9 / 2)
     wire = (copies - holders(loopback.inputs(0)[1].numpy())[:, 0].sum()) * D * 2
     assert found["modelled_nvl72_us"]["dispatch"] == pytest.approx(1 + 2 + 1.5 + 9 + wire / 770e3)
+    few = {"send_few_kernel": 2, "arrive_few_kernel": 4, "wait_kernel": 3, "go_home_kernel": 6}
+    modelled = all_to_all_loopback.figures(loopback, 30.0, few, programs=2)["modelled_nvl72_us"]
+    assert modelled["dispatch"] == pytest.approx(2 + 4 + wire / 770e3)
+    assert modelled["combine"] - modelled["dispatch"] == pytest.approx(6 + 3 - 6, abs=0.1)
     del kernels["index_kernel"], kernels["count_kernel"]
     with pytest.raises(ValueError, match="seen no kernel of index"):
         all_to_all_loopback.figures(loopback, 30.0, kernels, programs=2)
+
+
+def test_rows_can_go_out_in_fp8():
+    shape = {"experts_P": EXPERTS, "top_k": K, "hidden_size": 256, "device": "cpu", "num_programs": 2}
+    plain, fp8 = (Loopback(RANKS, T, format=format, **shape) for format in ("bf16", "fp8"))
+    assert torch.equal(plain.step(), fp8.step())
+    (out, back), (out_fp8, back_fp8) = plain.traffic(), fp8.traffic()
+    assert back == back_fp8
+    assert out_fp8.wire / out.wire == pytest.approx((256 + 2 * 4) / 512)
 
 
 def test_memory_is_that_of_arenas_and_rows():

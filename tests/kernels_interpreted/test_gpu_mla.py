@@ -1,12 +1,14 @@
 """Latent attention and the writing of its cache in the interpreter, against the reference and between schedules."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from expertwire.kernels import attention, mla, rotary
+from expertwire.kernels.gpu import attention as gpu_attention
 from expertwire.kernels.gpu import mla as gpu
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.variants import Rope
@@ -181,3 +183,27 @@ def test_rotate_and_store(tokens, heads, dtype, interleaved):
 
 def test_chosen_tiles():
     check([(1, 70), (3, 70)], torch.float32, tiling=gpu.tiles(rank=RANK, element_size=4, arch=100))
+
+
+def test_prompts_in_expanded_form():
+    """Keys of 24 + 16 numbers, values of 20."""
+    q, cache, host, device = scene(BATCHES["mixed"], torch.float32, unused=2)
+    generator = torch.Generator().manual_seed(1)
+    up_HmC = torch.randn(4, 24 + 20, RANK, generator=generator) * RANK**-0.5
+    q_THd = torch.cat((torch.randn(len(q), 4, 24, generator=generator), q[..., RANK:]), 2)
+    q_THl = torch.cat((torch.einsum("thn,hnc->thc", q_THd[..., :24], up_HmC[:, :24]), q[..., RANK:]), 2)
+    rows, num = host.cu_queries[-1], host.num_single
+    latent_THC = mla.reference(q_THl[:rows], cache, host, rank=RANK, scale=SCALE)
+    expected = torch.einsum("thc,hvc->thv", latent_THC, up_HmC[:, 24:])[num:]
+    prompts = attention.prompts(dataclasses.replace(device, max_prompt_length=64))
+    assert mla.is_worth_expanding(prompts, rows - num) == (3 * 64 <= 2 * (3 + 9 + 5))
+    found = mla.attend_expanded(
+        q_THd[num:],
+        cache,
+        prompts,
+        rank=RANK,
+        scale=SCALE,
+        expand=lambda x_XC: x_XC @ up_HmC.flatten(0, 1).T,
+        attend=partial(gpu_attention.attend, device=DEVICE, invariant=False),
+    )
+    torch.testing.assert_close(found[: rows - num], expected, rtol=1e-5, atol=1e-5)

@@ -69,7 +69,7 @@ def device_logits(folder, ids):
         device="cpu",
         ops=ops,
         placement=placement,
-        all_to_all=LocalAllToAll(spec, ops.permute),
+        all_to_alls=(LocalAllToAll(spec, ops.permute),),
     )
     model = load(config, context, Checkpoint(folder), quantize="fp8")
     caches = model.allocate(num_blocks=[3], block_size=16, max_model_len=32)
@@ -88,7 +88,7 @@ def device_logits(folder, ids):
         num_tokens_P=[len(ids)],
     )
     with torch.inference_mode():
-        return model.logits(model.forward(batch, caches))
+        return model.logits(model.forward([batch], caches))
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
@@ -100,7 +100,7 @@ def test_divergence_from_a_reference_that_quantises_identically(monkeypatch):
     found = device_logits(folder, ids).double().log_softmax(-1)
     plain = torch.from_numpy(RankModel(folder, quantize="fp8").logits(ids)).double().log_softmax(-1)
     ops = dataclasses.replace(kernels.cpu(), experts=ReferenceExperts)
-    monkeypatch.setattr(kernels, "choose", lambda device: ops)
+    monkeypatch.setattr(kernels, "choose", lambda device, **_: ops)
     right = torch.from_numpy(RankModel(folder, quantize="fp8").logits(ids)).double().log_softmax(-1)
     divergence, of_weights_alone = (float((right.exp() * (right - other)).sum(-1).mean()) for other in (found, plain))
     assert divergence < 1e-4, divergence

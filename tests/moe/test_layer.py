@@ -11,8 +11,9 @@ from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAllSpec
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import linear, registry, routing
+from expertwire.kernels.variants import Routing
 from expertwire.moe import reference
-from expertwire.moe.layer import Rule, prepare
+from expertwire.moe.layer import prepare
 from expertwire.moe.placement import place
 
 D, F, E, K, EPS = 64, 32, 8, 3, 1e-6
@@ -47,7 +48,8 @@ def norm(dtype):
     return torch.linspace(0.5, 1.5, D).to(dtype)
 
 
-def layer(group, dtype, *, renormalize=True, redundant=0, shared=None):
+def layer(group, dtype, *, renormalize=True, redundant=0, shared=None, on_device=False, make=None):
+    """`make`: the all-to-alls of a spec."""
     placement = place(E, group.size, redundant)
     router, w13, w2 = weights(dtype)
     here = list(placement.experts_of(group.rank))
@@ -59,12 +61,12 @@ def layer(group, dtype, *, renormalize=True, redundant=0, shared=None):
         w13[here],
         w2[here],
         norm(dtype),
-        ops=OPS,
-        rule=Rule(top_k=K, renormalize=renormalize),
+        ops=dataclasses.replace(OPS, on_device=on_device),
+        routing=Routing(top_k=K, renormalize=renormalize),
         eps=EPS,
         placement=placement,
         rank=group.rank,
-        all_to_all=ReferenceAllToAll(spec),
+        all_to_alls=[ReferenceAllToAll(spec)] if make is None else make(spec),
         shared=shared,
     )
 

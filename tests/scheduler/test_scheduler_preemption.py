@@ -161,6 +161,30 @@ def test_prompt_log_probabilities_are_all_there_before_the_first_token_also_of_w
     assert cluster.scheduler.stats()["preemptions"] > 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_experts_of_tokens_that_are_computed_twice_are_counted_once(overlap, prefix_cache):
+    config = make_config(num_ranks=1, max_num_tokens=4, num_blocks=9, max_running=4, prefix_cache=prefix_cache)
+    cluster = SimCluster(config, overlap=overlap)
+    asks = [key % 4 != 1 for key in range(8)]
+    for key, ask in enumerate(asks):
+        cluster.submit(make_request(key, 9, max_tokens=12, ignore_eos=True, expert_load=ask))
+    cluster.drain()
+    assert cluster.scheduler.stats()["preemptions"] > 0
+    counted, running = [[] for _ in asks], {}
+    for plan in cluster.plans:
+        mine = plan.rank(0)
+        for slot, sampling in zip(mine.admit_slot_A.tolist(), mine.admit_sampling_A, strict=True):
+            running[slot] = int(sampling["seed"]), int(sampling["experts_from"])
+        for slot, start, num in zip(mine.sched_slot_S.tolist(), mine.sched_start_S, mine.sched_num_S, strict=True):
+            key, first = running[slot]
+            assert (first >= 0) == asks[key]
+            counted[key] += range(max(start, first), start + num)
+    assert [positions == list(range(9 + 12 - 1)) for positions, ask in zip(counted, asks, strict=True) if ask] == [
+        True
+    ] * 6
+
+
 def test_abort_of_who_gave_way():
     cluster = start((7, {}), (7, {}), (7, {}))
     (victim,) = first_preempted(cluster)

@@ -1,0 +1,81 @@
+"""An all-to-all on a stream of its own: in which order the two streams wait for each other. They only write that down."""
+
+import contextlib
+
+import pytest
+import torch
+
+from expertwire.comm.a2a_stream import StreamAllToAll
+from expertwire.comm.all_to_all import RankStalled, Watched
+
+PHASES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+
+
+class Stream:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class Inner:
+    def __init__(self, now, log):
+        self._now, self._log = now, log
+
+    def __getattr__(self, phase):
+        if phase not in PHASES:
+            raise AttributeError(phase)
+
+        def call(*args):
+            self._log.append(f"{phase} on {self._now[-1].name}")
+            return (phase, *args)
+
+        return call
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A log, the streams that are current, and another one."""
+    log = []
+    now = [Stream("main", log)]
+
+    @contextlib.contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
+    return log, now, Stream("side", log)
+
+
+def test_what_is_sent_has_been_computed_and_what_is_received_is_there(streams):
+    log, now, side = streams
+    all_to_all = StreamAllToAll(Inner(now, log), side)
+    x, ids, y = torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3)
+    handle = all_to_all.dispatch_send(x, ids, [2])
+    assert log == ["side waits for main", "dispatch_send on side"], "the caller goes on at once"
+    assert all(any(tensor is kept for kept in handle.kept) for tensor in (x, ids)), (
+        "the stream may not have read it yet"
+    )
+    all_to_all.dispatch_recv(handle)
+    assert log[2:] == ["dispatch_recv on side", "main waits for side"]
+    returning = all_to_all.combine_send(handle, y)
+    assert log[4:] == ["side waits for main", "combine_send on side"]
+    assert returning.kept[0] is y
+    all_to_all.combine_recv(returning)
+    assert log[6:] == ["combine_recv on side", "main waits for side"]
+
+
+def test_a_stall_is_told(streams):
+    class Stalled(Inner):
+        def check(self):
+            raise RankStalled(3, 1, "dispatch", 0, 1.0)
+
+    log, now, side = streams
+    assert isinstance(StreamAllToAll(Inner(now, log), side), Watched)
+    StreamAllToAll(Inner(now, log), side).check()
+    with pytest.raises(RankStalled, match="rank 3"):
+        StreamAllToAll(Stalled(now, log), side).check()

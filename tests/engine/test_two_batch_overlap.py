@@ -1,0 +1,124 @@
+"""A step in two halves: all of its tokens, each once, and the bits of the whole step, whatever model, ranks and company."""
+
+from types import SimpleNamespace
+
+import architectures
+import numpy as np
+import parity
+import pytest
+import test_rebalance_live as live
+import tiny_checkpoints as tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_model import RankModel
+
+from expertwire import LLM
+from expertwire.engine.batch import in_parts
+from expertwire.engine.config import EngineConfig
+from expertwire.engine.slot_states import Scheduled
+from expertwire.engine.slots import Slots
+from expertwire.scheduler.plan import CacheSpec
+
+# One for each kind of attention and of mixture.
+KINDS = ("mixtral", "deepseek_v2", "deepseek_v32", "gpt_oss", "llama4_scout")
+SPEC = CacheSpec(name="kv", kind="full", bytes_per_token=4, writers=(0,), readers=(0,))
+
+
+def rank_plan(sequences):
+    """Of (first position, number of tokens, whether it samples) of slots 0, 1, ..."""
+    start, num, sampled = (np.array(values, np.int32) for values in zip(*sequences, strict=True))
+    slots = np.arange(len(sequences), dtype=np.int32)
+    return SimpleNamespace(
+        sched_slot_S=slots, sched_start_S=start, sched_num_S=num, sched_sample_S=sampled.astype(np.uint8)
+    )
+
+
+def of_slots(step):
+    """Positions by slot, in the order of rows."""
+    return {slot: step.position_T[step.slot_T == slot].tolist() for slot in sorted(set(step.slot_T.tolist()))}
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9), st.booleans()), min_size=1, max_size=8),
+    st.integers(1, 3),
+)
+def test_parts_have_each_token_once_and_in_order(sequences, num_parts):
+    slots = Slots(num_slots=8, max_model_len=64, block_size=16, specs=[SPEC], device="cpu")
+    slots.num_tokens[:] = 64
+    plan = rank_plan(sequences)
+    [whole], parts = slots.schedule(plan), slots.schedule(plan, num_parts)
+    for part, [num] in zip(parts, in_parts([len(whole.slot_T)], num_parts), strict=True):
+        nums = np.diff(part.cu_queries)
+        assert nums.sum() == len(part.slot_T) == num
+        assert (nums > 0).all()
+        assert (nums[: part.num_single] == 1).all(), "sequences with one query come first"
+        ends = part.cu_queries[1:]
+        assert (part.position_T[ends - 1] == part.length_B - 1).all()
+    joined = Scheduled.joined(parts)
+    assert of_slots(joined) == of_slots(whole), "a part sees what earlier ones have computed"
+    assert sorted(joined.slot_O.tolist()) == sorted(whole.slot_O.tolist())
+    rows = joined.last_row_B[joined.sampled_B]
+    assert (joined.slot_T[rows] == joined.slot_O).all()
+    last = {slot: positions[-1] for slot, positions in of_slots(whole).items()}
+    assert joined.position_T[rows].tolist() == [last[slot] for slot in joined.slot_O.tolist()]
+    assert (np.diff(joined.cu_queries) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in KINDS else pytest.param(name, marks=pytest.mark.full) for name in architectures.all_of_them()],
+)
+def test_every_architecture(name):
+    """Also where sequences are cut in the middle of a window or a chunk, and with shared experts, index and latents."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        folder = architectures.folder(name)
+        whole, halves = RankModel(folder), RankModel(folder, num_parts=2)
+        for length in (2, 75):
+            ids = tiny.prompt(length, seed=length)
+            assert np.array_equal(halves.logits(ids), whole.logits(ids)), f"{length} tokens"
+            assert np.array_equal(halves.logits(ids, 7), whole.logits(ids)), f"{length} tokens, 7 at a time"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return live.serve(ep_size=1)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ep_size": 2, "all_to_all": "nvlink", "max_num_tokens": 33},
+        {"ep_size": 4, "all_to_all": "reference", "redundant_experts": 4, "rebalance_steps": 4},
+    ],
+    ids=["nvlink, small steps", "reference, while experts move"],
+)
+def test_served_requests_have_the_same_bits(alone, options):
+    """Prompts and decodes together; at the end there are steps of one token, so halves and ranks without any."""
+    seen, stats = live.serve(two_batch_overlap=True, **options)
+    assert seen == alone
+    rows = np.array(stats["expert_load"])
+    assert set(rows.sum(axis=1).tolist()) == {0, live.TOP_K * stats["tokens_computed"]}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("all_to_all", ["reference", "nccl", "nvlink"])
+@pytest.mark.parametrize("ep_size", [2, 4])
+def test_all_backends(alone, all_to_all, ep_size):
+    for max_num_tokens in (1, 50):
+        options = {"ep_size": ep_size, "all_to_all": all_to_all, "max_num_tokens": max_num_tokens}
+        assert live.serve(two_batch_overlap=True, **options)[0] == alone
+
+
+def test_where_nothing_travels_it_is_refused():
+    with pytest.raises(ValueError, match="two_batch_overlap True has no effect with ep_size 1, where nothing travels"):
+        EngineConfig(model="x", two_batch_overlap=True)
+    with pytest.raises(ValueError, match="two_batch_overlap must be True or False, got 1"):
+        EngineConfig(model="x", ep_size=2, two_batch_overlap=1)
+    with pytest.raises(ValueError, match="two_batch_overlap has no effect: Qwen3ForCausalLM has no experts"):
+        LLM(parity.checkpoint("qwen3"), ep_size=2, two_batch_overlap=True, launcher="local")

@@ -1,0 +1,69 @@
+"""Latent attention of prompts with keys and values made again: the absorbed form's numbers, but for rounding."""
+
+import pytest
+import torch
+from test_mla_ops import OPS, SCALE, TOLERANCE, scene
+
+from expertwire.kernels import attention, mla
+
+RANK, ROTATED, PLAIN = 32, 16, 24
+BATCH = [(1, 30), (1, 5), (1, 64), (5, 5), (40, 64), (30, 41)]
+
+
+@pytest.mark.parametrize("value_size", [8, PLAIN + ROTATED, 64])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_both_forms_agree(name, dtype, value_size):
+    ops, heads = OPS[name], 3
+    _, cache, seqs = scene(BATCH, dtype, heads=heads, width=RANK + ROTATED)
+    generator = torch.Generator().manual_seed(1)
+    num_tokens = sum(num for num, _ in BATCH)
+    q_THd = torch.randn(num_tokens, heads, PLAIN + ROTATED, generator=generator).to(dtype)
+    up_HmC = (torch.randn(heads, PLAIN + value_size, RANK, generator=generator) * RANK**-0.5).to(dtype)
+    key_HnC, value_HvC = up_HmC.float().split((PLAIN, value_size), 1)
+    absorbed_THC = torch.einsum("thn,hnc->thc", q_THd[..., :PLAIN].float(), key_HnC)
+    q_THl = torch.cat((absorbed_THC, q_THd[..., PLAIN:].float()), 2)
+    latent_THC = mla.reference(q_THl, cache.float(), seqs, rank=RANK, scale=SCALE)
+    expected = torch.einsum("thc,hvc->thv", latent_THC, value_HvC)
+    found = mla.attend_expanded(
+        q_THd[seqs.num_single :],
+        cache.nan_to_num(),  # hidden keys enter with weight zero, so they must be finite
+        attention.prompts(seqs),
+        rank=RANK,
+        scale=SCALE,
+        expand=ops.linear(up_HmC.flatten(0, 1), dtype=dtype),
+        attend=ops.attend,
+    )
+    # Keys and values are rounded, which the absorbed form's are not.
+    slack = 1 if dtype == torch.float32 else 4
+    torch.testing.assert_close(
+        found.float(), expected[seqs.num_single :], **{k: slack * v for k, v in TOLERANCE[dtype].items()}
+    )
+
+
+def test_a_step_is_cut_into_single_queries_and_prompts():
+    _, _, seqs = scene(BATCH, torch.float32)
+    singles, prompts = attention.singles(seqs), attention.prompts(seqs)
+    assert singles.num_sequences == singles.num_single == 3
+    assert singles.cu_queries.tolist() == [0, 1, 2, 3]
+    assert prompts.num_sequences == 3
+    assert prompts.num_single == 0
+    assert prompts.cu_queries.tolist() == [0, 5, 45, 75]
+    assert prompts.lengths.tolist() == [5, 64, 41]
+
+
+@pytest.mark.parametrize(
+    ("batch", "worth"),
+    [
+        ([(1, 9)], False),
+        ([(64, 64)], True),
+        ([(1, 500), (64, 128)], True),
+        ([(64, 129)], False),
+        ([(4, 4), (64, 64)], True),
+        ([(2, 2)] * 9 + [(64, 64)], False),
+    ],
+)
+def test_it_pays_where_keys_are_few(batch, worth):
+    _, _, seqs = scene(batch, torch.float32)
+    num_tokens = sum(num for num, _ in batch) - seqs.num_single
+    assert mla.is_worth_expanding(attention.prompts(seqs), num_tokens) == worth
