@@ -146,11 +146,11 @@ def prepare(
         alone = [each for each in all_to_alls if isinstance(each, LocalAllToAll)]
         assert len(alone) == len(all_to_alls), f"{all_to_alls} tell the host, the ops do not"
         all_to_alls = [each.counting(load_E) for each in alone]
-    special = _special(routing, choice_bias)
-    router, fused = _router(w_router, router_bias, routing, special, ops, norm_D.dtype), None
+    router, fused = _router(w_router, router_bias, routing, choice_bias, ops, norm_D.dtype), None
     # One rank's rows stay where they are, unless the all-to-all rounds them.
     at_home = placement.num_ranks == 1 and isinstance(all_to_alls[0], ReferenceAllToAll)
-    if at_home and not special and shared is None and not (ops.on_device or routing.scales_input):
+    plain = (routing.score, choice_bias, routing.groups, routing.scale) == ("softmax", None, None, 1.0)
+    if at_home and plain and shared is None and not (ops.on_device or routing.scales_input):
         given = router.dense, grouped_mlp, norm_D, physical_CE[0]
         fused = experts.fuse(*given, top_k=routing.top_k, renormalize=routing.renormalize, eps=eps)
     return MoeLayer(
@@ -178,20 +178,26 @@ class _Router:
         return self.route(self.dense(x_TD.to(self.dtype)))
 
 
-def _special(routing: Routing, choice_bias: Tensor | None) -> dict[str, Any]:
-    """The arguments of `Ops.route` beyond the common ones; none for the rule that kernels have a short way for."""
-    plain = {"score": "softmax", "bias_E": None, "groups": None, "scale": 1.0}
-    special = {"score": routing.score, "bias_E": choice_bias, "groups": routing.groups, "scale": routing.scale}
-    return {} if special == plain else special
-
-
 def _router(
-    w_ED: Tensor, bias_E: Tensor | None, routing: Routing, special: dict[str, Any], ops: Ops, dtype: torch.dtype
+    w_ED: Tensor,
+    bias_E: Tensor | None,
+    routing: Routing,
+    choice_bias: Tensor | None,
+    ops: Ops,
+    dtype: torch.dtype,
 ) -> _Router:
     wide = w_ED.dtype == torch.float32 != dtype
     options: dict[str, Any] = {"x_dtype": dtype, "out_dtype": torch.float32} if wide and ops.on_device else {}
     return _Router(
         dense=ops.linear(w_ED, bias_E, **options),
         dtype=dtype if options else w_ED.dtype,
-        route=partial(ops.route, top_k=routing.top_k, renormalize=routing.renormalize, **special),
+        route=partial(
+            ops.route,
+            top_k=routing.top_k,
+            renormalize=routing.renormalize,
+            score=routing.score,
+            bias_E=choice_bias,
+            groups=routing.groups,
+            scale=routing.scale,
+        ),
     )

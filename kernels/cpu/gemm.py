@@ -135,6 +135,8 @@ def pack_experts(
     bias2_eD: Tensor | None = None,
 ) -> PackedExperts:
     """From weights [e, 2F, D] and [e, D, F] that `supports`."""
+    assert supports(w13), f"w13 {tuple(w13.shape)}"
+    assert supports(w2), f"w2 {tuple(w2.shape)}"
     num_experts, width, inner = w2.shape
     alpha, limit, offset = activation.gating
     gates = np.arange(0, inner, LANES)

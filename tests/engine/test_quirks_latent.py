@@ -208,7 +208,7 @@ def test_a_quirk_of_the_config_matters(name, change, monkeypatch):
 def test_a_quirk_of_the_ops_matters(name, change, monkeypatch):
     reference(name)
     ops = registry.cpu()
-    monkeypatch.setattr(registry, "choose", lambda device: replace(ops, **change(ops)))
+    monkeypatch.setattr(registry, "choose", lambda device, **_: replace(ops, **change(ops)))
     assert difference(name) > DIFFER
 
 
