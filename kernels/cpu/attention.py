@@ -155,6 +155,8 @@ def attend(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.reference`."""
+    for cache in (k_cache, v_cache):
+        assert cache.is_contiguous(), f"cache strides {cache.stride()}"
     out_THd = torch.empty_like(q_THd)
     q, k, v, out = (as_array(tensor) for tensor in (q_THd, k_cache, v_cache, out_THd))
     scale = q.shape[2] ** -0.5 if scale is None else scale
