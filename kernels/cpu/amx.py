@@ -26,7 +26,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from expertwire.kernels.cpu import panel, vectors
-from expertwire.kernels.cpu.numbers import jit
+from expertwire.kernels.cpu.numbers import allocating_jit, jit
 from expertwire.kernels.cpu.panel import PANEL
 from expertwire.kernels.cpu.vectors import I8, I64
 
@@ -173,7 +173,7 @@ def finish(context):
     return types.void(), generate
 
 
-@jit
+@allocating_jit
 def begin():
     """Take the tiles, eight of 16 rows and 64 bytes: before any `multiply`, and `finish` after them."""
     config = np.zeros(64, np.uint8)

@@ -18,8 +18,9 @@ from torch import Tensor
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, pack_values, panels
 from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
-from expertwire.kernels.cpu.numbers import as_array, jit, put_row, round_like
+from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, jit, round_like
 from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
+from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.softmax import softmax
 from expertwire.kernels.cpu.vectors import LANES
 
@@ -41,7 +42,7 @@ def _reach(longest, window, chunk):
     return min(longest, chunk) if chunk > 0 else longest
 
 
-@jit
+@allocating_jit
 def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, out_THd):
     """`kernels.attention.reference`; `cu_queries` as in `PagedSequences`; `sinks_H` may be empty."""
     num_kv, dim, group = k_NsGd.shape[2], k_NsGd.shape[3], q_THd.shape[1] // k_NsGd.shape[2]
@@ -56,8 +57,8 @@ def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, 
     rows, queries = operand(LANES, depth, keys), operand(step, depth, keys)
     two_rows = np.zeros((2, depth), v_NsGd.dtype)
     rows[:], queries[:] = 0, 0
-    scores, weights = np.empty((step, width), np.float32), operand(step, width, values)
-    found = products()
+    scores, weights = empty((step, width), np.float32), operand(step, width, values)
+    found, unbiased = products(), np.zeros(PANEL, np.float32)
     begin(keys)
     for b in range(len(lengths_B)):
         last, length = cu_queries[b + 1], lengths_B[b]
@@ -84,6 +85,7 @@ def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, 
                     scores,
                     weights,
                     found,
+                    unbiased,
                     out_THd[query:end],
                 )
     finish(keys)
@@ -91,12 +93,28 @@ def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, 
 
 @jit
 def _attend_head(
-    q_THd, g, group, base, length, window, chunk, keys, values, scale, sinks_H, queries, scores, weights, found, out_THd
+    q_THd,
+    g,
+    group,
+    base,
+    length,
+    window,
+    chunk,
+    keys,
+    values,
+    scale,
+    sinks_H,
+    queries,
+    scores,
+    weights,
+    found,
+    unbiased,
+    out_THd,
 ):
     """The last tokens of a sequence, with the `group` heads that share key head g; rows are token by token, head by head. Packed
     are the positions from `base` on."""
     num, once, (step, width) = len(q_THd), rows_at_once(keys), scores.shape
-    depth, unbiased = queries.shape[1], np.zeros(PANEL, np.float32)
+    depth = queries.shape[1]
     for start in range(0, num * group, step):
         count = min(step, num * group - start)
         for i in range(count):
@@ -114,14 +132,14 @@ def _attend_head(
         for i in range(len(values)):
             for m in range(0, count, once):
                 multiply(weights, m, count, seen, values, i, found)
-                _put_outputs(found, start + m, min(once, count - m), g, group, i * PANEL, out_THd)
+                _put_outputs(found, unbiased, start + m, min(once, count - m), g, group, i * PANEL, out_THd)
 
 
 @jit
-def _put_outputs(found, start, count, g, group, column, out_THd):
+def _put_outputs(found, unbiased, start, count, g, group, column, out_THd):
     """Products with up to 32 dimensions of the values, from `column` on, of rows from `start` on, token by token."""
     num_heads, dim = out_THd.shape[1:]
-    unbiased, i = np.zeros(PANEL, np.float32), 0
+    i = 0
     while i < count:
         token, head = (start + i) // group, g * group + (start + i) % group
         rows = min(count - i, (g + 1) * group - head)
@@ -137,7 +155,7 @@ def _put_outputs(found, start, count, g, group, column, out_THd):
         i += rows
 
 
-@jit
+@allocating_jit
 def _attend(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, out_THd):
     if len(lengths_B) > 0:
         attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, out_THd)

@@ -11,8 +11,9 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from expertwire.kernels.cpu import amx, vectors
-from expertwire.kernels.cpu.numbers import jit, put_row
+from expertwire.kernels.cpu.numbers import empty, jit
 from expertwire.kernels.cpu.panel import LINE, PANEL, pack_half
+from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.vectors import BITS, I16, I32, I64, LANES
 
 _AHEAD = 64  # positions
@@ -26,8 +27,8 @@ def panels(cache, numpanels, depth):
 @overload(panels)
 def panels_overload(cache, numpanels, depth):
     if cache.dtype == types.uint16 and amx.AVAILABLE:
-        return lambda cache, numpanels, depth: np.empty((numpanels, depth // 2, PANEL), np.uint32)
-    return lambda cache, numpanels, depth: np.empty((numpanels, depth, PANEL), np.float32)
+        return lambda cache, numpanels, depth: empty((numpanels, depth // 2, PANEL), np.uint32)
+    return lambda cache, numpanels, depth: empty((numpanels, depth, PANEL), np.float32)
 
 
 def keys_in_row(panels):
@@ -162,7 +163,7 @@ def _pack_some_values(v_NsGd, dim, table, g, base, first, length, start, end, ro
         for j in range(num):
             position = base + k * num + j
             if first <= position < length:
-                rows[j, :dim] = v_NsGd[table[position // block_size], position % block_size, g, :dim]
+                put_row(v_NsGd[table[position // block_size], position % block_size, g, :dim], rows[j])
             else:
                 rows[j] = 0
         for i in range(len(values)):

@@ -12,35 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import as_array, exp, jit, load, rms_scale, round_like
-
-
-@jit
-def _rms_norm_row(x: np.ndarray, weight: np.ndarray, eps: float, y: np.ndarray) -> None:
-    scale = rms_scale(x, eps)
-    for i in range(len(x)):
-        y[i] = round_like(load(x[i]) * scale * load(weight[i]), y[i])
+from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, exp, jit, load, round_like
+from expertwire.kernels.cpu.rows import add_row, add_scaled_row, put_row, rms_scale, scale_row
 
 
 @jit
 def _rms_norm(x_TD: np.ndarray, weight_D: np.ndarray, eps: float, y_TD: np.ndarray) -> None:
     for t in range(len(x_TD)):
-        _rms_norm_row(x_TD[t], weight_D, eps, y_TD[t])
-
-
-@jit
-def _add_row(x: np.ndarray, delta: np.ndarray, total: np.ndarray) -> None:
-    for i in range(len(x)):
-        total[i] = round_like(load(x[i]) + load(delta[i]), total[i])
+        scale_row(x_TD[t], rms_scale(x_TD[t], eps), weight_D, y_TD[t])
 
 
 @jit
 def add_rms_norm_rows(
     x_TD: np.ndarray, delta_TD: np.ndarray, weight_D: np.ndarray, eps: float, sum_TD: np.ndarray, y_TD: np.ndarray
 ) -> None:
-    for t in range(len(x_TD)):
-        _add_row(x_TD[t], delta_TD[t], sum_TD[t])
-        _rms_norm_row(sum_TD[t], weight_D, eps, y_TD[t])
+    for t in range(x_TD.shape[0]):
+        add_row(x_TD[t], delta_TD[t], sum_TD[t])
+        scale_row(sum_TD[t], rms_scale(sum_TD[t], eps), weight_D, y_TD[t])
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -90,17 +78,20 @@ def silu_mul(gate_up_NF: Tensor) -> Tensor:
 
 
 @jit
-def combine_rows(rows_RD: np.ndarray, place_TK: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
-    """`place_TK` says which of the rows are a token's."""
-    total = np.empty(out_TD.shape[1], np.float32)
+def _combine(
+    rows_RD: np.ndarray, place_TK: np.ndarray, weights_TK: np.ndarray, total: np.ndarray, out_TD: np.ndarray
+) -> None:
     for t in range(out_TD.shape[0]):
         total[:] = np.float32(0)
         for k in range(weights_TK.shape[1]):
-            weight, row = weights_TK[t, k], rows_RD[place_TK[t, k]]
-            for i in range(len(total)):
-                total[i] += load(row[i]) * weight
-        for i in range(len(total)):
-            out_TD[t, i] = round_like(total[i], out_TD[t, i])
+            add_scaled_row(rows_RD[place_TK[t, k]], weights_TK[t, k], total)
+        put_row(total, out_TD[t])
+
+
+@allocating_jit
+def combine_rows(rows_RD: np.ndarray, place_TK: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
+    """`place_TK` says which of the rows are a token's."""
+    _combine(rows_RD, place_TK, weights_TK, empty((out_TD.shape[1],), np.float32), out_TD)
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:

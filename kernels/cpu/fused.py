@@ -1,7 +1,8 @@
 """What a step does in a layer, in two calls: attention with the norm behind it, and a rank's experts with theirs.
 
 At a few rows a step, calling an op costs as much as its work. So this puts the ops of `gemm`, `attention` and `elementwise`
-behind one another, and a row's bits are those of the ops called one by one.
+behind one another, and a row's bits are those of the ops called one by one. Some rows at a time, so that what one finds is still
+in the cache for the next.
 
 T tokens, D model width, H query heads, G key/value heads, d head size, E logical experts, e those here, K
 chosen, R routed rows, F expert width, B sequences, b blocks, s block size.
@@ -16,8 +17,8 @@ from torch import Tensor
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.attention import attend_rows, sinks
 from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows
-from expertwire.kernels.cpu.gemm import Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
-from expertwire.kernels.cpu.numbers import as_array, jit
+from expertwire.kernels.cpu.gemm import CHUNK, Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
+from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty
 from expertwire.kernels.cpu.rotary import rotate_and_store_rows
 from expertwire.kernels.cpu.routing import Rule, route_rows, rule
 
@@ -27,7 +28,7 @@ StepArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, n
 Layer = tuple[np.ndarray, np.ndarray]
 
 
-@jit
+@allocating_jit
 def _attention(
     x_TD: np.ndarray,
     normed_TD: np.ndarray,
@@ -56,27 +57,34 @@ def _attention(
 ) -> None:
     num_tokens, num_kv, dim = x_TD.shape[0], k_NsGd.shape[2], k_NsGd.shape[3]
     num_heads = all_heads - 2 * num_kv
-    qkv_Thd = np.empty((num_tokens, all_heads, dim), x_TD.dtype)
-    linear_rows(normed_TD, qkv[0], qkv[1], qkv_Thd.reshape((num_tokens, -1)))
-    q_THd = np.empty((num_tokens, num_heads, dim), x_TD.dtype)
-    rotate_and_store_rows(
-        qkv_Thd,
-        qk_norm_hd,
-        eps,
-        cos_Pr,
-        sin_Pr,
-        positions_T,
-        slots_T,
-        k_NsGd.reshape((-1, num_kv, dim)),
-        v_NsGd.reshape((-1, num_kv, dim)),
-        interleaved,
-        q_THd,
-    )
-    attended_THd = np.empty((num_tokens, num_heads, dim), x_TD.dtype)
+    q_THd = empty((num_tokens, num_heads, dim), x_TD.dtype)
+    qkv_Thd = empty((min(num_tokens, CHUNK), all_heads, dim), x_TD.dtype)
+    for start in range(0, num_tokens, CHUNK):
+        end = min(start + CHUNK, num_tokens)
+        part_Thd = qkv_Thd[: end - start]
+        linear_rows(normed_TD[start:end], qkv[0], qkv[1], part_Thd.reshape((end - start, -1)))
+        rotate_and_store_rows(
+            part_Thd,
+            qk_norm_hd,
+            eps,
+            cos_Pr,
+            sin_Pr,
+            positions_T[start:end],
+            slots_T[start:end],
+            k_NsGd.reshape((-1, num_kv, dim)),
+            v_NsGd.reshape((-1, num_kv, dim)),
+            interleaved,
+            q_THd[start:end],
+        )
+    attended_THd = empty((num_tokens, num_heads, dim), x_TD.dtype)
     attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, attended_THd)
-    delta_TD = np.empty_like(x_TD)
-    linear_rows(attended_THd.reshape((num_tokens, -1)), output[0], output[1], delta_TD)
-    add_rms_norm_rows(x_TD, delta_TD, norm_D, eps, sum_TD, y_TD)
+    attended_TK = attended_THd.reshape((num_tokens, -1))
+    delta_TD = empty((min(num_tokens, CHUNK), x_TD.shape[1]), x_TD.dtype)
+    for start in range(0, num_tokens, CHUNK):
+        end = min(start + CHUNK, num_tokens)
+        part_TD = delta_TD[: end - start]
+        linear_rows(attended_TK[start:end], output[0], output[1], part_TD)
+        add_rms_norm_rows(x_TD[start:end], part_TD, norm_D, eps, sum_TD[start:end], y_TD[start:end])
 
 
 class AttentionAndNorm:
@@ -119,7 +127,7 @@ class AttentionAndNorm:
         return sum_TD, y_TD
 
 
-@jit
+@allocating_jit
 def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray, place_TK: np.ndarray) -> None:
     """`comm.all_to_all.Dispatched` of one rank, and where each (token, k) stands in it."""
     num_tokens, top_k = physical_TK.shape
@@ -138,7 +146,7 @@ def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray,
             next_e[physical_TK[t, k]] += 1
 
 
-@jit
+@allocating_jit
 def _moe(
     x_TD: np.ndarray,
     normed_TD: np.ndarray,
@@ -166,11 +174,14 @@ def _moe(
             physical_TK[t, k] = physical_of_E[ids_TK[t, k]]
     offsets, row_index_R = np.empty(len(experts[1]) + 1, np.int64), np.empty(num_tokens * top_k, np.int64)
     _sort(physical_TK, offsets, row_index_R, place_TK)
-    rows_RD = np.empty((num_tokens * top_k, width), x_TD.dtype)
+    rows_RD = empty((num_tokens * top_k, width), x_TD.dtype)
     experts_rows(normed_TD, row_index_R, offsets, experts, rows_RD)
-    delta_TD = np.empty_like(x_TD)
-    combine_rows(rows_RD, place_TK, weights_TK, delta_TD)
-    add_rms_norm_rows(x_TD, delta_TD, norm_D, eps, sum_TD, y_TD)
+    delta_TD = empty((min(num_tokens, CHUNK), width), x_TD.dtype)
+    for start in range(0, num_tokens, CHUNK):
+        end = min(start + CHUNK, num_tokens)
+        part_TD = delta_TD[: end - start]
+        combine_rows(rows_RD, place_TK[start:end], weights_TK[start:end], part_TD)
+        add_rms_norm_rows(x_TD[start:end], part_TD, norm_D, eps, sum_TD[start:end], y_TD[start:end])
 
 
 class MoeAndNorm:

@@ -27,8 +27,9 @@ from expertwire.kernels.cpu.multiply import (
     products,
     rows_at_once,
 )
-from expertwire.kernels.cpu.numbers import as_array, jit, put_row, round_like
+from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, jit, round_like
 from expertwire.kernels.cpu.panel import LINE, PANEL, pack_rows, put_gated_rows, put_rows
+from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.unpack import Codes, expert, num_panels, room, unpacked
 from expertwire.kernels.cpu.vectors import LANES
 from expertwire.kernels.formats import Quantized, Weight
@@ -36,7 +37,7 @@ from expertwire.kernels.permute import TileMap
 from expertwire.kernels.variants import Activation
 
 # Rows of x that stay in the cache while all weights meet them; a multiple of how many are multiplied at once.
-_CHUNK = 288
+CHUNK = 288
 
 Gating = tuple[np.float32, np.float32, np.float32]  # alpha, limit and offset of `experts.gate_reference`
 Operands = tuple[np.ndarray | Codes, np.ndarray, np.ndarray | Codes, np.ndarray, Gating]
@@ -158,17 +159,16 @@ def _pack(w_eNK: Weight, starts: np.ndarray) -> np.ndarray | Codes:
         return unpack.pack(w_eNK, starts)
     array = as_array(w_eNK.contiguous())
     array = array.view(np.uint32) if array.dtype == np.uint16 else array
-    panels = np.empty((len(array), len(starts) // 2, array.shape[2], PANEL), array.dtype)
+    panels = empty((len(array), len(starts) // 2, array.shape[2], PANEL), array.dtype)
     for w, packed in zip(array, panels, strict=True):
         pack_rows(w, starts, packed)
     return panels
 
 
 @jit
-def _copied(x, start, count, buffer):
+def _copy(x, start, count, buffer):
     for i in range(count):
         put_row(x[start + i], buffer[i])
-    return buffer
 
 
 def _rows(x, start, count, buffer):
@@ -177,14 +177,20 @@ def _rows(x, start, count, buffer):
 
 @overload(_rows)
 def _rows_overload(x, start, count, buffer):
-    if x.dtype != buffer.dtype:
-        return lambda x, start, count, buffer: _copied(x, start, count, buffer)
+    in_place = x.dtype == buffer.dtype
     least = amx.TILE if x.dtype == types.uint16 else 0
 
-    def either(x, start, count, buffer):
-        return x[start : start + count] if count >= least else _copied(x, start, count, buffer)
+    def rows(x, start, count, buffer):
+        if count >= least:
+            return x[start : start + count]
+        _copy(x, start, count, buffer)
+        return buffer
 
-    return either
+    def copied(x, start, count, buffer):
+        _copy(x, start, count, buffer)
+        return buffer
+
+    return rows if in_place else copied
 
 
 @jit
@@ -226,58 +232,63 @@ def _hidden(x, num_m, w13, bias, gating, room, found, other, like, hidden):
     put_gated_rows(*waiting)
 
 
-@jit
+@allocating_jit
 def linear_rows(x, w, bias, y):
     """`kernels.linear.reference` of contiguous rows, with weights and a bias as in `PackedLinear`."""
     num_m, num_k = x.shape
-    buffer, found = operand(min(num_m, _CHUNK), num_k, w), products()
+    buffer, found = operand(min(num_m, CHUNK), num_k, w), products()
     begin(w)
-    for start in range(0, num_m, _CHUNK):
-        count = min(_CHUNK, num_m - start)
+    for start in range(0, num_m, CHUNK):
+        count = min(CHUNK, num_m - start)
         _product(_rows(x, start, count, buffer), count, w, bias, w, found, y[start : start + count])
     finish(w)
 
 
 @jit
+def _gather(x, index, start, count, rows):
+    for m in range(count):
+        put_row(x[index[start + m]], rows[m])
+
+
+@allocating_jit
 def experts_rows(x, index, offsets, operands, y):
     """`kernels.experts.reference`, with `PackedExperts.operands`, of at least one row."""
     w13, bias13, w2, bias2, gating = operands
-    most, width, inner = min(_CHUNK, np.diff(offsets).max()), x.shape[1], bias13.shape[1] * LANES
+    most, width, inner = min(CHUNK, np.diff(offsets).max()), x.shape[1], bias13.shape[1] * LANES
     room13, room2 = room(expert(w13, 0), x), room(expert(w2, 0), x)
     rows, hidden, found = operand(most, width, room13), operand(most, inner, room2), products()
     other = products()
     begin(room13)
     for e in range(len(bias13)):
-        for start in range(offsets[e], offsets[e + 1], _CHUNK):
-            count = min(_CHUNK, offsets[e + 1] - start)
-            for m in range(count):
-                put_row(x[index[start + m]], rows[m])
+        for start in range(offsets[e], offsets[e + 1], CHUNK):
+            count = min(CHUNK, offsets[e + 1] - start)
+            _gather(x, index, start, count, rows)
             _hidden(rows, count, expert(w13, e), bias13[e], gating, room13, found, other, x[0, 0], hidden)
             _product(hidden, count, expert(w2, e), bias2[e], room2, found, y[start : start + count])
     finish(room13)
 
 
-@jit
+@allocating_jit
 def _linear(x, w, bias, y):
     linear_rows(x, w, bias, y)
 
 
-@jit
+@allocating_jit
 def _experts(x, index, offsets, operands, y):
     if len(index) > 0:
         experts_rows(x, index, offsets, operands, y)
 
 
-@jit
+@allocating_jit
 def _heads(x, w, y):
     num_m, num_heads, num_k = x.shape
-    num_n, most = y.shape[2], min(num_m, _CHUNK)
+    num_n, most = y.shape[2], min(num_m, CHUNK)
     bias, found = np.zeros(w.shape[1] * PANEL, np.float32), products()
-    rows, columns = operand(most, num_k, w[0]), np.empty((most, num_n), y.dtype)
+    rows, columns = operand(most, num_k, w[0]), empty((most, num_n), y.dtype)
     begin(w[0])
     for h in range(num_heads):
-        for start in range(0, num_m, _CHUNK):
-            count = min(_CHUNK, num_m - start)
+        for start in range(0, num_m, CHUNK):
+            count = min(CHUNK, num_m - start)
             for m in range(count):
                 put_row(x[start + m, h], rows[m])
             _product(rows, count, w[h], bias, w[h], found, columns)

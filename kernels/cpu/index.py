@@ -14,12 +14,13 @@ from torch import Tensor
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, panels
 from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
-from expertwire.kernels.cpu.numbers import as_array, jit, load, put_row
+from expertwire.kernels.cpu.numbers import allocating_jit, as_array, jit, load
 from expertwire.kernels.cpu.panel import LINE, PANEL
+from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.vectors import LANES
 
 
-@jit
+@allocating_jit
 def _choose(q_THd, weights_TH, k_Ns1d, tables_Bb, cu_queries, lengths_B, chosen_Tk):
     num_heads, dim = q_THd.shape[1:]
     width, depth = -(-max(lengths_B) // PANEL) * PANEL, -(-dim // LINE) * LINE
@@ -53,7 +54,7 @@ def _score(queries, weights_H, keys, num_panels, found, scores):
                     part[j] += weight * max(found[HEAD + h - m, j], np.float32(0))
 
 
-@jit
+@allocating_jit
 def _put_best(scores, chosen_k):
     """The best positions in order, of equals the first; -1 behind them."""
     order = np.argsort(-scores, kind="mergesort")

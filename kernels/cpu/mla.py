@@ -18,8 +18,9 @@ from torch import Tensor
 from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, pack_values, panels
 from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
-from expertwire.kernels.cpu.numbers import as_array, exp, jit, put_row, round_like
+from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, exp, jit, round_like
 from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
+from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.softmax import soften
 from expertwire.kernels.cpu.vectors import LANES
 
@@ -27,7 +28,7 @@ _SPLIT = 512  # keys: DeepSeek-V3's panels of them take 1.1 MB
 _ROWS = 512
 
 
-@jit
+@allocating_jit
 def _attend(q_THl, cache_Ns1l, tables_Bb, cu_queries, lengths_B, scale, out_THC):
     (num_heads, width), rank = q_THl.shape[1:], out_THC.shape[2]
     depth, depth_v = -(-width // LINE) * LINE, -(-rank // LINE) * LINE
@@ -36,19 +37,16 @@ def _attend(q_THl, cache_Ns1l, tables_Bb, cu_queries, lengths_B, scale, out_THC)
     rows, two_rows = operand(LANES, depth, keys), np.zeros((2, depth_v), cache_Ns1l.dtype)
     queries, weights = operand(step, depth, keys), operand(step, _SPLIT, values)
     rows[:], queries[:] = 0, 0
-    scores, found = np.empty((step, _SPLIT), np.float32), products()
-    sums_RC, totals_R, tops_R = (
-        np.empty((step, depth_v), np.float32),
-        np.empty(step, np.float32),
-        np.empty(step, np.float32),
-    )
+    scores, found = empty((step, _SPLIT), np.float32), products()
+    unbiased, total = np.zeros(PANEL, np.float32), np.empty(1, np.float32)
+    sums_RC = empty((step, depth_v), np.float32)
+    totals_R, tops_R = np.empty(step, np.float32), np.empty(step, np.float32)
     begin(keys)
     for b in range(len(lengths_B)):
         num, length = cu_queries[b + 1] - cu_queries[b], lengths_B[b]
         for start in range(0, num * num_heads, step):
             count = min(step, num * num_heads - start)
-            for i in range(count):
-                put_row(q_THl[cu_queries[b] + (start + i) // num_heads, (start + i) % num_heads], queries[i])
+            _put_queries(q_THl, cu_queries[b], start, count, queries)
             sums_RC[:], totals_R[:], tops_R[:] = 0, 0, -np.inf
             position = length - num + start // num_heads  # of row 0, which is of head `start % num_heads`
             end = length - num + (start + count - 1) // num_heads + 1
@@ -57,21 +55,34 @@ def _attend(q_THl, cache_Ns1l, tables_Bb, cu_queries, lengths_B, scale, out_THC)
                 pack_keys(cache_Ns1l, tables_Bb[b], 0, split, stop, rows, keys)
                 pack_values(cache_Ns1l, rank, tables_Bb[b], 0, split, split, stop, two_rows, values)
                 seen = -(-(stop - split) // PANEL) * PANEL
-                _score(queries, count, keys, seen, found, scores)
+                _score(queries, count, keys, seen, found, unbiased, scores)
                 for i in range(count):
                     visible = position + (start % num_heads + i) // num_heads + 1 - split
-                    _weigh(scores, i, visible, np.float32(scale), weights, seen, sums_RC[i], totals_R, tops_R)
+                    _weigh(scores, i, visible, np.float32(scale), weights, seen, sums_RC, totals_R, tops_R, total)
                 _add(weights, count, seen, values, found, sums_RC)
-            for i in range(count):
-                target = out_THC[cu_queries[b] + (start + i) // num_heads, (start + i) % num_heads]
-                for j in range(rank):
-                    target[j] = round_like(sums_RC[i, j] / totals_R[i], target[j])
+            _put_outputs(sums_RC, totals_R, cu_queries[b], start, count, out_THC)
     finish(keys)
 
 
 @jit
-def _score(queries, count, keys, seen, found, scores):
-    once, width, unbiased = rows_at_once(keys), scores.shape[1], np.zeros(PANEL, np.float32)
+def _put_queries(q_THl, first, start, count, queries):
+    num_heads = q_THl.shape[1]
+    for i in range(count):
+        put_row(q_THl[first + (start + i) // num_heads, (start + i) % num_heads], queries[i])
+
+
+@jit
+def _put_outputs(sums_RC, totals_R, first, start, count, out_THC):
+    num_heads, rank = out_THC.shape[1:]
+    for i in range(count):
+        target = out_THC[first + (start + i) // num_heads, (start + i) % num_heads]
+        for j in range(rank):
+            target[j] = round_like(sums_RC[i, j] / totals_R[i], target[j])
+
+
+@jit
+def _score(queries, count, keys, seen, found, unbiased, scores):
+    once, width = rows_at_once(keys), scores.shape[1]
     for i in range(seen // PANEL):
         for m in range(0, count, once):
             multiply(queries, m, count, queries.shape[1], keys, i, found)
@@ -79,18 +90,18 @@ def _score(queries, count, keys, seen, found, scores):
 
 
 @jit
-def _weigh(scores, i, visible, scale, weights, seen, sums_C, totals_R, tops_R):
+def _weigh(scores, i, visible, scale, weights, seen, sums_RC, totals_R, tops_R, total):
     """Row i's weights of a split, of which it sees the first `visible` keys; its earlier sums, relative to the new maximum."""
     if visible <= 0:
         weights[i, :seen] = 0
         return
-    total, width = np.empty(1, np.float32), scores.shape[1]
+    width = scores.shape[1]
     top = soften(scores, i * width, min(visible, seen), scale, tops_R[i], weights, i * width, seen, total)
     factor = exp(tops_R[i] - top)
     totals_R[i] = totals_R[i] * factor + total[0]
     tops_R[i] = top
-    for j in range(len(sums_C)):
-        sums_C[j] *= factor
+    for j in range(sums_RC.shape[1]):
+        sums_RC[i, j] *= factor
 
 
 @jit
@@ -125,7 +136,7 @@ def attend(
     return out_THC
 
 
-@jit
+@allocating_jit
 def _chosen_sequences(chosen_Tk, tables_Bb, cu_queries, lengths_B, block_size):
     """Block tables, `cu_queries` and lengths of sequences in blocks of one token, so that each query's last positions are those
     that it chose. A sequence whose queries all see everything stays one, any other becomes one for each query."""

@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import overload
 
 from expertwire.kernels.cpu import amx, panel
-from expertwire.kernels.cpu.numbers import jit
+from expertwire.kernels.cpu.numbers import allocating_jit, empty
 from expertwire.kernels.cpu.panel import PANEL, put_gated_rows
 
 HEAD = amx.HEAD  # rows of products before those that were asked for
@@ -55,13 +55,13 @@ def operand(num_rows, num_k, w):
 @overload(operand)
 def _operand(num_rows, num_k, w):
     dtype = np.uint16 if by_matrices(w) else np.float32
-    return lambda num_rows, num_k, w: np.empty((max(num_rows, amx.TILE), num_k), dtype)
+    return lambda num_rows, num_k, w: empty((max(num_rows, amx.TILE), num_k), dtype)
 
 
-@jit
+@allocating_jit
 def products():
     """Where `multiply` puts what it finds: fp32 [*, 32], from row HEAD on."""
-    return np.empty((HEAD + max(amx.ROWS, panel.ROWS), PANEL), np.float32)
+    return empty((HEAD + max(amx.ROWS, panel.ROWS), PANEL), np.float32)
 
 
 def multiply(x, m, num_m, num_k, w, i, found):

@@ -8,16 +8,35 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from expertwire.compiled import compiler
-from expertwire.kernels.cpu import vectors
-from expertwire.kernels.cpu.vectors import I32, I64, LANES
 
 # No fast math: what LLVM makes of it depends on what a function is inlined into, which depends on what was in the cache, so two
 # ranks could differ in their last bits.
-jit = compiler(__file__, error_model="numpy")
+#
+# Nor counts of references to arrays, which are atomic and cost more than the work of a small function. So what is compiled by
+# `jit` may neither make an array nor return one; numba refuses the former only.
+jit = compiler(__file__, error_model="numpy", _nrt=False)
+allocating_jit = compiler(__file__, error_model="numpy", _nrt=True)
+
+
+_LINE_BYTES = 64  # of the cache
+
+
+@register_jitable
+def empty(shape, dtype):
+    """An array that begins where a line of the cache does, as torch's tensors do.
+
+    What reads 64 bytes at once from any other place reads two lines: a product of tiles takes three times as long.
+    """
+    size = 1
+    for length in shape:
+        size *= length
+    room = np.empty(size + _LINE_BYTES, dtype)
+    start = -room.ctypes.data % _LINE_BYTES // room.itemsize
+    return room[start : start + size].reshape(shape)
 
 
 @intrinsic
@@ -63,22 +82,6 @@ def _round_overload(value, like):
     return lambda value, like: np.float32(value)
 
 
-def put_row(row, out):
-    """A row, as far as it goes, in the type of `out`."""
-
-
-@overload(put_row)
-def _put_row_overload(row, out):
-    same = row.dtype == out.dtype
-
-    def put(row, out):
-        # Not as a slice: numba copies one number by number.
-        for i in range(len(row)):
-            out[i] = row[i] if same else round_like(load(row[i]), out[i])
-
-    return put
-
-
 @intrinsic
 def _fma(context: Any, x: Any, y: Any, z: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -100,34 +103,6 @@ def exp(x: float) -> float:
     p = _fma(p, r, np.float32(5.0000001201e-1))
     p = _fma(p, r * r, r) + np.float32(1.0)
     return p * _bits_to_f32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
-
-
-@intrinsic
-def _sum_squares(context: Any, x: Any, count: Any) -> Any:
-    """Of the first `count` vectors of x, at least one, side by side."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        start = vectors.pointer(context, b, signature.args[0], args[0], I64(0), context.get_data_type(x.dtype))
-
-        def add(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            value = vectors.load_numbers(b, start, b.mul(i, I64(LANES)), bf16=x.dtype == types.uint16)
-            return [vectors.fma(b, value, value, sums[0])]
-
-        [total] = vectors.loop(b, args[1], [vectors.each(0.0)], add)
-        return b.extract_element(vectors.folded(b, total, b.fadd), I32(0))
-
-    return types.float32(x, types.int64), generate
-
-
-@jit
-def rms_scale(x: np.ndarray, eps: float) -> float:
-    """What a row is multiplied by to be normed: 1 over the root of its mean square and eps. Its numbers lie side by side."""
-    num, total = len(x) // LANES, np.float32(0)
-    if num > 0:
-        total = _sum_squares(x, num)
-    for i in range(num * LANES, len(x)):
-        total += load(x[i]) * load(x[i])
-    return np.float32(1) / np.sqrt(total / np.float32(len(x)) + np.float32(eps))
 
 
 def as_array(x: Tensor) -> np.ndarray:

@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from expertwire.kernels.cpu import vectors
-from expertwire.kernels.cpu.numbers import jit
+from expertwire.kernels.cpu.numbers import allocating_jit, jit
 from expertwire.kernels.cpu.vectors import BITS, F32, HIGH, I32, I64, LANES, VECTOR
 
 PANEL = 2 * LANES  # outputs
@@ -63,7 +63,7 @@ def pack_half(rows, at, stride, panels, i, half):
         _transpose(rows, at + k, stride, panels, target + k * PANEL, PANEL)
 
 
-@jit
+@allocating_jit
 def pack_rows(w, starts, panels):
     """Rows of w [N, K'] into `panels` [P, K', 32], both of 32 bits: half a panel from each of `starts`; zeros behind row N."""
     num_n, num_k = w.shape

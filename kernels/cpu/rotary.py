@@ -9,14 +9,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import as_array, jit, load, put_row, rms_scale, round_like
-
-
-@jit
-def _rms_norm(row, eps, norm):
-    scale = rms_scale(row, eps)
-    for i in range(len(row)):
-        row[i] = row[i] * scale * load(norm[i])
+from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, jit, load
+from expertwire.kernels.cpu.rows import put_row, rms_scale, rotate_row, scale_row
 
 
 @jit
@@ -33,27 +27,24 @@ def _layer_norm(row, eps, norm, bias):
 
 
 @jit
-def _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, target):
-    """A row, its first r numbers rotated, rounded to the type of `target`."""
-    size = cos_Pr.shape[1]
-    half = size // 2
-    if interleaved:
-        for i in range(half):
-            first, second = row[2 * i], row[2 * i + 1]
-            cos, sin = cos_Pr[position, i + half], sin_Pr[position, i + half]
-            target[2 * i] = round_like(first * cos - second * sin, target[i])
-            target[2 * i + 1] = round_like(second * cos + first * sin, target[i])
-    else:
-        for i in range(half):
-            first, second = row[i], row[i + half]
-            cos, sin = cos_Pr[position, i + half], sin_Pr[position, i + half]
-            target[i] = round_like(first * cos - second * sin, target[i])
-            target[i + half] = round_like(second * cos + first * sin, target[i])
-    for i in range(size, len(row)):
-        target[i] = round_like(row[i], target[i])
+def _rotate_and_store(
+    qkv_Thd, norm_hd, eps, cos_Pr, sin_Pr, positions_T, slots_T, k_NGd, v_NGd, interleaved, row, q_THd
+):
+    num_heads, num_kv = q_THd.shape[1], k_NGd.shape[1]
+    for t in range(qkv_Thd.shape[0]):
+        position, slot = positions_T[t], slots_T[t]
+        for h in range(num_heads + num_kv):
+            source, target = qkv_Thd[t, h], q_THd[t, h] if h < num_heads else k_NGd[slot, h - num_heads]
+            if norm_hd.shape[0] > 0:
+                scale_row(source, rms_scale(source, eps), norm_hd[h], row)
+            else:
+                put_row(source, row)
+            rotate_row(row, cos_Pr, sin_Pr, position, interleaved, target)
+        for h in range(num_kv):
+            put_row(qkv_Thd[t, num_heads + num_kv + h], v_NGd[slot, h])
 
 
-@jit
+@allocating_jit
 def rotate_and_store_rows(
     qkv_Thd: np.ndarray,
     norm_hd: np.ndarray,
@@ -67,30 +58,10 @@ def rotate_and_store_rows(
     interleaved: bool,
     q_THd: np.ndarray,
 ) -> None:
-    num_heads, num_kv, dim = q_THd.shape[1], k_NGd.shape[1], q_THd.shape[2]
-    half, row = cos_Pr.shape[1] // 2, np.empty(dim, np.float32)
-    for t in range(qkv_Thd.shape[0]):
-        position, slot = positions_T[t], slots_T[t]
-        for h in range(num_heads + num_kv):
-            for i in range(dim):
-                row[i] = load(qkv_Thd[t, h, i])
-            if norm_hd.shape[0] > 0:
-                # Of what was not written just now, which would be waited for.
-                scale = rms_scale(qkv_Thd[t, h], eps)
-                for i in range(dim):
-                    row[i] = row[i] * scale * load(norm_hd[h, i])
-            target = q_THd[t, h] if h < num_heads else k_NGd[slot, h - num_heads]
-            if interleaved or 2 * half < dim:
-                _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, target)
-            else:
-                for i in range(half):
-                    first, second = row[i], row[i + half]
-                    cos, sin = cos_Pr[position, i + half], sin_Pr[position, i + half]
-                    target[i] = round_like(first * cos - second * sin, target[i])
-                    target[i + half] = round_like(second * cos + first * sin, target[i])
-        for h in range(num_kv):
-            for i in range(dim):
-                v_NGd[slot, h, i] = qkv_Thd[t, num_heads + num_kv + h, i]
+    row = empty((q_THd.shape[2],), np.float32)
+    _rotate_and_store(
+        qkv_Thd, norm_hd, eps, cos_Pr, sin_Pr, positions_T, slots_T, k_NGd, v_NGd, interleaved, row, q_THd
+    )
 
 
 def rotate_and_store(
@@ -129,16 +100,13 @@ def rotate_and_store(
 def _rotate_and_store_latent(
     q_THr, kv_Tl, norm_C, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nl, interleaved, out_THr
 ):
-    rank, row = len(norm_C), np.empty(kv_Tl.shape[1], np.float32)
+    rank = len(norm_C)
     for t in range(len(kv_Tl)):
         position, target = positions_T[t], rows_Nl[slots_T[t]]
-        put_row(kv_Tl[t], row)
-        _rms_norm(row[:rank], eps, norm_C)
-        put_row(row[:rank], target)
-        _put_rotated(row[rank:], cos_Pr, sin_Pr, position, interleaved, target[rank:])
+        scale_row(kv_Tl[t], rms_scale(kv_Tl[t, :rank], eps), norm_C, target)
+        rotate_row(kv_Tl[t, rank:], cos_Pr, sin_Pr, position, interleaved, target[rank:])
         for h in range(q_THr.shape[1]):
-            put_row(q_THr[t, h], row[rank:])
-            _put_rotated(row[rank:], cos_Pr, sin_Pr, position, interleaved, out_THr[t, h])
+            rotate_row(q_THr[t, h], cos_Pr, sin_Pr, position, interleaved, out_THr[t, h])
 
 
 def rotate_and_store_latent(
@@ -173,17 +141,15 @@ def rotate_and_store_latent(
 
 @jit
 def _rotate_and_store_index(
-    q_THd, k_Td, norm_d, bias_d, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nd, interleaved, out_THd
+    q_THd, k_Td, norm_d, bias_d, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nd, interleaved, row, out_THd
 ):
-    row = np.empty(k_Td.shape[1], np.float32)
     for t in range(len(k_Td)):
         position = positions_T[t]
         put_row(k_Td[t], row)
         _layer_norm(row, eps, norm_d, bias_d)
-        _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, rows_Nd[slots_T[t]])
+        rotate_row(row, cos_Pr, sin_Pr, position, interleaved, rows_Nd[slots_T[t]])
         for h in range(q_THd.shape[1]):
-            put_row(q_THd[t, h], row)
-            _put_rotated(row, cos_Pr, sin_Pr, position, interleaved, out_THd[t, h])
+            rotate_row(q_THd[t, h], cos_Pr, sin_Pr, position, interleaved, out_THd[t, h])
 
 
 def rotate_and_store_index(
@@ -212,6 +178,7 @@ def rotate_and_store_index(
         slot_mapping_T.numpy(),
         as_array(index_cache.flatten(0, 1)),
         interleaved,
+        np.empty(k_Td.shape[1], np.float32),
         as_array(out_THd),
     )
     return out_THd

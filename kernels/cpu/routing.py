@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import as_array, exp, jit, put_row
+from expertwire.kernels.cpu.numbers import allocating_jit, as_array, exp, jit
+from expertwire.kernels.cpu.rows import add_row, put_row
 from expertwire.kernels.cpu.softmax import softmax
 from expertwire.kernels.cpu.vectors import LANES
 from expertwire.kernels.routing import TINY
@@ -49,7 +50,7 @@ def _best(values: np.ndarray) -> int:
 
 
 @jit
-def _keep(choice: np.ndarray, values_G: np.ndarray, kept: int, by_two: bool) -> None:
+def _keep(choice: np.ndarray, values_G: np.ndarray, dropped_G: np.ndarray, kept: int, by_two: bool) -> None:
     """-inf for the experts of groups that are not among the best; a group is as good as its best, or its two best, are."""
     num, size = len(values_G), len(choice) // len(values_G)
     for g in range(num):
@@ -62,12 +63,12 @@ def _keep(choice: np.ndarray, values_G: np.ndarray, kept: int, by_two: bool) -> 
                 if e != first:
                     second = max(second, group[e])
             values_G[g] += second
-    dropped = np.ones(num, np.bool_)
+    dropped_G[:] = True
     for _ in range(kept):
         g = _best(values_G)
-        dropped[g], values_G[g] = False, np.float32(-np.inf)
+        dropped_G[g], values_G[g] = False, np.float32(-np.inf)
     for g in range(num):
-        if dropped[g]:
+        if dropped_G[g]:
             choice[g * size : (g + 1) * size] = np.float32(-np.inf)
 
 
@@ -93,20 +94,16 @@ def rule(
 
 
 @jit
-def route_rows(logits_TE: np.ndarray, rule: Rule, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
-    kind, bias_E, by_logits, (num_groups, kept, by_two), renormalize, scale = rule
-    num_experts = logits_TE.shape[1]
-    room, choice = np.empty(-(-num_experts // LANES) * LANES, np.float32), np.empty(num_experts, np.float32)
-    scores, values_G = room[:num_experts], np.empty(num_groups, np.float32)
+def _route(logits_TE, rule, scores, room, choice, values_G, dropped_G, ids_TK, weights_TK):
+    kind, bias_E, by_logits, (num_groups, kept, by_two), renormalize, factor = rule
     for t in range(len(logits_TE)):
         put_row(logits_TE[t], scores)
         put_row(scores, choice)
         _score(kind, scores, room)
         if not by_logits:
-            for e in range(num_experts):
-                choice[e] = scores[e] + bias_E[e]
+            add_row(scores, bias_E, choice)
         if kept < num_groups:
-            _keep(choice, values_G, kept, by_two)
+            _keep(choice, values_G, dropped_G, kept, by_two)
         total = np.float32(0)
         for k in range(ids_TK.shape[1]):
             best = _best(choice)
@@ -116,7 +113,15 @@ def route_rows(logits_TE: np.ndarray, rule: Rule, ids_TK: np.ndarray, weights_TK
         for k in range(ids_TK.shape[1]):
             if renormalize:
                 weights_TK[t, k] /= total + np.float32(TINY)
-            weights_TK[t, k] *= scale
+            weights_TK[t, k] *= factor
+
+
+@allocating_jit
+def route_rows(logits_TE: np.ndarray, rule: Rule, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+    num_experts, num_groups = logits_TE.shape[1], rule[3][0]
+    room, choice = np.empty(-(-num_experts // LANES) * LANES, np.float32), np.empty(num_experts, np.float32)
+    values_G, dropped_G = np.empty(num_groups, np.float32), np.empty(num_groups, np.bool_)
+    _route(logits_TE, rule, room[:num_experts], room, choice, values_G, dropped_G, ids_TK, weights_TK)
 
 
 def route(logits_TE: Tensor, top_k: int, **options: Any) -> tuple[Tensor, Tensor]:

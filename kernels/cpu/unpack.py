@@ -22,7 +22,7 @@ from torch import Tensor
 
 from expertwire.kernels import formats
 from expertwire.kernels.cpu import vectors
-from expertwire.kernels.cpu.numbers import jit, load
+from expertwire.kernels.cpu.numbers import allocating_jit, empty, jit, load
 from expertwire.kernels.cpu.panel import PANEL
 from expertwire.kernels.cpu.vectors import BITS, F32, HIGH, I8, I16, I32, I64, LANES, VECTOR
 from expertwire.kernels.formats import Quantized
@@ -58,7 +58,7 @@ def pack(weight: Quantized, starts: np.ndarray) -> Codes:
     assert all(rows % LANES == 0 for rows in weight.parts), (weight.parts, LANES)
     rows = (starts[:, None] + np.arange(LANES)).reshape(-1, PANEL)  # [P, 32]
     stored, dtype = weight.data.contiguous().view(torch.uint8), _CODES.get(weight.format, np.uint8)
-    codes = np.empty((num_experts, len(rows), num_k // 2, PANEL), dtype)
+    codes = empty((num_experts, len(rows), num_k // 2, PANEL), dtype)
     for matrix, packed in zip(stored, codes, strict=True):
         if weight.data.dtype == formats.FP8 and ((matrix & 0x7F) == 0x7F).any():
             raise ValueError(f"a weight of format {weight.format} and shape {tuple(weight.shape)} holds NaN")
@@ -157,8 +157,8 @@ def _room(w, like):
     if isinstance(w, types.Array):
         return lambda w, like: w[:0]
     if like.dtype == types.uint16:
-        return lambda w, like: np.empty((2, w.codes.shape[1], PANEL), np.uint32)
-    return lambda w, like: np.empty((2, 2 * w.codes.shape[1], PANEL), np.float32)
+        return lambda w, like: empty((2, w.codes.shape[1], PANEL), np.uint32)
+    return lambda w, like: empty((2, 2 * w.codes.shape[1], PANEL), np.float32)
 
 
 def _scale(stored, table):
@@ -172,7 +172,7 @@ def _scale_overload(stored, table):
     return lambda stored, table: load(stored)
 
 
-@jit
+@allocating_jit
 def _unpack(codes, scales, factors, table, group, room):
     num_k, each, of_outputs = len(codes), scales.shape[1] == PANEL, np.empty(PANEL, np.float32)
     for g in range(len(scales)):
