@@ -5,6 +5,7 @@ Numbers of a row lie side by side. A result is rounded to the type of where it g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,17 @@ class _Row:
         b, at = self._b, self._b.mul(i, I64(LANES))
         bits = vectors.load(b, source._start, at, ir.VectorType(self._start.type.pointee, LANES))
         vectors.store(b, bits, self._start, at)
+
+
+def _each(context: Any, b: ir.IRBuilder, count: ir.Value, put: Callable[[ir.Value], None]) -> ir.Value:
+    """Emits `put` of 0 up to `count`, at least one."""
+
+    def body(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        put(i)
+        return []
+
+    vectors.loop(b, count, [], body)
+    return context.get_dummy_value()
 
 
 def _rows(context: Any, b: ir.IRBuilder, signature: Any, args: Any, *which: int) -> list[_Row]:
@@ -74,13 +86,7 @@ def rms_scale(x: np.ndarray, eps: float) -> float:
 def _add(context, x, y, total, count):
     def generate(context, b, signature, args):
         first, second, target = _rows(context, b, signature, args, 0, 1, 2)
-
-        def add(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            target.put(i, b.fadd(first.get(i), second.get(i)))
-            return []
-
-        vectors.loop(b, args[3], [], add)
-        return context.get_dummy_value()
+        return _each(context, b, args[3], lambda i: target.put(i, b.fadd(first.get(i), second.get(i))))
 
     return types.void(x, y, total, types.int64), generate
 
@@ -101,12 +107,10 @@ def _scale(context, x, factor, weight, y, count):
         source, weights, target = _rows(context, b, signature, args, 0, 2, 3)
         factors = vectors.splat(b, args[1])
 
-        def scale(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        def put(i: ir.Value) -> None:
             target.put(i, b.fmul(b.fmul(source.get(i), factors), weights.get(i)))
-            return []
 
-        vectors.loop(b, args[4], [], scale)
-        return context.get_dummy_value()
+        return _each(context, b, args[4], put)
 
     return types.void(x, types.float32, weight, y, types.int64), generate
 
@@ -127,12 +131,10 @@ def _add_scaled(context, x, factor, total, count):
         source, target = _rows(context, b, signature, args, 0, 2)
         factors = vectors.splat(b, args[1])
 
-        def add(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        def put(i: ir.Value) -> None:
             target.put(i, b.fadd(target.get(i), b.fmul(source.get(i), factors)))
-            return []
 
-        vectors.loop(b, args[3], [], add)
-        return context.get_dummy_value()
+        return _each(context, b, args[3], put)
 
     return types.void(x, types.float32, total, types.int64), generate
 
@@ -151,16 +153,8 @@ def add_scaled_row(x, factor, total):
 def _put(context, x, y, count):
     def generate(context, b, signature, args):
         source, target = _rows(context, b, signature, args, 0, 1)
-
-        def put(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            if x.dtype == y.dtype:
-                target.copy(i, source)
-            else:
-                target.put(i, source.get(i))
-            return []
-
-        vectors.loop(b, args[2], [], put)
-        return context.get_dummy_value()
+        same = x.dtype == y.dtype
+        return _each(context, b, args[2], lambda i: target.copy(i, source) if same else target.put(i, source.get(i)))
 
     return types.void(x, y, types.int64), generate
 
@@ -182,15 +176,13 @@ def _rotate(context, x, cos, cos_at, sin, y, half):
         source, target = _rows(context, b, signature, args, 0, 4)
         cosines, sines = (_Row(context, b, signature.args[i], args[i], args[2]) for i in (1, 3))
 
-        def rotate(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        def put(i: ir.Value) -> None:
             j = b.add(i, args[5])
             first, second, cosine, sine = source.get(i), source.get(j), cosines.get(i), sines.get(i)
             target.put(i, b.fsub(b.fmul(first, cosine), b.fmul(second, sine)))
             target.put(j, b.fadd(b.fmul(second, cosine), b.fmul(first, sine)))
-            return []
 
-        vectors.loop(b, args[5], [], rotate)
-        return context.get_dummy_value()
+        return _each(context, b, args[5], put)
 
     number = types.int64
     return types.void(x, cos, number, sin, y, number), generate
