@@ -73,12 +73,15 @@ def _place(cache_NsGd, table, g, position):
 
 @jit
 def _ask_ahead(cache_NsGd, table, g, start, length):
-    """For sixteen positions, some time before they are packed."""
-    line = _LINE_BYTES // cache_NsGd.itemsize
-    for position in range(start + _AHEAD, min(start + _AHEAD + LANES, length)):
-        at = _place(cache_NsGd, table, g, position)
-        for i in range(0, cache_NsGd.shape[3], line):
-            _ask(cache_NsGd, at + i)
+    """For the sixteen positions of a block from `start` on, some time before they are packed."""
+    start += _AHEAD
+    block_size, num_kv, dim = cache_NsGd.shape[1:]
+    if start >= length or block_size % LANES > 0:
+        return
+    at, line = _place(cache_NsGd, table, g, start), _LINE_BYTES // cache_NsGd.itemsize
+    for position in range(min(LANES, length - start)):
+        for i in range(0, dim, line):
+            _ask(cache_NsGd, at + position * num_kv * dim + i)
 
 
 @jit
@@ -145,11 +148,17 @@ def pack_values(v_NsGd, dim, table, g, base, first, length, rows, values):
     if dim % LINE > 0 or start > whole:
         start = whole = end
     _pack_some_values(v_NsGd, dim, table, g, base, first, length, 0, start, rows, values)
+    block_size, size = v_NsGd.shape[1], v_NsGd.shape[2] * v_NsGd.shape[3]
+    position, left, at = base + start * num, 0, 0
     for k in range(start, whole):
-        low, high = base + k * num, base + k * num + num - 1
-        if low % LANES == 0:
-            _ask_ahead(v_NsGd, table, g, low, length)
-        low_at, high_at = _place(v_NsGd, table, g, low), _place(v_NsGd, table, g, high)
+        if position % LANES == 0:
+            _ask_ahead(v_NsGd, table, g, position, length)
+        for j in range(num):
+            if left == 0:
+                at, left = _place(v_NsGd, table, g, position), block_size - position % block_size
+            if j == 0:
+                low_at = at
+            high_at, at, position, left = at, at + size, position + 1, left - 1
         for i in range(len(values)):
             _join(v_NsGd, low_at + i * PANEL, high_at + i * PANEL, values, (i * depth + k) * PANEL)
     _pack_some_values(v_NsGd, dim, table, g, base, first, length, whole, end, rows, values)

@@ -27,7 +27,7 @@ from expertwire.kernels.cpu.vectors import BITS, F32, HIGH, I32, I64, LANES, VEC
 PANEL = 2 * LANES  # outputs
 LINE = 32  # K is a multiple of it: sixteen pairs
 # Rows of x at once: the sums of the most fill registers.
-_ROWS_AT_ONCE = (12, 6, 3, 2, 1) if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else (3, 2, 1)
+_ROWS_AT_ONCE = (12, 8, 6, 4, 3, 2, 1) if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else (3, 2, 1)
 ROWS = _ROWS_AT_ONCE[0]
 
 
