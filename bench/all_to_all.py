@@ -3,6 +3,8 @@
 Ranks are processes of this machine, on CPUs over gloo or shared memory, or with a GPU each. A time is the slowest rank's; p50
 and p99 are over the steps of a run, and the median of the runs is shown. Before every phase all ranks meet. Rates are stated
 three ways, and the bound is the bytes that must move at the line rate of the GPU, or the rate of a plain copy between CPUs.
+Backends that can are replayed from CUDA graphs too. If there are more ranks than GPUs, they share one, and their rows are checked
+without a time.
 
 Never run on a GPU by us.
 """
@@ -20,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from expertwire.bench import all_to_all_loopback, all_to_all_model, all_to_all_text
-from expertwire.bench.all_to_all_ranks import BACKENDS, Candidate, Setting, run
+from expertwire.bench import all_to_all_loopback, all_to_all_model, all_to_all_shared, all_to_all_text
+from expertwire.bench.all_to_all_ranks import BACKENDS, GRAPH_SAFE, Candidate, Setting, run
 from expertwire.bench.machine import processor
 from expertwire.comm.group import NcclOptions
 from expertwire.kernels import quantize
@@ -81,16 +83,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if min(values if isinstance(values, list) else [values]) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {values}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and max(args.ranks) > torch.cuda.device_count():
+    shared = [ranks for ranks in args.ranks if device == "cuda" and ranks > torch.cuda.device_count()]
+    if shared and (args.sweep or "nvlink" not in args.backends):
         raise ValueError(
-            f"--ranks must be in [1, {torch.cuda.device_count()}], the GPUs here, got {args.ranks}; NCCL refuses several ranks "
-            "on one GPU, which --loopback can be used for"
+            f"--ranks must be in [1, {torch.cuda.device_count()}], the GPUs here, got {args.ranks}; several ranks on one GPU are "
+            "checked, not measured, and only of --backends nvlink"
         )
     if "fp8" in args.formats and args.hidden_size % quantize.GROUP:
         raise ValueError(
             f"--hidden-size must be a multiple of {quantize.GROUP} with --formats fp8, got {args.hidden_size}"
         )
-    candidates = sweep(device, max(args.ranks)) if args.sweep else _candidates(args.backends, args.formats)
+    candidates = sweep(device, max(args.ranks)) if args.sweep else _candidates(args.backends, args.formats, device)
     setting = Setting(
         candidates=candidates,
         tokens=tuple(args.tokens),
@@ -99,19 +102,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         runs=args.runs,
         device=device,
     )
-    here = machine(device)  # its load before that of the ranks
-    rows = [row for ranks in args.ranks for row in summarise(run(setting, ranks), setting)]
-    figures = {"machine": here, "setting": _shape(setting), "rows": rows}
+    apart = [ranks for ranks in args.ranks if ranks not in shared]
+    here = machine(device, measured=bool(apart))  # its load before that of the ranks
+    rows = [row for ranks in apart for row in summarise(run(setting, ranks), setting)]
+    checked = [row for ranks in shared for row in check_shared(setting, ranks, args.formats)]
+    figures = {"machine": here, "setting": _shape(setting), "rows": rows, "checked": checked}
     if args.sweep:
         args.sweep.write_text(json.dumps(table(figures), indent=1) + "\n", encoding="utf-8")
     return figures
 
 
-def _candidates(names: Sequence[str], formats: Sequence[str]) -> tuple[Candidate, ...]:
-    """Each backend with each format; what is padded goes out as it is."""
-    pairs = itertools.product(names, formats)
+def check_shared(setting: Setting, num_ranks: int, formats: Sequence[str]) -> list[dict[str, Any]]:
+    """Of ranks that share a GPU, what has been checked."""
+    shape = {name: getattr(setting, name) for name in ("num_experts", "top_k", "hidden_size", "steps", "device")}
+    pairs = itertools.product(setting.tokens, formats)
+    with torch.inference_mode():
+        return [row for pair in pairs for row in all_to_all_shared.run(num_ranks, *pair, **shape)]
+
+
+def _candidates(names: Sequence[str], formats: Sequence[str], device: str) -> tuple[Candidate, ...]:
+    """Each backend with each format, on GPUs also from graphs if it can; what is padded goes out as it is."""
     return tuple(
-        Candidate(backend=name, format=format) for name, format in pairs if (name, format) != ("padded", "fp8")
+        Candidate(backend=name, format=format, graph=graph)
+        for name, format in itertools.product(names, formats)
+        for graph in ((False, True) if device != "cpu" and name in GRAPH_SAFE else (False,))
+        if (name, format) != ("padded", "fp8")
     )
 
 
@@ -157,6 +172,7 @@ def summarise(answers: Sequence[Sequence[dict[str, Any]]], setting: Setting) -> 
             "backend": first["backend"],
             "format": first["format"],
             "nccl": first["nccl"],
+            "graph": first["graph"],
             "tokens": first["tokens"],
         }
         for index, phase in enumerate(PHASES):
@@ -196,8 +212,8 @@ def line_gb_s(device: str) -> float | None:
     raise ValueError(f"the line rate of {name!r} is not known; known are {known}")
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Where it ran, and what its times are worth."""
+def machine(device: str, *, measured: bool = True) -> dict[str, Any]:
+    """Where it ran, and what its times are worth, if anything is measured."""
     if device == "cpu":
         label = "CPU ranks: says how the backends compare here, nothing about GPUs"
         here = {"device": device, "name": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
@@ -206,7 +222,7 @@ def machine(device: str) -> dict[str, Any]:
         "device": device,
         "name": torch.cuda.get_device_name(),
         "devices": torch.cuda.device_count(),
-        "label": "a GPU for every rank",
+        "label": "a GPU for every rank" if measured else "too few GPUs to measure anything",
     }
 
 

@@ -1,6 +1,6 @@
 """What the ranks of `bench all-to-all` do: exchange rows with every backend, check them, and say how long it took.
 
-Experts answer with the row they were given, so what comes home is known. T tokens, K experts a token, D width.
+T tokens, K experts a token, D width.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expertwire.bench.all_to_all_step import Eager, Exchange, Graphed, Member, check, echo
 from expertwire.comm import a2a_model, backends
 from expertwire.comm.a2a_nccl import PaddedNcclAllToAll
-from expertwire.comm.all_to_all import AllToAll, AllToAllSpec, Dispatched
+from expertwire.comm.all_to_all import AllToAll, AllToAllSpec
 from expertwire.comm.group import Group, NcclOptions, SoloGroup, TorchGroup
 from expertwire.engine import process
-from expertwire.kernels import quantize, registry
-from expertwire.kernels.quantize import dequantize
+from expertwire.kernels import registry
 
 BACKENDS = ("reference", "nccl", "padded", "nvlink")
+GRAPH_SAFE = ("padded", "nvlink")  # on GPUs
 _TIMEOUT_S = 1800.0
 _WARM_UP = 3
 _COPY_BYTES = 1 << 26
@@ -35,15 +36,18 @@ _COPY_BYTES = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A backend, how its communicator is set up, and what rows go out as. "padded" is the graph-safe variant of "nccl"."""
+    """A backend, how its communicator is set up, what rows go out as, and whether from a CUDA graph. "padded" is the graph-safe
+    variant of "nccl"."""
 
     backend: str
     format: str = "bf16"
     nccl: NcclOptions = field(default_factory=NcclOptions)
+    graph: bool = False
 
     def __str__(self) -> str:
         options = [f"{name}={value}" for name, value in asdict(self.nccl).items() if value not in (None, False)]
-        return " ".join([self.backend, *options, *([self.format] if self.format != "bf16" else [])])
+        format, graph = [self.format] * (self.format != "bf16"), ["graph"] * self.graph
+        return " ".join([self.backend, *options, *format, *graph])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +141,14 @@ def _measure(setting: Setting, candidate: Candidate, tokens: int, group: Group, 
     clock = _Clock(device)
     plan = [tokens] * group.size
     physical_TK = torch.from_numpy(ids_TK).to(device)
-    answer_TD = dequantize(quantize.reference(x_TD)).to(x_TD.dtype) if candidate.format == "fp8" else x_TD
-    times = [
-        _step(all_to_all, x_TD, physical_TK, plan, answer_TD, group, clock)
-        for _ in range(_WARM_UP + setting.runs * setting.steps)
-    ]
+    member = Member(all_to_all=all_to_all, x_TD=x_TD, physical_TK=physical_TK, num_tokens_P=plan)
+    exchange: Exchange = Eager([member])
+    for _ in range(_WARM_UP):
+        _step(exchange, x_TD, candidate.format, group, clock)
+    if candidate.graph:
+        exchange = Graphed(Eager([member]))
+        _step(exchange, x_TD, candidate.format, group, clock)
+    times = [_step(exchange, x_TD, candidate.format, group, clock) for _ in range(setting.runs * setting.steps)]
     rows = (a2a_model.row_bytes(setting.hidden_size, format) for format in (candidate.format, "bf16"))
     (out, _), (_, back) = (a2a_model.counted(ids_TK, offsets, group.rank, row) for row in rows)
     return {
@@ -149,8 +156,9 @@ def _measure(setting: Setting, candidate: Candidate, tokens: int, group: Group, 
         "backend": candidate.backend,
         "format": candidate.format,
         "nccl": asdict(candidate.nccl),
+        "graph": candidate.graph,
         "tokens": tokens,
-        "us": times[_WARM_UP:],  # dispatch, combine
+        "us": times,  # dispatch, combine
         "bytes": [asdict(part) for part in (out, back)],
     }
 
@@ -161,45 +169,23 @@ def _build(candidate: Candidate, spec: AllToAllSpec, device: str) -> AllToAll:
     return backends.make(candidate.backend, spec, device, fp8=candidate.format == "fp8")
 
 
-def _step(
-    all_to_all: AllToAll,
-    x_TD: Tensor,
-    physical_TK: Tensor,
-    plan: list[int],
-    answer_TD: Tensor,
-    group: Group,
-    clock: _Clock,
-) -> tuple[float, float]:
-    """us of dispatch and combine; ranks begin each together. `answer_TD`: what experts see of x, and so what comes home.
+def _step(exchange: Exchange, x_TD: Tensor, format: str, group: Group, clock: _Clock) -> tuple[float, float]:
+    """us of dispatch and combine; ranks begin each together.
 
     Raises:
         AssertionError: what came home is not what was sent.
     """
     group.barrier()
     started = clock()
-    handle = all_to_all.dispatch_send(x_TD, physical_TK, plan)
-    arrived = all_to_all.dispatch_recv(handle)
+    [arrived] = exchange.dispatch()
     dispatched = clock()
-    y_RD = _echo(arrived, x_TD)
+    exchange.answer([echo(arrived, x_TD)])
     group.barrier()
     returning = clock()
-    home_TKD = all_to_all.combine_recv(all_to_all.combine_send(handle, y_RD))
+    [home_TKD] = exchange.combine()
     ended = clock()
-    assert torch.equal(home_TKD, answer_TD[:, None].expand_as(home_TKD)), "a row has not come home as it went"
+    check(home_TKD, x_TD, format)
     return (dispatched - started) * 1e6, (ended - returning) * 1e6
-
-
-def _echo(arrived: Dispatched, like: Tensor) -> Tensor:
-    """The rows that arrived, as numbers, where `Dispatched` wants the experts' answers."""
-    index_R, home_R, count = arrived.row_index_R, arrived.home_R, int(arrived.expert_offsets[-1])
-    rows = arrived.x_UD.index_select(0, index_R[:count])
-    if rows.dtype == torch.uint8:
-        rows = dequantize(quantize.unpack(rows, like.shape[1])).to(like.dtype)
-    if home_R is None:
-        return rows
-    y_RD = like.new_zeros(len(index_R), like.shape[1])
-    y_RD[home_R[:count].long()] = rows
-    return y_RD
 
 
 class _Clock:

@@ -126,6 +126,11 @@ def measured(figures: dict[str, Any]) -> Iterator[str]:
         f"{setting['hidden_size']} numbers a row, {setting['top_k']} of {setting['num_experts']} experts, "
         f"{setting['routing']} routing; median of {setting['runs']} runs of {setting['steps']} steps, slowest rank"
     )
+    if figures["checked"]:
+        yield "Several ranks on one GPU: correctness only, no times. In so many steps every row has come home as it went:"
+        yield from _table(("ranks", "tokens", "format", "steps", "launched"), _checked_rows(figures["checked"]))
+    if not figures["rows"]:
+        return
     titles = (
         "ranks",
         "tokens",
@@ -140,6 +145,12 @@ def measured(figures: dict[str, Any]) -> Iterator[str]:
         "backend",
     )
     yield from _table(titles, _measured_rows(figures["rows"]))
+
+
+def _checked_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    for row in rows:
+        numbers = [str(row[name]) for name in ("ranks", "tokens", "format", "steps")]
+        yield [*numbers, "from graphs" if row["graph"] else "one by one"]
 
 
 def _measured_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:

@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         "power law 1.2": lambda: balance_routing.power_law(1.2, shape, 256, args.seed),
         "zipf 1.01": lambda: balance_routing.zipf(1.01, shape, 256, args.seed),
         "zipf 1.2": lambda: balance_routing.zipf(1.2, shape, 256, args.seed),
-        "demo model": lambda: balance_routing.recorded(min(args.tokens, 65536), args.seed),
+        "demo model": lambda: balance_routing.recorded(args.tokens, args.seed),
     }
     rows = []
     for name, draw in sources.items():

@@ -21,11 +21,10 @@ import numpy as np
 
 from expertwire.bench import schedule_cost, schedule_peer, schedule_placements, timeline
 from expertwire.bench.schedule_log import replay
-from expertwire.bench.simulation import EOS, Outcome, Simulation, StepModel
+from expertwire.bench.simulation import EOS, LEFT, Outcome, Simulation, StepModel
 from expertwire.bench.traces import TRACES, Poisson, Served, oracle_hits
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.plan import FinishReason
-from expertwire.scheduler.policy import PolicyConfig
 from expertwire.scheduler.scheduler import SchedulerConfig
 
 
@@ -147,7 +146,7 @@ def _simulation(
         model=StepModel(),
         overlap=args.overlap,
         host_time=args.host_time,
-        policy=PolicyConfig(name=args.policy),
+        policy=args.policy,
         record=record,
         placement=placement,
     )
@@ -171,7 +170,7 @@ def report(simulation: Simulation, ttft_s: float, tpot_s: float) -> dict[str, An
     ttft = rows["first"] - times
     tpot = (rows["last"] - rows["first"]) / np.maximum(rows["count"] - 1, 1)
     good = done & (ttft <= ttft_s) & (tpot <= tpot_s)
-    asked = int((rows["finish"] != FinishReason.ABORT).sum())
+    asked = int((rows["finish"] != LEFT).sum())
     if not outcome.seconds:
         raise ValueError(f"none of the {len(rows)} requests was served: {int(rows['rejected'].sum())} were rejected")
     seconds = outcome.start[-1] + outcome.seconds[-1]

@@ -19,26 +19,25 @@ from typing import IO, Any
 import numpy as np
 
 from expertwire.comm.control import pack, unpack
-from expertwire.scheduler.outputs import StepOutputs
-from expertwire.scheduler.plan import CacheSpec, StepPlan, StepResult
-from expertwire.scheduler.policy import PolicyConfig, make_policy
+from expertwire.scheduler.plan import CacheSpec, StepOutputs, StepPlan, StepResult
+from expertwire.scheduler.policy import make_policy
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Rejection, Scheduler, SchedulerConfig
 
-FORMAT = 2
+FORMAT = 3
 _ASKED = ("key", "branch", "seed", "priority", "tenant", "salt", "deadline")  # of a request, as they are
 
 
 class Recorder:
     """A scheduler that writes down every call. Has the calls that change a scheduler; ask `scheduler` for the rest."""
 
-    def __init__(self, scheduler: Scheduler, file: Path, policy: PolicyConfig) -> None:
+    def __init__(self, scheduler: Scheduler, file: Path, policy: str) -> None:
         self.scheduler = scheduler
         self._file = _open(file, "w")
         self._write(
             format=FORMAT,
-            policy=dataclasses.asdict(policy),
+            policy=policy,
             config=dataclasses.asdict(scheduler.config),
             caches=[dataclasses.asdict(spec) for spec in scheduler.cache_specs],
         )
@@ -97,7 +96,7 @@ def replay(file: Path) -> Replayed:
     tuples = {name: tuple(value) for name, value in head["config"].items() if isinstance(value, list)}
     config = SchedulerConfig(**head["config"] | tuples)
     caches = tuple(CacheSpec(**spec) for spec in head["caches"])
-    scheduler = Scheduler(config, caches, make_policy(PolicyConfig(**head["policy"])))
+    scheduler = Scheduler(config, caches, make_policy(head["policy"]))
     in_flight: dict[int, StepPlan] = {}
     plans = 0
     for number, line in lines:

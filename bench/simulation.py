@@ -19,16 +19,16 @@ import numpy as np
 from expertwire.bench.schedule_log import Recorder
 from expertwire.bench.traces import Arrival, Poisson
 from expertwire.scheduler import ragged
-from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.placement import Placement
-from expertwire.scheduler.plan import CacheSpec, FinishReason, StepPlan, StepResult
-from expertwire.scheduler.policy import PolicyConfig, make_policy
+from expertwire.scheduler.plan import CacheSpec, FinishReason, StepOutputs, StepPlan, StepResult
+from expertwire.scheduler.policy import make_policy
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler, SchedulerConfig
 
 CACHES = (CacheSpec(name="kv", kind="full", bytes_per_token=98304, writers=(0,), readers=(0,)),)
 EOS = 0
+LEFT = 255  # instead of a `FinishReason`: the client has
 
 _ROW = np.dtype(
     [
@@ -36,7 +36,7 @@ _ROW = np.dtype(
         ("first", np.float64),  # token
         ("last", np.float64),
         ("count", np.int32),  # of tokens
-        ("finish", np.uint8),  # FinishReason
+        ("finish", np.uint8),  # FinishReason, or `LEFT`
         ("rejected", np.bool_),
     ]
 )
@@ -230,7 +230,7 @@ class Simulation:
         model: StepModel,
         overlap: bool,
         host_time: bool = False,
-        policy: PolicyConfig,
+        policy: str,
         record: Path | None = None,
         placement: Placement | None = None,
     ) -> None:
@@ -286,7 +286,7 @@ class Simulation:
             if isinstance(what, Arrival):
                 self._submit(what)
             elif not self.outcome.rows["finish"][what]:
-                self.outcome.rows["finish"][what] = FinishReason.ABORT
+                self.outcome.rows["finish"][what] = LEFT
                 self._calls.abort(what)
 
     def _submit(self, arrival: Arrival) -> None:

@@ -48,8 +48,14 @@ class Fp8AllToAll:
         self._spec, self._inner, self._quantize, self._unpacks = spec, inner, quantize, unpacks
         self._values_of_bytes = byte_values("fp8_block")
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> Any:
-        return self._inner.dispatch_send(pack(self._quantize(x_TD)), physical_TK, num_tokens_P)
+    @property
+    def graph_safe(self) -> bool:
+        return self._inner.graph_safe and not self._unpacks
+
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> Any:
+        return self._inner.dispatch_send(pack(self._quantize(x_TD)), physical_TK, num_tokens_P, num_valid)
 
     def dispatch_recv(self, handle: Any) -> Dispatched:
         arrived = self._inner.dispatch_recv(handle)

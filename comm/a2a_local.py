@@ -24,6 +24,8 @@ class _Handle:
 class LocalAllToAll:
     """Rows are found by `permute`, an implementation of `kernels.permute`. An id of -1 leaves its slot undefined."""
 
+    graph_safe = True
+
     def __init__(self, spec: AllToAllSpec, permute: Callable[..., Permuted]) -> None:
         assert spec.group.size == 1, f"{spec.group.size} ranks"
         self._spec, self._permute = spec, permute
@@ -32,9 +34,10 @@ class LocalAllToAll:
         """The same, which adds each expert's rows to `load_E`, i64, on the device."""
         return LocalAllToAll(self._spec, partial(self._permute, load_E=load_E))
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> _Handle:
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> _Handle:
         assert x_TD.shape[0] <= self._spec.max_tokens, f"{x_TD.shape[0]} tokens, built for {self._spec.max_tokens}"
-        num_valid = num_tokens_P if isinstance(num_tokens_P, Tensor) else None
         return _Handle(x_TD=x_TD, permuted=self._permute(physical_TK, self._spec.rank_offsets[1], num_valid))
 
     def dispatch_recv(self, handle: _Handle) -> Dispatched:

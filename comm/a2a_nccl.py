@@ -51,10 +51,15 @@ class _Returning:
 class NcclAllToAll:
     """See the module."""
 
+    graph_safe = False
+
     def __init__(self, spec: AllToAllSpec) -> None:
         self._spec, self._group, self._ranks_of = spec, cast(PeerGroup, spec.group), RankTable(spec.rank_offsets)
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> _Handle:
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> _Handle:
+        assert num_valid is None, "the host counts rows"
         group, num_tokens = self._group, x_TD.shape[0]
         assert num_tokens == num_tokens_P[group.rank], f"rank {group.rank} has {num_tokens} tokens, plan {num_tokens_P}"
         assert num_tokens <= self._spec.max_tokens, f"{num_tokens} tokens, built for {self._spec.max_tokens}"
@@ -153,6 +158,8 @@ class PaddedNcclAllToAll:
     """See the module. Rows are found by `permute`, an implementation of `kernels.permute`; `home_R` is a place in y_RD, of which
     those without an expert are undefined, as they are sent but not read."""
 
+    graph_safe = True
+
     def __init__(self, spec: AllToAllSpec, permute: Callable[..., Permuted], device: torch.device | str) -> None:
         self._spec, self._group, self._permute = spec, cast(PeerGroup, spec.group), permute
         self._ranks_of = RankTable(spec.rank_offsets)
@@ -167,17 +174,14 @@ class PaddedNcclAllToAll:
             self._home = torch.zeros(size * tokens * spec.top_k, home[0], dtype=home[1], device=device)
         self._token_T = torch.arange(tokens, device=device)
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> _PaddedHandle:
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> _PaddedHandle:
         group, num_tokens = self._group, x_TD.shape[0]
+        assert num_tokens == num_tokens_P[group.rank], f"rank {group.rank} has {num_tokens} tokens, plan {num_tokens_P}"
         assert num_tokens <= self._spec.max_tokens, f"{num_tokens} tokens, built for {self._spec.max_tokens}"
         self._mine_TD[:num_tokens] = x_TD
-        if isinstance(num_tokens_P, Tensor):
-            self._mine_ids[0] = num_tokens_P[group.rank if len(num_tokens_P) > 1 else 0]
-        else:
-            assert num_tokens == num_tokens_P[group.rank], (
-                f"rank {group.rank} has {num_tokens} tokens, plan {num_tokens_P}"
-            )
-            self._mine_ids[0] = num_tokens
+        self._mine_ids[0] = num_tokens if num_valid is None else num_valid
         self._mine_ids[1 : 1 + num_tokens] = physical_TK
         ids_pending = group.gather(self._ids.flatten(0, 1), self._mine_ids)
         pending = group.gather(self._x_UD, self._mine_TD)

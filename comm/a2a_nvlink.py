@@ -73,6 +73,8 @@ class NvlinkAllToAll:
         memories: the arenas' bytes, by rank (`comm.peer_memory`).
     """
 
+    graph_safe = False
+
     def __init__(self, spec: AllToAllSpec, memories: Sequence[Tensor]) -> None:
         layout = ArenaLayout.of(spec)
         self._spec, self._rank = spec, spec.group.rank
@@ -85,7 +87,10 @@ class NvlinkAllToAll:
         self._epoch = 0
         self._arrivals: _Arrivals | None = None
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> _Handle:
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> _Handle:
+        assert num_valid is None, "the host counts rows"
         num_tokens = x_TD.shape[0]
         assert num_tokens == num_tokens_P[self._rank], f"rank {self._rank} has {num_tokens} tokens, plan {num_tokens_P}"
         assert num_tokens <= self._spec.max_tokens, f"{num_tokens} tokens, built for {self._spec.max_tokens}"

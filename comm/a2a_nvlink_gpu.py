@@ -57,6 +57,8 @@ class NvlinkGpuAllToAll:
         max_turns: of a wait in the interpreter, which has no clock.
     """
 
+    graph_safe = True
+
     def __init__(
         self,
         spec: AllToAllSpec,
@@ -83,38 +85,40 @@ class NvlinkGpuAllToAll:
         num_ranks, tokens, top_k = spec.group.size, spec.max_tokens, spec.top_k
         first, last = spec.rank_offsets[spec.group.rank : spec.group.rank + 2]
         self._num_experts = last - first
-        self._max_rows = self._most_rows([tokens] * num_ranks)
+        most_rows = self._most_rows([tokens] * num_ranks)
         device = mine.device
+        self._reading = torch.cuda.Stream(device) if mine.is_cuda else None
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
+        self._memories = tuple(memories)  # whose addresses the kernels know
         self._peers = torch.tensor([memory.data_ptr() for memory in memories], dtype=torch.int64, device=device)
         self._rank_offsets = torch.tensor(spec.rank_offsets, dtype=torch.int32, device=device)
         self._epoch, self._done = zeros(1, dtype=torch.int64) + 1, zeros(1)
         self._target, self._sent = zeros(tokens, top_k), zeros(num_ranks, dtype=torch.int64)
         self._counts, self._expert_offsets = zeros(num_ranks, self._num_experts), zeros(self._num_experts + 1)
-        self._row_index, self._slots = zeros(self._max_rows), zeros(self._max_rows)
-        self._in_order = torch.arange(self._max_rows, dtype=torch.int32, device=device)
+        self._row_index, self._slots = zeros(most_rows), zeros(most_rows)
+        self._in_order = torch.arange(most_rows, dtype=torch.int32, device=device)
         self._rows = self._part(layout.rows).view(num_ranks * tokens, -1).view(spec.dtype)
         self._home = self._part(layout.home).view(tokens, top_k, -1).view(home_dtype)
         self._words, self._home_words = self._rows.stride(0) * spec.dtype.itemsize // 4, layout.home.shape[-1] // 4
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> _Handle:
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> _Handle:
         spec, num_tokens, top_k = self._spec, x_TD.shape[0], self._spec.top_k
         if x_TD.dtype != spec.dtype:
             assert packed_bytes(x_TD.shape[1]) == spec.hidden_size, (
                 f"{tuple(x_TD.shape)} for rows of {spec.hidden_size} bytes"
             )
-        assert num_tokens <= spec.max_tokens, f"{num_tokens} tokens, built for {spec.max_tokens}"
+        assert num_tokens == num_tokens_P[spec.group.rank], f"{num_tokens} tokens, plan {num_tokens_P}"
+        assert max(num_tokens_P) <= spec.max_tokens, f"{num_tokens_P} tokens, built for {spec.max_tokens}"
         assert x_TD.is_contiguous(), x_TD.stride()
         assert physical_TK.is_contiguous(), physical_TK.stride()
-        valid = num_tokens_P if isinstance(num_tokens_P, Tensor) else self._expert_offsets  # any pointer will do
-        limited = valid is num_tokens_P
         few = num_tokens * top_k <= self._few_ids
-        (self._send_few if few else self._send)(x_TD, physical_TK, valid, num_tokens, limited)
-        max_rows = self._max_rows if isinstance(num_tokens_P, Tensor) else self._most_rows(num_tokens_P)
-        return _Handle(num_tokens=num_tokens, max_rows=max_rows, few=few)
+        (self._send_few if few else self._send)(x_TD, physical_TK, num_tokens, num_valid)
+        return _Handle(num_tokens=num_tokens, max_rows=self._most_rows(num_tokens_P), few=few)
 
     def dispatch_recv(self, handle: _Handle) -> Dispatched:
         self._arrive_few(handle.num_tokens) if handle.few else self._arrive()
@@ -142,16 +146,19 @@ class NvlinkGpuAllToAll:
         return self._home[: handle.num_tokens]
 
     def check(self) -> None:
-        """See `comm.all_to_all.Watched`; waits for the device."""
-        words = self._part(self._layout.stalled).view(torch.int64).view(-1, LINE)[:, 0].cpu().numpy()
+        """See `comm.all_to_all.Watched`."""
+        with torch.cuda.stream(self._reading):  # or it would wait for what the device has been given since
+            stalled = self._part(self._layout.stalled).cpu()
+        words = stalled.view(torch.int64).view(-1, LINE)[:, 0].numpy()
         if words.any():
             raise stall_error(words, self._spec)
 
-    def _send(self, x_TD: Tensor, physical_TK: Tensor, valid: Tensor, num_tokens: int, limited: bool) -> None:
+    def _send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens: int, num_valid: Tensor | None) -> None:
         spec, layout, top_k = self._spec, self._layout, self._spec.top_k
         me, num_ranks = spec.group.rank, spec.group.size
+        valid, limited = self._limit_of(num_valid)
         exchange.plan_kernel[(num_ranks,)](
-            physical_TK, self._rank_offsets, self._target, self._sent, valid, me, num_tokens, spec.max_tokens,
+            physical_TK, self._rank_offsets, self._target, self._sent, valid, num_tokens, spec.max_tokens,
             K=top_k, K_BLOCK=triton.next_power_of_2(top_k), TOKENS=exchange.plan_tokens(num_tokens, top_k), LIMITED=limited,
             **EARLY,
         )  # fmt: skip
@@ -167,8 +174,9 @@ class NvlinkGpuAllToAll:
             num_warps=warps, **exchange.SEND_OPTIONS,
         )  # fmt: skip
 
-    def _send_few(self, x_TD: Tensor, physical_TK: Tensor, valid: Tensor, num_tokens: int, limited: bool) -> None:
+    def _send_few(self, x_TD: Tensor, physical_TK: Tensor, num_tokens: int, num_valid: Tensor | None) -> None:
         spec, layout, top_k = self._spec, self._layout, self._spec.top_k
+        valid, limited = self._limit_of(num_valid)
         x, columns = self._given(x_TD)
         block, warps = exchange_few.row_block(columns or max(self._words, self._home_words))
         exchange_few.send_few_kernel[(max(num_tokens, spec.group.size),)](
@@ -180,6 +188,10 @@ class NvlinkGpuAllToAll:
             RANKS=triton.next_power_of_2(spec.group.size), LIMITED=limited, num_warps=warps,
             **exchange.SEND_OPTIONS,
         )  # fmt: skip
+
+    def _limit_of(self, num_valid: Tensor | None) -> tuple[Tensor, bool]:
+        """What kernels look at, and whether they do: any pointer will do for those that do not."""
+        return (self._expert_offsets, False) if num_valid is None else (num_valid, True)
 
     def _given(self, x_TD: Tensor) -> tuple[Tensor, int]:
         """Rows as the kernels take them: words; or numbers, and how many a row has."""

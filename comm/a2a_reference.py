@@ -47,11 +47,16 @@ class _Returning:
 class ReferenceAllToAll:
     """See the module."""
 
+    graph_safe = False
+
     def __init__(self, spec: AllToAllSpec) -> None:
         self._spec = spec
         self._rank_offsets = np.asarray(spec.rank_offsets, np.int64)
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> _Handle:
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> _Handle:
+        assert num_valid is None, "the host counts rows"
         group = self._spec.group
         num_tokens = x_TD.shape[0]
         assert num_tokens == num_tokens_P[group.rank], f"rank {group.rank} has {num_tokens} tokens, plan {num_tokens_P}"

@@ -36,10 +36,16 @@ class StreamAllToAll:
     def __init__(self, inner: AllToAll, stream: torch.cuda.Stream) -> None:
         self._inner, self._stream = inner, stream
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> _Handle:
+    @property
+    def graph_safe(self) -> bool:
+        return self._inner.graph_safe
+
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> _Handle:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            inner = self._inner.dispatch_send(x_TD, physical_TK, num_tokens_P)
+            inner = self._inner.dispatch_send(x_TD, physical_TK, num_tokens_P, num_valid)
         return _Handle(inner=inner, kept=(x_TD, physical_TK))
 
     def dispatch_recv(self, handle: _Handle) -> Dispatched:

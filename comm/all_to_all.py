@@ -97,13 +97,23 @@ class Dispatched:
 
 
 class AllToAll(Protocol):
-    """Dispatch and combine over one group of ranks."""
+    """Dispatch and combine over one group of ranks.
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int] | Tensor) -> Any:
+    Attributes:
+        graph_safe: the host learns nothing and waits for nothing, so that a CUDA graph can hold the phases.
+    """
+
+    @property
+    def graph_safe(self) -> bool: ...
+
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> Any:
         """Start sending rows to the ranks of their experts.
 
-        `physical_TK` i64: physical expert ids, -1 for none. `num_tokens_P`: T of every rank, known from the plan; or, where the
-        host learns nothing, i32 [P] on the device: how many of x's rows count.
+        `physical_TK` i64: physical expert ids, -1 for none. `num_tokens_P`: T of every rank, known from the plan. `num_valid`,
+        i32 [1] on the device, where `graph_safe`: only so many of x's rows count, and `num_tokens_P` says how many ranks have at
+        most.
         """
         ...
 

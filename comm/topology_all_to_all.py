@@ -44,6 +44,8 @@ class HierarchicalAllToAll:
         make: the backend of both stages; one that tells the host the counts.
     """
 
+    graph_safe = False
+
     def __init__(
         self, spec: AllToAllSpec, *, across: Group, within: Group, make: Callable[[AllToAllSpec], AllToAll]
     ) -> None:
@@ -72,7 +74,10 @@ class HierarchicalAllToAll:
             home_dtype=spec.home_dtype or spec.dtype,
         )
 
-    def dispatch_send(self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int]) -> Any:
+    def dispatch_send(
+        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
+    ) -> Any:
+        assert num_valid is None, "the host counts rows"
         rank, num_tokens = self._spec.group.rank, len(x_TD)
         assert num_tokens == num_tokens_P[rank], f"rank {rank} has {num_tokens} tokens, plan {num_tokens_P}"
         assert num_tokens <= self._spec.max_tokens, f"{num_tokens} tokens, built for {self._spec.max_tokens}"

@@ -17,10 +17,10 @@ from typing import IO
 
 import psutil
 
+from expertwire.deploy import experts
 from expertwire.deploy.demo_task import Kind, Problem, check, make_problem
 from expertwire.deploy.grpc_client import Client
 from expertwire.engine.outputs import EngineFailed
-from expertwire.moe.placement import place
 
 ONE_BY_ONE: tuple[tuple[Kind, int], ...] = (
     ("SUM", 2), ("SUM", 3), ("SUM", 4), ("SUM", 5), ("COUNTDOWN", 2), ("COUNTDOWN", 3), ("COUNTDOWN", 3), ("COUNTDOWN", 4),
@@ -31,7 +31,6 @@ MAX_TOKENS = 128
 _START_S = 330.0
 _STOP_S = 60.0
 _PROGRESS_S = 1.0
-_BLOCKS = "·▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,29 +67,8 @@ def demo(*, launcher: str, ep_size: int) -> int:
         answers = [_ask_aloud(client, problem) for problem in _problems(ONE_BY_ONE, seed=1)]
         together, seconds = _ask_together(client, _problems(AT_ONCE, seed=2))
         stats = client.stats()
-    _print_spread(stats["expert_load"], ep_size)
+    print("", *experts.lines(stats), sep="\n")
     return _summarise(answers, together, seconds)
-
-
-def spread_lines(expert_load: Sequence[Sequence[int]], ep_size: int) -> list[str]:
-    """A bar a logical expert, by layer and rank, and the ranks' shares of the tokens.
-
-    Args:
-        expert_load: tokens by [layer][logical expert]; layers without experts have none.
-        ep_size: ranks, without redundant experts.
-    """
-    lines = []
-    for layer, tokens in enumerate(expert_load):
-        if not sum(tokens):
-            continue
-        placement = place(len(tokens), ep_size)
-        parts = []
-        for rank in range(ep_size):
-            mine = [tokens[expert] for expert in placement.experts_of(rank)]
-            bars = "".join(_BLOCKS[-(-(len(_BLOCKS) - 1) * count // max(tokens))] for count in mine)
-            parts.append(f"rank {rank} {bars} {sum(mine) / sum(tokens):4.0%}")
-        lines.append(f"  layer {layer}   " + "   ".join(parts))
-    return lines
 
 
 @contextlib.contextmanager
@@ -112,6 +90,7 @@ def _server(launcher: str, ep_size: int) -> Iterator[str]:
 
 def _address(server: subprocess.Popen[str], log: IO[str], what: str) -> str:
     """Wait until the server says where it listens."""
+    assert server.stdout
     begin = time.monotonic()
     while (seconds := time.monotonic() - begin) < _START_S:
         if sys.stdout.isatty():
@@ -177,11 +156,6 @@ def _ask_together(client: Client, problems: Sequence[Problem]) -> tuple[list[Ans
     with ThreadPoolExecutor(len(problems)) as pool:
         answers = list(pool.map(lambda problem: _ask(client, problem, aloud=False), problems))
     return answers, time.monotonic() - begin
-
-
-def _print_spread(expert_load: Sequence[Sequence[int]], ep_size: int) -> None:
-    print("\nHow the tokens spread over the experts of each rank:\n")
-    print("\n".join(spread_lines(expert_load, ep_size)))
 
 
 def _summarise(one_by_one: Sequence[Answer], together: Sequence[Answer], seconds: float) -> int:

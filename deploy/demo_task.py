@@ -33,8 +33,10 @@ TEST_SHARE_256 = 32  # of 256 hash values, how many are test problems
 
 PAD, EOS, UNKNOWN, QUESTION, END_OF_STEP = "<pad>", "<eos>", "<unk>", "?", ";"
 # `<think>`, `</think>` and the reserved words are not trained: room for later tasks without another vocabulary.
-_SYMBOLS = (PAD, EOS, UNKNOWN, "<think>", "</think>", "SUM", "COUNTDOWN", "TO", QUESTION, "+", "-", "*", "=", ":")
-_SYMBOLS += (END_OF_STEP, "answer", *(f"<reserved_{i}>" for i in range(12)))
+_SYMBOLS = (
+    PAD, EOS, UNKNOWN, "<think>", "</think>", "SUM", "COUNTDOWN", "TO", QUESTION, "+", "-", "*", "=", ":", END_OF_STEP, "answer",
+    *(f"<reserved_{i}>" for i in range(12)),
+)  # fmt: skip
 _NUMBERS = tuple(str(number) for number in range(MODULUS))
 WORDS: tuple[str, ...] = (*_SYMBOLS, *_NUMBERS)  # a word's place is its token id
 
@@ -116,11 +118,12 @@ def first_wrong_step(problem: Problem, text: str) -> int | None:
     A step is wrong if it is malformed, takes numbers that are not left, miscalculates, restates the list wrongly, or (in
     `COUNTDOWN`) leaves a list from which the target can no longer be reached.
     """
-    remaining: Counter[int] | None = Counter(problem.numbers)
+    remaining = Counter(problem.numbers)
     for position, step in enumerate(_steps(text)):
-        remaining = _after_step(problem.kind, remaining, step)
-        if remaining is None:
+        after = _after_step(problem.kind, remaining, step)
+        if after is None:
             return position
+        remaining = after
         if problem.kind == "COUNTDOWN" and problem.answer not in reachable(tuple(sorted(remaining.elements()))):
             return position
     return None
@@ -135,8 +138,8 @@ def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
     for i in range(len(numbers)):
         for j in range(i):
             rest = numbers[:j] + numbers[j + 1 : i] + numbers[i + 1 :]
-            results = {calculate("COUNTDOWN", numbers[i], symbol, numbers[j]) for symbol in "+-*"} - {None}
-            found.update(*(reachable(tuple(sorted((*rest, result)))) for result in results))
+            results = {calculate("COUNTDOWN", numbers[i], symbol, numbers[j]) for symbol in "+-*"}
+            found.update(*(reachable(tuple(sorted((*rest, each)))) for each in results if each is not None))
     return frozenset(found)
 
 
@@ -146,17 +149,6 @@ def calculate(kind: Kind, left: int, symbol: str, right: int) -> int | None:
         return (left + right) % MODULUS if symbol == "+" else None
     result = {"+": left + right, "-": left - right, "*": left * right}.get(symbol, 0)
     return result if 1 <= result < MODULUS else None
-
-
-def pretty(problem: Problem, text: str) -> str:
-    """The question and one line a step, for people: right steps and answers are marked with a tick."""
-    wrong = first_wrong_step(problem, text)
-    lines = [problem.prompt]
-    for position, step in enumerate(_steps(text)):
-        lines.append(f"  {'✓' if wrong is None or position < wrong else '✗'} {step.strip()}")
-    tail = text.rpartition(END_OF_STEP)[2].strip()
-    lines.append(f"  {'✓' if check(problem, text) else '✗'} {tail or '(no answer)'}")
-    return "\n".join(lines)
 
 
 def _random_path(kind: Kind, numbers: tuple[int, ...], rng: random.Random) -> tuple[list[str], int] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from expertwire.deploy.grpc_client import Client, ServerError
-from expertwire.moe.load import hottest
+from expertwire.moe.load import hottest, over_mean
 
 _SHADES = " ░▒▓█"
 _STEPS = (0.5, 1.0, 2.0, 4.0)  # times the mean expert's rows, at which the next shade begins
@@ -49,7 +49,7 @@ def _ask(address: str) -> dict[str, Any]:
 def lines(values: Mapping[str, Any]) -> Iterator[str]:
     """The heat map and what it comes to."""
     rows_LE = np.array(_even(values["expert_load"]), float)
-    times_LE = _times(rows_LE)
+    times_LE = over_mean(rows_LE)
     shown = -(-rows_LE.shape[1] // _WIDTH)
     bins = -(-times_LE.shape[1] // shown)
     padded = np.zeros((len(times_LE), bins * shown))
@@ -70,7 +70,7 @@ def lines(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def save_png(values: Mapping[str, Any], file: Path) -> None:
-    """The heat map with a scale, every expert a cell.
+    """The heat map with a scale, every expert a cell; layers without rows are grey.
 
     Raises:
         ValueError: matplotlib is not installed, or cannot write there.
@@ -80,19 +80,19 @@ def save_png(values: Mapping[str, Any], file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--png needs matplotlib; pip install matplotlib") from None
-    times_LE = _times(np.array(_even(values["expert_load"]), float))
+    times_LE = over_mean(np.array(_even(values["expert_load"]), float))
     num_layers, num_experts = times_LE.shape
-    figure = Figure(figsize=(min(16.0, 4 + num_experts / 12), min(14.0, 2.5 + num_layers / 6)), layout="constrained")
+    figure = Figure(figsize=(min(16.0, 4.5 + num_experts / 12), min(14.0, 2.5 + num_layers / 6)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(
-        times_LE.clip(0.1, 10), norm=LogNorm(0.1, 10), cmap="RdBu_r", aspect="auto", interpolation="nearest"
-    )
+    axes.set_facecolor("lightgrey")
+    drawn_LE = np.where(times_LE.any(axis=1, keepdims=True), times_LE.clip(0.1, 10), np.nan)
+    image = axes.imshow(drawn_LE, norm=LogNorm(0.1, 10), cmap="RdBu_r", aspect="auto", interpolation="nearest")
     axes.set_xlabel("logical expert")
     axes.set_ylabel("layer")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.get_major_locator().set_params(integer=True)
     lost = f"waiting for the fullest of {len(values['rank_rows'])} ranks: {sum(values['rank_tax']):.1%}"
-    axes.set_title(f"Rows of each expert over the layer's mean; {lost}")
+    figure.suptitle(f"Rows of each expert over the layer's mean\n{lost}", fontsize="medium")
     scale = figure.colorbar(image, ax=axes, extend="both", ticks=[0.1, 0.2, 0.5, 1, 2, 5, 10])
     scale.ax.set_yticklabels(["0.1x", "0.2x", "0.5x", "1x", "2x", "5x", "10x"])
     try:
@@ -105,8 +105,3 @@ def _even(layers: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """Layers without experts get as many zeros as the others have experts."""
     longest = max(map(len, layers))
     return [layer if len(layer) else [0] * longest for layer in layers]
-
-
-def _times(rows_LE: np.ndarray) -> np.ndarray:
-    mean_L1 = rows_LE.mean(axis=1, keepdims=True)
-    return np.divide(rows_LE, mean_L1, out=np.zeros_like(rows_LE), where=mean_L1 > 0)

@@ -36,12 +36,10 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
     if not any(config.sparse_layers):
         return
     travel.check(options, config)
-    ep_size, fp8 = options.ep_size, options.dispatch_dtype == "fp8"
+    ep_size, fp8 = options.ep_size, travel.sends_fp8(options, config, on_gpu=device != "cpu")
     where = read(topology).first(ep_size) if topology else _default_topology(device, ep_size)
     row = config.hidden_size * {"float32": 4, "bfloat16": 2}[config.dtype]
     sent = config.hidden_size * 33 // 32 if fp8 else row  # a scale of four bytes for 128 numbers
-    if fp8 and device != "cpu":
-        travel.check_packed(options, config)
     here = Situation(
         topology=where,
         device="cpu" if device == "cpu" else "cuda",
@@ -58,6 +56,8 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
         if choice.name == "nvlink":
             arena = options.part_tokens * (ep_size * sent + config.top_k * row)
             yield f"arenas on each rank: {options.num_parts} of about {arena / 1e6:.1f} MB, for {options.part_tokens} tokens"
+        if device != "cpu":
+            yield travel.on_gpus(graph_safe=choice.name == "nvlink", fp8=fp8)
     yield str(where)
     yield f"all-to-all {choice}"
     if ep_size == 1:

@@ -12,7 +12,7 @@ import math
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import numpy as np
@@ -24,12 +24,8 @@ from expertwire.deploy.grpc_messages import RETRY_AFTER
 from expertwire.deploy.grpc_stream import OutputStream, StreamFailed
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
-from expertwire.engine.config import ModelInfo
-from expertwire.engine.outputs import EngineFailed, RequestError, Update
-from expertwire.engine.prompts import Prompt
-from expertwire.engine.request_options import RequestOptions
-from expertwire.engine.tokenizer import Tokenizer
-from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.engine.front import Front
+from expertwire.engine.outputs import EngineFailed, RequestError
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_REQUEST_ID = 256  # characters
@@ -44,21 +40,6 @@ _OPTIONS = (
 
 Code = grpc.StatusCode
 _log = logging.getLogger(__name__)
-
-
-class Front(Protocol):
-    """What the server needs of `expertwire.engine.front.Front`, which documents it."""
-
-    model_info: ModelInfo
-    tokenizer: Tokenizer | None
-
-    @property
-    def failure(self) -> EngineFailed | None: ...
-    def encode(self, prompt: Prompt, params: SamplingParams) -> Any: ...
-    def submit(self, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> int: ...
-    def abort(self, request_id: int) -> None: ...
-    def poll(self, timeout_s: float) -> list[Update]: ...
-    def fileno(self) -> int: ...
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):

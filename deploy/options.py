@@ -14,13 +14,7 @@ from typing import Any, Literal
 
 from expertwire.engine.config import EngineConfig
 
-ENGINE_FIELDS = (
-    "dtype", "device", "ep_size", "launcher", "ray_address", "load_format", "quantize", "numerics", "max_model_len",
-    "max_num_tokens", "max_running", "max_waiting", "max_waiting_per_tenant", "chunk_tokens", "policy", "aging",
-    "tenant_weights", "prefix_cache", "block_size", "kv_cache_bytes", "redundant_experts", "topology", "rebalance_steps",
-    "all_to_all", "all_to_all_table", "dispatch_dtype", "two_batch_overlap", "threads_per_rank", "seed", "start_timeout_s",
-    "step_timeout_s",
-)  # fmt: skip
+ENGINE_FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
 EXPLAINED_FIELDS = ("all_to_all", "all_to_all_table", "dispatch_dtype", "two_batch_overlap")
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
@@ -46,7 +40,7 @@ def model_folder(args: argparse.Namespace) -> str:
     return args.model or str(importlib.resources.files("expertwire") / "demo_model")
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type, fields: Iterable[str]) -> None:
+def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, kind: type, fields: Iterable[str]) -> None:
     """An option for each of the `fields` of the dataclass `kind`.
 
     Options of seconds have no suffix: `start_timeout_s` is --start-timeout. What is true or false can be turned off:

@@ -29,6 +29,7 @@ from expertwire.deploy import ray_guard
 from expertwire.engine.launcher import WORKER, RankFailed, WorkerSpec
 
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes there; Ray's least
+_START_S = 120.0  # for Ray to provide the actors' processes
 _GRACE_S = 0.5
 
 
@@ -58,26 +59,17 @@ class RayLauncher:
             `stop`. A process that is connected to Ray already stays with that cluster.
         worker: the worker's entry point, "package.module:function".
         connect_timeout_s: for a cluster to answer.
-        start_timeout_s: for Ray to provide the actors' processes.
 
     Raises:
         ValueError: `address` is malformed.
     """
 
-    def __init__(
-        self,
-        address: str | None = None,
-        *,
-        worker: str = WORKER,
-        connect_timeout_s: float = 30.0,
-        start_timeout_s: float = 120.0,
-    ) -> None:
+    def __init__(self, address: str | None = None, *, worker: str = WORKER, connect_timeout_s: float = 30.0) -> None:
         if address is not None and address != "auto" and _host_and_port(address) is None:
             raise ValueError(f'ray_address {address!r}: allowed are "host:port", "auto" and None')
         self._address = address
         self._worker = worker
         self._connect_timeout_s = connect_timeout_s
-        self._start_timeout_s = start_timeout_s
         self._owns_ray = False
         self._guard: subprocess.Popen[bytes] | None = None
         self._group: PlacementGroup | None = None
@@ -103,14 +95,14 @@ class RayLauncher:
         """
         assert not self._actors, f"{len(self._actors)} workers run already"
         self._connect()
-        deadline = time.monotonic() + self._start_timeout_s
+        deadline = time.monotonic() + _START_S
         resources = _resources(spec)
         group = placement_group([resources] * spec.num_ranks, strategy="PACK")
         self._group = group
-        if not group.wait(self._start_timeout_s):
+        if not group.wait(_START_S):
             raise RankFailed(
                 -1,
-                f"Ray found no room for {spec.num_ranks} ranks of {resources} within {self._start_timeout_s:g} s: "
+                f"Ray found no room for {spec.num_ranks} ranks of {resources} within {_START_S:g} s: "
                 f"{ray.available_resources()} are free",
             )
         for bundle in _by_node(group):
@@ -184,7 +176,7 @@ class RayLauncher:
         try:
             return ray.get(actor.where.remote(), timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.GetTimeoutError as error:
-            raise RankFailed(rank, f"its process did not start within {self._start_timeout_s:g} s") from error
+            raise RankFailed(rank, f"its process did not start within {_START_S:g} s") from error
         except RayError as error:
             raise RankFailed(rank, f"its process did not start: {_in_one_line(error)}") from error
 

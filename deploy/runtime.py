@@ -39,8 +39,8 @@ def make_launcher(config: EngineConfig) -> Launcher:
 
 
 @contextlib.contextmanager
-def open_front(config: EngineConfig, *, deterministic_seeds: bool = True) -> Iterator[Front]:
-    """A front with an engine of its own, which ends with the block.
+def open_front(config: EngineConfig) -> Iterator[Front]:
+    """A front with an engine of its own, which ends with the block; seeds follow from the engine's.
 
     Raises:
         ValueError: an option or the checkpoint is not usable.
@@ -49,6 +49,6 @@ def open_front(config: EngineConfig, *, deterministic_seeds: bool = True) -> Ite
     tokenizer = open_tokenizer(config)
     with (
         Engine(config, make_launcher(config), end_of_turn_ids(tokenizer)) as engine,
-        contextlib.closing(Front(engine.connect(), tokenizer, deterministic_seeds=deterministic_seeds)) as front,
+        contextlib.closing(Front(engine.connect(), tokenizer, deterministic_seeds=True)) as front,
     ):
         yield front

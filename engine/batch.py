@@ -33,7 +33,8 @@ class ForwardBatch:
     """Tokens of several sequences, one after another.
 
     `token_ids_T` and `positions_T` are i64. `caches`: in the order of the model's `cache_specs`.
-    `num_valid`, i32 [1] on the device: of a single rank; tokens from there on only fill up a captured step. None: all count.
+    `num_tokens_P`: of every rank. `num_valid`, i32 [1] on the device: this rank's tokens from there on only fill up a captured
+    step, of which `num_tokens_P` says what ranks have at most. None: all count.
     `routed` is told, layer by layer, the logical experts of the tokens, i64 [T, K].
     """
 

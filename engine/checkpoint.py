@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertwire.engine.fields import is_int, parse_json, read_json
+from expertwire.engine.fields import parse_json, read_json
+from expertwire.scheduler.checks import is_int
 
 # Bytes of one element; a type that is not listed is only an error when its tensor is read.
 ITEM_SIZES = {
@@ -134,11 +135,11 @@ def _stored(file: Path, data_start: int, name: str, entry: object) -> StoredTens
             raise ValueError(f"{file}: the header's entry of {name} is damaged: {entry!r}")
 
 
-def some(names: Iterable[str], limit: int = 10) -> str:
-    """The first names, and how many more there are."""
+def some(names: Iterable[str]) -> str:
+    """The first ten names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def checkpoint_folder(path: str | Path) -> Path:

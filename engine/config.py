@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from expertwire.engine.request_options import check_name
+from expertwire.scheduler.checks import is_int, is_number
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.policy import PolicyConfig
-
-DTYPES = ("float32", "bfloat16")
+from expertwire.scheduler.policy import make_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +59,9 @@ class EngineConfig:
             memory: over NVLink between GPUs, in shared memory between CPU ranks of one machine).
         all_to_all_table: a file of measured times, as `expertwire bench all-to-all --sweep` writes it, by which "auto" chooses;
             None: by where the ranks are and how large steps can be.
-        dispatch_dtype: of rows on their way to experts: "auto" (that of activations) or "fp8" (numbers of 8 bits, 128 to a scale:
-            half the bytes of bfloat16). Experts that are "fp8" in blocks read them so on a GPU, with the same bits as "auto"; on
-            a CPU it rounds what experts see, and saves no time.
+        dispatch_dtype: of rows on their way to experts: "fp8" (numbers of 8 bits, 128 to a scale: half the bytes of bfloat16) or
+            "auto" (that of activations; between GPUs "fp8" where all experts are "fp8" in blocks, which would quantise rows just
+            so). On a CPU "fp8" rounds what experts see, and saves no time.
         two_batch_overlap: compute every step in two halves: what one sends to other ranks travels while the other computes. The
             same bits; it pays where steps are large and travelling takes long.
         threads_per_rank: of the CPU ranks; None shares the machine's cores.
@@ -105,19 +104,12 @@ class EngineConfig:
     step_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("dtype", ("auto", *DTYPES)),
-            ("device", ("auto", "cpu", "cuda")),
-            ("launcher", ("auto", "local", "ray")),
-            ("load_format", ("auto", "dummy")),
-            ("policy", ("fcfs", "priority", "shortest", "prefix", "fair")),
-            ("all_to_all", ("auto", "reference", "nccl", "nvlink")),
-            ("quantize", (None, "fp8", "int4", "mxfp4")),
-            ("numerics", ("invariant", "fast")),
-            ("dispatch_dtype", ("auto", "fp8")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}, got {getattr(self, field)!r}")
+        for field, hint in get_type_hints(EngineConfig).items():
+            value, allowed = getattr(self, field), _choices(hint)
+            if allowed and value not in allowed:
+                raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+            if hint is bool and not isinstance(value, bool):
+                raise ValueError(f"{field} must be True or False, got {value!r}")
         for field, low in (
             ("ep_size", 1),
             ("max_num_tokens", 1),
@@ -137,17 +129,14 @@ class EngineConfig:
         ):
             if getattr(self, field) is not None:
                 _check_int(field, getattr(self, field), 1)
-        for field in ("prefix_cache", "two_batch_overlap"):
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
         self._check_ranks()
         self._check_table()
         self._check_policy()
         for field in ("start_timeout_s", "step_timeout_s"):
             value = getattr(self, field)
-            if not (_is_number(value) and value > 0):
+            if not is_number(value) or value <= 0:
                 raise ValueError(f"{field} must be a number of seconds > 0, got {value!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+        if not is_int(self.seed) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be a 64-bit integer, got {self.seed!r}")
         if self.ray_address is not None and not isinstance(self.ray_address, str):
             raise ValueError(f'ray_address must be "host:port", "auto" or None, got {self.ray_address!r}')
@@ -180,10 +169,6 @@ class EngineConfig:
             raise ValueError("all_to_all_table has no effect with ep_size 1, where nothing travels; use more ranks")
 
     def _check_policy(self) -> None:
-        for field, policies in (("aging", ("priority", "shortest")), ("tenant_weights", ("fair",))):
-            if getattr(self, field) is not None and self.policy not in policies:
-                allowed = " or ".join(map(repr, policies))
-                raise ValueError(f"{field} has no effect with policy {self.policy!r}; use {allowed}")
         if self.tenant_weights is not None:
             if not isinstance(self.tenant_weights, Mapping):
                 raise ValueError(
@@ -192,7 +177,7 @@ class EngineConfig:
             object.__setattr__(self, "tenant_weights", dict(self.tenant_weights))
             for tenant in self.tenant_weights:
                 check_name("tenant_weights: a tenant", tenant)
-        PolicyConfig(name=self.policy, aging=self.aging, tenant_weights=self.tenant_weights)
+        make_policy(self.policy, aging=self.aging, tenant_weights=self.tenant_weights)
 
     @property
     def num_parts(self) -> int:
@@ -251,10 +236,13 @@ def too_many_branches(n: int, limits: EngineConfig | SchedulerConfig) -> str | N
     return None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _choices(hint: Any) -> list[Any]:
+    """What a `Literal`, or one that may be None, allows; nothing for any other type."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    named = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    return [*([None] if named and NoneType in members else []), *named]
 
 
 def _check_int(field: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if not is_int(value) or value < low:
         raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")

@@ -13,7 +13,7 @@ import select
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,20 +35,27 @@ from expertwire.engine.request_options import RequestOptions
 from expertwire.engine.startup import Orders, Places, scheduler_config, start_ranks
 from expertwire.moe.load import ExpertLoad
 from expertwire.moe.placement import place
-from expertwire.scheduler.outputs import StepOutputs
-from expertwire.scheduler.plan import StepPlan, StepResult
-from expertwire.scheduler.policy import PolicyConfig, make_policy
+from expertwire.scheduler.plan import Rejection, StepOutputs, StepPlan, StepResult
+from expertwire.scheduler.policy import make_policy
 from expertwire.scheduler.rehearsal import rehearse
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.scheduler.scheduler import Rejection, Scheduler
+from expertwire.scheduler.scheduler import Scheduler
 
 # A request's key is its front's number and the id that the front gave it.
 _ID_BITS = 40
+_ID_MASK = (1 << _ID_BITS) - 1
+_KEYS = ("key_O", "prompt_key_R", "routed_key_C")
 # How long to wait for the culprit when a rank reports an error that a dead peer may have caused.
 _BLAME_S = 1.0
 # How long nothing must have happened for the scheduler to be checked.
 _QUIET_S = 1.0
+
+
+# Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and where time went, in µs:
+# planning a step, waiting for the ranks to end the one before it, committing that and answering the fronts; the slowest rank's
+# forward pass, beside which all this happens.
+_TOTALS = ("steps", "tokens_computed", "tokens_sampled", "plan_us", "wait_us", "commit_us", "deliver_us", "forward_us")
 
 
 @dataclass(kw_only=True)
@@ -67,12 +74,6 @@ class Loop:
     unchecked: bool = False  # whether something has been done since the scheduler's integrity was checked
 
 
-# Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and where time went, in µs:
-# planning a step, waiting for the ranks to end the one before it, committing that and answering the fronts; the slowest rank's
-# forward pass, beside which all this happens.
-_TOTALS = ("steps", "tokens_computed", "tokens_sampled", "plan_us", "wait_us", "commit_us", "deliver_us", "forward_us")
-
-
 def controller_main(orders: Orders) -> None:
     """Run until the parent lets go; the entry point of `engine.engine`."""
     listener = listen(orders.fronts_address, orders.token)
@@ -83,8 +84,8 @@ def controller_main(orders: Orders) -> None:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
         rehearse()  # while the ranks start
         info, places = start_ranks(orders, hub)
-        policy = PolicyConfig(name=config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
-        scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), make_policy(policy))
+        policy = make_policy(config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
+        scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), policy)
         loop = Loop(scheduler=scheduler, hub=hub, info=info, load=_expert_load(orders, info, places))
         if config.rebalance_steps:
             assert loop.load is not None, "a dense model has no experts to move"
@@ -141,7 +142,10 @@ def _blame(hub: ControlHub, error: RankLost | RankTimeout | RankError | CacheToo
     if stalls := [each for each in failed if "stall" in each.details]:
         first = min(stalls, key=lambda each: each.details["stall"].tolist())
         return int(first.details["stall"][-1]), first.message
-    return (failed[0].rank, str(failed[0])) if failed else (error.ranks[0], str(error))
+    if failed:
+        return failed[0].rank, str(failed[0])
+    assert isinstance(error, RankTimeout), error
+    return error.ranks[0], str(error)
 
 
 def _other_errors(hub: ControlHub) -> Iterator[RankLost | RankError]:
@@ -220,20 +224,19 @@ def _handle(loop: Loop, number: int, message: messages.Message) -> None:
 
 
 def _submit(loop: Loop, number: int, message: messages.Submit) -> None:
-    now, rejections = time.monotonic(), []
-    if (reason := too_many_branches(len(message.ids_Q), loop.scheduler.config)) is not None:
-        keys = [_key(number, request_id) for request_id in message.ids_Q.tolist()]
+    now, keys = time.monotonic(), [_key(number, request_id) for request_id in message.ids_B.tolist()]
+    if (reason := too_many_branches(len(keys), loop.scheduler.config)) is not None:
         return _reject(loop, number, [Rejection(key, "INVALID_ARGUMENT", reason) for key in keys])
-    for i, request_id in enumerate(message.ids_Q.tolist()):
-        start, end = message.token_offsets_Q1[i : i + 2]
-        params = SamplingParams.from_dict(message.params[i])
-        options = RequestOptions(**message.options[i])
-        assert params.seed is not None, f"request {request_id} of front {number} has no seed"
+    params, options = SamplingParams.from_dict(message.params), RequestOptions(**message.options)
+    assert params.seed is not None, f"requests {message.ids_B} of front {number} have no seed"
+    of_others = replace(params, prompt_logprobs=None)
+    rejections = []
+    for branch, key in enumerate(keys):
         request = Request(
-            key=_key(number, request_id),
-            prompt=message.tokens[start:end],
-            params=params,
-            branch=int(message.branches_Q[i]),
+            key=key,
+            prompt=message.tokens,
+            params=of_others if branch else params,
+            branch=branch,
             seed=params.seed,
             priority=options.priority,
             tenant=options.tenant,
@@ -242,18 +245,12 @@ def _submit(loop: Loop, number: int, message: messages.Submit) -> None:
         )
         if (rejection := loop.scheduler.submit(request, now)) is not None:
             rejections.append(rejection)
-    if rejections:
-        _reject(loop, number, rejections)
+    _reject(loop, number, rejections)
 
 
 def _reject(loop: Loop, number: int, rejections: list[Rejection]) -> None:
-    answer = messages.Rejected(
-        ids=[rejection.key & ((1 << _ID_BITS) - 1) for rejection in rejections],
-        codes=[rejection.code for rejection in rejections],
-        messages=[rejection.message for rejection in rejections],
-        retry_after_s=[rejection.retry_after_s for rejection in rejections],
-    )
-    _send(loop, number, answer)
+    for rejection in rejections:
+        _send(loop, number, replace(rejection, key=rejection.key & _ID_MASK))
 
 
 def step(loop: Loop, flight: StepPlan | None, timeout_s: float, *, overlap: bool = True) -> StepPlan | None:
@@ -308,7 +305,7 @@ def _plan(loop: Loop) -> StepPlan | None:
 
 def _deliver(loop: Loop, outputs: StepOutputs) -> None:
     """Send each front its requests' share of a step's outputs."""
-    keys = outputs.key_O, outputs.prompt_key_R, outputs.routed_key_C
+    keys = [getattr(outputs, name) for name in _KEYS]
     if not any(map(len, keys)):
         return
     owners = np.unique(np.concatenate(keys) >> _ID_BITS)
@@ -317,20 +314,16 @@ def _deliver(loop: Loop, outputs: StepOutputs) -> None:
             _send(loop, number, _outputs_for(number, outputs, alone=len(owners) == 1))
 
 
-def _outputs_for(number: int, outputs: StepOutputs, *, alone: bool) -> messages.Outputs:
-    values = {f.name.replace("key_", "id_"): getattr(outputs, f.name) for f in fields(outputs)}
+def _outputs_for(number: int, outputs: StepOutputs, *, alone: bool) -> StepOutputs:
+    """A front's share, under its own ids."""
+    values = dict(vars(outputs))
     if not alone:
-        rows_O = np.flatnonzero(outputs.key_O >> _ID_BITS == number)
-        rows_R = np.flatnonzero(outputs.prompt_key_R >> _ID_BITS == number)
-        rows_C = np.flatnonzero(outputs.routed_key_C >> _ID_BITS == number)
-        tops = _take(values, rows_O, "top_offsets_O1", ("top_ids", "top_logprobs"))
-        tops |= _take(values, rows_R, "prompt_top_offsets_R1", ("prompt_top_ids", "prompt_top_logprobs"))
-        of_rows = {"O": rows_O, "R": rows_R, "C": rows_C}
-        taken = {name: value[of_rows[name[-1]]] for name, value in values.items() if name.endswith(("_O", "_R", "_C"))}
-        values |= taken | tops
-    for name in ("id_O", "prompt_id_R", "routed_id_C"):
-        values[name] = values[name] & ((1 << _ID_BITS) - 1)
-    return messages.Outputs(**values)
+        rows = {name[-1]: np.flatnonzero(values[name] >> _ID_BITS == number) for name in _KEYS}
+        tops = _take(values, rows["O"], "top_offsets_O1", ("top_ids", "top_logprobs"))
+        tops |= _take(values, rows["R"], "prompt_top_offsets_R1", ("prompt_top_ids", "prompt_top_logprobs"))
+        values |= {name: value[rows[name[-1]]] for name, value in values.items() if name.endswith(("_O", "_R", "_C"))}
+        values |= tops
+    return StepOutputs(**values | {name: values[name] & _ID_MASK for name in _KEYS})
 
 
 def _take(values: dict[str, Any], rows: np.ndarray, offsets: str, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from expertwire.engine.caches import NamedCache
 from expertwire.engine.checkpoint import StoredTensor
 from expertwire.engine.declaration import declare
 from expertwire.engine.layers import attention, latent, mlp
-from expertwire.engine.layers.step import RankContext, Step
+from expertwire.engine.layers.step import LayerContext, RankContext, Step
 from expertwire.engine.layout import Layout, Parameters
 from expertwire.engine.model_config import Attention, LatentAttention, Mlp, ModelConfig, Moe
 from expertwire.engine.models import registry
@@ -36,8 +36,9 @@ from expertwire.moe.layer import MoeLayer
 from expertwire.moe.stages import Stages, take_turns
 
 Params = dict[str, Tensor]
-# Of x and its norm, x plus what the layer makes of the norm, and the norm of that; attention takes the step too.
-Half = Callable[..., tuple[Tensor, Tensor]]
+# Of x and its norm, x plus what is made of the norm, and the norm of that.
+Attend = Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]]
+Apply = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Model(Protocol):
@@ -63,8 +64,8 @@ class Model(Protocol):
 class Layer:
     """Pre-norm residual layer: attention, then an MLP or a mixture of experts."""
 
-    attention: Half
-    mlp: Half | None
+    attention: Attend
+    mlp: Apply | None
     moe: MoeLayer | None
 
 
@@ -121,16 +122,20 @@ class Decoder:
             return Layer(attention=attend, mlp=self._dense(p, next_norm), moe=None)
         return Layer(attention=attend, mlp=None, moe=self._bind_moe(i, p, layer.mlp, next_norm))
 
-    def _bind_attention(self, i: int, p: Parameters, config: Attention | LatentAttention) -> Half:
-        norm, eps = p.tensor("post_norm"), self.config.rms_norm_eps
-        caches = [number for number, spec in enumerate(self.config.cache_specs()) if i in spec.writers]
-        to = self.context.ops, self.context.dtype, i
+    def _bind_attention(self, i: int, p: Parameters, config: Attention | LatentAttention) -> Attend:
+        context = LayerContext(
+            ops=self.context.ops,
+            dtype=self.context.dtype,
+            layer=i,
+            caches=tuple(number for number, spec in enumerate(self.config.cache_specs()) if i in spec.writers),
+            norm=p.tensor("post_norm"),
+            eps=self.config.rms_norm_eps,
+        )
         if isinstance(config, Attention):
-            [cache] = caches
-            return attention.bind(p, config, norm, eps, *to, cache).forward
-        return latent.bind(p, config, norm, eps, *to, (caches[0], caches[1] if len(caches) > 1 else None)).forward
+            return attention.bind(p, config, context).forward
+        return latent.bind(p, config, context).forward
 
-    def _dense(self, p: Parameters, next_norm: Tensor) -> Half:
+    def _dense(self, p: Parameters, next_norm: Tensor) -> Apply:
         ops, eps = self.context.ops, self.config.rms_norm_eps
         dense = mlp.bind(p, ops, self.context.dtype)
 
@@ -213,7 +218,6 @@ class Decoder:
 
     def _stages(self, batch: ForwardBatch, caches: Sequence[NamedCache], part: int) -> Stages[Tensor]:
         """One part, which stops where it would wait for other ranks."""
-        num_tokens_P = list(batch.num_tokens_P) if batch.num_valid is None else batch.num_valid
         step = Step(batch=batch, caches=caches, tables=self._tables)
         x_TD = self._embed[batch.token_ids_T]
         normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
@@ -221,7 +225,8 @@ class Decoder:
             x_TD, normed_TD = layer.attention(x_TD, normed_TD, step)
             if layer.moe is not None:
                 told = None if batch.routed is None else partial(batch.routed, i)
-                x_TD, normed_TD = yield from layer.moe.stages(x_TD, normed_TD, num_tokens_P, part, told)
+                sent = batch.num_tokens_P, part, told, batch.num_valid
+                x_TD, normed_TD = yield from layer.moe.stages(x_TD, normed_TD, *sent)
             elif layer.mlp is not None:
                 x_TD, normed_TD = layer.mlp(x_TD, normed_TD)
         return normed_TD

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from expertwire.scheduler.checks import is_int, is_number
 
 REQUIRED: Any = object()
 MAX_INTEGER = 2**31 - 1  # more of anything is a mistake
@@ -57,7 +58,7 @@ class Fields:
         value = self._take(name, default)
         if value is default:
             return value
-        if not _is_number(value) or (value <= 0 if low is None else value < low):
+        if not is_number(value) or (value <= 0 if low is None else value < low):
             bound = "> 0" if low is None else f">= {low:g}"
             raise ValueError(f"{self.file}: {self.path}{name} must be a number {bound}, got {value!r}")
         return float(value)
@@ -65,7 +66,7 @@ class Fields:
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
         """A list of so many floats > 0."""
         values = self._take(name, REQUIRED)
-        if not isinstance(values, list) or not all(_is_number(value) and value > 0 for value in values):
+        if not isinstance(values, list) or not all(is_number(value) and value > 0 for value in values):
             raise ValueError(f"{self.file}: {self.path}{name} must be a list of numbers > 0, got {values!r}")
         if len(values) != length:
             raise ValueError(f"{self.file}: {self.path}{name} must be a list of {length} numbers, got {len(values)}")
@@ -130,13 +131,3 @@ def parse_json(text: bytes, source: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{source} must be a JSON object, got {type(values).__name__}")
     return values
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a number that a float can hold, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def is_int(value: object) -> bool:
-    """Whether it is a whole number, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -2,8 +2,8 @@
 
 The offline API is a front in the caller's process; the server runs others. A front belongs to one thread.
 
-Shape letters as in `engine.messages`: Q requests, O outputs, R prompt-log-probability rows. A request with `n` branches is `n`
-requests to the controller, here called wires.
+Shape letters as in `engine.messages` and `scheduler.plan`. A request with `n` branches is `n` requests to the controller, here
+called wires.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from expertwire.engine.messages import (
     Failure,
     Hello,
     Message,
-    Outputs,
-    Rejected,
     Stats,
     Submit,
     Welcome,
@@ -37,11 +35,11 @@ from expertwire.engine.outputs import EngineFailed, Logprob, LogprobDict, Reques
 from expertwire.engine.prompts import Prompt, encode_prompt
 from expertwire.engine.request_options import RequestOptions
 from expertwire.engine.tokenizer import Tokenizer
-from expertwire.scheduler.plan import FinishReason
+from expertwire.scheduler.plan import FinishReason, Rejection, StepOutputs
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _PLAIN = RequestOptions()
-_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
+_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
 class Front:
@@ -123,7 +121,8 @@ class Front:
             shape = self.model_info.num_layers, self.model_info.num_experts
             load = np.zeros(shape, np.int64) if params.expert_load else None
             request.branches[wire] = self._wires[wire] = Branch(request, wire, index, stream, load)
-        self._send(_submission(request, wires, tokens, options))
+        asked = dataclasses.replace(params, seed=seed).to_dict()
+        self._send(Submit(ids_B=np.array(wires, np.int64), params=asked, options=options.to_dict(), tokens=tokens))
         self._check_alive()
         return request.id
 
@@ -138,7 +137,7 @@ class Front:
             return
         branches = list(request.branches.values())
         for branch in branches:
-            self._updates.append(self._end(branch, request.update(branch.index, text=branch.flush()), "abort"))
+            self._updates.append(self._end(branch, request.update(branch=branch.index, text=branch.flush()), "abort"))
         self._abort_wires([branch.wire for branch in branches])
 
     def poll(self, timeout_s: float) -> list[Update]:
@@ -219,12 +218,12 @@ class Front:
         return None if arrays is None else decode(arrays)
 
     def _take(self, message: Message) -> None:
-        if isinstance(message, Outputs):
+        if isinstance(message, StepOutputs):
             self._take_outputs(message)
-        elif isinstance(message, Rejected):
-            for wire, *error in zip(message.ids, message.codes, message.messages, message.retry_after_s, strict=True):
-                if branch := self._wires.get(wire):
-                    self._end_with_error(branch.request, RequestError(*error))
+        elif isinstance(message, Rejection):
+            if branch := self._wires.get(message.key):
+                error = RequestError(message.code, message.message, message.retry_after_s)
+                self._end_with_error(branch.request, error)
         elif isinstance(message, Stats):
             self._stats.append(message.values)
         elif isinstance(message, Failure):
@@ -232,16 +231,16 @@ class Front:
         else:
             raise AssertionError(f"a controller never says {type(message).__name__}")
 
-    def _take_outputs(self, message: Outputs) -> None:
-        if len(message.prompt_id_R):
+    def _take_outputs(self, message: StepOutputs) -> None:
+        if len(message.prompt_key_R):
             self._take_prompt_logprobs(message)
-        if len(message.routed_id_C):
+        if len(message.routed_key_C):
             self._take_expert_load(message)
         stopped = []
-        rows = zip(message.id_O.tolist(), message.token_O.tolist(), message.finish_O.tolist(), strict=True)
+        rows = zip(message.key_O.tolist(), message.token_O.tolist(), message.finish_O.tolist(), strict=True)
         for row, (wire, token, finish) in enumerate(rows):
             branch = self._wires.get(wire)
-            if branch is None or (token < 0 and not finish):
+            if branch is None:
                 continue
             update = self._advance(branch, token, finish, message, row)
             self._updates.append(update)
@@ -250,19 +249,19 @@ class Front:
         if stopped:
             self._abort_wires(stopped)
 
-    def _advance(self, branch: Branch, token: int, finish: int, message: Outputs, row: int) -> Update:
+    def _advance(self, branch: Branch, token: int, finish: int, message: StepOutputs, row: int) -> Update:
         """One row of outputs; the branch ends if `finish` is set or a stop string is complete."""
         request = branch.request
         text = branch.push(token, finish)
-        tokens = (token,) if token >= 0 else ()
         logprobs = prompt_logprobs = None
-        if request.params.logprobs is not None and tokens:
+        if request.params.logprobs is not None:
             logprobs = (self._logprobs_of(message, row, token),)
-        if request.prompt_logprobs is not None and branch.index == 0 and tokens:
+        if branch.index == 0:
             prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        if branch.index == 0 and tokens:
             request.num_cached_tokens = int(message.num_cached_O[row])
-        update = request.update(branch.index, tokens, text, logprobs, prompt_logprobs)
+        update = request.update(
+            branch=branch.index, token_ids=(token,), text=text, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        )
         if branch.stop is not None and branch.stop.found is not None:
             return self._end(branch, update, "stop", branch.stop.found)
         if finish:
@@ -280,15 +279,15 @@ class Front:
         expert_load = None if branch.expert_load is None else branch.expert_load.tolist()
         return update._replace(finish_reason=reason, stop_reason=stop_reason, expert_load=expert_load, done=done)
 
-    def _logprobs_of(self, message: Outputs, row: int, token: int) -> LogprobDict:
+    def _logprobs_of(self, message: StepOutputs, row: int, token: int) -> LogprobDict:
         top = slice(message.top_offsets_O1[row], message.top_offsets_O1[row + 1])
         own = (token, float(message.logprob_O[row]), int(message.token_rank_O[row]))
         return self._logprobs(*own, message.top_ids[top], message.top_logprobs[top])
 
-    def _take_prompt_logprobs(self, message: Outputs) -> None:
+    def _take_prompt_logprobs(self, message: StepOutputs) -> None:
         offsets = message.prompt_top_offsets_R1.tolist()
         values = zip(message.prompt_logprob_R.tolist(), message.prompt_token_rank_R.tolist(), strict=True)
-        rows = zip(message.prompt_id_R.tolist(), message.prompt_position_R.tolist(), values, strict=True)
+        rows = zip(message.prompt_key_R.tolist(), message.prompt_position_R.tolist(), values, strict=True)
         for row, (wire, position, (logprob, rank)) in enumerate(rows):
             branch = self._wires.get(wire)
             # A preempted request computes its prompt again.
@@ -299,9 +298,9 @@ class Front:
             entry = self._logprobs(token, logprob, rank, message.prompt_top_ids[top], message.prompt_top_logprobs[top])
             branch.request.prompt_logprobs[position] = entry
 
-    def _take_expert_load(self, message: Outputs) -> None:
-        order_C = np.argsort(message.routed_id_C, kind="stable")
-        wires, starts = np.unique(message.routed_id_C[order_C], return_index=True)
+    def _take_expert_load(self, message: StepOutputs) -> None:
+        order_C = np.argsort(message.routed_key_C, kind="stable")
+        wires, starts = np.unique(message.routed_key_C[order_C], return_index=True)
         for wire, rows in zip(wires.tolist(), np.split(order_C, starts[1:]), strict=True):
             branch = self._wires.get(wire)
             if branch is not None and branch.expert_load is not None:
@@ -333,20 +332,6 @@ class Front:
         self._failure = EngineFailed(message if named else f"rank {rank}: {message}", rank)
         for request in list(self._requests.values()):
             self._end_with_error(request, RequestError("UNAVAILABLE", str(self._failure)))
-
-
-def _submission(request: OpenRequest, wires: range, tokens: np.ndarray, options: RequestOptions) -> Submit:
-    params = dataclasses.replace(request.params, seed=request.seed).to_dict()
-    # The branches share the prompt, so one of them reports it.
-    others = {**params, "prompt_logprobs": None}
-    return Submit(
-        ids_Q=np.array(wires, np.int64),
-        branches_Q=np.arange(len(wires), dtype=np.int32),
-        params=[params, *[others] * (len(wires) - 1)],
-        options=[options.to_dict()] * len(wires),
-        token_offsets_Q1=np.arange(len(wires) + 1, dtype=np.int64) * len(tokens),
-        tokens=np.tile(tokens, len(wires)),
-    )
 
 
 def _no_text(token: int) -> None:

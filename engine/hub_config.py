@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from expertwire.engine import quantization
 from expertwire.engine.checkpoint import checkpoint_folder
-from expertwire.engine.config import DTYPES
-from expertwire.engine.fields import Fields, is_int, read_json
+from expertwire.engine.fields import Fields, read_json
 from expertwire.engine.model_config import ModelConfig
 from expertwire.engine.models import registry
+from expertwire.scheduler.checks import is_int
 
+DTYPES = ("float32", "bfloat16")
 MAX_LAYERS = 4096
 
 

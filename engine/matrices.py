@@ -103,10 +103,9 @@ class Matrix:
         for tensor in tensors_of(self.method.format, self.columns):
             name, repeated = self._stored_as(tensor, fused=False)
             span = self.span(p, tensor.per)
-            region, count = (*index, span), span.stop - span.start
-            shapes: list[Shape] = [(count, 1), (), (1,), (1, 1)] if repeated else []
-            destination = Destination(param=f"{self.param}.{tensor.name}", region=region, repeated=repeated)
-            yield module + name, destination, shapes
+            shapes: list[Shape] = [(span.stop - span.start, 1), (), (1,), (1, 1)] if repeated else []
+            param = f"{self.param}.{tensor.name}"
+            yield module + name, Destination(param=param, region=(*index, span), repeated=repeated), shapes
 
     def fused(
         self, whole: str, p: int, e: int, slot: int, experts: int, *, by_columns: bool, pairs: bool
@@ -118,14 +117,14 @@ class Matrix:
         several = len(self.parts) > 1
         taken = (slice(p, None, 2) if pairs else self.span(p),) if several else ()
         if self.method is None:
-            stored = (experts, self.columns, self.rows) if by_columns else (experts, self.rows, self.columns)
-            source = (e, slice(None), *taken) if by_columns else (e, *taken)
-            region = (slot, self.span(p))
-            yield (
-                whole,
-                Destination(param=self.param, region=region, source=source, stored=stored, transposed=by_columns),
-                [],
+            destination = Destination(
+                param=self.param,
+                region=(slot, self.span(p)),
+                source=(e, slice(None), *taken) if by_columns else (e, *taken),
+                stored=(experts, *((self.columns, self.rows) if by_columns else (self.rows, self.columns))),
+                transposed=by_columns,
             )
+            yield whole, destination, []
             return
         for tensor in tensors_of(self.method.format, self.columns):
             name, repeated = self._stored_as(tensor, fused=True)
@@ -160,7 +159,7 @@ class Matrix:
 
 def fit(destination: Destination, found: Shape | None, shapes: Sequence[Shape]) -> Destination:
     """The destination for a tensor of the shape `found`, if that is one of the `shapes` that are allowed besides its own."""
-    if found not in shapes:
+    if found is None or found not in shapes:
         return destination
     source = destination.source
     if destination.repeated and source and math.prod(found) == found[0]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from expertwire.kernels.variants import Activation, Rope, Routing
@@ -193,23 +193,20 @@ class ModelConfig:
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """The named caches that the model keeps on a rank; those that see everything come first."""
-        itemsize, specs = ITEM_SIZES[self.dtype], list[CacheSpec]()
-        kinds: tuple[tuple[CacheKind, Callable[[Layer], int]], ...] = (
-            ("full", _kv),
-            ("latent", _latent),
-            ("index", _index),
-        )
-        for kind, of in kinds:
-            specs += self._cache(kind, kind, None, lambda layer, of=of: itemsize * of(layer))
+        specs: list[CacheSpec] = []
+        kinds: dict[CacheKind, Callable[[Layer], int]] = {"full": _kv, "latent": _latent, "index": _index}
+        for kind, numbers in kinds.items():
+            specs += self._cache(kind, kind, None, numbers)
         for window in sorted({window for layer in self.layers if (window := _window(layer)) is not None}):
-            specs += self._cache(
-                f"window {window}", "window", window, lambda layer, w=window: itemsize * _kv(layer, window=w)
-            )
+            specs += self._cache(f"window {window}", "window", window, partial(_kv, window=window))
         return tuple(specs)
 
-    def _cache(self, name: str, kind: CacheKind, window: int | None, nbytes: Callable[[Layer], int]) -> list[CacheSpec]:
-        layers = tuple(i for i, layer in enumerate(self.layers) if nbytes(layer))
-        size = sum(nbytes(self.layers[i]) for i in layers)
+    def _cache(
+        self, name: str, kind: CacheKind, window: int | None, numbers: Callable[[Layer], int]
+    ) -> list[CacheSpec]:
+        """None, or one of the layers that keep any numbers of a token there."""
+        layers = tuple(i for i, layer in enumerate(self.layers) if numbers(layer))
+        size = ITEM_SIZES[self.dtype] * sum(numbers(self.layers[i]) for i in layers)
         if not layers:
             return []
         return [CacheSpec(name=name, kind=kind, bytes_per_token=size, writers=layers, readers=layers, window=window)]

@@ -27,9 +27,9 @@ class OpenRequest:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt)
 
-    def update(self, *news: Any, **fields: Any) -> Update:
-        """An `Update` with what is known of the request; `news` are the fields after `request_id`."""
-        return Update(self.id, *news, seed=self.seed, num_cached_tokens=self.num_cached_tokens, **fields)
+    def update(self, **news: Any) -> Update:
+        """An `Update` of these fields, with what is known of the request."""
+        return Update(self.id, seed=self.seed, num_cached_tokens=self.num_cached_tokens, **news)
 
 
 class Branch:
@@ -53,7 +53,7 @@ class Branch:
         if self.stream is None:
             return ""
         text = ""
-        if token >= 0 and finish != FinishReason.STOP:
+        if finish != FinishReason.STOP:
             self.num_tokens += 1
             text = self._look(self.stream.push(token))
         if finish and (self.stop is None or self.stop.found is None):

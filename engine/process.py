@@ -19,54 +19,33 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from typing import IO, Any
+from typing import IO
 
 LIFELINE_EXIT_CODE = 75  # of a child whose parent let go of it
 _LENGTH = struct.Struct("<Q")
 _PARENT_CHECK_S = 1.0
 
 
-def start(module: str, payload: object, *, stdout: int | IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Run `python -m module` as a child that gets `payload` from `read_payload`.
+def start_call(target: str, *args: object, stdout: int | IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Run `target` ("package.module:function") with `args`, picklable, in a child.
 
     It runs in a session of its own: Ctrl-C in the terminal reaches the parent only, which decides. Closing the child's
     `stdin` ends it.
 
     Args:
-        payload: anything picklable.
         stdout: as for `subprocess.Popen`; None inherits ours.
     """
     # -P: the current folder is no place to import from.
-    command = [sys.executable, "-P", "-m", module]
+    command = [sys.executable, "-P", "-m", "expertwire.engine.process"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True)
     assert process.stdin
-    data = pickle.dumps((os.getpid(), sys.path, payload))
+    data = pickle.dumps((os.getpid(), sys.path, target, args))
     try:
         process.stdin.write(_LENGTH.pack(len(data)) + data)
         process.stdin.flush()
     except BrokenPipeError:
         process.wait()  # it died at once; its exit code says more than the pipe
     return process
-
-
-def start_call(target: str, *args: object, stdout: int | IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Run `target` ("package.module:function") with `args` in a child; see `start`."""
-    return start("expertwire.engine.process", (target, args), stdout=stdout)
-
-
-def read_payload() -> Any:
-    """In a child: what the parent passed to `start`. From here on the child ends with its parent and ignores Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The lifeline moves out of the way of whoever reads standard input.
-    lifeline = os.dup(0)
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    with open(lifeline, "rb", buffering=0, closefd=False) as pipe:
-        (length,) = _LENGTH.unpack(_read_exactly(pipe, _LENGTH.size))
-        parent, path, payload = pickle.loads(_read_exactly(pipe, length))
-    sys.path += [entry for entry in path if entry and entry not in sys.path]
-    threading.Thread(target=_watch, args=(lifeline, parent), name="lifeline", daemon=True).start()
-    return payload
 
 
 def describe_exit(returncode: int) -> str:
@@ -134,7 +113,17 @@ def _watch(lifeline: int, parent: int) -> None:
 
 
 def _main() -> None:
-    target, args = read_payload()
+    """In a child: do what the parent asked for. From here on the child ends with its parent and ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The lifeline moves out of the way of whoever reads standard input.
+    lifeline = os.dup(0)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    with open(lifeline, "rb", buffering=0, closefd=False) as pipe:
+        (length,) = _LENGTH.unpack(_read_exactly(pipe, _LENGTH.size))
+        parent, path, target, args = pickle.loads(_read_exactly(pipe, length))
+    sys.path += [entry for entry in path if entry and entry not in sys.path]
+    threading.Thread(target=_watch, args=(lifeline, parent), name="lifeline", daemon=True).start()
     module, _, function = target.partition(":")
     getattr(importlib.import_module(module), function)(*args)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from expertwire.scheduler.checks import is_int, is_number
 
 MAX_NAME = 128  # characters
 
@@ -30,16 +31,12 @@ class RequestOptions:
     deadline_s: float | None = None
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.priority, bool)
-            or not isinstance(self.priority, int)
-            or not -(2**31) <= self.priority < 2**31
-        ):
+        if not is_int(self.priority) or not -(2**31) <= self.priority < 2**31:
             raise ValueError(f"priority must be an integer in [-2**31, 2**31), got {self.priority!r}")
         for field in ("tenant", "cache_salt"):
             check_name(field, getattr(self, field))
         value = self.deadline_s
-        if value is not None and (not isinstance(value, (int, float)) or not 0 <= value < math.inf):
+        if value is not None and (not is_number(value) or value < 0):
             raise ValueError(f"deadline_s must be None or a number of seconds >= 0, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:

@@ -75,14 +75,14 @@ class Runner:
         tokens_P = in_parts(plan.num_tokens_P.tolist(), self._num_parts)
         routed = [RoutedCounts.of(self._slots, part, self._model.config) for part in parts]
         batches = [
-            self._slots.batch(part, num_tokens_P, counts and counts.add)
+            self._slots.batch(part, num_tokens_P, None if counts is None else counts.add)
             for part, num_tokens_P, counts in zip(parts, tokens_P, routed, strict=True)
         ]
         asked = [counts for counts in routed if counts is not None]
         return Launched(partial(self._finish, plan.moves, answer, batches, Scheduled.joined(parts), asked))
 
     def _idle(self, moves: ExpertMoves | None, answer: dict[str, Any]) -> StepResult:
-        nothing = logprobs.no_tokens() | logprobs.no_prompt_rows()
+        nothing: dict[str, Any] = logprobs.no_tokens() | logprobs.no_prompt_rows()
         return StepResult(**answer, move_us=self._move(moves), forward_us=0, **nothing)
 
     def _move(self, moves: ExpertMoves | None) -> int:
@@ -90,9 +90,7 @@ class Runner:
         if moves is None:
             return 0
         assert self._mover is not None, f"layer {moves.layer} shall move, but nothing is prepared for that"
-        started = time.perf_counter()
-        self._mover.run(Leg(*moves))
-        return int((time.perf_counter() - started) * 1e6)
+        return self._mover.run(Leg(*moves))
 
     @torch.inference_mode()
     def _finish(
@@ -106,8 +104,8 @@ class Runner:
         answer |= {"move_us": self._move(moves)}
         started = time.perf_counter()
         hidden_TD = self._model.forward(batches, self._caches)
-        prompt_rows = self._prompt_logprobs(hidden_TD, step)
-        outputs = logprobs.no_tokens()
+        prompt_rows: dict[str, Any] = self._prompt_logprobs(hidden_TD, step)
+        outputs: dict[str, Any] = logprobs.no_tokens()
         if len(step.slot_O):
             rows_O = torch.from_numpy(step.last_row_B[step.sampled_B])
             outputs = self._sample(hidden_TD[rows_O], step.slot_O.astype(np.int32))

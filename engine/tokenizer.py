@@ -20,6 +20,7 @@ from expertwire.engine.chat import Chat
 from expertwire.engine.chat_templates import ChatTemplates
 from expertwire.engine.checkpoint import checkpoint_folder
 from expertwire.engine.dialects import Dialect, dialect_of
+from expertwire.engine.fields import parse_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -266,15 +267,8 @@ def _make_table(backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> _By
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
-    return values
+    """Empty if there is no such file."""
+    return parse_json(file.read_bytes(), str(file)) if file.is_file() else {}
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from expertwire.comm import topology_table
 from expertwire.engine.config import EngineConfig
 from expertwire.engine.model_config import ModelConfig
@@ -24,22 +26,63 @@ def check(config: EngineConfig, model: ModelConfig) -> None:
         raise ValueError(
             f"dispatch_dtype 'fp8' needs rows of a multiple of {_GROUP} numbers; {model.architecture} has {model.hidden_size}"
         )
-    if config.dispatch_dtype == "fp8" and config.device == "cuda":
-        check_packed(config, model)
+    sends_fp8(config, model, on_gpu=config.device == "cuda")
     if config.all_to_all_table is not None:
         table = topology_table.read(config.all_to_all_table)
         table.check(config.ep_size, table.device if config.device == "auto" else config.device)
 
 
-def check_packed(config: EngineConfig, model: ModelConfig) -> None:
-    """Whether experts on a GPU read rows that come quantised.
+def sends_fp8(config: EngineConfig, model: ModelConfig, *, on_gpu: bool) -> bool:
+    """Whether rows go out quantised: as asked for, and by itself between GPUs whose experts would quantise them just so.
 
     Raises:
-        ValueError: they do not.
+        ValueError: it was asked for, and the experts do not read such rows.
     """
+    asked = config.dispatch_dtype == "fp8"
+    if not on_gpu or (config.ep_size == 1 and not asked):
+        return asked
+    obstacle = _obstacle(config, model)
+    if asked and obstacle:
+        raise ValueError(f"dispatch_dtype 'fp8' needs, on a GPU, {obstacle}")
+    return not obstacle
+
+
+def on_gpus(*, graph_safe: bool, fp8: bool) -> str:
+    """What is said of how tokens travel between GPUs."""
+    steps = (
+        "steps of single tokens replay CUDA graphs"
+        if graph_safe
+        else "the all-to-all's host counts rows, so that no step can replay a CUDA graph"
+    )
+    rows = "rows go out in fp8, as the experts would quantise them" if fp8 else "rows go out as they are"
+    return f"{rows}; {steps}"
+
+
+def _obstacle(config: EngineConfig, model: ModelConfig) -> str:
+    """What experts would have to be to read rows in fp8; "" if they do."""
+    if model.hidden_size % _GROUP:
+        return f"rows of a multiple of {_GROUP} numbers; {model.architecture} has {model.hidden_size}"
     format = expert_format(model, config.quantize)
     if (format, model.dtype) != ("fp8_block", "bfloat16"):
-        raise ValueError(
-            "dispatch_dtype 'fp8' needs, on a GPU, experts of format fp8_block (quantize 'fp8', or a checkpoint's) and dtype "
-            f"bfloat16; these are {format} and {model.dtype}"
+        return (
+            "experts of format fp8_block (quantize 'fp8', or a checkpoint's) and dtype bfloat16; these are "
+            f"{format} and {model.dtype}"
         )
+    plain = _plain_layers(config, model) if config.quantize is None else []
+    if plain:
+        layers = f"layer{'s' * (len(plain) > 1)} {', '.join(map(str, plain))}"
+        return f"experts of format fp8_block in every layer, and the checkpoint has those of {layers} as they are"
+    return ""
+
+
+def _plain_layers(config: EngineConfig, model: ModelConfig) -> list[int]:
+    """Whose experts the checkpoint has unquantised: by its tensors, or where there are none by its config."""
+    from expertwire.engine.checkpoint import Checkpoint  # slow to import, and for this alone
+    from expertwire.engine.declaration import declare
+    from expertwire.engine.layout import Layout
+    from expertwire.engine.models.registry import FAMILIES
+
+    dummy = config.load_format == "dummy" or not any(Path(config.model).glob("*.safetensors*"))
+    layout = Layout(stored=None if dummy else Checkpoint(config.model).tensors, quantization=model.quantization)
+    declare(model, FAMILIES[model.architecture].names, layout, lambda i: ())
+    return [i for i, sparse in enumerate(model.sparse_layers) if sparse and f"layers.{i}.w13" in layout.specs]

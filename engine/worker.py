@@ -28,7 +28,7 @@ from expertwire.comm import group as groups
 from expertwire.comm.a2a_stream import on_stream
 from expertwire.comm.all_to_all import AllToAll, AllToAllSpec, RankStalled
 from expertwire.comm.control import ChannelClosed, ControlLink
-from expertwire.engine import weights
+from expertwire.engine import device_graphs, weights
 from expertwire.engine.caches import NamedCache
 from expertwire.engine.checkpoint import Checkpoint
 from expertwire.engine.config import EngineConfig
@@ -40,7 +40,7 @@ from expertwire.engine.model_config import ModelConfig
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import Runner
 from expertwire.engine.slots import Slots
-from expertwire.engine.travel import check_packed
+from expertwire.engine.travel import on_gpus, sends_fp8
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.registry import Ops
 from expertwire.moe.mover import Mover
@@ -83,7 +83,7 @@ def _start(
     if rank == 0 and num_ranks > 1:
         store, store_address = groups.serve_store(link.local_ip)
     link.send({"node": _bytes(node), "store": _bytes(store_address)})
-    meeting = link.recv()
+    meeting = _told(link)
     store_address, sharers = bytes(meeting["store"]).decode(), int(meeting["sharers"][rank])
 
     device = _device(config, rank)
@@ -105,12 +105,19 @@ def _start(
     place_2 = np.array([*domain_P[rank : rank + 1], *failing_P[rank : rank + 1]], np.int64)
     link.send({"free": free, "device": _bytes(device.split(":")[0]), "all_to_all": _bytes(travel), "place": place_2})
 
-    sizes = link.recv()
+    sizes = _told(link)
     num_blocks, max_model_len = sizes["num_blocks"].tolist(), int(sizes["max_model_len"][0])
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
     runner = _make_runner(config, model, caches, max_model_len, num_ranks, group)
     link.send({})
     return runner
+
+
+def _told(link: ControlLink) -> dict[str, np.ndarray]:
+    """What the controller says next."""
+    message = link.recv()
+    assert message is not None, "without a time limit there is a message"
+    return message
 
 
 def _make_runner(
@@ -125,23 +132,27 @@ def _make_runner(
     device, rank = model.context.device, model.context.rank
     specs = [cache.spec for cache in caches]
     sizes = {"num_slots": config.max_running, "max_model_len": max_model_len, "block_size": config.block_size}
-    if model.context.ops.on_device:
-        if config.rebalance_steps:
-            raise ValueError(f"rebalance_steps must be 0 on device {device!r}: only a CPU's experts can move yet")
-        from expertwire.engine.device_runner import DeviceRunner  # Triton is of no use elsewhere
-        from expertwire.engine.device_slots import DeviceSlots
-
-        slots = DeviceSlots(**sizes, specs=specs, device=device)
-        on_device = DeviceRunner(
-            model=model, caches=caches, slots=slots, rank=rank, num_ranks=num_ranks, num_parts=config.num_parts
-        )
-        on_device.warm_up(config.part_tokens, config.max_running)
-        return on_device
     mover = None
     if config.rebalance_steps:
         assert model.context.placement is not None, "a dense model's experts cannot move"
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = Mover(layers, model.context.placement, group)
+    if model.context.ops.on_device:
+        from expertwire.engine.device_runner import DeviceRunner  # Triton is of no use elsewhere
+        from expertwire.engine.device_slots import DeviceSlots
+
+        on_device = DeviceRunner(
+            model=model,
+            caches=caches,
+            slots=DeviceSlots(**sizes, specs=specs, device=device),
+            rank=rank,
+            num_ranks=num_ranks,
+            num_parts=config.num_parts,
+            capture=device_graphs.cuda(),
+            mover=mover,
+        )
+        on_device.warm_up(config.part_tokens, config.max_running)
+        return on_device
     slots = Slots(**sizes, specs=specs, device=device)
     runner = Runner(model=model, caches=caches, slots=slots, rank=rank, num_parts=config.num_parts, mover=mover)
     runner.warm_up(num_ranks, config.part_tokens)
@@ -179,9 +190,8 @@ def _load(
             timeout_s=_EXCHANGE_SHARE * config.step_timeout_s,
             num_parts=config.num_parts,
         )
-        if config.dispatch_dtype == "fp8" and ops.on_device:
-            check_packed(config, model_config)
-        all_to_alls, travel = _all_to_alls(config, spec, ops, node, device)
+        fp8 = sends_fp8(config, model_config, on_gpu=ops.on_device)
+        all_to_alls, travel = _all_to_alls(config, spec, ops, node, device, fp8=fp8)
     context = RankContext(
         rank=rank,
         dtype=dtype,
@@ -214,17 +224,17 @@ def _places(config: EngineConfig, group: groups.Group, node: str, device: str) -
 
 
 def _all_to_alls(
-    config: EngineConfig, spec: AllToAllSpec, ops: Ops, node: str, device: str
+    config: EngineConfig, spec: AllToAllSpec, ops: Ops, node: str, device: str, *, fp8: bool
 ) -> tuple[tuple[AllToAll, ...], str]:
     """One for each part of a step, as what one has to say or to store never meets another's; and which they are."""
     table = None if config.all_to_all_table is None else topology_table.read(config.all_to_all_table)
     made: list[AllToAll] = []
     for part in range(spec.num_parts):
         of_part = replace(spec, part=part)
-        fp8 = config.dispatch_dtype == "fp8"
         all_to_all, choice = backends.build(config.all_to_all, of_part, ops, node, device, fp8=fp8, table=table)
         made.append(all_to_all if spec.num_parts == 1 or device == "cpu" else on_stream(all_to_all))
-    return tuple(made), str(choice) if spec.group.size > 1 else ""
+    says = str(choice) if device == "cpu" else f"{choice}; {on_gpus(graph_safe=made[0].graph_safe, fp8=fp8)}"
+    return tuple(made), says if spec.group.size > 1 else ""
 
 
 def _device(config: EngineConfig, rank: int) -> str:

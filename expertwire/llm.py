@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from expertwire.deploy import runtime
+from expertwire.deploy.options import ENGINE_FIELDS
 from expertwire.engine.chat import Chat
 from expertwire.engine.config import EngineConfig, ModelInfo, too_many_branches
-from expertwire.engine.engine import Engine
-from expertwire.engine.front import Front
 from expertwire.engine.outputs import EngineFailed
 from expertwire.engine.prompts import Prompt
 from expertwire.engine.request_options import RequestOptions
@@ -44,16 +43,11 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any) -> None:
         _check_names(options)
         config = EngineConfig(model=str(model), **options)
-        tokenizer = runtime.open_tokenizer(config)
         self._config = config
-        self._engine = Engine(config, runtime.make_launcher(config), runtime.end_of_turn_ids(tokenizer))
-        try:
-            self._front = Front(self._engine.connect(), tokenizer, deterministic_seeds=True)
-        except BaseException:
-            self._engine.close()
-            raise
-        # Scripts need not close: the engine ends with this object or the interpreter.
-        self._closing = weakref.finalize(self, _shut_down, self._front, self._engine)
+        with contextlib.ExitStack() as stack:
+            self._front = stack.enter_context(runtime.open_front(config))
+            # Scripts need not close: the engine ends with this object or the interpreter.
+            self._closing = weakref.finalize(self, stack.pop_all().close)
 
     def __enter__(self) -> LLM:
         return self
@@ -214,17 +208,9 @@ class LLM:
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(EngineConfig) if field.name != "model"]
     for name in options:
-        if name not in known:
-            raise TypeError(f"LLM has no option {name!r}; there are {', '.join(known)}")
-
-
-def _shut_down(front: Front, engine: Engine) -> None:
-    try:
-        front.close()
-    finally:
-        engine.close()
+        if name not in ENGINE_FIELDS:
+            raise TypeError(f"LLM has no option {name!r}; there are {', '.join(ENGINE_FIELDS)}")
 
 
 def _as_list(prompts: Any) -> Sequence[Any]:

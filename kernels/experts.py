@@ -187,10 +187,12 @@ def prepare(
     activation: Activation | None = None,
     bias13_eF: Tensor | None = None,
     bias2_eD: Tensor | None = None,
+    expected: float = 1.0,
 ) -> GroupedMlp:
     """A callable for weights [e, 2F, D], gate rows over up rows, and [e, D, F], as `linear.prepare` makes one.
 
-    Quantised weights stay as they are in memory.
+    Quantised weights stay as they are in memory. `expected`: where rows are counted on a device, the share of R that comes with
+    even routing; here the host knows.
     """
     activation = activation or Activation()
     assert activation.gated, f"{activation} on a CPU"

@@ -36,8 +36,8 @@ def scaled(x_TD: Tensor, group: int = GROUP) -> Quantized:
     return Quantized(values.flatten(1), (largest_TG1 / LARGEST).squeeze(2))
 
 
-def reference(x_TD: Tensor, group: int = GROUP) -> Quantized:
-    """x fp32, bf16 or fp16, D a multiple of `group`."""
+def reference(x_TD: Tensor, group: int = GROUP, *, num_rows: Tensor | None = None) -> Quantized:
+    """x fp32, bf16 or fp16, D a multiple of `group`. Rows from `num_rows` on, i32 [1] on the device, may be left undefined."""
     values_TD, scales_TG = scaled(x_TD, group)
     return Quantized(values_TD.to(torch.float8_e4m3fn), scales_TG)
 

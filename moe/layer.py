@@ -17,7 +17,7 @@ from torch import Tensor
 from expertwire.comm.a2a_local import LocalAllToAll
 from expertwire.comm.a2a_reference import ReferenceAllToAll
 from expertwire.comm.all_to_all import AllToAll
-from expertwire.kernels import experts
+from expertwire.kernels.experts import Fused, GroupedMlp, fuse
 from expertwire.kernels.formats import Weight
 from expertwire.kernels.registry import Ops
 from expertwire.kernels.variants import Activation, Routing
@@ -39,16 +39,16 @@ class MoeLayer:
     ops: Ops
     router: Router
     scales_input: bool
-    experts: experts.GroupedMlp
+    experts: GroupedMlp
     shared: Callable[[Tensor], Tensor] | None
     norm: Tensor
     eps: float
     all_to_alls: Sequence[AllToAll]  # one for each part of a step that can be on its way at once
     physical_CE: Tensor | None  # i64, `Placement.physical_for` this rank; None: the logical ids
     load_E: np.ndarray | Tensor
-    fused: experts.Fused | None
+    fused: Fused | None
 
-    def forward(self, x_TD: Tensor, normed_TD: Tensor, num_tokens_P: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, normed_TD: Tensor, num_tokens_P: Sequence[int]) -> tuple[Tensor, Tensor]:
         """x plus the mixture of its norm, and the norm of that; every rank calls it together, also with no tokens."""
         return run(self.stages(x_TD, normed_TD, num_tokens_P))
 
@@ -56,19 +56,21 @@ class MoeLayer:
         self,
         x_TD: Tensor,
         normed_TD: Tensor,
-        num_tokens_P: Sequence[int] | Tensor,
+        num_tokens_P: Sequence[int],
         part: int = 0,
         told: Callable[[Tensor], None] | None = None,
+        num_valid: Tensor | None = None,
     ) -> Stages[tuple[Tensor, Tensor]]:
         """`forward` of one part of a step, which stops where it would wait for the other ranks. `told` is called with the logical
-        experts of each token, i64 [T, K]."""
+        experts of each token, i64 [T, K]; `num_valid` is that of `AllToAll.dispatch_send`."""
         if self.fused is not None and told is None:
             assert isinstance(self.load_E, np.ndarray), "where layers are fused, the host counts rows"
             return self.fused(x_TD, normed_TD, self.load_E)
         ids_TK, weights_TK = self.router(normed_TD)
         if told is not None:
             told(ids_TK)
-        y_TD = yield from self._mix(normed_TD, ids_TK, weights_TK, num_tokens_P, self.all_to_alls[part])
+        sent = self.all_to_alls[part], num_tokens_P, num_valid
+        y_TD = yield from self._mix(normed_TD, ids_TK, weights_TK, *sent)
         return self.ops.add_rms_norm(x_TD, y_TD, self.norm, self.eps)
 
     def _mix(
@@ -76,14 +78,15 @@ class MoeLayer:
         x_TD: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
-        num_tokens_P: Sequence[int] | Tensor,
         all_to_all: AllToAll,
+        num_tokens_P: Sequence[int],
+        num_valid: Tensor | None,
     ) -> Stages[Tensor]:
         given_TD = x_TD
         if self.scales_input:
             given_TD, weights_TK = (x_TD * weights_TK).to(x_TD.dtype), torch.ones_like(weights_TK)
-        handle = all_to_all.dispatch_send(given_TD, self._physical(ids_TK), num_tokens_P)
-        self._count(ids_TK)
+        handle = all_to_all.dispatch_send(given_TD, self._physical(ids_TK), num_tokens_P, num_valid)
+        self._count(ids_TK, num_valid)
         shared_TD = self.shared(x_TD) if self.shared is not None else None
         yield
         arrived = all_to_all.dispatch_recv(handle)
@@ -93,12 +96,14 @@ class MoeLayer:
         y_TD = self.ops.combine(all_to_all.combine_recv(returning), weights_TK)
         return y_TD if shared_TD is None else torch.add(y_TD, shared_TD)
 
-    def _count(self, ids_TK: Tensor) -> None:
+    def _count(self, ids_TK: Tensor, num_valid: Tensor | None) -> None:
         if isinstance(self.load_E, np.ndarray):
             self.load_E[:] += np.bincount(ids_TK.flatten().numpy(), minlength=len(self.load_E))
         elif self.physical_CE is not None:
-            ids_N = ids_TK.flatten().long()
-            self.load_E.scatter_add_(0, ids_N, torch.ones_like(ids_N))
+            counted_T1 = torch.ones_like(ids_TK[:, :1], dtype=torch.int64)
+            if num_valid is not None:
+                counted_T1 = (torch.arange(len(ids_TK), device=ids_TK.device) < num_valid).long()[:, None]
+            self.load_E.scatter_add_(0, ids_TK.flatten().long(), counted_T1.expand(ids_TK.shape).flatten())
 
     def _physical(self, ids_TK: Tensor) -> Tensor:
         if self.physical_CE is None:
@@ -139,7 +144,10 @@ def prepare(
     """
     assert routing.top_k == 1 or not routing.scales_input, f"{routing}: what an expert is given has one weight"
     physical_CE = torch.from_numpy(placement.physical_for(rank, layer)).to(w_router.device)
-    grouped_mlp = ops.experts(w13, w2, activation=activation, bias13_eF=biases[0], bias2_eD=biases[1])
+    expected = _expected(placement, rank, routing.top_k)
+    grouped_mlp = ops.experts(
+        w13, w2, activation=activation, bias13_eF=biases[0], bias2_eD=biases[1], expected=expected
+    )
     load_E = torch.zeros(placement.num_logical, dtype=torch.int64, device=w_router.device)
     local = ops.on_device and placement.num_ranks == 1
     if local:
@@ -152,7 +160,7 @@ def prepare(
     plain = (routing.score, choice_bias, routing.groups, routing.scale) == ("softmax", None, None, 1.0)
     if at_home and plain and shared is None and not (ops.on_device or routing.scales_input):
         given = router.dense, grouped_mlp, norm_D, physical_CE[0]
-        fused = experts.fuse(*given, top_k=routing.top_k, renormalize=routing.renormalize, eps=eps)
+        fused = fuse(*given, top_k=routing.top_k, renormalize=routing.renormalize, eps=eps)
     return MoeLayer(
         ops=ops,
         router=router,
@@ -166,6 +174,12 @@ def prepare(
         load_E=load_E if ops.on_device else load_E.numpy(),
         fused=fused,
     )
+
+
+def _expected(placement: Placement, rank: int, top_k: int) -> float:
+    """Of the routed rows that can come to a rank, how many do if all experts get as many."""
+    here = placement.rank_offsets[rank + 1] - placement.rank_offsets[rank]
+    return top_k * here / placement.num_physical / min(top_k, here)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,11 +49,15 @@ class ExpertLoad:
         }
 
 
-def hottest(rows_LE: np.ndarray, count: int = 8) -> list[tuple[int, int, float]]:
-    """Layer, expert, and rows over the mean expert's of the layer, of those where that is highest."""
-    rows_LE = np.asarray(rows_LE, float)
+def over_mean(rows_LE: np.ndarray) -> np.ndarray:
+    """f64 [L, E]: each expert's rows over the mean expert's of its layer; 0 in layers without any."""
     mean_L1 = rows_LE.mean(axis=1, keepdims=True)
-    times_LE = np.divide(rows_LE, mean_L1, out=np.zeros_like(rows_LE), where=mean_L1 > 0)
+    return np.divide(rows_LE, mean_L1, out=np.zeros(rows_LE.shape), where=mean_L1 > 0)
+
+
+def hottest(rows_LE: np.ndarray, count: int = 8) -> list[tuple[int, int, float]]:
+    """Layer, expert, and how many times the mean's its rows are, where that is most."""
+    times_LE = over_mean(rows_LE)
     order = np.argsort(-times_LE, axis=None, kind="stable")[:count]
     at = zip(*np.unravel_index(order, times_LE.shape), strict=True)
     return [(int(layer), int(expert), float(times_LE[layer, expert])) for layer, expert in at]

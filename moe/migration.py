@@ -62,12 +62,12 @@ def _legs(before: Placement, after: Placement, max_moves: int) -> Iterator[Leg]:
         batch_M = _batches(rank_S[source], rank_S[target], max_moves)
         last = int(batch_M.max(initial=0))
         for batch in range(last + 1):
-            published = nothing, nothing
+            logical_S = turns_S = nothing
             if batch == last:
-                turns_S = np.rint(after.shares[layer] * after.num_ranks * TURNS)
-                published = after.physical_to_logical[layer], turns_S.astype(np.int32)
-            copied = (ids[batch_M == batch].astype(np.int32) for ids in (source, target))
-            yield Leg(layer, *copied, *published)
+                logical_S = after.physical_to_logical[layer]
+                turns_S = np.rint(after.shares[layer] * after.num_ranks * TURNS).astype(np.int32)
+            source_M, target_M = (ids[batch_M == batch].astype(np.int32) for ids in (source, target))
+            yield Leg(layer, source_M, target_M, logical_S, turns_S)
 
 
 def _batches(from_M: np.ndarray, to_M: np.ndarray, max_moves: int) -> np.ndarray:

@@ -9,7 +9,7 @@ L layers, E logical experts, S physical experts, P ranks, C turns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,20 +26,20 @@ class Placement:
         physical_to_logical: integers [L, S]: logical ids, by rank; or [S] or [1, S], the same for every layer.
         rank_offsets: P + 1; rank p holds the physical experts `rank_offsets[p] : rank_offsets[p + 1]` of every layer.
         domains: of each rank, the domain within which tokens travel fast; empty: all ranks are in one.
-        shares: numbers like `physical_to_logical`: how the rows of an expert are split among its replicas; None: evenly. Rounded
-            to multiples of 1 / (P * TURNS); what is kept is f64 and adds up to 1 for each expert.
+        shares: numbers like `physical_to_logical`: how the rows of an expert are split among its replicas; or ones, [1]: evenly.
+            Rounded to multiples of 1 / (P * TURNS); what is kept is f64 and adds up to 1 for each expert.
     """
 
     num_logical: int
     physical_to_logical: np.ndarray
     rank_offsets: tuple[int, ...]
     domains: tuple[int, ...] = ()
-    shares: np.ndarray | None = None
+    shares: np.ndarray = field(default_factory=lambda: np.ones(1))
 
     def __post_init__(self) -> None:
         logical_LS = np.atleast_2d(np.array(self.physical_to_logical, np.int32))
-        shares = np.ones(logical_LS.shape) if self.shares is None else np.atleast_2d(self.shares)
-        for name, values in (("physical_to_logical", logical_LS), ("shares", self._rounded(logical_LS, shares))):
+        shares_LS = self._rounded(logical_LS, np.broadcast_to(self.shares, logical_LS.shape))
+        for name, values in (("physical_to_logical", logical_LS), ("shares", shares_LS)):
             values.flags.writeable = False
             object.__setattr__(self, name, values)
         assert self.rank_offsets[0] == 0, self.rank_offsets
@@ -51,7 +51,6 @@ class Placement:
 
     def _rounded(self, logical_LS: np.ndarray, shares_LS: np.ndarray) -> np.ndarray:
         """Largest remainders."""
-        assert shares_LS.shape == logical_LS.shape, f"shares {shares_LS.shape} of experts {logical_LS.shape}"
         flat, num_turns = logical_LS + np.arange(len(logical_LS))[:, None] * self.num_logical, self.num_ranks * TURNS
         sums = np.bincount(flat.ravel(), shares_LS.ravel())
         weights_LS = np.where(sums[flat] > 0, shares_LS, 1)
@@ -88,12 +87,6 @@ class Placement:
     def experts_of(self, rank: int, layer: int = 0) -> tuple[int, ...]:
         """Logical ids of a rank's physical experts, in order."""
         return tuple(self.layer(layer)[self.rank_offsets[rank] : self.rank_offsets[rank + 1]].tolist())
-
-    def num_replicas(self) -> np.ndarray:
-        """i64 [L, E]."""
-        flat = self.physical_to_logical + np.arange(self.num_layers)[:, None] * self.num_logical
-        counts = np.bincount(flat.ravel(), minlength=self.num_layers * self.num_logical)
-        return counts.reshape(self.num_layers, -1)
 
     def rank_load(self, load_LE: np.ndarray) -> np.ndarray:
         """f64 [L, P]: the rows of each rank, if the logical experts of L layers have these."""

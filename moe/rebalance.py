@@ -16,7 +16,6 @@ L layers, E logical experts, S slots (physical experts), P ranks, G groups of ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -47,21 +46,24 @@ def rebalance(
     """
     assert load_LE.shape == (placement.num_layers, placement.num_logical), f"{load_LE.shape} is not that of {placement}"
     domains, fails = placement.domains or (0,), tuple(failure_domains) or tuple(range(placement.num_ranks))
+    idle_L = ~load_LE.any(axis=1)
     # Groups of one rank need no care: no expert is twice on it.
     some = [names for names in (fails, domains) if 1 < len(set(names)) < placement.num_ranks]
     groupings = [np.unique(names, return_inverse=True)[1] for names in some]
-    now = _Plan.of(np.maximum(load_LE, 1e-9), placement, groupings)
+    load_LE, expert_LS = np.maximum(load_LE, 1e-9), placement.physical_to_logical.astype(np.int64)
+    load_LS = np.take_along_axis(load_LE, expert_LS, axis=1) * placement.shares
+    now = _Plan(load_LE, placement.rank_of_S, groupings, expert_LS, load_LS)
     even_L = now.mean_L * (1 + _EVEN)
     fresh = now.anew(even_L)
     goal_L = np.maximum(fresh.rank_load_LP.max(axis=1), even_L) * (1 + slack)
-    goal_L[~load_LE.any(axis=1)] = np.inf
-    kept = now.copy()
+    goal_L[idle_L] = np.inf
+    kept = now.with_slots(expert_LS.copy(), load_LS.copy())
     kept.improve(goal_L, changes=_MAX_CHANGES)
     as_good_L = kept.rank_load_LP.max(axis=1) <= goal_L
-    as_good_L &= (kept.count_LE >= now.least).all(axis=1) | ~load_LE.any(axis=1)
+    as_good_L &= (kept.count_LE >= now.least).all(axis=1) | idle_L
     _match_ranks(fresh, now, domains, fails)
     chosen = [np.where(as_good_L[:, None], getattr(kept, x), getattr(fresh, x)) for x in ("expert_LS", "load_LS")]
-    expert_LS, load_LS = _keep_slots(now.expert_LS, *chosen, placement.rank_offsets)
+    expert_LS, load_LS = _keep_slots(expert_LS, *chosen, placement.rank_offsets)
     return Placement(
         num_logical=placement.num_logical,
         physical_to_logical=expert_LS,
@@ -71,72 +73,32 @@ def rebalance(
     )
 
 
-@dataclass(kw_only=True, eq=False)
 class _Plan:
-    """Layers while experts move. In `groupings`, the group of every rank, once for each way in which ranks lie together."""
+    """Layers while experts move; loads are rows. `groupings`: every rank's group, for each way in which ranks lie together."""
 
-    load_LE: np.ndarray
-    rank_S: np.ndarray
-    groupings: list[np.ndarray]
-    expert_LS: np.ndarray
-    load_LS: np.ndarray  # rows of each slot
-    held_LPE: np.ndarray  # bool
-    count_LE: np.ndarray  # replicas
-    rank_load_LP: np.ndarray
-
-    @classmethod
-    def of(cls, load_LE: np.ndarray, placement: Placement, groupings: list[np.ndarray]) -> _Plan:
-        """What is where, and has these loads now."""
-        expert_LS = placement.physical_to_logical.astype(np.int64)
-        load_LS = np.take_along_axis(load_LE, expert_LS, axis=1) * placement.shares
-        return cls._make(load_LE, placement.rank_of_S, groupings, expert_LS, load_LS)
-
-    @classmethod
-    def _make(
-        cls,
+    def __init__(
+        self,
         load_LE: np.ndarray,
         rank_S: np.ndarray,
         groupings: list[np.ndarray],
         expert_LS: np.ndarray,
         load_LS: np.ndarray,
-    ) -> _Plan:
-        held_LPE = np.zeros((len(load_LE), rank_S[-1] + 1, load_LE.shape[1]), bool)
-        np.put_along_axis(held_LPE.reshape(len(load_LE), -1), rank_S * load_LE.shape[1] + expert_LS, True, axis=1)
-        return cls(
-            load_LE=load_LE,
-            rank_S=rank_S,
-            groupings=groupings,
-            expert_LS=expert_LS,
-            load_LS=load_LS,
-            held_LPE=held_LPE,
-            count_LE=held_LPE.sum(axis=1),
-            rank_load_LP=np.add.reduceat(load_LS, np.searchsorted(rank_S, np.arange(rank_S[-1] + 1)), axis=1),
-        )
+    ) -> None:
+        num_layers, num_experts = load_LE.shape
+        self.load_LE, self.rank_S, self.groupings = load_LE, rank_S, groupings
+        self.expert_LS, self.load_LS = expert_LS, load_LS
+        self.num_ranks = int(rank_S[-1]) + 1
+        self.mean_L = load_LE.sum(axis=1) / self.num_ranks
+        # Replicas that every expert gets: two, if there are slots for that.
+        self.least = 2 if self.num_ranks > 1 and len(rank_S) >= 2 * num_experts else 1
+        self.held_LPE = np.zeros((num_layers, self.num_ranks, num_experts), bool)
+        np.put_along_axis(self.held_LPE.reshape(num_layers, -1), rank_S * num_experts + expert_LS, True, axis=1)
+        self.count_LE = self.held_LPE.sum(axis=1)
+        self.rank_load_LP = np.add.reduceat(load_LS, np.searchsorted(rank_S, np.arange(self.num_ranks)), axis=1)
 
-    def copy(self) -> _Plan:
-        return self._make(self.load_LE, self.rank_S, self.groupings, self.expert_LS.copy(), self.load_LS.copy())
-
-    def _only(self, layers: np.ndarray) -> _Plan:
-        return self._make(
-            self.load_LE[layers], self.rank_S, self.groupings, self.expert_LS[layers], self.load_LS[layers]
-        )
-
-    def _take_over(self, layers: np.ndarray, other: _Plan, which: np.ndarray) -> None:
-        for name in ("expert_LS", "load_LS", "held_LPE", "count_LE", "rank_load_LP"):
-            getattr(self, name)[layers] = getattr(other, name)[which]
-
-    @property
-    def num_ranks(self) -> int:
-        return int(self.rank_S[-1]) + 1
-
-    @property
-    def mean_L(self) -> np.ndarray:
-        return self.load_LE.sum(axis=1) / self.num_ranks
-
-    @property
-    def least(self) -> int:
-        """Replicas that every expert gets: two, if there are slots for that."""
-        return 2 if self.num_ranks > 1 and len(self.rank_S) >= 2 * self.load_LE.shape[1] else 1
+    def with_slots(self, expert_LS: np.ndarray, load_LS: np.ndarray) -> _Plan:
+        """The same layers, with these experts and their rows in the slots."""
+        return _Plan(self.load_LE, self.rank_S, self.groupings, expert_LS, load_LS)
 
     def improve(self, goal_L: np.ndarray, changes: int = 0) -> None:
         """Flow, swap and, `changes` times, change replicas, until the fullest rank is within the goal or nothing helps."""
@@ -157,11 +119,13 @@ class _Plan:
         fresh.improve(goal_L)
         hard = np.flatnonzero(fresh.rank_load_LP.max(axis=1) > goal_L)
         if len(hard):
-            other = self._only(hard)
-            other = other._pack(*other._equal_pieces(np.full((len(hard), self.load_LE.shape[1]), self.least)))
+            slots = self.expert_LS[hard], self.load_LS[hard]
+            other = _Plan(self.load_LE[hard], self.rank_S, self.groupings, *slots)
+            other = other._pack(*other._equal_pieces(np.full_like(other.count_LE, self.least)))
             other.improve(goal_L[hard])
             better = other.rank_load_LP.max(axis=1) < fresh.rank_load_LP[hard].max(axis=1)
-            fresh._take_over(hard[better], other, better)
+            fresh.expert_LS[hard[better]], fresh.load_LS[hard[better]] = other.expert_LS[better], other.load_LS[better]
+            fresh = fresh.with_slots(fresh.expert_LS, fresh.load_LS)
         return fresh
 
     def _equal_pieces(self, count_LE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -194,9 +158,8 @@ class _Plan:
         count_LE = self._more(needed_LE)
         full_LE = np.where(self.load_LE > full_L1, needed_LE - 1, 0)
         rest_LE = (self.load_LE - full_L1 * full_LE) / (count_LE - full_LE)
-        number_LS = np.arange(len(self.rank_S)) - np.take_along_axis(
-            np.cumsum(count_LE, axis=1) - count_LE, expert_LS, axis=1
-        )
+        first_LE = np.cumsum(count_LE, axis=1) - count_LE
+        number_LS = np.arange(len(self.rank_S)) - np.take_along_axis(first_LE, expert_LS, axis=1)
         full_LS, rest_LS = (np.take_along_axis(values, expert_LS, axis=1) for values in (full_LE, rest_LE))
         return expert_LS, np.where(number_LS < full_LS, full_L1, rest_LS)
 
@@ -216,9 +179,7 @@ class _Plan:
         beyond_L1 = 1 + self.load_LE.sum(axis=1, keepdims=True)
         for expert_L, load_L in zip(expert_LS.T, load_LS.T, strict=True):
             held_LP = held_LPE[rows, :, expert_L]
-            cost_LP = (
-                rank_load_LP + sum(_groups_of(held_LP, group_P)[:, group_P] for group_P in self.groupings) * beyond_L1
-            )
+            cost_LP = rank_load_LP + sum(_near(held_LP, group_P) for group_P in self.groupings) * beyond_L1
             cost_LP[held_LP] = np.inf
             cost_LP[free_LP == 0] = np.inf
             rank_L = cost_LP.argmin(axis=1)
@@ -232,7 +193,7 @@ class _Plan:
         layer, rank, expert = np.nonzero(held_LPE)  # by rank
         shape = expert_LS.shape
         packed = piece_LPE[layer, rank, expert].reshape(shape)
-        return self._make(self.load_LE, self.rank_S, self.groupings, expert.reshape(shape), packed)
+        return self.with_slots(expert.reshape(shape), packed)
 
     def _make_room(
         self,
@@ -295,10 +256,8 @@ class _Plan:
         before_LR = self.load_LS[at_LR, slot_LR]
         ground_LR = np.where(there_LR, self.rank_load_LP[at_LR, rank_LR] - before_LR, 1e30)
         rows_L1 = self.load_LE[layers, experts][:, None]
-        level_L = ((rows_L1 + np.sort(ground_LR, axis=1).cumsum(axis=1)) / (1 + np.arange(slot_LR.shape[1]))).min(
-            axis=1
-        )
-        after_LR = (level_L[:, None] - ground_LR).clip(min=0)
+        levels_LR = (rows_L1 + np.sort(ground_LR, axis=1).cumsum(axis=1)) / (1 + np.arange(slot_LR.shape[1]))
+        after_LR = (levels_LR.min(axis=1, keepdims=True) - ground_LR).clip(min=0)
         row, number = np.nonzero(there_LR)
         slot, layer = slot_LR[row, number], layers[row]
         self.load_LS[layer, slot] = after_LR[row, number]
@@ -337,10 +296,10 @@ class _Plan:
         x_Ln = expert_LS[at_L1, slot_Ln]
         less_LnS = load_LS[at_L1, slot_Ln][:, :, None] - load_LS[:, None, :]
         after_LnS = np.maximum(top_L1[:, :, None] - less_LnS, rank_load_LP[:, None, self.rank_S] + less_LnS)
-        refused_LnP = held_LPE[at_L1, :, x_Ln] | (self.rank_S[slot_Ln] != full_L1)[:, :, None]
+        held_LnP = held_LPE[at_L1, :, x_Ln]
+        refused_LnP = held_LnP | (self.rank_S[slot_Ln] != full_L1)[:, :, None]
         refused_LS = held_LPE[at_L1, full_L1, expert_LS]
         for group_P in self.groupings:
-            held_LnP = held_LPE[at_L1, :, x_Ln]
             held_LnG = held_LnP.astype(np.float32) @ (group_P[:, None] == np.arange(group_P.max() + 1))
             refused_LnP |= self._crowded(layers, x_Ln, held_LnG)[:, :, group_P]
             with_full_L1P = (group_P == group_P[full_L1]).astype(np.float32)[:, None]
@@ -363,9 +322,8 @@ class _Plan:
         at_L1 = np.arange(len(layers))[:, None]
         expert_LS, count_LE = self.expert_LS[layers], self.count_LE[layers]
         on_full_LE = self.held_LPE[layers, self.rank_load_LP[layers].argmax(axis=1)]
-        come_L = np.where(on_full_LE & (count_LE < self.num_ranks), self.load_LE[layers] / count_LE, -1.0).argmax(
-            axis=1
-        )
+        may_come_LE = on_full_LE & (count_LE < self.num_ranks)
+        come_L = np.where(may_come_LE, self.load_LE[layers] / count_LE, -1.0).argmax(axis=1)
         price_LS = np.where(count_LE[at_L1, expert_LS] > self.least, self.load_LS[layers], np.inf)
         held_LP = self.held_LPE[layers, :, come_L]
         price_LS[held_LP[:, self.rank_S]] = np.inf
@@ -376,7 +334,7 @@ class _Plan:
             links_LE = (in_group_LGE > 0).sum(axis=1) == 2
             last_LS = (in_group_LGE[at_L1, group_S, expert_LS] == 1) & links_LE[at_L1, expert_LS]
             left_LS = count_LE[at_L1, expert_LS] - 1
-            price_LS[(last_LS & (left_LS > 1)) | (alone_L1 & _groups_of(held_LP, group_P)[:, group_S])] = np.inf
+            price_LS[(last_LS & (left_LS > 1)) | (alone_L1 & _near(held_LP, group_P)[:, self.rank_S])] = np.inf
         slot_L = price_LS.argmin(axis=1)
         ok_L = np.isfinite(price_LS[at_L1[:, 0], slot_L])
         layers, slot, comes = layers[ok_L], slot_L[ok_L], come_L[ok_L]
@@ -391,17 +349,14 @@ class _Plan:
         self.rank_load_LP[layers, self.rank_S[heir]] += lost
 
 
-def _groups_of(held_LP: np.ndarray, group_P: np.ndarray) -> np.ndarray:
-    """Bool [L, G]: the groups that hold it."""
-    held_LG = np.zeros((len(held_LP), group_P.max() + 1), bool)
-    row, rank = np.nonzero(held_LP)
-    held_LG[row, group_P[rank]] = True
-    return held_LG
+def _near(held_LP: np.ndarray, group_P: np.ndarray) -> np.ndarray:
+    """Bool [L, P], or [P] of one expert: ranks in a group with one that holds it."""
+    return held_LP.astype(np.float32) @ (group_P[:, None] == group_P) > 0
 
 
 def _beside(held_P: np.ndarray, groupings: Sequence[np.ndarray]) -> np.ndarray:
-    """Bool [P]: ranks in a group with one that holds it."""
-    return np.any([np.isin(group_P, group_P[held_P]) for group_P in groupings] or [np.zeros_like(held_P)], axis=0)
+    """The same in any of the groupings."""
+    return np.any([_near(held_P, group_P) for group_P in groupings] or [np.zeros_like(held_P)], axis=0)
 
 
 def _slots_of(rank_L: np.ndarray, rank_S: np.ndarray) -> np.ndarray:

@@ -10,9 +10,7 @@ from expertwire.scheduler import block_loops
 from expertwire.scheduler.admission_loops import Candidates
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.request import Request, facts
-from expertwire.scheduler.table import RunningTable
-
-_NO_NAMES = np.zeros((0, 2), np.uint64)
+from expertwire.scheduler.table import NO_NAMES, RunningTable
 
 
 class PrefixCache:
@@ -37,7 +35,7 @@ class PrefixCache:
         """These requests, in this order."""
         fact_A = facts(requests)
         num_tokens_A = fact_A["num_tokens"].astype(np.int64)
-        useful_A, first_A, name_W2 = np.zeros_like(num_tokens_A), np.zeros_like(num_tokens_A), _NO_NAMES
+        useful_A, first_A, name_W2 = np.zeros_like(num_tokens_A), np.zeros_like(num_tokens_A), NO_NAMES
         if self._table.names is not None:
             name_W2 = np.concatenate([request.names for request in requests])
             useful_A = self._useful(fact_A)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,32 @@ from expertwire.scheduler.block_loops import NOBODY
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
-from expertwire.scheduler.request import Request
-from expertwire.scheduler.table import NO_ADMISSIONS, Admissions, RunningTable, by_rank
+from expertwire.scheduler.request import Request, facts
+from expertwire.scheduler.table import NO_ADMISSIONS, NO_NAMES, Admissions, RunningTable
 
 _AT_ONCE = 128  # requests looked at together
+
+
+class _Part(NamedTuple):
+    """Some that start."""
+
+    requests: list[Request]
+    columns_5A: np.ndarray  # what `Admissions` says of each, but for the facts
+    name_W2: np.ndarray  # theirs, and others'
+
+
+def _joined(parts: Sequence[_Part]) -> Admissions:
+    """All of them, sorted by rank."""
+    num_names = 0
+    for part in parts:
+        part.columns_5A[4] += num_names
+        num_names += len(part.name_W2)
+    requests = [request for part in parts for request in part.requests]
+    columns_5A = np.concatenate([part.columns_5A for part in parts], axis=1)
+    order = np.argsort(columns_5A[0], kind="stable")
+    requests = [requests[i] for i in order.tolist()]
+    name_W2 = np.concatenate([part.name_W2 for part in parts])
+    return Admissions(requests, *columns_5A[:, order], facts(requests), name_W2)
 
 
 class Admitter:
@@ -45,11 +68,8 @@ class Admitter:
         if not ((room.slots_P > 0) & (budget_P > 0)).any():
             return NO_ADMISSIONS
         forks = self._continue_forks(room)
-        parts = [*forks, *self._from_queue(room, {child.key for (child,), _ in forks})]
-        requests = [request for part, _ in parts for request in part]
-        if not requests:
-            return NO_ADMISSIONS
-        return by_rank(requests, np.concatenate([columns for _, columns in parts], axis=1))
+        parts = [*forks, *self._from_queue(room, {part.requests[0].key for part in forks})]
+        return _joined(parts) if any(part.requests for part in parts) else NO_ADMISSIONS
 
     def parents_left(self, rows: np.ndarray) -> None:
         """The requests of these rows run no more: forks of them wait as any other."""
@@ -69,9 +89,9 @@ class Admitter:
         admission_loops.take_stock(table.caches, table.for_loops, room, self._arriving_U, due_N)
         return room
 
-    def _continue_forks(self, room: Room) -> list[tuple[list[Request], np.ndarray]]:
-        """Forks that start beside the request that they continue, with its blocks, and their columns; those without room there
-        wait as any other."""
+    def _continue_forks(self, room: Room) -> list[_Part]:
+        """Forks that start beside the request that they continue, with its blocks, one by one; those without room there wait as
+        any other."""
         table, parts = self._table, []
         needed_G = np.zeros(len(table.specs), np.int64)
         for key, row in self.forks.items():
@@ -83,29 +103,32 @@ class Admitter:
             if num_cached and admission_loops.fits(room, rank, needed_G):
                 load = self._placement.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
                 num = admission_loops.take(room, rank, needed_G, num_tokens - num_cached, float(load[0]))
-                parts.append(([child], np.array([[rank], [num_cached], [num], [row]])))
+                names_W2 = NO_NAMES if child.names is None else child.names
+                parts.append(_Part([child], np.array([[rank], [num_cached], [num], [row], [0]]), names_W2))
         self.forks.clear()
         return parts
 
-    def _from_queue(self, room: Room, forked: set[int]) -> Iterator[tuple[list[Request], np.ndarray]]:
+    def _from_queue(self, room: Room, forked: set[int]) -> Iterator[_Part]:
         """Others, a few at a time."""
         table, credit = self._table, self._placement.credit
         queue = self._policy.order(self._queue, self._prefixes.num_cached)
         queue = (request for request in queue if request.key not in forked) if forked else iter(queue)
         while (most := min(_AT_ONCE, int(room.slots_P.sum()))) and (requests := list(islice(queue, most))):
-            columns = np.full((4, len(requests)), NOBODY)
+            candidates = self._prefixes.candidates(requests, self._placement)
+            columns = np.full((5, len(requests)), NOBODY)
+            columns[4] = candidates.first_A
             count = admission_loops.choose(
                 table.caches,
                 table.pool.blocks,
                 table.config.block_size,
                 room,
-                self._prefixes.candidates(requests, self._placement),
+                candidates,
                 -1.0 if credit is None else credit,
                 self._arriving_U,
                 Chosen(*columns[:3]),
                 *np.zeros((2, len(table.specs)), np.int64),
             )
             starts = np.flatnonzero(columns[0] != NOBODY)
-            yield [requests[i] for i in starts.tolist()], columns[:, starts]
+            yield _Part([requests[i] for i in starts.tolist()], columns[:, starts], candidates.name_W2)
             if count < len(requests):
                 break

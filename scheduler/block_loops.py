@@ -35,7 +35,7 @@ BLOCK = np.dtype(
         ("refs", np.int32),
         ("place", np.int32),  # in the queue of free blocks
         ("chain", np.int32),  # the next block in the same bucket
-        ("owner", np.int32),
+        ("reserved", np.int32),
         ("first", np.uint64),  # half of its name
         ("second", np.uint64),
     ]
@@ -169,13 +169,6 @@ def take(blocks, owner_B, ids_B):
 
 
 @jit
-def share(blocks, number_B):
-    """Add a reference to each."""
-    for number in number_B:
-        share_block(blocks, number // blocks.num_blocks, number)
-
-
-@jit
 def drop(blocks, number_B):
     """Drop a reference to each, to the last one first."""
     make_room(blocks)
@@ -256,21 +249,6 @@ def find_block(blocks, owner, first, second):
             return number
         number = blocks.block_B[number].chain
     return np.int32(NOBODY)
-
-
-@jit
-def name(blocks, number_B, name_B2):
-    """Give blocks names, which have none."""
-    for i in range(len(number_B)):
-        name_block(blocks, number_B[i] // blocks.num_blocks, number_B[i], name_B2[i, 0], name_B2[i, 1])
-
-
-@jit
-def find(blocks, owner, name_M2, ids_M):
-    """A block of this owner with each name, or `NOBODY`."""
-    for m in range(len(name_M2)):
-        number = find_block(blocks, owner, name_M2[m, 0], name_M2[m, 1])
-        ids_M[m] = number if number == NOBODY else number - owner * blocks.num_blocks
 
 
 @jit

@@ -5,12 +5,13 @@ never handed out (ranks pad with it). A block with a name (see `scheduler.prefix
 what was used last is given away last; one without, at its head. A request that begins with a free named block takes it out
 again.
 
-Names are found through buckets of blocks, each a chain. The same name may be there several times, for blocks of equal content.
+`block_loops` shares blocks, and gives and finds names, through buckets of blocks, each a chain. The same name may be there
+several times, for blocks of equal content.
 There is also a guess who holds a prefix at all: the rank that has named or used it last, in a table where others may have
 overwritten it, and where it stays when the block is gone.
 
 Shape letters: G caches (groups of layers with one block table), P ranks, O = G * P owners of blocks, Q places of a queue, B
-blocks, M names to look for. Block numbers count through all owners. A name is two u64.
+blocks. Block numbers count through all owners. A name is two u64.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from expertwire.scheduler import block_loops
-from expertwire.scheduler.block_loops import END, NOBODY, NOWHERE, UNNAMED
-
-__all__ = ["NOBODY", "BlockPool", "aligned", "aligned_rows"]
+from expertwire.scheduler.block_loops import END, NOWHERE, UNNAMED
 
 _LINE = 64  # bytes, of the processor's cache
 
@@ -82,31 +81,10 @@ class BlockPool:
         block_loops.take(self.blocks, self._owner(group, rank_B), ids_B)
         return ids_B
 
-    def share(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray) -> None:
-        """Add a reference to every block (`rank_B`, `ids_B`), which is in use or free with a name."""
-        block_loops.share(self.blocks, self._number(group, rank_B, ids_B))
-
     def free(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray) -> None:
         """Drop one reference to every block (`rank_B`, `ids_B`); those without any left become free, the last one first."""
         assert np.all(ids_B), f"cache {group}: the null block was freed"
-        block_loops.drop(self.blocks, self._number(group, rank_B, ids_B))
-
-    def name(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray, names_B2: np.ndarray) -> None:
-        """Say what these blocks, which are in use and have no names, hold."""
-        number_B = self._number(group, rank_B, ids_B)
-        assert (self.blocks.block_B["refs"][number_B] > 0).all(), "a free block was named"
-        assert (self.blocks.block_B["chain"][number_B] == UNNAMED).all(), "a block was named twice"
-        block_loops.name(self.blocks, number_B, names_B2)
-
-    def find(self, group: int, rank: int, names_M2: np.ndarray) -> np.ndarray:
-        """A block of the rank with each name, or `NOBODY`: i64 [M]."""
-        ids_M = np.zeros(len(names_M2), np.int64)
-        block_loops.find(self.blocks, group * self.num_ranks + rank, names_M2, ids_M)
-        return ids_M
-
-    def guess(self, names_M2: np.ndarray, patience: int) -> tuple[int, int]:
-        """Of the names of one request's blocks: up to which one some rank probably has them, and which (`block_loops.guess`)."""
-        return block_loops.guess(self.blocks, names_M2, patience)
+        block_loops.drop(self.blocks, self._owner(group, rank_B) * self.num_blocks + ids_B)
 
     def num_used(self, group: int) -> np.ndarray:
         """i64 [P], blocks with references."""
@@ -133,6 +111,3 @@ class BlockPool:
 
     def _owner(self, group: int, rank_B: np.ndarray) -> np.ndarray:
         return group * self.num_ranks + rank_B.astype(np.int64)
-
-    def _number(self, group: int, rank_B: np.ndarray, ids_B: np.ndarray) -> np.ndarray:
-        return self._owner(group, rank_B) * self.num_blocks + ids_B

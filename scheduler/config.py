@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from expertwire.scheduler.checks import is_int
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -56,14 +58,14 @@ class SchedulerConfig:
             ("vocab_size", 1),
         ):
             value = getattr(self, field)
-            if not _is_count(value, low):
+            if not is_int(value) or value < low:
                 raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
         for field, low in (("chunk_tokens", 1), ("max_waiting_per_tenant", 1)):
             value = getattr(self, field)
-            if value is not None and not _is_count(value, low):
+            if value is not None and (not is_int(value) or value < low):
                 raise ValueError(f"{field} must be an integer >= {low} or None, got {value!r}")
         each = self.num_blocks if isinstance(self.num_blocks, tuple) else (self.num_blocks,)
-        if not each or not all(_is_count(value, 2) for value in each):
+        if not each or not all(is_int(value) and value >= 2 for value in each):
             raise ValueError(
                 f"num_blocks must be an integer >= 2, or a tuple of one for each cache, got {self.num_blocks!r}"
             )
@@ -71,7 +73,3 @@ class SchedulerConfig:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
-
-
-def _is_count(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,28 +11,11 @@ import numpy as np
 from expertwire.scheduler import block_loops
 from expertwire.scheduler.block_loops import Caches
 from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.plan import Rejection
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
-from expertwire.scheduler.sampling_params import SamplingParams
 
 _PACE_ADMISSIONS = 64
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """The answer to a request that is not accepted.
-
-    Args:
-        key: of the request.
-        code: name of a gRPC status. INVALID_ARGUMENT: never possible; RESOURCE_EXHAUSTED: try again later.
-        message: names the field, its value and what is allowed.
-        retry_after_s: RESOURCE_EXHAUSTED: when to try again, in seconds; None if nothing is known.
-    """
-
-    key: int
-    code: str
-    message: str
-    retry_after_s: float | None = None
 
 
 def token_limit(request: Request, config: SchedulerConfig) -> int:
@@ -107,8 +89,10 @@ def bound(caches: Caches, capacity_G: np.ndarray) -> Bound:
 
 
 def invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Bound) -> str | None:
-    """Why the request, whose `limit` is known, can never be served; None if it can."""
-    length, params = len(request.prompt), request.params
+    """Why the request, whose `limit` is known, can never be served; None if it can. Its ids are of the vocabulary: fronts see to
+    that."""
+    length = len(request.prompt)
+    assert block_loops.all_below(request.prompt, config.vocab_size), f"request {request.key} has tokens that are none"
     if length == 0:
         return "prompt must have at least 1 token, got 0"
     if length >= config.max_model_len:
@@ -116,13 +100,6 @@ def invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Bou
             f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
             f"(max_model_len = {config.max_model_len}, of which one is for the output)"
         )
-    if not block_loops.all_below(request.prompt, config.vocab_size):
-        wrong = int(np.flatnonzero((request.prompt < 0) | (request.prompt >= config.vocab_size))[0])
-        return f"prompt[{wrong}] names token {request.prompt[wrong]}; allowed are 0 to {config.vocab_size - 1}"
-    if (params.stop_token_ids or params.logit_bias or params.logprobs or params.prompt_logprobs) and (
-        reason := _outside(params, config.vocab_size)
-    ):
-        return reason
     if request.limit - 1 > most.num_tokens:  # the last token is never computed
         size, most_blocks = int(caches.size_G[most.group]), int(caches.most_G[most.group])
         return (
@@ -130,16 +107,4 @@ def invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Bou
             f"{min(-(-(request.limit - 1) // size), most_blocks)} cache blocks; a rank has {most.num_tokens // size}, which is "
             f"enough for {most.num_tokens + 1} tokens in all"
         )
-    return None
-
-
-def _outside(params: SamplingParams, vocab_size: int) -> str | None:
-    """What goes beyond the vocabulary; None if nothing does."""
-    for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                return f"{field} names token {token}; allowed are 0 to {vocab_size - 1}"
-    for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-        if count is not None and count > vocab_size:
-            return f"{field} is {count}; allowed are at most {vocab_size}, the size of the vocabulary"
     return None

@@ -1,50 +1,19 @@
 """What a step's results say about requests: `StepOutputs`, gathered from all ranks' `StepResult`s.
 
-Shape letters: O sampled tokens, R prompt-log-probability rows, C counts of experts, N rows of the running table.
+Shape letters as in `plan`, and N rows of the running table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
 
 from expertwire.scheduler import ragged
-from expertwire.scheduler.plan import StepResult
+from expertwire.scheduler.plan import StepOutputs, StepResult
 from expertwire.scheduler.step_loops import Sampled, Scheduled
 from expertwire.scheduler.table import RunningTable
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOutputs:
-    """Sampled tokens and prompt log-probabilities of one step by request key, sorted by rank.
-
-    Fields as in `StepResult`. A request's last output has `finish_O` set. Prompt log-probabilities come with the step that
-    computed them: before the request's first token, and once more after it has been preempted.
-    """
-
-    step: int
-    key_O: np.ndarray  # i64
-    token_O: np.ndarray  # i32
-    finish_O: np.ndarray  # u8, FinishReason
-    num_cached_O: np.ndarray  # i32, prompt tokens that the prefix cache had when the request was first admitted
-    logprob_O: np.ndarray  # f32
-    token_rank_O: np.ndarray  # i32
-    top_offsets_O1: np.ndarray  # i32
-    top_ids: np.ndarray  # i32
-    top_logprobs: np.ndarray  # f32
-    prompt_key_R: np.ndarray  # i64
-    prompt_position_R: np.ndarray  # i32
-    prompt_logprob_R: np.ndarray  # f32
-    prompt_token_rank_R: np.ndarray  # i32
-    prompt_top_offsets_R1: np.ndarray  # i32
-    prompt_top_ids: np.ndarray  # i32
-    prompt_top_logprobs: np.ndarray  # f32
-    routed_key_C: np.ndarray  # i64
-    routed_expert_C: np.ndarray  # i32, layer * logical experts + expert; of one request it may be there twice
-    routed_tokens_C: np.ndarray  # i32
 
 
 def gather(
@@ -82,7 +51,7 @@ def gather(
 def _prompt_logprobs(results: Sequence[StepResult], going_N: np.ndarray, table: RunningTable) -> dict[str, np.ndarray]:
     """The fields about prompts."""
     if _any_of(results, "prompt_slot"):
-        rows_R = table.rows_of_parts([result.prompt_slot for result in results])
+        rows_R = table.rows_of([result.prompt_slot for result in results])
     else:  # one rank's empty fields are as good as all ranks'
         rows_R, results = np.zeros(0, np.int64), results[:1]
     keep_R = np.flatnonzero(going_N[rows_R])
@@ -106,7 +75,7 @@ def _routed(results: Sequence[StepResult], going_N: np.ndarray, table: RunningTa
         nothing = results[0].routed
         return {"routed_key_C": nothing.astype(np.int64), "routed_expert_C": nothing, "routed_tokens_C": nothing}
     parts = [result.routed.reshape(-1, 3) for result in results]
-    rows_C = table.rows_of_parts([part[:, 0] for part in parts])
+    rows_C = table.rows_of([part[:, 0] for part in parts])
     keep_C = np.flatnonzero(going_N[rows_C])
     _, expert_C, tokens_C = np.concatenate(parts)[keep_C].T.copy()
     return {"routed_key_C": table.key_N[rows_C[keep_C]], "routed_expert_C": expert_C, "routed_tokens_C": tokens_C}

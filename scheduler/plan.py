@@ -1,12 +1,12 @@
-"""The contract between the controller and the ranks: caches, the plan of a step, its results.
+"""The contract between the controller and the ranks, and what fronts hear of it: caches, the plan of a step, its results.
 
 A `StepPlan` holds every rank's slice of a step as struct of arrays: one array per field for all ranks together, sorted
 by rank, and one `*_offsets` array per group of fields (length P + 1) that says where each rank's slice lies. So its cost
 of packing does not grow with the number of ranks. Everything is a *delta by slot*: a rank keeps a table of slots (tokens,
 block tables, sampling state) and a plan says what changes.
 
-Shape letters: P ranks, A admitted requests, S scheduled requests, B blocks set, C blocks copied, O sampled tokens. A suffix `1`
-is one more than the letter (offsets).
+Shape letters: P ranks, A admitted requests, S scheduled requests, B blocks set, C blocks copied, O sampled tokens; of outputs, R
+prompt-log-probability rows and C counts of experts. A suffix `1` is one more than the letter (offsets).
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class FinishReason(IntEnum):
     NONE = 0
     STOP = 1
     LENGTH = 2
-    ABORT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,3 +347,51 @@ class StepResult(
     prompt_top_ids: np.ndarray  # i32
     prompt_top_logprobs: np.ndarray  # f32
     routed: np.ndarray = field(default_factory=_no_words)  # i32 [3 * n]: slot, layer * logical experts + expert, tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutputs:
+    """Sampled tokens and prompt log-probabilities of one step by request key, sorted by rank.
+
+    Fields as in `StepResult`. A request's last output has `finish_O` set. Prompt log-probabilities come with the step that
+    computed them: before the request's first token, and once more after it has been preempted. What a front is sent are its own
+    requests', under the ids that it gave them.
+    """
+
+    step: int
+    key_O: np.ndarray  # i64
+    token_O: np.ndarray  # i32
+    finish_O: np.ndarray  # u8, FinishReason
+    num_cached_O: np.ndarray  # i32, prompt tokens that the prefix cache had when the request was first admitted
+    logprob_O: np.ndarray  # f32
+    token_rank_O: np.ndarray  # i32
+    top_offsets_O1: np.ndarray  # i32
+    top_ids: np.ndarray  # i32
+    top_logprobs: np.ndarray  # f32
+    prompt_key_R: np.ndarray  # i64
+    prompt_position_R: np.ndarray  # i32
+    prompt_logprob_R: np.ndarray  # f32
+    prompt_token_rank_R: np.ndarray  # i32
+    prompt_top_offsets_R1: np.ndarray  # i32
+    prompt_top_ids: np.ndarray  # i32
+    prompt_top_logprobs: np.ndarray  # f32
+    routed_key_C: np.ndarray  # i64
+    routed_expert_C: np.ndarray  # i32, layer * logical experts + expert; of one request it may be there twice
+    routed_tokens_C: np.ndarray  # i32
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """The answer to a request that is not accepted.
+
+    Args:
+        key: of the request.
+        code: name of a gRPC status. INVALID_ARGUMENT: never possible; RESOURCE_EXHAUSTED: try again later.
+        message: names the field, its value and what is allowed.
+        retry_after_s: RESOURCE_EXHAUSTED: when to try again, in seconds; None if nothing is known.
+    """
+
+    key: int
+    code: str
+    message: str
+    retry_after_s: float | None = None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any
 
+from expertwire.scheduler.checks import is_int, is_number
 from expertwire.scheduler.request import Request
 
 
-class Policy(Protocol):
-    """Orders the queue. The defaults are first come, first served; derive from it and say what differs.
+class Policy:
+    """Orders the queue: first come, first served. Derive from it and say what differs.
 
     Answers must be a function of the calls made, their `now` included, so that a run can be replayed.
     """
@@ -105,7 +106,7 @@ class PrefixAffinity(Policy):
     window: int = 128
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+        if not is_int(self.window) or self.window < 1:
             raise ValueError(f"window must be an integer >= 1, got {self.window!r}")
 
     def order(self, queue: Iterable[Request], cached_tokens: Callable[[Request], int]) -> Iterable[Request]:
@@ -145,17 +146,15 @@ class FairShare(Policy):
     admitted early, next to the request that it continues, moves the present by its own tokens only.
 
     Args:
-        tenant_weights: of tenants, 0.001 to 1000; only ratios count, and beyond these a float's digits would not do for long.
-        default_weight: of those not named, each.
+        tenant_weights: of tenants, 0.001 to 1000; only ratios count, and beyond these a float's digits would not do for long. Any
+            other tenant has 1.
     """
 
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
-    default_weight: float = 1.0
     _present: float = field(default=0.0, init=False)
     _busy: dict[str, _Busy] = field(default_factory=dict, init=False)  # by tenant, of those with requests waiting
 
     def __post_init__(self) -> None:
-        _check_number("default_weight", self.default_weight, 0.001, 1000)
         for tenant, weight in self.tenant_weights.items():
             _check_number(f"tenant_weights[{tenant!r}]", weight, 0.001, 1000)
 
@@ -177,7 +176,7 @@ class FairShare(Policy):
         self._leave(request, given_back=request.limit)
 
     def _weight(self, request: Request) -> float:
-        return self.tenant_weights.get(request.tenant, self.default_weight)
+        return self.tenant_weights.get(request.tenant, 1.0)
 
     def _leave(self, request: Request, given_back: int = 0) -> None:
         """Nothing to do for one that was preempted, so has run, or that is left from before the tenant was last idle."""
@@ -199,38 +198,23 @@ _POLICIES: Mapping[str, type[Any]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """Names a policy: "fcfs", "priority", "shortest", "prefix" or "fair". Its options are those of its class; None: its default.
+def make_policy(name: str, *, aging: float | None = None, tenant_weights: Mapping[str, float] | None = None) -> Policy:
+    """A new policy: "fcfs", "priority", "shortest", "prefix" or "fair", with those of its class's options that are given.
 
     Raises:
         ValueError: there is no such policy, or it has no such option, or not with this value; says what is allowed.
     """
-
-    name: str = "fcfs"
-    aging: float | None = None
-    window: int | None = None
-    tenant_weights: Mapping[str, float] | None = None
-    default_weight: float | None = None
-
-    def __post_init__(self) -> None:
-        make_policy(self)
-
-
-def make_policy(config: PolicyConfig) -> Policy:
-    """A new policy, with a state of its own."""
-    if config.name not in _POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {config.name!r}")
-    policy = _POLICIES[config.name]
-    options = {option.name: getattr(config, option.name) for option in fields(config) if option.name != "name"}
-    given = {name: value for name, value in options.items() if value is not None}
-    allowed = [option.name for option in fields(policy) if option.init]
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"policy {config.name!r} has no {name}; its options: {', '.join(allowed) or 'none'}")
-    return policy(**given)
+    if name not in _POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {name!r}")
+    options = {"aging": aging, "tenant_weights": tenant_weights}
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        having = [repr(other) for other, policy in _POLICIES.items() if option in {f.name for f in fields(policy)}]
+        if repr(name) not in having:
+            raise ValueError(f"{option} has no effect with policy {name!r}; use {' or '.join(having)}")
+    return _POLICIES[name](**given)
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from expertwire.scheduler.config import SchedulerConfig
@@ -10,11 +12,11 @@ from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
 
-_LAYERS = {"bytes_per_token": 1, "writers": (0,), "readers": (0,)}
+_cache = partial(CacheSpec, bytes_per_token=1, writers=(0,), readers=(0,))
 _CACHES = (
-    CacheSpec(name="full", kind="full", **_LAYERS),
-    CacheSpec(name="window", kind="window", window=3, **_LAYERS),
-    CacheSpec(name="state", kind="state", snapshot_every=2, **_LAYERS),
+    _cache(name="full", kind="full"),
+    _cache(name="window", kind="window", window=3),
+    _cache(name="state", kind="state", snapshot_every=2),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -131,14 +132,14 @@ def introduction(
     tokens: np.ndarray,
     token_offsets_A1: np.ndarray,
     eos_token_ids: tuple[int, ...],
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """What a plan says about new requests, besides their slots: its fields. `fact_A`: their facts; `tokens`: theirs, one after
     another."""
-    bans = [request.bans(eos_token_ids) if request.params.min_tokens else () for request in requests]
-    biases = [request.params.logit_bias for request in requests]
-    bans, ban_offsets = ragged.pack(bans, np.int32)
-    bias_ids, bias_offsets = ragged.pack([tuple(bias) for bias in biases] if any(biases) else biases, np.int32)
-    bias_values, _ = ragged.pack([tuple(bias.values()) for bias in biases] if any(biases) else biases, np.float32)
+    bans_A = [request.bans(eos_token_ids) if request.params.min_tokens else () for request in requests]
+    biases_A = [request.params.logit_bias or {} for request in requests]
+    bans, ban_offsets = ragged.pack(bans_A, np.int32)
+    bias_ids, bias_offsets = ragged.pack([tuple(bias) for bias in biases_A], np.int32)
+    bias_values, _ = ragged.pack([tuple(bias.values()) for bias in biases_A], np.float32)
     return {
         "admit_sampling_A": np.ascontiguousarray(fact_A["sampling"]),
         "admit_token_offsets_A1": token_offsets_A1,

@@ -79,10 +79,10 @@ class Rows(NamedTuple):
 
 
 @jit
-def begin(caches, blocks, rows, row_A, parent_A, num_cached_A, fact_A, tokens, token_offsets_A1, name_W2):
+def begin(caches, blocks, rows, row_A, parent_A, num_cached_A, fact_A, tokens, token_offsets_A1, first_A, name_W2):
     """Give new rows the facts of their requests, the ends of their tokens, their names, each request's followed by its sum, and
     the blocks that they begin with: those of their parents, or those with their names."""
-    size, name = rows.block_size, 0
+    size = rows.block_size
     for i in range(len(row_A)):
         row, num_tokens = row_A[i], token_offsets_A1[i + 1] - token_offsets_A1[i]
         whole = num_tokens // size
@@ -97,11 +97,11 @@ def begin(caches, blocks, rows, row_A, parent_A, num_cached_A, fact_A, tokens, t
         for j in range(state.num_tail):
             rows.tail_Ns[row, j] = tokens[behind + j]
         if len(name_W2):
+            first, end = first_A[i], first_A[i] + whole
             for w in range(whole):
-                rows.name_NW2[row, w, 0], rows.name_NW2[row, w, 1] = name_W2[name + w, 0], name_W2[name + w, 1]
-            name += whole + 2
-            rows.sum_N4[row, 0], rows.sum_N4[row, 1] = name_W2[name - 2, 0], name_W2[name - 2, 1]
-            rows.sum_N4[row, 2], rows.sum_N4[row, 3] = name_W2[name - 1, 0], name_W2[name - 1, 1]
+                rows.name_NW2[row, w, 0], rows.name_NW2[row, w, 1] = name_W2[first + w, 0], name_W2[first + w, 1]
+            rows.sum_N4[row, 0], rows.sum_N4[row, 1] = name_W2[end, 0], name_W2[end, 1]
+            rows.sum_N4[row, 2], rows.sum_N4[row, 3] = name_W2[end + 1, 0], name_W2[end + 1, 1]
         if parent_A[i] >= 0:
             _share_row(caches, blocks, rows, row, parent_A[i], num_cached_A[i])
         elif num_cached_A[i] > 0:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from expertwire.scheduler.checks import is_int, is_number
+
 MAX_LOGPROBS = 64
 MAX_BRANCHES = 256
 
@@ -69,16 +71,16 @@ class SamplingParams:
             if getattr(self, field) is not None and not isinstance(getattr(self, field), kinds):
                 raise ValueError(f"{field} must be None or {allowed}, got {getattr(self, field)!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        stop_token_ids, logit_bias = tuple(self.stop_token_ids or ()), dict(self.logit_bias or {})
+        for field, value in (("stop", stop), ("stop_token_ids", stop_token_ids), ("logit_bias", logit_bias)):
+            object.__setattr__(self, field, value)
         self._check_numbers()
         if any(not isinstance(text, str) or not text for text in stop):
             raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
-        if any(not _is_int(i) or i < 0 for i in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids must be token ids >= 0, got {list(self.stop_token_ids)}")
-        for token, bias in self.logit_bias.items():
-            if not _is_int(token) or token < 0 or not _is_number(bias) or not -100 <= bias <= 100:
+        if any(not is_int(i) or i < 0 for i in stop_token_ids):
+            raise ValueError(f"stop_token_ids must be token ids >= 0, got {list(stop_token_ids)}")
+        for token, bias in logit_bias.items():
+            if not is_int(token) or token < 0 or not is_number(bias) or not -100 <= bias <= 100:
                 raise ValueError(
                     f"logit_bias must map token ids >= 0 to values in [-100, 100], got {{{token!r}: {bias!r}}}"
                 )
@@ -91,28 +93,28 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
         ):
             value = getattr(self, field)
-            if not _is_number(value) or not low <= value <= high:
+            if not is_number(value) or not low <= value <= high:
                 allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
                 raise ValueError(f"{field} must be a finite number {allowed}, got {value!r}")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not _is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
+        if not is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be a finite number > 0, got {self.repetition_penalty!r}")
-        if not _is_int(self.top_k) or (self.top_k < 1 and self.top_k not in (-1, 0)):
+        if not is_int(self.top_k) or (self.top_k < 1 and self.top_k not in (-1, 0)):
             raise ValueError(f"top_k must be -1 (all) or an integer >= 1, got {self.top_k!r}")
-        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+        if not is_int(self.max_tokens) or self.max_tokens < 1:
             raise ValueError(f"max_tokens must be an integer >= 1, got {self.max_tokens!r}")
-        if not _is_int(self.min_tokens) or not 0 <= self.min_tokens <= self.max_tokens:
+        if not is_int(self.min_tokens) or not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(
                 f"min_tokens must be an integer in [0, max_tokens = {self.max_tokens}], got {self.min_tokens!r}"
             )
-        if self.seed is not None and (not _is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
+        if self.seed is not None and (not is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed must be None or a 64-bit integer, got {self.seed!r}")
-        if not _is_int(self.n) or not 1 <= self.n <= MAX_BRANCHES:
+        if not is_int(self.n) or not 1 <= self.n <= MAX_BRANCHES:
             raise ValueError(f"n must be an integer in [1, {MAX_BRANCHES}], got {self.n!r}")
         for field in ("logprobs", "prompt_logprobs"):
             value = getattr(self, field)
-            if value is not None and (not _is_int(value) or not 0 <= value <= MAX_LOGPROBS):
+            if value is not None and (not is_int(value) or not 0 <= value <= MAX_LOGPROBS):
                 raise ValueError(f"{field} must be None or an integer in [0, {MAX_LOGPROBS}], got {value!r}")
         for field in ("expert_load", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, field), bool):
@@ -127,11 +129,3 @@ class SamplingParams:
         """The inverse of `to_dict`: JSON turns the keys of `logit_bias` into strings."""
         bias = {int(token): value for token, value in (fields.get("logit_bias") or {}).items()}
         return cls(**{**fields, "logit_bias": bias})
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -29,10 +29,10 @@ from expertwire.scheduler import caches, preemption, ragged
 from expertwire.scheduler.admitter import Admitter
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.intake import Pace, Rejection, bound, invalid, refusal, token_limit
-from expertwire.scheduler.outputs import StepOutputs, gather
+from expertwire.scheduler.intake import Pace, bound, invalid, refusal, token_limit
+from expertwire.scheduler.outputs import gather
 from expertwire.scheduler.placement import Balanced, Placement
-from expertwire.scheduler.plan import CacheSpec, ExpertMoves, FinishReason, StepPlan, StepResult
+from expertwire.scheduler.plan import CacheSpec, ExpertMoves, FinishReason, Rejection, StepOutputs, StepPlan, StepResult
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request, describe, introduction
@@ -275,7 +275,7 @@ class Scheduler:
         gets = preemption.served(table, rows, table.lacking(rows, num))
         return rows[gets], num[gets], emptied
 
-    def _admit(self, admissions: Admissions) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _admit(self, admissions: Admissions) -> tuple[np.ndarray, dict[str, Any]]:
         """Move requests from the queue to slots: their rows, ascending, and what the plan says about them."""
         requests, fact_A = admissions.requests, admissions.fact_A
         self._queue.remove(requests)
@@ -300,7 +300,7 @@ class Scheduler:
         report_load: bool,
         released: np.ndarray,
         new_rows: np.ndarray,
-        new: dict[str, np.ndarray],
+        new: dict[str, Any],
         copies: Copies,
         step: Scheduled,
     ) -> StepPlan:

@@ -23,10 +23,9 @@ from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.prefix import PrefixNames
-from expertwire.scheduler.request import FACTS, Request, facts
+from expertwire.scheduler.request import FACTS, Request
 
 _NOTHING = np.zeros(0, np.int32)
-_NO_NAMES = np.zeros((0, 2), np.uint64)
 _NO_FACTORS = np.zeros((0, 4, 0), np.uint64)
 
 
@@ -38,7 +37,9 @@ class Admissions(NamedTuple):
     num_cached_A: np.ndarray  # tokens that need not be computed
     num_scheduled_A: np.ndarray  # tokens to compute in this step
     parent_A: np.ndarray  # of a fork: the row that has them; or -1
+    first_A: np.ndarray  # its names, see `Request.names`, are those from here on; without a prefix cache nobody has any
     fact_A: np.ndarray  # request.FACTS
+    name_W2: np.ndarray  # u64
 
 
 class Copies(NamedTuple):
@@ -50,15 +51,9 @@ class Copies(NamedTuple):
     target: np.ndarray
 
 
-NO_ADMISSIONS = Admissions([], *np.zeros((4, 0), np.int64), np.zeros(0, FACTS))
+NO_NAMES = np.zeros((0, 2), np.uint64)
+NO_ADMISSIONS = Admissions([], *np.zeros((5, 0), np.int64), np.zeros(0, FACTS), NO_NAMES)
 _NO_COPIES = Copies(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
-
-
-def by_rank(requests: Sequence[Request], columns_4A: np.ndarray) -> Admissions:
-    """These requests, sorted by rank; `columns_4A`: what `Admissions` says of each, but for the facts."""
-    order = np.argsort(columns_4A[0], kind="stable")
-    requests = [requests[i] for i in order.tolist()]
-    return Admissions(requests, *columns_4A[:, order], facts(requests))
 
 
 class RunningTable:
@@ -122,25 +117,25 @@ class RunningTable:
 
     def admit(self, admissions: Admissions, tokens: np.ndarray, token_offsets_A1: np.ndarray) -> np.ndarray:
         """Give each request the lowest free slot of its rank: i64 [A] rows, ascending. `tokens`: theirs, one after another."""
-        requests, rank_A, computed_A, _, parent_A, fact_A = admissions
+        rank_A, fact_A = admissions.rank_A, admissions.fact_A
         counts_P = np.bincount(rank_A, minlength=len(self.bounds_P1) - 1)
         free = np.flatnonzero(~self.occupied_N)
         rows = free[self.offsets_P1(free)[rank_A] + ragged.positions(counts_P)]
         assert (self.rank_N[rows] == rank_A).all(), f"too few free slots for {counts_P} requests"
         self.num_given_P += counts_P
         self.order_N[rows], self.priority_N[rows] = fact_A["order"], fact_A["priority"]
-        name_W2 = _NO_NAMES if self.names is None else np.concatenate([request.names for request in requests])
         row_loops.begin(
             self.caches,
             self.pool.blocks,
             self.for_loops,
             rows,
-            parent_A,
-            computed_A,
+            admissions.parent_A,
+            admissions.num_cached_A,
             fact_A,
             tokens,
             token_offsets_A1,
-            name_W2,
+            admissions.first_A,
+            admissions.name_W2,
         )
         return rows
 
@@ -282,14 +277,10 @@ class RunningTable:
         """Where each rank's part of `rows` lies: i32 [P + 1]."""
         return np.searchsorted(rows, self.bounds_P1).astype(np.int32)
 
-    def rows_of(self, offsets_P1: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """The rows of a plan's `slots`: the inverse of `offsets_P1` and `slot_N`."""
-        return np.repeat(self.bounds_P1[:-1], np.diff(offsets_P1)) + slots
-
-    def rows_of_parts(self, slots_P: Sequence[np.ndarray]) -> np.ndarray:
+    def rows_of(self, slots_P: Sequence[np.ndarray]) -> np.ndarray:
         """The rows of slots given rank by rank: i64."""
         slots, offsets_P1 = ragged.pack(slots_P, np.int64)
-        return self.rows_of(offsets_P1, slots)
+        return np.repeat(self.bounds_P1[:-1], np.diff(offsets_P1)) + slots
 
     def count_P(self, of_N: np.ndarray) -> np.ndarray:
         """i64 [P], how many of each rank's rows are true."""

@@ -153,6 +153,15 @@ def per_expert(tensors: Tensors, gate: str = "gate_proj", up: str = "up_proj", d
     return found
 
 
+def biased(made: PreTrainedModel) -> PreTrainedModel:
+    """With a bias for the choice of experts, which is no parameter."""
+    generator = torch.Generator().manual_seed(1)
+    for name, values in made.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            values.copy_(torch.randn(values.shape, generator=generator) * 0.3)
+    return made
+
+
 def hub_style(config: dict[str, Any], architecture: str, **changes: Any) -> dict[str, Any]:
     """transformers 5's fields as the hub's files have them: `rope_theta`, `rope_scaling`, `torch_dtype`. A change to None is a
     field that is left out."""

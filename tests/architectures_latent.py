@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from architectures import Tensors, Tiny, hub_style, per_expert
+from architectures import Tensors, Tiny, biased, hub_style, per_expert
 from published_formats import DEEPSEEK, KIMI, MISTRAL
 from transformers import (
     DeepseekV2Config,
@@ -61,15 +61,6 @@ def yarn(theta: float = 1e4, **fields: Any) -> dict[str, Any]:
     }
 
 
-def _biased(made: PreTrainedModel) -> PreTrainedModel:
-    """With a bias for the choice of experts, which is no parameter."""
-    generator = torch.Generator().manual_seed(1)
-    for name, values in made.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            values.copy_(torch.randn(values.shape, generator=generator) * 0.3)
-    return made
-
-
 def _deepseek_v2(**changes: Any) -> PreTrainedModel:
     fields = {
         "n_shared_experts": 2,
@@ -89,7 +80,7 @@ def _deepseek_v3(**changes: Any) -> PreTrainedModel:
         "topk_group": 2,
         "rope_parameters": yarn(factor=40.0, mscale=1.0, mscale_all_dim=1.0),
     }
-    return _biased(DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **fields, **changes})))
+    return biased(DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **fields, **changes})))
 
 
 def _kimi_k2() -> PreTrainedModel:
@@ -105,13 +96,13 @@ def _deepseek_v32() -> PreTrainedModel:
         first_k_dense_replace=1,
         rope_parameters=yarn(factor=40.0, mscale=1.0, mscale_all_dim=1.0),
     )
-    return _biased(DeepseekV32ForCausalLM(config))
+    return biased(DeepseekV32ForCausalLM(config))
 
 
 def _glm4_moe_lite() -> PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}
     config = Glm4MoeLiteConfig(**SIZES, rms_norm_eps=EPS, rope_parameters=rope, mlp_layer_types=DENSE_FIRST)
-    return _biased(Glm4MoeLiteForCausalLM(config))
+    return biased(Glm4MoeLiteForCausalLM(config))
 
 
 def _glm_moe_dsa() -> PreTrainedModel:
@@ -119,7 +110,7 @@ def _glm_moe_dsa() -> PreTrainedModel:
     config = GlmMoeDsaConfig(
         **{**SIZES, **INDEXER}, rms_norm_eps=EPS, rope_parameters=rope, mlp_layer_types=DENSE_FIRST
     )
-    return _biased(GlmMoeDsaForCausalLM(config))
+    return biased(GlmMoeDsaForCausalLM(config))
 
 
 def _mistral4() -> PreTrainedModel:

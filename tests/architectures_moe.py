@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from architectures import Tensors, Tiny, hub_style, per_expert
+from architectures import Tensors, Tiny, biased, hub_style, per_expert
 from transformers import (
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
@@ -50,15 +50,6 @@ SIZES = {
 ODD_SIZES = SIZES | {"hidden_size": 80, "head_dim": 24}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 NUM_EXPERTS = 8
-
-
-def _biased(made: PreTrainedModel) -> PreTrainedModel:
-    """With a bias for the choice of experts, which is no parameter."""
-    generator = torch.Generator().manual_seed(1)
-    for name, values in made.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            values.copy_(torch.randn(values.shape, generator=generator) * 0.3)
-    return made
 
 
 def _further_layers(tensors: Tensors, count: int) -> Tensors:
@@ -241,7 +232,7 @@ def _scout_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _minimax_m2(sizes: dict[str, Any], rotated: int) -> PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": rotated / sizes["head_dim"]}
-    return _biased(MiniMaxM2ForCausalLM(MiniMaxM2Config(**sizes, num_local_experts=NUM_EXPERTS, rope_parameters=rope)))
+    return biased(MiniMaxM2ForCausalLM(MiniMaxM2Config(**sizes, num_local_experts=NUM_EXPERTS, rope_parameters=rope)))
 
 
 def _minimax_m2_config(config: dict[str, Any], rotated: int) -> dict[str, Any]:
@@ -271,7 +262,7 @@ def _glm4_moe(sizes: dict[str, Any], **fields: Any) -> PreTrainedModel:
         rope_parameters=rope,
         **fields,
     )
-    return _biased(Glm4MoeForCausalLM(config))
+    return biased(Glm4MoeForCausalLM(config))
 
 
 def _glm4_moe_config(config: dict[str, Any], **changes: Any) -> dict[str, Any]:

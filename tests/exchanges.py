@@ -155,17 +155,17 @@ def phases(
     size: int,
     step: int,
     padded_to: int = 0,
-    num_tokens_P: torch.Tensor | None = None,
 ) -> Iterator[None]:
-    """A step in pieces: what follows each `yield` is a phase."""
+    """A step in pieces: what follows each `yield` is a phase. `padded_to`: rows of every rank, of which only the first count."""
     width, dtype, home_width, home_dtype = FORMATS[case.form]
     (rows, physical), (expected, experts, offsets, unique), expected_home = _expected(case, rank, step, size)
-    x, ids = as_dtype(rows, dtype), torch.from_numpy(physical)
+    x, ids, counts = as_dtype(rows, dtype), torch.from_numpy(physical), [case.tokens_of(step, size)]
     if padded_to:
+        counts = [[padded_to] * size, torch.tensor([len(x)], dtype=torch.int32)]
         x = torch.cat((x, x.new_ones(padded_to - len(x), width)))
         ids = torch.cat((ids, ids.new_zeros(padded_to - len(ids), case.top_k)))
     yield
-    handle = all_to_all.dispatch_send(x, ids, case.tokens_of(step, size) if num_tokens_P is None else num_tokens_P)
+    handle = all_to_all.dispatch_send(x, ids, *counts)
     yield
     arrived = all_to_all.dispatch_recv(handle)
     assert arrived.expert_offsets.tolist() == offsets.tolist(), f"rank {rank}, step {step}"

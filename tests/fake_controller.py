@@ -16,8 +16,6 @@ from expertwire.engine.messages import (
     Failure,
     Hello,
     Message,
-    Outputs,
-    Rejected,
     Stats,
     Submit,
     Welcome,
@@ -25,7 +23,7 @@ from expertwire.engine.messages import (
     encode,
 )
 from expertwire.engine.request_options import RequestOptions
-from expertwire.scheduler.plan import FinishReason
+from expertwire.scheduler.plan import FinishReason, Rejection, StepOutputs
 from expertwire.scheduler.sampling_params import SamplingParams
 
 INFO = ModelInfo(
@@ -77,7 +75,7 @@ class PromptRow:
 
 def outputs(
     rows: list[Row], prompt_rows: list[PromptRow] = (), routed: list[tuple[int, int, int]] = (), step: int = 0
-) -> Outputs:
+) -> StepOutputs:
     """`routed`: of a request, that so many tokens went to an expert."""
 
     def offsets(items: list) -> np.ndarray:
@@ -86,9 +84,9 @@ def outputs(
     def flat(items: list, values: bool) -> list:
         return [entry for item in items for entry in (item.top.values() if values else item.top)]
 
-    return Outputs(
+    return StepOutputs(
         step=step,
-        id_O=np.array([row.id for row in rows], np.int64),
+        key_O=np.array([row.id for row in rows], np.int64),
         token_O=np.array([row.token for row in rows], np.int32),
         finish_O=np.array([row.finish for row in rows], np.uint8),
         num_cached_O=np.array([row.num_cached for row in rows], np.int32),
@@ -97,21 +95,17 @@ def outputs(
         top_offsets_O1=offsets(rows),
         top_ids=np.array(flat(rows, False), np.int32),
         top_logprobs=np.array(flat(rows, True), np.float32),
-        prompt_id_R=np.array([row.id for row in prompt_rows], np.int64),
+        prompt_key_R=np.array([row.id for row in prompt_rows], np.int64),
         prompt_position_R=np.array([row.position for row in prompt_rows], np.int32),
         prompt_logprob_R=np.array([row.logprob for row in prompt_rows], np.float32),
         prompt_token_rank_R=np.array([row.rank for row in prompt_rows], np.int32),
         prompt_top_offsets_R1=offsets(prompt_rows),
         prompt_top_ids=np.array(flat(prompt_rows, False), np.int32),
         prompt_top_logprobs=np.array(flat(prompt_rows, True), np.float32),
-        routed_id_C=np.array([wire for wire, _, _ in routed], np.int64),
+        routed_key_C=np.array([wire for wire, _, _ in routed], np.int64),
         routed_expert_C=np.array([expert for _, expert, _ in routed], np.int32),
         routed_tokens_C=np.array([tokens for _, _, tokens in routed], np.int32),
     )
-
-
-def rejected(wire: int, code: str, message: str, retry_after_s: float | None = None) -> Rejected:
-    return Rejected(ids=[wire], codes=[code], messages=[message], retry_after_s=[retry_after_s])
 
 
 def channel_pair() -> tuple[SocketChannel, SocketChannel]:
@@ -222,18 +216,16 @@ class ThreadController:
                 self._waiting.pop(wire, None)
                 self._running.pop(wire, None)
         elif isinstance(message, Submit):
-            offsets = message.token_offsets_Q1
-            for i, wire in enumerate(message.ids_Q.tolist()):
-                prompt = message.tokens[offsets[i] : offsets[i + 1]].tolist()
-                params = SamplingParams.from_dict(message.params[i])
-                self.options.append(RequestOptions(**message.options[i]))
-                self._admit(wire, _Running(prompt, int(message.branches_Q[i]), params))
+            params = SamplingParams.from_dict(message.params)
+            for branch, wire in enumerate(message.ids_B.tolist()):
+                self.options.append(RequestOptions(**message.options))
+                self._admit(wire, _Running(message.tokens.tolist(), branch, params))
 
     def _admit(self, wire: int, request: _Running) -> None:
         if request.prompt[0] == self._reject:
-            self._send(rejected(wire, "INVALID_ARGUMENT", "too many blocks"))
+            self._send(Rejection(wire, "INVALID_ARGUMENT", "too many blocks"))
         elif len(self._waiting) >= self._max_waiting:
-            self._send(rejected(wire, "RESOURCE_EXHAUSTED", "queue full"))
+            self._send(Rejection(wire, "RESOURCE_EXHAUSTED", "queue full"))
         else:
             self._waiting[wire] = request
             self.most_waiting = max(self.most_waiting, len(self._waiting))
@@ -245,7 +237,7 @@ class ThreadController:
         rows, prompt_rows = [], []
         for wire, request in list(self._running.items()):
             params, first = request.params, request.num_outputs == 0
-            if first and params.prompt_logprobs is not None:
+            if first and not request.branch and params.prompt_logprobs is not None:
                 prompt_rows += [PromptRow(wire, i, -float(i), 1) for i in range(1, len(request.prompt))]
             token = next_token(request.prompt, request.branch, request.num_outputs)
             request.num_outputs += 1

@@ -138,3 +138,11 @@ def _compare_position(case: Case, position: int, entries: dict, token: int, tall
     )
     if not ok:
         tally.failures.append(f"prompt of {len(case.ids)}: log-probabilities at {position} differ by {worst:.2e}")
+
+
+def bits(output):
+    """Of a request's one output: its tokens and all log-probabilities, the prompt's too, to be compared bit by bit."""
+    [completion] = output.outputs
+    entries = [*output.prompt_logprobs[1:], *completion.logprobs]
+    values = np.array([entry.logprob for at in entries for entry in at.values()], np.float32)
+    return list(completion.token_ids), [list(at) for at in entries], values.tobytes()

@@ -37,8 +37,9 @@ class RankModel(_RankModel):
                 self.model.layers[i] = layer = replace(layer, moe=moe)
             attention = layer.attention.__self__
             if getattr(attention, "index", None) is not None:
-                watched_ops = replace(attention.ops, choose_positions=_watched_choice(attention.ops, near))
-                attention = replace(attention, index=replace(attention.index, ops=watched_ops))
+                ops = attention.context.ops
+                watched = replace(attention.context, ops=replace(ops, choose_positions=_watched_choice(ops, near)))
+                attention = replace(attention, index=replace(attention.index, context=watched))
                 self.model.layers[i] = replace(layer, attention=attention.forward)
 
         def tell() -> bool:

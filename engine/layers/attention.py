@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from expertwire.engine.family import Names
-from expertwire.engine.layers.step import Step
+from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.layout import Layout, Parameters
 from expertwire.engine.model_config import Attention
 from expertwire.kernels import attention as kernels
 from expertwire.kernels.linear import Linear
-from expertwire.kernels.registry import Ops
 from expertwire.kernels.variants import Rope
 
 
@@ -45,34 +44,31 @@ class GroupedQueryAttention:
     """Query, key and value projections are one product; so are the norms of query and key heads. `fused` does all in one call."""
 
     config: Attention
+    context: LayerContext
     rope: Rope  # of size 0 where nothing is rotated
-    ops: Ops
-    layer: int
-    cache: int  # which of the model's caches
-    eps: float
     qkv: Linear
     row_norms: tuple[Tensor, Tensor] | None  # of the whole query's and key's projections, [H * d] and [G * d]
     head_norms: Tensor | None  # [H + G, d]
     sinks: Tensor | None
     output: Linear
-    norm: Tensor
     fused: kernels.Fused | None
 
     def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """x plus the attention of its norm, and the norm of that."""
-        c, batch = self.config, step.batch
-        rows, (k_cache, v_cache) = step.cache(self.cache, self.layer)
+        c, context, batch = self.config, self.context, step.batch
+        [cache] = context.caches
+        rows, (k_cache, v_cache) = step.cache(cache, context.layer)
         tables = step.tables[self.rope]
         if self.fused is not None:
             places = tables, batch.positions_T, rows.slot_mapping_T, rows.sequences
             fused = self.fused
-            shared = step.shared((self.rope, self.cache), lambda: fused.step(*places))
+            shared = step.shared((self.rope, cache), lambda: fused.step(*places))
             return fused(x_TD, normed_TD, k_cache, v_cache, shared)
         qkv_Thd = self._normed_rows(self.qkv(normed_TD)).unflatten(1, (-1, c.head_dim))
-        q_THd = self.ops.rotate_and_store(
+        q_THd = context.ops.rotate_and_store(
             qkv_Thd,
             self.head_norms,
-            self.eps,
+            context.eps,
             tables,
             batch.positions_T,
             rows.slot_mapping_T,
@@ -82,7 +78,7 @@ class GroupedQueryAttention:
         )
         if c.query_scaling is not None:
             q_THd = (q_THd * step.query_scales(c.query_scaling)).to(x_TD.dtype)
-        attended_THd = self.ops.attend(
+        attended_THd = context.ops.attend(
             q_THd,
             k_cache,
             v_cache,
@@ -92,52 +88,50 @@ class GroupedQueryAttention:
             chunk=c.chunk or 0,
             sinks_H=self.sinks,
         )
-        return self.ops.add_rms_norm(x_TD, self.output(attended_THd.flatten(1)), self.norm, self.eps)
+        return context.ops.add_rms_norm(x_TD, self.output(attended_THd.flatten(1)), context.norm, context.eps)
 
     def _normed_rows(self, qkv_TX: Tensor) -> Tensor:
         if self.row_norms is None:
             return qkv_TX
         q_TX, k_TX, v_TX = qkv_TX.split(self.config.qkv_sizes, dim=1)
-        q_weight, k_weight = self.row_norms
-        return torch.cat(
-            (
-                self.ops.rms_norm(q_TX.contiguous(), q_weight, self.eps),
-                self.ops.rms_norm(k_TX.contiguous(), k_weight, self.eps),
-                v_TX,
-            ),
-            dim=1,
-        )
+        (q_weight, k_weight), rms_norm, eps = self.row_norms, self.context.ops.rms_norm, self.context.eps
+        normed = rms_norm(q_TX.contiguous(), q_weight, eps), rms_norm(k_TX.contiguous(), k_weight, eps)
+        return torch.cat((*normed, v_TX), dim=1)
 
 
-def bind(
-    p: Parameters, config: Attention, norm: Tensor, eps: float, ops: Ops, dtype: torch.dtype, layer: int, cache: int
-) -> GroupedQueryAttention:
-    """Of the parameters that `declare` declared; `norm` is the one behind it."""
-    row_norms, head_norms = None, None
+def bind(p: Parameters, config: Attention, context: LayerContext) -> GroupedQueryAttention:
+    """Of the parameters that `declare` declared."""
+    ops, dtype, row_norms, head_norms = context.ops, context.dtype, None, None
     if config.qk_norm == "row":
         row_norms = p.tensor("q_norm"), p.tensor("k_norm")
     elif config.qk_norm != "none":
-        head_norms = _head_norms(p, config, norm)
+        head_norms = _head_norms(p, config, context.norm)
     qkv = ops.linear(p.weight("qkv"), p.maybe("qkv_bias"), dtype=dtype)
     output = ops.linear(p.weight("o"), p.maybe("o_bias"), dtype=dtype)
     sinks, rope, fused = p.maybe("sinks"), rope_of(config), None
     if row_norms is None and config.query_scaling is None and not ops.on_device:
-        variant = {"scale": config.scale, "window": config.window or 0, "chunk": config.chunk or 0, "sinks_H": sinks}
-        given = qkv, output, head_norms, norm, eps, config.head_dim
-        fused = kernels.fuse(*given, interleaved=rope.interleaved, **variant)
+        fused = kernels.fuse(
+            qkv,
+            output,
+            head_norms,
+            context.norm,
+            context.eps,
+            config.head_dim,
+            interleaved=rope.interleaved,
+            scale=config.scale,
+            window=config.window or 0,
+            chunk=config.chunk or 0,
+            sinks_H=sinks,
+        )
     return GroupedQueryAttention(
         config=config,
+        context=context,
         rope=rope,
-        ops=ops,
-        layer=layer,
-        cache=cache,
-        eps=eps,
         qkv=qkv,
         row_norms=row_norms,
         head_norms=head_norms,
         sinks=sinks,
         output=output,
-        norm=norm,
         fused=fused,
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertwire.engine.family import Names
-from expertwire.engine.layers.step import Step
+from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.layout import Layout, Parameters
 from expertwire.engine.model_config import Indexer, LatentAttention
 from expertwire.kernels import attention, heads, mla, rotary
@@ -19,7 +19,6 @@ from expertwire.kernels.attention import Sequences
 from expertwire.kernels.formats import dequantize
 from expertwire.kernels.heads import PerHead
 from expertwire.kernels.linear import Linear
-from expertwire.kernels.registry import Ops
 
 _INDEX_EPS = 1e-6
 
@@ -57,9 +56,7 @@ class SparseIndex:
     """Which positions a token attends to."""
 
     config: Indexer
-    ops: Ops
-    layer: int
-    cache: int
+    context: LayerContext
     query: Linear
     key: Linear
     norm: tuple[Tensor, Tensor]
@@ -67,10 +64,10 @@ class SparseIndex:
 
     def choose(self, query_TQ: Tensor, normed_TD: Tensor, step: Step) -> Tensor:
         """i64 [T, top_k], as `kernels.index`; of the compressed query and the layer's input."""
-        c = self.config
-        rows, (index_cache,) = step.cache(self.cache, self.layer)
+        c, ops = self.config, self.context.ops
+        rows, (index_cache,) = step.cache(self.context.caches[1], self.context.layer)
         q_THd = self.query(query_TQ).unflatten(1, (c.num_heads, c.head_dim))
-        q_THd = self.ops.rotate_and_store_index(
+        q_THd = ops.rotate_and_store_index(
             q_THd,
             self.key(normed_TD),
             self.norm,
@@ -82,7 +79,7 @@ class SparseIndex:
             interleaved=c.rope.interleaved,
         )
         weights_TH = self.weights(normed_TD).float() * (c.num_heads * c.head_dim) ** -0.5
-        return self.ops.choose_positions(q_THd, weights_TH, index_cache, rows.sequences, c.top_k)
+        return ops.choose_positions(q_THd, weights_TH, index_cache, rows.sequences, c.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +87,7 @@ class LatentQueryAttention:
     """`compress` is the first of two query projections, with its norm; `expand`: for prompts, where they need not be absorbed."""
 
     config: LatentAttention
-    ops: Ops
-    layer: int
-    cache: int
-    eps: float
+    context: LayerContext  # whose first cache has the latents, and the second the index keys
     scale: float
     compress: tuple[Linear, Tensor] | None
     query: Linear
@@ -104,16 +98,15 @@ class LatentQueryAttention:
     expand: Linear | None  # [X, C] -> [X, H * (n + v)]
     index: SparseIndex | None
     output: Linear
-    norm: Tensor
 
     def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """x plus the attention of its norm, and the norm of that."""
-        c, batch = self.config, step.batch
-        rows, (cache,) = step.cache(self.cache, self.layer)
+        c, context, batch = self.config, self.context, step.batch
+        rows, (cache,) = step.cache(context.caches[0], context.layer)
         query_TQ = self._compressed(normed_TD)
         q_THq = self.query(query_TQ).unflatten(1, (c.num_heads, -1))
         plain_THn, rotated_THr = q_THq.split((c.plain_dim, c.rope.size), dim=2)
-        rotated_THr = self.ops.rotate_and_store_latent(
+        rotated_THr = context.ops.rotate_and_store_latent(
             rotated_THr.contiguous(),
             self.latent(normed_TD),
             self.latent_norm,
@@ -129,7 +122,7 @@ class LatentQueryAttention:
             plain_THn, rotated_THr = ((part * scales).to(x_TD.dtype) for part in (plain_THn, rotated_THr))
         chosen = self.index.choose(query_TQ, normed_TD, step) if self.index is not None else None
         attended_THv = self._attended(plain_THn, rotated_THr, cache, rows.sequences, chosen)
-        return self.ops.add_rms_norm(x_TD, self.output(attended_THv.flatten(1)), self.norm, self.eps)
+        return context.ops.add_rms_norm(x_TD, self.output(attended_THv.flatten(1)), context.norm, context.eps)
 
     def _attended(
         self, plain_THn: Tensor, rotated_THr: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
@@ -145,7 +138,7 @@ class LatentQueryAttention:
             rank=self.config.rank,
             scale=self.scale,
             expand=self.expand,
-            attend=self.ops.attend,
+            attend=self.context.ops.attend,
         )
         if num == 0:
             return prompts_THv
@@ -157,43 +150,28 @@ class LatentQueryAttention:
     ) -> Tensor:
         q_THl = torch.cat((self.absorb(plain_THn.contiguous()), rotated_THr), dim=2)
         rank, scale = self.config.rank, self.scale
-        return self.value(self.ops.attend_latent(q_THl, cache, seqs, rank=rank, scale=scale, chosen=chosen))
+        return self.value(self.context.ops.attend_latent(q_THl, cache, seqs, rank=rank, scale=scale, chosen=chosen))
 
     def _compressed(self, normed_TD: Tensor) -> Tensor:
         if self.compress is None:
             return normed_TD
         project, norm = self.compress
-        return self.ops.rms_norm(project(normed_TD), norm, self.config.norm_eps)
+        return self.context.ops.rms_norm(project(normed_TD), norm, self.config.norm_eps)
 
 
-def bind(
-    p: Parameters,
-    config: LatentAttention,
-    norm: Tensor,
-    eps: float,
-    ops: Ops,
-    dtype: torch.dtype,
-    layer: int,
-    caches: tuple[int, int | None],
-) -> LatentQueryAttention:
-    """Of the parameters that `declare` declared; `norm` is the one behind it; `caches`: of latents and of index keys."""
-    c = config
-    compress = None
+def bind(p: Parameters, config: LatentAttention, context: LayerContext) -> LatentQueryAttention:
+    """Of the parameters that `declare` declared."""
+    c, ops, dtype, compress, index = config, context.ops, context.dtype, None, None
     if c.query_rank is not None:
         compress = ops.linear(p.weight("q_a"), dtype=dtype), p.tensor("q_a_norm")
     kv_b_HxC = dequantize(p.weight("kv_b"), dtype).unflatten(0, (c.num_heads, -1))
     key_HnC, value_HvC = kv_b_HxC.split((c.plain_dim, c.value_dim), dim=1)
     expand = ops.linear(kv_b_HxC.flatten(0, 1), dtype=dtype) if ops.fast and c.indexer is None else None
-    index = None
     if c.indexer is not None:
-        assert caches[1] is not None, f"layer {layer} has an indexer but no cache for it"
-        index = _bind_indexer(p.within("indexer."), c.indexer, ops, dtype, layer, caches[1])
+        index = _bind_indexer(p.within("indexer."), c.indexer, context)
     return LatentQueryAttention(
         config=config,
-        ops=ops,
-        layer=layer,
-        cache=caches[0],
-        eps=eps,
+        context=context,
         scale=c.scale or rotary.softmax_scale(c.plain_dim + c.rope.size, c.rope.scaling),
         compress=compress,
         query=ops.linear(p.weight("q"), dtype=dtype),
@@ -204,18 +182,10 @@ def bind(
         expand=expand,
         index=index,
         output=ops.linear(p.weight("o"), dtype=dtype),
-        norm=norm,
     )
 
 
-def _bind_indexer(p: Parameters, config: Indexer, ops: Ops, dtype: torch.dtype, layer: int, cache: int) -> SparseIndex:
-    return SparseIndex(
-        config=config,
-        ops=ops,
-        layer=layer,
-        cache=cache,
-        query=ops.linear(p.weight("q"), dtype=dtype),
-        key=ops.linear(p.weight("k"), dtype=dtype),
-        norm=(p.tensor("k_norm"), p.tensor("k_norm_bias")),
-        weights=ops.linear(p.weight("weights"), dtype=dtype),
-    )
+def _bind_indexer(p: Parameters, config: Indexer, context: LayerContext) -> SparseIndex:
+    query, key, weights = (context.ops.linear(p.weight(name), dtype=context.dtype) for name in ("q", "k", "weights"))
+    norm = p.tensor("k_norm"), p.tensor("k_norm_bias")
+    return SparseIndex(config=config, context=context, query=query, key=key, norm=norm, weights=weights)

@@ -34,6 +34,23 @@ class RankContext:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerContext:
+    """Where a layer's attention stands in its model.
+
+    Attributes:
+        caches: of the model's, those that the layer writes, in their order.
+        norm: the one behind attention, [D]; `eps` is its.
+    """
+
+    ops: Ops
+    dtype: torch.dtype
+    layer: int
+    caches: tuple[int, ...]
+    norm: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """A step's batch, the caches, and what several layers compute alike."""
 

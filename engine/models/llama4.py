@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from expertwire.engine import readers
 from expertwire.engine.family import Family, Names
-from expertwire.engine.fields import Fields, is_int
+from expertwire.engine.fields import Fields
 from expertwire.engine.model_config import Attention, Layer, Mlp, Moe, QueryScaling, Skipped
+from expertwire.scheduler.checks import is_int
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:

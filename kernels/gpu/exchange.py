@@ -66,10 +66,10 @@ def store_row(address, row, scales, start, WORDS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def num_valid_rows(valid_ptr, me, num_tokens, LIMITED: tl.constexpr):
+def num_valid_rows(valid_ptr, num_tokens, LIMITED: tl.constexpr):
     """How many rows count."""
     if LIMITED:
-        num_tokens = tl.minimum(num_tokens, tl.load(valid_ptr + me))
+        num_tokens = tl.minimum(num_tokens, tl.load(valid_ptr))
     return num_tokens
 
 
@@ -80,7 +80,6 @@ def plan_kernel(
     target_ptr,
     counts_ptr,
     valid_ptr,
-    me,
     num_tokens,
     max_tokens,
     K: tl.constexpr,
@@ -93,7 +92,7 @@ def plan_kernel(
     wait_for_previous()
     peer = tl.program_id(0)
     first, last = tl.load(rank_offsets_ptr + peer), tl.load(rank_offsets_ptr + peer + 1)
-    num_valid = num_valid_rows(valid_ptr, me, num_tokens, LIMITED)
+    num_valid = num_valid_rows(valid_ptr, num_tokens, LIMITED)
     k = tl.arange(0, K_BLOCK)[None, :]
     taken = tl.full([], 0, tl.int32)
     for start in range(0, num_valid, TOKENS):
@@ -137,7 +136,7 @@ def send_kernel(
     LIMITED: tl.constexpr,
 ):
     wait_for_previous()
-    for t in range(tl.program_id(0), num_valid_rows(valid_ptr, me, num_tokens, LIMITED), tl.num_programs(0)):
+    for t in range(tl.program_id(0), num_valid_rows(valid_ptr, num_tokens, LIMITED), tl.num_programs(0)):
         _send_routes(ids_ptr, target_ptr, peers_ptr, t, me, max_tokens, routes_at, K, K_BLOCK)
         for start in range(0, COLUMNS if COLUMNS > 0 else WORDS, BLOCK):
             row, scales = as_sent(load_row(x_ptr, t, start, True, WORDS, COLUMNS, BLOCK), COLUMNS)
@@ -358,7 +357,7 @@ def _cases_of(
     rows = {"WORDS": words, "COLUMNS": columns, "HOME_WORDS": home_words, "BLOCK": block, "K_BLOCK": power(top_k + 1)}
     back = {"WORDS": home_words, "BLOCK": home_block, "RANKS": power(ranks)}
     return [
-        case(plan_kernel, {**plan, "me": 3, "num_tokens": tokens, "max_tokens": tokens}, k | tile, wide=False),
+        case(plan_kernel, {**plan, "num_tokens": tokens, "max_tokens": tokens}, k | tile, wide=False),
         case(
             send_kernel,
             {**send, "num_tokens": tokens, "max_tokens": tokens, **regions},

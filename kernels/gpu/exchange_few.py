@@ -56,7 +56,7 @@ def send_few_kernel(
     LIMITED: tl.constexpr,
 ):
     wait_for_previous()
-    t, num_valid = tl.program_id(0), num_valid_rows(valid_ptr, me, num_tokens, LIMITED)
+    t, num_valid = tl.program_id(0), num_valid_rows(valid_ptr, num_tokens, LIMITED)
     given = load_row(x_ptr, t, 0, t < num_valid, WORDS, COLUMNS, BLOCK)  # on its way while it is found where it goes
     token, i = tl.arange(0, TOKENS)[:, None], tl.arange(0, K_BLOCK)[None, :]
     ids = tl.load(ids_ptr + token * K + i, mask=(token < num_valid) & (i < K), other=-1).to(tl.int32)

@@ -9,6 +9,7 @@ U tokens with a row here, R routed rows, D model width, F expert width, e local 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ class GpuExperts:
     bias13_eF: Tensor | None
     bias2_eD: Tensor | None
     device: Device
+    expected: float = 1.0  # of the rows that there can be
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -51,12 +53,14 @@ class GpuExperts:
         home_R: Tensor | None = None,
         tile_map: TileMap | None = None,
     ) -> Tensor:
-        """Given offsets on the host, it copies them."""
+        """Given offsets on the host, it copies them, and all rows are there."""
+        format, planned = self.w13.format, len(row_index_R)
         if isinstance(offsets, np.ndarray):
             offsets = torch.from_numpy(offsets.astype(np.int32)).to(x_UD.device)
+        else:
+            planned = math.ceil(self.expected * planned)
         if home_R is None:
             home_R = torch.arange(len(row_index_R), dtype=torch.int32, device=x_UD.device)
-        format, planned = self.w13.format, len(row_index_R)
         tokens = tiles.token_tile(format, planned, len(offsets) - 1)
         fitting = tile_map if tile_map is not None and tile_map.token_tile == tokens else None
         rows = tiles.Rows.of(row_index_R.int(), home_R, offsets, planned, format, fitting)
@@ -73,7 +77,7 @@ class GpuExperts:
             out_dtype=dtype,
         )
         hidden, hidden_scales = _operand(hidden_RF, self.w2, rows, None)
-        out_RD = x_UD.new_empty(planned, self.w2.shape[1], dtype=dtype)
+        out_RD = x_UD.new_empty(len(row_index_R), self.w2.shape[1], dtype=dtype)
         return grouped_gemm.w2(
             hidden, rows, self.w2, out_RD, self.device, bias_eD=self.bias2_eD, x_scales=hidden_scales
         )
@@ -82,15 +86,17 @@ class GpuExperts:
 def _operand(
     x: Tensor, weights: ExpertWeights, rows: tiles.Rows, row_index_R: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows, and their scales, as a product with these weights takes them; without an index they are routed rows."""
-    format = weights.format
+    """Rows, and their scales, as a product with these weights takes them; without an index they are the routed rows."""
+    format, num_rows = weights.format, rows.expert_offsets[-1:] if row_index_R is None else None
     assert x.dtype != torch.uint8 or format == "fp8_block", f"packed rows meet weights of format {format}"
     if format == "fp8_block":
         packed = x.dtype == torch.uint8
-        values, scales = unpack(x, weights.shape[2]) if packed else quantize.quantize(x, formats.BLOCK)
+        values, scales = (
+            unpack(x, weights.shape[2]) if packed else quantize.quantize(x, formats.BLOCK, num_rows=num_rows)
+        )
         return values, tiles.tile_scales(scales, row_index_R, rows.expert_offsets, rows.tile_map)
     if format == "fp8_row":
-        values, scales = quantize.quantize(x, x.shape[1])
+        values, scales = quantize.quantize(x, x.shape[1], num_rows=num_rows)
         return values, scales[:, 0]
     return x, None
 
@@ -103,8 +109,9 @@ def prepare(
     activation: Activation | None = None,
     bias13_eF: Tensor | None = None,
     bias2_eD: Tensor | None = None,
+    expected: float = 1.0,
 ) -> GroupedMlp:
-    """A callable for these weights, [e, 2F, D], gate rows over up rows, and [e, D, F].
+    """A callable for these weights, [e, 2F, D], gate rows over up rows, and [e, D, F]. Tiles are for the share `expected` of R.
 
     Raises:
         ValueError: gate and up of an "nvfp4" expert have different global scales.
@@ -119,6 +126,7 @@ def prepare(
         bias13_eF=bias13_eF,
         bias2_eD=bias2_eD,
         device=device,
+        expected=expected,
     )
 
 

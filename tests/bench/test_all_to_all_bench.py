@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.bench import all_to_all
+from expertwire.bench import all_to_all, all_to_all_text
 from expertwire.bench.all_to_all_ranks import BACKENDS, Candidate, Setting
 from expertwire.comm import a2a_model, topology_table
 from expertwire.comm.group import NcclOptions
@@ -63,7 +63,7 @@ def test_rows_without_whole_groups_cannot_go_out_in_fp8(capsys):
 def answers(us):
     """Of two ranks and one candidate: us [2 ranks][steps][dispatch, combine]."""
     traffic = [[{"unique": 1.0, "sent": 4.0, "wire": wire * phase} for phase in (1, 2)] for wire in (2e3, 3e3)]
-    same = {"candidate": "nccl", "backend": "nccl", "format": "bf16", "nccl": {}, "tokens": 4}
+    same = {"candidate": "nccl", "backend": "nccl", "format": "bf16", "nccl": {}, "graph": False, "tokens": 4}
     return [[same | {"us": us[rank], "bytes": traffic[rank], "copy_gb_s": 2.0 - rank}] for rank in (0, 1)]
 
 
@@ -101,6 +101,30 @@ def test_a_sweep_on_gpus_tries_limits_of_thread_blocks_and_copy_engines(monkeypa
     assert ("nvlink" in names) == reached
     assert len(names) == len(set(names))
     assert str(Candidate(backend="nccl", nccl=NcclOptions(min_ctas=2, max_ctas=4))) == "nccl min_ctas=2 max_ctas=4"
+
+
+def test_on_gpus_graphs_are_beside_launches():
+    names = [str(candidate) for candidate in all_to_all._candidates(BACKENDS, ["bf16", "fp8"], "cuda")]
+    assert {"nvlink", "nvlink graph", "nvlink fp8 graph", "padded graph", "nccl fp8"} <= set(names)
+    assert not {"nccl graph", "reference graph", "padded fp8"} & set(names)
+
+
+def test_what_is_checked_has_no_times():
+    machine = {"name": "an H200", "label": "too few GPUs to measure anything"}
+    setting = {"hidden_size": 16, "top_k": 8, "num_experts": 256, "routing": "uniform", "runs": 3, "steps": 10}
+    checked = [{"ranks": 4, "tokens": 32, "format": "bf16", "graph": graph, "steps": 10} for graph in (False, True)]
+    text = "\n".join(all_to_all_text.measured({"machine": machine, "setting": setting, "rows": [], "checked": checked}))
+    assert "correctness only, no times" in text
+    assert "from graphs" in text
+    assert "GB/s" not in text
+
+
+@pytest.mark.parametrize("options", [["--sweep", "table.json"], ["--backends", "nccl"]])
+def test_ranks_that_share_a_gpu_are_not_measured(monkeypatch, capsys, options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cli.main(["bench", "all-to-all", *SMALL, *options]) == 2
+    assert "--ranks must be in [1, 1], the GPUs here, got [2]; several ranks on one GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--tokens", "--ranks", "--steps", "--hidden-size"])

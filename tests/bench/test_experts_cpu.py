@@ -7,14 +7,6 @@ from expertwire.bench import experts_cpu
 from expertwire.bench.experts_cpu import D, E, F, K
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", experts_cpu.DTYPES, ids=str)
 def test_rows_of_a_measurement(dtype):
     with torch.inference_mode():

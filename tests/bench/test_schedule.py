@@ -14,10 +14,9 @@ import pytest
 
 from expertwire.bench import schedule, schedule_cost, schedule_peer, schedule_placements, timeline
 from expertwire.bench.schedule_log import replay
-from expertwire.bench.simulation import EOS, Simulation, StepModel
+from expertwire.bench.simulation import EOS, LEFT, Simulation, StepModel
 from expertwire.bench.traces import TRACES, Lengths, Poisson
 from expertwire.scheduler.plan import FinishReason
-from expertwire.scheduler.policy import PolicyConfig
 from expertwire.scheduler.scheduler import SchedulerConfig
 
 SHORT = {
@@ -49,7 +48,7 @@ def simulate(trace: Poisson, overlap=True, record=None, placement=None, **change
         config(**changes),
         model=StepModel(),
         overlap=overlap,
-        policy=PolicyConfig(),
+        policy="fcfs",
         record=record,
         placement=placement,
     )
@@ -89,7 +88,7 @@ def test_a_pool_too_small_preempts_and_answers_the_same():
 def test_clients_that_leave_are_neither_served_nor_counted():
     simulation = simulate(short("poisson", rate=200.0, abort_share=0.5, patience_s=0.1))
     rows = simulation.outcome.served
-    gone = rows["finish"] == FinishReason.ABORT
+    gone = rows["finish"] == LEFT
     assert 5 < gone.sum() < 25
     result = schedule.report(simulation, 100.0, 100.0)
     assert result["aborted"] == gone.sum()

@@ -45,6 +45,7 @@ def test_rows_travel_as_with_the_reference(tokens, top_k, choice):
 def test_what_only_fills_up_reaches_no_expert():
     ids = torch.arange(12).view(6, 2) % E
     local = LocalAllToAll(make(2), permute.reference)
-    arrived = local.dispatch_recv(local.dispatch_send(torch.zeros(6, D), ids, torch.tensor([4], dtype=torch.int32)))
+    sent = local.dispatch_send(torch.zeros(6, D), ids, [6], torch.tensor([4], dtype=torch.int32))
+    arrived = local.dispatch_recv(sent)
     assert int(arrived.expert_offsets[-1]) == 8
     assert sorted(arrived.home_R.tolist()) == [-1] * 4 + list(range(8))

@@ -60,9 +60,8 @@ def count_on_device(group, case, steps):
         expected, experts, offsets, _ = case.arriving(group.rank, step, group.size)
         x = torch.cat([as_dtype(rows, torch.float32), torch.full((2, 24), 7.0)])
         ids = torch.cat([torch.from_numpy(physical), torch.zeros(2, case.top_k, dtype=torch.int64)])
-        counts = torch.tensor(case.tokens_of(step, group.size), dtype=torch.int32)
-        # All ranks' counts, or one's own alone.
-        handle = all_to_all.dispatch_send(x, ids, counts if step % 2 else counts[group.rank : group.rank + 1])
+        sizes = [num + 2 for num in case.tokens_of(step, group.size)]
+        handle = all_to_all.dispatch_send(x, ids, sizes, torch.tensor([len(rows)], dtype=torch.int32))
         arrived = all_to_all.dispatch_recv(handle)
         assert arrived.expert_offsets.tolist() == offsets.tolist()
         here = slice(0, offsets[-1])

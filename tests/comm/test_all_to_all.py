@@ -25,7 +25,7 @@ from expertwire.moe.placement import place
 RUNS = [
     *(("processes", size, backend) for size in (1, 2, 4, 8) for backend in ("reference", "nvlink over shared memory")),
     *(("processes", size, "nccl over gloo") for size in (2, 4, 8)),
-    *(("threads", size, "nvlink over slices") for size in (1, 2, 3, 8)),
+    *(("threads", size, "nvlink over slices") for size in (1, 2, 3, 4, 8)),
 ]
 D, F = 24, 16
 
@@ -103,13 +103,11 @@ def ranks(pools, request):
     return pools(*request.param)
 
 
-def _one(kind, size, backend):
-    """Over gloo, two and eight ranks show what four do."""
-    marks = [pytest.mark.full] if size == 4 and not backend.startswith("nvlink") else []
-    return pytest.param((kind, size), backend, id=f"{backend}, {size} ranks", marks=marks)
-
-
-every_run = pytest.mark.parametrize(("ranks", "backend"), [_one(*run) for run in RUNS], indirect=["ranks"])
+every_run = pytest.mark.parametrize(
+    ("ranks", "backend"),
+    [pytest.param((kind, size), backend, id=f"{backend}, {size} ranks") for kind, size, backend in RUNS],
+    indirect=["ranks"],
+)
 
 
 def placed(case, size):

@@ -47,6 +47,25 @@ def test_a_file_is_read_written_and_drawn(tmp_path, capsys):
     assert "hottest" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("num_experts", [2, 300])
+def test_the_picture_is_whole(tmp_path, monkeypatch, num_experts):
+    """Its title fits, and a layer without experts is not drawn as one of cold experts."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    load = ExpertLoad(place(num_experts, 2), 3)
+    load.add(np.array([[1], [0], [1]]) * np.arange(num_experts))
+    experts.save_png(load.summary(), tmp_path / "load.png")
+    [picture] = drawn
+    picture.draw_without_rendering()
+    [title] = picture.texts
+    box = title.get_window_extent()
+    assert (box.x0, box.y0) > (0, 0)
+    assert box.x1 < picture.bbox.x1
+    assert box.y1 < picture.bbox.y1
+    assert picture.axes[0].images[0].get_array().mask.all(axis=1).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

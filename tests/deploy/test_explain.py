@@ -40,6 +40,7 @@ QWEN = str(CONFIGS / "qwen3-30b-a3b")
 
 def test_the_all_to_all_and_what_it_moves(capsys):
     found = lines(capsys, QWEN, "--device", "b200", "--ep-size", "64")
+    assert found[-4] == "rows go out as they are; steps of single tokens replay CUDA graphs"
     assert found[-3] == "nvl72: 64 ranks on 16 nodes in 1 NVLink domain of 64"
     assert found[-2].startswith("all-to-all nvlink: all 64 ranks are in one NVLink domain")
     # 128 experts: 8 * 2 KiB rows come home, less those from the rank itself.
@@ -53,6 +54,7 @@ def test_a_topology_of_ones_own(capsys, tmp_path):
     path.write_text(json.dumps({"name": "boards", "domains": boards}))
     found = lines(capsys, QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path))
     assert found[-2].startswith("all-to-all nccl: the ranks are in 2 NVLink domains")
+    assert found[-4].endswith("the all-to-all's host counts rows, so that no step can replay a CUDA graph")
     options = [QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path), "--all-to-all", "nvlink"]
     assert cli.main(["explain", *options]) == 2
     error = capsys.readouterr().err
@@ -82,12 +84,14 @@ def test_measured_times_decide(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
-def test_rows_in_fp8_are_half_as_long_for_experts_that_read_them(capsys):
-    def leaving(*options):
-        last = lines(capsys, str(CONFIGS / "deepseek-v3"), "--device", "h200", "--ep-size", "8", *options)[-1]
-        return float(last.partition("saved; ")[2].partition(" KB leave")[0])
-
-    assert leaving("--dispatch-dtype", "fp8") / leaving() == pytest.approx(7392 / 14336, rel=0.01)
+def test_rows_go_out_in_fp8_to_experts_that_read_them(capsys):
+    """Asked for or not, as it changes no bit; others refuse it."""
+    for options in ([], ["--dispatch-dtype", "fp8"]):
+        found = lines(capsys, str(CONFIGS / "deepseek-v3"), "--device", "h200", "--ep-size", "8", *options)
+        assert found[-4].startswith("rows go out in fp8")
+        copies = float(found[-1].removeprefix("a token goes to ").partition(" ")[0])
+        leaving = float(found[-1].partition("saved; ")[2].partition(" KB leave")[0])
+        assert leaving == pytest.approx(7.392 * copies * 7 / 8, rel=0.01)
     assert cli.main(["explain", QWEN, "--device", "h200", "--ep-size", "8", "--dispatch-dtype", "fp8"]) == 2
     assert "experts of format fp8_block" in capsys.readouterr().err
 

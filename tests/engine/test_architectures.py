@@ -6,7 +6,6 @@ import chat_templates
 import numpy as np
 import pytest
 import tiny_checkpoints as tiny
-import torch
 import transformers
 from rank_model import RankModel, logits_of_rank
 from ranks import Ranks
@@ -19,14 +18,6 @@ NAMES = list(architectures.all_of_them())
 LENGTHS = (1, 17, 70, 300)
 TOLERANCE, NEAR_TIE, ROUTER_MARGIN = 1e-3, 2e-3, 2e-4
 NUM_TOKENS = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prompt(watched, near_tie, length):

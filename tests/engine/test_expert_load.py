@@ -12,7 +12,7 @@ import torch
 from expertwire import LLM, SamplingParams
 from expertwire.engine import controller
 from expertwire.engine.hub_config import read_model_config
-from expertwire.scheduler.outputs import StepOutputs
+from expertwire.scheduler.plan import StepOutputs
 
 VARIANT, TOP_K, BLOCK = "qwen3_moe", 2, 16
 LENGTHS, NUM_OUTPUT = (1, 17, 130), 8
@@ -137,7 +137,7 @@ def test_each_front_hears_of_its_own_requests():
     }
     outputs |= {"step": 0, **{name: np.array(values) for name, values in counts.items()}}
     told = controller._outputs_for(1, StepOutputs(**outputs), alone=False)
-    assert told.routed_id_C.tolist() == [5, 5]
+    assert told.routed_key_C.tolist() == [5, 5]
     assert (told.routed_expert_C.tolist(), told.routed_tokens_C.tolist()) == ([3, 5], [6, 8])
 
 

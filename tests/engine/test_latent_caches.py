@@ -2,7 +2,6 @@
 
 import architectures
 import tiny_checkpoints as tiny
-import torch
 from rank_model import RankModel
 
 from expertwire import LLM, SamplingParams
@@ -12,12 +11,9 @@ LENGTHS = (5, 41, 100, 200)  # the indexer chooses 32 positions
 
 
 def test_answers_are_those_of_one_request_alone():
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     folder = architectures.folder(NAME)
     prompts = [tiny.prompt(length, seed=length) for length in LENGTHS]
     expected = [RankModel(folder).greedy(ids, NUM_NEW) for ids in prompts]
-    torch.set_num_threads(torch_threads)
     sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
     options = {"block_size": BLOCK, "max_num_tokens": 64, "max_model_len": 256, "kv_cache_bytes": 1 << 20}
     with LLM(str(folder), launcher="local", threads_per_rank=1, **options) as llm:

@@ -252,7 +252,6 @@ def test_modelopts_file_beside_the_config_counts(tmp_path):
 
 
 def logits_of_rank(group, folder, ids):
-    torch.set_num_threads(1)
     return RankModel(folder, group=group).logits(ids)
 
 
@@ -262,10 +261,7 @@ def test_ranks_give_the_same_bits(tmp_path):
     with Ranks(2, timeout_s=200) as ranks:
         found = ranks.run(logits_of_rank, tmp_path, ids)
     assert np.array_equal(found[0], found[1])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert np.array_equal(found[0], RankModel(tmp_path).logits(ids))
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("suffix", [".weight_scale_inv", ".weight"])

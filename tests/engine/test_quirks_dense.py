@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from quirks import attention, rope, scaling, unread
 from rank_model import RankModel
 from safetensors.torch import load_file, save_file
 
 from expertwire.bench import rank_model as bench_rank_model
 from expertwire.engine.hub_config import read_model_config
-from expertwire.engine.model_config import Skipped
 from expertwire.kernels.variants import LongRope
 
 NUM_TOKENS = 150
@@ -25,41 +25,13 @@ AGREES, DIFFERS = 1e-3, 1e-2
 DENSE = ["llama", "mistral", "ministral3", "qwen3", "phi3", "phi4_mini", "phi4_mini_short"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def attention(*layers, **fields):
-    """Other fields of the attention of these layers, or of all; a callable makes a field of what it was."""
-
-    def changed(old):
-        return replace(old, **{name: value(old) if callable(value) else value for name, value in fields.items()})
-
-    def change(config):
-        found = [
-            replace(layer, attention=changed(layer.attention)) if not layers or i in layers else layer
-            for i, layer in enumerate(config.layers)
-        ]
-        return replace(config, layers=tuple(found))
-
-    return change
-
-
-def rope(**fields):
-    return attention(rope=lambda old: replace(old.rope, **fields))
-
-
-def scaling(**fields):
-    return attention(rope=lambda old: replace(old.rope, scaling=replace(old.rope.scaling, **fields)))
+def without_scaling_in_one_layer(config):
+    first, _, *others = config.layers
+    return replace(config, layers=(first, attention(query_scaling=None)(config).layers[1], *others))
 
 
 def without_head_norms(config):
-    unread = Skipped(pattern=r".*[qk]_norm\.weight", why="a test")
-    return replace(attention(qk_norm="none")(config), skipped=(unread,))
+    return unread(r".*[qk]_norm\.weight")(attention(qk_norm="none")(config))
 
 
 def other_list(config):
@@ -75,7 +47,7 @@ def all_rotated(config):
 
 CASES = {
     "8-ministral3-query-scaling": ("ministral3", attention(query_scaling=None)),
-    "8-ministral3-query-scaling-of-every-layer": ("ministral3", attention(1, query_scaling=None)),
+    "8-ministral3-query-scaling-of-every-layer": ("ministral3", without_scaling_in_one_layer),
     "8-ministral3-query-scaling-without-offset": (
         "ministral3",
         attention(query_scaling=lambda old: replace(old.query_scaling, offset=1)),

@@ -15,24 +15,16 @@ import numpy as np
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from quirks import attention, moe, rope, scaling, unread
 from rank_model import RankModel
 
 from expertwire.bench import rank_model as bench_rank_model
 from expertwire.engine.hub_config import read_model_config
-from expertwire.engine.model_config import Moe, Skipped
 from expertwire.kernels import registry, rotary
 from expertwire.kernels.variants import Rope, Yarn
 
 LENGTH = 90  # beyond YaRN's and the query scaling's 64 positions, and the 32 that an indexer chooses
 AGREE, DIFFER, ROUTER_MARGIN = 1e-3, 1e-2, 2e-4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -48,25 +40,6 @@ def reference(name):
     raise AssertionError(f"no prompt for {name} keeps away from ties")
 
 
-def attention(**changes):
-    def change(config):
-        layers = [replace(layer, attention=replace(layer.attention, **changes)) for layer in config.layers]
-        return replace(config, layers=tuple(layers))
-
-    return change
-
-
-def moe(**changes):
-    def change(config):
-        layers = [
-            replace(layer, mlp=replace(layer.mlp, **changes)) if isinstance(layer.mlp, Moe) else layer
-            for layer in config.layers
-        ]
-        return replace(config, layers=tuple(layers))
-
-    return change
-
-
 def groups_by(by):
     return lambda config: moe(groups=replace(config.moe.groups, by=by))(config)
 
@@ -78,18 +51,6 @@ def of_attention(config):
 def plain_scale(config):
     c = of_attention(config)
     return attention(scale=(c.plain_dim + c.rope.size) ** -0.5)(config)
-
-
-def halves(config):
-    return attention(rope=replace(of_attention(config).rope, interleaved=False))(config)
-
-
-def scaling(**changes):
-    def change(config):
-        rope = of_attention(config).rope
-        return attention(rope=replace(rope, scaling=replace(rope.scaling, **changes)))(config)
-
-    return change
 
 
 def default_factor(config):
@@ -106,8 +67,7 @@ def other_pairs_of_indexer(config):
 
 
 def without(pattern, change):
-    """Tensors that are then not read."""
-    return lambda config: replace(change(config), skipped=(*config.skipped, Skipped(pattern=pattern, why="")))
+    return lambda config: unread(pattern)(change(config))
 
 
 def tied(config):
@@ -129,7 +89,7 @@ CONFIGS = {
     "3-mscale-of-scores-v3": ("deepseek_v3", plain_scale),
     "3-mscale-of-scores-v2": ("deepseek_v2_lite", plain_scale),
     "3-ratio-of-mscales": ("deepseek_v3", default_factor),
-    "3-interleaved": ("deepseek_v3", halves),
+    "3-interleaved": ("deepseek_v3", rope(interleaved=False)),
     "4-eps-glm": ("glm4_moe_lite", attention(norm_eps=latent.EPS)),
     "4-eps-v2": ("deepseek_v2", attention(norm_eps=latent.EPS)),
     "5-indexer-v32": ("deepseek_v32", without(r".*\.indexer\..*", attention(indexer=None))),

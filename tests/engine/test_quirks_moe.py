@@ -14,67 +14,18 @@ import numpy as np
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from quirks import attention, moe, rope, scaling, unread
 from rank_model import RankModel
 
 from expertwire.bench import rank_model as bench_rank_model
 from expertwire.engine.hub_config import read_model_config
-from expertwire.engine.model_config import Mlp, QueryScaling, Skipped
+from expertwire.engine.model_config import QueryScaling
 from expertwire.engine.models import registry
 from expertwire.kernels.variants import Activation
 
 NUM_TOKENS = 70
 AGREES, DIFFERS = 1e-3, 1e-2
 ROUTER_MARGIN = 2e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# ---- ways to remove a quirk: of a config, another one
-
-
-def attention(where=lambda attention: True, **fields):
-    """Other fields of the attention layers where this holds; a callable makes a field of what it was."""
-
-    def change(config):
-        def changed(old):
-            if not where(old):
-                return old
-            return replace(old, **{name: value(old) if callable(value) else value for name, value in fields.items()})
-
-        layers = [replace(layer, attention=changed(layer.attention)) for layer in config.layers]
-        return replace(config, layers=tuple(layers))
-
-    return change
-
-
-def rope(**fields):
-    return attention(lambda old: old.rope is not None, rope=lambda old: replace(old.rope, **fields))
-
-
-def scaling(**fields):
-    return attention(rope=lambda old: replace(old.rope, scaling=replace(old.rope.scaling, **fields)))
-
-
-def moe(**fields):
-    def change(config):
-        layers = [
-            layer if isinstance(layer.mlp, Mlp) else replace(layer, mlp=replace(layer.mlp, **fields))
-            for layer in config.layers
-        ]
-        return replace(config, layers=tuple(layers))
-
-    return change
-
-
-def unread(pattern):
-    """Tensors that are then left over."""
-    return lambda config: replace(config, skipped=(*config.skipped, Skipped(pattern=pattern, why="a test")))
 
 
 class PlainUp(Activation):
@@ -85,7 +36,7 @@ class PlainUp(Activation):
         return (self.alpha, self.limit, 0.0)
 
 
-# ---- and of a bound model
+# ---- ways to remove a quirk of a bound model
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,7 @@ def serve(**options):
     ) as llm:
         for _ in range(ROUNDS):
             for output in llm.generate(PROMPTS, params, use_tqdm=False):
-                [completion] = output.outputs
-                entries = [*output.prompt_logprobs[1:], *completion.logprobs]
-                values = np.array([entry.logprob for at in entries for entry in at.values()], np.float32)
-                seen.append((list(completion.token_ids), [list(at) for at in entries], values.tobytes()))
+                seen.append(parity.bits(output))
         return seen, llm.stats()
 
 

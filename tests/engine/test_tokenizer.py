@@ -173,7 +173,7 @@ class TestBadFiles:
         with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
             Tokenizer.open(tmp_path)
 
-    @pytest.mark.parametrize(("content", "error"), [("{", "not valid JSON"), ("[]", "must hold a JSON object")])
+    @pytest.mark.parametrize(("content", "error"), [("{", "not valid JSON"), ("[]", "must be a JSON object")])
     def test_malformed_config(self, tmp_path, content, error):
         tokenizer_files.write(tmp_path, "word_level")
         (tmp_path / "tokenizer_config.json").write_text(content)

@@ -8,7 +8,6 @@ import parity
 import pytest
 import test_rebalance_live as live
 import tiny_checkpoints as tiny
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_model import RankModel
@@ -72,17 +71,12 @@ def test_parts_have_each_token_once_and_in_order(sequences, num_parts):
 )
 def test_every_architecture(name):
     """Also where sequences are cut in the middle of a window or a chunk, and with shared experts, index and latents."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        folder = architectures.folder(name)
-        whole, halves = RankModel(folder), RankModel(folder, num_parts=2)
-        for length in (2, 75):
-            ids = tiny.prompt(length, seed=length)
-            assert np.array_equal(halves.logits(ids), whole.logits(ids)), f"{length} tokens"
-            assert np.array_equal(halves.logits(ids, 7), whole.logits(ids)), f"{length} tokens, 7 at a time"
-    finally:
-        torch.set_num_threads(threads)
+    folder = architectures.folder(name)
+    whole, halves = RankModel(folder), RankModel(folder, num_parts=2)
+    for length in (2, 75):
+        ids = tiny.prompt(length, seed=length)
+        assert np.array_equal(halves.logits(ids), whole.logits(ids)), f"{length} tokens"
+        assert np.array_equal(halves.logits(ids, 7), whole.logits(ids)), f"{length} tokens, 7 at a time"
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,18 @@ def test_a_row_is_loaded_once_however_many_ranks_it_goes_to(compiled, name):
     loads, stores = row_accesses(case)
     assert code.widths("LDG", "LD")[16] == loads
     assert code.widths("STG", "ST")[16] >= stores * case.constexprs["K"]
+    assert not loads_in_loop_of_stores(code.ptx), "a row is loaded in the loop over the ranks it goes to"
+
+
+def loads_in_loop_of_stores(ptx):
+    """The 16-byte loads in the innermost loop that the first 16-byte stores are in: from a label to a jump back to it."""
+    labels = {match[1]: match.start() for match in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    jumps = [(labels[match[1]], match.start()) for match in re.finditer(r"\bbra(?:\.uni)? *\t*(\$\w+);", ptx)]
+    stored, *_ = find(r"st\.global\.v4", ptx)
+    around = [(start, end) for start, end in jumps if start < stored < end]
+    assert around, "no loop has the stores in it"
+    start, end = min(around, key=lambda loop: loop[1] - loop[0])
+    return [at for at in find(r"ld\.global\.v4", ptx) if start < at < end]
 
 
 @pytest.mark.parametrize("name", SENDS_OF_FEW)

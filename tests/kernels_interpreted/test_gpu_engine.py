@@ -1,9 +1,11 @@
-"""A rank's steps as on a GPU, all kernels interpreted, beside the same steps on the CPU: scheduler, slots, model, sampling."""
+"""A rank's steps as on a GPU, all kernels interpreted, beside the same steps on the CPU: scheduler, slots, model, sampling. Steps
+of single queries are captured, but for those of a request that has asked for its experts."""
 
 import numpy as np
 import pytest
 import tiny_checkpoints
 import torch
+from fake_graphs import FakeCapture
 
 from expertwire.comm.a2a_local import LocalAllToAll
 from expertwire.comm.a2a_reference import ReferenceAllToAll
@@ -29,7 +31,7 @@ SIZES = {"max_model_len": 64, "block_size": 16}
 NUM_BLOCKS, MAX_RUNNING = 17, 4
 
 
-def build(folder, ops, num_parts):
+def build(folder, ops, num_parts, capture):
     config = read_model_config(folder, "float32")
     placement = place(config.num_experts, 1) if any(config.sparse_layers) else None
     all_to_alls = ()
@@ -52,8 +54,8 @@ def build(folder, ops, num_parts):
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
     if ops.on_device:
         slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
-        runner = DeviceRunner(model=model, caches=caches, slots=slots, rank=0, num_ranks=1, num_parts=num_parts)
-        return config, runner
+        parts = {"num_ranks": 1, "num_parts": num_parts, "capture": capture}
+        return config, DeviceRunner(model=model, caches=caches, slots=slots, rank=0, **parts)
     slots = Slots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
     return config, Runner(model=model, caches=caches, slots=slots, rank=0)
 
@@ -65,16 +67,16 @@ def requests(folder):
 
     return [
         request(0, 5, max_tokens=4, logprobs=3, expert_load=True),
-        request(1, 20, max_tokens=3, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, logprobs=0),
+        request(1, 20, max_tokens=6, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, logprobs=0),
         request(2, 17, max_tokens=4, prompt_logprobs=2, repetition_penalty=1.5, frequency_penalty=0.3),
         request(3, 20, max_tokens=3, temperature=1.5, min_tokens=2, stop_token_ids=[3, 4], logit_bias={5: 2.0}),
         request(6, 33, max_tokens=2, logprobs=1),  # begins like 3 and 0, if that has been computed
     ]
 
 
-def serve(folder, ops, num_parts=1, num_requests=5):
+def serve(folder, ops, num_parts=1, num_requests=5, capture=None):
     """Tokens and log-probabilities by request, the ranks' load, and the experts of the request that has asked."""
-    config, runner = build(folder, ops, num_parts)
+    config, runner = build(folder, ops, num_parts, capture)
     if ops.on_device:
         runner.warm_up(max_num_tokens=8, max_running=2)
     scheduler = Scheduler(
@@ -116,7 +118,9 @@ def serve(folder, ops, num_parts=1, num_requests=5):
 def test_the_same_tokens_as_on_the_cpu(kind, num_parts, num_requests):
     folder = tiny_checkpoints.cached(kind, num_hidden_layers=2)  # one sparse, one dense
     expected = serve(folder, kernels.cpu(), num_requests=num_requests)
-    found = serve(folder, kernels.triton(describe("cpu")), num_parts, num_requests)
+    capture = FakeCapture()
+    found = serve(folder, kernels.triton(describe("cpu")), num_parts, num_requests, capture)
+    assert capture.replays > 0
     assert found[0] == expected[0]
     for part in (1, 2):
         assert found[part].keys() == expected[part].keys()

@@ -63,6 +63,21 @@ def test_experts(format, monkeypatch):
     assert any(tensor is bias13 for tensor in apply.weights)
 
 
+def test_tiles_are_for_the_rows_that_are_expected(monkeypatch):
+    """Of many that there can be, a few come, or all; the result is the same."""
+    seen, token_tile = [], gpu_experts.tiles.token_tile
+    monkeypatch.setattr(gpu_experts.tiles, "token_tile", lambda *args: seen.append(token_tile(*args)) or seen[-1])
+    weights, x = weights_of("dense", 96, 64), normal(9, 96, seed=5)
+    index, found = torch.zeros(400, dtype=torch.int32), []
+    index[:20] = torch.randint(9, (20,), generator=torch.Generator().manual_seed(6))
+    for expected in (1.0, 0.05):
+        apply = gpu_experts.prepare(*weights, device=DEVICE, expected=expected)
+        found.append(apply(x, index, OFFSETS, torch.arange(400).int()))
+    assert max(seen) == 128
+    assert min(seen) == 16
+    torch.testing.assert_close(found[0][:20], found[1][:20])
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 def test_packed_rows_give_the_bits_of_rows_that_are_quantised_here(monkeypatch):
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)

@@ -1,10 +1,12 @@
-"""The bench's loopback, interpreted: one rank plays its part against arenas in which the others have done theirs."""
+"""The bench's loopback, interpreted: one rank plays its part against arenas in which the others have done theirs. And its ranks
+that share a GPU."""
 
 import numpy as np
 import pytest
 import torch
+from fake_graphs import FakeCapture
 
-from expertwire.bench import all_to_all_loopback
+from expertwire.bench import all_to_all_loopback, all_to_all_shared
 from expertwire.bench.all_to_all_loopback import Loopback
 from expertwire.comm.arena import ArenaLayout
 
@@ -72,6 +74,19 @@ def test_rows_can_go_out_in_fp8():
     (out, back), (out_fp8, back_fp8) = plain.traffic(), fp8.traffic()
     assert back == back_fp8
     assert out_fp8.wire / out.wire == pytest.approx((256 + 2 * 4) / 512)
+
+
+def test_ranks_that_share_a_gpu_are_checked(monkeypatch):
+    shape = {"num_experts": 6, "top_k": 2, "hidden_size": 32, "device": "cpu"}
+    capture = FakeCapture()
+    rows = list(all_to_all_shared.run(3, 3, "bf16", steps=2, capture=capture, **shape))
+    assert [row["graph"] for row in rows] == [False, True]
+    assert capture.replays == 2 * 2
+    lost = lambda home_TKD, *rest: check(home_TKD * (torch.arange(len(home_TKD)) != 1)[:, None, None], *rest)  # noqa: E731
+    check = all_to_all_shared.check
+    monkeypatch.setattr(all_to_all_shared, "check", lost)
+    with pytest.raises(AssertionError, match="has not come home"):
+        list(all_to_all_shared.run(3, 3, "bf16", steps=1, **shape))
 
 
 def test_memory_is_that_of_arenas_and_rows():

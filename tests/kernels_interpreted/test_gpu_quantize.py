@@ -38,6 +38,12 @@ def test_silu_mul_with_and_without_quantisation(dtype, tokens, width, group):
     assert torch.equal(done.values_TD, expected.values_TD)
 
 
+def test_silu_is_rounded_before_it_is_multiplied():
+    """Then nearly all bits are the reference's, and not only near to them."""
+    x = rows(3, 2 * 2048, torch.float16).clamp(-100, 100)
+    assert (gpu.silu_mul(x) != experts.silu_mul_reference(x)).float().mean() < 0.01
+
+
 def test_fp8_comes_out_near_what_went_in():
     """Of the interpreter's roundings some are off by a binade, none by more."""
     x = rows(4, 512, torch.float32)
@@ -52,3 +58,12 @@ def test_fp8_comes_out_near_what_went_in():
 def test_a_group_that_does_not_fit_is_refused():
     with pytest.raises(AssertionError, match="96 of 192"):
         gpu.quantize(torch.zeros(1, 192), 96)
+
+
+def test_rows_that_are_not_there_are_not_looked_at(monkeypatch):
+    x, poison = rows(5, 256, torch.float32), torch.full((5, 256), 7.0)
+    room = gpu.allocate
+    monkeypatch.setattr(gpu, "allocate", lambda *args: room(*args)._replace(values_TD=poison))
+    done = gpu.quantize(x, num_rows=torch.tensor([9, 3], dtype=torch.int32)[1:], dtype=torch.float32)
+    assert torch.equal(done.values_TD[:3], quantize.scaled(x).values_TD[:3])
+    assert (done.values_TD[3:] == 7).all()

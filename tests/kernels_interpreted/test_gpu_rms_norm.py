@@ -29,6 +29,13 @@ def test_norm_and_sum(dtype, tokens, width):
     torch.testing.assert_close(done[1], expected[1])
 
 
+def test_the_norm_is_that_of_the_rounded_sum():
+    """Then nearly all bits are the reference's, and not only near to them."""
+    x, delta, weight = inputs(5, 2880, torch.float16)
+    y, expected = gpu.add_rms_norm(x, delta, weight, EPS)[1], rms_norm.add_reference(x, delta, weight, EPS)[1]
+    assert (y != expected).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "width", "group"), [(0, 256, 128), (3, 384, 128), (2, 1000, 1000), (2, 2048, 128)])
 def test_fused_quantisation_has_the_bits_of_its_two_steps(dtype, tokens, width, group):

@@ -55,9 +55,8 @@ def test_of_equals_the_lowest_id_wins(name):
     if "bias_E" in rule:
         rule["bias_E"] = rule["bias_E"].round()
     few_values = torch.randint(-1, 2, (6, experts), generator=generator).float()
-    few_values[few_values == 0] *= -1  # both zeros
     few_values[0] = 0.0
-    few_values[1] = -0.0
+    few_values[:, ::2] *= -1  # both zeros in a row
     check(few_values, top_k, rule)
 
 
@@ -77,6 +76,17 @@ def test_whatever_the_logits_ids_are_distinct_experts(name, value):
     logits[3, ::2] = 1.0
     ids, _ = gpu.route(logits, top_k, **rule)
     assert all(len(set(row)) == top_k and set(row) <= set(range(experts)) for row in ids.tolist())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["renormalized", "odd", "kimi", "deepseek v4"])
+def test_what_is_no_number_is_chosen_last(name):
+    generator = torch.Generator().manual_seed(5)
+    rule, experts, top_k = arguments(name, generator)
+    logits = torch.randn(4, experts, generator=generator)
+    logits[:, : experts - top_k] = torch.nan
+    ids, _ = gpu.route(logits, top_k, **rule)
+    assert ids.sort().values.tolist() == [list(range(experts - top_k, experts))] * 4
 
 
 def test_rows_of_a_wider_tensor_and_narrow_ids():

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from expertwire.kernels import sampling
+from expertwire.kernels.gpu import candidates
 from expertwire.kernels.gpu import sampling as gpu
 
 GREEDY, PLAIN = {"temperature": 0.0}, {}
@@ -137,6 +138,21 @@ def test_banned_tokens_are_never_drawn():
     logits[:, 150:153] = torch.tensor([0.1, 0.0, 0.1])
     done, *_ = check(logits, rules)
     assert set(done.tolist()) <= {150, 151, 152}
+
+
+@triton.jit
+def pick_kernel(token_ptr, weight_ptr, picked_ptr, target):
+    i = tl.arange(0, 4)
+    tl.store(picked_ptr, candidates.pick(tl.load(token_ptr + i), tl.load(weight_ptr + i), 0, target))
+
+
+def test_a_token_without_weight_is_not_picked():
+    """Not even by the smallest number, and each other one by as many as its weight."""
+    token, weight = torch.arange(4, dtype=torch.int32), torch.tensor([0, 3, 0, 2])
+    picked = torch.empty(5, dtype=torch.int32)
+    for target in range(5):
+        pick_kernel[(1,)](token, weight, picked[target:], target)
+    assert picked.tolist() == [1, 1, 1, 3, 3]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

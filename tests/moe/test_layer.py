@@ -1,6 +1,8 @@
 """A whole mixture-of-experts layer, on one rank and over several, against the loop over experts."""
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,14 +21,6 @@ from expertwire.moe.placement import place
 D, F, E, K, EPS = 64, 32, 8, 3, 1e-6
 OPS = registry.choose("cpu")
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 3e-2}}
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def weights(dtype):
@@ -101,7 +95,6 @@ def test_alone(dtype, renormalize, shared):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 30, 64, 300])
-@pytest.mark.usefixtures("one_thread")
 def test_the_fused_layer_has_the_bits_of_the_ops_one_by_one(dtype, renormalize, count):
     moe = layer(SoloGroup(), dtype, renormalize=renormalize)
     assert moe.fused is not None
@@ -121,6 +114,16 @@ def test_a_fused_layer_needs_all_experts_here_and_none_that_all_share():
 
 def has_fused(group):
     return layer(group, torch.float32).fused is not None
+
+
+@pytest.mark.parametrize(("rank", "size", "share"), [(0, 1, 1.0), (3, 4, 3 / 8)])
+def test_as_many_rows_are_expected_as_even_routing_brings(monkeypatch, rank, size, share):
+    """With 8 experts, 3 a token: of a rank's tokens all; from each of four ranks 3/4 of a row a token, where two can come."""
+    given, make = [], OPS.experts
+    spy = dataclasses.replace(OPS, experts=lambda *args, **options: given.append(options) or make(*args, **options))
+    monkeypatch.setattr(sys.modules[__name__], "OPS", spy)
+    layer(SimpleNamespace(rank=rank, size=size), torch.float32)
+    assert [options["expected"] for options in given] == [share]
 
 
 def forward(group, counts, dtype, redundant):

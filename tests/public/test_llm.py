@@ -15,7 +15,7 @@ import tokenizer_files
 from fake_controller import INFO, ThreadController, next_token
 
 import expertwire
-from expertwire import llm as llm_module
+from expertwire.deploy import runtime
 from expertwire.engine.chat import Chat
 from expertwire.engine.outputs import EngineFailed, Logprob
 from expertwire.engine.request_options import RequestOptions
@@ -38,6 +38,12 @@ class FakeEngine:
         self.closed += 1
         self.controller.close()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -56,7 +62,7 @@ def start(model, monkeypatch):
             engines.append(FakeEngine(config, **options))
             return engines[0]
 
-        monkeypatch.setattr(llm_module, "Engine", start_engine)
+        monkeypatch.setattr(runtime, "Engine", start_engine)
         llms.append(expertwire.LLM(folder, **(config or {})))
         return llms[-1], engines[0]
 
@@ -187,7 +193,7 @@ def test_ends_of_a_turn_reach_the_engine(start, tmp_path, monkeypatch):
         given.extend(end_of_turn_ids)
         return FakeEngine(config)
 
-    monkeypatch.setattr(llm_module, "Engine", start_engine)
+    monkeypatch.setattr(runtime, "Engine", start_engine)
     with expertwire.LLM(model) as llm:
         assert [llm.tokenizer.decode([i], skip_special_tokens=False) for i in given] == ["<|return|>", "<|call|>"]
 
@@ -380,7 +386,7 @@ def test_an_engine_whose_front_cannot_start_is_closed(model, monkeypatch):
         engines[0].controller.close()
         return engines[0]
 
-    monkeypatch.setattr(llm_module, "Engine", start_engine)
+    monkeypatch.setattr(runtime, "Engine", start_engine)
     with pytest.raises(EngineFailed):
         expertwire.LLM(model)
     assert engines[0].closed == 1

@@ -16,10 +16,10 @@ import numpy as np
 
 from expertwire.scheduler.caches import capacities
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.plan import CacheSpec, FinishReason, RankPlan, StepPlan, StepResult
+from expertwire.scheduler.plan import CacheSpec, FinishReason, RankPlan, StepOutputs, StepPlan, StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.scheduler.scheduler import Scheduler, StepOutputs
+from expertwire.scheduler.scheduler import Scheduler
 
 CACHES = tuple(
     CacheSpec(name=name, kind="full", bytes_per_token=4, writers=(0,), readers=(0,)) for name in ("first", "second")
@@ -355,3 +355,17 @@ class SimCluster:
     def admitted(self, plan: StepPlan) -> list[int]:
         """Keys admitted by a plan (`make_request` makes the seed the key)."""
         return plan.admit_sampling_A["seed"].tolist()
+
+
+def check(cluster, request, begun=()):
+    """Whether a request has been answered as it should be; `begun`: what a fork was given."""
+    assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, cluster.config, begun)
+
+
+def serve(cluster, key, length, **values):
+    """Serve one request, which is answered as it should be: its cached tokens."""
+    request = make_request(key, length, **{"shared": 1000, "max_tokens": 1, "ignore_eos": True, **values})
+    cluster.submit(request)
+    cluster.drain()
+    check(cluster, request)
+    return cluster.num_cached[key]

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertwire.scheduler.block_loops import END
-from expertwire.scheduler.block_pool import NOBODY, BlockPool
+from expertwire.scheduler.block_loops import END, NOBODY, find_block, guess, name_block, share_block
+from expertwire.scheduler.block_pool import BlockPool
 
 LETTERS = "abcdefghijklxyz"
 NAMES = np.random.default_rng(0).integers(0, 2**64, (len(LETTERS), 2), np.uint64)
@@ -18,9 +18,16 @@ def names(letters):
     return NAMES[[LETTERS.index(letter) for letter in letters]]
 
 
+def find(pool, names_M2, rank=0, group=0):
+    """A block of the rank with each name, or `NOBODY`."""
+    owner = group * pool.num_ranks + rank
+    numbers = [int(find_block(pool.blocks, owner, first, second)) for first, second in names_M2]
+    return [number if number == NOBODY else number - owner * pool.num_blocks for number in numbers]
+
+
 def found(pool, letter, group=0):
     """Which block of that name each rank has: rank -> block."""
-    found_P = [int(pool.find(group, rank, names(letter))[0]) for rank in range(pool.num_ranks)]
+    found_P = [find(pool, names(letter), rank, group)[0] for rank in range(pool.num_ranks)]
     return {rank: block for rank, block in enumerate(found_P) if block != NOBODY}
 
 
@@ -33,7 +40,13 @@ def take(pool, count, rank=0, group=0):
 
 
 def name(pool, ids, letters, rank=0, group=0):
-    pool.name(group, np.full(len(ids), rank), ids, names(letters))
+    name_as(pool, ids, names(letters), rank, group)
+
+
+def name_as(pool, ids, names_B2, rank=0, group=0):
+    owner = group * pool.num_ranks + rank
+    for block, (first, second) in zip(ids, names_B2, strict=True):
+        name_block(pool.blocks, owner, owner * pool.num_blocks + int(block), first, second)
 
 
 def give(pool, ids, rank=0, group=0):
@@ -42,7 +55,9 @@ def give(pool, ids, rank=0, group=0):
 
 
 def share(pool, ids, rank=0, group=0):
-    pool.share(group, np.full(len(ids), rank), np.array(ids))
+    owner = group * pool.num_ranks + rank
+    for block in ids:
+        share_block(pool.blocks, owner, owner * pool.num_blocks + int(block))
     pool.check_integrity()
 
 
@@ -144,13 +159,13 @@ def test_of_blocks_with_the_same_name_one_is_found_as_long_as_there_is_one():
         assert len(found(pool, "a")) == left
 
 
-def test_many_names_are_found_at_once():
+def test_a_name_is_found_where_it_was_given():
     pool = pool_of(4, num_groups=2, num_ranks=2)
     ids = pool.allocate(1, array(0, 0, 1))
-    pool.name(1, array(0, 0, 1), ids, names("abb"))
-    assert pool.find(1, 0, names("bac")).tolist() == [ids[1], ids[0], NOBODY]
-    assert pool.find(1, 1, names("bac")).tolist() == [ids[2], NOBODY, NOBODY]
-    assert pool.find(1, 0, names("")).tolist() == []
+    name(pool, ids[:2], "ab", group=1)
+    name(pool, ids[2:], "b", rank=1, group=1)
+    assert find(pool, names("bac"), 0, 1) == [ids[1], ids[0], NOBODY]
+    assert find(pool, names("bac"), 1, 1) == [ids[2], NOBODY, NOBODY]
 
 
 def test_names_that_differ_in_one_half_only_are_different():
@@ -158,8 +173,8 @@ def test_names_that_differ_in_one_half_only_are_different():
     (block,) = take(pool, 1)
     a, b = names("ab")
     mixed = np.array([a, [a[0], b[1]], [b[0], a[1]], b])
-    pool.name(0, array(0), array(block), mixed[:1])
-    assert pool.find(0, 0, mixed).tolist() == [block, NOBODY, NOBODY, NOBODY]
+    name_as(pool, [block], mixed[:1])
+    assert find(pool, mixed) == [block, NOBODY, NOBODY, NOBODY]
 
 
 def test_caches_may_have_different_numbers_of_blocks():
@@ -177,33 +192,34 @@ def test_caches_may_have_different_numbers_of_blocks():
 def test_a_guess_names_a_rank_that_had_the_block_last():
     pool = pool_of(4, num_ranks=3)
     ids = pool.allocate(0, array(0, 2))
-    pool.name(0, array(0, 2), ids, names("ab"))
-    assert [pool.guess(names(letters), 0) for letters in ("b", "ba", "ab", "c", "")] == [
+    name(pool, ids[:1], "a")
+    name(pool, ids[1:], "b", rank=2)
+    assert [guess(pool.blocks, names(letters), 0) for letters in ("b", "ba", "ab", "c", "")] == [
         (1, 2),
         (2, 0),
         (2, 2),
         (0, NOBODY),
         (0, NOBODY),
     ]
-    assert pool.guess(names("cacc"), 1) == (2, 0), "up to the last one that anybody had"
-    assert pool.guess(names("cacc"), 0) == (0, NOBODY), "unless too many before it are unknown"
-    pool.find(0, 0, names("b"))
-    assert pool.guess(names("b"), 0) == (1, 2), "who does not find it does not have it"
+    assert guess(pool.blocks, names("cacc"), 1) == (2, 0), "up to the last one that anybody had"
+    assert guess(pool.blocks, names("cacc"), 0) == (0, NOBODY), "unless too many before it are unknown"
+    find(pool, names("b"))
+    assert guess(pool.blocks, names("b"), 0) == (1, 2), "who does not find it does not have it"
     pool.free(0, array(2), ids[1:])
     take(pool, 3, rank=2)
-    assert pool.guess(names("b"), 0) == (1, 2), "it is a guess"
+    assert guess(pool.blocks, names("b"), 0) == (1, 2), "it is a guess"
 
 
 def test_the_guess_is_who_named_or_used_it_last():
     pool = pool_of(4, num_ranks=2)
     for rank in (0, 1):
         name(pool, take(pool, 1, rank=rank), "a", rank=rank)
-        assert pool.guess(names("a"), 0) == (1, rank)
-    pool.find(0, 0, names("a"))
-    assert pool.guess(names("a"), 0) == (1, 0)
+        assert guess(pool.blocks, names("a"), 0) == (1, rank)
+    find(pool, names("a"))
+    assert guess(pool.blocks, names("a"), 0) == (1, 0)
     give(pool, [1], rank=1)
     take(pool, 3, rank=1)
-    assert pool.guess(names("a"), 0) == (1, 0), "what another loses does not matter"
+    assert guess(pool.blocks, names("a"), 0) == (1, 0), "what another loses does not matter"
 
 
 def test_a_block_that_is_shared_and_freed_again_and_again_goes_last_each_time():
@@ -212,7 +228,7 @@ def test_a_block_that_is_shared_and_freed_again_and_again_goes_last_each_time():
     name(pool, take(pool, 3), "abc")
     give(pool, [1, 2, 3])
     for _ in range(50):
-        pool.share(0, array(0, 0), array(2, 3))
+        share(pool, [2, 3])
         give(pool, [2, 3])
         pool.check_integrity()
     assert take(pool, 3).tolist() == [1, 3, 2]
@@ -221,7 +237,8 @@ def test_a_block_that_is_shared_and_freed_again_and_again_goes_last_each_time():
 def test_every_rank_and_cache_has_blocks_and_names_of_its_own():
     pool = pool_of(4, num_groups=2, num_ranks=3)
     ids = pool.allocate(0, array(0, 2, 2))
-    pool.name(0, array(0, 2), ids[[0, 2]], names("aa"))
+    name(pool, ids[:1], "a")
+    name(pool, ids[2:], "a", rank=2)
     assert found(pool, "a") == {0: ids[0], 2: ids[2]}
     assert found(pool, "a", group=1) == {}
     pool.free(0, array(2, 0), ids[[2, 0]])
@@ -296,12 +313,12 @@ class PlainPool:
 
 
 def pick(random, plains, times, most):
-    """Up to `most` blocks of every rank, a block up to `times(plain, block)` times: pairs sorted by rank; ranks and ids."""
+    """Up to `most` blocks of every rank, a block up to `times(plain, block)` times: ranks and blocks, sorted by rank."""
     pairs = []
     for rank, plain in enumerate(plains):
         blocks = [block for block in plain.refs for _ in range(times(plain, block))]
         pairs += [(rank, block) for block in random.sample(blocks, min(len(blocks), random.randint(0, most)))]
-    return pairs, array(*(rank for rank, _ in pairs)), array(*(block for _, block in pairs))
+    return pairs
 
 
 def do_allocate(random, pool, group, plains):
@@ -312,24 +329,23 @@ def do_allocate(random, pool, group, plains):
 
 
 def do_share(random, pool, group, plains):
-    pairs, rank_B, ids_B = pick(random, plains, lambda plain, block: 2 * (block in plain.names), 2)
-    pool.share(group, rank_B, ids_B)
-    for rank, block in pairs:
+    for rank, block in pick(random, plains, lambda plain, block: 2 * (block in plain.names), 2):
+        share(pool, [block], rank, group)
         plains[rank].share(block)
 
 
 def do_free(random, pool, group, plains):
-    pairs, rank_B, ids_B = pick(random, plains, lambda plain, block: plain.refs[block], 6)
-    pool.free(group, rank_B, ids_B)
+    pairs = pick(random, plains, lambda plain, block: plain.refs[block], 6)
+    pool.free(group, array(*(rank for rank, _ in pairs)), array(*(block for _, block in pairs)))
     for rank, plain in enumerate(plains):
         plain.drop([block for owner, block in pairs if owner == rank])
 
 
 def do_name(random, pool, group, plains):
-    pairs, rank_B, ids_B = pick(random, plains, lambda plain, block: plain.refs[block] and block not in plain.names, 9)
-    letters = random.choices(LETTERS, k=len(pairs))
-    pool.name(group, rank_B, ids_B, names(letters))
-    for (rank, block), letter in zip(pairs, letters, strict=True):
+    pairs = pick(random, plains, lambda plain, block: bool(plain.refs[block] and block not in plain.names), 9)
+    for rank, block in pairs:
+        letter = random.choice(LETTERS)
+        name(pool, [block], letter, rank, group)
         plains[rank].names[block] = letter
 
 
@@ -337,7 +353,7 @@ def check(pool, group, plains):
     pool.check_integrity()
     assert pool.num_used(group).tolist() == [sum(map(bool, plain.refs.values())) for plain in plains]
     for rank, plain in enumerate(plains):
-        ids = pool.find(group, rank, NAMES)
+        ids = find(pool, NAMES, rank, group)
         assert all(plain.names.get(block) == letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0)
         assert {letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0} == set(plain.names.values())
 

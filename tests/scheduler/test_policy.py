@@ -1,4 +1,3 @@
-import pickle
 from itertools import count
 
 import numpy as np
@@ -9,7 +8,6 @@ from hypothesis import strategies as st
 from expertwire.scheduler.policy import (
     FairShare,
     Fcfs,
-    PolicyConfig,
     PrefixAffinity,
     Priority,
     ShortestRemaining,
@@ -172,7 +170,7 @@ def test_tenants_with_a_backlog_get_tokens_by_their_weights(weights, requests):
 
 
 def test_weights_of_one_and_three_are_a_quarter_and_three_quarters():
-    line = Line(FairShare({"large": 1.5}, default_weight=0.5))
+    line = Line(FairShare({"large": 3}))
     for _ in range(400):
         line.submit(tenant="small")
         line.submit(tenant="large")
@@ -322,39 +320,40 @@ def test_the_same_calls_give_the_same_order(calls):
 
 
 @pytest.mark.parametrize(
-    ("config", "policy"),
+    ("name", "options", "policy"),
     [
-        (PolicyConfig(), Fcfs()),
-        (PolicyConfig(name="priority"), Priority()),
-        (PolicyConfig(name="priority", aging=0), Priority(0)),
-        (PolicyConfig(name="shortest", aging=3.5), ShortestRemaining(3.5)),
-        (PolicyConfig(name="prefix", window=7), PrefixAffinity(7)),
-        (PolicyConfig(name="fair", tenant_weights={"a": 2.0}, default_weight=3), FairShare({"a": 2.0}, 3)),
+        ("fcfs", {}, Fcfs()),
+        ("priority", {}, Priority()),
+        ("priority", {"aging": 0}, Priority(0)),
+        ("shortest", {"aging": 3.5}, ShortestRemaining(3.5)),
+        ("prefix", {}, PrefixAffinity(128)),
+        ("fair", {"tenant_weights": {"a": 2.0}}, FairShare({"a": 2.0})),
     ],
 )
-def test_policies_by_name(config, policy):
-    made = make_policy(config)
+def test_policies_by_name(name, options, policy):
+    made = make_policy(name, **options)
     assert (type(made), made) == (type(policy), policy)
-    assert make_policy(pickle.loads(pickle.dumps(config))) is not made
+    assert make_policy(name, **options) is not made
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        ({"name": "lifo"}, "fcfs, priority, shortest, prefix, fair, got 'lifo'"),
-        ({"aging": 1.0}, "'fcfs' has no aging; its options: none"),
-        ({"name": "fair", "aging": 1.0}, "'fair' has no aging; its options: tenant_weights, default_weight"),
-        ({"name": "priority", "aging": -1.0}, "aging must be a number from 0 to .*, got -1.0"),
-        ({"name": "shortest", "aging": float("nan")}, "aging must be a number from 0 to .*, got nan"),
-        ({"name": "prefix", "window": 0}, "window must be an integer >= 1, got 0"),
-        ({"name": "prefix", "window": 1.5}, "window must be an integer >= 1, got 1.5"),
-        (
-            {"name": "fair", "tenant_weights": {"a": 0}},
-            r"tenant_weights\['a'\] must be a number from 0.001 to 1000, got 0",
-        ),
-        ({"name": "fair", "default_weight": True}, "default_weight must be a number from 0.001 to 1000, got True"),
+        ("lifo", {}, "fcfs, priority, shortest, prefix, fair, got 'lifo'"),
+        ("fcfs", {"aging": 1.0}, "aging has no effect with policy 'fcfs'; use 'priority' or 'shortest'"),
+        ("prefix", {"tenant_weights": {}}, "tenant_weights has no effect with policy 'prefix'; use 'fair'"),
+        ("priority", {"aging": -1.0}, "aging must be a number from 0 to .*, got -1.0"),
+        ("shortest", {"aging": float("nan")}, "aging must be a number from 0 to .*, got nan"),
+        ("shortest", {"aging": True}, "aging must be a number from 0 to .*, got True"),
+        ("fair", {"tenant_weights": {"a": 0}}, r"tenant_weights\['a'\] must be a number from 0.001 to 1000, got 0"),
     ],
 )
-def test_mistakes_name_the_field_and_what_is_allowed(options, message):
+def test_mistakes_name_the_field_and_what_is_allowed(name, options, message):
     with pytest.raises(ValueError, match=message):
-        PolicyConfig(**options)
+        make_policy(name, **options)
+
+
+@pytest.mark.parametrize("window", [0, 1.5])
+def test_the_window_of_prefix_affinity_is_a_count(window):
+    with pytest.raises(ValueError, match=f"window must be an integer >= 1, got {window}"):
+        PrefixAffinity(window)

@@ -3,7 +3,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from sim_ranks import CACHES, SimCluster, expected_output, make_config, make_request
+from sim_ranks import CACHES, SimCluster, check, expected_output, make_config, make_request
 
 from expertwire.scheduler.plan import FinishReason, StepPlan
 from expertwire.scheduler.policy import Policy
@@ -59,7 +59,7 @@ def test_chunks_and_company_do_not_change_the_output(budget):
     requests = [make_request(key, length=1 + 5 * key % 23, max_tokens=1 + key % 9) for key in range(12)]
     cluster = run(config, *requests)
     for request in requests:
-        assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config)
+        check(cluster, request)
 
 
 def test_eos_ends_an_output_and_counts_as_one_of_its_tokens():

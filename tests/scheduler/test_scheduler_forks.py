@@ -1,7 +1,7 @@
 """Forks: branches that go on from where another request is, on its blocks."""
 
 import pytest
-from sim_ranks import CACHES, WINDOWED, SimCluster, expected_output, make_config, make_request
+from sim_ranks import CACHES, WINDOWED, SimCluster, check, make_config, make_request
 
 SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 41, "max_running": 6}
 
@@ -23,10 +23,6 @@ def start(length, num_steps, **options):
     for _ in range(num_steps):
         cluster.step()
     return cluster, parent
-
-
-def check(cluster, request, begun=()):
-    assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, cluster.config, begun)
 
 
 @pytest.mark.parametrize("specs", [CACHES, WINDOWED], ids=["full", "window"])

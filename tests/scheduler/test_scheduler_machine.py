@@ -18,7 +18,6 @@ from hypothesis.stateful import (
 )
 from sim_ranks import CACHES, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
 
-from expertwire.scheduler.plan import FinishReason
 from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
 
 POLICIES = {
@@ -181,7 +180,6 @@ class Machine(RuleBasedStateMachine):
                 assert key not in self.cluster.finish
             else:
                 assert (self.cluster.tokens[key], self.cluster.finish[key]) == (tokens, reason)
-        assert FinishReason.ABORT not in self.cluster.finish.values()
         type(self).num_operations += self.cluster.num_operations
 
 

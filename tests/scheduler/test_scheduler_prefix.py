@@ -2,24 +2,15 @@
 
 import numpy as np
 import pytest
-from sim_ranks import SimCluster, expected_output, make_config, make_request
+from sim_ranks import SimCluster, make_config, make_request, serve
 
 SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 33}
-
-
-def ask(cluster, key, length, *, shared=1000, **values):
-    """Serve one request, of the text that all share, and see that its answer is right: the tokens found in the cache."""
-    request = make_request(key, length, shared=shared, **{"max_tokens": 1, "ignore_eos": True, **values})
-    cluster.submit(request)
-    cluster.drain()
-    assert (cluster.tokens[key], cluster.finish[key]) == expected_output(request, cluster.config)
-    return cluster.num_cached[key]
 
 
 @pytest.mark.parametrize("length", range(1, 14))
 def test_of_an_equal_prompt_all_whole_blocks_are_found_but_that_of_the_last_token(length):
     cluster = SimCluster(make_config(**SIZES))
-    found = [ask(cluster, key, length) for key in range(3)]
+    found = [serve(cluster, key, length) for key in range(3)]
     expected = (length - 1) // 4 * 4
     assert found == [0, expected, expected]
     assert cluster.ranks[0].num_computed == 3 * length - 2 * expected
@@ -30,8 +21,8 @@ def test_of_an_equal_prompt_all_whole_blocks_are_found_but_that_of_the_last_toke
 @pytest.mark.parametrize(("shared", "expected"), [(0, 0), (3, 0), (4, 4), (11, 8), (13, 12), (20, 16)])
 def test_as_much_is_found_as_the_prompts_begin_alike(shared, expected):
     cluster = SimCluster(make_config(**SIZES))
-    ask(cluster, 0, 20)
-    assert ask(cluster, 1, 20, shared=shared) == expected
+    serve(cluster, 0, 20)
+    assert serve(cluster, 1, 20, shared=shared) == expected
 
 
 def test_the_next_turn_of_a_conversation_finds_the_answer_of_the_one_before():
@@ -59,20 +50,20 @@ def test_all_that_one_step_has_computed_is_found_in_the_next():
 @pytest.mark.parametrize("owner", [{"salt": "x"}, {"tenant": "x"}, {"tenant": "x", "salt": "x"}])
 def test_nobody_finds_what_another_tenant_or_salt_has_computed(owner):
     cluster = SimCluster(make_config(**SIZES))
-    assert [ask(cluster, 0, 20), ask(cluster, 1, 20, **owner)] == [0, 0]
-    assert [ask(cluster, 2, 20), ask(cluster, 3, 20, **owner)] == [16, 16]
+    assert [serve(cluster, 0, 20), serve(cluster, 1, 20, **owner)] == [0, 0]
+    assert [serve(cluster, 2, 20), serve(cluster, 3, 20, **owner)] == [16, 16]
 
 
 def test_without_a_prefix_cache_everything_is_computed():
     cluster = SimCluster(make_config(**SIZES, prefix_cache=False))
-    assert [ask(cluster, key, 20) for key in range(3)] == [0, 0, 0]
+    assert [serve(cluster, key, 20) for key in range(3)] == [0, 0, 0]
     assert cluster.ranks[0].num_computed == 60
 
 
 def test_who_wants_the_prompts_log_probabilities_computes_all_of_it_for_others_too():
     cluster = SimCluster(make_config(**SIZES))
-    assert ask(cluster, 0, 20, prompt_logprobs=1) == 0
-    assert ask(cluster, 1, 20) == 16
+    assert serve(cluster, 0, 20, prompt_logprobs=1) == 0
+    assert serve(cluster, 1, 20) == 16
     cluster.submit(make_request(2, 20, shared=20, prompt_logprobs=1, max_tokens=1))
     assert cluster.step().prompt_position_R.tolist() == list(range(1, 20))
     assert cluster.num_cached[2] == 0
@@ -155,22 +146,22 @@ def test_short_of_blocks_the_ends_of_prefixes_go_that_were_not_used_for_longest(
     cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=16, num_blocks=9))
     prompts = {"old": (12, 0), "young": (12, 1), "last": (16, 2)}
     for key, (length, text) in enumerate(prompts.values()):
-        assert ask(cluster, key, length, text=text) == 0
+        assert serve(cluster, key, length, text=text) == 0
     length, text = prompts[asks]
-    assert ask(cluster, 9, length, text=text) == expected
+    assert serve(cluster, 9, length, text=text) == expected
 
 
 def test_a_prefix_that_is_used_again_outlives_younger_ones():
     cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=16, num_blocks=9))
     for key, text in enumerate([0, 1, 0]):
-        ask(cluster, key, 9, text=text)
-    ask(cluster, 3, 24, text=2)  # takes 6: the 4 that are empty, and 2
-    assert ask(cluster, 4, 9, text=0) == 8
+        serve(cluster, key, 9, text=text)
+    serve(cluster, 3, 24, text=2)  # takes 6: the 4 that are empty, and 2
+    assert serve(cluster, 4, 9, text=0) == 8
 
 
 def test_cached_tokens_cost_no_budget():
     cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=8, num_blocks=33))
-    ask(cluster, 0, 20)
+    serve(cluster, 0, 20)
     cluster.submit(*(make_request(key, 20, shared=20, max_tokens=1) for key in (1, 2)))
     plan = cluster.plan()
     assert plan.sched_start_S.tolist() == [16, 16]

@@ -1,18 +1,10 @@
 """Caches of recurrent states: one block holds the state after its last token, and every so many tokens one is kept."""
 
 import pytest
-from sim_ranks import STATE, WITH_STATE, SimCluster, expected_output, make_config, make_request
+from sim_ranks import STATE, WITH_STATE, SimCluster, check, make_config, make_request, serve
 
 SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_tokens": 8, "num_blocks": 65}
 EVERY = 8
-
-
-def serve(cluster, key, length, **values):
-    request = make_request(key, length, **{"shared": 1000, "max_tokens": 1, "ignore_eos": True, **values})
-    cluster.submit(request)
-    cluster.drain()
-    assert (cluster.tokens[key], cluster.finish[key]) == expected_output(request, cluster.config)
-    return cluster.num_cached[key]
 
 
 def states(cluster):
@@ -31,7 +23,7 @@ def test_a_request_holds_one_state_and_at_times_two(specs, overlap):
         cluster.step()
         held.add(states(cluster))
     assert held == {0, 1, 2}
-    assert (cluster.tokens[0], cluster.finish[0]) == expected_output(request, cluster.config)
+    check(cluster, request)
 
 
 @pytest.mark.parametrize("specs", [WITH_STATE, (STATE,)], ids=["with a full cache", "alone"])
@@ -67,7 +59,7 @@ def test_a_fork_goes_on_from_a_state_of_its_own(num_steps, overlap):
     cluster.fork(0, *children)
     cluster.drain()
     for request, start in ((parent, ()), (children[0], begun), (children[1], begun)):
-        assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config, start)
+        check(cluster, request, start)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -79,7 +71,7 @@ def test_with_few_states_everyone_is_answered(num_states, overlap):
     cluster.submit(*requests)
     cluster.drain()
     for request in requests:
-        assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config)
+        check(cluster, request)
 
 
 def test_a_chunk_with_more_states_than_there_are_is_refused():

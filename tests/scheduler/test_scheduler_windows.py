@@ -1,7 +1,7 @@
 """Caches of a sliding window: what has slid out is free again, and prefixes are found by their ends."""
 
 import pytest
-from sim_ranks import WINDOWED, SimCluster, expected_output, make_config, make_request
+from sim_ranks import WINDOWED, SimCluster, check, make_config, make_request, serve
 
 from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.scheduler import Scheduler
@@ -9,14 +9,6 @@ from expertwire.scheduler.scheduler import Scheduler
 WINDOW = 6
 ONLY_WINDOW = WINDOWED[1:]
 SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_tokens": 8, "num_blocks": 65}
-
-
-def serve(cluster, key, length, **values):
-    request = make_request(key, length, **{"shared": 1000, "max_tokens": 1, "ignore_eos": True, **values})
-    cluster.submit(request)
-    cluster.drain()
-    assert (cluster.tokens[key], cluster.finish[key]) == expected_output(request, cluster.config)
-    return cluster.num_cached[key]
 
 
 def blocks_of(cluster, name):
@@ -83,7 +75,7 @@ def test_many_requests_in_a_pool_of_windows():
     cluster.submit(*requests)
     cluster.drain()
     for request in requests:
-        assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config)
+        check(cluster, request)
 
 
 def test_room_is_kept_for_what_follows_a_long_prefix():
@@ -118,7 +110,7 @@ def serve_many(config, specs, overlap, count=24):
     cluster.submit(*requests)
     cluster.drain()
     for request in requests:
-        assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, config)
+        check(cluster, request)
     assert not any(sum(used) for used in cluster.scheduler.stats()["blocks_used"].values())
     return cluster
 
