@@ -28,15 +28,14 @@ from numba.extending import intrinsic
 from expertwire.kernels.cpu import panel, vectors
 from expertwire.kernels.cpu.numbers import allocating_jit, jit
 from expertwire.kernels.cpu.panel import PANEL
-from expertwire.kernels.cpu.vectors import I8, I64
+from expertwire.kernels.cpu.vectors import I8, I64, LINE_BYTES
 
 TILE = 16
 ROWS = 2 * TILE  # of x at once
 HEAD = TILE  # rows of products before the first that was asked for
 _DEPTH = 32  # of a tile
 _STRIDE = 4 * PANEL  # bytes of a row of a panel, and of one of products
-_LINE_BYTES = 64
-_LINES = _DEPTH // 2 * _STRIDE // _LINE_BYTES  # of the cache, in the rows of a panel that meet a tile
+_LINES = _DEPTH // 2 * _STRIDE // LINE_BYTES  # of the cache, in the rows of a panel that meet a tile
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA = 158, 0x1023, 18  # Linux, x86-64
 
 
@@ -91,10 +90,10 @@ class _Emitter:
                         half = b.gep(w, [b.add(w_at, I64(j * _STRIDE // 2))])
                         self.call("tileloadd64", I8(6 + j), half, I64(_STRIDE))
                     self.call("tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
-            following = b.gep(ahead, [b.add(w_at, b.mul(lines[0], I64(_LINE_BYTES)))])
+            following = b.gep(ahead, [b.add(w_at, b.mul(lines[0], I64(LINE_BYTES)))])
 
             def ask(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                vectors.prefetch(b, b.gep(following, [b.mul(line, I64(_LINE_BYTES))]), 2)
+                vectors.prefetch(b, b.gep(following, [b.mul(line, I64(LINE_BYTES))]), 2)
                 return []
 
             vectors.loop(b, b.sub(lines[1], lines[0]), [], ask)

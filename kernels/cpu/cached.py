@@ -14,10 +14,9 @@ from expertwire.kernels.cpu import amx, vectors
 from expertwire.kernels.cpu.numbers import empty, jit
 from expertwire.kernels.cpu.panel import LINE, PANEL, pack_half
 from expertwire.kernels.cpu.rows import put_row
-from expertwire.kernels.cpu.vectors import BITS, I16, I32, I64, LANES
+from expertwire.kernels.cpu.vectors import BITS, I16, I32, I64, LANES, LINE_BYTES
 
 _AHEAD = 64  # positions
-_LINE_BYTES = 64
 
 
 def panels(cache, numpanels, depth):
@@ -73,15 +72,15 @@ def _place(cache_NsGd, table, g, position):
 
 @jit
 def _ask_ahead(cache_NsGd, table, g, start, length):
-    """For the sixteen positions of a block from `start` on, some time before they are packed."""
-    start += _AHEAD
+    """For sixteen positions from a multiple of that on, some time before they are packed."""
     block_size, num_kv, dim = cache_NsGd.shape[1:]
-    if start >= length or block_size % LANES > 0:
-        return
-    at, line = _place(cache_NsGd, table, g, start), _LINE_BYTES // cache_NsGd.itemsize
-    for position in range(min(LANES, length - start)):
+    at, line = 0, LINE_BYTES // cache_NsGd.itemsize
+    for position in range(start + _AHEAD, min(start + _AHEAD + LANES, length)):
+        if position % LANES == 0 or block_size % LANES > 0:
+            at = _place(cache_NsGd, table, g, position)
         for i in range(0, dim, line):
-            _ask(cache_NsGd, at + position * num_kv * dim + i)
+            _ask(cache_NsGd, at + i)
+        at += num_kv * dim
 
 
 @jit

@@ -12,6 +12,7 @@ from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from expertwire.compiled import compiler
+from expertwire.kernels.cpu.vectors import LINE_BYTES
 
 # No fast math: what LLVM makes of it depends on what a function is inlined into, which depends on what was in the cache, so two
 # ranks could differ in their last bits.
@@ -20,9 +21,6 @@ from expertwire.compiled import compiler
 # `jit` may neither make an array nor return one; numba refuses the former only.
 jit = compiler(__file__, error_model="numpy", _nrt=False)
 allocating_jit = compiler(__file__, error_model="numpy", _nrt=True)
-
-
-_LINE_BYTES = 64  # of the cache
 
 
 @register_jitable
@@ -34,8 +32,8 @@ def empty(shape, dtype):
     size = 1
     for length in shape:
         size *= length
-    room = np.empty(size + _LINE_BYTES, dtype)
-    start = -room.ctypes.data % _LINE_BYTES // room.itemsize
+    room = np.empty(size + LINE_BYTES, dtype)
+    start = -room.ctypes.data % LINE_BYTES // room.itemsize
     return room[start : start + size].reshape(shape)
 
 

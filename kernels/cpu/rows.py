@@ -162,7 +162,7 @@ def _put(context, x, y, count):
 @jit
 def put_row(x, y):
     """A row, as far as it goes, in the type of y."""
-    assert x.strides[0] == x.itemsize
+    assert x.strides[0] == x.itemsize, "numbers of a row lie side by side"
     num = len(x) // LANES
     if num > 0:
         _put(x, y, num)

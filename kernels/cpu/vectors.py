@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 LANES = 16
+LINE_BYTES = 64  # of the cache
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, BITS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 HIGH = 0xFFFF0000  # the upper of two bf16
