@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+from cores import NUM_CORES
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -25,10 +26,11 @@ RUNS = [
 
 @pytest.fixture(scope="session")
 def lines(request):
-    """Of each case that is selected, its line of the report and whether it is fine; compiled by as many processes as cores."""
+    """Of each case that is selected, its line of the report and whether it is fine; compiled by as many processes as there are
+    cores for it."""
     selected = [item.callspec.params for item in request.session.items if item.originalname == "test_compiled"]
     places = {case.name: place for place, case in enumerate(CASES)}
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(NUM_CORES, mp_context=multiprocessing.get_context("spawn"))
     yield {
         (run["case"].name, run["arch"]): pool.submit(kernels_report.line, places[run["case"].name], run["arch"])
         for run in selected

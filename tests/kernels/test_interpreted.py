@@ -1,5 +1,5 @@
 """Runs each file of tests/kernels_interpreted in a process in which Triton interprets its kernels, as many at once as there are
-cores."""
+cores for it."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cores import NUM_CORES
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ def runs(request):
     selected = [
         item.callspec.params["file"] for item in request.session.items if item.originalname == "test_interpreted"
     ]
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(NUM_CORES)
     yield {file: pool.submit(run, file) for file in selected}
     pool.shutdown(cancel_futures=True)
 
