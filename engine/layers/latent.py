@@ -186,6 +186,7 @@ def bind(p: Parameters, config: LatentAttention, context: LayerContext) -> Laten
 
 
 def _bind_indexer(p: Parameters, config: Indexer, context: LayerContext) -> SparseIndex:
+    assert len(context.caches) == 2, f"layer {context.layer} has an indexer, and caches {context.caches}"
     query, key, weights = (context.ops.linear(p.weight(name), dtype=context.dtype) for name in ("q", "k", "weights"))
     norm = p.tensor("k_norm"), p.tensor("k_norm_bias")
     return SparseIndex(config=config, context=context, query=query, key=key, norm=norm, weights=weights)
