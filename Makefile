@@ -28,10 +28,10 @@ demo: $(INSTALLED)
 	$(BIN)/expertwire demo
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not full"
+	$(BIN)/python -m pytest -q -n 2 -m "not full"
 
 test-full: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2
 
 check-model: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -q tests/engine/test_architectures.py tests/deploy/test_inspect.py -k "$(NAME)"

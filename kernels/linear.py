@@ -20,6 +20,7 @@ from expertwire.kernels.formats import Weight, dequantize
 Linear = Callable[[Tensor], Tensor]  # x_TD -> y_TN
 
 _ROWS = 64
+_WIDTH = 16  # numbers, a line of the cache in fp32
 
 
 def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -30,7 +31,10 @@ def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tenso
 
 def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """The library's product of as many rows at a time as it ever gets: it chooses the order of a sum by their number, and oneDNN
-    compiles a kernel, milliseconds and up to a megabyte that it keeps for good, for each number that it meets."""
+    compiles a kernel, milliseconds and up to a megabyte that it keeps for good, for each number that it meets. MKL chooses it by
+    where a row begins in a line of the cache, too: widths that no model has are padded, at the price of a copy of the weights."""
+    if x_TD.shape[1] % _WIDTH > 0:
+        x_TD, w_ND = (F.pad(tensor, (0, -tensor.shape[1] % _WIDTH)) for tensor in (x_TD, w_ND))
     y_TN = x_TD.new_empty(x_TD.shape[0], w_ND.shape[0])
     for x_XD, y_XN in zip(x_TD.split(_ROWS), y_TN.split(_ROWS), strict=True):
         num = x_XD.shape[0]

@@ -10,7 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from expertwire.kernels.cpu import amx, vectors
+from expertwire.kernels.cpu import vectors
+from expertwire.kernels.cpu.multiply import MULTIPLIES_PAIRS
 from expertwire.kernels.cpu.numbers import empty, jit
 from expertwire.kernels.cpu.panel import LINE, PANEL, pack_half
 from expertwire.kernels.cpu.rows import put_row
@@ -20,12 +21,12 @@ _AHEAD = 64  # positions
 
 
 def panels(cache, numpanels, depth):
-    """Panels of a depth, for what is in a cache: pairs, if they are multiplied by matrices."""
+    """Panels of a depth, for what is in a cache: pairs, if the processor multiplies them."""
 
 
 @overload(panels)
 def panels_overload(cache, numpanels, depth):
-    if cache.dtype == types.uint16 and amx.AVAILABLE:
+    if cache.dtype == types.uint16 and MULTIPLIES_PAIRS:
         return lambda cache, numpanels, depth: empty((numpanels, depth // 2, PANEL), np.uint32)
     return lambda cache, numpanels, depth: empty((numpanels, depth, PANEL), np.float32)
 

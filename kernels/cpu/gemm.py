@@ -16,9 +16,10 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from expertwire.kernels.cpu import amx, unpack
+from expertwire.kernels.cpu import unpack
 from expertwire.kernels.cpu.multiply import (
     HEAD,
+    LEAST_ROWS,
     begin,
     finish,
     multiply,
@@ -178,7 +179,7 @@ def _rows(x, start, count, buffer):
 @overload(_rows)
 def _rows_overload(x, start, count, buffer):
     in_place = x.dtype == buffer.dtype
-    least = amx.TILE if x.dtype == types.uint16 else 0
+    least = LEAST_ROWS if x.dtype == types.uint16 else 0
 
     def rows(x, start, count, buffer):
         if count >= least:

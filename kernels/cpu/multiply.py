@@ -1,5 +1,7 @@
 """The product of some rows of x with a panel of weights: by matrices, where they are pairs and the processor can, or by vectors.
 
+Rows that meet pairs are bf16 where the processor multiplies pairs in either way, else fp32.
+
 What is called with an array `w` depends on its type alone.
 """
 
@@ -13,7 +15,11 @@ from expertwire.kernels.cpu import amx, panel
 from expertwire.kernels.cpu.numbers import allocating_jit, empty
 from expertwire.kernels.cpu.panel import PANEL, put_gated_rows
 
+LEAST_ROWS = amx.TILE if amx.AVAILABLE else 1  # of an operand, whether or not that many are asked for
 HEAD = amx.HEAD  # rows of products before those that were asked for
+
+
+MULTIPLIES_PAIRS = amx.AVAILABLE or panel.MULTIPLIES_PAIRS
 
 
 def by_matrices(w):
@@ -54,8 +60,9 @@ def operand(num_rows, num_k, w):
 
 @overload(operand)
 def _operand(num_rows, num_k, w):
-    dtype = np.uint16 if by_matrices(w) else np.float32
-    return lambda num_rows, num_k, w: empty((max(num_rows, amx.TILE), num_k), dtype)
+    dtype = np.uint16 if MULTIPLIES_PAIRS and w.dtype == types.uint32 else np.float32
+    least = LEAST_ROWS
+    return lambda num_rows, num_k, w: empty((max(num_rows, least), num_k), dtype)
 
 
 @allocating_jit

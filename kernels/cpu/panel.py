@@ -4,7 +4,8 @@ A *panel* is the weights of 32 outputs, [K', 32] of 32 bits each: fp32, and K' i
 K' is K / 2. So 32 sums stand side by side in vectors, each row of a panel adds to them, and few rows of x, for which a product
 waits for its weights, read memory from front to back.
 
-A sum over K is one sum in the order of K, whatever the number of rows: its bits depend on nothing else.
+A sum over K is one sum in the order of K, whatever the number of rows: its bits depend on nothing else. Rows of bf16 meet pairs
+pair by pair, where the processor has an instruction for that (AVX512-BF16); rows of fp32 meet anything number by number.
 
 M rows, N outputs, K inputs, P panels.
 """
@@ -26,9 +27,11 @@ from expertwire.kernels.cpu.vectors import BITS, F32, HIGH, I32, I64, LANES, VEC
 
 PANEL = 2 * LANES  # outputs
 LINE = 32  # K is a multiple of it: sixteen pairs
+_FEATURES = llvmlite.binding.get_host_cpu_features()
 # Rows of x at once: the sums of the most fill registers.
-_ROWS_AT_ONCE = (12, 8, 6, 4, 3, 2, 1) if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else (3, 2, 1)
+_ROWS_AT_ONCE = (12, 8, 6, 4, 3, 2, 1) if _FEATURES.get("avx512f", False) else (3, 2, 1)
 ROWS = _ROWS_AT_ONCE[0]
+MULTIPLIES_PAIRS = _FEATURES.get("avx512bf16", False)  # whether rows may be bf16
 
 
 @intrinsic
@@ -78,24 +81,31 @@ def pack_rows(w, starts, panels):
 
 
 def _products(
-    b: ir.IRBuilder, rows: int, pairs: bool, x: ir.Value, ldx: ir.Value, w: ir.Value, ahead: ir.Value, num_k: ir.Value
+    b: ir.IRBuilder, rows: int, kinds: Any, x: ir.Value, ldx: ir.Value, w: ir.Value, ahead: ir.Value, num_k: ir.Value
 ) -> list[ir.Value]:
-    """The sums of `rows` rows from x, fp32, with the panel at w, of fp32 or of pairs; asks for another one. `num_k` is K'."""
+    """The sums of `rows` rows from x with the panel at w; asks for another one. `num_k` is K', `kinds` are the arrays' types.
+
+    Of x and the panel each 32 bits are a number or a pair.
+    """
+    x_pairs, w_pairs = kinds[0].dtype == types.uint16, kinds[1].dtype == types.uint32
+    assert w_pairs or not x_pairs, kinds
+    split = w_pairs and not x_pairs
+    multiply_add = vectors.add_pair_products if x_pairs else vectors.fma
 
     def weights(bits: ir.Value, step: int) -> ir.Value:
-        if pairs:
+        if split:
             bits = b.and_(bits, vectors.each_bits(HIGH)) if step else b.shl(bits, vectors.each_bits(16))
         return b.bitcast(bits, VECTOR)
 
     def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        at, steps = b.mul(k, I64(PANEL)), 2 if pairs else 1
+        at, steps = b.mul(k, I64(PANEL)), 2 if split else 1
         halves = [vectors.load(b, w, b.add(at, I64(half)), BITS) for half in (0, LANES)]
         for step in range(steps):
             column = b.add(b.mul(k, I64(steps)), I64(step))
             for m in range(rows):
                 value = vectors.splat(b, b.load(b.gep(x, [b.add(b.mul(ldx, I64(m)), column)])))
                 for half in range(2):
-                    sums[2 * m + half] = vectors.fma(b, value, weights(halves[half], step), sums[2 * m + half])
+                    sums[2 * m + half] = multiply_add(b, value, weights(halves[half], step), sums[2 * m + half])
         for line in (0, LANES):
             vectors.prefetch(b, b.gep(ahead, [b.add(at, I64(line))]), 2)
         return sums
@@ -105,9 +115,10 @@ def _products(
 
 @intrinsic
 def multiply_rows(context, num_rows, x, x_at, ldx, w, w_at, ahead_at, num_k, y, y_at):
-    """Of some of `num_rows` rows of x, fp32, with the panel at w_at: y, fp32 [*, 32]. Asks for the panel at `ahead_at`.
+    """Of some of `num_rows` rows of x with the panel at w_at: y, fp32 [*, 32]. Asks for the panel at `ahead_at`.
 
-    Of the arrays: where to start, and of x from row to row, in elements. `num_k` is K'. Returns how many rows these were.
+    x is fp32, or bf16 if the panel is of pairs and the processor `MULTIPLIES_PAIRS`. Of the arrays: where to start, and of x from
+    row to row, in elements. `num_k` is K'. Returns how many rows these were.
     """
 
     def generate(context, builder, signature, args):
@@ -116,15 +127,17 @@ def multiply_rows(context, num_rows, x, x_at, ldx, w, w_at, ahead_at, num_k, y, 
         def start(array: int, offset: ir.Value, kind: ir.Type) -> ir.Value:
             return vectors.pointer(context, b, signature.args[array], args[array], offset, kind)
 
-        x_start, y_start = start(1, args[2], F32), start(8, args[9], F32)
+        kinds = signature.args[1], signature.args[4]
+        numbers = 2 if kinds[0].dtype == types.uint16 else 1
+        x_start, ldx = start(1, b.udiv(args[2], I64(numbers)), F32), b.udiv(args[3], I64(numbers))
+        y_start = start(8, args[9], F32)
         w_start, ahead = start(4, args[5], I32), start(4, args[6], I32)
         done, taken = b.append_basic_block("done"), []
         for rows in _ROWS_AT_ONCE:
             enough, fewer = b.append_basic_block(f"rows{rows}"), b.append_basic_block("fewer")
             b.cbranch(b.icmp_signed(">=", args[0], I64(rows)), enough, fewer)
             b.position_at_end(enough)
-            pairs = signature.args[4].dtype == types.uint32
-            for i, total in enumerate(_products(b, rows, pairs, x_start, args[3], w_start, ahead, args[7])):
+            for i, total in enumerate(_products(b, rows, kinds, x_start, ldx, w_start, ahead, args[7])):
                 vectors.store(b, total, y_start, I64(i * LANES))
             taken.append((I64(rows), b.block))
             b.branch(done)

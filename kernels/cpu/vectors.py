@@ -1,5 +1,5 @@
 """LLVM's instructions on vectors of sixteen numbers, for kernels that are written in them and compiled by numba for the machine
-at hand; nothing in them is particular to an instruction set."""
+at hand; but for `add_pair_products` nothing in them is particular to an instruction set."""
 
 from __future__ import annotations
 
@@ -50,6 +50,19 @@ def splat(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, each_bits(0))
 
 
+class _BF16(ir.types.Type):
+    """What LLVM calls bfloat."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BF16)
+
+    def __hash__(self) -> int:
+        return hash(_BF16)
+
+
 def call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     """An intrinsic from vectors to a vector."""
     function_type = ir.FunctionType(VECTOR, [arg.type for arg in args])
@@ -58,6 +71,14 @@ def call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
 
 def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return call(b, "fma", x, y, z)
+
+
+def add_pair_products(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """z plus the products of the two bf16 that each lane of x and y is made of: an instruction of AVX512-BF16."""
+    pairs = [b.bitcast(vector, ir.VectorType(_BF16(), 2 * LANES)) for vector in (x, y)]
+    function_type = ir.FunctionType(VECTOR, [VECTOR, pairs[0].type, pairs[1].type])
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, name), [z, *pairs])
 
 
 def prefetch(b: ir.IRBuilder, address: ir.Value, cache: int) -> None:

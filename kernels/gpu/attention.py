@@ -19,7 +19,7 @@ T tokens, H query heads, G key/value heads, d head size, B sequences; R rows, N 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -386,10 +386,8 @@ def cases() -> list[Case]:
             _case("qwen3 blocks of 16", 32, 4, 128, arch, single=True, shared_out=True, invariant=False),
             _case("qwen3 blocks of 16", 32, 4, 128, arch, single=False, invariant=False),
             _case("qwen3 short", 32, 4, 128, arch, single=True),
-            replace(
-                _case("qwen3 blocks of 64", 32, 4, 128, arch, single=True, block_size=64, shared_out=True), full=True
-            ),
-            replace(_case("mixtral", 32, 8, 128, arch, single=True, shared_out=True), full=True),
+            _case("qwen3 blocks of 64", 32, 4, 128, arch, single=True, block_size=64, shared_out=True),
+            _case("mixtral", 32, 8, 128, arch, single=True, shared_out=True),
             _case("mixtral", 32, 8, 128, arch, single=False, block_size=64),
             _case("gpt-oss window", 64, 8, 64, arch, single=True, shared_out=True, **oss),
             _case("gpt-oss window", 64, 8, 64, arch, single=False, **oss),

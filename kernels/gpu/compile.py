@@ -45,7 +45,6 @@ class Case:
     wide: whether tensors are read by 16-byte accesses or TMA, and written by `store_bytes` a thread at once or TMA.
     narrow_copies: whether some asynchronous copies are of scalars, such as scales.
     options: further launch options, such as `enable_fp_fusion`; warps and stages may be among them.
-    full: left to the full matrix of tests; the report has it anyway.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Case:
     store_bytes: int = 16
     narrow_copies: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    full: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

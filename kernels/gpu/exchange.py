@@ -16,8 +16,6 @@ T tokens, K experts a token, R routed rows, P ranks, e local experts. A line is 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -317,15 +315,10 @@ def cases() -> list[Case]:
         ("EP4 T2048 K22 bf16", 4, 128, 2048, 22, 4096, 0),
         ("EP16 T512 K22 quantised", 16, 32, 512, 22, packed_bytes(2048), 2048),
     ]
-    found = [case for shape in shapes for case in _cases_of(*shape, full=shape != shapes[0])]
-    # The kernel that has two ways: the other one, too.
-    plain = next(case for case in found if case.name == "exchange.send EP8 T4096 bf16")
-    return [replace(case, full=False) if case is plain else case for case in found]
+    return [case for shape in shapes for case in _cases_of(*shape)]
 
 
-def _cases_of(
-    name: str, ranks: int, experts: int, tokens: int, top_k: int, row_bytes: int, columns: int, *, full: bool
-) -> list[Case]:
+def _cases_of(name: str, ranks: int, experts: int, tokens: int, top_k: int, row_bytes: int, columns: int) -> list[Case]:
     i32, i64, power = torch.int32, torch.int64, triton.next_power_of_2
     words, home_words = row_bytes // 4, 3584 if top_k == 8 else 1024
     block, warps = quantized_block(columns) if columns else row_block(max(words, home_words))
@@ -343,7 +336,6 @@ def _cases_of(
             args=args,
             constexprs=constexprs,
             expect={90: "", 100: ""},
-            full=full,
             **({"options": EARLY} | options),
         )
 

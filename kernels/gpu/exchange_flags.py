@@ -137,7 +137,6 @@ def cases() -> list[Case]:
             num_warps=1,
             expect={90: "", 100: ""},
             wide=False,
-            full=ranks != 8,
         )
         for ranks in (8, 72)
     ]

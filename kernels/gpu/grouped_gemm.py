@@ -274,7 +274,7 @@ SHAPES = {  # experts on a rank, D, F
 }
 
 
-def _case(format: str, shape: str, planned: int, activation: Activation | None, *, full: bool = False) -> Case:
+def _case(format: str, shape: str, planned: int, activation: Activation | None) -> Case:
     num_experts, D, F = SHAPES[shape]
     M, K = (2 * F if activation.gated else F, D) if activation else (D, F)
     weights = formats.meta(format, num_experts, M, K)
@@ -310,12 +310,11 @@ def _case(format: str, shape: str, planned: int, activation: Activation | None, 
         blocks_per_sm=config.blocks_per_sm,
         store_bytes=16 if config.rows == 128 else 8,
         narrow_copies=format == "fp8_block" or format in formats.SCALED,
-        full=full,
     )
 
 
 def cases() -> list[Case]:
-    """Formats where they are used, with every tile of each; most are left to the full matrix."""
+    """Formats where they are used, with every tile of each."""
     swiglu, clamped, relu2 = Activation(), Activation("swiglu_clamped"), Activation("relu2")
     found = []
     for format, shape, activation in (
@@ -329,17 +328,16 @@ def cases() -> list[Case]:
         num_experts = SHAPES[shape][0]
         for mean in (1 / 32, 8, 16, 32, 256, 1024)[: 6 if format == "dense" else 5]:
             planned = max(1, int(mean * num_experts))
-            found.append(_case(format, shape, planned, activation, full=mean != 256))
-            found.append(_case(format, shape, planned, None, full=mean != 8))
+            found.append(_case(format, shape, planned, activation))
+            found.append(_case(format, shape, planned, None))
     for format, shape, activation in (
         ("mxfp8", "qwen3-30b", swiglu),
         ("mxfp4_x8", "gpt-oss-120b", clamped),
         ("nvfp4_x4", "deepseek-v3-ep8", swiglu),
     ):
         for planned in (mean * SHAPES[shape][0] for mean in (1, 16, 32, 256)):
-            small, large = planned == SHAPES[shape][0], planned == 256 * SHAPES[shape][0]
-            found.append(_case(format, shape, planned, activation, full=not large))
-            found.append(_case(format, shape, planned, None, full=not small))
-    found += [_case("dense", "gpt-oss-120b", planned, clamped, full=True) for planned in (128, 16384)]
-    found += [_case("dense", "deepseek-v3-ep8", planned, relu2, full=planned > 32) for planned in (32, 4096)]
+            found.append(_case(format, shape, planned, activation))
+            found.append(_case(format, shape, planned, None))
+    found += [_case("dense", "gpt-oss-120b", planned, clamped) for planned in (128, 16384)]
+    found += [_case("dense", "deepseek-v3-ep8", planned, relu2) for planned in (32, 4096)]
     return list({case.name: case for case in found}.values())

@@ -183,7 +183,6 @@ def cases() -> list[Case]:
                     options=EARLY,
                     expect={90: "", 100: ""},
                     blocks_per_sm=2,
-                    full=width == (768 if gated else 2048),
                 )
             )
     return found

@@ -159,7 +159,6 @@ def cases() -> list[Case]:
             options=EARLY,
             expect={90: "", 100: ""},
             blocks_per_sm=2,
-            full=width == 2048,
         )
         for form, (add, store, quantized, group) in forms.items()
         for width in (2048, 2880, 7168)

@@ -239,7 +239,6 @@ def cases() -> list[Case]:
             options=EARLY,
             expect={90: "", 100: ""},
             wide=False,  # a token's ids and weights are a few bytes
-            full=name in ("mixtral", "gpt-oss-120b", "kimi-k2", "deepseek-v4"),
         )
         for name, (num_experts, top_k, dtype, rule) in models.items()
     ]

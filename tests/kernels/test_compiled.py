@@ -1,13 +1,10 @@
 """Every kernel, compiled for Hopper and Blackwell without either: the machine code spills nothing and uses the tensor cores."""
 
 import dataclasses
-import multiprocessing
 import os
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from cores import NUM_CORES
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -18,29 +15,13 @@ from expertwire.kernels.gpu import compile as ahead_of_time
 
 CASES = ahead_of_time.every_case()
 RUNS = [
-    pytest.param(case, arch, id=f"{case.name}-sm_{arch}", marks=[pytest.mark.full] if case.full else [])
-    for case in CASES
-    for arch in case.expect
+    pytest.param(place, arch, id=f"{case.name}-sm_{arch}") for place, case in enumerate(CASES) for arch in case.expect
 ]
 
 
-@pytest.fixture(scope="session")
-def lines(request):
-    """Of each case that is selected, its line of the report and whether it is fine; compiled by as many processes as there are
-    cores for it."""
-    selected = [item.callspec.params for item in request.session.items if item.originalname == "test_compiled"]
-    places = {case.name: place for place, case in enumerate(CASES)}
-    pool = ProcessPoolExecutor(NUM_CORES, mp_context=multiprocessing.get_context("spawn"))
-    yield {
-        (run["case"].name, run["arch"]): pool.submit(kernels_report.line, places[run["case"].name], run["arch"])
-        for run in selected
-    }
-    pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.parametrize(("case", "arch"), RUNS)
-def test_compiled(case, arch, lines):
-    text, fine = lines[case.name, arch].result()
+@pytest.mark.parametrize(("place", "arch"), RUNS)
+def test_compiled(place, arch):
+    text, fine = kernels_report.line(place, arch)
     assert fine, text
 
 

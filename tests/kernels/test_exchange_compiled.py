@@ -12,15 +12,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from expertwire.kernels.gpu import compile as ahead_of_time
 from expertwire.kernels.gpu import exchange, exchange_few, exchange_flags
 
-CASES = {
-    case.name: case for case in [*exchange.cases(), *exchange_few.cases(), *exchange_flags.cases()] if not case.full
-}
+CASES = {case.name: case for case in [*exchange.cases(), *exchange_few.cases(), *exchange_flags.cases()]}
 SENDS = [name for name in CASES if name.startswith("exchange.send")]
 SENDS_OF_FEW = [name for name in CASES if name.startswith("exchange_few.send")]
 QUANTISED = [name for name in SENDS + SENDS_OF_FEW if name.endswith("quantised")]
 
 
-@pytest.fixture(scope="module", params=[90, pytest.param(100, marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=[90, 100])
 def compiled(request):
     made = {}
 
