@@ -175,7 +175,7 @@ def _inspect(cubin: Path, kernel: Any) -> Compiled:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     usage = _run(tools / "cuobjdump", "-res-usage", cubin)
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    code = _run(tools / "nvdisasm", "-c", cubin)
+    code = _run(tools / "nvdisasm", "-c", "--no-dataflow", cubin)
     # An instruction follows its address, and maybe a predicate: "/*0010*/  @!P0 LDG.E.128 R4, ..."
     names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
     return Compiled(
