@@ -79,6 +79,7 @@ def _start(
     config: EngineConfig, rank: int, num_ranks: int, node: str, link: ControlLink, closing: contextlib.ExitStack
 ) -> Steps:
     link.recv()
+    device = _device(config, rank)
     store, store_address = None, ""
     if rank == 0 and num_ranks > 1:
         store, store_address = groups.serve_store(link.local_ip)
@@ -86,7 +87,6 @@ def _start(
     meeting = _told(link)
     store_address, sharers = bytes(meeting["store"]).decode(), int(meeting["sharers"][rank])
 
-    device = _device(config, rank)
     torch.set_num_threads(config.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // sharers))
     group = groups.make_group(
         store_address=store_address,

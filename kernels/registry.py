@@ -90,9 +90,10 @@ def cpu(*, fast: bool = False) -> Ops:
     from expertwire.kernels.cpu import index as cpu_index
     from expertwire.kernels.cpu import mla as cpu_mla
     from expertwire.kernels.cpu import routing as cpu_routing
+    from expertwire.kernels.cpu.multiply import BF16_PRODUCTS
 
     return Ops(
-        why=f"the device is a CPU: numba; {_mode(fast)}",
+        why=f"the device is a CPU: numba, products of bf16 by {BF16_PRODUCTS}; {_mode(fast)}",
         on_device=False,
         fast=fast,
         linear=linear.prepare,

@@ -15,11 +15,10 @@ from expertwire.kernels.cpu import amx, panel
 from expertwire.kernels.cpu.numbers import allocating_jit, empty
 from expertwire.kernels.cpu.panel import PANEL, put_gated_rows
 
+MULTIPLIES_PAIRS = amx.AVAILABLE or panel.MULTIPLIES_PAIRS
+BF16_PRODUCTS = "AMX" if amx.AVAILABLE else "AVX512-BF16" if MULTIPLIES_PAIRS else "vectors of fp32"
 LEAST_ROWS = amx.TILE if amx.AVAILABLE else 1  # of an operand, whether or not that many are asked for
 HEAD = amx.HEAD  # rows of products before those that were asked for
-
-
-MULTIPLIES_PAIRS = amx.AVAILABLE or panel.MULTIPLIES_PAIRS
 
 
 def by_matrices(w):
