@@ -31,8 +31,9 @@ def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tenso
 
 def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """The library's product of as many rows at a time as it ever gets: it chooses the order of a sum by their number, and oneDNN
-    compiles a kernel, milliseconds and up to a megabyte that it keeps for good, for each number that it meets. MKL chooses it by
-    where a row begins in a line of the cache, too: widths that no model has are padded, at the price of a copy of the weights."""
+    compiles a kernel, milliseconds and up to a megabyte that it keeps for good, for each number that it meets. On an AMD
+    processor, with three threads or more, MKL's sums over odd widths were seen to depend on a row's place: widths that no model
+    has are padded, at the price of a copy of the weights."""
     if x_TD.shape[1] % _WIDTH > 0:
         x_TD, w_ND = (F.pad(tensor, (0, -tensor.shape[1] % _WIDTH)) for tensor in (x_TD, w_ND))
     y_TN = x_TD.new_empty(x_TD.shape[0], w_ND.shape[0])
