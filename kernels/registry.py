@@ -93,7 +93,7 @@ def cpu(*, fast: bool = False) -> Ops:
     from expertwire.kernels.cpu.multiply import BF16_PRODUCTS
 
     return Ops(
-        why=f"the device is a CPU: numba, products of bf16 by {BF16_PRODUCTS}; {_mode(fast)}",
+        why=f"the device is a CPU: numba, its products of bf16 by {BF16_PRODUCTS}; {_mode(fast)}",
         on_device=False,
         fast=fast,
         linear=linear.prepare,
