@@ -9,13 +9,19 @@ Variants: a sliding window of `window` tokens (0: none) shows a query the last `
 position that is visible the cache may hold anything: its blocks may have been given back. A sink is a learned logit a head that
 takes part in the softmax's sum and brings no value (gpt-oss).
 
+A cache may be fp8 (e4m3), half of bf16's bytes: keys and values, rounded to the queries' dtype, are divided by `kv_scales_2G`, a
+scale for the keys and one for the values of each head, and saturate at +-448 (`quantize`). Attention multiplies them back: scores
+by the keys' scale, outputs by the values'.
+
 T tokens, H query heads, G key/value heads (H/G queries share one), d head size, B sequences, L padded length, s block size,
 W blocks in a row of the block table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -30,10 +36,10 @@ from expertwire.kernels import linear, rotary
 class PagedSequences:
     """Which tokens of the step belong to which sequence, and where their caches lie.
 
-    Sequences with one query come first (`num_single` of them), so that they can run as one batch.
+    Sequences with one query, the decodes, come first, so that they can run as one batch; the others are prefills.
     """
 
-    num_single: int
+    num_decodes: int
     cu_queries: np.ndarray  # i64 [B + 1]: query rows of sequence b are [cu_queries[b], cu_queries[b + 1])
     lengths: np.ndarray  # i64 [B]: tokens whose keys are in the cache once this step's are stored
     block_table: Tensor  # i64 [B, W], padded with the null block
@@ -57,11 +63,11 @@ def describe(
     query first.
     """
     nums = np.diff(cu_queries)
-    single = int((nums == 1).sum())
-    assert (nums[:single] == 1).all(), f"sequences with one query must come first, got {nums.tolist()}"
+    num_decodes = int((nums == 1).sum())
+    assert (nums[:num_decodes] == 1).all(), f"sequences with one query must come first, got {nums.tolist()}"
     widest = -(-int(lengths.max(initial=0)) // block_size)
     return PagedSequences(
-        num_single=single,
+        num_decodes=num_decodes,
         cu_queries=cu_queries,
         lengths=lengths,
         block_table=torch.from_numpy(block_tables[:, :widest].astype(np.int64)).to(device),
@@ -71,57 +77,108 @@ def describe(
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSequences:
-    """The same for a GPU: only device tensors, and the bounds that the host knows; nothing is read back.
+    """The same for a GPU: the numbers are on the device and nothing is read back; the host knows bounds, for the sizes of grids
+    and workspaces.
 
-    Sequences without queries may stand last, so that a captured graph keeps its shapes.
+    So one captured graph serves every mixture of decodes and prefills within its bounds. Sequences without queries may stand
+    last. Where the bounds are exact, `max_decodes + max_prefill_tokens` is the number of the step's rows.
     """
 
-    num_single: int  # sequences with at most one query; they come first, and row b is theirs
+    num_decodes: Tensor  # i32 [1]: the first sequences, with one query each: row b is sequence b's
+    max_decodes: int
+    max_prefills: int
+    max_prefill_tokens: int
     max_length: int  # no sequence is longer
+    max_prefill_length: int  # nor is a prefill longer than this
     cu_queries: Tensor  # i32 [B + 1], as in PagedSequences; the last one may be less than the rows of the step
     lengths: Tensor  # i32 [B]
     block_table: Tensor  # i32 [B, W], padded with the null block
-    max_prompt_length: int | None = None  # nor is one with several queries longer than this; None: than `max_length`
 
     @property
     def num_sequences(self) -> int:
         return self.lengths.shape[0]
 
 
+FP8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(FP8).max  # 448
+
+
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a cache of `dtype` keeps it: as it is, or, if that is fp8, x / scale, saturated and rounded to nearest even."""
+    return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(FP8) if dtype == FP8 else x.to(dtype)
+
+
+def as_bytes(cache: Tensor) -> Tensor:
+    """A view of an fp8 cache for torch's indexed copies, which do not know fp8; another cache as it is."""
+    return cache.view(torch.uint8) if cache.dtype == FP8 else cache
+
+
+def scales_of(kv_scales_2G: Tensor | None, k_cache: Tensor) -> Tensor:
+    """fp32 [2, G], ones for caches that have none. Caches in fp8 have scales, and others have none."""
+    assert (kv_scales_2G is not None) == (k_cache.dtype == FP8), f"scales {kv_scales_2G} of a cache of {k_cache.dtype}"
+    return k_cache.new_ones(2, k_cache.shape[2], dtype=torch.float32) if kv_scales_2G is None else kv_scales_2G
+
+
+def describe_on_device(
+    nums: Sequence[int], lengths: Sequence[int], block_table: Tensor, max_length: int | None = None
+) -> DeviceSequences:
+    """Exact bounds for sequences of so many queries and tokens, those with one query first; B of each.
+
+    block_table i32 [B, W]; `max_length` may be more than the longest.
+    """
+    num_decodes = sum(num == 1 for num in nums)
+    assert all(num == 1 for num in nums[:num_decodes]), f"sequences with one query must come first, got {list(nums)}"
+
+    def tensor(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=block_table.device)
+
+    return DeviceSequences(
+        num_decodes=tensor([num_decodes]),
+        max_decodes=num_decodes,
+        max_prefills=len(nums) - num_decodes,
+        max_prefill_tokens=sum(nums[num_decodes:]),
+        max_length=max(lengths, default=0) if max_length is None else max_length,
+        max_prefill_length=max(lengths[num_decodes:], default=0) if max_length is None else max_length,
+        cu_queries=tensor([0, *accumulate(nums)]),
+        lengths=tensor(lengths),
+        block_table=block_table,
+    )
+
+
 Sequences = TypeVar("Sequences", PagedSequences, DeviceSequences)
 
 
-def singles(seqs: Sequences) -> Sequences:
-    """Those with one query, which are the first rows of the step."""
-    num = seqs.num_single
-    return replace(
-        seqs, cu_queries=seqs.cu_queries[: num + 1], lengths=seqs.lengths[:num], block_table=seqs.block_table[:num]
-    )
+def known_decodes(seqs: PagedSequences | DeviceSequences, num_tokens: int) -> int | None:
+    """The number of decodes in a step of so many rows; None where the host has only bounds."""
+    if isinstance(seqs, PagedSequences):
+        return seqs.num_decodes
+    return seqs.max_decodes if seqs.max_decodes + seqs.max_prefill_tokens == num_tokens else None
 
 
-def prompts(seqs: Sequences) -> Sequences:
-    """The others, which are the rest."""
-    num = seqs.num_single
-    rest = replace(
-        seqs,
-        num_single=0,
-        cu_queries=seqs.cu_queries[num:] - num,
-        lengths=seqs.lengths[num:],
-        block_table=seqs.block_table[num:],
-    )
-    if isinstance(rest, DeviceSequences) and rest.max_prompt_length is not None:
-        return replace(rest, max_length=rest.max_prompt_length)
-    return rest
+def decodes(seqs: Sequences, num: int) -> Sequences:
+    """The first `num` sequences, which are `known_decodes`: the first rows of the step."""
+    first = {
+        "cu_queries": seqs.cu_queries[: num + 1],
+        "lengths": seqs.lengths[:num],
+        "block_table": seqs.block_table[:num],
+    }
+    if isinstance(seqs, PagedSequences):
+        return replace(seqs, **first)
+    return replace(seqs, **first, max_prefills=0, max_prefill_tokens=0)
 
 
-def owners(seqs: DeviceSequences, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Of each token its sequence and its position, i64 [T] each; position -1 where it belongs to none."""
-    token_T = torch.arange(num_tokens, device=seqs.lengths.device)
-    ends_B = seqs.cu_queries[1:].long()
-    sequence_T = torch.searchsorted(ends_B, token_T, right=True)
-    is_owned, sequence_T = sequence_T < len(ends_B), sequence_T.clamp(max=len(ends_B) - 1)
-    position_T = seqs.lengths[sequence_T].long() - ends_B[sequence_T] + token_T
-    return sequence_T, torch.where(is_owned, position_T, -1)
+def prefills(seqs: Sequences, num: int) -> Sequences:
+    """The sequences behind `num`, which are `known_decodes`: the other rows."""
+    rest = {
+        "cu_queries": seqs.cu_queries[num:] - num,
+        "lengths": seqs.lengths[num:],
+        "block_table": seqs.block_table[num:],
+    }
+    if isinstance(seqs, PagedSequences):
+        return replace(seqs, num_decodes=0, **rest)
+    # A copy begins at a multiple of 16 bytes, whatever `num` is: kernels are compiled apart for pointers that do not.
+    rest |= {"num_decodes": torch.zeros_like(seqs.num_decodes), "lengths": rest["lengths"].clone()}
+    return replace(seqs, max_decodes=0, max_length=seqs.max_prefill_length, **rest)
 
 
 class Fused(Protocol):
@@ -151,6 +208,7 @@ def fuse(
     window: int = 0,
     chunk: int = 0,
     sinks_H: Tensor | None = None,
+    kv_scales_2G: Tensor | None = None,
 ) -> Fused | None:
     """Of prepared layers to (H + 2G) * d and from H * d, where there is an implementation; options as of `rotate_and_store` and
     `attend`. What is rotated is up to the tables of a step."""
@@ -158,7 +216,8 @@ def fuse(
 
     if not (isinstance(qkv, gemm.PackedLinear) and isinstance(output, gemm.PackedLinear)):
         return None
-    options = {"interleaved": interleaved, "scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
+    options = {"interleaved": interleaved, "scale": scale, "window": window, "chunk": chunk}
+    options |= {"sinks_H": sinks_H, "kv_scales_2G": kv_scales_2G}
     return fused.AttentionAndNorm(qkv, output, qk_norm_hd, norm_D, eps, head_dim, **options)
 
 
@@ -178,16 +237,20 @@ def reference(
     window: int = 0,
     chunk: int = 0,
     sinks_H: Tensor | None = None,
+    kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
-    """One query at a time in fp32; caches [blocks, s, G, d]; `scale` is d^-0.5 unless given; returns [T, H, d]."""
+    """One query at a time in fp32; caches [blocks, s, G, d]; `scale` is d^-0.5 unless given; `kv_scales_2G`: fp32, of caches in
+    fp8 and only of those; returns [T, H, d]."""
     out_THd = torch.empty_like(q_THd)
     scale = q_THd.shape[-1] ** -0.5 if scale is None else scale
+    scales_2G11 = scales_of(kv_scales_2G, k_cache)[:, :, None, None]
     for b, table in enumerate(seqs.block_table):
         start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
         for row in range(start, end):
             stop = seqs.lengths[b] - (end - 1 - row)
             visible = slice(first_visible(stop - 1, window, chunk), stop)
-            k_GLd, v_GLd = (c[table].flatten(0, 1)[visible].float().transpose(0, 1) for c in (k_cache, v_cache))
+            rows = (c[table].flatten(0, 1)[visible].float().transpose(0, 1) for c in (k_cache, v_cache))
+            k_GLd, v_GLd = (row * scale_G11 for row, scale_G11 in zip(rows, scales_2G11, strict=True))
             q_Gqd = q_THd[row].float().view(k_GLd.shape[0], -1, q_THd.shape[-1])
             logits = [q_Gqd @ k_GLd.transpose(1, 2) * scale]
             if sinks_H is not None:
@@ -208,6 +271,7 @@ def rotate_and_store(
     v_cache: Tensor,
     *,
     interleaved: bool = False,
+    kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
     """What lies between the projections and the attention: norms of query and key heads, rotation, storing keys and values.
 
@@ -220,6 +284,7 @@ def rotate_and_store(
         slot_mapping_T: i64, block * s + offset.
         k_cache: [blocks, s, G, d], written, as is `v_cache`.
         interleaved: the pairs are (x_2i, x_2i+1), not (x_i, x_i+r/2).
+        kv_scales_2G: as in `reference`.
 
     Returns:
         Queries [T, H, d].
@@ -231,8 +296,10 @@ def rotate_and_store(
         qk = F.rms_norm(qk, (dim,), None, eps) * norm_hd.float()
     turned, kept = qk.split((tables[0].shape[1], dim - tables[0].shape[1]), -1)
     qk = torch.cat((rotary.rotate_at(turned, tables, positions_T, interleaved), kept), -1).to(qkv_Thd.dtype)
-    k_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, qk[:, num_heads:])
-    v_cache.flatten(0, 1).index_copy_(0, slot_mapping_T, v_TGd)
+    scales_2G1 = scales_of(kv_scales_2G, k_cache)[:, :, None]
+    for cache, x_TGd, scale_G1 in zip((k_cache, v_cache), (qk[:, num_heads:], v_TGd), scales_2G1, strict=True):
+        rows_TGd = as_bytes(quantize(x_TGd, scale_G1, cache.dtype))
+        as_bytes(cache).flatten(0, 1).index_copy_(0, slot_mapping_T, rows_TGd)
     return qk[:, :num_heads]
 
 
@@ -246,6 +313,7 @@ def attend(
     window: int = 0,
     chunk: int = 0,
     sinks_H: Tensor | None = None,
+    kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
     """As `reference`, one sequence at a time: torch's fused attention, or, with sinks, which that lacks, its parts."""
     outputs = [q_THd[:0]]
@@ -253,8 +321,12 @@ def attend(
         q = q_THd[seqs.cu_queries[b] : seqs.cu_queries[b + 1]]
         begin = first_visible(length - len(q), window, chunk)
         k_GLd, v_GLd = (_gather(cache, seqs.block_table[b], begin, length) for cache in (k_cache, v_cache))
+        if kv_scales_2G is not None:
+            rows = zip((k_GLd, v_GLd), kv_scales_2G, strict=True)
+            k_GLd, v_GLd = (row.float() * scale_G[:, None, None] for row, scale_G in rows)
         mask = visible(len(q), begin, length, window, chunk, q.device)
-        outputs.append(_attend_one(q.transpose(0, 1), k_GLd, v_GLd, mask, scale, sinks_H).transpose(0, 1))
+        found_HTd = _attend_one(q.to(k_GLd.dtype).transpose(0, 1), k_GLd, v_GLd, mask, scale, sinks_H)
+        outputs.append(found_HTd.transpose(0, 1).to(q.dtype))
     return torch.cat(outputs)
 
 

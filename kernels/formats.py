@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ GROUPS = {"int4": 32, "mxfp4": 32, "nvfp4": 16}  # columns that share a scale
 BLOCK = 128  # rows and columns that share a scale in "fp8_block"
 FP8 = torch.float8_e4m3fn
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the codes' magnitudes; the fourth bit is the sign
+GPU_LINEAR_FORMATS = ("fp8_block", "fp8_row")  # those that `kernels.gpu.linear` multiplies as they are stored
 ON_THE_FLY = {"fp8": "fp8_block", "int4": "int4", "mxfp4": "mxfp4"}  # what a user may ask for
 
 _DTYPES = {  # data, scales
@@ -123,6 +124,12 @@ Weight = Tensor | Quantized
 
 def _num_blocks(parts: tuple[int, ...]) -> list[int]:
     return [-(-rows // BLOCK) for rows in parts]
+
+
+def block_rows(parts: tuple[int, ...]) -> Tensor:
+    """Return, of each row of matrices of so many rows one over the other, the row of its blocks: i64 [M]."""
+    starts = accumulate(_num_blocks(parts), initial=0)
+    return torch.cat([start + torch.arange(rows) // BLOCK for start, rows in zip(starts, parts, strict=False)])
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:

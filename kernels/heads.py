@@ -7,7 +7,7 @@ T tokens, H heads, K inputs, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,15 @@ from torch import Tensor
 
 from expertwire.kernels.linear import is_packed
 
-PerHead = Callable[[Tensor], Tensor]  # x_THK -> y_THN
-
 _ROWS = 64
+
+
+class PerHead(Protocol):
+    """A prepared weight."""
+
+    def __call__(self, x_THK: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return y_THN, which is `out` if that is given. Tokens and heads of both may lie apart, as parts of longer rows do."""
+        ...
 
 
 def reference(x_THK: Tensor, w_HNK: Tensor) -> Tensor:
@@ -28,11 +34,20 @@ def reference(x_THK: Tensor, w_HNK: Tensor) -> Tensor:
 def prepare(w_HNK: Tensor) -> PerHead:
     """On a CPU packed as `linear` is, where that can be; else the library's product of all heads, of as many tokens as it ever
     gets: it chooses the order of a sum by their number."""
-    if not is_packed(w_HNK):
-        return lambda x_THK: _batched(x_THK, w_HNK)
-    from expertwire.kernels.cpu import gemm
+    if is_packed(w_HNK):
+        from expertwire.kernels.cpu import gemm
 
-    return gemm.pack_heads(w_HNK)
+        multiply = gemm.pack_heads(w_HNK)
+    else:
+
+        def multiply(x_THK: Tensor) -> Tensor:
+            return _batched(x_THK, w_HNK)
+
+    def apply(x_THK: Tensor, out: Tensor | None = None) -> Tensor:
+        y_THN = multiply(x_THK.contiguous())
+        return y_THN if out is None else out.copy_(y_THN)
+
+    return apply
 
 
 def _batched(x_THK: Tensor, w_HNK: Tensor) -> Tensor:

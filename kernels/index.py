@@ -5,8 +5,9 @@ A query's score of a position is
 
     score = sum over h of w_h * relu(q_h . k)
 
-and it sees the `top_k` positions up to its own that score best; of equals, the first. Constant factors (d^-0.5, n^-0.5) are the
-caller's, in w. Which numbers of a head are rotated: the first ones, in halves in DeepSeek-V3.2, interleaved in GLM-5.
+and it sees the `top_k` positions up to its own that score best; of equals, the first. They are given in ascending order, in which
+attention reads them; so a query that sees no more than `top_k` positions needs no scores. Constant factors (d^-0.5, n^-0.5) are
+the caller's, in w. Which numbers of a head are rotated: the first ones, in halves in DeepSeek-V3.2, interleaved in GLM-5.
 
 T tokens, H index heads, d their size, B sequences, L padded length, s block size.
 """
@@ -17,17 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences, PagedSequences, owners
+from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.rotary import rotate_at
-
-_GATHERED = 1 << 26  # numbers of keys that are gathered at once, on a device
 
 
 def reference(q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int) -> Tensor:
     """One query at a time in fp32; index_cache [blocks, s, d].
 
     Returns:
-        i64 [T, top_k]: positions, the best first; -1 behind them, where a query sees fewer.
+        i64 [T, top_k]: positions in ascending order; -1 behind them, where a query sees fewer.
     """
     chosen_Tk = torch.full((len(q_THd), top_k), -1, device=q_THd.device)
     for b, table in enumerate(seqs.block_table):
@@ -36,7 +35,7 @@ def reference(q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: Page
             keys_Ld = index_cache[table].flatten(0, 1)[: seqs.lengths[b] - (end - 1 - row)].float()
             scores_L = (q_THd[row].float() @ keys_Ld.T).relu().T @ weights_TH[row].float()
             best = scores_L.sort(descending=True, stable=True).indices[:top_k]
-            chosen_Tk[row, : len(best)] = best
+            chosen_Tk[row, : len(best)] = best.sort().values
     return chosen_Tk
 
 
@@ -95,33 +94,17 @@ def choose_positions(
     return torch.cat(outputs)
 
 
-def choose_positions_on_device(
-    q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: DeviceSequences, top_k: int
-) -> Tensor:
-    """As `reference`, in torch, of sequences that a device describes; nothing is read back.
-
-    Rows that belong to no sequence choose nothing. That bits do not depend on the batch is up to the library's products.
-    """
-    block_size, dim = index_cache.shape[1:]
-    sequence_T, last_T = owners(seqs, len(q_THd))
-    table_TW = seqs.block_table[sequence_T, : -(-seqs.max_length // block_size)].long()
-    step = max(1, _GATHERED // (table_TW.shape[1] * block_size * dim))
-    outputs = [torch.empty(0, top_k, dtype=torch.int64, device=q_THd.device)]
-    for q, weights, table, last in zip(*(x.split(step) for x in (q_THd, weights_TH, table_TW, last_T)), strict=True):
-        outputs.append(_best(_scores(q, weights, index_cache[table].flatten(1, 2)), last, top_k))
-    return torch.cat(outputs)
-
-
-def _scores(q_THd: Tensor, weights_TH: Tensor, keys: Tensor) -> Tensor:
-    """[T, L] of keys [L, d], or [T, L, d]."""
-    products_THL = (q_THd.float() @ keys.float().transpose(-1, -2)).relu()
+def _scores(q_THd: Tensor, weights_TH: Tensor, keys_Ld: Tensor) -> Tensor:
+    """[T, L]."""
+    products_THL = (q_THd.float() @ keys_Ld.float().T).relu()
     return (weights_TH.float()[:, None] @ products_THL)[:, 0]
 
 
 def _best(scores_TL: Tensor, last_T: Tensor, top_k: int) -> Tensor:
-    """[T, top_k]: positions up to the last by score, of equals the first; -1 behind them."""
+    """[T, top_k]: positions up to the last by score, of equals the first, in ascending order; -1 behind them."""
     length = scores_TL.shape[1]
     hidden = torch.arange(length, device=scores_TL.device) > last_T[:, None]
     order_TL = scores_TL.masked_fill(hidden, float("-inf")).sort(descending=True, stable=True).indices[:, :top_k]
-    seen = torch.arange(order_TL.shape[1], device=scores_TL.device) <= last_T[:, None]
-    return F.pad(torch.where(seen, order_TL, -1), (0, top_k - order_TL.shape[1]), value=-1)
+    # What is hidden comes last, in order: behind the others when positions are sorted, too.
+    order_TL = order_TL.sort(1).values
+    return F.pad(torch.where(order_TL <= last_T[:, None], order_TL, -1), (0, top_k - order_TL.shape[1]), value=-1)

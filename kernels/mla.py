@@ -15,6 +15,8 @@ about as many queries as keys, and rounds otherwise: it is for prompts of the nu
 
 `scale` is (size of [q_h | p_h])^-0.5, times a square of a factor with YaRN: not l^-0.5, hence an argument.
 
+A cache may be fp8, as in `attention`, with one scale for the whole row: `kv_scale`.
+
 T tokens, H heads, C latent size (512), r rotated size (64), l = C + r, n and v sizes of a head's key without r and of its value
 (128), d = n + r, s block size, X rows of the cache.
 """
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences, PagedSequences, visible
+from expertwire.kernels.attention import FP8, DeviceSequences, PagedSequences, as_bytes, quantize, visible
 from expertwire.kernels.linear import Linear
 from expertwire.kernels.rotary import rotate_at
 
@@ -43,6 +45,7 @@ def reference(
     rank: int,
     scale: float,
     chosen: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """One query at a time in fp32.
 
@@ -53,6 +56,7 @@ def reference(
         rank: C.
         scale: of the scores; above 0.
         chosen: i64 [T, k], the positions that a query sees, each once and none behind its own; -1 fills up. None: all.
+        kv_scale: fp32 [1], of a cache in fp8 and only of that.
 
     Returns:
         [T, H, C].
@@ -61,12 +65,19 @@ def reference(
     for b, table in enumerate(seqs.block_table):
         start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
         for row in range(start, end):
-            rows_Ll = cache[table].flatten(0, 1)[: seqs.lengths[b] - (end - 1 - row)].float()
+            rows_Ll = cache[table].flatten(0, 1)[: seqs.lengths[b] - (end - 1 - row)].float() * _scale_of(
+                kv_scale, cache
+            )
             if chosen is not None:
                 rows_Ll = rows_Ll[chosen[row][chosen[row] >= 0]]
             weights_HL = (q_THl[row].float() @ rows_Ll.T * scale).softmax(-1)
             out_THC[row] = (weights_HL @ rows_Ll[:, :rank]).to(q_THl.dtype)
     return out_THC
+
+
+def _scale_of(kv_scale: Tensor | None, cache: Tensor) -> Tensor:
+    assert (kv_scale is not None) == (cache.dtype == FP8), f"scale {kv_scale} of a cache of {cache.dtype}"
+    return cache.new_ones(1, dtype=torch.float32) if kv_scale is None else kv_scale
 
 
 def rotate_and_store(
@@ -80,6 +91,8 @@ def rotate_and_store(
     cache: Tensor,
     *,
     interleaved: bool = True,
+    out: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """What lies between the projections and the attention.
 
@@ -93,17 +106,19 @@ def rotate_and_store(
         slot_mapping_T: i64, block * s + offset.
         cache: [blocks, s, l], written.
         interleaved: which pairs are rotated, as in `attention.rotate_and_store`.
+        out: of q's shape and dtype, written; its tokens and heads may lie apart, as parts of longer rows do.
+        kv_scale: as in `reference`.
 
     Returns:
-        q_THr, rotated.
+        q_THr, rotated: `out` if that is given.
     """
     rank = norm_C.shape[0]
     latent_TC = F.rms_norm(kv_Tl[:, :rank].float(), (rank,), None, eps) * norm_C.float()
     parts = kv_Tl[:, rank:].unsqueeze(1), q_THr
     k_T1r, q_THr = (rotate_at(part.float(), tables, positions_T, interleaved).to(part.dtype) for part in parts)
-    row_Tl = torch.cat((latent_TC.to(kv_Tl.dtype), k_T1r[:, 0]), -1)
-    cache.flatten(0, 1).index_copy_(0, slot_mapping_T, row_Tl)
-    return q_THr
+    row_Tl = quantize(torch.cat((latent_TC.to(kv_Tl.dtype), k_T1r[:, 0]), -1), _scale_of(kv_scale, cache), cache.dtype)
+    as_bytes(cache).flatten(0, 1).index_copy_(0, slot_mapping_T, as_bytes(row_Tl))
+    return q_THr if out is None else out.copy_(q_THr)
 
 
 def attend(
@@ -114,13 +129,14 @@ def attend(
     rank: int,
     scale: float,
     chosen: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """As `reference`, one sequence at a time."""
     outputs = [q_THl.new_empty(0, q_THl.shape[1], rank)]
     for b, length in enumerate(seqs.lengths.tolist()):
         some = slice(seqs.cu_queries[b], seqs.cu_queries[b + 1])
         q_HTl = q_THl[some].transpose(0, 1).float()
-        rows_Ll = cache[seqs.block_table[b]].flatten(0, 1)[:length].float()
+        rows_Ll = cache[seqs.block_table[b]].flatten(0, 1)[:length].float() * _scale_of(kv_scale, cache)
         mask_TL = visible(q_HTl.shape[1], 0, length, 0, 0, cache.device)
         if chosen is not None:
             counts_TL = torch.zeros(len(mask_TL), length + 1, device=cache.device)
@@ -130,9 +146,9 @@ def attend(
     return torch.cat(outputs)
 
 
-def is_worth_expanding(prompts: PagedSequences | DeviceSequences, num_tokens: int) -> bool:
+def is_worth_expanding(prefills: PagedSequences | DeviceSequences, num_tokens: int) -> bool:
     """Whether sequences of so many queries together have few enough keys, as far as the host knows."""
-    return 0 < prompts.num_sequences * prompts.max_length <= _WORTH * num_tokens
+    return 0 < prefills.num_sequences * prefills.max_length <= _WORTH * num_tokens
 
 
 def attend_expanded(
@@ -144,6 +160,8 @@ def attend_expanded(
     scale: float,
     expand: Linear,
     attend: Callable[..., Tensor],
+    narrow_values: bool = False,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of [q_h | p_h] in expanded form.
 
@@ -155,20 +173,26 @@ def attend_expanded(
         scale: of the scores.
         expand: from [X, C] to [X, H * (n + v)], U_h over V_h of each head.
         attend: an implementation of `attention.reference`.
+        narrow_values: whether `attend` takes values of another size than keys, and returns them so.
+        kv_scale: as in `reference`.
 
     Returns:
         [T, H, v].
     """
     (num_heads, dim), block_size = q_THd.shape[1:], cache.shape[1]
     tables_BW = seqs.block_table[:, : -(-seqs.max_length // block_size)]
-    rows_Xl = cache[tables_BW.flatten().long()].flatten(0, 1)
+    rows_Xl = as_bytes(cache)[tables_BW.flatten().long()].flatten(0, 1).view(cache.dtype)
+    if kv_scale is not None:
+        rows_Xl = (rows_Xl.float() * kv_scale).to(q_THd.dtype)
     shared_XHr = rows_Xl[:, None, rank:].expand(-1, num_heads, -1)
     made_XHm = expand(rows_Xl[:, :rank].contiguous()).unflatten(1, (num_heads, -1))
     size = dim - shared_XHr.shape[2]
     value_size = made_XHm.shape[2] - size
     key_XHd, value_XHv = torch.cat((made_XHm[..., :size], shared_XHr), 2), made_XHm[..., size:]
-    # Zeros behind the shorter ones change neither scores nor values: attention wants keys and values of one size.
-    q_THw, *caches = (_widened(rows, max(dim, value_size)) for rows in (q_THd, key_XHd, value_XHv))
+    # Zeros behind the shorter ones change neither scores nor values.
+    width = dim if narrow_values else max(dim, value_size)
+    q_THw, key_XHw = (_widened(rows, width) for rows in (q_THd, key_XHd))
+    caches = key_XHw, _widened(value_XHv, value_size if narrow_values else width)
     own_BW = torch.arange(tables_BW.numel(), dtype=tables_BW.dtype, device=cache.device).view(tables_BW.shape)
     pages = [rows.unflatten(0, (-1, block_size)) for rows in caches]
     return attend(q_THw, *pages, replace(seqs, block_table=own_BW), scale=scale)[..., :value_size]

@@ -59,11 +59,10 @@ def reference(
     num_experts: int,
     num_valid: Tensor | None = None,
     *,
-    load_E: Tensor | None = None,
     token_tile: int | None = None,
 ) -> Permuted:
     """`ids_TK`: local experts, i32 or i64; others than 0 .. num_experts - 1 are none, nor are those of tokens from `num_valid`
-    on, i32 [1]. Each expert's number of rows is added to `load_E`, i64 [e]."""
+    on, i32 [1]."""
     top_k, ids_N = ids_TK.shape[1], ids_TK.flatten().long()
     here_N = (ids_N >= 0) & (ids_N < num_experts)
     if num_valid is not None:
@@ -72,8 +71,6 @@ def reference(
     home_N = torch.full_like(ids_N, -1, dtype=torch.int32)
     home_N[: len(home_R)] = home_R
     counts = torch.bincount(ids_N[here_N], minlength=num_experts)
-    if load_E is not None:
-        load_E += counts
     expert_offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids_TK.device)
     expert_offsets[1:] = counts.cumsum(0)
     row_index_N = torch.where(home_N < 0, home_N, home_N // top_k)

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from expertwire.kernels import attention, combine, experts, index, linear, mla, permute, rms_norm, routing
+from expertwire.kernels import attention, combine, experts, heads, index, linear, mla, permute, rms_norm, routing
 from expertwire.kernels.experts import GroupedMlp
+from expertwire.kernels.heads import PerHead
 from expertwire.kernels.linear import Linear
 from expertwire.kernels.permute import Permuted
+from expertwire.kernels.routing import Routed
 
 if TYPE_CHECKING:
     from expertwire.kernels.gpu.device import Device
@@ -24,26 +28,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """One implementation of each op; the signatures are those of the references. `linear` and `experts` prepare weights.
+    """One implementation of each op; the signatures are those of the references. `linear`, `linear_per_head` and `experts`
+    prepare weights.
 
     `on_device`: sequences and counts are described by tensors on the device (`attention.DeviceSequences`), and nothing is read
-    back while a model computes. `fast`: the bits of a token may depend on what is computed along with it.
+    back while a model computes. `fast`: the bits of a token may depend on what is computed along with it. `capturable`: CUDA
+    graphs can hold all of it. `attend_expanded`: `attend` of prompts whose keys and values are made again from latents.
     """
 
     why: str
     on_device: bool
     fast: bool
+    capturable: bool
     linear: Callable[..., Linear]
+    linear_per_head: Callable[[Tensor], PerHead]
     experts: Callable[..., GroupedMlp]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotate_and_store: Callable[..., Tensor]
     attend: Callable[..., Tensor]
+    attend_expanded: Callable[..., Tensor]
     rotate_and_store_latent: Callable[..., Tensor]
     attend_latent: Callable[..., Tensor]
     rotate_and_store_index: Callable[..., Tensor]
     choose_positions: Callable[..., Tensor]
     route: Callable[..., tuple[Tensor, Tensor]]
+    route_and_count: Callable[..., Routed]  # with the load on the device
     silu_mul: Callable[[Tensor], Tensor]
     permute: Callable[..., Permuted]
     combine: Callable[[Tensor, Tensor], Tensor]
@@ -52,6 +62,9 @@ class Ops:
         """Why these, and for each op where its implementation lives."""
         ops = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return "\n".join([self.why, *(f"{name}: {_place(op)}" for name, op in ops if callable(op))])
+
+
+_SCALED_ROWS = "; rows that meet experts of MXFP4 are quantised to MXFP8, those that meet NVFP4 to NVFP4"
 
 
 def _mode(fast: bool) -> str:
@@ -63,13 +76,15 @@ def _place(op: Any) -> str:
     return f"{op.__module__}.{op.__name__}"
 
 
-def choose(device: str, *, fast: bool = False) -> Ops:
-    """The ops for "cpu" or "cuda".
+def choose(device: str, *, fast: bool = False, attention: Literal["triton", "flashinfer"] = "triton") -> Ops:
+    """The ops for "cpu" or "cuda". `attention`: whose, on a GPU; nothing but this argument decides.
 
     Raises:
-        ValueError: the GPU is too old.
+        ValueError: the GPU is too old, or what was asked for is not installed or not for this device.
     """
     if device == "cpu":
+        if attention != "triton":
+            raise ValueError(f"attention must be 'triton' where the device is a CPU, got {attention!r}")
         return cpu(fast=fast)
     from expertwire.kernels.gpu.device import describe
 
@@ -79,7 +94,33 @@ def choose(device: str, *, fast: bool = False) -> Ops:
         raise ValueError(
             f"device {device} is a {name} of compute capability {gpu.arch / 10}; allowed are 9.0 and above"
         )
-    return triton(gpu, fast=fast)
+    ops = triton(gpu, fast=fast)
+    return flashinfer(ops, device) if attention == "flashinfer" else ops
+
+
+def flashinfer(ops: Ops, device: str) -> Ops:
+    """With FlashInfer's attention in place of Triton's; it has no bits to promise, so the ops are `fast`.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    from expertwire.kernels.gpu.flashinfer import FlashInfer
+
+    if importlib.util.find_spec("flashinfer") is None:
+        raise ValueError(
+            "attention 'flashinfer' needs the package flashinfer-python, which is not installed: "
+            "pip install 'expertwire[flashinfer]', or use attention 'triton'"
+        )
+    assert ops.fast, "attention 'flashinfer' in invariant numerics: refused by EngineConfig"
+    library = FlashInfer(importlib.import_module("flashinfer"), importlib.import_module("flashinfer.mla"), device)
+    return replace(
+        ops,
+        why=f"{ops.why}; attention by flashinfer, as asked for: its plans need the host, so that no step replays a CUDA graph; "
+        "not yet compared with ours on a GPU",
+        capturable=False,
+        attend=library.attend,
+        attend_latent=library.attend_latent,
+    )
 
 
 def cpu(*, fast: bool = False) -> Ops:
@@ -96,17 +137,21 @@ def cpu(*, fast: bool = False) -> Ops:
         why=f"the device is a CPU: numba, its products of bf16 by {BF16_PRODUCTS}; {_mode(fast)}",
         on_device=False,
         fast=fast,
+        capturable=False,
         linear=linear.prepare,
+        linear_per_head=heads.prepare,
         experts=partial(experts.prepare, silu_mul=elementwise.silu_mul),
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
         rotate_and_store=rotary.rotate_and_store,
         attend=cpu_attention.attend,
+        attend_expanded=cpu_attention.attend,
         rotate_and_store_latent=rotary.rotate_and_store_latent,
         attend_latent=cpu_mla.attend,
         rotate_and_store_index=rotary.rotate_and_store_index,
         choose_positions=cpu_index.choose_positions,
         route=cpu_routing.route,
+        route_and_count=partial(routing.route_and_count, route=cpu_routing.route),
         silu_mul=elementwise.silu_mul,
         permute=permute.reference,
         combine=elementwise.combine,
@@ -119,17 +164,21 @@ def plain() -> Ops:
         why="asked for: torch alone",
         on_device=False,
         fast=False,
+        capturable=False,
         linear=linear.prepare,
+        linear_per_head=heads.prepare,
         experts=partial(experts.prepare, silu_mul=experts.silu_mul_reference),
         rms_norm=rms_norm.reference,
         add_rms_norm=rms_norm.add_reference,
         rotate_and_store=attention.rotate_and_store,
         attend=attention.attend,
+        attend_expanded=attention.attend,
         rotate_and_store_latent=mla.rotate_and_store,
         attend_latent=mla.attend,
         rotate_and_store_index=index.rotate_and_store,
         choose_positions=index.choose_positions,
         route=routing.reference,
+        route_and_count=routing.route_and_count,
         silu_mul=experts.silu_mul_reference,
         permute=permute.reference,
         combine=combine.combine,
@@ -141,31 +190,41 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import attention as gpu_attention
     from expertwire.kernels.gpu import combine as gpu_combine
     from expertwire.kernels.gpu import experts as gpu_experts
+    from expertwire.kernels.gpu import heads as gpu_heads
+    from expertwire.kernels.gpu import index as gpu_index
+    from expertwire.kernels.gpu import index_keys as gpu_index_keys
     from expertwire.kernels.gpu import linear as gpu_linear
     from expertwire.kernels.gpu import mla as gpu_mla
     from expertwire.kernels.gpu import permute as gpu_permute
+    from expertwire.kernels.gpu import prefill as gpu_prefill
     from expertwire.kernels.gpu import quantize, rotate_and_store
     from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
     from expertwire.kernels.gpu import routing as gpu_routing
 
+    scale_rows = fast and gpu.arch // 10 == 10  # tensor cores of Blackwell's data centre GPUs take scales
+    attend = partial((gpu_prefill if fast else gpu_attention).attend, device=gpu)
     return Ops(
         why=(
             f"the device is a GPU of compute capability {gpu.arch / 10} with {gpu.num_sms} multiprocessors: Triton; "
-            f"{_mode(fast)}"
+            f"{_mode(fast)}{_SCALED_ROWS if scale_rows else ''}"
         ),
         on_device=True,
         fast=fast,
+        capturable=True,
         linear=partial(gpu_linear.prepare, device=gpu),
-        experts=partial(gpu_experts.prepare, device=gpu),
+        linear_per_head=partial(gpu_heads.prepare, device=gpu),
+        experts=partial(gpu_experts.prepare, device=gpu, scale_rows=scale_rows),
         rms_norm=gpu_rms_norm.rms_norm,
         add_rms_norm=gpu_rms_norm.add_rms_norm,
         rotate_and_store=rotate_and_store.rotate_and_store,
-        attend=partial(gpu_attention.attend, device=gpu, invariant=not fast),
+        attend=attend,
+        attend_expanded=attend,
         rotate_and_store_latent=gpu_mla.rotate_and_store,
         attend_latent=partial(gpu_mla.attend, device=gpu),
-        rotate_and_store_index=index.rotate_and_store,
-        choose_positions=index.choose_positions_on_device,
+        rotate_and_store_index=gpu_index_keys.rotate_and_store,
+        choose_positions=partial(gpu_index.choose_positions, device=gpu),
         route=gpu_routing.route,
+        route_and_count=gpu_routing.route_and_count,
         silu_mul=quantize.silu_mul,
         permute=partial(gpu_permute.permute, format="dense"),
         combine=gpu_combine.combine,

@@ -9,10 +9,14 @@ choice first keeps the best groups of neighbouring experts: by their best expert
 the sum of their two best (DeepSeek-V3). Scores grow with logits, so where neither bias nor sum enters, logits are
 compared: distinct ones stay distinct. Of equals the lowest id wins, everywhere.
 
-T tokens, D model width, E experts, K chosen, G groups. Gating is in fp32 whatever the activations are.
+T tokens, D model width, E experts, K chosen, G groups, C replicas an expert at most. Gating is in fp32 whatever the activations
+are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +51,48 @@ def reference(
     if renormalize:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
     return ids_TK, weights_TK if scale == 1.0 else weights_TK * scale
+
+
+class Routed(NamedTuple):
+    """Logical experts i64 [T, K], their weights fp32 [T, K], and the physical experts i64 [T, K] that rows are sent to."""
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+    physical_TK: Tensor
+
+
+def to_physical(ids_TK: Tensor, physical_CE: Tensor | None) -> Tensor:
+    """Return the physical expert of each logical one: token t takes replica t mod C; without a table they are the same."""
+    if physical_CE is None:
+        return ids_TK
+    num_replicas, num_experts = physical_CE.shape
+    if num_replicas == 1:
+        return physical_CE.take(ids_TK)
+    replica_T = torch.arange(len(ids_TK), device=ids_TK.device).remainder_(num_replicas)
+    return physical_CE.take(ids_TK + replica_T.mul_(num_experts).unsqueeze(1))
+
+
+def route_and_count(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    load_E: Tensor,
+    physical_CE: Tensor | None = None,
+    num_valid: Tensor | None = None,
+    route: Callable[..., tuple[Tensor, Tensor]] = reference,
+    **rule: Any,
+) -> Routed:
+    """`route`, the experts' physical ids, and the load: a reference.
+
+    Args:
+        load_E: i64 [E], to which the rows of each logical expert are added.
+        physical_CE: i64 [C, E], `moe.placement.Placement.physical_for` a rank; None: physical ids are logical ones.
+        num_valid: i32 [1]; only so many tokens are counted.
+    """
+    ids_TK, weights_TK = route(logits_TE, top_k, **rule)
+    counted_TK = ids_TK if num_valid is None else ids_TK[: int(num_valid)]
+    load_E += torch.bincount(counted_TK.flatten(), minlength=len(load_E))
+    return Routed(ids_TK, weights_TK, to_physical(ids_TK, physical_CE))
 
 
 def _scores(logits_TE: Tensor, score: Score) -> Tensor:

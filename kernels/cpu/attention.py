@@ -35,6 +35,12 @@ def _first_visible(position, window, chunk):
 
 
 @jit
+def scale_of(kv_scales_2G, which, g):
+    """Of the keys (0) or the values (1) of head g."""
+    return kv_scales_2G[which, g] if kv_scales_2G.shape[1] > 0 else np.float32(1)
+
+
+@jit
 def _reach(longest, window, chunk):
     """How many keys a query sees at most."""
     if window > 0:
@@ -43,8 +49,21 @@ def _reach(longest, window, chunk):
 
 
 @allocating_jit
-def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, out_THd):
-    """`kernels.attention.reference`; `cu_queries` as in `PagedSequences`; `sinks_H` may be empty."""
+def attend_rows(
+    q_THd,
+    k_NsGd,
+    v_NsGd,
+    kv_scales_2G,
+    tables_Bb,
+    cu_queries,
+    lengths_B,
+    scale,
+    window,
+    chunk,
+    sinks_H,
+    out_THd,
+):
+    """`kernels.attention.reference`; `cu_queries` as in `PagedSequences`; `sinks_H` and `kv_scales_2G` may be empty."""
     num_kv, dim, group = k_NsGd.shape[2], k_NsGd.shape[3], q_THd.shape[1] // k_NsGd.shape[2]
     longest, most = max(lengths_B), np.diff(cu_queries).max()
     reach = _reach(longest, window, chunk)
@@ -52,7 +71,7 @@ def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, 
     piece = most if reach == longest else min(most, max(reach, _LEAST_QUERIES))
     width = -(-min(longest, reach + piece + PANEL) // PANEL) * PANEL
     depth = -(-dim // LINE) * LINE
-    keys, values = panels(k_NsGd, width // PANEL, depth), panels(v_NsGd, depth // PANEL, width)
+    keys, values = panels(q_THd, width // PANEL, depth), panels(q_THd, depth // PANEL, width)
     step = min(max(rows_at_once(keys), group), piece * group)
     rows, queries = operand(LANES, depth, keys), operand(step, depth, keys)
     two_rows = np.zeros((2, depth), v_NsGd.dtype)
@@ -79,7 +98,8 @@ def attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, 
                     chunk,
                     keys,
                     values,
-                    np.float32(scale),
+                    np.float32(scale) * scale_of(kv_scales_2G, 0, g),
+                    scale_of(kv_scales_2G, 1, g),
                     sinks_H,
                     queries,
                     scores,
@@ -103,6 +123,7 @@ def _attend_head(
     keys,
     values,
     scale,
+    value_scale,
     sinks_H,
     queries,
     scores,
@@ -128,7 +149,7 @@ def _attend_head(
             position, head, at = length - num + (start + i) // group, g * group + (start + i) % group, i * width
             sink = sinks_H[head] if len(sinks_H) > 0 else np.float32(-np.inf)
             first = _first_visible(position, window, chunk) - base
-            softmax(scores, at, first, position + 1 - base, scale, sink, weights, at, seen)
+            softmax(scores, at, first, position + 1 - base, scale, sink, value_scale, weights, at, seen)
         for i in range(len(values)):
             for m in range(0, count, once):
                 multiply(weights, m, count, seen, values, i, found)
@@ -156,9 +177,23 @@ def _put_outputs(found, unbiased, start, count, g, group, column, out_THd):
 
 
 @allocating_jit
-def _attend(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, out_THd):
+def _attend(
+    q_THd,
+    k_NsGd,
+    v_NsGd,
+    kv_scales_2G,
+    tables_Bb,
+    cu_queries,
+    lengths_B,
+    scale,
+    window,
+    chunk,
+    sinks_H,
+    out_THd,
+):
     if len(lengths_B) > 0:
-        attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, out_THd)
+        options = scale, window, chunk, sinks_H
+        attend_rows(q_THd, k_NsGd, v_NsGd, kv_scales_2G, tables_Bb, cu_queries, lengths_B, *options, out_THd)
 
 
 def attend(
@@ -171,6 +206,7 @@ def attend(
     window: int = 0,
     chunk: int = 0,
     sinks_H: Tensor | None = None,
+    kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.reference`."""
     for cache in (k_cache, v_cache):
@@ -179,10 +215,15 @@ def attend(
     q, k, v, out = (as_array(tensor) for tensor in (q_THd, k_cache, v_cache, out_THd))
     scale = q.shape[2] ** -0.5 if scale is None else scale
     where = seqs.block_table.numpy(), seqs.cu_queries, seqs.lengths
-    _attend(q, k, v, *where, scale, window, chunk, sinks(sinks_H), out)
+    _attend(q, k, v, scales(kv_scales_2G), *where, scale, window, chunk, sinks(sinks_H), out)
     return out_THd
 
 
 def sinks(sinks_H: Tensor | None) -> np.ndarray:
     """For `attend_rows`: fp32 [H], or empty."""
     return np.empty(0, np.float32) if sinks_H is None else sinks_H.float().numpy()
+
+
+def scales(kv_scales_2G: Tensor | None) -> np.ndarray:
+    """For `attend_rows`: fp32 [2, G], or empty."""
+    return np.empty((2, 0), np.float32) if kv_scales_2G is None else kv_scales_2G.numpy()

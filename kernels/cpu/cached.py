@@ -1,5 +1,7 @@
 """Keys and values of a sequence, gathered from the paged cache and packed as the weights of products (`panel`).
 
+A cache in fp8 is unpacked on the way, exactly; its scales are up to who multiplies.
+
 G key/value heads, d head size, b blocks, s block size.
 """
 
@@ -20,15 +22,15 @@ from expertwire.kernels.cpu.vectors import BITS, I16, I32, I64, LANES, LINE_BYTE
 _AHEAD = 64  # positions
 
 
-def panels(cache, numpanels, depth):
-    """Panels of a depth, for what is in a cache: pairs, if the processor multiplies them."""
+def panels(queries, numpanels, depth):
+    """Panels of a depth, for what such queries meet: pairs, if they are bf16 and the processor multiplies them."""
 
 
 @overload(panels)
-def panels_overload(cache, numpanels, depth):
-    if cache.dtype == types.uint16 and MULTIPLIES_PAIRS:
-        return lambda cache, numpanels, depth: empty((numpanels, depth // 2, PANEL), np.uint32)
-    return lambda cache, numpanels, depth: empty((numpanels, depth, PANEL), np.float32)
+def panels_overload(queries, numpanels, depth):
+    if queries.dtype == types.uint16 and MULTIPLIES_PAIRS:
+        return lambda queries, numpanels, depth: empty((numpanels, depth // 2, PANEL), np.uint32)
+    return lambda queries, numpanels, depth: empty((numpanels, depth, PANEL), np.float32)
 
 
 def keys_in_row(panels):
@@ -113,20 +115,21 @@ def _join(context, v, low_at, high_at, values, at):
 
     def generate(context, builder, signature, args):
         b, kind = builder, context.get_data_type(signature.args[0].dtype)
-        pairs, bf16 = signature.args[3].dtype == types.uint32, signature.args[0].dtype == types.uint16
+        pairs, stored_bits = signature.args[3].dtype == types.uint32, signature.args[0].dtype.bitwidth
         low, high = (vectors.pointer(context, b, signature.args[0], args[0], args[i], kind) for i in (1, 2))
         target = vectors.pointer(context, b, signature.args[3], args[3], args[4], I32)
 
         def part(start: ir.Value, column: int) -> ir.Value:
-            if not bf16:
-                return vectors.load(b, start, I64(column), BITS)
-            return b.zext(vectors.load(b, start, I64(column), ir.VectorType(I16, LANES)), BITS)
+            if stored_bits == 16:
+                return b.zext(vectors.load(b, start, I64(column), ir.VectorType(I16, LANES)), BITS)
+            bits = b.bitcast(vectors.load_numbers(b, start, I64(column), bits=stored_bits), BITS)
+            return b.lshr(bits, vectors.each_bits(16)) if pairs else bits
 
         for column in (0, LANES):
             bits = part(low, column)
             if pairs:
                 bits = b.or_(bits, b.shl(part(high, column), vectors.each_bits(16)))
-            elif bf16:
+            elif stored_bits == 16:
                 bits = b.shl(bits, vectors.each_bits(16))
             vectors.store(b, bits, target, I64(column))
         return context.get_dummy_value()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expertwire.kernels.attention import PagedSequences
-from expertwire.kernels.cpu.attention import attend_rows, sinks
+from expertwire.kernels.cpu.attention import attend_rows, scales, sinks
 from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows
 from expertwire.kernels.cpu.gemm import CHUNK, Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
 from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty
@@ -50,6 +50,7 @@ def _attention(
     lengths_B: np.ndarray,
     k_NsGd: np.ndarray,
     v_NsGd: np.ndarray,
+    kv_scales_2G: np.ndarray,
     output: Layer,
     norm_D: np.ndarray,
     sum_TD: np.ndarray,
@@ -73,11 +74,13 @@ def _attention(
             slots_T[start:end],
             k_NsGd.reshape((-1, num_kv, dim)),
             v_NsGd.reshape((-1, num_kv, dim)),
+            kv_scales_2G,
             interleaved,
             q_THd[start:end],
         )
     attended_THd = empty((num_tokens, num_heads, dim), x_TD.dtype)
-    attend_rows(q_THd, k_NsGd, v_NsGd, tables_Bb, cu_queries, lengths_B, scale, window, chunk, sinks_H, attended_THd)
+    options = scale, window, chunk, sinks_H
+    attend_rows(q_THd, k_NsGd, v_NsGd, kv_scales_2G, tables_Bb, cu_queries, lengths_B, *options, attended_THd)
     attended_TK = attended_THd.reshape((num_tokens, -1))
     delta_TD = empty((min(num_tokens, CHUNK), x_TD.shape[1]), x_TD.dtype)
     for start in range(0, num_tokens, CHUNK):
@@ -104,11 +107,13 @@ class AttentionAndNorm:
         window: int,
         chunk: int,
         sinks_H: Tensor | None,
+        kv_scales_2G: Tensor | None,
     ) -> None:
         qk_norm = norm_D.new_empty(0, dim) if qk_norm_hd is None else qk_norm_hd
         scale = dim**-0.5 if scale is None else scale
         attention = interleaved, scale, window, chunk, sinks(sinks_H)
         self._before = (qkv.panels, qkv.bias), qkv.num_outputs // dim, as_array(qk_norm), eps, *attention
+        self._kv_scales = scales(kv_scales_2G)
         self._after = (output.panels, output.bias), as_array(norm_D)
 
     def step(
@@ -123,7 +128,7 @@ class AttentionAndNorm:
         sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
         if len(x_TD) > 0:
             x, normed, k, v, total, y = (as_array(t) for t in (x_TD, normed_TD, k_cache, v_cache, sum_TD, y_TD))
-            _attention(x, normed, *self._before, *step, k, v, *self._after, total, y)
+            _attention(x, normed, *self._before, *step, k, v, self._kv_scales, *self._after, total, y)
         return sum_TD, y_TD
 
 

@@ -24,15 +24,20 @@ from expertwire.kernels.cpu.vectors import LANES
 def _choose(q_THd, weights_TH, k_Ns1d, tables_Bb, cu_queries, lengths_B, chosen_Tk):
     num_heads, dim = q_THd.shape[1:]
     width, depth = -(-max(lengths_B) // PANEL) * PANEL, -(-dim // LINE) * LINE
-    keys = panels(k_Ns1d, width // PANEL, depth)
+    keys = panels(q_THd, width // PANEL, depth)
     rows, queries = operand(LANES, depth, keys), operand(num_heads, depth, keys)
     rows[:], queries[:] = 0, 0
     found, scores = products(), np.empty(width, np.float32)
     begin(keys)
     for b in range(len(lengths_B)):
-        pack_keys(k_Ns1d, tables_Bb[b], 0, 0, lengths_B[b], rows, keys)
+        if lengths_B[b] > chosen_Tk.shape[1]:
+            pack_keys(k_Ns1d, tables_Bb[b], 0, 0, lengths_B[b], rows, keys)
         for t in range(cu_queries[b], cu_queries[b + 1]):
             visible = lengths_B[b] - cu_queries[b + 1] + t + 1
+            if visible <= chosen_Tk.shape[1]:
+                chosen_Tk[t, :visible] = np.arange(visible)
+                chosen_Tk[t, visible:] = -1
+                continue
             for h in range(num_heads):
                 put_row(q_THd[t, h], queries[h])
             _score(queries, weights_TH[t], keys, -(-visible // PANEL), found, scores)
@@ -56,11 +61,8 @@ def _score(queries, weights_H, keys, num_panels, found, scores):
 
 @allocating_jit
 def _put_best(scores, chosen_k):
-    """The best positions in order, of equals the first; -1 behind them."""
-    order = np.argsort(-scores, kind="mergesort")
-    num = min(len(scores), len(chosen_k))
-    chosen_k[:num] = order[:num]
-    chosen_k[num:] = -1
+    """The best positions, of equals the first, in ascending order."""
+    chosen_k[:] = np.sort(np.argsort(-scores, kind="mergesort")[: len(chosen_k)])
 
 
 def choose_positions(

@@ -29,10 +29,10 @@ _ROWS = 512
 
 
 @allocating_jit
-def _attend(q_THl, cache_Ns1l, tables_Bb, cu_queries, lengths_B, scale, out_THC):
+def _attend(q_THl, cache_Ns1l, kv_scale, tables_Bb, cu_queries, lengths_B, scale, out_THC):
     (num_heads, width), rank = q_THl.shape[1:], out_THC.shape[2]
     depth, depth_v = -(-width // LINE) * LINE, -(-rank // LINE) * LINE
-    keys, values = panels(cache_Ns1l, _SPLIT // PANEL, depth), panels(cache_Ns1l, depth_v // PANEL, _SPLIT)
+    keys, values = panels(q_THl, _SPLIT // PANEL, depth), panels(q_THl, depth_v // PANEL, _SPLIT)
     step = min(_ROWS, np.diff(cu_queries).max() * num_heads)
     rows, two_rows = operand(LANES, depth, keys), np.zeros((2, depth_v), cache_Ns1l.dtype)
     queries, weights = operand(step, depth, keys), operand(step, _SPLIT, values)
@@ -41,6 +41,8 @@ def _attend(q_THl, cache_Ns1l, tables_Bb, cu_queries, lengths_B, scale, out_THC)
     unbiased, total = np.zeros(PANEL, np.float32), np.empty(1, np.float32)
     sums_RC = empty((step, depth_v), np.float32)
     totals_R, tops_R = np.empty(step, np.float32), np.empty(step, np.float32)
+    value_scale = np.float32(kv_scale)
+    scale = np.float32(scale) * value_scale
     begin(keys)
     for b in range(len(lengths_B)):
         num, length = cu_queries[b + 1] - cu_queries[b], lengths_B[b]
@@ -58,9 +60,9 @@ def _attend(q_THl, cache_Ns1l, tables_Bb, cu_queries, lengths_B, scale, out_THC)
                 _score(queries, count, keys, seen, found, unbiased, scores)
                 for i in range(count):
                     visible = position + (start % num_heads + i) // num_heads + 1 - split
-                    _weigh(scores, i, visible, np.float32(scale), weights, seen, sums_RC, totals_R, tops_R, total)
+                    _weigh(scores, i, visible, scale, weights, seen, sums_RC, totals_R, tops_R, total)
                 _add(weights, count, seen, values, found, sums_RC)
-            _put_outputs(sums_RC, totals_R, cu_queries[b], start, count, out_THC)
+            _put_outputs(sums_RC, totals_R, value_scale, cu_queries[b], start, count, out_THC)
     finish(keys)
 
 
@@ -72,12 +74,12 @@ def _put_queries(q_THl, first, start, count, queries):
 
 
 @jit
-def _put_outputs(sums_RC, totals_R, first, start, count, out_THC):
+def _put_outputs(sums_RC, totals_R, value_scale, first, start, count, out_THC):
     num_heads, rank = out_THC.shape[1:]
     for i in range(count):
         target = out_THC[first + (start + i) // num_heads, (start + i) % num_heads]
         for j in range(rank):
-            target[j] = round_like(sums_RC[i, j] / totals_R[i], target[j])
+            target[j] = round_like(value_scale * sums_RC[i, j] / totals_R[i], target[j])
 
 
 @jit
@@ -123,6 +125,7 @@ def attend(
     rank: int,
     scale: float,
     chosen: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """`kernels.mla.reference`."""
     out_THC = q_THl.new_empty(*q_THl.shape[:2], rank)
@@ -132,7 +135,7 @@ def attend(
         where = _chosen_sequences(chosen.numpy(), *where, seqs.block_size)
         rows = rows.reshape(-1, 1, rows.shape[2])
     if len(q) > 0:
-        _attend(q, rows[:, :, None], *where, scale, out)
+        _attend(q, rows[:, :, None], 1.0 if kv_scale is None else kv_scale.item(), *where, scale, out)
     return out_THC
 
 

@@ -1,4 +1,5 @@
-"""Numbers in numba: bf16 seen as its upper sixteen bits (u16), arithmetic in fp32, rounding to nearest even on the way out."""
+"""Numbers in numba: bf16 seen as its upper sixteen bits (u16) and fp8 (e4m3) as its byte (u8), arithmetic in fp32, rounding to
+nearest even on the way out; fp8 saturates."""
 
 from __future__ import annotations
 
@@ -53,6 +54,34 @@ def _f32_to_bits(context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
+@register_jitable
+def _from_fp8(code):
+    """`vectors.from_fp8` of one number."""
+    rest = code & np.uint32(0x7F)
+    doubled = _bits_to_f32((rest << np.uint32(20)) + np.uint32(121 << 23))
+    size = doubled - max(doubled * np.float32(0.5), np.float32(2**-6))
+    if rest == np.uint32(0x7F):
+        size = np.float32(np.nan)
+    return _bits_to_f32(_f32_to_bits(size) | ((code & np.uint32(0x80)) << np.uint32(24)))
+
+
+@register_jitable
+def _to_fp8(value):
+    """`vectors.to_fp8` of one number."""
+    bits = _f32_to_bits(value)
+    size = _bits_to_f32(bits & np.uint32(0x7FFFFFFF))
+    if size > np.float32(448):
+        size = np.float32(448)
+    rest = _f32_to_bits(size)
+    if size < np.float32(2**-6):
+        code = _f32_to_bits(size + np.float32(2**14)) - np.uint32(0x46800000)
+    else:
+        code = ((rest + np.uint32(0x7FFFF) + ((rest >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)) - np.uint32(
+            120 << 3
+        )
+    return np.uint8(min(code, np.uint32(0x7F)) | ((bits >> np.uint32(24)) & np.uint32(0x80)))
+
+
 def load(stored):
     """fp32 value of an array's element."""
 
@@ -61,6 +90,8 @@ def load(stored):
 def _load_overload(stored):
     if stored == types.uint16:
         return lambda stored: _bits_to_f32(np.uint32(stored) << np.uint32(16))
+    if stored == types.uint8:
+        return lambda stored: _from_fp8(np.uint32(stored))
     return lambda stored: stored
 
 
@@ -77,6 +108,8 @@ def _round_overload(value, like):
             return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
         return to_bf16
+    if like == types.uint8:
+        return lambda value, like: _to_fp8(np.float32(value))
     return lambda value, like: np.float32(value)
 
 
@@ -104,5 +137,6 @@ def exp(x: float) -> float:
 
 
 def as_array(x: Tensor) -> np.ndarray:
-    """A view that numba understands: bf16 as u16."""
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+    """A view that numba understands: bf16 as u16, fp8 as u8."""
+    seen_as = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(x.dtype)
+    return x.numpy() if seen_as is None else x.view(seen_as).numpy()

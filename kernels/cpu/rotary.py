@@ -7,10 +7,13 @@ P positions.
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 from torch import Tensor
 
+from expertwire.kernels.cpu.attention import scale_of, scales
 from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, jit, load
-from expertwire.kernels.cpu.rows import put_row, rms_scale, rotate_row, scale_row
+from expertwire.kernels.cpu.rows import divide_row, put_row, rms_scale, rotate_row, scale_row
 
 
 @jit
@@ -26,22 +29,70 @@ def _layer_norm(row, eps, norm, bias):
         row[i] = row[i] * scale * load(norm[i]) + load(bias[i])
 
 
+def store_row(x, scale, y):
+    """A row in the type of a cache: divided by `scale` if that is fp8."""
+
+
+@overload(store_row)
+def _store_row(x, scale, y):
+    if y.dtype == types.uint8:
+        return lambda x, scale, y: divide_row(x, scale, y)
+    return lambda x, scale, y: put_row(x, y)
+
+
+def rotate_and_store_row(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
+    """`rotate_row`, then `store_row`; `rotated`: room for a row of the queries' type, to which fp8 is rounded first too."""
+
+
+@overload(rotate_and_store_row)
+def _rotate_and_store_row(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
+    def in_fp8(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
+        rotate_row(x, cos_Pr, sin_Pr, position, interleaved, rotated)
+        divide_row(rotated, scale, y)
+
+    def as_they_are(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
+        rotate_row(x, cos_Pr, sin_Pr, position, interleaved, y)
+
+    return in_fp8 if y.dtype == types.uint8 else as_they_are
+
+
+@jit
+def _normed(source, norm_hd, h, eps, row):
+    if norm_hd.shape[0] > 0:
+        scale_row(source, rms_scale(source, eps), norm_hd[h], row)
+    else:
+        put_row(source, row)
+
+
 @jit
 def _rotate_and_store(
-    qkv_Thd, norm_hd, eps, cos_Pr, sin_Pr, positions_T, slots_T, k_NGd, v_NGd, interleaved, row, q_THd
+    qkv_Thd,
+    norm_hd,
+    eps,
+    cos_Pr,
+    sin_Pr,
+    positions_T,
+    slots_T,
+    k_NGd,
+    v_NGd,
+    kv_scales_2G,
+    interleaved,
+    row,
+    rotated,
+    q_THd,
 ):
     num_heads, num_kv = q_THd.shape[1], k_NGd.shape[1]
     for t in range(qkv_Thd.shape[0]):
         position, slot = positions_T[t], slots_T[t]
-        for h in range(num_heads + num_kv):
-            source, target = qkv_Thd[t, h], q_THd[t, h] if h < num_heads else k_NGd[slot, h - num_heads]
-            if norm_hd.shape[0] > 0:
-                scale_row(source, rms_scale(source, eps), norm_hd[h], row)
-            else:
-                put_row(source, row)
-            rotate_row(row, cos_Pr, sin_Pr, position, interleaved, target)
-        for h in range(num_kv):
-            put_row(qkv_Thd[t, num_heads + num_kv + h], v_NGd[slot, h])
+        for h in range(num_heads):
+            _normed(qkv_Thd[t, h], norm_hd, h, eps, row)
+            rotate_row(row, cos_Pr, sin_Pr, position, interleaved, q_THd[t, h])
+        for g in range(num_kv):
+            _normed(qkv_Thd[t, num_heads + g], norm_hd, num_heads + g, eps, row)
+            scale, target = scale_of(kv_scales_2G, 0, g), k_NGd[slot, g]
+            rotate_and_store_row(row, cos_Pr, sin_Pr, position, interleaved, rotated, scale, target)
+        for g in range(num_kv):
+            store_row(qkv_Thd[t, num_heads + num_kv + g], scale_of(kv_scales_2G, 1, g), v_NGd[slot, g])
 
 
 @allocating_jit
@@ -55,13 +106,13 @@ def rotate_and_store_rows(
     slots_T: np.ndarray,
     k_NGd: np.ndarray,
     v_NGd: np.ndarray,
+    kv_scales_2G: np.ndarray,
     interleaved: bool,
     q_THd: np.ndarray,
 ) -> None:
-    row = empty((q_THd.shape[2],), np.float32)
-    _rotate_and_store(
-        qkv_Thd, norm_hd, eps, cos_Pr, sin_Pr, positions_T, slots_T, k_NGd, v_NGd, interleaved, row, q_THd
-    )
+    row, rotated = empty((q_THd.shape[2],), np.float32), empty((q_THd.shape[2],), q_THd.dtype)
+    caches, rest = (k_NGd, v_NGd, kv_scales_2G), (interleaved, row, rotated, q_THd)
+    _rotate_and_store(qkv_Thd, norm_hd, eps, cos_Pr, sin_Pr, positions_T, slots_T, *caches, *rest)
 
 
 def rotate_and_store(
@@ -75,6 +126,7 @@ def rotate_and_store(
     v_cache: Tensor,
     *,
     interleaved: bool = False,
+    kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.rotate_and_store`."""
     num_kv, dim = k_cache.shape[2:]
@@ -90,6 +142,7 @@ def rotate_and_store(
         slot_mapping_T.numpy(),
         as_array(k_cache.flatten(0, 1)),
         as_array(v_cache.flatten(0, 1)),
+        scales(kv_scales_2G),
         interleaved,
         as_array(q_THd),
     )
@@ -98,13 +151,14 @@ def rotate_and_store(
 
 @jit
 def _rotate_and_store_latent(
-    q_THr, kv_Tl, norm_C, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nl, interleaved, out_THr
+    q_THr, kv_Tl, norm_C, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nl, kv_scale, interleaved, row, out_THr
 ):
-    rank = len(norm_C)
+    rank, kv_scale = len(norm_C), np.float32(kv_scale)
     for t in range(len(kv_Tl)):
         position, target = positions_T[t], rows_Nl[slots_T[t]]
-        scale_row(kv_Tl[t], rms_scale(kv_Tl[t, :rank], eps), norm_C, target)
-        rotate_row(kv_Tl[t, rank:], cos_Pr, sin_Pr, position, interleaved, target[rank:])
+        scale_row(kv_Tl[t], rms_scale(kv_Tl[t, :rank], eps), norm_C, row)
+        rotate_row(kv_Tl[t, rank:], cos_Pr, sin_Pr, position, interleaved, row[rank:])
+        store_row(row, kv_scale, target)
         for h in range(q_THr.shape[1]):
             rotate_row(q_THr[t, h], cos_Pr, sin_Pr, position, interleaved, out_THr[t, h])
 
@@ -120,6 +174,8 @@ def rotate_and_store_latent(
     cache: Tensor,
     *,
     interleaved: bool = True,
+    out: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """`kernels.mla.rotate_and_store`."""
     out_THr = q_THr.new_empty(q_THr.shape)
@@ -133,10 +189,12 @@ def rotate_and_store_latent(
         positions_T.numpy(),
         slot_mapping_T.numpy(),
         as_array(cache.flatten(0, 1)),
+        1.0 if kv_scale is None else kv_scale.item(),
         interleaved,
+        as_array(kv_Tl.new_empty(kv_Tl.shape[1])),
         as_array(out_THr),
     )
-    return out_THr
+    return out_THr if out is None else out.copy_(out_THr)
 
 
 @jit

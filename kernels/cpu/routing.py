@@ -27,7 +27,7 @@ _KINDS: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 def _score(kind: int, scores: np.ndarray, room: np.ndarray) -> None:
     """In place, of one row of logits, with which `room`, of whole vectors, begins."""
     if kind == 0:
-        softmax(room, 0, 0, len(scores), np.float32(1), np.float32(-np.inf), room, 0, len(room))
+        softmax(room, 0, 0, len(scores), np.float32(1), np.float32(-np.inf), np.float32(1), room, 0, len(room))
     elif kind == 1:
         for e in range(len(scores)):
             scores[e] = np.float32(1) / (np.float32(1) + exp(min(-scores[e], np.float32(88))))

@@ -22,15 +22,14 @@ class _Row:
     """Emits how sixteen numbers of an array are read and written."""
 
     def __init__(self, context: Any, b: ir.IRBuilder, kind: Any, array: ir.Value, first: ir.Value) -> None:
-        self._b, self._bf16 = b, kind.dtype == types.uint16
+        self._b, self._bits = b, kind.dtype.bitwidth
         self._start = vectors.pointer(context, b, kind, array, first, context.get_data_type(kind.dtype))
 
     def get(self, i: ir.Value) -> ir.Value:
-        return vectors.load_numbers(self._b, self._start, self._b.mul(i, I64(LANES)), bf16=self._bf16)
+        return vectors.load_numbers(self._b, self._start, self._b.mul(i, I64(LANES)), bits=self._bits)
 
     def put(self, i: ir.Value, value: ir.Value) -> None:
-        stored = vectors.to_bf16(self._b, value) if self._bf16 else value
-        vectors.store(self._b, stored, self._start, self._b.mul(i, I64(LANES)))
+        vectors.store_numbers(self._b, value, self._start, self._b.mul(i, I64(LANES)), bits=self._bits)
 
     def copy(self, i: ir.Value, source: _Row) -> None:
         """Of a row of the same type."""
@@ -168,6 +167,26 @@ def put_row(x, y):
         _put(x, y, num)
     for i in range(num * LANES, len(x)):
         y[i] = round_like(load(x[i]), y[i])
+
+
+@intrinsic
+def _divide(context, x, divisor, y, count):
+    def generate(context, b, signature, args):
+        source, target = _rows(context, b, signature, args, 0, 2)
+        divisors = vectors.splat(b, args[1])
+        return _each(context, b, args[3], lambda i: target.put(i, b.fdiv(source.get(i), divisors)))
+
+    return types.void(x, types.float32, y, types.int64), generate
+
+
+@jit
+def divide_row(x, divisor, y):
+    """`y = x / divisor`, as far as x goes."""
+    num = len(x) // LANES
+    if num > 0:
+        _divide(x, divisor, y, num)
+    for i in range(num * LANES, len(x)):
+        y[i] = round_like(load(x[i]) / divisor, y[i])
 
 
 @intrinsic

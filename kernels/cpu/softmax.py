@@ -53,21 +53,21 @@ class _Row:
 
 
 @intrinsic
-def softmax(context, scores, scores_at, first, visible, scale, sink, weights, weights_at, width):
+def softmax(context, scores, scores_at, first, visible, scale, sink, factor, weights, weights_at, width):
     """Of a row, in fp32: the softmax of the scores from `first` to `visible` times `scale` and of `sink`, which is not stored,
-    rounded to the type of weights; zeros before it and, to `width`, a multiple of 16, behind it. The scores are lost. Of the
-    arrays: where the row starts."""
+    times `factor`, rounded to the type of weights; zeros before it and, to `width`, a multiple of 16, behind it. The scores are
+    lost. Of the arrays: where the row starts."""
 
     def generate(context, builder, signature, args):
-        b, kind = builder, signature.args[6].dtype
+        b, kind = builder, signature.args[7].dtype
         source = vectors.pointer(context, b, signature.args[0], args[0], args[1], F32)
-        target = vectors.pointer(context, b, signature.args[6], args[6], args[7], context.get_data_type(kind))
+        target = vectors.pointer(context, b, signature.args[7], args[7], args[8], context.get_data_type(kind))
         row, sink = _Row(b, source, args[2], args[3], args[4]), vectors.splat(b, args[5])
-        top, steps = row.largest(sink), b.udiv(args[8], I64(LANES))
+        top, steps = row.largest(sink), b.udiv(args[9], I64(LANES))
         total = row.weigh(top, steps, lambda weight, at: vectors.store(b, weight, source, at))
         # Without a sink, -inf, e^-87: no bit of a sum of 1 and more.
         total = b.fadd(total, vectors.exp(b, b.fsub(sink, top)))
-        inverse = b.fdiv(vectors.each(1.0), total)
+        inverse = b.fdiv(vectors.splat(b, args[6]), total)
 
         def divide(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             at = b.mul(i, I64(LANES))
@@ -78,7 +78,7 @@ def softmax(context, scores, scores_at, first, visible, scale, sink, weights, we
         return context.get_dummy_value()
 
     number = types.int64
-    kinds = scores, number, number, number, types.float32, types.float32, weights, number, number
+    kinds = scores, number, number, number, types.float32, types.float32, types.float32, weights, number, number
     return types.void(*kinds), generate
 
 

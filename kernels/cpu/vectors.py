@@ -3,6 +3,7 @@ at hand; but for `add_pair_products` nothing in them is particular to an instruc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,9 +37,18 @@ def load(b: ir.IRBuilder, start: ir.Value, at: ir.Value, kind: ir.Type = VECTOR)
     return b.load(b.bitcast(b.gep(start, [at]), kind.as_pointer()), align=2)
 
 
-def load_numbers(b: ir.IRBuilder, start: ir.Value, at: ir.Value, *, bf16: bool) -> ir.Value:
-    """Sixteen numbers as fp32."""
-    return from_bf16(b, load(b, start, at, ir.VectorType(I16, LANES))) if bf16 else load(b, start, at)
+def load_numbers(b: ir.IRBuilder, start: ir.Value, at: ir.Value, *, bits: int) -> ir.Value:
+    """Sixteen numbers of 32 bits, of 16 (bf16) or of 8 (fp8) as fp32."""
+    if bits == 32:
+        return load(b, start, at)
+    stored = load(b, start, at, ir.VectorType(ir.IntType(bits), LANES))
+    return from_bf16(b, stored) if bits == 16 else from_fp8(b, stored)
+
+
+def store_numbers(b: ir.IRBuilder, value: ir.Value, start: ir.Value, at: ir.Value, *, bits: int) -> None:
+    """Sixteen numbers of fp32, rounded to what `load_numbers` reads."""
+    rounded = {32: lambda: value, 16: lambda: to_bf16(b, value), 8: lambda: to_fp8(b, value)}[bits]()
+    store(b, rounded, start, at)
 
 
 def store(b: ir.IRBuilder, vector: ir.Value, start: ir.Value, at: ir.Value) -> None:
@@ -102,6 +112,31 @@ def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 def from_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.bitcast(b.shl(b.zext(value, BITS), each_bits(16)), VECTOR)
+
+
+def from_fp8(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Of e4m3, exactly. With x the number whose exponent is one more, and mantissa taken as that of a normal number, a normal
+    number is x - x / 2, and one below them, whose exponent is stored one too low, x - 2^-6."""
+    code = b.zext(value, BITS)
+    rest = b.and_(code, each_bits(0x7F))
+    doubled = b.bitcast(b.add(b.shl(rest, each_bits(20)), each_bits(121 << 23)), VECTOR)
+    size = b.fsub(doubled, maximum(b, b.fmul(doubled, each(0.5)), each(2**-6)))
+    size = b.select(b.icmp_unsigned("==", rest, each_bits(0x7F)), each(math.nan), size)
+    sign = b.shl(b.and_(code, each_bits(0x80)), each_bits(24))
+    return b.bitcast(b.or_(b.bitcast(size, BITS), sign), VECTOR)
+
+
+def to_fp8(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """As e4m3, saturating at 448; what is no number stays none. Below the normal numbers, 2^14 more leaves multiples of 2^-9."""
+    bits = b.bitcast(value, BITS)
+    size = minimum(b, b.bitcast(b.and_(bits, each_bits(0x7FFFFFFF)), VECTOR), each(448.0))
+    small = b.sub(b.bitcast(b.fadd(size, each(2.0**14)), BITS), each_bits(0x46800000))
+    rest = b.bitcast(size, BITS)
+    odd = b.and_(b.lshr(rest, each_bits(20)), each_bits(1))
+    normal = b.lshr(b.add(b.add(rest, each_bits(0x7FFFF)), odd), each_bits(20))
+    code = b.select(b.fcmp_ordered("<", size, each(2**-6)), small, b.sub(normal, each_bits(120 << 3)))
+    code = b.select(b.icmp_unsigned("<", code, each_bits(0x7F)), code, each_bits(0x7F))
+    return b.trunc(b.or_(code, b.and_(b.lshr(bits, each_bits(24)), each_bits(0x80))), ir.VectorType(I8, LANES))
 
 
 def maximum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:

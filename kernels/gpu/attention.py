@@ -11,8 +11,11 @@ always give wgmma (sm_90) or tcgen05 (sm_100). Why padding is cheap: the keys an
 each, are 32 KB, 1700 cycles of an SM's share of 4.3 TB/s; their products for 64 rows take 256 cycles, the exponentials 256.
 (Keys on the left would waste no rows, but move the softmax across warps and every tile of probabilities through shared
 memory.) A larger row tile, which long prefills need because 64 rows do 64 FLOP with a byte from L2, issues the same
-instructions a row: it is used where a test on a GPU found equal bits (`EQUAL_BITS`). `fast` takes it anyway, and 16 rows
-(mma.sync) for decode.
+instructions a row: it is used where a test on a GPU found equal bits (`EQUAL_BITS`). `fast` takes 16 rows (mma.sync) for single
+queries, and another kernel for the others (`prefill`).
+
+Tiles of a cache in fp8 are converted to the queries' dtype, exactly, so that the products are those of any cache. The keys' scale
+is part of the softmax's, and the values' multiplies the sums of a split: neither costs anything a key.
 
 T tokens, H query heads, G key/value heads, d head size, B sequences; R rows, N keys of a tile, D padded head size.
 """
@@ -26,11 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences
+from expertwire.kernels.attention import FP8, DeviceSequences
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.rotate_and_store import check_scales
 from expertwire.kernels.gpu.splits import (
+    BOUNDS,
     LOG2_E,
     SPLIT,
     Span,
@@ -39,8 +44,10 @@ from expertwire.kernels.gpu.splits import (
     max_splits,
     merge,
     merge_workspace,
-    num_shares,
+    narrow,
     rows_of,
+    share_out,
+    sharing_programs,
     store_normalised,
     store_statistics,
     workspace_row,
@@ -52,11 +59,16 @@ EQUAL_BITS: frozenset[int] = frozenset()
 
 @triton.jit
 def soften(top, weight, scores, scale, visible):
+    """`online_softmax` of the scores that are visible."""
+    return online_softmax(top, weight, tl.where(visible, scores, float("-inf")), scale)
+
+
+@triton.jit
+def online_softmax(top, weight, scores, scale):
     """One tile of the online softmax: scores [R, N], whose maxima are kept times `scale`, in bits (log2 e is part of it).
 
     Returns the tile's unnormalised probabilities, the factor of all that came before, and the new maximum and weight [R].
     """
-    scores = tl.where(visible, scores, float("-inf"))
     merged = tl.maximum(top, tl.max(scores, 1) * scale)
     shift = tl.where(merged == float("-inf"), 0.0, merged)
     p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
@@ -105,8 +117,8 @@ def _fold(
         offset = offset[:, None] + dim
         # What the cache holds behind the last key may be anything: its probability is 0, but 0 * NaN is not.
         mask = known[:, None] & (dim < DIM)
-        k = tl.load(k_cache + offset, mask=mask, other=0.0)
-        v = tl.load(v_cache + offset, mask=mask, other=0.0)
+        k = tl.load(k_cache + offset, mask=mask, other=0.0).to(q.dtype)
+        v = tl.load(v_cache + offset, mask=mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         visible = key[None, :] <= position_R[:, None]
         if WINDOW > 0:
@@ -118,17 +130,17 @@ def _fold(
     return total, top, weight
 
 
-@triton.jit(
-    do_not_specialize=["first_sequence", "end_sequence", "first_token", "end_token", "table_width", "num_slots"]
-)
+@triton.jit(do_not_specialize=[*BOUNDS, "table_width", "num_slots"])
 def _attend(
     q,
     k_cache,
     v_cache,
+    kv_scales,
     out,
     partials,
     statistics,
     sinks,
+    num_decodes,
     cu_queries,
     lengths,
     block_table,
@@ -136,6 +148,8 @@ def _attend(
     end_sequence,
     first_token,
     end_token,
+    row_blocks,
+    num_programs,
     scale,
     stride_token,
     stride_block,
@@ -155,17 +169,21 @@ def _attend(
     BLOCKS_EACH: tl.constexpr,
     SHARED_OUT: tl.constexpr,
 ):
-    """Grid (row blocks, G, programs that share out a row block's splits)."""
+    """Grid (row blocks and programs that share out their splits, G)."""
     wait_for_previous()
-    # The later blocks of a sequence see more keys: they start first.
-    block, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    group = tl.program_id(1)
+    block, share, num_shares = share_out(
+        tl.program_id(0), num_decodes, first_token, end_token, row_blocks, num_programs, num_slots, BLOCKS_EACH
+    )
+    bounds = num_decodes, first_sequence, end_sequence, first_token, end_token
+    first_sequence, end_sequence, first_token, end_token = narrow(*bounds, BLOCKS_EACH)
     sequence, block = find(
         cu_queries, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, BLOCKS_EACH
     )
     row_R, end_row, to_position, first, end = rows_of(
         cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS
     )
-    if end == 0:
+    if (end == 0) | (share >= num_shares):
         return
     begin = first_visible(first, WINDOW, CHUNK) // KEYS * KEYS
     dim = tl.arange(0, PADDED)
@@ -175,16 +193,16 @@ def _attend(
     table = block_table + sequence.to(tl.int64) * table_width
     k_cache += group * DIM
     v_cache += group * DIM
+    if kv_scales is not None:
+        scale *= tl.load(kv_scales + group)
 
     total = tl.zeros([ROWS, PADDED], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
-    first_split = begin // SPLIT_KEYS + tl.program_id(2)
+    first_split = begin // SPLIT_KEYS + share
     # What only the end of a split needs must not lie in registers all the time: it is not hoisted (wherever that was found to
     # spill), and the rows are worked out again.
-    for split in tl.range(
-        first_split, tl.cdiv(end, SPLIT_KEYS), tl.num_programs(2), disable_licm=SHARED_OUT or PADDED > 128
-    ):
+    for split in tl.range(first_split, tl.cdiv(end, SPLIT_KEYS), num_shares, disable_licm=SHARED_OUT or PADDED > 128):
         total_1, top_1, weight_1 = _fold(
             q_RD,
             k_cache,
@@ -204,17 +222,29 @@ def _attend(
             WINDOW,
             CHUNK,
         )
+        if kv_scales is not None:
+            total_1 *= tl.load(kv_scales + tl.num_programs(1) + group)
         if SHARED_OUT:
-            row_R, end_row, _, _, _ = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
+            _, _, from_token, to_token = narrow(*bounds, BLOCKS_EACH)
+            again, _, _ = share_out(
+                tl.program_id(0), num_decodes, from_token, to_token, row_blocks, num_programs, num_slots, BLOCKS_EACH
+            )
+            sequence_1, block_1 = find(
+                cu_queries, again, first_sequence, end_sequence, from_token, to_token, GROUP, ROWS, BLOCKS_EACH
+            )
+            row_R, end_row, _, _, _ = rows_of(
+                cu_queries, lengths, sequence_1, block_1, from_token, to_token, GROUP, ROWS
+            )
             slot = split % num_slots * tl.num_programs(1) + group
-            at_R = workspace_row(slot, row_R, first_token, end_token, GROUP)
+            at_R = workspace_row(slot, row_R, from_token, to_token, GROUP)
             mask = (row_R < end_row)[:, None] & (dim < DIM)
             tl.store(partials + at_R[:, None] * DIM + dim, total_1, mask=mask)
-            store_statistics(statistics, slot, row_R, first_token, end_token, end_row, top_1, weight_1, GROUP)
+            store_statistics(statistics, slot, row_R, from_token, to_token, end_row, top_1, weight_1, GROUP)
         else:
             total, top, weight = merge(total, top, weight, total_1, top_1, weight_1)
     if not SHARED_OUT:
-        row_R, end_row, _, _, _ = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
+        _, _, from_token, to_token = narrow(*bounds, BLOCKS_EACH)
+        row_R, end_row, _, _, _ = rows_of(cu_queries, lengths, sequence, block, from_token, to_token, GROUP, ROWS)
         store_normalised(out, row_R, end_row, group, total, top, weight, sinks, dim, GROUP, DIM, HAS_SINKS)
 
 
@@ -241,7 +271,7 @@ def tiles(*, head_dim: int, element_size: int, arch: int, invariant: bool = True
     keys = 32 if wide or padded > head_dim else 64
     return Tiles(
         single_rows=64 if invariant else 16,
-        rows=128 if not wide and (not invariant or arch in EQUAL_BITS) else 64,
+        rows=128 if not wide and arch in EQUAL_BITS else 64,
         keys=keys,
         split=SPLIT,
         least_warps=8 if wide or blackwell else 4,
@@ -260,30 +290,53 @@ def attend(
     window: int = 0,
     chunk: int = 0,
     sinks_H: Tensor | None = None,
+    kv_scales_2G: Tensor | None = None,
     out: Tensor | None = None,
-    invariant: bool = True,
     tiling: Tiles | None = None,
 ) -> Tensor:
     """`kernels.attention.reference`: [T, H, d] in q's dtype; rows that belong to no sequence are left as they are.
 
     q_THd: tokens may lie apart, heads may not; caches [blocks, s, G, d]. `tiling` is `tiles` of the shapes unless given.
     """
+    dim = q_THd.shape[2]
+    out = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device) if out is None else out
+    tiling = tiling or tiles(head_dim=dim, element_size=q_THd.element_size(), arch=device.arch)
+    options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H, "kv_scales_2G": kv_scales_2G}
+    attend_decodes(q_THd, k_cache, v_cache, seqs, device, out=out, tiling=tiling, **options)
+    _launch(q_THd, k_cache, v_cache, out, seqs, device, False, tiling, **options)
+    return out
+
+
+def attend_decodes(
+    q_THd: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqs: DeviceSequences,
+    device: Device,
+    *,
+    out: Tensor,
+    scale: float | None = None,
+    window: int = 0,
+    chunk: int = 0,
+    sinks_H: Tensor | None = None,
+    kv_scales_2G: Tensor | None = None,
+    invariant: bool = True,
+    tiling: Tiles | None = None,
+) -> None:
+    """The rows of `attend` that belong to decodes, into `out` [T, H, d]."""
     num_tokens, num_heads, dim = q_THd.shape
     num_kv = k_cache.shape[2]
     assert q_THd.stride()[1:] == (dim, 1), f"heads apart: strides {q_THd.stride()}"
     assert k_cache.shape[3] == dim, f"head sizes {dim} and {k_cache.shape[3]}"
-    assert k_cache.stride() == v_cache.stride(), f"cache strides {k_cache.stride()} and {v_cache.stride()}"
     assert k_cache.stride()[2:] == (dim, 1), f"heads of the cache apart: strides {k_cache.stride()}"
     assert num_heads % num_kv == 0, f"{num_heads} heads of queries, {num_kv} of keys"
-    assert seqs.num_single <= num_tokens, f"{seqs.num_single} single queries in {num_tokens} rows"
-    out = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device) if out is None else out
+    check_scales(kv_scales_2G, k_cache, 2 * num_kv)
+    assert seqs.max_decodes <= num_tokens, f"{seqs.max_decodes} decodes in {num_tokens} rows"
+    assert scale is None or scale > 0, f"scale {scale}: maxima are taken before it is applied"
     assert out.is_contiguous(), f"output strides {out.stride()}"
     tiling = tiling or tiles(head_dim=dim, element_size=q_THd.element_size(), arch=device.arch, invariant=invariant)
-    scale = dim**-0.5 if scale is None else scale
-    assert scale > 0, f"scale {scale}: maxima are taken before it is applied"
-    for single in (True, False):
-        _launch(q_THd, k_cache, v_cache, out, seqs, device, single, tiling, scale, window, chunk, sinks_H)
-    return out
+    options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H, "kv_scales_2G": kv_scales_2G}
+    _launch(q_THd, k_cache, v_cache, out, seqs, device, True, tiling, **options)
 
 
 def _launch(
@@ -293,28 +346,32 @@ def _launch(
     out: Tensor,
     seqs: DeviceSequences,
     device: Device,
-    single: bool,
+    is_decode: bool,
     tiling: Tiles,
-    scale: float,
+    *,
+    scale: float | None,
     window: int,
     chunk: int,
     sinks_H: Tensor | None,
+    kv_scales_2G: Tensor | None,
 ) -> None:
-    """The sequences with one query, or the others."""
-    num_tokens, num_heads, dim = q_THd.shape
+    """The decodes, or the prefills."""
+    num_heads, dim = q_THd.shape[1:]
     num_kv, block_size = k_cache.shape[2], k_cache.shape[1]
-    first, end = (0, seqs.num_single) if single else (seqs.num_single, seqs.num_sequences)
-    if first == end:
+    end = seqs.max_decodes if is_decode else seqs.max_prefill_tokens
+    if end == 0:
         return
-    tokens = first, end if single else num_tokens
-    span = Span(seqs=seqs, sequences=(first, end), tokens=tokens, group=num_heads // num_kv)
-    rows = tiling.single_rows if single else tiling.rows
-    blocks_each, num_blocks = span.blocks(rows)
-    num_splits = max_splits(seqs.max_length, tiling.split, window, chunk) if single else 1
+    assert k_cache.stride() == v_cache.stride(), f"cache strides {k_cache.stride()} and {v_cache.stride()}"
+    scale = dim**-0.5 if scale is None else scale
+    span = Span(seqs=seqs, is_decode=is_decode, first=0, end=end, group=num_heads // num_kv)
+    rows = tiling.single_rows if is_decode else tiling.rows
+    blocks_each, row_blocks = span.blocks(rows)
+    num_splits = max_splits(seqs.max_length, tiling.split, window, chunk) if is_decode else 1
     workspace = span.workspace(out, num_splits if num_splits > 1 else 0)
-    _attend[num_blocks, num_kv, num_shares(device, num_blocks * num_kv, num_splits)](
-        q_THd, k_cache, v_cache, out, *workspace, workspace[0] if sinks_H is None else sinks_H,
-        seqs.cu_queries, seqs.lengths, seqs.block_table, *span.bounds,
+    num_programs, grid = sharing_programs(device, row_blocks, num_splits, is_decode=is_decode, num_kv=num_kv)
+    _attend[grid, num_kv](
+        q_THd, k_cache, v_cache, kv_scales_2G, out, *workspace, workspace[0] if sinks_H is None else sinks_H,
+        seqs.num_decodes, seqs.cu_queries, seqs.lengths, seqs.block_table, *span.bounds, row_blocks, num_programs,
         scale * LOG2_E.value, q_THd.stride(0), k_cache.stride(0), seqs.block_table.stride(0), num_splits,
         STRIDE_SLOT=k_cache.stride(1), GROUP=span.group, DIM=dim, PADDED=triton.next_power_of_2(dim), BLOCK_SIZE=block_size,
         WINDOW=window, CHUNK=chunk, HAS_SINKS=sinks_H is not None, ROWS=rows, KEYS=tiling.keys, SPLIT_KEYS=tiling.split,
@@ -341,6 +398,7 @@ def _case(
     sinks: bool = False,
     invariant: bool = True,
     shared_out: bool = False,
+    fp8: bool = False,
 ) -> Case:
     tiling = tiles(head_dim=dim, element_size=2, arch=arch, invariant=invariant)
     rows = tiling.single_rows if single else tiling.rows
@@ -354,15 +412,18 @@ def _case(
         "SPLIT_KEYS": tiling.split,
     }
     strides = {"stride_token": (heads + 2 * num_kv) * dim, "stride_block": block_size * num_kv * dim}
+    mode = "invariant" if invariant else "fast"
     wanted = "HMMA" if rows < 64 else "HGMMA" if arch == 90 else "UTC"
     return Case(
-        name=f"attention.{name} {'decode' if single else 'prefill'} {'invariant' if invariant else 'fast'} sm_{arch}",
+        name=f"attention.{name}{' fp8' * fp8} {'decode' if single else 'prefill'} {mode} sm_{arch}",
         kernel=_attend,
         args={
-            **dict.fromkeys(("q", "k_cache", "v_cache", "out", "sinks"), torch.bfloat16),
+            **dict.fromkeys(("q", "out", "sinks"), torch.bfloat16),
+            **dict.fromkeys(("k_cache", "v_cache"), FP8 if fp8 else torch.bfloat16),
+            "kv_scales": torch.float32 if fp8 else None,
             **dict.fromkeys(("partials", "statistics"), torch.float32),
-            **dict.fromkeys(("cu_queries", "lengths", "block_table"), torch.int32),
-            **{"first_sequence": 0, "end_sequence": 64, "first_token": 0, "end_token": 64},
+            **dict.fromkeys(("num_decodes", "cu_queries", "lengths", "block_table"), torch.int32),
+            **dict.fromkeys(BOUNDS, 64),
             **strides,
             **{"scale": 0.1, "table_width": 2048, "num_slots": 32},
         },
@@ -376,7 +437,7 @@ def _case(
 
 
 def cases() -> list[Case]:
-    """The shapes of Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b, Qwen3-Next, Phi-3, Llama 4 and DeepSeek-V3's prompts."""
+    """The shapes of Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b, Qwen3-Next, Phi-3 and Llama 4."""
     oss = {"window": 128, "sinks": True}
     found = []
     for arch in (90, 100):
@@ -384,7 +445,6 @@ def cases() -> list[Case]:
             _case("qwen3 blocks of 16", 32, 4, 128, arch, single=True, shared_out=True),
             _case("qwen3 blocks of 16", 32, 4, 128, arch, single=False),
             _case("qwen3 blocks of 16", 32, 4, 128, arch, single=True, shared_out=True, invariant=False),
-            _case("qwen3 blocks of 16", 32, 4, 128, arch, single=False, invariant=False),
             _case("qwen3 short", 32, 4, 128, arch, single=True),
             _case("qwen3 blocks of 64", 32, 4, 128, arch, single=True, block_size=64, shared_out=True),
             _case("mixtral", 32, 8, 128, arch, single=True, shared_out=True),
@@ -395,6 +455,11 @@ def cases() -> list[Case]:
             _case("qwen3-next", 16, 2, 256, arch, single=False),
             _case("phi", 32, 8, 96, arch, single=False),
             _case("llama4 chunk", 40, 8, 128, arch, single=False, chunk=8192),
-            _case("deepseek expanded", 128, 128, 192, arch, single=False, invariant=False),
+            _case("qwen3", 32, 4, 128, arch, single=True, shared_out=True, fp8=True),
+            _case("qwen3", 32, 4, 128, arch, single=False, fp8=True),
+            _case("gpt-oss window", 64, 8, 64, arch, single=True, shared_out=True, fp8=True, **oss),
+            _case("gpt-oss window", 64, 8, 64, arch, single=False, fp8=True, **oss),
+            _case("qwen3-next", 16, 2, 256, arch, single=True, shared_out=True, fp8=True),
+            _case("qwen3-next", 16, 2, 256, arch, single=False, fp8=True),
         ]
     return found

@@ -144,14 +144,13 @@ class _AbsentGpu:
 
 
 @contextmanager
-def _absent_gpu(arch: int, cache: str) -> Iterator[None]:
+def absent_gpu(arch: int) -> Iterator[None]:
+    """Compile for a GPU of this architecture, which need not be here, whatever there is."""
     config = triton.runtime.driver
     before = config._active
     config.set_active(_AbsentGpu(arch))
     try:
-        with triton.knobs.cache.scope():
-            triton.knobs.cache.dir = cache
-            yield
+        yield
     finally:
         config._active = before
 
@@ -161,7 +160,9 @@ def compile_case(case: Case, arch: int) -> Compiled:
     arguments = {**case.args, **case.constexprs}
     ordered = [arguments.pop(name) for name in case.kernel.arg_names]
     assert not arguments, f"{case.name}: the kernel has no {sorted(arguments)}"
-    with tempfile.TemporaryDirectory(prefix="expertwire-compile-") as folder, _absent_gpu(arch, folder):
+    scratch, cache = tempfile.TemporaryDirectory(prefix="expertwire-compile-"), triton.knobs.cache.scope()
+    with scratch as folder, absent_gpu(arch), cache:
+        triton.knobs.cache.dir = folder
         case.kernel.device_caches.clear()  # keyed by the device's number
         options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
         kernel = case.kernel.warmup(*ordered, grid=(1,), **options)

@@ -14,6 +14,12 @@ class Device:
     arch: int
     num_sms: int
 
+    @property
+    def exchange_sms(self) -> int:
+        """Multiprocessors that experts leave to an exchange beside them: a few more than saturate NVLink, 10-12 on Hopper and
+        24 and more on Blackwell with twice the bandwidth. None where there are hardly any."""
+        return min(16 if self.arch < 100 else 24, self.num_sms // 4)
+
 
 H200 = Device(arch=90, num_sms=132)
 B200 = Device(arch=100, num_sms=148)

@@ -71,7 +71,7 @@ def num_valid_rows(valid_ptr, num_tokens, LIMITED: tl.constexpr):
     return num_tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def plan_kernel(
     ids_ptr,
     rank_offsets_ptr,
@@ -106,7 +106,7 @@ def plan_kernel(
     tl.store(counts_ptr + peer, taken.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["me", "num_tokens"])
 def send_kernel(
     x_ptr,  # i32 words, or numbers if they are COLUMNS
     ids_ptr,
@@ -176,7 +176,7 @@ def routes_of(peers_ptr, me, source, max_tokens, routes_at, K: tl.constexpr):
     return base + tl.cast(source * max_tokens, tl.int64) * (K + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["me"])
 def count_kernel(
     peers_ptr,
     rank_offsets_ptr,
@@ -207,7 +207,7 @@ def count_kernel(
     tl.store(counts_ptr + source * num_experts + expert, found, mask=expert < num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["me"])
 def index_kernel(
     peers_ptr,
     rank_offsets_ptr,
@@ -254,7 +254,7 @@ def index_kernel(
             before += tl.max(ranks, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["me"])
 def go_home_kernel(
     y_ptr,  # i32 words
     slot_ptr,

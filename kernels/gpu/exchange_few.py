@@ -19,7 +19,9 @@ from expertwire.kernels.gpu.exchange import SEND_OPTIONS, as_sent, load_row, num
 from expertwire.kernels.gpu.exchange_flags import as_words, await_all, flag_last, line_of
 from expertwire.kernels.quantize import packed_bytes
 
-MAX_IDS = 2048  # T * K, each program looks at all of them
+MAX_IDS = 2048  # T * K of one rank, each program of `send_few` looks at all of them
+# P * T * K, each program of `arrive_few` looks at all of them twice: 8 turns of 2,048 take about as long as two launches.
+MAX_ARRIVED_IDS = 8192
 _CHUNK = 2048
 
 
@@ -28,7 +30,7 @@ def _goes_to(ids, rank_offsets_ptr, rank):
     return (ids >= tl.load(rank_offsets_ptr + rank)) & (ids < tl.load(rank_offsets_ptr + rank + 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["me", "num_tokens"])
 def send_few_kernel(
     x_ptr,  # i32 words, or numbers if they are COLUMNS
     ids_ptr,
@@ -112,7 +114,7 @@ def _store_zeros(home, slot, WORDS: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(to, tl.zeros([BLOCK], tl.int32), mask=w < WORDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["me", "limit"])
 def arrive_few_kernel(
     peers_ptr,
     rank_offsets_ptr,

@@ -63,7 +63,8 @@ def await_all(
     PHASE: tl.constexpr, RANKS: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """Until every rank's line has reached the epoch. A rank waited for in vain is written into everybody's arena, as
-    `comm.arena.Stall`; then, and wherever it is found, nobody waits any more."""
+    `comm.arena.Stall`; then, and wherever it is found, nobody waits any more. What is computed then is void, but no more rows may
+    come than the plan has room for: the counts of other exchanges are taken for 0."""
     rank = tl.arange(0, RANKS)
     exists = rank < num_ranks
     mine = tl.load(peers_ptr + me)
@@ -83,6 +84,8 @@ def await_all(
     if found > 0:
         seen = tl.load(flags, mask=exists, other=0, volatile=True)
         stall = tl.load(stalls, mask=exists, other=0, volatile=True)
+        if PHASE == 0:
+            tl.store(flags + 1, tl.zeros([RANKS], tl.int64), mask=exists & (seen != epoch))
         missing = tl.min(tl.where(exists & (seen < epoch), rank, RANKS), axis=0)
         if (missing < RANKS) & (tl.max(tl.where(exists, stall, 0), axis=0) == 0):
             word = ((epoch * 2 + PHASE) << 16) + missing
@@ -91,7 +94,7 @@ def await_all(
             tl.atomic_xchg(line_of(base, stalled_at, me), words, mask=exists, sem="release", scope="sys")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["me", "limit"])
 def wait_kernel(
     peers_ptr,
     epoch_ptr,

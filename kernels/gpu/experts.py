@@ -1,8 +1,9 @@
 """The experts' MLP on a GPU, as `kernels.experts.GroupedMlp`: two grouped GEMMs, and nothing known on the host.
 
 fp8 weights meet rows that are quantised on the way: groups of 128 columns for "fp8_block" (DeepSeek-V3, arXiv 2412.19437, 3.3.2),
-a row for "fp8_row". 4-bit weights meet rows as they are. Rows of u8 have been quantised in groups of 128 already and are packed
-(`kernels.quantize.pack`): "fp8_block" takes them too, and their results are bf16.
+a row for "fp8_row". 4-bit weights meet rows as they are, or where that is chosen (`scale_rows`, on Blackwell) rows quantised as
+its tensor cores take them, so that no 16-bit numbers have to be made of the weights. Rows of u8 have been quantised in groups of
+128 already and are packed (`kernels.quantize.pack`): "fp8_block" takes them too, and their results are bf16.
 
 U tokens with a row here, R routed rows, D model width, F expert width, e local experts.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from expertwire.kernels.experts import GroupedMlp
 from expertwire.kernels.formats import Quantized, Weight
-from expertwire.kernels.gpu import formats, grouped_gemm, quantize, tiles
+from expertwire.kernels.gpu import formats, grouped_gemm, quantize, scaled, tiles
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.formats import ExpertWeights
@@ -38,6 +39,7 @@ class GpuExperts:
     bias2_eD: Tensor | None
     device: Device
     expected: float = 1.0  # of the rows that there can be
+    reserved_sms: int = 0
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -64,7 +66,7 @@ class GpuExperts:
         tokens = tiles.token_tile(format, planned, len(offsets) - 1)
         fitting = tile_map if tile_map is not None and tile_map.token_tile == tokens else None
         rows = tiles.Rows.of(row_index_R.int(), home_R, offsets, planned, format, fitting)
-        x, x_scales = _operand(x_UD, self.w13, rows, rows.row_index_R)
+        x, x_scales, x_row_scales = _operand(x_UD, self.w13, rows, rows.row_index_R)
         dtype = torch.bfloat16 if x_UD.dtype == torch.uint8 else x_UD.dtype
         hidden_RF = grouped_gemm.w13(
             x,
@@ -74,31 +76,44 @@ class GpuExperts:
             self.device,
             bias_eF=self.bias13_eF,
             x_scales=x_scales,
+            x_row_scales=x_row_scales,
             out_dtype=dtype,
+            reserved_sms=self.reserved_sms,
         )
-        hidden, hidden_scales = _operand(hidden_RF, self.w2, rows, None)
+        hidden, hidden_scales, hidden_row_scales = _operand(hidden_RF, self.w2, rows, None)
         out_RD = x_UD.new_empty(len(row_index_R), self.w2.shape[1], dtype=dtype)
         return grouped_gemm.w2(
-            hidden, rows, self.w2, out_RD, self.device, bias_eD=self.bias2_eD, x_scales=hidden_scales
+            hidden,
+            rows,
+            self.w2,
+            out_RD,
+            self.device,
+            bias_eD=self.bias2_eD,
+            x_scales=hidden_scales,
+            x_row_scales=hidden_row_scales,
+            reserved_sms=self.reserved_sms,
         )
 
 
 def _operand(
     x: Tensor, weights: ExpertWeights, rows: tiles.Rows, row_index_R: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Rows, and their scales, as a product with these weights takes them; without an index they are the routed rows."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows, their groups' scales and their own, as a product with these weights takes them; without an index they are the routed
+    rows."""
     format, num_rows = weights.format, rows.expert_offsets[-1:] if row_index_R is None else None
     assert x.dtype != torch.uint8 or format == "fp8_block", f"packed rows meet weights of format {format}"
     if format == "fp8_block":
+        if row_index_R is None:
+            return *tiles.quantize_tiles(x, rows.expert_offsets, rows.tile_map), None
         packed = x.dtype == torch.uint8
-        values, scales = (
-            unpack(x, weights.shape[2]) if packed else quantize.quantize(x, formats.BLOCK, num_rows=num_rows)
-        )
-        return values, tiles.tile_scales(scales, row_index_R, rows.expert_offsets, rows.tile_map)
+        values, scales = unpack(x, weights.shape[2]) if packed else quantize.quantize(x, formats.BLOCK)
+        return values, tiles.tile_scales(scales, row_index_R, rows.expert_offsets, rows.tile_map), None
     if format == "fp8_row":
         values, scales = quantize.quantize(x, x.shape[1], num_rows=num_rows)
-        return values, scales[:, 0]
-    return x, None
+        return values, scales[:, 0], None
+    if format in formats.SCALED:
+        return scaled.quantize_rows(format, x, num_rows)
+    return x, None, None
 
 
 def prepare(
@@ -110,23 +125,37 @@ def prepare(
     bias13_eF: Tensor | None = None,
     bias2_eD: Tensor | None = None,
     expected: float = 1.0,
+    overlapped: bool = False,
+    scale_rows: bool = False,
 ) -> GroupedMlp:
     """A callable for these weights, [e, 2F, D], gate rows over up rows, and [e, D, F]. Tiles are for the share `expected` of R.
 
+    `overlapped`: rows of another part of the step travel meanwhile, by kernels that need some multiprocessors for themselves.
+    `scale_rows`: rows that meet 4-bit weights are quantised, too; it changes results by what that rounds.
+
     Raises:
-        ValueError: gate and up of an "nvfp4" expert have different global scales.
+        ValueError: gate and up of an "nvfp4" expert have different global scales, or rows cannot be quantised for its width.
     """
     activation = activation or Activation()
     kinds = [weight.format if isinstance(weight, Quantized) else "dense" for weight in (w13, w2)]
     assert kinds[0] == kinds[1], f"w13 in {kinds[0]}, w2 in {kinds[1]}"
+    pack = scaled.pack_weight if scale_rows and kinds[0] in scaled.FORMATS else formats.pack4
+    columns = {weight.shape[-1] % scaled.NVFP4_COLUMNS for weight in (w13, w2)}
+    if pack is scaled.pack_weight and kinds[0] == "nvfp4" and columns != {0}:
+        sizes = w13.shape[-1], w2.shape[-1]
+        raise ValueError(
+            f"numerics 'fast' needs, on this GPU, nvfp4 experts of widths that {scaled.NVFP4_COLUMNS} divides, got {sizes}; "
+            "'invariant' takes any"
+        )
     return GpuExperts(
-        w13=formats.of_weight(w13, gated=activation.gated),
-        w2=formats.of_weight(w2),
+        w13=formats.of_weight(w13, gated=activation.gated, pack=pack),
+        w2=formats.of_weight(w2, pack=pack),
         activation=activation,
         bias13_eF=bias13_eF,
         bias2_eD=bias2_eD,
         device=device,
         expected=expected,
+        reserved_sms=device.exchange_sms if overlapped else 0,
     )
 
 

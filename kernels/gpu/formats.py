@@ -9,6 +9,7 @@ e experts, M rows of a weight matrix, K its columns, N rows of x.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from expertwire.kernels.formats import BLOCK, E2M1, FP8, GROUPS, Quantized, Weig
 INTERLEAVE = 8  # rows
 FP8_MAX = 448.0
 SCALES = {"int4": torch.bfloat16, "mxfp4": torch.uint8, "nvfp4": FP8}
-SCALED = {"mxfp8": 32, "mxfp4_x8": 32, "nvfp4_x4": 16}  # columns that share a scale, in x too
+SCALED = {"mxfp4_x8": 32, "nvfp4_x4": 16}  # columns that share a scale, in x too
 FORMATS = ("dense", "fp8_block", "fp8_row", *GROUPS, *SCALED)
 
 
@@ -37,8 +38,7 @@ class ExpertWeights:
     int4      | words (2)      | bf16 [e, K / 32, M] (3)               | bf16, fp16 or fp32
     mxfp4     | words          | u8 exponents [e, K / 32, M]           | bf16 or fp32 (4)
     nvfp4     | words          | fp8 [e, K / 16, M]                    | bf16 or fp32
-    mxfp8     | fp8 [e, M, K]  | u8 exponents (5)                      | fp8, scales u8 exponents [N, K / 32]
-    mxfp4_x8  | bytes (6)      | u8 exponents                          | fp8, scales u8 exponents [N, K / 32]
+    mxfp4_x8  | bytes (6)      | u8 exponents (5)                      | fp8, scales u8 exponents [N, K / 32]
     nvfp4_x4  | bytes          | fp8                                   | bytes [N, K / 2], scales fp8 [N, K / 16]
 
     (1) rounded up; for a gated w13 the gate's blocks before the up's, neither interleaved.
@@ -69,8 +69,7 @@ class ExpertWeights:
     @property
     def packed_k(self) -> int:
         """Elements of `data` a step."""
-        halves = self.format in SCALED and self.data.dtype == torch.uint8
-        return self.block_k // (8 if self.format in GROUPS else 2 if halves else 1)
+        return self.block_k // (8 if self.format in GROUPS else 2 if self.format in SCALED else 1)
 
     @property
     def x_columns(self) -> int:
@@ -246,8 +245,9 @@ def pack4(
     )
 
 
-def of_weight(weight: Weight, *, gated: bool = False) -> ExpertWeights:
+def of_weight(weight: Weight, *, gated: bool = False, pack: Callable[..., ExpertWeights] = pack4) -> ExpertWeights:
     """From weights [e, M, K] as a checkpoint has them; `gated`: gate rows over up rows, the two `parts` of a quantised one.
+    `pack`: for those of 4 bits.
 
     Raises:
         ValueError: parts of an "nvfp4" matrix have different global scales.
@@ -258,18 +258,28 @@ def of_weight(weight: Weight, *, gated: bool = False) -> ExpertWeights:
         return fp8_block(weight.data, weight.scales, gated=gated)
     if weight.format == "fp8_row":
         return fp8_row(weight.data, weight.scales, gated=gated)
-    every = [_pack_expert(weight.experts(e, e + 1), gated) for e in range(len(weight.data))]  # codes take 64 bits there
+    every = [
+        _pack_expert(weight.experts(e, e + 1), gated, pack) for e in range(len(weight.data))
+    ]  # codes take 64 bits there
     scales, global_scales = ([getattr(one, name) for one in every] for name in ("scales", "global_scales"))
     return ExpertWeights(
-        format=weight.format,
-        data=torch.cat([one.data for one in every]),
-        scales=torch.cat(scales),
+        format=every[0].format,
+        data=_cat([one.data for one in every]),
+        scales=_cat(scales),
         global_scales=None if global_scales[0] is None else torch.cat(global_scales),
         columns=weight.shape[2],
     )
 
 
-def _pack_expert(weight: Quantized, gated: bool) -> ExpertWeights:
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first dimension, bytes of fp8 numbers, too, which not every device's `cat` takes."""
+    dtype = tensors[0].dtype
+    return (
+        torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(dtype) if dtype == FP8 else torch.cat(tensors)
+    )
+
+
+def _pack_expert(weight: Quantized, gated: bool, pack: Callable[..., ExpertWeights]) -> ExpertWeights:
     """Of one of the 4-bit formats, with a first dimension of 1."""
     bytes_eMK = weight.data.contiguous().view(torch.uint8)
     codes = torch.stack((bytes_eMK & 15, bytes_eMK >> 4), dim=-1).flatten(2)
@@ -278,7 +288,7 @@ def _pack_expert(weight: Quantized, gated: bool) -> ExpertWeights:
         if (global_scales != global_scales[:, :1]).any():
             raise ValueError(f"global scales of an nvfp4 matrix's parts are {global_scales.tolist()}, must be equal")
         global_scales = global_scales[:, 0]
-    return pack4(weight.format, codes, weight.scales, global_scales, gated=gated)
+    return pack(weight.format, codes, weight.scales, global_scales, gated=gated)
 
 
 def quantise4(format: str, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -358,9 +368,9 @@ def meta(format: str, e: int, M: int, K: int) -> ExpertWeights:
             columns=K,
         )
     if format in SCALED:
-        padded, halves = K + -K % BLOCK, format != "mxfp8"
-        sizes = (e, M, padded // 2 if halves else padded), (e, padded // BLOCK, M, BLOCK // SCALED[format])
-        dtypes = torch.uint8 if halves else FP8, FP8 if format == "nvfp4_x4" else torch.uint8
+        padded = K + -K % BLOCK
+        sizes = (e, M, padded // 2), (e, padded // BLOCK, M, BLOCK // SCALED[format])
+        dtypes = torch.uint8, FP8 if format == "nvfp4_x4" else torch.uint8
         data, scales = (
             torch.empty(size, dtype=dtype, device="meta") for size, dtype in zip(sizes, dtypes, strict=True)
         )

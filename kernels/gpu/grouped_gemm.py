@@ -37,6 +37,7 @@ def _tile(
     x_stride,
     x_scale,
     x_scale_stride,
+    x_row_scale,
     row_index_ptr,
     bias_ptr,
     home_ptr,
@@ -79,6 +80,8 @@ def _tile(
         )  # fmt: skip
     if w_global is not None:
         acc *= tl.load(w_global + expert)
+    if x_row_scale is not None:
+        acc *= tl.load(x_row_scale + source)[None, :]
     f = block * OUT_ROWS + tl.arange(0, OUT_ROWS)
     expert_bias = bias_ptr + expert.to(tl.int64) * M if bias_ptr is not None else None
     result = activate(acc, expert_bias, f, out_width, alpha, limit, ROWS, TOKENS, ACTIVATION)
@@ -98,6 +101,7 @@ def _grouped_gemm(
     x_scale,  # a descriptor of `tile_scales` for "fp8_block", tiles of 1 x TOKENS; a pointer to [U or R], or one, for "fp8_row"
     x_scale_tail,  # the same, tiles of 1 x TAIL
     x_scale_stride,
+    x_row_scale,  # pointer to fp32 [U or R] for "nvfp4_x4", or None
     row_index_ptr,
     offsets_ptr,
     first_tile_ptr,
@@ -130,14 +134,15 @@ def _grouped_gemm(
         )
         if TAIL > 0 and end - row <= TAIL:
             _tile(
-                w_desc, w_scale, w_global, x_tail, x_stride, x_scale_tail, x_scale_stride, row_index_ptr, bias_ptr, home_ptr,
-                out_ptr,
+                w_desc, w_scale, w_global, x_tail, x_stride, x_scale_tail, x_scale_stride, x_row_scale, row_index_ptr,
+                bias_ptr, home_ptr, out_ptr,
                 expert, block, row, end, tile * TOKENS, M, K, out_width, alpha, limit,
                 FORMAT, ACTIVATION, TAIL, ROWS, BLOCK_K, STAGES, SCALED, NATIVE,
             )  # fmt: skip
         else:
             _tile(
-                w_desc, w_scale, w_global, x, x_stride, x_scale, x_scale_stride, row_index_ptr, bias_ptr, home_ptr, out_ptr,
+                w_desc, w_scale, w_global, x, x_stride, x_scale, x_scale_stride, x_row_scale, row_index_ptr, bias_ptr, home_ptr,
+                out_ptr,
                 expert, block, row, end, tile * TOKENS, M, K, out_width, alpha, limit,
                 FORMAT, ACTIVATION, TOKENS, ROWS, BLOCK_K, STAGES, SCALED, NATIVE,
             )  # fmt: skip
@@ -152,16 +157,20 @@ def w13(
     *,
     bias_eF: Tensor | None = None,
     x_scales: Tensor | None = None,
+    x_row_scales: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    reserved_sms: int = 0,
 ) -> Tensor:
     """`experts.w13_reference`: rows gathered, hidden layer [R, F] returned; rows behind the last offset stay undefined.
 
     `weights`: rows interleaved if gated. `bias_eF`: gate before up. `x_scales`: fp32, for fp8 rows, which need an `out_dtype`.
+    `x_row_scales`: fp32 [U], by which results are multiplied. `reserved_sms`: multiprocessors left free; no result depends on it.
     """
     M = weights.shape[1]
     width = M // 2 if activation.gated else M
     hidden_RF = x_UD.new_empty(len(rows.row_index_R), width, dtype=out_dtype or x_UD.dtype)
-    _launch(x_UD, x_scales, rows, weights, bias_eF, hidden_RF, activation, device)
+    x_scaled = x_UD, x_scales, x_row_scales
+    _launch(x_scaled, rows, weights, bias_eF, hidden_RF, activation, device, reserved_sms)
     return hidden_RF
 
 
@@ -174,39 +183,42 @@ def w2(
     *,
     bias_eD: Tensor | None = None,
     x_scales: Tensor | None = None,
+    x_row_scales: Tensor | None = None,
+    reserved_sms: int = 0,
 ) -> Tensor:
     """`experts.w2_reference`: each row into its slot of `out_SD`, which is returned; the other slots stay as they are."""
     assert len(hidden_RF) == len(rows.home_R), (hidden_RF.shape, rows.home_R.shape)
     assert out_SD.shape[1] == weights.shape[1], (out_SD.shape, weights.shape)
-    _launch(hidden_RF, x_scales, rows, weights, bias_eD, out_SD, None, device)
+    x_scaled = hidden_RF, x_scales, x_row_scales
+    _launch(x_scaled, rows, weights, bias_eD, out_SD, None, device, reserved_sms)
     return out_SD
 
 
 def _launch(
-    x: Tensor,
-    x_scales: Tensor | None,
+    x_scaled: tuple[Tensor, Tensor | None, Tensor | None],
     rows: Rows,
     weights: ExpertWeights,
     bias: Tensor | None,
     out: Tensor,
     activation: Activation | None,
     device: Device,
+    reserved_sms: int,
 ) -> None:
+    x = x_scaled[0]
     if x.shape[0] == 0 or len(rows.row_index_R) == 0:
         return
     if weights.format in formats.SCALED and x.is_cuda and device.arch < 100:
         allowed = [format for format in formats.FORMATS if format not in formats.SCALED]
         raise ValueError(f"format is {weights.format}, for compute capability 10.0; allowed on this GPU are {allowed}")
     config = gemm_tiles(weights.format, rows.tile_map.token_tile, weights.shape, rows.planned, device)
-    args, constexprs = _arguments(config, x, x_scales, rows, weights, bias, out, activation)
-    grid = (device.num_sms * config.blocks_per_sm,)
+    args, constexprs = _arguments(config, x_scaled, rows, weights, bias, out, activation)
+    grid = ((device.num_sms - reserved_sms) * config.blocks_per_sm,)
     _grouped_gemm[grid](**args, **constexprs, **config.options)
 
 
 def _arguments(
     config: GemmTiles,
-    x: Tensor,
-    x_scales: Tensor | None,
+    x_scaled: tuple[Tensor, Tensor | None, Tensor | None],
     rows: Rows,
     weights: ExpertWeights,
     bias: Tensor | None,
@@ -215,6 +227,8 @@ def _arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The kernel's arguments and constants."""
     num_experts, M, K = weights.shape
+    x, x_scales, x_row_scales = x_scaled
+    assert x_row_scales is None or x_row_scales.shape == (len(x),), (x_row_scales.shape, x.shape)
     assert x.stride(1) == 1 and out.is_contiguous(), (x.stride(), out.stride())  # noqa: PT018
     assert bias is None or bias.shape == (num_experts, M), (bias.shape, weights.shape)
     weights.check(x, x_scales, rows.tile_map.rows)
@@ -237,6 +251,7 @@ def _arguments(
         "x_scale": x_scale,
         "x_scale_tail": x_scale_tail,
         "x_scale_stride": 0 if x_scales is not None and x_scales.numel() == 1 else 1,
+        "x_row_scale": x_row_scales,
         "row_index_ptr": rows.row_index_R if activation else None,
         "offsets_ptr": rows.expert_offsets,
         "first_tile_ptr": rows.tile_map.first_tile,
@@ -294,7 +309,8 @@ def _case(format: str, shape: str, planned: int, activation: Activation | None) 
     x, x_scales = formats.meta_rows(format, planned, K, rows.tile_map.rows)
     out = meta(planned, F if activation else D, dtype=torch.bfloat16)
     bias = meta(num_experts, M, dtype=torch.bfloat16) if shape.startswith("gpt-oss") else None
-    args, constexprs = _arguments(config, x, x_scales, rows, weights, bias, out, activation)
+    row_scales = torch.empty(planned, device="meta") if format == "nvfp4_x4" else None
+    args, constexprs = _arguments(config, (x, x_scales, row_scales), rows, weights, bias, out, activation)
     which = f"w13 {activation.kind}" if activation else "w2"
     expect = {90: "QGMMA" if format.startswith("fp8") else "HGMMA", 100: "UTC"}
     name = f"grouped_gemm.{which} {format} {shape} {tokens}x{config.rows}"
@@ -331,7 +347,6 @@ def cases() -> list[Case]:
             found.append(_case(format, shape, planned, activation))
             found.append(_case(format, shape, planned, None))
     for format, shape, activation in (
-        ("mxfp8", "qwen3-30b", swiglu),
         ("mxfp4_x8", "gpt-oss-120b", clamped),
         ("nvfp4_x4", "deepseek-v3-ep8", swiglu),
     ):

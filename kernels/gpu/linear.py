@@ -9,7 +9,12 @@ computes them one after another: the same additions.
 An fp32 weight that meets bf16 activations is cut into three bf16 terms, side by side in D: every product is exact, as
 in fp32. (Triton's fp32 product on Blackwell is TF32, whatever precision is asked for.)
 
-T tokens, D input width, N output width.
+An FP8 weight is read as it is stored and becomes bf16 in registers: `value * scale` in fp32, rounded once, which are the
+bits of the unpacked weight (`formats.dequantize`), multiplied in the same order. So results are those of the unpacked
+weight, for half the bytes: decode is bound by them. Activations stay bf16: rounding them to FP8, too, would give other
+results than the CPU's.
+
+T tokens, D input width, N output width, S rows of blocks with a scale each.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.formats import Weight
+from expertwire.kernels.formats import BLOCK, FP8, GPU_LINEAR_FORMATS, Quantized, Weight, block_rows
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import B200, H200, Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
@@ -30,6 +35,7 @@ from expertwire.kernels.linear import Linear, unpacked
 _SIDE_BY_SIDE = 128  # tokens
 # ptxas for Blackwell otherwise spills a register or two where hundreds are left.
 _OPTIONS = {"maxnreg": 255, **EARLY}
+SCALE_BLOCK = tl.constexpr(BLOCK)
 _GROUP = tl.constexpr(8)  # tiles of weight rows that are taken together, for the second-level cache
 
 
@@ -37,6 +43,8 @@ _GROUP = tl.constexpr(8)  # tiles of weight rows that are taken together, for th
 def _product(
     w_ptr,
     x_ptr,
+    scale_ptr,
+    scale_row_ptr,
     n,
     t,
     num_tokens,
@@ -46,6 +54,7 @@ def _product(
     stride_t,
     start,
     end,
+    FORMAT: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
@@ -56,6 +65,11 @@ def _product(
     w_rows = w_ptr + n.to(tl.int64)[:, None] * depth
     x_rows = x_ptr + t.to(tl.int64)[:, None] * stride_t
     w_mask, x_mask = (n < num_rows)[:, None], (t < num_tokens)[:, None]
+    if FORMAT == "fp8_row":
+        scale = tl.load(scale_ptr + n, mask=n < num_rows, other=0.0)
+    elif FORMAT == "fp8_block":
+        scale_row = tl.load(scale_row_ptr + n, mask=n < num_rows, other=0)
+        scales = scale_ptr + scale_row * tl.cdiv(depth, SCALE_BLOCK)
     for at in range(start, end, BLOCK_K):
         d = at + k[None, :]
         if EVEN:
@@ -65,6 +79,10 @@ def _product(
         else:
             w = tl.load(w_rows + d, mask=w_mask & (d < end), other=0.0)
             x = tl.load(x_rows + d, mask=x_mask & (d < end), other=0.0)
+        if FORMAT == "fp8_block":
+            scale = tl.load(scales + at // SCALE_BLOCK)
+        if FORMAT != "dense":
+            w = (w.to(tl.float32) * scale[:, None]).to(x.dtype)
         total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
     return total
 
@@ -82,6 +100,8 @@ def _store(total, bias_ptr, y_ptr, n, t, num_tokens, num_rows, HAS_BIAS: tl.cons
 def linear_kernel(
     x_ptr,
     w_ptr,
+    scale_ptr,
+    scale_row_ptr,
     bias_ptr,
     y_ptr,
     parts_ptr,
@@ -96,13 +116,15 @@ def linear_kernel(
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
     TERMS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """w [N, TERMS * D], x [T, D], y [T, N]; parts fp32, a tile a (tile, split); counters i32, one a tile: zeros, also behind."""
+    """w [N, TERMS * D], x [T, D], y [T, N]; scales fp32 [N] ("fp8_row") or [S, D / 128] ("fp8_block"), where weight row n
+    has those of row `scale_row[n]`, i32 [N]; parts fp32, a tile a (tile, split); counters i32, one a tile: zeros, also behind."""
     wait_for_previous()
     depth = TERMS * width
     row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
@@ -117,8 +139,9 @@ def linear_kernel(
         first = item % num_splits if SIDE_BY_SIDE else 0
         end = tl.minimum(depth, (first + 1) * split_k) if SPLIT else depth
         total = _product(
-            w_ptr, x_ptr, n, t, num_tokens, num_rows, depth, width, stride_t, first * split_k, end, TERMS, BLOCK_K, EVEN
-        )
+            w_ptr, x_ptr, scale_ptr, scale_row_ptr, n, t, num_tokens, num_rows, depth, width, stride_t, first * split_k, end,
+            FORMAT, TERMS, BLOCK_K, EVEN,
+        )  # fmt: skip
         complete = True
         if SIDE_BY_SIDE:
             at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
@@ -135,8 +158,8 @@ def linear_kernel(
             for split in range(1, num_splits):
                 end = tl.minimum(depth, (split + 1) * split_k)
                 total += _product(
-                    w_ptr, x_ptr, n, t, num_tokens, num_rows, depth, width, stride_t, split * split_k, end,
-                    TERMS, BLOCK_K, EVEN,
+                    w_ptr, x_ptr, scale_ptr, scale_row_ptr, n, t, num_tokens, num_rows, depth, width, stride_t,
+                    split * split_k, end, FORMAT, TERMS, BLOCK_K, EVEN,
                 )  # fmt: skip
         if complete:
             _store(total, bias_ptr, y_ptr, n, t, num_tokens, num_rows, HAS_BIAS)
@@ -158,7 +181,7 @@ class Tiles:
 
 
 def tiles(num_tokens: int, num_rows: int, depth: int, dtype: torch.dtype, device: Device) -> Tiles:
-    """For weights [num_rows, depth] of this dtype."""
+    """For weights [num_rows, depth] that meet activations of this dtype."""
     block_k = 16 if dtype == torch.float32 else 64
     blocks = triton.cdiv(depth, block_k)
     row_tiles = triton.cdiv(num_rows, 64)
@@ -215,24 +238,26 @@ def prepare(
 ) -> Linear:
     """A callable x [T, D] -> y [T, N] for this weight, bf16, fp16 or fp32, and x in `x_dtype`: the weight's, or bf16 for fp32.
 
-    The weight is brought to `dtype` first; a quantised one needs it.
+    The weight is brought to `dtype` first; a quantised one needs it, and is kept as it is stored if its format is one of
+    `formats.GPU_LINEAR_FORMATS`: the results are the same.
 
     y is in `out_dtype`, or else in x's dtype. Calls must follow each other on one stream: they share the counters.
 
     Raises:
         ValueError: fp32 activations on Blackwell.
     """
-    w_ND = unpacked(weight, dtype)
-    num_rows, width = w_ND.shape
-    x_dtype = x_dtype or w_ND.dtype
-    terms = [w_ND] if x_dtype == w_ND.dtype else three_terms(w_ND)
-    assert terms[0].dtype == x_dtype, f"{x_dtype} by {w_ND.dtype}"
+    if isinstance(weight, Quantized) and weight.format in GPU_LINEAR_FORMATS:
+        assert dtype is not None, f"{weight.format} {weight.shape} without a dtype"
+        x_dtype, matrix = dtype, Matrix.fp8(weight)
+    else:
+        w_ND = unpacked(weight, dtype)
+        x_dtype = x_dtype or w_ND.dtype
+        matrix = Matrix.dense(w_ND, x_dtype)
+    num_rows, width = weight.shape
     if device.arch >= 100 and x_dtype == torch.float32:
         raise ValueError("dtype is float32, whose products Triton makes in TF32 on this GPU; allowed is bfloat16")
     assert bias_N is None or (bias_N.shape == (num_rows,) and bias_N.is_contiguous()), bias_N
-    terms_ND = torch.cat(terms, dim=1).contiguous() if len(terms) > 1 else w_ND
-    assert terms_ND.is_contiguous(), f"strides {w_ND.stride()} of shape {tuple(w_ND.shape)}"
-    counters = torch.zeros(triton.cdiv(num_rows, 64), dtype=torch.int32, device=w_ND.device)
+    counters = torch.zeros(triton.cdiv(num_rows, 64), dtype=torch.int32, device=weight.device)
 
     def apply(x_TD: Tensor) -> Tensor:
         num_tokens = x_TD.shape[0]
@@ -240,10 +265,47 @@ def prepare(
         assert x_TD.stride(1) == 1 or width == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
         y_TN = x_TD.new_empty(num_tokens, num_rows, dtype=out_dtype or x_dtype)
         if num_tokens:
-            _launch(x_TD, terms_ND, bias_N, y_TN, counters, device)
+            _launch(x_TD, matrix, bias_N, y_TN, counters, device)
         return y_TN
 
     return apply
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matrix:
+    """A weight as the kernel reads it.
+
+    format    | data               | scales                | scale_row_N
+    dense     | [N, TERMS * D]     |                       |
+    fp8_block | e4m3 [N, D]        | fp32 [S, ceil(D/128)] | i32: the row of `scales` that a weight row has
+    fp8_row   | e4m3 [N, D]        | fp32 [N]              |
+    """
+
+    format: str
+    data: Tensor
+    scales: Tensor | None = None
+    scale_row_N: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for tensor in (self.data, self.scales, self.scale_row_N):
+            assert tensor is None or tensor.is_contiguous(), f"strides {tensor.stride()} of shape {tuple(tensor.shape)}"
+
+    @classmethod
+    def dense(cls, w_ND: Tensor, x_dtype: torch.dtype) -> Matrix:
+        """Return an unquantised weight, in three terms where x has another dtype."""
+        if w_ND.dtype == x_dtype:
+            return cls(format="dense", data=w_ND)
+        terms = three_terms(w_ND)
+        assert terms[0].dtype == x_dtype, f"{x_dtype} by {w_ND.dtype}"
+        return cls(format="dense", data=torch.cat(terms, dim=1))
+
+    @classmethod
+    def fp8(cls, weight: Quantized) -> Matrix:
+        """Return a weight in one of `GPU_LINEAR_FORMATS` as it is stored."""
+        scale_row_N = None
+        if weight.format == "fp8_block":
+            scale_row_N = block_rows(weight.parts).to(torch.int32).to(weight.device)
+        return cls(format=weight.format, data=weight.data, scales=weight.scales, scale_row_N=scale_row_N)
 
 
 def three_terms(w_ND: Tensor) -> list[Tensor]:
@@ -256,10 +318,10 @@ def three_terms(w_ND: Tensor) -> list[Tensor]:
 
 
 def _launch(
-    x_TD: Tensor, weight: Tensor, bias_N: Tensor | None, y_TN: Tensor, counters: Tensor, device: Device
+    x_TD: Tensor, weight: Matrix, bias_N: Tensor | None, y_TN: Tensor, counters: Tensor, device: Device
 ) -> None:
-    (num_tokens, width), (num_rows, depth) = x_TD.shape, weight.shape
-    plan = tiles(num_tokens, num_rows, depth, weight.dtype, device)
+    (num_tokens, width), (num_rows, depth) = x_TD.shape, weight.data.shape
+    plan = tiles(num_tokens, num_rows, depth, x_TD.dtype, device)
     num_items = triton.cdiv(num_rows, plan.rows) * triton.cdiv(num_tokens, plan.tokens)
     parts = y_TN
     if plan.side_by_side:
@@ -268,7 +330,9 @@ def _launch(
     num_programs = min(num_items, plan.blocks_per_sm * device.num_sms)
     linear_kernel[(num_programs,)](
         x_TD,
-        weight,
+        weight.data,
+        weight.scales,
+        weight.scale_row_N,
         y_TN if bias_N is None else bias_N,
         y_TN,
         parts,
@@ -280,20 +344,21 @@ def _launch(
         plan.splits,
         plan.split_k,
         num_programs,
-        **_constexprs(plan, width, depth // width, bias_N is not None),
+        **_constexprs(plan, weight.format, width, depth // width, bias_N is not None),
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         **_OPTIONS,
     )
 
 
-def _constexprs(plan: Tiles, width: int, terms: int, has_bias: bool) -> dict[str, int | bool]:
+def _constexprs(plan: Tiles, format: str, width: int, terms: int, has_bias: bool) -> dict[str, int | bool | str]:
     even = width % plan.block_k == 0
     assert even or terms == 1, f"{width} inputs in {terms} terms are no multiple of {plan.block_k}"
     return {
         "HAS_BIAS": has_bias,
         "SPLIT": plan.splits > 1,
         "SIDE_BY_SIDE": plan.side_by_side,
+        "FORMAT": format,
         "TERMS": terms,
         "ROWS": plan.rows,
         "TOKENS": plan.tokens,
@@ -304,14 +369,21 @@ def _constexprs(plan: Tiles, width: int, terms: int, has_bias: bool) -> dict[str
 
 def cases() -> list[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
-    shapes = {  # output, input, terms, dtype of the result, bias, tokens
-        "qwen3-30b qkv": (5120, 2048, 1, bf16, False, (1, 32, 128)),
-        "qwen3-30b o": (2048, 4096, 1, bf16, False, (1, 64, 8192)),
-        "qwen3-30b router": (128, 2048, 1, fp32, False, (1, 8192)),
-        "qwen3-30b lm_head": (151936, 2048, 1, fp32, False, (1, 32, 64, 128, 256)),
-        "gpt-oss-120b router": (128, 2880, 1, bf16, True, (16, 4096)),
-        "deepseek-v3 router": (256, 7168, 3, fp32, False, (1, 8192)),
-        "deepseek-v3 o": (7168, 16384, 1, bf16, False, (1, 4096)),
+    shapes = {  # format, output, input, terms, dtype of the result, bias, tokens
+        "qwen3-30b qkv": ("dense", 5120, 2048, 1, bf16, False, (1, 32, 128)),
+        "qwen3-30b o": ("dense", 2048, 4096, 1, bf16, False, (1, 64, 8192)),
+        "qwen3-30b router": ("dense", 128, 2048, 1, fp32, False, (1, 8192)),
+        "qwen3-30b lm_head": ("dense", 151936, 2048, 1, fp32, False, (1, 32, 64, 128, 256)),
+        "gpt-oss-120b router": ("dense", 128, 2880, 1, bf16, True, (16, 4096)),
+        "deepseek-v3 router": ("dense", 256, 7168, 3, fp32, False, (1, 8192)),
+        "deepseek-v3 o": ("dense", 7168, 16384, 1, bf16, False, (1, 4096)),
+        "qwen3-30b qkv fp8": ("fp8_block", 5120, 2048, 1, bf16, False, (1, 64, 8192)),
+        "deepseek-v3 q_a": ("fp8_block", 1536, 7168, 1, bf16, False, (1, 32, 8192)),
+        "deepseek-v3 kv_a": ("fp8_block", 576, 7168, 1, bf16, False, (1, 128, 8192)),
+        "deepseek-v3 shared gate_up": ("fp8_block", 4096, 7168, 1, bf16, False, (1, 256)),
+        "deepseek-v3 o fp8": ("fp8_block", 7168, 16384, 1, bf16, False, (1, 128, 4096)),
+        "kimi-k2 q": ("fp8_block", 12288, 1536, 1, bf16, False, (1, 4096)),
+        "mistral qkv": ("fp8_row", 6144, 4096, 1, bf16, False, (1, 64, 4096)),
     }
     return [
         _case(f"{name} T{num_tokens}", num_tokens, *shape, device)
@@ -322,15 +394,27 @@ def cases() -> list[Case]:
 
 
 def _case(
-    name: str, num_tokens: int, num_rows: int, width: int, terms: int, out: torch.dtype, bias: bool, device: Device
+    name: str,
+    num_tokens: int,
+    format: str,
+    num_rows: int,
+    width: int,
+    terms: int,
+    out: torch.dtype,
+    bias: bool,
+    device: Device,
 ) -> Case:
     bf16, fp32 = torch.bfloat16, torch.float32
     plan = tiles(num_tokens, num_rows, terms * width, bf16, device)
     return Case(
-        name=f"linear {name} sm_{device.arch}",
+        name=f"linear {name}{'' if format == 'dense' else f' {format}'} sm_{device.arch}",
         kernel=linear_kernel,
         args={
-            **{"x_ptr": bf16, "w_ptr": bf16, "bias_ptr": bf16, "y_ptr": out, "parts_ptr": fp32},
+            "x_ptr": bf16,
+            "w_ptr": bf16 if format == "dense" else FP8,
+            "scale_ptr": None if format == "dense" else fp32,
+            "scale_row_ptr": torch.int32 if format == "fp8_block" else None,
+            **{"bias_ptr": bf16, "y_ptr": out, "parts_ptr": fp32},
             "counters_ptr": torch.int32,
             "num_tokens": num_tokens,
             "num_rows": num_rows,
@@ -340,10 +424,12 @@ def _case(
             "split_k": plan.split_k,
             "num_programs": plan.blocks_per_sm * device.num_sms,
         },
-        constexprs=_constexprs(plan, width, terms, bias),
+        constexprs=_constexprs(plan, format, width, terms, bias),
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         blocks_per_sm=plan.blocks_per_sm,
+        # Hopper's matrix instruction takes the left operand from registers, where FP8 comes by 8 bytes; scales by 4.
+        narrow_copies=format != "dense",
         expect={device.arch: {90: "HGMMA", 100: "UTC"}[device.arch]},
         options=_OPTIONS,
     )

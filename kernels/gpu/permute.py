@@ -76,13 +76,11 @@ def _count(
 
 
 @triton.jit
-def _describe(every, expert, before, num_experts, offsets_ptr, load_ptr, first_tile_ptr, tile_expert_ptr, tile_rows):
-    """What others want to know of an expert: where its rows and tiles begin, how many rows it has had so far."""
+def _describe(every, expert, before, num_experts, offsets_ptr, first_tile_ptr, tile_expert_ptr, tile_rows):
+    """Store where an expert's rows and tiles begin."""
     tl.store(offsets_ptr + expert, before)
     index = tl.arange(0, every.shape[0])
     own = tl.sum(tl.where(index == expert, every, 0), axis=0)
-    if load_ptr is not None and expert < num_experts:
-        tl.store(load_ptr + expert, tl.load(load_ptr + expert) + own)
     if first_tile_ptr is not None:
         tiles = (every + tile_rows - 1) // tile_rows
         first = tl.sum(tl.where(index < expert, tiles, 0), axis=0)
@@ -102,7 +100,6 @@ def place_kernel(
     row_index_ptr,
     home_ptr,
     valid_ptr,
-    load_ptr,
     first_tile_ptr,  # None: no tiles are asked for
     tile_expert_ptr,
     num_ids,
@@ -121,7 +118,7 @@ def place_kernel(
     index = tl.arange(0, EXPERTS)
     before = tl.sum(tl.where(index < expert, every, tl.where(index == expert, earlier, 0)), axis=0)
     if chunk == 0:
-        _describe(every, expert, before, num_experts, offsets_ptr, load_ptr, first_tile_ptr, tile_expert_ptr, tile_rows)
+        _describe(every, expert, before, num_experts, offsets_ptr, first_tile_ptr, tile_expert_ptr, tile_rows)
     first, end = 0, num_ids
     if counts_ptr is not None:
         first, end = chunk * CHUNK, tl.minimum(num_ids, (chunk + 1) * CHUNK)
@@ -145,12 +142,10 @@ def permute(
     num_experts: int,
     num_valid: Tensor | None = None,
     *,
-    load_E: Tensor | None = None,
     format: str | None = None,
 ) -> Permuted:
     """As `kernels.permute.reference`; ids contiguous, i32 or i64. `format`: of weights, for whose products rows come in tiles."""
     assert ids_TK.is_contiguous(), f"strides {ids_TK.stride()} of shape {tuple(ids_TK.shape)}"
-    assert load_E is None or (load_E.shape == (num_experts,) and load_E.is_contiguous()), load_E
     num_ids = ids_TK.numel()
 
     def empty(*size: int) -> Tensor:
@@ -176,7 +171,6 @@ def permute(
         row_index_N,
         home_N,
         num_valid,
-        load_E,
         tile_map and tile_map.first_tile,
         tile_map and tile_map.tile_expert,
         num_ids,
@@ -213,7 +207,7 @@ def _cases(num_tokens: int, top_k: int, num_experts: int) -> list[Case]:
         "first_tile_ptr",
         "tile_expert_ptr",
     )
-    args = {"ids_ptr": torch.int64, **dict.fromkeys(pointers, i32), "load_ptr": torch.int64, **sizes}
+    args = {"ids_ptr": torch.int64, **dict.fromkeys(pointers, i32), **sizes}
     constexprs = {"K": top_k, "CHUNK": chunk, "EXPERTS": max(2, triton.next_power_of_2(num_experts))}
     common = {"expect": {90: "", 100: ""}, "wide": False, "options": _OPTIONS}
     name = f"T{num_tokens} K{top_k} e{num_experts}"

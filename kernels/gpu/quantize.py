@@ -1,5 +1,4 @@
-"""Quantisation to fp8, the experts' activation, and both in one: `kernels.quantize` and
-`kernels.experts.silu_mul_reference` in Triton.
+"""Quantisation to fp8, and the activation of dense layers: `kernels.quantize` and `kernels.experts.silu_mul_reference` in Triton.
 
 T rows, D width, G groups a row.
 """
@@ -16,6 +15,7 @@ from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.quantize import GROUP, Quantized
 
+MOST_PROGRAMS = 4096  # that rows are dealt out to
 _LARGEST, _LEAST = tl.constexpr(spec.LARGEST), tl.constexpr(spec.LEAST)
 
 
@@ -51,29 +51,26 @@ def quantize_kernel(
     num_rows_ptr,
     width,
     GATED: tl.constexpr,
-    QUANTIZED: tl.constexpr,
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Rows of x: `width` columns, or if GATED as many gates and then as many ups. `num_rows`: how many there are, else all."""
+    """Quantise rows of `width` columns; or if GATED, multiply as many ups by the silu of as many gates before them. `num_rows`:
+    how many there are, else a row for each program."""
     wait_for_previous()
-    row = tl.program_id(0).to(tl.int64)
-    if num_rows_ptr is not None and row >= tl.load(num_rows_ptr):
-        return
+    num_rows = tl.num_programs(0) if num_rows_ptr is None else tl.load(num_rows_ptr)
     start = tl.program_id(1) * COLUMNS
     d = start + tl.arange(0, COLUMNS)
     dtype = x_ptr.dtype.element_ty
-    if GATED:
-        gate = tl.load(x_ptr + row * 2 * width + d, mask=d < width, other=0.0).to(tl.float32)
-        up = tl.load(x_ptr + row * 2 * width + width + d, mask=d < width, other=0.0).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        x = (silu * up).to(dtype).to(tl.float32)
-    else:
-        x = tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
-    if QUANTIZED:
-        store_scaled(x, values_ptr, scales_ptr, row, start, width, GROUP)
-    else:
-        tl.store(values_ptr + row * width + d, x.to(dtype), mask=d < width)
+    for r in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.cast(r, tl.int64)
+        if GATED:
+            gate = tl.load(x_ptr + row * 2 * width + d, mask=d < width, other=0.0).to(tl.float32)
+            up = tl.load(x_ptr + row * 2 * width + width + d, mask=d < width, other=0.0).to(tl.float32)
+            silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+            tl.store(values_ptr + row * width + d, (silu * up).to(dtype), mask=d < width)
+        else:
+            x = tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
+            store_scaled(x, values_ptr, scales_ptr, row, start, width, GROUP)
 
 
 def check_group(width: int, group: int) -> int:
@@ -98,7 +95,6 @@ def _run(
     scales_TG: Tensor,
     *,
     gated: bool,
-    quantized: bool,
     group: int,
     num_rows: Tensor | None = None,
 ) -> None:
@@ -107,14 +103,15 @@ def _run(
     if most_rows == 0:
         return
     columns = _columns(width, group)
-    quantize_kernel[(most_rows, triton.cdiv(width, columns))](
+    # Of the rows that there can be, few are there: programs for all of them would take longer to end than the rows to quantise.
+    programs = most_rows if num_rows is None else min(most_rows, MOST_PROGRAMS)
+    quantize_kernel[(programs, triton.cdiv(width, columns))](
         x_TD,
         values_TD,
         scales_TG,
         num_rows,
         width,
         gated,
-        quantized,
         group,
         columns,
         num_warps=_warps(columns),
@@ -135,7 +132,7 @@ def quantize(
 ) -> Quantized:
     """As `kernels.quantize.reference`; as `scaled` with dtype fp32. The group is a power of two or the row."""
     done = allocate(*x_TD.shape, group, x_TD, dtype)
-    _run(x_TD, *done, gated=False, quantized=True, group=check_group(x_TD.shape[1], group), num_rows=num_rows)
+    _run(x_TD, *done, gated=False, group=check_group(x_TD.shape[1], group), num_rows=num_rows)
     return done
 
 
@@ -143,28 +140,14 @@ def silu_mul(gate_up_NF: Tensor) -> Tensor:
     """As `kernels.experts.silu_mul_reference`."""
     num_rows, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
     out_NF = gate_up_NF.new_empty(num_rows, width)
-    _run(gate_up_NF, out_NF, out_NF, gated=True, quantized=False, group=1)
+    _run(gate_up_NF, out_NF, out_NF, gated=True, group=1)
     return out_NF
 
 
-def silu_mul_quantize(gate_up_NF: Tensor, group: int = GROUP, *, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantized:
-    """`quantize(silu_mul(gate_up_NF))`, bit for bit."""
-    num_rows, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
-    done = allocate(num_rows, width, group, gate_up_NF, dtype)
-    _run(gate_up_NF, *done, gated=True, quantized=True, group=check_group(width, group))
-    return done
-
-
 def cases() -> list[Case]:
-    forms = {  # gated, quantized, group
-        "quantize": (False, True, GROUP),
-        "quantize rows": (False, True, 0),
-        "silu_mul": (True, False, 1),
-        "silu_mul_quantize": (True, True, GROUP),
-        "silu_mul_quantize rows": (True, True, 0),
-    }
+    forms = {"quantize": (False, GROUP), "quantize rows": (False, 0), "silu_mul": (True, 1)}  # gated, group
     found = []
-    for form, (gated, quantized, group) in forms.items():
+    for form, (gated, group) in forms.items():
         for width in (2048, 768) if gated else (7168, 2048):
             columns = _columns(width, group)
             found.append(
@@ -173,12 +156,12 @@ def cases() -> list[Case]:
                     kernel=quantize_kernel,
                     args={
                         "x_ptr": torch.bfloat16,
-                        "values_ptr": torch.float8_e4m3fn if quantized else torch.bfloat16,
+                        "values_ptr": torch.bfloat16 if gated else torch.float8_e4m3fn,
                         "scales_ptr": torch.float32,
                         "num_rows_ptr": torch.int32 if form.startswith("quantize") and width == 2048 else None,
                         "width": width,
                     },
-                    constexprs={"GATED": gated, "QUANTIZED": quantized, "GROUP": group, "COLUMNS": columns},
+                    constexprs={"GATED": gated, "GROUP": group, "COLUMNS": columns},
                     num_warps=_warps(columns),
                     options=EARLY,
                     expect={90: "", 100: ""},

@@ -1,7 +1,8 @@
 """Norms of the query and key heads, rotation, and storing of keys and values, in one launch after the projection.
 
 A program takes HEADS neighbouring heads of one token, out of its H query, G key and G value heads; the arithmetic is fp32 and
-rounded once. Each number is read and written once, 16 bytes at a time.
+rounded once. Each number is read and written once, 16 bytes at a time. A cache in fp8 takes what one of the queries' dtype would,
+divided by the scale of its head (IEEE's division, not the approximate one) and saturated.
 
 T tokens, H query heads, G key/value heads, d head size, r rotated dimensions of it, s block size.
 """
@@ -13,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertwire.kernels.attention import FP8
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 
 HEADS = 8
+_LARGEST = tl.constexpr(torch.finfo(FP8).max)
 
 
 @triton.jit
@@ -35,13 +38,24 @@ def _load(source, row, dim, mask):
 
 
 @triton.jit
-def _store(q_out, k_cache, v_cache, q_row, kv_row, dim, x, mask, is_q, is_k, is_v):
+def quantized(x, scale, cache):
+    """Numbers as a cache keeps them; the scale, of the shape of x, counts if that is fp8."""
+    if cache.dtype.element_ty == tl.float8e4nv:
+        values = tl.div_rn(x.to(tl.float32), scale)
+        # Not a number stays what it is: it must not pass for a large one.
+        x = tl.clamp(values, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(cache.dtype.element_ty)
+
+
+@triton.jit
+def _store(q_out, k_cache, v_cache, q_row, kv_row, dim, x, scale, mask, is_q, is_k, is_v):
     """The rows of a part of the heads go to the queries, the keys or the values."""
     x = x.to(q_out.dtype.element_ty)
     dim = dim[None, :]
     tl.store(q_out + q_row[:, None] + dim, x, mask=mask & is_q[:, None])
-    tl.store(k_cache + kv_row[:, None] + dim, x.to(k_cache.dtype.element_ty), mask=mask & is_k[:, None])
-    tl.store(v_cache + kv_row[:, None] + dim, x.to(v_cache.dtype.element_ty), mask=mask & is_v[:, None])
+    stored = quantized(x, tl.broadcast_to(scale[:, None], x.shape), k_cache)
+    tl.store(k_cache + kv_row[:, None] + dim, stored, mask=mask & is_k[:, None])
+    tl.store(v_cache + kv_row[:, None] + dim, stored, mask=mask & is_v[:, None])
 
 
 @triton.jit
@@ -55,6 +69,7 @@ def _rotate_and_store(
     q_out,
     k_cache,
     v_cache,
+    kv_scales,
     eps,
     stride_token,
     stride_block,
@@ -116,16 +131,19 @@ def _rotate_and_store(
     stored = slot >= 0
     is_k, is_v = (head >= H) & (head < H + G) & stored, is_v & stored
     q_row = token * (H * DIM) + row
+    scale = tl.full([HEADS], 1.0, tl.float32)
+    if kv_scales is not None:
+        scale = tl.load(kv_scales + (head - H), mask=(head >= H) & live, other=1.0)
     block = tl.maximum(slot, 0)
     kv_row = block // BLOCK_SIZE * stride_block + block % BLOCK_SIZE * stride_slot + ((head - H) % G) * DIM
     if INTERLEAVED:
         turned = tl.reshape(tl.join(first, second), [HEADS, 2 * PADDED_PAIRS])
-        _store(q_out, k_cache, v_cache, q_row, kv_row, both, turned, both_mask, is_q, is_k, is_v)
+        _store(q_out, k_cache, v_cache, q_row, kv_row, both, turned, scale, both_mask, is_q, is_k, is_v)
     else:
-        _store(q_out, k_cache, v_cache, q_row, kv_row, pair, first, mask, is_q, is_k, is_v)
-        _store(q_out, k_cache, v_cache, q_row, kv_row, pair + PAIRS, second, mask, is_q, is_k, is_v)
+        _store(q_out, k_cache, v_cache, q_row, kv_row, pair, first, scale, mask, is_q, is_k, is_v)
+        _store(q_out, k_cache, v_cache, q_row, kv_row, pair + PAIRS, second, scale, mask, is_q, is_k, is_v)
     if PADDED_REST > 0:
-        _store(q_out, k_cache, v_cache, q_row, kv_row, rest, others, rest_mask, is_q, is_k, is_v)
+        _store(q_out, k_cache, v_cache, q_row, kv_row, rest, others, scale, rest_mask, is_q, is_k, is_v)
 
 
 def rotate_and_store(
@@ -139,6 +157,7 @@ def rotate_and_store(
     v_cache: Tensor,
     *,
     interleaved: bool = False,
+    kv_scales_2G: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.rotate_and_store`; a token with a negative slot is not stored. `out`: queries, [T, H, d]."""
@@ -157,16 +176,26 @@ def rotate_and_store(
     if norm_hd is not None:
         assert norm_hd.shape == (num_heads + num_kv, dim), f"norm weights {tuple(norm_hd.shape)}"
         assert norm_hd.is_contiguous(), f"norm weights' strides {norm_hd.stride()}"
+    check_scales(kv_scales_2G, k_cache, 2 * num_kv)
     q_THd = qkv_Thd.new_empty(num_tokens, num_heads, dim) if out is None else out
     assert q_THd.is_contiguous(), f"output strides {q_THd.stride()}"
     if num_tokens:
         _rotate_and_store[num_tokens, triton.cdiv(heads, HEADS)](
             qkv_Thd, qkv_Thd if norm_hd is None else norm_hd, *tables, positions_T, slot_mapping_T, q_THd, k_cache, v_cache,
-            eps, qkv_Thd.stride(0), k_cache.stride(0), k_cache.stride(1),
+            kv_scales_2G, eps, qkv_Thd.stride(0), k_cache.stride(0), k_cache.stride(1),
             **_shape(num_heads, num_kv, dim, rotated, k_cache.shape[1]), HAS_NORM=norm_hd is not None,
             INTERLEAVED=interleaved, num_warps=_num_warps(rotated or dim), **EARLY,
         )  # fmt: skip
     return q_THd
+
+
+def check_scales(scales: Tensor | None, cache: Tensor, count: int) -> None:
+    """Caches in fp8 have scales, fp32 and side by side; others have none."""
+    assert (scales is not None) == (cache.dtype == FP8), f"scales {scales} of a cache of {cache.dtype}"
+    if scales is not None:
+        assert scales.numel() == count, f"{tuple(scales.shape)} scales, not {count}"
+        assert scales.dtype == torch.float32, f"scales of {scales.dtype}"
+        assert scales.is_contiguous(), f"scales' strides {scales.stride()}"
 
 
 def _num_warps(rotated: int) -> int:
@@ -184,14 +213,24 @@ def _shape(num_heads: int, num_kv: int, dim: int, rotated: int, block_size: int)
 
 
 def _case(
-    name: str, heads: int, num_kv: int, dim: int, rotated: int, *, norm: bool = False, interleaved: bool = False
+    name: str,
+    heads: int,
+    num_kv: int,
+    dim: int,
+    rotated: int,
+    *,
+    norm: bool = False,
+    interleaved: bool = False,
+    fp8: bool = False,
 ) -> Case:
     block_size = 16
     return Case(
-        name=f"rotate_and_store.{name} bf16",
+        name=f"rotate_and_store.{name} {'fp8' if fp8 else 'bf16'}",
         kernel=_rotate_and_store,
         args={
-            **dict.fromkeys(("qkv", "norm", "q_out", "k_cache", "v_cache"), torch.bfloat16),
+            **dict.fromkeys(("qkv", "norm", "q_out"), torch.bfloat16),
+            **dict.fromkeys(("k_cache", "v_cache"), FP8 if fp8 else torch.bfloat16),
+            "kv_scales": torch.float32 if fp8 else None,
             **dict.fromkeys(("cos_table", "sin_table"), torch.float32),
             **dict.fromkeys(("positions", "slots"), torch.int64),
             **{"eps": 1e-6, "stride_token": (heads + 2 * num_kv) * dim},
@@ -216,4 +255,7 @@ def cases() -> list[Case]:
         _case("gpt-oss", 64, 8, 64, 64),
         _case("qwen3-next", 16, 2, 256, 64, norm=True),
         _case("llama4", 40, 8, 128, 128, interleaved=True),
+        _case("qwen3", 32, 4, 128, 128, norm=True, fp8=True),
+        _case("qwen3-next", 16, 2, 256, 64, norm=True, fp8=True),
+        _case("llama4", 40, 8, 128, 128, interleaved=True, fp8=True),
     ]

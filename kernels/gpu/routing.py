@@ -2,12 +2,15 @@
 
 A program takes one warp and a few tokens. Scores become integers of the same order, with the expert's id behind them,
 so that one maximum finds the best expert and settles ties; it is taken out K times. Only the chosen logits are then
-made into weights.
+made into weights. The same launch finds each chosen expert's replica and adds up the experts' load, by integer atomics, whose sum
+is the same in any order.
 
 T tokens, E experts, K chosen, C columns: experts in groups, each group padded to a power of two.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +20,7 @@ from torch import Tensor
 from expertwire.kernels import routing
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.routing import Routed
 
 _SCORES = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 _SOFTMAX, _SIGMOID = tl.constexpr(0), tl.constexpr(1)
@@ -85,8 +89,13 @@ def route_kernel(
     bias_ptr,
     ids_ptr,
     weights_ptr,
+    physical_ptr,  # None: nobody asks for physical experts
+    table_ptr,  # [num_replicas, E]
+    load_ptr,  # None: nothing is counted
+    valid_ptr,  # None: all tokens count
     num_tokens,
     stride_t,
+    num_replicas,
     scale,
     EXPERTS: tl.constexpr,
     K: tl.constexpr,
@@ -136,6 +145,10 @@ def route_kernel(
         ids_TK = tl.where(k == i, best_id[:, None], ids_TK)
 
     mask_TK = (t < num_tokens)[:, None] & (k < K)
+    if load_ptr is not None:
+        counted = num_tokens if valid_ptr is None else tl.minimum(num_tokens, tl.load(valid_ptr))
+        ones_TK = tl.full([TOKENS, K_C], 1, tl.int64)
+        tl.atomic_add(load_ptr + ids_TK, ones_TK, mask=mask_TK & (t < counted)[:, None], sem="relaxed")
     chosen_TK = tl.load(row_ptr[:, None] + ids_TK, mask=mask_TK, other=float("-inf")).to(tl.float32)
     weights_TK = tl.where(k < K, _score(chosen_TK, largest_T[:, None], SCORE), 0.0) / total_T[:, None]
     if RENORMALIZE:
@@ -143,6 +156,9 @@ def route_kernel(
     at_TK = t.to(tl.int64)[:, None] * K + k
     tl.store(ids_ptr + at_TK, ids_TK.to(ids_ptr.dtype.element_ty), mask=mask_TK)
     tl.store(weights_ptr + at_TK, weights_TK * scale, mask=mask_TK)
+    if physical_ptr is not None:
+        replica_TK = (t % num_replicas)[:, None] * EXPERTS + ids_TK
+        tl.store(physical_ptr + at_TK, tl.load(table_ptr + replica_TK, mask=mask_TK, other=-1), mask=mask_TK)
 
 
 def _constexprs(
@@ -184,6 +200,35 @@ def route(
     ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most 1024 experts; ids i64 or i32."""
+    rule = {"renormalize": renormalize, "score": score, "bias_E": bias_E, "groups": groups, "scale": scale}
+    routed = _launch(logits_TE, top_k, rule, ids_dtype, None, None, None)
+    return routed.ids_TK, routed.weights_TK
+
+
+def route_and_count(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    load_E: Tensor,
+    physical_CE: Tensor | None = None,
+    num_valid: Tensor | None = None,
+    **rule: Any,
+) -> Routed:
+    """As `kernels.routing.route_and_count`, in one launch."""
+    assert load_E.is_contiguous() and load_E.dtype == torch.int64, (load_E.shape, load_E.dtype)  # noqa: PT018
+    return _launch(logits_TE, top_k, rule, torch.int64, load_E, physical_CE, num_valid)
+
+
+def _launch(
+    logits_TE: Tensor,
+    top_k: int,
+    rule: dict[str, Any],
+    ids_dtype: torch.dtype,
+    load_E: Tensor | None,
+    physical_CE: Tensor | None,
+    num_valid: Tensor | None,
+) -> Routed:
+    bias_E, groups = rule.get("bias_E"), rule.get("groups")
     num_tokens, num_experts = logits_TE.shape
     number, kept = (1, 1) if groups is None else (groups.number, groups.kept)
     assert num_experts % number == 0, f"{num_experts} experts in {number} groups"
@@ -193,16 +238,39 @@ def route(
     assert bias_E is None or (bias_E.shape == (num_experts,) and bias_E.dtype == torch.float32), bias_E
     ids_TK = torch.empty(num_tokens, top_k, dtype=ids_dtype, device=logits_TE.device)
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits_TE.device)
+    physical_TK, num_replicas = ids_TK, 1
+    if physical_CE is not None:
+        num_replicas = len(physical_CE)
+        assert physical_CE.shape == (num_replicas, num_experts) and physical_CE.is_contiguous(), physical_CE  # noqa: PT018
+        physical_TK = torch.empty_like(ids_TK)
     if num_tokens == 0:
-        return ids_TK, weights_TK
+        return Routed(ids_TK, weights_TK, physical_TK)
     constexprs = _constexprs(
-        num_experts, top_k, renormalize=renormalize, score=score, has_bias=bias_E is not None, groups=groups
+        num_experts,
+        top_k,
+        renormalize=rule["renormalize"],
+        score=rule.get("score", "softmax"),
+        has_bias=bias_E is not None,
+        groups=groups,
     )
-    bias = weights_TK if bias_E is None else bias_E
     route_kernel[(triton.cdiv(num_tokens, constexprs["TOKENS"]),)](
-        logits_TE, bias, ids_TK, weights_TK, num_tokens, logits_TE.stride(0), scale, **constexprs, num_warps=1, **EARLY
+        logits_TE,
+        weights_TK if bias_E is None else bias_E,
+        ids_TK,
+        weights_TK,
+        None if physical_CE is None else physical_TK,
+        physical_CE,
+        load_E,
+        num_valid,
+        num_tokens,
+        logits_TE.stride(0),
+        num_replicas,
+        rule.get("scale", 1.0),
+        **constexprs,
+        num_warps=1,
+        **EARLY,
     )
-    return ids_TK, weights_TK
+    return Routed(ids_TK, weights_TK, physical_TK)
 
 
 def cases() -> list[Case]:
@@ -229,8 +297,11 @@ def cases() -> list[Case]:
                 "bias_ptr": torch.float32,
                 "ids_ptr": torch.int64,
                 "weights_ptr": torch.float32,
+                **dict.fromkeys(("physical_ptr", "table_ptr", "load_ptr"), torch.int64),
+                "valid_ptr": torch.int32,
                 "num_tokens": 100,
                 "stride_t": num_experts,
+                "num_replicas": 3,
                 "scale": 2.5,
             },
             constexprs=_constexprs(num_experts, top_k, **(defaults | rule)),

@@ -1,4 +1,4 @@
-"""Rows in blocks and keys in splits, for `attention` and `mla`: how a step is cut, and how parts of a result become one.
+"""Rows in blocks and keys in splits: how a step is cut, and how parts of a result become one (`mla_splits` for latents).
 
 A row is a (query, head) pair, and the heads that share a key head make a group; a block of R rows belongs to one sequence. After
 every SPLIT keys, at absolute positions, a result is closed and merged into the total of the splits before it. Either the program
@@ -27,6 +27,37 @@ _MERGED_ROWS = 8
 _MERGE_STAGES = 4
 _PROGRAMS_PER_SM = 8  # that share out the splits: enough for ragged lengths
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Arguments that say what a launch is for: no kernel is compiled again for their values.
+BOUNDS = ("first_sequence", "end_sequence", "first_token", "end_token", "row_blocks", "num_programs")
+
+
+@triton.jit
+def narrow(num_decodes, first_sequence, end_sequence, first_token, end_token, BLOCKS_EACH: tl.constexpr):
+    """A launch's sequences and tokens, of the bounds that the host gave: prefills are what follows the decodes, and their tokens
+    are counted from the first one's on. Where there are none, the last decode is looked at, which has no such tokens."""
+    if BLOCKS_EACH > 0:
+        return first_sequence, end_sequence, first_token, end_token
+    else:
+        decodes = tl.load(num_decodes)
+        return tl.minimum(decodes, end_sequence - 1), end_sequence, decodes + first_token, decodes + end_token
+
+
+@triton.jit
+def share_out(
+    program, num_decodes, first_token, end_token, row_blocks, num_programs, num_splits, BLOCKS_EACH: tl.constexpr
+):
+    """A program's row block and its share of the splits: block, share, how many shares there are.
+
+    `num_programs` share out the splits of a prefill's row block. Of decodes there are as many row blocks as the device says, and
+    `num_programs` for all of them together, at least. The later blocks of a sequence see more keys: they start first. A program
+    has nothing to do if its share is not one of those that there are.
+    """
+    shares = num_programs
+    if BLOCKS_EACH > 0:
+        row_blocks = (tl.minimum(tl.load(num_decodes), end_token) - first_token) * BLOCKS_EACH
+        exists, row_blocks = row_blocks > 0, tl.maximum(row_blocks, 1)
+        shares = tl.where(exists, tl.maximum(tl.minimum(tl.cdiv(num_programs, row_blocks), num_splits), 1), 0)
+    return row_blocks - 1 - program % row_blocks, program // row_blocks, shares
 
 
 @triton.jit
@@ -101,15 +132,22 @@ def rescale(top, top_before):
 
 
 @triton.jit
+def merge_weights(top, weight, top_1, weight_1):
+    """A split's maximum exponent and weight [R] into those of the splits before it: both merged, and the factors of the values
+    before it and of its own."""
+    merged = tl.maximum(top, top_1)
+    old, new = rescale(merged, top), rescale(merged, top_1)
+    return merged, tl.fma(weight, old, weight_1 * new), old, new
+
+
+@triton.jit
 def merge(total, top, weight, total_1, top_1, weight_1):
     """A split's unnormalised values [R, D], their maximum exponent and their weight [R] into those of the splits before it.
 
     Every rounding is written out, since two kernels have to agree on it.
     """
-    merged = tl.maximum(top, top_1)
-    old, new = rescale(merged, top), rescale(merged, top_1)
-    total = tl.fma(total, old[:, None], total_1 * new[:, None])
-    return total, merged, tl.fma(weight, old, weight_1 * new)
+    top, weight, old, new = merge_weights(top, weight, top_1, weight_1)
+    return tl.fma(total, old[:, None], total_1 * new[:, None]), top, weight
 
 
 @triton.jit
@@ -163,6 +201,7 @@ def merge_splits(
     statistics,
     out,
     sinks,
+    num_decodes,
     cu_queries,
     lengths,
     first_sequence,
@@ -184,12 +223,17 @@ def merge_splits(
     """Grid (row blocks, G): what the programs of the splits left in the workspace, which starts at `first_token`."""
     wait_for_previous()
     group = tl.program_id(1)
-    block = tl.program_id(0)
+    block, share, num_shares = share_out(
+        tl.program_id(0), num_decodes, first_token, end_token, tl.num_programs(0), 1, 1, BLOCKS_EACH
+    )
+    first_sequence, end_sequence, first_token, end_token = narrow(
+        num_decodes, first_sequence, end_sequence, first_token, end_token, BLOCKS_EACH
+    )
     sequence, block = find(
         cu_queries, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, BLOCKS_EACH
     )
     row_R, end_row, _, first, end = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
-    if end == 0:
+    if (end == 0) | (share >= num_shares):
         return
     begin = first_visible(first, WINDOW, CHUNK)
     dim = tl.arange(0, PADDED)
@@ -211,32 +255,32 @@ def merge_splits(
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """What a launch computes: tokens of sequences, all of which are single queries, or none.
+    """A launch for some decodes, or for some tokens of the prefills; bounds, of which the device may have less.
 
-    sequences, tokens: the first and the end. group: rows of a token for a key head.
+    first, end: decodes, or tokens from the first prefill's on. group: rows of a token for a key head.
     """
 
     seqs: DeviceSequences
-    sequences: tuple[int, int]
-    tokens: tuple[int, int]
+    is_decode: bool
+    first: int
+    end: int
     group: int
 
     @property
     def bounds(self) -> tuple[int, int, int, int]:
-        """As the kernels take them."""
-        return *self.sequences, *self.tokens
+        """The first and the end of sequences and tokens, as `narrow` takes them."""
+        sequences = (self.first, self.end) if self.is_decode else (0, self.seqs.num_sequences)
+        return *sequences, self.first, self.end
 
     def blocks(self, rows: int) -> tuple[int, int]:
-        """How many blocks of so many rows a sequence with one query has, 0 for the others; and all have at most."""
-        num_tokens, num_sequences = (end - first for first, end in (self.tokens, self.sequences))
-        single = self.sequences[0] < self.seqs.num_single
-        each = -(-self.group // rows) if single else 0
-        return each, num_tokens * each if single else num_tokens * self.group // rows + num_sequences
+        """The number of blocks of so many rows of each decode, 0 for prefills; and of all at most."""
+        num_tokens = self.end - self.first
+        each = -(-self.group // rows) if self.is_decode else 0
+        return each, num_tokens * each if self.is_decode else num_tokens * self.group // rows + self.seqs.max_prefills
 
     def workspace(self, out: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
         """For the splits of results like `out` [T, H, d]: values, and maxima and weights; fp32, undefined."""
-        first, end = self.tokens
-        rows = num_splits * (end - first) * out.shape[1]
+        rows = num_splits * (self.end - self.first) * out.shape[1]
         values, statistics = (out.new_empty(rows, width, dtype=torch.float32) for width in (out.shape[2], 2))
         return values, statistics
 
@@ -247,9 +291,16 @@ def max_splits(max_length: int, split: int, window: int = 0, chunk: int = 0) -> 
     return min(splits)
 
 
-def num_shares(device: Device, num_blocks: int, num_splits: int) -> int:
-    """Programs that share out the splits of a row block."""
-    return max(1, min(num_splits, -(-_PROGRAMS_PER_SM * device.num_sms // max(1, num_blocks))))
+def sharing_programs(
+    device: Device, row_blocks: int, num_splits: int, *, is_decode: bool, num_kv: int = 1
+) -> tuple[int, int]:
+    """The programs for a key head that shall share out splits, as `share_out` takes them, and the grid that is enough for up to
+    so many row blocks."""
+    wanted = -(-_PROGRAMS_PER_SM * device.num_sms // num_kv)
+    if is_decode:
+        return wanted, min(row_blocks * num_splits, row_blocks + wanted)
+    shares = max(1, min(num_splits, -(-wanted // max(1, row_blocks))))
+    return shares, row_blocks * shares
 
 
 def merge_workspace(
@@ -267,8 +318,8 @@ def merge_workspace(
     num_heads, dim = out.shape[1:]
     each, num_blocks = span.blocks(_MERGED_ROWS)
     merge_splits[num_blocks, num_heads // span.group](
-        *workspace, out, workspace[0] if sinks_H is None else sinks_H, span.seqs.cu_queries, span.seqs.lengths,
-        *span.bounds, num_splits,
+        *workspace, out, workspace[0] if sinks_H is None else sinks_H,
+        span.seqs.num_decodes, span.seqs.cu_queries, span.seqs.lengths, *span.bounds, num_splits,
         **_constexprs(span.group, dim, split, window, chunk, sinks_H is not None), BLOCKS_EACH=each, **EARLY,
     )  # fmt: skip
 
@@ -285,7 +336,7 @@ def _case(group: int, dim: int, *, single: bool, window: int = 0, sinks: bool = 
         args={
             **dict.fromkeys(("partials", "statistics"), torch.float32),
             **dict.fromkeys(("out", "sinks"), torch.bfloat16),
-            **dict.fromkeys(("cu_queries", "lengths"), torch.int32),
+            **dict.fromkeys(("num_decodes", "cu_queries", "lengths"), torch.int32),
             **{"first_sequence": 0, "end_sequence": 64, "first_token": 0, "end_token": 64, "num_slots": 32},
         },
         constexprs={
@@ -304,6 +355,4 @@ def cases() -> list[Case]:
     return [
         _case(8, 128, single=True),
         _case(8, 64, single=True, window=128, sinks=True),
-        _case(128, 512, single=True),
-        _case(16, 512, single=False),
     ]

@@ -5,6 +5,13 @@ import os
 import pytest
 
 
+def pytest_configure():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from expertwire.bench import interpreter
+
+        interpreter.prepare()
+
+
 def pytest_ignore_collect(collection_path, config):
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None

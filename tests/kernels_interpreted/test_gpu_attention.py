@@ -2,65 +2,23 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
+from paged_scenes import BATCHES, TOLERANCE, scene
 
 from expertwire.kernels import attention
 from expertwire.kernels.gpu import attention as gpu
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.gpu.splits import num_shares
+from expertwire.kernels.gpu.splits import sharing_programs
 
 DEVICE = Device(arch=90, num_sms=1)
 TILES = gpu.Tiles(single_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
-TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
-BLOCK = 16
-
-# (queries, known tokens) of each sequence; single queries first.
-BATCHES = {
-    "one token": [(1, 1)],
-    "around a block": [(1, BLOCK - 1), (1, BLOCK), (1, BLOCK + 1)],
-    "several splits": [(1, 32), (1, 33), (1, 95), (1, 97)],
-    "whole prefill": [(17, 17)],
-    "chunk": [(5, 70)],
-    "mixed": [(1, 8), (1, 65), (3, 3), (16, 30), (21, 64)],
-}
 
 
-def scene(batch, dtype, *, heads=4, kv_heads=2, dim=32, block=BLOCK, seed=0, unused=0):
-    """Queries, caches poisoned wherever no sequence has stored, the description for the reference and that for a GPU.
-
-    `unused` sequences without queries, with a row each, stand last.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    nums, lengths = (np.array([s[i] for s in batch], np.int64) for i in (0, 1))
-    counts = -(-lengths // block)
-    ids = 1 + np.random.default_rng(seed).permutation(int(counts.sum()))
-    tables = np.zeros((len(batch), int(counts.max())), np.int32)
-    q = torch.randn(int(nums.sum()) + unused, heads, dim, generator=generator).to(dtype)
-    k, v = (torch.full((len(ids) + 1, block, kv_heads, dim), float("nan"), dtype=dtype) for _ in range(2))
-    for b, count in enumerate(counts):
-        tables[b, :count], ids = ids[:count], ids[count:]
-        for position in range(lengths[b]):
-            for cache in (k, v):
-                drawn = torch.randn(kv_heads, dim, generator=generator)
-                cache[tables[b, position // block], position % block] = drawn.to(dtype)
-    cu_queries = np.concatenate(([0], np.cumsum(nums)))
-    host = attention.describe(cu_queries, lengths, tables, block, "cpu")
-    device = attention.DeviceSequences(
-        num_single=host.num_single + (unused if host.num_single == len(batch) else 0),
-        max_length=int(lengths.max()),
-        cu_queries=torch.from_numpy(np.pad(cu_queries, (0, unused), mode="edge")).int(),
-        lengths=torch.from_numpy(np.pad(lengths, (0, unused))).int(),
-        block_table=torch.from_numpy(np.pad(tables, ((0, unused), (0, 0)))),
-    )
-    return q, k, v, host, device
-
-
-def run(q, k, v, seqs, **options):
+def run(q, k, v, seqs, device=DEVICE, **options):
     """Into a poisoned output."""
     out = torch.full_like(q, float("nan")).contiguous()
-    return gpu.attend(q, k, v, seqs, DEVICE, out=out, **{"tiling": TILES, **options})
+    return gpu.attend(q, k, v, seqs, device, out=out, **{"tiling": TILES, **options})
 
 
 def check(batch, dtype, *, scale=None, window=0, chunk=0, sinks_H=None, tiling=TILES, **shapes):
@@ -134,6 +92,18 @@ def test_sequences_without_queries():
     check([(1, 40), (9, 40)], torch.float32, unused=3)
 
 
+@pytest.mark.parametrize("unused", [0, 3])
+@pytest.mark.parametrize("name", BATCHES)
+def test_bounds_change_no_bit(name, unused):
+    """As a captured step has them: of what there can be, whatever there is."""
+    q, k, v, _, seqs = scene(BATCHES[name], torch.float16, unused=unused)
+    bounds = {"max_decodes": len(seqs.lengths), "max_prefills": len(seqs.lengths), "max_prefill_tokens": len(q)}
+    loose = dataclasses.replace(seqs, **bounds, max_length=300, max_prefill_length=300)
+    for sms in (1, 7):
+        found = run(q, k, v, loose, device=Device(arch=90, num_sms=sms))
+        torch.testing.assert_close(found, run(q, k, v, seqs), rtol=0, atol=0, equal_nan=True)
+
+
 def test_chosen_tiles():
     tiling = gpu.tiles(head_dim=32, element_size=4, arch=90)
     check([(1, 70), (20, 70)], torch.float32, tiling=dataclasses.replace(tiling, split=64))
@@ -159,13 +129,8 @@ def test_bits_do_not_depend_on_the_schedule(dtype, window, sinks):
         """These stretches of the sequence as sequences of one step, sharing their cache."""
         rows = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
         ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-        step = attention.DeviceSequences(
-            num_single=sizes.count(1),
-            max_length=options.pop("max_length", length),
-            cu_queries=torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32),
-            lengths=torch.tensor(ends, dtype=torch.int32),
-            block_table=seqs.block_table.expand(len(sizes), -1).contiguous(),
-        )
+        table = seqs.block_table.expand(len(sizes), -1).contiguous()
+        step = attention.describe_on_device(sizes, ends, table, options.pop("max_length", length))
         return run(q[rows], k, v, step, window=window, sinks_H=sinks_H, **options), whole[rows]
 
     for actual, expected in (
@@ -178,10 +143,16 @@ def test_bits_do_not_depend_on_the_schedule(dtype, window, sinks):
         assert torch.equal(actual, expected)
 
 
-def test_splits_are_shared_out_by_the_size_of_the_batch():
-    assert num_shares(Device(arch=90, num_sms=132), 4, 128) == 128
-    assert num_shares(Device(arch=90, num_sms=132), 1024, 128) == 2
-    assert num_shares(Device(arch=90, num_sms=132), 10**6, 128) == 1
+def test_the_grid_is_enough_for_however_many_decodes_there_are():
+    device, num_splits = Device(arch=90, num_sms=132), 128
+    for bound in (1, 4, 1024, 10**6):
+        wanted, grid = sharing_programs(device, bound, num_splits, is_decode=True, num_kv=4)
+        assert wanted == 2 * 132
+        assert grid <= bound + wanted
+        for row_blocks in {1, 2, 3, bound // 2, bound} & set(range(1, bound + 1)):
+            shares = max(1, min(-(-wanted // row_blocks), num_splits))
+            assert row_blocks * shares <= grid
+            assert shares == num_splits or row_blocks * shares >= wanted
 
 
 @pytest.mark.parametrize("element_size", [2, 4])

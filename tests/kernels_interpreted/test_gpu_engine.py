@@ -78,7 +78,7 @@ def serve(folder, ops, num_parts=1, num_requests=5, capture=None):
     """Tokens and log-probabilities by request, the ranks' load, and the experts of the request that has asked."""
     config, runner = build(folder, ops, num_parts, capture)
     if ops.on_device:
-        runner.warm_up(max_num_tokens=8, max_running=2)
+        runner.warm_up(max_num_tokens=4, max_running=2)
     scheduler = Scheduler(
         SchedulerConfig(
             num_ranks=1,

@@ -8,8 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from exchanges import Exchange, take_part, take_part_in_turns
+from exchanges import Exchange, as_dtype, take_part, take_part_in_turns
 from ranks import Ranks
+from triton.runtime.interpreter import InterpretedFunction
 
 from expertwire.comm import peer_memory
 from expertwire.comm.a2a_fp8 import packed
@@ -37,9 +38,11 @@ def room(case, size):
     return peer_memory.slices(size, ArenaLayout.of(case.spec(Member(0, size))).nbytes)
 
 
-def make_over(memories, case, few_ids):
+def make_over(memories, case, few_ids, few_arrived_ids=None):
+    """What arrives is few or many as what is sent, unless said otherwise."""
     specs = [case.spec(Member(rank, len(memories))) for rank in range(len(memories))]
-    return [NvlinkGpuAllToAll(spec, memories, num_programs=3, few_ids=few_ids) for spec in specs]
+    few = {"few_ids": few_ids, "few_arrived_ids": few_ids if few_arrived_ids is None else few_arrived_ids}
+    return [NvlinkGpuAllToAll(spec, memories, num_programs=3, **few) for spec in specs]
 
 
 # Everybody takes the way for many tokens, or everybody that for few.
@@ -129,6 +132,36 @@ def test_step_after_step():
         take_part_in_turns(ranks, case, step)
 
 
+def test_ranks_that_send_in_different_ways_meet():
+    """And arrive in either way: what lies in the arenas is the same."""
+    case = Exchange(tokens=(5, 0, 3), max_tokens=6, num_experts=7, top_k=3, ids="holes")
+    for arrives in (-1, 10**6):
+        memories = room(case, 3)
+        ranks = make_over(memories, case, 10**6, arrives)
+        ranks[1:] = make_over(memories, case, -1, arrives)[1:]
+        for step in range(2):
+            take_part_in_turns(ranks, case, step)
+
+
+@pytest.mark.parametrize(
+    ("own", "peers", "way"), [(0, 4, "index_kernel"), (4, 0, "index_kernel"), (1, 1, "arrive_few_kernel")]
+)
+def test_the_way_of_arrival_is_chosen_by_all_ranks_tokens(monkeypatch, own, peers, way):
+    """An idle rank looks for its rows among all that its peers have sent."""
+    case = Exchange(tokens=(own, peers, peers), max_tokens=6, num_experts=6)
+    launched, run = [], InterpretedFunction.run
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda kernel, *a, **k: launched.append(kernel.fn.__name__) or run(kernel, *a, **k)
+    )
+    for rank in make_over(room(case, 3), case, 10**6, 3 * 3 * case.top_k):
+        rows, ids = case.sent(rank._spec.group.rank, 0, 3)
+        x = as_dtype(rows, torch.float32)
+        handle = rank.dispatch_send(x, torch.from_numpy(ids), case.tokens)
+        launched.clear()
+        rank.dispatch_recv(handle)
+        assert way in launched
+
+
 @either_way
 def test_only_the_rows_that_count_travel(few_ids):
     """As in a CUDA graph, which always has as many rows."""
@@ -148,6 +181,19 @@ def test_a_rank_that_does_not_come_is_named_by_all(few_ids):
     for rank in ranks:
         with pytest.raises(RankStalled, match=r"rank 2 has stalled.*dispatch"):
             rank.check()
+
+
+@either_way
+def test_after_a_stall_no_more_rows_come_than_there_is_room_for(few_ids):
+    """The rank that does not come has sent many rows the last time, when the plan had room for them."""
+    case = Exchange(tokens=(24, 24, 24), num_experts=6)
+    ranks = make(case, 3, few_ids)
+    take_part_in_turns(ranks, case, 0)
+    x, ids = torch.zeros(1, 24), torch.tensor([[0, 2]])
+    handles = [rank.dispatch_send(x, ids, [1, 1, 1]) for rank in ranks[:2]]
+    for rank, handle in zip(ranks, handles, strict=False):
+        arrived = rank.dispatch_recv(handle)
+        assert int(arrived.expert_offsets[-1]) <= len(arrived.row_index_R)
 
 
 def run(group, case, steps):
@@ -178,7 +224,8 @@ def test_experts_give_the_same_bits_however_rows_have_travelled(few_ids):
     came_home = []
     for specs in (plain, [packed(spec) for spec in plain]):
         memories = peer_memory.slices(2, ArenaLayout.of(specs[0]).nbytes)
-        ranks = [NvlinkGpuAllToAll(spec, memories, num_programs=2, few_ids=few_ids) for spec in specs]
+        few = {"few_ids": few_ids, "few_arrived_ids": few_ids}
+        ranks = [NvlinkGpuAllToAll(spec, memories, num_programs=2, **few) for spec in specs]
         handles = [rank.dispatch_send(*sent, tokens) for rank, *sent in zip(ranks, x, ids, strict=True)]
         for i, rank in enumerate(ranks):
             apply = gpu_experts.prepare(w13.experts(2 * i, 2 * i + 2), w2.experts(2 * i, 2 * i + 2), device=H200)

@@ -1,5 +1,7 @@
 """The GPU's experts, prepared from weights as checkpoints have them, in Triton's interpreter against the references."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from expertwire.kernels import experts, formats, linear, quantize
 from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu import linear as gpu_linear
+from expertwire.kernels.gpu import scaled, tiles
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.variants import Activation
 
@@ -36,12 +39,18 @@ def weights_of(format, width, inner):
     return formats.quantize(format, w13, (inner, inner)), formats.quantize(format, w2)
 
 
+def quantize_tiles(x, expert_offsets, tile_map):
+    values, scales = quantize.reference(x)
+    return values, tiles.tile_scales(scales, None, expert_offsets, tile_map)
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 @pytest.mark.parametrize("format", ["dense", *formats.FORMATS])
 def test_experts(format, monkeypatch):
     """With biases and clamps; also when an expert has been rewritten in place."""
     # The interpreter rounds to fp8 wrongly.
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
+    monkeypatch.setattr(gpu_experts.tiles, "quantize_tiles", quantize_tiles)
     width, inner = (128, 128) if format in GROUPS else (96, 64)
     activation = Activation("swiglu_clamped", limit=1.5)
     bias13, bias2 = normal(3, 2 * inner, seed=3), normal(3, width, seed=4)
@@ -78,9 +87,38 @@ def test_tiles_are_for_the_rows_that_are_expected(monkeypatch):
     torch.testing.assert_close(found[0][:20], found[1][:20])
 
 
+@pytest.mark.parametrize("format", scaled.FORMATS)
+def test_rows_are_quantised_for_4_bit_weights_where_that_is_chosen(format, monkeypatch):
+    """What the kernels do with scales that no tensor core applies: products of what has been rounded."""
+    monkeypatch.setattr(gpu_experts.scaled, "quantize_rows", lambda *args: scaled.quantise_rows(*args[:2]))
+    (w13, w2), x = weights_of(format, 128, 64), normal(20, 128, seed=5)
+    x[3] *= 1e-4  # what a row is small by is its own affair
+    index, home = torch.randint(20, (20,), generator=torch.Generator().manual_seed(6)).int(), torch.arange(20).int()
+    apply = gpu_experts.prepare(w13, w2, device=DEVICE, scale_rows=True)
+    assert apply.w13.format == scaled.FORMATS[format]
+    found = apply(x, index, OFFSETS, home)
+    plain13, plain2 = (formats.dequantize(weight, torch.float32) for weight in (w13, w2))
+    hidden = experts.w13_reference(dequantised(format, x), index, OFFSETS, plain13, Activation())
+    expected = experts.w2_reference(dequantised(format, hidden), OFFSETS, plain2, home, torch.empty(20, 128))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+    unrounded = gpu_experts.prepare(w13, w2, device=DEVICE)(x, index, OFFSETS, home)
+    assert 0.001 < (found - unrounded).norm() / unrounded.norm() < 0.3
+    with pytest.raises(ValueError, match="64 divides, got") if format == "nvfp4" else contextlib.nullcontext():
+        gpu_experts.prepare(*weights_of(format, 96, 64), device=DEVICE, scale_rows=True)
+
+
+def dequantised(format, x):
+    values, scales, row_scales = scaled.quantise_rows(scaled.FORMATS[format], x)
+    if row_scales is None:
+        return scaled.dequantise(values, scales)
+    codes = torch.stack((values & 15, values >> 4), -1).flatten(1)
+    return scaled.dequantise(codes, scales) * row_scales[:, None]
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 def test_packed_rows_give_the_bits_of_rows_that_are_quantised_here(monkeypatch):
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
+    monkeypatch.setattr(gpu_experts.tiles, "quantize_tiles", quantize_tiles)
     apply = gpu_experts.prepare(*weights_of("fp8_block", 256, 128), device=DEVICE)
     x, index = normal(9, 256, seed=5).bfloat16(), torch.randint(9, (20,), generator=torch.Generator().manual_seed(6))
     found = [apply(rows, index, OFFSETS) for rows in (x, quantize.pack(quantize.reference(x)))]

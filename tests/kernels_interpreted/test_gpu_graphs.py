@@ -81,8 +81,9 @@ def schedule(group, config):
 
 
 def serve(group, folder, captured):
-    """Tokens and log-probabilities by request, this rank's load of experts, and its tokens in each step that was replayed. Every
-    rank has a scheduler of its own, and they agree. With graphs, experts move before the first steps."""
+    """Tokens and log-probabilities by request, this rank's load of experts, and of each step that was replayed this rank's tokens
+    and the most of a sequence. Every rank has a scheduler of its own, and they agree. With graphs, experts move before the first
+    steps."""
     capture = FakeCapture() if captured else None
     config, runner, migration = build(group, folder, capture)
     scheduler = schedule(group, config)
@@ -97,7 +98,8 @@ def serve(group, folder, captured):
         before = capture.replays if capture else 0
         result = runner.launch(plan).finish()
         if capture and capture.replays > before:
-            replayed.append(int(plan.num_tokens_P[group.rank]))
+            most = int(plan.rank(group.rank).sched_num_S.max(initial=0))
+            replayed.append((plan.num_tokens_P.tolist()[group.rank], most, int(plan.num_tokens_P.max())))
             switched.append(leg is not None and len(leg.logical_S) > 0)
         load = load + result.expert_load
         outputs = scheduler.commit(plan, everyones_results(group, result), 0.0)
@@ -125,5 +127,7 @@ def test_graphs_of_several_ranks_and_moving_experts_change_nothing():
         np.testing.assert_array_equal(rows, expected_rows)
         assert True in switched[:-1], "nothing is replayed behind the switch"
     replayed_PN = [replayed for _, _, replayed, _ in found]
-    assert any({0, 1} <= set(of_rank) for of_rank in replayed_PN), f"no rank was without tokens: {replayed_PN}"
-    assert any(2 in of_rank for of_rank in replayed_PN), f"no rank had two: {replayed_PN}"
+    steps = {step for of_rank in replayed_PN for step in of_rank}
+    assert {0, 1, 2} <= {num for num, _, _ in steps}, f"no rank was without tokens, or none had two: {steps}"
+    assert any(most > 1 for _, most, _ in steps), f"no chunk of a prompt was replayed: {steps}"
+    assert any(num == 1 < most for num, _, most in steps), f"none was replayed beside a longer one: {steps}"

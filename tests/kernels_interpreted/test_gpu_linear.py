@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertwire.kernels import linear
+from expertwire.kernels import formats, linear
 from expertwire.kernels.gpu import linear as gpu
 from expertwire.kernels.gpu.device import Device
 
@@ -78,8 +78,32 @@ def test_an_fp32_weight_in_three_terms_is_exact(tokens, monkeypatch):
     assert torch.equal(sum(term.double() for term in terms), w.double())
     weight = torch.cat([term.float() for term in terms], dim=1)
     y, counters = x.new_empty(tokens, 66), torch.zeros(2, dtype=torch.int32)
-    gpu._launch(x, weight, None, y, counters, DEVICE)
+    gpu._launch(x, gpu.Matrix(format="dense", data=weight), None, y, counters, DEVICE)
     torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["fp8_block", "fp8_row"])
+@pytest.mark.parametrize(
+    ("tokens", "parts", "width"),
+    [(1, (128, 64), 256), (3, (70, 130, 1), 200), (130, (96,), 320), (2, (40, 33), 1100), (140, (200,), 1100)],
+)
+def test_an_fp8_weight_is_kept_and_gives_the_bits_of_the_unpacked_one(monkeypatch, format, tokens, parts, width):
+    """Parts that are stacked begin new blocks wherever they end; 1,100 inputs are cut into splits, side by side or not."""
+    x, w, b = inputs(tokens, sum(parts), width, torch.float16)
+    weight = formats.quantize(format, w * torch.linspace(0.1, 9, len(w))[:, None], parts)
+    expected = gpu.prepare(formats.dequantize(weight, x.dtype), b, device=DEVICE)(x)
+    monkeypatch.setattr(gpu, "unpacked", lambda *_: pytest.fail("it was unpacked"))
+    done = gpu.prepare(weight, b, device=DEVICE, dtype=x.dtype)(x)
+    assert torch.equal(done, expected)
+    reference = linear.reference(x, formats.dequantize(weight, x.dtype), b)
+    torch.testing.assert_close(done, reference, rtol=2e-3, atol=5e-3)
+
+
+def test_other_formats_are_unpacked():
+    x, w, _ = inputs(3, 64, 256, torch.float16)
+    weight = formats.quantize("mxfp4", w)
+    expected = gpu.prepare(formats.dequantize(weight, x.dtype), device=DEVICE)(x)
+    assert torch.equal(gpu.prepare(weight, device=DEVICE, dtype=x.dtype)(x), expected)
 
 
 def test_what_the_kernel_cannot_do_is_refused():

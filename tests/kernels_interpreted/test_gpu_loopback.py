@@ -79,7 +79,7 @@ def test_rows_can_go_out_in_fp8():
 def test_ranks_that_share_a_gpu_are_checked(monkeypatch):
     shape = {"num_experts": 6, "top_k": 2, "hidden_size": 32, "device": "cpu"}
     capture = FakeCapture()
-    rows = list(all_to_all_shared.run(3, 3, "bf16", steps=2, capture=capture, **shape))
+    rows = list(all_to_all_shared.run(3, 3, "bf16", steps=2, capture=capture.alone, **shape))
     assert [row["graph"] for row in rows] == [False, True]
     assert capture.replays == 2 * 2
     lost = lambda home_TKD, *rest: check(home_TKD * (torch.arange(len(home_TKD)) != 1)[:, None, None], *rest)  # noqa: E731

@@ -6,10 +6,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from count_launches import launches
 
 from expertwire.kernels import attention, mla, rotary
-from expertwire.kernels.gpu import attention as gpu_attention
 from expertwire.kernels.gpu import mla as gpu
+from expertwire.kernels.gpu import prefill
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.variants import Rope
 
@@ -44,13 +45,9 @@ def scene(batch, dtype, *, heads=4, unused=0, seed=0):
             cache[tables[b, position // BLOCK], position % BLOCK] = row.to(dtype)
     cu_queries = np.concatenate(([0], np.cumsum(nums)))
     host = attention.describe(cu_queries, lengths, tables, BLOCK, "cpu")
-    device = attention.DeviceSequences(
-        num_single=host.num_single + (unused if host.num_single == len(batch) else 0),
-        max_length=int(lengths.max()),
-        cu_queries=torch.from_numpy(np.pad(cu_queries, (0, unused), mode="edge")).int(),
-        lengths=torch.from_numpy(np.pad(lengths, (0, unused))).int(),
-        block_table=torch.from_numpy(np.pad(tables, ((0, unused), (0, 0)))),
-    )
+    rows, known = [*nums.tolist(), *[0] * unused], [*lengths.tolist(), *[0] * unused]
+    padded = torch.from_numpy(np.pad(tables, ((0, unused), (0, 0))))
+    device = attention.describe_on_device(rows, known, padded)
     return q, cache, host, device
 
 
@@ -83,12 +80,14 @@ def test_heads(heads):
 
 
 def choice(batch, top_k):
-    """Random positions that each query may see, itself among them, in any order; -1 behind them."""
+    """Random positions that each query may see, itself among them, ascending; -1 behind them."""
     generator, rows = np.random.default_rng(0), []
     for num, length in batch:
         for position in range(length - num, length):
             few = generator.permutation(position)[: min(top_k, position + 1) - 1]
-            rows.append(np.pad(np.append(few, position), (0, max(0, top_k - len(few) - 1)), constant_values=-1))
+            rows.append(
+                np.pad(np.append(np.sort(few), position), (0, max(0, top_k - len(few) - 1)), constant_values=-1)
+            )
     return torch.from_numpy(np.stack(rows))
 
 
@@ -110,6 +109,18 @@ def test_sequences_without_queries():
     check([(1, 40), (9, 40)], torch.float32, unused=3)
 
 
+@pytest.mark.parametrize("workspace_rows", [1 << 18, 2 * 4 * 10])
+@pytest.mark.parametrize("name", BATCHES)
+def test_bounds_change_no_bit(name, workspace_rows):
+    """As a captured step has them: of what there can be, whatever there is."""
+    q, cache, _, seqs = scene(BATCHES[name], torch.float16, unused=2)
+    bounds = {"max_decodes": len(seqs.lengths), "max_prefills": len(seqs.lengths), "max_prefill_tokens": len(q)}
+    exact = dataclasses.replace(seqs, max_length=300)  # as many tokens fit the workspace
+    loose = dataclasses.replace(exact, **bounds, max_prefill_length=300)
+    found, expected = (run(q, cache, each, workspace_rows=workspace_rows) for each in (loose, exact))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_results_in_two_parts():
     check([(1, 65), (5, 40)], torch.float32, tiling=dataclasses.replace(TILES, parts=2))
 
@@ -117,6 +128,20 @@ def test_results_in_two_parts():
 def test_small_workspace():
     """Launch after launch: sequences, and pieces of sequences."""
     check([(1, 40), (1, 33), (1, 2), (9, 40), (7, 20)], torch.float32, workspace_rows=2 * 4 * 2)
+
+
+def test_launches_do_not_depend_on_the_longest_sequence():
+    """Bounds of a captured step, and a workspace with room for all splits of 4 tokens: once 3 pairs of launches."""
+    batch = [(1, 8)] * 5 + [(3, 40)]
+    q, cache, _, seqs = scene(batch, torch.float32)
+    expected = run(q, cache, seqs)
+    seqs = dataclasses.replace(seqs, max_length=163840, max_prefill_length=163840)
+    for chosen in (None, choice(batch, 40)):
+        with launches() as counts:
+            found = run(q, cache, seqs, chosen=chosen, workspace_rows=4 * 4 * 163840 // TILES.split)
+        del counts["new_full"]  # the test's own
+        assert counts == {"plan_units": 1, "_attend_latent": 1, "merge_slots": 1}
+        assert torch.equal(found, expected)
 
 
 def test_bits_do_not_depend_on_the_schedule():
@@ -127,13 +152,9 @@ def test_bits_do_not_depend_on_the_schedule():
 
     def again(starts, sizes, **options):
         rows = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
-        step = attention.DeviceSequences(
-            num_single=sizes.count(1),
-            max_length=options.pop("max_length", length),
-            cu_queries=torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32),
-            lengths=torch.tensor([sum(pair) for pair in zip(starts, sizes, strict=True)], dtype=torch.int32),
-            block_table=seqs.block_table.expand(len(sizes), -1).contiguous(),
-        )
+        table = seqs.block_table.expand(len(sizes), -1).contiguous()
+        ends = [sum(pair) for pair in zip(starts, sizes, strict=True)]
+        step = attention.describe_on_device(sizes, ends, table, options.pop("max_length", length))
         return run(q[rows], cache, step, **options), whole[rows]
 
     for actual, expected in (
@@ -192,18 +213,19 @@ def test_prompts_in_expanded_form():
     up_HmC = torch.randn(4, 24 + 20, RANK, generator=generator) * RANK**-0.5
     q_THd = torch.cat((torch.randn(len(q), 4, 24, generator=generator), q[..., RANK:]), 2)
     q_THl = torch.cat((torch.einsum("thn,hnc->thc", q_THd[..., :24], up_HmC[:, :24]), q[..., RANK:]), 2)
-    rows, num = host.cu_queries[-1], host.num_single
+    rows, num = host.cu_queries[-1], host.num_decodes
     latent_THC = mla.reference(q_THl[:rows], cache, host, rank=RANK, scale=SCALE)
     expected = torch.einsum("thc,hvc->thv", latent_THC, up_HmC[:, 24:])[num:]
-    prompts = attention.prompts(dataclasses.replace(device, max_prompt_length=64))
-    assert mla.is_worth_expanding(prompts, rows - num) == (3 * 64 <= 2 * (3 + 9 + 5))
+    prefills = attention.prefills(device, num)
+    assert mla.is_worth_expanding(prefills, rows - num) == (3 * 64 <= 2 * (3 + 9 + 5))
     found = mla.attend_expanded(
         q_THd[num:],
         cache,
-        prompts,
+        prefills,
         rank=RANK,
         scale=SCALE,
         expand=lambda x_XC: x_XC @ up_HmC.flatten(0, 1).T,
-        attend=partial(gpu_attention.attend, device=DEVICE, invariant=False),
+        attend=partial(prefill.attend, device=DEVICE),
+        narrow_values=True,
     )
     torch.testing.assert_close(found[: rows - num], expected, rtol=1e-5, atol=1e-5)

@@ -28,14 +28,10 @@ def test_quantize(dtype, tokens, width, group):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("tokens", "width", "group"), SHAPES)
-def test_silu_mul_with_and_without_quantisation(dtype, tokens, width, group):
+@pytest.mark.parametrize(("tokens", "width"), [shape[:2] for shape in SHAPES])
+def test_silu_mul(dtype, tokens, width):
     x = rows(tokens, 2 * width, dtype).clamp(-100, 100)
-    hidden = gpu.silu_mul(x)
-    torch.testing.assert_close(hidden, experts.silu_mul_reference(x))
-    done, expected = gpu.silu_mul_quantize(x, group, dtype=torch.float32), quantize.scaled(hidden, group)
-    assert torch.equal(done.scales_TG, expected.scales_TG)
-    assert torch.equal(done.values_TD, expected.values_TD)
+    torch.testing.assert_close(gpu.silu_mul(x), experts.silu_mul_reference(x))
 
 
 def test_silu_is_rounded_before_it_is_multiplied():

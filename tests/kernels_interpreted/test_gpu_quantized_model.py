@@ -19,8 +19,9 @@ from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loading import load
 from expertwire.kernels import experts, formats, quantize
 from expertwire.kernels import registry as kernels
-from expertwire.kernels.attention import DeviceSequences
+from expertwire.kernels.attention import describe_on_device
 from expertwire.kernels.gpu import experts as gpu_experts
+from expertwire.kernels.gpu import tiles
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.variants import Activation
 from expertwire.moe.placement import place
@@ -73,13 +74,7 @@ def device_logits(folder, ids):
     )
     model = load(config, context, Checkpoint(folder), quantize="fp8")
     caches = model.allocate(num_blocks=[3], block_size=16, max_model_len=32)
-    sequences = DeviceSequences(
-        num_single=0,
-        max_length=len(ids),
-        cu_queries=torch.tensor([0, len(ids)], dtype=torch.int32),
-        lengths=torch.tensor([len(ids)], dtype=torch.int32),
-        block_table=torch.tensor([[1, 2]], dtype=torch.int32),
-    )
+    sequences = describe_on_device([len(ids)], [len(ids)], torch.tensor([[1, 2]], dtype=torch.int32))
     positions = torch.arange(len(ids))
     batch = ForwardBatch(
         token_ids_T=torch.tensor(ids),
@@ -91,10 +86,16 @@ def device_logits(folder, ids):
         return model.logits(model.forward([batch], caches))
 
 
+def quantize_tiles(x, expert_offsets, tile_map):
+    values, scales = quantize.reference(x)
+    return values, tiles.tile_scales(scales, None, expert_offsets, tile_map)
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 def test_divergence_from_a_reference_that_quantises_identically(monkeypatch):
     # The interpreter rounds to fp8 wrongly.
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
+    monkeypatch.setattr(gpu_experts.tiles, "quantize_tiles", quantize_tiles)
     folder = tiny.cached("qwen3_moe", **SHAPE)
     ids = tiny.safe_prompt(folder, 20)
     found = device_logits(folder, ids).double().log_softmax(-1)

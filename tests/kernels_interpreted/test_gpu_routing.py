@@ -105,3 +105,24 @@ def test_a_tokens_bits_do_not_depend_on_its_neighbours():
         alone = gpu.route(logits[t : t + 1], 4, renormalize=True)
         assert torch.equal(alone[0][0], whole[0][t])
         assert torch.equal(alone[1][0], whole[1][t])
+
+
+@pytest.mark.parametrize("replicas", [None, 1, 3])
+@pytest.mark.parametrize("num_valid", [None, 0, 5, 99])
+def test_load_and_replicas(replicas, num_valid):
+    """Each expert's rows are added to what has been counted; token t goes to replica t mod C. Padding is not counted."""
+    generator = torch.Generator().manual_seed(6)
+    logits, before = torch.randn(19, 24, generator=generator), torch.arange(24) * 10**10
+    table = None if replicas is None else torch.stack([torch.randperm(40, generator=generator)[:24]] * replicas)
+    if table is not None:
+        table += torch.arange(replicas)[:, None] * 100
+    valid = None if num_valid is None else torch.tensor([num_valid], dtype=torch.int32)
+    loads = [before.clone(), before.clone()]
+    found, expected = (
+        route(logits, 3, load_E=load, physical_CE=table, num_valid=valid, renormalize=True)
+        for route, load in zip((gpu.route_and_count, routing.route_and_count), loads, strict=True)
+    )
+    assert found.ids_TK.tolist() == expected.ids_TK.tolist()
+    assert found.physical_TK.tolist() == expected.physical_TK.tolist()
+    assert loads[0].tolist() == loads[1].tolist()
+    assert (loads[0] - before).sum() == 3 * min(19, 19 if num_valid is None else num_valid)

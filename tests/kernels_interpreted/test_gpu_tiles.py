@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertwire.kernels import permute
+from expertwire.kernels import permute, quantize
 from expertwire.kernels.gpu import tiles
 
 
@@ -23,3 +23,24 @@ def test_tiles(counts, token_tile):
         assert found.tile_expert[:num_tiles].tolist() == expected.tile_expert[:num_tiles].tolist()
         assert len(found.tile_expert) == len(expected.tile_expert)
         assert found.token_tile == token_tile
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("token_tile", [16, 32])
+def test_rows_are_quantised_tile_by_tile(token_tile):
+    """The same numbers as row by row, with the scales where a grouped GEMM looks for them; rows that are not there are not
+    looked at."""
+    offsets = torch.tensor([0, 5, 5, 40, 41], dtype=torch.int32)
+    x = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
+    x[3, :128], x[7] = 0.0, 1e-3 * x[7]
+    x[41:] = torch.nan
+    tile_map = tiles.tile_metadata(offsets, 50, token_tile)
+    values, scales = tiles.quantize_tiles(x, offsets, tile_map, dtype=torch.float32)
+    expected = quantize.scaled(x[:41], 128)
+    assert torch.equal(values[:41], expected.values_TD)
+    placed = tiles.tile_scales(expected.scales_TG, None, offsets, tile_map)
+    for tile in range(int(tile_map.first_tile[-1])):
+        expert = int(tile_map.tile_expert[tile])
+        first = int(offsets[expert]) + (tile - int(tile_map.first_tile[expert])) * token_tile
+        columns = slice(tile * token_tile, tile * token_tile + min(token_tile, int(offsets[expert + 1]) - first))
+        assert torch.equal(scales[:, columns], placed[:, columns])

@@ -1,0 +1,91 @@
+"""Compiling the launches of a program before it makes them, in several processes, for a GPU that need not be here.
+
+`recorded` runs the program without a launch: Triton asks `knobs.runtime.jit_cache_hook` before it compiles for a launch, and
+does neither if the hook says so (`JITFunction._do_compile` and `run` in triton/runtime/jit.py, 3.6.0 and 3.7.1). What it tells
+the hook (`specialization_data`) is what `JITFunction.preload` compiles, in whatever process. Results are found by their key in
+Triton's cache on disk, which processes share: it has the source, the specialised arguments, the options and the target
+(`get_cache_key` in triton/runtime/cache.py), not the process; files appear whole, by renaming (`FileCacheManager.put`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import triton
+
+from expertwire.kernels.gpu.compile import absent_gpu
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that must be compiled: the kernel's module and name in it, and Triton's description of the specialisation."""
+
+    module: str
+    kernel: str
+    specialization: str
+
+    def belongs_to(self, share: int, num_shares: int) -> bool:
+        """Whether this launch is in a share, of the same number everywhere; equal launches are in the same one."""
+        digest = hashlib.blake2b(f"{self.module}.{self.kernel} {self.specialization}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % num_shares == share
+
+
+def is_needed() -> bool:
+    """Return whether kernels are compiled at all, and not interpreted."""
+    return not triton.knobs.runtime.interpret
+
+
+def recorded(program: Callable[[], object], arch: int) -> list[Launch]:
+    """Return the launches that a program makes, each once, in their order; nothing is launched nor compiled.
+
+    The program must not look at what kernels compute: its tensors may be on "meta". Launches that this process has compiled for
+    are not seen.
+    """
+    found: dict[Launch, None] = {}
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found[Launch(fn.module, fn.name, compile["specialization_data"])] = None
+        return True
+
+    with absent_gpu(arch), triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = note
+        program()
+    return list(found)
+
+
+def compile_all(launches: Sequence[Launch], arch: int, num_processes: int) -> None:
+    """Compile launches in forked processes, into Triton's cache on disk.
+
+    The calling process must have no other threads and no CUDA context, as it is forked.
+
+    Raises:
+        RuntimeError: a kernel does not compile; names it.
+    """
+    if not launches:
+        return
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(num_processes, len(launches)), mp_context=context) as pool:
+        for _ in pool.map(partial(_compile, arch=arch), launches):
+            pass
+
+
+def _compile(launch: Launch, arch: int) -> None:
+    kernel = reduce(getattr, launch.kernel.split("."), importlib.import_module(launch.module))
+    try:
+        with absent_gpu(arch):
+            kernel.preload(launch.specialization)
+            kernel.device_caches.clear()  # keyed by the device's number
+    except Exception as error:  # noqa: BLE001 - Triton raises anything, and not everything can be pickled
+        raise RuntimeError(f"{launch.module}.{launch.kernel} does not compile for sm_{arch}: {error}") from None
+
+
+def share_of(launches: Iterable[Launch], share: int, num_shares: int) -> list[Launch]:
+    """Return the launches that are in a share."""
+    return [launch for launch in launches if launch.belongs_to(share, num_shares)]

@@ -1,0 +1,215 @@
+"""FlashInfer's attention, for those who asked for it (`attention="flashinfer"`): the thinnest wrapper over its paged wrappers.
+
+What their contract wants (flashinfer-python 0.7.2.post1, prefill.py, decode.py and mla/_batch_mla/_wrapper.py) and what follows:
+
+- A wrapper is planned once and run by all layers that attend alike: the first layer of a step plans. A plan reads the lengths on
+  the host (`.to("cpu")` in every `plan`), so that a step waits for the one before it, and cannot be captured: steps run eagerly.
+- Page tables are ragged: `indptr` i32 [B + 1], `indices` i32 [pages], `last_page_len` i32 [B] in [1, page_size]. Caches [pages,
+  page_size, G, d] are its layout NHD, as ours lie.
+- `window_left` is how many positions a query sees besides its own.
+- Sinks, positions in chunks, chosen positions and other head sizes are refused at start (`engine.attention_backend`).
+
+It has not run: `first_contact` compares it with ours where there is a GPU.
+
+T tokens, H query heads, G key/value heads, d head size, C latent size, l = C + r, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertwire.kernels.attention import DeviceSequences, known_decodes
+
+_WORKSPACE = 384 << 20  # bytes; 128 MiB are recommended for few heads
+_TENSOR_CORES = 4  # query heads of a key head from which decode multiplies by matrix instructions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Sequences as a plan takes them: i32, on the host but for the indices.
+
+    rows: of the step, the first and the end. qo_indptr: counted from the first of them.
+    """
+
+    rows: slice
+    qo_indptr: Tensor
+    kv_indptr: Tensor
+    kv_indices: Tensor
+    kv_lengths: Tensor
+    last_page_len: Tensor
+
+
+def pages(first_row: int, nums_B: Tensor, lengths_B: Tensor, table_BW: Tensor, page_size: int) -> Pages:
+    """Of sequences with so many queries and tokens (i32, on the host), whose rows follow one another, and their block table."""
+    counts_B = (lengths_B + page_size - 1) // page_size
+    qo_indptr, kv_indptr = (torch.cat((counts[:1] * 0, counts.cumsum(0))).int() for counts in (nums_B, counts_B))
+    sequence_X = torch.repeat_interleave(torch.arange(len(counts_B)), counts_B)
+    page_X = torch.arange(len(sequence_X)) - kv_indptr[sequence_X]
+    indices_X = table_BW.flatten()[(sequence_X * table_BW.shape[1] + page_X).to(table_BW.device)]
+    return Pages(
+        rows=slice(first_row, first_row + int(qo_indptr[-1])),
+        qo_indptr=qo_indptr,
+        kv_indptr=kv_indptr,
+        kv_indices=indices_X.int(),
+        kv_lengths=lengths_B.int(),
+        last_page_len=(lengths_B - (counts_B - 1) * page_size).int(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """What one kind of layers runs in the step of `seqs`: a wrapper for each of these rows."""
+
+    seqs: DeviceSequences
+    runs: tuple[tuple[slice, Any], ...]
+
+
+class FlashInfer:
+    """`kernels.attention.reference` and `kernels.mla.reference`, without sinks, chunks and chosen positions.
+
+    Args:
+        api: the module `flashinfer`.
+        mla: the module `flashinfer.mla`.
+        device: of the tensors.
+    """
+
+    def __init__(self, api: Any, mla: Any, device: torch.device | str) -> None:
+        self._api, self._mla = api, mla
+        # Kernels follow one another in a stream, so that all wrappers share it; decode wants zeros at first.
+        self._workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
+        self._wrappers: dict[tuple[Any, ...], Any] = {}
+        self._planned: dict[tuple[Any, ...], _Planned] = {}
+
+    def attend(
+        self,
+        q_THd: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seqs: DeviceSequences,
+        *,
+        scale: float | None = None,
+        window: int = 0,
+        chunk: int = 0,
+        sinks_H: Tensor | None = None,
+        kv_scales_2G: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H, d] in q's dtype; rows that belong to no sequence are undefined. Caches [blocks, s, G, d]."""
+        assert chunk == 0, f"chunk {chunk} is refused at start"
+        assert sinks_H is None, "sinks are refused at start"
+        assert kv_scales_2G is None, "caches in fp8 are refused at start"
+        num_heads, dim = q_THd.shape[1:]
+        page_size, num_kv = k_cache.shape[1:3]
+        sizes = num_heads, num_kv, dim, page_size
+        options = {
+            "sm_scale": dim**-0.5 if scale is None else scale,
+            "window_left": window - 1 if window else -1,
+            "q_data_type": q_THd.dtype,
+            "kv_data_type": k_cache.dtype,
+        }
+
+        def plan(key: tuple[Any, ...], part: Pages, is_decode: bool) -> Any:
+            table = part.kv_indptr, part.kv_indices, part.last_page_len
+            if is_decode:
+                tensor_cores = num_heads // num_kv >= _TENSOR_CORES
+                wrapper = self._wrapper((*key, "decode"), self._decode, tensor_cores)
+                wrapper.plan(*table, *sizes, **options)
+            else:
+                wrapper = self._wrapper((*key, "prefill"), self._api.BatchPrefillWithPagedKVCacheWrapper)
+                wrapper.plan(part.qo_indptr, *table, *sizes, causal=True, **options)
+            return wrapper
+
+        out, q_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format), q_THd.contiguous()
+        for rows, wrapper in self._plan((*sizes, *options.values()), seqs, len(q_THd), page_size, plan):
+            wrapper.run(q_THd[rows], (k_cache, v_cache), out=out[rows])
+        return out
+
+    def attend_latent(
+        self,
+        q_THl: Tensor,
+        cache: Tensor,
+        seqs: DeviceSequences,
+        *,
+        rank: int,
+        scale: float,
+        chosen: Tensor | None = None,
+        kv_scale: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H, C] in q's dtype; rows that belong to no sequence are undefined. Cache [blocks, s, l]."""
+        assert chosen is None, "chosen positions are refused at start"
+        assert kv_scale is None, "caches in fp8 are refused at start"
+        num_heads, width = q_THl.shape[1:]
+        page_size = cache.shape[1]
+        options = {
+            "num_heads": num_heads,
+            "head_dim_ckv": rank,
+            "head_dim_kpe": width - rank,
+            "page_size": page_size,
+            "causal": True,
+            "sm_scale": scale,
+            "q_data_type": q_THl.dtype,
+            "kv_data_type": cache.dtype,
+            "query_layout": "packed",
+            "kv_cache_layout": "packed",
+        }
+
+        def plan(key: tuple[Any, ...], part: Pages, is_decode: bool) -> Any:
+            wrapper = self._wrapper((*key, is_decode), self._mla.BatchMLAPagedAttentionWrapper)
+            table = part.qo_indptr, part.kv_indptr, part.kv_indices, part.kv_lengths
+            wrapper.plan(metadata=self._mla.MLAPlanMetadata.csr(*table), **options)
+            return wrapper
+
+        out, q_THl = q_THl.new_empty(*q_THl.shape[:2], rank), q_THl.contiguous()
+        for rows, wrapper in self._plan(tuple(options.values()), seqs, len(q_THl), page_size, plan):
+            wrapper.run(query=q_THl[rows], kv_cache=cache, out=out[rows])
+        return out
+
+    def _decode(self, workspace: Tensor, tensor_cores: bool) -> Any:
+        return self._api.BatchDecodeWithPagedKVCacheWrapper(workspace, use_tensor_cores=tensor_cores)
+
+    def _wrapper(self, key: tuple[Any, ...], make: Callable[..., Any], *args: Any) -> Any:
+        if key not in self._wrappers:
+            self._wrappers[key] = make(self._workspace, *args)
+        return self._wrappers[key]
+
+    def _plan(
+        self,
+        key: tuple[Any, ...],
+        seqs: DeviceSequences,
+        num_tokens: int,
+        page_size: int,
+        plan: Callable[[tuple[Any, ...], Pages, bool], Any],
+    ) -> tuple[tuple[slice, Any], ...]:
+        """Plan layers of this kind, unless one has in this step: layers are given the same description of it."""
+        if (planned := self._planned.get(key)) is None or planned.seqs is not seqs:
+            parts = _parts(seqs, num_tokens, page_size)
+            runs = tuple((part.rows, plan(key, part, is_decode)) for part, is_decode in parts)
+            self._planned[key] = planned = _Planned(seqs=seqs, runs=runs)
+        return planned.runs
+
+
+def _parts(seqs: DeviceSequences, num_tokens: int, page_size: int) -> list[tuple[Pages, bool]]:
+    """The decodes and the prefills; for each whether it is the former.
+
+    A row that belongs to nobody, as when an engine warms up, passes for a sequence of one token.
+    """
+    known = known_decodes(seqs, num_tokens)
+    num = int(seqs.num_decodes) if known is None else known
+    cu_queries, lengths_B = seqs.cu_queries.cpu().long(), seqs.lengths.cpu().long().clamp(min=1)
+    nums_B, table_BW = cu_queries.diff(), seqs.block_table
+    found = []
+    if num:
+        found.append((pages(0, torch.ones(num, dtype=torch.int64), lengths_B[:num], table_BW[:num], page_size), True))
+    if num_tokens > num:
+        live_X = num + nums_B[num:].nonzero()[:, 0]
+        nums_X = nums_B[live_X]
+        if not len(live_X):
+            live_X, nums_X = torch.tensor([0]), torch.tensor([1])
+        table_XW = table_BW[live_X.to(table_BW.device)]
+        lengths_X = torch.maximum(lengths_B[live_X], nums_X)
+        found.append((pages(num, nums_X, lengths_X, table_XW, page_size), False))
+    return found

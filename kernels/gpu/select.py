@@ -1,0 +1,180 @@
+"""The best positions of rows of scores in Triton, without a sort: the second half of `index`, one program a row.
+
+Keys are the scores' bits, as integers of the same order. The row is read once, tile by tile. What beats the threshold, which is
+the k-th best key of what was read before, is appended to a buffer; when the buffer is full, its k best entries are kept, and the
+threshold rises to the last of them. That one is found bit by bit, in registers. As entries are appended and kept in the order of
+positions, a later position that only equals the threshold is too late, and of equals the first are kept: the reference's rule,
+and its order. Scores in no particular order fill the buffer O(log(L / k)) times; ascending ones, the worst case, with every tile.
+
+X rows, L scores of a row, k positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertwire.kernels.attention import DeviceSequences
+from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+
+# As in `linear`: ptxas for Blackwell otherwise spills a few registers.
+_OPTIONS = {"maxnreg": 255, **EARLY}
+_LEAST = tl.constexpr(-0x80000000)  # below the key of any score
+
+
+@triton.jit
+def sequence_of(cu_queries, token, num_sequences):
+    """The sequence that a token belongs to; `num_sequences` if it belongs to none."""
+    low = 0
+    high = num_sequences
+    while low < high:
+        middle = (low + high) // 2
+        behind = tl.load(cu_queries + middle + 1) <= token
+        low = tl.where(behind, middle + 1, low)
+        high = tl.where(behind, high, middle)
+    return low
+
+
+@triton.jit
+def position_of(cu_queries, lengths, token, num_sequences):
+    """The sequence and the position of a token; position -1 if it belongs to none."""
+    sequence = sequence_of(cu_queries, token, num_sequences)
+    owned = sequence < num_sequences
+    end_query = tl.load(cu_queries + sequence + 1, mask=owned, other=0)
+    length = tl.load(lengths + sequence, mask=owned, other=0)
+    return sequence, tl.where(owned, length - end_query + token, -1)
+
+
+@triton.jit
+def _key_of(score):
+    """The bits of a score as an i32 of the same order; both zeros alike."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _threshold(keys, k):
+    """The k-th largest of keys [N]: the largest number that k of them are not below."""
+    found = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= k, 0, _LEAST)
+    for i in range(31):
+        trial = found | (1 << (30 - i))
+        found = tl.where(tl.sum((keys >= trial).to(tl.int32), 0) >= k, trial, found)
+    return found
+
+
+@triton.jit
+def _keep_best(keys_ptr, positions_ptr, count, k, BUFFER: tl.constexpr):
+    """Keep the k best of the buffer's first `count` entries, in their order, of equals the first; return the last one's key."""
+    tl.debug_barrier()  # what other threads have appended
+    # Not masked by `count`, of which nothing is known: accesses would be narrow.
+    i = tl.arange(0, BUFFER)
+    keys = tl.where(i < count, tl.load(keys_ptr + i), _LEAST)
+    threshold = _threshold(keys, k)
+    room = k - tl.sum((keys > threshold).to(tl.int32), 0)
+    ties = (keys == threshold).to(tl.int32)
+    kept = (keys > threshold) | ((ties > 0) & (tl.cumsum(ties, 0) <= room))
+    place = tl.cumsum(kept.to(tl.int32), 0) - 1
+    positions = tl.load(positions_ptr + i)
+    tl.debug_barrier()  # everything has been read
+    tl.store(keys_ptr + place, keys, mask=kept)
+    tl.store(positions_ptr + place, positions, mask=kept)
+    return threshold
+
+
+@triton.jit(do_not_specialize=["num_sequences", "first_token"])
+def select_kernel(
+    scores,
+    cu_queries,
+    lengths,
+    keys_buffer,
+    positions_buffer,
+    chosen,
+    num_sequences,
+    first_token,
+    width,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    BUFFER: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid (X,): the positions that the tokens from `first_token` on choose [X, K]; scores [X, width], buffers [X, BUFFER].
+
+    BUFFER is at least TILE + K; a token that sees no more than K positions sees them all, and its scores may be anything.
+    """
+    wait_for_previous()
+    row = tl.program_id(0).to(tl.int64)
+    token = first_token + tl.program_id(0)
+    _, position = position_of(cu_queries, lengths, token, num_sequences)
+    out = chosen + row * K
+    i = tl.arange(0, PADDED)
+    if position < K:
+        tl.store(out + i, tl.where(i <= position, i, -1).to(tl.int64), mask=i < K)
+        return
+    keys_ptr, positions_ptr = keys_buffer + row * BUFFER, positions_buffer + row * BUFFER
+    threshold = tl.full([], _LEAST, tl.int32)
+    count = tl.full([], 0, tl.int32)
+    for start in range(0, position + 1, TILE):
+        at = start + tl.arange(0, TILE)
+        key = _key_of(tl.load(scores + row * width + at, mask=at < width, other=0.0))
+        better = (at <= position) & (key > threshold)
+        place = tl.cumsum(better.to(tl.int32), 0)
+        tl.store(keys_ptr + count + place - 1, key, mask=better)
+        tl.store(positions_ptr + count + place - 1, at, mask=better)
+        count += tl.max(place, 0)
+        if (count + TILE > BUFFER) | ((start + TILE > position) & (count > K)):
+            threshold = _keep_best(keys_ptr, positions_ptr, count, K, BUFFER)
+            count = tl.full([], K, tl.int32)
+        tl.debug_barrier()
+    tl.store(out + i, tl.load(positions_ptr + i).to(tl.int64), mask=i < K)
+
+
+def select_best(scores_XL: Tensor, seqs: DeviceSequences, first_token: int, chosen_Xk: Tensor) -> None:
+    """Write into `chosen_Xk`, i64, in ascending order and followed by -1, the k best of the positions up to its own for each of
+    the X tokens from `first_token` on, all of them where that are no more than k; of equals the first.
+
+    L is a multiple of 16, or 0 if no token sees more than k positions.
+    """
+    num, width = scores_XL.shape
+    top_k = chosen_Xk.shape[1]
+    assert width % 16 == 0, f"rows of {width} scores"
+    for rows in (scores_XL, chosen_Xk):
+        assert rows.is_contiguous(), f"strides {rows.stride()} of shape {tuple(rows.shape)}"
+    sizes = _sizes(top_k)
+    buffers = scores_XL.new_empty(2, num, sizes["BUFFER"] if width else 0, dtype=torch.int32)
+    if num:
+        select_kernel[(num,)](
+            scores_XL, seqs.cu_queries, seqs.lengths, *buffers, chosen_Xk, seqs.num_sequences, first_token, width,
+            **sizes, num_warps=_num_warps(top_k), **_OPTIONS,
+        )  # fmt: skip
+
+
+def _sizes(top_k: int) -> dict[str, int]:
+    padded = triton.next_power_of_2(max(16, top_k))
+    return {"K": top_k, "PADDED": padded, "BUFFER": 2 * padded, "TILE": padded // 2}
+
+
+def _num_warps(top_k: int) -> int:
+    return max(1, min(8, triton.next_power_of_2(top_k) // 256))
+
+
+def cases() -> list[Case]:
+    """DeepSeek-V3.2 and GLM-5 choose 2,048 positions, DeepSeek-V4-like models 512."""
+    return [
+        Case(
+            name=f"select.best {top_k}",
+            kernel=select_kernel,
+            args={
+                "scores": torch.float32,
+                **dict.fromkeys(("cu_queries", "lengths", "keys_buffer", "positions_buffer"), torch.int32),
+                **{"chosen": torch.int64, "num_sequences": 256, "first_token": 0, "width": 163840},
+            },
+            constexprs=_sizes(top_k),
+            num_warps=_num_warps(top_k),
+            expect={90: "", 100: ""},
+            options=_OPTIONS,
+        )
+        for top_k in (512, 2048)
+    ]

@@ -1,0 +1,204 @@
+"""Once a rank has warmed up, no step launches a kernel that was not compiled: a compilation of seconds would stop all ranks."""
+
+import os
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import torch
+from cache_model import SPECS
+from fake_graphs import FakeCapture
+from fake_launches import FakeLaunches
+from launched_runner import MAX_RUNNING, NUM_BLOCKS, SIZES, build
+
+from expertwire.engine.decoder import Decoder
+from expertwire.engine.device_graphs import Captured
+from expertwire.engine.device_slots import DeviceSlots
+from expertwire.kernels import attention
+from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.request import Request
+from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.scheduler import Scheduler
+
+
+def capture(work):
+    """A graph that does nothing when it is replayed."""
+    return Captured(lambda: None, work())
+
+
+def random_request(rng, key, most):
+    prompt = rng.integers(0, 50, int(np.exp(rng.uniform(0, np.log(most)))) or 1).astype(np.int32)
+    options = {
+        "temperature": float(rng.choice([0.0, 0.7])),
+        "top_k": int(rng.choice([-1, 20])),
+        "top_p": float(rng.choice([1.0, 0.9])),
+        "logprobs": rng.choice([None, 0, 3]),
+        "prompt_logprobs": rng.choice([None, None, 1]),
+        "repetition_penalty": float(rng.choice([1.0, 1.2])),
+        "frequency_penalty": float(rng.choice([0.0, 0.5])),
+        "logit_bias": {5: 1.0} if rng.random() < 0.3 else None,
+        "expert_load": bool(rng.random() < 0.2),
+        "max_tokens": int(rng.integers(1, 12)),
+    }
+    return Request(key=key, prompt=prompt, params=SamplingParams(**options), seed=int(rng.integers(1 << 40)))
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("num_ranks", [1, 2], ids="EP {}".format)
+def test_random_steps_compile_nothing(num_ranks, captured):
+    rng, max_tokens = np.random.default_rng(num_ranks), 8192
+    with FakeLaunches() as gpu:
+        config, runner = build(num_ranks, max_tokens, FakeCapture(gpu) if captured else None)
+        runner.warm_up(max_num_tokens=max_tokens, max_running=MAX_RUNNING)
+        warm = {(launch.kernel, launch.variant) for launch in gpu.take()}
+        scheduler = Scheduler(
+            SchedulerConfig(
+                num_ranks=num_ranks,
+                max_running=MAX_RUNNING,
+                max_num_tokens=max_tokens,
+                num_blocks=NUM_BLOCKS,
+                max_waiting=999,
+                eos_token_ids=(),
+                vocab_size=config.vocab_size,
+                **SIZES,
+            ),
+            config.cache_specs(),
+        )
+        for key in range(30):
+            assert scheduler.submit(random_request(rng, key, 20 if key % 2 else 8000), 0.0) is None
+            for _ in range(int(rng.integers(3))):
+                step(scheduler, runner, num_ranks)
+        for _ in range(15):
+            step(scheduler, runner, num_ranks)
+    assert len(warm) > 10
+    late = {(launch.kernel, launch.variant) for launch in gpu.take() if launch.variant} - warm
+    assert not late, f"{len(late)} compilations after {len(warm)}: {sorted(late)[:4]}"
+
+
+def step(scheduler, runner, num_ranks):
+    plan = scheduler.plan(0.0, report_load=True)
+    if plan is not None:
+        result = runner.launch(plan).finish()
+        scheduler.commit(plan, [results_of(plan, rank, result) for rank in range(num_ranks)], 0.0)
+
+
+def results_of(plan, rank, result):
+    """What any rank answers: tokens 0."""
+    if rank == 0:
+        return result
+    mine = plan.rank(rank)
+    return nothing(plan, rank, mine.sched_slot_S[mine.sched_sample_S != 0], result)
+
+
+def nothing(plan, rank, slot_O, like):
+    from expertwire.engine import logprobs
+    from expertwire.scheduler.plan import StepResult
+
+    fields = logprobs.fields((), np.full(len(slot_O), -1), 1) | logprobs.no_prompt_rows()
+    tokens = {"slot_O": slot_O.astype(np.int32), "token_O": np.zeros(len(slot_O), np.int32)}
+    empty = {"expert_load": np.zeros_like(like.expert_load), "routed": like.routed[:0]}
+    return StepResult(step=plan.step, rank=rank, forward_us=0, move_us=0, **empty, **tokens, **fields)
+
+
+def launches(runner, gpu, specs, requests, chunk, num_steps):
+    """Of the last of some steps: what is launched beside the graph, by name, and the time of the host in µs."""
+    limits = {"max_running": MAX_RUNNING, "max_num_tokens": chunk, "num_blocks": NUM_BLOCKS, "max_waiting": 999}
+    config = SchedulerConfig(num_ranks=1, eos_token_ids=(), vocab_size=99, **limits, **SIZES)
+    scheduler = Scheduler(config, specs)
+    for request in requests:
+        assert scheduler.submit(request, 0.0) is None
+    for _ in range(num_steps):
+        plan = scheduler.plan(0.0)
+        gpu.take()
+        started = time.perf_counter()
+        launched = runner.launch(plan)
+        host_us = (time.perf_counter() - started) * 1e6
+        counts = Counter(launch.kernel for launch in gpu.take())
+        scheduler.commit(plan, [launched.finish()], 0.0)
+    return counts, host_us
+
+
+def test_launches_of_a_step():
+    """Beside a graph: one copy up and one home, the inputs of the graph, the logits, sampling, the tokens written down; and four
+    launches for penalties, however many rows ask for them."""
+
+    def request(key, length, **options):
+        params = SamplingParams(max_tokens=9, temperature=0.0, **options)
+        return Request(key=key, prompt=np.arange(length, dtype=np.int32) % 50, params=params, seed=1)
+
+    with FakeLaunches() as gpu:
+        config, runner = build(1, 8192, capture)
+        runner.warm_up(max_num_tokens=8192, max_running=MAX_RUNNING)
+        plain, long = [request(key, 20) for key in range(16)], request(98, 3000)
+        other = request(99, 3000)
+        odd = [request(key, 20, repetition_penalty=1.2, logit_bias={5: 1.0}) for key in range(16)]
+        for order, each in enumerate([*plain, *odd, long, other]):
+            each.order = order
+        steps = {
+            "decode": (plain, 8192, 4),
+            "decode with penalties": (odd, 8192, 4),
+            "mixed": ([*plain[:8], long], 200, 4),
+            "eager": ([*plain[8:], other], 2000, 2),
+        }
+        found = {name: launches(runner, gpu, config.cache_specs(), *args) for name, args in steps.items()}
+    for name, (counts, host_us) in found.items():
+        print(f"{name}: {sum(counts.values())} launches, {host_us:.0f} us of the host: {dict(counts)}")
+    total = {name: sum(counts.values()) for name, (counts, _) in found.items()}
+    assert total["decode"] <= 12, found["decode"]
+    assert total["decode with penalties"] <= total["decode"] + 4
+    assert total["mixed"] <= total["decode"] + 2
+    assert total["eager"] > 2 * total["mixed"], "a mixed step replays"
+
+
+def test_a_mixed_graph_has_room_for_requests_that_run(monkeypatch):
+    """Not for a sequence a token: a decode's workspace is as large as the longest request."""
+    seen = []
+    with FakeLaunches():
+        _, runner = build(1, 512, None)
+        monkeypatch.setattr(Decoder, "forward", lambda self, batches, caches: seen.extend(batches))
+        runner.run_largest_graph(512, MAX_RUNNING)
+    [sequences] = [rows.sequences for batch in seen for rows in batch.caches]
+    assert (sequences.max_decodes, sequences.max_prefills, sequences.max_prefill_tokens) == (24, 24, 512)
+
+
+def test_logits_of_a_prompt_come_in_portions(monkeypatch):
+    """Of no more rows than requests can run, for which room was measured."""
+    rows, logits = [], Decoder.logits
+    with FakeLaunches():
+        config, runner = build(1, 8192, None)
+        monkeypatch.setattr(Decoder, "logits", lambda self, x_XD: (rows.append(len(x_XD)), logits(self, x_XD))[1])
+        limits = {"max_running": MAX_RUNNING, "max_num_tokens": 8192, "num_blocks": NUM_BLOCKS, "max_waiting": 9}
+        served = SchedulerConfig(num_ranks=1, eos_token_ids=(), vocab_size=99, **limits, **SIZES)
+        scheduler, prompt = Scheduler(served, config.cache_specs()), np.arange(500, dtype=np.int32) % 50
+        params = SamplingParams(max_tokens=1, prompt_logprobs=2)
+        assert scheduler.submit(Request(key=1, prompt=prompt, params=params, seed=1), 0.0) is None
+        result = runner.launch(scheduler.plan(0.0)).finish()
+    assert len(result.prompt_logprob) == 499
+    assert result.prompt_top_ids.shape == (2 * 499,)
+    assert max(rows) == MAX_RUNNING
+    assert sum(rows) == 499 + 1
+
+
+def test_what_sequences_are_described_by_is_aligned_alike():
+    """A pointer that is not a multiple of 16 bytes is another variant of a kernel."""
+    slots = DeviceSlots(num_slots=3, specs=SPECS, device="cpu", max_model_len=1000, block_size=16)
+    tables_CBW = slots.blocks_CSW.index_select(1, torch.tensor([1]))
+    behind = attention.prefills(attention.describe_on_device([1, 3, 2], [5, 7, 9], tables_CBW[0].expand(3, -1)), 1)
+    assert behind.lengths.tolist() == [7, 9]
+    for tensor in (*tables_CBW, behind.lengths, behind.cu_queries, behind.num_decodes):
+        assert tensor.data_ptr() % 16 == 0
+
+
+def test_a_kernel_that_a_capture_launches_first_is_an_error(monkeypatch):
+    """Were nothing done before the capture, every one of its kernels would be compiled in it."""
+    monkeypatch.setattr(FakeCapture, "__call__", FakeCapture.alone)
+    with FakeLaunches() as gpu:
+        _, runner = build(1, 32, FakeCapture(gpu))
+        with pytest.raises(AssertionError, match="look_up_kernel is compiled during a capture"):
+            runner.warm_up(max_num_tokens=32, max_running=1)
