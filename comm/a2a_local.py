@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -29,10 +28,6 @@ class LocalAllToAll:
     def __init__(self, spec: AllToAllSpec, permute: Callable[..., Permuted]) -> None:
         assert spec.group.size == 1, f"{spec.group.size} ranks"
         self._spec, self._permute = spec, permute
-
-    def counting(self, load_E: Tensor) -> LocalAllToAll:
-        """The same, which adds each expert's rows to `load_E`, i64, on the device."""
-        return LocalAllToAll(self._spec, partial(self._permute, load_E=load_E))
 
     def dispatch_send(
         self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None

@@ -1,20 +1,20 @@
 """Dispatch and combine by sending and receiving: NCCL between GPUs, and the same code over gloo between CPUs.
 
-`NcclAllToAll`, for many tokens: ranks tell each other how many rows to expect and for which experts, and the rows follow in one
-grouped send and receive; while they travel, everybody works out its order of experts. The host learns the counts, so it cannot
-be captured in a CUDA graph.
+Everybody gathers the ids of all tokens, whose numbers the plan has told, so a rank knows on its device which rows go where and
+which will come. The rows follow in one grouped send and receive; while they travel, the order of experts is worked out.
 
-`PaddedNcclAllToAll`, for few tokens and few ranks: everything has the size of the most there can be, so that the host learns
-nothing and a graph can hold it. Rows padded to `max_tokens` for every pair of ranks are as many bytes as all of a rank's rows
-sent to everybody, so they are just gathered, with the ids; a header row of the ids counts the tokens. Coming home, every rank
-sends everybody all of its `max_tokens * K` slots, of which those with an expert here are filled: P times the bytes needed.
+The host waits for the device once a layer. NCCL takes the numbers of rows to send and to receive from the host
+(https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/p2p.html), and these depend on the routing. With sizes bounded by
+the plan every row would go to every rank, and P times the rows of a combine come home: where NVLink joins the ranks, `nvlink`
+needs neither that nor the host; across domains bytes are what is scarce. So no CUDA graph can hold this.
 
-Never run on a GPU by us. Letters as in `comm.all_to_all`, S slots (t, k) of this rank that have an expert.
+Never run on a GPU by us. Letters as in `comm.all_to_all`, S slots (t, k) of this rank that have an expert, H home ranks, C rows
+that leave, U rows that arrive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from expertwire.comm.all_to_all import AllToAllSpec, Dispatched
-from expertwire.comm.group import PeerGroup, Pending, exchange_now
-from expertwire.kernels.permute import Permuted
+from expertwire.comm.group import PeerGroup, Pending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,26 +62,26 @@ class NcclAllToAll:
         group, num_tokens = self._group, x_TD.shape[0]
         assert num_tokens == num_tokens_P[group.rank], f"rank {group.rank} has {num_tokens} tokens, plan {num_tokens_P}"
         assert num_tokens <= self._spec.max_tokens, f"{num_tokens} tokens, built for {self._spec.max_tokens}"
-        rank_TK = self._ranks_of(physical_TK)
-        at_PTK = rank_TK == torch.arange(group.size, device=x_TD.device)[:, None, None]
-        copy_PT = at_PTK.any(dim=2)
-        counts_P2 = torch.stack([copy_PT.sum(dim=1), at_PTK.sum(dim=(1, 2))], dim=1)
-        ones = [1] * group.size
-        received_P2 = exchange_now(group, counts_P2, ones, ones)
-        (copies_P, routed_P), (rows_P, arrivals_P) = (
-            counts_P2.T.tolist() for counts_P2 in torch.stack([counts_P2, received_P2]).cpu()
-        )
-        token_C = copy_PT.nonzero()[:, 1]
-        ids_UK = _swap(group, physical_TK[token_C].int(), copies_P, rows_P)[0]
-        x_UD, pending = _swap(group, x_TD[token_C], copies_P, rows_P, wait=False)
-        row_index_R, place_R, offsets = self._by_expert(ids_UK)
+        ids_HTK = self._everyones_ids(physical_TK, max(num_tokens_P))
+        rank_HTK = self._ranks_of(ids_HTK)
+        rank_TK = rank_HTK[group.rank, :num_tokens]
+        goes_PTK = rank_TK == torch.arange(group.size, device=x_TD.device)[:, None, None]
+        comes_HTK = rank_HTK == group.rank
+        leaves_PT, arrives_HT = goes_PTK.any(dim=2), comes_HTK.any(dim=2)
+        sums = (leaves_PT.sum(1), goes_PTK.sum((1, 2)), arrives_HT.sum(1), comes_HTK.sum((1, 2)))
+        counts = torch.cat([*sums, self._expert_offsets(ids_HTK)]).cpu()  # the host waits here, and nowhere else
+        copies_P, routed_P, rows_P, arrivals_P = counts[: 4 * group.size].view(4, -1).tolist()
+        token_C = _true_first(leaves_PT)[: sum(copies_P)] % max(1, num_tokens)
+        x_UD, pending = _swap(group, x_TD[token_C], copies_P, rows_P)
+        ids_UK = ids_HTK.flatten(0, 1)[_true_first(arrives_HT)[: sum(rows_P)]]
+        row_index_R, place_R = self._by_expert(ids_UK, sum(arrivals_P))
         return _Handle(
             num_tokens=num_tokens,
             slot_S=rank_TK.flatten().sort(stable=True).indices[rank_TK.numel() - sum(routed_P) :],
             routed_P=routed_P,
             arrivals_P=arrivals_P,
             place_R=place_R,
-            arrived=Dispatched(x_UD=x_UD, row_index_R=row_index_R, expert_offsets=offsets.cpu().numpy()),
+            arrived=Dispatched(x_UD=x_UD, row_index_R=row_index_R, expert_offsets=counts[4 * group.size :].numpy()),
             pending=pending,
         )
 
@@ -92,7 +91,7 @@ class NcclAllToAll:
 
     def combine_send(self, handle: _Handle, y_RD: Tensor) -> _Returning:
         rows_RD = y_RD.index_select(0, handle.place_R)
-        home_SD, pending = _swap(self._group, rows_RD, handle.arrivals_P, handle.routed_P, wait=False)
+        home_SD, pending = _swap(self._group, rows_RD, handle.arrivals_P, handle.routed_P)
         return _Returning(num_tokens=handle.num_tokens, slot_S=handle.slot_S, home_SD=home_SD, pending=pending)
 
     def combine_recv(self, handle: _Returning) -> Tensor:
@@ -102,27 +101,43 @@ class NcclAllToAll:
         out_ND[handle.slot_S] = handle.home_SD
         return out_ND.view(handle.num_tokens, top_k, width)
 
-    def _by_expert(self, ids_UK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the routed rows that come here: their rows in the order of experts, their places in it, each expert's offset."""
+    def _everyones_ids(self, physical_TK: Tensor, most: int) -> Tensor:
+        """i32 [P, most, K]: the ids of every rank's tokens, -1 behind them."""
+        mine_TK = physical_TK.new_full((most, physical_TK.shape[1]), -1, dtype=torch.int32)
+        mine_TK[: len(physical_TK)] = physical_TK
+        ids_HTK = mine_TK.new_empty(self._group.size, *mine_TK.shape)
+        if most:
+            self._group.gather(ids_HTK.flatten(0, 1), mine_TK).wait()
+        return ids_HTK
+
+    def _local(self, ids: Tensor) -> Tensor:
+        """i64: ids as this rank counts its own experts; for all others, the number of its own."""
         first, last = self._spec.rank_offsets[self._group.rank :][:2]
-        row_A, k_A = ((ids_UK >= first) & (ids_UK < last)).nonzero(as_tuple=True)
-        expert_A = ids_UK[row_A, k_A] - first
-        order_R = expert_A.sort(stable=True).indices
-        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        offsets = torch.zeros(last - first + 1, dtype=torch.int64, device=ids_UK.device)
-        offsets[1:] = torch.bincount(expert_A, minlength=last - first).cumsum(0)
-        return row_A[order_R], place_R, offsets
+        return torch.where((ids >= first) & (ids < last), ids.long() - first, last - first)
+
+    def _expert_offsets(self, ids_HTK: Tensor) -> Tensor:
+        """i64 [experts here + 1]."""
+        first, last = self._spec.rank_offsets[self._group.rank :][:2]
+        local_N = self._local(ids_HTK).flatten()
+        counts = local_N.new_zeros(last - first + 2)
+        return counts.scatter_add_(0, local_N + 1, torch.ones_like(local_N))[:-1].cumsum(0)
+
+    def _by_expert(self, ids_UK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Of the routed rows that come here, the rows they read, in the order of experts; and their places in it, in the order
+        of arrival."""
+        order_R = self._local(ids_UK).flatten().sort(stable=True).indices[:num_rows]
+        return order_R // ids_UK.shape[1], order_R.sort().indices
 
 
-def _swap(
-    group: PeerGroup, rows: Tensor, counts_P: list[int], receive_P: list[int], wait: bool = True
-) -> tuple[Tensor, Pending]:
+def _true_first(flags: Tensor) -> Tensor:
+    """Places in the flattened flags, those that are set first; in order."""
+    return (~flags.flatten()).sort(stable=True).indices
+
+
+def _swap(group: PeerGroup, rows: Tensor, counts_P: list[int], receive_P: list[int]) -> tuple[Tensor, Pending]:
     """`counts_P[p]` of the rows to each rank p, and `receive_P[p]` from it, in rank order, into a new tensor."""
     out = rows.new_empty(sum(receive_P), *rows.shape[1:])
-    pending = group.swap(out.split(receive_P), rows.contiguous().split(counts_P))
-    if wait:
-        pending.wait()
-    return out, pending
+    return out, group.swap(out.split(receive_P), rows.contiguous().split(counts_P))
 
 
 class RankTable:
@@ -136,92 +151,3 @@ class RankTable:
         if self._bounds.device != physical_TK.device:
             self._bounds = self._bounds.to(physical_TK.device)
         return torch.where(physical_TK < 0, -1, torch.bucketize(physical_TK, self._bounds, right=True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PaddedHandle:
-    num_tokens: int
-    arrived: Dispatched
-    pending: Pending
-    slab_TK: Tensor  # i64: which of the P slabs that come home holds slot (t, k); -1 for none
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PaddedReturning:
-    num_tokens: int
-    slab_TK: Tensor
-    home_PTKD: Tensor
-    pending: Pending
-
-
-class PaddedNcclAllToAll:
-    """See the module. Rows are found by `permute`, an implementation of `kernels.permute`; `home_R` is a place in y_RD, of which
-    those without an expert are undefined, as they are sent but not read."""
-
-    graph_safe = True
-
-    def __init__(self, spec: AllToAllSpec, permute: Callable[..., Permuted], device: torch.device | str) -> None:
-        self._spec, self._group, self._permute = spec, cast(PeerGroup, spec.group), permute
-        self._ranks_of = RankTable(spec.rank_offsets)
-        size, tokens = spec.group.size, spec.max_tokens
-        home = spec.home_size or spec.hidden_size, spec.home_dtype or spec.dtype
-        # Captured graphs write here as long as they live.
-        with self._group.registered():
-            self._mine_TD = torch.zeros(tokens, spec.hidden_size, dtype=spec.dtype, device=device)
-            self._x_UD = torch.zeros(size * tokens, spec.hidden_size, dtype=spec.dtype, device=device)
-            self._mine_ids = torch.zeros(1 + tokens, spec.top_k, dtype=torch.int32, device=device)
-            self._ids = torch.zeros(size, 1 + tokens, spec.top_k, dtype=torch.int32, device=device)
-            self._home = torch.zeros(size * tokens * spec.top_k, home[0], dtype=home[1], device=device)
-        self._token_T = torch.arange(tokens, device=device)
-
-    def dispatch_send(
-        self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
-    ) -> _PaddedHandle:
-        group, num_tokens = self._group, x_TD.shape[0]
-        assert num_tokens == num_tokens_P[group.rank], f"rank {group.rank} has {num_tokens} tokens, plan {num_tokens_P}"
-        assert num_tokens <= self._spec.max_tokens, f"{num_tokens} tokens, built for {self._spec.max_tokens}"
-        self._mine_TD[:num_tokens] = x_TD
-        self._mine_ids[0] = num_tokens if num_valid is None else num_valid
-        self._mine_ids[1 : 1 + num_tokens] = physical_TK
-        ids_pending = group.gather(self._ids.flatten(0, 1), self._mine_ids)
-        pending = group.gather(self._x_UD, self._mine_TD)
-        ids_pending.wait()
-        permuted = self._permute(self._local_ids(), self._num_local())
-        counted_T = self._token_T[:num_tokens] < self._mine_ids[0, 0]
-        slab_TK = torch.where(counted_T[:, None], self._ranks_of(physical_TK), -1)
-        arrived = Dispatched(
-            x_UD=self._x_UD,
-            row_index_R=permuted.row_index_N,
-            expert_offsets=permuted.expert_offsets,
-            home_R=permuted.home_N,
-        )
-        return _PaddedHandle(num_tokens=num_tokens, arrived=arrived, pending=pending, slab_TK=slab_TK)
-
-    def dispatch_recv(self, handle: _PaddedHandle) -> Dispatched:
-        handle.pending.wait()
-        return handle.arrived
-
-    def combine_send(self, handle: _PaddedHandle, y_RD: Tensor) -> _PaddedReturning:
-        assert len(y_RD) == len(self._home), f"{len(y_RD)} places for {len(self._home)} rows"
-        pending = self._group.exchange(self._home.view(torch.uint8), y_RD.view(torch.uint8), [], [])
-        home_PTKD = self._home.unflatten(0, (self._group.size, self._spec.max_tokens, self._spec.top_k))
-        num_tokens, slab_TK = handle.num_tokens, handle.slab_TK
-        return _PaddedReturning(num_tokens=num_tokens, slab_TK=slab_TK, home_PTKD=home_PTKD, pending=pending)
-
-    def combine_recv(self, handle: _PaddedReturning) -> Tensor:
-        handle.pending.wait()
-        token_T1 = self._token_T[: handle.num_tokens, None]
-        k_K = torch.arange(self._spec.top_k, device=token_T1.device)
-        rows_TKD = handle.home_PTKD[handle.slab_TK.clamp(min=0), token_T1, k_K]
-        return torch.where(handle.slab_TK[..., None] >= 0, rows_TKD, 0)
-
-    def _num_local(self) -> int:
-        first, last = self._spec.rank_offsets[self._group.rank :][:2]
-        return last - first
-
-    def _local_ids(self) -> Tensor:
-        """i32 [P * T, K]: expert ids as this rank counts its own, others and those of tokens that do not count -1."""
-        ids_PTK, first = self._ids[:, 1:], self._spec.rank_offsets[self._group.rank]
-        here = (ids_PTK >= first) & (ids_PTK < first + self._num_local())
-        here &= (self._token_T < self._ids[:, 0, :1])[..., None]
-        return torch.where(here, ids_PTK - first, -1).flatten(0, 1)

@@ -12,7 +12,8 @@ Letters as in `comm.all_to_all`; R is what there can be at most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import triton
@@ -21,30 +22,43 @@ from torch import Tensor
 from expertwire.comm import peer_memory
 from expertwire.comm.all_to_all import AllToAllSpec, Dispatched
 from expertwire.comm.arena import COMBINE, DISPATCH, LINE, ArenaLayout, Region, stall_error
+from expertwire.comm.group import TorchGroup
 from expertwire.kernels.gpu import exchange, exchange_few, exchange_flags
 from expertwire.kernels.gpu.early import EARLY
 from expertwire.kernels.quantize import packed_bytes
 
 _STORE = 16  # bytes
+OVERLAP_PROGRAMS = (
+    48  # that move rows while experts compute: three on each of the multiprocessors that these leave them
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Handle:
     num_tokens: int
+    most_tokens: int  # of a rank
     max_rows: int  # R
-    few: bool
 
 
-def build(spec: AllToAllSpec) -> NvlinkGpuAllToAll:
-    """Between GPUs that reach each other's memory. All ranks call it together.
+def build(spec: AllToAllSpec) -> tuple[NvlinkGpuAllToAll, ...]:
+    """Between GPUs that reach each other's memory, one for each part of a step, in one piece of symmetric memory. All ranks call
+    it together. They are of no use any more when the group has been closed.
 
     Raises:
         ValueError: they do not, or rows cannot be stored 16 bytes at a time.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    memories = peer_memory.symmetric(spec.group, ArenaLayout.of(spec).nbytes, device)
+    nbytes = ArenaLayout.of(spec).nbytes
+    memories = peer_memory.symmetric(cast(TorchGroup, spec.group), spec.num_parts * nbytes, device)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return NvlinkGpuAllToAll(spec, memories, num_programs=num_sms)
+    return tuple(
+        NvlinkGpuAllToAll(
+            replace(spec, part=part),
+            [memory[part * nbytes : (part + 1) * nbytes] for memory in memories],
+            num_programs=num_sms,
+        )
+        for part in range(spec.num_parts)
+    )
 
 
 class NvlinkGpuAllToAll:
@@ -53,7 +67,9 @@ class NvlinkGpuAllToAll:
     Args:
         memories: the arenas' bytes, by rank (`comm.peer_memory`).
         num_programs: that move rows.
-        few_ids: up to so many of its own a rank takes the way of fewest launches.
+        few_ids: up to so many of its own a rank sends in one launch. Where and how rows and counts are stored is the same for
+            few and many, so ranks may differ.
+        few_arrived_ids: up to so many of all ranks, as the plan bounds them, are put in order in one launch.
         max_turns: of a wait in the interpreter, which has no clock.
     """
 
@@ -66,12 +82,16 @@ class NvlinkGpuAllToAll:
         *,
         num_programs: int,
         few_ids: int = exchange_few.MAX_IDS,
+        few_arrived_ids: int = exchange_few.MAX_ARRIVED_IDS,
         max_turns: int = 1,
     ) -> None:
         layout = ArenaLayout.of(spec)
         mine = memories[spec.group.rank]
         self._spec, self._layout, self._mine, self._num_programs = spec, layout, mine, num_programs
-        self._few_ids = few_ids
+        self._few_ids, self._few_arrived_ids = few_ids, few_arrived_ids
+        if spec.num_parts > 1:
+            # The other part computes meanwhile, on all multiprocessors but a few. One warp waits, not a program an expert.
+            self._num_programs, self._few_arrived_ids = min(num_programs, OVERLAP_PROGRAMS), 0
         self._limit = int(spec.timeout_s * 1e9) if mine.is_cuda else max_turns
         home_dtype, home_size = spec.home_dtype or spec.dtype, spec.home_size or spec.hidden_size
         for what, nbytes in (
@@ -116,12 +136,16 @@ class NvlinkGpuAllToAll:
         assert max(num_tokens_P) <= spec.max_tokens, f"{num_tokens_P} tokens, built for {spec.max_tokens}"
         assert x_TD.is_contiguous(), x_TD.stride()
         assert physical_TK.is_contiguous(), physical_TK.stride()
-        few = num_tokens * top_k <= self._few_ids
-        (self._send_few if few else self._send)(x_TD, physical_TK, num_tokens, num_valid)
-        return _Handle(num_tokens=num_tokens, max_rows=self._most_rows(num_tokens_P), few=few)
+        send = self._send_few if num_tokens * top_k <= self._few_ids else self._send
+        send(x_TD, physical_TK, num_tokens, num_valid)
+        most_tokens = max(num_tokens_P)
+        return _Handle(num_tokens=num_tokens, most_tokens=most_tokens, max_rows=self._most_rows(num_tokens_P))
 
     def dispatch_recv(self, handle: _Handle) -> Dispatched:
-        self._arrive_few(handle.num_tokens) if handle.few else self._arrive()
+        if handle.most_tokens * self._spec.group.size * self._spec.top_k <= self._few_arrived_ids:
+            self._arrive_few(handle.most_tokens)
+        else:
+            self._arrive()
         return Dispatched(
             x_UD=self._rows,
             row_index_R=self._row_index[: handle.max_rows],
@@ -215,19 +239,22 @@ class NvlinkGpuAllToAll:
             **sizes, RANKS=triton.next_power_of_2(num_ranks), **EARLY,
         )  # fmt: skip
 
-    def _arrive_few(self, num_tokens: int) -> None:
+    def _arrive_few(self, most_tokens: int) -> None:
         spec, layout = self._spec, self._layout
         exchange_few.arrive_few_kernel[(self._num_experts + 1,)](
             self._peers, self._rank_offsets, self._epoch, self._expert_offsets, self._row_index, self._slots,
             spec.group.rank, spec.group.size, spec.max_tokens, self._num_experts,
             layout.dispatched.offset, layout.routes.offset, layout.stalled.offset, self._limit,
-            K=spec.top_k, CHUNK=exchange_few.chunk_of(num_tokens, spec.top_k, spec.group.size),
+            K=spec.top_k, CHUNK=exchange_few.chunk_of(most_tokens, spec.top_k, spec.group.size),
             RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._mine.is_cuda,
         )  # fmt: skip
 
     def _most_rows(self, num_tokens_P: Sequence[int]) -> int:
-        """Routed rows that can come here."""
-        return sum(num_tokens_P) * min(self._spec.top_k, self._num_experts)
+        """Return how many routed rows can come here, as many as of one token a rank at least.
+
+        Warm-up has one token a rank in its smallest step: what is compiled by this number is never asked for less.
+        """
+        return max(sum(num_tokens_P), len(num_tokens_P)) * min(self._spec.top_k, self._num_experts)
 
     def _wait(self, lines_at: int, phase: int) -> None:
         spec = self._spec

@@ -22,7 +22,7 @@ from expertwire.comm.all_to_all import AllToAll, Dispatched, Watched
 @dataclass(frozen=True, kw_only=True)
 class _Handle:
     inner: Any
-    kept: tuple[Tensor, ...]  # until they have been read, or their memory would be the caller's again
+    kept: tuple[Tensor | None, ...]  # until they have been read, or their memory would be the caller's again
 
 
 class StreamAllToAll:
@@ -30,7 +30,7 @@ class StreamAllToAll:
 
     Args:
         inner: whose phases take device tensors and wait for nothing on the host.
-        stream: that nothing else uses.
+        stream: that nothing else uses, nor another part of the step: nothing would wait between one's receiving and another's.
     """
 
     def __init__(self, inner: AllToAll, stream: torch.cuda.Stream) -> None:
@@ -46,7 +46,7 @@ class StreamAllToAll:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             inner = self._inner.dispatch_send(x_TD, physical_TK, num_tokens_P, num_valid)
-        return _Handle(inner=inner, kept=(x_TD, physical_TK))
+        return _Handle(inner=inner, kept=(x_TD, physical_TK, num_valid))
 
     def dispatch_recv(self, handle: _Handle) -> Dispatched:
         with torch.cuda.stream(self._stream):

@@ -29,12 +29,13 @@ class AllToAllSpec:
     Args:
         group: the ranks.
         rank_offsets: P + 1 integers; rank p holds the physical experts `rank_offsets[p] : rank_offsets[p + 1]`.
-        max_tokens: of one rank in one step.
+        max_tokens: of one rank in one exchange.
         hidden_size: D.
         top_k: K.
         dtype: of rows on the wire.
         home_size, home_dtype: of the rows that come home; None: like those that go out.
-        layers: the model's layers that take turns, over and over, in this order; errors name them.
+        layers: the model's layers that take turns, over and over, in this order; errors name them. Empty: one may take several
+            exchanges in a step, so that errors cannot tell.
         timeout_s: a rank that lets the others wait for longer is an error, where the backend waits by itself.
         part, num_parts: of a step that is computed in parts, each with an all-to-all of its own: which one this is for. Their
             exchanges take turns.
@@ -59,15 +60,18 @@ class RankStalled(RuntimeError):
 
     Attributes:
         rank: whose part.
-        exchange: which one, from 1; a step, or each part of it, has one a layer.
+        exchange: which one, from 1; a step, or each part of it, has one a layer, or several.
         phase: "dispatch" or "combine".
-        layer: the model's.
+        layer: the model's; None if that is not known.
         part: of the step.
     """
 
-    def __init__(self, rank: int, exchange: int, phase: str, layer: int, timeout_s: float, part: int = 0) -> None:
+    def __init__(
+        self, rank: int, exchange: int, phase: str, layer: int | None, timeout_s: float, part: int = 0
+    ) -> None:
+        where = "" if layer is None else f" of layer {layer}"
         super().__init__(
-            f"rank {rank} has stalled: the others have waited for more than {timeout_s:g} s for its {phase} of layer {layer}"
+            f"rank {rank} has stalled: the others have waited for more than {timeout_s:g} s for its {phase}{where}"
         )
         self.rank, self.exchange, self.phase, self.layer, self.part = rank, exchange, phase, layer, part
 

@@ -86,6 +86,37 @@ def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+EXCHANGE_BYTES = 4 << 30  # of a GPU that all parts' exchanges may take at worst
+_LEAST_TOKENS = 128
+
+
+def exchange_tokens(
+    max_tokens: int,
+    *,
+    num_ranks: int,
+    experts: int,
+    top_k: int,
+    row_bytes: int,
+    home_bytes: int,
+    expert_bytes: int,
+    budget: int = EXCHANGE_BYTES,
+) -> int:
+    """Return how many tokens of a rank an exchange shall take: `max_tokens`, halved until memory for the worst case, all tokens
+    of all ranks choosing experts of one rank, is within `budget` bytes. 128 are taken at least.
+
+    Args:
+        experts: of one rank, at most.
+        row_bytes, home_bytes: of a row that goes out, and of one that comes home.
+        expert_bytes: that a routed row takes in the experts, beside the row that goes home.
+    """
+    arena = num_ranks * (row_bytes + _ID * (top_k + 1)) + top_k * home_bytes
+    token_bytes = arena + num_ranks * min(top_k, experts) * (home_bytes + expert_bytes)
+    tokens = max_tokens
+    while tokens > _LEAST_TOKENS and tokens * token_bytes > budget:
+        tokens = _padded(-(-tokens // 2), _STORE)
+    return tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arena:
     """Views of one rank's arena on the host, in numpy: it moves rows by an index in a third of torch's time."""
@@ -144,5 +175,5 @@ class Stall:
 def stall_error(words: np.ndarray, spec: AllToAllSpec) -> RankStalled:
     """The error of the earliest of some stalls, words of which 0 is none."""
     stall = Stall.from_word(int(words[words > 0].min()))
-    layer = spec.layers[(stall.epoch - 1) % len(spec.layers)]
+    layer = spec.layers[(stall.epoch - 1) % len(spec.layers)] if spec.layers else None
     return RankStalled(stall.rank, stall.epoch, PHASES[stall.phase], layer, spec.timeout_s, spec.part)

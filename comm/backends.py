@@ -36,8 +36,9 @@ def build(
     *,
     fp8: bool = False,
     table: Table | None = None,
-) -> tuple[AllToAll, Choice]:
-    """The all-to-all `wanted`: "auto", "reference", "nccl" or "nvlink", and why; a single rank needs none of them.
+) -> tuple[tuple[AllToAll, ...], Choice]:
+    """The all-to-all `wanted`: "auto", "reference", "nccl" or "nvlink", one for each part of a step, as what one has to say or
+    to store never meets another's; and why. A single rank needs none of them.
 
     All ranks call it together.
 
@@ -53,8 +54,8 @@ def build(
     if spec.group.size == 1:
         choice = Choice(name="reference", why="there is one rank, and nothing travels")
         if ops.on_device:  # experts that read packed rows would quantise these just so
-            return LocalAllToAll(spec, ops.permute), choice
-        return _over(ReferenceAllToAll, spec, device, fp8), choice
+            return tuple(LocalAllToAll(part, ops.permute) for part in _parts(spec)), choice
+        return make("reference", spec, device, fp8=fp8), choice
     sent = a2a_fp8.packed(spec) if fp8 else spec
     reports = topology_probe.gather(spec.group, topology_probe.probe(node, device), device)
     here = _situation(sent, reports, device)
@@ -65,15 +66,12 @@ def build(
         topology_fabric.check_fabric(reports)
         topology_fabric.check_import(spec.group, topology_fabric.load_driver(device), device)
     if choice.name == "nccl" and (rails := here.topology.rails()):
-        group, (domain_P, place_P) = cast(TorchGroup, spec.group), rails
-        across, within = group.part(place_P), group.part(domain_P)
-        hierarchical = partial(HierarchicalAllToAll, across=across, within=within, make=NcclAllToAll)
-        return _over(hierarchical, spec, device, fp8), choice
+        return tuple(_over(_hierarchical(part, rails), part, device, fp8) for part in _parts(spec)), choice
     return make(choice.name, spec, device, fp8=fp8), choice
 
 
-def make(name: str, spec: AllToAllSpec, device: str, *, fp8: bool = False) -> AllToAll:
-    """The backend, without asking whether the ranks can use it. All ranks call it together."""
+def make(name: str, spec: AllToAllSpec, device: str, *, fp8: bool = False) -> tuple[AllToAll, ...]:
+    """The backend, one for each part of a step, without asking whether the ranks can use it. All ranks call it together."""
     if name == "nvlink" and device != "cpu":
         from expertwire.comm import a2a_nvlink_gpu  # Triton is of no use elsewhere
 
@@ -83,7 +81,17 @@ def make(name: str, spec: AllToAllSpec, device: str, *, fp8: bool = False) -> Al
         "nccl": NcclAllToAll,
         "nvlink": a2a_nvlink.build,
     }
-    return _over(backends[name], spec, device, fp8)
+    return tuple(_over(backends[name], part, device, fp8) for part in _parts(spec))
+
+
+def _parts(spec: AllToAllSpec) -> list[AllToAllSpec]:
+    return [replace(spec, part=part) for part in range(spec.num_parts)]
+
+
+def _hierarchical(spec: AllToAllSpec, rails: tuple[list[int], list[int]]) -> Callable[[AllToAllSpec], AllToAll]:
+    """Across domains, over groups of its own. All ranks call it together."""
+    group, (domain_P, place_P) = cast(TorchGroup, spec.group), rails
+    return partial(HierarchicalAllToAll, across=group.part(place_P), within=group.part(domain_P), make=NcclAllToAll)
 
 
 def _over(inner: Callable[[AllToAllSpec], AllToAll], spec: AllToAllSpec, device: str, fp8: bool) -> AllToAll:
@@ -105,7 +113,7 @@ def _quantizer(device: str) -> Callable[[Tensor], Quantized]:
 def _situation(spec: AllToAllSpec, reports: Sequence[RankReport], device: str) -> Situation:
     gpus = [report.gpu for report in reports if report.gpu]
     shared_bytes, layout = min(report.shared_bytes for report in reports), ArenaLayout.of(spec)
-    arenas = spec.group.size * (spec.num_parts - spec.part)  # also those that are still to come
+    arenas = spec.group.size * spec.num_parts
     return Situation(
         topology=topology_probe.assemble(reports),
         device=device.partition(":")[0],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 
 class Pending(Protocol):
@@ -49,13 +50,6 @@ class PeerGroup(Group, Protocol):
         """Everybody's `rows`, equally many, into `out` in rank order."""
         ...
 
-    def registered(self) -> AbstractContextManager[None]:
-        """What is allocated within is registered with NCCL until the group ends; on CPUs, nothing happens.
-
-        All ranks call it together, outside of any capture, and allocate the same.
-        """
-        ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class NcclOptions:
@@ -63,7 +57,6 @@ class NcclOptions:
 
     Args:
         min_ctas, max_ctas: thread blocks of a call; None: NCCL chooses.
-        zero_ctas: copy engines instead of thread blocks, where NCCL can: equal counts, one NVLink domain, registered memory.
 
     Raises:
         ValueError: a number is not usable.
@@ -71,7 +64,6 @@ class NcclOptions:
 
     min_ctas: int | None = None
     max_ctas: int | None = None
-    zero_ctas: bool = False
 
     def __post_init__(self) -> None:
         for name in ("min_ctas", "max_ctas"):
@@ -121,9 +113,6 @@ class SoloGroup:
         out.copy_(rows)
         return _Done()
 
-    def registered(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     def barrier(self) -> None:
         return None
 
@@ -136,13 +125,14 @@ class TorchGroup:
 
     Args:
         store: where the ranks find each other.
-        device: "cpu" (gloo) or "cuda" (NCCL).
+        device: "cpu" (gloo) or "cuda" (NCCL, on the current device, whose communicator is made at once).
         local_ip: this host's address towards the others; gloo listens there.
         timeout_s: an exchange that takes longer is an error.
         nccl: only for "cuda".
 
-    Raises:
-        ValueError: this torch's NCCL has no such option.
+    Attributes:
+        device: of the tensors that it exchanges, "cpu" or "cuda:N".
+        closing: what depends on the group; `close` ends it before the group, the last first.
     """
 
     def __init__(
@@ -157,30 +147,40 @@ class TorchGroup:
         nccl: NcclOptions = NcclOptions(),
     ) -> None:
         self.rank, self.size, self.store = rank, size, store
+        self.closing = contextlib.ExitStack()
         self._like: dict[str, Any] = {"device": device, "local_ip": local_ip, "timeout_s": timeout_s, "nccl": nccl}
-        self._parts: list[TorchGroup] = []
-        self._pools: list[Any] = []
         timeout = timedelta(seconds=timeout_s)
         if device == "cpu":
+            self.device = device
             options = dist.ProcessGroupGloo._Options()
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_ip)]
             options._timeout = timeout
             self._group = dist.ProcessGroupGloo(store, rank, size, options)
         else:
+            index = torch.cuda.current_device()
+            self.device = f"cuda:{index}"
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            configure(options.config, nccl, dist.ProcessGroupNCCL)
+            configure(options.config, nccl)
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+            # A communicator is otherwise made by the first call, which all ranks have to make: `swap` is not such a one.
+            self._group.eager_connect_single_device(torch.device("cuda", index))
 
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
         options = dist.AllToAllOptions()
         return self._group.alltoall_base(out, rows, list(out_counts), list(counts), options)
 
     def swap(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
-        grouped = send_P[0].is_cuda  # then one kernel sends and receives all; gloo has a call for each
+        """See `PeerGroup`. NCCL sends and receives all in one kernel, gloo has a call for each.
+
+        `ProcessGroupNCCL::endCoalescing` closes the NCCL group and returns nullptr, here None, if nothing was sent or received
+        since `startCoalescing` (torch 2.11 to 2.13, ProcessGroupNCCL.cpp: `coalescedComm_ == nullptr`): a rank between whose
+        peers nothing travels has nothing to wait for. Until the work has been waited for it keeps the tensors.
+        """
+        grouped = self.device != "cpu"
         if grouped:
             self._group._start_coalescing()
-        works = []
+        works: list[Pending] = []
         for peer, (receive, send) in enumerate(zip(receive_P, send_P, strict=True)):
             if peer == self.rank:
                 receive.copy_(send)
@@ -189,26 +189,39 @@ class TorchGroup:
                 works.append(self._group.recv([_bytes(receive)], peer, 0))
             if len(send):
                 works.append(self._group.send([_bytes(send)], peer, 0))
-        return _All([self._group._end_coalescing()] if grouped else works)
+        if grouped:
+            all_of_them = self._group._end_coalescing()
+            works = [] if all_of_them is None else [all_of_them]
+        return _All(works)
 
     def gather(self, out: Tensor, rows: Tensor) -> Pending:
         return self._group._allgather_base(_bytes(out), _bytes(rows))
 
-    @contextlib.contextmanager
-    def registered(self) -> Iterator[None]:
-        if self._like["device"] == "cpu":
-            yield
-            return
-        device = torch.device("cuda", torch.cuda.current_device())
-        self._group.eager_connect_single_device(device)  # a communicator must be there to register with
-        pool = torch.cuda.MemPool(self._group.mem_allocator)
-        with torch.cuda.use_mem_pool(pool):
-            yield
-        self._group.register_mem_pool(pool, symm=True)
-        self._pools.append(pool)
-
     def barrier(self) -> None:
-        self._group.barrier(dist.BarrierOptions()).wait()
+        """Wait for all ranks; of a CUDA group also for what this rank's current stream has been given."""
+        options = dist.BarrierOptions()
+        if self.device != "cpu":  # ProcessGroupNCCL::barrier would guess the device from the rank
+            options.device_ids = [torch.device(self.device).index]
+        self._group.barrier(options).wait()
+
+    def register(self) -> str:
+        """Return a name under which torch's C++ finds these ranks and a store of their own, until `close`. All ranks call it
+        together.
+
+        What torch does in C++ with a group it resolves by name from `GroupRegistry.cpp`, which knows `ProcessGroup`s and not the
+        backends that they are made of, and keeps none alive: entries are weak. `init_process_group` would register one, too, but
+        as the process's default group, of which there is one for all engines of a process, and with other backends than ours.
+        """
+        meeting = everyones_text(self, secrets.token_hex(8), self.device)[0]
+        name = f"expertwire-{meeting}-{self.rank}"  # the registry is the process's, and nobody compares names
+        group = dist.ProcessGroup(dist.PrefixStore(f"expertwire-{meeting}", self.store), self.rank, self.size)
+        _register_process_group(name, group)
+
+        def forget(registered: dist.ProcessGroup) -> None:
+            _unregister_process_group(name)
+
+        self.closing.callback(forget, group)
+        return name
 
     def part(self, part_P: Sequence[int], nccl: NcclOptions | None = None) -> Group:
         """A group of the ranks whose part is this rank's, in their order, maybe with other options; it ends with this one.
@@ -224,15 +237,11 @@ class TorchGroup:
         store = store or dist.TCPStore(host, int(port), is_master=False)
         like = self._like if nccl is None else {**self._like, "nccl": nccl}
         part = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **like)
-        self._parts.append(part)
+        self.closing.callback(part.close)
         return part
 
     def close(self) -> None:
-        for part in self._parts:
-            part.close()
-        for pool in self._pools:
-            self._group.deregister_mem_pool(pool)
-        self._pools.clear()
+        self.closing.close()
         if hasattr(self._group, "abort"):
             self._group.abort()
 
@@ -242,19 +251,11 @@ def _bytes(rows: Tensor) -> Tensor:
     return rows.view(torch.uint8)
 
 
-def configure(config: Any, wanted: NcclOptions, library: Any) -> None:
-    """Write what is wanted into torch's `NCCLConfig`; `library` is `ProcessGroupNCCL`.
-
-    Raises:
-        ValueError: this torch's NCCL has no such option.
-    """
+def configure(config: Any, wanted: NcclOptions) -> None:
+    """Write what is wanted into torch's `NCCLConfig`."""
     for name in ("min_ctas", "max_ctas"):
         if (value := getattr(wanted, name)) is not None:
             setattr(config, name, value)
-    if wanted.zero_ctas:
-        if not hasattr(library, "NCCL_CTA_POLICY_ZERO"):
-            raise ValueError("zero_ctas needs a torch that is built with NCCL 2.28 or later; allowed here is False")
-        config.cta_policy = library.NCCL_CTA_POLICY_ZERO
 
 
 def make_group(

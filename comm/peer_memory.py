@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import _SymmetricMemory
 
 from expertwire.comm.control_hub import this_node
 from expertwire.comm.group import Group, TorchGroup, everyones_text
@@ -52,25 +53,48 @@ def shared(group: Group, nbytes: int) -> list[Tensor]:
     return arenas
 
 
-def symmetric(group: Group, nbytes: int, device: torch.device) -> list[Tensor]:
-    """Memory of GPUs that reach each other's, from torch. All ranks call it together, outside of any capture, once.
+def symmetric(group: TorchGroup, nbytes: int, device: torch.device) -> list[Tensor]:
+    """Memory of GPUs that reach each other's, from torch; it is there until the group is closed.
 
-    Written from the interface of torch 2.11 to 2.13; never run on a GPU yet.
+    All ranks call it together, outside of any capture, once for all that they need: torch counts meetings by process and not by
+    group, so one that leaves some ranks out hangs the next (https://github.com/pytorch/pytorch/issues/196082). The group may be
+    one of CPUs: it only serves to meet. Several ranks on one GPU are refused by torch, unless the process was started with
+    TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 in its environment.
     """
-    from torch._C._distributed_c10d import _SymmetricMemory
-    from torch.distributed import PrefixStore, _symmetric_memory
+    memory = SymmetricMemory(group, nbytes, device)
+    group.closing.callback(memory.close)
+    return memory.arenas
 
-    assert isinstance(group, TorchGroup), f"{group} has no store to meet at"
-    # Torch knows a group by its name, and a process may have several.
-    name = everyones_text(group, f"expertwire-{secrets.token_hex(8)}", device)[0]
-    _SymmetricMemory.set_group_info(name, group.rank, group.size, PrefixStore(name, group.store))
-    mine = _symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
-    mine.zero_()
-    handle = _SymmetricMemory.rendezvous(mine, name)
-    arenas = [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
-    torch.cuda.synchronize(device)
-    group.barrier()  # nobody writes before all is zero
-    return arenas
+
+class SymmetricMemory:
+    """The owner of symmetric memory: what keeps the mappings of all ranks' memory alive.
+
+    Written from the sources of torch 2.11 to 2.13 (c10d/symm_mem); never run on a GPU. `CUDASymmetricMemory.cu`: ranks and store
+    are those of the `ProcessGroup` that is registered under the name (make_peer_alloc_info, since pull request 172163), and what
+    maps the peers' memory belongs to the handle and to the local allocation, whose deleter gives it up. `SymmetricMemory.cpp`:
+    `get_buffer` wraps an address and owns nothing, so a buffer outlives neither of the two.
+
+    Attributes:
+        arenas: u8 [nbytes], by rank, all zero.
+    """
+
+    def __init__(self, group: TorchGroup, nbytes: int, device: torch.device) -> None:
+        name = group.register()
+        self._device = device
+        # Not `_symmetric_memory.empty`, which takes it from a pool: a handle's buffers begin where the pool's block does.
+        self._local = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, name)
+        self._local.zero_()
+        self._handle = _SymmetricMemory.rendezvous(self._local, name)
+        self.arenas = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
+        torch.cuda.synchronize(device)
+        group.barrier()  # nobody writes before all is zero
+
+    def close(self) -> None:
+        """Give everything back, when the device has done what it was given. No arena may be used from now on."""
+        torch.cuda.synchronize(self._device)
+        self.arenas = []
+        del self._handle
+        del self._local
 
 
 def _create(path: Path, nbytes: int) -> str:

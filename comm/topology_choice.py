@@ -97,7 +97,7 @@ def _measured(table: Table, here: Situation, allowed: list[Backend]) -> Choice:
         )
     ranks = here.topology.num_ranks
     best, *others = table.fastest(ranks, here.step_rows / ranks * here.row_bytes, allowed)
-    options = [f" with {name}={value}" for name, value in best.nccl.items() if value not in (None, False)]
+    options = [f" with {name}={value}" for name, value in best.nccl.items() if value is not None]
     times = [f"{best.p50_us:.0f} us{''.join(options)}", *(f"{each.backend} {each.p50_us:.0f} us" for each in others)]
     why = (
         f"the fastest of those in {table.name}, measured on {table.machine} with {ranks} ranks of {best.tokens} tokens, "

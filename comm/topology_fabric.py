@@ -69,13 +69,13 @@ class Driver:
     def __init__(self, library: Any, device: int) -> None:
         self._library = library
         self._prop = AllocationProp(type=_PINNED, handle_types=_FABRIC, location=_Location(type=_DEVICE, id=device))
-        granularity = ctypes.c_size_t()
-        self._call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self._prop), 0)
-        self._size = granularity.value
+        self._size = 0  # of a page, known once one is exported
 
     def export_page(self, word: int) -> tuple[bytes, Any]:
         """A handle of new memory that begins with the u32 `word`, and what keeps it alive."""
-        allocation = ctypes.c_ulonglong()
+        granularity, allocation = ctypes.c_size_t(), ctypes.c_ulonglong()
+        self._call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self._prop), 0)
+        self._size = granularity.value
         prop, size = ctypes.byref(self._prop), ctypes.c_size_t(self._size)
         self._call("cuMemCreate", ctypes.byref(allocation), size, prop, ctypes.c_ulonglong(0))
         address = self._map(allocation)

@@ -114,52 +114,46 @@ def reaches(device: int, peer: int) -> bool:
     return torch.equal(back, pattern)
 
 
-class FabricInfo(ctypes.Structure):
-    """nvmlGpuFabricInfo_t."""
-
-    _fields_ = (
-        ("cluster", ctypes.c_ubyte * 16),
-        ("status", ctypes.c_int),
-        ("clique", ctypes.c_uint),
-        ("state", ctypes.c_ubyte),
-    )
-
-
 def load_nvml() -> Any:
-    """The library that comes with the driver, initialised.
+    """Return NVIDIA's package for NVML, initialised.
 
     Raises:
-        ValueError: it is not there, or refuses.
+        ValueError: the package or the driver's library is not there, or refuses.
     """
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError as error:
-        raise ValueError(f"the topology cannot be read: NVML is not on this machine ({error})") from None
-    _check("nvmlInit_v2", nvml.nvmlInit_v2())
-    return nvml
+        import pynvml  # of nvidia-ml-py, which only machines with GPUs need
+    except ImportError:
+        raise ValueError(
+            "the topology cannot be read: nvidia-ml-py is not installed (the extras cuda12 and cuda13 have it)"
+        ) from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise ValueError(f"the topology cannot be read: {error}") from None
+    return pynvml
 
 
 def fabric_info(nvml: Any, gpu: str) -> dict[str, Any]:
-    """Fields of `RankReport`. A driver that knows no fabric answers "not supported".
+    """Return fields of `RankReport`; none from a driver that knows no fabric.
 
     Raises:
         ValueError: there is no such GPU.
     """
-    handle, info = ctypes.c_void_p(), FabricInfo()
-    _check("nvmlDeviceGetHandleByUUID", nvml.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(handle)))
-    if not hasattr(nvml, "nvmlDeviceGetGpuFabricInfo") or nvml.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info)):
+    try:
+        handle = nvml.nvmlDeviceGetHandleByUUID(gpu)
+    except nvml.NVMLError as error:
+        raise ValueError(f"the topology cannot be read: NVML knows no {gpu} ({error})") from None
+    info = nvml.c_nvmlGpuFabricInfo_t()
+    try:
+        nvml.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info))
+    except nvml.NVMLError:
         return {}
     return {
-        "cluster": bytes(info.cluster).hex(),
-        "clique": info.clique,
+        "cluster": bytes(info.clusterUuid).hex(),
+        "clique": info.cliqueId,
         "fabric_state": FABRIC_STATES[info.state],
         "fabric_error": info.status,
     }
-
-
-def _check(name: str, code: int) -> None:
-    if code:
-        raise ValueError(f"the topology cannot be read: {name} answered {code}")
 
 
 def gather(group: Group, report: RankReport, device: str) -> list[RankReport]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from expertwire.comm.topology import check_fields, check_items, check_text
 
-NCCL_OPTIONS = ("min_ctas", "max_ctas", "zero_ctas")
+NCCL_OPTIONS = ("min_ctas", "max_ctas")
 
 
 @dataclass(frozen=True, kw_only=True)

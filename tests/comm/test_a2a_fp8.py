@@ -35,7 +35,7 @@ def spec_of(case, group, dtype):
 
 def run(group, name, case, dtype):
     """A rank's steps, which must see everybody's rounded rows."""
-    all_to_all = backends.make(name, spec_of(case, group, dtype), "cpu", fp8=True)
+    [all_to_all] = backends.make(name, spec_of(case, group, dtype), "cpu", fp8=True)
     for step in range(3):
         sent = [case.sent(rank, step, group.size)[1] for rank in range(group.size)]
         x = [rows_of(rank, len(ids), dtype) for rank, ids in enumerate(sent)]
@@ -87,7 +87,7 @@ def test_a_single_rank_on_a_device_sends_numbers():
     x, ids = rows_of(0, 4, torch.bfloat16), torch.from_numpy(case.sent(0, 0, 1)[1])
     for on_device, arrives in ((True, x), (False, rounded(x))):
         ops = replace(registry.plain(), on_device=on_device)
-        all_to_all, _ = backends.build("auto", spec_of(case, SoloGroup(), x.dtype), ops, "a", "cpu", fp8=True)
+        (all_to_all,), _ = backends.build("auto", spec_of(case, SoloGroup(), x.dtype), ops, "a", "cpu", fp8=True)
         arrived = all_to_all.dispatch_recv(all_to_all.dispatch_send(x, ids, [4]))
         assert torch.equal(arrived.x_UD, arrives)
 

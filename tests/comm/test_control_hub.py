@@ -184,7 +184,7 @@ def test_hellos_come_back_by_rank():
     try:
         hellos = hub.wait_joined(60, lambda: None)
         assert [hello["pid"].tolist() for hello in hellos] == [[workers[index].pid] for index in (1, 2, 0)]
-        assert all(set(hello) == {"pid", "node", "shadows"} for hello in hellos)
+        assert all(set(hello) == {"pid", "node", "shadows", "gpu", "visible"} for hello in hellos)
     finally:
         hub.close()
         process.stop_all(workers, 5)

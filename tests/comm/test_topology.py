@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -160,34 +161,49 @@ def test_every_rank_learns_all_reports(three_ranks):
     assert three_ranks.run(gather, reports) == [reports] * 3
 
 
+class FabricInfo(ctypes.Structure):
+    """pynvml.c_nvmlGpuFabricInfo_t of nvidia-ml-py 12 and 13."""
+
+    _fields_ = (
+        ("clusterUuid", ctypes.c_ubyte * 16), ("status", ctypes.c_uint), ("cliqueId", ctypes.c_uint), ("state", ctypes.c_uint),
+    )  # fmt: skip
+
+
 class Nvml:
-    """Answers like the library; `state` None: a driver that knows no fabric."""
+    """Answers like the package; `state` None: a driver that knows no fabric."""
+
+    NVMLError, c_nvmlGpuFabricInfo_t = OSError, FabricInfo
 
     def __init__(self, state, status=0):
         self._state, self._status = state, status
-        if state is None:
-            self.nvmlDeviceGetGpuFabricInfo = lambda handle, info: 3  # not supported
 
-    def nvmlDeviceGetHandleByUUID(self, gpu, handle):
-        handle._obj.value = 5
-        return 0 if gpu == b"GPU-1" else 6
+    def nvmlDeviceGetHandleByUUID(self, gpu):
+        if gpu != "GPU-1":
+            raise self.NVMLError("Not Found")
+        return 5
 
     def nvmlDeviceGetGpuFabricInfo(self, handle, info):
-        assert handle.value == 5
-        info._obj.cluster[:] = bytes(range(16))
-        info._obj.status, info._obj.clique, info._obj.state = self._status, 32766, self._state
-        return 0
+        assert handle == 5
+        if self._state is None:
+            raise self.NVMLError("Not Supported")
+        info._obj.clusterUuid[:] = bytes(range(16))
+        info._obj.status, info._obj.cliqueId, info._obj.state = self._status, 32766, self._state
 
 
 def test_nvml_is_asked_for_the_fabric():
-    assert ctypes.sizeof(topology_probe.FabricInfo) == 28
     assert topology_probe.fabric_info(Nvml(3), "GPU-1") == {
         "cluster": "000102030405060708090a0b0c0d0e0f", "clique": 32766, "fabric_state": "completed", "fabric_error": 0,
     }  # fmt: skip
     assert topology_probe.fabric_info(Nvml(2, status=1), "GPU-1")["fabric_state"] == "in progress"
     assert topology_probe.fabric_info(Nvml(None), "GPU-1") == {}
-    with pytest.raises(ValueError, match="nvmlDeviceGetHandleByUUID answered 6"):
+    with pytest.raises(ValueError, match=r"NVML knows no GPU-2 \(Not Found\)"):
         topology_probe.fabric_info(Nvml(3), "GPU-2")
+
+
+def test_a_machine_without_nvml_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(ValueError, match="nvidia-ml-py is not installed"):
+        topology_probe.load_nvml()
 
 
 # ---- before allocating across nodes
@@ -287,6 +303,7 @@ def test_a_real_page_of_the_next_rank_is_imported(three_ranks):
 @pytest.mark.parametrize(
     ("refusing", "wrong", "message"),
     [
+        ("cuMemGetAllocationGranularity", False, "rank 1: cuMemGetAllocationGranularity answered 999"),
         ("cuMemCreate", False, "rank 1: cuMemCreate answered 999"),
         (
             "cuMemImportFromShareableHandle",

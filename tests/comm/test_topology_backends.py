@@ -18,7 +18,7 @@ def four_ranks():
 def build(group, wanted, nodes, case):
     """The backend's name and the choice, or the refusal; what is built is tried."""
     try:
-        all_to_all, choice = backends.build(wanted, case.spec(group), registry.plain(), nodes[group.rank], "cpu")
+        (all_to_all,), choice = backends.build(wanted, case.spec(group), registry.plain(), nodes[group.rank], "cpu")
     except ValueError as error:
         return str(error), ""
     for step in range(2):
@@ -57,7 +57,7 @@ def build_by_table(group, case):
         for name, (us, options) in times.items()
     )
     table = topology_table.Table(name="t", device="cpu", machine="a CPU", row_bytes=64, top_k=2, entries=entries)
-    all_to_all, choice = backends.build("auto", case.spec(group), registry.plain(), "a", "cpu", table=table)
+    (all_to_all,), choice = backends.build("auto", case.spec(group), registry.plain(), "a", "cpu", table=table)
     take_part(all_to_all, case, group.rank, group.size, 0, lambda: None)
     return type(all_to_all).__name__, choice.why
 

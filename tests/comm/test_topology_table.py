@@ -89,7 +89,7 @@ def test_a_table_that_does_not_fit_is_refused(table, here, message):
         ({"entries": [entry("nccl", 0)]}, "p50_us of an entry must be a number > 0, got 0"),
         (
             {"entries": [entry("nccl", 1, fast=True)]},
-            "nccl of an entry has 'fast'; allowed are max_ctas, min_ctas, zero",
+            "nccl of an entry has 'fast'; allowed are max_ctas, min_ctas",
         ),
         ({"entries": [entry("nccl", 1) | {"tokens": 1.5}]}, "tokens of an entry must be an integer"),
         ({"best": []}, "the file has 'best'; allowed are entries"),

@@ -1,0 +1,181 @@
+"""An all-to-all on a stream of its own, over a strict fake of streams and of the allocator: who may have which memory when."""
+
+from functools import partial
+
+import pytest
+import torch
+from fake_streams import FakeStreams, StreamOrderError
+
+from expertwire.comm.a2a_nccl import NcclAllToAll
+from expertwire.comm.a2a_stream import StreamAllToAll, on_stream
+from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.kernels import registry
+from expertwire.kernels.variants import Routing
+from expertwire.moe.layer import prepare
+from expertwire.moe.placement import place
+from expertwire.moe.stages import take_turns
+
+T, D, F, E, K = 6, 16, 8, 4, 2
+PARTS = 2
+
+
+class Alone:
+    """A `PeerGroup` of one rank whose collectives run on a stream of their own and keep what they are given until they are waited
+    for, as `ProcessGroupNCCL` does (`stashed_for_allocator_safety_`, ProcessGroupNCCL.cpp of torch 2.13)."""
+
+    rank, size = 0, 1
+
+    def __init__(self, streams):
+        self._stream = streams.stream()
+
+    def swap(self, receive_P, send_P):
+        return self._copied(receive_P, send_P)
+
+    def gather(self, out, rows):
+        return self._copied([out], [rows])
+
+    def _copied(self, out, given):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for each, rows in zip(out, given, strict=True):
+                each.copy_(rows)
+        return Work(self._stream, (out, given))
+
+
+class Work:
+    def __init__(self, stream, kept):
+        self._stream, self._kept = stream, kept
+
+    def wait(self):
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._kept = ()
+
+
+class LetsGo(StreamAllToAll):
+    """Keeps nothing of what it was given."""
+
+    def _dropped(self, handle):
+        object.__setattr__(handle, "kept", ())
+        return handle
+
+    def dispatch_send(self, *args):
+        return self._dropped(super().dispatch_send(*args))
+
+    def combine_send(self, *args):
+        return self._dropped(super().combine_send(*args))
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    return FakeStreams().install(monkeypatch)
+
+
+def spec(group):
+    return AllToAllSpec(
+        group=group, rank_offsets=(0, E), max_tokens=T, hidden_size=D, top_k=K, dtype=torch.float32, num_parts=PARTS
+    )
+
+
+def layers(all_to_alls):
+    weights = torch.randn(E, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.ones(D)
+    make = partial(prepare, ops=registry.plain(), routing=Routing(top_k=K, renormalize=True), eps=1e-6)
+    return [make(*weights, placement=place(E, 1), rank=0, all_to_alls=all_to_alls) for _ in range(2)]
+
+
+def decoder(moe_layers, x_TD, part):
+    """One part: layers with experts, then one without."""
+    normed_TD = x_TD * 2
+    for layer in moe_layers:
+        x_TD, normed_TD = yield from layer.stages(x_TD, normed_TD, [T], part)
+    return (normed_TD * 2).relu() + x_TD
+
+
+def step(streams, all_to_alls):
+    """Two of real layers over NCCL's all-to-all, whose every phase allocates."""
+    inputs, moe_layers = torch.randn(PARTS, T, D), layers(all_to_alls)
+    with streams, torch.inference_mode():
+        for _ in range(2):
+            found = take_turns([decoder(moe_layers, x_TD.clone(), part) for part, x_TD in enumerate(inputs)])
+    assert all(torch.isfinite(y_TD).all() for y_TD in found)
+
+
+def test_two_batch_overlap_is_ordered(streams):
+    step(streams, [on_stream(NcclAllToAll(spec(Alone(streams)))) for _ in range(PARTS)])
+
+
+def test_parts_have_streams_of_their_own(streams):
+    """Or one's receiving would be given memory of another's that is still being read: nothing is sent in between."""
+    shared = streams.stream()
+    with pytest.raises(
+        StreamOrderError, match=r"on stream 1 may be given memory of \w+ that was freed and main may still use"
+    ):
+        step(streams, [StreamAllToAll(NcclAllToAll(spec(Alone(streams))), shared) for _ in range(PARTS)])
+
+
+@pytest.mark.parametrize("waits", ["side", "main"])
+def test_a_stream_that_does_not_wait_is_found(streams, monkeypatch, waits):
+    sides = [streams.stream() for _ in range(PARTS)]
+    for stream in sides if waits == "side" else [streams.main]:
+        monkeypatch.setattr(stream, "wait_stream", lambda other: None)
+    with pytest.raises(StreamOrderError, match=r"(reads|writes) memory of|may be given"):
+        step(streams, [StreamAllToAll(NcclAllToAll(spec(Alone(streams))), side) for side in sides])
+
+
+def test_a_stream_that_nobody_has_waited_for_is_named(streams):
+    side = streams.stream()
+    with streams, torch.cuda.stream(side):
+        torch.zeros(3)
+    assert streams.unjoined() == ["stream 1"]
+    streams.main.wait_stream(side)
+    assert not streams.unjoined()
+
+
+def test_recorded_streams_keep_memory(streams):
+    """`record_stream` as torch has it, for those who let go."""
+    side = streams.stream()
+    with streams:
+        x = torch.randn(3)
+        side.wait_stream(streams.main)
+        with torch.cuda.stream(side):
+            y = x + 1
+        x.record_stream(side)
+        del x
+        torch.randn(3)
+        assert y.shape == (3,)
+
+
+def exchange(all_to_all):
+    """A caller that lets go of everything at once."""
+    handle = all_to_all.dispatch_send(torch.randn(T, D), torch.arange(T * K).view(T, K) % E, [T])
+    torch.zeros(3)
+    arrived = all_to_all.dispatch_recv(handle)
+    handle = all_to_all.combine_send(handle, arrived.x_UD[arrived.row_index_R])
+    del arrived
+    torch.zeros(3)
+    torch.zeros(3) + all_to_all.combine_recv(handle).sum()
+
+
+def test_what_is_on_its_way_is_kept(streams):
+    with streams:
+        exchange(on_stream(NcclAllToAll(spec(Alone(streams)))))
+        lets_go = LetsGo(NcclAllToAll(spec(Alone(streams))), streams.stream())
+        with pytest.raises(
+            StreamOrderError, match=r"zeros on main may be given memory of \w+ that was freed and stream \d may"
+        ):
+            exchange(lets_go)
+
+
+class Counting:
+    """Reads `num_valid`, on the device."""
+
+    graph_safe = True
+
+    def dispatch_send(self, x_TD, physical_TK, num_tokens_P, num_valid):
+        return x_TD.sum() * num_valid
+
+
+def test_the_number_of_valid_tokens_is_kept(streams):
+    with streams:
+        handle = on_stream(Counting()).dispatch_send(torch.randn(T, D), None, [T], torch.zeros(1) + 3)
+        torch.zeros(1)
+        del handle
