@@ -15,7 +15,7 @@ from expertwire.comm.group import SoloGroup
 from expertwire.kernels import linear, registry, routing
 from expertwire.kernels.variants import Routing
 from expertwire.moe import reference
-from expertwire.moe.layer import prepare
+from expertwire.moe.layer import prepare, sub_batches
 from expertwire.moe.placement import place
 
 D, F, E, K, EPS = 64, 32, 8, 3, 1e-6
@@ -42,13 +42,20 @@ def norm(dtype):
     return torch.linspace(0.5, 1.5, D).to(dtype)
 
 
-def layer(group, dtype, *, renormalize=True, redundant=0, shared=None, on_device=False, make=None):
+def layer(
+    group, dtype, *, renormalize=True, redundant=0, shared=None, on_device=False, make=None, exchange_tokens=None
+):
     """`make`: the all-to-alls of a spec."""
     placement = place(E, group.size, redundant)
     router, w13, w2 = weights(dtype)
     here = list(placement.experts_of(group.rank))
     spec = AllToAllSpec(
-        group=group, rank_offsets=placement.rank_offsets, max_tokens=512, hidden_size=D, top_k=K, dtype=dtype
+        group=group,
+        rank_offsets=placement.rank_offsets,
+        max_tokens=exchange_tokens or 512,
+        hidden_size=D,
+        top_k=K,
+        dtype=dtype,
     )
     return prepare(
         router,
@@ -62,6 +69,7 @@ def layer(group, dtype, *, renormalize=True, redundant=0, shared=None, on_device
         rank=group.rank,
         all_to_alls=[ReferenceAllToAll(spec)] if make is None else make(spec),
         shared=shared,
+        exchange_tokens=exchange_tokens,
     )
 
 
@@ -126,8 +134,8 @@ def test_as_many_rows_are_expected_as_even_routing_brings(monkeypatch, rank, siz
     assert [options["expected"] for options in given] == [share]
 
 
-def forward(group, counts, dtype, redundant):
-    moe = layer(group, dtype, redundant=redundant)
+def forward(group, counts, dtype, redundant, exchange_tokens=None):
+    moe = layer(group, dtype, redundant=redundant, exchange_tokens=exchange_tokens)
     y = mixture(moe, tokens(group.rank, counts[group.rank], dtype), counts)
     return y, moe.load_E
 
@@ -147,3 +155,15 @@ def test_over_ranks(size):
             alone = mixture(layer(SoloGroup(), dtype), tokens(1, 20, dtype), [20])
             spread = ranks.run(forward, [0, 20, 0, 0][:size], dtype, 0)[1][0]
             assert torch.equal(alone, spread), "bits depend on where the experts are"
+            for counts in ([33, 0, 2, 9], [8, 8, 0, 8], [0, 17, 16, 1]):
+                whole, cut = (ranks.run(forward, counts[:size], dtype, 3, most) for most in (None, 8))
+                for (y, load), (y_cut, load_cut) in zip(whole, cut, strict=True):
+                    assert torch.equal(y, y_cut), "bits depend on the exchanges that a step takes"
+                    assert load.tolist() == load_cut.tolist()
+
+
+def test_all_ranks_take_as_many_exchanges():
+    assert list(sub_batches([5, 0, 17], None)) == [(0, [5, 0, 17])]
+    assert list(sub_batches([5, 0, 17], 8)) == [(0, [5, 0, 8]), (8, [0, 0, 8]), (16, [0, 0, 1])]
+    assert list(sub_batches([0, 0], 8)) == [(0, [0, 0])]
+    assert list(sub_batches([8, 3], 8)) == [(0, [8, 3])]
