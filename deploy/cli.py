@@ -126,13 +126,16 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="ranks (default: %(default)s)")
     text = "tokens of a request (default: as many as the model can do)"
     parser.add_argument("--context", type=_ranks, metavar="N", help=text)
+    text = "memory of a GPU, in GiB (default: %(default)s, an H200's)"
+    parser.add_argument("--gpu-memory", type=float, default=140.4, metavar="GIB", help=text)
+    add_options(parser, EngineConfig, ("kv_cache_dtype",))
     parser.set_defaults(command=_inspect)
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from expertwire.deploy.inspect import lines
 
-    for line in lines(args.path, args.ep_size, args.context):
+    for line in lines(args.path, args.ep_size, args.context, args.gpu_memory, **given(args, ("kv_cache_dtype",))):
         print(line)
     return 0
 

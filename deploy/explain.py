@@ -25,9 +25,11 @@ def explain(options: EngineConfig, device: str, topology: str | None = None) -> 
     Raises:
         ValueError: there is no such model, device or topology, or the options do not fit it.
     """
-    config = read_model_config(options.model)
+    config = read_model_config(options.model, kv_cache_dtype=options.kv_cache_dtype)
     ways = list(_travel(config, options, device, topology))  # refused before anything slow
     yield from _on_a_cpu(config) if device == "cpu" else _on_a_gpu(config, device, options.ep_size)
+    for spec in config.cache_specs():
+        yield f"cache {spec.name!r} in {config.cache_dtype(spec.kind)}: {spec.bytes_per_token:,} bytes a token on each rank"
     yield from ways
 
 
@@ -35,6 +37,7 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
     """The all-to-all, why it is, what it needs, and how many bytes it has to move."""
     if not any(config.sparse_layers):
         return
+    options = options.on(device)
     travel.check(options, config)
     ep_size, fp8 = options.ep_size, travel.sends_fp8(options, config, on_gpu=device != "cpu")
     where = read(topology).first(ep_size) if topology else _default_topology(device, ep_size)
@@ -54,8 +57,11 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
         halves = options.num_parts > 1
         yield "a step in two halves: one computes while the other's rows travel" if halves else "a step at once"
         if choice.name == "nvlink":
-            arena = options.part_tokens * (ep_size * sent + config.top_k * row)
-            yield f"arenas on each rank: {options.num_parts} of about {arena / 1e6:.1f} MB, for {options.part_tokens} tokens"
+            tokens = options.part_tokens
+            if device != "cpu":
+                tokens = travel.exchange_tokens(options, config, ep_size, fp8=fp8)
+            arena = tokens * (ep_size * sent + config.top_k * row)
+            yield f"arenas on each rank: {options.num_parts} of about {arena / 1e6:.1f} MB, for {tokens} tokens"
         if device != "cpu":
             yield travel.on_gpus(graph_safe=choice.name == "nvlink", fp8=fp8)
     yield str(where)

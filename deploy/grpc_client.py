@@ -14,7 +14,6 @@ from typing import Any, NoReturn, Self
 
 import grpc
 from google.protobuf import json_format
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertwire.deploy.grpc_messages import FINISH_REASONS, RETRY_AFTER, from_chat, from_sampling_params
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
@@ -111,7 +110,6 @@ class Client:
     def __init__(self, address: str = "127.0.0.1:50051", *, timeout_s: float | None = 30.0) -> None:
         self._channel = grpc.insecure_channel(address)
         self._stub = pb_grpc.InferenceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_s = timeout_s
 
     def generate(
@@ -218,8 +216,11 @@ class Client:
 
     def is_serving(self) -> bool:
         """What the server's health check says; False also where there is no server."""
+        from grpc_health.v1 import health_pb2, health_pb2_grpc  # nothing else of a client needs the package
+
+        health = health_pb2_grpc.HealthStub(self._channel)
         try:
-            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
+            answer = health.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
         except grpc.RpcError:
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING

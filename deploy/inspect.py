@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from expertwire.engine.inspection import Inspection, inspect
 from expertwire.engine.model_config import Attention, LatentAttention, ModelConfig, Moe
 
 
-def lines(path: str, ep_size: int, context: int | None) -> Iterator[str]:
-    """Of the checkpoint in folder `path`; memory at `ep_size` ranks, and of a request of `context` tokens (None: the longest).
+def lines(
+    path: str,
+    ep_size: int,
+    context: int | None,
+    gpu_memory: float,
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+) -> Iterator[str]:
+    """Of the checkpoint in folder `path`; memory at `ep_size` ranks on GPUs of `gpu_memory` GiB, and of a request of `context`
+    tokens (None: the longest), with a KV cache of `kv_cache_dtype`.
 
     Raises:
         ValueError: the checkpoint is not supported or is damaged, or its context is shorter.
     """
-    found = inspect(path, ep_size)
+    found = inspect(path, ep_size, kv_cache_dtype)
     config = found.config
     context = config.max_position_embeddings if context is None else context
     if context > config.max_position_embeddings:
@@ -31,6 +38,8 @@ def lines(path: str, ep_size: int, context: int | None) -> Iterator[str]:
     yield from _table(found)
     yield ""
     yield from _memory(found, context)
+    yield ""
+    yield from _on_gpus(found, context, int(gpu_memory * 2**30))
     if found.unread:
         yield ""
         yield from _unread(found)
@@ -80,12 +89,17 @@ def _counts(found: Inspection) -> Iterator[str]:
 
 def _table(found: Inspection) -> Iterator[str]:
     where = "in the files" if found.has_weights else "as stored"
-    yield f"{'':<16}{'parameters':>18}{where:>16}{f'a rank of {found.ep_size}':>16}"
-    for kind, number in found.parameters.items():
-        stored, here = found.stored_bytes.get(kind, 0), found.rank_bytes[kind]
-        yield f"{kind:<16}{number:>18,}{_size(stored):>16}{_size(here):>16}"
-    stored, here = sum(found.stored_bytes.values()), sum(found.rank_bytes.values())
-    yield f"{'all':<16}{found.total:>18,}{_size(stored):>16}{_size(here):>16}"
+    rank = f"of a rank of {found.ep_size}:"
+    yield f"{'':<16}{'parameters':>18}{where:>16}{rank:>20}{'on a CPU':>14}{'on a GPU':>14}"
+    held = [found.rank_bytes[device] for device in ("cpu", "cuda")]
+    for kind in dict.fromkeys([*found.parameters, *held[0], *held[1]]):
+        number, stored = found.parameters.get(kind, 0), found.stored_bytes.get(kind, 0)
+        yield _row(kind, number, stored, [bytes_by_kind.get(kind, 0) for bytes_by_kind in held])
+    yield _row("all", found.total, sum(found.stored_bytes.values()), [sum(each.values()) for each in held])
+
+
+def _row(kind: str, number: int, stored: int, held: list[int]) -> str:
+    return f"{kind:<16}{number:>18,}{_size(stored):>16}{'':>20}{_size(held[0]):>14}{_size(held[1]):>14}"
 
 
 def _memory(found: Inspection, context: int) -> Iterator[str]:
@@ -93,13 +107,28 @@ def _memory(found: Inspection, context: int) -> Iterator[str]:
     for spec in found.caches:
         kept = f"the last {spec.window} tokens" if spec.window is not None else "every token"
         yield (
-            f"cache {spec.name!r} of {len(spec.writers)} layers: {spec.bytes_per_token:,} bytes a token, {kept}: "
+            f"cache {spec.name!r} of {len(spec.writers)} layers, {found.config.cache_dtype(spec.kind)}: "
+            f"{spec.bytes_per_token:,} bytes a token, {kept}: "
             f"{_size(caches[spec.name])} for a request of {context}"
         )
-    weights, request = sum(found.rank_bytes.values()), sum(caches.values())
+    on_cpu, on_gpu = (sum(found.rank_bytes[device].values()) for device in ("cpu", "cuda"))
     yield (
-        f"a rank of {found.ep_size} needs {_size(weights)} for weights and {_size(request)} for each request of {context} tokens"
+        f"a rank of {found.ep_size} needs {_size(on_gpu)} for weights on a GPU, {_size(on_cpu)} on a CPU, and "
+        f"{_size(sum(caches.values()))} for each request of {context} tokens"
     )
+
+
+def _on_gpus(found: Inspection, context: int, gpu_bytes: int) -> Iterator[str]:
+    """What a GPU's memory is for, with the options' defaults."""
+    plan = found.memory_plan(context, gpu_bytes)
+    yield f"a GPU of {_size(gpu_bytes)}, of which {plan.utilization:.0%} may be taken (estimated):"
+    for name, nbytes in plan.rows():
+        if not name.startswith("weights:"):
+            yield f"  {name:<20}{_size(nbytes) if nbytes >= 0 else f'-{_size(-nbytes)}':>14}"
+    if (tokens := found.cache_tokens(plan, context)) is not None:
+        yield f"  which holds {tokens:,} tokens a GPU"
+    else:
+        yield f"  which does not hold a request of {context:,} tokens: use a larger --ep-size, or a smaller --context"
 
 
 def _unread(found: Inspection) -> Iterator[str]:

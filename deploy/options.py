@@ -15,7 +15,7 @@ from typing import Any, Literal
 from expertwire.engine.config import EngineConfig
 
 ENGINE_FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
-EXPLAINED_FIELDS = ("all_to_all", "all_to_all_table", "dispatch_dtype", "two_batch_overlap")
+EXPLAINED_FIELDS = ("all_to_all", "all_to_all_table", "dispatch_dtype", "two_batch_overlap", "kv_cache_dtype")
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
 

@@ -18,6 +18,9 @@ stop   ends every Ray process of this user on this machine.
 --node-ip    address under which the other machines reach this one (found by itself where there is one route)
 --num-cpus, --num-gpus   what Ray may hand out here (all there are); a rank takes one GPU, or one CPU
 
+A machine whose GPUs are in an NVLink fabric with those of others gets the label ray.io/gpu-domain=CLUSTER.CLIQUE, by which the
+ranks of an engine are kept together.
+
 Run it in the Python environment that expertwire is installed in, the same version on every machine. The machines must reach
 each other on all ports: Ray, the ranks' collectives and the controller pick theirs freely. The token keeps strangers out of
 Ray; it is no encryption, so use a private network.
@@ -65,7 +68,22 @@ parse_options() {
     token_file=$(realpath --canonicalize-missing "$token_file")
 }
 
+# The NVLink fabric that all GPUs of this machine have joined, as nvidia-smi tells it; nothing if there is none.
+nvlink_domain() {
+    command -v nvidia-smi >/dev/null || return 0
+    nvidia-smi -q 2>/dev/null | awk -F ' *: *' '
+        { gsub(/^ +| +$/, "", $1); gsub(/ +$/, "", $2) }
+        NF == 1 { in_fabric = ($1 == "Fabric") }
+        in_fabric && $1 == "State" { gpus++; completed += ($2 == "Completed") }
+        in_fabric && $1 == "CliqueId" { clique = $2 }
+        in_fabric && $1 == "ClusterUUID" && $2 ~ /[1-9a-f]/ { domains[$2 "." clique] }
+        END { for (domain in domains) { count++; found = domain }; if (count == 1 && completed == gpus) print found }'
+}
+
 start() {
+    local domain
+    domain=$(nvlink_domain) || domain=""
+    [[ -z $domain ]] || resources+=(--labels "ray.io/gpu-domain=$domain")
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token_file
     ray start --disable-usage-stats --node-ip-address "$node_ip" "${resources[@]}" "$@" >"$log" 2>&1 || {
         ! grep -q InvalidAuthToken "$log" || fail "--token-file: the token in $token_file is not the head's"

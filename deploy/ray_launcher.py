@@ -25,12 +25,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expertwire.comm.control import this_node
-from expertwire.deploy import ray_guard
+from expertwire.deploy import ray_guard, ray_placement
+from expertwire.deploy.ray_placement import Node
 from expertwire.engine.launcher import WORKER, RankFailed, WorkerSpec
 
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes there; Ray's least
 _START_S = 120.0  # for Ray to provide the actors' processes
 _GRACE_S = 0.5
+# Ray would show an actor its own GPU only, as device 0: no rank could reach the others' memory
+# (set_current_process_visible_accelerator_ids in ray/_private/accelerators/nvidia_gpu.py, ray 2.50 to 2.60).
+_ALL_DEVICES = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+
+_logger = logging.getLogger(__name__)
 
 
 class _Worker:
@@ -45,14 +51,16 @@ class _Worker:
         sys.path += [entry for entry in path if entry and entry not in sys.path]
         module, _, function = target.partition(":")
         main = getattr(importlib.import_module(module), function)
-        main(spec.config, rank, spec.num_ranks, spec.address, spec.token, this_node())
+        gpu = ray_placement.ordinal(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        main(spec.config, rank, spec.num_ranks, spec.address, spec.token, this_node(), gpu)
 
 
 class RayLauncher:
     """Starts workers on a Ray cluster; a `Launcher`.
 
-    A rank takes one GPU if the config's `device` is "cuda", or "auto" on a cluster that has GPUs; otherwise one CPU, or the
-    largest 1/k of a CPU with which all ranks find room.
+    A rank takes one GPU if the config's `device` is "cuda", or "auto" on a cluster that has GPUs, and sees all of its node;
+    otherwise one CPU, or the largest 1/k of a CPU with which all ranks find room. GPU ranks go into one NVLink domain if one is
+    large enough (`ray_placement`).
 
     Args:
         address: "host:port" of a running cluster, or "auto" for the one on this machine; None starts Ray here, and ends it in
@@ -96,22 +104,19 @@ class RayLauncher:
         assert not self._actors, f"{len(self._actors)} workers run already"
         self._connect()
         deadline = time.monotonic() + _START_S
-        resources = _resources(spec)
-        group = placement_group([resources] * spec.num_ranks, strategy="PACK")
-        self._group = group
-        if not group.wait(_START_S):
-            raise RankFailed(
-                -1,
-                f"Ray found no room for {spec.num_ranks} ranks of {resources} within {_START_S:g} s: "
-                f"{ray.available_resources()} are free",
-            )
-        for bundle in _by_node(group):
+        entries = [entry for entry in ray.nodes() if entry["Alive"]]
+        nodes = [Node.of(entry) for entry in entries]
+        resources = _resources(spec, entries)
+        group = self._find_room(spec, resources, nodes)
+        bundle_nodes = placement_group_table(group)["bundles_to_node_id"]
+        for bundle in ray_placement.in_order(bundle_nodes, nodes, ray.get_runtime_context().get_node_id()):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             worker = ray.remote(_Worker).options(
                 max_restarts=0,
                 num_cpus=resources["CPU"],
                 num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=strategy,
+                runtime_env=_ALL_DEVICES if "GPU" in resources else None,
             )
             self._actors.append(worker.remote())
         for rank, actor in enumerate(self._actors):
@@ -172,6 +177,26 @@ class RayLauncher:
         _init_within(self._address, self._connect_timeout_s)
         self._owns_ray = True  # of our connection: the cluster goes on without us
 
+    def _find_room(self, spec: WorkerSpec, resources: dict[str, float], nodes: list[Node]) -> PlacementGroup:
+        """A placement group for the ranks: the first of the layouts for which there is room."""
+        bundles, selectors = [resources] * spec.num_ranks, [None]
+        if "GPU" in resources:
+            found = ray_placement.layouts(nodes, spec.num_ranks)
+            selectors = [list(layout.selectors) for layout in found]
+            if (num_domains := len(found[0].domains)) > 1:
+                _across_domains(spec, num_domains, nodes)
+        for selector in selectors:
+            self._group = placement_group(bundles, strategy="PACK", bundle_label_selector=selector)
+            if self._group.wait(_START_S / len(selectors)):
+                return self._group
+            remove_placement_group(self._group)
+        self._group = None
+        raise RankFailed(
+            -1,
+            f"Ray found no room for {spec.num_ranks} ranks of {resources} within {_START_S:g} s: "
+            f"{ray.available_resources()} are free",
+        )
+
     def _await_actor(self, rank: int, actor: Any, deadline: float) -> tuple[str, int]:
         try:
             return ray.get(actor.where.remote(), timeout=max(0.0, deadline - time.monotonic()))
@@ -205,29 +230,33 @@ def _init_within(address: str, timeout_s: float) -> None:
         raise ValueError(f"ray_address {address!r}: cannot connect: {_in_one_line(failure[0])}") from failure[0]
 
 
-def _resources(spec: WorkerSpec) -> dict[str, float]:
-    """What one rank takes, by Ray's names."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+def _across_domains(spec: WorkerSpec, num_domains: int, nodes: list[Node]) -> None:
+    """Say that the ranks' tokens will leave their NVLink domain.
+
+    Raises:
+        ValueError: they were asked not to.
+    """
+    message = (
+        f"ep_size {spec.num_ranks} is more than any NVLink domain of the Ray cluster has GPUs, so the ranks are in {num_domains} "
+        f"(nodes are in one domain if their label {' or '.join(ray_placement.DOMAIN_LABELS)} is the same; "
+        f"{sum(node.label not in ray_placement.DOMAIN_LABELS for node in nodes)} of {len(nodes)} nodes have none)"
+    )
+    if getattr(spec.config, "all_to_all", "auto") == "nvlink":
+        raise ValueError(f"all_to_all 'nvlink' cannot be used: {message}; use a smaller ep_size, 'nccl' or 'auto'")
+    _logger.warning("%s", message)
+
+
+def _resources(spec: WorkerSpec, entries: list[dict[str, Any]]) -> dict[str, float]:
+    """What one rank takes, by Ray's names, of nodes like these."""
+    nodes = [entry["Resources"] for entry in entries]
     device = getattr(spec.config, "device", "cpu")
-    needs_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    if needs_gpu and gpus < spec.num_ranks:
-        raise ValueError(
-            f"ep_size is {spec.num_ranks}, but the Ray cluster has {gpus} GPUs; allowed are at most {gpus}"
-        )
+    needs_gpu = device == "cuda" or (device == "auto" and any(node.get("GPU", 0) for node in nodes))
     cpus = [node.get("CPU", 0) for node in nodes]
     if not any(cpus):
         raise ValueError("the Ray cluster has no CPUs; start its nodes with --num-cpus of at least 1")
     share = next(k for k in range(1, 10_000) if sum(int(cpu * k) for cpu in cpus) >= spec.num_ranks)
     cpu = math.floor(1e4 / share) / 1e4  # Ray counts in 1/10,000
     return {"CPU": cpu, "GPU": 1} if needs_gpu else {"CPU": cpu}
-
-
-def _by_node(group: PlacementGroup) -> list[int]:
-    """Its bundles in an order that keeps those of a node together; this node's first."""
-    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    here = ray.get_runtime_context().get_node_id()
-    return sorted(nodes, key=lambda bundle: (nodes[bundle] != here, nodes[bundle], bundle))
 
 
 def _how_it_ended(run: ray.ObjectRef) -> tuple[int, str]:

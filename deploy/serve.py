@@ -67,7 +67,7 @@ def serve(
 
 def _about(info: ModelInfo) -> Iterator[str]:
     sizes = ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in info.cache_bytes.items())
-    yield f"the caches of a rank hold {info.cache_tokens:,} tokens: {sizes}"
+    yield f"the caches of a rank, in {info.kv_cache_dtype}, hold {info.cache_tokens:,} tokens: {sizes}"
     if info.all_to_all:
         yield f"all-to-all {info.all_to_all}"
 

@@ -191,7 +191,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_running", "seed", "version", "dialect", "chat_variables", "cache_blocks", "cache_bytes")
+    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_running", "seed", "version", "dialect", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype")
     class CacheBlocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +226,7 @@ class ModelInfo(_message.Message):
     CHAT_VARIABLES_FIELD_NUMBER: _ClassVar[int]
     CACHE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     dtype: str
@@ -246,7 +247,8 @@ class ModelInfo(_message.Message):
     chat_variables: _containers.RepeatedScalarFieldContainer[str]
     cache_blocks: _containers.ScalarMap[str, int]
     cache_bytes: _containers.ScalarMap[str, int]
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., dialect: _Optional[_Union[Dialect, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    kv_cache_dtype: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., dialect: _Optional[_Union[Dialect, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class Dialect(_message.Message):
     __slots__ = ("name", "reasoning_start", "reasoning_end", "answer_start", "answer_end", "tool_calls", "end_of_turn", "reasoning_efforts")

@@ -40,7 +40,7 @@ QWEN = str(CONFIGS / "qwen3-30b-a3b")
 
 def test_the_all_to_all_and_what_it_moves(capsys):
     found = lines(capsys, QWEN, "--device", "b200", "--ep-size", "64")
-    assert found[-4] == "rows go out as they are; steps of single tokens replay CUDA graphs"
+    assert found[-4] == "rows go out as they are; small steps replay CUDA graphs"
     assert found[-3] == "nvl72: 64 ranks on 16 nodes in 1 NVLink domain of 64"
     assert found[-2].startswith("all-to-all nvlink: all 64 ranks are in one NVLink domain")
     # 128 experts: 8 * 2 KiB rows come home, less those from the rank itself.

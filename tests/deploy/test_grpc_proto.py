@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
 from expertwire.deploy import grpc_messages
@@ -19,8 +20,7 @@ PROTO = Path(pb.__file__).with_name("expertwire_v1.proto")
 
 
 def test_the_generated_code_is_that_of_the_proto(tmp_path):
-    from grpc_tools import protoc
-
+    protoc = pytest.importorskip("grpc_tools.protoc")
     virtual = "expertwire/deploy/proto"
     arguments = [f"-I{virtual}={PROTO.parent}", f"-I{Path(protoc.__file__).with_name('_proto')}"]
     out = tmp_path / "set.bin"

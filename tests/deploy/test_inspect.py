@@ -66,7 +66,7 @@ def test_memory_of_a_rank_and_of_a_request(capsys):
     found = inspect(CONFIGS / "deepseek-v3", 32)
     experts = 58 * 8 * 3 * 7168 * 2048
     scales = experts // 128 // 128 * 4
-    assert found.rank_bytes["experts"] == experts + scales
+    assert found.rank_bytes["cpu"]["experts"] == found.rank_bytes["cuda"]["experts"] == experts + scales
     assert found.cache_bytes(1000) == {"latent": 61 * 576 * 2 * 1000}
     assert "671,026,404,352" in out
     assert "0.07 GB" in out or "70.27 MB" in out

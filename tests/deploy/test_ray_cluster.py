@@ -128,6 +128,50 @@ def test_wrong_arguments_get_a_clear_answer(arguments, complaint):
     assert complaint in done.stderr
 
 
+FABRIC = """
+    Product Name                          : NVIDIA GB200
+    Fabric
+        State                             : {state}
+        Status                            : Success
+        CliqueId                          : {clique}
+        ClusterUUID                       : {cluster}
+        Health
+            Bandwidth                     : Full
+    Processes                             : None
+"""
+RACK = "5f0c1c8e-0000-4d4f-9a0e-1e2d3c4b5a69"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "label"),
+    [
+        ([("Completed", 3, RACK)] * 4, f"--labels ray.io/gpu-domain={RACK}.3"),
+        ([("Completed", 3, RACK), ("In Progress", 3, RACK)], ""),
+        ([("Completed", 3, RACK), ("Completed", 4, RACK)], ""),
+        ([("Completed", 0, "00000000-0000-0000-0000-000000000000")] * 8, ""),
+        ([("N/A", "N/A", "N/A")], ""),
+        ([], ""),
+    ],
+    ids=["a rack", "not yet", "two cliques", "one machine", "no fabric", "no GPU"],
+)
+def test_a_machine_is_labelled_with_its_nvlink_domain(tmp_path, gpus, label):
+    """Ray and nvidia-smi are scripts; the one says what it was asked for, the other what a driver says."""
+    (tmp_path / "said").write_text(
+        "".join(FABRIC.format(state=state, clique=clique, cluster=cluster) for state, clique, cluster in gpus)
+    )
+    for name, line in (("ray", f'echo "$@" > {tmp_path}/asked'), ("nvidia-smi", f"cat {tmp_path}/said")):
+        script = tmp_path / name
+        script.write_text(f"#!/bin/sh\n{line}\n")
+        script.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [SCRIPT, "head", "--token-file", str(tmp_path / "token"), "--node-ip", "192.0.2.9", "--num-gpus", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "asked").read_text()
+    assert ("--labels" in asked) == bool(label)
+    assert label in asked
+
+
 def test_joining_without_a_token_or_a_head_gets_a_clear_answer(tmp_path):
     token = tmp_path / "token"
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

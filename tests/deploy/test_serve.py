@@ -53,7 +53,9 @@ def serve(*options):
     try:
         line = process.stdout.readline()
         assert line.startswith("serving demo_model on "), process.stderr.read()
-        assert re.match(r"the caches of a rank hold [\d,]+ tokens: full [\d,.]+ MB\n", process.stdout.readline())
+        assert re.match(
+            r"the caches of a rank, in \w+, hold [\d,]+ tokens: full [\d,.]+ MB\n", process.stdout.readline()
+        )
         yield Served(process, line.split()[-1])
     finally:
         process.kill()
