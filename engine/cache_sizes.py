@@ -51,7 +51,7 @@ def cache_sizes(
     assert set(kinds) <= _KINDS, f"caches of kinds {kinds}; ranks keep {sorted(_KINDS)}"
     size = config.block_size
     bytes_G = [size * spec.bytes_per_token for spec in specs]
-    needed_G = [spec.most_blocks(size, max_model_len, config.max_num_tokens) for spec in specs]
+    needed_G = [spec.most_blocks(size, max_model_len, config.step_tokens) for spec in specs]
     useful_G = [_useful(spec, config, max_model_len) for spec in specs]
     if min(useful_G) < _ALL <= max(useful_G):
         least_G = [
@@ -87,7 +87,7 @@ def _useful(spec: CacheSpec, config: EngineConfig, max_model_len: int) -> int:
     if spec.window is None:
         return _ALL
     each = spec.most_blocks(config.block_size, max_model_len, max_num_tokens=1)
-    return 2 * (config.max_running * each + -(-config.max_num_tokens // config.block_size))
+    return 2 * (config.max_running * each + -(-config.step_tokens // config.block_size))
 
 
 def _fill(budget: int, bytes_G: Sequence[int], most_G: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.kernels.attention import as_bytes
 from expertwire.scheduler.plan import CacheSpec, RankPlan
 
 
@@ -17,7 +18,7 @@ class NamedCache:
     """One of a model's `cache_specs`: what each writing layer keeps, tensors [blocks, block_size, ...].
 
     Of kinds "full" and "window": keys and values [..., G key/value heads, d head size]; of "latent" and "index": one tensor
-    [..., l].
+    [..., l]. Those of keys, values and latents may be fp8 (`EngineConfig.kv_cache_dtype`).
     """
 
     spec: CacheSpec
@@ -46,5 +47,5 @@ def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[[
         here_C = plan.copy_cache_C == index
         source, target = upload(plan.copy_from_C[here_C]).long(), upload(plan.copy_to_C[here_C]).long()
         for tensors in caches[index].layers.values():
-            for blocks in tensors:
+            for blocks in map(as_bytes, tensors):
                 blocks.index_copy_(0, target, blocks.index_select(0, source))

@@ -30,9 +30,13 @@ class EngineConfig:
             32); None: as they are.
         numerics: "invariant" (a token's log-probabilities have the same bits in any batch, whole or in chunks, cached or not, at
             any `ep_size`) or "fast" (they may differ in the last bits: prompts of latent attention take fewer multiplications,
-            and attention on a GPU tiles whose sums are ordered otherwise).
+            and attention on a GPU tiles whose sums are ordered otherwise; on Blackwell rows that meet experts of MXFP4 are
+            quantised to MXFP8 and those that meet NVFP4 to NVFP4, which changes more than last bits).
+        attention: whose kernels compute attention on a GPU: "triton" (ours) or "flashinfer" (the library of that name, with
+            numerics "fast" and the extra "flashinfer"; steps do not replay CUDA graphs; not yet run by us).
         max_model_len: prompt and output tokens of one request at most; None takes the model's.
-        max_num_tokens: token budget of one step on one rank (longer prompts are computed in chunks).
+        max_num_tokens: token budget of one step on one rank (longer prompts are computed in chunks); None: 8,192 on a GPU, 2,048
+            on a CPU.
         max_running: requests that run at once on one rank.
         max_waiting: requests that may wait; more are answered RESOURCE_EXHAUSTED.
         max_waiting_per_tenant: of them, requests of one tenant; None: no limit of its own.
@@ -46,8 +50,12 @@ class EngineConfig:
         tenant_weights: shares of the policy "fair" by tenant, a dictionary (a command takes a=1,b=3); any other tenant has 1.
         prefix_cache: keep the KV blocks of finished requests for later ones that begin alike.
         block_size: tokens in a block of the KV cache.
-        kv_cache_bytes: of one rank; None takes what `max_running` requests of `max_model_len` need, at most a fraction of the
-            memory that is free after loading.
+        kv_cache_dtype: of keys, values and latents: "auto" (that of activations, whatever the checkpoint was calibrated for) or
+            "fp8" (e4m3, half the bytes of bfloat16, with the checkpoint's scales, or 1.0 where it has none).
+        kv_cache_bytes: of one rank; None takes what `max_running` requests of `max_model_len` need, at most what there is: on a
+            GPU what `gpu_memory_utilization` leaves, on a CPU half of the memory that is free after loading.
+        gpu_memory_utilization: share of a GPU's memory for weights, caches and everything else that a rank holds at its largest
+            step; what others have taken of the GPU counts, too.
         redundant_experts: physical experts beyond the logical ones.
         topology: where the ranks are: a file of NVLink domains, nodes and what fails together, or "nvl72", "nvl36" or "hgx8";
             None: what they find on their machines. Tokens go to replicas in their own domain as far as these are used evenly, and
@@ -79,8 +87,9 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     quantize: Literal["fp8", "int4", "mxfp4"] | None = None
     numerics: Literal["invariant", "fast"] = "invariant"
+    attention: Literal["triton", "flashinfer"] = "triton"
     max_model_len: int | None = None
-    max_num_tokens: int = 2048
+    max_num_tokens: int | None = None
     max_running: int = 256
     max_waiting: int = 4096
     max_waiting_per_tenant: int | None = None
@@ -90,7 +99,9 @@ class EngineConfig:
     tenant_weights: Mapping[str, float] | None = None
     prefix_cache: bool = True
     block_size: int = 16
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     redundant_experts: int = 0
     topology: str | None = None
     rebalance_steps: int = 0
@@ -112,7 +123,6 @@ class EngineConfig:
                 raise ValueError(f"{field} must be True or False, got {value!r}")
         for field, low in (
             ("ep_size", 1),
-            ("max_num_tokens", 1),
             ("max_running", 1),
             ("max_waiting", 1),
             ("block_size", 1),
@@ -122,6 +132,7 @@ class EngineConfig:
             _check_int(field, getattr(self, field), low)
         for field in (
             "max_model_len",
+            "max_num_tokens",
             "max_waiting_per_tenant",
             "chunk_tokens",
             "kv_cache_bytes",
@@ -129,7 +140,11 @@ class EngineConfig:
         ):
             if getattr(self, field) is not None:
                 _check_int(field, getattr(self, field), 1)
+        share = self.gpu_memory_utilization
+        if not is_number(share) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}")
         self._check_ranks()
+        self._check_attention()
         self._check_table()
         self._check_policy()
         for field in ("start_timeout_s", "step_timeout_s"):
@@ -158,6 +173,17 @@ class EngineConfig:
                 f"topology {self.topology!r} has no effect with redundant_experts 0, where none has a replica"
             )
 
+    def _check_attention(self) -> None:
+        if self.attention == "triton":
+            return
+        for field, allowed in (("numerics", "fast"), ("two_batch_overlap", False), ("kv_cache_dtype", "auto")):
+            if (value := getattr(self, field)) != allowed:
+                raise ValueError(
+                    f"attention {self.attention!r} needs {field} {allowed!r}, got {value!r}; or use 'triton'"
+                )
+        if self.device == "cpu":
+            raise ValueError(f"attention must be 'triton' with device 'cpu', got {self.attention!r}")
+
     def _check_table(self) -> None:
         if self.all_to_all_table is None:
             return
@@ -184,10 +210,22 @@ class EngineConfig:
         """In which a step is computed."""
         return 2 if self.two_batch_overlap else 1
 
+    def on(self, device: str) -> EngineConfig:
+        """Return these options with what depends on the device ("cpu" or "cuda", maybe with a number) decided."""
+        if self.max_num_tokens is not None:
+            return self
+        return dataclasses.replace(self, max_num_tokens=2048 if device == "cpu" else 8192)
+
+    @property
+    def step_tokens(self) -> int:
+        """Of one rank in one step, at most; there is a number once the device is known."""
+        assert self.max_num_tokens is not None, "max_num_tokens depends on the device: see `on`"
+        return self.max_num_tokens
+
     @property
     def part_tokens(self) -> int:
         """Of one rank in one part of a step, at most."""
-        return -(-self.max_num_tokens // self.num_parts)
+        return -(-self.step_tokens // self.num_parts)
 
     def resolved_launcher(self) -> Literal["local", "ray"]:
         """The launcher that "auto" means here."""
@@ -204,6 +242,7 @@ class ModelInfo:
     path: str
     architecture: str
     dtype: str
+    kv_cache_dtype: str  # of keys, values and latents: "fp8", or `dtype`
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]

@@ -82,8 +82,7 @@ def controller_main(orders: Orders) -> None:
     loop: Loop | None = None
     try:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
-        rehearse()  # while the ranks start
-        info, places = start_ranks(orders, hub)
+        info, places = start_ranks(orders, hub, while_they_load=rehearse)
         policy = make_policy(config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), policy)
         loop = Loop(scheduler=scheduler, hub=hub, info=info, load=_expert_load(orders, info, places))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from expertwire.engine.family import Names
-from expertwire.engine.layers import attention, experts, latent, mlp
+from expertwire.engine.layers import attention, experts, kv_scales, latent, mlp
 from expertwire.engine.layout import Layout
 from expertwire.engine.model_config import Attention, Mlp, ModelConfig, Moe
 
@@ -24,8 +24,12 @@ def declare(config: ModelConfig, names: Names, layout: Layout, experts_of: Calla
         layout.vector(param + "post_norm", (source + "post_attention_layernorm.weight", width))
         if isinstance(layer.attention, Attention):
             attention.declare(layout, param, source, layer.attention, names, width)
+            num_kv_heads, is_latent = layer.attention.num_kv_heads, False
         else:
             latent.declare(layout, param, source, layer.attention, names, width)
+            num_kv_heads, is_latent = 1, True
+        fp8 = config.kv_cache_dtype == "fp8"
+        kv_scales.declare(layout, param, source + "self_attn.", num_kv_heads, is_latent=is_latent, fp8=fp8)
         if isinstance(layer.mlp, Mlp):
             mlp.declare(layout, param, source + names.mlp, layer.mlp.size, names, width)
         else:

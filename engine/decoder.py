@@ -29,11 +29,13 @@ from expertwire.engine.layout import Layout, Parameters
 from expertwire.engine.model_config import Attention, LatentAttention, Mlp, ModelConfig, Moe
 from expertwire.engine.models import registry
 from expertwire.kernels import rotary
+from expertwire.kernels.attention import FP8
 from expertwire.kernels.formats import Weight, quantize_experts
 from expertwire.kernels.variants import Rope
 from expertwire.moe import layer as moe_layer
 from expertwire.moe.layer import MoeLayer
 from expertwire.moe.stages import Stages, take_turns
+from expertwire.scheduler.plan import CacheKind
 
 Params = dict[str, Tensor]
 # Of x and its norm, x plus what is made of the norm, and the norm of that.
@@ -105,8 +107,9 @@ class Decoder:
         """Take `params` over, emptying the dictionary as it goes, so that memory holds one copy and one parameter more."""
         c, ops, p = self.config, self.context.ops, self.layout.parameters(params)
         self._embed = p.tensor("embed")
-        # A tied head is packed from a copy: the embedding is read row by row.
-        head = self._embed.clone() if c.tie_word_embeddings else p.weight("lm_head")
+        # Where weights are packed in place, a tied head needs a copy: the embedding is read row by row.
+        tied = self._embed if ops.on_device else self._embed.clone()
+        head = tied if c.tie_word_embeddings else p.weight("lm_head")
         self._head = ops.linear(head, dtype=self.context.dtype)
         # The norm after each layer is the next layer's first one.
         norms = [*(p.tensor(f"layers.{i}.input_norm") for i in range(c.num_layers)), p.tensor("norm")]
@@ -128,6 +131,7 @@ class Decoder:
             dtype=self.context.dtype,
             layer=i,
             caches=tuple(number for number, spec in enumerate(self.config.cache_specs()) if i in spec.writers),
+            fp8_cache=self.config.kv_cache_dtype == "fp8",
             norm=p.tensor("post_norm"),
             eps=self.config.rms_norm_eps,
         )
@@ -166,6 +170,7 @@ class Decoder:
             all_to_alls=context.all_to_alls,
             shared=shared,
             layer=i,
+            exchange_tokens=context.exchange_tokens,
         )
 
     def _experts(self, p: Parameters, name: str, parts: tuple[int, ...]) -> Weight:
@@ -184,10 +189,13 @@ class Decoder:
         specs = self.config.cache_specs()
         return [
             named_caches.make(
-                spec, num, block_size, self._shapes(spec.kind, spec.writers[0]), self.context.dtype, device
+                spec, num, block_size, self._shapes(spec.kind, spec.writers[0]), self._cache_dtype(spec.kind), device
             )
             for spec, num in zip(specs, num_blocks, strict=True)
         ]
+
+    def _cache_dtype(self, kind: CacheKind) -> torch.dtype:
+        return FP8 if self.config.cache_dtype(kind) == "fp8" else self.context.dtype
 
     def _ropes(self) -> set[Rope]:
         ropes = set()
@@ -238,9 +246,13 @@ class Decoder:
     def take_expert_load(self) -> np.ndarray:
         """i64 [layers * E]: rows this rank's tokens sent to each logical expert since the last call; dense layers stay zero."""
         load = np.zeros((self.config.num_layers, self.config.num_experts), np.int64)
-        for i, layer in enumerate(self.layers):
-            if layer.moe is not None:
-                counted = layer.moe.load_E
-                load[i] = counted.cpu().numpy() if isinstance(counted, Tensor) else counted
-                counted[:] = 0
+        counted = {i: layer.moe.load_E for i, layer in enumerate(self.layers) if layer.moe is not None}
+        on_device = [load_E for load_E in counted.values() if isinstance(load_E, Tensor)]
+        if on_device:  # one copy, as the host waits for it
+            load[list(counted)] = torch.stack(on_device).cpu().numpy()
+        else:
+            for i, load_E in counted.items():
+                load[i] = load_E
+        for load_E in counted.values():
+            load_E[:] = 0
         return load.reshape(-1)

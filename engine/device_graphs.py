@@ -20,14 +20,17 @@ class Captured(NamedTuple):
 Capture = Callable[[Callable[[], Tensor]], Captured]
 
 
-def cuda() -> Capture:
+def cuda(barrier: Callable[[], None]) -> Capture:
     """Graphs that share memory: what one leaves in `out` is good until another is replayed. The largest comes first.
 
-    Where ranks wait for each other in the work, all of them capture it together.
+    Args:
+        barrier: waits for all ranks. They wait for each other in the work, and one that is late, as it has compiled or loaded for
+            longer, must not let the others' kernels run out of time (vllm#55319).
     """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(work: Callable[[], Tensor]) -> Captured:
+        barrier()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -14,7 +14,7 @@ from typing import IO
 
 from expertwire.comm import topology
 from expertwire.comm.control import SocketChannel, connect
-from expertwire.engine import process, travel
+from expertwire.engine import attention_backend, process, travel
 from expertwire.engine.cache_sizes import cache_sizes
 from expertwire.engine.checkpoint import Checkpoint
 from expertwire.engine.config import EngineConfig, ModelInfo
@@ -48,7 +48,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, launcher: Launcher, end_of_turn_ids: Sequence[int] = ()) -> None:
-        model = read_model_config(config.model, config.dtype)
+        model = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
         eos_token_ids = dict.fromkeys((*model.eos_token_ids, *end_of_turn_ids))
         model = dataclasses.replace(model, eos_token_ids=tuple(eos_token_ids))
         max_model_len = _check(config, model)
@@ -168,6 +168,7 @@ def _check(config: EngineConfig, model: ModelConfig) -> int:
             f"rebalance_steps must be 0: {model.architecture} has no experts; got {config.rebalance_steps}"
         )
     travel.check(config, model)
+    attention_backend.check(config, model)
     if config.topology is not None:
         topology.read(config.topology).first(config.ep_size)
     if any(model.sparse_layers):
@@ -178,7 +179,7 @@ def _check(config: EngineConfig, model: ModelConfig) -> int:
         Checkpoint(config.model)
     max_model_len = config.max_model_len or longest
     if config.kv_cache_bytes is not None:
-        cache_sizes(config, model.cache_specs(), max_model_len)
+        cache_sizes(config.on("cpu"), model.cache_specs(), max_model_len)  # which asks for less than a GPU
     return max_model_len
 
 

@@ -21,12 +21,17 @@ DTYPES = ("float32", "bfloat16")
 MAX_LAYERS = 4096
 
 
-def read_model_config(path: str | Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> ModelConfig:
+def read_model_config(
+    path: str | Path,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+) -> ModelConfig:
     """The hyperparameters of the checkpoint in folder `path`.
 
     Args:
         path: folder with `config.json` and, optionally, `generation_config.json`, whose end-of-sequence ids win.
         dtype: of the result; "auto" takes the checkpoint's, which must not be float16.
+        kv_cache_dtype: of the result.
 
     Raises:
         ValueError: no such folder or file, damaged JSON, a field that is missing, wrong or not supported: names file and field.
@@ -41,6 +46,7 @@ def read_model_config(path: str | Path, dtype: Literal["auto", "float32", "bfloa
         architecture=architecture,
         model_type=str(fields.get("model_type") or outer.get("model_type") or ""),
         dtype=_dtype(outer, fields, dtype),
+        kv_cache_dtype=kv_cache_dtype,
         vocab_size=vocab_size,
         hidden_size=fields.integer("hidden_size"),
         layers=family.layers(fields),

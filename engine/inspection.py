@@ -6,38 +6,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from expertwire.engine import weights
+from expertwire.engine import memory, memory_plan, weights
+from expertwire.engine.cache_sizes import CacheTooSmall, cache_sizes
 from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.declaration import declare
+from expertwire.engine.config import EngineConfig
 from expertwire.engine.hub_config import read_model_config
 from expertwire.engine.layout import Layout
+from expertwire.engine.memory_plan import MemoryPlan
 from expertwire.engine.model_config import ModelConfig
-from expertwire.engine.models import registry
-from expertwire.engine.weight_map import ParamSpec
 from expertwire.scheduler.plan import CacheSpec
-
-# A parameter's kind, by the first of these that its name within the layer begins with; anything else is attention.
-_KINDS = (
-    ("embed", "embedding"),
-    ("lm_head", "head"),
-    ("w13", "experts"),
-    ("w2", "experts"),
-    ("shared.", "shared experts"),
-    ("router", "routers"),
-    ("choice_bias", "routers"),
-    ("gate_up", "dense MLPs"),
-    ("down", "dense MLPs"),
-    ("indexer.", "indexers"),
-    ("input_norm", "norms"),
-    ("post_norm", "norms"),
-    ("norm", "norms"),
-)
-KINDS = (*dict.fromkeys(kind for _, kind in _KINDS), "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +39,10 @@ class Inspection:
 
     Attributes:
         config: what it is.
-        parameters: by kind (`KINDS`); router biases that serve the choice alone do not count, as in published figures.
+        parameters: by kind (`memory.KINDS`); router biases that serve the choice alone do not count, as in published figures.
         stored_bytes: by kind, in the checkpoint's files, or, where there are none, in the format that its config names.
         has_weights: whether there are files.
-        rank_bytes: by kind, in the memory of the rank that holds most, at `ep_size` ranks; experts as they are stored.
+        rank_bytes: by device ("cpu", "cuda") and kind, in the memory of the rank that holds most, at `ep_size` ranks.
         caches: the model's, and `unread` what a checkpoint holds besides.
     """
 
@@ -68,7 +51,7 @@ class Inspection:
     stored_bytes: dict[str, int]
     has_weights: bool
     ep_size: int
-    rank_bytes: dict[str, int]
+    rank_bytes: dict[str, dict[str, int]]
     caches: tuple[CacheSpec, ...]
     unread: tuple[Unread, ...]
 
@@ -86,6 +69,23 @@ class Inspection:
             idle = self.parameters["experts"] * (moe.num_experts - moe.top_k) // moe.num_experts
         return self.total - idle
 
+    def memory_plan(self, context: int, gpu_bytes: int) -> MemoryPlan:
+        """Return what the memory of a GPU is for, with requests of `context` tokens and otherwise the options' defaults."""
+        held = self.rank_bytes["cuda"]
+        return memory_plan.estimate(self._options, self.config, held, context, gpu_bytes)
+
+    def cache_tokens(self, plan: MemoryPlan, context: int) -> int | None:
+        """Return how many tokens the caches of a GPU hold; None if they do not hold one request of `context` tokens."""
+        config = replace(self._options, max_model_len=context, kv_cache_bytes=max(1, plan.caches))
+        try:
+            return cache_sizes(config, self.caches, context).num_tokens
+        except CacheTooSmall:
+            return None
+
+    @property
+    def _options(self) -> EngineConfig:
+        return EngineConfig(model="", ep_size=self.ep_size, device="cuda", load_format="dummy").on("cuda")
+
     def cache_bytes(self, context: int) -> dict[str, int]:
         """Of one request of `context` tokens, by cache: a window keeps no more than its tokens."""
         return {
@@ -94,28 +94,30 @@ class Inspection:
         }
 
 
-def inspect(path: str | Path, ep_size: int = 1) -> Inspection:
+def inspect(path: str | Path, ep_size: int = 1, kv_cache_dtype: Literal["auto", "fp8"] = "auto") -> Inspection:
     """Of the checkpoint in folder `path`, which may lack its weights: then its config alone is asked.
+
+    Args:
+        ep_size, kv_cache_dtype: as `EngineConfig` has them.
 
     Raises:
         ValueError: it is not supported, or a tensor is missing, unknown or of the wrong shape or type: names it.
     """
-    config = read_model_config(path)
+    config = read_model_config(path, kv_cache_dtype=kv_cache_dtype)
     checkpoint = Checkpoint(path) if any(Path(path).glob("*.safetensors*")) else None
-    names = registry.FAMILIES[config.architecture].names
     num_experts = config.num_experts
-    plain = Layout(stored=None, quantization=None)
-    declare(config, names, plain, lambda i: range(num_experts))
-    stored = Layout(stored=None if checkpoint is None else checkpoint.tensors, quantization=config.quantization)
-    declare(config, names, stored, lambda i: range(num_experts))
+    plain = memory.rank_layout(replace(config, quantization=None), None, lambda i: range(num_experts))
+    tensors = None if checkpoint is None else checkpoint.tensors
+    stored = memory.rank_layout(config, tensors, lambda i: range(num_experts))
+    of_rank = memory.rank_layout(config, tensors, lambda i: range(-(-num_experts // ep_size)))
     dtype = getattr(torch, config.dtype)
     if checkpoint is None:
-        stored_bytes = _by_kind({name: _nbytes(spec, dtype) for name, spec in stored.specs.items()})
+        stored_bytes = memory.by_kind({name: memory.spec_bytes(spec, dtype) for name, spec in stored.specs.items()})
     else:
         params = weights.allocate(stored.specs, dtype, "meta")
         weights.check(checkpoint, stored.sources, params, [entry.pattern for entry in config.skipped])
         stored_bytes = _stored_bytes(checkpoint, stored)
-    parameters = _by_kind(
+    parameters = memory.by_kind(
         {name: math.prod(spec.shape) for name, spec in plain.specs.items() if "choice_bias" not in name}
     )
     return Inspection(
@@ -124,46 +126,18 @@ def inspect(path: str | Path, ep_size: int = 1) -> Inspection:
         stored_bytes=stored_bytes,
         has_weights=checkpoint is not None,
         ep_size=ep_size,
-        rank_bytes=_rank_bytes(config, plain, stored, ep_size),
+        rank_bytes={device: memory.held_bytes(config, of_rank, device) for device in ("cpu", "cuda")},
         caches=config.cache_specs(),
         unread=(*_unread(config, checkpoint), *_unneeded(stored, checkpoint)),
     )
 
 
-def _nbytes(spec: ParamSpec, dtype: torch.dtype) -> int:
-    return math.prod(spec.shape) * (spec.dtype or dtype).itemsize
-
-
-def _kind(param: str) -> str:
-    name = re.sub(r"^layers\.\d+\.", "", param)
-    return next((kind for prefix, kind in _KINDS if name.startswith(prefix)), "attention")
-
-
-def _by_kind(numbers: dict[str, int]) -> dict[str, int]:
-    """Sums, of the kinds that there are."""
-    found: Counter[str] = Counter()
-    for param, number in numbers.items():
-        found[_kind(param)] += number
-    return {kind: found[kind] for kind in KINDS if found[kind]}
-
-
 def _stored_bytes(checkpoint: Checkpoint, layout: Layout) -> dict[str, int]:
+    read = {name: destinations[0].param for name, destinations in layout.sources.items() if destinations}
     found: Counter[str] = Counter()
-    for name, destinations in layout.sources.items():
-        if destinations:
-            found[_kind(destinations[0].param)] += checkpoint.tensors[name].nbytes
-    return {kind: found[kind] for kind in KINDS if found[kind]}
-
-
-def _rank_bytes(config: ModelConfig, plain: Layout, stored: Layout, ep_size: int) -> dict[str, int]:
-    """Experts stay as they are stored, everything else is unpacked."""
-    dtype = getattr(torch, config.dtype)
-    found = _by_kind({name: _nbytes(spec, dtype) for name, spec in plain.specs.items()})
-    if config.moe is not None:
-        here = -(-config.num_experts // ep_size)
-        experts = _by_kind({name: _nbytes(spec, dtype) for name, spec in stored.specs.items()})["experts"]
-        found["experts"] = experts * here // config.num_experts
-    return found
+    for name, param in read.items():
+        found[param] += checkpoint.tensors[name].nbytes
+    return memory.by_kind(found)
 
 
 def _unread(config: ModelConfig, checkpoint: Checkpoint | None) -> tuple[Unread, ...]:
@@ -183,5 +157,5 @@ def _unneeded(layout: Layout, checkpoint: Checkpoint | None) -> Iterator[Unread]
         if layout.sources.get(name) == ():
             sizes.setdefault(name.rpartition(".")[2], []).append(stored.nbytes)
     for end, nbytes in sizes.items():
-        why = "known, and not needed: the head is the embedding, or activations are not quantised"
+        why = "known, and not needed: the head is the embedding, or activations or the KV cache are not quantised"
         yield Unread(pattern=rf".*\.{end}", why=why, tensors=len(nbytes), nbytes=sum(nbytes))

@@ -47,7 +47,7 @@ class RankFailed(RuntimeError):
 
 
 class Launcher(Protocol):
-    """Starts the workers of one engine, once. A worker runs `worker_main(config, rank, num_ranks, address, token, node)`."""
+    """Starts the workers of one engine, once. A worker runs `worker_main(config, rank, num_ranks, address, token, node, gpu)`."""
 
     def hub_address(self) -> str:
         """Where the controller shall listen for the workers ("tcp:host:0"), so that all of them can reach it."""
@@ -67,7 +67,7 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """Workers as processes of this machine; they end with this process, however it ends.
+    """Workers as processes of this machine, rank r on its r-th GPU if on one; they end with this process, however it ends.
 
     Args:
         worker: the worker's entry point, "package.module:function".
@@ -86,7 +86,7 @@ class LocalLauncher:
         assert not self._processes, f"{len(self._processes)} workers run already"
         node = this_node()
         for rank in range(spec.num_ranks):
-            args = (spec.config, rank, spec.num_ranks, spec.address, spec.token, node)
+            args = (spec.config, rank, spec.num_ranks, spec.address, spec.token, node, rank)
             self._processes.append(process.start_call(self._worker, *args))
 
     def poll(self) -> None:

@@ -31,13 +31,14 @@ class Layout:
         quantization: what its config says.
         specs: by parameter.
         sources: by tensor of the checkpoint; those that another rank or nobody reads go nowhere.
+        quantized: the matrices that are stored so, each of them several parameters.
     """
 
     stored: Mapping[str, StoredTensor] | None
     quantization: Quantization | None
     specs: dict[str, ParamSpec] = field(default_factory=dict)
     sources: dict[str, tuple[Destination, ...]] = field(default_factory=dict)
-    _quantized: dict[str, Matrix] = field(default_factory=dict)
+    quantized: dict[str, Matrix] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         return self.stored is not None and name in self.stored
@@ -85,7 +86,7 @@ class Layout:
         """The parameters of a matrix."""
         self.specs |= matrix.specs(experts)
         if matrix.method is not None:
-            self._quantized[matrix.param] = matrix
+            self.quantized[matrix.param] = matrix
 
     def read_fitting(self, given: Iterable[tuple[str, Destination, list[Shape]]]) -> None:
         """Tensors whose shape may be another than their region's, as `Matrix` tells them."""
@@ -105,7 +106,7 @@ class Layout:
 
     def parameters(self, tensors: dict[str, Tensor]) -> Parameters:
         """The loaded tensors of `specs`, to be taken one by one."""
-        return Parameters(tensors, self._quantized)
+        return Parameters(tensors, self.quantized)
 
 
 class Parameters:
@@ -117,6 +118,10 @@ class Parameters:
     def within(self, prefix: str) -> Parameters:
         """Those whose names begin so."""
         return Parameters(self._tensors, self._quantized, self._prefix + prefix)
+
+    def name(self, name: str) -> str:
+        """The whole name, for messages."""
+        return self._prefix + name
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors.pop(self._prefix + name)

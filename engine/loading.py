@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from expertwire.engine import weights
+from expertwire.engine import memory, weights
 from expertwire.engine.checkpoint import Checkpoint
 from expertwire.engine.decoder import Decoder
 from expertwire.engine.layers.step import RankContext
@@ -36,7 +36,8 @@ def load(
     """
     model = Decoder(config, context, None if checkpoint is None else checkpoint.tensors, quantize)
     specs = model.layout.specs
-    weights.check_memory(weights.nbytes(specs, context.dtype), context.device, sharers=sharers)
+    peak = memory.peak_bytes(config, model.layout, context.device, quantize=quantize, fast=context.ops.fast)
+    weights.check_memory(peak, context.device, sharers=sharers)
     params = weights.allocate(specs, context.dtype, context.device)
     if checkpoint is None:
         weights.dummy_weights(specs, params, seed)

@@ -5,7 +5,7 @@ O sampled tokens, X rows of prompts, V vocabulary, n alternatives at most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,15 +17,18 @@ from expertwire.kernels import sampling
 _I32, _F32 = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
-def of(logits_OV: Tensor, token_O: Tensor, num_top_O: np.ndarray) -> Sequence[Tensor]:
+def of(
+    logits_OV: Tensor,
+    token_O: Tensor,
+    num_top_O: np.ndarray,
+    upload: Callable[[np.ndarray], Tensor] = torch.from_numpy,
+) -> Sequence[Tensor]:
     """Log-probabilities, ranks and the most probable tokens of the rows that have asked (`num_top_O` >= 0), where the logits are;
-    nothing if none has."""
+    nothing if none has. `upload` brings integers there."""
     asked = np.flatnonzero(num_top_O >= 0)
     if not len(asked):
         return ()
-    rows = torch.from_numpy(asked)
-    if logits_OV.is_cuda:  # a copy from memory that is not pinned would wait for all that the device has to do
-        rows = rows.pin_memory().to(logits_OV.device, non_blocking=True)
+    rows = upload(asked)
     widest = int(np.minimum(num_top_O[asked], logits_OV.shape[1]).max())
     return sampling.token_logprobs(logits_OV.index_select(0, rows), token_O.index_select(0, rows).long(), widest)
 

@@ -13,7 +13,7 @@ from typing import Literal
 from expertwire.kernels.variants import Activation, Rope, Routing
 from expertwire.scheduler.plan import CacheKind, CacheSpec
 
-ITEM_SIZES = {"float32": 4, "bfloat16": 2}
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 SWIGLU = Activation()
 
 
@@ -157,6 +157,7 @@ class ModelConfig:
     architecture: str  # e.g. "Qwen3MoeForCausalLM"
     model_type: str  # as the checkpoint has it, e.g. "kimi_k2"
     dtype: Literal["float32", "bfloat16"]  # that it runs in: the checkpoint's, or the one asked for
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"  # of keys, values and latents; "auto": `dtype`
     vocab_size: int
     hidden_size: int
     layers: tuple[Layer, ...]
@@ -201,12 +202,16 @@ class ModelConfig:
             specs += self._cache(f"window {window}", "window", window, partial(_kv, window=window))
         return tuple(specs)
 
+    def cache_dtype(self, kind: CacheKind) -> Literal["float32", "bfloat16", "fp8"]:
+        """Of a kind of cache. Index keys choose positions, which small errors would change: they stay in the model's."""
+        return self.dtype if self.kv_cache_dtype == "auto" or kind == "index" else self.kv_cache_dtype
+
     def _cache(
         self, name: str, kind: CacheKind, window: int | None, numbers: Callable[[Layer], int]
     ) -> list[CacheSpec]:
         """None, or one of the layers that keep any numbers of a token there."""
         layers = tuple(i for i, layer in enumerate(self.layers) if numbers(layer))
-        size = ITEM_SIZES[self.dtype] * sum(numbers(self.layers[i]) for i in layers)
+        size = ITEM_SIZES[self.cache_dtype(kind)] * sum(numbers(self.layers[i]) for i in layers)
         if not layers:
             return []
         return [CacheSpec(name=name, kind=kind, bytes_per_token=size, writers=layers, readers=layers, window=window)]

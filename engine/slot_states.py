@@ -66,7 +66,7 @@ class Scheduled:
         return cls(cu_queries=np.concatenate(([0], *cu_queries)), **values)
 
     @property
-    def num_single(self) -> int:
+    def num_decodes(self) -> int:
         return int((np.diff(self.cu_queries) == 1).sum())
 
     @property
@@ -98,13 +98,18 @@ class SlotStates(ABC):
         for i, slot in enumerate(plan.admit_slot_A.tolist()):
             self.num_tokens[slot] = len(plan.admit_tokens[i])
             self.sampling[slot] = plan.admit_sampling_A[i]
-            # Copies: the plan's memory is reused.
-            self._bans[slot] = plan.admit_bans[i].copy()
-            self._bias[slot] = (plan.admit_bias_ids[i].copy(), plan.admit_bias_values[i].copy())
-        slots = plan.admit_slot_A
-        listed = [len(self._bans[slot]) + len(self._bias[slot][0]) > 0 for slot in slots.tolist()]
-        self._adjusted[slots] = _penalized(self.sampling[slots]) | np.array(listed, bool)
-        self._num_slid_CS[:, slots] = 0
+            self.set_lists(slot, plan.admit_bans[i], plan.admit_bias_ids[i], plan.admit_bias_values[i])
+        self.mark_adjusted(plan.admit_slot_A)
+        self._num_slid_CS[:, plan.admit_slot_A] = 0
+
+    def set_lists(self, slot: int, bans: np.ndarray, bias_ids: np.ndarray, bias_values: np.ndarray) -> None:
+        """A slot's bans and biases; copies, as a plan's memory is reused."""
+        self._bans[slot], self._bias[slot] = bans.copy(), (bias_ids.copy(), bias_values.copy())
+
+    def mark_adjusted(self, slot_X: np.ndarray) -> None:
+        """Find out which of these slots want their logits changed."""
+        listed = [len(self._bans[slot]) + len(self._bias[slot][0]) > 0 for slot in slot_X.tolist()]
+        self._adjusted[slot_X] = penalized(self.sampling[slot_X]) | np.array(listed, bool)
 
     def slide(self, plan: RankPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which entries of the block tables slide out of their windows when the plan is carried out, once each: caches, slots and
@@ -140,12 +145,12 @@ class SlotStates(ABC):
         return parts
 
     def adjust(self, logits_OV: Tensor, slot_O: np.ndarray) -> None:
-        """Penalties, bias and bans, in place, for the few rows that ask for them."""
+        """Penalties, bias and bans, in place, row by row."""
         for row in np.flatnonzero(self._adjusted[slot_O]).tolist():
             slot, logits_V = int(slot_O[row]), logits_OV[row]
             record = self.sampling[slot]
             prompt_len, known = int(record["prompt_len"]), int(self.num_tokens[slot])
-            if _penalized(record):
+            if penalized(record):
                 tokens = self.known_tokens(slot)
                 sampling.penalize(
                     logits_V,
@@ -164,11 +169,11 @@ class SlotStates(ABC):
 
     def upload(self, values: np.ndarray) -> Tensor:
         """A copy on the table's device, for which nothing that the device computes is waited."""
-        tensor = torch.from_numpy(values.copy())
-        return tensor if self.device == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return torch.from_numpy(values.copy())
 
 
-def _penalized(sampling_S: np.ndarray) -> np.ndarray:
+def penalized(sampling_S: np.ndarray) -> np.ndarray:
+    """Return which records have a penalty."""
     return (
         (sampling_S["repetition_penalty"] != 1)
         | (sampling_S["presence_penalty"] != 0)

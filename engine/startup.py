@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from expertwire.comm.control import ControlHub
-from expertwire.engine.cache_sizes import cache_sizes
+from expertwire.engine.cache_sizes import CacheSizes, cache_sizes
 from expertwire.engine.config import EngineConfig, ModelInfo
 from expertwire.engine.model_config import ModelConfig
 from expertwire.scheduler.config import SchedulerConfig
-
-# The share of free memory that caches may take, when no size is given.
-_CACHE_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,35 +35,48 @@ class Places:
     failure_domains: tuple[int, ...]
 
 
-def start_ranks(orders: Orders, hub: ControlHub) -> tuple[ModelInfo, Places]:
+def start_ranks(
+    orders: Orders, hub: ControlHub, while_they_load: Callable[[], None] = lambda: None
+) -> tuple[ModelInfo, Places]:
     """Let the ranks join, load and allocate, as `engine.worker` describes; what is served, and where the ranks are.
+
+    Args:
+        while_they_load: what the controller does meanwhile.
 
     Raises:
         RankLost, RankTimeout, RankError: a rank is at fault.
         CacheTooSmall: the caches do not hold one request.
     """
-    config = orders.config
-    hub.wait_joined(config.start_timeout_s, lambda: None)
+    timeout_s = orders.config.start_timeout_s
+    hub.wait_joined(timeout_s, lambda: None)
     hub.publish({})
-    present = hub.collect(config.start_timeout_s)
+    present = hub.collect(timeout_s)
     nodes = [bytes(answer["node"]) for answer in present]
     sharers_P = np.array([nodes.count(node) for node in nodes])
     hub.publish({"store": present[0]["store"], "sharers": sharers_P})
-    loaded = hub.collect(config.start_timeout_s)
-    free_P = np.array([answer["free"][0] for answer in loaded])
-    free = int((free_P // sharers_P).min() * _CACHE_SHARE)
-    model = orders.model
-    specs = model.cache_specs()
-    sizes = cache_sizes(config, specs, orders.max_model_len, free)
+    while_they_load()
+    loaded = hub.collect(timeout_s)
+    device = bytes(loaded[0]["device"]).decode()
+    hub.publish({"max_model_len": np.array([orders.max_model_len])})
+    room = min(int(answer["cache_bytes"][0]) for answer in hub.collect(timeout_s))
+    specs = orders.model.cache_specs()
+    sizes = cache_sizes(orders.config.on(device), specs, orders.max_model_len, room)
     hub.publish({"num_blocks": np.array(sizes.num_blocks), "max_model_len": np.array([sizes.max_model_len])})
-    hub.collect(config.start_timeout_s)
-    names = [spec.name for spec in specs]
+    hub.collect(timeout_s)
     domains, failure_domains = np.stack([answer["place"] for answer in loaded], axis=1).tolist() or ((), ())
-    info = ModelInfo(
+    info = _model_info(orders, sizes, device, bytes(loaded[0]["all_to_all"]).decode())
+    return info, Places(domains=tuple(domains), failure_domains=tuple(failure_domains))
+
+
+def _model_info(orders: Orders, sizes: CacheSizes, device: str, all_to_all: str) -> ModelInfo:
+    config, model = orders.config, orders.model
+    names = [spec.name for spec in model.cache_specs()]
+    return ModelInfo(
         name=config.model.rstrip("/").rsplit("/", 1)[-1],
         path=config.model,
         architecture=model.architecture,
         dtype=model.dtype,
+        kv_cache_dtype=model.dtype if model.kv_cache_dtype == "auto" else model.kv_cache_dtype,
         vocab_size=model.vocab_size,
         max_model_len=sizes.max_model_len,
         eos_token_ids=model.eos_token_ids,
@@ -73,8 +84,8 @@ def start_ranks(orders: Orders, hub: ControlHub) -> tuple[ModelInfo, Places]:
         num_experts=model.num_experts,
         top_k=model.top_k,
         ep_size=config.ep_size,
-        device=bytes(loaded[0]["device"]).decode(),
-        all_to_all=bytes(loaded[0]["all_to_all"]).decode(),
+        device=device,
+        all_to_all=all_to_all,
         block_size=config.block_size,
         cache_tokens=sizes.num_tokens,
         cache_blocks=dict(zip(names, sizes.num_blocks, strict=True)),
@@ -82,16 +93,15 @@ def start_ranks(orders: Orders, hub: ControlHub) -> tuple[ModelInfo, Places]:
         max_running=config.max_running,
         seed=config.seed,
     )
-    return info, Places(domains=tuple(domains), failure_domains=tuple(failure_domains))
 
 
 def scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
     """What the scheduler is told of all this."""
-    config = orders.config
+    config = orders.config.on(info.device)
     return SchedulerConfig(
         num_ranks=config.ep_size,
         max_running=config.max_running,
-        max_num_tokens=config.max_num_tokens,
+        max_num_tokens=config.step_tokens,
         max_model_len=info.max_model_len,
         block_size=config.block_size,
         num_blocks=tuple(info.cache_blocks.values()),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from expertwire.comm import topology_table
 from expertwire.engine.config import EngineConfig
-from expertwire.engine.model_config import ModelConfig
+from expertwire.engine.model_config import ITEM_SIZES, ModelConfig, Moe
 from expertwire.engine.quantization import expert_format
 
 _GROUP = 128  # numbers with a scale
@@ -47,10 +47,31 @@ def sends_fp8(config: EngineConfig, model: ModelConfig, *, on_gpu: bool) -> bool
     return not obstacle
 
 
+def exchange_tokens(config: EngineConfig, model: ModelConfig, num_ranks: int, *, fp8: bool) -> int:
+    """Return how many tokens of a rank an exchange takes between GPUs: those of a step, or as many as there is memory for at
+    worst, so that larger steps take several."""
+    from expertwire.comm import arena  # imports torch, which only ranks need
+    from expertwire.kernels.quantize import packed_bytes
+
+    size = max(moe.size for layer in model.layers if isinstance(moe := layer.mlp, Moe))
+    item = ITEM_SIZES[model.dtype]
+    quantised = expert_format(model, config.quantize) in ("fp8_block", "fp8_row")
+    return arena.exchange_tokens(
+        config.part_tokens,
+        num_ranks=num_ranks,
+        experts=-(-(model.num_experts + config.redundant_experts) // num_ranks),
+        top_k=model.top_k,
+        row_bytes=packed_bytes(model.hidden_size) if fp8 else model.hidden_size * item,
+        home_bytes=model.hidden_size * item,
+        expert_bytes=size * (item + quantised),
+        budget=arena.EXCHANGE_BYTES // config.num_parts,
+    )
+
+
 def on_gpus(*, graph_safe: bool, fp8: bool) -> str:
     """What is said of how tokens travel between GPUs."""
     steps = (
-        "steps of single tokens replay CUDA graphs"
+        "small steps replay CUDA graphs"
         if graph_safe
         else "the all-to-all's host counts rows, so that no step can replay a CUDA graph"
     )

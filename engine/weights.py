@@ -1,8 +1,4 @@
-"""Filling a rank's parameters: from a checkpoint, reading only the bytes that this rank needs, or with random weights.
-
-Bytes are read with plain reads into one small buffer instead of a mapping of the file: a mapping's pages count as the
-process's memory, and a file that shrinks under it kills the process.
-"""
+"""Filling a rank's parameters: from a checkpoint, reading only the bytes that this rank needs, or with random weights."""
 
 from __future__ import annotations
 
@@ -11,23 +7,17 @@ import hashlib
 import math
 import mmap
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from io import FileIO
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import torch
 from tqdm import tqdm
 
-from expertwire.engine.checkpoint import Checkpoint, StoredTensor, some
+from expertwire.engine import reading
+from expertwire.engine.checkpoint import Checkpoint, some
 from expertwire.engine.weight_map import Destination, ParamSpec, WeightMap
 
-STORED_DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu, "I32": torch.int32, "U8": torch.uint8, "I8": torch.uint8,
-}  # fmt: skip
 # What may be loaded into a parameter of a type: floating-point numbers are rounded; 4-bit numbers are bytes, whatever these
 # are called; powers of two may be kept as their exponents.
 _FLOATS = ("F32", "BF16", "F16")
@@ -38,13 +28,12 @@ ACCEPTED = {
     torch.int32: ("I32",),
     torch.uint8: ("U8", "I8", "F8_E8M0"),
 }
-CHUNK_BYTES = 16 << 20
 HUGE_PAGE_BYTES = 2 << 20
 NOISE_SIZE = 1 << 18  # random values drawn at a time; fits a core's cache
 
 
 def allocate(specs: Mapping[str, ParamSpec], dtype: torch.dtype, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Uninitialised contiguous parameters; call `check_memory` with `nbytes(specs, dtype)` first."""
+    """Uninitialised contiguous parameters; call `check_memory` with `memory.peak_bytes` first."""
     return {name: _empty(spec.shape, spec.dtype or dtype, torch.device(device)) for name, spec in specs.items()}
 
 
@@ -59,11 +48,6 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def nbytes(specs: Mapping[str, ParamSpec], dtype: torch.dtype) -> int:
-    """Bytes of the parameters that `allocate` makes."""
-    return sum((spec.dtype or dtype).itemsize * math.prod(spec.shape) for spec in specs.values())
-
-
 def load_weights(
     checkpoint: Checkpoint,
     weight_map: WeightMap,
@@ -75,7 +59,8 @@ def load_weights(
     """Fills `params` in place from the checkpoint, converting between float32, bfloat16 and float16 (rounding to nearest).
 
     Everything is checked from the headers before a byte is read. A map's entry without destinations may be missing in the
-    checkpoint. Extra memory: one buffer of 16 MiB, or of the longest row (index of the first dimension) of a tensor.
+    checkpoint. Extra memory, for each of at most `reading.MAX_READERS` threads: one piece of a tensor, if it does not lie in its
+    parameter as it is stored, and on a GPU two pinned buffers of 16 MiB.
 
     Args:
         checkpoint: where the tensors are.
@@ -91,18 +76,19 @@ def load_weights(
     check(checkpoint, weight_map, params, skipped)
     wanted = [(checkpoint.tensors[name], destinations) for name, destinations in weight_map.items() if destinations]
     wanted.sort(key=lambda item: (item[0].file, item[0].offset))
-    reads = [(stored, read) for stored, destinations in wanted for read in _reads(stored, destinations)]
-    longest = max((read.unit_bytes for _, read in reads), default=0)
-    on_cuda = any(param.is_cuda for param in params.values())
-    buffer = torch.empty(max(CHUNK_BYTES, longest), dtype=torch.uint8, pin_memory=on_cuda)
-    total = sum(read.nbytes for _, read in reads)
+    pieces = [piece for stored, destinations in wanted for piece in reading.pieces(stored, destinations, params)]
+    device = next(iter(params.values())).device if params else torch.device("cpu")
+    ways = reading.transfers(device, min(reading.MAX_READERS, max(2, torch.get_num_threads())))
+    total, num_tensors, read = sum(piece.nbytes for piece in pieces), sum(piece.last for piece in pieces), 0
     with tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
-        for path, in_file in groupby(enumerate(reads, 1), key=lambda item: item[1][0].file):
-            with path.open("rb", buffering=0) as file:
-                for number, (stored, read) in in_file:
-                    _copy(file, stored, read, params, buffer)
-                    bar.set_postfix_str(f"{number}/{len(reads)} tensors", refresh=False)
-                    bar.update(read.nbytes)
+
+        def done(piece: reading.Piece) -> None:
+            nonlocal read
+            read += piece.last
+            bar.set_postfix_str(f"{read}/{num_tensors} tensors", refresh=False)
+            bar.update(piece.nbytes)
+
+        reading.read(pieces, ways, done)
 
 
 def dummy_weights(specs: Mapping[str, ParamSpec], params: Mapping[str, torch.Tensor], seed: int) -> None:
@@ -210,88 +196,6 @@ def _tile(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
             return False
         end = stop
     return end == shape[0] and all(_tile(group, shape[1:]) for group in groups.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Read:
-    """Consecutive bytes of a tensor: all of it, or one index of its first dimension, `lead`.
-
-    What goes to parameters as it lies is read row by row, `unit_bytes` at least at a time; a part of it, or what is transposed or
-    repeated, all at once.
-    """
-
-    lead: int | None
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    unit_bytes: int
-    whole: bool
-    destinations: tuple[Destination, ...]
-
-
-def _reads(stored: StoredTensor, destinations: Sequence[Destination]) -> Iterator[_Read]:
-    for lead in sorted({d.lead for d in destinations}, key=lambda lead: -1 if lead is None else lead):
-        of_lead = tuple(d for d in destinations if d.lead == lead)
-        shape = stored.shape if lead is None else stored.shape[1:]
-        nbytes = stored.nbytes if lead is None else stored.nbytes // stored.shape[0]
-        offset = stored.offset + (0 if lead is None else lead * nbytes)
-        skip = 0 if lead is None else 1
-        whole = any(len(d.source) > skip or d.transposed or d.repeated for d in of_lead)
-        rows = max(1, shape[0]) if shape else 1
-        yield _Read(
-            lead=lead,
-            shape=shape,
-            offset=offset,
-            nbytes=nbytes,
-            unit_bytes=nbytes if whole else nbytes // rows,
-            whole=whole,
-            destinations=of_lead,
-        )
-
-
-def _copy(
-    file: FileIO, stored: StoredTensor, read: _Read, params: Mapping[str, torch.Tensor], buffer: torch.Tensor
-) -> None:
-    """Copies it to each of its destinations, as many rows at a time as fit the buffer."""
-    if read.nbytes == 0:
-        return
-    file.seek(read.offset)
-    dtype, targets = STORED_DTYPES[stored.dtype], [params[d.param][d.region] for d in read.destinations]
-    if read.whole:
-        raw = buffer[: read.nbytes]
-        _read_into(file, raw)
-        source = raw.view(dtype).view(read.shape)
-        for d, target in zip(read.destinations, targets, strict=True):
-            _put(target, _taken(source, d, skip=0 if read.lead is None else 1), repeated=d.repeated)
-        return
-    step, rows = len(buffer) // read.unit_bytes, read.nbytes // read.unit_bytes
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        raw = buffer[: count * read.unit_bytes]
-        _read_into(file, raw)
-        source = raw.view(dtype).view(count, -1)
-        for target in targets:
-            _put(target.view(rows, -1)[start : start + count], source)
-
-
-def _taken(source: torch.Tensor, destination: Destination, skip: int) -> torch.Tensor:
-    taken = source[destination.source[skip:]]
-    return taken.transpose(-1, -2) if destination.transposed else taken
-
-
-def _put(target: torch.Tensor, source: torch.Tensor, *, repeated: bool = False) -> None:
-    if source.dtype == torch.float8_e8m0fnu and target.dtype == torch.uint8:
-        source = source.view(torch.uint8)
-    target.copy_(source.reshape(-1, *[1] * (target.dim() - 1)) if repeated else source.reshape(target.shape))
-
-
-def _read_into(file: FileIO, raw: torch.Tensor) -> None:
-    unread = memoryview(raw.numpy())
-    while unread:
-        count = file.readinto(unread)
-        if not count:
-            raise ValueError(f"{file.name} became shorter while it was read")
-        unread = unread[count:]
 
 
 def check_memory(bytes_needed: int, device: torch.device | str, *, sharers: int = 1) -> None:

@@ -3,9 +3,10 @@
 What is said before the first plan, each a round of one message to every rank and one answer of each:
 
     controller: {}                                      rank: {"node", "store": address, of rank 0 only}
-    controller: {"store", "sharers": ranks on each      rank: {"free": bytes left after loading, "device",
-                 rank's node}                                        "all_to_all": which, and why, "place": its
-                                                                     NVLink domain and what fails with it}
+    controller: {"store", "sharers": ranks on each      rank: {"device", "all_to_all": which, and why, "place": its
+                 rank's node}                                        NVLink domain and what fails with it}, when it
+                                                                     has loaded
+    controller: {"max_model_len": at most}              rank: {"cache_bytes": how large its caches may be}
     controller: {"num_blocks": of each cache,           rank: {}
                  "max_model_len"}
 
@@ -15,10 +16,14 @@ A rank that fails answers so (`ControlLink.fail`) instead, and waits for the end
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,11 +33,12 @@ from expertwire.comm import group as groups
 from expertwire.comm.a2a_stream import on_stream
 from expertwire.comm.all_to_all import AllToAll, AllToAllSpec, RankStalled
 from expertwire.comm.control import ChannelClosed, ControlLink
-from expertwire.engine import device_graphs, weights
+from expertwire.engine import device_graphs, memory, memory_plan, weights
 from expertwire.engine.caches import NamedCache
 from expertwire.engine.checkpoint import Checkpoint
 from expertwire.engine.config import EngineConfig
 from expertwire.engine.decoder import Decoder
+from expertwire.engine.device_graphs import Capture
 from expertwire.engine.hub_config import read_model_config
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loading import load
@@ -40,34 +46,43 @@ from expertwire.engine.model_config import ModelConfig
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import Runner
 from expertwire.engine.slots import Slots
-from expertwire.engine.travel import on_gpus, sends_fp8
+from expertwire.engine.travel import exchange_tokens, on_gpus, sends_fp8
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.registry import Ops
 from expertwire.moe.mover import Mover
 from expertwire.moe.placement import Placement, place
 
+if TYPE_CHECKING:
+    from expertwire.engine.device_runner import DeviceRunner
+
+# The share of free memory of a CPU that caches may take, when no size is given.
+_CPU_CACHE_SHARE = 0.5
 # An exchange may take so much of a step's time, so that the ranks say who stalled, and where, before the controller gives up.
 _EXCHANGE_SHARE = 0.9
+_ERROR_CHARACTERS = 500
 
 
-def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
-    """Run rank `rank` until the controller closes the connection; the entry point of every launcher."""
+def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, token: str, node: str, gpu: int) -> None:
+    """Run rank `rank` until the controller closes the connection; the entry point of every launcher.
+
+    Args:
+        gpu: which of the GPUs that this process sees is the rank's, if it computes on one.
+    """
     link = ControlLink(address, token, rank=rank, node=node, hello={})
     # The group is closed after the report: the other ranks would fail, and be blamed, before this one has said why.
     with contextlib.ExitStack() as closing:
         closing.callback(link.close)
         try:
-            serve(link, _start(config, rank, num_ranks, node, link, closing))
+            serve(link, _start(config, rank, num_ranks, node, gpu, link, closing))
         except ChannelClosed:
             pass
         except Exception as error:  # noqa: BLE001 - whatever it is, the controller must hear of it
-            _report(link, error)
+            _report(link, rank, node, error)
 
 
-def _report(link: ControlLink, error: Exception) -> None:
+def _report(link: ControlLink, rank: int, node: str, error: Exception) -> None:
     """Answer with the error and wait until the controller has taken it in and closes."""
-    for_users = isinstance(error, (ValueError, RankStalled))
-    text = str(error) if for_users else "".join(traceback.format_exception(error)).strip()
+    text = str(error) if _for_users(error) else _kept(error, rank, node)
     stall = {"stall": np.array(error.order)} if isinstance(error, RankStalled) else {}
     with contextlib.suppress(ChannelClosed):
         link.fail(text or repr(error), **stall)
@@ -75,11 +90,39 @@ def _report(link: ControlLink, error: Exception) -> None:
             link.recv()
 
 
+def _for_users(error: Exception) -> bool:
+    """Whether its message says all: a stall, or a mistake that our own code has found."""
+    if not isinstance(error, ValueError):
+        return isinstance(error, RankStalled)
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals["__name__"].startswith("expertwire.")
+
+
+def _kept(error: Exception, rank: int, node: str) -> str:
+    """Keep the traceback whole in a file of this node's folder of temporary files, and return one line that names it."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        file, path = tempfile.mkstemp(prefix=f"expertwire-rank{rank}-", suffix=".log")
+        with open(file, "w", encoding="utf-8") as log:
+            log.write(text)
+    except OSError:
+        return text.strip()
+    says = " ".join(str(error).split())[:_ERROR_CHARACTERS]
+    return f"{type(error).__name__}: {says} (traceback in {path} on {node})"
+
+
 def _start(
-    config: EngineConfig, rank: int, num_ranks: int, node: str, link: ControlLink, closing: contextlib.ExitStack
+    config: EngineConfig,
+    rank: int,
+    num_ranks: int,
+    node: str,
+    gpu: int,
+    link: ControlLink,
+    closing: contextlib.ExitStack,
 ) -> Steps:
     link.recv()
-    device = _device(config, rank)
+    device = choose_device(config, gpu)
+    config = config.on(device)
     store, store_address = None, ""
     if rank == 0 and num_ranks > 1:
         store, store_address = groups.serve_store(link.local_ip)
@@ -94,16 +137,18 @@ def _start(
         size=num_ranks,
         device=device.split(":")[0],
         local_ip=link.local_ip,
-        timeout_s=config.step_timeout_s,
+        timeout_s=_group_timeout_s(config, device),
         master=store,
     )
     closing.callback(group.close)
-    model_config = read_model_config(config.model, config.dtype)
+    model_config = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
     domain_P, failing_P = _places(config, group, node, device)
     model, travel = _load(config, model_config, rank, num_ranks, node, sharers, device, group, domain_P)
-    free = np.array([weights.free_memory(device)])
     place_2 = np.array([*domain_P[rank : rank + 1], *failing_P[rank : rank + 1]], np.int64)
-    link.send({"free": free, "device": _bytes(device.split(":")[0]), "all_to_all": _bytes(travel), "place": place_2})
+    link.send({"device": _bytes(device.split(":")[0]), "all_to_all": _bytes(travel), "place": place_2})
+
+    longest = int(_told(link)["max_model_len"][0])
+    link.send({"cache_bytes": np.array([_cache_room(config, model, longest, num_ranks, sharers)])})
 
     sizes = _told(link)
     num_blocks, max_model_len = sizes["num_blocks"].tolist(), int(sizes["max_model_len"][0])
@@ -113,11 +158,71 @@ def _start(
     return runner
 
 
+def _group_timeout_s(config: EngineConfig, device: str) -> float:
+    """Return the seconds that a collective may take.
+
+    NCCL's watchdog ends the process of a rank that waits for another (`handleException` in ProcessGroupNCCL.cpp, torch 2.13);
+    the controller would take it for the culprit. Ranks meet while they start, too, and of a step the controller keeps the time.
+    """
+    return config.step_timeout_s if device == "cpu" else 2 * max(config.start_timeout_s, config.step_timeout_s)
+
+
 def _told(link: ControlLink) -> dict[str, np.ndarray]:
     """What the controller says next."""
     message = link.recv()
     assert message is not None, "without a time limit there is a message"
     return message
+
+
+def _cache_room(config: EngineConfig, model: Decoder, max_model_len: int, num_ranks: int, sharers: int) -> int:
+    """Bytes that the rank's caches may have: of a GPU, which is the rank's own, what `gpu_memory_utilization` leaves beside the
+    largest step, which all ranks run together; of a CPU's memory half of a fair share of what is free."""
+    device = model.context.device
+    if not model.context.ops.on_device:
+        return int(weights.free_memory(device) // sharers * _CPU_CACHE_SHARE)
+    num_blocks = [2] * len(model.config.cache_specs())
+    caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
+    runner = _device_runner(config, model, caches, max_model_len, num_ranks)
+    sizes = config.part_tokens, config.max_running
+    runs = partial(runner.run_largest_graph, *sizes), partial(runner.run_peak, *sizes)
+    found = memory_plan.measured(device, *runs)
+    runner.settle()
+    del runs, runner, caches
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found.room(config, model.config)
+
+
+def _device_runner(
+    config: EngineConfig,
+    model: Decoder,
+    caches: list[NamedCache],
+    max_model_len: int,
+    num_ranks: int,
+    *,
+    capture: Capture | None = None,
+    mover: Mover | None = None,
+) -> DeviceRunner:
+    from expertwire.engine.device_runner import DeviceRunner  # Triton is of no use elsewhere
+    from expertwire.engine.device_slots import DeviceSlots
+
+    slots = DeviceSlots(
+        num_slots=config.max_running,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        specs=[cache.spec for cache in caches],
+        device=model.context.device,
+    )
+    return DeviceRunner(
+        model=model,
+        caches=caches,
+        slots=slots,
+        rank=model.context.rank,
+        num_ranks=num_ranks,
+        num_parts=config.num_parts,
+        capture=capture,
+        mover=mover,
+    )
 
 
 def _make_runner(
@@ -129,31 +234,25 @@ def _make_runner(
     group: groups.Group,
 ) -> Steps:
     """Warmed up: on a GPU, graphs are captured now, so that running out of memory is found before anyone is served."""
-    device, rank = model.context.device, model.context.rank
-    specs = [cache.spec for cache in caches]
-    sizes = {"num_slots": config.max_running, "max_model_len": max_model_len, "block_size": config.block_size}
     mover = None
     if config.rebalance_steps:
         assert model.context.placement is not None, "a dense model's experts cannot move"
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = Mover(layers, model.context.placement, group)
     if model.context.ops.on_device:
-        from expertwire.engine.device_runner import DeviceRunner  # Triton is of no use elsewhere
-        from expertwire.engine.device_slots import DeviceSlots
-
-        on_device = DeviceRunner(
-            model=model,
-            caches=caches,
-            slots=DeviceSlots(**sizes, specs=specs, device=device),
-            rank=rank,
-            num_ranks=num_ranks,
-            num_parts=config.num_parts,
-            capture=device_graphs.cuda(),
-            mover=mover,
-        )
+        capture = device_graphs.cuda(group.barrier) if model.context.ops.capturable else None
+        on_device = _device_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)
         on_device.warm_up(config.part_tokens, config.max_running)
+        on_device.settle()
         return on_device
-    slots = Slots(**sizes, specs=specs, device=device)
+    slots = Slots(
+        num_slots=config.max_running,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        specs=[cache.spec for cache in caches],
+        device=model.context.device,
+    )
+    rank = model.context.rank
     runner = Runner(model=model, caches=caches, slots=slots, rank=rank, num_parts=config.num_parts, mover=mover)
     runner.warm_up(num_ranks, config.part_tokens)
     return runner
@@ -174,11 +273,15 @@ def _load(
     dtype = getattr(torch, model_config.dtype)
     placement: Placement | None = None
     all_to_alls: tuple[AllToAll, ...] = ()
-    travel = ""
-    ops = kernels.choose(device, fast=config.numerics == "fast")
+    travel, taken = "", None
+    checkpoint = None if config.load_format == "dummy" else Checkpoint(config.model)
+    ops = kernels.choose(device, fast=config.numerics == "fast", attention=config.attention)
     if any(model_config.sparse_layers):
         redundant, num_layers = config.redundant_experts, model_config.num_layers
         placement = place(model_config.num_experts, num_ranks, redundant, num_layers, domains)
+    if device != "cpu":
+        _check_fits(config, model_config, checkpoint, rank, device, placement)
+    if placement is not None:
         spec = AllToAllSpec(
             group=group,
             rank_offsets=placement.rank_offsets,
@@ -191,6 +294,10 @@ def _load(
             num_parts=config.num_parts,
         )
         fp8 = sends_fp8(config, model_config, on_gpu=ops.on_device)
+        if ops.on_device and num_ranks > 1:
+            most_tokens = exchange_tokens(config, model_config, num_ranks, fp8=fp8)
+            if most_tokens < config.part_tokens:
+                spec, taken = replace(spec, max_tokens=most_tokens, layers=()), most_tokens
         all_to_alls, travel = _all_to_alls(config, spec, ops, node, device, fp8=fp8)
     context = RankContext(
         rank=rank,
@@ -199,17 +306,47 @@ def _load(
         ops=ops,
         placement=placement,
         all_to_alls=all_to_alls,
+        exchange_tokens=taken,
     )
+    compiling = None
+    if ops.on_device:
+        from expertwire.engine import precompile  # Triton is of no use elsewhere
+
+        compiling = precompile.start(config, model_config, rank, num_ranks, device, domains, sharers)
     model = load(
         model_config,
         context,
-        None if config.load_format == "dummy" else Checkpoint(config.model),
+        checkpoint,
         quantize=config.quantize,
         seed=config.seed,
         sharers=sharers if device == "cpu" else 1,
         progress=rank == 0,
     )
+    if compiling is not None:
+        compiling.wait()
     return model, travel
+
+
+def _check_fits(
+    config: EngineConfig,
+    model: ModelConfig,
+    checkpoint: Checkpoint | None,
+    rank: int,
+    device: str,
+    placement: Placement | None,
+) -> None:
+    """Refuse what a GPU will not hold, before anything is allocated there."""
+
+    def experts_of(layer: int) -> Sequence[int]:
+        assert placement is not None, f"{model.architecture} has experts but no placement"
+        return placement.experts_of(rank, layer)
+
+    layout = memory.rank_layout(model, None if checkpoint is None else checkpoint.tensors, experts_of)
+    fast = config.numerics == "fast"
+    held = memory.held_bytes(model, layout, device, quantize=config.quantize, fast=fast)
+    longest = config.max_model_len or model.max_position_embeddings
+    total = torch.cuda.mem_get_info(device)[1]
+    memory_plan.check(memory_plan.estimate(config, model, held, longest, total))
 
 
 def _places(config: EngineConfig, group: groups.Group, node: str, device: str) -> tuple[Sequence[int], Sequence[int]]:
@@ -226,24 +363,35 @@ def _places(config: EngineConfig, group: groups.Group, node: str, device: str) -
 def _all_to_alls(
     config: EngineConfig, spec: AllToAllSpec, ops: Ops, node: str, device: str, *, fp8: bool
 ) -> tuple[tuple[AllToAll, ...], str]:
-    """One for each part of a step, as what one has to say or to store never meets another's; and which they are."""
+    """One for each part of a step; and which they are."""
     table = None if config.all_to_all_table is None else topology_table.read(config.all_to_all_table)
-    made: list[AllToAll] = []
-    for part in range(spec.num_parts):
-        of_part = replace(spec, part=part)
-        all_to_all, choice = backends.build(config.all_to_all, of_part, ops, node, device, fp8=fp8, table=table)
-        made.append(all_to_all if spec.num_parts == 1 or device == "cpu" else on_stream(all_to_all))
+    made, choice = backends.build(config.all_to_all, spec, ops, node, device, fp8=fp8, table=table)
     says = str(choice) if device == "cpu" else f"{choice}; {on_gpus(graph_safe=made[0].graph_safe, fp8=fp8)}"
-    return tuple(made), says if spec.group.size > 1 else ""
+    if spec.num_parts > 1 and device != "cpu":
+        made = tuple(map(on_stream, made))
+    return made, says if spec.group.size > 1 else ""
 
 
-def _device(config: EngineConfig, rank: int) -> str:
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
+def choose_device(config: EngineConfig, gpu: int) -> str:
+    """Return "cpu", or "cuda:N" with that device the current one.
+
+    Args:
+        gpu: which of the GPUs that this process sees is the rank's.
+
+    Raises:
+        ValueError: there is no such GPU.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and not num_gpus:
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; use device='cpu' or 'auto'")
-    if config.device == "cpu" or not available:
+    if config.device == "cpu" or not num_gpus:
         return "cpu"
-    device = f"cuda:{rank % torch.cuda.device_count()}"
+    if gpu >= num_gpus:
+        raise ValueError(
+            f"ep_size {config.ep_size} needs a GPU for each rank, but this node has {num_gpus}, and none for {gpu}; use an "
+            f"ep_size of at most {num_gpus} on one node, launcher='ray' over several, or device='cpu'"
+        )
+    device = f"cuda:{gpu}"
     torch.cuda.set_device(device)
     return device
 

@@ -31,6 +31,7 @@ INFO = ModelInfo(
     path="/fake",
     architecture="FakeForCausalLM",
     dtype="float32",
+    kv_cache_dtype="float32",
     vocab_size=400,
     max_model_len=64,
     eos_token_ids=(4,),

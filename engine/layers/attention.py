@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertwire.engine.family import Names
+from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.layout import Layout, Parameters
 from expertwire.engine.model_config import Attention
@@ -50,6 +51,7 @@ class GroupedQueryAttention:
     row_norms: tuple[Tensor, Tensor] | None  # of the whole query's and key's projections, [H * d] and [G * d]
     head_norms: Tensor | None  # [H + G, d]
     sinks: Tensor | None
+    kv_scales: Tensor | None  # fp32 [2, G], of an fp8 cache
     output: Linear
     fused: kernels.Fused | None
 
@@ -75,6 +77,7 @@ class GroupedQueryAttention:
             k_cache,
             v_cache,
             interleaved=self.rope.interleaved,
+            kv_scales_2G=self.kv_scales,
         )
         if c.query_scaling is not None:
             q_THd = (q_THd * step.query_scales(c.query_scaling)).to(x_TD.dtype)
@@ -87,6 +90,7 @@ class GroupedQueryAttention:
             window=c.window or 0,
             chunk=c.chunk or 0,
             sinks_H=self.sinks,
+            kv_scales_2G=self.kv_scales,
         )
         return context.ops.add_rms_norm(x_TD, self.output(attended_THd.flatten(1)), context.norm, context.eps)
 
@@ -109,6 +113,7 @@ def bind(p: Parameters, config: Attention, context: LayerContext) -> GroupedQuer
     qkv = ops.linear(p.weight("qkv"), p.maybe("qkv_bias"), dtype=dtype)
     output = ops.linear(p.weight("o"), p.maybe("o_bias"), dtype=dtype)
     sinks, rope, fused = p.maybe("sinks"), rope_of(config), None
+    scales_2G = kv_scales.bind(p, config.num_kv_heads, context.norm) if context.fp8_cache else None
     if row_norms is None and config.query_scaling is None and not ops.on_device:
         fused = kernels.fuse(
             qkv,
@@ -122,6 +127,7 @@ def bind(p: Parameters, config: Attention, context: LayerContext) -> GroupedQuer
             window=config.window or 0,
             chunk=config.chunk or 0,
             sinks_H=sinks,
+            kv_scales_2G=scales_2G,
         )
     return GroupedQueryAttention(
         config=config,
@@ -131,6 +137,7 @@ def bind(p: Parameters, config: Attention, context: LayerContext) -> GroupedQuer
         row_norms=row_norms,
         head_norms=head_norms,
         sinks=sinks,
+        kv_scales=scales_2G,
         output=output,
         fused=fused,
     )

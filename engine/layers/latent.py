@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from expertwire.engine.family import Names
+from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.layout import Layout, Parameters
 from expertwire.engine.model_config import Indexer, LatentAttention
-from expertwire.kernels import attention, heads, mla, rotary
+from expertwire.kernels import attention, mla, rotary
 from expertwire.kernels.attention import Sequences
 from expertwire.kernels.formats import dequantize
 from expertwire.kernels.heads import PerHead
@@ -97,6 +98,7 @@ class LatentQueryAttention:
     value: PerHead  # [T, H, C] -> [T, H, v]
     expand: Linear | None  # [X, C] -> [X, H * (n + v)]
     index: SparseIndex | None
+    kv_scale: Tensor | None  # fp32 [1], of an fp8 cache
     output: Linear
 
     def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -106,8 +108,10 @@ class LatentQueryAttention:
         query_TQ = self._compressed(normed_TD)
         q_THq = self.query(query_TQ).unflatten(1, (c.num_heads, -1))
         plain_THn, rotated_THr = q_THq.split((c.plain_dim, c.rope.size), dim=2)
+        # The absorbed queries, whose parts are written where they belong.
+        q_THl = plain_THn.new_empty(len(plain_THn), c.num_heads, c.rank + c.rope.size)
         rotated_THr = context.ops.rotate_and_store_latent(
-            rotated_THr.contiguous(),
+            rotated_THr,
             self.latent(normed_TD),
             self.latent_norm,
             c.norm_eps,
@@ -116,41 +120,52 @@ class LatentQueryAttention:
             rows.slot_mapping_T,
             cache,
             interleaved=c.rope.interleaved,
+            out=q_THl[..., c.rank :],
+            kv_scale=self.kv_scale,
         )
         if c.query_scaling is not None:
             scales = step.query_scales(c.query_scaling)
-            plain_THn, rotated_THr = ((part * scales).to(x_TD.dtype) for part in (plain_THn, rotated_THr))
+            plain_THn = (plain_THn * scales).to(x_TD.dtype)
+            rotated_THr.copy_(rotated_THr * scales)
         chosen = self.index.choose(query_TQ, normed_TD, step) if self.index is not None else None
-        attended_THv = self._attended(plain_THn, rotated_THr, cache, rows.sequences, chosen)
+        attended_THv = self._attended(plain_THn, q_THl, cache, rows.sequences, chosen)
         return context.ops.add_rms_norm(x_TD, self.output(attended_THv.flatten(1)), context.norm, context.eps)
 
     def _attended(
-        self, plain_THn: Tensor, rotated_THr: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
+        self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
     ) -> Tensor:
-        """[T, H, v]."""
-        num, prompts = seqs.num_single, attention.prompts(seqs)
-        if self.expand is None or not mla.is_worth_expanding(prompts, len(plain_THn) - num):
-            return self._absorbed(plain_THn, rotated_THr, cache, seqs, chosen)
-        prompts_THv = mla.attend_expanded(
-            torch.cat((plain_THn[num:], rotated_THr[num:]), dim=2),
+        """[T, H, v]; q_THl [T, H, l] holds the rotated parts, its first C numbers are written here."""
+        num = attention.known_decodes(seqs, len(plain_THn))
+        if self.expand is None or num is None or num == len(plain_THn):
+            return self._absorbed(plain_THn, q_THl, cache, seqs, chosen)
+        prefills = attention.prefills(seqs, num)
+        if not mla.is_worth_expanding(prefills, len(plain_THn) - num):
+            return self._absorbed(plain_THn, q_THl, cache, seqs, chosen)
+        prefills_THv = mla.attend_expanded(
+            torch.cat((plain_THn[num:], q_THl[num:, :, self.config.rank :]), dim=2),
             cache,
-            prompts,
+            prefills,
             rank=self.config.rank,
             scale=self.scale,
             expand=self.expand,
-            attend=self.context.ops.attend,
+            attend=self.context.ops.attend_expanded,
+            narrow_values=self.context.ops.on_device,
+            kv_scale=self.kv_scale,
         )
         if num == 0:
-            return prompts_THv
-        singles_THv = self._absorbed(plain_THn[:num], rotated_THr[:num], cache, attention.singles(seqs), None)
-        return torch.cat((singles_THv, prompts_THv))
+            return prefills_THv
+        decodes_THv = self._absorbed(plain_THn[:num], q_THl[:num], cache, attention.decodes(seqs, num), None)
+        return torch.cat((decodes_THv, prefills_THv))
 
     def _absorbed(
-        self, plain_THn: Tensor, rotated_THr: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
+        self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
     ) -> Tensor:
-        q_THl = torch.cat((self.absorb(plain_THn.contiguous()), rotated_THr), dim=2)
-        rank, scale = self.config.rank, self.scale
-        return self.value(self.context.ops.attend_latent(q_THl, cache, seqs, rank=rank, scale=scale, chosen=chosen))
+        rank = self.config.rank
+        self.absorb(plain_THn, out=q_THl[..., :rank])
+        attended_THC = self.context.ops.attend_latent(
+            q_THl, cache, seqs, rank=rank, scale=self.scale, chosen=chosen, kv_scale=self.kv_scale
+        )
+        return self.value(attended_THC)
 
     def _compressed(self, normed_TD: Tensor) -> Tensor:
         if self.compress is None:
@@ -177,10 +192,11 @@ def bind(p: Parameters, config: LatentAttention, context: LayerContext) -> Laten
         query=ops.linear(p.weight("q"), dtype=dtype),
         latent=ops.linear(p.weight("kv_a"), dtype=dtype),
         latent_norm=p.tensor("kv_a_norm"),
-        absorb=heads.prepare(key_HnC.transpose(1, 2).contiguous()),
-        value=heads.prepare(value_HvC.contiguous()),
+        absorb=ops.linear_per_head(key_HnC.transpose(1, 2).contiguous()),
+        value=ops.linear_per_head(value_HvC.contiguous()),
         expand=expand,
         index=index,
+        kv_scale=kv_scales.bind(p, 1, context.norm)[0] if context.fp8_cache else None,
         output=ops.linear(p.weight("o"), dtype=dtype),
     )
 

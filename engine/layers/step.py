@@ -31,6 +31,7 @@ class RankContext:
     ops: Ops
     placement: Placement | None  # None: a dense model
     all_to_alls: tuple[AllToAll, ...]  # one for each part of a step that can be on its way at once; none: a dense model
+    exchange_tokens: int | None = None  # as `moe.layer.MoeLayer` has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class LayerContext:
 
     Attributes:
         caches: of the model's, those that the layer writes, in their order.
+        fp8_cache: whether keys and values, or latents, are kept in fp8.
         norm: the one behind attention, [D]; `eps` is its.
     """
 
@@ -46,6 +48,7 @@ class LayerContext:
     dtype: torch.dtype
     layer: int
     caches: tuple[int, ...]
+    fp8_cache: bool
     norm: Tensor
     eps: float
 

@@ -85,7 +85,7 @@ def known(name):
 
 
 def of_config(config, name, monkeypatch):
-    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, dtype: config)
+    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: config)
     return RankModel(architectures.folder(name), max_tokens=256)
 
 

@@ -160,7 +160,7 @@ def test_with_its_quirks_a_model_agrees(name):
 def test_a_quirk_of_the_config_matters(name, change, monkeypatch):
     reference(name)
     changed = change(read_model_config(architectures.folder(name)))
-    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, dtype: changed)
+    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: changed)
     assert difference(name) > DIFFER
 
 
@@ -177,7 +177,7 @@ def test_a_quirk_of_the_ops_matters(name, change, monkeypatch):
 def test_routers_multiply_in_fp32(name, wide, monkeypatch):
     config = read_model_config(architectures.folder(name), "bfloat16")
     if not wide:
-        monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, dtype: moe(router_fp32=False)(config))
+        monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: moe(router_fp32=False)(config))
     router = RankModel(architectures.folder(name), "bfloat16").model.layers[-1].moe.router
     x_TD = torch.randn(50, config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     _, weights_TK = router(x_TD)

@@ -180,7 +180,7 @@ def test_a_quirk(case, monkeypatch):
     config = read_model_config(architectures.folder(name), "float32")
     for change in changes:
         config = config if isinstance(change, Bound) else change(config)
-    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, dtype: config)
+    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: config)
     without = RankModel(architectures.folder(name), max_tokens=128)
     for change in changes:
         if isinstance(change, Bound):
@@ -207,7 +207,7 @@ def test_router_in_float32(name, monkeypatch):
     x_TD = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     errors = []
     for changed in (config, moe(router_fp32=False)(config)):
-        monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, dtype, changed=changed: changed)
+        monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_, changed=changed: changed)
         router = RankModel(folder, "bfloat16", max_tokens=128).model.layers[-1].moe.router
         right = x_TD.float() @ state["model.layers.2.mlp.gate.weight"].T
         errors.append((router.dense(x_TD.to(router.dtype)).float() - right).abs().max())
@@ -221,7 +221,7 @@ def test_no_bias_on_the_output(name, monkeypatch):
     config = read_model_config(architectures.folder(name), "float32")
     assert all(layer.attention.qkv_bias and not layer.attention.output_bias for layer in config.layers)
     with_bias = attention(output_bias=True)(config)
-    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, dtype: with_bias)
+    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: with_bias)
     with pytest.raises(ValueError, match=r"o_proj\.bias"):
         RankModel(architectures.folder(name), max_tokens=128)
 

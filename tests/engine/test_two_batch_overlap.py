@@ -52,7 +52,7 @@ def test_parts_have_each_token_once_and_in_order(sequences, num_parts):
         nums = np.diff(part.cu_queries)
         assert nums.sum() == len(part.slot_T) == num
         assert (nums > 0).all()
-        assert (nums[: part.num_single] == 1).all(), "sequences with one query come first"
+        assert (nums[: part.num_decodes] == 1).all(), "sequences with one query come first"
         ends = part.cu_queries[1:]
         assert (part.position_T[ends - 1] == part.length_B - 1).all()
     joined = Scheduled.joined(parts)

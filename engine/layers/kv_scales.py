@@ -1,0 +1,58 @@
+"""The scales of a layer's fp8 cache, where the checkpoint has any: one a tensor, or one a key/value head.
+
+Names, by the tools that write them, as vLLM's `maybe_remap_kv_scale_name` (model_loader/weight_utils.py) and `get_cache_scale`
+know them: `self_attn.k_scale` (compressed-tensors; per head [G, 1, 1], vLLM's pull request 30141), `self_attn.k_proj.k_scale`
+(ModelOpt), `self_attn.k_proj.output_scale` (Quark, older compressed-tensors), `self_attn.kv_scale` (AutoFP8: of both). A latent
+takes the keys' scale, which SGLang also finds as `kv_a_proj_with_mqa.k_scale`. Scales of queries, and zero points, which are
+zeros, are not read.
+
+G key/value heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from expertwire.engine.layout import Layout, Parameters
+from expertwire.engine.weight_map import Destination, ParamSpec
+
+_NAMES = {
+    "k": ("attn.k_scale", "k_scale", "k_proj.k_scale", "qkv_proj.k_scale", "k_proj.output_scale", "kv_scale"),
+    "v": ("attn.v_scale", "v_scale", "v_proj.v_scale", "qkv_proj.v_scale", "v_proj.output_scale", "kv_scale"),
+}
+_LATENT = ("kv_a_proj_with_mqa.k_scale",)
+_UNREAD = ("attn.q_scale", "q_scale", "q_proj.output_scale", "q_zero_point", "k_zero_point", "v_zero_point")
+
+
+def declare(layout: Layout, param: str, source: str, num_heads: int, *, is_latent: bool, fp8: bool) -> None:
+    """Of the layer whose attention's tensors begin with `source`; `fp8`: whether its cache is."""
+    for which, names in _NAMES.items():
+        candidates = [source + name for name in (*names, *(_LATENT if is_latent else ()))]
+        layout.ignore(*candidates)
+        found = next((name for name in candidates if layout.has(name)), None)
+        if found is None or not fp8 or (is_latent and which == "v"):
+            continue
+        scale = f"{param}{which}_scale"
+        layout.specs[scale] = ParamSpec(shape=(num_heads,), fan_in=None, dtype=torch.float32)
+        region = (slice(0, num_heads),)
+        shapes = [(), (1,), (1, 1), (num_heads, 1), (num_heads, 1, 1)]
+        layout.read_fitting([(found, Destination(param=scale, region=region, repeated=True), shapes)])
+    layout.ignore(*(source + name for name in _UNREAD))
+
+
+def bind(p: Parameters, num_heads: int, like: Tensor) -> Tensor:
+    """fp32 [2, G], of keys and of values; 1.0 where the checkpoint has none. On the device of `like`.
+
+    Raises:
+        ValueError: a scale is not a positive number.
+    """
+    ones_G = like.new_ones(num_heads, dtype=torch.float32)
+    scales_G = {name: p.maybe(name) for name in ("k_scale", "v_scale")}
+    for name, scale_G in scales_G.items():
+        if scale_G is not None and not (scale_G.isfinite() & (scale_G > 0)).all():
+            raise ValueError(
+                f"{p.name(name)} must be positive and finite for kv_cache_dtype 'fp8', the checkpoint has {scale_G.tolist()}; "
+                f"use kv_cache_dtype 'auto'"
+            )
+    return torch.stack([ones_G if scale_G is None else scale_G for scale_G in scales_G.values()])
