@@ -1,4 +1,4 @@
-"""`python -m expertwire.bench NAME`: the benchmarks of `expertwire bench`, and the kernels', which needs less installed."""
+"""`python -m expertwire.bench NAME`: the benchmarks of `expertwire bench`, and those of a GPU, which need less installed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """The exit code: 0 done, 1 something is wrong, 2 a wrong option."""
+    if argv[:1] == ["first_contact"]:
+        from expertwire.bench import first_contact
+
+        return first_contact.run(argv[1:])
     if argv[:1] == ["kernels"]:
         from expertwire.bench import kernels
 
@@ -16,8 +20,12 @@ def main(argv: Sequence[str]) -> int:
 
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m expertwire.bench NAME [OPTION ...]\n")
-        for name, text in {"kernels": "the GPU kernels beside the hardware's limits", **cli.BENCHES}.items():
-            print(f"  {name:<12}{text}")
+        own = {
+            "first_contact": "all that the first half an hour on a GPU needs, whatever fails",
+            "kernels": "the GPU kernels beside the hardware's limits",
+        }
+        for name, text in (own | cli.BENCHES).items():
+            print(f"  {name:<15}{text}")
         return 0 if argv else 2
     return cli.main(["bench", *argv])
 

@@ -121,12 +121,11 @@ def check_shared(setting: Setting, num_ranks: int, formats: Sequence[str]) -> li
 
 
 def _candidates(names: Sequence[str], formats: Sequence[str], device: str) -> tuple[Candidate, ...]:
-    """Each backend with each format, on GPUs also from graphs if it can; what is padded goes out as it is."""
+    """Each backend with each format, on GPUs also from graphs if it can."""
     return tuple(
         Candidate(backend=name, format=format, graph=graph)
         for name, format in itertools.product(names, formats)
         for graph in ((False, True) if device != "cpu" and name in GRAPH_SAFE else (False,))
-        if (name, format) != ("padded", "fp8")
     )
 
 
@@ -139,8 +138,7 @@ def sweep(device: str, num_ranks: int) -> tuple[Candidate, ...]:
     reached = all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
     return (
         Candidate(backend="reference"),
-        *(Candidate(backend=name, nccl=nccl) for name in ("nccl", "padded") for nccl in limits),
-        Candidate(backend="padded", nccl=NcclOptions(zero_ctas=True)),
+        *(Candidate(backend="nccl", nccl=nccl) for nccl in limits),
         *([Candidate(backend="nvlink")] if reached else []),
     )
 

@@ -21,14 +21,12 @@ from torch import Tensor
 
 from expertwire.bench.all_to_all_step import Eager, Exchange, Graphed, Member, check, echo
 from expertwire.comm import a2a_model, backends
-from expertwire.comm.a2a_nccl import PaddedNcclAllToAll
 from expertwire.comm.all_to_all import AllToAll, AllToAllSpec
 from expertwire.comm.group import Group, NcclOptions, SoloGroup, TorchGroup
 from expertwire.engine import process
-from expertwire.kernels import registry
 
-BACKENDS = ("reference", "nccl", "padded", "nvlink")
-GRAPH_SAFE = ("padded", "nvlink")  # on GPUs
+BACKENDS = ("reference", "nccl", "nvlink")
+GRAPH_SAFE = ("nvlink",)  # on GPUs
 _TIMEOUT_S = 1800.0
 _WARM_UP = 3
 _COPY_BYTES = 1 << 26
@@ -36,8 +34,7 @@ _COPY_BYTES = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A backend, how its communicator is set up, what rows go out as, and whether from a CUDA graph. "padded" is the graph-safe
-    variant of "nccl"."""
+    """A backend, how its communicator is set up, what rows go out as, and whether from a CUDA graph."""
 
     backend: str
     format: str = "bf16"
@@ -45,7 +42,7 @@ class Candidate:
     graph: bool = False
 
     def __str__(self) -> str:
-        options = [f"{name}={value}" for name, value in asdict(self.nccl).items() if value not in (None, False)]
+        options = [f"{name}={value}" for name, value in asdict(self.nccl).items() if value is not None]
         format, graph = [self.format] * (self.format != "bf16"), ["graph"] * self.graph
         return " ".join([self.backend, *options, *format, *graph])
 
@@ -164,9 +161,8 @@ def _measure(setting: Setting, candidate: Candidate, tokens: int, group: Group, 
 
 
 def _build(candidate: Candidate, spec: AllToAllSpec, device: str) -> AllToAll:
-    if candidate.backend == "padded":
-        return PaddedNcclAllToAll(spec, registry.choose(device.split(":")[0]).permute, device)
-    return backends.make(candidate.backend, spec, device, fp8=candidate.format == "fp8")
+    [made] = backends.make(candidate.backend, spec, device, fp8=candidate.format == "fp8")
+    return made
 
 
 def _step(exchange: Exchange, x_TD: Tensor, format: str, group: Group, clock: _Clock) -> tuple[float, float]:

@@ -71,6 +71,8 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ({"kv_cache_bytes": 100_000, "max_model_len": 512}, "128 tokens", "512", "raise kv_cache_bytes"),
     ({"quantize": "fp4"}, "quantize", "fp8, int4, mxfp4"),
     ({"numerics": "exact"}, "numerics", "invariant, fast"),
+    ({"kv_cache_dtype": "int8"}, "kv_cache_dtype", "auto, fp8"),
+    ({"attention": "flashinfer"}, "attention", "numerics 'fast'"),
     ({"dispatch_dtype": "int8"}, "dispatch_dtype", "auto, fp8"),
     ({"dispatch_dtype": "fp8", "device": "cuda"}, "dispatch_dtype", "fp8_block", "quantize 'fp8'", "dense"),
     ({"all_to_all_table": "times.json"}, "all_to_all_table", "no effect with ep_size 1"),
@@ -89,7 +91,8 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ({"launcher": "local", "ray_address": "head:6379"}, "ray_address", "'ray' or 'auto'"),
     ({"ray_address": "head"}, "ray_address", "host:port"),
     ({"ray_address": "127.0.0.1:1"}, "ray_address", "nothing answers there"),
-    ({"gpu_memory_utilization": 0.9}, "gpu_memory_utilization", "kv_cache_bytes"),
+    ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "(0, 1]"),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size", "ep_size"),
 )
 
 
@@ -99,7 +102,7 @@ def _options() -> Iterator[Case]:
             area="Options of the engine",
             given=_arguments(options),
             attempt=lambda place, options=options: LLM(DEMO, **options),
-            answer="TypeError" if "gpu_memory_utilization" in options else "ValueError",
+            answer="TypeError" if "tensor_parallel_size" in options else "ValueError",
             says=tuple(says),
         )
 
@@ -179,7 +182,7 @@ def _checkpoint(given: str, change: Change, *says: str, starts: bool = False, **
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("", "COMMAND"),
     ("train", "'train'", "serve, generate, demo, inspect, explain, experts, bench"),
-    ("serve --gpu-memory-utilization=0.9", "--gpu-memory-utilization", "--help"),
+    ("serve --tensor-parallel-size=2", "--tensor-parallel-size", "--help"),
     ("serve one two", "two"),
     ("serve /no/such/folder --port 0", "there is no folder '/no/such/folder'"),
     ("serve --port 70000", "--port", "[0, 65535]"),

@@ -196,7 +196,7 @@ class _Rank:
         return pack(answer(unpack(message), self._num_ranks))
 
 
-def rank_main(nodes: tuple[str, ...], rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
+def rank_main(nodes: tuple[str, ...], rank: int, num_ranks: int, address: str, token: str, node: str, gpu: int) -> None:
     """A rank of our channel, in a process of its own."""
     link = ControlLink(address, token, rank=rank, node=nodes[rank], hello={"pid": np.array([os.getpid()])})
     with contextlib.suppress(ChannelClosed):

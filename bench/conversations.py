@@ -17,14 +17,17 @@ from typing import Any
 
 import numpy as np
 
+import expertwire
 from expertwire import LLM, SamplingParams
 from expertwire.bench import throughput
+
+DEMO = Path(expertwire.__file__).parent / "demo_model"
 
 
 def main() -> int:
     """Run the trace twice; print and write JSON. 1 if tokens differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default=str(DEMO), help="folder of a checkpoint (default: the demo model)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--ep-size", type=int, default=1)
     parser.add_argument("--sessions", type=int, default=8)

@@ -1,4 +1,4 @@
-"""`python -m expertwire.bench kernels --out DIR`: whether the GPU kernels are right, and how near the hardware's limits.
+"""`python -m expertwire.bench kernels`: whether the GPU kernels are right, and how near the hardware's limits.
 
 Needs torch, Triton and numpy, and a GPU; with `--device cpu` and TRITON_INTERPRET=1 it checks tiny shapes and times nothing.
 
@@ -74,7 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if need be"
+        "--out",
+        type=Path,
+        default=Path("kernels-bench"),
+        metavar="DIR",
+        help="folder for the results, made if need be (default: %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="under 2 minutes instead of 8: fewer shapes")
     parser.add_argument("--only", metavar="NAME,...", help=f"some parts only: {', '.join(PART_NAMES)}")
@@ -83,8 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, seconds: float | None = None) -> int:
     """Run the parts, write the results, print the tables.
+
+    Args:
+        args: the command's options.
+        seconds: that it may take; None: `SECONDS`.
 
     Raises:
         ValueError: an option is wrong, or there is no such device.
@@ -94,13 +102,13 @@ def main(args: argparse.Namespace) -> int:
     names = part_names(args.only, args.device)
     found = environment(args.device)
     results = open_results(args, found)
-    deadline = began + SECONDS[args.quick] - WRITING_SECONDS
+    deadline = began + (seconds or SECONDS[args.quick]) - WRITING_SECONDS
     if args.device == "cuda":
         compile_beforehand(results, names, args.quick, deadline)
         supervise(args.out, names, args.quick, deadline)
         results = Results.read(args.out)
     else:
-        work(args.out, names, args.quick, args.device, float("inf"))
+        work(args.out, names, args.quick, args.device, deadline if seconds else float("inf"))
         results = Results.read(args.out)
     results.data["seconds"] = results.data.get("seconds", 0.0) + time.time() - began
     write_report(args.out, results, names)
@@ -238,8 +246,10 @@ def watch(process: Any, file: Path, deadline: float) -> str:
 
 def work(folder: Path, names: list[str], quick: bool, device: str, deadline: float) -> None:
     """Run what is not there yet. A broken device ends the process, with exit code 3."""
-    from expertwire.bench import kernels_parts
+    from expertwire.bench import interpreter, kernels_parts
 
+    if device == "cpu":
+        interpreter.prepare()
     warnings.filterwarnings("ignore", message=".*deterministic.*")
     results = Results.read(folder)
     kernels_parts.run_parts(results, names, quick, device, deadline)

@@ -59,8 +59,8 @@ def _route(logits: Tensor, bias: Tensor | None, model: Model) -> Call:
     load_E = torch.zeros(model.num_experts, dtype=torch.int64, device=logits.device)
 
     def call() -> Any:
-        ids_TK, weights_TK = routing.route(logits, model.top_k, bias_E=bias, **RULES[model.name])
-        return permute.permute(ids_TK, model.num_experts, load_E=load_E, format="dense"), weights_TK
+        routed = routing.route_and_count(logits, model.top_k, load_E=load_E, bias_E=bias, **RULES[model.name])
+        return permute.permute(routed.physical_TK, model.num_experts, format="dense"), routed.weights_TK
 
     return call
 
@@ -138,22 +138,22 @@ def _combine(rows: Tensor, weights: Tensor) -> Call:
     return lambda: combine.combine(rows, weights)
 
 
-def norm_work(draw: Draw, num_tokens: int, D: int, quantized: bool) -> Work:
-    """The residual sum and its norm, in fp8 too if `quantized`."""
+def norm_work(draw: Draw, num_tokens: int, D: int) -> Work:
+    """The residual sum and its norm."""
     weight = draw.normal(D)
     calls: dict[str, list[Call]] = {"ours": []}
     for _ in range(1 if draw.is_meta else min(8, copies(num_tokens * D * 8))):
         x, delta = (draw.normal(num_tokens, D) for _ in range(2))
-        calls["ours"].append(_norm(x, delta, weight, quantized))
-        if not quantized and not draw.is_meta:
+        calls["ours"].append(_norm(x, delta, weight))
+        if not draw.is_meta:
             calls.setdefault("torch", []).append(_torch_norm(x, delta, weight))
-    moved = num_tokens * D * (9 if quantized else 8)
+    moved = num_tokens * D * 8
     facts = {"tokens": num_tokens, "D": D}
     return Work(calls=calls, cost=Cost(bytes=moved, flops=0), peers=frozenset({"torch"}) & set(calls), facts=facts)
 
 
-def _norm(x: Tensor, delta: Tensor, weight: Tensor, quantized: bool) -> Call:
-    return lambda: rms_norm.norm(x, weight, 1e-6, delta_TD=delta, group=128 if quantized else None)
+def _norm(x: Tensor, delta: Tensor, weight: Tensor) -> Call:
+    return lambda: rms_norm.add_rms_norm(x, delta, weight, 1e-6)
 
 
 def _torch_norm(x: Tensor, delta: Tensor, weight: Tensor) -> Call:
@@ -217,8 +217,8 @@ def other_items(quick: bool) -> list[Item]:
     for number in (64,) if quick else (64, 4096):
         found += [
             _timed(f"combine {QWEN3.name} T{number}", combine_work, QWEN3, number),
-            _timed(f"norm D2048 T{number}", norm_work, number, 2048, False),
-            _timed(f"norm fp8 D7168 T{number}", norm_work, number, 7168, True),
+            _timed(f"norm D2048 T{number}", norm_work, number, 2048),
+            _timed(f"norm D7168 T{number}", norm_work, number, 7168),
             _timed(f"quantize D7168 T{number}", quantize_work, number, 7168),
             _timed(f"rotate {QWEN3.name} T{number}", rotate_work, number),
         ]

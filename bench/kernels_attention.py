@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expertwire.bench.kernels_models import attention_cost, latent_cost
 from expertwire.bench.kernels_work import Call, Draw, Item, Timed, Work, copies
-from expertwire.kernels.attention import DeviceSequences
-from expertwire.kernels.gpu import attention, mla
+from expertwire.kernels.attention import DeviceSequences, describe_on_device
+from expertwire.kernels.gpu import attention, mla, prefill
 
 BLOCK = 16  # the engine's default
+ATTENTION = {"invariant": attention.attend, "fast": prefill.attend}  # by numerics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +71,7 @@ def sequences(draw: Draw, batch: list[tuple[int, int]], block: int = BLOCK) -> t
         for row, part in zip(table, ids.split(counts), strict=True):
             row[: len(part)] = part
     nums = [num for num, _ in batch]
-    described = DeviceSequences(
-        num_single=nums.count(1),
-        max_length=max(length for _, length in batch),
-        cu_queries=draw.fixed([0, *accumulate(nums)]),
-        lengths=draw.fixed([length for _, length in batch]),
-        block_table=table,
-    )
-    return described, total + 1
+    return describe_on_device(nums, [length for _, length in batch], table), total + 1
 
 
 def heads_work(draw: Draw, model: Heads, step: str) -> Work:
@@ -98,7 +91,10 @@ def heads_work(draw: Draw, model: Heads, step: str) -> Work:
         q = draw.normal(sum(nums), model.heads, model.dim)
         k, v = (draw.normal(blocks, BLOCK, model.kv_heads, model.dim) for _ in range(2))
         options = {"window": model.window, "sinks_H": sinks_H}
-        found = {name: _ours(draw, q, k, v, seqs, options, name == "ours") for name in ("ours", "ours, fast")}
+        found = {
+            name: _ours(draw, q, k, v, seqs, options, numerics)
+            for name, numerics in (("ours", "invariant"), ("ours, fast", "fast"))
+        }
         if not model.window and not model.sinks and not draw.is_meta and len(set(batch)) == 1:
             found |= _peers(draw, model, len(batch), *batch[0])
         for name, call in found.items():
@@ -108,9 +104,9 @@ def heads_work(draw: Draw, model: Heads, step: str) -> Work:
 
 
 def _ours(
-    draw: Draw, q: Tensor, k: Tensor, v: Tensor, seqs: DeviceSequences, options: dict[str, Any], invariant: bool
+    draw: Draw, q: Tensor, k: Tensor, v: Tensor, seqs: DeviceSequences, options: dict[str, Any], numerics: str
 ) -> Call:
-    return lambda: attention.attend(q, k, v, seqs, draw.gpu, invariant=invariant, **options)
+    return lambda: ATTENTION[numerics](q, k, v, seqs, draw.gpu, **options)
 
 
 def _peers(draw: Draw, model: Heads, batch: int, num: int, length: int) -> dict[str, Call]:

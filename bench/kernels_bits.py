@@ -17,7 +17,7 @@ from torch import Tensor
 from expertwire.bench import kernels_attention, kernels_checks, kernels_experts
 from expertwire.bench.kernels_models import Model
 from expertwire.bench.kernels_work import Bits, Draw, Item
-from expertwire.kernels.attention import DeviceSequences
+from expertwire.kernels.attention import DeviceSequences, describe_on_device
 from expertwire.kernels.gpu import attention, linear, mla, rms_norm, tiles
 from expertwire.kernels.gpu.device import Device
 
@@ -88,7 +88,7 @@ def attention_bits(draw: Draw, model: kernels_attention.Heads) -> Ways:
     default = attention.tiles(head_dim=model.dim, element_size=q.element_size(), arch=draw.gpu.arch)
 
     def last(sizes: list[int], gpu: Device, **tiling: int) -> Tensor:
-        step, rows = _stretches(seqs, length, sizes, draw)
+        step, rows = _stretches(seqs, length, sizes)
         chosen = dataclasses.replace(default, **tiling)
         options = {"window": model.window, "sinks_H": sinks_H, "tiling": chosen}
         return attention.attend(q[rows], k, v, step, gpu, **options)[-num:]
@@ -107,17 +107,12 @@ def attention_bits(draw: Draw, model: kernels_attention.Heads) -> Ways:
     }
 
 
-def _stretches(seqs: DeviceSequences, length: int, sizes: list[int], draw: Draw) -> tuple[DeviceSequences, slice]:
+def _stretches(seqs: DeviceSequences, length: int, sizes: list[int]) -> tuple[DeviceSequences, slice]:
     """The last sum(sizes) queries of the only sequence as sequences of a step, which share their cache."""
     first = length - sum(sizes)
     ends = [first + end for end in accumulate(sizes)]
-    step = dataclasses.replace(
-        seqs,
-        num_single=sizes.count(1),
-        cu_queries=draw.fixed([0, *accumulate(sizes)]),
-        lengths=draw.fixed(ends),
-        block_table=seqs.block_table.expand(len(sizes), -1).contiguous(),
-    )
+    table = seqs.block_table.expand(len(sizes), -1).contiguous()
+    step = describe_on_device(sizes, ends, table, max_length=seqs.max_length)
     return step, slice(first, length)
 
 
@@ -129,7 +124,7 @@ def latent_bits(draw: Draw) -> Ways:
     cache = draw.normal(blocks, kernels_attention.BLOCK, rank + rotated)
 
     def last(sizes: list[int], gpu: Device) -> Tensor:
-        step, rows = _stretches(seqs, length, sizes, draw)
+        step, rows = _stretches(seqs, length, sizes)
         return mla.attend(q[rows], cache, step, gpu, rank=rank, scale=0.05)[-num:]
 
     few = dataclasses.replace(draw.gpu, num_sms=2)

@@ -24,7 +24,6 @@ from expertwire.kernels import (
     mla,
 )
 from expertwire.kernels.experts import Activation
-from expertwire.kernels.gpu import attention as gpu_attention
 from expertwire.kernels.gpu import formats, scaled, tiles
 from expertwire.kernels.gpu import mla as gpu_mla
 from expertwire.kernels.gpu.formats import ExpertWeights
@@ -173,13 +172,13 @@ def attention_check(draw: Draw, model: kernels_attention.Heads, batch: list[tupl
     caches = _caches(draw, seqs, blocks, (model.kv_heads, model.dim), number=2)
     sinks_H = draw.normal(model.heads) if model.sinks else None
     options = {"window": model.window, "sinks_H": sinks_H}
-    expected = attention.reference(q, *(cache.nan_to_num() for cache in caches), _on_host(seqs, draw), **options)
+    expected = attention.reference(q, *(cache.nan_to_num() for cache in caches), on_host(seqs, draw), **options)
     found = {}
-    for invariant in (True, False):
+    for numerics, attend in kernels_attention.ATTENTION.items():
         out = torch.full_like(q, torch.nan)
         with poisoned():
-            gpu_attention.attend(q, *caches, seqs, draw.gpu, out=out, invariant=invariant, **options)
-        found["invariant" if invariant else "fast"] = error(out, expected), ROUNDED
+            attend(q, *caches, seqs, draw.gpu, out=out, **options)
+        found[numerics] = error(out, expected), ROUNDED
     return found
 
 
@@ -189,8 +188,8 @@ def warm_attention(draw: Draw, model: kernels_attention.Heads, batch: list[tuple
     q = draw.normal(sum(num for num, _ in batch), model.heads, model.dim)
     k, v = (draw.normal(blocks, kernels_attention.BLOCK, model.kv_heads, model.dim) for _ in range(2))
     options = {"window": model.window, "sinks_H": draw.normal(model.heads) if model.sinks else None}
-    for invariant in (True, False):
-        gpu_attention.attend(q, k, v, seqs, draw.gpu, invariant=invariant, **options)
+    for attend in kernels_attention.ATTENTION.values():
+        attend(q, k, v, seqs, draw.gpu, **options)
 
 
 def latent_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
@@ -202,7 +201,7 @@ def latent_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
     out = q.new_full((*q.shape[:2], rank), torch.nan)
     with poisoned():
         gpu_mla.attend(q, cache, seqs, draw.gpu, rank=rank, scale=0.05, out=out)
-    expected = mla.reference(q, cache.nan_to_num(), _on_host(seqs, draw), rank=rank, scale=0.05)
+    expected = mla.reference(q, cache.nan_to_num(), on_host(seqs, draw), rank=rank, scale=0.05)
     return {"invariant": (error(out, expected), ROUNDED)}
 
 
@@ -221,7 +220,7 @@ def _caches(
     return caches
 
 
-def _on_host(seqs: attention.DeviceSequences, draw: Draw) -> attention.PagedSequences:
+def on_host(seqs: attention.DeviceSequences, draw: Draw) -> attention.PagedSequences:
     """As the reference takes them."""
     cu, lengths, table = (
         tensor.cpu().numpy() for tensor in (seqs.cu_queries.long(), seqs.lengths.long(), seqs.block_table)

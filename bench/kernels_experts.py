@@ -6,7 +6,7 @@ U tokens with a row on this rank, R routed rows, e local experts, D model width,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expertwire.bench import kernels_models as models
 from expertwire.bench.kernels_models import TOKENS, Model
-from expertwire.bench.kernels_work import Call, Draw, Item, Timed, Work, copies, replicas
+from expertwire.bench.kernels_work import Call, Draw, Item, Timed, Work, copies, last_line, replicas
 from expertwire.kernels import permute
 from expertwire.kernels.experts import Activation
 from expertwire.kernels.gpu import formats, grouped_gemm, quantize, tiles
@@ -220,26 +220,32 @@ def matmul_loop(layer: Layer, routed: Routed, x: Tensor) -> Call:
     return call
 
 
-def transformers_layer() -> Callable[[Model, Layer], Any] | None:
-    """How to make transformers' experts of our weights, in its fused form; None without transformers."""
+def transformers_layer(model: Model, layer: Layer) -> Any:
+    """transformers' experts, in their fused form, with our weights.
+
+    Raises:
+        Exception: whatever their construction raises; the interface changes from version to version.
+    """
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(
+        num_experts=model.num_experts, hidden_size=model.D, moe_intermediate_size=model.F, hidden_act="silu"
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
+    module.gate_up_proj = torch.nn.Parameter(layer.w13.data, requires_grad=False)
+    module.down_proj = torch.nn.Parameter(layer.w2.data, requires_grad=False)
+    return module
+
+
+def transformers_layers(model: Model, layers: list[Layer]) -> tuple[list[Any], str]:
+    """One for each of our layers, and ""; or none, and why not: a peer that cannot be had must not fail our own timing."""
     try:
-        from transformers import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-    except ImportError:
-        return None
-
-    def make(model: Model, layer: Layer) -> Any:
-        config = Qwen3MoeConfig(
-            num_experts=model.num_experts, hidden_size=model.D, moe_intermediate_size=model.F, hidden_act="silu"
-        )
-        config._experts_implementation = "grouped_mm"
-        with torch.device("meta"):
-            module = Qwen3MoeExperts(config)
-        module.gate_up_proj = torch.nn.Parameter(layer.w13.data, requires_grad=False)
-        module.down_proj = torch.nn.Parameter(layer.w2.data, requires_grad=False)
-        return module
-
-    return make
+        return [transformers_layer(model, layer) for layer in layers], ""
+    except Exception as error:  # noqa: BLE001 - whatever another package raises is its result
+        return [], last_line(error)
 
 
 def transformers_call(module: Any, routed: Routed, x: Tensor) -> Call:
@@ -260,8 +266,7 @@ def layer_work(draw: Draw, model: Model, format: str, ep: int, num_tokens: int, 
     xs = [random_x(draw, format, most, model.D) for _ in range(1 if draw.is_meta else 2)]
     calls: dict[str, list[Call]] = {}
     with_peers = format == "dense" and model.activation == "swiglu" and not draw.is_meta
-    make = transformers_layer() if with_peers and ep == 1 and not quick else None
-    modules = [make(model, layer) for layer in layers] if make else []
+    modules, missing = transformers_layers(model, layers) if with_peers and ep == 1 and not quick else ([], "")
     for i, routed in enumerate(routeds):
         layer, rows = layers[i % len(layers)], as_rows(routed, format)
         every_x, every_scale = xs[i % len(xs)]
@@ -277,7 +282,10 @@ def layer_work(draw: Draw, model: Model, format: str, ep: int, num_tokens: int, 
             found["transformers"] = transformers_call(modules[i % len(layers)], routed, x)
         for name, call in found.items():
             calls.setdefault(name, []).append(call)
-    return Work(calls=calls, peers=frozenset(calls) - {"ours", "w13", "w2"}, **_cost(model, format, ep, routeds))
+    work = Work(calls=calls, peers=frozenset(calls) - {"ours", "w13", "w2"}, **_cost(model, format, ep, routeds))
+    return (
+        dataclasses.replace(work, facts={**work.facts, "not compared": f"transformers: {missing}"}) if missing else work
+    )
 
 
 def _cost(model: Model, format: str, ep: int, routeds: list[Routed]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ from expertwire.bench import (
     kernels_bits,
     kernels_checks,
     kernels_checks_around,
+    kernels_checks_caches,
     kernels_experts,
 )
 from expertwire.bench.kernels_results import Results
@@ -54,7 +56,7 @@ def items(name: str, quick: bool, tiny: bool) -> list[Item]:
         case "check-attention":
             return kernels_checks.attention_items(quick, tiny)
         case "check-around":
-            return kernels_checks_around.items(quick, tiny)
+            return kernels_checks_around.items(quick, tiny) + kernels_checks_caches.items(quick, tiny)
         case "bits":
             return kernels_bits.items(quick, tiny)
         case "attention":
@@ -187,14 +189,14 @@ def run_part(
     for item in part_items:
         if item.key in entry["items"]:
             continue
-        if device != "cpu" and (entry["spent"] >= seconds or time.time() >= deadline):
+        if time.time() >= deadline or (device != "cpu" and entry["spent"] >= seconds):
             break
         began = time.time()
         results.begin(name, item.key)
         try:
             result = run_item(item, Draw.of(device, gpu, dtype, results.data["seed"], item.key))
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its result
-            result = {"error": last_line(error)}
+            result = {"error": last_line(error), "traceback": "".join(traceback.format_exception(error))[-2000:]}
         alive = device == "cpu" or _settle()
         entry["spent"] += time.time() - began
         results.finish(name, item.key, result)

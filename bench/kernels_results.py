@@ -185,3 +185,35 @@ def invariance_costs(results: Results) -> dict[str, float]:
         if None not in times:
             found[key] = times[0] / times[1]
     return found
+
+
+def issue_bars(results: Results) -> list[dict[str, Any]]:
+    """The bars of a first run on a GPU: what, our figure (None if it was not measured), its unit, the least, and its source."""
+    ceilings, rows = results.ceilings(), []
+
+    def row(
+        what: str, key: str, name: str, bar: float, unit: str, source: str, call: str = "ours", scale: float = 1.0
+    ) -> None:
+        item = results.find(key) or {}
+        found = figures(item, ceilings).get(call, {}) if "us" in item and ceilings is not None else {}
+        value = found[name] * scale if name in found else None
+        rows.append({"what": what, "value": value, "unit": unit, "bar": bar, "source": source})
+
+    for tokens in (4096, 8192):
+        row(
+            f"grouped GEMM bf16, {tokens} tokens",
+            f"qwen3-30b dense EP1 T{tokens}",
+            "tflops",
+            700,
+            "TFLOP/s",
+            "kernels.md",
+        )
+    fp8 = {"what": "grouped GEMM fp8, 8192 tokens", "unit": "TFLOP/s", "bar": 1300, "source": "kernels.md"}
+    rows.append({**fp8, "value": _both_products(results)})
+    for tokens in (8, 64):
+        key = f"qwen3-30b dense EP1 T{tokens}"
+        row(f"grouped GEMM bf16, {tokens} tokens", key, "floor", 90, "% of bandwidth", "kernels.md", scale=100)
+    key = "qwen3-30b prefill 8k"
+    row("prefill attention 8k, fast", key, "tflops", 500, "TFLOP/s", "performance.md", call="ours, fast")
+    row("prefill attention 8k, invariant", key, "tflops", 500, "TFLOP/s", "performance.md")
+    return rows

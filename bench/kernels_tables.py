@@ -33,6 +33,8 @@ def long_table(results: Results) -> str:
     ceilings, lines = results.ceilings(), [*_head(results), ""]
     lines.append(f"{'item':<44}{'call':<16}{'us':>10}{'slowest':>10}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>7}")
     for _, key, item in results.items(kind="us"):
+        if "not compared" in item:
+            lines.append(f"{key:<44}not compared with {item['not compared']}")
         found = {} if ceilings is None else figures(item, ceilings)
         for call, time_us in item["us"].items():
             if "error" in time_us:

@@ -105,7 +105,13 @@ def scheduler_config(num_ranks: int, running: int, max_model_len: int) -> Schedu
 
 
 def rank_main(
-    setting: tuple[SchedulerConfig, float, bool], rank: int, num_ranks: int, address: str, token: str, node: str
+    setting: tuple[SchedulerConfig, float, bool],
+    rank: int,
+    num_ranks: int,
+    address: str,
+    token: str,
+    node: str,
+    gpu: int,
 ) -> None:
     """A rank that simulates computing; its loop is the engine's."""
     link = ControlLink(address, token, rank=rank, node=node, hello={})
@@ -189,6 +195,7 @@ def _info(config: SchedulerConfig) -> ModelInfo:
         path="",
         architecture="",
         dtype="bfloat16",
+        kv_cache_dtype="bfloat16",
         vocab_size=config.vocab_size,
         max_model_len=config.max_model_len,
         eos_token_ids=config.eos_token_ids,

@@ -45,7 +45,10 @@ def main() -> int:
     """Run every engine, batch size and dtype in turn; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoints", type=Path, required=True, help="folder for the checkpoint, made if it is not there"
+        "--checkpoints",
+        type=Path,
+        default=Path("peers-checkpoints"),
+        help="folder for the checkpoint, made if it is not there (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])

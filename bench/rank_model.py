@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class RankModel:
         dtype: "auto", "float32" or "bfloat16".
         group: None: this rank alone.
         max_tokens: of a prompt and what follows it; a multiple of 16.
-        quantize: as `EngineConfig` has it.
+        quantize, kv_cache_dtype: as `EngineConfig` has them.
         fast: its `numerics`.
         num_parts: in which the tokens of a forward pass are computed.
     """
@@ -48,11 +49,12 @@ class RankModel:
         group: Group | None = None,
         max_tokens: int = 512,
         quantize: str | None = None,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
         fast: bool = False,
         num_parts: int = 1,
     ) -> None:
         group = SoloGroup() if group is None else group
-        config = read_model_config(folder, dtype)
+        config = read_model_config(folder, dtype, kv_cache_dtype)
         torch_dtype = getattr(torch, config.dtype)
         placement: Placement | None = None
         all_to_alls: tuple[ReferenceAllToAll, ...] = ()

@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, saves and verifies a checkpoint."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", choices=CONFIGS, default="demo")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--out", type=Path, default=Path("demo-model"), help="folder of the checkpoint")
     parser.add_argument("--tokens", type=float, help="budget in tokens: the same weights every time")
     parser.add_argument("--minutes", type=float, help="budget in CPU minutes: depends on the machine")
     parser.add_argument("--seed", type=int, default=0)

@@ -45,10 +45,10 @@ def test_figures_are_complete_and_add_up(tmp_path, capsys):
 
 def test_the_backends_that_were_asked_for(tmp_path, capsys):
     """In both formats, of which one is half as many bytes on the way out."""
-    options = [*SMALL, "--backends", "nvlink", "padded", "--formats", "bf16", "fp8", "--hidden-size", "128"]
+    options = [*SMALL, "--backends", "nvlink", "--formats", "bf16", "fp8", "--hidden-size", "128"]
     assert cli.main(["bench", "all-to-all", *options, "--json", str(tmp_path / "figures.json")]) == 0
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    assert {row["candidate"] for row in rows} == {"nvlink", "nvlink fp8", "padded"}
+    assert {row["candidate"] for row in rows} == {"nvlink", "nvlink fp8"}
     plain, fp8 = ({row["tokens"]: row for row in rows if row["candidate"] == name} for name in ("nvlink", "nvlink fp8"))
     for tokens, row in fp8.items():
         assert row["dispatch"]["bytes"]["sent"] / plain[tokens]["dispatch"]["bytes"]["sent"] == 132 / 256
@@ -86,10 +86,10 @@ def test_the_table_has_both_phases_together_and_the_fastest_first():
         phases = {"dispatch": {"p50_us": dispatch}, "combine": {"p50_us": combine}}
         return {"ranks": 2, "tokens": tokens, "backend": backend, "nccl": {"max_ctas": 4}, **phases}
 
-    rows = [row("nccl", 5, 9), row("reference", 6, 7), row("padded", 1, 20), row("nccl", 1, 1, tokens=2)]
+    rows = [row("nccl", 5, 9), row("reference", 6, 7), row("nccl", 1, 1, tokens=2)]
     table = all_to_all.table({"machine": {}, "setting": {"hidden_size": 16, "top_k": 8}, "rows": rows})
     found = [(entry["tokens"], entry["backend"], entry["p50_us"]) for entry in table["entries"]]
-    assert found == [(1, "reference", 13), (1, "nccl", 14), (1, "padded", 21), (2, "nccl", 2)]
+    assert found == [(1, "reference", 13), (1, "nccl", 14), (2, "nccl", 2)]
 
 
 @pytest.mark.parametrize("reached", [True, False])
@@ -97,7 +97,7 @@ def test_a_sweep_on_gpus_tries_limits_of_thread_blocks_and_copy_engines(monkeypa
     """And memory of peers, if they reach each other's."""
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: reached or (a, b) != (1, 2))
     names = [str(candidate) for candidate in all_to_all.sweep("cuda", 3)]
-    assert {"reference", "nccl", "nccl max_ctas=8", "padded max_ctas=32", "padded zero_ctas=True"} <= set(names)
+    assert {"reference", "nccl", "nccl max_ctas=8"} <= set(names)
     assert ("nvlink" in names) == reached
     assert len(names) == len(set(names))
     assert str(Candidate(backend="nccl", nccl=NcclOptions(min_ctas=2, max_ctas=4))) == "nccl min_ctas=2 max_ctas=4"
@@ -105,8 +105,8 @@ def test_a_sweep_on_gpus_tries_limits_of_thread_blocks_and_copy_engines(monkeypa
 
 def test_on_gpus_graphs_are_beside_launches():
     names = [str(candidate) for candidate in all_to_all._candidates(BACKENDS, ["bf16", "fp8"], "cuda")]
-    assert {"nvlink", "nvlink graph", "nvlink fp8 graph", "padded graph", "nccl fp8"} <= set(names)
-    assert not {"nccl graph", "reference graph", "padded fp8"} & set(names)
+    assert {"nvlink", "nvlink graph", "nvlink fp8 graph", "nccl fp8"} <= set(names)
+    assert not {"nccl graph", "reference graph"} & set(names)
 
 
 def test_what_is_checked_has_no_times():
