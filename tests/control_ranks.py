@@ -28,8 +28,9 @@ from expertwire.engine import process
 TOKEN = "a secret"
 
 
-def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: str, node: str) -> None:
-    """The signature of `expertwire.engine.worker.worker_main`."""
+def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: str, node: str, gpu: int) -> None:
+    """The signature of `expertwire.engine.worker.worker_main`; what it shall do may be no engine's config."""
+    config = config if isinstance(config, dict) else {}
     if config.get("fail_at_start") == rank:
         raise RuntimeError("cannot start")
     control_node.RECHECK_S = config.get("recheck_s", control_node.RECHECK_S)
@@ -38,6 +39,8 @@ def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: st
         "pid": np.array([os.getpid()]),
         "node": np.frombuffer(node.encode(), np.uint8),
         "shadows": np.array([_num_shadows()]),
+        "gpu": np.array([gpu]),
+        "visible": np.frombuffer(os.environ.get("CUDA_VISIBLE_DEVICES", "all").encode(), np.uint8),
     }
     link = ControlLink(address, token, rank=rank, node=node, hello=hello)
     dice = random.Random(rank)
@@ -85,7 +88,7 @@ def controller_main(num_ranks: int, config: dict) -> None:
 
 def start_rank(config: dict, rank: int, num_ranks: int, address: str, token: str = TOKEN) -> subprocess.Popen[bytes]:
     return process.start_call(
-        "control_ranks:worker_main", config, rank, num_ranks, address, token, config.get("node", "here")
+        "control_ranks:worker_main", config, rank, num_ranks, address, token, config.get("node", "here"), rank
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from expertwire.comm.a2a_nccl import NcclAllToAll, PaddedNcclAllToAll
+from expertwire.comm.a2a_nccl import NcclAllToAll
 from expertwire.comm.a2a_nvlink import NvlinkAllToAll
 from expertwire.comm.a2a_nvlink import build as nvlink_over_shared_memory
 from expertwire.comm.a2a_reference import ReferenceAllToAll
@@ -25,7 +25,6 @@ from expertwire.comm.all_to_all import AllToAll, AllToAllSpec
 from expertwire.comm.arena import ArenaLayout
 from expertwire.comm.group import Group
 from expertwire.comm.peer_memory import slices
-from expertwire.kernels import permute
 from expertwire.moe.placement import Placement, place
 
 # What goes out and what comes home: widths and dtypes. The last two are opaque: 256 fp8 or fp4 numbers with their scales.
@@ -222,7 +221,6 @@ def build(backend: str, spec: AllToAllSpec) -> AllToAll:
     return {
         "reference": ReferenceAllToAll,
         "nccl over gloo": NcclAllToAll,
-        "nccl over gloo, padded": functools.partial(PaddedNcclAllToAll, permute=permute.reference, device="cpu"),
         "nvlink over shared memory": nvlink_over_shared_memory,
     }[backend](spec)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 import time
@@ -93,6 +94,10 @@ class Ranks:
 def rank_main(rank: int, size: int, folder: str, address: str) -> None:
     """The life of a rank's process."""
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from expertwire.bench import interpreter
+
+        interpreter.prepare()
     with Client(address) as connection:
         _send(connection, rank)
         group = _join(rank, size, folder)

@@ -38,9 +38,10 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 ENGINE_FLAGS = {
     "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--quantize",
-    "--numerics", "--max-model-len",
+    "--numerics", "--attention", "--max-model-len",
     "--max-num-tokens", "--max-running", "--max-waiting", "--max-waiting-per-tenant", "--chunk-tokens", "--policy",
-    "--aging", "--tenant-weights", "--prefix-cache", "--no-prefix-cache", "--block-size", "--kv-cache-bytes",
+    "--aging", "--tenant-weights", "--prefix-cache", "--no-prefix-cache", "--block-size",
+    "--kv-cache-dtype", "--kv-cache-bytes", "--gpu-memory-utilization",
     "--redundant-experts", "--topology", "--rebalance-steps", "--all-to-all", "--all-to-all-table", "--dispatch-dtype",
     "--two-batch-overlap", "--no-two-batch-overlap", "--threads-per-rank", "--seed", "--start-timeout",
     "--step-timeout",
@@ -52,10 +53,10 @@ FLAGS = {
         "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", *ENGINE_FLAGS,
     },
     "demo": {"--launcher", "--ep-size"},
-    "inspect": {"--ep-size", "--context"},
+    "inspect": {"--ep-size", "--context", "--gpu-memory", "--kv-cache-dtype"},
     "explain": {
         "--device", "--ep-size", "--topology", "--all-to-all", "--all-to-all-table", "--dispatch-dtype",
-        "--two-batch-overlap", "--no-two-batch-overlap",
+        "--two-batch-overlap", "--no-two-batch-overlap", "--kv-cache-dtype",
     },
     "experts": {"--png", "--json"},
     "bench throughput": {
