@@ -41,7 +41,7 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check
 
 kernels-report: $(INSTALLED)
-	$(BIN)/python -m expertwire.bench.kernels_report
+	$(BIN)/python -m expertwire.bench.kernels.report
 
 .venv/bin/pip:
 	@"$(PYTHON)" $(NEW_ENOUGH) 2>/dev/null || \

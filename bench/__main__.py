@@ -9,11 +9,11 @@ from collections.abc import Sequence
 def main(argv: Sequence[str]) -> int:
     """The exit code: 0 done, 1 something is wrong, 2 a wrong option."""
     if argv[:1] == ["first_contact"]:
-        from expertwire.bench import first_contact
+        from expertwire.bench.first_contact import run as first_contact
 
         return first_contact.run(argv[1:])
     if argv[:1] == ["kernels"]:
-        from expertwire.bench import kernels
+        from expertwire.bench.kernels import run as kernels
 
         return kernels.run(argv[1:])
     from expertwire.deploy import cli
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
             "first_contact": "all that the first half an hour on a GPU needs, whatever fails",
             "kernels": "the GPU kernels beside the hardware's limits",
         }
-        for name, text in (own | cli.BENCHES).items():
+        for name, text in (own | {name: text for name, (_, text) in cli.BENCHES.items()}).items():
             print(f"  {name:<15}{text}")
         return 0 if argv else 2
     return cli.main(["bench", *argv])

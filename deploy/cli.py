@@ -21,18 +21,21 @@ from expertwire.deploy.options import (
     given,
     model_folder,
 )
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.outputs import EngineFailed
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.frontend.outputs import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "n")
-BENCHES: Mapping[str, str] = {
-    "throughput": "tokens per second and per core-second of random prompts",
-    "all-to-all": "dispatch and combine beside their bounds, a model and published figures",
-    "control": "microseconds per step of the control channel",
-    "quantize": "what holding experts in fewer bits costs in accuracy",
-    "balance": "how evenly experts' rows spread over ranks after rebalancing, on simulated routing",
-    "schedule": "goodput, latencies, balance and prefix hits of the scheduler on simulated ranks",
+BENCHES: Mapping[str, tuple[str, str]] = {  # by name: the module in `expertwire.bench`, and the help text
+    "throughput": ("serving.throughput", "tokens per second and per core-second of random prompts"),
+    "all-to-all": ("all_to_all.run", "dispatch and combine beside their bounds, a model and published figures"),
+    "control": ("all_to_all.control", "microseconds per step of the control channel"),
+    "quantize": ("kernels.quantize", "what holding experts in fewer bits costs in accuracy"),
+    "balance": (
+        "scheduler.balance",
+        "how evenly experts' rows spread over ranks after rebalancing, on simulated routing",
+    ),
+    "schedule": ("scheduler.run", "goodput, latencies, balance and prefix hits of the scheduler on simulated ranks"),
 }
 
 
@@ -72,10 +75,10 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_experts(commands)
     group = commands.add_parser("bench", help="measure", description="Measures.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
-    for name, text in BENCHES.items():
+    for name, (module_name, text) in BENCHES.items():
         bench = subcommands.add_parser(name, help=text, description=text.capitalize() + ".")
         if name in benches:
-            module = importlib.import_module("expertwire.bench." + name.replace("-", "_"))
+            module = importlib.import_module(f"expertwire.bench.{module_name}")
             module.add_arguments(bench)
             bench.set_defaults(command=module.main)
     return parser

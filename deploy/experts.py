@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from expertwire.deploy.grpc_client import Client, ServerError
-from expertwire.moe.load import hottest, over_mean
+from expertwire.deploy.grpc.client import Client, ServerError
+from expertwire.moe.eplb.load import hottest, over_mean
 
 _SHADES = " ░▒▓█"
 _STEPS = (0.5, 1.0, 2.0, 4.0)  # times the mean expert's rows, at which the next shade begins
@@ -22,7 +22,7 @@ _FIELDS = ("expert_load", "layer_spread", "rank_rows", "rank_tax")
 
 
 def read(source: str) -> dict[str, Any]:
-    """The statistics of a server at `host:port`, or of a file that `--json` has written: `moe.load.ExpertLoad.summary`.
+    """The statistics of a server at `host:port`, or of a file that `--json` has written: `moe.eplb.load.ExpertLoad.summary`.
 
     Raises:
         ValueError: neither, or a model without experts.

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from expertwire.comm import topology_table
-from expertwire.comm.topology import Place, Topology, read
-from expertwire.comm.topology_choice import Situation, choose
-from expertwire.engine import travel
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.hub_config import read_model_config
-from expertwire.engine.model_config import Attention, ModelConfig
-from expertwire.engine.quantization import expert_format
+from expertwire.comm.topology import backend_times
+from expertwire.comm.topology.backend_choice import Situation, choose
+from expertwire.comm.topology.topology import Place, Topology, read
+from expertwire.engine.config import dispatch_dtype
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.loader.quantization import expert_format
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.model_config import Attention, ModelConfig
 
 _TOKENS = (1, 8, 64, 512, 4096)
 _NO_GPU = "--device: there is no CUDA device here; allowed are cpu, h200 and b200"
@@ -20,7 +20,7 @@ _NO_GPU = "--device: there is no CUDA device here; allowed are cpu, h200 and b20
 
 def explain(options: EngineConfig, device: str, topology: str | None = None) -> Iterator[str]:
     """Lines of text about an engine of these options on the device "cpu", "cuda", "h200" or "b200", which need not be here. Its
-    ranks are those of `topology` (`comm.topology.read`).
+    ranks are those of `topology` (`comm.topology.topology.read`).
 
     Raises:
         ValueError: there is no such model, device or topology, or the options do not fit it.
@@ -38,8 +38,8 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
     if not any(config.sparse_layers):
         return
     options = options.on(device)
-    travel.check(options, config)
-    ep_size, fp8 = options.ep_size, travel.sends_fp8(options, config, on_gpu=device != "cpu")
+    dispatch_dtype.check(options, config)
+    ep_size, fp8 = options.ep_size, dispatch_dtype.sends_fp8(options, config, on_gpu=device != "cpu")
     where = read(topology).first(ep_size) if topology else _default_topology(device, ep_size)
     row = config.hidden_size * {"float32": 4, "bfloat16": 2}[config.dtype]
     sent = config.hidden_size * 33 // 32 if fp8 else row  # a scale of four bytes for 128 numbers
@@ -51,7 +51,7 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
         # What a GPU's torch has, this machine's cannot say.
         libraries=_libraries() if device in ("cpu", "cuda") else ("gloo", "nccl"),
     )
-    table = topology_table.read(options.all_to_all_table) if options.all_to_all_table else None
+    table = backend_times.read(options.all_to_all_table) if options.all_to_all_table else None
     choice = choose(options.all_to_all, here, table)
     if ep_size > 1:
         halves = options.num_parts > 1
@@ -59,28 +59,28 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
         if choice.name == "nvlink":
             tokens = options.part_tokens
             if device != "cpu":
-                tokens = travel.exchange_tokens(options, config, ep_size, fp8=fp8)
+                tokens = dispatch_dtype.exchange_tokens(options, config, ep_size, fp8=fp8)
             arena = tokens * (ep_size * sent + config.top_k * row)
             yield f"arenas on each rank: {options.num_parts} of about {arena / 1e6:.1f} MB, for {tokens} tokens"
         if device != "cpu":
-            yield travel.on_gpus(graph_safe=choice.name == "nvlink", fp8=fp8)
+            yield dispatch_dtype.on_gpus(graph_safe=choice.name == "nvlink", fp8=fp8)
     yield str(where)
     yield f"all-to-all {choice}"
     if ep_size == 1:
         return
-    from expertwire.comm import a2a_model
+    from expertwire.comm.all_to_all import cost_model
 
-    copies = a2a_model.distinct_ranks(a2a_model.even(config.num_experts, ep_size), config.top_k)
-    out = a2a_model.dispatch(1, sent, copies, ep_size).wire
-    back = a2a_model.combine(1, row, config.top_k, ep_size).wire
+    copies = cost_model.distinct_ranks(cost_model.even(config.num_experts, ep_size), config.top_k)
+    out = cost_model.dispatch(1, sent, copies, ep_size).wire
+    back = cost_model.combine(1, row, config.top_k, ep_size).wire
     yield (
-        f"a token goes to {copies:.2f} of {ep_size} ranks, {a2a_model.duplicate_probability(copies, config.top_k):.0%} of its "
+        f"a token goes to {copies:.2f} of {ep_size} ranks, {cost_model.duplicate_probability(copies, config.top_k):.0%} of its "
         f"{config.top_k} copies are saved; {out / 1e3:.1f} KB leave its rank, {back / 1e3:.1f} KB come home (uniform routing)"
     )
 
 
 def _libraries() -> tuple[str, ...]:
-    from expertwire.comm import backends
+    from expertwire.comm.all_to_all import backends
 
     return backends.libraries()
 
@@ -98,7 +98,7 @@ def _default_topology(device: str, ep_size: int) -> Topology:
 def _gpus_here(ep_size: int) -> Topology:
     import torch
 
-    from expertwire.comm import topology_probe
+    from expertwire.comm.topology import probe as topology_probe
 
     count = torch.cuda.device_count()
     if not count:
@@ -113,7 +113,7 @@ def _on_a_cpu(config: ModelConfig) -> Iterator[str]:
 
     from expertwire.kernels import registry
     from expertwire.kernels.cpu import gemm
-    from expertwire.kernels.linear import is_packed
+    from expertwire.kernels.ops.linear import is_packed
 
     yield registry.cpu().explain()
     for name, shape in _products(config).items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from expertwire.deploy.runtime import open_front
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.outputs import EngineFailed
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.frontend.outputs import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _POLL_S = 0.2  # how long an interrupt may wait

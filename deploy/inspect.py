@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from expertwire.engine.inspection import Inspection, inspect
-from expertwire.engine.model_config import Attention, LatentAttention, ModelConfig, Moe
+from expertwire.engine.loader.inspection import Inspection, inspect
+from expertwire.engine.models.model_config import Attention, LatentAttention, ModelConfig, Moe
 
 
 def lines(

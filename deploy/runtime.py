@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from expertwire.engine.config import EngineConfig
+from expertwire.engine.config.engine import EngineConfig
 from expertwire.engine.engine import Engine
-from expertwire.engine.front import Front
+from expertwire.engine.frontend.front import Front
+from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.launcher import Launcher, LocalLauncher
-from expertwire.engine.tokenizer import Tokenizer
 
 
 def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -33,7 +33,7 @@ def make_launcher(config: EngineConfig) -> Launcher:
     """The launcher that `config` asks for."""
     if config.resolved_launcher() == "local":
         return LocalLauncher()
-    from expertwire.deploy.ray_launcher import RayLauncher
+    from expertwire.deploy.ray.launcher import RayLauncher
 
     return RayLauncher(address=config.ray_address)
 

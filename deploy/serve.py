@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from expertwire.deploy import runtime
-from expertwire.deploy.grpc_server import Server
-from expertwire.engine.config import EngineConfig, ModelInfo
+from expertwire.deploy.grpc.server import Server
+from expertwire.engine.config.engine import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
-from expertwire.engine.front import Front
+from expertwire.engine.frontend.front import Front
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from expertwire.comm.control import (
+from expertwire.comm.control.channel import (
     ChannelClosed,
     ControlHub,
     RankError,
@@ -28,16 +28,16 @@ from expertwire.comm.control import (
     listen,
 )
 from expertwire.engine import messages
-from expertwire.engine.cache_sizes import CacheTooSmall
-from expertwire.engine.config import ModelInfo, too_many_branches
+from expertwire.engine.config.engine import ModelInfo, too_many_branches
+from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall
 from expertwire.engine.rebalancing import Rebalancing
-from expertwire.engine.request_options import RequestOptions
 from expertwire.engine.startup import Orders, Places, scheduler_config, start_ranks
-from expertwire.moe.load import ExpertLoad
-from expertwire.moe.placement import place
+from expertwire.moe.eplb.load import ExpertLoad
+from expertwire.moe.eplb.placement import place
+from expertwire.scheduler._compiled.warm_up import rehearse
 from expertwire.scheduler.plan import Rejection, StepOutputs, StepPlan, StepResult
 from expertwire.scheduler.policy import make_policy
-from expertwire.scheduler.rehearsal import rehearse
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler

@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import IO
 
-from expertwire.comm import topology
-from expertwire.comm.control import SocketChannel, connect
-from expertwire.engine import attention_backend, process, travel
-from expertwire.engine.cache_sizes import cache_sizes
-from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.config import EngineConfig, ModelInfo
-from expertwire.engine.hub_config import read_model_config
+from expertwire.comm.control.channel import SocketChannel, connect
+from expertwire.comm.topology import topology
+from expertwire.engine import process
+from expertwire.engine.config import attention_backend, dispatch_dtype
+from expertwire.engine.config.engine import EngineConfig, ModelInfo
+from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.kv_cache.cache_sizes import cache_sizes
 from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
-from expertwire.engine.model_config import ModelConfig
-from expertwire.engine.outputs import EngineFailed
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.model_config import ModelConfig
 from expertwire.engine.startup import Orders
-from expertwire.moe.placement import place
+from expertwire.moe.eplb.placement import place
 
 _POLL_S = 0.1
 _STOP_S = 5.0
@@ -167,7 +168,7 @@ def _check(config: EngineConfig, model: ModelConfig) -> int:
         raise ValueError(
             f"rebalance_steps must be 0: {model.architecture} has no experts; got {config.rebalance_steps}"
         )
-    travel.check(config, model)
+    dispatch_dtype.check(config, model)
     attention_backend.check(config, model)
     if config.topology is not None:
         topology.read(config.topology).first(config.ep_size)

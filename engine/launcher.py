@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Protocol
 
-from expertwire.comm.control import this_node
+from expertwire.comm.control.channel import this_node
 from expertwire.engine import process
 
 WORKER = "expertwire.engine.worker:worker_main"

@@ -1,4 +1,4 @@
-"""What fronts and the controller say to each other, as named arrays (`comm.control` carries them).
+"""What fronts and the controller say to each other, as named arrays (`comm.control.channel` carries them).
 
 A front opens a channel, sends `Hello`, and receives `Welcome`. Then it sends `Submit` and `Abort` messages, in any order, and
 receives `StepOutputs`, `Rejection`, `Stats` and at most one `Failure`, after which the channel is of no more use. Request ids are

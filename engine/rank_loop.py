@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from expertwire.comm.control import ControlLink
+from expertwire.comm.control.channel import ControlLink
 from expertwire.scheduler.plan import StepPlan, StepResult
 
 _POLL_S = 0.2e-3

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from expertwire.engine.model_config import ModelConfig
-from expertwire.engine.quantization import expert_bytes
-from expertwire.moe.load import ExpertLoad
-from expertwire.moe.migration import Migration
-from expertwire.moe.placement import Placement
-from expertwire.moe.saving import Balancer, Costs, Verdict
+from expertwire.engine.loader.quantization import expert_bytes
+from expertwire.engine.models.model_config import ModelConfig
+from expertwire.moe.eplb.load import ExpertLoad
+from expertwire.moe.eplb.migration import Migration
+from expertwire.moe.eplb.placement import Placement
+from expertwire.moe.eplb.savings import Balancer, Costs, Verdict
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult
 
 _STEP_BYTES = 16 << 20  # that a rank sends and receives in one step, but an expert at least

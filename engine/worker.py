@@ -28,32 +28,36 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from expertwire.comm import backends, topology, topology_probe, topology_table
 from expertwire.comm import group as groups
-from expertwire.comm.a2a_stream import on_stream
-from expertwire.comm.all_to_all import AllToAll, AllToAllSpec, RankStalled
-from expertwire.comm.control import ChannelClosed, ControlLink
-from expertwire.engine import device_graphs, memory, memory_plan, weights
-from expertwire.engine.caches import NamedCache
-from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.decoder import Decoder
-from expertwire.engine.device_graphs import Capture
-from expertwire.engine.hub_config import read_model_config
+from expertwire.comm.all_to_all import backends
+from expertwire.comm.all_to_all.base import AllToAll, AllToAllSpec, RankStalled
+from expertwire.comm.all_to_all.stream import on_stream
+from expertwire.comm.control.channel import ChannelClosed, ControlLink
+from expertwire.comm.topology import backend_times, topology
+from expertwire.comm.topology import probe as topology_probe
+from expertwire.engine.config.dispatch_dtype import exchange_tokens, on_gpus, sends_fp8
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.kv_cache import memory, memory_plan
+from expertwire.engine.kv_cache.caches import NamedCache
 from expertwire.engine.layers.step import RankContext
-from expertwire.engine.loading import load
-from expertwire.engine.model_config import ModelConfig
+from expertwire.engine.loader import weights
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.loading import load
+from expertwire.engine.models.decoder import Decoder
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.model_config import ModelConfig
 from expertwire.engine.rank_loop import Steps, serve
-from expertwire.engine.runner import Runner
-from expertwire.engine.slots import Slots
-from expertwire.engine.travel import exchange_tokens, on_gpus, sends_fp8
+from expertwire.engine.runner import cuda_graphs
+from expertwire.engine.runner.cuda_graphs import Capture
+from expertwire.engine.runner.runner import Runner
+from expertwire.engine.runner.slots import Slots
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.registry import Ops
-from expertwire.moe.mover import Mover
-from expertwire.moe.placement import Placement, place
+from expertwire.moe.eplb.mover import Mover
+from expertwire.moe.eplb.placement import Placement, place
 
 if TYPE_CHECKING:
-    from expertwire.engine.device_runner import DeviceRunner
+    from expertwire.engine.runner.device_runner import DeviceRunner
 
 # The share of free memory of a CPU that caches may take, when no size is given.
 _CPU_CACHE_SHARE = 0.5
@@ -203,8 +207,8 @@ def _device_runner(
     capture: Capture | None = None,
     mover: Mover | None = None,
 ) -> DeviceRunner:
-    from expertwire.engine.device_runner import DeviceRunner  # Triton is of no use elsewhere
-    from expertwire.engine.device_slots import DeviceSlots
+    from expertwire.engine.runner.device_runner import DeviceRunner  # Triton is of no use elsewhere
+    from expertwire.engine.runner.device_slots import DeviceSlots
 
     slots = DeviceSlots(
         num_slots=config.max_running,
@@ -240,7 +244,7 @@ def _make_runner(
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = Mover(layers, model.context.placement, group)
     if model.context.ops.on_device:
-        capture = device_graphs.cuda(group.barrier) if model.context.ops.capturable else None
+        capture = cuda_graphs.cuda(group.barrier) if model.context.ops.capturable else None
         on_device = _device_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)
         on_device.warm_up(config.part_tokens, config.max_running)
         on_device.settle()
@@ -310,7 +314,7 @@ def _load(
     )
     compiling = None
     if ops.on_device:
-        from expertwire.engine import precompile  # Triton is of no use elsewhere
+        from expertwire.engine.runner import precompile
 
         compiling = precompile.start(config, model_config, rank, num_ranks, device, domains, sharers)
     model = load(
@@ -364,7 +368,7 @@ def _all_to_alls(
     config: EngineConfig, spec: AllToAllSpec, ops: Ops, node: str, device: str, *, fp8: bool
 ) -> tuple[tuple[AllToAll, ...], str]:
     """One for each part of a step; and which they are."""
-    table = None if config.all_to_all_table is None else topology_table.read(config.all_to_all_table)
+    table = None if config.all_to_all_table is None else backend_times.read(config.all_to_all_table)
     made, choice = backends.build(config.all_to_all, spec, ops, node, device, fp8=fp8, table=table)
     says = str(choice) if device == "cpu" else f"{choice}; {on_gpus(graph_safe=made[0].graph_safe, fp8=fp8)}"
     if spec.num_parts > 1 and device != "cpu":

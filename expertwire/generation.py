@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from expertwire.engine.front import Front
-from expertwire.engine.outputs import EngineFailed, LogprobDict, RequestError, Update
-from expertwire.engine.request_options import RequestOptions
+from expertwire.engine.frontend.front import Front
+from expertwire.engine.frontend.outputs import EngineFailed, LogprobDict, RequestError, Update
+from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _POLL_S = 0.2  # how long an interrupt may wait for the end of a poll

@@ -12,12 +12,12 @@ import numpy as np
 
 from expertwire.deploy import runtime
 from expertwire.deploy.options import ENGINE_FIELDS
-from expertwire.engine.chat import Chat
-from expertwire.engine.config import EngineConfig, ModelInfo, too_many_branches
-from expertwire.engine.outputs import EngineFailed
-from expertwire.engine.prompts import Prompt
-from expertwire.engine.request_options import RequestOptions
-from expertwire.engine.tokenizer import Tokenizer
+from expertwire.engine.config.engine import EngineConfig, ModelInfo, too_many_branches
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.frontend.prompts import Prompt
+from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, Run, delayed_interrupt
 from expertwire.scheduler.sampling_params import SamplingParams
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from expertwire.kernels import attention, combine, experts, heads, index, linear, mla, permute, rms_norm, routing
-from expertwire.kernels.experts import GroupedMlp
-from expertwire.kernels.heads import PerHead
-from expertwire.kernels.linear import Linear
-from expertwire.kernels.permute import Permuted
-from expertwire.kernels.routing import Routed
+from expertwire.kernels.ops import attention, combine, experts, heads, index, linear, mla, permute, rms_norm, routing
+from expertwire.kernels.ops.experts import GroupedMlp
+from expertwire.kernels.ops.heads import PerHead
+from expertwire.kernels.ops.linear import Linear
+from expertwire.kernels.ops.permute import Permuted
+from expertwire.kernels.ops.routing import Routed
 
 if TYPE_CHECKING:
     from expertwire.kernels.gpu.device import Device
@@ -45,12 +45,12 @@ class Ops:
     experts: Callable[..., GroupedMlp]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    rotate_and_store: Callable[..., Tensor]
+    rope_and_cache: Callable[..., Tensor]
     attend: Callable[..., Tensor]
     attend_expanded: Callable[..., Tensor]
-    rotate_and_store_latent: Callable[..., Tensor]
+    rope_and_cache_latent: Callable[..., Tensor]
     attend_latent: Callable[..., Tensor]
-    rotate_and_store_index: Callable[..., Tensor]
+    rope_and_cache_index: Callable[..., Tensor]
     choose_positions: Callable[..., Tensor]
     route: Callable[..., tuple[Tensor, Tensor]]
     route_and_count: Callable[..., Routed]  # with the load on the device
@@ -143,12 +143,12 @@ def cpu(*, fast: bool = False) -> Ops:
         experts=partial(experts.prepare, silu_mul=elementwise.silu_mul),
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
-        rotate_and_store=rotary.rotate_and_store,
+        rope_and_cache=rotary.rope_and_cache,
         attend=cpu_attention.attend,
         attend_expanded=cpu_attention.attend,
-        rotate_and_store_latent=rotary.rotate_and_store_latent,
+        rope_and_cache_latent=rotary.rope_and_cache_latent,
         attend_latent=cpu_mla.attend,
-        rotate_and_store_index=rotary.rotate_and_store_index,
+        rope_and_cache_index=rotary.rope_and_cache_index,
         choose_positions=cpu_index.choose_positions,
         route=cpu_routing.route,
         route_and_count=partial(routing.route_and_count, route=cpu_routing.route),
@@ -170,12 +170,12 @@ def plain() -> Ops:
         experts=partial(experts.prepare, silu_mul=experts.silu_mul_reference),
         rms_norm=rms_norm.reference,
         add_rms_norm=rms_norm.add_reference,
-        rotate_and_store=attention.rotate_and_store,
+        rope_and_cache=attention.rope_and_cache,
         attend=attention.attend,
         attend_expanded=attention.attend,
-        rotate_and_store_latent=mla.rotate_and_store,
+        rope_and_cache_latent=mla.rope_and_cache,
         attend_latent=mla.attend,
-        rotate_and_store_index=index.rotate_and_store,
+        rope_and_cache_index=index.rope_and_cache,
         choose_positions=index.choose_positions,
         route=routing.reference,
         route_and_count=routing.route_and_count,
@@ -197,7 +197,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import mla as gpu_mla
     from expertwire.kernels.gpu import permute as gpu_permute
     from expertwire.kernels.gpu import prefill as gpu_prefill
-    from expertwire.kernels.gpu import quantize, rotate_and_store
+    from expertwire.kernels.gpu import quantize, rope_and_cache
     from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
     from expertwire.kernels.gpu import routing as gpu_routing
 
@@ -216,12 +216,12 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         experts=partial(gpu_experts.prepare, device=gpu, scale_rows=scale_rows),
         rms_norm=gpu_rms_norm.rms_norm,
         add_rms_norm=gpu_rms_norm.add_rms_norm,
-        rotate_and_store=rotate_and_store.rotate_and_store,
+        rope_and_cache=rope_and_cache.rope_and_cache,
         attend=attend,
         attend_expanded=attend,
-        rotate_and_store_latent=gpu_mla.rotate_and_store,
+        rope_and_cache_latent=gpu_mla.rope_and_cache,
         attend_latent=partial(gpu_mla.attend, device=gpu),
-        rotate_and_store_index=gpu_index_keys.rotate_and_store,
+        rope_and_cache_index=gpu_index_keys.rope_and_cache,
         choose_positions=partial(gpu_index.choose_positions, device=gpu),
         route=gpu_routing.route,
         route_and_count=gpu_routing.route_and_count,

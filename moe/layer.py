@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.comm.a2a_reference import ReferenceAllToAll
-from expertwire.comm.all_to_all import AllToAll
-from expertwire.kernels.experts import Fused, GroupedMlp, fuse
+from expertwire.comm.all_to_all.base import AllToAll
+from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.kernels.formats import Weight
+from expertwire.kernels.ops.experts import Fused, GroupedMlp, fuse
+from expertwire.kernels.ops.routing import Routed, to_physical
+from expertwire.kernels.ops.variants import Activation, Routing
 from expertwire.kernels.registry import Ops
-from expertwire.kernels.routing import Routed, to_physical
-from expertwire.kernels.variants import Activation, Routing
-from expertwire.moe.placement import Placement
-from expertwire.moe.stages import Stages, run
+from expertwire.moe.eplb.placement import Placement
+from expertwire.moe.micro_batch import Stages, run
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]  # x_TD -> ids_TK, weights_TK
 
@@ -206,7 +206,7 @@ class _Router:
         return self.route(self.dense(x_TD.to(self.dtype)))
 
     def count(self, x_TD: Tensor, **counted: Tensor | None) -> Routed:
-        """As `kernels.routing.route_and_count`."""
+        """As `kernels.ops.routing.route_and_count`."""
         return self.route_and_count(self.dense(x_TD.to(self.dtype)), **counted)
 
 

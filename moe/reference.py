@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels import combine, experts
+from expertwire.kernels.ops import combine, experts
 
 
 def moe(

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertwire.scheduler import block_loops
-from expertwire.scheduler.admission_loops import Candidates
-from expertwire.scheduler.placement import Placement
+from expertwire.scheduler._compiled import blocks as block_loops
+from expertwire.scheduler._compiled.admissions import Candidates
+from expertwire.scheduler.rank_placement import Placement
 from expertwire.scheduler.request import Request, facts
-from expertwire.scheduler.table import NO_NAMES, RunningTable
+from expertwire.scheduler.running import NO_NAMES, RunningTable
 
 
 class PrefixCache:

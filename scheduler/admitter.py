@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler import admission_loops
+from expertwire.scheduler._compiled import admissions
+from expertwire.scheduler._compiled.admissions import Chosen, Room
+from expertwire.scheduler._compiled.blocks import NOBODY
 from expertwire.scheduler.admission import PrefixCache
-from expertwire.scheduler.admission_loops import Chosen, Room
-from expertwire.scheduler.block_loops import NOBODY
-from expertwire.scheduler.placement import Placement
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
+from expertwire.scheduler.rank_placement import Placement
 from expertwire.scheduler.request import Request, facts
-from expertwire.scheduler.table import NO_ADMISSIONS, NO_NAMES, Admissions, RunningTable
+from expertwire.scheduler.running import NO_ADMISSIONS, NO_NAMES, Admissions, RunningTable
 
 _AT_ONCE = 128  # requests looked at together
 
@@ -86,7 +86,7 @@ class Admitter:
             fits_P=np.zeros(config.num_ranks, bool),
         )
         due_N = np.empty(len(table.rank_N), np.int32)
-        admission_loops.take_stock(table.caches, table.for_loops, room, self._arriving_U, due_N)
+        admissions.take_stock(table.caches, table.for_loops, room, self._arriving_U, due_N)
         return room
 
     def _continue_forks(self, room: Room) -> list[_Part]:
@@ -98,11 +98,11 @@ class Admitter:
             child, rank = self._queue.get(key), int(table.rank_N[row])
             num_tokens = len(child.tokens)
             num_cached = 0 if table.draining_N[row] else table.shareable(row, num_tokens - 1)
-            admission_loops.needs(table.caches, num_tokens - num_cached, needed_G)
+            admissions.needs(table.caches, num_tokens - num_cached, needed_G)
             needed_G += 1  # as the last block may have to be copied
-            if num_cached and admission_loops.fits(room, rank, needed_G):
+            if num_cached and admissions.fits(room, rank, needed_G):
                 load = self._placement.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
-                num = admission_loops.take(room, rank, needed_G, num_tokens - num_cached, float(load[0]))
+                num = admissions.take(room, rank, needed_G, num_tokens - num_cached, float(load[0]))
                 names_W2 = NO_NAMES if child.names is None else child.names
                 parts.append(_Part([child], np.array([[rank], [num_cached], [num], [row], [0]]), names_W2))
         self.forks.clear()
@@ -117,7 +117,7 @@ class Admitter:
             candidates = self._prefixes.candidates(requests, self._placement)
             columns = np.full((5, len(requests)), NOBODY)
             columns[4] = candidates.first_A
-            count = admission_loops.choose(
+            count = admissions.choose(
                 table.caches,
                 table.pool.blocks,
                 table.config.block_size,

@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 
-from expertwire.scheduler.block_loops import Caches
+from expertwire.scheduler._compiled.blocks import Caches
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import CacheKind, CacheSpec
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler import block_loops
-from expertwire.scheduler.block_loops import Caches
+from expertwire.scheduler._compiled import blocks as block_loops
+from expertwire.scheduler._compiled.blocks import Caches
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import Rejection
 from expertwire.scheduler.queue import WaitingQueue

@@ -11,9 +11,9 @@ from operator import attrgetter
 import numpy as np
 
 from expertwire.scheduler import ragged
+from expertwire.scheduler._compiled.steps import Sampled, Scheduled
 from expertwire.scheduler.plan import StepOutputs, StepResult
-from expertwire.scheduler.step_loops import Sampled, Scheduled
-from expertwire.scheduler.table import RunningTable
+from expertwire.scheduler.running import RunningTable
 
 
 def gather(

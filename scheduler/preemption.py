@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from expertwire.scheduler.table import RunningTable
+from expertwire.scheduler.running import RunningTable
 
 
 def victims(table: RunningTable, short_GP: np.ndarray) -> np.ndarray:

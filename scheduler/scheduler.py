@@ -26,18 +26,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expertwire.scheduler import caches, preemption, ragged
+from expertwire.scheduler._compiled.steps import ASK, Scheduled
 from expertwire.scheduler.admitter import Admitter
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.intake import Pace, bound, invalid, refusal, token_limit
 from expertwire.scheduler.outputs import gather
-from expertwire.scheduler.placement import Balanced, Placement
 from expertwire.scheduler.plan import CacheSpec, ExpertMoves, FinishReason, Rejection, StepOutputs, StepPlan, StepResult
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import WaitingQueue
+from expertwire.scheduler.rank_placement import Balanced, Placement
 from expertwire.scheduler.request import Request, describe, introduction
-from expertwire.scheduler.step_loops import ASK, Scheduled
-from expertwire.scheduler.table import NO_ADMISSIONS, Admissions, Copies, RunningTable
+from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, Copies, RunningTable
 
 __all__ = ["Rejection", "Request", "Scheduler", "SchedulerConfig", "StepOutputs"]
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertwire.engine.family import Names
 from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
-from expertwire.engine.layout import Layout, Parameters
-from expertwire.engine.model_config import Attention
-from expertwire.kernels import attention as kernels
-from expertwire.kernels.linear import Linear
-from expertwire.kernels.variants import Rope
+from expertwire.engine.loader.layout import Layout, Parameters
+from expertwire.engine.models.family import Names
+from expertwire.engine.models.model_config import Attention
+from expertwire.kernels.ops import attention as kernels
+from expertwire.kernels.ops.linear import Linear
+from expertwire.kernels.ops.variants import Rope
 
 
 def declare(layout: Layout, param: str, source: str, config: Attention, names: Names, width: int) -> None:
@@ -67,7 +67,7 @@ class GroupedQueryAttention:
             shared = step.shared((self.rope, cache), lambda: fused.step(*places))
             return fused(x_TD, normed_TD, k_cache, v_cache, shared)
         qkv_Thd = self._normed_rows(self.qkv(normed_TD)).unflatten(1, (-1, c.head_dim))
-        q_THd = context.ops.rotate_and_store(
+        q_THd = context.ops.rope_and_cache(
             qkv_Thd,
             self.head_norms,
             context.eps,

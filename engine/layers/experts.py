@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expertwire.engine.family import Names
-from expertwire.engine.layout import Layout
-from expertwire.engine.matrices import Matrix
-from expertwire.engine.model_config import Moe
-from expertwire.engine.quantization import METHODS, Method, is_skipped
-from expertwire.engine.weight_map import Destination, ParamSpec
+from expertwire.engine.loader.layout import Layout
+from expertwire.engine.loader.matrices import Matrix
+from expertwire.engine.loader.quantization import METHODS, Method, is_skipped
+from expertwire.engine.loader.weight_map import Destination, ParamSpec
+from expertwire.engine.models.family import Names
+from expertwire.engine.models.model_config import Moe
 
 
 def declare(layout: Layout, param: str, source: str, moe: Moe, names: Names, width: int, here: Sequence[int]) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertwire.engine.layout import Layout, Parameters
-from expertwire.engine.weight_map import Destination, ParamSpec
+from expertwire.engine.loader.layout import Layout, Parameters
+from expertwire.engine.loader.weight_map import Destination, ParamSpec
 
 _NAMES = {
     "k": ("attn.k_scale", "k_scale", "k_proj.k_scale", "qkv_proj.k_scale", "k_proj.output_scale", "kv_scale"),

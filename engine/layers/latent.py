@@ -1,4 +1,4 @@
-"""Multi-head latent attention, and the norm behind it: `kernels.mla` has the mathematics, `kernels.index` the sparse kind's.
+"""Multi-head latent attention, and the norm behind it: `kernels.ops.mla` has the mathematics, `kernels.ops.index` the sparse kind's.
 
 T tokens, D model width, H heads, C latent size, r rotated size, n size without position, v value size, l = C + r; d index size.
 """
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertwire.engine.family import Names
 from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
-from expertwire.engine.layout import Layout, Parameters
-from expertwire.engine.model_config import Indexer, LatentAttention
-from expertwire.kernels import attention, mla, rotary
-from expertwire.kernels.attention import Sequences
+from expertwire.engine.loader.layout import Layout, Parameters
+from expertwire.engine.models.family import Names
+from expertwire.engine.models.model_config import Indexer, LatentAttention
 from expertwire.kernels.formats import dequantize
-from expertwire.kernels.heads import PerHead
-from expertwire.kernels.linear import Linear
+from expertwire.kernels.ops import attention, mla, rotary
+from expertwire.kernels.ops.attention import Sequences
+from expertwire.kernels.ops.heads import PerHead
+from expertwire.kernels.ops.linear import Linear
 
 _INDEX_EPS = 1e-6
 
@@ -64,11 +64,11 @@ class SparseIndex:
     weights: Linear
 
     def choose(self, query_TQ: Tensor, normed_TD: Tensor, step: Step) -> Tensor:
-        """i64 [T, top_k], as `kernels.index`; of the compressed query and the layer's input."""
+        """i64 [T, top_k], as `kernels.ops.index`; of the compressed query and the layer's input."""
         c, ops = self.config, self.context.ops
         rows, (index_cache,) = step.cache(self.context.caches[1], self.context.layer)
         q_THd = self.query(query_TQ).unflatten(1, (c.num_heads, c.head_dim))
-        q_THd = ops.rotate_and_store_index(
+        q_THd = ops.rope_and_cache_index(
             q_THd,
             self.key(normed_TD),
             self.norm,
@@ -110,7 +110,7 @@ class LatentQueryAttention:
         plain_THn, rotated_THr = q_THq.split((c.plain_dim, c.rope.size), dim=2)
         # The absorbed queries, whose parts are written where they belong.
         q_THl = plain_THn.new_empty(len(plain_THn), c.num_heads, c.rank + c.rope.size)
-        rotated_THr = context.ops.rotate_and_store_latent(
+        rotated_THr = context.ops.rope_and_cache_latent(
             rotated_THr,
             self.latent(normed_TD),
             self.latent_norm,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from expertwire.engine.family import Names
-from expertwire.engine.layout import Layout, Parameters
+from expertwire.engine.loader.layout import Layout, Parameters
+from expertwire.engine.models.family import Names
 from expertwire.kernels.registry import Ops
 
 Mlp = Callable[[Tensor], Tensor]  # x_TD -> y_TD

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertwire.comm.all_to_all import AllToAll
-from expertwire.engine.batch import CacheRows, ForwardBatch
-from expertwire.engine.caches import NamedCache
-from expertwire.engine.model_config import QueryScaling
+from expertwire.comm.all_to_all.base import AllToAll
+from expertwire.engine.kv_cache.caches import NamedCache
+from expertwire.engine.models.model_config import QueryScaling
+from expertwire.engine.runner.batch import CacheRows, ForwardBatch
+from expertwire.kernels.ops.variants import Rope
 from expertwire.kernels.registry import Ops
-from expertwire.kernels.variants import Rope
-from expertwire.moe.placement import Placement
+from expertwire.moe.eplb.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)

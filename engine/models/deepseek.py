@@ -9,18 +9,27 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Attention, Indexer, LatentAttention, Layer, Mlp, Moe, QueryScaling, Skipped
-from expertwire.kernels.variants import Groups, Rope
+from expertwire.engine.config.fields import Fields
+from expertwire.engine.models import config_readers
+from expertwire.engine.models.family import Family
+from expertwire.engine.models.model_config import (
+    Attention,
+    Indexer,
+    LatentAttention,
+    Layer,
+    Mlp,
+    Moe,
+    QueryScaling,
+    Skipped,
+)
+from expertwire.kernels.ops.variants import Groups, Rope
 
 
 def latent_attention(fields: Fields, *, query_scaling: QueryScaling | None = None) -> LatentAttention:
     """Without an indexer."""
     num_heads = fields.integer("num_attention_heads")
     fields.one_of("num_key_value_heads", num_heads, default=num_heads)
-    readers.no_biases(fields, "attention_bias")
+    config_readers.no_biases(fields, "attention_bias")
     plain_dim = fields.integer("qk_nope_head_dim")
     return LatentAttention(
         num_heads=num_heads,
@@ -37,7 +46,7 @@ def _rope(fields: Fields, plain_dim: int) -> Rope:
     """A `partial_rotary_factor`, where there is one, is of the whole head or of its rotated part alone."""
     size, interleaved = fields.integer("qk_rope_head_dim", low=2), fields.flag("rope_interleave", default=True)
     for whole in (plain_dim + size, size):
-        rope = readers.rope(fields, whole, interleaved=interleaved)
+        rope = config_readers.rope(fields, whole, interleaved=interleaved)
         if rope.size == size:
             return rope
     raise ValueError(
@@ -82,7 +91,7 @@ def experts(fields: Fields, other_name: str, *, by: Literal["best", "two_best"] 
     """Beside shared ones, which are stored as one; in groups that are chosen `by` their experts' scores, None: not in groups.
     `other_name`: what `n_routed_experts` may be called."""
     names = "n_routed_experts", other_name
-    moe = readers.moe(fields, *names, size="moe_intermediate_size", renormalize=renormalize)
+    moe = config_readers.moe(fields, *names, size="moe_intermediate_size", renormalize=renormalize)
     return replace(
         moe,
         groups=_groups(fields, moe, by) if by is not None else None,
@@ -121,7 +130,7 @@ def stack(fields: Fields, attention: Attention | LatentAttention, moe: Moe) -> t
 
 
 def predictors(fields: Fields) -> tuple[Skipped, ...]:
-    return readers.predictors(fields, "num_nextn_predict_layers")
+    return config_readers.predictors(fields, "num_nextn_predict_layers")
 
 
 def _v2_layers(fields: Fields) -> tuple[Layer, ...]:

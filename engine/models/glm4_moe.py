@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer
-from expertwire.engine.models import deepseek
+from expertwire.engine.config.fields import Fields
+from expertwire.engine.models import config_readers, deepseek
+from expertwire.engine.models.family import Family
+from expertwire.engine.models.model_config import Layer
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
     normed = fields.flag("use_qk_norm")
     attention = replace(
-        readers.attention(fields, partial=0.5),
+        config_readers.attention(fields, partial=0.5),
         qkv_bias=fields.flag("attention_bias"),
         qk_norm="head" if normed else "none",
     )

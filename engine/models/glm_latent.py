@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from expertwire.engine.family import Family
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer
+from expertwire.engine.config.fields import Fields
 from expertwire.engine.models import deepseek
+from expertwire.engine.models.family import Family
+from expertwire.engine.models.model_config import Layer
 
 
 def _sparse_layers(fields: Fields) -> tuple[Layer, ...]:

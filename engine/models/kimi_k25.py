@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertwire.engine.family import Family
 from expertwire.engine.models import deepseek, mistral3
+from expertwire.engine.models.family import Family
 
 KIMI_K25 = Family(layers=deepseek.v3_layers, names=mistral3.WRAPPED, skipped=mistral3.without_vision)

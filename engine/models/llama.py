@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer
+from expertwire.engine.config.fields import Fields
+from expertwire.engine.models import config_readers
+from expertwire.engine.models.family import Family
+from expertwire.engine.models.model_config import Layer
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
-    readers.no_biases(fields, "attention_bias", "mlp_bias")
-    return readers.dense(fields, readers.attention(fields))
+    config_readers.no_biases(fields, "attention_bias", "mlp_bias")
+    return config_readers.dense(fields, config_readers.attention(fields))
 
 
 LLAMA = Family(layers=layers)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family, Names
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Attention, Layer, Mlp, Moe, QueryScaling, Skipped
+from expertwire.engine.config.fields import Fields
+from expertwire.engine.models import config_readers
+from expertwire.engine.models.family import Family, Names
+from expertwire.engine.models.model_config import Attention, Layer, Mlp, Moe, QueryScaling, Skipped
 from expertwire.scheduler.checks import is_int
 
 
@@ -30,7 +30,7 @@ def layers(fields: Fields) -> tuple[Layer, ...]:
 
 
 def _attention(fields: Fields, is_rotated: bool, chunked: bool) -> Attention:
-    plain, bias = readers.attention(fields, interleaved=True), fields.flag("attention_bias", default=False)
+    plain, bias = config_readers.attention(fields, interleaved=True), fields.flag("attention_bias", default=False)
     chunk = fields.integer("attention_chunk_size", default=None)
     hides = chunk is not None and chunk < fields.integer("max_position_embeddings")
     normed = fields.flag("use_qk_norm")
@@ -55,7 +55,7 @@ def _query_scaling(fields: Fields) -> QueryScaling | None:
 
 
 def _moe(fields: Fields) -> Moe:
-    moe = readers.moe(fields, "num_local_experts", size="intermediate_size", renormalize=False)
+    moe = config_readers.moe(fields, "num_local_experts", size="intermediate_size", renormalize=False)
     return replace(moe, score="sigmoid", scales_input=True, shared_size=moe.size)
 
 

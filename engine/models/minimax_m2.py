@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family, Names
-from expertwire.engine.fields import REQUIRED, Fields
-from expertwire.engine.model_config import Attention, Layer, Moe, Skipped
-from expertwire.kernels.variants import Rope
+from expertwire.engine.config.fields import REQUIRED, Fields
+from expertwire.engine.models import config_readers
+from expertwire.engine.models.family import Family, Names
+from expertwire.engine.models.model_config import Attention, Layer, Moe, Skipped
+from expertwire.kernels.ops.variants import Rope
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
     fields.one_of("qk_norm_type", "per_layer", default="per_layer")
     normed = fields.flag("use_qk_norm", default=True)
-    plain = readers.attention(fields, default_size=REQUIRED)
+    plain = config_readers.attention(fields, default_size=REQUIRED)
     attention = replace(plain, rope=_rope(fields, plain), qk_norm="row" if normed else "none")
     layer, num_layers = Layer(attention=attention, mlp=_moe(fields)), fields.integer("num_hidden_layers")
     types = fields.get("attn_type_list")
@@ -39,13 +39,13 @@ def _rope(fields: Fields, attention: Attention) -> Rope | None:
 def _moe(fields: Fields) -> Moe:
     fields.one_of("scoring_func", "sigmoid", default="sigmoid")
     fields.one_of("shared_intermediate_size", 0, default=0)
-    moe = readers.moe(fields, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
+    moe = config_readers.moe(fields, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
     choice_bias = fields.flag("use_routing_bias", default=True)
     return replace(moe, score="sigmoid", choice_bias=choice_bias, router_fp32=True)
 
 
 def _predictors(fields: Fields) -> tuple[Skipped, ...]:
-    return readers.predictors(fields, "num_mtp_modules")
+    return config_readers.predictors(fields, "num_mtp_modules")
 
 
 MINIMAX_M2 = Family(

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer
+from expertwire.engine.config.fields import Fields
+from expertwire.engine.models import config_readers
+from expertwire.engine.models.family import Family
+from expertwire.engine.models.model_config import Layer
 
 
 def mistral_layers(fields: Fields) -> tuple[Layer, ...]:
-    return readers.dense(fields, replace(readers.attention(fields), window=readers.window(fields)))
+    return config_readers.dense(fields, replace(config_readers.attention(fields), window=config_readers.window(fields)))
 
 
 def ministral3_layers(fields: Fields) -> tuple[Layer, ...]:
     attention = replace(
-        readers.attention(fields), window=readers.window(fields), query_scaling=readers.query_scaling(fields)
+        config_readers.attention(fields),
+        window=config_readers.window(fields),
+        query_scaling=config_readers.query_scaling(fields),
     )
-    return readers.dense(fields, attention)
+    return config_readers.dense(fields, attention)
 
 
 MISTRAL = Family(layers=mistral_layers)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from expertwire.engine.family import Family, Names
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer, Skipped
+from expertwire.engine.config.fields import Fields
 from expertwire.engine.models import mistral, mistral4
+from expertwire.engine.models.family import Family, Names
+from expertwire.engine.models.model_config import Layer, Skipped
 
 _TEXT: Mapping[str, Callable[[Fields], tuple[Layer, ...]]] = MappingProxyType(
     {"mistral": mistral.mistral_layers, "ministral3": mistral.ministral3_layers, "mistral4": mistral4.layers}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer
-from expertwire.engine.models import deepseek
+from expertwire.engine.config.fields import Fields
+from expertwire.engine.models import config_readers, deepseek
+from expertwire.engine.models.family import Family
+from expertwire.engine.models.model_config import Layer
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
-    attention = deepseek.latent_attention(fields, query_scaling=readers.query_scaling(fields))
+    attention = deepseek.latent_attention(fields, query_scaling=config_readers.query_scaling(fields))
     renormalize = fields.flag("norm_topk_prob")
     moe = deepseek.experts(fields, "num_local_experts", by="two_best", renormalize=renormalize)
     return deepseek.stack(fields, attention, moe)

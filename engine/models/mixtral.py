@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family, Names
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer
+from expertwire.engine.config.fields import Fields
+from expertwire.engine.models import config_readers
+from expertwire.engine.models.family import Family, Names
+from expertwire.engine.models.model_config import Layer
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
-    attention = replace(readers.attention(fields), window=readers.window(fields))
-    moe = readers.moe(fields, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
+    attention = replace(config_readers.attention(fields), window=config_readers.window(fields))
+    moe = config_readers.moe(fields, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
     return (Layer(attention=attention, mlp=moe),) * fields.integer("num_hidden_layers")
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine import readers
-from expertwire.engine.family import Family, Names
-from expertwire.engine.fields import Fields
-from expertwire.engine.model_config import Layer
+from expertwire.engine.config.fields import Fields
+from expertwire.engine.models import config_readers
+from expertwire.engine.models.family import Family, Names
+from expertwire.engine.models.model_config import Layer
 
 
 def layers(fields: Fields) -> tuple[Layer, ...]:
-    readers.no_biases(fields, "attention_bias", "mlp_bias", "lm_head_bias")
-    return readers.dense(fields, replace(readers.attention(fields), window=readers.window(fields)))
+    config_readers.no_biases(fields, "attention_bias", "mlp_bias", "lm_head_bias")
+    return config_readers.dense(fields, replace(config_readers.attention(fields), window=config_readers.window(fields)))
 
 
 PHI3 = Family(layers=layers, names=Names(qkv=("self_attn.qkv_proj",), gate_up="gate_up_proj"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from expertwire.engine.family import Family
-from expertwire.engine.fields import Fields
+from expertwire.engine.config.fields import Fields
 from expertwire.engine.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
+from expertwire.engine.models.family import Family
 from expertwire.engine.models.glm4_moe import GLM4_MOE
 from expertwire.engine.models.glm_latent import GLM4_MOE_LITE, GLM_MOE_DSA
 from expertwire.engine.models.gpt_oss import GPT_OSS

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, pack_values, panels
 from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
 from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, jit, round_like
@@ -23,13 +22,14 @@ from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
 from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.softmax import softmax
 from expertwire.kernels.cpu.vectors import LANES
+from expertwire.kernels.ops.attention import PagedSequences
 
 _LEAST_QUERIES = 64  # of those that meet the same packed keys, where a sequence has as many
 
 
 @jit
 def _first_visible(position, window, chunk):
-    """`kernels.attention.first_visible`."""
+    """`kernels.ops.attention.first_visible`."""
     first = max(0, position + 1 - window) if window > 0 else 0
     return max(first, position // chunk * chunk) if chunk > 0 else first
 
@@ -63,7 +63,7 @@ def attend_rows(
     sinks_H,
     out_THd,
 ):
-    """`kernels.attention.reference`; `cu_queries` as in `PagedSequences`; `sinks_H` and `kv_scales_2G` may be empty."""
+    """`kernels.ops.attention.reference`; `cu_queries` as in `PagedSequences`; `sinks_H` and `kv_scales_2G` may be empty."""
     num_kv, dim, group = k_NsGd.shape[2], k_NsGd.shape[3], q_THd.shape[1] // k_NsGd.shape[2]
     longest, most = max(lengths_B), np.diff(cu_queries).max()
     reach = _reach(longest, window, chunk)
@@ -208,7 +208,7 @@ def attend(
     sinks_H: Tensor | None = None,
     kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference`."""
+    """`kernels.ops.attention.reference`."""
     for cache in (k_cache, v_cache):
         assert cache.is_contiguous(), f"cache strides {cache.stride()}"
     out_THd = torch.empty_like(q_THd)

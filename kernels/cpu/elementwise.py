@@ -32,7 +32,7 @@ def add_rms_norm_rows(
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`kernels.rms_norm.reference`."""
+    """`kernels.ops.rms_norm.reference`."""
     assert x_TD.stride(1) == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
     y_TD = torch.empty_like(x_TD)
     _rms_norm(as_array(x_TD), as_array(weight_D), eps, as_array(y_TD))
@@ -40,7 +40,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`kernels.rms_norm.add_reference`."""
+    """`kernels.ops.rms_norm.add_reference`."""
     assert x_TD.stride(1) == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
     sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
     add_rms_norm_rows(as_array(x_TD), as_array(delta_TD), as_array(weight_D), eps, as_array(sum_TD), as_array(y_TD))
@@ -71,7 +71,7 @@ def _silu_mul(gate_up_NF: np.ndarray, out_NF: np.ndarray) -> None:
 
 
 def silu_mul(gate_up_NF: Tensor) -> Tensor:
-    """`kernels.experts.silu_mul_reference`."""
+    """`kernels.ops.experts.silu_mul_reference`."""
     out_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], gate_up_NF.shape[1] // 2)
     _silu_mul(as_array(gate_up_NF), as_array(out_NF))
     return out_NF
@@ -95,7 +95,7 @@ def combine_rows(rows_RD: np.ndarray, place_TK: np.ndarray, weights_TK: np.ndarr
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """`kernels.combine.reference`, bit for bit."""
+    """`kernels.ops.combine.reference`, bit for bit."""
     out_TD = torch.empty_like(rows_TKD[:, 0])
     place_TK = np.arange(weights_TK.numel()).reshape(weights_TK.shape)
     combine_rows(as_array(rows_TKD.flatten(0, 1)), place_TK, weights_TK.numpy(), as_array(out_TD))

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.attention import attend_rows, scales, sinks
 from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows
 from expertwire.kernels.cpu.gemm import CHUNK, Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
 from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty
-from expertwire.kernels.cpu.rotary import rotate_and_store_rows
+from expertwire.kernels.cpu.rotary import rope_and_cache_rows
 from expertwire.kernels.cpu.routing import Rule, route_rows, rule
+from expertwire.kernels.ops.attention import PagedSequences
 
 # What all layers of a step share: cosines and sines, positions_T, slots_T, tables_Bb, cu_queries, lengths_B.
 StepArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -64,7 +64,7 @@ def _attention(
         end = min(start + CHUNK, num_tokens)
         part_Thd = qkv_Thd[: end - start]
         linear_rows(normed_TD[start:end], qkv[0], qkv[1], part_Thd.reshape((end - start, -1)))
-        rotate_and_store_rows(
+        rope_and_cache_rows(
             part_Thd,
             qk_norm_hd,
             eps,
@@ -91,7 +91,7 @@ def _attention(
 
 
 class AttentionAndNorm:
-    """`kernels.attention.Fused` on a CPU."""
+    """`kernels.ops.attention.Fused` on a CPU."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class AttentionAndNorm:
 
 @allocating_jit
 def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray, place_TK: np.ndarray) -> None:
-    """`comm.all_to_all.Dispatched` of one rank, and where each (token, k) stands in it."""
+    """`comm.all_to_all.base.Dispatched` of one rank, and where each (token, k) stands in it."""
     num_tokens, top_k = physical_TK.shape
     offsets[:] = 0
     for t in range(num_tokens):
@@ -190,7 +190,7 @@ def _moe(
 
 
 class MoeAndNorm:
-    """`kernels.experts.Fused` on a CPU."""
+    """`kernels.ops.experts.Fused` on a CPU."""
 
     def __init__(
         self,

@@ -34,8 +34,8 @@ from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.unpack import Codes, expert, num_panels, room, unpacked
 from expertwire.kernels.cpu.vectors import LANES
 from expertwire.kernels.formats import Quantized, Weight
-from expertwire.kernels.permute import TileMap
-from expertwire.kernels.variants import Activation
+from expertwire.kernels.ops.permute import TileMap
+from expertwire.kernels.ops.variants import Activation
 
 # Rows of x that stay in the cache while all weights meet them; a multiple of how many are multiplied at once.
 CHUNK = 288
@@ -53,7 +53,7 @@ def supports(weight: Weight) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """`kernels.linear.reference` of contiguous rows of the weight's dtype."""
+    """`kernels.ops.linear.reference` of contiguous rows of the weight's dtype."""
 
     panels: np.ndarray  # [P, K', 32]
     bias: np.ndarray  # fp32 [P * 32]
@@ -67,7 +67,7 @@ class PackedLinear:
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """`kernels.experts.reference`, with biases and other activations; weights are panels, or `unpack.Codes` of them."""
+    """`kernels.ops.experts.reference`, with biases and other activations; weights are panels, or `unpack.Codes` of them."""
 
     w13: np.ndarray | Codes  # [e, F / 16, K', 32]: sixteen of w1, then as many of w3
     w2: np.ndarray | Codes  # [e, P, K', 32]
@@ -102,7 +102,7 @@ class PackedExperts:
 
 @dataclass(frozen=True, eq=False)
 class PackedHeads:
-    """`kernels.heads.reference` of rows of the weights' dtype."""
+    """`kernels.ops.heads.reference` of rows of the weights' dtype."""
 
     panels: np.ndarray  # [H, P, K', 32]
     num_outputs: int
@@ -235,7 +235,7 @@ def _hidden(x, num_m, w13, bias, gating, room, found, other, like, hidden):
 
 @allocating_jit
 def linear_rows(x, w, bias, y):
-    """`kernels.linear.reference` of contiguous rows, with weights and a bias as in `PackedLinear`."""
+    """`kernels.ops.linear.reference` of contiguous rows, with weights and a bias as in `PackedLinear`."""
     num_m, num_k = x.shape
     buffer, found = operand(min(num_m, CHUNK), num_k, w), products()
     begin(w)
@@ -253,7 +253,7 @@ def _gather(x, index, start, count, rows):
 
 @allocating_jit
 def experts_rows(x, index, offsets, operands, y):
-    """`kernels.experts.reference`, with `PackedExperts.operands`, of at least one row."""
+    """`kernels.ops.experts.reference`, with `PackedExperts.operands`, of at least one row."""
     w13, bias13, w2, bias2, gating = operands
     most, width, inner = min(CHUNK, np.diff(offsets).max()), x.shape[1], bias13.shape[1] * LANES
     room13, room2 = room(expert(w13, 0), x), room(expert(w2, 0), x)

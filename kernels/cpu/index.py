@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, panels
 from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
 from expertwire.kernels.cpu.numbers import allocating_jit, as_array, jit, load
 from expertwire.kernels.cpu.panel import LINE, PANEL
 from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.vectors import LANES
+from expertwire.kernels.ops.attention import PagedSequences
 
 
 @allocating_jit
@@ -68,7 +68,7 @@ def _put_best(scores, chosen_k):
 def choose_positions(
     q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int
 ) -> Tensor:
-    """`kernels.index.reference`."""
+    """`kernels.ops.index.reference`."""
     chosen_Tk = torch.empty(len(q_THd), top_k, dtype=torch.int64)
     if len(q_THd) > 0:
         q, weights, keys = (as_array(tensor) for tensor in (q_THd, weights_TH, index_cache.unsqueeze(2)))

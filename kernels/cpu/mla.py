@@ -15,7 +15,6 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from expertwire.kernels.attention import PagedSequences
 from expertwire.kernels.cpu.cached import pack_keys, pack_values, panels
 from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
 from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, exp, jit, round_like
@@ -23,6 +22,7 @@ from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
 from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.softmax import soften
 from expertwire.kernels.cpu.vectors import LANES
+from expertwire.kernels.ops.attention import PagedSequences
 
 _SPLIT = 512  # keys: DeepSeek-V3's panels of them take 1.1 MB
 _ROWS = 512
@@ -127,7 +127,7 @@ def attend(
     chosen: Tensor | None = None,
     kv_scale: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.mla.reference`."""
+    """`kernels.ops.mla.reference`."""
     out_THC = q_THl.new_empty(*q_THl.shape[:2], rank)
     q, rows, out = (as_array(tensor) for tensor in (q_THl, cache, out_THC))
     where = seqs.block_table.numpy(), seqs.cu_queries, seqs.lengths

@@ -40,12 +40,12 @@ def _store_row(x, scale, y):
     return lambda x, scale, y: put_row(x, y)
 
 
-def rotate_and_store_row(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
+def rope_and_cache_row(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
     """`rotate_row`, then `store_row`; `rotated`: room for a row of the queries' type, to which fp8 is rounded first too."""
 
 
-@overload(rotate_and_store_row)
-def _rotate_and_store_row(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
+@overload(rope_and_cache_row)
+def _rope_and_cache_row(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
     def in_fp8(x, cos_Pr, sin_Pr, position, interleaved, rotated, scale, y):
         rotate_row(x, cos_Pr, sin_Pr, position, interleaved, rotated)
         divide_row(rotated, scale, y)
@@ -65,7 +65,7 @@ def _normed(source, norm_hd, h, eps, row):
 
 
 @jit
-def _rotate_and_store(
+def _rope_and_cache(
     qkv_Thd,
     norm_hd,
     eps,
@@ -90,13 +90,13 @@ def _rotate_and_store(
         for g in range(num_kv):
             _normed(qkv_Thd[t, num_heads + g], norm_hd, num_heads + g, eps, row)
             scale, target = scale_of(kv_scales_2G, 0, g), k_NGd[slot, g]
-            rotate_and_store_row(row, cos_Pr, sin_Pr, position, interleaved, rotated, scale, target)
+            rope_and_cache_row(row, cos_Pr, sin_Pr, position, interleaved, rotated, scale, target)
         for g in range(num_kv):
             store_row(qkv_Thd[t, num_heads + num_kv + g], scale_of(kv_scales_2G, 1, g), v_NGd[slot, g])
 
 
 @allocating_jit
-def rotate_and_store_rows(
+def rope_and_cache_rows(
     qkv_Thd: np.ndarray,
     norm_hd: np.ndarray,
     eps: float,
@@ -112,10 +112,10 @@ def rotate_and_store_rows(
 ) -> None:
     row, rotated = empty((q_THd.shape[2],), np.float32), empty((q_THd.shape[2],), q_THd.dtype)
     caches, rest = (k_NGd, v_NGd, kv_scales_2G), (interleaved, row, rotated, q_THd)
-    _rotate_and_store(qkv_Thd, norm_hd, eps, cos_Pr, sin_Pr, positions_T, slots_T, *caches, *rest)
+    _rope_and_cache(qkv_Thd, norm_hd, eps, cos_Pr, sin_Pr, positions_T, slots_T, *caches, *rest)
 
 
-def rotate_and_store(
+def rope_and_cache(
     qkv_Thd: Tensor,
     norm_hd: Tensor | None,
     eps: float,
@@ -128,11 +128,11 @@ def rotate_and_store(
     interleaved: bool = False,
     kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.attention.rotate_and_store`."""
+    """`kernels.ops.attention.rope_and_cache`."""
     num_kv, dim = k_cache.shape[2:]
     q_THd = qkv_Thd.new_empty(qkv_Thd.shape[0], qkv_Thd.shape[1] - 2 * num_kv, dim)
     norm = qkv_Thd.new_empty(0, dim) if norm_hd is None else norm_hd
-    rotate_and_store_rows(
+    rope_and_cache_rows(
         as_array(qkv_Thd),
         as_array(norm),
         eps,
@@ -150,7 +150,7 @@ def rotate_and_store(
 
 
 @jit
-def _rotate_and_store_latent(
+def _rope_and_cache_latent(
     q_THr, kv_Tl, norm_C, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nl, kv_scale, interleaved, row, out_THr
 ):
     rank, kv_scale = len(norm_C), np.float32(kv_scale)
@@ -163,7 +163,7 @@ def _rotate_and_store_latent(
             rotate_row(q_THr[t, h], cos_Pr, sin_Pr, position, interleaved, out_THr[t, h])
 
 
-def rotate_and_store_latent(
+def rope_and_cache_latent(
     q_THr: Tensor,
     kv_Tl: Tensor,
     norm_C: Tensor,
@@ -177,9 +177,9 @@ def rotate_and_store_latent(
     out: Tensor | None = None,
     kv_scale: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.mla.rotate_and_store`."""
+    """`kernels.ops.mla.rope_and_cache`."""
     out_THr = q_THr.new_empty(q_THr.shape)
-    _rotate_and_store_latent(
+    _rope_and_cache_latent(
         as_array(q_THr.contiguous()),
         as_array(kv_Tl.contiguous()),
         as_array(norm_C),
@@ -198,7 +198,7 @@ def rotate_and_store_latent(
 
 
 @jit
-def _rotate_and_store_index(
+def _rope_and_cache_index(
     q_THd, k_Td, norm_d, bias_d, eps, cos_Pr, sin_Pr, positions_T, slots_T, rows_Nd, interleaved, row, out_THd
 ):
     for t in range(len(k_Td)):
@@ -210,7 +210,7 @@ def _rotate_and_store_index(
             rotate_row(q_THd[t, h], cos_Pr, sin_Pr, position, interleaved, out_THd[t, h])
 
 
-def rotate_and_store_index(
+def rope_and_cache_index(
     q_THd: Tensor,
     k_Td: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -222,9 +222,9 @@ def rotate_and_store_index(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """`kernels.index.rotate_and_store`, of tokens that are all stored."""
+    """`kernels.ops.index.rope_and_cache`, of tokens that are all stored."""
     out_THd = q_THd.new_empty(q_THd.shape)
-    _rotate_and_store_index(
+    _rope_and_cache_index(
         as_array(q_THd.contiguous()),
         as_array(k_Td.contiguous()),
         as_array(norm[0]),

@@ -1,4 +1,4 @@
-"""The choice of experts on a CPU: `kernels.routing.reference` token by token.
+"""The choice of experts on a CPU: `kernels.ops.routing.reference` token by token.
 
 torch computes sigmoids eight at a time and what is left one by one, in other bits; here a token's bits are its own.
 
@@ -17,8 +17,8 @@ from expertwire.kernels.cpu.numbers import allocating_jit, as_array, exp, jit
 from expertwire.kernels.cpu.rows import add_row, put_row
 from expertwire.kernels.cpu.softmax import softmax
 from expertwire.kernels.cpu.vectors import LANES
-from expertwire.kernels.routing import TINY
-from expertwire.kernels.variants import Groups, Score
+from expertwire.kernels.ops.routing import TINY
+from expertwire.kernels.ops.variants import Groups, Score
 
 _KINDS: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 
@@ -86,7 +86,7 @@ def rule(
     groups: Groups | None = None,
     scale: float = 1.0,
 ) -> Rule:
-    """From the options of `kernels.routing.reference`."""
+    """From the options of `kernels.ops.routing.reference`."""
     bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.numpy()
     limits = (1, 1, False) if groups is None else (groups.number, groups.kept, groups.by == "two_best")
     by_logits = bias_E is None and not limits[2]
@@ -125,7 +125,7 @@ def route_rows(logits_TE: np.ndarray, rule: Rule, ids_TK: np.ndarray, weights_TK
 
 
 def route(logits_TE: Tensor, top_k: int, **options: Any) -> tuple[Tensor, Tensor]:
-    """`kernels.routing.reference`."""
+    """`kernels.ops.routing.reference`."""
     num_tokens, num_experts = logits_TE.shape
     ids_TK, weights_TK = torch.empty(num_tokens, top_k, dtype=torch.int64), torch.empty(num_tokens, top_k)
     route_rows(as_array(logits_TE), rule(num_experts, **options), ids_TK.numpy(), weights_TK.numpy())

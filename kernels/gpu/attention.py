@@ -29,11 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import FP8, DeviceSequences
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.gpu.rotate_and_store import check_scales
+from expertwire.kernels.gpu.rope_and_cache import check_scales
 from expertwire.kernels.gpu.splits import (
     BOUNDS,
     LOG2_E,
@@ -52,6 +51,7 @@ from expertwire.kernels.gpu.splits import (
     store_statistics,
     workspace_row,
 )
+from expertwire.kernels.ops.attention import FP8, DeviceSequences
 
 # Architectures on which a test on a GPU found tiles of 64 and 128 rows to give equal bits.
 EQUAL_BITS: frozenset[int] = frozenset()
@@ -294,7 +294,7 @@ def attend(
     out: Tensor | None = None,
     tiling: Tiles | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference`: [T, H, d] in q's dtype; rows that belong to no sequence are left as they are.
+    """`kernels.ops.attention.reference`: [T, H, d] in q's dtype; rows that belong to no sequence are left as they are.
 
     q_THd: tokens may lie apart, heads may not; caches [blocks, s, G, d]. `tiling` is `tiles` of the shapes unless given.
     """

@@ -1,4 +1,4 @@
-"""Weighted sum of a token's expert rows: `kernels.combine` in Triton, bit for bit.
+"""Weighted sum of a token's expert rows: `kernels.ops.combine` in Triton, bit for bit.
 
 T tokens, K experts a token, D width.
 """
@@ -37,7 +37,7 @@ def combine_kernel(
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Tensor:
-    """As `kernels.combine.reference`; everything contiguous, weights fp32."""
+    """As `kernels.ops.combine.reference`; everything contiguous, weights fp32."""
     num_tokens, top_k, width = rows_TKD.shape
     assert rows_TKD.is_contiguous(), f"strides {rows_TKD.stride()}"
     assert weights_TK.shape == (num_tokens, top_k), f"{tuple(weights_TK.shape)} weights of {tuple(rows_TKD.shape)}"

@@ -1,4 +1,4 @@
-"""Dispatch and combine by stores into the peers' memory: the kernels of `comm.a2a_nvlink_gpu`; the twin is `comm.a2a_nvlink`.
+"""Dispatch and combine by stores into the peers' memory: the kernels of `comm.all_to_all.nvlink_gpu`; the twin is `comm.all_to_all.nvlink`.
 
     plan      where each row goes: a program a destination, prefix sums, no atomics
     send      each row is loaded once and stored to all its destinations; the last program writes counts and flags
@@ -7,9 +7,9 @@
     index     their order by expert, home rank, token, k
     go_home   expert rows go to their slots on their home ranks; the last program writes flags
 
-`comm.arena` says where everything lies; here it comes as byte offsets. Addresses of arenas are integers, in a table by rank.
+`comm.all_to_all.symmetric_buffer` says where everything lies; here it comes as byte offsets. Addresses of arenas are integers, in a table by rank.
 Rows are multiples of 16 bytes, moved as i32 words; or they come as numbers and are quantised on their way from memory to the
-peers, which find what `kernels.quantize.pack` would have made of them.
+peers, which find what `kernels.ops.quantize.pack` would have made of them.
 
 T tokens, K experts a token, R routed rows, P ranks, e local experts. A line is what one rank writes: epoch, count.
 """
@@ -24,7 +24,7 @@ from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.exchange_flags import as_words, flag_last, line_of
 from expertwire.kernels.gpu.quantize import scale_groups
-from expertwire.kernels.quantize import GROUP, packed_bytes
+from expertwire.kernels.ops.quantize import GROUP, packed_bytes
 
 _GROUP = tl.constexpr(GROUP)
 _ROUTES_BLOCK = 2048  # ids a program takes at a time

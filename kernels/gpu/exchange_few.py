@@ -17,7 +17,7 @@ from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import wait_for_previous
 from expertwire.kernels.gpu.exchange import SEND_OPTIONS, as_sent, load_row, num_valid_rows, store_row
 from expertwire.kernels.gpu.exchange_flags import as_words, await_all, flag_last, line_of
-from expertwire.kernels.quantize import packed_bytes
+from expertwire.kernels.ops.quantize import packed_bytes
 
 MAX_IDS = 2048  # T * K of one rank, each program of `send_few` looks at all of them
 # P * T * K, each program of `arrive_few` looks at all of them twice: 8 turns of 2,048 take about as long as two launches.

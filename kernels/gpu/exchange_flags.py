@@ -1,5 +1,5 @@
 """Flags in the ranks' arenas: who has written what it had to write, and waiting for it. A line is what one rank writes in
-another's arena: epoch, count (`comm.arena`).
+another's arena: epoch, count (`comm.all_to_all.symmetric_buffer`).
 
     flag_last   at the end of a kernel, its last program tells every rank; whatever all of its programs have stored is seen first
     await_all   every rank's flag is there, or one has not come in time: then that goes to everybody, for ever
@@ -63,7 +63,7 @@ def await_all(
     PHASE: tl.constexpr, RANKS: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """Until every rank's line has reached the epoch. A rank waited for in vain is written into everybody's arena, as
-    `comm.arena.Stall`; then, and wherever it is found, nobody waits any more. What is computed then is void, but no more rows may
+    `comm.all_to_all.symmetric_buffer.Stall`; then, and wherever it is found, nobody waits any more. What is computed then is void, but no more rows may
     come than the plan has room for: the counts of other exchanges are taken for 0."""
     rank = tl.arange(0, RANKS)
     exists = rank < num_ranks

@@ -1,9 +1,9 @@
-"""The experts' MLP on a GPU, as `kernels.experts.GroupedMlp`: two grouped GEMMs, and nothing known on the host.
+"""The experts' MLP on a GPU, as `kernels.ops.experts.GroupedMlp`: two grouped GEMMs, and nothing known on the host.
 
 fp8 weights meet rows that are quantised on the way: groups of 128 columns for "fp8_block" (DeepSeek-V3, arXiv 2412.19437, 3.3.2),
 a row for "fp8_row". 4-bit weights meet rows as they are, or where that is chosen (`scale_rows`, on Blackwell) rows quantised as
 its tensor cores take them, so that no 16-bit numbers have to be made of the weights. Rows of u8 have been quantised in groups of
-128 already and are packed (`kernels.quantize.pack`): "fp8_block" takes them too, and their results are bf16.
+128 already and are packed (`kernels.ops.quantize.pack`): "fp8_block" takes them too, and their results are bf16.
 
 U tokens with a row here, R routed rows, D model width, F expert width, e local experts.
 """
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.experts import GroupedMlp
 from expertwire.kernels.formats import Quantized, Weight
 from expertwire.kernels.gpu import formats, grouped_gemm, quantize, scaled, tiles
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.formats import ExpertWeights
-from expertwire.kernels.permute import TileMap
-from expertwire.kernels.quantize import unpack
-from expertwire.kernels.variants import Activation
+from expertwire.kernels.ops.experts import GroupedMlp
+from expertwire.kernels.ops.permute import TileMap
+from expertwire.kernels.ops.quantize import unpack
+from expertwire.kernels.ops.variants import Activation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

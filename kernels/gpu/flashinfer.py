@@ -7,7 +7,7 @@ What their contract wants (flashinfer-python 0.7.2.post1, prefill.py, decode.py 
 - Page tables are ragged: `indptr` i32 [B + 1], `indices` i32 [pages], `last_page_len` i32 [B] in [1, page_size]. Caches [pages,
   page_size, G, d] are its layout NHD, as ours lie.
 - `window_left` is how many positions a query sees besides its own.
-- Sinks, positions in chunks, chosen positions and other head sizes are refused at start (`engine.attention_backend`).
+- Sinks, positions in chunks, chosen positions and other head sizes are refused at start (`engine.config.attention_backend`).
 
 It has not run: `first_contact` compares it with ours where there is a GPU.
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences, known_decodes
+from expertwire.kernels.ops.attention import DeviceSequences, known_decodes
 
 _WORKSPACE = 384 << 20  # bytes; 128 MiB are recommended for few heads
 _TENSOR_CORES = 4  # query heads of a key head from which decode multiplies by matrix instructions
@@ -70,7 +70,7 @@ class _Planned:
 
 
 class FlashInfer:
-    """`kernels.attention.reference` and `kernels.mla.reference`, without sinks, chunks and chosen positions.
+    """`kernels.ops.attention.reference` and `kernels.ops.mla.reference`, without sinks, chunks and chosen positions.
 
     Args:
         api: the module `flashinfer`.

@@ -1,4 +1,4 @@
-"""Grouped GEMMs of the experts: `kernels/experts.py` specifies them.
+"""Grouped GEMMs of the experts: `kernels/ops/experts.py` specifies them.
 
 Weights are the left operand and tokens the columns of the product, so that one instruction family with one order of summation
 serves one row an expert as well as thousands: only its number of columns changes, and no row's bits with it. Programs stay and
@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expertwire.kernels.experts import Activation
 from expertwire.kernels.gpu import formats
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import B200, H200, Device
@@ -26,6 +25,7 @@ from expertwire.kernels.gpu.formats import ExpertWeights
 from expertwire.kernels.gpu.product import activate, product
 from expertwire.kernels.gpu.scaled import scaled_product
 from expertwire.kernels.gpu.tiles import GemmTiles, Rows, TileMap, gemm_tiles, locate, token_tile
+from expertwire.kernels.ops.experts import Activation
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A linear layer for each head in one launch: `kernels.heads` in Triton.
+"""A linear layer for each head in one launch: `kernels.ops.heads` in Triton.
 
 A program multiplies a tile of one head's weight rows by a tile of tokens. As in `linear`, the weights are the left operand and an
 output is one sum over blocks of `block_k` inputs in ascending order, so that a token's bits depend on that token alone: `rows`,
@@ -20,7 +20,7 @@ from torch import Tensor
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import B200, H200, Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.heads import PerHead
+from expertwire.kernels.ops.heads import PerHead
 
 # As in `linear`: ptxas for Blackwell otherwise spills a register or two where hundreds are left.
 _OPTIONS = {"maxnreg": 255, **EARLY}
@@ -89,7 +89,7 @@ def tiles(num_tokens: int, dtype: torch.dtype) -> Tiles:
 
 
 def prepare(w_HNK: Tensor, *, device: Device) -> PerHead:
-    """`kernels.heads.prepare` for bf16, fp16 or fp32.
+    """`kernels.ops.heads.prepare` for bf16, fp16 or fp32.
 
     Raises:
         ValueError: fp32 on Blackwell.

@@ -1,4 +1,4 @@
-"""The indexer of sparse attention in Triton: `kernels.index`.
+"""The indexer of sparse attention in Triton: `kernels.ops.index`.
 
 A query that sees no more than `top_k` positions sees them all, and nothing is computed for it. For the others, scores of all
 positions are written to a workspace, by tiles of keys at absolute positions, so that a score's bits depend on the query and its
@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.select import position_of, select_best
 from expertwire.kernels.gpu.splits import sharing_programs
+from expertwire.kernels.ops.attention import DeviceSequences
 
 WORKSPACE_SCORES = 1 << 26  # fp32: 256 MiB
 
@@ -126,7 +126,7 @@ def choose_positions(
     tiling: Tiles = TILES,
     workspace_scores: int = WORKSPACE_SCORES,
 ) -> Tensor:
-    """`kernels.index.reference`, of sequences that the device describes; rows that belong to none choose nothing.
+    """`kernels.ops.index.reference`, of sequences that the device describes; rows that belong to none choose nothing.
 
     Two launches for as many tokens as `workspace_scores` numbers take; one where no sequence can be longer than `top_k`.
     """

@@ -1,4 +1,4 @@
-"""What lies between the indexer's projections and its choice, in Triton: `kernels.index.rotate_and_store`.
+"""What lies between the indexer's projections and its choice, in Triton: `kernels.ops.index.rope_and_cache`.
 
 T tokens, H index heads, d their size.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.gpu.rotate_and_store import rotate_pairs
+from expertwire.kernels.gpu.rope_and_cache import rotate_pairs
 
 _HEADS = 8
 
@@ -109,7 +109,7 @@ def store_index_kernel(
         _store_row(q_out + head * DIM, head < H, q_1, q_2, q_plain, DIM, PAIRS, PLAIN, INTERLEAVED)
 
 
-def rotate_and_store(
+def rope_and_cache(
     q_THd: Tensor,
     k_Td: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -121,7 +121,7 @@ def rotate_and_store(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """`kernels.index.rotate_and_store`; tokens of q and k may lie apart."""
+    """`kernels.ops.index.rope_and_cache`; tokens of q and k may lie apart."""
     num_tokens, num_heads, dim = q_THd.shape
     rotated = tables[0].shape[1]
     assert k_Td.shape == (num_tokens, dim), f"keys {tuple(k_Td.shape)}, queries {tuple(q_THd.shape)}"
@@ -144,7 +144,7 @@ def cases() -> list[Case]:
     """DeepSeek-V3.2's and GLM-5's."""
     return [
         Case(
-            name=f"index_keys.rotate_and_store {'interleaved' if interleaved else 'halves'} bf16",
+            name=f"index_keys.rope_and_cache {'interleaved' if interleaved else 'halves'} bf16",
             kernel=store_index_kernel,
             args={
                 **dict.fromkeys(("q", "k", "norm", "norm_bias", "q_out", "cache"), torch.bfloat16),

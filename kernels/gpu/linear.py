@@ -1,4 +1,4 @@
-"""Dense linear layer whose rows do not depend on each other's number: `kernels.linear` in Triton.
+"""Dense linear layer whose rows do not depend on each other's number: `kernels.ops.linear` in Triton.
 
 The product is `w @ x^T` for one token as for thousands: weights are the left operand, so that few tokens still meet
 wide matrix instructions, and an output is the sum over blocks of `block_k` inputs in ascending order. Where the weight
@@ -30,7 +30,7 @@ from expertwire.kernels.formats import BLOCK, FP8, GPU_LINEAR_FORMATS, Quantized
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import B200, H200, Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.linear import Linear, unpacked
+from expertwire.kernels.ops.linear import Linear, unpacked
 
 _SIDE_BY_SIDE = 128  # tokens
 # ptxas for Blackwell otherwise spills a register or two where hundreds are left.

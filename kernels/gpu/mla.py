@@ -1,4 +1,4 @@
-"""Multi-head latent attention in Triton, absorbed for decode and prefill alike; see `kernels.mla` for the mathematics.
+"""Multi-head latent attention in Triton, absorbed for decode and prefill alike; see `kernels.ops.mla` for the mathematics.
 
 As `attention`: blocks of 64 rows, (query, head) pairs of one sequence, tiles of keys and splits at absolute positions, partial
 results merged in order by another kernel. Two things differ. The tile of latents is read once and serves as keys and as values.
@@ -26,14 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import FP8, DeviceSequences
 from expertwire.kernels.gpu.attention import rows_of_keys, soften
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.mla_splits import FIELDS, Workspace, allocate, fold, merge_workspace, plan
-from expertwire.kernels.gpu.rotate_and_store import check_scales, quantized, rotate_pairs
+from expertwire.kernels.gpu.rope_and_cache import check_scales, quantized, rotate_pairs
 from expertwire.kernels.gpu.splits import LOG2_E, SPLIT
+from expertwire.kernels.ops.attention import FP8, DeviceSequences
 
 WORKSPACE_ROWS = 1 << 18  # of partial results: 0.5 GB with 512 latent numbers
 HEADS = 8
@@ -243,7 +243,7 @@ def attend(
     tiling: Tiles | None = None,
     workspace_rows: int = WORKSPACE_ROWS,
 ) -> Tensor:
-    """`kernels.mla.reference`: [T, H, C] in q's dtype; rows that belong to no sequence are left as they are.
+    """`kernels.ops.mla.reference`: [T, H, C] in q's dtype; rows that belong to no sequence are left as they are.
 
     q_THl: tokens and heads may lie apart. chosen: ascending, all that the token sees where those are no more than k; contiguous.
     `tiling` is `tiles` of the shapes unless given. Three launches (plan, attend, merge) for as many tokens as `workspace_rows`
@@ -324,7 +324,7 @@ def _store_pairs(target, first, second, divisor, mask, PAIRS: tl.constexpr, INTE
 
 
 @triton.jit
-def _rotate_and_store(
+def _rope_and_cache(
     q,
     kv,
     norm,
@@ -386,7 +386,7 @@ def _rotate_and_store(
         _store_pairs(target, first, second, divisor, live, PAIRS, INTERLEAVED)
 
 
-def rotate_and_store(
+def rope_and_cache(
     q_THr: Tensor,
     kv_Tl: Tensor,
     norm_C: Tensor,
@@ -400,7 +400,7 @@ def rotate_and_store(
     kv_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.mla.rotate_and_store`; a token with a negative slot is not stored.
+    """`kernels.ops.mla.rope_and_cache`; a token with a negative slot is not stored.
 
     q_THr, out: tokens and heads may lie apart, as parts of longer rows do; out may be q_THr itself.
     """
@@ -417,7 +417,7 @@ def rotate_and_store(
     for size in (rank, rotated // 2):
         assert size == triton.next_power_of_2(size), f"{rank} latent numbers and {rotated} rotated ones"
     if num_tokens:
-        _rotate_and_store[num_tokens, 1 + triton.cdiv(num_heads, HEADS)](
+        _rope_and_cache[num_tokens, 1 + triton.cdiv(num_heads, HEADS)](
             q_THr, kv_Tl, norm_C, *tables, positions_T, slot_mapping_T, out, cache, kv_scale,
             eps, q_THr.stride(0), q_THr.stride(1), kv_Tl.stride(0), out.stride(0), out.stride(1),
             cache.stride(0), cache.stride(1),
@@ -463,8 +463,8 @@ def _case(name: str, heads: int, block_size: int, arch: int, *, fp8: bool = Fals
 
 def _store_case(interleaved: bool, *, fp8: bool = False) -> Case:
     return Case(
-        name=f"mla.rotate_and_store {'interleaved' if interleaved else 'halves'} {'fp8' if fp8 else 'bf16'}",
-        kernel=_rotate_and_store,
+        name=f"mla.rope_and_cache {'interleaved' if interleaved else 'halves'} {'fp8' if fp8 else 'bf16'}",
+        kernel=_rope_and_cache,
         args={
             **dict.fromkeys(("q", "kv", "norm", "q_out"), torch.bfloat16),
             **{"cache": FP8 if fp8 else torch.bfloat16, "kv_scale": torch.float32 if fp8 else None},

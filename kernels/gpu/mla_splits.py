@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.select import position_of
 from expertwire.kernels.gpu.splits import SPLIT, merge, merge_weights
+from expertwire.kernels.ops.attention import DeviceSequences
 
 _MERGED_ROWS = 8
 _MERGE_STAGES = 4

@@ -1,4 +1,4 @@
-"""What changes logits before a token is drawn, for all rows that ask for it at once: `kernels.sampling.penalize` in Triton, then
+"""What changes logits before a token is drawn, for all rows that ask for it at once: `kernels.ops.sampling.penalize` in Triton, then
 numbers to add, which are a request's biases, and -inf where a token is banned.
 
 A row's tokens are counted in a workspace by integer atomics, whose order does not matter; then the counts are applied. Products
@@ -77,7 +77,7 @@ def penalize(
     tokens_SL: Tensor,
     max_known: int,
 ) -> None:
-    """`kernels.sampling.penalize` of some rows, in place.
+    """`kernels.ops.sampling.penalize` of some rows, in place.
 
     logits fp32, contiguous; rows, slots, lengths of prompts and numbers of known tokens i32 [A]; `parameters`: repetition,
     presence and frequency fp32 [A], repetition 1 and the others 0 where there is none; tokens i32, of which no row

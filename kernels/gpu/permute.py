@@ -1,4 +1,4 @@
-"""Order of the routed rows, and their tiles: `kernels.permute` in Triton, a counting sort without atomics.
+"""Order of the routed rows, and their tiles: `kernels.ops.permute` in Triton, a counting sort without atomics.
 
 A program a (expert, chunk of ids) finds how many ids each expert has, which says where its own begin, counts off its expert's
 ids in its chunk, and writes their places. Up to `_ONE_LAUNCH` ids a program reads all of them itself; above, a first launch
@@ -18,7 +18,7 @@ from torch import Tensor
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.tiles import token_tile
-from expertwire.kernels.permute import Permuted, TileMap, max_tiles
+from expertwire.kernels.ops.permute import Permuted, TileMap, max_tiles
 
 _ONE_LAUNCH = 8192  # ids
 _STORED = tl.constexpr(128)  # tiles at a time
@@ -144,7 +144,7 @@ def permute(
     *,
     format: str | None = None,
 ) -> Permuted:
-    """As `kernels.permute.reference`; ids contiguous, i32 or i64. `format`: of weights, for whose products rows come in tiles."""
+    """As `kernels.ops.permute.reference`; ids contiguous, i32 or i64. `format`: of weights, for whose products rows come in tiles."""
     assert ids_TK.is_contiguous(), f"strides {ids_TK.stride()} of shape {tuple(ids_TK.shape)}"
     num_ids = ids_TK.numel()
 

@@ -32,7 +32,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences
 from expertwire.kernels.gpu import attention
 from expertwire.kernels.gpu.attention import attend_decodes, online_softmax
 from expertwire.kernels.gpu.compile import Case
@@ -50,6 +49,7 @@ from expertwire.kernels.gpu.splits import (
     store_statistics,
     workspace_row,
 )
+from expertwire.kernels.ops.attention import DeviceSequences
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def attend(
     out: Tensor | None = None,
     tiling: Tiles | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference`: [T, H, v] in q's dtype; rows that belong to no sequence are left as they are.
+    """`kernels.ops.attention.reference`: [T, H, v] in q's dtype; rows that belong to no sequence are left as they are.
 
     q_THd: tokens may lie apart, heads may not; caches [blocks, s, G, d] and [blocks, s, G, v], contiguous; v may differ from d if
     there are no decodes. `tiling` is `tiles` of the shapes unless given. Caches in fp8 are `attention.attend`'s: such tiles

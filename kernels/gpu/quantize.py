@@ -1,4 +1,4 @@
-"""Quantisation to fp8, and the activation of dense layers: `kernels.quantize` and `kernels.experts.silu_mul_reference` in Triton.
+"""Quantisation to fp8, and the activation of dense layers: `kernels.ops.quantize` and `kernels.ops.experts.silu_mul_reference` in Triton.
 
 T rows, D width, G groups a row.
 """
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels import quantize as spec
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.quantize import GROUP, Quantized
+from expertwire.kernels.ops import quantize as spec
+from expertwire.kernels.ops.quantize import GROUP, Quantized
 
 MOST_PROGRAMS = 4096  # that rows are dealt out to
 _LARGEST, _LEAST = tl.constexpr(spec.LARGEST), tl.constexpr(spec.LEAST)
@@ -130,14 +130,14 @@ def quantize(
     num_rows: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> Quantized:
-    """As `kernels.quantize.reference`; as `scaled` with dtype fp32. The group is a power of two or the row."""
+    """As `kernels.ops.quantize.reference`; as `scaled` with dtype fp32. The group is a power of two or the row."""
     done = allocate(*x_TD.shape, group, x_TD, dtype)
     _run(x_TD, *done, gated=False, group=check_group(x_TD.shape[1], group), num_rows=num_rows)
     return done
 
 
 def silu_mul(gate_up_NF: Tensor) -> Tensor:
-    """As `kernels.experts.silu_mul_reference`."""
+    """As `kernels.ops.experts.silu_mul_reference`."""
     num_rows, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
     out_NF = gate_up_NF.new_empty(num_rows, width)
     _run(gate_up_NF, out_NF, out_NF, gated=True, group=1)

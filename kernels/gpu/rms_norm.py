@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation in one pass, with the residual sum before it: `kernels.rms_norm` in Triton.
+"""Root-mean-square normalisation in one pass, with the residual sum before it: `kernels.ops.rms_norm` in Triton.
 
 A program takes a row, whatever the number of rows. T tokens, D model width.
 """
@@ -62,12 +62,12 @@ def _launch(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As `kernels.rms_norm.reference`."""
+    """As `kernels.ops.rms_norm.reference`."""
     return _launch(x_TD, None, weight_D, eps)[1]
 
 
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.rms_norm.add_reference`."""
+    """As `kernels.ops.rms_norm.add_reference`."""
     sum_TD, y_TD = _launch(x_TD, delta_TD, weight_D, eps)
     assert sum_TD is not None
     return sum_TD, y_TD

@@ -1,4 +1,4 @@
-"""Choice of experts, in one launch: `kernels.routing` in Triton.
+"""Choice of experts, in one launch: `kernels.ops.routing` in Triton.
 
 A program takes one warp and a few tokens. Scores become integers of the same order, with the expert's id behind them,
 so that one maximum finds the best expert and settles ties; it is taken out K times. Only the chosen logits are then
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels import routing
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.routing import Routed
+from expertwire.kernels.ops import routing
+from expertwire.kernels.ops.routing import Routed
 
 _SCORES = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 _SOFTMAX, _SIGMOID = tl.constexpr(0), tl.constexpr(1)
@@ -199,7 +199,7 @@ def route(
     scale: float = 1.0,
     ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
-    """As `kernels.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most 1024 experts; ids i64 or i32."""
+    """As `kernels.ops.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most 1024 experts; ids i64 or i32."""
     rule = {"renormalize": renormalize, "score": score, "bias_E": bias_E, "groups": groups, "scale": scale}
     routed = _launch(logits_TE, top_k, rule, ids_dtype, None, None, None)
     return routed.ids_TK, routed.weights_TK
@@ -214,7 +214,7 @@ def route_and_count(
     num_valid: Tensor | None = None,
     **rule: Any,
 ) -> Routed:
-    """As `kernels.routing.route_and_count`, in one launch."""
+    """As `kernels.ops.routing.route_and_count`, in one launch."""
     assert load_E.is_contiguous() and load_E.dtype == torch.int64, (load_E.shape, load_E.dtype)  # noqa: PT018
     return _launch(logits_TE, top_k, rule, torch.int64, load_E, physical_CE, num_valid)
 

@@ -1,4 +1,4 @@
-"""Sampling the next token: `kernels.sampling` in Triton, without a sort.
+"""Sampling the next token: `kernels.ops.sampling` in Triton, without a sort.
 
 A row is cut into chunks, a program each; what they find is summed up by whoever needs it next, so nothing waits. A
 token's weight is `exp(-d)`, where d is its distance from the largest logit in units of the temperature, as a 64-bit
@@ -232,7 +232,7 @@ def sample(
     drawn: bool = True,
     filtered: bool = True,
 ) -> Tensor:
-    """Token ids i64 [S], as `kernels.sampling.reference` with `kernels.sampling.uniform` of (seed, branch, position).
+    """Token ids i64 [S], as `kernels.ops.sampling.reference` with `kernels.ops.sampling.uniform` of (seed, branch, position).
 
     logits fp32, contiguous; temperature, top_p, min_p fp32; the others i64. All is on the device. The host may say that no
     row is drawn (all are greedy), or that none has top-k or top-p: launches are saved, and 8 bytes a logit for a while.

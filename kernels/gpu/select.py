@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.ops.attention import DeviceSequences
 
 # As in `linear`: ptxas for Blackwell otherwise spills a few registers.
 _OPTIONS = {"maxnreg": 255, **EARLY}

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.attention import DeviceSequences
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.ops.attention import DeviceSequences
 
 SPLIT = 1024  # keys
 _MERGED_ROWS = 8
@@ -116,7 +116,7 @@ def rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP:
 
 @triton.jit
 def first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
-    """`kernels.attention.first_visible`, of numbers or of vectors."""
+    """`kernels.ops.attention.first_visible`, of numbers or of vectors."""
     first = position * 0
     if WINDOW > 0:
         first = tl.maximum(position - WINDOW + 1, 0)

@@ -18,8 +18,8 @@ from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.formats import SCALED
 from expertwire.kernels.gpu.quantize import scale_groups
-from expertwire.kernels.permute import TileMap, max_tiles
-from expertwire.kernels.quantize import GROUP
+from expertwire.kernels.ops.permute import TileMap, max_tiles
+from expertwire.kernels.ops.quantize import GROUP
 
 _BLOCK = 128  # tiles a program
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.bench import all_to_all, all_to_all_text
-from expertwire.bench.all_to_all_ranks import BACKENDS, Candidate, Setting
-from expertwire.comm import a2a_model, topology_table
+from expertwire.bench.all_to_all import run as all_to_all
+from expertwire.bench.all_to_all import text as all_to_all_text
+from expertwire.bench.all_to_all.ranks import BACKENDS, Candidate, Setting
+from expertwire.comm.all_to_all import cost_model
 from expertwire.comm.group import NcclOptions
+from expertwire.comm.topology import backend_times
 from expertwire.deploy import cli
 
 SMALL = ["--ranks", "2", "--tokens", "1", "4", "--hidden-size", "16", "--steps", "3", "--runs", "2"]
@@ -31,7 +33,7 @@ def test_figures_are_complete_and_add_up(tmp_path, capsys):
             assert part["bytes"]["unique"] == row["tokens"] * 16 * 2
             assert part["gb_s"]["sent"] == pytest.approx(part["bytes"]["sent"] / part["p50_us"] / 1e3)
         assert row["combine"]["bytes"]["sent"] == row["tokens"] * 8 * 16 * 2
-    read = topology_table.read(str(table))
+    read = backend_times.read(str(table))
     assert {(entry.backend, entry.tokens) for entry in read.entries} == {
         (name, tokens) for name in BACKENDS for tokens in (1, 4)
     }
@@ -138,7 +140,7 @@ def test_bytes_of_a_routing_are_close_to_the_expected_ones():
     rng = np.random.default_rng(3)
     ids_TK = np.array([rng.permutation(64)[:8] for _ in range(4000)])
     offsets = tuple(range(0, 65, 8))
-    out, back = a2a_model.counted(ids_TK, offsets, 3, 100)
-    copies = a2a_model.distinct_ranks([8] * 8, 8)
-    assert out.wire == pytest.approx(a2a_model.dispatch(4000, 100, copies, 8).wire, rel=0.02)
-    assert back.wire == pytest.approx(a2a_model.combine(4000, 100, 8, 8).wire, rel=0.02)
+    out, back = cost_model.counted(ids_TK, offsets, 3, 100)
+    copies = cost_model.distinct_ranks([8] * 8, 8)
+    assert out.wire == pytest.approx(cost_model.dispatch(4000, 100, copies, 8).wire, rel=0.02)
+    assert back.wire == pytest.approx(cost_model.combine(4000, 100, 8, 8).wire, rel=0.02)

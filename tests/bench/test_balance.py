@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from expertwire.bench import balance, balance_peer, balance_routing
-from expertwire.moe.placement import Placement, place
-from expertwire.moe.rebalance import rebalance
+from expertwire.bench.scheduler import balance, balance_peer, balance_routing
+from expertwire.moe.eplb.placement import Placement, place
+from expertwire.moe.eplb.rebalance import rebalance
 
 
 def test_the_peer_by_hand():

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from expertwire.bench import control
+from expertwire.bench.all_to_all import control
 
 
 def test_figures_of_our_channels_are_complete(tmp_path, capsys):

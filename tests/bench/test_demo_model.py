@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from expertwire.bench.demo_accuracy import DEMO_MODEL, TransformersLLM, mean_share, measure, table, vote
-from expertwire.bench.demo_network import CONFIGS, DemoConfig, DemoModel
-from expertwire.bench.train_demo import (
+from expertwire.bench.demo.accuracy import DEMO_MODEL, TransformersLLM, mean_share, measure, table, vote
+from expertwire.bench.demo.network import CONFIGS, DemoConfig, DemoModel
+from expertwire.bench.demo.train import (
     TOKEN_IDS,
     Recipe,
     Training,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertwire.bench import experts_cpu
-from expertwire.bench.experts_cpu import D, E, F, K
+from expertwire.bench.kernels import experts_cpu
+from expertwire.bench.kernels.experts_cpu import D, E, F, K
 
 
 @pytest.mark.parametrize("dtype", experts_cpu.DTYPES, ids=str)

@@ -8,17 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from expertwire.bench import (
-    first_contact,
-    first_contact_report,
-    first_contact_stages,
-    kernels_results,
-    one_rank_times,
-    stage_process,
-    stage_record,
-)
-from expertwire.bench.first_contact import Stage
-from expertwire.bench.one_rank import Step
+from expertwire.bench.first_contact import one_rank_times, stage_process, stage_record
+from expertwire.bench.first_contact import report as first_contact_report
+from expertwire.bench.first_contact import run as first_contact
+from expertwire.bench.first_contact import stages as first_contact_stages
+from expertwire.bench.first_contact.one_rank import Step
+from expertwire.bench.first_contact.run import Stage
+from expertwire.bench.kernels import results as kernels_results
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -210,7 +206,7 @@ def test_a_trace_in_short():
 def test_the_target_of_a_gpu(monkeypatch):
     """That everything is called as it is defined; on a CPU nothing else would notice."""
     pytest.importorskip("triton")
-    from expertwire.bench import one_rank
+    from expertwire.bench.first_contact import one_rank
     from expertwire.kernels import registry
 
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)

@@ -14,20 +14,18 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from expertwire.bench import (
-    kernels,
-    kernels_attention,
-    kernels_experts,
-    kernels_models,
-    kernels_parts,
-    kernels_work,
-)
-from expertwire.bench.kernels_models import DEEPSEEK, GPT_OSS, KIMI, MIXTRAL, QWEN3, Ceilings, Cost, Model
-from expertwire.bench.kernels_work import Bits, Check, Draw, Timed, Work
-from expertwire.kernels import experts
-from expertwire.kernels.experts import Activation
+from expertwire.bench.kernels import attention as kernels_attention
+from expertwire.bench.kernels import experts as kernels_experts
+from expertwire.bench.kernels import models
+from expertwire.bench.kernels import parts as kernels_parts
+from expertwire.bench.kernels import run as kernels
+from expertwire.bench.kernels import work as kernels_work
+from expertwire.bench.kernels.models import DEEPSEEK, GPT_OSS, KIMI, MIXTRAL, QWEN3, Ceilings, Cost, Model
+from expertwire.bench.kernels.work import Bits, Check, Draw, Timed, Work
 from expertwire.kernels.gpu.device import H200
 from expertwire.kernels.gpu.formats import ExpertWeights
+from expertwire.kernels.ops import experts
+from expertwire.kernels.ops.experts import Activation
 
 CEILINGS = Ceilings(bytes_per_s=4.3e12, flops_per_s={"bf16": 790e12, "fp8": 1580e12})
 
@@ -57,8 +55,8 @@ CEILINGS = Ceilings(bytes_per_s=4.3e12, flops_per_s={"bf16": 790e12, "fp8": 1580
     ],
 )
 def test_floors_are_the_published_ones(model, format, num_tokens, us, bound):
-    cost = kernels_models.experts_cost(model, format, num_tokens)
-    found = kernels_models.floor_us(cost, CEILINGS)
+    cost = models.experts_cost(model, format, num_tokens)
+    found = models.floor_us(cost, CEILINGS)
     assert found == (pytest.approx(us, rel=6e-3), bound)
 
 
@@ -67,20 +65,20 @@ def test_touched_experts():
         (128, [8, 15.5, 29, 52, 82, 112, 126, 128]),
         (256, [8, 16, 30, 57, 102, 163, 222, 252]),
     ):
-        found = [kernels_models.touched(num_experts, 8, 2**i) for i in range(8)]
+        found = [models.touched(num_experts, 8, 2**i) for i in range(8)]
         assert found == pytest.approx(expected, abs=0.6)
 
 
 def test_costs_of_attention():
     shape = {"heads": 32, "kv_heads": 4, "dim": 128}
-    decode = kernels_models.attention_cost([8192] * 64, [1] * 64, **shape)
+    decode = models.attention_cost([8192] * 64, [1] * 64, **shape)
     assert decode.flops == 64 * 8192 * 32 * 128 * 4
     assert decode.bytes == 64 * (8192 * 2 * 4 * 128 * 2 + 2 * 32 * 128 * 2)
     by_hand = sum(min(position + 1, 5) for position in range(7, 10))
-    window = kernels_models.attention_cost([10], [3], **shape, window=5)
+    window = models.attention_cost([10], [3], **shape, window=5)
     assert window.flops == by_hand * 32 * 128 * 4
-    assert kernels_models.attention_cost([6], [6], **shape).flops == 21 * 32 * 128 * 4
-    latent = kernels_models.latent_cost([1000], [1], heads=128, rank=512, rotated=64)
+    assert models.attention_cost([6], [6], **shape).flops == 21 * 32 * 128 * 4
+    latent = models.latent_cost([1000], [1], heads=128, rank=512, rotated=64)
     assert latent.flops == 1000 * 128 * 2 * (576 + 512)
 
 

@@ -3,22 +3,19 @@
 import time
 from xml.etree import ElementTree
 
-import kernels_bench_work
 import pytest
 import torch
+from helpers import kernels_bench_work
 
 pytest.importorskip("triton")
 
 
-from expertwire.bench import (
-    kernels,
-    kernels_parts,
-    kernels_plot,
-    kernels_tables,
-)
-from expertwire.bench.kernels_models import Ceilings
-from expertwire.bench.kernels_results import Results, bars, best_peer, figures, invariance_costs
-from expertwire.bench.kernels_work import Bits, Check, Draw
+from expertwire.bench.kernels import parts as kernels_parts
+from expertwire.bench.kernels import plot, tables
+from expertwire.bench.kernels import run as kernels
+from expertwire.bench.kernels.models import Ceilings
+from expertwire.bench.kernels.results import Results, bars, best_peer, figures, invariance_costs
+from expertwire.bench.kernels.work import Bits, Check, Draw
 from expertwire.kernels.gpu.device import H200
 
 CEILINGS = Ceilings(bytes_per_s=4.3e12, flops_per_s={"bf16": 790e12, "fp8": 1580e12})
@@ -270,7 +267,7 @@ def test_the_short_table_fits_and_ends_with_the_bars(measured):
     measured.finish("check-experts", key, {"findings": {"w13": [None, 0.01], "w2": [0.5, 0.01]}, "ok": False})
     measured.finish("latent", "deepseek-v3 latent prefill 2k", {"error": "RuntimeError: no"})
     measured.data["not_reached"] = {"around": ["norm", "combine"]}
-    text = kernels_tables.short_table(measured)
+    text = tables.short_table(measured)
     assert len(text) < 12_000
     assert f"WRONG {key}: w13 not a number > 0.01, w2 0.5 > 0.01" in text
     assert "deepseek-v3 latent prefill 2k: RuntimeError: no" in text
@@ -280,7 +277,7 @@ def test_the_short_table_fits_and_ends_with_the_bars(measured):
     lines = text.splitlines()
     assert lines[-1].startswith("engine decode")
     assert lines[-2].startswith("routing and metadata")
-    long = kernels_tables.long_table(measured)
+    long = tables.long_table(measured)
     assert long.endswith(text)
     assert all(item.key in long for name in kernels.PART_NAMES for item in kernels_parts.items(name, False, False))
 
@@ -296,9 +293,9 @@ def test_the_report_is_written(tmp_path, measured, capsys):
 
 
 def test_the_plot(measured):
-    series = kernels_plot.points(measured, CEILINGS)
+    series = plot.points(measured, CEILINGS)
     assert len(series["qwen3-30b dense EP1"]) == 14
-    root = ElementTree.fromstring(kernels_plot.roofline_svg(series, CEILINGS, "a < b"))
+    root = ElementTree.fromstring(plot.roofline_svg(series, CEILINGS, "a < b"))
     circles = root.findall(".//{http://www.w3.org/2000/svg}circle")
     assert len(circles) == sum(map(len, series.values())) + len(series)
     assert all(0 < float(c.get("cx")) < 1100 and 0 < float(c.get("cy")) < 700 for c in circles)
@@ -306,14 +303,14 @@ def test_the_plot(measured):
 
 def test_the_plot_as_png(tmp_path, measured):
     pytest.importorskip("matplotlib")
-    series = kernels_plot.points(measured, CEILINGS)
-    assert kernels_plot.save_png(tmp_path / "a.png", series, CEILINGS, "t")
+    series = plot.points(measured, CEILINGS)
+    assert plot.save_png(tmp_path / "a.png", series, CEILINGS, "t")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_faster_points_lie_higher():
-    points = [kernels_plot.Point(1.0, 1e12, "slow"), kernels_plot.Point(1.0, 2e12, "fast")]
-    root = ElementTree.fromstring(kernels_plot.roofline_svg({"a": points}, CEILINGS, "t"))
+    points = [plot.Point(1.0, 1e12, "slow"), plot.Point(1.0, 2e12, "fast")]
+    root = ElementTree.fromstring(plot.roofline_svg({"a": points}, CEILINGS, "t"))
     slow, fast = root.findall(".//{http://www.w3.org/2000/svg}circle")[:2]
     assert slow.get("cx") == fast.get("cx")
     assert float(fast.get("cy")) < float(slow.get("cy"))

@@ -1,11 +1,11 @@
-"""`python -m expertwire.bench.overlap`: the real controller beside ranks that simulate computing."""
+"""`python -m expertwire.bench.serving.overlap`: the real controller beside ranks that simulate computing."""
 
 import json
 import sys
 
 import pytest
 
-from expertwire.bench import overlap
+from expertwire.bench.serving import overlap
 
 
 @pytest.mark.parametrize("computes", [[], ["--host-computes"]], ids=["devices", "hosts"])

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
+from helpers import tiny_checkpoints as tiny
 
-from expertwire.bench import quantize
+from expertwire.bench.kernels import quantize
 from expertwire.deploy import cli
 
 

@@ -12,10 +12,13 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from expertwire.bench import schedule, schedule_cost, schedule_peer, schedule_placements, timeline
-from expertwire.bench.schedule_log import replay
-from expertwire.bench.simulation import EOS, LEFT, Simulation, StepModel
-from expertwire.bench.traces import TRACES, Lengths, Poisson
+from expertwire.bench.scheduler import cost as schedule_cost
+from expertwire.bench.scheduler import peer as schedule_peer
+from expertwire.bench.scheduler import placements, timeline
+from expertwire.bench.scheduler import run as schedule
+from expertwire.bench.scheduler.log import replay
+from expertwire.bench.scheduler.simulation import EOS, LEFT, Simulation, StepModel
+from expertwire.bench.scheduler.traces import TRACES, Lengths, Poisson
 from expertwire.scheduler.plan import FinishReason
 from expertwire.scheduler.scheduler import SchedulerConfig
 
@@ -118,7 +121,7 @@ def test_prefix_hits_are_at_most_those_of_unlimited_memory(num_ranks):
 
 def test_other_placements_take_ranks_in_turn_and_by_requests():
     tokens, running_P, given_P = np.array([5, 900]), np.array([3.0, 2.0]), np.array([7, 9])
-    for make, expected in ((schedule_placements.RoundRobin, given_P), (schedule_placements.LeastRequests, running_P)):
+    for make, expected in ((placements.RoundRobin, given_P), (placements.LeastRequests, running_P)):
         placement = make()
         assert placement.credit is None, "prefixes do not matter"
         assert placement.load(tokens, 0 * tokens, tokens).tolist() == [1.0, 1.0]
@@ -129,7 +132,7 @@ def test_sessions_stay_with_their_prefixes_and_steps_are_shorter_for_it():
     trace = short("multi-turn", 120, rate=60.0, think_s=0.5)
     runs = {
         name: schedule.report(simulate(trace, num_ranks=4, placement=make()), 1.0, 1.0)
-        for name, make in schedule_placements.PLACEMENTS.items()
+        for name, make in placements.PLACEMENTS.items()
     }
     hits = {name: run["prefix"]["cached_tokens"] / run["prefix"]["spread_oracle_tokens"] for name, run in runs.items()}
     assert hits["balanced"] > 0.95, hits
@@ -140,8 +143,8 @@ def test_sessions_stay_with_their_prefixes_and_steps_are_shorter_for_it():
 
 def test_placements_are_compared_on_the_same_requests(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(schedule, "TRACES", {name: functools.partial(short, name) for name in TRACES})
-    monkeypatch.setattr(schedule_placements, "SECONDS", 1.0)
-    monkeypatch.setattr(schedule_placements, "LOADS", {"light": 10.0})
+    monkeypatch.setattr(placements, "SECONDS", 1.0)
+    monkeypatch.setattr(placements, "LOADS", {"light": 10.0})
     files = [tmp_path / "first", tmp_path / "again"]
     for file in files:
         assert schedule.main(command("--placements", "2", "1", "--blocks", "4000", "--json", str(file))) == 0
@@ -150,7 +153,7 @@ def test_placements_are_compared_on_the_same_requests(tmp_path, monkeypatch, cap
     first, again = (json.loads(file.read_text())["runs"] for file in files)
     assert first == again
     for rules in zip(*[iter(first)] * 3, strict=True):
-        assert [run["placement"] for run in rules] == list(schedule_placements.PLACEMENTS)
+        assert [run["placement"] for run in rules] == list(placements.PLACEMENTS)
         assert len({(run["trace"], run["ranks"], run["requests"], run["finished"]) for run in rules}) == 1
         if rules[0]["ranks"] == 1:  # where there is nothing to choose
             assert len({run["ttft_ms"]["p99"] for run in rules}) == 1

@@ -7,8 +7,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from expertwire.bench.traces import TRACES, Arrival, Bursty, Lengths, LongContext, MultiTurn, Poisson, Served, Tenants
-from expertwire.bench.traces import oracle_hits as oracle
+from expertwire.bench.scheduler.traces import (
+    TRACES,
+    Arrival,
+    Bursty,
+    Lengths,
+    LongContext,
+    MultiTurn,
+    Poisson,
+    Served,
+    Tenants,
+)
+from expertwire.bench.scheduler.traces import oracle_hits as oracle
 
 SHORT = Lengths(median=8, sigma=0.5, high=32)
 

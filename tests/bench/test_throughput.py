@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fake_front
 import numpy as np
 import pytest
+from helpers import fake_front
 
-from expertwire.bench import throughput
-from expertwire.bench.throughput import Mark, Sample, Workload
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.outputs import EngineFailed, RequestError
+from expertwire.bench.serving import throughput
+from expertwire.bench.serving.throughput import Mark, Sample, Workload
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.frontend.outputs import EngineFailed, RequestError
 from expertwire.scheduler.sampling_params import SamplingParams
 
 DEMO_MODEL = Path(throughput.__file__).parents[1] / "expertwire" / "demo_model"

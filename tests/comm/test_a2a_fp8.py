@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exchanges import Exchange
-from ranks import Ranks
+from helpers.exchanges import Exchange
+from helpers.ranks import Ranks
 
-from expertwire.comm import backends
-from expertwire.comm.a2a_fp8 import packed
+from expertwire.comm.all_to_all import backends
+from expertwire.comm.all_to_all.fp8 import packed
 from expertwire.comm.group import SoloGroup
-from expertwire.kernels import quantize, registry
+from expertwire.kernels import registry
+from expertwire.kernels.ops import quantize
 
 D = 384  # three groups: a packed row is filled up to a multiple of 16 bytes
 

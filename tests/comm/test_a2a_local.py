@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.comm.a2a_local import LocalAllToAll
-from expertwire.comm.a2a_reference import ReferenceAllToAll
-from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.local import LocalAllToAll
+from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import SoloGroup
-from expertwire.kernels import permute
+from expertwire.kernels.ops import permute
 
 E, D = 5, 4
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from exchanges import Exchange, as_dtype, assert_equal, build, run_exchange
-from fake_cuda import FakeCuda, OnCpu
-from fake_nccl import FakeProcessGroupNCCL
-from ranks import Ranks
+from helpers.exchanges import Exchange, as_dtype, assert_equal, build, run_exchange
+from helpers.fake_cuda import FakeCuda, OnCpu
+from helpers.fake_nccl import FakeProcessGroupNCCL
+from helpers.ranks import Ranks
 from torch.overrides import TorchFunctionMode
 
 from expertwire.comm import group as groups

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from expertwire.comm.a2a_stream import StreamAllToAll
-from expertwire.comm.all_to_all import RankStalled, Watched
+from expertwire.comm.all_to_all.base import RankStalled, Watched
+from expertwire.comm.all_to_all.stream import StreamAllToAll
 
 PHASES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 

@@ -12,14 +12,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from exchanges import FORMATS, Exchange, Threads, build, physical_ids, run_exchange
-from ranks import Ranks
+from helpers.exchanges import FORMATS, Exchange, Threads, build, physical_ids, run_exchange
+from helpers.ranks import Ranks
 
-from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.group import SoloGroup
-from expertwire.kernels import combine, experts
+from expertwire.kernels.ops import combine, experts
 from expertwire.moe import reference
-from expertwire.moe.placement import place
+from expertwire.moe.eplb.placement import place
 
 # Over what the ranks are joined, how many they are, and the backend.
 RUNS = [

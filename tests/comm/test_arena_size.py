@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from expertwire.comm.a2a_fp8 import packed
-from expertwire.comm.all_to_all import AllToAllSpec
-from expertwire.comm.arena import EXCHANGE_BYTES, ArenaLayout, exchange_tokens
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.fp8 import packed
+from expertwire.comm.all_to_all.symmetric_buffer import EXCHANGE_BYTES, ArenaLayout, exchange_tokens
 
 # Ranks, physical experts, D, F, tokens of a step; the tokens of an exchange.
 SHAPES = {

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from expertwire.comm.control import ChannelClosed, SocketChannel, connect, listen, pack, unpack
+from expertwire.comm.control.channel import ChannelClosed, SocketChannel, connect, listen, pack, unpack
 from expertwire.engine import process
 
 DTYPES = hnp.boolean_dtypes() | hnp.integer_dtypes() | hnp.floating_dtypes() | hnp.complex_number_dtypes()

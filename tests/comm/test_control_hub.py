@@ -13,11 +13,19 @@ import time
 import numpy as np
 import psutil
 import pytest
-from control_ranks import TOKEN, joined, nothing_left_in_shared_memory, plan, start_rank
+from helpers.control_ranks import TOKEN, joined, nothing_left_in_shared_memory, plan, start_rank
 
-from expertwire.comm import control_node
-from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink, RankError, RankLost, RankTimeout, this_node
-from expertwire.comm.control_node import PLAN_RING_BYTES, RESULT_RING_BYTES
+from expertwire.comm.control import node as control_node
+from expertwire.comm.control.channel import (
+    ChannelClosed,
+    ControlHub,
+    ControlLink,
+    RankError,
+    RankLost,
+    RankTimeout,
+    this_node,
+)
+from expertwire.comm.control.node import PLAN_RING_BYTES, RESULT_RING_BYTES
 from expertwire.engine import process
 
 # The hub's node is A. Local; remote without relay; remote with relay; both.

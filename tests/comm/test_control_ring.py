@@ -5,11 +5,11 @@ import os
 from collections import deque
 
 import pytest
-from control_ranks import nothing_left_in_shared_memory
+from helpers.control_ranks import nothing_left_in_shared_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertwire.comm.control_ring import Ring, RingReader, RingWriter
+from expertwire.comm.control.ring import Ring, RingReader, RingWriter
 
 CAPACITY = 512
 

@@ -7,10 +7,10 @@ import signal
 import time
 
 import pytest
-from exchanges import Exchange, build, take_part
-from ranks import Ranks
+from helpers.exchanges import Exchange, build, take_part
+from helpers.ranks import Ranks
 
-from expertwire.comm.all_to_all import RankStalled
+from expertwire.comm.all_to_all.base import RankStalled
 
 CULPRIT, STEP = 1, 2
 LAYERS = (3, 5, 8)

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from fake_cuda import FakeCuda, OnCpu
-from fake_nccl import FakeProcessGroupNCCL
-from fake_symmetric_memory import FakeSymmetricMemory, IllegalAddress
+from helpers.fake_cuda import FakeCuda, OnCpu
+from helpers.fake_nccl import FakeProcessGroupNCCL
+from helpers.fake_symmetric_memory import FakeSymmetricMemory, IllegalAddress
 from torch._C import _distributed_c10d
 
-from expertwire.comm import peer_memory
+from expertwire.comm import symmetric_memory
 from expertwire.comm.group import TorchGroup
 
 NBYTES, RANKS = 4096, 3
@@ -23,7 +23,7 @@ NBYTES, RANKS = 4096, 3
 def torch_on_gpus(monkeypatch):
     """Torch as ranks on GPUs see it, each of them a thread."""
     memory = FakeSymmetricMemory()
-    for module in (peer_memory, _distributed_c10d):
+    for module in (symmetric_memory, _distributed_c10d):
         monkeypatch.setattr(module, "_SymmetricMemory", memory, raising=False)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeProcessGroupNCCL, raising=False)
     FakeCuda(RANKS).install(monkeypatch)
@@ -52,7 +52,7 @@ def test_every_rank_writes_into_every_other_until_the_group_is_closed(torch_on_g
 
     def run(rank, store):
         group = joined(rank, store, device)
-        arenas = peer_memory.symmetric(group, NBYTES, torch.device("cuda", rank))
+        arenas = symmetric_memory.symmetric(group, NBYTES, torch.device("cuda", rank))
         assert not arenas[rank].any()
         group.barrier()
         gc.collect()  # what nobody holds would go now
@@ -90,7 +90,7 @@ def test_a_name_is_registered_for_as_long_as_the_group_lives(torch_on_gpus):
 def test_engines_of_one_process_have_memory_of_their_own(torch_on_gpus):
     def run(rank, store):
         groups = [joined(rank, dist.PrefixStore(name, store), "cpu") for name in "ab"]
-        first, second = (peer_memory.symmetric(group, NBYTES, torch.device("cuda", rank)) for group in groups)
+        first, second = (symmetric_memory.symmetric(group, NBYTES, torch.device("cuda", rank)) for group in groups)
         groups[0].close()
         second[(rank + 1) % RANKS][rank] = 7
         groups[1].barrier()
@@ -105,12 +105,12 @@ def test_engines_of_one_process_have_memory_of_their_own(torch_on_gpus):
 def test_two_ranks_on_one_gpu_are_refused_unless_they_may(torch_on_gpus, monkeypatch):
     def run(rank, store):
         group = joined(rank, store, "cpu")
-        arenas = peer_memory.symmetric(group, NBYTES, torch.device("cuda", 0))
+        arenas = symmetric_memory.symmetric(group, NBYTES, torch.device("cuda", 0))
         return len(arenas)
 
     with pytest.raises(RuntimeError, match="overlapping devices"):
         on_ranks(run)
-    monkeypatch.setattr(peer_memory, "_SymmetricMemory", FakeSymmetricMemory(shared_devices=True))
+    monkeypatch.setattr(symmetric_memory, "_SymmetricMemory", FakeSymmetricMemory(shared_devices=True))
     assert on_ranks(run) == [RANKS] * RANKS
 
 

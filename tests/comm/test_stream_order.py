@@ -4,16 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from fake_streams import FakeStreams, StreamOrderError
+from helpers.fake_streams import FakeStreams, StreamOrderError
 
-from expertwire.comm.a2a_nccl import NcclAllToAll
-from expertwire.comm.a2a_stream import StreamAllToAll, on_stream
-from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.nccl import NcclAllToAll
+from expertwire.comm.all_to_all.stream import StreamAllToAll, on_stream
 from expertwire.kernels import registry
-from expertwire.kernels.variants import Routing
+from expertwire.kernels.ops.variants import Routing
+from expertwire.moe.eplb.placement import place
 from expertwire.moe.layer import prepare
-from expertwire.moe.placement import place
-from expertwire.moe.stages import take_turns
+from expertwire.moe.micro_batch import take_turns
 
 T, D, F, E, K = 6, 16, 8, 4, 2
 PARTS = 2

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from ranks import Ranks
+from helpers.ranks import Ranks
 
-from expertwire.comm import topology, topology_fabric, topology_probe
-from expertwire.comm.topology_fabric import Driver
-from expertwire.comm.topology_probe import RankReport
+from expertwire.comm.topology import fabric as topology_fabric
+from expertwire.comm.topology import probe as topology_probe
+from expertwire.comm.topology import topology
+from expertwire.comm.topology.fabric import Driver
+from expertwire.comm.topology.probe import RankReport
 
 
 @pytest.mark.parametrize(("name", "ranks", "nodes"), [("nvl72", 72, 18), ("nvl36", 36, 9), ("hgx8", 8, 1)])

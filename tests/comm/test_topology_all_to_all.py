@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from exchanges import Exchange, run_exchange, take_part
-from ranks import Ranks
+from helpers.exchanges import Exchange, run_exchange, take_part
+from helpers.ranks import Ranks
 
-from expertwire.comm import topology
-from expertwire.comm.a2a_nccl import NcclAllToAll
-from expertwire.comm.a2a_nvlink import build as nvlink_over_shared_memory
-from expertwire.comm.a2a_reference import ReferenceAllToAll
-from expertwire.comm.topology import Place, Topology
-from expertwire.comm.topology_all_to_all import HierarchicalAllToAll
+from expertwire.comm.all_to_all.hierarchical import HierarchicalAllToAll
+from expertwire.comm.all_to_all.nccl import NcclAllToAll
+from expertwire.comm.all_to_all.nvlink import build as nvlink_over_shared_memory
+from expertwire.comm.all_to_all.reference import ReferenceAllToAll
+from expertwire.comm.topology import topology
+from expertwire.comm.topology.topology import Place, Topology
 
 BACKENDS = {"reference": ReferenceAllToAll, "nccl": NcclAllToAll, "nvlink": nvlink_over_shared_memory}
 

@@ -1,11 +1,12 @@
 """What the ranks build, from what they find: hosts that are one or several, as far as their names say."""
 
 import pytest
-from exchanges import Exchange, take_part
-from ranks import Ranks
+from helpers.exchanges import Exchange, take_part
+from helpers.ranks import Ranks
 
-from expertwire.comm import backends, topology_table
+from expertwire.comm.all_to_all import backends
 from expertwire.comm.group import SoloGroup
+from expertwire.comm.topology import backend_times
 from expertwire.kernels import registry
 
 
@@ -53,10 +54,10 @@ def build_by_table(group, case):
     """Times with options of the communicator, which another group then has."""
     times = {"reference": (9.0, {}), "nccl": (5.0, {"max_ctas": 8}), "nvlink": (7.0, {})}
     entries = tuple(
-        topology_table.Entry(ranks=group.size, tokens=64, backend=name, nccl=options, p50_us=us)
+        backend_times.Entry(ranks=group.size, tokens=64, backend=name, nccl=options, p50_us=us)
         for name, (us, options) in times.items()
     )
-    table = topology_table.Table(name="t", device="cpu", machine="a CPU", row_bytes=64, top_k=2, entries=entries)
+    table = backend_times.Table(name="t", device="cpu", machine="a CPU", row_bytes=64, top_k=2, entries=entries)
     (all_to_all,), choice = backends.build("auto", case.spec(group), registry.plain(), "a", "cpu", table=table)
     take_part(all_to_all, case, group.rank, group.size, 0, lambda: None)
     return type(all_to_all).__name__, choice.why

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from expertwire.comm import topology
-from expertwire.comm.topology import Place, Topology
-from expertwire.comm.topology_choice import GROUPED_FROM_ROWS, Situation, choose
+from expertwire.comm.topology import topology
+from expertwire.comm.topology.backend_choice import GROUPED_FROM_ROWS, Situation, choose
+from expertwire.comm.topology.topology import Place, Topology
 
 
 def ranks(domains, nodes=None):

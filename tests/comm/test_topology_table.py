@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from test_topology_choice import BOARDS, HOST, ranks
 
-from expertwire.comm.topology_choice import choose
-from expertwire.comm.topology_table import read
+from expertwire.comm.topology.backend_choice import choose
+from expertwire.comm.topology.backend_times import read
 
 ROW = 4096
 

@@ -12,8 +12,8 @@ import pytest
 
 from expertwire.deploy import cli
 from expertwire.deploy.options import engine_config, help_texts
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.outputs import EngineFailed
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.frontend.outputs import EngineFailed
 
 
 def run(*args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from expertwire.deploy import cli, experts
-from expertwire.moe.load import ExpertLoad
-from expertwire.moe.placement import place
+from expertwire.moe.eplb.load import ExpertLoad
+from expertwire.moe.eplb.placement import place
 
 
 def values(num_experts=8, num_layers=3, dense=(1,)):

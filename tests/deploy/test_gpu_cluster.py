@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fake_cuda import FakeCuda, OnCpu
-from fake_symmetric_memory import FakeSymmetricMemory
+from helpers.fake_cuda import FakeCuda, OnCpu
+from helpers.fake_symmetric_memory import FakeSymmetricMemory
 
-from expertwire.bench.simulation import EOS, SimulatedRanks
-from expertwire.comm import peer_memory, topology_fabric, topology_probe
-from expertwire.comm.control import ChannelClosed, ControlHub, ControlLink
+from expertwire.bench.scheduler.simulation import EOS, SimulatedRanks
+from expertwire.comm import symmetric_memory
+from expertwire.comm.control.channel import ChannelClosed, ControlHub, ControlLink
 from expertwire.comm.group import TorchGroup
-from expertwire.comm.topology_choice import Situation, choose
-from expertwire.deploy.ray_placement import Node, in_order, layouts, ordinal
+from expertwire.comm.topology import fabric
+from expertwire.comm.topology import probe as topology_probe
+from expertwire.comm.topology.backend_choice import Situation, choose
+from expertwire.deploy.ray.placement import Node, in_order, layouts, ordinal
 from expertwire.engine import worker
-from expertwire.engine.config import EngineConfig
+from expertwire.engine.config.engine import EngineConfig
 from expertwire.engine.rank_loop import Launched, serve
 from expertwire.engine.startup import Orders, scheduler_config, start_ranks
 from expertwire.scheduler.plan import CacheSpec, StepResult
@@ -140,11 +142,11 @@ class Rank:
             fabric_state="completed",
         )
         reports = topology_probe.gather(group, report, "cpu")
-        topology_fabric.check_fabric(reports)
+        fabric.check_fabric(reports)
         found = topology_probe.assemble(reports)
         choice = choose("auto", Situation(topology=found, device="cuda", step_rows=1 << 20, row_bytes=1 << 14))
         self.domain, self.nodes = found.num_domains, found.node_P()
-        arenas = peer_memory.symmetric(group, NBYTES, torch.device(device))
+        arenas = symmetric_memory.symmetric(group, NBYTES, torch.device(device))
         for arena in arenas:
             arena[self.rank] = 1
         group.barrier()
@@ -168,7 +170,7 @@ def text(words):
 def memory(monkeypatch):
     FakeCuda(GPUS).install(monkeypatch)
     memory = FakeSymmetricMemory(timeout_s=60)
-    monkeypatch.setattr(peer_memory, "_SymmetricMemory", memory)
+    monkeypatch.setattr(symmetric_memory, "_SymmetricMemory", memory)
     return memory
 
 

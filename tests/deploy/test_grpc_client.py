@@ -6,16 +6,15 @@ import asyncio
 import dataclasses
 import threading
 
-import chat_templates
-import fake_front
 import pytest
+from helpers import chat_templates, fake_front
 
-from expertwire.deploy.grpc_client import Client, ServerError, Usage
-from expertwire.deploy.grpc_server import Server
-from expertwire.engine.chat import Chat
-from expertwire.engine.outputs import Logprob, RequestError
-from expertwire.engine.request_options import RequestOptions
-from expertwire.engine.tokenizer import Tokenizer
+from expertwire.deploy.grpc.client import Client, ServerError, Usage
+from expertwire.deploy.grpc.server import Server
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.outputs import Logprob, RequestError
+from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.tokenizer import Tokenizer
 
 STATS = {"num_running": 2.0, "running": [1.0, 1.0], "expert_load": [[1, 2, 3], [4, 5, 6]]}
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
-from expertwire.deploy import grpc_messages
+from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.chat import Chat
-from expertwire.engine.config import ModelInfo
-from expertwire.engine.dialects import DIALECTS, PLAIN
-from expertwire.engine.request_options import RequestOptions
+from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.output_formats import DIALECTS, PLAIN
+from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.scheduler.sampling_params import SamplingParams
 
 PROTO = Path(pb.__file__).with_name("expertwire_v1.proto")

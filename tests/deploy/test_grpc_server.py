@@ -6,20 +6,20 @@ import asyncio
 import contextlib
 import socket
 
-import fake_front
 import grpc
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from helpers import fake_front
 
-from expertwire.deploy.grpc_server import SERVICE, Server
-from expertwire.deploy.grpc_stream import UNREAD_SIZE
+from expertwire.deploy.grpc.server import SERVICE, Server
+from expertwire.deploy.grpc.stream import UNREAD_SIZE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
-from expertwire.engine.outputs import Logprob, RequestError
-from expertwire.engine.request_options import RequestOptions
+from expertwire.engine.frontend.outputs import Logprob, RequestError
+from expertwire.engine.frontend.request_options import RequestOptions
 
 STATS = {"num_running": 2, "running": [1, 1], "blocks_used": {"kv": [0, 5]}, "expert_load": [[1, 2, 3], [4, 5, 6]]}
 

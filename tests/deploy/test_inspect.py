@@ -5,15 +5,15 @@ import expertwire  # noqa: F401  # isort: skip  (first: transformers must not ta
 import json
 from pathlib import Path
 
-import architectures
 import pytest
-import tiny_checkpoints as tiny
 import torch
 import transformers
+from helpers import architectures
+from helpers import tiny_checkpoints as tiny
 from safetensors.torch import load_file, save_file
 
 from expertwire.deploy import cli
-from expertwire.engine.inspection import inspect
+from expertwire.engine.loader.inspection import inspect
 
 CONFIGS = Path(__file__).parents[2] / "bench" / "configs"
 # transformers' classes; between what the makers' active parameters are, in billions; what they leave out.

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from control_ranks import TOKEN, plan
-from two_hosts import two_hosts, why_not
+from helpers.control_ranks import TOKEN, plan
+from helpers.two_hosts import two_hosts, why_not
 
 from expertwire import LLM, SamplingParams
-from expertwire.comm.control import ControlHub
-from expertwire.deploy.ray_launcher import RayLauncher
+from expertwire.comm.control.channel import ControlHub
+from expertwire.deploy.ray.launcher import RayLauncher
 from expertwire.engine.launcher import RankFailed, WorkerSpec
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "deploy" / "ray_cluster.sh")
@@ -81,7 +81,7 @@ def generate(address=None):
 
 def drive(address):
     """On the head: what an engine's parent does, with workers that have no model. Prints what it saw as JSON."""
-    launcher = RayLauncher(address, worker="control_ranks:worker_main")
+    launcher = RayLauncher(address, worker="helpers.control_ranks:worker_main")
     hub = ControlHub(NUM_RANKS, address=launcher.hub_address(), token=TOKEN)
     try:
         launcher.start(WorkerSpec(config={}, num_ranks=NUM_RANKS, address=hub.address, token=TOKEN))

@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import ray
-from control_ranks import TOKEN
+from helpers.control_ranks import TOKEN
 
-from expertwire.comm.control import ControlHub
-from expertwire.deploy.ray_launcher import RayLauncher
-from expertwire.engine.config import EngineConfig
+from expertwire.comm.control.channel import ControlHub
+from expertwire.deploy.ray.launcher import RayLauncher
+from expertwire.engine.config.engine import EngineConfig
 from expertwire.engine.launcher import WorkerSpec
 
 CONFIG = EngineConfig(model="none", device="cuda", ep_size=3)
@@ -29,7 +29,7 @@ def cluster():
 
 
 def test_every_rank_sees_all_gpus_of_its_node_and_has_one_of_its_own(cluster):
-    launcher = RayLauncher(worker="control_ranks:worker_main")
+    launcher = RayLauncher(worker="helpers.control_ranks:worker_main")
     hub = ControlHub(3, address=launcher.hub_address(), token=TOKEN)
     try:
         launcher.start(WorkerSpec(config=CONFIG, num_ranks=3, address=hub.address, token=TOKEN))
@@ -42,7 +42,7 @@ def test_every_rank_sees_all_gpus_of_its_node_and_has_one_of_its_own(cluster):
 
 
 def test_more_ranks_than_gpus_are_refused(cluster):
-    launcher = RayLauncher(worker="control_ranks:worker_main")
+    launcher = RayLauncher(worker="helpers.control_ranks:worker_main")
     launcher.hub_address()
     with pytest.raises(ValueError, match="ep_size is 4, but the Ray cluster has 3 GPUs"):
         launcher.start(WorkerSpec(config=CONFIG, num_ranks=4, address="tcp:127.0.0.1:1", token=TOKEN))

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import psutil
 import pytest
 import ray
-from control_ranks import TOKEN, plan
+from helpers.control_ranks import TOKEN, plan
 
-from expertwire.comm.control import ControlHub
-from expertwire.deploy.ray_launcher import RayLauncher
+from expertwire.comm.control.channel import ControlHub
+from expertwire.deploy.ray.launcher import RayLauncher
 from expertwire.engine import process
 from expertwire.engine.launcher import RankFailed, WorkerSpec
 
-WORKER = "control_ranks:worker_main"
+WORKER = "helpers.control_ranks:worker_main"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from expertwire.deploy.ray_placement import Node, in_order, layouts, ordinal
+from expertwire.deploy.ray.placement import Node, in_order, layouts, ordinal
 
 
 def node(name, gpus=4, **labels):

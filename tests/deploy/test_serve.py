@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from expertwire.deploy.demo_task import check, make_problem
-from expertwire.deploy.grpc_client import Client, ServerError
+from expertwire.deploy.grpc.client import Client, ServerError
 
 ENDLESS = {"ignore_eos": True, "max_tokens": 1900}
 

@@ -3,13 +3,13 @@
 import importlib.resources
 import json
 
-import parity
 import psutil
 import pytest
 import test_invariance as invariance
+from helpers import parity
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.outputs import EngineFailed
+from expertwire.engine.frontend.outputs import EngineFailed
 
 DEMO = str(importlib.resources.files("expertwire") / "demo_model")
 LENGTHS = [1, 2, 17, 65, 200]

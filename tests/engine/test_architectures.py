@@ -1,18 +1,17 @@
 """Every architecture against transformers, from a checkpoint with the hub's tensors: logits at every position, greedy tokens, and
 the same bits whole, chunked, and at any number of ranks."""
 
-import architectures
-import chat_templates
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import transformers
-from rank_model import RankModel, logits_of_rank
-from ranks import Ranks
+from helpers import architectures, chat_templates
+from helpers import tiny_checkpoints as tiny
+from helpers.rank_model import RankModel, logits_of_rank
+from helpers.ranks import Ranks
 
-from expertwire.engine.chat import Chat
-from expertwire.engine.hub_config import read_model_config
-from expertwire.engine.tokenizer import Tokenizer
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.tokenizer import Tokenizer
+from expertwire.engine.models.hub_config import read_model_config
 
 NAMES = list(architectures.all_of_them())
 LENGTHS = (1, 17, 70, 300)

@@ -4,9 +4,9 @@ import contextlib
 import re
 
 import pytest
-from hub_configs import HUB_CONFIGS, MIXTRAL_8X7B, PHI_4_MINI, read, write
+from helpers.hub_configs import HUB_CONFIGS, MIXTRAL_8X7B, PHI_4_MINI, read, write
 
-from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.models.hub_config import read_model_config
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 LLAMA_SCALING = HUB_CONFIGS["llama"]["rope_scaling"]

@@ -3,12 +3,12 @@
 from itertools import pairwise
 
 import numpy as np
-import parity
 import pytest
-import tiny_checkpoints as tiny
+from helpers import parity
+from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.models.hub_config import read_model_config
 
 BLOCK = 16
 

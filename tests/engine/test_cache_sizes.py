@@ -2,8 +2,8 @@
 
 import pytest
 
-from expertwire.engine.cache_sizes import CacheTooSmall, cache_sizes
-from expertwire.engine.config import EngineConfig
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall, cache_sizes
 from expertwire.scheduler.plan import CacheSpec
 
 BLOCK = 16

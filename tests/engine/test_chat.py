@@ -5,17 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 
-import chat_templates
 import pytest
-import tokenizer_files
-from chat_templates import CALLS, QUESTION, TOOLS, TURNS
-from fake_controller import INFO
+from helpers import chat_templates, tokenizer_files
+from helpers.chat_templates import CALLS, QUESTION, TOOLS, TURNS
+from helpers.fake_controller import INFO
 from jinja2 import meta
 
-from expertwire.engine import chat_templates as ours
-from expertwire.engine.chat import Chat
-from expertwire.engine.prompts import encode_prompt
-from expertwire.engine.tokenizer import Tokenizer
+from expertwire.engine.frontend import chat_templates as ours
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.prompts import encode_prompt
+from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
 
 CASES = {

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tiny_checkpoints as tiny
 import torch
+from helpers import tiny_checkpoints as tiny
 from safetensors.torch import load_file
 
-from expertwire.engine.checkpoint import Checkpoint
+from expertwire.engine.loader.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("shards", [1, 3])

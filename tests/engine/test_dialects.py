@@ -6,13 +6,13 @@ import json
 import re
 from pathlib import Path
 
-import chat_templates
 import pytest
-from chat_templates import CALL, CALLS, QUESTION, TOOLS, TURNS
+from helpers import chat_templates
+from helpers.chat_templates import CALL, CALLS, QUESTION, TOOLS, TURNS
 
-from expertwire.engine.chat import Chat
-from expertwire.engine.dialects import DIALECTS, PLAIN, THINKING, dialect_of
-from expertwire.engine.tokenizer import Tokenizer
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.output_formats import DIALECTS, PLAIN, THINKING, dialect_of
+from expertwire.engine.frontend.tokenizer import Tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "chat.md").read_text()
 FAMILIES = chat_templates.FAMILIES

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertwire.engine import weights
-from expertwire.engine.weight_map import ParamSpec
+from expertwire.engine.loader import weights
+from expertwire.engine.loader.weight_map import ParamSpec
 
 
 def dummy(specs, dtype=torch.float32, seed=0):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-import chat_templates
 import pytest
-import tiny_checkpoints as tiny
+from helpers import chat_templates
+from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.chat import Chat
+from expertwire.engine.frontend.chat import Chat
 
 OPTIONS = {"dtype": "float32", "threads_per_rank": 1, "launcher": "local", "kv_cache_bytes": 20_000_000}
 

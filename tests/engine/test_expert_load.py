@@ -4,14 +4,14 @@ import contextlib
 from dataclasses import fields
 
 import numpy as np
-import parity
 import pytest
-import tiny_checkpoints as tiny
 import torch
+from helpers import parity
+from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
 from expertwire.engine import controller
-from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.models.hub_config import read_model_config
 from expertwire.scheduler.plan import StepOutputs
 
 VARIANT, TOP_K, BLOCK = "qwen3_moe", 2, 16

@@ -1,10 +1,10 @@
 """The numerics mode "fast": other bits, the same model; and what does not differ stays as it is."""
 
-import architectures
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
-from rank_model import RankModel
+from helpers import architectures
+from helpers import tiny_checkpoints as tiny
+from helpers.rank_model import RankModel
 
 from expertwire import LLM, SamplingParams
 

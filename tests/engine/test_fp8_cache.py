@@ -4,22 +4,21 @@ import functools
 import shutil
 from types import SimpleNamespace
 
-import architectures
 import numpy as np
-import parity
 import pytest
-import tiny_checkpoints as tiny
 import torch
-from rank_model import RankModel
+from helpers import architectures, parity
+from helpers import tiny_checkpoints as tiny
+from helpers.rank_model import RankModel
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine import caches
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.hub_config import read_model_config
-from expertwire.engine.inspection import inspect
-from expertwire.kernels.attention import FP8
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.kv_cache import caches
+from expertwire.engine.loader.inspection import inspect
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.kernels.ops.attention import FP8
 
 VARIANT, LENGTH = "qwen3_moe", 60
 # By layer: the tensors that a checkpoint has, and the scales of keys and values that they mean.

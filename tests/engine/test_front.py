@@ -7,17 +7,17 @@ import select
 
 import numpy as np
 import pytest
-import tokenizer_files
-from fake_controller import INFO, HandController, PromptRow, Row
+from helpers import tokenizer_files
+from helpers.fake_controller import INFO, HandController, PromptRow, Row
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertwire.engine.front import Front
+from expertwire.engine.frontend.front import Front
+from expertwire.engine.frontend.outputs import EngineFailed, Logprob
+from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.stop_strings import StopStrings
+from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import Abort, AskStats, Failure, Stats, Submit
-from expertwire.engine.outputs import EngineFailed, Logprob
-from expertwire.engine.request_options import RequestOptions
-from expertwire.engine.stop_strings import StopStrings
-from expertwire.engine.tokenizer import Tokenizer
 from expertwire.scheduler.plan import FinishReason, Rejection
 from expertwire.scheduler.sampling_params import SamplingParams
 

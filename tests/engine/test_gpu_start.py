@@ -5,17 +5,18 @@ import functools
 import tempfile
 
 import pytest
-import tiny_checkpoints
 import torch
-from fake_cuda import FakeCuda
-from gpu_ranks import install, serve
+from helpers import tiny_checkpoints
+from helpers.fake_cuda import FakeCuda
+from helpers.gpu_ranks import install, serve
 
-from expertwire.comm import a2a_nvlink_gpu, backends
-from expertwire.comm.a2a_nvlink import NvlinkAllToAll
-from expertwire.comm.control import RankError
-from expertwire.deploy.ray_placement import ordinal
-from expertwire.engine import weights, worker
-from expertwire.engine.config import EngineConfig
+from expertwire.comm.all_to_all import backends, nvlink_gpu
+from expertwire.comm.all_to_all.nvlink import NvlinkAllToAll
+from expertwire.comm.control.channel import RankError
+from expertwire.deploy.ray.placement import ordinal
+from expertwire.engine import worker
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.loader import weights
 from expertwire.kernels import registry
 
 
@@ -25,7 +26,7 @@ def node(monkeypatch):
     memory = install(monkeypatch, FakeCuda(8))
     monkeypatch.setattr(worker.kernels, "choose", lambda device, **options: registry.plain())
     monkeypatch.setattr(
-        a2a_nvlink_gpu, "NvlinkGpuAllToAll", lambda spec, memories, num_programs: NvlinkAllToAll(spec, memories)
+        nvlink_gpu, "NvlinkGpuAllToAll", lambda spec, memories, num_programs: NvlinkAllToAll(spec, memories)
     )
     monkeypatch.setattr(backends.topology_probe, "load_nvml", no_nvml)
     return memory

@@ -5,9 +5,9 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from fake_graphs import FakeCapture
+from helpers.fake_graphs import FakeCapture
 
-from expertwire.engine.staging import PinnedMemory
+from expertwire.engine.runner.staging import PinnedMemory
 
 X = torch.arange(4.0)
 REFUSED = {

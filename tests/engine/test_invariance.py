@@ -1,11 +1,11 @@
 """What is computed beside a request, in which pieces, where the experts lie and what is cached does not change a bit of it."""
 
 import numpy as np
-import parity
 import pytest
-import tiny_checkpoints as tiny
 import torch
-from rank_model import RankModel
+from helpers import parity
+from helpers import tiny_checkpoints as tiny
+from helpers.rank_model import RankModel
 
 from expertwire import LLM, SamplingParams
 

@@ -1,8 +1,8 @@
 """A model with a latent and an index cache through the engine: many requests at once, prefixes that are found again."""
 
-import architectures
-import tiny_checkpoints as tiny
-from rank_model import RankModel
+from helpers import architectures
+from helpers import tiny_checkpoints as tiny
+from helpers.rank_model import RankModel
 
 from expertwire import LLM, SamplingParams
 

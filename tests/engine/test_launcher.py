@@ -1,20 +1,20 @@
 """Workers start without a guard in the user's script, are watched, and never outlive who started them."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from control_ranks import TOKEN, plan
+from helpers.control_ranks import TOKEN, plan
 
-from expertwire.comm.control import ControlHub
+from expertwire.comm.control.channel import ControlHub
 from expertwire.engine import process
 from expertwire.engine.launcher import LocalLauncher, RankFailed, WorkerSpec
 
-WORKER = "control_ranks:worker_main"
+WORKER = "helpers.control_ranks:worker_main"
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_children_survive_ctrl_c(engine):
 
 SCRIPT = """
 import os, sys, time
-from expertwire.comm.control import ControlHub
+from expertwire.comm.control.channel import ControlHub
 from expertwire.engine.launcher import LocalLauncher, WorkerSpec
 
 print("imported", flush=True)
@@ -122,7 +122,7 @@ time.sleep({stay})
 )
 def test_an_unguarded_script_can_start_workers_and_they_end_with_it(tmp_path, stay, fork):
     script = tmp_path / "script.py"
-    tests = os.path.dirname(sys.modules["control_ranks"].__file__)
+    tests = str(Path(__file__).parents[1])
     script.write_text(SCRIPT.format(tests=tests, worker=WORKER, stay=stay, fork=fork))
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "imported\n"

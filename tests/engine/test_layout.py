@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expertwire.engine import weights
-from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.family import DEFAULT_NAMES, Names
 from expertwire.engine.layers import experts
-from expertwire.engine.layout import Layout
-from expertwire.engine.model_config import Moe, Quantization
+from expertwire.engine.loader import weights
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.layout import Layout
+from expertwire.engine.models.family import DEFAULT_NAMES, Names
+from expertwire.engine.models.model_config import Moe, Quantization
 from expertwire.kernels.formats import Quantized, dequantize
 
 E, D, F = 4, 64, 160  # F is no multiple of a block of 128

@@ -4,12 +4,13 @@ import functools
 from pathlib import Path
 
 import pytest
-import tiny_checkpoints as tiny
 import torch
+from helpers import tiny_checkpoints as tiny
 
-from expertwire.engine import loading, memory, weights
-from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.kv_cache import memory
 from expertwire.engine.layers.step import RankContext
+from expertwire.engine.loader import loading, weights
+from expertwire.engine.models.hub_config import read_model_config
 from expertwire.kernels import registry
 
 CONFIGS = Path(__file__).parents[2] / "bench" / "configs"

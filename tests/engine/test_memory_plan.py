@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from expertwire.engine.inspection import inspect
+from expertwire.engine.loader.inspection import inspect
 
 CONFIGS = Path(__file__).parents[2] / "bench" / "configs"
 H200 = 143_771 << 20  # as the driver tells it

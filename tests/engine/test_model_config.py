@@ -6,13 +6,22 @@ import sys
 from dataclasses import replace
 
 import pytest
-import tiny_checkpoints as tiny
-from hub_configs import HUB_CONFIGS, MINISTRAL_3_8B, MIXTRAL_8X7B, PHI_4_MINI, QWEN3_8B, QWEN3_30B_A3B, read, write
+from helpers import tiny_checkpoints as tiny
+from helpers.hub_configs import (
+    HUB_CONFIGS,
+    MINISTRAL_3_8B,
+    MIXTRAL_8X7B,
+    PHI_4_MINI,
+    QWEN3_8B,
+    QWEN3_30B_A3B,
+    read,
+    write,
+)
 
-from expertwire.engine.hub_config import read_model_config
-from expertwire.engine.model_config import Attention, Layer, Mlp, ModelConfig, Moe, Quantization
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.model_config import Attention, Layer, Mlp, ModelConfig, Moe, Quantization
 from expertwire.engine.models.registry import FAMILIES
-from expertwire.kernels.variants import Linear, Llama3, LongRope, Rope, Yarn
+from expertwire.kernels.ops.variants import Linear, Llama3, LongRope, Rope, Yarn
 
 
 def test_mixtral_8x7b(tmp_path):
@@ -266,5 +275,5 @@ def test_the_wanted_dtype_replaces_the_stored_one(tmp_path):
 
 
 def test_torch_is_not_imported():
-    code = "import sys, expertwire.engine.checkpoint, expertwire.engine.hub_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, expertwire.engine.loader.checkpoint, expertwire.engine.models.hub_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

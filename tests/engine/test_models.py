@@ -1,11 +1,11 @@
 """Every family gives the logits and the tokens that transformers gives: representatives of `test_models_full.py`."""
 
 import numpy as np
-import parity
 import pytest
-import tiny_checkpoints as tiny
 import torch
-from rank_model import RankModel
+from helpers import parity
+from helpers import tiny_checkpoints as tiny
+from helpers.rank_model import RankModel
 
 from expertwire import LLM
 

@@ -1,7 +1,7 @@
 """The whole matrix against transformers: families, ranks, chunking, batching, replicas, launchers."""
 
-import parity
 import pytest
+from helpers import parity
 
 from expertwire import LLM
 

@@ -2,17 +2,17 @@
 
 import json
 
-import architectures
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
-from rank_model import RankModel
-from ranks import Ranks
+from helpers import architectures
+from helpers import tiny_checkpoints as tiny
+from helpers.rank_model import RankModel
+from helpers.ranks import Ranks
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from expertwire.engine.inspection import inspect
+from expertwire.engine.loader.inspection import inspect
 from expertwire.kernels import formats
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])

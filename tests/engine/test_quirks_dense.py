@@ -7,18 +7,18 @@ import functools
 import json
 from dataclasses import replace
 
-import architectures
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
-from quirks import attention, rope, scaling, unread
-from rank_model import RankModel
+from helpers import architectures
+from helpers import tiny_checkpoints as tiny
+from helpers.quirks import attention, rope, scaling, unread
+from helpers.rank_model import RankModel
 from safetensors.torch import load_file, save_file
 
-from expertwire.bench import rank_model as bench_rank_model
-from expertwire.engine.hub_config import read_model_config
-from expertwire.kernels.variants import LongRope
+from expertwire.bench.serving import rank_model as bench_rank_model
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.kernels.ops.variants import LongRope
 
 NUM_TOKENS = 150
 AGREES, DIFFERS = 1e-3, 1e-2

@@ -9,19 +9,20 @@ import json
 import shutil
 from dataclasses import replace
 
-import architectures
-import architectures_latent as latent
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
-from quirks import attention, moe, rope, scaling, unread
-from rank_model import RankModel
+from helpers import architectures
+from helpers import architectures_latent as latent
+from helpers import tiny_checkpoints as tiny
+from helpers.quirks import attention, moe, rope, scaling, unread
+from helpers.rank_model import RankModel
 
-from expertwire.bench import rank_model as bench_rank_model
-from expertwire.engine.hub_config import read_model_config
-from expertwire.kernels import registry, rotary
-from expertwire.kernels.variants import Rope, Yarn
+from expertwire.bench.serving import rank_model as bench_rank_model
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.kernels import registry
+from expertwire.kernels.ops import rotary
+from expertwire.kernels.ops.variants import Rope, Yarn
 
 LENGTH = 90  # beyond YaRN's and the query scaling's 64 positions, and the 32 that an indexer chooses
 AGREE, DIFFER, ROUTER_MARGIN = 1e-3, 1e-2, 2e-4
@@ -119,16 +120,16 @@ def last_numbers_rotated(ops):
     def rotate(q_THd, k_Td, norm, eps, tables, *more, **options):
         size = tables[0].shape[1]
         q_THd, k_Td, *norm = (x.roll(size, -1).contiguous() for x in (q_THd, k_Td, *norm))
-        return ops.rotate_and_store_index(q_THd, k_Td, tuple(norm), eps, tables, *more, **options)
+        return ops.rope_and_cache_index(q_THd, k_Td, tuple(norm), eps, tables, *more, **options)
 
-    return {"rotate_and_store_index": rotate}
+    return {"rope_and_cache_index": rotate}
 
 
 def unbiased_norm(ops):
     def rotate(q_THd, k_Td, norm, *more, **options):
-        return ops.rotate_and_store_index(q_THd, k_Td, (norm[0], torch.zeros_like(norm[1])), *more, **options)
+        return ops.rope_and_cache_index(q_THd, k_Td, (norm[0], torch.zeros_like(norm[1])), *more, **options)
 
-    return {"rotate_and_store_index": rotate}
+    return {"rope_and_cache_index": rotate}
 
 
 def equal_index_heads(ops):

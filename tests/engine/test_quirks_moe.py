@@ -9,19 +9,19 @@ import json
 import math
 from dataclasses import dataclass, replace
 
-import architectures
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
-from quirks import attention, moe, rope, scaling, unread
-from rank_model import RankModel
+from helpers import architectures
+from helpers import tiny_checkpoints as tiny
+from helpers.quirks import attention, moe, rope, scaling, unread
+from helpers.rank_model import RankModel
 
-from expertwire.bench import rank_model as bench_rank_model
-from expertwire.engine.hub_config import read_model_config
-from expertwire.engine.model_config import QueryScaling
+from expertwire.bench.serving import rank_model as bench_rank_model
 from expertwire.engine.models import registry
-from expertwire.kernels.variants import Activation
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.model_config import QueryScaling
+from expertwire.kernels.ops.variants import Activation
 
 NUM_TOKENS = 70
 AGREES, DIFFERS = 1e-3, 1e-2

@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 import pytest
 
-from expertwire.comm.control import ChannelClosed
+from expertwire.comm.control.channel import ChannelClosed
 from expertwire.engine.rank_loop import Launched, serve
 from expertwire.scheduler.plan import StepPlan, StepResult
 

@@ -4,12 +4,12 @@ import threading
 
 import pytest
 import torch
-from fake_uploads import FakeEvent, FakeUploads
+from helpers.fake_uploads import FakeEvent, FakeUploads
 from safetensors.torch import save_file
 
-from expertwire.engine import reading
-from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.weight_map import Destination
+from expertwire.engine.loader import reading
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.weight_map import Destination
 
 CHUNK = 48  # bytes
 

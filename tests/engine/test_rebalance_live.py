@@ -4,16 +4,16 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
-import parity
 import pytest
-import tiny_checkpoints as tiny
+from helpers import parity
+from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.models.hub_config import read_model_config
 from expertwire.engine.rebalancing import Rebalancing
-from expertwire.moe.load import ExpertLoad
-from expertwire.moe.placement import place
+from expertwire.moe.eplb.load import ExpertLoad
+from expertwire.moe.eplb.placement import place
 
 ROUNDS, NUM_OUTPUT = 2, 32
 TOP_K = 2

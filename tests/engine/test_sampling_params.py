@@ -1,12 +1,12 @@
 """What a client may ask of sampling, through the engine, against the definitions applied by hand to the reference's logits."""
 
 import numpy as np
-import parity
 import pytest
-import tiny_checkpoints as tiny
+from helpers import parity
+from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
-from expertwire.kernels.sampling import uniform
+from expertwire.kernels.ops.sampling import uniform
 
 FOLDER = tiny.cached("qwen3_moe")
 VOCAB = 320

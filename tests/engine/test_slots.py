@@ -1,11 +1,11 @@
 """Several named caches on one rank of the CPU, from the scheduler's plans to what a model sees in them."""
 
-import cache_model
 import pytest
-from cache_model import SIZES, SPECS, CacheModel
+from helpers import cache_model
+from helpers.cache_model import SIZES, SPECS, CacheModel
 
-from expertwire.engine.runner import Runner
-from expertwire.engine.slots import Slots
+from expertwire.engine.runner.runner import Runner
+from expertwire.engine.runner.slots import Slots
 
 NEEDED = tuple(1 + spec.most_blocks(SIZES["block_size"], SIZES["max_model_len"], 16) for spec in SPECS)
 

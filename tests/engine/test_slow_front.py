@@ -2,12 +2,12 @@
 
 import time
 
-import tiny_checkpoints as tiny
+from helpers import tiny_checkpoints as tiny
 
 from expertwire import SamplingParams
-from expertwire.engine.config import EngineConfig
+from expertwire.engine.config.engine import EngineConfig
 from expertwire.engine.engine import Engine
-from expertwire.engine.front import Front
+from expertwire.engine.frontend.front import Front
 from expertwire.engine.launcher import LocalLauncher
 
 NUM_REQUESTS = 10

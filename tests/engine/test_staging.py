@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fake_device import FakePinnedMemory
-from fake_streams import FakeEvent, FakeStreams, StreamOrderError
+from helpers.fake_device import FakePinnedMemory
+from helpers.fake_streams import FakeEvent, FakeStreams, StreamOrderError
 
-from expertwire.engine.staging import Downloads, PinnedMemory, PlainMemory, Uploads
+from expertwire.engine.runner.staging import Downloads, PinnedMemory, PlainMemory, Uploads
 
 
 def test_arrays_keep_their_shapes_and_dtypes():

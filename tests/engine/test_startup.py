@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_cuda import FakeCuda
+from helpers.fake_cuda import FakeCuda
 
-from expertwire.comm.control import RankTimeout
-from expertwire.engine import controller, memory_plan
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.memory_plan import Measured, MemoryPlan
+from expertwire.comm.control.channel import RankTimeout
+from expertwire.engine import controller
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.kv_cache import memory_plan
+from expertwire.engine.kv_cache.memory_plan import Measured, MemoryPlan
 from expertwire.engine.startup import Orders, start_ranks
 
 GB = 10**9

@@ -8,12 +8,11 @@ import random
 from collections import Counter
 from itertools import pairwise
 
-import chat_templates
 import pytest
-import tokenizer_files
+from helpers import chat_templates, tokenizer_files
 
-from expertwire.engine.chat import Chat
-from expertwire.engine.tokenizer import Tokenizer
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.tokenizer import Tokenizer
 
 regex = pytest.importorskip("regex")
 

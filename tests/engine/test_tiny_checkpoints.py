@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
+from helpers import tiny_checkpoints as tiny
 
-from expertwire.engine.checkpoint import Checkpoint
+from expertwire.engine.loader.checkpoint import Checkpoint
 
 VARIANTS = [
     ("mixtral", {}),

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-import tokenizer_files
+from helpers import tokenizer_files
 
-from expertwire.engine.chat import Chat
-from expertwire.engine.tokenizer import Tokenizer
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.tokenizer import Tokenizer
 
 TEXTS = [
     "The quick brown fox",
@@ -192,5 +192,7 @@ class TestBadFiles:
 
 
 def test_fronts_do_not_import_torch():
-    code = "import sys; import expertwire.engine.front; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    code = (
+        "import sys; import expertwire.engine.frontend.front; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

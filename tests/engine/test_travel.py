@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expertwire.engine import travel
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.hub_config import read_model_config
+from expertwire.engine.config import dispatch_dtype
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.models.hub_config import read_model_config
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
@@ -35,7 +35,9 @@ def model(tmp_path):
 
 def sends_fp8(folder, *, on_gpu=True, **options):
     options = {"ep_size": 2} | options
-    return travel.sends_fp8(EngineConfig(model=folder, **options), read_model_config(folder, "auto"), on_gpu=on_gpu)
+    return dispatch_dtype.sends_fp8(
+        EngineConfig(model=folder, **options), read_model_config(folder, "auto"), on_gpu=on_gpu
+    )
 
 
 def test_by_oneself_where_every_layer_quantises_rows_just_so(model):
@@ -61,4 +63,4 @@ def test_layers_that_are_not_quantised_are_named(model, asked_by):
     message = "^dispatch_dtype 'fp8' needs, on a GPU, .* in every layer, and the checkpoint has those of layers 0, 2 as they are"
     options = {"dispatch_dtype": "fp8", "device": "cuda", "ep_size": 2}
     with pytest.raises(ValueError, match=message):
-        travel.check(EngineConfig(model=folder, **options), read_model_config(folder, "auto"))
+        dispatch_dtype.check(EngineConfig(model=folder, **options), read_model_config(folder, "auto"))

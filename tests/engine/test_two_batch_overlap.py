@@ -2,21 +2,20 @@
 
 from types import SimpleNamespace
 
-import architectures
 import numpy as np
-import parity
 import pytest
 import test_rebalance_live as live
-import tiny_checkpoints as tiny
+from helpers import architectures, parity
+from helpers import tiny_checkpoints as tiny
+from helpers.rank_model import RankModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_model import RankModel
 
 from expertwire import LLM
-from expertwire.engine.batch import in_parts
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.slot_states import Scheduled
-from expertwire.engine.slots import Slots
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.runner.batch import in_parts
+from expertwire.engine.runner.slot_states import Scheduled
+from expertwire.engine.runner.slots import Slots
 from expertwire.scheduler.plan import CacheSpec
 
 # One for each kind of attention and of mixture.

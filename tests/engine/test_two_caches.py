@@ -1,10 +1,10 @@
 """A model with a cache of everything and one of a window, through the engine: pools that are too small for all, and prefixes that
 are found again, give transformers' greedy tokens."""
 
-import architectures
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
+from helpers import architectures
+from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
 

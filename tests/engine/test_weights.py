@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny_checkpoints as tiny
 import torch
+from helpers import tiny_checkpoints as tiny
 from safetensors.torch import load_file, save_file
 
-from expertwire.engine import reading, weights
-from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.weight_map import Destination, ParamSpec
+from expertwire.engine.loader import reading, weights
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.weight_map import Destination, ParamSpec
 
 # A little model: D width 6, F expert width 5, E 4 experts, fused query and value (4 + 2 rows), one replicated expert.
 D, F, E = 6, 5, 4

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from expertwire.bench import kernels, kernels_parts
-from expertwire.bench.kernels_work import Draw, run_item
+from expertwire.bench.kernels import parts as kernels_parts
+from expertwire.bench.kernels import run as kernels
+from expertwire.bench.kernels.work import Draw, run_item
 from expertwire.kernels.gpu.device import describe
 
 pytestmark = pytest.mark.gpu

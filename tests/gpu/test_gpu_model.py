@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from expertwire.bench import one_rank_checks
+from expertwire.bench.first_contact import one_rank_checks
 
 pytestmark = pytest.mark.gpu
 

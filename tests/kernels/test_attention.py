@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import attention, registry, rms_norm, rotary
-from expertwire.kernels.variants import Rope
+from expertwire.kernels import registry
+from expertwire.kernels.ops import attention, rms_norm, rotary
+from expertwire.kernels.ops.variants import Rope
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -137,7 +138,7 @@ def rotated(x, positions, interleaved):
 @pytest.mark.parametrize("num_tokens", [0, 1, 9])
 @pytest.mark.parametrize("size", [DIM, 8, 6, 0])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rotate_and_store(ops, dtype, with_norm, num_tokens, size, interleaved):
+def test_rope_and_cache(ops, dtype, with_norm, num_tokens, size, interleaved):
     generator = torch.Generator().manual_seed(1)
     qkv = torch.randn(num_tokens, HEADS + 2 * KV_HEADS, DIM, generator=generator).to(dtype)
     norm = (1 + 0.3 * torch.randn(HEADS + KV_HEADS, DIM, generator=generator)).to(dtype) if with_norm else None
@@ -146,7 +147,7 @@ def test_rotate_and_store(ops, dtype, with_norm, num_tokens, size, interleaved):
     k, v = (torch.randn(5, BLOCK, KV_HEADS, DIM, generator=generator).to(dtype) for _ in range(2))
     caches = k.clone(), v.clone()
     tables = rotary.tables(500, Rope(theta=1e4, size=size), "cpu")
-    q = ops.rotate_and_store(qkv, norm, 1e-6, tables, positions, slots, *caches, interleaved=interleaved)
+    q = ops.rope_and_cache(qkv, norm, 1e-6, tables, positions, slots, *caches, interleaved=interleaved)
 
     heads = qkv[:, : HEADS + KV_HEADS].float()
     if with_norm:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import attention, registry
+from expertwire.kernels import registry
+from expertwire.kernels.ops import attention
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 ATTEND = {"spec": attention.reference, **{name: ops.attend for name, ops in OPS.items()}}

@@ -12,16 +12,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 import torch
-from fake_cuda import FakeCuda, OnCpu
-from fake_graphs import FakeCapture
-from fake_launches import FakeLaunches
-from fake_streams import FakeEvent, FakeStreams, StreamOrderError
-from launched_runner import NUM_BLOCKS, SIZES, build
+from helpers.fake_cuda import FakeCuda, OnCpu
+from helpers.fake_graphs import FakeCapture
+from helpers.fake_launches import FakeLaunches
+from helpers.fake_streams import FakeEvent, FakeStreams, StreamOrderError
+from helpers.launched_runner import NUM_BLOCKS, SIZES, build
 
-from expertwire.engine import device_graphs
-from expertwire.engine.decoder import Decoder
-from expertwire.engine.device_graphs import Captured
-from expertwire.engine.device_runner import DeviceRunner
+from expertwire.engine.models.decoder import Decoder
+from expertwire.engine.runner import cuda_graphs
+from expertwire.engine.runner.cuda_graphs import Captured
+from expertwire.engine.runner.device_runner import DeviceRunner
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -152,7 +152,7 @@ def test_what_is_done_before_a_capture_is_ordered_too(streams, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph, raising=False)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    capture = device_graphs.cuda(lambda: meetings.append(len(captures)))
+    capture = cuda_graphs.cuda(lambda: meetings.append(len(captures)))
     _, runner = build(2, MAX_TOKENS, capture, device=DEVICE, num_parts=2)
     runner.warm_up(max_num_tokens=MAX_TOKENS, max_running=MAX_RUNNING)
     assert len(captures) > 3

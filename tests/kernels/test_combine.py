@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import combine, registry
+from expertwire.kernels import registry
+from expertwire.kernels.ops import combine
 
 COMBINES = {"spec": combine.reference, "cpu": registry.choose("cpu").combine, "torch": registry.plain().combine}
 

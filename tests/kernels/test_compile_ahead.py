@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_checkpoints as tiny
 import torch
+from helpers import tiny_checkpoints as tiny
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -14,12 +14,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-from expertwire.comm import arena
-from expertwire.comm.a2a_nvlink_gpu import NvlinkGpuAllToAll
-from expertwire.engine import precompile
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.decoder import Decoder
-from expertwire.engine.hub_config import read_model_config
+from expertwire.comm.all_to_all import symmetric_buffer as arena
+from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.models.decoder import Decoder
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.runner import precompile
 from expertwire.kernels.gpu import compile_ahead, rms_norm
 from expertwire.kernels.gpu.compile import absent_gpu
 from expertwire.kernels.gpu.device import H200

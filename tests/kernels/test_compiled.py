@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from expertwire.bench import kernels_report
+from expertwire.bench.kernels import report as kernels_report
 from expertwire.kernels.gpu import compile as ahead_of_time
 
 CASES = ahead_of_time.every_case()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import experts, registry
+from expertwire.kernels import registry
+from expertwire.kernels.ops import experts
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 DTYPES = [torch.float32, torch.bfloat16]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import experts, formats, linear
+from expertwire.kernels import formats
 from expertwire.kernels.cpu import elementwise, routing
-from expertwire.kernels.variants import Activation
+from expertwire.kernels.ops import experts, linear
+from expertwire.kernels.ops.variants import Activation
 
 DTYPES = [torch.float32, torch.bfloat16]
 FORMATS = ("dense", *formats.FORMATS)

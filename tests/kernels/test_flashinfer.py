@@ -4,17 +4,16 @@ import inspect
 import json
 from dataclasses import replace
 
-import fake_flashinfer
-import flashinfer_signatures
-import hub_configs
 import pytest
 import torch
-from paged_scenes import BATCHES, scene
+from helpers import fake_flashinfer, flashinfer_signatures, hub_configs
+from helpers.paged_scenes import BATCHES, scene
 
-from expertwire.engine import attention_backend
-from expertwire.engine.config import EngineConfig
-from expertwire.kernels import attention, mla, registry
+from expertwire.engine.config import attention_backend
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.kernels import registry
 from expertwire.kernels.gpu.device import H200
+from expertwire.kernels.ops import attention, mla
 
 
 @pytest.fixture

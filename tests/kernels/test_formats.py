@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from expertwire.kernels import formats, linear
+from expertwire.kernels import formats
 from expertwire.kernels.formats import Quantized, dequantize, quantize
+from expertwire.kernels.ops import linear
 
 E4M3 = torch.tensor(
     [

@@ -7,11 +7,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from expertwire.kernels import attention, mla, registry, rotary
+from expertwire.kernels import registry
 from expertwire.kernels.cpu import vectors
 from expertwire.kernels.cpu.numbers import allocating_jit, as_array, load, round_like
 from expertwire.kernels.cpu.rows import divide_row, put_row
-from expertwire.kernels.variants import Rope
+from expertwire.kernels.ops import attention, mla, rotary
+from expertwire.kernels.ops.variants import Rope
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -157,7 +158,7 @@ def test_what_is_stored_are_the_bytes_of_the_reference(dtype):
     assert (expected[0].float().abs() == 448).any(), "nothing saturates"
     for ops in OPS.values():
         caches = [torch.zeros(5, BLOCK, KV_HEADS, DIM, dtype=FP8) for _ in range(2)]
-        ops.rotate_and_store(qkv, None, 1e-6, tables, positions, slots, *caches, kv_scales_2G=SCALES)
+        ops.rope_and_cache(qkv, None, 1e-6, tables, positions, slots, *caches, kv_scales_2G=SCALES)
         for cache, rows in zip(caches, expected, strict=True):
             stored = cache.view(torch.uint8).flatten(0, 1)
             assert torch.equal(stored[slots], rows.view(torch.uint8))
@@ -175,8 +176,8 @@ def test_what_is_stored_is_what_a_cache_of_the_queries_dtype_would_hold(dtype, i
     for ops in OPS.values():
         plain, fp8 = ([torch.zeros(5, BLOCK, KV_HEADS, DIM, dtype=kind) for _ in range(2)] for kind in (dtype, FP8))
         arguments = qkv, norm, 1e-6, tables, positions, slots
-        before = ops.rotate_and_store(*arguments, *plain, interleaved=interleaved)
-        after = ops.rotate_and_store(*arguments, *fp8, interleaved=interleaved, kv_scales_2G=SCALES)
+        before = ops.rope_and_cache(*arguments, *plain, interleaved=interleaved)
+        after = ops.rope_and_cache(*arguments, *fp8, interleaved=interleaved, kv_scales_2G=SCALES)
         assert torch.equal(before, after), "queries are not quantised"
         for cache, rows, scale in zip(fp8, plain, SCALES, strict=True):
             expected = attention.quantize(rows, scale[:, None], FP8)
@@ -193,8 +194,8 @@ def test_latents(dtype):
     for ops in OPS.values():
         plain, fp8 = (torch.zeros(5, BLOCK, 48, dtype=kind) for kind in (dtype, FP8))
         arguments = q, kv, norm, 1e-6, tables, positions, slots
-        before = ops.rotate_and_store_latent(*arguments, plain)
-        assert torch.equal(ops.rotate_and_store_latent(*arguments, fp8, kv_scale=scale), before)
+        before = ops.rope_and_cache_latent(*arguments, plain)
+        assert torch.equal(ops.rope_and_cache_latent(*arguments, fp8, kv_scale=scale), before)
         assert torch.equal(fp8.view(torch.uint8), attention.quantize(plain, scale, FP8).view(torch.uint8))
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import attention, linear, registry, rotary
-from expertwire.kernels.variants import Rope
+from expertwire.kernels import registry
+from expertwire.kernels.ops import attention, linear, rotary
+from expertwire.kernels.ops.variants import Rope
 
 OPS = registry.choose("cpu")
 HEADS, KV_HEADS, DIM, WIDTH, BLOCK, LONGEST = 6, 2, 32, 96, 16, 100
@@ -78,7 +79,7 @@ def check(dtype, with_norm, with_bias, name, pairs, options, size=DIM):
 
     expected_k, expected_v = k.clone(), v.clone()
     qkv_Thd = qkv(normed).unflatten(1, (-1, DIM))
-    q = OPS.rotate_and_store(qkv_Thd, qk_norm, EPS, tables, positions, slots, expected_k, expected_v, **pairs)
+    q = OPS.rope_and_cache(qkv_Thd, qk_norm, EPS, tables, positions, slots, expected_k, expected_v, **pairs)
     attended = OPS.attend(q, expected_k, expected_v, seqs, **options).flatten(1)
     expected = OPS.add_rms_norm(x, output(attended), norm, EPS)
 

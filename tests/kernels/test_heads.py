@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertwire.kernels import heads
+from expertwire.kernels.ops import heads
 
 SHAPES = {"packed": (3, 64, 40), "wide": (2, 96, 256), "library": (3, 24, 64)}  # H, K, N
 

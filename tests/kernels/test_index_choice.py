@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import attention, index, registry
+from expertwire.kernels import registry
+from expertwire.kernels.ops import attention, index
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 # (queries, known tokens) of each sequence; single queries first.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertwire.kernels import linear
+from expertwire.kernels.ops import linear
 
 ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
 SHAPES = [(320, 64), (64, 320), (8, 64), (20, 32), (60, 96), (96, 24), (33, 17), (1, 5), (256, 512)]  # outputs, inputs

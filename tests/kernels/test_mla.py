@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import attention, mla, rotary
-from expertwire.kernels.variants import Rope
+from expertwire.kernels.ops import attention, mla, rotary
+from expertwire.kernels.ops.variants import Rope
 
 HEADS, RANK, ROTATED, NOPE, VALUE, BLOCK, WIDTH = 3, 16, 8, 12, 10, 4, 20
 EPS, SCALE, THETA = 1e-6, (NOPE + ROTATED) ** -0.5, 1e4
@@ -65,7 +65,7 @@ def test_absorbed_form_is_that_of_the_paper(batch, interleaved):
         x_TD = torch.randn(length, WIDTH, generator=generator)
         q_THn = torch.einsum("hnd,td->thn", project, x_TD)
         positions = torch.arange(length)
-        rotated = mla.rotate_and_store(
+        rotated = mla.rope_and_cache(
             q_THn[:, :, NOPE:],
             x_TD @ down.T,
             norm,

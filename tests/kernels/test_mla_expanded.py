@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_mla_ops import OPS, SCALE, TOLERANCE, scene
 
-from expertwire.kernels import attention, mla
+from expertwire.kernels.ops import attention, mla
 
 RANK, ROTATED, PLAIN = 32, 16, 24
 BATCH = [(1, 30), (1, 5), (1, 64), (5, 5), (40, 64), (30, 41)]

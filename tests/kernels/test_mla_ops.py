@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import attention, index, mla, registry, rotary
-from expertwire.kernels.variants import Rope
+from expertwire.kernels import registry
+from expertwire.kernels.ops import attention, index, mla, rotary
+from expertwire.kernels.ops.variants import Rope
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
@@ -128,7 +129,7 @@ def test_no_queries():
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rank", "size"), [(32, 16), (24, 8), (7, 2)])
-def test_rotate_and_store_latent(dtype, interleaved, rank, size):
+def test_rope_and_cache_latent(dtype, interleaved, rank, size):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(9, 3, 11 + size, generator=generator).to(dtype)[:, :, 11:]
     kv = torch.randn(9, rank + size, generator=generator).to(dtype)
@@ -137,7 +138,7 @@ def test_rotate_and_store_latent(dtype, interleaved, rank, size):
     positions, slots = torch.randint(0, 200, (9,), generator=generator), torch.randperm(20, generator=generator)[:9]
     caches = [torch.full((5, 4, rank + size), 7.0, dtype=dtype) for _ in OPS]
     found = [
-        ops.rotate_and_store_latent(q, kv, norm, EPS, tables, positions, slots, cache, interleaved=interleaved)
+        ops.rope_and_cache_latent(q, kv, norm, EPS, tables, positions, slots, cache, interleaved=interleaved)
         for ops, cache in zip(OPS.values(), caches, strict=True)
     ]
     close = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-9}}[dtype]
@@ -149,7 +150,7 @@ def test_rotate_and_store_latent(dtype, interleaved, rank, size):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "size"), [(16, 8), (24, 24), (9, 2), (8, 0)])
-def test_rotate_and_store_index(dtype, interleaved, dim, size):
+def test_rope_and_cache_index(dtype, interleaved, dim, size):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(shape, generator=generator).to(dtype) for shape in ((9, 3, dim), (9, dim)))
     norm = [torch.randn(dim, generator=generator).to(dtype) for _ in range(2)]
@@ -157,7 +158,7 @@ def test_rotate_and_store_index(dtype, interleaved, dim, size):
     positions, slots = torch.randint(0, 200, (9,), generator=generator), torch.randperm(20, generator=generator)[:9]
     caches = [torch.full((5, 4, dim), 7.0, dtype=dtype) for _ in OPS]
     found = [
-        ops.rotate_and_store_index(q, k, norm, EPS, tables, positions, slots, cache, interleaved=interleaved)
+        ops.rope_and_cache_index(q, k, norm, EPS, tables, positions, slots, cache, interleaved=interleaved)
         for ops, cache in zip(OPS.values(), caches, strict=True)
     ]
     close = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-8}}[dtype]
@@ -179,5 +180,5 @@ def test_an_index_key_with_a_negative_slot_is_not_stored():
     cache, norm = torch.zeros(3, 4, 8), (torch.ones(8), torch.zeros(8))
     q, k, tables = torch.ones(3, 2, 8), torch.randn(3, 8), rotary.tables(9, Rope(theta=1e4, size=4), "cpu")
     slots = torch.tensor([5, -1, -1])
-    index.rotate_and_store(q, k, norm, EPS, tables, torch.tensor([1, 2, 3]), slots, cache)
+    index.rope_and_cache(q, k, norm, EPS, tables, torch.tensor([1, 2, 3]), slots, cache)
     assert cache.flatten(0, 1).any(1).nonzero().flatten().tolist() == [5]

@@ -12,15 +12,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 import torch
-from cache_model import SPECS
-from fake_graphs import FakeCapture
-from fake_launches import FakeLaunches
-from launched_runner import MAX_RUNNING, NUM_BLOCKS, SIZES, build
+from helpers.cache_model import SPECS
+from helpers.fake_graphs import FakeCapture
+from helpers.fake_launches import FakeLaunches
+from helpers.launched_runner import MAX_RUNNING, NUM_BLOCKS, SIZES, build
 
-from expertwire.engine.decoder import Decoder
-from expertwire.engine.device_graphs import Captured
-from expertwire.engine.device_slots import DeviceSlots
-from expertwire.kernels import attention
+from expertwire.engine.models.decoder import Decoder
+from expertwire.engine.runner.cuda_graphs import Captured
+from expertwire.engine.runner.device_slots import DeviceSlots
+from expertwire.kernels.ops import attention
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -97,7 +97,7 @@ def results_of(plan, rank, result):
 
 
 def nothing(plan, rank, slot_O, like):
-    from expertwire.engine import logprobs
+    from expertwire.engine.runner import logprobs
     from expertwire.scheduler.plan import StepResult
 
     fields = logprobs.fields((), np.full(len(slot_O), -1), 1) | logprobs.no_prompt_rows()

@@ -2,7 +2,7 @@
 
 import torch
 
-from expertwire.kernels import permute
+from expertwire.kernels.ops import permute
 
 
 def test_rows_are_sorted_by_expert_then_token_then_k():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertwire.kernels import quantize
+from expertwire.kernels.ops import quantize
 
 
 @pytest.mark.parametrize("group", [32, 128, 512])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from expertwire.kernels import registry, rms_norm
+from expertwire.kernels import registry
+from expertwire.kernels.ops import rms_norm
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 SHAPES = [(0, 64), (1, 64), (5, 33), (300, 8), (2, 1)]

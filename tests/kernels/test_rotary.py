@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from expertwire.kernels import rotary
-from expertwire.kernels.variants import Rope
+from expertwire.kernels.ops import rotary
+from expertwire.kernels.ops.variants import Rope
 
 
 @pytest.mark.parametrize("dim", [2, 24, 128])

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from expertwire.kernels import rotary
-from expertwire.kernels.variants import Linear, Llama3, LongRope, Rope, Yarn
+from expertwire.kernels.ops import rotary
+from expertwire.kernels.ops.variants import Linear, Llama3, LongRope, Rope, Yarn
 
 DEEPSEEK = {"factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0}
 # Phi-4-mini's lists rise from 1 over 48 pairs; any other rising ones tell as much.

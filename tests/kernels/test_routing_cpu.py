@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from expertwire.kernels import registry, routing
-from expertwire.kernels.variants import Groups
+from expertwire.kernels import registry
+from expertwire.kernels.ops import routing
+from expertwire.kernels.ops.variants import Groups
 
 OPS = registry.cpu()
 GROUPS = {

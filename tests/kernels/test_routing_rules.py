@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from expertwire.kernels import combine, routing
+from expertwire.kernels.ops import combine, routing
 
 EXPERTS, TOP_K = 64, 6
 GROUPS = {"n_group": 8, "topk_group": 3}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import sampling
+from expertwire.kernels.ops import sampling
 
 VOCAB, DRAWS = 50, 40_000
 LOGITS = (1.5 * np.random.default_rng(0).standard_normal(VOCAB)).astype(np.float32)

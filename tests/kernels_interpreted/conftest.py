@@ -7,7 +7,7 @@ import pytest
 
 def pytest_configure():
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from expertwire.bench import interpreter
+        from expertwire.bench.kernels import interpreter
 
         interpreter.prepare()
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from paged_scenes import BATCHES, TOLERANCE, scene
+from helpers.paged_scenes import BATCHES, TOLERANCE, scene
 
-from expertwire.kernels import attention
 from expertwire.kernels.gpu import attention as gpu
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.splits import sharing_programs
+from expertwire.kernels.ops import attention
 
 DEVICE = Device(arch=90, num_sms=1)
 TILES = gpu.Tiles(single_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)

@@ -1,11 +1,11 @@
 """Several named caches where a GPU computes: tables on the device, steps that run ahead, the kernel that looks rows up."""
 
-import cache_model
 import torch
-from cache_model import SIZES, SPECS, CacheModel
+from helpers import cache_model
+from helpers.cache_model import SIZES, SPECS, CacheModel
 
-from expertwire.engine.device_runner import DeviceRunner
-from expertwire.engine.device_slots import DeviceSlots
+from expertwire.engine.runner.device_runner import DeviceRunner
+from expertwire.engine.runner.device_slots import DeviceSlots
 from expertwire.kernels.gpu.batch import look_up
 
 

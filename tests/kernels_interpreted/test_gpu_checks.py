@@ -1,15 +1,15 @@
 """What a GPU's first run compares, in the interpreter: caches, and FlashInfer's attention (a strict fake) beside ours."""
 
-import fake_flashinfer
 import pytest
 import torch
+from helpers import fake_flashinfer
 
-from expertwire.bench import kernels_checks_caches, kernels_flashinfer
-from expertwire.bench.kernels_attention import Heads
-from expertwire.bench.kernels_work import Draw, run_item
+from expertwire.bench.kernels import checks_caches, flashinfer
+from expertwire.bench.kernels.attention import Heads
+from expertwire.bench.kernels.work import Draw, run_item
 from expertwire.kernels.gpu.device import describe
 
-ITEMS = {item.key: item for item in kernels_checks_caches.items(True, True)}
+ITEMS = {item.key: item for item in checks_caches.items(True, True)}
 
 
 def draw_for(name):
@@ -24,9 +24,7 @@ def test_caches(name):
 @pytest.mark.parametrize("batch", [[(1, 17), (1, 40)], [(1, 5), (20, 33)]], ids=["decode", "mixed"])
 def test_flashinfer_beside_ours(batch, monkeypatch):
     made = fake_flashinfer.install(monkeypatch)
-    theirs, ours = kernels_flashinfer.calls(
-        draw_for("flashinfer"), Heads(name="tiny", heads=4, kv_heads=2, dim=32), batch
-    )
+    theirs, ours = flashinfer.calls(draw_for("flashinfer"), Heads(name="tiny", heads=4, kv_heads=2, dim=32), batch)
     torch.testing.assert_close(theirs(), ours(), rtol=1e-4, atol=1e-5)
     theirs()
     assert all(wrapper.plans == 1 for wrapper in made), "what is timed does not plan"

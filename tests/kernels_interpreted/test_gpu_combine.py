@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertwire.kernels import combine
 from expertwire.kernels.gpu import combine as gpu
+from expertwire.kernels.ops import combine
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

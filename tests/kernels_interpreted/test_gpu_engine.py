@@ -3,25 +3,25 @@ of single queries are captured, but for those of a request that has asked for it
 
 import numpy as np
 import pytest
-import tiny_checkpoints
 import torch
-from fake_graphs import FakeCapture
+from helpers import tiny_checkpoints
+from helpers.fake_graphs import FakeCapture
 
-from expertwire.comm.a2a_local import LocalAllToAll
-from expertwire.comm.a2a_reference import ReferenceAllToAll
-from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.local import LocalAllToAll
+from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import SoloGroup
-from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.device_runner import DeviceRunner
-from expertwire.engine.device_slots import DeviceSlots
-from expertwire.engine.hub_config import read_model_config
 from expertwire.engine.layers.step import RankContext
-from expertwire.engine.loading import load
-from expertwire.engine.runner import Runner
-from expertwire.engine.slots import Slots
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.loading import load
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.runner.device_runner import DeviceRunner
+from expertwire.engine.runner.device_slots import DeviceSlots
+from expertwire.engine.runner.runner import Runner
+from expertwire.engine.runner.slots import Slots
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu.device import describe
-from expertwire.moe.placement import place
+from expertwire.moe.eplb.placement import place
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import experts, formats, linear, quantize
+from expertwire.kernels import formats
 from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu import linear as gpu_linear
 from expertwire.kernels.gpu import scaled, tiles
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.variants import Activation
+from expertwire.kernels.ops import experts, linear, quantize
+from expertwire.kernels.ops.variants import Activation
 
 DEVICE = Device(arch=90, num_sms=2)
 OFFSETS = torch.tensor([0, 3, 3, 20], dtype=torch.int32)

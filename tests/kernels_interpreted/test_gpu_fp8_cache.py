@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels import attention, mla, rotary
-from expertwire.kernels.attention import FP8
 from expertwire.kernels.gpu import attention as gpu_attention
 from expertwire.kernels.gpu import mla as gpu_mla
 from expertwire.kernels.gpu import prefill as gpu_prefill
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.gpu.rotate_and_store import rotate_and_store
-from expertwire.kernels.variants import Rope
+from expertwire.kernels.gpu.rope_and_cache import rope_and_cache
+from expertwire.kernels.ops import attention, mla, rotary
+from expertwire.kernels.ops.attention import FP8
+from expertwire.kernels.ops.variants import Rope
 
 DEVICE = Device(arch=90, num_sms=1)
 TILES = gpu_attention.Tiles(single_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
@@ -98,8 +98,8 @@ def test_stored_keys_and_values(dtype, size, interleaved):
     positions, slots = torch.zeros(5, dtype=torch.int64), torch.tensor([17, 3, 30, 0, 9])  # at position 0 nothing turns
     arguments = qkv, None, 1e-6, tables, positions, slots
     expected, found = ([torch.zeros(2, BLOCK, KV_HEADS, DIM, dtype=FP8) for _ in range(2)] for _ in range(2))
-    q = attention.rotate_and_store(*arguments, *expected, interleaved=interleaved, kv_scales_2G=scales)
-    actual = rotate_and_store(*arguments, *found, interleaved=interleaved, kv_scales_2G=scales)
+    q = attention.rope_and_cache(*arguments, *expected, interleaved=interleaved, kv_scales_2G=scales)
+    actual = rope_and_cache(*arguments, *found, interleaved=interleaved, kv_scales_2G=scales)
     assert torch.equal(actual, q)
     for cache, right in zip(found, expected, strict=True):
         assert (right.float().abs() == 448).any(), "nothing saturates"
@@ -115,7 +115,7 @@ def test_stored_latents(interleaved):
     norm, slots, tables = representable(32, scale=0.5), torch.tensor([17, 3, -1]), rotary.tables(50, ROPE, "cpu")
     expected, found = (torch.zeros(2, BLOCK, 48, dtype=FP8) for _ in range(2))
     options = {"interleaved": interleaved, "kv_scale": scale}
-    mla.rotate_and_store(q[:2], kv[:2], norm, 0.0, tables, positions[:2], slots[:2], expected, **options)
-    gpu_mla.rotate_and_store(q, kv, norm, 0.0, tables, positions, slots, found, **options)
+    mla.rope_and_cache(q[:2], kv[:2], norm, 0.0, tables, positions[:2], slots[:2], expected, **options)
+    gpu_mla.rope_and_cache(q, kv, norm, 0.0, tables, positions, slots, found, **options)
     assert (expected.float().abs().sum(-1) > 0).sum() == 2
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

@@ -2,27 +2,27 @@
 graphs and moves. All kernels are interpreted, and the ranks are processes."""
 
 import numpy as np
-import tiny_checkpoints
 import torch
-from fake_graphs import FakeCapture
-from ranks import Ranks
+from helpers import tiny_checkpoints
+from helpers.fake_graphs import FakeCapture
+from helpers.ranks import Ranks
 
-from expertwire.comm import peer_memory
-from expertwire.comm.a2a_nvlink_gpu import NvlinkGpuAllToAll
-from expertwire.comm.all_to_all import AllToAllSpec
-from expertwire.comm.arena import ArenaLayout
+from expertwire.comm import symmetric_memory
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
+from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
 from expertwire.comm.group import everyones
-from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.device_runner import DeviceRunner
-from expertwire.engine.device_slots import DeviceSlots
-from expertwire.engine.hub_config import read_model_config
 from expertwire.engine.layers.step import RankContext
-from expertwire.engine.loading import load
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.loading import load
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.runner.device_runner import DeviceRunner
+from expertwire.engine.runner.device_slots import DeviceSlots
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu.device import describe
-from expertwire.moe.migration import Migration
-from expertwire.moe.mover import Mover
-from expertwire.moe.placement import Placement, place
+from expertwire.moe.eplb.migration import Migration
+from expertwire.moe.eplb.mover import Mover
+from expertwire.moe.eplb.placement import Placement, place
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import ExpertMoves, StepResult
 from expertwire.scheduler.request import Request
@@ -46,7 +46,7 @@ def build(group, folder, capture):
         dtype=torch.float32,
         timeout_s=60,
     )
-    memories = peer_memory.shared(group, ArenaLayout.of(spec).nbytes)
+    memories = symmetric_memory.shared(group, ArenaLayout.of(spec).nbytes)
     all_to_all = NvlinkGpuAllToAll(spec, memories, num_programs=2, max_turns=10**9)
     context = RankContext(
         rank=group.rank,

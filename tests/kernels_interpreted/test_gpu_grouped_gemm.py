@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from expertwire.kernels import experts
 from expertwire.kernels.gpu import formats, grouped_gemm, scaled, tiles
 from expertwire.kernels.gpu.device import B200, H200, Device
+from expertwire.kernels.ops import experts
 
 DEVICE = Device(arch=90, num_sms=2)
 D, F = 80, 48  # neither a multiple of the tiles

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from count_launches import launches
+from helpers.count_launches import launches
 
-from expertwire.kernels import heads
 from expertwire.kernels.gpu import heads as gpu
 from expertwire.kernels.gpu.device import B200, H200
+from expertwire.kernels.ops import heads
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
 

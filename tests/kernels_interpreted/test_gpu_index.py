@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from count_launches import launches
+from helpers.count_launches import launches
 
-from expertwire.kernels import attention, index, rotary
 from expertwire.kernels.gpu import index as gpu
 from expertwire.kernels.gpu import index_keys, select
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.variants import Rope
+from expertwire.kernels.ops import attention, index, rotary
+from expertwire.kernels.ops.variants import Rope
 
 DEVICE = Device(arch=90, num_sms=1)
 TILES = gpu.Tiles(queries=2, keys=32, num_warps=4, num_stages=2)
@@ -121,7 +121,7 @@ def test_select(name, top_k):
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "heads", "rotated"), [(0, 3, 8), (1, 1, 8), (5, 9, 16), (3, 2, 4)])
-def test_rotate_and_store(tokens, heads, rotated, dtype, interleaved):
+def test_rope_and_cache(tokens, heads, rotated, dtype, interleaved):
     """Keys are parts of longer rows; one token is not stored."""
     dim = 24
     generator = torch.Generator().manual_seed(tokens)
@@ -135,7 +135,7 @@ def test_rotate_and_store(tokens, heads, rotated, dtype, interleaved):
     caches = [torch.full((3, 4, dim), float("nan"), dtype=dtype) for _ in range(2)]
     outputs = [
         op(q, k, norm, 1e-6, tables, positions, slots, cache, interleaved=interleaved)
-        for op, cache in zip((index.rotate_and_store, index_keys.rotate_and_store), caches, strict=True)
+        for op, cache in zip((index.rope_and_cache, index_keys.rope_and_cache), caches, strict=True)
     ]
     tolerance = {"rtol": 2e-3, "atol": 2e-3} if dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(outputs[1], outputs[0], **tolerance)

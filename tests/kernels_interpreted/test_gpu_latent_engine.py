@@ -1,9 +1,9 @@
 """Models with latent attention, dense and sparse, as on a GPU: all kernels interpreted, beside the same steps on the CPU."""
 
-import architectures
 import numpy as np
 import pytest
-from fake_graphs import FakeCapture
+from helpers import architectures
+from helpers.fake_graphs import FakeCapture
 from test_gpu_engine import MAX_RUNNING, NUM_BLOCKS, SIZES, build
 
 from expertwire.kernels import registry as kernels

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from expertwire.kernels import formats, linear
+from expertwire.kernels import formats
 from expertwire.kernels.gpu import linear as gpu
 from expertwire.kernels.gpu.device import Device
+from expertwire.kernels.ops import linear
 
 DEVICE = Device(arch=90, num_sms=4)
 

@@ -4,11 +4,12 @@ that share a GPU."""
 import numpy as np
 import pytest
 import torch
-from fake_graphs import FakeCapture
+from helpers.fake_graphs import FakeCapture
 
-from expertwire.bench import all_to_all_loopback, all_to_all_shared
-from expertwire.bench.all_to_all_loopback import Loopback
-from expertwire.comm.arena import ArenaLayout
+from expertwire.bench.all_to_all import loopback as all_to_all_loopback
+from expertwire.bench.all_to_all import shared
+from expertwire.bench.all_to_all.loopback import Loopback
+from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
 
 RANKS, T, K, D = 3, 4, 2, 8
 EXPERTS = [2, 2, 1]
@@ -79,14 +80,14 @@ def test_rows_can_go_out_in_fp8():
 def test_ranks_that_share_a_gpu_are_checked(monkeypatch):
     shape = {"num_experts": 6, "top_k": 2, "hidden_size": 32, "device": "cpu"}
     capture = FakeCapture()
-    rows = list(all_to_all_shared.run(3, 3, "bf16", steps=2, capture=capture.alone, **shape))
+    rows = list(shared.run(3, 3, "bf16", steps=2, capture=capture.alone, **shape))
     assert [row["graph"] for row in rows] == [False, True]
     assert capture.replays == 2 * 2
     lost = lambda home_TKD, *rest: check(home_TKD * (torch.arange(len(home_TKD)) != 1)[:, None, None], *rest)  # noqa: E731
-    check = all_to_all_shared.check
-    monkeypatch.setattr(all_to_all_shared, "check", lost)
+    check = shared.check
+    monkeypatch.setattr(shared, "check", lost)
     with pytest.raises(AssertionError, match="has not come home"):
-        list(all_to_all_shared.run(3, 3, "bf16", steps=1, **shape))
+        list(shared.run(3, 3, "bf16", steps=1, **shape))
 
 
 def test_memory_is_that_of_arenas_and_rows():

@@ -6,13 +6,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from count_launches import launches
+from helpers.count_launches import launches
 
-from expertwire.kernels import attention, mla, rotary
 from expertwire.kernels.gpu import mla as gpu
 from expertwire.kernels.gpu import prefill
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.variants import Rope
+from expertwire.kernels.ops import attention, mla, rotary
+from expertwire.kernels.ops.variants import Rope
 
 DEVICE = Device(arch=90, num_sms=1)
 TILES = gpu.Tiles(rows=16, keys=16, split=32, parts=1, num_warps=4, num_stages=2)
@@ -177,7 +177,7 @@ def test_splits_hold_whole_tiles(arch, element_size):
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("tokens", "heads"), [(0, 3), (1, 1), (7, 3), (5, 8), (4, 20)])
-def test_rotate_and_store(tokens, heads, dtype, interleaved):
+def test_rope_and_cache(tokens, heads, dtype, interleaved):
     """Queries and outputs are parts of longer rows; one token is not stored."""
     generator = torch.Generator().manual_seed(tokens)
     q = torch.randn(tokens, heads, 24 + ROTATED, generator=generator).to(dtype)[:, :, 24:]
@@ -189,14 +189,14 @@ def test_rotate_and_store(tokens, heads, dtype, interleaved):
     tables = rotary.tables(50, Rope(theta=1e4, size=ROTATED), "cpu")
     stored = slots >= 0
     caches = [torch.full((3, BLOCK, RANK + ROTATED), float("nan"), dtype=dtype) for _ in range(2)]
-    expected = mla.rotate_and_store(
+    expected = mla.rope_and_cache(
         q, kv, norm, EPS, tables, positions, slots.clamp(min=0), caches[0].clone(), interleaved=interleaved
     )
     kept = [tensor[stored] for tensor in (q, kv, positions, slots)]
-    mla.rotate_and_store(*kept[:2], norm, EPS, tables, *kept[2:], caches[0], interleaved=interleaved)
+    mla.rope_and_cache(*kept[:2], norm, EPS, tables, *kept[2:], caches[0], interleaved=interleaved)
     absorbed = torch.full((tokens, heads, RANK + ROTATED), float("nan"), dtype=dtype)
     out = absorbed[:, :, RANK:]
-    gpu.rotate_and_store(q, kv, norm, EPS, tables, positions, slots, caches[1], interleaved=interleaved, out=out)
+    gpu.rope_and_cache(q, kv, norm, EPS, tables, positions, slots, caches[1], interleaved=interleaved, out=out)
     torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
     torch.testing.assert_close(caches[1], caches[0], **TOLERANCE[dtype], equal_nan=True)
     assert absorbed[:, :, :RANK].isnan().all()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.engine.device_slots import DeviceSlots
-from expertwire.engine.slot_states import SlotStates
+from expertwire.engine.runner.device_slots import DeviceSlots
+from expertwire.engine.runner.slot_states import SlotStates
 from expertwire.kernels.gpu import penalties
 from expertwire.scheduler.plan import SAMPLING_DTYPE
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from expertwire.kernels import permute
 from expertwire.kernels.gpu import permute as gpu
 from expertwire.kernels.gpu import tiles
+from expertwire.kernels.ops import permute
 
 
 def check(ids, num_experts, num_valid=None, format=None):

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from paged_scenes import BATCHES, TOLERANCE, scene
+from helpers.paged_scenes import BATCHES, TOLERANCE, scene
 
-from expertwire.kernels import attention
 from expertwire.kernels.gpu import attention as gpu_attention
 from expertwire.kernels.gpu import prefill
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.shares import num_shares
+from expertwire.kernels.ops import attention
 
 ONE, MANY = Device(arch=90, num_sms=1), Device(arch=90, num_sms=64)
 TILES = prefill.Tiles(rows=64, keys=32, min_share=32, num_warps=4, num_stages=2, blocks_per_sm=1)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertwire.kernels import experts, quantize
 from expertwire.kernels.gpu import quantize as gpu
+from expertwire.kernels.ops import experts, quantize
 
 SHAPES = [(0, 256, 128), (1, 128, 128), (3, 768, 128), (2, 2048, 128), (2, 1280, 1280), (3, 100, 100), (2, 96, 32)]
 

@@ -5,26 +5,27 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
+from helpers import tiny_checkpoints as tiny
 
-from expertwire.bench.rank_model import RankModel
-from expertwire.comm.a2a_local import LocalAllToAll
-from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.bench.serving.rank_model import RankModel
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.local import LocalAllToAll
 from expertwire.comm.group import SoloGroup
-from expertwire.engine.batch import CacheRows, ForwardBatch
-from expertwire.engine.checkpoint import Checkpoint
-from expertwire.engine.hub_config import read_model_config
 from expertwire.engine.layers.step import RankContext
-from expertwire.engine.loading import load
-from expertwire.kernels import experts, formats, quantize
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.loading import load
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.runner.batch import CacheRows, ForwardBatch
+from expertwire.kernels import formats
 from expertwire.kernels import registry as kernels
-from expertwire.kernels.attention import describe_on_device
 from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu import tiles
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.variants import Activation
-from expertwire.moe.placement import place
+from expertwire.kernels.ops import experts, quantize
+from expertwire.kernels.ops.attention import describe_on_device
+from expertwire.kernels.ops.variants import Activation
+from expertwire.moe.eplb.placement import place
 
 SHAPE = {
     "num_hidden_layers": 2,

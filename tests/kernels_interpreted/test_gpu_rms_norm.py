@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertwire.kernels import rms_norm
 from expertwire.kernels.gpu import rms_norm as gpu
+from expertwire.kernels.ops import rms_norm
 
 SHAPES = [(0, 64), (1, 1), (3, 128), (2, 1000), (5, 2880)]
 EPS = 1e-6

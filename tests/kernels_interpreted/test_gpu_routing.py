@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertwire.kernels import routing
 from expertwire.kernels.gpu import routing as gpu
+from expertwire.kernels.ops import routing
 
 V2 = routing.Groups(number=8, kept=3, by="best")
 V3 = routing.Groups(number=4, kept=2, by="two_best")

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from expertwire.kernels import sampling
 from expertwire.kernels.gpu import candidates
 from expertwire.kernels.gpu import sampling as gpu
+from expertwire.kernels.ops import sampling
 
 GREEDY, PLAIN = {"temperature": 0.0}, {}
 RULES = [

@@ -2,17 +2,19 @@
 what will fit, loads, runs its largest step, sizes and allocates the caches, captures, and serves."""
 
 import pytest
-import tiny_checkpoints
-from fake_cuda import FakeCuda
-from fake_graphs import FakeCapture
-from gpu_ranks import install, serve
+from helpers import tiny_checkpoints
+from helpers.fake_cuda import FakeCuda
+from helpers.fake_graphs import FakeCapture
+from helpers.gpu_ranks import install, serve
 
-from expertwire.comm.a2a_local import LocalAllToAll
-from expertwire.comm.all_to_all import RankStalled
-from expertwire.comm.control import RankError
-from expertwire.engine import device_runner, memory_plan, worker
-from expertwire.engine.config import EngineConfig
-from expertwire.engine.decoder import Decoder
+from expertwire.comm.all_to_all.base import RankStalled
+from expertwire.comm.all_to_all.local import LocalAllToAll
+from expertwire.comm.control.channel import RankError
+from expertwire.engine import worker
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.kv_cache import memory_plan
+from expertwire.engine.models.decoder import Decoder
+from expertwire.engine.runner import device_runner
 
 
 def seen(monkeypatch, owner, name, done, what):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertwire.kernels import permute, quantize
 from expertwire.kernels.gpu import tiles
+from expertwire.kernels.ops import permute, quantize
 
 
 @pytest.mark.parametrize("token_tile", [16, 64])

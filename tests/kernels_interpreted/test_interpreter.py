@@ -1,4 +1,4 @@
-"""`bench.interpreter`: what bit tests take for granted of Triton's interpreter, on any CPU and with any numpy."""
+"""`bench.kernels.interpreter`: what bit tests take for granted of Triton's interpreter, on any CPU and with any numpy."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter as tritons
 
-from expertwire.bench import interpreter
+from expertwire.bench.kernels import interpreter
 
 
 @triton.jit

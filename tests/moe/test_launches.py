@@ -12,19 +12,19 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels have no variants", allow_module_level=True)
 
-from fake_launches import FakeLaunches, meta, names
+from helpers.fake_launches import FakeLaunches, meta, names
 
-from expertwire.comm.a2a_fp8 import packed
-from expertwire.comm.a2a_local import LocalAllToAll
-from expertwire.comm.a2a_nvlink_gpu import OVERLAP_PROGRAMS, NvlinkGpuAllToAll
-from expertwire.comm.all_to_all import AllToAllSpec
-from expertwire.comm.arena import ArenaLayout
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.fp8 import packed
+from expertwire.comm.all_to_all.local import LocalAllToAll
+from expertwire.comm.all_to_all.nvlink_gpu import OVERLAP_PROGRAMS, NvlinkGpuAllToAll
+from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
 from expertwire.kernels import registry
 from expertwire.kernels.formats import Quantized
 from expertwire.kernels.gpu.device import H200
-from expertwire.kernels.variants import Routing
+from expertwire.kernels.ops.variants import Routing
+from expertwire.moe.eplb.placement import place
 from expertwire.moe.layer import MoeLayer, prepare
-from expertwire.moe.placement import place
 
 D, F, E, K = 2048, 768, 128, 8
 MAX_TOKENS = 2048

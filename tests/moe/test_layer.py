@@ -7,16 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks
+from helpers.ranks import Ranks
 
-from expertwire.comm.a2a_reference import ReferenceAllToAll
-from expertwire.comm.all_to_all import AllToAllSpec
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import SoloGroup
-from expertwire.kernels import linear, registry, routing
-from expertwire.kernels.variants import Routing
+from expertwire.kernels import registry
+from expertwire.kernels.ops import linear, routing
+from expertwire.kernels.ops.variants import Routing
 from expertwire.moe import reference
+from expertwire.moe.eplb.placement import place
 from expertwire.moe.layer import prepare, sub_batches
-from expertwire.moe.placement import place
 
 D, F, E, K, EPS = 64, 32, 8, 3, 1e-6
 OPS = registry.choose("cpu")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from expertwire.moe.load import ExpertLoad, hottest
-from expertwire.moe.placement import Placement, place
+from expertwire.moe.eplb.load import ExpertLoad, hottest
+from expertwire.moe.eplb.placement import Placement, place
 
 
 def test_spread_and_tax_by_hand():

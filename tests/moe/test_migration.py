@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from helpers.ranks import Ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import Ranks
 from test_layer import D, E, layer, tokens
 
-from expertwire.moe import mover as movers
-from expertwire.moe.migration import Migration
-from expertwire.moe.mover import Mover
-from expertwire.moe.placement import TURNS, Placement, place
+from expertwire.moe.eplb import mover as movers
+from expertwire.moe.eplb.migration import Migration
+from expertwire.moe.eplb.mover import Mover
+from expertwire.moe.eplb.placement import TURNS, Placement, place
 
 
 def other(placement, seed):

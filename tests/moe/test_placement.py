@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertwire.moe.placement import TURNS, Placement, place
+from expertwire.moe.eplb.placement import TURNS, Placement, place
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 60))
 

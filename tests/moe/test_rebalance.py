@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertwire.bench.balance_peer import balance
-from expertwire.moe.placement import Placement, place
-from expertwire.moe.rebalance import rebalance
+from expertwire.bench.scheduler.balance_peer import balance
+from expertwire.moe.eplb.placement import Placement, place
+from expertwire.moe.eplb.rebalance import rebalance
 
 
 def loads(layers, experts, seed, top=1000.0):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from expertwire.moe.placement import Placement, place
-from expertwire.moe.saving import Balancer, Costs, moves
+from expertwire.moe.eplb.placement import Placement, place
+from expertwire.moe.eplb.savings import Balancer, Costs, moves
 
 CHEAP = Costs(s_per_row=1e-3, bytes_per_expert=1000, bytes_per_s=1e9)
 DEAR = Costs(s_per_row=1e-3, bytes_per_expert=1000, bytes_per_s=1e-3)

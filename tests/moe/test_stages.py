@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from exchanges import build
-from ranks import Ranks
+from helpers.exchanges import build
+from helpers.ranks import Ranks
 from test_layer import layer, tokens
 
-from expertwire.comm.all_to_all import RankStalled
-from expertwire.engine.batch import in_parts
-from expertwire.moe.stages import run, take_turns
+from expertwire.comm.all_to_all.base import RankStalled
+from expertwire.engine.runner.batch import in_parts
+from expertwire.moe.micro_batch import run, take_turns
 
 BACKENDS = ("reference", "nccl over gloo", "nvlink over shared memory")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from expertwire.bench.bad_input_cases import Case, cases
-from expertwire.bench.bad_input_place import Place
-from expertwire.bench.bad_inputs import Answer, answer, page
+from expertwire.bench.bad_inputs.cases import Case, cases
+from expertwire.bench.bad_inputs.place import Place
+from expertwire.bench.bad_inputs.run import Answer, answer, page
 
 CASES = cases()
 ERRORS = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -40,5 +40,5 @@ def test_is_refused(found, case):
 
 def test_the_page_is_up_to_date(found):
     assert ERRORS.read_text() == page([(case, found(case)) for case in CASES]), (
-        "write docs/errors.md again: python -m expertwire.bench.bad_inputs > docs/errors.md"
+        "write docs/errors.md again: python -m expertwire.bench.bad_inputs.run > docs/errors.md"
     )

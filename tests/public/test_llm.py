@@ -8,17 +8,16 @@ import signal
 import threading
 import time
 
-import chat_templates
 import numpy as np
 import pytest
-import tokenizer_files
-from fake_controller import INFO, ThreadController, next_token
+from helpers import chat_templates, tokenizer_files
+from helpers.fake_controller import INFO, ThreadController, next_token
 
 import expertwire
 from expertwire.deploy import runtime
-from expertwire.engine.chat import Chat
-from expertwire.engine.outputs import EngineFailed, Logprob
-from expertwire.engine.request_options import RequestOptions
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.outputs import EngineFailed, Logprob
+from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.generation import delayed_interrupt
 
 SamplingParams = expertwire.SamplingParams

@@ -2,7 +2,7 @@ import contextlib
 
 import pytest
 
-from expertwire.scheduler.rehearsal import rehearse
+from expertwire.scheduler._compiled.warm_up import rehearse
 
 with contextlib.suppress(ModuleNotFoundError):  # where it is missing, the files that need it are skipped
     from hypothesis import settings

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertwire.scheduler.block_loops import END, NOBODY, find_block, guess, name_block, share_block
+from expertwire.scheduler._compiled.blocks import END, NOBODY, find_block, guess, name_block, share_block
 from expertwire.scheduler.block_pool import BlockPool
 
 LETTERS = "abcdefghijklxyz"

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from sim_ranks import CACHES, SimCluster, make_config, make_request
+from helpers.sim_ranks import CACHES, SimCluster, make_config, make_request
 
 from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.request import Request

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertwire.comm.control import pack, unpack
+from expertwire.comm.control.channel import pack, unpack
 from expertwire.scheduler.plan import StepPlan, StepResult
 
 KINDS = pytest.mark.parametrize("kind", [StepPlan, StepResult])

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertwire.scheduler.prefix import PrefixNames
+from expertwire.scheduler.prefix_cache import PrefixNames
 
 BLOCK = 4
 MAX_LEN = 64

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.sim_ranks import CACHES, make_config, make_request
 from hypothesis import given
 from hypothesis import strategies as st
-from sim_ranks import CACHES, make_config, make_request
 
-from expertwire.scheduler.admission_loops import place
-from expertwire.scheduler.placement import Balanced
+from expertwire.scheduler._compiled.admissions import place
+from expertwire.scheduler.rank_placement import Balanced
 from expertwire.scheduler.scheduler import Scheduler
 
 EVERY = np.ones(3, bool)

@@ -3,11 +3,11 @@ import sys
 from pathlib import Path
 
 CODE = """
-from sim_ranks import WINDOWED, SimCluster, make_config, make_request
-from expertwire.scheduler import admission_loops, block_loops, row_loops, step_loops
-from expertwire.scheduler.rehearsal import rehearse
+from helpers.sim_ranks import WINDOWED, SimCluster, make_config, make_request
+from expertwire.scheduler._compiled import admissions, blocks, rows, steps
+from expertwire.scheduler._compiled.warm_up import rehearse
 
-MODULES = (admission_loops, block_loops, row_loops, step_loops)
+MODULES = (admissions, blocks, rows, steps)
 
 def compiled():
     functions = [f for module in MODULES for f in vars(module).values() if hasattr(f, "signatures")]
@@ -32,6 +32,6 @@ print({name: (count, compiled()[name]) for name, count in before.items() if comp
 
 def test_after_the_rehearsal_nothing_is_left_to_compile():
     done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent
+        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1]
     )
     assert (done.returncode, done.stdout.strip()) == (0, "{}"), done.stderr

@@ -3,7 +3,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from sim_ranks import CACHES, SimCluster, check, expected_output, make_config, make_request
+from helpers.sim_ranks import CACHES, SimCluster, check, expected_output, make_config, make_request
 
 from expertwire.scheduler.plan import FinishReason, StepPlan
 from expertwire.scheduler.policy import Policy

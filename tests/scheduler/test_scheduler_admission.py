@@ -1,7 +1,7 @@
 """Who is let in, when, and how much of it is computed in a step."""
 
 import pytest
-from sim_ranks import CACHES, SimCluster, make_config, make_request
+from helpers.sim_ranks import CACHES, SimCluster, make_config, make_request
 
 from expertwire.scheduler.policy import Priority
 from expertwire.scheduler.scheduler import Scheduler

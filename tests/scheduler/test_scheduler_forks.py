@@ -1,7 +1,7 @@
 """Forks: branches that go on from where another request is, on its blocks."""
 
 import pytest
-from sim_ranks import CACHES, WINDOWED, SimCluster, check, make_config, make_request
+from helpers.sim_ranks import CACHES, WINDOWED, SimCluster, check, make_config, make_request
 
 SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 41, "max_running": 6}
 

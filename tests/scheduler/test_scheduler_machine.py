@@ -6,6 +6,7 @@ Prompts share prefixes, pools are often so small that requests are preempted, an
 import dataclasses
 
 import pytest
+from helpers.sim_ranks import CACHES, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -16,7 +17,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sim_ranks import CACHES, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
 
 from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sim_ranks import SimCluster, check, expected_output, make_config, make_request
+from helpers.sim_ranks import SimCluster, check, expected_output, make_config, make_request
 
 SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 41}
 

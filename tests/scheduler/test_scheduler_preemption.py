@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from sim_ranks import CACHES, WINDOWED, SimCluster, check, expected_output, make_config, make_request
+from helpers.sim_ranks import CACHES, WINDOWED, SimCluster, check, expected_output, make_config, make_request
 
-from expertwire.scheduler.placement import Balanced
 from expertwire.scheduler.policy import Priority
+from expertwire.scheduler.rank_placement import Balanced
 
 SMALL = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 13}  # 12 blocks of 4 tokens
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sim_ranks import SimCluster, make_config, make_request, serve
+from helpers.sim_ranks import SimCluster, make_config, make_request, serve
 
 SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 33}
 

@@ -4,7 +4,7 @@ import random
 from collections import deque
 
 import pytest
-from sim_ranks import CACHES, WINDOWED, SimRank, make_config, make_request
+from helpers.sim_ranks import CACHES, WINDOWED, SimRank, make_config, make_request
 
 from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
 from expertwire.scheduler.scheduler import Scheduler

@@ -1,7 +1,7 @@
 """Caches of recurrent states: one block holds the state after its last token, and every so many tokens one is kept."""
 
 import pytest
-from sim_ranks import STATE, WITH_STATE, SimCluster, check, make_config, make_request, serve
+from helpers.sim_ranks import STATE, WITH_STATE, SimCluster, check, make_config, make_request, serve
 
 SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_tokens": 8, "num_blocks": 65}
 EVERY = 8

@@ -1,7 +1,7 @@
 """Caches of a sliding window: what has slid out is free again, and prefixes are found by their ends."""
 
 import pytest
-from sim_ranks import WINDOWED, SimCluster, check, make_config, make_request, serve
+from helpers.sim_ranks import WINDOWED, SimCluster, check, make_config, make_request, serve
 
 from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.scheduler import Scheduler

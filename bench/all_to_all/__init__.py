@@ -1,0 +1,1 @@
+"""`expertwire.bench.all_to_all.run`; see docs/architecture.md."""

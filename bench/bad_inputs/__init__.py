@@ -1,0 +1,1 @@
+"""`expertwire.bench.bad_inputs.run`; see docs/architecture.md."""

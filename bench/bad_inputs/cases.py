@@ -1,0 +1,382 @@
+"""The bad inputs of `bench.bad_inputs.run`: for each what is wrong, how it is tried, and the words that its answer must have."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from expertwire import LLM, SamplingParams
+from expertwire.bench.bad_inputs.broken_checkpoints import (
+    WEIGHTS,
+    Change,
+    config,
+    copied_tensor,
+    header,
+    index,
+    quantized,
+    renamed,
+    sharded,
+    truncate,
+    without,
+    writing,
+)
+from expertwire.bench.bad_inputs.place import DEMO, Place
+from expertwire.deploy.grpc.messages import from_sampling_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A bad input. `answer` is an exception's name, a gRPC status or an exit code; the message has every word of `says`."""
+
+    area: str
+    given: str
+    attempt: Callable[[Place], object]
+    answer: str
+    says: tuple[str, ...]
+    starts: bool = False  # only a process can tell
+
+
+def cases() -> list[Case]:
+    """All bad inputs."""
+    return [*_options(), *_checkpoints(), *_commands(), *_sampling(), *_prompts(), *_requests()]
+
+
+OPTIONS: tuple[tuple[Any, ...], ...] = (
+    ({"dtype": "float64"}, "dtype", "auto, float32, bfloat16"),
+    ({"device": "tpu"}, "device", "auto, cpu, cuda"),
+    ({"launcher": "slurm"}, "launcher", "auto, local, ray"),
+    ({"load_format": "gguf"}, "load_format", "auto, dummy"),
+    ({"ep_size": 0}, "ep_size", ">= 1"),
+    ({"ep_size": "2"}, "ep_size", "integer", "'2'"),
+    ({"max_model_len": 1}, "max_model_len", "[2, 2048]"),
+    ({"max_model_len": 4096}, "max_model_len", "[2, 2048]"),
+    ({"max_model_len": 100.0}, "max_model_len", "integer"),
+    ({"max_num_tokens": 0}, "max_num_tokens", ">= 1"),
+    ({"max_running": -1}, "max_running", ">= 1"),
+    ({"max_waiting": 0}, "max_waiting", ">= 1"),
+    ({"max_waiting_per_tenant": 0}, "max_waiting_per_tenant", ">= 1"),
+    ({"chunk_tokens": 0}, "chunk_tokens", ">= 1"),
+    ({"policy": "lottery"}, "policy", "fcfs, priority, shortest, prefix, fair"),
+    ({"policy": "priority", "aging": -1}, "aging", "from 0 to"),
+    ({"aging": 1.0}, "aging", "no effect", "'priority' or 'shortest'"),
+    ({"policy": "fair", "tenant_weights": {"a": 0}}, "tenant_weights", "from 0.001 to", "'a'"),
+    ({"policy": "fair", "tenant_weights": "a=1"}, "tenant_weights", "dictionary"),
+    ({"tenant_weights": {"a": 2}}, "tenant_weights", "no effect", "'fair'"),
+    ({"prefix_cache": "yes"}, "prefix_cache", "True or False"),
+    ({"block_size": 0}, "block_size", ">= 1"),
+    ({"kv_cache_bytes": 1000}, "1000 bytes", "max_model_len = 2048", "1572864", "raise kv_cache_bytes"),
+    ({"kv_cache_bytes": 100_000, "max_model_len": 512}, "128 tokens", "512", "raise kv_cache_bytes"),
+    ({"quantize": "fp4"}, "quantize", "fp8, int4, mxfp4"),
+    ({"numerics": "exact"}, "numerics", "invariant, fast"),
+    ({"kv_cache_dtype": "int8"}, "kv_cache_dtype", "auto, fp8"),
+    ({"attention": "flashinfer"}, "attention", "numerics 'fast'"),
+    ({"dispatch_dtype": "int8"}, "dispatch_dtype", "auto, fp8"),
+    ({"dispatch_dtype": "fp8", "device": "cuda"}, "dispatch_dtype", "fp8_block", "quantize 'fp8'", "dense"),
+    ({"all_to_all_table": "times.json"}, "all_to_all_table", "no effect with ep_size 1"),
+    ({"all_to_all_table": "times.json", "ep_size": 2, "all_to_all": "nccl"}, "no effect", "use 'auto'"),
+    ({"all_to_all_table": "/no/such.json", "ep_size": 2}, "all_to_all_table", "readable file", "/no/such.json"),
+    ({"redundant_experts": -1}, "redundant_experts", ">= 0"),
+    ({"redundant_experts": 9, "ep_size": 2}, "redundant_experts", "allowed: 0 to 8"),
+    ({"two_batch_overlap": True}, "two_batch_overlap", "ep_size 1"),
+    ({"two_batch_overlap": 1, "ep_size": 2}, "two_batch_overlap", "True or False"),
+    ({"topology": "hgx8", "ep_size": 2}, "topology", "redundant_experts 0"),
+    ({"topology": "/no/such.json", "ep_size": 2, "redundant_experts": 2}, "/no/such.json", "nvl72, nvl36, hgx8"),
+    ({"threads_per_rank": 0}, "threads_per_rank", ">= 1"),
+    ({"seed": 2**63}, "seed", "64-bit"),
+    ({"start_timeout_s": 0}, "start_timeout_s", "> 0"),
+    ({"step_timeout_s": float("inf")}, "step_timeout_s", "seconds"),
+    ({"launcher": "local", "ray_address": "head:6379"}, "ray_address", "'ray' or 'auto'"),
+    ({"ray_address": "head"}, "ray_address", "host:port"),
+    ({"ray_address": "127.0.0.1:1"}, "ray_address", "nothing answers there"),
+    ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "(0, 1]"),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size", "ep_size"),
+)
+
+
+def _options() -> Iterator[Case]:
+    for options, *says in OPTIONS:
+        yield Case(
+            area="Options of the engine",
+            given=_arguments(options),
+            attempt=lambda place, options=options: LLM(DEMO, **options),
+            answer="TypeError" if "tensor_parallel_size" in options else "ValueError",
+            says=tuple(says),
+        )
+
+
+TENSOR = "model.layers.0.mlp.experts.0.up_proj.weight"
+SCALE = f"{TENSOR}_scale_inv"
+AWQ = config(quantization_config={"quant_method": "awq", "bits": 4})
+FP8_OF_64 = config(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]})
+CHECKPOINTS: tuple[tuple[Any, ...], ...] = (
+    ("no such folder", shutil.rmtree, "there is no folder", "Hugging Face checkpoint"),
+    ("no config.json", without("config.json"), "no config.json"),
+    ("config.json cut off", writing("config.json", '{"architectures": ['), "config.json", "not valid JSON"),
+    ("config.json is a list", writing("config.json", "[]"), "config.json", "JSON object"),
+    ("architectures: GPT2LMHeadModel", config(architectures=["GPT2LMHeadModel"]), "architectures", "Qwen3Moe"),
+    ("no num_experts_per_tok", config(num_experts_per_tok=None), "num_experts_per_tok", "missing"),
+    ("num_experts_per_tok: 9", config(num_experts_per_tok=9), "num_experts_per_tok (9)", "num_experts (8)"),
+    ("num_attention_heads: 3", config(num_attention_heads=3), "num_attention_heads (3)", "multiple"),
+    ("hidden_act: gelu", config(hidden_act="gelu"), "hidden_act", "'silu'"),
+    ("torch_dtype: float16", config(torch_dtype="float16"), "float16", "dtype='bfloat16'"),
+    ("num_hidden_layers: 1000000", config(num_hidden_layers=10**6), "num_hidden_layers", "at most 4096"),
+    ("quant_method: awq", AWQ, "quantization_config.quant_method", "fp8, mxfp4, compressed-tensors, modelopt", "'awq'"),
+    ("FP8 in blocks of 64", FP8_OF_64, "quantization_config.weight_block_size", "[128, 128]", "[64, 64]"),
+    ("rope_scaling: dynamic", config(rope_scaling={"type": "dynamic", "factor": 4.0}), "default, linear, llama3, yarn"),
+    (
+        "rope_scaling: yarn, half of it",
+        config(rope_scaling={"type": "yarn", "factor": 4.0}),
+        "rope_scaling.original_max",
+    ),
+    ("sliding_window: 0", config(use_sliding_window=True, sliding_window=0), "sliding_window", ">= 1"),
+    ("eos_token_id: 500", writing("generation_config.json", '{"eos_token_id": 500}'), "eos_token_id", "below 128"),
+    ("no tokenizer.json", without("tokenizer.json"), "no tokenizer.json"),
+    ("only tekken.json", renamed("tokenizer.json", "tekken.json"), "no tokenizer.json", "tekken.json"),
+    ("only tiktoken.model", renamed("tokenizer.json", "tiktoken.model"), "tiktoken.model", "TikTokenTokenizer"),
+    ("only tokenizer.model", renamed("tokenizer.json", "tokenizer.model"), "no tokenizer.json", "transformers"),
+    ("tokenizer.json damaged", writing("tokenizer.json", "{"), "tokenizer.json", "cannot be read"),
+    ("a chat template that is not Jinja", writing("chat_template.jinja", "{% if"), "chat template", "not valid"),
+    ("no weights", without(WEIGHTS), "no weights", WEIGHTS),
+    ("only pytorch_model.bin", renamed(WEIGHTS, "pytorch_model.bin"), "*.bin", "save them as safetensors"),
+    ("a git-lfs pointer", writing(WEIGHTS, "version https://git-lfs.github.com/spec/v1"), "git-lfs", "lfs pull"),
+    ("a truncated file", truncate, "is truncated", "bytes, expected"),
+    ("a missing shard", sharded(without("b.safetensors")), "lacks b.safetensors"),
+    ("an index that lists too much", sharded(index(extra="a.safetensors")), "do not hold", "extra"),
+    ("an index of other folders", sharded(index(**{TENSOR: "../a.safetensors"})), "weight_map", "in the same folder"),
+    ("an index that lists too little", sharded(index(**{TENSOR: None})), "does not list", TENSOR),
+)
+# What only a rank can tell, which knows the model's parameters and its memory.
+CHECKPOINTS_OF_RANKS: tuple[tuple[Any, ...], ...] = (
+    ("a missing tensor", header(lambda tensors: tensors.pop(TENSOR)), "missing", TENSOR),
+    ("an unknown tensor", copied_tensor(TENSOR, "copy.weight"), "does not know", "copy.weight"),
+    ("a missing scale", quantized(header(lambda tensors: tensors.pop(SCALE))), "missing", SCALE),
+    ("a wrong shape", header(lambda tensors: tensors[TENSOR]["shape"].reverse()), TENSOR, "expected [96, 128]"),
+    ("an integer tensor", header(lambda tensors: tensors[TENSOR].update(dtype="I16")), TENSOR, "F32, BF16, F16"),
+)
+HUGE = config(num_experts=1024, moe_intermediate_size=10**7)
+
+
+def _checkpoints() -> Iterator[Case]:
+    for given, change, *says in CHECKPOINTS:
+        yield _checkpoint(given, change, *says)
+    for given, change, *says in CHECKPOINTS_OF_RANKS:
+        yield _checkpoint(given, change, *says, starts=True)
+    says = ("the weights need", "are free", "ep_size", "dtype='bfloat16'")
+    yield _checkpoint("more weights than memory", HUGE, *says, starts=True, load_format="dummy")
+
+
+def _checkpoint(given: str, change: Change, *says: str, starts: bool = False, **options: Any) -> Case:
+    return Case(
+        area="Checkpoints",
+        given=given,
+        attempt=lambda place: LLM(place.checkpoint(change), device="cpu", **options),
+        answer="EngineFailed" if starts else "ValueError",
+        says=says,
+        starts=starts,
+    )
+
+
+COMMANDS: tuple[tuple[str, ...], ...] = (
+    ("", "COMMAND"),
+    ("train", "'train'", "serve, generate, demo, inspect, explain, experts, bench"),
+    ("serve --tensor-parallel-size=2", "--tensor-parallel-size", "--help"),
+    ("serve one two", "two"),
+    ("serve /no/such/folder --port 0", "there is no folder '/no/such/folder'"),
+    ("serve --port 70000", "--port", "[0, 65535]"),
+    ("serve --port http", "--port", "[0, 65535]", "http"),
+    ("serve --port <taken>", "--port", "in use"),
+    ("serve --host 203.0.113.1", "--host 203.0.113.1", "annot assign"),
+    ("serve --drain-timeout -1", "--drain-timeout", ">= 0"),
+    ("serve --drain-timeout soon", "--drain-timeout", ">= 0"),
+    ("serve --ep-size two", "--ep-size", "'two'"),
+    ("serve --ep-size 0 --port 0", "ep_size", ">= 1"),
+    ("serve --policy lottery", "--policy", "fcfs, priority, shortest, prefix, fair"),
+    ("serve --tenant-weights a:1", "--tenant-weights", "NAME=NUMBER", "'a:1'"),
+    ("serve --dtype float64", "--dtype", "auto, float32, bfloat16"),
+    ("generate", "--prompt"),
+    ("generate /no/such/folder --prompt x", "there is no folder '/no/such/folder'"),
+    ("generate --prompt x --temperature hot", "--temperature", "'hot'"),
+    ("generate --prompt x --top-p 2", "top_p", "(0, 1]"),
+    ("demo --launcher slurm", "--launcher", "ray, local"),
+    ("explain --device tpu", "--device", "cpu, cuda, h200, b200"),
+    ("explain --device cuda", "--device", "cpu, h200 and b200"),
+    ("explain --ep-size 0", "--ep-size", ">= 1"),
+    ("explain /no/such/folder", "there is no folder '/no/such/folder'"),
+    ("bench", "BENCHMARK"),
+    ("bench latency", "'latency'", "throughput"),
+    ("bench throughput --input-len 0", "input_len", ">= 1"),
+    ("bench throughput --json /no/such/folder/x.json", "--json", "/no/such/folder"),
+)
+
+
+def _commands() -> Iterator[Case]:
+    for line, *says in COMMANDS:
+        yield Case(
+            area="Commands",
+            given=f"expertwire {line}".strip(),
+            attempt=partial(Place.command, line=line),
+            answer="exit code 2",
+            says=tuple(says),
+        )
+    line = "generate --prompt x --device cuda"
+    yield Case(
+        area="Commands",
+        given=f"expertwire {line} (where there is no GPU)",
+        attempt=partial(Place.command_without_gpu, line=line),
+        answer="exit code 1",
+        says=("device 'cuda'", "no CUDA device", "device='cpu'"),
+        starts=True,
+    )
+
+
+SAMPLING: tuple[tuple[Any, ...], ...] = (
+    ({"temperature": -1.0}, "temperature", ">= 0"),
+    ({"temperature": float("nan")}, "temperature", "finite"),
+    ({"top_p": 0.0}, "top_p", "(0, 1]"),
+    ({"top_k": -2}, "top_k", "-1 (all)"),
+    ({"min_p": 1.5}, "min_p", "[0, 1]"),
+    ({"max_tokens": 0}, "max_tokens", ">= 1"),
+    ({"min_tokens": 20}, "min_tokens", "[0, max_tokens = 16]"),
+    ({"seed": 2**63}, "seed", "64-bit"),
+    ({"stop": ""}, "stop", "non-empty strings"),
+    ({"stop": 5}, "stop", "list of strings"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", ">= 0"),
+    ({"stop_token_ids": 7}, "stop_token_ids", "list of token ids"),
+    ({"expert_load": "yes"}, "expert_load", "True or False"),
+    ({"ignore_eos": "yes"}, "ignore_eos", "True or False"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty", "> 0"),
+    ({"presence_penalty": 3.0}, "presence_penalty", "[-2, 2]"),
+    ({"frequency_penalty": -3.0}, "frequency_penalty", "[-2, 2]"),
+    ({"logit_bias": {1: 500.0}}, "logit_bias", "[-100, 100]"),
+    ({"logit_bias": [1]}, "logit_bias", "dictionary"),
+    ({"logprobs": 65}, "logprobs", "[0, 64]"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs", "[0, 64]"),
+    ({"n": 0}, "n must", "[1, 256]"),
+    ({"skip_special_tokens": "no"}, "skip_special_tokens", "True or False"),
+    ({"best_of": 2}, "best_of"),
+)
+
+
+def _sampling() -> Iterator[Case]:
+    for params, *says in SAMPLING:
+        yield Case(
+            area="SamplingParams",
+            given=_arguments(params),
+            attempt=lambda place, params=params: SamplingParams(**params),
+            answer="TypeError" if "best_of" in params else "ValueError",
+            says=tuple(says),
+        )
+
+
+GREEDY = SamplingParams(temperature=0)
+PROMPTS: tuple[tuple[Any, ...], ...] = (
+    ('generate("")', ("",), "at least one token"),
+    ("generate(5)", (5,), "string, token ids"),
+    ("generate([[1, 2], None])", ([[1, 2], None],), "prompt 1", "NoneType"),
+    ("generate([[1, [2]]])", ([[1, [2]]],), "flat list"),
+    ("generate([[1.5]])", ([[1.5]],), "integer token ids"),
+    ("generate([[128]])", ([[128]],), "[0, 128)", "got 128"),
+    ("generate([[-1]])", ([[-1]],), "[0, 128)", "got -1"),
+    ("generate([[5] * 64]), max_model_len=64", ([[5] * 64],), "64 tokens", "at most 63"),
+    ('generate({"text": "a"})', ({"text": "a"},), "'prompt' or 'prompt_token_ids'"),
+    ('generate({"prompt_token_ids": "a"})', ({"prompt_token_ids": "a"},), "prompt_token_ids"),
+    ('generate("SUM", [SamplingParams()] * 2)', ("SUM", [GREEDY] * 2), "sampling_params", "(1), got 2"),
+    ('generate("SUM", {"temperature": 0})', ("SUM", {"temperature": 0}), "sampling_params", "SamplingParams"),
+    ('generate({"cache_salt": "a"})', ({"cache_salt": "a"},), "'prompt' or 'prompt_token_ids'"),
+    ("logit_bias={500: 1}", ("SUM", SamplingParams(logit_bias={500: 1})), "logit_bias", "[0, 128)"),
+    ("stop_token_ids=[500]", ("SUM", SamplingParams(stop_token_ids=[500])), "stop_token_ids", "[0, 128)"),
+    ("chat([])", ([],), "non-empty list"),
+    ('chat([{"content": "a"}])', ([{"content": "a"}],), "'role'"),
+)
+OPTIONS_OF_CHATS: tuple[tuple[Any, ...], ...] = (
+    ({"thinking": "no"}, "thinking", "True, False"),
+    ({"thinking": False}, "thinking", "does not read", "enable_thinking or thinking"),
+    ({"reasoning_effort": "low"}, "reasoning_effort", "does not read"),
+    ({"tools": "search"}, "tools", "JSON schemas"),
+    ({"tools": [{"name": "search"}]}, "tools", "does not read"),
+    ({"chat_template_kwargs": {"enable_thinkin": True}}, "chat_template_kwargs", "does not read enable_thinkin;"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "'tools'"),
+    ({"continue_final_message": True}, "continue_final_message", "add_generation_prompt=False"),
+    ({"chat_template": "rag"}, "chat_template", "default"),
+)
+OPTIONS_OF_PROMPTS: tuple[tuple[Any, ...], ...] = (
+    ({"priority": 2**31}, "priority", "[-2**31, 2**31)"),
+    ({"priority": "high"}, "priority", "integer"),
+    ({"priority": [1, 2]}, "priority", "(1), got 2"),
+    ({"tenant": 5}, "tenant", "string"),
+    ({"cache_salt": "\ud800"}, "cache_salt", "valid Unicode"),
+)
+
+
+def _prompts() -> Iterator[Case]:
+    for given, arguments, *says in PROMPTS:
+        yield _prompt(given, "chat" if given.startswith("chat") else "generate", arguments, {}, says)
+    for options, *says in OPTIONS_OF_CHATS:
+        messages = [{"role": "user", "content": "SUM 1 2"}]
+        yield _prompt(f"chat(messages, {_arguments(options)})", "chat", (messages,), options, says)
+    for options, *says in OPTIONS_OF_PROMPTS:
+        yield _prompt(f'generate("SUM", {_arguments(options)})', "generate", ("SUM",), options, says)
+
+
+def _prompt(given: str, method: str, arguments: Sequence[Any], options: dict[str, Any], says: Sequence[str]) -> Case:
+    return Case(
+        area="Prompts of the Python API",
+        given=given,
+        attempt=lambda place: getattr(place.llm, method)(*arguments, use_tqdm=False, **options),
+        answer="ValueError",
+        says=tuple(says),
+    )
+
+
+REQUESTS: tuple[tuple[Any, ...], ...] = (
+    ("text, of a model without tokenizer", {"prompt": "a"}, "needs a tokenizer", "token ids"),
+    ("no token ids", {"prompt": []}, "at least one token"),
+    ("token id 128", {"prompt": [128]}, "[0, 128)", "got 128"),
+    ("token id -1", {"prompt": [-1]}, "[0, 128)", "got -1"),
+    ("2048 token ids, max_model_len=2048", {"prompt": [5] * 2048}, "2048 tokens", "at most 2047"),
+    ("a request_id of 300 characters", {"request_id": "x" * 300}, "request_id", "at most 256"),
+    ("a tenant of 129 characters", {"tenant": "x" * 129}, "tenant", "at most 128", "got 129"),
+    ("a cache_salt of 129 characters", {"cache_salt": "x" * 129}, "cache_salt", "at most 128", "got 129"),
+    ('stop="a", of a model without tokenizer', {"stop": "a"}, "stop", "stop_token_ids"),
+    ("logit_bias={500: 1.0}", {"logit_bias": {500: 1.0}}, "logit_bias", "[0, 128)"),
+    ("stop_token_ids=[500]", {"stop_token_ids": [500]}, "stop_token_ids", "[0, 128)"),
+)
+
+
+def _requests() -> Iterator[Case]:
+    for given, values, *says in REQUESTS:
+        yield _request(given, partial(Place.request, **values), "INVALID_ARGUMENT", *says)
+    for params, *says in SAMPLING:
+        if _fits_the_wire(params):
+            yield _request(_arguments(params), partial(Place.request, **params), "INVALID_ARGUMENT", *says)
+    chat = [{"role": "user", "content": "a"}]
+    ask = lambda place: list(place.client.chat(chat))  # noqa: E731 - as short as a partial
+    yield _request("a chat, of a model without tokenizer", ask, "INVALID_ARGUMENT", "needs a tokenizer", "token ids")
+    taken = partial(Place.request_beside, request_id="first")
+    yield _request("a request_id that is running", taken, "ALREADY_EXISTS", "'first'", "is running")
+    many = partial(Place.request, n=2)
+    yield _request("n=2, when max_waiting=1", many, "INVALID_ARGUMENT", "n must be", "max_waiting = 1", "got 2")
+    yield _request("Abort of an unknown request_id", lambda place: place.client.abort("x"), "NOT_FOUND", "'x'")
+    big = partial(Place.request, priority=2**31)
+    yield _request("priority=2**31 (refused by our client)", big, "ValueError", "priority", "2147483648")
+    unknown = partial(Place.request, best_of=2)
+    yield _request("best_of=2 (refused by our client)", unknown, "ValueError", "best_of", "max_tokens")
+
+
+def _request(given: str, attempt: Callable[[Place], object], status: str, *says: str) -> Case:
+    return Case(area="Requests over gRPC", given=given, attempt=attempt, answer=status, says=says)
+
+
+def _fits_the_wire(params: dict[str, Any]) -> bool:
+    try:
+        from_sampling_params(params)
+    except ValueError:
+        return False
+    return True
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

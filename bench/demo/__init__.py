@@ -1,0 +1,1 @@
+"""`expertwire.bench.demo`; see docs/architecture.md."""

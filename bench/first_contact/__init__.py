@@ -1,0 +1,1 @@
+"""`expertwire.bench.first_contact.run`; see docs/architecture.md."""

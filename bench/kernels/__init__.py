@@ -1,0 +1,1 @@
+"""`expertwire.bench.kernels.run`; see docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""`expertwire.bench.scheduler`; see docs/architecture.md."""

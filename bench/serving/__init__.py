@@ -1,0 +1,1 @@
+"""`expertwire.bench.serving`; see docs/architecture.md."""

@@ -1,0 +1,218 @@
+"""`python -m expertwire.bench.serving.overlap`: does the controller's work hide behind the ranks'?
+
+The controller's own loop (`engine.controller.step`) drives ranks in processes of their own over the real control channel, with a
+front that takes the answers. The ranks run the engine's loop (`engine.rank_loop`) and wait instead of computing, so a step's
+period is the ranks' time (`forward_us`) and what the hosts add.
+
+A rank is one with a device that keeps a queue of its work, as a GPU does: its host sends the last result and launches the next
+step while it computes. With `--host-computes` it is one without, as on a CPU: there, both come on top of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from expertwire.bench.scheduler.simulation import CACHES, EOS, SimulatedRanks
+from expertwire.bench.serving import throughput
+from expertwire.comm.control.channel import ChannelClosed, ControlHub, ControlLink, SocketChannel, connect, listen
+from expertwire.engine import controller
+from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.launcher import LocalLauncher, WorkerSpec
+from expertwire.engine.rank_loop import Launched, serve
+from expertwire.scheduler.plan import StepPlan, StepResult
+from expertwire.scheduler.request import Request
+from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.scheduler import Scheduler, SchedulerConfig
+
+_WARM_UP = 20
+_PROMPT = 64
+_SPIN_S = 0.3e-3  # at the end of a simulated step
+
+
+def main() -> int:
+    """Measure with and without planning ahead, in turns; print and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--running", type=int, default=64, help="requests, on all ranks together")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="the ranks' time for a step")
+    parser.add_argument("--host-computes", action="store_true", help="the ranks have no devices")
+    parser.add_argument("--steps", type=int, default=300, help="of each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for _ in range(args.rounds):
+        for overlap in (True, False):
+            rows.append({"overlap": overlap, **measure(args, overlap=overlap)})
+            print(" ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    for overlap in (True, False):
+        periods = [row["period_ms_p50"] for row in rows if row["overlap"] == overlap]
+        print(f"overlap {'on ' if overlap else 'off'}: {statistics.median(periods):.3f} ms a step")
+    if args.json:
+        setting = {name: value for name, value in vars(args).items() if name != "json"}
+        result = {"machine": throughput.machine("cpu"), "setting": setting, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def measure(args: argparse.Namespace, *, overlap: bool) -> dict[str, float]:
+    """Periods of the steps in ms, and where the controller's time goes in µs a step."""
+    num_tokens = args.steps + _WARM_UP + 8
+    config = scheduler_config(args.ranks, args.running, _PROMPT + num_tokens)
+    with _open_loop(config, args.step_ms * 1e-3, args.host_computes) as loop:
+        for key in range(args.running):
+            prompt = np.random.default_rng(key).integers(1, config.vocab_size, _PROMPT, dtype=np.int32)
+            params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+            rejection = loop.scheduler.submit(Request(key=key, prompt=prompt, params=params, seed=key), 0.0)
+            assert rejection is None, rejection
+        flight = None
+        for _ in range(_WARM_UP):
+            flight = controller.step(loop, flight, 60.0, overlap=overlap)
+        before, times = dict(loop.totals), [time.perf_counter()]
+        for _ in range(args.steps):
+            flight = controller.step(loop, flight, 60.0, overlap=overlap)
+            times.append(time.perf_counter())
+        parts = {name: (loop.totals[name] - before[name]) / args.steps for name in before if name.endswith("_us")}
+    periods = np.diff(times) * 1e3
+    figures = {"period_ms_p50": np.median(periods), "period_ms_p99": np.percentile(periods, 99), **parts}
+    return {name: round(float(value), 3) for name, value in figures.items()}
+
+
+def scheduler_config(num_ranks: int, running: int, max_model_len: int) -> SchedulerConfig:
+    """Slots and blocks for all requests at once."""
+    blocks = -(-max_model_len // 16) * running
+    return SchedulerConfig(
+        num_ranks=num_ranks,
+        max_running=running,
+        max_num_tokens=8192,
+        max_model_len=max_model_len,
+        block_size=16,
+        num_blocks=blocks + running + 1,
+        max_waiting=running,
+        eos_token_ids=(EOS,),
+        vocab_size=32000,
+    )
+
+
+def rank_main(
+    setting: tuple[SchedulerConfig, float, bool],
+    rank: int,
+    num_ranks: int,
+    address: str,
+    token: str,
+    node: str,
+    gpu: int,
+) -> None:
+    """A rank that simulates computing; its loop is the engine's."""
+    link = ControlLink(address, token, rank=rank, node=node, hello={})
+    with contextlib.suppress(ChannelClosed):
+        serve(link, _SimulatedRunner(*setting, rank))
+    link.close()
+
+
+class _SimulatedRunner:
+    """A runner that takes `step_s` for every step."""
+
+    def __init__(self, config: SchedulerConfig, step_s: float, host_computes: bool, rank: int) -> None:
+        self._ranks, self._rank = SimulatedRanks(config), rank
+        self._step_s, self._host_computes = step_s, host_computes
+        self.depth = 1 if host_computes else 2
+        self._free_at = 0.0  # when the device has done all that it was given
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """See `rank_loop.Steps`."""
+        mine = plan.rank(self._rank)
+        start = max(time.perf_counter(), self._free_at)
+        self._free_at = end = start + self._step_s
+
+        def finish() -> StepResult:
+            until = time.perf_counter() + self._step_s if self._host_computes else end
+            answer = self._ranks.run(plan)[0][self._rank]
+            assert len(answer.slot_O) <= len(mine.sched_slot_S), f"{len(answer.slot_O)} of {len(mine.sched_slot_S)}"
+            _wait_until(until)
+            return StepResult(**{**vars(answer), "forward_us": int(self._step_s * 1e6)})
+
+        return Launched(finish, lambda: time.perf_counter() >= end - _SPIN_S)
+
+
+def _wait_until(end: float) -> None:
+    """To the point, as one waits for a device: a sleep alone would be late by some 0.1 ms, and that is no host's work."""
+    time.sleep(max(0.0, end - _SPIN_S - time.perf_counter()))
+    while time.perf_counter() < end:
+        pass
+
+
+@contextlib.contextmanager
+def _open_loop(config: SchedulerConfig, step_s: float, host_computes: bool) -> Iterator[controller.Loop]:
+    launcher = LocalLauncher("expertwire.bench.serving.overlap:rank_main")
+    hub = ControlHub(config.num_ranks, token="bench")
+    front, reader = _open_front()
+    try:
+        setting = (config, step_s, host_computes)
+        launcher.start(WorkerSpec(config=setting, num_ranks=config.num_ranks, address=hub.address, token="bench"))
+        hub.wait_joined(60, launcher.poll)
+        loop = controller.Loop(scheduler=Scheduler(config, CACHES), hub=hub, info=_info(config))
+        loop.fronts[0], loop.num_fronts = front, 1
+        yield loop
+    finally:
+        hub.close()
+        launcher.stop(5)
+        front.close()
+        reader.join()
+
+
+def _open_front() -> tuple[SocketChannel, threading.Thread]:
+    """The controller's end of a front that reads what it is sent."""
+    listener = listen("tcp:127.0.0.1:0", "bench")
+    far = connect(listener.address, "bench")
+    near = listener.accept(10)
+    assert near is not None, "no connection within 10 s"
+    listener.close()
+
+    def read() -> None:
+        with contextlib.suppress(ChannelClosed, socket.error):
+            while True:
+                far.recv(None)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    return near, reader
+
+
+def _info(config: SchedulerConfig) -> ModelInfo:
+    return ModelInfo(
+        name="simulated",
+        path="",
+        architecture="",
+        dtype="bfloat16",
+        kv_cache_dtype="bfloat16",
+        vocab_size=config.vocab_size,
+        max_model_len=config.max_model_len,
+        eos_token_ids=config.eos_token_ids,
+        num_layers=1,
+        num_experts=1,
+        top_k=1,
+        ep_size=config.num_ranks,
+        device="cpu",
+        all_to_all="",
+        block_size=config.block_size,
+        cache_tokens=0,
+        cache_blocks={},
+        cache_bytes={},
+        max_running=config.max_running,
+        seed=0,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

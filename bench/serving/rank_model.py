@@ -1,0 +1,117 @@
+"""A model on one rank in this process, without an engine: its logits themselves.
+
+T tokens, V vocabulary, P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.reference import ReferenceAllToAll
+from expertwire.comm.group import Group, SoloGroup
+from expertwire.engine.layers.step import RankContext
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.loading import load
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.runner.batch import in_parts, of_prompt
+from expertwire.kernels import registry as kernels
+from expertwire.moe.eplb.placement import Placement, place
+
+BLOCK_SIZE = 16
+
+
+class RankModel:
+    """The share of one rank of a group, on a CPU, for the torch threads that are set when it is built.
+
+    All ranks of a group call its methods together, with prompts of the same length.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: "auto", "float32" or "bfloat16".
+        group: None: this rank alone.
+        max_tokens: of a prompt and what follows it; a multiple of 16.
+        quantize, kv_cache_dtype: as `EngineConfig` has them.
+        fast: its `numerics`.
+        num_parts: in which the tokens of a forward pass are computed.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        dtype: str = "float32",
+        *,
+        group: Group | None = None,
+        max_tokens: int = 512,
+        quantize: str | None = None,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+        fast: bool = False,
+        num_parts: int = 1,
+    ) -> None:
+        group = SoloGroup() if group is None else group
+        config = read_model_config(folder, dtype, kv_cache_dtype)
+        torch_dtype = getattr(torch, config.dtype)
+        placement: Placement | None = None
+        all_to_alls: tuple[ReferenceAllToAll, ...] = ()
+        if config.moe is not None:
+            placement = place(config.num_experts, group.size, num_layers=config.num_layers)
+            spec = AllToAllSpec(
+                group=group,
+                rank_offsets=placement.rank_offsets,
+                max_tokens=max_tokens,
+                hidden_size=config.hidden_size,
+                top_k=config.top_k,
+                dtype=torch_dtype,
+            )
+            all_to_alls = tuple(ReferenceAllToAll(spec) for _ in range(num_parts))
+        context = RankContext(
+            rank=group.rank,
+            dtype=torch_dtype,
+            device="cpu",
+            ops=kernels.choose("cpu", fast=fast),
+            placement=placement,
+            all_to_alls=all_to_alls,
+        )
+        self.config, self._size, self._num_parts = config, group.size, num_parts
+        self.model = load(config, context, Checkpoint(folder), quantize=quantize)
+        self._num_blocks = max_tokens // BLOCK_SIZE
+        num_blocks = [self._num_blocks + 1] * len(config.cache_specs())
+        self._caches = self.model.allocate(num_blocks=num_blocks, block_size=BLOCK_SIZE, max_model_len=max_tokens)
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
+        """fp32 [T, V], the prompt computed `chunk` tokens at a time."""
+        blocks_CW = self._blocks(len(ids))
+        return np.concatenate(list(self._logits(ids, blocks_CW, chunk or len(ids))))
+
+    @torch.inference_mode()
+    def greedy(self, ids: Sequence[int], num: int) -> list[int]:
+        """The next `num` tokens."""
+        known, blocks_CW = list(ids), self._blocks(len(ids) + num)
+        [*_, last] = self._logits(ids, blocks_CW, 64)
+        for _ in range(num):
+            known.append(int(last[-1].argmax()))
+            last = self._forward(known[-1:], len(known) - 1, blocks_CW)
+        return known[len(ids) :]
+
+    def _blocks(self, length: int) -> np.ndarray:
+        """Of each cache, in no order."""
+        rng = np.random.default_rng(length)
+        return np.stack([1 + rng.permutation(self._num_blocks) for _ in self._caches]).astype(np.int32)
+
+    def _logits(self, ids: Sequence[int], blocks_CW: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(ids), chunk):
+            yield self._forward(ids[start : start + chunk], start, blocks_CW)
+
+    def _forward(self, ids: Sequence[int], start: int, blocks_CW: np.ndarray) -> np.ndarray:
+        batches, begin = [], 0
+        for [num] in in_parts([len(ids)], min(self._num_parts, len(ids))):
+            part, num_tokens_P = ids[begin : begin + num], [num] * self._size
+            batches.append(of_prompt(part, start + begin, blocks_CW, BLOCK_SIZE, num_tokens_P))
+            begin += num
+        return self.model.logits(self.model.forward(batches, self._caches)).numpy()

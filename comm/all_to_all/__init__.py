@@ -1,0 +1,1 @@
+"""`expertwire.comm.all_to_all.base`; see docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""`expertwire.comm.control.channel`; see docs/architecture.md."""

@@ -1,0 +1,382 @@
+"""Control channels over unix and TCP sockets.
+
+Addresses are strings: `unix:/path`, `unix:@name` (Linux's abstract names: nothing in the file system, private to a network
+namespace) and `tcp:host:port` (port 0 picks a free one). A connection starts with a fixed preface that carries the SHA-256 of
+the shared token; after it, both directions carry frames: u64 length (little endian), then that many bytes. An empty frame is a
+doorbell (`comm.control.node`); any other holds a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import select
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from expertwire.comm.control.wire import ChannelClosed, pack, unpack
+
+_LENGTH = struct.Struct("<Q")
+_MAGIC = b"xpwire01"
+_PREFACE_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
+_PREFACE_S = 10.0  # a stranger that says nothing is dropped after this time
+_MAX_STRANGERS = 128
+_CHUNK_BYTES = 1 << 18
+_LONGEST_POLL_S = 3600.0  # poll() takes at most 24 days
+MAX_PENDING_BYTES = 64 << 20
+
+
+class SocketChannel:
+    """Named arrays over a connected stream socket.
+
+    Nothing here blocks except `recv` and `drain`: what the kernel does not take at once waits in an outgoing buffer, which
+    every later `send`, `recv` and `flush` tries to empty. A loop of its own watches `fileno()` for reading (and for writing
+    while `pending` is not 0, then calls `flush`), and calls `recv(0)` until it returns None: data that was read ahead is
+    not visible to select(). One thread may send while another receives.
+    """
+
+    def __init__(self, sock: socket.socket, *, max_pending: int = MAX_PENDING_BYTES) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._max_pending = max_pending
+        self._incoming = bytearray()
+        self._outgoing: deque[memoryview] = deque()
+        self._lock = threading.Lock()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def send(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Send a message, or queue it.
+
+        Raises:
+            ChannelClosed: the peer is gone, or has left more than `max_pending` bytes unread.
+        """
+        self.send_frame(pack(arrays))
+
+    def recv(self, timeout_s: float | None) -> dict[str, np.ndarray] | None:
+        """The next message, or None when there is none after `timeout_s` seconds (None: wait for ever).
+
+        Raises:
+            ChannelClosed: the connection has ended and everything received has been returned, or the peer sent nonsense.
+        """
+        frame = self.recv_frame(timeout_s)
+        try:
+            return None if frame is None else unpack(frame)
+        except ValueError as error:
+            self.close()
+            raise ChannelClosed(str(error)) from error
+
+    def fileno(self) -> int:
+        """The socket's file descriptor, -1 after `close`."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Close the connection; what the kernel has not taken by now is lost. Idempotent."""
+        with contextlib.suppress(ChannelClosed):
+            self.flush()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+        self._sock.close()
+
+    @property
+    def pending(self) -> int:
+        """Bytes that wait in the outgoing buffer."""
+        return sum(map(len, self._outgoing))
+
+    @property
+    def local_ip(self) -> str:
+        """This host's address as the peer sees it; 127.0.0.1 on a unix socket."""
+        return "127.0.0.1" if self._sock.family == socket.AF_UNIX else self._sock.getsockname()[0]
+
+    def send_frame(self, *parts: bytes | bytearray | memoryview) -> None:
+        """Send one frame made of `parts`, or queue it; without parts, a doorbell. Raises as `send`."""
+        frame = [_LENGTH.pack(sum(map(len, parts))), *parts]
+        with self._lock:
+            if self._outgoing:
+                self._flush()
+            if self._outgoing and (pending := self.pending) > self._max_pending:
+                raise ChannelClosed(f"the peer stopped reading: {pending >> 20} MiB wait to be sent")
+            sent = 0 if self._outgoing else self._write(frame)
+            for part in frame:
+                if sent < len(part):
+                    # A copy, because the caller may reuse its buffer.
+                    self._outgoing.append(memoryview(bytes(memoryview(part)[sent:])))
+                sent = max(0, sent - len(part))
+
+    def recv_frame(self, timeout_s: float | None) -> bytearray | None:
+        """The next frame, or None after `timeout_s`. Raises as `recv`."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._flush_quietly()
+        while (frame := self._take_frame()) is None:
+            if self._read():
+                continue
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return None
+            self._wait(remaining)
+        return frame
+
+    def ready_frames(self) -> list[bytearray]:
+        """Every frame that is complete after reading once, without waiting. Raises as `recv`, but only when there is none."""
+        frames = self._take_frames()
+        try:
+            self._read()
+        except ChannelClosed:
+            if not frames:
+                raise
+        return frames + self._take_frames()
+
+    def flush(self) -> bool:
+        """Try to empty the outgoing buffer without waiting; whether it is empty. Raises as `send`."""
+        with self._lock:
+            self._flush()
+            return not self._outgoing
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until the kernel has taken everything.
+
+        Raises:
+            ChannelClosed: as `send`, or the peer read nothing for `timeout_s` seconds.
+        """
+        if not self._outgoing or self.flush():
+            return
+        poller = select.poll()
+        poller.register(self._sock, select.POLLOUT)
+        while not self.flush():
+            if not poller.poll(timeout_s * 1000):
+                raise ChannelClosed(f"the peer read nothing for {timeout_s:.0f} s")
+
+    def _take_frame(self) -> bytearray | None:
+        if len(self._incoming) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._incoming)
+        end = _LENGTH.size + length
+        if len(self._incoming) < end:
+            return None
+        frame = self._incoming[_LENGTH.size : end]
+        del self._incoming[:end]
+        return frame
+
+    def _take_frames(self) -> list[bytearray]:
+        frames = []
+        while (frame := self._take_frame()) is not None:
+            frames.append(frame)
+        return frames
+
+    def _read(self) -> bool:
+        """Read once; whether there was anything."""
+        try:
+            data = self._sock.recv(_CHUNK_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            raise ChannelClosed(f"connection lost: {error.strerror or error}") from error
+        if not data:
+            raise ChannelClosed("the peer closed the connection")
+        self._incoming += data
+        return True
+
+    def _write(self, parts: Sequence[bytes | bytearray | memoryview]) -> int:
+        try:
+            return self._sock.sendmsg(parts)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise ChannelClosed(f"connection lost: {error.strerror or error}") from error
+
+    def _flush(self) -> None:
+        while self._outgoing:
+            sent = self._write([self._outgoing[0]])
+            if sent < len(self._outgoing[0]):
+                self._outgoing[0] = self._outgoing[0][sent:]
+                return
+            self._outgoing.popleft()
+
+    def _wait(self, timeout_s: float | None) -> None:
+        self._poll.modify(self._sock, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+        self._poll.poll(None if timeout_s is None else min(timeout_s, _LONGEST_POLL_S) * 1000)
+        self._flush_quietly()
+
+    def _flush_quietly(self) -> None:
+        try:
+            self.flush()
+        except ChannelClosed:
+            # What the peer said before it went is still to be read; the reads will find its end.
+            self._outgoing.clear()
+
+
+class Listener:
+    """Accepts connections of peers that know the token; the others are dropped."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._preface = _preface(token)
+        self._sock, self._path = _bind(address)
+        self.address = _address_of(self._sock, address)
+        self._strangers: dict[socket.socket, tuple[float, bytearray]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._sock, selectors.EVENT_READ)
+
+    def accept(self, timeout_s: float | None) -> SocketChannel | None:
+        """The next connection that has shown the token, or None after `timeout_s` seconds (None: wait for ever).
+
+        A select() loop watches `fileno()` and calls `accept(0)` until it returns None.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            events = self._selector.select(remaining)
+            for key, _ in events:
+                if key.fileobj is self._sock:
+                    self._meet_strangers()
+                elif channel := self._check(key.data):
+                    return channel
+            self._forget_strangers()
+            if not events and remaining == 0.0:
+                return None
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable when `accept(0)` has something to do."""
+        return self._selector.fileno()
+
+    def close(self) -> None:
+        """Stop listening and drop the connections that have not shown the token. Idempotent."""
+        for stranger in list(self._strangers):
+            self._drop(stranger)
+        self._selector.close()
+        self._sock.close()
+        if self._path:
+            self._path.unlink(missing_ok=True)
+            self._path = None
+
+    def _meet_strangers(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                stranger, _ = self._sock.accept()
+                stranger.setblocking(False)
+                self._strangers[stranger] = (time.monotonic() + _PREFACE_S, bytearray())
+                self._selector.register(stranger, selectors.EVENT_READ, stranger)
+
+    def _check(self, stranger: socket.socket) -> SocketChannel | None:
+        _, said = self._strangers[stranger]
+        try:
+            data = stranger.recv(_PREFACE_BYTES - len(said))
+        except OSError:
+            data = b""
+        said += data
+        if data and len(said) < _PREFACE_BYTES:
+            return None
+        if not hmac.compare_digest(bytes(said), self._preface):
+            self._drop(stranger)
+            return None
+        self._selector.unregister(stranger)
+        del self._strangers[stranger]
+        _tune(stranger)
+        return SocketChannel(stranger)
+
+    def _forget_strangers(self) -> None:
+        now = time.monotonic()
+        too_many = len(self._strangers) - _MAX_STRANGERS
+        for index, (stranger, (deadline, _)) in enumerate(list(self._strangers.items())):
+            if index < too_many or now > deadline:
+                self._drop(stranger)
+
+    def _drop(self, stranger: socket.socket) -> None:
+        self._selector.unregister(stranger)
+        del self._strangers[stranger]
+        stranger.close()
+
+
+def listen(address: str, token: str) -> Listener:
+    """Listen at `address`; `Listener.address` names the port that was picked.
+
+    Raises:
+        ValueError: the address is malformed.
+        OSError: it is in use or not of this host; the message names it.
+    """
+    return Listener(address, token)
+
+
+def connect(address: str, token: str, *, timeout_s: float = 10.0) -> SocketChannel:
+    """Connect to a listener. A wrong token shows as `ChannelClosed` on the first `recv`.
+
+    Raises:
+        ValueError: the address is malformed.
+        OSError: nobody listens there; the message names the address.
+    """
+    family, where, _ = _parse_address(address)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect(where)
+        sock.sendall(_preface(token))
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"cannot connect to {address}: {error.strerror or error}") from error
+    _tune(sock)
+    return SocketChannel(sock)
+
+
+def _preface(token: str) -> bytes:
+    return _MAGIC + hashlib.sha256(token.encode()).digest()
+
+
+def _parse_address(address: str) -> tuple[socket.AddressFamily, str | tuple[str, int], Path | None]:
+    """Family, the socket module's address, and the path in the file system if there is one."""
+    kind, _, where = address.partition(":")
+    if kind == "unix" and where.startswith("@") and len(where) > 1:
+        return socket.AF_UNIX, "\0" + where[1:], None
+    if kind == "unix" and where.strip("@"):
+        if len(where.encode()) > 107:
+            raise ValueError(f"address {address!r}: a unix socket's path has at most 107 bytes")
+        return socket.AF_UNIX, where, Path(where)
+    host, _, port = where.rpartition(":")
+    if kind == "tcp" and host and port.isdecimal() and int(port) < 65536:
+        host = host.removeprefix("[").removesuffix("]")
+        return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port)), None
+    raise ValueError(f"address {address!r}: allowed are unix:/path, unix:@name and tcp:host:port")
+
+
+def _bind(address: str) -> tuple[socket.socket, Path | None]:
+    family, where, path = _parse_address(address)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        if path:
+            path.chmod(0o600)
+        sock.listen(512)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror or error}") from error
+    return sock, path
+
+
+def _address_of(sock: socket.socket, asked: str) -> str:
+    if sock.family == socket.AF_UNIX:
+        return asked
+    host, _, _ = asked.removeprefix("tcp:").rpartition(":")
+    return f"tcp:{host}:{sock.getsockname()[1]}"
+
+
+def _tune(sock: socket.socket) -> None:
+    """No delay for small messages; a host that vanished without a word is noticed within about ten seconds."""
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # No TCP_USER_TIMEOUT: it would also end a connection to a rank that computes for long with its receive window full.
+    options = (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
+    for name, value in options:
+        if hasattr(socket, name):  # Linux has them all
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,1 @@
+"""`expertwire.comm.topology.topology`; see docs/architecture.md."""

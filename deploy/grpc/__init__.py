@@ -1,0 +1,1 @@
+"""`expertwire.deploy.grpc`; see docs/architecture.md."""

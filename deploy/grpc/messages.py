@@ -1,0 +1,176 @@
+"""Between the gRPC messages of `expertwire.v1` and the values that the engine's front takes and gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.output_formats import Dialect
+from expertwire.engine.frontend.outputs import LogprobDict, Update
+from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.scheduler.sampling_params import SamplingParams
+
+RETRY_AFTER = "retry-after-ms"  # key of the trailing metadata
+JSON_FIELDS = frozenset({"messages", "tools", "chat_template_kwargs"})  # of a chat
+FINISH_REASONS: Mapping[str, pb.FinishReason] = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+}
+
+
+def to_prompt(request: pb.GenerateRequest) -> str | list[int] | Chat:
+    """The prompt of a request.
+
+    Raises:
+        ValueError: there is none, or it is a malformed chat; names the field and what is allowed.
+    """
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise ValueError("prompt is missing: set text, token_ids or chat")
+    if kind == "chat":
+        values = {field.name: _from_json(field.name, value) for field, value in request.chat.ListFields()}
+        return Chat(**{"messages": [], **values})
+    return request.text if kind == "text" else list(request.token_ids.ids)
+
+
+def from_chat(chat: Chat) -> pb.Chat:
+    """A message of all that `chat` sets. A template of the client's own cannot be sent.
+
+    Raises:
+        ValueError: something is no JSON value, or `chat_template` is given.
+    """
+    if chat.chat_template is not None:
+        raise ValueError("chat_template cannot be sent: the server uses the model's templates")
+    values = {field.name: getattr(chat, field.name) for field in dataclasses.fields(chat)}
+    del values["chat_template"]
+    return pb.Chat(**{name: _to_json(name, value) for name, value in values.items() if value is not None})
+
+
+def to_options(request: pb.GenerateRequest, deadline_s: float | None) -> RequestOptions:
+    """What is set in `request`; our defaults otherwise.
+
+    Raises:
+        ValueError: names the field and the values it allows.
+    """
+    return RequestOptions(
+        priority=request.priority, tenant=request.tenant, cache_salt=request.cache_salt, deadline_s=deadline_s
+    )
+
+
+def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
+    """What is set in `message`; our defaults otherwise.
+
+    Raises:
+        ValueError: names the field and the values it allows.
+    """
+    return SamplingParams(**{field.name: _plain(value) for field, value in message.ListFields()})
+
+
+def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
+    """A message of the fields of `SamplingParams` that are not None.
+
+    Raises:
+        ValueError: an unknown field or a value of the wrong type.
+    """
+    fields = {name: value for name, value in values.items() if value is not None}
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    if unknown := sorted(fields.keys() - pb.SamplingParams.DESCRIPTOR.fields_by_name.keys()):
+        allowed = ", ".join(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+        raise ValueError(f"no sampling parameter is called {unknown[0]}; there are {allowed}")
+    try:
+        return pb.SamplingParams(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sampling parameters {fields}: {error}") from error
+
+
+def from_model_info(info: ModelInfo, dialect: Dialect | None, chat_variables: Sequence[str]) -> pb.ModelInfo:
+    """All of `info` that concerns clients, and how the model writes."""
+    values = dataclasses.asdict(info)
+    del values["path"], values["all_to_all"]
+    values["dialect"] = None if dialect is None else from_dialect(dialect)
+    version = importlib.metadata.version("expertwire")
+    return pb.ModelInfo(version=version, chat_variables=chat_variables, **values)
+
+
+def from_dialect(dialect: Dialect) -> pb.Dialect:
+    """All of `dialect` except its marks."""
+    reasoning, answer = dialect.reasoning or ("", ""), dialect.answer or ("", "")
+    message = pb.Dialect(
+        name=dialect.name,
+        reasoning_start=reasoning[0],
+        reasoning_end=reasoning[1],
+        answer_start=answer[0],
+        answer_end=answer[1],
+        end_of_turn=dialect.end_of_turn,
+        reasoning_efforts=dialect.reasoning_efforts,
+    )
+    if dialect.tool_calls is not None:
+        message.tool_calls.CopyFrom(pb.ToolCalls(**dataclasses.asdict(dialect.tool_calls)))
+    return message
+
+
+def from_stats(values: Mapping[str, Any]) -> pb.Stats:
+    """The statistics of `Front.stats`."""
+    message = pb.Stats()
+    message.values.update({name: value for name, value in values.items() if name != "expert_load"})
+    for tokens in values.get("expert_load", ()):
+        message.expert_load.add(tokens=tokens)
+    return message
+
+
+def from_logprobs(positions: Iterable[LogprobDict | None]) -> list[pb.PositionLogprobs]:
+    """Log-probabilities by position, in the order of each dictionary; None becomes an empty entry."""
+    return [
+        pb.PositionLogprobs(
+            tokens=[
+                pb.TokenLogprob(token_id=token, logprob=logprob, rank=rank, decoded_token=text or "")
+                for token, (logprob, rank, text) in (entries or {}).items()
+            ]
+        )
+        for entries in positions
+    ]
+
+
+def from_update(update: Update) -> pb.Chunk:
+    """The branch's part of `update`."""
+    chunk = pb.Chunk(branch=update.branch, token_ids=update.token_ids, text=update.text)
+    if update.logprobs is not None:
+        chunk.logprobs.extend(from_logprobs(update.logprobs))
+    if update.finish_reason is not None:
+        chunk.finish_reason = FINISH_REASONS[update.finish_reason]
+    chunk.expert_load.extend(pb.ExpertLoad(tokens=tokens) for tokens in update.expert_load or ())
+    if isinstance(update.stop_reason, str):
+        chunk.stop_string = update.stop_reason
+    elif update.stop_reason is not None:
+        chunk.stop_token_id = update.stop_reason
+    return chunk
+
+
+def _from_json(field: str, value: Any) -> Any:
+    if field not in JSON_FIELDS:
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{field} must be JSON text: {error}") from error
+
+
+def _to_json(field: str, value: Any) -> Any:
+    try:
+        return json.dumps(value, ensure_ascii=False) if field in JSON_FIELDS else value
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field} must be a JSON value: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str):
+        return value
+    return dict(value) if isinstance(value, Mapping) else list(value)

@@ -1,0 +1,1 @@
+"""`expertwire.deploy.ray`; see docs/architecture.md."""

@@ -1,0 +1,284 @@
+"""Workers as Ray actors, one per rank, on one machine or many.
+
+Ray places the actors and watches them; no Ray object is in the path of a step. Every machine of the cluster needs the same
+version of `expertwire`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from expertwire.comm.control.channel import this_node
+from expertwire.deploy.ray import guard, placement
+from expertwire.deploy.ray.placement import Node
+from expertwire.engine.launcher import WORKER, RankFailed, WorkerSpec
+
+_OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes there; Ray's least
+_START_S = 120.0  # for Ray to provide the actors' processes
+_GRACE_S = 0.5
+# Ray would show an actor its own GPU only, as device 0: no rank could reach the others' memory
+# (set_current_process_visible_accelerator_ids in ray/_private/accelerators/nvidia_gpu.py, ray 2.50 to 2.60).
+_ALL_DEVICES = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+
+_logger = logging.getLogger(__name__)
+
+
+class _Worker:
+    """The actor. `run` blocks for as long as the engine lives."""
+
+    def where(self) -> tuple[str, int]:
+        """This node's address, and the process id."""
+        return ray.util.get_node_ip_address(), os.getpid()
+
+    def run(self, path: list[str], target: str, spec: WorkerSpec, rank: int) -> None:
+        """Run the worker's entry point, which finds modules where the driver finds them."""
+        sys.path += [entry for entry in path if entry and entry not in sys.path]
+        module, _, function = target.partition(":")
+        main = getattr(importlib.import_module(module), function)
+        gpu = placement.ordinal(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        main(spec.config, rank, spec.num_ranks, spec.address, spec.token, this_node(), gpu)
+
+
+class RayLauncher:
+    """Starts workers on a Ray cluster; a `Launcher`.
+
+    A rank takes one GPU if the config's `device` is "cuda", or "auto" on a cluster that has GPUs, and sees all of its node;
+    otherwise one CPU, or the largest 1/k of a CPU with which all ranks find room. GPU ranks go into one NVLink domain if one is
+    large enough (`ray_placement`).
+
+    Args:
+        address: "host:port" of a running cluster, or "auto" for the one on this machine; None starts Ray here, and ends it in
+            `stop`. A process that is connected to Ray already stays with that cluster.
+        worker: the worker's entry point, "package.module:function".
+        connect_timeout_s: for a cluster to answer.
+
+    Raises:
+        ValueError: `address` is malformed.
+    """
+
+    def __init__(self, address: str | None = None, *, worker: str = WORKER, connect_timeout_s: float = 30.0) -> None:
+        if address is not None and address != "auto" and _host_and_port(address) is None:
+            raise ValueError(f'ray_address {address!r}: allowed are "host:port", "auto" and None')
+        self._address = address
+        self._worker = worker
+        self._connect_timeout_s = connect_timeout_s
+        self._owns_ray = False
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._runs: list[ray.ObjectRef] = []
+        self._places: list[tuple[str, int]] = []
+
+    def hub_address(self) -> str:
+        """See `engine.launcher.Launcher`. Connects to Ray, or starts it.
+
+        Raises:
+            ValueError: no Ray cluster answers at the given address.
+        """
+        self._connect()
+        return f"tcp:{ray.util.get_node_ip_address()}:0"
+
+    def start(self, spec: WorkerSpec) -> None:
+        """See `engine.launcher.Launcher`; waits for the actors' processes.
+
+        Raises:
+            ValueError: the cluster is too small, or cannot be reached.
+            RankFailed: no room in time, or a process did not start.
+        """
+        assert not self._actors, f"{len(self._actors)} workers run already"
+        self._connect()
+        deadline = time.monotonic() + _START_S
+        entries = [entry for entry in ray.nodes() if entry["Alive"]]
+        nodes = [Node.of(entry) for entry in entries]
+        resources = _resources(spec, entries)
+        group = self._find_room(spec, resources, nodes)
+        bundle_nodes = placement_group_table(group)["bundles_to_node_id"]
+        for bundle in placement.in_order(bundle_nodes, nodes, ray.get_runtime_context().get_node_id()):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+            worker = ray.remote(_Worker).options(
+                max_restarts=0,
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=strategy,
+                runtime_env=_ALL_DEVICES if "GPU" in resources else None,
+            )
+            self._actors.append(worker.remote())
+        for rank, actor in enumerate(self._actors):
+            self._places.append(self._await_actor(rank, actor, deadline))
+        # The engine's ranks live in this call; its reference is what tells us of their end.
+        self._runs = [actor.run.remote(sys.path, self._worker, spec, rank) for rank, actor in enumerate(self._actors)]
+
+    def poll(self) -> None:
+        """See `engine.launcher.Launcher`. Of several dead workers it names one whose process died."""
+        if not self._runs:
+            return
+        done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        if done:
+            ends = {rank: _how_it_ended(ref) for rank, ref in enumerate(self._runs) if ref in done}
+            rank = min(ends, key=lambda rank: ends[rank][0])
+            ip, pid = self._places[rank]
+            raise RankFailed(rank, f"worker process {pid} on {ip} {ends[rank][1]}")
+
+    def stop(self, timeout_s: float) -> None:
+        """See `engine.launcher.Launcher`. Ray itself ends here only if it was started here."""
+        if ray.is_initialized():
+            deadline = time.monotonic() + timeout_s
+            if self._runs:
+                ray.wait(self._runs, num_returns=len(self._runs), timeout=min(_GRACE_S, timeout_s))
+            for actor in self._actors:
+                ray.kill(actor, no_restart=True)
+            if self._group:
+                remove_placement_group(self._group)
+            here = ray.util.get_node_ip_address()
+            _await_gone([pid for ip, pid in self._places if ip == here], deadline)
+            if self._owns_ray:
+                ray.shutdown()
+        if self._guard:
+            guard.stop(self._guard)
+        self._guard = None
+        self._actors, self._runs, self._places, self._group, self._owns_ray = [], [], [], None, False
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        if self._address is None:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
+            self._owns_ray = True
+            if sys.platform == "linux":
+                raylet = next(child for child in psutil.Process().children() if child.name() == "raylet")
+                self._guard = guard.start(raylet.pid)
+            return
+        if (where := _host_and_port(self._address)) is not None:
+            try:
+                socket.create_connection(where, timeout=self._connect_timeout_s).close()
+            except OSError as error:
+                raise ValueError(f"ray_address {self._address!r}: nothing answers there ({error})") from error
+        _init_within(self._address, self._connect_timeout_s)
+        self._owns_ray = True  # of our connection: the cluster goes on without us
+
+    def _find_room(self, spec: WorkerSpec, resources: dict[str, float], nodes: list[Node]) -> PlacementGroup:
+        """A placement group for the ranks: the first of the layouts for which there is room."""
+        bundles, selectors = [resources] * spec.num_ranks, [None]
+        if "GPU" in resources:
+            found = placement.layouts(nodes, spec.num_ranks)
+            selectors = [list(layout.selectors) for layout in found]
+            if (num_domains := len(found[0].domains)) > 1:
+                _across_domains(spec, num_domains, nodes)
+        for selector in selectors:
+            self._group = placement_group(bundles, strategy="PACK", bundle_label_selector=selector)
+            if self._group.wait(_START_S / len(selectors)):
+                return self._group
+            remove_placement_group(self._group)
+        self._group = None
+        raise RankFailed(
+            -1,
+            f"Ray found no room for {spec.num_ranks} ranks of {resources} within {_START_S:g} s: "
+            f"{ray.available_resources()} are free",
+        )
+
+    def _await_actor(self, rank: int, actor: Any, deadline: float) -> tuple[str, int]:
+        try:
+            return ray.get(actor.where.remote(), timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError as error:
+            raise RankFailed(rank, f"its process did not start within {_START_S:g} s") from error
+        except RayError as error:
+            raise RankFailed(rank, f"its process did not start: {_in_one_line(error)}") from error
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    host, _, port = address.rpartition(":")
+    return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
+
+
+def _init_within(address: str, timeout_s: float) -> None:
+    """`ray.init`, which by itself tries for many minutes to reach something that is not Ray."""
+    failure: list[BaseException] = []
+
+    def init() -> None:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR)
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=init, name="ray.init", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise ValueError(f"ray_address {address!r}: no Ray cluster answered within {timeout_s:g} s")
+    if failure:
+        raise ValueError(f"ray_address {address!r}: cannot connect: {_in_one_line(failure[0])}") from failure[0]
+
+
+def _across_domains(spec: WorkerSpec, num_domains: int, nodes: list[Node]) -> None:
+    """Say that the ranks' tokens will leave their NVLink domain.
+
+    Raises:
+        ValueError: they were asked not to.
+    """
+    message = (
+        f"ep_size {spec.num_ranks} is more than any NVLink domain of the Ray cluster has GPUs, so the ranks are in {num_domains} "
+        f"(nodes are in one domain if their label {' or '.join(placement.DOMAIN_LABELS)} is the same; "
+        f"{sum(node.label not in placement.DOMAIN_LABELS for node in nodes)} of {len(nodes)} nodes have none)"
+    )
+    if getattr(spec.config, "all_to_all", "auto") == "nvlink":
+        raise ValueError(f"all_to_all 'nvlink' cannot be used: {message}; use a smaller ep_size, 'nccl' or 'auto'")
+    _logger.warning("%s", message)
+
+
+def _resources(spec: WorkerSpec, entries: list[dict[str, Any]]) -> dict[str, float]:
+    """What one rank takes, by Ray's names, of nodes like these."""
+    nodes = [entry["Resources"] for entry in entries]
+    device = getattr(spec.config, "device", "cpu")
+    needs_gpu = device == "cuda" or (device == "auto" and any(node.get("GPU", 0) for node in nodes))
+    cpus = [node.get("CPU", 0) for node in nodes]
+    if not any(cpus):
+        raise ValueError("the Ray cluster has no CPUs; start its nodes with --num-cpus of at least 1")
+    share = next(k for k in range(1, 10_000) if sum(int(cpu * k) for cpu in cpus) >= spec.num_ranks)
+    cpu = math.floor(1e4 / share) / 1e4  # Ray counts in 1/10,000
+    return {"CPU": cpu, "GPU": 1} if needs_gpu else {"CPU": cpu}
+
+
+def _how_it_ended(run: ray.ObjectRef) -> tuple[int, str]:
+    """How likely it is a consequence of another's end (0: least), and in words."""
+    try:
+        ray.get(run)
+    except ActorDiedError as error:
+        return 0, f"has died: {_in_one_line(error)}"
+    except RayTaskError as error:
+        return 1, f"failed: {_in_one_line(error.cause)}"
+    except RayError as error:
+        return 0, f"is lost: {_in_one_line(error)}"
+    return 2, "has ended by itself"
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or repr(error)
+    # Ray's long story of a lost process comes down to this.
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
+    return (detail[1] if detail else text)[:600]
+
+
+def _await_gone(pids: list[int], deadline: float) -> None:
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)

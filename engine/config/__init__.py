@@ -1,0 +1,1 @@
+"""`expertwire.engine.config.engine`; see docs/architecture.md."""

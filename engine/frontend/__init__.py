@@ -1,0 +1,1 @@
+"""`expertwire.engine.frontend`; see docs/architecture.md."""

@@ -1,0 +1,82 @@
+"""A conversation to be continued, as a client gives it; `engine.frontend.chat_templates` makes a prompt of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# Names of the switch that lets a model think, or not; a template reads one of them at most.
+THINKING = ("enable_thinking", "thinking")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation that a model shall continue, and how its template shall write it.
+
+    Args:
+        messages: at least one dictionary with a "role"; keys whose value is None count as absent. Reasoning of the assistant
+            may be called "reasoning_content", "reasoning" or "thinking", whatever the template calls it.
+        tools: JSON schemas of functions.
+        reasoning_effort: how much the model shall think, in the model's own words: "low", "medium" or "high" of gpt-oss.
+        thinking: whether the model shall think, where its template has a switch for it.
+        chat_template_kwargs: further variables of the template.
+        add_generation_prompt: end with what begins the assistant's answer.
+        continue_final_message: end within the last message, which the model goes on with; excludes `add_generation_prompt`.
+        chat_template: name of one of the model's templates, or the source of another.
+
+    Raises:
+        ValueError: names the field and what is allowed.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    thinking: bool | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_messages(self.messages)
+        if self.tools is not None and not _is_list_of_objects(self.tools):
+            raise ValueError(f"tools must be a list of JSON schemas, each a dictionary, got {self.tools!r:.100}")
+        for name, kind in (("reasoning_effort", str), ("thinking", bool), ("chat_template", str)):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
+                allowed = "True, False" if kind is bool else "a string"
+                raise ValueError(f"{name} must be {allowed} or None, got {getattr(self, name)!r:.100}")
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.100}")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("continue_final_message needs add_generation_prompt=False: nothing begins a new message")
+        self._check_variables()
+
+    def _check_variables(self) -> None:
+        names = self.chat_template_kwargs
+        if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"chat_template_kwargs must be a dictionary of names and values, got {names!r:.100}")
+        for name in ("messages", "tools", "add_generation_prompt"):
+            if name in names:
+                raise ValueError(f"chat_template_kwargs must not have {name!r}, which is an argument of its own")
+        if self.reasoning_effort is not None and "reasoning_effort" in names:
+            raise ValueError("reasoning_effort is given twice: as an argument and in chat_template_kwargs")
+        if self.thinking is not None and (twice := next((name for name in THINKING if name in names), None)):
+            raise ValueError(f"thinking is given twice: as an argument and as {twice!r} in chat_template_kwargs")
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(entry, Mapping) for entry in value)
+    )
+
+
+def _check_messages(messages: Any) -> None:
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"messages must be a non-empty list of dictionaries, got {messages!r:.100}")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"a message must be a dictionary with a 'role', got {message!r:.100}")

@@ -1,0 +1,251 @@
+"""Chat templates of a checkpoint: Jinja sources that turn messages into the text of a prompt.
+
+Templates come with the weights, so they run in Jinja's sandbox and see plain JSON values only. The environment is the one
+that Hugging Face's templates are written for: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls
+and `{% generation %}` blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from expertwire.engine.frontend.chat import THINKING, Chat
+from expertwire.engine.frontend.template_variables import free_variables
+
+# What a template may raise besides Jinja's own errors when it meets messages that it does not expect.
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys under which clients give a message's reasoning
+_CUT = "<<cut here>> "  # a template that trims the text takes the space away
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    template: Template
+    reads: frozenset[str]  # its free variables
+
+
+class ChatTemplates:
+    """The named templates of a model; "default" is used when none is named, "tool_use" when tools are given.
+
+    Args:
+        sources: name -> Jinja source.
+        special_tokens: variables such as `bos_token` that templates refer to.
+
+    Attributes:
+        source: of all templates together.
+
+    Raises:
+        ValueError: a source is no valid template.
+    """
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self.source = "\n".join(sources.values())
+        self._environment = make_environment()
+        self._special_tokens = dict(special_tokens)
+        self._templates = {name: self._compile(f"chat template {name!r}", source) for name, source in sources.items()}
+        self._compile_given = functools.lru_cache(maxsize=8)(functools.partial(self._compile, "chat_template"))
+
+    @classmethod
+    def open(cls, folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplates:
+        """The templates of a checkpoint: its `chat_template.jinja` (and `additional_chat_templates/*.jinja`), else what
+        `tokenizer_config.json` (`config`) holds, else `chat_template.json`.
+
+        Raises:
+            ValueError: one of them is malformed; the message names it.
+        """
+        return cls(_read_sources(folder, config), special_tokens)
+
+    def variables(self) -> tuple[str, ...]:
+        """What a request may set by `chat_template_kwargs`, `reasoning_effort` or `thinking`, in alphabetical order."""
+        found = frozenset().union(*(compiled.reads for compiled in self._templates.values()))
+        return tuple(sorted(found - {"messages", "tools", "add_generation_prompt"} - self._special_tokens.keys()))
+
+    def render(self, chat: Chat) -> str:
+        """The prompt that stands for `chat`.
+
+        Unlike transformers this refuses what the template does not read, instead of ignoring it.
+
+        Raises:
+            ValueError: there is no template, it does not read what the chat gives, or it refuses the messages.
+        """
+        compiled = self._choose(chat.chat_template, chat.tools is not None)
+        values = _plain(_variables(chat, compiled.reads))
+        messages = [_with_reasoning(message) for message in _plain(list(chat.messages))]
+        if chat.continue_final_message:
+            messages[-1] = _marked(messages[-1])
+        context = {
+            "documents": None,
+            **self._special_tokens,
+            **values,
+            "messages": messages,
+            "tools": _plain(chat.tools),
+            "add_generation_prompt": chat.add_generation_prompt,
+        }
+        try:
+            text = compiled.template.render(context)
+        except _TEMPLATE_FAULTS as error:
+            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+        return _cut(text) if chat.continue_final_message else text
+
+    def _choose(self, name: str | None, with_tools: bool) -> _Compiled:
+        if name is not None and name not in self._templates:
+            if "{" not in name:
+                known = ", ".join(sorted(self._templates)) or "none"
+                raise ValueError(
+                    f"chat_template must be Jinja source or a template of the model ({known}), got {name!r}"
+                )
+            return self._compile_given(name)
+        if name is None:
+            name = "tool_use" if with_tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise ValueError(
+                "the model has no chat template: put a chat_template.jinja into its folder, pass `chat_template`, or send the "
+                "prompt as text"
+            )
+        return self._templates[name]
+
+    def _compile(self, name: str, source: str) -> _Compiled:
+        try:
+            reads = free_variables(self._environment.parse(source)) - self._environment.globals.keys()
+            return _Compiled(self._environment.from_string(source), reads)
+        except TemplateError as error:
+            raise ValueError(f"{name} is not valid Jinja: {error}") from error
+
+
+def _read_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    sources = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    if sources:
+        return sources
+    found, file = config.get("chat_template"), folder / "tokenizer_config.json"
+    legacy = folder / "chat_template.json"
+    if found is None and legacy.is_file():
+        found, file = _read_legacy(legacy), legacy
+    if isinstance(found, list):
+        try:
+            found = {entry["name"]: entry["template"] for entry in found}
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{file}: an entry of chat_template must have 'name' and 'template'") from error
+    sources = found if isinstance(found, dict) else {} if found is None else {"default": found}
+    for source in sources.values():
+        if not isinstance(source, str):
+            raise ValueError(f"{file}: chat_template must be text or a list of named texts, got {source!r:.100}")
+    return sources
+
+
+def _read_legacy(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} must be a JSON object with a chat_template: {error}") from error
+
+
+def _variables(chat: Chat, reads: frozenset[str]) -> dict[str, Any]:
+    """The template's variables that a chat sets besides the messages; `reads` are all those that it reads."""
+    values = dict(chat.chat_template_kwargs)
+    _check_read("chat_template_kwargs", values, reads)
+    if chat.tools:
+        _check_read("tools", ["tools"], reads)
+    if chat.reasoning_effort is not None:
+        _check_read("reasoning_effort", ["reasoning_effort"], reads)
+        values["reasoning_effort"] = chat.reasoning_effort
+    if chat.thinking is not None:
+        switch = next((name for name in THINKING if name in reads), " or ".join(THINKING))
+        _check_read("thinking", [switch], reads)
+        values[switch] = chat.thinking
+    return values
+
+
+def _check_read(field: str, names: Iterable[str], reads: frozenset[str]) -> None:
+    for name in names:
+        if name not in reads:
+            known = ", ".join(sorted(reads - {"messages", "add_generation_prompt"})) or "the messages alone"
+            raise ValueError(f"{field}: the chat template does not read {name}; it reads {known}")
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without empty keys, its reasoning under each name that a template may ask for."""
+    message = {key: value for key, value in message.items() if value is not None}
+    found = next((message[key] for key in _REASONING if key in message), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
+
+
+def _marked(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose text ends with a mark."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + _CUT}
+    parts = content if isinstance(content, list) else []
+    for index in reversed(range(len(parts))):
+        part = parts[index]
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            marked = {**part, "text": part["text"] + _CUT}
+            return {**message, "content": [*parts[:index], marked, *parts[index + 1 :]]}
+    raise ValueError(f"continue_final_message: the last message has no text to go on with, got {message!r:.100}")
+
+
+def _cut(text: str) -> str:
+    """What stands before the last mark."""
+    before, found, after = text.rpartition(_CUT.rstrip())
+    if not found:
+        raise ValueError("continue_final_message: the chat template leaves out the end of the last message")
+    return before if after.startswith(" ") else before.rstrip()
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"messages, tools and chat_template_kwargs must be JSON values: {error}") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here it is only rendered. What is set
+    within it is unknown outside."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's interface
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def make_environment() -> ImmutableSandboxedEnvironment:
+    """What templates are compiled in."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    helpers: dict[str, Callable] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals.update(helpers)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

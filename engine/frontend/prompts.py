@@ -1,0 +1,73 @@
+"""Checks what a client sends before anything of it reaches the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.tokenizer import Tokenizer
+from expertwire.scheduler.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | np.ndarray | Chat
+
+
+def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The tokens of a prompt that the model can serve with these parameters.
+
+    Returns:
+        i32 [length].
+
+    Raises:
+        ValueError: it cannot; names the field and what is allowed.
+    """
+    if params.stop and tokenizer is None:
+        raise ValueError("stop needs a tokenizer, and the model has none; use stop_token_ids")
+    tokens = _encode(prompt, tokenizer) if isinstance(prompt, (str, Chat)) else _as_tokens(prompt)
+    if len(tokens) == 0:
+        raise ValueError("prompt must have at least one token, got none")
+    if len(tokens) >= info.max_model_len:
+        raise ValueError(
+            f"prompt has {len(tokens)} tokens; max_model_len {info.max_model_len} allows at most "
+            f"{info.max_model_len - 1}, as one output token must fit"
+        )
+    _check_ids("prompt", (int(tokens.min()), int(tokens.max())), info.vocab_size)
+    _check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
+    _check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
+    if params.expert_load and not info.num_experts:
+        raise ValueError(f"expert_load must be False: {info.architecture} has no experts; got True")
+    for field in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, field) or 0) > info.vocab_size:
+            raise ValueError(
+                f"{field} must be at most the vocabulary's {info.vocab_size}, got {getattr(params, field)}"
+            )
+    return tokens.astype(np.int32)
+
+
+def _encode(prompt: str | Chat, tokenizer: Tokenizer | None) -> np.ndarray:
+    if tokenizer is None:
+        kind = "chat" if isinstance(prompt, Chat) else "text prompt"
+        raise ValueError(f"a {kind} needs a tokenizer, and the model has none; send token ids")
+    return np.array(tokenizer.encode_chat(prompt) if isinstance(prompt, Chat) else tokenizer.encode(prompt), np.int64)
+
+
+def _as_tokens(prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+    if not isinstance(prompt, (Sequence, np.ndarray)) or isinstance(prompt, (bytes, bytearray)):
+        raise ValueError(f"prompt must be a string or a list of token ids, got {type(prompt).__name__}")
+    if len(prompt) == 0:
+        return np.zeros(0, np.int64)
+    try:
+        tokens = np.asarray(prompt)
+    except (ValueError, OverflowError):
+        tokens = None
+    if tokens is None or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"prompt must be a string or a flat list of integer token ids, got {prompt!r:.100}")
+    return tokens
+
+
+def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{field} must be token ids in [0, {vocab_size}), got {token}")

@@ -1,0 +1,291 @@
+"""Text to token ids and back, on the `tokenizers` library: whole, as a chat, and token by token.
+
+The library's own `DecodeStream` raises or errs where a decoder falls back to bytes and they are not valid UTF-8, so streams
+are made here from the text of single tokens, looked up in a table.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+
+from expertwire.engine.config.fields import parse_json
+from expertwire.engine.frontend import tiktoken_files
+from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.chat_templates import ChatTemplates
+from expertwire.engine.frontend.output_formats import Dialect, dialect_of
+from expertwire.engine.loader.checkpoint import checkpoint_folder
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# Decoders that treat a token alone, given that it is not the first, so that its text does not depend on its neighbours.
+_PIECE_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
+
+
+class TextStream(Protocol):
+    """The text of one sequence, piece by piece; the pieces and the flush together are what `Tokenizer.decode` gives."""
+
+    def push(self, token: int) -> str:
+        """The text that is certain now; empty inside a character."""
+        ...
+
+    def flush(self) -> str:
+        """What is left when no token follows."""
+        ...
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint. Made by `Tokenizer.open`.
+
+    `tokenizer.json` alone says which special tokens `encode` adds: `add_bos_token` and `add_eos_token` of
+    `tokenizer_config.json` have no effect beside it, as in transformers 5.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], chat_templates: ChatTemplates
+    ) -> None:
+        self.special_tokens = dict(special_tokens)
+        self._backend = backend
+        self._chat_templates = chat_templates
+        self._tables = {skip: _make_table(backend, skip) for skip in (False, True)}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Tokenizer:
+        """Read `tokenizer.json` (or Kimi's `tiktoken.model`), `tokenizer_config.json` and the chat templates of the folder
+        `path`.
+
+        Raises:
+            ValueError: a file is missing, malformed or of an unsupported kind; the message names it.
+        """
+        folder = checkpoint_folder(path)
+        config = _read_json(folder / "tokenizer_config.json")
+        backend = _read_backend(folder, config)
+        backend.no_truncation()
+        backend.no_padding()
+        special_tokens = _special_tokens(folder, config)
+        _add_missing(backend, config, special_tokens)
+        return cls(backend, special_tokens, ChatTemplates.open(folder, config, special_tokens))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens written in it are recognised.
+
+        Raises:
+            ValueError: the text is not valid Unicode.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise ValueError(f"text must be a string of valid Unicode, got {text!r:.100}") from error
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; ids beyond the vocabulary have none."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @functools.cached_property
+    def dialect(self) -> Dialect:
+        """How the model writes reasoning and calls of tools."""
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        return dialect_of(added, self._chat_templates.source)
+
+    @property
+    def chat_variables(self) -> tuple[str, ...]:
+        """The variables of the chat templates that a request may set."""
+        return self._chat_templates.variables()
+
+    def end_of_turn_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer in this dialect, as far as the vocabulary has them."""
+        ids = map(self._backend.token_to_id, self.dialect.end_of_turn)
+        return tuple(token for token in ids if token is not None)
+
+    def render_chat(self, chat: Chat) -> str:
+        """The text of a chat.
+
+        Raises:
+            ValueError: as `ChatTemplates.render`; or the dialect has no such `reasoning_effort`.
+        """
+        efforts = self.dialect.reasoning_efforts
+        if chat.reasoning_effort is not None and efforts and chat.reasoning_effort not in efforts:
+            raise ValueError(
+                f"reasoning_effort must be one of {', '.join(efforts)}, got {chat.reasoning_effort!r:.100}"
+            )
+        return self._chat_templates.render(chat)
+
+    def encode_chat(self, chat: Chat) -> list[int]:
+        """Token ids of a chat. The template writes the special tokens, so none is added."""
+        return self.encode(self.render_chat(chat), add_special_tokens=False)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token within a sequence; U+FFFD stands for bytes that are only part of a character."""
+        return self._tables[False].text(token)
+
+    def stream(self, skip_special_tokens: bool = True) -> TextStream:
+        """A new stream for one sequence."""
+        return self._tables[skip_special_tokens].stream()
+
+
+class _ByteTable(dict[int, bytes]):
+    """Token id -> its bytes, for byte-level vocabularies, where text is the bytes' UTF-8 decoding."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
+        self._backend = backend
+        self._byte_of = {letter: byte for byte, letter in tiktoken_files.byte_alphabet().items()}
+        self.update(dict.fromkeys(skipped, b""))
+
+    def __missing__(self, token: int) -> bytes:
+        name = self._backend.id_to_token(token) or ""
+        # An added token may hold characters outside the alphabet; then it stands for itself.
+        inside = all(character in self._byte_of for character in name)
+        self[token] = bytes(self._byte_of[character] for character in name) if inside else name.encode()
+        return self[token]
+
+    def text(self, token: int) -> str:
+        return self[token].decode(errors="replace")
+
+    def stream(self) -> TextStream:
+        return _ByteStream(self)
+
+
+class _ByteStream:
+    def __init__(self, table: _ByteTable) -> None:
+        self._table = table
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def push(self, token: int) -> str:
+        return self._decode(self._table[token])
+
+    def flush(self) -> str:
+        return self._decode(b"", True)
+
+
+class _PieceTable(dict[int, str | None]):
+    """Token id -> its text after another token, for every other decoder; None for a byte of a run of bytes.
+
+    Decoders such as Metaspace, Fuse + Strip or WordPiece treat the first token apart and the others alone, so a token's text
+    is what it adds to an anchor. A run of byte tokens (`<0xE2>`) is decoded as a whole: one bad byte spoils all of it.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int], byte_fallback: bool) -> None:
+        self._backend = backend
+        self._byte_fallback = byte_fallback
+        self._anchor = self._find_anchor()
+        self.skipped = set(skipped)
+
+    def __missing__(self, token: int) -> str | None:
+        if self._backend.id_to_token(token) is None:
+            self.skipped.add(token)
+        self[token] = None if self._is_byte(token) else self.join([token], first=False)
+        return self[token]
+
+    def join(self, tokens: list[int], first: bool) -> str:
+        """The text of consecutive tokens, at the beginning or later in a sequence."""
+        if first:
+            return self._decode(tokens)
+        return self._decode([self._anchor, *tokens])[len(self._decode([self._anchor])) :]
+
+    def text(self, token: int) -> str:
+        return self.join([token], first=False)
+
+    def stream(self) -> TextStream:
+        return _PieceStream(self)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._backend.decode(tokens, skip_special_tokens=False)
+
+    def _is_byte(self, token: int) -> bool:
+        name = self._backend.id_to_token(token) or ""
+        return self._byte_fallback and len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+
+    def _find_anchor(self) -> int:
+        for token in range(self._backend.get_vocab_size()):
+            if not self._is_byte(token) and self._decode([token]).strip():
+                return token
+        raise ValueError("tokenizer.json has no token with a visible text")
+
+
+class _PieceStream:
+    def __init__(self, table: _PieceTable) -> None:
+        self._table = table
+        self._run: list[int] = []
+        self._first = True
+
+    def push(self, token: int) -> str:
+        piece = self._table[token]
+        if token in self._table.skipped:
+            return ""
+        if piece is not None and not self._run and not self._first:
+            return piece
+        self._run.append(token)
+        return "" if piece is None else self.flush()
+
+    def flush(self) -> str:
+        if not self._run:
+            return ""
+        text = self._table.join(self._run, self._first)
+        self._first = False
+        self._run.clear()
+        return text
+
+
+def _read_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        if (folder / tiktoken_files.NAME).is_file():
+            return tiktoken_files.read(folder / tiktoken_files.NAME, config)
+        present = [name for name in ("tokenizer.model", "tekken.json") if (folder / name).is_file()]
+        hint = f"; convert its {present[0]} with transformers" if present else ""
+        raise ValueError(f"{folder} has no tokenizer.json, which is needed for text{hint}")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _make_table(backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> _ByteTable | _PieceTable:
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    kinds = [part["type"] for part in decoder.get("decoders", [decoder] if decoder else [])]
+    added = backend.get_added_tokens_decoder()
+    skipped = frozenset(token for token, entry in added.items() if entry.special and skip_special_tokens)
+    if kinds == ["ByteLevel"]:
+        return _ByteTable(backend, skipped)
+    if not _PIECE_DECODERS.issuperset(kinds):
+        raise ValueError(
+            f"tokenizer.json: a decoder of {' + '.join(kinds)} is not supported; allowed are ByteLevel alone, or any of "
+            f"{', '.join(sorted(_PIECE_DECODERS))}"
+        )
+    return _PieceTable(backend, skipped, "ByteFallback" in kinds)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Empty if there is no such file."""
+    return parse_json(file.read_bytes(), str(file)) if file.is_file() else {}
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text. The older `special_tokens_map.json` counts where the config does not list the added tokens."""
+    legacy = {} if "added_tokens_decoder" in config else _read_json(folder / "special_tokens_map.json")
+    found = {name: legacy.get(name, config.get(name)) for name in SPECIAL_TOKENS}
+    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+    """Make tokens that only the config declares recognisable in text."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    declared = [
+        entry for _, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    ]
+    missing = [tokenizers.AddedToken(**entry) for entry in declared if entry["content"] not in known]
+    known |= {token.content for token in missing}
+    missing += [tokenizers.AddedToken(text, special=True) for text in special_tokens.values() if text not in known]
+    backend.add_tokens(list({token.content: token for token in missing}.values()))

@@ -1,0 +1,1 @@
+"""`expertwire.engine.kv_cache`; see docs/architecture.md."""

@@ -1,0 +1,51 @@
+"""The tensors behind the named caches of a model, on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.kernels.ops.attention import as_bytes
+from expertwire.scheduler.plan import CacheSpec, RankPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedCache:
+    """One of a model's `cache_specs`: what each writing layer keeps, tensors [blocks, block_size, ...].
+
+    Of kinds "full" and "window": keys and values [..., G key/value heads, d head size]; of "latent" and "index": one tensor
+    [..., l]. Those of keys, values and latents may be fp8 (`EngineConfig.kv_cache_dtype`).
+    """
+
+    spec: CacheSpec
+    layers: Mapping[int, tuple[Tensor, ...]]
+
+
+def make(
+    spec: CacheSpec,
+    num_blocks: int,
+    block_size: int,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: str,
+) -> NamedCache:
+    """`shapes`: of a token, for each tensor of a layer. Zeros: padding reads the null block, and 0 * NaN would not be 0."""
+
+    def layer() -> tuple[Tensor, ...]:
+        return tuple(torch.zeros((num_blocks, block_size, *shape), dtype=dtype, device=device) for shape in shapes)
+
+    return NamedCache(spec=spec, layers={i: layer() for i in spec.writers})
+
+
+def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[[np.ndarray], Tensor]) -> None:
+    """Carry out a plan's copies. `upload` brings integers to the caches' device."""
+    for index in sorted(set(plan.copy_cache_C.tolist())):
+        here_C = plan.copy_cache_C == index
+        source, target = upload(plan.copy_from_C[here_C]).long(), upload(plan.copy_to_C[here_C]).long()
+        for tensors in caches[index].layers.values():
+            for blocks in map(as_bytes, tensors):
+                blocks.index_copy_(0, target, blocks.index_select(0, source))

@@ -1,0 +1,246 @@
+"""What a GPU's memory is taken for: estimated before anything is loaded, and measured before the caches are sized.
+
+The estimate follows from the model and the options alone, so that an engine that cannot fit is refused in its first second, with
+a table, instead of running out of memory minutes later. The caches are not sized by it: a rank that has loaded runs its largest
+step and sees what that has taken (`measured`).
+
+T tokens of a rank in one step, R routed rows that can come here, D model width, F expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from expertwire.comm.all_to_all import fp8 as a2a_fp8
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.engine.config.dispatch_dtype import exchange_tokens, sends_fp8
+from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.models.model_config import Attention, LatentAttention, Mlp, ModelConfig
+from expertwire.engine.runner.graph_sizes import GraphSize, graph_sizes
+from expertwire.moe.eplb.placement import place
+
+# What CUDA's context, loaded kernels and NCCL take beside torch; an assumption until a GPU says otherwise.
+_CONTEXT_BYTES = 1 << 30
+# Of a captured graph beside the memory that all graphs share: its nodes. Likewise.
+_GRAPH_BYTES = 16 << 20
+_LESS = (
+    "use more ranks (ep_size), a lower max_num_tokens or max_running, or a higher gpu_memory_utilization (at most 1)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of one rank on a GPU.
+
+    Attributes:
+        total: memory of the GPU.
+        utilization: share of it that the engine may take.
+        weights: by kind, as they are multiplied.
+        arenas: what the rank lends to others for the all-to-all.
+        slots: tokens and block tables of running requests, tables of positions.
+        activations: of the largest step.
+        graphs: CUDA graphs.
+        context: what is not torch's.
+    """
+
+    total: int
+    utilization: float
+    weights: Mapping[str, int]
+    arenas: int
+    slots: int
+    activations: int
+    graphs: int
+    context: int = _CONTEXT_BYTES
+
+    @property
+    def taken(self) -> int:
+        """Bytes of everything but the caches."""
+        return sum(self.weights.values()) + self.arenas + self.slots + self.activations + self.graphs + self.context
+
+    @property
+    def caches(self) -> int:
+        """Bytes that are left for the caches; negative if there are too few for the rest."""
+        return int(self.total * self.utilization) - self.taken
+
+    def rows(self) -> list[tuple[str, int]]:
+        """What there is to say, by name."""
+        return [
+            *((f"weights: {kind}", nbytes) for kind, nbytes in self.weights.items()),
+            ("weights", sum(self.weights.values())),
+            ("all-to-all arenas", self.arenas),
+            ("tables of requests", self.slots),
+            ("activations", self.activations),
+            ("CUDA graphs", self.graphs),
+            ("CUDA context", self.context),
+            ("left for caches", self.caches),
+        ]
+
+    def __str__(self) -> str:
+        rows = "\n".join(f"  {name:<28}{nbytes / 1e9:>9.2f} GB" for name, nbytes in self.rows())
+        return f"{self.utilization:g} of {self.total / 1e9:.2f} GB a GPU (estimated):\n{rows}"
+
+
+def estimate(
+    config: EngineConfig, model: ModelConfig, weights: Mapping[str, int], max_model_len: int, total: int
+) -> MemoryPlan:
+    """Return the plan of the rank that holds most.
+
+    Args:
+        config: whose `max_num_tokens` is decided.
+        weights: bytes by kind (`memory.held_bytes`).
+        max_model_len: of one request.
+        total: memory of a GPU.
+    """
+    specs = model.cache_specs()
+    table = -(-max_model_len // config.block_size) * len(specs) + max_model_len + 1
+    sizes, num_ranks = _graphs(config, model), config.ep_size
+    largest = max(sizes, key=lambda size: (size.num_tokens, size.max_others))
+    graphs = _activations(config, model, largest.num_tokens, largest.num_tokens + (num_ranks - 1) * largest.max_others)
+    tokens = config.part_tokens
+    return MemoryPlan(
+        total=total,
+        utilization=config.gpu_memory_utilization,
+        weights=weights,
+        arenas=_arena_bytes(config, model),
+        slots=4 * config.max_running * table,
+        activations=_activations(config, model, tokens, num_ranks * min(tokens, _exchange_tokens(config, model)))
+        + 2 * 4 * config.max_running * model.vocab_size,  # logits, and a copy that is bent
+        graphs=graphs + len(sizes) * _GRAPH_BYTES,
+    )
+
+
+def check(plan: MemoryPlan) -> None:
+    """Refuse what cannot fit.
+
+    Raises:
+        ValueError: nothing would be left for the caches; with the table.
+    """
+    if plan.caches <= 0:
+        raise ValueError(
+            f"the model does not fit into gpu_memory_utilization {plan.utilization:g} of the GPU's memory; {_LESS}; {plan}"
+        )
+
+
+def _arena_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Bytes of a rank's arenas, of all parts of a step, if tokens travel over NVLink."""
+    spec = _spec(config, model)
+    if spec is None:
+        return 0
+    packed = a2a_fp8.packed(spec) if sends_fp8(config, model, on_gpu=True) else spec
+    return config.num_parts * ArenaLayout.of(packed).nbytes
+
+
+def _exchange_tokens(config: EngineConfig, model: ModelConfig) -> int:
+    """Tokens of a rank that one exchange takes, at most."""
+    spec = _spec(config, model)
+    return config.part_tokens if spec is None else spec.max_tokens
+
+
+def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
+    """As the worker has it, of a group that has a size alone; None if nothing travels."""
+    if config.ep_size == 1 or not any(model.sparse_layers):
+        return None
+    spec = AllToAllSpec(
+        group=cast(Any, SimpleNamespace(size=config.ep_size, rank=0)),
+        rank_offsets=place(model.num_experts, config.ep_size, config.redundant_experts).rank_offsets,
+        max_tokens=config.part_tokens,
+        hidden_size=model.hidden_size,
+        top_k=model.top_k,
+        dtype=getattr(torch, model.dtype),
+        num_parts=config.num_parts,
+    )
+    fp8 = sends_fp8(config, model, on_gpu=True)
+    return replace(spec, max_tokens=exchange_tokens(config, model, config.ep_size, fp8=fp8))
+
+
+def _graphs(config: EngineConfig, model: ModelConfig) -> list[GraphSize]:
+    """What is captured, as `DeviceRunner` has it."""
+    tokens = min(config.part_tokens, _exchange_tokens(config, model)) * config.num_parts
+    return graph_sizes(tokens, config.max_running, config.ep_size)
+
+
+def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_all: int) -> int:
+    """Bytes of the layer that takes most: the stream and its norm, and what is made of them.
+
+    Args:
+        num_tokens: of this rank.
+        of_all: of all ranks, in one exchange.
+    """
+    itemsize = getattr(torch, model.dtype).itemsize
+    stream = 3 * num_tokens * model.hidden_size
+    attention = max(num_tokens * _attention_width(layer.attention) for layer in model.layers)
+    mlp = 0
+    for layer in model.layers:
+        if isinstance(layer.mlp, Mlp):
+            mlp = max(mlp, 3 * num_tokens * layer.mlp.size)
+            continue
+        here = -(-(layer.mlp.num_experts + config.redundant_experts) // config.ep_size)
+        rows = of_all * min(layer.mlp.top_k, here)
+        # What the experts make of rows, with a copy for narrow numbers, their results, and the shared expert's.
+        mlp = max(mlp, rows * (2 * layer.mlp.size + model.hidden_size) + 3 * num_tokens * layer.mlp.shared_size)
+    return itemsize * (stream + max(attention, mlp))
+
+
+def _attention_width(attention: Attention | LatentAttention) -> int:
+    """Numbers that a token has at once: queries, keys and values, and the output of every head."""
+    if isinstance(attention, LatentAttention):
+        compressed = attention.rank + attention.rope.size
+        return attention.num_heads * (2 * compressed + attention.rank)
+    return attention.head_dim * 2 * (attention.num_heads + attention.num_kv_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a GPU's memory has been taken for.
+
+    Attributes:
+        total: memory of the GPU.
+        peak: torch's at the largest step: weights, tables and activations.
+        largest_graph: of it, what the largest captured step takes beside weights and tables: graphs have it for themselves.
+        outside: not torch's allocator's: CUDA's context, NCCL, symmetric memory, other processes.
+    """
+
+    total: int
+    peak: int
+    largest_graph: int
+    outside: int
+
+    def room(self, config: EngineConfig, model: ModelConfig) -> int:
+        """Return the bytes that are left for the caches, with room for the graphs that are still to be captured.
+
+        Raises:
+            ValueError: there are none, or fewer than `kv_cache_bytes`.
+        """
+        graphs = self.largest_graph + len(_graphs(config, model)) * _GRAPH_BYTES
+        left = int(self.total * config.gpu_memory_utilization) - self.peak - self.outside - graphs
+        if left < (config.kv_cache_bytes or 1):
+            wanted = f"kv_cache_bytes is {config.kv_cache_bytes}, but " if config.kv_cache_bytes else ""
+            raise ValueError(
+                f"{wanted}{left / 1e9:.2f} GB are left for caches: gpu_memory_utilization {config.gpu_memory_utilization:g} of "
+                f"{self.total / 1e9:.2f} GB, less {self.peak / 1e9:.2f} at the largest step, {self.outside / 1e9:.2f} outside of "
+                f"torch and {graphs / 1e9:.2f} for CUDA graphs; {_LESS}"
+            )
+        return left
+
+
+def measured(device: str, run_largest_graph: Callable[[], None], run_peak: Callable[[], None]) -> Measured:
+    """Run the largest steps and return what has been taken at most."""
+
+    def peak_of(run: Callable[[], None]) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+
+    before = torch.cuda.memory_allocated(device)
+    largest_graph = peak_of(run_largest_graph) - before
+    peak = peak_of(run_peak)
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return Measured(total=total, peak=peak, largest_graph=largest_graph, outside=outside)

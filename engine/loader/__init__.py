@@ -1,0 +1,1 @@
+"""`expertwire.engine.loader`; see docs/architecture.md."""

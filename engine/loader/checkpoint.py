@@ -1,0 +1,152 @@
+"""A Hugging Face checkpoint folder: where each tensor lies; nothing here reads a weight or needs torch.
+
+Safetensors files: an 8-byte little-endian length, a JSON header of that length, the data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertwire.engine.config.fields import parse_json, read_json
+from expertwire.scheduler.checks import is_int
+
+# Bytes of one element; a type that is not listed is only an error when its tensor is read.
+ITEM_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where the bytes of a tensor are. `dtype` is safetensors' name ("BF16"), `offset` counts from the file's first byte."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files; opening it reads and verifies every header, but no weight.
+
+    `model.safetensors` is used if it is there, else the shards of `model.safetensors.index.json` (transformers' order).
+
+    Args:
+        path: folder of the checkpoint.
+
+    Raises:
+        ValueError: no weights or only pickled ones; a shard that is missing, truncated or damaged; an index that names a tensor
+            its file does not hold, or leaves one out. The message names the file and what is wrong.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = checkpoint_folder(path)
+        single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        if single.is_file():
+            self.tensors: Mapping[str, StoredTensor] = _read_header(single)
+        elif index.is_file():
+            self.tensors = _read_indexed(index)
+        else:
+            raise ValueError(_no_weights(self.path))
+
+    def names(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the stored type, such as "BF16"."""
+        return self.tensors[name].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+
+def _no_weights(folder: Path) -> str:
+    if any(folder.glob("*.safetensors")):
+        return f"{folder} has safetensors files, but neither model.safetensors nor model.safetensors.index.json"
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        if any(folder.glob(pattern)):
+            return f"{folder} has only pickled weights ({pattern}), which are not loaded; save them as safetensors"
+    return f"{folder} has no weights (model.safetensors or model.safetensors.index.json with its shards)"
+
+
+def _read_indexed(index: Path) -> dict[str, StoredTensor]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(f, str) and f == Path(f).name for f in files.values()):
+        raise ValueError(f"{index}: weight_map must map tensor names to file names in the same folder")
+    shards = {}
+    for shard in sorted(set(files.values())):
+        if not (index.parent / shard).is_file():
+            raise ValueError(f"{index.parent} lacks {shard}, which {index.name} lists")
+        shards[shard] = _read_header(index.parent / shard)
+    absent = [f"{name} ({file})" for name, file in files.items() if name not in shards[file]]
+    if absent:
+        raise ValueError(f"{index} lists tensors that their files do not hold: {some(absent)}")
+    unlisted = [f"{name} ({file})" for file, tensors in shards.items() for name in tensors if name not in files]
+    if unlisted:
+        raise ValueError(f"{index} does not list tensors that the files hold: {some(unlisted)}")
+    return {name: shards[file][name] for name, file in files.items()}
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        prefix = opened.read(8)
+        length = int.from_bytes(prefix, "little")
+        if prefix == b"version ":
+            raise ValueError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull`")
+        if len(prefix) < 8 or length > MAX_HEADER_BYTES:
+            raise ValueError(f"{file} is not a safetensors file ({size} bytes)")
+        header_bytes = opened.read(length)
+    if len(header_bytes) < length:
+        raise ValueError(f"{file} is truncated: {size} bytes, its header alone should end at {8 + length}")
+    header = parse_json(header_bytes, f"{file}: the header")
+    header.pop("__metadata__", None)
+    tensors = {name: _stored(file, 8 + length, name, entry) for name, entry in header.items()}
+    expected = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
+    if size != expected:
+        kind = "is truncated" if size < expected else "is too long"
+        raise ValueError(f"{file} {kind}: {size} bytes, expected {expected} from its header")
+    return tensors
+
+
+def _stored(file: Path, data_start: int, name: str, entry: object) -> StoredTensor:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
+            0 <= begin <= end
+            and all(is_int(n) and n >= 0 for n in shape)
+            and (dtype not in ITEM_SIZES or end - begin == math.prod(shape) * ITEM_SIZES[dtype])
+        ):
+            return StoredTensor(
+                file=file, dtype=dtype, shape=tuple(shape), offset=data_start + begin, nbytes=end - begin
+            )
+        case _:
+            raise ValueError(f"{file}: the header's entry of {name} is damaged: {entry!r}")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first ten names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder `path`. Raises ValueError if there is none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"model: there is no folder {str(path)!r}; give the folder of a downloaded Hugging Face checkpoint"
+        )
+    return folder

@@ -1,0 +1,258 @@
+"""The decoder that all families share: layers of attention and an MLP or a mixture of experts, as the config describes them.
+
+A family's file in `engine.models` says what its layers are and what its checkpoints call the tensors. The life of a model: its
+layers declare their parameters in a `Layout` -> the loader fills them -> `bind` takes them over in the form the kernels want ->
+`forward`, `logits`.
+
+T tokens of this rank, X any rows, D model width, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.engine.kv_cache import caches as named_caches
+from expertwire.engine.kv_cache.caches import NamedCache
+from expertwire.engine.layers import attention, latent, mlp
+from expertwire.engine.layers.step import LayerContext, RankContext, Step
+from expertwire.engine.loader.checkpoint import StoredTensor
+from expertwire.engine.loader.layout import Layout, Parameters
+from expertwire.engine.models import registry
+from expertwire.engine.models.declaration import declare
+from expertwire.engine.models.model_config import Attention, LatentAttention, Mlp, ModelConfig, Moe
+from expertwire.engine.runner.batch import ForwardBatch
+from expertwire.kernels.formats import Weight, quantize_experts
+from expertwire.kernels.ops import rotary
+from expertwire.kernels.ops.attention import FP8
+from expertwire.kernels.ops.variants import Rope
+from expertwire.moe import layer as moe_layer
+from expertwire.moe.layer import MoeLayer
+from expertwire.moe.micro_batch import Stages, take_turns
+from expertwire.scheduler.plan import CacheKind
+
+Params = dict[str, Tensor]
+# Of x and its norm, x plus what is made of the norm, and the norm of that.
+Attend = Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]]
+Apply = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Model(Protocol):
+    """What the runner asks of a model."""
+
+    def forward(self, batches: Sequence[ForwardBatch], caches: Sequence[NamedCache]) -> Tensor:
+        """Hidden states [T, D] after the last norm, of the parts of a step one after another; writes the caches.
+
+        A part may see what those before it write. All ranks of the group call it together, with as many parts.
+        """
+        ...
+
+    def logits(self, x_XD: Tensor) -> Tensor:
+        """fp32 [X, V] of any rows of hidden states."""
+        ...
+
+    def allocate(self, *, num_blocks: Sequence[int], block_size: int, max_model_len: int) -> list[NamedCache]:
+        """The tensors of the caches that `ModelConfig.cache_specs` names, of so many blocks each; once, before `forward`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Pre-norm residual layer: attention, then an MLP or a mixture of experts."""
+
+    attention: Attend
+    mlp: Apply | None
+    moe: MoeLayer | None
+
+
+class Decoder:
+    """See the module.
+
+    Args:
+        config: what it is.
+        context: where it runs.
+        stored: the checkpoint's tensors, to see how its matrices are stored; None: it gets random weights.
+        quantize: store unquantised experts as this: "fp8", "int4" or "mxfp4"; None: as they are.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: RankContext,
+        stored: Mapping[str, StoredTensor] | None = None,
+        quantize: str | None = None,
+    ) -> None:
+        self.config, self.context = config, context
+        self.layers: list[Layer] = []
+        self.layout = Layout(stored=stored, quantization=config.quantization)
+        self._quantize = quantize
+        self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
+        declare(config, registry.FAMILIES[config.architecture].names, self.layout, self._experts_here)
+
+    # ---- parameters
+
+    def _experts_here(self, i: int) -> tuple[int, ...]:
+        assert self.context.placement is not None, f"{self.config.architecture} has experts but no placement"
+        return self.context.placement.experts_of(self.context.rank, i)
+
+    # ---- taking the parameters over
+
+    def bind(self, params: Params) -> None:
+        """Take `params` over, emptying the dictionary as it goes, so that memory holds one copy and one parameter more."""
+        c, ops, p = self.config, self.context.ops, self.layout.parameters(params)
+        self._embed = p.tensor("embed")
+        # Where weights are packed in place, a tied head needs a copy: the embedding is read row by row.
+        tied = self._embed if ops.on_device else self._embed.clone()
+        head = tied if c.tie_word_embeddings else p.weight("lm_head")
+        self._head = ops.linear(head, dtype=self.context.dtype)
+        # The norm after each layer is the next layer's first one.
+        norms = [*(p.tensor(f"layers.{i}.input_norm") for i in range(c.num_layers)), p.tensor("norm")]
+        self._first_norm = norms[0]
+        for i, next_norm in enumerate(norms[1:]):
+            self.layers.append(self._bind_layer(i, p.within(f"layers.{i}."), next_norm))
+        assert not p.rest(), f"parameters that no layer took: {p.rest()}"
+
+    def _bind_layer(self, i: int, p: Parameters, next_norm: Tensor) -> Layer:
+        layer = self.config.layers[i]
+        attend = self._bind_attention(i, p, layer.attention)
+        if isinstance(layer.mlp, Mlp):
+            return Layer(attention=attend, mlp=self._dense(p, next_norm), moe=None)
+        return Layer(attention=attend, mlp=None, moe=self._bind_moe(i, p, layer.mlp, next_norm))
+
+    def _bind_attention(self, i: int, p: Parameters, config: Attention | LatentAttention) -> Attend:
+        context = LayerContext(
+            ops=self.context.ops,
+            dtype=self.context.dtype,
+            layer=i,
+            caches=tuple(number for number, spec in enumerate(self.config.cache_specs()) if i in spec.writers),
+            fp8_cache=self.config.kv_cache_dtype == "fp8",
+            norm=p.tensor("post_norm"),
+            eps=self.config.rms_norm_eps,
+        )
+        if isinstance(config, Attention):
+            return attention.bind(p, config, context).forward
+        return latent.bind(p, config, context).forward
+
+    def _dense(self, p: Parameters, next_norm: Tensor) -> Apply:
+        ops, eps = self.context.ops, self.config.rms_norm_eps
+        dense = mlp.bind(p, ops, self.context.dtype)
+
+        def apply(x_TD: Tensor, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
+            return ops.add_rms_norm(x_TD, dense(normed_TD), next_norm, eps)
+
+        return apply
+
+    def _bind_moe(self, i: int, p: Parameters, moe: Moe, next_norm: Tensor) -> MoeLayer:
+        context = self.context
+        assert context.placement is not None
+        assert context.all_to_alls, f"{self.config.architecture} has experts but no way to them"
+        shared = mlp.bind(p.within("shared."), context.ops, context.dtype) if moe.shared_size else None
+        return moe_layer.prepare(
+            p.tensor("router"),
+            self._experts(p, "w13", (moe.size, moe.size)),
+            self._experts(p, "w2", (self.config.hidden_size,)),
+            next_norm,
+            ops=context.ops,
+            routing=moe,
+            activation=moe.activation,
+            router_bias=p.maybe("router_bias"),
+            choice_bias=p.maybe("choice_bias"),
+            biases=(p.maybe("w13_bias"), p.maybe("w2_bias")),
+            eps=self.config.rms_norm_eps,
+            placement=context.placement,
+            rank=context.rank,
+            all_to_alls=context.all_to_alls,
+            shared=shared,
+            layer=i,
+            exchange_tokens=context.exchange_tokens,
+        )
+
+    def _experts(self, p: Parameters, name: str, parts: tuple[int, ...]) -> Weight:
+        weight = p.weight(name)
+        if self._quantize is None or not isinstance(weight, Tensor):
+            return weight
+        return quantize_experts(weight, self._quantize, parts)
+
+    # ---- running
+
+    def allocate(self, *, num_blocks: Sequence[int], block_size: int, max_model_len: int) -> list[NamedCache]:
+        """As `Model.allocate`."""
+        device = self.context.device
+        for rope in self._ropes():
+            self._tables[rope] = rotary.tables(max_model_len, rope, device)
+        specs = self.config.cache_specs()
+        return [
+            named_caches.make(
+                spec, num, block_size, self._shapes(spec.kind, spec.writers[0]), self._cache_dtype(spec.kind), device
+            )
+            for spec, num in zip(specs, num_blocks, strict=True)
+        ]
+
+    def _cache_dtype(self, kind: CacheKind) -> torch.dtype:
+        return FP8 if self.config.cache_dtype(kind) == "fp8" else self.context.dtype
+
+    def _ropes(self) -> set[Rope]:
+        ropes = set()
+        for layer in self.config.layers:
+            if isinstance(layer.attention, Attention):
+                ropes.add(attention.rope_of(layer.attention))
+            else:
+                ropes.add(layer.attention.rope)
+                if layer.attention.indexer is not None:
+                    ropes.add(layer.attention.indexer.rope)
+        return ropes
+
+    def _shapes(self, kind: str, layer: int) -> list[tuple[int, ...]]:
+        """Of what a cache keeps of a token in a layer; they are equal in all layers of a cache."""
+        config = self.config.layers[layer].attention
+        if isinstance(config, Attention):
+            return [(config.num_kv_heads, config.head_dim)] * 2
+        if kind == "latent":
+            return [(config.rank + config.rope.size,)]
+        assert config.indexer is not None, f"a cache of kind {kind} in layer {layer}"
+        return [(config.indexer.head_dim,)]
+
+    def forward(self, batches: Sequence[ForwardBatch], caches: Sequence[NamedCache]) -> Tensor:
+        """As `Model.forward`."""
+        assert self._tables, "forward before allocate"
+        parts = take_turns([self._stages(batch, caches, part) for part, batch in enumerate(batches)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _stages(self, batch: ForwardBatch, caches: Sequence[NamedCache], part: int) -> Stages[Tensor]:
+        """One part, which stops where it would wait for other ranks."""
+        step = Step(batch=batch, caches=caches, tables=self._tables)
+        x_TD = self._embed[batch.token_ids_T]
+        normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
+        for i, layer in enumerate(self.layers):
+            x_TD, normed_TD = layer.attention(x_TD, normed_TD, step)
+            if layer.moe is not None:
+                told = None if batch.routed is None else partial(batch.routed, i)
+                sent = batch.num_tokens_P, part, told, batch.num_valid
+                x_TD, normed_TD = yield from layer.moe.stages(x_TD, normed_TD, *sent)
+            elif layer.mlp is not None:
+                x_TD, normed_TD = layer.mlp(x_TD, normed_TD)
+        return normed_TD
+
+    def logits(self, x_XD: Tensor) -> Tensor:
+        """As `Model.logits`."""
+        return self._head(x_XD).float()
+
+    def take_expert_load(self) -> np.ndarray:
+        """i64 [layers * E]: rows this rank's tokens sent to each logical expert since the last call; dense layers stay zero."""
+        load = np.zeros((self.config.num_layers, self.config.num_experts), np.int64)
+        counted = {i: layer.moe.load_E for i, layer in enumerate(self.layers) if layer.moe is not None}
+        on_device = [load_E for load_E in counted.values() if isinstance(load_E, Tensor)]
+        if on_device:  # one copy, as the host waits for it
+            load[list(counted)] = torch.stack(on_device).cpu().numpy()
+        else:
+            for i, load_E in counted.items():
+                load[i] = load_E
+        for load_E in counted.values():
+            load_E[:] = 0
+        return load.reshape(-1)

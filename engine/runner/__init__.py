@@ -1,0 +1,1 @@
+"""`expertwire.engine.runner.runner`; see docs/architecture.md."""

@@ -1,0 +1,88 @@
+"""The log-probability fields of a result: what is computed where the logits are, and what the host makes of it.
+
+O sampled tokens, X rows of prompts, V vocabulary, n alternatives at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.engine.runner.slot_states import Scheduled
+from expertwire.kernels.ops import sampling
+
+_I32, _F32 = np.zeros(0, np.int32), np.zeros(0, np.float32)
+
+
+def of(
+    logits_OV: Tensor,
+    token_O: Tensor,
+    num_top_O: np.ndarray,
+    upload: Callable[[np.ndarray], Tensor] = torch.from_numpy,
+) -> Sequence[Tensor]:
+    """Log-probabilities, ranks and the most probable tokens of the rows that have asked (`num_top_O` >= 0), where the logits are;
+    nothing if none has. `upload` brings integers there."""
+    asked = np.flatnonzero(num_top_O >= 0)
+    if not len(asked):
+        return ()
+    rows = upload(asked)
+    widest = int(np.minimum(num_top_O[asked], logits_OV.shape[1]).max())
+    return sampling.token_logprobs(logits_OV.index_select(0, rows), token_O.index_select(0, rows).long(), widest)
+
+
+def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> dict[str, np.ndarray]:
+    """What `of` found, on the host, as fields of a `StepResult`."""
+    count = len(num_top_O)
+    logprob_O, rank_O = np.full(count, np.nan, np.float32), np.zeros(count, np.int32)
+    num_top, top_ids, top_logprobs = np.zeros(count, np.int64), _I32, _F32
+    if len(found):
+        asked = np.flatnonzero(num_top_O >= 0)
+        num_top[asked] = np.minimum(num_top_O[asked], vocab)
+        logprob_O[asked], rank_O[asked] = found[0], found[1]
+        kept = np.arange(found[2].shape[1]) < num_top[asked, None]
+        top_ids, top_logprobs = found[2].astype(np.int32)[kept], found[3][kept]
+    return {
+        "logprob_O": logprob_O,
+        "token_rank_O": rank_O,
+        "top_offsets_O1": np.concatenate(([0], np.cumsum(num_top))).astype(np.int32),
+        "top_ids": top_ids,
+        "top_logprobs": top_logprobs,
+    }
+
+
+def prompt_rows(sampling_S: np.ndarray, step: Scheduled) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Row of the batch i64, slot i32 and position i32 of the predicted token, of every prompt token computed in this step whose
+    successor is a prompt token too, for the slots that asked; None if there is none."""
+    wanted = sampling_S["prompt_logprobs"][step.slot_B] >= 0
+    if not wanted.any():
+        return None
+    wanted_T = np.repeat(wanted, np.diff(step.cu_queries))
+    row_X = np.flatnonzero(wanted_T & (step.position_T + 1 < sampling_S["prompt_len"][step.slot_T]))
+    slot_X, position_X = step.slot_T[row_X].astype(np.int32), (step.position_T[row_X] + 1).astype(np.int32)
+    return (row_X, slot_X, position_X) if len(row_X) else None
+
+
+def prompt_fields(slot_X: np.ndarray, position_X: np.ndarray, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`fields` of prompt rows, as fields of a `StepResult`."""
+    return {
+        "prompt_slot": slot_X,
+        "prompt_position": position_X,
+        "prompt_logprob": found["logprob_O"],
+        "prompt_token_rank": found["token_rank_O"],
+        "prompt_top_offsets": found["top_offsets_O1"],
+        "prompt_top_ids": found["top_ids"],
+        "prompt_top_logprobs": found["top_logprobs"],
+    }
+
+
+def no_tokens() -> dict[str, np.ndarray]:
+    """The fields of a step that samples nothing."""
+    return {"slot_O": _I32, "token_O": _I32, **fields((), _I32, 0)}
+
+
+def no_prompt_rows() -> dict[str, np.ndarray]:
+    """The fields of a step without prompt rows."""
+    return prompt_fields(_I32, _I32, fields((), _I32, 0))

@@ -1,0 +1,1 @@
+"""`expertwire.kernels.ops`; see docs/architecture.md."""

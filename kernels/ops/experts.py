@@ -1,0 +1,223 @@
+"""Grouped expert MLP: rows sorted by expert, each through its expert's `w2 @ (silu(w1 x) * (w3 x))`.
+
+U rows, R routed rows, N rows of any kind, D model width, F expert width, e local experts. `w13` is w1 over w3. Routed row r
+reads `x_UD[row_index_R[r]]`; expert e's rows are `offsets[e] : offsets[e + 1]`. Rows are rounded to the activation dtype after
+each product, as the model's layers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertwire.kernels.formats import Quantized, Weight, dequantize
+from expertwire.kernels.ops import linear
+from expertwire.kernels.ops.permute import TileMap
+from expertwire.kernels.ops.variants import Activation
+
+
+class GroupedMlp(Protocol):
+    """The prepared experts of a layer."""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """All arrays [e, ...] that a call reads, contiguous: they may be rewritten in place when an expert moves."""
+        ...
+
+    def __call__(
+        self,
+        x_UD: Tensor,
+        row_index_R: Tensor,
+        offsets: np.ndarray | Tensor,
+        home_R: Tensor | None = None,
+        tile_map: TileMap | None = None,
+    ) -> Tensor:
+        """Rows sorted by expert and `offsets` [e + 1] -> y_RD.
+
+        Either `row_index_R` and `offsets` are i64, the latter on the host, and rows stay in order; or, on a GPU, all is i32 on
+        the device, row r goes to place `home_R[r]`, there may be fewer rows than R, and their tiles may be known.
+        """
+        ...
+
+
+class Fused(Protocol):
+    """A layer whose experts are all here, with its router and the norm behind it, in one call: the ops' bits, fewer calls."""
+
+    def __call__(self, x_TD: Tensor, normed_TD: Tensor, load_E: np.ndarray) -> tuple[Tensor, Tensor]:
+        """x plus the experts' mixture of its norm, and the norm of that. Adds the rows of each logical expert to `load_E`."""
+        ...
+
+
+def silu_mul_reference(gate_up_NF: Tensor) -> Tensor:
+    """`silu(gate) * up` of [N, 2F], each rounded to the dtype."""
+    gate_NF, up_NF = gate_up_NF.chunk(2, dim=-1)
+    return F.silu(gate_NF) * up_NF
+
+
+def reference(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray, w13_eFD: Tensor, w2_eDF: Tensor) -> Tensor:
+    """A loop over experts; w13 [e, 2F, D], w2 [e, D, F]; returns [R, D] in x's dtype."""
+    y_RD = x_UD.new_empty(len(row_index_R), x_UD.shape[1])
+    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
+        hidden = silu_mul_reference(linear.reference(x_UD[row_index_R[start:end]], w13_eFD[e]))
+        y_RD[start:end] = linear.reference(hidden, w2_eDF[e])
+    return y_RD
+
+
+def activation_reference(product_NF: Tensor, activation: Activation) -> Tensor:
+    """fp32 [N, 2F], gate columns before up columns, or [N, F] without a gate -> fp32 [N, F]."""
+    if activation.kind == "relu2":
+        return product_NF.relu().square()
+    gate_NF, up_NF = product_NF.chunk(2, dim=-1)
+    if activation.kind == "swiglu":
+        return F.silu(gate_NF) * up_NF
+    gate_NF, up_NF = gate_NF.clamp(max=activation.limit), up_NF.clamp(-activation.limit, activation.limit)
+    return gate_NF * torch.sigmoid(activation.alpha * gate_NF) * (up_NF + 1)
+
+
+def gate_reference(gate_up_NF: Tensor, activation: Activation) -> Tensor:
+    """Of [N, 2F] `gate * sigmoid(alpha * gate)`, rounded to the dtype, times `up + offset`, rounded; both clamped before."""
+    alpha, limit, offset = activation.gating
+    gate_NF, up_NF = gate_up_NF.float().chunk(2, dim=-1)
+    gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit) + offset
+    silu_NF = (gate_NF * torch.sigmoid(alpha * gate_NF)).to(gate_up_NF.dtype)
+    return (silu_NF.float() * up_NF).to(gate_up_NF.dtype)
+
+
+def w13_reference(
+    x_UD: Tensor,
+    row_index_R: Tensor,
+    expert_offsets: Tensor,
+    w13_eFD: Tensor,
+    activation: Activation,
+    bias_eF: Tensor | None = None,
+) -> Tensor:
+    """The hidden layer [R, F] in x's dtype, rounded once; w13 [e, 2F, D], gate rows over up rows, or [e, F, D] without a gate.
+
+    As on a GPU, the offsets lie on the device, and rows behind the last offset are undefined (here: zero).
+    """
+    columns = w13_eFD.shape[1] // (2 if activation.gated else 1)
+    hidden_RF = x_UD.new_zeros(len(row_index_R), columns)
+    for e, (start, end) in enumerate(pairwise(expert_offsets.tolist())):
+        product = x_UD[row_index_R[start:end].long()].float() @ w13_eFD[e].float().T
+        if bias_eF is not None:
+            product += bias_eF[e].float()
+        hidden_RF[start:end] = activation_reference(product, activation).to(x_UD.dtype)
+    return hidden_RF
+
+
+def w2_reference(
+    hidden_RF: Tensor,
+    expert_offsets: Tensor,
+    w2_eDF: Tensor,
+    home_R: Tensor,
+    out_SD: Tensor,
+    bias_eD: Tensor | None = None,
+) -> Tensor:
+    """Each routed row's product, rounded to the dtype of `out`, into its slot `home_R` of `out` [S, D]; the rest stays."""
+    for e, (start, end) in enumerate(pairwise(expert_offsets.tolist())):
+        product = hidden_RF[start:end].float() @ w2_eDF[e].float().T
+        if bias_eD is not None:
+            product += bias_eD[e].float()
+        out_SD[home_R[start:end].long()] = product.to(out_SD.dtype)
+    return out_SD
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LibraryExperts:
+    """With the library's products, an expert after the other; a quantised one is unpacked, to x's dtype, when rows arrive."""
+
+    w13: Weight  # [e, 2F, D]
+    w2: Weight  # [e, D, F]
+    activation: Activation
+    bias13_eF: Tensor | None
+    bias2_eD: Tensor | None
+    silu_mul: Callable[[Tensor], Tensor]
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        biases = tuple(bias for bias in (self.bias13_eF, self.bias2_eD) if bias is not None)
+        return tensors_of(self.w13) + tensors_of(self.w2) + biases
+
+    def __call__(
+        self,
+        x_UD: Tensor,
+        row_index_R: Tensor,
+        offsets: np.ndarray | Tensor,
+        home_R: Tensor | None = None,
+        tile_map: TileMap | None = None,
+    ) -> Tensor:
+        assert isinstance(offsets, np.ndarray), "here the host counts rows"
+        assert home_R is tile_map is None, "and they stay in order"
+        x_RD, y_RD = x_UD.index_select(0, row_index_R), x_UD.new_empty(len(row_index_R), x_UD.shape[1])
+        for e, (start, end) in enumerate(pairwise(offsets.tolist())):
+            if start < end:
+                gate_up = linear.library(x_RD[start:end], *_layer(self.w13, self.bias13_eF, e, x_UD.dtype))
+                y_RD[start:end] = linear.library(self._gated(gate_up), *_layer(self.w2, self.bias2_eD, e, x_UD.dtype))
+        return y_RD
+
+    def _gated(self, gate_up_NF: Tensor) -> Tensor:
+        return (
+            self.silu_mul(gate_up_NF)
+            if self.activation.kind == "swiglu"
+            else gate_reference(gate_up_NF, self.activation)
+        )
+
+
+def tensors_of(weight: Weight) -> tuple[Tensor, ...]:
+    return weight.tensors if isinstance(weight, Quantized) else (weight,)
+
+
+def _layer(weight: Weight, bias_eN: Tensor | None, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    matrix = dequantize(weight.expert(e) if isinstance(weight, Quantized) else weight[e], dtype)
+    return matrix, None if bias_eN is None else bias_eN[e].to(dtype)
+
+
+def prepare(
+    w13: Weight,
+    w2: Weight,
+    *,
+    silu_mul: Callable[[Tensor], Tensor],
+    activation: Activation | None = None,
+    bias13_eF: Tensor | None = None,
+    bias2_eD: Tensor | None = None,
+    expected: float = 1.0,
+) -> GroupedMlp:
+    """A callable for weights [e, 2F, D], gate rows over up rows, and [e, D, F], as `linear.prepare` makes one.
+
+    Quantised weights stay as they are in memory. `expected`: where rows are counted on a device, the share of R that comes with
+    even routing; here the host knows.
+    """
+    activation = activation or Activation()
+    assert activation.gated, f"{activation} on a CPU"
+    if linear.is_packed(w13) and linear.is_packed(w2):
+        from expertwire.kernels.cpu import gemm
+
+        return gemm.pack_experts(w13, w2, activation, bias13_eF, bias2_eD)
+    return LibraryExperts(
+        w13=w13, w2=w2, activation=activation, bias13_eF=bias13_eF, bias2_eD=bias2_eD, silu_mul=silu_mul
+    )
+
+
+def fuse(
+    router: linear.Linear,
+    experts: GroupedMlp,
+    norm_D: Tensor,
+    physical_of_E: Tensor,
+    *,
+    top_k: int,
+    renormalize: bool,
+    eps: float,
+) -> Fused | None:
+    """Of a prepared router and experts, where there is an implementation."""
+    from expertwire.kernels.cpu import fused, gemm  # numba is slow to import and of no use elsewhere
+
+    if not (isinstance(router, gemm.PackedLinear) and isinstance(experts, gemm.PackedExperts)):
+        return None
+    return fused.MoeAndNorm(router, experts, norm_D, physical_of_E, top_k=top_k, renormalize=renormalize, eps=eps)

@@ -1,0 +1,110 @@
+"""The indexer of sparse attention: which positions a query attends to (DeepSeek-V3.2, 2025).
+
+A token has one index key, k = rotate(layer_norm(W x)), d numbers in a cache of their own, and n index queries with a weight each.
+A query's score of a position is
+
+    score = sum over h of w_h * relu(q_h . k)
+
+and it sees the `top_k` positions up to its own that score best; of equals, the first. They are given in ascending order, in which
+attention reads them; so a query that sees no more than `top_k` positions needs no scores. Constant factors (d^-0.5, n^-0.5) are
+the caller's, in w. Which numbers of a head are rotated: the first ones, in halves in DeepSeek-V3.2, interleaved in GLM-5.
+
+T tokens, H index heads, d their size, B sequences, L padded length, s block size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertwire.kernels.ops.attention import PagedSequences
+from expertwire.kernels.ops.rotary import rotate_at
+
+
+def reference(q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int) -> Tensor:
+    """One query at a time in fp32; index_cache [blocks, s, d].
+
+    Returns:
+        i64 [T, top_k]: positions in ascending order; -1 behind them, where a query sees fewer.
+    """
+    chosen_Tk = torch.full((len(q_THd), top_k), -1, device=q_THd.device)
+    for b, table in enumerate(seqs.block_table):
+        start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
+        for row in range(start, end):
+            keys_Ld = index_cache[table].flatten(0, 1)[: seqs.lengths[b] - (end - 1 - row)].float()
+            scores_L = (q_THd[row].float() @ keys_Ld.T).relu().T @ weights_TH[row].float()
+            best = scores_L.sort(descending=True, stable=True).indices[:top_k]
+            chosen_Tk[row, : len(best)] = best.sort().values
+    return chosen_Tk
+
+
+def rope_and_cache(
+    q_THd: Tensor,
+    k_Td: Tensor,
+    norm: tuple[Tensor, Tensor],
+    eps: float,
+    tables: tuple[Tensor, Tensor],
+    positions_T: Tensor,
+    slot_mapping_T: Tensor,
+    index_cache: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
+    """What lies between the projections and the choice.
+
+    Args:
+        q_THd: index queries.
+        k_Td: W x.
+        norm: weights and biases [d] of the keys' layer norm.
+        eps: of the norm.
+        tables: `rotary.tables` for the first r <= d numbers of a head.
+        positions_T: i64.
+        slot_mapping_T: i64, block * s + offset; a token with a negative one is not stored.
+        index_cache: [blocks, s, d], written.
+        interleaved: which pairs are rotated, as in `attention.rope_and_cache`.
+
+    Returns:
+        q_THd, rotated.
+    """
+    dtype, (weight_d, bias_d) = q_THd.dtype, (tensor.float() for tensor in norm)
+    k_T1d = F.layer_norm(k_Td.float(), weight_d.shape, weight_d, bias_d, eps).unsqueeze(1)
+    size = tables[0].shape[1]
+    q_THd, k_T1d = (
+        torch.cat((rotate_at(x[..., :size].float(), tables, positions_T, interleaved), x[..., size:].float()), -1)
+        for x in (q_THd, k_T1d)
+    )
+    rows, stored_T1 = index_cache.flatten(0, 1), (slot_mapping_T >= 0)[:, None]
+    # Nothing is read back to find the tokens that are stored: the others write what is there to where nothing else is written.
+    k_Td = torch.where(stored_T1, k_T1d[:, 0].to(rows.dtype), rows[0])
+    rows.index_copy_(0, slot_mapping_T.clamp(min=0), k_Td)
+    return q_THd.to(dtype)
+
+
+def choose_positions(
+    q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int
+) -> Tensor:
+    """As `reference`, one sequence at a time."""
+    outputs = [torch.empty(0, top_k, dtype=torch.int64, device=q_THd.device)]
+    for b, length in enumerate(seqs.lengths.tolist()):
+        some = slice(seqs.cu_queries[b], seqs.cu_queries[b + 1])
+        keys_Ld = index_cache[seqs.block_table[b]].flatten(0, 1)[:length]
+        last_T = torch.arange(length - (some.stop - some.start), length, device=q_THd.device)
+        outputs.append(_best(_scores(q_THd[some], weights_TH[some], keys_Ld), last_T, top_k))
+    return torch.cat(outputs)
+
+
+def _scores(q_THd: Tensor, weights_TH: Tensor, keys_Ld: Tensor) -> Tensor:
+    """[T, L]."""
+    products_THL = (q_THd.float() @ keys_Ld.float().T).relu()
+    return (weights_TH.float()[:, None] @ products_THL)[:, 0]
+
+
+def _best(scores_TL: Tensor, last_T: Tensor, top_k: int) -> Tensor:
+    """[T, top_k]: positions up to the last by score, of equals the first, in ascending order; -1 behind them."""
+    length = scores_TL.shape[1]
+    hidden = torch.arange(length, device=scores_TL.device) > last_T[:, None]
+    order_TL = scores_TL.masked_fill(hidden, float("-inf")).sort(descending=True, stable=True).indices[:, :top_k]
+    # What is hidden comes last, in order: behind the others when positions are sorted, too.
+    order_TL = order_TL.sort(1).values
+    return F.pad(torch.where(order_TL <= last_T[:, None], order_TL, -1), (0, top_k - order_TL.shape[1]), value=-1)

@@ -1,0 +1,128 @@
+"""Rotary position embedding: of the `size` first numbers of a head, pair i is rotated by the angle `position * frequency_i`.
+
+Su et al., "RoFormer" (2021): frequency_i = theta^(-2i/size). Pairs are (x_i, x_{i + size/2}), as in the Llama family, or
+(x_2i, x_{2i+1}), *interleaved*. A model whose context was extended after training scales the frequencies (`variants`), and some
+multiply cosines and sines by an *attention factor*, so that scores grow by its square.
+
+T tokens, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from expertwire.kernels.ops.variants import Linear, Llama3, LongRope, Rope, Yarn
+
+Scaling = Linear | Llama3 | Yarn | LongRope
+
+
+def tables(num_positions: int, rope: Rope, device: str) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines, fp32 [positions, size], the attention factor multiplied in.
+
+    Column i and i + size/2 are pair i's, whichever numbers are its pair; the first half of the sines is negative, as `rotate`
+    expects. With `LongRope`, `num_positions` chooses the list: it has to be the longest sequence's, not a step's.
+    """
+    assert rope.size % 2 == 0, f"{rope.size} rotated numbers are no pairs"
+    frequencies, factor = _scaled(rope, num_positions)
+    angles = torch.arange(num_positions).float()[:, None] * frequencies
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)
+
+
+def softmax_scale(size: int, scaling: Scaling | None) -> float:
+    """Of the scores of heads of `size` numbers in latent attention: size^-0.5, with Yarn times mscale(mscale_all_dim)^2.
+
+    DeepSeek-V2 moves that part of the attention factor to the scores, so that the numbers that are not rotated have it too.
+    """
+    if isinstance(scaling, Yarn) and scaling.mscale_all_dim:
+        return size**-0.5 * _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return size**-0.5
+
+
+def reference(x_THd: Tensor, positions_T: Tensor, theta: float) -> Tensor:
+    """The rotation in fp64, straight from the formula, of all of a head in halves; rounded once to x's dtype."""
+    half = x_THd.shape[-1] // 2
+    inverse = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = positions_T.double()[:, None, None] * inverse
+    first, second = x_THd.double().split(half, dim=-1)
+    turned = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+    return torch.cat(turned, dim=-1).to(x_THd.dtype)
+
+
+def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
+    """Rotate pairs in halves by tables already gathered at the tokens' positions, with a head dimension of one."""
+    return torch.addcmul(x_THd * cos_T1d, x_THd.roll(x_THd.shape[-1] // 2, -1), sin_T1d)
+
+
+def rotate_at(x_THr: Tensor, tables: tuple[Tensor, Tensor], positions_T: Tensor, interleaved: bool) -> Tensor:
+    """`rotate` at these positions, of pairs in halves or interleaved; r = 0 is allowed."""
+    if interleaved:
+        x_THr = x_THr.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    x_THr = rotate(x_THr, *(table[positions_T].unsqueeze(1) for table in tables))
+    return x_THr.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if interleaved else x_THr
+
+
+def _scaled(rope: Rope, num_positions: int) -> tuple[Tensor, float]:
+    """The frequencies, fp32 [size / 2], and the attention factor. fp32 like the models' own code: at position 10^5 the roundings
+    of a frequency turn a pair by a hundredth."""
+    periods = rope.theta ** (torch.arange(0, rope.size, 2).float() / max(rope.size, 1))
+    frequencies, scaling = 1.0 / periods, rope.scaling
+    match scaling:
+        case None:
+            return frequencies, 1.0
+        case Linear():
+            return frequencies / scaling.factor, 1.0
+        case Llama3():
+            return _llama3(frequencies, scaling), 1.0
+        case Yarn():
+            return _yarn(periods, rope, scaling), _yarn_factor(scaling)
+        case LongRope():
+            is_long = num_positions > scaling.original_max_position
+            factors = torch.tensor(scaling.long_factor if is_long else scaling.short_factor)
+            assert len(factors) == rope.size // 2, f"{len(factors)} factors for {rope.size // 2} pairs"
+            return 1.0 / (factors * periods), _long_rope_factor(scaling)
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3) -> Tensor:
+    turns = scaling.original_max_position / (2 * math.pi / frequencies)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def _yarn(periods: Tensor, rope: Rope, scaling: Yarn) -> Tensor:
+    def pair_of(turns: float) -> float:
+        """Which pair makes so many turns over the original context, as a fraction."""
+        wavelength = scaling.original_max_position / (turns * 2 * math.pi)
+        return rope.size * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.size - 1)
+    if low == high:
+        high += 0.001
+    divided = ((torch.arange(rope.size // 2).float() - low) / (high - low)).clamp(0, 1)
+    return divided / (scaling.factor * periods) + (1 - divided) / periods
+
+
+def _mscale(factor: float, m: float) -> float:
+    return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_factor(scaling: Yarn) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+    return _mscale(scaling.factor, 1.0)
+
+
+def _long_rope_factor(scaling: LongRope) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    ratio = scaling.max_position / scaling.original_max_position
+    return math.sqrt(1 + math.log(ratio) / math.log(scaling.original_max_position)) if ratio > 1 else 1.0

@@ -1,0 +1,114 @@
+"""Choice of experts: a score of every logit, the K experts with the largest, weights from their scores.
+
+Scores: softmax over all experts, sigmoid, or sqrt(softplus). Weights may be divided by their sum, and are multiplied by
+`scale`. Softmax with division is the same as a softmax over the chosen logits (gpt-oss, Granite); sigmoid without it is
+Llama 4's rule.
+
+A selection bias is added to scores for the choice only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Group-limited
+choice first keeps the best groups of neighbouring experts: by their best expert (DeepSeek-V2, arXiv 2405.04434) or by
+the sum of their two best (DeepSeek-V3). Scores grow with logits, so where neither bias nor sum enters, logits are
+compared: distinct ones stay distinct. Of equals the lowest id wins, everywhere.
+
+T tokens, D model width, E experts, K chosen, G groups, C replicas an expert at most. Gating is in fp32 whatever the activations
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertwire.kernels.ops.variants import Groups, Score
+
+# Keeps the division by a sum of scores finite where all are zero; it changes no other sum.
+TINY = 1e-20
+
+
+def reference(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score: Score = "softmax",
+    bias_E: Tensor | None = None,
+    groups: Groups | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Expert ids i64 [T, K] and weights fp32 [T, K], in descending order of what they were chosen by; bias fp32."""
+    logits_TE = logits_TE.float()
+    scores_TE = _scores(logits_TE, score)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if bias_E is None and (groups is None or groups.by == "best"):
+        choice_TE = logits_TE
+    if groups is not None:
+        choice_TE = _limited(choice_TE, groups)
+    ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if renormalize:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
+    return ids_TK, weights_TK if scale == 1.0 else weights_TK * scale
+
+
+class Routed(NamedTuple):
+    """Logical experts i64 [T, K], their weights fp32 [T, K], and the physical experts i64 [T, K] that rows are sent to."""
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+    physical_TK: Tensor
+
+
+def to_physical(ids_TK: Tensor, physical_CE: Tensor | None) -> Tensor:
+    """Return the physical expert of each logical one: token t takes replica t mod C; without a table they are the same."""
+    if physical_CE is None:
+        return ids_TK
+    num_replicas, num_experts = physical_CE.shape
+    if num_replicas == 1:
+        return physical_CE.take(ids_TK)
+    replica_T = torch.arange(len(ids_TK), device=ids_TK.device).remainder_(num_replicas)
+    return physical_CE.take(ids_TK + replica_T.mul_(num_experts).unsqueeze(1))
+
+
+def route_and_count(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    load_E: Tensor,
+    physical_CE: Tensor | None = None,
+    num_valid: Tensor | None = None,
+    route: Callable[..., tuple[Tensor, Tensor]] = reference,
+    **rule: Any,
+) -> Routed:
+    """`route`, the experts' physical ids, and the load: a reference.
+
+    Args:
+        load_E: i64 [E], to which the rows of each logical expert are added.
+        physical_CE: i64 [C, E], `moe.eplb.placement.Placement.physical_for` a rank; None: physical ids are logical ones.
+        num_valid: i32 [1]; only so many tokens are counted.
+    """
+    ids_TK, weights_TK = route(logits_TE, top_k, **rule)
+    counted_TK = ids_TK if num_valid is None else ids_TK[: int(num_valid)]
+    load_E += torch.bincount(counted_TK.flatten(), minlength=len(load_E))
+    return Routed(ids_TK, weights_TK, to_physical(ids_TK, physical_CE))
+
+
+def _scores(logits_TE: Tensor, score: Score) -> Tensor:
+    match score:
+        case "softmax":
+            return torch.softmax(logits_TE, dim=-1)
+        case "sigmoid":
+            return torch.sigmoid(logits_TE)
+        case "sqrt_softplus":
+            return F.softplus(logits_TE).sqrt()
+
+
+def _limited(choice_TE: Tensor, groups: Groups) -> Tensor:
+    """`choice_TE` with -inf for the experts of the groups that are not kept."""
+    choice_TGe = choice_TE.unflatten(1, (groups.number, -1))
+    group_TG = choice_TGe.topk(1 if groups.by == "best" else 2, dim=-1).values.sum(dim=-1)
+    dropped_TG = group_TG.sort(dim=-1, descending=True, stable=True).indices[:, groups.kept :]
+    mask_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, dropped_TG, True)
+    return choice_TGe.masked_fill(mask_TG.unsqueeze(2), -torch.inf).flatten(1)

@@ -1,0 +1,1 @@
+"""`expertwire.moe.eplb`; see docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""`expertwire.scheduler._compiled`; see docs/architecture.md."""

@@ -1,0 +1,180 @@
+"""Tiny random models of every architecture, written as the hub has them, and what transformers computes from them.
+
+Each family adds entries to `ALL` in a file of its own, `architectures_*.py`.
+"""
+
+from __future__ import annotations
+
+import expertwire  # noqa: F401  # isort: skip  (first: transformers must not take our `kernels` for another package's)
+
+import functools
+import importlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from helpers import chat_templates
+from helpers import tiny_checkpoints as tiny
+
+Tensors = dict[str, torch.Tensor]
+FILES = ("architectures_moe", "architectures_latent", "architectures_dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """A tiny model and how the hub has it.
+
+    Attributes:
+        model: transformers' text model, with any weights; they are scaled so that every tensor matters.
+        hub_tensors: of its state dictionary (experts fused, as transformers has them), the hub's tensors.
+        hub_config: of its config as a dictionary, what the hub's config.json holds, with "architectures" and "torch_dtype".
+        logits: the reference, where transformers' own is wrong: of the model and token ids, [T, V].
+        adjust: changes the scaled weights.
+    """
+
+    model: Callable[[], PreTrainedModel]
+    hub_tensors: Callable[[Tensors], Tensors]
+    hub_config: Callable[[dict[str, Any]], dict[str, Any]]
+    logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None
+    adjust: Callable[[PreTrainedModel], None] | None = None
+
+
+# The chat template of the models whose names begin so; the longest of them counts.
+_CHATS = {
+    "deepseek": "deepseek_r1",
+    "deepseek_v3_fp8": "deepseek_v31",
+    "deepseek_v32": "deepseek_v31",
+    "glm4_moe": "glm_45",
+    "glm4_moe_lite": "glm_47",
+    "glm_moe_dsa": "glm_47",
+    "gpt_oss": "gpt_oss",
+    "kimi": "kimi_k2",
+    "llama": "llama_3",
+    "llama4": "llama_4",
+    "mobilellm": "llama_4",
+    "minimax": "minimax_m2",
+    "ministral": "mistral",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+    "olmoe": "olmoe",
+    "phi": "phi_4_mini",
+    "qwen3": "qwen3",
+}
+
+
+def chat_family(name: str) -> str:
+    """Whose chat template a model's checkpoint has, of `chat_templates.FAMILIES`."""
+    return _CHATS[max((start for start in _CHATS if name.startswith(start)), key=len)]
+
+
+@functools.cache
+def all_of_them() -> dict[str, Tiny]:
+    """By name."""
+    found: dict[str, Tiny] = {}
+    for file in FILES:
+        if (Path(__file__).parent / f"{file}.py").exists():
+            found |= importlib.import_module(f"helpers.{file}").ALL
+    return found
+
+
+@functools.cache
+def model(name: str) -> PreTrainedModel:
+    """transformers', fp32."""
+    described = all_of_them()[name]
+    made = described.model().float().eval()
+    tiny._scale_weights(made, seed=0)
+    if described.adjust is not None:
+        with torch.no_grad():
+            described.adjust(made)
+    return made
+
+
+@functools.cache
+def folder(name: str) -> Path:
+    """A checkpoint, fp32, made once; removed at exit. Read only."""
+    return write(name, Path(tempfile.mkdtemp(prefix="arch-", dir=tiny._scratch().name)))
+
+
+def write(name: str, path: Path) -> Path:
+    """The same into a folder of yours."""
+    described, made = all_of_them()[name], model(name)
+    tied = made.config.tie_word_embeddings
+    tensors = {n: t for n, t in made.state_dict().items() if not (tied and n == "lm_head.weight")}
+    tensors = described.hub_tensors({n: t.detach().clone() for n, t in tensors.items()})
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    config = described.hub_config(json.loads(json.dumps(made.config.to_dict(), default=str)))
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    chat_templates.write(path, chat_templates.FAMILIES[chat_family(name)])
+    return path
+
+
+def reference_logits(name: str, ids: Sequence[int]) -> np.ndarray:
+    """fp32 [T, V]."""
+    described, made = all_of_them()[name], model(name)
+    with torch.no_grad():
+        tokens = torch.tensor([list(ids)])
+        if described.logits is not None:
+            return described.logits(made, tokens).numpy()
+        return made(tokens, use_cache=False).logits[0].numpy()
+
+
+def reference_greedy(name: str, ids: Sequence[int], num: int) -> tuple[list[int], float]:
+    """The next tokens, and the smallest difference between the best two logits on the way."""
+    known, closest = list(ids), float("inf")
+    for _ in range(num):
+        last = reference_logits(name, known)[-1]
+        second, best = np.sort(last)[-2:]
+        closest = min(closest, float(best - second))
+        known.append(int(last.argmax()))
+    return known[len(ids) :], closest
+
+
+def per_expert(tensors: Tensors, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Tensors:
+    """Fused experts [E, 2F, D] and [E, D, F] one by one, `...experts.E.gate_proj.weight` and so on."""
+    found: Tensors = {}
+    for name, values in tensors.items():
+        prefix, is_expert, part = name.rpartition(".experts.")
+        if not is_expert or part not in ("gate_up_proj", "down_proj"):
+            found[name] = values
+            continue
+        for e, matrix in enumerate(values):
+            one = f"{prefix}.experts.{e}."
+            if part == "down_proj":
+                found[f"{one}{down}.weight"] = matrix
+            else:
+                found[f"{one}{gate}.weight"], found[f"{one}{up}.weight"] = matrix.chunk(2)
+    return found
+
+
+def biased(made: PreTrainedModel) -> PreTrainedModel:
+    """With a bias for the choice of experts, which is no parameter."""
+    generator = torch.Generator().manual_seed(1)
+    for name, values in made.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            values.copy_(torch.randn(values.shape, generator=generator) * 0.3)
+    return made
+
+
+def hub_style(config: dict[str, Any], architecture: str, **changes: Any) -> dict[str, Any]:
+    """transformers 5's fields as the hub's files have them: `rope_theta`, `rope_scaling`, `torch_dtype`. A change to None is a
+    field that is left out."""
+    fields = dict(config)
+    rope = dict(fields.pop("rope_parameters", None) or {})
+    fields.pop("dtype", None)
+    fields |= {"architectures": [architecture], "torch_dtype": "float32"}
+    if "rope_theta" in rope:
+        fields["rope_theta"] = rope.pop("rope_theta")
+    partial = rope.pop("partial_rotary_factor", None)
+    if partial is not None:
+        fields["partial_rotary_factor"] = partial
+    fields["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    fields |= changes
+    return {name: value for name, value in fields.items() if value is not None or name == "rope_scaling"}

@@ -1,0 +1,63 @@
+"""A rank's runner with the GPU's kernels, for fakes on which they are launched and not run."""
+
+from __future__ import annotations
+
+import torch
+
+from expertwire.comm.all_to_all.base import AllToAllSpec
+from expertwire.comm.all_to_all.local import LocalAllToAll
+from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
+from expertwire.comm.all_to_all.stream import on_stream
+from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.group import SoloGroup
+from expertwire.engine.layers.step import RankContext
+from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.loading import load
+from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.runner.device_runner import DeviceRunner
+from expertwire.engine.runner.device_slots import DeviceSlots
+from expertwire.kernels import registry as kernels
+from expertwire.kernels.gpu.device import H200
+from expertwire.moe.eplb.placement import place
+from helpers import tiny_checkpoints
+
+MAX_RUNNING, NUM_BLOCKS = 24, 2000
+SIZES = {"max_model_len": 9000, "block_size": 16}
+
+
+class Alone(SoloGroup):
+    """The first of several ranks, without the others."""
+
+    def __init__(self, size):
+        self.size = size
+
+
+def build(num_ranks, max_tokens, capture, *, device="cpu", num_parts=1):
+    """With several parts, their all-to-alls have streams of their own."""
+    folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
+    config, ops = read_model_config(folder, "bfloat16"), kernels.triton(H200)
+    placement = place(config.num_experts, num_ranks)
+    spec = AllToAllSpec(
+        group=Alone(num_ranks),
+        rank_offsets=placement.rank_offsets,
+        max_tokens=max_tokens,
+        hidden_size=config.hidden_size,
+        top_k=config.top_k,
+        dtype=torch.bfloat16,
+        num_parts=num_parts,
+    )
+    if num_ranks == 1:
+        all_to_alls = [LocalAllToAll(spec, ops.permute) for _ in range(num_parts)]
+    else:
+        memories = [torch.zeros(ArenaLayout.of(spec).nbytes, dtype=torch.uint8) for _ in range(num_ranks)]
+        all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=132) for _ in range(num_parts)]
+    if num_parts > 1:
+        all_to_alls = map(on_stream, all_to_alls)
+    context = RankContext(
+        rank=0, dtype=torch.bfloat16, device=device, ops=ops, placement=placement, all_to_alls=tuple(all_to_alls)
+    )
+    model, specs = load(config, context, Checkpoint(folder)), config.cache_specs()
+    caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
+    slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device=device, **SIZES)
+    options = {"num_ranks": num_ranks, "num_parts": num_parts, "capture": capture}
+    return config, DeviceRunner(model=model, caches=caches, slots=slots, rank=0, **options)

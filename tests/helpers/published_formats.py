@@ -1,0 +1,111 @@
+"""Formats in which DeepSeek, Moonshot and Mistral publish: weights that these represent, and the tensors that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from expertwire.kernels.formats import dequantize, quantize
+from helpers.architectures import Tensors
+
+Packed = tuple[Tensors, torch.Tensor]  # a matrix's tensors by suffix, and the matrix that they stand for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Which matrices are stored how; `config` is config.json's `quantization_config`. `fused`: experts are."""
+
+    applies: Callable[[str], bool]
+    pack: Callable[[torch.Tensor], Packed]
+    config: dict[str, Any]
+    fused: bool = False
+
+    def round(self, model: PreTrainedModel) -> None:
+        """Its weights to the nearest ones that the format has."""
+        for name, values in model.named_parameters():
+            if self.applies(name):
+                for matrix in self._matrices(name, values):
+                    matrix.copy_(self.pack(matrix)[1])
+
+    def _matrices(self, name: str, values: torch.Tensor) -> list[torch.Tensor]:
+        if values.dim() == 2:
+            return [values]
+        parts = 2 if "gate_up" in name and not self.fused else 1
+        return [part for expert in values for part in expert.chunk(parts)]
+
+    def tensors(self, tensors: Tensors) -> Tensors:
+        """The hub's, of tensors with the hub's names."""
+        found: Tensors = {}
+        for name, values in tensors.items():
+            if not self.applies(name):
+                found[name] = values
+            elif values.dim() == 2:
+                packed = self.pack(values)[0]
+                found |= {name.removesuffix(".weight") + suffix: tensor for suffix, tensor in packed.items()}
+            else:
+                found |= _fused(name, [self.pack(matrix)[0] for matrix in values])
+        return found
+
+
+def _fused(name: str, experts: list[Tensors]) -> Tensors:
+    """The experts of a layer as Mistral has them: a scale for each, and one for all activations."""
+    return {
+        name: torch.stack([packed[".weight"] for packed in experts]),
+        name + "_scale_inv": torch.stack([packed[".weight_scale_inv"] for packed in experts]).view(-1, 1, 1),
+        name + "_activation_scale": experts[0][".activation_scale"],
+    }
+
+
+def _blocks(w: torch.Tensor) -> Packed:
+    q = quantize("fp8_block", w)
+    return {".weight": q.data, ".weight_scale_inv": q.scales}, dequantize(q, torch.float32)
+
+
+def _int4(w: torch.Tensor) -> Packed:
+    groups = w.unflatten(1, (-1, 32))
+    scales = (groups.abs().amax(-1) / 7).bfloat16()
+    codes = (groups / scales.float()[..., None]).round().clamp(-8, 7)
+    low, high = (codes.flatten(1) + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
+    data = (low + 16 * high).view(torch.int32)
+    tensors = {".weight_packed": data, ".weight_scale": scales, ".weight_shape": torch.tensor(w.shape)}
+    return tensors, (codes * scales.float()[..., None]).flatten(1)
+
+
+def _static(w: torch.Tensor) -> Packed:
+    scale = (w.abs().max() / 448).bfloat16()
+    data = (w / scale.float()).to(torch.float8_e4m3fn)
+    tensors = {".weight": data, ".weight_scale_inv": scale, ".activation_scale": torch.tensor(0.02).bfloat16()}
+    return tensors, data.float() * scale.float()
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
+DEEPSEEK = Published(
+    applies=lambda name: "_proj" in name and "eh_proj" not in name,
+    pack=_blocks,
+    config={**FP8, "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+)
+KIMI = Published(
+    applies=lambda name: ".experts." in name,
+    pack=_int4,
+    config={
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": True, "strategy": "group"},
+            }
+        },
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+    },
+)
+MISTRAL = Published(
+    applies=lambda name: "_proj" in name,
+    pack=_static,
+    config={**FP8, "activation_scheme": "static", "weight_block_size": None, "modules_to_not_convert": ["lm_head"]},
+    fused=True,
+)

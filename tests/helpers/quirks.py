@@ -1,0 +1,44 @@
+"""Ways to take a quirk from a model: each makes another config of one."""
+
+from dataclasses import replace
+
+from expertwire.engine.models.model_config import Moe, Skipped
+
+
+def attention(where=lambda old: True, **fields):
+    """Other fields of the attention layers where this holds; a callable makes a field of what it was."""
+
+    def changed(old):
+        if not where(old):
+            return old
+        return replace(old, **{name: value(old) if callable(value) else value for name, value in fields.items()})
+
+    def change(config):
+        layers = [replace(layer, attention=changed(layer.attention)) for layer in config.layers]
+        return replace(config, layers=tuple(layers))
+
+    return change
+
+
+def rope(**fields):
+    return attention(lambda old: old.rope is not None, rope=lambda old: replace(old.rope, **fields))
+
+
+def scaling(**fields):
+    return attention(rope=lambda old: replace(old.rope, scaling=replace(old.rope.scaling, **fields)))
+
+
+def moe(**fields):
+    def change(config):
+        layers = [
+            replace(layer, mlp=replace(layer.mlp, **fields)) if isinstance(layer.mlp, Moe) else layer
+            for layer in config.layers
+        ]
+        return replace(config, layers=tuple(layers))
+
+    return change
+
+
+def unread(pattern):
+    """Tensors that are then left over."""
+    return lambda config: replace(config, skipped=(*config.skipped, Skipped(pattern=pattern, why="a test")))

@@ -1,0 +1,88 @@
+"""`bench.serving.rank_model`, and when another implementation may rightly choose other experts or positions.
+
+T tokens, E experts, K chosen, H index heads, d their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from expertwire.bench.serving.rank_model import RankModel as _RankModel
+from expertwire.comm.group import Group
+from expertwire.kernels.registry import Ops
+
+INDEX_MARGIN = 1e-5  # of index weights, relative: several times what rounding makes of scores
+
+
+class RankModel(_RankModel):
+    """A model whose routers can be watched."""
+
+    def watch_routers(self, margin: float) -> Callable[[], bool]:
+        """From now on, see whether logits that differ by noise of `margin` choose other experts, or index weights that differ by
+        rounding other positions.
+
+        Returns what tells, and forgets.
+        """
+        near = [False]
+        for i, layer in enumerate(self.model.layers):
+            if layer.moe is not None:
+                watched = _Watched(layer.moe.router, margin, near)
+                moe = replace(layer.moe, router=watched, fused=None)
+                self.model.layers[i] = layer = replace(layer, moe=moe)
+            attention = layer.attention.__self__
+            if getattr(attention, "index", None) is not None:
+                ops = attention.context.ops
+                watched = replace(attention.context, ops=replace(ops, choose_positions=_watched_choice(ops, near)))
+                attention = replace(attention, index=replace(attention.index, context=watched))
+                self.model.layers[i] = replace(layer, attention=attention.forward)
+
+        def tell() -> bool:
+            found, near[0] = near[0], False
+            return found
+
+        return tell
+
+
+def logits_of_rank(group: Group, folder: Path, prompts_P: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of the prompt of a rank that `tests.ranks` started: here, so that it need not import transformers."""
+    torch.set_num_threads(1)
+    return RankModel(folder, group=group).logits(prompts_P[group.rank], 50)
+
+
+def _watched_choice(ops: Ops, near: list[bool]) -> Callable[..., torch.Tensor]:
+    """Its choice of positions, which sets `near[0]` where it hangs by less than `INDEX_MARGIN`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def choose(q_THd: torch.Tensor, weights_TH: torch.Tensor, *more: Any) -> torch.Tensor:
+        chosen_Tk = ops.choose_positions(q_THd, weights_TH, *more)
+        for _ in range(3):
+            noise_TH = (torch.rand(weights_TH.shape, generator=generator) - 0.5) * 2 * INDEX_MARGIN
+            others_Tk = ops.choose_positions(q_THd, weights_TH * (1 + noise_TH), *more)
+            near[0] |= not torch.equal(others_Tk.sort(-1).values, chosen_Tk.sort(-1).values)
+        return chosen_Tk
+
+    return choose
+
+
+class _Watched:
+    """A router that sets `near[0]` where its choice hangs by less than the margin."""
+
+    def __init__(self, router: Any, margin: float, near: list[bool]) -> None:
+        self._router, self._margin, self._near = router, margin, near
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        router = self._router
+        logits_TE = router.dense(x_TD.to(router.dtype))
+        ids_TK, weights_TK = router.route(logits_TE)
+        for _ in range(3):
+            noise_TE = (torch.rand(logits_TE.shape, generator=self._generator) - 0.5) * 2 * self._margin
+            others_TK = router.route(logits_TE + noise_TE)[0]
+            self._near[0] |= not torch.equal(others_TK.sort(-1).values, ids_TK.sort(-1).values)
+        return ids_TK, weights_TK
