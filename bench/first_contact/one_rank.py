@@ -39,7 +39,7 @@ from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
 
 BLOCK_SIZE = 16
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)

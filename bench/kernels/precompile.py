@@ -26,7 +26,7 @@ from expertwire.engine.runner import precompile
 from expertwire.kernels.gpu import compile_ahead
 from expertwire.kernels.gpu.device import H200
 
-_CONFIGS = Path(__file__).parent / "configs"
+_CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def cold_seconds(launches: Sequence[compile_ahead.Launch], num_processes: int) -> dict[str, float]:

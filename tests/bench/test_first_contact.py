@@ -20,7 +20,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def stages(*names, seconds=60.0):
-    return [Stage(name=name, target=f"fake_stages:{name}", seconds=seconds) for name in names]
+    return [Stage(name=name, target=f"helpers.fake_stages:{name}", seconds=seconds) for name in names]
 
 
 @pytest.fixture
