@@ -1,7 +1,8 @@
 """Memory of every rank that every rank can write to, from one of three sources.
 
 A source gives P tensors of bytes, all zero, by rank: the one at this rank's place is its own, the others are its peers'. Which
-source it was, nobody asks afterwards: the layout (`comm.all_to_all.symmetric_buffer`) and the protocol are the same over all of them.
+source it was, nobody asks afterwards: the layout (`comm.all_to_all.symmetric_buffer`) and the protocol are the same
+over all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which blocks of every rank's caches are in use, free, or free with contents that a later request may begin with.
 
 A block in use has one reference or more. Free blocks wait in a queue; the null block, block 0 of each cache of each rank, is
-never handed out (ranks pad with it). A block with a name (see `scheduler.prefix_cache`) becomes free at the end of the queue, so that
+never handed out (ranks pad with it). A block with a name (see `scheduler.prefix_cache`) becomes free at the end of
+the queue, so that
 what was used last is given away last; one without, at its head. A request that begins with a free named block takes it out
 again.
 

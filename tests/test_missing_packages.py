@@ -60,7 +60,8 @@ def test_modules_that_do_not_need_them_are_imported(module):
 
 def test_no_benchmark_needs_an_option():
     code = (
-        "from expertwire.bench.first_contact import run as first_contact; from expertwire.bench.kernels import run as kernels; from expertwire.deploy import cli; "
+        "from expertwire.bench.first_contact import run as first_contact; "
+        "from expertwire.bench.kernels import run as kernels; from expertwire.deploy import cli; "
         "[each.make_parser().parse_args([]) for each in (first_contact, kernels)]; "
         "parser = cli.make_parser(); [parser.parse_args(['bench', name]) for name in cli.BENCHES]"
     )

@@ -22,7 +22,8 @@ from expertwire.deploy.grpc.client import ServerError
 
 _PREAMBLE = """# Bad inputs and their answers
 
-This page is written by `python -m expertwire.bench.bad_inputs.run > docs/errors.md`, and a test checks that it is true: every input
+This page is written by `python -m expertwire.bench.bad_inputs.run > docs/errors.md`, and a test checks that it is
+true: every input
 below is refused with this message and leaves nothing running. What is marked * only a rank can tell, so the engine's
 processes start first, and end with the error. The model is the demo model, or a broken copy of it.
 

@@ -1,4 +1,5 @@
-"""`python -m expertwire.bench.first_contact.stage_process TARGET DEVICE OUT ROWS SECONDS`: what `bench first_contact` runs a stage with."""
+"""`python -m expertwire.bench.first_contact.stage_process TARGET DEVICE OUT ROWS SECONDS`: what `bench
+first_contact` runs a stage with."""
 
 from __future__ import annotations
 

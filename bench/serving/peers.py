@@ -1,4 +1,5 @@
-"""`python -m expertwire.bench.serving.peers`: our offline engine beside transformers' and vLLM's, on one small MoE checkpoint, on CPUs.
+"""`python -m expertwire.bench.serving.peers`: our offline engine beside transformers' and vLLM's, on one small MoE
+checkpoint, on CPUs.
 
 The checkpoint is a random Qwen3-MoE of 110M parameters (hidden 512, 8 layers, 32 experts top-4 of width 256, 8 heads and 2 key
 heads of 64, vocabulary 4,096); prompts are 128 random tokens, outputs 64. Every measurement is a fresh process with one compute

@@ -8,7 +8,8 @@ The host waits for the device once a layer. NCCL takes the numbers of rows to se
 the plan every row would go to every rank, and P times the rows of a combine come home: where NVLink joins the ranks, `nvlink`
 needs neither that nor the host; across domains bytes are what is scarce. So no CUDA graph can hold this.
 
-Never run on a GPU by us. Letters as in `comm.all_to_all.base`, S slots (t, k) of this rank that have an expert, H home ranks, C rows
+Never run on a GPU by us. Letters as in `comm.all_to_all.base`, S slots (t, k) of this rank that have an expert, H
+home ranks, C rows
 that leave, U rows that arrive.
 """
 

@@ -1,4 +1,5 @@
-"""Multi-head latent attention, and the norm behind it: `kernels.ops.mla` has the mathematics, `kernels.ops.index` the sparse kind's.
+"""Multi-head latent attention, and the norm behind it: `kernels.ops.mla` has the mathematics, `kernels.ops.index`
+the sparse kind's.
 
 T tokens, D model width, H heads, C latent size, r rotated size, n size without position, v value size, l = C + r; d index size.
 """

@@ -2,7 +2,8 @@
 
 The hub's style is understood (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5 (`rope_parameters`,
 `dtype`, `num_local_experts`). Every field that changes a result must be there, except those that the hub's own files leave out or
-set to null, for which each reader says what that means (`engine.models.config_readers` has those of several families). No torch is needed.
+set to null, for which each reader says what that means (`engine.models.config_readers` has those of several
+families). No torch is needed.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ class Layer:
 class Quantization:
     """How a checkpoint stores matrices: names of `engine.loader.quantization.METHODS`, None: as they are.
 
-    `skipped`: modules that are stored as they are, as the checkpoint lists them (see `engine.loader.quantization.is_skipped`); asked
+    `skipped`: modules that are stored as they are, as the checkpoint lists them (see
+    `engine.loader.quantization.is_skipped`); asked
     only where there are no tensors to look at.
     """
 

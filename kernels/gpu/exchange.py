@@ -1,4 +1,5 @@
-"""Dispatch and combine by stores into the peers' memory: the kernels of `comm.all_to_all.nvlink_gpu`; the twin is `comm.all_to_all.nvlink`.
+"""Dispatch and combine by stores into the peers' memory: the kernels of `comm.all_to_all.nvlink_gpu`; the twin is
+`comm.all_to_all.nvlink`.
 
     plan      where each row goes: a program a destination, prefix sums, no atomics
     send      each row is loaded once and stored to all its destinations; the last program writes counts and flags
@@ -7,7 +8,8 @@
     index     their order by expert, home rank, token, k
     go_home   expert rows go to their slots on their home ranks; the last program writes flags
 
-`comm.all_to_all.symmetric_buffer` says where everything lies; here it comes as byte offsets. Addresses of arenas are integers, in a table by rank.
+`comm.all_to_all.symmetric_buffer` says where everything lies; here it comes as byte offsets. Addresses of arenas are
+integers, in a table by rank.
 Rows are multiples of 16 bytes, moved as i32 words; or they come as numbers and are quantised on their way from memory to the
 peers, which find what `kernels.ops.quantize.pack` would have made of them.
 

@@ -63,7 +63,8 @@ def await_all(
     PHASE: tl.constexpr, RANKS: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """Until every rank's line has reached the epoch. A rank waited for in vain is written into everybody's arena, as
-    `comm.all_to_all.symmetric_buffer.Stall`; then, and wherever it is found, nobody waits any more. What is computed then is void, but no more rows may
+    `comm.all_to_all.symmetric_buffer.Stall`; then, and wherever it is found, nobody waits any more. What is computed
+    then is void, but no more rows may
     come than the plan has room for: the counts of other exchanges are taken for 0."""
     rank = tl.arange(0, RANKS)
     exists = rank < num_ranks

@@ -1,4 +1,5 @@
-"""What changes logits before a token is drawn, for all rows that ask for it at once: `kernels.ops.sampling.penalize` in Triton, then
+"""What changes logits before a token is drawn, for all rows that ask for it at once: `kernels.ops.sampling.penalize`
+in Triton, then
 numbers to add, which are a request's biases, and -inf where a token is banned.
 
 A row's tokens are counted in a workspace by integer atomics, whose order does not matter; then the counts are applied. Products

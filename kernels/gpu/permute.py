@@ -144,7 +144,8 @@ def permute(
     *,
     format: str | None = None,
 ) -> Permuted:
-    """As `kernels.ops.permute.reference`; ids contiguous, i32 or i64. `format`: of weights, for whose products rows come in tiles."""
+    """As `kernels.ops.permute.reference`; ids contiguous, i32 or i64. `format`: of weights, for whose products rows
+    come in tiles."""
     assert ids_TK.is_contiguous(), f"strides {ids_TK.stride()} of shape {tuple(ids_TK.shape)}"
     num_ids = ids_TK.numel()
 

@@ -1,4 +1,5 @@
-"""Quantisation to fp8, and the activation of dense layers: `kernels.ops.quantize` and `kernels.ops.experts.silu_mul_reference` in Triton.
+"""Quantisation to fp8, and the activation of dense layers: `kernels.ops.quantize` and
+`kernels.ops.experts.silu_mul_reference` in Triton.
 
 T rows, D width, G groups a row.
 """

@@ -199,7 +199,8 @@ def route(
     scale: float = 1.0,
     ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
-    """As `kernels.ops.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most 1024 experts; ids i64 or i32."""
+    """As `kernels.ops.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most 1024 experts; ids
+    i64 or i32."""
     rule = {"renormalize": renormalize, "score": score, "bias_E": bias_E, "groups": groups, "scale": scale}
     routed = _launch(logits_TE, top_k, rule, ids_dtype, None, None, None)
     return routed.ids_TK, routed.weights_TK

@@ -107,7 +107,8 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """How experts are chosen and weighed, see `kernels.ops.routing`; `scales_input`: the weight multiplies what the expert is given,
+    """How experts are chosen and weighed, see `kernels.ops.routing`; `scales_input`: the weight multiplies what the
+    expert is given,
     not what it returns, of which there is one then (`top_k` 1)."""
 
     top_k: int

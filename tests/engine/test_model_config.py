@@ -275,5 +275,6 @@ def test_the_wanted_dtype_replaces_the_stored_one(tmp_path):
 
 
 def test_torch_is_not_imported():
-    code = "import sys, expertwire.engine.loader.checkpoint, expertwire.engine.models.hub_config; sys.exit('torch' in sys.modules)"
+    modules = "expertwire.engine.loader.checkpoint, expertwire.engine.models.hub_config"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
