@@ -51,8 +51,8 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
         # What a GPU's torch has, this machine's cannot say.
         libraries=_libraries() if device in ("cpu", "cuda") else ("gloo", "nccl"),
     )
-    table = backend_times.read(options.all_to_all_table) if options.all_to_all_table else None
-    choice = choose(options.all_to_all, here, table)
+    table = backend_times.read(options.all2all_table) if options.all2all_table else None
+    choice = choose(options.all2all_backend, here, table)
     if ep_size > 1:
         halves = options.num_parts > 1
         yield "a step in two halves: one computes while the other's rows travel" if halves else "a step at once"

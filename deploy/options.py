@@ -15,7 +15,7 @@ from typing import Any, Literal
 from expertwire.engine.config.engine import EngineConfig
 
 ENGINE_FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
-EXPLAINED_FIELDS = ("all_to_all", "all_to_all_table", "dispatch_dtype", "two_batch_overlap", "kv_cache_dtype")
+EXPLAINED_FIELDS = ("all2all_backend", "all2all_table", "dispatch_dtype", "enable_two_batch_overlap", "kv_cache_dtype")
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
 
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, kind:
     """An option for each of the `fields` of the dataclass `kind`.
 
     Options of seconds have no suffix: `start_timeout_s` is --start-timeout. What is true or false can be turned off:
-    `prefix_cache` is --prefix-cache and --no-prefix-cache. A mapping is NAME=X,NAME=X.
+    `enable_prefix_caching` is --enable-prefix-caching and --no-enable-prefix-caching. A mapping is NAME=X,NAME=X.
     """
     hints, helps = typing.get_type_hints(kind), help_texts(kind)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}

@@ -83,12 +83,12 @@ def controller_main(orders: Orders) -> None:
     try:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
         info, places = start_ranks(orders, hub, while_they_load=rehearse)
-        policy = make_policy(config.policy, aging=config.aging, tenant_weights=config.tenant_weights)
+        policy = make_policy(config.scheduling_policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), policy)
         loop = Loop(scheduler=scheduler, hub=hub, info=info, load=_expert_load(orders, info, places))
-        if config.rebalance_steps:
+        if config.eplb_step_interval:
             assert loop.load is not None, "a dense model has no experts to move"
-            given = loop.load, orders.model, config.quantize, config.rebalance_steps
+            given = loop.load, orders.model, config.quantization, config.eplb_step_interval
             loop.rebalancing = Rebalancing(*given, failure_domains=places.failure_domains)
         collect_when_quiet()
         _tell(ready=info.to_dict())
@@ -112,7 +112,7 @@ def controller_main(orders: Orders) -> None:
 def _expert_load(orders: Orders, info: ModelInfo, places: Places) -> ExpertLoad | None:
     if not info.num_experts:
         return None
-    redundant = orders.config.redundant_experts
+    redundant = orders.config.num_redundant_experts
     placement = place(info.num_experts, info.ep_size, redundant, info.num_layers, places.domains)
     return ExpertLoad(placement, info.num_layers)
 

@@ -160,40 +160,40 @@ def _check(config: EngineConfig, model: ModelConfig) -> int:
     longest = model.max_position_embeddings
     if config.max_model_len is not None and not 2 <= config.max_model_len <= longest:
         raise ValueError(f"max_model_len must be in [2, {longest}], the model's positions, got {config.max_model_len}")
-    if config.redundant_experts and not any(model.sparse_layers):
+    if config.num_redundant_experts and not any(model.sparse_layers):
         raise ValueError(
-            f"redundant_experts must be 0: {model.architecture} has no experts; got {config.redundant_experts}"
+            f"num_redundant_experts must be 0: {model.architecture} has no experts; got {config.num_redundant_experts}"
         )
-    if config.rebalance_steps and not any(model.sparse_layers):
+    if config.eplb_step_interval and not any(model.sparse_layers):
         raise ValueError(
-            f"rebalance_steps must be 0: {model.architecture} has no experts; got {config.rebalance_steps}"
+            f"eplb_step_interval must be 0: {model.architecture} has no experts; got {config.eplb_step_interval}"
         )
     dispatch_dtype.check(config, model)
     attention_backend.check(config, model)
     if config.topology is not None:
         topology.read(config.topology).first(config.ep_size)
     if any(model.sparse_layers):
-        place(model.num_experts, config.ep_size, config.redundant_experts)
-    if config.quantize is not None:
-        _check_quantize(config.quantize, model)
+        place(model.num_experts, config.ep_size, config.num_redundant_experts)
+    if config.quantization is not None:
+        _check_quantization(config.quantization, model)
     if config.load_format == "auto":
         Checkpoint(config.model)
     max_model_len = config.max_model_len or longest
-    if config.kv_cache_bytes is not None:
+    if config.kv_cache_memory_bytes is not None:
         cache_sizes(config.on("cpu"), model.cache_specs(), max_model_len)  # which asks for less than a GPU
     return max_model_len
 
 
-def _check_quantize(name: str, model: ModelConfig) -> None:
+def _check_quantization(name: str, model: ModelConfig) -> None:
     if model.moe is None:
-        raise ValueError(f"quantize must be None: {model.architecture} has no experts; got {name!r}")
+        raise ValueError(f"quantization must be None: {model.architecture} has no experts; got {name!r}")
     if model.quantization is not None and model.quantization.experts is not None:
         raise ValueError(
-            f"quantize must be None: the checkpoint has experts in {model.quantization.experts} already; got {name!r}"
+            f"quantization must be None: the checkpoint has experts in {model.quantization.experts} already; got {name!r}"
         )
     group = 1 if name == "fp8" else 32
     if model.hidden_size % group or model.moe.size % group:
         raise ValueError(
-            f"quantize {name!r} needs experts whose widths are multiples of {group}; {model.architecture} has "
+            f"quantization {name!r} needs experts whose widths are multiples of {group}; {model.architecture} has "
             f"{model.hidden_size} and {model.moe.size}"
         )

@@ -33,7 +33,7 @@ class Rebalancing:
     Args:
         load: the account; its placement follows what the ranks use.
         model: whose experts move.
-        quantize: as `EngineConfig` has it.
+        quantize: `EngineConfig.quantization`.
         window_steps: steps with tokens in a window.
         failure_domains: of each rank, what fails together with it; empty: every rank is one.
     """

@@ -90,7 +90,7 @@ def _model_info(orders: Orders, sizes: CacheSizes, device: str, all_to_all: str)
         cache_tokens=sizes.num_tokens,
         cache_blocks=dict(zip(names, sizes.num_blocks, strict=True)),
         cache_bytes=dict(zip(names, sizes.num_bytes, strict=True)),
-        max_running=config.max_running,
+        max_num_seqs=config.max_num_seqs,
         seed=config.seed,
     )
 
@@ -100,16 +100,16 @@ def scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
     config = orders.config.on(info.device)
     return SchedulerConfig(
         num_ranks=config.ep_size,
-        max_running=config.max_running,
-        max_num_tokens=config.step_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.step_tokens,
         max_model_len=info.max_model_len,
         block_size=config.block_size,
         num_blocks=tuple(info.cache_blocks.values()),
-        max_waiting=config.max_waiting,
+        max_queued_requests=config.max_queued_requests,
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
-        prefix_cache=config.prefix_cache,
+        enable_prefix_caching=config.enable_prefix_caching,
         prefix_secret=secrets.randbits(128),
-        chunk_tokens=config.chunk_tokens,
-        max_waiting_per_tenant=config.max_waiting_per_tenant,
+        chunked_prefill_size=config.chunked_prefill_size,
+        max_queued_requests_per_tenant=config.max_queued_requests_per_tenant,
     )

@@ -187,7 +187,7 @@ def _cache_room(config: EngineConfig, model: Decoder, max_model_len: int, num_ra
     num_blocks = [2] * len(model.config.cache_specs())
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
     runner = _device_runner(config, model, caches, max_model_len, num_ranks)
-    sizes = config.part_tokens, config.max_running
+    sizes = config.part_tokens, config.max_num_seqs
     runs = partial(runner.run_largest_graph, *sizes), partial(runner.run_peak, *sizes)
     found = memory_plan.measured(device, *runs)
     runner.settle()
@@ -211,7 +211,7 @@ def _device_runner(
     from expertwire.engine.runner.device_slots import DeviceSlots
 
     slots = DeviceSlots(
-        num_slots=config.max_running,
+        num_slots=config.max_num_seqs,
         max_model_len=max_model_len,
         block_size=config.block_size,
         specs=[cache.spec for cache in caches],
@@ -239,18 +239,18 @@ def _make_runner(
 ) -> Steps:
     """Warmed up: on a GPU, graphs are captured now, so that running out of memory is found before anyone is served."""
     mover = None
-    if config.rebalance_steps:
+    if config.eplb_step_interval:
         assert model.context.placement is not None, "a dense model's experts cannot move"
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = Mover(layers, model.context.placement, group)
     if model.context.ops.on_device:
         capture = cuda_graphs.cuda(group.barrier) if model.context.ops.capturable else None
         on_device = _device_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)
-        on_device.warm_up(config.part_tokens, config.max_running)
+        on_device.warm_up(config.part_tokens, config.max_num_seqs)
         on_device.settle()
         return on_device
     slots = Slots(
-        num_slots=config.max_running,
+        num_slots=config.max_num_seqs,
         max_model_len=max_model_len,
         block_size=config.block_size,
         specs=[cache.spec for cache in caches],
@@ -279,9 +279,9 @@ def _load(
     all_to_alls: tuple[AllToAll, ...] = ()
     travel, taken = "", None
     checkpoint = None if config.load_format == "dummy" else Checkpoint(config.model)
-    ops = kernels.choose(device, fast=config.numerics == "fast", attention=config.attention)
+    ops = kernels.choose(device, fast=config.numerics == "fast", attention=config.attention_backend)
     if any(model_config.sparse_layers):
-        redundant, num_layers = config.redundant_experts, model_config.num_layers
+        redundant, num_layers = config.num_redundant_experts, model_config.num_layers
         placement = place(model_config.num_experts, num_ranks, redundant, num_layers, domains)
     if device != "cpu":
         _check_fits(config, model_config, checkpoint, rank, device, placement)
@@ -321,7 +321,7 @@ def _load(
         model_config,
         context,
         checkpoint,
-        quantize=config.quantize,
+        quantize=config.quantization,
         seed=config.seed,
         sharers=sharers if device == "cpu" else 1,
         progress=rank == 0,
@@ -347,7 +347,7 @@ def _check_fits(
 
     layout = memory.rank_layout(model, None if checkpoint is None else checkpoint.tensors, experts_of)
     fast = config.numerics == "fast"
-    held = memory.held_bytes(model, layout, device, quantize=config.quantize, fast=fast)
+    held = memory.held_bytes(model, layout, device, quantize=config.quantization, fast=fast)
     longest = config.max_model_len or model.max_position_embeddings
     total = torch.cuda.mem_get_info(device)[1]
     memory_plan.check(memory_plan.estimate(config, model, held, longest, total))
@@ -355,7 +355,7 @@ def _check_fits(
 
 def _places(config: EngineConfig, group: groups.Group, node: str, device: str) -> tuple[Sequence[int], Sequence[int]]:
     """Every rank's NVLink domain, and what fails with it; nothing where no expert has replicas, so that nothing depends on it."""
-    if not config.redundant_experts:
+    if not config.num_redundant_experts:
         return (), ()
     if config.topology is not None:
         found = topology.read(config.topology).first(group.size)
@@ -368,8 +368,8 @@ def _all_to_alls(
     config: EngineConfig, spec: AllToAllSpec, ops: Ops, node: str, device: str, *, fp8: bool
 ) -> tuple[tuple[AllToAll, ...], str]:
     """One for each part of a step; and which they are."""
-    table = None if config.all_to_all_table is None else backend_times.read(config.all_to_all_table)
-    made, choice = backends.build(config.all_to_all, spec, ops, node, device, fp8=fp8, table=table)
+    table = None if config.all2all_table is None else backend_times.read(config.all2all_table)
+    made, choice = backends.build(config.all2all_backend, spec, ops, node, device, fp8=fp8, table=table)
     says = str(choice) if device == "cpu" else f"{choice}; {on_gpus(graph_safe=made[0].graph_safe, fp8=fp8)}"
     if spec.num_parts > 1 and device != "cpu":
         made = tuple(map(on_stream, made))

@@ -128,13 +128,13 @@ class Job:
 class Run:
     """Keeps as many prompts in flight as the engine lets wait, until all are finished."""
 
-    def __init__(self, front: Front, jobs: Sequence[Job], max_waiting: int) -> None:
+    def __init__(self, front: Front, jobs: Sequence[Job], max_queued_requests: int) -> None:
         self.unfinished = len(jobs)
         self._front = front
         self._todo = iter(jobs)
         self._next = next(self._todo, None)
         self._open: dict[int, Job] = {}
-        self._room = max_waiting
+        self._room = max_queued_requests
 
     def submit(self) -> None:
         """Send what there is room for."""

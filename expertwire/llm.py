@@ -32,7 +32,7 @@ class LLM:
     Args:
         model: folder of a Hugging Face checkpoint.
         options: the other fields of `EngineConfig` (`dtype`, `device`, `ep_size`, `launcher`, `load_format`, `max_model_len`,
-            `max_num_tokens`, `max_running`, `seed`, ...).
+            `max_num_batched_tokens`, `max_num_seqs`, `seed`, ...).
 
     Raises:
         TypeError: there is no such option; the message lists them.
@@ -194,8 +194,8 @@ class LLM:
         return jobs
 
     def _run(self, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
-        limit = self._config.max_waiting_per_tenant
-        run = Run(self._front, jobs, min(self._config.max_waiting, limit or self._config.max_waiting))
+        limit = self._config.max_queued_requests_per_tenant
+        run = Run(self._front, jobs, min(self._config.max_queued_requests, limit or self._config.max_queued_requests))
         with Progress(len(jobs), use_tqdm) as progress, delayed_interrupt() as check_interrupt:
             try:
                 while run.unfinished:

@@ -84,7 +84,7 @@ def choose(device: str, *, fast: bool = False, attention: Literal["triton", "fla
     """
     if device == "cpu":
         if attention != "triton":
-            raise ValueError(f"attention must be 'triton' where the device is a CPU, got {attention!r}")
+            raise ValueError(f"attention_backend must be 'triton' where the device is a CPU, got {attention!r}")
         return cpu(fast=fast)
     from expertwire.kernels.gpu.device import describe
 
@@ -108,10 +108,10 @@ def flashinfer(ops: Ops, device: str) -> Ops:
 
     if importlib.util.find_spec("flashinfer") is None:
         raise ValueError(
-            "attention 'flashinfer' needs the package flashinfer-python, which is not installed: "
+            "attention_backend 'flashinfer' needs the package flashinfer-python, which is not installed: "
             "pip install 'expertwire[flashinfer]', or use attention 'triton'"
         )
-    assert ops.fast, "attention 'flashinfer' in invariant numerics: refused by EngineConfig"
+    assert ops.fast, "attention_backend 'flashinfer' in invariant numerics: refused by EngineConfig"
     library = FlashInfer(importlib.import_module("flashinfer"), importlib.import_module("flashinfer.mla"), device)
     return replace(
         ops,

@@ -79,7 +79,7 @@ class Admitter:
     def _room(self, budget_P: np.ndarray) -> Room:
         table, config = self._table, self._table.config
         room = Room(
-            slots_P=np.full(config.num_ranks, min(config.max_running, config.max_num_tokens)),
+            slots_P=np.full(config.num_ranks, min(config.max_num_seqs, config.max_num_batched_tokens)),
             budget_P=budget_P,
             blocks_GP=table.pool.num_free_GP.copy(),
             load_P=self._placement.load_P(table.load_P(self._placement), table.num_given_P).astype(np.float64),

@@ -53,7 +53,7 @@ def describe(specs: Sequence[CacheSpec], config: SchedulerConfig) -> Caches:
         window_G=np.array([spec.num_seen or EVERYTHING for spec in specs]),
         names_G=size_G // config.block_size,
         most_G=np.array(
-            [spec.most_blocks(config.block_size, config.max_model_len, config.max_num_tokens) for spec in specs]
+            [spec.most_blocks(config.block_size, config.max_model_len, config.max_num_batched_tokens) for spec in specs]
         ),
         # A cache that keeps everything has a prefix's first blocks, or nothing of it.
         patience=_PATIENCE if any(spec.num_seen is None for spec in specs) else EVERYTHING,

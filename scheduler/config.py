@@ -13,54 +13,54 @@ class SchedulerConfig:
 
     Args:
         num_ranks: data-parallel ranks, each with slots and blocks of its own.
-        max_running: slots on one rank.
-        max_num_tokens: token budget of one step on one rank. Also bounds the requests that run at once, as each of them gets
-            at least one token a step.
+        max_num_seqs: slots on one rank.
+        max_num_batched_tokens: token budget of one step on one rank. Also bounds the requests that run at once, as each of
+            them gets at least one token a step.
         max_model_len: prompt and output tokens of one request at most.
         block_size: tokens in a block, the same in every cache but those of states.
         num_blocks: on one rank in each cache, including block 0, the null block, which is never handed out: one number for all
             caches, or one for each, in the order of the `CacheSpec`s.
-        max_waiting: requests that may wait.
+        max_queued_requests: requests that may wait.
         eos_token_ids: end-of-sequence ids; any of them ends an output.
         vocab_size: token ids are in [0, vocab_size).
-        prefix_cache: keep blocks of finished requests for later ones that begin alike.
+        enable_prefix_caching: keep blocks of finished requests for later ones that begin alike.
         prefix_secret: of the names by which prefixes are found; whoever knows it could make up prompts that pass for others.
-        chunk_tokens: prompt tokens of one step on a rank that also decodes, so that no decode waits for more; None:
-            `max_num_tokens`.
-        max_waiting_per_tenant: requests of one tenant that may wait; None: `max_waiting`.
+        chunked_prefill_size: prompt tokens of one step on a rank that also decodes, so that no decode waits for more; None:
+            `max_num_batched_tokens`.
+        max_queued_requests_per_tenant: requests of one tenant that may wait; None: `max_queued_requests`.
 
     Raises:
         ValueError: names the field and the values it allows.
     """
 
     num_ranks: int
-    max_running: int
-    max_num_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     max_model_len: int
     block_size: int
     num_blocks: int | tuple[int, ...]
-    max_waiting: int
+    max_queued_requests: int
     eos_token_ids: tuple[int, ...]
     vocab_size: int
-    prefix_cache: bool = True
+    enable_prefix_caching: bool = True
     prefix_secret: int = 0
-    chunk_tokens: int | None = None
-    max_waiting_per_tenant: int | None = None
+    chunked_prefill_size: int | None = None
+    max_queued_requests_per_tenant: int | None = None
 
     def __post_init__(self) -> None:
         for field, low in (
             ("num_ranks", 1),
-            ("max_running", 1),
-            ("max_num_tokens", 1),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
             ("max_model_len", 2),
             ("block_size", 1),
-            ("max_waiting", 1),
+            ("max_queued_requests", 1),
             ("vocab_size", 1),
         ):
             value = getattr(self, field)
             if not is_int(value) or value < low:
                 raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
-        for field, low in (("chunk_tokens", 1), ("max_waiting_per_tenant", 1)):
+        for field, low in (("chunked_prefill_size", 1), ("max_queued_requests_per_tenant", 1)):
             value = getattr(self, field)
             if value is not None and (not is_int(value) or value < low):
                 raise ValueError(f"{field} must be an integer >= {low} or None, got {value!r}")

@@ -48,13 +48,13 @@ class Pace:
 
 def refusal(request: Request, config: SchedulerConfig, queue: WaitingQueue, pace: Pace, now: float) -> Rejection | None:
     """Why the request is not accepted at this time; None if it is."""
-    most, message, retry_after_s = config.max_waiting_per_tenant, None, None
-    if len(queue) >= config.max_waiting:
-        message = f"{len(queue)} requests are waiting; allowed are max_waiting = {config.max_waiting}: try later"
+    most, message, retry_after_s = config.max_queued_requests_per_tenant, None, None
+    if len(queue) >= config.max_queued_requests:
+        message = f"{len(queue)} requests are waiting; allowed are max_queued_requests = {config.max_queued_requests}: try later"
         retry_after_s = pace.wait_s(1, now)
     elif most is not None and (waiting := queue.num_of(request.tenant)) >= most:
         message = (
-            f"{waiting} requests of tenant {request.tenant!r} are waiting; allowed are max_waiting_per_tenant = {most}: "
+            f"{waiting} requests of tenant {request.tenant!r} are waiting; allowed are max_queued_requests_per_tenant = {most}: "
             "try later"
         )
         retry_after_s = pace.wait_s(1, now)

@@ -87,11 +87,11 @@ class CacheSpec:
         """`block_size`, but for a state."""
         return self.snapshot_every or block_size
 
-    def most_blocks(self, block_size: int, max_model_len: int, max_num_tokens: int) -> int:
+    def most_blocks(self, block_size: int, max_model_len: int, max_num_batched_tokens: int) -> int:
         """That one request can hold: those of the longest, or of its window and one step's tokens."""
         size, seen = self.tokens_per_block(block_size), self.num_seen
         longest = -(-max_model_len // size)
-        return longest if seen is None else min(longest, -(-(seen + max_num_tokens) // size) + 1)
+        return longest if seen is None else min(longest, -(-(seen + max_num_batched_tokens) // size) + 1)
 
 
 class _Message:

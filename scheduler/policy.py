@@ -205,13 +205,13 @@ def make_policy(name: str, *, aging: float | None = None, tenant_weights: Mappin
         ValueError: there is no such policy, or it has no such option, or not with this value; says what is allowed.
     """
     if name not in _POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {name!r}")
+        raise ValueError(f"scheduling_policy must be one of {', '.join(_POLICIES)}, got {name!r}")
     options = {"aging": aging, "tenant_weights": tenant_weights}
     given = {option: value for option, value in options.items() if value is not None}
     for option in given:
         having = [repr(other) for other, policy in _POLICIES.items() if option in {f.name for f in fields(policy)}]
         if repr(name) not in having:
-            raise ValueError(f"{option} has no effect with policy {name!r}; use {' or '.join(having)}")
+            raise ValueError(f"{option} has no effect with scheduling_policy {name!r}; use {' or '.join(having)}")
     return _POLICIES[name](**given)
 
 

@@ -1,4 +1,4 @@
-"""The running requests of all ranks as numpy arrays: one row per slot, row = rank * max_running + slot.
+"""The running requests of all ranks as numpy arrays: one row per slot, row = rank * max_num_seqs + slot.
 
 Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, W width of a block
 table, B blocks, L tokens, s tokens in a block.
@@ -66,7 +66,7 @@ class RunningTable:
     """
 
     def __init__(self, config: SchedulerConfig, specs: Sequence[CacheSpec], pool: BlockPool) -> None:
-        slots, num_groups, size = config.max_running, len(specs), config.block_size
+        slots, num_groups, size = config.max_num_seqs, len(specs), config.block_size
         n = config.num_ranks * slots
         self.config, self.pool, self.specs = config, pool, tuple(specs)
         self.num_given_P = np.zeros(config.num_ranks, np.int64)  # requests admitted so far
@@ -93,7 +93,7 @@ class RunningTable:
         self._tokens_NL = aligned_rows(n, width * size, np.int32)
         self._tail_Ns = aligned(n * size, np.dtype(np.int32)).reshape(n, size)
         self.names, self._factors = None, _NO_FACTORS
-        if config.prefix_cache:
+        if config.enable_prefix_caching:
             self.names = PrefixNames(config.max_model_len, size, config.prefix_secret)
             self._factors = self.names.factors_W4s
         self.name_NW2 = aligned_rows(n, 2 * width, np.uint64).reshape(n, -1, 2)
@@ -153,9 +153,18 @@ class RunningTable:
         config, (row_N, num_N) = self.config, self._want_N
         budget_P = np.zeros(config.num_ranks, np.int64)
         lacking_GP = np.zeros((len(self.specs), config.num_ranks), np.int64)
-        chunk_tokens = config.max_num_tokens if config.chunk_tokens is None else config.chunk_tokens
+        chunked_prefill_size = (
+            config.max_num_batched_tokens if config.chunked_prefill_size is None else config.chunked_prefill_size
+        )
         count = step_loops.want(
-            self.caches, self.for_loops, config.max_num_tokens, chunk_tokens, row_N, num_N, budget_P, lacking_GP
+            self.caches,
+            self.for_loops,
+            config.max_num_batched_tokens,
+            chunked_prefill_size,
+            row_N,
+            num_N,
+            budget_P,
+            lacking_GP,
         )
         return row_N[:count], num_N[:count], budget_P, lacking_GP
 

@@ -37,13 +37,15 @@ MUTATORS = {"append", "add", "extend", "insert", "update", "pop", "popitem", "cl
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 ENGINE_FLAGS = {
-    "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--quantize",
-    "--numerics", "--attention", "--max-model-len",
-    "--max-num-tokens", "--max-running", "--max-waiting", "--max-waiting-per-tenant", "--chunk-tokens", "--policy",
-    "--aging", "--tenant-weights", "--prefix-cache", "--no-prefix-cache", "--block-size",
-    "--kv-cache-dtype", "--kv-cache-bytes", "--gpu-memory-utilization",
-    "--redundant-experts", "--topology", "--rebalance-steps", "--all-to-all", "--all-to-all-table", "--dispatch-dtype",
-    "--two-batch-overlap", "--no-two-batch-overlap", "--threads-per-rank", "--seed", "--start-timeout",
+    "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--quantization",
+    "--numerics", "--attention-backend", "--max-model-len",
+    "--max-num-batched-tokens", "--max-num-seqs", "--max-queued-requests", "--max-queued-requests-per-tenant",
+    "--chunked-prefill-size", "--scheduling-policy",
+    "--aging", "--tenant-weights", "--enable-prefix-caching", "--no-enable-prefix-caching", "--block-size",
+    "--kv-cache-dtype", "--kv-cache-memory-bytes", "--gpu-memory-utilization",
+    "--num-redundant-experts", "--topology", "--eplb-step-interval", "--all2all-backend", "--all2all-table",
+    "--dispatch-dtype",
+    "--enable-two-batch-overlap", "--no-enable-two-batch-overlap", "--threads-per-rank", "--seed", "--start-timeout",
     "--step-timeout",
 }  # fmt: skip
 # Every option is one more thing to learn, to test and to keep. Add one here only if nothing can be decided without it.
@@ -55,8 +57,8 @@ FLAGS = {
     "demo": {"--launcher", "--ep-size"},
     "inspect": {"--ep-size", "--context", "--gpu-memory", "--kv-cache-dtype"},
     "explain": {
-        "--device", "--ep-size", "--topology", "--all-to-all", "--all-to-all-table", "--dispatch-dtype",
-        "--two-batch-overlap", "--no-two-batch-overlap", "--kv-cache-dtype",
+        "--device", "--ep-size", "--topology", "--all2all-backend", "--all2all-table", "--dispatch-dtype",
+        "--enable-two-batch-overlap", "--no-enable-two-batch-overlap", "--kv-cache-dtype",
     },
     "experts": {"--png", "--json"},
     "bench throughput": {
@@ -70,9 +72,10 @@ FLAGS = {
     "bench quantize": {"--formats", "--text", "--tokens", "--json"},
     "bench balance": {"--tokens", "--layers", "--seed", "--ranks", "--json"},
     "bench schedule": {
-        "--trace", "--policy", "--ranks", "--running", "--requests", "--seed", "--blocks", "--max-num-tokens", "--steps",
-        "--rate", "--chunk-tokens", "--ttft-ms", "--tpot-ms", "--overlap", "--no-overlap", "--prefix-cache",
-        "--no-prefix-cache", "--host-time", "--timeline", "--record", "--replay", "--cost", "--peer",
+        "--trace", "--scheduling-policy", "--ranks", "--running", "--requests", "--seed", "--blocks", "--steps",
+        "--max-num-batched-tokens", "--rate", "--chunked-prefill-size", "--ttft-ms", "--tpot-ms", "--overlap",
+        "--no-overlap", "--enable-prefix-caching", "--no-enable-prefix-caching",
+        "--host-time", "--timeline", "--record", "--replay", "--cost", "--peer",
         "--placements", "--json",
     },
 }  # fmt: skip

@@ -51,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-size", type=int, default=7168, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="of a run (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="(default: %(default)s)")
-    text = (
-        "measure every backend, those of NCCL with several settings, and write the table that --all-to-all-table reads"
-    )
+    text = "measure every backend, those of NCCL with several settings, and write the table that --all2all-table reads"
     parser.add_argument("--sweep", type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
 

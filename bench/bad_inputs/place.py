@@ -49,7 +49,9 @@ class Place:
             self._num_copies = 0
             self.llm = stack.enter_context(LLM(DEMO, device="cpu", threads_per_rank=1, max_model_len=64))
             folder = self.checkpoint(without("tokenizer.json"))
-            options = f"serve {folder} --load-format dummy --device cpu --port 0 --max-running 1 --max-waiting 1"
+            options = (
+                f"serve {folder} --load-format dummy --device cpu --port 0 --max-num-seqs 1 --max-queued-requests 1"
+            )
             server = subprocess.Popen([*_CLI, *shlex.split(options)], stdout=subprocess.PIPE, text=True)
             stack.callback(_stop, server)
             assert server.stdout is not None

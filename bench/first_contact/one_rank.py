@@ -89,8 +89,8 @@ def _again(work: Callable[[], Tensor]) -> Captured:
 class Sizes:
     """Of a rank; see `EngineConfig`. `cache_tokens`: that the cache holds; None: as many as requests can have."""
 
-    max_running: int
-    max_num_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     max_model_len: int
     cache_tokens: int | None = None
 
@@ -148,7 +148,7 @@ class OneRank:
         sizes: of steps and of the cache.
         dtype: "auto", "float32" or "bfloat16".
         dummy: with random weights.
-        prefix_cache: whether prompts that begin alike share blocks.
+        enable_prefix_caching: whether prompts that begin alike share blocks.
     """
 
     def __init__(
@@ -159,17 +159,17 @@ class OneRank:
         *,
         dtype: str = "auto",
         dummy: bool = False,
-        prefix_cache: bool = False,
+        enable_prefix_caching: bool = False,
     ) -> None:
         self.config, self.sizes = read_model_config(folder, dtype), sizes
         context = self._context(target)
         self.model = load(self.config, context, None if dummy else Checkpoint(folder))
         specs = self.config.cache_specs()
-        tokens = sizes.cache_tokens or sizes.max_running * -(-sizes.max_model_len // BLOCK_SIZE) * BLOCK_SIZE
+        tokens = sizes.cache_tokens or sizes.max_num_seqs * -(-sizes.max_model_len // BLOCK_SIZE) * BLOCK_SIZE
         blocks = 1 + -(-tokens // BLOCK_SIZE)
         shape = {"max_model_len": sizes.max_model_len, "block_size": BLOCK_SIZE}
         caches = self.model.allocate(num_blocks=[blocks] * len(specs), **shape)
-        slots = {"num_slots": sizes.max_running, "specs": specs, "device": target.device, **shape}
+        slots = {"num_slots": sizes.max_num_seqs, "specs": specs, "device": target.device, **shape}
         if target.ops.on_device:
             from expertwire.engine.runner.device_runner import DeviceRunner  # Triton is of no use elsewhere
             from expertwire.engine.runner.device_slots import DeviceSlots
@@ -177,19 +177,19 @@ class OneRank:
             runner = DeviceRunner(
                 model=self.model, caches=caches, slots=DeviceSlots(**slots), rank=0, num_ranks=1, capture=target.capture
             )
-            runner.warm_up(sizes.max_num_tokens, sizes.max_running)
+            runner.warm_up(sizes.max_num_batched_tokens, sizes.max_num_seqs)
             self.runner: Any = runner
         else:
             self.runner = Runner(model=self.model, caches=caches, slots=Slots(**slots), rank=0)
         self._scheduler_config = SchedulerConfig(
             num_ranks=1,
-            max_running=sizes.max_running,
-            max_num_tokens=sizes.max_num_tokens,
+            max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
             num_blocks=blocks,
-            max_waiting=4096,
+            max_queued_requests=4096,
             eos_token_ids=(),
             vocab_size=self.config.vocab_size,
-            prefix_cache=prefix_cache,
+            enable_prefix_caching=enable_prefix_caching,
             **shape,
         )
         self.scheduler = self._scheduler()
@@ -202,7 +202,7 @@ class OneRank:
             spec = AllToAllSpec(
                 group=SoloGroup(),
                 rank_offsets=placement.rank_offsets,
-                max_tokens=self.sizes.max_num_tokens,
+                max_tokens=self.sizes.max_num_batched_tokens,
                 hidden_size=config.hidden_size,
                 top_k=config.top_k,
                 dtype=dtype,

@@ -27,8 +27,8 @@ CLOSE = {"float32": 2e-4, "bfloat16": 3e-2}
 def sizes(device: str) -> Sizes:
     """Of what a check serves."""
     if device == "cpu":
-        return Sizes(max_running=2, max_num_tokens=8, max_model_len=32)
-    return Sizes(max_running=16, max_num_tokens=256, max_model_len=512)
+        return Sizes(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=32)
+    return Sizes(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=512)
 
 
 def _requests(vocab_size: int, device: str) -> list[Request]:

@@ -37,7 +37,7 @@ def prefill(rank: OneRank, length: int, number: int) -> list[Step]:
 
 def mixed(rank: OneRank, batch: int, context: int, chunk: int, number: int) -> list[Step]:
     """The steps in which a prompt of `chunk` tokens is computed beside `batch` requests that decode."""
-    chunks = -(-batch * context // rank.sizes.max_num_tokens)
+    chunks = -(-batch * context // rank.sizes.max_num_batched_tokens)
     _submit(rank, batch, context, number * 4 + chunks + 2 * _SKIPPED)
     rank.run(chunks + _SKIPPED)
     found: list[Step] = []
@@ -66,7 +66,7 @@ def medians(steps: Sequence[Step]) -> dict[str, float]:
 def trace(rank: OneRank, batch: int, context: int, num_steps: int) -> dict[str, Any]:
     """`summary` of some decode steps."""
     _submit(rank, batch, context, num_steps + 3 * _SKIPPED)
-    rank.run(-(-batch * context // rank.sizes.max_num_tokens) + _SKIPPED)
+    rank.run(-(-batch * context // rank.sizes.max_num_batched_tokens) + _SKIPPED)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -178,13 +178,13 @@ def _engine(run: Run, name: str, bars: Mapping[int, float], batches: tuple[int, 
     from expertwire.bench.first_contact import one_rank_times as times
     from expertwire.bench.first_contact.one_rank import CONFIGS, OneRank, Sizes, Target, toy_config
 
-    sizes = Sizes(max_running=256, max_num_tokens=8192, max_model_len=8448, cache_tokens=100_000)
+    sizes = Sizes(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=8448, cache_tokens=100_000)
     context, num = 256, 64
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        model, options = CONFIGS / name, {"dummy": True, "prefix_cache": False}
+        model, options = CONFIGS / name, {"dummy": True, "enable_prefix_caching": False}
         if run.toy:
             model, sizes, batches, context, num = toy_config(name, Path(folder)), Sizes(
-                max_running=2, max_num_tokens=8, max_model_len=48
+                max_num_seqs=2, max_num_batched_tokens=8, max_model_len=48
             ), (2,), 3, 2  # fmt: skip
             options["dtype"] = "float32"
         for graphs in (True, False) if whole else (True,):
@@ -194,7 +194,7 @@ def _engine(run: Run, name: str, bars: Mapping[int, float], batches: tuple[int, 
                 f"decode {batch}{how}": partial(times.decode, batch=batch, context=context, num_steps=num)
                 for batch in (batches if graphs else batches[:1])
             }
-            most = min(64, sizes.max_running - 1)
+            most = min(64, sizes.max_num_seqs - 1)
             if whole:
                 todo[f"trace of decode {most}{how}"] = partial(
                     times.trace, batch=most, context=context, num_steps=num // 10 + 2

@@ -84,16 +84,18 @@ class Stopwatch:
 class Ours:
     """Our scheduler, `running` slots on each rank."""
 
-    def __init__(self, num_ranks: int, running: int, *, max_num_tokens: int = 2048, overlap: bool = True) -> None:
+    def __init__(
+        self, num_ranks: int, running: int, *, max_num_batched_tokens: int = 2048, overlap: bool = True
+    ) -> None:
         blocks_per_request = 40  # the mean is 30: 5 % long prompts of 256 blocks and others of 20
         self.config = SchedulerConfig(
             num_ranks=num_ranks,
-            max_running=running,
-            max_num_tokens=max_num_tokens,
+            max_num_seqs=running,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=8192,
             block_size=16,
             num_blocks=max(blocks_per_request * running, 2048),
-            max_waiting=num_ranks * running + 1,
+            max_queued_requests=num_ranks * running + 1,
             eos_token_ids=(EOS,),
             vocab_size=_VOCAB,
         )

@@ -41,12 +41,14 @@ class Contestant(Protocol):
 class Peer:
     """nano-vllm's scheduler. Its plan is the list of sequences, which it pickles for further processes of a model."""
 
-    def __init__(self, classes: tuple[Any, Any, Any], running: int, block_size: int, max_num_tokens: int) -> None:
+    def __init__(
+        self, classes: tuple[Any, Any, Any], running: int, block_size: int, max_num_batched_tokens: int
+    ) -> None:
         scheduler, self._sequence, self._params = classes
         self._sequence.block_size = block_size
         config = types.SimpleNamespace(
             max_num_seqs=running,
-            max_num_batched_tokens=max_num_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
             eos=EOS,
             kvcache_block_size=block_size,
             num_kvcache_blocks=max(40 * 16 // block_size, 4) * running,
@@ -110,7 +112,7 @@ def compare(
     rows = []
     for size in sizes:
         contestants: dict[str, Contestant] = {
-            "ours, blocks of 16": Ours(1, size, max_num_tokens=budget, overlap=overlap),
+            "ours, blocks of 16": Ours(1, size, max_num_batched_tokens=budget, overlap=overlap),
             "peer, blocks of 256": Peer(classes, size, 256, budget),
             "peer, blocks of 16": Peer(classes, size, 16, budget),
         }

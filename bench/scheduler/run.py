@@ -35,20 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "what to serve (default: %(default)s)"
     parser.add_argument("--trace", choices=sorted(TRACES), default="poisson", help=text)
     text = "the order of the queue: fcfs, priority, shortest, prefix or fair (default: %(default)s)"
-    parser.add_argument("--policy", default="fcfs", help=text)
+    parser.add_argument("--scheduling-policy", default="fcfs", help=text)
     for name, default, text in (
         ("--ranks", 8, "data-parallel ranks"),
         ("--running", 256, "requests that run at once on one rank"),
         ("--requests", 1000, "requests in all"),
         ("--seed", 0, "of the trace"),
         ("--blocks", 32768, "of 16 tokens in the cache of one rank"),
-        ("--max-num-tokens", 2048, "token budget of one step on one rank"),
+        ("--max-num-batched-tokens", 2048, "token budget of one step on one rank"),
         ("--steps", 10000, "steps to measure, with --cost"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     text = "requests a second (default: what the trace has)"
     parser.add_argument("--rate", type=float, metavar="X", help=text)
-    parser.add_argument("--chunk-tokens", type=int, metavar="N", help="prompt tokens of one step beside decodes")
+    parser.add_argument(
+        "--chunked-prefill-size", type=int, metavar="N", help="prompt tokens of one step beside decodes"
+    )
     for name, default in (("ttft", 2000), ("tpot", 80)):
         text = f"of goodput (default: {default}, MLPerf's limit for its DeepSeek-R1 server)"
         parser.add_argument(f"--{name}-ms", type=float, default=default, metavar="X", help=text)
@@ -131,16 +133,16 @@ def _simulation(
 ) -> Simulation:
     config = SchedulerConfig(
         num_ranks=num_ranks,
-        max_running=args.running,
-        max_num_tokens=args.max_num_tokens,
+        max_num_seqs=args.running,
+        max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=trace.max_model_len,
         block_size=16,
         num_blocks=args.blocks,
-        max_waiting=4096,
+        max_queued_requests=4096,
         eos_token_ids=(EOS,),
         vocab_size=trace.vocab_size,
-        prefix_cache=args.prefix_cache,
-        chunk_tokens=args.chunk_tokens,
+        enable_prefix_caching=args.enable_prefix_caching,
+        chunked_prefill_size=args.chunked_prefill_size,
     )
     return Simulation(
         trace,
@@ -148,7 +150,7 @@ def _simulation(
         model=StepModel(),
         overlap=args.overlap,
         host_time=args.host_time,
-        policy=args.policy,
+        policy=args.scheduling_policy,
         record=record,
         placement=placement,
     )

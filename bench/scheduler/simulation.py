@@ -85,13 +85,13 @@ class SimulatedRanks:
         self.cached: dict[int, int] = {}
         self.preemptions = 0
         self._vocab_size = config.vocab_size
-        num_rows = config.num_ranks * config.max_running
-        self._first_row_P = np.arange(config.num_ranks) * config.max_running
+        num_rows = config.num_ranks * config.max_num_seqs
+        self._first_row_P = np.arange(config.num_ranks) * config.max_num_seqs
         self._key_N = np.zeros(num_rows, np.int64)
         self._prompt_len_N = np.zeros(num_rows, np.int32)
         self._output_len = np.zeros(1024, np.int32)  # by key
-        self._zeros = np.zeros(config.max_running + 1, np.int32)
-        self._nans = np.full(config.max_running, np.nan, np.float32)
+        self._zeros = np.zeros(config.max_num_seqs + 1, np.int32)
+        self._nans = np.full(config.max_num_seqs, np.nan, np.float32)
 
     def expect(self, key: int, output_len: int) -> None:
         """The model ends the answer to request `key` (which must also be its seed) after so many tokens; 0: never."""

@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--answer", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    runs = {name: run(args, prefix_cache=name == "cached") for name in ("cached", "not cached")}
+    runs = {name: run(args, enable_prefix_caching=name == "cached") for name in ("cached", "not cached")}
     answers = [runs[name].pop("answers") for name in runs]
     answered = [tokens for turn in answers[0] for tokens in turn]
     again = [tokens for turn in answers[1] for tokens in turn]
@@ -54,7 +54,7 @@ def main() -> int:
     return int(runs["equal answers"] < runs["answers"])
 
 
-def run(args: argparse.Namespace, *, prefix_cache: bool) -> dict[str, Any]:
+def run(args: argparse.Namespace, *, enable_prefix_caching: bool) -> dict[str, Any]:
     """One pass over the trace."""
     longest = args.system + args.turns * (args.question + args.answer)
     with LLM(
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, *, prefix_cache: bool) -> dict[str, Any]:
         launcher="local",
         threads_per_rank=1,
         max_model_len=longest,
-        prefix_cache=prefix_cache,
+        enable_prefix_caching=enable_prefix_caching,
     ) as llm:
         size = llm.model_info.block_size
         generator = np.random.default_rng(0)

@@ -93,12 +93,12 @@ def scheduler_config(num_ranks: int, running: int, max_model_len: int) -> Schedu
     blocks = -(-max_model_len // 16) * running
     return SchedulerConfig(
         num_ranks=num_ranks,
-        max_running=running,
-        max_num_tokens=8192,
+        max_num_seqs=running,
+        max_num_batched_tokens=8192,
         max_model_len=max_model_len,
         block_size=16,
         num_blocks=blocks + running + 1,
-        max_waiting=running,
+        max_queued_requests=running,
         eos_token_ids=(EOS,),
         vocab_size=32000,
     )
@@ -209,7 +209,7 @@ def _info(config: SchedulerConfig) -> ModelInfo:
         cache_tokens=0,
         cache_blocks={},
         cache_bytes={},
-        max_running=config.max_running,
+        max_num_seqs=config.max_num_seqs,
         seed=0,
     )
 

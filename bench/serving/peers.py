@@ -136,7 +136,7 @@ def _measure(engine: str, path: Path, dtype: str, batch: int) -> dict[str, float
 def _with_ours(path: Path, prompts: np.ndarray, memory: _PeakMemory) -> dict[str, float]:
     from expertwire import LLM, SamplingParams
 
-    with LLM(str(path), threads_per_rank=1, max_model_len=256, max_running=64, prefix_cache=False) as llm:
+    with LLM(str(path), threads_per_rank=1, max_model_len=256, max_num_seqs=64, enable_prefix_caching=False) as llm:
 
         def generate(num_tokens: int) -> None:
             params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)

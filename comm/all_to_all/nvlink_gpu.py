@@ -100,7 +100,8 @@ class NvlinkGpuAllToAll:
         ):
             if nbytes % _STORE:
                 raise ValueError(
-                    f"all_to_all 'nvlink' moves rows of a multiple of {_STORE} bytes on GPUs, those that go {what} have {nbytes}"
+                    f"all2all_backend 'nvlink' moves rows of a multiple of {_STORE} bytes on GPUs, "
+                    f"those that go {what} have {nbytes}"
                 )
         num_ranks, tokens, top_k = spec.group.size, spec.max_tokens, spec.top_k
         first, last = spec.rank_offsets[spec.group.rank : spec.group.rank + 2]

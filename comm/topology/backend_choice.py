@@ -70,10 +70,10 @@ def choose(wanted: str, here: Situation, table: Table | None = None) -> Choice:
     for name in BACKENDS:
         if name == wanted:
             if name in obstacles:
-                raise ValueError(f"all_to_all {name!r} cannot be used: {obstacles[name]}; {_instead(allowed)}")
+                raise ValueError(f"all2all_backend {name!r} cannot be used: {obstacles[name]}; {_instead(allowed)}")
             return Choice(name=name, why="it was asked for")
     if not allowed:
-        raise ValueError(f"all_to_all: these ranks can use none: {'; '.join(map(str, obstacles.values()))}")
+        raise ValueError(f"all2all_backend: these ranks can use none: {'; '.join(map(str, obstacles.values()))}")
     if table is not None:
         return _measured(table, here, allowed)
     if "nvlink" in allowed:
@@ -92,7 +92,7 @@ def _measured(table: Table, here: Situation, allowed: list[Backend]) -> Choice:
     table.check(here.topology.num_ranks, here.device)
     if here.topology.num_domains > 1:
         raise ValueError(
-            f"all_to_all_table {table.name!r} was measured on one machine, the ranks are in {here.topology.num_domains} domains "
+            f"all2all_table {table.name!r} was measured on one machine, the ranks are in {here.topology.num_domains} domains "
             f"({here.topology}); use none"
         )
     ranks = here.topology.num_ranks

@@ -55,7 +55,7 @@ class Table:
         if not fitting:
             measured = sorted({entry.backend for entry in self.entries if entry.ranks == ranks})
             raise ValueError(
-                f"all_to_all_table {self.name!r} has no time of {' or '.join(backends)} with {ranks} ranks, only of "
+                f"all2all_table {self.name!r} has no time of {' or '.join(backends)} with {ranks} ranks, only of "
                 f"{', '.join(measured)}"
             )
         tokens = min(
@@ -75,11 +75,11 @@ class Table:
         """
         if device != self.device:
             raise ValueError(
-                f"all_to_all_table {self.name!r} was measured on {self.device}, the ranks are on {device}; use one of this device"
+                f"all2all_table {self.name!r} was measured on {self.device}, the ranks are on {device}; use one of this device"
             )
         if ranks not in (measured := sorted({entry.ranks for entry in self.entries})):
             raise ValueError(
-                f"all_to_all_table {self.name!r} was measured with {' and '.join(map(str, measured))} ranks, not with {ranks}"
+                f"all2all_table {self.name!r} was measured with {' and '.join(map(str, measured))} ranks, not with {ranks}"
             )
 
     def nbytes(self, tokens: int) -> int:
@@ -96,11 +96,11 @@ def read(path: str) -> Table:
     try:
         return _parse(path, json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"all_to_all_table must be a readable file, got {path!r}: {error}") from None
+        raise ValueError(f"all2all_table must be a readable file, got {path!r}: {error}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"all_to_all_table {path!r} is not JSON: {error}") from None
+        raise ValueError(f"all2all_table {path!r} is not JSON: {error}") from None
     except ValueError as error:
-        raise ValueError(f"all_to_all_table {path!r}: {error}") from None
+        raise ValueError(f"all2all_table {path!r}: {error}") from None
 
 
 def _parse(name: str, data: Any) -> Table:

@@ -132,7 +132,7 @@ def check_fabric(reports: Sequence[RankReport]) -> None:
     if len({report.node for report in reports}) == 1:
         return
     for rank, report in enumerate(reports):
-        where = f"all_to_all 'nvlink' across nodes: rank {rank} on {report.node}"
+        where = f"all2all_backend 'nvlink' across nodes: rank {rank} on {report.node}"
         if report.fabric_state != "completed":
             raise ValueError(f"{where} has its NVLink fabric {report.fabric_state}; {_ELSE}")
         if not report.in_fabric:
@@ -146,7 +146,7 @@ def check_fabric(reports: Sequence[RankReport]) -> None:
             )
 
 
-_ELSE = "it must be completed, in one clique of one fabric on all nodes; otherwise use all_to_all 'nccl' or 'reference'"
+_ELSE = "it must be completed, in one clique of one fabric on all nodes; otherwise use all2all_backend 'nccl' or 'reference'"
 
 
 def check_import(group: Group, driver: Driver, device: str) -> None:
@@ -172,8 +172,8 @@ def check_import(group: Group, driver: Driver, device: str) -> None:
         driver.release(kept)
     if failed := [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]:
         raise ValueError(
-            f"all_to_all 'nvlink': a peer's memory cannot be imported ({'; '.join(failed[:4])}); the nodes need one IMEX domain "
-            "and channel (nvidia-imex-ctl -N); otherwise use all_to_all 'nccl' or 'reference'"
+            f"all2all_backend 'nvlink': a peer's memory cannot be imported ({'; '.join(failed[:4])}); "
+            "the nodes need one IMEX domain and channel (nvidia-imex-ctl -N); otherwise use all2all_backend 'nccl' or 'reference'"
         )
 
 

@@ -191,7 +191,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_running", "seed", "version", "dialect", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype")
+    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_num_seqs", "seed", "version", "dialect", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype")
     class CacheBlocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -219,7 +219,7 @@ class ModelInfo(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIALECT_FIELD_NUMBER: _ClassVar[int]
@@ -240,7 +240,7 @@ class ModelInfo(_message.Message):
     device: str
     block_size: int
     cache_tokens: int
-    max_running: int
+    max_num_seqs: int
     seed: int
     version: str
     dialect: Dialect
@@ -248,7 +248,7 @@ class ModelInfo(_message.Message):
     cache_blocks: _containers.ScalarMap[str, int]
     cache_bytes: _containers.ScalarMap[str, int]
     kv_cache_dtype: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., dialect: _Optional[_Union[Dialect, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., dialect: _Optional[_Union[Dialect, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class Dialect(_message.Message):
     __slots__ = ("name", "reasoning_start", "reasoning_end", "answer_start", "answer_end", "tool_calls", "end_of_turn", "reasoning_efforts")

@@ -241,8 +241,8 @@ def _across_domains(spec: WorkerSpec, num_domains: int, nodes: list[Node]) -> No
         f"(nodes are in one domain if their label {' or '.join(placement.DOMAIN_LABELS)} is the same; "
         f"{sum(node.label not in placement.DOMAIN_LABELS for node in nodes)} of {len(nodes)} nodes have none)"
     )
-    if getattr(spec.config, "all_to_all", "auto") == "nvlink":
-        raise ValueError(f"all_to_all 'nvlink' cannot be used: {message}; use a smaller ep_size, 'nccl' or 'auto'")
+    if getattr(spec.config, "all2all_backend", "auto") == "nvlink":
+        raise ValueError(f"all2all_backend 'nvlink' cannot be used: {message}; use a smaller ep_size, 'nccl' or 'auto'")
     _logger.warning("%s", message)
 
 

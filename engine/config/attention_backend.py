@@ -1,4 +1,4 @@
-"""What of the option `attention` can be refused before anything starts."""
+"""What of the option `attention_backend` can be refused before anything starts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def check(config: EngineConfig, model: ModelConfig) -> None:
     Raises:
         ValueError: it has not; names the lack and what is allowed.
     """
-    if config.attention != "flashinfer":
+    if config.attention_backend != "flashinfer":
         return
     lacks = dict.fromkeys(lack for layer in model.layers for lack in _lacks(layer.attention))
     if model.dtype != "bfloat16":
         lacks[f"dtype {model.dtype} (bfloat16 is allowed)"] = None
     if lacks:
         raise ValueError(
-            f"attention 'flashinfer' lacks what {model.architecture} needs: {', '.join(lacks)}; use 'triton'"
+            f"attention_backend 'flashinfer' lacks what {model.architecture} needs: {', '.join(lacks)}; use 'triton'"
         )
 
 

@@ -18,7 +18,7 @@ def check(config: EngineConfig, model: ModelConfig) -> None:
     Raises:
         ValueError: they do not.
     """
-    for field in ("all_to_all_table", "dispatch_dtype", "two_batch_overlap"):
+    for field in ("all2all_table", "dispatch_dtype", "enable_two_batch_overlap"):
         value = getattr(config, field)
         if value not in (None, "auto", False) and not any(model.sparse_layers):
             raise ValueError(f"{field} has no effect: {model.architecture} has no experts; got {value!r}")
@@ -27,8 +27,8 @@ def check(config: EngineConfig, model: ModelConfig) -> None:
             f"dispatch_dtype 'fp8' needs rows of a multiple of {_GROUP} numbers; {model.architecture} has {model.hidden_size}"
         )
     sends_fp8(config, model, on_gpu=config.device == "cuda")
-    if config.all_to_all_table is not None:
-        table = backend_times.read(config.all_to_all_table)
+    if config.all2all_table is not None:
+        table = backend_times.read(config.all2all_table)
         table.check(config.ep_size, table.device if config.device == "auto" else config.device)
 
 
@@ -55,11 +55,11 @@ def exchange_tokens(config: EngineConfig, model: ModelConfig, num_ranks: int, *,
 
     size = max(moe.size for layer in model.layers if isinstance(moe := layer.mlp, Moe))
     item = ITEM_SIZES[model.dtype]
-    quantised = expert_format(model, config.quantize) in ("fp8_block", "fp8_row")
+    quantised = expert_format(model, config.quantization) in ("fp8_block", "fp8_row")
     return arena.exchange_tokens(
         config.part_tokens,
         num_ranks=num_ranks,
-        experts=-(-(model.num_experts + config.redundant_experts) // num_ranks),
+        experts=-(-(model.num_experts + config.num_redundant_experts) // num_ranks),
         top_k=model.top_k,
         row_bytes=packed_bytes(model.hidden_size) if fp8 else model.hidden_size * item,
         home_bytes=model.hidden_size * item,
@@ -83,13 +83,13 @@ def _obstacle(config: EngineConfig, model: ModelConfig) -> str:
     """What experts would have to be to read rows in fp8; "" if they do."""
     if model.hidden_size % _GROUP:
         return f"rows of a multiple of {_GROUP} numbers; {model.architecture} has {model.hidden_size}"
-    format = expert_format(model, config.quantize)
+    format = expert_format(model, config.quantization)
     if (format, model.dtype) != ("fp8_block", "bfloat16"):
         return (
-            "experts of format fp8_block (quantize 'fp8', or a checkpoint's) and dtype bfloat16; these are "
+            "experts of format fp8_block (quantization 'fp8', or a checkpoint's) and dtype bfloat16; these are "
             f"{format} and {model.dtype}"
         )
-    plain = _plain_layers(config, model) if config.quantize is None else []
+    plain = _plain_layers(config, model) if config.quantization is None else []
     if plain:
         layers = f"layer{'s' * (len(plain) > 1)} {', '.join(map(str, plain))}"
         return f"experts of format fp8_block in every layer, and the checkpoint has those of {layers} as they are"

@@ -16,66 +16,70 @@ from expertwire.scheduler.policy import make_policy
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Options of an engine; each is also an argument of `expertwire.LLM` and an option of `expertwire serve`.
+    """Options of the engine; each is also an argument of `expertwire.LLM` and an option of `expertwire serve`.
 
     Args:
         model: folder of a Hugging Face checkpoint.
-        dtype: of weights and activations: "auto" (the checkpoint's), "float32" or "bfloat16".
-        device: "auto" (cuda if there is one), "cpu" or "cuda".
-        ep_size: ranks; each holds the attention of its own requests and a share of the experts.
-        launcher: "auto" (ray if `ray_address` is given, else local), "local" or "ray".
-        ray_address: of a running Ray cluster; None lets the ray launcher start one here.
-        load_format: "auto" (safetensors) or "dummy" (random weights of sane scale, real shapes).
-        quantize: hold experts that the checkpoint has unquantised as "fp8" (blocks of 128 x 128), "int4" or "mxfp4" (groups of
-            32); None: as they are.
-        numerics: "invariant" (a token's log-probabilities have the same bits in any batch, whole or in chunks, cached or not, at
-            any `ep_size`) or "fast" (they may differ in the last bits: prompts of latent attention take fewer multiplications,
-            and attention on a GPU tiles whose sums are ordered otherwise; on Blackwell rows that meet experts of MXFP4 are
-            quantised to MXFP8 and those that meet NVFP4 to NVFP4, which changes more than last bits).
-        attention: whose kernels compute attention on a GPU: "triton" (ours) or "flashinfer" (the library of that name, with
-            numerics "fast" and the extra "flashinfer"; steps do not replay CUDA graphs; not yet run by us).
-        max_model_len: prompt and output tokens of one request at most; None takes the model's.
-        max_num_tokens: token budget of one step on one rank (longer prompts are computed in chunks); None: 8,192 on a GPU, 2,048
-            on a CPU.
-        max_running: requests that run at once on one rank.
-        max_waiting: requests that may wait; more are answered RESOURCE_EXHAUSTED.
-        max_waiting_per_tenant: of them, requests of one tenant; None: no limit of its own.
-        chunk_tokens: prompt tokens of one step on a rank that also decodes, so that no decode waits for more; None:
-            `max_num_tokens`.
-        policy: which waiting request is served next: "fcfs" (the first to come), "priority" (of the lowest `priority`),
-            "shortest" (with the fewest tokens left), "prefix" (with the most tokens in the prefix cache) or "fair" (of the
-            tenant that has had the least for its weight).
-        aging: what a second of waiting is worth, so that nothing starves: units of priority with the policy "priority", tokens
-            with "shortest"; None takes 0.1 and 100.
-        tenant_weights: shares of the policy "fair" by tenant, a dictionary (a command takes a=1,b=3); any other tenant has 1.
-        prefix_cache: keep the KV blocks of finished requests for later ones that begin alike.
-        block_size: tokens in a block of the KV cache.
-        kv_cache_dtype: of keys, values and latents: "auto" (that of activations, whatever the checkpoint was calibrated for) or
-            "fp8" (e4m3, half the bytes of bfloat16, with the checkpoint's scales, or 1.0 where it has none).
-        kv_cache_bytes: of one rank; None takes what `max_running` requests of `max_model_len` need, at most what there is: on a
-            GPU what `gpu_memory_utilization` leaves, on a CPU half of the memory that is free after loading.
-        gpu_memory_utilization: share of a GPU's memory for weights, caches and everything else that a rank holds at its largest
-            step; what others have taken of the GPU counts, too.
-        redundant_experts: physical experts beyond the logical ones.
-        topology: where the ranks are: a file of NVLink domains, nodes and what fails together, or "nvl72", "nvl36" or "hgx8";
-            None: what they find on their machines. Tokens go to replicas in their own domain as far as these are used evenly, and
-            when experts move, the first two replicas of each come to lie where they do not fail together.
-        rebalance_steps: after so many steps, again and again, see whether it pays to move experts to other ranks, and do so
-            while requests are served; 0: never.
-        all_to_all: how tokens travel between ranks: "auto" (the best of the others that these ranks can use), "reference"
-            (torch's all_to_all_single), "nccl" (grouped sending and receiving) or "nvlink" (ranks write rows into each other's
-            memory: over NVLink between GPUs, in shared memory between CPU ranks of one machine).
-        all_to_all_table: a file of measured times, as `expertwire bench all-to-all --sweep` writes it, by which "auto" chooses;
-            None: by where the ranks are and how large steps can be.
-        dispatch_dtype: of rows on their way to experts: "fp8" (numbers of 8 bits, 128 to a scale: half the bytes of bfloat16) or
-            "auto" (that of activations; between GPUs "fp8" where all experts are "fp8" in blocks, which would quantise rows just
-            so). On a CPU "fp8" rounds what experts see, and saves no time.
-        two_batch_overlap: compute every step in two halves: what one sends to other ranks travels while the other computes. The
-            same bits; it pays where steps are large and travelling takes long.
-        threads_per_rank: of the CPU ranks; None shares the machine's cores.
-        seed: from which the seeds of requests without one are drawn.
-        start_timeout_s: a rank that is not ready by then is an error.
-        step_timeout_s: a step that takes longer is an error naming the ranks that have not answered.
+        dtype: type of weights and activations: "auto" (the checkpoint's), "float32" or "bfloat16".
+        device: "auto" (cuda if there is a GPU), "cpu" or "cuda".
+        ep_size: number of ranks; each computes attention for its own requests and holds a share of the experts.
+        launcher: what starts the ranks: "local" (processes on this machine), "ray", or "auto" (ray if `ray_address` is
+            set, else local).
+        ray_address: address of a running Ray cluster; None starts Ray on this machine when the launcher is ray.
+        load_format: "auto" (safetensors) or "dummy" (random weights with the model's shapes).
+        quantization: format in which to hold experts that the checkpoint stores unquantised: "fp8" (blocks of
+            128 x 128), "int4" or "mxfp4" (groups of 32); None keeps them as they are.
+        numerics: "invariant" (the log-probabilities of a token have the same bits in any batch, with any chunking, with
+            or without cached prefixes and at any `ep_size`) or "fast" (they may differ in the last bits: prefill of
+            latent attention takes fewer multiplications, and attention kernels on a GPU choose tiles by the size of the
+            batch; on Blackwell activations are also quantised for 4-bit experts, to MXFP8 for MXFP4 and to NVFP4 for
+            NVFP4, which changes more than the last bits).
+        attention_backend: attention kernels on a GPU: "triton" (this package's) or "flashinfer" (the library; needs
+            numerics "fast" and the extra "flashinfer", and steps do not replay CUDA graphs; never run yet).
+        max_model_len: maximum number of prompt and output tokens of one request; None takes the model's.
+        max_num_batched_tokens: maximum number of tokens in one step of one rank; longer prompts are prefilled in chunks.
+            None: 8,192 on a GPU, 2,048 on a CPU.
+        max_num_seqs: maximum number of requests that run at once on one rank.
+        max_queued_requests: maximum number of waiting requests; more are refused with RESOURCE_EXHAUSTED.
+        max_queued_requests_per_tenant: the same for each tenant; None sets no limit of its own.
+        chunked_prefill_size: maximum number of prompt tokens in a step of a rank that also decodes, which bounds the
+            time between output tokens; None: `max_num_batched_tokens`.
+        scheduling_policy: order in which waiting requests are served: "fcfs" (first come, first served), "priority"
+            (lowest `priority` first), "shortest" (fewest remaining tokens first), "prefix" (most tokens in the prefix
+            cache first) or "fair" (the tenant with the least service relative to its weight first).
+        aging: how much a second of waiting counts, so that no request starves: in units of priority with the scheduling
+            policy "priority", in tokens with "shortest"; None takes 0.1 and 100.
+        tenant_weights: weights of tenants for the scheduling policy "fair", as a dictionary (on the command line
+            a=1,b=3); other tenants have weight 1.
+        enable_prefix_caching: reuse the KV blocks of earlier requests for prompts with the same prefix.
+        block_size: number of tokens in a block of the KV cache.
+        kv_cache_dtype: type of cached keys, values and latents: "auto" (that of activations) or "fp8" (e4m3, half the
+            bytes of bfloat16, with the checkpoint's scales or 1.0).
+        kv_cache_memory_bytes: size of the KV cache of one rank in bytes; None takes what `max_num_seqs` requests of
+            `max_model_len` tokens need, at most what is free: on a GPU what `gpu_memory_utilization` leaves, on a CPU
+            half of the memory that is free after loading.
+        gpu_memory_utilization: fraction of a GPU's memory that may be in use at the largest step, by weights, caches,
+            activations and other processes.
+        num_redundant_experts: number of physical experts beyond the logical ones.
+        topology: location of the ranks: a file of NVLink domains, nodes and failure domains, or "nvl72", "nvl36" or
+            "hgx8"; None: detected. Tokens go to replicas in their own NVLink domain if that keeps the load even, and
+            EPLB places the first two replicas of an expert in different failure domains.
+        eplb_step_interval: number of steps after which the expert-parallel load balancer (EPLB) checks whether moving
+            experts between ranks pays, and moves them while requests are served; 0: never.
+        all2all_backend: exchange of tokens between ranks: "auto" (the fastest that these ranks can use), "reference"
+            (torch's all_to_all_single), "nccl" (grouped send and receive) or "nvlink" (stores into the memory of other
+            ranks: over NVLink between GPUs, in shared memory between CPU ranks of one machine).
+        all2all_table: file of measured times, written by `expertwire bench all-to-all --sweep`, by which "auto" chooses
+            the backend; None: by the topology and the size of steps.
+        dispatch_dtype: type of activations sent to experts: "fp8" (half the bytes of bfloat16, a scale for 128 numbers)
+            or "auto" (that of activations, but fp8 between GPUs when all experts are in fp8 blocks, which changes no
+            result). On a CPU "fp8" rounds the inputs of experts and saves no time.
+        enable_two_batch_overlap: compute every step as two micro-batches, so that one computes while tokens of the other
+            are exchanged. Results have the same bits; it pays for large steps and slow exchanges.
+        threads_per_rank: number of threads of a CPU rank; None divides the cores among the ranks.
+        seed: seed from which the seeds of requests without one are drawn.
+        start_timeout_s: seconds within which the ranks must be ready.
+        step_timeout_s: seconds within which a step must end; the error names the ranks that did not answer.
     """
 
     model: str
@@ -85,30 +89,30 @@ class EngineConfig:
     launcher: Literal["auto", "local", "ray"] = "auto"
     ray_address: str | None = None
     load_format: Literal["auto", "dummy"] = "auto"
-    quantize: Literal["fp8", "int4", "mxfp4"] | None = None
+    quantization: Literal["fp8", "int4", "mxfp4"] | None = None
     numerics: Literal["invariant", "fast"] = "invariant"
-    attention: Literal["triton", "flashinfer"] = "triton"
+    attention_backend: Literal["triton", "flashinfer"] = "triton"
     max_model_len: int | None = None
-    max_num_tokens: int | None = None
-    max_running: int = 256
-    max_waiting: int = 4096
-    max_waiting_per_tenant: int | None = None
-    chunk_tokens: int | None = None
-    policy: Literal["fcfs", "priority", "shortest", "prefix", "fair"] = "fcfs"
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 256
+    max_queued_requests: int = 4096
+    max_queued_requests_per_tenant: int | None = None
+    chunked_prefill_size: int | None = None
+    scheduling_policy: Literal["fcfs", "priority", "shortest", "prefix", "fair"] = "fcfs"
     aging: float | None = None
     tenant_weights: Mapping[str, float] | None = None
-    prefix_cache: bool = True
+    enable_prefix_caching: bool = True
     block_size: int = 16
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    kv_cache_bytes: int | None = None
+    kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
-    redundant_experts: int = 0
+    num_redundant_experts: int = 0
     topology: str | None = None
-    rebalance_steps: int = 0
-    all_to_all: Literal["auto", "reference", "nccl", "nvlink"] = "auto"
-    all_to_all_table: str | None = None
+    eplb_step_interval: int = 0
+    all2all_backend: Literal["auto", "reference", "nccl", "nvlink"] = "auto"
+    all2all_table: str | None = None
     dispatch_dtype: Literal["auto", "fp8"] = "auto"
-    two_batch_overlap: bool = False
+    enable_two_batch_overlap: bool = False
     threads_per_rank: int | None = None
     seed: int = 0
     start_timeout_s: float = 300.0
@@ -123,19 +127,19 @@ class EngineConfig:
                 raise ValueError(f"{field} must be True or False, got {value!r}")
         for field, low in (
             ("ep_size", 1),
-            ("max_running", 1),
-            ("max_waiting", 1),
+            ("max_num_seqs", 1),
+            ("max_queued_requests", 1),
             ("block_size", 1),
-            ("redundant_experts", 0),
-            ("rebalance_steps", 0),
+            ("num_redundant_experts", 0),
+            ("eplb_step_interval", 0),
         ):
             _check_int(field, getattr(self, field), low)
         for field in (
             "max_model_len",
-            "max_num_tokens",
-            "max_waiting_per_tenant",
-            "chunk_tokens",
-            "kv_cache_bytes",
+            "max_num_batched_tokens",
+            "max_queued_requests_per_tenant",
+            "chunked_prefill_size",
+            "kv_cache_memory_bytes",
             "threads_per_rank",
         ):
             if getattr(self, field) is not None:
@@ -161,38 +165,39 @@ class EngineConfig:
             )
 
     def _check_ranks(self) -> None:
-        for field in ("rebalance_steps", "two_batch_overlap"):
+        for field in ("eplb_step_interval", "enable_two_batch_overlap"):
             if (value := getattr(self, field)) and self.ep_size == 1:
                 raise ValueError(f"{field} {value} has no effect with ep_size 1, where nothing travels; use more ranks")
         if self.topology is not None and not isinstance(self.topology, str):
             raise ValueError(
                 f"topology must be the path of a file, 'nvl72', 'nvl36', 'hgx8' or None, got {self.topology!r}"
             )
-        if self.topology is not None and not self.redundant_experts:
+        if self.topology is not None and not self.num_redundant_experts:
             raise ValueError(
-                f"topology {self.topology!r} has no effect with redundant_experts 0, where none has a replica"
+                f"topology {self.topology!r} has no effect with num_redundant_experts 0, where none has a replica"
             )
 
     def _check_attention(self) -> None:
-        if self.attention == "triton":
+        if self.attention_backend == "triton":
             return
-        for field, allowed in (("numerics", "fast"), ("two_batch_overlap", False), ("kv_cache_dtype", "auto")):
+        for field, allowed in (("numerics", "fast"), ("enable_two_batch_overlap", False), ("kv_cache_dtype", "auto")):
             if (value := getattr(self, field)) != allowed:
                 raise ValueError(
-                    f"attention {self.attention!r} needs {field} {allowed!r}, got {value!r}; or use 'triton'"
+                    f"attention_backend {self.attention_backend!r} needs {field} {allowed!r}, got {value!r}; "
+                    "or use 'triton'"
                 )
         if self.device == "cpu":
-            raise ValueError(f"attention must be 'triton' with device 'cpu', got {self.attention!r}")
+            raise ValueError(f"attention_backend must be 'triton' with device 'cpu', got {self.attention_backend!r}")
 
     def _check_table(self) -> None:
-        if self.all_to_all_table is None:
+        if self.all2all_table is None:
             return
-        if not isinstance(self.all_to_all_table, str):
-            raise ValueError(f"all_to_all_table must be the path of a file or None, got {self.all_to_all_table!r}")
-        if self.all_to_all != "auto":
-            raise ValueError(f"all_to_all_table has no effect with all_to_all {self.all_to_all!r}; use 'auto'")
+        if not isinstance(self.all2all_table, str):
+            raise ValueError(f"all2all_table must be the path of a file or None, got {self.all2all_table!r}")
+        if self.all2all_backend != "auto":
+            raise ValueError(f"all2all_table has no effect with all2all_backend {self.all2all_backend!r}; use 'auto'")
         if self.ep_size == 1:
-            raise ValueError("all_to_all_table has no effect with ep_size 1, where nothing travels; use more ranks")
+            raise ValueError("all2all_table has no effect with ep_size 1, where nothing travels; use more ranks")
 
     def _check_policy(self) -> None:
         if self.tenant_weights is not None:
@@ -203,24 +208,24 @@ class EngineConfig:
             object.__setattr__(self, "tenant_weights", dict(self.tenant_weights))
             for tenant in self.tenant_weights:
                 check_name("tenant_weights: a tenant", tenant)
-        make_policy(self.policy, aging=self.aging, tenant_weights=self.tenant_weights)
+        make_policy(self.scheduling_policy, aging=self.aging, tenant_weights=self.tenant_weights)
 
     @property
     def num_parts(self) -> int:
         """In which a step is computed."""
-        return 2 if self.two_batch_overlap else 1
+        return 2 if self.enable_two_batch_overlap else 1
 
     def on(self, device: str) -> EngineConfig:
         """Return these options with what depends on the device ("cpu" or "cuda", maybe with a number) decided."""
-        if self.max_num_tokens is not None:
+        if self.max_num_batched_tokens is not None:
             return self
-        return dataclasses.replace(self, max_num_tokens=2048 if device == "cpu" else 8192)
+        return dataclasses.replace(self, max_num_batched_tokens=2048 if device == "cpu" else 8192)
 
     @property
     def step_tokens(self) -> int:
         """Of one rank in one step, at most; there is a number once the device is known."""
-        assert self.max_num_tokens is not None, "max_num_tokens depends on the device: see `on`"
-        return self.max_num_tokens
+        assert self.max_num_batched_tokens is not None, "max_num_batched_tokens depends on the device: see `on`"
+        return self.max_num_batched_tokens
 
     @property
     def part_tokens(self) -> int:
@@ -256,7 +261,7 @@ class ModelInfo:
     cache_tokens: int  # that fit on one rank, of all requests together
     cache_blocks: dict[str, int]  # of each cache by name, one rank
     cache_bytes: dict[str, int]  # likewise
-    max_running: int  # one rank
+    max_num_seqs: int  # one rank
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,7 +274,7 @@ class ModelInfo:
 
 def too_many_branches(n: int, limits: EngineConfig | SchedulerConfig) -> str | None:
     """Why a request of `n` branches can never wait; None if it can."""
-    for field in ("max_waiting", "max_waiting_per_tenant"):
+    for field in ("max_queued_requests", "max_queued_requests_per_tenant"):
         if (allowed := getattr(limits, field)) is not None and n > allowed:
             return f"n must be at most {field} = {allowed}, got {n}"
     return None

@@ -42,7 +42,7 @@ def cache_sizes(
 ) -> CacheSizes:
     """As many tokens as fit. Beside caches that keep everything, one of a window gets no more blocks than it has use for.
 
-    The budget is `kv_cache_bytes`, or what `max_running` requests of `max_model_len` need, but at most `free_bytes`.
+    The budget is `kv_cache_memory_bytes`, or what `max_num_seqs` requests of `max_model_len` need, but at most `free_bytes`.
 
     Raises:
         CacheTooSmall: not even one request of the asked length fits.
@@ -59,9 +59,9 @@ def cache_sizes(
         ]
     else:
         useful_G = least_G = [_ALL] * len(specs)
-    budget = config.kv_cache_bytes
+    budget = config.kv_cache_memory_bytes
     if budget is None:
-        budget = min(_total(config.max_running * -(-max_model_len // size), bytes_G, useful_G), free_bytes)
+        budget = min(_total(config.max_num_seqs * -(-max_model_len // size), bytes_G, useful_G), free_bytes)
     for most_G in (useful_G, least_G):
         num_G = _fill(budget, bytes_G, most_G)
         if fits := all(num >= needed for num, needed in zip(num_G, needed_G, strict=True)):
@@ -71,7 +71,7 @@ def cache_sizes(
         needed = sum(num * nbytes for num, nbytes in zip(needed_G, bytes_G, strict=True))
         raise CacheTooSmall(
             f"the KV cache of one rank ({budget} bytes) holds {num_tokens} tokens; max_model_len = {max_model_len} needs "
-            f"{needed} bytes; raise kv_cache_bytes or lower max_model_len"
+            f"{needed} bytes; raise kv_cache_memory_bytes or lower max_model_len"
         )
     return CacheSizes(
         num_blocks=tuple(num + 1 for num in num_G),
@@ -86,8 +86,8 @@ def _useful(spec: CacheSpec, config: EngineConfig, max_model_len: int) -> int:
     others, and what slid out stays for prefixes a while."""
     if spec.window is None:
         return _ALL
-    each = spec.most_blocks(config.block_size, max_model_len, max_num_tokens=1)
-    return 2 * (config.max_running * each + -(-config.step_tokens // config.block_size))
+    each = spec.most_blocks(config.block_size, max_model_len, max_num_batched_tokens=1)
+    return 2 * (config.max_num_seqs * each + -(-config.step_tokens // config.block_size))
 
 
 def _fill(budget: int, bytes_G: Sequence[int], most_G: Sequence[int]) -> list[int]:

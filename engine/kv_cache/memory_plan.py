@@ -29,9 +29,7 @@ from expertwire.moe.eplb.placement import place
 _CONTEXT_BYTES = 1 << 30
 # Of a captured graph beside the memory that all graphs share: its nodes. Likewise.
 _GRAPH_BYTES = 16 << 20
-_LESS = (
-    "use more ranks (ep_size), a lower max_num_tokens or max_running, or a higher gpu_memory_utilization (at most 1)"
-)
+_LESS = "use more ranks (ep_size), a lower max_num_batched_tokens or max_num_seqs, or a higher gpu_memory_utilization (at most 1)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ def estimate(
     """Return the plan of the rank that holds most.
 
     Args:
-        config: whose `max_num_tokens` is decided.
+        config: whose `max_num_batched_tokens` is decided.
         weights: bytes by kind (`memory.held_bytes`).
         max_model_len: of one request.
         total: memory of a GPU.
@@ -108,9 +106,9 @@ def estimate(
         utilization=config.gpu_memory_utilization,
         weights=weights,
         arenas=_arena_bytes(config, model),
-        slots=4 * config.max_running * table,
+        slots=4 * config.max_num_seqs * table,
         activations=_activations(config, model, tokens, num_ranks * min(tokens, _exchange_tokens(config, model)))
-        + 2 * 4 * config.max_running * model.vocab_size,  # logits, and a copy that is bent
+        + 2 * 4 * config.max_num_seqs * model.vocab_size,  # logits, and a copy that is bent
         graphs=graphs + len(sizes) * _GRAPH_BYTES,
     )
 
@@ -148,7 +146,7 @@ def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
         return None
     spec = AllToAllSpec(
         group=cast(Any, SimpleNamespace(size=config.ep_size, rank=0)),
-        rank_offsets=place(model.num_experts, config.ep_size, config.redundant_experts).rank_offsets,
+        rank_offsets=place(model.num_experts, config.ep_size, config.num_redundant_experts).rank_offsets,
         max_tokens=config.part_tokens,
         hidden_size=model.hidden_size,
         top_k=model.top_k,
@@ -162,7 +160,7 @@ def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
 def _graphs(config: EngineConfig, model: ModelConfig) -> list[GraphSize]:
     """What is captured, as `DeviceRunner` has it."""
     tokens = min(config.part_tokens, _exchange_tokens(config, model)) * config.num_parts
-    return graph_sizes(tokens, config.max_running, config.ep_size)
+    return graph_sizes(tokens, config.max_num_seqs, config.ep_size)
 
 
 def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_all: int) -> int:
@@ -180,7 +178,7 @@ def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_a
         if isinstance(layer.mlp, Mlp):
             mlp = max(mlp, 3 * num_tokens * layer.mlp.size)
             continue
-        here = -(-(layer.mlp.num_experts + config.redundant_experts) // config.ep_size)
+        here = -(-(layer.mlp.num_experts + config.num_redundant_experts) // config.ep_size)
         rows = of_all * min(layer.mlp.top_k, here)
         # What the experts make of rows, with a copy for narrow numbers, their results, and the shared expert's.
         mlp = max(mlp, rows * (2 * layer.mlp.size + model.hidden_size) + 3 * num_tokens * layer.mlp.shared_size)
@@ -215,12 +213,14 @@ class Measured:
         """Return the bytes that are left for the caches, with room for the graphs that are still to be captured.
 
         Raises:
-            ValueError: there are none, or fewer than `kv_cache_bytes`.
+            ValueError: there are none, or fewer than `kv_cache_memory_bytes`.
         """
         graphs = self.largest_graph + len(_graphs(config, model)) * _GRAPH_BYTES
         left = int(self.total * config.gpu_memory_utilization) - self.peak - self.outside - graphs
-        if left < (config.kv_cache_bytes or 1):
-            wanted = f"kv_cache_bytes is {config.kv_cache_bytes}, but " if config.kv_cache_bytes else ""
+        if left < (config.kv_cache_memory_bytes or 1):
+            wanted = (
+                f"kv_cache_memory_bytes is {config.kv_cache_memory_bytes}, but " if config.kv_cache_memory_bytes else ""
+            )
             raise ValueError(
                 f"{wanted}{left / 1e9:.2f} GB are left for caches: gpu_memory_utilization {config.gpu_memory_utilization:g} of "
                 f"{self.total / 1e9:.2f} GB, less {self.peak / 1e9:.2f} at the largest step, {self.outside / 1e9:.2f} outside of "

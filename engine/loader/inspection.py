@@ -77,7 +77,7 @@ class Inspection:
 
     def cache_tokens(self, plan: MemoryPlan, context: int) -> int | None:
         """Return how many tokens the caches of a GPU hold; None if they do not hold one request of `context` tokens."""
-        config = replace(self._options, max_model_len=context, kv_cache_bytes=max(1, plan.caches))
+        config = replace(self._options, max_model_len=context, kv_cache_memory_bytes=max(1, plan.caches))
         try:
             return cache_sizes(config, self.caches, context).num_tokens
         except CacheTooSmall:

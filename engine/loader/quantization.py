@@ -185,7 +185,7 @@ def _check_pattern(fields: Fields, name: str, pattern: str) -> None:
 
 
 def expert_bytes(model: ModelConfig, quantize: str | None) -> int:
-    """About how many bytes an expert has in memory; `quantize` as `EngineConfig` has it."""
+    """About how many bytes an expert has in memory; `quantize`: `EngineConfig.quantization`."""
     assert model.moe is not None, f"{model.architecture} has no experts"
     stored = quantize or (model.quantization.experts if model.quantization is not None else None)
     bits = 8 * ITEM_SIZES[model.dtype] if stored is None else 8 if stored.startswith("fp8") else 4.5
@@ -193,7 +193,7 @@ def expert_bytes(model: ModelConfig, quantize: str | None) -> int:
 
 
 def expert_format(model: ModelConfig, quantize: str | None) -> str:
-    """In which experts are held: one of `kernels.formats.FORMATS`, or "dense"; `quantize` as `EngineConfig` has it."""
+    """In which experts are held: one of `kernels.formats.FORMATS`, or "dense"; `quantize`: `EngineConfig.quantization`."""
     if quantize is not None:
         return "fp8_block" if quantize == "fp8" else quantize
     stored = model.quantization.experts if model.quantization is not None else None

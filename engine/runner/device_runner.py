@@ -124,16 +124,16 @@ class DeviceRunner:
         self._graphs: list[_Graph] = []  # in the order of their sizes
 
     @torch.inference_mode()
-    def warm_up(self, max_num_tokens: int, max_running: int) -> None:
+    def warm_up(self, max_num_batched_tokens: int, max_num_seqs: int) -> None:
         """Compile what is compiled on first use, for every class of tiles that a step can take, and capture the graphs."""
-        sizes = self.graph_sizes(max_num_tokens, max_running)
+        sizes = self.graph_sizes(max_num_batched_tokens, max_num_seqs)
         if self._capture is not None and self._graph_safe:
             self._graphs = [self._captured(size, self._capture) for size in reversed(sizes)][::-1]
         else:
             for size in sizes:
                 self._run_padded(size, self._nobodies(size.num_tokens))
         hidden_TD = self._run_short()
-        for num in dict.fromkeys(min(size.num_tokens, max_running) for size in sizes):
+        for num in dict.fromkeys(min(size.num_tokens, max_num_seqs) for size in sizes):
             logits_OV = self._model.logits(hidden_TD[:1].repeat(num, 1)).contiguous()
         for drawn, filtered in ((False, False), (True, False), (True, True)):
             dtypes = *_COLUMNS.values(), np.int64
@@ -141,31 +141,31 @@ class DeviceRunner:
             sample(logits_OV, *columns, drawn=drawn, filtered=filtered)
         penalties.warm_up(logits_OV, self._slots.tokens_SL)
         size = 1
-        while size <= max_num_tokens:
+        while size <= max_num_batched_tokens:
             self._run_prompt(self._nobody(size), size)
-            size = max_num_tokens if size < max_num_tokens < 2 * size else 2 * size
+            size = max_num_batched_tokens if size < max_num_batched_tokens < 2 * size else 2 * size
         self._model.take_expert_load()
 
-    def graph_sizes(self, max_num_tokens: int, max_running: int) -> list[GraphSize]:
+    def graph_sizes(self, max_num_batched_tokens: int, max_num_seqs: int) -> list[GraphSize]:
         """Return the steps to capture, of ranks with up to so many tokens in a part of a step, and no more than one exchange
         takes: of how many exchanges a step has, the plan decides and not a bound."""
         exchange_tokens = self._model.context.exchange_tokens
-        most = max_num_tokens if exchange_tokens is None else min(max_num_tokens, exchange_tokens)
-        return graph_sizes(most * self._num_parts, max_running, self._num_ranks)
+        most = max_num_batched_tokens if exchange_tokens is None else min(max_num_batched_tokens, exchange_tokens)
+        return graph_sizes(most * self._num_parts, max_num_seqs, self._num_ranks)
 
     @torch.inference_mode()
-    def run_largest_graph(self, max_num_tokens: int, max_running: int) -> None:
+    def run_largest_graph(self, max_num_batched_tokens: int, max_num_seqs: int) -> None:
         """Run the largest step that `warm_up` captures, with no one's tokens."""
-        sizes = self.graph_sizes(max_num_tokens, max_running)
+        sizes = self.graph_sizes(max_num_batched_tokens, max_num_seqs)
         size = max(sizes, key=lambda size: (size.num_tokens, size.max_others, size.is_mixed))
         self._run_padded(size, self._nobodies(size.num_tokens))
 
     @torch.inference_mode()
-    def run_peak(self, max_num_tokens: int, max_running: int) -> None:
+    def run_peak(self, max_num_batched_tokens: int, max_num_seqs: int) -> None:
         """Run what takes most memory, with no one's tokens: a full step of all ranks, and logits of all requests that run."""
-        self._run_prompt(self._nobody(max_num_tokens), max_num_tokens)
+        self._run_prompt(self._nobody(max_num_batched_tokens), max_num_batched_tokens)
         config = self._model.config
-        x_XD = torch.zeros(max_running, config.hidden_size, dtype=self._model.context.dtype, device=self._device)
+        x_XD = torch.zeros(max_num_seqs, config.hidden_size, dtype=self._model.context.dtype, device=self._device)
         logits_OV = self._model.logits(x_XD).contiguous()
         raw_OV = logits_OV.clone()  # as where log-probabilities are asked for
         del logits_OV, raw_OV

@@ -25,30 +25,30 @@ class GraphSize(NamedTuple):
         return [self.num_tokens if p == rank else self.max_others for p in range(num_ranks)]
 
 
-def graph_sizes(max_num_tokens: int, max_running: int, num_ranks: int) -> list[GraphSize]:
+def graph_sizes(max_num_batched_tokens: int, max_num_seqs: int, num_ranks: int) -> list[GraphSize]:
     """Return the sizes to capture, in the order in which one is looked for.
 
     Decodes beside as many tokens of each other rank: doubling to 8, by eights to 64, from there on by an eighth. Mixed steps:
     doubling from 32 to 512 tokens. A few of each beside as many tokens of other ranks as there can be.
 
     Args:
-        max_num_tokens: of a rank in a step, at most; where an exchange takes fewer tokens, as many: larger steps take several
-            exchanges, as many on every rank as the plan says and not as a bound would.
+        max_num_batched_tokens: of a rank in a step, at most; where an exchange takes fewer tokens, as many: larger steps
+            take several exchanges, as many on every rank as the plan says and not as a bound would.
     """
-    decodes = [num for num in decode_sizes(max_running) if num <= max_num_tokens]
-    mixed = sorted({min(num, max_num_tokens) for num in _MIXED_SIZES})
+    decodes = [num for num in decode_sizes(max_num_seqs) if num <= max_num_batched_tokens]
+    mixed = sorted({min(num, max_num_batched_tokens) for num in _MIXED_SIZES})
     sizes = {GraphSize(num, num, False) for num in decodes} | {GraphSize(num, num, True) for num in mixed}
     if num_ranks > 1:
         few = {num for num in decodes if num & (num - 1) == 0} | set(decodes[-1:])
-        sizes |= {GraphSize(max_num_tokens, num, False) for num in few}
-        sizes |= {GraphSize(max_num_tokens, num, True) for num in mixed}
+        sizes |= {GraphSize(max_num_batched_tokens, num, False) for num in few}
+        sizes |= {GraphSize(max_num_batched_tokens, num, True) for num in mixed}
     return sorted(sizes)
 
 
-def decode_sizes(max_running: int) -> list[int]:
+def decode_sizes(max_num_seqs: int) -> list[int]:
     """Return the numbers of sequences to capture."""
     sizes, size = [], 1
-    while size < max_running:
+    while size < max_num_seqs:
         sizes.append(size)
         size += max(1, size if size < 8 else 8 if size < 64 else size // 8)
-    return [*sizes, max_running]
+    return [*sizes, max_num_seqs]

@@ -67,14 +67,14 @@ def _warm_up(of: Rank) -> None:
     from expertwire.engine.runner.device_runner import DeviceRunner
 
     config = replace(of.model, layers=tuple(dict.fromkeys(of.model.layers)))  # equal layers launch equal kernels
-    model = _StoragelessDecoder(config, _context(of, config), None, of.config.quantize)
+    model = _StoragelessDecoder(config, _context(of, config), None, of.config.quantization)
     model.bind(weights.allocate(model.layout.specs, model.context.dtype, _DEVICE))
     specs = config.cache_specs()
     caches = model.allocate(
         num_blocks=[2] * len(specs), block_size=of.config.block_size, max_model_len=of.max_model_len
     )
     slots = DeviceSlots(
-        num_slots=of.config.max_running,
+        num_slots=of.config.max_num_seqs,
         max_model_len=of.max_model_len,
         block_size=of.config.block_size,
         specs=specs,
@@ -88,7 +88,7 @@ def _warm_up(of: Rank) -> None:
         num_ranks=of.num_ranks,
         num_parts=of.config.num_parts,
     )
-    runner.warm_up(of.config.part_tokens, of.config.max_running)
+    runner.warm_up(of.config.part_tokens, of.config.max_num_seqs)
 
 
 def _context(of: Rank, config: ModelConfig) -> RankContext:
@@ -96,7 +96,7 @@ def _context(of: Rank, config: ModelConfig) -> RankContext:
     ops = kernels.triton(of.gpu, fast=of.config.numerics == "fast")
     placement, all_to_alls, taken = None, (), None
     if any(config.sparse_layers):
-        redundant = of.config.redundant_experts
+        redundant = of.config.num_redundant_experts
         placement = place(config.num_experts, of.num_ranks, redundant, config.num_layers, of.domains)
         spec = AllToAllSpec(
             group=_Absent(rank=of.rank, size=of.num_ranks),

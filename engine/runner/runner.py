@@ -51,11 +51,11 @@ class Runner:
         self._num_parts = num_parts
 
     @torch.inference_mode()
-    def warm_up(self, num_ranks: int, max_num_tokens: int) -> None:
+    def warm_up(self, num_ranks: int, max_num_batched_tokens: int) -> None:
         """Compute one token, then two, into the null block, on all ranks together: what is compiled or allocated on first use
         is so before anyone waits for it."""
         slots = self._slots
-        for num in range(1, min(2, max_num_tokens) + 1):
+        for num in range(1, min(2, max_num_batched_tokens) + 1):
             null_CW = np.zeros((len(self._caches), num), np.int32)
             batch = of_prompt([0] * num, 0, null_CW, slots.block_size, [num] * num_ranks, slots.device)
             self._model.logits(self._model.forward([batch] * self._num_parts, self._caches)).argmax(dim=-1)

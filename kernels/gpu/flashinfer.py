@@ -1,4 +1,4 @@
-"""FlashInfer's attention, for those who asked for it (`attention="flashinfer"`): the thinnest wrapper over its paged wrappers.
+"""FlashInfer's attention (`attention_backend="flashinfer"`): a thin wrapper over its paged wrappers.
 
 What their contract wants (flashinfer-python 0.7.2.post1, prefill.py, decode.py and mla/_batch_mla/_wrapper.py) and what follows:
 

@@ -154,7 +154,7 @@ def place(
     per_rank = -(-num_physical // num_ranks)
     if per_rank > num_experts:
         raise ValueError(
-            f"redundant_experts {redundant} gives {per_rank} experts to a rank, but the model has only {num_experts}; "
+            f"num_redundant_experts {redundant} gives {per_rank} experts to a rank, but the model has only {num_experts}; "
             f"allowed: 0 to {num_experts * num_ranks - num_experts}"
         )
     sizes = [num_physical // num_ranks + (rank < num_physical % num_ranks) for rank in range(num_ranks)]

@@ -81,7 +81,7 @@ class Known(NamedTuple):
 
 
 @jit
-def want(caches, rows, max_num_tokens, chunk_tokens, row_S, num_S, budget_P, lacking_GP):
+def want(caches, rows, max_num_batched_tokens, chunked_prefill_size, row_S, num_S, budget_P, lacking_GP):
     """The rows to compute, tokens for each, the budget that every rank has left, and the blocks that it lacks for them: see
     `RunningTable.want`. How many rows."""
     count = 0
@@ -95,9 +95,9 @@ def want(caches, rows, max_num_tokens, chunk_tokens, row_S, num_S, budget_P, lac
                 num_single += num == 1
                 row_S[count], num_S[count] = at, num
                 count += 1
-        budget = max_num_tokens - num_single
+        budget = max_num_batched_tokens - num_single
         if num_single:
-            budget = min(budget, chunk_tokens)
+            budget = min(budget, chunked_prefill_size)
         assert budget >= 0, "over budget"
         if num_single < count - begin:
             count, budget = _cut(row_S, num_S, begin, count, budget)

@@ -27,15 +27,15 @@ def rehearse() -> None:
     """
     config = SchedulerConfig(
         num_ranks=1,
-        max_running=3,
-        max_num_tokens=4,
+        max_num_seqs=3,
+        max_num_batched_tokens=4,
         max_model_len=12,
         block_size=2,
         num_blocks=10,
-        max_waiting=9,
+        max_queued_requests=9,
         eos_token_ids=(1,),
         vocab_size=9,
-        chunk_tokens=3,
+        chunked_prefill_size=3,
     )
     scheduler = Scheduler(config, _CACHES)
     for key in range(3):

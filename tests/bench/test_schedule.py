@@ -33,12 +33,12 @@ SHORT = {
 def config(**changes) -> SchedulerConfig:
     sizes = {
         "num_ranks": 2,
-        "max_running": 8,
-        "max_num_tokens": 64,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
         "max_model_len": 1024,
         "block_size": 16,
         "num_blocks": 400,
-        "max_waiting": 1000,
+        "max_queued_requests": 1000,
         "eos_token_ids": (EOS,),
         "vocab_size": 500,
     }
@@ -115,7 +115,7 @@ def test_prefix_hits_are_at_most_those_of_unlimited_memory(num_ranks):
     assert 0 < prefix["cached_tokens"] <= prefix["oracle_tokens"] < prefix["prompt_tokens"]
     if num_ranks == 1:  # where no request can be placed away from its prefix
         assert prefix["cached_tokens"] >= 0.95 * prefix["oracle_tokens"]
-    without = schedule.report(simulate(trace, num_ranks=num_ranks, prefix_cache=False), 1.0, 1.0)["prefix"]
+    without = schedule.report(simulate(trace, num_ranks=num_ranks, enable_prefix_caching=False), 1.0, 1.0)["prefix"]
     assert without["cached_tokens"] == 0
 
 
@@ -279,7 +279,7 @@ def test_the_command_reports_records_draws_and_replays(tmp_path, capsys):
         "16",
         "--trace",
         "tenants",
-        "--policy",
+        "--scheduling-policy",
         "fair",
     ]
     options = [word for name, file in files.items() for word in (f"--{name}", str(file))]
@@ -287,7 +287,7 @@ def test_the_command_reports_records_draws_and_replays(tmp_path, capsys):
     assert "goodput" in capsys.readouterr().out
     result = json.loads(files["json"].read_text())
     assert result["finished"] == 8
-    assert result["options"]["policy"] == "fair"
+    assert result["options"]["scheduling_policy"] == "fair"
     ElementTree.fromstring(files["timeline"].read_text())
     assert schedule.main(command("--replay", str(files["record"]))) == 0
     assert "all the same" in capsys.readouterr().out
@@ -299,8 +299,8 @@ def test_the_command_reports_records_draws_and_replays(tmp_path, capsys):
 def test_the_command_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="--json: there is no folder"):
         schedule.main(command("--json", "/no/such/folder/file"))
-    with pytest.raises(ValueError, match="policy must be one of"):
-        schedule.main(command("--policy", "best"))
+    with pytest.raises(ValueError, match="scheduling_policy must be one of"):
+        schedule.main(command("--scheduling-policy", "best"))
     with pytest.raises(ValueError, match="is no checkout of nano-vllm"):
         schedule.main(command("--peer", "/no/such/folder"))
     with pytest.raises(ValueError, match="none of the 3 requests was served"):

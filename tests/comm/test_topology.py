@@ -224,7 +224,7 @@ def test_a_machine_without_nvml_says_so(monkeypatch):
 def test_ranks_that_no_fabric_joins_are_refused(change, message):
     reports = gpu_ranks("ab", **FABRIC)
     topology_fabric.check_fabric(reports)
-    with pytest.raises(ValueError, match=f"(?s){message}.*use all_to_all 'nccl' or 'reference'"):
+    with pytest.raises(ValueError, match=f"(?s){message}.*use all2all_backend 'nccl' or 'reference'"):
         topology_fabric.check_fabric([reports[0], replace(reports[1], **change)])
 
 

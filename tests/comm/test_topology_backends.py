@@ -72,7 +72,7 @@ def test_ranks_build_what_a_table_says(four_ranks):
 def test_all_refuse_what_they_cannot_use(four_ranks):
     for error, _ in four_ranks.run(build, "nvlink", "aabb", FEW):
         assert error == (
-            "all_to_all 'nvlink' cannot be used: the CPU ranks are on 2 nodes and share no memory; "
+            "all2all_backend 'nvlink' cannot be used: the CPU ranks are on 2 nodes and share no memory; "
             "allowed here are auto, reference, nccl"
         )
 

@@ -74,7 +74,7 @@ def test_the_fastest_at_this_size_that_these_ranks_can_use(table, here, name, wh
     ],
 )
 def test_a_table_that_does_not_fit_is_refused(table, here, message):
-    with pytest.raises(ValueError, match=f"^all_to_all_table.*{message}"):
+    with pytest.raises(ValueError, match=f"^all2all_table.*{message}"):
         choose("auto", here, table())
 
 
@@ -96,13 +96,13 @@ def test_a_table_that_does_not_fit_is_refused(table, here, message):
     ],
 )
 def test_what_a_file_may_say(table, changes, message):
-    with pytest.raises(ValueError, match=f"^all_to_all_table '.*table.json': {message}"):
+    with pytest.raises(ValueError, match=f"^all2all_table '.*table.json': {message}"):
         table(**changes)
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"^all_to_all_table must be a readable file, got '/no/such': "):
+    with pytest.raises(ValueError, match=r"^all2all_table must be a readable file, got '/no/such': "):
         read("/no/such")
     (tmp_path / "text").write_text("{")
-    with pytest.raises(ValueError, match=r"^all_to_all_table '.*text' is not JSON: "):
+    with pytest.raises(ValueError, match=r"^all2all_table '.*text' is not JSON: "):
         read(str(tmp_path / "text"))

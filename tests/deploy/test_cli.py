@@ -49,14 +49,14 @@ def fails(capsys, *args: str) -> str:
         (["serve", "--launcher", "slurm"], ["--launcher", "slurm", "ray"]),
         (["serve", "--ep-size", "two"], ["--ep-size", "two"]),
         (["serve", "--ep-size", "0"], ["ep_size", ">= 1", "0"]),
-        (["serve", "--policy", "lottery"], ["--policy", "lottery", "fcfs", "fair"]),
+        (["serve", "--scheduling-policy", "lottery"], ["--scheduling-policy", "lottery", "fcfs", "fair"]),
         (["serve", "--tenant-weights", "a:1"], ["--tenant-weights", "NAME=NUMBER", "a:1"]),
         (["serve", "--tenant-weights", "a=1,a=2"], ["--tenant-weights", "once"]),
         (["serve", "--tenant-weights", "a=1"], ["tenant_weights", "no effect", "'fair'"]),
-        (["serve", "--policy", "priority", "--aging", "-1"], ["aging", "from 0 to"]),
-        (["serve", "--chunk-tokens", "0"], ["chunk_tokens", ">= 1"]),
-        (["serve", "--max-num-tokens", "0"], ["max_num_tokens", ">= 1"]),
-        (["serve", "--kv-cache-bytes", "-5"], ["kv_cache_bytes", ">= 1"]),
+        (["serve", "--scheduling-policy", "priority", "--aging", "-1"], ["aging", "from 0 to"]),
+        (["serve", "--chunked-prefill-size", "0"], ["chunked_prefill_size", ">= 1"]),
+        (["serve", "--max-num-batched-tokens", "0"], ["max_num_batched_tokens", ">= 1"]),
+        (["serve", "--kv-cache-memory-bytes", "-5"], ["kv_cache_memory_bytes", ">= 1"]),
         (["serve", "--start-timeout", "0"], ["start_timeout_s", "> 0"]),
         (["serve", "--launcher", "local", "--ray-address", "x:1"], ["ray_address", "no effect", "local"]),
         (["generate"], ["--prompt"]),
@@ -98,9 +98,21 @@ def test_options_reach_the_configuration():
     assert engine_config(parser.parse_args(["serve", "m"])) == EngineConfig(model="m")
     args = parser.parse_args(["serve", "m", "--ep-size", "3", "--start-timeout", "2.5", "--dtype", "bfloat16"])
     assert engine_config(args) == EngineConfig(model="m", ep_size=3, start_timeout_s=2.5, dtype="bfloat16")
-    scheduling = ["--policy", "fair", "--tenant-weights", "a=1,b=2.5", "--no-prefix-cache", "--chunk-tokens", "64"]
+    scheduling = [
+        "--scheduling-policy",
+        "fair",
+        "--tenant-weights",
+        "a=1,b=2.5",
+        "--no-enable-prefix-caching",
+        "--chunked-prefill-size",
+        "64",
+    ]
     assert engine_config(parser.parse_args(["serve", "m", *scheduling])) == EngineConfig(
-        model="m", policy="fair", tenant_weights={"a": 1, "b": 2.5}, prefix_cache=False, chunk_tokens=64
+        model="m",
+        scheduling_policy="fair",
+        tenant_weights={"a": 1, "b": 2.5},
+        enable_prefix_caching=False,
+        chunked_prefill_size=64,
     )
     demo = Path(engine_config(parser.parse_args(["serve"])).model)
     assert json.loads((demo / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]
@@ -109,7 +121,7 @@ def test_options_reach_the_configuration():
 def test_every_engine_option_is_explained():
     texts = help_texts(EngineConfig)
     assert set(texts) == set(EngineConfig.__dataclass_fields__)
-    assert texts["kv_cache_bytes"].endswith("after loading")
+    assert texts["kv_cache_memory_bytes"].endswith("after loading")
 
 
 def test_help_imports_nothing_heavy():

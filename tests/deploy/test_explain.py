@@ -55,10 +55,10 @@ def test_a_topology_of_ones_own(capsys, tmp_path):
     found = lines(capsys, QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path))
     assert found[-2].startswith("all-to-all nccl: the ranks are in 2 NVLink domains")
     assert found[-4].endswith("the all-to-all's host counts rows, so that no step can replay a CUDA graph")
-    options = [QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path), "--all-to-all", "nvlink"]
+    options = [QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path), "--all2all-backend", "nvlink"]
     assert cli.main(["explain", *options]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: all_to_all 'nvlink' cannot be used")
+    assert error.startswith("error: all2all_backend 'nvlink' cannot be used")
     assert error.rstrip().endswith("allowed here are auto, reference, nccl")
 
 
@@ -71,14 +71,14 @@ def test_measured_times_decide(capsys, tmp_path):
     path = tmp_path / "times.json"
     machine = {"device": "cuda", "name": "an H200"}
     path.write_text(json.dumps({"machine": machine, "row_bytes": 8192, "top_k": 8, "entries": times}))
-    options = [QWEN, "--device", "h200", "--all-to-all-table", str(path)]
+    options = [QWEN, "--device", "h200", "--all2all-table", str(path)]
     found = lines(capsys, *options, "--ep-size", "8")
     assert found[-2].startswith("all-to-all nccl: the fastest of those in ")
     assert found[-2].endswith("800 us with max_ctas=16, nvlink 900 us")
     for others, message in (
         (["--ep-size", "4"], "measured with 8 ranks, not with 4"),
         (["--ep-size", "8", "--device", "cpu"], "measured on cuda, the ranks are on cpu"),
-        (["--ep-size", "8", "--all-to-all", "nvlink"], "has no effect with all_to_all 'nvlink'; use 'auto'"),
+        (["--ep-size", "8", "--all2all-backend", "nvlink"], "has no effect with all2all_backend 'nvlink'; use 'auto'"),
     ):
         assert cli.main(["explain", *options, *others]) == 2
         assert message in capsys.readouterr().err

@@ -177,7 +177,7 @@ def memory(monkeypatch):
 def test_72_ranks_of_a_rack_reach_their_first_tokens(memory):
     places = ray_places(cluster())
     assert len(set(places)) == RANKS, "two ranks on one GPU"
-    config = EngineConfig(model="m", device="cuda", ep_size=RANKS, max_running=2, prefix_cache=False)
+    config = EngineConfig(model="m", device="cuda", ep_size=RANKS, max_num_seqs=2, enable_prefix_caching=False)
     token = secrets.token_hex(8)
     hub = ControlHub(RANKS, token=token)
     orders = Orders(config=config, model=MODEL, max_model_len=64, hub_address="", fronts_address="", token=token)

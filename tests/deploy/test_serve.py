@@ -82,7 +82,7 @@ def until(condition):
 @pytest.fixture(scope="module")
 def server():
     """One for the tests that leave it as it was; drains and exits with 0."""
-    with serve("--max-waiting", "2", "--max-running", "4") as served:
+    with serve("--max-queued-requests", "2", "--max-num-seqs", "4") as served:
         yield served
         assert served.end() == 0
 

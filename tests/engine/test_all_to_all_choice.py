@@ -16,14 +16,16 @@ LENGTHS = [1, 2, 17, 65, 200]
 
 
 def test_tiny_checkpoint():
-    options = [{"ep_size": 1}, {"ep_size": 2, "redundant_experts": 2, "all_to_all": "nvlink"}]
+    options = [{"ep_size": 1}, {"ep_size": 2, "num_redundant_experts": 2, "all2all_backend": "nvlink"}]
     invariance.check("qwen3_moe", "bfloat16", LENGTHS, options)
 
 
 def test_a_frozen_rank_is_named():
     """By those that wait for it, with the layer and the phase."""
     before = set(psutil.Process().children())
-    with LLM(DEMO, launcher="local", ep_size=2, threads_per_rank=1, all_to_all="nvlink", step_timeout_s=10.0) as llm:
+    with LLM(
+        DEMO, launcher="local", ep_size=2, threads_per_rank=1, all2all_backend="nvlink", step_timeout_s=10.0
+    ) as llm:
         llm.generate(["1+1="], SamplingParams(max_tokens=2), use_tqdm=False)
         llm.stats()  # afterwards all ranks have answered everything
         started = sorted(set(psutil.Process().children()) - before, key=lambda child: (child.create_time(), child.pid))
@@ -58,10 +60,10 @@ def test_rows_that_travel_in_fp8_are_rounded_alike_on_any_number_of_ranks(tmp_pa
     answers, ways = [], []
     for options in (
         {"ep_size": 1},
-        {"ep_size": 2, "redundant_experts": 2, "all_to_all_table": table},
+        {"ep_size": 2, "num_redundant_experts": 2, "all2all_table": table},
         {"ep_size": 4},
     ):
-        options |= {"dispatch_dtype": "fp8", "kv_cache_bytes": 20_000_000}
+        options |= {"dispatch_dtype": "fp8", "kv_cache_memory_bytes": 20_000_000}
         with LLM(DEMO, launcher="local", threads_per_rank=1, **options) as llm:
             answers.append(said(llm.generate(["12+34=", "Sort: dcab", "7*8="], params, use_tqdm=False)))
             ways.append(llm.model_info.all_to_all)
@@ -75,13 +77,13 @@ def test_rows_that_travel_in_fp8_are_rounded_alike_on_any_number_of_ranks(tmp_pa
     [
         ({"ep_size": 3}, "was measured with 2 ranks, not with 3"),
         ({"ep_size": 2, "device": "cuda"}, "was measured on cpu, the ranks are on cuda"),
-        ({"ep_size": 2, "all_to_all": "nccl"}, "has no effect with all_to_all 'nccl'"),
+        ({"ep_size": 2, "all2all_backend": "nccl"}, "has no effect with all2all_backend 'nccl'"),
     ],
 )
 def test_a_table_of_other_ranks_is_refused_before_any_starts(tmp_path, options, message):
     before = psutil.Process().children()
-    with pytest.raises(ValueError, match=f"^all_to_all_table .*{message}"):
-        LLM(DEMO, launcher="local", all_to_all_table=table_of(tmp_path, nccl=1.0), **options)
+    with pytest.raises(ValueError, match=f"^all2all_table .*{message}"):
+        LLM(DEMO, launcher="local", all2all_table=table_of(tmp_path, nccl=1.0), **options)
     assert psutil.Process().children() == before
 
 
@@ -96,7 +98,7 @@ def test_rows_that_no_scale_fits():
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiny_checkpoints_on_many_ranks(variant, dtype):
-    options = [{"ep_size": size, "all_to_all": name} for name in ("reference", "nvlink") for size in (2, 4)]
+    options = [{"ep_size": size, "all2all_backend": name} for name in ("reference", "nvlink") for size in (2, 4)]
     invariance.check(variant, dtype, LENGTHS, options)
 
 
@@ -108,7 +110,7 @@ def test_demo_model(ep_size):
     prompts = ["12+34=", "Sort: dcab", "Reverse: hello", "7*8="]
 
     def run(all_to_all):
-        with LLM(DEMO, launcher="local", ep_size=ep_size, threads_per_rank=1, all_to_all=all_to_all) as llm:
+        with LLM(DEMO, launcher="local", ep_size=ep_size, threads_per_rank=1, all2all_backend=all_to_all) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
         return said(outputs)
 

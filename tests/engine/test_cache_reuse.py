@@ -36,10 +36,10 @@ def talk(llm, num_sessions=3, num_turns=3):
 
 
 def test_a_conversation_is_computed_once():
-    with serve(kv_cache_bytes=20_000_000) as llm:
+    with serve(kv_cache_memory_bytes=20_000_000) as llm:
         turns = talk(llm)
         counts = llm.stats()
-    with serve(kv_cache_bytes=20_000_000, prefix_cache=False) as llm:
+    with serve(kv_cache_memory_bytes=20_000_000, enable_prefix_caching=False) as llm:
         assert [(texts, answers) for texts, answers, _ in talk(llm)] == [
             (texts, answers) for texts, answers, _ in turns
         ]
@@ -57,7 +57,7 @@ def test_a_conversation_is_computed_once():
 def test_salt_and_tenant_keep_prefixes_apart():
     prompt = tiny.prompt(50, seed=3)
     params = SamplingParams(temperature=0, max_tokens=2)
-    with serve(kv_cache_bytes=20_000_000) as llm:
+    with serve(kv_cache_memory_bytes=20_000_000) as llm:
 
         def cached(**options):
             return llm.generate([prompt], params, use_tqdm=False, **options)[0].num_cached_tokens
@@ -72,7 +72,7 @@ def test_a_pool_that_is_too_small_gives_the_same_tokens(ep_size):
     prompts = [tiny.prompt(20 + 3 * i, seed=i) for i in range(12)]
     answers, preemptions = [], []
     for blocks in (400, 17):
-        with serve(kv_cache_bytes=blocks * block_bytes(), max_model_len=200, ep_size=ep_size) as llm:
+        with serve(kv_cache_memory_bytes=blocks * block_bytes(), max_model_len=200, ep_size=ep_size) as llm:
             outputs = greedy(llm, prompts, 60)
             answers.append([list(output.outputs[0].token_ids) for output in outputs])
             preemptions.append(llm.stats()["preemptions"])
@@ -89,7 +89,7 @@ def block_bytes():
 def test_prompt_logprobs_do_not_change_with_the_cache():
     prompt = tiny.prompt(60, seed=5)
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2)
-    with serve(kv_cache_bytes=20_000_000) as llm:
+    with serve(kv_cache_memory_bytes=20_000_000) as llm:
         first, again = (llm.generate([prompt], params, use_tqdm=False)[0] for _ in range(2))
     assert again.num_cached_tokens == 0
     for before, after in zip(first.prompt_logprobs[1:], again.prompt_logprobs[1:], strict=True):

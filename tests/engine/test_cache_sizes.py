@@ -18,7 +18,7 @@ FULL, WINDOW = spec("full", 100), spec("window", 60, 128)
 
 
 def config(**changes):
-    values = {"max_running": 4, "max_num_tokens": 64, "block_size": BLOCK}
+    values = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "block_size": BLOCK}
     return EngineConfig(model="m", **{**values, **changes})
 
 
@@ -38,7 +38,7 @@ def total(sizes, specs):
     ],
 )
 def test_as_many_tokens_as_fit(specs, budget):
-    sizes = cache_sizes(config(kv_cache_bytes=budget, max_model_len=1024), specs, 1024)
+    sizes = cache_sizes(config(kv_cache_memory_bytes=budget, max_model_len=1024), specs, 1024)
     keep_all = [num for num, spec in zip(sizes.num_blocks, specs, strict=True) if spec.window is None]
     assert set(keep_all or sizes.num_blocks) == {sizes.num_tokens // BLOCK + 1}
     assert max(sizes.num_blocks) == sizes.num_tokens // BLOCK + 1
@@ -51,12 +51,12 @@ def test_as_many_tokens_as_fit(specs, budget):
 
 
 def test_a_window_gets_what_running_requests_can_use():
-    sizes = cache_sizes(config(kv_cache_bytes=20_000_000), (FULL, WINDOW), 8192)
+    sizes = cache_sizes(config(kv_cache_memory_bytes=20_000_000), (FULL, WINDOW), 8192)
     full, window = sizes.num_blocks
     # 128 tokens begin anywhere in a block, and so does the next one: 10 blocks of each request, and the 4 of a step.
     assert window == 2 * (4 * 10 + 4) + 1
     assert full == (20_000_000 - 88 * 60 * BLOCK) // (100 * BLOCK) + 1
-    many = cache_sizes(config(kv_cache_bytes=20_000_000, max_running=10_000), (FULL, WINDOW), 8192)
+    many = cache_sizes(config(kv_cache_memory_bytes=20_000_000, max_num_seqs=10_000), (FULL, WINDOW), 8192)
     assert len(set(many.num_blocks)) == 1, "never more than the full one"
 
 
@@ -69,17 +69,17 @@ def test_without_a_size_it_is_what_requests_need_or_what_is_free():
 
 def test_a_window_gives_way_to_one_long_request():
     one = 64 * 100 * BLOCK + WINDOW.most_blocks(BLOCK, 1024, 64) * 60 * BLOCK
-    sizes = cache_sizes(config(kv_cache_bytes=one, max_model_len=1024), (FULL, WINDOW), 1024)
+    sizes = cache_sizes(config(kv_cache_memory_bytes=one, max_model_len=1024), (FULL, WINDOW), 1024)
     assert sizes.num_blocks == (65, WINDOW.most_blocks(BLOCK, 1024, 64) + 1)
     with pytest.raises(
         CacheTooSmall, match=rf"\({one - 1} bytes\) holds 1008 tokens; max_model_len = 1024 needs {one} bytes"
     ):
-        cache_sizes(config(kv_cache_bytes=one - 1, max_model_len=1024), (FULL, WINDOW), 1024)
+        cache_sizes(config(kv_cache_memory_bytes=one - 1, max_model_len=1024), (FULL, WINDOW), 1024)
 
 
 def test_requests_are_no_longer_than_what_fits_unless_that_was_asked_for():
-    assert cache_sizes(config(kv_cache_bytes=100_000), (FULL,), 8192).max_model_len == 62 * BLOCK
-    windows = cache_sizes(config(kv_cache_bytes=100_000), (WINDOW,), 8192)
+    assert cache_sizes(config(kv_cache_memory_bytes=100_000), (FULL,), 8192).max_model_len == 62 * BLOCK
+    windows = cache_sizes(config(kv_cache_memory_bytes=100_000), (WINDOW,), 8192)
     assert windows.max_model_len == 8192, "a window holds a request of any length"
     with pytest.raises(CacheTooSmall, match="holds 16 tokens; max_model_len = 8192 needs"):
-        cache_sizes(config(kv_cache_bytes=2000), (FULL,), 8192)
+        cache_sizes(config(kv_cache_memory_bytes=2000), (FULL,), 8192)

@@ -11,7 +11,7 @@ from helpers import tiny_checkpoints as tiny
 from expertwire import LLM, SamplingParams
 from expertwire.engine.frontend.chat import Chat
 
-OPTIONS = {"dtype": "float32", "threads_per_rank": 1, "launcher": "local", "kv_cache_bytes": 20_000_000}
+OPTIONS = {"dtype": "float32", "threads_per_rank": 1, "launcher": "local", "kv_cache_memory_bytes": 20_000_000}
 
 
 @pytest.fixture(scope="module")

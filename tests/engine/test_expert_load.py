@@ -59,7 +59,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def alone(cases):
-    with serve(kv_cache_bytes=20_000_000) as llm:
+    with serve(kv_cache_memory_bytes=20_000_000) as llm:
         return ask(llm, [case.ids for case in cases])[0]
 
 
@@ -72,11 +72,14 @@ def test_as_transformers_routes_them(cases, alone):
 
 @pytest.mark.parametrize(
     "options",
-    [{"ep_size": 2, "two_batch_overlap": True, "max_num_tokens": 33}, {"ep_size": 4, "redundant_experts": 3}],
+    [
+        {"ep_size": 2, "enable_two_batch_overlap": True, "max_num_batched_tokens": 33},
+        {"ep_size": 4, "num_redundant_experts": 3},
+    ],
     ids=["2 ranks, halves", "4 ranks"],
 )
 def test_at_any_number_of_ranks(cases, alone, options):
-    with serve(kv_cache_bytes=20_000_000, **options) as llm:
+    with serve(kv_cache_memory_bytes=20_000_000, **options) as llm:
         found, _ = ask(llm, [case.ids for case in cases])
         total = np.array(llm.stats()["expert_load"])
     assert all(map(np.array_equal, found, alone))
@@ -87,7 +90,7 @@ def test_ends_branches_and_those_who_do_not_ask(cases, alone):
     case, load = cases[1], alone[1]
     prompt, stop = case.ids, case.greedy[3]
     assert stop not in case.greedy[:3]
-    with serve(kv_cache_bytes=20_000_000, prefix_cache=False) as llm:
+    with serve(kv_cache_memory_bytes=20_000_000, enable_prefix_caching=False) as llm:
         [stopped], [answer] = ask(llm, [prompt], stop_token_ids=[stop])
         assert len(answer.outputs[0].token_ids) == 4
         assert stopped.tolist() == of_reference(prompt + case.greedy[:3]).tolist(), (
@@ -103,7 +106,7 @@ def test_ends_branches_and_those_who_do_not_ask(cases, alone):
 
 def test_what_the_cache_has_is_not_computed(cases):
     case = cases[2]
-    with serve(kv_cache_bytes=20_000_000) as llm:
+    with serve(kv_cache_memory_bytes=20_000_000) as llm:
         ask(llm, [case.ids])
         [load], [answer] = ask(llm, [case.ids])
     cached = answer.num_cached_tokens
@@ -119,7 +122,7 @@ def test_tokens_computed_twice_count_once():
     found, preemptions = [], []
     for blocks in (400, 17):
         size = blocks * BLOCK * sum(spec.bytes_per_token for spec in specs)
-        with serve(kv_cache_bytes=size, max_model_len=200) as llm:
+        with serve(kv_cache_memory_bytes=size, max_model_len=200) as llm:
             found.append(ask(llm, prompts, max_tokens=60)[0])
             preemptions.append(llm.stats()["preemptions"])
     assert preemptions[0] == 0 < preemptions[1]
@@ -143,7 +146,7 @@ def test_each_front_hears_of_its_own_requests():
 
 def test_a_dense_model_has_none():
     with (
-        LLM(parity.checkpoint("qwen3"), launcher="local", threads_per_rank=1, kv_cache_bytes=20_000_000) as llm,
+        LLM(parity.checkpoint("qwen3"), launcher="local", threads_per_rank=1, kv_cache_memory_bytes=20_000_000) as llm,
         pytest.raises(ValueError, match="expert_load must be False: Qwen3ForCausalLM has no experts"),
     ):
         llm.generate([[1, 2]], params(), use_tqdm=False)

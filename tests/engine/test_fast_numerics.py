@@ -39,6 +39,8 @@ def test_the_engine_answers_alike():
     params = SamplingParams(max_tokens=8, temperature=0.0)
     answers = []
     for numerics in ("invariant", "fast"):
-        with LLM(folder, dtype="float32", ep_size=2, numerics=numerics, max_num_tokens=64, threads_per_rank=1) as llm:
+        with LLM(
+            folder, dtype="float32", ep_size=2, numerics=numerics, max_num_batched_tokens=64, threads_per_rank=1
+        ) as llm:
             answers.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
     assert answers[0] == answers[1]

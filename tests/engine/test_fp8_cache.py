@@ -123,11 +123,11 @@ def test_company_chunks_ranks_and_cached_prefixes():
     params = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, logprobs=8)
     prompts = [tiny.prompt(length, seed=length) for length in lengths]
     options = {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "launcher": "local", "threads_per_rank": 1}
-    options |= {"kv_cache_bytes": 10_000_000}
-    with LLM(parity.checkpoint(VARIANT), prefix_cache=False, **options) as llm:
+    options |= {"kv_cache_memory_bytes": 10_000_000}
+    with LLM(parity.checkpoint(VARIANT), enable_prefix_caching=False, **options) as llm:
         alone = [observed(llm.generate([prompt], params, use_tqdm=False)[0]) for prompt in prompts]
         assert llm.model_info.kv_cache_dtype == "fp8"
-    with LLM(parity.checkpoint(VARIANT), ep_size=2, chunk_tokens=48, **options) as llm:
+    with LLM(parity.checkpoint(VARIANT), ep_size=2, chunked_prefill_size=48, **options) as llm:
         for attempt in ("cold", "cached"):
             outputs = llm.generate(prompts, params, use_tqdm=False)
             assert (sum(output.num_cached_tokens for output in outputs) > 0) == (attempt == "cached")
@@ -183,8 +183,8 @@ def test_a_scale_has_to_be_positive(tmp_path, scale):
 
 
 def test_flashinfer_takes_no_fp8():
-    options = {"attention": "flashinfer", "numerics": "fast", "kv_cache_dtype": "fp8"}
+    options = {"attention_backend": "flashinfer", "numerics": "fast", "kv_cache_dtype": "fp8"}
     with pytest.raises(
-        ValueError, match=r"^attention 'flashinfer' needs kv_cache_dtype 'auto', got 'fp8'; or use 'triton'$"
+        ValueError, match=r"^attention_backend 'flashinfer' needs kv_cache_dtype 'auto', got 'fp8'; or use 'triton'$"
     ):
         EngineConfig(model="m", **options)

@@ -21,7 +21,7 @@ def observe(variant, dtype, lengths, **options):
         dtype=dtype,
         launcher="local",
         threads_per_rank=1,
-        kv_cache_bytes=20_000_000,
+        kv_cache_memory_bytes=20_000_000,
         **options,
     ) as llm:
         for length in lengths:
@@ -38,7 +38,7 @@ def check(variant, dtype, lengths, settings):
 
 
 def test_representative():
-    ranks = [{"ep_size": 1}, {"ep_size": 2, "redundant_experts": 2}, {"ep_size": 4}]
+    ranks = [{"ep_size": 1}, {"ep_size": 2, "num_redundant_experts": 2}, {"ep_size": 4}]
     check("qwen3_moe", "bfloat16", [1, 2, 17, 65, 200], ranks)
 
 
@@ -63,11 +63,11 @@ def test_a_prompt_in_chunks(dtype, threads):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_company_chunks_ranks_and_cache(dtype):
     lengths = [1, 2, 17, 40, 65, 150, 200]
-    alone = observe("qwen3_moe", dtype, lengths, prefix_cache=False)
+    alone = observe("qwen3_moe", dtype, lengths, enable_prefix_caching=False)
     params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True, logprobs=64)
     prompts = [tiny.prompt(length, seed=length) for length in lengths]
-    options = {"dtype": dtype, "launcher": "local", "threads_per_rank": 1, "kv_cache_bytes": 20_000_000}
-    with LLM(parity.checkpoint("qwen3_moe"), ep_size=2, chunk_tokens=48, **options) as llm:
+    options = {"dtype": dtype, "launcher": "local", "threads_per_rank": 1, "kv_cache_memory_bytes": 20_000_000}
+    with LLM(parity.checkpoint("qwen3_moe"), ep_size=2, chunked_prefill_size=48, **options) as llm:
         for attempt in ("cold", "cached"):
             outputs = llm.generate(prompts, params, use_tqdm=False)
             # Who has a prefix is a guess: one in some hundred short ones is not found.

@@ -15,7 +15,12 @@ def test_answers_are_those_of_one_request_alone():
     prompts = [tiny.prompt(length, seed=length) for length in LENGTHS]
     expected = [RankModel(folder).greedy(ids, NUM_NEW) for ids in prompts]
     sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
-    options = {"block_size": BLOCK, "max_num_tokens": 64, "max_model_len": 256, "kv_cache_bytes": 1 << 20}
+    options = {
+        "block_size": BLOCK,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 256,
+        "kv_cache_memory_bytes": 1 << 20,
+    }
     with LLM(str(folder), launcher="local", threads_per_rank=1, **options) as llm:
         assert set(llm.model_info.cache_blocks) == {"latent", "index"}
         for cached in (0, LENGTHS[-1] // BLOCK * BLOCK):

@@ -9,7 +9,7 @@ from helpers.rank_model import RankModel
 
 from expertwire import LLM
 
-OPTIONS = {"dtype": "float32", "threads_per_rank": 1, "launcher": "local", "kv_cache_bytes": 20_000_000}
+OPTIONS = {"dtype": "float32", "threads_per_rank": 1, "launcher": "local", "kv_cache_memory_bytes": 20_000_000}
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def test_logits_of_every_position(variant, num, lengths, threads):
 @pytest.mark.parametrize(
     ("variant", "lengths", "together", "options"),
     [
-        ("mixtral", (17, 130), True, {"ep_size": 2, "max_num_tokens": 32}),
+        ("mixtral", (17, 130), True, {"ep_size": 2, "max_num_batched_tokens": 32}),
         ("mixtral, 2 experts", (2, 63), True, {"ep_size": 3}),
-        ("qwen3_moe, weights as they are", (16, 300), False, {"ep_size": 2, "redundant_experts": 3}),
-        ("qwen3", (1, 63), True, {"ep_size": 1, "max_num_tokens": 32}),
+        ("qwen3_moe, weights as they are", (16, 300), False, {"ep_size": 2, "num_redundant_experts": 3}),
+        ("qwen3", (1, 63), True, {"ep_size": 1, "max_num_batched_tokens": 32}),
     ],
 )
 def test_tokens_and_logprobs(variant, lengths, together, options):
@@ -59,5 +59,5 @@ def test_the_reference_decodes_the_same(ep_size):
     case = parity.case("qwen3_moe", 15)
     whole = parity.reference_logprobs(parity.checkpoint("qwen3_moe"), case.ids + case.greedy[:-1])
     assert whole[len(case.ids) - 1 :].argmax(-1).tolist() == case.greedy
-    with LLM(parity.checkpoint("qwen3_moe"), **OPTIONS, ep_size=ep_size, max_num_tokens=8) as llm:
+    with LLM(parity.checkpoint("qwen3_moe"), **OPTIONS, ep_size=ep_size, max_num_batched_tokens=8) as llm:
         assert not parity.compare(llm, [case], together=False).failures

@@ -29,7 +29,7 @@ def serve(**options):
         dtype="bfloat16",
         launcher="local",
         threads_per_rank=1,
-        kv_cache_bytes=20_000_000,
+        kv_cache_memory_bytes=20_000_000,
         **options,
     ) as llm:
         for _ in range(ROUNDS):
@@ -60,7 +60,7 @@ def boards(tmp_path):
 @pytest.mark.parametrize(("ep_size", "redundant"), [(2, 0), (4, 4)])
 def test_moving_under_load_changes_nothing(unmoved, ep_size, redundant, boards):
     topology = boards if redundant else None
-    seen, stats = serve(ep_size=ep_size, redundant_experts=redundant, topology=topology, rebalance_steps=4)
+    seen, stats = serve(ep_size=ep_size, num_redundant_experts=redundant, topology=topology, eplb_step_interval=4)
     assert len(seen) == ROUNDS * len(PROMPTS)
     assert all(len(tokens) == NUM_OUTPUT for tokens, _, _ in seen), "a request is not complete"
     moved = stats["rebalancing"]
@@ -102,15 +102,15 @@ def test_experts_come_to_lie_where_they_do_not_fail_together():
 
 
 def test_options_that_contradict_it_are_refused(boards):
-    with pytest.raises(ValueError, match="rebalance_steps 5 has no effect with ep_size 1"):
-        EngineConfig(model="x", rebalance_steps=5)
-    with pytest.raises(ValueError, match="rebalance_steps must be an integer >= 0, got -1"):
-        EngineConfig(model="x", ep_size=2, rebalance_steps=-1)
-    with pytest.raises(ValueError, match="rebalance_steps must be 0: Qwen3ForCausalLM has no experts"):
-        LLM(parity.checkpoint("qwen3"), ep_size=2, rebalance_steps=5, launcher="local")
-    with pytest.raises(ValueError, match="topology 'hgx8' has no effect with redundant_experts 0"):
+    with pytest.raises(ValueError, match="eplb_step_interval 5 has no effect with ep_size 1"):
+        EngineConfig(model="x", eplb_step_interval=5)
+    with pytest.raises(ValueError, match="eplb_step_interval must be an integer >= 0, got -1"):
+        EngineConfig(model="x", ep_size=2, eplb_step_interval=-1)
+    with pytest.raises(ValueError, match="eplb_step_interval must be 0: Qwen3ForCausalLM has no experts"):
+        LLM(parity.checkpoint("qwen3"), ep_size=2, eplb_step_interval=5, launcher="local")
+    with pytest.raises(ValueError, match="topology 'hgx8' has no effect with num_redundant_experts 0"):
         EngineConfig(model="x", ep_size=2, topology="hgx8")
     with pytest.raises(ValueError, match="topology must be the path of a file"):
-        EngineConfig(model="x", ep_size=2, redundant_experts=2, topology=5)
+        EngineConfig(model="x", ep_size=2, num_redundant_experts=2, topology=5)
     with pytest.raises(ValueError, match=r"ep_size must be in \[1, 4\], the ranks of 'boards', got 8"):
-        LLM(parity.checkpoint("qwen3_moe"), ep_size=8, redundant_experts=8, topology=boards, launcher="local")
+        LLM(parity.checkpoint("qwen3_moe"), ep_size=8, num_redundant_experts=8, topology=boards, launcher="local")

@@ -53,17 +53,23 @@ def test_bad_ones_are_refused(values, error):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"policy": "lottery"}, "policy must be one of fcfs, priority, shortest, prefix, fair, got 'lottery'"),
-        ({"aging": 1.0}, "aging has no effect with policy 'fcfs'; use 'priority' or 'shortest'"),
-        ({"aging": -1, "policy": "priority"}, "aging must be a number from 0 to"),
-        ({"aging": float("nan"), "policy": "shortest"}, "aging"),
-        ({"tenant_weights": {"a": 1}}, "tenant_weights has no effect with policy 'fcfs'; use 'fair'"),
-        ({"tenant_weights": [1], "policy": "fair"}, "tenant_weights must be a dictionary"),
-        ({"tenant_weights": {"a": 0}, "policy": "fair"}, r"tenant_weights\['a'\] must be a number from 0.001"),
-        ({"tenant_weights": {1: 1}, "policy": "fair"}, "tenant_weights: a tenant must be a string"),
-        ({"prefix_cache": 1}, "prefix_cache must be True or False"),
-        ({"chunk_tokens": 0}, "chunk_tokens must be an integer >= 1"),
-        ({"max_waiting_per_tenant": 0}, "max_waiting_per_tenant must be an integer >= 1"),
+        (
+            {"scheduling_policy": "lottery"},
+            "scheduling_policy must be one of fcfs, priority, shortest, prefix, fair, got 'lottery'",
+        ),
+        ({"aging": 1.0}, "aging has no effect with scheduling_policy 'fcfs'; use 'priority' or 'shortest'"),
+        ({"aging": -1, "scheduling_policy": "priority"}, "aging must be a number from 0 to"),
+        ({"aging": float("nan"), "scheduling_policy": "shortest"}, "aging"),
+        ({"tenant_weights": {"a": 1}}, "tenant_weights has no effect with scheduling_policy 'fcfs'; use 'fair'"),
+        ({"tenant_weights": [1], "scheduling_policy": "fair"}, "tenant_weights must be a dictionary"),
+        (
+            {"tenant_weights": {"a": 0}, "scheduling_policy": "fair"},
+            r"tenant_weights\['a'\] must be a number from 0.001",
+        ),
+        ({"tenant_weights": {1: 1}, "scheduling_policy": "fair"}, "tenant_weights: a tenant must be a string"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False"),
+        ({"chunked_prefill_size": 0}, "chunked_prefill_size must be an integer >= 1"),
+        ({"max_queued_requests_per_tenant": 0}, "max_queued_requests_per_tenant must be an integer >= 1"),
     ],
 )
 def test_bad_options_of_an_engine_are_refused(options, error):
@@ -73,7 +79,7 @@ def test_bad_options_of_an_engine_are_refused(options, error):
 
 def test_an_engines_options_reach_other_processes():
     weights = {"a": 1, "b": 2.5}
-    config = EngineConfig(model="m", policy="fair", tenant_weights=weights)
+    config = EngineConfig(model="m", scheduling_policy="fair", tenant_weights=weights)
     weights["c"] = -1
     assert pickle.loads(pickle.dumps(config)) == config
     assert config.tenant_weights == {"a": 1, "b": 2.5}

@@ -10,12 +10,12 @@ from expertwire.kernels.ops.sampling import uniform
 
 FOLDER = tiny.cached("qwen3_moe")
 VOCAB = 320
-OPTIONS = {"dtype": "float32", "threads_per_rank": 1, "launcher": "local", "kv_cache_bytes": 20_000_000}
+OPTIONS = {"dtype": "float32", "threads_per_rank": 1, "launcher": "local", "kv_cache_memory_bytes": 20_000_000}
 
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM(FOLDER, **OPTIONS, ep_size=2, max_num_tokens=40) as llm:
+    with LLM(FOLDER, **OPTIONS, ep_size=2, max_num_batched_tokens=40) as llm:
         yield llm
 
 

@@ -24,7 +24,7 @@ def test_outputs_wait_for_a_slow_front():
     # Far more than a socket's buffer holds.
     params = SamplingParams(max_tokens=2, prompt_logprobs=64, ignore_eos=True)
     config = EngineConfig(
-        model=str(tiny.cached("qwen3")), dtype="float32", threads_per_rank=1, kv_cache_bytes=20_000_000
+        model=str(tiny.cached("qwen3")), dtype="float32", threads_per_rank=1, kv_cache_memory_bytes=20_000_000
     )
     with Engine(config, LocalLauncher()) as engine:
         slow, other = (Front(engine.connect(), None) for _ in range(2))

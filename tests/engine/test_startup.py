@@ -58,7 +58,7 @@ MODEL = SimpleNamespace(
 )  # fmt: skip
 SPEC = SimpleNamespace(
     name="full", kind="full", bytes_per_token=64, writers=(0,), window=None,
-    most_blocks=lambda size, length, max_num_tokens: -(-length // size),
+    most_blocks=lambda size, length, max_num_batched_tokens: -(-length // size),
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_ranks_have_all_loaded_before_any_runs_its_largest_step():
 def test_the_step_is_larger_on_a_gpu_unless_it_was_asked_for():
     assert EngineConfig(model="m").on("cpu").step_tokens == 2048
     assert EngineConfig(model="m").on("cuda:3").step_tokens == 8192
-    assert EngineConfig(model="m", max_num_tokens=100).on("cuda").step_tokens == 100
+    assert EngineConfig(model="m", max_num_batched_tokens=100).on("cuda").step_tokens == 100
 
 
 # ---- memory of a GPU
@@ -104,7 +104,7 @@ DENSE = SimpleNamespace(sparse_layers=(False,))
 
 
 def options(**values):
-    return EngineConfig(model="m", max_running=1, max_num_tokens=1, **values)
+    return EngineConfig(model="m", max_num_seqs=1, max_num_batched_tokens=1, **values)
 
 
 class Memory(FakeCuda):
@@ -145,10 +145,10 @@ def test_caches_get_what_the_largest_step_leaves(monkeypatch):
 def test_caches_that_cannot_be_had_are_refused_before_they_are_allocated():
     found = Measured(total=100 * GB, peak=69 * GB, largest_graph=GB, outside=2 * GB)
     with pytest.raises(
-        ValueError, match=r"kv_cache_bytes is 30000000000, but 17.97 GB are left.*utilization 0.9 of 100.00"
+        ValueError, match=r"kv_cache_memory_bytes is 30000000000, but 17.97 GB are left.*utilization 0.9 of 100.00"
     ):
-        found.room(options(kv_cache_bytes=30 * GB), DENSE)
-    with pytest.raises(ValueError, match=r"-42\.03 GB are left for caches.*a lower max_num_tokens"):
+        found.room(options(kv_cache_memory_bytes=30 * GB), DENSE)
+    with pytest.raises(ValueError, match=r"-42\.03 GB are left for caches.*a lower max_num_batched_tokens"):
         found.room(options(gpu_memory_utilization=0.3), DENSE)
 
 

@@ -86,14 +86,14 @@ def alone():
 @pytest.mark.parametrize(
     "options",
     [
-        {"ep_size": 2, "all_to_all": "nvlink", "max_num_tokens": 33},
-        {"ep_size": 4, "all_to_all": "reference", "redundant_experts": 4, "rebalance_steps": 4},
+        {"ep_size": 2, "all2all_backend": "nvlink", "max_num_batched_tokens": 33},
+        {"ep_size": 4, "all2all_backend": "reference", "num_redundant_experts": 4, "eplb_step_interval": 4},
     ],
     ids=["nvlink, small steps", "reference, while experts move"],
 )
 def test_served_requests_have_the_same_bits(alone, options):
     """Prompts and decodes together; at the end there are steps of one token, so halves and ranks without any."""
-    seen, stats = live.serve(two_batch_overlap=True, **options)
+    seen, stats = live.serve(enable_two_batch_overlap=True, **options)
     assert seen == alone
     rows = np.array(stats["expert_load"])
     assert set(rows.sum(axis=1).tolist()) == {0, live.TOP_K * stats["tokens_computed"]}
@@ -103,15 +103,17 @@ def test_served_requests_have_the_same_bits(alone, options):
 @pytest.mark.parametrize("all_to_all", ["reference", "nccl", "nvlink"])
 @pytest.mark.parametrize("ep_size", [2, 4])
 def test_all_backends(alone, all_to_all, ep_size):
-    for max_num_tokens in (1, 50):
-        options = {"ep_size": ep_size, "all_to_all": all_to_all, "max_num_tokens": max_num_tokens}
-        assert live.serve(two_batch_overlap=True, **options)[0] == alone
+    for max_num_batched_tokens in (1, 50):
+        options = {"ep_size": ep_size, "all2all_backend": all_to_all, "max_num_batched_tokens": max_num_batched_tokens}
+        assert live.serve(enable_two_batch_overlap=True, **options)[0] == alone
 
 
 def test_where_nothing_travels_it_is_refused():
-    with pytest.raises(ValueError, match="two_batch_overlap True has no effect with ep_size 1, where nothing travels"):
-        EngineConfig(model="x", two_batch_overlap=True)
-    with pytest.raises(ValueError, match="two_batch_overlap must be True or False, got 1"):
-        EngineConfig(model="x", ep_size=2, two_batch_overlap=1)
-    with pytest.raises(ValueError, match="two_batch_overlap has no effect: Qwen3ForCausalLM has no experts"):
-        LLM(parity.checkpoint("qwen3"), ep_size=2, two_batch_overlap=True, launcher="local")
+    with pytest.raises(
+        ValueError, match="enable_two_batch_overlap True has no effect with ep_size 1, where nothing travels"
+    ):
+        EngineConfig(model="x", enable_two_batch_overlap=True)
+    with pytest.raises(ValueError, match="enable_two_batch_overlap must be True or False, got 1"):
+        EngineConfig(model="x", ep_size=2, enable_two_batch_overlap=1)
+    with pytest.raises(ValueError, match="enable_two_batch_overlap has no effect: Qwen3ForCausalLM has no experts"):
+        LLM(parity.checkpoint("qwen3"), ep_size=2, enable_two_batch_overlap=True, launcher="local")

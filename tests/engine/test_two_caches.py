@@ -27,9 +27,11 @@ def assert_greedy(prompt, answer):
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_small_pools(ep_size):
     prompts = [tiny.prompt(length, seed=length) for length in LENGTHS]
-    options = {"block_size": BLOCK, "max_num_tokens": 32, "max_running": 2, "max_model_len": 400}
+    options = {"block_size": BLOCK, "max_num_batched_tokens": 32, "max_num_seqs": 2, "max_model_len": 400}
     folder = str(architectures.folder(NAME))
-    with LLM(folder, launcher="local", threads_per_rank=1, ep_size=ep_size, kv_cache_bytes=BYTES, **options) as llm:
+    with LLM(
+        folder, launcher="local", threads_per_rank=1, ep_size=ep_size, kv_cache_memory_bytes=BYTES, **options
+    ) as llm:
         blocks = llm.model_info.cache_blocks
         # Without giving blocks back, the window's cache would not even hold the first request.
         assert blocks[f"window {WINDOW}"] * BLOCK < LENGTHS[0] + NUM_NEW

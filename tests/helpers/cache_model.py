@@ -125,10 +125,10 @@ class Server:
     def __init__(self, runner, num_blocks, *, depth=1):
         self.config = SchedulerConfig(
             num_ranks=1,
-            max_running=4,
-            max_num_tokens=16,
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
             num_blocks=num_blocks,
-            max_waiting=99,
+            max_queued_requests=99,
             eos_token_ids=(),
             vocab_size=VOCAB,
             **SIZES,

@@ -45,7 +45,7 @@ INFO = ModelInfo(
     cache_tokens=1584,
     cache_blocks={"full": 100},
     cache_bytes={"full": 6400},
-    max_running=8,
+    max_num_seqs=8,
     seed=7,
 )
 
@@ -155,13 +155,13 @@ class ThreadController:
 
     Args:
         info: what is served.
-        max_waiting: requests that may wait; of `info.max_running` running ones.
+        max_queued_requests: requests that may wait; of `info.max_num_seqs` running ones.
         fail_after: a `Failure` of rank 1 comes after so many steps.
         reject: prompts that begin with this token are answered INVALID_ARGUMENT.
     """
 
     def __init__(
-        self, info: ModelInfo = INFO, *, max_waiting: int = 10**6, fail_after: int = -1, reject: int = -1
+        self, info: ModelInfo = INFO, *, max_queued_requests: int = 10**6, fail_after: int = -1, reject: int = -1
     ) -> None:
         self.front_channel, self._channel = channel_pair()
         self.most_waiting = 0
@@ -169,7 +169,7 @@ class ThreadController:
         self.options: list[RequestOptions] = []  # of every request, in the order of submission
         self.paused = threading.Event()
         self._info = info
-        self._max_waiting = max_waiting
+        self._max_queued_requests = max_queued_requests
         self._fail_after = fail_after
         self._reject = reject
         self._waiting: dict[int, _Running] = {}
@@ -225,14 +225,14 @@ class ThreadController:
     def _admit(self, wire: int, request: _Running) -> None:
         if request.prompt[0] == self._reject:
             self._send(Rejection(wire, "INVALID_ARGUMENT", "too many blocks"))
-        elif len(self._waiting) >= self._max_waiting:
+        elif len(self._waiting) >= self._max_queued_requests:
             self._send(Rejection(wire, "RESOURCE_EXHAUSTED", "queue full"))
         else:
             self._waiting[wire] = request
             self.most_waiting = max(self.most_waiting, len(self._waiting))
 
     def _step(self, step: int) -> None:
-        while self._waiting and len(self._running) < self._info.max_running:
+        while self._waiting and len(self._running) < self._info.max_num_seqs:
             wire = next(iter(self._waiting))
             self._running[wire] = self._waiting.pop(wire)
         rows, prompt_rows = [], []

@@ -17,7 +17,8 @@ from expertwire.scheduler.sampling_params import SamplingParams
 MODEL_INFO = ModelInfo(
     name="fake", path="/models/fake", architecture="Qwen3MoeForCausalLM", dtype="float32", kv_cache_dtype="float32",
     vocab_size=100, max_model_len=1000, eos_token_ids=(2, 3), num_layers=2, num_experts=8, top_k=2, ep_size=3, device="cpu",
-    all_to_all="", block_size=16, cache_tokens=1008, cache_blocks={"full": 64}, cache_bytes={"full": 4096}, max_running=8, seed=5,
+    all_to_all="", block_size=16, cache_tokens=1008, cache_blocks={"full": 64}, cache_bytes={"full": 4096},
+    max_num_seqs=8, seed=5,
 )  # fmt: skip
 
 

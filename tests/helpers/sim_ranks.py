@@ -38,12 +38,12 @@ def make_config(**changes) -> SchedulerConfig:
     """Small, with end-of-sequence ids 0 and 1 of a vocabulary of 50."""
     sizes = {
         "num_ranks": 2,
-        "max_running": 3,
-        "max_num_tokens": 8,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 8,
         "max_model_len": 32,
         "block_size": 4,
         "num_blocks": 17,
-        "max_waiting": 100,
+        "max_queued_requests": 100,
         "eos_token_ids": (0, 1),
         "vocab_size": 50,
     }
@@ -122,7 +122,7 @@ class SimRank:
     def run(self, plan: StepPlan) -> StepResult:
         """Apply this rank's slice and answer."""
         mine = plan.rank(self.rank)
-        assert plan.num_tokens_P[self.rank] == mine.sched_num_S.sum() <= self.config.max_num_tokens
+        assert plan.num_tokens_P[self.rank] == mine.sched_num_S.sum() <= self.config.max_num_batched_tokens
         self._update_slots(mine)
         if self.no_decode_waits:
             self._check_no_decode_is_left_out(mine)
@@ -146,7 +146,7 @@ class SimRank:
             del self.slots[index]
         for i, index in enumerate(mine.admit_slot_A.tolist()):
             assert index not in self.slots, f"slot {index} is in use"
-            assert 0 <= index < self.config.max_running
+            assert 0 <= index < self.config.max_num_seqs
             self.slots[index] = Slot(
                 sampling=mine.admit_sampling_A[i].copy(),
                 tokens=mine.admit_tokens[i].tolist(),

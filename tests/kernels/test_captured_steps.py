@@ -31,7 +31,12 @@ MAX_TOKENS, MAX_RUNNING, DEVICE = 32, 2, "cuda:0"
 
 
 def schedule(config):
-    limits = {"max_running": MAX_RUNNING, "max_num_tokens": MAX_TOKENS, "num_blocks": NUM_BLOCKS, "max_waiting": 9}
+    limits = {
+        "max_num_seqs": MAX_RUNNING,
+        "max_num_batched_tokens": MAX_TOKENS,
+        "num_blocks": NUM_BLOCKS,
+        "max_queued_requests": 9,
+    }
     scheduler = Scheduler(
         SchedulerConfig(num_ranks=1, eos_token_ids=(), vocab_size=config.vocab_size, **limits, **SIZES),
         config.cache_specs(),
@@ -78,14 +83,14 @@ def test_what_a_capture_refuses_is_named(monkeypatch, violation, message):
     with OnCpu(), FakeLaunches() as gpu:
         _, runner = build(1, MAX_TOKENS, FakeCapture(gpu))
         with pytest.raises(AssertionError, match=message):
-            runner.warm_up(max_num_tokens=MAX_TOKENS, max_running=MAX_RUNNING)
+            runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
 
 
 def test_inputs_that_a_graph_does_not_keep_are_found(monkeypatch):
     """It must write where the captured kernels read."""
     with FakeLaunches() as gpu:
         config, runner = build(1, MAX_TOKENS, FakeCapture(gpu))
-        runner.warm_up(max_num_tokens=MAX_TOKENS, max_running=MAX_RUNNING)
+        runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
         serve(config, runner)
         for graph in runner._graphs:
             graph.inputs[:] = [tensor.clone() for tensor in graph.inputs]
@@ -105,7 +110,7 @@ def streams(monkeypatch):
 def test_steps_launched_ahead_share_no_memory_too_early(streams, num_parts):
     """Neither a pinned buffer nor what two streams use; two steps are under way, in halves on three streams."""
     config, runner = build(1, MAX_TOKENS, None, device=DEVICE, num_parts=num_parts)
-    runner.warm_up(max_num_tokens=MAX_TOKENS, max_running=MAX_RUNNING)
+    runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     serve(config, runner, ahead=DeviceRunner.depth - 1)
 
 
@@ -121,14 +126,14 @@ def test_a_captured_step_ends_on_the_stream_it_began_on(streams, num_ranks):
         return Captured(lambda: None, out)
 
     _, runner = build(num_ranks, MAX_TOKENS, capture, device=DEVICE, num_parts=2)
-    runner.warm_up(max_num_tokens=MAX_TOKENS, max_running=MAX_RUNNING)
+    runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     assert unjoined
     assert not any(unjoined)
     for all_to_all in runner._model.context.all_to_alls:
         all_to_all.dispatch_recv = lambda handle, each=all_to_all: each._inner.dispatch_recv(handle.inner)
         all_to_all.combine_recv = lambda handle, each=all_to_all: each._inner.combine_recv(handle.inner)
     with pytest.raises(StreamOrderError, match=r"memory of .* stream \d may still use"):
-        runner.warm_up(max_num_tokens=MAX_TOKENS, max_running=MAX_RUNNING)
+        runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
 
 
 class FakeGraph:
@@ -154,7 +159,7 @@ def test_what_is_done_before_a_capture_is_ordered_too(streams, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     capture = cuda_graphs.cuda(lambda: meetings.append(len(captures)))
     _, runner = build(2, MAX_TOKENS, capture, device=DEVICE, num_parts=2)
-    runner.warm_up(max_num_tokens=MAX_TOKENS, max_running=MAX_RUNNING)
+    runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     assert len(captures) > 3
     assert meetings == list(range(len(captures))), "all ranks meet before each"
 

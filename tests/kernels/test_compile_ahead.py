@@ -83,7 +83,7 @@ def test_each_launch_is_in_one_share():
 
 
 def rank(folder, num_ranks=1, **options):
-    config = EngineConfig(model=str(folder), ep_size=num_ranks, max_running=3, max_num_tokens=32, **options)
+    config = EngineConfig(model=str(folder), ep_size=num_ranks, max_num_seqs=3, max_num_batched_tokens=32, **options)
     model = read_model_config(folder, "bfloat16")
     return precompile.Rank(config=config, model=model, max_model_len=64, gpu=H200, rank=0, num_ranks=num_ranks)
 
@@ -124,7 +124,7 @@ def test_steps_of_several_exchanges_are_warmed_up_as_such(monkeypatch):
     """The kernels of an exchange depend on how many tokens it takes, and so do the steps that are captured."""
     monkeypatch.setattr(arena, "EXCHANGE_BYTES", 0)
     of = rank(CONFIGS / "qwen3-30b-a3b", 8)
-    of = replace(of, config=replace(of.config, max_num_tokens=512))
+    of = replace(of, config=replace(of.config, max_num_batched_tokens=512))
     taken, found = [], NvlinkGpuAllToAll.dispatch_send
 
     def note(self, x_TD, *rest):

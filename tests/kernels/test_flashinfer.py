@@ -85,7 +85,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 
 def test_a_cpu_has_none():
-    with pytest.raises(ValueError, match="attention must be 'triton' where the device is a CPU"):
+    with pytest.raises(ValueError, match="attention_backend must be 'triton' where the device is a CPU"):
         registry.choose("cpu", fast=True, attention="flashinfer")
 
 
@@ -94,13 +94,13 @@ def test_a_cpu_has_none():
     [
         ({"numerics": "invariant"}, "needs numerics 'fast', got 'invariant'"),
         ({"device": "cpu"}, "must be 'triton' with device 'cpu'"),
-        ({"two_batch_overlap": True, "ep_size": 2}, "needs two_batch_overlap False, got True"),
-        ({"attention": "flash"}, "attention must be one of triton, flashinfer, got 'flash'"),
+        ({"enable_two_batch_overlap": True, "ep_size": 2}, "needs enable_two_batch_overlap False, got True"),
+        ({"attention_backend": "flash"}, "attention_backend must be one of triton, flashinfer, got 'flash'"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ValueError, match=message):
-        EngineConfig(**{"model": "", "attention": "flashinfer", "numerics": "fast", **options})
+        EngineConfig(**{"model": "", "attention_backend": "flashinfer", "numerics": "fast", **options})
 
 
 @pytest.mark.parametrize(
@@ -116,15 +116,15 @@ def test_options_that_do_not_go_together(options, message):
 )
 def test_models_that_it_cannot_compute(kind, lacks, tmp_path):
     model = hub_configs.read(tmp_path, hub_configs.HUB_CONFIGS[kind])
-    config = EngineConfig(model="", attention="flashinfer", numerics="fast")
+    config = EngineConfig(model="", attention_backend="flashinfer", numerics="fast")
     if not lacks:
         attention_backend.check(config, model)
         lacks.append("dtype float32 (bfloat16 is allowed)")
         model = replace(model, dtype="float32")
-    with pytest.raises(ValueError, match=r"attention 'flashinfer' lacks what .* needs: ") as raised:
+    with pytest.raises(ValueError, match=r"attention_backend 'flashinfer' lacks what .* needs: ") as raised:
         attention_backend.check(config, model)
     assert str(raised.value).partition("needs: ")[2] == f"{', '.join(lacks)}; use 'triton'"
-    attention_backend.check(replace(config, attention="triton"), model)
+    attention_backend.check(replace(config, attention_backend="triton"), model)
 
 
 def test_the_table_is_of_the_installed_version():

@@ -55,15 +55,15 @@ def test_random_steps_compile_nothing(num_ranks, captured):
     rng, max_tokens = np.random.default_rng(num_ranks), 8192
     with FakeLaunches() as gpu:
         config, runner = build(num_ranks, max_tokens, FakeCapture(gpu) if captured else None)
-        runner.warm_up(max_num_tokens=max_tokens, max_running=MAX_RUNNING)
+        runner.warm_up(max_num_batched_tokens=max_tokens, max_num_seqs=MAX_RUNNING)
         warm = {(launch.kernel, launch.variant) for launch in gpu.take()}
         scheduler = Scheduler(
             SchedulerConfig(
                 num_ranks=num_ranks,
-                max_running=MAX_RUNNING,
-                max_num_tokens=max_tokens,
+                max_num_seqs=MAX_RUNNING,
+                max_num_batched_tokens=max_tokens,
                 num_blocks=NUM_BLOCKS,
-                max_waiting=999,
+                max_queued_requests=999,
                 eos_token_ids=(),
                 vocab_size=config.vocab_size,
                 **SIZES,
@@ -108,7 +108,12 @@ def nothing(plan, rank, slot_O, like):
 
 def launches(runner, gpu, specs, requests, chunk, num_steps):
     """Of the last of some steps: what is launched beside the graph, by name, and the time of the host in µs."""
-    limits = {"max_running": MAX_RUNNING, "max_num_tokens": chunk, "num_blocks": NUM_BLOCKS, "max_waiting": 999}
+    limits = {
+        "max_num_seqs": MAX_RUNNING,
+        "max_num_batched_tokens": chunk,
+        "num_blocks": NUM_BLOCKS,
+        "max_queued_requests": 999,
+    }
     config = SchedulerConfig(num_ranks=1, eos_token_ids=(), vocab_size=99, **limits, **SIZES)
     scheduler = Scheduler(config, specs)
     for request in requests:
@@ -134,7 +139,7 @@ def test_launches_of_a_step():
 
     with FakeLaunches() as gpu:
         config, runner = build(1, 8192, capture)
-        runner.warm_up(max_num_tokens=8192, max_running=MAX_RUNNING)
+        runner.warm_up(max_num_batched_tokens=8192, max_num_seqs=MAX_RUNNING)
         plain, long = [request(key, 20) for key in range(16)], request(98, 3000)
         other = request(99, 3000)
         odd = [request(key, 20, repetition_penalty=1.2, logit_bias={5: 1.0}) for key in range(16)]
@@ -173,7 +178,12 @@ def test_logits_of_a_prompt_come_in_portions(monkeypatch):
     with FakeLaunches():
         config, runner = build(1, 8192, None)
         monkeypatch.setattr(Decoder, "logits", lambda self, x_XD: (rows.append(len(x_XD)), logits(self, x_XD))[1])
-        limits = {"max_running": MAX_RUNNING, "max_num_tokens": 8192, "num_blocks": NUM_BLOCKS, "max_waiting": 9}
+        limits = {
+            "max_num_seqs": MAX_RUNNING,
+            "max_num_batched_tokens": 8192,
+            "num_blocks": NUM_BLOCKS,
+            "max_queued_requests": 9,
+        }
         served = SchedulerConfig(num_ranks=1, eos_token_ids=(), vocab_size=99, **limits, **SIZES)
         scheduler, prompt = Scheduler(served, config.cache_specs()), np.arange(500, dtype=np.int32) % 50
         params = SamplingParams(max_tokens=1, prompt_logprobs=2)
@@ -201,4 +211,4 @@ def test_a_kernel_that_a_capture_launches_first_is_an_error(monkeypatch):
     with FakeLaunches() as gpu:
         _, runner = build(1, 32, FakeCapture(gpu))
         with pytest.raises(AssertionError, match="look_up_kernel is compiled during a capture"):
-            runner.warm_up(max_num_tokens=32, max_running=1)
+            runner.warm_up(max_num_batched_tokens=32, max_num_seqs=1)

@@ -15,7 +15,7 @@ def test_every_cache_has_blocks_of_its_own():
     slots = DeviceSlots(num_slots=4, specs=SPECS, device="cpu", **SIZES)
     caches = model.allocate(num_blocks=num_blocks, **SIZES)
     runner = DeviceRunner(model=model, caches=caches, slots=slots, rank=0, num_ranks=1)
-    runner.warm_up(max_num_tokens=3, max_running=2)
+    runner.warm_up(max_num_batched_tokens=3, max_num_seqs=2)
     stats = cache_model.serve(runner, num_blocks, depth=2, num_requests=6)
     assert stats["num_copies"] > 0
 

@@ -78,14 +78,14 @@ def serve(folder, ops, num_parts=1, num_requests=5, capture=None):
     """Tokens and log-probabilities by request, the ranks' load, and the experts of the request that has asked."""
     config, runner = build(folder, ops, num_parts, capture)
     if ops.on_device:
-        runner.warm_up(max_num_tokens=4, max_running=2)
+        runner.warm_up(max_num_batched_tokens=4, max_num_seqs=2)
     scheduler = Scheduler(
         SchedulerConfig(
             num_ranks=1,
-            max_running=MAX_RUNNING,
-            max_num_tokens=24,
+            max_num_seqs=MAX_RUNNING,
+            max_num_batched_tokens=24,
             num_blocks=NUM_BLOCKS,
-            max_waiting=9,
+            max_queued_requests=9,
             eos_token_ids=(),
             vocab_size=config.vocab_size,
             **SIZES,

@@ -63,7 +63,7 @@ def build(group, folder, capture):
     layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
     mover = Mover(layers, placement, group)
     runner = DeviceRunner(model=model, caches=caches, slots=slots, capture=capture, mover=mover, **where)
-    runner.warm_up(max_num_tokens=MAX_TOKENS, max_running=MAX_RUNNING)
+    runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     return config, runner, Migration(placement, exchanged(placement, list(layers)), max_moves=3)
 
 
@@ -75,7 +75,12 @@ def exchanged(placement, layers):
 
 
 def schedule(group, config):
-    limits = {"max_running": MAX_RUNNING, "max_num_tokens": MAX_TOKENS, "num_blocks": NUM_BLOCKS, "max_waiting": 9}
+    limits = {
+        "max_num_seqs": MAX_RUNNING,
+        "max_num_batched_tokens": MAX_TOKENS,
+        "num_blocks": NUM_BLOCKS,
+        "max_queued_requests": 9,
+    }
     ids = {"eos_token_ids": (), "vocab_size": config.vocab_size}
     return Scheduler(SchedulerConfig(num_ranks=group.size, **limits, **ids, **SIZES), config.cache_specs())
 

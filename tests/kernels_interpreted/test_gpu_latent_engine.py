@@ -17,8 +17,8 @@ from expertwire.scheduler.scheduler import Scheduler
 def greedy(folder, ops):
     """Two tokens behind each of two prompts."""
     config, runner = build(folder, ops, 1, FakeCapture())
-    bounds = {"num_ranks": 1, "max_running": MAX_RUNNING, "max_num_tokens": 24, "num_blocks": NUM_BLOCKS}
-    rest = {"max_waiting": 9, "eos_token_ids": (), "vocab_size": config.vocab_size}
+    bounds = {"num_ranks": 1, "max_num_seqs": MAX_RUNNING, "max_num_batched_tokens": 24, "num_blocks": NUM_BLOCKS}
+    rest = {"max_queued_requests": 9, "eos_token_ids": (), "vocab_size": config.vocab_size}
     scheduler = Scheduler(SchedulerConfig(**bounds, **rest, **SIZES), config.cache_specs())
     for key, length in enumerate((2, 5)):
         prompt = np.arange(5, 5 + length, dtype=np.int32) * (key + 3)

@@ -45,7 +45,7 @@ def test_one_rank_reaches_its_first_token(monkeypatch, done):
     monkeypatch.setattr(worker.device_graphs, "cuda", lambda *given, **options: FakeCapture())
     folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
     config = EngineConfig(
-        model=str(folder), dtype="float32", device="cuda", max_num_tokens=2, max_running=1, max_model_len=64,
+        model=str(folder), dtype="float32", device="cuda", max_num_batched_tokens=2, max_num_seqs=1, max_model_len=64,
         threads_per_rank=1,
     )  # fmt: skip
     prompt = tiny_checkpoints.safe_prompt(folder, 3, seed=1)
@@ -69,7 +69,7 @@ def test_a_rank_that_stalls_while_others_warm_up_is_named_before_anyone_is_serve
     seen(monkeypatch, device_runner.DeviceRunner, "launch", done, lambda self, plan: "launch")
     folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
     config = EngineConfig(
-        model=str(folder), dtype="float32", device="cuda", max_num_tokens=2, max_running=1, max_model_len=64,
+        model=str(folder), dtype="float32", device="cuda", max_num_batched_tokens=2, max_num_seqs=1, max_model_len=64,
         threads_per_rank=1,
     )  # fmt: skip
     with pytest.raises(RankError, match="rank 1 has stalled"):

@@ -14,7 +14,7 @@ SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 60))
 def test_placements(sizes):
     num_experts, num_ranks, redundant = sizes
     if redundant > num_experts * num_ranks - num_experts:
-        with pytest.raises(ValueError, match="redundant_experts"):
+        with pytest.raises(ValueError, match="num_redundant_experts"):
             place(num_experts, num_ranks, redundant)
         return
     placement = place(num_experts, num_ranks, redundant)

@@ -198,19 +198,19 @@ def test_ends_of_a_turn_reach_the_engine(start, tmp_path, monkeypatch):
 
 
 def test_more_prompts_than_may_wait(start):
-    llm, engine = start(config={"max_waiting": 5}, max_waiting=5)
+    llm, engine = start(config={"max_queued_requests": 5}, max_queued_requests=5)
     outputs = llm.generate([[i] for i in range(60)], SamplingParams(max_tokens=3, n=2), use_tqdm=False)
     assert [output.outputs[1].token_ids for output in outputs] == [expected([i], 3, 1) for i in range(60)]
     assert engine.controller.most_waiting <= 5
-    with pytest.raises(ValueError, match="prompt 0: n must be at most max_waiting = 5, got 6"):
+    with pytest.raises(ValueError, match="prompt 0: n must be at most max_queued_requests = 5, got 6"):
         llm.generate([1], SamplingParams(n=6))
 
 
 def test_more_prompts_than_a_tenant_may_have_waiting(start):
-    llm, engine = start(config={"max_waiting_per_tenant": 4}, max_waiting=4)
+    llm, engine = start(config={"max_queued_requests_per_tenant": 4}, max_queued_requests=4)
     assert len(llm.generate([[i] for i in range(30)], SamplingParams(max_tokens=3), use_tqdm=False)) == 30
     assert engine.controller.most_waiting <= 4
-    with pytest.raises(ValueError, match="prompt 0: n must be at most max_waiting_per_tenant = 4, got 5"):
+    with pytest.raises(ValueError, match="prompt 0: n must be at most max_queued_requests_per_tenant = 4, got 5"):
         llm.generate([1], SamplingParams(n=5))
 
 

@@ -53,11 +53,11 @@ def test_the_limits_themselves_are_allowed(prompt, params, config):
 
 
 def test_a_full_queue_says_try_later_and_accepts_again():
-    cluster = SimCluster(make_config(num_ranks=1, max_running=1, max_waiting=2))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=1, max_queued_requests=2))
     cluster.submit(make_request(0), make_request(1))
     rejection = cluster.scheduler.submit(make_request(2), 0.0)
     assert (rejection.key, rejection.code) == (2, "RESOURCE_EXHAUSTED")
-    assert "max_waiting = 2" in rejection.message
+    assert "max_queued_requests = 2" in rejection.message
     cluster.step()
     cluster.submit(make_request(2))
     cluster.drain()
@@ -65,7 +65,7 @@ def test_a_full_queue_says_try_later_and_accepts_again():
 
 
 @pytest.mark.parametrize(
-    "field", ["num_ranks", "max_running", "max_num_tokens", "max_model_len", "block_size", "num_blocks"]
+    "field", ["num_ranks", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "num_blocks"]
 )
 @pytest.mark.parametrize("value", [0, -3, 1.5, True])
 def test_config_names_the_wrong_field(field, value):

@@ -340,8 +340,8 @@ def test_policies_by_name(name, options, policy):
     ("name", "options", "message"),
     [
         ("lifo", {}, "fcfs, priority, shortest, prefix, fair, got 'lifo'"),
-        ("fcfs", {"aging": 1.0}, "aging has no effect with policy 'fcfs'; use 'priority' or 'shortest'"),
-        ("prefix", {"tenant_weights": {}}, "tenant_weights has no effect with policy 'prefix'; use 'fair'"),
+        ("fcfs", {"aging": 1.0}, "aging has no effect with scheduling_policy 'fcfs'; use 'priority' or 'shortest'"),
+        ("prefix", {"tenant_weights": {}}, "tenant_weights has no effect with scheduling_policy 'prefix'; use 'fair'"),
         ("priority", {"aging": -1.0}, "aging must be a number from 0 to .*, got -1.0"),
         ("shortest", {"aging": float("nan")}, "aging must be a number from 0 to .*, got nan"),
         ("shortest", {"aging": True}, "aging must be a number from 0 to .*, got True"),

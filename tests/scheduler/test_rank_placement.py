@@ -89,7 +89,7 @@ class Crowded:
 
 def test_the_scheduler_asks_its_placement():
     rule = Crowded()
-    scheduler = Scheduler(make_config(max_running=2), CACHES, placement=rule)
+    scheduler = Scheduler(make_config(max_num_seqs=2), CACHES, placement=rule)
     for key in range(3):
         assert scheduler.submit(make_request(key, 3, max_tokens=2), 0.0) is None
     plan = scheduler.plan(0.0)

@@ -15,7 +15,7 @@ def compiled():
 
 rehearse()
 before = compiled()
-cluster = SimCluster(make_config(num_blocks=9, max_running=4), specs=WINDOWED, overlap=True, check=False)
+cluster = SimCluster(make_config(num_blocks=9, max_num_seqs=4), specs=WINDOWED, overlap=True, check=False)
 cluster.submit(*(make_request(key, 2 + 5 * key % 17, shared=6, max_tokens=5 + key % 13, ignore_eos=True) for key in range(30)))
 for key in range(6):
     cluster.step()

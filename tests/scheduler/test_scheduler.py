@@ -32,7 +32,7 @@ def same(a: StepPlan, b: StepPlan) -> bool:
 
 
 def test_one_request_step_by_step():
-    config = make_config(num_ranks=1, max_num_tokens=4)
+    config = make_config(num_ranks=1, max_num_batched_tokens=4)
     cluster = SimCluster(config)
     cluster.submit(make_request(3, length=6, max_tokens=3, ignore_eos=True))
     steps = [(cluster.plan(), cluster.commit()) for _ in range(4)]
@@ -55,7 +55,7 @@ def test_one_request_step_by_step():
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 100])
 def test_chunks_and_company_do_not_change_the_output(budget):
-    config = make_config(max_num_tokens=budget, max_running=4, num_blocks=40)
+    config = make_config(max_num_batched_tokens=budget, max_num_seqs=4, num_blocks=40)
     requests = [make_request(key, length=1 + 5 * key % 23, max_tokens=1 + key % 9) for key in range(12)]
     cluster = run(config, *requests)
     for request in requests:
@@ -167,7 +167,7 @@ def test_sampling_record_and_bias():
 
 
 def test_running_requests_come_before_admissions():
-    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=6, num_blocks=40))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=6, num_blocks=40))
     cluster.submit(make_request(0, length=2, max_tokens=20, ignore_eos=True), make_request(1, length=20))
     assert cluster.plan().sched_num_S.tolist() == [2, 4]
     cluster.commit()
@@ -180,7 +180,7 @@ def test_running_requests_come_before_admissions():
 
 def test_admission_waits_for_blocks_and_keeps_the_order():
     # 8 blocks of 4 tokens: request 0 takes 5 and has one more set aside, 1 needs 3 and keeps 2, which needs 1, behind it.
-    cluster = SimCluster(make_config(num_ranks=1, num_blocks=9, max_num_tokens=32))
+    cluster = SimCluster(make_config(num_ranks=1, num_blocks=9, max_num_batched_tokens=32))
     cluster.submit(
         make_request(0, length=20, max_tokens=3, ignore_eos=True),
         make_request(1, length=9, max_tokens=8),
@@ -202,7 +202,7 @@ def test_blocks_are_not_set_aside_for_tokens_that_may_never_come():
 
 
 def test_a_released_slot_and_its_blocks_are_used_by_the_same_plan():
-    cluster = SimCluster(make_config(num_ranks=1, max_running=1, num_blocks=3))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=1, num_blocks=3))
     cluster.submit(make_request(0, length=8, max_tokens=1), make_request(1, length=8, max_tokens=1))
     cluster.step()
     plan = cluster.plan()
@@ -212,7 +212,7 @@ def test_a_released_slot_and_its_blocks_are_used_by_the_same_plan():
 
 
 def test_no_more_requests_on_a_rank_than_its_token_budget():
-    cluster = SimCluster(make_config(num_ranks=1, max_running=3, max_num_tokens=2))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=3, max_num_batched_tokens=2))
     cluster.submit(*(make_request(key, length=1, max_tokens=4, ignore_eos=True) for key in range(5)))
     for _ in range(4):
         assert cluster.step().key_O.tolist() == [0, 1]
@@ -221,7 +221,7 @@ def test_no_more_requests_on_a_rank_than_its_token_budget():
 
 
 def test_ranks_are_balanced_by_tokens():
-    cluster = SimCluster(make_config(max_num_tokens=64, max_running=5, num_blocks=100))
+    cluster = SimCluster(make_config(max_num_batched_tokens=64, max_num_seqs=5, num_blocks=100))
     lengths = [20, 4, 4, 4, 4]  # one long request weighs as much as several short ones
     cluster.submit(*(make_request(key, length, max_tokens=1) for key, length in enumerate(lengths)))
     plan = cluster.plan()
@@ -235,14 +235,14 @@ class Lifo(Policy):
 
 
 def test_a_policy_decides_the_order():
-    cluster = SimCluster(make_config(num_ranks=1, max_running=1), Lifo())
+    cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=1), Lifo())
     cluster.submit(*(make_request(key, max_tokens=1) for key in range(3)))
     cluster.drain()
     assert list(cluster.finish) == [2, 1, 0]
 
 
 def test_abort_waiting_running_and_in_flight():
-    cluster = SimCluster(make_config(num_ranks=1, max_running=2))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=2))
     cluster.submit(*(make_request(key, length=2, max_tokens=9, ignore_eos=True) for key in range(4)))
     cluster.step()
     cluster.scheduler.abort(3)  # waiting
@@ -273,7 +273,7 @@ def test_a_key_may_be_used_again_while_its_aborted_request_is_in_flight():
 
 
 def test_log_probabilities_follow_their_requests():
-    cluster = SimCluster(make_config(num_ranks=2, max_num_tokens=4, max_running=4))
+    cluster = SimCluster(make_config(num_ranks=2, max_num_batched_tokens=4, max_num_seqs=4))
     params = [
         {"logprobs": 2, "prompt_logprobs": 1},
         {},
@@ -309,7 +309,7 @@ def test_log_probabilities_follow_their_requests():
 
 
 def test_rows_of_an_aborted_request_are_dropped_with_all_that_hangs_on_them():
-    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=20))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=20))
     cluster.submit(*(make_request(key, length=4, logprobs=2, prompt_logprobs=3) for key in range(3)))
     cluster.plan()
     cluster.scheduler.abort(1)
@@ -333,7 +333,7 @@ def test_plans_carry_the_epoch():
 
 
 def test_unfinished_requests():
-    cluster = SimCluster(make_config(num_ranks=1, max_running=2))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=2))
     cluster.submit(*(make_request(key, max_tokens=3, ignore_eos=True) for key in range(4)))
     cluster.step()
     cluster.scheduler.abort(1)
@@ -370,7 +370,7 @@ def test_results_that_do_not_belong_to_the_step(spoil):
 
 
 def test_stats_count_what_is_there():
-    cluster = SimCluster(make_config(max_running=1))
+    cluster = SimCluster(make_config(max_num_seqs=1))
     cluster.submit(*(make_request(key, length=5, max_tokens=10, ignore_eos=True) for key in range(3)))
     cluster.step()
     stats = cluster.scheduler.stats()
@@ -383,7 +383,7 @@ def test_stats_count_what_is_there():
 
 def test_the_same_calls_give_the_same_plans():
     def plans():
-        cluster = SimCluster(make_config(max_running=2))
+        cluster = SimCluster(make_config(max_num_seqs=2))
         for key in range(20):
             cluster.submit(make_request(key, length=1 + key * 7 % 20, max_tokens=1 + key % 5))
             if key % 3 == 0:
@@ -399,7 +399,7 @@ def test_the_same_calls_give_the_same_plans():
 
 def test_serving_makes_no_garbage_in_circles():
     """So the controller need not look for it while it serves."""
-    cluster = SimCluster(make_config(num_blocks=9, max_running=4), overlap=True, check=False)
+    cluster = SimCluster(make_config(num_blocks=9, max_num_seqs=4), overlap=True, check=False)
     gc.collect()
     gc.disable()
     try:

@@ -6,12 +6,12 @@ from helpers.sim_ranks import CACHES, SimCluster, make_config, make_request
 from expertwire.scheduler.policy import Priority
 from expertwire.scheduler.scheduler import Scheduler
 
-ONE = {"num_ranks": 1, "max_running": 1, "num_blocks": 41}
+ONE = {"num_ranks": 1, "max_num_seqs": 1, "num_blocks": 41}
 
 
 def at_pace(seconds_each, num_waiting):
     """A cluster that has long admitted a request every so many seconds, one a step, and now has so many waiting."""
-    cluster = SimCluster(make_config(**ONE, max_waiting=1000))
+    cluster = SimCluster(make_config(**ONE, max_queued_requests=1000))
     cluster.submit(*(make_request(key, 2, max_tokens=1) for key in range(100 + num_waiting)))
     for _ in range(100):
         cluster.step()
@@ -72,7 +72,7 @@ def test_a_deadline_that_is_past_is_refused(left_s):
 
 def test_a_quiet_hour_says_nothing_about_the_pace():
     """How seldom requests came is not how slowly they are served."""
-    cluster = SimCluster(make_config(num_ranks=1, max_running=100, max_num_tokens=100, num_blocks=401))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=100, max_num_batched_tokens=100, num_blocks=401))
     for key in range(100):  # one a minute, each admitted at once
         cluster.submit(make_request(key, 2, max_tokens=1))
         cluster.step()
@@ -87,7 +87,7 @@ def test_a_full_queue_hints_at_the_pace():
     rejection = submit(cluster, 3000)
     assert rejection.code == "RESOURCE_EXHAUSTED"
     assert rejection.retry_after_s == pytest.approx(0.5, abs=0.1)
-    fresh = SimCluster(make_config(**ONE, max_waiting=1))
+    fresh = SimCluster(make_config(**ONE, max_queued_requests=1))
     fresh.submit(make_request(0))
     assert submit(fresh, 1).retry_after_s is None
 
@@ -98,12 +98,12 @@ def test_what_can_never_run_has_no_hint():
 
 
 def test_a_tenant_may_have_only_so_many_waiting():
-    cluster = SimCluster(make_config(**ONE, max_waiting_per_tenant=2))
+    cluster = SimCluster(make_config(**ONE, max_queued_requests_per_tenant=2))
     for key in range(2):
         cluster.submit(make_request(key, tenant="a"))
     rejection = submit(cluster, 2, tenant="a")
     assert (rejection.key, rejection.code) == (2, "RESOURCE_EXHAUSTED")
-    for word in ("2 requests of tenant 'a'", "max_waiting_per_tenant = 2", "try later"):
+    for word in ("2 requests of tenant 'a'", "max_queued_requests_per_tenant = 2", "try later"):
         assert word in rejection.message
     cluster.submit(make_request(3, tenant="b"))
     cluster.step()  # one of a's runs
@@ -115,10 +115,14 @@ def test_a_tenant_may_have_only_so_many_waiting():
     assert set(cluster.finish) == {0, 3, 4, 5}
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 8])
-def test_beside_decodes_no_more_prompt_tokens_than_a_chunk(chunk_tokens):
+@pytest.mark.parametrize("chunked_prefill_size", [1, 3, 8])
+def test_beside_decodes_no_more_prompt_tokens_than_a_chunk(chunked_prefill_size):
     """Not counted is the last token of a prompt if it is left alone: it is a decode by what it costs."""
-    cluster = SimCluster(make_config(**{**ONE, "max_running": 4, "max_num_tokens": 16}, chunk_tokens=chunk_tokens))
+    cluster = SimCluster(
+        make_config(
+            **{**ONE, "max_num_seqs": 4, "max_num_batched_tokens": 16}, chunked_prefill_size=chunked_prefill_size
+        )
+    )
     cluster.submit(make_request(0, 2, max_tokens=30, ignore_eos=True))
     cluster.step()
     cluster.submit(*(make_request(key, 10, max_tokens=3, ignore_eos=True) for key in (1, 2)))
@@ -129,13 +133,13 @@ def test_beside_decodes_no_more_prompt_tokens_than_a_chunk(chunk_tokens):
         assert decodes[0], "the first one gets its token every step"
         chunks.append(int(plan.sched_num_S[~decodes].sum()))
         cluster.commit()
-    assert max(chunks) == chunk_tokens
+    assert max(chunks) == chunked_prefill_size
     cluster.abort(0)
     cluster.drain()
 
 
 def test_without_decodes_the_chunk_is_the_budget():
-    cluster = SimCluster(make_config(num_ranks=2, max_num_tokens=16, num_blocks=41, chunk_tokens=2))
+    cluster = SimCluster(make_config(num_ranks=2, max_num_batched_tokens=16, num_blocks=41, chunked_prefill_size=2))
     cluster.submit(
         make_request(0, 20, max_tokens=9, ignore_eos=True), make_request(1, 2, max_tokens=9, ignore_eos=True)
     )
@@ -150,7 +154,7 @@ def test_without_decodes_the_chunk_is_the_budget():
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 9])
 def test_the_budget_is_used_up_and_never_passed(budget):
-    cluster = SimCluster(make_config(num_ranks=1, max_running=4, max_num_tokens=budget, num_blocks=41))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=4, max_num_batched_tokens=budget, num_blocks=41))
     cluster.submit(*(make_request(key, 9, max_tokens=3, ignore_eos=True) for key in range(6)))
     tokens = []
     while not cluster.scheduler.idle:
@@ -176,7 +180,7 @@ def test_aging_lets_the_less_urgent_have_their_turn():
 
 def test_blocks_that_a_prompt_will_take_are_not_given_to_another():
     # Of 8 blocks the first prompt has 5 and takes one more in this step; one is set aside for what it says, so that 1 is left.
-    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=20, num_blocks=9))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=20, num_blocks=9))
     cluster.submit(make_request(0, 22, max_tokens=9, ignore_eos=True), make_request(1, 8, max_tokens=9))
     cluster.step()
     assert cluster.admitted(cluster.plan()) == []

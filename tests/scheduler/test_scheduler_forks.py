@@ -3,7 +3,7 @@
 import pytest
 from helpers.sim_ranks import CACHES, WINDOWED, SimCluster, check, make_config, make_request
 
-SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 41, "max_running": 6}
+SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 41, "max_num_seqs": 6}
 
 
 def make_child(parent, key, **values):
@@ -16,7 +16,11 @@ def make_child(parent, key, **values):
 
 def start(length, num_steps, **options):
     """A cluster that has run request 0 for so many steps, and the request."""
-    sizes = {name: options.pop(name) for name in list(options) if name in ("prefix_cache", "max_running", "num_blocks")}
+    sizes = {
+        name: options.pop(name)
+        for name in list(options)
+        if name in ("enable_prefix_caching", "max_num_seqs", "num_blocks")
+    }
     cluster = SimCluster(make_config(**{**SIZES, **sizes}), **options)
     parent = make_request(0, length, max_tokens=20, ignore_eos=True)
     cluster.submit(parent)
@@ -26,11 +30,11 @@ def start(length, num_steps, **options):
 
 
 @pytest.mark.parametrize("specs", [CACHES, WINDOWED], ids=["full", "window"])
-@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("length", [3, 4, 5, 6, 7, 8])
-def test_a_fork_answers_as_if_it_had_been_alone(length, overlap, prefix_cache, specs):
-    cluster, parent = start(length, 3, overlap=overlap, prefix_cache=prefix_cache, specs=specs)
+def test_a_fork_answers_as_if_it_had_been_alone(length, overlap, enable_prefix_caching, specs):
+    cluster, parent = start(length, 3, overlap=overlap, enable_prefix_caching=enable_prefix_caching, specs=specs)
     children = [make_child(parent, key, branch=key) for key in (1, 2)]
     cluster.fork(0, *children)
     begun = tuple(cluster.tokens[1])
@@ -86,7 +90,7 @@ def test_the_block_that_several_write_to_is_copied_for_all_but_one(num_children)
 
 
 def test_a_fork_of_a_waiting_request_waits_too():
-    cluster = SimCluster(make_config(**{**SIZES, "max_running": 1}))
+    cluster = SimCluster(make_config(**{**SIZES, "max_num_seqs": 1}))
     first, parent = make_request(9, max_tokens=2, ignore_eos=True), make_request(0, 9, max_tokens=3, ignore_eos=True)
     cluster.submit(first, parent)
     cluster.step()
@@ -100,7 +104,7 @@ def test_a_fork_of_a_waiting_request_waits_too():
 
 
 def test_a_fork_without_a_slot_waits_and_then_finds_the_blocks():
-    cluster, parent = start(10, 4, max_running=1)
+    cluster, parent = start(10, 4, max_num_seqs=1)
     child = make_child(parent, 1)
     cluster.fork(0, child)
     begun = tuple(cluster.tokens[1])
@@ -149,7 +153,7 @@ def test_a_fork_of_nobody_is_an_error():
 
 
 def test_forks_that_the_queue_has_no_place_for_are_rejected():
-    cluster = SimCluster(make_config(**{**SIZES, "max_waiting": 2}))
+    cluster = SimCluster(make_config(**{**SIZES, "max_queued_requests": 2}))
     parent = make_request(0, max_tokens=5)
     cluster.submit(parent)
     cluster.step()

@@ -34,29 +34,29 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         num_ranks=st.sampled_from([1, 1, 2, 3]),
-        max_running=st.sampled_from([4, 3, 2, 1]),
-        max_num_tokens=st.sampled_from([12, 8, 5, 3, 2, 1]),
-        chunk_tokens=st.sampled_from([None, None, 1, 3]),
+        max_num_seqs=st.sampled_from([4, 3, 2, 1]),
+        max_num_batched_tokens=st.sampled_from([12, 8, 5, 3, 2, 1]),
+        chunked_prefill_size=st.sampled_from([None, None, 1, 3]),
         block_size=st.integers(1, 5),
         spares=st.lists(st.sampled_from([0, 0, 0, 1, 2, 5, 10]), min_size=3, max_size=3),
         specs=st.sampled_from([CACHES[:1], CACHES, WINDOWED, WINDOWED[1:], (*WINDOWED, STATE), (CACHES[0], STATE)]),
         blocks_per_state=st.integers(1, 3),
         overlap=st.booleans(),
-        prefix_cache=st.sampled_from([True, True, False]),
+        enable_prefix_caching=st.sampled_from([True, True, False]),
         policy=st.sampled_from(sorted(POLICIES)),
     )
     def start(
         self,
         num_ranks,
-        max_running,
-        max_num_tokens,
-        chunk_tokens,
+        max_num_seqs,
+        max_num_batched_tokens,
+        chunked_prefill_size,
         block_size,
         spares,
         specs,
         blocks_per_state,
         overlap,
-        prefix_cache,
+        enable_prefix_caching,
         policy,
     ):
         max_model_len = 24
@@ -64,17 +64,17 @@ class Machine(RuleBasedStateMachine):
         specs = tuple(dataclasses.replace(s, snapshot_every=every) if s is STATE else s for s in specs)
         self.config = make_config(
             num_ranks=num_ranks,
-            max_running=max_running,
-            max_num_tokens=max_num_tokens,
-            chunk_tokens=chunk_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            chunked_prefill_size=chunked_prefill_size,
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=tuple(
-                1 + spec.most_blocks(block_size, max_model_len, max_num_tokens) + spare
+                1 + spec.most_blocks(block_size, max_model_len, max_num_batched_tokens) + spare
                 for spec, spare in zip(specs, spares, strict=False)
             ),
-            max_waiting=6,
-            prefix_cache=prefix_cache,
+            max_queued_requests=6,
+            enable_prefix_caching=enable_prefix_caching,
         )
         self.cluster = SimCluster(self.config, POLICIES[policy](), specs=specs, overlap=overlap)
         self.requests = {}
@@ -109,7 +109,7 @@ class Machine(RuleBasedStateMachine):
                 ignore_eos=ignore_eos,
             )
             scheduler = self.cluster.scheduler
-            if scheduler.num_waiting >= self.config.max_waiting:
+            if scheduler.num_waiting >= self.config.max_queued_requests:
                 assert scheduler.submit(request, self.cluster.now).code == "RESOURCE_EXHAUSTED"
                 return
             self.cluster.submit(request)
@@ -122,7 +122,7 @@ class Machine(RuleBasedStateMachine):
         so_far = len(self.cluster.tokens[parent.key])
         if len(parent.prompt) + so_far >= self.config.max_model_len:
             return
-        if self.cluster.scheduler.num_waiting + count > self.config.max_waiting:
+        if self.cluster.scheduler.num_waiting + count > self.config.max_queued_requests:
             return
         children = []
         for i in range(count):

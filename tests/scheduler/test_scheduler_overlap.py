@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.sim_ranks import SimCluster, check, expected_output, make_config, make_request
 
-SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 41}
+SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 41}
 
 
 def stopping_early(at_least=2, **params):
@@ -69,7 +69,7 @@ def test_who_stops_is_computed_once_more_and_nothing_of_it_is_told():
 def test_a_slot_is_used_again_while_a_step_of_its_last_owner_is_in_flight():
     request, _ = stopping_early()
     successor = make_request(5000, 7, max_tokens=5, ignore_eos=True)
-    cluster = SimCluster(make_config(**SIZES, max_running=1), overlap=True)
+    cluster = SimCluster(make_config(**SIZES, max_num_seqs=1), overlap=True)
     cluster.submit(request, successor)
     while request.key not in cluster.finish:
         cluster.step()
@@ -100,7 +100,7 @@ def test_abort_with_steps_in_flight(num_plans):
 
 
 def test_a_key_may_be_used_again_while_steps_of_its_aborted_request_are_in_flight():
-    cluster = SimCluster(make_config(**SIZES, max_running=1))
+    cluster = SimCluster(make_config(**SIZES, max_num_seqs=1))
     cluster.submit(make_request(0, 5, max_tokens=9, ignore_eos=True))
     cluster.plan()
     cluster.abort(0)
@@ -127,7 +127,7 @@ def test_blocks_of_a_step_in_flight_are_found_by_the_next():
 
 
 def test_chunks_of_a_prompt_are_planned_ahead():
-    cluster = SimCluster(make_config(**{**SIZES, "max_num_tokens": 4}), overlap=True)
+    cluster = SimCluster(make_config(**{**SIZES, "max_num_batched_tokens": 4}), overlap=True)
     request = make_request(0, 10, max_tokens=3, ignore_eos=True)
     cluster.submit(request)
     cluster.drain()
@@ -137,7 +137,7 @@ def test_chunks_of_a_prompt_are_planned_ahead():
 
 @pytest.mark.parametrize("budget", [1, 3, 8])
 def test_overlap_changes_no_answer(budget):
-    config = make_config(max_num_tokens=budget, max_running=4)
+    config = make_config(max_num_batched_tokens=budget, max_num_seqs=4)
     requests = [make_request(key, 1 + 5 * key % 23, max_tokens=1 + key % 9, min_tokens=key % 3) for key in range(16)]
     cluster = SimCluster(config, overlap=True)
     cluster.submit(*requests)

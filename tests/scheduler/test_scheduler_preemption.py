@@ -7,7 +7,7 @@ from helpers.sim_ranks import CACHES, WINDOWED, SimCluster, check, expected_outp
 from expertwire.scheduler.policy import Priority
 from expertwire.scheduler.rank_placement import Balanced
 
-SMALL = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 13}  # 12 blocks of 4 tokens
+SMALL = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 13}  # 12 blocks of 4 tokens
 
 
 def start(*requests, policy=None, overlap=False, specs=CACHES, **sizes):
@@ -64,7 +64,9 @@ def test_of_those_about_to_finish_one_gives_way_if_nobody_else_can():
 
 def test_as_many_give_way_as_it_takes():
     # Of 17 blocks, 6 are everyone's. All want a second one of their own at once, then a third, when one is left.
-    cluster = SimCluster(make_config(num_ranks=1, max_model_len=64, max_num_tokens=64, max_running=6, num_blocks=18))
+    cluster = SimCluster(
+        make_config(num_ranks=1, max_model_len=64, max_num_batched_tokens=64, max_num_seqs=6, num_blocks=18)
+    )
     lengths = [25, 26, 26, 27, 27]  # as they are admitted in this order
     requests = [make_request(key, n, shared=24, max_tokens=12, ignore_eos=True) for key, n in enumerate(lengths)]
     cluster.submit(*requests)
@@ -111,13 +113,18 @@ def test_who_gave_way_comes_back_with_its_tokens_before_those_that_came_later():
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
 @pytest.mark.parametrize("specs", [CACHES, WINDOWED], ids=["full", "window"])
 @pytest.mark.parametrize("chunk", [1, 5, 32])
-def test_a_small_pool_answers_as_a_large_one(overlap, prefix_cache, specs, chunk):
+def test_a_small_pool_answers_as_a_large_one(overlap, enable_prefix_caching, specs, chunk):
     def answers(num_blocks):
-        sizes = {"max_num_tokens": max(chunk, 4), "chunk_tokens": chunk, "num_blocks": num_blocks, "max_running": 4}
-        config = make_config(**sizes, prefix_cache=prefix_cache)
+        sizes = {
+            "max_num_batched_tokens": max(chunk, 4),
+            "chunked_prefill_size": chunk,
+            "num_blocks": num_blocks,
+            "max_num_seqs": 4,
+        }
+        config = make_config(**sizes, enable_prefix_caching=enable_prefix_caching)
         cluster = SimCluster(config, overlap=overlap, specs=specs)
         requests = [
             make_request(key, 2 + 5 * key % 17, shared=6, max_tokens=5 + key % 13, min_tokens=key % 5)
@@ -148,7 +155,7 @@ def test_what_was_in_the_cache_is_said_of_the_first_admission():
 
 def test_prompt_log_probabilities_are_all_there_before_the_first_token_also_of_who_gave_way():
     """They come again when the prompt is computed again."""
-    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=4, num_blocks=9, max_running=4))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=4, num_blocks=9, max_num_seqs=4))
     requests = [make_request(key, 9, prompt_logprobs=1, max_tokens=12, ignore_eos=True) for key in range(4)]
     cluster.submit(*requests)
     positions = {request.key: [] for request in requests}
@@ -162,9 +169,11 @@ def test_prompt_log_probabilities_are_all_there_before_the_first_token_also_of_w
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("prefix_cache", [False, True])
-def test_experts_of_tokens_that_are_computed_twice_are_counted_once(overlap, prefix_cache):
-    config = make_config(num_ranks=1, max_num_tokens=4, num_blocks=9, max_running=4, prefix_cache=prefix_cache)
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+def test_experts_of_tokens_that_are_computed_twice_are_counted_once(overlap, enable_prefix_caching):
+    config = make_config(
+        num_ranks=1, max_num_batched_tokens=4, num_blocks=9, max_num_seqs=4, enable_prefix_caching=enable_prefix_caching
+    )
     cluster = SimCluster(config, overlap=overlap)
     asks = [key % 4 != 1 for key in range(8)]
     for key, ask in enumerate(asks):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.sim_ranks import SimCluster, make_config, make_request, serve
 
-SIZES = {"num_ranks": 1, "max_num_tokens": 32, "num_blocks": 33}
+SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 33}
 
 
 @pytest.mark.parametrize("length", range(1, 14))
@@ -40,7 +40,7 @@ def test_the_next_turn_of_a_conversation_finds_the_answer_of_the_one_before():
 
 
 def test_all_that_one_step_has_computed_is_found_in_the_next():
-    cluster = SimCluster(make_config(**SIZES, max_running=4))
+    cluster = SimCluster(make_config(**SIZES, max_num_seqs=4))
     for first in (0, 2):
         cluster.submit(*(make_request(first + text, 9, shared=8, text=text, max_tokens=20) for text in range(2)))
         cluster.step()
@@ -55,7 +55,7 @@ def test_nobody_finds_what_another_tenant_or_salt_has_computed(owner):
 
 
 def test_without_a_prefix_cache_everything_is_computed():
-    cluster = SimCluster(make_config(**SIZES, prefix_cache=False))
+    cluster = SimCluster(make_config(**SIZES, enable_prefix_caching=False))
     assert [serve(cluster, key, 20) for key in range(3)] == [0, 0, 0]
     assert cluster.ranks[0].num_computed == 60
 
@@ -80,7 +80,7 @@ def test_whole_blocks_of_prompts_that_are_still_running_are_shared_at_once():
 
 
 def test_a_prompt_waits_for_another_that_is_computing_the_same():
-    cluster = SimCluster(make_config(max_num_tokens=8))
+    cluster = SimCluster(make_config(max_num_batched_tokens=8))
     cluster.submit(*(make_request(key, 20, shared=20, max_tokens=2, ignore_eos=True) for key in (0, 1)))
     assert cluster.admitted(cluster.plan()) == [0]
     cluster.commit()
@@ -96,7 +96,7 @@ def test_a_prompt_waits_for_another_that_is_computing_the_same():
 
 @pytest.mark.parametrize("in_flight", [False, True])
 def test_a_prompt_waits_no_longer_if_the_other_is_aborted(in_flight):
-    cluster = SimCluster(make_config(max_num_tokens=8))
+    cluster = SimCluster(make_config(max_num_batched_tokens=8))
     cluster.submit(*(make_request(key, 20, shared=20, max_tokens=2, ignore_eos=True) for key in (0, 1)))
     cluster.step()
     assert cluster.admitted(cluster.plan()) == []
@@ -114,7 +114,7 @@ def test_a_prompt_waits_no_longer_if_the_other_is_aborted(in_flight):
 
 def test_what_nobody_else_will_compute_is_not_waited_for():
     """The requests begin alike, but with another owner, or other tokens from the first block that is missing on."""
-    cluster = SimCluster(make_config(max_num_tokens=8, max_running=4))
+    cluster = SimCluster(make_config(max_num_batched_tokens=8, max_num_seqs=4))
     cluster.submit(
         make_request(0, 20, shared=20), make_request(1, 20, shared=20, salt="x"), make_request(2, 20, shared=3)
     )
@@ -126,7 +126,7 @@ def test_what_nobody_else_will_compute_is_not_waited_for():
 
 @pytest.mark.parametrize(("max_tokens", "rank"), [(1, 1), (11, 1), (13, 0), (30, 0)])
 def test_a_request_goes_where_its_prefix_is_unless_that_rank_has_more_to_do_than_is_saved(max_tokens, rank):
-    cluster = SimCluster(make_config(max_model_len=64, max_num_tokens=64, num_blocks=100))
+    cluster = SimCluster(make_config(max_model_len=64, max_num_batched_tokens=64, num_blocks=100))
     cluster.submit(make_request(0, 21, max_tokens=1), make_request(1, 20, shared=20, max_tokens=1))
     assert cluster.plan().num_tokens_P.tolist() == [21, 20]
     cluster.commit()
@@ -143,7 +143,7 @@ def test_a_request_goes_where_its_prefix_is_unless_that_rank_has_more_to_do_than
 @pytest.mark.parametrize(("asks", "expected"), [("old", 4), ("young", 8), ("last", 12)])
 def test_short_of_blocks_the_ends_of_prefixes_go_that_were_not_used_for_longest(asks, expected):
     # Of 8 blocks, two prompts leave 3 each behind; the third takes the 2 that are empty, and 2 of the first one's.
-    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=16, num_blocks=9))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=16, num_blocks=9))
     prompts = {"old": (12, 0), "young": (12, 1), "last": (16, 2)}
     for key, (length, text) in enumerate(prompts.values()):
         assert serve(cluster, key, length, text=text) == 0
@@ -152,7 +152,7 @@ def test_short_of_blocks_the_ends_of_prefixes_go_that_were_not_used_for_longest(
 
 
 def test_a_prefix_that_is_used_again_outlives_younger_ones():
-    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=16, num_blocks=9))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=16, num_blocks=9))
     for key, text in enumerate([0, 1, 0]):
         serve(cluster, key, 9, text=text)
     serve(cluster, 3, 24, text=2)  # takes 6: the 4 that are empty, and 2
@@ -160,7 +160,7 @@ def test_a_prefix_that_is_used_again_outlives_younger_ones():
 
 
 def test_cached_tokens_cost_no_budget():
-    cluster = SimCluster(make_config(num_ranks=1, max_num_tokens=8, num_blocks=33))
+    cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=8, num_blocks=33))
     serve(cluster, 0, 20)
     cluster.submit(*(make_request(key, 20, shared=20, max_tokens=1) for key in (1, 2)))
     plan = cluster.plan()

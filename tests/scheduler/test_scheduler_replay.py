@@ -113,7 +113,7 @@ def play(calls, ranks, rng, max_in_flight):
 )
 def test_the_same_calls_give_the_same_bytes(policy, max_in_flight):
     specs = WINDOWED if max_in_flight == 1 else CACHES
-    config = make_config(max_running=4, num_blocks=9, max_waiting=8, chunk_tokens=6)
+    config = make_config(max_num_seqs=4, num_blocks=9, max_queued_requests=8, chunked_prefill_size=6)
     calls = Calls(lambda: Scheduler(config, specs, policy()))
     ranks = [SimRank(rank, config, specs) for rank in range(config.num_ranks)]
     for rank in ranks:

@@ -3,7 +3,7 @@
 import pytest
 from helpers.sim_ranks import STATE, WITH_STATE, SimCluster, check, make_config, make_request, serve
 
-SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_tokens": 8, "num_blocks": 65}
+SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_batched_tokens": 8, "num_blocks": 65}
 EVERY = 8
 
 
@@ -45,7 +45,7 @@ def test_a_state_that_was_given_away_ends_no_prefix():
 @pytest.mark.parametrize("num_steps", range(4, 14))
 def test_a_fork_goes_on_from_a_state_of_its_own(num_steps, overlap):
     """With a step in flight the state has gone on already; then it goes on from one that was kept, if there is any."""
-    config = make_config(**{**SIZES, "max_running": 4})
+    config = make_config(**{**SIZES, "max_num_seqs": 4})
     cluster = SimCluster(config, specs=WITH_STATE, overlap=overlap)
     parent = make_request(0, 11, max_tokens=20, ignore_eos=True)
     cluster.submit(parent)
@@ -65,7 +65,7 @@ def test_a_fork_goes_on_from_a_state_of_its_own(num_steps, overlap):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("num_states", [4, 6])
 def test_with_few_states_everyone_is_answered(num_states, overlap):
-    config = make_config(**{**SIZES, "num_blocks": (65, num_states), "max_running": 4})
+    config = make_config(**{**SIZES, "num_blocks": (65, num_states), "max_num_seqs": 4})
     cluster = SimCluster(config, specs=WITH_STATE, overlap=overlap)
     requests = [make_request(key, 1 + 13 * key % 50, shared=24, max_tokens=1 + 7 * key % 40) for key in range(20)]
     cluster.submit(*requests)
@@ -75,7 +75,9 @@ def test_with_few_states_everyone_is_answered(num_states, overlap):
 
 
 def test_a_chunk_with_more_states_than_there_are_is_refused():
-    cluster = SimCluster(make_config(**{**SIZES, "num_blocks": (65, 3), "max_num_tokens": 64}), specs=WITH_STATE)
+    cluster = SimCluster(
+        make_config(**{**SIZES, "num_blocks": (65, 3), "max_num_batched_tokens": 64}), specs=WITH_STATE
+    )
     rejection = cluster.scheduler.submit(make_request(0, 60), 0.0)
     assert rejection.code == "INVALID_ARGUMENT"
     assert "cache blocks; a rank has 2" in rejection.message

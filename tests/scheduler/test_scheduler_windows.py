@@ -8,7 +8,7 @@ from expertwire.scheduler.scheduler import Scheduler
 
 WINDOW = 6
 ONLY_WINDOW = WINDOWED[1:]
-SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_tokens": 8, "num_blocks": 65}
+SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_batched_tokens": 8, "num_blocks": 65}
 
 
 def blocks_of(cluster, name):
@@ -69,7 +69,7 @@ def test_a_shorter_prefix_of_which_the_window_is_gone_is_not_found():
 
 
 def test_many_requests_in_a_pool_of_windows():
-    config = make_config(**{**SIZES, "num_blocks": 12, "max_running": 4})
+    config = make_config(**{**SIZES, "num_blocks": 12, "max_num_seqs": 4})
     cluster = SimCluster(config, specs=ONLY_WINDOW, overlap=True)
     requests = [make_request(key, 1 + 13 * key % 50, shared=24, max_tokens=1 + 7 * key % 40) for key in range(20)]
     cluster.submit(*requests)
@@ -100,7 +100,7 @@ def test_a_window_needs_a_size(window):
 
 
 # A window of 6 tokens and chunks of 8: one request holds up to 5 blocks, and 3 while it decodes.
-SMALL_WINDOW = {**SIZES, "num_blocks": (129, 7), "max_running": 6}
+SMALL_WINDOW = {**SIZES, "num_blocks": (129, 7), "max_num_seqs": 6}
 
 
 def serve_many(config, specs, overlap, count=24):
