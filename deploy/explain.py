@@ -113,12 +113,11 @@ def _on_a_cpu(config: ModelConfig) -> Iterator[str]:
 
     from expertwire.kernels import registry
     from expertwire.kernels.cpu import gemm
-    from expertwire.kernels.ops.linear import is_packed
 
     yield registry.cpu().explain()
     for name, shape in _products(config).items():
         weight = torch.empty(shape, dtype=getattr(torch, config.dtype))
-        if is_packed(weight):
+        if gemm.is_packed(weight):
             yield f"{name} {list(shape)}: packed, by {gemm.__name__}"
         else:
             yield f"{name} {list(shape)}: by torch, as it has {torch.get_num_threads()} threads, or for the shape"

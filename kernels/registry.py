@@ -1,26 +1,31 @@
-"""Which implementations run: chosen once, at start, from the device; never changed, never a silent fallback.
+"""Choice of the implementation of each op: made once at start, by device; there is no silent fallback.
 
-`cpu`: numba. `triton`: a GPU. `plain`: torch, anywhere; slow, and beside which the others are tested.
+`cpu`: numba. `triton`: GPU. `plain`: torch on any device; slow, the others are tested against it.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from expertwire.kernels.ops import attention, combine, experts, heads, index, linear, mla, permute, rms_norm, routing
-from expertwire.kernels.ops.experts import GroupedMlp
-from expertwire.kernels.ops.heads import PerHead
-from expertwire.kernels.ops.linear import Linear
-from expertwire.kernels.ops.permute import Permuted
-from expertwire.kernels.ops.routing import Routed
+from expertwire.kernels.ops.attention import Attend, RopeAndCache
+from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionWeights, ComposedAttention, FuseAttention
+from expertwire.kernels.ops.combine import Combine
+from expertwire.kernels.ops.experts import PrepareExperts, SiluMul
+from expertwire.kernels.ops.heads import PreparePerHead
+from expertwire.kernels.ops.index import ChoosePositions, RopeAndCacheIndex
+from expertwire.kernels.ops.linear import PrepareLinear
+from expertwire.kernels.ops.mla import AttendLatent, RopeAndCacheLatent
+from expertwire.kernels.ops.moe_block import FuseMoe, MoeBlock, MoeWeights
+from expertwire.kernels.ops.permute import Permute
+from expertwire.kernels.ops.rms_norm import AddRmsNorm, RmsNorm
+from expertwire.kernels.ops.routing import Route, RouteAndCount
 
 if TYPE_CHECKING:
     from expertwire.kernels.gpu.device import Device
@@ -28,38 +33,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """One implementation of each op; the signatures are those of the references. `linear`, `linear_per_head` and `experts`
-    prepare weights.
+    """One implementation of each op. `linear`, `linear_per_head` and `experts` prepare weights.
 
-    `on_device`: sequences and counts are described by tensors on the device (`attention.DeviceSequences`), and nothing is read
-    back while a model computes. `fast`: the bits of a token may depend on what is computed along with it. `capturable`: CUDA
-    graphs can hold all of it. `attend_expanded`: `attend` of prompts whose keys and values are made again from latents.
+    Attributes:
+        why: the reason for this choice, for people.
+        on_device: sequences and counts are described by tensors on the device (`attention.DeviceSequences`), and the
+            host reads nothing back during a forward pass.
+        fast: the bits of a token's results may depend on the batch.
+        capturable: CUDA graphs can hold all ops.
+        attend_expanded: `attend` of prefills whose keys and values are expanded from latents.
+        route_and_count: with the load counted on the device.
+        fuse_attention, fuse_moe: the device's own blocks; None: blocks are composed of the ops.
     """
 
     why: str
     on_device: bool
     fast: bool
     capturable: bool
-    linear: Callable[..., Linear]
-    linear_per_head: Callable[[Tensor], PerHead]
-    experts: Callable[..., GroupedMlp]
-    rms_norm: Callable[..., Tensor]
-    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    rope_and_cache: Callable[..., Tensor]
-    attend: Callable[..., Tensor]
-    attend_expanded: Callable[..., Tensor]
-    rope_and_cache_latent: Callable[..., Tensor]
-    attend_latent: Callable[..., Tensor]
-    rope_and_cache_index: Callable[..., Tensor]
-    choose_positions: Callable[..., Tensor]
-    route: Callable[..., tuple[Tensor, Tensor]]
-    route_and_count: Callable[..., Routed]  # with the load on the device
-    silu_mul: Callable[[Tensor], Tensor]
-    permute: Callable[..., Permuted]
-    combine: Callable[[Tensor, Tensor], Tensor]
+    linear: PrepareLinear
+    linear_per_head: PreparePerHead
+    experts: PrepareExperts
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    rope_and_cache: RopeAndCache
+    attend: Attend
+    attend_expanded: Attend
+    rope_and_cache_latent: RopeAndCacheLatent
+    attend_latent: AttendLatent
+    rope_and_cache_index: RopeAndCacheIndex
+    choose_positions: ChoosePositions
+    route: Route
+    route_and_count: RouteAndCount
+    silu_mul: SiluMul
+    permute: Permute
+    combine: Combine
+    fuse_attention: FuseAttention | None = None
+    fuse_moe: FuseMoe | None = None
+
+    def attention_block(self, weights: AttentionWeights, *, scales_queries: bool = False) -> AttentionBlock:
+        """Return the device's own attention block if it has one for these weights, else the composed one."""
+        fused = self.fuse_attention and self.fuse_attention(weights, scales_queries=scales_queries)
+        return fused or ComposedAttention(
+            weights=weights,
+            rms_norm=self.rms_norm,
+            add_rms_norm=self.add_rms_norm,
+            rope_and_cache=self.rope_and_cache,
+            attend=self.attend,
+        )
+
+    def moe_block(self, weights: MoeWeights) -> MoeBlock | None:
+        """Return the device's own MoE block if it has one for these weights; else `MoeLayer` composes the ops."""
+        return self.fuse_moe(weights) if self.fuse_moe else None
 
     def explain(self) -> str:
-        """Why these, and for each op where its implementation lives."""
+        """Return the reason for the choice, and the module of each op's implementation."""
         ops = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return "\n".join([self.why, *(f"{name}: {_place(op)}" for name, op in ops if callable(op))])
 
@@ -77,10 +104,10 @@ def _place(op: Any) -> str:
 
 
 def choose(device: str, *, fast: bool = False, attention: Literal["triton", "flashinfer"] = "triton") -> Ops:
-    """The ops for "cpu" or "cuda". `attention`: whose, on a GPU; nothing but this argument decides.
+    """Return the ops for "cpu" or "cuda"; `attention` decides whose attention runs on a GPU.
 
     Raises:
-        ValueError: the GPU is too old, or what was asked for is not installed or not for this device.
+        ValueError: the GPU is too old, or `attention` is not installed or not for this device.
     """
     if device == "cpu":
         if attention != "triton":
@@ -99,7 +126,7 @@ def choose(device: str, *, fast: bool = False, attention: Literal["triton", "fla
 
 
 def flashinfer(ops: Ops, device: str) -> Ops:
-    """With FlashInfer's attention in place of Triton's; it has no bits to promise, so the ops are `fast`.
+    """Return `ops` with FlashInfer's attention. Its bits depend on the batch, so the ops must be `fast`.
 
     Raises:
         ValueError: it is not installed.
@@ -124,10 +151,10 @@ def flashinfer(ops: Ops, device: str) -> Ops:
 
 
 def cpu(*, fast: bool = False) -> Ops:
-    """For a CPU."""
+    """Return the ops for a CPU."""
     # numba is slow to import and of no use elsewhere.
     from expertwire.kernels.cpu import attention as cpu_attention
-    from expertwire.kernels.cpu import elementwise, rotary
+    from expertwire.kernels.cpu import elementwise, fused, gemm, rotary
     from expertwire.kernels.cpu import index as cpu_index
     from expertwire.kernels.cpu import mla as cpu_mla
     from expertwire.kernels.cpu import routing as cpu_routing
@@ -138,9 +165,9 @@ def cpu(*, fast: bool = False) -> Ops:
         on_device=False,
         fast=fast,
         capturable=False,
-        linear=linear.prepare,
-        linear_per_head=heads.prepare,
-        experts=partial(experts.prepare, silu_mul=elementwise.silu_mul),
+        linear=gemm.prepare_linear,
+        linear_per_head=gemm.prepare_per_head,
+        experts=gemm.prepare_experts,
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
         rope_and_cache=rotary.rope_and_cache,
@@ -155,11 +182,13 @@ def cpu(*, fast: bool = False) -> Ops:
         silu_mul=elementwise.silu_mul,
         permute=permute.reference,
         combine=elementwise.combine,
+        fuse_attention=fused.fuse_attention,
+        fuse_moe=fused.fuse_moe,
     )
 
 
 def plain() -> Ops:
-    """In torch alone."""
+    """Return the ops in torch alone."""
     return Ops(
         why="asked for: torch alone",
         on_device=False,
@@ -167,7 +196,7 @@ def plain() -> Ops:
         capturable=False,
         linear=linear.prepare,
         linear_per_head=heads.prepare,
-        experts=partial(experts.prepare, silu_mul=experts.silu_mul_reference),
+        experts=experts.prepare,
         rms_norm=rms_norm.reference,
         add_rms_norm=rms_norm.add_reference,
         rope_and_cache=attention.rope_and_cache,
@@ -186,7 +215,7 @@ def plain() -> Ops:
 
 
 def triton(gpu: Device, *, fast: bool = False) -> Ops:
-    """For a GPU (or, in Triton's interpreter, for tensors on a CPU)."""
+    """Return the ops for a GPU, or in Triton's interpreter for tensors on a CPU."""
     from expertwire.kernels.gpu import attention as gpu_attention
     from expertwire.kernels.gpu import combine as gpu_combine
     from expertwire.kernels.gpu import experts as gpu_experts

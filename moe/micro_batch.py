@@ -1,4 +1,4 @@
-"""Computations that stop where they would wait for other ranks, so that others can go on meanwhile."""
+"""Micro-batches: computations that yield where they would wait for other ranks, so that others can run meanwhile."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-Stages = Generator[None, None, T]
+MicroBatch = Generator[None, None, T]  # returns its result
 
 
-def run(stages: Stages[T]) -> T:
-    """One alone, to its end."""
-    [result] = take_turns([stages])
+def run(micro_batch: MicroBatch[T]) -> T:
+    """Run one micro-batch to its end; return its result."""
+    [result] = interleave([micro_batch])
     return result
 
 
-def take_turns(parts: Sequence[Stages[T]]) -> list[T]:
-    """Several, each one stage at a time, in their order; their results.
+def interleave(micro_batches: Sequence[MicroBatch[T]]) -> list[T]:
+    """Run micro-batches round robin, each up to its next yield; return their results.
 
-    So what a part sends travels while the others compute. The order depends on nothing else: ranks whose parts have equally many
-    stages wait for each other in the same places.
+    What one has sent travels while the others compute. The order depends on nothing but the number of yields, so ranks
+    whose micro-batches yield equally often wait for each other at the same points.
     """
     results: dict[int, T] = {}
-    while len(results) < len(parts):
-        for number, stages in enumerate(parts):
+    while len(results) < len(micro_batches):
+        for number, micro_batch in enumerate(micro_batches):
             if number not in results:
                 try:
-                    next(stages)
+                    next(micro_batch)
                 except StopIteration as end:
                     results[number] = end.value
-    return [results[number] for number in range(len(parts))]
+    return [results[number] for number in range(len(micro_batches))]

@@ -62,7 +62,7 @@ def recorded(num_tokens: int, seed: int) -> np.ndarray:
     model = alone.model
     for i, layer in enumerate(model.layers):
         assert layer.moe is not None, f"layer {i} of the demo model is dense"
-        moe = dataclasses.replace(layer.moe, router=_Recorder(layer.moe.router, seen), fused=None)
+        moe = dataclasses.replace(layer.moe, router=_Recorder(layer.moe.router, seen), block=None)
         model.layers[i] = dataclasses.replace(layer, moe=moe, mlp=moe.forward)
     word_ids = {word: i for i, word in enumerate(demo_task.WORDS)}
     rng, total = random.Random(seed), 0

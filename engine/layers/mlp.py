@@ -1,24 +1,20 @@
-"""A dense MLP with SwiGLU, as a layer's second half or as a shared expert.
+"""Dense MLP with SwiGLU: a layer's second half, or a shared expert.
 
-T tokens, D model width, I inner width.
+T tokens, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from expertwire.engine.loader.layout import Layout, Parameters
 from expertwire.engine.models.family import Names
+from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.registry import Ops
-
-Mlp = Callable[[Tensor], Tensor]  # x_TD -> y_TD
 
 
 def declare(layout: Layout, param: str, source: str, size: int, names: Names, width: int) -> None:
-    """The parameters of an MLP whose tensors begin with `source`."""
+    """Declare the parameters of an MLP whose tensors begin with `source`."""
     parts = [(source + names.gate, size), (source + names.up, size)]
     if names.gate_up is not None:
         parts = [(source + names.gate_up, 2 * size)]
@@ -26,7 +22,7 @@ def declare(layout: Layout, param: str, source: str, size: int, names: Names, wi
     layout.matrix(param + "down", (source + names.down, width), columns=size)
 
 
-def bind(p: Parameters, ops: Ops, dtype: torch.dtype) -> Mlp:
-    """Of the parameters that `declare` declared."""
+def bind(p: Parameters, ops: Ops, dtype: torch.dtype) -> Linear:
+    """Return the MLP of the parameters that `declare` declared, [T, D] to [T, D]."""
     gate_up, down = ops.linear(p.weight("gate_up"), dtype=dtype), ops.linear(p.weight("down"), dtype=dtype)
     return lambda x_TD: down(ops.silu_mul(gate_up(x_TD)))

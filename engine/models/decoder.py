@@ -34,7 +34,7 @@ from expertwire.kernels.ops.attention import FP8
 from expertwire.kernels.ops.variants import Rope
 from expertwire.moe import layer as moe_layer
 from expertwire.moe.layer import MoeLayer
-from expertwire.moe.micro_batch import Stages, take_turns
+from expertwire.moe.micro_batch import MicroBatch, interleave
 from expertwire.scheduler.plan import CacheKind
 
 Params = dict[str, Tensor]
@@ -221,20 +221,20 @@ class Decoder:
     def forward(self, batches: Sequence[ForwardBatch], caches: Sequence[NamedCache]) -> Tensor:
         """As `Model.forward`."""
         assert self._tables, "forward before allocate"
-        parts = take_turns([self._stages(batch, caches, part) for part, batch in enumerate(batches)])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        outputs = interleave([self._micro_batch(i, batch, caches) for i, batch in enumerate(batches)])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _stages(self, batch: ForwardBatch, caches: Sequence[NamedCache], part: int) -> Stages[Tensor]:
-        """One part, which stops where it would wait for other ranks."""
+    def _micro_batch(self, number: int, batch: ForwardBatch, caches: Sequence[NamedCache]) -> MicroBatch[Tensor]:
         step = Step(batch=batch, caches=caches, tables=self._tables)
         x_TD = self._embed[batch.token_ids_T]
         normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
         for i, layer in enumerate(self.layers):
             x_TD, normed_TD = layer.attention(x_TD, normed_TD, step)
             if layer.moe is not None:
-                told = None if batch.routed is None else partial(batch.routed, i)
-                sent = batch.num_tokens_P, part, told, batch.num_valid
-                x_TD, normed_TD = yield from layer.moe.stages(x_TD, normed_TD, *sent)
+                on_routed = None if batch.routed is None else partial(batch.routed, i)
+                x_TD, normed_TD = yield from layer.moe.micro_batch(
+                    x_TD, normed_TD, batch.num_tokens_P, number, on_routed, batch.num_valid
+                )
             elif layer.mlp is not None:
                 x_TD, normed_TD = layer.mlp(x_TD, normed_TD)
         return normed_TD

@@ -1,14 +1,17 @@
-"""What a step does in a layer, in two calls: attention with the norm behind it, and a rank's experts with theirs.
+"""The two blocks of a layer on a CPU, each in one call: `kernels.ops.attention_block` and `kernels.ops.moe_block`.
 
-At a few rows a step, calling an op costs as much as its work. So this puts the ops of `gemm`, `attention` and `elementwise`
-behind one another, and a row's bits are those of the ops called one by one. Some rows at a time, so that what one finds is still
-in the cache for the next.
+With a few rows a step, calling an op costs as much as its work. These functions call the compiled ops of `gemm`,
+`attention` and `elementwise` one after another, so that a row has the bits of the separate ops. They take `CHUNK` rows
+at a time: results of one op are still in the cache for the next.
 
 T tokens, D model width, H query heads, G key/value heads, d head size, E logical experts, e those here, K
 chosen, R routed rows, F expert width, B sequences, b blocks, s block size.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +23,17 @@ from expertwire.kernels.cpu.gemm import CHUNK, Operands, PackedExperts, PackedLi
 from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty
 from expertwire.kernels.cpu.rotary import rope_and_cache_rows
 from expertwire.kernels.cpu.routing import Rule, route_rows, rule
-from expertwire.kernels.ops.attention import PagedSequences
+from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
+from expertwire.kernels.ops.moe_block import MoeBlock, MoeWeights
 
-# What all layers of a step share: cosines and sines, positions_T, slots_T, tables_Bb, cu_queries, lengths_B.
-StepArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-# Weights and bias as `PackedLinear` has them.
-Layer = tuple[np.ndarray, np.ndarray]
+Weights = tuple[np.ndarray, np.ndarray]  # panels and bias of a `PackedLinear`
 
 
 @allocating_jit
 def _attention(
     x_TD: np.ndarray,
     normed_TD: np.ndarray,
-    qkv: Layer,
+    qkv: Weights,
     all_heads: int,
     qk_norm_hd: np.ndarray,
     eps: float,
@@ -51,7 +52,7 @@ def _attention(
     k_NsGd: np.ndarray,
     v_NsGd: np.ndarray,
     kv_scales_2G: np.ndarray,
-    output: Layer,
+    output: Weights,
     norm_D: np.ndarray,
     sum_TD: np.ndarray,
     y_TD: np.ndarray,
@@ -90,45 +91,35 @@ def _attention(
         add_rms_norm_rows(x_TD[start:end], part_TD, norm_D, eps, sum_TD[start:end], y_TD[start:end])
 
 
-class AttentionAndNorm:
-    """`kernels.ops.attention.Fused` on a CPU."""
+def fuse_attention(weights: AttentionWeights, *, scales_queries: bool) -> AttentionBlock | None:
+    """As `kernels.ops.attention_block.FuseAttention`: of packed projections, with no more than norms of heads."""
+    w, qkv, output = weights, weights.qkv, weights.output
+    if not (isinstance(qkv, PackedLinear) and isinstance(output, PackedLinear)):
+        return None
+    if w.row_norms is not None or scales_queries:
+        return None
+    qk_norm_hd = w.norm_D.new_empty(0, w.head_dim) if w.head_norms_hd is None else w.head_norms_hd
+    scale = w.head_dim**-0.5 if w.scale is None else w.scale
+    options = w.interleaved, scale, w.window, w.chunk, sinks(w.sinks_H)
+    first = (qkv.panels, qkv.bias), qkv.num_outputs // w.head_dim, as_array(qk_norm_hd), w.eps, *options
+    return _AttentionBlock(first, scales(w.kv_scales_2G), ((output.panels, output.bias), as_array(w.norm_D)))
 
-    def __init__(
-        self,
-        qkv: PackedLinear,
-        output: PackedLinear,
-        qk_norm_hd: Tensor | None,
-        norm_D: Tensor,
-        eps: float,
-        dim: int,
-        *,
-        interleaved: bool,
-        scale: float | None,
-        window: int,
-        chunk: int,
-        sinks_H: Tensor | None,
-        kv_scales_2G: Tensor | None,
-    ) -> None:
-        qk_norm = norm_D.new_empty(0, dim) if qk_norm_hd is None else qk_norm_hd
-        scale = dim**-0.5 if scale is None else scale
-        attention = interleaved, scale, window, chunk, sinks(sinks_H)
-        self._before = (qkv.panels, qkv.bias), qkv.num_outputs // dim, as_array(qk_norm), eps, *attention
-        self._kv_scales = scales(kv_scales_2G)
-        self._after = (output.panels, output.bias), as_array(norm_D)
 
-    def step(
-        self, tables: tuple[Tensor, Tensor], positions_T: Tensor, slots_T: Tensor, seqs: PagedSequences
-    ) -> StepArrays:
-        host = (tensor.numpy() for tensor in (*tables, positions_T, slots_T, seqs.block_table))
-        return *host, seqs.cu_queries, seqs.lengths
+@dataclass(frozen=True, eq=False)
+class _AttentionBlock:
+    """Arguments of `_attention` before those of a step, the KV scales, and arguments after the caches."""
+
+    first: tuple[Any, ...]
+    kv_scales: np.ndarray
+    last: tuple[Any, ...]
 
     def __call__(
-        self, x_TD: Tensor, normed_TD: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepArrays
+        self, x_TD: Tensor, normed_TD: Tensor, k_cache: Tensor, v_cache: Tensor, inputs: AttentionInputs
     ) -> tuple[Tensor, Tensor]:
         sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
         if len(x_TD) > 0:
             x, normed, k, v, total, y = (as_array(t) for t in (x_TD, normed_TD, k_cache, v_cache, sum_TD, y_TD))
-            _attention(x, normed, *self._before, *step, k, v, self._kv_scales, *self._after, total, y)
+            _attention(x, normed, *self.first, *inputs.arrays, k, v, self.kv_scales, *self.last, total, y)
         return sum_TD, y_TD
 
 
@@ -155,7 +146,7 @@ def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray,
 def _moe(
     x_TD: np.ndarray,
     normed_TD: np.ndarray,
-    router: Layer,
+    router: Weights,
     top_k: int,
     rule: Rule,
     physical_of_E: np.ndarray,
@@ -189,26 +180,27 @@ def _moe(
         add_rms_norm_rows(x_TD[start:end], part_TD, norm_D, eps, sum_TD[start:end], y_TD[start:end])
 
 
-class MoeAndNorm:
-    """`kernels.ops.experts.Fused` on a CPU."""
+def fuse_moe(weights: MoeWeights) -> MoeBlock | None:
+    """As `kernels.ops.moe_block.FuseMoe`: of packed weights and softmax routing, without a shared expert."""
+    w, router, experts, routing = weights, weights.router, weights.experts, weights.routing
+    if not (isinstance(router, PackedLinear) and isinstance(experts, PackedExperts)):
+        return None
+    limits = routing.score, w.choice_bias, routing.groups, routing.scale, routing.scales_input, w.shared
+    if limits != ("softmax", None, None, 1.0, False, None):
+        return None
+    choice = routing.top_k, rule(len(w.physical_E), renormalize=routing.renormalize), w.physical_E.numpy()
+    return _MoeBlock(((router.panels, router.bias), *choice, experts.operands, as_array(w.norm_D), w.eps))
 
-    def __init__(
-        self,
-        router: PackedLinear,
-        experts: PackedExperts,
-        norm_D: Tensor,
-        physical_of_E: Tensor,
-        *,
-        top_k: int,
-        renormalize: bool,
-        eps: float,
-    ) -> None:
-        choice = top_k, rule(len(physical_of_E), renormalize=renormalize), physical_of_E.numpy()
-        self._fixed = (router.panels, router.bias), *choice, experts.operands, as_array(norm_D), eps
+
+@dataclass(frozen=True, eq=False)
+class _MoeBlock:
+    """Arguments of `_moe` between those of a step."""
+
+    fixed: tuple[Any, ...]
 
     def __call__(self, x_TD: Tensor, normed_TD: Tensor, load_E: np.ndarray) -> tuple[Tensor, Tensor]:
         sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
         if len(x_TD) > 0:
             x, normed, total, y = (as_array(tensor) for tensor in (x_TD, normed_TD, sum_TD, y_TD))
-            _moe(x, normed, *self._fixed, load_E, total, y)
+            _moe(x, normed, *self.fixed, load_E, total, y)
         return sum_TD, y_TD

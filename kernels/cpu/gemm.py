@@ -17,6 +17,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from expertwire.kernels.cpu import unpack
+from expertwire.kernels.cpu.elementwise import silu_mul
 from expertwire.kernels.cpu.multiply import (
     HEAD,
     LEAST_ROWS,
@@ -34,6 +35,11 @@ from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.unpack import Codes, expert, num_panels, room, unpacked
 from expertwire.kernels.cpu.vectors import LANES
 from expertwire.kernels.formats import Quantized, Weight
+from expertwire.kernels.ops import experts as experts_op
+from expertwire.kernels.ops import heads, linear
+from expertwire.kernels.ops.experts import GroupedMlp
+from expertwire.kernels.ops.heads import PerHead
+from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.permute import TileMap
 from expertwire.kernels.ops.variants import Activation
 
@@ -44,8 +50,17 @@ Gating = tuple[np.float32, np.float32, np.float32]  # alpha, limit and offset of
 Operands = tuple[np.ndarray | Codes, np.ndarray, np.ndarray | Codes, np.ndarray, Gating]
 
 
+def is_packed(weight: Weight) -> bool:
+    """Return whether a weight [..., N, K] is packed: if its widths allow it and torch has one or two threads.
+
+    Products of packed weights run on one thread, which takes most of the memory bandwidth that two could; more threads
+    together read faster.
+    """
+    return weight.device.type == "cpu" and torch.get_num_threads() <= 2 and supports(weight)
+
+
 def supports(weight: Weight) -> bool:
-    """Whether panels hold a weight [..., N, K]."""
+    """Return whether panels can hold a weight [..., N, K]."""
     if isinstance(weight, Quantized):
         return weight.shape[-1] % LINE == 0 and all(rows % LANES == 0 for rows in weight.parts)
     return weight.shape[-1] % LINE == 0 and weight.dtype in (torch.float32, torch.bfloat16)
@@ -53,13 +68,14 @@ def supports(weight: Weight) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """`kernels.ops.linear.reference` of contiguous rows of the weight's dtype."""
+    """`kernels.ops.linear.reference` of contiguous rows, in the weight's dtype."""
 
     panels: np.ndarray  # [P, K', 32]
     bias: np.ndarray  # fp32 [P * 32]
     num_outputs: int
 
     def __call__(self, x_MK: Tensor) -> Tensor:
+        x_MK = x_MK.to(torch.bfloat16 if self.panels.dtype == np.uint32 else torch.float32)
         y_MN = x_MK.new_empty(x_MK.shape[0], self.num_outputs)
         _linear(as_array(x_MK), self.panels, self.bias, as_array(y_MN))
         return y_MN
@@ -102,15 +118,53 @@ class PackedExperts:
 
 @dataclass(frozen=True, eq=False)
 class PackedHeads:
-    """`kernels.ops.heads.reference` of rows of the weights' dtype."""
+    """`kernels.ops.heads.PerHead` for rows of the weights' dtype."""
 
     panels: np.ndarray  # [H, P, K', 32]
     num_outputs: int
 
-    def __call__(self, x_THK: Tensor) -> Tensor:
+    def __call__(self, x_THK: Tensor, out: Tensor | None = None) -> Tensor:
         y_THN = x_THK.new_empty(*x_THK.shape[:2], self.num_outputs)
-        _heads(as_array(x_THK), self.panels, as_array(y_THN))
-        return y_THN
+        _heads(as_array(x_THK.contiguous()), self.panels, as_array(y_THN))
+        return y_THN if out is None else out.copy_(y_THN)
+
+
+def prepare_linear(
+    weight: Weight,
+    bias_N: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    x_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Linear:
+    """As `kernels.ops.linear.PrepareLinear`."""
+    w_NK = linear.unpacked(weight, dtype)
+    assert out_dtype in (None, w_NK.dtype), (out_dtype, w_NK.dtype)
+    return pack_linear(w_NK, bias_N) if is_packed(w_NK) else linear.prepare(w_NK, bias_N)
+
+
+def prepare_per_head(w_HNK: Tensor) -> PerHead:
+    """As `kernels.ops.heads.PreparePerHead`."""
+    return pack_heads(w_HNK) if is_packed(w_HNK) else heads.prepare(w_HNK)
+
+
+def prepare_experts(
+    w13: Weight,
+    w2: Weight,
+    *,
+    activation: Activation | None = None,
+    bias13_eF: Tensor | None = None,
+    bias2_eD: Tensor | None = None,
+    expected: float = 1.0,
+    overlapped: bool = False,
+) -> GroupedMlp:
+    """As `kernels.ops.experts.PrepareExperts`."""
+    activation = activation or Activation()
+    if is_packed(w13) and is_packed(w2):
+        assert activation.gated, f"{activation} on a CPU"
+        return pack_experts(w13, w2, activation, bias13_eF, bias2_eD)
+    biases = {"bias13_eF": bias13_eF, "bias2_eD": bias2_eD}
+    return experts_op.prepare(w13, w2, activation=activation, silu_mul=silu_mul, **biases)
 
 
 def pack_linear(w_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops import linear, rotary
+from expertwire.kernels.ops import rotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,44 +181,45 @@ def prefills(seqs: Sequences, num: int) -> Sequences:
     return replace(seqs, max_decodes=0, max_length=seqs.max_prefill_length, **rest)
 
 
-class Fused(Protocol):
-    """A layer's attention and the norm behind it in one call: the ops' bits, fewer calls."""
-
-    def step(self, tables: tuple[Tensor, Tensor], positions_T: Tensor, slots_T: Tensor, seqs: PagedSequences) -> Any:
-        """What the layers of a step share, for `__call__`."""
-        ...
+class RopeAndCache(Protocol):
+    """What lies between the projections and attention; see `rope_and_cache`."""
 
     def __call__(
-        self, x_TD: Tensor, normed_TD: Tensor, k_cache: Tensor, v_cache: Tensor, step: Any
-    ) -> tuple[Tensor, Tensor]:
-        """x plus the attention of its norm, and the norm of that."""
+        self,
+        qkv_Thd: Tensor,
+        norm_hd: Tensor | None,
+        eps: float,
+        tables: tuple[Tensor, Tensor],
+        positions_T: Tensor,
+        slot_mapping_T: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        interleaved: bool = False,
+        kv_scales_2G: Tensor | None = None,
+    ) -> Tensor:
+        """Return the queries [T, H, d]; write the caches."""
         ...
 
 
-def fuse(
-    qkv: linear.Linear,
-    output: linear.Linear,
-    qk_norm_hd: Tensor | None,
-    norm_D: Tensor,
-    eps: float,
-    head_dim: int,
-    *,
-    interleaved: bool = False,
-    scale: float | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    sinks_H: Tensor | None = None,
-    kv_scales_2G: Tensor | None = None,
-) -> Fused | None:
-    """Of prepared layers to (H + 2G) * d and from H * d, where there is an implementation; options as of `rope_and_cache` and
-    `attend`. What is rotated is up to the tables of a step."""
-    from expertwire.kernels.cpu import fused, gemm  # numba is slow to import and of no use elsewhere
+class Attend(Protocol):
+    """Attention of a step; see `reference`."""
 
-    if not (isinstance(qkv, gemm.PackedLinear) and isinstance(output, gemm.PackedLinear)):
-        return None
-    options = {"interleaved": interleaved, "scale": scale, "window": window, "chunk": chunk}
-    options |= {"sinks_H": sinks_H, "kv_scales_2G": kv_scales_2G}
-    return fused.AttentionAndNorm(qkv, output, qk_norm_hd, norm_D, eps, head_dim, **options)
+    def __call__(
+        self,
+        q_THd: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seqs: Any,
+        *,
+        scale: float | None = None,
+        window: int = 0,
+        chunk: int = 0,
+        sinks_H: Tensor | None = None,
+        kv_scales_2G: Tensor | None = None,
+    ) -> Tensor:
+        """Return [T, H, d]. `seqs`: `PagedSequences`, or `DeviceSequences` where `Ops.on_device`."""
+        ...
 
 
 def first_visible(position: int, window: int, chunk: int) -> int:

@@ -6,12 +6,22 @@ T tokens, K experts a token, D width.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 
+class Combine(Protocol):
+    """See `reference`; without a shared expert."""
+
+    def __call__(self, rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        """Return y_TD."""
+        ...
+
+
 def reference(rows_TKD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Tensor:
-    """rows fp32 or bf16, weights fp32 -> y [T, D] in the rows' dtype.
+    """Return y [T, D] in the dtype of the rows, fp32 or bf16; weights fp32.
 
     The shared expert's rows are added last, to the rounded sum.
     """
@@ -23,7 +33,7 @@ def reference(rows_TKD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = N
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """As `reference`, all products at once."""
+    """Return what `reference` does, with all products at once."""
     products_TKD = rows_TKD * weights_TK[:, :, None]  # fp32: type promotion
     out_TD = products_TKD[:, 0].clone()
     for k in range(1, rows_TKD.shape[1]):

@@ -7,7 +7,6 @@ each product, as the model's layers are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -47,11 +46,33 @@ class GroupedMlp(Protocol):
         ...
 
 
-class Fused(Protocol):
-    """A layer whose experts are all here, with its router and the norm behind it, in one call: the ops' bits, fewer calls."""
+class PrepareExperts(Protocol):
+    """Preparation of a layer's experts."""
 
-    def __call__(self, x_TD: Tensor, normed_TD: Tensor, load_E: np.ndarray) -> tuple[Tensor, Tensor]:
-        """x plus the experts' mixture of its norm, and the norm of that. Adds the rows of each logical expert to `load_E`."""
+    def __call__(
+        self,
+        w13: Weight,
+        w2: Weight,
+        *,
+        activation: Activation | None = None,
+        bias13_eF: Tensor | None = None,
+        bias2_eD: Tensor | None = None,
+        expected: float = 1.0,
+        overlapped: bool = False,
+    ) -> GroupedMlp:
+        """Prepare weights [e, 2F, D], gate rows over up rows, and [e, D, F]. Quantised ones stay as they are in memory.
+
+        `expected`: the share of R that holds rows under even routing, where the device counts rows. `overlapped`: an
+        all-to-all runs at the same time on a GPU.
+        """
+        ...
+
+
+class SiluMul(Protocol):
+    """Gating of an MLP."""
+
+    def __call__(self, gate_up_NF: Tensor, /) -> Tensor:
+        """Return `silu(gate) * up` [N, F] of [N, 2F], gate columns first."""
         ...
 
 
@@ -138,7 +159,7 @@ class LibraryExperts:
     activation: Activation
     bias13_eF: Tensor | None
     bias2_eD: Tensor | None
-    silu_mul: Callable[[Tensor], Tensor]
+    silu_mul: SiluMul
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -183,41 +204,16 @@ def prepare(
     w13: Weight,
     w2: Weight,
     *,
-    silu_mul: Callable[[Tensor], Tensor],
     activation: Activation | None = None,
     bias13_eF: Tensor | None = None,
     bias2_eD: Tensor | None = None,
     expected: float = 1.0,
-) -> GroupedMlp:
-    """A callable for weights [e, 2F, D], gate rows over up rows, and [e, D, F], as `linear.prepare` makes one.
-
-    Quantised weights stay as they are in memory. `expected`: where rows are counted on a device, the share of R that comes with
-    even routing; here the host knows.
-    """
+    overlapped: bool = False,
+    silu_mul: SiluMul = silu_mul_reference,
+) -> LibraryExperts:
+    """As `PrepareExperts`, with `linear.library`; the host counts rows."""
     activation = activation or Activation()
     assert activation.gated, f"{activation} on a CPU"
-    if linear.is_packed(w13) and linear.is_packed(w2):
-        from expertwire.kernels.cpu import gemm
-
-        return gemm.pack_experts(w13, w2, activation, bias13_eF, bias2_eD)
     return LibraryExperts(
         w13=w13, w2=w2, activation=activation, bias13_eF=bias13_eF, bias2_eD=bias2_eD, silu_mul=silu_mul
     )
-
-
-def fuse(
-    router: linear.Linear,
-    experts: GroupedMlp,
-    norm_D: Tensor,
-    physical_of_E: Tensor,
-    *,
-    top_k: int,
-    renormalize: bool,
-    eps: float,
-) -> Fused | None:
-    """Of a prepared router and experts, where there is an implementation."""
-    from expertwire.kernels.cpu import fused, gemm  # numba is slow to import and of no use elsewhere
-
-    if not (isinstance(router, gemm.PackedLinear) and isinstance(experts, gemm.PackedExperts)):
-        return None
-    return fused.MoeAndNorm(router, experts, norm_D, physical_of_E, top_k=top_k, renormalize=renormalize, eps=eps)

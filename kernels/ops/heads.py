@@ -1,6 +1,6 @@
 """A linear layer for each head: `y_THN = x_THK @ w_HNK^T`, as latent attention has before and behind its scores.
 
-Like `linear`, it is prepared once, and the bits of a token's row depend on that row alone.
+As with `linear`, a weight is prepared once, and the bits of a token's row depend on that row alone.
 
 T tokens, H heads, K inputs, N outputs.
 """
@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops.linear import is_packed
-
 _ROWS = 64
 
 
@@ -22,7 +20,15 @@ class PerHead(Protocol):
     """A prepared weight."""
 
     def __call__(self, x_THK: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return y_THN, which is `out` if that is given. Tokens and heads of both may lie apart, as parts of longer rows do."""
+        """Return y_THN, which is `out` if that is given. Rows of both may be strided, as parts of longer rows are."""
+        ...
+
+
+class PreparePerHead(Protocol):
+    """Preparation of a weight."""
+
+    def __call__(self, w_HNK: Tensor) -> PerHead:
+        """Prepare a contiguous weight."""
         ...
 
 
@@ -32,27 +38,13 @@ def reference(x_THK: Tensor, w_HNK: Tensor) -> Tensor:
 
 
 def prepare(w_HNK: Tensor) -> PerHead:
-    """On a CPU packed as `linear` is, where that can be; else the library's product of all heads, of as many tokens as it ever
-    gets: it chooses the order of a sum by their number."""
-    if is_packed(w_HNK):
-        from expertwire.kernels.cpu import gemm
-
-        multiply = gemm.pack_heads(w_HNK)
-    else:
-
-        def multiply(x_THK: Tensor) -> Tensor:
-            return _batched(x_THK, w_HNK)
+    """As `PreparePerHead`, with torch's batched product of 64 tokens at a time: it orders sums by their number."""
 
     def apply(x_THK: Tensor, out: Tensor | None = None) -> Tensor:
-        y_THN = multiply(x_THK.contiguous())
-        return y_THN if out is None else out.copy_(y_THN)
+        y_THN = x_THK.new_empty(*x_THK.shape[:2], w_HNK.shape[1]) if out is None else out
+        for x, y in zip(x_THK.split(_ROWS), y_THN.split(_ROWS), strict=True):
+            padded = F.pad(x, (0, 0, 0, 0, 0, _ROWS - len(x)))
+            y.copy_(torch.bmm(padded.transpose(0, 1), w_HNK.transpose(1, 2)).transpose(0, 1)[: len(x)])
+        return y_THN
 
     return apply
-
-
-def _batched(x_THK: Tensor, w_HNK: Tensor) -> Tensor:
-    y_THN = x_THK.new_empty(*x_THK.shape[:2], w_HNK.shape[1])
-    for x, y in zip(x_THK.split(_ROWS), y_THN.split(_ROWS), strict=True):
-        padded = F.pad(x, (0, 0, 0, 0, 0, _ROWS - len(x)))
-        y.copy_(torch.bmm(padded.transpose(0, 1), w_HNK.transpose(1, 2)).transpose(0, 1)[: len(x)])
-    return y_THN

@@ -14,12 +14,42 @@ T tokens, H index heads, d their size, B sequences, L padded length, s block siz
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.kernels.ops.attention import PagedSequences
 from expertwire.kernels.ops.rotary import rotate_at
+
+
+class RopeAndCacheIndex(Protocol):
+    """What lies between the projections and the choice; see `rope_and_cache`."""
+
+    def __call__(
+        self,
+        q_THd: Tensor,
+        k_Td: Tensor,
+        norm: tuple[Tensor, Tensor],
+        eps: float,
+        tables: tuple[Tensor, Tensor],
+        positions_T: Tensor,
+        slot_mapping_T: Tensor,
+        index_cache: Tensor,
+        *,
+        interleaved: bool = False,
+    ) -> Tensor:
+        """Return the rotated index queries [T, H, d]; write the cache."""
+        ...
+
+
+class ChoosePositions(Protocol):
+    """See `reference`."""
+
+    def __call__(self, q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: Any, top_k: int) -> Tensor:
+        """Return i64 [T, top_k]. `seqs` as for `attention.Attend`."""
+        ...
 
 
 def reference(q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int) -> Tensor:

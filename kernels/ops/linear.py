@@ -2,14 +2,13 @@
 
 T tokens, D input width, N output width.
 
-A weight is *prepared* once, after loading, and called many times. On one or two CPU threads, for widths that are a multiple of
-32, `kernels.cpu.gemm` packs it and multiplies any number of rows on one thread; everything else is the library's product, of 64
-rows at a time. Either way the bits of a row of y depend on that row of x alone.
+A weight is *prepared* once, after loading, and called many times. The bits of a row of y depend on that row of x
+alone, whatever the implementation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,36 @@ from torch import Tensor
 
 from expertwire.kernels.formats import Weight, dequantize
 
-Linear = Callable[[Tensor], Tensor]  # x_TD -> y_TN
-
 _ROWS = 64
-_WIDTH = 16  # numbers, a line of the cache in fp32
+_WIDTH = 16  # fp32 numbers of a cache line
+
+
+class Linear(Protocol):
+    """A prepared linear layer."""
+
+    def __call__(self, x_TD: Tensor, /) -> Tensor:
+        """Return y_TN."""
+        ...
+
+
+class PrepareLinear(Protocol):
+    """Preparation of a weight."""
+
+    def __call__(
+        self,
+        weight: Weight,
+        bias_N: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        x_dtype: torch.dtype | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Linear:
+        """Prepare a weight [N, D].
+
+        Products are in `dtype`, else in the weight's own; a quantised weight needs one. `x_dtype` and `out_dtype` are
+        those of x and y if they differ from it.
+        """
+        ...
 
 
 def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -30,10 +55,12 @@ def reference(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tenso
 
 
 def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """The library's product of as many rows at a time as it ever gets: it chooses the order of a sum by their number, and oneDNN
-    compiles a kernel, milliseconds and up to a megabyte that it keeps for good, for each number that it meets. On an AMD
-    processor, with three threads or more, MKL's sums over odd widths were seen to depend on a row's place: widths that no model
-    has are padded, at the price of a copy of the weights."""
+    """Multiply by torch's GEMM, always 64 rows at a time.
+
+    The library chooses the order of a sum by the number of rows, and oneDNN compiles and keeps a kernel (milliseconds,
+    up to a megabyte) for each number. On an AMD processor with three threads or more, MKL's sums over odd widths
+    depended on a row's place: such widths, which no model has, are padded, at the price of a copy of the weights.
+    """
     if x_TD.shape[1] % _WIDTH > 0:
         x_TD, w_ND = (F.pad(tensor, (0, -tensor.shape[1] % _WIDTH)) for tensor in (x_TD, w_ND))
     y_TN = x_TD.new_empty(x_TD.shape[0], w_ND.shape[0])
@@ -45,34 +72,23 @@ def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return y_TN
 
 
-def prepare(weight: Weight, bias_N: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Linear:
-    """A callable that applies `weight` [N, D], by the device that it is on and the threads that torch has now.
-
-    The products are in `dtype` (fp32 or bf16), else in the weight's own; a quantised weight needs one and is unpacked here.
-    """
+def prepare(
+    weight: Weight,
+    bias_N: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    x_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Linear:
+    """As `PrepareLinear`, with `library`; x is converted to the dtype of products, which y has too."""
     w_ND = unpacked(weight, dtype)
-    if not is_packed(w_ND):
-        return lambda x_TD: library(x_TD, w_ND, bias_N)
-    from expertwire.kernels.cpu import gemm
-
-    return gemm.pack_linear(w_ND, bias_N)
+    assert out_dtype in (None, w_ND.dtype), (out_dtype, w_ND.dtype)
+    return lambda x_TD: library(x_TD.to(w_ND.dtype), w_ND, bias_N)
 
 
 def unpacked(weight: Weight, dtype: torch.dtype | None) -> Tensor:
-    """In `dtype`, else as it is."""
+    """Return the weight in `dtype`, or as it is if that is None."""
     if dtype is None:
         assert isinstance(weight, Tensor), f"{weight.format} {weight.shape} without a dtype to unpack it to"
         return weight
     return dequantize(weight, dtype)
-
-
-def is_packed(weight: Weight) -> bool:
-    """Whether `kernels.cpu.gemm` takes a weight [..., N, D]: on a CPU, with few threads, for the widths that it covers.
-
-    It runs on one thread, which takes most of the memory bandwidth that two could; more threads together read faster.
-    """
-    if weight.device.type != "cpu" or torch.get_num_threads() > 2:
-        return False
-    from expertwire.kernels.cpu import gemm  # numba is slow to import and of no use elsewhere
-
-    return gemm.supports(weight)

@@ -23,18 +23,58 @@ T tokens, H heads, C latent size (512), r rotated size (64), l = C + r, n and v 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import FP8, DeviceSequences, PagedSequences, as_bytes, quantize, visible
+from expertwire.kernels.ops.attention import FP8, Attend, DeviceSequences, PagedSequences, as_bytes, quantize, visible
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.rotary import rotate_at
 
-_WORTH = 2  # keys that are made for a query, at most
+_WORTH = 2  # most keys made for a query
+
+
+class RopeAndCacheLatent(Protocol):
+    """What lies between the projections and attention; see `rope_and_cache`."""
+
+    def __call__(
+        self,
+        q_THr: Tensor,
+        kv_Tl: Tensor,
+        norm_C: Tensor,
+        eps: float,
+        tables: tuple[Tensor, Tensor],
+        positions_T: Tensor,
+        slot_mapping_T: Tensor,
+        cache: Tensor,
+        *,
+        interleaved: bool = True,
+        out: Tensor | None = None,
+        kv_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Return the rotated parts of queries [T, H, r]; write the cache."""
+        ...
+
+
+class AttendLatent(Protocol):
+    """Absorbed attention of a step; see `reference`."""
+
+    def __call__(
+        self,
+        q_THl: Tensor,
+        cache: Tensor,
+        seqs: Any,
+        *,
+        rank: int,
+        scale: float,
+        chosen: Tensor | None = None,
+        kv_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Return [T, H, C]. `seqs` as for `attention.Attend`."""
+        ...
 
 
 def reference(
@@ -159,7 +199,7 @@ def attend_expanded(
     rank: int,
     scale: float,
     expand: Linear,
-    attend: Callable[..., Tensor],
+    attend: Attend,
     narrow_values: bool = False,
     kv_scale: Tensor | None = None,
 ) -> Tensor:

@@ -1,11 +1,14 @@
 """Order of the routed rows: by expert, and within an expert by (token, k).
 
-The order is stable, so that it, and with it every sum over rows, is the same in every run. T tokens, K experts a token,
-e local experts, N = T * K places for routed rows; how many of them are taken stays on the device."""
+The order is stable, so that it, and every sum over rows, is the same in every run.
+
+T tokens, K experts a token, e local experts, N = T * K routed rows at most; their number stays on the device.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +27,17 @@ class TileMap:
 
     @property
     def rows(self) -> int:
-        """Rows of all tiles that there can be, padding included."""
+        """Return the number of rows of all possible tiles, padding included."""
         return len(self.tile_expert) * self.token_tile
 
 
 def max_tiles(num_rows: int, num_experts: int, token_tile: int) -> int:
-    """How many tiles there can be, however the rows fall: a bound that the host knows."""
+    """Return a bound on the number of tiles for any distribution of rows."""
     return min(num_rows, -(-num_rows // token_tile) + num_experts)
 
 
 def tile_reference(expert_offsets: Tensor, num_rows: int, token_tile: int) -> TileMap:
-    """Expert e's rows are `expert_offsets[e] : expert_offsets[e + 1]`, i32; `num_rows` bounds the last offset."""
+    """Return the tiles of rows `expert_offsets[e] : expert_offsets[e + 1]` (i32); `num_rows` bounds the last offset."""
     num_experts = len(expert_offsets) - 1
     tiles = -(-expert_offsets.diff() // token_tile)
     first_tile = torch.cat([tiles.new_zeros(1), tiles.cumsum(0, dtype=torch.int32)])
@@ -54,6 +57,16 @@ class Permuted:
     tile_map: TileMap | None = None  # if asked for
 
 
+class Permute(Protocol):
+    """See `reference`."""
+
+    def __call__(
+        self, ids_TK: Tensor, num_experts: int, num_valid: Tensor | None = None, *, token_tile: int | None = None
+    ) -> Permuted:
+        """Return the order."""
+        ...
+
+
 def reference(
     ids_TK: Tensor,
     num_experts: int,
@@ -61,8 +74,11 @@ def reference(
     *,
     token_tile: int | None = None,
 ) -> Permuted:
-    """`ids_TK`: local experts, i32 or i64; others than 0 .. num_experts - 1 are none, nor are those of tokens from `num_valid`
-    on, i32 [1]."""
+    """Return the order of rows of local experts `ids_TK`, i32 or i64.
+
+    Ids outside of [0, num_experts) are skipped, as are all ids of tokens from `num_valid` (i32 [1]) on. With a
+    `token_tile`, the tiles of the rows are found too.
+    """
     top_k, ids_N = ids_TK.shape[1], ids_TK.flatten().long()
     here_N = (ids_N >= 0) & (ids_N < num_experts)
     if num_valid is not None:

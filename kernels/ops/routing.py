@@ -9,14 +9,14 @@ choice first keeps the best groups of neighbouring experts: by their best expert
 the sum of their two best (DeepSeek-V3). Scores grow with logits, so where neither bias nor sum enters, logits are
 compared: distinct ones stay distinct. Of equals the lowest id wins, everywhere.
 
-T tokens, D model width, E experts, K chosen, G groups, C replicas an expert at most. Gating is in fp32 whatever the activations
-are.
+Gating is in fp32 whatever the dtype of activations.
+
+T tokens, E experts, K experts a token; groups are counted by J, and C is the period with which tokens take replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,24 @@ from expertwire.kernels.ops.variants import Groups, Score
 
 # Keeps the division by a sum of scores finite where all are zero; it changes no other sum.
 TINY = 1e-20
+
+
+class Route(Protocol):
+    """See `reference`."""
+
+    def __call__(
+        self,
+        logits_TE: Tensor,
+        top_k: int,
+        *,
+        renormalize: bool,
+        score: Score = "softmax",
+        bias_E: Tensor | None = None,
+        groups: Groups | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return expert ids i64 [T, K] and weights fp32 [T, K]."""
+        ...
 
 
 def reference(
@@ -38,7 +56,7 @@ def reference(
     groups: Groups | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Expert ids i64 [T, K] and weights fp32 [T, K], in descending order of what they were chosen by; bias fp32."""
+    """Return expert ids i64 [T, K] and weights fp32 [T, K], by descending choice score; logits any float, bias fp32."""
     logits_TE = logits_TE.float()
     scores_TE = _scores(logits_TE, score)
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
@@ -72,6 +90,23 @@ def to_physical(ids_TK: Tensor, physical_CE: Tensor | None) -> Tensor:
     return physical_CE.take(ids_TK + replica_T.mul_(num_experts).unsqueeze(1))
 
 
+class RouteAndCount(Protocol):
+    """`Route`, physical ids and the load in one call; see `route_and_count`."""
+
+    def __call__(
+        self,
+        logits_TE: Tensor,
+        top_k: int,
+        *,
+        load_E: Tensor,
+        physical_CE: Tensor | None = None,
+        num_valid: Tensor | None = None,
+        **rule: Any,
+    ) -> Routed:
+        """Return ids and weights; add to `load_E`."""
+        ...
+
+
 def route_and_count(
     logits_TE: Tensor,
     top_k: int,
@@ -79,15 +114,16 @@ def route_and_count(
     load_E: Tensor,
     physical_CE: Tensor | None = None,
     num_valid: Tensor | None = None,
-    route: Callable[..., tuple[Tensor, Tensor]] = reference,
+    route: Route = reference,
     **rule: Any,
 ) -> Routed:
-    """`route`, the experts' physical ids, and the load: a reference.
+    """Choose experts by `route`, find their physical ids, and count the load.
 
     Args:
         load_E: i64 [E], to which the rows of each logical expert are added.
         physical_CE: i64 [C, E], `moe.eplb.placement.Placement.physical_for` a rank; None: physical ids are logical ones.
-        num_valid: i32 [1]; only so many tokens are counted.
+        num_valid: i32 [1]; only the first so many tokens are counted.
+        rule: the options of `Route`.
     """
     ids_TK, weights_TK = route(logits_TE, top_k, **rule)
     counted_TK = ids_TK if num_valid is None else ids_TK[: int(num_valid)]
@@ -107,8 +143,8 @@ def _scores(logits_TE: Tensor, score: Score) -> Tensor:
 
 def _limited(choice_TE: Tensor, groups: Groups) -> Tensor:
     """`choice_TE` with -inf for the experts of the groups that are not kept."""
-    choice_TGe = choice_TE.unflatten(1, (groups.number, -1))
-    group_TG = choice_TGe.topk(1 if groups.by == "best" else 2, dim=-1).values.sum(dim=-1)
-    dropped_TG = group_TG.sort(dim=-1, descending=True, stable=True).indices[:, groups.kept :]
-    mask_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, dropped_TG, True)
-    return choice_TGe.masked_fill(mask_TG.unsqueeze(2), -torch.inf).flatten(1)
+    choice_TJe = choice_TE.unflatten(1, (groups.number, -1))
+    group_TJ = choice_TJe.topk(1 if groups.by == "best" else 2, dim=-1).values.sum(dim=-1)
+    dropped_TJ = group_TJ.sort(dim=-1, descending=True, stable=True).indices[:, groups.kept :]
+    mask_TJ = torch.zeros_like(group_TJ, dtype=torch.bool).scatter(1, dropped_TJ, True)
+    return choice_TJe.masked_fill(mask_TJ.unsqueeze(2), -torch.inf).flatten(1)

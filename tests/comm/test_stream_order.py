@@ -13,7 +13,7 @@ from expertwire.kernels import registry
 from expertwire.kernels.ops.variants import Routing
 from expertwire.moe.eplb.placement import place
 from expertwire.moe.layer import prepare
-from expertwire.moe.micro_batch import take_turns
+from expertwire.moe.micro_batch import interleave
 
 T, D, F, E, K = 6, 16, 8, 4, 2
 PARTS = 2
@@ -86,7 +86,7 @@ def decoder(moe_layers, x_TD, part):
     """One part: layers with experts, then one without."""
     normed_TD = x_TD * 2
     for layer in moe_layers:
-        x_TD, normed_TD = yield from layer.stages(x_TD, normed_TD, [T], part)
+        x_TD, normed_TD = yield from layer.micro_batch(x_TD, normed_TD, [T], part)
     return (normed_TD * 2).relu() + x_TD
 
 
@@ -95,7 +95,7 @@ def step(streams, all_to_alls):
     inputs, moe_layers = torch.randn(PARTS, T, D), layers(all_to_alls)
     with streams, torch.inference_mode():
         for _ in range(2):
-            found = take_turns([decoder(moe_layers, x_TD.clone(), part) for part, x_TD in enumerate(inputs)])
+            found = interleave([decoder(moe_layers, x_TD.clone(), part) for part, x_TD in enumerate(inputs)])
     assert all(torch.isfinite(y_TD).all() for y_TD in found)
 
 

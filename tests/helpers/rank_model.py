@@ -33,7 +33,7 @@ class RankModel(_RankModel):
         for i, layer in enumerate(self.model.layers):
             if layer.moe is not None:
                 watched = _Watched(layer.moe.router, margin, near)
-                moe = replace(layer.moe, router=watched, fused=None)
+                moe = replace(layer.moe, router=watched, block=None)
                 self.model.layers[i] = layer = replace(layer, moe=moe)
             attention = layer.attention.__self__
             if getattr(attention, "index", None) is not None:

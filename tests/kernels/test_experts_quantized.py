@@ -1,16 +1,15 @@
 """Experts in every format and with every activation: each row gets its expert's output, whatever came with it, and what lies in
 memory is about what the checkpoint holds."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
 from expertwire.kernels import formats
-from expertwire.kernels.cpu import elementwise, routing
-from expertwire.kernels.ops import experts, linear
-from expertwire.kernels.ops.variants import Activation
+from expertwire.kernels.cpu import elementwise, fused, gemm, routing
+from expertwire.kernels.ops import experts
+from expertwire.kernels.ops.moe_block import MoeWeights
+from expertwire.kernels.ops.variants import Activation, Routing
 
 DTYPES = [torch.float32, torch.bfloat16]
 FORMATS = ("dense", *formats.FORMATS)
@@ -19,7 +18,7 @@ ACTIVATIONS = {"swiglu": Activation(), "clamped": CLAMPED}
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 2**-6, "atol": 4e-2}}
 NUM_EXPERTS, WIDTH, INNER = 4, 160, 224  # blocks of 128 are cut off, of gate, up and down, and of columns
 COUNTS = (3, 0, 17, 1)
-prepare = partial(experts.prepare, silu_mul=elementwise.silu_mul)
+prepare = gemm.prepare_experts
 
 
 @pytest.fixture(params=[1, 3], ids=["packed", "library"])
@@ -209,11 +208,21 @@ def test_extreme_gates(dtype):
 def test_fused_with_its_router():
     """The bits of the ops, one by one."""
     dtype = torch.bfloat16
-    router = linear.prepare(normal(NUM_EXPERTS, WIDTH, seed=7).to(dtype))
+    router = gemm.prepare_linear(normal(NUM_EXPERTS, WIDTH, seed=7).to(dtype))
     apply = prepare(*weights_of("mxfp4", dtype), activation=CLAMPED, **biases_of())
     norm, x, load = torch.rand(WIDTH).to(dtype), normal(9, WIDTH, seed=8).to(dtype), np.zeros(NUM_EXPERTS, np.int64)
-    fused = experts.fuse(router, apply, norm, torch.arange(NUM_EXPERTS), top_k=2, renormalize=True, eps=1e-6)
-    assert fused is not None
+    weights = MoeWeights(
+        router=router,
+        routing=Routing(top_k=2, renormalize=True),
+        choice_bias=None,
+        experts=apply,
+        shared=None,
+        norm_D=norm,
+        eps=1e-6,
+        physical_E=torch.arange(NUM_EXPERTS),
+    )
+    block = fused.fuse_moe(weights)
+    assert block is not None
     ids_TK, weights_TK = routing.route(router(x), 2, renormalize=True)
     order = ids_TK.flatten().sort(stable=True).indices
     offsets = np.concatenate(([0], np.cumsum(np.bincount(ids_TK.flatten(), minlength=NUM_EXPERTS))))
@@ -221,4 +230,4 @@ def test_fused_with_its_router():
     rows_TKD[order] = apply(x, order // 2, offsets)
     mixed = elementwise.combine(rows_TKD.unflatten(0, (9, 2)), weights_TK)
     expected = elementwise.add_rms_norm(x, mixed, norm, 1e-6)
-    assert all(torch.equal(*pair) for pair in zip(fused(x, x, load), expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(block(x, x, load), expected, strict=True))

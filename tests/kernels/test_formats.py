@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from expertwire.kernels import formats
+from expertwire.kernels.cpu.gemm import prepare_linear
 from expertwire.kernels.formats import Quantized, dequantize, quantize
 from expertwire.kernels.ops import linear
 
@@ -223,11 +224,11 @@ def test_arrays_that_do_not_fit(format, change):
 def test_a_linear_layer_is_unpacked(format, dtype):
     weight = random_weight(format, (), (64, 80), 96)
     bias, x = torch.randn(144).to(dtype), torch.randn(3, 96).to(dtype)
-    y = linear.prepare(weight, bias, dtype=dtype)(x)
-    assert torch.equal(y, linear.prepare(dequantize(weight, dtype), bias)(x))
+    y = prepare_linear(weight, bias, dtype=dtype)(x)
+    assert torch.equal(y, prepare_linear(dequantize(weight, dtype), bias)(x))
     torch.testing.assert_close(y, linear.reference(x, dequantize(weight, dtype), bias), rtol=2**-7, atol=1e-2)
 
 
 def test_a_linear_layer_in_another_dtype():
     w, x = torch.randn(32, 64), torch.randn(3, 64).bfloat16()
-    assert torch.equal(linear.prepare(w, dtype=torch.bfloat16)(x), linear.prepare(w.bfloat16())(x))
+    assert torch.equal(prepare_linear(w, dtype=torch.bfloat16)(x), prepare_linear(w.bfloat16())(x))

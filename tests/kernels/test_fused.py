@@ -1,11 +1,14 @@
 """A layer's attention in one call has the bits of the ops called one by one. (The experts': tests/moe/test_layer.py.)"""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from expertwire.kernels import registry
-from expertwire.kernels.ops import attention, linear, rotary
+from expertwire.kernels.ops import attention, rotary
+from expertwire.kernels.ops.attention_block import AttentionInputs, AttentionWeights, ComposedAttention
 from expertwire.kernels.ops.variants import Rope
 
 OPS = registry.choose("cpu")
@@ -72,27 +75,35 @@ def check(dtype, with_norm, with_bias, name, pairs, options, size=DIM):
     num = len(positions)
     heads = HEADS + 2 * KV_HEADS
     bias = random(heads * DIM, seed=7, dtype=dtype) if with_bias else None
-    qkv = linear.prepare(random(heads * DIM, WIDTH, seed=3, dtype=dtype, scale=WIDTH**-0.5), bias)
-    output = linear.prepare(random(WIDTH, HEADS * DIM, seed=4, dtype=dtype, scale=0.1))
+    qkv = OPS.linear(random(heads * DIM, WIDTH, seed=3, dtype=dtype, scale=WIDTH**-0.5), bias)
+    output = OPS.linear(random(WIDTH, HEADS * DIM, seed=4, dtype=dtype, scale=0.1))
     qk_norm = random(HEADS + KV_HEADS, DIM, seed=5, dtype=dtype) if with_norm else None
     norm, x, normed = (random(*shape, seed=6, dtype=dtype) for shape in ((WIDTH,), (num, WIDTH), (num, WIDTH)))
 
     expected_k, expected_v = k.clone(), v.clone()
-    qkv_Thd = qkv(normed).unflatten(1, (-1, DIM))
-    q = OPS.rope_and_cache(qkv_Thd, qk_norm, EPS, tables, positions, slots, expected_k, expected_v, **pairs)
-    attended = OPS.attend(q, expected_k, expected_v, seqs, **options).flatten(1)
-    expected = OPS.add_rms_norm(x, output(attended), norm, EPS)
-
-    fused = attention.fuse(qkv, output, qk_norm, norm, EPS, DIM, **pairs, **options)
-    found = fused(x, normed, k, v, fused.step(tables, positions, slots, seqs))
+    weights = make_weights(qkv, output, norm, head_norms_hd=qk_norm, **pairs, **options)
+    inputs = AttentionInputs(tables=tables, positions_T=positions, slot_mapping_T=slots, sequences=seqs)
+    composed = dataclasses.replace(OPS, fuse_attention=None).attention_block(weights)
+    assert isinstance(composed, ComposedAttention)
+    expected = composed(x, normed, expected_k, expected_v, inputs)
+    fused = OPS.attention_block(weights)
+    assert not isinstance(fused, ComposedAttention)
+    found = fused(x, normed, k, v, inputs)
     for one, other in zip((*found, k, v), (*expected, expected_k, expected_v), strict=True):
         assert torch.equal(one, other)
 
 
 def test_layers_that_are_not_packed_are_not_fused():
     weights = random(320, WIDTH, seed=3, dtype=torch.float32), random(WIDTH, 192, seed=4, dtype=torch.float32)
-    packed = [linear.prepare(weight) for weight in weights]
+    packed = [OPS.linear(weight) for weight in weights]
     torch.set_num_threads(3)
-    mixed = [packed[0], linear.prepare(weights[1])]
-    assert attention.fuse(*packed, None, torch.ones(WIDTH), EPS, DIM) is not None
-    assert attention.fuse(*mixed, None, torch.ones(WIDTH), EPS, DIM) is None
+    mixed = [packed[0], OPS.linear(weights[1])]
+    norm = torch.ones(WIDTH)
+    assert not isinstance(OPS.attention_block(make_weights(*packed, norm)), ComposedAttention)
+    assert isinstance(OPS.attention_block(make_weights(*mixed, norm)), ComposedAttention)
+    assert isinstance(OPS.attention_block(make_weights(*packed, norm), scales_queries=True), ComposedAttention)
+
+
+def make_weights(qkv, output, norm, **options):
+    sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
+    return AttentionWeights(qkv=qkv, output=output, norm_D=norm, eps=EPS, **sizes, **options)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expertwire.kernels.cpu.gemm import prepare_per_head
 from expertwire.kernels.ops import heads
 
 SHAPES = {"packed": (3, 64, 40), "wide": (2, 96, 256), "library": (3, 24, 64)}  # H, K, N
@@ -28,7 +29,7 @@ def operands(shape, dtype, num_tokens):
 @pytest.mark.parametrize("num_tokens", [0, 1, 65, 300])
 def test_reference(shape, dtype, num_tokens):
     x_THK, w_HNK = operands(shape, dtype, num_tokens)
-    found, expected = heads.prepare(w_HNK)(x_THK), heads.reference(x_THK, w_HNK)
+    found, expected = prepare_per_head(w_HNK)(x_THK), heads.reference(x_THK, w_HNK)
     assert (found.shape, found.dtype) == (expected.shape, dtype)
     torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
 
@@ -37,7 +38,7 @@ def test_reference(shape, dtype, num_tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_of_a_token_do_not_depend_on_others(shape, dtype):
     x_THK, w_HNK = operands(shape, dtype, 300)
-    apply = heads.prepare(w_HNK)
+    apply = prepare_per_head(w_HNK)
     whole_THN = apply(x_THK)
     for size in (1, 7, 50):
         assert torch.equal(torch.cat([apply(part) for part in x_THK.split(size)]), whole_THN)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expertwire.kernels.cpu.gemm import prepare_linear
 from expertwire.kernels.ops import linear
 
 ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
@@ -25,7 +26,7 @@ def test_prepared(dtype, shape, with_bias):
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(shape, generator=generator).to(dtype)
     bias = torch.randn(shape[0], generator=generator).to(dtype) if with_bias else None
-    layer = linear.prepare(weight.clone(), bias)
+    layer = prepare_linear(weight.clone(), bias)
     for rows in ROWS:
         x = torch.randn(rows, shape[1], generator=generator).to(dtype)
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -45,7 +46,7 @@ def test_prepared(dtype, shape, with_bias):
 def test_bits_of_rows_do_not_depend_on_their_company(dtype, shape, with_bias):
     generator = torch.Generator().manual_seed(5)
     bias = torch.randn(shape[0], generator=generator).to(dtype) if with_bias else None
-    layer = linear.prepare(torch.randn(shape, generator=generator).to(dtype), bias)
+    layer = prepare_linear(torch.randn(shape, generator=generator).to(dtype), bias)
     num = 333
     x = torch.randn(num, shape[1], generator=generator).to(dtype)
     whole = layer(x)

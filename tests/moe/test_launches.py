@@ -84,7 +84,7 @@ def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_parts: int =
 
 def run(moe, num_tokens_P):
     x_TD = meta(num_tokens_P[0], D)
-    moe_stages = moe.stages(x_TD, x_TD, num_tokens_P, num_valid=meta(1, dtype=torch.int32))
+    moe_stages = moe.micro_batch(x_TD, x_TD, num_tokens_P, num_valid=meta(1, dtype=torch.int32))
     for _ in moe_stages:
         pass
 

@@ -17,7 +17,7 @@ from expertwire.kernels.ops import linear, routing
 from expertwire.kernels.ops.variants import Routing
 from expertwire.moe import reference
 from expertwire.moe.eplb.placement import place
-from expertwire.moe.layer import prepare, sub_batches
+from expertwire.moe.layer import exchanges, prepare
 
 D, F, E, K, EPS = 64, 32, 8, 3, 1e-6
 OPS = registry.choose("cpu")
@@ -63,7 +63,7 @@ def layer(
         w13[here],
         w2[here],
         norm(dtype),
-        ops=dataclasses.replace(OPS, on_device=on_device),
+        ops=dataclasses.replace(OPS, on_device=on_device, fuse_moe=None if on_device else OPS.fuse_moe),
         routing=Routing(top_k=K, renormalize=renormalize),
         eps=EPS,
         placement=placement,
@@ -106,8 +106,8 @@ def test_alone(dtype, renormalize, shared):
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 30, 64, 300])
 def test_the_fused_layer_has_the_bits_of_the_ops_one_by_one(dtype, renormalize, count):
     moe = layer(SoloGroup(), dtype, renormalize=renormalize)
-    assert moe.fused is not None
-    by_ops = dataclasses.replace(moe, fused=None, load_E=np.zeros(E, np.int64))
+    assert moe.block is not None
+    by_ops = dataclasses.replace(moe, block=None, load_E=np.zeros(E, np.int64))
     normed = tokens(0, count, dtype)
     x = normed.flip(0)
     for found, expected in zip(moe.forward(x, normed, [count]), by_ops.forward(x, normed, [count]), strict=True):
@@ -116,13 +116,13 @@ def test_the_fused_layer_has_the_bits_of_the_ops_one_by_one(dtype, renormalize, 
 
 
 def test_a_fused_layer_needs_all_experts_here_and_none_that_all_share():
-    assert layer(SoloGroup(), torch.float32, shared=torch.sin).fused is None
+    assert layer(SoloGroup(), torch.float32, shared=torch.sin).block is None
     with Ranks(2) as ranks:
         assert ranks.run(has_fused) == [False, False]
 
 
 def has_fused(group):
-    return layer(group, torch.float32).fused is not None
+    return layer(group, torch.float32).block is not None
 
 
 @pytest.mark.parametrize(("rank", "size", "share"), [(0, 1, 1.0), (3, 4, 3 / 8)])
@@ -164,7 +164,7 @@ def test_over_ranks(size):
 
 
 def test_all_ranks_take_as_many_exchanges():
-    assert list(sub_batches([5, 0, 17], None)) == [(0, [5, 0, 17])]
-    assert list(sub_batches([5, 0, 17], 8)) == [(0, [5, 0, 8]), (8, [0, 0, 8]), (16, [0, 0, 1])]
-    assert list(sub_batches([0, 0], 8)) == [(0, [0, 0])]
-    assert list(sub_batches([8, 3], 8)) == [(0, [8, 3])]
+    assert list(exchanges([5, 0, 17], None)) == [(0, [5, 0, 17])]
+    assert list(exchanges([5, 0, 17], 8)) == [(0, [5, 0, 8]), (8, [0, 0, 8]), (16, [0, 0, 1])]
+    assert list(exchanges([0, 0], 8)) == [(0, [0, 0])]
+    assert list(exchanges([8, 3], 8)) == [(0, [8, 3])]

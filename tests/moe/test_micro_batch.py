@@ -9,7 +9,7 @@ from test_layer import layer, tokens
 
 from expertwire.comm.all_to_all.base import RankStalled
 from expertwire.engine.runner.batch import in_parts
-from expertwire.moe.micro_batch import run, take_turns
+from expertwire.moe.micro_batch import interleave, run
 
 BACKENDS = ("reference", "nccl over gloo", "nvlink over shared memory")
 
@@ -23,10 +23,10 @@ def stages(name, count, seen):
 
 def test_turns():
     seen = []
-    assert take_turns([stages("a", 3, seen), stages("b", 1, seen), stages("c", 2, seen)]) == ["a", "b", "c"]
+    assert interleave([stages("a", 3, seen), stages("b", 1, seen), stages("c", 2, seen)]) == ["a", "b", "c"]
     assert seen == ["a0", "b0", "c0", "a1", "c1", "a2"]
     assert run(stages("d", 2, seen)) == "d"
-    assert take_turns([]) == []
+    assert interleave([]) == []
 
 
 def test_every_rank_has_its_tokens_in_some_part():
@@ -74,8 +74,8 @@ def whole_and_in_parts(group, backend, counts, dtype):
     for part, num_tokens_P in enumerate(in_parts(counts, 2)):
         mine = x[begin : begin + num_tokens_P[group.rank]]
         begin += len(mine)
-        parts.append(moe.stages(mine, mine, num_tokens_P, part))
-    found = take_turns(parts)
+        parts.append(moe.micro_batch(mine, mine, num_tokens_P, part))
+    found = interleave(parts)
     same = [torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*found, strict=True), strict=True)]
     return same, (load == moe.load_E).all() and load.sum() == 3 * len(x), calls
 

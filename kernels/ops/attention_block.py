@@ -1,0 +1,152 @@
+"""Attention block: a layer's projections, grouped-query attention and output, and the RMS norm behind it.
+
+    qkv = qkv_proj(normed);  q = rope_and_cache(norms(qkv));  a = output_proj(attend(q))
+    sum = x + a;             y = rms_norm(sum)
+
+`ComposedAttention` runs it op by op. A device may run it in fewer calls (`Ops.fuse_attention`), with the same bits.
+
+T tokens, D model width, H query heads, G key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertwire.kernels.ops.attention import Attend, RopeAndCache
+from expertwire.kernels.ops.linear import Linear
+from expertwire.kernels.ops.rms_norm import AddRmsNorm, RmsNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeights:
+    """Prepared weights and options of a block; options as in `kernels.ops.attention`.
+
+    Attributes:
+        qkv: to (H + 2G) * d outputs; query, key and value heads in this order.
+        output: from H * d inputs to D.
+        row_norms: weights [H * d] and [G * d] of RMS norms over whole query and key projections, or None.
+        head_norms_hd: weights [H + G, d] of RMS norms of query and key heads, or None.
+        norm_D: weights of the norm behind the block.
+        eps: of all norms.
+    """
+
+    qkv: Linear
+    output: Linear
+    norm_D: Tensor
+    eps: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    row_norms: tuple[Tensor, Tensor] | None = None
+    head_norms_hd: Tensor | None = None
+    interleaved: bool = False
+    scale: float | None = None
+    window: int = 0
+    chunk: int = 0
+    sinks_H: Tensor | None = None
+    kv_scales_2G: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionInputs:
+    """What the blocks of one step share if they use the same rotary embedding and KV cache group.
+
+    Attributes:
+        tables: cosines and sines, `rotary.tables`.
+        positions_T: i64.
+        slot_mapping_T: i64.
+        sequences: `PagedSequences`, or `DeviceSequences` on a GPU.
+        query_scales_T11: fp32 factors of the rotated queries (Llama 4, Mistral 4), or None.
+    """
+
+    tables: tuple[Tensor, Tensor]
+    positions_T: Tensor
+    slot_mapping_T: Tensor
+    sequences: Any
+    query_scales_T11: Tensor | None = None
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Views for kernels on the host: cosines, sines, positions, slots, block table, cu_queries, lengths."""
+        seqs = self.sequences
+        tensors = *self.tables, self.positions_T, self.slot_mapping_T, seqs.block_table
+        return *(tensor.numpy() for tensor in tensors), seqs.cu_queries, seqs.lengths
+
+
+class AttentionBlock(Protocol):
+    """A block of one layer."""
+
+    def __call__(
+        self, x_TD: Tensor, normed_TD: Tensor, k_cache: Tensor, v_cache: Tensor, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual sum and its norm, [T, D] each; write keys and values into the caches."""
+        ...
+
+
+class FuseAttention(Protocol):
+    """A device's own attention block."""
+
+    def __call__(self, weights: AttentionWeights, *, scales_queries: bool) -> AttentionBlock | None:
+        """Return None where it does not support these weights. `scales_queries`: steps give `query_scales_T11`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedAttention:
+    """The block as a sequence of ops."""
+
+    weights: AttentionWeights
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    rope_and_cache: RopeAndCache
+    attend: Attend
+
+    def __call__(
+        self, x_TD: Tensor, normed_TD: Tensor, k_cache: Tensor, v_cache: Tensor, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor]:
+        """As `AttentionBlock`."""
+        w = self.weights
+        q_THd = self.rope_and_cache(
+            self._project(normed_TD),
+            w.head_norms_hd,
+            w.eps,
+            inputs.tables,
+            inputs.positions_T,
+            inputs.slot_mapping_T,
+            k_cache,
+            v_cache,
+            interleaved=w.interleaved,
+            kv_scales_2G=w.kv_scales_2G,
+        )
+        if inputs.query_scales_T11 is not None:
+            q_THd = (q_THd * inputs.query_scales_T11).to(x_TD.dtype)
+        attended_THd = self.attend(
+            q_THd,
+            k_cache,
+            v_cache,
+            inputs.sequences,
+            scale=w.scale,
+            window=w.window,
+            chunk=w.chunk,
+            sinks_H=w.sinks_H,
+            kv_scales_2G=w.kv_scales_2G,
+        )
+        return self.add_rms_norm(x_TD, w.output(attended_THd.flatten(1)), w.norm_D, w.eps)
+
+    def _project(self, normed_TD: Tensor) -> Tensor:
+        """Return query, key and value heads [T, H + 2G, d]."""
+        w, rows = self.weights, self.weights.qkv(normed_TD)
+        if w.row_norms is not None:
+            sizes = [heads * w.head_dim for heads in (w.num_heads, w.num_kv_heads, w.num_kv_heads)]
+            q, k, v = rows.split(sizes, dim=1)
+            q, k = (
+                self.rms_norm(part.contiguous(), norm, w.eps) for part, norm in zip((q, k), w.row_norms, strict=True)
+            )
+            rows = torch.cat((q, k, v), dim=1)
+        return rows.unflatten(1, (-1, w.head_dim))

@@ -1,0 +1,59 @@
+"""MoE block: router, experts, weighted sum and the RMS norm behind them, of a rank that holds all experts.
+
+    ids, weights = route(router(normed));  sum = x + combine(experts(normed, ids), weights);  y = rms_norm(sum)
+
+Where tokens travel between ranks, `moe.layer.MoeLayer` composes the plain ops around an all-to-all. Where they do
+not, a device may run the whole block in one call (`Ops.fuse_moe`), with the same bits.
+
+T tokens, D model width, E logical experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from expertwire.kernels.ops.experts import GroupedMlp
+from expertwire.kernels.ops.linear import Linear
+from expertwire.kernels.ops.variants import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeWeights:
+    """Prepared weights and options of a block.
+
+    Attributes:
+        router: to E logits.
+        choice_bias: fp32 [E], added to scores for the choice of experts, or None.
+        shared: the shared expert, or None.
+        norm_D, eps: of the norm behind the block.
+        physical_E: i64, each logical expert's physical one.
+    """
+
+    router: Linear
+    routing: Routing
+    choice_bias: Tensor | None
+    experts: GroupedMlp
+    shared: Linear | None
+    norm_D: Tensor
+    eps: float
+    physical_E: Tensor
+
+
+class MoeBlock(Protocol):
+    """A block of one layer."""
+
+    def __call__(self, x_TD: Tensor, normed_TD: Tensor, load_E: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the residual sum and its norm, [T, D] each; add the routed rows of each logical expert to `load_E`."""
+        ...
+
+
+class FuseMoe(Protocol):
+    """A device's own MoE block."""
+
+    def __call__(self, weights: MoeWeights) -> MoeBlock | None:
+        """Return None where it does not support these weights."""
+        ...
