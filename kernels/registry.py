@@ -37,7 +37,7 @@ class Ops:
 
     Attributes:
         why: the reason for this choice, for people.
-        on_device: sequences and counts are described by tensors on the device (`attention.DeviceSequences`), and the
+        on_device: sequences and counts are described by tensors on the device (`attention.AttentionMetadata`), and the
             host reads nothing back during a forward pass.
         fast: the bits of a token's results may depend on the batch.
         capturable: CUDA graphs can hold all ops.

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from expertwire.bench.kernels.models import attention_cost, latent_cost
 from expertwire.bench.kernels.work import Call, Draw, Item, Timed, Work, copies
 from expertwire.kernels.gpu import attention, mla, prefill
-from expertwire.kernels.ops.attention import DeviceSequences, describe_on_device
+from expertwire.kernels.ops.attention import AttentionMetadata, describe
 
 BLOCK = 16  # the engine's default
 ATTENTION = {"invariant": attention.attend, "fast": prefill.attend}  # by numerics
@@ -59,7 +59,7 @@ STEPS: Mapping[str, list[tuple[int, int]]] = {
 QUICK_STEPS = (*tuple(STEPS)[:3], "prefill 8k")
 
 
-def sequences(draw: Draw, batch: list[tuple[int, int]], block: int = BLOCK) -> tuple[DeviceSequences, int]:
+def sequences(draw: Draw, batch: list[tuple[int, int]], block: int = BLOCK) -> tuple[AttentionMetadata, int]:
     """Their description, in blocks in a random order, and how many blocks there are; block 0 is nobody's."""
     counts = [-(-length // block) for _, length in batch]
     width, total = max(counts), sum(counts)
@@ -71,7 +71,7 @@ def sequences(draw: Draw, batch: list[tuple[int, int]], block: int = BLOCK) -> t
         for row, part in zip(table, ids.split(counts), strict=True):
             row[: len(part)] = part
     nums = [num for num, _ in batch]
-    return describe_on_device(nums, [length for _, length in batch], table), total + 1
+    return describe(nums, [length for _, length in batch], table), total + 1
 
 
 def heads_work(draw: Draw, model: Heads, step: str) -> Work:
@@ -104,7 +104,7 @@ def heads_work(draw: Draw, model: Heads, step: str) -> Work:
 
 
 def _ours(
-    draw: Draw, q: Tensor, k: Tensor, v: Tensor, seqs: DeviceSequences, options: dict[str, Any], numerics: str
+    draw: Draw, q: Tensor, k: Tensor, v: Tensor, seqs: AttentionMetadata, options: dict[str, Any], numerics: str
 ) -> Call:
     return lambda: ATTENTION[numerics](q, k, v, seqs, draw.gpu, **options)
 
@@ -140,7 +140,7 @@ def latent_work(draw: Draw, step: str) -> Work:
     return Work(calls={"ours": calls}, cost=cost, facts={"model": "deepseek-v3 latent", "step": step})
 
 
-def _latent(draw: Draw, q: Tensor, cache: Tensor, seqs: DeviceSequences) -> Call:
+def _latent(draw: Draw, q: Tensor, cache: Tensor, seqs: AttentionMetadata) -> Call:
     return lambda: mla.attend(q, cache, seqs, draw.gpu, rank=RANK, scale=LATENT_SCALE)
 
 

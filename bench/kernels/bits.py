@@ -21,7 +21,7 @@ from expertwire.bench.kernels.models import Model
 from expertwire.bench.kernels.work import Bits, Draw, Item
 from expertwire.kernels.gpu import attention, linear, mla, rms_norm, tiles
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.ops.attention import DeviceSequences, describe_on_device
+from expertwire.kernels.ops.attention import AttentionMetadata, describe
 
 Ways = Mapping[str, Mapping[str, Tensor]]
 
@@ -109,12 +109,12 @@ def attention_bits(draw: Draw, model: kernels_attention.Heads) -> Ways:
     }
 
 
-def _stretches(seqs: DeviceSequences, length: int, sizes: list[int]) -> tuple[DeviceSequences, slice]:
+def _stretches(seqs: AttentionMetadata, length: int, sizes: list[int]) -> tuple[AttentionMetadata, slice]:
     """The last sum(sizes) queries of the only sequence as sequences of a step, which share their cache."""
     first = length - sum(sizes)
     ends = [first + end for end in accumulate(sizes)]
     table = seqs.block_table.expand(len(sizes), -1).contiguous()
-    step = describe_on_device(sizes, ends, table, max_length=seqs.max_length)
+    step = describe(sizes, ends, table, max_seq_len=seqs.max_seq_len)
     return step, slice(first, length)
 
 

@@ -169,7 +169,7 @@ def attention_check(draw: Draw, model: kernels_attention.Heads, batch: list[tupl
     caches = _caches(draw, seqs, blocks, (model.kv_heads, model.dim), number=2)
     sinks_H = draw.normal(model.heads) if model.sinks else None
     options = {"window": model.window, "sinks_H": sinks_H}
-    expected = attention.reference(q, *(cache.nan_to_num() for cache in caches), on_host(seqs, draw), **options)
+    expected = attention.reference(q, *(cache.nan_to_num() for cache in caches), seqs, **options)
     found = {}
     for numerics, attend in kernels_attention.ATTENTION.items():
         out = torch.full_like(q, torch.nan)
@@ -198,31 +198,23 @@ def latent_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
     out = q.new_full((*q.shape[:2], rank), torch.nan)
     with poisoned():
         gpu_mla.attend(q, cache, seqs, draw.gpu, rank=rank, scale=0.05, out=out)
-    expected = mla.reference(q, cache.nan_to_num(), on_host(seqs, draw), rank=rank, scale=0.05)
+    expected = mla.reference(q, cache.nan_to_num(), seqs, rank=rank, scale=0.05)
     return {"invariant": (error(out, expected), ROUNDED)}
 
 
 def _caches(
-    draw: Draw, seqs: attention.DeviceSequences, blocks: int, row: tuple[int, ...], *, number: int
+    draw: Draw, seqs: attention.AttentionMetadata, blocks: int, row: tuple[int, ...], *, number: int
 ) -> list[Tensor]:
     """NaN wherever no sequence has stored."""
     block = kernels_attention.BLOCK
     known = torch.zeros(blocks, block, dtype=torch.bool, device=draw.device)
-    for table, length in zip(seqs.block_table.long(), seqs.lengths.tolist(), strict=True):
+    for table, length in zip(seqs.block_table.long(), seqs.seq_lens.tolist(), strict=True):
         slots = table[:, None] * block + torch.arange(block, device=draw.device)
         known.view(-1)[slots.flatten()[:length]] = True
     caches = [draw.normal(blocks, block, *row) for _ in range(number)]
     for cache in caches:
         cache[~known] = torch.nan
     return caches
-
-
-def on_host(seqs: attention.DeviceSequences, draw: Draw) -> attention.PagedSequences:
-    """As the reference takes them."""
-    cu, lengths, table = (
-        tensor.cpu().numpy() for tensor in (seqs.cu_queries.long(), seqs.lengths.long(), seqs.block_table)
-    )
-    return attention.describe(cu, lengths, table, kernels_attention.BLOCK, draw.device)
 
 
 def expert_items(quick: bool, tiny: bool) -> list[Item]:

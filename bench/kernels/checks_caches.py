@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from expertwire.bench.kernels import attention as kernels_attention
-from expertwire.bench.kernels.checks import ROUNDED, Findings, differing, error, item, on_host, poisoned
+from expertwire.bench.kernels.checks import ROUNDED, Findings, differing, error, item, poisoned
 from expertwire.bench.kernels.work import Draw, Item
 from expertwire.kernels.gpu import heads as gpu_heads
 from expertwire.kernels.gpu import index as gpu_index
@@ -25,7 +25,7 @@ def fp8_cache_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
     q = draw.normal(sum(num for num, _ in batch), H, dim)
     k, v = (draw.normal(blocks, kernels_attention.BLOCK, G, dim, dtype=FP8) for _ in range(2))
     scales_2G = draw.uniform(0.1, 1.0, 2, G)
-    expected = attention.reference(q, k, v, on_host(seqs, draw), kv_scales_2G=scales_2G)
+    expected = attention.reference(q, k, v, seqs, kv_scales_2G=scales_2G)
     found = {}
     for numerics, attend in kernels_attention.ATTENTION.items():
         with poisoned():
@@ -43,7 +43,7 @@ def fp8_latent_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
     options = {"rank": rank, "scale": 0.05, "kv_scale": draw.uniform(0.1, 1.0, 1)}
     with poisoned():
         found = gpu_mla.attend(q, cache, seqs, draw.gpu, **options)
-    return {"invariant": (error(found, mla.reference(q, cache, on_host(seqs, draw), **options)), ROUNDED)}
+    return {"invariant": (error(found, mla.reference(q, cache, seqs, **options)), ROUNDED)}
 
 
 def index_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
@@ -56,7 +56,7 @@ def index_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
     weights = draw.integers(-2, 5, num_tokens, H).float()
     with poisoned():
         found = gpu_index.choose_positions(q, weights, cache, seqs, top_k, draw.gpu)
-    return {"positions": (differing(found, index.reference(q, weights, cache, on_host(seqs, draw), top_k)), 0.0)}
+    return {"positions": (differing(found, index.reference(q, weights, cache, seqs, top_k)), 0.0)}
 
 
 def heads_check(draw: Draw, num_tokens: int) -> Findings:

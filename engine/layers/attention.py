@@ -51,15 +51,14 @@ class GroupedQueryAttention:
     def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Return the residual sum `x + attention(normed)` and its norm."""
         [cache] = self.context.caches
-        rows, (k_cache, v_cache) = step.cache(cache, self.context.layer)
+        metadata, (k_cache, v_cache) = step.cache(cache, self.context.layer)
         scaling = self.config.query_scaling
 
         def inputs() -> AttentionInputs:
             return AttentionInputs(
                 tables=step.tables[self.rope],
                 positions_T=step.batch.positions_T,
-                slot_mapping_T=rows.slot_mapping_T,
-                sequences=rows.sequences,
+                metadata=metadata,
                 query_scales_T11=None if scaling is None else step.query_scales(scaling),
             )
 

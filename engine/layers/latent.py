@@ -18,7 +18,7 @@ from expertwire.engine.models.family import Names
 from expertwire.engine.models.model_config import Indexer, LatentAttention
 from expertwire.kernels.formats import dequantize
 from expertwire.kernels.ops import attention, mla, rotary
-from expertwire.kernels.ops.attention import Sequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.kernels.ops.heads import PerHead
 from expertwire.kernels.ops.linear import Linear
 
@@ -67,7 +67,7 @@ class SparseIndex:
     def choose(self, query_TQ: Tensor, normed_TD: Tensor, step: Step) -> Tensor:
         """i64 [T, top_k], as `kernels.ops.index`; of the compressed query and the layer's input."""
         c, ops = self.config, self.context.ops
-        rows, (index_cache,) = step.cache(self.context.caches[1], self.context.layer)
+        metadata, (index_cache,) = step.cache(self.context.caches[1], self.context.layer)
         q_THd = self.query(query_TQ).unflatten(1, (c.num_heads, c.head_dim))
         q_THd = ops.rope_and_cache_index(
             q_THd,
@@ -76,12 +76,12 @@ class SparseIndex:
             _INDEX_EPS,
             step.tables[c.rope],
             step.batch.positions_T,
-            rows.slot_mapping_T,
+            metadata.slot_mapping,
             index_cache,
             interleaved=c.rope.interleaved,
         )
         weights_TH = self.weights(normed_TD).float() * (c.num_heads * c.head_dim) ** -0.5
-        return ops.choose_positions(q_THd, weights_TH, index_cache, rows.sequences, c.top_k)
+        return ops.choose_positions(q_THd, weights_TH, index_cache, metadata, c.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class LatentQueryAttention:
     def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """x plus the attention of its norm, and the norm of that."""
         c, context, batch = self.config, self.context, step.batch
-        rows, (cache,) = step.cache(context.caches[0], context.layer)
+        metadata, (cache,) = step.cache(context.caches[0], context.layer)
         query_TQ = self._compressed(normed_TD)
         q_THq = self.query(query_TQ).unflatten(1, (c.num_heads, -1))
         plain_THn, rotated_THr = q_THq.split((c.plain_dim, c.rope.size), dim=2)
@@ -118,7 +118,7 @@ class LatentQueryAttention:
             c.norm_eps,
             step.tables[c.rope],
             batch.positions_T,
-            rows.slot_mapping_T,
+            metadata.slot_mapping,
             cache,
             interleaved=c.rope.interleaved,
             out=q_THl[..., c.rank :],
@@ -129,19 +129,19 @@ class LatentQueryAttention:
             plain_THn = (plain_THn * scales).to(x_TD.dtype)
             rotated_THr.copy_(rotated_THr * scales)
         chosen = self.index.choose(query_TQ, normed_TD, step) if self.index is not None else None
-        attended_THv = self._attended(plain_THn, q_THl, cache, rows.sequences, chosen)
+        attended_THv = self._attended(plain_THn, q_THl, cache, metadata, chosen)
         return context.ops.add_rms_norm(x_TD, self.output(attended_THv.flatten(1)), context.norm, context.eps)
 
     def _attended(
-        self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
+        self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, metadata: AttentionMetadata, chosen: Tensor | None
     ) -> Tensor:
         """[T, H, v]; q_THl [T, H, l] holds the rotated parts, its first C numbers are written here."""
-        num = attention.known_decodes(seqs, len(plain_THn))
+        num = attention.known_decodes(metadata, len(plain_THn))
         if self.expand is None or num is None or num == len(plain_THn):
-            return self._absorbed(plain_THn, q_THl, cache, seqs, chosen)
-        prefills = attention.prefills(seqs, num)
+            return self._absorbed(plain_THn, q_THl, cache, metadata, chosen)
+        prefills = attention.prefills(metadata, num)
         if not mla.is_worth_expanding(prefills, len(plain_THn) - num):
-            return self._absorbed(plain_THn, q_THl, cache, seqs, chosen)
+            return self._absorbed(plain_THn, q_THl, cache, metadata, chosen)
         prefills_THv = mla.attend_expanded(
             torch.cat((plain_THn[num:], q_THl[num:, :, self.config.rank :]), dim=2),
             cache,
@@ -155,16 +155,16 @@ class LatentQueryAttention:
         )
         if num == 0:
             return prefills_THv
-        decodes_THv = self._absorbed(plain_THn[:num], q_THl[:num], cache, attention.decodes(seqs, num), None)
+        decodes_THv = self._absorbed(plain_THn[:num], q_THl[:num], cache, attention.decodes(metadata, num), None)
         return torch.cat((decodes_THv, prefills_THv))
 
     def _absorbed(
-        self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, seqs: Sequences, chosen: Tensor | None
+        self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, metadata: AttentionMetadata, chosen: Tensor | None
     ) -> Tensor:
         rank = self.config.rank
         self.absorb(plain_THn, out=q_THl[..., :rank])
         attended_THC = self.context.ops.attend_latent(
-            q_THl, cache, seqs, rank=rank, scale=self.scale, chosen=chosen, kv_scale=self.kv_scale
+            q_THl, cache, metadata, rank=rank, scale=self.scale, chosen=chosen, kv_scale=self.kv_scale
         )
         return self.value(attended_THC)
 

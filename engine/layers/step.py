@@ -15,7 +15,8 @@ from torch import Tensor
 from expertwire.comm.all_to_all.base import AllToAll
 from expertwire.engine.kv_cache.caches import NamedCache
 from expertwire.engine.models.model_config import QueryScaling
-from expertwire.engine.runner.batch import CacheRows, ForwardBatch
+from expertwire.engine.runner.batch import ForwardBatch
+from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.kernels.ops.variants import Rope
 from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.placement import Placement
@@ -62,9 +63,9 @@ class Step:
     tables: Mapping[Rope, tuple[Tensor, Tensor]]
     _shared: dict[Hashable, Any] = field(default_factory=dict)
 
-    def cache(self, number: int, layer: int) -> tuple[CacheRows, tuple[Tensor, ...]]:
-        """Of the model's cache of that number: the step's rows, and a layer's tensors."""
-        return self.batch.caches[number], self.caches[number].layers[layer]
+    def cache(self, number: int, layer: int) -> tuple[AttentionMetadata, tuple[Tensor, ...]]:
+        """Return the attention metadata of the model's cache of that number, and a layer's tensors."""
+        return self.batch.attention_metadata[number], self.caches[number].layers[layer]
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` returns, computed by the first layer that asks."""

@@ -13,26 +13,14 @@ import torch
 from torch import Tensor
 
 from expertwire.kernels.ops import attention
-from expertwire.kernels.ops.attention import DeviceSequences, PagedSequences
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheRows:
-    """Where one named cache keeps the step's tokens and those before them.
-
-    `slot_mapping_T`, i64: where each token's row goes, block * block_size + offset. Blocks that slid out of a window are the
-    null block in the block table.
-    """
-
-    slot_mapping_T: Tensor
-    sequences: PagedSequences | DeviceSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
     """Tokens of several sequences, one after another.
 
-    `token_ids_T` and `positions_T` are i64. `caches`: in the order of the model's `cache_specs`.
+    `token_ids_T` and `positions_T` are i64. `attention_metadata`: of each cache, in the order of the model's `cache_specs`.
     `num_tokens_P`: of every rank. `num_valid`, i32 [1] on the device: this rank's tokens from there on only fill up a captured
     step, of which `num_tokens_P` says what ranks have at most. None: all count.
     `routed` is told, layer by layer, the logical experts of the tokens, i64 [T, K].
@@ -40,7 +28,7 @@ class ForwardBatch:
 
     token_ids_T: Tensor
     positions_T: Tensor
-    caches: tuple[CacheRows, ...]
+    attention_metadata: tuple[AttentionMetadata, ...]
     num_tokens_P: Sequence[int]
     num_valid: Tensor | None = None
     routed: Callable[[int, Tensor], None] | None = None
@@ -61,14 +49,15 @@ def of_prompt(
 ) -> ForwardBatch:
     """Tokens of one sequence, at the positions from `start` on. `blocks_CW`: i32, its block table in each cache."""
     position_T = np.arange(start, start + len(token_ids))
-    cu_queries, lengths = np.array([0, len(token_ids)]), np.array([start + len(token_ids)])
     return ForwardBatch(
         token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device),
         positions_T=torch.from_numpy(position_T).to(device),
-        caches=tuple(
-            CacheRows(
-                slot_mapping_T=slot_mapping(blocks_W[position_T // block_size], position_T, block_size, device),
-                sequences=attention.describe(cu_queries, lengths, blocks_W[None], block_size, device),
+        attention_metadata=tuple(
+            attention.describe(
+                [len(token_ids)],
+                [start + len(token_ids)],
+                torch.from_numpy(blocks_W[None]).to(device),
+                slot_mapping=slot_mapping(blocks_W[position_T // block_size], position_T, block_size, device),
             )
             for blocks_W in blocks_CW
         ),
@@ -77,5 +66,5 @@ def of_prompt(
 
 
 def slot_mapping(block_T: np.ndarray, position_T: np.ndarray, block_size: int, device: str) -> Tensor:
-    """As `CacheRows` has it, of tokens in these blocks at these positions, i64."""
+    """Return where tokens in these blocks, at these positions, are stored: i64, block * block_size + offset."""
     return torch.from_numpy(block_T.astype(np.int64) * block_size + position_T % block_size).to(device)

@@ -29,7 +29,7 @@ from expertwire.engine.kv_cache.caches import NamedCache, copy_blocks
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.rank_loop import Launched
 from expertwire.engine.runner import logprobs
-from expertwire.engine.runner.batch import CacheRows, ForwardBatch, in_parts
+from expertwire.engine.runner.batch import ForwardBatch, in_parts
 from expertwire.engine.runner.cuda_graphs import Capture, Captured
 from expertwire.engine.runner.device_slots import DeviceSlots
 from expertwire.engine.runner.graph_sizes import GraphSize, graph_sizes
@@ -39,7 +39,7 @@ from expertwire.engine.runner.staging import Downloads, memory_of
 from expertwire.kernels.gpu import penalties
 from expertwire.kernels.gpu.batch import look_up
 from expertwire.kernels.gpu.sampling import sample
-from expertwire.kernels.ops.attention import DeviceSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.kernels.ops.sampling import token_logprobs
 from expertwire.moe.eplb.migration import Leg
 from expertwire.moe.eplb.mover import Mover
@@ -64,13 +64,13 @@ class Found(NamedTuple):
 
 
 class _Bounds(NamedTuple):
-    """See `DeviceSequences`."""
+    """See `AttentionMetadata`."""
 
     max_decodes: int
     max_prefills: int
     max_prefill_tokens: int
-    max_length: int
-    max_prefill_length: int
+    max_seq_len: int
+    max_prefill_len: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +303,8 @@ class DeviceRunner:
             max_decodes=num,
             max_prefills=num_sequences - num,
             max_prefill_tokens=num_tokens - num,
-            max_length=int(step.length_B.max(initial=1)),
-            max_prefill_length=int(step.length_B[num:].max(initial=1)),
+            max_seq_len=int(step.length_B.max(initial=1)),
+            max_prefill_len=int(step.length_B[num:].max(initial=1)),
         )
         return self._batch(inputs, num_tokens, tables_CBW, bounds, num_tokens_P)
 
@@ -318,7 +318,7 @@ class DeviceRunner:
     ) -> ForwardBatch:
         room, num_sequences = _room(num_tokens), tables_CBW.shape[1]
         slot_T, position_T = inputs[:num_tokens], inputs[room : room + num_tokens]
-        lengths, cu_queries = (
+        seq_lens, cu_seqlens_q = (
             inputs[2 * room : 2 * room + num_sequences],
             inputs[4 * room : 4 * room + num_sequences + 1],
         )
@@ -329,16 +329,14 @@ class DeviceRunner:
         return ForwardBatch(
             token_ids_T=token_T,
             positions_T=positions_T,
-            caches=tuple(
-                CacheRows(
-                    slot_mapping_T=mapping_T,
-                    sequences=DeviceSequences(
-                        num_decodes=inputs[-4:-3],
-                        **bounds._asdict(),
-                        cu_queries=cu_queries,
-                        lengths=lengths,
-                        block_table=table_BW,
-                    ),
+            attention_metadata=tuple(
+                AttentionMetadata(
+                    num_decodes=inputs[-4:-3],
+                    **bounds._asdict(),
+                    cu_seqlens_q=cu_seqlens_q,
+                    seq_lens=seq_lens,
+                    block_table=table_BW,
+                    slot_mapping=mapping_T,
                 )
                 for mapping_T, table_BW in zip(mapping_CT, tables_CBW, strict=True)
             ),
@@ -473,7 +471,7 @@ def _slots_of(inputs: Tensor, num: int) -> Tensor:
 
 def _inputs(step: Scheduled, size: int) -> np.ndarray:
     """A step's numbers for the device, where `size` tokens have room: slots and positions of the tokens, lengths and slots of the
-    sequences and `cu_queries`, each with room for `size`, the number of tokens and that of decodes."""
+    sequences and `cu_seqlens_q`, each with room for `size`, the number of tokens and that of decodes."""
     count, room = len(step.slot_T), _room(size)
     inputs = np.zeros(5 * room + 12, np.int32)
     inputs[:size] = -1
@@ -482,6 +480,6 @@ def _inputs(step: Scheduled, size: int) -> np.ndarray:
     inputs[2 * room : 2 * room + len(step.length_B)] = step.length_B
     inputs[3 * room : 3 * room + len(step.slot_B)] = step.slot_B
     inputs[4 * room : 4 * room + size + 1] = count
-    inputs[4 * room : 4 * room + len(step.cu_queries)] = step.cu_queries
+    inputs[4 * room : 4 * room + len(step.cu_seqlens_q)] = step.cu_seqlens_q
     inputs[-8], inputs[-4] = count, step.num_decodes
     return inputs

@@ -59,7 +59,7 @@ def prompt_rows(sampling_S: np.ndarray, step: Scheduled) -> tuple[np.ndarray, np
     wanted = sampling_S["prompt_logprobs"][step.slot_B] >= 0
     if not wanted.any():
         return None
-    wanted_T = np.repeat(wanted, np.diff(step.cu_queries))
+    wanted_T = np.repeat(wanted, np.diff(step.cu_seqlens_q))
     row_X = np.flatnonzero(wanted_T & (step.position_T + 1 < sampling_S["prompt_len"][step.slot_T]))
     slot_X, position_X = step.slot_T[row_X].astype(np.int32), (step.position_T[row_X] + 1).astype(np.int32)
     return (row_X, slot_X, position_X) if len(row_X) else None

@@ -27,7 +27,7 @@ class RoutedCounts:
         from_B = slots.sampling["experts_from"][part.slot_B]
         asks_B = from_B >= 0
         self._slot_O = part.slot_B[asks_B]
-        num_owners, num_B = len(self._slot_O), np.diff(part.cu_queries)
+        num_owners, num_B = len(self._slot_O), np.diff(part.cu_seqlens_q)
         owner_T = np.repeat(np.cumsum(asks_B) - 1, num_B)
         counted_T = np.repeat(asks_B, num_B) & (part.position_T >= np.repeat(from_B, num_B))
         self._first_T1 = slots.upload(np.where(counted_T, owner_T, num_owners) * config.num_experts)[:, None]

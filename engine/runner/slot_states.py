@@ -26,14 +26,14 @@ class Scheduled:
 
     Attributes:
         slot_B: of each sequence; `slot_T`, `position_T` of each token.
-        cu_queries: [B + 1]; `length_B`: with this step's tokens.
+        cu_seqlens_q: [B + 1]; `length_B`: with this step's tokens.
         sampled_B: bool, whether the sequence samples; `slot_O`: the slots of those.
     """
 
     slot_B: np.ndarray
     slot_T: np.ndarray
     position_T: np.ndarray
-    cu_queries: np.ndarray
+    cu_seqlens_q: np.ndarray
     length_B: np.ndarray
     sampled_B: np.ndarray
     slot_O: np.ndarray
@@ -43,12 +43,12 @@ class Scheduled:
         """Of sequences in any order: their first positions, how many tokens they compute, and whether they sample."""
         order_B = np.argsort(num_B != 1, kind="stable")
         slot_B, start_B, num_B, sampled_B = (values[order_B] for values in (slot_B, start_B, num_B, sampled_B))
-        cu_queries = np.concatenate(([0], np.cumsum(num_B)))
+        cu_seqlens_q = np.concatenate(([0], np.cumsum(num_B)))
         return cls(
             slot_B=slot_B,
             slot_T=np.repeat(slot_B, num_B),
-            position_T=np.arange(cu_queries[-1]) - np.repeat(cu_queries[:-1] - start_B, num_B),
-            cu_queries=cu_queries,
+            position_T=np.arange(cu_seqlens_q[-1]) - np.repeat(cu_seqlens_q[:-1] - start_B, num_B),
+            cu_seqlens_q=cu_seqlens_q,
             length_B=start_B + num_B,
             sampled_B=sampled_B,
             slot_O=slot_B[sampled_B],
@@ -59,20 +59,22 @@ class Scheduled:
         """Of parts, one after another; a sequence that is in two of them stays two."""
         if len(parts) == 1:
             return parts[0]
-        ends = np.cumsum([part.cu_queries[-1] for part in parts])
-        cu_queries = [part.cu_queries[1:] + end - part.cu_queries[-1] for part, end in zip(parts, ends, strict=True)]
+        ends = np.cumsum([part.cu_seqlens_q[-1] for part in parts])
+        cu_seqlens_q = [
+            part.cu_seqlens_q[1:] + end - part.cu_seqlens_q[-1] for part, end in zip(parts, ends, strict=True)
+        ]
         names = "slot_B", "slot_T", "position_T", "length_B", "sampled_B", "slot_O"
         values = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return cls(cu_queries=np.concatenate(([0], *cu_queries)), **values)
+        return cls(cu_seqlens_q=np.concatenate(([0], *cu_seqlens_q)), **values)
 
     @property
     def num_decodes(self) -> int:
-        return int((np.diff(self.cu_queries) == 1).sum())
+        return int((np.diff(self.cu_seqlens_q) == 1).sum())
 
     @property
     def last_row_B(self) -> np.ndarray:
         """The row of each sequence's last token."""
-        return self.cu_queries[1:] - 1
+        return self.cu_seqlens_q[1:] - 1
 
 
 class SlotStates(ABC):

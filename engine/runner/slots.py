@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.engine.runner.batch import CacheRows, ForwardBatch, slot_mapping
+from expertwire.engine.runner.batch import ForwardBatch, slot_mapping
 from expertwire.engine.runner.slot_states import Scheduled, SlotStates
-from expertwire.kernels.ops import attention
+from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.scheduler.plan import CacheSpec, RankPlan
 
 
@@ -58,17 +58,25 @@ class Slots(SlotStates):
         return ForwardBatch(
             token_ids_T=torch.from_numpy(token_ids_T).to(self.device),
             positions_T=torch.from_numpy(step.position_T).to(self.device),
-            caches=tuple(self._rows(step, blocks_SW) for blocks_SW in self._blocks_CSW),
+            attention_metadata=tuple(self._metadata(step, blocks_SW) for blocks_SW in self._blocks_CSW),
             num_tokens_P=num_tokens_P,
             routed=routed,
         )
 
-    def _rows(self, step: Scheduled, blocks_SW: np.ndarray) -> CacheRows:
-        size, table_BW = self.block_size, blocks_SW[step.slot_B]
-        block_T = blocks_SW[step.slot_T, step.position_T // size]
-        return CacheRows(
-            slot_mapping_T=slot_mapping(block_T, step.position_T, size, self.device),
-            sequences=attention.describe(step.cu_queries, step.length_B, table_BW, size, self.device),
+    def _metadata(self, step: Scheduled, blocks_SW: np.ndarray) -> AttentionMetadata:
+        block_T = blocks_SW[step.slot_T, step.position_T // self.block_size]
+        num, num_sequences, length_B = step.num_decodes, len(step.slot_B), step.length_B
+        return AttentionMetadata(
+            num_decodes=torch.tensor([num], dtype=torch.int32),
+            max_decodes=num,
+            max_prefills=num_sequences - num,
+            max_prefill_tokens=len(step.slot_T) - num,
+            max_seq_len=int(length_B.max(initial=1)),
+            max_prefill_len=int(length_B[num:].max(initial=1)),
+            cu_seqlens_q=torch.from_numpy(step.cu_seqlens_q.astype(np.int32)),
+            seq_lens=torch.from_numpy(length_B.astype(np.int32)),
+            block_table=torch.from_numpy(blocks_SW[step.slot_B]),
+            slot_mapping=slot_mapping(block_T, step.position_T, self.block_size, self.device),
         )
 
     def append(self, slots: np.ndarray, tokens: np.ndarray) -> None:

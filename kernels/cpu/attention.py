@@ -22,7 +22,7 @@ from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
 from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.softmax import softmax
 from expertwire.kernels.cpu.vectors import LANES
-from expertwire.kernels.ops.attention import PagedSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 _LEAST_QUERIES = 64  # of those that meet the same packed keys, where a sequence has as many
 
@@ -55,17 +55,17 @@ def attend_rows(
     v_NsGd,
     kv_scales_2G,
     tables_Bb,
-    cu_queries,
-    lengths_B,
+    cu_seqlens_q,
+    seq_lens_B,
     scale,
     window,
     chunk,
     sinks_H,
     out_THd,
 ):
-    """`kernels.ops.attention.reference`; `cu_queries` as in `PagedSequences`; `sinks_H` and `kv_scales_2G` may be empty."""
+    """`kernels.ops.attention.reference`; `cu_seqlens_q` as in `AttentionMetadata`; `sinks_H` and `kv_scales_2G` may be empty."""
     num_kv, dim, group = k_NsGd.shape[2], k_NsGd.shape[3], q_THd.shape[1] // k_NsGd.shape[2]
-    longest, most = max(lengths_B), np.diff(cu_queries).max()
+    longest, most = max(seq_lens_B), np.diff(cu_seqlens_q).max()
     reach = _reach(longest, window, chunk)
     # Queries that meet the same packed keys.
     piece = most if reach == longest else min(most, max(reach, _LEAST_QUERIES))
@@ -79,9 +79,9 @@ def attend_rows(
     scores, weights = empty((step, width), np.float32), operand(step, width, values)
     found, unbiased = products(), np.zeros(PANEL, np.float32)
     begin(keys)
-    for b in range(len(lengths_B)):
-        last, length = cu_queries[b + 1], lengths_B[b]
-        for query in range(cu_queries[b], last, piece):
+    for b in range(len(seq_lens_B)):
+        last, length = cu_seqlens_q[b + 1], seq_lens_B[b]
+        for query in range(cu_seqlens_q[b], last, piece):
             end = min(query + piece, last)
             first = _first_visible(length - last + query, window, chunk)
             start, stop = first // PANEL * PANEL, length - last + end
@@ -183,24 +183,24 @@ def _attend(
     v_NsGd,
     kv_scales_2G,
     tables_Bb,
-    cu_queries,
-    lengths_B,
+    cu_seqlens_q,
+    seq_lens_B,
     scale,
     window,
     chunk,
     sinks_H,
     out_THd,
 ):
-    if len(lengths_B) > 0:
+    if len(seq_lens_B) > 0:
         options = scale, window, chunk, sinks_H
-        attend_rows(q_THd, k_NsGd, v_NsGd, kv_scales_2G, tables_Bb, cu_queries, lengths_B, *options, out_THd)
+        attend_rows(q_THd, k_NsGd, v_NsGd, kv_scales_2G, tables_Bb, cu_seqlens_q, seq_lens_B, *options, out_THd)
 
 
 def attend(
     q_THd: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqs: PagedSequences,
+    seqs: AttentionMetadata,
     *,
     scale: float | None = None,
     window: int = 0,
@@ -214,7 +214,7 @@ def attend(
     out_THd = torch.empty_like(q_THd)
     q, k, v, out = (as_array(tensor) for tensor in (q_THd, k_cache, v_cache, out_THd))
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    where = seqs.block_table.numpy(), seqs.cu_queries, seqs.lengths
+    where = (tensor.numpy() for tensor in (seqs.block_table, seqs.cu_seqlens_q, seqs.seq_lens))
     _attend(q, k, v, scales(kv_scales_2G), *where, scale, window, chunk, sinks(sinks_H), out)
     return out_THd
 

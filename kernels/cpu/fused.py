@@ -47,8 +47,8 @@ def _attention(
     positions_T: np.ndarray,
     slots_T: np.ndarray,
     tables_Bb: np.ndarray,
-    cu_queries: np.ndarray,
-    lengths_B: np.ndarray,
+    cu_seqlens_q: np.ndarray,
+    seq_lens_B: np.ndarray,
     k_NsGd: np.ndarray,
     v_NsGd: np.ndarray,
     kv_scales_2G: np.ndarray,
@@ -81,7 +81,7 @@ def _attention(
         )
     attended_THd = empty((num_tokens, num_heads, dim), x_TD.dtype)
     options = scale, window, chunk, sinks_H
-    attend_rows(q_THd, k_NsGd, v_NsGd, kv_scales_2G, tables_Bb, cu_queries, lengths_B, *options, attended_THd)
+    attend_rows(q_THd, k_NsGd, v_NsGd, kv_scales_2G, tables_Bb, cu_seqlens_q, seq_lens_B, *options, attended_THd)
     attended_TK = attended_THd.reshape((num_tokens, -1))
     delta_TD = empty((min(num_tokens, CHUNK), x_TD.shape[1]), x_TD.dtype)
     for start in range(0, num_tokens, CHUNK):

@@ -17,23 +17,23 @@ from expertwire.kernels.cpu.numbers import allocating_jit, as_array, jit, load
 from expertwire.kernels.cpu.panel import LINE, PANEL
 from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.vectors import LANES
-from expertwire.kernels.ops.attention import PagedSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 
 @allocating_jit
-def _choose(q_THd, weights_TH, k_Ns1d, tables_Bb, cu_queries, lengths_B, chosen_Tk):
+def _choose(q_THd, weights_TH, k_Ns1d, tables_Bb, cu_seqlens_q, seq_lens_B, chosen_Tk):
     num_heads, dim = q_THd.shape[1:]
-    width, depth = -(-max(lengths_B) // PANEL) * PANEL, -(-dim // LINE) * LINE
+    width, depth = -(-max(seq_lens_B) // PANEL) * PANEL, -(-dim // LINE) * LINE
     keys = panels(q_THd, width // PANEL, depth)
     rows, queries = operand(LANES, depth, keys), operand(num_heads, depth, keys)
     rows[:], queries[:] = 0, 0
     found, scores = products(), np.empty(width, np.float32)
     begin(keys)
-    for b in range(len(lengths_B)):
-        if lengths_B[b] > chosen_Tk.shape[1]:
-            pack_keys(k_Ns1d, tables_Bb[b], 0, 0, lengths_B[b], rows, keys)
-        for t in range(cu_queries[b], cu_queries[b + 1]):
-            visible = lengths_B[b] - cu_queries[b + 1] + t + 1
+    for b in range(len(seq_lens_B)):
+        if seq_lens_B[b] > chosen_Tk.shape[1]:
+            pack_keys(k_Ns1d, tables_Bb[b], 0, 0, seq_lens_B[b], rows, keys)
+        for t in range(cu_seqlens_q[b], cu_seqlens_q[b + 1]):
+            visible = seq_lens_B[b] - cu_seqlens_q[b + 1] + t + 1
             if visible <= chosen_Tk.shape[1]:
                 chosen_Tk[t, :visible] = np.arange(visible)
                 chosen_Tk[t, visible:] = -1
@@ -66,11 +66,12 @@ def _put_best(scores, chosen_k):
 
 
 def choose_positions(
-    q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int
+    q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: AttentionMetadata, top_k: int
 ) -> Tensor:
     """`kernels.ops.index.reference`."""
     chosen_Tk = torch.empty(len(q_THd), top_k, dtype=torch.int64)
     if len(q_THd) > 0:
         q, weights, keys = (as_array(tensor) for tensor in (q_THd, weights_TH, index_cache.unsqueeze(2)))
-        _choose(q, weights, keys, seqs.block_table.numpy(), seqs.cu_queries, seqs.lengths, chosen_Tk.numpy())
+        where = (tensor.numpy() for tensor in (seqs.block_table, seqs.cu_seqlens_q, seqs.seq_lens))
+        _choose(q, weights, keys, *where, chosen_Tk.numpy())
     return chosen_Tk

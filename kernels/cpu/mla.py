@@ -22,18 +22,18 @@ from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
 from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.softmax import soften
 from expertwire.kernels.cpu.vectors import LANES
-from expertwire.kernels.ops.attention import PagedSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 _SPLIT = 512  # keys: DeepSeek-V3's panels of them take 1.1 MB
 _ROWS = 512
 
 
 @allocating_jit
-def _attend(q_THl, cache_Ns1l, kv_scale, tables_Bb, cu_queries, lengths_B, scale, out_THC):
+def _attend(q_THl, cache_Ns1l, kv_scale, tables_Bb, cu_seqlens_q, seq_lens_B, scale, out_THC):
     (num_heads, width), rank = q_THl.shape[1:], out_THC.shape[2]
     depth, depth_v = -(-width // LINE) * LINE, -(-rank // LINE) * LINE
     keys, values = panels(q_THl, _SPLIT // PANEL, depth), panels(q_THl, depth_v // PANEL, _SPLIT)
-    step = min(_ROWS, np.diff(cu_queries).max() * num_heads)
+    step = min(_ROWS, np.diff(cu_seqlens_q).max() * num_heads)
     rows, two_rows = operand(LANES, depth, keys), np.zeros((2, depth_v), cache_Ns1l.dtype)
     queries, weights = operand(step, depth, keys), operand(step, _SPLIT, values)
     rows[:], queries[:] = 0, 0
@@ -44,11 +44,11 @@ def _attend(q_THl, cache_Ns1l, kv_scale, tables_Bb, cu_queries, lengths_B, scale
     value_scale = np.float32(kv_scale)
     scale = np.float32(scale) * value_scale
     begin(keys)
-    for b in range(len(lengths_B)):
-        num, length = cu_queries[b + 1] - cu_queries[b], lengths_B[b]
+    for b in range(len(seq_lens_B)):
+        num, length = cu_seqlens_q[b + 1] - cu_seqlens_q[b], seq_lens_B[b]
         for start in range(0, num * num_heads, step):
             count = min(step, num * num_heads - start)
-            _put_queries(q_THl, cu_queries[b], start, count, queries)
+            _put_queries(q_THl, cu_seqlens_q[b], start, count, queries)
             sums_RC[:], totals_R[:], tops_R[:] = 0, 0, -np.inf
             position = length - num + start // num_heads  # of row 0, which is of head `start % num_heads`
             end = length - num + (start + count - 1) // num_heads + 1
@@ -62,7 +62,7 @@ def _attend(q_THl, cache_Ns1l, kv_scale, tables_Bb, cu_queries, lengths_B, scale
                     visible = position + (start % num_heads + i) // num_heads + 1 - split
                     _weigh(scores, i, visible, scale, weights, seen, sums_RC, totals_R, tops_R, total)
                 _add(weights, count, seen, values, found, sums_RC)
-            _put_outputs(sums_RC, totals_R, value_scale, cu_queries[b], start, count, out_THC)
+            _put_outputs(sums_RC, totals_R, value_scale, cu_seqlens_q[b], start, count, out_THC)
     finish(keys)
 
 
@@ -120,7 +120,7 @@ def _add(weights, count, seen, values, found, sums_RC):
 def attend(
     q_THl: Tensor,
     cache: Tensor,
-    seqs: PagedSequences,
+    seqs: AttentionMetadata,
     *,
     rank: int,
     scale: float,
@@ -130,9 +130,9 @@ def attend(
     """`kernels.ops.mla.reference`."""
     out_THC = q_THl.new_empty(*q_THl.shape[:2], rank)
     q, rows, out = (as_array(tensor) for tensor in (q_THl, cache, out_THC))
-    where = seqs.block_table.numpy(), seqs.cu_queries, seqs.lengths
+    where = tuple(tensor.numpy() for tensor in (seqs.block_table, seqs.cu_seqlens_q, seqs.seq_lens))
     if chosen is not None:
-        where = _chosen_sequences(chosen.numpy(), *where, seqs.block_size)
+        where = _chosen_sequences(chosen.numpy(), *where, cache.shape[1])
         rows = rows.reshape(-1, 1, rows.shape[2])
     if len(q) > 0:
         _attend(q, rows[:, :, None], 1.0 if kv_scale is None else kv_scale.item(), *where, scale, out)
@@ -140,14 +140,14 @@ def attend(
 
 
 @allocating_jit
-def _chosen_sequences(chosen_Tk, tables_Bb, cu_queries, lengths_B, block_size):
-    """Block tables, `cu_queries` and lengths of sequences in blocks of one token, so that each query's last positions are those
+def _chosen_sequences(chosen_Tk, tables_Bb, cu_seqlens_q, seq_lens_B, block_size):
+    """Block tables, `cu_seqlens_q` and lengths of sequences in blocks of one token, so that each query's last positions are those
     that it chose. A sequence whose queries all see everything stays one, any other becomes one for each query."""
     num_tokens, most = chosen_Tk.shape
-    slots_Bk, ends = np.zeros((num_tokens, most), np.int64), np.zeros(num_tokens + 1, np.int64)
-    counts_B, num = np.zeros(num_tokens, np.int64), 0
-    for b in range(len(lengths_B)):
-        start, end, length = cu_queries[b], cu_queries[b + 1], lengths_B[b]
+    slots_Bk, ends = np.zeros((num_tokens, most), np.int32), np.zeros(num_tokens + 1, np.int32)
+    counts_B, num = np.zeros(num_tokens, np.int32), 0
+    for b in range(len(seq_lens_B)):
+        start, end, length = cu_seqlens_q[b], cu_seqlens_q[b + 1], seq_lens_B[b]
         sees_all = length <= most
         for t in range(start, end):
             sees_all = sees_all and (chosen_Tk[t] >= 0).sum() == length - end + t + 1

@@ -51,7 +51,7 @@ from expertwire.kernels.gpu.splits import (
     store_statistics,
     workspace_row,
 )
-from expertwire.kernels.ops.attention import FP8, DeviceSequences
+from expertwire.kernels.ops.attention import FP8, AttentionMetadata
 
 # Architectures on which a test on a GPU found tiles of 64 and 128 rows to give equal bits.
 EQUAL_BITS: frozenset[int] = frozenset()
@@ -141,8 +141,8 @@ def _attend(
     statistics,
     sinks,
     num_decodes,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     block_table,
     first_sequence,
     end_sequence,
@@ -178,10 +178,10 @@ def _attend(
     bounds = num_decodes, first_sequence, end_sequence, first_token, end_token
     first_sequence, end_sequence, first_token, end_token = narrow(*bounds, BLOCKS_EACH)
     sequence, block = find(
-        cu_queries, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, BLOCKS_EACH
+        cu_seqlens_q, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, BLOCKS_EACH
     )
     row_R, end_row, to_position, first, end = rows_of(
-        cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS
+        cu_seqlens_q, seq_lens, sequence, block, first_token, end_token, GROUP, ROWS
     )
     if (end == 0) | (share >= num_shares):
         return
@@ -230,10 +230,10 @@ def _attend(
                 tl.program_id(0), num_decodes, from_token, to_token, row_blocks, num_programs, num_slots, BLOCKS_EACH
             )
             sequence_1, block_1 = find(
-                cu_queries, again, first_sequence, end_sequence, from_token, to_token, GROUP, ROWS, BLOCKS_EACH
+                cu_seqlens_q, again, first_sequence, end_sequence, from_token, to_token, GROUP, ROWS, BLOCKS_EACH
             )
             row_R, end_row, _, _, _ = rows_of(
-                cu_queries, lengths, sequence_1, block_1, from_token, to_token, GROUP, ROWS
+                cu_seqlens_q, seq_lens, sequence_1, block_1, from_token, to_token, GROUP, ROWS
             )
             slot = split % num_slots * tl.num_programs(1) + group
             at_R = workspace_row(slot, row_R, from_token, to_token, GROUP)
@@ -244,7 +244,7 @@ def _attend(
             total, top, weight = merge(total, top, weight, total_1, top_1, weight_1)
     if not SHARED_OUT:
         _, _, from_token, to_token = narrow(*bounds, BLOCKS_EACH)
-        row_R, end_row, _, _, _ = rows_of(cu_queries, lengths, sequence, block, from_token, to_token, GROUP, ROWS)
+        row_R, end_row, _, _, _ = rows_of(cu_seqlens_q, seq_lens, sequence, block, from_token, to_token, GROUP, ROWS)
         store_normalised(out, row_R, end_row, group, total, top, weight, sinks, dim, GROUP, DIM, HAS_SINKS)
 
 
@@ -283,7 +283,7 @@ def attend(
     q_THd: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     device: Device,
     *,
     scale: float | None = None,
@@ -311,7 +311,7 @@ def attend_decodes(
     q_THd: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     device: Device,
     *,
     out: Tensor,
@@ -344,7 +344,7 @@ def _launch(
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     device: Device,
     is_decode: bool,
     tiling: Tiles,
@@ -366,12 +366,12 @@ def _launch(
     span = Span(seqs=seqs, is_decode=is_decode, first=0, end=end, group=num_heads // num_kv)
     rows = tiling.single_rows if is_decode else tiling.rows
     blocks_each, row_blocks = span.blocks(rows)
-    num_splits = max_splits(seqs.max_length, tiling.split, window, chunk) if is_decode else 1
+    num_splits = max_splits(seqs.max_seq_len, tiling.split, window, chunk) if is_decode else 1
     workspace = span.workspace(out, num_splits if num_splits > 1 else 0)
     num_programs, grid = sharing_programs(device, row_blocks, num_splits, is_decode=is_decode, num_kv=num_kv)
     _attend[grid, num_kv](
         q_THd, k_cache, v_cache, kv_scales_2G, out, *workspace, workspace[0] if sinks_H is None else sinks_H,
-        seqs.num_decodes, seqs.cu_queries, seqs.lengths, seqs.block_table, *span.bounds, row_blocks, num_programs,
+        seqs.num_decodes, seqs.cu_seqlens_q, seqs.seq_lens, seqs.block_table, *span.bounds, row_blocks, num_programs,
         scale * LOG2_E.value, q_THd.stride(0), k_cache.stride(0), seqs.block_table.stride(0), num_splits,
         STRIDE_SLOT=k_cache.stride(1), GROUP=span.group, DIM=dim, PADDED=triton.next_power_of_2(dim), BLOCK_SIZE=block_size,
         WINDOW=window, CHUNK=chunk, HAS_SINKS=sinks_H is not None, ROWS=rows, KEYS=tiling.keys, SPLIT_KEYS=tiling.split,
@@ -422,7 +422,7 @@ def _case(
             **dict.fromkeys(("k_cache", "v_cache"), FP8 if fp8 else torch.bfloat16),
             "kv_scales": torch.float32 if fp8 else None,
             **dict.fromkeys(("partials", "statistics"), torch.float32),
-            **dict.fromkeys(("num_decodes", "cu_queries", "lengths", "block_table"), torch.int32),
+            **dict.fromkeys(("num_decodes", "cu_seqlens_q", "seq_lens", "block_table"), torch.int32),
             **dict.fromkeys(BOUNDS, 64),
             **strides,
             **{"scale": 0.1, "table_width": 2048, "num_slots": 32},

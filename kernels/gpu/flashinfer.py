@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import DeviceSequences, known_decodes
+from expertwire.kernels.ops.attention import AttentionMetadata, known_decodes
 
 _WORKSPACE = 384 << 20  # bytes; 128 MiB are recommended for few heads
 _TENSOR_CORES = 4  # query heads of a key head from which decode multiplies by matrix instructions
@@ -44,9 +44,9 @@ class Pages:
     last_page_len: Tensor
 
 
-def pages(first_row: int, nums_B: Tensor, lengths_B: Tensor, table_BW: Tensor, page_size: int) -> Pages:
+def pages(first_row: int, nums_B: Tensor, seq_lens_B: Tensor, table_BW: Tensor, page_size: int) -> Pages:
     """Of sequences with so many queries and tokens (i32, on the host), whose rows follow one another, and their block table."""
-    counts_B = (lengths_B + page_size - 1) // page_size
+    counts_B = (seq_lens_B + page_size - 1) // page_size
     qo_indptr, kv_indptr = (torch.cat((counts[:1] * 0, counts.cumsum(0))).int() for counts in (nums_B, counts_B))
     sequence_X = torch.repeat_interleave(torch.arange(len(counts_B)), counts_B)
     page_X = torch.arange(len(sequence_X)) - kv_indptr[sequence_X]
@@ -56,8 +56,8 @@ def pages(first_row: int, nums_B: Tensor, lengths_B: Tensor, table_BW: Tensor, p
         qo_indptr=qo_indptr,
         kv_indptr=kv_indptr,
         kv_indices=indices_X.int(),
-        kv_lengths=lengths_B.int(),
-        last_page_len=(lengths_B - (counts_B - 1) * page_size).int(),
+        kv_lengths=seq_lens_B.int(),
+        last_page_len=(seq_lens_B - (counts_B - 1) * page_size).int(),
     )
 
 
@@ -65,7 +65,7 @@ def pages(first_row: int, nums_B: Tensor, lengths_B: Tensor, table_BW: Tensor, p
 class _Planned:
     """What one kind of layers runs in the step of `seqs`: a wrapper for each of these rows."""
 
-    seqs: DeviceSequences
+    seqs: AttentionMetadata
     runs: tuple[tuple[slice, Any], ...]
 
 
@@ -90,7 +90,7 @@ class FlashInfer:
         q_THd: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        seqs: DeviceSequences,
+        seqs: AttentionMetadata,
         *,
         scale: float | None = None,
         window: int = 0,
@@ -132,7 +132,7 @@ class FlashInfer:
         self,
         q_THl: Tensor,
         cache: Tensor,
-        seqs: DeviceSequences,
+        seqs: AttentionMetadata,
         *,
         rank: int,
         scale: float,
@@ -179,7 +179,7 @@ class FlashInfer:
     def _plan(
         self,
         key: tuple[Any, ...],
-        seqs: DeviceSequences,
+        seqs: AttentionMetadata,
         num_tokens: int,
         page_size: int,
         plan: Callable[[tuple[Any, ...], Pages, bool], Any],
@@ -192,24 +192,24 @@ class FlashInfer:
         return planned.runs
 
 
-def _parts(seqs: DeviceSequences, num_tokens: int, page_size: int) -> list[tuple[Pages, bool]]:
+def _parts(seqs: AttentionMetadata, num_tokens: int, page_size: int) -> list[tuple[Pages, bool]]:
     """The decodes and the prefills; for each whether it is the former.
 
     A row that belongs to nobody, as when an engine warms up, passes for a sequence of one token.
     """
     known = known_decodes(seqs, num_tokens)
     num = int(seqs.num_decodes) if known is None else known
-    cu_queries, lengths_B = seqs.cu_queries.cpu().long(), seqs.lengths.cpu().long().clamp(min=1)
-    nums_B, table_BW = cu_queries.diff(), seqs.block_table
+    cu_seqlens_q, seq_lens_B = seqs.cu_seqlens_q.cpu().long(), seqs.seq_lens.cpu().long().clamp(min=1)
+    nums_B, table_BW = cu_seqlens_q.diff(), seqs.block_table
     found = []
     if num:
-        found.append((pages(0, torch.ones(num, dtype=torch.int64), lengths_B[:num], table_BW[:num], page_size), True))
+        found.append((pages(0, torch.ones(num, dtype=torch.int64), seq_lens_B[:num], table_BW[:num], page_size), True))
     if num_tokens > num:
         live_X = num + nums_B[num:].nonzero()[:, 0]
         nums_X = nums_B[live_X]
         if not len(live_X):
             live_X, nums_X = torch.tensor([0]), torch.tensor([1])
         table_XW = table_BW[live_X.to(table_BW.device)]
-        lengths_X = torch.maximum(lengths_B[live_X], nums_X)
+        lengths_X = torch.maximum(seq_lens_B[live_X], nums_X)
         found.append((pages(num, nums_X, lengths_X, table_XW, page_size), False))
     return found

@@ -24,7 +24,7 @@ from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.select import position_of, select_best
 from expertwire.kernels.gpu.splits import sharing_programs
-from expertwire.kernels.ops.attention import DeviceSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 WORKSPACE_SCORES = 1 << 26  # fp32: 256 MiB
 
@@ -48,8 +48,8 @@ def score_kernel(
     weights,
     cache,
     scores,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     block_table,
     num_sequences,
     first_token,
@@ -79,10 +79,10 @@ def score_kernel(
     head, dim = tl.arange(0, PADDED_H), tl.arange(0, PADDED)
     token = first
     while token < stop:
-        sequence, position = position_of(cu_queries, lengths, token, num_sequences)
+        sequence, position = position_of(cu_seqlens_q, seq_lens, token, num_sequences)
         behind = stop
         if sequence < num_sequences:
-            behind = tl.minimum(stop, tl.load(cu_queries + sequence + 1))
+            behind = tl.minimum(stop, tl.load(cu_seqlens_q + sequence + 1))
         last = position + behind - token - 1
         if (sequence < num_sequences) & (last >= TOP_K):
             table = block_table + sequence.to(tl.int64) * table_width
@@ -119,7 +119,7 @@ def choose_positions(
     q_THd: Tensor,
     weights_TH: Tensor,
     index_cache: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     top_k: int,
     device: Device,
     *,
@@ -137,7 +137,7 @@ def choose_positions(
     assert index_cache.stride()[1:] == (dim, 1), f"rows of the cache apart: strides {index_cache.stride()}"
     assert index_cache.shape[2] == dim, f"keys of {index_cache.shape[2]} numbers, queries of {dim}"
     chosen_Tk = torch.empty(num_tokens, top_k, dtype=torch.int64, device=q_THd.device)
-    width = triton.cdiv(seqs.max_length, tiling.keys) * tiling.keys if seqs.max_length > top_k else 0
+    width = triton.cdiv(seqs.max_seq_len, tiling.keys) * tiling.keys if seqs.max_seq_len > top_k else 0
     step = max(1, workspace_scores // max(1, width))
     for first in range(0, num_tokens, step):
         chosen_Xk = chosen_Tk[first : first + step]
@@ -152,7 +152,7 @@ def _score(
     q_THd: Tensor,
     weights_TH: Tensor,
     index_cache: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     device: Device,
     tiling: Tiles,
     top_k: int,
@@ -163,7 +163,7 @@ def _score(
     groups = triton.cdiv(num, tiling.queries)
     shares, _ = sharing_programs(device, groups, stride_row // tiling.keys, is_decode=False)
     score_kernel[groups, shares](
-        q_THd, weights_TH, index_cache, scores_XL, seqs.cu_queries, seqs.lengths, seqs.block_table, seqs.num_sequences,
+        q_THd, weights_TH, index_cache, scores_XL, seqs.cu_seqlens_q, seqs.seq_lens, seqs.block_table, seqs.num_sequences,
         first, first + num, index_cache.stride(0), seqs.block_table.stride(0), stride_row,
         **_score_constexprs(tiling, top_k, q_THd.shape[1], q_THd.shape[2], index_cache.shape[1]),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **EARLY,
@@ -186,7 +186,7 @@ def _score_case(name: str, heads: int, block_size: int, arch: int) -> Case:
         args={
             **dict.fromkeys(("q", "cache"), torch.bfloat16),
             **dict.fromkeys(("weights", "scores"), torch.float32),
-            **dict.fromkeys(("cu_queries", "lengths", "block_table"), torch.int32),
+            **dict.fromkeys(("cu_seqlens_q", "seq_lens", "block_table"), torch.int32),
             **{"num_sequences": 256, "first_token": 0, "end_token": 256, "stride_block": block_size * dim},
             **{"table_width": 2560, "stride_row": 163840},
         },

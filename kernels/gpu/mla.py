@@ -33,7 +33,7 @@ from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.mla_splits import FIELDS, Workspace, allocate, fold, merge_workspace, plan
 from expertwire.kernels.gpu.rope_and_cache import check_scales, quantized, rotate_pairs
 from expertwire.kernels.gpu.splits import LOG2_E, SPLIT
-from expertwire.kernels.ops.attention import FP8, DeviceSequences
+from expertwire.kernels.ops.attention import FP8, AttentionMetadata
 
 WORKSPACE_ROWS = 1 << 18  # of partial results: 0.5 GB with 512 latent numbers
 HEADS = 8
@@ -232,7 +232,7 @@ def tiles(*, rank: int, element_size: int, arch: int, fp8: bool = False) -> Tile
 def attend(
     q_THl: Tensor,
     cache: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     device: Device,
     *,
     rank: int,
@@ -267,7 +267,7 @@ def attend(
         assert chosen.shape == (num_tokens, top_k), f"lists {tuple(chosen.shape)} of {num_tokens} tokens"
         assert chosen.is_contiguous(), f"lists with strides {chosen.stride()}"
     # A token has a slot for each split of its list, or one at least, however long its sequence is.
-    splits = triton.cdiv(top_k or seqs.max_length, tiling.split)
+    splits = triton.cdiv(top_k or seqs.max_seq_len, tiling.split)
     least = splits if top_k else 1
     num_slots = max(least, min(workspace_rows // num_heads, num_tokens * splits))
     step = num_slots // least
@@ -292,7 +292,7 @@ def _launch(
     kv_scale: Tensor | None,
     chosen: Tensor | None,
     workspace: Workspace,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     device: Device,
     tiling: Tiles,
     scale: float,

@@ -24,7 +24,7 @@ from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
 from expertwire.kernels.gpu.select import position_of
 from expertwire.kernels.gpu.splits import SPLIT, merge, merge_weights
-from expertwire.kernels.ops.attention import DeviceSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 _MERGED_ROWS = 8
 _MERGE_STAGES = 4
@@ -35,31 +35,33 @@ _UNITS = 256  # that are written together
 
 
 @triton.jit
-def _tokens_of(cu_queries, sequence, first_token, end_token):
+def _tokens_of(cu_seqlens_q, sequence, first_token, end_token):
     """Return the first and the end of a sequence's tokens within a launch's."""
-    start = tl.minimum(tl.maximum(tl.load(cu_queries + sequence), first_token), end_token)
-    return start, tl.minimum(tl.maximum(tl.load(cu_queries + sequence + 1), first_token), end_token)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + sequence), first_token), end_token)
+    return start, tl.minimum(tl.maximum(tl.load(cu_seqlens_q + sequence + 1), first_token), end_token)
 
 
 @triton.jit
-def _sequences_from(cu_queries, lengths, start, num_sequences, first_token, end_token, SPLIT_KEYS: tl.constexpr):
+def _sequences_from(cu_seqlens_q, seq_lens, start, num_sequences, first_token, end_token, SPLIT_KEYS: tl.constexpr):
     """Return the tokens and the splits of the sequences [start, start + 256), 0 behind the last."""
     sequence = start + tl.arange(0, _SEQUENCES)
     known = sequence < num_sequences
-    begin = tl.load(cu_queries + sequence, mask=known, other=0)
-    end = tl.load(cu_queries + sequence + 1, mask=known, other=0)
+    begin = tl.load(cu_seqlens_q + sequence, mask=known, other=0)
+    end = tl.load(cu_seqlens_q + sequence + 1, mask=known, other=0)
     stop = tl.minimum(tl.maximum(end, first_token), end_token)
     tokens = stop - tl.minimum(tl.maximum(begin, first_token), end_token)
-    splits = tl.cdiv(tl.load(lengths + sequence, mask=known, other=0) - end + stop, SPLIT_KEYS)
+    splits = tl.cdiv(tl.load(seq_lens + sequence, mask=known, other=0) - end + stop, SPLIT_KEYS)
     return tokens, tl.where(tokens > 0, splits, 0)
 
 
 @triton.jit
-def _count_splits(cu_queries, lengths, num_sequences, first_token, end_token, SPLIT_KEYS: tl.constexpr):
+def _count_splits(cu_seqlens_q, seq_lens, num_sequences, first_token, end_token, SPLIT_KEYS: tl.constexpr):
     """Return the slots that a launch's tokens would take if each of their splits had one."""
     total = tl.zeros([_SEQUENCES], tl.int32)
     for start in range(0, num_sequences, _SEQUENCES):
-        tokens, splits = _sequences_from(cu_queries, lengths, start, num_sequences, first_token, end_token, SPLIT_KEYS)
+        tokens, splits = _sequences_from(
+            cu_seqlens_q, seq_lens, start, num_sequences, first_token, end_token, SPLIT_KEYS
+        )
         total += tokens * splits
     return tl.sum(total, 0)
 
@@ -73,8 +75,8 @@ def _slots_of(splits, wanted, num_slots, num_tokens):
 
 @triton.jit
 def _count_before(
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     end_sequence,
     first_token,
     end_token,
@@ -88,7 +90,9 @@ def _count_before(
     slots = tl.zeros([_SEQUENCES], tl.int32)
     units = tl.zeros([_SEQUENCES], tl.int32)
     for start in range(0, end_sequence, _SEQUENCES):
-        tokens, splits = _sequences_from(cu_queries, lengths, start, end_sequence, first_token, end_token, SPLIT_KEYS)
+        tokens, splits = _sequences_from(
+            cu_seqlens_q, seq_lens, start, end_sequence, first_token, end_token, SPLIT_KEYS
+        )
         slots_each = _slots_of(splits, wanted, num_slots, end_token - first_token)
         slots += tokens * slots_each
         units += tl.cdiv(tokens * H, ROWS) * slots_each
@@ -99,8 +103,8 @@ def _count_before(
 def plan_units(
     units,
     slots,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     num_sequences,
     first_token,
     end_token,
@@ -117,7 +121,7 @@ def plan_units(
     if TOP_K > 0:
         start = first_token + tl.program_id(0)
         stop = start + 1
-        sequence, position = position_of(cu_queries, lengths, start, num_sequences)
+        sequence, position = position_of(cu_seqlens_q, seq_lens, start, num_sequences)
         length, to_position = tl.minimum(position + 1, TOP_K), -start
         splits: tl.constexpr = (TOP_K + SPLIT_KEYS - 1) // SPLIT_KEYS
         slots_each: tl.constexpr = splits
@@ -126,12 +130,12 @@ def plan_units(
         units_before = slots_before * blocks
     else:
         sequence = tl.program_id(0)
-        wanted = _count_splits(cu_queries, lengths, num_sequences, first_token, end_token, SPLIT_KEYS)
+        wanted = _count_splits(cu_seqlens_q, seq_lens, num_sequences, first_token, end_token, SPLIT_KEYS)
         slots_before, units_before = _count_before(
-            cu_queries, lengths, sequence, first_token, end_token, wanted, num_slots, H, ROWS, SPLIT_KEYS
+            cu_seqlens_q, seq_lens, sequence, first_token, end_token, wanted, num_slots, H, ROWS, SPLIT_KEYS
         )
-        start, stop = _tokens_of(cu_queries, sequence, first_token, end_token)
-        to_position = tl.load(lengths + sequence) - tl.load(cu_queries + sequence + 1)
+        start, stop = _tokens_of(cu_seqlens_q, sequence, first_token, end_token)
+        to_position = tl.load(seq_lens + sequence) - tl.load(cu_seqlens_q + sequence + 1)
         length = to_position + stop
         splits = tl.where(start < stop, tl.cdiv(length, SPLIT_KEYS), 0)
         slots_each = _slots_of(splits, wanted, num_slots, num_tokens)
@@ -187,8 +191,8 @@ def merge_slots(
     statistics,
     slots,
     out,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     num_sequences,
     first_token,
     end_token,
@@ -202,7 +206,7 @@ def merge_slots(
     """Grid (T, blocks of H): the slots of each token, in order, into out [T, H, C], divided by the weights' sums."""
     wait_for_previous()
     token = first_token + tl.program_id(0)
-    sequence, position = position_of(cu_queries, lengths, token, num_sequences)
+    sequence, position = position_of(cu_seqlens_q, seq_lens, token, num_sequences)
     if position < 0:
         return
     if TOP_K > 0:
@@ -210,7 +214,7 @@ def merge_slots(
         at, stride, folded = (token - first_token) * ((TOP_K + SPLIT_KEYS - 1) // SPLIT_KEYS), 1, 1
     else:
         keys = position + 1
-        start, stop = _tokens_of(cu_queries, sequence, first_token, end_token)
+        start, stop = _tokens_of(cu_seqlens_q, sequence, first_token, end_token)
         folded = tl.cdiv(position + stop - token, SPLIT_KEYS) - tl.load(slots + 2 * sequence + 1) + 1
         at, stride = tl.load(slots + 2 * sequence) + token - start, stop - start
     splits = tl.cdiv(keys, SPLIT_KEYS)
@@ -251,7 +255,7 @@ class Workspace:
 
 
 def allocate(
-    out_THC: Tensor, seqs: DeviceSequences, num_slots: int, num_programs: int, *, rows: int, parts: int
+    out_THC: Tensor, seqs: AttentionMetadata, num_slots: int, num_programs: int, *, rows: int, parts: int
 ) -> Workspace:
     """Return a workspace for units of so many rows."""
     num_heads, rank = out_THC.shape[1:]
@@ -271,7 +275,7 @@ def allocate(
 def plan(
     workspace: Workspace,
     num_heads: int,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     tokens: tuple[int, int],
     *,
     rows: int,
@@ -283,7 +287,7 @@ def plan(
         f"tokens {tokens} in {workspace.num_slots} slots"
     )
     plan_units[tokens[1] - tokens[0] if top_k else seqs.num_sequences,](
-        workspace.units, workspace.slots, seqs.cu_queries, seqs.lengths, seqs.num_sequences, *tokens,
+        workspace.units, workspace.slots, seqs.cu_seqlens_q, seqs.seq_lens, seqs.num_sequences, *tokens,
         workspace.num_slots, **_plan_constexprs(num_heads, rows, split, top_k), **EARLY,
     )  # fmt: skip
 
@@ -291,7 +295,7 @@ def plan(
 def merge_workspace(
     workspace: Workspace,
     out_THC: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     tokens: tuple[int, int],
     *,
     split: int,
@@ -300,7 +304,7 @@ def merge_workspace(
     """Merge the slots into the rows of the tokens [first, end) that belong to sequences."""
     num_heads, rank = out_THC.shape[1:]
     merge_slots[tokens[1] - tokens[0], triton.cdiv(num_heads, _MERGED_ROWS)](
-        workspace.values, workspace.statistics, workspace.slots, out_THC, seqs.cu_queries, seqs.lengths,
+        workspace.values, workspace.statistics, workspace.slots, out_THC, seqs.cu_seqlens_q, seqs.seq_lens,
         seqs.num_sequences, *tokens, **_constexprs(num_heads, rank, split, top_k), **EARLY,
     )  # fmt: skip
 
@@ -322,7 +326,7 @@ def cases() -> list[Case]:
             name=f"mla_splits.plan{f' chosen {top_k}' if top_k else ''}",
             kernel=plan_units,
             args={
-                **dict.fromkeys(("units", "slots", "cu_queries", "lengths"), torch.int32),
+                **dict.fromkeys(("units", "slots", "cu_seqlens_q", "seq_lens"), torch.int32),
                 **bounds,
                 "num_slots": 2048,
             },
@@ -339,7 +343,7 @@ def cases() -> list[Case]:
             kernel=merge_slots,
             args={
                 **dict.fromkeys(("partials", "statistics"), torch.float32),
-                **{"out": torch.bfloat16, **dict.fromkeys(("slots", "cu_queries", "lengths"), torch.int32)},
+                **{"out": torch.bfloat16, **dict.fromkeys(("slots", "cu_seqlens_q", "seq_lens"), torch.int32)},
                 **bounds,
             },
             constexprs=_constexprs(num_heads, 512, SPLIT, top_k),

@@ -49,7 +49,7 @@ from expertwire.kernels.gpu.splits import (
     store_statistics,
     workspace_row,
 )
-from expertwire.kernels.ops.attention import DeviceSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 
 @triton.jit
@@ -79,8 +79,8 @@ def load_tile(
 def _masked(
     scores,
     key_N,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     sequence,
     block,
     first_token,
@@ -92,7 +92,7 @@ def _masked(
 ):
     """Scores [R, N], -inf where a row does not see the key. The rows are worked out again, so that they do not lie in registers
     where no tile is masked."""
-    row_R, _, to_position, _, _ = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
+    row_R, _, to_position, _, _ = rows_of(cu_seqlens_q, seq_lens, sequence, block, first_token, end_token, GROUP, ROWS)
     position_R = row_R // GROUP + to_position
     scores = tl.where(key_N[None, :] <= position_R[:, None], scores, float("-inf"))
     if WINDOW > 0 or CHUNK > 0:
@@ -111,8 +111,8 @@ def _prefill(
     statistics,
     sinks,
     num_decodes,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     block_table,
     first_sequence,
     end_sequence,
@@ -147,8 +147,10 @@ def _prefill(
     block, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     bounds = num_decodes, first_sequence, end_sequence, first_token, end_token
     first_sequence, end_sequence, first_token, end_token = narrow(*bounds, 0)
-    sequence, block = find(cu_queries, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, 0)
-    row_R, end_row, _, first, end = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
+    sequence, block = find(cu_seqlens_q, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, 0)
+    row_R, end_row, _, first, end = rows_of(
+        cu_seqlens_q, seq_lens, sequence, block, first_token, end_token, GROUP, ROWS
+    )
     if end == 0:
         return
     begin = begin_of(first, BLOCK_SIZE, WINDOW, CHUNK)
@@ -183,7 +185,7 @@ def _prefill(
         else:
             scores = tl.dot(q_1, tl.trans(k_1), input_precision="ieee")
         if (first_key < lowest) | (first_key + KEYS > first + 1):
-            of_rows = cu_queries, lengths, sequence, block, first_token, end_token
+            of_rows = cu_seqlens_q, seq_lens, sequence, block, first_token, end_token
             scores = _masked(scores, key_N, *of_rows, GROUP, ROWS, WINDOW, CHUNK)
         p, old, top, weight = online_softmax(top, weight, scores, scale)
         p = p.to(v_1.dtype)
@@ -193,7 +195,9 @@ def _prefill(
             total_2 = tl.dot(p, v_2, total_2 * old[:, None], input_precision="ieee")
 
     _, _, first_token, end_token = narrow(*bounds, 0)
-    row_R, end_row, _, first, end = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
+    row_R, end_row, _, first, end = rows_of(
+        cu_seqlens_q, seq_lens, sequence, block, first_token, end_token, GROUP, ROWS
+    )
     dim_1, dim_2 = tl.arange(0, DIM_V1), DIM_V1 + tl.arange(0, DIM_V2 if DIM_V2 > 0 else 1)
     if SHARED_OUT:
         begin = begin_of(first, BLOCK_SIZE, WINDOW, CHUNK)
@@ -242,7 +246,7 @@ def attend(
     q_THd: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     device: Device,
     *,
     scale: float | None = None,
@@ -283,7 +287,7 @@ def _launch(
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor,
-    seqs: DeviceSequences,
+    seqs: AttentionMetadata,
     device: Device,
     tiling: Tiles,
     *,
@@ -298,14 +302,14 @@ def _launch(
         return
     span = Span(seqs=seqs, is_decode=False, first=0, end=seqs.max_prefill_tokens, group=num_heads // num_kv)
     _, num_blocks = span.blocks(tiling.rows)
-    reach = min([seqs.max_prefill_length, *(limit + tiling.rows for limit in (window, chunk) if limit)])
+    reach = min([seqs.max_prefill_len, *(limit + tiling.rows for limit in (window, chunk) if limit)])
     places = device.num_sms * tiling.blocks_per_sm
     # Not by `num_blocks`: a captured step's bound of the sequences may be far from what it will have.
     programs = -(-seqs.max_prefill_tokens * span.group // tiling.rows) * num_kv
     shares = num_shares(programs, places, reach // tiling.min_share)
     workspace = span.workspace(out, shares if shares > 1 else 0)
     sizes = _constexprs(span.group, value_dim, k_cache.shape[1], tiling, window, chunk, sinks_H is not None)
-    arguments = sinks_H if sinks_H is not None else out, seqs.num_decodes, seqs.cu_queries, seqs.lengths
+    arguments = sinks_H if sinks_H is not None else out, seqs.num_decodes, seqs.cu_seqlens_q, seqs.seq_lens
     (dim_1, dim_2), (value_1, value_2) = _cut(dim), _cut(value_dim)
     _prefill[num_blocks, num_kv, shares](
         q_THd, k_cache, v_cache, out, *workspace, *arguments, seqs.block_table, *span.bounds,
@@ -363,7 +367,7 @@ def _case(
         args={
             **dict.fromkeys(("q", "k_cache", "v_cache", "out", "sinks"), torch.bfloat16),
             **dict.fromkeys(("partials", "statistics"), torch.float32),
-            **dict.fromkeys(("num_decodes", "cu_queries", "lengths", "block_table"), torch.int32),
+            **dict.fromkeys(("num_decodes", "cu_seqlens_q", "seq_lens", "block_table"), torch.int32),
             **dict.fromkeys(BOUNDS, 64),
             **{"scale": 0.1, "stride_token": (heads + 2 * num_kv) * dim, "table_width": 2048, "num_shares": 4},
         },

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.ops.attention import DeviceSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 # As in `linear`: ptxas for Blackwell otherwise spills a few registers.
 _OPTIONS = {"maxnreg": 255, **EARLY}
@@ -26,25 +26,25 @@ _LEAST = tl.constexpr(-0x80000000)  # below the key of any score
 
 
 @triton.jit
-def sequence_of(cu_queries, token, num_sequences):
+def sequence_of(cu_seqlens_q, token, num_sequences):
     """The sequence that a token belongs to; `num_sequences` if it belongs to none."""
     low = 0
     high = num_sequences
     while low < high:
         middle = (low + high) // 2
-        behind = tl.load(cu_queries + middle + 1) <= token
+        behind = tl.load(cu_seqlens_q + middle + 1) <= token
         low = tl.where(behind, middle + 1, low)
         high = tl.where(behind, high, middle)
     return low
 
 
 @triton.jit
-def position_of(cu_queries, lengths, token, num_sequences):
+def position_of(cu_seqlens_q, seq_lens, token, num_sequences):
     """The sequence and the position of a token; position -1 if it belongs to none."""
-    sequence = sequence_of(cu_queries, token, num_sequences)
+    sequence = sequence_of(cu_seqlens_q, token, num_sequences)
     owned = sequence < num_sequences
-    end_query = tl.load(cu_queries + sequence + 1, mask=owned, other=0)
-    length = tl.load(lengths + sequence, mask=owned, other=0)
+    end_query = tl.load(cu_seqlens_q + sequence + 1, mask=owned, other=0)
+    length = tl.load(seq_lens + sequence, mask=owned, other=0)
     return sequence, tl.where(owned, length - end_query + token, -1)
 
 
@@ -87,8 +87,8 @@ def _keep_best(keys_ptr, positions_ptr, count, k, BUFFER: tl.constexpr):
 @triton.jit(do_not_specialize=["num_sequences", "first_token"])
 def select_kernel(
     scores,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     keys_buffer,
     positions_buffer,
     chosen,
@@ -107,7 +107,7 @@ def select_kernel(
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     token = first_token + tl.program_id(0)
-    _, position = position_of(cu_queries, lengths, token, num_sequences)
+    _, position = position_of(cu_seqlens_q, seq_lens, token, num_sequences)
     out = chosen + row * K
     i = tl.arange(0, PADDED)
     if position < K:
@@ -131,7 +131,7 @@ def select_kernel(
     tl.store(out + i, tl.load(positions_ptr + i).to(tl.int64), mask=i < K)
 
 
-def select_best(scores_XL: Tensor, seqs: DeviceSequences, first_token: int, chosen_Xk: Tensor) -> None:
+def select_best(scores_XL: Tensor, seqs: AttentionMetadata, first_token: int, chosen_Xk: Tensor) -> None:
     """Write into `chosen_Xk`, i64, in ascending order and followed by -1, the k best of the positions up to its own for each of
     the X tokens from `first_token` on, all of them where that are no more than k; of equals the first.
 
@@ -146,7 +146,7 @@ def select_best(scores_XL: Tensor, seqs: DeviceSequences, first_token: int, chos
     buffers = scores_XL.new_empty(2, num, sizes["BUFFER"] if width else 0, dtype=torch.int32)
     if num:
         select_kernel[(num,)](
-            scores_XL, seqs.cu_queries, seqs.lengths, *buffers, chosen_Xk, seqs.num_sequences, first_token, width,
+            scores_XL, seqs.cu_seqlens_q, seqs.seq_lens, *buffers, chosen_Xk, seqs.num_sequences, first_token, width,
             **sizes, num_warps=_num_warps(top_k), **_OPTIONS,
         )  # fmt: skip
 
@@ -168,7 +168,7 @@ def cases() -> list[Case]:
             kernel=select_kernel,
             args={
                 "scores": torch.float32,
-                **dict.fromkeys(("cu_queries", "lengths", "keys_buffer", "positions_buffer"), torch.int32),
+                **dict.fromkeys(("cu_seqlens_q", "seq_lens", "keys_buffer", "positions_buffer"), torch.int32),
                 **{"chosen": torch.int64, "num_sequences": 256, "first_token": 0, "width": 163840},
             },
             constexprs=_sizes(top_k),

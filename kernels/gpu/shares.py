@@ -44,8 +44,8 @@ def merge_shares(
     out,
     sinks,
     num_decodes,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     first_sequence,
     end_sequence,
     first_token,
@@ -68,8 +68,10 @@ def merge_shares(
     block, group = tl.program_id(0), tl.program_id(1)
     bounds = num_decodes, first_sequence, end_sequence, first_token, end_token
     first_sequence, end_sequence, first_token, end_token = narrow(*bounds, 0)
-    sequence, block = find(cu_queries, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, 0)
-    row_R, end_row, _, first, end = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
+    sequence, block = find(cu_seqlens_q, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, 0)
+    row_R, end_row, _, first, end = rows_of(
+        cu_seqlens_q, seq_lens, sequence, block, first_token, end_token, GROUP, ROWS
+    )
     if end == 0:
         return
     begin = begin_of(first, BLOCK_SIZE, WINDOW, CHUNK)
@@ -115,7 +117,7 @@ def _case(group: int, dim: int, *, window: int = 0, sinks: bool = False) -> Case
         args={
             **dict.fromkeys(("partials", "statistics"), torch.float32),
             **dict.fromkeys(("out", "sinks"), torch.bfloat16),
-            **dict.fromkeys(("num_decodes", "cu_queries", "lengths"), torch.int32),
+            **dict.fromkeys(("num_decodes", "cu_seqlens_q", "seq_lens"), torch.int32),
             **dict.fromkeys((*BOUNDS, "num_shares"), 64),
         },
         constexprs={

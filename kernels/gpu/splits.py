@@ -20,7 +20,7 @@ from torch import Tensor
 from expertwire.kernels.gpu.compile import Case
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.ops.attention import DeviceSequences
+from expertwire.kernels.ops.attention import AttentionMetadata
 
 SPLIT = 1024  # keys
 _MERGED_ROWS = 8
@@ -61,15 +61,17 @@ def share_out(
 
 
 @triton.jit
-def _first_block(cu_queries, sequence, first_sequence, first_token, end_token, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def _first_block(
+    cu_seqlens_q, sequence, first_sequence, first_token, end_token, GROUP: tl.constexpr, ROWS: tl.constexpr
+):
     """Row blocks of the sequences before it, at most: each may leave its last one uneven."""
-    start = tl.minimum(tl.maximum(tl.load(cu_queries + sequence), first_token), end_token) - first_token
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + sequence), first_token), end_token) - first_token
     return start * GROUP // ROWS + sequence - first_sequence
 
 
 @triton.jit
 def find(
-    cu_queries,
+    cu_seqlens_q,
     block,
     first_sequence,
     end_sequence,
@@ -91,24 +93,26 @@ def find(
         end = end_sequence
         while end - sequence > 1:
             middle = (sequence + end) // 2
-            before = _first_block(cu_queries, middle, first_sequence, first_token, end_token, GROUP, ROWS) <= block
+            before = _first_block(cu_seqlens_q, middle, first_sequence, first_token, end_token, GROUP, ROWS) <= block
             sequence = tl.where(before, middle, sequence)
             end = tl.where(before, end, middle)
-        return sequence, block - _first_block(cu_queries, sequence, first_sequence, first_token, end_token, GROUP, ROWS)
+        return sequence, block - _first_block(
+            cu_seqlens_q, sequence, first_sequence, first_token, end_token, GROUP, ROWS
+        )
 
 
 @triton.jit
-def rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def rows_of(cu_seqlens_q, seq_lens, sequence, block, first_token, end_token, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """A block's rows, numbered token * GROUP + head in the group.
 
     Returns the rows' numbers [R], the end of those that exist, what to add to a token for its position; the position of the first
     row and the one behind the last row's, 0 if there are none.
     """
-    end_query = tl.load(cu_queries + sequence + 1)
-    start = tl.minimum(tl.maximum(tl.load(cu_queries + sequence), first_token), end_token)
+    end_query = tl.load(cu_seqlens_q + sequence + 1)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + sequence), first_token), end_token)
     stop = tl.minimum(tl.maximum(end_query, first_token), end_token)
     first_row, end_row = start * GROUP + block * ROWS, stop * GROUP
-    to_position = tl.load(lengths + sequence) - end_query
+    to_position = tl.load(seq_lens + sequence) - end_query
     last_row = tl.minimum(first_row + ROWS, end_row) - 1
     end = tl.where(first_row < end_row, to_position + last_row // GROUP + 1, 0)
     return first_row + tl.arange(0, ROWS), end_row, to_position, to_position + first_row // GROUP, end
@@ -202,8 +206,8 @@ def merge_splits(
     out,
     sinks,
     num_decodes,
-    cu_queries,
-    lengths,
+    cu_seqlens_q,
+    seq_lens,
     first_sequence,
     end_sequence,
     first_token,
@@ -230,9 +234,11 @@ def merge_splits(
         num_decodes, first_sequence, end_sequence, first_token, end_token, BLOCKS_EACH
     )
     sequence, block = find(
-        cu_queries, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, BLOCKS_EACH
+        cu_seqlens_q, block, first_sequence, end_sequence, first_token, end_token, GROUP, ROWS, BLOCKS_EACH
     )
-    row_R, end_row, _, first, end = rows_of(cu_queries, lengths, sequence, block, first_token, end_token, GROUP, ROWS)
+    row_R, end_row, _, first, end = rows_of(
+        cu_seqlens_q, seq_lens, sequence, block, first_token, end_token, GROUP, ROWS
+    )
     if (end == 0) | (share >= num_shares):
         return
     begin = first_visible(first, WINDOW, CHUNK)
@@ -260,7 +266,7 @@ class Span:
     first, end: decodes, or tokens from the first prefill's on. group: rows of a token for a key head.
     """
 
-    seqs: DeviceSequences
+    seqs: AttentionMetadata
     is_decode: bool
     first: int
     end: int
@@ -319,7 +325,7 @@ def merge_workspace(
     each, num_blocks = span.blocks(_MERGED_ROWS)
     merge_splits[num_blocks, num_heads // span.group](
         *workspace, out, workspace[0] if sinks_H is None else sinks_H,
-        span.seqs.num_decodes, span.seqs.cu_queries, span.seqs.lengths, *span.bounds, num_splits,
+        span.seqs.num_decodes, span.seqs.cu_seqlens_q, span.seqs.seq_lens, *span.bounds, num_splits,
         **_constexprs(span.group, dim, split, window, chunk, sinks_H is not None), BLOCKS_EACH=each, **EARLY,
     )  # fmt: skip
 
@@ -336,7 +342,7 @@ def _case(group: int, dim: int, *, single: bool, window: int = 0, sinks: bool = 
         args={
             **dict.fromkeys(("partials", "statistics"), torch.float32),
             **dict.fromkeys(("out", "sinks"), torch.bfloat16),
-            **dict.fromkeys(("num_decodes", "cu_queries", "lengths"), torch.int32),
+            **dict.fromkeys(("num_decodes", "cu_seqlens_q", "seq_lens"), torch.int32),
             **{"first_sequence": 0, "end_sequence": 64, "first_token": 0, "end_token": 64, "num_slots": 32},
         },
         constexprs={

@@ -19,12 +19,11 @@ W blocks in a row of the block table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,70 +32,38 @@ from expertwire.kernels.ops import rotary
 
 
 @dataclass(frozen=True, kw_only=True)
-class PagedSequences:
-    """Which tokens of the step belong to which sequence, and where their caches lie.
+class AttentionMetadata:
+    """The sequences of a step, and where one paged cache keeps their tokens.
 
-    Sequences with one query, the decodes, come first, so that they can run as one batch; the others are prefills.
+    Sequences with one query, the decodes, come first; prefills follow. Kernels read the numbers from tensors on the device and
+    nothing is read back; the host knows bounds (`max_*`), which size grids and workspaces. So one captured graph serves every
+    mixture of decodes and prefills within its bounds; sequences without queries may stand last. On a CPU the bounds are exact;
+    where they are, `max_decodes + max_prefill_tokens` is the number of the step's rows.
+
+    Attributes:
+        num_decodes: i32 [1]. Row b of the step is the query of sequence b, for the first `num_decodes` sequences.
+        max_seq_len: no sequence is longer; `max_prefill_len`: nor is a prefill longer than this.
+        cu_seqlens_q: i32 [B + 1]. The queries of sequence b are the rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) of the step,
+            which may have more rows.
+        seq_lens: i32 [B], tokens in the cache once this step's are stored.
+        block_table: i32 [B, W], padded with the null block 0, which also stands for blocks that slid out of a window.
+        slot_mapping: i64 [T], where each token is stored: block * block_size + offset.
     """
 
-    num_decodes: int
-    cu_queries: np.ndarray  # i64 [B + 1]: query rows of sequence b are [cu_queries[b], cu_queries[b + 1])
-    lengths: np.ndarray  # i64 [B]: tokens whose keys are in the cache once this step's are stored
-    block_table: Tensor  # i64 [B, W], padded with the null block
-    block_size: int
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def max_length(self) -> int:
-        return int(self.lengths.max(initial=0))
-
-
-def describe(
-    cu_queries: np.ndarray, lengths: np.ndarray, block_tables: np.ndarray, block_size: int, device: str
-) -> PagedSequences:
-    """Build the description on the host.
-
-    cu_queries i64 [B + 1], lengths i64 [B], block_tables i32 [B, blocks] (the null block 0 where unused); sequences with one
-    query first.
-    """
-    nums = np.diff(cu_queries)
-    num_decodes = int((nums == 1).sum())
-    assert (nums[:num_decodes] == 1).all(), f"sequences with one query must come first, got {nums.tolist()}"
-    widest = -(-int(lengths.max(initial=0)) // block_size)
-    return PagedSequences(
-        num_decodes=num_decodes,
-        cu_queries=cu_queries,
-        lengths=lengths,
-        block_table=torch.from_numpy(block_tables[:, :widest].astype(np.int64)).to(device),
-        block_size=block_size,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceSequences:
-    """The same for a GPU: the numbers are on the device and nothing is read back; the host knows bounds, for the sizes of grids
-    and workspaces.
-
-    So one captured graph serves every mixture of decodes and prefills within its bounds. Sequences without queries may stand
-    last. Where the bounds are exact, `max_decodes + max_prefill_tokens` is the number of the step's rows.
-    """
-
-    num_decodes: Tensor  # i32 [1]: the first sequences, with one query each: row b is sequence b's
+    num_decodes: Tensor
     max_decodes: int
     max_prefills: int
     max_prefill_tokens: int
-    max_length: int  # no sequence is longer
-    max_prefill_length: int  # nor is a prefill longer than this
-    cu_queries: Tensor  # i32 [B + 1], as in PagedSequences; the last one may be less than the rows of the step
-    lengths: Tensor  # i32 [B]
-    block_table: Tensor  # i32 [B, W], padded with the null block
+    max_seq_len: int
+    max_prefill_len: int
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
 
     @property
     def num_sequences(self) -> int:
-        return self.lengths.shape[0]
+        return self.seq_lens.shape[0]
 
 
 FP8 = torch.float8_e4m3fn
@@ -119,66 +86,81 @@ def scales_of(kv_scales_2G: Tensor | None, k_cache: Tensor) -> Tensor:
     return k_cache.new_ones(2, k_cache.shape[2], dtype=torch.float32) if kv_scales_2G is None else kv_scales_2G
 
 
-def describe_on_device(
-    nums: Sequence[int], lengths: Sequence[int], block_table: Tensor, max_length: int | None = None
-) -> DeviceSequences:
-    """Exact bounds for sequences of so many queries and tokens, those with one query first; B of each.
+def describe(
+    query_lens: Iterable[int],
+    seq_lens: Iterable[int],
+    block_table: Tensor,
+    max_seq_len: int | None = None,
+    slot_mapping: Tensor | None = None,
+) -> AttentionMetadata:
+    """Return the metadata of sequences with so many queries and tokens, with exact bounds.
 
-    block_table i32 [B, W]; `max_length` may be more than the longest.
+    Args:
+        query_lens: [B], those with one query first.
+        seq_lens: [B].
+        block_table: i32 [B, W].
+        max_seq_len: more than the longest, for kernels that are tested with loose bounds.
+        slot_mapping: i64 [T]; needed where keys and values are stored.
     """
-    num_decodes = sum(num == 1 for num in nums)
-    assert all(num == 1 for num in nums[:num_decodes]), f"sequences with one query must come first, got {list(nums)}"
+    query_lens, seq_lens = list(map(int, query_lens)), list(map(int, seq_lens))
+    num_decodes = query_lens.count(1)
+    assert query_lens[:num_decodes].count(1) == num_decodes, f"decodes must come first, got {query_lens} queries"
 
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=block_table.device)
 
-    return DeviceSequences(
+    return AttentionMetadata(
         num_decodes=tensor([num_decodes]),
         max_decodes=num_decodes,
-        max_prefills=len(nums) - num_decodes,
-        max_prefill_tokens=sum(nums[num_decodes:]),
-        max_length=max(lengths, default=0) if max_length is None else max_length,
-        max_prefill_length=max(lengths[num_decodes:], default=0) if max_length is None else max_length,
-        cu_queries=tensor([0, *accumulate(nums)]),
-        lengths=tensor(lengths),
+        max_prefills=len(query_lens) - num_decodes,
+        max_prefill_tokens=sum(query_lens[num_decodes:]),
+        max_seq_len=max(seq_lens, default=0) if max_seq_len is None else max_seq_len,
+        max_prefill_len=max(seq_lens[num_decodes:], default=0) if max_seq_len is None else max_seq_len,
+        cu_seqlens_q=tensor([0, *accumulate(query_lens)]),
+        seq_lens=tensor(seq_lens),
         block_table=block_table,
+        slot_mapping=block_table.new_empty(0, dtype=torch.int64) if slot_mapping is None else slot_mapping,
     )
 
 
-Sequences = TypeVar("Sequences", PagedSequences, DeviceSequences)
+def known_decodes(metadata: AttentionMetadata, num_tokens: int) -> int | None:
+    """Return the number of decodes in a step of so many rows; None where the host has only bounds."""
+    is_exact = metadata.max_decodes + metadata.max_prefill_tokens == num_tokens
+    return metadata.max_decodes if is_exact else None
 
 
-def known_decodes(seqs: PagedSequences | DeviceSequences, num_tokens: int) -> int | None:
-    """The number of decodes in a step of so many rows; None where the host has only bounds."""
-    if isinstance(seqs, PagedSequences):
-        return seqs.num_decodes
-    return seqs.max_decodes if seqs.max_decodes + seqs.max_prefill_tokens == num_tokens else None
+def decodes(metadata: AttentionMetadata, num: int) -> AttentionMetadata:
+    """Return the metadata of the first `num` sequences, which are `known_decodes`: the first rows of the step."""
+    return replace(
+        metadata,
+        max_prefills=0,
+        max_prefill_tokens=0,
+        cu_seqlens_q=metadata.cu_seqlens_q[: num + 1],
+        seq_lens=metadata.seq_lens[:num],
+        block_table=metadata.block_table[:num],
+        slot_mapping=metadata.slot_mapping[:num],
+    )
 
 
-def decodes(seqs: Sequences, num: int) -> Sequences:
-    """The first `num` sequences, which are `known_decodes`: the first rows of the step."""
-    first = {
-        "cu_queries": seqs.cu_queries[: num + 1],
-        "lengths": seqs.lengths[:num],
-        "block_table": seqs.block_table[:num],
-    }
-    if isinstance(seqs, PagedSequences):
-        return replace(seqs, **first)
-    return replace(seqs, **first, max_prefills=0, max_prefill_tokens=0)
+def prefills(metadata: AttentionMetadata, num: int) -> AttentionMetadata:
+    """Return the metadata of the sequences behind `num`, which are `known_decodes`: the other rows."""
+    return replace(
+        metadata,
+        num_decodes=torch.zeros_like(metadata.num_decodes),
+        max_decodes=0,
+        max_seq_len=metadata.max_prefill_len,
+        cu_seqlens_q=metadata.cu_seqlens_q[num:] - num,
+        # A copy begins at a multiple of 16 bytes, whatever `num` is: kernels are compiled apart for pointers that do not.
+        seq_lens=metadata.seq_lens[num:].clone(),
+        block_table=metadata.block_table[num:],
+        slot_mapping=metadata.slot_mapping[num:],
+    )
 
 
-def prefills(seqs: Sequences, num: int) -> Sequences:
-    """The sequences behind `num`, which are `known_decodes`: the other rows."""
-    rest = {
-        "cu_queries": seqs.cu_queries[num:] - num,
-        "lengths": seqs.lengths[num:],
-        "block_table": seqs.block_table[num:],
-    }
-    if isinstance(seqs, PagedSequences):
-        return replace(seqs, num_decodes=0, **rest)
-    # A copy begins at a multiple of 16 bytes, whatever `num` is: kernels are compiled apart for pointers that do not.
-    rest |= {"num_decodes": torch.zeros_like(seqs.num_decodes), "lengths": rest["lengths"].clone()}
-    return replace(seqs, max_decodes=0, max_length=seqs.max_prefill_length, **rest)
+def each_sequence(metadata: AttentionMetadata) -> Iterator[tuple[int, int, int, int]]:
+    """Yield number, first row, end row and length of each sequence, for implementations that loop in Python."""
+    bounds = metadata.cu_seqlens_q.tolist()
+    return zip(range(metadata.num_sequences), bounds, bounds[1:], metadata.seq_lens.tolist(), strict=False)
 
 
 class RopeAndCache(Protocol):
@@ -210,7 +192,7 @@ class Attend(Protocol):
         q_THd: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        seqs: Any,
+        seqs: AttentionMetadata,
         *,
         scale: float | None = None,
         window: int = 0,
@@ -218,7 +200,7 @@ class Attend(Protocol):
         sinks_H: Tensor | None = None,
         kv_scales_2G: Tensor | None = None,
     ) -> Tensor:
-        """Return [T, H, d]. `seqs`: `PagedSequences`, or `DeviceSequences` where `Ops.on_device`."""
+        """Return [T, H, d]."""
         ...
 
 
@@ -232,7 +214,7 @@ def reference(
     q_THd: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqs: PagedSequences,
+    seqs: AttentionMetadata,
     *,
     scale: float | None = None,
     window: int = 0,
@@ -245,12 +227,11 @@ def reference(
     out_THd = torch.empty_like(q_THd)
     scale = q_THd.shape[-1] ** -0.5 if scale is None else scale
     scales_2G11 = scales_of(kv_scales_2G, k_cache)[:, :, None, None]
-    for b, table in enumerate(seqs.block_table):
-        start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
+    for b, start, end, seq_len in each_sequence(seqs):
         for row in range(start, end):
-            stop = seqs.lengths[b] - (end - 1 - row)
+            stop = seq_len - (end - 1 - row)
             visible = slice(first_visible(stop - 1, window, chunk), stop)
-            rows = (c[table].flatten(0, 1)[visible].float().transpose(0, 1) for c in (k_cache, v_cache))
+            rows = (c[seqs.block_table[b]].flatten(0, 1)[visible].float().transpose(0, 1) for c in (k_cache, v_cache))
             k_GLd, v_GLd = (row * scale_G11 for row, scale_G11 in zip(rows, scales_2G11, strict=True))
             q_Gqd = q_THd[row].float().view(k_GLd.shape[0], -1, q_THd.shape[-1])
             logits = [q_Gqd @ k_GLd.transpose(1, 2) * scale]
@@ -308,7 +289,7 @@ def attend(
     q_THd: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqs: PagedSequences,
+    seqs: AttentionMetadata,
     *,
     scale: float | None = None,
     window: int = 0,
@@ -318,8 +299,8 @@ def attend(
 ) -> Tensor:
     """As `reference`, one sequence at a time: torch's fused attention, or, with sinks, which that lacks, its parts."""
     outputs = [q_THd[:0]]
-    for b, length in enumerate(seqs.lengths.tolist()):
-        q = q_THd[seqs.cu_queries[b] : seqs.cu_queries[b + 1]]
+    for b, start, end, length in each_sequence(seqs):
+        q = q_THd[start:end]
         begin = first_visible(length - len(q), window, chunk)
         k_GLd, v_GLd = (_gather(cache, seqs.block_table[b], begin, length) for cache in (k_cache, v_cache))
         if kv_scales_2G is not None:

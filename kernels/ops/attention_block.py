@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import Attend, RopeAndCache
+from expertwire.kernels.ops.attention import Attend, AttentionMetadata, RopeAndCache
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.rms_norm import AddRmsNorm, RmsNorm
 
@@ -60,23 +60,21 @@ class AttentionInputs:
     Attributes:
         tables: cosines and sines, `rotary.tables`.
         positions_T: i64.
-        slot_mapping_T: i64.
-        sequences: `PagedSequences`, or `DeviceSequences` on a GPU.
+        metadata: the step's sequences in the KV cache group.
         query_scales_T11: fp32 factors of the rotated queries (Llama 4, Mistral 4), or None.
     """
 
     tables: tuple[Tensor, Tensor]
     positions_T: Tensor
-    slot_mapping_T: Tensor
-    sequences: Any
+    metadata: AttentionMetadata
     query_scales_T11: Tensor | None = None
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """Views for kernels on the host: cosines, sines, positions, slots, block table, cu_queries, lengths."""
-        seqs = self.sequences
-        tensors = *self.tables, self.positions_T, self.slot_mapping_T, seqs.block_table
-        return *(tensor.numpy() for tensor in tensors), seqs.cu_queries, seqs.lengths
+        """Views for kernels on the host: cosines, sines, positions, slots, block table, cu_seqlens_q, seq_lens."""
+        seqs = self.metadata
+        sequences = seqs.slot_mapping, seqs.block_table, seqs.cu_seqlens_q, seqs.seq_lens
+        return tuple(tensor.numpy() for tensor in (*self.tables, self.positions_T, *sequences))
 
 
 class AttentionBlock(Protocol):
@@ -118,7 +116,7 @@ class ComposedAttention:
             w.eps,
             inputs.tables,
             inputs.positions_T,
-            inputs.slot_mapping_T,
+            inputs.metadata.slot_mapping,
             k_cache,
             v_cache,
             interleaved=w.interleaved,
@@ -130,7 +128,7 @@ class ComposedAttention:
             q_THd,
             k_cache,
             v_cache,
-            inputs.sequences,
+            inputs.metadata,
             scale=w.scale,
             window=w.window,
             chunk=w.chunk,

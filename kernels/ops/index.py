@@ -14,13 +14,13 @@ T tokens, H index heads, d their size, B sequences, L padded length, s block siz
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import PagedSequences
+from expertwire.kernels.ops.attention import AttentionMetadata, each_sequence
 from expertwire.kernels.ops.rotary import rotate_at
 
 
@@ -47,22 +47,23 @@ class RopeAndCacheIndex(Protocol):
 class ChoosePositions(Protocol):
     """See `reference`."""
 
-    def __call__(self, q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: Any, top_k: int) -> Tensor:
-        """Return i64 [T, top_k]. `seqs` as for `attention.Attend`."""
+    def __call__(
+        self, q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: AttentionMetadata, top_k: int
+    ) -> Tensor:
+        """Return i64 [T, top_k]."""
         ...
 
 
-def reference(q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int) -> Tensor:
+def reference(q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: AttentionMetadata, top_k: int) -> Tensor:
     """One query at a time in fp32; index_cache [blocks, s, d].
 
     Returns:
         i64 [T, top_k]: positions in ascending order; -1 behind them, where a query sees fewer.
     """
     chosen_Tk = torch.full((len(q_THd), top_k), -1, device=q_THd.device)
-    for b, table in enumerate(seqs.block_table):
-        start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
+    for b, start, end, length in each_sequence(seqs):
         for row in range(start, end):
-            keys_Ld = index_cache[table].flatten(0, 1)[: seqs.lengths[b] - (end - 1 - row)].float()
+            keys_Ld = index_cache[seqs.block_table[b]].flatten(0, 1)[: length - (end - 1 - row)].float()
             scores_L = (q_THd[row].float() @ keys_Ld.T).relu().T @ weights_TH[row].float()
             best = scores_L.sort(descending=True, stable=True).indices[:top_k]
             chosen_Tk[row, : len(best)] = best.sort().values
@@ -112,14 +113,14 @@ def rope_and_cache(
 
 
 def choose_positions(
-    q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: PagedSequences, top_k: int
+    q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: AttentionMetadata, top_k: int
 ) -> Tensor:
     """As `reference`, one sequence at a time."""
     outputs = [torch.empty(0, top_k, dtype=torch.int64, device=q_THd.device)]
-    for b, length in enumerate(seqs.lengths.tolist()):
-        some = slice(seqs.cu_queries[b], seqs.cu_queries[b + 1])
+    for b, start, end, length in each_sequence(seqs):
+        some = slice(start, end)
         keys_Ld = index_cache[seqs.block_table[b]].flatten(0, 1)[:length]
-        last_T = torch.arange(length - (some.stop - some.start), length, device=q_THd.device)
+        last_T = torch.arange(length - (end - start), length, device=q_THd.device)
         outputs.append(_best(_scores(q_THd[some], weights_TH[some], keys_Ld), last_T, top_k))
     return torch.cat(outputs)
 

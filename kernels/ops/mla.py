@@ -24,13 +24,13 @@ T tokens, H heads, C latent size (512), r rotated size (64), l = C + r, n and v 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import FP8, Attend, DeviceSequences, PagedSequences, as_bytes, quantize, visible
+from expertwire.kernels.ops.attention import FP8, Attend, AttentionMetadata, as_bytes, each_sequence, quantize, visible
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.rotary import rotate_at
 
@@ -66,7 +66,7 @@ class AttendLatent(Protocol):
         self,
         q_THl: Tensor,
         cache: Tensor,
-        seqs: Any,
+        seqs: AttentionMetadata,
         *,
         rank: int,
         scale: float,
@@ -80,7 +80,7 @@ class AttendLatent(Protocol):
 def reference(
     q_THl: Tensor,
     cache: Tensor,
-    seqs: PagedSequences,
+    seqs: AttentionMetadata,
     *,
     rank: int,
     scale: float,
@@ -102,12 +102,10 @@ def reference(
         [T, H, C].
     """
     out_THC = q_THl.new_empty(*q_THl.shape[:2], rank)
-    for b, table in enumerate(seqs.block_table):
-        start, end = seqs.cu_queries[b], seqs.cu_queries[b + 1]
+    for b, start, end, length in each_sequence(seqs):
         for row in range(start, end):
-            rows_Ll = cache[table].flatten(0, 1)[: seqs.lengths[b] - (end - 1 - row)].float() * _scale_of(
-                kv_scale, cache
-            )
+            rows_Ll = cache[seqs.block_table[b]].flatten(0, 1)[: length - (end - 1 - row)].float()
+            rows_Ll = rows_Ll * _scale_of(kv_scale, cache)
             if chosen is not None:
                 rows_Ll = rows_Ll[chosen[row][chosen[row] >= 0]]
             weights_HL = (q_THl[row].float() @ rows_Ll.T * scale).softmax(-1)
@@ -164,7 +162,7 @@ def rope_and_cache(
 def attend(
     q_THl: Tensor,
     cache: Tensor,
-    seqs: PagedSequences,
+    seqs: AttentionMetadata,
     *,
     rank: int,
     scale: float,
@@ -173,8 +171,8 @@ def attend(
 ) -> Tensor:
     """As `reference`, one sequence at a time."""
     outputs = [q_THl.new_empty(0, q_THl.shape[1], rank)]
-    for b, length in enumerate(seqs.lengths.tolist()):
-        some = slice(seqs.cu_queries[b], seqs.cu_queries[b + 1])
+    for b, start, end, length in each_sequence(seqs):
+        some = slice(start, end)
         q_HTl = q_THl[some].transpose(0, 1).float()
         rows_Ll = cache[seqs.block_table[b]].flatten(0, 1)[:length].float() * _scale_of(kv_scale, cache)
         mask_TL = visible(q_HTl.shape[1], 0, length, 0, 0, cache.device)
@@ -186,15 +184,15 @@ def attend(
     return torch.cat(outputs)
 
 
-def is_worth_expanding(prefills: PagedSequences | DeviceSequences, num_tokens: int) -> bool:
+def is_worth_expanding(prefills: AttentionMetadata, num_tokens: int) -> bool:
     """Whether sequences of so many queries together have few enough keys, as far as the host knows."""
-    return 0 < prefills.num_sequences * prefills.max_length <= _WORTH * num_tokens
+    return 0 < prefills.num_sequences * prefills.max_seq_len <= _WORTH * num_tokens
 
 
 def attend_expanded(
     q_THd: Tensor,
     cache: Tensor,
-    seqs: PagedSequences | DeviceSequences,
+    seqs: AttentionMetadata,
     *,
     rank: int,
     scale: float,
@@ -220,7 +218,7 @@ def attend_expanded(
         [T, H, v].
     """
     (num_heads, dim), block_size = q_THd.shape[1:], cache.shape[1]
-    tables_BW = seqs.block_table[:, : -(-seqs.max_length // block_size)]
+    tables_BW = seqs.block_table[:, : -(-seqs.max_seq_len // block_size)]
     rows_Xl = as_bytes(cache)[tables_BW.flatten().long()].flatten(0, 1).view(cache.dtype)
     if kv_scale is not None:
         rows_Xl = (rows_Xl.float() * kv_scale).to(q_THd.dtype)

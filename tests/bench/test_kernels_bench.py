@@ -216,7 +216,7 @@ def test_a_peer_that_cannot_be_made_does_not_fail_our_own_timing(monkeypatch):
 def test_block_tables_name_every_block_once():
     seqs, blocks = kernels_attention.sequences(draw_on_cpu(), [(1, 17), (1, 16), (5, 40)])
     assert seqs.max_decodes == 2
-    assert seqs.cu_queries.tolist() == [0, 1, 2, 7]
+    assert seqs.cu_seqlens_q.tolist() == [0, 1, 2, 7]
     used = [seqs.block_table[b, : -(-length // 16)].tolist() for b, length in enumerate((17, 16, 40))]
     assert sorted(chain.from_iterable(used)) == list(range(1, blocks))
 

@@ -48,11 +48,11 @@ def test_parts_have_each_token_once_and_in_order(sequences, num_parts):
     plan = rank_plan(sequences)
     [whole], parts = slots.schedule(plan), slots.schedule(plan, num_parts)
     for part, [num] in zip(parts, in_parts([len(whole.slot_T)], num_parts), strict=True):
-        nums = np.diff(part.cu_queries)
+        nums = np.diff(part.cu_seqlens_q)
         assert nums.sum() == len(part.slot_T) == num
         assert (nums > 0).all()
         assert (nums[: part.num_decodes] == 1).all(), "sequences with one query come first"
-        ends = part.cu_queries[1:]
+        ends = part.cu_seqlens_q[1:]
         assert (part.position_T[ends - 1] == part.length_B - 1).all()
     joined = Scheduled.joined(parts)
     assert of_slots(joined) == of_slots(whole), "a part sees what earlier ones have computed"
@@ -61,7 +61,7 @@ def test_parts_have_each_token_once_and_in_order(sequences, num_parts):
     assert (joined.slot_T[rows] == joined.slot_O).all()
     last = {slot: positions[-1] for slot, positions in of_slots(whole).items()}
     assert joined.position_T[rows].tolist() == [last[slot] for slot in joined.slot_O.tolist()]
-    assert (np.diff(joined.cu_queries) > 0).all()
+    assert (np.diff(joined.cu_seqlens_q) > 0).all()
 
 
 @pytest.mark.parametrize(

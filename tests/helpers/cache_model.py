@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from expertwire.engine.kv_cache import caches as named_caches
+from expertwire.kernels.ops import attention
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import CacheSpec
 from expertwire.scheduler.request import Request
@@ -65,40 +66,39 @@ class CacheModel:
         return torch.cat([self._forward(batch, caches) for batch in batches])
 
     def _forward(self, batch, caches):
-        bounds = np.asarray(batch.caches[0].sequences.cu_queries).tolist()
-        lengths = np.asarray(batch.caches[0].sequences.lengths).tolist()
+        metadata = batch.attention_metadata
         out = torch.zeros(len(batch.token_ids_T), 1)
-        for i, (begin, end, length) in enumerate(zip(bounds, bounds[1:], lengths, strict=False)):
-            if begin < end and batch.caches[0].slot_mapping_T[begin] >= 0:
+        for i, begin, end, length in attention.each_sequence(metadata[0]):
+            if begin < end and metadata[0].slot_mapping[begin] >= 0:
                 assert batch.positions_T[begin:end].tolist() == [*range(length - end + begin, length)]
                 self._check_slid(batch, i, length - end + begin)
-                before = self._seen(batch.caches[0], caches[0], i, length - end + begin - 1)
+                before = self._seen(metadata[0], caches[0], i, length - end + begin - 1)
                 self._write(batch, caches, begin, end, before[-1] if before else 0)
                 for row in range(begin, end):
                     position = length - end + row
-                    seen = [self._seen(*pair, i, position) for pair in zip(batch.caches, caches, strict=True)]
+                    seen = [self._seen(*pair, i, position) for pair in zip(metadata, caches, strict=True)]
                     out[row] = _token([sum(held) for held in seen])
         return out
 
     def _write(self, batch, caches, begin, end, state):
         for row in range(begin, end):
             state = _hash(state, int(batch.token_ids_T[row]))
-            for cache, rows in zip(caches, batch.caches, strict=True):
-                at = int(rows.slot_mapping_T[row])
+            for cache, rows in zip(caches, batch.attention_metadata, strict=True):
+                at = int(rows.slot_mapping[row])
                 assert at >= BLOCK, "a token goes to the null block"
                 for more, layer in enumerate(cache.spec.writers):
                     for tensor in cache.layers[layer]:
                         tensor[at // BLOCK, at % BLOCK] = state + more
 
     def _check_slid(self, batch, i, start):
-        for spec, rows in zip(SPECS, batch.caches, strict=True):
+        for spec, rows in zip(SPECS, batch.attention_metadata, strict=True):
             first = 0 if spec.window is None else max(start - spec.window + 1, 0) // BLOCK
-            assert not rows.sequences.block_table[i, :first].any(), "a block that slid out is not the null block"
+            assert not rows.block_table[i, :first].any(), "a block that slid out is not the null block"
 
     def _seen(self, rows, cache, i, position):
         """What a token of sequence i sees."""
         first = 0 if cache.spec.window is None else max(position - cache.spec.window + 1, 0)
-        table = rows.sequences.block_table[i].tolist()
+        table = rows.block_table[i].tolist()
         seen = []
         for p in range(first, position + 1):
             assert table[p // BLOCK], "a token sees the null block"

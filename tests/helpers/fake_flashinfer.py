@@ -5,7 +5,7 @@ It differs in the dtypes and sizes that it takes: those of the interpreter's tes
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -35,16 +35,11 @@ def sequences(qo_indptr, kv_indptr, kv_indices, kv_lengths, page_size):
     counts = kv_indptr.diff()
     assert (counts >= 1).all() and ((kv_lengths + page_size - 1) // page_size == counts).all(), (kv_lengths, counts)
     assert (qo_indptr.diff() <= kv_lengths).all(), "causal: more queries than keys"
-    table = torch.zeros(batch, int(counts.max()), dtype=torch.int64)
-    for row, pages in zip(table, kv_indices.long().split(counts.tolist()), strict=True):
+    table = torch.zeros(batch, int(counts.max()), dtype=torch.int32)
+    for row, pages in zip(table, kv_indices.split(counts.tolist()), strict=True):
         row[: len(pages)] = pages
-    return attention.PagedSequences(
-        num_decodes=0,
-        cu_queries=qo_indptr.long().numpy(),
-        lengths=kv_lengths.long().numpy(),
-        block_table=table,
-        block_size=page_size,
-    )
+    described = attention.describe([2] * batch, kv_lengths, table)
+    return replace(described, cu_seqlens_q=qo_indptr)
 
 
 class Wrapper:
@@ -60,7 +55,7 @@ class Wrapper:
         made.append(self)
 
     def _check_rows(self, q, out, width):
-        rows = int(self.seqs.cu_queries[-1])
+        rows = int(self.seqs.cu_seqlens_q[-1])
         assert q.shape[0] == rows, f"{q.shape[0]} rows, planned for {rows}"
         assert q.dtype == self.planned["q_data_type"] and q.is_contiguous()
         assert out.shape == (*q.shape[:2], width) and out.dtype == q.dtype and out.is_contiguous()

@@ -37,9 +37,8 @@ def scene(batch, dtype, *, heads=4, kv_heads=2, dim=32, block=BLOCK, seed=0, unu
             for cache in (k, v):
                 drawn = torch.randn(kv_heads, dim, generator=generator)
                 cache[tables[b, position // block], position % block] = drawn.to(dtype)
-    cu_queries = np.concatenate(([0], np.cumsum(nums)))
-    host = attention.describe(cu_queries, lengths, tables, block, "cpu")
+    host = attention.describe(nums, lengths, torch.from_numpy(tables))
     rows, known = [*nums.tolist(), *[0] * unused], [*lengths.tolist(), *[0] * unused]
     padded = torch.from_numpy(np.pad(tables, ((0, unused), (0, 0))))
-    device = attention.describe_on_device(rows, known, padded)
+    device = attention.describe(rows, known, padded)
     return q, k, v, host, device

@@ -39,7 +39,7 @@ def scene(batch, dtype, seed=0, dim=DIM, heads=HEADS):
         tables[b, :count], ids = ids[:count], ids[count:]
     q = torch.randn(int(nums.sum()), heads, dim, generator=generator).to(dtype)
     k, v = (2 * torch.randn(num_blocks, BLOCK, KV_HEADS, dim, generator=generator).to(dtype) for _ in range(2))
-    seqs = attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, tables, BLOCK, "cpu")
+    seqs = attention.describe(nums, lengths, torch.from_numpy(tables))
     return q, k, v, seqs, tables
 
 
@@ -106,22 +106,21 @@ def test_large_scores_do_not_overflow(ops):
 @pytest.mark.parametrize(("heads", "dim"), [(HEADS, DIM), (2, 64), (14, 24)])
 def test_bits_of_a_query_depend_on_what_it_sees_alone(dtype, heads, dim):
     batch = [(1, 9), (1, 40), (5, 17), (60, 100), (16, 16)]
-    q, k, v, seqs, tables = scene(batch, dtype, dim=dim, heads=heads)
+    q, k, v, seqs, _ = scene(batch, dtype, dim=dim, heads=heads)
     whole = OPS["cpu"].attend(q, k, v, seqs)
     for b, (num, length) in enumerate(batch):
         for skip, left in {(0, num), (0, 1), (num - 1, 1), (num // 2, num - num // 2), (num // 3, num // 2)}:
             if left:
                 # Fewer queries, and nothing behind the last of them.
-                ends = np.array([length - num + skip + left])
-                alone = attention.describe(np.array([0, left]), ends, tables[b : b + 1], BLOCK, "cpu")
-                first = seqs.cu_queries[b] + skip
+                alone = attention.describe([left], [length - num + skip + left], seqs.block_table[b : b + 1])
+                first = seqs.cu_seqlens_q[b] + skip
                 found = OPS["cpu"].attend(q[first : first + left].contiguous(), k, v, alone)
                 assert torch.equal(found, whole[first : first + left]), (b, skip, left)
 
 
 def test_single_queries_come_first():
-    with pytest.raises(AssertionError, match="must come first"):
-        attention.describe(np.array([0, 3, 4]), np.array([3, 9]), np.zeros((2, 3), np.int32), BLOCK, "cpu")
+    with pytest.raises(AssertionError, match="come first"):
+        attention.describe([3, 1], [3, 9], torch.zeros(2, 3, dtype=torch.int32))
 
 
 def rotated(x, positions, interleaved):

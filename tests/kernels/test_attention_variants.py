@@ -66,7 +66,7 @@ def scene(batch, dtype, options, *, heads=6, kv_heads=2, dim=32, block=4, seed=0
             cache[tables[b, at // block], at % block] = row[first:]
         known.append(rows)
     q = torch.randn(int(nums.sum()), heads, dim, generator=generator).to(dtype)
-    return q, *caches, attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, tables, block, "cpu"), known
+    return q, *caches, attention.describe(nums, lengths, torch.from_numpy(tables)), known
 
 
 def formula(q, known, batch, *, scale=None, sinks_H=None, **options):
@@ -111,9 +111,9 @@ def test_shapes(dtype, heads, kv_heads, dim, block):
 
 def alone(q, caches, seqs, b, start, end, length, options):
     """The queries [start, end) of sequence b, which then knows `length` tokens; blocks that they do not see are taken away."""
-    table = seqs.block_table[b : b + 1].numpy().astype(np.int32)
-    table[:, : first_seen(length - (end - start), **options) // seqs.block_size] = 0
-    one = attention.describe(np.array([0, end - start]), np.array([length]), table, seqs.block_size, "cpu")
+    table = seqs.block_table[b : b + 1].clone()
+    table[:, : first_seen(length - (end - start), **options) // caches[0].shape[1]] = 0
+    one = attention.describe([end - start], [length], table)
     return OPS["cpu"].attend(q[start:end].contiguous(), *caches, one, **options)
 
 
@@ -125,7 +125,7 @@ def test_bits_do_not_depend_on_how_queries_are_cut(dtype, variant, heads, dim):
     q, k, v, seqs, _ = scene(BATCH, dtype, options, heads=heads, dim=dim)
     whole = OPS["cpu"].attend(q, k, v, seqs, **options)
     for b, (num, length) in enumerate(BATCH):
-        first = int(seqs.cu_queries[b])
+        first = int(seqs.cu_seqlens_q[b])
         for size in {1, 7, 32, num}:
             for start in {0, num // 2, max(0, num - size)}:
                 end = min(num, start + size)

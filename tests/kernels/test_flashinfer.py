@@ -39,7 +39,7 @@ def test_reference(name, window, ops):
 def test_latent_reference(name, ops):
     _, _, cache, host, seqs = scene(BATCHES[name], torch.float16, kv_heads=1, dim=48)
     cache = cache.nan_to_num()[:, :, 0]
-    q_THl = torch.randn(host.cu_queries[-1], 4, 48).half()
+    q_THl = torch.randn(host.cu_seqlens_q[-1], 4, 48).half()
     expected = mla.reference(q_THl, cache, host, rank=32, scale=0.2)
     torch.testing.assert_close(ops.attend_latent(q_THl, cache, seqs, rank=32, scale=0.2), expected)
 
@@ -60,7 +60,7 @@ def test_warming_up_plans_and_runs(num_decodes, ops, made):
     """Rows of nobody: its kernels are compiled then, not when the first request comes."""
     table = torch.zeros(3, 4, dtype=torch.int32)
     bounds = {"max_decodes": num_decodes, "max_prefills": 3 - num_decodes, "max_prefill_tokens": 3 - num_decodes}
-    seqs = replace(attention.describe_on_device([0] * 3, [0] * 3, table), **bounds)
+    seqs = replace(attention.describe([0] * 3, [0] * 3, table), **bounds)
     q, cache = torch.zeros(3, 4, 32), torch.zeros(2, 16, 2, 32)
     assert ops.attend(q, cache, cache, seqs).shape == q.shape
     assert [wrapper.plans for wrapper in made] == [1]

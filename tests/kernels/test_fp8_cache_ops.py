@@ -105,7 +105,7 @@ def scene(dtype, dim=DIM, heads=HEADS, num_kv=KV_HEADS, batch=BATCH, seed=0):
         for cache in caches:
             cache[tables[b, at // BLOCK], at % BLOCK] = 2 * torch.randn(length, num_kv, dim, generator=generator)
     q = torch.randn(int(nums.sum()), heads, dim, generator=generator).to(dtype)
-    seqs = attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, tables, BLOCK, "cpu")
+    seqs = attention.describe(nums, lengths, torch.from_numpy(tables))
     return q, *(cache.to(FP8) for cache in caches), seqs
 
 
@@ -136,10 +136,8 @@ def test_bits_of_a_query_depend_on_what_it_sees_alone(dtype):
     q, k, v, seqs = scene(dtype)
     whole = OPS["cpu"].attend(q, k, v, seqs, kv_scales_2G=SCALES)
     for b, (num, length) in enumerate(BATCH):
-        row = seqs.cu_queries[b] + num // 2
-        alone = attention.describe(
-            np.array([0, 1]), np.array([length - num + num // 2 + 1]), seqs.block_table[b : b + 1].numpy(), BLOCK, "cpu"
-        )
+        row = seqs.cu_seqlens_q[b] + num // 2
+        alone = attention.describe([1], [length - num + num // 2 + 1], seqs.block_table[b : b + 1])
         found = OPS["cpu"].attend(q[row : row + 1].contiguous(), k, v, alone, kv_scales_2G=SCALES)
         assert torch.equal(found, whole[row : row + 1]), b
 

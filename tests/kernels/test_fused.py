@@ -29,17 +29,17 @@ def random(*shape, seed, dtype, scale=1.0):
 
 
 def scene(batch, dtype, size=DIM):
-    """Tables, positions, slots, sequences and caches of the last tokens of sequences: (queries, known tokens) of each."""
+    """Tables, positions, metadata and caches of the last tokens of sequences: (queries, known tokens) of each."""
     nums, lengths = (np.array([sequence[i] for sequence in batch]) for i in (0, 1))
     blocks = np.arange(1, 1 + len(batch) * 7, dtype=np.int32).reshape(len(batch), 7)
     positions = np.concatenate([np.arange(length - num, length) for num, length in batch])
     owners = np.repeat(np.arange(len(batch)), nums)
     slots = blocks[owners, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
-    seqs = attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, blocks, BLOCK, "cpu")
+    seqs = attention.describe(nums, lengths, torch.from_numpy(blocks), slot_mapping=torch.from_numpy(slots))
     shape = (blocks.size + 1, BLOCK, KV_HEADS, DIM)
     caches = [random(*shape, seed=seed, dtype=dtype) for seed in (1, 2)]
     tables = rotary.tables(LONGEST, Rope(theta=1e4, size=size), "cpu")
-    return tables, torch.from_numpy(positions), torch.from_numpy(slots), seqs, caches
+    return tables, torch.from_numpy(positions), seqs, caches
 
 
 BATCHES = {
@@ -71,7 +71,7 @@ def test_variants(dtype, size, interleaved, options):
 
 
 def check(dtype, with_norm, with_bias, name, pairs, options, size=DIM):
-    tables, positions, slots, seqs, (k, v) = scene(BATCHES[name], dtype, size)
+    tables, positions, seqs, (k, v) = scene(BATCHES[name], dtype, size)
     num = len(positions)
     heads = HEADS + 2 * KV_HEADS
     bias = random(heads * DIM, seed=7, dtype=dtype) if with_bias else None
@@ -82,7 +82,7 @@ def check(dtype, with_norm, with_bias, name, pairs, options, size=DIM):
 
     expected_k, expected_v = k.clone(), v.clone()
     weights = make_weights(qkv, output, norm, head_norms_hd=qk_norm, **pairs, **options)
-    inputs = AttentionInputs(tables=tables, positions_T=positions, slot_mapping_T=slots, sequences=seqs)
+    inputs = AttentionInputs(tables=tables, positions_T=positions, metadata=seqs)
     composed = dataclasses.replace(OPS, fuse_attention=None).attention_block(weights)
     assert isinstance(composed, ComposedAttention)
     expected = composed(x, normed, expected_k, expected_v, inputs)

@@ -27,17 +27,17 @@ def scene(batch, dtype, *, heads=4, dim=16, block=4, seed=0):
         cache[tables[b, at // block], at % block] = torch.randint(-3, 4, (length, dim), generator=generator).to(dtype)
     q = torch.randint(-3, 4, (int(nums.sum()), heads, dim), generator=generator).to(dtype)
     weights = torch.randint(-2, 5, (len(q), heads), generator=generator).float()
-    seqs = attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, tables, block, "cpu")
+    seqs = attention.describe(nums, lengths, torch.from_numpy(tables))
     return q, weights, cache, seqs
 
 
 def by_hand(q, weights, cache, seqs, top_k):
     """Scores in fp64, sorted as (score, position) pairs."""
     rows = []
-    for b, length in enumerate(seqs.lengths):
+    for b, length in enumerate(seqs.seq_lens):
         keys = cache[seqs.block_table[b]].flatten(0, 1).double()
-        for row in range(seqs.cu_queries[b], seqs.cu_queries[b + 1]):
-            position = length - seqs.cu_queries[b + 1] + row
+        for row in range(seqs.cu_seqlens_q[b], seqs.cu_seqlens_q[b + 1]):
+            position = length - seqs.cu_seqlens_q[b + 1] + row
             scores = [
                 sum(
                     float(w) * max(0.0, float(head.double() @ keys[p]))
@@ -78,8 +78,7 @@ def test_a_choice_depends_on_a_querys_own_sequence_alone(dtype):
     whole = OPS["cpu"].choose_positions(q, weights, cache, seqs, 50)
     for b, (num, length) in enumerate(BATCH):
         for start, end in {(0, num), (0, 1), (num - 1, num), (num // 3, num)}:
-            rows = slice(seqs.cu_queries[b] + start, seqs.cu_queries[b] + end)
-            ends, table = np.array([length - num + end]), seqs.block_table[b : b + 1].numpy()
-            one = attention.describe(np.array([0, end - start]), ends, table, 4, "cpu")
+            rows = slice(seqs.cu_seqlens_q[b] + start, seqs.cu_seqlens_q[b] + end)
+            one = attention.describe([end - start], [length - num + end], seqs.block_table[b : b + 1])
             found = OPS["cpu"].choose_positions(q[rows].contiguous(), weights[rows], cache, one, 50)
             assert torch.equal(found, whole[rows]), (b, start, end)

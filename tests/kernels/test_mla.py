@@ -81,7 +81,7 @@ def test_absorbed_form_is_that_of_the_paper(batch, interleaved):
         expected.append(paper(x_TD, every, num, interleaved))
         start += blocks[b]
     nums, lengths = (np.array([s[i] for s in batch], np.int64) for i in (0, 1))
-    seqs = attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, tables, BLOCK, "cpu")
+    seqs = attention.describe(nums, lengths, torch.from_numpy(tables))
     out = mla.reference(torch.cat(queries), cache, seqs, rank=RANK, scale=SCALE)
     actual = torch.einsum("hvc,thc->thv", up_v, out)
     torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)

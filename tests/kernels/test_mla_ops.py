@@ -30,7 +30,7 @@ def scene(batch, dtype, *, heads=5, width=48, block=4, seed=0):
         at = np.arange(length)
         cache[tables[b, at // block], at % block] = torch.randn(length, width, generator=generator).to(dtype)
     q = torch.randn(int(nums.sum()), heads, width, generator=generator).to(dtype)
-    seqs = attention.describe(np.concatenate(([0], np.cumsum(nums))), lengths, tables, block, "cpu")
+    seqs = attention.describe(nums, lengths, torch.from_numpy(tables))
     return q, cache, seqs
 
 
@@ -91,14 +91,8 @@ def test_bits_of_a_query_depend_on_what_it_sees_alone(dtype, top_k, batch, heads
     whole = attend(q, cache, seqs, rank=32, scale=SCALE, chosen=chosen)
     for b, (num, length) in enumerate(batch):
         for start, end in {(0, num), (0, 1), (num - 1, num), (num // 3, num)}:
-            rows = slice(seqs.cu_queries[b] + start, seqs.cu_queries[b] + end)
-            one = attention.describe(
-                np.array([0, end - start]),
-                np.array([length - num + end]),
-                seqs.block_table[b : b + 1].numpy(),
-                4,
-                "cpu",
-            )
+            rows = slice(seqs.cu_seqlens_q[b] + start, seqs.cu_seqlens_q[b] + end)
+            one = attention.describe([end - start], [length - num + end], seqs.block_table[b : b + 1])
             some = None if chosen is None else chosen[rows]
             found = attend(q[rows].contiguous(), cache, one, rank=32, scale=SCALE, chosen=some)
             assert torch.equal(found, whole[rows]), (b, start, end)
@@ -118,7 +112,7 @@ def test_choosing_all_positions_or_the_same_in_another_order_changes_no_bit(dtyp
 
 def test_no_queries():
     q, cache, _ = scene([(1, 3)], torch.float32)
-    nothing = attention.describe(np.array([0]), np.array([], np.int64), np.zeros((0, 1), np.int32), 4, "cpu")
+    nothing = attention.describe([], [], torch.zeros(0, 1, dtype=torch.int32))
     none = torch.zeros(0, 7, dtype=torch.int64)
     for ops in OPS.values():
         for chosen in (None, none):

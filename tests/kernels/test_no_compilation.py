@@ -168,8 +168,8 @@ def test_a_mixed_graph_has_room_for_requests_that_run(monkeypatch):
         _, runner = build(1, 512, None)
         monkeypatch.setattr(Decoder, "forward", lambda self, batches, caches: seen.extend(batches))
         runner.run_largest_graph(512, MAX_RUNNING)
-    [sequences] = [rows.sequences for batch in seen for rows in batch.caches]
-    assert (sequences.max_decodes, sequences.max_prefills, sequences.max_prefill_tokens) == (24, 24, 512)
+    [metadata] = [each for batch in seen for each in batch.attention_metadata]
+    assert (metadata.max_decodes, metadata.max_prefills, metadata.max_prefill_tokens) == (24, 24, 512)
 
 
 def test_logits_of_a_prompt_come_in_portions(monkeypatch):
@@ -199,9 +199,9 @@ def test_what_sequences_are_described_by_is_aligned_alike():
     """A pointer that is not a multiple of 16 bytes is another variant of a kernel."""
     slots = DeviceSlots(num_slots=3, specs=SPECS, device="cpu", max_model_len=1000, block_size=16)
     tables_CBW = slots.blocks_CSW.index_select(1, torch.tensor([1]))
-    behind = attention.prefills(attention.describe_on_device([1, 3, 2], [5, 7, 9], tables_CBW[0].expand(3, -1)), 1)
-    assert behind.lengths.tolist() == [7, 9]
-    for tensor in (*tables_CBW, behind.lengths, behind.cu_queries, behind.num_decodes):
+    behind = attention.prefills(attention.describe([1, 3, 2], [5, 7, 9], tables_CBW[0].expand(3, -1)), 1)
+    assert behind.seq_lens.tolist() == [7, 9]
+    for tensor in (*tables_CBW, behind.seq_lens, behind.cu_seqlens_q, behind.num_decodes):
         assert tensor.data_ptr() % 16 == 0
 
 

@@ -24,7 +24,7 @@ def run(q, k, v, seqs, device=DEVICE, **options):
 def check(batch, dtype, *, scale=None, window=0, chunk=0, sinks_H=None, tiling=TILES, **shapes):
     q, k, v, host, device = scene(batch, dtype, **shapes)
     options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
-    rows = host.cu_queries[-1]
+    rows = host.cu_seqlens_q[-1]
     expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, **options)
     actual = run(q, k, v, device, tiling=tiling, **options)
     torch.testing.assert_close(actual[:rows], expected, **TOLERANCE[dtype])
@@ -97,8 +97,8 @@ def test_sequences_without_queries():
 def test_bounds_change_no_bit(name, unused):
     """As a captured step has them: of what there can be, whatever there is."""
     q, k, v, _, seqs = scene(BATCHES[name], torch.float16, unused=unused)
-    bounds = {"max_decodes": len(seqs.lengths), "max_prefills": len(seqs.lengths), "max_prefill_tokens": len(q)}
-    loose = dataclasses.replace(seqs, **bounds, max_length=300, max_prefill_length=300)
+    bounds = {"max_decodes": len(seqs.seq_lens), "max_prefills": len(seqs.seq_lens), "max_prefill_tokens": len(q)}
+    loose = dataclasses.replace(seqs, **bounds, max_seq_len=300, max_prefill_len=300)
     for sms in (1, 7):
         found = run(q, k, v, loose, device=Device(arch=90, num_sms=sms))
         torch.testing.assert_close(found, run(q, k, v, seqs), rtol=0, atol=0, equal_nan=True)
@@ -130,14 +130,14 @@ def test_bits_do_not_depend_on_the_schedule(dtype, window, sinks):
         rows = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
         ends = [start + size for start, size in zip(starts, sizes, strict=True)]
         table = seqs.block_table.expand(len(sizes), -1).contiguous()
-        step = attention.describe_on_device(sizes, ends, table, options.pop("max_length", length))
+        step = attention.describe(sizes, ends, table, options.pop("max_seq_len", length))
         return run(q[rows], k, v, step, window=window, sinks_H=sinks_H, **options), whole[rows]
 
     for actual, expected in (
         again([length - num], [num]),
         again([length - 1], [1]),
         again([31, 32, 70], [1] * 3),
-        again([3, 64, 10, 60], [1, 1, 7, 11], max_length=1000),
+        again([3, 64, 10, 60], [1, 1, 7, 11], max_seq_len=1000),
         again([5, 63, 12], [1, 1, 20], tiling=dataclasses.replace(TILES, single_rows=64, rows=32)),
     ):
         assert torch.equal(actual, expected)

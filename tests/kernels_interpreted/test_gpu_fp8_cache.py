@@ -28,7 +28,7 @@ BATCH = [(1, 8), (1, 65), (3, 3), (16, 30)]  # (queries, known tokens) of each s
 
 
 def scene(batch, dtype, *shape, heads=HEADS, width=DIM):
-    """Queries, a cache of tokens of `shape` that is no number wherever no sequence has stored, and the two descriptions."""
+    """Queries, a cache of tokens of `shape` that is no number wherever no sequence has stored, and the description."""
     generator = torch.Generator().manual_seed(0)
     nums, lengths = (np.array([s[i] for s in batch], np.int64) for i in (0, 1))
     blocks = -(-lengths // BLOCK)
@@ -40,14 +40,7 @@ def scene(batch, dtype, *shape, heads=HEADS, width=DIM):
         at = np.arange(length)
         cache[tables[b, at // BLOCK], at % BLOCK] = 2 * torch.randn(length, *shape, generator=generator)
     q = torch.randn(int(nums.sum()), heads, width, generator=generator).to(dtype)
-    cu_queries = np.concatenate(([0], np.cumsum(nums)))
-    host = attention.describe(cu_queries, lengths, tables, BLOCK, "cpu")
-    return q, cache.to(FP8), host, on_device(host)
-
-
-def on_device(host):
-    nums = np.diff(host.cu_queries).tolist()
-    return attention.describe_on_device(nums, host.lengths.tolist(), host.block_table.int())
+    return q, cache.to(FP8), attention.describe(nums, lengths, torch.from_numpy(tables))
 
 
 def representable(*shape, scale=1.0):
@@ -61,30 +54,28 @@ def representable(*shape, scale=1.0):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": 9, "sinks_H": torch.linspace(-2, 3, HEADS)}], ids=str)
 def test_attention(dtype, options):
-    q, kv, host, device = scene(BATCH, dtype, 2 * KV_HEADS, DIM)
+    q, kv, seqs = scene(BATCH, dtype, 2 * KV_HEADS, DIM)
     k, v = (part.contiguous() for part in kv.split(KV_HEADS, 2))
-    expected = attention.reference(q, k, v, host, kv_scales_2G=SCALES, **options)
+    expected = attention.reference(q, k, v, seqs, kv_scales_2G=SCALES, **options)
     run = {"device": DEVICE, "tiling": TILES, "kv_scales_2G": SCALES, **options}
-    found = gpu_attention.attend(q, k, v, device, **run)
+    found = gpu_attention.attend(q, k, v, seqs, **run)
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
-    fast = gpu_prefill.attend(q, k, v, device, DEVICE, kv_scales_2G=SCALES, **options)
+    fast = gpu_prefill.attend(q, k, v, seqs, DEVICE, kv_scales_2G=SCALES, **options)
     torch.testing.assert_close(fast, expected, **TOLERANCE[dtype])
     if dtype == torch.float32:
         return  # numpy's products of fp32 hang on where a row stands
-    for b, length in enumerate(host.lengths):  # the last query of each sequence alone
-        row = host.cu_queries[b + 1] - 1
-        alone = attention.describe(
-            np.array([0, 1]), np.array([length]), host.block_table[b : b + 1].int().numpy(), BLOCK, "cpu"
-        )
-        assert torch.equal(gpu_attention.attend(q[row : row + 1], k, v, on_device(alone), **run)[0], found[row]), b
+    for b, length in enumerate(seqs.seq_lens):  # the last query of each sequence alone
+        row = seqs.cu_seqlens_q[b + 1] - 1
+        alone = attention.describe([1], [length], seqs.block_table[b : b + 1])
+        assert torch.equal(gpu_attention.attend(q[row : row + 1], k, v, alone, **run)[0], found[row]), b
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_latent_attention(dtype):
-    q, cache, host, device = scene(BATCH, dtype, 48, width=48)
+    q, cache, seqs = scene(BATCH, dtype, 48, width=48)
     run = {"rank": 32, "scale": 0.2, "kv_scale": SCALE}
-    expected = mla.reference(q, cache, host, **run)
-    found = gpu_mla.attend(q, cache, device, DEVICE, tiling=LATENT_TILES, **run)
+    expected = mla.reference(q, cache, seqs, **run)
+    found = gpu_mla.attend(q, cache, seqs, DEVICE, tiling=LATENT_TILES, **run)
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 

@@ -32,11 +32,10 @@ def scene(batch, dtype, *, heads=4, dim=16, block=4, unused=0, seed=0):
         cache[tables[b, at // block], at % block] = torch.randint(-3, 4, (length, dim), generator=generator).to(dtype)
     q = torch.randint(-3, 4, (int(nums.sum()) + unused, heads, dim), generator=generator).to(dtype)
     weights = torch.randint(-2, 5, (len(q), heads), generator=generator).float()
-    cu_queries = np.concatenate(([0], np.cumsum(nums)))
-    host = attention.describe(cu_queries, lengths, tables, block, "cpu")
-    device = attention.describe_on_device(
-        np.pad(nums, (0, unused)).tolist(),
-        np.pad(lengths, (0, unused)).tolist(),
+    host = attention.describe(nums, lengths, torch.from_numpy(tables))
+    device = attention.describe(
+        np.pad(nums, (0, unused)),
+        np.pad(lengths, (0, unused)),
         torch.from_numpy(np.pad(tables, ((0, unused), (0, 0)))),
         int(lengths.max()) + 5,
     )
@@ -51,7 +50,7 @@ def choose(q, weights, cache, seqs, top_k, **options):
 def test_reference(top_k):
     """Tokens that belong to no sequence choose nothing."""
     q, weights, cache, host, device = scene(BATCH, torch.float16, unused=3)
-    rows = int(host.cu_queries[-1])
+    rows = int(host.cu_seqlens_q[-1])
     found = choose(q, weights, cache, device, top_k)
     assert torch.equal(found[:rows], index.reference(q[:rows], weights[:rows], cache, host, top_k))
     assert (found[rows:] == -1).all()
@@ -90,7 +89,7 @@ def test_a_choice_depends_on_a_querys_own_sequence_alone():
     q[:3], weights[:3] = q[-1], weights[-1]  # decodes of the prompt's last token
     chosen = choose(q, weights, cache, device, 30)
     assert all(torch.equal(chosen[row], chosen[-1]) for row in range(3))
-    alone = attention.describe_on_device([3], [100], device.block_table[-1:], 4000)
+    alone = attention.describe([3], [100], device.block_table[-1:], 4000)
     assert torch.equal(choose(q[-3:].contiguous(), weights[-3:].contiguous(), cache, alone, 30), chosen[-3:])
 
 
@@ -111,7 +110,7 @@ def test_select(name, top_k):
     """Buffers of 64 entries and more are filled and emptied several times."""
     scores = torch.full((1, 304), float("nan"))
     scores[0, :300] = SCORES[name]
-    seqs = attention.describe_on_device([1], [300], torch.zeros(1, 1, dtype=torch.int32), 304)
+    seqs = attention.describe([1], [300], torch.zeros(1, 1, dtype=torch.int32), 304)
     chosen = torch.empty(1, top_k, dtype=torch.int64)
     select.select_best(scores, seqs, 0, chosen)
     expected = SCORES[name].sort(descending=True, stable=True).indices[:top_k].sort().values

@@ -43,11 +43,10 @@ def scene(batch, dtype, *, heads=4, unused=0, seed=0):
         for position in range(lengths[b]):
             row = torch.randn(RANK + ROTATED, generator=generator)
             cache[tables[b, position // BLOCK], position % BLOCK] = row.to(dtype)
-    cu_queries = np.concatenate(([0], np.cumsum(nums)))
-    host = attention.describe(cu_queries, lengths, tables, BLOCK, "cpu")
+    host = attention.describe(nums, lengths, torch.from_numpy(tables))
     rows, known = [*nums.tolist(), *[0] * unused], [*lengths.tolist(), *[0] * unused]
     padded = torch.from_numpy(np.pad(tables, ((0, unused), (0, 0))))
-    device = attention.describe_on_device(rows, known, padded)
+    device = attention.describe(rows, known, padded)
     return q, cache, host, device
 
 
@@ -59,7 +58,7 @@ def run(q, cache, seqs, **options):
 
 def check(batch, dtype, *, heads=4, unused=0, chosen=None, **options):
     q, cache, host, device = scene(batch, dtype, heads=heads, unused=unused)
-    rows = host.cu_queries[-1]
+    rows = host.cu_seqlens_q[-1]
     expected = mla.reference(q[:rows], cache.nan_to_num(), host, rank=RANK, scale=SCALE, chosen=chosen)
     if chosen is not None:
         chosen = torch.nn.functional.pad(chosen, (0, 0, 0, unused))
@@ -114,9 +113,9 @@ def test_sequences_without_queries():
 def test_bounds_change_no_bit(name, workspace_rows):
     """As a captured step has them: of what there can be, whatever there is."""
     q, cache, _, seqs = scene(BATCHES[name], torch.float16, unused=2)
-    bounds = {"max_decodes": len(seqs.lengths), "max_prefills": len(seqs.lengths), "max_prefill_tokens": len(q)}
-    exact = dataclasses.replace(seqs, max_length=300)  # as many tokens fit the workspace
-    loose = dataclasses.replace(exact, **bounds, max_prefill_length=300)
+    bounds = {"max_decodes": len(seqs.seq_lens), "max_prefills": len(seqs.seq_lens), "max_prefill_tokens": len(q)}
+    exact = dataclasses.replace(seqs, max_seq_len=300)  # as many tokens fit the workspace
+    loose = dataclasses.replace(exact, **bounds, max_prefill_len=300)
     found, expected = (run(q, cache, each, workspace_rows=workspace_rows) for each in (loose, exact))
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -135,7 +134,7 @@ def test_launches_do_not_depend_on_the_longest_sequence():
     batch = [(1, 8)] * 5 + [(3, 40)]
     q, cache, _, seqs = scene(batch, torch.float32)
     expected = run(q, cache, seqs)
-    seqs = dataclasses.replace(seqs, max_length=163840, max_prefill_length=163840)
+    seqs = dataclasses.replace(seqs, max_seq_len=163840, max_prefill_len=163840)
     for chosen in (None, choice(batch, 40)):
         with launches() as counts:
             found = run(q, cache, seqs, chosen=chosen, workspace_rows=4 * 4 * 163840 // TILES.split)
@@ -154,13 +153,13 @@ def test_bits_do_not_depend_on_the_schedule():
         rows = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
         table = seqs.block_table.expand(len(sizes), -1).contiguous()
         ends = [sum(pair) for pair in zip(starts, sizes, strict=True)]
-        step = attention.describe_on_device(sizes, ends, table, options.pop("max_length", length))
+        step = attention.describe(sizes, ends, table, options.pop("max_seq_len", length))
         return run(q[rows], cache, step, **options), whole[rows]
 
     for actual, expected in (
         again([50], [17]),
         again([66], [1]),
-        again([31, 32, 66], [1] * 3, max_length=1000),
+        again([31, 32, 66], [1] * 3, max_seq_len=1000),
         again([3, 64, 60], [1, 1, 7], workspace_rows=32),
         again([63, 52], [1, 11], tiling=dataclasses.replace(TILES, rows=32)),
     ):
@@ -213,7 +212,7 @@ def test_prompts_in_expanded_form():
     up_HmC = torch.randn(4, 24 + 20, RANK, generator=generator) * RANK**-0.5
     q_THd = torch.cat((torch.randn(len(q), 4, 24, generator=generator), q[..., RANK:]), 2)
     q_THl = torch.cat((torch.einsum("thn,hnc->thc", q_THd[..., :24], up_HmC[:, :24]), q[..., RANK:]), 2)
-    rows, num = host.cu_queries[-1], host.num_decodes
+    rows, num = host.cu_seqlens_q[-1], host.num_decodes
     latent_THC = mla.reference(q_THl[:rows], cache, host, rank=RANK, scale=SCALE)
     expected = torch.einsum("thc,hvc->thv", latent_THC, up_HmC[:, 24:])[num:]
     prefills = attention.prefills(device, num)

@@ -19,7 +19,7 @@ TILES = prefill.Tiles(rows=64, keys=32, min_share=32, num_warps=4, num_stages=2,
 def check(batch, dtype, *, device=ONE, scale=None, window=0, chunk=0, sinks_H=None, tiling=TILES, **shapes):
     q, k, v, host, seqs = scene(batch, dtype, **shapes)
     options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
-    rows = host.cu_queries[-1]
+    rows = host.cu_seqlens_q[-1]
     expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, **options)
     out = torch.full_like(q, float("nan")).contiguous()
     actual = prefill.attend(q, k, v, seqs, device, out=out, tiling=tiling, **options)
@@ -87,7 +87,7 @@ def test_a_captured_step_knows_bounds_alone(device):
     """More decodes, prefills and tokens than there are, and longer sequences."""
     q, k, v, host, seqs = scene([(1, 20), (9, 40), (5, 70)], torch.float32)
     bounds = {"max_decodes": len(q), "max_prefills": 7, "max_prefill_tokens": len(q)}
-    lengths = {"max_length": 80, "max_prefill_length": 80}
+    lengths = {"max_seq_len": 80, "max_prefill_len": 80}
     actual = prefill.attend(q, k, v, dataclasses.replace(seqs, **bounds, **lengths), device, tiling=TILES)
     expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host)
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])

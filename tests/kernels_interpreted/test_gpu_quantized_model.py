@@ -16,14 +16,14 @@ from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.loading import load
 from expertwire.engine.models.hub_config import read_model_config
-from expertwire.engine.runner.batch import CacheRows, ForwardBatch
+from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels import formats
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu import tiles
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops import experts, quantize
-from expertwire.kernels.ops.attention import describe_on_device
+from expertwire.kernels.ops.attention import describe
 from expertwire.kernels.ops.variants import Activation
 from expertwire.moe.eplb.placement import place
 
@@ -75,12 +75,11 @@ def device_logits(folder, ids):
     )
     model = load(config, context, Checkpoint(folder), quantize="fp8")
     caches = model.allocate(num_blocks=[3], block_size=16, max_model_len=32)
-    sequences = describe_on_device([len(ids)], [len(ids)], torch.tensor([[1, 2]], dtype=torch.int32))
-    positions = torch.arange(len(ids))
+    positions, table = torch.arange(len(ids)), torch.tensor([[1, 2]], dtype=torch.int32)
     batch = ForwardBatch(
         token_ids_T=torch.tensor(ids),
         positions_T=positions,
-        caches=(CacheRows(slot_mapping_T=positions + 16, sequences=sequences),),
+        attention_metadata=(describe([len(ids)], [len(ids)], table, slot_mapping=positions + 16),),
         num_tokens_P=[len(ids)],
     )
     with torch.inference_mode():
