@@ -21,7 +21,7 @@ from expertwire.deploy.options import (
     given,
     model_folder,
 )
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.outputs import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from expertwire.comm.topology import backend_times
 from expertwire.comm.topology.backend_choice import Situation, choose
 from expertwire.comm.topology.topology import Place, Topology, read
-from expertwire.engine.config import dispatch_dtype
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config import validation
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.loader.quantization import expert_format
 from expertwire.engine.models.hub_config import read_model_config
 from expertwire.engine.models.model_config import Attention, ModelConfig
@@ -38,15 +38,15 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
     if not any(config.sparse_layers):
         return
     options = options.on(device)
-    dispatch_dtype.check(options, config)
-    ep_size, fp8 = options.ep_size, dispatch_dtype.sends_fp8(options, config, on_gpu=device != "cpu")
+    validation.check_dispatch(options, config)
+    ep_size, fp8 = options.ep_size, validation.sends_fp8(options, config, on_gpu=device != "cpu")
     where = read(topology).first(ep_size) if topology else _default_topology(device, ep_size)
     row = config.hidden_size * {"float32": 4, "bfloat16": 2}[config.dtype]
     sent = config.hidden_size * 33 // 32 if fp8 else row  # a scale of four bytes for 128 numbers
     here = Situation(
         topology=where,
         device="cpu" if device == "cpu" else "cuda",
-        step_rows=ep_size * options.part_tokens * config.top_k,
+        step_rows=ep_size * options.micro_batch_tokens * config.top_k,
         row_bytes=sent + row,
         # What a GPU's torch has, this machine's cannot say.
         libraries=_libraries() if device in ("cpu", "cuda") else ("gloo", "nccl"),
@@ -54,16 +54,16 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
     table = backend_times.read(options.all2all_table) if options.all2all_table else None
     choice = choose(options.all2all_backend, here, table)
     if ep_size > 1:
-        halves = options.num_parts > 1
+        halves = options.num_micro_batches > 1
         yield "a step in two halves: one computes while the other's rows travel" if halves else "a step at once"
         if choice.name == "nvlink":
-            tokens = options.part_tokens
+            tokens = options.micro_batch_tokens
             if device != "cpu":
-                tokens = dispatch_dtype.exchange_tokens(options, config, ep_size, fp8=fp8)
+                tokens = validation.exchange_tokens(options, config, ep_size, fp8=fp8)
             arena = tokens * (ep_size * sent + config.top_k * row)
-            yield f"arenas on each rank: {options.num_parts} of about {arena / 1e6:.1f} MB, for {tokens} tokens"
+            yield f"arenas on each rank: {options.num_micro_batches} of about {arena / 1e6:.1f} MB, for {tokens} tokens"
         if device != "cpu":
-            yield dispatch_dtype.on_gpus(graph_safe=choice.name == "nvlink", fp8=fp8)
+            yield validation.describe_gpu_dispatch(graph_safe=choice.name == "nvlink", fp8=fp8)
     yield str(where)
     yield f"all-to-all {choice}"
     if ep_size == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from expertwire.deploy.runtime import open_front
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.outputs import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.front import Front
 from expertwire.engine.frontend.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from expertwire.deploy import runtime
 from expertwire.deploy.grpc.server import Server
-from expertwire.engine.config.engine import EngineConfig, ModelInfo
+from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.front import Front
 

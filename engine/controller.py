@@ -28,7 +28,7 @@ from expertwire.comm.control.channel import (
     listen,
 )
 from expertwire.engine import messages
-from expertwire.engine.config.engine import ModelInfo, too_many_branches
+from expertwire.engine.config.engine_config import ModelInfo, too_many_branches
 from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall
 from expertwire.engine.rebalancing import Rebalancing

@@ -13,18 +13,13 @@ from types import TracebackType
 from typing import IO
 
 from expertwire.comm.control.channel import SocketChannel, connect
-from expertwire.comm.topology import topology
 from expertwire.engine import process
-from expertwire.engine.config import attention_backend, dispatch_dtype
-from expertwire.engine.config.engine import EngineConfig, ModelInfo
+from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
+from expertwire.engine.config.validation import validate
 from expertwire.engine.frontend.outputs import EngineFailed
-from expertwire.engine.kv_cache.cache_sizes import cache_sizes
 from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
-from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.models.hub_config import read_model_config
-from expertwire.engine.models.model_config import ModelConfig
 from expertwire.engine.startup import Orders
-from expertwire.moe.eplb.placement import place
 
 _POLL_S = 0.1
 _STOP_S = 5.0
@@ -52,7 +47,7 @@ class Engine:
         model = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
         eos_token_ids = dict.fromkeys((*model.eos_token_ids, *end_of_turn_ids))
         model = dataclasses.replace(model, eos_token_ids=tuple(eos_token_ids))
-        max_model_len = _check(config, model)
+        max_model_len = validate(config, model)
         self.token = secrets.token_hex(16)
         self._launcher = launcher
         self._status = _Status()
@@ -153,47 +148,3 @@ class _Status:
                 self._news.wait_for(lambda: key in self.lines or self.failure is not None, timeout_s)
                 and key in self.lines
             )
-
-
-def _check(config: EngineConfig, model: ModelConfig) -> int:
-    """What can be refused before anything starts; returns the longest request."""
-    longest = model.max_position_embeddings
-    if config.max_model_len is not None and not 2 <= config.max_model_len <= longest:
-        raise ValueError(f"max_model_len must be in [2, {longest}], the model's positions, got {config.max_model_len}")
-    if config.num_redundant_experts and not any(model.sparse_layers):
-        raise ValueError(
-            f"num_redundant_experts must be 0: {model.architecture} has no experts; got {config.num_redundant_experts}"
-        )
-    if config.eplb_step_interval and not any(model.sparse_layers):
-        raise ValueError(
-            f"eplb_step_interval must be 0: {model.architecture} has no experts; got {config.eplb_step_interval}"
-        )
-    dispatch_dtype.check(config, model)
-    attention_backend.check(config, model)
-    if config.topology is not None:
-        topology.read(config.topology).first(config.ep_size)
-    if any(model.sparse_layers):
-        place(model.num_experts, config.ep_size, config.num_redundant_experts)
-    if config.quantization is not None:
-        _check_quantization(config.quantization, model)
-    if config.load_format == "auto":
-        Checkpoint(config.model)
-    max_model_len = config.max_model_len or longest
-    if config.kv_cache_memory_bytes is not None:
-        cache_sizes(config.on("cpu"), model.cache_specs(), max_model_len)  # which asks for less than a GPU
-    return max_model_len
-
-
-def _check_quantization(name: str, model: ModelConfig) -> None:
-    if model.moe is None:
-        raise ValueError(f"quantization must be None: {model.architecture} has no experts; got {name!r}")
-    if model.quantization is not None and model.quantization.experts is not None:
-        raise ValueError(
-            f"quantization must be None: the checkpoint has experts in {model.quantization.experts} already; got {name!r}"
-        )
-    group = 1 if name == "fp8" else 32
-    if model.hidden_size % group or model.moe.size % group:
-        raise ValueError(
-            f"quantization {name!r} needs experts whose widths are multiples of {group}; {model.architecture} has "
-            f"{model.hidden_size} and {model.moe.size}"
-        )

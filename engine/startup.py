@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertwire.comm.control.channel import ControlHub
-from expertwire.engine.config.engine import EngineConfig, ModelInfo
+from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.kv_cache.cache_sizes import CacheSizes, cache_sizes
 from expertwire.engine.models.model_config import ModelConfig
 from expertwire.scheduler.config import SchedulerConfig

@@ -35,8 +35,8 @@ from expertwire.comm.all_to_all.stream import on_stream
 from expertwire.comm.control.channel import ChannelClosed, ControlLink
 from expertwire.comm.topology import backend_times, topology
 from expertwire.comm.topology import probe as topology_probe
-from expertwire.engine.config.dispatch_dtype import exchange_tokens, on_gpus, sends_fp8
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.config.validation import describe_gpu_dispatch, exchange_tokens, sends_fp8
 from expertwire.engine.kv_cache import memory, memory_plan
 from expertwire.engine.kv_cache.caches import NamedCache
 from expertwire.engine.layers.step import RankContext
@@ -187,7 +187,7 @@ def _cache_room(config: EngineConfig, model: Decoder, max_model_len: int, num_ra
     num_blocks = [2] * len(model.config.cache_specs())
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
     runner = _device_runner(config, model, caches, max_model_len, num_ranks)
-    sizes = config.part_tokens, config.max_num_seqs
+    sizes = config.micro_batch_tokens, config.max_num_seqs
     runs = partial(runner.run_largest_graph, *sizes), partial(runner.run_peak, *sizes)
     found = memory_plan.measured(device, *runs)
     runner.settle()
@@ -223,7 +223,7 @@ def _device_runner(
         slots=slots,
         rank=model.context.rank,
         num_ranks=num_ranks,
-        num_parts=config.num_parts,
+        num_parts=config.num_micro_batches,
         capture=capture,
         mover=mover,
     )
@@ -246,7 +246,7 @@ def _make_runner(
     if model.context.ops.on_device:
         capture = cuda_graphs.cuda(group.barrier) if model.context.ops.capturable else None
         on_device = _device_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)
-        on_device.warm_up(config.part_tokens, config.max_num_seqs)
+        on_device.warm_up(config.micro_batch_tokens, config.max_num_seqs)
         on_device.settle()
         return on_device
     slots = Slots(
@@ -257,8 +257,8 @@ def _make_runner(
         device=model.context.device,
     )
     rank = model.context.rank
-    runner = Runner(model=model, caches=caches, slots=slots, rank=rank, num_parts=config.num_parts, mover=mover)
-    runner.warm_up(num_ranks, config.part_tokens)
+    runner = Runner(model=model, caches=caches, slots=slots, rank=rank, num_parts=config.num_micro_batches, mover=mover)
+    runner.warm_up(num_ranks, config.micro_batch_tokens)
     return runner
 
 
@@ -289,18 +289,18 @@ def _load(
         spec = AllToAllSpec(
             group=group,
             rank_offsets=placement.rank_offsets,
-            max_tokens=config.part_tokens,
+            max_tokens=config.micro_batch_tokens,
             hidden_size=model_config.hidden_size,
             top_k=model_config.top_k,
             dtype=dtype,
             layers=tuple(np.flatnonzero(model_config.sparse_layers).tolist()),
             timeout_s=_EXCHANGE_SHARE * config.step_timeout_s,
-            num_parts=config.num_parts,
+            num_parts=config.num_micro_batches,
         )
         fp8 = sends_fp8(config, model_config, on_gpu=ops.on_device)
         if ops.on_device and num_ranks > 1:
             most_tokens = exchange_tokens(config, model_config, num_ranks, fp8=fp8)
-            if most_tokens < config.part_tokens:
+            if most_tokens < config.micro_batch_tokens:
                 spec, taken = replace(spec, max_tokens=most_tokens, layers=()), most_tokens
         all_to_alls, travel = _all_to_alls(config, spec, ops, node, device, fp8=fp8)
     context = RankContext(
@@ -370,7 +370,9 @@ def _all_to_alls(
     """One for each part of a step; and which they are."""
     table = None if config.all2all_table is None else backend_times.read(config.all2all_table)
     made, choice = backends.build(config.all2all_backend, spec, ops, node, device, fp8=fp8, table=table)
-    says = str(choice) if device == "cpu" else f"{choice}; {on_gpus(graph_safe=made[0].graph_safe, fp8=fp8)}"
+    says = (
+        str(choice) if device == "cpu" else f"{choice}; {describe_gpu_dispatch(graph_safe=made[0].graph_safe, fp8=fp8)}"
+    )
     if spec.num_parts > 1 and device != "cpu":
         made = tuple(map(on_stream, made))
     return made, says if spec.group.size > 1 else ""

@@ -12,7 +12,7 @@ import numpy as np
 
 from expertwire.deploy import runtime
 from expertwire.deploy.options import ENGINE_FIELDS
-from expertwire.engine.config.engine import EngineConfig, ModelInfo, too_many_branches
+from expertwire.engine.config.engine_config import EngineConfig, ModelInfo, too_many_branches
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.outputs import EngineFailed
 from expertwire.engine.frontend.prompts import Prompt

@@ -38,9 +38,18 @@ from expertwire import LLM, SamplingParams
 ROOT = Path(expertwire.__file__).parents[1]
 Digests = dict[str, str]
 
-# Earlier and current names of options; a class's fields decide which one is passed.
-MAX_TOKENS_OF_STEP = ("max_num_batched_tokens", "max_num_tokens")
-MAX_SEQUENCES = ("max_num_seqs", "max_running")
+# Current and earlier names of options; a class's fields decide which one is passed.
+EARLIER_NAMES = {
+    "max_num_batched_tokens": "max_num_tokens",
+    "max_num_seqs": "max_running",
+    "max_queued_requests": "max_waiting",
+    "chunked_prefill_size": "chunk_tokens",
+    "kv_cache_memory_bytes": "kv_cache_bytes",
+    "quantization": "quantize",
+    "enable_two_batch_overlap": "two_batch_overlap",
+    "num_redundant_experts": "redundant_experts",
+    "all2all_backend": "all_to_all",
+}
 
 
 def main() -> int:
@@ -105,13 +114,13 @@ def cases() -> Iterator[tuple[str, Callable[[], Digests]]]:
 
 # Engine options that take other paths than the defaults.
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
-    *((f"quantize {q}", "qwen3_moe", {"quantize": q, "ep_size": 2}) for q in ("fp8", "int4", "mxfp4")),
+    *((f"quantize {q}", "qwen3_moe", {"quantization": q, "ep_size": 2}) for q in ("fp8", "int4", "mxfp4")),
     *((f"fp8 cache {n}", n, {"kv_cache_dtype": "fp8"}) for n in ("qwen3_moe", "deepseek_v3", "gpt_oss")),
     ("fast numerics", "deepseek_v3", {"numerics": "fast"}),
-    ("micro-batches", "qwen3_moe", {"two_batch_overlap": True, "ep_size": 2}),
-    ("micro-batches", "gpt_oss", {"two_batch_overlap": True, "ep_size": 2}),
-    ("redundant experts", "deepseek_v3", {"redundant_experts": 2, "ep_size": 2}),
-    ("reference all-to-all", "qwen3_moe", {"all_to_all": "reference", "ep_size": 2}),
+    ("micro-batches", "qwen3_moe", {"enable_two_batch_overlap": True, "ep_size": 2}),
+    ("micro-batches", "gpt_oss", {"enable_two_batch_overlap": True, "ep_size": 2}),
+    ("redundant experts", "deepseek_v3", {"num_redundant_experts": 2, "ep_size": 2}),
+    ("reference all-to-all", "qwen3_moe", {"all2all_backend": "reference", "ep_size": 2}),
     ("fp8 dispatch", "qwen3_moe", {"dispatch_dtype": "fp8", "ep_size": 2}),
 ]
 
@@ -140,8 +149,8 @@ def quantised_checkpoints(scratch: Path) -> Iterator[tuple[str, Callable[[], Pat
 
 def model_digests(folder: Path, options: dict[str, Any]) -> Digests:
     """Serve prompts of several lengths, longer and shorter than a step, once computed and once from the prefix cache."""
-    config = of_several("EngineConfig", "expertwire.engine.config.engine", "expertwire.engine.config")
-    sizes = {field_of(config, *MAX_TOKENS_OF_STEP): 64, field_of(config, *MAX_SEQUENCES): 4}
+    config = of_several("EngineConfig", "expertwire.engine.config.engine_config", "expertwire.engine.config")
+    sizes = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "kv_cache_memory_bytes": 20_000_000}
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 250, length).tolist() for length in (1, 17, 40, 100, 150)]
     common = {"max_tokens": 12, "ignore_eos": True}
@@ -154,7 +163,7 @@ def model_digests(folder: Path, options: dict[str, Any]) -> Digests:
         SamplingParams(temperature=0.7, seed=4, repetition_penalty=1.3, presence_penalty=0.5, logprobs=2, **common),
         SamplingParams(temperature=0.9, seed=5, frequency_penalty=0.4, logit_bias={7: 3.0, 9: -5.0}, **common),
     ]
-    with LLM(folder, kv_cache_bytes=20_000_000, **sizes, **options) as llm:
+    with LLM(folder, **named(config, {**sizes, **options})) as llm:
 
         def run(params: Any) -> str:
             return digest(outputs(llm.generate(prompts, params, use_tqdm=False)))
@@ -205,7 +214,12 @@ def plan_digests(trace: Any, *, policy: str, ranks: int, blocks: int, chunk: int
     """
     simulation = module("expertwire.bench.scheduler.simulation", "expertwire.bench.simulation")
     config = of_several("SchedulerConfig", "expertwire.scheduler.config", "expertwire.scheduler.scheduler")
-    sizes = {field_of(config, *MAX_SEQUENCES): 64, field_of(config, *MAX_TOKENS_OF_STEP): 512}
+    sizes = {
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 512,
+        "max_queued_requests": 4096,
+        "chunked_prefill_size": chunk,
+    }
     simulated = simulation.Simulation(
         trace,
         config(
@@ -213,11 +227,9 @@ def plan_digests(trace: Any, *, policy: str, ranks: int, blocks: int, chunk: int
             max_model_len=8192,
             block_size=16,
             num_blocks=blocks,
-            max_waiting=4096,
             eos_token_ids=(0,),
             vocab_size=32000,
-            **{field_of(config, "chunk_tokens", "long_prefill_token_threshold"): chunk},
-            **sizes,
+            **named(config, sizes),
         ),
         model=simulation.StepModel(),
         overlap=True,
@@ -286,10 +298,10 @@ def of_several(attribute: str, *names: str) -> Any:
     raise AttributeError(f"none of {', '.join(names)} has {attribute}")
 
 
-def field_of(config: Any, *names: str) -> str:
-    """Return the one of an option's names that a configuration class has."""
+def named(config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options by the names that a configuration class has."""
     fields = {field.name for field in dataclasses.fields(config)}
-    return next(name for name in names if name in fields)
+    return {name if name in fields else EARLIER_NAMES[name]: value for name, value in options.items()}
 
 
 if __name__ == "__main__":

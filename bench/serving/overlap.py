@@ -26,7 +26,7 @@ from expertwire.bench.scheduler.simulation import CACHES, EOS, SimulatedRanks
 from expertwire.bench.serving import throughput
 from expertwire.comm.control.channel import ChannelClosed, ControlHub, ControlLink, SocketChannel, connect, listen
 from expertwire.engine import controller
-from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.launcher import LocalLauncher, WorkerSpec
 from expertwire.engine.rank_loop import Launched, serve
 from expertwire.scheduler.plan import StepPlan, StepResult

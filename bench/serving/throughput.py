@@ -24,7 +24,7 @@ import psutil
 
 from expertwire.bench.machine import processor
 from expertwire.deploy.options import add_engine_options, engine_config
-from expertwire.engine.config.engine import EngineConfig, ModelInfo
+from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.frontend.outputs import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.output_formats import Dialect
 from expertwire.engine.frontend.outputs import LogprobDict, Update

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from expertwire.comm.control.channel import ChannelClosed, ControlChannel
-from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.open_requests import Branch, OpenRequest
 from expertwire.engine.frontend.outputs import EngineFailed, Logprob, LogprobDict, RequestError, Update
 from expertwire.engine.frontend.prompts import Prompt, encode_prompt

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams

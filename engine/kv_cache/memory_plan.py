@@ -19,8 +19,8 @@ import torch
 from expertwire.comm.all_to_all import fp8 as a2a_fp8
 from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
-from expertwire.engine.config.dispatch_dtype import exchange_tokens, sends_fp8
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.config.validation import exchange_tokens, sends_fp8
 from expertwire.engine.models.model_config import Attention, LatentAttention, Mlp, ModelConfig
 from expertwire.engine.runner.graph_sizes import GraphSize, graph_sizes
 from expertwire.moe.eplb.placement import place
@@ -100,7 +100,7 @@ def estimate(
     sizes, num_ranks = _graphs(config, model), config.ep_size
     largest = max(sizes, key=lambda size: (size.num_tokens, size.max_others))
     graphs = _activations(config, model, largest.num_tokens, largest.num_tokens + (num_ranks - 1) * largest.max_others)
-    tokens = config.part_tokens
+    tokens = config.micro_batch_tokens
     return MemoryPlan(
         total=total,
         utilization=config.gpu_memory_utilization,
@@ -131,13 +131,13 @@ def _arena_bytes(config: EngineConfig, model: ModelConfig) -> int:
     if spec is None:
         return 0
     packed = a2a_fp8.packed(spec) if sends_fp8(config, model, on_gpu=True) else spec
-    return config.num_parts * ArenaLayout.of(packed).nbytes
+    return config.num_micro_batches * ArenaLayout.of(packed).nbytes
 
 
 def _exchange_tokens(config: EngineConfig, model: ModelConfig) -> int:
     """Tokens of a rank that one exchange takes, at most."""
     spec = _spec(config, model)
-    return config.part_tokens if spec is None else spec.max_tokens
+    return config.micro_batch_tokens if spec is None else spec.max_tokens
 
 
 def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
@@ -147,11 +147,11 @@ def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
     spec = AllToAllSpec(
         group=cast(Any, SimpleNamespace(size=config.ep_size, rank=0)),
         rank_offsets=place(model.num_experts, config.ep_size, config.num_redundant_experts).rank_offsets,
-        max_tokens=config.part_tokens,
+        max_tokens=config.micro_batch_tokens,
         hidden_size=model.hidden_size,
         top_k=model.top_k,
         dtype=getattr(torch, model.dtype),
-        num_parts=config.num_parts,
+        num_parts=config.num_micro_batches,
     )
     fp8 = sends_fp8(config, model, on_gpu=True)
     return replace(spec, max_tokens=exchange_tokens(config, model, config.ep_size, fp8=fp8))
@@ -159,7 +159,7 @@ def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
 
 def _graphs(config: EngineConfig, model: ModelConfig) -> list[GraphSize]:
     """What is captured, as `DeviceRunner` has it."""
-    tokens = min(config.part_tokens, _exchange_tokens(config, model)) * config.num_parts
+    tokens = min(config.micro_batch_tokens, _exchange_tokens(config, model)) * config.num_micro_batches
     return graph_sizes(tokens, config.max_num_seqs, config.ep_size)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import memory, memory_plan
 from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall, cache_sizes
 from expertwire.engine.kv_cache.memory_plan import MemoryPlan

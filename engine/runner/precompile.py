@@ -22,8 +22,8 @@ import torch
 from expertwire.comm.all_to_all import fp8 as a2a_fp8
 from expertwire.comm.all_to_all.base import AllToAll, AllToAllSpec
 from expertwire.comm.all_to_all.local import LocalAllToAll
-from expertwire.engine.config.dispatch_dtype import exchange_tokens, sends_fp8
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.config.validation import exchange_tokens, sends_fp8
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader import weights
 from expertwire.engine.models.decoder import Decoder
@@ -86,9 +86,9 @@ def _warm_up(of: Rank) -> None:
         slots=slots,
         rank=of.rank,
         num_ranks=of.num_ranks,
-        num_parts=of.config.num_parts,
+        num_parts=of.config.num_micro_batches,
     )
-    runner.warm_up(of.config.part_tokens, of.config.max_num_seqs)
+    runner.warm_up(of.config.micro_batch_tokens, of.config.max_num_seqs)
 
 
 def _context(of: Rank, config: ModelConfig) -> RankContext:
@@ -101,17 +101,17 @@ def _context(of: Rank, config: ModelConfig) -> RankContext:
         spec = AllToAllSpec(
             group=_Absent(rank=of.rank, size=of.num_ranks),
             rank_offsets=placement.rank_offsets,
-            max_tokens=of.config.part_tokens,
+            max_tokens=of.config.micro_batch_tokens,
             hidden_size=config.hidden_size,
             top_k=config.top_k,
             dtype=dtype,
             layers=tuple(np.flatnonzero(config.sparse_layers).tolist()),
-            num_parts=of.config.num_parts,
+            num_parts=of.config.num_micro_batches,
         )
         fp8 = sends_fp8(of.config, of.model, on_gpu=True)  # of the checkpoint's layers, which `config` numbers anew
         if of.num_ranks > 1:
             most_tokens = exchange_tokens(of.config, of.model, of.num_ranks, fp8=fp8)
-            if most_tokens < of.config.part_tokens:
+            if most_tokens < of.config.micro_batch_tokens:
                 spec, taken = replace(spec, max_tokens=most_tokens), most_tokens
         if fp8:
             spec = a2a_fp8.packed(spec)

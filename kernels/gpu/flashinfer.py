@@ -7,7 +7,7 @@ What their contract wants (flashinfer-python 0.7.2.post1, prefill.py, decode.py 
 - Page tables are ragged: `indptr` i32 [B + 1], `indices` i32 [pages], `last_page_len` i32 [B] in [1, page_size]. Caches [pages,
   page_size, G, d] are its layout NHD, as ours lie.
 - `window_left` is how many positions a query sees besides its own.
-- Sinks, positions in chunks, chosen positions and other head sizes are refused at start (`engine.config.attention_backend`).
+- Sinks, positions in chunks, chosen positions and other head sizes are refused at start (`engine.config.validation`).
 
 It has not run: `first_contact` compares it with ours where there is a GPU.
 

@@ -13,7 +13,7 @@ from helpers import fake_front
 
 from expertwire.bench.serving import throughput
 from expertwire.bench.serving.throughput import Mark, Sample, Workload
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.outputs import EngineFailed, RequestError
 from expertwire.scheduler.sampling_params import SamplingParams
 

@@ -12,7 +12,7 @@ import pytest
 
 from expertwire.deploy import cli
 from expertwire.deploy.options import engine_config, help_texts
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.outputs import EngineFailed
 
 

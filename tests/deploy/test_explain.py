@@ -40,7 +40,7 @@ QWEN = str(CONFIGS / "qwen3-30b-a3b")
 
 def test_the_all_to_all_and_what_it_moves(capsys):
     found = lines(capsys, QWEN, "--device", "b200", "--ep-size", "64")
-    assert found[-4] == "rows go out as they are; small steps replay CUDA graphs"
+    assert found[-4] == "activations are sent as they are; small steps replay CUDA graphs"
     assert found[-3] == "nvl72: 64 ranks on 16 nodes in 1 NVLink domain of 64"
     assert found[-2].startswith("all-to-all nvlink: all 64 ranks are in one NVLink domain")
     # 128 experts: 8 * 2 KiB rows come home, less those from the rank itself.
@@ -54,7 +54,7 @@ def test_a_topology_of_ones_own(capsys, tmp_path):
     path.write_text(json.dumps({"name": "boards", "domains": boards}))
     found = lines(capsys, QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path))
     assert found[-2].startswith("all-to-all nccl: the ranks are in 2 NVLink domains")
-    assert found[-4].endswith("the all-to-all's host counts rows, so that no step can replay a CUDA graph")
+    assert found[-4].endswith("the all-to-all counts rows on the host, so no step replays a CUDA graph")
     options = [QWEN, "--device", "h200", "--ep-size", "4", "--topology", str(path), "--all2all-backend", "nvlink"]
     assert cli.main(["explain", *options]) == 2
     error = capsys.readouterr().err
@@ -88,7 +88,7 @@ def test_rows_go_out_in_fp8_to_experts_that_read_them(capsys):
     """Asked for or not, as it changes no bit; others refuse it."""
     for options in ([], ["--dispatch-dtype", "fp8"]):
         found = lines(capsys, str(CONFIGS / "deepseek-v3"), "--device", "h200", "--ep-size", "8", *options)
-        assert found[-4].startswith("rows go out in fp8")
+        assert found[-4].startswith("activations are sent in fp8")
         copies = float(found[-1].removeprefix("a token goes to ").partition(" ")[0])
         leaving = float(found[-1].partition("saved; ")[2].partition(" KB leave")[0])
         assert leaving == pytest.approx(7.392 * copies * 7 / 8, rel=0.01)

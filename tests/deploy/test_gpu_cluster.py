@@ -25,7 +25,7 @@ from expertwire.comm.topology import probe as topology_probe
 from expertwire.comm.topology.backend_choice import Situation, choose
 from expertwire.deploy.ray.placement import Node, in_order, layouts, ordinal
 from expertwire.engine import worker
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.rank_loop import Launched, serve
 from expertwire.engine.startup import Orders, scheduler_config, start_ranks
 from expertwire.scheduler.plan import CacheSpec, StepResult

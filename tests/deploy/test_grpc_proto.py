@@ -10,7 +10,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.output_formats import DIALECTS, PLAIN
 from expertwire.engine.frontend.request_options import RequestOptions

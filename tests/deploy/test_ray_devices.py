@@ -8,7 +8,7 @@ from helpers.control_ranks import TOKEN
 
 from expertwire.comm.control.channel import ControlHub
 from expertwire.deploy.ray.launcher import RayLauncher
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.launcher import WorkerSpec
 
 CONFIG = EngineConfig(model="none", device="cuda", ep_size=3)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall, cache_sizes
 from expertwire.scheduler.plan import CacheSpec
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import caches
 from expertwire.engine.loader.inspection import inspect
 from expertwire.engine.models.hub_config import read_model_config

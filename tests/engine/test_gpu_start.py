@@ -15,7 +15,7 @@ from expertwire.comm.all_to_all.nvlink import NvlinkAllToAll
 from expertwire.comm.control.channel import RankError
 from expertwire.deploy.ray.placement import ordinal
 from expertwire.engine import worker
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.loader import weights
 from expertwire.kernels import registry
 

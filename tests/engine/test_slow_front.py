@@ -5,7 +5,7 @@ import time
 from helpers import tiny_checkpoints as tiny
 
 from expertwire import SamplingParams
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.front import Front
 from expertwire.engine.launcher import LocalLauncher

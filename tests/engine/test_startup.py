@@ -8,7 +8,7 @@ from helpers.fake_cuda import FakeCuda
 
 from expertwire.comm.control.channel import RankTimeout
 from expertwire.engine import controller
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import memory_plan
 from expertwire.engine.kv_cache.memory_plan import Measured, MemoryPlan
 from expertwire.engine.startup import Orders, start_ranks

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expertwire.engine.config import dispatch_dtype
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config import validation
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.models.hub_config import read_model_config
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -35,9 +35,7 @@ def model(tmp_path):
 
 def sends_fp8(folder, *, on_gpu=True, **options):
     options = {"ep_size": 2} | options
-    return dispatch_dtype.sends_fp8(
-        EngineConfig(model=folder, **options), read_model_config(folder, "auto"), on_gpu=on_gpu
-    )
+    return validation.sends_fp8(EngineConfig(model=folder, **options), read_model_config(folder, "auto"), on_gpu=on_gpu)
 
 
 def test_by_oneself_where_every_layer_quantises_rows_just_so(model):
@@ -49,7 +47,7 @@ def test_by_oneself_where_every_layer_quantises_rows_just_so(model):
     assert not sends_fp8(model(quantization_config=FP8, hidden_size=192))
     plain = model()
     assert not sends_fp8(plain)
-    assert sends_fp8(plain, quantize="fp8"), "then all layers are"
+    assert sends_fp8(plain, quantization="fp8"), "then all layers are"
 
 
 @pytest.mark.parametrize("asked_by", ["tensors", "config"])
@@ -63,4 +61,4 @@ def test_layers_that_are_not_quantised_are_named(model, asked_by):
     message = "^dispatch_dtype 'fp8' needs, on a GPU, .* in every layer, and the checkpoint has those of layers 0, 2 as they are"
     options = {"dispatch_dtype": "fp8", "device": "cuda", "ep_size": 2}
     with pytest.raises(ValueError, match=message):
-        dispatch_dtype.check(EngineConfig(model=folder, **options), read_model_config(folder, "auto"))
+        validation.check_dispatch(EngineConfig(model=folder, **options), read_model_config(folder, "auto"))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertwire import LLM
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.runner.batch import in_parts
 from expertwire.engine.runner.slot_states import Scheduled
 from expertwire.engine.runner.slots import Slots
@@ -110,7 +110,7 @@ def test_all_backends(alone, all_to_all, ep_size):
 
 def test_where_nothing_travels_it_is_refused():
     with pytest.raises(
-        ValueError, match="enable_two_batch_overlap True has no effect with ep_size 1, where nothing travels"
+        ValueError, match="enable_two_batch_overlap True has no effect with ep_size 1, which exchanges no tokens"
     ):
         EngineConfig(model="x", enable_two_batch_overlap=True)
     with pytest.raises(ValueError, match="enable_two_batch_overlap must be True or False, got 1"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
-from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.engine.messages import (
     Abort,

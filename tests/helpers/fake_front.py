@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from expertwire.engine.config.engine import ModelInfo
+from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.outputs import EngineFailed, RequestError, Update
 from expertwire.engine.frontend.prompts import encode_prompt
 from expertwire.engine.frontend.request_options import RequestOptions

@@ -16,7 +16,7 @@ import triton
 
 from expertwire.comm.all_to_all import symmetric_buffer as arena
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.hub_config import read_model_config
 from expertwire.engine.runner import precompile

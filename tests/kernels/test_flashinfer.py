@@ -9,8 +9,8 @@ import torch
 from helpers import fake_flashinfer, flashinfer_signatures, hub_configs
 from helpers.paged_scenes import BATCHES, scene
 
-from expertwire.engine.config import attention_backend
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config import validation
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.kernels import registry
 from expertwire.kernels.gpu.device import H200
 from expertwire.kernels.ops import attention, mla
@@ -118,13 +118,13 @@ def test_models_that_it_cannot_compute(kind, lacks, tmp_path):
     model = hub_configs.read(tmp_path, hub_configs.HUB_CONFIGS[kind])
     config = EngineConfig(model="", attention_backend="flashinfer", numerics="fast")
     if not lacks:
-        attention_backend.check(config, model)
+        validation.check_attention(config, model)
         lacks.append("dtype float32 (bfloat16 is allowed)")
         model = replace(model, dtype="float32")
     with pytest.raises(ValueError, match=r"attention_backend 'flashinfer' lacks what .* needs: ") as raised:
-        attention_backend.check(config, model)
+        validation.check_attention(config, model)
     assert str(raised.value).partition("needs: ")[2] == f"{', '.join(lacks)}; use 'triton'"
-    attention_backend.check(replace(config, attention_backend="triton"), model)
+    validation.check_attention(replace(config, attention_backend="triton"), model)
 
 
 def test_the_table_is_of_the_installed_version():

@@ -11,7 +11,7 @@ from expertwire.comm.all_to_all.base import RankStalled
 from expertwire.comm.all_to_all.local import LocalAllToAll
 from expertwire.comm.control.channel import RankError
 from expertwire.engine import worker
-from expertwire.engine.config.engine import EngineConfig
+from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import memory_plan
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.runner import device_runner

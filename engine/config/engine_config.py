@@ -1,4 +1,4 @@
-"""What is run: the engine's options, as frozen values passed explicitly."""
+"""The engine's options, `EngineConfig`, and what it tells its clients, `ModelInfo`."""
 
 from __future__ import annotations
 
@@ -167,14 +167,16 @@ class EngineConfig:
     def _check_ranks(self) -> None:
         for field in ("eplb_step_interval", "enable_two_batch_overlap"):
             if (value := getattr(self, field)) and self.ep_size == 1:
-                raise ValueError(f"{field} {value} has no effect with ep_size 1, where nothing travels; use more ranks")
+                raise ValueError(
+                    f"{field} {value} has no effect with ep_size 1, which exchanges no tokens; use more ranks"
+                )
         if self.topology is not None and not isinstance(self.topology, str):
             raise ValueError(
                 f"topology must be the path of a file, 'nvl72', 'nvl36', 'hgx8' or None, got {self.topology!r}"
             )
         if self.topology is not None and not self.num_redundant_experts:
             raise ValueError(
-                f"topology {self.topology!r} has no effect with num_redundant_experts 0, where none has a replica"
+                f"topology {self.topology!r} has no effect with num_redundant_experts 0, which gives no expert a replica"
             )
 
     def _check_attention(self) -> None:
@@ -197,7 +199,7 @@ class EngineConfig:
         if self.all2all_backend != "auto":
             raise ValueError(f"all2all_table has no effect with all2all_backend {self.all2all_backend!r}; use 'auto'")
         if self.ep_size == 1:
-            raise ValueError("all2all_table has no effect with ep_size 1, where nothing travels; use more ranks")
+            raise ValueError("all2all_table has no effect with ep_size 1, which exchanges no tokens; use more ranks")
 
     def _check_policy(self) -> None:
         if self.tenant_weights is not None:
@@ -211,8 +213,8 @@ class EngineConfig:
         make_policy(self.scheduling_policy, aging=self.aging, tenant_weights=self.tenant_weights)
 
     @property
-    def num_parts(self) -> int:
-        """In which a step is computed."""
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step."""
         return 2 if self.enable_two_batch_overlap else 1
 
     def on(self, device: str) -> EngineConfig:
@@ -223,14 +225,14 @@ class EngineConfig:
 
     @property
     def step_tokens(self) -> int:
-        """Of one rank in one step, at most; there is a number once the device is known."""
+        """Maximum number of tokens in one step of one rank, once the device is known."""
         assert self.max_num_batched_tokens is not None, "max_num_batched_tokens depends on the device: see `on`"
         return self.max_num_batched_tokens
 
     @property
-    def part_tokens(self) -> int:
-        """Of one rank in one part of a step, at most."""
-        return -(-self.step_tokens // self.num_parts)
+    def micro_batch_tokens(self) -> int:
+        """Maximum number of tokens in one micro-batch of one rank."""
+        return -(-self.step_tokens // self.num_micro_batches)
 
     def resolved_launcher(self) -> Literal["local", "ray"]:
         """The launcher that "auto" means here."""
