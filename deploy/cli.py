@@ -29,7 +29,7 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop
 BENCHES: Mapping[str, tuple[str, str]] = {  # by name: the module in `expertwire.bench`, and the help text
     "throughput": ("serving.throughput", "tokens per second and per core-second of random prompts"),
     "all-to-all": ("all_to_all.run", "dispatch and combine beside their bounds, a model and published figures"),
-    "control": ("all_to_all.control", "microseconds per step of the control channel"),
+    "control": ("control", "microseconds per step of the control channel"),
     "quantize": ("kernels.quantize", "what holding experts in fewer bits costs in accuracy"),
     "balance": (
         "scheduler.balance",

@@ -1,8 +1,8 @@
-"""The control channel: named arrays between the controller, the ranks and the fronts. Knows no plan, imports no torch.
+"""The control channel: named arrays between the controller, the ranks and the frontends.
 
-`SocketChannel` (with `listen` and `connect`) joins two processes, for instance a front and the controller. `ControlHub` and
-`ControlLink` join the controller and P ranks: shared memory within a node, TCP across. Everyone proves a shared token first;
-nothing that arrives is ever unpickled. A message is a set of named arrays (`pack`, `unpack`).
+`SocketChannel` (with `listen` and `connect`) joins two processes, such as a frontend and the controller.
+`ControlHub` and `ControlLink` join the controller and P ranks. Every connection proves a shared token first,
+and nothing that arrives is ever unpickled. This package knows no plan and imports no torch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Protocol
 
 import numpy as np
 
+from expertwire.comm.control.codec import pack, unpack
+from expertwire.comm.control.errors import ChannelClosed, RankError, RankLost, RankTimeout
 from expertwire.comm.control.hub import ControlHub, this_node
 from expertwire.comm.control.link import ControlLink
 from expertwire.comm.control.socket_channel import Listener, SocketChannel, connect, listen
-from expertwire.comm.control.wire import ChannelClosed, RankError, RankLost, RankTimeout, pack, unpack
 
 __all__ = [
     "ChannelClosed",
@@ -39,15 +40,15 @@ class ControlChannel(Protocol):
     """Named arrays to one peer and back, in order."""
 
     def send(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Send a message without waiting for the peer to read it. Raises `ChannelClosed`."""
+        """Send a message without waiting for the peer to read it. Raise `ChannelClosed` at the end."""
         ...
 
     def recv(self, timeout_s: float | None) -> dict[str, np.ndarray] | None:
-        """The next message; None after `timeout_s` seconds (None: wait for ever). Raises `ChannelClosed` at the end."""
+        """Return the next message, or None after `timeout_s` seconds (None: wait for ever). Raise `ChannelClosed` at the end."""
         ...
 
     def fileno(self) -> int:
-        """Readable when `recv(0)` may have something; call that until it returns None, then select() again."""
+        """Return a descriptor that is readable when `recv(0)` may have something; call that until it returns None."""
         ...
 
     def close(self) -> None:

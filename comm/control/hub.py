@@ -1,13 +1,8 @@
-"""Plans from the controller to every rank, and their results back.
+"""The controller's side of the control channel: plans to every rank, results back.
 
-The controller has a `ControlHub`, every rank a `ControlLink`. A rank connects, says hello, and is told its place by node:
-
-    on the controller's node   plans through the hub's ring, results through a ring of its own (`comm.control.node`)
-    first rank of another node plans over its connection; it relays each one into its node's ring before it returns from `recv`
-    other ranks there          plans from that ring
-    all ranks on other nodes   results over their own connection to the hub
-
-Some connection of every rank stays open and is watched: its end means that the rank is dead, and is noticed at once.
+Each rank has one connection to the `ControlHub`, over which it sends results and whose end means that the
+rank has died. Plans take the same connections to ranks on the controller's node. To another node a plan goes
+once, to its first rank, which forwards it to the others (docs/adr/0002-control-channel.md has the figures).
 """
 
 from __future__ import annotations
@@ -18,27 +13,21 @@ import select
 import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from expertwire.comm.control.node import (
-    POLL_S,
-    Inbox,
-    NodeSender,
-    RingInbox,
-    SocketInbox,
-    receive,
-    spin_s,
-    wait,
-)
+from expertwire.comm.control.codec import pack, unpack
+from expertwire.comm.control.errors import ERROR, ChannelClosed, RankError, RankLost, RankTimeout
 from expertwire.comm.control.socket_channel import SocketChannel, listen
-from expertwire.comm.control.wire import ERROR, ChannelClosed, RankError, RankLost, RankTimeout, pack, unpack
+
+_POLL_S = 0.05
 
 
 def this_node() -> str:
-    """An id of this host that two processes share only if they can share memory and local sockets.
+    """Return an id of this host, equal in two processes only if they can share memory and local sockets.
 
     It differs between machines, network namespaces, and mounts of /dev/shm.
     """
@@ -50,34 +39,30 @@ def this_node() -> str:
 
 
 class ControlHub:
-    """The controller's side.
+    """Connections from the controller to all ranks.
 
     Args:
-        num_ranks: how many ranks will join.
-        address: where to listen; `address` of the hub is what to give to the ranks.
+        num_ranks: P.
+        address: where to listen. The attribute `address` is what to give to the ranks.
         token: shared secret; connections without it are dropped.
-        node: this host's id (`this_node()` unless given). Ranks with the same id get shared memory.
+        node: this host's id, `this_node()` by default.
     """
 
     def __init__(
         self, num_ranks: int, *, address: str = "tcp:127.0.0.1:0", token: str, node: str | None = None
     ) -> None:
         self.num_ranks = num_ranks
-        self._token = token
         self._node = node or this_node()
         self._listener = listen(address, token)
         self.address = self._listener.address
-        self._connections: dict[int, SocketChannel] = {}
-        self._inboxes: list[Inbox] = []
-        self._answers: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num_ranks)]
-        self._leaders: list[int] = []
-        self._sender: NodeSender | None = None
-        self._spin_s = 0.0
+        self._channels: dict[int, SocketChannel] = {}  # by rank
+        self._answers: list[deque[dict[str, np.ndarray]]] = [deque() for _ in range(num_ranks)]
+        self._receivers: list[int] = []  # ranks that get plans from here
         self._rank_of: dict[int, int] = {}  # by file descriptor
         self._poller = select.poll()
 
     def wait_joined(self, deadline_s: float, poll: Callable[[], None]) -> list[dict[str, np.ndarray]]:
-        """Let every rank join; returns what each said in its hello, by rank.
+        """Wait until every rank has joined, and return their hello messages by rank.
 
         Args:
             deadline_s: seconds from now.
@@ -88,50 +73,44 @@ class ControlHub:
             RankLost: a rank's connection ended.
         """
         deadline = time.monotonic() + deadline_s
-        hellos = self._meet(deadline, poll)
-        nodes = {rank: bytes(hello.pop("_node")).decode() for rank, hello in hellos.items()}
+        hellos = self._accept_ranks(deadline, poll)
+        ranks_of_node: dict[str, list[int]] = {}
+        for rank in range(self.num_ranks):
+            ranks_of_node.setdefault(bytes(hellos[rank].pop("_node")).decode(), []).append(rank)
         addresses = {rank: bytes(hello.pop("_address")) for rank, hello in hellos.items()}
-        members: dict[str, list[int]] = {}
+        for node, ranks in ranks_of_node.items():
+            receivers = ranks if node == self._node else ranks[:1]
+            self._receivers += receivers
+            for rank in ranks:
+                leader = b"" if rank in receivers else addresses[ranks[0]]
+                followers = len(ranks) - 1 if rank in receivers and len(receivers) == 1 else 0
+                self._welcome(rank, leader, followers)
         for rank in range(self.num_ranks):
-            members.setdefault(nodes[rank], []).append(rank)
-        local = members.pop(self._node, [])
-        self._leaders = [ranks[0] for ranks in members.values()]
-        if local:
-            self._spin_s = spin_s(len(local))
-            self._sender = NodeSender(self._token)
-            for rank in local:
-                self._welcome(rank, address=self._sender.address.encode(), followers=[])
-        for leader, *followers in members.values():
-            self._welcome(leader, address=b"", followers=followers)
-            for rank in followers:
-                self._welcome(rank, address=addresses[leader], followers=[])
-        inboxes = self._sender.gather(local, results=True, deadline=deadline, poll=poll) if self._sender else {}
-        for rank in range(self.num_ranks):
-            receive(self._connections[rank], rank, deadline, poll)  # "ready"
-        self._watch(inboxes)
+            self._wait_ready(rank, deadline, poll)
+        self._listener.close()
+        for rank, channel in self._channels.items():
+            self._rank_of[channel.fileno()] = rank
+            self._poller.register(channel.fileno(), select.POLLIN)
         return [hellos[rank] for rank in range(self.num_ranks)]
 
     def publish(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Send the same message to every rank, once per node, without waiting.
+        """Send the same message to every rank, once per remote node, without waiting.
 
         Raises:
-            RankLost: a rank's connection is gone.
+            RankLost: a rank's connection has ended.
         """
         message = pack(arrays)
-        for leader in self._leaders:
+        for rank in self._receivers:
+            channel = self._channels[rank]
             try:
-                self._connections[leader].send_frame(message)
+                channel.send_frame(message)
             except ChannelClosed as error:
-                raise RankLost(leader, str(error)) from error
-        lost = self._sender.send(message) if self._sender else []
-        if lost:
-            raise RankLost(lost[0], "its connection is gone")
-        for inbox in self._inboxes:
-            if inbox.channel.pending:
-                self._poller.modify(inbox.channel.fileno(), select.POLLIN | select.POLLOUT)
+                raise RankLost(rank, str(error)) from error
+            if channel.pending:
+                self._poller.modify(channel.fileno(), select.POLLIN | select.POLLOUT)
 
     def collect(self, timeout_s: float) -> list[dict[str, np.ndarray]]:
-        """One answer of every rank, by rank; later answers stay for the next call.
+        """Return one answer of every rank, by rank; later answers stay for the next call.
 
         Raises:
             RankLost: a rank's connection ended, even if others have not answered yet.
@@ -144,33 +123,30 @@ class ControlHub:
             if remaining <= 0:
                 missing = tuple(rank for rank, answers in enumerate(self._answers) if not answers)
                 raise RankTimeout(missing, f"did not answer within {timeout_s:g} s")
-            self._pump(wait(self._all_answered, self._inboxes, self._poller, remaining, self._spin_s))
-        return [answers.pop(0) for answers in self._answers]
+            self._handle(self._poller.poll(remaining * 1000))
+        return [answers.popleft() for answers in self._answers]
 
     def poll_lost(self) -> None:
-        """Look after the connections without waiting; an idle controller calls it when one of `filenos` is readable.
+        """Handle what has arrived, without waiting; an idle controller calls this when one of `filenos` is readable.
 
         Raises:
             RankLost: a rank's connection ended.
         """
-        self._pump(self._poller.poll(0))
+        self._handle(self._poller.poll(0))
 
     def filenos(self) -> list[int]:
-        """File descriptors that become readable when a rank dies (or sends something)."""
-        return [inbox.channel.fileno() for inbox in self._inboxes]
+        """Return the file descriptors that become readable when a rank dies or sends something."""
+        return list(self._rank_of)
 
     def close(self) -> None:
-        """Close every connection, which the ranks see as the end. Idempotent."""
+        """Close every connection; ranks then raise `ChannelClosed`. Idempotent."""
         self._listener.close()
-        for connection in self._connections.values():
-            connection.close()
-        for inbox in self._inboxes:
-            inbox.close()
-        if self._sender:
-            self._sender.close()
-        self._inboxes = []
+        for channel in self._channels.values():
+            channel.close()
+        self._rank_of = {}
 
-    def _meet(self, deadline: float, poll: Callable[[], None]) -> dict[int, dict[str, np.ndarray]]:
+    def _accept_ranks(self, deadline: float, poll: Callable[[], None]) -> dict[int, dict[str, np.ndarray]]:
+        """Return the hello message of each rank."""
         hellos: dict[int, dict[str, np.ndarray]] = {}
         newcomers: list[SocketChannel] = []
         while len(hellos) < self.num_ranks:
@@ -178,7 +154,7 @@ class ControlHub:
             if time.monotonic() > deadline:
                 missing = tuple(rank for rank in range(self.num_ranks) if rank not in hellos)
                 raise RankTimeout(missing, "did not connect to the controller in time")
-            if channel := self._listener.accept(POLL_S):
+            if channel := self._listener.accept(_POLL_S):
                 newcomers.append(channel)
             for channel in list(newcomers):
                 with contextlib.suppress(ChannelClosed):
@@ -189,57 +165,51 @@ class ControlHub:
                     assert rank in range(self.num_ranks), f"rank {rank} of {self.num_ranks}"
                     assert rank not in hellos, f"a second rank {rank}"
                     hellos[rank] = hello
-                    self._connections[rank] = channel
+                    self._channels[rank] = channel
                 newcomers.remove(channel)
-            for rank, channel in self._connections.items():
+            for rank, channel in self._channels.items():
                 try:
                     channel.ready_frames()
                 except ChannelClosed as error:
                     raise RankLost(rank, str(error)) from error
         return hellos
 
-    def _welcome(self, rank: int, *, address: bytes, followers: list[int]) -> None:
+    def _welcome(self, rank: int, leader: bytes, followers: int) -> None:
+        """Tell a rank where its plans come from (empty: here), and to how many ranks it forwards them."""
         try:
-            self._connections[rank].send(
-                {"address": np.frombuffer(address, np.uint8), "followers": np.array(followers, np.int64)}
+            self._channels[rank].send(
+                {"leader": np.frombuffer(leader, np.uint8), "num_followers": np.array([followers])}
             )
         except ChannelClosed as error:
             raise RankLost(rank, str(error)) from error
 
-    def _watch(self, inboxes: Mapping[int, RingInbox]) -> None:
-        """From now on one connection a rank: the local one where there is one."""
-        self._listener.close()
-        for rank in range(self.num_ranks):
-            if rank in inboxes:
-                self._connections.pop(rank).close()
-                self._inboxes.append(inboxes[rank])
-            else:
-                self._inboxes.append(SocketInbox(self._connections[rank]))
-            descriptor = self._inboxes[rank].channel.fileno()
-            self._rank_of[descriptor] = rank
-            self._poller.register(descriptor, select.POLLIN)
+    def _wait_ready(self, rank: int, deadline: float, poll: Callable[[], None]) -> None:
+        while True:
+            poll()
+            try:
+                if self._channels[rank].recv(_POLL_S) is not None:
+                    return
+            except ChannelClosed as error:
+                raise RankLost(rank, str(error)) from error
+            if time.monotonic() > deadline:
+                raise RankTimeout((rank,), "did not answer in time while the ranks were being joined")
 
     def _all_answered(self) -> bool:
-        complete = True
-        for rank, (inbox, answers) in enumerate(zip(self._inboxes, self._answers, strict=True)):
-            if not answers:
-                message = inbox.take()
-                if message is None:
-                    complete = False
-                    continue
-                answers.append(unpack(message))
-                if ERROR in answers[0]:
-                    details = {name: array for name, array in answers[0].items() if name != ERROR}
-                    raise RankError(rank, bytes(answers[0][ERROR]).decode(), details)
-        return complete
+        """Return whether each rank's next answer is here; raise `RankError` if one reports a failure."""
+        for rank, answers in enumerate(self._answers):
+            if answers and ERROR in answers[0]:
+                details = {name: array for name, array in answers[0].items() if name != ERROR}
+                raise RankError(rank, bytes(answers[0][ERROR]).decode(), details)
+        return all(self._answers)
 
-    def _pump(self, events: list[tuple[int, int]]) -> None:
+    def _handle(self, events: list[tuple[int, int]]) -> None:
         for descriptor, event in events:
             rank = self._rank_of[descriptor]
+            channel = self._channels[rank]
             try:
-                if event & select.POLLOUT and self._inboxes[rank].channel.flush():
+                if event & select.POLLOUT and channel.flush():
                     self._poller.modify(descriptor, select.POLLIN)
                 if event & ~select.POLLOUT:
-                    self._inboxes[rank].pump()
+                    self._answers[rank] += map(unpack, channel.ready_frames())
             except ChannelClosed as error:
                 raise RankLost(rank, str(error)) from error

@@ -1,26 +1,30 @@
-"""A rank's side of the control channel; `comm.control.hub` says which way messages travel."""
+"""A rank's side of the control channel; `comm.control.hub` describes the ways that messages take."""
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import select
+import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
 
-from expertwire.comm.control.node import Inbox, NodeSender, RingOutbox, SocketInbox, attach, wait
-from expertwire.comm.control.socket_channel import connect
-from expertwire.comm.control.wire import ERROR, ChannelClosed, pack, unpack
+from expertwire.comm.control.codec import unpack
+from expertwire.comm.control.errors import ERROR, ChannelClosed
+from expertwire.comm.control.socket_channel import SocketChannel, connect, listen
 
 _JOIN_S = 60.0  # for the peers to do their part once all ranks have said hello
 _DRAIN_S = 60.0  # for a peer to read on in the middle of a message
-_FOREVER_S = 1e9
+_POLL_S = 0.05
 
 
 class ControlLink:
     """A rank's connection to the controller.
 
-    The first `recv` completes the joining, which needs every rank: so a rank calls it as soon as it is ready for plans.
+    The first `recv` completes the joining, which needs every rank, so a rank calls it as soon as it is ready for plans.
 
     Args:
         address: the hub's.
@@ -41,38 +45,42 @@ class ControlLink:
         self._token = token
         self._hub = connect(address, token)
         self.local_ip = self._hub.local_ip
-        self._relay = NodeSender(token)
-        self._inbox: Inbox | None = None
-        self._outbox: RingOutbox | None = None  # None: results go over the connection to the hub
-        self._spin_s = 0.0
+        name = f"unix:@expertwire-{secrets.token_hex(8)}" if sys.platform == "linux" else "tcp:127.0.0.1:0"
+        self._listener = listen(name, token)  # for the other ranks of this node, if this one forwards plans
+        self._plans: SocketChannel | None = None  # the hub, or the rank of this node that forwards
+        self._followers: list[SocketChannel] = []
+        self._frames: deque[bytearray] = deque()
         self._poller = select.poll()
         reserved = {
             "_rank": np.array([rank]),
             "_node": np.frombuffer(node.encode(), np.uint8),
-            "_address": np.frombuffer(self._relay.address.encode(), np.uint8),
+            "_address": np.frombuffer(self._listener.address.encode(), np.uint8),
         }
         self._hub.send({**hello, **reserved})
 
     def recv(self, timeout_s: float | None = None) -> dict[str, np.ndarray] | None:
-        """The next plan, or None after `timeout_s` seconds (None: wait for ever).
+        """Return the next plan, or None after `timeout_s` seconds (None: wait for ever).
 
         Raises:
             ChannelClosed: the controller is gone, or refused this rank.
         """
-        timeout_s = _FOREVER_S if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
-        inbox = self._inbox or self._join(timeout_s)
-        if inbox is None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if self._plans is None and not self._join(timeout_s):
             return None
-        while (message := inbox.take()) is None:
-            remaining = max(0.0, deadline - time.monotonic())
-            self._pump(inbox, wait(inbox.ready, [inbox], self._poller, remaining, self._spin_s))
-            if not remaining and not inbox.ready():
+        while not self._frames:
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            events = self._poller.poll(remaining)
+            if not events:
                 return None
-        if self._relay.members:
-            # Before this rank computes: the others of its node would wait for the plan, and this rank for them.
-            self._relay.send(message)
-            self._relay.drain(_DRAIN_S)
+            self._read(events)
+        message = self._frames.popleft()
+        # Forwarded before this rank computes: its all-to-all waits for the others.
+        for follower in self._followers:
+            with contextlib.suppress(ChannelClosed):  # the hub notices a lost rank
+                follower.send_frame(message)
+        for follower in self._followers:
+            with contextlib.suppress(ChannelClosed):
+                follower.drain(_DRAIN_S)
         return unpack(message)
 
     def send(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -81,33 +89,23 @@ class ControlLink:
         Raises:
             ChannelClosed: the controller is gone.
         """
-        assert self._inbox, f"rank {self._rank} answers before it has joined"
-        message = pack(arrays)
-        if self._outbox:
-            if self._outbox.send(message):
-                raise ChannelClosed("the controller closed the connection")
-            self._inbox.channel.drain(_DRAIN_S)
-        else:
-            self._hub.send_frame(message)
-            self._hub.drain(_DRAIN_S)
+        assert self._plans, f"rank {self._rank} answers before it has joined"
+        self._hub.send(arrays)
+        self._hub.drain(_DRAIN_S)
 
     def fail(self, message: str, **details: np.ndarray) -> None:
-        """Answer that this rank failed: the controller need not wait for the others. Raises `ChannelClosed`."""
+        """Report a failure, so that the controller does not wait for the others. Raise `ChannelClosed` as `send`."""
         self.send({ERROR: np.frombuffer(message.encode(), np.uint8), **details})
 
     def close(self) -> None:
-        """Leave: the controller sees a lost rank. Idempotent."""
-        self._hub.close()
-        self._relay.close()
-        if self._outbox:
-            self._outbox.close()
-            self._outbox = None
-        if self._inbox:
-            self._inbox.close()
-            self._inbox = None
+        """Close all connections; the controller then raises `RankLost`. Idempotent."""
+        self._listener.close()
+        for channel in (self._hub, self._plans, *self._followers):
+            if channel:
+                channel.close()
 
-    def _join(self, timeout_s: float) -> Inbox | None:
-        """Take the place that the hub gives; where plans will arrive, or None if nothing was heard for `timeout_s`."""
+    def _join(self, timeout_s: float | None) -> bool:
+        """Connect as the hub's welcome message says; return False if none came within `timeout_s`."""
         try:
             welcome = self._hub.recv(timeout_s)
         except ChannelClosed as error:
@@ -115,45 +113,41 @@ class ControlLink:
                 f"the controller ended the connection (a wrong token, or it failed): {error}"
             ) from error
         if welcome is None:
-            return None
-        address = bytes(welcome["address"]).decode()
-        if address:
-            self._inbox, self._outbox, self._spin_s = attach(address, self._token, self._rank, _JOIN_S)
-        else:
-            self._inbox = SocketInbox(self._hub)
-        followers = welcome["followers"].tolist()
-        if followers:
-            self._relay.gather(followers, results=False, deadline=time.monotonic() + _JOIN_S, poll=self._check_hub)
-        else:
-            self._relay.close()
+            return False
+        leader = bytes(welcome["leader"]).decode()
+        self._plans = connect(leader, self._token) if leader else self._hub
+        self._accept_followers(int(welcome["num_followers"][0]))
+        for channel in {self._hub, self._plans}:
+            self._poller.register(channel.fileno(), select.POLLIN)
         self._hub.send({"ready": np.array([self._rank])})
-        if self._outbox:
-            self._hub.close()  # the local connection takes its place
-        else:
-            self._poller.register(self._hub.fileno(), select.POLLIN)
-        if self._inbox.channel is not self._hub:
-            self._poller.register(self._inbox.channel.fileno(), select.POLLIN)
-        return self._inbox
+        return True
+
+    def _accept_followers(self, count: int) -> None:
+        deadline = time.monotonic() + _JOIN_S
+        while len(self._followers) < count:
+            self._check_hub()
+            if time.monotonic() > deadline:
+                raise ChannelClosed(f"{count - len(self._followers)} ranks of this node did not connect in time")
+            if channel := self._listener.accept(_POLL_S):
+                self._followers.append(channel)
+        self._listener.close()
 
     def _check_hub(self) -> None:
-        """Nothing can come from the hub at this time except its end."""
+        """Raise `ChannelClosed` if the hub has ended; nothing else can come from it at this time."""
         frames = self._hub.ready_frames()
         assert not frames, f"{len(frames)} early messages"
 
-    def _pump(self, inbox: Inbox, events: list[tuple[int, int]]) -> None:
+    def _read(self, events: list[tuple[int, int]]) -> None:
+        assert self._plans
         for descriptor, _ in events:
-            if inbox.channel is self._hub:
-                inbox.pump()
-            elif descriptor == self._hub.fileno():
+            if descriptor != self._plans.fileno():
                 self._check_hub()
-            else:
-                self._pump_local(inbox)
-
-    def _pump_local(self, inbox: Inbox) -> None:
-        try:
-            inbox.pump()
-        except ChannelClosed:
-            if not self._outbox:
-                # The node's first rank is gone. If this rank left now, the hub might see its end first and blame it.
-                self._hub.recv_frame(_JOIN_S)
-            raise
+                continue
+            try:
+                self._frames += self._plans.ready_frames()
+            except ChannelClosed:
+                if self._plans is not self._hub:
+                    # The rank that forwards plans is gone. If this rank left at once, the hub might
+                    # see its end first and report the wrong rank.
+                    self._hub.recv_frame(_JOIN_S)
+                raise

@@ -1,9 +1,9 @@
 """Control channels over unix and TCP sockets.
 
-Addresses are strings: `unix:/path`, `unix:@name` (Linux's abstract names: nothing in the file system, private to a network
-namespace) and `tcp:host:port` (port 0 picks a free one). A connection starts with a fixed preface that carries the SHA-256 of
-the shared token; after it, both directions carry frames: u64 length (little endian), then that many bytes. An empty frame is a
-doorbell (`comm.control.node`); any other holds a message.
+Addresses are strings: `unix:/path`, `unix:@name` (Linux's abstract names: nothing in the file system, private
+to a network namespace) and `tcp:host:port` (port 0 picks a free one). A connection starts with a fixed preface
+that carries the SHA-256 of the shared token; after it, both directions carry frames: u64 length (little
+endian), then a message of that many bytes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
-from expertwire.comm.control.wire import ChannelClosed, pack, unpack
+from expertwire.comm.control.codec import pack, unpack
+from expertwire.comm.control.errors import ChannelClosed
 
 _LENGTH = struct.Struct("<Q")
 _MAGIC = b"xpwire01"
 _PREFACE_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
-_PREFACE_S = 10.0  # a stranger that says nothing is dropped after this time
-_MAX_STRANGERS = 128
+_PREFACE_S = 10.0  # a connection without a preface is dropped after this time
+_MAX_UNVERIFIED = 128
 _CHUNK_BYTES = 1 << 18
 _LONGEST_POLL_S = 3600.0  # poll() takes at most 24 days
 MAX_PENDING_BYTES = 64 << 20
@@ -38,10 +39,10 @@ MAX_PENDING_BYTES = 64 << 20
 class SocketChannel:
     """Named arrays over a connected stream socket.
 
-    Nothing here blocks except `recv` and `drain`: what the kernel does not take at once waits in an outgoing buffer, which
-    every later `send`, `recv` and `flush` tries to empty. A loop of its own watches `fileno()` for reading (and for writing
-    while `pending` is not 0, then calls `flush`), and calls `recv(0)` until it returns None: data that was read ahead is
-    not visible to select(). One thread may send while another receives.
+    Only `recv` and `drain` block: what the kernel does not take at once waits in an outgoing buffer, which every
+    later `send`, `recv` and `flush` tries to empty. A select() loop watches `fileno()` for reading (and for
+    writing while `pending` is not 0, then calls `flush`), and calls `recv(0)` until it returns None, because
+    data that was read ahead is not visible to select(). One thread may send while another receives.
     """
 
     def __init__(self, sock: socket.socket, *, max_pending: int = MAX_PENDING_BYTES) -> None:
@@ -63,10 +64,10 @@ class SocketChannel:
         self.send_frame(pack(arrays))
 
     def recv(self, timeout_s: float | None) -> dict[str, np.ndarray] | None:
-        """The next message, or None when there is none after `timeout_s` seconds (None: wait for ever).
+        """Return the next message, or None when there is none after `timeout_s` seconds (None: wait for ever).
 
         Raises:
-            ChannelClosed: the connection has ended and everything received has been returned, or the peer sent nonsense.
+            ChannelClosed: the connection has ended and everything received has been returned, or the peer sent no valid message.
         """
         frame = self.recv_frame(timeout_s)
         try:
@@ -76,11 +77,11 @@ class SocketChannel:
             raise ChannelClosed(str(error)) from error
 
     def fileno(self) -> int:
-        """The socket's file descriptor, -1 after `close`."""
+        """Return the socket's file descriptor, -1 after `close`."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the connection; what the kernel has not taken by now is lost. Idempotent."""
+        """Close the connection; data that the kernel has not taken by now is lost. Idempotent."""
         with contextlib.suppress(ChannelClosed):
             self.flush()
         with contextlib.suppress(OSError):
@@ -97,9 +98,9 @@ class SocketChannel:
         """This host's address as the peer sees it; 127.0.0.1 on a unix socket."""
         return "127.0.0.1" if self._sock.family == socket.AF_UNIX else self._sock.getsockname()[0]
 
-    def send_frame(self, *parts: bytes | bytearray | memoryview) -> None:
-        """Send one frame made of `parts`, or queue it; without parts, a doorbell. Raises as `send`."""
-        frame = [_LENGTH.pack(sum(map(len, parts))), *parts]
+    def send_frame(self, message: bytes | bytearray) -> None:
+        """Send a packed message, or queue it. Raise as `send`."""
+        frame = [_LENGTH.pack(len(message)), message]
         with self._lock:
             if self._outgoing:
                 self._flush()
@@ -113,7 +114,7 @@ class SocketChannel:
                 sent = max(0, sent - len(part))
 
     def recv_frame(self, timeout_s: float | None) -> bytearray | None:
-        """The next frame, or None after `timeout_s`. Raises as `recv`."""
+        """Return the next packed message, or None after `timeout_s`. Raise as `recv`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._flush_quietly()
         while (frame := self._take_frame()) is None:
@@ -126,7 +127,7 @@ class SocketChannel:
         return frame
 
     def ready_frames(self) -> list[bytearray]:
-        """Every frame that is complete after reading once, without waiting. Raises as `recv`, but only when there is none."""
+        """Return all packed messages that are complete after one read, without waiting. If there is none, raise as `recv`."""
         frames = self._take_frames()
         try:
             self._read()
@@ -136,7 +137,7 @@ class SocketChannel:
         return frames + self._take_frames()
 
     def flush(self) -> bool:
-        """Try to empty the outgoing buffer without waiting; whether it is empty. Raises as `send`."""
+        """Try to empty the outgoing buffer without waiting; return whether it is empty. Raise as `send`."""
         with self._lock:
             self._flush()
             return not self._outgoing
@@ -173,7 +174,7 @@ class SocketChannel:
         return frames
 
     def _read(self) -> bool:
-        """Read once; whether there was anything."""
+        """Read once; return whether there was anything."""
         try:
             data = self._sock.recv(_CHUNK_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -210,23 +211,23 @@ class SocketChannel:
         try:
             self.flush()
         except ChannelClosed:
-            # What the peer said before it went is still to be read; the reads will find its end.
+            # Messages that the peer sent before it ended are still to be read; the reads will find the end.
             self._outgoing.clear()
 
 
 class Listener:
-    """Accepts connections of peers that know the token; the others are dropped."""
+    """Accept connections of peers that know the token; drop the others."""
 
     def __init__(self, address: str, token: str) -> None:
         self._preface = _preface(token)
         self._sock, self._path = _bind(address)
         self.address = _address_of(self._sock, address)
-        self._strangers: dict[socket.socket, tuple[float, bytearray]] = {}
+        self._unverified: dict[socket.socket, tuple[float, bytearray]] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._sock, selectors.EVENT_READ)
 
     def accept(self, timeout_s: float | None) -> SocketChannel | None:
-        """The next connection that has shown the token, or None after `timeout_s` seconds (None: wait for ever).
+        """Return the next connection that has shown the token, or None after `timeout_s` seconds (None: wait for ever).
 
         A select() loop watches `fileno()` and calls `accept(0)` until it returns None.
         """
@@ -236,67 +237,67 @@ class Listener:
             events = self._selector.select(remaining)
             for key, _ in events:
                 if key.fileobj is self._sock:
-                    self._meet_strangers()
+                    self._accept_new()
                 elif channel := self._check(key.data):
                     return channel
-            self._forget_strangers()
+            self._drop_expired()
             if not events and remaining == 0.0:
                 return None
 
     def fileno(self) -> int:
-        """A file descriptor that is readable when `accept(0)` has something to do."""
+        """Return a file descriptor that is readable when `accept(0)` has something to do."""
         return self._selector.fileno()
 
     def close(self) -> None:
         """Stop listening and drop the connections that have not shown the token. Idempotent."""
-        for stranger in list(self._strangers):
-            self._drop(stranger)
+        for sock in list(self._unverified):
+            self._drop(sock)
         self._selector.close()
         self._sock.close()
         if self._path:
             self._path.unlink(missing_ok=True)
             self._path = None
 
-    def _meet_strangers(self) -> None:
+    def _accept_new(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                stranger, _ = self._sock.accept()
-                stranger.setblocking(False)
-                self._strangers[stranger] = (time.monotonic() + _PREFACE_S, bytearray())
-                self._selector.register(stranger, selectors.EVENT_READ, stranger)
+                sock, _ = self._sock.accept()
+                sock.setblocking(False)
+                self._unverified[sock] = (time.monotonic() + _PREFACE_S, bytearray())
+                self._selector.register(sock, selectors.EVENT_READ, sock)
 
-    def _check(self, stranger: socket.socket) -> SocketChannel | None:
-        _, said = self._strangers[stranger]
+    def _check(self, sock: socket.socket) -> SocketChannel | None:
+        _, said = self._unverified[sock]
         try:
-            data = stranger.recv(_PREFACE_BYTES - len(said))
+            data = sock.recv(_PREFACE_BYTES - len(said))
         except OSError:
             data = b""
         said += data
         if data and len(said) < _PREFACE_BYTES:
             return None
         if not hmac.compare_digest(bytes(said), self._preface):
-            self._drop(stranger)
+            self._drop(sock)
             return None
-        self._selector.unregister(stranger)
-        del self._strangers[stranger]
-        _tune(stranger)
-        return SocketChannel(stranger)
+        self._selector.unregister(sock)
+        del self._unverified[sock]
+        _tune(sock)
+        return SocketChannel(sock)
 
-    def _forget_strangers(self) -> None:
+    def _drop_expired(self) -> None:
         now = time.monotonic()
-        too_many = len(self._strangers) - _MAX_STRANGERS
-        for index, (stranger, (deadline, _)) in enumerate(list(self._strangers.items())):
+        too_many = len(self._unverified) - _MAX_UNVERIFIED
+        for index, (sock, (deadline, _)) in enumerate(list(self._unverified.items())):
             if index < too_many or now > deadline:
-                self._drop(stranger)
+                self._drop(sock)
 
-    def _drop(self, stranger: socket.socket) -> None:
-        self._selector.unregister(stranger)
-        del self._strangers[stranger]
-        stranger.close()
+    def _drop(self, sock: socket.socket) -> None:
+        self._selector.unregister(sock)
+        del self._unverified[sock]
+        sock.close()
 
 
 def listen(address: str, token: str) -> Listener:
-    """Listen at `address`; `Listener.address` names the port that was picked.
+    """Listen at `address`; `Listener.address` has the chosen port.
 
     Raises:
         ValueError: the address is malformed.
@@ -330,7 +331,7 @@ def _preface(token: str) -> bytes:
 
 
 def _parse_address(address: str) -> tuple[socket.AddressFamily, str | tuple[str, int], Path | None]:
-    """Family, the socket module's address, and the path in the file system if there is one."""
+    """Return the family, the socket module's address, and the path in the file system if there is one."""
     kind, _, where = address.partition(":")
     if kind == "unix" and where.startswith("@") and len(where) > 1:
         return socket.AF_UNIX, "\0" + where[1:], None
@@ -370,7 +371,7 @@ def _address_of(sock: socket.socket, asked: str) -> str:
 
 
 def _tune(sock: socket.socket) -> None:
-    """No delay for small messages; a host that vanished without a word is noticed within about ten seconds."""
+    """Send small messages at once, and notice within about ten seconds that a host is gone."""
     if sock.family == socket.AF_UNIX:
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,7 +1,6 @@
-"""A worker without a model: it joins the hub and does what each message asks. Plus what tests need around it.
+"""A worker without a model, which joins the hub and does what each message asks.
 
-`config` is a dictionary: `nodes` (node id by rank; the real one if missing), `fail_at_start` (a rank that raises), `recheck_s`
-(after what time a sleeper looks again).
+`config` is a dictionary: `nodes` (node id by rank; the real one if missing), `fail_at_start` (a rank that raises).
 A plan has `step`, and may have `die`, `hang`, `quit` or `fail` (a rank), `nap_us` (sleep at random up to that), `answer`
 (items to send back).
 """
@@ -21,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 import expertwire
-from expertwire.comm.control import node as control_node
 from expertwire.comm.control.channel import ChannelClosed, ControlHub, ControlLink
 from expertwire.engine import process
 
@@ -29,11 +27,10 @@ TOKEN = "a secret"
 
 
 def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: str, node: str, gpu: int) -> None:
-    """The signature of `expertwire.engine.worker.worker_main`; what it shall do may be no engine's config."""
+    """Run a rank; the signature is that of `expertwire.engine.worker.worker_main`."""
     config = config if isinstance(config, dict) else {}
     if config.get("fail_at_start") == rank:
         raise RuntimeError("cannot start")
-    control_node.RECHECK_S = config.get("recheck_s", control_node.RECHECK_S)
     node = config["nodes"][rank] if "nodes" in config else node
     hello = {
         "pid": np.array([os.getpid()]),
@@ -47,16 +44,16 @@ def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: st
     with contextlib.suppress(ChannelClosed):
         while True:
             plan = link.recv(None)
-            order = next(
+            action = next(
                 (name for name in ("die", "hang", "quit", "fail") if name in plan and plan[name][0] == rank), None
             )
-            if order == "die":
+            if action == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif order == "hang":
+            elif action == "hang":
                 time.sleep(3600)
-            elif order == "quit":
+            elif action == "quit":
                 return link.close()
-            elif order == "fail":
+            elif action == "fail":
                 link.fail("out of luck")
                 continue
             if "nap_us" in plan:
@@ -67,7 +64,7 @@ def worker_main(config: dict, rank: int, num_ranks: int, address: str, token: st
 
 
 def _num_shadows() -> int:
-    """How many of our folders would be imported under their bare names, in place of somebody else's package."""
+    """Return how many of our folders would be imported by their bare names, in place of other packages."""
     root = str(Path(expertwire.__file__).parent.parent)
     specs = [
         importlib.util.find_spec(name) for name in ("bench", "comm", "deploy", "engine", "kernels", "moe", "scheduler")
@@ -76,7 +73,7 @@ def _num_shadows() -> int:
 
 
 def controller_main(num_ranks: int, config: dict) -> None:
-    """A controller as a process of its own, which prints the pids of its ranks and steps until it is killed."""
+    """Run a controller that prints the pids of its ranks and steps until it is killed."""
     hub = ControlHub(num_ranks, token=TOKEN)
     workers = [start_rank(config, rank, num_ranks, hub.address) for rank in range(num_ranks)]
     hub.wait_joined(30, lambda: None)
@@ -94,7 +91,7 @@ def start_rank(config: dict, rank: int, num_ranks: int, address: str, token: str
 
 @contextlib.contextmanager
 def joined(nodes: str, config: dict | None = None) -> Iterator[tuple[ControlHub, list[subprocess.Popen[bytes]]]]:
-    """A hub on node A and a rank on each of `nodes` ("AAB": two there and one on B); all gone afterwards."""
+    """Yield a hub on node A with a rank on each of `nodes` ("AAB": two on A and one on B), and the rank processes."""
     hub = ControlHub(len(nodes), token=TOKEN, node="A")
     config = {"nodes": tuple(nodes)} | (config or {})
     workers = [start_rank(config, rank, len(nodes), hub.address) for rank in range(len(nodes))]
@@ -106,29 +103,10 @@ def joined(nodes: str, config: dict | None = None) -> Iterator[tuple[ControlHub,
         process.stop_all(workers, 5)
 
 
-def plan(step: int, size: int = 10, **orders: int) -> dict[str, np.ndarray]:
-    """A plan whose data sum to `step * size`."""
+def plan(step: int, size: int = 10, **actions: int) -> dict[str, np.ndarray]:
+    """Return a plan whose data sum to `step * size`."""
     return {
         "step": np.array([step]),
         "data": np.full(size, step),
-        **{name: np.array([value]) for name, value in orders.items()},
+        **{name: np.array([value]) for name, value in actions.items()},
     }
-
-
-@contextlib.contextmanager
-def nothing_left_in_shared_memory(seconds: float = 60) -> Iterator[None]:
-    """What has a name in shared memory afterwards, and had none before, loses it soon.
-
-    Engines of other test processes give names there too, but only until their ranks have joined.
-    """
-    before = _named_in_shared_memory()
-    yield
-    new, deadline = _named_in_shared_memory() - before, time.monotonic() + seconds
-    while new and time.monotonic() < deadline:
-        time.sleep(0.05)
-        new &= _named_in_shared_memory()
-    assert not new
-
-
-def _named_in_shared_memory() -> set[Path]:
-    return set(Path("/dev/shm").glob("expertwire-*"))

@@ -1,11 +1,11 @@
-"""The message format of the control channel, and what can go wrong on one.
+"""Encoding of the control channel's messages, which are named arrays.
 
-A message is a set of named arrays. Little endian; every part starts at a multiple of 8 bytes:
+Little endian; every part starts at a multiple of 8 bytes:
 
     u32 length of the schema | u32 0 | schema | i64 dimensions of all arrays, one after the other | array | array | ...
 
-The schema is JSON, `[[name, dtype, number of dimensions], ...]`. It repeats from step to step, so both sides remember what
-they have written or parsed.
+The schema is JSON, `[[name, dtype, number of dimensions], ...]`. It is the same in most steps, so both
+sides cache what they have written or parsed.
 """
 
 from __future__ import annotations
@@ -17,70 +17,13 @@ from functools import lru_cache
 
 import numpy as np
 
-ERROR = "_error"  # the array that marks an answer as a failure: UTF-8 text
 _HEAD = struct.Struct("<II")
 _PADDING = tuple(bytes(n) for n in range(8))
 _KINDS = "biufc"  # bool, integers, floats, complex
 
 
-class ChannelClosed(ConnectionError):
-    """The peer closed the connection, died, or stopped reading for too long."""
-
-
-class RankLost(RuntimeError):
-    """A rank's connection is gone.
-
-    Attributes:
-        rank: which one.
-        reason: what was seen on its connection.
-    """
-
-    def __init__(self, rank: int, reason: str) -> None:
-        super().__init__(f"rank {rank} is lost: {reason}")
-        self.rank = rank
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[RankLost], tuple[int, str]]:
-        return RankLost, (self.rank, self.reason)
-
-
-class RankError(RuntimeError):
-    """A rank has answered that it failed.
-
-    Attributes:
-        rank: which one.
-        message: what it said.
-        details: what else it sent with it.
-    """
-
-    def __init__(self, rank: int, message: str, details: Mapping[str, np.ndarray] | None = None) -> None:
-        super().__init__(f"rank {rank}: {message}")
-        self.rank = rank
-        self.message = message
-        self.details = details or {}
-
-    def __reduce__(self) -> tuple[type[RankError], tuple[int, str, Mapping[str, np.ndarray]]]:
-        return RankError, (self.rank, self.message, self.details)
-
-
-class RankTimeout(TimeoutError):
-    """Ranks did not answer in time.
-
-    Attributes:
-        ranks: those that are missing.
-    """
-
-    def __init__(self, ranks: tuple[int, ...], what: str) -> None:
-        super().__init__(f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {what}")
-        self.ranks = ranks
-        self.what = what
-
-    def __reduce__(self) -> tuple[type[RankTimeout], tuple[tuple[int, ...], str]]:
-        return RankTimeout, (self.ranks, self.what)
-
-
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Named arrays of a primitive dtype and any shape as one message.
+    """Return one message of named arrays of a primitive dtype and any shape.
 
     Raises:
         ValueError: an array is structured, of objects, of strings or of dates.
@@ -97,10 +40,10 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unpack(buffer: bytes | bytearray | memoryview) -> dict[str, np.ndarray]:
-    """The arrays of a message, as views of `buffer` (which must be aligned to 8 bytes), writable if it is.
+    """Return the arrays of a message, as views of `buffer`, which must be aligned to 8 bytes.
 
     Raises:
-        ValueError: `buffer` holds no message.
+        ValueError: `buffer` is not a message.
     """
     try:
         length, _ = _HEAD.unpack_from(buffer)

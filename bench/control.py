@@ -1,13 +1,15 @@
-"""The control channel's cost per step, next to what Ray itself would offer, in one run.
+"""Cost of a step on the control channel, beside what Ray itself would offer.
 
-A step sends one plan to every rank and waits until every rank has answered; the ranks compute nothing. Four channels:
+A step sends one plan to every rank and waits until every rank has answered; the ranks compute nothing. Channels:
 
-    shm      our channel, ranks on the controller's node
-    tcp      our channel, every rank on a node of its own (on this machine, through the loopback interface)
+    direct   our channel, ranks on the controller's node
+    relay    our channel, all ranks on another node, whose first rank forwards plans to the others
+             (on this machine, through the loopback interface)
     actor    a Ray actor call to every rank and `ray.get` of the answers
     graph    a Ray compiled graph over all ranks
 
-Everyone moves the same arrays, packed by us: for Ray they are one `bytes` object, which is the best case of its serialiser.
+All move the same arrays, packed by us: for Ray they are one `bytes` object, the best case of its serialiser.
+Blocks of steps of all channels alternate, because other load on the machine comes and goes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,14 +34,15 @@ from expertwire.deploy.ray.launcher import RayLauncher
 from expertwire.engine.launcher import LocalLauncher, WorkerSpec
 from expertwire.scheduler.plan import StepPlan, StepResult
 
-CHANNELS = ("shm", "tcp", "actor", "graph")
+CHANNELS = ("direct", "relay", "actor", "graph")
 DECODES = (64, 3700)  # of all ranks together: plans of about 2 and 50 KB
-GAPS_US = (0, 1000)  # between steps: waiting ranks still spin, or sleep as they do in an engine
-_WARM_UP = 50
+GAPS_US = (0, 1000)  # between steps
+_BLOCK = 50  # steps of a channel before the next one takes its turn
+_WARM_UP_STEPS = 5
 
 
 class Channel(Protocol):
-    """One way to move a step."""
+    """One way to carry out a step."""
 
     pids: list[int]  # of the ranks
 
@@ -49,43 +52,40 @@ class Channel(Protocol):
 
 
 def answer(plan: dict[str, np.ndarray], num_ranks: int) -> dict[str, np.ndarray]:
-    """What a rank sends back: a `StepResult` with its share of the decodes."""
+    """Return a rank's answer: a `StepResult` with its share of the decodes."""
     return _arrays(StepResult, "_O", len(StepPlan.from_arrays(plan).sched_slot_S) // num_ranks, num_ranks)
 
 
 def plan_of(decodes: int, num_ranks: int) -> dict[str, np.ndarray]:
-    """A `StepPlan` in which every rank decodes its share and nothing else happens."""
+    """Return a `StepPlan` in which every rank decodes its share and nothing else happens."""
     return _arrays(StepPlan, "_S", decodes, num_ranks)
 
 
 def run(
     num_ranks: tuple[int, ...] = (1, 2, 4), steps: int = 1000, channels: tuple[str, ...] = CHANNELS
 ) -> dict[str, Any]:
-    """Measure; returns `rows` with, for each combination, µs per step (`p50_us`, `p99_us`) and CPU time per step.
+    """Measure; return `rows` with, for each combination, µs per step (`p50_us`, `p99_us`) and CPU time per step.
 
-    `cpu_us` counts the controller and the ranks, `ray_cpu_us` Ray's own processes.
+    `controller_cpu_us` is of this process, `ranks_cpu_us` of the ranks, `ray_cpu_us` of Ray's own processes.
     """
     rows = []
     with _ray(any(name in ("actor", "graph") for name in channels)) as daemons:
         for ranks in num_ranks:
-            for name in channels:
-                with _OPEN[name](ranks) as channel:
-                    for decodes in DECODES:
-                        for gap_us in GAPS_US:
-                            row = {
-                                "channel": name,
-                                "ranks": ranks,
-                                "bytes": len(pack(plan_of(decodes, ranks))),
-                                "gap_us": gap_us,
-                            }
-                            rows.append(row | _measure(channel, plan_of(decodes, ranks), gap_us, steps, daemons))
+            with contextlib.ExitStack() as stack:
+                opened = {name: stack.enter_context(_OPEN[name](ranks)) for name in channels}
+                for decodes in DECODES:
+                    plan = plan_of(decodes, ranks)
+                    for gap_us in GAPS_US:
+                        for name, figures in _measure(opened, plan, gap_us, steps, daemons).items():
+                            row = {"channel": name, "ranks": ranks, "bytes": len(pack(plan)), "gap_us": gap_us}
+                            rows.append(row | figures)
                             print(_line(rows[-1]), flush=True)
     machine = {"cpu": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     return {"machine": machine, "ray": ray.__version__, "steps": steps, "rows": rows}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `expertwire bench control`."""
+    """Add the options of `expertwire bench control`."""
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to measure")
     parser.add_argument("--steps", type=int, default=1000, help="steps per measurement")
     parser.add_argument("--channels", nargs="+", choices=CHANNELS, default=list(CHANNELS), help="what to measure")
@@ -105,43 +105,58 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    channel: Channel, plan: dict[str, np.ndarray], gap_us: int, steps: int, daemons: list[psutil.Process]
-) -> dict[str, float]:
-    ours = [psutil.Process(), *map(psutil.Process, channel.pids)]
-    for _ in range(_WARM_UP):
-        channel.step(plan)
-    before = _cpu_s(ours), _cpu_s(daemons)
-    times = np.empty(steps)
-    for index in range(steps):
-        if gap_us:
-            time.sleep(gap_us * 1e-6)
-        start = time.perf_counter()
-        answers = channel.step(plan)
-        times[index] = time.perf_counter() - start
+    channels: Mapping[str, Channel],
+    plan: dict[str, np.ndarray],
+    gap_us: int,
+    steps: int,
+    daemons: list[psutil.Process],
+) -> dict[str, dict[str, float]]:
+    times: dict[str, list[float]] = {name: [] for name in channels}
+    cpu: dict[str, np.ndarray] = {name: np.zeros(3) for name in channels}
+    for start in range(0, steps, _BLOCK):
+        for name, channel in channels.items():
+            ranks = [psutil.Process(pid) for pid in channel.pids]
+            for _ in range(_WARM_UP_STEPS):
+                channel.step(plan)
+            before = np.array([time.process_time(), _cpu_s(ranks), _cpu_s(daemons)])
+            times[name] += [_timed(channel, plan, gap_us) for _ in range(min(_BLOCK, steps - start))]
+            cpu[name] += np.array([time.process_time(), _cpu_s(ranks), _cpu_s(daemons)]) - before
+    figures = {}
+    for name in channels:
+        values = (*np.percentile(times[name], [50, 99]), *cpu[name] / steps)
+        figures[name] = dict(zip(_FIGURES, (round(float(value) * 1e6, 1) for value in values), strict=True))
+    return figures
+
+
+def _timed(channel: Channel, plan: dict[str, np.ndarray], gap_us: int) -> float:
+    """Return the seconds of one step."""
+    if gap_us:
+        time.sleep(gap_us * 1e-6)
+    start = time.perf_counter()
+    answers = channel.step(plan)
+    seconds = time.perf_counter() - start
     assert len(answers) == len(channel.pids), f"{len(answers)} answers of {len(channel.pids)} ranks"
-    after = _cpu_s(ours), _cpu_s(daemons)
-    p50, p99 = np.percentile(times, [50, 99]) * 1e6
-    cpu, ray_cpu = ((b - a) / steps * 1e6 for a, b in zip(before, after, strict=True))
-    figures = {"p50_us": p50, "p99_us": p99, "cpu_us": cpu, "ray_cpu_us": ray_cpu}
-    return {name: round(value, 1) for name, value in figures.items()}
+    return seconds
 
 
 def _cpu_s(processes: list[psutil.Process]) -> float:
     return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
-_HEADER = f"{'channel':8} {'ranks':>5} {'KB':>6} {'gap µs':>7} {'p50 µs':>8} {'p99 µs':>8} {'CPU µs':>8} {'of Ray':>8}"
+_FIGURES = ("p50_us", "p99_us", "controller_cpu_us", "ranks_cpu_us", "ray_cpu_us")
+_HEADER = (
+    f"{'channel':8} {'ranks':>5} {'KB':>6} {'gap µs':>7} {'p50 µs':>8} {'p99 µs':>8} "
+    f"{'hub CPU':>8} {'rank CPU':>8} {'Ray CPU':>8}"
+)
 
 
 def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['channel']:8} {row['ranks']:5} {row['bytes'] / 1024:6.1f} {row['gap_us']:7} {row['p50_us']:8.0f} "
-        f"{row['p99_us']:8.0f} {row['cpu_us']:8.0f} {row['ray_cpu_us']:8.0f}"
-    )
+    figures = " ".join(f"{row[name]:8.0f}" for name in _FIGURES)
+    return f"{row['channel']:8} {row['ranks']:5} {row['bytes'] / 1024:6.1f} {row['gap_us']:7} {figures}"
 
 
 def _arrays(kind: type[StepPlan] | type[StepResult], suffix: str, items: int, num_ranks: int) -> dict[str, np.ndarray]:
-    """A plan or result with `items` entries in the fields that end with `suffix`, and nothing in the others."""
+    """Return a plan or result with `items` entries in the fields that end with `suffix`, and nothing in the others."""
     values: dict[str, Any] = dict.fromkeys(kind.scalars, 0)
     for name, dtype in kind.dtypes.items():
         offsets = "offsets" in name or name.endswith("_P")
@@ -197,7 +212,7 @@ class _Rank:
 
 
 def rank_main(nodes: tuple[str, ...], rank: int, num_ranks: int, address: str, token: str, node: str, gpu: int) -> None:
-    """A rank of our channel, in a process of its own."""
+    """Run a rank of our channel."""
     link = ControlLink(address, token, rank=rank, node=nodes[rank], hello={"pid": np.array([os.getpid()])})
     with contextlib.suppress(ChannelClosed):
         while (plan := link.recv(None)) is not None:
@@ -207,7 +222,7 @@ def rank_main(nodes: tuple[str, ...], rank: int, num_ranks: int, address: str, t
 
 @contextlib.contextmanager
 def _open_ours(nodes: tuple[str, ...]) -> Iterator[_Ours]:
-    launcher = LocalLauncher("expertwire.bench.all_to_all.control:rank_main")
+    launcher = LocalLauncher("expertwire.bench.control:rank_main")
     hub = ControlHub(len(nodes), token="bench", node="here")
     try:
         launcher.start(WorkerSpec(config=nodes, num_ranks=len(nodes), address=hub.address, token="bench"))
@@ -245,8 +260,8 @@ def _open_graph(num_ranks: int) -> Iterator[_Graph]:
 
 
 _OPEN: dict[str, Callable[[int], contextlib.AbstractContextManager[Channel]]] = {
-    "shm": lambda num_ranks: _open_ours(("here",) * num_ranks),
-    "tcp": lambda num_ranks: _open_ours(tuple(f"node {rank}" for rank in range(num_ranks))),
+    "direct": lambda num_ranks: _open_ours(("here",) * num_ranks),
+    "relay": lambda num_ranks: _open_ours(("there",) * num_ranks),
     "actor": _open_calls,
     "graph": _open_graph,
 }
@@ -254,7 +269,7 @@ _OPEN: dict[str, Callable[[int], contextlib.AbstractContextManager[Channel]]] = 
 
 @contextlib.contextmanager
 def _ray(needed: bool) -> Iterator[list[psutil.Process]]:
-    """Ray, if it is needed; its own processes."""
+    """Start Ray if it is needed, and yield its own processes."""
     if not needed:
         yield []
         return
