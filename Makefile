@@ -1,10 +1,12 @@
 # Every target makes what it needs in .venv, a virtual environment of its own, and installs only what has changed.
 #
 #   make demo        serve the demo model from two expert-parallel ranks under Ray, and ask it questions
-#   make test        the tests, without the full matrices
-#   make test-full   all tests
+#   make test        the tests that a change needs before it is shown: representatives of everything, in a few minutes
+#   make test-slow   the tests that `make test` leaves out: compilations, matrices (docs/testing.md)
+#   make test-full   all tests, with exhaustive matrices that take hours
 #   make check-model NAME=gpt_oss   a family of models against transformers
-#   make lint        style
+#   make lint        style: ruff, and ruff's format
+#   make types       mypy; it also builds the tree of links in which editors find the modules
 #   make kernels-report   what the compiler makes of every GPU kernel; needs no GPU
 #   make proto       regenerate the gRPC code after a change of the .proto
 #
@@ -18,20 +20,25 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
+# With the method "thread" a test that hangs in native code or in its clean-up ends its process and is reported.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --timeout-method=thread
 PROTO := deploy/proto
 # The oldest tools whose code the oldest grpcio and protobuf of pyproject.toml can run.
 PROTO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: demo test test-full check-model lint kernels-report proto clean
+.PHONY: demo test test-slow test-full check-model lint types kernels-report proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/expertwire demo
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -q -n 2 -m "not full"
+	$(PYTEST) -m "not slow and not full"
+
+test-slow: $(INSTALLED_DEV)
+	$(PYTEST) -m "slow and not full"
 
 test-full: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -q -n 2
+	$(PYTEST)
 
 check-model: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -q tests/engine/test_architectures.py tests/deploy/test_inspect.py -k "$(NAME)"
@@ -39,6 +46,10 @@ check-model: $(INSTALLED_DEV)
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: $(INSTALLED_DEV)
+	$(BIN)/python tools/link_tree.py
+	$(BIN)/mypy
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python -m expertwire.bench.kernels.report

@@ -38,17 +38,17 @@ from expertwire import LLM, SamplingParams
 ROOT = Path(expertwire.__file__).parents[1]
 Digests = dict[str, str]
 
-# Current and earlier names of options; a class's fields decide which one is passed.
+# Names of options at commit e65bef5, for options that have other names now; a class's fields decide which are passed.
 EARLIER_NAMES = {
+    "all2all_backend": "all_to_all",
+    "chunked_prefill_size": "chunk_tokens",
+    "enable_two_batch_overlap": "two_batch_overlap",
+    "kv_cache_memory_bytes": "kv_cache_bytes",
     "max_num_batched_tokens": "max_num_tokens",
     "max_num_seqs": "max_running",
     "max_queued_requests": "max_waiting",
-    "chunked_prefill_size": "chunk_tokens",
-    "kv_cache_memory_bytes": "kv_cache_bytes",
-    "quantization": "quantize",
-    "enable_two_batch_overlap": "two_batch_overlap",
     "num_redundant_experts": "redundant_experts",
-    "all2all_backend": "all_to_all",
+    "quantization": "quantize",
 }
 
 
@@ -150,7 +150,7 @@ def quantised_checkpoints(scratch: Path) -> Iterator[tuple[str, Callable[[], Pat
 def model_digests(folder: Path, options: dict[str, Any]) -> Digests:
     """Serve prompts of several lengths, longer and shorter than a step, once computed and once from the prefix cache."""
     config = of_several("EngineConfig", "expertwire.engine.config.engine_config", "expertwire.engine.config")
-    sizes = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "kv_cache_memory_bytes": 20_000_000}
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "kv_cache_memory_bytes": 20_000_000, **options}
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 250, length).tolist() for length in (1, 17, 40, 100, 150)]
     common = {"max_tokens": 12, "ignore_eos": True}
@@ -163,7 +163,7 @@ def model_digests(folder: Path, options: dict[str, Any]) -> Digests:
         SamplingParams(temperature=0.7, seed=4, repetition_penalty=1.3, presence_penalty=0.5, logprobs=2, **common),
         SamplingParams(temperature=0.9, seed=5, frequency_penalty=0.4, logit_bias={7: 3.0, 9: -5.0}, **common),
     ]
-    with LLM(folder, **named(config, {**sizes, **options})) as llm:
+    with LLM(folder, **named_for(config, options)) as llm:
 
         def run(params: Any) -> str:
             return digest(outputs(llm.generate(prompts, params, use_tqdm=False)))
@@ -214,27 +214,21 @@ def plan_digests(trace: Any, *, policy: str, ranks: int, blocks: int, chunk: int
     """
     simulation = module("expertwire.bench.scheduler.simulation", "expertwire.bench.simulation")
     config = of_several("SchedulerConfig", "expertwire.scheduler.config", "expertwire.scheduler.scheduler")
-    sizes = {
+    options = {
+        "num_ranks": ranks,
         "max_num_seqs": 64,
         "max_num_batched_tokens": 512,
+        "max_model_len": 8192,
+        "block_size": 16,
+        "num_blocks": blocks,
         "max_queued_requests": 4096,
+        "eos_token_ids": (0,),
+        "vocab_size": 32000,
         "chunked_prefill_size": chunk,
     }
-    simulated = simulation.Simulation(
-        trace,
-        config(
-            num_ranks=ranks,
-            max_model_len=8192,
-            block_size=16,
-            num_blocks=blocks,
-            eos_token_ids=(0,),
-            vocab_size=32000,
-            **named(config, sizes),
-        ),
-        model=simulation.StepModel(),
-        overlap=True,
-        policy=policy,
-    )
+    scheduler_config = config(**named_for(config, options))
+    model = simulation.StepModel()
+    simulated = simulation.Simulation(trace, scheduler_config, model=model, overlap=True, policy=policy)
     columns: dict[str, Any] = {}
     answer = simulated.ranks.run
 
@@ -298,8 +292,8 @@ def of_several(attribute: str, *names: str) -> Any:
     raise AttributeError(f"none of {', '.join(names)} has {attribute}")
 
 
-def named(config: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options by the names that a configuration class has."""
+def named_for(config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options under the names that a configuration class has for them."""
     fields = {field.name for field in dataclasses.fields(config)}
     return {name if name in fields else EARLIER_NAMES[name]: value for name, value in options.items()}
 
