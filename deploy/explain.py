@@ -11,8 +11,8 @@ from expertwire.comm.topology.topology import Place, Topology, read
 from expertwire.engine.config import validation
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.loader.quantization import expert_format
-from expertwire.engine.models.hub_config import read_model_config
-from expertwire.engine.models.model_config import Attention, ModelConfig
+from expertwire.engine.models.model_config import AttentionConfig, ModelConfig
+from expertwire.engine.models.registry import read_model_config
 
 _TOKENS = (1, 8, 64, 512, 4096)
 _NO_GPU = "--device: there is no CUDA device here; allowed are cpu, h200 and b200"
@@ -135,7 +135,9 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
     gpu = {"h200": H200, "b200": B200}.get(device) or describe("cuda")
     dtype = getattr(torch, config.dtype)
     yield registry.triton(gpu).explain()
-    for head_dim in sorted({a.head_dim for layer in config.layers if isinstance(a := layer.attention, Attention)}):
+    for head_dim in sorted(
+        {a.head_dim for layer in config.layers if isinstance(a := layer.attention, AttentionConfig)}
+    ):
         yield f"attention: {attention.tiles(head_dim=head_dim, element_size=dtype.itemsize, arch=gpu.arch)}"
     format = expert_format(config, None)
     for tokens in _TOKENS:
@@ -152,9 +154,9 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
 def _products(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """The shapes of some weights."""
     shapes, attention = {}, config.layers[0].attention
-    if isinstance(attention, Attention):
+    if isinstance(attention, AttentionConfig):
         shapes["query, key and value"] = sum(attention.qkv_sizes), config.hidden_size
     if config.moe is not None:
-        shapes["w13"] = (2 * config.moe.size, config.hidden_size)
-        shapes["w2"] = (config.hidden_size, config.moe.size)
+        shapes["w13"] = (2 * config.moe.intermediate_size, config.hidden_size)
+        shapes["w2"] = (config.hidden_size, config.moe.intermediate_size)
     return shapes

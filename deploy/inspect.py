@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from expertwire.engine.loader.inspection import Inspection, inspect
-from expertwire.engine.models.model_config import Attention, LatentAttention, ModelConfig, Moe
+from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, ModelConfig, MoeConfig
 
 
 def lines(
@@ -53,26 +53,26 @@ def _what(config: ModelConfig) -> Iterator[str]:
     stored = "unquantised"
     if config.quantization is not None:
         q = config.quantization
-        stored = f"linear layers {q.linears or 'unquantised'}, experts {q.experts or 'unquantised'}"
+        stored = f"linear layers {q.linear_method or 'unquantised'}, experts {q.expert_method or 'unquantised'}"
     yield f"format: {stored}; computes in {config.dtype}; up to {config.max_position_embeddings} tokens"
     tied = "tied to the embedding" if config.tie_word_embeddings else "of its own"
     yield f"vocabulary of {config.vocab_size}, head {tied}; ends at {', '.join(map(str, config.eos_token_ids)) or 'no token'}"
 
 
-def _attention(config: Attention | LatentAttention) -> str:
-    if isinstance(config, LatentAttention):
+def _attention(config: AttentionConfig | LatentAttentionConfig) -> str:
+    if isinstance(config, LatentAttentionConfig):
         sparse = f", sparse: {config.indexer.top_k} positions" if config.indexer is not None else ""
-        return f"latent attention, {config.num_heads} heads, {config.rank} + {config.rope.size} numbers a token{sparse}"
+        return f"latent attention, {config.num_heads} heads, {config.kv_lora_rank} + {config.rope.size} numbers a token{sparse}"
     seen = f", window {config.window}" if config.window else f", chunks of {config.chunk}" if config.chunk else ""
     sinks = ", sinks" if config.sinks else ""
     return f"attention, {config.num_heads} heads on {config.num_kv_heads} of {config.head_dim}{seen}{sinks}"
 
 
 def _mlp(config: Any) -> str:
-    if not isinstance(config, Moe):
-        return f"MLP of {config.size}"
-    shared = f", shared expert of {config.shared_size}" if config.shared_size else ""
-    return f"{config.top_k} of {config.num_experts} experts of {config.size} by {config.score}{shared}"
+    if not isinstance(config, MoeConfig):
+        return f"MLP of {config.intermediate_size}"
+    shared = f", shared expert of {config.shared_intermediate_size}" if config.shared_intermediate_size else ""
+    return f"{config.top_k} of {config.num_experts} experts of {config.intermediate_size} by {config.score}{shared}"
 
 
 def _counts(found: Inspection) -> Iterator[str]:

@@ -18,7 +18,7 @@ from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.config.validation import validate
 from expertwire.engine.frontend.outputs import EngineFailed
 from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.startup import Orders
 
 _POLL_S = 0.1

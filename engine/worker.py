@@ -42,10 +42,11 @@ from expertwire.engine.kv_cache.caches import NamedCache
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader import weights
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.loading import load
+from expertwire.engine.loader.weights import load_model
 from expertwire.engine.models.decoder import Decoder
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.decoder_parameters import declare_parameters
 from expertwire.engine.models.model_config import ModelConfig
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Capture
@@ -317,7 +318,7 @@ def _load(
         from expertwire.engine.runner import precompile
 
         compiling = precompile.start(config, model_config, rank, num_ranks, device, domains, sharers)
-    model = load(
+    model = load_model(
         model_config,
         context,
         checkpoint,
@@ -345,7 +346,7 @@ def _check_fits(
         assert placement is not None, f"{model.architecture} has experts but no placement"
         return placement.experts_of(rank, layer)
 
-    layout = memory.rank_layout(model, None if checkpoint is None else checkpoint.tensors, experts_of)
+    layout = declare_parameters(model, None if checkpoint is None else checkpoint.tensors, experts_of)
     fast = config.numerics == "fast"
     held = memory.held_bytes(model, layout, device, quantize=config.quantization, fast=fast)
     longest = config.max_model_len or model.max_position_embeddings

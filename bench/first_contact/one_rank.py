@@ -23,8 +23,8 @@ from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import SoloGroup
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.loading import load
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.loader.weights import load_model
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Capture, Captured
 from expertwire.engine.runner.runner import Runner
@@ -163,7 +163,7 @@ class OneRank:
     ) -> None:
         self.config, self.sizes = read_model_config(folder, dtype), sizes
         context = self._context(target)
-        self.model = load(self.config, context, None if dummy else Checkpoint(folder))
+        self.model = load_model(self.config, context, None if dummy else Checkpoint(folder))
         specs = self.config.cache_specs()
         tokens = sizes.cache_tokens or sizes.max_num_seqs * -(-sizes.max_model_len // BLOCK_SIZE) * BLOCK_SIZE
         blocks = 1 + -(-tokens // BLOCK_SIZE)

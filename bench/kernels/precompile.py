@@ -21,7 +21,7 @@ import triton
 
 from expertwire.bench.machine import processor
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner import precompile
 from expertwire.kernels.gpu import compile_ahead
 from expertwire.kernels.gpu.device import H200

@@ -96,8 +96,8 @@ def measure(folder: str, texts: list[list[int]], formats: Sequence[str]) -> Iter
     plain = RankModel(folder, "auto", max_tokens=max_tokens)
     if plain.config.moe is None:
         raise ValueError(f"{folder} has no experts to quantise")
-    if plain.config.quantization is not None and plain.config.quantization.experts is not None:
-        raise ValueError(f"{folder} has experts in the format {plain.config.quantization.experts} already")
+    if plain.config.quantization is not None and plain.config.quantization.expert_method is not None:
+        raise ValueError(f"{folder} has experts in the format {plain.config.quantization.expert_method} already")
     right_TV = _log_probabilities(plain, texts)
     yield _row("as they are", plain, right_TV, right_TV, texts)
     for name in formats:

@@ -29,9 +29,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from expertwire.bench.machine import processor
-from expertwire.engine.loader import reading, weights
+from expertwire.engine.loader import reader, weights
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.weight_map import Destination, ParamSpec
+from expertwire.engine.loader.parameters import Destination, ParamSpec
 
 _ROWS, _COLUMNS = 2048, 7168  # an expert's matrix in DeepSeek-V3, e4m3
 _PER_FILE = 32  # matrices
@@ -63,14 +63,14 @@ class Speed:
 def measure(folder: Path) -> dict[str, Speed]:
     """Return how fast it goes, by who reads."""
     checkpoint = Checkpoint(folder)
-    names = list(checkpoint.names())
+    names = list(checkpoint.tensors)
     spec = ParamSpec(shape=(len(names), _ROWS, _COLUMNS), fan_in=1, dtype=torch.float8_e4m3fn)
     params = weights.allocate({"experts": spec}, torch.bfloat16, "cpu")
     params["experts"].view(torch.uint8).fill_(0)
     pieces = [
         piece
         for slot, name in enumerate(names)
-        for piece in reading.pieces(checkpoint.tensors[name], [Destination(param="experts", region=(slot,))], params)
+        for piece in reader.pieces(checkpoint.tensors[name], [Destination(param="experts", region=(slot,))], params)
     ]
     ways: dict[str, Callable[[], None]] = {
         f"loader, {number} thread{'s' if number > 1 else ''}": partial(_load, pieces, number) for number in (1, 2, 4)
@@ -101,8 +101,8 @@ def _spent() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _load(pieces: Sequence[reading.Piece], number: int) -> None:
-    reading.read(pieces, reading.transfers(torch.device("cpu"), number), lambda piece: None)
+def _load(pieces: Sequence[reader.Piece], number: int) -> None:
+    reader.read(pieces, reader.transfers(torch.device("cpu"), number), lambda piece: None)
 
 
 def _safetensors(folder: Path, target: torch.Tensor, names: Sequence[str]) -> None:

@@ -17,8 +17,8 @@ from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import Group, SoloGroup
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.loading import load
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.loader.weights import load_model
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner.batch import in_parts, of_prompt
 from expertwire.kernels import registry as kernels
 from expertwire.moe.eplb.placement import Placement, place
@@ -78,7 +78,7 @@ class RankModel:
             all_to_alls=all_to_alls,
         )
         self.config, self._size, self._num_parts = config, group.size, num_parts
-        self.model = load(config, context, Checkpoint(folder), quantize=quantize)
+        self.model = load_model(config, context, Checkpoint(folder), quantize=quantize)
         self._num_blocks = max_tokens // BLOCK_SIZE
         num_blocks = [self._num_blocks + 1] * len(config.cache_specs())
         self._caches = self.model.allocate(num_blocks=num_blocks, block_size=BLOCK_SIZE, max_model_len=max_tokens)

@@ -9,7 +9,13 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache.cache_sizes import cache_sizes
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.quantization import expert_format
-from expertwire.engine.models.model_config import ITEM_SIZES, Attention, LatentAttention, ModelConfig, Moe
+from expertwire.engine.models.model_config import (
+    ITEM_SIZES,
+    AttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    MoeConfig,
+)
 from expertwire.moe.eplb.placement import place
 
 _FP8_GROUP = 128  # numbers that share a scale
@@ -74,7 +80,7 @@ def exchange_tokens(config: EngineConfig, model: ModelConfig, num_ranks: int, *,
     from expertwire.comm.all_to_all import symmetric_buffer
     from expertwire.kernels.ops.quantize import packed_bytes
 
-    size = max(moe.size for layer in model.layers if isinstance(moe := layer.mlp, Moe))
+    size = max(moe.intermediate_size for layer in model.layers if isinstance(moe := layer.mlp, MoeConfig))
     item = ITEM_SIZES[model.dtype]
     quantised = expert_format(model, config.quantization) in ("fp8_block", "fp8_row")
     return symmetric_buffer.exchange_tokens(
@@ -126,15 +132,15 @@ def check_dispatch(config: EngineConfig, model: ModelConfig) -> None:
 def _check_quantization(name: str, model: ModelConfig) -> None:
     if model.moe is None:
         raise ValueError(f"quantization must be None: {model.architecture} has no experts; got {name!r}")
-    if model.quantization is not None and model.quantization.experts is not None:
+    if model.quantization is not None and model.quantization.expert_method is not None:
         raise ValueError(
-            f"quantization must be None: the checkpoint has experts in {model.quantization.experts} already; got {name!r}"
+            f"quantization must be None: the checkpoint has experts in {model.quantization.expert_method} already; got {name!r}"
         )
     group = 1 if name == "fp8" else 32
-    if model.hidden_size % group or model.moe.size % group:
+    if model.hidden_size % group or model.moe.intermediate_size % group:
         raise ValueError(
             f"quantization {name!r} needs experts whose widths are multiples of {group}; {model.architecture} has "
-            f"{model.hidden_size} and {model.moe.size}"
+            f"{model.hidden_size} and {model.moe.intermediate_size}"
         )
 
 
@@ -155,12 +161,12 @@ def check_attention(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
-def _flashinfer_lacks(attention: Attention | LatentAttention) -> list[str]:
+def _flashinfer_lacks(attention: AttentionConfig | LatentAttentionConfig) -> list[str]:
     found = []
-    if isinstance(attention, LatentAttention):
+    if isinstance(attention, LatentAttentionConfig):
         if attention.indexer is not None:
             found.append("sparse attention")
-        if (sizes := (attention.rank, attention.rope.size)) != _FLASHINFER_LATENT:
+        if (sizes := (attention.kv_lora_rank, attention.rope.size)) != _FLASHINFER_LATENT:
             found.append(f"latents of {sizes} numbers ({_FLASHINFER_LATENT} are allowed)")
         return found
     if attention.chunk is not None:
@@ -192,11 +198,8 @@ def _fp8_obstacle(config: EngineConfig, model: ModelConfig) -> str:
 
 def _layers_with_plain_experts(config: EngineConfig, model: ModelConfig) -> list[int]:
     """Return the layers whose experts are unquantised, by the checkpoint's tensors or, without them, its config."""
-    from expertwire.engine.loader.layout import Layout  # slow to import
-    from expertwire.engine.models.declaration import declare
-    from expertwire.engine.models.registry import FAMILIES
+    from expertwire.engine.models.decoder_parameters import declare_parameters  # slow to import
 
     dummy = config.load_format == "dummy" or not any(Path(config.model).glob("*.safetensors*"))
-    layout = Layout(stored=None if dummy else Checkpoint(config.model).tensors, quantization=model.quantization)
-    declare(model, FAMILIES[model.architecture].names, layout, lambda i: ())
+    layout = declare_parameters(model, None if dummy else Checkpoint(config.model).tensors, lambda i: ())
     return [i for i, sparse in enumerate(model.sparse_layers) if sparse and f"layers.{i}.w13" in layout.specs]

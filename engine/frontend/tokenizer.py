@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from expertwire.engine.config.fields import parse_json
 from expertwire.engine.frontend import tiktoken_files
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.chat_templates import ChatTemplates
 from expertwire.engine.frontend.output_formats import Dialect, dialect_of
 from expertwire.engine.loader.checkpoint import checkpoint_folder
+from expertwire.engine.models.hf_config import parse_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

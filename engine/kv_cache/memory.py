@@ -9,17 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from expertwire.engine.loader.checkpoint import StoredTensor
-from expertwire.engine.loader.layout import Layout
-from expertwire.engine.loader.matrices import Matrix, tensors_of
-from expertwire.engine.loader.weight_map import ParamSpec
-from expertwire.engine.models import registry
-from expertwire.engine.models.declaration import declare
-from expertwire.engine.models.model_config import LatentAttention, ModelConfig
+from expertwire.engine.loader.parameters import ParameterLayout, ParamSpec, StackedMatrix, tensors_of
+from expertwire.engine.models.model_config import LatentAttentionConfig, ModelConfig
 from expertwire.kernels.formats import BLOCK, GPU_LINEAR_FORMATS, GROUPS, ON_THE_FLY
 
 # A parameter's kind, by the first of these that its name within the layer begins with; anything else is attention.
@@ -55,25 +50,13 @@ def by_kind(numbers: Mapping[str, int]) -> dict[str, int]:
     return {kind: found[kind] for kind in KINDS if found[kind]}
 
 
-def rank_layout(
-    config: ModelConfig, stored: Mapping[str, StoredTensor] | None, experts_of: Callable[[int], Sequence[int]]
-) -> Layout:
-    """Return the parameters of a rank that holds the logical experts `experts_of(layer)`.
-
-    `stored` are the checkpoint's tensors; None: there is no checkpoint, and the formats are those that the config names.
-    """
-    layout = Layout(stored=stored, quantization=config.quantization)
-    declare(config, registry.FAMILIES[config.architecture].names, layout, experts_of)
-    return layout
-
-
 def held_bytes(
-    config: ModelConfig, layout: Layout, device: str, *, quantize: str | None = None, fast: bool = False
+    config: ModelConfig, layout: ParameterLayout, device: str, *, quantize: str | None = None, fast: bool = False
 ) -> dict[str, int]:
     """Return the bytes, by kind, that a rank's weights take on a device once the model is bound.
 
     Args:
-        layout: the rank's parameters, of `rank_layout` or of its `Decoder`.
+        layout: the rank's parameters.
         device: "cpu" or "cuda", with or without a number.
         quantize: as `Decoder` has it.
         fast: whether numerics are "fast".
@@ -82,7 +65,7 @@ def held_bytes(
 
 
 def peak_bytes(
-    config: ModelConfig, layout: Layout, device: str, *, quantize: str | None = None, fast: bool = False
+    config: ModelConfig, layout: ParameterLayout, device: str, *, quantize: str | None = None, fast: bool = False
 ) -> int:
     """Return the most bytes that loading takes: parameters are loaded all at once as they are stored, then bound one by one.
 
@@ -93,7 +76,7 @@ def peak_bytes(
 
 
 def _each(
-    config: ModelConfig, layout: Layout, device: str, quantize: str | None, fast: bool
+    config: ModelConfig, layout: ParameterLayout, device: str, quantize: str | None, fast: bool
 ) -> Iterator[tuple[str, int, int]]:
     """Yield each parameter's name, its bytes when it has been loaded, and its bytes when it has been bound."""
     on_gpu, dtype = device.startswith("cuda"), getattr(torch, config.dtype)
@@ -103,12 +86,12 @@ def _each(
             loaded = spec_bytes(spec, dtype)
             yield param, loaded, _held(config, param, spec, dtype, quantize, on_gpu=on_gpu)
     for param, matrix in layout.quantized.items():
-        loaded = sum(spec_bytes(spec, dtype) for _, spec in matrix.specs())
+        loaded = sum(spec_bytes(spec, dtype) for spec in matrix.specs().values())
         yield param, loaded, _held_quantized(config, param, matrix, dtype, on_gpu=on_gpu)
     copies = (param for param in [*layout.specs, *layout.quantized] if fast and param.endswith(".kv_b"))
     for param in copies:  # latent attention's second way for prompts
         attention = config.layers[int(param.split(".")[1])].attention
-        if isinstance(attention, LatentAttention) and attention.indexer is None:
+        if isinstance(attention, LatentAttentionConfig) and attention.indexer is None:
             matrix = layout.quantized.get(param)
             shape = layout.specs[param].shape if matrix is None else (matrix.rows, matrix.columns)
             yield param, 0, math.prod(shape) * dtype.itemsize
@@ -134,7 +117,7 @@ def _held(
     return spec_bytes(spec, dtype)
 
 
-def _held_quantized(config: ModelConfig, param: str, matrix: Matrix, dtype: torch.dtype, *, on_gpu: bool) -> int:
+def _held_quantized(config: ModelConfig, param: str, matrix: StackedMatrix, dtype: torch.dtype, *, on_gpu: bool) -> int:
     """Return the bytes of a bound matrix that is stored quantised."""
     assert matrix.method is not None, param
     format = matrix.method.format
@@ -142,7 +125,7 @@ def _held_quantized(config: ModelConfig, param: str, matrix: Matrix, dtype: torc
         return _expert_bytes(format, math.prod(matrix.lead) * matrix.rows, matrix.columns, on_gpu=on_gpu)
     if on_gpu and format in GPU_LINEAR_FORMATS and not param.endswith(".kv_b"):
         blocks = 4 * matrix.rows if format == "fp8_block" else 0  # which block a row is in
-        return sum(spec_bytes(spec, dtype) for _, spec in matrix.specs()) + blocks
+        return sum(spec_bytes(spec, dtype) for spec in matrix.specs().values()) + blocks
     return matrix.rows * matrix.columns * dtype.itemsize
 
 

@@ -21,7 +21,7 @@ from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.config.validation import exchange_tokens, sends_fp8
-from expertwire.engine.models.model_config import Attention, LatentAttention, Mlp, ModelConfig
+from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, MlpConfig, ModelConfig
 from expertwire.engine.runner.graph_sizes import GraphSize, graph_sizes
 from expertwire.moe.eplb.placement import place
 
@@ -175,21 +175,22 @@ def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_a
     attention = max(num_tokens * _attention_width(layer.attention) for layer in model.layers)
     mlp = 0
     for layer in model.layers:
-        if isinstance(layer.mlp, Mlp):
-            mlp = max(mlp, 3 * num_tokens * layer.mlp.size)
+        if isinstance(layer.mlp, MlpConfig):
+            mlp = max(mlp, 3 * num_tokens * layer.mlp.intermediate_size)
             continue
         here = -(-(layer.mlp.num_experts + config.num_redundant_experts) // config.ep_size)
         rows = of_all * min(layer.mlp.top_k, here)
         # What the experts make of rows, with a copy for narrow numbers, their results, and the shared expert's.
-        mlp = max(mlp, rows * (2 * layer.mlp.size + model.hidden_size) + 3 * num_tokens * layer.mlp.shared_size)
+        routed = rows * (2 * layer.mlp.intermediate_size + model.hidden_size)
+        mlp = max(mlp, routed + 3 * num_tokens * layer.mlp.shared_intermediate_size)
     return itemsize * (stream + max(attention, mlp))
 
 
-def _attention_width(attention: Attention | LatentAttention) -> int:
+def _attention_width(attention: AttentionConfig | LatentAttentionConfig) -> int:
     """Numbers that a token has at once: queries, keys and values, and the output of every head."""
-    if isinstance(attention, LatentAttention):
-        compressed = attention.rank + attention.rope.size
-        return attention.num_heads * (2 * compressed + attention.rank)
+    if isinstance(attention, LatentAttentionConfig):
+        compressed = attention.kv_lora_rank + attention.rope.size
+        return attention.num_heads * (2 * compressed + attention.kv_lora_rank)
     return attention.head_dim * 2 * (attention.num_heads + attention.num_kv_heads)
 
 

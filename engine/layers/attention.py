@@ -13,14 +13,15 @@ from torch import Tensor
 
 from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
-from expertwire.engine.loader.layout import Layout, Parameters
-from expertwire.engine.models.family import Names
-from expertwire.engine.models.model_config import Attention
+from expertwire.engine.loader.parameters import LoadedParameters, ParameterLayout
+from expertwire.engine.models.model_config import AttentionConfig, TensorNames
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
 from expertwire.kernels.ops.variants import Rope
 
 
-def declare(layout: Layout, param: str, source: str, config: Attention, names: Names, width: int) -> None:
+def declare(
+    layout: ParameterLayout, param: str, source: str, config: AttentionConfig, names: TensorNames, width: int
+) -> None:
     """Declare the parameters of a layer whose tensors begin with `source`."""
     sizes, modules = config.qkv_sizes, [source + name for name in names.qkv]
     parts = list(zip(modules, sizes, strict=True)) if len(modules) == len(sizes) else [(modules[0], sum(sizes))]
@@ -43,7 +44,7 @@ def declare(layout: Layout, param: str, source: str, config: Attention, names: N
 class GroupedQueryAttention:
     """The attention of one layer; `rope` is of size 0 where nothing is rotated."""
 
-    config: Attention
+    config: AttentionConfig
     context: LayerContext
     rope: Rope
     block: AttentionBlock
@@ -65,7 +66,7 @@ class GroupedQueryAttention:
         return self.block(x_TD, normed_TD, k_cache, v_cache, step.shared((self.rope, cache, scaling), inputs))
 
 
-def bind(p: Parameters, config: Attention, context: LayerContext) -> GroupedQueryAttention:
+def bind(p: LoadedParameters, config: AttentionConfig, context: LayerContext) -> GroupedQueryAttention:
     """Return the layer of the parameters that `declare` declared."""
     ops, rope = context.ops, rope_of(config)
     weights = AttentionWeights(
@@ -89,12 +90,12 @@ def bind(p: Parameters, config: Attention, context: LayerContext) -> GroupedQuer
     return GroupedQueryAttention(config=config, context=context, rope=rope, block=block)
 
 
-def rope_of(config: Attention) -> Rope:
+def rope_of(config: AttentionConfig) -> Rope:
     """Return the rotary embedding, of size 0 where nothing is rotated."""
     return config.rope if config.rope is not None else Rope(theta=1.0, size=0)
 
 
-def _head_norms(p: Parameters, config: Attention, like: Tensor) -> Tensor:
+def _head_norms(p: LoadedParameters, config: AttentionConfig, like: Tensor) -> Tensor:
     shapes: Sequence[tuple[str, int]] = (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads))
     if config.qk_norm == "plain":
         return like.new_ones(config.num_heads + config.num_kv_heads, config.head_dim)

@@ -1,28 +1,39 @@
-"""The experts of a layer in a checkpoint: one by one, or all in one tensor, as they are or quantised.
+"""The parameters of a layer's experts, which a checkpoint stores one by one or fused, quantized or not.
 
-D model width, F expert width, E experts, e experts here.
+D model width, F expert width, E experts, e experts of this rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expertwire.engine.loader.layout import Layout
-from expertwire.engine.loader.matrices import Matrix
-from expertwire.engine.loader.quantization import METHODS, Method, is_skipped
-from expertwire.engine.loader.weight_map import Destination, ParamSpec
-from expertwire.engine.models.family import Names
-from expertwire.engine.models.model_config import Moe
+from expertwire.engine.loader.parameters import Destination, ParameterLayout, ParamSpec, StackedMatrix
+from expertwire.engine.loader.quantization import METHODS, QuantMethod, is_ignored
+from expertwire.engine.models.model_config import MoeConfig, TensorNames
 
 
-def declare(layout: Layout, param: str, source: str, moe: Moe, names: Names, width: int, here: Sequence[int]) -> None:
-    """`w13` [e, 2F, D], gate over up, and `w2` [e, D, F] of the experts that are here, in this order, and their biases."""
+def declare(
+    layout: ParameterLayout,
+    param: str,
+    source: str,
+    moe: MoeConfig,
+    names: TensorNames,
+    width: int,
+    here: Sequence[int],
+) -> None:
+    """Add `w13` [e, 2F, D], gate above up, `w2` [e, D, F] and their biases, of the experts `here`, in this order."""
     is_fused, method = _stored_as(layout, source, names)
     lead = (len(here),)
-    w13 = Matrix(param=param + "w13", parts=(moe.size, moe.size), columns=width, method=method, lead=lead)
-    w2 = Matrix(param=param + "w2", parts=(width,), columns=moe.size, method=method, lead=lead)
+    w13 = StackedMatrix(
+        param=param + "w13",
+        parts=(moe.intermediate_size, moe.intermediate_size),
+        columns=width,
+        method=method,
+        lead=lead,
+    )
+    w2 = StackedMatrix(param=param + "w2", parts=(width,), columns=moe.intermediate_size, method=method, lead=lead)
     for matrix in (w13, w2):
-        layout.declare(matrix, tuple(here))
+        layout.add(matrix, tuple(here))
         if moe.bias:
             shape = (len(here), matrix.rows)
             layout.specs[matrix.param + "_bias"] = ParamSpec(shape=shape, fan_in=matrix.columns, experts=tuple(here))
@@ -42,53 +53,58 @@ def declare(layout: Layout, param: str, source: str, moe: Moe, names: Names, wid
                 _single(layout, one + module, matrix, p, slots, moe)
 
 
-def _stored_as(layout: Layout, source: str, names: Names) -> tuple[bool, Method | None]:
-    """Whether all experts are in one tensor, and the method of their quantisation."""
+def _stored_as(layout: ParameterLayout, source: str, names: TensorNames) -> tuple[bool, QuantMethod | None]:
+    """Return whether tensors hold all experts, and how they are quantized."""
     quantization = layout.quantization
-    method = METHODS[quantization.experts] if quantization is not None and quantization.experts is not None else None
+    method = None
+    if quantization is not None and quantization.expert_method is not None:
+        method = METHODS[quantization.expert_method]
     fused, single = source + names.fused[0], source + names.experts.format(0) + names.gate
-    is_fused = any(layout.has(fused + suffix) for suffix in ("", *((method.fused_data,) if method else ())))
+    is_fused = layout.has(fused) or (method is not None and layout.has(fused + method.data[1]))
     if method is None or quantization is None:
         return is_fused, None
     if layout.stored is None:
-        return False, None if is_skipped(single, quantization.skipped) else method
-    names_of = (fused + method.fused_data, fused + method.fused_scales)
-    if not is_fused:
-        names_of = (single + method.data, single + method.scales)
-    return is_fused, method if layout.has_quantized(*names_of) else None
+        return False, None if is_ignored(single, quantization.ignored_modules) else method
+    name = fused if is_fused else single
+    is_quantized = layout.has_quantized(name + method.data[is_fused], name + method.scales[is_fused])
+    return is_fused, method if is_quantized else None
 
 
-def _single(layout: Layout, module: str, matrix: Matrix, p: int, slots: list[int], moe: Moe) -> None:
-    """One matrix of one expert, which may be here several times or not at all."""
+def _single(
+    layout: ParameterLayout, module: str, matrix: StackedMatrix, p: int, slots: list[int], moe: MoeConfig
+) -> None:
+    """Add a matrix of one expert, which may be on this rank several times or not at all."""
     method = matrix.method
-    suffixes = (".weight",) if method is None else (method.data, method.scales, method.global_scales, *method.ignored)
-    layout.ignore(*(module + suffix for suffix in suffixes if suffix))
+    suffixes = [".weight"]
+    if method is not None:
+        suffixes = [method.data[0], method.scales[0], method.global_scales[0], *method.ignored]
+    layout.ignore(*(module + suffix for suffix in (*suffixes, ".bias" if moe.bias else "") if suffix))
     for slot in slots:
-        layout.read_fitting(matrix.single(module, p, (slot,)))
-    if moe.bias:
-        biases = (Destination(param=matrix.param + "_bias", region=(slot, matrix.span(p))) for slot in slots)
-        layout.read(module + ".bias", *biases)
+        layout.assign_part(matrix, p, module, (slot,))
+        if moe.bias:
+            layout.assign(module + ".bias", Destination(param=matrix.param + "_bias", region=(slot, matrix.span(p))))
 
 
 def _fused(
-    layout: Layout, whole: str, matrix: Matrix, p: int, e: int, slots: list[int], moe: Moe, names: Names
+    layout: ParameterLayout,
+    prefix: str,
+    matrix: StackedMatrix,
+    p: int,
+    expert: int,
+    slots: list[int],
+    moe: MoeConfig,
+    names: TensorNames,
 ) -> None:
-    """One matrix of one expert, out of the tensors of all of them."""
-    by_columns = names.fused_layout == "columns"
+    """Add a matrix of one expert from tensors that hold all experts."""
     for slot in slots:
-        given = matrix.fused(whole, p, e, slot, moe.num_experts, by_columns=by_columns, pairs=names.pairs)
-        layout.read_fitting(given)
+        layout.assign_fused_part(matrix, p, prefix, expert, slot, moe.num_experts, names)
         if moe.bias:
-            several = len(matrix.parts) > 1
-            rows = (slice(p, None, 2) if names.pairs else matrix.span(p),) if several else ()
-            layout.read(
-                whole + "_bias",
-                Destination(
-                    param=matrix.param + "_bias",
-                    region=(slot, matrix.span(p)),
-                    source=(e, *rows),
-                    stored=(moe.num_experts, matrix.rows),
-                ),
+            destination = Destination(
+                param=matrix.param + "_bias",
+                region=(slot, matrix.span(p)),
+                source=(expert, *matrix.rows_of_part(p, interleaved=names.interleaved)),
+                stored=(moe.num_experts, matrix.rows),
             )
+            layout.assign(prefix + "_bias", destination)
     if matrix.method is not None:
-        layout.ignore(*(whole + suffix for suffix in matrix.method.ignored))
+        layout.ignore(*(prefix + suffix for suffix in matrix.method.ignored))

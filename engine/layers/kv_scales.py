@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertwire.engine.loader.layout import Layout, Parameters
-from expertwire.engine.loader.weight_map import Destination, ParamSpec
+from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
 
 _NAMES = {
     "k": ("attn.k_scale", "k_scale", "k_proj.k_scale", "qkv_proj.k_scale", "k_proj.output_scale", "kv_scale"),
@@ -25,7 +24,7 @@ _LATENT = ("kv_a_proj_with_mqa.k_scale",)
 _UNREAD = ("attn.q_scale", "q_scale", "q_proj.output_scale", "q_zero_point", "k_zero_point", "v_zero_point")
 
 
-def declare(layout: Layout, param: str, source: str, num_heads: int, *, is_latent: bool, fp8: bool) -> None:
+def declare(layout: ParameterLayout, param: str, source: str, num_heads: int, *, is_latent: bool, fp8: bool) -> None:
     """Of the layer whose attention's tensors begin with `source`; `fp8`: whether its cache is."""
     for which, names in _NAMES.items():
         candidates = [source + name for name in (*names, *(_LATENT if is_latent else ()))]
@@ -37,11 +36,11 @@ def declare(layout: Layout, param: str, source: str, num_heads: int, *, is_laten
         layout.specs[scale] = ParamSpec(shape=(num_heads,), fan_in=None, dtype=torch.float32)
         region = (slice(0, num_heads),)
         shapes = [(), (1,), (1, 1), (num_heads, 1), (num_heads, 1, 1)]
-        layout.read_fitting([(found, Destination(param=scale, region=region, repeated=True), shapes)])
+        layout.assign(found, Destination(param=scale, region=region, repeated=True), shapes=shapes)
     layout.ignore(*(source + name for name in _UNREAD))
 
 
-def bind(p: Parameters, num_heads: int, like: Tensor) -> Tensor:
+def bind(p: LoadedParameters, num_heads: int, like: Tensor) -> Tensor:
     """fp32 [2, G], of keys and of values; 1.0 where the checkpoint has none. On the device of `like`.
 
     Raises:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
-from expertwire.engine.loader.layout import Layout, Parameters
-from expertwire.engine.models.family import Names
-from expertwire.engine.models.model_config import Indexer, LatentAttention
+from expertwire.engine.loader.parameters import LoadedParameters, ParameterLayout
+from expertwire.engine.models.model_config import IndexerConfig, LatentAttentionConfig, TensorNames
 from expertwire.kernels.formats import dequantize
 from expertwire.kernels.ops import attention, mla, rotary
 from expertwire.kernels.ops.attention import AttentionMetadata
@@ -25,26 +24,32 @@ from expertwire.kernels.ops.linear import Linear
 _INDEX_EPS = 1e-6
 
 
-def declare(layout: Layout, param: str, source: str, config: LatentAttention, names: Names, width: int) -> None:
+def declare(
+    layout: ParameterLayout, param: str, source: str, config: LatentAttentionConfig, names: TensorNames, width: int
+) -> None:
     """The parameters of a layer whose tensors begin with `source`."""
     c, attn = config, source + "self_attn."
-    query = c.num_heads * (c.plain_dim + c.rope.size)
-    if c.query_rank is None:
+    query = c.num_heads * (c.qk_nope_head_dim + c.rope.size)
+    if c.q_lora_rank is None:
         layout.matrix(param + "q", (attn + "q_proj", query), columns=width)
     else:
-        layout.matrix(param + "q_a", (attn + "q_a_proj", c.query_rank), columns=width)
-        layout.vector(param + "q_a_norm", (attn + "q_a_layernorm.weight", c.query_rank))
-        layout.matrix(param + "q", (attn + "q_b_proj", query), columns=c.query_rank)
-    layout.matrix(param + "kv_a", (attn + "kv_a_proj_with_mqa", c.rank + c.rope.size), columns=width)
-    layout.vector(param + "kv_a_norm", (attn + "kv_a_layernorm.weight", c.rank))
-    layout.matrix(param + "kv_b", (attn + "kv_b_proj", c.num_heads * (c.plain_dim + c.value_dim)), columns=c.rank)
-    layout.matrix(param + "o", (source + names.output, width), columns=c.num_heads * c.value_dim)
+        layout.matrix(param + "q_a", (attn + "q_a_proj", c.q_lora_rank), columns=width)
+        layout.vector(param + "q_a_norm", (attn + "q_a_layernorm.weight", c.q_lora_rank))
+        layout.matrix(param + "q", (attn + "q_b_proj", query), columns=c.q_lora_rank)
+    layout.matrix(param + "kv_a", (attn + "kv_a_proj_with_mqa", c.kv_lora_rank + c.rope.size), columns=width)
+    layout.vector(param + "kv_a_norm", (attn + "kv_a_layernorm.weight", c.kv_lora_rank))
+    layout.matrix(
+        param + "kv_b", (attn + "kv_b_proj", c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)), columns=c.kv_lora_rank
+    )
+    layout.matrix(param + "o", (source + names.output, width), columns=c.num_heads * c.v_head_dim)
     if c.indexer is not None:
-        _declare_indexer(layout, param + "indexer.", attn + "indexer.", c.indexer, c.query_rank or width, width)
+        _declare_indexer(layout, param + "indexer.", attn + "indexer.", c.indexer, c.q_lora_rank or width, width)
     layout.ignore(attn + "rotary_emb.inv_freq")
 
 
-def _declare_indexer(layout: Layout, param: str, source: str, config: Indexer, query_width: int, width: int) -> None:
+def _declare_indexer(
+    layout: ParameterLayout, param: str, source: str, config: IndexerConfig, query_width: int, width: int
+) -> None:
     size = config.head_dim
     layout.matrix(param + "q", (source + "wq_b", config.num_heads * size), columns=query_width)
     layout.matrix(param + "k", (source + "wk", size), columns=width)
@@ -57,7 +62,7 @@ def _declare_indexer(layout: Layout, param: str, source: str, config: Indexer, q
 class SparseIndex:
     """Which positions a token attends to."""
 
-    config: Indexer
+    config: IndexerConfig
     context: LayerContext
     query: Linear
     key: Linear
@@ -88,7 +93,7 @@ class SparseIndex:
 class LatentQueryAttention:
     """`compress` is the first of two query projections, with its norm; `expand`: for prompts, where they need not be absorbed."""
 
-    config: LatentAttention
+    config: LatentAttentionConfig
     context: LayerContext  # whose first cache has the latents, and the second the index keys
     scale: float
     compress: tuple[Linear, Tensor] | None
@@ -108,9 +113,9 @@ class LatentQueryAttention:
         metadata, (cache,) = step.cache(context.caches[0], context.layer)
         query_TQ = self._compressed(normed_TD)
         q_THq = self.query(query_TQ).unflatten(1, (c.num_heads, -1))
-        plain_THn, rotated_THr = q_THq.split((c.plain_dim, c.rope.size), dim=2)
+        plain_THn, rotated_THr = q_THq.split((c.qk_nope_head_dim, c.rope.size), dim=2)
         # The absorbed queries, whose parts are written where they belong.
-        q_THl = plain_THn.new_empty(len(plain_THn), c.num_heads, c.rank + c.rope.size)
+        q_THl = plain_THn.new_empty(len(plain_THn), c.num_heads, c.kv_lora_rank + c.rope.size)
         rotated_THr = context.ops.rope_and_cache_latent(
             rotated_THr,
             self.latent(normed_TD),
@@ -121,7 +126,7 @@ class LatentQueryAttention:
             metadata.slot_mapping,
             cache,
             interleaved=c.rope.interleaved,
-            out=q_THl[..., c.rank :],
+            out=q_THl[..., c.kv_lora_rank :],
             kv_scale=self.kv_scale,
         )
         if c.query_scaling is not None:
@@ -143,10 +148,10 @@ class LatentQueryAttention:
         if not mla.is_worth_expanding(prefills, len(plain_THn) - num):
             return self._absorbed(plain_THn, q_THl, cache, metadata, chosen)
         prefills_THv = mla.attend_expanded(
-            torch.cat((plain_THn[num:], q_THl[num:, :, self.config.rank :]), dim=2),
+            torch.cat((plain_THn[num:], q_THl[num:, :, self.config.kv_lora_rank :]), dim=2),
             cache,
             prefills,
-            rank=self.config.rank,
+            rank=self.config.kv_lora_rank,
             scale=self.scale,
             expand=self.expand,
             attend=self.context.ops.attend_expanded,
@@ -161,7 +166,7 @@ class LatentQueryAttention:
     def _absorbed(
         self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, metadata: AttentionMetadata, chosen: Tensor | None
     ) -> Tensor:
-        rank = self.config.rank
+        rank = self.config.kv_lora_rank
         self.absorb(plain_THn, out=q_THl[..., :rank])
         attended_THC = self.context.ops.attend_latent(
             q_THl, cache, metadata, rank=rank, scale=self.scale, chosen=chosen, kv_scale=self.kv_scale
@@ -175,20 +180,20 @@ class LatentQueryAttention:
         return self.context.ops.rms_norm(project(normed_TD), norm, self.config.norm_eps)
 
 
-def bind(p: Parameters, config: LatentAttention, context: LayerContext) -> LatentQueryAttention:
+def bind(p: LoadedParameters, config: LatentAttentionConfig, context: LayerContext) -> LatentQueryAttention:
     """Of the parameters that `declare` declared."""
     c, ops, dtype, compress, index = config, context.ops, context.dtype, None, None
-    if c.query_rank is not None:
+    if c.q_lora_rank is not None:
         compress = ops.linear(p.weight("q_a"), dtype=dtype), p.tensor("q_a_norm")
     kv_b_HxC = dequantize(p.weight("kv_b"), dtype).unflatten(0, (c.num_heads, -1))
-    key_HnC, value_HvC = kv_b_HxC.split((c.plain_dim, c.value_dim), dim=1)
+    key_HnC, value_HvC = kv_b_HxC.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
     expand = ops.linear(kv_b_HxC.flatten(0, 1), dtype=dtype) if ops.fast and c.indexer is None else None
     if c.indexer is not None:
         index = _bind_indexer(p.within("indexer."), c.indexer, context)
     return LatentQueryAttention(
         config=config,
         context=context,
-        scale=c.scale or rotary.softmax_scale(c.plain_dim + c.rope.size, c.rope.scaling),
+        scale=c.scale or rotary.softmax_scale(c.qk_nope_head_dim + c.rope.size, c.rope.scaling),
         compress=compress,
         query=ops.linear(p.weight("q"), dtype=dtype),
         latent=ops.linear(p.weight("kv_a"), dtype=dtype),
@@ -202,7 +207,7 @@ def bind(p: Parameters, config: LatentAttention, context: LayerContext) -> Laten
     )
 
 
-def _bind_indexer(p: Parameters, config: Indexer, context: LayerContext) -> SparseIndex:
+def _bind_indexer(p: LoadedParameters, config: IndexerConfig, context: LayerContext) -> SparseIndex:
     assert len(context.caches) == 2, f"layer {context.layer} has an indexer, and caches {context.caches}"
     query, key, weights = (context.ops.linear(p.weight(name), dtype=context.dtype) for name in ("q", "k", "weights"))
     norm = p.tensor("k_norm"), p.tensor("k_norm_bias")

@@ -1,6 +1,6 @@
-"""A Hugging Face checkpoint folder: where each tensor lies; nothing here reads a weight or needs torch.
+"""A Hugging Face checkpoint folder and where each of its tensors lies. No weight is read and no torch is needed.
 
-Safetensors files: an 8-byte little-endian length, a JSON header of that length, the data
+A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the data
 (https://github.com/huggingface/safetensors#format).
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertwire.engine.config.fields import parse_json, read_json
+from expertwire.engine.models.hf_config import parse_json, read_json
 from expertwire.scheduler.checks import is_int
 
-# Bytes of one element; a type that is not listed is only an error when its tensor is read.
+# Bytes of an element; a type that is not listed is an error only if its tensor is needed.
 ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where the bytes of a tensor are. `dtype` is safetensors' name ("BF16"), `offset` counts from the file's first byte."""
+    """The place of a tensor's bytes; `dtype` is safetensors' name, such as "BF16", and `offset` counts from the file's start."""
 
     file: Path
     dtype: str
@@ -34,16 +34,19 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """The tensors of a folder's safetensors files; opening it reads and verifies every header, but no weight.
+    """The tensors of a folder's safetensors files, whose headers are all read and verified.
 
-    `model.safetensors` is used if it is there, else the shards of `model.safetensors.index.json` (transformers' order).
+    `model.safetensors` is used if it exists, else the shards of `model.safetensors.index.json` (transformers' order).
 
     Args:
-        path: folder of the checkpoint.
+        path: the folder.
+
+    Attributes:
+        tensors: the tensors by name.
 
     Raises:
-        ValueError: no weights or only pickled ones; a shard that is missing, truncated or damaged; an index that names a tensor
-            its file does not hold, or leaves one out. The message names the file and what is wrong.
+        ValueError: there are no weights or only pickled ones; a shard is missing, truncated or damaged; the index lists a tensor
+            that its file does not hold, or leaves one out. The message names the file and the fault.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,19 +59,9 @@ class Checkpoint:
         else:
             raise ValueError(_no_weights(self.path))
 
-    def names(self) -> Iterable[str]:
-        return self.tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        """safetensors' name of the stored type, such as "BF16"."""
-        return self.tensors[name].dtype
-
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
 
@@ -136,14 +129,14 @@ def _stored(file: Path, data_start: int, name: str, entry: object) -> StoredTens
 
 
 def some(names: Iterable[str]) -> str:
-    """The first ten names, and how many more there are."""
+    """Return the first ten names and the number of others."""
     names = list(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder `path`. Raises ValueError if there is none."""
+    """Return the folder `path`; raise ValueError if it does not exist."""
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(

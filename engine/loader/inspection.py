@@ -18,9 +18,10 @@ from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall, cache_sizes
 from expertwire.engine.kv_cache.memory_plan import MemoryPlan
 from expertwire.engine.loader import weights
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.layout import Layout
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.loader.parameters import ParameterLayout
+from expertwire.engine.models.decoder_parameters import declare_parameters
 from expertwire.engine.models.model_config import ModelConfig
+from expertwire.engine.models.registry import read_model_config
 from expertwire.scheduler.plan import CacheSpec
 
 
@@ -107,16 +108,16 @@ def inspect(path: str | Path, ep_size: int = 1, kv_cache_dtype: Literal["auto", 
     config = read_model_config(path, kv_cache_dtype=kv_cache_dtype)
     checkpoint = Checkpoint(path) if any(Path(path).glob("*.safetensors*")) else None
     num_experts = config.num_experts
-    plain = memory.rank_layout(replace(config, quantization=None), None, lambda i: range(num_experts))
+    plain = declare_parameters(replace(config, quantization=None), None, lambda i: range(num_experts))
     tensors = None if checkpoint is None else checkpoint.tensors
-    stored = memory.rank_layout(config, tensors, lambda i: range(num_experts))
-    of_rank = memory.rank_layout(config, tensors, lambda i: range(-(-num_experts // ep_size)))
+    stored = declare_parameters(config, tensors, lambda i: range(num_experts))
+    of_rank = declare_parameters(config, tensors, lambda i: range(-(-num_experts // ep_size)))
     dtype = getattr(torch, config.dtype)
     if checkpoint is None:
         stored_bytes = memory.by_kind({name: memory.spec_bytes(spec, dtype) for name, spec in stored.specs.items()})
     else:
         params = weights.allocate(stored.specs, dtype, "meta")
-        weights.check(checkpoint, stored.sources, params, [entry.pattern for entry in config.skipped])
+        weights.check(checkpoint, stored.sources, params, [entry.pattern for entry in config.ignored_tensors])
         stored_bytes = _stored_bytes(checkpoint, stored)
     parameters = memory.by_kind(
         {name: math.prod(spec.shape) for name, spec in plain.specs.items() if "choice_bias" not in name}
@@ -133,7 +134,7 @@ def inspect(path: str | Path, ep_size: int = 1, kv_cache_dtype: Literal["auto", 
     )
 
 
-def _stored_bytes(checkpoint: Checkpoint, layout: Layout) -> dict[str, int]:
+def _stored_bytes(checkpoint: Checkpoint, layout: ParameterLayout) -> dict[str, int]:
     read = {name: destinations[0].param for name, destinations in layout.sources.items() if destinations}
     found: Counter[str] = Counter()
     for name, param in read.items():
@@ -144,14 +145,14 @@ def _stored_bytes(checkpoint: Checkpoint, layout: Layout) -> dict[str, int]:
 def _unread(config: ModelConfig, checkpoint: Checkpoint | None) -> tuple[Unread, ...]:
     tensors = {} if checkpoint is None else checkpoint.tensors
     found = []
-    for entry in config.skipped:
+    for entry in config.ignored_tensors:
         sizes = [t.nbytes for name, t in tensors.items() if re.fullmatch(entry.pattern, name)]
         if sizes or checkpoint is None:
             found.append(Unread(pattern=entry.pattern, why=entry.why, tensors=len(sizes), nbytes=sum(sizes)))
     return tuple(found)
 
 
-def _unneeded(layout: Layout, checkpoint: Checkpoint | None) -> Iterator[Unread]:
+def _unneeded(layout: ParameterLayout, checkpoint: Checkpoint | None) -> Iterator[Unread]:
     """Tensors of the decoder that are known and go nowhere, by the ends of their names."""
     sizes: dict[str, list[int]] = {}
     for name, stored in {} if checkpoint is None else checkpoint.tensors.items():

@@ -1,4 +1,4 @@
-"""Filling a rank's parameters: from a checkpoint, reading only the bytes that this rank needs, or with random weights."""
+"""Loading of a rank's share of a model: from a checkpoint, of which only the needed bytes are read, or with random weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from expertwire.engine.loader import reading
+from expertwire.engine.kv_cache import memory
+from expertwire.engine.layers.step import RankContext
+from expertwire.engine.loader import reader
 from expertwire.engine.loader.checkpoint import Checkpoint, some
-from expertwire.engine.loader.weight_map import Destination, ParamSpec, WeightMap
+from expertwire.engine.loader.parameters import Destination, ParamSpec, WeightMap
+from expertwire.engine.models.decoder import Decoder
+from expertwire.engine.models.model_config import ModelConfig
 
-# What may be loaded into a parameter of a type: floating-point numbers are rounded; 4-bit numbers are bytes, whatever these
-# are called; powers of two may be kept as their exponents.
+# The stored types that may be loaded into a parameter of a type: floats are rounded, 4-bit numbers are bytes of either sign,
+# powers of two become floats or stay exponents.
 _FLOATS = ("F32", "BF16", "F16")
 ACCEPTED = {
     torch.float32: (*_FLOATS, "F8_E8M0"),
@@ -32,8 +36,46 @@ HUGE_PAGE_BYTES = 2 << 20
 NOISE_SIZE = 1 << 18  # random values drawn at a time; fits a core's cache
 
 
+def load_model(
+    config: ModelConfig,
+    context: RankContext,
+    checkpoint: Checkpoint | None,
+    *,
+    quantize: str | None = None,
+    seed: int = 0,
+    sharers: int = 1,
+    progress: bool = False,
+) -> Decoder:
+    """Return the rank's share of a model, ready to run.
+
+    Args:
+        config: its configuration.
+        context: where it runs.
+        checkpoint: its weights; None: random ones.
+        quantize: as `Decoder` has it.
+        seed: of random weights.
+        sharers: number of ranks that load as much at the same time into the same memory.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: the checkpoint does not belong to this config, or the weights do not fit in memory.
+    """
+    model = Decoder(config, context, None if checkpoint is None else checkpoint.tensors, quantize)
+    peak = memory.peak_bytes(config, model.layout, context.device, quantize=quantize, fast=context.ops.fast)
+    check_memory(peak, context.device, sharers=sharers)
+    params = allocate(model.layout.specs, context.dtype, context.device)
+    if checkpoint is None:
+        dummy_weights(model.layout.specs, params, seed)
+    else:
+        ignored = [entry.pattern for entry in config.ignored_tensors]
+        load_weights(checkpoint, model.layout.sources, params, ignored=ignored, progress=progress)
+    with torch.inference_mode():
+        model.bind(params)
+    return model
+
+
 def allocate(specs: Mapping[str, ParamSpec], dtype: torch.dtype, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Uninitialised contiguous parameters; call `check_memory` with `memory.peak_bytes` first."""
+    """Return uninitialized contiguous parameters; call `check_memory` with `memory.peak_bytes` first."""
     return {name: _empty(spec.shape, spec.dtype or dtype, torch.device(device)) for name, spec in specs.items()}
 
 
@@ -41,11 +83,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    # Reading weights is what few rows cost, and a page of 4 KB every few hundred cycles costs a tenth of it.
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Small batches are bound by reading weights, of which a TLB miss for every page of 4 KB takes a tenth.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def load_weights(
@@ -53,49 +95,48 @@ def load_weights(
     weight_map: WeightMap,
     params: Mapping[str, torch.Tensor],
     *,
-    skipped: Sequence[str] = (),
+    ignored: Sequence[str] = (),
     progress: bool,
 ) -> None:
-    """Fills `params` in place from the checkpoint, converting between float32, bfloat16 and float16 (rounding to nearest).
+    """Fill `params` in place from the checkpoint, converting between float32, bfloat16 and float16 (rounding to nearest).
 
-    Everything is checked from the headers before a byte is read. A map's entry without destinations may be missing in the
-    checkpoint. Extra memory, for each of at most `reading.MAX_READERS` threads: one piece of a tensor, if it does not lie in its
-    parameter as it is stored, and on a GPU two pinned buffers of 16 MiB.
+    Everything is checked from the headers before a byte is read. Extra memory for each of at most `reader.MAX_READERS` threads:
+    one piece of a tensor, unless it is read in place, and on a GPU two pinned buffers of 16 MiB.
 
     Args:
-        checkpoint: where the tensors are.
-        weight_map: for every tensor of the checkpoint, where it goes on this rank.
-        params: filled completely; on one device.
-        skipped: regular expressions of whole names of tensors that are knowingly not read.
+        checkpoint: the tensors.
+        weight_map: every tensor of the checkpoint with the regions that it fills. Those that fill none may be missing.
+        params: the parameters, on one device; filled completely.
+        ignored: regular expressions for whole names of tensors that are not loaded.
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: a tensor that the map does not know, one it needs that is missing, of a wrong shape or of an unsupported
-            stored type, a parameter that would not be filled, a file that changed: names the tensor, parameter or file.
+        ValueError: a tensor is not in the map, is missing, or has a wrong shape or an unsupported type; a parameter is not
+            filled; a file has changed. The message names the tensor, parameter or file.
     """
-    check(checkpoint, weight_map, params, skipped)
+    check(checkpoint, weight_map, params, ignored)
     wanted = [(checkpoint.tensors[name], destinations) for name, destinations in weight_map.items() if destinations]
     wanted.sort(key=lambda item: (item[0].file, item[0].offset))
-    pieces = [piece for stored, destinations in wanted for piece in reading.pieces(stored, destinations, params)]
+    pieces = [piece for stored, destinations in wanted for piece in reader.pieces(stored, destinations, params)]
     device = next(iter(params.values())).device if params else torch.device("cpu")
-    ways = reading.transfers(device, min(reading.MAX_READERS, max(2, torch.get_num_threads())))
+    transfers = reader.transfers(device, min(reader.MAX_READERS, max(2, torch.get_num_threads())))
     total, num_tensors, read = sum(piece.nbytes for piece in pieces), sum(piece.last for piece in pieces), 0
     with tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
 
-        def done(piece: reading.Piece) -> None:
+        def done(piece: reader.Piece) -> None:
             nonlocal read
             read += piece.last
             bar.set_postfix_str(f"{read}/{num_tensors} tensors", refresh=False)
             bar.update(piece.nbytes)
 
-        reading.read(pieces, ways, done)
+        reader.read(pieces, transfers, done)
 
 
 def dummy_weights(specs: Mapping[str, ParamSpec], params: Mapping[str, torch.Tensor], seed: int) -> None:
-    """Fills `params` with normal(0, 1/sqrt(fan_in)) values, or ones where `fan_in` is None.
+    """Fill `params` with normal(0, 1/sqrt(fan_in)) values, or as `ParamSpec` says where `fan_in` is None.
 
-    Values depend on the seed, the parameter's name, the expert and the type of device, not on what else a rank holds: so they are
-    equal on all ranks and at any number of them. Extra memory: about 2 MiB.
+    Values depend on the seed, the parameter's name, the expert and the type of device alone, so they are equal on all ranks and
+    for any number of ranks. Extra memory: about 2 MiB.
     """
     for name, spec in specs.items():
         if spec.fan_in is None and spec.value is not None:
@@ -108,7 +149,7 @@ def dummy_weights(specs: Mapping[str, ParamSpec], params: Mapping[str, torch.Ten
 
 
 def _fill_random(param: torch.Tensor, key: str, fan_in: int | None) -> None:
-    """Normal numbers, or bits if `fan_in` is None."""
+    """Fill a parameter with normal numbers, or with random bits if `fan_in` is None."""
     values = param.view(-1)
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -122,14 +163,14 @@ def _fill_random(param: torch.Tensor, key: str, fan_in: int | None) -> None:
 
 
 def check(
-    checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, torch.Tensor], skipped: Sequence[str] = ()
+    checkpoint: Checkpoint, weight_map: WeightMap, params: Mapping[str, torch.Tensor], ignored: Sequence[str] = ()
 ) -> None:
-    """Raises as `load_weights` does unless the map uses or ignores every tensor and fills every parameter, exactly once.
+    """Check that every tensor is known or ignored and that the parameters are filled exactly once; raise as `load_weights` does.
 
-    Only the parameters' shapes and types count: they may be on the device "meta".
+    The parameters may be on the device "meta".
     """
-    unread = re.compile("|".join(f"(?:{pattern})" for pattern in skipped) or "(?!)")
-    unknown = [name for name in checkpoint.names() if name not in weight_map and not unread.fullmatch(name)]
+    skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
+    unknown = [name for name in checkpoint.tensors if name not in weight_map and not skip.fullmatch(name)]
     if unknown:
         raise ValueError(f"{checkpoint.path}: the model does not know these tensors: {some(unknown)}")
     wanted = {name: destinations for name, destinations in weight_map.items() if destinations}
@@ -139,7 +180,8 @@ def check(
     _check_filled(wanted.values(), params)
     misshapen = []
     for name, destinations in wanted.items():
-        found, expected = checkpoint.shape(name), {d.expected(tuple(params[d.param].shape)) for d in destinations}
+        found = checkpoint.tensors[name].shape
+        expected = {d.expected_shape(tuple(params[d.param].shape)) for d in destinations}
         if expected != {found}:
             misshapen.append(
                 f"{name} is {list(found)}, expected {' and '.join(str(list(s)) for s in sorted(expected))}"
@@ -147,9 +189,9 @@ def check(
     if misshapen:
         raise ValueError(f"{checkpoint.path}: wrong shapes: {some(misshapen)}")
     unsupported = [
-        f"{name} ({checkpoint.dtype(name)}, allowed: {', '.join(accepted)})"
+        f"{name} ({checkpoint.tensors[name].dtype}, allowed: {', '.join(accepted)})"
         for name, destinations in wanted.items()
-        if checkpoint.dtype(name) not in (accepted := ACCEPTED[params[destinations[0].param].dtype])
+        if checkpoint.tensors[name].dtype not in (accepted := ACCEPTED[params[destinations[0].param].dtype])
     ]
     if unsupported:
         raise ValueError(f"{checkpoint.path}: tensors of a type that is not supported there: {some(unsupported)}")
@@ -184,7 +226,7 @@ def _box(destination: Destination, shape: Sequence[int]) -> Box:
 
 
 def _tile(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
-    """Whether the boxes fill `shape` exactly once: equal or adjacent along each dimension, from the first to the last."""
+    """Return whether the boxes fill `shape` exactly once: equal or adjacent along each dimension, from the first to the last."""
     if not shape:
         return len(boxes) == 1
     groups: dict[tuple[int, int], list[Box]] = {}
@@ -199,15 +241,15 @@ def _tile(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
 
 
 def check_memory(bytes_needed: int, device: torch.device | str, *, sharers: int = 1) -> None:
-    """Raises before memory runs out.
+    """Check that the weights of a rank fit in memory.
 
     Args:
-        bytes_needed: of the weights of one rank.
+        bytes_needed: bytes of the weights of one rank.
         device: "cpu" or a CUDA device.
-        sharers: ranks that load as much at the same time from the same memory.
+        sharers: number of ranks that load as much at the same time into the same memory.
 
     Raises:
-        ValueError: they do not fit; says how much is needed and free, and what to change.
+        ValueError: they do not fit; the message says how much is needed and free, and what to change.
     """
     free = free_memory(device)
     if bytes_needed * sharers > free:
@@ -219,7 +261,7 @@ def check_memory(bytes_needed: int, device: torch.device | str, *, sharers: int 
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that can still be allocated there: of the GPU, or of this machine and this process's control group."""
+    """Return the bytes that can still be allocated: of the GPU, or of this machine and this process's control groups."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -228,7 +270,7 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def cgroup_free(membership: Path, mount: Path) -> list[int]:
-    """Bytes below the limit of each control group, of version 1 or 2, that this process is in (kernel's cgroup-v2.rst).
+    """Return the bytes left below the limit of each control group (version 1 or 2) of this process (kernel's cgroup-v2.rst).
 
     Cached file pages count as free: the kernel drops them first.
     """

@@ -1,8 +1,8 @@
 """The decoder that all families share: layers of attention and an MLP or a mixture of experts, as the config describes them.
 
 A family's file in `engine.models` says what its layers are and what its checkpoints call the tensors. The life of a model: its
-layers declare their parameters in a `Layout` -> the loader fills them -> `bind` takes them over in the form the kernels want ->
-`forward`, `logits`.
+layers declare their parameters in a `ParameterLayout` -> the loader fills them -> `bind` converts them to the form that the
+kernels want -> `forward`, `logits`.
 
 T tokens of this rank, X any rows, D model width, V vocabulary, E experts.
 """
@@ -23,10 +23,15 @@ from expertwire.engine.kv_cache.caches import NamedCache
 from expertwire.engine.layers import attention, latent, mlp
 from expertwire.engine.layers.step import LayerContext, RankContext, Step
 from expertwire.engine.loader.checkpoint import StoredTensor
-from expertwire.engine.loader.layout import Layout, Parameters
-from expertwire.engine.models import registry
-from expertwire.engine.models.declaration import declare
-from expertwire.engine.models.model_config import Attention, LatentAttention, Mlp, ModelConfig, Moe
+from expertwire.engine.loader.parameters import LoadedParameters
+from expertwire.engine.models.decoder_parameters import declare_parameters
+from expertwire.engine.models.model_config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+)
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels.formats import Weight, quantize_experts
 from expertwire.kernels.ops import rotary
@@ -90,10 +95,9 @@ class Decoder:
     ) -> None:
         self.config, self.context = config, context
         self.layers: list[Layer] = []
-        self.layout = Layout(stored=stored, quantization=config.quantization)
+        self.layout = declare_parameters(config, stored, self._experts_here)
         self._quantize = quantize
         self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
-        declare(config, registry.FAMILIES[config.architecture].names, self.layout, self._experts_here)
 
     # ---- parameters
 
@@ -105,7 +109,7 @@ class Decoder:
 
     def bind(self, params: Params) -> None:
         """Take `params` over, emptying the dictionary as it goes, so that memory holds one copy and one parameter more."""
-        c, ops, p = self.config, self.context.ops, self.layout.parameters(params)
+        c, ops, p = self.config, self.context.ops, self.layout.loaded(params)
         self._embed = p.tensor("embed")
         # Where weights are packed in place, a tied head needs a copy: the embedding is read row by row.
         tied = self._embed if ops.on_device else self._embed.clone()
@@ -118,14 +122,14 @@ class Decoder:
             self.layers.append(self._bind_layer(i, p.within(f"layers.{i}."), next_norm))
         assert not p.rest(), f"parameters that no layer took: {p.rest()}"
 
-    def _bind_layer(self, i: int, p: Parameters, next_norm: Tensor) -> Layer:
+    def _bind_layer(self, i: int, p: LoadedParameters, next_norm: Tensor) -> Layer:
         layer = self.config.layers[i]
         attend = self._bind_attention(i, p, layer.attention)
-        if isinstance(layer.mlp, Mlp):
+        if isinstance(layer.mlp, MlpConfig):
             return Layer(attention=attend, mlp=self._dense(p, next_norm), moe=None)
         return Layer(attention=attend, mlp=None, moe=self._bind_moe(i, p, layer.mlp, next_norm))
 
-    def _bind_attention(self, i: int, p: Parameters, config: Attention | LatentAttention) -> Attend:
+    def _bind_attention(self, i: int, p: LoadedParameters, config: AttentionConfig | LatentAttentionConfig) -> Attend:
         context = LayerContext(
             ops=self.context.ops,
             dtype=self.context.dtype,
@@ -135,11 +139,11 @@ class Decoder:
             norm=p.tensor("post_norm"),
             eps=self.config.rms_norm_eps,
         )
-        if isinstance(config, Attention):
+        if isinstance(config, AttentionConfig):
             return attention.bind(p, config, context).forward
         return latent.bind(p, config, context).forward
 
-    def _dense(self, p: Parameters, next_norm: Tensor) -> Apply:
+    def _dense(self, p: LoadedParameters, next_norm: Tensor) -> Apply:
         ops, eps = self.context.ops, self.config.rms_norm_eps
         dense = mlp.bind(p, ops, self.context.dtype)
 
@@ -148,14 +152,14 @@ class Decoder:
 
         return apply
 
-    def _bind_moe(self, i: int, p: Parameters, moe: Moe, next_norm: Tensor) -> MoeLayer:
+    def _bind_moe(self, i: int, p: LoadedParameters, moe: MoeConfig, next_norm: Tensor) -> MoeLayer:
         context = self.context
         assert context.placement is not None
         assert context.all_to_alls, f"{self.config.architecture} has experts but no way to them"
-        shared = mlp.bind(p.within("shared."), context.ops, context.dtype) if moe.shared_size else None
+        shared = mlp.bind(p.within("shared."), context.ops, context.dtype) if moe.shared_intermediate_size else None
         return moe_layer.prepare(
             p.tensor("router"),
-            self._experts(p, "w13", (moe.size, moe.size)),
+            self._experts(p, "w13", (moe.intermediate_size, moe.intermediate_size)),
             self._experts(p, "w2", (self.config.hidden_size,)),
             next_norm,
             ops=context.ops,
@@ -173,7 +177,7 @@ class Decoder:
             exchange_tokens=context.exchange_tokens,
         )
 
-    def _experts(self, p: Parameters, name: str, parts: tuple[int, ...]) -> Weight:
+    def _experts(self, p: LoadedParameters, name: str, parts: tuple[int, ...]) -> Weight:
         weight = p.weight(name)
         if self._quantize is None or not isinstance(weight, Tensor):
             return weight
@@ -200,7 +204,7 @@ class Decoder:
     def _ropes(self) -> set[Rope]:
         ropes = set()
         for layer in self.config.layers:
-            if isinstance(layer.attention, Attention):
+            if isinstance(layer.attention, AttentionConfig):
                 ropes.add(attention.rope_of(layer.attention))
             else:
                 ropes.add(layer.attention.rope)
@@ -211,10 +215,10 @@ class Decoder:
     def _shapes(self, kind: str, layer: int) -> list[tuple[int, ...]]:
         """Of what a cache keeps of a token in a layer; they are equal in all layers of a cache."""
         config = self.config.layers[layer].attention
-        if isinstance(config, Attention):
+        if isinstance(config, AttentionConfig):
             return [(config.num_kv_heads, config.head_dim)] * 2
         if kind == "latent":
-            return [(config.rank + config.rope.size,)]
+            return [(config.kv_lora_rank + config.rope.size,)]
         assert config.indexer is not None, f"a cache of kind {kind} in layer {layer}"
         return [(config.indexer.head_dim,)]
 

@@ -1,8 +1,8 @@
-"""The text part of Kimi K2.5: Kimi K2, wrapped as Mistral's multimodal models are."""
+"""The text model of Kimi K2.5: Kimi K2 in a multimodal checkpoint like Mistral's."""
 
 from __future__ import annotations
 
 from expertwire.engine.models import deepseek, mistral3
-from expertwire.engine.models.family import Family
+from expertwire.engine.models.model_config import ModelFamily
 
-KIMI_K25 = Family(layers=deepseek.v3_layers, names=mistral3.WRAPPED, skipped=mistral3.without_vision)
+KIMI_K25 = ModelFamily(layers=deepseek.v3_layers, names=mistral3.NAMES, ignored_tensors=mistral3.VISION)

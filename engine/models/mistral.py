@@ -1,27 +1,26 @@
-"""Mistral 7B, Nemo and Small, and Ministral 3: Llama with a sliding window, or with queries that grow with their position."""
+"""Mistral 7B, Nemo and Small, and Ministral 3: Llama with a sliding window, or with queries scaled by position."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine.config.fields import Fields
 from expertwire.engine.models import config_readers
-from expertwire.engine.models.family import Family
-from expertwire.engine.models.model_config import Layer
+from expertwire.engine.models.hf_config import HfConfig
+from expertwire.engine.models.model_config import LayerConfig, ModelFamily
 
 
-def mistral_layers(fields: Fields) -> tuple[Layer, ...]:
-    return config_readers.dense(fields, replace(config_readers.attention(fields), window=config_readers.window(fields)))
+def mistral_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
+    return config_readers.dense(hf, replace(config_readers.attention(hf), window=config_readers.window(hf)))
 
 
-def ministral3_layers(fields: Fields) -> tuple[Layer, ...]:
+def ministral3_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
     attention = replace(
-        config_readers.attention(fields),
-        window=config_readers.window(fields),
-        query_scaling=config_readers.query_scaling(fields),
+        config_readers.attention(hf),
+        window=config_readers.window(hf),
+        query_scaling=config_readers.query_scaling(hf),
     )
-    return config_readers.dense(fields, attention)
+    return config_readers.dense(hf, attention)
 
 
-MISTRAL = Family(layers=mistral_layers)
-MINISTRAL3 = Family(layers=ministral3_layers)
+MISTRAL = ModelFamily(layers=mistral_layers)
+MINISTRAL3 = ModelFamily(layers=ministral3_layers)

@@ -1,19 +1,18 @@
-"""Mixtral: every layer a mixture of experts, no query and key norms; w1 is the gate, w3 up, w2 down."""
+"""Mixtral: experts in every layer; w1 is the gate projection, w3 up, w2 down."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine.config.fields import Fields
 from expertwire.engine.models import config_readers
-from expertwire.engine.models.family import Family, Names
-from expertwire.engine.models.model_config import Layer
+from expertwire.engine.models.hf_config import HfConfig
+from expertwire.engine.models.model_config import LayerConfig, ModelFamily, TensorNames
 
 
-def layers(fields: Fields) -> tuple[Layer, ...]:
-    attention = replace(config_readers.attention(fields), window=config_readers.window(fields))
-    moe = config_readers.moe(fields, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
-    return (Layer(attention=attention, mlp=moe),) * fields.integer("num_hidden_layers")
+def layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
+    attention = replace(config_readers.attention(hf), window=config_readers.window(hf))
+    moe = config_readers.moe(hf, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
+    return (LayerConfig(attention=attention, mlp=moe),) * hf.integer("num_hidden_layers")
 
 
-MIXTRAL = Family(layers=layers, names=Names(moe="block_sparse_moe.", gate="w1", up="w3", down="w2"))
+MIXTRAL = ModelFamily(layers=layers, names=TensorNames(moe="block_sparse_moe.", gate="w1", up="w3", down="w2"))

@@ -1,6 +1,6 @@
-"""What a model is, layer by layer: hyperparameters as plain values, read from a checkpoint by its family (`engine.models`).
+"""The configuration of a model, layer by layer: plain values that a model family reads from a checkpoint's `config.json`.
 
-Nothing here needs torch: the front and the controller know models too.
+No torch is needed: the frontend and the controller use it too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
 
+from expertwire.engine.models.hf_config import HfConfig
 from expertwire.kernels.ops.variants import Activation, Rope, Routing
 from expertwire.scheduler.plan import CacheKind, CacheSpec
 
@@ -27,16 +28,17 @@ class QueryScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
+class AttentionConfig:
     """Grouped-query attention.
 
     Attributes:
-        rope: None: positions are not told (NoPE).
-        qk_norm: RMS norms of query and key before they are rotated: of each head with weights, "head"; of the whole projection,
-            "row"; of each head without weights, "plain".
-        window: tokens that a query sees, itself included; `chunk`: it sees those of its own chunk of so many.
-        sinks: a learned logit a head takes part in the softmax (gpt-oss).
-        scale: of the logits; None: head_dim^-0.5.
+        rope: the rotary embedding; None: no positional embedding (NoPE).
+        qk_norm: RMS norm of query and key before the rotary embedding: "head", each head, with weights; "row", the whole
+            projection, with weights; "plain", each head, without weights.
+        window: tokens of the sliding window, the query's own included; None: no window.
+        chunk: tokens of a chunk, outside of which a query attends to nothing (Llama 4); None: no chunks.
+        sinks: whether each head has a learned logit in the softmax (gpt-oss).
+        scale: factor of the logits; None: head_dim^-0.5.
     """
 
     num_heads: int
@@ -54,14 +56,14 @@ class Attention:
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """Rows of the query's, the key's and the value's projection."""
+        """The output sizes of the query, key and value projections."""
         kv = self.num_kv_heads * self.head_dim
         return self.num_heads * self.head_dim, kv, kv
 
 
 @dataclass(frozen=True, kw_only=True)
-class Indexer:
-    """Chooses the `top_k` positions that sparse attention sees (DeepSeek-V3.2); `rope`: of the first numbers of its heads."""
+class IndexerConfig:
+    """The indexer of sparse attention, which chooses the `top_k` positions to attend to (DeepSeek-V3.2)."""
 
     num_heads: int
     head_dim: int
@@ -70,85 +72,150 @@ class Indexer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2): see `kernels.ops.mla`.
+class LatentAttentionConfig:
+    """Multi-head latent attention (MLA, DeepSeek-V2): see `kernels.ops.mla`. `rope.size` is `qk_rope_head_dim`.
 
     Attributes:
-        query_rank: of the compressed query; None: it is projected at once.
-        rank: numbers of the latent.
-        plain_dim, rope.size, value_dim: numbers of a head's query and key without position, with it, and of its value.
-        scale: of the logits; None: `kernels.ops.rotary.softmax_scale`.
-        norm_eps: of the norms of the compressed query and the latent, whatever the model's other norms have.
+        q_lora_rank: size of the compressed query; None: queries are not compressed.
+        kv_lora_rank: size of the latent.
+        scale: factor of the logits; None: `kernels.ops.rotary.softmax_scale`.
+        norm_eps: epsilon of the norms of the compressed query and the latent; other norms have `ModelConfig.rms_norm_eps`.
     """
 
     num_heads: int
-    query_rank: int | None
-    rank: int
-    plain_dim: int
-    value_dim: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    v_head_dim: int
     rope: Rope
     scale: float | None = None
     norm_eps: float = 1e-6
     query_scaling: QueryScaling | None = None
-    indexer: Indexer | None = None
+    indexer: IndexerConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mlp:
-    """A dense MLP with SwiGLU, of inner width `size`."""
+class MlpConfig:
+    """A dense MLP with SwiGLU."""
 
-    size: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moe(Routing):
+class MoeConfig(Routing):
     """A mixture of experts.
 
     Attributes:
-        size: inner width of one expert; `shared_size`: of the shared one, 0: none.
-        choice_bias: a bias on scores for the choice only; `router_bias`: on logits.
-        router_fp32: the router's product is computed in float32, whatever the activations are.
-        bias: of the experts' two products.
+        intermediate_size: of one expert.
+        choice_bias: whether a bias is added to the scores for the choice of experts only.
+        router_bias: whether a bias is added to the router's logits.
+        router_fp32: whether the router's product is computed in float32, whatever the activations are.
+        bias: whether the experts' two products have biases.
+        shared_intermediate_size: of the shared expert; 0: there is none.
     """
 
     num_experts: int
-    size: int
+    intermediate_size: int
     choice_bias: bool = False
     router_bias: bool = False
     router_fp32: bool = False
     activation: Activation = SWIGLU
     bias: bool = False
-    shared_size: int = 0
+    shared_intermediate_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A residual layer: attention, then an MLP or a mixture of experts, each behind a norm."""
+class LayerConfig:
+    """A decoder layer: attention, then an MLP or a mixture of experts, each with a norm before it."""
 
-    attention: Attention | LatentAttention
-    mlp: Mlp | Moe
+    attention: AttentionConfig | LatentAttentionConfig
+    mlp: MlpConfig | MoeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """How a checkpoint stores matrices: names of `engine.loader.quantization.METHODS`, None: as they are.
+class QuantizationConfig:
+    """The quantization of a checkpoint's matrices.
 
-    `skipped`: modules that are stored as they are, as the checkpoint lists them (see
-    `engine.loader.quantization.is_skipped`); asked
-    only where there are no tensors to look at.
+    Attributes:
+        linear_method: name of a method in `engine.loader.quantization.METHODS`, of linear layers; None: not quantized.
+        expert_method: likewise, of experts.
+        ignored_modules: modules that are not quantized, as the config lists them (see `engine.loader.quantization.is_ignored`).
+            Used only without a checkpoint: otherwise its tensors show what is quantized.
     """
 
-    linears: str | None
-    experts: str | None
-    skipped: tuple[str, ...] = ()
+    linear_method: str | None
+    expert_method: str | None
+    ignored_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """Tensors of a checkpoint that are knowingly not read: a regular expression of their whole names, and why."""
+class IgnoredTensors:
+    """Tensors of a checkpoint that are not loaded: a regular expression for their whole names, and the reason."""
 
     pattern: str
     why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNames:
+    """The names of a checkpoint's modules, without ".weight"; the defaults are those of Llama and Qwen.
+
+    Attributes:
+        prefixes: possible prefixes of the decoder; the first one that the checkpoint has is used.
+        heads: possible names of the language model's head, likewise.
+        qkv: the projections of query, key and value, or one module with all of them.
+        output: attention's output projection.
+        mlp: prefix of a dense MLP within a layer.
+        moe: prefix of a mixture of experts within a layer.
+        gate, up, down: projections of an MLP, a shared expert and each expert.
+        gate_up: module with both projections of a dense MLP; None: `gate` and `up`.
+        router: within `moe`.
+        choice_bias: the tensor of `MoeConfig.choice_bias`, within `moe`.
+        experts: prefix of one expert within `moe`, a format string of its id.
+        fused: the tensors that hold all experts' gate and up, and all experts' down, within `moe`.
+        fused_layout: axes of unquantized fused tensors: "rows" [E, 2F, D] and [E, D, F], gate before up; "columns" [E, D, 2F]
+            and [E, F, D].
+        interleaved: whether the rows of gate and up alternate in fused tensors.
+        shared: prefix of the shared expert within `moe`.
+    """
+
+    prefixes: tuple[str, ...] = ("model.",)
+    heads: tuple[str, ...] = ("lm_head",)
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj"
+    mlp: str = "mlp."
+    moe: str = "mlp."
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gate_up: str | None = None
+    router: str = "gate"
+    choice_bias: str = "gate.e_score_correction_bias"
+    experts: str = "experts.{}."
+    fused: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
+    fused_layout: Literal["rows", "columns"] = "rows"
+    interleaved: bool = False
+    shared: str = "shared_experts."
+
+
+DEFAULT_NAMES = TensorNames()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """A family of architectures: its configs and the names in its checkpoints. Everything else is shared by all families.
+
+    Attributes:
+        layers: reads the layers from config.json, or from its `text_config` if there is one.
+        names: names of the checkpoint's tensors.
+        ignored_tensors: tensors of its checkpoints that are not loaded.
+        mtp_field: the field with the number of layers for multi-token prediction, which are not loaded; None: there are none.
+    """
+
+    layers: Callable[[HfConfig], tuple[LayerConfig, ...]]
+    names: TensorNames = DEFAULT_NAMES
+    ignored_tensors: tuple[IgnoredTensors, ...] = ()
+    mtp_field: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,34 +223,35 @@ class ModelConfig:
     """Hyperparameters of a decoder."""
 
     architecture: str  # e.g. "Qwen3MoeForCausalLM"
-    model_type: str  # as the checkpoint has it, e.g. "kimi_k2"
-    dtype: Literal["float32", "bfloat16"]  # that it runs in: the checkpoint's, or the one asked for
+    model_type: str  # the checkpoint's, e.g. "kimi_k2"
+    dtype: Literal["float32", "bfloat16"]  # of activations and unquantized weights
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"  # of keys, values and latents; "auto": `dtype`
     vocab_size: int
     hidden_size: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerConfig, ...]
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    eos_token_ids: tuple[int, ...] = ()  # of generation_config.json if there, else of config.json
-    quantization: Quantization | None = None
-    skipped: tuple[Skipped, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    quantization: QuantizationConfig | None = None
+    tensor_names: TensorNames = DEFAULT_NAMES
+    ignored_tensors: tuple[IgnoredTensors, ...] = ()
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     @cached_property
-    def moe(self) -> Moe | None:
-        """The mixture of experts, of which a model has one kind; None: it is dense."""
-        kinds = {layer.mlp for layer in self.layers if isinstance(layer.mlp, Moe)}
+    def moe(self) -> MoeConfig | None:
+        """The mixture of experts, which is the same in all layers that have one; None: the model is dense."""
+        kinds = {layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeConfig)}
         assert len(kinds) <= 1, f"layers with different mixtures of experts: {kinds}"
         return next(iter(kinds), None)
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
         """Whether each layer is a mixture of experts."""
-        return tuple(isinstance(layer.mlp, Moe) for layer in self.layers)
+        return tuple(isinstance(layer.mlp, MoeConfig) for layer in self.layers)
 
     @property
     def num_experts(self) -> int:
@@ -194,49 +262,49 @@ class ModelConfig:
         return self.moe.top_k if self.moe is not None else 0
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """The named caches that the model keeps on a rank; those that see everything come first."""
+        """Return the KV caches of a rank; those without a window come first."""
         specs: list[CacheSpec] = []
-        kinds: dict[CacheKind, Callable[[Layer], int]] = {"full": _kv, "latent": _latent, "index": _index}
-        for kind, numbers in kinds.items():
-            specs += self._cache(kind, kind, None, numbers)
+        kinds: dict[CacheKind, Callable[[LayerConfig], int]] = {"full": _kv, "latent": _latent, "index": _index}
+        for kind, num_values in kinds.items():
+            specs += self._cache(kind, kind, None, num_values)
         for window in sorted({window for layer in self.layers if (window := _window(layer)) is not None}):
             specs += self._cache(f"window {window}", "window", window, partial(_kv, window=window))
         return tuple(specs)
 
     def cache_dtype(self, kind: CacheKind) -> Literal["float32", "bfloat16", "fp8"]:
-        """Of a kind of cache. Index keys choose positions, which small errors would change: they stay in the model's."""
+        """Return the dtype of a kind of cache. Index keys are never fp8: a small error would change the chosen positions."""
         return self.dtype if self.kv_cache_dtype == "auto" or kind == "index" else self.kv_cache_dtype
 
     def _cache(
-        self, name: str, kind: CacheKind, window: int | None, numbers: Callable[[Layer], int]
+        self, name: str, kind: CacheKind, window: int | None, num_values: Callable[[LayerConfig], int]
     ) -> list[CacheSpec]:
-        """None, or one of the layers that keep any numbers of a token there."""
-        layers = tuple(i for i, layer in enumerate(self.layers) if numbers(layer))
-        size = ITEM_SIZES[self.cache_dtype(kind)] * sum(numbers(self.layers[i]) for i in layers)
+        """Return the cache of the layers that store any values of a token in it, or none."""
+        layers = tuple(i for i, layer in enumerate(self.layers) if num_values(layer))
+        size = ITEM_SIZES[self.cache_dtype(kind)] * sum(num_values(self.layers[i]) for i in layers)
         if not layers:
             return []
         return [CacheSpec(name=name, kind=kind, bytes_per_token=size, writers=layers, readers=layers, window=window)]
 
 
-def _window(layer: Layer) -> int | None:
-    """Tokens of a layer's cache that any token needs; None: all."""
+def _window(layer: LayerConfig) -> int | None:
+    """Return how many tokens a layer's cache must keep; None: all."""
     attention = layer.attention
-    return (attention.window or attention.chunk) if isinstance(attention, Attention) else None
+    return (attention.window or attention.chunk) if isinstance(attention, AttentionConfig) else None
 
 
-def _kv(layer: Layer, window: int | None = None) -> int:
-    """Numbers a token of keys and values in the cache of that window, of one layer."""
+def _kv(layer: LayerConfig, window: int | None = None) -> int:
+    """Return how many values of a token a layer stores in the cache of that window."""
     attention = layer.attention
-    if not isinstance(attention, Attention) or _window(layer) != window:
+    if not isinstance(attention, AttentionConfig) or _window(layer) != window:
         return 0
     return 2 * attention.num_kv_heads * attention.head_dim
 
 
-def _latent(layer: Layer) -> int:
+def _latent(layer: LayerConfig) -> int:
     attention = layer.attention
-    return attention.rank + attention.rope.size if isinstance(attention, LatentAttention) else 0
+    return attention.kv_lora_rank + attention.rope.size if isinstance(attention, LatentAttentionConfig) else 0
 
 
-def _index(layer: Layer) -> int:
+def _index(layer: LayerConfig) -> int:
     attention = layer.attention
-    return attention.indexer.head_dim if isinstance(attention, LatentAttention) and attention.indexer else 0
+    return attention.indexer.head_dim if isinstance(attention, LatentAttentionConfig) and attention.indexer else 0

@@ -1,16 +1,26 @@
-"""Which family an architecture belongs to: adding a model is a file beside this one and a line here."""
+"""The registry of model families, and reading a checkpoint's config through it.
+
+A new model is a file beside this one and a line in `FAMILIES`. The configs of the hub are read (`rope_theta`, `rope_scaling`,
+`torch_dtype`) and those of transformers 5 (`rope_parameters`, `dtype`, `num_local_experts`). Every field that changes a result
+must be present, except those that the hub's own files leave out or set to null, for which the family states the default. No
+torch is needed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Literal
 
-from expertwire.engine.config.fields import Fields
+from expertwire.engine.loader import quantization
+from expertwire.engine.loader.checkpoint import checkpoint_folder
+from expertwire.engine.models.config_readers import mtp_layers
 from expertwire.engine.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
-from expertwire.engine.models.family import Family
 from expertwire.engine.models.glm4_moe import GLM4_MOE
 from expertwire.engine.models.glm_latent import GLM4_MOE_LITE, GLM_MOE_DSA
 from expertwire.engine.models.gpt_oss import GPT_OSS
+from expertwire.engine.models.hf_config import HfConfig, read_json
 from expertwire.engine.models.kimi_k25 import KIMI_K25
 from expertwire.engine.models.llama import LLAMA
 from expertwire.engine.models.llama4 import LLAMA4
@@ -19,11 +29,16 @@ from expertwire.engine.models.mistral import MINISTRAL3, MISTRAL
 from expertwire.engine.models.mistral3 import MISTRAL3
 from expertwire.engine.models.mistral4 import MISTRAL4
 from expertwire.engine.models.mixtral import MIXTRAL
+from expertwire.engine.models.model_config import ModelConfig, ModelFamily
 from expertwire.engine.models.olmoe import OLMOE
 from expertwire.engine.models.phi3 import PHI3
 from expertwire.engine.models.qwen3 import QWEN3, QWEN3_MOE
+from expertwire.scheduler.checks import is_int
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+DTYPES = ("float32", "bfloat16")
+MAX_LAYERS = 4096
+
+FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
     {
         "MixtralForCausalLM": MIXTRAL,
         "Qwen3MoeForCausalLM": QWEN3_MOE,
@@ -50,16 +65,82 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 
-def family_of(fields: Fields) -> tuple[str, Family]:
-    """The architecture that a config.json names first, and its family.
+def read_model_config(
+    path: str | Path,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+) -> ModelConfig:
+    """Return the configuration of the checkpoint in folder `path`.
+
+    Args:
+        path: folder with `config.json` and, optionally, `generation_config.json`, whose end-of-sequence ids win.
+        dtype: of the model; "auto": the checkpoint's, which must not be float16.
+        kv_cache_dtype: as `ModelConfig` has it.
 
     Raises:
-        ValueError: it is not supported; lists those that are.
+        ValueError: the folder or a file is missing or damaged, the architecture is not supported, or a field is missing, wrong or
+            not supported. The message names file and field.
     """
-    match fields.get("architectures"):
+    hf = HfConfig(checkpoint_folder(path) / "config.json")
+    architecture = _architecture(hf)
+    family = FAMILIES[architecture]
+    text = hf.section("text_config") if hf.get("text_config") is not None else hf
+    text.one_of(text.first_present("hidden_act", "hidden_activation"), "silu")
+    vocab_size = text.integer("vocab_size")
+    text.integer("num_hidden_layers", high=MAX_LAYERS)  # before a family creates that many
+    mtp = mtp_layers(text, family.mtp_field) if family.mtp_field is not None else ()
+    return ModelConfig(
+        architecture=architecture,
+        model_type=str(text.get("model_type") or hf.get("model_type") or ""),
+        dtype=_dtype(hf, text, dtype),
+        kv_cache_dtype=kv_cache_dtype,
+        vocab_size=vocab_size,
+        hidden_size=text.integer("hidden_size"),
+        layers=family.layers(text),
+        rms_norm_eps=text.number("rms_norm_eps"),
+        max_position_embeddings=text.integer("max_position_embeddings"),
+        tie_word_embeddings=_tie_word_embeddings(hf, text),
+        eos_token_ids=_eos_token_ids(hf, text, vocab_size),
+        quantization=quantization.read(hf) or quantization.read(text),
+        tensor_names=family.names,
+        ignored_tensors=(*family.ignored_tensors, *mtp),
+    )
+
+
+def _architecture(hf: HfConfig) -> str:
+    match hf.get("architectures"):
         case [str(architecture), *_] if architecture in FAMILIES:
-            return architecture, FAMILIES[architecture]
+            return architecture
         case found:
-            raise ValueError(
-                f"{fields.file}: architectures must begin with one of {', '.join(FAMILIES)}, got {found!r}"
-            )
+            raise hf.error(f"architectures must begin with one of {', '.join(FAMILIES)}, got {found!r}")
+
+
+def _dtype(hf: HfConfig, text: HfConfig, wanted: str) -> Any:
+    found = next((c.get(name) for c in (text, hf) for name in ("dtype", "torch_dtype") if c.get(name)), None)
+    dtype = wanted if wanted != "auto" else found
+    if dtype not in DTYPES:
+        raise hf.error(f"dtype {dtype!r} is not supported; pass dtype={' or dtype='.join(map(repr, DTYPES))}")
+    return dtype
+
+
+def _tie_word_embeddings(hf: HfConfig, text: HfConfig) -> bool:
+    """Return the field of `text_config` if it is there: the wrapper's may be a default that its text model does not share. If
+    neither has it (Mistral Small 3.1), they are not tied."""
+    if text is hf:
+        return hf.flag("tie_word_embeddings")
+    return text.flag("tie_word_embeddings", default=hf.flag("tie_word_embeddings", default=False))
+
+
+def _eos_token_ids(hf: HfConfig, text: HfConfig, vocab_size: int) -> tuple[int, ...]:
+    file, ids = hf.file, hf.get("eos_token_id")
+    if ids is None:
+        ids = text.get("eos_token_id")
+    generation_file = file.with_name("generation_config.json")
+    if generation_file.exists():
+        generation_ids = read_json(generation_file).get("eos_token_id")
+        if generation_ids is not None:
+            file, ids = generation_file, generation_ids
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(is_int(i) and 0 <= i < vocab_size for i in ids):
+        raise ValueError(f"{file}: eos_token_id must be a token id below {vocab_size} or a list of them, got {ids!r}")
+    return tuple(ids)

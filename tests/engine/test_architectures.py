@@ -11,7 +11,7 @@ from helpers.ranks import Ranks
 
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.tokenizer import Tokenizer
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 
 NAMES = list(architectures.all_of_them())
 LENGTHS = (1, 17, 70, 300)

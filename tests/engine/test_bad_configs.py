@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers.hub_configs import HUB_CONFIGS, MIXTRAL_8X7B, PHI_4_MINI, read, write
 
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 LLAMA_SCALING = HUB_CONFIGS["llama"]["rope_scaling"]

@@ -8,7 +8,7 @@ from helpers import parity
 from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 
 BLOCK = 16
 

@@ -19,11 +19,11 @@ def test_the_headers_tell_what_the_files_hold(shards, dtype, stored):
         tensors |= load_file(file)
     assert len(list(folder.glob("*.safetensors"))) == shards
     checkpoint = Checkpoint(folder)
-    assert set(checkpoint.names()) == set(tensors)
+    assert set(checkpoint.tensors) == set(tensors)
     assert checkpoint.nbytes == sum(values.nbytes for values in tensors.values())
     for name, values in tensors.items():
-        assert (checkpoint.shape(name), checkpoint.dtype(name)) == (tuple(values.shape), stored)
         entry = checkpoint.tensors[name]
+        assert (entry.shape, entry.dtype) == (tuple(values.shape), stored)
         with entry.file.open("rb") as file:
             file.seek(entry.offset)
             raw = file.read(entry.nbytes)

@@ -11,7 +11,7 @@ from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
 from expertwire.engine import controller
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.scheduler.plan import StepOutputs
 
 VARIANT, TOP_K, BLOCK = "qwen3_moe", 2, 16

@@ -17,7 +17,7 @@ from expertwire import LLM, SamplingParams
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import caches
 from expertwire.engine.loader.inspection import inspect
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.kernels.ops.attention import FP8
 
 VARIANT, LENGTH = "qwen3_moe", 60

@@ -112,7 +112,7 @@ def test_a_node_with_fewer_gpus_than_ranks_is_refused(monkeypatch):
 def test_a_traceback_is_kept_whole_and_named(node, monkeypatch, tmp_path):
     """In a file of the rank's node; the error is one line. A mistake of the user's has none."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(worker, "load", broken)
+    monkeypatch.setattr(worker, "load_model", broken)
     folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
     with pytest.raises(RankError) as failed:
         serve(config(folder, 1), [0], [prompt(folder)], node)
@@ -125,7 +125,7 @@ def test_a_traceback_is_kept_whole_and_named(node, monkeypatch, tmp_path):
     assert text.startswith("Traceback")
     assert "in broken" in text
     assert text.rstrip().endswith("happened")
-    monkeypatch.setattr(worker, "load", lambda *args, **kwargs: weights.check_memory(1 << 60, "cuda:0"))
+    monkeypatch.setattr(worker, "load_model", lambda *args, **kwargs: weights.check_memory(1 << 60, "cuda:0"))
     with pytest.raises(RankError, match=r"the weights need .* but only"):
         serve(config(folder, 1), [0], [prompt(folder)], node)
     assert [*tmp_path.glob("expertwire-rank*")] == [log]

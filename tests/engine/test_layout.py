@@ -10,16 +10,15 @@ from safetensors.torch import save_file
 from expertwire.engine.layers import experts
 from expertwire.engine.loader import weights
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.layout import Layout
-from expertwire.engine.models.family import DEFAULT_NAMES, Names
-from expertwire.engine.models.model_config import Moe, Quantization
+from expertwire.engine.loader.parameters import ParameterLayout
+from expertwire.engine.models.model_config import DEFAULT_NAMES, MoeConfig, QuantizationConfig, TensorNames
 from expertwire.kernels.formats import Quantized, dequantize
 
 E, D, F = 4, 64, 160  # F is no multiple of a block of 128
 HERE = (2, 0, 2)  # an expert twice, two of them elsewhere
-MOE = Moe(num_experts=E, top_k=2, size=F, renormalize=True)
-FP8_BLOCK = Quantization(linears="fp8_block", experts="fp8_block")
-FP8_STATIC = Quantization(linears="fp8_static", experts="fp8_static")
+MOE = MoeConfig(num_experts=E, top_k=2, intermediate_size=F, renormalize=True)
+FP8_BLOCK = QuantizationConfig(linear_method="fp8_block", expert_method="fp8_block")
+FP8_STATIC = QuantizationConfig(linear_method="fp8_static", expert_method="fp8_static")
 
 
 def random(*shape):
@@ -51,11 +50,11 @@ def loaded(folder, tensors, declare, quantization=None):
     """The parameters of what is declared, from a checkpoint of these tensors."""
     save_file({name: values.contiguous() for name, values in tensors.items()}, folder / "model.safetensors")
     checkpoint = Checkpoint(folder)
-    layout = Layout(stored=checkpoint.tensors, quantization=quantization)
+    layout = ParameterLayout(stored=checkpoint.tensors, quantization=quantization)
     declare(layout)
     params = weights.allocate(layout.specs, torch.float32, "cpu")
     weights.load_weights(checkpoint, layout.sources, params, progress=False)
-    return layout.parameters(params)
+    return layout.loaded(params)
 
 
 def equal(found, expected):
@@ -66,11 +65,11 @@ def equal(found, expected):
 @pytest.mark.parametrize(
     ("tensors", "names"),
     [
-        (one_by_one(), Names()),
-        (fused(W13, DOWN), Names()),
-        (fused(PAIRS, DOWN), Names(pairs=True)),
-        (fused(W13.mT, DOWN.mT), Names(fused_layout="columns")),
-        (fused(PAIRS.mT, DOWN.mT), Names(fused_layout="columns", pairs=True)),
+        (one_by_one(), TensorNames()),
+        (fused(W13, DOWN), TensorNames()),
+        (fused(PAIRS, DOWN), TensorNames(interleaved=True)),
+        (fused(W13.mT, DOWN.mT), TensorNames(fused_layout="columns")),
+        (fused(PAIRS.mT, DOWN.mT), TensorNames(fused_layout="columns", interleaved=True)),
     ],
     ids=["one by one", "rows", "alternating rows", "columns", "alternating columns"],
 )
@@ -84,10 +83,10 @@ def test_experts_as_they_are(tmp_path, tensors, names, quantization):
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_biases_of_fused_experts(tmp_path, pairs):
-    moe = Moe(num_experts=E, top_k=2, size=F, renormalize=True, bias=True)
+    moe = MoeConfig(num_experts=E, top_k=2, intermediate_size=F, renormalize=True, bias=True)
     biases = {"m.experts.gate_up_proj_bias": random(E, 2 * F), "m.experts.down_proj_bias": random(E, D)}
     tensors = fused(PAIRS if pairs else W13, DOWN) | biases
-    found = loaded(tmp_path, tensors, declare_experts(Names(pairs=pairs), moe))
+    found = loaded(tmp_path, tensors, declare_experts(TensorNames(interleaved=pairs), moe))
     given = biases["m.experts.gate_up_proj_bias"]
     stacked = torch.cat([given[:, 0::2], given[:, 1::2]], dim=1) if pairs else given
     equal(found.tensor("p.w13_bias"), stacked[list(HERE)])
@@ -222,7 +221,7 @@ def test_a_wrong_shape_of_fused_experts_is_named(tmp_path):
 
 
 def test_a_width_that_a_format_cannot_have(tmp_path):
-    layout = Layout(stored=None, quantization=Quantization(linears="nvfp4", experts="nvfp4"))
+    layout = ParameterLayout(stored=None, quantization=QuantizationConfig(linear_method="nvfp4", expert_method="nvfp4"))
     with pytest.raises(ValueError, match="o is stored as nvfp4: its 40 columns must be a multiple of 16"):
         layout.matrix("o", ("o", 8), columns=40)
 
@@ -233,7 +232,7 @@ def test_a_width_that_a_format_cannot_have(tmp_path):
 def test_only_experts_that_are_here_are_read(tmp_path):
     names = block_experts()[0]
     save_file(names, tmp_path / "model.safetensors")
-    layout = Layout(stored=Checkpoint(tmp_path).tensors, quantization=FP8_BLOCK)
+    layout = ParameterLayout(stored=Checkpoint(tmp_path).tensors, quantization=FP8_BLOCK)
     declare_experts()(layout)
     assert layout.sources.keys() == names.keys()
     read = {name for name, destinations in layout.sources.items() if destinations}
@@ -243,16 +242,16 @@ def test_only_experts_that_are_here_are_read(tmp_path):
 @pytest.mark.parametrize("method", ["fp8_block", "fp8_static", "int4", "mxfp4", "nvfp4"])
 def test_random_weights_of_a_format(method):
     """Without a checkpoint the config says what is quantised; experts are the same wherever they are, and of usual size."""
-    quantization = Quantization(linears=method, experts=method, skipped=("head", "*.o"))
+    quantization = QuantizationConfig(linear_method=method, expert_method=method, ignored_modules=("head", "*.o"))
 
     def made(here):
-        layout = Layout(stored=None, quantization=quantization)
+        layout = ParameterLayout(stored=None, quantization=quantization)
         declare_experts(here=here)(layout)
         layout.matrix("a.q", ("a.q", 32), columns=D)
         layout.matrix("a.o", ("a.o", 32), columns=D)
         params = weights.allocate(layout.specs, torch.bfloat16, "cpu")
         weights.dummy_weights(layout.specs, params, seed=0)
-        return layout.parameters(params)
+        return layout.loaded(params)
 
     some, all_of_them = made(HERE), made(range(E))
     assert isinstance(some.weight("a.q"), Quantized)

@@ -9,8 +9,9 @@ from helpers import tiny_checkpoints as tiny
 
 from expertwire.engine.kv_cache import memory
 from expertwire.engine.layers.step import RankContext
-from expertwire.engine.loader import loading, weights
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.loader import weights
+from expertwire.engine.models.decoder_parameters import declare_parameters
+from expertwire.engine.models.registry import read_model_config
 from expertwire.kernels import registry
 
 CONFIGS = Path(__file__).parents[2] / "bench" / "configs"
@@ -18,7 +19,7 @@ CONFIGS = Path(__file__).parents[2] / "bench" / "configs"
 
 @functools.cache
 def layout_of(config, num_experts):
-    return memory.rank_layout(config, None, lambda i: range(num_experts))
+    return declare_parameters(config, None, lambda i: range(num_experts))
 
 
 def test_a_cpu_holds_fp8_linears_unpacked_and_experts_as_they_are_stored():
@@ -71,7 +72,7 @@ def test_loading_is_refused_by_what_the_weights_take_when_they_are_unpacked(monk
         rank=0, dtype=torch.bfloat16, device="cpu", ops=registry.plain(), placement=Everything(), all_to_alls=()
     )
     with pytest.raises(InterruptedError):
-        loading.load(config, context, None)
+        weights.load_model(config, context, None)
     held = sum(memory.held_bytes(config, layout_of(config, 1), "cpu").values())
     assert asked[0] >= held
 

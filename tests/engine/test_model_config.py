@@ -18,22 +18,29 @@ from helpers.hub_configs import (
     write,
 )
 
-from expertwire.engine.models.hub_config import read_model_config
-from expertwire.engine.models.model_config import Attention, Layer, Mlp, ModelConfig, Moe, Quantization
-from expertwire.engine.models.registry import FAMILIES
+from expertwire.engine.models.model_config import (
+    AttentionConfig,
+    LayerConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    QuantizationConfig,
+)
+from expertwire.engine.models.registry import FAMILIES, read_model_config
 from expertwire.kernels.ops.variants import Linear, Llama3, LongRope, Rope, Yarn
 
 
 def test_mixtral_8x7b(tmp_path):
-    attention = Attention(num_heads=32, num_kv_heads=8, head_dim=128, rope=Rope(theta=1e6, size=128))
-    moe = Moe(num_experts=8, top_k=2, size=14336, renormalize=True)
+    attention = AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128, rope=Rope(theta=1e6, size=128))
+    moe = MoeConfig(num_experts=8, top_k=2, intermediate_size=14336, renormalize=True)
     assert read(tmp_path, MIXTRAL_8X7B) == ModelConfig(
         architecture="MixtralForCausalLM",
+        tensor_names=FAMILIES["MixtralForCausalLM"].names,
         model_type="mixtral",
         dtype="bfloat16",
         vocab_size=32000,
         hidden_size=4096,
-        layers=(Layer(attention=attention, mlp=moe),) * 32,
+        layers=(LayerConfig(attention=attention, mlp=moe),) * 32,
         rms_norm_eps=1e-5,
         max_position_embeddings=32768,
         tie_word_embeddings=False,
@@ -44,15 +51,15 @@ def test_mixtral_8x7b(tmp_path):
 def test_qwen3_30b_a3b(tmp_path):
     write(tmp_path, QWEN3_30B_A3B, {"eos_token_id": [151645, 151643]})
     rope = Rope(theta=1e6, size=128)
-    attention = Attention(num_heads=32, num_kv_heads=4, head_dim=128, rope=rope, qk_norm="head")
-    moe = Moe(num_experts=128, top_k=8, size=768, renormalize=True)
+    attention = AttentionConfig(num_heads=32, num_kv_heads=4, head_dim=128, rope=rope, qk_norm="head")
+    moe = MoeConfig(num_experts=128, top_k=8, intermediate_size=768, renormalize=True)
     assert read_model_config(tmp_path) == ModelConfig(
         architecture="Qwen3MoeForCausalLM",
         model_type="qwen3_moe",
         dtype="bfloat16",
         vocab_size=151936,
         hidden_size=2048,
-        layers=(Layer(attention=attention, mlp=moe),) * 48,
+        layers=(LayerConfig(attention=attention, mlp=moe),) * 48,
         rms_norm_eps=1e-6,
         max_position_embeddings=40960,
         tie_word_embeddings=False,
@@ -62,7 +69,11 @@ def test_qwen3_30b_a3b(tmp_path):
 
 def test_qwen3_8b(tmp_path):
     config = read(tmp_path, QWEN3_8B)
-    assert (config.architecture, config.num_layers, config.layers[0].mlp) == ("Qwen3ForCausalLM", 36, Mlp(size=12288))
+    assert (config.architecture, config.num_layers, config.layers[0].mlp) == (
+        "Qwen3ForCausalLM",
+        36,
+        MlpConfig(intermediate_size=12288),
+    )
     assert (config.sparse_layers, config.num_experts, config.top_k) == ((False,) * 36, 0, 0)
     assert config.layers[0].attention.qk_norm == "head"
 
@@ -100,7 +111,7 @@ def test_every_override_reaches_the_config():
     config = read_model_config(tiny.cached("qwen3_moe", norm_topk_prob=False, decoder_sparse_step=2, dtype="bfloat16"))
     # Layer 1 is dense by mlp_only_layers, 0 and 2 by the step.
     assert config.sparse_layers == (False, False, False, True)
-    assert (config.moe.renormalize, config.dtype, config.moe.size) == (False, "bfloat16", 64)
+    assert (config.moe.renormalize, config.dtype, config.moe.intermediate_size) == (False, "bfloat16", 64)
     assert config.layers[0].attention.head_dim == 32
 
 
@@ -232,20 +243,20 @@ def test_the_language_model_says_whether_embeddings_are_tied(tmp_path, outside, 
     [
         (
             {"quant_method": "fp8", "weight_block_size": [128, 128]},
-            Quantization(linears="fp8_block", experts="fp8_block"),
+            QuantizationConfig(linear_method="fp8_block", expert_method="fp8_block"),
         ),
         (
             {"quant_method": "fp8", "weight_block_size": None, "modules_to_not_convert": ["lm_head"]},
-            Quantization(linears="fp8_static", experts="fp8_static", skipped=("lm_head",)),
+            QuantizationConfig(linear_method="fp8_static", expert_method="fp8_static", ignored_modules=("lm_head",)),
         ),
-        ({"quant_method": "mxfp4"}, Quantization(linears=None, experts="mxfp4")),
+        ({"quant_method": "mxfp4"}, QuantizationConfig(linear_method=None, expert_method="mxfp4")),
         (
             {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
-            Quantization(linears="nvfp4", experts="nvfp4", skipped=("lm_head",)),
+            QuantizationConfig(linear_method="nvfp4", expert_method="nvfp4", ignored_modules=("lm_head",)),
         ),
         (
             {"quant_method": "modelopt", "quant_algo": "FP8"},
-            Quantization(linears="fp8_modelopt", experts="fp8_modelopt"),
+            QuantizationConfig(linear_method="fp8_modelopt", expert_method="fp8_modelopt"),
         ),
     ],
 )
@@ -257,10 +268,11 @@ def test_modelopt_has_a_file_of_its_own(tmp_path):
     write(tmp_path, MIXTRAL_8X7B)
     file = tmp_path / "hf_quant_config.json"
     file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}))
-    expected = Quantization(linears="nvfp4", experts="nvfp4", skipped=("lm_head",))
+    expected = QuantizationConfig(linear_method="nvfp4", expert_method="nvfp4", ignored_modules=("lm_head",))
     assert read_model_config(tmp_path).quantization == expected
     for wrong, message in (
-        ({}, "quantization must be an object"),
+        ({}, "quantization.quant_algo must be one of FP8, NVFP4, got None"),
+        ({"quantization": []}, "quantization must be an object or null"),
         ({"quantization": {}}, "quant_algo must be one of FP8"),
     ):
         file.write_text(json.dumps(wrong))
@@ -275,6 +287,6 @@ def test_the_wanted_dtype_replaces_the_stored_one(tmp_path):
 
 
 def test_torch_is_not_imported():
-    modules = "expertwire.engine.loader.checkpoint, expertwire.engine.models.hub_config"
+    modules = "expertwire.engine.loader.checkpoint, expertwire.engine.models.registry"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,7 +17,7 @@ from helpers.rank_model import RankModel
 from safetensors.torch import load_file, save_file
 
 from expertwire.bench.serving import rank_model as bench_rank_model
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.kernels.ops.variants import LongRope
 
 NUM_TOKENS = 150
@@ -128,7 +128,7 @@ def test_a_tied_head_may_still_be_there(tmp_path):
 
 
 def test_other_tensors_of_the_wrapper(monkeypatch):
-    config = replace(read_model_config(architectures.folder("ministral3"), "float32"), skipped=())
+    config = replace(read_model_config(architectures.folder("ministral3"), "float32"), ignored_tensors=())
     with pytest.raises(ValueError, match=r"does not know .*: (multi_modal_projector|vision_tower)\..*, (mul|vis)"):
         of_config(config, "ministral3", monkeypatch)
 
@@ -162,4 +162,5 @@ def test_both_styles(name, tmp_path):
     own = made.config.to_dict() | {"architectures": [type(made).__name__], "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(own))
     found, hub = read_model_config(tmp_path), read_model_config(architectures.folder(name))
-    assert replace(found, skipped=(), architecture=hub.architecture) == replace(hub, skipped=())
+    of_wrapper = {"architecture": hub.architecture, "tensor_names": hub.tensor_names}
+    assert replace(found, ignored_tensors=(), **of_wrapper) == replace(hub, ignored_tensors=())

@@ -19,7 +19,7 @@ from helpers.quirks import attention, moe, rope, scaling, unread
 from helpers.rank_model import RankModel
 
 from expertwire.bench.serving import rank_model as bench_rank_model
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.kernels import registry
 from expertwire.kernels.ops import rotary
 from expertwire.kernels.ops.variants import Rope, Yarn
@@ -51,13 +51,13 @@ def of_attention(config):
 
 def plain_scale(config):
     c = of_attention(config)
-    return attention(scale=(c.plain_dim + c.rope.size) ** -0.5)(config)
+    return attention(scale=(c.qk_nope_head_dim + c.rope.size) ** -0.5)(config)
 
 
 def default_factor(config):
     """Cosines and sines times 0.1 ln(factor) + 1, as YaRN elsewhere; the scale of the scores stays."""
     c = of_attention(config)
-    scale = (c.plain_dim + c.rope.size) ** -0.5 * (0.1 * np.log(c.rope.scaling.factor) + 1) ** 2
+    scale = (c.qk_nope_head_dim + c.rope.size) ** -0.5 * (0.1 * np.log(c.rope.scaling.factor) + 1) ** 2
     return attention(scale=scale)(scaling(mscale=None, mscale_all_dim=None)(config))
 
 
@@ -238,8 +238,8 @@ def test_14_ends_may_be_a_list(checkpoint):
 
 
 def test_what_predicts_further_tokens_or_sees_images_is_skipped_by_name(checkpoint):
-    predictor = read_model_config(checkpoint("deepseek_v3")).skipped
-    vision = read_model_config(checkpoint("mistral_small4_fp8")).skipped
+    predictor = read_model_config(checkpoint("deepseek_v3")).ignored_tensors
+    vision = read_model_config(checkpoint("mistral_small4_fp8")).ignored_tensors
     assert ["multi-token" in entry.why for entry in predictor] == [True]
     assert ["images" in entry.why for entry in vision] == [True]
     with pytest.raises(ValueError, match=r"does not know these tensors: .*model\.layers\.3\."):

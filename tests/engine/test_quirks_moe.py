@@ -19,8 +19,8 @@ from helpers.rank_model import RankModel
 
 from expertwire.bench.serving import rank_model as bench_rank_model
 from expertwire.engine.models import registry
-from expertwire.engine.models.hub_config import read_model_config
 from expertwire.engine.models.model_config import QueryScaling
+from expertwire.engine.models.registry import read_model_config
 from expertwire.kernels.ops.variants import Activation
 
 NUM_TOKENS = 70
@@ -193,7 +193,7 @@ def test_alternating_rows(name, monkeypatch):
     """3: gate and up rows, or columns, and biases."""
     ids, right = known(name)
     family = registry.FAMILIES["GptOssForCausalLM"]
-    stacked = replace(family, names=replace(family.names, pairs=False))
+    stacked = replace(family, names=replace(family.names, interleaved=False))
     monkeypatch.setattr(registry, "FAMILIES", {"GptOssForCausalLM": stacked})
     without = RankModel(architectures.folder(name), max_tokens=128)
     assert np.abs(without.logits(ids) - right).max() > DIFFERS
@@ -264,7 +264,7 @@ def test_both_styles(name, tmp_path):
     own = made.config.to_dict() | {"architectures": [type(made).__name__], "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(own, default=str))
     found, hub = read_model_config(tmp_path), read_model_config(architectures.folder(name))
-    assert replace(found, skipped=()) == replace(hub, skipped=())
+    assert replace(found, ignored_tensors=()) == replace(hub, ignored_tensors=())
 
 
 def test_both_styles_of_a_wrapper(tmp_path):

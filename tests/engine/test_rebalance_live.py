@@ -10,7 +10,7 @@ from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.rebalancing import Rebalancing
 from expertwire.moe.eplb.load import ExpertLoad
 from expertwire.moe.eplb.placement import place

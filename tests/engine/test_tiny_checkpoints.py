@@ -20,7 +20,7 @@ VARIANTS = [
 def test_every_tensor_moves_the_logits(kind, overrides):
     folder = tiny.cached(kind, **overrides)
     changes = tiny.sensitivity(folder)
-    assert set(changes) == set(Checkpoint(folder).names())
+    assert set(changes) == set(Checkpoint(folder).tensors)
     assert min(changes.values()) > 0.1, sorted(changes.items(), key=lambda item: item[1])[:5]
     assert 2 < tiny.reference_logits(folder, tiny.prompt(100)).std() < 4
 
@@ -34,7 +34,7 @@ def test_names_are_the_hubs():
     assert qwen.shape("model.layers.0.mlp.experts.7.gate_proj.weight") == (64, 96)
     assert qwen.shape("model.layers.1.mlp.down_proj.weight") == (96, 112)
     assert qwen.shape("model.layers.3.self_attn.q_norm.weight") == (32,)
-    assert "lm_head.weight" not in Checkpoint(tiny.cached("qwen3", tie_word_embeddings=True)).names()
+    assert "lm_head.weight" not in Checkpoint(tiny.cached("qwen3", tie_word_embeddings=True)).tensors
 
 
 def test_styles_shards_and_greedy_agree():

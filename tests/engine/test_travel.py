@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from expertwire.engine.config import validation
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 

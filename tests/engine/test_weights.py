@@ -9,9 +9,9 @@ import torch
 from helpers import tiny_checkpoints as tiny
 from safetensors.torch import load_file, save_file
 
-from expertwire.engine.loader import reading, weights
+from expertwire.engine.loader import reader, weights
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.weight_map import Destination, ParamSpec
+from expertwire.engine.loader.parameters import Destination, ParamSpec
 
 # A little model: D width 6, F expert width 5, E 4 experts, fused query and value (4 + 2 rows), one replicated expert.
 D, F, E = 6, 5, 4
@@ -64,7 +64,7 @@ def untouched(made):
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_region_gets_its_tensor(tmp_path, monkeypatch, dtype, stored, chunk_bytes):
-    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk_bytes)
     values, made = tensors(stored), params(dtype)
     weights.load_weights(save(tmp_path, values), weight_map(), made, progress=False)
     w13 = [torch.cat([values[f"{expert}.w1"], values[f"{expert}.w3"]]) for expert in (1, 2, 1)]
@@ -82,7 +82,7 @@ def test_every_region_gets_its_tensor(tmp_path, monkeypatch, dtype, stored, chun
 def test_a_whole_checkpoint_round_trips(shards):
     folder = tiny.cached("qwen3_moe", dtype="bfloat16", shards=shards)
     checkpoint = Checkpoint(folder)
-    made = {name: torch.empty(checkpoint.shape(name)) for name in checkpoint.names()}
+    made = {name: torch.empty(stored.shape) for name, stored in checkpoint.tensors.items()}
     weights.load_weights(checkpoint, {name: to(name) for name in made}, made, progress=False)
     for file in folder.glob("*.safetensors"):
         for name, values in load_file(file).items():
@@ -127,7 +127,7 @@ def test_files_of_other_ranks_are_not_opened(tmp_path):
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     (folder / "model-00002-of-00002.safetensors").unlink()  # after the headers were verified
     first = [name for name, file in index.items() if file.startswith("model-00001")]
-    made = {name: torch.empty(checkpoint.shape(name)) for name in first}
+    made = {name: torch.empty(checkpoint.tensors[name].shape) for name in first}
     names = {name: to(name) if name in made else () for name in index}
     weights.load_weights(checkpoint, names, made, progress=False)
     assert all(values.isfinite().all() for values in made.values())
@@ -227,7 +227,7 @@ def test_the_progress_bar_counts_tensors_and_bytes(tmp_path, capsys, progress):
 
 @pytest.fixture(params=[1, 50, 1 << 20])
 def chunk_bytes(request, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", request.param)
 
 
 def filled(folder, values, names, made):
@@ -335,12 +335,12 @@ def test_only_the_own_experts_of_a_fused_tensor_are_read(tmp_path):
 def test_tensors_that_are_skipped_by_name(tmp_path):
     values, made = {**tensors(), "mtp.0.fc": torch.ones(2), "a.vision": torch.ones(2, dtype=torch.int64)}, params()
     patterns = [r"mtp\..*", ".*vision"]
-    weights.load_weights(save(tmp_path, values), weight_map(), made, skipped=patterns, progress=False)
+    weights.load_weights(save(tmp_path, values), weight_map(), made, ignored=patterns, progress=False)
     assert not any(param.isnan().any() for param in made.values())
     with pytest.raises(ValueError, match=r"does not know these tensors: a\.vision$"):
         # A pattern is of the whole name.
         weights.load_weights(
-            save(tmp_path, values), weight_map(), params(), skipped=[r"mtp\..*", "vision"], progress=False
+            save(tmp_path, values), weight_map(), params(), ignored=[r"mtp\..*", "vision"], progress=False
         )
 
 

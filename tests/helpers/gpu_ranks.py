@@ -18,7 +18,7 @@ from expertwire.comm.control.channel import ControlHub
 from expertwire.comm.topology import probe as topology_probe
 from expertwire.engine import worker
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.startup import Orders, scheduler_config, start_ranks
 from expertwire.scheduler.plan import StepResult
 from expertwire.scheduler.request import Request

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from expertwire.engine.models.hub_config import read_model_config
 from expertwire.engine.models.model_config import ModelConfig
+from expertwire.engine.models.registry import read_model_config
 
 Config = dict[str, Any]
 

@@ -12,8 +12,8 @@ from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
 from expertwire.comm.group import SoloGroup
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.loading import load
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.loader.weights import load_model
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner.device_runner import DeviceRunner
 from expertwire.engine.runner.device_slots import DeviceSlots
 from expertwire.kernels import registry as kernels
@@ -56,7 +56,7 @@ def build(num_ranks, max_tokens, capture, *, device="cpu", num_parts=1):
     context = RankContext(
         rank=0, dtype=torch.bfloat16, device=device, ops=ops, placement=placement, all_to_alls=tuple(all_to_alls)
     )
-    model, specs = load(config, context, Checkpoint(folder)), config.cache_specs()
+    model, specs = load_model(config, context, Checkpoint(folder)), config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
     slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device=device, **SIZES)
     options = {"num_ranks": num_ranks, "num_parts": num_parts, "capture": capture}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.generation import RequestOutput
 from helpers import tiny_checkpoints as tiny
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from expertwire.engine.models.model_config import Moe, Skipped
+from expertwire.engine.models.model_config import IgnoredTensors, MoeConfig
 
 
 def attention(where=lambda old: True, **fields):
@@ -31,7 +31,7 @@ def scaling(**fields):
 def moe(**fields):
     def change(config):
         layers = [
-            replace(layer, mlp=replace(layer.mlp, **fields)) if isinstance(layer.mlp, Moe) else layer
+            replace(layer, mlp=replace(layer.mlp, **fields)) if isinstance(layer.mlp, MoeConfig) else layer
             for layer in config.layers
         ]
         return replace(config, layers=tuple(layers))
@@ -40,5 +40,7 @@ def moe(**fields):
 
 
 def unread(pattern):
-    """Tensors that are then left over."""
-    return lambda config: replace(config, skipped=(*config.skipped, Skipped(pattern=pattern, why="a test")))
+    """Ignore some of the checkpoint's tensors."""
+    return lambda config: replace(
+        config, ignored_tensors=(*config.ignored_tensors, IgnoredTensors(pattern=pattern, why="a test"))
+    )

@@ -18,7 +18,7 @@ from expertwire.comm.all_to_all import symmetric_buffer as arena
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.models.decoder import Decoder
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner import precompile
 from expertwire.kernels.gpu import compile_ahead, rms_norm
 from expertwire.kernels.gpu.compile import absent_gpu

@@ -13,8 +13,8 @@ from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import SoloGroup
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.loading import load
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.loader.weights import load_model
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner.device_runner import DeviceRunner
 from expertwire.engine.runner.device_slots import DeviceSlots
 from expertwire.engine.runner.runner import Runner
@@ -49,7 +49,7 @@ def build(folder, ops, num_parts, capture):
     context = RankContext(
         rank=0, dtype=torch.float32, device="cpu", ops=ops, placement=placement, all_to_alls=all_to_alls
     )
-    model = load(config, context, Checkpoint(folder))
+    model = load_model(config, context, Checkpoint(folder))
     specs = config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
     if ops.on_device:

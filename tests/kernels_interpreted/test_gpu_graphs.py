@@ -14,8 +14,8 @@ from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
 from expertwire.comm.group import everyones
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.loading import load
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.loader.weights import load_model
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner.device_runner import DeviceRunner
 from expertwire.engine.runner.device_slots import DeviceSlots
 from expertwire.kernels import registry as kernels
@@ -56,7 +56,7 @@ def build(group, folder, capture):
         placement=placement,
         all_to_alls=(all_to_all,),
     )
-    model, specs = load(config, context, Checkpoint(folder)), config.cache_specs()
+    model, specs = load_model(config, context, Checkpoint(folder)), config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
     slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
     where = {"rank": group.rank, "num_ranks": group.size}

@@ -14,8 +14,8 @@ from expertwire.comm.all_to_all.local import LocalAllToAll
 from expertwire.comm.group import SoloGroup
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.loading import load
-from expertwire.engine.models.hub_config import read_model_config
+from expertwire.engine.loader.weights import load_model
+from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels import formats
 from expertwire.kernels import registry as kernels
@@ -73,7 +73,7 @@ def device_logits(folder, ids):
         placement=placement,
         all_to_alls=(LocalAllToAll(spec, ops.permute),),
     )
-    model = load(config, context, Checkpoint(folder), quantize="fp8")
+    model = load_model(config, context, Checkpoint(folder), quantize="fp8")
     caches = model.allocate(num_blocks=[3], block_size=16, max_model_len=32)
     positions, table = torch.arange(len(ids)), torch.tensor([[1, 2]], dtype=torch.int32)
     batch = ForwardBatch(

@@ -33,7 +33,7 @@ def done(monkeypatch):
     """What has been done, in order."""
     done = []
     seen(monkeypatch, memory_plan, "check", done, lambda plan: "check")
-    seen(monkeypatch, worker, "load", done, lambda *args, **kwargs: "load")
+    seen(monkeypatch, worker, "load_model", done, lambda *args, **kwargs: "load")
     seen(monkeypatch, device_runner.DeviceRunner, "run_peak", done, lambda self, *sizes: ("largest step", *sizes))
     seen(monkeypatch, Decoder, "allocate", done, lambda self, **sizes: ("caches", sizes["num_blocks"]))
     seen(monkeypatch, device_runner.DeviceRunner, "warm_up", done, lambda self, *sizes: "warm up")

@@ -1,7 +1,7 @@
-"""A strict fake of work on a CUDA stream: it is done as late as the contract allows, when somebody waits for an event behind it.
+"""A strict fake of a CUDA stream: its work is done as late as the contract allows, when somebody waits for an event behind it.
 
-So whoever fills a pinned buffer again before its copy's event is done, or reads a parameter before the end, finds wrong bytes.
-Work comes from one thread, which has said so: a thread's current device is the first one otherwise.
+So code that fills a pinned buffer again before its copy's event is done, or reads a parameter too early, finds wrong bytes. Work
+must come from the one thread that has called `start`: in another one the current device would be GPU 0.
 """
 
 import threading
@@ -9,8 +9,8 @@ import threading
 import torch
 
 
-class FakeUploads:
-    """`reading.Uploads` whose GPU is the host's memory."""
+class FakeUploadStream:
+    """`reader.UploadStream` whose GPU memory is host memory."""
 
     def __init__(self):
         self.pinned_bytes = []
@@ -34,7 +34,7 @@ class FakeUploads:
         self._check_thread()
         self._enqueued.append(work)
 
-    def mark(self):
+    def record(self):
         self._check_thread()
         return FakeEvent(self, len(self._enqueued))
 
@@ -53,8 +53,8 @@ class FakeUploads:
 class FakeEvent:
     """A point in the work."""
 
-    def __init__(self, uploads, place):
-        self._uploads, self.place = uploads, place
+    def __init__(self, stream, place):
+        self._stream, self.place = stream, place
 
     def synchronize(self):
-        self._uploads.work_until(self.place)
+        self._stream.work_until(self.place)

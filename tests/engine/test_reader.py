@@ -1,15 +1,15 @@
-"""How bytes get from files to parameters: threads, pinned buffers that are used again, and no detour where none is needed."""
+"""The reader: threads, pinned buffers that are reused, and reading in place."""
 
 import threading
 
 import pytest
 import torch
-from helpers.fake_uploads import FakeEvent, FakeUploads
+from helpers.fake_upload_stream import FakeEvent, FakeUploadStream
 from safetensors.torch import save_file
 
-from expertwire.engine.loader import reading
+from expertwire.engine.loader import reader
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.weight_map import Destination
+from expertwire.engine.loader.parameters import Destination
 
 CHUNK = 48  # bytes
 
@@ -48,16 +48,16 @@ def empty():
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Read the tensors above into fresh parameters, by given ways."""
-    monkeypatch.setattr(reading, "CHUNK_BYTES", CHUNK)
+    """Read the tensors above into fresh parameters, by given transfers."""
+    monkeypatch.setattr(reader, "CHUNK_BYTES", CHUNK)
     save_file(tensors(), tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
 
-    def run(ways, names=tuple(MAP)):
+    def run(transfers, names=tuple(MAP)):
         params = empty()
-        every = [piece for name in names for piece in reading.pieces(checkpoint.tensors[name], MAP[name], params)]
+        every = [piece for name in names for piece in reader.pieces(checkpoint.tensors[name], MAP[name], params)]
         seen = []
-        reading.read(every, ways, seen.append)
+        reader.read(every, transfers, seen.append)
         assert sorted(piece.offset for piece in seen) == sorted(piece.offset for piece in every)
         return params
 
@@ -78,42 +78,42 @@ def is_right(params):
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_to_the_hosts_memory(read, number):
-    assert is_right(read(reading.transfers(torch.device("cpu"), number)))
+    assert is_right(read(reader.transfers(torch.device("cpu"), number)))
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_to_a_gpu_that_copies_as_late_as_it_may(read, number):
-    uploads = [FakeUploads() for _ in range(number)]
-    assert is_right(read([reading.PinnedTransfer(each, CHUNK) for each in uploads]))
-    assert [each.pinned_bytes for each in uploads] == [[CHUNK, CHUNK]] * number  # once, not for each tensor
+    streams = [FakeUploadStream() for _ in range(number)]
+    assert is_right(read([reader.PinnedTransfer(each, CHUNK) for each in streams]))
+    assert [each.pinned_bytes for each in streams] == [[CHUNK, CHUNK]] * number  # once, not for each tensor
 
 
 def test_the_fake_gpu_notices_a_buffer_that_is_filled_too_early(read, monkeypatch):
-    uploads = FakeUploads()
+    stream = FakeUploadStream()
     monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None)
-    params = read([reading.PinnedTransfer(uploads, CHUNK)])
-    uploads.work_to_the_end()
+    params = read([reader.PinnedTransfer(stream, CHUNK)])
+    stream.work_to_the_end()
     assert not is_right(params)
 
 
-def test_several_threads_read_at_once(read):
+def test_several_threads_read_into_once(read):
     """Each of two waits for the other within its first read."""
     together = threading.Barrier(2)
 
-    class Meeting(reading.HostTransfer):
+    class Meeting(reader.HostTransfer):
         met = False
 
-        def fetch(self, target, read_at):
+        def fetch(self, target, read_into):
             if not self.met:
                 together.wait(timeout=60)
                 self.met = True
-            super().fetch(target, read_at)
+            super().fetch(target, read_into)
 
     assert is_right(read([Meeting(), Meeting()]))
 
 
 def test_what_lies_as_it_is_stored_is_read_in_place(read):
-    class InPlace(reading.HostTransfer):
+    class InPlace(reader.HostTransfer):
         def scratch(self, nbytes):
             pytest.fail(f"a detour of {nbytes} bytes")
 
@@ -122,14 +122,14 @@ def test_what_lies_as_it_is_stored_is_read_in_place(read):
 
 
 def test_an_error_in_one_thread_stops_the_others(read):
-    class Failing(reading.HostTransfer):
-        def fetch(self, target, read_at):
+    class Failing(reader.HostTransfer):
+        def fetch(self, target, read_into):
             raise RuntimeError("no such disk")
 
-    class Slow(reading.HostTransfer):
+    class Slow(reader.HostTransfer):
         fetched = 0
 
-        def fetch(self, target, read_at):
+        def fetch(self, target, read_into):
             self.fetched += 1
             stopped.wait(timeout=60)
 

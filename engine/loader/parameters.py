@@ -1,0 +1,390 @@
+"""The parameters of one rank and the checkpoint tensors that fill them, as the layers declare them.
+
+The tensor names of the checkpoint show whether a matrix is quantized; without a checkpoint its config does.
+
+M rows, K columns, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from expertwire.engine.loader.checkpoint import StoredTensor
+from expertwire.engine.loader.quantization import METHODS, PACKED_DTYPES, QuantMethod, is_ignored
+from expertwire.engine.models.model_config import QuantizationConfig, TensorNames
+from expertwire.kernels.formats import BLOCK, GROUPS, Quantized, Weight
+
+Shape = tuple[int, ...]
+Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """A parameter that a rank holds.
+
+    Attributes:
+        shape: its shape.
+        fan_in: number of inputs, which scales the random weights of `--load-format dummy`; None: filled with `value`, or, if
+            that is None, with random bits.
+        value: see `fan_in`.
+        dtype: None: the model's.
+        experts: logical ids of the experts along the first dimension, so that random weights are the same on every rank;
+            None: the first dimension is not experts.
+    """
+
+    shape: Shape
+    fan_in: int | None
+    value: float | None = 1.0
+    dtype: torch.dtype | None = None
+    experts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """The region of a parameter that a checkpoint tensor fills: `params[param][region] = tensor[source]`.
+
+    Regions of different tensors are disjoint.
+
+    Attributes:
+        param: name of the parameter.
+        region: index of leading dimensions, of integers and slices with explicit bounds; () is the whole parameter.
+        source: index into the checkpoint's tensor, likewise; slices may have steps.
+        stored: shape of the checkpoint's tensor; None: that of the region.
+        transposed: whether the last two dimensions of `tensor[source]` are swapped.
+        repeated: whether `tensor[source]`, whatever its shape, has one number for the whole region or one for each of its rows.
+    """
+
+    param: str
+    region: Index = ()
+    source: Index = ()
+    stored: Shape | None = None
+    transposed: bool = False
+    repeated: bool = False
+
+    def expected_shape(self, param_shape: Shape) -> Shape:
+        """Return the shape that the checkpoint's tensor must have."""
+        if self.stored is not None:
+            return self.stored
+        kept = [i.stop - i.start for i in self.region if isinstance(i, slice)]
+        return (*kept, *param_shape[len(self.region) :])
+
+    @property
+    def lead(self) -> int | None:
+        """The index of the tensor's first dimension that is read; None: all of them are."""
+        first = self.source[0] if self.source else None
+        return first if isinstance(first, int) else None
+
+
+# Checkpoint tensor -> the regions that it fills on this rank; () if it is known and not needed, such as another rank's expert.
+WeightMap = Mapping[str, tuple[Destination, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixTensor:
+    """One of the tensors that a stored matrix consists of; a matrix that is not quantized has one, named "".
+
+    Attributes:
+        name: name of the parameter within the matrix, as in `kernels.formats.Quantized`.
+        per: what its rows stand for: a "row", a "block" of rows or a "part" of the matrix.
+        columns: shape of one of its rows.
+        dtype, fan_in, value: as `ParamSpec` has them.
+    """
+
+    name: str
+    per: str = "row"
+    columns: Shape
+    dtype: torch.dtype | None
+    fan_in: int | None = None
+    value: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedMatrix:
+    """A parameter [M, K], or [experts, M, K], in which one or several matrices of the checkpoint are stacked by rows.
+
+    Attributes:
+        param: its name.
+        parts: rows of each of the stacked matrices.
+        columns: K.
+        method: how it is quantized; None: it is not.
+        lead: leading dimensions.
+        dtype: of a matrix that is not quantized; None: the model's.
+    """
+
+    param: str
+    parts: tuple[int, ...]
+    columns: int
+    method: QuantMethod | None = None
+    lead: Shape = ()
+    dtype: torch.dtype | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(self.parts)
+
+    def span(self, p: int, per: str = "row") -> slice:
+        """Return where part `p` lies in a tensor with an entry per row, block of rows or part."""
+        sizes = [{"row": rows, "block": -(-rows // BLOCK), "part": 1}[per] for rows in self.parts]
+        start = sum(sizes[:p])
+        return slice(start, start + sizes[p])
+
+    def count(self, per: str) -> int:
+        """Return the number of rows, blocks of rows or parts."""
+        return self.span(len(self.parts) - 1, per).stop
+
+    def rows_of_part(self, p: int, per: str = "row", *, interleaved: bool) -> Index:
+        """Return the index of part `p` in a checkpoint tensor that holds all parts, whose rows may alternate."""
+        if len(self.parts) == 1:
+            return ()
+        assert not (interleaved and per == "block"), f"{self.param}: blocks of rows that alternate"
+        return (slice(p, None, 2) if interleaved and per == "row" else self.span(p, per),)
+
+    def tensors(self) -> Iterator[tuple[str, MatrixTensor]]:
+        """Yield the parameter's name and description of each tensor."""
+        if self.method is None:
+            yield self.param, MatrixTensor(name="", columns=(self.columns,), dtype=self.dtype, fan_in=self.columns)
+            return
+        for tensor in tensors_of(self.method.format, self.columns):
+            yield f"{self.param}.{tensor.name}", tensor
+
+    def specs(self, experts: tuple[int, ...] | None = None) -> dict[str, ParamSpec]:
+        """Return the parameters by name; `experts` as `ParamSpec` has them.
+
+        Raises:
+            ValueError: the format does not support this number of columns.
+        """
+        group = GROUPS.get(self.method.format, 1) if self.method is not None else 1
+        if self.method is not None and self.columns % group:
+            raise ValueError(
+                f"{self.param} is stored as {self.method.format}: its {self.columns} columns must be a multiple of {group}"
+            )
+        return {
+            param: ParamSpec(
+                shape=(*self.lead, self.count(tensor.per), *tensor.columns),
+                fan_in=tensor.fan_in,
+                value=tensor.value,
+                dtype=tensor.dtype,
+                experts=experts,
+            )
+            for param, tensor in self.tensors()
+        }
+
+
+def tensors_of(format: str, columns: int) -> tuple[MatrixTensor, ...]:
+    """Return the tensors of a quantized matrix with this number of columns; dummy values have about the spread of dense ones."""
+    spread, fp8 = columns**-0.5, torch.float8_e4m3fn
+    match format:
+        case "fp8_block":
+            blocks = (-(-columns // BLOCK),)
+            return (
+                MatrixTensor(name="data", columns=(columns,), dtype=fp8, fan_in=1),
+                MatrixTensor(name="scales", per="block", columns=blocks, dtype=torch.float32, value=spread),
+            )
+        case "fp8_row":
+            return (
+                MatrixTensor(name="data", columns=(columns,), dtype=fp8, fan_in=1),
+                MatrixTensor(name="scales", columns=(), dtype=torch.float32, value=spread),
+            )
+        case "int4":
+            return (
+                MatrixTensor(name="data", columns=(columns // 8,), dtype=torch.int32),
+                MatrixTensor(name="scales", columns=(columns // 32,), dtype=torch.bfloat16, value=spread / 4.6),
+            )
+        case "mxfp4":
+            exponent = 127 + round(math.log2(spread / 2.7))
+            return (
+                MatrixTensor(name="data", columns=(columns // 2,), dtype=torch.uint8),
+                MatrixTensor(name="scales", columns=(columns // 32,), dtype=torch.uint8, value=exponent),
+            )
+    assert format == "nvfp4", format
+    return (
+        MatrixTensor(name="data", columns=(columns // 2,), dtype=torch.uint8),
+        MatrixTensor(name="scales", columns=(columns // 16,), dtype=fp8, value=1.0),
+        MatrixTensor(name="global_scales", per="part", columns=(), dtype=torch.float32, value=spread / 2.7),
+    )
+
+
+@dataclass
+class ParameterLayout:
+    """The parameters of one rank.
+
+    Attributes:
+        stored: the checkpoint's tensors; None: there is no checkpoint.
+        quantization: what the checkpoint's config says.
+        specs: the parameters, by name.
+        sources: the weight map, which knows every tensor of the checkpoint.
+        quantized: the quantized matrices by name; each consists of several parameters.
+    """
+
+    stored: Mapping[str, StoredTensor] | None
+    quantization: QuantizationConfig | None
+    specs: dict[str, ParamSpec] = field(default_factory=dict)
+    sources: dict[str, tuple[Destination, ...]] = field(default_factory=dict)
+    quantized: dict[str, StackedMatrix] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Return whether the checkpoint has this tensor."""
+        return self.stored is not None and name in self.stored
+
+    def has_quantized(self, data: str, scales: str) -> bool:
+        """Return whether the checkpoint has a quantized matrix: its scales or, if these are missing, data that need some."""
+        found = self.stored.get(data) if self.stored is not None else None
+        return self.has(scales) or (found is not None and found.dtype in PACKED_DTYPES)
+
+    def first_stored(self, names: Sequence[str], suffix: str) -> str:
+        """Return the first of the names that the checkpoint has with this suffix, or the first name if it has none."""
+        return next((name for name in names if self.has(name + suffix)), names[0])
+
+    def ignore(self, *names: str) -> None:
+        """Add checkpoint tensors that may exist and are not needed on this rank."""
+        for name in names:
+            self.sources.setdefault(name, ())
+
+    def assign(self, name: str, *destinations: Destination, shapes: Sequence[Shape] = ()) -> None:
+        """Add regions that a checkpoint tensor fills; it may have one of `shapes` instead of the expected one."""
+        found = self.stored[name].shape if self.stored is not None and name in self.stored else None
+        fitted = [_with_shape(d, found) if found is not None and found in shapes else d for d in destinations]
+        self.sources[name] = (*self.sources.get(name, ()), *fitted)
+
+    def vector(
+        self, param: str, *parts: tuple[str, int], fan_in: int | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Add a parameter of one dimension, in which checkpoint tensors of the given sizes are concatenated."""
+        self.specs[param] = ParamSpec(shape=(sum(size for _, size in parts),), fan_in=fan_in, dtype=dtype)
+        start = 0
+        for name, size in parts:
+            self.assign(name, Destination(param=param, region=(slice(start, start + size),)))
+            start += size
+
+    def matrix(
+        self,
+        param: str,
+        *parts: tuple[str, int],
+        columns: int,
+        dtype: torch.dtype | None = None,
+        quantized: bool = True,
+    ) -> None:
+        """Add a matrix in which modules with the given numbers of rows are stacked; `quantized`: they may be."""
+        method = self._linear_method([module for module, _ in parts]) if quantized else None
+        rows = tuple(rows for _, rows in parts)
+        matrix = StackedMatrix(param=param, parts=rows, columns=columns, method=method, dtype=dtype)
+        self.add(matrix)
+        for p, (module, _) in enumerate(parts):
+            self.assign_part(matrix, p, module)
+            self.ignore(*(module + suffix for suffix in (method.ignored if method is not None else ())))
+
+    def add(self, matrix: StackedMatrix, experts: tuple[int, ...] | None = None) -> None:
+        """Add the parameters of a matrix; `experts` as `ParamSpec` has them."""
+        self.specs |= matrix.specs(experts)
+        if matrix.method is not None:
+            self.quantized[matrix.param] = matrix
+
+    def assign_part(self, matrix: StackedMatrix, p: int, module: str, index: tuple[int, ...] = ()) -> None:
+        """Fill part `p` of a matrix from a module's tensors; `index`: of the leading dimensions."""
+        for param, tensor in matrix.tensors():
+            suffix, repeated = _stored_as(matrix, tensor, fused=False)
+            span = matrix.span(p, tensor.per)
+            shapes: list[Shape] = [(span.stop - span.start, 1), (), (1,), (1, 1)] if repeated else []
+            destination = Destination(param=param, region=(*index, span), repeated=repeated)
+            self.assign(module + suffix, destination, shapes=shapes)
+
+    def assign_fused_part(
+        self, matrix: StackedMatrix, p: int, prefix: str, expert: int, slot: int, num_experts: int, names: TensorNames
+    ) -> None:
+        """Fill part `p` of the expert in `slot` from tensors that hold all experts and whose names begin with `prefix`."""
+        for param, tensor in matrix.tensors():
+            suffix, repeated = _stored_as(matrix, tensor, fused=True)
+            taken = matrix.rows_of_part(p, tensor.per, interleaved=names.interleaved)
+            source: Index = (expert, *taken)
+            stored: Shape = (num_experts, matrix.count(tensor.per), *tensor.columns)
+            transposed = matrix.method is None and names.fused_layout == "columns"
+            if transposed:
+                source, stored = (expert, slice(None), *taken), (num_experts, matrix.columns, matrix.rows)
+            shapes: list[Shape] = []
+            if repeated:
+                shapes = [(num_experts, matrix.rows, 1), (num_experts, 1, 1), (num_experts, 1), (num_experts,)]
+            elif matrix.method is not None and matrix.method.format == "mxfp4" and tensor.name == "data":
+                shapes = [(*stored[:-1], stored[-1] // 16, 16)]  # the bytes of a group in a dimension of their own
+            destination = Destination(
+                param=param,
+                region=(slot, matrix.span(p, tensor.per)),
+                source=source,
+                stored=stored,
+                transposed=transposed,
+                repeated=repeated,
+            )
+            self.assign(prefix + suffix, destination, shapes=shapes)
+
+    def _linear_method(self, modules: list[str]) -> QuantMethod | None:
+        quantization = self.quantization
+        if quantization is None or quantization.linear_method is None:
+            return None
+        method = METHODS[quantization.linear_method]
+        if self.stored is None:
+            return None if any(is_ignored(module, quantization.ignored_modules) for module in modules) else method
+        data, scales = method.data[0], method.scales[0]
+        return method if any(self.has_quantized(module + data, module + scales) for module in modules) else None
+
+    def loaded(self, tensors: dict[str, Tensor]) -> LoadedParameters:
+        """Return the filled parameters, to be taken one by one."""
+        return LoadedParameters(tensors, self.quantized)
+
+
+def _stored_as(matrix: StackedMatrix, tensor: MatrixTensor, *, fused: bool) -> tuple[str, bool]:
+    """Return the suffix of a tensor's name in the checkpoint, and whether it is repeated for each row."""
+    if matrix.method is None:
+        return "" if fused else ".weight", False
+    suffix = matrix.method.suffix(tensor.name, fused=fused)
+    return suffix, tensor.name == "global_scales" or (tensor.name == "scales" and matrix.method.repeated_scales)
+
+
+def _with_shape(destination: Destination, shape: Shape) -> Destination:
+    source = destination.source
+    if destination.repeated and source and math.prod(shape) == shape[0]:
+        source = source[:1]  # one number per expert
+    return replace(destination, stored=shape, source=source)
+
+
+class LoadedParameters:
+    """Filled parameters. Whoever takes one has the only reference, so that the old form is freed once it is converted."""
+
+    def __init__(self, tensors: dict[str, Tensor], quantized: Mapping[str, StackedMatrix], prefix: str = "") -> None:
+        self._tensors, self._quantized, self._prefix = tensors, quantized, prefix
+
+    def within(self, prefix: str) -> LoadedParameters:
+        """Return those whose names begin with `prefix`."""
+        return LoadedParameters(self._tensors, self._quantized, self._prefix + prefix)
+
+    def name(self, name: str) -> str:
+        """Return the whole name, for messages."""
+        return self._prefix + name
+
+    def tensor(self, name: str) -> Tensor:
+        """Take a parameter."""
+        return self._tensors.pop(self._prefix + name)
+
+    def maybe(self, name: str) -> Tensor | None:
+        """Take a parameter that need not exist."""
+        return self._tensors.pop(self._prefix + name, None)
+
+    def weight(self, name: str) -> Weight:
+        """Take a matrix, quantized or not."""
+        matrix = self._quantized.get(self._prefix + name)
+        if matrix is None or matrix.method is None:
+            return self.tensor(name)
+        return Quantized(
+            format=matrix.method.format,
+            data=self.tensor(name + ".data"),
+            scales=self.tensor(name + ".scales"),
+            parts=matrix.parts,
+            global_scales=self.maybe(name + ".global_scales"),
+        )
+
+    def rest(self) -> list[str]:
+        """Return the names of the parameters that nobody has taken."""
+        return sorted(self._tensors)
