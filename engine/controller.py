@@ -35,17 +35,18 @@ from expertwire.engine.rebalancing import Rebalancing
 from expertwire.engine.startup import Orders, Places, scheduler_config, start_ranks
 from expertwire.moe.eplb.load import ExpertLoad
 from expertwire.moe.eplb.placement import place
-from expertwire.scheduler._compiled.warm_up import rehearse
-from expertwire.scheduler.plan import Rejection, StepOutputs, StepPlan, StepResult
+from expertwire.scheduler.outputs import StepOutputs
+from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.policy import make_policy
-from expertwire.scheduler.request import Request
+from expertwire.scheduler.request import Rejection, Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
+from expertwire.scheduler.warm_up import warm_up
 
 # A request's key is its front's number and the id that the front gave it.
 _ID_BITS = 40
 _ID_MASK = (1 << _ID_BITS) - 1
-_KEYS = ("key_O", "prompt_key_R", "routed_key_C")
+_KEYS = ("key_O", "prompt_key_I", "routed_key_J")
 # How long to wait for the culprit when a rank reports an error that a dead peer may have caused.
 _BLAME_S = 1.0
 # How long nothing must have happened for the scheduler to be checked.
@@ -82,7 +83,7 @@ def controller_main(orders: Orders) -> None:
     loop: Loop | None = None
     try:
         _tell(listening={"hub": hub.address, "fronts": listener.address})
-        info, places = start_ranks(orders, hub, while_they_load=rehearse)
+        info, places = start_ranks(orders, hub, while_they_load=warm_up)
         policy = make_policy(config.scheduling_policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs(), policy)
         loop = Loop(scheduler=scheduler, hub=hub, info=info, load=_expert_load(orders, info, places))
@@ -319,8 +320,8 @@ def _outputs_for(number: int, outputs: StepOutputs, *, alone: bool) -> StepOutpu
     if not alone:
         rows = {name[-1]: np.flatnonzero(values[name] >> _ID_BITS == number) for name in _KEYS}
         tops = _take(values, rows["O"], "top_offsets_O1", ("top_ids", "top_logprobs"))
-        tops |= _take(values, rows["R"], "prompt_top_offsets_R1", ("prompt_top_ids", "prompt_top_logprobs"))
-        values |= {name: value[rows[name[-1]]] for name, value in values.items() if name.endswith(("_O", "_R", "_C"))}
+        tops |= _take(values, rows["I"], "prompt_top_offsets_I1", ("prompt_top_ids", "prompt_top_logprobs"))
+        values |= {name: value[rows[name[-1]]] for name, value in values.items() if name.endswith(("_O", "_I", "_J"))}
         values |= tops
     return StepOutputs(**values | {name: values[name] & _ID_MASK for name in _KEYS})
 

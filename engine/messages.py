@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from expertwire.scheduler.plan import Rejection, StepOutputs
+from expertwire.scheduler.outputs import StepOutputs
+from expertwire.scheduler.request import Rejection
 
 
 @dataclass(frozen=True, kw_only=True)

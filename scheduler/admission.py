@@ -1,54 +1,194 @@
-"""Waiting requests, as the compiled loops want to see them, and what ranks have of them. A requests, W names."""
+"""Admission: which waiting requests start in a step, and on which ranks.
+
+`rows` are rows of the running batch. P ranks, A requests, B blocks, C KV cache groups, Q entries of
+a hash table, Z slots of all ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from expertwire.scheduler._compiled import admissions as loops
 from expertwire.scheduler._compiled import blocks as block_loops
-from expertwire.scheduler._compiled.admissions import Candidates
-from expertwire.scheduler.rank_placement import Placement
-from expertwire.scheduler.request import Request, facts
-from expertwire.scheduler.running import NO_NAMES, RunningTable
+from expertwire.scheduler._compiled.admissions import Budget, Candidates, Decisions
+from expertwire.scheduler._compiled.blocks import NONE
+from expertwire.scheduler.load_balancing import LoadBalancing
+from expertwire.scheduler.plan import pack_lists
+from expertwire.scheduler.policy import Policy
+from expertwire.scheduler.queue import WaitingQueue
+from expertwire.scheduler.request import Request, records
+from expertwire.scheduler.running import NO_ADMISSIONS, NO_HASHES, Admissions, RunningBatch
+
+_CHUNK = 128  # requests considered at a time
 
 
-class PrefixCache:
-    """What ranks have of waiting requests.
+class _Part(NamedTuple):
+    """Some requests that start."""
 
-    The last token is always left to compute, as the next one is sampled from it; a request for its prompt's log-probabilities
-    needs all of it computed.
+    requests: list[Request]
+    columns_5A: np.ndarray  # rank_A to first_A of `Admissions`
+    hash_B2: np.ndarray  # of these requests, and of others
+
+
+def _joined(parts: Sequence[_Part]) -> Admissions:
+    """Return all parts' requests, sorted by rank."""
+    num_hashes = 0
+    for part in parts:
+        part.columns_5A[4] += num_hashes
+        num_hashes += len(part.hash_B2)
+    requests = [request for part in parts for request in part.requests]
+    columns_5A = np.concatenate([part.columns_5A for part in parts], axis=1)
+    order = np.argsort(columns_5A[0], kind="stable")
+    requests = [requests[i] for i in order.tolist()]
+    hash_B2 = np.concatenate([part.hash_B2 for part in parts])
+    return Admissions(requests, *columns_5A[:, order], records(requests), hash_B2)
+
+
+class Admission:
+    """Admits requests in the policy's order, until one fits on no rank.
+
+    Attributes:
+        forks: the keys of waiting forks, and the rows of the requests that they continue.
     """
 
-    def __init__(self, table: RunningTable) -> None:
-        self._table, self._size = table, table.config.block_size
+    def __init__(self, batch: RunningBatch, queue: WaitingQueue, policy: Policy, balancing: LoadBalancing) -> None:
+        self._batch, self._queue = batch, queue
+        self._policy, self._balancing = policy, balancing
+        self._in_progress_Q = np.zeros(1 << len(batch.rank_Z).bit_length(), np.uint64)
+        self.forks: dict[int, int] = {}
 
-    def num_cached(self, request: Request) -> int:
-        """How many of its tokens some rank probably has."""
-        if request.names is None:
+    def choose(self, tokens_P: np.ndarray) -> Admissions:
+        """Choose the requests that start now. `tokens_P`: what every rank's token budget has left."""
+        if not self._queue or not (tokens_P > 0).any():
+            return NO_ADMISSIONS
+        budget = self._compute_budget(tokens_P)
+        if not ((budget.slots_P > 0) & (tokens_P > 0)).any():
+            return NO_ADMISSIONS
+        forks = self._admit_forks(budget)
+        parts = [*forks, *self._admit_queued(budget, {part.requests[0].key for part in forks})]
+        return _joined(parts) if any(part.requests for part in parts) else NO_ADMISSIONS
+
+    def forget_parents(self, rows: np.ndarray) -> None:
+        """Let forks of these rows, which run no more, wait like any other request."""
+        if self.forks:
+            self.forks = {child: row for child, row in self.forks.items() if row not in rows}
+
+    def _compute_budget(self, tokens_P: np.ndarray) -> Budget:
+        batch, config, balancing = self._batch, self._batch.config, self._balancing
+        load_Z = balancing.load(batch.num_tokens_Z, batch.num_computed_Z, batch.limit_Z - batch.num_tokens_Z)
+        budget = Budget(
+            slots_P=np.full(config.num_ranks, min(config.max_num_seqs, config.max_num_batched_tokens)),
+            tokens_P=tokens_P,
+            blocks_CP=batch.pool.num_free_CP.copy(),
+            load_P=balancing.load_P(batch.sum_P(load_Z), batch.num_admitted_P).astype(np.float64),
+            fits_P=np.zeros(config.num_ranks, bool),
+        )
+        due_Z = np.empty(len(batch.rank_Z), np.int32)
+        loops.charge_running(batch.caches, batch.arrays, budget, self._in_progress_Q, due_Z)
+        return budget
+
+    def _admit_forks(self, budget: Budget) -> list[_Part]:
+        """Start forks beside the requests that they continue, sharing their blocks; the others wait on."""
+        batch, parts = self._batch, []
+        needed_C = np.zeros(len(batch.specs), np.int64)
+        for key, row in self.forks.items():
+            child, rank = self._queue.get(key), int(batch.rank_Z[row])
+            num_tokens = len(child.tokens)
+            num_cached = 0 if batch.draining_Z[row] else batch.num_shareable(row, num_tokens - 1)
+            loops.blocks_needed(batch.caches, num_tokens - num_cached, needed_C)
+            needed_C += 1  # as the last block may have to be copied
+            if num_cached and loops.fits(budget, rank, needed_C):
+                load = self._balancing.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
+                num = loops.charge(budget, rank, needed_C, num_tokens - num_cached, float(load[0]))
+                hash_B2 = NO_HASHES if child.block_hashes is None else child.block_hashes
+                parts.append(_Part([child], np.array([[rank], [num_cached], [num], [row], [0]]), hash_B2))
+        self.forks.clear()
+        return parts
+
+    def _admit_queued(self, budget: Budget, forked: set[int]) -> Iterator[_Part]:
+        """Start requests of the queue other than `forked`, a chunk at a time."""
+        batch, credit = self._batch, self._balancing.credit
+        queue = self._policy.order(self._queue, self._num_cached)
+        queue = (request for request in queue if request.key not in forked) if forked else iter(queue)
+        while (most := min(_CHUNK, int(budget.slots_P.sum()))) and (requests := list(islice(queue, most))):
+            candidates = self._candidates(requests)
+            columns = np.full((5, len(requests)), NONE)
+            columns[4] = candidates.first_A
+            count = loops.choose(
+                batch.caches,
+                batch.pool.blocks,
+                batch.config.block_size,
+                budget,
+                candidates,
+                -1.0 if credit is None else credit,
+                self._in_progress_Q,
+                Decisions(*columns[:3]),
+                *np.zeros((2, len(batch.specs)), np.int64),
+            )
+            starts = np.flatnonzero(columns[0] != NONE)
+            yield _Part([requests[i] for i in starts.tolist()], columns[:, starts], candidates.hash_B2)
+            if count < len(requests):
+                break
+
+    def _num_cached(self, request: Request) -> int:
+        """Return how many of a request's tokens some rank probably has cached."""
+        if request.block_hashes is None:
             return 0
-        useful = self._useful(facts([request]))[0]
-        blocks, patience = self._table.pool.blocks, self._table.caches.patience
-        return block_loops.guess(blocks, request.names[:useful], patience)[0] * self._size
+        num_hashes = self._num_hashes(records([request]))[0]
+        blocks, max_misses = self._batch.pool.blocks, self._batch.caches.max_misses
+        depth, _ = block_loops.guess_prefix(blocks, request.block_hashes[:num_hashes], max_misses)
+        return depth * self._batch.config.block_size
 
-    def candidates(self, requests: Sequence[Request], placement: Placement) -> Candidates:
-        """These requests, in this order."""
-        fact_A = facts(requests)
-        num_tokens_A = fact_A["num_tokens"].astype(np.int64)
-        useful_A, first_A, name_W2 = np.zeros_like(num_tokens_A), np.zeros_like(num_tokens_A), NO_NAMES
-        if self._table.names is not None:
-            name_W2 = np.concatenate([request.names for request in requests])
-            useful_A = self._useful(fact_A)
-            first_A[1:] = np.cumsum(num_tokens_A // self._size + 2)[:-1]
-        load_A = placement.load(num_tokens_A, np.zeros_like(num_tokens_A), fact_A["limit"] - num_tokens_A)
+    def _candidates(self, requests: Sequence[Request]) -> Candidates:
+        record_A = records(requests)
+        num_tokens_A = record_A["num_tokens"].astype(np.int64)
+        num_hashes_A, first_A, hash_B2 = np.zeros_like(num_tokens_A), np.zeros_like(num_tokens_A), NO_HASHES
+        if self._batch.hasher is not None:
+            hash_B2 = np.concatenate([request.block_hashes for request in requests])
+            num_hashes_A = self._num_hashes(record_A)
+            first_A[1:] = np.cumsum(num_tokens_A // self._batch.config.block_size + 2)[:-1]
+        load_A = self._balancing.load(num_tokens_A, np.zeros_like(num_tokens_A), record_A["limit"] - num_tokens_A)
         return Candidates(
             num_tokens_A=num_tokens_A,
             load_A=load_A.astype(np.float64),
             first_A=first_A,
-            useful_A=useful_A,
-            name_W2=name_W2,
+            num_hashes_A=num_hashes_A,
+            hash_B2=hash_B2,
         )
 
-    def _useful(self, fact_A: np.ndarray) -> np.ndarray:
-        """How many blocks of each need not be computed if a rank has them: i64."""
-        return np.where(fact_A["may_begin_cached"], (fact_A["num_tokens"] - 1) // self._size, 0)
+    def _num_hashes(self, record_A: np.ndarray) -> np.ndarray:
+        """Return how many of each request's leading blocks may be taken from the cache: i64.
+
+        The last token is always computed, because the next one is sampled from it; a request for
+        its prompt's log-probabilities needs all of its prompt computed.
+        """
+        return np.where(record_A["reads_cache"], (record_A["num_tokens"] - 1) // self._batch.config.block_size, 0)
+
+
+def plan_fields(
+    requests: Sequence[Request],
+    record_A: np.ndarray,
+    tokens: np.ndarray,
+    token_offsets_A1: np.ndarray,
+    eos_token_ids: tuple[int, ...],
+) -> dict[str, Any]:
+    """Return the fields of a `StepPlan` about new requests, without their slots. `tokens`: of all requests, joined."""
+    bans_A = [request.banned_ids(eos_token_ids) for request in requests]
+    biases_A = [request.params.logit_bias or {} for request in requests]
+    bans, ban_offsets = pack_lists(bans_A, np.int32)
+    bias_ids, bias_offsets = pack_lists([tuple(bias) for bias in biases_A], np.int32)
+    bias_values, _ = pack_lists([tuple(bias.values()) for bias in biases_A], np.float32)
+    return {
+        "admit_sampling_A": np.ascontiguousarray(record_A["sampling"]),
+        "admit_token_offsets_A1": token_offsets_A1,
+        "admit_tokens": tokens,
+        "admit_ban_offsets_A1": ban_offsets,
+        "admit_bans": bans,
+        "admit_bias_offsets_A1": bias_offsets,
+        "admit_bias_ids": bias_ids,
+        "admit_bias_values": bias_values,
+    }

@@ -1,10 +1,62 @@
-"""What the scheduler is told about the engine: `SchedulerConfig`."""
+"""Configuration of the scheduler: sizes of the ranks' caches and steps, and the caches that a model declares."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Literal, TypeGuard, get_args
 
-from expertwire.scheduler.checks import is_int
+CacheKind = Literal["full", "window", "latent", "index", "state"]
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Return whether `value` is an integer; a bool is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether `value` is a number that a finite float can hold; a bool is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """A cache that a model declares by name. The scheduler accounts for its blocks and never sees a tensor.
+
+    Args:
+        name: unique within the model.
+        kind: `full` paged KV; `window` paged KV of the last `window` tokens; `latent` one compressed
+            row a token; `index` sparse-attention keys; `state` one recurrent state a sequence.
+        bytes_per_token: on one rank, all writing layers together (for `state`: bytes per slot).
+        writers: layers that write it.
+        readers: layers that read it (a layer may read another layer's cache).
+        window: tokens kept, for kind `window`.
+        snapshot_every: tokens between kept copies of the state, for kind `state`: each block holds one
+            state. A multiple of the block size.
+    """
+
+    name: str
+    kind: CacheKind
+    bytes_per_token: int
+    writers: tuple[int, ...]
+    readers: tuple[int, ...]
+    window: int | None = None
+    snapshot_every: int | None = None
+
+    @property
+    def num_seen(self) -> int | None:
+        """Number of cached tokens that a token reads, itself included; None: all."""
+        return 2 if self.kind == "state" else self.window  # a token reads the state after the one before
+
+    def tokens_per_block(self, block_size: int) -> int:
+        """Return `block_size`, or `snapshot_every` for a state."""
+        return self.snapshot_every or block_size
+
+    def most_blocks(self, block_size: int, max_model_len: int, max_num_batched_tokens: int) -> int:
+        """Return the most blocks that one request holds, at its longest or in a window and one step."""
+        size, seen = self.tokens_per_block(block_size), self.num_seen
+        longest = -(-max_model_len // size)
+        return longest if seen is None else min(longest, -(-(seen + max_num_batched_tokens) // size) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,22 +64,23 @@ class SchedulerConfig:
     """Sizes of the ranks' slot tables, caches and steps.
 
     Args:
-        num_ranks: data-parallel ranks, each with slots and blocks of its own.
+        num_ranks: data-parallel ranks, each with its own slots and blocks.
         max_num_seqs: slots on one rank.
-        max_num_batched_tokens: token budget of one step on one rank. Also bounds the requests that run at once, as each of
-            them gets at least one token a step.
+        max_num_batched_tokens: token budget of one step on one rank. Also bounds the number of running
+            requests, because each of them gets at least one token a step.
         max_model_len: prompt and output tokens of one request at most.
-        block_size: tokens in a block, the same in every cache but those of states.
-        num_blocks: on one rank in each cache, including block 0, the null block, which is never handed out: one number for all
-            caches, or one for each, in the order of the `CacheSpec`s.
+        block_size: tokens in a block, the same in every cache except those of states.
+        num_blocks: blocks of each cache on one rank, including block 0, the null block, which is never
+            allocated: one number for all caches, or one for each, in the order of the `CacheSpec`s.
         max_queued_requests: requests that may wait.
         eos_token_ids: end-of-sequence ids; any of them ends an output.
         vocab_size: token ids are in [0, vocab_size).
-        enable_prefix_caching: keep blocks of finished requests for later ones that begin alike.
-        prefix_secret: of the names by which prefixes are found; whoever knows it could make up prompts that pass for others.
-        chunked_prefill_size: prompt tokens of one step on a rank that also decodes, so that no decode waits for more; None:
-            `max_num_batched_tokens`.
-        max_queued_requests_per_tenant: requests of one tenant that may wait; None: `max_queued_requests`.
+        enable_prefix_caching: keep blocks of finished requests for later requests with the same prefix.
+        prefix_secret: secret of the block hashes; whoever knows it could construct colliding prompts.
+        chunked_prefill_size: prefill tokens of one step on a rank that also decodes, which bounds the
+            latency of decodes; None: `max_num_batched_tokens`.
+        max_queued_requests_per_tenant: requests of one tenant that may wait; None:
+            `max_queued_requests`.
 
     Raises:
         ValueError: names the field and the values it allows.
@@ -60,10 +113,10 @@ class SchedulerConfig:
             value = getattr(self, field)
             if not is_int(value) or value < low:
                 raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
-        for field, low in (("chunked_prefill_size", 1), ("max_queued_requests_per_tenant", 1)):
+        for field in ("chunked_prefill_size", "max_queued_requests_per_tenant"):
             value = getattr(self, field)
-            if value is not None and (not is_int(value) or value < low):
-                raise ValueError(f"{field} must be an integer >= {low} or None, got {value!r}")
+            if value is not None and (not is_int(value) or value < 1):
+                raise ValueError(f"{field} must be an integer >= 1 or None, got {value!r}")
         each = self.num_blocks if isinstance(self.num_blocks, tuple) else (self.num_blocks,)
         if not each or not all(is_int(value) and value >= 2 for value in each):
             raise ValueError(
@@ -71,5 +124,34 @@ class SchedulerConfig:
             )
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """Return the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
+
+    def num_usable_blocks(self, num_caches: int) -> list[int]:
+        """Return the number of blocks of each cache on one rank, without the null block."""
+        num = self.num_blocks
+        return [each - 1 for each in (num if isinstance(num, tuple) else (num,) * num_caches)]
+
+
+def check_cache_specs(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfig) -> None:
+    """Raise ValueError for no caches, duplicate names, or a field that does not fit the cache's kind."""
+    names, num_blocks = [spec.name for spec in cache_specs], config.num_blocks
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"cache_specs must have at least one cache, each with its own name, got {names}")
+    if isinstance(num_blocks, tuple) and len(num_blocks) != len(names):
+        raise ValueError(f"num_blocks must be one number, or one for each of the caches {names}, got {num_blocks}")
+    for spec in cache_specs:
+        prefix = f"cache {spec.name!r} is of kind {spec.kind!r}"
+        if spec.kind not in get_args(CacheKind):
+            raise ValueError(f"{prefix}; the scheduler supports these kinds: {', '.join(get_args(CacheKind))}")
+        if spec.kind == "window" and (spec.window is None or spec.window < 1):
+            raise ValueError(f"{prefix}; window must be an integer >= 1, got {spec.window!r}")
+        if spec.kind != "window" and spec.window is not None:
+            raise ValueError(f"{prefix}; window must be None, got {spec.window!r}")
+        every = spec.snapshot_every
+        if spec.kind == "state" and (every is None or every < 1 or every % config.block_size):
+            raise ValueError(
+                f"{prefix}; snapshot_every must be a multiple of block_size {config.block_size}, got {every!r}"
+            )
+        if spec.kind != "state" and every is not None:
+            raise ValueError(f"{prefix}; snapshot_every must be None, got {every!r}")

@@ -1,84 +1,125 @@
-"""What a step's results say about requests: `StepOutputs`, gathered from all ranks' `StepResult`s.
+"""Outputs of a step: the ranks' results gathered and addressed to requests.
 
-Shape letters as in `plan`, and N rows of the running table.
+Letters as in `plan`, and I prompt tokens whose log-probabilities are reported, J counts of routed
+experts, Z slots of all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from operator import attrgetter
 
 import numpy as np
 
-from expertwire.scheduler import ragged
-from expertwire.scheduler._compiled.steps import Sampled, Scheduled
-from expertwire.scheduler.plan import StepOutputs, StepResult
-from expertwire.scheduler.running import RunningTable
+from expertwire.scheduler._compiled.steps import Sampled, StepSchedule
+from expertwire.scheduler.plan import F32, I32, I64, U8, StepResult, joined_counts, pack_lists, to_offsets
+from expertwire.scheduler.running import RunningBatch
+
+
+class FinishReason(IntEnum):
+    """Why a request ended; NONE: it runs on."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutputs:
+    """Sampled tokens and prompt log-probabilities of one step by request key, sorted by rank.
+
+    Fields as in `StepResult`. A request's last output has `finish_O` set. Prompt log-probabilities
+    come with the step that computed them: before the request's first token, and once more after a
+    preemption. A front gets the outputs of its own requests, under its own ids.
+    """
+
+    step: int
+    key_O: I64
+    token_O: I32
+    finish_O: U8  # FinishReason
+    num_cached_O: I32  # prompt tokens found in the prefix cache when the request was first admitted
+    logprob_O: F32
+    token_rank_O: I32
+    top_offsets_O1: I32
+    top_ids: I32
+    top_logprobs: F32
+    prompt_key_I: I64
+    prompt_position_I: I32
+    prompt_logprob_I: F32
+    prompt_token_rank_I: I32
+    prompt_top_offsets_I1: I32
+    prompt_top_ids: I32
+    prompt_top_logprobs: F32
+    routed_key_J: I64
+    routed_expert_J: I32  # layer * E + expert; of one request it may occur twice
+    routed_tokens_J: I32
 
 
 def gather(
-    step: Scheduled,
+    step: StepSchedule,
     results: Sequence[StepResult],
-    table: RunningTable,
+    batch: RunningBatch,
     eos_ids: np.ndarray,
     may_stop_V: np.ndarray,
 ) -> tuple[np.ndarray, StepOutputs]:
-    """Take a step's results (of all ranks, in their order) into the table, but for what is said of requests that are gone.
+    """Append the tokens of all ranks' results, in the order of ranks, to the batch, without those
+    of requests that are gone.
 
     Returns:
-        i64 [O], the outputs' rows of the table; and the outputs, whose finish reasons may be `ASK`, see `RunningTable.take_in`.
+        i32 [O], the outputs' rows of the batch; and the outputs, whose `finish_O` may be
+        `CHECK_STOP_IDS`, see `RunningBatch.append_sampled`.
     """
-    slot_O, offsets_P1 = ragged.pack([result.slot_O for result in results], np.int32)
+    slot_O, offsets_P1 = pack_lists([result.slot_O for result in results], np.int32)
     sampled = Sampled(slot_O, *(_joined(results, name) for name in Sampled._fields[1:]))
-    known, going_N = table.take_in(results[0].step, step, offsets_P1, sampled, eos_ids, may_stop_V)
-    top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", known.at_O)
-    return known.row_O, StepOutputs(
+    accepted, runs_Z = batch.append_sampled(results[0].step, step, offsets_P1, sampled, eos_ids, may_stop_V)
+    top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", accepted.at_O)
+    return accepted.row_O, StepOutputs(
         step=results[0].step,
-        key_O=known.key_O,
-        token_O=known.token_O,
-        finish_O=known.finish_O,
-        num_cached_O=known.num_cached_O,
-        logprob_O=known.logprob_O,
-        token_rank_O=known.token_rank_O,
+        key_O=accepted.key_O,
+        token_O=accepted.token_O,
+        finish_O=accepted.finish_O,
+        num_cached_O=accepted.num_cached_O,
+        logprob_O=accepted.logprob_O,
+        token_rank_O=accepted.token_rank_O,
         top_offsets_O1=top_offsets_O1,
         top_ids=top_ids,
         top_logprobs=top_logprobs,
-        **_prompt_logprobs(results, going_N, table),
-        **_routed(results, going_N, table),
+        **_prompt_logprobs(results, runs_Z, batch),
+        **_routed(results, runs_Z, batch),
     )
 
 
-def _prompt_logprobs(results: Sequence[StepResult], going_N: np.ndarray, table: RunningTable) -> dict[str, np.ndarray]:
-    """The fields about prompts."""
+def _prompt_logprobs(results: Sequence[StepResult], runs_Z: np.ndarray, batch: RunningBatch) -> dict[str, np.ndarray]:
     if _any_of(results, "prompt_slot"):
-        rows_R = table.rows_of([result.prompt_slot for result in results])
-    else:  # one rank's empty fields are as good as all ranks'
-        rows_R, results = np.zeros(0, np.int64), results[:1]
-    keep_R = np.flatnonzero(going_N[rows_R])
-    top_offsets_R1, top_ids, top_logprobs = _tops(
-        results, "prompt_top_offsets", "prompt_top_ids", "prompt_top_logprobs", keep_R
+        row_I = batch.rows_of([result.prompt_slot for result in results])
+    else:  # one rank's empty fields will do
+        row_I, results = np.zeros(0, np.int64), results[:1]
+    keep_I = np.flatnonzero(runs_Z[row_I])
+    top_offsets_I1, top_ids, top_logprobs = _tops(
+        results, "prompt_top_offsets", "prompt_top_ids", "prompt_top_logprobs", keep_I
     )
     return {
-        "prompt_key_R": table.key_N[rows_R[keep_R]],
-        "prompt_position_R": _joined(results, "prompt_position")[keep_R],
-        "prompt_logprob_R": _joined(results, "prompt_logprob")[keep_R],
-        "prompt_token_rank_R": _joined(results, "prompt_token_rank")[keep_R],
-        "prompt_top_offsets_R1": top_offsets_R1,
+        "prompt_key_I": batch.key_Z[row_I[keep_I]],
+        "prompt_position_I": _joined(results, "prompt_position")[keep_I],
+        "prompt_logprob_I": _joined(results, "prompt_logprob")[keep_I],
+        "prompt_token_rank_I": _joined(results, "prompt_token_rank")[keep_I],
+        "prompt_top_offsets_I1": top_offsets_I1,
         "prompt_top_ids": top_ids,
         "prompt_top_logprobs": top_logprobs,
     }
 
 
-def _routed(results: Sequence[StepResult], going_N: np.ndarray, table: RunningTable) -> dict[str, np.ndarray]:
-    """The fields about experts."""
+def _routed(results: Sequence[StepResult], runs_Z: np.ndarray, batch: RunningBatch) -> dict[str, np.ndarray]:
     if not _any_of(results, "routed"):
-        nothing = results[0].routed
-        return {"routed_key_C": nothing.astype(np.int64), "routed_expert_C": nothing, "routed_tokens_C": nothing}
+        empty = results[0].routed
+        return {"routed_key_J": empty.astype(np.int64), "routed_expert_J": empty, "routed_tokens_J": empty}
     parts = [result.routed.reshape(-1, 3) for result in results]
-    rows_C = table.rows_of([part[:, 0] for part in parts])
-    keep_C = np.flatnonzero(going_N[rows_C])
-    _, expert_C, tokens_C = np.concatenate(parts)[keep_C].T.copy()
-    return {"routed_key_C": table.key_N[rows_C[keep_C]], "routed_expert_C": expert_C, "routed_tokens_C": tokens_C}
+    row_J = batch.rows_of([part[:, 0] for part in parts])
+    keep_J = np.flatnonzero(runs_Z[row_J])
+    _, expert_J, tokens_J = np.concatenate(parts)[keep_J].T.copy()
+    return {"routed_key_J": batch.key_Z[row_J[keep_J]], "routed_expert_J": expert_J, "routed_tokens_J": tokens_J}
 
 
 def _any_of(results: Sequence[StepResult], name: str) -> bool:
@@ -94,11 +135,11 @@ def _joined(results: Sequence[StepResult], name: str) -> np.ndarray:
 def _tops(
     results: Sequence[StepResult], offsets: str, ids: str, logprobs: str, keep: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """These three fields of the rows to keep, ascending; mostly nobody has asked for any."""
+    """Return these three fields of the rows `keep`, ascending; fast if no request asked for any."""
     if not _any_of(results, ids):
         first = results[0]
         return np.zeros(len(keep) + 1, np.int32), getattr(first, ids), getattr(first, logprobs)
     all_ids, all_logprobs = _joined(results, ids), _joined(results, logprobs)
-    counts = ragged.counts([getattr(result, offsets) for result in results])
+    counts = joined_counts([getattr(result, offsets) for result in results])
     kept = np.repeat(np.isin(np.arange(len(counts)), keep), counts)
-    return ragged.offsets(counts[keep]), all_ids[kept], all_logprobs[kept]
+    return to_offsets(counts[keep]), all_ids[kept], all_logprobs[kept]

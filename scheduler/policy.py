@@ -1,7 +1,8 @@
 """In which order waiting requests are admitted: one class a policy, each with one idea.
 
-A policy gives every request a `place` in the queue, once; what can be said at submission is said there, as then the queue is
-sorted and a step only looks at its head. Waiting time can be part of it: if all gain by the second alike, nobody ever overtakes.
+A policy gives every request a `place` in the queue, once; what can be said at submission is said
+there, as then the queue is sorted and a step only looks at its head. Waiting time can be part of
+it: if all gain by the second alike, nobody ever overtakes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from expertwire.scheduler.checks import is_int, is_number
+from expertwire.scheduler.config import is_int, is_number
 from expertwire.scheduler.request import Request
 
 
@@ -21,7 +22,8 @@ class Policy:
     """
 
     def place(self, request: Request, now: float) -> tuple[float, ...]:
-        """Where an accepted request goes, smaller is earlier; equals are in order of submission. Its `limit` is known.
+        """Where an accepted request goes, smaller is earlier; equals are in order of submission.
+        Its `limit` is known.
 
         Called once for a request: one that is preempted comes back to its old place.
         """
@@ -34,7 +36,8 @@ class Policy:
 
         Args:
             queue: in order of place.
-            cached_tokens: how many tokens of a request's prompt are in the prefix cache; costs a walk through it.
+            cached_tokens: how many tokens of a request's prompt are in the prefix cache; costs a
+                walk through it.
         """
         return queue
 
@@ -54,11 +57,12 @@ class Fcfs(Policy):
 class Priority(Policy):
     """Lower `priority` first; waiting counts.
 
-    With aging nothing starves: a request is only passed by those whose priority is lower by d > 0 and that are submitted less
-    than d / aging seconds after it.
+    With aging nothing starves: a request is only passed by those whose priority is lower by d > 0
+    and that are submitted less than d / aging seconds after it.
 
     Args:
-        aging: units of priority that a second of waiting is worth, 0 to 1e6; with 0 the urgent can starve all others.
+        aging: units of priority that a second of waiting is worth, 0 to 1e6; with 0 the urgent can
+            starve all others.
     """
 
     aging: float = 0.1
@@ -72,10 +76,12 @@ class Priority(Policy):
 
 @dataclass(frozen=True)
 class ShortestRemaining(Policy):
-    """The request with the fewest tokens left to compute first, as far as is known: `limit`; waiting counts.
+    """The request with the fewest tokens left to compute first, as far as is known: `limit`;
+    waiting counts.
 
-    A preempted request computes its known tokens again, so it has `limit` tokens left once more and keeps its place. With aging
-    a request is only passed by those that are shorter by d > 0 tokens and submitted less than d / aging seconds after it.
+    A preempted request computes its known tokens again, so it has `limit` tokens left once more and
+    keeps its place. With aging a request is only passed by those that are shorter by d > 0 tokens
+    and submitted less than d / aging seconds after it.
 
     Args:
         aging: tokens that a second of waiting is worth, 0 to 1e6; with 0 the short can starve the long.
@@ -94,9 +100,10 @@ class ShortestRemaining(Policy):
 class PrefixAffinity(Policy):
     """The longest cached prefix first, among those submitted close to one another.
 
-    So prompts that share a prefix run before others push it out of the cache (the longest-prefix-match order of Zheng et al.,
-    "SGLang: Efficient Execution of Structured Language Model Programs", 2023, arXiv:2312.07104, section 3). That alone would
-    starve prompts that nobody shares. Hence the choice is among the head of the queue and the `window - 1` requests submitted
+    So prompts that share a prefix run before others push it out of the cache (the
+    longest-prefix-match order of Zheng et al., "SGLang: Efficient Execution of Structured Language
+    Model Programs", 2023, arXiv:2312.07104, section 3). That alone would starve prompts that nobody
+    shares. Hence the choice is among the head of the queue and the `window - 1` requests submitted
     after it, and no request is passed by more than `window - 1` later ones.
 
     Args:
@@ -132,22 +139,26 @@ class _Busy:
 class FairShare(Policy):
     """Tenants share the tokens by their weights: self-clocked fair queueing.
 
-    In virtual time, a tenant's request starts where its last one ends, or at present if that is past; it ends `limit / weight`
-    later: all tokens that it may have are counted, as nobody knows how many it will have. The smallest end is admitted first,
-    and becomes the present. What follows:
+    In virtual time, a tenant's request starts where its last one ends, or at present if that is
+    past; it ends `limit / weight` later: all tokens that it may have are counted, as nobody knows
+    how many it will have. The smallest end is admitted first, and becomes the present. What
+    follows:
 
-    - Of two tenants that both have requests waiting, the tokens admitted per weight differ by one request's at most.
-    - However many requests another tenant of equal weight has: while one of n tokens waits, it is admitted at most n tokens and
-      one request more.
-    - Being idle saves up nothing, and an endless stream of new tenants starves no old one (it would if starts were the clock).
+    - Of two tenants that both have requests waiting, the tokens admitted per weight differ by one
+    request's at most.
+    - However many requests another tenant of equal weight has: while one of n tokens waits, it is
+      admitted at most n tokens and one request more.
+    - Being idle saves up nothing, and an endless stream of new tenants starves no old one (it would
+    if starts were the clock).
 
-    Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994. Ours is that requests may leave
-    the queue out of order. Of one that is dropped, the tokens are given back: the tenant's next ones end earlier. One that is
-    admitted early, next to the request that it continues, moves the present by its own tokens only.
+    Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994. Ours
+    is that requests may leave the queue out of order. Of one that is dropped, the tokens are given
+    back: the tenant's next ones end earlier. One that is admitted early, next to the request that
+    it continues, moves the present by its own tokens only.
 
     Args:
-        tenant_weights: of tenants, 0.001 to 1000; only ratios count, and beyond these a float's digits would not do for long. Any
-            other tenant has 1.
+        tenant_weights: of tenants, 0.001 to 1000; only ratios count, and beyond these a float's
+            digits would not do for long. Any other tenant has 1.
     """
 
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
@@ -179,7 +190,7 @@ class FairShare(Policy):
         return self.tenant_weights.get(request.tenant, 1.0)
 
     def _leave(self, request: Request, given_back: int = 0) -> None:
-        """Nothing to do for one that was preempted, so has run, or that is left from before the tenant was last idle."""
+        """Remove a request from its tenant's waiting ones, unless it has run before or the tenant was idle since."""
         busy = self._busy.get(request.tenant)
         if busy is None or request.key not in busy.waiting:
             return
@@ -199,10 +210,12 @@ _POLICIES: Mapping[str, type[Any]] = {
 
 
 def make_policy(name: str, *, aging: float | None = None, tenant_weights: Mapping[str, float] | None = None) -> Policy:
-    """A new policy: "fcfs", "priority", "shortest", "prefix" or "fair", with those of its class's options that are given.
+    """A new policy: "fcfs", "priority", "shortest", "prefix" or "fair", with those of its class's
+    options that are given.
 
     Raises:
-        ValueError: there is no such policy, or it has no such option, or not with this value; says what is allowed.
+        ValueError: there is no such policy, or it has no such option, or not with this value; says
+        what is allowed.
     """
     if name not in _POLICIES:
         raise ValueError(f"scheduling_policy must be one of {', '.join(_POLICIES)}, got {name!r}")

@@ -1,24 +1,29 @@
-"""The requests that wait, in the order of their places."""
+"""The waiting queue, and its limits: a request that would wait too long is rejected."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterator, Sequence
 
-from expertwire.scheduler.request import Request
+from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.request import Rejection, Request
+
+_RATE_ADMISSIONS = 64
 
 
 class WaitingQueue:
-    """Requests sorted by `place`; those of equal place by `order`, the number that the queue gives a request when it first comes.
+    """Waiting requests sorted by `place`, equals by `order`, a number that the queue gives a
+    request when it is first added.
 
-    A request that is preempted keeps both, and so returns to where it was: before all that came after it. One list in order,
-    searched by bisection: with 10,000 waiting, moving what lies behind an entry takes less time than finding it.
+    A preempted request keeps both and so returns to where it was. One sorted list, searched by
+    bisection: with 10,000 waiting, moving the entries after one takes less time than finding it.
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[tuple[float, ...], int, Request]] = []  # ascending; no two have the same order
+        self._entries: list[tuple[tuple[float, ...], int, Request]] = []  # ascending; orders are unique
         self._requests: dict[int, Request] = {}  # by key
-        self._num_of: dict[str, int] = {}  # by tenant, of those that have any
+        self._num_of: dict[str, int] = {}  # by tenant, where not 0
         self._num_added = 0
 
     def __len__(self) -> int:
@@ -28,7 +33,7 @@ class WaitingQueue:
         return key in self._requests
 
     def __iter__(self) -> Iterator[Request]:
-        """The requests in order, lazily: take out what was chosen when the iteration is over."""
+        """Iterate over the requests in order, lazily; do not change the queue meanwhile."""
         return (request for _, _, request in self._entries)
 
     def add(self, request: Request) -> None:
@@ -42,11 +47,11 @@ class WaitingQueue:
         self._num_of[request.tenant] = self.num_of(request.tenant) + 1
 
     def get(self, key: int) -> Request:
-        """The request with this key, which must be waiting."""
+        """Return the waiting request with this key."""
         return self._requests[key]
 
     def remove(self, requests: Sequence[Request]) -> None:
-        """Take out these requests, which must be waiting: quick for one, or for those that are next to each other."""
+        """Remove these waiting requests; fast if they are close to each other."""
         places = sorted((request.place, request.order) for request in requests)
         if not places:
             return
@@ -62,16 +67,65 @@ class WaitingQueue:
                 del self._num_of[request.tenant]
 
     def discard(self, key: int) -> Request | None:
-        """Take out the request with this key; None if there is none."""
+        """Remove and return the request with this key, or None."""
         request = self._requests.get(key)
         if request is not None:
             self.remove([request])
         return request
 
     def num_of(self, tenant: str) -> int:
-        """How many requests of this tenant wait."""
+        """Return the number of waiting requests of this tenant."""
         return self._num_of.get(tenant, 0)
 
 
 def _place(entry: tuple[tuple[float, ...], int, Request]) -> tuple[tuple[float, ...], int]:
     return entry[:2]
+
+
+class AdmissionRate:
+    """The recent rate of admissions while requests wait, to predict waiting times."""
+
+    def __init__(self) -> None:
+        self._admitted_at: deque[float] = deque(maxlen=_RATE_ADMISSIONS)
+
+    def reset(self) -> None:
+        """Start again, as no request waits: the rate would be that of arrivals."""
+        self._admitted_at.clear()
+
+    def admitted(self, count: int, now: float) -> None:
+        """Count admissions."""
+        self._admitted_at.extend([now] * count)
+
+    def wait_s(self, num_ahead: int, now: float) -> float | None:
+        """Return the expected seconds until a request behind `num_ahead` others is admitted; None: nothing is known."""
+        if not num_ahead:
+            return 0.0
+        if len(self._admitted_at) < _RATE_ADMISSIONS or now <= self._admitted_at[0]:
+            return None
+        return num_ahead * (now - self._admitted_at[0]) / len(self._admitted_at)
+
+
+def reject(
+    request: Request, config: SchedulerConfig, queue: WaitingQueue, rate: AdmissionRate, now: float
+) -> Rejection | None:
+    """Return a rejection if the queue is full or the request's deadline would pass while it waits, or None."""
+    most, message, retry_after_s = config.max_queued_requests_per_tenant, None, None
+    if len(queue) >= config.max_queued_requests:
+        message = f"{len(queue)} requests are waiting; allowed are max_queued_requests = {config.max_queued_requests}: try later"
+        retry_after_s = rate.wait_s(1, now)
+    elif most is not None and (waiting := queue.num_of(request.tenant)) >= most:
+        message = (
+            f"{waiting} requests of tenant {request.tenant!r} are waiting; allowed are max_queued_requests_per_tenant = {most}: "
+            "try later"
+        )
+        retry_after_s = rate.wait_s(1, now)
+    elif request.deadline is not None:
+        wait_s, left_s = rate.wait_s(len(queue), now), request.deadline - now
+        if left_s <= 0 or (wait_s is not None and wait_s > left_s):
+            wait_s = wait_s or 0.0
+            message = (
+                f"the first token would come in about {wait_s:.3g} s, with {len(queue)} requests waiting; the deadline is in "
+                f"{left_s:.3g} s: try later, or with a later deadline"
+            )
+            retry_after_s = max(wait_s - max(left_s, 0.0), 0.0)
+    return None if message is None else Rejection(request.key, "RESOURCE_EXHAUSTED", message, retry_after_s)

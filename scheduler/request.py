@@ -1,23 +1,25 @@
-"""A request as the scheduler sees it, and the fixed-size record of its sampling parameters that a rank gets."""
+"""A request in the scheduler, its fixed-size record, and the checks whether it can be served."""
 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler import ragged
-from expertwire.scheduler.plan import SAMPLING_DTYPE
-from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler._compiled import blocks as block_loops
+from expertwire.scheduler._compiled.blocks import Caches
+from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.sampling_params import SAMPLING_DTYPE, SamplingParams
 
 _I32 = np.dtype(np.int32)
 _NO_IDS: frozenset[int] = frozenset()
-_FLOAT_MAX = float(np.finfo(np.float32).max)
-# What the running table, those who admit and the ranks want to know of a request.
-FACTS = np.dtype(
+# The record of a request, made when it is queued and read by the compiled loops, the running batch
+# and the plan.
+REQUEST_DTYPE = np.dtype(
     [
         ("key", np.int64),
         ("order", np.int64),
@@ -25,33 +27,42 @@ FACTS = np.dtype(
         ("num_tokens", np.int32),
         ("prompt_len", np.int32),
         ("limit", np.int32),
-        ("stop_from", np.int32),  # stop and end-of-sequence ids count from so many tokens on
+        ("stop_from", np.int32),  # stop and end-of-sequence ids count from this number of tokens on
         ("num_cached", np.int32),
         ("eos_stops", np.bool_),
         ("has_stop_ids", np.bool_),
-        ("may_begin_cached", np.bool_),
+        ("reads_cache", np.bool_),  # may start with cached blocks
         ("reserved", np.bool_),
         ("sampling", SAMPLING_DTYPE),
     ]
 )
-_SAMPLING = "".join({"i8": "q", "i4": "i", "f4": "f"}[kind[1:]] for _, kind in SAMPLING_DTYPE.descr)
-_FACTS = struct.Struct("<3q5i4?" + _SAMPLING)
+
+
+def _format(dtype: np.dtype) -> str:
+    """Return the `struct` format of a packed structured dtype."""
+    codes = {"i8": "q", "i4": "i", "f4": "f", "b1": "?"}
+    assert dtype.fields is not None
+    return "".join(_format(kind) if kind.fields else codes[kind.str[1:]] for kind, _ in dtype.fields.values())
+
+
+_RECORD = struct.Struct("<" + _format(REQUEST_DTYPE))
+assert _RECORD.size == REQUEST_DTYPE.itemsize
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """One generation asked for. While it runs, its counters are in a row of the `RunningTable`.
+    """One output to generate. While it runs, its counters are in a row of the `RunningBatch`.
 
     Args:
         key: chosen by the caller, unique among the unfinished requests.
         prompt: i32 [prompt length], token ids.
         params: an output with `n` branches is `n` requests; `params.seed` is not read here.
-        branch: which of the `n` outputs this is.
+        branch: index among the `n` outputs.
         seed: draws are a function of (seed, branch, position).
         priority: lower is served earlier, by the policies that look at it.
-        tenant: whose it is; for fair shares and limits.
+        tenant: owner of the request; for fair shares and limits.
         salt: prefixes are shared only among requests of one tenant and salt.
-        deadline: when its first token is wanted, on the clock of `now`; None: whenever it comes.
+        deadline: latest time of its first token, on the clock of `now`; None: no deadline.
     """
 
     key: int
@@ -67,14 +78,15 @@ class Request:
     order: int = -1  # in the queue, by submission; set by the queue
     place: tuple[float, ...] = ()  # in the queue, before `order`; set by the policy
     limit: int = 0  # prompt and output tokens at most, set by `Scheduler.submit`
-    row: int = -1  # of the running table; -1 while it waits
+    row: int = -1  # of the running batch; -1 while it waits
     num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
-    num_counted: int = 0  # of its tokens, those computed before it was preempted: their experts have been counted
+    num_counted: int = 0  # tokens computed before it was preempted: their experts have been counted
     stop_ids: frozenset[int] = field(init=False)
     tokens: np.ndarray = field(init=False)  # i32: the prompt, and the output so far of one that was preempted or forked
-    # Of `tokens`, see `PrefixNames.name`; while it runs, the table has them. None: also if prefixes have no names.
-    names: np.ndarray | None = field(init=False, default=None)
-    facts: bytes = field(init=False, default=b"")  # while it waits: see `describe`
+    # Of `tokens`, see `BlockHasher.hash`; None while it runs, as the running batch has them, and
+    # without a prefix cache.
+    block_hashes: np.ndarray | None = field(init=False, default=None)
+    record: bytes = field(init=False, default=b"")  # REQUEST_DTYPE, while it waits
 
     def __post_init__(self) -> None:
         assert self.prompt.dtype == _I32, self.prompt.dtype
@@ -82,71 +94,101 @@ class Request:
         self.stop_ids = frozenset(self.params.stop_token_ids) if self.params.stop_token_ids else _NO_IDS
         self.tokens = self.prompt
 
-    def bans(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
-        """Ids that must not be sampled before `min_tokens` output tokens, if there are to be any, ascending."""
+    def banned_ids(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
+        """Return the ids that cannot be sampled before `min_tokens` output tokens, ascending."""
+        if not self.params.min_tokens:
+            return ()
         return sorted(self.stop_ids.union(() if self.params.ignore_eos else eos_token_ids))
 
+    def pack(self, vocab_size: int) -> bytes:
+        """Return the `REQUEST_DTYPE` record. A value that an i32 cannot hold is replaced by one of equal effect."""
+        p, prompt_len = self.params, len(self.prompt)
+        min_tokens = min(p.min_tokens, self.limit - prompt_len)
+        return _RECORD.pack(
+            self.key,
+            self.order,
+            self.priority,
+            len(self.tokens),
+            prompt_len,
+            self.limit,
+            prompt_len + min_tokens,
+            self.num_cached,
+            not p.ignore_eos,
+            bool(self.stop_ids),
+            p.prompt_logprobs is None,
+            False,
+            self.seed,
+            self.branch,
+            prompt_len,
+            min_tokens,
+            p.top_k if 0 < p.top_k < vocab_size else -1,
+            self.num_counted if p.expert_load else -1,
+            *p.rank_values(),
+        )
 
-def describe(request: Request, vocab_size: int) -> bytes:
-    """One record of `FACTS`. What a 32-bit field cannot hold is replaced by a value of equal effect."""
-    p, prompt_len, limit = request.params, len(request.prompt), request.limit
-    min_tokens = min(p.min_tokens, limit - prompt_len)
-    return _FACTS.pack(
-        request.key,
-        request.order,
-        request.priority,
-        len(request.tokens),
-        prompt_len,
-        limit,
-        prompt_len + min_tokens,
-        request.num_cached,
-        not p.ignore_eos,
-        bool(request.stop_ids),
-        p.prompt_logprobs is None,
-        False,
-        request.seed,
-        request.branch,
-        prompt_len,
-        min_tokens,
-        p.top_k if 0 < p.top_k < vocab_size else -1,
-        -1 if p.logprobs is None else p.logprobs,
-        -1 if p.prompt_logprobs is None else p.prompt_logprobs,
-        p.temperature if p.temperature < _FLOAT_MAX else _FLOAT_MAX,
-        p.top_p,
-        p.min_p,
-        p.repetition_penalty if p.repetition_penalty < _FLOAT_MAX else _FLOAT_MAX,
-        p.presence_penalty,
-        p.frequency_penalty,
-        request.num_counted if p.expert_load else -1,
+
+@dataclass(frozen=True)
+class Rejection:
+    """The answer to a request that is not accepted.
+
+    Args:
+        key: of the request.
+        code: name of a gRPC status. INVALID_ARGUMENT: never possible; RESOURCE_EXHAUSTED: try again later.
+        message: names the field, its value and what is allowed.
+        retry_after_s: RESOURCE_EXHAUSTED: seconds to wait before trying again; None if nothing is known.
+    """
+
+    key: int
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+def records(requests: Sequence[Request]) -> np.ndarray:
+    """Return the records of waiting requests: `REQUEST_DTYPE` [A], a copy."""
+    return np.frombuffer(bytearray().join([request.record for request in requests]), REQUEST_DTYPE)
+
+
+def token_limit(request: Request, config: SchedulerConfig) -> int:
+    """Return the most prompt and output tokens: `max_tokens` is cut to what `max_model_len` leaves for it."""
+    return min(len(request.prompt) + request.params.max_tokens, config.max_model_len)
+
+
+class Capacity(NamedTuple):
+    """The most tokens of one request that a rank can keep, and the cache that limits them."""
+
+    num_tokens: int
+    cache: int
+
+
+def capacity(caches: Caches, num_blocks_C: np.ndarray) -> Capacity:
+    """Return the least of the caches' capacities. `num_blocks_C`: usable blocks of each cache on one rank."""
+    return min(
+        Capacity(num_blocks * size if most > num_blocks else sys.maxsize, cache)
+        for cache, (num_blocks, size, most) in enumerate(
+            zip(num_blocks_C.tolist(), caches.size_C.tolist(), caches.most_C.tolist(), strict=True)
+        )
     )
 
 
-def facts(requests: Sequence[Request]) -> np.ndarray:
-    """The records of all, which wait: `FACTS` [A], a copy."""
-    return np.frombuffer(bytearray().join([request.facts for request in requests]), FACTS)
-
-
-def introduction(
-    requests: Sequence[Request],
-    fact_A: np.ndarray,
-    tokens: np.ndarray,
-    token_offsets_A1: np.ndarray,
-    eos_token_ids: tuple[int, ...],
-) -> dict[str, Any]:
-    """What a plan says about new requests, besides their slots: its fields. `fact_A`: their facts; `tokens`: theirs, one after
-    another."""
-    bans_A = [request.bans(eos_token_ids) if request.params.min_tokens else () for request in requests]
-    biases_A = [request.params.logit_bias or {} for request in requests]
-    bans, ban_offsets = ragged.pack(bans_A, np.int32)
-    bias_ids, bias_offsets = ragged.pack([tuple(bias) for bias in biases_A], np.int32)
-    bias_values, _ = ragged.pack([tuple(bias.values()) for bias in biases_A], np.float32)
-    return {
-        "admit_sampling_A": np.ascontiguousarray(fact_A["sampling"]),
-        "admit_token_offsets_A1": token_offsets_A1,
-        "admit_tokens": tokens,
-        "admit_ban_offsets_A1": ban_offsets,
-        "admit_bans": bans,
-        "admit_bias_offsets_A1": bias_offsets,
-        "admit_bias_ids": bias_ids,
-        "admit_bias_values": bias_values,
-    }
+def why_invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Capacity) -> str | None:
+    """Return why the request, whose `limit` is set, can never be served, or None. Fronts have checked its token ids."""
+    length = len(request.prompt)
+    assert block_loops.all_below(request.prompt, config.vocab_size), (
+        f"request {request.key} has ids not in the vocabulary"
+    )
+    if length == 0:
+        return "prompt must have at least 1 token, got 0"
+    if length >= config.max_model_len:
+        return (
+            f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
+            f"(max_model_len = {config.max_model_len}, of which one is for the output)"
+        )
+    if request.limit - 1 > most.num_tokens:  # the last token is never computed
+        size, most_blocks = int(caches.size_C[most.cache]), int(caches.most_C[most.cache])
+        return (
+            f"prompt ({length} tokens) and max_tokens ({request.limit - length} after max_model_len) need "
+            f"{min(-(-(request.limit - 1) // size), most_blocks)} cache blocks; a rank has {most.num_tokens // size}, which is "
+            f"enough for {most.num_tokens + 1} tokens in all"
+        )
+    return None

@@ -1,11 +1,14 @@
 """The running requests of all ranks as numpy arrays: one row per slot, row = rank * max_num_seqs + slot.
 
-Shape letters: N rows (all slots of all ranks), P ranks, G caches, A admitted requests, W width of a block
-table, B blocks, L tokens, s tokens in a block.
-Functions take `rows`, an ascending array of row numbers, and so sorted by rank, as a `StepPlan` wants it.
+Functions take `rows`, an ascending array of row numbers, which is sorted by rank, as a `StepPlan` needs it.
 
-Two counts run ahead of what is known: `num_tokens` includes the tokens that steps in flight will sample, `num_computed` those
-that they will compute. A step's plan relies on all earlier ones, as ranks run them in order.
+Two counters run ahead of what is known: `num_tokens` includes the tokens that steps in flight will
+sample, `num_computed` those that they will compute. A step's plan relies on all earlier ones,
+because ranks run them in order.
+
+Z slots of all ranks, C KV cache groups, P ranks, A admitted requests, S scheduled requests, W
+entries of a block table, B blocks, M blocks copied, O sampled tokens, T tokens of a request, s
+tokens in a block.
 """
 
 from __future__ import annotations
@@ -16,207 +19,259 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler import ragged
 from expertwire.scheduler._compiled import rows as row_loops
 from expertwire.scheduler._compiled import steps as step_loops
+from expertwire.scheduler._compiled.blocks import EVERYTHING, Caches
 from expertwire.scheduler.block_pool import BlockPool, aligned, aligned_rows
-from expertwire.scheduler.caches import EVERYTHING, describe
-from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.plan import CacheSpec
-from expertwire.scheduler.prefix_cache import PrefixNames
-from expertwire.scheduler.rank_placement import Placement
-from expertwire.scheduler.request import FACTS, Request
+from expertwire.scheduler.config import CacheSpec, SchedulerConfig
+from expertwire.scheduler.plan import pack_lists, positions_in_lists
+from expertwire.scheduler.prefix_cache import BlockHasher
+from expertwire.scheduler.request import REQUEST_DTYPE, Request
 
-_NOTHING = np.zeros(0, np.int32)
+_NO_INTS = np.zeros(0, np.int32)
 _NO_FACTORS = np.zeros((0, 4, 0), np.uint64)
+_MAX_MISSES = 4  # blocks whose entries in the table of guesses may be overwritten
 
 
 class Admissions(NamedTuple):
     """Requests that start in a step, sorted by rank."""
 
     requests: list[Request]
-    rank_A: np.ndarray  # i64, as the rest
+    rank_A: np.ndarray  # i64, as the next four
     num_cached_A: np.ndarray  # tokens that need not be computed
     num_scheduled_A: np.ndarray  # tokens to compute in this step
-    parent_A: np.ndarray  # of a fork: the row that has them; or -1
-    first_A: np.ndarray  # its names, see `Request.names`, are those from here on; without a prefix cache nobody has any
-    fact_A: np.ndarray  # request.FACTS
-    name_W2: np.ndarray  # u64
+    parent_A: np.ndarray  # the row whose blocks a fork shares; or -1
+    first_A: np.ndarray  # index of the request's first hash in `hash_B2`, which is empty without a prefix cache
+    record_A: np.ndarray  # REQUEST_DTYPE
+    hash_B2: np.ndarray  # u64, see `Request.block_hashes`
 
 
-class Copies(NamedTuple):
-    """Blocks to copy, sorted by rank: i32 arrays."""
+class BlockCopies(NamedTuple):
+    """Blocks to copy, sorted by rank; i32."""
 
-    rank: np.ndarray
-    cache: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
-
-
-NO_NAMES = np.zeros((0, 2), np.uint64)
-NO_ADMISSIONS = Admissions([], *np.zeros((5, 0), np.int64), np.zeros(0, FACTS), NO_NAMES)
-_NO_COPIES = Copies(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
+    rank_M: np.ndarray
+    cache_M: np.ndarray
+    from_M: np.ndarray
+    to_M: np.ndarray
 
 
-class RunningTable:
+NO_HASHES = np.zeros((0, 2), np.uint64)
+NO_ADMISSIONS = Admissions([], *np.zeros((5, 0), np.int64), np.zeros(0, REQUEST_DTYPE), NO_HASHES)
+_NO_COPIES = BlockCopies(_NO_INTS, _NO_INTS, _NO_INTS, _NO_INTS)
+
+
+def describe(specs: Sequence[CacheSpec], config: SchedulerConfig) -> Caches:
+    """Return the sizes of the caches as arrays."""
+    size_C = np.array([spec.tokens_per_block(config.block_size) for spec in specs])
+    most = [spec.most_blocks(config.block_size, config.max_model_len, config.max_num_batched_tokens) for spec in specs]
+    return Caches(
+        size_C=size_C,
+        window_C=np.array([spec.num_seen or EVERYTHING for spec in specs]),
+        hashes_C=size_C // config.block_size,
+        most_C=np.array(most),
+        # A cache without a window needs a prefix's first blocks. If all caches have windows, the
+        # last blocks are enough.
+        max_misses=_MAX_MISSES if any(spec.num_seen is None for spec in specs) else EVERYTHING,
+    )
+
+
+class RunningBatch:
     """Counters, tokens and block tables of the running requests.
 
-    A row is *occupied* from admission until its release is planned, and *running* until its request has ended. Between the
-    two it only waits to be released. A *draining* row runs, but computes no more: its request goes back to the queue.
+    A row is *occupied* from admission until its release is planned, and *running* until its request
+    has ended. Between the two it waits for its release. A *draining* row runs, but is scheduled no
+    more: its request returns to the queue.
     """
 
     def __init__(self, config: SchedulerConfig, specs: Sequence[CacheSpec], pool: BlockPool) -> None:
-        slots, num_groups, size = config.max_num_seqs, len(specs), config.block_size
-        n = config.num_ranks * slots
+        slots, num_caches, size = config.max_num_seqs, len(specs), config.block_size
+        num_rows = config.num_ranks * slots
         self.config, self.pool, self.specs = config, pool, tuple(specs)
-        self.num_given_P = np.zeros(config.num_ranks, np.int64)  # requests admitted so far
-        self.rank_N = np.repeat(np.arange(config.num_ranks), slots)
-        self.slot_N = np.tile(np.arange(slots, dtype=np.int32), config.num_ranks)
+        self.num_admitted_P = np.zeros(config.num_ranks, np.int64)
+        self.rank_Z = np.repeat(np.arange(config.num_ranks), slots)
+        self.slot_Z = np.tile(np.arange(slots, dtype=np.int32), config.num_ranks)
         self.bounds_P1 = np.arange(config.num_ranks + 1) * slots
 
-        row_N, fixed_N = aligned(n, row_loops.ROW), aligned(n, row_loops.FIXED)
-        fixed_N["rank"] = self.rank_N
-        # The same memory, field by field.
-        self.key_N, self.num_cached_N = fixed_N["key"], fixed_N["num_cached"]
-        self.num_known_N, self.num_tokens_N, self.limit_N = row_N["num_known"], row_N["num_tokens"], row_N["limit"]
-        self.num_computed_N, self.num_held_N, self.in_flight_N = (
-            row_N[name] for name in ("num_computed", "num_held", "in_flight")
-        )
-        self.occupied_N, self.running_N, self.draining_N = np.zeros((3, n), bool)
-        self.order_N = np.zeros(n, np.int64)  # of submission
-        self.priority_N = np.zeros(n, np.int64)
-        self.table_GN = np.zeros((num_groups, n), row_loops.BLOCK_TABLE)
-        # Untouched pages cost nothing, so these may be as wide as the longest request.
+        counters_Z, info_Z = aligned(num_rows, row_loops.COUNTERS), aligned(num_rows, row_loops.ROW_INFO)
+        info_Z["rank"] = self.rank_Z
+        # Views by field.
+        self.key_Z, self.num_cached_Z = info_Z["key"], info_Z["num_cached"]
+        self.num_known_Z, self.num_tokens_Z = counters_Z["num_known"], counters_Z["num_tokens"]
+        self.num_computed_Z, self.num_held_Z = counters_Z["num_computed"], counters_Z["num_held"]
+        self.limit_Z, self.in_flight_Z = counters_Z["limit"], counters_Z["in_flight"]
+        self.occupied_Z, self.running_Z, self.draining_Z = np.zeros((3, num_rows), bool)
+        self.order_Z = np.zeros(num_rows, np.int64)  # of submission
+        self.priority_Z = np.zeros(num_rows, np.int64)
+        self.tables_CZ = np.zeros((num_caches, num_rows), row_loops.BLOCK_TABLE)
+        # As wide as the longest request: pages that are never touched take no memory.
         width = config.blocks_for(config.max_model_len)
-        self.block_ids_GNW = aligned_rows(num_groups * n, width, np.int32).reshape(num_groups, n, -1)
-        # Tokens known since admission: whole blocks, and behind them the tail, so that appending stays within little memory.
-        self._tokens_NL = aligned_rows(n, width * size, np.int32)
-        self._tail_Ns = aligned(n * size, np.dtype(np.int32)).reshape(n, size)
-        self.names, self._factors = None, _NO_FACTORS
+        self.block_ids_CZW = aligned_rows(num_caches * num_rows, width, np.int32).reshape(num_caches, num_rows, -1)
+        # Tokens known since admission: full blocks, and apart from them the tail, so that appending
+        # touches little memory.
+        self._tokens_ZT = aligned_rows(num_rows, width * size, np.int32)
+        self._tail_Zs = aligned(num_rows * size, np.dtype(np.int32)).reshape(num_rows, size)
+        self.hasher, self._factors = None, _NO_FACTORS
         if config.enable_prefix_caching:
-            self.names = PrefixNames(config.max_model_len, size, config.prefix_secret)
-            self._factors = self.names.factors_W4s
-        self.name_NW2 = aligned_rows(n, 2 * width, np.uint64).reshape(n, -1, 2)
-        self.sum_N4 = aligned(n * 4, np.dtype(np.uint64)).reshape(n, 4)
+            self.hasher = BlockHasher(config.max_model_len, size, config.prefix_secret)
+            self._factors = self.hasher.factors_B4s
+        self._hash_ZB2 = aligned_rows(num_rows, 2 * width, np.uint64).reshape(num_rows, -1, 2)
+        self._sum_Z4 = aligned(num_rows * 4, np.dtype(np.uint64)).reshape(num_rows, 4)
         self.caches = describe(specs, config)
-        self._has_windows = bool((self.caches.window_G < EVERYTHING).any())
-        self.for_loops = row_loops.Rows(
+        self._has_windows = bool((self.caches.window_C < EVERYTHING).any())
+        self.arrays = row_loops.BatchArrays(
             block_size=size,
             per_rank=slots,
-            occupied_N=self.occupied_N,
-            running_N=self.running_N,
-            draining_N=self.draining_N,
-            row_N=row_N,
-            fixed_N=fixed_N,
-            table_GN=self.table_GN,
-            block_ids_GNW=self.block_ids_GNW,
-            tail_Ns=self._tail_Ns,
-            tokens_NL=self._tokens_NL,
-            name_NW2=self.name_NW2,
-            sum_N4=self.sum_N4,
+            occupied_Z=self.occupied_Z,
+            running_Z=self.running_Z,
+            draining_Z=self.draining_Z,
+            counters_Z=counters_Z,
+            info_Z=info_Z,
+            tables_CZ=self.tables_CZ,
+            block_ids_CZW=self.block_ids_CZW,
+            tail_Zs=self._tail_Zs,
+            tokens_ZT=self._tokens_ZT,
+            hash_ZB2=self._hash_ZB2,
+            sum_Z4=self._sum_Z4,
         )
-        self._want_N = np.zeros((2, n), np.int32)
+        self._selected_Z = np.zeros((2, num_rows), np.int32)
 
     def admit(self, admissions: Admissions, tokens: np.ndarray, token_offsets_A1: np.ndarray) -> np.ndarray:
-        """Give each request the lowest free slot of its rank: i64 [A] rows, ascending. `tokens`: theirs, one after another."""
-        rank_A, fact_A = admissions.rank_A, admissions.fact_A
+        """Give each request the lowest free slot of its rank; return i64 [A] rows, ascending.
+
+        `tokens`: of all requests, joined.
+        """
+        rank_A, record_A = admissions.rank_A, admissions.record_A
         counts_P = np.bincount(rank_A, minlength=len(self.bounds_P1) - 1)
-        free = np.flatnonzero(~self.occupied_N)
-        rows = free[self.offsets_P1(free)[rank_A] + ragged.positions(counts_P)]
-        assert (self.rank_N[rows] == rank_A).all(), f"too few free slots for {counts_P} requests"
-        self.num_given_P += counts_P
-        self.order_N[rows], self.priority_N[rows] = fact_A["order"], fact_A["priority"]
-        row_loops.begin(
+        free = np.flatnonzero(~self.occupied_Z)
+        rows = free[self.offsets_P1(free)[rank_A] + positions_in_lists(counts_P)]
+        assert (self.rank_Z[rows] == rank_A).all(), f"too few free slots for {counts_P} requests"
+        self.num_admitted_P += counts_P
+        self.order_Z[rows], self.priority_Z[rows] = record_A["order"], record_A["priority"]
+        row_loops.start_rows(
             self.caches,
             self.pool.blocks,
-            self.for_loops,
+            self.arrays,
             rows,
             admissions.parent_A,
             admissions.num_cached_A,
-            fact_A,
+            record_A,
             tokens,
             token_offsets_A1,
             admissions.first_A,
-            admissions.name_W2,
+            admissions.hash_B2,
         )
         return rows
 
     def release(self, rows: np.ndarray) -> None:
-        """Empty the rows; their blocks go back to the pool, the whole ones with names."""
-        row_loops.release(self.caches, self.pool.blocks, self.for_loops, self.names is not None, rows)
+        """Empty the rows and free their blocks; the full ones stay in the prefix cache."""
+        row_loops.release_rows(self.caches, self.pool.blocks, self.arrays, self.hasher is not None, rows)
 
-    def want(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Rows to compute, i32, tokens for each, i32, and the token budget that every rank has left, i64 [P]; and how many blocks
-        each rank lacks for that, i64 [G, P].
+    def select(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Select the rows of the next step: every decode, then prefills in order, as the ranks'
+        token budgets allow.
 
-        One token for each that needs no more; what is left of a rank's budget goes to those that need more, in order."""
-        config, (row_N, num_N) = self.config, self._want_N
-        budget_P = np.zeros(config.num_ranks, np.int64)
-        lacking_GP = np.zeros((len(self.specs), config.num_ranks), np.int64)
-        chunked_prefill_size = (
-            config.max_num_batched_tokens if config.chunked_prefill_size is None else config.chunked_prefill_size
-        )
-        count = step_loops.want(
-            self.caches,
-            self.for_loops,
-            config.max_num_batched_tokens,
-            chunked_prefill_size,
-            row_N,
-            num_N,
-            budget_P,
-            lacking_GP,
-        )
-        return row_N[:count], num_N[:count], budget_P, lacking_GP
+        Returns:
+            rows, i32; tokens of each, i32; the tokens that every rank's budget has left, i64 [P];
+            and how many blocks each rank lacks for the rows, i64 [C, P].
+        """
+        config, (row_S, num_S) = self.config, self._selected_Z
+        tokens_P = np.zeros(config.num_ranks, np.int64)
+        missing_CP = np.zeros((len(self.specs), config.num_ranks), np.int64)
+        most = config.max_num_batched_tokens
+        chunk = most if config.chunked_prefill_size is None else config.chunked_prefill_size
+        count = step_loops.select_rows(self.caches, self.arrays, most, chunk, row_S, num_S, tokens_P, missing_CP)
+        return row_S[:count], num_S[:count], tokens_P, missing_CP
 
-    def drop_blocks(self, rows: np.ndarray) -> None:
-        """Give back what lies before each row's window, now that its next token to compute is known."""
+    def free_outside_windows(self, rows: np.ndarray) -> None:
+        """Free the blocks before each row's windows, whose next token to compute is known."""
         if self._has_windows:
-            row_loops.drop_unseen(self.caches, self.pool.blocks, self.for_loops, rows)
+            row_loops.free_outside_windows(self.caches, self.pool.blocks, self.arrays, rows)
 
-    def lacking(self, rows: np.ndarray, num: np.ndarray) -> np.ndarray:
-        """How many blocks each row lacks to compute `num` tokens more: i64 [G, R]."""
-        lacking_GR = np.zeros((len(self.specs), len(rows)), np.int64)
-        step_loops.lacking(self.caches, self.for_loops, rows, num, lacking_GR)
-        return lacking_GR
+    def missing_blocks(self, rows: np.ndarray, num: np.ndarray) -> np.ndarray:
+        """Return how many blocks each row lacks to compute `num` more tokens: i64 [C, S]."""
+        missing_CS = np.zeros((len(self.specs), len(rows)), np.int64)
+        step_loops.missing_blocks(self.caches, self.arrays, rows, num, missing_CS)
+        return missing_CS
 
-    def unshare_tails(self, rows: np.ndarray) -> Copies:
-        """Copy on write: forks about to write into a block that others use too get one of their own."""
+    def choose_victims(self, short_CP: np.ndarray) -> np.ndarray:
+        """Return the rows to preempt, ascending, so that `short_CP` more blocks become free.
+
+        The least urgent first, of these the one with the fewest tokens to recompute, then the
+        latest. One whose next block would be its last is spared while there are others. A rank's
+        most urgent request, the oldest of equals, is never preempted: it makes progress, so that
+        all do in the end.
+        """
+        chosen: list[int] = []
+        for rank in np.flatnonzero(short_CP.any(axis=0)):
+            first, last = self.bounds_P1[rank : rank + 2]
+            rows = first + np.flatnonzero(self.running_Z[first:last] & ~self.draining_Z[first:last])
+            rows = rows[np.lexsort((self.order_Z[rows], self.priority_Z[rows]))][1:]
+            about_to_finish = self.limit_Z[rows] - self.num_tokens_Z[rows] <= self.config.block_size
+            keys = (-self.order_Z[rows], self.num_computed_Z[rows], -self.priority_Z[rows], about_to_finish)
+            short_C = short_CP[:, rank].copy()
+            for row in rows[np.lexsort(keys)].tolist():
+                if not (short_C > 0).any():
+                    break
+                chosen.append(row)
+                for cache in range(len(short_C)):
+                    refs = self.pool.refs_CPB[cache, rank, self.blocks_of(cache, row)]
+                    short_C[cache] -= np.count_nonzero(refs == 1)
+        return np.sort(np.array(chosen, np.int64))
+
+    def serve_blocks(self, rows: np.ndarray, missing_CS: np.ndarray) -> np.ndarray:
+        """Return which rows get their missing blocks, the most urgent and oldest first: bool [S]."""
+        free_CP = self.pool.num_free_CP.copy()
+        served_S = np.ones(len(rows), bool)
+        for i in np.lexsort((self.order_Z[rows], self.priority_Z[rows])).tolist():
+            missing_C = missing_CS[:, i]
+            if not missing_C.any():
+                continue
+            free_C = free_CP[:, self.rank_Z[rows[i]]]
+            served_S[i] = (missing_C <= free_C).all()
+            if served_S[i]:
+                free_C -= missing_C
+        return served_S
+
+    def unshare_tails(self, rows: np.ndarray) -> BlockCopies:
+        """Copy on write: give forks that are about to write into a shared block one of their own."""
         if not len(rows):
             return _NO_COPIES
         parts = []
-        for group, size in enumerate(self.caches.size_G.tolist()):
-            inside = self.num_computed_N[rows] % size > 0
-            row_C, rank_C = rows[inside], self.rank_N[rows[inside]]
-            index_C = self.num_computed_N[row_C] // size
-            source_C = self.block_ids_GNW[group, row_C, index_C]
-            assert (self.pool.refs_GPB[group, rank_C, source_C] > 1).all(), "a fork shares no block"
-            target_C = self.pool.allocate(group, rank_C)
-            self.pool.free(group, rank_C, source_C)
-            self.block_ids_GNW[group, row_C, index_C] = target_C
-            parts.append((rank_C, np.full(len(row_C), group), source_C, target_C))
-        copies = Copies(*(np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)))
-        by_rank = np.argsort(copies.rank, kind="stable")
-        return Copies(*(part[by_rank] for part in copies))
+        for cache, size in enumerate(self.caches.size_C.tolist()):
+            inside = self.num_computed_Z[rows] % size > 0
+            row_M, rank_M = rows[inside], self.rank_Z[rows[inside]]
+            index_M = self.num_computed_Z[row_M] // size
+            from_M = self.block_ids_CZW[cache, row_M, index_M]
+            assert (self.pool.refs_CPB[cache, rank_M, from_M] > 1).all(), "a fork shares no block"
+            to_M = self.pool.allocate(cache, rank_M)
+            self.pool.free(cache, rank_M, from_M)
+            self.block_ids_CZW[cache, row_M, index_M] = to_M
+            parts.append((rank_M, np.full(len(row_M), cache), from_M, to_M))
+        copies = BlockCopies(*(np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)))
+        by_rank = np.argsort(copies.rank_M, kind="stable")
+        return BlockCopies(*(part[by_rank] for part in copies))
 
     def schedule(
         self,
         number: int,
         rows: np.ndarray,
         num: np.ndarray,
-        num_lacking: int,
+        num_missing: int,
         new_rows: np.ndarray,
         new_num: np.ndarray,
-    ) -> step_loops.Scheduled:
-        """Step `number` is planned, which computes `num` tokens more of each row, which lack `num_lacking` blocks at most, and
-        `new_num` of the new ones: give them the blocks, count, and name those that are whole, or will be after the steps in
-        flight."""
-        most = num_lacking + step_loops.count_new(self.caches, self.for_loops, new_rows, new_num)
-        step = step_loops.Scheduled.empty(self.config.num_ranks, len(rows) + len(new_rows), most)
+    ) -> step_loops.StepSchedule:
+        """Schedule step `number`: `num` more tokens of each row and `new_num` of the new rows.
+
+        Allocate blocks, of which the rows lack `num_missing` at most, advance the counters, and put
+        full blocks into the prefix cache, including those that steps in flight will fill.
+        """
+        most = num_missing + step_loops.count_new_entries(self.caches, self.arrays, new_rows, new_num)
+        step = step_loops.StepSchedule.empty(self.config.num_ranks, len(rows) + len(new_rows), most)
         count = step_loops.schedule(
             self.caches,
             self.pool.blocks,
-            self.for_loops,
-            self.names is not None,
+            self.arrays,
+            self.hasher is not None,
             number,
             rows,
             num,
@@ -228,34 +283,40 @@ class RunningTable:
         )
         return step if count == most else step._replace(block_4B=step.block_4B[:, :count])
 
-    def shareable(self, row: int, most: int) -> int:
-        """From how many of its first tokens, `most` at most, another request can go on with a row's blocks; 0: none.
+    def num_shareable(self, row: int, most: int) -> int:
+        """Return how many of a row's first tokens, `most` at most, a fork can share, or 0.
 
-        A state is there for all that are computed, and where one was kept; behind that it has gone on.
+        A state exists for all computed tokens, and where a snapshot was kept; behind a snapshot it
+        has changed.
         """
-        num = int(self.num_computed_N[row])
+        num = int(self.num_computed_Z[row])
         if num > most:
             every = math.lcm(*(spec.tokens_per_block(1) for spec in self.specs if spec.kind == "state"))
             num = most // every * every
-        first_G = np.maximum(num - self.caches.window_G + 1, 0) // self.caches.size_G
-        return num if (self.table_GN["num_dropped"][:, row] <= first_G).all() else 0
+        first_C = np.maximum(num - self.caches.window_C + 1, 0) // self.caches.size_C
+        return num if (self.tables_CZ["num_dropped"][:, row] <= first_C).all() else 0
 
-    def take_in(
+    def append_sampled(
         self,
         number: int,
-        step: step_loops.Scheduled,
+        step: step_loops.StepSchedule,
         offsets_P1: np.ndarray,
         sampled: step_loops.Sampled,
         eos_ids: np.ndarray,
         may_stop_V: np.ndarray,
-    ) -> tuple[step_loops.Known, np.ndarray]:
-        """Step `number` is done, with the tokens that each rank has sampled: those that count, and whether each row's request is
-        still the one that the step was planned for, and running, u8 [N]. Finish reasons may be `ASK`, which is where
-        `may_stop_V` says that the token stops some requests, and the row's has stop ids of its own."""
-        known = step_loops.Known.empty(len(sampled.slot_O))
-        going_N = np.zeros(len(self.rank_N), np.uint8)
-        count = step_loops.take_in(
-            self.for_loops,
+    ) -> tuple[step_loops.Accepted, np.ndarray]:
+        """Append the tokens that the ranks have sampled in step `number` to their rows.
+
+        Returns:
+            the tokens of requests that run on; and for each row of the step whether its request is
+            still the scheduled one and runs, u8 [Z]. A finish reason is `CHECK_STOP_IDS` where
+            `may_stop_V` says that the token stops some requests, and the row's request has stop
+            ids.
+        """
+        accepted = step_loops.Accepted.empty(len(sampled.slot_O))
+        runs_Z = np.zeros(len(self.rank_Z), np.uint8)
+        count = step_loops.append_sampled(
+            self.arrays,
             self._factors,
             eos_ids,
             may_stop_V,
@@ -263,73 +324,64 @@ class RunningTable:
             step,
             offsets_P1,
             sampled,
-            going_N,
-            known,
-            np.empty_like(known.row_O),
+            runs_Z,
+            accepted,
+            np.empty_like(accepted.row_O),
         )
         assert count >= 0, f"step {number}: sampled {sampled.slot_O}, expected {step.slot_S[step.sample_S == 1]}"
-        return step_loops.Known(*(column[:count] for column in known)), going_N
+        return step_loops.Accepted(*(column[:count] for column in accepted)), runs_Z
 
     def tokens(self, row: int, request: Request) -> np.ndarray:
-        """The known tokens of a running request, which has this row: i32, a copy."""
-        num_known = int(self.num_known_N[row])
-        behind = num_known % self.config.block_size
-        tokens = np.concatenate((self._tokens_NL[row, : num_known - behind], self._tail_Ns[row, :behind]))
+        """Return the known tokens of the running request in this row: i32, a copy."""
+        num_known = int(self.num_known_Z[row])
+        num_tail = num_known % self.config.block_size
+        tokens = np.concatenate((self._tokens_ZT[row, : num_known - num_tail], self._tail_Zs[row, :num_tail]))
         tokens[: len(request.tokens)] = request.tokens
         return tokens
 
-    def copy_names(self, row: int, request: Request) -> None:
-        """Give a request that leaves its row the names of what it has."""
-        if self.names is not None:
-            name_W2 = self.name_NW2[row, : self.num_known_N[row] // self.config.block_size]
-            request.names = np.concatenate((name_W2, self.sum_N4[row].reshape(2, 2)))
+    def block_hashes(self, row: int) -> np.ndarray | None:
+        """Return the `Request.block_hashes` of a row, a copy; None without a prefix cache."""
+        if self.hasher is None:
+            return None
+        hash_B2 = self._hash_ZB2[row, : self.num_known_Z[row] // self.config.block_size]
+        return np.concatenate((hash_B2, self._sum_Z4[row].reshape(2, 2)))
 
     def offsets_P1(self, rows: np.ndarray) -> np.ndarray:
-        """Where each rank's part of `rows` lies: i32 [P + 1]."""
+        """Return where each rank's part of `rows` begins: i32 [P + 1]."""
         return np.searchsorted(rows, self.bounds_P1).astype(np.int32)
 
     def rows_of(self, slots_P: Sequence[np.ndarray]) -> np.ndarray:
-        """The rows of slots given rank by rank: i64."""
-        slots, offsets_P1 = ragged.pack(slots_P, np.int64)
+        """Return the rows of each rank's slots, joined: i64."""
+        slots, offsets_P1 = pack_lists(slots_P, np.int64)
         return np.repeat(self.bounds_P1[:-1], np.diff(offsets_P1)) + slots
 
-    def count_P(self, of_N: np.ndarray) -> np.ndarray:
-        """i64 [P], how many of each rank's rows are true."""
-        return of_N.reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
+    def sum_P(self, values_Z: np.ndarray) -> np.ndarray:
+        """Return the sum of a value over each rank's running rows: [P], i64 or f64."""
+        return np.where(self.running_Z, values_Z, 0).reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
 
-    def outstanding_P(self) -> np.ndarray:
-        """i64 [P], tokens that the running requests may still have to compute."""
-        left_N = np.where(self.running_N, self.limit_N - self.num_computed_N, 0)
-        return left_N.reshape(len(self.bounds_P1) - 1, -1).sum(axis=1, dtype=np.int64)
-
-    def load_P(self, placement: Placement) -> np.ndarray:
-        """f64 [P], what the running requests load their ranks with."""
-        load_N = placement.load(self.num_tokens_N, self.num_computed_N, self.limit_N - self.num_tokens_N)
-        return np.where(self.running_N, load_N, 0.0).reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
-
-    def blocks_of(self, group: int, row: int) -> np.ndarray:
-        """A row's blocks, i32."""
-        table = self.table_GN[group, row]
-        return self.block_ids_GNW[group, row, table["num_dropped"] : table["num_blocks"]]
+    def blocks_of(self, cache: int, row: int) -> np.ndarray:
+        """Return the ids of a row's blocks: i32."""
+        table = self.tables_CZ[cache, row]
+        return self.block_ids_CZW[cache, row, table["num_dropped"] : table["num_blocks"]]
 
     def check_integrity(self) -> None:
-        """The counters are in order, and the block tables are exactly what the pool accounts for."""
-        rows = np.flatnonzero(self.occupied_N)
-        assert not (self.running_N & ~self.occupied_N).any(), "running, but not occupied"
-        known, tokens, computed = self.num_known_N[rows], self.num_tokens_N[rows], self.num_computed_N[rows]
+        """Assert that the counters are consistent, and the block tables are what the pool accounts for."""
+        rows = np.flatnonzero(self.occupied_Z)
+        assert not (self.running_Z & ~self.occupied_Z).any(), "running, but not occupied"
+        known, tokens, computed = self.num_known_Z[rows], self.num_tokens_Z[rows], self.num_computed_Z[rows]
         ahead = tokens - known
-        going = self.running_N[rows]
+        runs = self.running_Z[rows]
         assert (ahead >= 0).all(), (known, tokens)
-        assert (ahead[going] <= self.in_flight_N[rows][going]).all(), (known, tokens, self.in_flight_N[rows])
+        assert (ahead[runs] <= self.in_flight_Z[rows][runs]).all(), (known, tokens, self.in_flight_Z[rows])
         assert (computed <= tokens).all(), (computed, tokens)
-        assert (tokens <= self.limit_N[rows]).all(), (tokens, self.limit_N[rows])
-        refs_GPB = np.zeros_like(self.pool.refs_GPB)
-        held = self.num_held_N[rows]
+        assert (tokens <= self.limit_Z[rows]).all(), (tokens, self.limit_Z[rows])
+        refs_CPB = np.zeros_like(self.pool.refs_CPB)
+        held = self.num_held_Z[rows]
         assert (held >= computed).all(), (held, computed)
-        for group, size in enumerate(self.caches.size_G.tolist()):
-            num_blocks = self.table_GN["num_blocks"][group, rows]
-            assert np.array_equal(num_blocks, -(-computed // size)), (group, computed)
-            assert (held <= num_blocks * size).all(), (group, held, num_blocks)
+        for cache, size in enumerate(self.caches.size_C.tolist()):
+            num_blocks = self.tables_CZ["num_blocks"][cache, rows]
+            assert np.array_equal(num_blocks, -(-computed // size)), (cache, computed)
+            assert (held <= num_blocks * size).all(), (cache, held, num_blocks)
             for row in rows.tolist():
-                np.add.at(refs_GPB[group, self.rank_N[row]], self.blocks_of(group, row), 1)
-        assert np.array_equal(refs_GPB, self.pool.refs_GPB), "the block tables and the pool disagree on references"
+                np.add.at(refs_CPB[cache, self.rank_Z[row]], self.blocks_of(cache, row), 1)
+        assert np.array_equal(refs_CPB, self.pool.refs_CPB), "the block tables and the pool disagree on references"

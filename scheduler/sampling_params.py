@@ -1,4 +1,10 @@
-"""What a client may ask of sampling. Names and defaults are vLLM's, so that scripts port unchanged."""
+"""Sampling parameters of a request, named as in vLLM, and the record of them that a rank keeps for
+each of its slots.
+
+To add a field: declare it in `SamplingParams`, with `rank_field` if the sampler reads it. Its dtype
+there puts it into `SAMPLING_DTYPE`, and with that into requests, plans and the ranks' tables; its
+bounds are checked.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +12,26 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
-from expertwire.scheduler.checks import is_int, is_number
+import numpy as np
+
+from expertwire.scheduler.config import is_int, is_number
 
 MAX_LOGPROBS = 64
 MAX_BRANCHES = 256
+_FLOAT_MAX = float(np.finfo(np.float32).max)
+
+
+def rank_field(default: Any, dtype: type, *, low: float | None = None, high: float = math.inf) -> Any:
+    """Declare a field that ranks read: its dtype in `SAMPLING_DTYPE`, and for a number its bounds, both included."""
+    return dataclasses.field(default=default, metadata={"dtype": dtype, "low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to sample the output tokens of one request.
+    """Sampling parameters of one request.
 
     Args:
         temperature: 0 is greedy; otherwise logits are divided by it.
@@ -28,36 +44,38 @@ class SamplingParams:
         stop: strings that end the output; not part of the returned text.
         stop_token_ids: token ids that end the output, besides the model's end-of-sequence ids.
         ignore_eos: go on after an end-of-sequence id.
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output; > 0.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt
+            or output; > 0.
         presence_penalty: subtracted once from tokens seen in the output, in [-2, 2].
         frequency_penalty: subtracted per occurrence in the output, in [-2, 2].
         logit_bias: token id -> value added to its logit.
-        logprobs: report the sampled token's log-probability and this many top ones (0: only the sampled one).
+        logprobs: report the sampled token's log-probability and this many top ones (0: only the
+            sampled one).
         prompt_logprobs: the same for the prompt's tokens.
         expert_load: report how many of an output's computed tokens went to each expert of each layer.
-        n: how many independent outputs.
+        n: number of independent outputs.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
         ValueError: names the field and the values it allows.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = rank_field(1.0, np.float32, low=0.0)
+    top_p: float = rank_field(1.0, np.float32)
     top_k: int = -1
-    min_p: float = 0.0
+    min_p: float = rank_field(0.0, np.float32, low=0.0, high=1.0)
     max_tokens: int = 16
     min_tokens: int = 0
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
     stop_token_ids: list[int] | tuple[int, ...] | None = None
     ignore_eos: bool = False
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = rank_field(1.0, np.float32)
+    presence_penalty: float = rank_field(0.0, np.float32, low=-2.0, high=2.0)
+    frequency_penalty: float = rank_field(0.0, np.float32, low=-2.0, high=2.0)
     logit_bias: Mapping[int, float] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: int | None = rank_field(None, np.int32)
+    prompt_logprobs: int | None = rank_field(None, np.int32)
     expert_load: bool = False
     n: int = 1
     skip_special_tokens: bool = True
@@ -86,12 +104,7 @@ class SamplingParams:
                 )
 
     def _check_numbers(self) -> None:
-        for field, low, high in (
-            ("temperature", 0.0, math.inf),
-            ("min_p", 0.0, 1.0),
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-        ):
+        for field, low, high in _BOUNDS:
             value = getattr(self, field)
             if not is_number(value) or not low <= value <= high:
                 allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
@@ -120,12 +133,39 @@ class SamplingParams:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
 
-    def to_dict(self) -> dict:
-        """A dictionary that JSON can carry and `from_dict` reads back."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can carry and `from_dict` reads back."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping) -> SamplingParams:
-        """The inverse of `to_dict`: JSON turns the keys of `logit_bias` into strings."""
+    def from_dict(cls, fields: Mapping[str, Any]) -> SamplingParams:
+        """Return the inverse of `to_dict`; JSON turns the keys of `logit_bias` into strings."""
         bias = {int(token): value for token, value in (fields.get("logit_bias") or {}).items()}
         return cls(**{**fields, "logit_bias": bias})
+
+    def rank_values(self) -> list[float]:
+        """Return the values of the `rank_field`s: -1 for None, and the largest fp32 for what fp32 cannot hold."""
+        values = _get_rank_fields(self)
+        return [-1 if value is None else value if value < _FLOAT_MAX else _FLOAT_MAX for value in values]
+
+
+_RANK_FIELDS = [field for field in dataclasses.fields(SamplingParams) if field.metadata]
+_BOUNDS = [
+    (field.name, field.metadata["low"], field.metadata["high"])
+    for field in _RANK_FIELDS
+    if field.metadata["low"] is not None
+]
+_get_rank_fields = attrgetter(*(field.name for field in _RANK_FIELDS))
+
+# The sampling state of a slot, sent to its rank once, when the request is admitted.
+SAMPLING_DTYPE = np.dtype(
+    [
+        ("seed", np.int64),
+        ("branch", np.int32),
+        ("prompt_len", np.int32),  # of the client's prompt, also when a preempted request comes back with its output
+        ("min_tokens", np.int32),
+        ("top_k", np.int32),  # -1: all
+        ("experts_from", np.int32),  # tokens from this position on have their experts counted; -1: none
+        *((field.name, field.metadata["dtype"]) for field in _RANK_FIELDS),
+    ]
+)

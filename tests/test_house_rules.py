@@ -76,7 +76,7 @@ FLAGS = {
         "--max-num-batched-tokens", "--rate", "--chunked-prefill-size", "--ttft-ms", "--tpot-ms", "--overlap",
         "--no-overlap", "--enable-prefix-caching", "--no-enable-prefix-caching",
         "--host-time", "--timeline", "--record", "--replay", "--cost", "--peer",
-        "--placements", "--json",
+        "--load-balancing", "--json",
     },
 }  # fmt: skip
 

@@ -33,7 +33,8 @@ from expertwire.kernels import registry
 from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.placement import place
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.plan import StepOutputs, StepPlan, StepResult
+from expertwire.scheduler.outputs import StepOutputs
+from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
@@ -130,9 +131,9 @@ class Answers:
             if len(top) > 1:
                 self.margins.setdefault(key, []).append(float(top[0] - top[1]))
         rows = zip(
-            outputs.prompt_key_R.tolist(),
-            outputs.prompt_position_R.tolist(),
-            outputs.prompt_logprob_R.tolist(),
+            outputs.prompt_key_I.tolist(),
+            outputs.prompt_position_I.tolist(),
+            outputs.prompt_logprob_I.tolist(),
             strict=True,
         )
         for key, position, logprob in rows:

@@ -25,10 +25,11 @@ import numpy as np
 from expertwire.bench.scheduler.simulation import CACHES, EOS, SimulatedRanks
 from expertwire.comm.control.channel import pack, unpack
 from expertwire.engine.controller import collect_when_quiet
+from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.scheduler.scheduler import Scheduler, SchedulerConfig
+from expertwire.scheduler.scheduler import Scheduler
 
 PARTS = ("arrivals", "plan", "serialise", "commit", "unpack")
 _VOCAB = 32000

@@ -19,11 +19,13 @@ from typing import IO, Any
 import numpy as np
 
 from expertwire.comm.control.channel import pack, unpack
-from expertwire.scheduler.plan import CacheSpec, StepOutputs, StepPlan, StepResult
+from expertwire.scheduler.config import CacheSpec, SchedulerConfig
+from expertwire.scheduler.outputs import StepOutputs
+from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.policy import make_policy
-from expertwire.scheduler.request import Request
+from expertwire.scheduler.request import Rejection, Request
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.scheduler.scheduler import Rejection, Scheduler, SchedulerConfig
+from expertwire.scheduler.scheduler import Scheduler
 
 FORMAT = 3
 _ASKED = ("key", "branch", "seed", "priority", "tenant", "salt", "deadline")  # of a request, as they are

@@ -4,8 +4,8 @@ By default a trace (see `traces`) is served by `--ranks` ranks whose steps take 
 simulated clock (see `simulation`); the report has goodput under latency targets, latencies, balance, prefix hits and preemptions.
 The scheduler's own time does not enter that clock unless `--host-time` is given, so a run can be repeated exactly. `--record`
 logs every call, `--replay` runs a log again and compares all plans, `--timeline` draws a picture. `--cost` measures what a step
-costs the host (`schedule_cost`), `--peer` compares that with another engine's scheduler (`schedule_peer`), and `--placements`
-compares rules of which rank gets a request (`schedule_placements`).
+costs the host (`cost`), `--peer` compares that with another engine's scheduler (`peer`), and `--load-balancing`
+compares rules of data-parallel load balancing (`load_balancing`).
 
 N steps, P ranks.
 """
@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from expertwire.bench.scheduler import cost as schedule_cost
+from expertwire.bench.scheduler import load_balancing, timeline
 from expertwire.bench.scheduler import peer as schedule_peer
-from expertwire.bench.scheduler import placements, timeline
 from expertwire.bench.scheduler.log import replay
 from expertwire.bench.scheduler.simulation import EOS, LEFT, Outcome, Simulation, StepModel
 from expertwire.bench.scheduler.traces import TRACES, Poisson, Served, oracle_hits
-from expertwire.scheduler.plan import FinishReason
-from expertwire.scheduler.rank_placement import Placement
-from expertwire.scheduler.scheduler import SchedulerConfig
+from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.load_balancing import LoadBalancing
+from expertwire.scheduler.outputs import FinishReason
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replay", type=Path, metavar="FILE", help="repeat a log, compare every plan; nothing else")
     parser.add_argument("--cost", action="store_true", help="measure what a step costs the host instead")
     parser.add_argument("--peer", type=Path, metavar="PATH", help="compare with a checkout of nano-vllm instead")
-    text = "compare placements on every trace, on so many ranks, instead"
-    parser.add_argument("--placements", type=int, nargs="+", metavar="N", help=text)
+    text = "compare rules of load balancing on every trace, on so many ranks, instead"
+    parser.add_argument("--load-balancing", type=int, nargs="+", metavar="N", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
 
 
@@ -86,9 +86,9 @@ def main(args: argparse.Namespace) -> int:
     elif args.peer:
         result = schedule_peer.compare(args.peer, overlap=args.overlap)
         print(schedule_peer.table(result))
-    elif args.placements:
-        result = _options(args) | placements.compare(args.placements, lambda *run: _compared(args, *run))
-        print(placements.table(result))
+    elif args.load_balancing:
+        result = _options(args) | load_balancing.compare(args.load_balancing, lambda *run: _compared(args, *run))
+        print(load_balancing.table(result))
     else:
         result = _simulate(args)
         print(table(result))
@@ -109,11 +109,11 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compared(
-    args: argparse.Namespace, name: str, num_ranks: int, num_requests: int, rate: float, placement: Placement
+    args: argparse.Namespace, name: str, num_ranks: int, num_requests: int, rate: float, balancing: LoadBalancing
 ) -> dict[str, Any]:
     """The report of one run of a comparison."""
     trace = TRACES[name](num_requests=num_requests, seed=args.seed, rate=rate)
-    simulation = _simulation(args, trace, num_ranks, placement=placement)
+    simulation = _simulation(args, trace, num_ranks, balancing=balancing)
     simulation.run()
     return report(simulation, 1e-3 * args.ttft_ms, 1e-3 * args.tpot_ms)
 
@@ -129,7 +129,7 @@ def _simulation(
     num_ranks: int,
     *,
     record: Path | None = None,
-    placement: Placement | None = None,
+    balancing: LoadBalancing | None = None,
 ) -> Simulation:
     config = SchedulerConfig(
         num_ranks=num_ranks,
@@ -152,7 +152,7 @@ def _simulation(
         host_time=args.host_time,
         policy=args.scheduling_policy,
         record=record,
-        placement=placement,
+        balancing=balancing,
     )
 
 

@@ -18,13 +18,14 @@ import numpy as np
 
 from expertwire.bench.scheduler.log import Recorder
 from expertwire.bench.scheduler.traces import Arrival, Poisson
-from expertwire.scheduler import ragged
-from expertwire.scheduler.plan import CacheSpec, FinishReason, StepOutputs, StepPlan, StepResult
+from expertwire.scheduler.config import CacheSpec, SchedulerConfig
+from expertwire.scheduler.load_balancing import LoadBalancing
+from expertwire.scheduler.outputs import FinishReason, StepOutputs
+from expertwire.scheduler.plan import StepPlan, StepResult, to_offsets
 from expertwire.scheduler.policy import make_policy
-from expertwire.scheduler.rank_placement import Placement
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.scheduler.scheduler import Scheduler, SchedulerConfig
+from expertwire.scheduler.scheduler import Scheduler
 
 CACHES = (CacheSpec(name="kv", kind="full", bytes_per_token=98304, writers=(0,), readers=(0,)),)
 EOS = 0
@@ -90,8 +91,6 @@ class SimulatedRanks:
         self._key_N = np.zeros(num_rows, np.int64)
         self._prompt_len_N = np.zeros(num_rows, np.int32)
         self._output_len = np.zeros(1024, np.int32)  # by key
-        self._zeros = np.zeros(config.max_num_seqs + 1, np.int32)
-        self._nans = np.full(config.max_num_seqs, np.nan, np.float32)
 
     def expect(self, key: int, output_len: int) -> None:
         """The model ends the answer to request `key` (which must also be its seed) after so many tokens; 0: never."""
@@ -131,10 +130,10 @@ class SimulatedRanks:
         sampled = np.flatnonzero(plan.sched_sample_S)
         rows = row_S[sampled]
         token_O = self.tokens(self._key_N[rows], end_S[sampled] - self._prompt_len_N[rows])
-        bounds = ragged.offsets(np.bincount(rank_S[sampled], minlength=len(counts_P))).tolist()
+        bounds = to_offsets(np.bincount(rank_S[sampled], minlength=len(counts_P))).tolist()
         slot_O = plan.sched_slot_S[sampled]
         results = [
-            self._result(plan.step, rank, slot_O[begin:end], token_O[begin:end])
+            StepResult.sampled(step=plan.step, rank=rank, slot_O=slot_O[begin:end], token_O=token_O[begin:end])
             for rank, (begin, end) in enumerate(itertools.pairwise(bounds))
         ]
         return results, load
@@ -148,29 +147,6 @@ class SimulatedRanks:
                 self.preemptions += 1
             else:
                 self.cached[key] = start
-
-    def _result(self, step: int, rank: int, slot_O: np.ndarray, token_O: np.ndarray) -> StepResult:
-        none, none_f = self._zeros[:0], self._nans[:0]
-        return StepResult(
-            step=step,
-            rank=rank,
-            forward_us=0,
-            slot_O=slot_O,
-            token_O=token_O,
-            logprob_O=self._nans[: len(slot_O)],
-            token_rank_O=self._zeros[: len(slot_O)],
-            top_offsets_O1=self._zeros[: len(slot_O) + 1],
-            top_ids=none,
-            top_logprobs=none_f,
-            prompt_slot=none,
-            prompt_position=none,
-            prompt_logprob=none_f,
-            prompt_token_rank=none,
-            prompt_top_offsets=self._zeros[:1],
-            prompt_top_ids=none,
-            prompt_top_logprobs=none_f,
-            expert_load=none.astype(np.int64),
-        )
 
 
 @dataclass
@@ -218,8 +194,8 @@ class Simulation:
         model: how long a step takes.
         overlap: plan the next step while one runs, and take in its results beside the one after.
         host_time: the scheduler's measured processor time passes on the simulated clock, too.
-        record: a file for the log of all calls; only with the default placement.
-        placement: which rank gets a request; None: the scheduler's default.
+        record: a file for the log of all calls; only with the default load balancing.
+        balancing: data-parallel load balancing; None: the scheduler's default.
     """
 
     def __init__(
@@ -232,10 +208,10 @@ class Simulation:
         host_time: bool = False,
         policy: str,
         record: Path | None = None,
-        placement: Placement | None = None,
+        balancing: LoadBalancing | None = None,
     ) -> None:
-        assert record is None or placement is None, "a log does not say how requests were placed"
-        self.scheduler = Scheduler(config, CACHES, make_policy(policy), placement)
+        assert record is None or balancing is None, "a log does not record the load balancing"
+        self.scheduler = Scheduler(config, CACHES, make_policy(policy), balancing)
         self.ranks = SimulatedRanks(config)
         self.outcome = Outcome()
         self._calls = self.scheduler if record is None else Recorder(self.scheduler, record, policy)

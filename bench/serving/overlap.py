@@ -29,10 +29,11 @@ from expertwire.engine import controller
 from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.launcher import LocalLauncher, WorkerSpec
 from expertwire.engine.rank_loop import Launched, serve
+from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.scheduler.scheduler import Scheduler, SchedulerConfig
+from expertwire.scheduler.scheduler import Scheduler
 
 _WARM_UP = 20
 _PROMPT = 64

@@ -9,8 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from expertwire.engine.frontend.request_options import check_name
-from expertwire.scheduler.checks import is_int, is_number
-from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.config import SchedulerConfig, is_int, is_number
 from expertwire.scheduler.policy import make_policy
 
 

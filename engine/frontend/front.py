@@ -35,7 +35,8 @@ from expertwire.engine.messages import (
     decode,
     encode,
 )
-from expertwire.scheduler.plan import FinishReason, Rejection, StepOutputs
+from expertwire.scheduler.outputs import FinishReason, StepOutputs
+from expertwire.scheduler.request import Rejection
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _PLAIN = RequestOptions()
@@ -232,9 +233,9 @@ class Front:
             raise AssertionError(f"a controller never says {type(message).__name__}")
 
     def _take_outputs(self, message: StepOutputs) -> None:
-        if len(message.prompt_key_R):
+        if len(message.prompt_key_I):
             self._take_prompt_logprobs(message)
-        if len(message.routed_key_C):
+        if len(message.routed_key_J):
             self._take_expert_load(message)
         stopped = []
         rows = zip(message.key_O.tolist(), message.token_O.tolist(), message.finish_O.tolist(), strict=True)
@@ -285,9 +286,9 @@ class Front:
         return self._logprobs(*own, message.top_ids[top], message.top_logprobs[top])
 
     def _take_prompt_logprobs(self, message: StepOutputs) -> None:
-        offsets = message.prompt_top_offsets_R1.tolist()
-        values = zip(message.prompt_logprob_R.tolist(), message.prompt_token_rank_R.tolist(), strict=True)
-        rows = zip(message.prompt_key_R.tolist(), message.prompt_position_R.tolist(), values, strict=True)
+        offsets = message.prompt_top_offsets_I1.tolist()
+        values = zip(message.prompt_logprob_I.tolist(), message.prompt_token_rank_I.tolist(), strict=True)
+        rows = zip(message.prompt_key_I.tolist(), message.prompt_position_I.tolist(), values, strict=True)
         for row, (wire, position, (logprob, rank)) in enumerate(rows):
             branch = self._wires.get(wire)
             # A preempted request computes its prompt again.
@@ -299,13 +300,13 @@ class Front:
             branch.request.prompt_logprobs[position] = entry
 
     def _take_expert_load(self, message: StepOutputs) -> None:
-        order_C = np.argsort(message.routed_key_C, kind="stable")
-        wires, starts = np.unique(message.routed_key_C[order_C], return_index=True)
-        for wire, rows in zip(wires.tolist(), np.split(order_C, starts[1:]), strict=True):
+        order_J = np.argsort(message.routed_key_J, kind="stable")
+        wires, starts = np.unique(message.routed_key_J[order_J], return_index=True)
+        for wire, rows in zip(wires.tolist(), np.split(order_J, starts[1:]), strict=True):
             branch = self._wires.get(wire)
             if branch is not None and branch.expert_load is not None:
                 load = branch.expert_load.reshape(-1)
-                np.add.at(load, message.routed_expert_C[rows], message.routed_tokens_C[rows])
+                np.add.at(load, message.routed_expert_J[rows], message.routed_tokens_J[rows])
 
     def _logprobs(self, token: int, logprob: float, rank: int, ids: np.ndarray, values: np.ndarray) -> LogprobDict:
         text_of = self.tokenizer.token_text if self.tokenizer else _no_text

@@ -9,7 +9,7 @@ import numpy as np
 from expertwire.engine.frontend.outputs import LogprobDict, Update
 from expertwire.engine.frontend.stop_strings import StopStrings
 from expertwire.engine.frontend.tokenizer import TextStream
-from expertwire.scheduler.plan import FinishReason
+from expertwire.scheduler.outputs import FinishReason
 from expertwire.scheduler.sampling_params import SamplingParams
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from expertwire.scheduler.checks import is_int, is_number
+from expertwire.scheduler.config import is_int, is_number
 
 MAX_NAME = 128  # characters
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.config import CacheSpec
 
 _KINDS = {"full", "window", "latent", "index"}
 _ALL = 2**60  # blocks: there is a use for all that one can have

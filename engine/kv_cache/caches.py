@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from expertwire.kernels.ops.attention import as_bytes
-from expertwire.scheduler.plan import CacheSpec, RankPlan
+from expertwire.scheduler.config import CacheSpec
+from expertwire.scheduler.plan import RankPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ def make(
 
 def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[[np.ndarray], Tensor]) -> None:
     """Carry out a plan's copies. `upload` brings integers to the caches' device."""
-    for index in sorted(set(plan.copy_cache_C.tolist())):
-        here_C = plan.copy_cache_C == index
-        source, target = upload(plan.copy_from_C[here_C]).long(), upload(plan.copy_to_C[here_C]).long()
+    for index in sorted(set(plan.copy_cache_M.tolist())):
+        here_M = plan.copy_cache_M == index
+        source, target = upload(plan.copy_from_M[here_M]).long(), upload(plan.copy_to_M[here_M]).long()
         for tensors in caches[index].layers.values():
             for blocks in map(as_bytes, tensors):
                 blocks.index_copy_(0, target, blocks.index_select(0, source))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertwire.engine.models.hf_config import parse_json, read_json
-from expertwire.scheduler.checks import is_int
+from expertwire.scheduler.config import is_int
 
 # Bytes of an element; a type that is not listed is an error only if its tensor is needed.
 ITEM_SIZES = {

@@ -22,7 +22,7 @@ from expertwire.engine.loader.parameters import ParameterLayout
 from expertwire.engine.models.decoder_parameters import declare_parameters
 from expertwire.engine.models.model_config import ModelConfig
 from expertwire.engine.models.registry import read_model_config
-from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.config import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from expertwire.kernels.ops.variants import Rope
 from expertwire.moe import layer as moe_layer
 from expertwire.moe.layer import MoeLayer
 from expertwire.moe.micro_batch import MicroBatch, interleave
-from expertwire.scheduler.plan import CacheKind
+from expertwire.scheduler.config import CacheKind
 
 Params = dict[str, Tensor]
 # Of x and its norm, x plus what is made of the norm, and the norm of that.

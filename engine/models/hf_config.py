@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from expertwire.scheduler.checks import is_int, is_number
+from expertwire.scheduler.config import is_int, is_number
 
 REQUIRED: Any = object()
 MAX_INTEGER = 2**31 - 1  # a larger count of anything is a mistake

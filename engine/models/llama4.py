@@ -17,7 +17,7 @@ from expertwire.engine.models.model_config import (
     QueryScaling,
     TensorNames,
 )
-from expertwire.scheduler.checks import is_int
+from expertwire.scheduler.config import is_int
 
 
 def layers(hf: HfConfig) -> tuple[LayerConfig, ...]:

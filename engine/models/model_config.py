@@ -12,7 +12,7 @@ from typing import Literal
 
 from expertwire.engine.models.hf_config import HfConfig
 from expertwire.kernels.ops.variants import Activation, Rope, Routing
-from expertwire.scheduler.plan import CacheKind, CacheSpec
+from expertwire.scheduler.config import CacheKind, CacheSpec
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 SWIGLU = Activation()

@@ -33,7 +33,7 @@ from expertwire.engine.models.model_config import ModelConfig, ModelFamily
 from expertwire.engine.models.olmoe import OLMOE
 from expertwire.engine.models.phi3 import PHI3
 from expertwire.engine.models.qwen3 import QWEN3, QWEN3_MOE
-from expertwire.scheduler.checks import is_int
+from expertwire.scheduler.config import is_int
 
 DTYPES = ("float32", "bfloat16")
 MAX_LAYERS = 4096

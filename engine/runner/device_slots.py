@@ -15,7 +15,8 @@ from torch import Tensor
 from expertwire.engine.runner.slot_states import Scheduled, SlotStates, penalized
 from expertwire.engine.runner.staging import Uploads, memory_of
 from expertwire.kernels.gpu import penalties
-from expertwire.scheduler.plan import CacheSpec, RankPlan
+from expertwire.scheduler.config import CacheSpec
+from expertwire.scheduler.plan import RankPlan
 
 _NONE = np.zeros(0, np.int32)
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from expertwire.engine.runner.batch import in_parts
 from expertwire.kernels.ops import sampling
-from expertwire.scheduler.plan import SAMPLING_DTYPE, CacheSpec, RankPlan
+from expertwire.scheduler.config import CacheSpec
+from expertwire.scheduler.plan import RankPlan
+from expertwire.scheduler.sampling_params import SAMPLING_DTYPE
 
 _NONE = np.zeros(0, np.int32)
 

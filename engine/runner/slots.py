@@ -17,7 +17,8 @@ from torch import Tensor
 from expertwire.engine.runner.batch import ForwardBatch, slot_mapping
 from expertwire.engine.runner.slot_states import Scheduled, SlotStates
 from expertwire.kernels.ops.attention import AttentionMetadata
-from expertwire.scheduler.plan import CacheSpec, RankPlan
+from expertwire.scheduler.config import CacheSpec
+from expertwire.scheduler.plan import RankPlan
 
 
 class Slots(SlotStates):

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from expertwire.bench.scheduler import cost as schedule_cost
+from expertwire.bench.scheduler import load_balancing, timeline
 from expertwire.bench.scheduler import peer as schedule_peer
-from expertwire.bench.scheduler import placements, timeline
 from expertwire.bench.scheduler import run as schedule
 from expertwire.bench.scheduler.log import replay
 from expertwire.bench.scheduler.simulation import EOS, LEFT, Simulation, StepModel
 from expertwire.bench.scheduler.traces import TRACES, Lengths, Poisson
-from expertwire.scheduler.plan import FinishReason
-from expertwire.scheduler.scheduler import SchedulerConfig
+from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.outputs import FinishReason
 
 SHORT = {
     "prompt": Lengths(median=40, sigma=0.8, high=200),
@@ -45,7 +45,7 @@ def config(**changes) -> SchedulerConfig:
     return SchedulerConfig(**{**sizes, **changes})
 
 
-def simulate(trace: Poisson, overlap=True, record=None, placement=None, **changes) -> Simulation:
+def simulate(trace: Poisson, overlap=True, record=None, balancing=None, **changes) -> Simulation:
     simulation = Simulation(
         trace,
         config(**changes),
@@ -53,7 +53,7 @@ def simulate(trace: Poisson, overlap=True, record=None, placement=None, **change
         overlap=overlap,
         policy="fcfs",
         record=record,
-        placement=placement,
+        balancing=balancing,
     )
     simulation.run()
     return simulation
@@ -119,20 +119,20 @@ def test_prefix_hits_are_at_most_those_of_unlimited_memory(num_ranks):
     assert without["cached_tokens"] == 0
 
 
-def test_other_placements_take_ranks_in_turn_and_by_requests():
-    tokens, running_P, given_P = np.array([5, 900]), np.array([3.0, 2.0]), np.array([7, 9])
-    for make, expected in ((placements.RoundRobin, given_P), (placements.LeastRequests, running_P)):
-        placement = make()
-        assert placement.credit is None, "prefixes do not matter"
-        assert placement.load(tokens, 0 * tokens, tokens).tolist() == [1.0, 1.0]
-        assert placement.load_P(running_P, given_P) is expected
+def test_round_robin_and_least_requests():
+    tokens, running_P, admitted_P = np.array([5, 900]), np.array([3.0, 2.0]), np.array([7, 9])
+    for make, expected in ((load_balancing.RoundRobin, admitted_P), (load_balancing.LeastRequests, running_P)):
+        rule = make()
+        assert rule.credit is None, "prefixes do not matter"
+        assert rule.load(tokens, 0 * tokens, tokens).tolist() == [1.0, 1.0]
+        assert rule.load_P(running_P, admitted_P) is expected
 
 
 def test_sessions_stay_with_their_prefixes_and_steps_are_shorter_for_it():
     trace = short("multi-turn", 120, rate=60.0, think_s=0.5)
     runs = {
-        name: schedule.report(simulate(trace, num_ranks=4, placement=make()), 1.0, 1.0)
-        for name, make in placements.PLACEMENTS.items()
+        name: schedule.report(simulate(trace, num_ranks=4, balancing=make()), 1.0, 1.0)
+        for name, make in load_balancing.RULES.items()
     }
     hits = {name: run["prefix"]["cached_tokens"] / run["prefix"]["spread_oracle_tokens"] for name, run in runs.items()}
     assert hits["balanced"] > 0.95, hits
@@ -141,19 +141,19 @@ def test_sessions_stay_with_their_prefixes_and_steps_are_shorter_for_it():
     assert steps["balanced"] < min(steps["round-robin"], steps["least-requests"]), steps
 
 
-def test_placements_are_compared_on_the_same_requests(tmp_path, monkeypatch, capsys):
+def test_load_balancing_rules_are_compared_on_equal_requests(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(schedule, "TRACES", {name: functools.partial(short, name) for name in TRACES})
-    monkeypatch.setattr(placements, "SECONDS", 1.0)
-    monkeypatch.setattr(placements, "LOADS", {"light": 10.0})
+    monkeypatch.setattr(load_balancing, "SECONDS", 1.0)
+    monkeypatch.setattr(load_balancing, "LOADS", {"light": 10.0})
     files = [tmp_path / "first", tmp_path / "again"]
     for file in files:
-        assert schedule.main(command("--placements", "2", "1", "--blocks", "4000", "--json", str(file))) == 0
+        assert schedule.main(command("--load-balancing", "2", "1", "--blocks", "4000", "--json", str(file))) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * (1 + 2 * len(TRACES) * 3)
     first, again = (json.loads(file.read_text())["runs"] for file in files)
     assert first == again
     for rules in zip(*[iter(first)] * 3, strict=True):
-        assert [run["placement"] for run in rules] == list(placements.PLACEMENTS)
+        assert [run["rule"] for run in rules] == list(load_balancing.RULES)
         assert len({(run["trace"], run["ranks"], run["requests"], run["finished"]) for run in rules}) == 1
         if rules[0]["ranks"] == 1:  # where there is nothing to choose
             assert len({run["ttft_ms"]["p99"] for run in rules}) == 1

@@ -28,7 +28,8 @@ from expertwire.engine import worker
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.rank_loop import Launched, serve
 from expertwire.engine.startup import Orders, scheduler_config, start_ranks
-from expertwire.scheduler.plan import CacheSpec, StepResult
+from expertwire.scheduler.config import CacheSpec
+from expertwire.scheduler.plan import StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler

@@ -4,7 +4,7 @@ import pytest
 
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall, cache_sizes
-from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.config import CacheSpec
 
 BLOCK = 16
 

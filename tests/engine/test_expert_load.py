@@ -12,7 +12,7 @@ from helpers import tiny_checkpoints as tiny
 from expertwire import LLM, SamplingParams
 from expertwire.engine import controller
 from expertwire.engine.models.registry import read_model_config
-from expertwire.scheduler.plan import StepOutputs
+from expertwire.scheduler.outputs import StepOutputs
 
 VARIANT, TOP_K, BLOCK = "qwen3_moe", 2, 16
 LENGTHS, NUM_OUTPUT = (1, 17, 130), 8
@@ -134,14 +134,14 @@ def test_tokens_computed_twice_count_once():
 def test_each_front_hears_of_its_own_requests():
     outputs = {field.name: np.zeros(1 if "offsets" in field.name else 0, np.int64) for field in fields(StepOutputs)}
     counts = {
-        "routed_key_C": [(1 << 40) + 5, 7, (1 << 40) + 5],
-        "routed_expert_C": [3, 4, 5],
-        "routed_tokens_C": [6, 7, 8],
+        "routed_key_J": [(1 << 40) + 5, 7, (1 << 40) + 5],
+        "routed_expert_J": [3, 4, 5],
+        "routed_tokens_J": [6, 7, 8],
     }
     outputs |= {"step": 0, **{name: np.array(values) for name, values in counts.items()}}
     told = controller._outputs_for(1, StepOutputs(**outputs), alone=False)
-    assert told.routed_key_C.tolist() == [5, 5]
-    assert (told.routed_expert_C.tolist(), told.routed_tokens_C.tolist()) == ([3, 5], [6, 8])
+    assert told.routed_key_J.tolist() == [5, 5]
+    assert (told.routed_expert_J.tolist(), told.routed_tokens_J.tolist()) == ([3, 5], [6, 8])
 
 
 def test_a_dense_model_has_none():

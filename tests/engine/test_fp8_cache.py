@@ -157,7 +157,7 @@ def test_copied_blocks_keep_their_bytes():
         for blocks in tensors:
             blocks.view(torch.uint8).random_(0, 256)
     before = [blocks.view(torch.uint8).clone() for tensors in cache.layers.values() for blocks in tensors]
-    places = {"copy_cache_C": [0, 0], "copy_from_C": [1, 3], "copy_to_C": [2, 4]}
+    places = {"copy_cache_M": [0, 0], "copy_from_M": [1, 3], "copy_to_M": [2, 4]}
     plan = SimpleNamespace(**{name: np.array(value, np.int32) for name, value in places.items()})
     caches.copy_blocks([cache], plan, torch.from_numpy)
     after = [blocks.view(torch.uint8) for tensors in cache.layers.values() for blocks in tensors]

@@ -18,7 +18,8 @@ from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.engine.frontend.stop_strings import StopStrings
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import Abort, AskStats, Failure, Stats, Submit
-from expertwire.scheduler.plan import FinishReason, Rejection
+from expertwire.scheduler.outputs import FinishReason
+from expertwire.scheduler.request import Rejection
 from expertwire.scheduler.sampling_params import SamplingParams
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH

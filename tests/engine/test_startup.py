@@ -74,7 +74,7 @@ def test_compiled_loops_are_warmed_up_while_the_ranks_load(monkeypatch, capsys):
     done = []
     monkeypatch.setattr(controller, "ControlHub", lambda *args, **kwargs: FakeHub(done, rounds=1))
     monkeypatch.setattr(controller, "listen", lambda *args: SimpleNamespace(address="", close=lambda: None))
-    monkeypatch.setattr(controller, "rehearse", lambda: done.append("warm up"))
+    monkeypatch.setattr(controller, "warm_up", lambda: done.append("warm up"))
     controller.controller_main(orders())
     assert done[done.index("sharers store") :][:3] == ["sharers store", "warm up", "collect"]
     assert '"failed"' in capsys.readouterr().out

@@ -16,7 +16,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.runner.batch import in_parts
 from expertwire.engine.runner.slot_states import Scheduled
 from expertwire.engine.runner.slots import Slots
-from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.config import CacheSpec
 
 # One for each kind of attention and of mixture.
 KINDS = ("mixtral", "deepseek_v2", "deepseek_v32", "gpt_oss", "llama4_scout")

@@ -12,8 +12,7 @@ import torch
 
 from expertwire.engine.kv_cache import caches as named_caches
 from expertwire.kernels.ops import attention
-from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.config import CacheSpec, SchedulerConfig
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
@@ -147,7 +146,7 @@ class Server:
     def step(self):
         plan = self.scheduler.plan(0.0)
         if plan is not None:
-            self.num_copies += len(plan.copy_to_C)
+            self.num_copies += len(plan.copy_to_M)
             self.flight.append((plan, self.runner.launch(plan)))
         if len(self.flight) == self.depth or plan is None:
             plan, launched = self.flight.popleft()

@@ -23,7 +23,8 @@ from expertwire.engine.messages import (
     decode,
     encode,
 )
-from expertwire.scheduler.plan import FinishReason, Rejection, StepOutputs
+from expertwire.scheduler.outputs import FinishReason, StepOutputs
+from expertwire.scheduler.request import Rejection
 from expertwire.scheduler.sampling_params import SamplingParams
 
 INFO = ModelInfo(
@@ -96,16 +97,16 @@ def outputs(
         top_offsets_O1=offsets(rows),
         top_ids=np.array(flat(rows, False), np.int32),
         top_logprobs=np.array(flat(rows, True), np.float32),
-        prompt_key_R=np.array([row.id for row in prompt_rows], np.int64),
-        prompt_position_R=np.array([row.position for row in prompt_rows], np.int32),
-        prompt_logprob_R=np.array([row.logprob for row in prompt_rows], np.float32),
-        prompt_token_rank_R=np.array([row.rank for row in prompt_rows], np.int32),
-        prompt_top_offsets_R1=offsets(prompt_rows),
+        prompt_key_I=np.array([row.id for row in prompt_rows], np.int64),
+        prompt_position_I=np.array([row.position for row in prompt_rows], np.int32),
+        prompt_logprob_I=np.array([row.logprob for row in prompt_rows], np.float32),
+        prompt_token_rank_I=np.array([row.rank for row in prompt_rows], np.int32),
+        prompt_top_offsets_I1=offsets(prompt_rows),
         prompt_top_ids=np.array(flat(prompt_rows, False), np.int32),
         prompt_top_logprobs=np.array(flat(prompt_rows, True), np.float32),
-        routed_key_C=np.array([wire for wire, _, _ in routed], np.int64),
-        routed_expert_C=np.array([expert for _, expert, _ in routed], np.int32),
-        routed_tokens_C=np.array([tokens for _, _, tokens in routed], np.int32),
+        routed_key_J=np.array([wire for wire, _, _ in routed], np.int64),
+        routed_expert_J=np.array([expert for _, expert, _ in routed], np.int32),
+        routed_tokens_J=np.array([tokens for _, _, tokens in routed], np.int32),
     )
 
 

@@ -14,9 +14,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from expertwire.scheduler.caches import capacities
-from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.plan import CacheSpec, FinishReason, RankPlan, StepOutputs, StepPlan, StepResult
+from expertwire.scheduler.config import CacheSpec, SchedulerConfig
+from expertwire.scheduler.outputs import FinishReason, StepOutputs
+from expertwire.scheduler.plan import RankPlan, StepPlan, StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
@@ -112,7 +112,7 @@ class SimRank:
         self.config = config
         self.specs = specs
         self.slots: dict[int, Slot] = {}
-        self.num_blocks = [capacity + 1 for capacity in capacities(specs, config)]
+        self.num_blocks = [usable + 1 for usable in config.num_usable_blocks(len(specs))]
         self.caches = np.full(
             (len(specs), max(self.num_blocks), config.block_size), -1, np.int64
         )  # a state is a block's first
@@ -163,7 +163,7 @@ class SimRank:
         ):
             assert 0 < block < self.num_blocks[cache], f"block {block}: the null block, or there is none such"
             self.slots[index].blocks[cache][position] = block
-        self.caches[mine.copy_cache_C, mine.copy_to_C] = self.caches[mine.copy_cache_C, mine.copy_from_C]
+        self.caches[mine.copy_cache_M, mine.copy_to_M] = self.caches[mine.copy_cache_M, mine.copy_from_M]
 
     def _check_no_decode_is_left_out(self, mine: RankPlan) -> None:
         scheduled = set(mine.sched_slot_S.tolist())
@@ -257,14 +257,14 @@ class SimCluster:
         self,
         config: SchedulerConfig,
         policy=None,
-        placement=None,
+        balancing=None,
         *,
         specs: tuple[CacheSpec, ...] = CACHES,
         overlap: bool = False,
         check: bool = True,
     ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, specs, policy, placement)
+        self.scheduler = Scheduler(config, specs, policy, balancing)
         self.ranks = [SimRank(rank, config, specs) for rank in range(config.num_ranks)]
         self.overlap = overlap
         self.plans: list[StepPlan] = []  # as the ranks saw them

@@ -106,10 +106,10 @@ def serve(folder, ops, num_parts=1, num_requests=5, capture=None):
             logprobs.setdefault(key, []).append((outputs.logprob_O[i], outputs.token_rank_O[i]))
             top = slice(*outputs.top_offsets_O1[i : i + 2])
             logprobs[key] += zip(outputs.top_logprobs[top], outputs.top_ids[top], strict=True)
-        for i, key in enumerate(outputs.prompt_key_R.tolist()):
-            prompts.setdefault(key, []).append((outputs.prompt_logprob_R[i], outputs.prompt_position_R[i]))
-        assert not outputs.routed_key_C.any(), "only request 0 has asked"
-        np.add.at(of_first, outputs.routed_expert_C, outputs.routed_tokens_C)
+        for i, key in enumerate(outputs.prompt_key_I.tolist()):
+            prompts.setdefault(key, []).append((outputs.prompt_logprob_I[i], outputs.prompt_position_I[i]))
+        assert not outputs.routed_key_J.any(), "only request 0 has asked"
+        np.add.at(of_first, outputs.routed_expert_J, outputs.routed_tokens_J)
     return tokens, logprobs, prompts, load, of_first
 
 

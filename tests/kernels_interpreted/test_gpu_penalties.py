@@ -7,7 +7,7 @@ import torch
 from expertwire.engine.runner.device_slots import DeviceSlots
 from expertwire.engine.runner.slot_states import SlotStates
 from expertwire.kernels.gpu import penalties
-from expertwire.scheduler.plan import SAMPLING_DTYPE
+from expertwire.scheduler.sampling_params import SAMPLING_DTYPE
 
 VOCAB, NUM_SLOTS = 2500, 7
 

@@ -2,7 +2,7 @@ import contextlib
 
 import pytest
 
-from expertwire.scheduler._compiled.warm_up import rehearse
+from expertwire.scheduler.warm_up import warm_up
 
 with contextlib.suppress(ModuleNotFoundError):  # where it is missing, the files that need it are skipped
     from hypothesis import settings
@@ -14,4 +14,4 @@ with contextlib.suppress(ModuleNotFoundError):  # where it is missing, the files
 @pytest.fixture(scope="session", autouse=True)
 def _compiled():
     """No test waits for the compiler."""
-    rehearse()
+    warm_up()

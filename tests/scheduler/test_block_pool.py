@@ -3,72 +3,72 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertwire.scheduler._compiled.blocks import END, NOBODY, find_block, guess, name_block, share_block
+from expertwire.scheduler._compiled.blocks import END, NONE, find_block, guess_prefix, set_block_hash, share_block
 from expertwire.scheduler.block_pool import BlockPool
 
 LETTERS = "abcdefghijklxyz"
-NAMES = np.random.default_rng(0).integers(0, 2**64, (len(LETTERS), 2), np.uint64)
+HASHES = np.random.default_rng(0).integers(0, 2**64, (len(LETTERS), 2), np.uint64)
 
 
 def array(*values):
     return np.array(values, np.int64)
 
 
-def names(letters):
-    return NAMES[[LETTERS.index(letter) for letter in letters]]
+def hashes(letters):
+    return HASHES[[LETTERS.index(letter) for letter in letters]]
 
 
-def find(pool, names_M2, rank=0, group=0):
-    """A block of the rank with each name, or `NOBODY`."""
-    owner = group * pool.num_ranks + rank
-    numbers = [int(find_block(pool.blocks, owner, first, second)) for first, second in names_M2]
-    return [number if number == NOBODY else number - owner * pool.num_blocks for number in numbers]
+def find(pool, hash_B2, rank=0, cache=0):
+    """A block of the rank with each name, or `NONE`."""
+    owner = cache * pool.num_ranks + rank
+    numbers = [int(find_block(pool.blocks, owner, hash0, hash1)) for hash0, hash1 in hash_B2]
+    return [number if number == NONE else number - owner * pool.num_blocks for number in numbers]
 
 
-def found(pool, letter, group=0):
+def found(pool, letter, cache=0):
     """Which block of that name each rank has: rank -> block."""
-    found_P = [find(pool, names(letter), rank, group)[0] for rank in range(pool.num_ranks)]
-    return {rank: block for rank, block in enumerate(found_P) if block != NOBODY}
+    found_P = [find(pool, hashes(letter), rank, cache)[0] for rank in range(pool.num_ranks)]
+    return {rank: block for rank, block in enumerate(found_P) if block != NONE}
 
 
-def pool_of(num_blocks=6, num_groups=1, num_ranks=1):
-    return BlockPool([num_blocks - 1] * num_groups, num_ranks)
+def pool_of(num_blocks=6, num_caches=1, num_ranks=1):
+    return BlockPool([num_blocks - 1] * num_caches, num_ranks)
 
 
-def take(pool, count, rank=0, group=0):
-    return pool.allocate(group, np.full(count, rank))
+def take(pool, count, rank=0, cache=0):
+    return pool.allocate(cache, np.full(count, rank))
 
 
-def name(pool, ids, letters, rank=0, group=0):
-    name_as(pool, ids, names(letters), rank, group)
+def set_hash(pool, ids, letters, rank=0, cache=0):
+    set_hashes(pool, ids, hashes(letters), rank, cache)
 
 
-def name_as(pool, ids, names_B2, rank=0, group=0):
-    owner = group * pool.num_ranks + rank
-    for block, (first, second) in zip(ids, names_B2, strict=True):
-        name_block(pool.blocks, owner, owner * pool.num_blocks + int(block), first, second)
+def set_hashes(pool, ids, hash_B2, rank=0, cache=0):
+    owner = cache * pool.num_ranks + rank
+    for block, (hash0, hash1) in zip(ids, hash_B2, strict=True):
+        set_block_hash(pool.blocks, owner, owner * pool.num_blocks + int(block), hash0, hash1)
 
 
-def give(pool, ids, rank=0, group=0):
-    pool.free(group, np.full(len(ids), rank), np.array(ids))
+def give(pool, ids, rank=0, cache=0):
+    pool.free(cache, np.full(len(ids), rank), np.array(ids))
     pool.check_integrity()
 
 
-def share(pool, ids, rank=0, group=0):
-    owner = group * pool.num_ranks + rank
+def share(pool, ids, rank=0, cache=0):
+    owner = cache * pool.num_ranks + rank
     for block in ids:
         share_block(pool.blocks, owner, owner * pool.num_blocks + int(block))
     pool.check_integrity()
 
 
 def test_the_null_block_is_never_handed_out():
-    pool = pool_of(4, num_groups=2, num_ranks=2)
+    pool = pool_of(4, num_caches=2, num_ranks=2)
     ids = pool.allocate(1, array(0, 0, 0, 1, 1, 1))
     assert ids.tolist() == [1, 2, 3, 1, 2, 3]
-    assert [pool.num_used(group).tolist() for group in (0, 1)] == [[0, 0], [3, 3]]
+    assert [pool.num_used(cache).tolist() for cache in (0, 1)] == [[0, 0], [3, 3]]
     pool.check_integrity()
     with pytest.raises(AssertionError, match="asked for"):
-        take(pool, 1, rank=1, group=1)
+        take(pool, 1, rank=1, cache=1)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -96,7 +96,7 @@ def test_freeing_what_is_not_in_use_is_an_error(block):
 def test_a_free_named_block_can_be_shared_and_keeps_its_name():
     pool = pool_of()
     ids = take(pool, 2)
-    name(pool, ids, "ab")
+    set_hash(pool, ids, "ab")
     give(pool, ids)
     assert found(pool, "a") == {0: ids[0]}
     share(pool, ids[:1])
@@ -109,7 +109,7 @@ def test_a_free_named_block_can_be_shared_and_keeps_its_name():
 def test_blocks_without_a_name_are_given_away_first():
     pool = pool_of(5)
     ids = take(pool, 4)
-    name(pool, ids[:2], "ab")
+    set_hash(pool, ids[:2], "ab")
     give(pool, ids)
     assert set(take(pool, 2)) == set(ids[2:])
     assert found(pool, "a")
@@ -119,8 +119,8 @@ def test_blocks_without_a_name_are_given_away_first():
 def test_what_was_used_last_is_given_away_last_and_a_tail_before_its_head():
     pool = pool_of(7)
     first, second = take(pool, 3), take(pool, 3)
-    name(pool, first, "abc")
-    name(pool, second, "xyz")
+    set_hash(pool, first, "abc")
+    set_hash(pool, second, "xyz")
     give(pool, second)
     give(pool, first)
     assert take(pool, 6).tolist() == [*second[::-1], *first[::-1]]
@@ -129,7 +129,7 @@ def test_what_was_used_last_is_given_away_last_and_a_tail_before_its_head():
 def test_using_a_block_again_makes_it_the_last_to_go():
     pool = pool_of(4)
     ids = take(pool, 3)
-    name(pool, ids, "abc")
+    set_hash(pool, ids, "abc")
     give(pool, ids)  # to go: c, b, a
     share(pool, ids[2:])
     give(pool, ids[2:])
@@ -139,7 +139,7 @@ def test_using_a_block_again_makes_it_the_last_to_go():
 def test_who_gets_a_block_finds_no_name_on_it():
     pool = pool_of(3)
     ids = take(pool, 2)
-    name(pool, ids, "ab")
+    set_hash(pool, ids, "ab")
     give(pool, ids)
     take(pool, 1)
     assert [found(pool, letter) for letter in "ab"] == [{0: ids[0]}, {}]
@@ -151,7 +151,7 @@ def test_who_gets_a_block_finds_no_name_on_it():
 def test_of_blocks_with_the_same_name_one_is_found_as_long_as_there_is_one():
     pool = pool_of(3)
     ids = take(pool, 2)
-    name(pool, ids, "aa")
+    set_hash(pool, ids, "aa")
     assert found(pool, "a")[0] in ids
     give(pool, ids)
     for left in (1, 0):
@@ -160,72 +160,72 @@ def test_of_blocks_with_the_same_name_one_is_found_as_long_as_there_is_one():
 
 
 def test_a_name_is_found_where_it_was_given():
-    pool = pool_of(4, num_groups=2, num_ranks=2)
+    pool = pool_of(4, num_caches=2, num_ranks=2)
     ids = pool.allocate(1, array(0, 0, 1))
-    name(pool, ids[:2], "ab", group=1)
-    name(pool, ids[2:], "b", rank=1, group=1)
-    assert find(pool, names("bac"), 0, 1) == [ids[1], ids[0], NOBODY]
-    assert find(pool, names("bac"), 1, 1) == [ids[2], NOBODY, NOBODY]
+    set_hash(pool, ids[:2], "ab", cache=1)
+    set_hash(pool, ids[2:], "b", rank=1, cache=1)
+    assert find(pool, hashes("bac"), 0, 1) == [ids[1], ids[0], NONE]
+    assert find(pool, hashes("bac"), 1, 1) == [ids[2], NONE, NONE]
 
 
 def test_names_that_differ_in_one_half_only_are_different():
     pool = pool_of()
     (block,) = take(pool, 1)
-    a, b = names("ab")
+    a, b = hashes("ab")
     mixed = np.array([a, [a[0], b[1]], [b[0], a[1]], b])
-    name_as(pool, [block], mixed[:1])
-    assert find(pool, mixed) == [block, NOBODY, NOBODY, NOBODY]
+    set_hashes(pool, [block], mixed[:1])
+    assert find(pool, mixed) == [block, NONE, NONE, NONE]
 
 
 def test_caches_may_have_different_numbers_of_blocks():
     pool = BlockPool([5, 2], 2)
     assert pool.allocate(1, array(0, 0, 1)).tolist() == [1, 2, 1]
     assert pool.allocate(0, array(1, 1, 1, 1, 1)).tolist() == [1, 2, 3, 4, 5]
-    assert [pool.num_used(group).tolist() for group in (0, 1)] == [[0, 5], [2, 1]]
+    assert [pool.num_used(cache).tolist() for cache in (0, 1)] == [[0, 5], [2, 1]]
     with pytest.raises(AssertionError, match="asked for"):
-        take(pool, 1, rank=0, group=1)
+        take(pool, 1, rank=0, cache=1)
     pool.free(1, array(0), array(2))
-    assert take(pool, 1, rank=0, group=1).tolist() == [2]
+    assert take(pool, 1, rank=0, cache=1).tolist() == [2]
     pool.check_integrity()
 
 
 def test_a_guess_names_a_rank_that_had_the_block_last():
     pool = pool_of(4, num_ranks=3)
     ids = pool.allocate(0, array(0, 2))
-    name(pool, ids[:1], "a")
-    name(pool, ids[1:], "b", rank=2)
-    assert [guess(pool.blocks, names(letters), 0) for letters in ("b", "ba", "ab", "c", "")] == [
+    set_hash(pool, ids[:1], "a")
+    set_hash(pool, ids[1:], "b", rank=2)
+    assert [guess_prefix(pool.blocks, hashes(letters), 0) for letters in ("b", "ba", "ab", "c", "")] == [
         (1, 2),
         (2, 0),
         (2, 2),
-        (0, NOBODY),
-        (0, NOBODY),
+        (0, NONE),
+        (0, NONE),
     ]
-    assert guess(pool.blocks, names("cacc"), 1) == (2, 0), "up to the last one that anybody had"
-    assert guess(pool.blocks, names("cacc"), 0) == (0, NOBODY), "unless too many before it are unknown"
-    find(pool, names("b"))
-    assert guess(pool.blocks, names("b"), 0) == (1, 2), "who does not find it does not have it"
+    assert guess_prefix(pool.blocks, hashes("cacc"), 1) == (2, 0), "up to the last one that anybody had"
+    assert guess_prefix(pool.blocks, hashes("cacc"), 0) == (0, NONE), "unless too many before it are unknown"
+    find(pool, hashes("b"))
+    assert guess_prefix(pool.blocks, hashes("b"), 0) == (1, 2), "who does not find it does not have it"
     pool.free(0, array(2), ids[1:])
     take(pool, 3, rank=2)
-    assert guess(pool.blocks, names("b"), 0) == (1, 2), "it is a guess"
+    assert guess_prefix(pool.blocks, hashes("b"), 0) == (1, 2), "it is a guess"
 
 
 def test_the_guess_is_who_named_or_used_it_last():
     pool = pool_of(4, num_ranks=2)
     for rank in (0, 1):
-        name(pool, take(pool, 1, rank=rank), "a", rank=rank)
-        assert guess(pool.blocks, names("a"), 0) == (1, rank)
-    find(pool, names("a"))
-    assert guess(pool.blocks, names("a"), 0) == (1, 0)
+        set_hash(pool, take(pool, 1, rank=rank), "a", rank=rank)
+        assert guess_prefix(pool.blocks, hashes("a"), 0) == (1, rank)
+    find(pool, hashes("a"))
+    assert guess_prefix(pool.blocks, hashes("a"), 0) == (1, 0)
     give(pool, [1], rank=1)
     take(pool, 3, rank=1)
-    assert guess(pool.blocks, names("a"), 0) == (1, 0), "what another loses does not matter"
+    assert guess_prefix(pool.blocks, hashes("a"), 0) == (1, 0), "what another loses does not matter"
 
 
 def test_a_block_that_is_shared_and_freed_again_and_again_goes_last_each_time():
     """Its old places in the queue count no more, however many there are."""
     pool = pool_of(4)
-    name(pool, take(pool, 3), "abc")
+    set_hash(pool, take(pool, 3), "abc")
     give(pool, [1, 2, 3])
     for _ in range(50):
         share(pool, [2, 3])
@@ -235,37 +235,37 @@ def test_a_block_that_is_shared_and_freed_again_and_again_goes_last_each_time():
 
 
 def test_every_rank_and_cache_has_blocks_and_names_of_its_own():
-    pool = pool_of(4, num_groups=2, num_ranks=3)
+    pool = pool_of(4, num_caches=2, num_ranks=3)
     ids = pool.allocate(0, array(0, 2, 2))
-    name(pool, ids[:1], "a")
-    name(pool, ids[2:], "a", rank=2)
+    set_hash(pool, ids[:1], "a")
+    set_hash(pool, ids[2:], "a", rank=2)
     assert found(pool, "a") == {0: ids[0], 2: ids[2]}
-    assert found(pool, "a", group=1) == {}
+    assert found(pool, "a", cache=1) == {}
     pool.free(0, array(2, 0), ids[[2, 0]])
-    assert [pool.num_used(group).tolist() for group in (0, 1)] == [[0, 0, 1], [0, 0, 0]]
+    assert [pool.num_used(cache).tolist() for cache in (0, 1)] == [[0, 0, 1], [0, 0, 0]]
     take(pool, 3, rank=0)
     assert found(pool, "a") == {2: ids[2]}
     pool.check_integrity()
 
 
 def corrupt_leak(pool):
-    pool.num_free_GP[0, 0] -= 1
+    pool.num_free_CP[0, 0] -= 1
 
 
 def corrupt_use_of_a_free_block(pool):
-    pool.refs_GPB[0, 0, take(pool, 1) + 1] = 1
+    pool.refs_CPB[0, 0, take(pool, 1) + 1] = 1
 
 
 def corrupt_null(pool):
-    pool.refs_GPB[0, 0, 0] = 1
+    pool.refs_CPB[0, 0, 0] = 1
 
 
 def corrupt_chain(pool):
     pool.blocks.block_B["chain"][5] = END
 
 
-def corrupt_name(pool):
-    pool.blocks.block_B["first"][1] += np.uint64(1)
+def corrupt_hash(pool):
+    pool.blocks.block_B["hash0"][1] += np.uint64(1)
 
 
 def corrupt_queue(pool):
@@ -274,11 +274,11 @@ def corrupt_queue(pool):
 
 @pytest.mark.parametrize(
     "corrupt",
-    [corrupt_leak, corrupt_use_of_a_free_block, corrupt_null, corrupt_chain, corrupt_name, corrupt_queue],
+    [corrupt_leak, corrupt_use_of_a_free_block, corrupt_null, corrupt_chain, corrupt_hash, corrupt_queue],
 )
 def test_the_integrity_check_finds(corrupt):
     pool = pool_of()
-    name(pool, take(pool, 2), "ab")
+    set_hash(pool, take(pool, 2), "ab")
     pool.check_integrity()
     corrupt(pool)
     with pytest.raises(AssertionError):
@@ -291,12 +291,12 @@ class PlainPool:
     def __init__(self, num_blocks):
         self.free = list(range(1, num_blocks))  # the first goes first
         self.refs = dict.fromkeys(range(1, num_blocks), 0)
-        self.names = {}  # of blocks
+        self.hashed = {}  # of blocks
 
     def allocate(self):
         block = self.free.pop(0)
         self.refs[block] = 1
-        self.names.pop(block, None)
+        self.hashed.pop(block, None)
         return block
 
     def share(self, block):
@@ -309,7 +309,7 @@ class PlainPool:
         for block in reversed(blocks):
             self.refs[block] -= 1
             if not self.refs[block]:
-                self.free.insert(len(self.free) if block in self.names else 0, block)
+                self.free.insert(len(self.free) if block in self.hashed else 0, block)
 
 
 def pick(random, plains, times, most):
@@ -321,49 +321,49 @@ def pick(random, plains, times, most):
     return pairs
 
 
-def do_allocate(random, pool, group, plains):
+def do_allocate(random, pool, cache, plains):
     counts = [min(len(plain.free), random.choice([0, 1, 1, 3])) for plain in plains]
     rank_B = np.repeat(np.arange(len(plains)), counts)
-    pairs = zip(rank_B, pool.allocate(group, rank_B), strict=True)
+    pairs = zip(rank_B, pool.allocate(cache, rank_B), strict=True)
     assert sorted(pairs) == sorted((rank, plains[rank].allocate()) for rank in rank_B)
 
 
-def do_share(random, pool, group, plains):
-    for rank, block in pick(random, plains, lambda plain, block: 2 * (block in plain.names), 2):
-        share(pool, [block], rank, group)
+def do_share(random, pool, cache, plains):
+    for rank, block in pick(random, plains, lambda plain, block: 2 * (block in plain.hashed), 2):
+        share(pool, [block], rank, cache)
         plains[rank].share(block)
 
 
-def do_free(random, pool, group, plains):
+def do_free(random, pool, cache, plains):
     pairs = pick(random, plains, lambda plain, block: plain.refs[block], 6)
-    pool.free(group, array(*(rank for rank, _ in pairs)), array(*(block for _, block in pairs)))
+    pool.free(cache, array(*(rank for rank, _ in pairs)), array(*(block for _, block in pairs)))
     for rank, plain in enumerate(plains):
         plain.drop([block for owner, block in pairs if owner == rank])
 
 
-def do_name(random, pool, group, plains):
-    pairs = pick(random, plains, lambda plain, block: bool(plain.refs[block] and block not in plain.names), 9)
+def do_name(random, pool, cache, plains):
+    pairs = pick(random, plains, lambda plain, block: bool(plain.refs[block] and block not in plain.hashed), 9)
     for rank, block in pairs:
         letter = random.choice(LETTERS)
-        name(pool, [block], letter, rank, group)
-        plains[rank].names[block] = letter
+        set_hash(pool, [block], letter, rank, cache)
+        plains[rank].hashed[block] = letter
 
 
-def check(pool, group, plains):
+def check(pool, cache, plains):
     pool.check_integrity()
-    assert pool.num_used(group).tolist() == [sum(map(bool, plain.refs.values())) for plain in plains]
+    assert pool.num_used(cache).tolist() == [sum(map(bool, plain.refs.values())) for plain in plains]
     for rank, plain in enumerate(plains):
-        ids = find(pool, NAMES, rank, group)
-        assert all(plain.names.get(block) == letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0)
-        assert {letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0} == set(plain.names.values())
+        ids = find(pool, HASHES, rank, cache)
+        assert all(plain.hashed.get(block) == letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0)
+        assert {letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0} == set(plain.hashed.values())
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.randoms(use_true_random=True), st.integers(1, 2), st.integers(1, 3), st.integers(2, 9))
-def test_it_does_what_plain_pools_do(random, num_groups, num_ranks, num_blocks):
-    pool = pool_of(num_blocks, num_groups, num_ranks)
-    plains = [[PlainPool(num_blocks) for _ in range(num_ranks)] for _ in range(num_groups)]
+def test_it_does_what_plain_pools_do(random, num_caches, num_ranks, num_blocks):
+    pool = pool_of(num_blocks, num_caches, num_ranks)
+    plains = [[PlainPool(num_blocks) for _ in range(num_ranks)] for _ in range(num_caches)]
     for _ in range(300):
-        group = random.randrange(num_groups)
-        random.choice([do_allocate, do_share, do_free, do_name])(random, pool, group, plains[group])
-        check(pool, group, plains[group])
+        cache = random.randrange(num_caches)
+        random.choice([do_allocate, do_share, do_free, do_name])(random, pool, cache, plains[cache])
+        check(pool, cache, plains[cache])

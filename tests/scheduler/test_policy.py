@@ -5,14 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertwire.scheduler.policy import (
-    FairShare,
-    Fcfs,
-    PrefixAffinity,
-    Priority,
-    ShortestRemaining,
-    make_policy,
-)
+from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining, make_policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams

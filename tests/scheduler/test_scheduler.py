@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from helpers.sim_ranks import CACHES, SimCluster, check, expected_output, make_config, make_request
 
-from expertwire.scheduler.plan import FinishReason, StepPlan
+from expertwire.scheduler.outputs import FinishReason
+from expertwire.scheduler.plan import StepPlan
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.scheduler import Scheduler
 
@@ -296,14 +297,14 @@ def test_log_probabilities_follow_their_requests():
             assert out.token_rank_O[i] == (wanted is not None)
             np.testing.assert_equal(out.logprob_O[i], np.float32(np.nan if wanted is None else -out.token_O[i]))
             tops[key] = tops.get(key, 0) + 1
-        for i, key in enumerate(out.prompt_key_R.tolist()):
+        for i, key in enumerate(out.prompt_key_I.tolist()):
             assert not (plan.step >= 3 and key == 3), "rows of an aborted request"
-            token = requests[key].prompt[out.prompt_position_R[i]]
-            ids = out.prompt_top_ids[out.prompt_top_offsets_R1[i] : out.prompt_top_offsets_R1[i + 1]].tolist()
+            token = requests[key].prompt[out.prompt_position_I[i]]
+            ids = out.prompt_top_ids[out.prompt_top_offsets_I1[i] : out.prompt_top_offsets_I1[i + 1]].tolist()
             assert ids == [token + j for j in range(requests[key].params.prompt_logprobs)]
-            assert (out.prompt_logprob_R[i], out.prompt_token_rank_R[i]) == (-token, 1)
-            prompt_rows.setdefault(key, []).append(int(out.prompt_position_R[i]))
-        assert len(out.prompt_top_logprobs) == out.prompt_top_offsets_R1[-1]
+            assert (out.prompt_logprob_I[i], out.prompt_token_rank_I[i]) == (-token, 1)
+            prompt_rows.setdefault(key, []).append(int(out.prompt_position_I[i]))
+        assert len(out.prompt_top_logprobs) == out.prompt_top_offsets_I1[-1]
     assert [prompt_rows.get(key) for key in (0, 1, 2, 4)] == [[1, 2, 3, 4, 5], None, [1, 2, 3, 4, 5], None]
     assert [tops[key] for key in (0, 1, 2, 4)] == [3, 3, 3, 3]
 
@@ -317,11 +318,11 @@ def test_rows_of_an_aborted_request_are_dropped_with_all_that_hangs_on_them():
     assert out.key_O.tolist() == [0, 2]
     assert out.top_offsets_O1.tolist() == [0, 2, 4]
     assert out.top_ids.tolist() == (-out.top_logprobs).tolist() == [t + i for t in out.token_O for i in (0, 1)]
-    assert out.prompt_key_R.tolist() == [0, 0, 0, 2, 2, 2]
-    assert out.prompt_position_R.tolist() == [1, 2, 3, 1, 2, 3]
-    assert out.prompt_top_offsets_R1.tolist() == [0, 3, 6, 9, 12, 15, 18]
+    assert out.prompt_key_I.tolist() == [0, 0, 0, 2, 2, 2]
+    assert out.prompt_position_I.tolist() == [1, 2, 3, 1, 2, 3]
+    assert out.prompt_top_offsets_I1.tolist() == [0, 3, 6, 9, 12, 15, 18]
     assert out.prompt_top_logprobs.tolist() == (-out.prompt_top_ids).tolist()
-    assert out.prompt_top_ids.tolist() == [int(i - t) for t in out.prompt_logprob_R for i in (0, 1, 2)]
+    assert out.prompt_top_ids.tolist() == [int(i - t) for t in out.prompt_logprob_I for i in (0, 1, 2)]
 
 
 def test_plans_carry_the_epoch():

@@ -67,11 +67,11 @@ def test_whole_blocks_are_shared_and_never_copied():
     cluster, parent = start(10, 3)  # 12 tokens: 3 whole blocks
     cluster.fork(0, make_child(parent, 1, max_tokens=10))
     before = len(cluster.plans)
-    assert len(cluster.plan().copy_to_C) == 0
+    assert len(cluster.plan().copy_to_M) == 0
     cluster.commit()
     assert cluster.scheduler.stats()["blocks_used"] == {"first": [5], "second": [5]}
     cluster.drain()
-    assert all(len(plan.copy_to_C) == 0 for plan in cluster.plans[before:])
+    assert all(len(plan.copy_to_M) == 0 for plan in cluster.plans[before:])
 
 
 @pytest.mark.parametrize("num_children", [1, 3])
@@ -80,12 +80,12 @@ def test_the_block_that_several_write_to_is_copied_for_all_but_one(num_children)
     cluster.fork(0, *(make_child(parent, key, max_tokens=10) for key in range(1, 1 + num_children)))
     before = len(cluster.plans)
     plan = cluster.plan().rank(0)
-    assert plan.copy_cache_C.tolist() == sorted([0, 1] * num_children)
-    assert len(set(plan.copy_from_C.tolist())) == 1
+    assert plan.copy_cache_M.tolist() == sorted([0, 1] * num_children)
+    assert len(set(plan.copy_from_M.tolist())) == 1
     cluster.commit()
     assert cluster.scheduler.stats()["blocks_used"] == {"first": [3 + num_children], "second": [3 + num_children]}
     cluster.drain()
-    assert all(len(plan.copy_to_C) == 0 for plan in cluster.plans[before + 1 :])
+    assert all(len(plan.copy_to_M) == 0 for plan in cluster.plans[before + 1 :])
     check(cluster, parent)
 
 

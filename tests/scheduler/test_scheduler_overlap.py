@@ -93,7 +93,7 @@ def test_abort_with_steps_in_flight(num_plans):
     for _ in range(num_plans):
         outputs = cluster.commit()
         assert outputs.key_O.tolist() == [1]
-        assert 0 not in outputs.prompt_key_R
+        assert 0 not in outputs.prompt_key_I
     cluster.overlap = True
     cluster.drain()
     assert {key: len(tokens) for key, tokens in cluster.tokens.items()} == {0: 0, 1: 9}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from helpers.sim_ranks import CACHES, WINDOWED, SimCluster, check, expected_output, make_config, make_request
 
+from expertwire.scheduler.load_balancing import LeastLoaded
 from expertwire.scheduler.policy import Priority
-from expertwire.scheduler.rank_placement import Balanced
 
 SMALL = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 13}  # 12 blocks of 4 tokens
 
@@ -77,15 +77,15 @@ def test_as_many_give_way_as_it_takes():
     assert len(cluster.finish) == 5
 
 
-class Crowded(Balanced):
+class Crowded(LeastLoaded):
     """All on rank 0, while there is a slot."""
 
-    def load_P(self, running_P, given_P):
+    def load_P(self, running_P, admitted_P):
         return 1e9 * np.arange(len(running_P))
 
 
 def test_only_the_rank_that_is_short_preempts():
-    cluster = SimCluster(make_config(**{**SMALL, "num_ranks": 2}), placement=Crowded())
+    cluster = SimCluster(make_config(**{**SMALL, "num_ranks": 2}), balancing=Crowded())
     lengths = [20, 20, 20, 12, 12]
     cluster.submit(*(make_request(key, 7, max_tokens=n, ignore_eos=True) for key, n in enumerate(lengths)))
     cluster.step()
@@ -162,7 +162,7 @@ def test_prompt_log_probabilities_are_all_there_before_the_first_token_also_of_w
     while not cluster.scheduler.idle:
         cluster.plan()
         outputs = cluster.commit()
-        for key, position in zip(outputs.prompt_key_R.tolist(), outputs.prompt_position_R.tolist(), strict=True):
+        for key, position in zip(outputs.prompt_key_I.tolist(), outputs.prompt_position_I.tolist(), strict=True):
             positions[key].append(position)
         assert all(set(positions[key]) == set(range(1, 9)) for key in outputs.key_O.tolist())
     assert cluster.scheduler.stats()["preemptions"] > 0

@@ -65,7 +65,7 @@ def test_who_wants_the_prompts_log_probabilities_computes_all_of_it_for_others_t
     assert serve(cluster, 0, 20, prompt_logprobs=1) == 0
     assert serve(cluster, 1, 20) == 16
     cluster.submit(make_request(2, 20, shared=20, prompt_logprobs=1, max_tokens=1))
-    assert cluster.step().prompt_position_R.tolist() == list(range(1, 20))
+    assert cluster.step().prompt_position_I.tolist() == list(range(1, 20))
     assert cluster.num_cached[2] == 0
 
 

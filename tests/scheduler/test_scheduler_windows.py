@@ -3,7 +3,7 @@
 import pytest
 from helpers.sim_ranks import WINDOWED, SimCluster, check, make_config, make_request, serve
 
-from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.config import CacheSpec
 from expertwire.scheduler.scheduler import Scheduler
 
 WINDOW = 6

@@ -5,7 +5,7 @@ from pathlib import Path
 CODE = """
 from helpers.sim_ranks import WINDOWED, SimCluster, make_config, make_request
 from expertwire.scheduler._compiled import admissions, blocks, rows, steps
-from expertwire.scheduler._compiled.warm_up import rehearse
+from expertwire.scheduler.warm_up import warm_up
 
 MODULES = (admissions, blocks, rows, steps)
 
@@ -13,7 +13,7 @@ def compiled():
     functions = [f for module in MODULES for f in vars(module).values() if hasattr(f, "signatures")]
     return {f"{f.__module__}.{f.__name__}": len(f.signatures) for f in functions}
 
-rehearse()
+warm_up()
 before = compiled()
 cluster = SimCluster(make_config(num_blocks=9, max_num_seqs=4), specs=WINDOWED, overlap=True, check=False)
 cluster.submit(*(make_request(key, 2 + 5 * key % 17, shared=6, max_tokens=5 + key % 13, ignore_eos=True) for key in range(30)))
@@ -25,12 +25,12 @@ child = make_request(100, 5, max_tokens=13)
 child.prompt = child.tokens = parent.prompt
 cluster.fork(running, child)
 cluster.drain()
-assert cluster.scheduler.stats()["preemptions"], "nobody gave way"
+assert cluster.scheduler.stats()["preemptions"], "no preemption"
 print({name: (count, compiled()[name]) for name, count in before.items() if compiled()[name] != count})
 """
 
 
-def test_after_the_rehearsal_nothing_is_left_to_compile():
+def test_warm_up_compiles_every_loop():
     done = subprocess.run(
         [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1]
     )

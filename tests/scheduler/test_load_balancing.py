@@ -1,4 +1,4 @@
-"""Which rank a request goes to: equal work in the next steps, and prefixes where they are if that is cheaper."""
+"""Data-parallel load balancing: equal work in the coming steps, and cached prefixes where they are if that is cheaper."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from helpers.sim_ranks import CACHES, make_config, make_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertwire.scheduler._compiled.admissions import place
-from expertwire.scheduler.rank_placement import Balanced
+from expertwire.scheduler._compiled.admissions import pick_rank
+from expertwire.scheduler.load_balancing import LeastLoaded
 from expertwire.scheduler.scheduler import Scheduler
 
 EVERY = np.ones(3, bool)
-RULE = Balanced(horizon=10, kv_share=0.01)
+RULE = LeastLoaded(horizon=10, kv_share=0.01)
 
 
 def load(*requests):
-    """Of requests as (tokens, computed, left)."""
+    """Return the load of requests (tokens, computed, left)."""
     return RULE.load(*np.array(requests).T).tolist()
 
 
-def test_a_request_weighs_what_its_next_steps_cost():
+def test_load_is_the_work_of_the_coming_steps():
     whole, ending, endless, ten = load((100, 60, 50), (100, 99, 3), (100, 99, 500), (100, 99, 10))
     assert whole == pytest.approx(40 + 10 * (1 + 1.0)), "its prompt's rest, then ten tokens with their cache"
     assert ending == pytest.approx(1 + 3 * (1 + 1.0)), "one that is about to end weighs less"
     assert endless == ten, "how much it might sample at most says nothing"
 
 
-def test_a_long_context_weighs_as_much_as_several_short_ones():
+def test_long_context_loads_more_than_short_ones():
     long, short = load((1000, 999, 50), (10, 9, 50))
     assert long > 4 * short
 
 
-def test_a_token_that_is_there_weighs_less_by_the_credit():
+def test_cached_token_reduces_the_load_by_the_credit():
     none, some = load((100, 0, 50), (100, 64, 50))
     assert none - some == 64 * RULE.credit
 
 
-def test_the_rank_that_has_least_to_do():
+def test_least_loaded_rank_is_picked():
     load = np.array([30.0, 10.0, 10.0])
-    assert place(EVERY, load, -1, 0) == 1, "the lowest of equals"
-    assert place(np.array([True, False, True]), load, -1, 0) == 2
-    assert place(np.array([True, False, False]), load, -1, 0) == 0
-    assert place(np.zeros(3, bool), load, 0, 100) == -1
+    assert pick_rank(EVERY, load, -1, 0) == 1, "the lowest of equals"
+    assert pick_rank(np.array([True, False, True]), load, -1, 0) == 2
+    assert pick_rank(np.array([True, False, False]), load, -1, 0) == 0
+    assert pick_rank(np.zeros(3, bool), load, 0, 100) == -1
 
 
-def test_a_prefix_holds_a_request_until_computing_it_again_is_cheaper():
+def test_cached_prefix_is_kept_until_recomputing_is_cheaper():
     load = np.array([30.0, 20.0, 10.0])
-    assert place(EVERY, load, 0, 19) == 2
-    assert place(EVERY, load, 0, 20) == 0, "what is computed is not thrown away for nothing"
-    assert place(np.array([False, True, True]), load, 0, 100) == 2, "there is no room beside its prefix"
+    assert pick_rank(EVERY, load, 0, 19) == 2
+    assert pick_rank(EVERY, load, 0, 20) == 0, "the cached prefix is worth the difference"
+    assert pick_rank(np.array([False, True, True]), load, 0, 100) == 2, "the rank of its prefix cannot take it"
     assert load.tolist() == [30.0, 20.0, 10.0]
 
 
@@ -59,12 +59,12 @@ def test_a_prefix_holds_a_request_until_computing_it_again_is_cheaper():
     st.integers(-2, 5),
     st.integers(0, 60),
 )
-def test_no_rank_would_have_done_sooner(ranks, favoured, num_cached):
+def test_picked_rank_has_the_least_load_less_credit(ranks, holder, num_cached):
     fits, load = np.array([fit for fit, _ in ranks]), np.array([load for _, load in ranks], float)
-    favoured = min(favoured, len(ranks) - 1)
-    chosen = place(fits, load, favoured, num_cached)
-    if favoured >= 0:
-        load[favoured] -= num_cached
+    holder = min(holder, len(ranks) - 1)
+    chosen = pick_rank(fits, load, holder, num_cached)
+    if holder >= 0:
+        load[holder] -= num_cached
     assert (chosen < 0) == (not fits.any())
     if chosen >= 0:
         assert fits[chosen]
@@ -72,30 +72,30 @@ def test_no_rank_would_have_done_sooner(ranks, favoured, num_cached):
 
 
 class Crowded:
-    """The rank with the most load, of which it remembers what it was told."""
+    """Prefers the most loaded rank, and records its calls."""
 
     credit = None
 
     def __init__(self) -> None:
-        self.told: list[list[list[float]]] = []
+        self.calls: list[list[list[float]]] = []
 
     def load(self, num_tokens, num_computed, num_left):
         return -1.0 * num_tokens - 100 * num_left
 
-    def load_P(self, running_P, given_P):
-        self.told.append([running_P.tolist(), given_P.tolist()])
+    def load_P(self, running_P, admitted_P):
+        self.calls.append([running_P.tolist(), admitted_P.tolist()])
         return running_P
 
 
-def test_the_scheduler_asks_its_placement():
+def test_scheduler_uses_its_load_balancing():
     rule = Crowded()
-    scheduler = Scheduler(make_config(max_num_seqs=2), CACHES, placement=rule)
+    scheduler = Scheduler(make_config(max_num_seqs=2), CACHES, balancing=rule)
     for key in range(3):
         assert scheduler.submit(make_request(key, 3, max_tokens=2), 0.0) is None
     plan = scheduler.plan(0.0)
-    # What was admitted in this very step counts too.
+    # Requests admitted in the same step count too.
     assert [plan.rank(rank).admit_sampling_A["seed"].tolist() for rank in (0, 1)] == [[0, 1], [2]]
     scheduler.submit(make_request(3, 3, max_tokens=2), 0.0)
     scheduler.plan(0.0)
     # Four tokens are known of each, the one in flight included, and one more may come.
-    assert rule.told == [[[0.0, 0.0], [0, 0]], [[-2 * 104.0, -104.0], [2, 1]]]
+    assert rule.calls == [[[0.0, 0.0], [0, 0]], [[-2 * 104.0, -104.0], [2, 1]]]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from helpers.sim_ranks import CACHES, SimCluster, make_config, make_request
 
-from expertwire.scheduler.plan import CacheSpec
+from expertwire.scheduler.config import CacheSpec
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
