@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from expertwire.bench.scheduler.traces import TRACES, Poisson, Served, oracle_hi
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.load_balancing import LoadBalancing
 from expertwire.scheduler.outputs import FinishReason
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--host-time", action="store_true", help="the scheduler's time passes on the clock")
-    parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw what the ranks did (SVG)")
+    parser.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="draw the ranks' work over time (SVG, or by the file's name)"
+    )
     parser.add_argument("--record", type=Path, metavar="FILE", help="log all calls; gzipped if it ends with .gz")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="repeat a log, compare every plan; nothing else")
     parser.add_argument("--cost", action="store_true", help="measure what a step costs the host instead")
@@ -240,8 +245,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(outcome: Outcome, title: str) -> str:
-    """The timeline. A rank's own time in a step is split between prefill and decode by their tokens."""
+def picture(outcome: Outcome, title: str) -> Figure:
+    """Return the timeline. A rank's time in a step is split between prefill and decode by their tokens."""
     prefill, decode = np.array(outcome.prefill, float), np.array(outcome.decode, float)
     seconds = np.array(outcome.seconds)
     tokens = prefill + decode

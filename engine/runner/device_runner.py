@@ -40,20 +40,10 @@ from expertwire.kernels.gpu import penalties
 from expertwire.kernels.gpu.batch import look_up
 from expertwire.kernels.gpu.sampling import sample
 from expertwire.kernels.ops.attention import AttentionMetadata
-from expertwire.kernels.ops.sampling import token_logprobs
+from expertwire.kernels.ops.sampling import DRAW_PARAMETERS, token_logprobs
 from expertwire.moe.eplb.migration import Leg
 from expertwire.moe.eplb.mover import Mover
 from expertwire.scheduler.plan import ExpertMoves, RankPlan, StepPlan, StepResult
-
-# The fields of a sampling record that the kernel takes, in its order.
-_COLUMNS = {
-    "temperature": np.float32,
-    "top_k": np.int64,
-    "top_p": np.float32,
-    "min_p": np.float32,
-    "seed": np.int64,
-    "branch": np.int64,
-}
 
 
 class Found(NamedTuple):
@@ -136,7 +126,7 @@ class DeviceRunner:
         for num in dict.fromkeys(min(size.num_tokens, max_num_seqs) for size in sizes):
             logits_OV = self._model.logits(hidden_TD[:1].repeat(num, 1)).contiguous()
         for drawn, filtered in ((False, False), (True, False), (True, True)):
-            dtypes = *_COLUMNS.values(), np.int64
+            dtypes = *DRAW_PARAMETERS.values(), np.int64
             columns = self._slots.uploads(*(np.zeros(len(logits_OV), dtype) for dtype in dtypes))
             sample(logits_OV, *columns, drawn=drawn, filtered=filtered)
         penalties.warm_up(logits_OV, self._slots.tokens_SL)
@@ -396,7 +386,7 @@ class DeviceRunner:
 
     def _columns(self, slot_O: np.ndarray) -> list[np.ndarray]:
         state = self._slots.sampling[slot_O]
-        return [state[name].astype(dtype) for name, dtype in _COLUMNS.items()]
+        return [state[name].astype(dtype) for name, dtype in DRAW_PARAMETERS.items()]
 
     def _sample(
         self,

@@ -126,19 +126,9 @@ class Runner:
         if not state["temperature"].any():
             return logits_OV.argmax(dim=-1).cpu().numpy().astype(np.int32)
         uniform_O = sampling.uniform(state["seed"], state["branch"], self._slots.num_tokens[slots_O])
-        device = logits_OV.device
-
-        def column(name: str, dtype: type) -> Tensor:
-            return torch.from_numpy(state[name].astype(dtype)).to(device)
-
-        token_O = sampling.reference(
-            logits_OV,
-            column("temperature", np.float32),
-            column("top_k", np.int64),
-            column("top_p", np.float32),
-            column("min_p", np.float32),
-            torch.from_numpy(uniform_O).to(device),
-        )
+        columns = [state[name].astype(dtype) for name, dtype in sampling.PARAMETERS.items()]
+        on_device = (torch.from_numpy(column).to(logits_OV.device) for column in (*columns, uniform_O))
+        token_O = sampling.reference(logits_OV, *on_device)
         return token_O.cpu().numpy().astype(np.int32)
 
     def _prompt_logprobs(self, hidden_TD: Tensor, step: Scheduled) -> dict[str, np.ndarray]:

@@ -13,6 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Columns of `reference`, in its order: fields of a slot's sampling record and their dtypes. The GPU's
+# sampler draws its uniform numbers itself and so takes the arguments of `uniform`, too.
+PARAMETERS = {"temperature": np.float32, "top_k": np.int64, "top_p": np.float32, "min_p": np.float32}
+DRAW_PARAMETERS = PARAMETERS | {"seed": np.int64, "branch": np.int64}
+
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
