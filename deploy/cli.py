@@ -22,7 +22,7 @@ from expertwire.deploy.options import (
     model_folder,
 )
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.frontend.api import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "n")

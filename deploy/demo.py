@@ -20,7 +20,7 @@ import psutil
 from expertwire.deploy import experts
 from expertwire.deploy.demo_task import Kind, Problem, check, make_problem
 from expertwire.deploy.grpc.client import Client
-from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.frontend.api import EngineFailed
 
 ONE_BY_ONE: tuple[tuple[Kind, int], ...] = (
     ("SUM", 2), ("SUM", 3), ("SUM", 4), ("SUM", 5), ("COUNTDOWN", 2), ("COUNTDOWN", 3), ("COUNTDOWN", 3), ("COUNTDOWN", 4),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from expertwire.deploy.runtime import open_front
+from expertwire.deploy.runtime import open_frontend
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.frontend.api import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _POLL_S = 0.2  # how long an interrupt may wait
@@ -22,13 +22,13 @@ def generate(
         EngineFailed: the engine could not start, or has failed.
     """
     alone = len(prompts) == params.n == 1
-    with open_front(config) as front:
-        ids = [front.submit(prompt, params) for prompt in prompts]
+    with open_frontend(config) as frontend:
+        ids = [frontend.submit(frontend.encode(prompt, params), params) for prompt in prompts]
         texts = {(request_id, branch): "" for request_id in ids for branch in range(params.n)}
-        while front.num_open:
-            for update in front.poll(_POLL_S):
+        while frontend.num_open:
+            for update in frontend.poll(_POLL_S):
                 if update.error is not None:
-                    raise (EngineFailed if front.failure else ValueError)(update.error.message)
+                    raise (EngineFailed if frontend.failure else ValueError)(update.error.message)
                 texts[update.request_id, update.branch] += update.text
                 if alone:
                     write(update.text)

@@ -1,4 +1,4 @@
-"""From options to a running engine and its front, for the commands and the offline API."""
+"""From options to a running engine and its frontend, for the commands and the offline API."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
-from expertwire.engine.frontend.front import Front
+from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.launcher import Launcher, LocalLauncher
 
@@ -25,7 +25,7 @@ def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
 
 
 def end_of_turn_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The tokens that end an answer in the model's dialect; none without a tokenizer."""
+    """Return the tokens that end an answer in the model's output format; none without a tokenizer."""
     return () if tokenizer is None else tokenizer.end_of_turn_ids()
 
 
@@ -39,8 +39,8 @@ def make_launcher(config: EngineConfig) -> Launcher:
 
 
 @contextlib.contextmanager
-def open_front(config: EngineConfig) -> Iterator[Front]:
-    """A front with an engine of its own, which ends with the block; seeds follow from the engine's.
+def open_frontend(config: EngineConfig) -> Iterator[Frontend]:
+    """A frontend with an engine of its own, which ends with the block; seeds follow from the engine's.
 
     Raises:
         ValueError: an option or the checkpoint is not usable.
@@ -49,6 +49,6 @@ def open_front(config: EngineConfig) -> Iterator[Front]:
     tokenizer = open_tokenizer(config)
     with (
         Engine(config, make_launcher(config), end_of_turn_ids(tokenizer)) as engine,
-        contextlib.closing(Front(engine.connect(), tokenizer, deterministic_seeds=True)) as front,
+        contextlib.closing(Frontend(engine.connect(), tokenizer, deterministic_seeds=True)) as frontend,
     ):
-        yield front
+        yield frontend

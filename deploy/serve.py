@@ -14,7 +14,7 @@ from expertwire.deploy import runtime
 from expertwire.deploy.grpc.server import Server
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
-from expertwire.engine.frontend.front import Front
+from expertwire.engine.frontend.frontend import Frontend
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,23 +46,25 @@ def serve(
     with contextlib.ExitStack() as stack:
         launcher, end_of_turn_ids = runtime.make_launcher(config), runtime.end_of_turn_ids(tokenizer)
         engine = stack.enter_context(Engine(config, launcher, end_of_turn_ids))
-        front = stack.enter_context(contextlib.closing(Front(engine.connect(), tokenizer)))
-        # Statistics may take a step to come; a front of their own lets another thread wait for them.
-        stats_front = stack.enter_context(contextlib.closing(Front(engine.connect(), None)))
+        frontend = stack.enter_context(contextlib.closing(Frontend(engine.connect(), tokenizer)))
+        # Statistics may take a step to come; a frontend of their own lets another thread wait for them.
+        stats_frontend = stack.enter_context(contextlib.closing(Frontend(engine.connect(), None)))
 
-        async def serve_front() -> str:
+        async def serve_frontend() -> str:
             server = Server(host, port)
             return await server.serve(
-                front,
-                stats_front.stats,
+                frontend,
+                stats_frontend.stats,
                 stop=_stop_on_signals(),
                 drain_timeout_s=drain_timeout_s,
                 on_ready=lambda: announce(
-                    "\n".join([f"serving {front.model_info.name} on {host}:{server.port}", *_about(front.model_info)])
+                    "\n".join(
+                        [f"serving {frontend.model_info.name} on {host}:{server.port}", *_about(frontend.model_info)]
+                    )
                 ),
             )
 
-        return 1 if asyncio.run(serve_front()) else 0
+        return 1 if asyncio.run(serve_frontend()) else 0
 
 
 def _about(info: ModelInfo) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A running engine: a controller and its ranks, started and ended together."""
+"""A running engine: the processes of a controller and its ranks."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from expertwire.comm.control.channel import SocketChannel, connect
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.config.validation import validate
-from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.frontend.api import EngineFailed
 from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
 from expertwire.engine.models.registry import read_model_config
-from expertwire.engine.startup import Orders
+from expertwire.engine.startup import ControllerArgs
 
 _POLL_S = 0.1
 _STOP_S = 5.0
 
 
 class Engine:
-    """Starts the controller and the ranks, and returns when they can serve.
+    """Start the controller and the ranks, and wait until they can serve.
 
     Args:
         config: the engine's options.
-        launcher: of its ranks.
-        end_of_turn_ids: tokens that end an output besides those that the checkpoint lists (`Tokenizer.end_of_turn_ids`).
+        launcher: starts the ranks.
+        end_of_turn_ids: tokens that end an output besides the checkpoint's end-of-sequence ids.
 
     Attributes:
-        token: what fronts must know to connect.
-        address: where the controller listens for fronts.
-        info: what is served.
+        token: secret with which frontends connect.
+        address: where the controller listens for frontends.
+        info: the model and its limits.
 
     Raises:
         ValueError: the options do not fit the model or the machine.
-        EngineFailed: a rank could not start; names it.
+        EngineFailed: a rank could not start; the message names it.
     """
 
     def __init__(self, config: EngineConfig, launcher: Launcher, end_of_turn_ids: Sequence[int] = ()) -> None:
@@ -51,22 +51,22 @@ class Engine:
         self.token = secrets.token_hex(16)
         self._launcher = launcher
         self._status = _Status()
-        orders = Orders(
+        args = ControllerArgs(
             config=config,
             model=model,
             max_model_len=max_model_len,
             hub_address=launcher.hub_address(),
-            fronts_address=f"unix:@expertwire-{secrets.token_hex(8)}",
+            frontends_address=f"unix:@expertwire-{secrets.token_hex(8)}",
             token=self.token,
         )
         self._controller = process.start_call(
-            "expertwire.engine.controller:controller_main", orders, stdout=subprocess.PIPE
+            "expertwire.engine.controller:controller_main", args, stdout=subprocess.PIPE
         )
         self._reader = threading.Thread(target=self._status.read, args=(self._controller.stdout,), daemon=True)
         self._reader.start()
         try:
             listening = self._await("listening", config.start_timeout_s)
-            self.address = listening["fronts"]
+            self.address = listening["frontends"]
             spec = WorkerSpec(config=config, num_ranks=config.ep_size, address=listening["hub"], token=self.token)
             launcher.start(spec)
             self.info = ModelInfo.from_dict(self._await("ready", config.start_timeout_s))
@@ -76,16 +76,16 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        # A dead rank ends the controller; then the others must go too, also while nobody is asking.
+        # When a rank dies, the controller ends; then the other ranks must end too.
         threading.Thread(target=self._tear_down_after_failure, daemon=True).start()
 
     @property
     def failure(self) -> str | None:
-        """Why the engine can no longer serve, or None."""
+        """The message with which the engine failed, or None."""
         return self._status.failure[1] if self._status.failure is not None else None
 
     def connect(self) -> SocketChannel:
-        """A channel for a `Front`."""
+        """Return a new channel for a `Frontend`."""
         return connect(self.address, self.token)
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Engine:
 
 
 class _Status:
-    """What the controller has reported on its standard output."""
+    """The status that the controller reports on its standard output."""
 
     def __init__(self) -> None:
         self.lines: dict[str, dict] = {}

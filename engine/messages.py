@@ -1,8 +1,8 @@
-"""What fronts and the controller say to each other, as named arrays (`comm.control.channel` carries them).
+"""Messages between frontends and the controller, and their encoding as named arrays (see `comm.control.channel`).
 
-A front opens a channel, sends `Hello`, and receives `Welcome`. Then it sends `Submit` and `Abort` messages, in any order, and
-receives `StepOutputs`, `Rejection`, `Stats` and at most one `Failure`, after which the channel is of no more use. Request ids are
-chosen by the front and are unique on its channel; a request with `n` branches has `n` of them.
+A frontend opens a channel, sends `Hello` and receives `Welcome`. Then it sends `Submit`, `Abort` and `StatsRequest` messages in
+any order, and receives `StepOutputs`, `Rejection`, `Stats` and at most one `Failure`, which is the last. The frontend chooses the
+sequence ids, unique on its channel; a request with `n` branches has `n` of them.
 
 Shape letter: B branches of a request.
 """
@@ -22,59 +22,59 @@ from expertwire.scheduler.request import Rejection
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """First message of a front."""
+    """First message of a frontend."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """The controller's answer: what is served, as a dictionary of JSON values (`ModelInfo.to_dict`)."""
+    """The controller's answer: `ModelInfo.to_dict`."""
 
     model_info: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """A request: an id for each of its branches, from 0 on. The front has chosen the seed, so `params` has one."""
+    """A request, with a sequence id for each of its branches. `params` has a seed, which the frontend chose if need be."""
 
     ids_B: np.ndarray  # i64
-    params: dict[str, Any]  # `SamplingParams.to_dict`; of branches that share a prompt, the first reports on it
-    options: dict[str, Any]  # `RequestOptions.to_dict`; a deadline counts from when this arrives
+    params: dict[str, Any]  # `SamplingParams.to_dict`; prompt log-probabilities come with branch 0 only
+    options: dict[str, Any]  # `RequestOptions.to_dict`; a deadline counts from the arrival of this message
     tokens: np.ndarray  # i32, the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Abort:
-    """The client is gone, or a stop string was found: free these requests. Unknown and finished ids are ignored."""
+    """Free these sequences: the client has gone, or a stop string was found. Unknown and finished ids are ignored."""
 
     ids: np.ndarray  # i64
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskStats:
-    """Ask for a `Stats` answer."""
+class StatsRequest:
+    """Request for a `Stats` message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Counters and gauges of the engine, JSON values; the keys are documented where `engine.controller` fills them."""
+    """Counters and gauges of the engine, as JSON values; `engine.controller` documents the keys."""
 
     values: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The engine cannot go on: for instance a rank has died. `rank` is -1 when no rank is to blame."""
+    """The engine has failed, for instance because a rank has died. `rank` is -1 when no rank is at fault."""
 
     rank: int
     message: str
 
 
-Message = Hello | Welcome | Submit | Abort | AskStats | StepOutputs | Rejection | Stats | Failure
+Message = Hello | Welcome | Submit | Abort | StatsRequest | StepOutputs | Rejection | Stats | Failure
 _KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Message)}
 
 
 def encode(message: Message) -> dict[str, np.ndarray]:
-    """A message as named arrays: arrays as they are, everything else in one JSON array of bytes named `_`."""
+    """Return a message as named arrays: its arrays as they are, all other fields as JSON in an array of bytes named `_`."""
     arrays: dict[str, np.ndarray] = {}
     plain: dict[str, Any] = {"kind": type(message).__name__}
     for name, value in vars(message).items():
@@ -87,10 +87,10 @@ def encode(message: Message) -> dict[str, np.ndarray]:
 
 
 def decode(arrays: Mapping[str, np.ndarray]) -> Message:
-    """The inverse of `encode`.
+    """Return the message that `encode` encoded.
 
     Raises:
-        ValueError: the message is none of ours.
+        ValueError: the arrays are no such message.
     """
     try:
         plain = json.loads(bytes(arrays["_"]))

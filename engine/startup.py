@@ -1,4 +1,4 @@
-"""How an engine starts, from the controller's side: what it is told, what it tells the ranks, and the size of the caches."""
+"""Start-up of an engine on the controller's side: the exchange with the ranks, and the size of the KV caches."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from expertwire.scheduler.config import SchedulerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What a controller is told when it starts."""
+class ControllerArgs:
+    """Arguments of the controller's process."""
 
     config: EngineConfig
     model: ModelConfig
     max_model_len: int
     hub_address: str
-    fronts_address: str
+    frontends_address: str
     token: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Of each rank, its NVLink domain and what fails with it, as numbers; empty where no expert has replicas."""
+class RankDomains:
+    """Number of each rank's NVLink domain and failure domain; empty if no expert has replicas."""
 
-    domains: tuple[int, ...]
+    nvlink_domains: tuple[int, ...]
     failure_domains: tuple[int, ...]
 
 
 def start_ranks(
-    orders: Orders, hub: ControlHub, while_they_load: Callable[[], None] = lambda: None
-) -> tuple[ModelInfo, Places]:
-    """Let the ranks join, load and allocate, as `engine.worker` describes; what is served, and where the ranks are.
+    args: ControllerArgs, hub: ControlHub, while_they_load: Callable[[], None] = lambda: None
+) -> tuple[ModelInfo, RankDomains]:
+    """Let the ranks join, load weights and allocate caches, by the exchange that `engine.worker` describes.
 
     Args:
-        while_they_load: what the controller does meanwhile.
+        while_they_load: called while the ranks load.
 
     Raises:
         RankLost, RankTimeout, RankError: a rank is at fault.
         CacheTooSmall: the caches do not hold one request.
     """
-    timeout_s = orders.config.start_timeout_s
+    timeout_s = args.config.start_timeout_s
     hub.wait_joined(timeout_s, lambda: None)
     hub.publish({})
     present = hub.collect(timeout_s)
@@ -57,19 +57,19 @@ def start_ranks(
     while_they_load()
     loaded = hub.collect(timeout_s)
     device = bytes(loaded[0]["device"]).decode()
-    hub.publish({"max_model_len": np.array([orders.max_model_len])})
-    room = min(int(answer["cache_bytes"][0]) for answer in hub.collect(timeout_s))
-    specs = orders.model.cache_specs()
-    sizes = cache_sizes(orders.config.on(device), specs, orders.max_model_len, room)
+    hub.publish({"max_model_len": np.array([args.max_model_len])})
+    cache_bytes = min(int(answer["cache_bytes"][0]) for answer in hub.collect(timeout_s))
+    specs = args.model.cache_specs()
+    sizes = cache_sizes(args.config.on(device), specs, args.max_model_len, cache_bytes)
     hub.publish({"num_blocks": np.array(sizes.num_blocks), "max_model_len": np.array([sizes.max_model_len])})
     hub.collect(timeout_s)
     domains, failure_domains = np.stack([answer["place"] for answer in loaded], axis=1).tolist() or ((), ())
-    info = _model_info(orders, sizes, device, bytes(loaded[0]["all_to_all"]).decode())
-    return info, Places(domains=tuple(domains), failure_domains=tuple(failure_domains))
+    info = _model_info(args, sizes, device, bytes(loaded[0]["all_to_all"]).decode())
+    return info, RankDomains(nvlink_domains=tuple(domains), failure_domains=tuple(failure_domains))
 
 
-def _model_info(orders: Orders, sizes: CacheSizes, device: str, all_to_all: str) -> ModelInfo:
-    config, model = orders.config, orders.model
+def _model_info(args: ControllerArgs, sizes: CacheSizes, device: str, all_to_all: str) -> ModelInfo:
+    config, model = args.config, args.model
     names = [spec.name for spec in model.cache_specs()]
     return ModelInfo(
         name=config.model.rstrip("/").rsplit("/", 1)[-1],
@@ -91,13 +91,15 @@ def _model_info(orders: Orders, sizes: CacheSizes, device: str, all_to_all: str)
         cache_blocks=dict(zip(names, sizes.num_blocks, strict=True)),
         cache_bytes=dict(zip(names, sizes.num_bytes, strict=True)),
         max_num_seqs=config.max_num_seqs,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_requests_per_tenant=config.max_queued_requests_per_tenant or config.max_queued_requests,
         seed=config.seed,
     )
 
 
-def scheduler_config(orders: Orders, info: ModelInfo) -> SchedulerConfig:
-    """What the scheduler is told of all this."""
-    config = orders.config.on(info.device)
+def scheduler_config(args: ControllerArgs, info: ModelInfo) -> SchedulerConfig:
+    """Return the scheduler's configuration."""
+    config = args.config.on(info.device)
     return SchedulerConfig(
         num_ranks=config.ep_size,
         max_num_seqs=config.max_num_seqs,

@@ -1,4 +1,4 @@
-"""One call of the offline API: prompts on their way through a front, and what comes of them."""
+"""One call of the offline API: prompts on their way through a frontend, and what comes of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from expertwire.engine.frontend.front import Front
-from expertwire.engine.frontend.outputs import EngineFailed, LogprobDict, RequestError, Update
-from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.api import EngineFailed, LogprobDict, RequestError, RequestOptions, Update
+from expertwire.engine.frontend.frontend import Frontend
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _POLL_S = 0.2  # how long an interrupt may wait for the end of a poll
@@ -128,9 +127,9 @@ class Job:
 class Run:
     """Keeps as many prompts in flight as the engine lets wait, until all are finished."""
 
-    def __init__(self, front: Front, jobs: Sequence[Job], max_queued_requests: int) -> None:
+    def __init__(self, frontend: Frontend, jobs: Sequence[Job], max_queued_requests: int) -> None:
         self.unfinished = len(jobs)
-        self._front = front
+        self._frontend = frontend
         self._todo = iter(jobs)
         self._next = next(self._todo, None)
         self._open: dict[int, Job] = {}
@@ -140,7 +139,7 @@ class Run:
         """Send what there is room for."""
         while self._next is not None and self._next.params.n <= self._room:
             job = self._next
-            job.request_id = self._front.submit(job.tokens, job.params, job.options)
+            job.request_id = self._frontend.submit(job.tokens, job.params, job.options)
             self._open[job.request_id] = job
             self._room -= job.num_waiting
             self._next = next(self._todo, None)
@@ -148,7 +147,7 @@ class Run:
     def poll(self) -> tuple[int, int]:
         """Wait for news; returns the numbers of finished prompts and of new tokens in it."""
         finished, tokens = 0, 0
-        for update in self._front.poll(_POLL_S):
+        for update in self._frontend.poll(_POLL_S):
             job = self._open.get(update.request_id)
             if job is None:  # of a run that was interrupted
                 continue
@@ -168,12 +167,12 @@ class Run:
     def abort(self) -> None:
         """End what is open."""
         for request_id in self._open:
-            self._front.abort(request_id)
+            self._frontend.abort(request_id)
         self._open.clear()
 
     def _raise(self, job: Job, error: RequestError) -> NoReturn:
-        if self._front.failure is not None:
-            raise EngineFailed(str(self._front.failure), self._front.failure.rank)
+        if self._frontend.failure is not None:
+            raise EngineFailed(str(self._frontend.failure), self._frontend.failure.rank)
         kind = ValueError if error.code == "INVALID_ARGUMENT" else RuntimeError
         raise kind(f"prompt {job.index}: {error.message} ({error.code})")
 

@@ -1,4 +1,4 @@
-"""The offline API: an engine and its front in the caller's process, with the shapes that users know from vLLM."""
+"""The offline API: an engine and its frontend in the caller's process, with the shapes that users know from vLLM."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import numpy as np
 
 from expertwire.deploy import runtime
 from expertwire.deploy.options import ENGINE_FIELDS
-from expertwire.engine.config.engine_config import EngineConfig, ModelInfo, too_many_branches
+from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
+from expertwire.engine.frontend.api import EngineFailed, RequestOptions
 from expertwire.engine.frontend.chat import Chat
-from expertwire.engine.frontend.outputs import EngineFailed
 from expertwire.engine.frontend.prompts import Prompt
-from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, Run, delayed_interrupt
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -45,7 +44,7 @@ class LLM:
         config = EngineConfig(model=str(model), **options)
         self._config = config
         with contextlib.ExitStack() as stack:
-            self._front = stack.enter_context(runtime.open_front(config))
+            self._frontend = stack.enter_context(runtime.open_frontend(config))
             # Scripts need not close: the engine ends with this object or the interpreter.
             self._closing = weakref.finalize(self, stack.pop_all().close)
 
@@ -58,12 +57,12 @@ class LLM:
     @property
     def model_info(self) -> ModelInfo:
         """What is served."""
-        return self._front.model_info
+        return self._frontend.model_info
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None for random weights (`load_format="dummy"`) of a folder without a tokenizer."""
-        return self._front.tokenizer
+        return self._frontend.tokenizer
 
     def generate(
         self,
@@ -164,7 +163,7 @@ class LLM:
         Raises:
             EngineFailed: the engine has failed.
         """
-        return self._front.stats()
+        return self._frontend.stats()
 
     def close(self) -> None:
         """Stop the engine and everything it started. Idempotent."""
@@ -185,17 +184,17 @@ class LLM:
             if not isinstance(param, SamplingParams):
                 raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {param!r}")
             try:
-                tokens = self._front.encode(prompt, param)
+                tokens = self._frontend.encode(prompt, param)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
-            if (reason := too_many_branches(param.n, self._config)) is not None:
-                raise ValueError(f"prompt {index}: {reason}")
             jobs.append(Job(index, text, tokens, param, option))
         return jobs
 
     def _run(self, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
         limit = self._config.max_queued_requests_per_tenant
-        run = Run(self._front, jobs, min(self._config.max_queued_requests, limit or self._config.max_queued_requests))
+        run = Run(
+            self._frontend, jobs, min(self._config.max_queued_requests, limit or self._config.max_queued_requests)
+        )
         with Progress(len(jobs), use_tqdm) as progress, delayed_interrupt() as check_interrupt:
             try:
                 while run.unfinished:
@@ -223,7 +222,7 @@ def _as_list(prompts: Any) -> Sequence[Any]:
 
 
 def _plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
-    """Text if there is one, and what the front encodes."""
+    """Text if there is one, and what the frontend encodes."""
     if isinstance(prompt, Mapping):
         if not {"prompt", "prompt_token_ids", "cache_salt"}.issuperset(prompt) or not prompt.keys() - {"cache_salt"}:
             raise ValueError(f"a prompt's dictionary must have 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")

@@ -145,7 +145,7 @@ HAVE_LOOPS = {"expertwire.scheduler.scheduler", "expertwire.engine.controller"}
         "expertwire.engine.messages",
         "expertwire.engine.rank_loop",
         "expertwire.engine.controller",
-        "expertwire.engine.frontend.front",
+        "expertwire.engine.frontend.frontend",
         "expertwire.engine.engine",
         "expertwire.deploy.serve",
     ],

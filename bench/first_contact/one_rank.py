@@ -1,4 +1,4 @@
-"""One rank of an engine in this process, without controller and front: its scheduler, its model and its steps.
+"""One rank of an engine in this process, without controller and frontend: its scheduler, its model and its steps.
 
 Every call into the engine that the benches and tests of a GPU need is here, and nowhere else. T tokens, V vocabulary.
 """

@@ -268,7 +268,7 @@ def _forget(run: Run) -> None:
 
 
 def serve(run: Run) -> None:
-    """The whole engine (front, controller, rank): random prompts, 64 at a time, as `expertwire bench throughput` has it."""
+    """The whole engine (frontend, controller, rank): random prompts, 64 at a time, as `expertwire bench throughput` has it."""
     if run.toy:
         run.record.fact(NOT_RUN, "the CPU engine has its own bench")
         return

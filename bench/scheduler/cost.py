@@ -24,7 +24,7 @@ import numpy as np
 
 from expertwire.bench.scheduler.simulation import CACHES, EOS, SimulatedRanks
 from expertwire.comm.control.channel import pack, unpack
-from expertwire.engine.controller import collect_when_quiet
+from expertwire.engine.controller import collect_when_idle
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.request import Request
@@ -186,7 +186,7 @@ def cost(num_ranks: int, running: int, steps: int, *, overlap: bool = True) -> d
     """Measure our scheduler: µs a step by part, bytes of a plan, and what the load was."""
     ours = Ours(num_ranks, running, overlap=overlap)
     ours.fill()
-    collect_when_quiet()
+    collect_when_idle()
     before = ours.scheduler.stats()
     for _ in range(steps):
         ours.step()

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}-ms", type=float, default=default, metavar="X", help=text)
     for name, text in (
         ("overlap", "plan a step while the one before runs"),
-        ("prefix-cache", "keep blocks for prompts that begin alike"),
+        ("enable-prefix-caching", "keep blocks for prompts that begin alike"),
     ):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--host-time", action="store_true", help="the scheduler's time passes on the clock")

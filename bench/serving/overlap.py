@@ -1,7 +1,7 @@
 """`python -m expertwire.bench.serving.overlap`: does the controller's work hide behind the ranks'?
 
 The controller's own loop (`engine.controller.step`) drives ranks in processes of their own over the real control channel, with a
-front that takes the answers. The ranks run the engine's loop (`engine.rank_loop`) and wait instead of computing, so a step's
+frontend that takes the answers. The ranks run the engine's loop (`engine.rank_loop`) and wait instead of computing, so a step's
 period is the ranks' time (`forward_us`) and what the hosts add.
 
 A rank is one with a device that keeps a queue of its work, as a GPU does: its host sends the last result and launches the next
@@ -154,26 +154,26 @@ def _wait_until(end: float) -> None:
 
 
 @contextlib.contextmanager
-def _open_loop(config: SchedulerConfig, step_s: float, host_computes: bool) -> Iterator[controller.Loop]:
+def _open_loop(config: SchedulerConfig, step_s: float, host_computes: bool) -> Iterator[controller.ControllerState]:
     launcher = LocalLauncher("expertwire.bench.serving.overlap:rank_main")
     hub = ControlHub(config.num_ranks, token="bench")
-    front, reader = _open_front()
+    frontend, reader = _open_frontend()
     try:
         setting = (config, step_s, host_computes)
         launcher.start(WorkerSpec(config=setting, num_ranks=config.num_ranks, address=hub.address, token="bench"))
         hub.wait_joined(60, launcher.poll)
-        loop = controller.Loop(scheduler=Scheduler(config, CACHES), hub=hub, info=_info(config))
-        loop.fronts[0], loop.num_fronts = front, 1
+        loop = controller.ControllerState(scheduler=Scheduler(config, CACHES), hub=hub, info=_info(config))
+        loop.frontends[0], loop.num_frontends = frontend, 1
         yield loop
     finally:
         hub.close()
         launcher.stop(5)
-        front.close()
+        frontend.close()
         reader.join()
 
 
-def _open_front() -> tuple[SocketChannel, threading.Thread]:
-    """The controller's end of a front that reads what it is sent."""
+def _open_frontend() -> tuple[SocketChannel, threading.Thread]:
+    """The controller's end of a frontend that reads what it is sent."""
     listener = listen("tcp:127.0.0.1:0", "bench")
     far = connect(listener.address, "bench")
     near = listener.accept(10)
@@ -211,6 +211,8 @@ def _info(config: SchedulerConfig) -> ModelInfo:
         cache_blocks={},
         cache_bytes={},
         max_num_seqs=config.max_num_seqs,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_requests_per_tenant=config.max_queued_requests,
         seed=0,
     )
 

@@ -1,6 +1,6 @@
-"""`expertwire bench throughput`: tokens per second, per core-second and per GPU of random prompts, through a front.
+"""`expertwire bench throughput`: tokens per second, per core-second and per GPU of random prompts, through a frontend.
 
-Time, processor time and memory are those of every process that this one has started, and its own: front, controller, ranks,
+Time, processor time and memory are those of every process that this one has started, and its own: frontend, controller, ranks,
 and Ray's if it is used.
 """
 
@@ -25,7 +25,7 @@ import psutil
 from expertwire.bench.machine import processor
 from expertwire.deploy.options import add_engine_options, engine_config
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
-from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.frontend.api import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _POLL_S = 0.2
@@ -98,34 +98,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure and print a report."""
-    from expertwire.deploy.runtime import open_front
+    from expertwire.deploy.runtime import open_frontend
 
     workload = Workload(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Workload)})
     config = engine_config(args)
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json: there is no folder {args.json.parent}")
-    with open_front(config) as front:
+    with open_frontend(config) as frontend:
         generator = np.random.default_rng(config.seed)
         num_warm_up = min(workload.concurrency, workload.num_prompts)
         shape = (num_warm_up + workload.num_prompts, workload.input_len)
-        prompts = list(generator.integers(0, front.model_info.vocab_size, shape, dtype=np.int32))
+        prompts = list(generator.integers(0, frontend.model_info.vocab_size, shape, dtype=np.int32))
         warm_up = workload.params(min(_WARM_UP_TOKENS, workload.output_len))
-        run(front, prompts[:num_warm_up], warm_up, workload.concurrency)
+        run(frontend, prompts[:num_warm_up], warm_up, workload.concurrency)
         memory = [_memory_pss()]
-        sample = run(front, prompts[num_warm_up:], workload.params(workload.output_len), workload.concurrency)
+        sample = run(frontend, prompts[num_warm_up:], workload.params(workload.output_len), workload.concurrency)
         memory.append(_memory_pss())
-        result = report(config, front.model_info, workload, sample, max(memory))
+        result = report(config, frontend.model_info, workload, sample, max(memory))
     print(table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
-def run(front: Any, prompts: list[np.ndarray], params: SamplingParams, concurrency: int) -> Sample:
+def run(frontend: Any, prompts: list[np.ndarray], params: SamplingParams, concurrency: int) -> Sample:
     """Send all prompts, `concurrency` open at a time, and note when each token arrives.
 
     Args:
-        front: an `expertwire.engine.frontend.front.Front`.
+        frontend: an `expertwire.engine.frontend.frontend.Frontend`.
         prompts: i32 [length] each.
         params: of every prompt.
         concurrency: at most so many open.
@@ -138,17 +138,17 @@ def run(front: Any, prompts: list[np.ndarray], params: SamplingParams, concurren
     begin, prefilled = Mark.now(), None
 
     def submit() -> None:
-        while front.num_open < concurrency and (prompt := next(todo, None)) is not None:
+        while frontend.num_open < concurrency and (prompt := next(todo, None)) is not None:
             submitted = time.perf_counter()
-            jobs[front.submit(prompt, params)] = _Job(submitted)
+            jobs[frontend.submit(frontend.encode(prompt, params), params)] = _Job(submitted)
 
     submit()
-    while front.num_open:
-        updates = front.poll(_POLL_S)
+    while frontend.num_open:
+        updates = frontend.poll(_POLL_S)
         now = time.perf_counter()
         for update in updates:
             if update.error is not None:
-                raise (EngineFailed if front.failure else ValueError)(update.error.message)
+                raise (EngineFailed if frontend.failure else ValueError)(update.error.message)
             arrivals = jobs[update.request_id].arrivals
             without_token -= not arrivals
             arrivals.extend([now] * len(update.token_ids))

@@ -18,8 +18,8 @@ from google.protobuf import json_format
 from expertwire.deploy.grpc.messages import FINISH_REASONS, RETRY_AFTER, from_chat, from_sampling_params
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
+from expertwire.engine.frontend.api import Logprob, LogprobDict
 from expertwire.engine.frontend.chat import Chat
-from expertwire.engine.frontend.outputs import Logprob, LogprobDict
 
 _REASON_NAMES = {code: name for name, code in FINISH_REASONS.items()}
 
@@ -202,11 +202,11 @@ class Client:
         self._call(self._stub.Abort, pb.AbortRequest(request_id=request_id))
 
     def model_info(self) -> dict[str, Any]:
-        """What is served, by the field names of `ModelInfo` in the .proto; `dialect` is a dictionary. Raises `ServerError`."""
+        """Return the fields of `ModelInfo` of the .proto; `output_format` is a dictionary. Raises `ServerError`."""
         info = self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest())
-        dialect = json_format.MessageToDict(info.dialect, preserving_proto_field_name=True)
+        output_format = json_format.MessageToDict(info.output_format, preserving_proto_field_name=True)
         return {field.name: getattr(info, field.name) for field in pb.ModelInfo.DESCRIPTOR.fields} | {
-            "dialect": dialect
+            "output_format": output_format
         }
 
     def stats(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Between the gRPC messages of `expertwire.v1` and the values that the engine's front takes and gives."""
+"""Between the gRPC messages of `expertwire.v1` and the values that the engine's frontend takes and gives."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.config.engine_config import ModelInfo
+from expertwire.engine.frontend.api import LogprobDict, RequestOptions, Update
 from expertwire.engine.frontend.chat import Chat
-from expertwire.engine.frontend.output_formats import Dialect
-from expertwire.engine.frontend.outputs import LogprobDict, Update
-from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.output_formats import OutputFormat
 from expertwire.scheduler.sampling_params import SamplingParams
 
 RETRY_AFTER = "retry-after-ms"  # key of the trailing metadata
@@ -91,34 +90,29 @@ def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
         raise ValueError(f"sampling parameters {fields}: {error}") from error
 
 
-def from_model_info(info: ModelInfo, dialect: Dialect | None, chat_variables: Sequence[str]) -> pb.ModelInfo:
-    """All of `info` that concerns clients, and how the model writes."""
+def from_model_info(info: ModelInfo, output_format: OutputFormat | None, chat_variables: Sequence[str]) -> pb.ModelInfo:
+    """Return the message of `info`, with the output format and the chat template's variables."""
     values = dataclasses.asdict(info)
     del values["path"], values["all_to_all"]
-    values["dialect"] = None if dialect is None else from_dialect(dialect)
+    values["output_format"] = None if output_format is None else from_output_format(output_format)
     version = importlib.metadata.version("expertwire")
     return pb.ModelInfo(version=version, chat_variables=chat_variables, **values)
 
 
-def from_dialect(dialect: Dialect) -> pb.Dialect:
-    """All of `dialect` except its marks."""
-    reasoning, answer = dialect.reasoning or ("", ""), dialect.answer or ("", "")
-    message = pb.Dialect(
-        name=dialect.name,
-        reasoning_start=reasoning[0],
-        reasoning_end=reasoning[1],
-        answer_start=answer[0],
-        answer_end=answer[1],
-        end_of_turn=dialect.end_of_turn,
-        reasoning_efforts=dialect.reasoning_efforts,
+def from_output_format(output_format: OutputFormat) -> pb.OutputFormat:
+    """Return the message of an output format, without its marks."""
+    start, end = output_format.reasoning or ("", "")
+    return pb.OutputFormat(
+        name=output_format.name,
+        reasoning_start=start,
+        reasoning_end=end,
+        end_of_turn=output_format.end_of_turn,
+        reasoning_efforts=output_format.reasoning_efforts,
     )
-    if dialect.tool_calls is not None:
-        message.tool_calls.CopyFrom(pb.ToolCalls(**dataclasses.asdict(dialect.tool_calls)))
-    return message
 
 
 def from_stats(values: Mapping[str, Any]) -> pb.Stats:
-    """The statistics of `Front.stats`."""
+    """The statistics of `Frontend.stats`."""
     message = pb.Stats()
     message.values.update({name: value for name, value in values.items() if name != "expert_load"})
     for tokens in values.get("expert_load", ()):

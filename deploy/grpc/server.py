@@ -1,6 +1,6 @@
-"""The gRPC server: `expertwire.v1.Inference`, health checks and reflection around one front of the engine.
+"""The gRPC server: `expertwire.v1.Inference`, health checks and reflection around one frontend of the engine.
 
-One asyncio loop serves every stream; the front's file descriptor wakes it, so no thread waits for a request.
+One asyncio loop serves every stream; the frontend's file descriptor wakes it, so no thread waits for a request.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from expertwire.deploy.grpc.messages import RETRY_AFTER
 from expertwire.deploy.grpc.stream import OutputStream, StreamFailed
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
-from expertwire.engine.frontend.front import Front
-from expertwire.engine.frontend.outputs import EngineFailed, RequestError
+from expertwire.engine.frontend.api import EngineFailed, RequestError
+from expertwire.engine.frontend.frontend import Frontend
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_REQUEST_ID = 256  # characters
@@ -46,7 +46,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     """The service's methods.
 
     Args:
-        front: used by the loop's thread only.
+        frontend: used by the loop's thread only.
         read_stats: the engine's statistics; called in one other thread, as it may wait.
 
     Attributes:
@@ -55,18 +55,18 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         draining: refuse new requests.
     """
 
-    def __init__(self, front: Front, read_stats: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, frontend: Frontend, read_stats: Callable[[], Mapping[str, Any]]) -> None:
         self.failure = ""
         self.failed = asyncio.Event()
         self.draining = False
-        self._front = front
+        self._frontend = frontend
         self._read_stats = read_stats
         self._stats_thread = ThreadPoolExecutor(1, "stats")
-        self._streams: dict[int, OutputStream] = {}  # by the front's id
-        self._ids: dict[str, int] = {}  # the client's ids -> the front's
+        self._streams: dict[int, OutputStream] = {}  # by the frontend's id
+        self._ids: dict[str, int] = {}  # the client's ids -> the frontend's
         self._idle = asyncio.Event()
         self._idle.set()
-        self._descriptor = front.fileno()
+        self._descriptor = frontend.fileno()
         asyncio.get_running_loop().add_reader(self._descriptor, self._pump)
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
@@ -87,17 +87,17 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         number = self._ids.get(request.request_id)
         if number is None:
             await context.abort(Code.NOT_FOUND, f"no running request has the id {request.request_id!r}")
-        self._front.abort(number)
+        self._frontend.abort(number)
         self._pump()
         return pb.AbortResponse()
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.ModelInfo:
         """See the .proto."""
         await self._check_alive(context)
-        info, tokenizer = self._front.model_info, self._front.tokenizer
+        info, tokenizer = self._frontend.model_info, self._frontend.tokenizer
         if tokenizer is None:
             return grpc_messages.from_model_info(info, None, ())
-        return grpc_messages.from_model_info(info, tokenizer.dialect, tokenizer.chat_variables)
+        return grpc_messages.from_model_info(info, tokenizer.output_format, tokenizer.chat_variables)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext) -> pb.Stats:
         """See the .proto."""
@@ -119,13 +119,13 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             await asyncio.wait_for(self._idle.wait(), _GOODBYE_S)
 
     def close(self) -> None:
-        """Stop listening to the front."""
+        """Stop listening to the frontend."""
         if not self.failed.is_set():
             asyncio.get_running_loop().remove_reader(self._descriptor)
         self._stats_thread.shutdown(wait=False)
 
     async def _open(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> tuple[int, OutputStream]:
-        """Submit a request: the front's id and its stream."""
+        """Submit a request: the frontend's id and its stream."""
         await self._check_alive(context)
         if self.draining:
             await context.abort(Code.UNAVAILABLE, "the server is draining and takes no new requests; ask another one")
@@ -137,9 +137,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             await context.abort(Code.ALREADY_EXISTS, f"a request with the id {request_id!r} is running")
         try:
             params = grpc_messages.to_sampling_params(request.sampling_params)
-            tokens = self._front.encode(grpc_messages.to_prompt(request), params)
+            tokens = self._frontend.encode(grpc_messages.to_prompt(request), params)
             options = grpc_messages.to_options(request, context.time_remaining())
-            number = self._front.submit(tokens, params, options)
+            number = self._frontend.submit(tokens, params, options)
         except ValueError as error:
             await context.abort(Code.INVALID_ARGUMENT, str(error))
         except EngineFailed as error:
@@ -152,18 +152,18 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         return number, stream
 
     def _opens_reasoning(self, tokens: np.ndarray) -> bool:
-        tokenizer = self._front.tokenizer
+        tokenizer = self._frontend.tokenizer
         if tokenizer is None:
             return False
-        return tokenizer.dialect.opens_reasoning(
+        return tokenizer.output_format.opens_reasoning(
             tokenizer.decode(tokens[-_PROMPT_END:].tolist(), skip_special_tokens=False)
         )
 
     def _close(self, number: int) -> None:
         stream = self._streams.pop(number)
         del self._ids[stream.request_id]
-        # Unknown and finished requests are no matter to the front.
-        self._front.abort(number)
+        # Unknown and finished requests are no matter to the frontend.
+        self._frontend.abort(number)
         self._pump()
         if not self._streams:
             self._idle.set()
@@ -171,7 +171,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     def _pump(self) -> None:
         """Hand what has arrived to the streams."""
         try:
-            updates = self._front.poll(0)
+            updates = self._frontend.poll(0)
         except EngineFailed as error:
             self._fail(error)
             return
@@ -179,9 +179,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             if stream := self._streams.get(update.request_id):
                 stream.add(update)
                 if stream.done and not update.done:
-                    self._front.abort(update.request_id)  # its client reads too slowly
-        if self._front.failure is not None:
-            self._fail(self._front.failure)
+                    self._frontend.abort(update.request_id)  # its client reads too slowly
+        if self._frontend.failure is not None:
+            self._fail(self._frontend.failure)
 
     def _fail(self, error: EngineFailed) -> None:
         """The engine is of no more use; whoever still waits for it is told. The process stays, to answer health checks."""
@@ -223,7 +223,7 @@ class Server:
 
     async def serve(
         self,
-        front: Front,
+        frontend: Frontend,
         read_stats: Callable[[], Mapping[str, Any]],
         *,
         stop: asyncio.Event,
@@ -233,7 +233,7 @@ class Server:
         """Serve until `stop` is set, and drain.
 
         Args:
-            front: of the engine; left open.
+            frontend: of the engine; left open.
             read_stats: as for `InferenceServicer`.
             stop: end of service.
             drain_timeout_s: for running requests to finish.
@@ -242,7 +242,7 @@ class Server:
         Returns:
             Why the engine failed; empty if it did not.
         """
-        servicer = InferenceServicer(front, read_stats)
+        servicer = InferenceServicer(frontend, read_stats)
         health_servicer = health.aio.HealthServicer()
         pb_grpc.add_InferenceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, self._server)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from expertwire.deploy.grpc.messages import from_logprobs, from_update
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.frontend.outputs import RequestError, Update
+from expertwire.engine.frontend.api import RequestError, Update
 
 # Sizes count tokens and entries of log-probabilities, each some 25 bytes on the wire. gRPC clients refuse messages of more
 # than 4 MiB unless told otherwise.

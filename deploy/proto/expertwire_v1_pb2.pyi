@@ -191,7 +191,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_num_seqs", "seed", "version", "dialect", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype")
+    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_num_seqs", "seed", "version", "output_format", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype", "max_queued_requests", "max_queued_requests_per_tenant")
     class CacheBlocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -222,11 +222,13 @@ class ModelInfo(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    DIALECT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     CHAT_VARIABLES_FIELD_NUMBER: _ClassVar[int]
     CACHE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_REQUESTS_PER_TENANT_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     dtype: str
@@ -243,46 +245,28 @@ class ModelInfo(_message.Message):
     max_num_seqs: int
     seed: int
     version: str
-    dialect: Dialect
+    output_format: OutputFormat
     chat_variables: _containers.RepeatedScalarFieldContainer[str]
     cache_blocks: _containers.ScalarMap[str, int]
     cache_bytes: _containers.ScalarMap[str, int]
     kv_cache_dtype: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., dialect: _Optional[_Union[Dialect, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
+    max_queued_requests: int
+    max_queued_requests_per_tenant: int
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ..., max_queued_requests: _Optional[int] = ..., max_queued_requests_per_tenant: _Optional[int] = ...) -> None: ...
 
-class Dialect(_message.Message):
-    __slots__ = ("name", "reasoning_start", "reasoning_end", "answer_start", "answer_end", "tool_calls", "end_of_turn", "reasoning_efforts")
+class OutputFormat(_message.Message):
+    __slots__ = ("name", "reasoning_start", "reasoning_end", "end_of_turn", "reasoning_efforts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REASONING_START_FIELD_NUMBER: _ClassVar[int]
     REASONING_END_FIELD_NUMBER: _ClassVar[int]
-    ANSWER_START_FIELD_NUMBER: _ClassVar[int]
-    ANSWER_END_FIELD_NUMBER: _ClassVar[int]
-    TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     END_OF_TURN_FIELD_NUMBER: _ClassVar[int]
     REASONING_EFFORTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     reasoning_start: str
     reasoning_end: str
-    answer_start: str
-    answer_end: str
-    tool_calls: ToolCalls
     end_of_turn: _containers.RepeatedScalarFieldContainer[str]
     reasoning_efforts: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., reasoning_start: _Optional[str] = ..., reasoning_end: _Optional[str] = ..., answer_start: _Optional[str] = ..., answer_end: _Optional[str] = ..., tool_calls: _Optional[_Union[ToolCalls, _Mapping]] = ..., end_of_turn: _Optional[_Iterable[str]] = ..., reasoning_efforts: _Optional[_Iterable[str]] = ...) -> None: ...
-
-class ToolCalls(_message.Message):
-    __slots__ = ("kind", "start", "end", "call", "argument")
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    START_FIELD_NUMBER: _ClassVar[int]
-    END_FIELD_NUMBER: _ClassVar[int]
-    CALL_FIELD_NUMBER: _ClassVar[int]
-    ARGUMENT_FIELD_NUMBER: _ClassVar[int]
-    kind: str
-    start: str
-    end: str
-    call: str
-    argument: str
-    def __init__(self, kind: _Optional[str] = ..., start: _Optional[str] = ..., end: _Optional[str] = ..., call: _Optional[str] = ..., argument: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., reasoning_start: _Optional[str] = ..., reasoning_end: _Optional[str] = ..., end_of_turn: _Optional[_Iterable[str]] = ..., reasoning_efforts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetStatsRequest(_message.Message):
     __slots__ = ()

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from expertwire.engine.frontend.request_options import check_name
-from expertwire.scheduler.config import SchedulerConfig, is_int, is_number
+from expertwire.scheduler.config import is_int, is_number
 from expertwire.scheduler.policy import make_policy
+
+_MAX_NAME = 128  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +243,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What a front tells its clients about the model it serves."""
+    """The model and the limits of a running engine, as its clients see them."""
 
     name: str
     path: str
@@ -257,12 +258,14 @@ class ModelInfo:
     top_k: int
     ep_size: int
     device: str
-    all_to_all: str  # and why; "" if nothing travels
+    all_to_all: str  # the backend and the reason for it; "" with one rank
     block_size: int
-    cache_tokens: int  # that fit on one rank, of all requests together
-    cache_blocks: dict[str, int]  # of each cache by name, one rank
-    cache_bytes: dict[str, int]  # likewise
-    max_num_seqs: int  # one rank
+    cache_tokens: int  # capacity of one rank's caches
+    cache_blocks: dict[str, int]  # of one rank, by cache
+    cache_bytes: dict[str, int]  # of one rank, by cache
+    max_num_seqs: int  # of one rank
+    max_queued_requests: int
+    max_queued_requests_per_tenant: int
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -273,16 +276,24 @@ class ModelInfo:
         return cls(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
 
 
-def too_many_branches(n: int, limits: EngineConfig | SchedulerConfig) -> str | None:
-    """Why a request of `n` branches can never wait; None if it can."""
-    for field in ("max_queued_requests", "max_queued_requests_per_tenant"):
-        if (allowed := getattr(limits, field)) is not None and n > allowed:
-            return f"n must be at most {field} = {allowed}, got {n}"
-    return None
+def check_name(field: str, value: object) -> None:
+    """Check that `value` can be the name of a tenant or a salt. Names are hashed as UTF-8, so lone surrogates are refused.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if (
+        isinstance(value, str)
+        and len(value) <= _MAX_NAME
+        and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    ):
+        return
+    got = f"{len(value)} characters" if isinstance(value, str) and len(value) > _MAX_NAME else repr(value)
+    raise ValueError(f"{field} must be a string of at most {_MAX_NAME} characters of valid Unicode, got {got:.100}")
 
 
 def _choices(hint: Any) -> list[Any]:
-    """What a `Literal`, or one that may be None, allows; nothing for any other type."""
+    """Return the values that a `Literal`, or an optional one, allows; nothing for other types."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     named = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
     return [*([None] if named and NoneType in members else []), *named]

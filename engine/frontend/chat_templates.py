@@ -21,7 +21,6 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from expertwire.engine.frontend.chat import THINKING, Chat
-from expertwire.engine.frontend.template_variables import free_variables
 
 # What a template may raise besides Jinja's own errors when it meets messages that it does not expect.
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -117,7 +116,7 @@ class ChatTemplates:
 
     def _compile(self, name: str, source: str) -> _Compiled:
         try:
-            reads = free_variables(self._environment.parse(source)) - self._environment.globals.keys()
+            reads = _free_variables(self._environment.parse(source)) - self._environment.globals.keys()
             return _Compiled(self._environment.from_string(source), reads)
         except TemplateError as error:
             raise ValueError(f"{name} is not valid Jinja: {error}") from error
@@ -249,3 +248,54 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
+
+
+def _free_variables(template: nodes.Template) -> frozenset[str]:
+    """Return the names that a template reads and does not certainly set itself, globals of the environment included.
+
+    Jinja's `meta.find_undeclared_variables` also counts names that are only set, in some branches, and never read.
+    """
+    found: set[str] = set()
+    _visit_all(template.body, set(), found)
+    return frozenset(found)
+
+
+def _visit_all(children: Iterable[nodes.Node | None], known: set[str], found: set[str]) -> set[str]:
+    for child in children:
+        if child is not None:
+            _visit(child, known, found)
+    return known
+
+
+def _visit(node: nodes.Node, known: set[str], found: set[str]) -> None:
+    """Add to `known` the names certainly set after `node`, and to `found` the names read before they are set."""
+    match node:
+        case nodes.Name():
+            (known if node.ctx != "load" or node.name in known else found).add(node.name)
+        case nodes.Assign():
+            _visit_all((node.node, node.target), known, found)
+        case nodes.AssignBlock():
+            _visit_all((node.filter, *node.body), set(known), found)
+            _visit(node.target, known, found)
+        case nodes.For():
+            _visit(node.iter, known, found)
+            _visit_all((node.target, node.test, *node.body), known | {"loop"}, found)
+            _visit_all(node.else_, set(known), found)
+        case nodes.If():
+            _visit_all((node.test, *(branch.test for branch in node.elif_)), known, found)
+            branches = [node.body, *(branch.body for branch in node.elif_), node.else_]
+            known |= set.intersection(*(_visit_all(branch, set(known), found) for branch in branches))
+        case nodes.Macro() | nodes.CallBlock():
+            if isinstance(node, nodes.CallBlock):
+                _visit(node.call, known, found)
+            else:
+                known.add(node.name)
+            _visit_all(node.defaults, known, found)
+            _visit_all((*node.args, *node.body), known | {"caller", "varargs", "kwargs"}, found)
+        case nodes.With():
+            _visit_all(node.values, known, found)
+            _visit_all((*node.targets, *node.body), set(known), found)
+        case nodes.Scope() | nodes.FilterBlock():
+            _visit_all(node.iter_child_nodes(), set(known), found)
+        case _:
+            _visit_all(node.iter_child_nodes(), known, found)

@@ -1,4 +1,4 @@
-"""Checks what a client sends before anything of it reaches the engine."""
+"""Prompts: the checks of what a client sends, made once, before anything reaches the controller."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ Prompt = str | Sequence[int] | np.ndarray | Chat
 
 
 def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer | None) -> np.ndarray:
-    """The tokens of a prompt that the model can serve with these parameters.
-
-    Returns:
-        i32 [length].
+    """Return the tokens of a prompt, i32 [length], having checked it and its parameters against the model.
 
     Raises:
-        ValueError: it cannot; names the field and what is allowed.
+        ValueError: the engine cannot serve them; names the field and what is allowed.
     """
     if params.stop and tokenizer is None:
         raise ValueError("stop needs a tokenizer, and the model has none; use stop_token_ids")
-    tokens = _encode(prompt, tokenizer) if isinstance(prompt, (str, Chat)) else _as_tokens(prompt)
+    tokens = _encode(prompt, tokenizer) if isinstance(prompt, (str, Chat)) else _check_tokens(prompt)
     if len(tokens) == 0:
         raise ValueError("prompt must have at least one token, got none")
     if len(tokens) >= info.max_model_len:
@@ -36,6 +33,9 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
     _check_ids("prompt", (int(tokens.min()), int(tokens.max())), info.vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
     _check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
+    for field in ("max_queued_requests", "max_queued_requests_per_tenant"):
+        if params.n > (allowed := getattr(info, field)):
+            raise ValueError(f"n must be at most {field} = {allowed}, got {params.n}")
     if params.expert_load and not info.num_experts:
         raise ValueError(f"expert_load must be False: {info.architecture} has no experts; got True")
     for field in ("logprobs", "prompt_logprobs"):
@@ -53,7 +53,7 @@ def _encode(prompt: str | Chat, tokenizer: Tokenizer | None) -> np.ndarray:
     return np.array(tokenizer.encode_chat(prompt) if isinstance(prompt, Chat) else tokenizer.encode(prompt), np.int64)
 
 
-def _as_tokens(prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+def _check_tokens(prompt: Sequence[int] | np.ndarray) -> np.ndarray:
     if not isinstance(prompt, (Sequence, np.ndarray)) or isinstance(prompt, (bytes, bytearray)):
         raise ValueError(f"prompt must be a string or a list of token ids, got {type(prompt).__name__}")
     if len(prompt) == 0:

@@ -1,7 +1,7 @@
-"""Text to token ids and back, on the `tokenizers` library: whole, as a chat, and token by token.
+"""Tokenizer: text to token ids and back, whole, as a chat, and token by token, on the `tokenizers` library.
 
-The library's own `DecodeStream` raises or errs where a decoder falls back to bytes and they are not valid UTF-8, so streams
-are made here from the text of single tokens, looked up in a table.
+The library's own `DecodeStream` fails on byte-fallback tokens that are not valid UTF-8, so streams are made here from a table
+of the text of single tokens.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import tokenizers
 from expertwire.engine.frontend import tiktoken_files
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.chat_templates import ChatTemplates
-from expertwire.engine.frontend.output_formats import Dialect, dialect_of
+from expertwire.engine.frontend.output_formats import OutputFormat, output_format_of
 from expertwire.engine.loader.checkpoint import checkpoint_folder
 from expertwire.engine.models.hf_config import parse_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# Decoders that treat a token alone, given that it is not the first, so that its text does not depend on its neighbours.
+# Decoders that give every token but the first a text that does not depend on its neighbours.
 _PIECE_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
 
 
 class TextStream(Protocol):
-    """The text of one sequence, piece by piece; the pieces and the flush together are what `Tokenizer.decode` gives."""
+    """Incremental detokenization of one sequence; its pieces add up to the text of `Tokenizer.decode`."""
 
     def push(self, token: int) -> str:
-        """The text that is certain now; empty inside a character."""
+        """Add a token; return the new text that is final, "" inside a character."""
         ...
 
     def flush(self) -> str:
-        """What is left when no token follows."""
+        """Return the remaining text, as no token follows."""
         ...
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint. Made by `Tokenizer.open`.
+    """The tokenizer of a checkpoint; made by `Tokenizer.open`.
 
-    `tokenizer.json` alone says which special tokens `encode` adds: `add_bos_token` and `add_eos_token` of
-    `tokenizer_config.json` have no effect beside it, as in transformers 5.
+    The special tokens that `encode` adds are those of `tokenizer.json`; `add_bos_token` and `add_eos_token` of
+    `tokenizer_config.json` have no effect, as in transformers 5.
     """
 
     def __init__(
@@ -57,8 +57,7 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
-        """Read `tokenizer.json` (or Kimi's `tiktoken.model`), `tokenizer_config.json` and the chat templates of the folder
-        `path`.
+        """Read the tokenizer and the chat templates of the folder `path`.
 
         Raises:
             ValueError: a file is missing, malformed or of an unsupported kind; the message names it.
@@ -74,11 +73,11 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added ones."""
         return self._backend.get_vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens written in it are recognised.
+        """Return the token ids of `text`; special tokens written in it are recognised.
 
         Raises:
             ValueError: the text is not valid Unicode.
@@ -89,14 +88,14 @@ class Tokenizer:
             raise ValueError(f"text must be a string of valid Unicode, got {text!r:.100}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; ids beyond the vocabulary have none."""
+        """Return the text of token ids; ids beyond the vocabulary have none."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @functools.cached_property
-    def dialect(self) -> Dialect:
-        """How the model writes reasoning and calls of tools."""
+    def output_format(self) -> OutputFormat:
+        """The model's output format."""
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
-        return dialect_of(added, self._chat_templates.source)
+        return output_format_of(added, self._chat_templates.source)
 
     @property
     def chat_variables(self) -> tuple[str, ...]:
@@ -104,17 +103,17 @@ class Tokenizer:
         return self._chat_templates.variables()
 
     def end_of_turn_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer in this dialect, as far as the vocabulary has them."""
-        ids = map(self._backend.token_to_id, self.dialect.end_of_turn)
+        """Return the ids of the output format's `end_of_turn` tokens, as far as the vocabulary has them."""
+        ids = map(self._backend.token_to_id, self.output_format.end_of_turn)
         return tuple(token for token in ids if token is not None)
 
     def render_chat(self, chat: Chat) -> str:
-        """The text of a chat.
+        """Return the prompt text of a chat.
 
         Raises:
-            ValueError: as `ChatTemplates.render`; or the dialect has no such `reasoning_effort`.
+            ValueError: as `ChatTemplates.render`; or the output format has no such `reasoning_effort`.
         """
-        efforts = self.dialect.reasoning_efforts
+        efforts = self.output_format.reasoning_efforts
         if chat.reasoning_effort is not None and efforts and chat.reasoning_effort not in efforts:
             raise ValueError(
                 f"reasoning_effort must be one of {', '.join(efforts)}, got {chat.reasoning_effort!r:.100}"
@@ -122,20 +121,20 @@ class Tokenizer:
         return self._chat_templates.render(chat)
 
     def encode_chat(self, chat: Chat) -> list[int]:
-        """Token ids of a chat. The template writes the special tokens, so none is added."""
+        """Return the token ids of a chat. No special tokens are added: the template writes them."""
         return self.encode(self.render_chat(chat), add_special_tokens=False)
 
     def token_text(self, token: int) -> str:
-        """The text of one token within a sequence; U+FFFD stands for bytes that are only part of a character."""
+        """Return the text of one token within a sequence, with U+FFFD for an incomplete character."""
         return self._tables[False].text(token)
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
-        """A new stream for one sequence."""
+        """Return a new stream for one sequence."""
         return self._tables[skip_special_tokens].stream()
 
 
 class _ByteTable(dict[int, bytes]):
-    """Token id -> its bytes, for byte-level vocabularies, where text is the bytes' UTF-8 decoding."""
+    """Token id -> its bytes, for byte-level vocabularies, whose text is the UTF-8 decoding of the bytes."""
 
     def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
         self._backend = backend
@@ -144,7 +143,7 @@ class _ByteTable(dict[int, bytes]):
 
     def __missing__(self, token: int) -> bytes:
         name = self._backend.id_to_token(token) or ""
-        # An added token may hold characters outside the alphabet; then it stands for itself.
+        # An added token may have characters outside the alphabet; its text is its name.
         inside = all(character in self._byte_of for character in name)
         self[token] = bytes(self._byte_of[character] for character in name) if inside else name.encode()
         return self[token]
@@ -169,10 +168,10 @@ class _ByteStream:
 
 
 class _PieceTable(dict[int, str | None]):
-    """Token id -> its text after another token, for every other decoder; None for a byte of a run of bytes.
+    """Token id -> its text after another token, for all other decoders; None for a byte token (`<0xE2>`).
 
-    Decoders such as Metaspace, Fuse + Strip or WordPiece treat the first token apart and the others alone, so a token's text
-    is what it adds to an anchor. A run of byte tokens (`<0xE2>`) is decoded as a whole: one bad byte spoils all of it.
+    Decoders such as Metaspace, Fuse + Strip or WordPiece treat only the first token differently, so the text of any other is
+    what it adds to an anchor token. A run of byte tokens is decoded as a whole, as one invalid byte changes all of its text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int], byte_fallback: bool) -> None:
@@ -188,7 +187,7 @@ class _PieceTable(dict[int, str | None]):
         return self[token]
 
     def join(self, tokens: list[int], first: bool) -> str:
-        """The text of consecutive tokens, at the beginning or later in a sequence."""
+        """Return the text of consecutive tokens, at the beginning of a sequence or later."""
         if first:
             return self._decode(tokens)
         return self._decode([self._anchor, *tokens])[len(self._decode([self._anchor])) :]
@@ -267,12 +266,12 @@ def _make_table(backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> _By
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
+    """Return the object in a JSON file, {} if there is no such file."""
     return parse_json(file.read_bytes(), str(file)) if file.is_file() else {}
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> text. The older `special_tokens_map.json` counts where the config does not list the added tokens."""
+    """Return name -> text. `special_tokens_map.json` is read only if the config does not list the added tokens."""
     legacy = {} if "added_tokens_decoder" in config else _read_json(folder / "special_tokens_map.json")
     found = {name: legacy.get(name, config.get(name)) for name in SPECIAL_TOKENS}
     texts = {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
@@ -280,7 +279,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    """Make tokens that only the config declares recognisable in text."""
+    """Add the tokens that only the config declares, so that they are recognised in text."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     declared = [
         entry for _, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))

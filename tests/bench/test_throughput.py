@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import fake_front
+from helpers import fake_frontend
 
 from expertwire.bench.serving import throughput
 from expertwire.bench.serving.throughput import Mark, Sample, Workload
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.frontend.outputs import EngineFailed, RequestError
+from expertwire.engine.frontend.api import EngineFailed, RequestError
 from expertwire.scheduler.sampling_params import SamplingParams
 
-DEMO_MODEL = Path(throughput.__file__).parents[1] / "expertwire" / "demo_model"
+DEMO_MODEL = Path(throughput.__file__).parents[2] / "expertwire" / "demo_model"
 
 
-class CountingFront(fake_front.FakeFront):
+class CountingFrontend(fake_frontend.FakeFrontend):
     """Gives every open request one token a poll, and notes how many were open."""
 
     def __init__(self):
@@ -38,38 +38,38 @@ class CountingFront(fake_front.FakeFront):
 
 
 @pytest.fixture
-def front():
-    return CountingFront()
+def frontend():
+    return CountingFrontend()
 
 
 @pytest.mark.parametrize(("prompts", "concurrency"), [(5, 2), (3, 8)])
-def test_all_prompts_run_and_no_more_than_asked_at_once(front, prompts, concurrency):
+def test_all_prompts_run_and_no_more_than_asked_at_once(frontend, prompts, concurrency):
     workload = Workload(input_len=4, output_len=3, num_prompts=prompts, concurrency=concurrency, temperature=0)
     tokens = [np.full(4, 9, np.int32)] * prompts
-    sample = throughput.run(front, tokens, workload.params(3), concurrency)
+    sample = throughput.run(frontend, tokens, workload.params(3), concurrency)
     assert [len(job.arrivals) for job in sample.jobs] == [3] * prompts
-    assert front.most_open == min(prompts, concurrency)
+    assert frontend.most_open == min(prompts, concurrency)
     assert (sample.prefilled is not None) == (prompts <= concurrency)
 
 
-def test_a_failure_is_raised(front):
+def test_a_failure_is_raised(frontend):
     def fail(timeout_s):
-        front.fail("the engine failed at rank 1: gone", 1)
-        return fake_front.FakeFront.poll(front, timeout_s)
+        frontend.fail("the engine failed at rank 1: gone", 1)
+        return fake_frontend.FakeFrontend.poll(frontend, timeout_s)
 
-    front.poll = fail
+    frontend.poll = fail
     with pytest.raises(EngineFailed, match="rank 1"):
-        throughput.run(front, [np.full(4, 9, np.int32)], SamplingParams(), 1)
+        throughput.run(frontend, [np.full(4, 9, np.int32)], SamplingParams(), 1)
 
 
-def test_a_refused_prompt_is_raised(front):
+def test_a_refused_prompt_is_raised(frontend):
     def refuse(timeout_s):
-        front.push(0, error=RequestError("INVALID_ARGUMENT", "no room"), token_ids=())
-        return fake_front.FakeFront.poll(front, timeout_s)
+        frontend.push(0, error=RequestError("INVALID_ARGUMENT", "no room"), token_ids=())
+        return fake_frontend.FakeFrontend.poll(frontend, timeout_s)
 
-    front.poll = refuse
+    frontend.poll = refuse
     with pytest.raises(ValueError, match="no room"):
-        throughput.run(front, [np.full(4, 9, np.int32)], SamplingParams(), 1)
+        throughput.run(frontend, [np.full(4, 9, np.int32)], SamplingParams(), 1)
 
 
 def test_the_figures_of_a_known_run():
@@ -80,7 +80,7 @@ def test_the_figures_of_a_known_run():
     ]
     sample = Sample(jobs=jobs, begin=Mark(wall=0, cpu=10), prefilled=Mark(wall=2, cpu=14), end=Mark(wall=5, cpu=20))
     workload = Workload(input_len=10, output_len=4, num_prompts=2, concurrency=2, temperature=0)
-    info = fake_front.MODEL_INFO  # three CPU ranks
+    info = fake_frontend.MODEL_INFO  # three CPU ranks
     result = throughput.report(EngineConfig(model="m"), info, workload, sample, 3 << 20)
     rates = result["tokens_per_s"]
     assert rates["input"] == {"all": 4, "per_rank": pytest.approx(4 / 3), "per_gpu": None, "per_core_s": 2}

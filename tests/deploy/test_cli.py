@@ -13,7 +13,7 @@ import pytest
 from expertwire.deploy import cli
 from expertwire.deploy.options import engine_config, help_texts
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.frontend.api import EngineFailed
 
 
 def run(*args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ from expertwire.deploy.ray.placement import Node, in_order, layouts, ordinal
 from expertwire.engine import worker
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.rank_loop import Launched, serve
-from expertwire.engine.startup import Orders, scheduler_config, start_ranks
+from expertwire.engine.startup import ControllerArgs, scheduler_config, start_ranks
 from expertwire.scheduler.config import CacheSpec
 from expertwire.scheduler.plan import StepResult
 from expertwire.scheduler.request import Request
@@ -181,15 +181,17 @@ def test_72_ranks_of_a_rack_reach_their_first_tokens(memory):
     config = EngineConfig(model="m", device="cuda", ep_size=RANKS, max_num_seqs=2, enable_prefix_caching=False)
     token = secrets.token_hex(8)
     hub = ControlHub(RANKS, token=token)
-    orders = Orders(config=config, model=MODEL, max_model_len=64, hub_address="", fronts_address="", token=token)
+    args = ControllerArgs(
+        config=config, model=MODEL, max_model_len=64, hub_address="", frontends_address="", token=token
+    )
     store, shared = dist.HashStore(), SharedRanks()
     ranks = [Rank(rank, place, config, memory, store, shared) for rank, place in enumerate(places)]
     with ThreadPoolExecutor(RANKS) as pool:
         running = [pool.submit(rank.run, hub.address, token) for rank in ranks]
         try:
-            info, _ = start_ranks(orders, hub)
-            shared.ranks = SimulatedRanks(scheduler_config(orders, info))
-            tokens = first_tokens(orders, info, hub)
+            info, _ = start_ranks(args, hub)
+            shared.ranks = SimulatedRanks(scheduler_config(args, info))
+            tokens = first_tokens(args, info, hub)
         finally:
             hub.close()
         for done in running:
@@ -201,8 +203,8 @@ def test_72_ranks_of_a_rack_reach_their_first_tokens(memory):
     assert sorted(tokens) == list(range(RANKS))
 
 
-def first_tokens(orders, info, hub):
-    scheduler = Scheduler(scheduler_config(orders, info), MODEL.cache_specs())
+def first_tokens(args, info, hub):
+    scheduler = Scheduler(scheduler_config(args, info), MODEL.cache_specs())
     for key in range(RANKS):
         request = Request(
             key=key, prompt=np.arange(1, 9, dtype=np.int32), params=SamplingParams(max_tokens=2), seed=key

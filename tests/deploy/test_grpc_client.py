@@ -1,4 +1,4 @@
-"""The sync client against the server, over a front that answers by itself."""
+"""The sync client against the server, over a frontend that answers by itself."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import dataclasses
 import threading
 
 import pytest
-from helpers import chat_templates, fake_front
+from helpers import chat_templates, fake_frontend
 
 from expertwire.deploy.grpc.client import Client, ServerError, Usage
 from expertwire.deploy.grpc.server import Server
+from expertwire.engine.frontend.api import Logprob, RequestError, RequestOptions
 from expertwire.engine.frontend.chat import Chat
-from expertwire.engine.frontend.outputs import Logprob, RequestError
-from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.engine.frontend.tokenizer import Tokenizer
 
 STATS = {"num_running": 2.0, "running": [1.0, 1.0], "expert_load": [[1, 2, 3], [4, 5, 6]]}
 
 
-class EchoFront(fake_front.FakeFront):
+class EchoFrontend(fake_frontend.FakeFrontend):
     """Answers a prompt with itself, letter by letter; one that ends in "..." never ends. Tenant "busy" is to wait."""
 
     def submit(self, prompt, params, options):
@@ -40,14 +39,14 @@ class EchoFront(fake_front.FakeFront):
 
 @pytest.fixture(scope="module")
 def server():
-    """A server in a thread: its address, front and loop."""
+    """A server in a thread: its address, frontend and loop."""
     ready, running = threading.Event(), {}
 
     async def main():
-        stop, front, server = asyncio.Event(), EchoFront(), Server("127.0.0.1", 0)
+        stop, frontend, server = asyncio.Event(), EchoFrontend(), Server("127.0.0.1", 0)
         loop = asyncio.get_running_loop()
-        running.update(address=f"127.0.0.1:{server.port}", front=front, loop=loop, stop=stop)
-        await server.serve(front, lambda: STATS, stop=stop, drain_timeout_s=5, on_ready=ready.set)
+        running.update(address=f"127.0.0.1:{server.port}", frontend=frontend, loop=loop, stop=stop)
+        await server.serve(frontend, lambda: STATS, stop=stop, drain_timeout_s=5, on_ready=ready.set)
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
@@ -61,16 +60,16 @@ def server():
 @pytest.fixture
 def serve_family(server, tmp_path):
     """Gives the server a tokenizer with the chat template of a family, until the test ends."""
-    front = server["front"]
-    info = front.model_info
+    frontend = server["frontend"]
+    info = frontend.model_info
 
     def serve(name):
-        front.tokenizer = Tokenizer.open(chat_templates.write(tmp_path, chat_templates.FAMILIES[name]))
-        front.model_info = dataclasses.replace(info, vocab_size=front.tokenizer.vocab_size)
-        return front.tokenizer
+        frontend.tokenizer = Tokenizer.open(chat_templates.write(tmp_path, chat_templates.FAMILIES[name]))
+        frontend.model_info = dataclasses.replace(info, vocab_size=frontend.tokenizer.vocab_size)
+        return frontend.tokenizer
 
     yield serve
-    front.tokenizer, front.model_info = None, info
+    frontend.tokenizer, frontend.model_info = None, info
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def test_text_comes_in_pieces_and_usage_at_the_end(client):
 
 def test_options_of_a_request(server, client):
     list(client.generate([65], priority=-1, tenant="acme", cache_salt="s"))
-    assert server["front"].options[-1] == RequestOptions(priority=-1, tenant="acme", cache_salt="s")
+    assert server["frontend"].options[-1] == RequestOptions(priority=-1, tenant="acme", cache_salt="s")
     with pytest.raises(ServerError, match="wait") as caught:
         list(client.generate([65], tenant="busy"))
     assert (caught.value.code, caught.value.retry_after_s) == ("RESOURCE_EXHAUSTED", 0.25)
@@ -136,15 +135,15 @@ def test_a_chat_becomes_the_prompt_of_its_template(server, client, serve_family)
     ):
         generation = client.chat(messages, tools=chat_templates.TOOLS, max_tokens=3, tenant="acme", **options)
         list(generation)
-        tokens, params = server["front"].submitted[-1]
+        tokens, params = server["frontend"].submitted[-1]
         chat = Chat(messages=messages, tools=chat_templates.TOOLS, **options)
         assert tokens == tokenizer.encode_chat(chat)
         assert tokenizer.decode(tokens, skip_special_tokens=False).endswith("<think>") is opens
         assert generation.opens_reasoning is opens
-        assert (params.max_tokens, server["front"].options[-1].tenant) == (3, "acme")
+        assert (params.max_tokens, server["frontend"].options[-1].tenant) == (3, "acme")
     options = {"add_generation_prompt": False, "continue_final_message": True}
     list(client.chat(messages[:3], **options))
-    assert server["front"].submitted[-1][0] == tokenizer.encode_chat(Chat(messages=messages[:3], **options))
+    assert server["frontend"].submitted[-1][0] == tokenizer.encode_chat(Chat(messages=messages[:3], **options))
 
 
 def test_a_prompt_of_text_may_open_the_reasoning_too(client, serve_family):
@@ -160,15 +159,15 @@ def test_a_prompt_of_text_may_open_the_reasoning_too(client, serve_family):
     assert generation.opens_reasoning
 
 
-def test_what_a_server_says_of_its_dialect(client, serve_family):
-    assert client.model_info()["dialect"] == {}
+def test_what_a_server_says_of_its_output_format(client, serve_family):
+    assert client.model_info()["output_format"] == {}
     tokenizer = serve_family("gpt_oss")
     info = client.model_info()
     assert list(info["chat_variables"]) == list(tokenizer.chat_variables) == ["model_identity", "reasoning_effort"]
-    dialect = info["dialect"]
-    assert dialect["reasoning_start"] == "<|channel|>analysis<|message|>"
-    assert dialect["reasoning_efforts"] == ["low", "medium", "high"]
-    assert dialect["tool_calls"]["kind"] == dialect["name"] == "harmony"
+    output_format = info["output_format"]
+    assert output_format["reasoning_start"] == "<|channel|>analysis<|message|>"
+    assert output_format["reasoning_efforts"] == ["low", "medium", "high"]
+    assert output_format["name"] == "harmony"
 
 
 def test_chats_that_cannot_be_rendered(client, serve_family):
@@ -209,9 +208,9 @@ def test_leaving_a_stream_early_aborts_its_request(server, client):
     for chunk in client.generate([66, *b"..."], request_id="left"):
         assert chunk.text == "B"
         break
-    number = len(server["front"].submitted) - 1
+    number = len(server["frontend"].submitted) - 1
     # The id is free again once the server has noticed.
-    while number not in server["front"].aborted:
+    while number not in server["frontend"].aborted:
         list(client.generate([65]))
 
 

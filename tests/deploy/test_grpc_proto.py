@@ -11,9 +11,9 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.config.engine_config import ModelInfo
+from expertwire.engine.frontend.api import RequestOptions
 from expertwire.engine.frontend.chat import Chat
-from expertwire.engine.frontend.output_formats import DIALECTS, PLAIN
-from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.output_formats import OUTPUT_FORMATS, PLAIN
 from expertwire.scheduler.sampling_params import SamplingParams
 
 PROTO = Path(pb.__file__).with_name("expertwire_v1.proto")
@@ -52,20 +52,15 @@ def test_every_field_that_a_client_may_set_is_in_the_proto():
 
 def test_model_info_has_everything_but_the_folder_and_how_tokens_travel():
     fields = {field.name for field in dataclasses.fields(ModelInfo)} - {"path", "all_to_all"}
-    assert set(pb.ModelInfo.DESCRIPTOR.fields_by_name) == fields | {"version", "dialect", "chat_variables"}
+    assert set(pb.ModelInfo.DESCRIPTOR.fields_by_name) == fields | {"version", "output_format", "chat_variables"}
 
 
-def test_dialects_are_whole_but_for_their_marks():
-    for dialect in (*DIALECTS, PLAIN):
-        message = grpc_messages.from_dialect(dialect)
-        assert (message.name, tuple(message.end_of_turn)) == (dialect.name, dialect.end_of_turn)
-        assert (message.reasoning_start, message.reasoning_end) == (dialect.reasoning or ("", ""))
-        assert (message.answer_start, message.answer_end) == (dialect.answer or ("", ""))
-        assert tuple(message.reasoning_efforts) == dialect.reasoning_efforts
-        assert message.HasField("tool_calls") == (dialect.tool_calls is not None)
-        if dialect.tool_calls is not None:
-            calls = {field.name: getattr(message.tool_calls, field.name) for field in pb.ToolCalls.DESCRIPTOR.fields}
-            assert calls == dataclasses.asdict(dialect.tool_calls)
+def test_output_formats_are_whole_but_for_their_marks():
+    for output_format in (*OUTPUT_FORMATS, PLAIN):
+        message = grpc_messages.from_output_format(output_format)
+        assert (message.name, tuple(message.end_of_turn)) == (output_format.name, output_format.end_of_turn)
+        assert (message.reasoning_start, message.reasoning_end) == (output_format.reasoning or ("", ""))
+        assert tuple(message.reasoning_efforts) == output_format.reasoning_efforts
 
 
 def test_chats_arrive_as_they_were_sent():

@@ -1,4 +1,4 @@
-"""The gRPC server against a front without an engine: streams, errors, slow and vanishing clients, failure, drain."""
+"""The gRPC server against a frontend without an engine: streams, errors, slow and vanishing clients, failure, drain."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from helpers import fake_front
+from helpers import fake_frontend
 
 from expertwire.deploy.grpc.server import SERVICE, Server
 from expertwire.deploy.grpc.stream import UNREAD_SIZE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
-from expertwire.engine.frontend.outputs import Logprob, RequestError
-from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.api import Logprob, RequestError, RequestOptions
 
 STATS = {"num_running": 2, "running": [1, 1], "blocks_used": {"kv": [0, 5]}, "expert_load": [[1, 2, 3], [4, 5, 6]]}
 
 
 class Running:
-    """A server, its front and a client's channel."""
+    """A server, its frontend and a client's channel."""
 
-    def __init__(self, server, front, channel, stop, serving):
-        self.server, self.front, self.channel, self.stop, self.serving = server, front, channel, stop, serving
+    def __init__(self, server, frontend, channel, stop, serving):
+        self.server, self.frontend, self.channel, self.stop, self.serving = server, frontend, channel, stop, serving
         self.stub = pb_grpc.InferenceStub(channel)
 
     def generate(self, text="abc", *, request_id="", timeout=None, **sampling):
@@ -36,8 +35,8 @@ class Running:
         return self.stub.Generate(request, timeout=timeout)
 
     async def submitted(self, count=1):
-        """Wait until the front has got so many requests."""
-        await until(lambda: len(self.front.submitted) >= count)
+        """Wait until the frontend has got so many requests."""
+        await until(lambda: len(self.frontend.submitted) >= count)
 
     async def health(self):
         stub = health_pb2_grpc.HealthStub(self.channel)
@@ -60,12 +59,12 @@ def scenario(*, drain_timeout_s=5.0):
 
 
 async def _run(function, drain_timeout_s):
-    server, front, stop = Server("127.0.0.1", 0), fake_front.FakeFront(), asyncio.Event()
-    serve = server.serve(front, lambda: STATS, stop=stop, drain_timeout_s=drain_timeout_s)
+    server, frontend, stop = Server("127.0.0.1", 0), fake_frontend.FakeFrontend(), asyncio.Event()
+    serve = server.serve(frontend, lambda: STATS, stop=stop, drain_timeout_s=drain_timeout_s)
     serving = asyncio.ensure_future(serve)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            await function(Running(server, front, channel, stop, serving))
+            await function(Running(server, frontend, channel, stop, serving))
         stop.set()
         await serving
     finally:
@@ -104,7 +103,7 @@ async def test_stream_of_two_branches(run):
         (1, "yz", {}),
         (1, "", {"token_ids": (42,), "finish_reason": "stop", "stop_reason": 42}),
     ):
-        run.front.push(0, branch, text, **fields)
+        run.frontend.push(0, branch, text, **fields)
         await asyncio.sleep(0.01)
     messages = await collect(call)
     assert [message.request_id for message in messages] == ["mine"] + [""] * (len(messages) - 1)
@@ -117,7 +116,7 @@ async def test_stream_of_two_branches(run):
     usage = pb.Usage(prompt_tokens=5, completion_tokens=7, seed=77)
     assert [message.usage for message in messages if message.HasField("usage")] == [usage]
     assert messages[-1].HasField("usage")
-    assert run.front.aborted == []
+    assert run.frontend.aborted == []
 
 
 @scenario()
@@ -126,7 +125,7 @@ async def test_log_probabilities(run):
     await run.submitted()
     prompt_logprobs = [None, {5: Logprob(-0.5, 3, "i")}]
     logprobs = ({97: Logprob(-2.0, 9, "a"), 98: Logprob(-1.0, 1, "b")},)
-    run.front.push(0, text="a", logprobs=logprobs, prompt_logprobs=prompt_logprobs, finish_reason="length")
+    run.frontend.push(0, text="a", logprobs=logprobs, prompt_logprobs=prompt_logprobs, finish_reason="length")
     (message,) = await collect(call)
     assert [[entry.token_id for entry in position.tokens] for position in message.prompt_logprobs] == [[], [5]]
     (position,) = message.chunks[0].logprobs
@@ -140,7 +139,7 @@ async def test_log_probabilities(run):
 async def test_unset_fields_take_our_defaults_and_zeros_are_values(run):
     calls = [run.generate(), run.generate(temperature=0.0, min_p=0.0, seed=0, ignore_eos=False, logprobs=0)]
     await run.submitted(2)
-    default, zeros = sorted((params for _, params in run.front.submitted), key=lambda params: -params.temperature)
+    default, zeros = sorted((params for _, params in run.frontend.submitted), key=lambda params: -params.temperature)
     assert (default.temperature, default.max_tokens, default.top_k, default.seed, default.logprobs) == (
         1,
         16,
@@ -165,7 +164,7 @@ async def test_token_ids_and_every_sampling_field_arrive(run):
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling_params=pb.SamplingParams(**values))
     call = run.stub.Generate(request)
     await run.submitted()
-    ((prompt, params),) = run.front.submitted
+    ((prompt, params),) = run.frontend.submitted
     assert prompt == [5, 6]
     expected = {**values, "stop": ("a", "b"), "stop_token_ids": (7,)}
     assert params.to_dict() == expected  # so every field of SamplingParams is in the .proto
@@ -177,7 +176,7 @@ async def test_options_and_the_deadline_arrive(run):
     request = pb.GenerateRequest(text="a", priority=-7, tenant="acme", cache_salt="s")
     calls = [run.stub.Generate(request, timeout=1000), run.generate()]
     await run.submitted(2)
-    with_deadline, plain = sorted(run.front.options, key=lambda options: options.priority)
+    with_deadline, plain = sorted(run.frontend.options, key=lambda options: options.priority)
     assert 900 < with_deadline.deadline_s < 1011, "gRPC rounds it up to three digits"
     assert with_deadline == RequestOptions(
         priority=-7, tenant="acme", cache_salt="s", deadline_s=with_deadline.deadline_s
@@ -192,7 +191,7 @@ async def test_a_rejection_may_say_when_to_try_again(run):
     calls = [run.generate(), run.generate()]
     await run.submitted(2)
     for number, retry_after_s in enumerate((1.2345, None)):
-        run.front.push(number, error=RequestError("RESOURCE_EXHAUSTED", "later", retry_after_s), token_ids=())
+        run.frontend.push(number, error=RequestError("RESOURCE_EXHAUSTED", "later", retry_after_s), token_ids=())
     found = set()
     for call in calls:
         assert await status(collect(call)) == ("RESOURCE_EXHAUSTED", "later")
@@ -204,8 +203,8 @@ async def test_a_rejection_may_say_when_to_try_again(run):
 async def test_cached_tokens_are_in_the_usage(run):
     call = run.generate("hello", n=2)
     await run.submitted()
-    run.front.push(0, 1, "a", finish_reason="stop")
-    run.front.push(0, 0, "a", finish_reason="stop", num_cached_tokens=4)
+    run.frontend.push(0, 1, "a", finish_reason="stop")
+    run.frontend.push(0, 0, "a", finish_reason="stop", num_cached_tokens=4)
     assert (await collect(call))[-1].usage.cached_prompt_tokens == 4
 
 
@@ -239,14 +238,14 @@ async def test_bad_requests_name_the_field_and_what_it_allows(run):
         code, message = await status(collect(run.stub.Generate(request)))
         assert code == "INVALID_ARGUMENT"
         assert all(word in message for word in words), message
-    assert run.front.submitted == []
+    assert run.frontend.submitted == []
 
 
 @scenario()
 async def test_rejections_keep_their_code(run):
     call = run.generate()
     await run.submitted()
-    run.front.push(0, error=RequestError("RESOURCE_EXHAUSTED", "4096 requests wait; try again later"), token_ids=())
+    run.frontend.push(0, error=RequestError("RESOURCE_EXHAUSTED", "4096 requests wait; try again later"), token_ids=())
     assert await status(collect(call)) == ("RESOURCE_EXHAUSTED", "4096 requests wait; try again later")
 
 
@@ -254,10 +253,10 @@ async def test_rejections_keep_their_code(run):
 async def test_a_cancelled_call_aborts_at_once(run):
     call = run.generate()
     await run.submitted()
-    run.front.push(0, text="a")
+    run.frontend.push(0, text="a")
     assert text_of([await anext(call.__aiter__())]) == "a"
     call.cancel()
-    await until(lambda: run.front.aborted == [0])
+    await until(lambda: run.frontend.aborted == [0])
 
 
 @scenario()
@@ -266,7 +265,7 @@ async def test_a_lost_connection_aborts_all_its_requests(run):
         stub = pb_grpc.InferenceStub(channel)
         calls = [stub.Generate(pb.GenerateRequest(text="abc")) for _ in range(3)]
         await run.submitted(3)
-    await until(lambda: sorted(run.front.aborted) == [0, 1, 2])
+    await until(lambda: sorted(run.frontend.aborted) == [0, 1, 2])
     del calls
 
 
@@ -274,7 +273,7 @@ async def test_a_lost_connection_aborts_all_its_requests(run):
 async def test_a_deadline_aborts(run):
     call = run.generate(timeout=0.2)
     assert (await status(collect(call)))[0] == "DEADLINE_EXCEEDED"
-    await until(lambda: run.front.aborted == [0])
+    await until(lambda: run.frontend.aborted == [0])
 
 
 @scenario()
@@ -283,13 +282,13 @@ async def test_abort_by_id(run):
     await run.submitted()
     calls.append(run.generate(request_id="two"))
     await run.submitted(2)
-    run.front.push(0, 0, "a")
+    run.frontend.push(0, 0, "a")
     await run.stub.Abort(pb.AbortRequest(request_id="one"))
     messages = await collect(calls[0])
     chunks = [chunk for message in messages for chunk in message.chunks]
     aborted = {chunk.branch for chunk in chunks if chunk.finish_reason == pb.FINISH_REASON_ABORT}
     assert (text_of(messages), aborted, messages[-1].usage.completion_tokens) == ("a", {0, 1}, 1)
-    run.front.push(1, text="b", finish_reason="stop")
+    run.frontend.push(1, text="b", finish_reason="stop")
     assert text_of(await collect(calls[1])) == "b"
     code, message = await status(run.stub.Abort(pb.AbortRequest(request_id="one")))
     assert code == "NOT_FOUND" and "'one'" in message
@@ -299,7 +298,7 @@ async def test_abort_by_id(run):
 async def test_the_server_chooses_an_id_that_abort_takes(run):
     call = run.generate()
     await run.submitted()
-    run.front.push(0, text="a")
+    run.frontend.push(0, text="a")
     first = await anext(call.__aiter__())
     await run.stub.Abort(pb.AbortRequest(request_id=first.request_id))
     assert (await collect(call))[-1].HasField("usage")
@@ -311,11 +310,11 @@ async def test_an_id_is_taken_while_its_request_runs(run):
     await run.submitted()
     code, message = await status(collect(run.generate(request_id="same")))
     assert code == "ALREADY_EXISTS" and "'same'" in message
-    run.front.push(0, text="a", finish_reason="stop")
+    run.frontend.push(0, text="a", finish_reason="stop")
     await collect(first)
     again = run.generate(request_id="same")
     await run.submitted(2)
-    run.front.push(1, text="b", finish_reason="stop")
+    run.frontend.push(1, text="b", finish_reason="stop")
     assert text_of(await collect(again)) == "b"
 
 
@@ -323,17 +322,17 @@ async def test_an_id_is_taken_while_its_request_runs(run):
 async def test_a_slow_client_gets_few_large_messages_and_blocks_nobody(run):
     slow = run.generate(max_tokens=500_000, ignore_eos=True)
     await run.submitted()
-    run.front.push(0, text="a" * 100)
+    run.frontend.push(0, text="a" * 100)
     await anext(slow.__aiter__())
     # Nobody reads the slow stream meanwhile: what the transport does not take is joined.
     for _ in range(2000):
-        run.front.push(0, text="b" * 100)
+        run.frontend.push(0, text="b" * 100)
         await asyncio.sleep(0)
     quick = run.generate()
     await run.submitted(2)
-    run.front.push(1, text="quick", finish_reason="stop")
+    run.frontend.push(1, text="quick", finish_reason="stop")
     assert text_of(await collect(quick)) == "quick"
-    run.front.push(0, text="c", finish_reason="length")
+    run.frontend.push(0, text="c", finish_reason="length")
     messages = await collect(slow)
     assert text_of(messages) == "b" * 200_000 + "c"
     assert messages[-1].usage.completion_tokens == 200_101
@@ -344,10 +343,10 @@ async def test_a_slow_client_gets_few_large_messages_and_blocks_nobody(run):
 async def test_a_client_that_does_not_read_is_cut_off(run):
     call = run.generate(ignore_eos=True, max_tokens=10**6)
     await run.submitted()
-    run.front.push(0, text="a")
+    run.frontend.push(0, text="a")
     await anext(call.__aiter__())
-    while not run.front.aborted:  # the transport takes some megabytes first
-        run.front.push(0, text="b" * (UNREAD_SIZE // 4))
+    while not run.frontend.aborted:  # the transport takes some megabytes first
+        run.frontend.push(0, text="b" * (UNREAD_SIZE // 4))
         await asyncio.sleep(0.001)
     code, message = await status(collect(call))
     assert code == "RESOURCE_EXHAUSTED" and "slowly" in message
@@ -358,7 +357,7 @@ async def test_long_prompt_log_probabilities_come_in_messages_that_clients_take(
     call = run.generate("a" * 900, prompt_logprobs=64)
     await run.submitted()
     entry = {i: Logprob(-1.0, i + 1, "\u00e4" * 20) for i in range(65)}
-    run.front.push(0, text="a", prompt_logprobs=[None, *[entry] * 899], finish_reason="length")
+    run.frontend.push(0, text="a", prompt_logprobs=[None, *[entry] * 899], finish_reason="length")
     messages = await collect(call)
     assert sum(len(message.prompt_logprobs) for message in messages) == 900
     assert max(message.ByteSize() for message in messages) < 4 << 20
@@ -370,8 +369,8 @@ async def test_a_failed_engine_ends_streams_and_the_health_check_tells(run):
     assert await run.health() == "SERVING"
     calls = [run.generate(), run.generate()]
     await run.submitted(2)
-    run.front.push(0, text="a")
-    run.front.fail("the engine failed at rank 2: worker process 7 was killed by SIGKILL", 2)
+    run.frontend.push(0, text="a")
+    run.frontend.fail("the engine failed at rank 2: worker process 7 was killed by SIGKILL", 2)
     for call in calls:
         code, message = await status(collect(call))
         assert code == "UNAVAILABLE" and "rank 2" in message
@@ -391,7 +390,7 @@ async def test_a_failed_engine_ends_streams_and_the_health_check_tells(run):
 
 @scenario()
 async def test_a_failure_without_open_requests_is_noticed(run):
-    run.front.fail("the engine failed at rank 0: it was tired", 0)
+    run.frontend.fail("the engine failed at rank 0: it was tired", 0)
     while await run.health() == "SERVING":
         await asyncio.sleep(0.01)
 
@@ -405,23 +404,23 @@ async def test_drain_finishes_what_runs_and_refuses_the_rest(run):
         await asyncio.sleep(0.01)
     code, message = await status(collect(run.generate()))
     assert code == "UNAVAILABLE" and "draining" in message
-    run.front.push(0, text="done", finish_reason="stop")
+    run.frontend.push(0, text="done", finish_reason="stop")
     assert text_of(await collect(call)) == "done"
     assert await run.serving == ""
-    assert run.front.aborted == []
+    assert run.frontend.aborted == []
 
 
 @scenario(drain_timeout_s=0.1)
 async def test_drain_ends_what_does_not_finish_in_time(run):
     call = run.generate()
     await run.submitted()
-    run.front.push(0, text="a")
+    run.frontend.push(0, text="a")
     run.stop.set()
     assert text_of([await anext(call.__aiter__())]) == "a"
     code, message = await status(collect(call))
     assert code == "UNAVAILABLE" and "0.1 s" in message
     await run.serving
-    assert run.front.aborted == [0]
+    assert run.frontend.aborted == [0]
 
 
 @scenario()

@@ -9,7 +9,7 @@ import test_invariance as invariance
 from helpers import parity
 
 from expertwire import LLM, SamplingParams
-from expertwire.engine.frontend.outputs import EngineFailed
+from expertwire.engine.frontend.api import EngineFailed
 
 DEMO = str(importlib.resources.files("expertwire") / "demo_model")
 LENGTHS = [1, 2, 17, 65, 200]

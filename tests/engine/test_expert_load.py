@@ -131,7 +131,7 @@ def test_tokens_computed_twice_count_once():
     assert sums == [TOP_K * (len(prompt) + 60 - 1) for prompt in prompts]
 
 
-def test_each_front_hears_of_its_own_requests():
+def test_each_frontend_hears_of_its_own_requests():
     outputs = {field.name: np.zeros(1 if "offsets" in field.name else 0, np.int64) for field in fields(StepOutputs)}
     counts = {
         "routed_key_J": [(1 << 40) + 5, 7, (1 << 40) + 5],

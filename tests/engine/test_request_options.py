@@ -9,7 +9,7 @@ import pytest
 
 from expertwire.deploy.options import help_texts
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.api import RequestOptions
 from expertwire.scheduler.policy import Priority, ShortestRemaining
 
 

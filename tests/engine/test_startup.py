@@ -11,7 +11,7 @@ from expertwire.engine import controller
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import memory_plan
 from expertwire.engine.kv_cache.memory_plan import Measured, MemoryPlan
-from expertwire.engine.startup import Orders, start_ranks
+from expertwire.engine.startup import ControllerArgs, start_ranks
 
 GB = 10**9
 
@@ -62,10 +62,10 @@ SPEC = SimpleNamespace(
 )  # fmt: skip
 
 
-def orders(**options):
+def args(**options):
     config = EngineConfig(model="m", ep_size=2, **options)
-    return Orders(
-        config=config, model=MODEL, max_model_len=1024, hub_address="", fronts_address="unix:@here", token="t"
+    return ControllerArgs(
+        config=config, model=MODEL, max_model_len=1024, hub_address="", frontends_address="unix:@here", token="t"
     )
 
 
@@ -75,14 +75,14 @@ def test_compiled_loops_are_warmed_up_while_the_ranks_load(monkeypatch, capsys):
     monkeypatch.setattr(controller, "ControlHub", lambda *args, **kwargs: FakeHub(done, rounds=1))
     monkeypatch.setattr(controller, "listen", lambda *args: SimpleNamespace(address="", close=lambda: None))
     monkeypatch.setattr(controller, "warm_up", lambda: done.append("warm up"))
-    controller.controller_main(orders())
+    controller.controller_main(args())
     assert done[done.index("sharers store") :][:3] == ["sharers store", "warm up", "collect"]
     assert '"failed"' in capsys.readouterr().out
 
 
 def test_ranks_have_all_loaded_before_any_runs_its_largest_step():
     done = []
-    info, _ = start_ranks(orders(), FakeHub(done))
+    info, _ = start_ranks(args(), FakeHub(done))
     assert done == [
         "joined", "nothing", "collect", "sharers store", "collect", "max_model_len", "collect",
         "max_model_len num_blocks", "collect",

@@ -108,7 +108,7 @@ def test_special_tokens_stand_after_the_ranks(tokenizer, ranks):
     ids = tokenizer.encode("<think>a</think><|im_end|>")
     assert tokenizer.decode(ids) == "<think>a</think>"
     assert tokenizer.special_tokens["eos_token"] == "[EOS]"
-    assert tokenizer.dialect.name == "kimi_k2" and tokenizer.end_of_turn_ids() == (first + 4,)
+    assert tokenizer.output_format.name == "kimi_k2" and tokenizer.end_of_turn_ids() == (first + 4,)
     chat = tokenizer.encode_chat(Chat(messages=chat_templates.CALLS))
     assert [token for token in chat if token >= first].count(first + 2 * 7) == 1  # one section of calls
 

@@ -20,7 +20,7 @@ class Family:
     plain: tuple[str, ...] = ()  # added tokens that are not
     bos: str | None = None
     eos: str
-    dialect: str
+    output_format: str
 
 
 _CHATML_CALLS = """
@@ -501,46 +501,46 @@ _LLAMA_4 = (
 _PHI = ("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|/tool|>", "<|tool_call|>")
 
 FAMILIES: dict[str, Family] = {
-    "qwen3": Family(template=QWEN3, special=_CHATML, plain=_TAGS, eos="<|im_end|>", dialect="qwen3"),
-    "qwen3_coder": Family(template=QWEN3_CODER, special=_CHATML, plain=_TAGS, eos="<|im_end|>", dialect="qwen3_coder"),
+    "qwen3": Family(template=QWEN3, special=_CHATML, plain=_TAGS, eos="<|im_end|>", output_format="qwen3"),
+    "qwen3_coder": Family(template=QWEN3_CODER, special=_CHATML, plain=_TAGS, eos="<|im_end|>", output_format="qwen3_coder"),
     "deepseek_r1": Family(
         template=DEEPSEEK_R1, special=_DEEPSEEK[:2], plain=(*_DEEPSEEK[2:], "<think>", "</think>"), bos=_DEEPSEEK[0],
-        eos=_DEEPSEEK[1], dialect="deepseek_v3",
+        eos=_DEEPSEEK[1], output_format="deepseek_v3",
     ),
     "deepseek_v31": Family(
         template=DEEPSEEK_V31, special=_DEEPSEEK[:2], plain=(*_DEEPSEEK[2:], "<think>", "</think>"), bos=_DEEPSEEK[0],
-        eos=_DEEPSEEK[1], dialect="deepseek_v3.1",
+        eos=_DEEPSEEK[1], output_format="deepseek_v3.1",
     ),
     "kimi_k2": Family(
-        template=KIMI_K2, special=_KIMI, plain=("<think>", "</think>"), bos="[BOS]", eos="[EOS]", dialect="kimi_k2"
+        template=KIMI_K2, special=_KIMI, plain=("<think>", "</think>"), bos="[BOS]", eos="[EOS]", output_format="kimi_k2"
     ),
     "gpt_oss": Family(
-        template=HARMONY, special=_HARMONY, bos="<|startoftext|>", eos="<|return|>", dialect="harmony"
+        template=HARMONY, special=_HARMONY, bos="<|startoftext|>", eos="<|return|>", output_format="harmony"
     ),
-    "mistral": Family(template=MISTRAL, special=_BRACKETS, bos="<s>", eos="</s>", dialect="mistral"),
+    "mistral": Family(template=MISTRAL, special=_BRACKETS, bos="<s>", eos="</s>", output_format="mistral"),
     "glm_45": Family(
         template=GLM_45, special=_GLM, plain=(*_TAGS, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
-        eos="<|endoftext|>", dialect="glm_4.5",
+        eos="<|endoftext|>", output_format="glm_4.5",
     ),
     "glm_47": Family(
         template=GLM_47, special=_GLM, plain=(*_TAGS, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
-        eos="<|endoftext|>", dialect="glm_4.7",
+        eos="<|endoftext|>", output_format="glm_4.7",
     ),
     "minimax_m2": Family(
         template=MINIMAX_M2, special=("]~!b[", "]~b]", "[e~["),
         plain=("<minimax:tool_call>", "</minimax:tool_call>", "<think>", "</think>"), bos="]~!b[", eos="[e~[",
-        dialect="minimax_m2",
+        output_format="minimax_m2",
     ),
     "llama_3": Family(
-        template=LLAMA_3, special=_LLAMA_3, bos="<|begin_of_text|>", eos="<|eot_id|>", dialect="llama_3"
+        template=LLAMA_3, special=_LLAMA_3, bos="<|begin_of_text|>", eos="<|eot_id|>", output_format="llama_3"
     ),
-    "llama_4": Family(template=LLAMA_4, special=_LLAMA_4, bos="<|begin_of_text|>", eos="<|eot|>", dialect="llama_4"),
+    "llama_4": Family(template=LLAMA_4, special=_LLAMA_4, bos="<|begin_of_text|>", eos="<|eot|>", output_format="llama_4"),
     "phi_4_mini": Family(
-        template=PHI_4_MINI, special=_PHI, bos="<|endoftext|>", eos="<|endoftext|>", dialect="phi_4_mini"
+        template=PHI_4_MINI, special=_PHI, bos="<|endoftext|>", eos="<|endoftext|>", output_format="phi_4_mini"
     ),
     "olmoe": Family(
         template=OLMOE, special=("<|endoftext|>", "<|padding|>"), bos="<|endoftext|>", eos="<|endoftext|>",
-        dialect="plain",
+        output_format="plain",
     ),
 }  # fmt: skip
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.engine.config.engine_config import ModelInfo
-from expertwire.engine.frontend.request_options import RequestOptions
+from expertwire.engine.frontend.api import RequestOptions
 from expertwire.engine.messages import (
     Abort,
-    AskStats,
     Failure,
     Hello,
     Message,
     Stats,
+    StatsRequest,
     Submit,
     Welcome,
     decode,
@@ -47,6 +47,8 @@ INFO = ModelInfo(
     cache_blocks={"full": 100},
     cache_bytes={"full": 6400},
     max_num_seqs=8,
+    max_queued_requests=4096,
+    max_queued_requests_per_tenant=4096,
     seed=7,
 )
 
@@ -119,7 +121,7 @@ class HandController:
     """The controller's end of a channel, driven by the test in the test's own thread."""
 
     def __init__(self, info: ModelInfo = INFO, greet: bool = True) -> None:
-        self.front_channel, self.channel = channel_pair()
+        self.frontend_channel, self.channel = channel_pair()
         if greet:
             self.send(Welcome(model_info=info.to_dict()))
 
@@ -130,7 +132,7 @@ class HandController:
         self.send(outputs(list(rows), list(prompt_rows), routed))
 
     def heard(self) -> list[Message]:
-        """Everything the front has said since the last call, without its `Hello`."""
+        """Everything the frontend has said since the last call, without its `Hello`."""
         messages = []
         while (arrays := self.channel.recv(0.0)) is not None:
             messages.append(decode(arrays))
@@ -138,7 +140,7 @@ class HandController:
 
     def close(self) -> None:
         self.channel.close()
-        self.front_channel.close()
+        self.frontend_channel.close()
 
 
 @dataclass
@@ -164,7 +166,7 @@ class ThreadController:
     def __init__(
         self, info: ModelInfo = INFO, *, max_queued_requests: int = 10**6, fail_after: int = -1, reject: int = -1
     ) -> None:
-        self.front_channel, self._channel = channel_pair()
+        self.frontend_channel, self._channel = channel_pair()
         self.most_waiting = 0
         self.aborted: list[int] = []
         self.options: list[RequestOptions] = []  # of every request, in the order of submission
@@ -210,7 +212,7 @@ class ThreadController:
     def _hear(self, message: Message) -> None:
         if isinstance(message, Hello):
             self._send(Welcome(model_info=self._info.to_dict()))
-        elif isinstance(message, AskStats):
+        elif isinstance(message, StatsRequest):
             self._send(Stats(values={"num_requests": self.num_requests}))
         elif isinstance(message, Abort):
             for wire in message.ids.tolist():

@@ -19,7 +19,7 @@ from expertwire.comm.topology import probe as topology_probe
 from expertwire.engine import worker
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.models.registry import read_model_config
-from expertwire.engine.startup import Orders, scheduler_config, start_ranks
+from expertwire.engine.startup import ControllerArgs, scheduler_config, start_ranks
 from expertwire.scheduler.plan import StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -55,8 +55,8 @@ def serve(config: EngineConfig, gpus: Sequence[int], prompts: Sequence[Sequence[
     model = read_model_config(config.model, config.dtype)
     token = secrets.token_hex(8)
     hub = ControlHub(config.ep_size, address="tcp:127.0.0.1:0", token=token)
-    orders = Orders(
-        config=config, model=model, max_model_len=64, hub_address=hub.address, fronts_address="", token="unused"
+    args = ControllerArgs(
+        config=config, model=model, max_model_len=64, hub_address=hub.address, frontends_address="", token="unused"
     )
     errors: list[str] = []
 
@@ -71,8 +71,8 @@ def serve(config: EngineConfig, gpus: Sequence[int], prompts: Sequence[Sequence[
     for thread in threads:
         thread.start()
     try:
-        info, _ = start_ranks(orders, hub)
-        tokens = first_tokens(orders, info, hub, prompts)
+        info, _ = start_ranks(args, hub)
+        tokens = first_tokens(args, info, hub, prompts)
     finally:
         hub.close()
         for thread in threads:
@@ -80,8 +80,8 @@ def serve(config: EngineConfig, gpus: Sequence[int], prompts: Sequence[Sequence[
     return Served(info, tokens, memory, errors)
 
 
-def first_tokens(orders: Orders, info: ModelInfo, hub: ControlHub, prompts: Sequence[Sequence[int]]) -> list[int]:
-    scheduler = Scheduler(scheduler_config(orders, info), orders.model.cache_specs())
+def first_tokens(args: ControllerArgs, info: ModelInfo, hub: ControlHub, prompts: Sequence[Sequence[int]]) -> list[int]:
+    scheduler = Scheduler(scheduler_config(args, info), args.model.cache_specs())
     for key, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=1, temperature=0)
         assert scheduler.submit(Request(key=key, prompt=np.array(prompt, np.int32), params=params, seed=0), 0.0) is None

@@ -15,23 +15,32 @@ from helpers.fake_controller import INFO, ThreadController, next_token
 
 import expertwire
 from expertwire.deploy import runtime
+from expertwire.engine.frontend.api import EngineFailed, Logprob, RequestOptions
 from expertwire.engine.frontend.chat import Chat
-from expertwire.engine.frontend.outputs import EngineFailed, Logprob
-from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.generation import delayed_interrupt
 
 SamplingParams = expertwire.SamplingParams
 CHAT = [{"role": "user", "content": "fox"}]
 
 
+def info_of(config):
+    limit = config.max_queued_requests
+    return dataclasses.replace(
+        INFO,
+        seed=config.seed,
+        max_queued_requests=limit,
+        max_queued_requests_per_tenant=config.max_queued_requests_per_tenant or limit,
+    )
+
+
 class FakeEngine:
     def __init__(self, config, **options):
         self.config = config
-        self.controller = ThreadController(dataclasses.replace(INFO, seed=config.seed), **options)
+        self.controller = ThreadController(info_of(config), **options)
         self.closed = 0
 
     def connect(self):
-        return self.controller.front_channel
+        return self.controller.frontend_channel
 
     def close(self):
         self.closed += 1
@@ -377,7 +386,7 @@ def test_the_engine_ends_with_the_object(start):
     assert engine.closed == 1
 
 
-def test_an_engine_whose_front_cannot_start_is_closed(model, monkeypatch):
+def test_an_engine_whose_frontend_cannot_start_is_closed(model, monkeypatch):
     engines = []
 
     def start_engine(config, launcher, end_of_turn_ids):

@@ -1,4 +1,4 @@
-"""A front without an engine, for tests of the server: says what a test tells it to say."""
+"""A frontend without an engine, for tests of the server: says what a test tells it to say."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import os
 import numpy as np
 
 from expertwire.engine.config.engine_config import ModelInfo
-from expertwire.engine.frontend.outputs import EngineFailed, RequestError, Update
+from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestOptions, Update
 from expertwire.engine.frontend.prompts import encode_prompt
-from expertwire.engine.frontend.request_options import RequestOptions
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -18,7 +17,7 @@ MODEL_INFO = ModelInfo(
     name="fake", path="/models/fake", architecture="Qwen3MoeForCausalLM", dtype="float32", kv_cache_dtype="float32",
     vocab_size=100, max_model_len=1000, eos_token_ids=(2, 3), num_layers=2, num_experts=8, top_k=2, ep_size=3, device="cpu",
     all_to_all="", block_size=16, cache_tokens=1008, cache_blocks={"full": 64}, cache_bytes={"full": 4096},
-    max_num_seqs=8, seed=5,
+    max_num_seqs=8, max_queued_requests=64, max_queued_requests_per_tenant=64, seed=5,
 )  # fmt: skip
 
 
@@ -29,7 +28,7 @@ class LetterTokenizer:
         return [ord(letter) % MODEL_INFO.vocab_size for letter in text]
 
 
-class FakeFront:
+class FakeFrontend:
     """Answers nothing by itself, except aborts; `push` and `fail` make updates arrive, with the descriptor ready."""
 
     def __init__(self) -> None:

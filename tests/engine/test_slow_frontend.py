@@ -1,4 +1,4 @@
-"""A front that does not read for a while gets everything all the same, also when the engine has become idle meanwhile."""
+"""A frontend that does not read for a while gets everything all the same, also when the engine has become idle meanwhile."""
 
 import time
 
@@ -7,29 +7,29 @@ from helpers import tiny_checkpoints as tiny
 from expertwire import SamplingParams
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
-from expertwire.engine.frontend.front import Front
+from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.launcher import LocalLauncher
 
 NUM_REQUESTS = 10
 
 
-def wait_until_idle(front):
+def wait_until_idle(frontend):
     deadline = time.monotonic() + 120
-    while (stats := front.stats())["num_running"] or stats["num_waiting"]:
+    while (stats := frontend.stats())["num_running"] or stats["num_waiting"]:
         assert time.monotonic() < deadline, stats
         time.sleep(0.05)
 
 
-def test_outputs_wait_for_a_slow_front():
+def test_outputs_wait_for_a_slow_frontend():
     # Far more than a socket's buffer holds.
     params = SamplingParams(max_tokens=2, prompt_logprobs=64, ignore_eos=True)
     config = EngineConfig(
         model=str(tiny.cached("qwen3")), dtype="float32", threads_per_rank=1, kv_cache_memory_bytes=20_000_000
     )
     with Engine(config, LocalLauncher()) as engine:
-        slow, other = (Front(engine.connect(), None) for _ in range(2))
+        slow, other = (Frontend(engine.connect(), None) for _ in range(2))
         for i in range(NUM_REQUESTS):
-            slow.submit(tiny.prompt(300, seed=i), params)
+            slow.submit(slow.encode(tiny.prompt(300, seed=i), params), params)
         while not other.stats()["num_plans"]:
             time.sleep(0.01)
         wait_until_idle(other)

@@ -1,0 +1,67 @@
+"""Write docs/cli.md, the reference of the command line, from its parser.
+
+python tools/cli_docs.py > docs/cli.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from expertwire.deploy import cli
+
+_HEADER = """# Command line
+
+Written by `python tools/cli_docs.py > docs/cli.md`. The options of the engine are also arguments of `expertwire.LLM`, with
+underscores: `--ep-size 2` is `ep_size=2`. Commands print errors on one line and exit with 2 for a wrong option, model or input,
+with 1 if the engine failed ([errors.md](errors.md) lists messages).
+"""
+
+
+def main() -> int:
+    """Print the page."""
+    sys.stdout.write(page())
+    return 0
+
+
+def page() -> str:
+    """Return the page docs/cli.md."""
+    return "\n".join([_HEADER, *(line for command in _commands(cli.make_parser()) for line in _section(command))])
+
+
+def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield the parsers of all commands, a command with subcommands before these."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield command
+                yield from _commands(command)
+
+
+def _section(parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield f"## {parser.prog}\n"
+    yield f"{parser.description}\n"
+    for group in parser._action_groups:
+        rows = list(_rows(parser, group))
+        if rows:
+            title = group.title if group.title not in (None, "positional arguments", "options") else ""
+            yield from (f"{title.capitalize()} options:\n",) if title else ()
+            yield from ("| argument | meaning |", "|---|---|", *rows, "")
+
+
+def _rows(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> Iterator[str]:
+    expand = parser._get_formatter()._expand_help
+    for action in group._group_actions:
+        if action.dest == "help" or action.help == argparse.SUPPRESS:
+            continue
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action._choices_actions:
+                yield f"| `{choice.dest}` | {choice.help} |"
+            continue
+        names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
+        yield f"| {names} | {(expand(action) if action.help else '').replace('|', chr(92) + '|')} |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
