@@ -1,5 +1,4 @@
-"""The pool of cache blocks: reference counts, free queues, and the hashes by which later requests
-find cached prefixes.
+"""The pool of cache blocks: reference counts, free queues and block hashes.
 
 A block in use has one reference or more. Free blocks wait in a queue; the null block, block 0 of
 each cache of each rank, is never allocated (ranks pad with it). A block with a hash (see

@@ -31,8 +31,7 @@ class LoadBalancing(Protocol):
     def credit(self) -> float | None: ...
 
     def load(self, num_tokens: np.ndarray, num_computed: np.ndarray, num_left: np.ndarray) -> np.ndarray:
-        """Return what each request adds to the load of its rank, f64; every computed token reduces
-        it by `credit`.
+        """Return what each request adds to its rank's load, f64; a computed token reduces it by `credit`.
 
         Args:
             num_tokens: known tokens.
@@ -51,8 +50,7 @@ class LoadBalancing(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LeastLoaded:
-    """The rank with the least expected work in the coming steps; a cached prefix of the request
-    reduces that.
+    """The rank with the least expected work, less what a cached prefix of the request saves.
 
     A request's load is what its rank spends on it within its next steps: its tokens that are not
     computed, and in each step the token that it decodes and the reading of its KV cache. So a

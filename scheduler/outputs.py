@@ -64,8 +64,7 @@ def gather(
     eos_ids: np.ndarray,
     may_stop_V: np.ndarray,
 ) -> tuple[np.ndarray, StepOutputs]:
-    """Append the tokens of all ranks' results, in the order of ranks, to the batch, without those
-    of requests that are gone.
+    """Append the sampled tokens of all ranks to the batch, and gather the outputs of running requests.
 
     Returns:
         i32 [O], the outputs' rows of the batch; and the outputs, whose `finish_O` may be

@@ -40,8 +40,7 @@ _DTYPES = {
 
 
 class _Message:
-    """Integers and arrays that are sent as one array of words, named after the class, which is
-    cheap to pack and unpack.
+    """A message of integers and arrays, sent as one array of words under the name of its class.
 
         i64 [1 + scalars + arrays]   digest of the fields' names and types | scalars | each array's length in words
         i32 [sum of the lengths]     the arrays, one after another; bytes are sent as words

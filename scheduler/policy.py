@@ -1,8 +1,7 @@
-"""In which order waiting requests are admitted: one class a policy, each with one idea.
+"""Scheduling policies: the order in which waiting requests are admitted, one class a policy.
 
-A policy gives every request a `place` in the queue, once; what can be said at submission is said
-there, as then the queue is sorted and a step only looks at its head. Waiting time can be part of
-it: if all gain by the second alike, nobody ever overtakes.
+A policy gives every request a `place` in the queue once, at submission, so that the queue is sorted and a step only
+looks at its head. Waiting time can be part of it: if all gain by the second alike, nobody ever overtakes.
 """
 
 from __future__ import annotations
@@ -16,36 +15,35 @@ from expertwire.scheduler.request import Request
 
 
 class Policy:
-    """Orders the queue: first come, first served. Derive from it and say what differs.
+    """Base class of policies: first come, first served.
 
-    Answers must be a function of the calls made, their `now` included, so that a run can be replayed.
+    Results must be a function of the calls made, their `now` included, so that a run can be replayed.
     """
 
     def place(self, request: Request, now: float) -> tuple[float, ...]:
-        """Where an accepted request goes, smaller is earlier; equals are in order of submission.
-        Its `limit` is known.
+        """Return the place of an accepted request, whose `limit` is set: smaller is earlier.
 
-        Called once for a request: one that is preempted comes back to its old place.
+        Requests of equal place are in order of submission. Called once for a request: after a preemption it returns to
+        its old place.
         """
         return ()
 
     def order(self, queue: Iterable[Request], cached_tokens: Callable[[Request], int]) -> Iterable[Request]:
-        """The requests to admit first, first; best lazily, as few are taken a step.
+        """Return the requests in order of admission; lazily, because a step takes few.
 
-        Admission stops at the first request that no rank has room for: passing it over could starve it.
+        Admission stops at the first request that fits on no rank: passing it over could starve it.
 
         Args:
             queue: in order of place.
-            cached_tokens: how many tokens of a request's prompt are in the prefix cache; costs a
-                walk through it.
+            cached_tokens: returns how many tokens of a request's prompt are cached; costs a walk through its hashes.
         """
         return queue
 
     def admitted(self, request: Request) -> None:
-        """The request leaves the queue to run; once more for each time that it was preempted."""
+        """Called when a request leaves the queue to run, also after each preemption."""
 
     def dropped(self, request: Request) -> None:
-        """The request leaves the queue for good without running: it was aborted, or its deadline has passed."""
+        """Called when a request leaves the queue for good: it was aborted."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,7 @@ class Priority(Policy):
 
 @dataclass(frozen=True)
 class ShortestRemaining(Policy):
-    """The request with the fewest tokens left to compute first, as far as is known: `limit`;
-    waiting counts.
+    """The request with the fewest tokens left first, counted up to its `limit`; waiting counts.
 
     A preempted request computes its known tokens again, so it has `limit` tokens left once more and
     keeps its place. With aging a request is only passed by those that are shorter by d > 0 tokens
@@ -128,7 +125,7 @@ class PrefixAffinity(Policy):
 
 @dataclass
 class _Busy:
-    """Of a tenant: its requests since it last had none waiting."""
+    """A tenant's requests since it last had none waiting."""
 
     began: float  # in virtual time
     num_tokens: int = 0
@@ -139,26 +136,22 @@ class _Busy:
 class FairShare(Policy):
     """Tenants share the tokens by their weights: self-clocked fair queueing.
 
-    In virtual time, a tenant's request starts where its last one ends, or at present if that is
-    past; it ends `limit / weight` later: all tokens that it may have are counted, as nobody knows
-    how many it will have. The smallest end is admitted first, and becomes the present. What
-    follows:
+    In virtual time, a tenant's request starts where its last one ends, or at the present if that is later, and ends
+    `limit / weight` after its start: with all tokens that it may have, because nobody knows how many it will have.
+    The request with the smallest end is admitted first, and its end becomes the present. It follows that:
 
-    - Of two tenants that both have requests waiting, the tokens admitted per weight differ by one
-    request's at most.
-    - However many requests another tenant of equal weight has: while one of n tokens waits, it is
-      admitted at most n tokens and one request more.
-    - Being idle saves up nothing, and an endless stream of new tenants starves no old one (it would
-    if starts were the clock).
+    - The tokens per weight that two tenants with waiting requests are admitted differ by at most one request's.
+    - While a request of n tokens waits, another tenant of equal weight is admitted at most n tokens and one request,
+      however many it submits.
+    - Being idle saves up nothing, and a stream of new tenants starves no old one (if starts were the clock, it would).
 
-    Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994. Ours
-    is that requests may leave the queue out of order. Of one that is dropped, the tokens are given
-    back: the tenant's next ones end earlier. One that is admitted early, next to the request that
-    it continues, moves the present by its own tokens only.
+    Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994. Beyond that, requests may
+    leave the queue out of order: a dropped request returns its tokens, so that the tenant's next ones end earlier; one
+    that is admitted early, beside the request that it forks, moves the present by its own tokens only.
 
     Args:
-        tenant_weights: of tenants, 0.001 to 1000; only ratios count, and beyond these a float's
-            digits would not do for long. Any other tenant has 1.
+        tenant_weights: weights by tenant, 0.001 to 1000, a range in which floats keep their precision; only ratios
+            count. Any other tenant has 1.
     """
 
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
@@ -184,18 +177,18 @@ class FairShare(Policy):
         self._leave(request)
 
     def dropped(self, request: Request) -> None:
-        self._leave(request, given_back=request.limit)
+        self._leave(request, refund=request.limit)
 
     def _weight(self, request: Request) -> float:
         return self.tenant_weights.get(request.tenant, 1.0)
 
-    def _leave(self, request: Request, given_back: int = 0) -> None:
+    def _leave(self, request: Request, refund: int = 0) -> None:
         """Remove a request from its tenant's waiting ones, unless it has run before or the tenant was idle since."""
         busy = self._busy.get(request.tenant)
         if busy is None or request.key not in busy.waiting:
             return
         busy.waiting.remove(request.key)
-        busy.num_tokens -= given_back
+        busy.num_tokens -= refund
         if not busy.waiting:
             del self._busy[request.tenant]
 
@@ -210,12 +203,10 @@ _POLICIES: Mapping[str, type[Any]] = {
 
 
 def make_policy(name: str, *, aging: float | None = None, tenant_weights: Mapping[str, float] | None = None) -> Policy:
-    """A new policy: "fcfs", "priority", "shortest", "prefix" or "fair", with those of its class's
-    options that are given.
+    """Return a new policy: "fcfs", "priority", "shortest", "prefix" or "fair", with the options that are not None.
 
     Raises:
-        ValueError: there is no such policy, or it has no such option, or not with this value; says
-        what is allowed.
+        ValueError: there is no such policy, or it has no such option, or the value is not allowed.
     """
     if name not in _POLICIES:
         raise ValueError(f"scheduling_policy must be one of {', '.join(_POLICIES)}, got {name!r}")

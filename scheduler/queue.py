@@ -13,11 +13,11 @@ _RATE_ADMISSIONS = 64
 
 
 class WaitingQueue:
-    """Waiting requests sorted by `place`, equals by `order`, a number that the queue gives a
-    request when it is first added.
+    """Waiting requests sorted by `place`, equals by `order`.
 
-    A preempted request keeps both and so returns to where it was. One sorted list, searched by
-    bisection: with 10,000 waiting, moving the entries after one takes less time than finding it.
+    The queue sets `order`, a running number, when a request is first added. A preempted request
+    keeps both and so returns to where it was. One sorted list, searched by bisection: with 10,000
+    waiting, moving the entries after one takes less time than finding it.
     """
 
     def __init__(self) -> None:

@@ -167,8 +167,7 @@ class RunningBatch:
         row_loops.release_rows(self.caches, self.pool.blocks, self.arrays, self.hasher is not None, rows)
 
     def select(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Select the rows of the next step: every decode, then prefills in order, as the ranks'
-        token budgets allow.
+        """Select the rows of the next step: every decode, then prefills while the token budget lasts.
 
         Returns:
             rows, i32; tokens of each, i32; the tokens that every rank's budget has left, i64 [P];

@@ -1,5 +1,4 @@
-"""Sampling parameters of a request, named as in vLLM, and the record of them that a rank keeps for
-each of its slots.
+"""Sampling parameters, named as in vLLM, and the record of them in every slot of a rank.
 
 To add a field: declare it in `SamplingParams`, with `rank_field` if the sampler reads it. Its dtype
 there puts it into `SAMPLING_DTYPE`, and with that into requests, plans and the ranks' tables; its

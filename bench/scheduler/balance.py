@@ -1,9 +1,10 @@
-"""`expertwire bench balance`: how evenly experts' rows spread over ranks after rebalancing, on simulated routing.
+"""`expertwire bench balance`: spread of experts' rows over ranks after rebalancing.
 
-A placement is made from one window of tokens and scored on the next: rows of the fullest rank over the mean rank's, each
-row going where `moe.Placement` sends it. Beside it: experts where a fresh engine puts them (static), the published
-algorithm of others (`balance_peer`), whose replicas get equal shares, and a lower bound for any placement and any shares, even if
-the next window were known. "planned" is what the placements would give if the first window came again.
+A placement is made from one window of tokens and scored on the next: rows of the fullest rank over
+the mean rank's, each row going where `moe.Placement` sends it. Beside it: experts where a fresh
+engine puts them (static), the published algorithm of others (`balance_peer`), whose replicas get
+equal shares, and a lower bound for any placement and any shares, even if the next window were
+known. "planned" is what the placements would give if the first window came again.
 
 L layers, E experts, S physical experts, P ranks, T tokens, K experts a token, C turns.
 """
@@ -31,7 +32,7 @@ SHAPE_61 = (61, 256)  # layers and experts of the model whose rebalance is timed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Add the command's options."""
     for name, default, text in (
         ("--tokens", 131072, "of each of the two windows"),
         ("--layers", 8, "drawn at random from each power law"),
@@ -72,12 +73,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def num_slots(num_experts: int, num_ranks: int) -> int:
-    """An eighth more than experts, but equally many on every rank, and two at least."""
+    """Return the number of physical experts: an eighth more, equally many on every rank, and two at least."""
     return num_ranks * max(2, math.ceil(num_experts * (1 + SPARE) / num_ranks))
 
 
 def compare(ids_2LTK: np.ndarray, num_experts: int, num_ranks: int) -> dict[str, Any]:
-    """Max over mean of the ranks' rows, the mean and the worst of all layers, and how near to the bound."""
+    """Return max over mean of the ranks' rows, the mean and the worst of all layers, and the distance to the bound."""
     load_2LE = np.stack([[np.bincount(i.ravel(), minlength=num_experts) for i in window] for window in ids_2LTK])
     slots = num_slots(num_experts, num_ranks)
     static = place(num_experts, num_ranks, slots - num_experts, num_layers=load_2LE.shape[1])
@@ -113,11 +114,11 @@ def compare(ids_2LTK: np.ndarray, num_experts: int, num_ranks: int) -> dict[str,
 
 
 def lower_bound(load_LE: np.ndarray, num_physical: int, num_ranks: int) -> np.ndarray:
-    """[L]: max over mean that no placement beats, whatever the shares; three bounds, of which the largest counts.
+    """Return the max over mean that no placement beats, whatever the shares: [L].
 
-    1, the mean. That every expert has so many replicas that none exceeds the rank's rows. And, for the h hottest experts: they
-    have at most R = S - E + h replicas, so they lie on m <= R ranks, the other slots of which, m * S / P - R at least, hold
-    whole experts, at best the coldest.
+    The largest of three bounds. 1, the mean. That every expert has so many replicas that none exceeds the rank's rows. And, for
+    the h hottest experts: they have at most R = S - E + h replicas, so they lie on m <= R ranks,
+    the other slots of which, m * S / P - R at least, hold whole experts, at best the coldest.
     """
     per_rank, num_experts = num_physical // num_ranks, load_LE.shape[1]
     bounds = []
@@ -143,7 +144,7 @@ def _pieces_bound(load_E: np.ndarray, num_physical: int) -> float:
 
 
 def _routed(ids_LTK: np.ndarray, placement: Placement, steps: bool = False) -> np.ndarray:
-    """Rows of every rank, [L, P], or [L, steps, P], in whole steps in which every rank has equally many tokens."""
+    """Return the rows of every rank, [L, P], or [L, steps, P] for whole steps with equally many tokens on every rank."""
     num_ranks = placement.num_ranks
     tokens = min(STEP_TOKENS, ids_LTK.shape[1] // num_ranks)
     num_steps = ids_LTK.shape[1] // (tokens * num_ranks)
@@ -164,18 +165,18 @@ def _spread(rows_LP: np.ndarray) -> np.ndarray:
 
 
 def _spread_of_steps(ids_LTK: np.ndarray, placement: Placement) -> np.ndarray:
-    """[L]: the same of single steps, their mean."""
+    """Return the mean over single steps of max over mean: [L]."""
     rows_LNP = _routed(ids_LTK, placement, steps=True)
     return (rows_LNP.max(axis=2) / rows_LNP.mean(axis=2)).mean(axis=1)
 
 
 def _moved(before: Placement, after: Placement) -> float:
-    """The share of slots that get another expert."""
+    """Return the share of physical experts whose logical expert changes."""
     return float((before.physical_to_logical != after.physical_to_logical).mean())
 
 
 def timed(all_ranks: list[int], seed: int) -> dict[str, float]:
-    """Seconds of one rebalance of 61 layers of 256 experts, fresh from the static placement, by ranks; the best of three."""
+    """Return the seconds of one rebalance of 61 layers of 256 experts, from the static placement, by ranks; the best of three."""
     rng, seconds = np.random.default_rng(seed), {}
     load_LE = np.exp(rng.random(SHAPE_61) * np.log(6553.6))
     for num_ranks in all_ranks:
@@ -190,7 +191,7 @@ def timed(all_ranks: list[int], seed: int) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """For people."""
+    """Return the comparison as text."""
     lines = [
         f"{'routing':<16}{'ranks':>5}{'slots':>6}{'static':>9}{'theirs':>9}{'ours':>9}{'worst':>8}{'bound':>8}{'/bound':>8}"
         f"{'/theirs':>9}{'planned':>9}{'a step':>8}{'moved':>8}{'again':>7}"

@@ -1,8 +1,9 @@
-"""The balancer that others use: deepseek-ai/EPLB, after its published description (README and eplb.py of d52c72d, 2025-03-24).
+"""deepseek-ai/EPLB, after its published description (README and eplb.py of d52c72d, 2025-03-24).
 
-Expert groups are packed onto nodes; within a node the expert with the most rows a replica gets the next replica; the replicas are
-packed onto ranks. To pack is to put things by falling weight into the least loaded of those bins that still have room, and
-all bins take equally many. Every replica gets an equal share of its expert's rows. One group and one node is its global mode.
+Expert groups are packed onto nodes; within a node the expert with the most rows a replica gets the
+next replica; the replicas are packed onto ranks. To pack is to put things by falling weight into
+the least loaded of those bins that still have room, and all bins take equally many. Every replica
+gets an equal share of its expert's rows. One group and one node is its global mode.
 
 E experts, S physical experts.
 """
@@ -13,7 +14,7 @@ import numpy as np
 
 
 def pack(weights: np.ndarray, num_bins: int) -> list[list[int]]:
-    """The indices of `weights` in each bin, in the order in which they were put there."""
+    """Return the indices of `weights` in each bin, in the order of packing."""
     room = len(weights) // num_bins
     assert room * num_bins == len(weights), f"{len(weights)} things do not fill {num_bins} bins equally"
     if room == 1:
@@ -28,7 +29,7 @@ def pack(weights: np.ndarray, num_bins: int) -> list[list[int]]:
 
 
 def replicate(load: np.ndarray, num_physical: int) -> tuple[np.ndarray, np.ndarray]:
-    """The expert of each of so many replicas, and how many each expert has."""
+    """Return the expert of each replica, and how many replicas each expert has."""
     counts, experts = np.ones(len(load), np.int64), list(range(len(load)))
     while len(experts) < num_physical:
         experts.append(int((load / counts).argmax()))
@@ -39,7 +40,7 @@ def replicate(load: np.ndarray, num_physical: int) -> tuple[np.ndarray, np.ndarr
 def balance(
     load_E: np.ndarray, num_physical: int, num_ranks: int, num_groups: int = 1, num_nodes: int = 1
 ) -> np.ndarray:
-    """i64 [S]: the logical expert of each physical one, by rank."""
+    """Return the logical expert of each physical one, by rank: i64 [S]."""
     group_size, per_node = len(load_E) // num_groups, num_physical // num_nodes
     placed = []
     for groups in pack(load_E.reshape(num_groups, group_size).sum(axis=1), num_nodes):

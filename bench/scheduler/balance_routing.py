@@ -1,4 +1,4 @@
-"""Routing for `bench balance`: drawn from power laws, or recorded from the demo model. Two windows of one source after another.
+"""Routing for `bench balance`: two windows drawn from a power law, or recorded from the demo model.
 
 L layers, T tokens, K experts a token, E experts.
 """
@@ -21,10 +21,11 @@ _LONGEST = 512  # of the demo task's texts, in tokens
 
 
 def power_law(exponent: float, shape: tuple[int, int, int], num_experts: int, seed: int) -> np.ndarray:
-    """i16 [2, L, T, K] for the `shape` [L, T, K]: tokens draw distinct experts whose weights have a power law's density.
+    """Return routing drawn from a power law: i16 [2, L, T, K] for the `shape` [L, T, K].
 
-    Each layer's experts have weights of density x ** -exponent on [1, 6553.6], as NVIDIA's aiconfigurator draws the loads of its
-    "power_law_1.01" and "power_law_1.2" (collector/helper.py: up to 0.8 of its 8,192 tokens).
+    Each layer's experts have weights of density x ** -exponent on [1, 6553.6], as NVIDIA's
+    aiconfigurator draws the loads of its "power_law_1.01" and "power_law_1.2" (collector/helper.py:
+    up to 0.8 of its 8,192 tokens).
     """
     rng = np.random.default_rng(seed)
     top = 0.8 * 8192
@@ -37,7 +38,7 @@ def power_law(exponent: float, shape: tuple[int, int, int], num_experts: int, se
 
 
 def zipf(exponent: float, shape: tuple[int, int, int], num_experts: int, seed: int) -> np.ndarray:
-    """As `power_law`, but the i-th likeliest expert has the weight i ** -exponent."""
+    """Return routing as `power_law`, but the i-th likeliest expert has the weight i ** -exponent."""
     rng = np.random.default_rng(seed)
     weights_E = np.arange(1, num_experts + 1.0) ** -exponent
     layers = [_draw(rng.permutation(weights_E), 2 * shape[1], shape[2], rng) for _ in range(shape[0])]
@@ -45,7 +46,7 @@ def zipf(exponent: float, shape: tuple[int, int, int], num_experts: int, seed: i
 
 
 def _draw(weights_E: np.ndarray, num_tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
-    """i16 [T, K]: the first K of exponential clocks to ring, which is drawing without replacement."""
+    """Return the first K of exponential clocks to ring, which is drawing without replacement: i16 [T, K]."""
     pace_E = (weights_E.mean() / weights_E).astype(np.float32)
     chunks = []
     for start in range(0, num_tokens, _CHUNK):
@@ -56,7 +57,7 @@ def _draw(weights_E: np.ndarray, num_tokens: int, top_k: int, rng: np.random.Gen
 
 
 def recorded(num_tokens: int, seed: int) -> np.ndarray:
-    """i16 [2, L, T, K]: where the demo model sends the tokens of its task's problems and solutions."""
+    """Return the demo model's routing of its task's problems and solutions: i16 [2, L, T, K]."""
     folder = str(importlib.resources.files("expertwire") / "demo_model")
     alone, seen = RankModel(folder, max_tokens=_LONGEST), []
     model = alone.model
@@ -78,7 +79,7 @@ def recorded(num_tokens: int, seed: int) -> np.ndarray:
 
 
 class _Recorder:
-    """A router that writes down what it answers."""
+    """A router that records its choices."""
 
     def __init__(self, router: Callable[[Tensor], tuple[Tensor, Tensor]], seen: list[np.ndarray]) -> None:
         self._router, self._seen = router, seen

@@ -1,8 +1,9 @@
-"""What a step costs the host: our scheduler in its steady state.
+"""Processor time of the scheduler a step, in its steady state.
 
-The load: every slot is taken, some 1.1 % of the requests end each step and are replaced at once. Prompts have 256 tokens, every
-second one shares its first half with others; one in twenty has 4,096, which are computed in chunks beside the decodes. Time is
-the measuring thread's on a processor (CLOCK_THREAD_CPUTIME_ID, whose granularity is measured and reported), the wall's beside
+The load: every slot is taken, some 1.1 % of the requests end each step and are replaced at once.
+Prompts have 256 tokens, every second one shares its first half with others; one in twenty has
+4,096, which are computed in chunks beside the decodes. Time is the measuring thread's on a
+processor (CLOCK_THREAD_CPUTIME_ID, whose granularity is measured and reported), the wall's beside
 it. It covers, in parts:
 
     arrivals    making the `Request`s (not their `SamplingParams`) and `submit`
@@ -40,14 +41,14 @@ WARM_UP = 300
 
 
 class Asked:
-    """The load's requests: prompt, i32 [length], and output length."""
+    """Draws the load's requests: prompt, i32 [length], and output length."""
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.default_rng(seed)
         self._shared = self._generator.integers(1, _VOCAB, (8, _SHARED), dtype=np.int32)
 
     def draw(self, *, running_already: bool = False) -> tuple[np.ndarray, int]:
-        """One more; `running_already` cuts the output to what one that is met half-way has left."""
+        """Draw one request; with `running_already`, cut its output as if it had been running for some time."""
         generator = self._generator
         length = _LONG_PROMPT if generator.random() < _LONG_SHARE else _PROMPT
         prompt = generator.integers(1, _VOCAB, length, dtype=np.int32)
@@ -75,7 +76,7 @@ class Stopwatch:
         self.steps[-1][part] = now[0] - self._last[0], now[1] - self._last[1]
 
     def part(self, name: str, clock: int = 0) -> np.ndarray:
-        """µs of each step, on the processor (0) or the wall (1)."""
+        """Return µs of each step, on the processor (0) or the wall (1)."""
         return np.array([step.get(name, (0, 0))[clock] for step in self.steps]) * 1e-3
 
     def total(self, clock: int = 0) -> np.ndarray:
@@ -83,7 +84,7 @@ class Stopwatch:
 
 
 class Ours:
-    """Our scheduler, `running` slots on each rank."""
+    """Our scheduler with `running` slots on each rank, under the load."""
 
     def __init__(
         self, num_ranks: int, running: int, *, max_num_batched_tokens: int = 2048, overlap: bool = True
@@ -111,7 +112,7 @@ class Ours:
         self._missing = self.slots
 
     def clear(self) -> None:
-        """Forget what was measured."""
+        """Forget the measurements."""
         self.watch = Stopwatch()
         self.scheduled: list[int] = []  # requests, of each step; and so on
         self.plan_bytes: list[int] = []
@@ -120,7 +121,7 @@ class Ours:
         self.with_chunks: list[bool] = []
 
     def fill(self) -> None:
-        """Run until all slots are taken, and then some steps more."""
+        """Run until all slots are taken, and `WARM_UP` more steps."""
         self.step(running_already=True)
         while self.in_slots[-1] < FULL * self.slots:
             self.step()
@@ -168,7 +169,7 @@ class Ours:
         return [pack(result.to_arrays()) for result in results]
 
     def _commit(self) -> int:
-        """Take in the step in flight; how many requests have ended."""
+        """Commit the step in flight, and return how many requests have ended."""
         if self._flight is None:
             return 0
         plan, answers = self._flight
@@ -183,7 +184,7 @@ class Ours:
 
 
 def cost(num_ranks: int, running: int, steps: int, *, overlap: bool = True) -> dict[str, Any]:
-    """Measure our scheduler: µs a step by part, bytes of a plan, and what the load was."""
+    """Measure our scheduler; return µs a step by part, bytes of a plan, and the load."""
     ours = Ours(num_ranks, running, overlap=overlap)
     ours.fill()
     collect_when_idle()
@@ -211,7 +212,7 @@ def cost(num_ranks: int, running: int, steps: int, *, overlap: bool = True) -> d
 
 
 def table(result: dict[str, Any]) -> str:
-    """A report for people."""
+    """Return a report as text."""
     lines = [
         f"{result['ranks']} ranks x {result['running']} requests, {result['steps']:,} steps: {result['slots_taken']:.1%} of the "
         f"slots taken, {result['turnover']:.2%} of the requests end each step, {result['steps_with_chunks']:.1%} of the steps",
@@ -236,7 +237,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def granularity_ns() -> int:
-    """The smallest step of the thread's clock that shows."""
+    """Return the smallest visible step of the thread's clock."""
     readings = [_now()[0] for _ in range(1000)]
     return min(b - a for a, b in itertools.pairwise(readings) if b > a)
 

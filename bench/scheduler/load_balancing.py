@@ -1,4 +1,4 @@
-"""`expertwire bench schedule --load-balancing`: three rules of data-parallel load balancing, on every trace at three loads.
+"""`expertwire bench schedule --load-balancing`: compare rules of DP load balancing on all traces.
 
 P ranks.
 """

@@ -1,7 +1,8 @@
 """The log of a scheduler's calls, and its replay: the same calls must give the same plans, byte by byte.
 
-One JSON object a line, gzipped if the file's name ends with .gz. The first describes the scheduler, each other one is a call: its
-inputs (`now` among them) and what came back. Of a plan that is one digest a field, so that a difference can be named.
+One JSON object a line, gzipped if the file's name ends with .gz. The first describes the scheduler,
+each other one is a call: its inputs (`now` among them) and what came back. A plan is logged as one
+digest a field, so that a difference can be named.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _ASKED = ("key", "branch", "seed", "priority", "tenant", "salt", "deadline")  # 
 
 
 class Recorder:
-    """A scheduler that writes down every call. Has the calls that change a scheduler; ask `scheduler` for the rest."""
+    """A scheduler that logs every call. It has the calls that change a scheduler; use `scheduler` for others."""
 
     def __init__(self, scheduler: Scheduler, file: Path, policy: str) -> None:
         self.scheduler = scheduler
@@ -74,7 +75,7 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """How a replay went.
+    """Result of a replay.
 
     Args:
         plans: compared.
@@ -113,7 +114,7 @@ def replay(file: Path) -> Replayed:
 
 
 def digests(plan: StepPlan) -> dict[str, str]:
-    """Of each field's bytes, dtype and shape."""
+    """Return the digest of each field's bytes, dtype and shape."""
     arrays = {name: np.asarray(value) for name, value in vars(plan).items()}
     return {
         name: hashlib.blake2b(f"{value.dtype.str}{value.shape}".encode() + value.tobytes(), digest_size=8).hexdigest()
@@ -122,7 +123,7 @@ def digests(plan: StepPlan) -> dict[str, str]:
 
 
 def _call(scheduler: Scheduler, line: dict[str, Any], in_flight: dict[int, StepPlan]) -> str | None:
-    """Make one recorded call; what is different, if anything is."""
+    """Make one recorded call; return the difference, or None."""
     match line["call"]:
         case "submit":
             rejection = scheduler.submit(_request(line["request"]), line["now"])

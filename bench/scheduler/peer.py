@@ -1,7 +1,8 @@
-"""Our scheduler beside another engine's, under one load (see `schedule_cost`), in one run.
+"""Our scheduler beside another engine's, under one load (see `cost`), in one run.
 
-The peer is nano-vllm (GeeeekExplorer/nano-vllm), whose scheduler and block manager are Python, too. A checkout is given by path
-and driven as it is; only its package's `__init__` and its configuration, which import a model and a tokenizer, are stood in for.
+The peer is nano-vllm (GeeeekExplorer/nano-vllm), whose scheduler and block manager are Python, too.
+A checkout is given by path and driven as it is; only its package's `__init__` and its
+configuration, which import a model and a tokenizer, are stood in for.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ class Contestant(Protocol):
     scheduled: list[int]  # requests in each step
 
     def clear(self) -> None:
-        """Forget what was measured."""
+        """Forget the measurements."""
         ...
 
     def fill(self) -> None:
-        """Run until all slots are taken, and then some steps more."""
+        """Run until all slots are taken, and some steps more."""
         ...
 
     def step(self) -> None:
-        """Replace who has ended, and run one more step."""
+        """Replace the requests that have ended, and run one step."""
         ...
 
 
@@ -99,10 +100,11 @@ class Peer:
 def compare(
     path: Path, *, sizes: Sequence[int] = (256, 1024), steps: int = 200, rounds: int = 5, overlap: bool = True
 ) -> dict[str, Any]:
-    """µs of processor time per scheduled request, ours and the peer's, in turns; medians of the rounds.
+    """Return µs of processor time per scheduled request, ours and the peer's; medians of rounds.
 
-    Both have one rank of `sizes` requests and 16,384 tokens a step. The peer computes prompts in steps of their own, in which
-    nothing decodes; all its steps count. It runs with blocks of 256 tokens, its own size, and of 16, ours.
+    Both have one rank of `sizes` requests and 16,384 tokens a step. The peer computes prompts in
+    steps of their own, in which nothing decodes; all its steps count. It runs with blocks of 256
+    tokens, its own size, and of 16, ours.
 
     Raises:
         ValueError: there is no nano-vllm at `path`.
@@ -129,7 +131,7 @@ def compare(
 
 
 def table(result: dict[str, Any]) -> str:
-    """A report for people."""
+    """Return a report as text."""
     lines = [
         f"µs of processor time per scheduled request; medians of {result['rounds']} rounds of {result['steps']} steps, in turns",
         "",
@@ -141,7 +143,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _per_request(contestant: Contestant, steps: int) -> tuple[float, float]:
-    """µs per scheduled request, without serialising, and of that."""
+    """Return µs per scheduled request without serialising, and of serialising."""
     contestant.clear()
     for _ in range(steps):
         contestant.step()
@@ -151,7 +153,7 @@ def _per_request(contestant: Contestant, steps: int) -> tuple[float, float]:
 
 
 def _load_peer(path: Path) -> tuple[Any, Any, Any]:
-    """Its Scheduler, Sequence and SamplingParams."""
+    """Return the peer's Scheduler, Sequence and SamplingParams."""
     root = path / "nanovllm"
     if not (root / "engine" / "scheduler.py").is_file():
         raise ValueError(f"--peer: {path} is no checkout of nano-vllm: there is no {root / 'engine' / 'scheduler.py'}")

@@ -1,11 +1,12 @@
 """`expertwire bench schedule`: the real scheduler on simulated ranks.
 
-By default a trace (see `traces`) is served by `--ranks` ranks whose steps take as long as a model of step times says, on a
-simulated clock (see `simulation`); the report has goodput under latency targets, latencies, balance, prefix hits and preemptions.
-The scheduler's own time does not enter that clock unless `--host-time` is given, so a run can be repeated exactly. `--record`
-logs every call, `--replay` runs a log again and compares all plans, `--timeline` draws a picture. `--cost` measures what a step
-costs the host (`cost`), `--peer` compares that with another engine's scheduler (`peer`), and `--load-balancing`
-compares rules of data-parallel load balancing (`load_balancing`).
+By default a trace (see `traces`) is served by `--ranks` ranks whose steps take as long as a model
+of step times says, on a simulated clock (see `simulation`); the report has goodput under latency
+targets, latencies, balance, prefix hits and preemptions. The scheduler's own time does not enter
+that clock unless `--host-time` is given, so a run can be repeated exactly. `--record` logs every
+call, `--replay` runs a log again and compares all plans, `--timeline` draws a picture. `--cost`
+measures what a step costs the host (`cost`), `--peer` compares that with another engine's scheduler
+(`peer`), and `--load-balancing` compares rules of data-parallel load balancing (`load_balancing`).
 
 N steps, P ranks.
 """
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Add the command's options."""
     text = "what to serve (default: %(default)s)"
     parser.add_argument("--trace", choices=sorted(TRACES), default="poisson", help=text)
     text = "the order of the queue: fcfs, priority, shortest, prefix or fair (default: %(default)s)"
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run and print a report; 1 if a replay differs."""
+    """Run and print a report; return 1 if a replay differs."""
     for name in ("json", "timeline", "record"):
         file = getattr(args, name)
         if file and not file.parent.is_dir():
@@ -116,7 +117,7 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
 def _compared(
     args: argparse.Namespace, name: str, num_ranks: int, num_requests: int, rate: float, balancing: LoadBalancing
 ) -> dict[str, Any]:
-    """The report of one run of a comparison."""
+    """Return the report of one run of a comparison."""
     trace = TRACES[name](num_requests=num_requests, seed=args.seed, rate=rate)
     simulation = _simulation(args, trace, num_ranks, balancing=balancing)
     simulation.run()
@@ -162,11 +163,12 @@ def _simulation(
 
 
 def report(simulation: Simulation, ttft_s: float, tpot_s: float) -> dict[str, Any]:
-    """Everything about a run, as JSON values.
+    """Return a report of a run as JSON values.
 
-    Goodput counts the requests that were answered to their end, with the first token within `ttft_s` of the arrival and, after
-    it, `tpot_s` a token on average; out of all but those that their clients aborted. `tokens_max_over_least` is the fullest
-    rank's tokens over the least possible: the mean, or the tokens of one request where these are more. `spread_oracle_tokens` is
+    Goodput counts the requests that were answered to their end, with the first token within
+    `ttft_s` of the arrival and, after it, `tpot_s` a token on average; out of all but those that
+    their clients aborted. `tokens_max_over_least` is the fullest rank's tokens over the least
+    possible: the mean, or the tokens of one request where these are more. `spread_oracle_tokens` is
     what the oracle finds with a cache of unlimited size on each rank.
 
     Raises:
@@ -221,7 +223,7 @@ def report(simulation: Simulation, ttft_s: float, tpot_s: float) -> dict[str, An
 
 
 def table(result: dict[str, Any]) -> str:
-    """A report for people."""
+    """Return the report as text."""
     good, balance, prefix, targets = (result[name] for name in ("goodput", "balance", "prefix", "targets_ms"))
     tokens = prefix["prompt_tokens"]
     lines = [
@@ -257,7 +259,7 @@ def picture(outcome: Outcome, title: str) -> Figure:
 
 
 def _history(simulation: Simulation) -> list[Served]:
-    """The requests that were computed at all, for the oracle."""
+    """Return the requests that were computed at all, for the oracle."""
     history = []
     for key in sorted(simulation.ranks.cached):
         row = simulation.outcome.rows[key]
@@ -276,7 +278,7 @@ def _history(simulation: Simulation) -> list[Served]:
 
 
 def _imbalance(values_NP: np.ndarray) -> float:
-    """The largest rank's share over the mean, steps weighted by what they hold."""
+    """Return the largest rank's share over the mean, steps weighted by their tokens or blocks."""
     return float(values_NP.max(axis=1).sum() / values_NP.mean(axis=1).sum())
 
 

@@ -1,9 +1,11 @@
 """The real scheduler on simulated ranks: no model, no processes, a simulated clock.
 
-`SimulatedRanks` answer a plan for all ranks at once; `Simulation` moves the clock by a model of step times and plays the clients
-of a trace. Everything is a function of the arguments; only `host_s` is measured.
+`SimulatedRanks` answer a plan for all ranks at once; `Simulation` moves the clock by a model of
+step times and plays the clients of a trace. Everything is a function of the arguments; only
+`host_s` is measured.
 
-Shape letters: P ranks, N rows (slots of all ranks), S scheduled requests, O sampled tokens, A admitted requests.
+P ranks, Z slots of all ranks, S scheduled requests, O sampled tokens, A
+admitted requests.
 """
 
 from __future__ import annotations
@@ -45,13 +47,14 @@ _ROW = np.dtype(
 
 @dataclass(frozen=True, kw_only=True)
 class StepModel:
-    """A step takes as long as its slowest rank: `base_s` + `token_s` a token + `kv_token_s` a token of context read.
+    """A step's duration: the slowest rank's base_s + token_s * tokens + kv_token_s * context tokens read.
 
-    The defaults are fitted to the sums of kernel times of Qwen3-30B-A3B in BF16 on one H200 (aiconfigurator's tables, as summed
-    in the project's notes on performance): 16.9, 20.2 and 25.6 ms at 64, 128 and 256 decodes of context 1,024, where they give
-    18.1, 20.3 and 24.6 ms. `base_s` is the reading of all experts' weights (60.4 GB at 4.3 TB/s is 14 ms) and what else
-    does not grow; `token_s` is the slope of prefill; `kv_token_s` is 98 kB at 4.3 TB/s. Below some 64 tokens a step, where
-    not all experts are read, they are too slow; an all-to-all is not in them.
+    The defaults are fitted to the sums of kernel times of Qwen3-30B-A3B in BF16 on one H200
+    (aiconfigurator's tables, as summed in the project's notes on performance): 16.9, 20.2 and 25.6
+    ms at 64, 128 and 256 decodes of context 1,024, where they give 18.1, 20.3 and 24.6 ms. `base_s`
+    is the reading of all experts' weights (60.4 GB at 4.3 TB/s is 14 ms) and what else does not
+    grow; `token_s` is the slope of prefill; `kv_token_s` is 98 kB at 4.3 TB/s. Below some 64 tokens
+    a step, where not all experts are read, they are too slow; an all-to-all is not in them.
     """
 
     base_s: float = 16e-3
@@ -64,8 +67,10 @@ class StepModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a step asks of each rank: tokens of prompts (or recomputed), tokens of outputs, and cached tokens read. f64 [P].
-    And the most tokens of one request."""
+    """A step's load of each rank, f64 [P].
+
+    Prefill (or recomputed) tokens, decode tokens, cached tokens read; and the most tokens of one request.
+    """
 
     prefill_P: np.ndarray
     decode_P: np.ndarray
@@ -74,10 +79,11 @@ class Load:
 
 
 class SimulatedRanks:
-    """All ranks. What a request says is a hash of its key, and ends with `EOS`.
+    """Simulates all ranks. An output is a hash of the request's key, and ends with `EOS`.
 
     Attributes:
-        cached: by key, the tokens of the prompt that were in the prefix cache when the request was first admitted.
+        cached: by key, the tokens of the prompt that were in the prefix cache when the request was
+        first admitted.
         preemptions: admissions of requests that had been admitted before.
     """
 
@@ -88,18 +94,18 @@ class SimulatedRanks:
         self._vocab_size = config.vocab_size
         num_rows = config.num_ranks * config.max_num_seqs
         self._first_row_P = np.arange(config.num_ranks) * config.max_num_seqs
-        self._key_N = np.zeros(num_rows, np.int64)
-        self._prompt_len_N = np.zeros(num_rows, np.int32)
+        self._key_Z = np.zeros(num_rows, np.int64)
+        self._prompt_len_Z = np.zeros(num_rows, np.int32)
         self._output_len = np.zeros(1024, np.int32)  # by key
 
     def expect(self, key: int, output_len: int) -> None:
-        """The model ends the answer to request `key` (which must also be its seed) after so many tokens; 0: never."""
+        """Set after how many tokens the output of request `key` ends, which must also be its seed; 0: never."""
         if key >= len(self._output_len):
             self._output_len = np.concatenate([self._output_len, np.zeros(key, np.int32)])
         self._output_len[key] = output_len
 
     def tokens(self, key_O: np.ndarray, index_O: np.ndarray) -> np.ndarray:
-        """Token number `index_O` of each request's output: i32 [O]. (The mixer is splitmix64's.)"""
+        """Return token number `index_O` of each request's output, i32 [O]: splitmix64's mixer."""
         mixed = key_O.astype(np.uint64) << np.uint64(32) | index_O.astype(np.uint64)
         mixed += np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -111,14 +117,14 @@ class SimulatedRanks:
     def run(self, plan: StepPlan) -> tuple[list[StepResult], Load]:
         """Apply the plan."""
         row_A = np.repeat(self._first_row_P, np.diff(plan.admit_offsets_P1)) + plan.admit_slot_A
-        self._key_N[row_A] = plan.admit_sampling_A["seed"]
-        self._prompt_len_N[row_A] = plan.admit_sampling_A["prompt_len"]
+        self._key_Z[row_A] = plan.admit_sampling_A["seed"]
+        self._prompt_len_Z[row_A] = plan.admit_sampling_A["prompt_len"]
         counts_P = np.diff(plan.sched_offsets_P1)
         rank_S = np.repeat(np.arange(len(counts_P)), counts_P)
         row_S = self._first_row_P[rank_S] + plan.sched_slot_S
         self._note_admissions(row_A, row_S, plan.sched_start_S)
         end_S = plan.sched_start_S + plan.sched_num_S
-        decode_S = plan.sched_start_S >= self._prompt_len_N[row_S]
+        decode_S = plan.sched_start_S >= self._prompt_len_Z[row_S]
         tokens_P = np.bincount(rank_S, plan.sched_num_S, len(counts_P))
         decode_P = np.bincount(rank_S, plan.sched_num_S * decode_S, len(counts_P))
         load = Load(
@@ -129,7 +135,7 @@ class SimulatedRanks:
         )
         sampled = np.flatnonzero(plan.sched_sample_S)
         rows = row_S[sampled]
-        token_O = self.tokens(self._key_N[rows], end_S[sampled] - self._prompt_len_N[rows])
+        token_O = self.tokens(self._key_Z[rows], end_S[sampled] - self._prompt_len_Z[rows])
         bounds = to_offsets(np.bincount(rank_S[sampled], minlength=len(counts_P))).tolist()
         slot_O = plan.sched_slot_S[sampled]
         results = [
@@ -139,9 +145,9 @@ class SimulatedRanks:
         return results, load
 
     def _note_admissions(self, row_A: np.ndarray, row_S: np.ndarray, start_S: np.ndarray) -> None:
-        start_N = np.full(len(self._key_N), -1, np.int32)
-        start_N[row_S] = start_S
-        for key, start in zip(self._key_N[row_A].tolist(), start_N[row_A].tolist(), strict=True):
+        start_Z = np.full(len(self._key_Z), -1, np.int32)
+        start_Z[row_S] = start_S
+        for key, start in zip(self._key_Z[row_A].tolist(), start_Z[row_A].tolist(), strict=True):
             assert start >= 0, f"request {key} is admitted, but not scheduled"
             if key in self.cached:
                 self.preemptions += 1
@@ -151,7 +157,7 @@ class SimulatedRanks:
 
 @dataclass
 class Outcome:
-    """What happened. Lists have one entry a step that computed tokens; arrays in them one entry a rank."""
+    """Record of a simulation. Lists have one entry a step that computed tokens; arrays in them one entry a rank."""
 
     arrivals: list[Arrival] = field(default_factory=list)  # by key
     rows: np.ndarray = field(default_factory=lambda: np.zeros(1024, _ROW))  # by key
@@ -165,13 +171,13 @@ class Outcome:
     host_s: float = 0.0  # processor time in the scheduler
 
     def busy(self) -> np.ndarray:
-        """Of each step's time, the share in which a rank computes something and does not wait: f64 [steps, P]."""
+        """Return the share of each step's time in which a rank computes and does not wait: f64 [steps, P]."""
         some = np.add(self.prefill, self.decode) > 0
         return np.where(some, np.array(self.rank_s) / np.array(self.seconds)[:, None], 0.0)
 
     @property
     def served(self) -> np.ndarray:
-        """The rows of all requests."""
+        """Rows of all requests."""
         return self.rows[: len(self.arrivals)]
 
 
@@ -189,11 +195,11 @@ class Simulation:
     """One run of a trace. `outcome` and `ranks` (what they counted) are there when `run` returns.
 
     Args:
-        trace: asks.
+        trace: the requests.
         config: of the scheduler.
-        model: how long a step takes.
-        overlap: plan the next step while one runs, and take in its results beside the one after.
-        host_time: the scheduler's measured processor time passes on the simulated clock, too.
+        model: duration of a step.
+        overlap: plan the next step while one runs.
+        host_time: add the scheduler's measured processor time to the simulated clock.
         record: a file for the log of all calls; only with the default load balancing.
         balancing: data-parallel load balancing; None: the scheduler's default.
     """
@@ -295,7 +301,7 @@ class Simulation:
         return plan
 
     def _start(self, plan: StepPlan) -> _Flight:
-        """The ranks begin a step now."""
+        """Start a step on the ranks."""
         if not self.overlap:
             self._now += self._spend_host_time()
         outcome = self.outcome
@@ -314,7 +320,7 @@ class Simulation:
         return _Flight(plan=plan, results=results, start=self._now, end=self._now + seconds)
 
     def _commit(self, flight: _Flight) -> None:
-        """The step ends, which is when the clock moves."""
+        """End the step: move the clock and commit the results."""
         self._now = flight.end
         if self.overlap:
             self._now = max(flight.end, flight.start + self._spend_host_time())
@@ -324,13 +330,13 @@ class Simulation:
         self._deliver(outputs)
 
     def _spend_host_time(self) -> float:
-        """How far the clock moves for what the scheduler did since the last call of this."""
+        """Return how far the clock moves for the scheduler's work since the last call."""
         host_s, self._host_s = self._host_s, 0.0
         self.outcome.host_s += host_s
         return host_s if self._host_time else 0.0
 
     def _deliver(self, outputs: StepOutputs) -> None:
-        """Clients get their tokens: each exactly once and in order."""
+        """Deliver tokens to their clients, and check that each comes exactly once and in order."""
         rows, key_O = self.outcome.rows, outputs.key_O
         expected = self.ranks.tokens(key_O, rows["count"][key_O])
         assert np.array_equal(outputs.token_O, expected), f"step {outputs.step}: a token is lost, repeated or misplaced"

@@ -1,7 +1,7 @@
 """A picture of a simulation: the work of each rank over time.
 
-Time is cut into equal bins; in each, a rank's row shows the shares of time in which it computed prefill, decoded, and
-waited for the slowest rank of its step. White is time without a step.
+Time is cut into equal bins; in each, a rank's row shows the shares of time in which it computed
+prefill, decoded, and waited for the slowest rank of its step. White is time without a step.
 
 N steps, P ranks, B bins.
 """

@@ -1,4 +1,4 @@
-"""Traffic for `bench schedule`: who asks what and when. Every trace is a pure function of its fields, the seed included.
+"""Request traces for `bench schedule`, each a pure function of its fields, the seed included.
 
     poisson       arrivals without memory; prompts and outputs of log-normal lengths
     bursty        the same rate in bursts: gamma-distributed gaps of a coefficient of variation `cv` above 1
@@ -6,9 +6,10 @@
     tenants       poisson; tenants of Zipf popularity, each with a system prompt and a priority of its own
     multi-turn    sessions that begin with one system prompt; a turn's prompt is the one before, its answer and new text
 
-The default lengths have the ratio of prompt to output tokens, 3.6, that DeepSeek published of a day of its traffic
-(open-infra-index, day 6; 56 % of its prompt tokens were cache hits, which `multi-turn` is for). `oracle_hits` says what a prefix
-cache of unlimited size could have saved; it shares no code with the scheduler's.
+The default lengths have the ratio of prompt to output tokens, 3.6, that DeepSeek published of a day
+of its traffic (open-infra-index, day 6; 56 % of its prompt tokens were cache hits, which
+`multi-turn` is for). `oracle_hits` says what a prefix cache of unlimited size could have saved; it
+shares no code with the scheduler's.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ class Poisson:
 
     Args:
         num_requests: in all.
-        rate: requests a second, on average.
-        prompt, output: lengths in tokens; `output.high` is every request's `max_tokens`.
-        abort_share: requests whose client goes away, within `patience_s` (mean of an exponential) of the arrival.
+        rate: requests a second, on average. prompt, output: lengths in tokens; `output.high` is
+        every request's `max_tokens`.
+        abort_share: requests whose client goes away, within `patience_s` (mean of an exponential)
+        of the arrival.
         vocab_size: token ids are in [1, vocab_size).
         max_model_len: prompt and `max_tokens` together; longer prompts are cut.
     """
@@ -88,13 +90,13 @@ class Poisson:
             raise ValueError(f"rate must be a number > 0, got {self.rate}")
 
     def arrivals(self) -> list[Arrival]:
-        """Everything that does not wait for an answer, in order of time."""
+        """Return all arrivals that do not wait for an output, in order of time."""
         generator = np.random.default_rng(self.seed)
         times = np.cumsum(self._gaps(generator))
         return [self._arrival(generator, float(time)) for time in times]
 
     def follow_up(self, arrival: Arrival, answer: np.ndarray, now: float) -> Arrival | None:
-        """What the client asks when `arrival` is answered (i32 [length]) at `now`."""
+        """Return the client's next request after `arrival` was answered (i32 [length]) at `now`, or None."""
         return None
 
     def _gaps(self, generator: np.random.Generator) -> np.ndarray:
@@ -163,7 +165,7 @@ class Tenants(Poisson):
     num_priorities: int = 2
 
     def shares(self) -> np.ndarray:
-        """f64 [num_tenants], which sum to 1."""
+        """Return the tenants' shares: f64 [num_tenants], which sum to 1."""
         weights = np.arange(1, self.num_tenants + 1) ** -self.zipf
         return weights / weights.sum()
 
@@ -226,11 +228,11 @@ TRACES: Mapping[str, Callable[..., Poisson]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Served:
-    """A request as it went.
+    """A request with its outcome.
 
     Args:
-        computed: i32, what of its answer was computed, and not only sampled: all but the last token; that one too, if it ended
-            by itself and the next step had been planned already.
+        computed: i32, what of its answer was computed, and not only sampled: all but the last
+            token; that one too, if it ended by itself and the next step had been planned already.
         finished: when; None if it was aborted.
     """
 
@@ -241,14 +243,14 @@ class Served:
 
 
 def oracle_hits(history: Iterable[Served], block_size: int, num_caches: int = 1) -> int:
-    """Prompt tokens that a prefix cache of unlimited size, which knows a prompt from its submission on, would find.
+    """Return the prompt tokens that a prefix cache of unlimited size would find.
 
-    With several caches, sessions are dealt out to them in turn, and so are requests without a session: what many have in common
-    must be computed once in each.
+    With several caches, sessions are dealt out to them in turn, and so are requests without a
+    session: what many have in common must be computed once in each.
 
-    Whole blocks only, and never a prompt's last token, which has to be computed. An answer is known from its end on. Prefixes are
-    shared within one tenant. An upper bound: a real cache has a prompt's blocks only after it has computed them, and only on the
-    rank that has.
+    Whole blocks only, and never a prompt's last token, which has to be computed. An answer is known
+    from its end on. Prefixes are shared within one tenant. An upper bound: a real cache has a
+    prompt's blocks only after it has computed them, and only on the rank that has.
     """
     events: list[tuple[float, int, int, Served]] = []
     owners: dict[int, str] = {}
@@ -273,7 +275,7 @@ def oracle_hits(history: Iterable[Served], block_size: int, num_caches: int = 1)
 
 
 def _chain(tokens: np.ndarray, block_size: int, owner: str) -> Iterator[bytes]:
-    """A name for each whole block, which names all that precedes it, too."""
+    """Return a hash for each full block, chained over all blocks before it."""
     name = hashlib.blake2b(owner.encode(), digest_size=16).digest()
     data = np.ascontiguousarray(tokens, np.int32).tobytes()
     for end in range(4 * block_size, len(data) + 1, 4 * block_size):

@@ -1,5 +1,4 @@
-"""Compiled loops over blocks and their hashes, which run thousands of times a step. `BlockPool`
-makes the arrays.
+"""Compiled loops over cache blocks and their hashes. `BlockPool` makes the arrays.
 
 A block has a number, cache and rank included: owner * num_blocks + block id, where owner = cache *
 num_ranks + rank.
@@ -137,8 +136,7 @@ def share_block(blocks, owner, number):
 
 @jit
 def drop_block(blocks, owner, number):
-    """Drop a reference. A block without references is freed: to the queue's end with a hash, else
-    to its head.
+    """Drop a reference; free the block if it was the last: to the queue's end with a hash, else to its head.
 
     Call `compact_queues` first, so that the queue has a place for it.
     """
@@ -270,8 +268,7 @@ def find_block(blocks, owner, hash0, hash1):
 
 @jit
 def guess_prefix(blocks, hash_B2, max_misses):
-    """Return the number of a request's blocks up to the last one that some rank probably has, and
-    that rank, or 0 and `NONE`.
+    """Return how many leading blocks of a request some rank probably has, and that rank, or 0 and `NONE`.
 
     The search ends after more than `max_misses` consecutive unknown hashes.
     """

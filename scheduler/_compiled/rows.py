@@ -1,5 +1,4 @@
-"""Compiled loops over the rows of the running batch: requests start and leave, full blocks get
-their hashes.
+"""Compiled loops over the rows of the running batch: start, release, hashes of full blocks.
 
 `RunningBatch` makes the arrays. Letters as in `blocks`, and A admitted requests, S requests, T
 tokens, Z slots of all ranks.
@@ -85,10 +84,9 @@ class BatchArrays(NamedTuple):
 def start_rows(
     caches, blocks, batch, row_A, parent_A, num_cached_A, record_A, tokens, token_offsets_A1, first_A, hash_B2
 ):
-    """Fill new rows with their requests' records, last tokens, block hashes and running sums, and
-    their first blocks.
+    """Fill new rows with their requests' records, last tokens, block hashes and cached blocks.
 
-    These are shared with the row `parent_A`, or else found in the prefix cache.
+    The blocks are shared with the row `parent_A`, or else found in the prefix cache.
     """
     size = batch.block_size
     for i in range(len(row_A)):

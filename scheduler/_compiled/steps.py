@@ -1,5 +1,4 @@
-"""Compiled loops of a step over the rows of the running batch: token budget, missing blocks,
-schedule, sampled tokens.
+"""Compiled loops of a step over the running batch: token budget, schedule, sampled tokens.
 
 Letters as in `rows`, and B new block table entries, O sampled tokens, P ranks, V vocabulary.
 """
@@ -81,11 +80,7 @@ class Accepted(NamedTuple):
 
 @jit
 def select_rows(caches, batch, max_num_batched_tokens, chunked_prefill_size, row_S, num_S, tokens_P, missing_CP):
-    """Write the rows to compute, their tokens, each rank's remaining token budget and missing
-    blocks; return the number of rows.
-
-    See `RunningBatch.select`.
-    """
+    """Write the rows to compute and their tokens, and return their number; see `RunningBatch.select`."""
     count = 0
     for rank in range(len(tokens_P)):
         num_decodes, begin = 0, count
@@ -222,11 +217,11 @@ def _allocate_all(caches, blocks, batch, row_S, taken_B, step):
 
 @jit
 def schedule(caches, blocks, batch, hashing, number, row_S, num_S, row_A, num_A, step, taken_B, growing_S, due_S):
-    """Schedule two lists of rows, each ascending, with `num_S` and `num_A` more tokens; return the
-    number of new block table entries.
+    """Schedule two lists of rows; return the number of new block table entries.
 
-    `row_A` are new rows, `step` is filled in, `number` is its number. With `hashing`, full blocks
-    go to the prefix cache. `taken_B`, `growing_S` and `due_S` are scratch.
+    Each list is ascending and has the number of tokens to compute beside it. `row_A` are new rows,
+    `step` is filled in, `number` is its number. With `hashing`, full blocks go to the prefix cache.
+    `taken_B`, `growing_S` and `due_S` are scratch.
     """
     i, num_growing, num_due, num_tokens, r, a = 0, 0, 0, 0, 0, 0
     for row in row_A:
@@ -310,8 +305,7 @@ def _finish_reason(row, info, eos_ids, may_stop_V, token):
 def append_sampled(
     batch, factors_B4s, eos_ids, may_stop_V, number, step, offsets_P1, sampled, mark_Z, accepted, whole_O
 ):
-    """Append the tokens sampled in step `number` to their rows; return how many are `accepted`, or
-    -1 for an unexpected slot.
+    """Append sampled tokens to their rows; return how many are `accepted`, or -1 for an unexpected slot.
 
     Full blocks get their hashes, if there are `factors_B4s`. `mark_Z`, zeros, is true at the end
     for rows of the step that still run. `whole_O` is scratch.
