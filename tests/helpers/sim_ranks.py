@@ -174,7 +174,7 @@ class SimRank:
     def _compute(self, index: int, start: int, num: int) -> list[tuple]:
         """Write tokens [start, start + num) into the caches; the rows of prompt log-probabilities, if asked for."""
         slot = self.slots[index]
-        assert slot.num_computed in (-1, start), f"slot {index} goes on at {start}, has {slot.num_computed}"
+        assert slot.num_computed in (-1, start), f"slot {index} continues at {start}, has {slot.num_computed}"
         assert num > 0
         assert start + num <= len(slot.tokens)
         states = list(accumulate(slot.tokens[: start + num], prefix_hash, initial=0))[1:]

@@ -13,5 +13,5 @@ with contextlib.suppress(ModuleNotFoundError):  # where it is missing, the files
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled():
-    """No test waits for the compiler."""
+    """Compile all loops before the first test."""
     warm_up()

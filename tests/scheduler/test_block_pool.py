@@ -19,14 +19,14 @@ def hashes(letters):
 
 
 def find(pool, hash_B2, rank=0, cache=0):
-    """A block of the rank with each name, or `NONE`."""
+    """Return a block of the rank with each hash, or `NONE`."""
     owner = cache * pool.num_ranks + rank
     numbers = [int(find_block(pool.blocks, owner, hash0, hash1)) for hash0, hash1 in hash_B2]
     return [number if number == NONE else number - owner * pool.num_blocks for number in numbers]
 
 
 def found(pool, letter, cache=0):
-    """Which block of that name each rank has: rank -> block."""
+    """Return each rank's block with that hash: rank -> block."""
     found_P = [find(pool, hashes(letter), rank, cache)[0] for rank in range(pool.num_ranks)]
     return {rank: block for rank, block in enumerate(found_P) if block != NONE}
 
@@ -61,7 +61,7 @@ def share(pool, ids, rank=0, cache=0):
     pool.check_integrity()
 
 
-def test_the_null_block_is_never_handed_out():
+def test_null_block_is_never_allocated():
     pool = pool_of(4, num_caches=2, num_ranks=2)
     ids = pool.allocate(1, array(0, 0, 0, 1, 1, 1))
     assert ids.tolist() == [1, 2, 3, 1, 2, 3]
@@ -93,7 +93,7 @@ def test_freeing_what_is_not_in_use_is_an_error(block):
         give(pool_of(), [block])
 
 
-def test_a_free_named_block_can_be_shared_and_keeps_its_name():
+def test_shared_free_block_keeps_its_hash():
     pool = pool_of()
     ids = take(pool, 2)
     set_hash(pool, ids, "ab")
@@ -106,7 +106,7 @@ def test_a_free_named_block_can_be_shared_and_keeps_its_name():
     assert found(pool, "b") == {}
 
 
-def test_blocks_without_a_name_are_given_away_first():
+def test_blocks_without_hash_are_allocated_first():
     pool = pool_of(5)
     ids = take(pool, 4)
     set_hash(pool, ids[:2], "ab")
@@ -116,7 +116,7 @@ def test_blocks_without_a_name_are_given_away_first():
     assert found(pool, "b")
 
 
-def test_what_was_used_last_is_given_away_last_and_a_tail_before_its_head():
+def test_eviction_is_least_recently_used_first_and_tails_before_heads():
     pool = pool_of(7)
     first, second = take(pool, 3), take(pool, 3)
     set_hash(pool, first, "abc")
@@ -126,7 +126,7 @@ def test_what_was_used_last_is_given_away_last_and_a_tail_before_its_head():
     assert take(pool, 6).tolist() == [*second[::-1], *first[::-1]]
 
 
-def test_using_a_block_again_makes_it_the_last_to_go():
+def test_reuse_moves_a_block_to_the_end_of_the_queue():
     pool = pool_of(4)
     ids = take(pool, 3)
     set_hash(pool, ids, "abc")
@@ -136,7 +136,7 @@ def test_using_a_block_again_makes_it_the_last_to_go():
     assert [take(pool, 1)[0] for _ in ids] == [ids[1], ids[0], ids[2]]
 
 
-def test_who_gets_a_block_finds_no_name_on_it():
+def test_allocated_block_has_no_hash():
     pool = pool_of(3)
     ids = take(pool, 2)
     set_hash(pool, ids, "ab")
@@ -148,7 +148,7 @@ def test_who_gets_a_block_finds_no_name_on_it():
     pool.check_integrity()
 
 
-def test_of_blocks_with_the_same_name_one_is_found_as_long_as_there_is_one():
+def test_one_of_several_blocks_with_equal_hashes_is_found():
     pool = pool_of(3)
     ids = take(pool, 2)
     set_hash(pool, ids, "aa")
@@ -159,7 +159,7 @@ def test_of_blocks_with_the_same_name_one_is_found_as_long_as_there_is_one():
         assert len(found(pool, "a")) == left
 
 
-def test_a_name_is_found_where_it_was_given():
+def test_hash_is_found_in_its_cache_and_rank():
     pool = pool_of(4, num_caches=2, num_ranks=2)
     ids = pool.allocate(1, array(0, 0, 1))
     set_hash(pool, ids[:2], "ab", cache=1)
@@ -168,7 +168,7 @@ def test_a_name_is_found_where_it_was_given():
     assert find(pool, hashes("bac"), 1, 1) == [ids[2], NONE, NONE]
 
 
-def test_names_that_differ_in_one_half_only_are_different():
+def test_hashes_that_differ_in_one_half_are_different():
     pool = pool_of()
     (block,) = take(pool, 1)
     a, b = hashes("ab")
@@ -189,7 +189,7 @@ def test_caches_may_have_different_numbers_of_blocks():
     pool.check_integrity()
 
 
-def test_a_guess_names_a_rank_that_had_the_block_last():
+def test_guess_returns_a_rank_that_had_the_block():
     pool = pool_of(4, num_ranks=3)
     ids = pool.allocate(0, array(0, 2))
     set_hash(pool, ids[:1], "a")
@@ -201,16 +201,16 @@ def test_a_guess_names_a_rank_that_had_the_block_last():
         (0, NONE),
         (0, NONE),
     ]
-    assert guess_prefix(pool.blocks, hashes("cacc"), 1) == (2, 0), "up to the last one that anybody had"
+    assert guess_prefix(pool.blocks, hashes("cacc"), 1) == (2, 0), "up to the last one that any rank had"
     assert guess_prefix(pool.blocks, hashes("cacc"), 0) == (0, NONE), "unless too many before it are unknown"
     find(pool, hashes("b"))
-    assert guess_prefix(pool.blocks, hashes("b"), 0) == (1, 2), "who does not find it does not have it"
+    assert guess_prefix(pool.blocks, hashes("b"), 0) == (1, 2), "a rank that does not find it does not have it"
     pool.free(0, array(2), ids[1:])
     take(pool, 3, rank=2)
     assert guess_prefix(pool.blocks, hashes("b"), 0) == (1, 2), "it is a guess"
 
 
-def test_the_guess_is_who_named_or_used_it_last():
+def test_guess_is_the_rank_that_used_the_hash_last():
     pool = pool_of(4, num_ranks=2)
     for rank in (0, 1):
         set_hash(pool, take(pool, 1, rank=rank), "a", rank=rank)
@@ -222,8 +222,8 @@ def test_the_guess_is_who_named_or_used_it_last():
     assert guess_prefix(pool.blocks, hashes("a"), 0) == (1, 0), "what another loses does not matter"
 
 
-def test_a_block_that_is_shared_and_freed_again_and_again_goes_last_each_time():
-    """Its old places in the queue count no more, however many there are."""
+def test_block_shared_and_freed_repeatedly_is_evicted_last():
+    """Its old entries in the queue are invalid, however many there are."""
     pool = pool_of(4)
     set_hash(pool, take(pool, 3), "abc")
     give(pool, [1, 2, 3])
@@ -234,7 +234,7 @@ def test_a_block_that_is_shared_and_freed_again_and_again_goes_last_each_time():
     assert take(pool, 3).tolist() == [1, 3, 2]
 
 
-def test_every_rank_and_cache_has_blocks_and_names_of_its_own():
+def test_ranks_and_caches_have_separate_blocks_and_hashes():
     pool = pool_of(4, num_caches=2, num_ranks=3)
     ids = pool.allocate(0, array(0, 2, 2))
     set_hash(pool, ids[:1], "a")
@@ -286,7 +286,7 @@ def test_the_integrity_check_finds(corrupt):
 
 
 class PlainPool:
-    """One cache of one rank, in plain words."""
+    """A plain model of one cache of one rank."""
 
     def __init__(self, num_blocks):
         self.free = list(range(1, num_blocks))  # the first goes first
@@ -305,7 +305,7 @@ class PlainPool:
         self.refs[block] += 1
 
     def drop(self, blocks):
-        """The last is the first to be free."""
+        """Free in reverse order."""
         for block in reversed(blocks):
             self.refs[block] -= 1
             if not self.refs[block]:
@@ -313,7 +313,7 @@ class PlainPool:
 
 
 def pick(random, plains, times, most):
-    """Up to `most` blocks of every rank, a block up to `times(plain, block)` times: ranks and blocks, sorted by rank."""
+    """Pick up to `most` blocks of every rank, each up to `times(plain, block)` times, sorted by rank."""
     pairs = []
     for rank, plain in enumerate(plains):
         blocks = [block for block in plain.refs for _ in range(times(plain, block))]
@@ -341,7 +341,7 @@ def do_free(random, pool, cache, plains):
         plain.drop([block for owner, block in pairs if owner == rank])
 
 
-def do_name(random, pool, cache, plains):
+def do_hash(random, pool, cache, plains):
     pairs = pick(random, plains, lambda plain, block: bool(plain.refs[block] and block not in plain.hashed), 9)
     for rank, block in pairs:
         letter = random.choice(LETTERS)
@@ -360,10 +360,10 @@ def check(pool, cache, plains):
 
 @settings(deadline=None, max_examples=25)
 @given(st.randoms(use_true_random=True), st.integers(1, 2), st.integers(1, 3), st.integers(2, 9))
-def test_it_does_what_plain_pools_do(random, num_caches, num_ranks, num_blocks):
+def test_pool_agrees_with_a_plain_one(random, num_caches, num_ranks, num_blocks):
     pool = pool_of(num_blocks, num_caches, num_ranks)
     plains = [[PlainPool(num_blocks) for _ in range(num_ranks)] for _ in range(num_caches)]
     for _ in range(300):
         cache = random.randrange(num_caches)
-        random.choice([do_allocate, do_share, do_free, do_name])(random, pool, cache, plains[cache])
+        random.choice([do_allocate, do_share, do_free, do_hash])(random, pool, cache, plains[cache])
         check(pool, cache, plains[cache])

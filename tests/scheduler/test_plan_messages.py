@@ -1,4 +1,4 @@
-"""Plans and results arrive as they were sent; anything else is refused with a reason."""
+"""Packing of plans and results; malformed messages are refused with a reason."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ KINDS = pytest.mark.parametrize("kind", [StepPlan, StepResult])
 
 
 def message(kind, seed=0, largest=9):
-    """Random bits in arrays of random lengths."""
+    """Return a message of random arrays of random lengths."""
     dice = np.random.default_rng(seed)
     scalars = {name: int(dice.integers(-(1 << 40), 1 << 40)) for name in kind.scalars}
     arrays = {
@@ -23,7 +23,7 @@ def message(kind, seed=0, largest=9):
 
 
 def words(kind):
-    """A message's words, to be damaged; those of its head as i64."""
+    """Return a message's words, and those of its head as i64."""
     array = message(kind).to_arrays()[kind.__name__].copy()
     head = 1 + len(kind.scalars) + len(kind.dtypes)
     return array, array[: 2 * head].view(np.int64)
@@ -43,7 +43,7 @@ def test_messages_arrive_as_they_were(kind, seed):
 
 @KINDS
 def test_the_declared_types_are_those_of_the_fields(kind):
-    """Who builds a message may ask it."""
+    """Builders of messages rely on the declared dtypes."""
     assert [*kind.scalars, *kind.dtypes] == list(kind.__dataclass_fields__)
     assert {str(dtype) for dtype in kind.dtypes.values() if not dtype.names} <= {"int32", "int64", "uint8", "float32"}
 

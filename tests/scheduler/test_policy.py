@@ -12,7 +12,7 @@ from expertwire.scheduler.sampling_params import SamplingParams
 
 
 class Line:
-    """A queue and its policy; requests are admitted one at a time. `cached`: tokens of a request in the prefix cache, by key."""
+    """A queue and its policy; requests are admitted one at a time. `cached`: cached tokens by key."""
 
     def __init__(self, policy, cached=None):
         self.policy, self.queue, self.keys = policy, WaitingQueue(), count()
@@ -46,7 +46,7 @@ class Line:
         return [self.admit() for _ in range(len(self.queue))]
 
     def order(self):
-        """All keys as one step would admit them."""
+        """Return all keys as one step would admit them."""
         return [request.key for request in self.policy.order(self.queue, self.cached_tokens)]
 
 
@@ -54,7 +54,7 @@ def keys(requests):
     return [request.key for request in requests]
 
 
-def test_first_come_first_served_looks_at_nothing_else():
+def test_fcfs_ignores_everything_but_the_order():
     line = Line(Fcfs(), cached={2: 5})
     for priority, limit in ((1, 9), (0, 5), (-1, 3)):
         line.submit(priority=priority, limit=limit, tenant=str(limit))
@@ -62,7 +62,7 @@ def test_first_come_first_served_looks_at_nothing_else():
 
 
 @pytest.mark.parametrize(("policy", "field"), [(Priority(1.0), "priority"), (ShortestRemaining(1.0), "limit")])
-def test_the_smaller_goes_first_until_the_larger_has_waited_for_the_difference(policy, field):
+def test_smaller_goes_first_until_aging_makes_up_the_difference(policy, field):
     line = Line(policy)
     line.submit(0.0, **{field: 7})
     line.submit(0.0, **{field: 4})
@@ -83,7 +83,7 @@ def test_without_aging_the_smaller_always_goes_first(policy, field):
 
 @pytest.mark.parametrize(("make", "field"), [(Priority, "priority"), (ShortestRemaining, "limit")])
 @given(aging=st.sampled_from([0.25, 1.0, 4.0]), gap=st.integers(1, 40), rate=st.integers(1, 4))
-def test_an_endless_stream_of_smaller_ones_starves_nobody(make, field, aging, gap, rate):
+def test_stream_of_smaller_requests_starves_nobody(make, field, aging, gap, rate):
     line = Line(make(aging))
     patient = line.submit(0.0, **{field: 1 + gap})
     urgent = 0
@@ -201,7 +201,7 @@ def test_an_endless_stream_of_new_tenants_starves_no_old_one():
 
 
 def test_a_request_admitted_out_of_order_does_not_move_the_others_far_back():
-    """A fork of a running request starts beside it, before all that its tenant has waiting."""
+    """A fork starts beside its parent, before its tenant's waiting requests."""
     line = Line(FairShare())
     *_, fork = [line.submit(tenant="flood") for _ in range(200)]
     line.queue.remove([fork])
@@ -210,7 +210,7 @@ def test_a_request_admitted_out_of_order_does_not_move_the_others_far_back():
     assert request in [line.admit() for _ in range(3)]
 
 
-def test_being_idle_saves_up_nothing():
+def test_idle_tenant_saves_up_nothing():
     line = Line(FairShare())
     for _ in range(60):
         line.submit(tenant="busy")
@@ -222,7 +222,7 @@ def test_being_idle_saves_up_nothing():
 
 
 def test_a_dropped_request_is_not_charged():
-    """A client that gives up on a thousand requests must not wait for a thousand of the others'."""
+    """A client that aborts a thousand requests must not wait for a thousand of the others'."""
     line = Line(FairShare())
     for _ in range(3):
         line.submit(tenant="other")
@@ -283,7 +283,7 @@ def test_dropping_requests_from_before_a_gap_saves_up_nothing():
 @given(
     st.lists(st.tuples(st.sampled_from(["add", "admit", "drop"]), st.integers(0, 99), st.integers(2, 30)), max_size=60)
 )
-def test_only_tenants_that_wait_are_remembered(operations):
+def test_only_waiting_tenants_are_kept(operations):
     line = Line(FairShare({"0": 0.3, "1": 0.7}))
     for operation, number, limit in operations:
         waiting = list(line.queue)
@@ -341,7 +341,7 @@ def test_policies_by_name(name, options, policy):
         ("fair", {"tenant_weights": {"a": 0}}, r"tenant_weights\['a'\] must be a number from 0.001 to 1000, got 0"),
     ],
 )
-def test_mistakes_name_the_field_and_what_is_allowed(name, options, message):
+def test_errors_name_the_field_and_allowed_values(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_policy(name, **options)
 

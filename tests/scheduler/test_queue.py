@@ -40,7 +40,7 @@ def test_a_request_returns_to_its_old_place():
     assert keys(queue) == [0, 1, 2, 3]
 
 
-def test_what_is_removed_waits_and_what_is_discarded_need_not():
+def test_remove_needs_a_waiting_request_and_discard_does_not():
     queue, requests = filled(0, 0)
     assert queue.discard(7) is None
     assert queue.discard(1) is requests[1]
@@ -63,7 +63,7 @@ take = st.tuples(st.sampled_from(["remove", "discard", "return"]), st.integers(0
 
 
 @given(st.lists(st.one_of(add, take), max_size=60))
-def test_it_is_a_sorted_list(operations):
+def test_queue_agrees_with_a_sorted_list(operations):
     queue, waiting, gone = WaitingQueue(), [], []
     for key, (operation, number, tenant) in enumerate(operations):
         if operation == "add":

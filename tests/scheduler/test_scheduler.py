@@ -19,7 +19,7 @@ def run(config, *requests):
 
 
 def first_with(finish, at_least=1, config=None, **params):
-    """A request whose expected output ends like this after `at_least` tokens or more."""
+    """Return a request whose expected output ends with `finish` after `at_least` tokens or more."""
     for key in range(10_000):
         request = make_request(key, **params)
         output, reason = expected_output(request, config or make_config())
@@ -196,7 +196,7 @@ def test_admission_waits_for_blocks_and_keeps_the_order():
     assert cluster.admitted(plan) == [1, 2]
 
 
-def test_blocks_are_not_set_aside_for_tokens_that_may_never_come():
+def test_no_blocks_are_reserved_for_future_tokens():
     cluster = SimCluster(make_config(num_ranks=1, num_blocks=9))
     cluster.submit(*(make_request(key, length=2, max_tokens=20) for key in range(3)))
     assert cluster.admitted(cluster.plan()) == [0, 1, 2]
@@ -309,7 +309,7 @@ def test_log_probabilities_follow_their_requests():
     assert [tops[key] for key in (0, 1, 2, 4)] == [3, 3, 3, 3]
 
 
-def test_rows_of_an_aborted_request_are_dropped_with_all_that_hangs_on_them():
+def test_outputs_of_an_aborted_request_are_dropped():
     cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=20))
     cluster.submit(*(make_request(key, length=4, logprobs=2, prompt_logprobs=3) for key in range(3)))
     cluster.plan()
@@ -343,7 +343,7 @@ def test_unfinished_requests():
     assert cluster.scheduler.unfinished() == []
 
 
-def test_nothing_to_do_but_to_report_the_load():
+def test_plan_without_work_reports_the_load():
     cluster = SimCluster(make_config())
     assert cluster.scheduler.plan(0.0) is None
     plan = cluster.scheduler.plan(0.0, report_load=True)
@@ -370,7 +370,7 @@ def test_results_that_do_not_belong_to_the_step(spoil):
         cluster.scheduler.commit(plan, spoil(results), 0.0)
 
 
-def test_stats_count_what_is_there():
+def test_stats():
     cluster = SimCluster(make_config(max_num_seqs=1))
     cluster.submit(*(make_request(key, length=5, max_tokens=10, ignore_eos=True) for key in range(3)))
     cluster.step()
@@ -398,8 +398,8 @@ def test_the_same_calls_give_the_same_plans():
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_serving_makes_no_garbage_in_circles():
-    """So the controller need not look for it while it serves."""
+def test_serving_makes_no_cyclic_garbage():
+    """The controller disables the collector while it serves."""
     cluster = SimCluster(make_config(num_blocks=9, max_num_seqs=4), overlap=True, check=False)
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Who is let in, when, and how much of it is computed in a step."""
+"""Admission: deadlines, limits of tenants, chunked prefill and the token budget."""
 
 import pytest
 from helpers.sim_ranks import CACHES, SimCluster, make_config, make_request
@@ -9,8 +9,8 @@ from expertwire.scheduler.scheduler import Scheduler
 ONE = {"num_ranks": 1, "max_num_seqs": 1, "num_blocks": 41}
 
 
-def at_pace(seconds_each, num_waiting):
-    """A cluster that has long admitted a request every so many seconds, one a step, and now has so many waiting."""
+def at_rate(seconds_each, num_waiting):
+    """Return a cluster that has admitted one request a step, every `seconds_each`, and has `num_waiting` left."""
     cluster = SimCluster(make_config(**ONE, max_queued_requests=1000))
     cluster.submit(*(make_request(key, 2, max_tokens=1) for key in range(100 + num_waiting)))
     for _ in range(100):
@@ -26,7 +26,7 @@ def submit(cluster, key, left_s=None, **values):
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_hint():
-    cluster = at_pace(0.5, num_waiting=10)  # so about 5 s to wait
+    cluster = at_rate(0.5, num_waiting=10)  # so about 5 s to wait
     rejection = submit(cluster, 1000, left_s=3.0)
     assert (rejection.key, rejection.code) == (1000, "RESOURCE_EXHAUSTED")
     assert rejection.retry_after_s == pytest.approx(2.0, abs=0.5)
@@ -36,13 +36,13 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_hint():
 
 
 def test_a_deadline_that_can_be_met_is_accepted():
-    cluster = at_pace(0.5, num_waiting=10)
+    cluster = at_rate(0.5, num_waiting=10)
     assert submit(cluster, 1000, left_s=8.0) is None
     assert submit(cluster, 1001) is None, "no deadline, no matter"
 
 
 def test_after_the_hint_the_request_is_accepted():
-    cluster = at_pace(0.5, num_waiting=10)
+    cluster = at_rate(0.5, num_waiting=10)
     rejection = submit(cluster, 1000, left_s=3.0)
     while cluster.now < 50.0 + rejection.retry_after_s + 0.5:
         cluster.step()
@@ -50,12 +50,12 @@ def test_after_the_hint_the_request_is_accepted():
     assert submit(cluster, 1000, left_s=3.0) is None
 
 
-def test_when_nobody_waits_any_deadline_will_do():
-    cluster = at_pace(0.5, num_waiting=0)
+def test_any_deadline_is_accepted_when_the_queue_is_empty():
+    cluster = at_rate(0.5, num_waiting=0)
     assert submit(cluster, 1000, left_s=0.01) is None
 
 
-def test_when_nothing_is_known_of_the_pace_any_deadline_will_do():
+def test_any_deadline_is_accepted_without_a_known_rate():
     cluster = SimCluster(make_config(**ONE))
     cluster.submit(*(make_request(key) for key in range(5)))
     assert submit(cluster, 5, left_s=0.01) is None
@@ -70,8 +70,8 @@ def test_a_deadline_that_is_past_is_refused(left_s):
     assert "deadline" in rejection.message
 
 
-def test_a_quiet_hour_says_nothing_about_the_pace():
-    """How seldom requests came is not how slowly they are served."""
+def test_idle_time_does_not_lower_the_admission_rate():
+    """The rate of arrivals is not the rate of service."""
     cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=100, max_num_batched_tokens=100, num_blocks=401))
     for key in range(100):  # one a minute, each admitted at once
         cluster.submit(make_request(key, 2, max_tokens=1))
@@ -81,8 +81,8 @@ def test_a_quiet_hour_says_nothing_about_the_pace():
     assert [submit(cluster, 1000 + key, left_s=5.0) for key in range(20)] == [None] * 20
 
 
-def test_a_full_queue_hints_at_the_pace():
-    cluster = at_pace(0.5, num_waiting=5)
+def test_full_queue_hints_at_the_admission_rate():
+    cluster = at_rate(0.5, num_waiting=5)
     cluster.submit(*(make_request(key) for key in range(2000, 2995)))
     rejection = submit(cluster, 3000)
     assert rejection.code == "RESOURCE_EXHAUSTED"
@@ -92,7 +92,7 @@ def test_a_full_queue_hints_at_the_pace():
     assert submit(fresh, 1).retry_after_s is None
 
 
-def test_what_can_never_run_has_no_hint():
+def test_impossible_request_has_no_retry_hint():
     rejection = Scheduler(make_config(), CACHES).submit(make_request(0, 32, deadline=1.0), 0.0)
     assert (rejection.code, rejection.retry_after_s) == ("INVALID_ARGUMENT", None)
 
@@ -116,8 +116,8 @@ def test_a_tenant_may_have_only_so_many_waiting():
 
 
 @pytest.mark.parametrize("chunked_prefill_size", [1, 3, 8])
-def test_beside_decodes_no_more_prompt_tokens_than_a_chunk(chunked_prefill_size):
-    """Not counted is the last token of a prompt if it is left alone: it is a decode by what it costs."""
+def test_prefill_beside_decodes_is_limited_to_a_chunk(chunked_prefill_size):
+    """A prompt's last token alone does not count: it costs a decode."""
     cluster = SimCluster(
         make_config(
             **{**ONE, "max_num_seqs": 4, "max_num_batched_tokens": 16}, chunked_prefill_size=chunked_prefill_size

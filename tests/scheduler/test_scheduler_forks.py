@@ -1,4 +1,4 @@
-"""Forks: branches that go on from where another request is, on its blocks."""
+"""Forks: requests that continue another one and share its blocks."""
 
 import pytest
 from helpers.sim_ranks import CACHES, WINDOWED, SimCluster, check, make_config, make_request
@@ -7,7 +7,7 @@ SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 41, "max_nu
 
 
 def make_child(parent, key, **values):
-    """Goes on from `parent` with draws of its own."""
+    """Return a fork of `parent` with its own draws."""
     child = make_request(key, 1, **{"max_tokens": 20, "ignore_eos": True, **values})
     child.prompt = child.tokens = parent.prompt
     child.tenant, child.salt = parent.tenant, parent.salt
@@ -15,7 +15,7 @@ def make_child(parent, key, **values):
 
 
 def start(length, num_steps, **options):
-    """A cluster that has run request 0 for so many steps, and the request."""
+    """Return a cluster that has run request 0 for `num_steps`, and the request."""
     sizes = {
         name: options.pop(name)
         for name in list(options)
@@ -33,7 +33,7 @@ def start(length, num_steps, **options):
 @pytest.mark.parametrize("enable_prefix_caching", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("length", [3, 4, 5, 6, 7, 8])
-def test_a_fork_answers_as_if_it_had_been_alone(length, overlap, enable_prefix_caching, specs):
+def test_fork_gives_the_output_of_a_request_alone(length, overlap, enable_prefix_caching, specs):
     cluster, parent = start(length, 3, overlap=overlap, enable_prefix_caching=enable_prefix_caching, specs=specs)
     children = [make_child(parent, key, branch=key) for key in (1, 2)]
     cluster.fork(0, *children)
@@ -52,7 +52,7 @@ def test_a_fork_answers_as_if_it_had_been_alone(length, overlap, enable_prefix_c
 
 
 @pytest.mark.parametrize("num_children", [1, 3])
-def test_what_is_computed_is_not_computed_again(num_children):
+def test_fork_recomputes_nothing(num_children):
     cluster, parent = start(10, 3)  # 12 tokens are computed
     cluster.fork(0, *(make_child(parent, key, max_tokens=4) for key in range(1, 1 + num_children)))
     plan = cluster.plan()
@@ -75,7 +75,7 @@ def test_whole_blocks_are_shared_and_never_copied():
 
 
 @pytest.mark.parametrize("num_children", [1, 3])
-def test_the_block_that_several_write_to_is_copied_for_all_but_one(num_children):
+def test_partial_block_is_copied_for_all_but_one(num_children):
     cluster, parent = start(10, 2)  # 11 tokens: 2 whole blocks, and one of 3 tokens
     cluster.fork(0, *(make_child(parent, key, max_tokens=10) for key in range(1, 1 + num_children)))
     before = len(cluster.plans)
@@ -118,7 +118,7 @@ def test_a_fork_without_a_slot_waits_and_then_finds_the_blocks():
 
 
 @pytest.mark.parametrize("when", ["before the plan", "in flight", "after the step"])
-def test_a_fork_outlives_what_it_was_forked_from(when):
+def test_fork_outlives_its_parent(when):
     cluster, parent = start(10, 2)
     child = make_child(parent, 1)
     cluster.fork(0, child)
@@ -146,13 +146,13 @@ def test_an_aborted_fork_leaves_the_others_alone():
     check(cluster, child, begun)
 
 
-def test_a_fork_of_nobody_is_an_error():
+def test_fork_of_an_unknown_key_is_an_error():
     cluster, parent = start(10, 2)
     with pytest.raises(KeyError, match="request 7 is neither waiting nor running"):
         cluster.scheduler.fork(7, [make_child(parent, 1)], cluster.now)
 
 
-def test_forks_that_the_queue_has_no_place_for_are_rejected():
+def test_forks_are_rejected_when_the_queue_is_full():
     cluster = SimCluster(make_config(**{**SIZES, "max_queued_requests": 2}))
     parent = make_request(0, max_tokens=5)
     cluster.submit(parent)
@@ -175,7 +175,7 @@ def test_forks_in_a_small_pool(overlap):
         check(cluster, child, begun)
 
 
-def test_a_fork_may_stop_where_another_goes_on():
+def test_forks_stop_independently():
     cluster, parent = start(10, 3)
     cluster.fork(0, make_child(parent, 1, max_tokens=4))
     cluster.drain()

@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
         tenant=st.sampled_from("ab"),
     )
     def submit(self, count, length, shared, text, max_tokens, min_share, stops, ignore_eos, priority, tenant):
-        """Some of a kind: they begin alike."""
+        """Return requests with a common prefix."""
         for _ in range(count):
             request = make_request(
                 len(self.requests),
@@ -189,7 +189,7 @@ TestRandomSchedules = Machine.TestCase
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_a_hundred_thousand_operations():
+def test_hundred_thousand_operations():
     class Many(Machine):
         pass
 

@@ -8,7 +8,7 @@ SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 41}
 
 
 def stopping_early(at_least=2, **params):
-    """A request that ends with a stop token before its length does, and the number of its tokens."""
+    """Return a request that ends with a stop token, and its number of output tokens."""
     for key in range(1000):
         request = make_request(key, 5, max_tokens=20, **params)
         output, _ = expected_output(request, make_config())
@@ -47,7 +47,7 @@ def test_steps_are_committed_in_their_order():
         cluster.scheduler.commit(second, [], 0.0)
 
 
-def test_who_stops_is_computed_once_more_and_nothing_of_it_is_told():
+def test_stopped_request_is_computed_once_more_without_output():
     request, length = stopping_early(logprobs=2)
     cluster = SimCluster(make_config(**SIZES), overlap=True)
     cluster.submit(request, make_request(5000, 5, max_tokens=20, ignore_eos=True))
@@ -115,7 +115,7 @@ def test_a_key_may_be_used_again_while_steps_of_its_aborted_request_are_in_fligh
 
 
 def test_blocks_of_a_step_in_flight_are_found_by_the_next():
-    """Ranks compute steps one after another, so what one writes is there for the next to read."""
+    """Ranks run steps in order, so the next one reads what one writes."""
     cluster = SimCluster(make_config(**SIZES))
     cluster.submit(make_request(0, 9, shared=9, max_tokens=3))
     cluster.plan()

@@ -1,4 +1,4 @@
-"""Too few blocks for what runs: who gives way, and that nobody can tell from the answers."""
+"""Preemption: the choice of victims, and outputs that do not depend on it."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SMALL = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 13}  # 12 b
 
 
 def start(*requests, policy=None, overlap=False, specs=CACHES, **sizes):
-    """A cluster that runs the requests: (length, fields); their keys count up. None stops by itself."""
+    """Return a cluster that runs requests (length, fields) with keys 0, 1, ..., which ignore the end of sequence."""
     cluster = SimCluster(make_config(**{**SMALL, **sizes}), policy, overlap=overlap, specs=specs)
     for key, (length, values) in enumerate(requests):
         cluster.submit(make_request(key, length, **{"max_tokens": 20, "ignore_eos": True, **values}))
@@ -21,7 +21,7 @@ def start(*requests, policy=None, overlap=False, specs=CACHES, **sizes):
 
 
 def first_preempted(cluster):
-    """Keys of those that give way first."""
+    """Return the keys that are preempted first."""
     for _ in range(100):
         running = [{i: int(slot.sampling["seed"]) for i, slot in rank.slots.items()} for rank in cluster.ranks]
         ended = set(cluster.finish)
@@ -47,14 +47,14 @@ def first_preempted(cluster):
         ([(7, {}), (7, {}), (5, {"max_tokens": 13, "priority": 1})], 1),
     ],
 )
-def test_who_gives_way(requests, victim):
+def test_preemption_victim(requests, victim):
     cluster = start(*requests)
     assert first_preempted(cluster) == [victim]
     cluster.drain()
     assert set(cluster.finish) == {0, 1, 2}
 
 
-def test_of_those_about_to_finish_one_gives_way_if_nobody_else_can():
+def test_request_about_to_finish_is_preempted_last():
     # After 5 tokens each, every request wants a third block, and 2 of 8 are left.
     cluster = start(*[(5, {"max_tokens": 7})] * 3, num_blocks=9)
     assert first_preempted(cluster) == [2]
@@ -62,7 +62,7 @@ def test_of_those_about_to_finish_one_gives_way_if_nobody_else_can():
     assert set(cluster.finish) == {0, 1, 2}
 
 
-def test_as_many_give_way_as_it_takes():
+def test_as_many_are_preempted_as_needed():
     # Of 17 blocks, 6 are everyone's. All want a second one of their own at once, then a third, when one is left.
     cluster = SimCluster(
         make_config(num_ranks=1, max_model_len=64, max_num_batched_tokens=64, max_num_seqs=6, num_blocks=18)
@@ -72,13 +72,13 @@ def test_as_many_give_way_as_it_takes():
     cluster.submit(*requests)
     gone = first_preempted(cluster)
     assert len(gone) > 1
-    assert len(cluster.plans[-1].sched_slot_S) == 5 - len(gone), "those that stay get on"
+    assert len(cluster.plans[-1].sched_slot_S) == 5 - len(gone), "the others make progress"
     cluster.drain()
     assert len(cluster.finish) == 5
 
 
 class Crowded(LeastLoaded):
-    """All on rank 0, while there is a slot."""
+    """Prefers rank 0 while it has a slot."""
 
     def load_P(self, running_P, admitted_P):
         return 1e9 * np.arange(len(running_P))
@@ -96,7 +96,7 @@ def test_only_the_rank_that_is_short_preempts():
     assert [keys.count(key) for key in (3, 4)] == [1, 1]
 
 
-def test_who_gave_way_comes_back_with_its_tokens_before_those_that_came_later():
+def test_preempted_request_returns_with_its_tokens_before_later_ones():
     cluster = start((7, {}), (7, {}), (7, {}))
     cluster.submit(make_request(3, 7, max_tokens=20))
     assert first_preempted(cluster) == [2]
@@ -116,7 +116,7 @@ def test_who_gave_way_comes_back_with_its_tokens_before_those_that_came_later():
 @pytest.mark.parametrize("enable_prefix_caching", [False, True])
 @pytest.mark.parametrize("specs", [CACHES, WINDOWED], ids=["full", "window"])
 @pytest.mark.parametrize("chunk", [1, 5, 32])
-def test_a_small_pool_answers_as_a_large_one(overlap, enable_prefix_caching, specs, chunk):
+def test_small_pool_gives_the_outputs_of_a_large_one(overlap, enable_prefix_caching, specs, chunk):
     def answers(num_blocks):
         sizes = {
             "max_num_batched_tokens": max(chunk, 4),
@@ -142,7 +142,7 @@ def test_a_small_pool_answers_as_a_large_one(overlap, enable_prefix_caching, spe
     assert (num_preempted > 0, none) == (True, 0)
 
 
-def test_what_was_in_the_cache_is_said_of_the_first_admission():
+def test_num_cached_is_that_of_the_first_admission():
     cluster = SimCluster(make_config(**SMALL))
     cluster.submit(make_request(9, 7, shared=7, max_tokens=1))
     cluster.drain()
@@ -153,8 +153,8 @@ def test_what_was_in_the_cache_is_said_of_the_first_admission():
     assert cluster.scheduler.stats()["prompt_tokens"] == 28
 
 
-def test_prompt_log_probabilities_are_all_there_before_the_first_token_also_of_who_gave_way():
-    """They come again when the prompt is computed again."""
+def test_prompt_logprobs_precede_the_first_token_also_after_preemption():
+    """They are reported again when the prompt is recomputed."""
     cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=4, num_blocks=9, max_num_seqs=4))
     requests = [make_request(key, 9, prompt_logprobs=1, max_tokens=12, ignore_eos=True) for key in range(4)]
     cluster.submit(*requests)
@@ -170,7 +170,7 @@ def test_prompt_log_probabilities_are_all_there_before_the_first_token_also_of_w
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("enable_prefix_caching", [False, True])
-def test_experts_of_tokens_that_are_computed_twice_are_counted_once(overlap, enable_prefix_caching):
+def test_expert_counts_of_recomputed_tokens_count_once(overlap, enable_prefix_caching):
     config = make_config(
         num_ranks=1, max_num_batched_tokens=4, num_blocks=9, max_num_seqs=4, enable_prefix_caching=enable_prefix_caching
     )
@@ -194,7 +194,7 @@ def test_experts_of_tokens_that_are_computed_twice_are_counted_once(overlap, ena
     ] * 6
 
 
-def test_abort_of_who_gave_way():
+def test_abort_of_a_preempted_request():
     cluster = start((7, {}), (7, {}), (7, {}))
     (victim,) = first_preempted(cluster)
     so_far = list(cluster.tokens[victim])
@@ -204,8 +204,8 @@ def test_abort_of_who_gave_way():
     assert set(cluster.finish) == {0, 1}
 
 
-def test_a_stream_of_urgent_requests_leaves_the_oldest_of_them_alone():
-    """However many come, somebody always gets on; the less urgent have their turn in between by their age."""
+def test_oldest_urgent_request_is_never_preempted():
+    """One always makes progress; aging lets the less urgent run in between."""
     cluster = start((7, {"priority": 5}), policy=Priority(aging=10.0))
     for key in range(1, 60):
         cluster.submit(make_request(key, 7, priority=0, max_tokens=8, ignore_eos=True))
@@ -215,7 +215,7 @@ def test_a_stream_of_urgent_requests_leaves_the_oldest_of_them_alone():
     cluster.drain()
 
 
-def test_who_gives_way_while_its_token_is_in_flight_gets_it():
+def test_token_in_flight_is_kept_on_preemption():
     cluster = SimCluster(make_config(**SMALL), overlap=True)
     cluster.submit(*(make_request(key, 7, max_tokens=20, ignore_eos=True) for key in range(3)))
     while not cluster.scheduler.stats()["preemptions"]:
@@ -229,8 +229,8 @@ def test_who_gives_way_while_its_token_is_in_flight_gets_it():
     assert cluster.tokens[2] == expected_output(make_request(2, 7, max_tokens=20, ignore_eos=True), cluster.config)[0]
 
 
-def test_while_blocks_are_still_to_come_the_oldest_gets_what_there_is():
-    # 10 blocks, of which each has 3 and wants a fourth at once: one gives way, but has a step in flight.
+def test_oldest_request_gets_blocks_while_others_drain():
+    # 10 blocks, of which each has 3 and wants a fourth at once: one is preempted, but has a step in flight.
     cluster = SimCluster(make_config(**{**SMALL, "num_blocks": 11}), overlap=True)
     cluster.submit(*(make_request(key, 7, max_tokens=20, ignore_eos=True) for key in range(3)))
     while not cluster.scheduler.stats()["preemptions"]:

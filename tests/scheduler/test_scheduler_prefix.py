@@ -1,4 +1,4 @@
-"""The prefix cache, from the scheduler's outside: what is not computed again, and who may use whose blocks."""
+"""Prefix cache hits, sharing and eviction, through the scheduler's interface."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 33}
 
 
 @pytest.mark.parametrize("length", range(1, 14))
-def test_of_an_equal_prompt_all_whole_blocks_are_found_but_that_of_the_last_token(length):
+def test_equal_prompt_hits_all_full_blocks_before_its_last_token(length):
     cluster = SimCluster(make_config(**SIZES))
     found = [serve(cluster, key, length) for key in range(3)]
     expected = (length - 1) // 4 * 4
@@ -19,13 +19,13 @@ def test_of_an_equal_prompt_all_whole_blocks_are_found_but_that_of_the_last_toke
 
 
 @pytest.mark.parametrize(("shared", "expected"), [(0, 0), (3, 0), (4, 4), (11, 8), (13, 12), (20, 16)])
-def test_as_much_is_found_as_the_prompts_begin_alike(shared, expected):
+def test_hits_end_where_the_prompts_differ(shared, expected):
     cluster = SimCluster(make_config(**SIZES))
     serve(cluster, 0, 20)
     assert serve(cluster, 1, 20, shared=shared) == expected
 
 
-def test_the_next_turn_of_a_conversation_finds_the_answer_of_the_one_before():
+def test_next_turn_hits_the_previous_answer():
     cluster = SimCluster(make_config(**SIZES))
     history = np.zeros(0, np.int32)
     for turn in range(4):
@@ -39,7 +39,7 @@ def test_the_next_turn_of_a_conversation_finds_the_answer_of_the_one_before():
         history = np.concatenate((request.prompt, np.array(cluster.tokens[turn], np.int32)))
 
 
-def test_all_that_one_step_has_computed_is_found_in_the_next():
+def test_blocks_of_one_step_are_hit_in_the_next():
     cluster = SimCluster(make_config(**SIZES, max_num_seqs=4))
     for first in (0, 2):
         cluster.submit(*(make_request(first + text, 9, shared=8, text=text, max_tokens=20) for text in range(2)))
@@ -48,7 +48,7 @@ def test_all_that_one_step_has_computed_is_found_in_the_next():
 
 
 @pytest.mark.parametrize("owner", [{"salt": "x"}, {"tenant": "x"}, {"tenant": "x", "salt": "x"}])
-def test_nobody_finds_what_another_tenant_or_salt_has_computed(owner):
+def test_tenants_and_salts_share_no_blocks(owner):
     cluster = SimCluster(make_config(**SIZES))
     assert [serve(cluster, 0, 20), serve(cluster, 1, 20, **owner)] == [0, 0]
     assert [serve(cluster, 2, 20), serve(cluster, 3, 20, **owner)] == [16, 16]
@@ -60,7 +60,7 @@ def test_without_a_prefix_cache_everything_is_computed():
     assert cluster.ranks[0].num_computed == 60
 
 
-def test_who_wants_the_prompts_log_probabilities_computes_all_of_it_for_others_too():
+def test_prompt_logprobs_compute_the_whole_prompt_and_cache_it():
     cluster = SimCluster(make_config(**SIZES))
     assert serve(cluster, 0, 20, prompt_logprobs=1) == 0
     assert serve(cluster, 1, 20) == 16
@@ -69,7 +69,7 @@ def test_who_wants_the_prompts_log_probabilities_computes_all_of_it_for_others_t
     assert cluster.num_cached[2] == 0
 
 
-def test_whole_blocks_of_prompts_that_are_still_running_are_shared_at_once():
+def test_full_blocks_of_running_prompts_are_shared():
     cluster = SimCluster(make_config(**SIZES))
     cluster.submit(make_request(0, 18, shared=18, max_tokens=9, ignore_eos=True))
     cluster.step()
@@ -112,8 +112,8 @@ def test_a_prompt_waits_no_longer_if_the_other_is_aborted(in_flight):
     assert len(cluster.tokens[1]) == 2
 
 
-def test_what_nobody_else_will_compute_is_not_waited_for():
-    """The requests begin alike, but with another owner, or other tokens from the first block that is missing on."""
+def test_prompt_waits_only_for_blocks_in_progress():
+    """Equal prefixes of another tenant, or that differ in the first missing block."""
     cluster = SimCluster(make_config(max_num_batched_tokens=8, max_num_seqs=4))
     cluster.submit(
         make_request(0, 20, shared=20), make_request(1, 20, shared=20, salt="x"), make_request(2, 20, shared=3)
@@ -125,7 +125,7 @@ def test_what_nobody_else_will_compute_is_not_waited_for():
 
 
 @pytest.mark.parametrize(("max_tokens", "rank"), [(1, 1), (11, 1), (13, 0), (30, 0)])
-def test_a_request_goes_where_its_prefix_is_unless_that_rank_has_more_to_do_than_is_saved(max_tokens, rank):
+def test_request_goes_to_its_prefix_unless_that_rank_is_too_loaded(max_tokens, rank):
     cluster = SimCluster(make_config(max_model_len=64, max_num_batched_tokens=64, num_blocks=100))
     cluster.submit(make_request(0, 21, max_tokens=1), make_request(1, 20, shared=20, max_tokens=1))
     assert cluster.plan().num_tokens_P.tolist() == [21, 20]
@@ -141,7 +141,7 @@ def test_a_request_goes_where_its_prefix_is_unless_that_rank_has_more_to_do_than
 
 
 @pytest.mark.parametrize(("asks", "expected"), [("old", 4), ("young", 8), ("last", 12)])
-def test_short_of_blocks_the_ends_of_prefixes_go_that_were_not_used_for_longest(asks, expected):
+def test_eviction_takes_the_ends_of_least_recently_used_prefixes(asks, expected):
     # Of 8 blocks, two prompts leave 3 each behind; the third takes the 2 that are empty, and 2 of the first one's.
     cluster = SimCluster(make_config(num_ranks=1, max_num_batched_tokens=16, num_blocks=9))
     prompts = {"old": (12, 0), "young": (12, 1), "last": (16, 2)}

@@ -11,7 +11,7 @@ from expertwire.scheduler.scheduler import Scheduler
 
 
 class Calls:
-    """Makes calls to a scheduler and keeps them, with what they returned."""
+    """Makes calls to a scheduler and records them with their results."""
 
     def __init__(self, make_scheduler):
         self.make_scheduler = make_scheduler
@@ -24,7 +24,7 @@ class Calls:
         return value
 
     def replay(self):
-        """All of them once more, with another scheduler: what each returns."""
+        """Repeat all calls with another scheduler, and return the results."""
         scheduler, plans = self.make_scheduler(), deque()
         for name, args, _ in self.log:
             if name == "commit":
@@ -52,14 +52,14 @@ class Calls:
 
 
 def make_twin(key, values):
-    """A request of its own key, that is otherwise as `values` say; so forks have the prompt of what they continue."""
+    """Return a request with `values` and its own key; forks have their parent's prompt."""
     request = make_request(**values)
     request.key = request.seed = key
     return request
 
 
 def as_bytes(value):
-    """Also of arrays, with their types."""
+    """Return the bytes of a value, of arrays with their dtypes."""
     if hasattr(value, "step"):
         return [
             (name, str(getattr(a, "dtype", "")), getattr(a, "tobytes", lambda a=a: a)())
@@ -69,7 +69,7 @@ def as_bytes(value):
 
 
 def play(calls, ranks, rng, max_in_flight):
-    """A random session: plans and commits with submissions, aborts and forks in between."""
+    """Play a random session of plans, commits, submissions, aborts and forks."""
     values_of, in_flight, now = {}, deque(), 0.0
     for key in range(400):
         now += rng.random() / 10

@@ -1,4 +1,4 @@
-"""Caches of recurrent states: one block holds the state after its last token, and every so many tokens one is kept."""
+"""Caches of recurrent states: a block holds the state after its last token; snapshots are kept."""
 
 import pytest
 from helpers.sim_ranks import STATE, WITH_STATE, SimCluster, check, make_config, make_request, serve
@@ -33,7 +33,7 @@ def test_a_prefix_ends_where_a_state_was_kept(length, specs):
     assert [serve(cluster, key, length) for key in (0, 1)] == [0, (length - 1) // EVERY * EVERY]
 
 
-def test_a_state_that_was_given_away_ends_no_prefix():
+def test_evicted_state_ends_no_prefix():
     # 5 states: of 60 tokens the last ones are left.
     cluster = SimCluster(make_config(**{**SIZES, "num_blocks": (65, 6)}), specs=WITH_STATE)
     serve(cluster, 0, 60)
@@ -43,8 +43,8 @@ def test_a_state_that_was_given_away_ends_no_prefix():
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("num_steps", range(4, 14))
-def test_a_fork_goes_on_from_a_state_of_its_own(num_steps, overlap):
-    """With a step in flight the state has gone on already; then it goes on from one that was kept, if there is any."""
+def test_fork_continues_from_its_own_state(num_steps, overlap):
+    """With a step in flight the state has changed; the fork continues from a snapshot, if there is one."""
     config = make_config(**{**SIZES, "max_num_seqs": 4})
     cluster = SimCluster(config, specs=WITH_STATE, overlap=overlap)
     parent = make_request(0, 11, max_tokens=20, ignore_eos=True)
@@ -64,7 +64,7 @@ def test_a_fork_goes_on_from_a_state_of_its_own(num_steps, overlap):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("num_states", [4, 6])
-def test_with_few_states_everyone_is_answered(num_states, overlap):
+def test_few_states_serve_all_requests(num_states, overlap):
     config = make_config(**{**SIZES, "num_blocks": (65, num_states), "max_num_seqs": 4})
     cluster = SimCluster(config, specs=WITH_STATE, overlap=overlap)
     requests = [make_request(key, 1 + 13 * key % 50, shared=24, max_tokens=1 + 7 * key % 40) for key in range(20)]

@@ -1,4 +1,4 @@
-"""Caches of a sliding window: what has slid out is free again, and prefixes are found by their ends."""
+"""Sliding-window caches: blocks outside are freed, and prefixes are found by their last blocks."""
 
 import pytest
 from helpers.sim_ranks import WINDOWED, SimCluster, check, make_config, make_request, serve
@@ -29,7 +29,7 @@ def test_a_long_request_holds_few_blocks_of_a_window(overlap):
     assert len(cluster.tokens[0]) == 60
 
 
-def test_exactly_what_no_token_sees_any_more_is_given_back():
+def test_blocks_outside_the_window_are_freed():
     cluster = SimCluster(make_config(**SIZES), specs=WINDOWED)
     cluster.submit(make_request(0, 8, max_tokens=16, ignore_eos=True))
     cluster.step()
@@ -78,7 +78,7 @@ def test_many_requests_in_a_pool_of_windows():
         check(cluster, request)
 
 
-def test_room_is_kept_for_what_follows_a_long_prefix():
+def test_blocks_are_budgeted_for_the_rest_after_a_long_prefix():
     # Of 6 blocks, 2 or 3 are a running request's; a long prefix needs 2 more than the 2 that it has in common with others.
     config = make_config(**{**SIZES, "num_blocks": 7})
     cluster = SimCluster(config, specs=ONLY_WINDOW)
@@ -104,7 +104,7 @@ SMALL_WINDOW = {**SIZES, "num_blocks": (129, 7), "max_num_seqs": 6}
 
 
 def serve_many(config, specs, overlap, count=24):
-    """Steps with how many ran, and the cluster, once all are answered rightly and nothing is held."""
+    """Serve requests and check their outputs; return the numbers running by step, and the cluster."""
     cluster = SimCluster(config, specs=specs, overlap=overlap)
     requests = [make_request(key, 1 + 13 * key % 50, shared=24, max_tokens=1 + 7 * key % 40) for key in range(count)]
     cluster.submit(*requests)
@@ -123,8 +123,8 @@ def test_a_small_cache_beside_a_large_one(num_blocks, overlap):
     assert cluster.scheduler.stats()["blocks"] == {"first": num_blocks[0] - 1, "window": num_blocks[1] - 1}
 
 
-def test_the_scarce_cache_is_the_one_that_requests_give_way_for():
-    """Three decodes of 3 blocks do not fit into 6; the full cache has always room."""
+def test_scarce_cache_decides_about_preemption():
+    """Three decodes of 3 blocks do not fit into 6; the full cache always has room."""
     cluster = SimCluster(make_config(**SMALL_WINDOW), specs=WINDOWED)
     for key in range(3):
         cluster.submit(make_request(key, 1, max_tokens=20, ignore_eos=True))
@@ -142,7 +142,7 @@ def test_the_scarce_cache_is_the_one_that_requests_give_way_for():
     assert roomy.scheduler.stats()["preemptions"] == 0
 
 
-def test_a_full_small_cache_lets_nobody_in():
+def test_full_small_cache_stops_admission():
     cluster = SimCluster(make_config(**{**SMALL_WINDOW, "num_blocks": (129, 6)}), specs=WINDOWED)
     cluster.submit(
         make_request(0, 40, max_tokens=30, ignore_eos=True), make_request(1, 40, max_tokens=30, ignore_eos=True)

@@ -26,7 +26,7 @@ def submit(prompt, config=None, **params):
         ),
     ],
 )
-def test_what_can_never_run_is_rejected_with_what_is_allowed(prompt, params, config, words):
+def test_impossible_request_is_rejected_with_the_limits(prompt, params, config, words):
     rejection = submit(prompt, make_config(**config), **params)
     assert (rejection.key, rejection.code) == (7, "INVALID_ARGUMENT")
     for word in words:
@@ -34,7 +34,7 @@ def test_what_can_never_run_is_rejected_with_what_is_allowed(prompt, params, con
 
 
 @pytest.mark.parametrize("token", [-1, 50])
-def test_a_token_outside_the_vocabulary_is_our_own_mistake(token):
+def test_token_outside_the_vocabulary_is_an_assertion(token):
     with pytest.raises(AssertionError, match="request 7"):
         submit([2, token])
 
@@ -48,7 +48,7 @@ def test_a_token_outside_the_vocabulary_is_our_own_mistake(token):
         ([2], {"max_tokens": 10**12, "min_tokens": 10**12, "top_k": 10**12, "temperature": 1e300}, {}),
     ],
 )
-def test_the_limits_themselves_are_allowed(prompt, params, config):
+def test_limits_are_inclusive(prompt, params, config):
     assert submit(prompt, make_config(**config), **params) is None
 
 
@@ -90,6 +90,6 @@ def test_a_cache_whose_fields_do_not_fit_is_refused(fields, message):
 
 
 @pytest.mark.parametrize("specs", [(), (CACHES[0], CACHES[0])])
-def test_caches_need_names_of_their_own(specs):
+def test_caches_need_distinct_names(specs):
     with pytest.raises(ValueError, match="cache_specs"):
         Scheduler(make_config(), specs)
