@@ -18,24 +18,28 @@ from expertwire.deploy.options import (
     add_engine_options,
     add_options,
     engine_config,
-    given,
     model_folder,
+    set_fields,
 )
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
+_POLL_S = 0.2  # longest wait for an interrupt to take effect
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "n")
 BENCHES: Mapping[str, tuple[str, str]] = {  # by name: the module in `expertwire.bench`, and the help text
-    "throughput": ("serving.throughput", "tokens per second and per core-second of random prompts"),
-    "all-to-all": ("all_to_all.run", "dispatch and combine beside their bounds, a model and published figures"),
-    "control": ("control", "microseconds per step of the control channel"),
-    "quantize": ("kernels.quantize", "what holding experts in fewer bits costs in accuracy"),
+    "throughput": ("serving.throughput", "tokens per second and per core-second with random prompts"),
+    "all-to-all": ("all_to_all.run", "dispatch and combine, compared with bounds, a model and published figures"),
+    "control": ("control", "latency of the control channel per step"),
+    "quantize": ("kernels.quantize", "loss of accuracy by quantised experts"),
     "balance": (
         "scheduler.balance",
-        "how evenly experts' rows spread over ranks after rebalancing, on simulated routing",
+        "load balance of experts over ranks after rebalancing (EPLB), with simulated routing",
     ),
-    "schedule": ("scheduler.run", "goodput, latencies, balance and prefix hits of the scheduler on simulated ranks"),
+    "schedule": (
+        "scheduler.run",
+        "goodput, latencies, load balance and prefix hits of the scheduler on simulated ranks",
+    ),
 }
 
 
@@ -46,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; returns the exit code."""
+    """Run a command; return the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = make_parser(benches=argv[1:2] if argv[:1] == ["bench"] else ()).parse_args(argv)
     try:
@@ -60,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParser:
-    """The parser of all commands.
+    """Return the parser of all commands.
 
     Args:
-        benches: the benchmarks whose options are wanted, which cost some imports.
+        benches: benchmarks whose modules are imported for their options.
     """
-    parser = _Parser(prog="expertwire", description="Serves Mixture-of-Experts language models.")
+    parser = _Parser(prog="expertwire", description="Serve Mixture-of-Experts language models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_generate(commands)
@@ -73,7 +77,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_inspect(commands)
     _add_explain(commands)
     _add_experts(commands)
-    group = commands.add_parser("bench", help="measure", description="Measures.")
+    group = commands.add_parser("bench", help="run a benchmark", description="Run a benchmark.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
     for name, (module_name, text) in BENCHES.items():
         bench = subcommands.add_parser(name, help=text, description=text.capitalize() + ".")
@@ -85,19 +89,21 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
 
 
 def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="serve a model over gRPC", description="Serves a model over gRPC.")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=50051, help="0 takes a free one (default: %(default)s)")
+    parser = commands.add_parser("serve", help="serve a model over gRPC", description="Serve a model over gRPC.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=_port, default=50051, help="port to listen on; 0 chooses a free one (default: %(default)s)"
+    )
     parser.add_argument(
         "--drain-timeout", type=_seconds, default=30.0, metavar="X",
-        help="seconds that running requests get to finish after SIGTERM (default: %(default)s)",
+        help="seconds for running requests to finish after SIGTERM (default: %(default)s)",
     )  # fmt: skip
     add_engine_options(parser)
     parser.set_defaults(command=_serve)
 
 
 def _serve(args: argparse.Namespace) -> int:
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of its messages is in our errors
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our errors say what is wrong
     from expertwire.deploy.serve import serve
 
     where = {"host": args.host, "port": args.port, "drain_timeout_s": args.drain_timeout}
@@ -106,30 +112,47 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _add_generate(commands: Any) -> None:
     parser = commands.add_parser(
-        "generate", help="continue prompts, without a server", description="Continues prompts, without a server."
+        "generate", help="generate text without a server", description="Generate text without a server."
     )
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    parser.add_argument("--prompt", action="append", required=True, help="prompt text; may be repeated")
     add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_FIELDS)
     add_engine_options(parser)
     parser.set_defaults(command=_generate)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from expertwire.deploy.generate import generate
+    """Print the outputs: a single one token by token, several in order with headings."""
+    from expertwire.deploy.runtime import open_frontend
 
-    params = SamplingParams(**given(args, SAMPLING_FIELDS))
-    generate(engine_config(args), args.prompt, params, write=functools.partial(print, end="", flush=True))
+    params = SamplingParams(**set_fields(args, SAMPLING_FIELDS))
+    is_single = len(args.prompt) == params.n == 1
+    with open_frontend(engine_config(args)) as frontend:
+        ids = [frontend.submit(frontend.encode(prompt, params), params) for prompt in args.prompt]
+        texts = {(request_id, branch): "" for request_id in ids for branch in range(params.n)}
+        while frontend.num_open:
+            for update in frontend.poll(_POLL_S):
+                if update.error is not None:
+                    raise (EngineFailed if frontend.failure else ValueError)(update.error.message)
+                texts[update.request_id, update.branch] += update.text
+                if is_single:
+                    print(update.text, end="", flush=True)
+    if is_single:
+        print()
+        return 0
+    for (request_id, branch), text in texts.items():
+        output = f", output {branch + 1}" if params.n > 1 else ""
+        print(f"==> prompt {ids.index(request_id) + 1}{output} <==\n{text}")
     return 0
 
 
 def _add_inspect(commands: Any) -> None:
-    text = "say what a checkpoint is: parameters, bytes, memory"
+    text = "print the parameters of a checkpoint and the memory that it needs"
     parser = commands.add_parser("inspect", help=text, description=text.capitalize() + ".")
-    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or of its config.json alone")
-    parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="ranks (default: %(default)s)")
-    text = "tokens of a request (default: as many as the model can do)"
+    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or with its config.json alone")
+    parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="number of ranks (default: %(default)s)")
+    text = "tokens of one request (default: the model's maximum)"
     parser.add_argument("--context", type=_ranks, metavar="N", help=text)
-    text = "memory of a GPU, in GiB (default: %(default)s, an H200's)"
+    text = "memory of a GPU in GiB (default: %(default)s, of an H200)"
     parser.add_argument("--gpu-memory", type=float, default=140.4, metavar="GIB", help=text)
     add_options(parser, EngineConfig, ("kv_cache_dtype",))
     parser.set_defaults(command=_inspect)
@@ -138,20 +161,20 @@ def _add_inspect(commands: Any) -> None:
 def _inspect(args: argparse.Namespace) -> int:
     from expertwire.deploy.inspect import lines
 
-    for line in lines(args.path, args.ep_size, args.context, args.gpu_memory, **given(args, ("kv_cache_dtype",))):
+    for line in lines(args.path, args.ep_size, args.context, args.gpu_memory, **set_fields(args, ("kv_cache_dtype",))):
         print(line)
     return 0
 
 
 def _add_explain(commands: Any) -> None:
-    text = "say which kernels a model runs with, and why"
+    text = "print the kernels and the all-to-all backend that a model runs with, and why"
     parser = commands.add_parser("explain", help=text, description=text.capitalize() + ".")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder with a config.json (default: the demo model)")
-    text = "h200 and b200 need not be here (default: %(default)s)"
+    text = "target device; h200 and b200 need not be present (default: %(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda", "h200", "b200"), default="cpu", help=text)
-    parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="ranks (default: %(default)s)")
+    parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="number of ranks (default: %(default)s)")
     text = (
-        "where the ranks are: a file, or nvl72, nvl36 or hgx8 (default: this machine; nvl72 with b200, hgx8 with h200)"
+        "location of the ranks: a file, or nvl72, nvl36 or hgx8 (default: this machine; nvl72 for b200, hgx8 for h200)"
     )
     parser.add_argument("--topology", metavar="FILE", help=text)
     add_options(parser, EngineConfig, EXPLAINED_FIELDS)
@@ -161,18 +184,18 @@ def _add_explain(commands: Any) -> None:
 def _explain(args: argparse.Namespace) -> int:
     from expertwire.deploy.explain import explain
 
-    config = EngineConfig(model=model_folder(args), ep_size=args.ep_size, **given(args, EXPLAINED_FIELDS))
+    config = EngineConfig(model=model_folder(args), ep_size=args.ep_size, **set_fields(args, EXPLAINED_FIELDS))
     for line in explain(config, args.device, args.topology):
         print(line)
     return 0
 
 
 def _add_experts(commands: Any) -> None:
-    text = "show how tokens spread over experts and ranks"
+    text = "show the load of experts and ranks"
     parser = commands.add_parser("experts", help=text, description=text.capitalize() + ".")
-    parser.add_argument("source", metavar="SOURCE", help="host:port of a server, or a file that --json has written")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw it there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.add_argument("source", metavar="SOURCE", help="host:port of a server, or a file written by --json")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also write the heat map there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there, as JSON")
     parser.set_defaults(command=_experts)
 
 
@@ -193,8 +216,10 @@ def _experts(args: argparse.Namespace) -> int:
 def _add_demo(commands: Any) -> None:
     text = "serve the demo model and ask it questions"
     parser = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
-    parser.add_argument("--launcher", choices=("ray", "local"), default="ray", help="(default: %(default)s)")
-    parser.add_argument("--ep-size", type=int, default=2, metavar="N", help="ranks (default: %(default)s)")
+    parser.add_argument(
+        "--launcher", choices=("ray", "local"), default="ray", help="starts the ranks (default: %(default)s)"
+    )
+    parser.add_argument("--ep-size", type=int, default=2, metavar="N", help="number of ranks (default: %(default)s)")
     parser.set_defaults(command=_demo)
 
 

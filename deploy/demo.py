@@ -1,4 +1,4 @@
-"""`expertwire demo`: a real server with sharded experts, asked questions by a real client, its answers checked exactly."""
+"""`expertwire demo`: a server with experts sharded over ranks, and a client that asks it questions and checks the answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_BY_ONE: tuple[tuple[Kind, int], ...] = (
     ("SUM", 2), ("SUM", 3), ("SUM", 4), ("SUM", 5), ("COUNTDOWN", 2), ("COUNTDOWN", 3), ("COUNTDOWN", 3), ("COUNTDOWN", 4),
 )  # fmt: skip
 AT_ONCE: tuple[tuple[Kind, int], ...] = (("SUM", 3), ("SUM", 4), ("COUNTDOWN", 3)) * 8
-NEEDED = 0.75  # of all answers must be right
+NEEDED = 0.75  # fraction of answers that must be right
 MAX_TOKENS = 128
 _START_S = 330.0
 _STOP_S = 60.0
@@ -35,7 +35,7 @@ _PROGRESS_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back for one problem; times in seconds since the question."""
+    """The answer to one problem; times in seconds since the question."""
 
     problem: Problem
     text: str
@@ -64,7 +64,7 @@ def demo(*, launcher: str, ep_size: int) -> int:
             f"\n{info['name']}: {info['architecture']}, {info['num_layers']} layers of {info['num_experts']} experts, "
             f"{info['top_k']} for each token, sharded over {info['ep_size']} ranks\n"
         )
-        answers = [_ask_aloud(client, problem) for problem in _problems(ONE_BY_ONE, seed=1)]
+        answers = [_ask_and_print(client, problem) for problem in _problems(ONE_BY_ONE, seed=1)]
         together, seconds = _ask_together(client, _problems(AT_ONCE, seed=2))
         stats = client.stats()
     print("", *experts.lines(stats), sep="\n")
@@ -73,11 +73,11 @@ def demo(*, launcher: str, ep_size: int) -> int:
 
 @contextlib.contextmanager
 def _server(launcher: str, ep_size: int) -> Iterator[str]:
-    """A server process; yields its address, and makes sure in the end that it and its children are gone."""
+    """Start a server process and yield its address; on exit, end it and its children."""
     options = ["serve", "--launcher", launcher, "--ep-size", str(ep_size), "--port", "0"]
     print(f"$ expertwire {' '.join(options)}")
     with tempfile.TemporaryFile("w+") as log:
-        # -P: the current folder is no place to import from.
+        # -P: do not import from the current folder.
         command = [sys.executable, "-P", "-m", "expertwire.deploy.cli", *options]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
@@ -89,7 +89,7 @@ def _server(launcher: str, ep_size: int) -> Iterator[str]:
 
 
 def _address(server: subprocess.Popen[str], log: IO[str], what: str) -> str:
-    """Wait until the server says where it listens."""
+    """Wait until the server is ready; return its address."""
     assert server.stdout
     begin = time.monotonic()
     while (seconds := time.monotonic() - begin) < _START_S:
@@ -105,7 +105,7 @@ def _address(server: subprocess.Popen[str], log: IO[str], what: str) -> str:
 
 
 def _stop(server: subprocess.Popen[str]) -> None:
-    """SIGTERM, as an operator would; then nothing of it may be left."""
+    """Send SIGTERM, as an operator would, and check that no process is left."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(server.pid).children(recursive=True)
         server.terminate()
@@ -131,30 +131,30 @@ def _problems(kinds: Sequence[tuple[Kind, int]], seed: int) -> list[Problem]:
     return [make_problem(kind, size, 1000 * seed + i) for i, (kind, size) in enumerate(kinds)]
 
 
-def _ask(client: Client, problem: Problem, *, aloud: bool) -> Answer:
+def _ask(client: Client, problem: Problem, *, is_printed: bool) -> Answer:
     begin, first, text, num_tokens = time.monotonic(), 0.0, "", 0
     for chunk in client.generate(problem.prompt, temperature=0, max_tokens=MAX_TOKENS):
         first = first or time.monotonic() - begin
         text += chunk.text
         num_tokens += len(chunk.token_ids)
-        if aloud:
+        if is_printed:
             print(chunk.text, end="", flush=True)
     total = time.monotonic() - begin
     return Answer(problem=problem, text=text, num_tokens=num_tokens, first_s=first, total_s=total)
 
 
-def _ask_aloud(client: Client, problem: Problem) -> Answer:
+def _ask_and_print(client: Client, problem: Problem) -> Answer:
     print(f"{problem.prompt} ", end="", flush=True)
-    answer = _ask(client, problem, aloud=True)
+    answer = _ask(client, problem, is_printed=True)
     print(f"   {'✓' if answer.correct else '✗'}")
     return answer
 
 
 def _ask_together(client: Client, problems: Sequence[Problem]) -> tuple[list[Answer], float]:
-    """Ask all at once: the answers and the seconds until the last one."""
+    """Ask all at once; return the answers and the seconds until the last one."""
     begin = time.monotonic()
     with ThreadPoolExecutor(len(problems)) as pool:
-        answers = list(pool.map(lambda problem: _ask(client, problem, aloud=False), problems))
+        answers = list(pool.map(lambda problem: _ask(client, problem, is_printed=False), problems))
     return answers, time.monotonic() - begin
 
 

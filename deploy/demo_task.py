@@ -1,17 +1,17 @@
-"""The demo model's task: problems by seed, their reasoning texts, and an exact verifier. Pure Python.
+"""The demo model's task: problems by seed, texts of their solutions, and an exact check of answers.
 
-Two kinds of problem, both solved step by step on a list of numbers:
+There are two kinds of problem, both solved step by step on a list of numbers:
 
-- `SUM`: add the numbers modulo 100, two at a time, in any order: one answer, many paths. `SUM 40 70 15 ?`
+- `SUM`: add the numbers modulo 100, two at a time, in any order; one answer, many solutions. `SUM 40 70 15 ?`
   is solved by `70 + 15 = 85 : 40 85 ; 40 + 85 = 25 : 25 ; answer 25`.
 - `COUNTDOWN`: reach the target with +, - and *, using every number once; no intermediate value leaves 1..99.
   `COUNTDOWN 3 4 2 TO 14 ?` is solved by `3 * 4 = 12 : 2 12 ; 2 + 12 = 14 : 14 ; answer 14`.
 
-Every step ends in `;` and re-states the list that remains, so what follows depends on the last list (and the target)
-alone. The text is words separated by blanks, one token a word (`WORDS`).
+Every step ends in `;` and repeats the list that remains, so the rest depends on the last list (and the target) alone.
+The text consists of words separated by blanks, one token a word (`WORDS`).
 
-A problem belongs to the training or to the test side by a hash of its kind and its numbers, whatever their order and
-target: training never sees the set of numbers of a test problem. (The additions themselves are of course all seen.)
+A hash of its kind and its numbers, without their order and the target, assigns a problem to training or test: training never
+sees the set of numbers of a test problem, though it sees all additions.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Side = Literal["test", "train"]
 SIZES: dict[str, range] = {"SUM": range(2, 9), "COUNTDOWN": range(2, 6)}
 MODULUS = 100
 LARGEST_COUNTDOWN_NUMBER = 15
-TEST_SHARE_256 = 32  # of 256 hash values, how many are test problems
+TEST_SHARE_256 = 32  # number of test problems in 256 hash values
 
 PAD, EOS, UNKNOWN, QUESTION, END_OF_STEP = "<pad>", "<eos>", "<unk>", "?", ";"
-# `<think>`, `</think>` and the reserved words are not trained: room for later tasks without another vocabulary.
+# `<think>`, `</think>` and the reserved words are not trained; they are for later tasks with the same vocabulary.
 _SYMBOLS = (
     PAD, EOS, UNKNOWN, "<think>", "</think>", "SUM", "COUNTDOWN", "TO", QUESTION, "+", "-", "*", "=", ":", END_OF_STEP, "answer",
     *(f"<reserved_{i}>" for i in range(12)),
 )  # fmt: skip
 _NUMBERS = tuple(str(number) for number in range(MODULUS))
-WORDS: tuple[str, ...] = (*_SYMBOLS, *_NUMBERS)  # a word's place is its token id
+WORDS: tuple[str, ...] = (*_SYMBOLS, *_NUMBERS)  # the index of a word is its token id
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """What a user would type, without the closing question mark that the chat template adds."""
+        """The question without its question mark, which the chat template adds."""
         target = f" TO {self.answer}" if self.kind == "COUNTDOWN" else ""
         return f"{self.kind} {_join(self.numbers)}{target}"
 
     @property
     def prompt(self) -> str:
-        """The text that the model continues."""
+        """The prompt for the model."""
         return f"{self.question} {QUESTION}"
 
 
 def make_problem(kind: Kind, size: int, seed: int, side: Side = "test") -> Problem:
-    """The problem of `size` numbers that `seed` stands for: the same on every machine.
+    """Return the problem of `size` numbers for a seed, the same on every machine.
 
     Raises:
         ValueError: unknown kind or side, or a size that the kind does not have.
@@ -71,7 +71,7 @@ def make_problem(kind: Kind, size: int, seed: int, side: Side = "test") -> Probl
 
 
 def make_example(kind: Kind, size: int, seed: int, side: Side = "train") -> tuple[Problem, str]:
-    """A problem and the text of one right solution, drawn at random among the orders of the steps.
+    """Return a problem and the text of one solution, with the order of its steps drawn at random.
 
     Raises:
         ValueError: as `make_problem`.
@@ -169,12 +169,12 @@ def _random_path(kind: Kind, numbers: tuple[int, ...], rng: random.Random) -> tu
 
 
 def _steps(text: str) -> list[str]:
-    """The finished steps of a completion, without their `;`."""
+    """Return the finished steps of a completion, without their `;`."""
     return text.split(END_OF_STEP)[:-1]
 
 
 def _after_step(kind: Kind, remaining: Counter[int], step: str) -> Counter[int] | None:
-    """The numbers left after a step, or None if the step is wrong."""
+    """Return the numbers left after a step, or None if the step is wrong."""
     match step.split():
         case [left, symbol, right, "=", result, ":", *restated]:
             if not all(word in _NUMBERS for word in (left, right, result, *restated)):

@@ -1,4 +1,4 @@
-"""`expertwire experts`: how tokens spread over experts and ranks, as a heat map in the terminal and as PNG.
+"""`expertwire experts`: the load of experts and ranks, as a heat map in the terminal and as PNG.
 
 L layers, E logical experts.
 """
@@ -16,16 +16,16 @@ from expertwire.deploy.grpc.client import Client, ServerError
 from expertwire.moe.eplb.load import hottest, over_mean
 
 _SHADES = " ░▒▓█"
-_STEPS = (0.5, 1.0, 2.0, 4.0)  # times the mean expert's rows, at which the next shade begins
-_WIDTH = 128  # columns of experts; more share a column, which shows the hottest of them
+_STEPS = (0.5, 1.0, 2.0, 4.0)  # multiples of the mean load at which the next shade begins
+_WIDTH = 128  # columns; of more experts, several share a column, which shows the maximum
 _FIELDS = ("expert_load", "layer_spread", "rank_rows", "rank_tax")
 
 
 def read(source: str) -> dict[str, Any]:
-    """The statistics of a server at `host:port`, or of a file that `--json` has written: `moe.eplb.load.ExpertLoad.summary`.
+    """Return `ExpertLoad.summary` of a server at `host:port`, or from a file written by `--json`.
 
     Raises:
-        ValueError: neither, or a model without experts.
+        ValueError: the source is neither, or the model has no experts.
     """
     try:
         values = json.loads(Path(source).read_text()) if Path(source).is_file() else _ask(source)
@@ -47,7 +47,7 @@ def _ask(address: str) -> dict[str, Any]:
 
 
 def lines(values: Mapping[str, Any]) -> Iterator[str]:
-    """The heat map and what it comes to."""
+    """Yield the lines of the heat map and its summary."""
     rows_LE = np.array(_even(values["expert_load"]), float)
     times_LE = over_mean(rows_LE)
     shown = -(-rows_LE.shape[1] // _WIDTH)
@@ -70,7 +70,7 @@ def lines(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def save_png(values: Mapping[str, Any], file: Path) -> None:
-    """The heat map with a scale, every expert a cell; layers without rows are grey.
+    """Write the heat map as PNG, with a cell for each expert; layers without tokens are grey.
 
     Raises:
         ValueError: matplotlib is not installed, or cannot write there.
@@ -102,6 +102,6 @@ def save_png(values: Mapping[str, Any], file: Path) -> None:
 
 
 def _even(layers: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Layers without experts get as many zeros as the others have experts."""
+    """Return the layers, those without experts filled with zeros."""
     longest = max(map(len, layers))
     return [layer if len(layer) else [0] * longest for layer in layers]

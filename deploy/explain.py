@@ -1,5 +1,4 @@
-"""`expertwire explain`: which implementations a model runs with on a device, how its products are cut into tiles, and how its
-tokens travel between ranks."""
+"""`expertwire explain`: the kernels that a model runs with on a device, their tile sizes, and the all-to-all between ranks."""
 
 from __future__ import annotations
 
@@ -19,22 +18,28 @@ _NO_GPU = "--device: there is no CUDA device here; allowed are cpu, h200 and b20
 
 
 def explain(options: EngineConfig, device: str, topology: str | None = None) -> Iterator[str]:
-    """Lines of text about an engine of these options on the device "cpu", "cuda", "h200" or "b200", which need not be here. Its
-    ranks are those of `topology` (`comm.topology.topology.read`).
+    """Yield lines about an engine with these options on a device.
+
+    Args:
+        options: the engine's options.
+        device: "cpu", "cuda", "h200" or "b200"; the latter two need not be present.
+        topology: location of the ranks, as `comm.topology.topology.read` reads it.
 
     Raises:
         ValueError: there is no such model, device or topology, or the options do not fit it.
     """
     config = read_model_config(options.model, kv_cache_dtype=options.kv_cache_dtype)
-    ways = list(_travel(config, options, device, topology))  # refused before anything slow
+    dispatch = list(_describe_all_to_all(config, options, device, topology))  # first, as it may raise
     yield from _on_a_cpu(config) if device == "cpu" else _on_a_gpu(config, device, options.ep_size)
     for spec in config.cache_specs():
         yield f"cache {spec.name!r} in {config.cache_dtype(spec.kind)}: {spec.bytes_per_token:,} bytes a token on each rank"
-    yield from ways
+    yield from dispatch
 
 
-def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: str | None) -> Iterator[str]:
-    """The all-to-all, why it is, what it needs, and how many bytes it has to move."""
+def _describe_all_to_all(
+    config: ModelConfig, options: EngineConfig, device: str, topology: str | None
+) -> Iterator[str]:
+    """Yield the all-to-all backend, the reason for it, the memory it needs and the bytes it moves."""
     if not any(config.sparse_layers):
         return
     options = options.on(device)
@@ -48,20 +53,22 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
         device="cpu" if device == "cpu" else "cuda",
         step_rows=ep_size * options.micro_batch_tokens * config.top_k,
         row_bytes=sent + row,
-        # What a GPU's torch has, this machine's cannot say.
+        # The libraries of a device that is not present are assumed.
         libraries=_libraries() if device in ("cpu", "cuda") else ("gloo", "nccl"),
     )
     table = backend_times.read(options.all2all_table) if options.all2all_table else None
     choice = choose(options.all2all_backend, here, table)
     if ep_size > 1:
-        halves = options.num_micro_batches > 1
-        yield "a step in two halves: one computes while the other's rows travel" if halves else "a step at once"
+        is_split = options.num_micro_batches > 1
+        yield (
+            "a step in two micro-batches, one computing while the other is exchanged" if is_split else "a step at once"
+        )
         if choice.name == "nvlink":
             tokens = options.micro_batch_tokens
             if device != "cpu":
                 tokens = validation.exchange_tokens(options, config, ep_size, fp8=fp8)
             arena = tokens * (ep_size * sent + config.top_k * row)
-            yield f"arenas on each rank: {options.num_micro_batches} of about {arena / 1e6:.1f} MB, for {tokens} tokens"
+            yield f"symmetric buffers of a rank: {options.num_micro_batches} of about {arena / 1e6:.1f} MB, for {tokens} tokens"
         if device != "cpu":
             yield validation.describe_gpu_dispatch(graph_safe=choice.name == "nvlink", fp8=fp8)
     yield str(where)
@@ -75,7 +82,7 @@ def _travel(config: ModelConfig, options: EngineConfig, device: str, topology: s
     back = cost_model.combine(1, row, config.top_k, ep_size).wire
     yield (
         f"a token goes to {copies:.2f} of {ep_size} ranks, {cost_model.duplicate_probability(copies, config.top_k):.0%} of its "
-        f"{config.top_k} copies are saved; {out / 1e3:.1f} KB leave its rank, {back / 1e3:.1f} KB come home (uniform routing)"
+        f"{config.top_k} copies are saved; {out / 1e3:.1f} KB leave its rank, {back / 1e3:.1f} KB come back (uniform routing)"
     )
 
 
@@ -86,7 +93,7 @@ def _libraries() -> tuple[str, ...]:
 
 
 def _default_topology(device: str, ep_size: int) -> Topology:
-    """Without a file: ranks of one machine; a rack of Blackwells."""
+    """Return the topology without a file: one machine, or a rack of Blackwell GPUs."""
     if device in ("h200", "b200"):
         return read("hgx8" if device == "h200" else "nvl72").first(ep_size)
     if device == "cuda":
@@ -104,7 +111,9 @@ def _gpus_here(ep_size: int) -> Topology:
     if not count:
         raise ValueError(_NO_GPU)
     if ep_size > count:
-        raise ValueError(f"--ep-size must be in [1, {count}], the GPUs here, or --topology be given, got {ep_size}")
+        raise ValueError(
+            f"--ep-size must be in [1, {count}], the GPUs of this machine, unless --topology is set, got {ep_size}"
+        )
     return topology_probe.assemble([topology_probe.probe("this machine", f"cuda:{rank}") for rank in range(ep_size)])
 
 
@@ -152,7 +161,7 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
 
 
 def _products(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The shapes of some weights."""
+    """Return the shapes of some weights."""
     shapes, attention = {}, config.layers[0].attention
     if isinstance(attention, AttentionConfig):
         shapes["query, key and value"] = sum(attention.qkv_sizes), config.hidden_size

@@ -1,4 +1,4 @@
-"""Command-line options of a dataclass: one option a field, with its type, its choices and its help from the docstring."""
+"""Command-line options from dataclasses: the fields' types and choices, with help from the docstring."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """`MODEL` and the options of `EngineConfig`."""
+    """Add `MODEL` and the options of `EngineConfig`."""
     text = "folder of a Hugging Face checkpoint (default: the demo model)"
     parser.add_argument("model", metavar="MODEL", nargs="?", help=text)
     add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE_FIELDS)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """What the command line says about the engine; the demo model if it names none.
+    """Return the engine's options from the command line, by default for the demo model.
 
     Raises:
         ValueError: an option is not usable.
     """
-    return EngineConfig(**{**given(args, ENGINE_FIELDS), "model": model_folder(args)})
+    return EngineConfig(**{**set_fields(args, ENGINE_FIELDS), "model": model_folder(args)})
 
 
 def model_folder(args: argparse.Namespace) -> str:
-    """What the command line says, or the demo model's."""
+    """Return the model's folder from the command line, by default the demo model's."""
     return args.model or str(importlib.resources.files("expertwire") / "demo_model")
 
 
 def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, kind: type, fields: Iterable[str]) -> None:
-    """An option for each of the `fields` of the dataclass `kind`.
+    """Add an option for each of the `fields` of the dataclass `kind`.
 
-    Options of seconds have no suffix: `start_timeout_s` is --start-timeout. What is true or false can be turned off:
-    `enable_prefix_caching` is --enable-prefix-caching and --no-enable-prefix-caching. A mapping is NAME=X,NAME=X.
+    `start_timeout_s` becomes --start-timeout. A bool `x` becomes --x and --no-x. A mapping is written NAME=X,NAME=X.
     """
     hints, helps = typing.get_type_hints(kind), help_texts(kind)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
@@ -60,20 +59,20 @@ def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, kind:
         )
 
 
-def given(args: argparse.Namespace, fields: Iterable[str]) -> dict[str, Any]:
-    """Those of the fields that the command line sets."""
+def set_fields(args: argparse.Namespace, fields: Iterable[str]) -> dict[str, Any]:
+    """Return those of the fields that the command line sets."""
     return {name: getattr(args, name) for name in fields if hasattr(args, name)}
 
 
 def help_texts(kind: type) -> dict[str, str]:
-    """What the `Args:` of a class's docstring say about each field."""
+    """Return the text of each field under `Args:` in a class's docstring."""
     docstring = inspect.getdoc(kind) or ""
     arguments = docstring.partition("Args:\n")[2].partition("\n\n")[0]
     return {name: " ".join(text.split()).rstrip(".") for name, text in _FIELD.findall(arguments)}
 
 
 def _kind_of(hint: Any) -> dict[str, Any]:
-    """How argparse reads a value of a type; of a union, the first member counts."""
+    """Return the arguments of `add_argument` for a type; of a union, for its first member."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = typing.get_args(hint)
         if list[str] in members:
@@ -89,7 +88,7 @@ def _kind_of(hint: Any) -> dict[str, Any]:
 
 
 def _pairs(text: str) -> dict[str, float]:
-    """Names and numbers of "a=1,b=3"."""
+    """Parse "a=1,b=3"."""
     pairs = [pair.rpartition("=") for pair in text.split(",")]
     try:
         values = {name: float(value) for name, _, value in pairs}

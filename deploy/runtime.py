@@ -1,4 +1,4 @@
-"""From options to a running engine and its frontend, for the commands and the offline API."""
+"""Start an engine and its frontend, for the commands and the offline API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from expertwire.engine.launcher import Launcher, LocalLauncher
 
 
 def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """The model's; None for random weights of a folder that has none.
+    """Return the model's tokenizer; None for random weights of a folder without one.
 
     Raises:
         ValueError: it is missing or malformed.
@@ -30,7 +30,7 @@ def end_of_turn_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 
 def make_launcher(config: EngineConfig) -> Launcher:
-    """The launcher that `config` asks for."""
+    """Return the launcher that `config` chooses."""
     if config.resolved_launcher() == "local":
         return LocalLauncher()
     from expertwire.deploy.ray.launcher import RayLauncher
@@ -40,7 +40,7 @@ def make_launcher(config: EngineConfig) -> Launcher:
 
 @contextlib.contextmanager
 def open_frontend(config: EngineConfig) -> Iterator[Frontend]:
-    """A frontend with an engine of its own, which ends with the block; seeds follow from the engine's.
+    """Yield a frontend with its own engine, which ends with the block; seeds follow from the engine's.
 
     Raises:
         ValueError: an option or the checkpoint is not usable.

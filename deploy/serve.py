@@ -1,4 +1,4 @@
-"""`expertwire serve`: an engine behind a gRPC server, until a signal ends it."""
+"""`expertwire serve`: an engine with a gRPC server, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def serve(
     """Serve until SIGINT or SIGTERM, then drain; a second signal ends at once.
 
     Args:
-        config: of the engine.
-        host: name or address to listen at.
-        port: 0 takes a free one.
-        drain_timeout_s: for running requests to finish.
-        announce: gets "serving MODEL on HOST:PORT" when requests are answered, and a line on what the caches hold.
+        config: the engine's options.
+        host: name or address to listen on.
+        port: port to listen on; 0 chooses a free one.
+        drain_timeout_s: seconds for running requests to finish.
+        announce: called with "serving MODEL on HOST:PORT", and a line on the caches, once the server is ready.
 
     Returns:
-        The exit code: 1 if the engine failed meanwhile.
+        The exit code: 1 if the engine failed.
 
     Raises:
         ValueError: the port is taken, or the model or an option is not usable.
@@ -42,12 +42,12 @@ def serve(
         _check_port(host, port)
     tokenizer = runtime.open_tokenizer(config)
     _exit_on_signals()
-    # The engine first: Ray forks, which a process that already has gRPC's threads should not do.
+    # The engine first: Ray forks, which is unsafe once gRPC has threads.
     with contextlib.ExitStack() as stack:
         launcher, end_of_turn_ids = runtime.make_launcher(config), runtime.end_of_turn_ids(tokenizer)
         engine = stack.enter_context(Engine(config, launcher, end_of_turn_ids))
         frontend = stack.enter_context(contextlib.closing(Frontend(engine.connect(), tokenizer)))
-        # Statistics may take a step to come; a frontend of their own lets another thread wait for them.
+        # Statistics may take a step; with a frontend of their own, another thread can wait for them.
         stats_frontend = stack.enter_context(contextlib.closing(Frontend(engine.connect(), None)))
 
         async def serve_frontend() -> str:
@@ -75,7 +75,7 @@ def _about(info: ModelInfo) -> Iterator[str]:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Whether we can listen there, before a model is loaded in vain."""
+    """Check that the address can be used, before the model is loaded."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
@@ -86,7 +86,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _exit_on_signals() -> None:
-    """From now on a signal raises, so that what has been started is ended on the way out."""
+    """Make signals raise SystemExit, so that context managers end what has been started."""
 
     def leave(number: int, _frame: object) -> NoReturn:
         sys.exit(128 + number)
@@ -96,7 +96,7 @@ def _exit_on_signals() -> None:
 
 
 def _stop_on_signals() -> asyncio.Event:
-    """An event that the next signal sets; the one after it raises."""
+    """Return an event that the next signal sets; the one after it raises."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def drain() -> None:

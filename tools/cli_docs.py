@@ -40,14 +40,16 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
 
 
 def _section(parser: argparse.ArgumentParser) -> Iterator[str]:
-    yield f"## {parser.prog}\n"
-    yield f"{parser.description}\n"
-    for group in parser._action_groups:
-        rows = list(_rows(parser, group))
-        if rows:
-            title = group.title if group.title not in (None, "positional arguments", "options") else ""
-            yield from (f"{title.capitalize()} options:\n",) if title else ()
-            yield from ("| argument | meaning |", "|---|---|", *rows, "")
+    """Yield the lines on one command; the engine's options are listed under `serve` only."""
+    is_serve = parser.prog.endswith(" serve")
+    groups = {group.title: list(_rows(parser, group)) for group in parser._action_groups}
+    engine = groups.pop("engine", [])
+    yield from (f"## {parser.prog}\n", f"{parser.description}\n")
+    if engine and not is_serve:
+        yield "The options of the engine, which [serve](#expertwire-serve) lists, and:\n"
+    yield from ("| argument | meaning |", "|---|---|")
+    yield from (row for rows in groups.values() for row in rows)
+    yield from (*engine, "") if is_serve else ("",)
 
 
 def _rows(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> Iterator[str]:

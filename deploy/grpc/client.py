@@ -1,4 +1,4 @@
-"""A small client of `expertwire.v1`, for programs without an event loop.
+"""A synchronous client of the gRPC service `expertwire.v1`.
 
 with Client("127.0.0.1:50051") as client:
     for chunk in client.generate("Once upon a time", temperature=0, max_tokens=64):
@@ -25,12 +25,12 @@ _REASON_NAMES = {code: name for name, code in FINISH_REASONS.items()}
 
 
 class ServerError(RuntimeError):
-    """The server answered with an error status.
+    """Error status of a call.
 
     Attributes:
         code: name of the gRPC status, for instance "INVALID_ARGUMENT".
-        message: what to do about it.
-        retry_after_s: seconds to wait before the next try, if the server knows.
+        message: the server's message.
+        retry_after_s: seconds to wait before trying again, if the server knows.
     """
 
     def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
@@ -42,20 +42,20 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """What is new of one branch."""
+    """New output of one branch."""
 
     branch: int
     token_ids: list[int]
     text: str
-    logprobs: list[LogprobDict] | None  # one entry a token, if asked for
+    logprobs: list[LogprobDict] | None  # one entry per token, if requested
     finish_reason: str | None  # "stop", "length" or "abort" on the last chunk
     stop_reason: str | int | None  # the stop string or stop token that matched
-    expert_load: list[list[int]] | None  # by layer and expert, on the last chunk, if asked for
+    expert_load: list[list[int]] | None  # by layer and expert, on the last chunk, if requested
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a request has used; `seed` repeats it. Fields as in the .proto."""
+    """Token counts and seed of a request. Fields as in the .proto."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -67,10 +67,11 @@ class Generation:
     """The stream of one request: iterate over its chunks once. Closing it early aborts the request.
 
     Attributes:
-        request_id: for `Client.abort`.
-        opens_reasoning: the text begins within the reasoning, as the prompt has its start; known before the first chunk.
-        prompt_logprobs: one entry a prompt token, None for the first; complete before the first chunk, if asked for.
-        usage: set when the stream has ended regularly.
+        request_id: id for `Client.abort`.
+        opens_reasoning: whether the prompt has the start of reasoning, so that the text begins within it; set before the first
+            chunk.
+        prompt_logprobs: one entry per prompt token, None for the first, if requested; complete before the first chunk.
+        usage: set when the stream has ended without an error.
     """
 
     def __init__(self, request_id: str, call: grpc.Call) -> None:
@@ -104,7 +105,7 @@ class Client:
 
     Args:
         address: "host:port".
-        timeout_s: for the short calls; None waits for ever.
+        timeout_s: timeout of all calls but `generate` and `chat`; None waits for ever.
     """
 
     def __init__(self, address: str = "127.0.0.1:50051", *, timeout_s: float | None = 30.0) -> None:
@@ -123,19 +124,19 @@ class Client:
         cache_salt: str | None = None,
         **sampling_params: Any,
     ) -> Generation:
-        """Ask for the outputs of a prompt: text, or its token ids.
+        """Request outputs for a prompt.
 
         Args:
-            prompt: what the model continues.
+            prompt: text or token ids.
             request_id: unique among running requests; None makes one.
             timeout_s: the server refuses the request if its first token cannot come in time, and aborts it after this time.
-            priority: lower is served earlier, where the server's policy is "priority".
-            tenant: whose request it is, for fair shares and limits.
+            priority: lower is served earlier with the scheduling policy "priority".
+            tenant: name of the client for fair sharing and limits.
             cache_salt: cached prefixes are shared only within one tenant and salt.
             sampling_params: fields of `expertwire.SamplingParams`.
 
         Raises:
-            ValueError: an unknown sampling parameter or a value of the wrong type. (The server's errors come from the iteration.)
+            ValueError: a sampling parameter is unknown or of the wrong type. Errors of the server come from the iteration.
         """
         options = {"priority": priority, "tenant": tenant, "cache_salt": cache_salt}
         request = _request(request_id, options, sampling_params)
@@ -163,25 +164,20 @@ class Client:
         cache_salt: str | None = None,
         **sampling_params: Any,
     ) -> Generation:
-        """Ask for the continuation of a conversation, which the server renders with the model's chat template.
+        """Request answers in a conversation, which the server renders with the model's chat template.
 
         Args:
             messages: dictionaries with "role" and "content".
             tools: JSON schemas of functions.
-            reasoning_effort: how much the model shall think, in its own words.
-            thinking: whether the model shall think, where its template has a switch for it.
+            reasoning_effort: one of the model's reasoning efforts.
+            thinking: whether the model thinks, if its template has a switch for it.
             chat_template_kwargs: further variables of the template.
-            add_generation_prompt: end with what begins the assistant's answer.
-            continue_final_message: go on with the last message; excludes `add_generation_prompt`.
-            request_id: as in `generate`; so are the following.
-            timeout_s: see there.
-            priority: see there.
-            tenant: see there.
-            cache_salt: see there.
-            sampling_params: see there.
+            add_generation_prompt: end the prompt with the start of the assistant's answer.
+            continue_final_message: continue the last message; excludes `add_generation_prompt`.
+            request_id, timeout_s, priority, tenant, cache_salt, sampling_params: as in `generate`.
 
         Raises:
-            ValueError: as `generate`; also if the chat is malformed.
+            ValueError: as in `generate`, or the chat is malformed.
         """
         chat = Chat(
             messages=messages,
@@ -210,13 +206,13 @@ class Client:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges of the engine; `expert_load` has the tokens of each expert by layer. Raises `ServerError`."""
+        """Return counters and gauges of the engine; `expert_load` has tokens by layer and expert. Raises `ServerError`."""
         stats = self._call(self._stub.GetStats, pb.GetStatsRequest())
         return {**json_format.MessageToDict(stats.values), "expert_load": [list(e.tokens) for e in stats.expert_load]}
 
     def is_serving(self) -> bool:
-        """What the server's health check says; False also where there is no server."""
-        from grpc_health.v1 import health_pb2, health_pb2_grpc  # nothing else of a client needs the package
+        """Return whether the server's health check succeeds; False also if there is no server."""
+        from grpc_health.v1 import health_pb2, health_pb2_grpc  # the only use of this package
 
         health = health_pb2_grpc.HealthStub(self._channel)
         try:
@@ -245,13 +241,13 @@ class Client:
 def _request(
     request_id: str | None, options: Mapping[str, Any], sampling_params: Mapping[str, Any]
 ) -> pb.GenerateRequest:
-    """A request without a prompt."""
+    """Return a request without a prompt."""
     params = from_sampling_params(sampling_params)
-    given = {name: value for name, value in options.items() if value is not None}
+    values = {name: value for name, value in options.items() if value is not None}
     try:
-        return pb.GenerateRequest(request_id=request_id or uuid.uuid4().hex, sampling_params=params, **given)
+        return pb.GenerateRequest(request_id=request_id or uuid.uuid4().hex, sampling_params=params, **values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"request options {given}: {error}") from error
+        raise ValueError(f"request options {values}: {error}") from error
 
 
 _USAGE_FIELDS = tuple(pb.Usage.DESCRIPTOR.fields)

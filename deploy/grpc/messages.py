@@ -1,4 +1,4 @@
-"""Between the gRPC messages of `expertwire.v1` and the values that the engine's frontend takes and gives."""
+"""Conversions between the messages of `expertwire.v1` and the values of the engine's frontend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FINISH_REASONS: Mapping[str, pb.FinishReason] = {
 
 
 def to_prompt(request: pb.GenerateRequest) -> str | list[int] | Chat:
-    """The prompt of a request.
+    """Return the prompt of a request.
 
     Raises:
         ValueError: there is none, or it is a malformed chat; names the field and what is allowed.
@@ -40,10 +40,10 @@ def to_prompt(request: pb.GenerateRequest) -> str | list[int] | Chat:
 
 
 def from_chat(chat: Chat) -> pb.Chat:
-    """A message of all that `chat` sets. A template of the client's own cannot be sent.
+    """Return the message of a chat. A template of the client's own cannot be sent.
 
     Raises:
-        ValueError: something is no JSON value, or `chat_template` is given.
+        ValueError: a value cannot be JSON, or `chat_template` is set.
     """
     if chat.chat_template is not None:
         raise ValueError("chat_template cannot be sent: the server uses the model's templates")
@@ -53,7 +53,7 @@ def from_chat(chat: Chat) -> pb.Chat:
 
 
 def to_options(request: pb.GenerateRequest, deadline_s: float | None) -> RequestOptions:
-    """What is set in `request`; our defaults otherwise.
+    """Return the options of a request.
 
     Raises:
         ValueError: names the field and the values it allows.
@@ -64,7 +64,7 @@ def to_options(request: pb.GenerateRequest, deadline_s: float | None) -> Request
 
 
 def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
-    """What is set in `message`; our defaults otherwise.
+    """Return the sampling parameters of a message.
 
     Raises:
         ValueError: names the field and the values it allows.
@@ -73,7 +73,7 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
 
 
 def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
-    """A message of the fields of `SamplingParams` that are not None.
+    """Return the message of those fields of `SamplingParams` that are not None.
 
     Raises:
         ValueError: an unknown field or a value of the wrong type.
@@ -112,7 +112,7 @@ def from_output_format(output_format: OutputFormat) -> pb.OutputFormat:
 
 
 def from_stats(values: Mapping[str, Any]) -> pb.Stats:
-    """The statistics of `Frontend.stats`."""
+    """Return the message of `Frontend.stats`."""
     message = pb.Stats()
     message.values.update({name: value for name, value in values.items() if name != "expert_load"})
     for tokens in values.get("expert_load", ()):
@@ -121,7 +121,7 @@ def from_stats(values: Mapping[str, Any]) -> pb.Stats:
 
 
 def from_logprobs(positions: Iterable[LogprobDict | None]) -> list[pb.PositionLogprobs]:
-    """Log-probabilities by position, in the order of each dictionary; None becomes an empty entry."""
+    """Return log-probabilities by position, in the order of each dictionary; None becomes an empty entry."""
     return [
         pb.PositionLogprobs(
             tokens=[
@@ -134,7 +134,7 @@ def from_logprobs(positions: Iterable[LogprobDict | None]) -> list[pb.PositionLo
 
 
 def from_update(update: Update) -> pb.Chunk:
-    """The branch's part of `update`."""
+    """Return the chunk of an update."""
     chunk = pb.Chunk(branch=update.branch, token_ids=update.token_ids, text=update.text)
     if update.logprobs is not None:
         chunk.logprobs.extend(from_logprobs(update.logprobs))

@@ -1,6 +1,6 @@
-"""The gRPC server: `expertwire.v1.Inference`, health checks and reflection around one frontend of the engine.
+"""The gRPC server: `expertwire.v1.Inference`, health checks and reflection, over one frontend.
 
-One asyncio loop serves every stream; the frontend's file descriptor wakes it, so no thread waits for a request.
+One asyncio loop serves all streams and is woken by the frontend's file descriptor; no thread waits for a request.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from expertwire.engine.frontend.frontend import Frontend
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_REQUEST_ID = 256  # characters
-_GOODBYE_S = 2.0  # for the last messages to leave
-_PROMPT_END = 32  # tokens, more than any delimiter and the space after it
+_GOODBYE_S = 2.0  # for the last messages to be sent
+_PROMPT_END = 32  # tokens; more than any delimiter of reasoning and the space after it
 _OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a silent partner
+    ("grpc.so_reuseport", 0),  # make a second server on the same port an error
     ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.keepalive_time_ms", 20_000),  # finds clients that vanish without a word
+    ("grpc.keepalive_time_ms", 20_000),  # notice clients that vanish
     ("grpc.keepalive_timeout_ms", 10_000),
 )
 
@@ -43,16 +43,16 @@ _log = logging.getLogger(__name__)
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):
-    """The service's methods.
+    """The methods of the service.
 
     Args:
         frontend: used by the loop's thread only.
-        read_stats: the engine's statistics; called in one other thread, as it may wait.
+        read_stats: returns the engine's statistics; called in one other thread, as it may wait.
 
     Attributes:
-        failure: why the engine has failed; empty while it has not.
-        failed: set when it has.
-        draining: refuse new requests.
+        failure: message with which the engine failed, or "".
+        failed: set when the engine has failed.
+        draining: whether new requests are refused.
     """
 
     def __init__(self, frontend: Frontend, read_stats: Callable[[], Mapping[str, Any]]) -> None:
@@ -62,8 +62,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self._frontend = frontend
         self._read_stats = read_stats
         self._stats_thread = ThreadPoolExecutor(1, "stats")
-        self._streams: dict[int, OutputStream] = {}  # by the frontend's id
-        self._ids: dict[str, int] = {}  # the client's ids -> the frontend's
+        self._streams: dict[int, OutputStream] = {}  # by the frontend's request id
+        self._ids: dict[str, int] = {}  # client's request id -> frontend's
         self._idle = asyncio.Event()
         self._idle.set()
         self._descriptor = frontend.fileno()
@@ -109,7 +109,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         return grpc_messages.from_stats(values)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for the open streams to end; after `timeout_s` seconds end them."""
+        """Refuse new requests, wait up to `timeout_s` seconds for the open streams to end, then end them."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -119,13 +119,13 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             await asyncio.wait_for(self._idle.wait(), _GOODBYE_S)
 
     def close(self) -> None:
-        """Stop listening to the frontend."""
+        """Stop reading from the frontend."""
         if not self.failed.is_set():
             asyncio.get_running_loop().remove_reader(self._descriptor)
         self._stats_thread.shutdown(wait=False)
 
     async def _open(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> tuple[int, OutputStream]:
-        """Submit a request: the frontend's id and its stream."""
+        """Submit a request; return the frontend's id of it, and its stream."""
         await self._check_alive(context)
         if self.draining:
             await context.abort(Code.UNAVAILABLE, "the server is draining and takes no new requests; ask another one")
@@ -162,14 +162,14 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     def _close(self, number: int) -> None:
         stream = self._streams.pop(number)
         del self._ids[stream.request_id]
-        # Unknown and finished requests are no matter to the frontend.
+        # Without effect if the request has finished.
         self._frontend.abort(number)
         self._pump()
         if not self._streams:
             self._idle.set()
 
     def _pump(self) -> None:
-        """Hand what has arrived to the streams."""
+        """Pass updates of the frontend to the streams."""
         try:
             updates = self._frontend.poll(0)
         except EngineFailed as error:
@@ -179,12 +179,12 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             if stream := self._streams.get(update.request_id):
                 stream.add(update)
                 if stream.done and not update.done:
-                    self._frontend.abort(update.request_id)  # its client reads too slowly
+                    self._frontend.abort(update.request_id)  # the client reads too slowly
         if self._frontend.failure is not None:
             self._fail(self._frontend.failure)
 
     def _fail(self, error: EngineFailed) -> None:
-        """The engine is of no more use; whoever still waits for it is told. The process stays, to answer health checks."""
+        """End all streams with the engine's error. The server goes on, to answer health checks."""
         if not self.failed.is_set():
             self.failure = str(error)
             self.failed.set()
@@ -200,17 +200,17 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
 
 class Server:
-    """A gRPC server; made within a running event loop.
+    """A gRPC server, created within a running event loop.
 
     Args:
-        host: name or address to listen at.
-        port: 0 takes a free one.
+        host: name or address to listen on.
+        port: port to listen on; 0 chooses a free one.
 
     Attributes:
-        port: where it listens.
+        port: the port that it listens on.
 
     Raises:
-        ValueError: it cannot listen there.
+        ValueError: the address cannot be used.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -219,7 +219,9 @@ class Server:
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise ValueError(f"cannot listen on {address}: the port is taken, or the host is not ours") from error
+            raise ValueError(
+                f"cannot listen on {address}: the port is taken, or the host is not this machine"
+            ) from error
 
     async def serve(
         self,
@@ -233,14 +235,14 @@ class Server:
         """Serve until `stop` is set, and drain.
 
         Args:
-            frontend: of the engine; left open.
+            frontend: the engine's frontend; left open.
             read_stats: as for `InferenceServicer`.
-            stop: end of service.
-            drain_timeout_s: for running requests to finish.
-            on_ready: called when requests are answered.
+            stop: set to end the service.
+            drain_timeout_s: seconds for running requests to finish.
+            on_ready: called when the server is ready.
 
         Returns:
-            Why the engine failed; empty if it did not.
+            The message with which the engine failed, or "".
         """
         servicer = InferenceServicer(frontend, read_stats)
         health_servicer = health.aio.HealthServicer()
@@ -263,7 +265,7 @@ class Server:
 
 
 def _retry_hint(error: RequestError) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata that say when to try again."""
+    """Return trailing metadata with the time to wait before trying again, if known."""
     if error.retry_after_s is None:
         return ()
     return ((RETRY_AFTER, str(math.ceil(1e3 * error.retry_after_s))),)

@@ -1,4 +1,4 @@
-"""The outputs of one request on their way to a client who may read more slowly than the engine writes."""
+"""Output stream of one request, to a client that may read more slowly than the engine writes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from expertwire.deploy.grpc.messages import from_logprobs, from_update
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import RequestError, Update
 
-# Sizes count tokens and entries of log-probabilities, each some 25 bytes on the wire. gRPC clients refuse messages of more
-# than 4 MiB unless told otherwise.
+# Sizes count tokens and entries of log-probabilities, about 25 bytes each. By default gRPC clients refuse messages of more than
+# 4 MiB.
 MESSAGE_SIZE = 16_384
 UNREAD_SIZE = 262_144  # of one stream
-_COUNTS = 16  # of an expert's tokens that are as large as an entry
+_COUNTS = 16  # entries of an expert load per unit of size
 
 
 class StreamFailed(Exception):
-    """The stream ends with an error status: `error` has the name of a gRPC code and a message to act on."""
+    """The stream ends with an error status, `error`."""
 
     def __init__(self, error: RequestError) -> None:
         super().__init__(error.message)
@@ -32,18 +32,18 @@ class _Unread:
 
 
 class OutputStream:
-    """What the client of one request has not read yet.
+    """The outputs of one request that the client has not read.
 
-    `add` never waits; `read` does. While the client does not read, its outputs are joined into fewer and larger messages; when
-    more than `UNREAD_SIZE` wait, the stream fails.
+    `add` never waits; `read` does. Outputs that the client has not read are joined into larger messages; the stream fails when
+    more than `UNREAD_SIZE` are unread.
 
     Args:
-        request_id: as the client knows it.
+        request_id: the client's id of the request.
         prompt_tokens: length of the prompt.
         opens_reasoning: whether the prompt ends with the start of reasoning.
 
     Attributes:
-        done: nothing more is expected from the engine.
+        done: whether the engine has sent its last update.
     """
 
     def __init__(self, request_id: str, prompt_tokens: int, *, opens_reasoning: bool = False) -> None:
@@ -54,13 +54,13 @@ class OutputStream:
         self._error: RequestError | None = None
         self._unread_prompt: deque[pb.PositionLogprobs] = deque()
         self._unread: deque[_Unread] = deque()
-        self._tails: dict[int, _Unread] = {}  # of each branch, its last unread chunk
+        self._tails: dict[int, _Unread] = {}  # last unread chunk of each branch
         self._unread_size = 0
-        self._begun = self._complete = False  # whether the first, the last message has been read
+        self._begun = self._complete = False  # whether the first and the last message have been read
         self._news = asyncio.Event()
 
     def add(self, update: Update) -> None:
-        """Take what the engine says about this request."""
+        """Add an update of the request."""
         if self.done:
             return
         self.done = update.done
@@ -114,7 +114,7 @@ class OutputStream:
         return bool(self._unread or self._unread_prompt)
 
     def _take(self, message: pb.GenerateResponse) -> None:
-        """Move what is unread into `message`."""
+        """Move unread outputs into `message`."""
         size = 0
         while self._unread_prompt and size < MESSAGE_SIZE:
             entry = self._unread_prompt.popleft()
@@ -129,7 +129,7 @@ class OutputStream:
             size += unread.size
 
     def _append(self, chunk: pb.Chunk) -> None:
-        """Join `chunk` to the last one of its branch, if that is unread and small."""
+        """Append `chunk`, merged into the last one of its branch if that is unread and small."""
         size = 1 + len(chunk.token_ids) + sum(len(entry.tokens) for entry in chunk.logprobs)
         size += sum(len(layer.tokens) for layer in chunk.expert_load) // _COUNTS
         self._unread_size += size

@@ -1,8 +1,8 @@
-"""Ends what is left of a Ray that a driver on this machine has started, once the driver is gone.
+"""Guard process that ends the Ray of a driver on this machine once the driver has gone.
 
 When a driver is killed, most of its Ray dies with it, but some of Ray's agents stay for a minute. The driver runs this module as
-a process of its own and keeps its standard input open. The children of a raylet are told by the raylet's log, which they
-inherit open, and by their titles, which begin with `ray::`.
+a process and keeps its standard input open. The children of a raylet are recognised by the raylet's log, which they inherit
+open, and by their titles, which begin with `ray::`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _PARENT_CHECK_S = 1.0
 
 
 def start(raylet_pid: int) -> subprocess.Popen[bytes]:
-    """Guard the Ray of this raylet until `stop`, or until this process ends in any way. Linux only."""
+    """Start a guard of the Ray of this raylet; it acts on `stop`, or when this process ends. Linux only."""
     log = os.readlink(f"/proc/{raylet_pid}/fd/1")
     command = [sys.executable, "-P", "-m", "expertwire.deploy.ray.guard", log]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def stop(guard: subprocess.Popen[bytes]) -> None:
-    """End whatever is left of the guarded Ray now, and the guard."""
+    """End the guarded Ray's processes and the guard."""
     assert guard.stdin
     guard.stdin.close()
     guard.wait()
@@ -40,7 +40,7 @@ def _main(log: str) -> None:
     while os.getppid() == parent and not select.select([sys.stdin], [], [], _PARENT_CHECK_S)[0]:
         pass
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has gone, or is not ours
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             ours = (process / "comm").read_text().startswith("ray::")
             if ours and log in map(os.readlink, (process / "fd").iterdir()):
                 os.kill(int(process.name), signal.SIGKILL)

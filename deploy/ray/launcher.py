@@ -1,7 +1,7 @@
-"""Workers as Ray actors, one per rank, on one machine or many.
+"""Launcher of workers as Ray actors, one per rank, on one machine or many.
 
-Ray places the actors and watches them; no Ray object is in the path of a step. Every machine of the cluster needs the same
-version of `expertwire`.
+Ray places the actors and watches them; a step involves no Ray object. All machines of the cluster need the same version of
+`expertwire`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from expertwire.deploy.ray import guard, placement
 from expertwire.deploy.ray.placement import Node
 from expertwire.engine.launcher import WORKER, RankFailed, WorkerSpec
 
-_OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes there; Ray's least
+_OBJECT_STORE_BYTES = 80 << 20  # unused; Ray's minimum
 _START_S = 120.0  # for Ray to provide the actors' processes
 _GRACE_S = 0.5
-# Ray would show an actor its own GPU only, as device 0: no rank could reach the others' memory
+# By default an actor sees its own GPU only, as device 0, and ranks could not reach each other's memory
 # (set_current_process_visible_accelerator_ids in ray/_private/accelerators/nvidia_gpu.py, ray 2.50 to 2.60).
 _ALL_DEVICES = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 
@@ -40,14 +40,14 @@ _logger = logging.getLogger(__name__)
 
 
 class _Worker:
-    """The actor. `run` blocks for as long as the engine lives."""
+    """The actor of a rank."""
 
     def where(self) -> tuple[str, int]:
-        """This node's address, and the process id."""
+        """Return this node's address and the process id."""
         return ray.util.get_node_ip_address(), os.getpid()
 
     def run(self, path: list[str], target: str, spec: WorkerSpec, rank: int) -> None:
-        """Run the worker's entry point, which finds modules where the driver finds them."""
+        """Run the worker's entry point with the driver's import path, until the engine ends."""
         sys.path += [entry for entry in path if entry and entry not in sys.path]
         module, _, function = target.partition(":")
         main = getattr(importlib.import_module(module), function)
@@ -56,17 +56,17 @@ class _Worker:
 
 
 class RayLauncher:
-    """Starts workers on a Ray cluster; a `Launcher`.
+    """A `Launcher` on a Ray cluster.
 
-    A rank takes one GPU if the config's `device` is "cuda", or "auto" on a cluster that has GPUs, and sees all of its node;
-    otherwise one CPU, or the largest 1/k of a CPU with which all ranks find room. GPU ranks go into one NVLink domain if one is
-    large enough (`ray_placement`).
+    A rank takes one GPU if the config's `device` is "cuda", or "auto" on a cluster with GPUs, and sees all GPUs of its node;
+    otherwise it takes one CPU, or the largest fraction 1/k of a CPU with which all ranks fit. GPU ranks are placed in one NVLink
+    domain if one is large enough (`deploy.ray.placement`).
 
     Args:
-        address: "host:port" of a running cluster, or "auto" for the one on this machine; None starts Ray here, and ends it in
-            `stop`. A process that is connected to Ray already stays with that cluster.
+        address: "host:port" of a running cluster, or "auto" for the one on this machine; None starts Ray on this machine, and
+            ends it in `stop`. A process that is already connected to Ray stays with that cluster.
         worker: the worker's entry point, "package.module:function".
-        connect_timeout_s: for a cluster to answer.
+        connect_timeout_s: seconds within which a cluster must answer.
 
     Raises:
         ValueError: `address` is malformed.
@@ -107,7 +107,7 @@ class RayLauncher:
         entries = [entry for entry in ray.nodes() if entry["Alive"]]
         nodes = [Node.of(entry) for entry in entries]
         resources = _resources(spec, entries)
-        group = self._find_room(spec, resources, nodes)
+        group = self._reserve(spec, resources, nodes)
         bundle_nodes = placement_group_table(group)["bundles_to_node_id"]
         for bundle in placement.in_order(bundle_nodes, nodes, ray.get_runtime_context().get_node_id()):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
@@ -121,11 +121,11 @@ class RayLauncher:
             self._actors.append(worker.remote())
         for rank, actor in enumerate(self._actors):
             self._places.append(self._await_actor(rank, actor, deadline))
-        # The engine's ranks live in this call; its reference is what tells us of their end.
+        # The ranks run in these calls, whose references report their end.
         self._runs = [actor.run.remote(sys.path, self._worker, spec, rank) for rank, actor in enumerate(self._actors)]
 
     def poll(self) -> None:
-        """See `engine.launcher.Launcher`. Of several dead workers it names one whose process died."""
+        """See `engine.launcher.Launcher`. Of several dead workers, one whose process died is named."""
         if not self._runs:
             return
         done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
@@ -136,7 +136,7 @@ class RayLauncher:
             raise RankFailed(rank, f"worker process {pid} on {ip} {ends[rank][1]}")
 
     def stop(self, timeout_s: float) -> None:
-        """See `engine.launcher.Launcher`. Ray itself ends here only if it was started here."""
+        """See `engine.launcher.Launcher`. Ray itself is ended only if it was started here."""
         if ray.is_initialized():
             deadline = time.monotonic() + timeout_s
             if self._runs:
@@ -175,10 +175,10 @@ class RayLauncher:
             except OSError as error:
                 raise ValueError(f"ray_address {self._address!r}: nothing answers there ({error})") from error
         _init_within(self._address, self._connect_timeout_s)
-        self._owns_ray = True  # of our connection: the cluster goes on without us
+        self._owns_ray = True  # the connection; the cluster goes on
 
-    def _find_room(self, spec: WorkerSpec, resources: dict[str, float], nodes: list[Node]) -> PlacementGroup:
-        """A placement group for the ranks: the first of the layouts for which there is room."""
+    def _reserve(self, spec: WorkerSpec, resources: dict[str, float], nodes: list[Node]) -> PlacementGroup:
+        """Return a placement group for the ranks: the first layout for which there are free resources."""
         bundles, selectors = [resources] * spec.num_ranks, [None]
         if "GPU" in resources:
             found = placement.layouts(nodes, spec.num_ranks)
@@ -212,7 +212,7 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
 
 
 def _init_within(address: str, timeout_s: float) -> None:
-    """`ray.init`, which by itself tries for many minutes to reach something that is not Ray."""
+    """Call `ray.init` with a timeout; by itself it tries for minutes to reach an address that is not Ray's."""
     failure: list[BaseException] = []
 
     def init() -> None:
@@ -231,10 +231,10 @@ def _init_within(address: str, timeout_s: float) -> None:
 
 
 def _across_domains(spec: WorkerSpec, num_domains: int, nodes: list[Node]) -> None:
-    """Say that the ranks' tokens will leave their NVLink domain.
+    """Warn that tokens will leave their NVLink domain.
 
     Raises:
-        ValueError: they were asked not to.
+        ValueError: the all-to-all backend that was chosen does not allow it.
     """
     message = (
         f"ep_size {spec.num_ranks} is more than any NVLink domain of the Ray cluster has GPUs, so the ranks are in {num_domains} "
@@ -247,7 +247,7 @@ def _across_domains(spec: WorkerSpec, num_domains: int, nodes: list[Node]) -> No
 
 
 def _resources(spec: WorkerSpec, entries: list[dict[str, Any]]) -> dict[str, float]:
-    """What one rank takes, by Ray's names, of nodes like these."""
+    """Return the resources of one rank, by Ray's names."""
     nodes = [entry["Resources"] for entry in entries]
     device = getattr(spec.config, "device", "cpu")
     needs_gpu = device == "cuda" or (device == "auto" and any(node.get("GPU", 0) for node in nodes))
@@ -260,7 +260,7 @@ def _resources(spec: WorkerSpec, entries: list[dict[str, Any]]) -> dict[str, flo
 
 
 def _how_it_ended(run: ray.ObjectRef) -> tuple[int, str]:
-    """How likely it is a consequence of another's end (0: least), and in words."""
+    """Return how likely this end is a consequence of another rank's (0 is the least), and a description."""
     try:
         ray.get(run)
     except ActorDiedError as error:
@@ -269,12 +269,12 @@ def _how_it_ended(run: ray.ObjectRef) -> tuple[int, str]:
         return 1, f"failed: {_in_one_line(error.cause)}"
     except RayError as error:
         return 0, f"is lost: {_in_one_line(error)}"
-    return 2, "has ended by itself"
+    return 2, "has ended"
 
 
 def _in_one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or repr(error)
-    # Ray's long story of a lost process comes down to this.
+    # The relevant part of Ray's message about a lost process.
     detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
     return (detail[1] if detail else text)[:600]
 

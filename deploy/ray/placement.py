@@ -1,8 +1,8 @@
-"""Where on a Ray cluster an engine's GPU ranks go: into one NVLink domain if one is large enough.
+"""Placement of GPU ranks on a Ray cluster: within one NVLink domain if one is large enough.
 
-Ray's `PACK` fills nodes and knows of no domains. Those are told by labels of the nodes: `ray.io/gpu-domain`, which
-`ray_cluster.sh` sets and Ray's own topology strategy goes by, or `nvidia.com/gpu.clique`, as NVIDIA's GPU feature discovery calls
-it on Kubernetes. A node without either is a domain of its own.
+Ray's `PACK` fills nodes and does not know domains, which labels of the nodes name: `ray.io/gpu-domain`, set by `ray_cluster.sh`
+and used by Ray's own topology strategy, or `nvidia.com/gpu.clique`, set by NVIDIA's GPU feature discovery on Kubernetes. A node
+without either is its own domain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Node:
     """A node of the cluster, as `ray.nodes` lists it.
 
     Args:
-        label, domain: of the NVLink domain that it is in.
+        label, domain: the label that names its NVLink domain, and the label's value.
     """
 
     node_id: str
@@ -39,15 +39,17 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A way to place the ranks. `selectors`: for each of them, the label that its node must have."""
+    """A placement of the ranks. `selectors`: for each rank, the label that its node must have."""
 
     selectors: tuple[dict[str, str], ...]
     domains: tuple[str, ...]  # in the order of the ranks
 
 
 def layouts(nodes: Sequence[Node], num_ranks: int) -> list[Layout]:
-    """Ways to place the ranks, the best first: each domain that is large enough, the smallest first; if there is none, over as
-    few domains as there can be, equally many in each if these have room.
+    """Return placements of the ranks, the best first.
+
+    These are the domains that are large enough, the smallest first; if there is none, as few domains as possible, with equally
+    many ranks in each if they fit.
 
     Raises:
         ValueError: the cluster has too few GPUs.
@@ -61,9 +63,9 @@ def layouts(nodes: Sequence[Node], num_ranks: int) -> list[Layout]:
     by_size = sorted(gpus, key=lambda domain: (gpus[domain], domain))
     if enough := [domain for domain in by_size if gpus[domain] >= num_ranks]:
         return [_layout([(domain, num_ranks)]) for domain in enough]
-    largest, fewest, room = by_size[::-1], 0, 0
-    while room < num_ranks:
-        room += gpus[largest[fewest]]
+    largest, fewest, found = by_size[::-1], 0, 0
+    while found < num_ranks:
+        found += gpus[largest[fewest]]
         fewest += 1
     each, rest = divmod(num_ranks, fewest)
     if not rest and gpus[largest[fewest - 1]] >= each:
@@ -81,11 +83,12 @@ def _layout(counts: Sequence[tuple[tuple[str, str], int]]) -> Layout:
 
 
 def in_order(bundle_nodes: Mapping[int, str], nodes: Sequence[Node], here: str) -> list[int]:
-    """The bundles in the order of the ranks: those of a domain, and within it of a node, follow each other; those of the node
-    `here`, where the controller is, come first.
+    """Return the bundles in the order of the ranks, grouped by domain and node; those of the node `here` come first.
 
     Args:
-        bundle_nodes: the id of each bundle's node.
+        bundle_nodes: bundle -> id of its node.
+        nodes: the cluster's nodes.
+        here: id of the controller's node.
     """
     domain_of = {node.node_id: (node.label, node.domain) for node in nodes}
     first = domain_of.get(here)
@@ -99,17 +102,17 @@ def in_order(bundle_nodes: Mapping[int, str], nodes: Sequence[Node], here: str) 
 
 
 def ordinal(gpu_ids: Sequence[int | str], visible: str | None) -> int:
-    """The place, among the devices that this process sees, of the GPU that Ray has assigned to it; 0 if that is none.
+    """Return the index, among the devices that this process sees, of the GPU that Ray has assigned to it; 0 if there is none.
 
-    Ray assigns places on its node, or, where CUDA_VISIBLE_DEVICES was set before it started there, entries of that list, which
-    may be numbers or UUIDs (`get_accelerator_ids_for_accelerator_resource`, ray 2.50 to 2.60). CUDA counts the list's entries.
+    Ray assigns indices on its node or, if CUDA_VISIBLE_DEVICES was set when it started there, entries of that list, which may be
+    numbers or UUIDs (`get_accelerator_ids_for_accelerator_resource`, ray 2.50 to 2.60). CUDA counts the list's entries.
 
     Args:
         gpu_ids: `ray.get_gpu_ids()`.
         visible: the process's CUDA_VISIBLE_DEVICES.
 
     Raises:
-        ValueError: the process does not see it.
+        ValueError: the process does not see the GPU.
     """
     if not gpu_ids:
         return 0

@@ -37,7 +37,7 @@ class EngineConfig:
         attention_backend: attention kernels on a GPU: "triton" (this package's) or "flashinfer" (the library; needs
             numerics "fast" and the extra "flashinfer", and steps do not replay CUDA graphs; never run yet).
         max_model_len: maximum number of prompt and output tokens of one request; None takes the model's.
-        max_num_batched_tokens: maximum number of tokens in one step of one rank; longer prompts are prefilled in chunks.
+        max_num_batched_tokens: maximum number of tokens in one step of one rank; longer prompts are prefilled in chunks;
             None: 8,192 on a GPU, 2,048 on a CPU.
         max_num_seqs: maximum number of requests that run at once on one rank.
         max_queued_requests: maximum number of waiting requests; more are refused with RESOURCE_EXHAUSTED.
