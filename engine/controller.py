@@ -231,9 +231,9 @@ def _handle(state: ControllerState, number: int, message: messages.Message) -> N
 
 
 def _submit(state: ControllerState, number: int, message: messages.Submit) -> None:
-    now, keys = time.monotonic(), [_key(number, sequence_id) for sequence_id in message.ids_B.tolist()]
+    now, keys = time.monotonic(), [_key(number, sequence_id) for sequence_id in message.sequence_ids.tolist()]
     params, options = SamplingParams.from_dict(message.params), RequestOptions(**message.options)
-    assert params.seed is not None, f"sequences {message.ids_B} of frontend {number} have no seed"
+    assert params.seed is not None, f"sequences {message.sequence_ids} of frontend {number} have no seed"
     without_prompt = replace(params, prompt_logprobs=None)
     for branch, key in enumerate(keys):
         request = Request(

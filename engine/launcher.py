@@ -1,4 +1,4 @@
-"""Starting one worker process per rank and watching them: the protocol, and the launcher for this machine."""
+"""Launchers, which start and watch one worker process per rank: the protocol, and the one for this machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ WORKER = "expertwire.engine.worker:worker_main"
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """What every worker is told.
+    """Arguments of all workers.
 
     Args:
-        config: an `EngineConfig` (anything picklable that the worker understands).
-        num_ranks: P.
-        address: of the `ControlHub`.
-        token: the hub's shared secret.
+        config: an `EngineConfig`, or in tests and benchmarks anything picklable that their workers take.
+        num_ranks: number of ranks.
+        address: address of the `ControlHub`.
+        token: shared secret of the hub.
     """
 
     config: object
@@ -33,7 +33,7 @@ class RankFailed(RuntimeError):
     """A worker process has died, or could not be started.
 
     Attributes:
-        rank: whose worker it was; -1 when no rank is to blame.
+        rank: rank of the worker; -1 when no rank is at fault.
         message: what happened, with the process id.
     """
 
@@ -47,27 +47,27 @@ class RankFailed(RuntimeError):
 
 
 class Launcher(Protocol):
-    """Starts the workers of one engine, once. A worker runs `worker_main(config, rank, num_ranks, address, token, node, gpu)`."""
+    """Starts the workers of one engine, each of which runs `worker_main(config, rank, num_ranks, address, token, node, gpu)`."""
 
     def hub_address(self) -> str:
-        """Where the controller shall listen for the workers ("tcp:host:0"), so that all of them can reach it."""
+        """Return the address ("tcp:host:0") on which the controller must listen so that all workers can reach it."""
         ...
 
     def start(self, spec: WorkerSpec) -> None:
-        """Start every worker, without waiting until they have joined. Raises `RankFailed`."""
+        """Start all workers, without waiting until they have joined. Raises `RankFailed`."""
         ...
 
     def poll(self) -> None:
-        """Look after the workers without waiting. Raises `RankFailed` if one has ended."""
+        """Raise `RankFailed` if a worker has ended; do not wait."""
         ...
 
     def stop(self, timeout_s: float) -> None:
-        """End every worker and wait until they are gone, at most about `timeout_s` seconds. Idempotent."""
+        """End all workers and wait for their end, at most about `timeout_s` seconds. Idempotent."""
         ...
 
 
 class LocalLauncher:
-    """Workers as processes of this machine, rank r on its r-th GPU if on one; they end with this process, however it ends.
+    """Workers as processes of this machine, rank r on its r-th GPU; they end with this process, however it ends.
 
     Args:
         worker: the worker's entry point, "package.module:function".
@@ -90,7 +90,7 @@ class LocalLauncher:
             self._processes.append(process.start_call(self._worker, *args))
 
     def poll(self) -> None:
-        """See `Launcher`. Of several dead workers it names one that was killed, rather than those that failed in its wake."""
+        """See `Launcher`. Of several dead workers, one that was killed is named before those that failed."""
         codes = {rank: code for rank, worker in enumerate(self._processes) if (code := worker.poll()) is not None}
         if codes:
             rank = min(codes, key=lambda rank: (codes[rank] >= 0, codes[rank] == 0))

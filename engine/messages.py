@@ -3,8 +3,6 @@
 A frontend opens a channel, sends `Hello` and receives `Welcome`. Then it sends `Submit`, `Abort` and `StatsRequest` messages in
 any order, and receives `StepOutputs`, `Rejection`, `Stats` and at most one `Failure`, which is the last. The frontend chooses the
 sequence ids, unique on its channel; a request with `n` branches has `n` of them.
-
-Shape letter: B branches of a request.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class Welcome:
 class Submit:
     """A request, with a sequence id for each of its branches. `params` has a seed, which the frontend chose if need be."""
 
-    ids_B: np.ndarray  # i64
+    sequence_ids: np.ndarray  # i64, by branch
     params: dict[str, Any]  # `SamplingParams.to_dict`; prompt log-probabilities come with branch 0 only
     options: dict[str, Any]  # `RequestOptions.to_dict`; a deadline counts from the arrival of this message
     tokens: np.ndarray  # i32, the prompt

@@ -1,8 +1,8 @@
 """Child processes that cannot outlive their parent.
 
-A child is a fresh interpreter (`python -m`), so nothing of the parent's script is imported again and it needs no `__main__`
-guard. What the child shall do arrives, pickled, on its standard input, which then stays open as a lifeline: when the parent
-ends, however it ends, the child's watchdog thread sees the end of the pipe and exits.
+A child is a new interpreter (`python -m`), so the parent's script is not imported again and needs no `__main__` guard. It reads
+the function to call and its arguments, pickled, from its standard input, which then stays open as a lifeline: when the parent
+ends, however it ends, a thread of the child sees the end of the pipe and exits.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ import time
 from collections.abc import Iterable
 from typing import IO
 
-LIFELINE_EXIT_CODE = 75  # of a child whose parent let go of it
+LIFELINE_EXIT_CODE = 75  # of a child whose lifeline was closed
 _LENGTH = struct.Struct("<Q")
 _PARENT_CHECK_S = 1.0
 
 
 def start_call(target: str, *args: object, stdout: int | IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Run `target` ("package.module:function") with `args`, picklable, in a child.
+    """Start a child that calls a function; return its process.
 
-    It runs in a session of its own: Ctrl-C in the terminal reaches the parent only, which decides. Closing the child's
-    `stdin` ends it.
+    The child has its own session, so Ctrl-C in the terminal reaches the parent only. Closing the child's `stdin` ends it.
 
     Args:
-        stdout: as for `subprocess.Popen`; None inherits ours.
+        target: "package.module:function".
+        args: picklable arguments.
+        stdout: as for `subprocess.Popen`; None inherits the parent's.
     """
-    # -P: the current folder is no place to import from.
+    # -P: do not import from the current folder.
     command = [sys.executable, "-P", "-m", "expertwire.engine.process"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True)
     assert process.stdin
@@ -44,12 +45,12 @@ def start_call(target: str, *args: object, stdout: int | IO[bytes] | None = None
         process.stdin.write(_LENGTH.pack(len(data)) + data)
         process.stdin.flush()
     except BrokenPipeError:
-        process.wait()  # it died at once; its exit code says more than the pipe
+        process.wait()  # it died at once; its exit code tells more than the broken pipe
     return process
 
 
 def describe_exit(returncode: int) -> str:
-    """ "exited with code 3", "was killed by SIGKILL"."""
+    """Return a description such as "exited with code 3" or "was killed by SIGKILL"."""
     if returncode >= 0:
         return f"exited with code {returncode}"
     try:
@@ -59,18 +60,20 @@ def describe_exit(returncode: int) -> str:
 
 
 def stop_all(processes: Iterable[subprocess.Popen[bytes]], timeout_s: float, *, grace_s: float = 0.5) -> None:
-    """End children: let them leave by themselves for `grace_s`, cut the lifelines, terminate, kill. Waits for all of them.
+    """End children and wait for them: close their lifelines after `grace_s` seconds, then terminate, then kill.
 
     Args:
-        timeout_s: seconds from cutting the lifelines to killing.
+        processes: the children.
+        timeout_s: seconds from closing the lifelines to killing.
+        grace_s: seconds in which the children may end on their own.
     """
     processes = list(processes)
     _wait_all(processes, grace_s)
     for process in processes:
-        _cut(process)
+        _close_lifeline(process)
     _wait_all(processes, timeout_s / 2)
     for process in processes:
-        process.terminate()  # does nothing to one that has been waited for
+        process.terminate()  # without effect on a process that has ended
     _wait_all(processes, timeout_s / 2)
     for process in processes:
         process.kill()
@@ -78,9 +81,9 @@ def stop_all(processes: Iterable[subprocess.Popen[bytes]], timeout_s: float, *, 
         process.wait()
 
 
-def _cut(process: subprocess.Popen[bytes]) -> None:
+def _close_lifeline(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin
-    with contextlib.suppress(BrokenPipeError):  # what was still buffered has no reader any more
+    with contextlib.suppress(BrokenPipeError):  # buffered data has no reader any more
         process.stdin.close()
 
 
@@ -98,13 +101,13 @@ def _read_exactly(pipe: IO[bytes], size: int) -> bytes:
     while len(data) < size:
         more = pipe.read(size - len(data))
         if not more:
-            os._exit(LIFELINE_EXIT_CODE)  # the parent died while it was starting us
+            os._exit(LIFELINE_EXIT_CODE)  # the parent died meanwhile
         data += more
     return bytes(data)
 
 
 def _watch(lifeline: int, parent: int) -> None:
-    """Exit when the lifeline ends, or when the parent is gone although one of its forks still holds the other end."""
+    """Exit when the lifeline closes, or when the parent has gone although a fork of it still holds the pipe."""
     while os.getppid() == parent:
         readable, _, _ = select.select([lifeline], [], [], _PARENT_CHECK_S)
         if readable and not os.read(lifeline, 1):
@@ -113,9 +116,9 @@ def _watch(lifeline: int, parent: int) -> None:
 
 
 def _main() -> None:
-    """In a child: do what the parent asked for. From here on the child ends with its parent and ignores Ctrl-C."""
+    """In a child: call the function. The child ignores Ctrl-C and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The lifeline moves out of the way of whoever reads standard input.
+    # Keep the lifeline on another descriptor, so that nothing else reads it as standard input.
     lifeline = os.dup(0)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)

@@ -1,6 +1,6 @@
-"""The controller's part in moving experts: windows of load, a verdict on each, and what the next steps shall move. No torch.
+"""The controller's part of expert-parallel load balancing (EPLB): it collects load, decides, and moves experts step by step.
 
-Verdicts are found in a thread, as that may take as long as several steps.
+The decision on a window of load is made in a thread, as it may take as long as several steps.
 
 L layers, E logical experts.
 """
@@ -23,19 +23,19 @@ from expertwire.moe.eplb.placement import Placement
 from expertwire.moe.eplb.savings import Balancer, Costs, Verdict
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult
 
-_STEP_BYTES = 16 << 20  # that a rank sends and receives in one step, but an expert at least
-_GUESSED_BYTES_PER_S = 1e9  # before anything has moved
+_STEP_BYTES = 16 << 20  # bytes of experts that a rank sends and receives in one step; at least one expert
+_GUESSED_BYTES_PER_S = 1e9  # until experts have moved
 
 
 class Rebalancing:
-    """For one model, from start to end.
+    """Load balancing of the experts of one engine.
 
     Args:
-        load: the account; its placement follows what the ranks use.
-        model: whose experts move.
+        load: the load so far; its placement is kept equal to the ranks'.
+        model: the model.
         quantize: `EngineConfig.quantization`.
-        window_steps: steps with tokens in a window.
-        failure_domains: of each rank, what fails together with it; empty: every rank is one.
+        window_steps: number of steps with tokens in a window.
+        failure_domains: number of each rank's failure domain; empty if every rank is one.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Rebalancing:
         self._thread = ThreadPoolExecutor(1, "rebalance")
         self._verdict: Future[Verdict] | None = None
         self._migration: Migration | None = None
-        self._coming: deque[Placement] = deque()  # of planned steps that are not committed
+        self._coming: deque[Placement] = deque()  # placements of planned steps that are not committed
         self._moved_bytes, self._moved_us = 0, 0
         self._stats: dict[str, Any] = dict.fromkeys(
             ("windows", "rebalances", "moved_experts", "moving_steps", "moving_us", "longest_us"), 0
@@ -61,12 +61,12 @@ class Rebalancing:
 
     @property
     def moving(self) -> bool:
-        """Whether the next step moves something, also if it has nothing to compute."""
+        """Whether the next step moves experts, even if it has no tokens."""
         self._look_for_verdict()
         return self._migration is not None
 
     def next(self) -> tuple[bool, ExpertMoves | None]:
-        """Whether the next step shall report the load, and what moves before it; call it once for each step."""
+        """Return whether the next step must report its load, and the experts that move before it; call it once a step."""
         if not self.moving or self._migration is None:
             return self._window_is_full(), None
         leg = self._migration.take()
@@ -79,7 +79,7 @@ class Rebalancing:
         return published, ExpertMoves(*leg)
 
     def committed(self, plan: StepPlan, results: Sequence[StepResult], rows_LE: np.ndarray | None) -> None:
-        """Take in a step, with the rows that it has reported, if any; these are in the account already."""
+        """Record a committed step, with the rows that it reported, if any, which are in the load already."""
         self._steps += bool(plan.num_tokens_P.any())
         self._forward_s += 1e-6 * max(result.forward_us for result in results)
         if rows_LE is not None:
@@ -91,14 +91,14 @@ class Rebalancing:
             self._start_window()
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start, pauses in µs, and of the last change what was predicted and what it has saved, a window."""
+        """Return counts since the start, pauses in µs, and the predicted and actual savings of the last change per window."""
         return dict(self._stats)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _window_is_full(self) -> bool:
-        """And it is time to look at it: nothing is moving, and no verdict is awaited."""
+        """Return whether a window is complete, no experts are moving and no decision is pending."""
         moving = self._migration is not None or len(self._coming) > 0
         return self._steps >= self._window_steps and self._verdict is None and not moving
 
@@ -106,7 +106,7 @@ class Rebalancing:
         self._rows_LE, self._steps, self._forward_s = np.zeros_like(self._load.rows_LE), 0, 0.0
 
     def _costs(self) -> Costs:
-        """A row costs as if the fullest ranks' experts were all that a step takes: an upper bound of what can be saved."""
+        """Return the cost of a row as if a step were the experts of the fullest ranks alone, an upper bound of the savings."""
         fullest = self._load.placement.rank_load(self._rows_LE).max(axis=1).sum()
         measured = 1e6 * self._moved_bytes / self._moved_us if self._moved_us else _GUESSED_BYTES_PER_S
         return Costs(
@@ -121,10 +121,10 @@ class Rebalancing:
         verdict, self._verdict = self._verdict.result(), None
         self._stats["windows"] += 1
         if verdict.actual_s is not None:
-            self._tell(expected_s=verdict.expected_s, actual_s=verdict.actual_s)
+            self._report(expected_s=verdict.expected_s, actual_s=verdict.actual_s)
         if verdict.placement is not None:
             self._stats["rebalances"] += 1
-            self._tell(
+            self._report(
                 moves=verdict.num_moves,
                 predicted_s=verdict.predicted_s,
                 for_windows=verdict.windows,
@@ -133,8 +133,8 @@ class Rebalancing:
             max_moves = max(1, _STEP_BYTES // self._expert_bytes)
             self._migration = Migration(self._load.placement, verdict.placement, max_moves)
 
-    def _tell(self, **values: Any) -> None:
-        """In the log, and in the statistics."""
+    def _report(self, **values: Any) -> None:
+        """Write values to the log and to the statistics."""
         sys.stderr.write("experts: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()) + "\n")
         sys.stderr.flush()
         self._stats |= values

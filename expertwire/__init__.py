@@ -1,6 +1,6 @@
 """Expertwire: a serving engine for Mixture-of-Experts language models on NVLink clusters.
 
-The public face: `LLM`, `SamplingParams` and the version. Heavy modules are imported on first use.
+It exports `LLM`, `SamplingParams` and the version; modules that are slow to import are imported on first use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from expertwire.llm import LLM, RequestOutput
     from expertwire.scheduler.sampling_params import SamplingParams
 
-# A checkout's root on sys.path would make our folders shadow third parties' packages of the same names (`kernels`, `comm`).
+# With a checkout's root on sys.path, its folders would shadow other packages of the same names (`kernels`, `comm`).
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").exists():
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]

@@ -1,4 +1,4 @@
-"""Functions compiled by numba. A leaf: anybody may import it, and it imports nothing of ours."""
+"""Compilation of functions by numba. Any package may import this module, which imports none of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numba import config, njit
 
 
 def compiler(file: str, sources: str = "*.py", **options: Any) -> Callable[..., Any]:
-    """A decorator that compiles the functions of a module: at once for a signature, otherwise when they are first called.
+    """Return a decorator that compiles functions of a module, at once for a signature and otherwise on their first call.
 
-    What is compiled is kept beside the module, or in the user's cache folder where that cannot be written, apart for every state
-    of its sources: numba itself would not notice that a function from another file has changed.
+    Machine code is cached beside the module, or in the user's cache folder if that is not writable, separately for every state of
+    the sources, because numba does not notice that a function from another file has changed.
 
     Args:
         file: `__file__` of the module.
-        sources: the files beside it whose functions call each other.
-        options: of `numba.njit`.
+        sources: pattern of the files beside it whose functions call each other.
+        options: options of `numba.njit`.
     """
     folder = _cache_folder(sorted(Path(file).parent.glob(sources)))
 

@@ -1,4 +1,4 @@
-"""One call of the offline API: prompts on their way through a frontend, and what comes of them."""
+"""One call of the offline API: its requests, their outputs and the progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from expertwire.engine.frontend.api import EngineFailed, LogprobDict, RequestErr
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.scheduler.sampling_params import SamplingParams
 
-_POLL_S = 0.2  # how long an interrupt may wait for the end of a poll
+_POLL_S = 0.2  # longest wait for an interrupt to take effect
 
 
 @dataclass
@@ -25,16 +25,16 @@ class CompletionOutput:
     """One of a request's `n` outputs.
 
     Attributes:
-        index: which one, from 0; also the branch of its draws.
+        index: index of the output, from 0.
         text: empty without a tokenizer.
-        token_ids: of the output, with the end-of-sequence or stop token.
-        logprobs: one entry a token when asked for: token id -> `Logprob`, the sampled token first.
-        cumulative_logprob: the sum over the sampled tokens, when `logprobs` was asked for.
-        expert_load: when asked for: by layer and expert, how many tokens of the prompt and the output went there. A token counts
-            once, those found in the prefix cache and the last one, which is not computed, do not.
+        token_ids: the output's tokens, including an end-of-sequence or stop token.
+        logprobs: one entry per token if requested: token id -> `Logprob`, the sampled token first.
+        cumulative_logprob: sum over the sampled tokens, if `logprobs` was requested.
+        expert_load: if requested, number of computed tokens of prompt and output by layer and expert. Tokens found in the prefix
+            cache and the last token, which is not computed, do not count.
         finish_reason: "stop" or "length".
         stop_reason: the stop string or the id among `stop_token_ids` that ended the output.
-        seed: with `index` and the prompt it reproduces the output.
+        seed: seed that, with `index` and the prompt, reproduces the output.
     """
 
     index: int
@@ -50,16 +50,16 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """What became of one prompt.
+    """The outputs for one prompt.
 
     Attributes:
         request_id: unique within an `LLM`.
-        prompt: the text, if the prompt was one.
-        prompt_token_ids: its tokens.
-        prompt_logprobs: when asked for: None for the first token, then token id -> `Logprob`, the prompt's token first.
-        outputs: `n` of them.
-        finished: every output has its end.
-        num_cached_tokens: of the prompt's tokens, those that the first output found in the prefix cache.
+        prompt: text of the prompt; None for token ids.
+        prompt_token_ids: tokens of the prompt.
+        prompt_logprobs: if requested, None for the first token, then token id -> `Logprob`, the prompt's token first.
+        outputs: the `n` outputs.
+        finished: whether all outputs have ended.
+        num_cached_tokens: number of prompt tokens that the first output found in the prefix cache.
     """
 
     request_id: str
@@ -72,7 +72,7 @@ class RequestOutput:
 
 
 class Job:
-    """A prompt on its way, and what has come of it."""
+    """A prompt and its outputs so far."""
 
     def __init__(
         self, index: int, text: str | None, tokens: np.ndarray, params: SamplingParams, options: RequestOptions
@@ -83,7 +83,7 @@ class Job:
         self.params = params
         self.options = options
         self.request_id = -1
-        self.num_waiting = params.n  # branches without an update
+        self.num_waiting = params.n  # outputs without an update
         self.finished = False
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[LogprobDict | None] | None = None
@@ -125,7 +125,7 @@ class Job:
 
 
 class Run:
-    """Keeps as many prompts in flight as the engine lets wait, until all are finished."""
+    """Runs all prompts, with as many submitted at a time as the engine's queue takes."""
 
     def __init__(self, frontend: Frontend, jobs: Sequence[Job], max_queued_requests: int) -> None:
         self.unfinished = len(jobs)
@@ -133,30 +133,30 @@ class Run:
         self._todo = iter(jobs)
         self._next = next(self._todo, None)
         self._open: dict[int, Job] = {}
-        self._room = max_queued_requests
+        self._capacity = max_queued_requests
 
     def submit(self) -> None:
-        """Send what there is room for."""
-        while self._next is not None and self._next.params.n <= self._room:
+        """Submit as many prompts as the queue takes."""
+        while self._next is not None and self._next.params.n <= self._capacity:
             job = self._next
             job.request_id = self._frontend.submit(job.tokens, job.params, job.options)
             self._open[job.request_id] = job
-            self._room -= job.num_waiting
+            self._capacity -= job.num_waiting
             self._next = next(self._todo, None)
 
     def poll(self) -> tuple[int, int]:
-        """Wait for news; returns the numbers of finished prompts and of new tokens in it."""
+        """Wait for updates; return the numbers of prompts finished and of new tokens."""
         finished, tokens = 0, 0
         for update in self._frontend.poll(_POLL_S):
             job = self._open.get(update.request_id)
-            if job is None:  # of a run that was interrupted
+            if job is None:  # of an earlier call that was interrupted
                 continue
             if update.error is not None:
                 del self._open[update.request_id]
                 self._raise(job, update.error)
-            self._room += job.num_waiting
+            self._capacity += job.num_waiting
             job.add(update)
-            self._room -= job.num_waiting
+            self._capacity -= job.num_waiting
             tokens += len(update.token_ids)
             if job.finished:
                 del self._open[update.request_id]
@@ -165,7 +165,7 @@ class Run:
         return finished, tokens
 
     def abort(self) -> None:
-        """End what is open."""
+        """Abort the running prompts."""
         for request_id in self._open:
             self._frontend.abort(request_id)
         self._open.clear()
@@ -200,7 +200,7 @@ class Progress:
 
 @contextlib.contextmanager
 def delayed_interrupt() -> Iterator[Callable[[], None]]:
-    """Keep Ctrl-C from cutting a message in two: it has its effect when the yielded function is called, a second one at once."""
+    """Delay Ctrl-C until the yielded function is called, so that no message is cut in two; a second one acts at once."""
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield lambda: None

@@ -1,4 +1,4 @@
-"""The offline API: an engine and its frontend in the caller's process, with the shapes that users know from vLLM."""
+"""The offline API: an engine and its frontend in the caller's process, with the signatures of vLLM's `LLM`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A model, ready to generate. Use it as a context manager, or call `close`.
+    """A model that generates text. Use it as a context manager, or call `close`.
 
     Args:
         model: folder of a Hugging Face checkpoint.
-        options: the other fields of `EngineConfig` (`dtype`, `device`, `ep_size`, `launcher`, `load_format`, `max_model_len`,
+        options: other fields of `EngineConfig` (`dtype`, `device`, `ep_size`, `launcher`, `load_format`, `max_model_len`,
             `max_num_batched_tokens`, `max_num_seqs`, `seed`, ...).
 
     Raises:
@@ -45,7 +45,7 @@ class LLM:
         self._config = config
         with contextlib.ExitStack() as stack:
             self._frontend = stack.enter_context(runtime.open_frontend(config))
-            # Scripts need not close: the engine ends with this object or the interpreter.
+            # Without `close`, the engine ends with this object or the interpreter.
             self._closing = weakref.finalize(self, stack.pop_all().close)
 
     def __enter__(self) -> LLM:
@@ -56,12 +56,12 @@ class LLM:
 
     @property
     def model_info(self) -> ModelInfo:
-        """What is served."""
+        """The model and its limits."""
         return self._frontend.model_info
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """None for random weights (`load_format="dummy"`) of a folder without a tokenizer."""
+        """The tokenizer; None for random weights (`load_format="dummy"`) of a folder without one."""
         return self._frontend.tokenizer
 
     def generate(
@@ -74,22 +74,21 @@ class LLM:
         tenant: str | Sequence[str] | None = None,
         cache_salt: str | Sequence[str] | None = None,
     ) -> list[RequestOutput]:
-        """Outputs for prompts, in their order.
+        """Generate outputs for prompts; return them in the order of the prompts.
 
-        An interrupt (Ctrl-C) ends the open requests; the `LLM` remains usable.
+        An interrupt (Ctrl-C) aborts the running requests; the `LLM` remains usable.
 
         Args:
-            prompts: one or a list of: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; a dictionary
-                may have a "cache_salt" of its own.
-            sampling_params: for all prompts, or one for each; None takes the defaults.
+            prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these; a
+                dictionary may have its own "cache_salt".
+            sampling_params: for all prompts, or a list with one for each; None takes the defaults.
             use_tqdm: show a progress bar.
-            priority: for all prompts or one for each; lower is served earlier with the policy "priority". None: 0.
-            tenant: whose requests these are, for fair shares and limits; for all or one for each. None: "".
-            cache_salt: cached prefixes are shared only within one tenant and salt; for all or one for each. None: "".
+            priority: for all prompts, or one for each; lower is served earlier with the scheduling policy "priority". None: 0.
+            tenant: name for fair sharing and limits, for all prompts or one for each. None: "".
+            cache_salt: cached prefixes are shared only within one tenant and salt; for all prompts or one for each. None: "".
 
         Raises:
-            ValueError: a prompt or its parameters cannot be served; no other has been generated in vain if this can be told
-                beforehand.
+            ValueError: a prompt or its parameters are invalid; all are checked before any is generated.
             EngineFailed: the engine has failed; the message names the rank.
         """
         items = _as_list(prompts)
@@ -114,25 +113,24 @@ class LLM:
         thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Outputs for one conversation or several, rendered with the model's chat template.
+        """Generate answers in one conversation or several, rendered with the model's chat template.
 
         Args:
             messages: dictionaries with "role" and "content", or a list of such lists.
             sampling_params: as in `generate`.
             use_tqdm: show a progress bar.
             priority: as in `generate`; so are `tenant` and `cache_salt`.
-            add_generation_prompt: end with what begins the assistant's answer.
-            continue_final_message: go on with the last message; excludes `add_generation_prompt`.
+            add_generation_prompt: end the prompt with the start of the assistant's answer.
+            continue_final_message: continue the last message; excludes `add_generation_prompt`.
             chat_template: name of one of the model's templates, or the Jinja source of another.
             tools: JSON schemas of functions.
-            reasoning_effort: how much the model shall think, in its own words: "low", "medium" or "high" of gpt-oss.
-            thinking: whether the model shall think, where its template has a switch for it.
+            reasoning_effort: one of the model's reasoning efforts, such as "low", "medium" or "high" for gpt-oss.
+            thinking: whether the model thinks, if its template has a switch for it.
             chat_template_kwargs: further variables of the template.
 
         Raises:
-            ValueError: as `generate`; also if there is no chat template, it refuses the messages, or it does not read a
-                variable that is given.
-            EngineFailed: as `generate`.
+            ValueError: as in `generate`, or there is no chat template, it refuses the messages, or it does not read a variable.
+            EngineFailed: the engine has failed; the message names the rank.
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer, and the model has none; use generate with token ids")
@@ -158,7 +156,7 @@ class LLM:
         return self._run(self._jobs(prompts, sampling_params, each), use_tqdm)
 
     def stats(self) -> dict[str, Any]:
-        """The engine's counters and gauges.
+        """Return the engine's counters and gauges.
 
         Raises:
             EngineFailed: the engine has failed.
@@ -177,8 +175,8 @@ class LLM:
     ) -> list[Job]:
         if not self._closing.alive:
             raise ValueError("this LLM is closed")
-        given = SamplingParams() if sampling_params is None else sampling_params
-        params = _one_each("sampling_params", given, len(prompts))
+        sampling_params = SamplingParams() if sampling_params is None else sampling_params
+        params = _one_each("sampling_params", sampling_params, len(prompts))
         jobs = []
         for index, ((text, prompt), param, option) in enumerate(zip(prompts, params, options, strict=True)):
             if not isinstance(param, SamplingParams):
@@ -213,7 +211,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
 
 
 def _as_list(prompts: Any) -> Sequence[Any]:
-    """A list of prompts; a list of integers is one prompt."""
+    """Return a list of prompts; a list of integers is one prompt."""
     if isinstance(prompts, (str, Mapping, np.ndarray)):
         return [prompts]
     if not isinstance(prompts, Sequence):
@@ -222,7 +220,7 @@ def _as_list(prompts: Any) -> Sequence[Any]:
 
 
 def _plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
-    """Text if there is one, and what the frontend encodes."""
+    """Return the prompt's text, if it has one, and the prompt that the frontend encodes."""
     if isinstance(prompt, Mapping):
         if not {"prompt", "prompt_token_ids", "cache_salt"}.issuperset(prompt) or not prompt.keys() - {"cache_salt"}:
             raise ValueError(f"a prompt's dictionary must have 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
@@ -234,7 +232,7 @@ def _plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
 
 
 def _one_each(field: str, value: Any, count: int) -> list[Any]:
-    """What is given for all prompts, or for each of them, for each of them."""
+    """Return a list with a value for each prompt, from one for all or a list."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
@@ -243,7 +241,7 @@ def _one_each(field: str, value: Any, count: int) -> list[Any]:
 
 
 def _options_of(prompts: Sequence[Any], **values: Any) -> list[RequestOptions]:
-    """The options of each prompt; what a prompt's dictionary says itself goes first."""
+    """Return the options of each prompt; those in a prompt's dictionary take precedence."""
     each = {field: _one_each(field, value, len(prompts)) for field, value in values.items() if value is not None}
     options = []
     for index, prompt in enumerate(prompts):

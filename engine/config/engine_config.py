@@ -218,7 +218,7 @@ class EngineConfig:
         return 2 if self.enable_two_batch_overlap else 1
 
     def on(self, device: str) -> EngineConfig:
-        """Return these options with what depends on the device ("cpu" or "cuda", maybe with a number) decided."""
+        """Return these options with the defaults of a device, such as "cpu" or "cuda:0"."""
         if self.max_num_batched_tokens is not None:
             return self
         return dataclasses.replace(self, max_num_batched_tokens=2048 if device == "cpu" else 8192)
@@ -235,7 +235,7 @@ class EngineConfig:
         return -(-self.step_tokens // self.num_micro_batches)
 
     def resolved_launcher(self) -> Literal["local", "ray"]:
-        """The launcher that "auto" means here."""
+        """Return the launcher, with "auto" resolved."""
         if self.launcher == "auto":
             return "ray" if self.ray_address is not None else "local"
         return self.launcher

@@ -1,4 +1,4 @@
-"""A conversation to be continued, as a client gives it; `engine.frontend.chat_templates` makes a prompt of it."""
+"""`Chat`: a conversation from a client, which `engine.frontend.chat_templates` renders as a prompt."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Names of the switch that lets a model think, or not; a template reads one of them at most.
+# Names of the template variable that turns thinking on or off; a template reads at most one of them.
 THINKING = ("enable_thinking", "thinking")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """A conversation that a model shall continue, and how its template shall write it.
+    """A conversation and the options of its chat template.
 
     Args:
-        messages: at least one dictionary with a "role"; keys whose value is None count as absent. Reasoning of the assistant
-            may be called "reasoning_content", "reasoning" or "thinking", whatever the template calls it.
+        messages: at least one dictionary with a "role"; a key with the value None counts as absent. The assistant's reasoning
+            may be called "reasoning_content", "reasoning" or "thinking", whichever the template reads.
         tools: JSON schemas of functions.
-        reasoning_effort: how much the model shall think, in the model's own words: "low", "medium" or "high" of gpt-oss.
-        thinking: whether the model shall think, where its template has a switch for it.
+        reasoning_effort: one of the model's reasoning efforts, such as "low", "medium" or "high" for gpt-oss.
+        thinking: whether the model thinks, if its template has a switch for it.
         chat_template_kwargs: further variables of the template.
-        add_generation_prompt: end with what begins the assistant's answer.
-        continue_final_message: end within the last message, which the model goes on with; excludes `add_generation_prompt`.
+        add_generation_prompt: end the prompt with the start of the assistant's answer.
+        continue_final_message: end the prompt within the last message, which the model continues; excludes
+            `add_generation_prompt`.
         chat_template: name of one of the model's templates, or the source of another.
 
     Raises:

@@ -1,8 +1,7 @@
 """Chat templates of a checkpoint: Jinja sources that turn messages into the text of a prompt.
 
-Templates come with the weights, so they run in Jinja's sandbox and see plain JSON values only. The environment is the one
-that Hugging Face's templates are written for: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls
-and `{% generation %}` blocks.
+Templates come with the weights, so they run in Jinja's sandbox and get JSON values only. The environment is that of Hugging
+Face's templates: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls and `{% generation %}` blocks.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from expertwire.engine.frontend.chat import THINKING, Chat
 
-# What a template may raise besides Jinja's own errors when it meets messages that it does not expect.
+# Errors that a template may raise on messages that it does not expect.
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys under which clients give a message's reasoning
-_CUT = "<<cut here>> "  # a template that trims the text takes the space away
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
+_CUT = "<<cut here>> "  # a template that trims the text removes the space
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,17 @@ class _Compiled:
 
 
 class ChatTemplates:
-    """The named templates of a model; "default" is used when none is named, "tool_use" when tools are given.
+    """The named templates of a model. "default" is used unless another is named, "tool_use" for chats with tools.
 
     Args:
         sources: name -> Jinja source.
-        special_tokens: variables such as `bos_token` that templates refer to.
+        special_tokens: variables of templates such as `bos_token`.
 
     Attributes:
-        source: of all templates together.
+        source: the sources of all templates.
 
     Raises:
-        ValueError: a source is no valid template.
+        ValueError: a source is not a valid template.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
@@ -57,26 +56,28 @@ class ChatTemplates:
 
     @classmethod
     def open(cls, folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplates:
-        """The templates of a checkpoint: its `chat_template.jinja` (and `additional_chat_templates/*.jinja`), else what
-        `tokenizer_config.json` (`config`) holds, else `chat_template.json`.
+        """Read the templates of a checkpoint.
+
+        They are in `chat_template.jinja` and `additional_chat_templates/*.jinja`, else in `tokenizer_config.json` (`config`),
+        else in `chat_template.json`.
 
         Raises:
-            ValueError: one of them is malformed; the message names it.
+            ValueError: a file is malformed; the message names it.
         """
         return cls(_read_sources(folder, config), special_tokens)
 
     def variables(self) -> tuple[str, ...]:
-        """What a request may set by `chat_template_kwargs`, `reasoning_effort` or `thinking`, in alphabetical order."""
+        """Return the variables that a chat may set, in alphabetical order."""
         found = frozenset().union(*(compiled.reads for compiled in self._templates.values()))
         return tuple(sorted(found - {"messages", "tools", "add_generation_prompt"} - self._special_tokens.keys()))
 
     def render(self, chat: Chat) -> str:
-        """The prompt that stands for `chat`.
+        """Return the prompt of a chat.
 
-        Unlike transformers this refuses what the template does not read, instead of ignoring it.
+        A variable that the template does not read is an error; transformers ignores it.
 
         Raises:
-            ValueError: there is no template, it does not read what the chat gives, or it refuses the messages.
+            ValueError: there is no template, it does not read a variable of the chat, or it refuses the messages.
         """
         compiled = self._choose(chat.chat_template, chat.tools is not None)
         values = _plain(_variables(chat, compiled.reads))
@@ -152,7 +153,7 @@ def _read_legacy(file: Path) -> Any:
 
 
 def _variables(chat: Chat, reads: frozenset[str]) -> dict[str, Any]:
-    """The template's variables that a chat sets besides the messages; `reads` are all those that it reads."""
+    """Return the variables that a chat sets besides its messages; `reads` are those that the template reads."""
     values = dict(chat.chat_template_kwargs)
     _check_read("chat_template_kwargs", values, reads)
     if chat.tools:
@@ -175,14 +176,14 @@ def _check_read(field: str, names: Iterable[str], reads: frozenset[str]) -> None
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without empty keys, its reasoning under each name that a template may ask for."""
+    """Return a message without empty keys, with its reasoning under every name that templates use."""
     message = {key: value for key, value in message.items() if value is not None}
     found = next((message[key] for key in _REASONING if key in message), None)
     return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 def _marked(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose text ends with a mark."""
+    """Return a message whose text ends with the mark."""
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": content + _CUT}
@@ -196,7 +197,7 @@ def _marked(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut(text: str) -> str:
-    """What stands before the last mark."""
+    """Return the text before the last mark."""
     before, found, after = text.rpartition(_CUT.rstrip())
     if not found:
         raise ValueError("continue_final_message: the chat template leaves out the end of the last message")
@@ -211,8 +212,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here it is only rendered. What is set
-    within it is unknown outside."""
+    """The block `{% generation %}...{% endgeneration %}`, which marks text for training and is a scope of variables."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's interface
 
@@ -222,7 +222,7 @@ class _Generation(Extension):
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """What templates are compiled in."""
+    """Return the environment in which templates are compiled."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )

@@ -2,8 +2,8 @@
 
 The offline API has a frontend in the caller's process, the gRPC server one in its own. A frontend belongs to one thread.
 
-A request with `n` outputs (branches) is `n` sequences to the controller, each with an id. Shape letters as in
-`engine.messages` and `scheduler.plan`.
+A request with `n` outputs (branches) is `n` sequences to the controller, each with an id.
+Shape letters as in `scheduler.outputs`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ class Frontend:
             branch = Branch(request, sequence_id, index, stream, load)
             request.branches[sequence_id] = self._sequences[sequence_id] = branch
         values = dataclasses.replace(params, seed=seed).to_dict()
-        self._send(Submit(ids_B=np.array(ids, np.int64), params=values, options=options.to_dict(), tokens=tokens))
+        self._send(
+            Submit(sequence_ids=np.array(ids, np.int64), params=values, options=options.to_dict(), tokens=tokens)
+        )
         self._check_alive()
         return request.id
 

@@ -1,7 +1,7 @@
-"""Reads `tiktoken.model`, the vocabulary of Kimi K2's checkpoints, which come without a `tokenizer.json`.
+"""Reader of `tiktoken.model`, the vocabulary of Kimi K2's checkpoints, which have no `tokenizer.json`.
 
-A line is a token's bytes in base64 and its rank. The regular expression that cuts a text into words is not in the file but in
-the checkpoint's own code (`tokenization_kimi.py` of moonshotai/Kimi-K2-Instruct, also for K2.5), which we do not run.
+A line is a token's bytes in base64 and its rank. The regular expression that splits text into words is not in the file but in
+the checkpoint's code (`tokenization_kimi.py` of moonshotai/Kimi-K2-Instruct, also for K2.5), which is not run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WORD = "|".join(
 
 
 def read(file: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a `tiktoken.model`; `config` is the `tokenizer_config.json` beside it, which names the special tokens.
+    """Read a `tiktoken.model`; `config` is its `tokenizer_config.json`, which names the special tokens.
 
     Raises:
         ValueError: the file is damaged, or the config is not Kimi's.
@@ -65,8 +65,7 @@ def read(file: Path, config: Mapping[str, Any]) -> Tokenizer:
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The characters that stand for bytes in byte-level vocabularies: printable Latin-1 for itself, the rest from U+0100
-    on, as in GPT-2."""
+    """Return the character of each byte in byte-level vocabularies, as in GPT-2: printable Latin-1 itself, others from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
@@ -86,7 +85,7 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def _merges(ranks: Mapping[bytes, int], names: Mapping[bytes, str]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, in the order of its rank: the pair of least rank is merged first."""
+    """Return the pairs of tokens that form a token, in the order of its rank, which is the order of merging."""
     pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]

@@ -62,7 +62,7 @@ def test_a_request_from_text_to_text(frontend, controller, tokenizer):
     assert submit.tokens.tolist() == ids(tokenizer, "The quick brown")
     assert SamplingParams.from_dict(submit.params) == params
     assert frontend.num_open == 1
-    wire = int(submit.ids_B[0])
+    wire = int(submit.sequence_ids[0])
     answer = ids(tokenizer, " fox 🙂")
     for token in answer[:-1]:
         controller.say(Row(wire, token))
@@ -84,7 +84,7 @@ def test_branches_are_requests_of_their_own(frontend, controller, tokenizer):
     request = frontend.submit(prompt, SamplingParams(n=3, prompt_logprobs=0))
     [submit] = controller.heard()
     assert submit.tokens.tolist() == prompt
-    a, b, c = submit.ids_B.tolist()
+    a, b, c = submit.sequence_ids.tolist()
     controller.say(Row(b, 50, LENGTH), Row(a, 51), Row(c, 52, LENGTH))
     updates = frontend.poll(1.0)
     assert [(update.branch, update.finish_reason, update.done) for update in updates] == [
@@ -109,7 +109,7 @@ def test_options_reach_the_controller(frontend, controller):
 
 def test_cached_tokens_are_those_of_the_first_branch(frontend, controller):
     request = frontend.submit([10, 11, 12], SamplingParams(n=2))
-    first, second = controller.heard()[0].ids_B.tolist()
+    first, second = controller.heard()[0].sequence_ids.tolist()
     controller.say(Row(second, 50, num_cached=3))
     controller.say(Row(first, 50, num_cached=2), Row(second, 51, LENGTH, num_cached=3))
     assert [update.num_cached_tokens for update in frontend.poll(1.0)] == [0, 2, 2]
@@ -122,7 +122,7 @@ class TestEnds:
         params = SamplingParams(stop_token_ids=[60], skip_special_tokens=False)
         frontend.submit("a", params)
         frontend.submit("a", params)
-        first, second = (int(submit.ids_B[0]) for submit in controller.heard())
+        first, second = (int(submit.sequence_ids[0]) for submit in controller.heard())
         controller.say(Row(first, 4, STOP), Row(second, 60, STOP))
         eos, stop = frontend.poll(1.0)
         assert (eos.token_ids, eos.text, eos.stop_reason) == ((4,), "", None)
@@ -131,12 +131,12 @@ class TestEnds:
     def test_special_tokens_in_the_text(self, frontend, controller):
         for skip, text in ((True, ""), (False, "<|im_start|>")):
             frontend.submit("a", SamplingParams(skip_special_tokens=skip))
-            controller.say(Row(int(controller.heard()[0].ids_B[0]), 3, LENGTH))
+            controller.say(Row(int(controller.heard()[0].sequence_ids[0]), 3, LENGTH))
             assert frontend.poll(1.0)[0].text == text
 
     def test_an_unfinished_character_is_released_at_the_end(self, frontend, controller, tokenizer):
         frontend.submit("a", SamplingParams())
-        wire = int(controller.heard()[0].ids_B[0])
+        wire = int(controller.heard()[0].sequence_ids[0])
         controller.say(Row(wire, ids(tokenizer, "🙃")[0], LENGTH))
         [update] = frontend.poll(1.0)
         assert update.text == "�"
@@ -144,7 +144,7 @@ class TestEnds:
     def test_the_client_aborts(self, frontend, controller, tokenizer):
         request = frontend.submit("a", SamplingParams(n=2, stop="fox jumps"))
         [submit] = controller.heard()
-        wires = submit.ids_B.tolist()
+        wires = submit.sequence_ids.tolist()
         controller.say(*(Row(wires[0], token) for token in ids(tokenizer, "fox")))
         assert "".join(update.text for update in frontend.poll(1.0)) == ""
         frontend.abort(request)
@@ -164,7 +164,7 @@ class TestEnds:
     def test_rejected(self, frontend, controller):
         request = frontend.submit("a", SamplingParams(n=2))
         other = frontend.submit("b", SamplingParams())
-        wires = controller.heard()[0].ids_B.tolist()
+        wires = controller.heard()[0].sequence_ids.tolist()
         controller.send(Rejection(wires[1], "RESOURCE_EXHAUSTED", "4096 requests wait", 1.5))
         [update] = frontend.poll(1.0)
         assert update.request_id == request
@@ -181,7 +181,7 @@ class TestEnds:
 class TestStopStrings:
     def run(self, frontend, controller, tokenizer, params, text, finish=LENGTH):
         frontend.submit("a", params)
-        wire = int(controller.heard()[0].ids_B[0])
+        wire = int(controller.heard()[0].sequence_ids[0])
         tokens = ids(tokenizer, text)
         for i, token in enumerate(tokens):
             controller.say(Row(wire, token, finish if i + 1 == len(tokens) else 0))
@@ -246,7 +246,7 @@ class TestStopStrings:
 class TestExpertLoad:
     def test_comes_with_the_end_and_adds_up(self, frontend, controller):
         frontend.submit("a", SamplingParams(expert_load=True, n=2))
-        [_, second] = controller.heard()[0].ids_B.tolist()
+        [_, second] = controller.heard()[0].sequence_ids.tolist()
         controller.say(routed=[(second, 0, 3), (999, 0, 9), (second, 3, 1)])
         controller.say(Row(second, 50), routed=[(second, 3, 1)])
         controller.say(Row(second, 50, LENGTH), routed=[(second, 3, 4), (second, 3, 2)])
@@ -257,7 +257,7 @@ class TestExpertLoad:
 
     def test_of_a_request_that_is_aborted_as_far_as_it_went(self, frontend, controller):
         request = frontend.submit("a", SamplingParams(expert_load=True))
-        controller.say(routed=[(int(controller.heard()[0].ids_B[0]), 2, 5)])
+        controller.say(routed=[(int(controller.heard()[0].sequence_ids[0]), 2, 5)])
         assert frontend.poll(1.0) == []
         frontend.abort(request)
         [update] = frontend.poll(1.0)
@@ -267,7 +267,7 @@ class TestExpertLoad:
 class TestLogprobs:
     def test_sampled_and_top(self, frontend, controller, tokenizer):
         frontend.submit("a", SamplingParams(logprobs=2))
-        wire = int(controller.heard()[0].ids_B[0])
+        wire = int(controller.heard()[0].sequence_ids[0])
         controller.say(Row(999, 1, top={1: -9.0}), Row(wire, 50, 0, -2.5, 7, {60: -0.5, 61: -1.5}))
         controller.say(Row(wire, 61, LENGTH, -1.5, 2, {60: -0.5, 61: -1.5}))
         first, second = frontend.poll(1.0)
@@ -281,13 +281,13 @@ class TestLogprobs:
 
     def test_only_the_sampled_one(self, frontend, controller):
         frontend.submit("a", SamplingParams(logprobs=0))
-        controller.say(Row(int(controller.heard()[0].ids_B[0]), 50, LENGTH, -2.5, 7))
+        controller.say(Row(int(controller.heard()[0].sequence_ids[0]), 50, LENGTH, -2.5, 7))
         [update] = frontend.poll(1.0)
         assert [list(entry) for entry in update.logprobs] == [[50]]
 
     def test_of_the_prompt_in_chunks(self, frontend, controller):
         frontend.submit([10, 11, 12, 13], SamplingParams(prompt_logprobs=1))
-        wire = int(controller.heard()[0].ids_B[0])
+        wire = int(controller.heard()[0].sequence_ids[0])
         controller.say(prompt_rows=[PromptRow(wire, 1, -1.0, 3, {20: -0.5}), PromptRow(888, 1, -9.0, 1)])
         assert frontend.poll(1.0) == []
         rows = [PromptRow(wire, 2, -2.0, 1, {12: -2.0}), PromptRow(wire, 3, -3.0, 9, {21: -0.25})]
@@ -304,7 +304,7 @@ class TestLogprobs:
 
     def test_of_the_prompt_come_with_the_branch_that_computes_them(self, frontend, controller):
         frontend.submit([10, 11], SamplingParams(prompt_logprobs=0, n=2))
-        first, second = controller.heard()[0].ids_B.tolist()
+        first, second = controller.heard()[0].sequence_ids.tolist()
         controller.say(Row(second, 50))
         controller.say(Row(first, 50), prompt_rows=[PromptRow(first, 1, -1.0, 3)])
         assert [(update.branch, bool(update.prompt_logprobs)) for update in frontend.poll(1.0)] == [
@@ -314,7 +314,7 @@ class TestLogprobs:
 
     def test_of_a_prompt_of_one_token(self, frontend, controller):
         frontend.submit([10], SamplingParams(prompt_logprobs=1))
-        controller.say(Row(int(controller.heard()[0].ids_B[0]), 50, LENGTH))
+        controller.say(Row(int(controller.heard()[0].sequence_ids[0]), 50, LENGTH))
         [update] = frontend.poll(1.0)
         assert update.prompt_logprobs == [None]
 
@@ -375,7 +375,7 @@ class TestBadRequests:
         with pytest.raises(ValueError, match="stop needs a tokenizer"):
             frontend.submit([1], SamplingParams(stop="a"))
         frontend.submit(np.array([1, 2]), SamplingParams(logprobs=0))
-        controller.say(Row(int(controller.heard()[0].ids_B[0]), 50, LENGTH, -1.0, 1))
+        controller.say(Row(int(controller.heard()[0].sequence_ids[0]), 50, LENGTH, -1.0, 1))
         [update] = frontend.poll(1.0)
         assert (update.token_ids, update.text, update.logprobs) == ((50,), "", ({50: Logprob(-1.0, 1, None)},))
 
@@ -406,7 +406,7 @@ class TestFailure:
 
     def test_of_a_rank(self, frontend, controller):
         requests = [frontend.submit("a", SamplingParams(n=n)) for n in (1, 2)]
-        wire = int(controller.heard()[0].ids_B[0])
+        wire = int(controller.heard()[0].sequence_ids[0])
         controller.say(Row(wire, 50))
         controller.send(Failure(rank=3, message="killed by signal 9"))
         self.check(frontend, controller, requests, "rank 3: killed by signal 9", 3)
@@ -431,7 +431,7 @@ class TestFailure:
 
 def test_statistics_keep_what_arrives_meanwhile(frontend, controller):
     frontend.submit("a", SamplingParams())
-    wire = int(controller.heard()[0].ids_B[0])
+    wire = int(controller.heard()[0].sequence_ids[0])
     controller.say(Row(wire, 50))
     with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
         frontend.stats(0.01)
@@ -446,7 +446,7 @@ def test_statistics_keep_what_arrives_meanwhile(frontend, controller):
 def test_fileno_shows_what_arrives(frontend, controller):
     assert select.select([frontend], [], [], 0) == ([], [], [])
     frontend.submit("a", SamplingParams())
-    controller.say(Row(int(controller.heard()[0].ids_B[0]), 50))
+    controller.say(Row(int(controller.heard()[0].sequence_ids[0]), 50))
     assert select.select([frontend], [], [], 5)[0] == [frontend]
     frontend.close()
     frontend.close()

@@ -221,7 +221,7 @@ class ThreadController:
                 self._running.pop(wire, None)
         elif isinstance(message, Submit):
             params = SamplingParams.from_dict(message.params)
-            for branch, wire in enumerate(message.ids_B.tolist()):
+            for branch, wire in enumerate(message.sequence_ids.tolist()):
                 self.options.append(RequestOptions(**message.options))
                 self._admit(wire, _Running(message.tokens.tolist(), branch, params))
 
