@@ -1,13 +1,19 @@
-"""`expertwire inspect`: what a checkpoint is, in lines of text."""
+"""`expertwire inspect`: a description of a checkpoint in lines of text."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from expertwire.engine.loader.inspection import Inspection, inspect
-from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, ModelConfig, MoeConfig
+from expertwire.engine.models.model_config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+)
 
 
 def lines(
@@ -17,11 +23,17 @@ def lines(
     gpu_memory: float,
     kv_cache_dtype: Literal["auto", "fp8"] = "auto",
 ) -> Iterator[str]:
-    """Of the checkpoint in folder `path`; memory at `ep_size` ranks on GPUs of `gpu_memory` GiB, and of a request of `context`
-    tokens (None: the longest), with a KV cache of `kv_cache_dtype`.
+    """Yield the description of the checkpoint in folder `path`.
+
+    Args:
+        path: the folder.
+        ep_size: number of ranks.
+        context: tokens of a request; None: the model's longest.
+        gpu_memory: GiB of a GPU.
+        kv_cache_dtype: as `EngineConfig` has it.
 
     Raises:
-        ValueError: the checkpoint is not supported or is damaged, or its context is shorter.
+        ValueError: the checkpoint is not supported or is damaged, or an argument is too large for it.
     """
     found = inspect(path, ep_size, kv_cache_dtype)
     config = found.config
@@ -32,7 +44,7 @@ def lines(
         )
     if config.moe is not None and ep_size > config.moe.num_experts:
         raise ValueError(f"--ep-size must be at most {config.moe.num_experts}, the experts of a layer, got {ep_size}")
-    yield from _what(config)
+    yield from _model(config)
     yield from _counts(found)
     yield ""
     yield from _table(found)
@@ -40,12 +52,12 @@ def lines(
     yield from _memory(found, context)
     yield ""
     yield from _on_gpus(found, context, int(gpu_memory * 2**30))
-    if found.unread:
+    if found.ignored:
         yield ""
-        yield from _unread(found)
+        yield from _ignored(found)
 
 
-def _what(config: ModelConfig) -> Iterator[str]:
+def _model(config: ModelConfig) -> Iterator[str]:
     yield f"{config.architecture} ({config.model_type}), {config.num_layers} layers of width {config.hidden_size}"
     kinds = Counter((_attention(layer.attention), _mlp(layer.mlp)) for layer in config.layers)
     for (attention, mlp), number in kinds.items():
@@ -68,7 +80,7 @@ def _attention(config: AttentionConfig | LatentAttentionConfig) -> str:
     return f"attention, {config.num_heads} heads on {config.num_kv_heads} of {config.head_dim}{seen}{sinks}"
 
 
-def _mlp(config: Any) -> str:
+def _mlp(config: MlpConfig | MoeConfig) -> str:
     if not isinstance(config, MoeConfig):
         return f"MLP of {config.intermediate_size}"
     shared = f", shared expert of {config.shared_intermediate_size}" if config.shared_intermediate_size else ""
@@ -119,7 +131,7 @@ def _memory(found: Inspection, context: int) -> Iterator[str]:
 
 
 def _on_gpus(found: Inspection, context: int, gpu_bytes: int) -> Iterator[str]:
-    """What a GPU's memory is for, with the options' defaults."""
+    """Yield the use of a GPU's memory with default options."""
     plan = found.memory_plan(context, gpu_bytes)
     yield f"a GPU of {_size(gpu_bytes)}, of which {plan.utilization:.0%} may be taken (estimated):"
     for name, nbytes in plan.rows():
@@ -131,10 +143,10 @@ def _on_gpus(found: Inspection, context: int, gpu_bytes: int) -> Iterator[str]:
         yield f"  which does not hold a request of {context:,} tokens: use a larger --ep-size, or a smaller --context"
 
 
-def _unread(found: Inspection) -> Iterator[str]:
-    for entry in found.unread:
-        what = f"{entry.tensors} tensors, {_size(entry.nbytes)}" if found.has_weights else "if they are there"
-        yield f"not read: {entry.pattern} ({what}): {entry.why}"
+def _ignored(found: Inspection) -> Iterator[str]:
+    for entry in found.ignored:
+        size = f"{entry.number} tensors, {_size(entry.nbytes)}" if found.has_weights else "if they are there"
+        yield f"not read: {entry.tensors.pattern} ({size}): {entry.tensors.why}"
 
 
 def _billions(number: int) -> str:

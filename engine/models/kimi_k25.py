@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from expertwire.engine.models import deepseek, mistral3
+from expertwire.engine.models import deepseek, mistral
 from expertwire.engine.models.model_config import ModelFamily
 
-KIMI_K25 = ModelFamily(layers=deepseek.v3_layers, names=mistral3.NAMES, ignored_tensors=mistral3.VISION)
+KIMI_K25 = ModelFamily(
+    layers=deepseek.v3_layers, names=mistral.MULTIMODAL_NAMES, ignored_tensors=mistral.VISION_TENSORS
+)

@@ -17,17 +17,14 @@ from expertwire.engine.loader import quantization
 from expertwire.engine.loader.checkpoint import checkpoint_folder
 from expertwire.engine.models.config_readers import mtp_layers
 from expertwire.engine.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
-from expertwire.engine.models.glm4_moe import GLM4_MOE
-from expertwire.engine.models.glm_latent import GLM4_MOE_LITE, GLM_MOE_DSA
+from expertwire.engine.models.glm import GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA
 from expertwire.engine.models.gpt_oss import GPT_OSS
 from expertwire.engine.models.hf_config import HfConfig, read_json
 from expertwire.engine.models.kimi_k25 import KIMI_K25
 from expertwire.engine.models.llama import LLAMA
 from expertwire.engine.models.llama4 import LLAMA4
 from expertwire.engine.models.minimax_m2 import MINIMAX_M2
-from expertwire.engine.models.mistral import MINISTRAL3, MISTRAL
-from expertwire.engine.models.mistral3 import MISTRAL3
-from expertwire.engine.models.mistral4 import MISTRAL4
+from expertwire.engine.models.mistral import MINISTRAL3, MISTRAL, MISTRAL3, MISTRAL4
 from expertwire.engine.models.mixtral import MIXTRAL
 from expertwire.engine.models.model_config import ModelConfig, ModelFamily
 from expertwire.engine.models.olmoe import OLMOE

@@ -84,8 +84,8 @@ def test_files_hold_what_is_counted(name):
     found = inspect(folder)
     stored = load_file(folder / "model.safetensors")
     nbytes = sum(values.nbytes for values in stored.values())
-    assert sum(found.stored_bytes.values()) + sum(entry.nbytes for entry in found.unread) == nbytes
-    assert all(entry.tensors and entry.why for entry in found.unread)
+    assert sum(found.stored_bytes.values()) + sum(entry.nbytes for entry in found.ignored) == nbytes
+    assert all(entry.number and entry.tensors.why for entry in found.ignored)
 
 
 def test_what_is_wrong_is_named(tmp_path, capsys):

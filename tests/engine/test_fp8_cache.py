@@ -169,8 +169,8 @@ def test_scales_that_are_not_used_are_known(tmp_path):
     folder = with_scales(parity.checkpoint(VARIANT), tmp_path, [tensors for tensors, _, _ in SCALES])
     ids = tiny.prompt(9, seed=0)
     assert np.array_equal(RankModel(folder).logits(ids), RankModel(parity.checkpoint(VARIANT)).logits(ids))
-    assert {r".*\.k_scale", r".*\.kv_scale"} <= {unread.pattern for unread in inspect(folder).unread}
-    assert r".*\.k_scale" not in {unread.pattern for unread in inspect(folder, kv_cache_dtype="fp8").unread}
+    assert {r".*\.k_scale", r".*\.kv_scale"} <= {entry.tensors.pattern for entry in inspect(folder).ignored}
+    assert r".*\.k_scale" not in {entry.tensors.pattern for entry in inspect(folder, kv_cache_dtype="fp8").ignored}
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
