@@ -250,7 +250,7 @@ class ModelConfig:
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
-        """Whether each layer is a mixture of experts."""
+        """For each layer, whether it is a mixture of experts."""
         return tuple(isinstance(layer.mlp, MoeConfig) for layer in self.layers)
 
     @property

@@ -133,7 +133,7 @@ def test_stacked_modules_of_a_linear_layer(tmp_path):
 
 
 def test_modules_that_are_left_out_of_the_quantisation(tmp_path):
-    """Which they are is seen from the tensors, whatever the config says."""
+    """The tensors show which modules these are, whatever the config says."""
     data, scales, right = blocks_of(random(160, D))
     plain = random(40, D)
     tensors = {"o.weight": data, "o.weight_scale_inv": scales, "head.weight": plain}

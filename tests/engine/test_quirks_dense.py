@@ -1,4 +1,4 @@
-"""What sets the dense models apart, one quirk at a time: without it the logits are others.
+"""Quirks of dense models: the logits agree with transformers, and differ without any one quirk.
 
 The numbers in the names of the cases are those of the reference's list of quirks.
 """
@@ -100,7 +100,7 @@ def test_a_quirk(case, monkeypatch):
 
 
 def test_the_longest_sequence_served_chooses_the_list():
-    """Of LongRoPE, unlike transformers: a prompt of the original length is rotated by the list that longer ones need."""
+    """LongRoPE, unlike in transformers: all prompts are rotated by the list for the longest sequence that is served."""
     folder, ids = architectures.folder("phi4_mini"), tiny.prompt(16)
     right = architectures.reference_logits("phi4_mini", ids)  # its length chooses the short one
     assert isinstance(read_model_config(folder).layers[0].attention.rope.scaling, LongRope)

@@ -1,4 +1,4 @@
-"""What models with latent attention have of their own: without any one of it, the logits are not transformers'.
+"""Quirks of models with latent attention: the logits agree with transformers, and differ without any one quirk.
 
 Cases are numbered: 1 routing, 2 groups, 3 scale and pairing of latent attention, 4 eps of its norms, 5 the indexer, 6 Kimi's
 YaRN, 8 query scaling, 14 tied embeddings and ends, 16 styles of config.
@@ -115,7 +115,7 @@ def biased_weights(ops):
 
 
 def last_numbers_rotated(ops):
-    """Of an index head; scores do not know the order of numbers."""
+    """Rotate the last numbers of an index head; scores do not depend on the order of numbers."""
 
     def rotate(q_THd, k_Td, norm, eps, tables, *more, **options):
         size = tables[0].shape[1]
@@ -201,7 +201,7 @@ def test_6_a_ramp_of_no_width_divides_all_but_the_first_frequency():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Of a model, a copy of its files, whose config can be changed."""
+    """Return a copy of a model's files, whose config may be changed."""
 
     def make(name, *removed, **changes):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""What sets the models with grouped-query attention and experts apart, one quirk at a time: without it the logits are others.
+"""Quirks of models with grouped-query attention and experts: the logits differ without any one quirk.
 
 The numbers in the names of the cases are those of the reference's list of quirks. A quirk is removed from the parsed config, or,
 where the config cannot say so, from the bound model.
@@ -29,7 +29,7 @@ ROUTER_MARGIN = 2e-4
 
 
 class PlainUp(Activation):
-    """Of gpt-oss, without the one that is added to up."""
+    """gpt-oss's activation without the one that is added to up."""
 
     @property
     def gating(self):

@@ -1,6 +1,6 @@
-"""Tiny random models of every architecture, written as the hub has them, and what transformers computes from them.
+"""Tiny random models of every architecture, in the hub's format, and the results of transformers for them.
 
-Each family adds entries to `ALL` in a file of its own, `architectures_*.py`.
+Each `architectures_*.py` adds entries to `all_of_them`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ FILES = ("architectures_moe", "architectures_latent", "architectures_dense")
 
 @dataclass(frozen=True, kw_only=True)
 class Tiny:
-    """A tiny model and how the hub has it.
+    """A tiny model and its form on the hub.
 
     Attributes:
-        model: transformers' text model, with any weights; they are scaled so that every tensor matters.
-        hub_tensors: of its state dictionary (experts fused, as transformers has them), the hub's tensors.
-        hub_config: of its config as a dictionary, what the hub's config.json holds, with "architectures" and "torch_dtype".
-        logits: the reference, where transformers' own is wrong: of the model and token ids, [T, V].
+        model: returns transformers' text model; its weights are then scaled so that every tensor matters.
+        hub_tensors: converts the state dictionary, in which experts are fused, to the hub's tensors.
+        hub_config: converts the config to the hub's config.json, with "architectures" and "torch_dtype".
+        logits: returns the reference [T, V] of the model and token ids where transformers' own is wrong.
         adjust: changes the scaled weights.
     """
 
@@ -71,13 +71,13 @@ _CHATS = {
 
 
 def chat_family(name: str) -> str:
-    """Whose chat template a model's checkpoint has, of `chat_templates.FAMILIES`."""
+    """Return the family in `chat_templates.FAMILIES` whose chat template a model's checkpoint has."""
     return _CHATS[max((start for start in _CHATS if name.startswith(start)), key=len)]
 
 
 @functools.cache
 def all_of_them() -> dict[str, Tiny]:
-    """By name."""
+    """Return the tiny models by name."""
     found: dict[str, Tiny] = {}
     for file in FILES:
         if (Path(__file__).parent / f"{file}.py").exists():
@@ -87,7 +87,7 @@ def all_of_them() -> dict[str, Tiny]:
 
 @functools.cache
 def model(name: str) -> PreTrainedModel:
-    """transformers', fp32."""
+    """Return transformers' model, fp32."""
     described = all_of_them()[name]
     made = described.model().float().eval()
     tiny._scale_weights(made, seed=0)
@@ -99,12 +99,12 @@ def model(name: str) -> PreTrainedModel:
 
 @functools.cache
 def folder(name: str) -> Path:
-    """A checkpoint, fp32, made once; removed at exit. Read only."""
+    """Return the folder of a checkpoint in fp32, written once and removed at exit. Do not change it."""
     return write(name, Path(tempfile.mkdtemp(prefix="arch-", dir=tiny._scratch().name)))
 
 
 def write(name: str, path: Path) -> Path:
-    """The same into a folder of yours."""
+    """Write the checkpoint into a folder."""
     described, made = all_of_them()[name], model(name)
     tied = made.config.tie_word_embeddings
     tensors = {n: t for n, t in made.state_dict().items() if not (tied and n == "lm_head.weight")}
@@ -117,7 +117,7 @@ def write(name: str, path: Path) -> Path:
 
 
 def reference_logits(name: str, ids: Sequence[int]) -> np.ndarray:
-    """fp32 [T, V]."""
+    """Return the reference's logits, fp32 [T, V]."""
     described, made = all_of_them()[name], model(name)
     with torch.no_grad():
         tokens = torch.tensor([list(ids)])
@@ -127,7 +127,7 @@ def reference_logits(name: str, ids: Sequence[int]) -> np.ndarray:
 
 
 def reference_greedy(name: str, ids: Sequence[int], num: int) -> tuple[list[int], float]:
-    """The next tokens, and the smallest difference between the best two logits on the way."""
+    """Return the next tokens and the smallest difference between the best two logits of a step."""
     known, closest = list(ids), float("inf")
     for _ in range(num):
         last = reference_logits(name, known)[-1]
@@ -138,7 +138,7 @@ def reference_greedy(name: str, ids: Sequence[int], num: int) -> tuple[list[int]
 
 
 def per_expert(tensors: Tensors, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Tensors:
-    """Fused experts [E, 2F, D] and [E, D, F] one by one, `...experts.E.gate_proj.weight` and so on."""
+    """Return fused experts [E, 2F, D] and [E, D, F] one by one, as `...experts.E.gate_proj.weight` and so on."""
     found: Tensors = {}
     for name, values in tensors.items():
         prefix, is_expert, part = name.rpartition(".experts.")
@@ -155,7 +155,7 @@ def per_expert(tensors: Tensors, gate: str = "gate_proj", up: str = "up_proj", d
 
 
 def biased(made: PreTrainedModel) -> PreTrainedModel:
-    """With a bias for the choice of experts, which is no parameter."""
+    """Give a model random biases for the choice of experts, which are buffers."""
     generator = torch.Generator().manual_seed(1)
     for name, values in made.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -164,8 +164,10 @@ def biased(made: PreTrainedModel) -> PreTrainedModel:
 
 
 def hub_style(config: dict[str, Any], architecture: str, **changes: Any) -> dict[str, Any]:
-    """transformers 5's fields as the hub's files have them: `rope_theta`, `rope_scaling`, `torch_dtype`. A change to None is a
-    field that is left out."""
+    """Return a config of transformers 5 with the hub's fields: `rope_theta`, `rope_scaling`, `torch_dtype`.
+
+    A change to None removes the field.
+    """
     fields = dict(config)
     rope = dict(fields.pop("rope_parameters", None) or {})
     fields.pop("dtype", None)

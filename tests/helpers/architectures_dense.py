@@ -56,7 +56,7 @@ PAIRS = 12  # of heads of 32 numbers, of which 3/4 are rotated
 
 
 def long_rope(original_max_position: int) -> dict[str, Any]:
-    """Of a model for 1024 tokens: at 16 every prompt of two tokens and more that differs is a long one, at 512 none is."""
+    """Return LongRoPE of a model for 1024 tokens: with an original length of 16 most prompts are long, with 512 none is."""
     return {
         "rope_type": "longrope",
         "rope_theta": 1e4,
@@ -101,7 +101,7 @@ def _phi3(original_max_position: int | None, **changes: Any) -> PreTrainedModel:
 
 
 def _wrapped(tensors: Tensors) -> Tensors:
-    """With a vision tower and a projector before the language model."""
+    """Add a vision tower and a projector before the language model."""
     others = {
         "vision_tower.patch_conv.weight": torch.ones(2, 3),
         "multi_modal_projector.linear_1.weight": torch.ones(2),
@@ -110,7 +110,7 @@ def _wrapped(tensors: Tensors) -> Tensors:
 
 
 def wrapped_config(config: dict[str, Any], **text: Any) -> dict[str, Any]:
-    """As Ministral 3's files have it: transformers 5's fields in `text_config`, the type and the tokens outside."""
+    """Return a config like Ministral 3's: transformers 5's fields in `text_config`, type and tokens outside."""
     fields = {**config, "sliding_window": None, **text}
     del fields["dtype"], fields["architectures"]
     return {
@@ -123,7 +123,7 @@ def wrapped_config(config: dict[str, Any], **text: Any) -> dict[str, Any]:
 
 
 def _phi_config(config: dict[str, Any]) -> dict[str, Any]:
-    """As Phi-4-mini's files have it: the scaling's `type`, and the original length outside of it."""
+    """Return a config like Phi-4-mini's: the scaling has a `type`, and the original length is outside."""
     fields = hub_style(config, "Phi3ForCausalLM", attention_bias=False, mlp_bias=False, lm_head_bias=False)
     scaling = fields["rope_scaling"]
     if scaling is not None:

@@ -51,7 +51,7 @@ EPS = 0.1
 
 
 def yarn(theta: float = 1e4, **fields: Any) -> dict[str, Any]:
-    """Prompts of 70 tokens and more are longer than what it was trained for."""
+    """Return YaRN whose original context is shorter than prompts of 70 tokens."""
     return {
         "rope_type": "yarn",
         "rope_theta": theta,
@@ -120,7 +120,7 @@ def _mistral4() -> PreTrainedModel:
 
 
 def _deepseek_config(config: dict[str, Any], architecture: str, **changes: Any) -> dict[str, Any]:
-    """As DeepSeek's files have them: the scaling's `type`, and no list of layers."""
+    """Return a config like DeepSeek's: the scaling has a `type`, and there is no list of layers."""
     fields = hub_style(config, architecture, mlp_layer_types=None, layer_types=None, **changes)
     if fields["rope_scaling"] is not None:
         fields["rope_scaling"]["type"] = fields["rope_scaling"].pop("rope_type")
@@ -138,7 +138,7 @@ def _v2_config(config: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def _glm_config(config: dict[str, Any], architecture: str) -> dict[str, Any]:
-    """As transformers 5 writes them."""
+    """Return a config as transformers 5 writes it."""
     return {**config, "architectures": [architecture], "dtype": "float32", "num_nextn_predict_layers": 1}
 
 
@@ -147,7 +147,7 @@ def _kimi_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wrapped(text: dict[str, Any], architecture: str, model_type: str) -> dict[str, Any]:
-    """Around the text model, whose lm_head is its own whatever the wrapper says."""
+    """Wrap a text model, whose head is not tied whatever the wrapper says."""
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -159,7 +159,7 @@ def _wrapped(text: dict[str, Any], architecture: str, model_type: str) -> dict[s
 
 
 def with_predictor(tensors: Tensors) -> Tensors:
-    """Experts one by one, and behind the last layer one that predicts a further token, as DeepSeek has it."""
+    """Return experts one by one and, after the last layer, one for multi-token prediction, as DeepSeek has it."""
     tensors = per_expert(tensors)
     last, extra = f"model.layers.{NUM_LAYERS - 1}.", f"model.layers.{NUM_LAYERS}."
     width = tensors["model.norm.weight"]

@@ -53,7 +53,7 @@ NUM_EXPERTS = 8
 
 
 def _further_layers(tensors: Tensors, count: int) -> Tensors:
-    """With modules for multi-token prediction behind the last layer."""
+    """Add layers for multi-token prediction after the last one."""
     last = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
     return tensors | {f"model.layers.{last + i}.eh_proj.weight": torch.ones(4, 8) for i in range(count)}
 
@@ -119,7 +119,7 @@ def _large_sinks(made: PreTrainedModel) -> None:
 
 
 def _as_mxfp4(made: PreTrainedModel) -> None:
-    """Weights that MXFP4 represents exactly; columns are the inputs, which transformers has for rows."""
+    """Round weights to MXFP4; columns are the inputs, which are rows in transformers."""
     _large_sinks(made)
     for layer in made.model.layers:
         for matrix in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
@@ -141,7 +141,7 @@ def _mxfp4_tensors(tensors: Tensors) -> Tensors:
 
 
 def _gpt_oss_config(config: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """As the hub's, which has no `swiglu_alpha`."""
+    """Return a config like the hub's, which has no `swiglu_alpha`."""
     return hub_style(config, "GptOssForCausalLM", swiglu_alpha=None, **fields)
 
 
@@ -169,7 +169,7 @@ def _llama4(sizes: dict[str, Any], **fields: Any) -> PreTrainedModel:
 
 
 def _scout() -> PreTrainedModel:
-    """Its files have no room between the two factors."""
+    """Return Llama 4 Scout, whose two frequency factors are equal."""
     scaling = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "original_max_position_embeddings": 64}
     return _llama4(SIZES, rope_parameters=scaling | {"low_freq_factor": 1.0, "high_freq_factor": 1.0})
 
@@ -206,7 +206,7 @@ def _scout_tensors(tensors: Tensors) -> Tensors:
 
 
 def _scout_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The text's config in a wrapper; what is not there has a meaning."""
+    """Return a wrapper's config around the text model's; missing fields have defaults."""
     text = hub_style(
         config,
         "Llama4ForCausalLM",

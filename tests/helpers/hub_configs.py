@@ -1,4 +1,4 @@
-"""config.json of real models as the hub has them: hyperparameters that matter, for every architecture."""
+"""The config.json of a real model for every architecture, as the hub has it, with the fields that matter."""
 
 from __future__ import annotations
 
@@ -40,44 +40,8 @@ def _base(architecture: str, model_type: str, **fields: Any) -> Config:
     return common | fields
 
 
-MIXTRAL_8X7B = _base(
-    "MixtralForCausalLM",
-    "mixtral",
-    **_heads(32, 8),
-    attention_dropout=0.0,
-    bos_token_id=1,
-    hidden_size=4096,
-    intermediate_size=14336,
-    max_position_embeddings=32768,
-    num_experts_per_tok=2,
-    num_hidden_layers=32,
-    num_local_experts=8,
-    rope_theta=1000000.0,
-    sliding_window=None,
-    vocab_size=32000,
-)
-QWEN3_30B_A3B = _base(
-    "Qwen3MoeForCausalLM",
-    "qwen3_moe",
-    **_heads(32, 4, 128),
-    decoder_sparse_step=1,
-    eos_token_id=151645,
-    hidden_size=2048,
-    intermediate_size=6144,
-    max_position_embeddings=40960,
-    max_window_layers=48,
-    mlp_only_layers=[],
-    moe_intermediate_size=768,
-    norm_topk_prob=True,
-    num_experts=128,
-    num_experts_per_tok=8,
-    num_hidden_layers=48,
-    rms_norm_eps=1e-06,
-    rope_theta=1000000.0,
-    sliding_window=None,
-    use_sliding_window=False,
-    vocab_size=151936,
-)
+MIXTRAL_8X7B = _published("mixtral-8x7b")
+QWEN3_30B_A3B = _published("qwen3-30b-a3b")
 QWEN3_8B = _base(
     "Qwen3ForCausalLM",
     "qwen3",
@@ -404,7 +368,7 @@ KIMI_K2_5 = {
     "vision_config": {"model_type": "kimi_k25_vision"},
 }
 
-# By a short name; every architecture is there.
+# By short name; every supported architecture has one.
 HUB_CONFIGS: dict[str, Config] = {
     "mixtral": MIXTRAL_8X7B,
     "qwen3_moe": QWEN3_30B_A3B,
@@ -438,7 +402,7 @@ HUB_CONFIGS: dict[str, Config] = {
 
 
 def write(folder: Path, config: Config | str, generation: Config | None = None) -> Path:
-    """The files of a checkpoint without weights."""
+    """Write a checkpoint without weights."""
     (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -446,5 +410,5 @@ def write(folder: Path, config: Config | str, generation: Config | None = None) 
 
 
 def read(folder: Path, config: Config, *args: Any) -> ModelConfig:
-    """Written there and read again."""
+    """Write a config and return the model config read from it."""
     return read_model_config(write(folder, config), *args)

@@ -1,8 +1,7 @@
-"""The engine against transformers: cases with what the reference computes, and the comparison.
+"""Comparison of the engine with transformers: cases with reference results.
 
-Over the engine's public face log-probabilities are compared: at every position of the prompt and of the output the 64 most
-probable tokens' and the token's own, with the reference's log-softmax over all its logits. `rank_model` gives the logits
-themselves.
+Through the public API log-probabilities are compared with the reference's log-softmax: at every position of prompt and output
+those of the 64 most probable tokens and of the token itself. `rank_model` gives the logits themselves.
 
 T tokens of the prompt, V vocabulary.
 """
@@ -49,7 +48,7 @@ class Case:
 
 @dataclass
 class Tally:
-    """What a comparison has seen."""
+    """The results of a comparison."""
 
     tokens: int = 0
     excused: int = 0
@@ -59,14 +58,14 @@ class Tally:
 
 
 def checkpoint(variant: str) -> Path:
-    """The folder of a variant's checkpoint, float32."""
+    """Return the folder of a variant's checkpoint, float32."""
     kind, options = VARIANTS[variant]
     return tiny.cached(kind, **options)
 
 
 @functools.cache
 def case(variant: str, length: int) -> Case:
-    """A prompt of `length` tokens on which no router is near to other experts, also while it goes on."""
+    """Return a prompt of `length` tokens for which no router is near a tie, nor in its continuation."""
     folder = checkpoint(variant)
     for draw in range(200):
         ids = tiny.prompt(length, seed=1000 * length + draw)
@@ -83,12 +82,12 @@ def _router_margin(folder: Path, ids: Sequence[int]) -> float:
 
 
 def reference_logprobs(folder: Path, ids: Sequence[int]) -> np.ndarray:
-    """[T, V] in float64."""
+    """Return the reference's log-probabilities [T, V] in float64."""
     return torch.from_numpy(tiny.reference_logits(folder, ids)).double().log_softmax(-1).numpy()
 
 
 def compare(llm: LLM, cases: Sequence[Case], *, together: bool) -> Tally:
-    """Greedy tokens and log-probabilities of the cases, in one batch or one after another."""
+    """Compare greedy tokens and log-probabilities of the cases, in one batch or one after another."""
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=64, prompt_logprobs=64)
     batches = [list(cases)] if together else [[case] for case in cases]
     tally = Tally()
@@ -121,7 +120,7 @@ def _compare_one(case: Case, output: RequestOutput, tally: Tally) -> None:
 
 
 def _compare_position(case: Case, position: int, entries: dict, token: int, tally: Tally) -> None:
-    """The entries at one position: own token first, the best 64, values within the tolerance."""
+    """Compare the entries at one position: own token first, the best 64, values within the tolerance."""
     right, ids = case.logprobs[position], list(entries)
     found = np.array([entry.logprob for entry in entries.values()])
     worst = float(np.abs(found - right[ids]).max())
@@ -141,7 +140,7 @@ def _compare_position(case: Case, position: int, entries: dict, token: int, tall
 
 
 def bits(output):
-    """Of a request's one output: its tokens and all log-probabilities, the prompt's too, to be compared bit by bit."""
+    """Return a request's tokens and all log-probabilities, of the prompt too, for comparison bit by bit."""
     [completion] = output.outputs
     entries = [*output.prompt_logprobs[1:], *completion.logprobs]
     values = np.array([entry.logprob for at in entries for entry in at.values()], np.float32)

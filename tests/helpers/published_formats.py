@@ -1,4 +1,4 @@
-"""Formats in which DeepSeek, Moonshot and Mistral publish: weights that these represent, and the tensors that hold them."""
+"""Formats of published checkpoints (DeepSeek, Moonshot, Mistral): weights that they represent exactly, and the tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Published:
     fused: bool = False
 
     def round(self, model: PreTrainedModel) -> None:
-        """Its weights to the nearest ones that the format has."""
+        """Round weights to the nearest that the format represents."""
         for name, values in model.named_parameters():
             if self.applies(name):
                 for matrix in self._matrices(name, values):
@@ -38,7 +38,7 @@ class Published:
         return [part for expert in values for part in expert.chunk(parts)]
 
     def tensors(self, tensors: Tensors) -> Tensors:
-        """The hub's, of tensors with the hub's names."""
+        """Return the hub's tensors for unquantized tensors with the hub's names."""
         found: Tensors = {}
         for name, values in tensors.items():
             if not self.applies(name):

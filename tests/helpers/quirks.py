@@ -1,4 +1,4 @@
-"""Ways to take a quirk from a model: each makes another config of one."""
+"""Functions that remove a quirk: each returns a function from a model's config to another one."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from expertwire.engine.models.model_config import IgnoredTensors, MoeConfig
 
 
 def attention(where=lambda old: True, **fields):
-    """Other fields of the attention layers where this holds; a callable makes a field of what it was."""
+    """Change fields of those attention layers for which `where` holds; a callable gets the old value."""
 
     def changed(old):
         if not where(old):

@@ -1,4 +1,4 @@
-"""`bench.serving.rank_model`, and when another implementation may rightly choose other experts or positions.
+"""`bench.serving.rank_model` that notices near ties, at which another implementation may choose differently.
 
 T tokens, E experts, K chosen, H index heads, d their size.
 """
@@ -24,11 +24,8 @@ class RankModel(_RankModel):
     """A model whose routers can be watched."""
 
     def watch_routers(self, margin: float) -> Callable[[], bool]:
-        """From now on, see whether logits that differ by noise of `margin` choose other experts, or index weights that differ by
-        rounding other positions.
-
-        Returns what tells, and forgets.
-        """
+        """Watch for near ties: router logits that choose other experts with noise of `margin`, or index weights that choose
+        other positions with noise of rounding. Return a function that says whether there was one, and resets that."""
         near = [False]
         for i, layer in enumerate(self.model.layers):
             if layer.moe is not None:
@@ -50,13 +47,13 @@ class RankModel(_RankModel):
 
 
 def logits_of_rank(group: Group, folder: Path, prompts_P: Sequence[Sequence[int]]) -> np.ndarray:
-    """Of the prompt of a rank that `tests.ranks` started: here, so that it need not import transformers."""
+    """Return the logits of a rank's prompt; called in processes of `helpers.ranks`, which need not import transformers."""
     torch.set_num_threads(1)
     return RankModel(folder, group=group).logits(prompts_P[group.rank], 50)
 
 
 def _watched_choice(ops: Ops, near: list[bool]) -> Callable[..., torch.Tensor]:
-    """Its choice of positions, which sets `near[0]` where it hangs by less than `INDEX_MARGIN`."""
+    """Return its choice of positions, which sets `near[0]` if noise of `INDEX_MARGIN` changes it."""
     generator = torch.Generator().manual_seed(0)
 
     def choose(q_THd: torch.Tensor, weights_TH: torch.Tensor, *more: Any) -> torch.Tensor:
@@ -71,7 +68,7 @@ def _watched_choice(ops: Ops, near: list[bool]) -> Callable[..., torch.Tensor]:
 
 
 class _Watched:
-    """A router that sets `near[0]` where its choice hangs by less than the margin."""
+    """A router that sets `near[0]` if noise of `margin` changes its choice."""
 
     def __init__(self, router: Any, margin: float, near: list[bool]) -> None:
         self._router, self._margin, self._near = router, margin, near

@@ -1,7 +1,8 @@
-"""Tiny random checkpoints in the hub's real format, and what transformers computes from them.
+"""Tiny random checkpoints in the hub's format, and the results of transformers for them.
 
-Weights are scaled so that every sub-layer matters: the logits' standard deviation is 2-4 and zeroing any one tensor moves
-some logit by more than 0.1 (`sensitivity`; `test_tiny_checkpoints.py` checks it). Default initialisation hides wrong experts.
+Weights are scaled so that every sub-layer matters: the standard deviation of the logits is 2 to 4, and setting any one tensor
+to zero changes some logit by more than 0.1 (`sensitivity`, `test_tiny_checkpoints.py`). The default initialization would
+hide wrong experts.
 """
 
 from __future__ import annotations
@@ -89,16 +90,16 @@ def make(
     shards: int = 1,
     **overrides: Any,
 ) -> Path:
-    """Writes a whole checkpoint (weights, config, tokenizer, chat template, generation config) and returns its folder.
+    """Write a whole checkpoint (weights, config, tokenizer, chat template, generation config) and return its folder.
 
     Args:
         kind: family; see `_KINDS` for the shapes.
-        folder: made if it is not there.
+        folder: created if it does not exist.
         seed: of the weights.
         dtype: of the stored weights.
         config_style: of config.json: "hub" (rope_theta, torch_dtype) or "v5" (rope_parameters, dtype).
-        shards: files of weights; more than one with an index.
-        overrides: fields of the family's transformers config class, such as num_hidden_layers=2 or norm_topk_prob=False.
+        shards: number of weight files; more than one with an index.
+        overrides: fields of transformers' config class, such as num_hidden_layers=2 or norm_topk_prob=False.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,19 +125,19 @@ def make(
 
 @functools.cache
 def cached(kind: Kind, **options: Any) -> Path:
-    """`make` in a folder of this process: made once for equal options, removed at exit. Read only."""
+    """Return a folder written by `make`, once for equal options, and removed at exit. Do not change it."""
     return make(kind, tempfile.mkdtemp(prefix=f"{kind}-", dir=_scratch().name), **options)
 
 
 def prompt(length: int, *, seed: int = 0, vocab_size: int = 300) -> list[int]:
-    """Random token ids that the tokenizers know."""
+    """Return random token ids that the tokenizers know."""
     return np.random.default_rng(seed).integers(0, vocab_size, length).tolist()
 
 
 def safe_prompt(folder: Path | str, length: int, *, seed: int = 0, margin: float = 3e-4) -> list[int]:
-    """`prompt`, drawn again until no router of the model is closer than `margin` to choosing other experts.
+    """Return a `prompt` for which no router is closer than `margin` to choosing other experts.
 
-    Closer than about 1e-4 the rounding of one float32 implementation picks other experts than another's, rightly so.
+    Below about 1e-4, rounding makes different float32 implementations choose different experts, rightly.
     """
     for draw in range(100):
         ids = prompt(length, seed=1000 * seed + draw)
@@ -146,7 +147,7 @@ def safe_prompt(folder: Path | str, length: int, *, seed: int = 0, margin: float
 
 
 def router_margin(folder: Path | str, token_ids: Sequence[int]) -> float:
-    """The smallest difference, over positions and layers, between router logits of the last chosen and the first other expert."""
+    """Return the smallest difference between router logits of the last chosen expert and the first other one."""
     model = _reference(str(folder))
     if model.config.model_type == "qwen3":
         return float("inf")
@@ -158,13 +159,13 @@ def router_margin(folder: Path | str, token_ids: Sequence[int]) -> float:
 
 
 def reference_logits(folder: Path | str, token_ids: Sequence[int]) -> np.ndarray:
-    """transformers' logits at every position, [T, V] float32, computed in float32 with eager attention."""
+    """Return transformers' logits at every position, [T, V] float32, with eager attention."""
     with torch.no_grad():
         return _reference(str(folder))(torch.tensor([list(token_ids)])).logits[0].numpy()
 
 
 def reference_greedy(folder: Path | str, token_ids: Sequence[int], n: int) -> tuple[list[int], list[float]]:
-    """transformers' n greedy tokens (end-of-sequence ignored), and at each how far its two best logits are apart."""
+    """Return transformers' n greedy tokens (end of sequence ignored) and the difference of the two best logits at each."""
     model, ids, gaps = _reference(str(folder)), [], []
     step, cache = torch.tensor([list(token_ids)]), None
     with torch.no_grad():
@@ -178,7 +179,7 @@ def reference_greedy(folder: Path | str, token_ids: Sequence[int], n: int) -> tu
 
 
 def sensitivity(folder: Path | str) -> dict[str, float]:
-    """For every tensor of the checkpoint (hub's name), by how much zeroing it changes the most affected logit of a prompt."""
+    """Return, for every tensor by its name on the hub, the largest change of a logit when it is set to zero."""
     ids = prompt(64, seed=1)
     before, changes = reference_logits(folder, ids), {}
     for name, values in _hub_tensors(_reference(str(folder))).items():
@@ -207,7 +208,7 @@ def _reference(folder: str) -> PreTrainedModel:
 
 
 def _hub_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Views of the model's parameters under the hub's names (transformers 5 stores the experts of a layer fused)."""
+    """Return views of the parameters by the hub's names (transformers 5 fuses the experts of a layer)."""
     tensors = {}
     w1, w3, w2 = ("w1", "w3", "w2") if model.config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     for name, values in model.state_dict().items():
@@ -248,7 +249,7 @@ def _scale_weights(model: PreTrainedModel, seed: int) -> None:
 
 
 def _reshard(folder: Path, shards: int) -> None:
-    """Splits model.safetensors into shards of about equally many tensors, in the order of their names, with an index."""
+    """Split model.safetensors into shards of about equally many tensors, in the order of their names, with an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {}
@@ -261,7 +262,7 @@ def _reshard(folder: Path, shards: int) -> None:
 
 
 def _write_hub_config(file: Path) -> None:
-    """Rewrites transformers 5's config.json as the hub's files are: older names, no field that they lack."""
+    """Rewrite transformers 5's config.json like the hub's files: older names, and no field that they lack."""
     fields = json.loads(file.read_text())
     rope = fields.pop("rope_parameters")
     fields["rope_theta"], fields["torch_dtype"] = rope["rope_theta"], fields.pop("dtype")
@@ -280,7 +281,7 @@ def _write_hub_config(file: Path) -> None:
 
 
 def _write_tokenizer(kind: Kind, folder: Path) -> Tokenizer:
-    """A byte-level tokenizer of about 300 tokens; Mixtral's starts every text with <s>, Qwen3's has no such token."""
+    """Write and return a byte-level tokenizer of about 300 tokens; only Mixtral's starts texts with <s>."""
     specials = ["<unk>", "<s>", "</s>"] if kind == "mixtral" else []
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
