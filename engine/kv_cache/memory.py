@@ -92,8 +92,8 @@ def _each(
     for param in copies:  # latent attention's second way for prompts
         attention = config.layers[int(param.split(".")[1])].attention
         if isinstance(attention, LatentAttentionConfig) and attention.indexer is None:
-            matrix = layout.quantized.get(param)
-            shape = layout.specs[param].shape if matrix is None else (matrix.rows, matrix.columns)
+            kv_b = layout.quantized.get(param)
+            shape = layout.specs[param].shape if kv_b is None else (kv_b.rows, kv_b.columns)
             yield param, 0, math.prod(shape) * dtype.itemsize
     if config.tie_word_embeddings and not on_gpu:
         yield "lm_head", 0, spec_bytes(layout.specs["embed"], dtype)  # packed from a copy
@@ -132,10 +132,7 @@ def _held_quantized(config: ModelConfig, param: str, matrix: StackedMatrix, dtyp
 def _expert_bytes(format: str, rows: int, columns: int, *, on_gpu: bool) -> int:
     """Return the bytes of experts' matrices of so many rows together, as they are multiplied."""
     padded = columns + (-columns % BLOCK if on_gpu and format in GROUPS else 0)
-    per_row = sum(
-        math.prod(tensor.columns) * tensor.dtype.itemsize
-        for tensor in tensors_of(format, padded)
-        if tensor.per == "row"
-    )
-    blocks = sum(math.prod(t.columns) * t.dtype.itemsize for t in tensors_of(format, padded) if t.per == "block")
-    return rows * per_row + -(-rows // BLOCK) * blocks
+    tensors = tensors_of(format, padded)
+    per_row = sum(tensor.row_bytes for tensor in tensors if tensor.per == "row")
+    per_block = sum(tensor.row_bytes for tensor in tensors if tensor.per == "block")
+    return rows * per_row + -(-rows // BLOCK) * per_block

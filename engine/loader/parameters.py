@@ -102,6 +102,12 @@ class MatrixTensor:
     fan_in: int | None = None
     value: float | None = None
 
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row of a quantized matrix's tensor."""
+        assert self.dtype is not None, self.name
+        return math.prod(self.columns) * self.dtype.itemsize
+
 
 @dataclass(frozen=True, kw_only=True)
 class StackedMatrix:

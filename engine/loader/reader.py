@@ -140,7 +140,7 @@ class Transfer(Protocol):
         """Fill the bytes `target`, before the work of later calls of `run`."""
         ...
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         """Do work on the parameters, in the order of the calls."""
         ...
 
@@ -159,9 +159,9 @@ class HostTransfer:
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def fetch(self, target: Tensor, read_into: ReadInto) -> None:
-        read_into(memoryview(target.numpy()), 0)
+        read_into(target.numpy().data, 0)
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         work()
 
     def finish(self) -> None:
@@ -191,7 +191,7 @@ class UploadStream(Protocol):
         """Return bytes of GPU memory, which may be dropped as soon as the work that uses them is enqueued."""
         ...
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         """Enqueue the GPU work of `work`."""
         ...
 
@@ -225,7 +225,7 @@ class CudaUploadStream:
         with torch.cuda.stream(self._stream):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._stream.device)
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         with torch.cuda.stream(self._stream):
             work()
 
@@ -263,11 +263,11 @@ class PinnedTransfer:
                 copied.synchronize()
             part = target[start : start + chunk]
             filled = self._buffers[i][: len(part)]
-            read_into(memoryview(filled.numpy()), start)
+            read_into(filled.numpy().data, start)
             self._stream.run(partial(part.copy_, filled, non_blocking=True))
             self._copied[i] = self._stream.record()
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         self._stream.run(work)
 
     def finish(self) -> None:
