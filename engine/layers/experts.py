@@ -1,6 +1,6 @@
 """The parameters of a layer's experts, which a checkpoint stores one by one or fused, quantized or not.
 
-D model width, F expert width, E experts, e experts of this rank.
+D model width, F expert width, e physical experts of this rank.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The parameters of one rank and the checkpoint tensors that fill them, as the layers declare them.
 
 The tensor names of the checkpoint show whether a matrix is quantized; without a checkpoint its config does.
-
-M rows, K columns, E experts.
 """
 
 from __future__ import annotations
@@ -111,12 +109,12 @@ class MatrixTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StackedMatrix:
-    """A parameter [M, K], or [experts, M, K], in which one or several matrices of the checkpoint are stacked by rows.
+    """A parameter [rows, columns] or [experts, rows, columns], in which matrices of the checkpoint are stacked by rows.
 
     Attributes:
         param: its name.
         parts: rows of each of the stacked matrices.
-        columns: K.
+        columns: columns of all of them.
         method: how it is quantized; None: it is not.
         lead: leading dimensions.
         dtype: of a matrix that is not quantized; None: the model's.

@@ -1,6 +1,8 @@
 """The configuration of a model, layer by layer: plain values that a model family reads from a checkpoint's `config.json`.
 
 No torch is needed: the frontend and the controller use it too.
+
+D model width, F expert width, E logical experts.
 """
 
 from __future__ import annotations

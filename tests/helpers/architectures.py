@@ -8,7 +8,6 @@ from __future__ import annotations
 import expertwire  # noqa: F401  # isort: skip  (first: transformers must not take our `kernels` for another package's)
 
 import functools
-import importlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,7 +24,6 @@ from helpers import chat_templates
 from helpers import tiny_checkpoints as tiny
 
 Tensors = dict[str, torch.Tensor]
-FILES = ("architectures_moe", "architectures_latent", "architectures_dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +76,9 @@ def chat_family(name: str) -> str:
 @functools.cache
 def all_of_them() -> dict[str, Tiny]:
     """Return the tiny models by name."""
-    found: dict[str, Tiny] = {}
-    for file in FILES:
-        if (Path(__file__).parent / f"{file}.py").exists():
-            found |= importlib.import_module(f"helpers.{file}").ALL
-    return found
+    from helpers import architectures_dense, architectures_latent, architectures_moe  # which import this module
+
+    return architectures_moe.ALL | architectures_latent.ALL | architectures_dense.ALL
 
 
 @functools.cache
