@@ -79,14 +79,14 @@ class BlockPool:
         """Return a block with one reference for every entry of `rank_B`: i32 [B]. They lose their hashes."""
         counts_P, free_P = np.bincount(rank_B, minlength=self.num_ranks), self.num_free_CP[cache]
         assert (counts_P <= free_P).all(), f"cache {cache}: asked for {counts_P} blocks, free are {free_P}"
-        sequence_ids = np.zeros(len(rank_B), np.int32)
-        block_loops.take(self.blocks, self._owner(cache, rank_B), sequence_ids)
-        return sequence_ids
+        ids_B = np.zeros(len(rank_B), np.int32)
+        block_loops.take(self.blocks, self._owner(cache, rank_B), ids_B)
+        return ids_B
 
-    def free(self, cache: int, rank_B: np.ndarray, sequence_ids: np.ndarray) -> None:
-        """Drop one reference to every block (`rank_B`, `sequence_ids`), in reverse order."""
-        assert np.all(sequence_ids), f"cache {cache}: the null block was freed"
-        block_loops.drop(self.blocks, self._owner(cache, rank_B) * self.num_blocks + sequence_ids)
+    def free(self, cache: int, rank_B: np.ndarray, ids_B: np.ndarray) -> None:
+        """Drop one reference to every block (`rank_B`, `ids_B`), in reverse order."""
+        assert np.all(ids_B), f"cache {cache}: the null block was freed"
+        block_loops.drop(self.blocks, self._owner(cache, rank_B) * self.num_blocks + ids_B)
 
     def num_used(self, cache: int) -> np.ndarray:
         """Return the number of blocks with references: i64 [P]."""

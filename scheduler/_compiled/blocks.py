@@ -174,12 +174,12 @@ def compact_queues(blocks):
 
 
 @jit
-def take(blocks, owner_B, sequence_ids):
+def take(blocks, owner_B, ids_B):
     """Allocate one block for every entry of `owner_B`."""
     for i in range(len(owner_B)):
-        sequence_ids[i] = take_block(blocks, owner_B[i]) - owner_B[i] * blocks.num_blocks
+        ids_B[i] = take_block(blocks, owner_B[i]) - owner_B[i] * blocks.num_blocks
     for i in range(len(owner_B)):
-        clear_block_hash(blocks, owner_B[i] * blocks.num_blocks + sequence_ids[i])
+        clear_block_hash(blocks, owner_B[i] * blocks.num_blocks + ids_B[i])
 
 
 @jit

@@ -160,10 +160,10 @@ def _prefetch_row(caches, blocks, batch, row, whole):
     """Prefetch what `_hash_row` will touch."""
     for cache in range(len(caches.size_C)):
         per_block, owner = caches.hashes_C[cache], cache * blocks.num_ranks + batch.info_Z[row].rank
-        sequence_ids, hash_B2 = batch.block_ids_CZW[cache, row], batch.hash_ZB2[row]
+        ids_B, hash_B2 = batch.block_ids_CZW[cache, row], batch.hash_ZB2[row]
         for index in _unhashed(caches, batch, cache, row, whole):
             last = (index + 1) * per_block - 1
-            prefetch(blocks.block_B, (owner * blocks.num_blocks + sequence_ids[index],))
+            prefetch(blocks.block_B, (owner * blocks.num_blocks + ids_B[index],))
             prefetch_hash(blocks, owner, hash_B2[last, 0], hash_B2[last, 1])
 
 
@@ -172,9 +172,9 @@ def _hash_row(caches, blocks, batch, row, whole):
     """Put a row's first `whole` blocks into the prefix cache."""
     for cache in range(len(caches.size_C)):
         per_block, owner = caches.hashes_C[cache], cache * blocks.num_ranks + batch.info_Z[row].rank
-        sequence_ids, hash_B2 = batch.block_ids_CZW[cache, row], batch.hash_ZB2[row]
+        ids_B, hash_B2 = batch.block_ids_CZW[cache, row], batch.hash_ZB2[row]
         for index in _unhashed(caches, batch, cache, row, whole):
-            number, last = owner * blocks.num_blocks + sequence_ids[index], (index + 1) * per_block - 1
+            number, last = owner * blocks.num_blocks + ids_B[index], (index + 1) * per_block - 1
             if blocks.block_B[number].chain == UNHASHED:
                 set_block_hash(blocks, owner, number, hash_B2[last, 0], hash_B2[last, 1])
     batch.counters_Z[row].num_hashed = whole
