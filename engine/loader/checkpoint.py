@@ -85,10 +85,10 @@ def _read_indexed(index: Path) -> dict[str, StoredTensor]:
         shards[shard] = _read_header(index.parent / shard)
     absent = [f"{name} ({file})" for name, file in files.items() if name not in shards[file]]
     if absent:
-        raise ValueError(f"{index} lists tensors that their files do not hold: {some(absent)}")
+        raise ValueError(f"{index} lists tensors that their files do not hold: {first_ten(absent)}")
     unlisted = [f"{name} ({file})" for file, tensors in shards.items() for name in tensors if name not in files]
     if unlisted:
-        raise ValueError(f"{index} does not list tensors that the files hold: {some(unlisted)}")
+        raise ValueError(f"{index} does not list tensors that the files hold: {first_ten(unlisted)}")
     return {name: shards[file][name] for name, file in files.items()}
 
 
@@ -128,7 +128,7 @@ def _stored(file: Path, data_start: int, name: str, entry: object) -> StoredTens
             raise ValueError(f"{file}: the header's entry of {name} is damaged: {entry!r}")
 
 
-def some(names: Iterable[str]) -> str:
+def first_ten(names: Iterable[str]) -> str:
     """Return the first ten names and the number of others."""
     names = list(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""

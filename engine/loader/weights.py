@@ -17,7 +17,7 @@ from tqdm import tqdm
 from expertwire.engine.kv_cache import memory
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader import reader
-from expertwire.engine.loader.checkpoint import Checkpoint, some
+from expertwire.engine.loader.checkpoint import Checkpoint, first_ten
 from expertwire.engine.loader.parameters import Destination, ParamSpec, WeightMap
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.model_config import ModelConfig
@@ -172,11 +172,11 @@ def check(
     skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
     unknown = [name for name in checkpoint.tensors if name not in weight_map and not skip.fullmatch(name)]
     if unknown:
-        raise ValueError(f"{checkpoint.path}: the model does not know these tensors: {some(unknown)}")
+        raise ValueError(f"{checkpoint.path}: the model does not know these tensors: {first_ten(unknown)}")
     wanted = {name: destinations for name, destinations in weight_map.items() if destinations}
     missing = [name for name in wanted if name not in checkpoint.tensors]
     if missing:
-        raise ValueError(f"{checkpoint.path}: the model needs tensors that are missing: {some(missing)}")
+        raise ValueError(f"{checkpoint.path}: the model needs tensors that are missing: {first_ten(missing)}")
     _check_filled(wanted.values(), params)
     misshapen = []
     for name, destinations in wanted.items():
@@ -187,14 +187,14 @@ def check(
                 f"{name} is {list(found)}, expected {' and '.join(str(list(s)) for s in sorted(expected))}"
             )
     if misshapen:
-        raise ValueError(f"{checkpoint.path}: wrong shapes: {some(misshapen)}")
+        raise ValueError(f"{checkpoint.path}: wrong shapes: {first_ten(misshapen)}")
     unsupported = [
         f"{name} ({checkpoint.tensors[name].dtype}, allowed: {', '.join(accepted)})"
         for name, destinations in wanted.items()
         if checkpoint.tensors[name].dtype not in (accepted := ACCEPTED[params[destinations[0].param].dtype])
     ]
     if unsupported:
-        raise ValueError(f"{checkpoint.path}: tensors of a type that is not supported there: {some(unsupported)}")
+        raise ValueError(f"{checkpoint.path}: tensors of a type that is not supported there: {first_ten(unsupported)}")
 
 
 Box = tuple[tuple[int, int], ...]  # [start, stop) along each dimension
@@ -214,7 +214,7 @@ def _check_filled(wanted: Iterable[Sequence[Destination]], params: Mapping[str, 
         else:
             assert _tile(boxes[name], param.shape), f"the regions of {name} {list(param.shape)} overlap: {boxes[name]}"
     if unfilled:
-        raise ValueError(f"the model's weight map leaves parameters unfilled: {some(unfilled)}")
+        raise ValueError(f"the model's weight map leaves parameters unfilled: {first_ten(unfilled)}")
 
 
 def _box(destination: Destination, shape: Sequence[int]) -> Box:

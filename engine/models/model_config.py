@@ -7,9 +7,9 @@ D model width, F expert width, E logical experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal
 
 from expertwire.engine.models.hf_config import HfConfig
@@ -265,48 +265,39 @@ class ModelConfig:
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """Return the KV caches of a rank; those without a window come first."""
-        specs: list[CacheSpec] = []
-        kinds: dict[CacheKind, Callable[[LayerConfig], int]] = {"full": _kv, "latent": _latent, "index": _index}
-        for kind, num_values in kinds.items():
-            specs += self._cache(kind, kind, None, num_values)
-        for window in sorted({window for layer in self.layers if (window := _window(layer)) is not None}):
-            specs += self._cache(f"window {window}", "window", window, partial(_kv, window=window))
+        values_of: dict[tuple[CacheKind, int | None], dict[int, int]] = {}  # by layer
+        for i, layer in enumerate(self.layers):
+            for kind, window, num_values in _cached_values(layer.attention):
+                values_of.setdefault((kind, window), {})[i] = num_values
+        kinds: list[CacheKind] = ["full", "latent", "index", "window"]
+        specs = []
+        for kind, window in sorted(values_of, key=lambda key: (kinds.index(key[0]), key[1] or 0)):
+            values = values_of[kind, window]
+            specs.append(
+                CacheSpec(
+                    name=kind if window is None else f"window {window}",
+                    kind=kind,
+                    bytes_per_token=ITEM_SIZES[self.cache_dtype(kind)] * sum(values.values()),
+                    writers=tuple(values),
+                    readers=tuple(values),
+                    window=window,
+                )
+            )
         return tuple(specs)
 
     def cache_dtype(self, kind: CacheKind) -> Literal["float32", "bfloat16", "fp8"]:
         """Return the dtype of a kind of cache. Index keys are never fp8: a small error would change the chosen positions."""
         return self.dtype if self.kv_cache_dtype == "auto" or kind == "index" else self.kv_cache_dtype
 
-    def _cache(
-        self, name: str, kind: CacheKind, window: int | None, num_values: Callable[[LayerConfig], int]
-    ) -> list[CacheSpec]:
-        """Return the cache of the layers that store any values of a token in it, or none."""
-        layers = tuple(i for i, layer in enumerate(self.layers) if num_values(layer))
-        size = ITEM_SIZES[self.cache_dtype(kind)] * sum(num_values(self.layers[i]) for i in layers)
-        if not layers:
-            return []
-        return [CacheSpec(name=name, kind=kind, bytes_per_token=size, writers=layers, readers=layers, window=window)]
 
-
-def _window(layer: LayerConfig) -> int | None:
-    """Return how many tokens a layer's cache must keep; None: all."""
-    attention = layer.attention
-    return (attention.window or attention.chunk) if isinstance(attention, AttentionConfig) else None
-
-
-def _kv(layer: LayerConfig, window: int | None = None) -> int:
-    """Return how many values of a token a layer stores in the cache of that window."""
-    attention = layer.attention
-    if not isinstance(attention, AttentionConfig) or _window(layer) != window:
-        return 0
-    return 2 * attention.num_kv_heads * attention.head_dim
-
-
-def _latent(layer: LayerConfig) -> int:
-    attention = layer.attention
-    return attention.kv_lora_rank + attention.rope.size if isinstance(attention, LatentAttentionConfig) else 0
-
-
-def _index(layer: LayerConfig) -> int:
-    attention = layer.attention
-    return attention.indexer.head_dim if isinstance(attention, LatentAttentionConfig) and attention.indexer else 0
+def _cached_values(
+    attention: AttentionConfig | LatentAttentionConfig,
+) -> Iterator[tuple[CacheKind, int | None, int]]:
+    """Yield the kind and the window of each cache that a layer writes, and how many values of a token."""
+    if isinstance(attention, AttentionConfig):
+        window = attention.window or attention.chunk
+        yield "full" if window is None else "window", window, 2 * attention.num_kv_heads * attention.head_dim
+        return
+    yield "latent", None, attention.kv_lora_rank + attention.rope.size
+    if attention.indexer is not None:
+        yield "index", None, attention.indexer.head_dim

@@ -1,4 +1,4 @@
-"""A layout finds a matrix in a checkpoint however it is stored: alone or fused, in rows or columns, quantised or not.
+"""Parameters are found in a checkpoint however they are stored: alone or fused, by rows or columns, quantized or not.
 
 E experts, D model width, F expert width, e experts here.
 """
