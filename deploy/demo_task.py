@@ -26,7 +26,7 @@ from typing import Literal
 Kind = Literal["SUM", "COUNTDOWN"]
 Side = Literal["test", "train"]
 
-SIZES: dict[str, range] = {"SUM": range(2, 9), "COUNTDOWN": range(2, 6)}
+SIZES: dict[Kind, range] = {"SUM": range(2, 9), "COUNTDOWN": range(2, 6)}
 MODULUS = 100
 LARGEST_COUNTDOWN_NUMBER = 15
 TEST_SHARE_256 = 32  # number of test problems in 256 hash values

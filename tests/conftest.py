@@ -1,8 +1,9 @@
-"""What all tests share: how they are shared out to processes, and which files need packages that may be missing.
+"""What all tests share: how they are distributed to processes, and which files need packages that may be missing.
 
-`pytest -n 2` shares the tests out file by file, because fixtures of a file take seconds. Tests that share nothing and
-take seconds each are shared out one by one. All files that start Ray go to one process: `ray stop`, which
-deploy/ray_cluster.sh runs, ends every Ray on a machine.
+`pytest -n 2` distributes the tests file by file, because fixtures of a file take seconds. Tests that share nothing and
+take seconds each are distributed one by one. All files that start Ray go to one process: `ray stop`, which
+deploy/ray_cluster.sh runs, ends every Ray on a machine. Groups that take a minute or more come first, so that no
+process works on one of them alone at the end, and the tests that are distributed one by one come last.
 """
 
 import os
@@ -14,8 +15,27 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 ONE_BY_ONE = ("test_compiled.py", "test_interpreted.py")
 RAY = ("test_demo.py", "test_models_full.py", "test_ray_cluster.py", "test_ray_devices.py", "test_ray_launcher.py")
+# Groups, longest first; of files in Triton's interpreter, the test that runs one.
+LONG = (
+    "test_gpu_engine", "test_gpu_attention", "ray", "test_architectures.py", "test_bad_inputs.py", "test_gpu_batch",
+    "test_all_to_all_choice.py", "test_gpu_exchange", "test_gpu_latent_engine", "test_gpu_quantized_model",
+    "test_gpu_graphs", "test_all_to_all.py", "test_gpu_start", "test_gpu_mla", "test_gpu_prefill",
+)  # fmt: skip
 # A machine lent for its GPU may lack these: a file of tests that needs one of them is skipped there.
 OPTIONAL = ("grpc_health", "grpc_reflection", "grpc_tools", "hypothesis", "ray", "transformers")
+
+
+def group_of(nodeid):
+    """Return the group of tests that a test is distributed with."""
+    file = nodeid.partition("::")[0].rpartition("/")[2]
+    return nodeid if file in ONE_BY_ONE else "ray" if file in RAY else file
+
+
+def rank_of(nodeid):
+    """Return a sort key that puts long groups first and single tests last."""
+    group = group_of(nodeid)
+    name = group.partition("test_interpreted[")[2].removesuffix("]") or group
+    return LONG.index(name) if name in LONG else len(LONG) + (group == nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -24,10 +44,10 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            """The group of a test."""
-            file = nodeid.partition("::")[0].rpartition("/")[2]
-            return nodeid if file in ONE_BY_ONE else "ray" if file in RAY else file
+            """Return the group of a test."""
+            return group_of(nodeid)
 
+    config.option.loadscopereorder = False  # the order is that of `pytest_collection_modifyitems`
     return Groups(config, log)
 
 
@@ -42,7 +62,7 @@ def pytest_make_collect_report(collector):
 
 
 def missing_package(excinfo):
-    """The package whose absence made an import fail; None if it was something else."""
+    """Return the package whose absence made an import fail; None if it was something else."""
     error = None if excinfo is None else excinfo.value
     while error is not None and not isinstance(error, ModuleNotFoundError):
         error = error.__cause__
@@ -50,7 +70,8 @@ def missing_package(excinfo):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that need GPUs are skipped where there are too few."""
+    """Order the tests for their distribution, and skip those that need more GPUs than there are."""
+    items.sort(key=lambda item: rank_of(item.nodeid))
     needed = {"gpu": 1, "multi_gpu": 2}
     for item in items:
         most = max((number for name, number in needed.items() if item.get_closest_marker(name)), default=0)

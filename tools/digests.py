@@ -8,7 +8,8 @@ Two kinds of cases are recorded. *Models*: token ids and log-probabilities of ti
 architecture and quantised format, in fp32 and bf16, on 1 and 2 ranks, greedy and seeded, through
 `expertwire.LLM`. *Plans*: the contents of the scheduler's plans on three simulated traces. `--only TEXT`
 restricts either command to the cases whose name contains TEXT, for instance `--only "deepseek_v3 "` or
-`--only plans`. Everything takes about 20 minutes on two cores, `--only plans` a few seconds.
+`--only plans`. Everything takes about 20 minutes on two cores, `--only plans` a few seconds. A record that exists
+is continued: cases that it has are not run again.
 
 A record depends on the machine: compare only records from one machine. The digests depend on values alone and not
 on names, so the program finds modules and options under their current and earlier names, and its record of
@@ -64,9 +65,9 @@ def main() -> int:
         return compare(before, after, args.only)
     if args.out is None:
         parser.error("name a file for the record, or give --compare")
-    found: dict[str, Digests] = {}
+    found: dict[str, Digests] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name, case in cases():
-        if args.only in name:
+        if args.only in name and name not in found:
             found[name] = case()
             args.out.write_text(json.dumps(found, indent=1) + "\n")
             print(name, *list(found[name].values())[:3], flush=True)
@@ -129,6 +130,7 @@ def quantised_checkpoints(scratch: Path) -> Iterator[tuple[str, Callable[[], Pat
     """Yield a name and a maker for each published format, as `tests/engine/test_quantized_checkpoints.py` has them."""
     sys.path.insert(0, str(ROOT / "tests" / "engine"))
     formats = module("helpers.quantized_checkpoints", "test_quantized_checkpoints")
+    tiny = module("helpers.tiny_checkpoints", "tiny_checkpoints")
 
     def make(name: str, fused: bool) -> Path:
         import torch
@@ -137,6 +139,7 @@ def quantised_checkpoints(scratch: Path) -> Iterator[tuple[str, Callable[[], Pat
         if not folder.exists():
             folder.mkdir()
             torch.manual_seed(0)
+            tiny._write_tokenizer("qwen3_moe", folder)
             formats.make(folder, name, fused=fused)
         return folder
 

@@ -122,5 +122,6 @@ def rank_main(rank: int, size: int, folder: str, device: str, timeout_s: float, 
 def _memories(group: Group, nbytes: int, device: str) -> list[Tensor]:
     if device == "cpu":
         return symmetric_memory.shared(group, nbytes)
+    assert isinstance(group, TorchGroup)
     torch.cuda.set_device(0)
     return symmetric_memory.symmetric(group, nbytes, torch.device("cuda", 0))

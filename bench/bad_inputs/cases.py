@@ -164,8 +164,8 @@ def _checkpoints() -> Iterator[Case]:
         yield _checkpoint(given, change, *says)
     for given, change, *says in CHECKPOINTS_OF_RANKS:
         yield _checkpoint(given, change, *says, starts=True)
-    says = ("the weights need", "are free", "ep_size", "dtype='bfloat16'")
-    yield _checkpoint("more weights than memory", HUGE, *says, starts=True, load_format="dummy")
+    answer = ("the weights need", "are free", "ep_size", "dtype='bfloat16'")
+    yield _checkpoint("more weights than memory", HUGE, *answer, starts=True, load_format="dummy")
 
 
 def _checkpoint(given: str, change: Change, *says: str, starts: bool = False, **options: Any) -> Case:

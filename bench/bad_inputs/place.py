@@ -83,11 +83,11 @@ class Place:
             try:
                 code = cli.main(shlex.split(line.replace("<taken>", str(taken.getsockname()[1]))))
             except SystemExit as leaving:
-                code = leaving.code
+                code = int(leaving.code or 0)
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-        raise CommandFailed(int(code or 0), err.getvalue())
+        raise CommandFailed(code, err.getvalue())
 
     def command_without_gpu(self, line: str) -> None:
         """Run the command in a process that sees no GPU.

@@ -151,7 +151,11 @@ class TransformersLLM:
         import torch
 
         params = sampling_params[0]
-        settings = {"max_new_tokens": params.max_tokens, "num_return_sequences": params.n, "do_sample": False}
+        settings: dict[str, Any] = {
+            "max_new_tokens": params.max_tokens,
+            "num_return_sequences": params.n,
+            "do_sample": False,
+        }
         if params.temperature > 0:
             torch.manual_seed(params.seed or 0)
             settings |= {"do_sample": True, "temperature": params.temperature, "top_k": 0}

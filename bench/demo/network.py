@@ -10,6 +10,7 @@ N = T*K routed rows, R rows of one expert, H heads, C head_dim, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class _Permute(torch.autograd.Function):
         return rows_ND.index_select(0, order_N)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         return grad_ND.index_select(0, ctx.saved_tensors[0]), None, None
 
 
@@ -66,7 +67,7 @@ class _Normalise(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
         return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale), None
 

@@ -129,6 +129,7 @@ class Training:
         """The share of the budget that is spent, at most 1."""
         if self.recipe.tokens is not None:
             return min(1.0, self.tokens / self.recipe.tokens)
+        assert self.recipe.cpu_seconds is not None, "the recipe has one of the two budgets"
         return min(1.0, self.cpu_seconds / self.recipe.cpu_seconds)
 
     def run(self, log_every: int = 200) -> None:
@@ -181,7 +182,7 @@ class Training:
 
 def hub_tensors(model: DemoModel) -> dict[str, Tensor]:
     """The weights in bf16 by the hub's names: one tensor per expert and projection; the tied head is left out."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
         if name.endswith("experts.gate_up_proj"):
             for e, (gate, up) in enumerate(zip(*weight.chunk(2, dim=1), strict=True)):

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from expertwire.engine.runner.runner import Runner
 from expertwire.engine.runner.slots import Slots
 from expertwire.kernels import registry
 from expertwire.kernels.registry import Ops
-from expertwire.moe.eplb.placement import place
+from expertwire.moe.eplb.placement import Placement, place
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
@@ -83,7 +83,11 @@ class Target:
 
 def _again(work: Callable[[], Tensor]) -> Captured:
     out = work()
-    return Captured(lambda: out.copy_(work()), out)
+
+    def replay() -> None:
+        out.copy_(work())
+
+    return Captured(replay, out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +162,7 @@ class OneRank:
         target: Target,
         sizes: Sizes,
         *,
-        dtype: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         dummy: bool = False,
         enable_prefix_caching: bool = False,
     ) -> None:
@@ -170,7 +174,7 @@ class OneRank:
         blocks = 1 + -(-tokens // BLOCK_SIZE)
         shape = {"max_model_len": sizes.max_model_len, "block_size": BLOCK_SIZE}
         caches = self.model.allocate(num_blocks=[blocks] * len(specs), **shape)
-        slots = {"num_slots": sizes.max_num_seqs, "specs": specs, "device": target.device, **shape}
+        slots: dict[str, Any] = {"num_slots": sizes.max_num_seqs, "specs": specs, "device": target.device, **shape}
         if target.ops.on_device:
             from expertwire.engine.runner.device_runner import DeviceRunner  # Triton is of no use elsewhere
             from expertwire.engine.runner.device_slots import DeviceSlots
@@ -197,7 +201,8 @@ class OneRank:
 
     def _context(self, target: Target) -> RankContext:
         config, dtype = self.config, getattr(torch, self.config.dtype)
-        placement, all_to_alls = None, ()
+        placement: Placement | None = None
+        all_to_alls: tuple[AllToAll, ...] = ()
         if any(config.sparse_layers):
             placement = place(config.num_experts, 1, 0, config.num_layers)
             spec = AllToAllSpec(

@@ -46,7 +46,7 @@ def environment(run: Run) -> None:
 
     with run.record.item("device"):
         properties = torch.cuda.get_device_properties(0)
-        found = {
+        device = {
             "name": properties.name,
             "capability": [properties.major, properties.minor],
             "multiprocessors": properties.multi_processor_count,
@@ -54,7 +54,7 @@ def environment(run: Run) -> None:
             "count": torch.cuda.device_count(),
             "cuda": torch.version.cuda,
         }
-        run.record.fact("device", found)
+        run.record.fact("device", device)
         run.record.check("compute capability", properties.major >= 9, "9.0 or above is needed")
     with run.record.item("NCCL"):
         run.record.fact("NCCL", list(torch.cuda.nccl.version()))
@@ -181,7 +181,8 @@ def _engine(run: Run, name: str, bars: Mapping[int, float], batches: tuple[int, 
     sizes = Sizes(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=8448, cache_tokens=100_000)
     context, num = 256, 64
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        model, options = CONFIGS / name, {"dummy": True, "enable_prefix_caching": False}
+        model = CONFIGS / name
+        options: dict[str, Any] = {"dummy": True, "enable_prefix_caching": False}
         if run.toy:
             model, sizes, batches, context, num = toy_config(name, Path(folder)), Sizes(
                 max_num_seqs=2, max_num_batched_tokens=8, max_model_len=48
@@ -190,7 +191,7 @@ def _engine(run: Run, name: str, bars: Mapping[int, float], batches: tuple[int, 
         for graphs in (True, False) if whole else (True,):
             how = "" if graphs else ", no graphs"
             target = Target.gpu(run.device, graphs=graphs)
-            todo = {
+            todo: dict[str, Callable[..., Any]] = {
                 f"decode {batch}{how}": partial(times.decode, batch=batch, context=context, num_steps=num)
                 for batch in (batches if graphs else batches[:1])
             }
@@ -336,7 +337,8 @@ def _in_one_process(run: Run, name: str, num_ranks: int, tokens: int, format: st
     from expertwire.bench.all_to_all import shared
 
     steps = 1 if run.toy else 5
-    rows = shared.run(num_ranks, tokens, format, **shape, steps=steps, device=run.device)
+    options: dict[str, Any] = {**shape, "steps": steps, "device": run.device}
+    rows = shared.run(num_ranks, tokens, format, **options)
     with torch.inference_mode():
         done = [next(rows)["graph"]] if run.toy else [row["graph"] for row in rows]  # there are no graphs on a CPU
     says = " and ".join("with graphs" if graph else "without graphs" for graph in done)

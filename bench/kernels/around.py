@@ -23,7 +23,11 @@ DEEPSEEK_RULE = {
     "groups": Groups(number=8, kept=4, by="two_best"),
     "scale": 2.5,
 }
-RULES = {DEEPSEEK.name: DEEPSEEK_RULE, QWEN3.name: {"renormalize": True}, GPT_OSS.name: {"renormalize": True}}
+RULES: dict[str, dict[str, Any]] = {
+    DEEPSEEK.name: DEEPSEEK_RULE,
+    QWEN3.name: {"renormalize": True},
+    GPT_OSS.name: {"renormalize": True},
+}
 # outputs, inputs, bytes of an output
 LINEARS = {
     "qkv": (5120, 2048, 2),

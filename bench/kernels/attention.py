@@ -5,7 +5,7 @@ B sequences, T tokens, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from expertwire.kernels.gpu import attention, mla, prefill
 from expertwire.kernels.ops.attention import AttentionMetadata, describe
 
 BLOCK = 16  # the engine's default
-ATTENTION = {"invariant": attention.attend, "fast": prefill.attend}  # by numerics
+ATTENTION: Mapping[str, Callable[..., Tensor]] = {"invariant": attention.attend, "fast": prefill.attend}  # by numerics
 
 
 @dataclass(frozen=True, kw_only=True)

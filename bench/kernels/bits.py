@@ -92,7 +92,7 @@ def attention_bits(draw: Draw, model: kernels_attention.Heads) -> Ways:
     def last(sizes: list[int], gpu: Device, **tiling: int) -> Tensor:
         step, rows = _stretches(seqs, length, sizes)
         chosen = dataclasses.replace(default, **tiling)
-        options = {"window": model.window, "sinks_H": sinks_H, "tiling": chosen}
+        options: dict[str, Any] = {"window": model.window, "sinks_H": sinks_H, "tiling": chosen}
         return attention.attend(q[rows], k, v, step, gpu, **options)[-num:]
 
     few = dataclasses.replace(draw.gpu, num_sms=2)

@@ -34,14 +34,15 @@ ROUNDED, EXACT = 8e-3, 1e-4  # of results in bf16 or fp16, and in fp32
 def poisoned() -> Iterator[None]:
     """Memory that nobody has written yet holds NaN, or the largest integer."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = deterministic.fill_uninitialized_memory
+    settings: Any = deterministic  # a module whose attributes are properties
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -76,8 +77,8 @@ def weights_and_plain(draw: Draw, format: str, e: int, M: int, K: int, *, gated:
         data = (plain / scales[..., None]).to(formats.FP8)
         return formats.fp8_row(data, scales, gated=gated), data.float() * scales[..., None]
     if format in formats.SCALED:
-        parts = scaled.quantise(scaled.KINDS[format][0], plain)
-        return scaled.pack(format, *parts, gated=gated), scaled.dequantise(*parts)
+        numbers, scales = scaled.quantise(scaled.KINDS[format][0], plain)
+        return scaled.pack(format, numbers, scales, gated=gated), scaled.dequantise(numbers, scales)
     codes = formats.quantise4(format, plain)
     return formats.pack4(format, *codes, gated=gated), formats.dequantise4(format, *codes)
 
@@ -114,6 +115,7 @@ def experts_check(draw: Draw, format: str, kind: str, num_tokens: int) -> Findin
         operand, scales, plain_hidden = rows_and_plain(format, expected.to(draw.dtype))
         with poisoned():
             if format == "fp8_block":
+                assert scales is not None
                 scales = tiles.tile_scales(scales, None, rows.expert_offsets, rows.tile_map)
             out = kernels_experts.second_product(draw, layer, rows, operand, scales)
         target = torch.full_like(out, torch.nan, dtype=torch.float32)
@@ -168,8 +170,9 @@ def attention_check(draw: Draw, model: kernels_attention.Heads, batch: list[tupl
     q = draw.normal(sum(num for num, _ in batch), model.heads, model.dim)
     caches = _caches(draw, seqs, blocks, (model.kv_heads, model.dim), number=2)
     sinks_H = draw.normal(model.heads) if model.sinks else None
-    options = {"window": model.window, "sinks_H": sinks_H}
-    expected = attention.reference(q, *(cache.nan_to_num() for cache in caches), seqs, **options)
+    options: dict[str, Any] = {"window": model.window, "sinks_H": sinks_H}
+    k, v = (cache.nan_to_num() for cache in caches)
+    expected = attention.reference(q, k, v, seqs, **options)
     found = {}
     for numerics, attend in kernels_attention.ATTENTION.items():
         out = torch.full_like(q, torch.nan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from expertwire.bench.kernels import attention as kernels_attention
 from expertwire.bench.kernels.checks import ROUNDED, Findings, differing, error, item, poisoned
 from expertwire.bench.kernels.work import Draw, Item
@@ -40,7 +42,7 @@ def fp8_latent_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
     seqs, blocks = kernels_attention.sequences(draw, batch)
     q = draw.normal(sum(num for num, _ in batch), H, rank + rotated)
     cache = draw.normal(blocks, kernels_attention.BLOCK, rank + rotated, dtype=FP8)
-    options = {"rank": rank, "scale": 0.05, "kv_scale": draw.uniform(0.1, 1.0, 1)}
+    options: dict[str, Any] = {"rank": rank, "scale": 0.05, "kv_scale": draw.uniform(0.1, 1.0, 1)}
     with poisoned():
         found = gpu_mla.attend(q, cache, seqs, draw.gpu, **options)
     return {"invariant": (error(found, mla.reference(q, cache, seqs, **options)), ROUNDED)}

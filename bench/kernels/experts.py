@@ -83,6 +83,7 @@ def random_weights(draw: Draw, format: str, e: int, M: int, K: int) -> ExpertWei
     shape = formats.meta(format, e, M, K)
     if format == "dense":
         return ExpertWeights(format=format, data=draw.normal(e, M, K, scale=K**-0.5))
+    assert shape.scales is not None, f"{format} has scales"
     if shape.data.dtype == torch.int32:
         data = draw.integers(-(2**31), 2**31 - 1, *shape.data.shape)
     else:
@@ -142,6 +143,7 @@ def random_x(draw: Draw, format: str, num_tokens: int, D: int) -> tuple[Tensor, 
 def first_product(draw: Draw, layer: Layer, rows: Rows, x: Tensor, x_scales: Tensor | None) -> Tensor:
     """The hidden layer, activations fp8 or not; with scales brought into the order of tiles where they have to be."""
     if layer.w13.format == "fp8_block":
+        assert x_scales is not None
         x_scales = tiles.tile_scales(x_scales, rows.row_index_R, rows.expert_offsets, rows.tile_map)
     return grouped_gemm.w13(
         x, rows, layer.w13, layer.activation, draw.gpu, bias_eF=layer.bias13, x_scales=x_scales, out_dtype=draw.dtype
@@ -180,8 +182,9 @@ def apart(draw: Draw, layer: Layer, rows: Rows, x: Tensor, x_scales: Tensor | No
     """The two products alone: operands are ready."""
     hidden, scales = second_operand(layer, rows, first_product(draw, layer, rows, x, x_scales))
     if layer.w13.format == "fp8_block":
+        assert x_scales is not None
         x_scales = tiles.tile_scales(x_scales, rows.row_index_R, rows.expert_offsets, rows.tile_map)
-    options = {"bias_eF": layer.bias13, "x_scales": x_scales, "out_dtype": draw.dtype}
+    options: dict[str, Any] = {"bias_eF": layer.bias13, "x_scales": x_scales, "out_dtype": draw.dtype}
     return {
         "w13": lambda: grouped_gemm.w13(x, rows, layer.w13, layer.activation, draw.gpu, **options),
         "w2": lambda: second_product(draw, layer, rows, hidden, scales),

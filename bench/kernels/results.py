@@ -208,7 +208,12 @@ def issue_bars(results: Results) -> list[dict[str, Any]]:
             "TFLOP/s",
             "kernels.md",
         )
-    fp8 = {"what": "grouped GEMM fp8, 8192 tokens", "unit": "TFLOP/s", "bar": 1300, "source": "kernels.md"}
+    fp8: dict[str, str | float | None] = {
+        "what": "grouped GEMM fp8, 8192 tokens",
+        "unit": "TFLOP/s",
+        "bar": 1300,
+        "source": "kernels.md",
+    }
     rows.append({**fp8, "value": _both_products(results)})
     for tokens in (8, 64):
         key = f"qwen3-30b dense EP1 T{tokens}"

@@ -59,7 +59,8 @@ def _draw(weights_E: np.ndarray, num_tokens: int, top_k: int, rng: np.random.Gen
 def recorded(num_tokens: int, seed: int) -> np.ndarray:
     """Return the demo model's routing of its task's problems and solutions: i16 [2, L, T, K]."""
     folder = str(importlib.resources.files("expertwire") / "demo_model")
-    alone, seen = RankModel(folder, max_tokens=_LONGEST), []
+    alone = RankModel(folder, max_tokens=_LONGEST)
+    seen: list[Tensor] = []
     model = alone.model
     for i, layer in enumerate(model.layers):
         assert layer.moe is not None, f"layer {i} of the demo model is dense"

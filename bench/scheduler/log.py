@@ -147,7 +147,9 @@ def _call(scheduler: Scheduler, line: dict[str, Any], in_flight: dict[int, StepP
 def _difference(recorded: dict[str, str] | None, plan: StepPlan | None) -> str | None:
     if recorded is None or plan is None:
         return (
-            None if recorded is plan else f"there was {'no' if recorded is None else 'a'} plan, now it is the reverse"
+            None
+            if recorded is None and plan is None
+            else f"there was {'no' if recorded is None else 'a'} plan, now it is the reverse"
         )
     now = digests(plan)
     fields = [name for name in sorted(recorded | now) if recorded.get(name) != now.get(name)]

@@ -37,8 +37,10 @@ def main() -> int:
     parser.add_argument("--answer", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    runs = {name: run(args, enable_prefix_caching=name == "cached") for name in ("cached", "not cached")}
-    answers = [runs[name].pop("answers") for name in runs]
+    runs: dict[str, Any] = {
+        name: run(args, enable_prefix_caching=name == "cached") for name in ("cached", "not cached")
+    }
+    answers = [values.pop("answers") for values in runs.values()]
     answered = [tokens for turn in answers[0] for tokens in turn]
     again = [tokens for turn in answers[1] for tokens in turn]
     runs["equal answers"] = sum(a == b for a, b in zip(answered, again, strict=True))

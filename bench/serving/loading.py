@@ -11,6 +11,7 @@ reported, by the clock and by the processor's time, as other programs may run be
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import resource
@@ -42,7 +43,7 @@ def write(folder: Path, gigabytes: float) -> None:
     """Write a checkpoint of matrices of 14.7 MB, in files of 32 of them."""
     generator = torch.Generator().manual_seed(0)
     number = max(1, round(gigabytes * 1e9 / (_ROWS * _COLUMNS)))
-    files = {}
+    files: dict[str, str] = {}
     for start in range(0, number, _PER_FILE):
         file = f"model-{start:05}.safetensors"
         names = [f"experts.{i}" for i in range(start, min(number, start + _PER_FILE))]
@@ -117,7 +118,7 @@ def _cat(folder: Path) -> None:
     """Through a pipe, so that every byte is copied."""
     files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
     with subprocess.Popen(["cat", *files], stdout=subprocess.PIPE) as cat:
-        assert cat.stdout is not None
+        assert isinstance(cat.stdout, io.BufferedReader)
         buffer = bytearray(1 << 20)
         while cat.stdout.readinto(buffer):
             pass

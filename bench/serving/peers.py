@@ -153,7 +153,7 @@ def _with_transformers(
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), experts_implementation=experts)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), experts_implementation=experts)
     ids = torch.from_numpy(prompts)
 
     def generate(num_tokens: int) -> None:

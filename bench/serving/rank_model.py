@@ -44,7 +44,7 @@ class RankModel:
     def __init__(
         self,
         folder: Path | str,
-        dtype: str = "float32",
+        dtype: Literal["auto", "float32", "bfloat16"] = "float32",
         *,
         group: Group | None = None,
         max_tokens: int = 512,

@@ -164,7 +164,7 @@ def report(
     """Everything about a measurement, as JSON values; rates in tokens per second, per rank, GPU and core-second."""
     outputs = sum(len(job.arrivals) for job in sample.jobs)
     inputs = workload.num_prompts * workload.input_len
-    rates = {
+    rates: dict[str, dict[str, float | None] | None] = {
         name: _rate(tokens, sample.begin, sample.end, info)
         for name, tokens in (("input", inputs), ("output", outputs), ("total", inputs + outputs))
     }

@@ -329,6 +329,7 @@ def test_replays():
 # The command.
 
 
+@pytest.mark.slow
 def test_the_command_in_the_interpreter(tmp_path):
     """With nothing but torch, Triton and numpy."""
     code = (

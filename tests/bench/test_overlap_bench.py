@@ -8,7 +8,9 @@ import pytest
 from expertwire.bench.serving import overlap
 
 
-@pytest.mark.parametrize("computes", [[], ["--host-computes"]], ids=["devices", "hosts"])
+@pytest.mark.parametrize(
+    "computes", [[], pytest.param(["--host-computes"], marks=pytest.mark.slow)], ids=["devices", "hosts"]
+)
 def test_steps_with_and_without_planning_ahead(monkeypatch, tmp_path, computes):
     options = ["--ranks", "2", "--running", "4", "--step-ms", "1", "--steps", "5", "--rounds", "1", *computes]
     monkeypatch.setattr(sys, "argv", ["overlap", *options, "--json", str(tmp_path / "found.json")])

@@ -11,6 +11,7 @@ from expertwire.bench.kernels import quantize
 from expertwire.deploy import cli
 
 
+@pytest.mark.slow
 def test_the_demo_model(tmp_path, capsys):
     argv = ["bench", "quantize", "--formats", "fp8", "mxfp4", "--tokens", "60", "--json", str(tmp_path / "found.json")]
     assert cli.main(argv) == 0

@@ -175,6 +175,7 @@ def memory(monkeypatch):
     return memory
 
 
+@pytest.mark.slow
 def test_72_ranks_of_a_rack_reach_their_first_tokens(memory):
     places = ray_places(cluster())
     assert len(set(places)) == RANKS, "two ranks on one GPU"

@@ -21,6 +21,7 @@ NUM_RANKS = 4
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "expertwire" / "demo_model")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_ranks_on_two_hosts_join_step_and_are_watched(tmp_path):
     token, other_token = tmp_path / "token", tmp_path / "other"

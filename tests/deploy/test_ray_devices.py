@@ -28,6 +28,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_every_rank_sees_all_gpus_of_its_node_and_has_one_of_its_own(cluster):
     launcher = RayLauncher(worker="helpers.control_ranks:worker_main")
     hub = ControlHub(3, address=launcher.hub_address(), token=TOKEN)
@@ -41,6 +42,7 @@ def test_every_rank_sees_all_gpus_of_its_node_and_has_one_of_its_own(cluster):
     assert sorted(int(hello["gpu"][0]) for hello in hellos) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_more_ranks_than_gpus_are_refused(cluster):
     launcher = RayLauncher(worker="helpers.control_ranks:worker_main")
     launcher.hub_address()

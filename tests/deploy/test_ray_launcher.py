@@ -99,6 +99,7 @@ def test_more_gpus_than_there_are_is_a_clear_error(engine):
         start(hub, launcher, Cuda())
 
 
+@pytest.mark.slow
 def test_stopping_the_launcher_that_started_ray_ends_it(owner):
     owner.hub_address()
     children = psutil.Process().children(recursive=True)
@@ -113,6 +114,7 @@ def test_stopping_the_launcher_that_started_ray_ends_it(owner):
     assert not alive
 
 
+@pytest.mark.slow
 def test_killing_the_process_that_started_ray_leaves_nothing():
     driver = process.start_call("test_ray_launcher:drive", stdout=subprocess.PIPE)
     assert driver.stdout.readline() == b"running\n"

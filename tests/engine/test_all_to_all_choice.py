@@ -20,6 +20,7 @@ def test_tiny_checkpoint():
     invariance.check("qwen3_moe", "bfloat16", LENGTHS, options)
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_named():
     """By those that wait for it, with the layer and the phase."""
     before = set(psutil.Process().children())
@@ -53,6 +54,7 @@ def table_of(folder, **us):
     return str(path)
 
 
+@pytest.mark.slow
 def test_rows_that_travel_in_fp8_are_rounded_alike_on_any_number_of_ranks(tmp_path):
     """Also where they stay on their rank. A table decides how those of two ranks travel."""
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=5, prompt_logprobs=5, ignore_eos=True)

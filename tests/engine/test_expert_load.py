@@ -74,7 +74,7 @@ def test_as_transformers_routes_them(cases, alone):
     "options",
     [
         {"ep_size": 2, "enable_two_batch_overlap": True, "max_num_batched_tokens": 33},
-        {"ep_size": 4, "num_redundant_experts": 3},
+        pytest.param({"ep_size": 4, "num_redundant_experts": 3}, marks=pytest.mark.slow),
     ],
     ids=["2 ranks, halves", "4 ranks"],
 )

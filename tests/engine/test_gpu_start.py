@@ -9,6 +9,7 @@ import torch
 from helpers import tiny_checkpoints
 from helpers.fake_cuda import FakeCuda
 from helpers.gpu_ranks import install, serve
+from helpers.slow import slow_but
 
 from expertwire.comm.all_to_all import backends, nvlink_gpu
 from expertwire.comm.all_to_all.nvlink import NvlinkAllToAll
@@ -64,7 +65,7 @@ RAY = [ordinal([gpu], None) for gpu in (3, 0, 1, 2, 7, 6, 5, 4)]
 MASKED = [ordinal([uuid], ",".join(UUIDS)) for uuid in UUIDS]
 
 
-@pytest.mark.parametrize("gpus", [LOCAL, RAY, MASKED], ids=["local", "ray", "ray, by UUID"])
+@pytest.mark.parametrize("gpus", slow_but([LOCAL], [LOCAL, RAY, MASKED]), ids=["local", "ray", "ray, by UUID"])
 def test_eight_ranks_of_a_node_reach_their_first_token(node, gpus):
     folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
     served = serve(config(folder, 8), gpus, [prompt(folder)] * 8, node)

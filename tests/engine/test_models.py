@@ -41,7 +41,7 @@ def test_logits_of_every_position(variant, num, lengths, threads):
     ("variant", "lengths", "together", "options"),
     [
         ("mixtral", (17, 130), True, {"ep_size": 2, "max_num_batched_tokens": 32}),
-        ("mixtral, 2 experts", (2, 63), True, {"ep_size": 3}),
+        pytest.param("mixtral, 2 experts", (2, 63), True, {"ep_size": 3}, marks=pytest.mark.slow),
         ("qwen3_moe, weights as they are", (16, 300), False, {"ep_size": 2, "num_redundant_experts": 3}),
         ("qwen3", (1, 63), True, {"ep_size": 1, "max_num_batched_tokens": 32}),
     ],

@@ -57,7 +57,7 @@ def boards(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize(("ep_size", "redundant"), [(2, 0), (4, 4)])
+@pytest.mark.parametrize(("ep_size", "redundant"), [(2, 0), pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_moving_under_load_changes_nothing(unmoved, ep_size, redundant, boards):
     topology = boards if redundant else None
     seen, stats = serve(ep_size=ep_size, num_redundant_experts=redundant, topology=topology, eplb_step_interval=4)

@@ -87,7 +87,10 @@ def alone():
     "options",
     [
         {"ep_size": 2, "all2all_backend": "nvlink", "max_num_batched_tokens": 33},
-        {"ep_size": 4, "all2all_backend": "reference", "num_redundant_experts": 4, "eplb_step_interval": 4},
+        pytest.param(
+            {"ep_size": 4, "all2all_backend": "reference", "num_redundant_experts": 4, "eplb_step_interval": 4},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["nvlink, small steps", "reference, while experts move"],
 )

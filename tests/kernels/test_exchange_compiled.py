@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+from helpers.slow import slow_but
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -18,7 +19,7 @@ SENDS_OF_FEW = [name for name in CASES if name.startswith("exchange_few.send")]
 QUANTISED = [name for name in SENDS + SENDS_OF_FEW if name.endswith("quantised")]
 
 
-@pytest.fixture(scope="module", params=[90, 100])
+@pytest.fixture(scope="module", params=slow_but([90], [90, 100]))
 def compiled(request):
     made = {}
 

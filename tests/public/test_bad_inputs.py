@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.slow import slow_but
 
 from expertwire.bench.bad_inputs.cases import Case, cases
 from expertwire.bench.bad_inputs.place import Place
@@ -33,11 +34,16 @@ def found() -> Iterator[Callable[[Case], Answer]]:
     assert not left
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.area}: {case.given}")
+STARTING = [case for case in CASES if case.starts]  # the engine, which takes seconds
+QUICK = [case for case in CASES if case not in STARTING[1:]]
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES), ids=lambda case: f"{case.area}: {case.given}")
 def test_is_refused(found, case):
     assert not found(case).complaints, found(case)
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date(found):
     assert ERRORS.read_text() == page([(case, found(case)) for case in CASES]), (
         "write docs/errors.md again: python -m expertwire.bench.bad_inputs.run > docs/errors.md"

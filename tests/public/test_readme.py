@@ -30,6 +30,7 @@ def test_the_python_example():
     assert lines[0].endswith("answer 25 stop") and lines[1].endswith("answer 3 stop") and lines[2].endswith("answer 25")
 
 
+@pytest.mark.slow
 def test_the_client_example():
     command = [sys.executable, "-P", "-m", "expertwire.deploy.cli", "serve", "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
