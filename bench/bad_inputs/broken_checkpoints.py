@@ -1,4 +1,4 @@
-"""Ways to break a copy of a checkpoint that has one file of weights: each is, or makes, a function of the copy's folder."""
+"""Functions that break a copy of a checkpoint with one file of weights, given its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def without(name: str) -> Change:
-    """Lose a file."""
+    """Remove a file."""
     return lambda folder: (folder / name).unlink()
 
 
@@ -43,7 +43,7 @@ def config(**fields: Any) -> Change:
 
 
 def truncate(folder: Path) -> None:
-    """Cut the end of the weights off."""
+    """Cut off the end of the weights."""
     file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -65,7 +65,7 @@ def copied_tensor(name: str, other: str) -> Change:
 
 
 def quantized(change: Change) -> Change:
-    """Store the experts in FP8, with scales of blocks, and `change` the folder then."""
+    """Store the experts in FP8, with scales of blocks, then apply `change`."""
 
     def apply(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -80,7 +80,7 @@ def quantized(change: Change) -> Change:
 
 
 def sharded(change: Change) -> Change:
-    """Split the weights into the shards a.safetensors and b.safetensors, with an index, and `change` the folder then."""
+    """Split the weights into the shards a.safetensors and b.safetensors, with an index, then apply `change`."""
 
     def apply(folder: Path) -> None:
         tensors, data = _read(folder / WEIGHTS)
@@ -115,7 +115,7 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], bytes]:
-    """The header's tensors and the bytes after it."""
+    """Return the tensors of the header, and the bytes after it."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     tensors = json.loads(data[8:end])

@@ -1,4 +1,4 @@
-"""The bad inputs of `bench.bad_inputs.run`: for each what is wrong, how it is tried, and the words that its answer must have."""
+"""The bad inputs of `bench.bad_inputs.run`, with the error that each must give."""
 
 from __future__ import annotations
 
@@ -23,24 +23,33 @@ from expertwire.bench.bad_inputs.broken_checkpoints import (
     without,
     writing,
 )
-from expertwire.bench.bad_inputs.place import DEMO, Place
+from expertwire.bench.bad_inputs.environment import DEMO, Environment
 from expertwire.deploy.grpc.messages import from_sampling_params
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A bad input. `answer` is an exception's name, a gRPC status or an exit code; the message has every word of `says`."""
+    """A bad input and the error that it must give.
+
+    Args:
+        area: section of the page.
+        description: the input, as the page shows it.
+        run: tries it.
+        expected: name of an exception, gRPC status or exit code.
+        words: parts that the message must have.
+        starts_processes: whether the error can be found only after processes have been started.
+    """
 
     area: str
-    given: str
-    attempt: Callable[[Place], object]
-    answer: str
-    says: tuple[str, ...]
-    starts: bool = False  # only a process can tell
+    description: str
+    run: Callable[[Environment], object]
+    expected: str
+    words: tuple[str, ...]
+    starts_processes: bool = False
 
 
 def cases() -> list[Case]:
-    """All bad inputs."""
+    """Return all bad inputs."""
     return [*_options(), *_checkpoints(), *_commands(), *_sampling(), *_prompts(), *_requests()]
 
 
@@ -97,13 +106,13 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
 
 
 def _options() -> Iterator[Case]:
-    for options, *says in OPTIONS:
+    for options, *words in OPTIONS:
         yield Case(
             area="Options of the engine",
-            given=_arguments(options),
-            attempt=lambda place, options=options: LLM(DEMO, **options),
-            answer="TypeError" if "tensor_parallel_size" in options else "ValueError",
-            says=tuple(says),
+            description=_arguments(options),
+            run=lambda env, options=options: LLM(DEMO, **options),
+            expected="TypeError" if "tensor_parallel_size" in options else "ValueError",
+            words=tuple(words),
         )
 
 
@@ -148,7 +157,7 @@ CHECKPOINTS: tuple[tuple[Any, ...], ...] = (
     ("an index of other folders", sharded(index(**{TENSOR: "../a.safetensors"})), "weight_map", "in the same folder"),
     ("an index that lists too little", sharded(index(**{TENSOR: None})), "does not list", TENSOR),
 )
-# What only a rank can tell, which knows the model's parameters and its memory.
+# Errors that only a rank can find.
 CHECKPOINTS_OF_RANKS: tuple[tuple[Any, ...], ...] = (
     ("a missing tensor", header(lambda tensors: tensors.pop(TENSOR)), "missing", TENSOR),
     ("an unknown tensor", copied_tensor(TENSOR, "copy.weight"), "does not know", "copy.weight"),
@@ -160,22 +169,22 @@ HUGE = config(num_experts=1024, moe_intermediate_size=10**7)
 
 
 def _checkpoints() -> Iterator[Case]:
-    for given, change, *says in CHECKPOINTS:
-        yield _checkpoint(given, change, *says)
-    for given, change, *says in CHECKPOINTS_OF_RANKS:
-        yield _checkpoint(given, change, *says, starts=True)
-    answer = ("the weights need", "are free", "ep_size", "dtype='bfloat16'")
-    yield _checkpoint("more weights than memory", HUGE, *answer, starts=True, load_format="dummy")
+    for description, change, *words in CHECKPOINTS:
+        yield _checkpoint(description, change, *words)
+    for description, change, *words in CHECKPOINTS_OF_RANKS:
+        yield _checkpoint(description, change, *words, starts_processes=True)
+    words = ("the weights need", "are free", "ep_size", "dtype='bfloat16'")
+    yield _checkpoint("more weights than memory", HUGE, *words, starts_processes=True, load_format="dummy")
 
 
-def _checkpoint(given: str, change: Change, *says: str, starts: bool = False, **options: Any) -> Case:
+def _checkpoint(description: str, change: Change, *words: str, starts_processes: bool = False, **options: Any) -> Case:
     return Case(
         area="Checkpoints",
-        given=given,
-        attempt=lambda place: LLM(place.checkpoint(change), device="cpu", **options),
-        answer="EngineFailed" if starts else "ValueError",
-        says=says,
-        starts=starts,
+        description=description,
+        run=lambda env: LLM(env.checkpoint(change), device="cpu", **options),
+        expected="EngineFailed" if starts_processes else "ValueError",
+        words=words,
+        starts_processes=starts_processes,
     )
 
 
@@ -213,22 +222,22 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 
 
 def _commands() -> Iterator[Case]:
-    for line, *says in COMMANDS:
+    for line, *words in COMMANDS:
         yield Case(
             area="Commands",
-            given=f"expertwire {line}".strip(),
-            attempt=partial(Place.command, line=line),
-            answer="exit code 2",
-            says=tuple(says),
+            description=f"expertwire {line}".strip(),
+            run=partial(Environment.command, line=line),
+            expected="exit code 2",
+            words=tuple(words),
         )
     line = "generate --prompt x --device cuda"
     yield Case(
         area="Commands",
-        given=f"expertwire {line} (where there is no GPU)",
-        attempt=partial(Place.command_without_gpu, line=line),
-        answer="exit code 1",
-        says=("device 'cuda'", "no CUDA device", "device='cpu'"),
-        starts=True,
+        description=f"expertwire {line} (where there is no GPU)",
+        run=partial(Environment.command_without_gpu, line=line),
+        expected="exit code 1",
+        words=("device 'cuda'", "no CUDA device", "device='cpu'"),
+        starts_processes=True,
     )
 
 
@@ -261,13 +270,13 @@ SAMPLING: tuple[tuple[Any, ...], ...] = (
 
 
 def _sampling() -> Iterator[Case]:
-    for params, *says in SAMPLING:
+    for params, *words in SAMPLING:
         yield Case(
             area="SamplingParams",
-            given=_arguments(params),
-            attempt=lambda place, params=params: SamplingParams(**params),
-            answer="TypeError" if "best_of" in params else "ValueError",
-            says=tuple(says),
+            description=_arguments(params),
+            run=lambda env, params=params: SamplingParams(**params),
+            expected="TypeError" if "best_of" in params else "ValueError",
+            words=tuple(words),
         )
 
 
@@ -312,22 +321,24 @@ OPTIONS_OF_PROMPTS: tuple[tuple[Any, ...], ...] = (
 
 
 def _prompts() -> Iterator[Case]:
-    for given, arguments, *says in PROMPTS:
-        yield _prompt(given, "chat" if given.startswith("chat") else "generate", arguments, {}, says)
-    for options, *says in OPTIONS_OF_CHATS:
+    for description, arguments, *words in PROMPTS:
+        yield _prompt(description, "chat" if description.startswith("chat") else "generate", arguments, {}, words)
+    for options, *words in OPTIONS_OF_CHATS:
         messages = [{"role": "user", "content": "SUM 1 2"}]
-        yield _prompt(f"chat(messages, {_arguments(options)})", "chat", (messages,), options, says)
-    for options, *says in OPTIONS_OF_PROMPTS:
-        yield _prompt(f'generate("SUM", {_arguments(options)})', "generate", ("SUM",), options, says)
+        yield _prompt(f"chat(messages, {_arguments(options)})", "chat", (messages,), options, words)
+    for options, *words in OPTIONS_OF_PROMPTS:
+        yield _prompt(f'generate("SUM", {_arguments(options)})', "generate", ("SUM",), options, words)
 
 
-def _prompt(given: str, method: str, arguments: Sequence[Any], options: dict[str, Any], says: Sequence[str]) -> Case:
+def _prompt(
+    description: str, method: str, arguments: Sequence[Any], options: dict[str, Any], words: Sequence[str]
+) -> Case:
     return Case(
         area="Prompts of the Python API",
-        given=given,
-        attempt=lambda place: getattr(place.llm, method)(*arguments, use_tqdm=False, **options),
-        answer="ValueError",
-        says=tuple(says),
+        description=description,
+        run=lambda env: getattr(env.llm, method)(*arguments, use_tqdm=False, **options),
+        expected="ValueError",
+        words=tuple(words),
     )
 
 
@@ -347,32 +358,32 @@ REQUESTS: tuple[tuple[Any, ...], ...] = (
 
 
 def _requests() -> Iterator[Case]:
-    for given, values, *says in REQUESTS:
-        yield _request(given, partial(Place.request, **values), "INVALID_ARGUMENT", *says)
-    for params, *says in SAMPLING:
-        if _fits_the_wire(params):
-            yield _request(_arguments(params), partial(Place.request, **params), "INVALID_ARGUMENT", *says)
+    for description, values, *words in REQUESTS:
+        yield _request(description, partial(Environment.request, **values), "INVALID_ARGUMENT", *words)
+    for params, *words in SAMPLING:
+        if _fits_protobuf(params):
+            yield _request(_arguments(params), partial(Environment.request, **params), "INVALID_ARGUMENT", *words)
     chat = [{"role": "user", "content": "a"}]
-    ask = lambda place: list(place.client.chat(chat))  # noqa: E731 - as short as a partial
+    ask = lambda env: list(env.client.chat(chat))  # noqa: E731 - as short as a partial
     yield _request("a chat, of a model without tokenizer", ask, "INVALID_ARGUMENT", "needs a tokenizer", "token ids")
-    taken = partial(Place.request_beside, request_id="first")
+    taken = partial(Environment.request_beside, request_id="first")
     yield _request("a request_id that is running", taken, "ALREADY_EXISTS", "'first'", "is running")
-    many = partial(Place.request, n=2)
+    many = partial(Environment.request, n=2)
     yield _request(
         "n=2, when max_queued_requests=1", many, "INVALID_ARGUMENT", "n must be", "max_queued_requests = 1", "got 2"
     )
-    yield _request("Abort of an unknown request_id", lambda place: place.client.abort("x"), "NOT_FOUND", "'x'")
-    big = partial(Place.request, priority=2**31)
+    yield _request("Abort of an unknown request_id", lambda env: env.client.abort("x"), "NOT_FOUND", "'x'")
+    big = partial(Environment.request, priority=2**31)
     yield _request("priority=2**31 (refused by our client)", big, "ValueError", "priority", "2147483648")
-    unknown = partial(Place.request, best_of=2)
+    unknown = partial(Environment.request, best_of=2)
     yield _request("best_of=2 (refused by our client)", unknown, "ValueError", "best_of", "max_tokens")
 
 
-def _request(given: str, attempt: Callable[[Place], object], status: str, *says: str) -> Case:
-    return Case(area="Requests over gRPC", given=given, attempt=attempt, answer=status, says=says)
+def _request(description: str, run: Callable[[Environment], object], status: str, *words: str) -> Case:
+    return Case(area="Requests over gRPC", description=description, run=run, expected=status, words=words)
 
 
-def _fits_the_wire(params: dict[str, Any]) -> bool:
+def _fits_protobuf(params: dict[str, Any]) -> bool:
     try:
         from_sampling_params(params)
     except ValueError:

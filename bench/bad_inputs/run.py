@@ -1,9 +1,9 @@
-"""Bad inputs and what each is answered: the page docs/errors.md, and the check that it is true.
+"""Bad inputs and their error messages: writes the page docs/errors.md and checks the messages.
 
     python -m expertwire.bench.bad_inputs.run > docs/errors.md
 
-Every bad input must be refused with an error that names what is wrong and what is allowed, before any process starts where that
-can be told beforehand, and must leave no process behind. Prints the page, and on stderr the cases that behave otherwise.
+Every bad input must give an error that names what is wrong and what is allowed, if possible before any process is started, and
+must leave no process running. Cases that do not are printed on stderr.
 """
 
 from __future__ import annotations
@@ -17,54 +17,53 @@ from typing import Any
 from unittest import mock
 
 from expertwire.bench.bad_inputs.cases import Case, cases
-from expertwire.bench.bad_inputs.place import CommandFailed, Place
+from expertwire.bench.bad_inputs.environment import CommandFailed, Environment
 from expertwire.deploy.grpc.client import ServerError
 
-_PREAMBLE = """# Bad inputs and their answers
+_PREAMBLE = """# Errors
 
-This page is written by `python -m expertwire.bench.bad_inputs.run > docs/errors.md`, and a test checks that it is
-true: every input
-below is refused with this message and leaves nothing running. What is marked * only a rank can tell, so the engine's
-processes start first, and end with the error. The model is the demo model, or a broken copy of it.
+Written by `python -m expertwire.bench.bad_inputs.run > docs/errors.md`; a test checks it. Every input below is refused with this
+message and leaves no process running. Errors marked * are found by a rank, after the engine's processes have been started. The
+model is the demo model, or a broken copy of it.
 
-- The Python API raises `ValueError` for a wrong value, `TypeError` for an argument that does not exist, and `EngineFailed` if the
-  engine could not start or has failed; the message names the rank.
-- Commands print one line on stderr. They exit with 2 for a wrong option, model or input, with 1 if the engine failed.
-- The server answers with a gRPC status. Besides those below: `UNAVAILABLE` while it drains and after its engine has failed
-  (the message names the rank), `DEADLINE_EXCEEDED` when the client's deadline has passed, `RESOURCE_EXHAUSTED` when too many
-  requests wait, or the first token cannot come before the deadline: then the trailing metadata may have `retry-after-ms`, the
-  milliseconds to wait before the next try (`ServerError.retry_after_s` of our client).
+- The Python API raises `ValueError` for a wrong value, `TypeError` for an unknown argument, and `EngineFailed` if the engine
+  could not start or has failed; the message names the rank.
+- Commands print one line on stderr and exit with 2 for a wrong option, model or input, with 1 if the engine failed.
+- The server answers with a gRPC status. Besides those below: `UNAVAILABLE` while it drains and after its engine has failed (the
+  message names the rank), `DEADLINE_EXCEEDED` when the client's deadline has passed, and `RESOURCE_EXHAUSTED` when too many
+  requests wait or the first token cannot come before the deadline. Then the trailing metadata may have `retry-after-ms`, the
+  milliseconds to wait before trying again (`ServerError.retry_after_s` of the Python client).
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a case was answered. `complaints` is empty if that was right."""
+    """The error of a case; `complaints` says what is wrong with it."""
 
     kind: str
     message: str
     complaints: tuple[str, ...]
 
 
-def answer(case: Case, place: Place) -> Answer:
-    """Try a bad input and see what comes of it."""
+def try_case(case: Case, env: Environment) -> Answer:
+    """Try a bad input; return its error."""
     kind, message = "nothing", ""
-    with _starts() as started:
+    with _started_processes() as started:
         try:
-            case.attempt(place)
+            case.run(env)
         except CommandFailed as error:
             kind, message = f"exit code {error.code}", str(error)
         except ServerError as error:
             kind, message = error.code, error.message
         except ValueError as error:
             kind, message = "ValueError", str(error)
-        except Exception as error:  # noqa: BLE001 - which one is the question
+        except Exception as error:  # noqa: BLE001 - any kind is recorded
             kind, message = type(error).__name__, str(error)
-    message = place.plain(message)
-    complaints = [f"says nothing of {word!r}" for word in case.says if word not in message]
-    if kind != case.answer:
-        complaints.append(f"answered with {kind}, not with {case.answer}")
-    if started and not case.starts:
+    message = env.plain(message)
+    complaints = [f"does not mention {word!r}" for word in case.words if word not in message]
+    if kind != case.expected:
+        complaints.append(f"answered with {kind}, not with {case.expected}")
+    if started and not case.starts_processes:
         complaints.append(f"started {len(started)} processes first")
     if left := [process.pid for process in started if process.poll() is None]:
         complaints.append(f"left processes running: {left}")
@@ -72,12 +71,12 @@ def answer(case: Case, place: Place) -> Answer:
 
 
 def page(answers: Sequence[tuple[Case, Answer]]) -> str:
-    """The page docs/errors.md."""
+    """Return the page docs/errors.md."""
     lines = [_PREAMBLE]
     for area in dict.fromkeys(case.area for case, _ in answers):
-        lines += [f"## {area}\n", "| input | answer | message |", "|---|---|---|"]
+        lines += [f"## {area}\n", "| input | error | message |", "|---|---|---|"]
         lines += [
-            f"| {_code(case.given)}{' *' if case.starts else ''} | {found.kind} | {_code(found.message)} |"
+            f"| {_code(case.description)}{' *' if case.starts_processes else ''} | {found.kind} | {_code(found.message)} |"
             for case, found in answers
             if case.area == area
         ]
@@ -86,8 +85,8 @@ def page(answers: Sequence[tuple[Case, Answer]]) -> str:
 
 
 @contextlib.contextmanager
-def _starts() -> Iterator[list[subprocess.Popen]]:
-    """The processes that are started within the block."""
+def _started_processes() -> Iterator[list[subprocess.Popen]]:
+    """Yield a list to which the processes started within the block are appended."""
     started: list[subprocess.Popen] = []
     start = subprocess.Popen.__init__
 
@@ -104,13 +103,13 @@ def _code(text: str) -> str:
 
 
 def main() -> int:
-    """Print the page; exit code 1 if a case behaves otherwise."""
-    with Place() as place:
-        answers = [(case, answer(case, place)) for case in cases()]
+    """Print the page; return 1 if a message is not as it must be."""
+    with Environment() as env:
+        answers = [(case, try_case(case, env)) for case in cases()]
     print(page(answers), end="")
     wrong = [(case, found) for case, found in answers if found.complaints]
     for case, found in wrong:
-        print(f"{case.area}: {case.given}: {'; '.join(found.complaints)}: {found.message!r}", file=sys.stderr)
+        print(f"{case.area}: {case.description}: {'; '.join(found.complaints)}: {found.message!r}", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -10,8 +10,8 @@ import pytest
 from helpers.slow import slow_but
 
 from expertwire.bench.bad_inputs.cases import Case, cases
-from expertwire.bench.bad_inputs.place import Place
-from expertwire.bench.bad_inputs.run import Answer, answer, page
+from expertwire.bench.bad_inputs.environment import Environment
+from expertwire.bench.bad_inputs.run import Answer, page, try_case
 
 CASES = cases()
 ERRORS = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -22,11 +22,11 @@ def found() -> Iterator[Callable[[Case], Answer]]:
     """What a case is answered; each is tried once."""
     before = psutil.Process().children(recursive=True)
     answers: dict[int, Answer] = {}
-    with Place() as place:
+    with Environment() as env:
 
         def find(case: Case) -> Answer:
             if id(case) not in answers:
-                answers[id(case)] = answer(case, place)
+                answers[id(case)] = try_case(case, env)
             return answers[id(case)]
 
         yield find
@@ -34,11 +34,11 @@ def found() -> Iterator[Callable[[Case], Answer]]:
     assert not left
 
 
-STARTING = [case for case in CASES if case.starts]  # the engine, which takes seconds
+STARTING = [case for case in CASES if case.starts_processes]  # the engine, which takes seconds
 QUICK = [case for case in CASES if case not in STARTING[1:]]
 
 
-@pytest.mark.parametrize("case", slow_but(QUICK, CASES), ids=lambda case: f"{case.area}: {case.given}")
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES), ids=lambda case: f"{case.area}: {case.description}")
 def test_is_refused(found, case):
     assert not found(case).complaints, found(case)
 

@@ -1,4 +1,4 @@
-"""Where bad inputs are tried: broken copies of the demo model, an `LLM`, a server, and the command line."""
+"""The environment of bad inputs: broken copies of the demo model, an `LLM`, a server, and the command line."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _CLI = (sys.executable, "-P", "-m", "expertwire.deploy.cli")
 
 
 class CommandFailed(Exception):
-    """A command exited with `code` and said this on stderr."""
+    """A command exited with `code`; the message is its stderr."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.code = code
 
 
-class Place:
-    """Use it as a context manager.
+class Environment:
+    """An `LLM` and a server for bad inputs; a context manager.
 
     Attributes:
-        llm: of the demo model, for requests of up to 64 tokens.
-        client: of a server with random weights and no tokenizer that lets one request run and one wait.
+        llm: the demo model, for requests of up to 64 tokens.
+        client: client of a server with random weights and no tokenizer, for one running and one waiting request.
     """
 
     def __init__(self) -> None:
@@ -58,14 +58,14 @@ class Place:
             self.client = stack.enter_context(Client(server.stdout.readline().split()[-1]))
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> Environment:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def checkpoint(self, change: Change) -> Path:
-        """A copy of the demo model, changed."""
+        """Return a changed copy of the demo model."""
         self._num_copies += 1
         folder = shutil.copytree(DEMO, self._scratch / str(self._num_copies))
         change(folder)
@@ -90,7 +90,7 @@ class Place:
         raise CommandFailed(code, err.getvalue())
 
     def command_without_gpu(self, line: str) -> None:
-        """Run the command in a process that sees no GPU.
+        """Run the command `expertwire line` in a process that sees no GPU.
 
         Raises:
             CommandFailed: always.
@@ -100,11 +100,11 @@ class Place:
         raise CommandFailed(done.returncode, done.stderr)
 
     def request(self, **values: Any) -> None:
-        """Send a request to the server and read its stream; what is not given is right."""
+        """Send a request, valid but for `values`, to the server and read its stream."""
         list(self.client.generate(**{"prompt": [5], "max_tokens": 16, **values}))
 
     def request_beside(self, **values: Any) -> None:
-        """The same while the request "first" runs."""
+        """Send a request while the request "first" runs."""
         first = self.client.generate([5], request_id="first", max_tokens=2000, ignore_eos=True)
         chunks = iter(first)
         next(chunks)
@@ -114,11 +114,11 @@ class Place:
             first.close()
 
     def plain(self, text: str) -> str:
-        """A message in one line, without what differs between runs."""
+        """Return a message on one line, without the parts that differ between runs."""
         text = re.sub(rf"{re.escape(str(self._scratch))}/\d+", "<checkpoint>", " ".join(text.split()))
         text = re.sub(r"only [\d.]+ GB", "only <free> GB", text)
         text = re.sub(r"--port \d{5}", "--port <port>", text)
-        # Python's versions differ in how argparse lists choices.
+        # How argparse lists choices depends on the version of Python.
         return re.sub(r"\(choose from .*?\)", lambda found: found[0].replace("'", ""), text)
 
 
