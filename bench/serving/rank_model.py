@@ -1,4 +1,4 @@
-"""A model on one rank in this process, without an engine: its logits themselves.
+"""`RankModel`: a model on one rank in this process, without an engine, for its logits.
 
 T tokens, V vocabulary, P ranks.
 """
@@ -27,17 +27,18 @@ BLOCK_SIZE = 16
 
 
 class RankModel:
-    """The share of one rank of a group, on a CPU, for the torch threads that are set when it is built.
+    """One rank's part of a model on a CPU, for the number of torch threads set when it is created.
 
     All ranks of a group call its methods together, with prompts of the same length.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         dtype: "auto", "float32" or "bfloat16".
-        group: None: this rank alone.
-        max_tokens: of a prompt and what follows it; a multiple of 16.
-        quantize, kv_cache_dtype: as `EngineConfig` has them.
-        fast: its `numerics`.
+        group: the ranks; None for one rank.
+        max_tokens: maximum number of tokens of a prompt and its output; a multiple of 16.
+        quantize: `EngineConfig.quantization`.
+        kv_cache_dtype: `EngineConfig.kv_cache_dtype`.
+        fast: whether `EngineConfig.numerics` is "fast".
         num_parts: in which the tokens of a forward pass are computed.
     """
 
@@ -85,13 +86,13 @@ class RankModel:
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
-        """fp32 [T, V], the prompt computed `chunk` tokens at a time."""
+        """Return logits, fp32 [T, V], with the prompt computed in chunks of `chunk` tokens."""
         blocks_CW = self._blocks(len(ids))
         return np.concatenate(list(self._logits(ids, blocks_CW, chunk or len(ids))))
 
     @torch.inference_mode()
     def greedy(self, ids: Sequence[int], num: int) -> list[int]:
-        """The next `num` tokens."""
+        """Return the next `num` tokens of greedy decoding."""
         known, blocks_CW = list(ids), self._blocks(len(ids) + num)
         [*_, last] = self._logits(ids, blocks_CW, 64)
         for _ in range(num):
@@ -100,7 +101,7 @@ class RankModel:
         return known[len(ids) :]
 
     def _blocks(self, length: int) -> np.ndarray:
-        """Of each cache, in no order."""
+        """Return a block table for each cache, in random order."""
         rng = np.random.default_rng(length)
         return np.stack([1 + rng.permutation(self._num_blocks) for _ in self._caches]).astype(np.int32)
 

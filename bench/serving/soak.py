@@ -1,8 +1,8 @@
-"""`python -m expertwire.bench.serving.soak`: many concurrent gRPC streams whose clients come and go, for some minutes.
+"""`python -m expertwire.bench.serving.soak`: a soak test with many concurrent gRPC streams, some of which clients cancel.
 
-Starts a server of its own, keeps `--streams` calls open, each with a random prompt and output length, and cancels a share of
-them after a random time, some without reading. At the end nothing may be left: no running or waiting request, no used block, no
-process; memory is reported by process and quarter of the time. Exits 1 if anything is left.
+It starts a server and keeps `--streams` calls open, each with a random prompt and output length, and cancels some of them after a
+random time. At the end no request, used block or process may be left, else it exits with 1. Memory is reported by process and
+quarter of the time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--disconnect", type=float, default=0.3, help="share of calls that the client drops")
+    parser.add_argument("--disconnect", type=float, default=0.3, help="fraction of calls that clients cancel")
     parser.add_argument("--json", type=Path)
     parser.add_argument("serve", nargs=argparse.REMAINDER, help="arguments of `expertwire serve`, after --")
     args = parser.parse_args()
@@ -130,7 +130,7 @@ async def _client(
 
 
 async def _left(stub: pb_grpc.InferenceStub) -> dict[str, int]:
-    """What is not free yet, after the last commits have had time to happen."""
+    """Return the requests and blocks that are still in use, after waiting for the last steps."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
         values = (await stub.GetStats(pb.GetStatsRequest())).values
@@ -145,7 +145,7 @@ async def _left(stub: pb_grpc.InferenceStub) -> dict[str, int]:
 
 
 def _memory_mib(process: psutil.Popen) -> list[float]:
-    """The proportional set size of every process, in the order that they were started."""
+    """Return the proportional set size of each process, in the order of their start."""
     family = [process, *sorted(process.children(recursive=True), key=lambda member: member.pid)]
     return [member.memory_full_info().pss / 2**20 for member in family]
 

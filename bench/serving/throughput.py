@@ -1,7 +1,6 @@
-"""`expertwire bench throughput`: tokens per second, per core-second and per GPU of random prompts, through a frontend.
+"""`expertwire bench throughput`: tokens per second, per core-second and per GPU with random prompts, through a frontend.
 
-Time, processor time and memory are those of every process that this one has started, and its own: frontend, controller, ranks,
-and Ray's if it is used.
+Processor time and memory are those of this process and all that it has started: controller, ranks, and Ray's if it is used.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _WARM_UP_TOKENS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Random prompts, all of one length, of which `concurrency` are open at any time; outputs ignore the end of sequence."""
+    """Random prompts of one length, `concurrency` at a time, whose outputs ignore the end of sequence."""
 
     input_len: int
     output_len: int
@@ -60,7 +59,7 @@ class _Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A moment: wall clock and processor seconds of all processes."""
+    """A point in time: wall clock and processor seconds of all processes."""
 
     wall: float
     cpu: float
@@ -73,7 +72,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What was measured. `prefilled` is the moment of the last request's first token, if all requests ran at once."""
+    """A measurement. `prefilled` is the time of the last first token, if all requests ran at once."""
 
     jobs: list[_Job]
     begin: Mark
@@ -82,15 +81,15 @@ class Sample:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Add the command's options."""
     for name, default, text in (
-        ("--input-len", 128, "tokens of a prompt"),
-        ("--output-len", 64, "tokens of an output"),
-        ("--num-prompts", 32, "prompts in all"),
-        ("--concurrency", 32, "prompts open at a time"),
+        ("--input-len", 128, "tokens per prompt"),
+        ("--output-len", 64, "tokens per output"),
+        ("--num-prompts", 32, "number of prompts"),
+        ("--concurrency", 32, "number of prompts at a time"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    text = "of the sampling; 0 is greedy (default: %(default)s)"
+    text = "sampling temperature; 0 is greedy (default: %(default)s)"
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help=text)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the report there")
     add_engine_options(parser)
@@ -122,17 +121,17 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(frontend: Any, prompts: list[np.ndarray], params: SamplingParams, concurrency: int) -> Sample:
-    """Send all prompts, `concurrency` open at a time, and note when each token arrives.
+    """Submit all prompts, `concurrency` at a time, and record when each token arrives.
 
     Args:
-        frontend: an `expertwire.engine.frontend.frontend.Frontend`.
-        prompts: i32 [length] each.
-        params: of every prompt.
-        concurrency: at most so many open.
+        frontend: a `Frontend`.
+        prompts: token ids, i32 [length] each.
+        params: sampling parameters of all prompts.
+        concurrency: maximum number of running prompts.
 
     Raises:
         EngineFailed: the engine has failed.
-        ValueError: it does not take a prompt.
+        ValueError: a prompt was refused.
     """
     todo, jobs, without_token = iter(prompts), {}, len(prompts)
     begin, prefilled = Mark.now(), None
@@ -161,7 +160,7 @@ def run(frontend: Any, prompts: list[np.ndarray], params: SamplingParams, concur
 def report(
     config: EngineConfig, info: ModelInfo, workload: Workload, sample: Sample, memory_pss: int
 ) -> dict[str, Any]:
-    """Everything about a measurement, as JSON values; rates in tokens per second, per rank, GPU and core-second."""
+    """Return a measurement as JSON values; rates in tokens per second, per rank, GPU and core-second."""
     outputs = sum(len(job.arrivals) for job in sample.jobs)
     inputs = workload.num_prompts * workload.input_len
     rates: dict[str, dict[str, float | None] | None] = {
@@ -192,7 +191,7 @@ def report(
 
 
 def table(result: dict[str, Any]) -> str:
-    """A report for people."""
+    """Return a report as text."""
     model, load = result["model"], result["workload"]
     lines = [
         f"{model['name']} ({model['architecture']}, {model['dtype']}) on {model['ep_size']} {model['device']} rank(s), "
@@ -218,7 +217,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the measurement ran on."""
+    """Return a description of the machine."""
     gpus = []
     if device == "cuda":
         import torch
@@ -236,7 +235,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def _rate(tokens: int, begin: Mark, end: Mark, info: ModelInfo) -> dict[str, float | None]:
     rate = tokens / (end.wall - begin.wall)
-    cpu = end.cpu - begin.cpu  # the kernel counts in ticks of 10 ms, so a short phase may have none
+    cpu = end.cpu - begin.cpu  # counted in ticks of 10 ms, so it may be 0 in a short phase
     per_rank = rate / info.ep_size
     return {
         "all": rate,
@@ -264,7 +263,7 @@ def _processes() -> list[psutil.Process]:
 
 
 def _memory_pss() -> int:
-    """Bytes of all processes; shared pages are split among those that share them (Linux; elsewhere they are left out)."""
+    """Return the bytes of all processes, shared pages divided among those that share them (left out except on Linux)."""
     infos = [process.memory_full_info() for process in _processes()]
     return sum(getattr(info, "pss", info.uss) for info in infos)
 
