@@ -42,7 +42,7 @@ def done(monkeypatch):
 
 def test_one_rank_reaches_its_first_token(monkeypatch, done):
     memory = install(monkeypatch, FakeCuda(1))
-    monkeypatch.setattr(worker.device_graphs, "cuda", lambda *given, **options: FakeCapture())
+    monkeypatch.setattr(worker.cuda_graphs, "cuda", lambda *given, **options: FakeCapture())
     folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cuda", max_num_batched_tokens=2, max_num_seqs=1, max_model_len=64,
