@@ -24,7 +24,7 @@ from expertwire.scheduler.config import CacheSpec, SchedulerConfig
 from expertwire.scheduler.load_balancing import LoadBalancing
 from expertwire.scheduler.outputs import FinishReason, StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult, to_offsets
-from expertwire.scheduler.policy import make_policy
+from expertwire.scheduler.policy import Policy, make_policy
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
@@ -212,15 +212,20 @@ class Simulation:
         model: StepModel,
         overlap: bool,
         host_time: bool = False,
-        policy: str,
+        policy: str | Policy,
         record: Path | None = None,
         balancing: LoadBalancing | None = None,
     ) -> None:
         assert record is None or balancing is None, "a log does not record the load balancing"
-        self.scheduler = Scheduler(config, CACHES, make_policy(policy), balancing)
+        self.scheduler = Scheduler(
+            config, CACHES, make_policy(policy) if isinstance(policy, str) else policy, balancing
+        )
         self.ranks = SimulatedRanks(config)
         self.outcome = Outcome()
-        self._calls = self.scheduler if record is None else Recorder(self.scheduler, record, policy)
+        self._calls: Scheduler | Recorder = self.scheduler
+        if record is not None:
+            assert isinstance(policy, str), "a log records a policy by its name"
+            self._calls = Recorder(self.scheduler, record, policy)
         self.overlap = overlap
         self._trace, self._model, self._host_time = trace, model, host_time
         self._now = 0.0

@@ -1,0 +1,23 @@
+"""The examples run from a checkout."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("offline.py", "SUM 40 70 15 ? 40 + 15 = 55 : 70 55 ; 70 + 55 = 25 : 25 ; answer 25"),
+        ("own_policy.py", "ShortPromptsFirst"),
+        ("own_model.py", "the same as the registry's: True"),
+    ],
+)
+def test_example(file, line):
+    done = subprocess.run([sys.executable, f"examples/{file}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert line in done.stdout
