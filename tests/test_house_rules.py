@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -293,6 +294,63 @@ def command_flags() -> Iterator[tuple[str, set[str]]]:
             yield name, options - {"-h", "--help"}
 
     return walk(cli.make_parser(benches=cli.BENCHES), "")
+
+
+# How many exceptions to a rule there still are. These numbers only ever get smaller, and 0 is where they belong.
+EXCEPTIONS = {"beginnings": 156, "legends": 40, "letters": 23, "meanings": 80}
+BEGINNINGS = re.compile(r"(What|Of|How|Whether|Where|Who)\b")
+# The last part of a tensor's name, as the `TD` in `x_TD`: capitals, digits, and the glossary's lower-case letters.
+SUFFIX = re.compile(r"_?[a-z][a-z0-9_]*_([A-Z0-9ecdrnv]*[A-Z][A-Z0-9ecdrnv]*)")
+OF_GEMMS = set("MNK")  # their own in kernels
+
+
+def at_most(rule: str, found: list[str]) -> None:
+    assert len(found) <= EXCEPTIONS[rule], f"{len(found)}, not {EXCEPTIONS[rule]}:\n" + "\n".join(found)
+
+
+def test_docstrings_begin_as_sentences():
+    """Say "Return the ..." and "Build a ...", not "What ..." or "Of x, ..."."""
+    at_most("beginnings", [
+        f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} {text.splitlines()[0]}"
+        for _, file, tree in sources(*CORE, "deploy", "expertwire")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and (text := ast.get_docstring(node)) and BEGINNINGS.match(text)
+    ])  # fmt: skip
+
+
+def shape_letters(tree: ast.Module) -> set[str]:
+    """Return the capitals at the ends of a module's names."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    return {letter for name in names if (found := SUFFIX.fullmatch(name)) for letter in found[1] if letter.isupper()}
+
+
+def glossary() -> dict[str, str]:
+    """Return the meaning of each shape letter."""
+    text = (ROOT / "docs" / "glossary.md").read_text().partition("## Words")[0]
+    rows = re.findall(r"^\| ([A-Za-z](?:, [a-z])*) \| (.*) \|$", text, re.MULTILINE)
+    return {letter: meaning for letters, meaning in rows for letter in letters.split(", ")}
+
+
+def test_shape_letters_are_explained_in_their_file_and_mean_what_the_glossary_says():
+    meanings = glossary()
+    legends, letters, differing = [], [], []
+    for folder, file, tree in sources(*CORE, "deploy", "expertwire"):
+        place = file.relative_to(ROOT)
+        legend = ast.get_docstring(tree) or ""
+        own = OF_GEMMS if folder == "kernels" else set()
+        used = shape_letters(tree)
+        letters += [f"{place}: {letter} is not in docs/glossary.md" for letter in sorted(used - meanings.keys() - own)]
+        missing = [letter for letter in sorted(used) if not re.search(rf"\b{letter}\b", legend)]
+        if missing and not re.search(r"[Ll]etters as in", legend):
+            legends.append(f"{place}: the module's docstring does not explain {', '.join(missing)}")
+        for letter, word in re.findall(r"\b([A-Z]) ([a-z]{4,})", legend):
+            if letter in used & meanings.keys() - own and word[:4] not in meanings[letter]:
+                differing.append(f"{place}: {letter} is {word!r} here, in docs/glossary.md {meanings[letter]!r}")
+    at_most("letters", letters)
+    at_most("legends", legends)
+    at_most("meanings", differing)
 
 
 def test_line_budgets():
