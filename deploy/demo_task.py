@@ -87,7 +87,7 @@ def make_example(kind: Kind, size: int, seed: int, side: Side = "train") -> tupl
 
 
 def side_of(kind: Kind, numbers: tuple[int, ...]) -> Side:
-    """Whether problems of these numbers are for testing or for training: a function of the sorted numbers."""
+    """Return whether problems with these numbers are for test or training, which depends on the sorted numbers."""
     digest = hashlib.blake2b(f"{kind} {_join(sorted(numbers))}".encode(), digest_size=1).digest()
     return "test" if digest[0] < TEST_SHARE_256 else "train"
 
@@ -101,7 +101,7 @@ def final_answer(text: str) -> int | None:
 
 
 def check(problem: Problem, text: str) -> bool:
-    """Whether the completion `text` solves the problem.
+    """Return whether the completion `text` solves the problem.
 
     `SUM` asks for the right final answer; `COUNTDOWN` also for steps that reach it, since its answer is in the question.
     """

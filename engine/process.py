@@ -116,7 +116,7 @@ def _watch(lifeline: int, parent: int) -> None:
 
 
 def _main() -> None:
-    """In a child: call the function. The child ignores Ctrl-C and ends with its parent."""
+    """Call the function; the main function of a child. The child ignores Ctrl-C and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Keep the lifeline on another descriptor, so that nothing else reads it as standard input.
     lifeline = os.dup(0)

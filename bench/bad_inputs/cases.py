@@ -374,9 +374,9 @@ def _requests() -> Iterator[Case]:
     )
     yield _request("Abort of an unknown request_id", lambda env: env.client.abort("x"), "NOT_FOUND", "'x'")
     big = partial(Environment.request, priority=2**31)
-    yield _request("priority=2**31 (refused by our client)", big, "ValueError", "priority", "2147483648")
+    yield _request("priority=2**31 (refused by the client)", big, "ValueError", "priority", "2147483648")
     unknown = partial(Environment.request, best_of=2)
-    yield _request("best_of=2 (refused by our client)", unknown, "ValueError", "best_of", "max_tokens")
+    yield _request("best_of=2 (refused by the client)", unknown, "ValueError", "best_of", "max_tokens")
 
 
 def _request(description: str, run: Callable[[Environment], object], status: str, *words: str) -> Case:

@@ -2,10 +2,10 @@
 
     python -m expertwire.bench.serving.loading [--folder DIR] [--gigabytes N] [--out FILE.json]
 
-A checkpoint of random bytes is written to a folder, a RAM disk by default, and read several times: by our loader with 1, 2 and 4
-threads; by safetensors' own reader; by `cat`; and its bytes are copied from memory to memory, with one thread. The parameters'
-memory has been touched before: what a virtual machine takes to find memory is not the reader's. The best of several rounds is
-reported, by the clock and by the processor's time, as other programs may run beside it.
+A checkpoint of random bytes is written to a folder, a RAM disk by default, and read several times: by the loader with 1, 2 and 4
+threads, by safetensors' own reader and by `cat`; its bytes are also copied from memory to memory, with one thread. The memory of
+the parameters has been touched before, so page faults do not count. The best of several rounds is reported, in wall time and in
+processor time, as other programs may be running.
 """
 
 from __future__ import annotations

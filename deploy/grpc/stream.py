@@ -83,7 +83,7 @@ class OutputStream:
         self._fail(RequestError(code, message))
 
     async def read(self) -> pb.GenerateResponse | None:
-        """What is new, about `MESSAGE_SIZE` at most; None after the last message.
+        """Return a message of unread outputs, up to about `MESSAGE_SIZE`; None after the last one.
 
         Raises:
             StreamFailed: the stream ends with an error.

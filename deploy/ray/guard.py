@@ -41,8 +41,8 @@ def _main(log: str) -> None:
         pass
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-            ours = (process / "comm").read_text().startswith("ray::")
-            if ours and log in map(os.readlink, (process / "fd").iterdir()):
+            is_ray = (process / "comm").read_text().startswith("ray::")
+            if is_ray and log in map(os.readlink, (process / "fd").iterdir()):
                 os.kill(int(process.name), signal.SIGKILL)
 
 

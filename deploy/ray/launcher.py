@@ -175,7 +175,7 @@ class RayLauncher:
             except OSError as error:
                 raise ValueError(f"ray_address {self._address!r}: nothing answers there ({error})") from error
         _init_within(self._address, self._connect_timeout_s)
-        self._owns_ray = True  # the connection; the cluster goes on
+        self._owns_ray = True  # only the connection; `stop` leaves the cluster running
 
     def _reserve(self, spec: WorkerSpec, resources: dict[str, float], nodes: list[Node]) -> PlacementGroup:
         """Return a placement group for the ranks: the first layout for which there are free resources."""

@@ -1,4 +1,4 @@
-"""The engine's options, `EngineConfig`, and what it tells its clients, `ModelInfo`."""
+"""`EngineConfig`, the engine's options, and `ModelInfo`, the model and the limits of a running engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from expertwire.scheduler.config import is_int, is_number
 from expertwire.scheduler.policy import make_policy
 
 _MAX_NAME = 128  # characters
+_MAY_BE_ZERO = ("num_redundant_experts", "eplb_step_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,25 +126,8 @@ class EngineConfig:
                 raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}, got {value!r}")
             if hint is bool and not isinstance(value, bool):
                 raise ValueError(f"{field} must be True or False, got {value!r}")
-        for field, low in (
-            ("ep_size", 1),
-            ("max_num_seqs", 1),
-            ("max_queued_requests", 1),
-            ("block_size", 1),
-            ("num_redundant_experts", 0),
-            ("eplb_step_interval", 0),
-        ):
-            _check_int(field, getattr(self, field), low)
-        for field in (
-            "max_model_len",
-            "max_num_batched_tokens",
-            "max_queued_requests_per_tenant",
-            "chunked_prefill_size",
-            "kv_cache_memory_bytes",
-            "threads_per_rank",
-        ):
-            if getattr(self, field) is not None:
-                _check_int(field, getattr(self, field), 1)
+            if field != "seed" and (hint is int or (int in get_args(hint) and value is not None)):
+                _check_int(field, value, 0 if field in _MAY_BE_ZERO else 1)
         share = self.gpu_memory_utilization
         if not is_number(share) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}")

@@ -62,9 +62,9 @@ class Chat:
             if name in names:
                 raise ValueError(f"chat_template_kwargs must not have {name!r}, which is an argument of its own")
         if self.reasoning_effort is not None and "reasoning_effort" in names:
-            raise ValueError("reasoning_effort is given twice: as an argument and in chat_template_kwargs")
+            raise ValueError("reasoning_effort is set twice: as an argument and in chat_template_kwargs")
         if self.thinking is not None and (twice := next((name for name in THINKING if name in names), None)):
-            raise ValueError(f"thinking is given twice: as an argument and as {twice!r} in chat_template_kwargs")
+            raise ValueError(f"thinking is set twice: as an argument and as {twice!r} in chat_template_kwargs")
 
 
 def _is_list_of_objects(value: Any) -> bool:

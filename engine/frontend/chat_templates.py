@@ -193,7 +193,7 @@ def _marked(message: dict[str, Any]) -> dict[str, Any]:
         if isinstance(part, dict) and isinstance(part.get("text"), str):
             marked = {**part, "text": part["text"] + _CUT}
             return {**message, "content": [*parts[:index], marked, *parts[index + 1 :]]}
-    raise ValueError(f"continue_final_message: the last message has no text to go on with, got {message!r:.100}")
+    raise ValueError(f"continue_final_message: the last message has no text to continue, got {message!r:.100}")
 
 
 def _cut(text: str) -> str:
