@@ -19,9 +19,10 @@ from expertwire.scheduler._compiled.blocks import NONE
 from expertwire.scheduler.load_balancing import LoadBalancing
 from expertwire.scheduler.plan import pack_lists
 from expertwire.scheduler.policy import Policy
+from expertwire.scheduler.prefix_cache import NO_HASHES
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request, records
-from expertwire.scheduler.running import NO_ADMISSIONS, NO_HASHES, Admissions, RunningBatch
+from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
 
 _CHUNK = 128  # requests considered at a time
 
@@ -104,8 +105,8 @@ class Admission:
             if num_cached and loops.fits(budget, rank, needed_C):
                 load = self._balancing.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
                 num = loops.charge(budget, rank, needed_C, num_tokens - num_cached, float(load[0]))
-                hash_B2 = NO_HASHES if child.block_hashes is None else child.block_hashes
-                parts.append(_Part([child], np.array([[rank], [num_cached], [num], [row], [0]]), hash_B2))
+                columns = np.array([[rank], [num_cached], [num], [row], [0]])
+                parts.append(_Part([child], columns, child.block_hashes))
         self.forks.clear()
         return parts
 
@@ -136,7 +137,7 @@ class Admission:
 
     def _num_cached(self, request: Request) -> int:
         """Return how many of a request's tokens some rank probably has cached."""
-        if request.block_hashes is None:
+        if self._batch.hasher is None:
             return 0
         num_hashes = self._num_hashes(records([request]))[0]
         blocks, max_misses = self._batch.pool.blocks, self._batch.caches.max_misses

@@ -13,6 +13,7 @@ import numpy as np
 from expertwire.scheduler._compiled import blocks as block_loops
 from expertwire.scheduler._compiled.blocks import Caches
 from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.prefix_cache import NO_HASHES
 from expertwire.scheduler.sampling_params import SAMPLING_DTYPE, SamplingParams
 
 _I32 = np.dtype(np.int32)
@@ -83,16 +84,16 @@ class Request:
     num_counted: int = 0  # tokens computed before it was preempted: their experts have been counted
     stop_ids: frozenset[int] = field(init=False)
     tokens: np.ndarray = field(init=False)  # i32: the prompt, and the output so far of one that was preempted or forked
-    # Of `tokens`, see `BlockHasher.hash`; None while it runs, as the running batch has them, and
+    # Of `tokens`, see `BlockHasher.hash`. Empty while it runs, because the running batch has them, and
     # without a prefix cache.
-    block_hashes: np.ndarray | None = field(init=False, default=None)
+    block_hashes: np.ndarray = field(init=False)
     record: bytes = field(init=False, default=b"")  # REQUEST_DTYPE, while it waits
 
     def __post_init__(self) -> None:
         assert self.prompt.dtype == _I32, self.prompt.dtype
         assert self.prompt.ndim == 1, self.prompt.shape
         self.stop_ids = frozenset(self.params.stop_token_ids) if self.params.stop_token_ids else _NO_IDS
-        self.tokens = self.prompt
+        self.tokens, self.block_hashes = self.prompt, NO_HASHES
 
     def banned_ids(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
         """Return the ids that cannot be sampled before `min_tokens` output tokens, ascending."""

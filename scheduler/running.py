@@ -25,7 +25,7 @@ from expertwire.scheduler._compiled.blocks import EVERYTHING, Caches
 from expertwire.scheduler.block_pool import BlockPool, aligned, aligned_rows
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig
 from expertwire.scheduler.plan import pack_lists, positions_in_lists
-from expertwire.scheduler.prefix_cache import BlockHasher
+from expertwire.scheduler.prefix_cache import NO_HASHES, BlockHasher
 from expertwire.scheduler.request import REQUEST_DTYPE, Request
 
 _NO_INTS = np.zeros(0, np.int32)
@@ -55,7 +55,6 @@ class BlockCopies(NamedTuple):
     to_M: np.ndarray
 
 
-NO_HASHES = np.zeros((0, 2), np.uint64)
 NO_ADMISSIONS = Admissions([], *np.zeros((5, 0), np.int64), np.zeros(0, REQUEST_DTYPE), NO_HASHES)
 _NO_COPIES = BlockCopies(_NO_INTS, _NO_INTS, _NO_INTS, _NO_INTS)
 
@@ -110,7 +109,8 @@ class RunningBatch:
         # touches little memory.
         self._tokens_ZT = aligned_rows(num_rows, width * size, np.int32)
         self._tail_Zs = aligned(num_rows * size, np.dtype(np.int32)).reshape(num_rows, size)
-        self.hasher, self._factors = None, _NO_FACTORS
+        self.hasher: BlockHasher | None = None
+        self._factors = _NO_FACTORS
         if config.enable_prefix_caching:
             self.hasher = BlockHasher(config.max_model_len, size, config.prefix_secret)
             self._factors = self.hasher.factors_B4s
@@ -338,10 +338,10 @@ class RunningBatch:
         tokens[: len(request.tokens)] = request.tokens
         return tokens
 
-    def block_hashes(self, row: int) -> np.ndarray | None:
-        """Return the `Request.block_hashes` of a row, a copy; None without a prefix cache."""
+    def block_hashes(self, row: int) -> np.ndarray:
+        """Return the `Request.block_hashes` of a row, a copy."""
         if self.hasher is None:
-            return None
+            return NO_HASHES
         hash_B2 = self._hash_ZB2[row, : self.num_known_Z[row] // self.config.block_size]
         return np.concatenate((hash_B2, self._sum_Z4[row].reshape(2, 2)))
 

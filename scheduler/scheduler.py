@@ -35,6 +35,7 @@ from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
 from expertwire.scheduler.outputs import FinishReason, StepOutputs, gather
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult, to_offsets
 from expertwire.scheduler.policy import Fcfs, Policy
+from expertwire.scheduler.prefix_cache import NO_HASHES
 from expertwire.scheduler.queue import AdmissionRate, WaitingQueue, reject
 from expertwire.scheduler.request import Rejection, Request, capacity, token_limit, why_invalid
 from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, BlockCopies, RunningBatch
@@ -297,7 +298,7 @@ class Scheduler:
         for i in np.flatnonzero(record_A["has_stop_ids"]):
             self._may_stop_V[list(requests[i].stop_ids)] = True
         for request, row in zip(requests, rows.tolist(), strict=True):
-            request.row, request.block_hashes, request.record = row, None, b""  # the batch has them now
+            request.row, request.block_hashes, request.record = row, NO_HASHES, b""  # the batch has them now
             self._policy.admitted(request)
         return rows, plan_fields(requests, record_A, tokens, token_offsets_A1, self._eos_token_ids)
 

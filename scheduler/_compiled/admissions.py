@@ -10,7 +10,7 @@ import numpy as np
 
 from expertwire.compiled import compiler
 from expertwire.scheduler._compiled.blocks import NONE, find_prefix, guess_prefix, prefetch
-from expertwire.scheduler._compiled.steps import num_blocks_due
+from expertwire.scheduler._compiled.rows import num_blocks_due
 
 jit = compiler(__file__, _nrt=False)  # see blocks
 

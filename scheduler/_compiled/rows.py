@@ -239,3 +239,18 @@ def free_outside_windows(caches, blocks, batch, row_S):
             if first > table.num_dropped:
                 _free_before(blocks, batch, cache, row, first)
                 table.num_dropped = first
+
+
+@jit
+def num_missing(caches, batch, cache, row, end):
+    """Return the number of blocks that a row lacks to hold `end` tokens."""
+    return max(-(-end // caches.size_C[cache]) - batch.tables_CZ[cache, row].num_blocks, 0)
+
+
+@jit
+def num_blocks_due(caches, batch, cache, row):
+    """Return the number of blocks that a running row will still take for the tokens that it has."""
+    held = batch.tables_CZ[cache, row].num_blocks - batch.tables_CZ[cache, row].num_dropped
+    return min(
+        num_missing(caches, batch, cache, row, batch.counters_Z[row].num_tokens), caches.most_C[cache] - held + 1
+    )

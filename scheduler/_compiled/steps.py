@@ -19,7 +19,7 @@ from expertwire.scheduler._compiled.blocks import (
     take_block,
     upper_halves,
 )
-from expertwire.scheduler._compiled.rows import hash_rows
+from expertwire.scheduler._compiled.rows import hash_rows, num_missing
 
 jit = compiler(__file__, _nrt=False)  # see blocks
 
@@ -103,7 +103,7 @@ def select_rows(caches, batch, max_num_batched_tokens, chunked_prefill_size, row
             end = batch.counters_Z[row_S[i]].num_computed + num_S[i]
             if end > batch.counters_Z[row_S[i]].num_held:
                 for cache in range(len(caches.size_C)):
-                    missing_CP[cache, rank] += _num_missing(caches, batch, cache, row_S[i], end)
+                    missing_CP[cache, rank] += num_missing(caches, batch, cache, row_S[i], end)
     return count
 
 
@@ -123,27 +123,12 @@ def _cut_to_budget(row_S, num_S, begin, end, budget):
 
 
 @jit
-def _num_missing(caches, batch, cache, row, end):
-    """Return the number of blocks that a row lacks to hold `end` tokens."""
-    return max(-(-end // caches.size_C[cache]) - batch.tables_CZ[cache, row].num_blocks, 0)
-
-
-@jit
 def missing_blocks(caches, batch, row_S, num_S, missing_CS):
     """Compute the number of blocks that each row lacks to compute `num_S` more tokens."""
     for cache in range(len(caches.size_C)):
         for i in range(len(row_S)):
             end = batch.counters_Z[row_S[i]].num_computed + num_S[i]
-            missing_CS[cache, i] = _num_missing(caches, batch, cache, row_S[i], end)
-
-
-@jit
-def num_blocks_due(caches, batch, cache, row):
-    """Return the number of blocks that a running row will still take for the tokens that it has."""
-    held = batch.tables_CZ[cache, row].num_blocks - batch.tables_CZ[cache, row].num_dropped
-    return min(
-        _num_missing(caches, batch, cache, row, batch.counters_Z[row].num_tokens), caches.most_C[cache] - held + 1
-    )
+            missing_CS[cache, i] = num_missing(caches, batch, cache, row_S[i], end)
 
 
 @jit
@@ -197,7 +182,7 @@ def _prefetch_free(caches, blocks, batch, row_S):
         for row in row_S:
             if batch.info_Z[row].rank != rank:
                 rank, ahead = batch.info_Z[row].rank, 0
-            num = _num_missing(caches, batch, cache, row, batch.counters_Z[row].num_computed)
+            num = num_missing(caches, batch, cache, row, batch.counters_Z[row].num_computed)
             prefetch_free(blocks, cache * blocks.num_ranks + rank, ahead, num)
             ahead += num
 
