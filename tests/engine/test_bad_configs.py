@@ -133,53 +133,49 @@ def test_bad_configs_are_refused_by_name(tmp_path, kind, change, message):
 
 
 # What the hub's own files leave out or set to null, by what that means.
-MEANS_NONE = set(
-    [
-        "eos_token_id",
-        "rope_scaling",
-        "sliding_window",
-        "quantization_config",
-        "attention_chunk_size",
-        "n_shared_experts",
-        "num_mtp_modules",
-        "num_nextn_predict_layers",
-        "q_lora_rank",
-        "topk_group",
-        "rotary_dim",
-        "n_group",
-    ]
-)
-MEANS_THE_USUAL = set(
-    [
-        "attention_bias",
-        "attn_scale",
-        "attn_temperature_tuning",
-        "clip_qkv",
-        "floor_scale",
-        "head_dim",
-        "interleave_moe_layer_step",
-        "layer_types",
-        "lm_head_bias",
-        "max_window_layers",
-        "mlp_bias",
-        "mlp_only_layers",
-        "moe_layer_freq",
-        "no_rope_layers",
-        "partial_rotary_factor",
-        "qk_norm_type",
-        "rope_interleave",
-        "scoring_func",
-        "shared_intermediate_size",
-        "swiglu_limit",
-        "tie_word_embeddings",
-        "topk_method",
-        "use_qk_norm",
-        "use_routing_bias",
-        "use_sliding_window",
-        "norm_topk_prob",
-        "num_key_value_heads",
-    ]
-)
+MEANS_NONE = {
+    "eos_token_id",
+    "rope_scaling",
+    "sliding_window",
+    "quantization_config",
+    "attention_chunk_size",
+    "n_shared_experts",
+    "num_mtp_modules",
+    "num_nextn_predict_layers",
+    "q_lora_rank",
+    "topk_group",
+    "rotary_dim",
+    "n_group",
+}
+MEANS_THE_USUAL = {
+    "attention_bias",
+    "attn_scale",
+    "attn_temperature_tuning",
+    "clip_qkv",
+    "floor_scale",
+    "head_dim",
+    "interleave_moe_layer_step",
+    "layer_types",
+    "lm_head_bias",
+    "max_window_layers",
+    "mlp_bias",
+    "mlp_only_layers",
+    "moe_layer_freq",
+    "no_rope_layers",
+    "partial_rotary_factor",
+    "qk_norm_type",
+    "rope_interleave",
+    "scoring_func",
+    "shared_intermediate_size",
+    "swiglu_limit",
+    "tie_word_embeddings",
+    "topk_method",
+    "use_qk_norm",
+    "use_routing_bias",
+    "use_sliding_window",
+    "norm_topk_prob",
+    "num_key_value_heads",
+}
 UNUSED = {"attention_dropout", "bos_token_id", "model_type", "qk_head_dim", "vision_config"}
 # A dense Llama 4 has no experts whatever these say, and a mixture in every layer no MLP.
 UNUSED_WITHOUT_SUCH_LAYERS = {"num_experts_per_tok", "num_local_experts", "intermediate_size", "intermediate_size_mlp"}

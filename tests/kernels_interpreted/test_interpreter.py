@@ -13,7 +13,7 @@ from expertwire.bench.kernels import interpreter
 @triton.jit
 def sum_kernel(number_ptr, out_ptr):
     total = 0
-    for i in range(0, tl.load(number_ptr)):  # a number that was read is an index
+    for i in range(tl.load(number_ptr)):  # a number that was read is an index
         total += i
     tl.store(out_ptr, total)
 
