@@ -60,29 +60,29 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Generates text, token by token. Cancelling the call, its deadline, or a lost connection aborts the request. The deadline of
-        the call is also that of the first token: if it cannot come in time, the request is refused at once.
+        """Generates text, token by token. Cancelling the call, its deadline, or a lost connection aborts the request. If the first
+        token cannot come before the deadline, the request is refused at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a running request: its stream closes regularly, with FINISH_REASON_ABORT on the branches that were running.
+        """Ends a running request. Its stream ends without an error, with FINISH_REASON_ABORT on the branches that were running.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """What is served, and its limits.
+        """Returns the model and its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStats(self, request, context):
-        """Counters and gauges of the engine at this moment.
+        """Returns counters and gauges of the engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
