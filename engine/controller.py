@@ -2,6 +2,8 @@
 
 It has no tokenizer, no tensors and no model. It reports to the process that started it on standard output, one JSON object a
 line: {"listening": {"hub", "frontends"}}, then {"ready": ...} or {"failed": {"rank", "message"}}.
+
+L layers, E logical experts; other letters as in `scheduler.outputs`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The decision on a window of load is made in a thread, as it may take as long as several steps.
 
-L layers, E logical experts.
+L layers, E logical experts, X physical experts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Rebalancing:
 
     @property
     def moving(self) -> bool:
-        """Whether the next step moves experts, even if it has no tokens."""
+        """True if the next step moves experts, even if it has no tokens."""
         self._look_for_verdict()
         return self._migration is not None
 
@@ -140,8 +140,8 @@ class Rebalancing:
         self._stats |= values
 
     def _moved(self, moves: ExpertMoves, elapsed_us: int) -> None:
-        rank_S = self._load.placement.rank_of_S
-        ends = [np.bincount(rank_S[slots]).max() for slots in (moves.source_M, moves.target_M) if len(slots)]
+        rank_X = self._load.placement.rank_of_S
+        ends = [np.bincount(rank_X[slots]).max() for slots in (moves.source_M, moves.target_M) if len(slots)]
         if ends:
             self._moved_bytes += int(max(ends)) * self._expert_bytes
             self._moved_us += elapsed_us

@@ -1,4 +1,7 @@
-"""Start-up of an engine on the controller's side: the exchange with the ranks, and the size of the KV caches."""
+"""Start-up of an engine on the controller's side: the exchange with the ranks, and the size of the KV caches.
+
+P ranks.
+"""
 
 from __future__ import annotations
 
