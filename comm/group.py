@@ -1,4 +1,4 @@
-"""A group of ranks that exchange rows: gloo between CPUs, NCCL between GPUs, nothing at all for a single rank."""
+"""Groups of ranks that exchange rows: gloo between CPUs, NCCL between GPUs, copies for a single rank."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch._C._distributed_c10d import _register_process_group, _unregister_proc
 
 
 class Pending(Protocol):
-    """An exchange under way; its buffers may be touched only after `wait`."""
+    """An exchange in progress; its buffers may be used only after `wait`."""
 
     def wait(self) -> object: ...
 
 
 class Group(Protocol):
-    """Ranks 0..size-1 and what they can do together. Every rank takes part in every call, in the same order."""
+    """Collective operations of the ranks 0..size-1. Every rank takes part in every call, in the same order."""
 
     rank: int
     size: int
@@ -30,7 +30,7 @@ class Group(Protocol):
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
         """Send `counts[p]` rows of `rows` to each rank p and receive `out_counts[p]` rows from it into `out`, in rank order.
 
-        No counts: equally many of each.
+        Without counts all are equal.
         """
         ...
 
@@ -40,20 +40,20 @@ class Group(Protocol):
 
 
 class PeerGroup(Group, Protocol):
-    """A group whose ranks also send to one another as each pair needs."""
+    """A group whose ranks also send to each other in pairs."""
 
-    def swap(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
-        """Send `send_P[p]` to each rank p and receive `receive_P[p]` from it, all at once; nothing travels for empty ones."""
+    def send_recv(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
+        """Send `send_P[p]` to each rank p and receive `receive_P[p]` from it, all at once; empty ones are skipped."""
         ...
 
-    def gather(self, out: Tensor, rows: Tensor) -> Pending:
-        """Everybody's `rows`, equally many, into `out` in rank order."""
+    def all_gather(self, out: Tensor, rows: Tensor) -> Pending:
+        """Gather every rank's `rows`, equally many, into `out` in rank order."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class NcclOptions:
-    """Of one communicator; see NCCL's ncclConfig_t.
+    """Options of one communicator; see NCCL's ncclConfig_t.
 
     Args:
         min_ctas, max_ctas: thread blocks of a call; None: NCCL chooses.
@@ -84,7 +84,7 @@ class _Done:
 
 
 class _All:
-    """Several exchanges under way."""
+    """Several exchanges in progress."""
 
     def __init__(self, pending: Sequence[Pending]) -> None:
         self._pending = pending
@@ -95,7 +95,7 @@ class _All:
 
 
 class SoloGroup:
-    """A single rank: what it sends, it receives."""
+    """A group of one rank, which receives what it sends."""
 
     rank = 0
     size = 1
@@ -105,11 +105,11 @@ class SoloGroup:
         out.copy_(rows)
         return _Done()
 
-    def swap(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
+    def send_recv(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
         receive_P[0].copy_(send_P[0])
         return _Done()
 
-    def gather(self, out: Tensor, rows: Tensor) -> Pending:
+    def all_gather(self, out: Tensor, rows: Tensor) -> Pending:
         out.copy_(rows)
         return _Done()
 
@@ -121,18 +121,18 @@ class SoloGroup:
 
 
 class TorchGroup:
-    """Ranks of `torch.distributed`.
+    """A group over a process group of `torch.distributed`.
 
     Args:
-        store: where the ranks find each other.
-        device: "cpu" (gloo) or "cuda" (NCCL, on the current device, whose communicator is made at once).
-        local_ip: this host's address towards the others; gloo listens there.
+        store: store at which the ranks meet.
+        device: "cpu" (gloo) or "cuda" (NCCL on the current device; its communicator is made at once).
+        local_ip: this host's address as the other ranks see it; gloo listens there.
         timeout_s: an exchange that takes longer is an error.
         nccl: only for "cuda".
 
     Attributes:
         device: of the tensors that it exchanges, "cpu" or "cuda:N".
-        closing: what depends on the group; `close` ends it before the group, the last first.
+        closing: resources that depend on the group; `close` releases them first, in reverse order.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class TorchGroup:
     ) -> None:
         self.rank, self.size, self.store = rank, size, store
         self.closing = contextlib.ExitStack()
-        self._like: dict[str, Any] = {"device": device, "local_ip": local_ip, "timeout_s": timeout_s, "nccl": nccl}
+        self._options: dict[str, Any] = {"device": device, "local_ip": local_ip, "timeout_s": timeout_s, "nccl": nccl}
         timeout = timedelta(seconds=timeout_s)
         if device == "cpu":
             self.device = device
@@ -163,19 +163,19 @@ class TorchGroup:
             options._timeout = timeout
             configure(options.config, nccl)
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
-            # A communicator is otherwise made by the first call, which all ranks have to make: `swap` is not such a one.
+            # The first call would make the communicator, but needs all ranks, and `send_recv` may involve only some.
             self._group.eager_connect_single_device(torch.device("cuda", index))
 
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
         options = dist.AllToAllOptions()
         return self._group.alltoall_base(out, rows, list(out_counts), list(counts), options)
 
-    def swap(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
+    def send_recv(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
         """See `PeerGroup`. NCCL sends and receives all in one kernel, gloo has a call for each.
 
-        `ProcessGroupNCCL::endCoalescing` closes the NCCL group and returns nullptr, here None, if nothing was sent or received
-        since `startCoalescing` (torch 2.11 to 2.13, ProcessGroupNCCL.cpp: `coalescedComm_ == nullptr`): a rank between whose
-        peers nothing travels has nothing to wait for. Until the work has been waited for it keeps the tensors.
+        `ProcessGroupNCCL::endCoalescing` closes the NCCL group and returns nullptr, here None, if nothing was sent or
+        received since `startCoalescing` (torch 2.11 to 2.13, ProcessGroupNCCL.cpp: `coalescedComm_ == nullptr`). Until it
+        has been waited for, the work keeps the tensors alive.
         """
         grouped = self.device != "cpu"
         if grouped:
@@ -190,31 +190,30 @@ class TorchGroup:
             if len(send):
                 works.append(self._group.send([_bytes(send)], peer, 0))
         if grouped:
-            all_of_them = self._group._end_coalescing()
-            works = [] if all_of_them is None else [all_of_them]
+            work = self._group._end_coalescing()
+            works = [] if work is None else [work]
         return _All(works)
 
-    def gather(self, out: Tensor, rows: Tensor) -> Pending:
+    def all_gather(self, out: Tensor, rows: Tensor) -> Pending:
         return self._group._allgather_base(_bytes(out), _bytes(rows))
 
     def barrier(self) -> None:
-        """Wait for all ranks; of a CUDA group also for what this rank's current stream has been given."""
+        """Wait for all ranks; a CUDA group also waits for the work on this rank's current stream."""
         options = dist.BarrierOptions()
         if self.device != "cpu":  # ProcessGroupNCCL::barrier would guess the device from the rank
             options.device_ids = [torch.device(self.device).index]
         self._group.barrier(options).wait()
 
     def register(self) -> str:
-        """Return a name under which torch's C++ finds these ranks and a store of their own, until `close`. All ranks call it
-        together.
+        """Return a name under which torch's C++ finds these ranks and a store of their own, until `close`.
 
-        What torch does in C++ with a group it resolves by name from `GroupRegistry.cpp`, which knows `ProcessGroup`s and not the
-        backends that they are made of, and keeps none alive: entries are weak. `init_process_group` would register one, too, but
-        as the process's default group, of which there is one for all engines of a process, and with other backends than ours.
+        All ranks call it together. torch's C++ resolves groups by name in `GroupRegistry.cpp`, which holds weak references to
+        `ProcessGroup`s, not to their backends. `init_process_group` would register one, too, but as the process's default
+        group, which all engines of a process share, and with other backends than ours.
         """
-        meeting = everyones_text(self, secrets.token_hex(8), self.device)[0]
-        name = f"expertwire-{meeting}-{self.rank}"  # the registry is the process's, and nobody compares names
-        group = dist.ProcessGroup(dist.PrefixStore(f"expertwire-{meeting}", self.store), self.rank, self.size)
+        rendezvous = all_gather_text(self, secrets.token_hex(8), self.device)[0]
+        name = f"expertwire-{rendezvous}-{self.rank}"  # one registry per process; names of ranks may differ
+        group = dist.ProcessGroup(dist.PrefixStore(f"expertwire-{rendezvous}", self.store), self.rank, self.size)
         _register_process_group(name, group)
 
         def forget(registered: dist.ProcessGroup) -> None:
@@ -223,22 +222,22 @@ class TorchGroup:
         self.closing.callback(forget, group)
         return name
 
-    def part(self, part_P: Sequence[int], nccl: NcclOptions | None = None) -> Group:
-        """A group of the ranks whose part is this rank's, in their order, maybe with other options; it ends with this one.
+    def split(self, color_P: Sequence[int], nccl: NcclOptions | None = None) -> Group:
+        """Return the group of the ranks with this rank's color, in their order, closed with this group.
 
         All ranks call it together.
         """
-        members = [rank for rank in range(self.size) if part_P[rank] == part_P[self.rank]]
+        members = [rank for rank in range(self.size) if color_P[rank] == color_P[self.rank]]
         if len(members) == 1:
-            everyones_text(self, "", self._like["device"])
+            all_gather_text(self, "", self._options["device"])
             return SoloGroup()
-        store, address = serve_store(self._like["local_ip"]) if members[0] == self.rank else (None, "")
-        host, port = everyones_text(self, address, self._like["device"])[members[0]].rsplit(":", 1)
+        store, address = serve_store(self._options["local_ip"]) if members[0] == self.rank else (None, "")
+        host, port = all_gather_text(self, address, self._options["device"])[members[0]].rsplit(":", 1)
         store = store or dist.TCPStore(host, int(port), is_master=False)
-        like = self._like if nccl is None else {**self._like, "nccl": nccl}
-        part = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **like)
-        self.closing.callback(part.close)
-        return part
+        options = self._options if nccl is None else {**self._options, "nccl": nccl}
+        group = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **options)
+        self.closing.callback(group.close)
+        return group
 
     def close(self) -> None:
         self.closing.close()
@@ -247,12 +246,12 @@ class TorchGroup:
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    """Gloo refuses some types."""
+    """Return rows as bytes, because gloo refuses some dtypes."""
     return rows.view(torch.uint8)
 
 
 def configure(config: Any, wanted: NcclOptions) -> None:
-    """Write what is wanted into torch's `NCCLConfig`."""
+    """Set options in torch's `NCCLConfig`."""
     for name in ("min_ctas", "max_ctas"):
         if (value := getattr(wanted, name)) is not None:
             setattr(config, name, value)
@@ -261,7 +260,7 @@ def configure(config: Any, wanted: NcclOptions) -> None:
 def make_group(
     *, store_address: str, rank: int, size: int, device: str, local_ip: str, timeout_s: float, master: dist.Store | None
 ) -> Group:
-    """The group of `size` ranks that meet at the TCP store `host:port`; rank 0 passes the store it serves as `master`."""
+    """Return the group of `size` ranks at the TCP store `host:port`; rank 0 passes the store it serves as `master`."""
     if size == 1:
         return SoloGroup()
     host, port = store_address.rsplit(":", 1)
@@ -270,27 +269,27 @@ def make_group(
 
 
 def serve_store(local_ip: str) -> tuple[dist.TCPStore, str]:
-    """A TCP store on a free port of this host, and its address for the other ranks."""
+    """Return a TCP store on a free port of this host, and its address for the other ranks."""
     store = dist.TCPStore(local_ip, 0, is_master=True, wait_for_workers=False)
     return store, f"{local_ip}:{store.port}"
 
 
 def exchange_now(group: Group, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """`Group.exchange` into a new tensor, waited for."""
+    """Return the result of `Group.exchange` in a new tensor."""
     out = torch.empty((sum(out_counts), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
     group.exchange(out, rows, out_counts, counts).wait()
     return out
 
 
-def everyones(group: Group, row: Tensor) -> Tensor:
-    """[P, n]: the row [n] of every rank, on the row's device. All ranks call it together."""
+def all_gather_rows(group: Group, row: Tensor) -> Tensor:
+    """Return the row [n] of every rank, [P, n], on the row's device. All ranks call it together."""
     ones = [1] * group.size
     return exchange_now(group, row.repeat(group.size, 1), ones, ones)
 
 
-def everyones_text(group: Group, text: str, device: torch.device | str = "cpu") -> list[str]:
-    """What every rank says, by rank. All ranks call it together; `device` is one that the group sends from."""
-    said = text.encode()
-    assert len(said) <= _TEXT_BYTES, f"{len(said)} bytes of text, room for {_TEXT_BYTES}"
-    row = torch.frombuffer(bytearray(said.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
-    return [bytes(row).rstrip(b"\0").decode() for row in everyones(group, row).cpu().numpy()]
+def all_gather_text(group: Group, text: str, device: torch.device | str = "cpu") -> list[str]:
+    """Return every rank's text, by rank. All ranks call it together; `device` is one that the group sends from."""
+    data = text.encode()
+    assert len(data) <= _TEXT_BYTES, f"{len(data)} bytes of text, at most {_TEXT_BYTES}"
+    row = torch.frombuffer(bytearray(data.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
+    return [bytes(row).rstrip(b"\0").decode() for row in all_gather_rows(group, row).cpu().numpy()]

@@ -1,8 +1,7 @@
-"""Memory of every rank that every rank can write to, from one of three sources.
+"""Symmetric memory: as many bytes on every rank, into which every rank can write, from one of three sources.
 
-A source gives P tensors of bytes, all zero, by rank: the one at this rank's place is its own, the others are its peers'. Which
-source it was, nobody asks afterwards: the layout (`comm.all_to_all.symmetric_buffer`) and the protocol are the same
-over all of them.
+A source returns P zeroed tensors of bytes, by rank: this rank's own memory and its peers' as mapped here. The layout
+(`comm.all_to_all.symmetric_buffer`) and the protocol above it are the same for all sources.
 """
 
 from __future__ import annotations
@@ -18,88 +17,89 @@ from torch import Tensor
 from torch._C._distributed_c10d import _SymmetricMemory
 
 from expertwire.comm.control.hub import this_node
-from expertwire.comm.group import Group, TorchGroup, everyones_text
+from expertwire.comm.group import Group, TorchGroup, all_gather_text
 
 _SHARED_FOLDER = Path("/dev/shm")
 
 
 def slices(num_ranks: int, nbytes: int, device: str = "cpu") -> list[Tensor]:
-    """Of one tensor: several ranks in one process."""
+    """Return slices of one tensor, for several ranks in one process."""
     return list(torch.zeros(num_ranks, nbytes, dtype=torch.uint8, device=device))
 
 
 def shared(group: Group, nbytes: int) -> list[Tensor]:
-    """Shared memory between the processes of one machine. All ranks call it together.
+    """Return shared memory between the processes of one machine. All ranks call it together.
 
-    The files have a name only until everybody has mapped them, so that nothing stays behind when a rank dies.
+    The files are unlinked once all ranks have mapped them, so that nothing is left behind when a rank dies.
 
     Raises:
         ValueError: the ranks are on several machines, or there is not enough shared memory.
     """
-    path = _SHARED_FOLDER / f"expertwire-arena-{secrets.token_hex(8)}"
+    path = _SHARED_FOLDER / f"expertwire-symmetric-{secrets.token_hex(8)}"
     problem = _create(path, nbytes)
     try:
-        cards = [card.split("\n") for card in everyones_text(group, f"{this_node()}\n{path}\n{problem}")]
-        if problems := [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(cards) if problem]:
+        files = [text.split("\n") for text in all_gather_text(group, f"{this_node()}\n{path}\n{problem}")]
+        if problems := [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(files) if problem]:
             raise ValueError(f"all_to_all 'nvlink' needs {nbytes} bytes of shared memory a rank; {problems[0]}")
-        if any(node != cards[0][0] for node, _, _ in cards):
+        if any(node != files[0][0] for node, _, _ in files):
             raise ValueError(
                 "all_to_all 'nvlink' needs all CPU ranks on one machine, but they are on "
-                f"{len({node for node, _, _ in cards})}; use 'reference'"
+                f"{len({node for node, _, _ in files})}; use 'reference'"
             )
-        arenas = [_map(Path(peer), nbytes) for _, peer, _ in cards]
+        buffers = [_map(Path(peer), nbytes) for _, peer, _ in files]
         group.barrier()
     finally:
         path.unlink(missing_ok=True)
-    return arenas
+    return buffers
 
 
 def symmetric(group: TorchGroup, nbytes: int, device: torch.device) -> list[Tensor]:
-    """Memory of GPUs that reach each other's, from torch; it is there until the group is closed.
+    """Return torch's symmetric memory between GPUs, valid until the group is closed.
 
-    All ranks call it together, outside of any capture, once for all that they need: torch counts meetings by process and not by
-    group, so one that leaves some ranks out hangs the next (https://github.com/pytorch/pytorch/issues/196082). The group may be
-    one of CPUs: it only serves to meet. Several ranks on one GPU are refused by torch, unless the process was started with
+    All ranks call it together, outside of any graph capture, once for all that they need: torch counts rendezvous by
+    process and not by group, so that one without some of the ranks hangs the next
+    (https://github.com/pytorch/pytorch/issues/196082). The group is used for the rendezvous only and may be one of
+    CPUs. torch refuses several ranks on one GPU, unless the process was started with
     TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 in its environment.
     """
     memory = SymmetricMemory(group, nbytes, device)
     group.closing.callback(memory.close)
-    return memory.arenas
+    return memory.buffers
 
 
 class SymmetricMemory:
-    """The owner of symmetric memory: what keeps the mappings of all ranks' memory alive.
+    """Owner of symmetric memory, which keeps the mappings of all ranks' memory alive.
 
-    Written from the sources of torch 2.11 to 2.13 (c10d/symm_mem); never run on a GPU. `CUDASymmetricMemory.cu`: ranks and store
-    are those of the `ProcessGroup` that is registered under the name (make_peer_alloc_info, since pull request 172163), and what
-    maps the peers' memory belongs to the handle and to the local allocation, whose deleter gives it up. `SymmetricMemory.cpp`:
-    `get_buffer` wraps an address and owns nothing, so a buffer outlives neither of the two.
+    Written from the sources of torch 2.11 to 2.13 (c10d/symm_mem); never run on a GPU. `CUDASymmetricMemory.cu`: ranks
+    and store are those of the `ProcessGroup` that is registered under the name (make_peer_alloc_info, since pull request
+    172163), and the mappings of the peers' memory belong to the handle and to the local allocation, whose deleter unmaps
+    them. `SymmetricMemory.cpp`: `get_buffer` wraps an address and owns nothing, so that a buffer must not outlive either.
 
     Attributes:
-        arenas: u8 [nbytes], by rank, all zero.
+        buffers: u8 [nbytes], by rank, zeroed.
     """
 
     def __init__(self, group: TorchGroup, nbytes: int, device: torch.device) -> None:
         name = group.register()
         self._device = device
-        # Not `_symmetric_memory.empty`, which takes it from a pool: a handle's buffers begin where the pool's block does.
+        # Not `_symmetric_memory.empty`, which allocates from a pool: a handle's buffers begin where the pool's block does.
         self._local = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, name)
         self._local.zero_()
         self._handle = _SymmetricMemory.rendezvous(self._local, name)
-        self.arenas = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
+        self.buffers = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
         torch.cuda.synchronize(device)
-        group.barrier()  # nobody writes before all is zero
+        group.barrier()  # no rank may write before all memory is zeroed
 
     def close(self) -> None:
-        """Give everything back, when the device has done what it was given. No arena may be used from now on."""
+        """Free the memory once the device's work is done. No buffer may be used from now on."""
         torch.cuda.synchronize(self._device)
-        self.arenas = []
+        self.buffers = []
         del self._handle
         del self._local
 
 
 def _create(path: Path, nbytes: int) -> str:
-    """A file of zeros, or why there is none."""
+    """Create a file of zeros; return an error message, or "" on success."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -121,11 +121,11 @@ def _map(path: Path, nbytes: int) -> Tensor:
 
 
 class Fence:
-    """A full memory barrier of the CPU, so that a peer sees what was written before ahead of what is written after.
+    """A full memory barrier of the CPU: peers see stores before it ahead of stores after it.
 
-    The compiler reorders nothing here, as each access is a call; x86 shows stores in their order, and the copies of large blocks
-    end with their own fence. On processors that order less, this does it: taking and releasing a lock are atomic operations, and
-    two rounds order everything before against everything after.
+    The compiler reorders nothing here, as each access is a call; x86 keeps stores in order, and copies of large blocks
+    end with their own fence. On processors with weaker ordering, acquiring and releasing a lock are atomic operations,
+    and two rounds order everything before against everything after.
     """
 
     def __init__(self) -> None:

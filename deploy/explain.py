@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from expertwire.comm.topology import backend_times
-from expertwire.comm.topology.backend_choice import Situation, choose
-from expertwire.comm.topology.topology import Place, Topology, read
+from expertwire.comm.topology.backend_choice import BackendConditions, choose
+from expertwire.comm.topology.topology import RankLocation, Topology, read
 from expertwire.engine.config import validation
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.loader.quantization import expert_format
@@ -48,7 +48,7 @@ def _describe_all_to_all(
     where = read(topology).first(ep_size) if topology else _default_topology(device, ep_size)
     row = config.hidden_size * {"float32": 4, "bfloat16": 2}[config.dtype]
     sent = config.hidden_size * 33 // 32 if fp8 else row  # a scale of four bytes for 128 numbers
-    here = Situation(
+    here = BackendConditions(
         topology=where,
         device="cpu" if device == "cpu" else "cuda",
         step_rows=ep_size * options.micro_batch_tokens * config.top_k,
@@ -67,8 +67,8 @@ def _describe_all_to_all(
             tokens = options.micro_batch_tokens
             if device != "cpu":
                 tokens = validation.exchange_tokens(options, config, ep_size, fp8=fp8)
-            arena = tokens * (ep_size * sent + config.top_k * row)
-            yield f"symmetric buffers of a rank: {options.num_micro_batches} of about {arena / 1e6:.1f} MB, for {tokens} tokens"
+            nbytes = tokens * (ep_size * sent + config.top_k * row)
+            yield f"symmetric buffers of a rank: {options.num_micro_batches} of about {nbytes / 1e6:.1f} MB, for {tokens} tokens"
         if device != "cpu":
             yield validation.describe_gpu_dispatch(graph_safe=choice.name == "nvlink", fp8=fp8)
     yield str(where)
@@ -98,8 +98,8 @@ def _default_topology(device: str, ep_size: int) -> Topology:
         return read("hgx8" if device == "h200" else "nvl72").first(ep_size)
     if device == "cuda":
         return _gpus_here(ep_size)
-    place = Place(domain="this machine", node="this machine", failure_domain="this machine")
-    return Topology(name="this machine", places=(place,) * ep_size)
+    location = RankLocation(domain="this machine", node="this machine", failure_domain="this machine")
+    return Topology(name="this machine", locations=(location,) * ep_size)
 
 
 def _gpus_here(ep_size: int) -> Topology:

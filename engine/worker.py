@@ -296,7 +296,7 @@ def _load(
             dtype=dtype,
             layers=tuple(np.flatnonzero(model_config.sparse_layers).tolist()),
             timeout_s=_EXCHANGE_SHARE * config.step_timeout_s,
-            num_parts=config.num_micro_batches,
+            num_micro_batches=config.num_micro_batches,
         )
         fp8 = sends_fp8(config, model_config, on_gpu=ops.on_device)
         if ops.on_device and num_ranks > 1:
@@ -361,7 +361,9 @@ def _places(config: EngineConfig, group: groups.Group, node: str, device: str) -
     if config.topology is not None:
         found = topology.read(config.topology).first(group.size)
     else:
-        found = topology_probe.assemble(topology_probe.gather(group, topology_probe.probe(node, device), device))
+        found = topology_probe.assemble(
+            topology_probe.gather_reports(group, topology_probe.probe(node, device), device)
+        )
     return found.domain_P().tolist(), found.failure_domain_P().tolist()
 
 
@@ -374,7 +376,7 @@ def _all_to_alls(
     says = (
         str(choice) if device == "cpu" else f"{choice}; {describe_gpu_dispatch(graph_safe=made[0].graph_safe, fp8=fp8)}"
     )
-    if spec.num_parts > 1 and device != "cpu":
+    if spec.num_micro_batches > 1 and device != "cpu":
         made = tuple(map(on_stream, made))
     return made, says if spec.group.size > 1 else ""
 

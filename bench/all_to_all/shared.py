@@ -18,7 +18,7 @@ import torch
 from expertwire.bench.all_to_all.step import Capture, Eager, Exchange, Graphed, Member, check, cuda_graph, echo
 from expertwire.comm import symmetric_memory
 from expertwire.comm.all_to_all import cost_model
-from expertwire.comm.all_to_all.base import AllToAllSpec, Watched
+from expertwire.comm.all_to_all.base import AllToAllSpec, Checkable
 from expertwire.comm.all_to_all.fp8 import packed
 from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
 from expertwire.comm.group import Group
@@ -104,6 +104,6 @@ def _steps(
         exchange.answer([echo(of_rank, each.x_TD) for of_rank, each in zip(arrived, members, strict=True)])
         home = exchange.combine()
         for home_TKD, each in zip(home, members, strict=True):
-            if isinstance(each.all_to_all, Watched):
+            if isinstance(each.all_to_all, Checkable):
                 each.all_to_all.check()
             check(home_TKD, each.x_TD, format)

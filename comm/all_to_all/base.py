@@ -1,18 +1,18 @@
-"""The seam of expert parallelism: tokens go out to their experts' ranks (dispatch) and expert rows come home (combine).
+"""The all-to-all of expert parallelism: dispatch takes tokens to their experts' ranks, combine returns expert outputs.
 
-Four phases, each taken by every rank in every layer, also with no tokens. What a layer does between `dispatch_send` and
-`dispatch_recv` (shared experts) overlaps with the exchange. Handles are opaque and frozen; a backend is built once from an
-`AllToAllSpec`.
+Every rank takes all four phases in every layer, also without tokens. What a layer computes between `dispatch_send`
+and `dispatch_recv` (shared experts) overlaps with the exchange. A backend is built once from an `AllToAllSpec`.
 
-T tokens of this rank, K experts a token, D width, U unique rows received (one a token, however many of its experts are here),
-R routed rows (one a (token, expert here)), e local experts, P ranks.
+T tokens of this rank, K experts a token, D model width, U distinct tokens received (each once, however many of its
+experts are here), R routed rows received (one for each (token, expert here)), e local experts, P ranks. A token's home
+rank is the one whose batch it is in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,21 +24,21 @@ from expertwire.kernels.ops.permute import TileMap
 
 @dataclass(frozen=True, kw_only=True)
 class AllToAllSpec:
-    """What an all-to-all is built for.
+    """Sizes and ranks that an all-to-all is built for.
 
     Args:
         group: the ranks.
         rank_offsets: P + 1 integers; rank p holds the physical experts `rank_offsets[p] : rank_offsets[p + 1]`.
-        max_tokens: of one rank in one exchange.
-        hidden_size: D.
+        max_tokens: tokens of one rank in one exchange, at most.
+        hidden_size: D, width of dispatched rows.
         top_k: K.
-        dtype: of rows on the wire.
-        home_size, home_dtype: of the rows that come home; None: like those that go out.
-        layers: the model's layers that take turns, over and over, in this order; errors name them. Empty: one may take several
-            exchanges in a step, so that errors cannot tell.
-        timeout_s: a rank that lets the others wait for longer is an error, where the backend waits by itself.
-        part, num_parts: of a step that is computed in parts, each with an all-to-all of its own: which one this is for. Their
-            exchanges take turns.
+        dtype: of dispatched rows.
+        combine_size, combine_dtype: of the rows of a combine; None: those of a dispatch.
+        layers: the model's layers, in the order of their exchanges, which repeats; errors name them. Empty: a layer may
+            take several exchanges in a step, so that errors cannot name it.
+        timeout_s: a rank that keeps the others waiting for longer is an error, where the backend itself waits.
+        micro_batch, num_micro_batches: which of a step's micro-batches this is for. Each has an all-to-all of its own, and
+            their exchanges alternate.
     """
 
     group: Group
@@ -47,64 +47,76 @@ class AllToAllSpec:
     hidden_size: int
     top_k: int
     dtype: torch.dtype
-    home_size: int | None = None
-    home_dtype: torch.dtype | None = None
+    combine_size: int | None = None
+    combine_dtype: torch.dtype | None = None
     layers: tuple[int, ...] = (0,)
     timeout_s: float = 120.0
-    part: int = 0
-    num_parts: int = 1
+    micro_batch: int = 0
+    num_micro_batches: int = 1
+
+    def check_tokens(self, num_tokens: int, num_tokens_P: Sequence[int]) -> None:
+        """Assert that this rank's number of tokens is the planned one, and within `max_tokens`."""
+        rank = self.group.rank
+        assert num_tokens == num_tokens_P[rank], f"rank {rank} has {num_tokens} tokens, plan {num_tokens_P}"
+        assert num_tokens <= self.max_tokens, f"{num_tokens} tokens, built for {self.max_tokens}"
 
 
 class RankStalled(RuntimeError):
-    """A rank's part of an exchange did not come in time. All ranks that wait for it raise this.
+    """A rank did not take its part in an exchange in time. All ranks that wait for it raise this.
 
     Attributes:
-        rank: whose part.
-        exchange: which one, from 1; a step, or each part of it, has one a layer, or several.
+        rank: the rank that is missing.
+        exchange: number of the exchange, from 1; each micro-batch of a step has one or several a layer.
         phase: "dispatch" or "combine".
-        layer: the model's; None if that is not known.
-        part: of the step.
+        layer: the model's layer; None if that is not known.
+        micro_batch: of the step.
     """
 
     def __init__(
-        self, rank: int, exchange: int, phase: str, layer: int | None, timeout_s: float, part: int = 0
+        self, rank: int, exchange: int, phase: str, layer: int | None, timeout_s: float, micro_batch: int = 0
     ) -> None:
         where = "" if layer is None else f" of layer {layer}"
         super().__init__(
             f"rank {rank} has stalled: the others have waited for more than {timeout_s:g} s for its {phase}{where}"
         )
-        self.rank, self.exchange, self.phase, self.layer, self.part = rank, exchange, phase, layer, part
+        self.rank, self.exchange, self.phase, self.layer, self.micro_batch = rank, exchange, phase, layer, micro_batch
 
     @property
     def order(self) -> tuple[int, int, int, int]:
-        """As ranks come to wait. Of several, the smallest is the cause; the last number is the rank."""
-        return self.exchange, int(self.phase == "combine"), self.part, self.rank
+        """Sort key by the time of the wait: of several stalls the smallest is the cause. The last number is the rank."""
+        return self.exchange, int(self.phase == "combine"), self.micro_batch, self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatched:
-    """What a rank's experts work on. Routed row r reads `x_UD[row_index_R[r]]`; rows are sorted by local expert, within an
-    expert by (home rank, token, k). Expert e's rows are `expert_offsets[e] : expert_offsets[e + 1]`.
+    """Rows that the experts of this rank compute on.
 
-    Where the host knows the counts, `expert_offsets` is i64 on the host, R is exact and the experts' rows stay in this order.
-    Otherwise it is i32 on the device, R is what there can be at most, and `home_R` says where each routed row's result goes.
+    Routed row r reads `x_UD[row_index_R[r]]`; routed rows are sorted by local expert, within an expert by (home rank,
+    token, k). Expert e has the rows `expert_offsets[e] : expert_offsets[e + 1]`.
 
-    Rows that were quantised for the way are numbers again, or u8 and packed (`kernels.ops.quantize.pack`) where the experts read
-    them so.
+    Where the host knows the counts, `expert_offsets` is i64 on the host, R is exact and experts write their output in the
+    same order. Otherwise it is i32 on the device, R is an upper bound, and routed row r is written to row `home_R[r]`.
+
+    Rows that were quantised for the dispatch are dequantised, or u8 and packed (`kernels.ops.quantize.pack`) where the
+    experts read them so.
     """
 
     x_UD: Tensor
     row_index_R: Tensor  # i64 or i32
     expert_offsets: np.ndarray | Tensor
     home_R: Tensor | None = None  # i32
-    tile_map: TileMap | None = None  # of the rows, if the backend has found their tiles already
+    tile_map: TileMap | None = None  # tiles of the rows, if the backend has computed them already
+
+
+class Handle:
+    """State of an exchange between two phases, opaque to the caller; each backend has its own frozen subclasses."""
 
 
 class AllToAll(Protocol):
     """Dispatch and combine over one group of ranks.
 
     Attributes:
-        graph_safe: the host learns nothing and waits for nothing, so that a CUDA graph can hold the phases.
+        graph_safe: the host neither reads results nor waits, so that a CUDA graph can hold the phases.
     """
 
     @property
@@ -112,35 +124,38 @@ class AllToAll(Protocol):
 
     def dispatch_send(
         self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
-    ) -> Any:
+    ) -> Handle:
         """Start sending rows to the ranks of their experts.
 
-        `physical_TK` i64: physical expert ids, -1 for none. `num_tokens_P`: T of every rank, known from the plan. `num_valid`,
-        i32 [1] on the device, where `graph_safe`: only so many of x's rows count, and `num_tokens_P` says how many ranks have at
-        most.
+        Args:
+            x_TD: this rank's rows.
+            physical_TK: i64, physical expert ids, -1 for none.
+            num_tokens_P: T of every rank, known from the plan.
+            num_valid: i32 [1] on the device, where `graph_safe`: only so many of the rows count, and `num_tokens_P` are
+                upper bounds.
         """
         ...
 
-    def dispatch_recv(self, handle: Any) -> Dispatched:
+    def dispatch_recv(self, handle: Handle) -> Dispatched:
         """Wait for the rows of every rank."""
         ...
 
-    def combine_send(self, handle: Any, y_RD: Tensor) -> Any:
-        """Start sending expert rows home, which lie as `Dispatched` says; returns the handle for `combine_recv`."""
+    def combine_send(self, handle: Handle, y_RD: Tensor) -> Handle:
+        """Start returning expert rows, ordered as `Dispatched` says; return the handle for `combine_recv`."""
         ...
 
-    def combine_recv(self, handle: Any) -> Tensor:
-        """Wait for this rank's rows: [T, K, D], slot (t, k) from expert k of token t, zeros where the id was -1.
+    def combine_recv(self, handle: Handle) -> Tensor:
+        """Wait for this rank's rows [T, K, D]: slot (t, k) from expert k of token t, zeros where the id was -1.
 
-        They, and what `dispatch_recv` returned, may be overwritten by the next `dispatch_send`.
+        The result, and that of `dispatch_recv`, may be overwritten by the next `dispatch_send`.
         """
         ...
 
 
 @runtime_checkable
-class Watched(Protocol):
-    """An all-to-all that waits on the device, where nothing can be raised: the host asks when a step's work is done."""
+class Checkable(Protocol):
+    """An all-to-all that waits on the device, where nothing can be raised: the host asks when a step is done."""
 
     def check(self) -> None:
-        """Raises `RankStalled` if what the device has computed is void."""
+        """Raise `RankStalled` if a rank stalled, so that the device's results are invalid."""
         ...

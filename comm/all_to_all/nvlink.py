@@ -81,7 +81,7 @@ class NvlinkAllToAll:
         self._arenas = [Arena.of(memory, layout, spec) for memory in memories]
         self._mine = self._arenas[self._rank]
         self._x_UD = torch.from_numpy(self._mine.rows).view(spec.dtype).flatten(0, 1)
-        self._home_SD = torch.from_numpy(self._mine.home).view(spec.home_dtype or spec.dtype)
+        self._home_SD = torch.from_numpy(self._mine.home).view(spec.combine_dtype or spec.dtype)
         self._rank_offsets = np.asarray(spec.rank_offsets, np.int64)
         self._fence = symmetric_memory.Fence()
         self._epoch = 0

@@ -49,15 +49,15 @@ def build(spec: AllToAllSpec) -> tuple[NvlinkGpuAllToAll, ...]:
     """
     device = torch.device("cuda", torch.cuda.current_device())
     nbytes = ArenaLayout.of(spec).nbytes
-    memories = symmetric_memory.symmetric(cast(TorchGroup, spec.group), spec.num_parts * nbytes, device)
+    memories = symmetric_memory.symmetric(cast(TorchGroup, spec.group), spec.num_micro_batches * nbytes, device)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     return tuple(
         NvlinkGpuAllToAll(
-            replace(spec, part=part),
-            [memory[part * nbytes : (part + 1) * nbytes] for memory in memories],
+            replace(spec, micro_batch=index),
+            [memory[index * nbytes : (index + 1) * nbytes] for memory in memories],
             num_programs=num_sms,
         )
-        for part in range(spec.num_parts)
+        for index in range(spec.num_micro_batches)
     )
 
 
@@ -89,14 +89,14 @@ class NvlinkGpuAllToAll:
         mine = memories[spec.group.rank]
         self._spec, self._layout, self._mine, self._num_programs = spec, layout, mine, num_programs
         self._few_ids, self._few_arrived_ids = few_ids, few_arrived_ids
-        if spec.num_parts > 1:
+        if spec.num_micro_batches > 1:
             # The other part computes meanwhile, on all multiprocessors but a few. One warp waits, not a program an expert.
             self._num_programs, self._few_arrived_ids = min(num_programs, OVERLAP_PROGRAMS), 0
         self._limit = int(spec.timeout_s * 1e9) if mine.is_cuda else max_turns
-        home_dtype, home_size = spec.home_dtype or spec.dtype, spec.home_size or spec.hidden_size
+        combine_dtype, combine_size = spec.combine_dtype or spec.dtype, spec.combine_size or spec.hidden_size
         for what, nbytes in (
             ("out", spec.hidden_size * spec.dtype.itemsize),
-            ("home", home_size * home_dtype.itemsize),
+            ("home", combine_size * combine_dtype.itemsize),
         ):
             if nbytes % _STORE:
                 raise ValueError(
@@ -122,7 +122,7 @@ class NvlinkGpuAllToAll:
         self._row_index, self._slots = zeros(most_rows), zeros(most_rows)
         self._in_order = torch.arange(most_rows, dtype=torch.int32, device=device)
         self._rows = self._part(layout.rows).view(num_ranks * tokens, -1).view(spec.dtype)
-        self._home = self._part(layout.home).view(tokens, top_k, -1).view(home_dtype)
+        self._home = self._part(layout.home).view(tokens, top_k, -1).view(combine_dtype)
         self._words, self._home_words = self._rows.stride(0) * spec.dtype.itemsize // 4, layout.home.shape[-1] // 4
 
     def dispatch_send(
@@ -171,7 +171,7 @@ class NvlinkGpuAllToAll:
         return self._home[: handle.num_tokens]
 
     def check(self) -> None:
-        """See `comm.all_to_all.base.Watched`."""
+        """See `comm.all_to_all.base.Checkable`."""
         with torch.cuda.stream(self._reading):  # or it would wait for what the device has been given since
             stalled = self._part(self._layout.stalled).cpu()
         words = stalled.view(torch.int64).view(-1, LINE)[:, 0].numpy()

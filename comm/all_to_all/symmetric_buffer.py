@@ -59,14 +59,17 @@ class ArenaLayout:
     def of(cls, spec: AllToAllSpec) -> ArenaLayout:
         num_ranks, tokens, top_k = spec.group.size, spec.max_tokens, spec.top_k
         lines = (num_ranks, LINE)
-        home_dtype = spec.home_dtype or spec.dtype
+        combine_dtype = spec.combine_dtype or spec.dtype
         shapes = {
             "dispatched": (lines, _WORD),
             "combined": (lines, _WORD),
             "stalled": (lines, _WORD),
             "routes": ((num_ranks, tokens, top_k + 1), _ID),
             "rows": ((num_ranks, tokens, _padded(spec.hidden_size * spec.dtype.itemsize, _STORE)), 1),
-            "home": ((tokens, top_k, _padded((spec.home_size or spec.hidden_size) * home_dtype.itemsize, _STORE)), 1),
+            "home": (
+                (tokens, top_k, _padded((spec.combine_size or spec.hidden_size) * combine_dtype.itemsize, _STORE)),
+                1,
+            ),
         }
         regions, offset = {}, 0
         for name, (shape, itemsize) in shapes.items():
@@ -137,7 +140,7 @@ class Arena:
             nbytes = memory[region.offset : region.offset + region.nbytes]
             return nbytes.numpy().view(dtype).reshape(region.shape)
 
-        home_dtype = spec.home_dtype or spec.dtype
+        combine_dtype = spec.combine_dtype or spec.dtype
         home = part(layout.home, np.uint8).reshape(-1, layout.home.shape[-1])
         return cls(
             dispatched=part(layout.dispatched, np.int64),
@@ -145,7 +148,7 @@ class Arena:
             stalled=part(layout.stalled, np.int64),
             routes=part(layout.routes, np.int32),
             rows=part(layout.rows, np.uint8)[..., : spec.hidden_size * spec.dtype.itemsize],
-            home=home[:, : (spec.home_size or spec.hidden_size) * home_dtype.itemsize],
+            home=home[:, : (spec.combine_size or spec.hidden_size) * combine_dtype.itemsize],
         )
 
 
@@ -176,4 +179,4 @@ def stall_error(words: np.ndarray, spec: AllToAllSpec) -> RankStalled:
     """The error of the earliest of some stalls, words of which 0 is none."""
     stall = Stall.from_word(int(words[words > 0].min()))
     layer = spec.layers[(stall.epoch - 1) % len(spec.layers)] if spec.layers else None
-    return RankStalled(stall.rank, stall.epoch, PHASES[stall.phase], layer, spec.timeout_s, spec.part)
+    return RankStalled(stall.rank, stall.epoch, PHASES[stall.phase], layer, spec.timeout_s, spec.micro_batch)

@@ -1,6 +1,4 @@
-"""Which all-to-all suits the ranks: from where they are, what they are joined by, and how much a step moves; by rules, or by
-what a sweep has measured. Pure; says why.
-"""
+"""Choice of the all-to-all backend by topology, libraries and step size: by rules, or by measured times."""
 
 from __future__ import annotations
 
@@ -8,29 +6,29 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from expertwire.comm.topology.backend_times import Table
+from expertwire.comm.topology.backend_times import BackendTimes
 from expertwire.comm.topology.topology import Topology
 
 Backend = Literal["reference", "nccl", "nvlink"]
 BACKENDS: tuple[Backend, ...] = ("reference", "nccl", "nvlink")
-# Routed rows of all ranks in a step from which grouped sending takes the host less time than the reference, whose host goes
-# through all of them. Index work alone, reference and grouped, on one core of a CPU: 0.16 and 0.21 ms for the 1,024 rows of
-# 2 ranks, 0.85 and 0.72 for 8,192; 0.33 and 0.27 for the 4,096 of 8 ranks.
+# Routed rows of all ranks in a step from which grouped sending takes the host less time than the reference, whose host
+# computes indices of all of them. Index work alone, reference and grouped, on one CPU core: 0.16 and 0.21 ms for the
+# 1,024 rows of 2 ranks, 0.85 and 0.72 for 8,192; 0.33 and 0.27 for the 4,096 of 8 ranks.
 GROUPED_FROM_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Situation:
-    """What the choice depends on.
+class BackendConditions:
+    """Conditions that the choice depends on.
 
     Args:
         topology: of the ranks.
         device: "cpu" or "cuda".
         step_rows: routed rows of all ranks in the largest step.
-        row_bytes: of a row that goes out and one that comes home, together.
+        row_bytes: of a dispatched and a combined row, together.
         libraries: those of "gloo" and "nccl" that torch has.
-        gpus_shared: several ranks have one GPU.
-        arena_fits: the ranks' arenas fit into shared memory; only asked of CPU ranks.
+        gpus_shared: several ranks use one GPU.
+        buffers_fit: the symmetric buffers of CPU ranks fit into shared memory.
     """
 
     topology: Topology
@@ -39,12 +37,12 @@ class Situation:
     row_bytes: int
     libraries: Collection[str] = ("gloo", "nccl")
     gpus_shared: bool = False
-    arena_fits: bool = True
+    buffers_fit: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """`name`: the backend; `why`: in words; `nccl`: options of the communicator that it shall have, by name."""
+class BackendChoice:
+    """A backend, why it was chosen, and options for its NCCL communicator, by name."""
 
     name: Backend
     why: str
@@ -54,85 +52,88 @@ class Choice:
         return f"{self.name}: {self.why}"
 
 
-def choose(wanted: str, here: Situation, table: Table | None = None) -> Choice:
-    """The backend that was asked for, or with "auto" the best that these ranks can use: by a table, if there is one.
+SINGLE_RANK = BackendChoice(name="reference", why="there is one rank, and nothing is sent")
+
+
+def choose(wanted: str, conditions: BackendConditions, table: BackendTimes | None = None) -> BackendChoice:
+    """Return the wanted backend, or with "auto" the best that these ranks can use, by measured times if given.
 
     Raises:
-        ValueError: they cannot use it, there is no such backend, or the table is not one of ranks like these.
+        ValueError: the ranks cannot use it, there is no such backend, or the times are of other ranks.
     """
     assert table is None or wanted == "auto", f"{wanted} by {table}"
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"all_to_all must be one of auto, {', '.join(BACKENDS)}, got {wanted!r}")
-    if here.topology.num_ranks == 1:
-        return Choice(name="reference", why="there is one rank, and nothing travels")
-    obstacles = {name: found for name in BACKENDS if (found := obstacle(name, here))}
-    allowed = [name for name in BACKENDS if name not in obstacles]
+    if conditions.topology.num_ranks == 1:
+        return SINGLE_RANK
+    unusable = {name: found for name in BACKENDS if (found := unusable_reason(name, conditions))}
+    allowed = [name for name in BACKENDS if name not in unusable]
     for name in BACKENDS:
         if name == wanted:
-            if name in obstacles:
-                raise ValueError(f"all2all_backend {name!r} cannot be used: {obstacles[name]}; {_instead(allowed)}")
-            return Choice(name=name, why="it was asked for")
+            if name in unusable:
+                raise ValueError(f"all2all_backend {name!r} cannot be used: {unusable[name]}; {_instead(allowed)}")
+            return BackendChoice(name=name, why="it was asked for")
     if not allowed:
-        raise ValueError(f"all2all_backend: these ranks can use none: {'; '.join(map(str, obstacles.values()))}")
+        raise ValueError(f"all2all_backend: these ranks can use none: {'; '.join(map(str, unusable.values()))}")
     if table is not None:
-        return _measured(table, here, allowed)
+        return _measured(table, conditions, allowed)
     if "nvlink" in allowed:
-        return Choice(name="nvlink", why=_near(here))
-    grouped = here.step_rows >= GROUPED_FROM_ROWS
+        return BackendChoice(name="nvlink", why=_near(conditions))
+    grouped = conditions.step_rows >= GROUPED_FROM_ROWS
     why = (
-        f"{obstacles['nvlink']}; the largest step has {here.step_rows} routed rows, which is "
+        f"{unusable['nvlink']}; the largest step has {conditions.step_rows} routed rows, which is "
         f"{'enough' if grouped else 'too few'} for grouped sending (from {GROUPED_FROM_ROWS})"
     )
-    if grouped and here.topology.rails() is not None:
-        why += "; a row crosses to another domain once and is handed out there"
-    return Choice(name="nccl" if grouped and "nccl" in allowed else "reference", why=why)
+    if grouped and conditions.topology.rails() is not None:
+        why += "; a row crosses to another domain once and is distributed there"
+    return BackendChoice(name="nccl" if grouped and "nccl" in allowed else "reference", why=why)
 
 
-def _measured(table: Table, here: Situation, allowed: list[Backend]) -> Choice:
-    table.check(here.topology.num_ranks, here.device)
-    if here.topology.num_domains > 1:
+def _measured(table: BackendTimes, conditions: BackendConditions, allowed: list[Backend]) -> BackendChoice:
+    table.check(conditions.topology.num_ranks, conditions.device)
+    if conditions.topology.num_domains > 1:
         raise ValueError(
-            f"all2all_table {table.name!r} was measured on one machine, the ranks are in {here.topology.num_domains} domains "
-            f"({here.topology}); use none"
+            f"all2all_table {table.name!r} was measured on one machine, the ranks are in "
+            f"{conditions.topology.num_domains} domains ({conditions.topology}); use none"
         )
-    ranks = here.topology.num_ranks
-    best, *others = table.fastest(ranks, here.step_rows / ranks * here.row_bytes, allowed)
+    ranks = conditions.topology.num_ranks
+    best, *others = table.fastest(ranks, conditions.step_rows / ranks * conditions.row_bytes, allowed)
     options = [f" with {name}={value}" for name, value in best.nccl.items() if value is not None]
     times = [f"{best.p50_us:.0f} us{''.join(options)}", *(f"{each.backend} {each.p50_us:.0f} us" for each in others)]
     why = (
         f"the fastest of those in {table.name}, measured on {table.machine} with {ranks} ranks of {best.tokens} tokens, "
         f"{table.nbytes(best.tokens) / 1e6:.3g} MB a rank: {', '.join(times)}"
     )
-    return Choice(name=cast(Backend, best.backend), why=why, nccl=best.nccl)
+    return BackendChoice(name=cast(Backend, best.backend), why=why, nccl=best.nccl)
 
 
-def _near(here: Situation) -> str:
-    if here.device == "cpu":
+def _near(conditions: BackendConditions) -> str:
+    if conditions.device == "cpu":
         return "all ranks are CPU processes of one machine and write into shared memory"
-    return f"all {here.topology.num_ranks} ranks are in one NVLink domain and reach each other's memory"
+    return f"all {conditions.topology.num_ranks} ranks are in one NVLink domain and reach each other's memory"
 
 
 def _instead(allowed: list[Backend]) -> str:
     return f"allowed here are auto, {', '.join(allowed)}" if allowed else "these ranks can use none"
 
 
-def obstacle(backend: Backend, here: Situation) -> str:
-    """Why the ranks cannot use a backend; "" if they can."""
-    topology = here.topology
+def unusable_reason(backend: Backend, conditions: BackendConditions) -> str:
+    """Return why the ranks cannot use a backend; "" if they can."""
+    topology = conditions.topology
     if backend == "nvlink":
         if topology.num_domains > 1:
-            if here.device == "cpu":
+            if conditions.device == "cpu":
                 return f"the CPU ranks are on {topology.num_nodes} nodes and share no memory"
             return (
                 f"the ranks are in {topology.num_domains} NVLink domains ({topology}), and no rank reaches another's memory "
                 "across them (every rank must see all GPUs of its node)"
             )
-        if here.device == "cpu" and not here.arena_fits:
-            return "the ranks' arenas do not fit into the shared memory of /dev/shm"
+        if conditions.device == "cpu" and not conditions.buffers_fit:
+            return "the ranks' buffers do not fit into the shared memory of /dev/shm"
         return ""
-    library = "gloo" if here.device == "cpu" else "nccl"
-    if library not in here.libraries:
+    library = "gloo" if conditions.device == "cpu" else "nccl"
+    if library not in conditions.libraries:
         return f"{'CPU' if library == 'gloo' else 'GPU'} ranks need a torch with {library}"
-    if here.device == "cuda" and here.gpus_shared:
+    if conditions.device == "cuda" and conditions.gpus_shared:
         return "several ranks share a GPU, which NCCL refuses"
     return ""

@@ -1,9 +1,9 @@
-"""Before anything is allocated across nodes: is there one fabric, and can a peer's memory really be imported?
+"""Checks before memory is allocated across nodes: one NVLink fabric, and memory of a peer can be imported.
 
-Torch's symmetric memory exports fabric handles where it can and otherwise file descriptors, which hang between hosts
-(https://github.com/pytorch/pytorch/pull/194912). That GPUs are in one clique does not say that they may import each other's
-memory: the IMEX channel may be missing, and no field of NVML shows it. So every rank exports a page of its memory, imports its
-next rank's, and reads there what that rank has written.
+torch's symmetric memory exports fabric handles where it can and otherwise file descriptors, which hang between hosts
+(https://github.com/pytorch/pytorch/pull/194912). GPUs in one clique may still not be able to import each other's memory:
+the IMEX channel may be missing, which no field of NVML shows. So every rank exports a page of its memory, imports that of
+the next rank, and reads a word that the next rank has written there.
 
 Never run on a GPU by us; the tests use a driver made of Python functions.
 """
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from expertwire.comm.group import Group, everyones, everyones_text
+from expertwire.comm.group import Group, all_gather_rows, all_gather_text
 from expertwire.comm.topology.probe import RankReport
 
 _HANDLE_BYTES = 64  # CUmemFabricHandle
-# Of CUmemAllocationType, CUmemAllocationHandleType, CUmemLocationType and CUmemAccess_flags.
+# Values of CUmemAllocationType, CUmemAllocationHandleType, CUmemLocationType and CUmemAccess_flags.
 _PINNED, _FABRIC, _DEVICE, _READ_WRITE = 1, 8, 1, 3
 
 
@@ -56,13 +56,14 @@ class AccessDesc(ctypes.Structure):
 
 
 class DriverError(RuntimeError):
-    """A call of the driver was refused."""
+    """A driver call returned an error."""
 
 
 class Driver:
-    """The few calls of libcuda that are needed; `library` answers like it.
+    """Calls of libcuda.
 
     Args:
+        library: libcuda.
         device: ordinal of this rank's GPU, whose context is current.
     """
 
@@ -72,7 +73,7 @@ class Driver:
         self._size = 0  # of a page, known once one is exported
 
     def export_page(self, word: int) -> tuple[bytes, Any]:
-        """A handle of new memory that begins with the u32 `word`, and what keeps it alive."""
+        """Return a handle of new memory that begins with the u32 `word`, and the allocation for `release`."""
         granularity, allocation = ctypes.c_size_t(), ctypes.c_ulonglong()
         self._call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self._prop), 0)
         self._size = granularity.value
@@ -86,7 +87,7 @@ class Driver:
         return bytes(handle), (allocation, address)
 
     def import_page(self, handle: bytes) -> int:
-        """The word that the exporter wrote."""
+        """Return the word that the exporter wrote."""
         allocation, word = ctypes.c_ulonglong(), ctypes.c_uint()
         raw = (ctypes.c_ubyte * _HANDLE_BYTES)(*handle)
         self._call("cuMemImportFromShareableHandle", ctypes.byref(allocation), raw, ctypes.c_int(_FABRIC))
@@ -98,7 +99,7 @@ class Driver:
         return word.value
 
     def release(self, kept: Any) -> None:
-        """Give back what `export_page` has made."""
+        """Free an allocation of `export_page`."""
         allocation, address = kept
         self._call("cuMemUnmap", address, ctypes.c_size_t(self._size))
         self._call("cuMemAddressFree", address, ctypes.c_size_t(self._size))
@@ -118,16 +119,16 @@ class Driver:
 
 
 def load_driver(device: str) -> Driver:
-    """Of this machine; `device` is "cuda:N"."""
+    """Return this machine's driver; `device` is "cuda:N"."""
     torch.cuda.current_stream(device)  # makes the context current
     return Driver(ctypes.CDLL("libcuda.so.1"), torch.device(device).index)
 
 
 def check_fabric(reports: Sequence[RankReport]) -> None:
-    """Refuse ranks on several nodes that no fabric joins.
+    """Refuse ranks on several nodes without a common fabric.
 
     Raises:
-        ValueError: the rank, and what is wrong with its GPU.
+        ValueError: names the rank and what is wrong with its GPU.
     """
     if len({report.node for report in reports}) == 1:
         return
@@ -150,24 +151,24 @@ _ELSE = "it must be completed, in one clique of one fabric on all nodes; otherwi
 
 
 def check_import(group: Group, driver: Driver, device: str) -> None:
-    """Import a page of the next rank's memory, for real. All ranks call it together, and all raise if one must.
+    """Import a page of the next rank's memory. All ranks call it together, and all raise if one fails.
 
     Raises:
-        ValueError: the ranks whose import failed, and why.
+        ValueError: names the ranks whose import failed, and why.
     """
     problem, handle, kept = "", bytes(_HANDLE_BYTES), None
     try:
         handle, kept = driver.export_page(_word(group.rank))
     except DriverError as error:
         problem = str(error)
-    handles = everyones(group, torch.frombuffer(bytearray(handle), dtype=torch.uint8).to(device))
+    handles = all_gather_rows(group, torch.frombuffer(bytearray(handle), dtype=torch.uint8).to(device))
     peer = (group.rank + 1) % group.size
     try:
         if not problem and (found := driver.import_page(bytes(handles[peer].cpu().numpy()))) != _word(peer):
             problem = f"the memory of rank {peer} holds {found:#x} instead of {_word(peer):#x}"
     except DriverError as error:
         problem = f"{error} for the memory of rank {peer}"
-    problems = everyones_text(group, problem, device)
+    problems = all_gather_text(group, problem, device)
     if kept is not None:
         driver.release(kept)
     if failed := [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]:

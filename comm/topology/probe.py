@@ -1,8 +1,8 @@
-"""The topology of the machines at hand: what every rank finds out about its GPU, and what follows from all of it.
+"""Topology reports: each rank probes its GPU, and the topology is assembled from the reports of all ranks.
 
-A rank asks NVML for its GPU's place in the NVLink fabric (https://docs.nvidia.com/deploy/nvml-api) and tries its peers on the
-same node: bytes that it writes to them must come back. Nothing is inferred from the name of a machine. Without a GPU there is
-nothing to probe: each node is then a domain, as its processes can share memory.
+A rank reads its GPU's position in the NVLink fabric from NVML (https://docs.nvidia.com/deploy/nvml-api) and tests its
+peers on the same node by writing to their memory and reading back. Nothing is inferred from a machine's name. CPU ranks
+of a node form a domain, as their processes can share memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from expertwire.comm.group import Group, everyones_text
-from expertwire.comm.topology.topology import Place, Topology
+from expertwire.comm.group import Group, all_gather_text
+from expertwire.comm.topology.topology import RankLocation, Topology
 
 FABRIC_STATES = ("not supported", "not started", "in progress", "completed")
 _COMPLETED = FABRIC_STATES[3]
@@ -30,16 +30,16 @@ _PROBE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """What a rank has found.
+    """A rank's topology report.
 
     Args:
-        node: its host, as the launcher calls it.
-        gpu: the GPU's identity; "" on a CPU.
-        cluster, clique: which fabric it belongs to, and which part of it; GPUs reach each other if both are equal.
+        node: its host's name, from the launcher.
+        gpu: the GPU's UUID; "" on a CPU.
+        cluster, clique: its fabric and the part of it; GPUs reach each other if both are equal.
         fabric_state: one of `FABRIC_STATES`.
         fabric_error: NVML's status of the registration, 0 for success.
-        peers: GPUs of this node whose memory it reads and writes.
-        shared_bytes: free in the memory that processes of this node share; 0 if they share none.
+        peers: GPUs of this node whose memory it can read and write.
+        shared_bytes: free shared memory of this node; 0 if there is none.
     """
 
     node: str
@@ -53,15 +53,15 @@ class RankReport:
 
     @property
     def in_fabric(self) -> bool:
-        """Whether GPUs of other nodes may be reached at all."""
+        """Whether it can reach GPUs of other nodes."""
         return self.fabric_state == _COMPLETED and self.fabric_error == 0 and self.cluster != _NO_CLUSTER
 
 
 def probe(node: str, device: str) -> RankReport:
-    """What this rank finds; `device` is "cpu" or "cuda:N", with the node's other GPUs visible too.
+    """Return this rank's report; `device` is "cpu" or "cuda:N", with the node's other GPUs visible too.
 
     Raises:
-        ValueError: a peer could be neither reached nor found out of reach.
+        ValueError: the test of the peers failed.
     """
     if device == "cpu":
         return RankReport(node=node, shared_bytes=_free_shared_bytes())
@@ -88,10 +88,10 @@ def _identity(index: int) -> str:
 
 
 def peers_of(device: int) -> list[int]:
-    """The GPUs that `device` reaches. A process of its own tries, as what it opens on every GPU takes some of its memory.
+    """Return the GPUs that `device` reaches, tested in another process, because a context takes memory on every GPU.
 
     Raises:
-        ValueError: it has failed.
+        ValueError: the test failed.
     """
     command = [sys.executable, "-P", "-m", "expertwire.comm.topology.probe", str(device)]
     try:
@@ -104,7 +104,7 @@ def peers_of(device: int) -> list[int]:
 
 
 def reaches(device: int, peer: int) -> bool:
-    """Whether the GPU `device` reads and writes the memory of `peer`: the driver must say so, and a pattern must come back."""
+    """Return whether GPU `device` can use the memory of `peer`: the driver says so, and a pattern survives a round trip."""
     if not torch.cuda.can_device_access_peer(device, peer):
         return False
     pattern = torch.arange(_PATTERN_WORDS, dtype=torch.int32, device=f"cuda:{device}").mul_(2654435761 % 2**31)
@@ -118,7 +118,7 @@ def load_nvml() -> Any:
     """Return NVIDIA's package for NVML, initialised.
 
     Raises:
-        ValueError: the package or the driver's library is not there, or refuses.
+        ValueError: the package or the driver's library is missing or fails.
     """
     try:
         import pynvml  # of nvidia-ml-py, which only machines with GPUs need
@@ -134,10 +134,10 @@ def load_nvml() -> Any:
 
 
 def fabric_info(nvml: Any, gpu: str) -> dict[str, Any]:
-    """Return fields of `RankReport`; none from a driver that knows no fabric.
+    """Return the fabric's fields of `RankReport`; none if the driver has no such call.
 
     Raises:
-        ValueError: there is no such GPU.
+        ValueError: NVML does not know the GPU.
     """
     try:
         handle = nvml.nvmlDeviceGetHandleByUUID(gpu)
@@ -156,33 +156,33 @@ def fabric_info(nvml: Any, gpu: str) -> dict[str, Any]:
     }
 
 
-def gather(group: Group, report: RankReport, device: str) -> list[RankReport]:
-    """Everybody's reports, by rank. All ranks call it together."""
-    said = everyones_text(group, json.dumps(asdict(report)), device)
-    return [RankReport(**{**fields, "peers": tuple(fields["peers"])}) for fields in map(json.loads, said)]
+def gather_reports(group: Group, report: RankReport, device: str) -> list[RankReport]:
+    """Return the reports of all ranks. All ranks call it together."""
+    texts = all_gather_text(group, json.dumps(asdict(report)), device)
+    return [RankReport(**{**fields, "peers": tuple(fields["peers"])}) for fields in map(json.loads, texts)]
 
 
 def assemble(reports: Sequence[RankReport]) -> Topology:
-    """The topology that follows from the reports, which are in the order of the ranks.
+    """Return the topology of the reports, which are in rank order.
 
-    GPUs of one node share a domain if they reach each other both ways; GPUs of two nodes if they are in one clique of one fabric.
-    CPU ranks of one node share one.
+    GPUs of one node share a domain if they reach each other both ways; GPUs of two nodes if they are in one clique of
+    one fabric. CPU ranks of one node share one.
     """
     domain_P = list(range(len(reports)))
     for rank, report in enumerate(reports):
         for other in range(rank):
-            if joined(report, reports[other]):
+            if connected(report, reports[other]):
                 old, new = domain_P[rank], domain_P[other]
                 domain_P = [new if domain == old else domain for domain in domain_P]
-    places = [
-        Place(domain=f"domain of rank {domain}", node=report.node, failure_domain=report.node)
+    locations = [
+        RankLocation(domain=f"domain of rank {domain}", node=report.node, failure_domain=report.node)
         for domain, report in zip(domain_P, reports, strict=True)
     ]
-    return Topology(name="these machines", places=tuple(places))
+    return Topology(name="these machines", locations=tuple(locations))
 
 
-def joined(one: RankReport, other: RankReport) -> bool:
-    """Whether they reach each other's memory, by what they have found."""
+def connected(one: RankReport, other: RankReport) -> bool:
+    """Return whether two ranks reach each other's memory."""
     if one.node == other.node:
         if not one.gpu or one.gpu == other.gpu:  # no GPU, or several ranks on one
             return one.gpu == other.gpu

@@ -1,8 +1,8 @@
-"""Where the ranks are: NVLink domains, nodes and what fails together, as data.
+"""NVLink domains, nodes and failure domains of the ranks.
 
-A *domain* is a set of GPUs that reach each other's memory over NVLink; a *node* is a host; a *failure domain* is what goes down
-at once (a node, unless the file says more). A topology is read from a JSON file, or put together from what every rank has found
-on its machine (`comm.topology.probe`). The file:
+A *domain* is a set of GPUs that reach each other's memory over NVLink; a *node* is a host; a *failure domain* fails
+as a whole (a node, unless the file says otherwise). A topology is read from a JSON file, or assembled from the reports
+of all ranks (`comm.topology.probe`). The file:
 
     {"name": "two boards", "domains": [
       {"name": "board0", "nodes": [{"name": "host0", "ranks": 8}]},
@@ -13,21 +13,22 @@ Ranks are counted in the file's order.
 
 from __future__ import annotations
 
-import importlib.resources
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SHIPPED = ("nvl72", "nvl36", "hgx8")
+from expertwire.comm.topology.json_fields import check_fields, list_of, positive_int, read_file, text_of
+
+PRESETS = ("nvl72", "nvl36", "hgx8")
+_PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Of one rank, by name."""
+class RankLocation:
+    """Names of a rank's NVLink domain, node and failure domain."""
 
     domain: str
     node: str
@@ -36,55 +37,55 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """The places of all ranks, by rank.
+    """Locations of all ranks, by rank.
 
     Raises:
         ValueError: there are none, or a node is in several failure domains.
     """
 
     name: str
-    places: tuple[Place, ...]
+    locations: tuple[RankLocation, ...]
 
     def __post_init__(self) -> None:
-        if not self.places:
+        if not self.locations:
             raise ValueError(f"topology {self.name!r} has no ranks; it must have at least one")
         failing: dict[str, str] = {}
-        for place in self.places:
-            if failing.setdefault(place.node, place.failure_domain) != place.failure_domain:
+        for location in self.locations:
+            if failing.setdefault(location.node, location.failure_domain) != location.failure_domain:
                 raise ValueError(
-                    f"failure_domain of node {place.node!r} must be the same for all its ranks, got "
-                    f"{failing[place.node]!r} and {place.failure_domain!r}"
+                    f"failure_domain of node {location.node!r} must be the same for all its ranks, got "
+                    f"{failing[location.node]!r} and {location.failure_domain!r}"
                 )
 
     @property
     def num_ranks(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     @property
     def num_domains(self) -> int:
-        return len({place.domain for place in self.places})
+        return len({location.domain for location in self.locations})
 
     @property
     def num_nodes(self) -> int:
-        return len({place.node for place in self.places})
+        return len({location.node for location in self.locations})
 
     def domain_P(self) -> np.ndarray:
-        """i64 [P]: each rank's domain, numbered in the order of their first ranks; likewise below."""
-        return _numbers(place.domain for place in self.places)
+        """Return each rank's domain, i64 [P], numbered in the order of first ranks; likewise below."""
+        return _numbers(location.domain for location in self.locations)
 
     def node_P(self) -> np.ndarray:
-        return _numbers(place.node for place in self.places)
+        return _numbers(location.node for location in self.locations)
 
     def failure_domain_P(self) -> np.ndarray:
-        return _numbers(place.failure_domain for place in self.places)
+        return _numbers(location.failure_domain for location in self.locations)
 
     def ranks_of_domains(self) -> list[list[int]]:
-        """The ranks of every domain."""
+        """Return the ranks of every domain."""
         domain_P = self.domain_P()
         return [np.flatnonzero(domain_P == domain).tolist() for domain in range(self.num_domains)]
 
     def rails(self) -> tuple[list[int], list[int]] | None:
-        """Each rank's domain and its place there; None if there is one domain, or they differ in size or order of ranks."""
+        """Return each rank's domain and its index there; None for one domain, or if domains differ in size or rank order."""
         ranks = self.ranks_of_domains()
         size = len(ranks[0])
         in_order = ranks == [list(range(d * size, (d + 1) * size)) for d in range(len(ranks))]
@@ -93,14 +94,14 @@ class Topology:
         return self.domain_P().tolist(), [rank % size for rank in range(self.num_ranks)]
 
     def first(self, num_ranks: int) -> Topology:
-        """Of the first ranks only.
+        """Return the topology of the first ranks.
 
         Raises:
-            ValueError: there are not as many.
+            ValueError: there are fewer.
         """
         if not 1 <= num_ranks <= self.num_ranks:
             raise ValueError(f"ep_size must be in [1, {self.num_ranks}], the ranks of {self.name!r}, got {num_ranks}")
-        return Topology(name=self.name, places=self.places[:num_ranks])
+        return Topology(name=self.name, locations=self.locations[:num_ranks])
 
     def __str__(self) -> str:
         sizes = sorted({len(ranks) for ranks in self.ranks_of_domains()})
@@ -110,83 +111,43 @@ class Topology:
 
 
 def read(source: str) -> Topology:
-    """A topology of a file, or one that is shipped: "nvl72", "nvl36" or "hgx8".
+    """Return the topology of a file or of a preset: "nvl72", "nvl36" or "hgx8".
 
     Raises:
-        ValueError: there is no such file, or it says something wrong; the message names the field.
+        ValueError: the file cannot be read, or has an error; names the field.
     """
-    if source in SHIPPED:
-        folder = importlib.resources.files("expertwire.comm.topology") / "presets"
-        text = (folder / f"{source}.json").read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"topology must be a readable file or one of {', '.join(SHIPPED)}, got {source!r}: {error}"
-            ) from None
-    try:
-        return parse(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"topology {source!r} is not JSON: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"topology {source!r}: {error}") from None
+    path = str(_PRESETS / f"{source}.json") if source in PRESETS else source
+    return read_file("topology", path, parse, f" or one of {', '.join(PRESETS)}")
 
 
 def parse(data: Any) -> Topology:
-    """What a file holds.
+    """Return the topology of a file's content.
 
     Raises:
-        ValueError: the field that is wrong, and what it may be.
+        ValueError: a field is wrong; names it and what is allowed.
     """
     check_fields("the file", data, {"name", "domains"})
-    domains = check_items("domains", data["domains"])
-    places = [place for domain in domains for place in _places(domain)]
+    domains = list_of("domains", data["domains"])
+    locations = [location for domain in domains for location in _locations(domain)]
     _unique("domain", [domain["name"] for domain in domains])
     _unique("node", [node["name"] for domain in domains for node in domain["nodes"]])
-    return Topology(name=check_text("name", data["name"]), places=tuple(places))
+    return Topology(name=text_of("name", data["name"]), locations=tuple(locations))
 
 
-def _places(domain: Any) -> Iterator[Place]:
+def _locations(domain: Any) -> Iterator[RankLocation]:
     check_fields("a domain", domain, {"name", "nodes"})
-    name = check_text("name of a domain", domain["name"])
-    for node in check_items(f"nodes of domain {name!r}", domain["nodes"]):
+    name = text_of("name of a domain", domain["name"])
+    for node in list_of(f"nodes of domain {name!r}", domain["nodes"]):
         check_fields(f"a node of domain {name!r}", node, {"name", "ranks"}, {"failure_domain"})
-        node_name = check_text("name of a node", node["name"])
-        ranks = node["ranks"]
-        if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
-            raise ValueError(f"ranks of node {node_name!r} must be an integer >= 1, got {ranks!r}")
-        failing = check_text(f"failure_domain of node {node_name!r}", node.get("failure_domain", node_name))
-        yield from [Place(domain=name, node=node_name, failure_domain=failing)] * ranks
+        node_name = text_of("name of a node", node["name"])
+        ranks = positive_int(f"ranks of node {node_name!r}", node["ranks"])
+        failing = text_of(f"failure_domain of node {node_name!r}", node.get("failure_domain", node_name))
+        yield from [RankLocation(domain=name, node=node_name, failure_domain=failing)] * ranks
 
 
 def _unique(kind: str, names: list[str]) -> None:
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"name of a {kind} must be unique, got {min(repeated)!r} twice")
-
-
-def check_fields(what: str, value: Any, needed: Collection[str], optional: Collection[str] = ()) -> None:
-    """Raises ValueError unless the value is an object with the fields that are needed, and no others but those optional ones."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{what} must be an object with {', '.join(sorted(needed or optional))}, got {value!r}")
-    if missing := set(needed) - value.keys():
-        raise ValueError(f"{what} must have {', '.join(sorted(missing))}")
-    if unknown := value.keys() - {*needed, *optional}:
-        raise ValueError(f"{what} has {min(unknown)!r}; allowed are {', '.join(sorted({*needed, *optional}))}")
-
-
-def check_items(what: str, value: Any) -> list[Any]:
-    """The value; raises ValueError unless it is a list with something in it."""
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{what} must be a list with at least one entry, got {value!r}")
-    return value
-
-
-def check_text(what: str, value: Any) -> str:
-    """The value; raises ValueError unless it is a text that is not empty."""
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{what} must be a text that is not empty, got {value!r}")
-    return value
 
 
 def _numbers(names: Iterable[str]) -> np.ndarray:

@@ -40,7 +40,7 @@ class MemoryPlan:
         total: memory of the GPU.
         utilization: share of it that the engine may take.
         weights: by kind, as they are multiplied.
-        arenas: what the rank lends to others for the all-to-all.
+        symmetric_buffers: memory of the all-to-all that other ranks write to.
         slots: tokens and block tables of running requests, tables of positions.
         activations: of the largest step.
         graphs: CUDA graphs.
@@ -50,7 +50,7 @@ class MemoryPlan:
     total: int
     utilization: float
     weights: Mapping[str, int]
-    arenas: int
+    symmetric_buffers: int
     slots: int
     activations: int
     graphs: int
@@ -59,7 +59,14 @@ class MemoryPlan:
     @property
     def taken(self) -> int:
         """Bytes of everything but the caches."""
-        return sum(self.weights.values()) + self.arenas + self.slots + self.activations + self.graphs + self.context
+        return (
+            sum(self.weights.values())
+            + self.symmetric_buffers
+            + self.slots
+            + self.activations
+            + self.graphs
+            + self.context
+        )
 
     @property
     def caches(self) -> int:
@@ -71,7 +78,7 @@ class MemoryPlan:
         return [
             *((f"weights: {kind}", nbytes) for kind, nbytes in self.weights.items()),
             ("weights", sum(self.weights.values())),
-            ("all-to-all arenas", self.arenas),
+            ("all-to-all buffers", self.symmetric_buffers),
             ("tables of requests", self.slots),
             ("activations", self.activations),
             ("CUDA graphs", self.graphs),
@@ -105,7 +112,7 @@ def estimate(
         total=total,
         utilization=config.gpu_memory_utilization,
         weights=weights,
-        arenas=_arena_bytes(config, model),
+        symmetric_buffers=_symmetric_buffer_bytes(config, model),
         slots=4 * config.max_num_seqs * table,
         activations=_activations(config, model, tokens, num_ranks * min(tokens, _exchange_tokens(config, model)))
         + 2 * 4 * config.max_num_seqs * model.vocab_size,  # logits, and a copy that is bent
@@ -125,8 +132,8 @@ def check(plan: MemoryPlan) -> None:
         )
 
 
-def _arena_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """Bytes of a rank's arenas, of all parts of a step, if tokens travel over NVLink."""
+def _symmetric_buffer_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Return the bytes of a rank's symmetric buffers, of all micro-batches of a step, if it uses NVLink."""
     spec = _spec(config, model)
     if spec is None:
         return 0
@@ -151,7 +158,7 @@ def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
         hidden_size=model.hidden_size,
         top_k=model.top_k,
         dtype=getattr(torch, model.dtype),
-        num_parts=config.num_micro_batches,
+        num_micro_batches=config.num_micro_batches,
     )
     fp8 = sends_fp8(config, model, on_gpu=True)
     return replace(spec, max_tokens=exchange_tokens(config, model, config.ep_size, fp8=fp8))

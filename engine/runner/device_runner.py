@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.comm.all_to_all.base import Watched
+from expertwire.comm.all_to_all.base import Checkable
 from expertwire.engine.kv_cache.caches import NamedCache, copy_blocks
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.rank_loop import Launched
@@ -230,7 +230,7 @@ class DeviceRunner:
     def _check(self) -> None:
         """Raises `RankStalled` if what the device has computed is void."""
         for all_to_all in self._model.context.all_to_alls:
-            if isinstance(all_to_all, Watched):
+            if isinstance(all_to_all, Checkable):
                 all_to_all.check()
 
     def _finish(

@@ -106,7 +106,7 @@ def _context(of: Rank, config: ModelConfig) -> RankContext:
             top_k=config.top_k,
             dtype=dtype,
             layers=tuple(np.flatnonzero(config.sparse_layers).tolist()),
-            num_parts=of.config.num_micro_batches,
+            num_micro_batches=of.config.num_micro_batches,
         )
         fp8 = sends_fp8(of.config, of.model, on_gpu=True)  # of the checkpoint's layers, which `config` numbers anew
         if of.num_ranks > 1:
@@ -115,7 +115,9 @@ def _context(of: Rank, config: ModelConfig) -> RankContext:
                 spec, taken = replace(spec, max_tokens=most_tokens), most_tokens
         if fp8:
             spec = a2a_fp8.packed(spec)
-        all_to_alls = tuple(_all_to_all(replace(spec, part=part), of, ops) for part in range(spec.num_parts))
+        all_to_alls = tuple(
+            _all_to_all(replace(spec, micro_batch=index), of, ops) for index in range(spec.num_micro_batches)
+        )
     return RankContext(
         rank=of.rank,
         dtype=dtype,

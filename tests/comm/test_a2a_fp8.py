@@ -104,4 +104,4 @@ def test_half_the_bytes_leave():
     spec = spec_of(CASES[0], SoloGroup(), torch.bfloat16)
     row = packed(replace(spec, hidden_size=7168))
     assert row.hidden_size * row.dtype.itemsize == 7168 + 56 * 4
-    assert (row.home_size, row.home_dtype) == (7168, torch.bfloat16)
+    assert (row.combine_size, row.combine_dtype) == (7168, torch.bfloat16)

@@ -39,7 +39,7 @@ def send_fp8(group):
     """Gloo refuses float8; bytes travel."""
     case = Exchange(form="odd widths")
     spec = case.spec(group)
-    narrow = {"dtype": torch.float8_e4m3fn, "home_dtype": torch.float8_e4m3fn, "home_size": 13}
+    narrow = {"dtype": torch.float8_e4m3fn, "combine_dtype": torch.float8_e4m3fn, "combine_size": 13}
     all_to_all = build("nccl over gloo", type(spec)(**{**vars(spec), **narrow}))
     rows, physical = case.sent(group.rank, 0, group.size)
     x = torch.from_numpy(rows).view(torch.float8_e4m3fn)
@@ -102,7 +102,7 @@ def on_gpus(function, *args):
 def swap_with(group, counts_PP):
     sent = [torch.full((counts_PP[group.rank][peer], 2), float(group.rank)) for peer in range(3)]
     received = [torch.full((counts_PP[peer][group.rank], 2), -1.0) for peer in range(3)]
-    group.swap(received, sent).wait()
+    group.send_recv(received, sent).wait()
     return [rows[:, 0].tolist() for rows in received]
 
 

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from expertwire.comm.all_to_all.base import RankStalled, Watched
+from expertwire.comm.all_to_all.base import Checkable, RankStalled
 from expertwire.comm.all_to_all.stream import StreamAllToAll
 
 PHASES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
@@ -78,7 +78,7 @@ def test_a_stall_is_told(streams):
             raise RankStalled(3, 1, "dispatch", 0, 1.0)
 
     log, now, side = streams
-    assert isinstance(StreamAllToAll(Inner(now, log), side), Watched)
+    assert isinstance(StreamAllToAll(Inner(now, log), side), Checkable)
     StreamAllToAll(Inner(now, log), side).check()
     with pytest.raises(RankStalled, match="rank 3"):
         StreamAllToAll(Stalled(now, log), side).check()

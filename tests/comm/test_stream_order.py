@@ -28,10 +28,10 @@ class Alone:
     def __init__(self, streams):
         self._stream = streams.stream()
 
-    def swap(self, receive_P, send_P):
+    def send_recv(self, receive_P, send_P):
         return self._copied(receive_P, send_P)
 
-    def gather(self, out, rows):
+    def all_gather(self, out, rows):
         return self._copied([out], [rows])
 
     def _copied(self, out, given):
@@ -72,7 +72,13 @@ def streams(monkeypatch):
 
 def spec(group):
     return AllToAllSpec(
-        group=group, rank_offsets=(0, E), max_tokens=T, hidden_size=D, top_k=K, dtype=torch.float32, num_parts=PARTS
+        group=group,
+        rank_offsets=(0, E),
+        max_tokens=T,
+        hidden_size=D,
+        top_k=K,
+        dtype=torch.float32,
+        num_micro_batches=PARTS,
     )
 
 

@@ -138,7 +138,7 @@ FABRIC = {"cluster": "ab" * 16, "clique": 3, "fabric_state": "completed"}
 def test_domains_follow_from_what_the_ranks_have_found(reports, domains):
     found = topology_probe.assemble(reports)
     assert found.domain_P().tolist() == domains
-    assert [place.node for place in found.places] == [report.node for report in reports]
+    assert [location.node for location in found.locations] == [report.node for report in reports]
 
 
 def test_domains_join_through_others():
@@ -155,7 +155,7 @@ def test_without_a_gpu_a_rank_reports_its_node_only():
 
 
 def gather(group, reports):
-    return topology_probe.gather(group, reports[group.rank], "cpu")
+    return topology_probe.gather_reports(group, reports[group.rank], "cpu")
 
 
 def test_every_rank_learns_all_reports(three_ranks):

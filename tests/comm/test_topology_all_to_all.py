@@ -10,7 +10,7 @@ from expertwire.comm.all_to_all.nccl import NcclAllToAll
 from expertwire.comm.all_to_all.nvlink import build as nvlink_over_shared_memory
 from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.topology import topology
-from expertwire.comm.topology.topology import Place, Topology
+from expertwire.comm.topology.topology import RankLocation, Topology
 
 BACKENDS = {"reference": ReferenceAllToAll, "nccl": NcclAllToAll, "nvlink": nvlink_over_shared_memory}
 
@@ -23,9 +23,11 @@ def four_ranks():
 
 def of_domains(*sizes):
     places = [
-        Place(domain=f"d{d}", node=f"d{d}", failure_domain=f"d{d}") for d, size in enumerate(sizes) for _ in range(size)
+        RankLocation(domain=f"d{d}", node=f"d{d}", failure_domain=f"d{d}")
+        for d, size in enumerate(sizes)
+        for _ in range(size)
     ]
-    return Topology(name="t", places=tuple(places))
+    return Topology(name="t", locations=tuple(places))
 
 
 def test_rails():
@@ -33,8 +35,8 @@ def test_rails():
     assert topology.read("nvl72").rails() is None
     assert of_domains(2, 3).rails() is None
     assert of_domains(1, 1).rails() is None, "a rank alone in its domain has nobody to hand rows to"
-    pair = of_domains(1, 1).places
-    assert Topology(name="t", places=(*pair, *pair)).rails() is None, "ranks take turns among the domains"
+    pair = of_domains(1, 1).locations
+    assert Topology(name="t", locations=(*pair, *pair)).rails() is None, "ranks take turns among the domains"
 
 
 CASES = [
@@ -49,7 +51,7 @@ CASES = [
 
 def run(group, backend, steps):
     domain_P, place_P = of_domains(2, 2).rails()
-    across, within = group.part(place_P), group.part(domain_P)
+    across, within = group.split(place_P), group.split(domain_P)
     for case in CASES:  # making the parts takes longer than all of this
         all_to_all = HierarchicalAllToAll(case.spec(group), across=across, within=within, make=BACKENDS[backend])
         for step in range(steps):
@@ -75,9 +77,9 @@ class Counting:
 
 def count_crossings(group, case):
     domain_P, place_P = of_domains(2, 2).rails()
-    across = Counting(group.part(place_P))
+    across = Counting(group.split(place_P))
     all_to_all = HierarchicalAllToAll(
-        case.spec(group), across=across, within=group.part(domain_P), make=ReferenceAllToAll
+        case.spec(group), across=across, within=group.split(domain_P), make=ReferenceAllToAll
     )
     take_part(all_to_all, case, group.rank, group.size, 0, lambda: None)
     return across.left[0]
@@ -95,8 +97,8 @@ def test_a_row_crosses_to_a_domain_once(four_ranks):
 
 
 def parts(group):
-    across = group.part([0, 1, 0, 1])
-    alone = group.part([0, 1, 2, 3])
+    across = group.split([0, 1, 0, 1])
+    alone = group.split([0, 1, 2, 3])
     rows = torch.tensor([[group.rank]])
     ones = [1] * across.size
     got = torch.empty(across.size, 1, dtype=torch.int64)

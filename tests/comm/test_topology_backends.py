@@ -54,10 +54,10 @@ def build_by_table(group, case):
     """Times with options of the communicator, which another group then has."""
     times = {"reference": (9.0, {}), "nccl": (5.0, {"max_ctas": 8}), "nvlink": (7.0, {})}
     entries = tuple(
-        backend_times.Entry(ranks=group.size, tokens=64, backend=name, nccl=options, p50_us=us)
+        backend_times.Measurement(ranks=group.size, tokens=64, backend=name, nccl=options, p50_us=us)
         for name, (us, options) in times.items()
     )
-    table = backend_times.Table(name="t", device="cpu", machine="a CPU", row_bytes=64, top_k=2, entries=entries)
+    table = backend_times.BackendTimes(name="t", device="cpu", machine="a CPU", row_bytes=64, top_k=2, entries=entries)
     (all_to_all,), choice = backends.build("auto", case.spec(group), registry.plain(), "a", "cpu", table=table)
     take_part(all_to_all, case, group.rank, group.size, 0, lambda: None)
     return type(all_to_all).__name__, choice.why

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 
 from expertwire.comm.topology import topology
-from expertwire.comm.topology.backend_choice import GROUPED_FROM_ROWS, Situation, choose
-from expertwire.comm.topology.topology import Place, Topology
+from expertwire.comm.topology.backend_choice import GROUPED_FROM_ROWS, BackendConditions, choose
+from expertwire.comm.topology.topology import RankLocation, Topology
 
 
 def ranks(domains, nodes=None):
     """Ranks in domains (and on nodes) of one letter each."""
     pairs = zip(domains, nodes or domains, strict=True)
-    return Topology(name="t", places=tuple(Place(domain=d, node=n, failure_domain=n) for d, n in pairs))
+    return Topology(name="t", locations=tuple(RankLocation(domain=d, node=n, failure_domain=n) for d, n in pairs))
 
 
-RACK = Situation(topology=topology.read("nvl72"), device="cuda", step_rows=GROUPED_FROM_ROWS, row_bytes=28672)
+RACK = BackendConditions(topology=topology.read("nvl72"), device="cuda", step_rows=GROUPED_FROM_ROWS, row_bytes=28672)
 BOARDS = replace(RACK, topology=ranks("aabb"))
 HOST = replace(RACK, topology=ranks("aaaa"), device="cpu")
 HOSTS = replace(RACK, topology=ranks("ab"), device="cpu")
@@ -28,7 +28,7 @@ HOSTS = replace(RACK, topology=ranks("ab"), device="cpu")
         (BOARDS, "nccl", "2 NVLink domains .*enough for grouped .*a row crosses to another domain once"),
         (replace(BOARDS, step_rows=GROUPED_FROM_ROWS - 1), "reference", "too few for grouped"),
         (HOST, "nvlink", "write into shared memory"),
-        (replace(HOST, arena_fits=False), "nccl", "do not fit into the shared memory"),
+        (replace(HOST, buffers_fit=False), "nccl", "do not fit into the shared memory"),
         (HOSTS, "nccl", "on 2 nodes and share no memory"),
         (replace(HOSTS, step_rows=1), "reference", "on 2 nodes"),
         (replace(RACK, topology=ranks("a")), "reference", "one rank"),
@@ -53,7 +53,7 @@ def test_what_is_asked_for_is_taken_where_it_can_be(here, wanted):
     [
         ("nvlink", BOARDS, r"'nvlink' cannot be used: .*2 NVLink domains .*; allowed here are auto, reference, nccl$"),
         ("nvlink", HOSTS, r"'nvlink' .* on 2 nodes and share no memory; allowed here are auto, reference, nccl$"),
-        ("nvlink", replace(HOST, arena_fits=False), r"/dev/shm; allowed here are auto, reference, nccl$"),
+        ("nvlink", replace(HOST, buffers_fit=False), r"/dev/shm; allowed here are auto, reference, nccl$"),
         (
             "nccl",
             replace(HOST, libraries=("nccl",)),

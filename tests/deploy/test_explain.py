@@ -43,9 +43,9 @@ def test_the_all_to_all_and_what_it_moves(capsys):
     assert found[-4] == "activations are sent as they are; small steps replay CUDA graphs"
     assert found[-3] == "nvl72: 64 ranks on 16 nodes in 1 NVLink domain of 64"
     assert found[-2].startswith("all-to-all nvlink: all 64 ranks are in one NVLink domain")
-    # 128 experts: 8 * 2 KiB rows come home, less those from the rank itself.
+    # 128 experts: 8 * 2 KiB rows come back, less those from the rank itself.
     assert "a token goes to 7.78 of 64 ranks" in found[-1]
-    assert f"{8 * 4096 * 63 / 64 / 1e3:.1f} KB come home" in found[-1]
+    assert f"{8 * 4096 * 63 / 64 / 1e3:.1f} KB come back" in found[-1]
 
 
 def test_a_topology_of_ones_own(capsys, tmp_path):

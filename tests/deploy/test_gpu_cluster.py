@@ -22,7 +22,7 @@ from expertwire.comm.control.channel import ChannelClosed, ControlHub, ControlLi
 from expertwire.comm.group import TorchGroup
 from expertwire.comm.topology import fabric
 from expertwire.comm.topology import probe as topology_probe
-from expertwire.comm.topology.backend_choice import Situation, choose
+from expertwire.comm.topology.backend_choice import BackendConditions, choose
 from expertwire.deploy.ray.placement import Node, in_order, layouts, ordinal
 from expertwire.engine import worker
 from expertwire.engine.config.engine_config import EngineConfig
@@ -142,10 +142,10 @@ class Rank:
             cluster="5f" * 16,
             fabric_state="completed",
         )
-        reports = topology_probe.gather(group, report, "cpu")
+        reports = topology_probe.gather_reports(group, report, "cpu")
         fabric.check_fabric(reports)
         found = topology_probe.assemble(reports)
-        choice = choose("auto", Situation(topology=found, device="cuda", step_rows=1 << 20, row_bytes=1 << 14))
+        choice = choose("auto", BackendConditions(topology=found, device="cuda", step_rows=1 << 20, row_bytes=1 << 14))
         self.domain, self.nodes = found.num_domains, found.node_P()
         arenas = symmetric_memory.symmetric(group, NBYTES, torch.device(device))
         for arena in arenas:

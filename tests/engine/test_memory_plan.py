@@ -8,7 +8,7 @@ from expertwire.engine.loader.inspection import inspect
 
 CONFIGS = Path(__file__).parents[2] / "bench" / "configs"
 H200 = 143_771 << 20  # as the driver tells it
-# Model, ranks and tokens of a request; then MB of weights, arenas, activations and graphs, and tokens that fit.
+# Model, ranks and tokens of a request; then MB of weights, symmetric buffers, activations and graphs, and tokens that fit.
 TABLES = [
     ("deepseek-v3", 8, 16_384, (101375, 357, 4107, 3409), 360_592),
     ("kimi-k2-thinking", 8, 16_384, (95450, 470, 3741, 3409), 448_496),
@@ -21,7 +21,7 @@ TABLES = [
 def test_of_an_h200(name, ep_size, context, expected, tokens):
     found = inspect(CONFIGS / name, ep_size)
     plan = found.memory_plan(context, H200)
-    parts = sum(plan.weights.values()), plan.arenas, plan.activations, plan.graphs
+    parts = sum(plan.weights.values()), plan.symmetric_buffers, plan.activations, plan.graphs
     assert tuple(round(part / 1e6) for part in parts) == expected
     assert found.cache_tokens(plan, context) == tokens
     rest = plan.slots + plan.context + plan.caches

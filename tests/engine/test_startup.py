@@ -154,10 +154,10 @@ def test_caches_that_cannot_be_had_are_refused_before_they_are_allocated():
 
 def test_what_cannot_fit_is_refused_before_loading_with_a_table():
     plan = MemoryPlan(
-        total=80 * GB, utilization=0.9, weights={"experts": 60 * GB, "attention": 10 * GB}, arenas=GB, slots=0,
+        total=80 * GB, utilization=0.9, weights={"experts": 60 * GB, "attention": 10 * GB}, symmetric_buffers=GB, slots=0,
         activations=GB, graphs=GB,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"does not fit into gpu_memory_utilization 0\.9") as refused:
         memory_plan.check(plan)
-    for line in ("weights: experts 60.00 GB", "all-to-all arenas 1.00 GB", "left for caches -2.07 GB"):
+    for line in ("weights: experts 60.00 GB", "all-to-all buffers 1.00 GB", "left for caches -2.07 GB"):
         assert line in " ".join(str(refused.value).split())

@@ -52,7 +52,7 @@ class Exchange:
     form: str = "fp32"
 
     def spec(self, group: Group, timeout_s: float = 30.0, layers: tuple[int, ...] = (0,)) -> AllToAllSpec:
-        size, dtype, home_size, home_dtype = FORMATS[self.form]
+        size, dtype, combine_size, combine_dtype = FORMATS[self.form]
         return AllToAllSpec(
             group=group,
             rank_offsets=self.placed(group.size).rank_offsets,
@@ -60,8 +60,8 @@ class Exchange:
             hidden_size=size,
             top_k=self.top_k,
             dtype=dtype,
-            home_size=home_size,
-            home_dtype=home_dtype,
+            combine_size=combine_size,
+            combine_dtype=combine_dtype,
             timeout_s=timeout_s,
             layers=layers,
         )
@@ -94,8 +94,8 @@ class Exchange:
 
     def expert_rows(self, rows: np.ndarray, physical_R: np.ndarray) -> np.ndarray:
         """What an expert makes of rows: it leaves its mark, so that the result says whose it is and where it comes from."""
-        width, dtype, home_width, home_dtype = FORMATS[self.form]
-        nbytes = (home_width or width) * (home_dtype or dtype).itemsize
+        width, dtype, home_width, combine_dtype = FORMATS[self.form]
+        nbytes = (home_width or width) * (combine_dtype or dtype).itemsize
         out = np.resize(rows.T, (nbytes, len(rows))).T.copy() if len(rows) else np.zeros((0, nbytes), np.uint8)
         out[:, 3:] += (physical_R[:, None] * 31 + 1).astype(np.uint8)
         return out
@@ -156,7 +156,7 @@ def phases(
     padded_to: int = 0,
 ) -> Iterator[None]:
     """A step in pieces: what follows each `yield` is a phase. `padded_to`: rows of every rank, of which only the first count."""
-    width, dtype, home_width, home_dtype = FORMATS[case.form]
+    width, dtype, home_width, combine_dtype = FORMATS[case.form]
     (rows, physical), (expected, experts, offsets, unique), expected_home = _expected(case, rank, step, size)
     x, ids, counts = as_dtype(rows, dtype), torch.from_numpy(physical), [case.tokens_of(step, size)]
     if padded_to:
@@ -173,7 +173,7 @@ def phases(
     assert_equal(found, expected, f"rank {rank}, step {step}: what arrived")
     if size > 1:
         assert len(set(index.tolist())) == unique, f"rank {rank}, step {step}: a token's row has been sent twice"
-    y = as_dtype(case.expert_rows(found, experts), home_dtype or dtype)
+    y = as_dtype(case.expert_rows(found, experts), combine_dtype or dtype)
     if arrived.home_R is not None:
         placed = y.new_zeros(len(arrived.row_index_R), y.shape[1])
         placed[arrived.home_R[: len(y)].long()] = y

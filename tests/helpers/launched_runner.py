@@ -44,7 +44,7 @@ def build(num_ranks, max_tokens, capture, *, device="cpu", num_parts=1):
         hidden_size=config.hidden_size,
         top_k=config.top_k,
         dtype=torch.bfloat16,
-        num_parts=num_parts,
+        num_micro_batches=num_parts,
     )
     if num_ranks == 1:
         all_to_alls = [LocalAllToAll(spec, ops.permute) for _ in range(num_parts)]

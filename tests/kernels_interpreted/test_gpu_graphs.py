@@ -11,7 +11,7 @@ from expertwire.comm import symmetric_memory
 from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
 from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
-from expertwire.comm.group import everyones
+from expertwire.comm.group import all_gather_rows
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.weights import load_model
@@ -114,8 +114,8 @@ def serve(group, folder, captured):
 
 def everyones_results(group, result):
     [words] = result.to_arrays().values()
-    lengths = everyones(group, torch.tensor([len(words)])).flatten().tolist()
-    rows = everyones(group, torch.from_numpy(np.resize(words, max(lengths)))).numpy()
+    lengths = all_gather_rows(group, torch.tensor([len(words)])).flatten().tolist()
+    rows = all_gather_rows(group, torch.from_numpy(np.resize(words, max(lengths)))).numpy()
     return [StepResult.from_arrays({"StepResult": row[:num]}) for row, num in zip(rows, lengths, strict=True)]
 
 

@@ -55,7 +55,7 @@ def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_parts: int =
         hidden_size=D,
         top_k=K,
         dtype=torch.bfloat16,
-        num_parts=num_parts,
+        num_micro_batches=num_parts,
     )
     if fp8 and ranks > 1:
         spec = packed(spec)
