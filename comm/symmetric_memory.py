@@ -40,10 +40,10 @@ def shared(group: Group, nbytes: int) -> list[Tensor]:
     try:
         files = [text.split("\n") for text in all_gather_text(group, f"{this_node()}\n{path}\n{problem}")]
         if problems := [f"rank {rank}: {problem}" for rank, (_, _, problem) in enumerate(files) if problem]:
-            raise ValueError(f"all_to_all 'nvlink' needs {nbytes} bytes of shared memory a rank; {problems[0]}")
+            raise ValueError(f"all2all_backend 'nvlink' needs {nbytes} bytes of shared memory a rank; {problems[0]}")
         if any(node != files[0][0] for node, _, _ in files):
             raise ValueError(
-                "all_to_all 'nvlink' needs all CPU ranks on one machine, but they are on "
+                "all2all_backend 'nvlink' needs all CPU ranks on one machine, but they are on "
                 f"{len({node for node, _, _ in files})}; use 'reference'"
             )
         buffers = [_map(Path(peer), nbytes) for _, peer, _ in files]

@@ -22,7 +22,7 @@ from expertwire.comm import symmetric_memory
 from expertwire.comm.all_to_all import cost_model
 from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.fp8 import packed
-from expertwire.comm.all_to_all.symmetric_buffer import LINE, ArenaLayout, Region
+from expertwire.comm.all_to_all.symmetric_buffer import SIGNAL_WORDS, BufferLayout, Region
 from expertwire.comm.group import Group
 
 RANKS = (8, 64, 72)
@@ -74,13 +74,13 @@ class Loopback:
         self.experts_P, self.top_k, self._plan = experts_P, top_k, [tokens] * num_ranks
         self._device, self._shape, self._format = device, (tokens, hidden_size), format
         specs = [self._spec(rank, num_ranks, tokens) for rank in range(num_ranks)]
-        layout = ArenaLayout.of(specs[0])
+        layout = BufferLayout.of(specs[0])
         self.memories = symmetric_memory.slices(num_ranks, layout.nbytes, device)
         for rank in range(1, num_ranks):
             other = NvlinkGpuAllToAll(specs[rank], self.memories, num_programs=num_programs)
             other.dispatch_send(*self.inputs(rank), self._plan)
-        for region in (layout.dispatched, layout.combined):
-            _lines(self.memories[0], region)[1:, 0] = _FOR_EVER
+        for region in (layout.dispatch_signals, layout.combine_signals):
+            _signals(self.memories[0], region)[1:, 0] = _FOR_EVER
         self.rank = NvlinkGpuAllToAll(specs[0], self.memories, num_programs=num_programs)
         self._x_TD, self._physical_TK = self.inputs(0)
         e = experts_P[0]
@@ -121,9 +121,9 @@ class Loopback:
         return packed(spec) if self._format == "fp8" else spec
 
 
-def _lines(memory: Tensor, region: Region) -> Tensor:
+def _signals(memory: Tensor, region: Region) -> Tensor:
     """i64 [P, line]."""
-    return memory[region.offset : region.offset + region.nbytes].view(torch.int64).view(-1, LINE)
+    return memory[region.offset : region.offset + region.nbytes].view(torch.int64).view(-1, SIGNAL_WORDS)
 
 
 def run(hidden_size: int, top_k: int = 8) -> dict[str, Any]:

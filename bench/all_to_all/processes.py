@@ -24,7 +24,7 @@ from expertwire.bench.all_to_all.step import Eager, Member, check, echo
 from expertwire.comm import symmetric_memory
 from expertwire.comm.all_to_all import cost_model
 from expertwire.comm.all_to_all.base import AllToAllSpec
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.comm.group import Group, TorchGroup
 from expertwire.engine import process
 
@@ -97,7 +97,7 @@ def rank_main(rank: int, size: int, folder: str, device: str, timeout_s: float, 
         timeout_s=timeout_s,
     )
     with torch.inference_mode():
-        memories = _memories(group, ArenaLayout.of(spec).nbytes, device)
+        memories = _memories(group, BufferLayout.of(spec).nbytes, device)
         all_to_all = NvlinkGpuAllToAll(spec, memories, num_programs=4, max_turns=_MANY_TURNS)
         rng = np.random.default_rng([size, rank])
         for _ in range(shape["steps"]):

@@ -20,7 +20,7 @@ from expertwire.comm import symmetric_memory
 from expertwire.comm.all_to_all import cost_model
 from expertwire.comm.all_to_all.base import AllToAllSpec, Checkable
 from expertwire.comm.all_to_all.fp8 import packed
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.comm.group import Group
 
 
@@ -74,7 +74,7 @@ def _members(
             dtype=torch.bfloat16,
         )
         specs.append(packed(spec) if format == "fp8" else spec)
-    memories = symmetric_memory.slices(num_ranks, ArenaLayout.of(specs[0]).nbytes, device)
+    memories = symmetric_memory.slices(num_ranks, BufferLayout.of(specs[0]).nbytes, device)
     return [
         Member(
             all_to_all=NvlinkGpuAllToAll(spec, memories, num_programs=16),

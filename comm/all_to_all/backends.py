@@ -17,12 +17,12 @@ from expertwire.comm.all_to_all.hierarchical import HierarchicalAllToAll
 from expertwire.comm.all_to_all.local import LocalAllToAll
 from expertwire.comm.all_to_all.nccl import NcclAllToAll
 from expertwire.comm.all_to_all.reference import ReferenceAllToAll
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.comm.group import NcclOptions, TorchGroup
 from expertwire.comm.topology import fabric
 from expertwire.comm.topology import probe as topology_probe
 from expertwire.comm.topology.backend_choice import SINGLE_RANK, BackendChoice, BackendConditions, choose
-from expertwire.comm.topology.backend_times import Table
+from expertwire.comm.topology.backend_times import BackendTimes
 from expertwire.comm.topology.probe import RankReport
 from expertwire.kernels.ops import quantize
 from expertwire.kernels.ops.quantize import Quantized
@@ -37,7 +37,7 @@ def build(
     device: str,
     *,
     fp8: bool = False,
-    table: Table | None = None,
+    table: BackendTimes | None = None,
 ) -> tuple[tuple[AllToAll, ...], BackendChoice]:
     """Return an all-to-all for each micro-batch, none sharing memory or messages with another, and why it was chosen.
 
@@ -115,13 +115,13 @@ def _quantizer(device: str) -> Callable[[Tensor], Quantized]:
 
 def _conditions(spec: AllToAllSpec, reports: Sequence[RankReport], device: str) -> BackendConditions:
     gpus = [report.gpu for report in reports if report.gpu]
-    shared_bytes, layout = min(report.shared_bytes for report in reports), ArenaLayout.of(spec)
+    shared_bytes, layout = min(report.shared_bytes for report in reports), BufferLayout.of(spec)
     num_buffers = spec.group.size * spec.num_micro_batches
     return BackendConditions(
         topology=topology_probe.assemble(reports),
         device=device.partition(":")[0],
         step_rows=spec.group.size * spec.max_tokens * spec.top_k,
-        row_bytes=layout.rows.shape[-1] + layout.home.shape[-1],
+        row_bytes=layout.dispatch_rows.shape[-1] + layout.combine_rows.shape[-1],
         libraries=libraries(),
         gpus_shared=len(set(gpus)) < len(gpus),
         buffers_fit=device != "cpu" or shared_bytes >= num_buffers * layout.nbytes,

@@ -1,18 +1,18 @@
-"""The arena: what one rank lends to all others for as long as they live, and where in it everything lies.
+"""Layout of a rank's symmetric buffer, into which all other ranks write.
 
-    region       shape             contents                                               written by
-    dispatched   i64 [P, line]     epoch, number of rows                                  rank p its line
-    combined     i64 [P, line]     epoch                                                  rank p its line
-    stalled      i64 [P, line]     0, or whom rank p has waited for in vain (`Stall`)     rank p its line; never cleared
-    routes       i32 [P, T, K+1]   a row's token on its home rank, its K physical ids     rank p its part
-    rows         [P, T, D]         rows in the order of tokens                            rank p its part
-    home         [T, K, D']        the expert rows of this rank's tokens                  each slot by the rank of its expert
+    region             shape              contents                                             written by
+    dispatch_signals   i64 [P, signal]    epoch, number of rows                                rank p its signal
+    combine_signals    i64 [P, signal]    epoch                                                rank p its signal
+    stall_signals      i64 [P, signal]    0, or the rank that rank p waited for (`Stall`)      rank p its signal; never reset
+    routes             i32 [P, T, K+1]    a row's token on its home rank, its K physical ids   rank p its part
+    dispatch_rows      [P, T, D]          rows in the order of tokens                          rank p its part
+    combine_rows       [T, K, D']         expert outputs of this rank's tokens                 each slot by its expert's rank
 
-All offsets follow from the spec, so they are the same on every rank. The line that a rank writes last says that everything
-before it is there: an epoch counts the exchanges from 1 and only grows. Lines are apart so that no two ranks write one cache
-line; rows begin at multiples of 16 bytes, so that they can be stored 16 bytes at a time.
+All offsets follow from the spec, so that they are the same on every rank. A rank writes its signal last; once the signal has
+the epoch, which counts exchanges from 1, everything before it has arrived. Signals are padded, so that no two ranks write to
+one cache line; rows are padded to 16 bytes, so that they can be stored 16 bytes at a time.
 
-P ranks, T tokens of one rank at most, K experts a token, D and D' widths of the rows that go out and come home.
+P ranks, T tokens of one rank at most, K experts a token, D and D' widths of dispatched and combined rows.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from expertwire.comm.all_to_all.base import AllToAllSpec, RankStalled
 
-LINE = 16  # i64 words: 128 bytes, what a GPU moves at once
+SIGNAL_WORDS = 16  # i64: 128 bytes, which a GPU moves at once
 _REGION_BYTES = 256
-_WORD, _ID = 8, 4
+_WORD, _ID = 8, 4  # bytes
 _STORE = 16  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """Bytes from the arena's beginning, and elements."""
+    """A region's offset in bytes, and its elements."""
 
     offset: int
     shape: tuple[int, ...]
@@ -45,31 +45,28 @@ class Region:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArenaLayout:
-    """Where the regions of the module's table lie. The last dimension of `rows` and `home` counts bytes, padded to 16."""
+class BufferLayout:
+    """The regions of the module's table. The last dimension of the rows counts bytes, padded to 16."""
 
-    dispatched: Region
-    combined: Region
-    stalled: Region
+    dispatch_signals: Region
+    combine_signals: Region
+    stall_signals: Region
     routes: Region
-    rows: Region
-    home: Region
+    dispatch_rows: Region
+    combine_rows: Region
 
     @classmethod
-    def of(cls, spec: AllToAllSpec) -> ArenaLayout:
+    def of(cls, spec: AllToAllSpec) -> BufferLayout:
         num_ranks, tokens, top_k = spec.group.size, spec.max_tokens, spec.top_k
-        lines = (num_ranks, LINE)
-        combine_dtype = spec.combine_dtype or spec.dtype
+        signals = (num_ranks, SIGNAL_WORDS)
+        combine_size, combine_dtype = spec.combine_size or spec.hidden_size, spec.combine_dtype or spec.dtype
         shapes = {
-            "dispatched": (lines, _WORD),
-            "combined": (lines, _WORD),
-            "stalled": (lines, _WORD),
+            "dispatch_signals": (signals, _WORD),
+            "combine_signals": (signals, _WORD),
+            "stall_signals": (signals, _WORD),
             "routes": ((num_ranks, tokens, top_k + 1), _ID),
-            "rows": ((num_ranks, tokens, _padded(spec.hidden_size * spec.dtype.itemsize, _STORE)), 1),
-            "home": (
-                (tokens, top_k, _padded((spec.combine_size or spec.hidden_size) * combine_dtype.itemsize, _STORE)),
-                1,
-            ),
+            "dispatch_rows": ((num_ranks, tokens, _padded(spec.hidden_size * spec.dtype.itemsize, _STORE)), 1),
+            "combine_rows": ((tokens, top_k, _padded(combine_size * combine_dtype.itemsize, _STORE)), 1),
         }
         regions, offset = {}, 0
         for name, (shape, itemsize) in shapes.items():
@@ -89,7 +86,7 @@ def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-EXCHANGE_BYTES = 4 << 30  # of a GPU that all parts' exchanges may take at worst
+EXCHANGE_BYTES = 4 << 30  # of a GPU for the exchanges of all micro-batches, at worst
 _LEAST_TOKENS = 128
 
 
@@ -100,20 +97,21 @@ def exchange_tokens(
     experts: int,
     top_k: int,
     row_bytes: int,
-    home_bytes: int,
+    combine_bytes: int,
     expert_bytes: int,
     budget: int = EXCHANGE_BYTES,
 ) -> int:
-    """Return how many tokens of a rank an exchange shall take: `max_tokens`, halved until memory for the worst case, all tokens
-    of all ranks choosing experts of one rank, is within `budget` bytes. 128 are taken at least.
+    """Return how many tokens of a rank an exchange takes: `max_tokens`, halved until it needs at most `budget` bytes.
+
+    The need is that of the worst case, in which all tokens of all ranks choose experts of one rank. At least 128.
 
     Args:
         experts: of one rank, at most.
-        row_bytes, home_bytes: of a row that goes out, and of one that comes home.
-        expert_bytes: that a routed row takes in the experts, beside the row that goes home.
+        row_bytes, combine_bytes: of a dispatched and a combined row.
+        expert_bytes: intermediate results of a routed row in the experts, beside its output.
     """
-    arena = num_ranks * (row_bytes + _ID * (top_k + 1)) + top_k * home_bytes
-    token_bytes = arena + num_ranks * min(top_k, experts) * (home_bytes + expert_bytes)
+    buffer_bytes = num_ranks * (row_bytes + _ID * (top_k + 1)) + top_k * combine_bytes
+    token_bytes = buffer_bytes + num_ranks * min(top_k, experts) * (combine_bytes + expert_bytes)
     tokens = max_tokens
     while tokens > _LEAST_TOKENS and tokens * token_bytes > budget:
         tokens = _padded(-(-tokens // 2), _STORE)
@@ -121,34 +119,34 @@ def exchange_tokens(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arena:
-    """Views of one rank's arena on the host, in numpy: it moves rows by an index in a third of torch's time."""
+class BufferViews:
+    """Views of one rank's buffer in numpy, which gathers rows in a third of torch's time."""
 
-    dispatched: np.ndarray  # i64 [P, line]
-    combined: np.ndarray
-    stalled: np.ndarray
+    dispatch_signals: np.ndarray  # i64 [P, signal]
+    combine_signals: np.ndarray
+    stall_signals: np.ndarray
     routes: np.ndarray  # i32 [P, T, K + 1]
-    rows: np.ndarray  # u8 [P, T, bytes of D]
-    home: np.ndarray  # u8 [T * K, bytes of D']
+    dispatch_rows: np.ndarray  # u8 [P, T, bytes of D]
+    combine_rows: np.ndarray  # u8 [T * K, bytes of D']
 
     @classmethod
-    def of(cls, memory: Tensor, layout: ArenaLayout, spec: AllToAllSpec) -> Arena:
+    def of(cls, memory: Tensor, layout: BufferLayout, spec: AllToAllSpec) -> BufferViews:
         """`memory`: u8 on a CPU, as large as the layout says."""
         assert memory.numel() == layout.nbytes, f"{memory.numel()} bytes, layout {layout.nbytes}"
 
-        def part(region: Region, dtype: type) -> np.ndarray:
+        def view(region: Region, dtype: type) -> np.ndarray:
             nbytes = memory[region.offset : region.offset + region.nbytes]
             return nbytes.numpy().view(dtype).reshape(region.shape)
 
         combine_dtype = spec.combine_dtype or spec.dtype
-        home = part(layout.home, np.uint8).reshape(-1, layout.home.shape[-1])
+        combine_rows = view(layout.combine_rows, np.uint8).reshape(-1, layout.combine_rows.shape[-1])
         return cls(
-            dispatched=part(layout.dispatched, np.int64),
-            combined=part(layout.combined, np.int64),
-            stalled=part(layout.stalled, np.int64),
-            routes=part(layout.routes, np.int32),
-            rows=part(layout.rows, np.uint8)[..., : spec.hidden_size * spec.dtype.itemsize],
-            home=home[:, : (spec.combine_size or spec.hidden_size) * combine_dtype.itemsize],
+            dispatch_signals=view(layout.dispatch_signals, np.int64),
+            combine_signals=view(layout.combine_signals, np.int64),
+            stall_signals=view(layout.stall_signals, np.int64),
+            routes=view(layout.routes, np.int32),
+            dispatch_rows=view(layout.dispatch_rows, np.uint8)[..., : spec.hidden_size * spec.dtype.itemsize],
+            combine_rows=combine_rows[:, : (spec.combine_size or spec.hidden_size) * combine_dtype.itemsize],
         )
 
 
@@ -159,14 +157,14 @@ _RANK_BITS, _PHASE_BITS = 16, 1
 
 @dataclass(frozen=True, order=True)
 class Stall:
-    """Who did not come; the smallest is the earliest, and the cause of the others."""
+    """A rank that did not signal in time; the smallest stall is the earliest, and the cause of the others."""
 
     epoch: int
     phase: int
     rank: int
 
     def word(self) -> int:
-        """As it lies in an arena: never 0, and ordered likewise."""
+        """Return its encoding in a buffer, which is never 0 and keeps the order."""
         return (self.epoch << _PHASE_BITS | self.phase) << _RANK_BITS | self.rank
 
     @classmethod
@@ -176,7 +174,7 @@ class Stall:
 
 
 def stall_error(words: np.ndarray, spec: AllToAllSpec) -> RankStalled:
-    """The error of the earliest of some stalls, words of which 0 is none."""
+    """Return the error of the earliest of the encoded stalls, of which 0 is none."""
     stall = Stall.from_word(int(words[words > 0].min()))
     layer = spec.layers[(stall.epoch - 1) % len(spec.layers)] if spec.layers else None
     return RankStalled(stall.rank, stall.epoch, PHASES[stall.phase], layer, spec.timeout_s, spec.micro_batch)

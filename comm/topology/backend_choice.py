@@ -63,7 +63,7 @@ def choose(wanted: str, conditions: BackendConditions, table: BackendTimes | Non
     """
     assert table is None or wanted == "auto", f"{wanted} by {table}"
     if wanted not in ("auto", *BACKENDS):
-        raise ValueError(f"all_to_all must be one of auto, {', '.join(BACKENDS)}, got {wanted!r}")
+        raise ValueError(f"all2all_backend must be one of auto, {', '.join(BACKENDS)}, got {wanted!r}")
     if conditions.topology.num_ranks == 1:
         return SINGLE_RANK
     unusable = {name: found for name in BACKENDS if (found := unusable_reason(name, conditions))}

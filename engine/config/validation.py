@@ -89,7 +89,7 @@ def exchange_tokens(config: EngineConfig, model: ModelConfig, num_ranks: int, *,
         experts=-(-(model.num_experts + config.num_redundant_experts) // num_ranks),
         top_k=model.top_k,
         row_bytes=packed_bytes(model.hidden_size) if fp8 else model.hidden_size * item,
-        home_bytes=model.hidden_size * item,
+        combine_bytes=model.hidden_size * item,
         expert_bytes=size * (item + quantised),
         budget=symmetric_buffer.EXCHANGE_BYTES // config.num_micro_batches,
     )

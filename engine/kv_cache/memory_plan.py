@@ -18,7 +18,7 @@ import torch
 
 from expertwire.comm.all_to_all import fp8 as a2a_fp8
 from expertwire.comm.all_to_all.base import AllToAllSpec
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.config.validation import exchange_tokens, sends_fp8
 from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, MlpConfig, ModelConfig
@@ -138,7 +138,7 @@ def _symmetric_buffer_bytes(config: EngineConfig, model: ModelConfig) -> int:
     if spec is None:
         return 0
     packed = a2a_fp8.packed(spec) if sends_fp8(config, model, on_gpu=True) else spec
-    return config.num_micro_batches * ArenaLayout.of(packed).nbytes
+    return config.num_micro_batches * BufferLayout.of(packed).nbytes
 
 
 def _exchange_tokens(config: EngineConfig, model: ModelConfig) -> int:

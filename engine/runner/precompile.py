@@ -134,9 +134,9 @@ def _all_to_all(spec: AllToAllSpec, of: Rank, ops: kernels.Ops) -> AllToAll:
     if of.num_ranks == 1:
         return LocalAllToAll(spec, ops.permute)
     from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
-    from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+    from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 
-    arena = torch.empty(ArenaLayout.of(spec).nbytes, dtype=torch.uint8, device=_DEVICE)
+    arena = torch.empty(BufferLayout.of(spec).nbytes, dtype=torch.uint8, device=_DEVICE)
     limit_ns = int(spec.timeout_s * 1e9)  # a number of turns elsewhere, and no more than a number here
     return NvlinkGpuAllToAll(spec, [arena] * of.num_ranks, num_programs=of.gpu.num_sms, max_turns=limit_ns)
 

@@ -75,5 +75,5 @@ def test_what_is_asked_for_is_taken_where_it_can_be(here, wanted):
     ],
 )
 def test_contradictions_are_refused(wanted, here, message):
-    with pytest.raises(ValueError, match=f"(?s)^all_to_all.*{message}"):
+    with pytest.raises(ValueError, match=f"(?s)^all2all_backend.*{message}"):
         choose(wanted, here)

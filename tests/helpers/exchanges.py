@@ -22,7 +22,7 @@ from expertwire.comm.all_to_all.nccl import NcclAllToAll
 from expertwire.comm.all_to_all.nvlink import NvlinkAllToAll
 from expertwire.comm.all_to_all.nvlink import build as nvlink_over_shared_memory
 from expertwire.comm.all_to_all.reference import ReferenceAllToAll
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.comm.group import Group
 from expertwire.comm.symmetric_memory import slices
 from expertwire.moe.eplb.placement import Placement, place
@@ -217,7 +217,7 @@ def run_exchange(group: Group, backend: str, case: Exchange, steps: int, slow: f
 
 def build(backend: str, spec: AllToAllSpec) -> AllToAll:
     if backend == "nvlink over slices":
-        return NvlinkAllToAll(spec, spec.group.memories(ArenaLayout.of(spec).nbytes))
+        return NvlinkAllToAll(spec, spec.group.memories(BufferLayout.of(spec).nbytes))
     return {
         "reference": ReferenceAllToAll,
         "nccl over gloo": NcclAllToAll,

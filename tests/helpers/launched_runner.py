@@ -8,7 +8,7 @@ from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.local import LocalAllToAll
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
 from expertwire.comm.all_to_all.stream import on_stream
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.comm.group import SoloGroup
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def build(num_ranks, max_tokens, capture, *, device="cpu", num_parts=1):
     if num_ranks == 1:
         all_to_alls = [LocalAllToAll(spec, ops.permute) for _ in range(num_parts)]
     else:
-        memories = [torch.zeros(ArenaLayout.of(spec).nbytes, dtype=torch.uint8) for _ in range(num_ranks)]
+        memories = [torch.zeros(BufferLayout.of(spec).nbytes, dtype=torch.uint8) for _ in range(num_ranks)]
         all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=132) for _ in range(num_parts)]
     if num_parts > 1:
         all_to_alls = map(on_stream, all_to_alls)

@@ -16,7 +16,7 @@ from expertwire.comm import symmetric_memory
 from expertwire.comm.all_to_all.base import RankStalled
 from expertwire.comm.all_to_all.fp8 import packed
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.kernels import formats
 from expertwire.kernels.gpu import exchange, exchange_few
 from expertwire.kernels.gpu import experts as gpu_experts
@@ -36,7 +36,7 @@ def make(case, size, few_ids):
 
 
 def room(case, size):
-    return symmetric_memory.slices(size, ArenaLayout.of(case.spec(Member(0, size))).nbytes)
+    return symmetric_memory.slices(size, BufferLayout.of(case.spec(Member(0, size))).nbytes)
 
 
 def make_over(memories, case, few_ids, few_arrived_ids=None):
@@ -199,7 +199,7 @@ def test_after_a_stall_no_more_rows_come_than_there_is_room_for(few_ids):
 
 def run(group, case, steps):
     spec = case.spec(group)
-    memories = symmetric_memory.shared(group, ArenaLayout.of(spec).nbytes)
+    memories = symmetric_memory.shared(group, BufferLayout.of(spec).nbytes)
     all_to_all = NvlinkGpuAllToAll(spec, memories, num_programs=2, max_turns=10**9)
     for step in range(steps):
         take_part(all_to_all, case, group.rank, group.size, step, lambda: None)
@@ -224,7 +224,7 @@ def test_experts_give_the_same_bits_however_rows_have_travelled(few_ids):
     ids = [torch.rand(num, 4, generator=generator).argsort(dim=1)[:, :2].contiguous() for num in tokens]
     came_home = []
     for specs in (plain, [packed(spec) for spec in plain]):
-        memories = symmetric_memory.slices(2, ArenaLayout.of(specs[0]).nbytes)
+        memories = symmetric_memory.slices(2, BufferLayout.of(specs[0]).nbytes)
         few = {"few_ids": few_ids, "few_arrived_ids": few_ids}
         ranks = [NvlinkGpuAllToAll(spec, memories, num_programs=2, **few) for spec in specs]
         handles = [rank.dispatch_send(*sent, tokens) for rank, *sent in zip(ranks, x, ids, strict=True)]
@@ -245,7 +245,7 @@ def test_experts_read_rows_where_they_arrived():
     generator = torch.Generator().manual_seed(1)
     case = Exchange(max_tokens=4, num_experts=4, top_k=2)
     specs = [dataclasses.replace(case.spec(Member(rank, 2)), hidden_size=D) for rank in range(2)]
-    memories = symmetric_memory.slices(2, ArenaLayout.of(specs[0]).nbytes)
+    memories = symmetric_memory.slices(2, BufferLayout.of(specs[0]).nbytes)
     ranks = [NvlinkGpuAllToAll(spec, memories, num_programs=2) for spec in specs]
     w13 = torch.randn(4, 2 * F, D, generator=generator) / 6
     w2 = torch.randn(4, D, F, generator=generator) / 4

@@ -10,7 +10,7 @@ from helpers.ranks import Ranks
 from expertwire.comm import symmetric_memory
 from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.comm.group import all_gather_rows
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def build(group, folder, capture):
         dtype=torch.float32,
         timeout_s=60,
     )
-    memories = symmetric_memory.shared(group, ArenaLayout.of(spec).nbytes)
+    memories = symmetric_memory.shared(group, BufferLayout.of(spec).nbytes)
     all_to_all = NvlinkGpuAllToAll(spec, memories, num_programs=2, max_turns=10**9)
     context = RankContext(
         rank=group.rank,

@@ -9,7 +9,7 @@ from helpers.fake_graphs import FakeCapture
 from expertwire.bench.all_to_all import loopback as all_to_all_loopback
 from expertwire.bench.all_to_all import shared
 from expertwire.bench.all_to_all.loopback import Loopback
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 
 RANKS, T, K, D = 3, 4, 2, 8
 EXPERTS = [2, 2, 1]
@@ -28,7 +28,7 @@ def holders(ids):
 
 
 def test_rows_reach_every_destination_and_slots_every_home(loopback):
-    layout = ArenaLayout.of(loopback.rank._spec)
+    layout = BufferLayout.of(loopback.rank._spec)
     for step in range(3):
         loopback.y_RD[:] = step + 1
         home = loopback.step()
@@ -36,13 +36,15 @@ def test_rows_reach_every_destination_and_slots_every_home(loopback):
         x, ids = (part.numpy() if part.dtype == torch.int64 else part for part in loopback.inputs(0))
         for peer in range(RANKS):
             tokens = np.flatnonzero(holders(ids)[:, peer])
-            region = layout.rows
+            region = layout.dispatch_rows
             rows = loopback.memories[peer][region.offset :][: region.nbytes].view(torch.bfloat16).view(RANKS, T, D)
             assert torch.equal(rows[0, : len(tokens)], x[tokens]), f"rank {peer}"
             # The slots of rank 0's experts at every home, and no others.
             peer_ids = loopback.inputs(peer)[1].numpy()
             slots = (
-                loopback.memories[peer][layout.home.offset :][: layout.home.nbytes].view(torch.bfloat16).view(T, K, D)
+                loopback.memories[peer][layout.combine_rows.offset :][: layout.combine_rows.nbytes]
+                .view(torch.bfloat16)
+                .view(T, K, D)
             )
             assert np.array_equal((slots == step + 1).all(2).numpy(), peer_ids < EXPERTS[0]), f"home {peer}"
         assert np.array_equal((home == step + 1).all(2).numpy(), ids < EXPERTS[0])

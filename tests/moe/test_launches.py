@@ -18,7 +18,7 @@ from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.fp8 import packed
 from expertwire.comm.all_to_all.local import LocalAllToAll
 from expertwire.comm.all_to_all.nvlink_gpu import OVERLAP_PROGRAMS, NvlinkGpuAllToAll
-from expertwire.comm.all_to_all.symmetric_buffer import ArenaLayout
+from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.kernels import registry
 from expertwire.kernels.formats import Quantized
 from expertwire.kernels.gpu.device import H200
@@ -63,7 +63,7 @@ def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_parts: int =
     if ranks == 1:
         all_to_alls = [LocalAllToAll(spec, ops.permute)]
     else:
-        memories = [meta(ArenaLayout.of(spec).nbytes, dtype=torch.uint8)] * ranks
+        memories = [meta(BufferLayout.of(spec).nbytes, dtype=torch.uint8)] * ranks
         all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=H200.num_sms) for _ in range(num_parts)]
     e = len(placement.experts_of(0))
     w13, w2 = (quantised(e, (F, F), D), quantised(e, (D,), F)) if fp8 else (meta(e, 2 * F, D), meta(e, D, F))

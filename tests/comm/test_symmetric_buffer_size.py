@@ -1,4 +1,4 @@
-"""What exchanges take of a GPU's memory at worst, and how many tokens they take for it."""
+"""Worst-case memory of an exchange, and the number of tokens that it is limited to."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 
 from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.fp8 import packed
-from expertwire.comm.all_to_all.symmetric_buffer import EXCHANGE_BYTES, ArenaLayout, exchange_tokens
+from expertwire.comm.all_to_all.symmetric_buffer import EXCHANGE_BYTES, BufferLayout, exchange_tokens
 
 # Ranks, physical experts, D, F, tokens of a step; the tokens of an exchange.
 SHAPES = {
@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def spec_of(ranks, experts, width, tokens):
-    """Rows go out in fp8 and come home in bf16."""
+    """Return a spec that dispatches fp8 and combines bf16."""
     return packed(
         AllToAllSpec(
             group=SimpleNamespace(rank=0, size=ranks),
@@ -33,15 +33,17 @@ def spec_of(ranks, experts, width, tokens):
 
 
 def worst(ranks, experts, width, inner, tokens):
-    """The arena, and of every routed row that can come what goes home and the hidden layer, in bf16 and in fp8."""
+    """Return bytes of the symmetric buffer, and of each possible routed row's output and hidden layer, in bf16 and fp8."""
     rows = ranks * tokens * min(8, experts // ranks) * (2 * width + 3 * inner)
-    return ArenaLayout.of(spec_of(ranks, experts, width, tokens)).nbytes + rows
+    return BufferLayout.of(spec_of(ranks, experts, width, tokens)).nbytes + rows
 
 
 def tokens_of(ranks, experts, width, inner, tokens, **budget):
     sizes = {"num_ranks": ranks, "experts": experts // ranks, "top_k": 8}
     row_bytes = spec_of(ranks, experts, width, tokens).hidden_size
-    return exchange_tokens(tokens, **sizes, row_bytes=row_bytes, home_bytes=2 * width, expert_bytes=3 * inner, **budget)
+    return exchange_tokens(
+        tokens, **sizes, row_bytes=row_bytes, combine_bytes=2 * width, expert_bytes=3 * inner, **budget
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
