@@ -1,8 +1,8 @@
-"""One GPU plays one rank of many: what the kernels of `comm.all_to_all.nvlink_gpu` cost without a wire.
+"""One GPU as one rank of many: times of the kernels of `comm.all_to_all.nvlink_gpu` without NVLink.
 
-All ranks' arenas lie on this GPU. The other ranks have sent their rows once, and their flags say that they are done for ever, so
-the rank runs its four phases alone, over and over, from a CUDA graph; the profiler says how long each kernel takes. What
-the stores would wait for on NVLink is missing: a figure for NVL72 is this plus the time of the bytes on the wire, and modelled.
+The symmetric buffers of all ranks are on this GPU. The other ranks have sent their rows once, and their signals have an epoch
+that is never reached, so that the rank runs its four phases alone, from a CUDA graph; the profiler has the time of each
+kernel. The time of the bytes on NVLink is missing: figures for NVL72 add it, modelled.
 
 T tokens, K experts a token, D width, P ranks, R routed rows at most.
 """
@@ -28,7 +28,7 @@ from expertwire.comm.group import Group
 RANKS = (8, 64, 72)
 TOKENS = (1, 32, 128, 1024, 4096)
 PROGRAMS = (16, 32, 64)  # besides one on every multiprocessor
-FORMATS = ("bf16", "fp8")  # of rows that go out; fp8 is quantised on the way
+FORMATS = ("bf16", "fp8")  # of dispatched rows; fp8 is quantised by the send kernel
 # Kernels; few tokens are planned as they are sent, and waited for as they are indexed.
 PARTS = {
     "plan": ("plan",),
@@ -43,17 +43,17 @@ _REPLAYS = 50
 
 @dataclass(frozen=True)
 class _Member:
-    """A rank that is played, or of which only the rows are needed."""
+    """The rank and size of a group, without communication."""
 
     rank: int
     size: int
 
 
 class Loopback:
-    """Rank 0 of `num_ranks`, each with `tokens` tokens of uniform routing, and the arenas of all.
+    """Rank 0 of `num_ranks`, each with `tokens` tokens of uniform routing, and the buffers of all.
 
     Args:
-        num_programs: that move rows.
+        num_programs: programs that move rows.
         format: one of `FORMATS`.
     """
 
@@ -69,7 +69,7 @@ class Loopback:
         num_programs: int,
         format: str = "bf16",
     ) -> None:
-        from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll  # Triton is of no use elsewhere
+        from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll  # needs Triton
 
         self.experts_P, self.top_k, self._plan = experts_P, top_k, [tokens] * num_ranks
         self._device, self._shape, self._format = device, (tokens, hidden_size), format
@@ -87,20 +87,20 @@ class Loopback:
         self.y_RD = torch.zeros(num_ranks * tokens * min(top_k, e), hidden_size, dtype=torch.bfloat16, device=device)
 
     def inputs(self, rank: int) -> tuple[Tensor, Tensor]:
-        """x [T, D] and physical ids [T, K] of a rank."""
+        """Return x [T, D] and physical ids [T, K] of a rank."""
         rng = np.random.default_rng([rank, *self._shape])
         ids = np.array([rng.permutation(sum(self.experts_P))[: self.top_k] for _ in range(self._shape[0])])
         x_TD = torch.from_numpy(rng.standard_normal(self._shape, np.float32))
         return x_TD.to(self._device, torch.bfloat16), torch.from_numpy(ids).to(self._device)
 
     def step(self) -> Tensor:
-        """The four phases; the experts' rows are what lies in `y_RD`. Returns what is at home."""
+        """Run the four phases with `y_RD` as expert outputs; return the combined rows."""
         handle = self.rank.dispatch_send(self._x_TD, self._physical_TK, self._plan)
         self.rank.dispatch_recv(handle)
         return self.rank.combine_recv(self.rank.combine_send(handle, self.y_RD))
 
     def traffic(self) -> tuple[cost_model.Traffic, cost_model.Traffic]:
-        """Of dispatch and combine, in bytes that this routing moves."""
+        """Return the bytes that dispatch and combine move with this routing."""
         ids_TK = self._physical_TK.cpu().numpy()
         rows = (cost_model.row_bytes(self._shape[1], format) for format in (self._format, "bf16"))
         (out, _), (_, back) = (cost_model.counted(ids_TK, self._offsets(), 0, row) for row in rows)
@@ -122,12 +122,12 @@ class Loopback:
 
 
 def _signals(memory: Tensor, region: Region) -> Tensor:
-    """i64 [P, line]."""
+    """Return i64 [P, signal]."""
     return memory[region.offset : region.offset + region.nbytes].view(torch.int64).view(-1, SIGNAL_WORDS)
 
 
 def run(hidden_size: int, top_k: int = 8) -> dict[str, Any]:
-    """Every format, number of ranks, tokens and programs.
+    """Measure every format, number of ranks, tokens and programs.
 
     Raises:
         ValueError: there is no GPU.
@@ -147,7 +147,7 @@ def run(hidden_size: int, top_k: int = 8) -> dict[str, Any]:
 
 
 def _row(ranks: int, tokens: int, format: str, programs: int, hidden_size: int, top_k: int) -> Iterator[dict[str, Any]]:
-    """Nothing, if the arenas have no room."""
+    """Yield one row, or none if the buffers do not fit."""
     experts_P = experts_of(ranks)
     if needed_bytes(ranks, tokens, hidden_size, top_k, experts_P[0]) > 0.9 * torch.cuda.mem_get_info()[0]:
         return
@@ -174,13 +174,13 @@ def _row(ranks: int, tokens: int, format: str, programs: int, hidden_size: int, 
 
 
 def needed_bytes(ranks: int, tokens: int, hidden_size: int, top_k: int, experts: int) -> int:
-    """Of all arenas, about, and of the experts' rows."""
+    """Return about the bytes of all buffers and of the experts' rows."""
     row = hidden_size * 2
     return ranks * row * (ranks * tokens + tokens * top_k) + row * ranks * tokens * min(top_k, experts)
 
 
 def _timed(graph: torch.cuda.CUDAGraph) -> tuple[float, dict[str, float]]:
-    """us of a replay, and of each kernel within it by name."""
+    """Return µs of a replay, and of each kernel within it by name."""
     graph.replay()
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     started.record()
@@ -197,10 +197,10 @@ def _timed(graph: torch.cuda.CUDAGraph) -> tuple[float, dict[str, float]]:
 
 
 def figures(loopback: Loopback, total_us: float, kernels: dict[str, float], programs: int) -> dict[str, Any]:
-    """us of the parts, rates, and the modelled times on NVL72: these, and then the bytes on the wire.
+    """Return µs of the parts, rates, and modelled times on NVL72, which add the time of the bytes on NVLink.
 
     Raises:
-        ValueError: the profiler has not seen a part.
+        ValueError: the profiler has seen no kernel of a part.
     """
     us = {part: sum(kernels.get(f"{name}_kernel", 0.0) for name in names) for part, names in PARTS.items()}
     if missing := [part for part, spent in us.items() if not spent and part != "plan"]:

@@ -1,8 +1,8 @@
-"""`python -m expertwire.bench all-to-all --model nvl72`: bytes, bounds, and a model of the fastest published kernel.
+"""Bounds, published figures and a model of the fastest published kernel: `expertwire bench all-to-all --model nvl72`.
 
-Three kinds of figures, never mixed: *bounds* are arithmetic on bytes (`comm.all_to_all.cost_model`), *published* ones are others'
-(`bench.all_to_all.published`), and *modelled* ones come from a model of TensorRT-LLM's one-sided kernel, fitted to its table
-at EP 8 and 16 and held against EP 32 and 64 and narrower formats. None is a measurement of ours.
+*Bounds* are arithmetic on bytes (`comm.all_to_all.cost_model`), *published* figures are others'
+(`bench.all_to_all.published`), and *modelled* ones come from a model of TensorRT-LLM's one-sided kernel, fitted to its
+table at EP 8 and 16 and compared with EP 32 and 64 and narrower formats. None is a measurement of ours.
 
 P ranks, T tokens a rank, K experts a token.
 """
@@ -24,17 +24,17 @@ from expertwire.comm.all_to_all.cost_model import Traffic
 
 Phase = Literal["dispatch", "combine"]
 PHASES: tuple[Phase, ...] = ("dispatch", "combine")
-BAR = 0.15  # the median error that the model may have where it was not fitted
+BAR = 0.15  # largest median error of the model where it was not fitted
 FLOOR_TOKENS = 32  # up to here the published times do not depend on the tokens
-FLAGS_US = 7.0  # publish and await flags: 3.7 to 6.8 us between 8 GPUs (NCCL's contrib/custom_algos/alltoall)
+SIGNALS_US = 7.0  # write and await signals: 3.7 to 6.8 us between 8 GPUs (NCCL's contrib/custom_algos/alltoall)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A machine's NVLink, GB/s of one GPU in one direction: on paper, and the most that anybody has shown.
+    """NVLink rates of a machine, GB/s of one GPU in one direction: nominal, and the best published.
 
     Args:
-        ep_sizes: group sizes worth a row.
+        ep_sizes: group sizes to report.
     """
 
     ep_sizes: tuple[int, ...]
@@ -52,7 +52,7 @@ LINE_GB_S = {"H100": 450, "H200": 450, "B200": 900, "GB200": 900}
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTime:
-    """max(floor, start + wire * (1 + slowing * log2(P / 8)) / rate), in us: either nothing waits for bytes, or all do."""
+    """max(floor, start + wire * (1 + slowing * log2(P / 8)) / rate) in µs: bound by latency or by bandwidth."""
 
     floor_us: float
     start_us: float
@@ -66,7 +66,7 @@ class KernelTime:
 
 
 def fit(points: Sequence[tuple[int, int, float, float]]) -> KernelTime:
-    """Of (tokens, ranks, wire bytes, us): the floor's geometric mean, and least squares of relative errors for the rest."""
+    """Fit (tokens, ranks, wire bytes, µs): geometric mean for the floor, least squares of relative errors for the rest."""
     floor = statistics.geometric_mean(us for tokens, _, _, us in points if tokens <= FLOOR_TOKENS)
     large = [point for point in points if point[0] > FLOOR_TOKENS]
     terms = [(1.0, wire / 1e3, wire / 1e3 * math.log2(ranks / 8)) for _, ranks, wire, _ in large]
@@ -78,7 +78,7 @@ def fit(points: Sequence[tuple[int, int, float, float]]) -> KernelTime:
 
 
 def wire_of(row: Row, phase: Phase) -> float:
-    """Bytes that a published measurement had to move at least: deduplicated, and reduced before they come home."""
+    """Return the fewest bytes that a published measurement had to move: deduplicated, and reduced before they return."""
     return _traffic(row, phase).wire
 
 
@@ -87,13 +87,13 @@ def _traffic(row: Row, phase: Phase) -> Traffic:
         copies = cost_model.perfect_ranks(row.num_ranks, TOP_K)
     else:
         copies = cost_model.distinct_ranks(experts_of(row.num_ranks), TOP_K)
-    wire_format = row.dispatch_format if phase == "dispatch" else row.combine_format
+    format = row.dispatch_format if phase == "dispatch" else row.combine_format
     model = cost_model.dispatch if phase == "dispatch" else cost_model.combine_reduced
-    return model(row.num_tokens, cost_model.row_bytes(HIDDEN_SIZE, wire_format), copies, row.num_ranks)
+    return model(row.num_tokens, cost_model.row_bytes(HIDDEN_SIZE, format), copies, row.num_ranks)
 
 
 def experts_of(num_ranks: int) -> list[int]:
-    """Of each rank: 256 in all, or as many more as make them even (288 for 72 ranks)."""
+    """Return the experts of each rank: 256 in all, or more to make them even (288 for 72 ranks)."""
     return [-(-256 // num_ranks)] * num_ranks
 
 
@@ -102,14 +102,14 @@ def time_of(row: Row, phase: Phase) -> float | None:
 
 
 def fit_published(phase: Phase) -> KernelTime:
-    """The model of TensorRT-LLM's kernel, from its EP 8 and EP 16 rows."""
+    """Return the model of TensorRT-LLM's kernel, from its EP 8 and EP 16 rows."""
     rows = [row for row in published.one_sided() if row.num_ranks <= 16]
     times = [(row, time_of(row, phase)) for row in rows]
     return fit([(row.num_tokens, row.num_ranks, wire_of(row, phase), us) for row, us in times if us is not None])
 
 
 def residuals(model: KernelTime, rows: Iterable[Row], phase: Phase) -> list[tuple[Row, float, float]]:
-    """Each row that has a time of this phase, what the model says, and the relative error."""
+    """Return each row with a time of this phase, the modelled time, and the relative error."""
     found = []
     for row in rows:
         if (us := time_of(row, phase)) is not None:
@@ -119,7 +119,7 @@ def residuals(model: KernelTime, rows: Iterable[Row], phase: Phase) -> list[tupl
 
 
 def held_out() -> dict[str, Callable[[], Iterator[Row]]]:
-    """The published rows that the model was not fitted to."""
+    """Return the published rows that the model was not fitted to."""
     return {
         "EP 32 and 64, bf16": lambda: (row for row in published.one_sided() if row.num_ranks > 16),
         "dispatch of mxfp8 and nvfp4, and the combine of the same runs": published.one_sided_narrow,
@@ -127,7 +127,7 @@ def held_out() -> dict[str, Callable[[], Iterator[Row]]]:
 
 
 def report(name: str) -> dict[str, Any]:
-    """Everything, for JSON.
+    """Return the whole report, for JSON.
 
     Raises:
         ValueError: no such machine.
@@ -148,7 +148,7 @@ def report(name: str) -> dict[str, Any]:
 
 
 def _bounds(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Uniform routing, by the ranks: copies a token, and least times at line rate and at the best rate shown."""
+    """Yield, for uniform routing and each number of ranks, copies a token, and bounds at line rate and at the best rate."""
     bf16, fp8 = (cost_model.row_bytes(HIDDEN_SIZE, name) for name in ("bf16", "fp8"))
     for ranks in machine.ep_sizes:
         copies = cost_model.distinct_ranks(experts_of(ranks), TOP_K)
@@ -198,7 +198,7 @@ def _errors(rows: list[tuple[Row, float, float]]) -> dict[str, Any]:
 
 
 def _modelled(machine: Machine, models: dict[Phase, KernelTime]) -> Iterator[dict[str, Any]]:
-    """Their kernel and the least that ours can take, perfect router, bf16."""
+    """Yield the time of their kernel and the lower bound of ours, with a perfect router and bf16."""
     for ranks in (ranks for ranks in machine.ep_sizes if ranks >= 8):
         for tokens in (1, 32, 128, 512, 2048):
             row = Row(
@@ -209,14 +209,14 @@ def _modelled(machine: Machine, models: dict[Phase, KernelTime]) -> Iterator[dic
                 times = {phase: models[phase](wire_of(row, phase), ranks) for phase in PHASES}
                 yield _entry(row, "model of TensorRT-LLM one-sided", "modelled", times, machine.line_gb_s)
             # With a perfect router a token's K rows come from K ranks, so our combine moves what theirs does.
-            times = {phase: FLAGS_US + _traffic(row, phase).bound_us(machine.peak_gb_s) for phase in PHASES}
+            times = {phase: SIGNALS_US + _traffic(row, phase).bound_us(machine.peak_gb_s) for phase in PHASES}
             yield _entry(
-                row, f"ours at the least: {FLAGS_US:g} us of flags + wire", "modelled", times, machine.line_gb_s
+                row, f"ours at the least: {SIGNALS_US:g} us of signals + wire", "modelled", times, machine.line_gb_s
             )
 
 
 def _published(machine: Machine, models: dict[Phase, KernelTime]) -> Iterator[dict[str, Any]]:
-    """On GPUs with the same NVLink, or on ones not stated."""
+    """Yield published rows of GPUs with the same NVLink, or of GPUs not stated."""
     for row in (*published.one_sided(), *published.one_sided_narrow(), *published.others()):
         if LINE_GB_S.get(row.hardware, machine.line_gb_s) != machine.line_gb_s:
             continue

@@ -1,8 +1,8 @@
-"""Several ranks on one GPU, each a process: whether symmetric memory, its flags and the kernels' waits work across processes.
+"""Check of symmetric memory, signals and waits across processes: several ranks on one GPU, each a process.
 
-They meet over gloo, because NCCL refuses ranks on one device, and torch allows symmetric memory on it only where
-TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES is 1 (CUDASymmetricMemory.cu, `allow_overlapping_devices`). The processes take
-turns on the GPU, so it takes long, and how long says nothing. On a CPU the kernels are interpreted, over shared memory.
+The group is one of gloo, because NCCL refuses ranks on one device; torch allows symmetric memory there only if
+TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES is 1 (CUDASymmetricMemory.cu, `allow_overlapping_devices`). The processes share
+the GPU by time slices, so that times mean nothing. On a CPU the kernels are interpreted, over shared memory.
 
 Never run on a GPU by us.
 """
@@ -28,7 +28,7 @@ from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.comm.group import Group, TorchGroup
 from expertwire.engine import process
 
-_MANY_TURNS = 10**9  # of a wait in the interpreter
+_MAX_POLLS = 10**9  # of a wait in the interpreter
 
 
 def run(
@@ -42,10 +42,10 @@ def run(
     device: str,
     timeout_s: float,
 ) -> None:
-    """`steps` exchanges, each checked by every rank.
+    """Run `steps` exchanges, each checked by every rank.
 
     Raises:
-        ValueError: a rank has failed, and has printed why, or they are not done in time.
+        ValueError: a rank has failed and printed its error, or did not finish in time.
     """
     shape = {"tokens": tokens, "num_experts": num_experts, "top_k": top_k, "hidden_size": hidden_size, "steps": steps}
     children: list[subprocess.Popen[bytes]] = []
@@ -54,12 +54,17 @@ def run(
             for rank in range(num_ranks):
                 args = (rank, num_ranks, folder, device, timeout_s, shape)
                 children.append(process.start_call(f"{__name__}:rank_main", *args))
-            _wait(children, timeout_s)
+            wait_ranks(children, timeout_s)
         finally:
             process.stop_all(children, 2.0, grace_s=0.0)
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None:
+def wait_ranks(children: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None:
+    """Wait until every rank's process has ended.
+
+    Raises:
+        ValueError: a rank has failed, or did not finish in time.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         codes = [child.poll() for child in children]
@@ -75,9 +80,9 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None
 
 
 def rank_main(rank: int, size: int, folder: str, device: str, timeout_s: float, shape: dict[str, int]) -> None:
-    """The life of a rank's process."""
+    """Run a rank's process."""
     from expertwire.bench.kernels import interpreter
-    from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll  # Triton is of no use elsewhere
+    from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll  # needs Triton
 
     if device == "cpu":
         interpreter.prepare()
@@ -98,7 +103,7 @@ def rank_main(rank: int, size: int, folder: str, device: str, timeout_s: float, 
     )
     with torch.inference_mode():
         memories = _memories(group, BufferLayout.of(spec).nbytes, device)
-        all_to_all = NvlinkGpuAllToAll(spec, memories, num_programs=4, max_turns=_MANY_TURNS)
+        all_to_all = NvlinkGpuAllToAll(spec, memories, num_programs=4, max_turns=_MAX_POLLS)
         rng = np.random.default_rng([size, rank])
         for _ in range(shape["steps"]):
             ids_TK = np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens)])

@@ -1,4 +1,4 @@
-"""What others have published of dispatch and combine: 7,168 numbers a row, 8 experts a token, microseconds.
+"""Published times of dispatch and combine in µs: 7,168 values a row, 8 experts a token.
 
 "vendor claim": the authors' own page or pull request. "published": measured by a third party, in ai-dynamo/aiconfigurator. We
 have reproduced none of it.
@@ -23,7 +23,7 @@ _DEEPEP = "https://github.com/deepseek-ai/DeepEP"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement. `perfect`: every token's experts lie on as many ranks as can be; otherwise the routing is uniform."""
+    """One measurement. `perfect`: every token's experts are on as many ranks as possible; otherwise routing is uniform."""
 
     library: str
     hardware: str
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A bandwidth published without its microseconds, by the library's own definition of it."""
+    """A bandwidth published without times, by the library's own definition."""
 
     library: str
     hardware: str
@@ -91,7 +91,7 @@ _MACHINES = (("H100", 8), ("H200", 8), ("B200", 8), ("GB200", 4))
 
 
 def one_sided() -> Iterator[Row]:
-    """TensorRT-LLM's table, which our model of their kernel is fitted to."""
+    """Yield TensorRT-LLM's table, to which our model of their kernel is fitted."""
     where: dict[str, Any] = {"library": "TensorRT-LLM one-sided", "hardware": "GB200", "perfect": True}
     where |= {"kind": "vendor claim", "source": _TRTLLM}
     for tokens, *times in _ONE_SIDED:
@@ -101,18 +101,18 @@ def one_sided() -> Iterator[Row]:
 
 
 def one_sided_narrow() -> Iterator[Row]:
-    """The same kernels with fewer bits a number."""
+    """Yield times of the same kernels with narrower formats."""
     where: dict[str, Any] = {"library": "TensorRT-LLM one-sided", "hardware": "GB200", "perfect": True}
-    for wire_format, us in (("mxfp8", 172.0), ("nvfp4", 102.0)):
+    for format, us in (("mxfp8", 172.0), ("nvfp4", 102.0)):
         shape: dict[str, Any] = {"num_ranks": 8, "num_tokens": 2048, "dispatch_us": us, "combine_us": None}
-        yield Row(**where, **shape, dispatch_format=wire_format, kind="vendor claim", source=_TRTLLM)
+        yield Row(**where, **shape, dispatch_format=format, kind="vendor claim", source=_TRTLLM)
     for ranks, tokens, out, back in _ONE_SIDED_NVFP4:
         shape = {"num_ranks": ranks, "num_tokens": tokens, "dispatch_us": out, "combine_us": back}
         yield Row(**where, **shape, dispatch_format="nvfp4")
 
 
 def others() -> Iterator[Row]:
-    """Everybody else."""
+    """Yield times of other libraries."""
     for library, table in (("DeepEP V1, 24 SMs", _NORMAL), ("DeepEP V1 low latency", _LOW_LATENCY)):
         for tokens, *times in table:
             for (hardware, ranks), (out, back) in zip(_MACHINES, times, strict=True):
@@ -146,7 +146,7 @@ def others() -> Iterator[Row]:
 
 
 def rates() -> Iterator[Rate]:
-    """What was published as a bandwidth only."""
+    """Yield figures published as bandwidth only."""
     hybrid = f"{_DEEPEP}/blob/hybrid-ep/docs/README_Hybrid-EP.md"
     for kernel, times in (
         ("kernel", ((8, 764, 737), (16, 707, 666), (24, 666, 640), (32, 642, 605), (36, 632, 597))),

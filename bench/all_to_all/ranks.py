@@ -1,4 +1,4 @@
-"""What the ranks of `bench all-to-all` do: exchange rows with every backend, check them, and say how long it took.
+"""Ranks of `bench all-to-all`: exchange rows with every backend, check them, and measure the times.
 
 T tokens, K experts a token, D width.
 """
@@ -9,7 +9,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expertwire.bench.all_to_all.processes import wait_ranks
 from expertwire.bench.all_to_all.step import Eager, Exchange, Graphed, Member, check, echo
 from expertwire.comm.all_to_all import backends, cost_model
 from expertwire.comm.all_to_all.base import AllToAll, AllToAllSpec
@@ -34,7 +35,7 @@ _COPY_BYTES = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A backend, how its communicator is set up, what rows go out as, and whether from a CUDA graph."""
+    """A backend, its communicator's options, the format of dispatched rows, and whether it runs from a CUDA graph."""
 
     backend: str
     format: str = "bf16"
@@ -49,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured: `steps` exchanges in each of `runs`, for every candidate and number of tokens a rank."""
+    """Measurements: `steps` exchanges in each of `runs`, for every candidate and number of tokens a rank."""
 
     candidates: tuple[Candidate, ...]
     tokens: tuple[int, ...]
@@ -62,38 +63,24 @@ class Setting:
 
 
 def run(setting: Setting, num_ranks: int) -> list[list[dict[str, Any]]]:
-    """Every rank's rows, by rank; a row is a candidate and a number of tokens.
+    """Return every rank's rows, by rank; a row is a candidate and a number of tokens.
 
     Raises:
-        ValueError: a rank has failed; its own words are on the standard error.
+        ValueError: a rank has failed; its error is on the standard error.
     """
-    processes: list[subprocess.Popen[bytes]] = []
+    children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="all-to-all-") as folder:
         try:
             for rank in range(num_ranks):
-                processes.append(process.start_call(f"{__name__}:rank_main", setting, rank, num_ranks, folder))
-            _wait(processes)
+                children.append(process.start_call(f"{__name__}:rank_main", setting, rank, num_ranks, folder))
+            wait_ranks(children, _TIMEOUT_S)
         finally:
-            process.stop_all(processes, 2.0, grace_s=0.0)
+            process.stop_all(children, 2.0, grace_s=0.0)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + _TIMEOUT_S
-    while True:
-        codes = [child.poll() for child in children]
-        for rank, code in enumerate(codes):
-            if code:
-                raise ValueError(f"rank {rank} {process.describe_exit(code)}")
-        if None not in codes:
-            return
-        if time.monotonic() > deadline:
-            raise ValueError(f"the ranks have not finished within {_TIMEOUT_S:g} s")
-        time.sleep(0.02)
-
-
 def rank_main(setting: Setting, rank: int, size: int, folder: str) -> None:
-    """The life of a rank's process."""
+    """Run a rank's process."""
     torch.set_num_threads(1)
     device = setting.device
     if device == "cuda":
@@ -166,10 +153,10 @@ def _build(candidate: Candidate, spec: AllToAllSpec, device: str) -> AllToAll:
 
 
 def _step(exchange: Exchange, x_TD: Tensor, format: str, group: Group, clock: _Clock) -> tuple[float, float]:
-    """us of dispatch and combine; ranks begin each together.
+    """Return µs of dispatch and combine; ranks begin each together.
 
     Raises:
-        AssertionError: what came home is not what was sent.
+        AssertionError: combined rows are not those that were sent.
     """
     group.barrier()
     started = clock()
@@ -177,15 +164,15 @@ def _step(exchange: Exchange, x_TD: Tensor, format: str, group: Group, clock: _C
     dispatched = clock()
     exchange.answer([echo(arrived, x_TD)])
     group.barrier()
-    returning = clock()
-    [home_TKD] = exchange.combine()
+    combining = clock()
+    [y_TKD] = exchange.combine()
     ended = clock()
-    check(home_TKD, x_TD, format)
-    return (dispatched - started) * 1e6, (ended - returning) * 1e6
+    check(y_TKD, x_TD, format)
+    return (dispatched - started) * 1e6, (ended - combining) * 1e6
 
 
 class _Clock:
-    """Seconds, when the device has done what it was given."""
+    """Seconds, after the device has finished its work."""
 
     def __init__(self, device: str) -> None:
         self._wait: Callable[[], None] = torch.cuda.synchronize if device != "cpu" else lambda: None
@@ -196,7 +183,7 @@ class _Clock:
 
 
 def _copy_rate(group: Group, clock: _Clock, device: str) -> float:
-    """GB/s of a plain copy while all ranks copy: nobody moves rows faster through this memory."""
+    """Return GB/s of a plain copy while all ranks copy, the upper bound of this memory."""
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(5):

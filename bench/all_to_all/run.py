@@ -1,10 +1,10 @@
 """`expertwire bench all-to-all`: dispatch and combine, measured here, or modelled beside what others have published.
 
 Ranks are processes of this machine, on CPUs over gloo or shared memory, or with a GPU each. A time is the slowest rank's; p50
-and p99 are over the steps of a run, and the median of the runs is shown. Before every phase all ranks meet. Rates are stated
+and p99 are over the steps of a run, and the median of the runs is shown. A barrier precedes every phase. Rates are stated
 three ways, and the bound is the bytes that must move at the line rate of the GPU, or the rate of a plain copy between CPUs.
-Backends that can are replayed from CUDA graphs too. If there are more ranks than GPUs, they share one, and their rows are checked
-without a time.
+Backends that can are replayed from CUDA graphs too. If there are more ranks than GPUs, they share one, and their rows are
+checked but not timed.
 
 Never run on a GPU by us.
 """
@@ -37,14 +37,14 @@ DECODE, PREFILL = (1, 32, 128), (512,)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `expertwire bench all-to-all`."""
+    """Add the options of `expertwire bench all-to-all`."""
     text = "measure nothing: bounds, a model of the best published kernel, and published figures for this machine"
     parser.add_argument("--model", choices=tuple(all_to_all_model.MACHINES), help=text)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="what to measure")
-    text = "what rows go out as (default: bf16)"
+    text = "formats of dispatched rows (default: bf16)"
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16"], help=text)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="(default: 2 4)")
-    text = "one GPU plays one of 8, 64 and 72 ranks: what the kernels cost without a wire, and NVL72 modelled from that"
+    text = "one GPU runs one of 8, 64 and 72 ranks: times of the kernels without NVLink, and NVL72 modelled from them"
     parser.add_argument("--loopback", action="store_true", help=text)
     text = "tokens of a rank, each a row of the table (default: %(default)s)"
     parser.add_argument("--tokens", type=int, nargs="+", default=[*DECODE, *PREFILL], metavar="N", help=text)
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of all numbers of ranks; with --sweep, also its table."""
+    """Return the figures of all numbers of ranks; with --sweep, write its table."""
     for name in ("tokens", "ranks", "steps", "runs", "hidden_size"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_shared(setting: Setting, num_ranks: int, formats: Sequence[str]) -> list[dict[str, Any]]:
-    """Of ranks that share a GPU, what has been checked."""
+    """Return what was checked with ranks that share a GPU."""
     shape = {name: getattr(setting, name) for name in ("num_experts", "top_k", "hidden_size", "steps", "device")}
     pairs = itertools.product(setting.tokens, formats)
     with torch.inference_mode():
@@ -122,7 +122,7 @@ def check_shared(setting: Setting, num_ranks: int, formats: Sequence[str]) -> li
 
 
 def _candidates(names: Sequence[str], formats: Sequence[str], device: str) -> tuple[Candidate, ...]:
-    """Each backend with each format, on GPUs also from graphs if it can."""
+    """Return each backend with each format, on GPUs also from graphs where possible."""
     return tuple(
         Candidate(backend=name, format=format, graph=graph)
         for name, format in itertools.product(names, formats)
@@ -131,7 +131,7 @@ def _candidates(names: Sequence[str], formats: Sequence[str], device: str) -> tu
 
 
 def sweep(device: str, num_ranks: int) -> tuple[Candidate, ...]:
-    """What --sweep tries; gloo has no thread blocks to count."""
+    """Return what --sweep measures; gloo has no number of thread blocks."""
     if device == "cpu":
         return tuple(Candidate(backend=name) for name in BACKENDS)
     limits = [NcclOptions(max_ctas=ctas) for ctas in (None, 4, 8, 16, 32)]
@@ -145,7 +145,7 @@ def sweep(device: str, num_ranks: int) -> tuple[Candidate, ...]:
 
 
 def table(figures: dict[str, Any]) -> dict[str, Any]:
-    """What `comm.topology.backend_times` reads: both phases together, fastest first for every number of ranks and tokens."""
+    """Return the table for `comm.topology.backend_times`: times of both phases, fastest first by ranks and tokens."""
     setting = figures["setting"]
     entries = [
         {name: row[name] for name in ("ranks", "tokens", "backend", "nccl")}
@@ -161,7 +161,7 @@ def table(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise(answers: Sequence[Sequence[dict[str, Any]]], setting: Setting) -> Iterator[dict[str, Any]]:
-    """A row for each candidate and number of tokens, from those of every rank."""
+    """Yield a row for each candidate and number of tokens, from those of every rank."""
     for same in zip(*answers, strict=True):
         us_PS2 = np.array([row["us"] for row in same])
         first = same[0]
@@ -176,7 +176,7 @@ def summarise(answers: Sequence[Sequence[dict[str, Any]]], setting: Setting) -> 
         }
         for index, phase in enumerate(PHASES):
             us_RS = us_PS2[:, :, index].max(axis=0).reshape(setting.runs, setting.steps)
-            # The rank that has most to send over the wire sets the bound.
+            # The rank that sends most over the wire determines the bound.
             traffic = max((rank["bytes"][index] for rank in same), key=lambda part: part["wire"])
             row[phase] = _phase(us_RS, traffic, line_gb_s(setting.device) or min(rank["copy_gb_s"] for rank in same))
         yield row
@@ -196,10 +196,10 @@ def _phase(us_RS: np.ndarray, traffic: dict[str, float], gb_s: float) -> dict[st
 
 
 def line_gb_s(device: str) -> float | None:
-    """Of this machine's GPUs, one direction; None on a CPU.
+    """Return the NVLink rate of this machine's GPUs in one direction; None on a CPU.
 
     Raises:
-        ValueError: their line rate is not known here.
+        ValueError: the line rate is not known.
     """
     if device == "cpu":
         return None
@@ -212,9 +212,9 @@ def line_gb_s(device: str) -> float | None:
 
 
 def machine(device: str, *, measured: bool = True) -> dict[str, Any]:
-    """Where it ran, and what its times are worth, if anything is measured."""
+    """Return the machine, and a label that says what its times mean."""
     if device == "cpu":
-        label = "CPU ranks: says how the backends compare here, nothing about GPUs"
+        label = "CPU ranks: compares the backends here, says nothing about GPUs"
         here = {"device": device, "name": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
         return {**here, "label": label}
     return {

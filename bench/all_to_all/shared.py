@@ -1,7 +1,7 @@
-"""Several ranks on one GPU: whether every row arrives and comes home, and no times, which would say nothing of a GPU for each.
+"""Correctness of several ranks on one GPU; their times would say nothing about ranks with a GPU each.
 
-All are this process: their arenas are slices of one tensor, and they take turns in one stream, first all send and then all wait,
-so that none waits for what is behind it. With graphs, both halves of an exchange are captured for all of them together.
+All ranks are in this process: their buffers are slices of one tensor, and they run in one stream, first all sends and then
+all waits, so that no wait precedes its signal. With graphs, both halves of an exchange are captured for all ranks together.
 
 Never run on a GPU by us.
 """
@@ -25,8 +25,8 @@ from expertwire.comm.group import Group
 
 
 @dataclass(frozen=True)
-class _Place:
-    """All that an all-to-all over each other's memory asks of its group."""
+class _Member:
+    """The rank and size of a group, without communication."""
 
     rank: int
     size: int
@@ -44,11 +44,11 @@ def run(
     device: str = "cuda",
     capture: Capture = cuda_graph,
 ) -> Iterator[dict[str, Any]]:
-    """A row for steps that are launched one by one, and one for those of graphs; each step has other rows and other routing.
+    """Yield a row for steps that are launched eagerly, and one for steps of graphs; each step has other rows and routing.
 
     Raises:
-        AssertionError: a row has not come home as it went.
-        RankStalled: one has not arrived.
+        AssertionError: a combined row is not the one that was sent.
+        RankStalled: a signal has not arrived.
     """
     eager = Eager(_members(num_ranks, tokens, format, num_experts, top_k, hidden_size, device))
     rng = np.random.default_rng([num_ranks, tokens])
@@ -61,12 +61,12 @@ def run(
 def _members(
     num_ranks: int, tokens: int, format: str, num_experts: int, top_k: int, hidden_size: int, device: str
 ) -> list[Member]:
-    from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll  # Triton is of no use elsewhere
+    from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll  # needs Triton
 
     specs = []
     for rank in range(num_ranks):
         spec = AllToAllSpec(
-            group=cast(Group, _Place(rank, num_ranks)),
+            group=cast(Group, _Member(rank, num_ranks)),
             rank_offsets=(0, *np.cumsum(cost_model.even(num_experts, num_ranks)).tolist()),
             max_tokens=tokens,
             hidden_size=hidden_size,
@@ -102,8 +102,8 @@ def _steps(
             each.x_TD.copy_(torch.from_numpy(rng.standard_normal(tuple(each.x_TD.shape), np.float32)))
         arrived = exchange.dispatch()
         exchange.answer([echo(of_rank, each.x_TD) for of_rank, each in zip(arrived, members, strict=True)])
-        home = exchange.combine()
-        for home_TKD, each in zip(home, members, strict=True):
+        combined = exchange.combine()
+        for y_TKD, each in zip(combined, members, strict=True):
             if isinstance(each.all_to_all, Checkable):
                 each.all_to_all.check()
-            check(home_TKD, each.x_TD, format)
+            check(y_TKD, each.x_TD, format)

@@ -1,6 +1,7 @@
-"""One exchange of `bench all-to-all`, of the ranks that this process is: one, or several that take turns in one stream.
+"""One exchange of `bench all-to-all`, of the one or several ranks in this process.
 
-Experts answer with the row they were given, so what comes home is known. T tokens, K experts a token, D width, R routed rows.
+Experts return the rows they are given, so that the result of a combine is known. T tokens, K experts a token, D width,
+R routed rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expertwire.comm.all_to_all.base import AllToAll, Dispatched
+from expertwire.comm.all_to_all.base import AllToAll, Dispatched, Handle
 from expertwire.kernels.ops import quantize
 from expertwire.kernels.ops.quantize import dequantize
 
@@ -28,23 +29,23 @@ class Member:
 
 
 class Exchange(Protocol):
-    """The four phases in two halves; what is between them is not part of an exchange."""
+    """The four phases in two halves; the experts' work between them is not part of an exchange."""
 
     def dispatch(self) -> list[Dispatched]: ...
 
     def answer(self, y_RD: Sequence[Tensor]) -> None:
-        """What `combine` sends home."""
+        """Set the expert outputs that `combine` sends."""
         ...
 
     def combine(self) -> list[Tensor]: ...
 
 
 class Eager:
-    """Launched one by one."""
+    """An exchange whose kernels are launched one by one."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
-        self._handles: list[Any] = []
+        self._handles: list[Handle] = []
         self._answers: Sequence[Tensor] = ()
 
     def dispatch(self) -> list[Dispatched]:
@@ -59,16 +60,16 @@ class Eager:
 
     def combine(self) -> list[Tensor]:
         every = zip(self.members, self._handles, self._answers, strict=True)
-        returning = [each.all_to_all.combine_send(handle, y_RD) for each, handle, y_RD in every]
-        return [each.all_to_all.combine_recv(handle) for each, handle in zip(self.members, returning, strict=True)]
+        handles = [each.all_to_all.combine_send(handle, y_RD) for each, handle, y_RD in every]
+        return [each.all_to_all.combine_recv(handle) for each, handle in zip(self.members, handles, strict=True)]
 
 
-# Of work, which it does not do: how to do it, and what it returns each time.
+# Takes work and returns a function that does it, and the work's result, which is the same object each time.
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
 def cuda_graph(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """A `Capture`."""
+    """Capture `work` in a CUDA graph; a `Capture`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads ask for events meanwhile
         out = work()
@@ -76,7 +77,7 @@ def cuda_graph(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 
 class Graphed:
-    """Captured, each half by itself, once all has been compiled; of the inputs that `eager` has."""
+    """An exchange whose halves are captured, each in a graph, with the inputs of `eager`; after compilation."""
 
     def __init__(self, eager: Eager, capture: Capture = cuda_graph) -> None:
         self._dispatch, self._arrived = capture(eager.dispatch)
@@ -85,23 +86,23 @@ class Graphed:
             for each, arrived in zip(eager.members, self._arrived, strict=True)
         ]
         eager.answer(self._answers)
-        self._combine, self._home = capture(eager.combine)
+        self._combine, self._combined = capture(eager.combine)
 
     def dispatch(self) -> list[Dispatched]:
         self._dispatch()
         return self._arrived
 
     def answer(self, y_RD: Sequence[Tensor]) -> None:
-        for kept, given in zip(self._answers, y_RD, strict=True):
-            kept.copy_(given)
+        for answer, new in zip(self._answers, y_RD, strict=True):
+            answer.copy_(new)
 
     def combine(self) -> list[Tensor]:
         self._combine()
-        return self._home
+        return self._combined
 
 
 def echo(arrived: Dispatched, like: Tensor) -> Tensor:
-    """The rows that arrived, as numbers, where `Dispatched` wants the experts' answers."""
+    """Return the rows that arrived, dequantised, in the order of expert outputs that `Dispatched` asks for."""
     index_R, home_R, count = arrived.row_index_R, arrived.home_R, int(arrived.expert_offsets[-1])
     rows = arrived.x_UD.index_select(0, index_R[:count])
     if rows.dtype == torch.uint8:
@@ -113,11 +114,11 @@ def echo(arrived: Dispatched, like: Tensor) -> Tensor:
     return y_RD
 
 
-def check(home_TKD: Tensor, x_TD: Tensor, format: str) -> None:
-    """Whether what came home of all experts is what they have seen of x.
+def check(y_TKD: Tensor, x_TD: Tensor, format: str) -> None:
+    """Check that every expert's row is x as the experts saw it.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: a row differs.
     """
     answer_TD = dequantize(quantize.reference(x_TD)).to(x_TD.dtype) if format == "fp8" else x_TD
-    assert torch.equal(home_TKD, answer_TD[:, None].expand_as(home_TKD)), "a row has not come home as it went"
+    assert torch.equal(y_TKD, answer_TD[:, None].expand_as(y_TKD)), "a combined row is not the one that was sent"

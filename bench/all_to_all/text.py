@@ -7,7 +7,7 @@ from typing import Any
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-    """What `all_to_all_model.report` says."""
+    """Yield the text of a report of `all_to_all.model`."""
     machine, shape = report["machine"], report["shape"]
     yield (
         f"{machine['name']}: {machine['line_gb_s']:g} GB/s a GPU and direction on paper, {machine['peak_gb_s']:g} at best shown; "
@@ -110,7 +110,7 @@ def _number(value: float | None) -> str:
 
 
 def _table(titles: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
-    """Columns as wide as their widest entry; the last is not padded."""
+    """Yield rows with columns as wide as their widest entry; the last is not padded."""
     cells = [list(titles), *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(titles) - 1)]
     for row in cells:
@@ -119,7 +119,7 @@ def _table(titles: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
 
 
 def measured(figures: dict[str, Any]) -> Iterator[str]:
-    """What `all_to_all.measure` has found."""
+    """Yield the text of the figures of `all_to_all.run.measure`."""
     machine, setting = figures["machine"], figures["setting"]
     yield f"{machine['name']}: {machine['label']}"
     yield (
@@ -127,7 +127,7 @@ def measured(figures: dict[str, Any]) -> Iterator[str]:
         f"{setting['routing']} routing; median of {setting['runs']} runs of {setting['steps']} steps, slowest rank"
     )
     if figures["checked"]:
-        yield "Several ranks on one GPU: correctness only, no times. In so many steps every row has come home as it went:"
+        yield "Several ranks on one GPU: correctness only, no times. Steps in which every combined row was the one sent:"
         yield from _table(("ranks", "tokens", "format", "steps", "launched"), _checked_rows(figures["checked"]))
     if not figures["rows"]:
         return
@@ -171,7 +171,7 @@ def _measured_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def loopback(figures: dict[str, Any]) -> Iterator[str]:
-    """What `all_to_all_loopback.run` has found."""
+    """Yield the text of the figures of `all_to_all.loopback.run`."""
     machine = figures["machine"]
     yield (
         f"{machine['device']}, {machine['multiprocessors']} multiprocessors, one rank of several: us of a graph's kernels, "

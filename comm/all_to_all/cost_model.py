@@ -1,7 +1,7 @@
-"""How many bytes a dispatch and a combine move, and how soon they can be done at best: arithmetic, no measurement.
+"""Bytes that a dispatch and a combine move, and lower bounds of their times, by arithmetic.
 
-Bytes are those of rows with their scales, of one rank and in one direction. A row's metadata (expert ids, weights and the token,
-8 * K + 4 bytes) comes on top: under 2 % of the smallest row of 7,168 numbers.
+Bytes are those of rows with their scales, of one rank in one direction. A row's metadata (expert ids, weights and the token,
+8 * K + 4 bytes) is not counted: under 2 % of the smallest row of 7,168 numbers.
 
 T tokens a rank, K experts a token, D width, E experts, e experts of a rank, P ranks.
 """
@@ -14,7 +14,7 @@ from math import comb
 
 import numpy as np
 
-# Bits of a number, and of its share of a scale: fp8 has 4 bytes for 128 numbers, mxfp8 one byte for 32, nvfp4 one for 16.
+# Bits of a value, and of its share of a scale: fp8 has 4 bytes for 128 numbers, mxfp8 one byte for 32, nvfp4 one for 16.
 FORMATS = {"fp32": (32, 0), "bf16": (16, 0), "fp8": (8, 32 / 128), "mxfp8": (8, 8 / 32), "nvfp4": (4, 8 / 16)}
 
 
@@ -23,9 +23,9 @@ class Traffic:
     """Mean bytes of one rank.
 
     Args:
-        unique: every token's row once, as if nobody else needed it.
-        sent: every copy, those for experts of the same rank included (what most libraries call logical).
-        wire: the copies that leave the rank.
+        unique: every token's row once.
+        sent: every copy, including those for experts of the same rank (which most libraries call logical).
+        wire: copies that leave the rank.
     """
 
     unique: float
@@ -33,28 +33,28 @@ class Traffic:
     wire: float
 
     def bound_us(self, gb_s: float) -> float:
-        """The least time at `gb_s` GB/s in one direction."""
+        """Return the lower bound of the time in µs at `gb_s` GB/s in one direction."""
         return self.wire / gb_s / 1e3
 
 
-def row_bytes(hidden_size: int, wire_format: str) -> int:
-    """Bytes of a row of D numbers.
+def row_bytes(hidden_size: int, format: str) -> int:
+    """Return the bytes of a row of D values.
 
     Raises:
         ValueError: there is no such format.
     """
-    if wire_format not in FORMATS:
-        raise ValueError(f"wire_format must be one of {', '.join(FORMATS)}, got {wire_format!r}")
-    return round(hidden_size * sum(FORMATS[wire_format]) / 8)
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    return round(hidden_size * sum(FORMATS[format]) / 8)
 
 
 def even(num_experts: int, num_ranks: int) -> list[int]:
-    """Experts of each rank, as evenly as can be."""
+    """Return the number of experts of each rank, as even as possible."""
     return [num_experts // num_ranks + (rank < num_experts % num_ranks) for rank in range(num_ranks)]
 
 
 def distinct_ranks(experts_P: Sequence[int], top_k: int) -> float:
-    """On how many ranks a token's K experts lie, in the mean over uniform choices of K distinct experts.
+    """Return the mean number of ranks that hold a token's K experts, for uniform choices of K distinct experts.
 
     Rank p has none of them with probability C(E - e_p, K) / C(E, K).
     """
@@ -63,27 +63,27 @@ def distinct_ranks(experts_P: Sequence[int], top_k: int) -> float:
 
 
 def perfect_ranks(num_ranks: int, top_k: int) -> float:
-    """On how many ranks they lie with the "perfect router" of TensorRT-LLM's benchmark: as many as can be."""
+    """Return their number with the "perfect router" of TensorRT-LLM's benchmark, the largest possible."""
     return min(num_ranks, top_k)
 
 
 def duplicate_probability(ranks_per_token: float, top_k: int) -> float:
-    """That a routed row needs no copy of its own on the wire, as another of its token's goes to the same rank."""
+    """Return the probability that a routed row needs no copy, as its token is sent to the same rank anyway."""
     return 1 - ranks_per_token / top_k
 
 
 def dispatch(num_tokens: int, row: int, ranks_per_token: float, num_ranks: int) -> Traffic:
-    """A row of `row` bytes goes once to each rank that has one of its experts; home ranks are as likely as others."""
+    """Return the traffic of rows of `row` bytes, sent once to each rank with one of their experts, all equally likely."""
     return _traffic(num_tokens, row, ranks_per_token, num_ranks)
 
 
 def combine(num_tokens: int, row: int, top_k: int, num_ranks: int) -> Traffic:
-    """One row comes back for every (token, k), so that the sum's order does not depend on the placement."""
+    """Return the traffic of one row for every (token, k), so that the order of sums does not depend on the placement."""
     return _traffic(num_tokens, row, top_k, num_ranks)
 
 
 def combine_reduced(num_tokens: int, row: int, ranks_per_token: float, num_ranks: int) -> Traffic:
-    """Every rank adds up a token's rows first, and one comes back from each."""
+    """Return the traffic if every rank adds up a token's rows first and returns one."""
     return _traffic(num_tokens, row, ranks_per_token, num_ranks)
 
 
@@ -93,7 +93,7 @@ def _traffic(num_tokens: int, row: int, copies: float, num_ranks: int) -> Traffi
 
 
 def counted(physical_TK: np.ndarray, rank_offsets: Sequence[int], rank: int, row: int) -> tuple[Traffic, Traffic]:
-    """What `rank` sends of these ids (-1 for none) in dispatch, and what comes home to it in combine, to the byte."""
+    """Return the exact traffic of `rank` for these ids (-1 for none): sent in dispatch, received in combine."""
     offsets = np.asarray(rank_offsets)
     ranks_TK = np.searchsorted(offsets, physical_TK, side="right") - 1
     here_TPK = ranks_TK[:, None, :] == np.arange(len(offsets) - 1)[None, :, None]

@@ -71,7 +71,7 @@ def test_the_table_of_copies_and_bounds():
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ValueError, match="wire_format must be one of fp32, bf16, fp8, mxfp8, nvfp4, got 'int8'"):
+    with pytest.raises(ValueError, match="format must be one of fp32, bf16, fp8, mxfp8, nvfp4, got 'int8'"):
         cost_model.row_bytes(7168, "int8")
 
 

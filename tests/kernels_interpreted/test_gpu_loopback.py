@@ -88,7 +88,7 @@ def test_ranks_that_share_a_gpu_are_checked(monkeypatch):
     lost = lambda home_TKD, *rest: check(home_TKD * (torch.arange(len(home_TKD)) != 1)[:, None, None], *rest)  # noqa: E731
     check = shared.check
     monkeypatch.setattr(shared, "check", lost)
-    with pytest.raises(AssertionError, match="has not come home"):
+    with pytest.raises(AssertionError, match="is not the one that was sent"):
         list(shared.run(3, 3, "bf16", steps=1, **shape))
 
 
