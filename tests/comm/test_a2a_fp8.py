@@ -1,4 +1,4 @@
-"""Rows that go out quantised: what arrives is the row rounded once, on whatever rank, and expert rows come home as they are."""
+"""Dispatch in fp8: each row is rounded once, on whatever rank its experts are, and combined rows are not rounded."""
 
 from dataclasses import replace
 
@@ -17,13 +17,13 @@ D = 384  # three groups: a packed row is filled up to a multiple of 16 bytes
 
 
 def rounded(x):
-    """As a group's scale and fp8 have it, in the dtype of x."""
+    """Return x rounded to fp8 with a scale a group, in the dtype of x."""
     values, scales = quantize.reference(x)
     return (values.float() * scales.repeat_interleave(128, dim=1)).to(x.dtype)
 
 
 def rows_of(rank, tokens, dtype):
-    """Numbers of many sizes; a group of zeros."""
+    """Return values of many magnitudes, with a group of zeros."""
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(tokens, D, generator=generator) * torch.logspace(-3, 3, D)
     x[:, 128:256] *= torch.arange(tokens)[:, None] % 2
@@ -35,7 +35,7 @@ def spec_of(case, group, dtype):
 
 
 def run(group, name, case, dtype):
-    """A rank's steps, which must see everybody's rounded rows."""
+    """Run a rank's steps, which must dispatch rounded rows of all ranks."""
     [all_to_all] = backends.make(name, spec_of(case, group, dtype), "cpu", fp8=True)
     for step in range(3):
         sent = [case.sent(rank, step, group.size)[1] for rank in range(group.size)]
@@ -78,12 +78,12 @@ def test_rows_are_rounded_once_wherever_their_experts_are(two_ranks, name, dtype
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_also_those_of_a_single_rank(case):
+def test_rows_of_a_single_rank_are_rounded_too(case):
     run(SoloGroup(), "reference", case, torch.bfloat16)
 
 
 def test_a_single_rank_on_a_device_sends_numbers():
-    """Its experts quantise them."""
+    """Its experts quantise them themselves."""
     case = CASES[1]
     x, ids = rows_of(0, 4, torch.bfloat16), torch.from_numpy(case.sent(0, 0, 1)[1])
     for on_device, arrives in ((True, x), (False, rounded(x))):

@@ -1,4 +1,4 @@
-"""One rank's all-to-all on the device brings the same rows to the same experts, and home, as the reference does."""
+"""One rank's all-to-all on the device gives the same rows as the reference."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def make(top_k):
 @pytest.mark.parametrize("tokens", [0, 1, 7, 64])
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("choice", ["random", "one expert"])
-def test_rows_travel_as_with_the_reference(tokens, top_k, choice):
+def test_rows_are_those_of_the_reference(tokens, top_k, choice):
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, D, generator=generator)
     ids = torch.rand(tokens, E, generator=generator).argsort(dim=1)[:, :top_k]
@@ -42,7 +42,7 @@ def test_rows_travel_as_with_the_reference(tokens, top_k, choice):
     assert torch.equal(combined, reference.combine_recv(reference.combine_send(expected, rows)))
 
 
-def test_what_only_fills_up_reaches_no_expert():
+def test_padding_reaches_no_expert():
     ids = torch.arange(12).view(6, 2) % E
     local = LocalAllToAll(make(2), permute.reference)
     sent = local.dispatch_send(torch.zeros(6, D), ids, [6], torch.tensor([4], dtype=torch.int32))

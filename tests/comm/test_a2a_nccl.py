@@ -1,4 +1,4 @@
-"""What the conformance suite does not ask of sending and receiving: narrow types, options, NCCL's own contracts."""
+"""Grouped sends and receives beyond the conformance suite: float8, options, NCCL's contracts."""
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def count_rows(group, case):
     rows, physical = case.sent(group.rank, 0, group.size)
     x, ids = as_dtype(rows, torch.float32), torch.from_numpy(physical)
     arrived = all_to_all.dispatch_recv(all_to_all.dispatch_send(x, ids, case.tokens_of(0, group.size)))
-    return len(arrived.x_UD), case.arriving(group.rank, 0, group.size)[3]
+    return len(arrived.x_UD), case.dispatched(group.rank, 0, group.size)[3]
 
 
 def test_a_row_goes_once_to_each_rank_that_needs_it(ranks):
@@ -36,7 +36,7 @@ def test_a_row_goes_once_to_each_rank_that_needs_it(ranks):
 
 
 def send_fp8(group):
-    """Gloo refuses float8; bytes travel."""
+    """Send float8, which gloo refuses, as bytes."""
     case = Exchange(form="odd widths")
     spec = case.spec(group)
     narrow = {"dtype": torch.float8_e4m3fn, "combine_dtype": torch.float8_e4m3fn, "combine_size": 13}
@@ -45,9 +45,9 @@ def send_fp8(group):
     x = torch.from_numpy(rows).view(torch.float8_e4m3fn)
     handle = all_to_all.dispatch_send(x, torch.from_numpy(physical), case.tokens_of(0, group.size))
     arrived = all_to_all.dispatch_recv(handle)
-    expected, *_, offsets, _ = case.arriving(group.rank, 0, group.size)
+    expected, *_, offsets, _ = case.dispatched(group.rank, 0, group.size)
     found = arrived.x_UD[arrived.row_index_R[: offsets[-1]].long()]
-    assert_equal(found.view(torch.uint8).numpy(), expected, "what arrived")
+    assert_equal(found.view(torch.uint8).numpy(), expected, "dispatched rows")
     y = found
     if arrived.home_R is not None:
         y = torch.zeros(len(arrived.row_index_R), 13, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -57,7 +57,7 @@ def send_fp8(group):
     assert torch.equal(home.view(torch.uint8), wanted)
 
 
-def test_float8_travels(ranks):
+def test_float8_is_sent(ranks):
     ranks.run(send_fp8)
 
 
@@ -77,13 +77,13 @@ def test_a_rank_with_other_tokens_than_planned_is_an_error():
 
 @pytest.fixture
 def nccl(monkeypatch):
-    """Ranks that are threads, each with a GPU."""
+    """Yield ranks that are threads, each with a fake GPU."""
     monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeProcessGroupNCCL, raising=False)
     FakeCuda(3).install(monkeypatch)
 
 
 def on_gpus(function, *args):
-    """`function(group, *args)` on three ranks; what each returned."""
+    """Return the results of `function(group, *args)` on three ranks."""
     store = dist.HashStore()
 
     def run(rank):
@@ -111,8 +111,8 @@ def swap_with(group, counts_PP):
     [[[2, 0, 0], [0, 0, 0], [0, 0, 3]], [[0, 1, 0], [2, 0, 0], [0, 0, 0]], [[1, 2, 3], [4, 5, 6], [7, 8, 9]]],
     ids=["nothing travels", "one rank has no part", "all"],
 )
-def test_what_travels_between_gpus_arrives(nccl, counts_PP):
-    """NCCL's end of coalescing returns nothing to a rank that has neither sent nor received."""
+def test_rows_sent_between_gpus_arrive(nccl, counts_PP):
+    """NCCL's end of coalescing returns None to a rank that has neither sent nor received."""
     for rank, received in enumerate(on_gpus(swap_with, counts_PP)):
         assert received == [[float(peer)] * counts_PP[peer][rank] for peer in range(3)]
 
@@ -162,7 +162,7 @@ def test_options_reach_the_configuration():
     assert vars(config) == {}, "what is not asked for is left to NCCL"
 
 
-def test_options_that_cannot_be_are_refused():
+def test_invalid_options_are_refused():
     with pytest.raises(ValueError, match=r"min_ctas must be in \[1, 64\], got 0"):
         NcclOptions(min_ctas=0)
     with pytest.raises(ValueError, match="min_ctas must be at most max_ctas = 4, got 8"):

@@ -1,4 +1,4 @@
-"""An all-to-all on a stream of its own: in which order the two streams wait for each other. They only write that down."""
+"""An all-to-all on a stream of its own: the order in which two fake streams wait for each other."""
 
 import contextlib
 
@@ -38,7 +38,7 @@ class Inner:
 
 @pytest.fixture
 def streams(monkeypatch):
-    """A log, the streams that are current, and another one."""
+    """Return a log, the stack of current streams, and another stream."""
     log = []
     now = [Stream("main", log)]
 
@@ -53,7 +53,7 @@ def streams(monkeypatch):
     return log, now, Stream("side", log)
 
 
-def test_what_is_sent_has_been_computed_and_what_is_received_is_there(streams):
+def test_sends_wait_for_computation_and_computation_for_receives(streams):
     log, now, side = streams
     all_to_all = StreamAllToAll(Inner(now, log), side)
     assert all_to_all.graph_safe
@@ -72,7 +72,7 @@ def test_what_is_sent_has_been_computed_and_what_is_received_is_there(streams):
     assert log[6:] == ["combine_recv on side", "main waits for side"]
 
 
-def test_a_stall_is_told(streams):
+def test_check_reports_a_stall(streams):
     class Stalled(Inner):
         def check(self):
             raise RankStalled(3, 1, "dispatch", 0, 1.0)

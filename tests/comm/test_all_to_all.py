@@ -1,6 +1,6 @@
-"""Every all-to-all backend: rows arrive bit by bit where their experts are, in the agreed order, and come home to their slots.
+"""Conformance of all-to-all backends: exact rows in the specified order in dispatch, and in their slots in combine.
 
-The ranks run a case and answer with what they saw; what they should have seen is computed here from everybody's inputs.
+The ranks run a case and return their rows; the expected ones are computed here from all ranks' inputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ D, F = 24, 16
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Tokens of the ranks (cut to the ranks that there are) and their logical expert ids."""
+    """Tokens of the ranks (of the first ranks, if there are fewer) and their logical expert ids."""
 
     tokens: tuple[int, ...] = (5, 3, 7, 4, 0, 1, 9, 2)
     num_experts: int = 8
@@ -42,7 +42,7 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def inputs(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [T, D], logical ids [T, K], weights [T, K] of one rank."""
+        """Return x [T, D], logical ids [T, K], weights [T, K] of one rank."""
         rng = np.random.default_rng([7, rank])
         shape = (self.tokens[rank], self.top_k)
         ids = np.array([rng.permutation(self.num_experts)[: self.top_k] for _ in range(shape[0])], np.int64).reshape(
@@ -58,7 +58,7 @@ class Case:
         return x, torch.from_numpy(ids), torch.from_numpy(rng.random(shape)).float()
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """w13 [E, 2F, D], w2 [E, D, F]."""
+        """Return w13 [E, 2F, D], w2 [E, D, F]."""
         rng = np.random.default_rng(8)
         shapes = (self.num_experts, 2 * F, D), (self.num_experts, D, F)
         return tuple(torch.from_numpy(rng.standard_normal(s) * 0.3).to(self.dtype) for s in shapes)
@@ -86,7 +86,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def pools():
-    """Ranks by kind and number: they start once and serve all tests."""
+    """Yield ranks by kind and number, started once for all tests."""
     with contextlib.ExitStack() as closing:
         made = {}
 
@@ -111,12 +111,12 @@ every_run = pytest.mark.parametrize(
 
 
 def placed(case, size):
-    """At one rank there is no place for a second copy."""
+    """Return the placement; one rank cannot hold a second copy of an expert."""
     return place(case.num_experts, size, case.redundant if size > 1 else 0)
 
 
 def run_case(group, backend, case, steps=1):
-    """What a rank sees: arrived rows, their offsets, rows that came home, the layer's output."""
+    """Return a rank's dispatched rows, their offsets, combined rows, and the layer's output."""
     placement = placed(case, group.size)
     all_to_all = build(backend, spec(group, case, placement.rank_offsets))
     x, ids, weights = case.inputs(group.rank)
@@ -146,7 +146,7 @@ def spec(group, case, rank_offsets):
 
 @every_run
 @pytest.mark.parametrize("name", CASES)
-def test_rows_go_to_their_experts_and_come_home(ranks, backend, name):
+def test_rows_are_dispatched_and_combined(ranks, backend, name):
     case, size = CASES[name], ranks.size
     answers = ranks.run(run_case, backend, case)
     check_arrivals(case, size, answers)
@@ -163,7 +163,7 @@ def test_rows_go_to_their_experts_and_come_home(ranks, backend, name):
 
 
 def check_arrivals(case, size, answers):
-    """Sorted by expert, then home rank, token, k."""
+    """Return rows sorted by expert, then home rank, token, k."""
     placement = placed(case, size)
     inputs = [case.inputs(home) for home in range(size)]
     physical = [physical_ids(placement, home, inputs[home][1].numpy()) for home in range(size)]
@@ -197,7 +197,7 @@ def test_every_byte_arrives_where_it_should(ranks, backend, name):
 
 @every_run
 def test_hundreds_of_steps_with_stragglers(ranks, backend):
-    """Other numbers of tokens in each, sometimes none, through the same buffers."""
+    """The number of tokens varies by step, sometimes 0, in the same buffers."""
     case = Exchange(tokens=None, max_tokens=12, num_experts=12, redundant=4, top_k=3, ids="holes", form="bf16")
     ranks.run(run_exchange, backend, case, 200, 0.02)
 

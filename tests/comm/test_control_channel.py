@@ -125,7 +125,7 @@ def test_recv_without_a_message_returns_none_after_its_timeout(pair):
     assert time.monotonic() - before >= 0.05
 
 
-def test_what_was_said_before_the_end_is_still_heard(pair):
+def test_messages_before_the_end_are_still_received(pair):
     ours, theirs = pair
     ours.send({"last": np.array([1])})
     ours.close()
@@ -170,7 +170,7 @@ def test_a_message_larger_than_the_limit_passes_when_nothing_waits():
     receiver.close()
 
 
-def test_nonsense_from_a_peer_ends_the_channel():
+def test_an_invalid_message_ends_the_channel():
     left, right = socket.socketpair()
     channel = SocketChannel(left)
     right.sendall((16).to_bytes(8, "little") + b"sixteen bytes...")
@@ -194,7 +194,7 @@ def test_a_killed_peer_is_noticed(address):
 
 
 def talk(address):
-    """A child process that says one thing and stays."""
+    """Connect as a child process, send one message and stay."""
     connect(address, "token").send({"n": np.array([5])})
     time.sleep(3600)
 
@@ -212,7 +212,7 @@ def test_a_wrong_token_is_dropped(address, token):
         part.close()
 
 
-def test_strangers_who_say_nothing_or_noise_do_not_keep_friends_out():
+def test_connections_without_a_token_do_not_block_others():
     listener = listen("tcp:127.0.0.1:0", "token")
     port = int(listener.address.rpartition(":")[2])
     strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]

@@ -1,4 +1,4 @@
-"""A rank that stops becomes the same typed error on every survivor, in time; one that is only slow becomes nothing."""
+"""A rank that stops raises the same error on every other rank, in time; a rank that is slow raises none."""
 
 import functools
 import itertools
@@ -32,7 +32,7 @@ def ranks():
 
 
 def survive(all_to_all, case, group, steps, before_phase=lambda: None):
-    """The error that ends the exchanges, as (rank, exchange, phase, layer); and how long the last phase took."""
+    """Return the error that ends the exchanges, as (rank, exchange, phase, layer), and the time of the last phase."""
     started = [0.0]
 
     def pause():
@@ -48,7 +48,7 @@ def survive(all_to_all, case, group, steps, before_phase=lambda: None):
 
 
 def misbehave(group, how, phase, timeout_s):
-    """A rank's part. The culprit's is taken by a child of its process, so that the process can tell what became of it."""
+    """Run a rank; the one that stops is a child of its process, so that the process can report its end."""
     case = Exchange(num_experts=6, top_k=2, form="bf16")
     all_to_all = build("nvlink over shared memory", case.spec(group, timeout_s, layers=LAYERS))
     take = functools.partial(survive, all_to_all, case, group, STEP + 3)

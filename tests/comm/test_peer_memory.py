@@ -1,4 +1,4 @@
-"""Symmetric memory by torch's contracts, over a strict fake of it: names, lifetimes, one meeting for all."""
+"""Symmetric memory by torch's contracts, over a strict fake: names, lifetimes, one rendezvous for all ranks."""
 
 import gc
 import inspect
@@ -21,7 +21,7 @@ NBYTES, RANKS = 4096, 3
 
 @pytest.fixture
 def torch_on_gpus(monkeypatch):
-    """Torch as ranks on GPUs see it, each of them a thread."""
+    """Replace torch's NCCL and symmetric memory for ranks that are threads."""
     memory = FakeSymmetricMemory()
     for module in (symmetric_memory, _distributed_c10d):
         monkeypatch.setattr(module, "_SymmetricMemory", memory, raising=False)
@@ -30,7 +30,7 @@ def torch_on_gpus(monkeypatch):
 
 
 def on_ranks(function):
-    """`function(rank, store)` on every rank; what each returned, by rank."""
+    """Return the results of `function(rank, store)` on every rank."""
     store = dist.HashStore()
 
     def run(rank):
@@ -48,7 +48,7 @@ def joined(rank, store, device):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_rank_writes_into_every_other_until_the_group_is_closed(torch_on_gpus, device):
-    """Over gloo, too, which serves to meet where processes share a GPU. A rank's arena is zero before anybody writes."""
+    """Also over gloo, which processes on one GPU use for the rendezvous. Buffers are zero before any rank writes."""
 
     def run(rank, store):
         group = joined(rank, store, device)
@@ -114,8 +114,8 @@ def test_two_ranks_on_one_gpu_are_refused_unless_they_may(torch_on_gpus, monkeyp
     assert on_ranks(run) == [RANKS] * RANKS
 
 
-def test_the_fake_knows_what_torch_knows():
-    """Where the fake stands in, these are torch's names and arguments."""
+def test_the_fake_has_torchs_names_and_arguments():
+    """All names and arguments that the fake replaces exist in torch."""
     real = _distributed_c10d._SymmetricMemory
     words = re.findall(r"(\w+):", real.empty_strided_p2p.__doc__)
     assert words == [*inspect.signature(FakeSymmetricMemory().empty_strided_p2p).parameters]

@@ -1,4 +1,4 @@
-"""An all-to-all on a stream of its own, over a strict fake of streams and of the allocator: who may have which memory when."""
+"""Order and memory lifetimes of an all-to-all on its own stream, over a strict fake of streams and the allocator."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ PARTS = 2
 
 
 class Alone:
-    """A `PeerGroup` of one rank whose collectives run on a stream of their own and keep what they are given until they are waited
+    """A `PeerGroup` of one rank whose collectives run on their own stream and keep their tensors until they are waited
     for, as `ProcessGroupNCCL` does (`stashed_for_allocator_safety_`, ProcessGroupNCCL.cpp of torch 2.13)."""
 
     rank, size = 0, 1
@@ -52,7 +52,7 @@ class Work:
 
 
 class LetsGo(StreamAllToAll):
-    """Keeps nothing of what it was given."""
+    """An all-to-all that keeps no reference to its inputs."""
 
     def _dropped(self, handle):
         object.__setattr__(handle, "kept", ())
@@ -89,7 +89,7 @@ def layers(all_to_alls):
 
 
 def decoder(moe_layers, x_TD, part):
-    """One part: layers with experts, then one without."""
+    """Run one micro-batch: layers with experts, then one without."""
     normed_TD = x_TD * 2
     for layer in moe_layers:
         x_TD, normed_TD = yield from layer.micro_batch(x_TD, normed_TD, [T], part)
@@ -97,7 +97,7 @@ def decoder(moe_layers, x_TD, part):
 
 
 def step(streams, all_to_alls):
-    """Two of real layers over NCCL's all-to-all, whose every phase allocates."""
+    """Run two micro-batches of real layers over the NCCL all-to-all, whose every phase allocates."""
     inputs, moe_layers = torch.randn(PARTS, T, D), layers(all_to_alls)
     with streams, torch.inference_mode():
         for _ in range(2):
@@ -109,8 +109,8 @@ def test_two_batch_overlap_is_ordered(streams):
     step(streams, [on_stream(NcclAllToAll(spec(Alone(streams)))) for _ in range(PARTS)])
 
 
-def test_parts_have_streams_of_their_own(streams):
-    """Or one's receiving would be given memory of another's that is still being read: nothing is sent in between."""
+def test_micro_batches_have_streams_of_their_own(streams):
+    """Otherwise a receive could reuse memory that another micro-batch still reads, as no send is between them."""
     shared = streams.stream()
     with pytest.raises(
         StreamOrderError, match=r"on stream 1 may be given memory of \w+ that was freed and main may still use"
@@ -127,7 +127,7 @@ def test_a_stream_that_does_not_wait_is_found(streams, monkeypatch, waits):
         step(streams, [StreamAllToAll(NcclAllToAll(spec(Alone(streams))), side) for side in sides])
 
 
-def test_a_stream_that_nobody_has_waited_for_is_named(streams):
+def test_a_stream_that_was_never_waited_for_is_named(streams):
     side = streams.stream()
     with streams, torch.cuda.stream(side):
         torch.zeros(3)
@@ -137,7 +137,7 @@ def test_a_stream_that_nobody_has_waited_for_is_named(streams):
 
 
 def test_recorded_streams_keep_memory(streams):
-    """`record_stream` as torch has it, for those who let go."""
+    """`record_stream` as in torch keeps released memory."""
     side = streams.stream()
     with streams:
         x = torch.randn(3)
@@ -151,7 +151,7 @@ def test_recorded_streams_keep_memory(streams):
 
 
 def exchange(all_to_all):
-    """A caller that lets go of everything at once."""
+    """Run an exchange and release every tensor at once."""
     handle = all_to_all.dispatch_send(torch.randn(T, D), torch.arange(T * K).view(T, K) % E, [T])
     torch.zeros(3)
     arrived = all_to_all.dispatch_recv(handle)
@@ -161,7 +161,7 @@ def exchange(all_to_all):
     torch.zeros(3) + all_to_all.combine_recv(handle).sum()
 
 
-def test_what_is_on_its_way_is_kept(streams):
+def test_tensors_being_sent_are_kept(streams):
     with streams:
         exchange(on_stream(NcclAllToAll(spec(Alone(streams)))))
         lets_go = LetsGo(NcclAllToAll(spec(Alone(streams))), streams.stream())
@@ -172,7 +172,7 @@ def test_what_is_on_its_way_is_kept(streams):
 
 
 class Counting:
-    """Reads `num_valid`, on the device."""
+    """An all-to-all that reads `num_valid` on the device."""
 
     graph_safe = True
 

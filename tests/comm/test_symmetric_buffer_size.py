@@ -56,7 +56,7 @@ def test_the_worst_case_fits(name):
 
 
 def test_with_half_the_memory_half_the_tokens():
-    """As of two parts of a step."""
+    """Half the memory is that of one of two micro-batches."""
     assert tokens_of(8, 256, 7168, 2048, 4096, budget=EXCHANGE_BYTES // 2) == 1024
 
 

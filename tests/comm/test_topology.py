@@ -1,4 +1,4 @@
-"""Topologies: files, what follows from the ranks' reports, and the refusal before anything is allocated across nodes."""
+"""Topology files, topologies assembled from reports, and checks of the fabric before allocation across nodes."""
 
 import ctypes
 import json
@@ -17,7 +17,7 @@ from expertwire.comm.topology.probe import RankReport
 
 
 @pytest.mark.parametrize(("name", "ranks", "nodes"), [("nvl72", 72, 18), ("nvl36", 36, 9), ("hgx8", 8, 1)])
-def test_shipped_topologies(name, ranks, nodes):
+def test_presets(name, ranks, nodes):
     found = topology.read(name)
     assert (found.name, found.num_ranks, found.num_nodes, found.num_domains) == (name, ranks, nodes, 1)
     assert np.bincount(found.node_P()).tolist() == [ranks // nodes] * nodes
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_json_or_not_there_is_named(tmp_path):
 
 
 def gpu_ranks(nodes, peers=True, **fabric):
-    """Reports of ranks on these nodes, a GPU each, which reach those of their node."""
+    """Return reports of ranks on these nodes, each with a GPU that reaches those of its node."""
     gpus = [f"GPU-{rank}" for rank in range(len(nodes))]
     return [
         RankReport(
@@ -135,14 +135,14 @@ FABRIC = {"cluster": "ab" * 16, "clique": 3, "fabric_state": "completed"}
         ([gpu_ranks("aa")[0], gpu_ranks("aa", peers=False)[1]], [0, 1]),
     ],
 )
-def test_domains_follow_from_what_the_ranks_have_found(reports, domains):
+def test_domains_follow_from_reports(reports, domains):
     found = topology_probe.assemble(reports)
     assert found.domain_P().tolist() == domains
     assert [location.node for location in found.locations] == [report.node for report in reports]
 
 
 def test_domains_join_through_others():
-    """Ranks 0 and 2 are on nodes without a path of their own; rank 1 reaches both."""
+    """Ranks 0 and 2 do not reach each other directly; rank 1 reaches both."""
     one, two, three = gpu_ranks("aab", **FABRIC)
     one = replace(one, fabric_state="not supported")
     assert topology_probe.assemble([one, three, two]).domain_P().tolist() == [0, 0, 0]
@@ -164,7 +164,7 @@ def test_every_rank_learns_all_reports(three_ranks):
 
 
 class FabricInfo(ctypes.Structure):
-    """pynvml.c_nvmlGpuFabricInfo_t of nvidia-ml-py 12 and 13."""
+    """Fields of pynvml.c_nvmlGpuFabricInfo_t, nvidia-ml-py 12 and 13."""
 
     _fields_ = (
         ("clusterUuid", ctypes.c_ubyte * 16), ("status", ctypes.c_uint), ("cliqueId", ctypes.c_uint), ("state", ctypes.c_uint),
@@ -172,7 +172,7 @@ class FabricInfo(ctypes.Structure):
 
 
 class Nvml:
-    """Answers like the package; `state` None: a driver that knows no fabric."""
+    """A fake pynvml; `state` None: a driver without fabric information."""
 
     NVMLError, c_nvmlGpuFabricInfo_t = OSError, FabricInfo
 
@@ -221,7 +221,7 @@ def test_a_machine_without_nvml_says_so(monkeypatch):
         ({"cluster": "cd" * 16}, "rank 1 on b is in clique 3 of fabric cdcd"),
     ],
 )
-def test_ranks_that_no_fabric_joins_are_refused(change, message):
+def test_ranks_without_a_common_fabric_are_refused(change, message):
     reports = gpu_ranks("ab", **FABRIC)
     topology_fabric.check_fabric(reports)
     with pytest.raises(ValueError, match=f"(?s){message}.*use all2all_backend 'nccl' or 'reference'"):

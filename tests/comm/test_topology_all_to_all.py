@@ -1,4 +1,4 @@
-"""Dispatch across domains conforms: every byte as from any other backend, and a row crosses to a domain once."""
+"""Dispatch across domains: same bytes as other backends, and a row crosses to a domain once."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_every_byte_arrives_where_it_should(four_ranks, backend):
 
 
 class Counting:
-    """A group that notes how many rows leave this rank."""
+    """A group that counts the rows that leave this rank."""
 
     def __init__(self, group):
         self._group, self.rank, self.size, self.left = group, group.rank, group.size, []
@@ -86,7 +86,7 @@ def count_crossings(group, case):
 
 
 def test_a_row_crosses_to_a_domain_once(four_ranks):
-    """With 3 of 8 experts a token, most have several of them in the other domain, on both of its ranks."""
+    """With 3 of 8 experts a token, most tokens have several in the other domain, on both of its ranks."""
     case = Exchange(num_experts=8, top_k=3)
     found = four_ranks.run(count_crossings, case)
     for rank, left in enumerate(found):
@@ -106,10 +106,10 @@ def parts(group):
     return across.rank, across.size, got.flatten().tolist(), alone.size
 
 
-def test_a_group_falls_into_parts(four_ranks):
+def test_a_group_splits_by_color(four_ranks):
     assert four_ranks.run(parts) == [(0, 2, [0, 2], 1), (0, 2, [1, 3], 1), (1, 2, [0, 2], 1), (1, 2, [1, 3], 1)]
 
 
 def test_the_suite_itself_still_uses_all_ranks(four_ranks):
-    """Groups that were made of parts do not disturb the whole."""
+    """Split groups do not disturb the whole group."""
     four_ranks.run(run_exchange, "nccl over gloo", Exchange(top_k=3), 2)

@@ -1,4 +1,4 @@
-"""What the ranks build, from what they find: hosts that are one or several, as far as their names say."""
+"""The all-to-all that ranks build from their reports, on one or several hosts by name."""
 
 import pytest
 from helpers.exchanges import Exchange, take_part
@@ -17,7 +17,7 @@ def four_ranks():
 
 
 def build(group, wanted, nodes, case):
-    """The backend's name and the choice, or the refusal; what is built is tried."""
+    """Return the backend's name and the choice, or the error; an exchange runs over what was built."""
     try:
         (all_to_all,), choice = backends.build(wanted, case.spec(group), registry.plain(), nodes[group.rank], "cpu")
     except ValueError as error:
@@ -51,7 +51,7 @@ def test_ranks_agree_on_what_they_build(four_ranks, wanted, nodes, case, name, w
 
 
 def build_by_table(group, case):
-    """Times with options of the communicator, which another group then has."""
+    """Build from times with communicator options, which need another group."""
     times = {"reference": (9.0, {}), "nccl": (5.0, {"max_ctas": 8}), "nvlink": (7.0, {})}
     entries = tuple(
         backend_times.Measurement(ranks=group.size, tokens=64, backend=name, nccl=options, p50_us=us)
@@ -69,7 +69,7 @@ def test_ranks_build_what_a_table_says(four_ranks):
         assert why.endswith("5 us with max_ctas=8, nvlink 7 us, reference 9 us")
 
 
-def test_all_refuse_what_they_cannot_use(four_ranks):
+def test_all_ranks_refuse_an_unusable_backend(four_ranks):
     for error, _ in four_ranks.run(build, "nvlink", "aabb", FEW):
         assert error == (
             "all2all_backend 'nvlink' cannot be used: the CPU ranks are on 2 nodes and share no memory; "

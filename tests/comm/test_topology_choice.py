@@ -1,4 +1,4 @@
-"""Which all-to-all is chosen for which ranks, and which contradictions are refused, with what is allowed instead."""
+"""Choice of the all-to-all backend, and refusals with the allowed alternatives."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from expertwire.comm.topology.topology import RankLocation, Topology
 
 
 def ranks(domains, nodes=None):
-    """Ranks in domains (and on nodes) of one letter each."""
+    """Return a topology with a letter a rank for its domain, and for its node."""
     pairs = zip(domains, nodes or domains, strict=True)
     return Topology(name="t", locations=tuple(RankLocation(domain=d, node=n, failure_domain=n) for d, n in pairs))
 
@@ -44,7 +44,7 @@ def test_auto_takes_the_best_that_is_possible(here, name, why):
 
 @pytest.mark.parametrize("wanted", ["reference", "nccl", "nvlink"])
 @pytest.mark.parametrize("here", [RACK, HOST])
-def test_what_is_asked_for_is_taken_where_it_can_be(here, wanted):
+def test_a_wanted_backend_is_taken_if_usable(here, wanted):
     assert choose(wanted, here).name == wanted
 
 
@@ -74,6 +74,6 @@ def test_what_is_asked_for_is_taken_where_it_can_be(here, wanted):
         ("fast", RACK, " must be one of auto, reference, nccl, nvlink, got 'fast'"),
     ],
 )
-def test_contradictions_are_refused(wanted, here, message):
+def test_unusable_backends_are_refused(wanted, here, message):
     with pytest.raises(ValueError, match=f"(?s)^all2all_backend.*{message}"):
         choose(wanted, here)

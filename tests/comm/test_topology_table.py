@@ -1,4 +1,4 @@
-"""A table of measured times decides which all-to-all is used; one that is not of such ranks is refused."""
+"""Choice of the all-to-all backend by measured times; times of other ranks are refused."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ def table(tmp_path):
 
 
 def step(tokens, row_bytes=ROW):
-    """Of four CPU ranks with so many tokens each."""
+    """Return the conditions of four CPU ranks with `tokens` tokens each."""
     return replace(HOST, step_rows=4 * tokens * 8, row_bytes=row_bytes)
 
 
@@ -95,7 +95,7 @@ def test_a_table_that_does_not_fit_is_refused(table, here, message):
         ({"best": []}, "the file has 'best'; allowed are entries"),
     ],
 )
-def test_what_a_file_may_say(table, changes, message):
+def test_invalid_fields_are_named(table, changes, message):
     with pytest.raises(ValueError, match=f"^all2all_table '.*table.json': {message}"):
         table(**changes)
 

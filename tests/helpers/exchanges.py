@@ -1,7 +1,7 @@
-"""Exchanges of rows whose every byte is known: what ranks send, what must arrive and come home, and ranks that are threads.
+"""Exchanges of rows with known bytes: what ranks send, dispatch and combine must return; and ranks that are threads.
 
-The oracle looks at everybody's inputs (each rank can compute them) and knows nothing of how rows travel. A row says whose it
-is: the first bytes are its home rank, its token and the step; the rest is noise.
+The expected results follow from all ranks' inputs, which each rank can compute. A row identifies itself: its first bytes
+are its home rank, its token and the step; the rest is noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from expertwire.comm.group import Group
 from expertwire.comm.symmetric_memory import slices
 from expertwire.moe.eplb.placement import Placement, place
 
-# What goes out and what comes home: widths and dtypes. The last two are opaque: 256 fp8 or fp4 numbers with their scales.
+# Width and dtype of dispatched and of combined rows. u8 rows are opaque: 256 fp8 or fp4 values with their scales.
 FORMATS = {
     "fp32": (24, torch.float32, None, None),
     "bf16": (40, torch.bfloat16, None, None),
@@ -41,7 +41,7 @@ DIFFERENT_STEPS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Tokens of the ranks (cut to the ranks that there are; None: other numbers in each step) and how they choose experts."""
+    """Tokens of the ranks (of the first ranks, if there are fewer; None: varying by step) and how they choose experts."""
 
     tokens: tuple[int, ...] | None = (5, 3, 7, 4, 0, 2, 9, 6)
     max_tokens: int = 32
@@ -67,7 +67,7 @@ class Exchange:
         )
 
     def placed(self, size: int) -> Placement:
-        """At one rank there is no place for a second copy."""
+        """Return the placement; one rank cannot hold a second copy of an expert."""
         return _placed(self.num_experts, size, self.redundant if size > 1 else 0)
 
     def tokens_of(self, step: int, size: int) -> list[int]:
@@ -77,7 +77,7 @@ class Exchange:
         return np.where(rng.random(size) < 0.2, 0, rng.integers(0, self.max_tokens + 1, size)).tolist()
 
     def sent(self, rank: int, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of a rank's rows, and its physical ids [T, K]."""
+        """Return the bytes of a rank's rows, and its physical ids [T, K]."""
         tokens, rng = self.tokens_of(step, size)[rank], np.random.default_rng([7, rank, step])
         width, dtype, *_ = FORMATS[self.form]
         rows = rng.integers(0, 256, (tokens, width * dtype.itemsize), np.uint8)
@@ -93,15 +93,15 @@ class Exchange:
         return rows, physical_ids(self.placed(size), rank, logical)
 
     def expert_rows(self, rows: np.ndarray, physical_R: np.ndarray) -> np.ndarray:
-        """What an expert makes of rows: it leaves its mark, so that the result says whose it is and where it comes from."""
-        width, dtype, home_width, combine_dtype = FORMATS[self.form]
-        nbytes = (home_width or width) * (combine_dtype or dtype).itemsize
+        """Return the outputs of experts, which depend on the row and on the expert."""
+        width, dtype, combine_width, combine_dtype = FORMATS[self.form]
+        nbytes = (combine_width or width) * (combine_dtype or dtype).itemsize
         out = np.resize(rows.T, (nbytes, len(rows))).T.copy() if len(rows) else np.zeros((0, nbytes), np.uint8)
         out[:, 3:] += (physical_R[:, None] * 31 + 1).astype(np.uint8)
         return out
 
-    def arriving(self, rank: int, step: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Rows by expert, home rank, token, k; the expert of each; offsets; and how many different rows they are."""
+    def dispatched(self, rank: int, step: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Return rows by expert, home rank, token, k; the expert of each; offsets; and the number of distinct rows."""
         first, last = self.placed(size).rank_offsets[rank : rank + 2]
         sent = [self.sent(home, step, size) for home in range(size)]
         parts = [rows[np.nonzero(ids == e)[0]] for e in range(first, last) for rows, ids in sent]
@@ -110,8 +110,8 @@ class Exchange:
         experts = np.repeat(np.arange(first, last), counts)
         return np.concatenate(parts), experts, np.cumsum([0, *counts]), unique
 
-    def coming_home(self, rank: int, step: int, size: int) -> np.ndarray:
-        """Bytes [T, K, D']; zeros where there was no expert."""
+    def combined(self, rank: int, step: int, size: int) -> np.ndarray:
+        """Return bytes [T, K, D'], zeros where there was no expert."""
         rows, physical = self.sent(rank, step, size)
         slots = self.expert_rows(np.repeat(rows, self.top_k, axis=0), physical.ravel())
         slots[physical.ravel() < 0] = 0
@@ -123,25 +123,25 @@ _placed = functools.cache(place)
 
 @functools.cache
 def _expected(case: Exchange, rank: int, step: int, size: int) -> tuple[Any, ...]:
-    """What a rank sends, what arrives there, and what comes home."""
-    return case.sent(rank, step, size), case.arriving(rank, step, size), case.coming_home(rank, step, size)
+    """Return the rows that a rank sends, those dispatched to it, and those combined for it."""
+    return case.sent(rank, step, size), case.dispatched(rank, step, size), case.combined(rank, step, size)
 
 
 def physical_ids(placement: Placement, rank: int, logical: np.ndarray) -> np.ndarray:
-    """As `moe.layer` finds them, and -1 of -1."""
+    """Return physical ids as `moe.layer` does, -1 for -1."""
     table = placement.physical_for(rank)
     turns = np.arange(len(logical))[:, None] % len(table)
     return np.where(logical < 0, -1, table[turns, logical])
 
 
 def take_part(all_to_all: AllToAll, case: Exchange, rank: int, size: int, step: int, pause: Callable[[], None]) -> None:
-    """One rank's four phases of a step, checked. `pause` is called before each."""
+    """Run and check one rank's four phases of a step. `pause` is called before each."""
     for _ in phases(all_to_all, case, rank, size, step):
         pause()
 
 
-def take_part_in_turns(ranks: Sequence[AllToAll], case: Exchange, step: int, **padding: Any) -> None:
-    """Ranks of one thread: each phase of all of them, then the next."""
+def take_part_together(ranks: Sequence[AllToAll], case: Exchange, step: int, **padding: Any) -> None:
+    """Run ranks of one thread: each phase of all of them, then the next."""
     together = [phases(rank, case, i, len(ranks), step, **padding) for i, rank in enumerate(ranks)]
     for _ in zip(*together, strict=True):
         pass
@@ -155,9 +155,9 @@ def phases(
     step: int,
     padded_to: int = 0,
 ) -> Iterator[None]:
-    """A step in pieces: what follows each `yield` is a phase. `padded_to`: rows of every rank, of which only the first count."""
-    width, dtype, home_width, combine_dtype = FORMATS[case.form]
-    (rows, physical), (expected, experts, offsets, unique), expected_home = _expected(case, rank, step, size)
+    """Run a step; each `yield` precedes a phase. `padded_to`: rows of every rank, of which only the first are valid."""
+    width, dtype, combine_width, combine_dtype = FORMATS[case.form]
+    (rows, physical), (expected, experts, offsets, unique), expected_combined = _expected(case, rank, step, size)
     x, ids, counts = as_dtype(rows, dtype), torch.from_numpy(physical), [case.tokens_of(step, size)]
     if padded_to:
         counts = [[padded_to] * size, torch.tensor([len(x)], dtype=torch.int32)]
@@ -170,7 +170,7 @@ def phases(
     assert arrived.expert_offsets.tolist() == offsets.tolist(), f"rank {rank}, step {step}"
     index = arrived.row_index_R[: offsets[-1]].long()
     found = as_bytes(arrived.x_UD[index])
-    assert_equal(found, expected, f"rank {rank}, step {step}: what arrived")
+    assert_equal(found, expected, f"rank {rank}, step {step}: dispatched rows")
     if size > 1:
         assert len(set(index.tolist())) == unique, f"rank {rank}, step {step}: a token's row has been sent twice"
     y = as_dtype(case.expert_rows(found, experts), combine_dtype or dtype)
@@ -179,11 +179,11 @@ def phases(
         placed[arrived.home_R[: len(y)].long()] = y
         y = placed
     yield
-    returning = all_to_all.combine_send(handle, y)
+    handle = all_to_all.combine_send(handle, y)
     yield
-    home = all_to_all.combine_recv(returning)
-    assert home.shape[2] == (home_width or width)
-    assert_equal(as_bytes(home[: len(rows)]), expected_home, f"rank {rank}, step {step}: what came home")
+    combined = all_to_all.combine_recv(handle)
+    assert combined.shape[2] == (combine_width or width)
+    assert_equal(as_bytes(combined[: len(rows)]), expected_combined, f"rank {rank}, step {step}: combined rows")
 
 
 def as_dtype(rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -204,7 +204,7 @@ def assert_equal(found: np.ndarray, expected: np.ndarray, what: str) -> None:
 
 
 def run_exchange(group: Group, backend: str, case: Exchange, steps: int, slow: float = 0.0) -> None:
-    """A rank's part of some steps; with probability `slow` it dawdles before a phase."""
+    """Run a rank's part of some steps; with probability `slow` it sleeps before a phase."""
     all_to_all, rng = build(backend, case.spec(group)), np.random.default_rng(group.rank)
 
     def pause() -> None:
@@ -232,7 +232,7 @@ class _Meeting:
 
 
 class ThreadGroup:
-    """A rank that is a thread; all it can do is meet the others and share memory with them."""
+    """A rank that is a thread and shares memory with the others."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
         self.rank, self.size, self._meeting = rank, size, meeting

@@ -1,8 +1,8 @@
-"""What stands for `ProcessGroupNCCL` where there is no GPU, as strict as ProcessGroupNCCL.cpp; bytes travel over gloo.
+"""A fake `ProcessGroupNCCL` over gloo, as strict as ProcessGroupNCCL.cpp.
 
 - `_end_coalescing` is None where nothing was sent or received since `_start_coalescing`.
-- A communicator is made by a call of all ranks; to send, receive or meet without one, and without `device_ids`, is an error
-  (NCCL would make one for each pair, or guess a device).
+- A call of all ranks makes the communicator; to send, receive or enter a barrier without one, and without `device_ids`, is an
+  error (NCCL would make one for each pair, or guess a device).
 - Outside of coalescing, sending and receiving between two ranks in different orders would hang: it is an error.
 """
 
@@ -25,7 +25,7 @@ class _Work:
 
 
 class FakeProcessGroupNCCL:
-    """See the module. `host_reads` is for tests to count with."""
+    """The fake; see the module."""
 
     class Options:
         def __init__(self) -> None:
@@ -65,7 +65,7 @@ class FakeProcessGroupNCCL:
         assert self._coalesced is not None, "sends and receives that are not coalesced wait for each other"
         assert all(tensor.is_contiguous() for tensor in tensors), "NCCL takes dense tensors only"
         self._coalesced.append(call(tensors, peer, tag))
-        return _Work([])  # in NCCL, too: only the whole can be waited for
+        return _Work([])  # as in NCCL, only the whole group of calls can be waited for
 
     def _start_coalescing(self):
         assert self._coalesced is None, "coalescing twice"

@@ -1,14 +1,14 @@
-"""What stands for torch's symmetric memory where there is no GPU, as strict as c10d/symm_mem/CUDASymmetricMemory.cu.
+"""A fake of torch's symmetric memory, as strict as c10d/symm_mem/CUDASymmetricMemory.cu.
 
-- The group is resolved in torch's real registry (`GroupRegistry.cpp`): a name that nobody has registered, or whose process group
-  has died, is torch's own error. Ranks meet at that group's store.
-- Meetings are counted by process, here by thread, for all groups together: ranks that have met different numbers of times hang,
-  here for a second.
+- The group is resolved in torch's real registry (`GroupRegistry.cpp`): a name that is not registered, or whose process group
+  has been destroyed, is torch's own error. The rendezvous uses that group's store.
+- Rendezvous are counted by process, here by thread, for all groups together: ranks with different counts hang, here for a
+  second.
 - Two ranks on one (host, device) are refused.
-- What maps the ranks' memory belongs to the handle and to the local allocation; the tensors of `get_buffer` own nothing. To
-  touch one when both are gone raises `IllegalAddress`.
+- The mappings of the ranks' memory belong to the handle and to the local allocation; the tensors of `get_buffer` own nothing.
+  Use of one when both are gone raises `IllegalAddress`.
 
-Memory is a file that all ranks map, so that ranks may be threads or processes. Its bytes are rubbish at first.
+Memory is a file that all ranks map, so that ranks may be threads or processes. It is filled with garbage at first.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _GARBAGE = 0xA5
 
 
 class IllegalAddress(RuntimeError):
-    """What a GPU says of memory that is not mapped any more."""
+    """The error of a GPU for memory that is no longer mapped."""
 
 
 class _Mapping:
-    """A rank's memory, as one process sees it; unmapped when nobody has it."""
+    """A rank's memory as mapped by one process; unmapped with its last reference."""
 
     def __init__(self, path: str, nbytes: int) -> None:
         file = os.open(path, os.O_RDWR)
@@ -42,7 +42,7 @@ class _Mapping:
 
 
 class _Block:
-    """A local allocation. `meetings`, by name: all ranks' mappings."""
+    """A local allocation. `mappings_of`: all ranks' mappings, by group name."""
 
     def __init__(self, nbytes: int, device: int) -> None:
         file, self.path = tempfile.mkstemp(prefix="symmetric-")
@@ -52,11 +52,11 @@ class _Block:
         self.nbytes, self.device = nbytes, device
         self.mapping = _Mapping(self.path, nbytes)
         self.mapping.tensor.fill_(_GARBAGE)
-        self.meetings: dict[str, list[_Mapping]] = {}
+        self.mappings_of: dict[str, list[_Mapping]] = {}
 
 
 class _Guarded(torch.Tensor):
-    """A tensor that raises when its memory is gone, as do the views of it."""
+    """A tensor that raises when its memory is unmapped, as do its views."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -71,14 +71,14 @@ class _Guarded(torch.Tensor):
 
 
 class _Owning(torch.Tensor):
-    """The local tensor: it owns its block."""
+    """The local tensor, which owns its block."""
 
 
 class FakeSymmetricMemory:
-    """Stands for `torch._C._distributed_c10d._SymmetricMemory`.
+    """A fake of `torch._C._distributed_c10d._SymmetricMemory`.
 
     Args:
-        shared_devices: several ranks may have one device (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES).
+        shared_devices: several ranks may share a device (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES).
     """
 
     def __init__(self, *, shared_devices: bool = False, timeout_s: float = 1.0) -> None:
@@ -86,7 +86,7 @@ class FakeSymmetricMemory:
         self._of_thread = threading.local()
 
     def enter(self, host: str) -> None:
-        """From now on this thread's process is on that host."""
+        """Set the host of this thread's process."""
         self._of_thread.host = host
 
     def empty_strided_p2p(self, size, stride, dtype, device, group_name=None, alloc_id=None) -> torch.Tensor:
@@ -99,26 +99,26 @@ class FakeSymmetricMemory:
 
     def rendezvous(self, tensor: torch.Tensor, group_name: str) -> _Handle:
         block = tensor.block
-        if group_name not in block.meetings:
-            block.meetings[group_name] = self._meet(block, group_name)
-        return _Handle(block.meetings[group_name], block.nbytes)
+        if group_name not in block.mappings_of:
+            block.mappings_of[group_name] = self._rendezvous(block, group_name)
+        return _Handle(block.mappings_of[group_name], block.nbytes)
 
-    def _meet(self, block: _Block, name: str) -> list[_Mapping]:
+    def _rendezvous(self, block: _Block, name: str) -> list[_Mapping]:
         group = _resolve_process_group(name)
         store, rank, size = group.get_group_store(), group.rank(), group.size()
-        number = self._of_thread.meetings = getattr(self._of_thread, "meetings", -1) + 1
+        number = self._of_thread.rendezvous_count = getattr(self._of_thread, "rendezvous_count", -1) + 1
         keys = [f"CUDASymmetricMemory/{number}/{peer}" for peer in range(size)]
         store.set(
             keys[rank], f"{getattr(self._of_thread, 'host', 'host')}\n{block.device}\n{block.nbytes}\n{block.path}"
         )
         store.wait(keys, timedelta(seconds=self._timeout_s))
-        said = [store.get(key).decode().split("\n") for key in keys]
-        if len({(host, device) for host, device, *_ in said}) < size and not self._shared_devices:
+        texts = [store.get(key).decode().split("\n") for key in keys]
+        if len({(host, device) for host, device, *_ in texts}) < size and not self._shared_devices:
             raise RuntimeError("rendezvous: detected allocations from overlapping devices from different ranks.")
-        assert len({nbytes for _, _, nbytes, _ in said}) == 1, f"ranks have allocated differently: {said}"
+        assert len({nbytes for _, _, nbytes, _ in texts}) == 1, f"ranks have allocated differently: {texts}"
         return [
             block.mapping if peer == rank else _Mapping(path, int(nbytes))
-            for peer, (_, _, nbytes, path) in enumerate(said)
+            for peer, (_, _, nbytes, path) in enumerate(texts)
         ]
 
 

@@ -1,7 +1,7 @@
-"""Two "hosts" on one machine: namespaces of network, processes and mounts, joined by a virtual cable.
+"""Two "hosts" on one machine: namespaces of network, processes and mounts, connected by a virtual cable.
 
-Each has an address and nothing of the other's: no shared memory, no local sockets, no processes. A host ends, with everything
-that runs on it, when its first process is killed. Needs root and Linux namespaces; `why_not()` says what is missing.
+They share no memory, local sockets or processes. A host ends, with everything that runs on it, when its first process is
+killed. Needs root and Linux namespaces; `why_not()` returns what is missing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Host:
         return subprocess.Popen([*enter, *command], env=os.environ | {"PATH": path} | dict(env or {}), **options)
 
     def run(self, *command: str, env: Mapping[str, str] | None = None, timeout: float = 120) -> tuple[int, str]:
-        """Run a command on this host; its exit code and everything it said."""
+        """Run a command on this host; return its exit code and output."""
         process = self.popen(*command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said, _ = process.communicate(timeout=timeout)
         return process.returncode, said
@@ -47,7 +47,7 @@ class Host:
 
 @functools.cache
 def why_not() -> str:
-    """What keeps this machine from having two hosts, or "" if nothing does."""
+    """Return why this machine cannot have two hosts; "" if it can."""
     for tool in ("unshare", "nsenter", "ip", "mount"):
         if not shutil.which(tool):
             return f"no {tool} on this machine"
@@ -57,25 +57,11 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Hosts 10.213.0.1 and 10.213.0.2."""
+    """Yield hosts 10.213.0.1 and 10.213.0.2."""
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(_host(name)) for name in ("first", "second"))
-        cable = (
-            "ip",
-            "link",
-            "add",
-            "cable",
-            "netns",
-            str(first),
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "cable",
-            "netns",
-            str(second),
-        )
-        subprocess.run(cable, check=True)
+        cable = f"ip link add cable netns {first} type veth peer name cable netns {second}"
+        subprocess.run(cable.split(), check=True)
         hosts = Host("10.213.0.1", first), Host("10.213.0.2", second)
         for host in hosts:
             route = "ip link set cable up && ip route add default dev cable"

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers.exchanges import Exchange, as_dtype, take_part, take_part_in_turns
+from helpers.exchanges import Exchange, as_dtype, take_part, take_part_together
 from helpers.ranks import Ranks
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -64,7 +64,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_byte_arrives_where_it_should(name, few_ids):
     size, case = CASES[name]
-    take_part_in_turns(make(case, size, few_ids), case, 0)
+    take_part_together(make(case, size, few_ids), case, 0)
 
 
 def exact_rows(tokens, width, generator):
@@ -130,7 +130,7 @@ def test_step_after_step():
     case = Exchange(tokens=None, max_tokens=4, top_k=2, num_experts=4, ids="holes")
     ranks = make(case, 2, 5)
     for step in range(6):
-        take_part_in_turns(ranks, case, step)
+        take_part_together(ranks, case, step)
 
 
 def test_ranks_that_send_in_different_ways_meet():
@@ -141,7 +141,7 @@ def test_ranks_that_send_in_different_ways_meet():
         ranks = make_over(memories, case, 10**6, arrives)
         ranks[1:] = make_over(memories, case, -1, arrives)[1:]
         for step in range(2):
-            take_part_in_turns(ranks, case, step)
+            take_part_together(ranks, case, step)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +167,14 @@ def test_the_way_of_arrival_is_chosen_by_all_ranks_tokens(monkeypatch, own, peer
 def test_only_the_rows_that_count_travel(few_ids):
     """As in a CUDA graph, which always has as many rows."""
     case = Exchange(tokens=(3, 0), max_tokens=6, num_experts=4)
-    take_part_in_turns(make(case, 2, few_ids), case, 0, padded_to=5)
+    take_part_together(make(case, 2, few_ids), case, 0, padded_to=5)
 
 
 @either_way
 def test_a_rank_that_does_not_come_is_named_by_all(few_ids):
     case = Exchange(tokens=(2, 2, 2), num_experts=6)
     ranks = make(case, 3, few_ids)
-    take_part_in_turns(ranks, case, 0)
+    take_part_together(ranks, case, 0)
     rows, ids = case.sent(0, 1, 3)
     x = torch.from_numpy(rows.ravel()).view(torch.float32).view(2, -1)
     handles = [rank.dispatch_send(x, torch.from_numpy(ids), [2, 2, 2]) for rank in ranks[:2]]
@@ -189,7 +189,7 @@ def test_after_a_stall_no_more_rows_come_than_there_is_room_for(few_ids):
     """The rank that does not come has sent many rows the last time, when the plan had room for them."""
     case = Exchange(tokens=(24, 24, 24), num_experts=6)
     ranks = make(case, 3, few_ids)
-    take_part_in_turns(ranks, case, 0)
+    take_part_together(ranks, case, 0)
     x, ids = torch.zeros(1, 24), torch.tensor([[0, 2]])
     handles = [rank.dispatch_send(x, ids, [1, 1, 1]) for rank in ranks[:2]]
     for rank, handle in zip(ranks, handles, strict=False):
