@@ -80,4 +80,4 @@ def test_all_ranks_refuse_an_unusable_backend(four_ranks):
 def test_one_rank_needs_none():
     for wanted in ("auto", "nccl", "nvlink"):
         name, why = build(SoloGroup(), wanted, "a", FEW)
-        assert (name, why) == ("ReferenceAllToAll", "there is one rank, and nothing travels")
+        assert (name, why) == ("ReferenceAllToAll", "there is one rank, and nothing is sent")
