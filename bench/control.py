@@ -88,8 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `expertwire bench control`."""
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to measure")
     parser.add_argument("--steps", type=int, default=1000, help="steps per measurement")
-    parser.add_argument("--channels", nargs="+", choices=CHANNELS, default=list(CHANNELS), help="what to measure")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument(
+        "--channels", nargs="+", choices=CHANNELS, default=list(CHANNELS), help="channels to measure (default: all)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the results there")
 
 
 def main(args: argparse.Namespace) -> int:

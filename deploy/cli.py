@@ -80,7 +80,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     group = commands.add_parser("bench", help="run a benchmark", description="Run a benchmark.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
     for name, (module_name, text) in BENCHES.items():
-        bench = subcommands.add_parser(name, help=text, description=text.capitalize() + ".")
+        bench = subcommands.add_parser(name, help=text, description=_sentence(text))
         if name in benches:
             module = importlib.import_module(f"expertwire.bench.{module_name}")
             module.add_arguments(bench)
@@ -147,7 +147,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _add_inspect(commands: Any) -> None:
     text = "print the parameters of a checkpoint and the memory that it needs"
-    parser = commands.add_parser("inspect", help=text, description=text.capitalize() + ".")
+    parser = commands.add_parser("inspect", help=text, description=_sentence(text))
     parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or with its config.json alone")
     parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="number of ranks (default: %(default)s)")
     text = "tokens of one request (default: the model's maximum)"
@@ -168,7 +168,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _add_explain(commands: Any) -> None:
     text = "print the kernels and the all-to-all backend that a model runs with, and why"
-    parser = commands.add_parser("explain", help=text, description=text.capitalize() + ".")
+    parser = commands.add_parser("explain", help=text, description=_sentence(text))
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder with a config.json (default: the demo model)")
     text = "target device; h200 and b200 need not be present (default: %(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda", "h200", "b200"), default="cpu", help=text)
@@ -192,7 +192,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _add_experts(commands: Any) -> None:
     text = "show the load of experts and ranks"
-    parser = commands.add_parser("experts", help=text, description=text.capitalize() + ".")
+    parser = commands.add_parser("experts", help=text, description=_sentence(text))
     parser.add_argument("source", metavar="SOURCE", help="host:port of a server, or a file written by --json")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also write the heat map there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there, as JSON")
@@ -215,7 +215,7 @@ def _experts(args: argparse.Namespace) -> int:
 
 def _add_demo(commands: Any) -> None:
     text = "serve the demo model and ask it questions"
-    parser = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
+    parser = commands.add_parser("demo", help=text, description=_sentence(text))
     parser.add_argument(
         "--launcher", choices=("ray", "local"), default="ray", help="starts the ranks (default: %(default)s)"
     )
@@ -227,6 +227,10 @@ def _demo(args: argparse.Namespace) -> int:
     from expertwire.deploy.demo import demo
 
     return demo(launcher=args.launcher, ep_size=args.ep_size)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _port(text: str) -> int:

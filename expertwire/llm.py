@@ -236,7 +236,7 @@ def _one_each(field: str, value: Any, count: int) -> list[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{field} must be one for all or one a prompt ({count}), got {len(value)}")
+        raise ValueError(f"{field} must be one value, or one for each prompt ({count}), got {len(value)}")
     return list(value)
 
 

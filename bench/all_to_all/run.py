@@ -38,22 +38,28 @@ DECODE, PREFILL = (1, 32, 128), (512,)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `expertwire bench all-to-all`."""
-    text = "measure nothing: bounds, a model of the best published kernel, and published figures for this machine"
+    text = (
+        "print bounds, a model of the best published kernel and published figures for this machine, without measuring"
+    )
     parser.add_argument("--model", choices=tuple(all_to_all_model.MACHINES), help=text)
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="what to measure")
+    parser.add_argument(
+        "--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="backends to measure (default: all)"
+    )
     text = "formats of dispatched rows (default: bf16)"
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16"], help=text)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="(default: 2 4)")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="numbers of ranks (default: 2 4)"
+    )
     text = "one GPU runs one of 8, 64 and 72 ranks: times of the kernels without NVLink, and NVL72 modelled from them"
     parser.add_argument("--loopback", action="store_true", help=text)
-    text = "tokens of a rank, each a row of the table (default: %(default)s)"
+    text = "numbers of tokens per rank (default: %(default)s)"
     parser.add_argument("--tokens", type=int, nargs="+", default=[*DECODE, *PREFILL], metavar="N", help=text)
-    parser.add_argument("--hidden-size", type=int, default=7168, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="of a run (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="(default: %(default)s)")
-    text = "measure every backend, those of NCCL with several settings, and write the table that --all2all-table reads"
+    parser.add_argument("--hidden-size", type=int, default=7168, metavar="N", help="model width (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps per run (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="number of runs (default: %(default)s)")
+    text = "measure all backends, NCCL's with several settings, and write the table for --all2all-table"
     parser.add_argument("--sweep", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
 
 
 def main(args: argparse.Namespace) -> int:

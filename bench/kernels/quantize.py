@@ -35,13 +35,20 @@ and on the text: a sentence whose next word is certain survives rounding, a list
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder of a checkpoint (default: the demo model)")
-    text = "formats (default: all)"
+    text = "formats to measure (default: all)"
     parser.add_argument("--formats", nargs="+", choices=tuple(ON_THE_FLY), default=tuple(ON_THE_FLY), help=text)
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="to run on (default: some prose; the demo model's own)"
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to run the model on (default: some prose, or the demo model's own)",
     )
     parser.add_argument(
-        "--tokens", type=_at_least_two, default=512, metavar="N", help="of the text (default: %(default)s)"
+        "--tokens",
+        type=_at_least_two,
+        default=512,
+        metavar="N",
+        help="number of tokens of the text (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
 

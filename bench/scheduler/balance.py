@@ -34,12 +34,14 @@ SHAPE_61 = (61, 256)  # layers and experts of the model whose rebalance is timed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     for name, default, text in (
-        ("--tokens", 131072, "of each of the two windows"),
-        ("--layers", 8, "drawn at random from each power law"),
-        ("--seed", 0, "of the routing"),
+        ("--tokens", 131072, "tokens in each of the two windows"),
+        ("--layers", 8, "layers drawn at random from each power law"),
+        ("--seed", 0, "seed of the routing"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 72], metavar="N", help="(default: 8 32 72)")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[8, 32, 72], metavar="N", help="numbers of ranks (default: 8 32 72)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
 
 

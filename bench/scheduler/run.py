@@ -36,42 +36,53 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    text = "what to serve (default: %(default)s)"
+    text = "arrivals and lengths of requests (default: %(default)s)"
     parser.add_argument("--trace", choices=sorted(TRACES), default="poisson", help=text)
-    text = "the order of the queue: fcfs, priority, shortest, prefix or fair (default: %(default)s)"
+    text = "order in which waiting requests are served: fcfs, priority, shortest, prefix or fair (default: %(default)s)"
     parser.add_argument("--scheduling-policy", default="fcfs", help=text)
     for name, default, text in (
         ("--ranks", 8, "data-parallel ranks"),
         ("--running", 256, "requests that run at once on one rank"),
-        ("--requests", 1000, "requests in all"),
-        ("--seed", 0, "of the trace"),
-        ("--blocks", 32768, "of 16 tokens in the cache of one rank"),
+        ("--requests", 1000, "number of requests"),
+        ("--seed", 0, "seed of the trace"),
+        ("--blocks", 32768, "KV blocks of 16 tokens on one rank"),
         ("--max-num-batched-tokens", 2048, "token budget of one step on one rank"),
         ("--steps", 10000, "steps to measure, with --cost"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    text = "requests a second (default: what the trace has)"
+    text = "requests per second (default: the trace's)"
     parser.add_argument("--rate", type=float, metavar="X", help=text)
     parser.add_argument(
-        "--chunked-prefill-size", type=int, metavar="N", help="prompt tokens of one step beside decodes"
+        "--chunked-prefill-size",
+        type=int,
+        metavar="N",
+        help="maximum number of prompt tokens in a step of a rank that also decodes",
     )
     for name, default in (("ttft", 2000), ("tpot", 80)):
-        text = f"of goodput (default: {default}, MLPerf's limit for its DeepSeek-R1 server)"
+        text = f"latency objective of goodput (default: {default}, MLPerf's for its DeepSeek-R1 server)"
         parser.add_argument(f"--{name}-ms", type=float, default=default, metavar="X", help=text)
     for name, text in (
-        ("overlap", "plan a step while the one before runs"),
-        ("enable-prefix-caching", "keep blocks for prompts that begin alike"),
+        ("overlap", "plan a step while the previous one runs"),
+        ("enable-prefix-caching", "reuse KV blocks for prompts with the same prefix"),
     ):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
-    parser.add_argument("--host-time", action="store_true", help="the scheduler's time passes on the clock")
+    parser.add_argument("--host-time", action="store_true", help="add the scheduler's own time to the simulated clock")
     parser.add_argument(
-        "--timeline", type=Path, metavar="FILE", help="draw the ranks' work over time (SVG, or by the file's name)"
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="draw the ranks' work over time (SVG, unless the file's suffix says otherwise)",
     )
-    parser.add_argument("--record", type=Path, metavar="FILE", help="log all calls; gzipped if it ends with .gz")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="repeat a log, compare every plan; nothing else")
-    parser.add_argument("--cost", action="store_true", help="measure what a step costs the host instead")
-    parser.add_argument("--peer", type=Path, metavar="PATH", help="compare with a checkout of nano-vllm instead")
-    text = "compare rules of load balancing on every trace, on so many ranks, instead"
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="log all calls to the scheduler; compressed if the name ends with .gz",
+    )
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="replay a log and compare every plan, instead")
+    parser.add_argument("--cost", action="store_true", help="measure the host's time per step, instead")
+    parser.add_argument("--peer", type=Path, metavar="PATH", help="compare with a checkout of nano-vllm, instead")
+    text = "compare rules of load balancing over these numbers of ranks on all traces, instead"
     parser.add_argument("--load-balancing", type=int, nargs="+", metavar="N", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
 

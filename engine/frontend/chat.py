@@ -51,7 +51,7 @@ class Chat:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.100}")
         if self.add_generation_prompt and self.continue_final_message:
-            raise ValueError("continue_final_message needs add_generation_prompt=False: nothing begins a new message")
+            raise ValueError("continue_final_message needs add_generation_prompt=False, as no new message begins")
         self._check_variables()
 
     def _check_variables(self) -> None:

@@ -171,7 +171,7 @@ def _variables(chat: Chat, reads: frozenset[str]) -> dict[str, Any]:
 def _check_read(field: str, names: Iterable[str], reads: frozenset[str]) -> None:
     for name in names:
         if name not in reads:
-            known = ", ".join(sorted(reads - {"messages", "add_generation_prompt"})) or "the messages alone"
+            known = ", ".join(sorted(reads - {"messages", "add_generation_prompt"})) or "only the messages"
             raise ValueError(f"{field}: the chat template does not read {name}; it reads {known}")
 
 

@@ -278,7 +278,7 @@ class TestRefusals:
             ({"tools": [{}]}, "tools: the chat template does not read tools; it reads thinking"),
             (
                 {"thinking": True, "chat_template": "{{ 1 }}"},
-                "thinking: .*enable_thinking or thinking; it reads the messages alone",
+                "thinking: .*enable_thinking or thinking; it reads only the messages",
             ),
         ):
             with pytest.raises(ValueError, match=error):

@@ -248,7 +248,7 @@ def test_options_for_all_prompts_or_one_for_each(start):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"priority": [1]}, r"priority must be one for all or one a prompt \(2\), got 1"),
+        ({"priority": [1]}, r"priority must be one value, or one for each prompt \(2\), got 1"),
         ({"priority": [1, 2.0]}, "prompt 1: priority must be an integer"),
         ({"tenant": 5}, "prompt 0: tenant must be a string"),
         ({"cache_salt": ["a", "b" * 129]}, "prompt 1: cache_salt .* 128 characters"),
