@@ -169,32 +169,28 @@ def check(
 
     The parameters may be on the device "meta".
     """
-    skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
-    unknown = [name for name in checkpoint.tensors if name not in weight_map and not skip.fullmatch(name)]
-    if unknown:
-        raise ValueError(f"{checkpoint.path}: the model does not know these tensors: {first_ten(unknown)}")
+
+    def refuse(fault: str, names: Sequence[str]) -> None:
+        if names:
+            raise ValueError(f"{checkpoint.path}: {fault}: {first_ten(names)}")
+
+    tensors, skip = checkpoint.tensors, re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
+    unknown = [name for name in tensors if name not in weight_map and not skip.fullmatch(name)]
+    refuse("the model does not know these tensors", unknown)
     wanted = {name: destinations for name, destinations in weight_map.items() if destinations}
-    missing = [name for name in wanted if name not in checkpoint.tensors]
-    if missing:
-        raise ValueError(f"{checkpoint.path}: the model needs tensors that are missing: {first_ten(missing)}")
+    refuse("the model needs tensors that are missing", [name for name in wanted if name not in tensors])
     _check_filled(wanted.values(), params)
-    misshapen = []
+    misshapen, unsupported = [], []
     for name, destinations in wanted.items():
-        found = checkpoint.tensors[name].shape
+        shape, dtype = tensors[name].shape, tensors[name].dtype
         expected = {d.expected_shape(tuple(params[d.param].shape)) for d in destinations}
-        if expected != {found}:
-            misshapen.append(
-                f"{name} is {list(found)}, expected {' and '.join(str(list(s)) for s in sorted(expected))}"
-            )
-    if misshapen:
-        raise ValueError(f"{checkpoint.path}: wrong shapes: {first_ten(misshapen)}")
-    unsupported = [
-        f"{name} ({checkpoint.tensors[name].dtype}, allowed: {', '.join(accepted)})"
-        for name, destinations in wanted.items()
-        if checkpoint.tensors[name].dtype not in (accepted := ACCEPTED[params[destinations[0].param].dtype])
-    ]
-    if unsupported:
-        raise ValueError(f"{checkpoint.path}: tensors of a type that is not supported there: {first_ten(unsupported)}")
+        if expected != {shape}:
+            shapes = " and ".join(str(list(s)) for s in sorted(expected))
+            misshapen.append(f"{name} is {list(shape)}, expected {shapes}")
+        if dtype not in (accepted := ACCEPTED[params[destinations[0].param].dtype]):
+            unsupported.append(f"{name} ({dtype}, allowed: {', '.join(accepted)})")
+    refuse("wrong shapes", misshapen)
+    refuse("tensors of a type that is not supported there", unsupported)
 
 
 Box = tuple[tuple[int, int], ...]  # [start, stop) along each dimension
