@@ -27,13 +27,13 @@ def test_every_tensor_moves_the_logits(kind, overrides):
 
 def test_names_are_the_hubs():
     mixtral = Checkpoint(tiny.cached("mixtral"))
-    assert mixtral.shape("model.layers.2.block_sparse_moe.experts.7.w1.weight") == (96, 64)
-    assert mixtral.shape("model.layers.2.block_sparse_moe.experts.7.w2.weight") == (64, 96)
-    assert mixtral.shape("model.layers.0.block_sparse_moe.gate.weight") == (8, 64)
+    assert mixtral.tensors["model.layers.2.block_sparse_moe.experts.7.w1.weight"].shape == (96, 64)
+    assert mixtral.tensors["model.layers.2.block_sparse_moe.experts.7.w2.weight"].shape == (64, 96)
+    assert mixtral.tensors["model.layers.0.block_sparse_moe.gate.weight"].shape == (8, 64)
     qwen = Checkpoint(tiny.cached("qwen3_moe"))
-    assert qwen.shape("model.layers.0.mlp.experts.7.gate_proj.weight") == (64, 96)
-    assert qwen.shape("model.layers.1.mlp.down_proj.weight") == (96, 112)
-    assert qwen.shape("model.layers.3.self_attn.q_norm.weight") == (32,)
+    assert qwen.tensors["model.layers.0.mlp.experts.7.gate_proj.weight"].shape == (64, 96)
+    assert qwen.tensors["model.layers.1.mlp.down_proj.weight"].shape == (96, 112)
+    assert qwen.tensors["model.layers.3.self_attn.q_norm.weight"].shape == (32,)
     assert "lm_head.weight" not in Checkpoint(tiny.cached("qwen3", tie_word_embeddings=True)).tensors
 
 
