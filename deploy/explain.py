@@ -136,7 +136,7 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
     import torch
 
     from expertwire.kernels import registry
-    from expertwire.kernels.gpu import attention, linear, tiles
+    from expertwire.kernels.gpu import attention, grouped_gemm_tiles, linear
     from expertwire.kernels.gpu.device import B200, H200, describe
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -147,17 +147,18 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
     for head_dim in sorted(
         {a.head_dim for layer in config.layers if isinstance(a := layer.attention, AttentionConfig)}
     ):
-        yield f"attention: {attention.tiles(head_dim=head_dim, element_size=dtype.itemsize, arch=gpu.arch)}"
+        yield f"attention: {attention.tile_config(head_dim=head_dim, element_size=dtype.itemsize, arch=gpu.arch)}"
     format = expert_format(config, None)
     for tokens in _TOKENS:
         yield f"{tokens} tokens a step on each of {ep_size} ranks:"
         for name, (rows, depth) in _products(config).items():
             if name == "query, key and value":
-                yield f"  {name}: {linear.tiles(tokens, rows, depth, dtype, gpu)}"
+                yield f"  {name}: {linear.tile_config(tokens, rows, depth, dtype, gpu)}"
                 continue
             experts, planned = -(-config.num_experts // ep_size), tokens * config.top_k  # as many come here as go out
-            each = tiles.token_tile(format, planned, experts)
-            yield f"  {name}, {format}: {tiles.gemm_tiles(format, each, (experts, rows, depth), planned, gpu)}"
+            each = grouped_gemm_tiles.token_tile(format, planned, experts)
+            tiles = grouped_gemm_tiles.tile_config(format, each, (experts, rows, depth), planned, gpu)
+            yield f"  {name}, {format}: {tiles}"
 
 
 def _products(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -221,12 +221,12 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import experts as gpu_experts
     from expertwire.kernels.gpu import heads as gpu_heads
     from expertwire.kernels.gpu import index as gpu_index
-    from expertwire.kernels.gpu import index_keys as gpu_index_keys
+    from expertwire.kernels.gpu import index_rope_and_cache as gpu_index_keys
     from expertwire.kernels.gpu import linear as gpu_linear
     from expertwire.kernels.gpu import mla as gpu_mla
+    from expertwire.kernels.gpu import mla_rope_and_cache, quantize, rope_and_cache
     from expertwire.kernels.gpu import permute as gpu_permute
     from expertwire.kernels.gpu import prefill as gpu_prefill
-    from expertwire.kernels.gpu import quantize, rope_and_cache
     from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
     from expertwire.kernels.gpu import routing as gpu_routing
 
@@ -248,7 +248,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         rope_and_cache=rope_and_cache.rope_and_cache,
         attend=attend,
         attend_expanded=attend,
-        rope_and_cache_latent=gpu_mla.rope_and_cache,
+        rope_and_cache_latent=mla_rope_and_cache.rope_and_cache,
         attend_latent=partial(gpu_mla.attend, device=gpu),
         rope_and_cache_index=gpu_index_keys.rope_and_cache,
         choose_positions=partial(gpu_index.choose_positions, device=gpu),

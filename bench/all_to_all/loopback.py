@@ -31,11 +31,11 @@ PROGRAMS = (16, 32, 64)  # besides one on every multiprocessor
 FORMATS = ("bf16", "fp8")  # of dispatched rows; fp8 is quantised by the send kernel
 # Kernels; few tokens are planned as they are sent, and waited for as they are indexed.
 PARTS = {
-    "plan": ("plan",),
-    "send": ("send", "send_few"),
-    "wait": ("wait",),
-    "index": ("count", "index", "arrive_few"),
-    "combine": ("go_home",),
+    "plan": ("dispatch_plan",),
+    "send": ("dispatch_send", "low_latency_send"),
+    "wait": ("wait_for_signals",),
+    "index": ("dispatch_count", "dispatch_index", "low_latency_receive"),
+    "combine": ("combine_send",),
 }
 _FOR_EVER = 1 << 40  # an epoch that is never reached
 _REPLAYS = 50

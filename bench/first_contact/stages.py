@@ -42,7 +42,7 @@ def environment(run: Run) -> None:
     run.record.fact("interpreted", bool(triton.knobs.runtime.interpret))
     if run.toy:
         return
-    from expertwire.bench.kernels.work import measure_ceilings
+    from expertwire.bench.kernels.measure import measure_ceilings
 
     with run.record.item("device"):
         properties = torch.cuda.get_device_properties(0)
@@ -94,7 +94,7 @@ def tokens(run: Run) -> None:
 
 def kernels_correct(run: Run) -> None:
     """Every kernel against its reference, on random inputs, into poisoned outputs."""
-    _kernels(run, ("check-experts", "check-attention", "check-around"))
+    _kernels(run, ("check-experts", "check-attention", "check-layer-ops"))
 
 
 def kernels_bits(run: Run) -> None:
@@ -127,7 +127,7 @@ def kernels_timed(run: Run) -> None:
 def kernels_timed_more(run: Run) -> None:
     """The other formats, and what lies around."""
     _timed_kernels(
-        run, ("experts-deepseek", "routing", "experts-gpt-oss", "sampling", "latent", "around", "experts-more")
+        run, ("experts-deepseek", "routing", "experts-gpt-oss", "sampling", "latent", "layer-ops", "experts-more")
     )
 
 

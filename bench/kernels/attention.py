@@ -1,6 +1,7 @@
-"""Attention in `bench kernels`: paged caches of real shapes, our kernels, and torch's fused attention on contiguous ones.
+"""Attention in `bench kernels`: paged caches of real shapes, our kernels, and torch's fused attention
+on contiguous ones.
 
-B sequences, T tokens, H query heads, G key/value heads, d head size.
+S sequences, T tokens, H query heads, G key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from expertwire.bench.kernels.measure import Call, Item, TensorRng, Timed, TimedCalls, copies
 from expertwire.bench.kernels.models import attention_cost, latent_cost
-from expertwire.bench.kernels.work import Call, Draw, Item, Timed, Work, copies
 from expertwire.kernels.gpu import attention, mla, prefill
 from expertwire.kernels.ops.attention import AttentionMetadata, describe
 
@@ -42,7 +43,7 @@ GPT_OSS_WINDOW = Heads(name="gpt-oss-120b window", heads=64, kv_heads=8, dim=64,
 LATENT_HEADS, RANK, ROTATED = 128, 512, 64  # DeepSeek-V3
 LATENT_SCALE = 192**-0.5
 
-# Names of steps: how many queries and known tokens each sequence has; the bar's step first.
+# Queries and known tokens of each sequence; the bar's step first.
 STEPS: Mapping[str, list[tuple[int, int]]] = {
     "decode 64 x 8k": [(1, 8192)] * 64,
     "decode 1 x 1k": [(1, 1024)],
@@ -59,62 +60,64 @@ STEPS: Mapping[str, list[tuple[int, int]]] = {
 QUICK_STEPS = (*tuple(STEPS)[:3], "prefill 8k")
 
 
-def sequences(draw: Draw, batch: list[tuple[int, int]], block: int = BLOCK) -> tuple[AttentionMetadata, int]:
-    """Their description, in blocks in a random order, and how many blocks there are; block 0 is nobody's."""
+def sequences(rng: TensorRng, batch: list[tuple[int, int]], block: int = BLOCK) -> tuple[AttentionMetadata, int]:
+    """Return attention metadata with blocks in a random order, and the number of blocks; block 0
+    belongs to no sequence.
+    """
     counts = [-(-length // block) for _, length in batch]
     width, total = max(counts), sum(counts)
-    if draw.is_meta:
-        table = draw.integers(0, 1, len(batch), width)
+    if rng.is_meta:
+        table = rng.integers(0, 1, len(batch), width)
     else:
-        ids = 1 + torch.randperm(total, generator=draw.generator, device=draw.device).int()
-        table = torch.zeros(len(batch), width, dtype=torch.int32, device=draw.device)
+        ids = 1 + torch.randperm(total, generator=rng.generator, device=rng.device).int()
+        table = torch.zeros(len(batch), width, dtype=torch.int32, device=rng.device)
         for row, part in zip(table, ids.split(counts), strict=True):
             row[: len(part)] = part
     nums = [num for num, _ in batch]
     return describe(nums, [length for _, length in batch], table), total + 1
 
 
-def heads_work(draw: Draw, model: Heads, step: str) -> Work:
-    """Ours in both numerics modes, and torch's where it has such an attention."""
+def heads_work(rng: TensorRng, model: Heads, step: str) -> TimedCalls:
+    """Time our kernels in both numerics modes, and torch's where it has such an attention."""
     batch = STEPS[step]
     nums, lengths = ([sequence[i] for sequence in batch] for i in (0, 1))
     cost = attention_cost(lengths, nums, heads=model.heads, kv_heads=model.kv_heads, dim=model.dim, window=model.window)
     number = (
         1
-        if draw.is_meta
+        if rng.is_meta
         else copies(sum(min(length, model.window or length) for length in lengths) * 4 * model.kv_heads * model.dim)
     )
-    sinks_H = draw.normal(model.heads) if model.sinks else None
+    sinks_H = rng.normal(model.heads) if model.sinks else None
     calls: dict[str, list[Call]] = {}
     for _ in range(number):
-        seqs, blocks = sequences(draw, batch)
-        q = draw.normal(sum(nums), model.heads, model.dim)
-        k, v = (draw.normal(blocks, BLOCK, model.kv_heads, model.dim) for _ in range(2))
+        seqs, blocks = sequences(rng, batch)
+        q = rng.normal(sum(nums), model.heads, model.dim)
+        k, v = (rng.normal(blocks, BLOCK, model.kv_heads, model.dim) for _ in range(2))
         options = {"window": model.window, "sinks_H": sinks_H}
         found = {
-            name: _ours(draw, q, k, v, seqs, options, numerics)
+            name: _ours(rng, q, k, v, seqs, options, numerics)
             for name, numerics in (("ours", "invariant"), ("ours, fast", "fast"))
         }
-        if not model.window and not model.sinks and not draw.is_meta and len(set(batch)) == 1:
-            found |= _peers(draw, model, len(batch), *batch[0])
+        if not model.window and not model.sinks and not rng.is_meta and len(set(batch)) == 1:
+            found |= _peers(rng, model, len(batch), *batch[0])
         for name, call in found.items():
             calls.setdefault(name, []).append(call)
-    facts = {"model": model.name, "step": step}
-    return Work(calls=calls, cost=cost, peers=frozenset(calls) - {"ours", "ours, fast"}, facts=facts)
+    labels = {"model": model.name, "step": step}
+    return TimedCalls(calls=calls, cost=cost, peers=frozenset(calls) - {"ours", "ours, fast"}, labels=labels)
 
 
 def _ours(
-    draw: Draw, q: Tensor, k: Tensor, v: Tensor, seqs: AttentionMetadata, options: dict[str, Any], numerics: str
+    rng: TensorRng, q: Tensor, k: Tensor, v: Tensor, seqs: AttentionMetadata, options: dict[str, Any], numerics: str
 ) -> Call:
-    return lambda: ATTENTION[numerics](q, k, v, seqs, draw.gpu, **options)
+    return lambda: ATTENTION[numerics](q, k, v, seqs, rng.gpu, **options)
 
 
-def _peers(draw: Draw, model: Heads, batch: int, num: int, length: int) -> dict[str, Call]:
-    """torch's choice and its flash attention, on contiguous caches, which is less work than paged ones."""
+def _peers(rng: TensorRng, model: Heads, batch: int, num: int, length: int) -> dict[str, Call]:
+    """Return torch's choice and its flash attention, on contiguous caches, which is less work than paged ones."""
     if 1 < num < length:
         return {}
-    q = draw.normal(batch, model.heads, num, model.dim)
-    k, v = (draw.normal(batch, model.kv_heads, length, model.dim) for _ in range(2))
+    q = rng.normal(batch, model.heads, num, model.dim)
+    k, v = (rng.normal(batch, model.kv_heads, length, model.dim) for _ in range(2))
 
     def torchs() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=num > 1, enable_gqa=True)
@@ -126,26 +129,26 @@ def _peers(draw: Draw, model: Heads, batch: int, num: int, length: int) -> dict[
     return {"SDPA": torchs, "SDPA flash": flash}
 
 
-def latent_work(draw: Draw, step: str) -> Work:
-    """DeepSeek-V3's latent attention; torch has none."""
+def latent_work(rng: TensorRng, step: str) -> TimedCalls:
+    """Time DeepSeek-V3's latent attention; torch has none."""
     batch = STEPS[step]
     nums, lengths = ([sequence[i] for sequence in batch] for i in (0, 1))
     cost = latent_cost(lengths, nums, heads=LATENT_HEADS, rank=RANK, rotated=ROTATED)
     calls = []
-    for _ in range(1 if draw.is_meta else copies(sum(lengths) * (RANK + ROTATED) * 2)):
-        seqs, blocks = sequences(draw, batch)
-        q = draw.normal(sum(nums), LATENT_HEADS, RANK + ROTATED)
-        cache = draw.normal(blocks, BLOCK, RANK + ROTATED)
-        calls.append(_latent(draw, q, cache, seqs))
-    return Work(calls={"ours": calls}, cost=cost, facts={"model": "deepseek-v3 latent", "step": step})
+    for _ in range(1 if rng.is_meta else copies(sum(lengths) * (RANK + ROTATED) * 2)):
+        seqs, blocks = sequences(rng, batch)
+        q = rng.normal(sum(nums), LATENT_HEADS, RANK + ROTATED)
+        cache = rng.normal(blocks, BLOCK, RANK + ROTATED)
+        calls.append(_latent(rng, q, cache, seqs))
+    return TimedCalls(calls={"ours": calls}, cost=cost, labels={"model": "deepseek-v3 latent", "step": step})
 
 
-def _latent(draw: Draw, q: Tensor, cache: Tensor, seqs: AttentionMetadata) -> Call:
-    return lambda: mla.attend(q, cache, seqs, draw.gpu, rank=RANK, scale=LATENT_SCALE)
+def _latent(rng: TensorRng, q: Tensor, cache: Tensor, seqs: AttentionMetadata) -> Call:
+    return lambda: mla.attend(q, cache, seqs, rng.gpu, rank=RANK, scale=LATENT_SCALE)
 
 
 def items(quick: bool) -> list[Item]:
-    """Of grouped queries: the bar's step first."""
+    """Return the items of grouped-query attention, that of the bar first."""
     steps = QUICK_STEPS if quick else tuple(STEPS)
     found = [_heads_item(QWEN3, step) for step in steps]
     for model in (MIXTRAL, GPT_OSS, GPT_OSS_WINDOW):
@@ -154,14 +157,14 @@ def items(quick: bool) -> list[Item]:
 
 
 def latent_items(quick: bool) -> list[Item]:
-    """Of latent attention."""
+    """Return the items of latent attention."""
     steps = ("decode 64 x 8k", "decode 64 x 1k", "decode 1 x 128k", "prefill 2k")[: 1 if quick else None]
     return [_latent_item(step) for step in steps]
 
 
 def _heads_item(model: Heads, step: str) -> Timed:
-    return Timed(f"{model.name} {step}", lambda draw: heads_work(draw, model, step))
+    return Timed(f"{model.name} {step}", lambda rng: heads_work(rng, model, step))
 
 
 def _latent_item(step: str) -> Timed:
-    return Timed(f"deepseek-v3 latent {step}", lambda draw: latent_work(draw, step))
+    return Timed(f"deepseek-v3 latent {step}", lambda rng: latent_work(rng, step))

@@ -1,7 +1,7 @@
-"""Bitwise equality in `bench kernels`: whether a row's result depends on the batch, the tile or the kind of step it was in.
+"""Bitwise equality in `bench kernels`: a row's result must not depend on the batch, the tile or the kind of step.
 
-The invariant mode promises that it does not, for the classes of tiles that were found equal on this very device. Each item
-computes the same rows in several ways; one class of equal bits is what the mode needs.
+That is what invariant mode promises, for the classes of tiles that were found equal on this device.
+Each item computes the same rows in several ways; the mode needs them to be one class of equal bits.
 """
 
 from __future__ import annotations
@@ -17,55 +17,58 @@ from torch import Tensor
 from expertwire.bench.kernels import attention as kernels_attention
 from expertwire.bench.kernels import checks as kernels_checks
 from expertwire.bench.kernels import experts as kernels_experts
+from expertwire.bench.kernels.measure import Bits, Item, TensorRng
 from expertwire.bench.kernels.models import Model
-from expertwire.bench.kernels.work import Bits, Draw, Item
-from expertwire.kernels.gpu import attention, linear, mla, rms_norm, tiles
+from expertwire.kernels.gpu import attention, grouped_gemm_tiles, linear, mla, rms_norm
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops.attention import AttentionMetadata, describe
 
 Ways = Mapping[str, Mapping[str, Tensor]]
 
 
-def experts_bits(draw: Draw, format: str) -> Ways:
-    """Both products, through every tile that the wrapper can choose, and of single rows among others and alone."""
-    model = Model(name="bits", num_experts=3, top_k=2, D=96, F=128) if draw.tiny else Model(
+def experts_bits(rng: TensorRng, format: str) -> Ways:
+    """Compute both products with every tile that the wrapper can choose, and of single rows among others and alone."""
+    model = Model(name="bits", num_experts=3, top_k=2, D=96, F=128) if rng.tiny else Model(
         name="bits", num_experts=64, top_k=8, D=2048, F=768
     )  # fmt: skip
-    layer = kernels_experts.Layer.random(draw, model, format, 1)
-    routed = kernels_experts.route(draw, model, 1, 4 if draw.tiny else 1800)
-    x, x_scales = kernels_experts.random_x(draw, format, routed.num_tokens, model.D)
-    hidden = draw.normal(len(routed.row_index_R), model.F)
+    layer = kernels_experts.Layer.random(rng, model, format, 1)
+    routed = kernels_experts.route(rng, model, 1, 4 if rng.tiny else 1800)
+    x, x_scales = kernels_experts.random_x(rng, format, routed.num_tokens, model.D)
+    hidden = rng.normal(len(routed.row_index_R), model.F)
     found: dict[str, dict[str, Tensor]] = {"w13": {}, "w2": {}}
-    for name, planned in _tile_classes(draw, format, model).items():
+    for name, planned in _tile_classes(rng, format, model).items():
         rows = kernels_experts.as_rows(dataclasses.replace(routed, planned=planned), format)
-        found["w13"][name] = kernels_experts.first_product(draw, layer, rows, x, x_scales)
+        found["w13"][name] = kernels_experts.first_product(rng, layer, rows, x, x_scales)
         operand = kernels_experts.second_operand(layer, rows, hidden)
-        found["w2"][name] = kernels_experts.second_product(draw, layer, rows, *operand)
-    if not draw.is_meta:
-        found["w13 of single rows"] = _single_rows(draw, layer, routed, x, x_scales)
+        found["w2"][name] = kernels_experts.second_product(rng, layer, rows, *operand)
+    if not rng.is_meta:
+        found["w13 of single rows"] = _single_rows(rng, layer, routed, x, x_scales)
     return found
 
 
-def _tile_classes(draw: Draw, format: str, model: Model) -> dict[str, int]:
-    """A number of planned rows for each tile of tokens and of weight rows that can be chosen for the two products."""
+def _tile_classes(rng: TensorRng, format: str, model: Model) -> dict[str, int]:
+    """Return a number of planned rows for each pair of tiles that can be chosen for the two products."""
     found: dict[str, int] = {}
     for planned in sorted({model.num_experts * 2**i for i in range(12)} | {1, 4}):
-        tokens = tiles.token_tile(format, planned, model.num_experts)
+        tokens = grouped_gemm_tiles.token_tile(format, planned, model.num_experts)
         shapes = ((2 * model.F, model.D), (model.D, model.F))
-        configs = [tiles.gemm_tiles(format, tokens, (model.num_experts, *shape), planned, draw.gpu) for shape in shapes]
+        configs = [
+            grouped_gemm_tiles.tile_config(format, tokens, (model.num_experts, *shape), planned, rng.gpu)
+            for shape in shapes
+        ]
         found.setdefault("/".join(f"{config.rows}x{tokens}" for config in configs), planned)
     # On a CPU the order of a sum does depend on the tile.
-    return found if not draw.tiny else dict(list(found.items())[:1])
+    return found if not rng.tiny else dict(list(found.items())[:1])
 
 
 def _single_rows(
-    draw: Draw, layer: kernels_experts.Layer, routed: kernels_experts.Routed, x: Tensor, x_scales: Tensor | None
+    rng: TensorRng, layer: kernels_experts.Layer, routed: kernels_experts.Routed, x: Tensor, x_scales: Tensor | None
 ) -> dict[str, Tensor]:
-    """Some rows among all of them, and each in a batch of its own."""
+    """Compute some rows among all of them, and each in a batch of its own."""
     format = layer.w13.format
     at = torch.arange(0, len(routed.row_index_R), max(1, len(routed.row_index_R) // 8))
-    whole = kernels_experts.first_product(draw, layer, kernels_experts.as_rows(routed, format), x, x_scales)
-    experts = torch.searchsorted(routed.offsets[1:].contiguous(), at.to(draw.device), right=True).tolist()
+    whole = kernels_experts.first_product(rng, layer, kernels_experts.as_rows(routed, format), x, x_scales)
+    experts = torch.searchsorted(routed.offsets[1:].contiguous(), at.to(rng.device), right=True).tolist()
     alone = []
     for row, expert in zip(at.tolist(), experts, strict=True):
         counts = [int(e == expert) for e in range(len(routed.counts))]
@@ -73,35 +76,37 @@ def _single_rows(
             routed,
             row_index_R=routed.row_index_R[row : row + 1].contiguous(),
             home_R=routed.home_R[:1] * 0,
-            offsets=draw.fixed([0, *accumulate(counts)]),
-            planned=routed.planned if draw.tiny else 1,
+            offsets=rng.fixed([0, *accumulate(counts)]),
+            planned=routed.planned if rng.tiny else 1,
         )
-        alone.append(kernels_experts.first_product(draw, layer, kernels_experts.as_rows(one, format), x, x_scales))
-    return {"in a batch": whole[at.to(draw.device)], "alone": torch.cat(alone)}
+        alone.append(kernels_experts.first_product(rng, layer, kernels_experts.as_rows(one, format), x, x_scales))
+    return {"in a batch": whole[at.to(rng.device)], "alone": torch.cat(alone)}
 
 
-def attention_bits(draw: Draw, model: kernels_attention.Heads) -> Ways:
-    """The last queries of a sequence as prefill, chunk and decode, alone and in a batch, shared out among few and many SMs."""
-    length, num = (50, 4) if draw.tiny else (3000, 40)
-    seqs, blocks = kernels_attention.sequences(draw, [(length, length)])
-    q = draw.normal(length, model.heads, model.dim)
-    k, v = (draw.normal(blocks, kernels_attention.BLOCK, model.kv_heads, model.dim) for _ in range(2))
-    sinks_H = draw.normal(model.heads) if model.sinks else None
-    default = attention.tiles(head_dim=model.dim, element_size=q.element_size(), arch=draw.gpu.arch)
+def attention_bits(rng: TensorRng, model: kernels_attention.Heads) -> Ways:
+    """Compute the last queries of a sequence as prefill, chunk and decode, alone and in a batch, on
+    few and many SMs.
+    """
+    length, num = (50, 4) if rng.tiny else (3000, 40)
+    seqs, blocks = kernels_attention.sequences(rng, [(length, length)])
+    q = rng.normal(length, model.heads, model.dim)
+    k, v = (rng.normal(blocks, kernels_attention.BLOCK, model.kv_heads, model.dim) for _ in range(2))
+    sinks_H = rng.normal(model.heads) if model.sinks else None
+    default = attention.tile_config(head_dim=model.dim, element_size=q.element_size(), arch=rng.gpu.arch)
 
-    def last(sizes: list[int], gpu: Device, **tiling: int) -> Tensor:
+    def last(sizes: list[int], gpu: Device, **config: int) -> Tensor:
         step, rows = _stretches(seqs, length, sizes)
-        chosen = dataclasses.replace(default, **tiling)
-        options: dict[str, Any] = {"window": model.window, "sinks_H": sinks_H, "tiling": chosen}
+        chosen = dataclasses.replace(default, **config)
+        options: dict[str, Any] = {"window": model.window, "sinks_H": sinks_H, "config": chosen}
         return attention.attend(q[rows], k, v, step, gpu, **options)[-num:]
 
-    few = dataclasses.replace(draw.gpu, num_sms=2)
-    steps = {"prefill": last([length], draw.gpu), "chunk": last([num], draw.gpu)}
-    steps |= {"decode": last([1] * num, draw.gpu), "decode, few SMs": last([1] * num, few)}
-    if draw.tiny:
+    few = dataclasses.replace(rng.gpu, num_sms=2)
+    steps = {"prefill": last([length], rng.gpu), "chunk": last([num], rng.gpu)}
+    steps |= {"decode": last([1] * num, rng.gpu), "decode, few SMs": last([1] * num, few)}
+    if rng.tiny:
         return {"steps": steps}
-    rows = {"64 rows": last([num], draw.gpu, rows=64), "128 rows": last([num], draw.gpu, rows=128)}
-    single = {f"{size} rows": last([1] * num, draw.gpu, single_rows=size) for size in (64, 16)}
+    rows = {"64 rows": last([num], rng.gpu, rows=64), "128 rows": last([num], rng.gpu, rows=128)}
+    single = {f"{size} rows": last([1] * num, rng.gpu, decode_rows=size) for size in (64, 16)}
     return {
         "steps": steps,
         "tiles of prefill (128 rows are for later)": rows,
@@ -110,7 +115,7 @@ def attention_bits(draw: Draw, model: kernels_attention.Heads) -> Ways:
 
 
 def _stretches(seqs: AttentionMetadata, length: int, sizes: list[int]) -> tuple[AttentionMetadata, slice]:
-    """The last sum(sizes) queries of the only sequence as sequences of a step, which share their cache."""
+    """Return the last sum(sizes) queries of the only sequence as sequences of a step, which share their cache."""
     first = length - sum(sizes)
     ends = [first + end for end in accumulate(sizes)]
     table = seqs.block_table.expand(len(sizes), -1).contiguous()
@@ -118,52 +123,52 @@ def _stretches(seqs: AttentionMetadata, length: int, sizes: list[int]) -> tuple[
     return step, slice(first, length)
 
 
-def latent_bits(draw: Draw) -> Ways:
-    """As `attention_bits`."""
-    heads, rank, rotated, length, num = (2, 32, 16, 40, 3) if draw.tiny else (128, 512, 64, 1500, 20)
-    seqs, blocks = kernels_attention.sequences(draw, [(length, length)])
-    q = draw.normal(length, heads, rank + rotated)
-    cache = draw.normal(blocks, kernels_attention.BLOCK, rank + rotated)
+def latent_bits(rng: TensorRng) -> Ways:
+    """Do what `attention_bits` does, for latent attention."""
+    heads, rank, rotated, length, num = (2, 32, 16, 40, 3) if rng.tiny else (128, 512, 64, 1500, 20)
+    seqs, blocks = kernels_attention.sequences(rng, [(length, length)])
+    q = rng.normal(length, heads, rank + rotated)
+    cache = rng.normal(blocks, kernels_attention.BLOCK, rank + rotated)
 
     def last(sizes: list[int], gpu: Device) -> Tensor:
         step, rows = _stretches(seqs, length, sizes)
         return mla.attend(q[rows], cache, step, gpu, rank=rank, scale=0.05)[-num:]
 
-    few = dataclasses.replace(draw.gpu, num_sms=2)
-    steps = {"prefill": last([length], draw.gpu), "chunk": last([num], draw.gpu)}
-    return {"steps": steps | {"decode": last([1] * num, draw.gpu), "decode, few SMs": last([1] * num, few)}}
+    few = dataclasses.replace(rng.gpu, num_sms=2)
+    steps = {"prefill": last([length], rng.gpu), "chunk": last([num], rng.gpu)}
+    return {"steps": steps | {"decode": last([1] * num, rng.gpu), "decode, few SMs": last([1] * num, few)}}
 
 
-def linear_bits(draw: Draw, outputs: int, inputs: int) -> Ways:
-    """The first rows in batches of every size that has tiles of its own."""
-    sizes = (2, 40) if draw.tiny else (2, 20, 50, 100, 200, 2000, 9000)
-    weight, x = draw.normal(outputs, inputs), draw.normal(max(sizes), inputs)
-    layer = linear.prepare(weight, device=draw.gpu)
+def linear_bits(rng: TensorRng, outputs: int, inputs: int) -> Ways:
+    """Compute the first rows in batches of every size that has tiles of its own."""
+    sizes = (2, 40) if rng.tiny else (2, 20, 50, 100, 200, 2000, 9000)
+    weight, x = rng.normal(outputs, inputs), rng.normal(max(sizes), inputs)
+    layer = linear.prepare(weight, device=rng.gpu)
     return {"rows": {f"T{size}": layer(x[:size])[:2] for size in sizes}}
 
 
-def norm_bits(draw: Draw) -> Ways:
-    """Rows alone and among others."""
-    x, weight = draw.normal(300, 2048), draw.normal(2048)
+def norm_bits(rng: TensorRng) -> Ways:
+    """Compute rows alone and among others."""
+    x, weight = rng.normal(300, 2048), rng.normal(2048)
     whole = rms_norm.rms_norm(x, weight, 1e-6)
     ways = {f"T{size}": rms_norm.rms_norm(x[:size].contiguous(), weight, 1e-6)[:1] for size in (1, 40)}
     return {"rows": ways | {"T300": whole[:1]}}
 
 
-def repeated_bits(draw: Draw) -> Ways:
-    """The same pair of products ten times: nothing may depend on who comes first."""
-    model = Model(name="bits", num_experts=4, top_k=2, D=96, F=128) if draw.tiny else Model(
+def repeated_bits(rng: TensorRng) -> Ways:
+    """Compute the same pair of products ten times: nothing may depend on timing."""
+    model = Model(name="bits", num_experts=4, top_k=2, D=96, F=128) if rng.tiny else Model(
         name="bits", num_experts=64, top_k=8, D=2048, F=768
     )  # fmt: skip
-    layer = kernels_experts.Layer.random(draw, model, "dense", 1)
-    routed = kernels_experts.route(draw, model, 1, 4 if draw.tiny else 1000)
-    x, _ = kernels_experts.random_x(draw, "dense", routed.num_tokens, model.D)
-    call = kernels_experts.pair(draw, layer, kernels_experts.as_rows(routed, "dense"), x, None)
-    return {"runs": {f"run {i}": call() for i in range(2 if draw.tiny else 10)}}
+    layer = kernels_experts.Layer.random(rng, model, "dense", 1)
+    routed = kernels_experts.route(rng, model, 1, 4 if rng.tiny else 1000)
+    x, _ = kernels_experts.random_x(rng, "dense", routed.num_tokens, model.D)
+    call = kernels_experts.pair(rng, layer, kernels_experts.as_rows(routed, "dense"), x, None)
+    return {"runs": {f"run {i}": call() for i in range(2 if rng.tiny else 10)}}
 
 
 def items(quick: bool, tiny: bool) -> list[Item]:
-    """Everything that the invariant mode rests on."""
+    """Return everything that invariant mode rests on."""
     small = kernels_attention.Heads(name="small", heads=4, kv_heads=2, dim=32)
     kinds = [small] if tiny else [kernels_attention.QWEN3, kernels_attention.GPT_OSS, kernels_attention.GPT_OSS_WINDOW]
     shapes = [(80, 64)] if tiny else [(5120, 2048), (2048, 4096), (128, 2048)]
@@ -175,4 +180,4 @@ def items(quick: bool, tiny: bool) -> list[Item]:
 
 
 def _bits(key: str, run: Callable[..., Ways], *arguments: Any) -> Bits:
-    return Bits(key, lambda draw: run(draw, *arguments))
+    return Bits(key, lambda rng: run(rng, *arguments))

@@ -1,4 +1,4 @@
-"""Correctness in `bench kernels` of fp8 caches, the sparse indexer and linear layers of each head; see `kernels_checks`."""
+"""Correctness in `bench kernels` of fp8 caches, the sparse indexer and per-head linear layers; see `checks`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from expertwire.bench.kernels import attention as kernels_attention
 from expertwire.bench.kernels.checks import ROUNDED, Findings, differing, error, item, poisoned
-from expertwire.bench.kernels.work import Draw, Item
+from expertwire.bench.kernels.measure import Item, TensorRng
 from expertwire.kernels.gpu import heads as gpu_heads
 from expertwire.kernels.gpu import index as gpu_index
 from expertwire.kernels.gpu import mla as gpu_mla
@@ -20,58 +20,58 @@ _BATCHES = {
 _TINY = {"mixed": [(1, 17), (3, 5)]}
 
 
-def fp8_cache_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
-    """Attention over keys and values in fp8, with a scale for each head, against the reference."""
-    H, G, dim = (4, 2, 32) if draw.tiny else (32, 4, 128)
-    seqs, blocks = kernels_attention.sequences(draw, batch)
-    q = draw.normal(sum(num for num, _ in batch), H, dim)
-    k, v = (draw.normal(blocks, kernels_attention.BLOCK, G, dim, dtype=FP8) for _ in range(2))
-    scales_2G = draw.uniform(0.1, 1.0, 2, G)
+def fp8_cache_check(rng: TensorRng, batch: list[tuple[int, int]]) -> Findings:
+    """Check attention over keys and values in fp8, with a scale for each head."""
+    H, G, dim = (4, 2, 32) if rng.tiny else (32, 4, 128)
+    seqs, blocks = kernels_attention.sequences(rng, batch)
+    q = rng.normal(sum(num for num, _ in batch), H, dim)
+    k, v = (rng.normal(blocks, kernels_attention.BLOCK, G, dim, dtype=FP8) for _ in range(2))
+    scales_2G = rng.uniform(0.1, 1.0, 2, G)
     expected = attention.reference(q, k, v, seqs, kv_scales_2G=scales_2G)
     found = {}
     for numerics, attend in kernels_attention.ATTENTION.items():
         with poisoned():
-            out = attend(q, k, v, seqs, draw.gpu, kv_scales_2G=scales_2G)
+            out = attend(q, k, v, seqs, rng.gpu, kv_scales_2G=scales_2G)
         found[numerics] = error(out, expected), ROUNDED
     return found
 
 
-def fp8_latent_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
-    """Latent attention over a cache in fp8, against the reference."""
-    H, rank, rotated = (4, 32, 16) if draw.tiny else (kernels_attention.LATENT_HEADS, 512, 64)
-    seqs, blocks = kernels_attention.sequences(draw, batch)
-    q = draw.normal(sum(num for num, _ in batch), H, rank + rotated)
-    cache = draw.normal(blocks, kernels_attention.BLOCK, rank + rotated, dtype=FP8)
-    options: dict[str, Any] = {"rank": rank, "scale": 0.05, "kv_scale": draw.uniform(0.1, 1.0, 1)}
+def fp8_latent_check(rng: TensorRng, batch: list[tuple[int, int]]) -> Findings:
+    """Check latent attention over an fp8 cache."""
+    H, rank, rotated = (4, 32, 16) if rng.tiny else (kernels_attention.LATENT_HEADS, 512, 64)
+    seqs, blocks = kernels_attention.sequences(rng, batch)
+    q = rng.normal(sum(num for num, _ in batch), H, rank + rotated)
+    cache = rng.normal(blocks, kernels_attention.BLOCK, rank + rotated, dtype=FP8)
+    options: dict[str, Any] = {"rank": rank, "scale": 0.05, "kv_scale": rng.uniform(0.1, 1.0, 1)}
     with poisoned():
-        found = gpu_mla.attend(q, cache, seqs, draw.gpu, **options)
+        found = gpu_mla.attend(q, cache, seqs, rng.gpu, **options)
     return {"invariant": (error(found, mla.reference(q, cache, seqs, **options)), ROUNDED)}
 
 
-def index_check(draw: Draw, batch: list[tuple[int, int]]) -> Findings:
-    """The chosen positions, exactly: of whole numbers every sum is exact, and many scores are equal."""
-    H, dim, top_k = (4, 16, 7) if draw.tiny else (64, 128, 2048)
-    seqs, blocks = kernels_attention.sequences(draw, batch)
+def index_check(rng: TensorRng, batch: list[tuple[int, int]]) -> Findings:
+    """Check the chosen positions exactly: with whole numbers every sum is exact, and many scores are equal."""
+    H, dim, top_k = (4, 16, 7) if rng.tiny else (64, 128, 2048)
+    seqs, blocks = kernels_attention.sequences(rng, batch)
     num_tokens = sum(num for num, _ in batch)
-    q = draw.integers(-3, 4, num_tokens, H, dim).to(draw.dtype)
-    cache = draw.integers(-3, 4, blocks, kernels_attention.BLOCK, dim).to(draw.dtype)
-    weights = draw.integers(-2, 5, num_tokens, H).float()
+    q = rng.integers(-3, 4, num_tokens, H, dim).to(rng.dtype)
+    cache = rng.integers(-3, 4, blocks, kernels_attention.BLOCK, dim).to(rng.dtype)
+    weights = rng.integers(-2, 5, num_tokens, H).float()
     with poisoned():
-        found = gpu_index.choose_positions(q, weights, cache, seqs, top_k, draw.gpu)
+        found = gpu_index.choose_positions(q, weights, cache, seqs, top_k, rng.gpu)
     return {"positions": (differing(found, index.reference(q, weights, cache, seqs, top_k)), 0.0)}
 
 
-def heads_check(draw: Draw, num_tokens: int) -> Findings:
-    """A linear layer of each head against the reference."""
-    H, N, K = (3, 40, 24) if draw.tiny else (kernels_attention.LATENT_HEADS, 512, 128)
-    x, w = draw.normal(num_tokens, H, K), draw.normal(H, N, K, scale=K**-0.5)
+def heads_check(rng: TensorRng, num_tokens: int) -> Findings:
+    """Check per-head linear layers."""
+    H, N, K = (3, 40, 24) if rng.tiny else (kernels_attention.LATENT_HEADS, 512, 128)
+    x, w = rng.normal(num_tokens, H, K), rng.normal(H, N, K, scale=K**-0.5)
     with poisoned():
-        found = gpu_heads.prepare(w, device=draw.gpu)(x)
+        found = gpu_heads.prepare(w, device=rng.gpu)(x)
     return {"values": (error(found, heads.reference(x, w)), ROUNDED)}
 
 
 def items(quick: bool, tiny: bool) -> list[Item]:
-    """All of these."""
+    """Return the items of the suite."""
     found = [
         item(f"{name} {step}", check, None, batch)
         for name, check in (("fp8 cache", fp8_cache_check), ("fp8 latent", fp8_latent_check), ("index", index_check))

@@ -1,7 +1,7 @@
-"""Set up Triton's interpreter: what it needs before its results can be compared bit by bit, on any CPU and with any numpy.
+"""Set-up of Triton's interpreter, so that its results can be compared bit by bit on any CPU and with any numpy.
 
-Call `prepare` in a process with TRITON_INTERPRET=1 before a kernel runs. Both changes concern
-`triton.runtime.interpreter` as it is in Triton 3.6.0 and 3.7.1.
+Call `prepare` in a process with TRITON_INTERPRET=1 before a kernel runs. Both changes are to
+`triton.runtime.interpreter` of Triton 3.6.0 and 3.7.1.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def _arrays_are_integers() -> bool:
 
 
 def _create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-    """A product whose bits do not depend on the number of its rows and columns.
+    """Compute a product whose bits do not depend on the number of its rows and columns.
 
-    numpy leaves fp32 products to a BLAS, which on some CPUs orders the sum of an element by the width of the matrix. In fp64 the
-    order of a sum cannot be seen once it is rounded to fp32: products of fp16 are summed exactly, and those of fp32 are off by
-    2**-29 of a last bit.
+    numpy leaves fp32 products to a BLAS, which on some CPUs orders the sum of an element by the
+    width of the matrix. In fp64 the order of a sum does not show after rounding to fp32: products
+    of fp16 are summed exactly, and those of fp32 are off by 2**-29 of a last bit.
     """
     operands = [
         interpreter._convert_float(x.data, x.dtype, tl.float16, None).view(np.float16) if _is_fp8(x) else x.data

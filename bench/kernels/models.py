@@ -1,7 +1,8 @@
-"""Shapes of real models for `bench kernels`, and what their expert layers cost at least: bytes and floating-point operations.
+"""Shapes of real models for `bench kernels`, and the least cost of their layers: bytes and
+floating-point operations.
 
-A rank of EP P holds E / P experts; every rank brings T tokens, so a rank's experts get T * K rows on average. Floors are those of
-uniform routing unless the number of experts that were touched is given.
+A rank of EP P holds E / P experts; every rank brings T tokens, so a rank's experts get T * K rows
+on average. Floors assume uniform routing unless the number of touched experts is given.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ class Model:
     biases: bool = False
 
     def local_experts(self, ep: int) -> int:
-        """Of a rank.
+        """Return the experts of a rank.
 
         Raises:
-            ValueError: the experts cannot be dealt out evenly.
+            ValueError: the number of ranks does not divide the number of experts.
         """
         if self.num_experts % ep:
             raise ValueError(f"{self.num_experts} experts of {self.name} on {ep} ranks")
         return self.num_experts // ep
 
     def layer_bytes(self, format: str, ep: int = 1) -> float:
-        """Weights of a rank's experts."""
+        """Return the bytes of the weights of a rank's experts."""
         return self.local_experts(ep) * 3 * self.D * self.F * WEIGHT_BYTES[format]
 
 
@@ -60,7 +61,7 @@ KIMI = Model(name="kimi-k2", num_experts=384, top_k=8, D=7168, F=2048)
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """The least that has to be moved and computed; `rate` names the matrix rate, "bf16" or "fp8"."""
+    """The least bytes to move and FLOP to compute; `rate` names the matrix rate, "bf16" or "fp8"."""
 
     bytes: float
     flops: float
@@ -69,24 +70,25 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What the device was measured to do: bytes/s of a copy, read and written, and FLOP/s of a large matrix product."""
+    """Rates measured on the device: bytes/s of a copy, read and written, and FLOP/s of a large matrix product."""
 
     bytes_per_s: float
     flops_per_s: Mapping[str, float]
 
 
 def touched(num_experts: int, top_k: int, num_tokens: int) -> float:
-    """Experts that get a row, on average, if routing is uniform."""
+    """Return the mean number of experts that get a row under uniform routing."""
     return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
 
 
 def experts_cost(
     model: Model, format: str, num_tokens: float, num_rows: float | None = None, num_touched: float | None = None
 ) -> Cost:
-    """Both products of an expert layer: weights of the touched experts once, tokens in and out, the hidden layer out and in.
+    """Return the cost of both products: weights of the touched experts once, tokens in and out, the
+    hidden layer out and in.
 
     Args:
-        num_tokens: that the rank's experts see; with EP 1 all.
+        num_tokens: tokens that the rank's experts see; with EP 1 all.
         num_rows: routed rows; `num_tokens * top_k` unless given.
         num_touched: experts of this rank that get a row; `touched` of all experts unless given.
     """
@@ -101,7 +103,7 @@ def experts_cost(
 
 
 def linear_cost(num_tokens: int, inputs: int, outputs: int, out_bytes: int = 2) -> Cost:
-    """A dense layer in bf16."""
+    """Return the cost of a dense layer in bf16."""
     moved = 2 * inputs * outputs + num_tokens * (2 * inputs + out_bytes * outputs)
     return Cost(bytes=moved, flops=2 * num_tokens * inputs * outputs)
 
@@ -109,7 +111,9 @@ def linear_cost(num_tokens: int, inputs: int, outputs: int, out_bytes: int = 2) 
 def attention_cost(
     lengths: list[int], nums: list[int], *, heads: int, kv_heads: int, dim: int, window: int = 0
 ) -> Cost:
-    """Keys and values of what is seen once, queries in and results out, in bf16; products of visible pairs only."""
+    """Return the cost: visible keys and values once, queries in and results out, in bf16; products of
+    visible pairs only.
+    """
     pairs = keys = 0
     for length, num in zip(lengths, nums, strict=True):
         first = length - num
@@ -124,13 +128,13 @@ def attention_cost(
 
 
 def latent_cost(lengths: list[int], nums: list[int], *, heads: int, rank: int, rotated: int) -> Cost:
-    """Absorbed latent attention: a row of the cache is read once, for keys and values alike."""
+    """Return the cost of absorbed latent attention: a row of the cache is read once, for keys and values."""
     pairs = sum(num * (length - num) + num * (num + 1) // 2 for length, num in zip(lengths, nums, strict=True))
     moved = sum(lengths) * (rank + rotated) * 2 + sum(nums) * heads * (2 * rank + rotated) * 2
     return Cost(bytes=moved, flops=pairs * heads * 2 * (2 * rank + rotated))
 
 
 def floor_us(cost: Cost, ceilings: Ceilings) -> tuple[float, str]:
-    """The least time, in microseconds, and what bounds it: "memory" or "compute"."""
+    """Return the least time in microseconds, and its bound: "memory" or "compute"."""
     memory, compute = cost.bytes / ceilings.bytes_per_s, cost.flops / ceilings.flops_per_s[cost.rate]
     return 1e6 * max(memory, compute), "memory" if memory >= compute else "compute"

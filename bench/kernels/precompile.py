@@ -1,4 +1,4 @@
-"""How long it takes to compile the kernels of a rank's warm-up from nothing: one by one, and in several processes.
+"""Time to compile the kernels of a rank's warm-up from nothing: one by one, and in several processes.
 
     python -m expertwire.bench.kernels.precompile [--model CONFIG_FOLDER] [--ep-size N] [--processes N] [--out FILE.json]
 
@@ -30,7 +30,7 @@ _CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def cold_seconds(launches: Sequence[compile_ahead.Launch], num_processes: int) -> dict[str, float]:
-    """Return seconds by the clock and of the processors' time, to compile into an empty cache."""
+    """Return wall-clock and CPU seconds to compile into an empty cache."""
     with tempfile.TemporaryDirectory(prefix="expertwire-triton-") as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -41,7 +41,7 @@ def cold_seconds(launches: Sequence[compile_ahead.Launch], num_processes: int) -
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the figures, and write them."""
+    """Print the figures and write them to a file."""
     parser = argparse.ArgumentParser(prog="python -m expertwire.bench.kernels.precompile", description=__doc__)
     parser.add_argument("--model", type=Path, default=_CONFIGS / "qwen3-30b-a3b", help="(default: %(default)s)")
     parser.add_argument("--ep-size", type=int, default=1, help="ranks (default: %(default)s)")

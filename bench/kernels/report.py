@@ -1,8 +1,9 @@
-"""Every GPU kernel, compiled for Hopper and Blackwell without either: one line a case and architecture.
+"""Report on every GPU kernel, compiled for Hopper and Blackwell without either: one line a case and architecture.
 
     python -m expertwire.bench.kernels.report [--jobs N] [PART_OF_NAME]
 
-Exits with 1 if anything is wrong with a kernel. Accesses: bytes a thread moves at once, and how many such instructions there are.
+Exits with 1 if a kernel has a problem. Accesses: bytes a thread moves at once, and the number of
+such instructions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from multiprocessing import get_context
 
 from triton.errors import TritonError
 
-from expertwire.kernels.gpu import compile as ahead_of_time
+from expertwire.bench.kernels.compile_cases import every_case
+from expertwire.bench.kernels.compile_check import compile_case, problems_of
 
 HEAD = (
     "case",
@@ -36,17 +38,17 @@ LINE = f"{{:<{NAME}}}" + " {:>3} {:<11} {:>9} {:>7} {:>6} {:>4} {:>3} {:<12} {:<
 
 
 def line(index: int, arch: int) -> tuple[str, bool]:
-    """The line of a case, and whether nothing is wrong with it."""
-    case = ahead_of_time.every_case()[index]
+    """Return the line of a case, and whether it has no problem."""
+    case = every_case()[index]
     try:
-        compiled = ahead_of_time.compile_case(case, arch)
+        compiled = compile_case(case, arch)
     except (TritonError, RuntimeError) as error:
         message = str(error.__cause__ or error).strip().splitlines()
         return (
             f"{case.name:<{NAME}} {arch:>3} does not compile: {message[-1] if message else type(error).__name__}",
             False,
         )
-    problems = ahead_of_time.problems(case, arch, compiled)
+    problems = problems_of(case, arch, compiled)
 
     def accesses(name: str) -> str:
         return " ".join(f"{width}Bx{count}" for width, count in sorted(compiled.widths(name).items(), reverse=True))
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("part_of_name", nargs="?", default="", help="only cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
     args = parser.parse_args()
-    cases = ahead_of_time.every_case()
+    cases = every_case()
     runs = [(i, arch) for i, case in enumerate(cases) if args.part_of_name in case.name for arch in case.expect]
     print(LINE.format(*HEAD))
     fine = True

@@ -1,6 +1,7 @@
-"""Results of `bench kernels`: kept in one JSON file that is rewritten after every item, so that a run can be taken up again.
+"""Results of `bench kernels`, in one JSON file that is rewritten after every item, so that a run can be continued.
 
-{"environment": ..., "ceilings": ..., "parts": {part: {"items": {key: result}, "running": key or null}}}
+{"environment": ..., "ceilings": ..., "suites": {suite: {"items": {key: result}, "running": key or
+null}}}
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NAME = "kernels.json"
 
 
 class Results:
-    """The file, and what is in it. One process at a time may write."""
+    """The results file and its contents. One process at a time may write."""
 
     def __init__(self, folder: Path, data: dict[str, Any]) -> None:
         self._file = folder / NAME
@@ -26,10 +27,10 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        """What is there.
+        """Return the results in a folder.
 
         Raises:
-            ValueError: there is none, or it is not one of ours.
+            ValueError: there are none, or the file is not one of ours.
         """
         file = folder / NAME
         try:
@@ -38,36 +39,36 @@ class Results:
             raise ValueError(f"--resume: there is no {file}") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"--resume: {file} is not JSON: {error}") from None
-        if not isinstance(data, dict) or "parts" not in data:
+        if not isinstance(data, dict) or "suites" not in data:
             raise ValueError(f"--resume: {file} has no results of this command")
         return cls(folder, data)
 
     def write(self) -> None:
-        """All of it, or none if this process dies."""
+        """Write the whole file, or nothing if this process dies."""
         new = self._file.with_suffix(".new")
         new.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
         os.replace(new, self._file)
 
-    def part(self, name: str) -> dict[str, Any]:
-        """A part's entry, made if it is not there."""
-        return self.data["parts"].setdefault(name, {"items": {}, "running": None, "since": None, "spent": 0.0})
+    def suite(self, name: str) -> dict[str, Any]:
+        """Return a suite's entry, created if missing."""
+        return self.data["suites"].setdefault(name, {"items": {}, "running": None, "since": None, "spent": 0.0})
 
     def begin(self, part: str, key: str) -> None:
-        """An item is about to run: if the process dies, it is known in which."""
-        self.part(part).update(running=key, since=time.time())
+        """Record that an item is about to run, in case the process dies."""
+        self.suite(part).update(running=key, since=time.time())
         self.write()
 
     def finish(self, part: str, key: str, result: Mapping[str, Any]) -> None:
-        """It has ended."""
-        entry = self.part(part)
+        """Record an item's result."""
+        entry = self.suite(part)
         entry["items"][key] = {"seconds": round(time.time() - (entry["since"] or time.time()), 3), **result}
         entry.update(running=None, since=None)
         self.write()
 
     def fail_running(self, message: str) -> list[str]:
-        """Items that had begun when their process ended have failed; returns which."""
+        """Mark items as failed that had begun when their process ended; return their keys."""
         failed = []
-        for entry in self.data["parts"].values():
+        for entry in self.data["suites"].values():
             if entry["running"] is not None:
                 entry["items"][entry["running"]] = {"error": message}
                 failed.append(entry["running"])
@@ -76,13 +77,13 @@ class Results:
         return failed
 
     def forget_failures(self) -> None:
-        """So that they run again."""
-        for entry in self.data["parts"].values():
+        """Remove failed items, so that they run again."""
+        for entry in self.data["suites"].values():
             entry["items"] = {key: item for key, item in entry["items"].items() if "error" not in item}
             entry.update(running=None, since=None, spent=0.0)
 
     def ceilings(self) -> Ceilings | None:
-        """Those measured; None if none are."""
+        """Return the measured ceilings; None if there are none."""
         found = self.data.get("ceilings")
         if not found:
             return None
@@ -90,19 +91,21 @@ class Results:
         return Ceilings(bytes_per_s=found["bytes_per_s"], flops_per_s={"fp8": rates["bf16"], **rates})
 
     def items(self, *, kind: str | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Part, key and result; `kind`: only those with this entry, "us", "findings", "classes" or "error"."""
-        for part, entry in self.data["parts"].items():
+        """Yield suite, key and result; `kind`: only those with this entry, "us", "findings", "classes" or "error"."""
+        for suite, entry in self.data["suites"].items():
             for key, item in entry["items"].items():
                 if kind is None or kind in item:
-                    yield part, key, item
+                    yield suite, key, item
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """A result by its key."""
+        """Return a result by its key."""
         return next((item for _, other, item in self.items() if other == key), None)
 
 
 def figures(item: Mapping[str, Any], ceilings: Ceilings) -> dict[str, dict[str, float]]:
-    """Of each call of a timed item: us, useful TFLOP/s, GB/s of the least bytes, and the floor's share of the time."""
+    """Return us, useful TFLOP/s, GB/s of the least bytes, and the floor's share of the time, for each
+    call of a timed item.
+    """
     cost = Cost(bytes=item["bytes"], flops=item["flops"], rate=item["rate"])
     floor, bound = floor_us(cost, ceilings)
     found = {}
@@ -119,7 +122,7 @@ def figures(item: Mapping[str, Any], ceilings: Ceilings) -> dict[str, dict[str, 
 
 
 def best_peer(found: Mapping[str, Mapping[str, float]], peers: list[str]) -> tuple[str, float] | None:
-    """The fastest peer, and its time over ours: above 1 we are faster."""
+    """Return the fastest peer, and its time over ours: above 1 ours is faster."""
     times = {name: found[name]["us"] for name in peers if name in found}
     if not times or "ours" not in found:
         return None
@@ -128,7 +131,7 @@ def best_peer(found: Mapping[str, Mapping[str, float]], peers: list[str]) -> tup
 
 
 def bars(results: Results) -> list[dict[str, Any]]:
-    """The bars: what, the bar, our figure (None if it was not measured), whether it is met."""
+    """Return the bars: what is measured, the bar, our figure (None if not measured), and whether it is met."""
     ceilings, rows = results.ceilings(), []
 
     def row(what: str, bar: float, unit: str, value: float | None, *, at_most: bool = False) -> None:
@@ -171,14 +174,14 @@ def bars(results: Results) -> list[dict[str, Any]]:
 
 
 def _both_products(results: Results) -> float | None:
-    """TFLOP/s of the two products without what lies between them."""
+    """Return the TFLOP/s of the two products without what runs between them."""
     item = results.find("deepseek-v3 fp8_block EP8 T8192") or {}
     times = [time_us["median"] for name in ("w13", "w2") if "median" in (time_us := item.get("us", {}).get(name, {}))]
     return item["flops"] / sum(times) / 1e6 if len(times) == 2 else None
 
 
 def invariance_costs(results: Results) -> dict[str, float]:
-    """Time of the invariant mode over the fast one's, where a kernel has both."""
+    """Return the time of invariant mode over fast mode, where a kernel has both."""
     found = {}
     for _, key, item in results.items(kind="us"):
         times = [item["us"].get(name, {}).get("median") for name in ("ours", "ours, fast")]
@@ -188,7 +191,9 @@ def invariance_costs(results: Results) -> dict[str, float]:
 
 
 def issue_bars(results: Results) -> list[dict[str, Any]]:
-    """The bars of a first run on a GPU: what, our figure (None if it was not measured), its unit, the least, and its source."""
+    """Return the bars of a first run on a GPU: what, our figure (None if not measured), its unit, the
+    minimum, and its source.
+    """
     ceilings, rows = results.ceilings(), []
 
     def row(

@@ -1,12 +1,15 @@
-"""`python -m expertwire.bench kernels`: whether the GPU kernels are right, and how near the hardware's limits.
+"""`python -m expertwire.bench kernels`: correctness of the GPU kernels, and their speed beside the
+hardware's limits.
 
-Needs torch, Triton and numpy, and a GPU; with `--device cpu` and TRITON_INTERPRET=1 it checks tiny shapes and times nothing.
+Needs torch, Triton and numpy, and a GPU; with `--device cpu` and TRITON_INTERPRET=1 it checks tiny
+shapes and times nothing.
 
-The run is cut into parts, in the order of their importance, and those into items, each with a share of the time. They run in
-a process of their own: if a kernel never returns or breaks the device's context, its item has failed and a new process goes on
-with the next one. Results are in DIR/kernels.json after every item, so `--resume` goes on where a run has ended. Before
-that, kernels are compiled by many processes at once. Nothing is timed that has not been captured in a CUDA graph; weights and
-caches rotate, so that none are in the L2 cache when they are used again; every replica has a routing of its own.
+A run consists of suites, the most important first, and those of items, each with a share of the
+time. They run in a process of their own: if a kernel never returns or breaks the device's context,
+its item has failed and a new process continues with the next one. Results are in DIR/kernels.json
+after every item, so `--resume` continues where a run has ended. Before that, kernels are compiled
+by many processes at once. Everything is timed in a CUDA graph; weights and caches rotate, so that
+none are in the L2 cache when they are used again; every replica has a routing of its own.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ from expertwire.bench.kernels.results import NAME, Results, bars, figures
 
 SECONDS = (470.0, 112.0)  # a full run, a quick one
 COMPILE_SECONDS = (100.0, 40.0)
-ITEM_SECONDS = 60.0  # after which an item has hung
+ITEM_SECONDS = 60.0  # an item that takes longer is taken to hang
 WRITING_SECONDS = 8.0
-PART_NAMES = (
+SUITE_NAMES = (
     "experts-qwen3",
     "attention",
     "check-experts",
@@ -40,14 +43,14 @@ PART_NAMES = (
     "check-attention",
     "bits",
     "routing",
-    "check-around",
+    "check-layer-ops",
     "experts-gpt-oss",
     "sampling",
     "latent",
-    "around",
+    "layer-ops",
     "experts-more",
 )
-CHECKS = ("check-experts", "check-attention", "check-around", "bits")  # what a CPU can do
+CHECKS = ("check-experts", "check-attention", "check-layer-ops", "bits")  # can run on a CPU
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command; returns the exit code: 1 if a result is wrong or an item has failed, 2 for a wrong option."""
+    """Run the command; return the exit code: 1 if a result is wrong or an item has failed, 2 for a wrong option."""
     args = make_parser().parse_args(argv)
     try:
         return main(args)
@@ -67,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the parser of the command's options."""
     parser = _Parser(
         prog="python -m expertwire.bench kernels",
         description=__doc__,
@@ -78,28 +81,28 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("kernels-bench"),
         metavar="DIR",
-        help="folder for the results, made if need be (default: %(default)s)",
+        help="folder for the results, created if missing (default: %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="under 2 minutes instead of 8: fewer shapes")
-    parser.add_argument("--only", metavar="NAME,...", help=f"some parts only: {', '.join(PART_NAMES)}")
+    parser.add_argument("--only", metavar="NAME,...", help=f"some suites only: {', '.join(SUITE_NAMES)}")
     parser.add_argument("--resume", action="store_true", help="keep what DIR has; failed items run again")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: check, do not time")
     return parser
 
 
 def main(args: argparse.Namespace, seconds: float | None = None) -> int:
-    """Run the parts, write the results, print the tables.
+    """Run the suites, write the results, print the tables.
 
     Args:
         args: the command's options.
-        seconds: that it may take; None: `SECONDS`.
+        seconds: time limit; None: `SECONDS`.
 
     Raises:
         ValueError: an option is wrong, or there is no such device.
         OSError: the results cannot be written.
     """
     began = time.time()
-    names = part_names(args.only, args.device)
+    names = suite_names(args.only, args.device)
     found = environment(args.device)
     results = open_results(args, found)
     deadline = began + (seconds or SECONDS[args.quick]) - WRITING_SECONDS
@@ -116,24 +119,24 @@ def main(args: argparse.Namespace, seconds: float | None = None) -> int:
     return int(bool(wrong or list(results.items(kind="error"))))
 
 
-def part_names(only: str | None, device: str) -> list[str]:
-    """In the order in which they run.
+def suite_names(only: str | None, device: str) -> list[str]:
+    """Return the suites to run, in their order.
 
     Raises:
-        ValueError: a name is not one of a part, or the part cannot run on the device.
+        ValueError: there is no suite of such a name, or it cannot run on the device.
     """
-    wanted = [name.strip() for name in only.split(",")] if only else list(PART_NAMES if device == "cuda" else CHECKS)
-    unknown = [name for name in wanted if name not in PART_NAMES]
+    wanted = [name.strip() for name in only.split(",")] if only else list(SUITE_NAMES if device == "cuda" else CHECKS)
+    unknown = [name for name in wanted if name not in SUITE_NAMES]
     if unknown:
-        raise ValueError(f"--only: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(PART_NAMES)}")
+        raise ValueError(f"--only: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(SUITE_NAMES)}")
     timed = [name for name in wanted if name not in CHECKS]
     if device == "cpu" and timed:
         raise ValueError(f"--device cpu times nothing, so not {', '.join(timed)}; it can do {', '.join(CHECKS)}")
-    return [name for name in PART_NAMES if name in wanted]
+    return [name for name in SUITE_NAMES if name in wanted]
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What results depend on.
+    """Return what results depend on: device, CUDA and package versions.
 
     Raises:
         ValueError: there is no such device, or Triton is missing or not in the mode that the device needs.
@@ -163,10 +166,10 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def open_results(args: argparse.Namespace, found: dict[str, Any]) -> Results:
-    """New ones, or those that a run has left.
+    """Return new results, or those of an earlier run.
 
     Raises:
-        ValueError: what is there was measured under other conditions.
+        ValueError: the earlier run was measured under other conditions.
         OSError: the folder cannot be written.
     """
     try:
@@ -184,21 +187,21 @@ def open_results(args: argparse.Namespace, found: dict[str, Any]) -> Results:
         results.forget_failures()
     else:
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        data = {"date": date, "environment": found, "quick": args.quick, "seed": secrets.randbits(31), "parts": {}}
+        data = {"date": date, "environment": found, "quick": args.quick, "seed": secrets.randbits(31), "suites": {}}
         results = Results(args.out, data)
     results.write()
     return results
 
 
 def compile_beforehand(results: Results, names: list[str], quick: bool, deadline: float) -> None:
-    """Fill Triton's cache, on as many processes as there are processors to spare."""
-    from expertwire.bench.kernels import parts as kernels_parts
+    """Fill Triton's cache, with as many processes as there are processors to spare."""
+    from expertwire.bench.kernels import suites as kernels_suites
 
     began = time.time()
     until = min(deadline, began + COMPILE_SECONDS[quick])
     processes = max(1, min(16, (os.cpu_count() or 2) - 1))
-    tasks = kernels_parts.to_compile(results, names, quick)
-    failures, done = kernels_parts.compile_all(tasks, quick, processes, until)
+    tasks = kernels_suites.to_compile(results, names, quick)
+    failures, done = kernels_suites.compile_all(tasks, quick, processes, until)
     results.data["compiled"] = {
         "items": done,
         "of": len(tasks),
@@ -211,7 +214,7 @@ def compile_beforehand(results: Results, names: list[str], quick: bool, deadline
 
 
 def supervise(folder: Path, names: list[str], quick: bool, deadline: float) -> None:
-    """Let processes work, one after the other, until all is done or the time is over.
+    """Start measuring processes, one after the other, until all is done or the time is over.
 
     Raises:
         ValueError: a process ended without a single result.
@@ -232,7 +235,7 @@ def supervise(folder: Path, names: list[str], quick: bool, deadline: float) -> N
 
 
 def watch(process: Any, file: Path, deadline: float) -> str:
-    """Wait for the process; end it if an item hangs or time is long over. Returns how it ended."""
+    """Wait for the process, end it if an item hangs or time is long over, and return how it ended."""
     began = time.time()
     while process.is_alive():
         process.join(0.3)
@@ -245,33 +248,32 @@ def watch(process: Any, file: Path, deadline: float) -> str:
 
 
 def work(folder: Path, names: list[str], quick: bool, device: str, deadline: float) -> None:
-    """Run what is not there yet. A broken device ends the process, with exit code 3."""
+    """Run the items without a result. A broken device ends the process, with exit code 3."""
     from expertwire.bench.kernels import interpreter
-    from expertwire.bench.kernels import parts as kernels_parts
+    from expertwire.bench.kernels import suites as kernels_suites
 
     if device == "cpu":
         interpreter.prepare()
     warnings.filterwarnings("ignore", message=".*deterministic.*")
     results = Results.read(folder)
-    kernels_parts.run_parts(results, names, quick, device, deadline)
+    kernels_suites.run_suites(results, names, quick, device, deadline)
 
 
 def write_report(folder: Path, results: Results, names: list[str]) -> None:
-    """Figures into the JSON file, the long table, the plot; the short table to standard output."""
-    from expertwire.bench.kernels import parts as kernels_parts
+    """Write figures into the JSON file, the long table and the plot; print the short table."""
     from expertwire.bench.kernels import plot, tables
+    from expertwire.bench.kernels import suites as kernels_suites
 
     data, ceilings = results.data, results.ceilings()
     tiny = data["environment"]["device"] == "cpu"
-    data["not_reached"] = kernels_parts.missing(results, names, data["quick"], tiny)
+    data["not_reached"] = kernels_suites.missing(results, names, data["quick"], tiny)
     data["bars"] = bars(results)
     if ceilings is not None:
         data["figures"] = {key: figures(item, ceilings) for _, key, item in results.items(kind="us")}
         series = plot.points(results, ceilings)
         title = f"{data['environment']['gpu']}, {data['date']}"
         if series:
-            (folder / "roofline.svg").write_text(plot.roofline_svg(series, ceilings, title), encoding="utf-8")
-            plot.save_png(folder / "roofline.png", series, ceilings, title)
+            plot.save_roofline(folder, series, ceilings, title)
     results.write()
     (folder / "report.txt").write_text(tables.long_table(results) + "\n", encoding="utf-8")
     print(tables.short_table(results), flush=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from expertwire.bench.kernels.measure import is_fine
 from expertwire.bench.kernels.models import Ceilings
 from expertwire.bench.kernels.results import Results, bars, best_peer, figures, invariance_costs
-from expertwire.bench.kernels.work import is_fine
 
 SHOWN_TOKENS = (1, 8, 64, 512, 4096, 8192)
 MOST_CHARACTERS = 11_500  # of the short table
@@ -15,21 +15,21 @@ MOST_LINES = 12  # of a list of failures
 
 
 def short_table(results: Results) -> str:
-    """What matters, the bars last."""
+    """Return the short table, the bars last."""
     lines, ceilings = [*_head(results), *_check_lines(results)], results.ceilings()
     if ceilings is not None:
         lines += [*_expert_lines(results, ceilings), *_cost_lines(results), *_other_lines(results, ceilings)]
     lines += _bit_lines(results)
     tail = "\n".join([*_left_out_lines(results), *_bar_lines(results)])
     text = "\n".join(lines)
-    room = MOST_CHARACTERS - len(tail) - 80
-    if len(text) > room:
-        text = text[:room].rsplit("\n", 1)[0] + "\n... the rest is in report.txt"
+    budget = MOST_CHARACTERS - len(tail) - 80
+    if len(text) > budget:
+        text = text[:budget].rsplit("\n", 1)[0] + "\n... the rest is in report.txt"
     return f"{text}\n{tail}"
 
 
 def long_table(results: Results) -> str:
-    """Every call of every item."""
+    """Return the long table: every call of every item."""
     ceilings, lines = results.ceilings(), [*_head(results), ""]
     lines.append(f"{'item':<44}{'call':<16}{'us':>10}{'slowest':>10}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>7}")
     for _, key, item in results.items(kind="us"):
@@ -105,10 +105,10 @@ def _bit_lines(results: Results) -> Iterator[str]:
 
 
 def _expert_lines(results: Results, ceilings: Ceilings) -> Iterator[str]:
-    """A line a series: us, share of the floor, and the best peer's time over ours."""
+    """Yield a line a series: us, share of the floor, and the best peer's time over ours."""
     series: dict[str, dict[int, dict[str, Any]]] = {}
-    for part, key, item in results.items(kind="us"):
-        if part.startswith("experts-"):
+    for suite, key, item in results.items(kind="us"):
+        if suite.startswith("experts-"):
             series.setdefault(key.rpartition(" T")[0], {})[item["tokens"]] = item
     if series:
         yield (
@@ -130,8 +130,8 @@ def _cell(item: dict[str, Any] | None, ceilings: Ceilings) -> str:
 
 def _other_lines(results: Results, ceilings: Ceilings) -> Iterator[str]:
     lines = []
-    for part, key, item in results.items(kind="us"):
-        if not part.startswith("experts-"):
+    for suite, key, item in results.items(kind="us"):
+        if not suite.startswith("experts-"):
             lines.append(f"{key}: {_cell(item, ceilings)}")
     if lines:
         yield "\nthe rest: us | share of the floor | best peer's time over ours"
@@ -153,8 +153,8 @@ def _left_out_lines(results: Results) -> Iterator[str]:
         yield f"\nfailed: {len(failed)}"
     for key, message in failed[:MOST_LINES]:
         yield f"  {key}: {message}"[:180]
-    for part, keys in results.data.get("not_reached", {}).items():
-        yield f"not reached in time: {part}: {len(keys)} items, from {keys[0]!r} on"
+    for suite, keys in results.data.get("not_reached", {}).items():
+        yield f"not reached in time: {suite}: {len(keys)} items, from {keys[0]!r} on"
 
 
 def _bar_lines(results: Results) -> Iterator[str]:

@@ -30,8 +30,8 @@ from expertwire.comm.all_to_all.symmetric_buffer import (
     stall_error,
 )
 from expertwire.comm.group import TorchGroup
-from expertwire.kernels.gpu import exchange, exchange_few, exchange_flags
-from expertwire.kernels.gpu.early import EARLY
+from expertwire.kernels.gpu import dispatch_combine, dispatch_low_latency, signals
+from expertwire.kernels.gpu.dependent_launch import PDL
 from expertwire.kernels.ops.quantize import packed_bytes
 
 _STORE = 16  # bytes
@@ -87,8 +87,8 @@ class NvlinkGpuAllToAll:
         memories: Sequence[Tensor],
         *,
         num_programs: int,
-        few_ids: int = exchange_few.MAX_IDS,
-        few_arrived_ids: int = exchange_few.MAX_ARRIVED_IDS,
+        few_ids: int = dispatch_low_latency.MAX_IDS,
+        few_arrived_ids: int = dispatch_low_latency.MAX_ARRIVED_IDS,
         max_turns: int = 1,
     ) -> None:
         layout = BufferLayout.of(spec)
@@ -168,12 +168,12 @@ class NvlinkGpuAllToAll:
         assert isinstance(handle, _Handle), handle
         spec, layout = self._spec, self._layout
         assert y_RD.is_contiguous(), y_RD.stride()
-        block, warps = exchange.row_block(self._home_words)
-        exchange.go_home_kernel[(self._num_programs,)](
+        block, warps = dispatch_combine.row_block(self._home_words)
+        dispatch_combine.combine_send_kernel[(self._num_programs,)](
             _as_words(y_RD), self._slots, self._expert_offsets, self._epoch, self._done, self._peers,
             spec.group.rank, spec.group.size, self._num_experts, spec.max_tokens * spec.top_k,
             layout.combine_signals.offset, layout.combine_rows.offset,
-            WORDS=self._home_words, BLOCK=block, RANKS=triton.next_power_of_2(spec.group.size), num_warps=warps, **EARLY,
+            WORDS=self._home_words, BLOCK=block, RANKS=triton.next_power_of_2(spec.group.size), num_warps=warps, **PDL,
         )  # fmt: skip
         return handle
 
@@ -194,36 +194,37 @@ class NvlinkGpuAllToAll:
         spec, layout, top_k = self._spec, self._layout, self._spec.top_k
         me, num_ranks = spec.group.rank, spec.group.size
         valid, limited = self._limit_of(num_valid)
-        exchange.plan_kernel[(num_ranks,)](
+        dispatch_combine.dispatch_plan_kernel[(num_ranks,)](
             physical_TK, self._rank_offsets, self._target, self._sent, valid, num_tokens, spec.max_tokens,
-            K=top_k, K_BLOCK=triton.next_power_of_2(top_k), TOKENS=exchange.plan_tokens(num_tokens, top_k), LIMITED=limited,
-            **EARLY,
+            K=top_k, K_BLOCK=triton.next_power_of_2(top_k), TOKENS=dispatch_combine.plan_tokens(num_tokens, top_k),
+            LIMITED=limited,
+            **PDL,
         )  # fmt: skip
         x, columns = self._as_kernel_rows(x_TD)
         words = max(self._words, self._home_words)
-        block, warps = exchange.quantized_block(columns) if columns else exchange.row_block(words)
-        exchange.send_kernel[(max(1, min(self._num_programs, num_tokens)),)](
+        block, warps = dispatch_combine.quantized_block(columns) if columns else dispatch_combine.row_block(words)
+        dispatch_combine.dispatch_send_kernel[(max(1, min(self._num_programs, num_tokens)),)](
             x, physical_TK, self._target, self._sent, valid, self._epoch, self._done, self._peers,
             me, num_tokens, spec.max_tokens, num_ranks,
             layout.dispatch_signals.offset, layout.routes.offset, layout.dispatch_rows.offset, layout.combine_rows.offset,
             K=top_k, K_BLOCK=triton.next_power_of_2(top_k + 1), WORDS=self._words, COLUMNS=columns,
-            HOME_WORDS=self._home_words, BLOCK=block, RANKS=triton.next_power_of_2(num_ranks), LIMITED=limited,
-            num_warps=warps, **exchange.SEND_OPTIONS,
+            COMBINE_WORDS=self._home_words, BLOCK=block, RANKS=triton.next_power_of_2(num_ranks), LIMITED=limited,
+            num_warps=warps, **dispatch_combine.SEND_OPTIONS,
         )  # fmt: skip
 
     def _send_few(self, x_TD: Tensor, physical_TK: Tensor, num_tokens: int, num_valid: Tensor | None) -> None:
         spec, layout, top_k = self._spec, self._layout, self._spec.top_k
         valid, limited = self._limit_of(num_valid)
         x, columns = self._as_kernel_rows(x_TD)
-        block, warps = exchange_few.row_block(columns or max(self._words, self._home_words))
-        exchange_few.send_few_kernel[(max(num_tokens, spec.group.size),)](
+        block, warps = dispatch_low_latency.row_block(columns or max(self._words, self._home_words))
+        dispatch_low_latency.low_latency_send_kernel[(max(num_tokens, spec.group.size),)](
             x, physical_TK, self._rank_offsets, valid, self._epoch, self._done, self._peers,
             spec.group.rank, num_tokens, spec.max_tokens, spec.group.size,
             layout.dispatch_signals.offset, layout.routes.offset, layout.dispatch_rows.offset, layout.combine_rows.offset,
             K=top_k, K_BLOCK=triton.next_power_of_2(top_k), TOKENS=triton.next_power_of_2(max(1, num_tokens)),
-            WORDS=self._words, COLUMNS=columns, HOME_WORDS=self._home_words, BLOCK=block,
+            WORDS=self._words, COLUMNS=columns, COMBINE_WORDS=self._home_words, BLOCK=block,
             RANKS=triton.next_power_of_2(spec.group.size), LIMITED=limited, num_warps=warps,
-            **exchange.SEND_OPTIONS,
+            **dispatch_combine.SEND_OPTIONS,
         )  # fmt: skip
 
     def _limit_of(self, num_valid: Tensor | None) -> tuple[Tensor, bool]:
@@ -239,26 +240,26 @@ class NvlinkGpuAllToAll:
         self._wait(layout.dispatch_signals.offset, DISPATCH)
         sizes = {
             "K": spec.top_k,
-            "CHUNK": exchange.ids_chunk(spec.max_tokens * spec.top_k),
+            "CHUNK": dispatch_combine.ids_chunk(spec.max_tokens * spec.top_k),
             "EXPERTS": triton.next_power_of_2(self._num_experts + 1),
         }
-        exchange.count_kernel[(num_ranks,)](
+        dispatch_combine.dispatch_count_kernel[(num_ranks,)](
             self._peers, self._rank_offsets, self._counts, me, spec.max_tokens, self._num_experts,
-            layout.dispatch_signals.offset, layout.routes.offset, **sizes, **EARLY,
+            layout.dispatch_signals.offset, layout.routes.offset, **sizes, **PDL,
         )  # fmt: skip
-        exchange.index_kernel[(self._num_experts + 1, num_ranks)](
+        dispatch_combine.dispatch_index_kernel[(self._num_experts + 1, num_ranks)](
             self._peers, self._rank_offsets, self._counts, self._expert_offsets, self._row_index, self._slots,
             me, num_ranks, spec.max_tokens, self._num_experts, layout.dispatch_signals.offset, layout.routes.offset,
-            **sizes, RANKS=triton.next_power_of_2(num_ranks), **EARLY,
+            **sizes, RANKS=triton.next_power_of_2(num_ranks), **PDL,
         )  # fmt: skip
 
     def _arrive_few(self, most_tokens: int) -> None:
         spec, layout = self._spec, self._layout
-        exchange_few.arrive_few_kernel[(self._num_experts + 1,)](
+        dispatch_low_latency.low_latency_receive_kernel[(self._num_experts + 1,)](
             self._peers, self._rank_offsets, self._epoch, self._expert_offsets, self._row_index, self._slots,
             spec.group.rank, spec.group.size, spec.max_tokens, self._num_experts,
             layout.dispatch_signals.offset, layout.routes.offset, layout.stall_signals.offset, self._limit,
-            K=spec.top_k, CHUNK=exchange_few.chunk_of(most_tokens, spec.top_k, spec.group.size),
+            K=spec.top_k, CHUNK=dispatch_low_latency.chunk_of(most_tokens, spec.top_k, spec.group.size),
             RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._mine.is_cuda,
         )  # fmt: skip
 
@@ -271,7 +272,7 @@ class NvlinkGpuAllToAll:
 
     def _wait(self, signals_at: int, phase: int) -> None:
         spec = self._spec
-        exchange_flags.wait_kernel[(1,)](
+        signals.wait_for_signals_kernel[(1,)](
             self._peers, self._epoch, spec.group.rank, spec.group.size,
             signals_at, self._layout.stall_signals.offset, self._limit,
             PHASE=phase, RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._mine.is_cuda, num_warps=1,

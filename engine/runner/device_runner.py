@@ -37,7 +37,7 @@ from expertwire.engine.runner.routed_experts import NOTHING, RoutedCounts
 from expertwire.engine.runner.slot_states import Scheduled
 from expertwire.engine.runner.staging import Downloads, memory_of
 from expertwire.kernels.gpu import penalties
-from expertwire.kernels.gpu.batch import look_up
+from expertwire.kernels.gpu.prepare_inputs import prepare_inputs
 from expertwire.kernels.gpu.sampling import sample
 from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.kernels.ops.sampling import DRAW_PARAMETERS, token_logprobs
@@ -313,7 +313,7 @@ class DeviceRunner:
             inputs[4 * room : 4 * room + num_sequences + 1],
         )
         slots = self._slots
-        token_T, positions_T, mapping_CT = look_up(
+        token_T, positions_T, mapping_CT = prepare_inputs(
             slot_T, position_T, slots.tokens_SL, slots.blocks_CSW, slots.block_size
         )
         return ForwardBatch(

@@ -1,6 +1,7 @@
-"""`expertwire.kernels.gpu`: the ops in Triton; `registry` chooses them, `kernels/*.py` specify them.
+"""The ops in Triton: each module has kernels and their wrappers.
 
-Each module holds kernels, their wrappers and `cases()`: everything that the wrappers can launch, for `compile` to check.
+`kernels/ops` defines the ops, `kernels.registry` chooses between implementations, and `bench/kernels/compile_cases` lists the
+launches that are compiled and checked without a GPU.
 """
 
 if not __name__.startswith("expertwire."):

@@ -10,18 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 
-_OPTIONS = {"enable_fp_fusion": False, **EARLY}  # product and sum round separately
-_COLUMNS = 1024
+OPTIONS = {"enable_fp_fusion": False, **PDL}  # product and sum round separately
+COLUMNS_PER_PROGRAM = 1024
 
 
 @triton.jit
 def combine_kernel(
     rows_ptr, weights_ptr, shared_ptr, out_ptr, width, K: tl.constexpr, HAS_SHARED: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    wait_for_previous()
+    wait_for_previous_kernel()
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     dtype = out_ptr.dtype.element_ty
@@ -37,7 +36,7 @@ def combine_kernel(
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Tensor:
-    """As `kernels.ops.combine.reference`; everything contiguous, weights fp32."""
+    """Run `kernels.ops.combine.reference`; everything contiguous, weights fp32."""
     num_tokens, top_k, width = rows_TKD.shape
     assert rows_TKD.is_contiguous(), f"strides {rows_TKD.stride()}"
     assert weights_TK.shape == (num_tokens, top_k), f"{tuple(weights_TK.shape)} weights of {tuple(rows_TKD.shape)}"
@@ -47,7 +46,7 @@ def combine(rows_TKD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = Non
     out_TD = rows_TKD.new_empty(num_tokens, width)
     if num_tokens == 0:
         return out_TD
-    columns = min(_COLUMNS, triton.next_power_of_2(width))
+    columns = min(COLUMNS_PER_PROGRAM, triton.next_power_of_2(width))
     combine_kernel[(num_tokens, triton.cdiv(width, columns))](
         rows_TKD,
         weights_TK,
@@ -57,26 +56,6 @@ def combine(rows_TKD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = Non
         top_k,
         shared_TD is not None,
         columns,
-        **_OPTIONS,
+        **OPTIONS,
     )
     return out_TD
-
-
-def cases() -> list[Case]:
-    shapes = [(2, 4096, False), (4, 2880, False), (8, 2048, False), (8, 7168, True), (22, 1024, True)]
-    return [
-        Case(
-            name=f"combine K{top_k} D{width} {'shared' if shared else 'routed'}",
-            kernel=combine_kernel,
-            args={
-                **dict.fromkeys(("rows_ptr", "shared_ptr", "out_ptr"), torch.bfloat16),
-                "weights_ptr": torch.float32,
-                "width": width,
-            },
-            constexprs={"K": top_k, "HAS_SHARED": shared, "COLUMNS": _COLUMNS},
-            blocks_per_sm=8,
-            expect={90: "", 100: ""},
-            options=_OPTIONS,
-        )
-        for top_k, width, shared in shapes
-    ]

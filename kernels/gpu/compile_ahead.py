@@ -1,10 +1,12 @@
-"""Compiling the launches of a program before it makes them, in several processes, for a GPU that need not be here.
+"""Compilation of a program's launches before it makes them, in several processes, for a GPU that need not be here.
 
-`recorded` runs the program without a launch: Triton asks `knobs.runtime.jit_cache_hook` before it compiles for a launch, and
-does neither if the hook says so (`JITFunction._do_compile` and `run` in triton/runtime/jit.py, 3.6.0 and 3.7.1). What it tells
-the hook (`specialization_data`) is what `JITFunction.preload` compiles, in whatever process. Results are found by their key in
-Triton's cache on disk, which processes share: it has the source, the specialised arguments, the options and the target
-(`get_cache_key` in triton/runtime/cache.py), not the process; files appear whole, by renaming (`FileCacheManager.put`).
+`recorded` runs the program without launching: Triton calls `knobs.runtime.jit_cache_hook` before it
+compiles for a launch, and neither compiles nor launches if the hook returns true
+(`JITFunction._do_compile` and `run` in triton/runtime/jit.py, 3.6.0 and 3.7.1). What the hook
+receives (`specialization_data`) is what `JITFunction.preload` compiles, in any process. Results are
+found by their key in Triton's cache on disk, which processes share: it has the source, the
+specialised arguments, the options and the target (`get_cache_key` in triton/runtime/cache.py), not
+the process. Files appear whole, by renaming (`FileCacheManager.put`).
 """
 
 from __future__ import annotations
@@ -12,27 +14,62 @@ from __future__ import annotations
 import hashlib
 import importlib
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
+import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
-from expertwire.kernels.gpu.compile import absent_gpu
+
+class _AbsentGpu:
+    """A Triton driver without a device: enough to compile, nothing to launch with."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+
+@contextmanager
+def absent_gpu(arch: int) -> Iterator[None]:
+    """Compile for a GPU of this architecture, which need not be here."""
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(_AbsentGpu(arch))
+    try:
+        yield
+    finally:
+        config._active = before
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that must be compiled: the kernel's module and name in it, and Triton's description of the specialisation."""
+    """A launch to compile: the kernel's module and name in it, and Triton's description of the specialisation."""
 
     module: str
     kernel: str
     specialization: str
 
     def belongs_to(self, share: int, num_shares: int) -> bool:
-        """Whether this launch is in a share, of the same number everywhere; equal launches are in the same one."""
+        """Return whether this launch is in a share, the same everywhere; equal launches are in the same one."""
         digest = hashlib.blake2b(f"{self.module}.{self.kernel} {self.specialization}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") % num_shares == share
 
@@ -43,10 +80,10 @@ def is_needed() -> bool:
 
 
 def recorded(program: Callable[[], object], arch: int) -> list[Launch]:
-    """Return the launches that a program makes, each once, in their order; nothing is launched nor compiled.
+    """Return the launches that a program makes, each once, in their order; nothing is launched or compiled.
 
-    The program must not look at what kernels compute: its tensors may be on "meta". Launches that this process has compiled for
-    are not seen.
+    The program must not look at what kernels compute, so its tensors may be on "meta". Launches
+    that this process has compiled for are not seen.
     """
     found: dict[Launch, None] = {}
 
@@ -63,10 +100,10 @@ def recorded(program: Callable[[], object], arch: int) -> list[Launch]:
 def compile_all(launches: Sequence[Launch], arch: int, num_processes: int) -> None:
     """Compile launches in forked processes, into Triton's cache on disk.
 
-    The calling process must have no other threads and no CUDA context, as it is forked.
+    The calling process must have no other threads and no CUDA context, since it is forked.
 
     Raises:
-        RuntimeError: a kernel does not compile; names it.
+        RuntimeError: a kernel does not compile; the message names it.
     """
     if not launches:
         return

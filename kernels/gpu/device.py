@@ -1,10 +1,12 @@
-"""What the kernels' wrappers must know of the GPU; asked once, at start."""
+"""The properties of a GPU that the kernels' wrappers need; read once, at start."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+REGISTERS_PER_SM = 65536
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,11 @@ class Device:
 
     @property
     def exchange_sms(self) -> int:
-        """Multiprocessors that experts leave to an exchange beside them: a few more than saturate NVLink, 10-12 on Hopper and
-        24 and more on Blackwell with twice the bandwidth. None where there are hardly any."""
+        """Return the multiprocessors that experts leave to a concurrent all-to-all.
+
+        A few more than saturate NVLink, 10-12 on Hopper and 24 and more on Blackwell with twice the
+        bandwidth.
+        """
         return min(16 if self.arch < 100 else 24, self.num_sms // 4)
 
 
@@ -26,7 +31,9 @@ B200 = Device(arch=100, num_sms=148)
 
 
 def describe(device: torch.device | str) -> Device:
-    """The CUDA device; a CPU, where only the interpreter runs kernels, passes for a small Hopper."""
+    """Return the properties of a CUDA device; a CPU, where only the interpreter runs kernels, counts
+    as a small Hopper.
+    """
     if torch.device(device).type != "cuda":
         return Device(arch=90, num_sms=4)
     properties = torch.cuda.get_device_properties(device)

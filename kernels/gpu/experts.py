@@ -1,9 +1,11 @@
-"""The experts' MLP on a GPU, as `kernels.ops.experts.GroupedMlp`: two grouped GEMMs, and nothing known on the host.
+"""The experts' MLP on a GPU, `kernels.ops.experts.GroupedMlp`: two grouped GEMMs, with row counts that
+only the device knows.
 
-fp8 weights meet rows that are quantised on the way: groups of 128 columns for "fp8_block" (DeepSeek-V3, arXiv 2412.19437, 3.3.2),
-a row for "fp8_row". 4-bit weights meet rows as they are, or where that is chosen (`scale_rows`, on Blackwell) rows quantised as
-its tensor cores take them, so that no 16-bit numbers have to be made of the weights. Rows of u8 have been quantised in groups of
-128 already and are packed (`kernels.ops.quantize.pack`): "fp8_block" takes them too, and their results are bf16.
+fp8 weights meet rows that are quantised first: in groups of 128 columns for "fp8_block"
+(DeepSeek-V3, arXiv 2412.19437, 3.3.2), by row for "fp8_row". 4-bit weights meet rows as they are.
+With `scale_rows`, on Blackwell, rows are quantised to what its tensor cores take, so that weights
+need not be converted to 16 bits. Rows of u8 are packed and already quantised in groups of 128
+(`kernels.ops.quantize.pack`); "fp8_block" takes them too, and their results are bf16.
 
 U tokens with a row here, R routed rows, D model width, F expert width, e local experts.
 """
@@ -18,8 +20,7 @@ import torch
 from torch import Tensor
 
 from expertwire.kernels.formats import Quantized, Weight
-from expertwire.kernels.gpu import formats, grouped_gemm, quantize, scaled, tiles
-from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu import block_scaled_mma, formats, grouped_gemm, grouped_gemm_tiles, quantize
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.formats import ExpertWeights
 from expertwire.kernels.ops.experts import GroupedMlp
@@ -38,7 +39,7 @@ class GpuExperts:
     bias13_eF: Tensor | None
     bias2_eD: Tensor | None
     device: Device
-    expected: float = 1.0  # of the rows that there can be
+    expected: float = 1.0  # share of the rows that there can be
     reserved_sms: int = 0
 
     @property
@@ -55,7 +56,7 @@ class GpuExperts:
         home_R: Tensor | None = None,
         tile_map: TileMap | None = None,
     ) -> Tensor:
-        """Given offsets on the host, it copies them, and all rows are there."""
+        """Run `GroupedMlp`. Offsets on the host are copied to the device, and all rows are assumed to be there."""
         format, planned = self.w13.format, len(row_index_R)
         if isinstance(offsets, np.ndarray):
             offsets = torch.from_numpy(offsets.astype(np.int32)).to(x_UD.device)
@@ -63,9 +64,9 @@ class GpuExperts:
             planned = math.ceil(self.expected * planned)
         if home_R is None:
             home_R = torch.arange(len(row_index_R), dtype=torch.int32, device=x_UD.device)
-        tokens = tiles.token_tile(format, planned, len(offsets) - 1)
+        tokens = grouped_gemm_tiles.token_tile(format, planned, len(offsets) - 1)
         fitting = tile_map if tile_map is not None and tile_map.token_tile == tokens else None
-        rows = tiles.Rows.of(row_index_R.int(), home_R, offsets, planned, format, fitting)
+        rows = grouped_gemm_tiles.RoutedRows.of(row_index_R.int(), home_R, offsets, planned, format, fitting)
         x, x_scales, x_row_scales = _operand(x_UD, self.w13, rows, rows.row_index_R)
         dtype = torch.bfloat16 if x_UD.dtype == torch.uint8 else x_UD.dtype
         hidden_RF = grouped_gemm.w13(
@@ -96,23 +97,25 @@ class GpuExperts:
 
 
 def _operand(
-    x: Tensor, weights: ExpertWeights, rows: tiles.Rows, row_index_R: Tensor | None
+    x: Tensor, weights: ExpertWeights, rows: grouped_gemm_tiles.RoutedRows, row_index_R: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows, their groups' scales and their own, as a product with these weights takes them; without an index they are the routed
-    rows."""
+    """Return rows, their groups' scales and their own, as a product with these weights takes them.
+
+    Without an index, x has the routed rows.
+    """
     format, num_rows = weights.format, rows.expert_offsets[-1:] if row_index_R is None else None
     assert x.dtype != torch.uint8 or format == "fp8_block", f"packed rows meet weights of format {format}"
     if format == "fp8_block":
         if row_index_R is None:
-            return *tiles.quantize_tiles(x, rows.expert_offsets, rows.tile_map), None
+            return *grouped_gemm_tiles.quantize_tiles(x, rows.expert_offsets, rows.tile_map), None
         packed = x.dtype == torch.uint8
         values, scales = unpack(x, weights.shape[2]) if packed else quantize.quantize(x, formats.BLOCK)
-        return values, tiles.tile_scales(scales, row_index_R, rows.expert_offsets, rows.tile_map), None
+        return values, grouped_gemm_tiles.tile_scales(scales, row_index_R, rows.expert_offsets, rows.tile_map), None
     if format == "fp8_row":
         values, scales = quantize.quantize(x, x.shape[1], num_rows=num_rows)
         return values, scales[:, 0], None
     if format in formats.SCALED:
-        return scaled.quantize_rows(format, x, num_rows)
+        return block_scaled_mma.quantize_rows(format, x, num_rows)
     return x, None, None
 
 
@@ -128,10 +131,11 @@ def prepare(
     overlapped: bool = False,
     scale_rows: bool = False,
 ) -> GroupedMlp:
-    """A callable for these weights, [e, 2F, D], gate rows over up rows, and [e, D, F]. Tiles are for the share `expected` of R.
+    """Return a callable for the weights [e, 2F, D], gate rows over up rows, and [e, D, F].
 
-    `overlapped`: rows of another part of the step travel meanwhile, by kernels that need some multiprocessors for themselves.
-    `scale_rows`: rows that meet 4-bit weights are quantised, too; it changes results by what that rounds.
+    Tiles are chosen for the share `expected` of R. `overlapped`: rows of another micro-batch are
+    exchanged meanwhile, by kernels that need some multiprocessors. `scale_rows`: rows that meet
+    4-bit weights are quantised too, which changes results by that rounding.
 
     Raises:
         ValueError: gate and up of an "nvfp4" expert have different global scales, or rows cannot be quantised for its width.
@@ -139,13 +143,13 @@ def prepare(
     activation = activation or Activation()
     kinds = [weight.format if isinstance(weight, Quantized) else "dense" for weight in (w13, w2)]
     assert kinds[0] == kinds[1], f"w13 in {kinds[0]}, w2 in {kinds[1]}"
-    pack = scaled.pack_weight if scale_rows and kinds[0] in scaled.FORMATS else formats.pack4
-    columns = {weight.shape[-1] % scaled.NVFP4_COLUMNS for weight in (w13, w2)}
-    if pack is scaled.pack_weight and kinds[0] == "nvfp4" and columns != {0}:
+    pack = block_scaled_mma.pack_weight if scale_rows and kinds[0] in block_scaled_mma.FORMATS else formats.pack4
+    columns = {weight.shape[-1] % block_scaled_mma.NVFP4_COLUMNS for weight in (w13, w2)}
+    if pack is block_scaled_mma.pack_weight and kinds[0] == "nvfp4" and columns != {0}:
         sizes = w13.shape[-1], w2.shape[-1]
         raise ValueError(
-            f"numerics 'fast' needs, on this GPU, nvfp4 experts of widths that {scaled.NVFP4_COLUMNS} divides, got {sizes}; "
-            "'invariant' takes any"
+            f"numerics 'fast' needs, on this GPU, nvfp4 experts of widths that {block_scaled_mma.NVFP4_COLUMNS} divides, "
+            f"got {sizes}; 'invariant' takes any"
         )
     return GpuExperts(
         w13=formats.of_weight(w13, gated=activation.gated, pack=pack),
@@ -157,8 +161,3 @@ def prepare(
         expected=expected,
         reserved_sms=device.exchange_sms if overlapped else 0,
     )
-
-
-def cases() -> list[Case]:
-    """None of its own: the kernels are `grouped_gemm`'s."""
-    return []

@@ -1,17 +1,18 @@
 """FlashInfer's attention (`attention_backend="flashinfer"`): a thin wrapper over its paged wrappers.
 
-What their contract wants (flashinfer-python 0.7.2.post1, prefill.py, decode.py and mla/_batch_mla/_wrapper.py) and what follows:
+The contract (flashinfer-python 0.7.2.post1, prefill.py, decode.py and mla/_batch_mla/_wrapper.py)
+and its consequences:
 
-- A wrapper is planned once and run by all layers that attend alike: the first layer of a step plans. A plan reads the lengths on
-  the host (`.to("cpu")` in every `plan`), so that a step waits for the one before it, and cannot be captured: steps run eagerly.
-- Page tables are ragged: `indptr` i32 [B + 1], `indices` i32 [pages], `last_page_len` i32 [B] in [1, page_size]. Caches [pages,
-  page_size, G, d] are its layout NHD, as ours lie.
-- `window_left` is how many positions a query sees besides its own.
-- Sinks, positions in chunks, chosen positions and other head sizes are refused at start (`engine.config.validation`).
+- A wrapper is planned once and run by all layers that attend alike: the first layer of a step plans. A plan reads the lengths
+  on the host (`.to("cpu")` in every `plan`), so a step waits for the one before it and cannot be captured: steps run eagerly.
+- Page tables are ragged: `indptr` i32 [S + 1], `indices` i32 [pages], `last_page_len` i32 [S] in [1, page_size]. Caches [pages,
+  page_size, G, d] are its layout NHD, which is ours.
+- `window_left` is the number of positions a query sees besides its own.
+- Sinks, chunked positions, top-k positions and other head sizes are refused at start (`engine.config.validation`).
 
-It has not run: `first_contact` compares it with ours where there is a GPU.
+It has not run on a GPU: `first_contact` compares it with our kernels where there is one.
 
-T tokens, H query heads, G key/value heads, d head size, C latent size, l = C + r, B sequences.
+T tokens, H query heads, G key/value heads, d head size, c latent size, l = c + r, S sequences.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from torch import Tensor
 from expertwire.kernels.ops.attention import AttentionMetadata, known_decodes
 
 _WORKSPACE = 384 << 20  # bytes; 128 MiB are recommended for few heads
-_TENSOR_CORES = 4  # query heads of a key head from which decode multiplies by matrix instructions
+_TENSOR_CORES = 4  # query heads per key head from which decode uses tensor cores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """Sequences as a plan takes them: i32, on the host but for the indices.
+    """Sequences as a plan takes them: i32, on the host except for the indices.
 
-    rows: of the step, the first and the end. qo_indptr: counted from the first of them.
+    rows: their rows in the step. qo_indptr: counted from the first of them.
     """
 
     rows: slice
@@ -44,43 +45,47 @@ class Pages:
     last_page_len: Tensor
 
 
-def pages(first_row: int, nums_B: Tensor, seq_lens_B: Tensor, table_BW: Tensor, page_size: int) -> Pages:
-    """Of sequences with so many queries and tokens (i32, on the host), whose rows follow one another, and their block table."""
-    counts_B = (seq_lens_B + page_size - 1) // page_size
-    qo_indptr, kv_indptr = (torch.cat((counts[:1] * 0, counts.cumsum(0))).int() for counts in (nums_B, counts_B))
-    sequence_X = torch.repeat_interleave(torch.arange(len(counts_B)), counts_B)
-    page_X = torch.arange(len(sequence_X)) - kv_indptr[sequence_X]
-    indices_X = table_BW.flatten()[(sequence_X * table_BW.shape[1] + page_X).to(table_BW.device)]
+def pages(first_row: int, nums_S: Tensor, lengths_S: Tensor, table_SW: Tensor, page_size: int) -> Pages:
+    """Return the pages of sequences with these numbers of queries and tokens (i32, on the host) and
+    this block table.
+
+    Their rows follow one another from `first_row` on.
+    """
+    counts_S = (lengths_S + page_size - 1) // page_size
+    qo_indptr, kv_indptr = (torch.cat((counts[:1] * 0, counts.cumsum(0))).int() for counts in (nums_S, counts_S))
+    sequence = torch.repeat_interleave(torch.arange(len(counts_S)), counts_S)
+    page = torch.arange(len(sequence)) - kv_indptr[sequence]
+    indices = table_SW.flatten()[(sequence * table_SW.shape[1] + page).to(table_SW.device)]
     return Pages(
         rows=slice(first_row, first_row + int(qo_indptr[-1])),
         qo_indptr=qo_indptr,
         kv_indptr=kv_indptr,
-        kv_indices=indices_X.int(),
-        kv_lengths=seq_lens_B.int(),
-        last_page_len=(seq_lens_B - (counts_B - 1) * page_size).int(),
+        kv_indices=indices.int(),
+        kv_lengths=lengths_S.int(),
+        last_page_len=(lengths_S - (counts_S - 1) * page_size).int(),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Planned:
-    """What one kind of layers runs in the step of `seqs`: a wrapper for each of these rows."""
+    """What one kind of layer runs in the step of `seqs`: a wrapper for each range of rows."""
 
     seqs: AttentionMetadata
     runs: tuple[tuple[slice, Any], ...]
 
 
 class FlashInfer:
-    """`kernels.ops.attention.reference` and `kernels.ops.mla.reference`, without sinks, chunks and chosen positions.
+    """`kernels.ops.attention.reference` and `kernels.ops.mla.reference`, without sinks, chunks and top-k positions.
 
     Args:
         api: the module `flashinfer`.
         mla: the module `flashinfer.mla`.
-        device: of the tensors.
+        device: device of the tensors.
     """
 
     def __init__(self, api: Any, mla: Any, device: torch.device | str) -> None:
         self._api, self._mla = api, mla
-        # Kernels follow one another in a stream, so that all wrappers share it; decode wants zeros at first.
+        # Kernels follow one another in a stream, so all wrappers can share it; decode expects zeros at first.
         self._workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
         self._planned: dict[tuple[Any, ...], _Planned] = {}
@@ -98,10 +103,12 @@ class FlashInfer:
         sinks_H: Tensor | None = None,
         kv_scales_2G: Tensor | None = None,
     ) -> Tensor:
-        """[T, H, d] in q's dtype; rows that belong to no sequence are undefined. Caches [blocks, s, G, d]."""
+        """Return [T, H, d] in q's dtype; rows that belong to no sequence are undefined. Caches are
+        [blocks, s, G, d].
+        """
         assert chunk == 0, f"chunk {chunk} is refused at start"
         assert sinks_H is None, "sinks are refused at start"
-        assert kv_scales_2G is None, "caches in fp8 are refused at start"
+        assert kv_scales_2G is None, "fp8 caches are refused at start"
         num_heads, dim = q_THd.shape[1:]
         page_size, num_kv = k_cache.shape[1:3]
         sizes = num_heads, num_kv, dim, page_size
@@ -139,9 +146,9 @@ class FlashInfer:
         chosen: Tensor | None = None,
         kv_scale: Tensor | None = None,
     ) -> Tensor:
-        """[T, H, C] in q's dtype; rows that belong to no sequence are undefined. Cache [blocks, s, l]."""
-        assert chosen is None, "chosen positions are refused at start"
-        assert kv_scale is None, "caches in fp8 are refused at start"
+        """Return [T, H, c] in q's dtype; rows that belong to no sequence are undefined. Cache [blocks, s, l]."""
+        assert chosen is None, "top-k positions are refused at start"
+        assert kv_scale is None, "fp8 caches are refused at start"
         num_heads, width = q_THl.shape[1:]
         page_size = cache.shape[1]
         options = {
@@ -184,7 +191,7 @@ class FlashInfer:
         page_size: int,
         plan: Callable[[tuple[Any, ...], Pages, bool], Any],
     ) -> tuple[tuple[slice, Any], ...]:
-        """Plan layers of this kind, unless one has in this step: layers are given the same description of it."""
+        """Plan layers of this kind, unless this step has done so: all layers get the same attention metadata."""
         if (planned := self._planned.get(key)) is None or planned.seqs is not seqs:
             parts = _parts(seqs, num_tokens, page_size)
             runs = tuple((part.rows, plan(key, part, is_decode)) for part, is_decode in parts)
@@ -193,23 +200,23 @@ class FlashInfer:
 
 
 def _parts(seqs: AttentionMetadata, num_tokens: int, page_size: int) -> list[tuple[Pages, bool]]:
-    """The decodes and the prefills; for each whether it is the former.
+    """Return the pages of the decodes and of the prefills, each with whether it is the former.
 
-    A row that belongs to nobody, as when an engine warms up, passes for a sequence of one token.
+    A row that belongs to no sequence, as in warm-up, is treated as a sequence of one token.
     """
     known = known_decodes(seqs, num_tokens)
     num = int(seqs.num_decodes) if known is None else known
-    cu_seqlens_q, seq_lens_B = seqs.cu_seqlens_q.cpu().long(), seqs.seq_lens.cpu().long().clamp(min=1)
-    nums_B, table_BW = cu_seqlens_q.diff(), seqs.block_table
+    cu_seqlens_q, lengths_S = seqs.cu_seqlens_q.cpu().long(), seqs.seq_lens.cpu().long().clamp(min=1)
+    nums_S, table_SW = cu_seqlens_q.diff(), seqs.block_table
     found = []
     if num:
-        found.append((pages(0, torch.ones(num, dtype=torch.int64), seq_lens_B[:num], table_BW[:num], page_size), True))
+        found.append((pages(0, torch.ones(num, dtype=torch.int64), lengths_S[:num], table_SW[:num], page_size), True))
     if num_tokens > num:
-        live_X = num + nums_B[num:].nonzero()[:, 0]
-        nums_X = nums_B[live_X]
-        if not len(live_X):
-            live_X, nums_X = torch.tensor([0]), torch.tensor([1])
-        table_XW = table_BW[live_X.to(table_BW.device)]
-        lengths_X = torch.maximum(seq_lens_B[live_X], nums_X)
-        found.append((pages(num, nums_X, lengths_X, table_XW, page_size), False))
+        live = num + nums_S[num:].nonzero()[:, 0]
+        live_nums = nums_S[live]
+        if not len(live):
+            live, live_nums = torch.tensor([0]), torch.tensor([1])
+        live_table = table_SW[live.to(table_SW.device)]
+        live_lengths = torch.maximum(lengths_S[live], live_nums)
+        found.append((pages(num, live_nums, live_lengths, live_table, page_size), False))
     return found

@@ -1,8 +1,8 @@
-"""Expert weights as the GPU kernels read them, and how to make them from a checkpoint's.
+"""Expert weights as the GPU kernels read them, and their conversion from a checkpoint's.
 
-w13 [e, 2F, D] comes as gate rows over up rows; the kernels want both rows of a hidden column within one tile, so that the
-activation needs no exchange: rows are interleaved by eight (gate 0-7, up 0-7, gate 8-15, ...), which leaves both in one thread of
-a tensor core's accumulator.
+w13 [e, 2F, D] comes as gate rows over up rows. The kernels need both rows of a hidden column within
+one tile, so that the activation needs no exchange: rows are interleaved by eight (gate 0-7, up 0-7,
+gate 8-15, ...), which leaves both in one thread of a tensor core's accumulator.
 
 e experts, M rows of a weight matrix, K its columns, N rows of x.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expertwire.kernels.formats import BLOCK, E2M1, FP8, GROUPS, Quantized, Weight
+from expertwire.kernels.formats import BLOCK, FP8, GROUPS, Quantized, Weight
 
 INTERLEAVE = 8  # rows
 FP8_MAX = 448.0
@@ -53,37 +53,37 @@ class ExpertWeights:
     data: Tensor
     scales: Tensor | None = None
     global_scales: Tensor | None = None
-    columns: int | None = None  # K, where it does not show
+    columns: int | None = None  # K, where `data` does not show it
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """e, M and K."""
+        """Return e, M and K."""
         e, M, K = self.data.shape
         return e, M, self.columns or K
 
     @property
     def block_k(self) -> int:
-        """Columns a step of the product: part of the numerics, so the same for every batch."""
+        """Return the columns per step of the product: part of the numerics, so the same for every batch."""
         return 64 if self.format == "dense" else 128
 
     @property
     def packed_k(self) -> int:
-        """Elements of `data` a step."""
+        """Return the elements of `data` per step."""
         return self.block_k // (8 if self.format in GROUPS else 2 if self.format in SCALED else 1)
 
     @property
     def x_columns(self) -> int:
-        """Elements of a row of x."""
+        """Return the elements of a row of x."""
         return self.shape[2] // (2 if self.format == "nvfp4_x4" else 1)
 
     def scale_argument(self, rows: int) -> Tensor | TensorDescriptor | None:
-        """The scales as the kernel takes them, for tiles of so many rows."""
+        """Return the scales as the kernel takes them, for tiles of so many rows."""
         if self.format not in GROUPS:
             return self.scales
         return TensorDescriptor.from_tensor(self.scales, [1, self.block_k // GROUPS[self.format], rows])
 
     def check(self, x: Tensor, x_scales: Tensor | None, tiled_rows: int) -> None:
-        """Assert that rows and scales of x are those that the format asks for."""
+        """Assert that rows and scales of x are those that the format needs."""
         num_rows, K = len(x), self.shape[2]
         assert x.shape[1] == self.x_columns, (self.format, x.shape, self.shape)
         if self.format in SCALED:
@@ -105,7 +105,7 @@ class ExpertWeights:
 
 @triton.jit
 def _fp4_pair(word, PAIR: tl.constexpr):
-    """Two of a word's eight e2m1 numbers, as two bf16 numbers 2^126 times too small; see `_spread`."""
+    """Return two of a word's eight e2m1 numbers as two bf16 numbers 2^126 times too small; see `_spread`."""
     if PAIR == 3:  # noqa: SIM108
         pair = ((word << 1) & 0x80008000) | ((word >> 3) & 0x01800180) | ((word >> 7) & 0x00400040)
     else:
@@ -115,7 +115,7 @@ def _fp4_pair(word, PAIR: tl.constexpr):
 
 @triton.jit
 def _int4_pair(word, PAIR: tl.constexpr):
-    """Two of a word's eight 4-bit numbers q as 1 + q / 16: their bits behind those of 1.0."""
+    """Return two of a word's eight 4-bit numbers q as 1 + q / 16: their bits behind those of 1.0."""
     low = ((word << 19 - 4 * PAIR) & 0x00780000) | 0x3F800000
     high = word << 3 if PAIR == 0 else word >> 4 * PAIR - 3
     high = (high & 0x00780000) | 0x3F800000
@@ -124,7 +124,7 @@ def _int4_pair(word, PAIR: tl.constexpr):
 
 @triton.jit
 def _scaled_pair(word, factor, PAIR: tl.constexpr, FORMAT: tl.constexpr):
-    """[ROWS, WORDS, 2]: columns 2c and 2c + 1 of a half of a chunk."""
+    """Return [ROWS, WORDS, 2]: columns 2c and 2c + 1 of half a chunk."""
     if FORMAT == "int4":
         low, high = _int4_pair(word, PAIR)
         low = low * (factor * 16.0) - factor * 24.0
@@ -138,9 +138,10 @@ def _scaled_pair(word, factor, PAIR: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def dequantise(words, scale, FORMAT: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Words [ROWS, WORDS] of eight 4-bit weights each and scales [SCALES, ROWS] -> fp32 [ROWS, 8 * WORDS].
+    """Convert words [ROWS, WORDS] of eight 4-bit weights and scales [SCALES, ROWS] to fp32 [ROWS, 8 * WORDS].
 
-    A word holds eight columns that lie in one thread of a tensor core's left operand, so the weights never change threads.
+    A word holds eight columns that lie in one thread of a tensor core's left operand, so weights
+    never change threads.
     """
     words = words.to(tl.uint32, bitcast=True)
     if FORMAT == "mxfp4":
@@ -164,25 +165,20 @@ def dequantise(words, scale, FORMAT: tl.constexpr, SCALES: tl.constexpr, ROWS: t
 
 
 def interleave(w13_eFX: Tensor) -> Tensor:
-    """[e, 2F, ...] with gate rows over up rows -> interleaved by eight."""
+    """Return [e, 2F, ...] interleaved by eight, from gate rows over up rows."""
     e, rows = w13_eFX.shape[:2]
     assert rows % (2 * INTERLEAVE) == 0, f"{rows} rows cannot be interleaved by {INTERLEAVE}"
     halves = w13_eFX.view(e, 2, rows // (2 * INTERLEAVE), INTERLEAVE, *w13_eFX.shape[2:])
     return halves.transpose(1, 2).reshape(w13_eFX.shape)
 
 
-def from_pairs(w13_eFX: Tensor) -> Tensor:
-    """[e, 2F, ...] with each gate row before its up row (gpt-oss) -> gate rows over up rows."""
-    return torch.cat([w13_eFX[:, 0::2], w13_eFX[:, 1::2]], dim=1)
-
-
 def dense(weights: Tensor, *, gated: bool = False) -> ExpertWeights:
-    """bf16, fp16 or fp32 [e, M, K]; `gated`: gate rows over up rows."""
+    """Return weights from bf16, fp16 or fp32 [e, M, K]; `gated`: gate rows over up rows."""
     return ExpertWeights(format="dense", data=interleave(weights) if gated else weights.contiguous())
 
 
 def fp8_block(data: Tensor, scales: Tensor, *, gated: bool = False) -> ExpertWeights:
-    """fp8 [e, M, K] and fp32 [e, M / 128, K / 128]; `gated`: gate over up in both."""
+    """Return weights from fp8 [e, M, K] and fp32 [e, M / 128, K / 128]; `gated`: gate over up in both."""
     e, M, K = data.shape
     block_rows = 2 * -(-M // 2 // BLOCK) if gated else -(-M // BLOCK)
     assert scales.shape == (e, block_rows, -(-K // BLOCK)), (data.shape, scales.shape)
@@ -192,7 +188,7 @@ def fp8_block(data: Tensor, scales: Tensor, *, gated: bool = False) -> ExpertWei
 
 
 def fp8_row(data: Tensor, scales: Tensor, *, gated: bool = False) -> ExpertWeights:
-    """fp8 [e, M, K] and fp32 scales [e, M], or [e] or [e, 2] (gate, up) for whole matrices."""
+    """Return weights from fp8 [e, M, K] and fp32 scales [e, M], or [e] or [e, 2] (gate, up) for whole matrices."""
     e, M, _ = data.shape
     per_part = scales.reshape(e, -1)
     row_scales = per_part.repeat_interleave(M // per_part.shape[1], dim=1)
@@ -203,10 +199,10 @@ def fp8_row(data: Tensor, scales: Tensor, *, gated: bool = False) -> ExpertWeigh
 
 
 def _spread(codes: Tensor, pair: int, format: str) -> Tensor:
-    """A 4-bit code's bits where the kernel looks for those of its pair, in 16 bits.
+    """Return a 4-bit code's bits where the kernel expects those of its pair, in 16 bits.
 
-    int4: side by side. e2m1: shifted by 3 * pair from where bf16 has its sign and the bits next to its mantissa; what is left
-    of the 16 bits goes to the last pair.
+    int4: side by side. e2m1: shifted by 3 * pair from where bf16 has its sign and the bits next to
+    its mantissa; the last pair takes what is left of the 16 bits.
     """
     if format == "int4":
         return codes << 4 * pair
@@ -219,7 +215,8 @@ def _spread(codes: Tensor, pair: int, format: str) -> Tensor:
 def pack4(
     format: str, codes: Tensor, scales: Tensor, global_scales: Tensor | None = None, *, gated: bool = False
 ) -> ExpertWeights:
-    """4-bit codes u8 [e, M, K] and scales [e, M, K / 32 or 16] (int4 bf16, mxfp4 u8 exponents, nvfp4 fp8) -> weights.
+    """Return weights from 4-bit codes u8 [e, M, K] and scales [e, M, K / 32 or 16] (int4 bf16, mxfp4
+    u8 exponents, nvfp4 fp8).
 
     `global_scales`: fp32 [e], nvfp4 only. `gated`: gate rows over up rows.
     """
@@ -246,8 +243,10 @@ def pack4(
 
 
 def of_weight(weight: Weight, *, gated: bool = False, pack: Callable[..., ExpertWeights] = pack4) -> ExpertWeights:
-    """From weights [e, M, K] as a checkpoint has them; `gated`: gate rows over up rows, the two `parts` of a quantised one.
-    `pack`: for those of 4 bits.
+    """Return weights from a checkpoint's [e, M, K]; `gated`: gate rows over up rows, the two `parts`
+    of a quantised weight.
+
+    `pack` packs weights of 4 bits.
 
     Raises:
         ValueError: parts of an "nvfp4" matrix have different global scales.
@@ -272,7 +271,7 @@ def of_weight(weight: Weight, *, gated: bool = False, pack: Callable[..., Expert
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first dimension, bytes of fp8 numbers, too, which not every device's `cat` takes."""
+    """Concatenate along the first dimension; fp8 numbers as bytes, since not every device's `cat` takes them."""
     dtype = tensors[0].dtype
     return (
         torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(dtype) if dtype == FP8 else torch.cat(tensors)
@@ -280,7 +279,7 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _pack_expert(weight: Quantized, gated: bool, pack: Callable[..., ExpertWeights]) -> ExpertWeights:
-    """Of one of the 4-bit formats, with a first dimension of 1."""
+    """Pack a weight of a 4-bit format, with a first dimension of 1."""
     bytes_eMK = weight.data.contiguous().view(torch.uint8)
     codes = torch.stack((bytes_eMK & 15, bytes_eMK >> 4), dim=-1).flatten(2)
     global_scales = weight.global_scales
@@ -289,105 +288,3 @@ def _pack_expert(weight: Quantized, gated: bool, pack: Callable[..., ExpertWeigh
             raise ValueError(f"global scales of an nvfp4 matrix's parts are {global_scales.tolist()}, must be equal")
         global_scales = global_scales[:, 0]
     return pack(weight.format, codes, weight.scales, global_scales, gated=gated)
-
-
-def quantise4(format: str, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[e, M, K] -> codes, scales and global scales as `pack4` takes them: the nearest code, the smallest scale that fits."""
-    e, M, K = weights.shape
-    groups = weights.float().view(e, M, -1, GROUPS[format])
-    largest = groups.abs().amax(-1)
-    if format == "int4":
-        scales = (largest / 7).clamp(min=1e-12).to(torch.bfloat16)
-        codes = (groups / scales.float()[..., None]).round().clamp(-8, 7) + 8
-        return codes.to(torch.uint8).view(e, M, K), scales, None
-    global_scales = None
-    if format == "mxfp4":
-        scales = (torch.log2(largest.clamp(min=2.0**-100) / 6).ceil() + 127).to(torch.uint8)
-    else:
-        global_scales = largest.amax((1, 2)) / (6 * FP8_MAX)
-        scales = (largest / 6 / global_scales[:, None, None]).to(FP8)
-    values = groups / _scale_values(format, scales, global_scales).clamp(min=1e-30)[..., None]
-    magnitudes = torch.tensor(E2M1, device=weights.device)
-    codes = (values.abs()[..., None] - magnitudes).abs().argmin(-1) + 8 * (values < 0)
-    return codes.to(torch.uint8).view(e, M, K), scales, global_scales
-
-
-def _scale_values(format: str, scales: Tensor, global_scales: Tensor | None) -> Tensor:
-    if format == "mxfp4":
-        return torch.exp2(scales.float() - 127)
-    return scales.float() if global_scales is None else scales.float() * global_scales[:, None, None]
-
-
-def dequantise4(format: str, codes: Tensor, scales: Tensor, global_scales: Tensor | None) -> Tensor:
-    """fp32 [e, M, K] of what `pack4` takes."""
-    magnitudes = torch.tensor(E2M1, device=codes.device)[(codes & 7).long()]
-    values = codes.float() - 8 if format == "int4" else torch.where(codes > 7, -magnitudes, magnitudes)
-    return values * _scale_values(format, scales, global_scales).repeat_interleave(GROUPS[format], 2)
-
-
-def quantise_rows(x_NK: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """fp8 e4m3 rows with one scale for each `group` columns: [N, K], fp32 [N, K / group]. A reference."""
-    N, K = x_NK.shape
-    padded = torch.nn.functional.pad(x_NK.float(), (0, -K % group)).view(N, -1, group)
-    scales = (padded.abs().amax(-1) / FP8_MAX).clamp(min=1e-12)
-    return (padded / scales[..., None]).view(N, -1)[:, :K].to(FP8), scales
-
-
-def quantise_blocks(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """[e, M, K] -> fp8 e4m3 with one scale for each block of 128 x 128: [e, M, K], fp32 [e, M / 128, K / 128]."""
-    e, M, K = weights.shape
-    padded = torch.nn.functional.pad(weights.float(), (0, -K % BLOCK, 0, -M % BLOCK))
-    blocks = padded.view(e, -(-M // BLOCK), BLOCK, -(-K // BLOCK), BLOCK)
-    scales = (blocks.abs().amax((2, 4)) / FP8_MAX).clamp(min=1e-12)
-    quantised = (blocks / scales[:, :, None, :, None]).reshape(padded.shape)[:, :M, :K]
-    return quantised.to(FP8), scales
-
-
-def dequantise_rows(x_NK: Tensor, scales_NG: Tensor, group: int) -> Tensor:
-    """fp32 of what `quantise_rows` returned."""
-    return x_NK.float() * scales_NG.repeat_interleave(group, 1)[:, : x_NK.shape[1]]
-
-
-def dequantise_blocks(data: Tensor, scales: Tensor) -> Tensor:
-    """fp32 of what `quantise_blocks` returned."""
-    _, M, K = data.shape
-    return data.float() * scales.repeat_interleave(BLOCK, 1)[:, :M].repeat_interleave(BLOCK, 2)[:, :, :K]
-
-
-def meta(format: str, e: int, M: int, K: int) -> ExpertWeights:
-    """Without storage: to compile for."""
-    if format == "dense":
-        return ExpertWeights(format=format, data=torch.empty(e, M, K, dtype=torch.bfloat16, device="meta"))
-    if format in GROUPS:
-        padded = K + -K % BLOCK
-        return ExpertWeights(
-            format=format,
-            data=torch.empty(e, M, padded // 8, dtype=torch.int32, device="meta"),
-            scales=torch.empty(e, padded // GROUPS[format], M, dtype=SCALES[format], device="meta"),
-            global_scales=torch.empty(e, device="meta"),
-            columns=K,
-        )
-    if format in SCALED:
-        padded = K + -K % BLOCK
-        sizes = (e, M, padded // 2), (e, padded // BLOCK, M, BLOCK // SCALED[format])
-        dtypes = torch.uint8, FP8 if format == "nvfp4_x4" else torch.uint8
-        data, scales = (
-            torch.empty(size, dtype=dtype, device="meta") for size, dtype in zip(sizes, dtypes, strict=True)
-        )
-        return ExpertWeights(format=format, data=data, scales=scales, columns=K)
-    data = torch.empty(e, M, K, dtype=FP8, device="meta")
-    shape = (e, M) if format == "fp8_row" else (e, -(-M // BLOCK), -(-K // BLOCK))
-    return ExpertWeights(format=format, data=data, scales=torch.empty(shape, device="meta"))
-
-
-def meta_rows(format: str, N: int, K: int, tiled_rows: int) -> tuple[Tensor, Tensor | None]:
-    """Rows of x and their scales, without storage."""
-    if format in SCALED:
-        sizes = (N, K // 2 if format == "nvfp4_x4" else K), (N, K // SCALED[format])
-        dtypes = (torch.uint8, FP8) if format == "nvfp4_x4" else (FP8, torch.uint8)
-        x, scales = (torch.empty(size, dtype=dtype, device="meta") for size, dtype in zip(sizes, dtypes, strict=True))
-        return x, scales
-    if not format.startswith("fp8"):
-        return torch.empty(N, K, dtype=torch.bfloat16, device="meta"), None
-    shape = (N,) if format == "fp8_row" else (-(-K // BLOCK), tiled_rows)
-    return torch.empty(N, K, dtype=FP8, device="meta"), torch.empty(shape, device="meta")

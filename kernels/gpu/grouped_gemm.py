@@ -1,10 +1,12 @@
-"""Grouped GEMMs of the experts: `kernels/ops/experts.py` specifies them.
+"""Grouped GEMMs of the experts; `kernels/ops/experts.py` defines them.
 
-Weights are the left operand and tokens the columns of the product, so that one instruction family with one order of summation
-serves one row an expert as well as thousands: only its number of columns changes, and no row's bits with it. Programs stay and
-take one tile after another; how many there are is known to the device alone. Tiles that share weights follow one another.
+Weights are the left operand and tokens the columns of the product, so one instruction family with
+one order of summation serves one row an expert as well as thousands: only the number of columns
+changes, and no row's bits with it. Programs are persistent and take one tile after another; the
+number of tiles is known to the device alone. Tiles that share weights follow one another.
 
-M rows of a weight matrix, K its columns, R routed rows, U rows of x, S slots of the combine layout, e experts.
+M rows of a weight matrix, K its columns, D model width, F expert width, R routed rows, U rows of x,
+N slots of the combine layout, e experts.
 """
 
 from __future__ import annotations
@@ -18,13 +20,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertwire.kernels.gpu import formats
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.device import B200, H200, Device
-from expertwire.kernels.gpu.early import wait_for_previous
+from expertwire.kernels.gpu.block_scaled_mma import multiply_scaled_tile
+from expertwire.kernels.gpu.dependent_launch import wait_for_previous_kernel
+from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.formats import ExpertWeights
-from expertwire.kernels.gpu.product import activate, product
-from expertwire.kernels.gpu.scaled import scaled_product
-from expertwire.kernels.gpu.tiles import GemmTiles, Rows, TileMap, gemm_tiles, locate, token_tile
+from expertwire.kernels.gpu.gemm_tile import activate, multiply_tile
+from expertwire.kernels.gpu.grouped_gemm_tiles import GroupedGemmTileConfig, RoutedRows, locate, tile_config
 from expertwire.kernels.ops.experts import Activation
 
 
@@ -61,7 +62,7 @@ def _tile(
     SCALED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Block `block` of the expert's weight rows times the tokens [row, min(row + TOKENS, end))."""
+    """Compute block `block` of the expert's weight rows times the tokens [row, min(row + TOKENS, end))."""
     GATHER: tl.constexpr = row_index_ptr is not None
     GATED: tl.constexpr = ACTIVATION.startswith("swiglu")
     OUT_ROWS: tl.constexpr = ROWS // 2 if GATED else ROWS
@@ -69,12 +70,12 @@ def _tile(
     exists = token < end
     source = tl.load(row_index_ptr + token, mask=exists, other=0) if GATHER else tl.minimum(token, end - 1)
     if SCALED:
-        acc = scaled_product(
+        acc = multiply_scaled_tile(
             w_desc, w_scale, x, x_scale, source, expert, block, row, exists, M, K,
             FORMAT, NATIVE, GATHER, TOKENS, ROWS, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
-        acc = product(
+        acc = multiply_tile(
             w_desc, w_scale, x, x_stride, x_scale, x_scale_stride, source, expert, block, row, scale_column, exists, M, K,
             FORMAT, GATED, GATHER, TOKENS, ROWS, BLOCK_K, STAGES,
         )  # fmt: skip
@@ -91,7 +92,7 @@ def _tile(
 
 
 @triton.jit
-def _grouped_gemm(
+def grouped_gemm_kernel(
     w_desc,  # [e, M, K], tiles of ROWS x BLOCK_K
     w_scale,  # as `formats.ExpertWeights` has them
     w_global,
@@ -117,7 +118,7 @@ def _grouped_gemm(
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,  # `Activation.kind`, or "" for w2
     TOKENS: tl.constexpr,
-    TAIL: tl.constexpr,  # an expert's last tile has this size if that is enough; 0: never
+    TAIL: tl.constexpr,  # tokens of an expert's last tile if that is enough; 0: never
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -125,7 +126,7 @@ def _grouped_gemm(
     SCALED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    wait_for_previous()
+    wait_for_previous_kernel()
     num_blocks = tl.cdiv(M, ROWS)
     num_items = tl.load(first_tile_ptr + w_desc.shape[0]) * num_blocks
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
@@ -150,7 +151,7 @@ def _grouped_gemm(
 
 def w13(
     x_UD: Tensor,
-    rows: Rows,
+    rows: RoutedRows,
     weights: ExpertWeights,
     activation: Activation,
     device: Device,
@@ -161,10 +162,12 @@ def w13(
     out_dtype: torch.dtype | None = None,
     reserved_sms: int = 0,
 ) -> Tensor:
-    """`experts.w13_reference`: rows gathered, hidden layer [R, F] returned; rows behind the last offset stay undefined.
+    """Compute `experts.w13_reference`: gather rows and return the hidden layer [R, F]; rows after the
+    last offset stay undefined.
 
-    `weights`: rows interleaved if gated. `bias_eF`: gate before up. `x_scales`: fp32, for fp8 rows, which need an `out_dtype`.
-    `x_row_scales`: fp32 [U], by which results are multiplied. `reserved_sms`: multiprocessors left free; no result depends on it.
+    `weights`: rows interleaved if gated. `bias_eF`: gate before up. `x_scales`: fp32, for fp8 rows,
+    which need an `out_dtype`. `x_row_scales`: fp32 [U], by which results are multiplied.
+    `reserved_sms`: multiprocessors left free; no result depends on it.
     """
     M = weights.shape[1]
     width = M // 2 if activation.gated else M
@@ -176,9 +179,9 @@ def w13(
 
 def w2(
     hidden_RF: Tensor,
-    rows: Rows,
+    rows: RoutedRows,
     weights: ExpertWeights,
-    out_SD: Tensor,
+    out_ND: Tensor,
     device: Device,
     *,
     bias_eD: Tensor | None = None,
@@ -186,17 +189,19 @@ def w2(
     x_row_scales: Tensor | None = None,
     reserved_sms: int = 0,
 ) -> Tensor:
-    """`experts.w2_reference`: each row into its slot of `out_SD`, which is returned; the other slots stay as they are."""
+    """Compute `experts.w2_reference`: write each row into its slot of `out_ND` and return that; other
+    slots stay as they are.
+    """
     assert len(hidden_RF) == len(rows.home_R), (hidden_RF.shape, rows.home_R.shape)
-    assert out_SD.shape[1] == weights.shape[1], (out_SD.shape, weights.shape)
+    assert out_ND.shape[1] == weights.shape[1], (out_ND.shape, weights.shape)
     x_scaled = hidden_RF, x_scales, x_row_scales
-    _launch(x_scaled, rows, weights, bias_eD, out_SD, None, device, reserved_sms)
-    return out_SD
+    _launch(x_scaled, rows, weights, bias_eD, out_ND, None, device, reserved_sms)
+    return out_ND
 
 
 def _launch(
     x_scaled: tuple[Tensor, Tensor | None, Tensor | None],
-    rows: Rows,
+    rows: RoutedRows,
     weights: ExpertWeights,
     bias: Tensor | None,
     out: Tensor,
@@ -210,22 +215,22 @@ def _launch(
     if weights.format in formats.SCALED and x.is_cuda and device.arch < 100:
         allowed = [format for format in formats.FORMATS if format not in formats.SCALED]
         raise ValueError(f"format is {weights.format}, for compute capability 10.0; allowed on this GPU are {allowed}")
-    config = gemm_tiles(weights.format, rows.tile_map.token_tile, weights.shape, rows.planned, device)
-    args, constexprs = _arguments(config, x_scaled, rows, weights, bias, out, activation)
+    config = tile_config(weights.format, rows.tile_map.token_tile, weights.shape, rows.planned, device)
+    args, constexprs = arguments(config, x_scaled, rows, weights, bias, out, activation)
     grid = ((device.num_sms - reserved_sms) * config.blocks_per_sm,)
-    _grouped_gemm[grid](**args, **constexprs, **config.options)
+    grouped_gemm_kernel[grid](**args, **constexprs, **config.options)
 
 
-def _arguments(
-    config: GemmTiles,
+def arguments(
+    config: GroupedGemmTileConfig,
     x_scaled: tuple[Tensor, Tensor | None, Tensor | None],
-    rows: Rows,
+    rows: RoutedRows,
     weights: ExpertWeights,
     bias: Tensor | None,
     out: Tensor,
     activation: Activation | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The kernel's arguments and constants."""
+    """Return the kernel's arguments and constants."""
     num_experts, M, K = weights.shape
     x, x_scales, x_row_scales = x_scaled
     assert x_row_scales is None or x_row_scales.shape == (len(x),), (x_row_scales.shape, x.shape)
@@ -278,81 +283,3 @@ def _arguments(
         "NATIVE": config.native,
     }
     return args, constexprs
-
-
-SHAPES = {  # experts on a rank, D, F
-    "qwen3-30b": (128, 2048, 768),
-    "mixtral-8x7b": (8, 4096, 14336),
-    "deepseek-v3-ep8": (32, 7168, 2048),
-    "gpt-oss-120b": (128, 2880, 2880),
-    "kimi-k2-ep8": (48, 7168, 2048),
-}
-
-
-def _case(format: str, shape: str, planned: int, activation: Activation | None) -> Case:
-    num_experts, D, F = SHAPES[shape]
-    M, K = (2 * F if activation.gated else F, D) if activation else (D, F)
-    weights = formats.meta(format, num_experts, M, K)
-    tokens = token_tile(format, planned, num_experts)
-    config = gemm_tiles(format, tokens, (num_experts, M, K), planned, B200 if format in formats.SCALED else H200)
-
-    def meta(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    rows = Rows(
-        row_index_R=meta(planned),
-        home_R=meta(planned),
-        expert_offsets=meta(num_experts + 1),
-        planned=planned,
-        tile_map=TileMap(meta(num_experts + 1), meta(planned), tokens),
-    )
-    x, x_scales = formats.meta_rows(format, planned, K, rows.tile_map.rows)
-    out = meta(planned, F if activation else D, dtype=torch.bfloat16)
-    bias = meta(num_experts, M, dtype=torch.bfloat16) if shape.startswith("gpt-oss") else None
-    row_scales = torch.empty(planned, device="meta") if format == "nvfp4_x4" else None
-    args, constexprs = _arguments(config, (x, x_scales, row_scales), rows, weights, bias, out, activation)
-    which = f"w13 {activation.kind}" if activation else "w2"
-    expect = {90: "QGMMA" if format.startswith("fp8") else "HGMMA", 100: "UTC"}
-    name = f"grouped_gemm.{which} {format} {shape} {tokens}x{config.rows}"
-    if format in formats.SCALED:
-        expect = {100: "UTCOMMA" if format == "nvfp4_x4" else "UTCQMMA"}
-    return Case(
-        name=name,
-        kernel=_grouped_gemm,
-        args=args,
-        constexprs=constexprs,
-        expect=expect,
-        options=config.options,
-        blocks_per_sm=config.blocks_per_sm,
-        store_bytes=16 if config.rows == 128 else 8,
-        narrow_copies=format == "fp8_block" or format in formats.SCALED,
-    )
-
-
-def cases() -> list[Case]:
-    """Formats where they are used, with every tile of each."""
-    swiglu, clamped, relu2 = Activation(), Activation("swiglu_clamped"), Activation("relu2")
-    found = []
-    for format, shape, activation in (
-        ("dense", "qwen3-30b", swiglu),
-        ("fp8_block", "deepseek-v3-ep8", swiglu),
-        ("fp8_row", "mixtral-8x7b", swiglu),
-        ("int4", "kimi-k2-ep8", swiglu),
-        ("mxfp4", "gpt-oss-120b", clamped),
-        ("nvfp4", "qwen3-30b", swiglu),
-    ):
-        num_experts = SHAPES[shape][0]
-        for mean in (1 / 32, 8, 16, 32, 256, 1024)[: 6 if format == "dense" else 5]:
-            planned = max(1, int(mean * num_experts))
-            found.append(_case(format, shape, planned, activation))
-            found.append(_case(format, shape, planned, None))
-    for format, shape, activation in (
-        ("mxfp4_x8", "gpt-oss-120b", clamped),
-        ("nvfp4_x4", "deepseek-v3-ep8", swiglu),
-    ):
-        for planned in (mean * SHAPES[shape][0] for mean in (1, 16, 32, 256)):
-            found.append(_case(format, shape, planned, activation))
-            found.append(_case(format, shape, planned, None))
-    found += [_case("dense", "gpt-oss-120b", planned, clamped) for planned in (128, 16384)]
-    found += [_case("dense", "deepseek-v3-ep8", planned, relu2) for planned in (32, 4096)]
-    return list({case.name: case for case in found}.values())

@@ -1,9 +1,10 @@
 """A linear layer for each head in one launch: `kernels.ops.heads` in Triton.
 
-A program multiplies a tile of one head's weight rows by a tile of tokens. As in `linear`, the weights are the left operand and an
-output is one sum over blocks of `block_k` inputs in ascending order, so that a token's bits depend on that token alone: `rows`,
-`tokens`, warps and stages follow the number of tokens, `block_k` follows the dtype. Tokens and heads may lie apart on both sides:
-nothing is copied before or behind.
+A program multiplies a tile of one head's weight rows by a tile of tokens. As in `linear`, the
+weights are the left operand and an output is one sum over blocks of `block_k` inputs in ascending
+order, so a token's bits depend on that token alone: `rows`, `tokens`, warps and stages follow the
+number of tokens, `block_k` follows the dtype. Tokens and heads may be strided on both sides, so
+nothing is copied before or after.
 
 T tokens, H heads, K inputs, N outputs.
 """
@@ -17,13 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.device import B200, H200, Device
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
+from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops.heads import PerHead
 
-# As in `linear`: ptxas for Blackwell otherwise spills a register or two where hundreds are left.
-_OPTIONS = {"maxnreg": 255, **EARLY}
+# As in `linear`: without it, ptxas for Blackwell spills a register or two where hundreds are left.
+OPTIONS = {"maxnreg": 255, **PDL}
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -44,7 +44,7 @@ def per_head_kernel(
     EVEN: tl.constexpr,
 ):
     """Grid (tiles of N, H, tiles of T): x [T, H, K], w [H, N, K], y [T, H, N]. EVEN: K is a multiple of BLOCK_K."""
-    wait_for_previous()
+    wait_for_previous_kernel()
     head = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -68,8 +68,8 @@ def per_head_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How the products are cut. Only `block_k` makes the bits."""
+class PerHeadTileConfig:
+    """Tile sizes and launch options. Only `block_k` affects the bits."""
 
     block_k: int
     rows: int
@@ -78,18 +78,18 @@ class Tiles:
     num_stages: int
 
 
-def tiles(num_tokens: int, dtype: torch.dtype) -> Tiles:
-    """For so many tokens of this dtype."""
+def tile_config(num_tokens: int, dtype: torch.dtype) -> PerHeadTileConfig:
+    """Return the configuration for so many tokens of this dtype."""
     if dtype == torch.float32:
-        return Tiles(block_k=16, rows=64, tokens=16 if num_tokens <= 16 else 64, num_warps=4, num_stages=3)
+        return PerHeadTileConfig(block_k=16, rows=64, tokens=16 if num_tokens <= 16 else 64, num_warps=4, num_stages=3)
     if num_tokens <= 64:
         tokens = max(16, triton.next_power_of_2(num_tokens))
-        return Tiles(block_k=64, rows=64, tokens=tokens, num_warps=4, num_stages=4)
-    return Tiles(block_k=64, rows=128, tokens=128, num_warps=8, num_stages=3)
+        return PerHeadTileConfig(block_k=64, rows=64, tokens=tokens, num_warps=4, num_stages=4)
+    return PerHeadTileConfig(block_k=64, rows=128, tokens=128, num_warps=8, num_stages=3)
 
 
 def prepare(w_HNK: Tensor, *, device: Device) -> PerHead:
-    """`kernels.ops.heads.prepare` for bf16, fp16 or fp32.
+    """Return `kernels.ops.heads.prepare`'s callable for bf16, fp16 or fp32.
 
     Raises:
         ValueError: fp32 on Blackwell.
@@ -108,50 +108,17 @@ def prepare(w_HNK: Tensor, *, device: Device) -> PerHead:
         assert x_THK.stride(2) == y_THN.stride(2) == 1, f"strides {x_THK.stride()} and {y_THN.stride()}"
         assert x_THK.dtype == y_THN.dtype == dtype, f"{x_THK.dtype} by {dtype} into {y_THN.dtype}"
         if num_tokens:
-            _launch(x_THK, w_HNK, y_THN, tiles(num_tokens, dtype))
+            _launch(x_THK, w_HNK, y_THN, tile_config(num_tokens, dtype))
         return y_THN
 
     return apply
 
 
-def _launch(x_THK: Tensor, w_HNK: Tensor, y_THN: Tensor, tiling: Tiles) -> None:
+def _launch(x_THK: Tensor, w_HNK: Tensor, y_THN: Tensor, config: PerHeadTileConfig) -> None:
     num_heads, num_outputs, num_inputs = w_HNK.shape
-    grid = triton.cdiv(num_outputs, tiling.rows), num_heads, triton.cdiv(len(x_THK), tiling.tokens)
+    grid = triton.cdiv(num_outputs, config.rows), num_heads, triton.cdiv(len(x_THK), config.tokens)
     per_head_kernel[grid](
         x_THK, w_HNK, y_THN, len(x_THK), num_outputs, num_inputs, *x_THK.stride()[:2], *y_THN.stride()[:2],
-        ROWS=tiling.rows, TOKENS=tiling.tokens, BLOCK_K=tiling.block_k, EVEN=num_inputs % tiling.block_k == 0,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **_OPTIONS,
+        ROWS=config.rows, TOKENS=config.tokens, BLOCK_K=config.block_k, EVEN=num_inputs % config.block_k == 0,
+        num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
-
-
-def _case(name: str, shape: tuple[int, int, int], strides: tuple[int, int], num_tokens: int, device: Device) -> Case:
-    num_heads, num_outputs, num_inputs = shape
-    tiling = tiles(num_tokens, torch.bfloat16)
-    x_stride, y_stride = strides
-    return Case(
-        name=f"heads {name} T{num_tokens} sm_{device.arch}",
-        kernel=per_head_kernel,
-        args={
-            **dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), torch.bfloat16),
-            **{"num_tokens": num_tokens, "num_outputs": num_outputs, "num_inputs": num_inputs},
-            **{"x_stride_token": num_heads * x_stride, "x_stride_head": x_stride},
-            **{"y_stride_token": num_heads * y_stride, "y_stride_head": y_stride},
-        },
-        constexprs={"ROWS": tiling.rows, "TOKENS": tiling.tokens, "BLOCK_K": tiling.block_k, "EVEN": True},
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        blocks_per_sm=2 if tiling.num_warps == 4 else 1,
-        expect={device.arch: {90: "HGMMA", 100: "UTC"}[device.arch]},
-        options=_OPTIONS,
-    )
-
-
-def cases() -> list[Case]:
-    """The two products of DeepSeek-V3: to the latent space, out of and into parts of longer rows, and back."""
-    shapes = {"absorb": ((128, 512, 128), (192, 576)), "value": ((128, 128, 512), (512, 128))}
-    return [
-        _case(f"deepseek-v3 {name}", shape, strides, num_tokens, device)
-        for name, (shape, strides) in shapes.items()
-        for num_tokens in (1, 32, 64, 2048)
-        for device in (H200, B200)
-    ]

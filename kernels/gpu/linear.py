@@ -1,20 +1,23 @@
-"""Dense linear layer whose rows do not depend on each other's number: `kernels.ops.linear` in Triton.
+"""Dense linear layer whose rows do not depend on how many there are: `kernels.ops.linear` in Triton.
 
-The product is `w @ x^T` for one token as for thousands: weights are the left operand, so that few tokens still meet
-wide matrix instructions, and an output is the sum over blocks of `block_k` inputs in ascending order. Where the weight
-has too few rows to occupy the device, K is cut into `splits` parts, by the weight's shape alone, whose sums are added
-in order. For few tokens the parts are computed side by side and the last to finish adds them up; for many, one program
+The product is `w @ x^T` for one token as for thousands. Weights are the left operand, so that few
+tokens still meet wide matrix instructions, and an output is the sum over blocks of `block_k` inputs
+in ascending order. Where the weight has too few rows to occupy the device, K is cut into `splits`
+(split-K), by the weight's shape alone, whose sums are added in order. For few tokens the splits are
+computed by several programs and the last to finish adds them up; for many tokens one program
 computes them one after another: the same additions.
 
-An fp32 weight that meets bf16 activations is cut into three bf16 terms, side by side in D: every product is exact, as
-in fp32. (Triton's fp32 product on Blackwell is TF32, whatever precision is asked for.)
+An fp32 weight that meets bf16 activations is cut into three bf16 terms, side by side in K: every
+product is exact, as in fp32. (Triton's fp32 product on Blackwell is TF32, whatever precision is
+requested.)
 
-An FP8 weight is read as it is stored and becomes bf16 in registers: `value * scale` in fp32, rounded once, which are the
-bits of the unpacked weight (`formats.dequantize`), multiplied in the same order. So results are those of the unpacked
-weight, for half the bytes: decode is bound by them. Activations stay bf16: rounding them to FP8, too, would give other
-results than the CPU's.
+An fp8 weight is read as it is stored and becomes bf16 in registers: `value * scale` in fp32,
+rounded once, which gives the bits of the unpacked weight (`formats.dequantize`), multiplied in the
+same order. So results are those of the unpacked weight for half the bytes, which bound decode.
+Activations stay bf16: rounding them to fp8 too would give other results than the CPU's.
 
-T tokens, D input width, N output width, S rows of blocks with a scale each.
+T tokens, D input width, N output width; [scale_rows, D / 128] scales, one for each block of 128 x
+128.
 """
 
 from __future__ import annotations
@@ -26,17 +29,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.formats import BLOCK, FP8, GPU_LINEAR_FORMATS, Quantized, Weight, block_rows
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.device import B200, H200, Device
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.formats import BLOCK, GPU_LINEAR_FORMATS, Quantized, Weight, block_rows
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
+from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops.linear import Linear, unpacked
 
 _SIDE_BY_SIDE = 128  # tokens
-# ptxas for Blackwell otherwise spills a register or two where hundreds are left.
-_OPTIONS = {"maxnreg": 255, **EARLY}
+# Without it, ptxas for Blackwell spills a register or two where hundreds are left.
+OPTIONS = {"maxnreg": 255, **PDL}
 SCALE_BLOCK = tl.constexpr(BLOCK)
-_GROUP = tl.constexpr(8)  # tiles of weight rows that are taken together, for the second-level cache
+_GROUP = tl.constexpr(8)  # tiles of weight rows taken together, for the L2 cache
 
 
 @triton.jit
@@ -59,7 +61,10 @@ def _product(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """fp32 [rows, tokens] over the inputs from `start` to `end`, of `depth` a weight row; x has `width`, and again."""
+    """Return fp32 [rows, tokens], summed over the inputs from `start` to `end`, of `depth` per weight row.
+
+    x has `width` columns, repeated for each term.
+    """
     total = tl.zeros([n.shape[0], t.shape[0]], tl.float32)
     k = tl.arange(0, BLOCK_K)
     w_rows = w_ptr + n.to(tl.int64)[:, None] * depth
@@ -104,7 +109,7 @@ def linear_kernel(
     scale_row_ptr,
     bias_ptr,
     y_ptr,
-    parts_ptr,
+    partials_ptr,
     counters_ptr,
     num_tokens,
     num_rows,
@@ -123,9 +128,13 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """w [N, TERMS * D], x [T, D], y [T, N]; scales fp32 [N] ("fp8_row") or [S, D / 128] ("fp8_block"), where weight row n
-    has those of row `scale_row[n]`, i32 [N]; parts fp32, a tile a (tile, split); counters i32, one a tile: zeros, also behind."""
-    wait_for_previous()
+    """Multiply w [N, TERMS * D] by x [T, D] into y [T, N].
+
+    Scales are fp32 [N] ("fp8_row") or [scale rows, D / 128] ("fp8_block"), where weight row n has
+    those of row `scale_row[n]`, i32 [N]. partials: fp32, a tile per (tile, split). counters: i32,
+    one per tile, zeros before and after.
+    """
+    wait_for_previous_kernel()
     depth = TERMS * width
     row_tiles, token_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
     num_items = row_tiles * token_tiles * (num_splits if SIDE_BY_SIDE else 1)
@@ -145,15 +154,15 @@ def linear_kernel(
         complete = True
         if SIDE_BY_SIDE:
             at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-            tl.store(parts_ptr + item * (ROWS * TOKENS) + at, total)
+            tl.store(partials_ptr + item * (ROWS * TOKENS) + at, total)
             tl.debug_barrier()
             complete = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == num_splits - 1
             if complete:
                 tl.store(counters_ptr + tile, 0)
-                parts = parts_ptr + tile * num_splits * (ROWS * TOKENS) + at
-                total = tl.load(parts, cache_modifier=".cg")
+                partials = partials_ptr + tile * num_splits * (ROWS * TOKENS) + at
+                total = tl.load(partials, cache_modifier=".cg")
                 for split in range(1, num_splits):
-                    total += tl.load(parts + split * (ROWS * TOKENS), cache_modifier=".cg")
+                    total += tl.load(partials + split * (ROWS * TOKENS), cache_modifier=".cg")
         elif SPLIT:
             for split in range(1, num_splits):
                 end = tl.minimum(depth, (split + 1) * split_k)
@@ -166,8 +175,10 @@ def linear_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How a product is cut. `block_k`, `splits` and `split_k` depend on the weight only: they make the bits."""
+class LinearTileConfig:
+    """Tile sizes and launch options. `block_k`, `splits` and `split_k` make the bits: they depend on
+    the weight only.
+    """
 
     block_k: int
     splits: int
@@ -180,12 +191,12 @@ class Tiles:
     blocks_per_sm: int
 
 
-def tiles(num_tokens: int, num_rows: int, depth: int, dtype: torch.dtype, device: Device) -> Tiles:
-    """For weights [num_rows, depth] that meet activations of this dtype."""
+def tile_config(num_tokens: int, num_rows: int, depth: int, dtype: torch.dtype, device: Device) -> LinearTileConfig:
+    """Return the configuration for weights [num_rows, depth] that meet activations of this dtype."""
     block_k = 16 if dtype == torch.float32 else 64
     blocks = triton.cdiv(depth, block_k)
     row_tiles = triton.cdiv(num_rows, 64)
-    # Side by side they are to occupy some 128 multiprocessors, with four blocks or more each.
+    # Splits computed side by side should occupy some 128 multiprocessors, with four blocks or more each.
     splits = 1
     while row_tiles * splits < 96 and splits < 32 and 8 * splits <= blocks:
         splits *= 2
@@ -193,7 +204,7 @@ def tiles(num_tokens: int, num_rows: int, depth: int, dtype: torch.dtype, device
     splits = triton.cdiv(depth, split_k)
     side_by_side = splits > 1 and num_tokens <= _SIDE_BY_SIDE
     rows, tokens, num_warps, num_stages, blocks_per_sm = _tile(num_tokens, row_tiles, splits, dtype, device)
-    return Tiles(
+    return LinearTileConfig(
         block_k=block_k,
         splits=splits,
         split_k=split_k,
@@ -209,7 +220,7 @@ def tiles(num_tokens: int, num_rows: int, depth: int, dtype: torch.dtype, device
 def _tile(
     num_tokens: int, row_tiles: int, splits: int, dtype: torch.dtype, device: Device
 ) -> tuple[int, int, int, int, int]:
-    """Rows, tokens, warps, stages, blocks an SM."""
+    """Return rows, tokens, warps, stages and blocks an SM."""
     if dtype == torch.float32:
         return 64, (16 if num_tokens <= 16 else 64), 4, 3, 2
     if num_tokens <= 16:
@@ -236,12 +247,12 @@ def prepare(
     x_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Linear:
-    """A callable x [T, D] -> y [T, N] for this weight, bf16, fp16 or fp32, and x in `x_dtype`: the weight's, or bf16 for fp32.
+    """Return a callable x [T, D] -> y [T, N] for this weight, bf16, fp16 or fp32, and x in `x_dtype`.
 
-    The weight is brought to `dtype` first; a quantised one needs it, and is kept as it is stored if its format is one of
-    `formats.GPU_LINEAR_FORMATS`: the results are the same.
-
-    y is in `out_dtype`, or else in x's dtype. Calls must follow each other on one stream: they share the counters.
+    That is the weight's dtype, or bf16 for fp32. The weight is converted to `dtype` first. A
+    quantised one needs `dtype`, and is kept as it is stored if its format is one of
+    `formats.GPU_LINEAR_FORMATS`: the results are the same. y is in `out_dtype`, by default x's
+    dtype. Calls must follow each other on one stream, since they share the counters.
 
     Raises:
         ValueError: fp32 activations on Blackwell.
@@ -277,7 +288,7 @@ class Matrix:
 
     format    | data               | scales                | scale_row_N
     dense     | [N, TERMS * D]     |                       |
-    fp8_block | e4m3 [N, D]        | fp32 [S, ceil(D/128)] | i32: the row of `scales` that a weight row has
+    fp8_block | e4m3 [N, D]        | fp32 [-, ceil(D/128)] | i32: the row of `scales` that a weight row has
     fp8_row   | e4m3 [N, D]        | fp32 [N]              |
     """
 
@@ -304,12 +315,12 @@ class Matrix:
         """Return a weight in one of `GPU_LINEAR_FORMATS` as it is stored."""
         scale_row_N = None
         if weight.format == "fp8_block":
-            scale_row_N = block_rows(weight.parts).to(torch.int32).to(weight.device)
+            scale_row_N = block_rows(weight.partials).to(torch.int32).to(weight.device)
         return cls(format=weight.format, data=weight.data, scales=weight.scales, scale_row_N=scale_row_N)
 
 
 def three_terms(w_ND: Tensor) -> list[Tensor]:
-    """Three bf16 tensors whose sum is an fp32 one, exactly where its numbers are not tiny (below 2^-110)."""
+    """Return three bf16 tensors whose sum is an fp32 one, exactly where its numbers are not tiny (below 2^-110)."""
     terms, rest = [], w_ND
     for _ in range(3):
         terms.append(rest.to(torch.bfloat16))
@@ -321,13 +332,13 @@ def _launch(
     x_TD: Tensor, weight: Matrix, bias_N: Tensor | None, y_TN: Tensor, counters: Tensor, device: Device
 ) -> None:
     (num_tokens, width), (num_rows, depth) = x_TD.shape, weight.data.shape
-    plan = tiles(num_tokens, num_rows, depth, x_TD.dtype, device)
-    num_items = triton.cdiv(num_rows, plan.rows) * triton.cdiv(num_tokens, plan.tokens)
-    parts = y_TN
-    if plan.side_by_side:
-        num_items *= plan.splits
-        parts = y_TN.new_empty(num_items * plan.rows * plan.tokens, dtype=torch.float32)
-    num_programs = min(num_items, plan.blocks_per_sm * device.num_sms)
+    config = tile_config(num_tokens, num_rows, depth, x_TD.dtype, device)
+    num_items = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_tokens, config.tokens)
+    partials = y_TN
+    if config.side_by_side:
+        num_items *= config.splits
+        partials = y_TN.new_empty(num_items * config.rows * config.tokens, dtype=torch.float32)
+    num_programs = min(num_items, config.blocks_per_sm * device.num_sms)
     linear_kernel[(num_programs,)](
         x_TD,
         weight.data,
@@ -335,101 +346,35 @@ def _launch(
         weight.scale_row_N,
         y_TN if bias_N is None else bias_N,
         y_TN,
-        parts,
+        partials,
         counters,
         num_tokens,
         num_rows,
         width,
         x_TD.stride(0),
-        plan.splits,
-        plan.split_k,
+        config.splits,
+        config.split_k,
         num_programs,
-        **_constexprs(plan, weight.format, width, depth // width, bias_N is not None),
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-        **_OPTIONS,
+        **constexprs(config, weight.format, width, depth // width, bias_N is not None),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **OPTIONS,
     )
 
 
-def _constexprs(plan: Tiles, format: str, width: int, terms: int, has_bias: bool) -> dict[str, int | bool | str]:
-    even = width % plan.block_k == 0
-    assert even or terms == 1, f"{width} inputs in {terms} terms are no multiple of {plan.block_k}"
+def constexprs(
+    config: LinearTileConfig, format: str, width: int, terms: int, has_bias: bool
+) -> dict[str, int | bool | str]:
+    even = width % config.block_k == 0
+    assert even or terms == 1, f"{width} inputs in {terms} terms are no multiple of {config.block_k}"
     return {
         "HAS_BIAS": has_bias,
-        "SPLIT": plan.splits > 1,
-        "SIDE_BY_SIDE": plan.side_by_side,
+        "SPLIT": config.splits > 1,
+        "SIDE_BY_SIDE": config.side_by_side,
         "FORMAT": format,
         "TERMS": terms,
-        "ROWS": plan.rows,
-        "TOKENS": plan.tokens,
-        "BLOCK_K": plan.block_k,
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "BLOCK_K": config.block_k,
         "EVEN": even,
     }
-
-
-def cases() -> list[Case]:
-    bf16, fp32 = torch.bfloat16, torch.float32
-    shapes = {  # format, output, input, terms, dtype of the result, bias, tokens
-        "qwen3-30b qkv": ("dense", 5120, 2048, 1, bf16, False, (1, 32, 128)),
-        "qwen3-30b o": ("dense", 2048, 4096, 1, bf16, False, (1, 64, 8192)),
-        "qwen3-30b router": ("dense", 128, 2048, 1, fp32, False, (1, 8192)),
-        "qwen3-30b lm_head": ("dense", 151936, 2048, 1, fp32, False, (1, 32, 64, 128, 256)),
-        "gpt-oss-120b router": ("dense", 128, 2880, 1, bf16, True, (16, 4096)),
-        "deepseek-v3 router": ("dense", 256, 7168, 3, fp32, False, (1, 8192)),
-        "deepseek-v3 o": ("dense", 7168, 16384, 1, bf16, False, (1, 4096)),
-        "qwen3-30b qkv fp8": ("fp8_block", 5120, 2048, 1, bf16, False, (1, 64, 8192)),
-        "deepseek-v3 q_a": ("fp8_block", 1536, 7168, 1, bf16, False, (1, 32, 8192)),
-        "deepseek-v3 kv_a": ("fp8_block", 576, 7168, 1, bf16, False, (1, 128, 8192)),
-        "deepseek-v3 shared gate_up": ("fp8_block", 4096, 7168, 1, bf16, False, (1, 256)),
-        "deepseek-v3 o fp8": ("fp8_block", 7168, 16384, 1, bf16, False, (1, 128, 4096)),
-        "kimi-k2 q": ("fp8_block", 12288, 1536, 1, bf16, False, (1, 4096)),
-        "mistral qkv": ("fp8_row", 6144, 4096, 1, bf16, False, (1, 64, 4096)),
-    }
-    return [
-        _case(f"{name} T{num_tokens}", num_tokens, *shape, device)
-        for name, (*shape, counts) in shapes.items()
-        for num_tokens in counts
-        for device in (H200, B200)
-    ]
-
-
-def _case(
-    name: str,
-    num_tokens: int,
-    format: str,
-    num_rows: int,
-    width: int,
-    terms: int,
-    out: torch.dtype,
-    bias: bool,
-    device: Device,
-) -> Case:
-    bf16, fp32 = torch.bfloat16, torch.float32
-    plan = tiles(num_tokens, num_rows, terms * width, bf16, device)
-    return Case(
-        name=f"linear {name}{'' if format == 'dense' else f' {format}'} sm_{device.arch}",
-        kernel=linear_kernel,
-        args={
-            "x_ptr": bf16,
-            "w_ptr": bf16 if format == "dense" else FP8,
-            "scale_ptr": None if format == "dense" else fp32,
-            "scale_row_ptr": torch.int32 if format == "fp8_block" else None,
-            **{"bias_ptr": bf16, "y_ptr": out, "parts_ptr": fp32},
-            "counters_ptr": torch.int32,
-            "num_tokens": num_tokens,
-            "num_rows": num_rows,
-            "width": width,
-            "stride_t": width,
-            "num_splits": plan.splits,
-            "split_k": plan.split_k,
-            "num_programs": plan.blocks_per_sm * device.num_sms,
-        },
-        constexprs=_constexprs(plan, format, width, terms, bias),
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-        blocks_per_sm=plan.blocks_per_sm,
-        # Hopper's matrix instruction takes the left operand from registers, where FP8 comes by 8 bytes; scales by 4.
-        narrow_copies=format != "dense",
-        expect={device.arch: {90: "HGMMA", 100: "UTC"}[device.arch]},
-        options=_OPTIONS,
-    )

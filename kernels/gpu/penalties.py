@@ -1,11 +1,9 @@
-"""What changes logits before a token is drawn, for all rows that ask for it at once: `kernels.ops.sampling.penalize`
-in Triton, then
-numbers to add, which are a request's biases, and -inf where a token is banned.
+"""Penalties, logit biases and bans, for all rows that have any: `kernels.ops.sampling.penalize` in Triton.
 
-A row's tokens are counted in a workspace by integer atomics, whose order does not matter; then the counts are applied. Products
-and sums round one by one, as the reference's do.
+A row's tokens are counted in a workspace by integer atomics, whose order does not matter; then the
+counts are applied. Products and sums round one by one, as the reference's do.
 
-O sampled rows, V vocabulary, A rows with penalties, S slots, L tokens of a slot, N numbers to add.
+O sampled rows, V vocabulary, A rows with penalties.
 """
 
 from __future__ import annotations
@@ -17,19 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-
-MAX_ROWS = 64  # at once: a count is as large as a logit
-_CHUNK = 2048
-_PROMPT = tl.constexpr(1 << 30)  # added to the count of a token that the prompt has
-_EXACT = {"enable_fp_fusion": False}
+MAX_ROWS = 64  # at once, since a count is as large as a logit
+CHUNK_TOKENS = 2048
+_PROMPT = tl.constexpr(1 << 30)  # added to the count of a token of the prompt
+EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit(do_not_specialize=["tokens_stride"])
 def count_kernel(
     tokens_ptr, slot_ptr, prompt_len_ptr, known_ptr, counts_ptr, tokens_stride, vocab, CHUNK: tl.constexpr
 ):
-    """Grid (A, chunks of tokens): the counts of the output's tokens, and whether the prompt has one, i32 [A, V], zeros before."""
+    """Grid (A, chunks of tokens): count the output's tokens and mark the prompt's, i32 [A, V], zeros before."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     slot, prompt_len = tl.load(slot_ptr + row).to(tl.int64), tl.load(prompt_len_ptr + row)
@@ -44,7 +40,7 @@ def count_kernel(
 def penalize_kernel(
     logits_ptr, row_ptr, counts_ptr, repetition_ptr, presence_ptr, frequency_ptr, vocab, CHUNK: tl.constexpr
 ):
-    """Grid (A, chunks of the vocabulary): in place."""
+    """Grid (A, chunks of the vocabulary): apply the penalties in place."""
     a = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     exists = token < vocab
@@ -75,75 +71,46 @@ def penalize(
     prompt_len_A: Tensor,
     known_A: Tensor,
     parameters: Sequence[Tensor],
-    tokens_SL: Tensor,
+    token_table: Tensor,
     max_known: int,
 ) -> None:
-    """`kernels.ops.sampling.penalize` of some rows, in place.
+    """Apply `kernels.ops.sampling.penalize` to some rows, in place.
 
-    logits fp32, contiguous; rows, slots, lengths of prompts and numbers of known tokens i32 [A]; `parameters`: repetition,
-    presence and frequency fp32 [A], repetition 1 and the others 0 where there is none; tokens i32, of which no row
-    knows more than `max_known`.
+    logits fp32, contiguous; rows, slots, lengths of prompts and numbers of known tokens i32 [A];
+    `parameters`: repetition, presence and frequency fp32 [A], with repetition 1 and the others 0
+    where there is none; `token_table` i32 [slots, tokens], of which no row knows more than
+    `max_known`.
     """
     assert logits_OV.is_contiguous(), f"strides {logits_OV.stride()} of shape {tuple(logits_OV.shape)}"
     assert logits_OV.dtype == torch.float32, logits_OV.dtype
-    vocab, shape = logits_OV.shape[1], {"CHUNK": _CHUNK, "num_warps": 8}
+    vocab, shape = logits_OV.shape[1], {"CHUNK": CHUNK_TOKENS, "num_warps": 8}
     for start in range(0, len(row_A), MAX_ROWS):
         row, slot, prompt_len, known, *rest = (
             x_A[start : start + MAX_ROWS] for x_A in (row_A, slot_A, prompt_len_A, known_A, *parameters)
         )
         counts = torch.zeros(len(row), vocab, dtype=torch.int32, device=logits_OV.device)
-        count_kernel[len(row), triton.cdiv(max_known, _CHUNK)](
-            tokens_SL, slot, prompt_len, known, counts, tokens_SL.stride(0), vocab, **shape
+        count_kernel[len(row), triton.cdiv(max_known, CHUNK_TOKENS)](
+            token_table, slot, prompt_len, known, counts, token_table.stride(0), vocab, **shape
         )
-        penalize_kernel[len(row), triton.cdiv(vocab, _CHUNK)](logits_OV, row, counts, *rest, vocab, **shape, **_EXACT)
+        penalize_kernel[len(row), triton.cdiv(vocab, CHUNK_TOKENS)](
+            logits_OV, row, counts, *rest, vocab, **shape, **EXACT
+        )
 
 
-def add(logits_OV: Tensor, row_N: Tensor, token_N: Tensor, value_N: Tensor) -> None:
-    """Add numbers fp32 [N] to the logits of these rows and tokens, i32 [N]; each is named once, or always with -inf."""
-    if len(row_N):
-        grid = (triton.cdiv(len(row_N), _CHUNK),)
-        add_kernel[grid](logits_OV, row_N, token_N, value_N, len(row_N), logits_OV.shape[1], CHUNK=_CHUNK, num_warps=8)
+def add(logits_OV: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
+    """Add values fp32 to the logits of these rows and tokens, i32, as many as values.
+
+    A logit may appear once, or several times with -inf.
+    """
+    if len(rows):
+        grid = (triton.cdiv(len(rows), CHUNK_TOKENS),)
+        add_kernel[grid](
+            logits_OV, rows, tokens, values, len(rows), logits_OV.shape[1], CHUNK=CHUNK_TOKENS, num_warps=8
+        )
 
 
-def warm_up(logits_OV: Tensor, tokens_SL: Tensor) -> None:
-    """Compile; no logit is changed."""
+def warm_up(logits_OV: Tensor, token_table: Tensor) -> None:
+    """Compile the kernels; no logit is changed."""
     ids, none = torch.zeros(1, dtype=torch.int32, device=logits_OV.device), logits_OV.new_zeros(1)
-    penalize(logits_OV, ids, ids, ids, ids, (none + 1, none, none), tokens_SL, 1)
+    penalize(logits_OV, ids, ids, ids, ids, (none + 1, none, none), token_table, 1)
     add(logits_OV, ids, ids, none)
-
-
-def cases() -> list[Case]:
-    i32, fp32, vocab = torch.int32, torch.float32, 151936
-    ids = dict.fromkeys(("tokens_ptr", "slot_ptr", "prompt_len_ptr", "known_ptr", "counts_ptr"), i32)
-    parameters = dict.fromkeys(("repetition_ptr", "presence_ptr", "frequency_ptr"), fp32)
-    common = {"constexprs": {"CHUNK": _CHUNK}, "num_warps": 8, "expect": {90: "", 100: ""}}
-    return [
-        Case(
-            name="penalties.count",
-            kernel=count_kernel,
-            args={**ids, "tokens_stride": 32769, "vocab": vocab},
-            wide=False,
-            **common,
-        ),
-        Case(
-            name="penalties.penalize",
-            kernel=penalize_kernel,
-            args={"logits_ptr": fp32, "row_ptr": i32, "counts_ptr": i32, **parameters, "vocab": vocab},
-            options=_EXACT,
-            **common,
-        ),
-        Case(
-            name="penalties.add",
-            kernel=add_kernel,
-            args={
-                "logits_ptr": fp32,
-                "row_ptr": i32,
-                "token_ptr": i32,
-                "value_ptr": fp32,
-                "count": 300,
-                "vocab": vocab,
-            },
-            wide=False,
-            **common,
-        ),
-    ]

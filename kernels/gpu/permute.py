@@ -1,11 +1,12 @@
 """Order of the routed rows, and their tiles: `kernels.ops.permute` in Triton, a counting sort without atomics.
 
-A program a (expert, chunk of ids) finds how many ids each expert has, which says where its own begin, counts off its expert's
-ids in its chunk, and writes their places. Up to `_ONE_LAUNCH` ids a program reads all of them itself; above, a first launch
-counts the ids of each expert in each chunk. One more "expert" stands behind the last: before it are all routed rows, and its own
-are the places that no row takes.
+A program per (expert, chunk of ids) finds how many ids each expert has, hence where its own begin,
+ranks its expert's ids in its chunk, and writes their places. Up to `_ONE_LAUNCH` ids a program
+reads all of them itself; above, a first launch counts the ids of each expert in each chunk. One
+more "expert" follows the last: all routed rows come before it, and its own places are those that no
+row takes.
 
-N = T * K ids, e local experts, C chunks.
+N = T * K ids, e local experts.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.gpu.tiles import token_tile
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
+from expertwire.kernels.gpu.grouped_gemm_tiles import token_tile
 from expertwire.kernels.ops.permute import Permuted, TileMap, max_tiles
 
 _ONE_LAUNCH = 8192  # ids
 _STORED = tl.constexpr(128)  # tiles at a time
-# ptxas for Blackwell otherwise spills a register or two where hundreds are left.
-_OPTIONS = {"maxnreg": 255, **EARLY}
+# Without it, ptxas for Blackwell spills a register or two where hundreds are left.
+OPTIONS = {"maxnreg": 255, **PDL}
 
 
 @triton.jit
 def _num_valid(valid_ptr, num_ids, K: tl.constexpr):
-    """How many ids belong to tokens that count."""
+    """Return the number of ids of valid tokens."""
     if valid_ptr is not None:
         num_ids = tl.minimum(num_ids, tl.load(valid_ptr) * K)
     return num_ids
@@ -36,7 +36,7 @@ def _num_valid(valid_ptr, num_ids, K: tl.constexpr):
 
 @triton.jit
 def _histogram(ids_ptr, n, end, num_experts, EXPERTS: tl.constexpr):
-    """How many of the ids `n` before `end` are each expert's: i32 [EXPERTS]."""
+    """Return how many of the ids `n` before `end` each expert has: i32 [EXPERTS]."""
     ids = tl.load(ids_ptr + n, mask=n < end, other=-1).to(tl.int32)
     here = (ids >= 0) & (ids < num_experts)
     return tl.histogram(tl.where(here, ids, 0), EXPERTS, mask=here)
@@ -46,8 +46,8 @@ def _histogram(ids_ptr, n, end, num_experts, EXPERTS: tl.constexpr):
 def count_kernel(
     ids_ptr, counts_ptr, valid_ptr, num_ids, num_experts, K: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr
 ):
-    """counts i32 [C, e]."""
-    wait_for_previous()
+    """Grid (chunks,): write counts i32 [chunks, e]."""
+    wait_for_previous_kernel()
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     counts = _histogram(ids_ptr, n, _num_valid(valid_ptr, num_ids, K), num_experts, EXPERTS)
     expert = tl.arange(0, EXPERTS)
@@ -58,7 +58,7 @@ def count_kernel(
 def _count(
     ids_ptr, counts_ptr, num_ids, num_valid, num_experts, num_chunks, chunk, CHUNK: tl.constexpr, EXPERTS: tl.constexpr
 ):
-    """Each expert's ids, and how many of them come in earlier chunks: i32 [EXPERTS] both."""
+    """Return each expert's ids, and how many of them come in earlier chunks: both i32 [EXPERTS]."""
     every, earlier = tl.zeros([EXPERTS], tl.int32), tl.zeros([EXPERTS], tl.int32)
     if counts_ptr is not None:
         CHUNKS: tl.constexpr = CHUNK // EXPERTS if CHUNK > EXPERTS else 1
@@ -100,7 +100,7 @@ def place_kernel(
     row_index_ptr,
     home_ptr,
     valid_ptr,
-    first_tile_ptr,  # None: no tiles are asked for
+    first_tile_ptr,  # None: no tiles are wanted
     tile_expert_ptr,
     num_ids,
     num_experts,
@@ -110,8 +110,8 @@ def place_kernel(
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,  # num_experts rounded up to a power of two
 ):
-    """Grid (e + 1, C)."""
-    wait_for_previous()
+    """Grid (e + 1, chunks)."""
+    wait_for_previous_kernel()
     expert, chunk = tl.program_id(0), tl.program_id(1)
     num_valid = _num_valid(valid_ptr, num_ids, K)
     every, earlier = _count(ids_ptr, counts_ptr, num_ids, num_valid, num_experts, num_chunks, chunk, CHUNK, EXPERTS)
@@ -144,8 +144,10 @@ def permute(
     *,
     format: str | None = None,
 ) -> Permuted:
-    """As `kernels.ops.permute.reference`; ids contiguous, i32 or i64. `format`: of weights, for whose products rows
-    come in tiles."""
+    """Run `kernels.ops.permute.reference`; ids contiguous, i32 or i64.
+
+    `format`: of weights, for whose products rows are cut into tiles.
+    """
     assert ids_TK.is_contiguous(), f"strides {ids_TK.stride()} of shape {tuple(ids_TK.shape)}"
     num_ids = ids_TK.numel()
 
@@ -157,13 +159,13 @@ def permute(
         tokens = token_tile(format, num_ids, num_experts)
         tile_map = TileMap(empty(num_experts + 1), empty(max_tiles(num_ids, num_experts, tokens)), tokens)
     offsets, row_index_N, home_N = empty(num_experts + 1), empty(num_ids), empty(num_ids)
-    chunk, counted = _plan(num_ids)
+    chunk, counted = chunk_of(num_ids)
     num_chunks = triton.cdiv(num_ids, chunk) if counted else 1
     counts = empty(num_chunks, num_experts) if counted else None
     constexprs = {"K": ids_TK.shape[1], "CHUNK": chunk, "EXPERTS": max(2, triton.next_power_of_2(num_experts))}
     if counted:
         count_kernel[(num_chunks,)](
-            ids_TK, counts, num_valid, num_ids, num_experts, **constexprs, num_warps=8, **_OPTIONS
+            ids_TK, counts, num_valid, num_ids, num_experts, **constexprs, num_warps=8, **OPTIONS
         )
     place_kernel[(num_experts + 1, num_chunks)](
         ids_TK,
@@ -179,60 +181,17 @@ def permute(
         num_chunks,
         tile_map.token_tile if tile_map else 0,
         **constexprs,
-        num_warps=_warps(chunk),
-        **_OPTIONS,
+        num_warps=warps_of(chunk),
+        **OPTIONS,
     )
     return Permuted(expert_offsets=offsets, row_index_N=row_index_N, home_N=home_N, tile_map=tile_map)
 
 
-def _plan(num_ids: int) -> tuple[int, bool]:
-    """How many ids a program takes at a time, and whether they are counted beforehand."""
+def chunk_of(num_ids: int) -> tuple[int, bool]:
+    """Return how many ids a program takes at a time, and whether they are counted by a launch before."""
     counted = num_ids > _ONE_LAUNCH
     return (4096 if counted else min(2048, max(128, triton.next_power_of_2(num_ids)))), counted
 
 
-def _warps(chunk: int) -> int:
+def warps_of(chunk: int) -> int:
     return max(1, min(8, chunk // 256))
-
-
-def _cases(num_tokens: int, top_k: int, num_experts: int) -> list[Case]:
-    i32, num_ids = torch.int32, num_tokens * top_k
-    chunk, counted = _plan(num_ids)
-    sizes = {"num_ids": num_ids, "num_experts": num_experts}
-    pointers = (
-        "counts_ptr",
-        "offsets_ptr",
-        "row_index_ptr",
-        "home_ptr",
-        "valid_ptr",
-        "first_tile_ptr",
-        "tile_expert_ptr",
-    )
-    args = {"ids_ptr": torch.int64, **dict.fromkeys(pointers, i32), **sizes}
-    constexprs = {"K": top_k, "CHUNK": chunk, "EXPERTS": max(2, triton.next_power_of_2(num_experts))}
-    common = {"expect": {90: "", 100: ""}, "wide": False, "options": _OPTIONS}
-    name = f"T{num_tokens} K{top_k} e{num_experts}"
-    place = Case(
-        name=f"permute.place {name}",
-        kernel=place_kernel,
-        args=args
-        | {"num_chunks": triton.cdiv(num_ids, chunk) if counted else 1, "tile_rows": 16}
-        | ({} if counted else {"counts_ptr": None}),
-        constexprs=constexprs,
-        num_warps=_warps(chunk),
-        **common,
-    )
-    count = Case(
-        name=f"permute.count {name}",
-        kernel=count_kernel,
-        args={"ids_ptr": torch.int64, "counts_ptr": i32, "valid_ptr": i32, **sizes},
-        constexprs=constexprs,
-        num_warps=8,
-        **common,
-    )
-    return [place, count] if counted else [place]
-
-
-def cases() -> list[Case]:
-    shapes = [(1, 8, 128), (128, 8, 256), (128, 2, 8), (1024, 4, 128), (2048, 8, 384), (8192, 8, 256), (262144, 8, 4)]
-    return [case for shape in shapes for case in _cases(*shape)]

@@ -1,6 +1,8 @@
-"""Root-mean-square normalisation in one pass, with the residual sum before it: `kernels.ops.rms_norm` in Triton.
+"""RMS norm in one pass, with the residual addition before it: `kernels.ops.rms_norm` in Triton.
 
-A program takes a row, whatever the number of rows. T tokens, D model width.
+A program takes one row, for any number of rows.
+
+T tokens, D model width.
 """
 
 from __future__ import annotations
@@ -10,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def rms_norm_kernel(
     eps,
     COLUMNS: tl.constexpr,
 ):
-    wait_for_previous()
+    wait_for_previous_kernel()
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
     mask = d < width
@@ -41,7 +42,7 @@ def rms_norm_kernel(
     tl.store(y_ptr + row * width + d, y, mask=mask)
 
 
-def _warps(columns: int) -> int:
+def warps_of(columns: int) -> int:
     return min(16, max(1, columns // 512))
 
 
@@ -56,41 +57,18 @@ def _launch(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float)
     if num_tokens:
         columns = triton.next_power_of_2(width)
         rms_norm_kernel[(num_tokens,)](
-            x_TD, delta_TD, weight_D, sum_TD, y_TD, width, eps, COLUMNS=columns, num_warps=_warps(columns), **EARLY
+            x_TD, delta_TD, weight_D, sum_TD, y_TD, width, eps, COLUMNS=columns, num_warps=warps_of(columns), **PDL
         )
     return sum_TD, y_TD
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As `kernels.ops.rms_norm.reference`."""
+    """Run `kernels.ops.rms_norm.reference`."""
     return _launch(x_TD, None, weight_D, eps)[1]
 
 
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.ops.rms_norm.add_reference`."""
+    """Run `kernels.ops.rms_norm.add_reference`."""
     sum_TD, y_TD = _launch(x_TD, delta_TD, weight_D, eps)
     assert sum_TD is not None
     return sum_TD, y_TD
-
-
-def cases() -> list[Case]:
-    bf16 = torch.bfloat16
-    return [
-        Case(
-            name=f"rms_norm.{form} D{width}",
-            kernel=rms_norm_kernel,
-            args={
-                **dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), bf16),
-                **dict.fromkeys(("delta_ptr", "sum_ptr"), bf16 if form == "add" else None),
-                "width": width,
-                "eps": 1e-6,
-            },
-            constexprs={"COLUMNS": triton.next_power_of_2(width)},
-            num_warps=_warps(triton.next_power_of_2(width)),
-            options=EARLY,
-            expect={90: "", 100: ""},
-            blocks_per_sm=2,
-        )
-        for form in ("norm", "add")
-        for width in (2048, 2880, 7168)
-    ]

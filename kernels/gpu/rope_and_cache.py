@@ -1,8 +1,9 @@
-"""Norms of the query and key heads, rotation, and storing of keys and values, in one launch after the projection.
+"""Query and key norms, rope, and the write of keys and values to the cache, in one launch after the projection.
 
-A program takes HEADS neighbouring heads of one token, out of its H query, G key and G value heads; the arithmetic is fp32 and
-rounded once. Each number is read and written once, 16 bytes at a time. A cache in fp8 takes what one of the queries' dtype would,
-divided by the scale of its head (IEEE's division, not the approximate one) and saturated.
+A program takes HEADS neighbouring heads of one token, out of its H query, G key and G value heads.
+The arithmetic is fp32 and rounded once. Each number is read and written once, 16 bytes at a time.
+An fp8 cache stores the number in the queries' dtype divided by its head's scale (IEEE division, not
+the approximate one) and saturated.
 
 T tokens, H query heads, G key/value heads, d head size, r rotated dimensions of it, s block size.
 """
@@ -14,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 from expertwire.kernels.ops.attention import FP8
 
 HEADS = 8
@@ -24,12 +24,28 @@ _LARGEST = tl.constexpr(torch.finfo(FP8).max)
 
 @triton.jit
 def rotate_pairs(first, second, cos_table, sin_table, position, pair, PAIRS: tl.constexpr):
-    """Turn the pairs [..., r / 2] of a token; the tables [P, r] hold every angle twice, its sine negative at first."""
+    """Rotate the pairs [..., r / 2] of a token.
+
+    The tables [positions, r] hold every angle twice, its sine negative at first.
+    """
     known = pair < PAIRS
     at = position * (2 * PAIRS) + pair
     cos = tl.load(cos_table + at, mask=known, other=1.0).to(tl.float32)[None, :]
     sin = tl.load(sin_table + at + PAIRS, mask=known, other=0.0).to(tl.float32)[None, :]
     return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def load_pairs(source, live, pair, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Load the first and the second numbers [rows, PAIRS] of the pairs of rows, as fp32."""
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * PAIRS)
+        x = tl.load(source[:, None] + both, mask=live[:, None], other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(x, [source.shape[0], PAIRS, 2]))
+    else:
+        first = tl.load(source[:, None] + pair, mask=live[:, None], other=0.0).to(tl.float32)
+        second = tl.load(source[:, None] + PAIRS + pair, mask=live[:, None], other=0.0).to(tl.float32)
+    return first, second
 
 
 @triton.jit
@@ -39,17 +55,17 @@ def _load(source, row, dim, mask):
 
 @triton.jit
 def quantized(x, scale, cache):
-    """Numbers as a cache keeps them; the scale, of the shape of x, counts if that is fp8."""
+    """Return numbers as a cache stores them; `scale`, of the shape of x, is used if that is fp8."""
     if cache.dtype.element_ty == tl.float8e4nv:
         values = tl.div_rn(x.to(tl.float32), scale)
-        # Not a number stays what it is: it must not pass for a large one.
+        # NaN stays NaN: it must not become a large number.
         x = tl.clamp(values, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return x.to(cache.dtype.element_ty)
 
 
 @triton.jit
 def _store(q_out, k_cache, v_cache, q_row, kv_row, dim, x, scale, mask, is_q, is_k, is_v):
-    """The rows of a part of the heads go to the queries, the keys or the values."""
+    """Store the rows of some heads to the queries, the keys or the values."""
     x = x.to(q_out.dtype.element_ty)
     dim = dim[None, :]
     tl.store(q_out + q_row[:, None] + dim, x, mask=mask & is_q[:, None])
@@ -59,7 +75,7 @@ def _store(q_out, k_cache, v_cache, q_row, kv_row, dim, x, scale, mask, is_q, is
 
 
 @triton.jit
-def _rope_and_cache(
+def rope_and_cache_kernel(
     qkv,
     norm,
     cos_table,
@@ -87,7 +103,7 @@ def _rope_and_cache(
     HEADS: tl.constexpr,
 ):
     """Grid (T, tiles of heads). PADDED_REST is 0 if every dimension is rotated, or none."""
-    wait_for_previous()
+    wait_for_previous_kernel()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q, is_v = head < H, head >= H + G
@@ -125,8 +141,8 @@ def _rope_and_cache(
             weight = tl.load(norm + row[:, None] + rest[None, :], mask=rest_mask & has_norm, other=1.0)
             others = others * scale * weight.to(tl.float32)
     if ROTATES:
-        turned_1, turned_2 = rotate_pairs(first, second, cos_table, sin_table, position, pair, PAIRS)
-        first, second = tl.where(is_v[:, None], first, turned_1), tl.where(is_v[:, None], second, turned_2)
+        rotated_1, rotated_2 = rotate_pairs(first, second, cos_table, sin_table, position, pair, PAIRS)
+        first, second = tl.where(is_v[:, None], first, rotated_1), tl.where(is_v[:, None], second, rotated_2)
 
     stored = slot >= 0
     is_k, is_v = (head >= H) & (head < H + G) & stored, is_v & stored
@@ -137,8 +153,8 @@ def _rope_and_cache(
     block = tl.maximum(slot, 0)
     kv_row = block // BLOCK_SIZE * stride_block + block % BLOCK_SIZE * stride_slot + ((head - H) % G) * DIM
     if INTERLEAVED:
-        turned = tl.reshape(tl.join(first, second), [HEADS, 2 * PADDED_PAIRS])
-        _store(q_out, k_cache, v_cache, q_row, kv_row, both, turned, scale, both_mask, is_q, is_k, is_v)
+        rotated = tl.reshape(tl.join(first, second), [HEADS, 2 * PADDED_PAIRS])
+        _store(q_out, k_cache, v_cache, q_row, kv_row, both, rotated, scale, both_mask, is_q, is_k, is_v)
     else:
         _store(q_out, k_cache, v_cache, q_row, kv_row, pair, first, scale, mask, is_q, is_k, is_v)
         _store(q_out, k_cache, v_cache, q_row, kv_row, pair + PAIRS, second, scale, mask, is_q, is_k, is_v)
@@ -160,7 +176,9 @@ def rope_and_cache(
     kv_scales_2G: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.ops.attention.rope_and_cache`; a token with a negative slot is not stored. `out`: queries, [T, H, d]."""
+    """Run `kernels.ops.attention.rope_and_cache`; a token with a negative slot is not stored. `out`:
+    queries, [T, H, d].
+    """
     num_tokens, heads, dim = qkv_Thd.shape
     num_kv, rotated = k_cache.shape[2], tables[0].shape[1]
     num_heads = heads - 2 * num_kv
@@ -176,21 +194,21 @@ def rope_and_cache(
     if norm_hd is not None:
         assert norm_hd.shape == (num_heads + num_kv, dim), f"norm weights {tuple(norm_hd.shape)}"
         assert norm_hd.is_contiguous(), f"norm weights' strides {norm_hd.stride()}"
-    check_scales(kv_scales_2G, k_cache, 2 * num_kv)
+    check_cache_scales(kv_scales_2G, k_cache, 2 * num_kv)
     q_THd = qkv_Thd.new_empty(num_tokens, num_heads, dim) if out is None else out
     assert q_THd.is_contiguous(), f"output strides {q_THd.stride()}"
     if num_tokens:
-        _rope_and_cache[num_tokens, triton.cdiv(heads, HEADS)](
+        rope_and_cache_kernel[num_tokens, triton.cdiv(heads, HEADS)](
             qkv_Thd, qkv_Thd if norm_hd is None else norm_hd, *tables, positions_T, slot_mapping_T, q_THd, k_cache, v_cache,
             kv_scales_2G, eps, qkv_Thd.stride(0), k_cache.stride(0), k_cache.stride(1),
-            **_shape(num_heads, num_kv, dim, rotated, k_cache.shape[1]), HAS_NORM=norm_hd is not None,
-            INTERLEAVED=interleaved, num_warps=_num_warps(rotated or dim), **EARLY,
+            **constexprs(num_heads, num_kv, dim, rotated, k_cache.shape[1]), HAS_NORM=norm_hd is not None,
+            INTERLEAVED=interleaved, num_warps=warps_of(rotated or dim), **PDL,
         )  # fmt: skip
     return q_THd
 
 
-def check_scales(scales: Tensor | None, cache: Tensor, count: int) -> None:
-    """Caches in fp8 have scales, fp32 and side by side; others have none."""
+def check_cache_scales(scales: Tensor | None, cache: Tensor, count: int) -> None:
+    """Assert that an fp8 cache has contiguous fp32 scales, and another cache has none."""
     assert (scales is not None) == (cache.dtype == FP8), f"scales {scales} of a cache of {cache.dtype}"
     if scales is not None:
         assert scales.numel() == count, f"{tuple(scales.shape)} scales, not {count}"
@@ -198,64 +216,15 @@ def check_scales(scales: Tensor | None, cache: Tensor, count: int) -> None:
         assert scales.is_contiguous(), f"scales' strides {scales.stride()}"
 
 
-def _num_warps(rotated: int) -> int:
-    """So that 8 numbers of each half fall to a thread: 16 bytes of bf16."""
+def warps_of(rotated: int) -> int:
+    """Return the warps that give each thread 8 numbers of each half: 16 bytes of bf16."""
     return max(1, HEADS * triton.next_power_of_2(rotated // 2) // 256)
 
 
-def _shape(num_heads: int, num_kv: int, dim: int, rotated: int, block_size: int) -> dict[str, int]:
-    """The constexpr sizes. Where nothing is rotated, all numbers are pairs that stay as they are."""
+def constexprs(num_heads: int, num_kv: int, dim: int, rotated: int, block_size: int) -> dict[str, int]:
+    """Return the constexpr sizes. Where nothing is rotated, all numbers are pairs that stay as they are."""
     rotates, rotated = rotated > 0, rotated or dim
     padded_rest = triton.next_power_of_2(dim - rotated) if dim > rotated else 0
     padded = {"PADDED_PAIRS": triton.next_power_of_2(rotated // 2), "PADDED_REST": padded_rest}
     sizes = {"H": num_heads, "G": num_kv, "DIM": dim, "PAIRS": rotated // 2}
     return {**sizes, **padded, "BLOCK_SIZE": block_size, "ROTATES": rotates, "HEADS": HEADS}
-
-
-def _case(
-    name: str,
-    heads: int,
-    num_kv: int,
-    dim: int,
-    rotated: int,
-    *,
-    norm: bool = False,
-    interleaved: bool = False,
-    fp8: bool = False,
-) -> Case:
-    block_size = 16
-    return Case(
-        name=f"rope_and_cache.{name} {'fp8' if fp8 else 'bf16'}",
-        kernel=_rope_and_cache,
-        args={
-            **dict.fromkeys(("qkv", "norm", "q_out"), torch.bfloat16),
-            **dict.fromkeys(("k_cache", "v_cache"), FP8 if fp8 else torch.bfloat16),
-            "kv_scales": torch.float32 if fp8 else None,
-            **dict.fromkeys(("cos_table", "sin_table"), torch.float32),
-            **dict.fromkeys(("positions", "slots"), torch.int64),
-            **{"eps": 1e-6, "stride_token": (heads + 2 * num_kv) * dim},
-            **{"stride_block": block_size * num_kv * dim, "stride_slot": num_kv * dim},
-        },
-        constexprs={
-            **_shape(heads, num_kv, dim, rotated, block_size),
-            **{"HAS_NORM": norm, "INTERLEAVED": interleaved},
-        },
-        num_warps=_num_warps(rotated),
-        blocks_per_sm=8,
-        options=EARLY,
-        expect={90: "", 100: ""},
-    )
-
-
-def cases() -> list[Case]:
-    """Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b, Qwen3-Next (a quarter rotated), Llama 4 (pairs side by side)."""
-    return [
-        _case("qwen3", 32, 4, 128, 128, norm=True),
-        _case("mixtral", 32, 8, 128, 128),
-        _case("gpt-oss", 64, 8, 64, 64),
-        _case("qwen3-next", 16, 2, 256, 64, norm=True),
-        _case("llama4", 40, 8, 128, 128, interleaved=True),
-        _case("qwen3", 32, 4, 128, 128, norm=True, fp8=True),
-        _case("qwen3-next", 16, 2, 256, 64, norm=True, fp8=True),
-        _case("llama4", 40, 8, 128, 128, interleaved=True, fp8=True),
-    ]

@@ -1,11 +1,12 @@
 """Choice of experts, in one launch: `kernels.ops.routing` in Triton.
 
-A program takes one warp and a few tokens. Scores become integers of the same order, with the expert's id behind them,
-so that one maximum finds the best expert and settles ties; it is taken out K times. Only the chosen logits are then
-made into weights. The same launch finds each chosen expert's replica and adds up the experts' load, by integer atomics, whose sum
-is the same in any order.
+A program of one warp takes a few tokens. Scores become integers of the same order, with the
+expert's id in the lower bits, so one maximum finds the best expert and settles ties; this is
+repeated K times. Only the chosen logits are then converted to weights. The same launch looks up
+each chosen expert's replica and adds up the experts' load, by integer atomics, whose sum is the
+same in any order.
 
-T tokens, E experts, K chosen, C columns: experts in groups, each group padded to a power of two.
+T tokens, E experts, in the kernel in groups padded to a power of two, K chosen.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 from expertwire.kernels.ops import routing
 from expertwire.kernels.ops.routing import Routed
 
@@ -30,27 +30,27 @@ _TINY = tl.constexpr(routing.TINY)
 
 @triton.jit
 def _ordered(x):
-    """Integers in the order of fp32 numbers, both zeros alike; what is not a number lies below them all."""
+    """Return integers in the order of fp32 numbers; both zeros are equal, and NaN is below all."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x == x, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -0x7FFFFFFF)
 
 
 @triton.jit
 def _ranked(x, position, SIZE: tl.constexpr):
-    """One integer a number, unique: larger for larger `x`, and of equals for the lower position."""
+    """Return one unique integer a number: larger for larger `x`, and of equals for the lower position."""
     return (_ordered(x).to(tl.int64) << 32) | (SIZE - 1 - position).to(tl.int64)
 
 
 @triton.jit
 def _number(ranked):
-    """The `x` of `_ranked`."""
+    """Return the `x` of `_ranked`."""
     bits = (ranked >> 32).to(tl.int32)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _score(logits, largest, SCORE: tl.constexpr):
-    """The score, or for softmax its numerator."""
+    """Return the score, or for softmax its numerator."""
     if SCORE == _SOFTMAX:
         return tl.exp(logits - largest)
     elif SCORE == _SIGMOID:
@@ -61,26 +61,26 @@ def _score(logits, largest, SCORE: tl.constexpr):
 
 @triton.jit
 def _keep_groups(
-    ranked_TC,
+    ranked_TE,
     GROUPS: tl.constexpr,
     KEPT: tl.constexpr,
     TWO_BEST: tl.constexpr,
-    GROUPS_C: tl.constexpr,
-    GROUP_C: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    PADDED_GROUP_SIZE: tl.constexpr,
 ):
-    TOKENS: tl.constexpr = ranked_TC.shape[0]
-    ranked = tl.reshape(ranked_TC, TOKENS, GROUPS_C, GROUP_C)
+    TOKENS: tl.constexpr = ranked_TE.shape[0]
+    ranked = tl.reshape(ranked_TE, TOKENS, PADDED_GROUPS, PADDED_GROUP_SIZE)
     best = tl.max(ranked, axis=2)
     score = _number(best)
     if TWO_BEST:
         score += _number(tl.max(tl.where(ranked == best[:, :, None], _LOWEST, ranked), axis=2))
-    group = tl.arange(0, GROUPS_C)[None, :]
-    groups = tl.where(group < GROUPS, _ranked(score, group, GROUPS_C), _LOWEST)
+    group = tl.arange(0, PADDED_GROUPS)[None, :]
+    groups = tl.where(group < GROUPS, _ranked(score, group, PADDED_GROUPS), _LOWEST)
     for _ in tl.static_range(KEPT):
         groups = tl.where(groups == tl.max(groups, axis=1)[:, None], _LOWEST, groups)
-    # What was taken out is kept: it is the lowest now, as the groups are that do not exist.
+    # Groups that were chosen are now the lowest, as are groups that do not exist.
     ranked = tl.where((groups == _LOWEST)[:, :, None], ranked, _LOWEST)
-    return tl.reshape(ranked, TOKENS, GROUPS_C * GROUP_C)
+    return tl.reshape(ranked, TOKENS, PADDED_GROUPS * PADDED_GROUP_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -89,7 +89,7 @@ def route_kernel(
     bias_ptr,
     ids_ptr,
     weights_ptr,
-    physical_ptr,  # None: nobody asks for physical experts
+    physical_ptr,  # None: no physical experts are wanted
     table_ptr,  # [num_replicas, E]
     load_ptr,  # None: nothing is counted
     valid_ptr,  # None: all tokens count
@@ -106,48 +106,48 @@ def route_kernel(
     KEPT: tl.constexpr,
     TWO_BEST: tl.constexpr,
     TOKENS: tl.constexpr,
-    GROUPS_C: tl.constexpr,
-    GROUP_C: tl.constexpr,
-    K_C: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    PADDED_GROUP_SIZE: tl.constexpr,
+    PADDED_K: tl.constexpr,
 ):
-    wait_for_previous()
-    COLUMNS: tl.constexpr = GROUPS_C * GROUP_C
+    wait_for_previous_kernel()
+    COLUMNS: tl.constexpr = PADDED_GROUPS * PADDED_GROUP_SIZE
     PER_GROUP: tl.constexpr = EXPERTS // GROUPS
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, COLUMNS)
-    expert = (column // GROUP_C) * PER_GROUP + column % GROUP_C
-    exists = (column // GROUP_C < GROUPS) & (column % GROUP_C < PER_GROUP)
+    expert = (column // PADDED_GROUP_SIZE) * PER_GROUP + column % PADDED_GROUP_SIZE
+    exists = (column // PADDED_GROUP_SIZE < GROUPS) & (column % PADDED_GROUP_SIZE < PER_GROUP)
     row_ptr = logits_ptr + t.to(tl.int64) * stride_t
-    mask_TC = (t < num_tokens)[:, None] & exists[None, :]
-    logits_TC = tl.load(row_ptr[:, None] + expert[None, :], mask=mask_TC, other=float("-inf")).to(tl.float32)
-    largest_T = tl.max(logits_TC, axis=1)
+    mask_TE = (t < num_tokens)[:, None] & exists[None, :]
+    logits_TE = tl.load(row_ptr[:, None] + expert[None, :], mask=mask_TE, other=float("-inf")).to(tl.float32)
+    largest_T = tl.max(logits_TE, axis=1)
     largest_T = tl.where(largest_T == float("-inf"), 0.0, largest_T)
     total_T = tl.full([TOKENS], 1.0, tl.float32)
     if SCORE == _SOFTMAX and (HAS_BIAS or not RENORMALIZE):
-        total_T = tl.maximum(tl.sum(tl.exp(logits_TC - largest_T[:, None]), axis=1), _TINY)
+        total_T = tl.maximum(tl.sum(tl.exp(logits_TE - largest_T[:, None]), axis=1), _TINY)
 
-    choice_TC = logits_TC
+    choice_TE = logits_TE
     if HAS_BIAS or TWO_BEST:
-        choice_TC = _score(logits_TC, largest_T[:, None], SCORE) / total_T[:, None]
+        choice_TE = _score(logits_TE, largest_T[:, None], SCORE) / total_T[:, None]
     if HAS_BIAS:
-        choice_TC += tl.load(bias_ptr + expert, mask=exists, other=0.0)[None, :]
-    ranked_TC = tl.where(exists[None, :], _ranked(choice_TC, column[None, :], COLUMNS), _LOWEST)
+        choice_TE += tl.load(bias_ptr + expert, mask=exists, other=0.0)[None, :]
+    ranked_TE = tl.where(exists[None, :], _ranked(choice_TE, column[None, :], COLUMNS), _LOWEST)
     if KEPT < GROUPS:
-        ranked_TC = _keep_groups(ranked_TC, GROUPS, KEPT, TWO_BEST, GROUPS_C, GROUP_C)
+        ranked_TE = _keep_groups(ranked_TE, GROUPS, KEPT, TWO_BEST, PADDED_GROUPS, PADDED_GROUP_SIZE)
 
-    k = tl.arange(0, K_C)[None, :]
-    ids_TK = tl.zeros([TOKENS, K_C], tl.int32)
+    k = tl.arange(0, PADDED_K)[None, :]
+    ids_TK = tl.zeros([TOKENS, PADDED_K], tl.int32)
     for i in tl.static_range(K):
-        best_T = tl.max(ranked_TC, axis=1)
-        ranked_TC = tl.where(ranked_TC == best_T[:, None], _LOWEST, ranked_TC)
+        best_T = tl.max(ranked_TE, axis=1)
+        ranked_TE = tl.where(ranked_TE == best_T[:, None], _LOWEST, ranked_TE)
         best_column = COLUMNS - 1 - (best_T & 0xFFFFFFFF).to(tl.int32)
-        best_id = (best_column // GROUP_C) * PER_GROUP + best_column % GROUP_C
+        best_id = (best_column // PADDED_GROUP_SIZE) * PER_GROUP + best_column % PADDED_GROUP_SIZE
         ids_TK = tl.where(k == i, best_id[:, None], ids_TK)
 
     mask_TK = (t < num_tokens)[:, None] & (k < K)
     if load_ptr is not None:
         counted = num_tokens if valid_ptr is None else tl.minimum(num_tokens, tl.load(valid_ptr))
-        ones_TK = tl.full([TOKENS, K_C], 1, tl.int64)
+        ones_TK = tl.full([TOKENS, PADDED_K], 1, tl.int64)
         tl.atomic_add(load_ptr + ids_TK, ones_TK, mask=mask_TK & (t < counted)[:, None], sem="relaxed")
     chosen_TK = tl.load(row_ptr[:, None] + ids_TK, mask=mask_TK, other=float("-inf")).to(tl.float32)
     weights_TK = tl.where(k < K, _score(chosen_TK, largest_T[:, None], SCORE), 0.0) / total_T[:, None]
@@ -161,7 +161,7 @@ def route_kernel(
         tl.store(physical_ptr + at_TK, tl.load(table_ptr + replica_TK, mask=mask_TK, other=-1), mask=mask_TK)
 
 
-def _constexprs(
+def constexprs(
     num_experts: int,
     top_k: int,
     *,
@@ -171,7 +171,7 @@ def _constexprs(
     groups: routing.Groups | None,
 ) -> dict[str, int | bool]:
     number, kept = (1, 1) if groups is None else (groups.number, groups.kept)
-    groups_c, group_c = triton.next_power_of_2(number), triton.next_power_of_2(num_experts // number)
+    padded_groups, padded_group_size = triton.next_power_of_2(number), triton.next_power_of_2(num_experts // number)
     return {
         "EXPERTS": num_experts,
         "K": top_k,
@@ -181,10 +181,10 @@ def _constexprs(
         "GROUPS": number,
         "KEPT": kept,
         "TWO_BEST": groups is not None and groups.by == "two_best",
-        "TOKENS": max(1, 128 // (groups_c * group_c)),
-        "GROUPS_C": groups_c,
-        "GROUP_C": group_c,
-        "K_C": triton.next_power_of_2(top_k),
+        "TOKENS": max(1, 128 // (padded_groups * padded_group_size)),
+        "PADDED_GROUPS": padded_groups,
+        "PADDED_GROUP_SIZE": padded_group_size,
+        "PADDED_K": triton.next_power_of_2(top_k),
     }
 
 
@@ -199,8 +199,9 @@ def route(
     scale: float = 1.0,
     ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
-    """As `kernels.ops.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most 1024 experts; ids
-    i64 or i32."""
+    """Run `kernels.ops.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most
+    1024 experts; ids i64 or i32.
+    """
     rule = {"renormalize": renormalize, "score": score, "bias_E": bias_E, "groups": groups, "scale": scale}
     routed = _launch(logits_TE, top_k, rule, ids_dtype, None, None, None)
     return routed.ids_TK, routed.weights_TK
@@ -215,7 +216,7 @@ def route_and_count(
     num_valid: Tensor | None = None,
     **rule: Any,
 ) -> Routed:
-    """As `kernels.ops.routing.route_and_count`, in one launch."""
+    """Run `kernels.ops.routing.route_and_count`, in one launch."""
     assert load_E.is_contiguous() and load_E.dtype == torch.int64, (load_E.shape, load_E.dtype)  # noqa: PT018
     return _launch(logits_TE, top_k, rule, torch.int64, load_E, physical_CE, num_valid)
 
@@ -246,7 +247,7 @@ def _launch(
         physical_TK = torch.empty_like(ids_TK)
     if num_tokens == 0:
         return Routed(ids_TK, weights_TK, physical_TK)
-    constexprs = _constexprs(
+    sizes = constexprs(
         num_experts,
         top_k,
         renormalize=rule["renormalize"],
@@ -254,7 +255,7 @@ def _launch(
         has_bias=bias_E is not None,
         groups=groups,
     )
-    route_kernel[(triton.cdiv(num_tokens, constexprs["TOKENS"]),)](
+    route_kernel[(triton.cdiv(num_tokens, sizes["TOKENS"]),)](
         logits_TE,
         weights_TK if bias_E is None else bias_E,
         ids_TK,
@@ -267,50 +268,8 @@ def _launch(
         logits_TE.stride(0),
         num_replicas,
         rule.get("scale", 1.0),
-        **constexprs,
+        **sizes,
         num_warps=1,
-        **EARLY,
+        **PDL,
     )
     return Routed(ids_TK, weights_TK, physical_TK)
-
-
-def cases() -> list[Case]:
-    v2 = routing.Groups(number=8, kept=3, by="best")
-    v3 = routing.Groups(number=8, kept=4, by="two_best")
-    models = {
-        "qwen3-30b": (128, 8, torch.bfloat16, {}),
-        "mixtral": (8, 2, torch.bfloat16, {}),
-        "gpt-oss-120b": (128, 4, torch.bfloat16, {}),
-        "deepseek-v2": (160, 6, torch.float32, {"renormalize": False, "groups": v2}),
-        "deepseek-v3": (256, 8, torch.float32, {"score": "sigmoid", "has_bias": True, "groups": v3}),
-        "kimi-k2": (384, 8, torch.float32, {"score": "sigmoid", "has_bias": True}),
-        "nemotron-3-super": (512, 22, torch.float32, {"score": "sigmoid", "has_bias": True}),
-        "deepseek-v4": (256, 6, torch.float32, {"score": "sqrt_softplus", "has_bias": True}),
-        "llama-4": (128, 1, torch.bfloat16, {"renormalize": False, "score": "sigmoid"}),
-    }
-    defaults = {"renormalize": True, "score": "softmax", "has_bias": False, "groups": None}
-    return [
-        Case(
-            name=f"routing.route {name}",
-            kernel=route_kernel,
-            args={
-                "logits_ptr": dtype,
-                "bias_ptr": torch.float32,
-                "ids_ptr": torch.int64,
-                "weights_ptr": torch.float32,
-                **dict.fromkeys(("physical_ptr", "table_ptr", "load_ptr"), torch.int64),
-                "valid_ptr": torch.int32,
-                "num_tokens": 100,
-                "stride_t": num_experts,
-                "num_replicas": 3,
-                "scale": 2.5,
-            },
-            constexprs=_constexprs(num_experts, top_k, **(defaults | rule)),
-            num_warps=1,
-            blocks_per_sm=16,
-            options=EARLY,
-            expect={90: "", 100: ""},
-            wide=False,  # a token's ids and weights are a few bytes
-        )
-        for name, (num_experts, top_k, dtype, rule) in models.items()
-    ]

@@ -1,14 +1,16 @@
-"""Sampling the next token: `kernels.ops.sampling` in Triton, without a sort.
+"""Sampling of the next token: `kernels.ops.sampling` in Triton, without a sort.
 
-A row is cut into chunks, a program each; what they find is summed up by whoever needs it next, so nothing waits. A
-token's weight is `exp(-d)`, where d is its distance from the largest logit in units of the temperature, as a 64-bit
-integer: sums of integers do not depend on their order. What top-k and top-p keep are the tokens up to some distance,
-and of those at it the first by id. The distance is found bit by bit, among those candidates only that lie within the
-nearest of a few fixed distances that is far enough.
+A row is cut into chunks, one program each; a later launch sums up what they find, so no program
+waits. A token's weight is `exp(-d)`, where d is its distance from the largest logit in units of the
+temperature, as a 64-bit integer: sums of integers do not depend on their order. Top-k and top-p
+keep the tokens up to some distance, and of those at that distance the first by id. The distance is
+found bit by bit among candidates: the tokens within the nearest of a few fixed distances that is
+far enough.
 
-Launches: the largest logit; counts and sums of weights within the fixed distances; the candidates, gathered; the token.
+Launches: the largest logit; counts and sums of weights within the fixed distances; gathering the
+candidates; choosing the token.
 
-S sampled rows, V vocabulary, C chunks of a row, L fixed distances.
+O sampled rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,18 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.candidates import draw_candidate, pick, share, weight_of
-from expertwire.kernels.gpu.compile import Case
+from expertwire.kernels.gpu.top_k_top_p import draw_candidate, pick, share, weight_of
 
 CHUNK_TOKENS = 4096
 _LEVELS = tl.constexpr(8)
-# The last is that of every token that is not banned.
+# The last includes every token that is not banned.
 _DISTANCES = tl.constexpr((1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 18.0, 3.4e38))
 
 
 @triton.jit
 def load_chunk(logits_ptr, row, chunk, vocab, CHUNK: tl.constexpr):
-    """Ids of a chunk, and its logits; what is not a number is banned."""
+    """Return the ids of a chunk and its logits; NaN is treated as banned."""
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     return token, tl.where(logits == logits, logits, float("-inf"))
@@ -37,7 +38,7 @@ def load_chunk(logits_ptr, row, chunk, vocab, CHUNK: tl.constexpr):
 
 @triton.jit
 def largest_kernel(logits_ptr, largest_ptr, first_ptr, vocab, num_chunks, CHUNK: tl.constexpr):
-    """Of each chunk the largest logit fp32 [S, C], and the first token that has it i32 [S, C]."""
+    """Grid (O, chunks): store each chunk's largest logit, fp32 [O, chunks], and the first token that has it, i32 [O, chunks]."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token, logits = load_chunk(logits_ptr, row, chunk, vocab, CHUNK)
     largest = tl.max(logits, axis=0)
@@ -59,7 +60,7 @@ def _is_drawn(largest, temperature):
 
 @triton.jit
 def _distance(logits, largest, temperature):
-    """fp32, not negative; infinite for a banned token."""
+    """Return the distance from the largest logit, fp32, not negative; infinite for a banned token."""
     return tl.where(logits == largest, 0.0, tl.div_rn(largest - logits, temperature))
 
 
@@ -79,8 +80,11 @@ def weigh_kernel(
     CHUNK: tl.constexpr,
     CHUNKS_C: tl.constexpr,
 ):
-    """Of each chunk the number of tokens within each distance i32 [S, C, L], and their weight i64 [S, C, L]; where all tokens
-    are candidates, the weight only, in place of the first."""
+    """Grid (O, chunks): store the number of a chunk's tokens within each distance, i32 [O, chunks, distances], and their
+    weight, i64 [O, chunks, distances].
+
+    Where all tokens are candidates, only the weight is stored, in place of the first.
+    """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     largest, temperature = _largest(largest_ptr, row, num_chunks, CHUNKS_C), tl.load(temperature_ptr + row)
     if _is_drawn(largest, temperature):
@@ -100,7 +104,7 @@ def weigh_kernel(
 
 @triton.jit
 def _level(counts_ptr, masses_ptr, row, num_chunks, top_k, top_p, CHUNKS_C: tl.constexpr):
-    """The nearest distance within which lies all that is kept."""
+    """Return the nearest fixed distance within which everything lies that is kept."""
     level = tl.arange(0, _LEVELS)
     chunk = tl.arange(0, CHUNKS_C)[:, None]
     at = (row * num_chunks + chunk) * _LEVELS + level[None, :]
@@ -130,7 +134,7 @@ def gather_kernel(
     CHUNK: tl.constexpr,
     CHUNKS_C: tl.constexpr,
 ):
-    """Candidates by ascending id: the bits of their distance i32 [S, V], which are in its order, and their ids i32 [S, V]."""
+    """Grid (O, chunks): gather candidates by ascending id: the bits of their distance and their ids, both i32 [O, V]."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     largest, temperature = _largest(largest_ptr, row, num_chunks, CHUNKS_C), tl.load(temperature_ptr + row)
     top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
@@ -151,7 +155,7 @@ def gather_kernel(
 
 @triton.jit
 def random_bits(seed, branch, position):
-    """53 bits, on top of a 64-bit integer: Philox-4x32-10."""
+    """Return 53 random bits at the top of a 64-bit integer, by Philox-4x32-10."""
     zero = tl.full([], 0, tl.uint32)
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -161,7 +165,7 @@ def random_bits(seed, branch, position):
 
 @triton.jit
 def _draw_any(logits_ptr, row, masses, largest, temperature, min_p, bits, vocab, CHUNK: tl.constexpr):
-    """Where all tokens are candidates, of whose chunks the weights are `masses`."""
+    """Draw among all tokens; `masses` are the weights of their chunks."""
     chunk = tl.arange(0, masses.shape[0])
     target = tl.umulhi(bits, tl.sum(masses, axis=0).to(tl.uint64)).to(tl.int64)
     chosen = pick(chunk, masses, 0, target)
@@ -196,7 +200,7 @@ def choose_kernel(
     CHUNK: tl.constexpr,
     CHUNKS_C: tl.constexpr,
 ):
-    """The token i64 [S]."""
+    """Grid (O,): store the chosen token, i64 [O]."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS_C)
     exists, at = chunk < num_chunks, row * num_chunks + chunk
@@ -220,52 +224,54 @@ def choose_kernel(
 
 
 def sample(
-    logits_SV: Tensor,
-    temperature_S: Tensor,
-    top_k_S: Tensor,
-    top_p_S: Tensor,
-    min_p_S: Tensor,
-    seed_S: Tensor,
-    branch_S: Tensor,
-    position_S: Tensor,
+    logits_OV: Tensor,
+    temperature_O: Tensor,
+    top_k_O: Tensor,
+    top_p_O: Tensor,
+    min_p_O: Tensor,
+    seed_O: Tensor,
+    branch_O: Tensor,
+    position_O: Tensor,
     *,
     drawn: bool = True,
     filtered: bool = True,
 ) -> Tensor:
-    """Token ids i64 [S], as `kernels.ops.sampling.reference` with `kernels.ops.sampling.uniform` of (seed, branch, position).
+    """Return token ids i64 [O], as `kernels.ops.sampling.reference` does with uniform numbers of
+    (seed, branch, position).
 
-    logits fp32, contiguous; temperature, top_p, min_p fp32; the others i64. All is on the device. The host may say that no
-    row is drawn (all are greedy), or that none has top-k or top-p: launches are saved, and 8 bytes a logit for a while.
+    logits fp32, contiguous; temperature, top_p, min_p fp32; the others i64; all on the device.
+    `drawn` False says that all rows are greedy, `filtered` False that none has top-k or top-p: that
+    saves launches and 8 bytes a logit.
     """
-    num_rows, vocab = logits_SV.shape
-    assert logits_SV.is_contiguous(), f"strides {logits_SV.stride()} of shape {tuple(logits_SV.shape)}"
-    check_columns(num_rows, torch.float32, temperature_S, top_p_S, min_p_S)
-    check_columns(num_rows, torch.int64, top_k_S, seed_S, branch_S, position_S)
+    num_rows, vocab = logits_OV.shape
+    assert logits_OV.is_contiguous(), f"strides {logits_OV.stride()} of shape {tuple(logits_OV.shape)}"
+    check_columns(num_rows, torch.float32, temperature_O, top_p_O, min_p_O)
+    check_columns(num_rows, torch.int64, top_k_O, seed_O, branch_O, position_O)
     num_chunks = triton.cdiv(vocab, CHUNK_TOKENS)
     sizes = vocab, num_chunks
-    largest, first = room(logits_SV, torch.float32, *sizes[1:]), room(logits_SV, torch.int32, *sizes[1:])
-    token_S = torch.empty(num_rows, dtype=torch.int64, device=logits_SV.device)
+    largest, first = empty_rows(logits_OV, torch.float32, *sizes[1:]), empty_rows(logits_OV, torch.int32, *sizes[1:])
+    token_O = torch.empty(num_rows, dtype=torch.int64, device=logits_OV.device)
     if num_rows == 0:
-        return token_S
+        return token_O
     grid, shape = (num_rows, num_chunks), {"CHUNK": CHUNK_TOKENS, "num_warps": 8}
-    largest_kernel[grid](logits_SV, largest, first, *sizes, **shape)
+    largest_kernel[grid](logits_OV, largest, first, *sizes, **shape)
     counts = masses = keys = tokens = first
     shape["CHUNKS_C"] = triton.next_power_of_2(num_chunks)
     filtered = filtered and drawn
     if drawn:
-        masses = room(logits_SV, torch.int64, num_chunks, _LEVELS.value)
-        counts = room(logits_SV, torch.int32, num_chunks, _LEVELS.value) if filtered else first
-        parameters = temperature_S, top_k_S, top_p_S, min_p_S
-        weigh_kernel[grid](logits_SV, largest, *parameters, counts, masses, *sizes, FILTERED=filtered, **shape)
+        masses = empty_rows(logits_OV, torch.int64, num_chunks, _LEVELS.value)
+        counts = empty_rows(logits_OV, torch.int32, num_chunks, _LEVELS.value) if filtered else first
+        parameters = temperature_O, top_k_O, top_p_O, min_p_O
+        weigh_kernel[grid](logits_OV, largest, *parameters, counts, masses, *sizes, FILTERED=filtered, **shape)
     if filtered:
-        keys, tokens = (room(logits_SV, torch.int32, vocab) for _ in range(2))
+        keys, tokens = (empty_rows(logits_OV, torch.int32, vocab) for _ in range(2))
         found = counts, masses, keys, tokens
-        gather_kernel[grid](logits_SV, largest, temperature_S, top_k_S, top_p_S, *found, *sizes, **shape)
+        gather_kernel[grid](logits_OV, largest, temperature_O, top_k_O, top_p_O, *found, *sizes, **shape)
     choose_kernel[(num_rows,)](
-        logits_SV, largest, first, temperature_S, top_k_S, top_p_S, min_p_S, seed_S, branch_S, position_S,
-        counts, masses, keys, tokens, token_S, *sizes, DRAWN=drawn, FILTERED=filtered, **shape,
+        logits_OV, largest, first, temperature_O, top_k_O, top_p_O, min_p_O, seed_O, branch_O, position_O,
+        counts, masses, keys, tokens, token_O, *sizes, DRAWN=drawn, FILTERED=filtered, **shape,
     )  # fmt: skip
-    return token_S
+    return token_O
 
 
 def check_columns(num_rows: int, dtype: torch.dtype, *columns: Tensor) -> None:
@@ -275,57 +281,6 @@ def check_columns(num_rows: int, dtype: torch.dtype, *columns: Tensor) -> None:
         assert column.is_contiguous(), f"strides {column.stride()}"
 
 
-def room(logits_SV: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Room for numbers of this shape, a row of logits."""
-    return torch.empty(logits_SV.shape[0], *shape, dtype=dtype, device=logits_SV.device)
-
-
-def cases() -> list[Case]:
-    i32, i64, fp32 = torch.int32, torch.int64, torch.float32
-    types = {
-        "logits_ptr": fp32,
-        "largest_ptr": fp32,
-        "first_ptr": i32,
-        "temperature_ptr": fp32,
-        "top_k_ptr": i64,
-        "top_p_ptr": fp32,
-        "min_p_ptr": fp32,
-        "seed_ptr": i64,
-        "branch_ptr": i64,
-        "position_ptr": i64,
-        "counts_ptr": i32,
-        "masses_ptr": i64,
-        "keys_ptr": i32,
-        "tokens_ptr": i32,
-        "token_ptr": i64,
-    }
-    drawn = {"DRAWN": True}
-    kernels = [
-        ("largest", largest_kernel, {}),
-        ("weigh", weigh_kernel, {"FILTERED": True}),
-        ("weigh all", weigh_kernel, {"FILTERED": False}),
-        ("gather", gather_kernel, {}),
-        ("choose", choose_kernel, {"FILTERED": True, **drawn}),
-        ("choose of all", choose_kernel, {"FILTERED": False, **drawn}),
-        ("choose greedy", choose_kernel, {"FILTERED": False, "DRAWN": False}),
-    ]
-    vocab = 201088  # 151936 compiles to the same
-    num_chunks = triton.cdiv(vocab, CHUNK_TOKENS)
-    found = []
-    for name, kernel, flags in kernels:
-        constexprs = {"CHUNK": CHUNK_TOKENS, **flags}
-        if "CHUNKS_C" in kernel.arg_names:
-            constexprs["CHUNKS_C"] = triton.next_power_of_2(num_chunks)
-        args = {pointer: dtype for pointer, dtype in types.items() if pointer in kernel.arg_names}
-        found.append(
-            Case(
-                name=f"sampling.{name} V{vocab}",
-                kernel=kernel,
-                args={**args, "vocab": vocab, "num_chunks": num_chunks},
-                constexprs=constexprs,
-                num_warps=8,
-                expect={90: "", 100: ""},
-                wide=False,  # results are a few numbers, or lie anywhere
-            )
-        )
-    return found
+def empty_rows(logits_OV: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return memory for numbers of this shape for each row of logits."""
+    return torch.empty(logits_OV.shape[0], *shape, dtype=dtype, device=logits_OV.device)

@@ -296,7 +296,7 @@ def test_bars_of_kernels():
     pair = {"us": {"ours": {"median": 500.0}}, **cost}
     attention = {"us": {"ours": {"median": 2000.0}, "ours, fast": {"median": 800.0}}, **cost}
     items = {"qwen3-30b dense EP1 T4096": pair, "qwen3-30b prefill 8k": attention}
-    data = {"ceilings": {"bytes_per_s": 4e12, "bf16": 8e14}, "parts": {"a": {"items": items}}}
+    data = {"ceilings": {"bytes_per_s": 4e12, "bf16": 8e14}, "suites": {"a": {"items": items}}}
     found = {row["what"]: row["value"] for row in kernels_results.issue_bars(kernels_results.Results(Path("."), data))}
     assert found["grouped GEMM bf16, 4096 tokens"] == pytest.approx(800)
     assert found["grouped GEMM bf16, 8192 tokens"] is None

@@ -1,4 +1,4 @@
-"""`bench kernels` as far as it goes without a GPU: floors, shapes, plumbing, tables, and one run in the interpreter."""
+"""`bench kernels` without a GPU: floors, shapes, suites, tables, and one run in the interpreter."""
 
 import json
 import subprocess
@@ -16,12 +16,12 @@ from triton.runtime.jit import JITFunction
 
 from expertwire.bench.kernels import attention as kernels_attention
 from expertwire.bench.kernels import experts as kernels_experts
+from expertwire.bench.kernels import measure as kernels_measure
 from expertwire.bench.kernels import models
-from expertwire.bench.kernels import parts as kernels_parts
 from expertwire.bench.kernels import run as kernels
-from expertwire.bench.kernels import work as kernels_work
+from expertwire.bench.kernels import suites as kernels_suites
+from expertwire.bench.kernels.measure import Bits, Check, TensorRng, Timed, TimedCalls
 from expertwire.bench.kernels.models import DEEPSEEK, GPT_OSS, KIMI, MIXTRAL, QWEN3, Ceilings, Cost, Model
-from expertwire.bench.kernels.work import Bits, Check, Draw, Timed, Work
 from expertwire.kernels.gpu.device import H200
 from expertwire.kernels.gpu.formats import ExpertWeights
 from expertwire.kernels.ops import experts
@@ -97,15 +97,15 @@ def test_every_item_launches_kernels_of_real_shapes(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", lambda self, *_, warmup, **__: launches.append((self, warmup)))
     for quick in (False, True):
         keys = []
-        for name in kernels.PART_NAMES:
-            part = kernels_parts.items(name, quick, False)
+        for name in kernels.SUITE_NAMES:
+            part = kernels_suites.items(name, quick, False)
             assert part, name
             keys += [(name, item.key) for item in part]
             for item in part:
                 before = len(launches)
-                if kernels_parts.warms(item):
-                    with kernels_parts.compiling_only():
-                        kernels_parts.warm(item, H200)
+                if kernels_suites.warms(item):
+                    with kernels_suites.compiling_only():
+                        kernels_suites.warm(item, H200)
                     assert len(launches) > before, item.key
         assert len(set(keys)) == len(keys)
         timed = {key for name, key in keys if name not in kernels.CHECKS}
@@ -114,28 +114,28 @@ def test_every_item_launches_kernels_of_real_shapes(monkeypatch):
     assert all(warmup for _, warmup in launches)
 
 
-def test_part_names_agree():
-    assert set(kernels_parts.SECONDS) == set(kernels.PART_NAMES)
-    assert sum(full for full, _ in kernels_parts.SECONDS.values()) <= 520
+def test_suite_names_agree():
+    assert set(kernels_suites.SECONDS) == set(kernels.SUITE_NAMES)
+    assert sum(full for full, _ in kernels_suites.SECONDS.values()) <= 520
 
 
 @pytest.mark.parametrize("bytes_each", [1e3, 8e6, 76e6, 1.2e9])
 def test_enough_weights_rotate(bytes_each):
-    assert kernels_work.replicas(bytes_each) >= 4
-    for number in (kernels_work.replicas(bytes_each), kernels_work.copies(bytes_each)):
-        assert number == kernels_work.MAX_REPLICAS or number * bytes_each >= 256e6
+    assert kernels_measure.replicas(bytes_each) >= 4
+    for number in (kernels_measure.replicas(bytes_each), kernels_measure.copies(bytes_each)):
+        assert number == kernels_measure.MAX_REPLICAS or number * bytes_each >= 256e6
 
 
 def draw_on_cpu(key="key", dtype=torch.float32):
-    return Draw.of("cpu", H200, dtype, 1, key)
+    return TensorRng.of("cpu", H200, dtype, 1, key)
 
 
 @pytest.mark.parametrize("ep", [1, 4])
 def test_routing(ep):
-    """Rows of the rank's experts in their order, each with a slot of its own, in the order of tokens; another one every time."""
+    """Check that rows come in the order of experts, slots in the order of tokens, and every routing differs."""
     model = Model(name="tiny", num_experts=16, top_k=3, D=8, F=8)
-    draw = draw_on_cpu()
-    one, two = (kernels_experts.route(draw, model, ep, 10) for _ in range(2))
+    rng = draw_on_cpu()
+    one, two = (kernels_experts.route(rng, model, ep, 10) for _ in range(2))
     assert not torch.equal(one.ids_TK, two.ids_TK)
     assert one.planned == 30
     local = one.ids_TK[(one.ids_TK < 16 // ep).any(1)]
@@ -155,10 +155,10 @@ def test_an_items_numbers_are_its_own():
 
 @pytest.mark.parametrize("format", ["dense", "fp8_block", "fp8_row", "int4", "mxfp4", "nvfp4"])
 def test_random_weights_have_the_shapes_of_their_format(format):
-    draw = draw_on_cpu(dtype=torch.bfloat16)
+    rng = draw_on_cpu(dtype=torch.bfloat16)
     found, shape = (
-        kernels_experts.random_weights(draw, format, 2, 32, 256),
-        kernels_experts.formats.meta(format, 2, 32, 256),
+        kernels_experts.random_weights(rng, format, 2, 32, 256),
+        kernels_experts.reference_formats.meta_weights(format, 2, 32, 256),
     )
     assert found.shape == (2, 32, 256)
     assert (found.data.dtype, found.data.shape) == (shape.data.dtype, shape.data.shape)
@@ -169,12 +169,12 @@ def test_random_weights_have_the_shapes_of_their_format(format):
 
 @pytest.mark.parametrize("peer", [kernels_experts.grouped_mm, kernels_experts.matmul_loop])
 def test_peers_compute_the_experts(peer):
-    draw, model = draw_on_cpu(), Model(name="tiny", num_experts=4, top_k=2, D=16, F=32)
-    routed = kernels_experts.route(draw, model, 1, 9)
-    w13, w2 = draw.normal(4, 64, 16, scale=0.25), draw.normal(4, 16, 32, scale=0.2)
+    rng, model = draw_on_cpu(), Model(name="tiny", num_experts=4, top_k=2, D=16, F=32)
+    routed = kernels_experts.route(rng, model, 1, 9)
+    w13, w2 = rng.normal(4, 64, 16, scale=0.25), rng.normal(4, 16, 32, scale=0.2)
     packed = [ExpertWeights(format="dense", data=data) for data in (w13, w2)]
     layer = kernels_experts.Layer(w13=packed[0], w2=packed[1], activation=Activation())
-    x = draw.normal(9, 16)
+    x = rng.normal(9, 16)
     hidden = experts.w13_reference(x, routed.row_index_R, routed.offsets, w13, Activation())
     identity = torch.arange(18)
     expected = experts.w2_reference(hidden, routed.offsets, w2, identity, torch.empty(18, 16))
@@ -183,9 +183,9 @@ def test_peers_compute_the_experts(peer):
 
 def test_transformers_computes_the_experts():
     pytest.importorskip("transformers")
-    draw, model = draw_on_cpu(), Model(name="tiny", num_experts=4, top_k=2, D=16, F=32)
-    routed = kernels_experts.route(draw, model, 1, 9)
-    w13, w2, x = draw.normal(4, 64, 16, scale=0.25), draw.normal(4, 16, 32, scale=0.2), draw.normal(9, 16)
+    rng, model = draw_on_cpu(), Model(name="tiny", num_experts=4, top_k=2, D=16, F=32)
+    routed = kernels_experts.route(rng, model, 1, 9)
+    w13, w2, x = rng.normal(4, 64, 16, scale=0.25), rng.normal(4, 16, 32, scale=0.2), rng.normal(9, 16)
     packed = [ExpertWeights(format="dense", data=data) for data in (w13, w2)]
     layer = kernels_experts.Layer(w13=packed[0], w2=packed[1], activation=Activation())
     module = kernels_experts.transformers_layer(model, layer)
@@ -199,7 +199,7 @@ def test_transformers_computes_the_experts():
 
 
 def test_a_peer_that_cannot_be_made_does_not_fail_our_own_timing(monkeypatch):
-    """Its interface may have changed in any way; what became of it is said."""
+    """Check that the error of a peer whose interface has changed is reported."""
 
     def changed(*_):
         raise AttributeError("there is no gate_up_proj any more")
@@ -210,7 +210,7 @@ def test_a_peer_that_cannot_be_made_does_not_fail_our_own_timing(monkeypatch):
     work = kernels_experts.layer_work(draw_on_cpu(), model, "dense", 1, 3, quick=False)
     assert "ours" in work.calls
     assert "transformers" not in work.calls
-    assert "no gate_up_proj" in work.facts["not compared"]
+    assert "no gate_up_proj" in work.labels["not compared"]
 
 
 def test_block_tables_name_every_block_once():
@@ -231,22 +231,22 @@ def test_a_peers_failure_is_its_result_ours_is_not(monkeypatch):
     def fail():
         raise RuntimeError("not on this device\nat all")
 
-    monkeypatch.setattr(kernels_work, "median_us", median_us)
+    monkeypatch.setattr(kernels_measure, "median_us", median_us)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     cost = Cost(bytes=8, flops=4)
-    work = Work(
-        calls={"ours": [lambda: 3.0], "peer": [fail]}, cost=cost, peers=frozenset({"peer"}), facts={"tokens": 1}
+    work = TimedCalls(
+        calls={"ours": [lambda: 3.0], "peer": [fail]}, cost=cost, peers=frozenset({"peer"}), labels={"tokens": 1}
     )
-    result = kernels_work.run_item(Timed("a", lambda _: work), draw_on_cpu())
+    result = kernels_measure.run_item(Timed("a", lambda _: work), draw_on_cpu())
     assert result["us"] == {"ours": {"median": 3.0}, "peer": {"error": "RuntimeError: not on this device"}}
     assert (result["bytes"], result["flops"], result["tokens"], result["peers"]) == (8, 4, 1, ["peer"])
     with pytest.raises(RuntimeError, match="not on this device"):
-        kernels_work.run_item(Timed("a", lambda _: Work(calls={"ours": [fail]}, cost=cost)), draw_on_cpu())
+        kernels_measure.run_item(Timed("a", lambda _: TimedCalls(calls={"ours": [fail]}, cost=cost)), draw_on_cpu())
 
 
 @pytest.mark.parametrize(("found", "ok"), [(0.1, True), (0.3, False), (float("nan"), False), (float("inf"), False)])
 def test_findings(found, ok):
-    result = kernels_work.run_item(Check("a", lambda _: {"x": (found, 0.2)}), draw_on_cpu())
+    result = kernels_measure.run_item(Check("a", lambda _: {"x": (found, 0.2)}), draw_on_cpu())
     assert result["ok"] is ok
     json.dumps(result, allow_nan=False)
 
@@ -254,13 +254,13 @@ def test_findings(found, ok):
 def test_equal_bits():
     one, nan = torch.tensor([1.0, 0.0]), torch.tensor([1.0, float("nan")])
     ways = {"a": one, "b": one.clone(), "sign": torch.tensor([1.0, -0.0]), "nan": nan, "nan too": nan.clone()}
-    result = kernels_work.run_item(Bits("a", lambda _: {"rows": ways}), draw_on_cpu())
+    result = kernels_measure.run_item(Bits("a", lambda _: {"rows": ways}), draw_on_cpu())
     assert result["classes"] == {"rows": [["a", "b"], ["sign"], ["nan"], ["nan too"]]}
     assert not result["ok"]
 
 
 class FakeCuda:
-    """Streams, events and graphs on a clock that the calls themselves advance; a graph's calls run when it is replayed."""
+    """Streams, events and graphs on a clock that the calls advance; a graph's calls run when it is replayed."""
 
     def __init__(self, monkeypatch):
         self.now_ms, self.recording = 0.0, None
@@ -317,13 +317,13 @@ class Whatever:
 
 def test_times_are_of_one_call_in_a_graph(monkeypatch):
     cuda = FakeCuda(monkeypatch)
-    found = kernels_work.median_us([cuda.call(ms) for ms in (1.0, 2.0, 3.0)])
+    found = kernels_measure.median_us([cuda.call(ms) for ms in (1.0, 2.0, 3.0)])
     assert found["median"] == found["slowest"] == pytest.approx(2000)
     assert (found["replays"], found["replicas"]) == (5, 3)
 
 
 def test_replays():
-    assert [kernels_work.num_replays(ms) for ms in (1e-9, 1.0, 100.0)] == [50, 25, 5]
+    assert [kernels_measure.num_replays(ms) for ms in (1e-9, 1.0, 100.0)] == [50, 25, 5]
 
 
 # The command.
@@ -331,7 +331,7 @@ def test_replays():
 
 @pytest.mark.slow
 def test_the_command_in_the_interpreter(tmp_path):
-    """With nothing but torch, Triton and numpy."""
+    """Run with nothing but torch, Triton and numpy."""
     code = (
         "import sys\n"
         "for name in ('ray', 'grpc', 'numba', 'transformers', 'matplotlib', 'psutil', 'google.protobuf'):\n"
@@ -342,11 +342,11 @@ def test_the_command_in_the_interpreter(tmp_path):
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    number = sum(len(kernels_parts.items(name, False, True)) for name in ("check-experts", "check-attention"))
+    number = sum(len(kernels_suites.items(name, False, True)) for name in ("check-experts", "check-attention"))
     assert f"{number} of {number} checks passed" in done.stdout
     data = json.loads((tmp_path / "kernels.json").read_text())
     assert "ceilings" not in data
-    assert data["parts"]["check-attention"]["items"]["latent mixed"]["ok"]
+    assert data["suites"]["check-attention"]["items"]["latent mixed"]["ok"]
 
 
 def test_other_benchmarks_are_those_of_the_command_line():

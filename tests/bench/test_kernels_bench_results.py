@@ -1,7 +1,7 @@
-"""Results of `bench kernels`: kept item by item, taken up again, made into figures, tables and a plot."""
+"""Results of `bench kernels`: written item by item, resumed, and made into figures, tables and a plot."""
 
+import importlib.util
 import time
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from helpers import kernels_bench_work
 pytest.importorskip("triton")
 
 
-from expertwire.bench.kernels import parts as kernels_parts
 from expertwire.bench.kernels import plot, tables
 from expertwire.bench.kernels import run as kernels
+from expertwire.bench.kernels import suites as kernels_suites
+from expertwire.bench.kernels.measure import Bits, Check, TensorRng
 from expertwire.bench.kernels.models import Ceilings
 from expertwire.bench.kernels.results import Results, bars, best_peer, figures, invariance_costs
-from expertwire.bench.kernels.work import Bits, Check, Draw
 from expertwire.kernels.gpu.device import H200
 
 CEILINGS = Ceilings(bytes_per_s=4.3e12, flops_per_s={"bf16": 790e12, "fp8": 1580e12})
@@ -48,12 +48,12 @@ def test_an_item_that_ended_its_process_has_failed(tmp_path, results):
     assert again.data["seed"] == results.data["seed"]
 
 
-def run_parts(results, items, device="cpu", seconds=1e9, deadline=float("inf")):
-    kernels_parts.run_part(results, "bits", items, H200, torch.float32, device, seconds, deadline)
+def run_suites(results, items, device="cpu", seconds=1e9, deadline=float("inf")):
+    kernels_suites.run_suite(results, "bits", items, H200, torch.float32, device, seconds, deadline)
 
 
 def counted(key, calls, error=None):
-    def run(draw):
+    def run(rng):
         calls.append(key)
         if error:
             raise error
@@ -65,43 +65,43 @@ def counted(key, calls, error=None):
 def test_what_is_there_is_not_run_again(results):
     calls = []
     items = [counted("a", calls), counted("b", calls, RuntimeError("out of luck")), counted("c", calls)]
-    run_parts(results, items)
-    run_parts(results, items)
+    run_suites(results, items)
+    run_suites(results, items)
     assert calls == ["a", "b", "c"]
     assert results.find("b")["error"] == "RuntimeError: out of luck"
     results.forget_failures()
-    run_parts(results, items)
+    run_suites(results, items)
     assert calls == ["a", "b", "c", "b"]
 
 
-def test_a_part_ends_with_its_time(results, monkeypatch):
-    monkeypatch.setattr(kernels_parts, "_settle", lambda: True)
+def test_a_suite_ends_with_its_time(results, monkeypatch):
+    monkeypatch.setattr(kernels_suites, "_settle", lambda: True)
     calls = []
     items = [Check(key, lambda _: time.sleep(0.02) or {"x": (0.0, 0.0)}) for key in "ab"] + [counted("c", calls)]
-    monkeypatch.setattr(Draw, "of", lambda *_: None)
-    run_parts(results, items, "cuda", seconds=0.03)
+    monkeypatch.setattr(TensorRng, "of", lambda *_: None)
+    run_suites(results, items, "cuda", seconds=0.03)
     assert [key for _, key, _ in results.items()] == ["a", "b"]
-    run_parts(results, items, "cuda", deadline=time.time() - 1)
+    run_suites(results, items, "cuda", deadline=time.time() - 1)
     assert calls == []
 
 
 def test_a_broken_device_ends_the_process_with_its_item_failed(results, monkeypatch):
-    monkeypatch.setattr(kernels_parts, "_settle", lambda: False)
-    monkeypatch.setattr(Draw, "of", lambda *_: None)
+    monkeypatch.setattr(kernels_suites, "_settle", lambda: False)
+    monkeypatch.setattr(TensorRng, "of", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
-        run_parts(results, [counted("a", [], RuntimeError("illegal access")), counted("b", [])], "cuda")
+        run_suites(results, [counted("a", [], RuntimeError("illegal access")), counted("b", [])], "cuda")
     assert ended.value.code == 3
     assert [(key, item.get("error")) for _, key, item in results.items()] == [("a", "RuntimeError: illegal access")]
 
 
 def test_missing_items_are_listed(results):
-    every = [item.key for item in kernels_parts.items("routing", True, False)]
-    assert kernels_parts.missing(results, ["routing"], True, False) == {"routing": every}
+    every = [item.key for item in kernels_suites.items("routing", True, False)]
+    assert kernels_suites.missing(results, ["routing"], True, False) == {"routing": every}
     results.finish("routing", every[0], {})
-    assert kernels_parts.missing(results, ["routing"], True, False) == {"routing": every[1:]}
+    assert kernels_suites.missing(results, ["routing"], True, False) == {"routing": every[1:]}
 
 
-def test_a_new_process_goes_on_behind_an_item_that_ended_one(tmp_path, results, monkeypatch, capsys):
+def test_a_new_process_continues_after_an_item_that_ended_one(tmp_path, results, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "work", kernels_bench_work.dies_once)
     kernels.supervise(tmp_path, ["bits"], True, time.time() + 60)
     after = Results.read(tmp_path)
@@ -144,28 +144,28 @@ def test_a_process_that_does_nothing_is_not_started_again(tmp_path, results, mon
 
 
 def test_kernels_are_compiled_by_other_processes(results):
-    """Here, without a GPU, every one of them fails, and says so."""
+    """Check that without a GPU every one of them fails with a message."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    tasks = kernels_parts.to_compile(results, ["routing", "sampling"], True)
+    tasks = kernels_suites.to_compile(results, ["routing", "sampling"], True)
     assert tasks[:3] == [("routing", 0), ("sampling", 0), ("routing", 1)]
-    failures, done = kernels_parts.compile_all(tasks[:2], True, 1, time.time() + 60)
+    failures, done = kernels_suites.compile_all(tasks[:2], True, 1, time.time() + 60)
     assert (len(failures), done) == (2, 2)
-    results.finish("routing", kernels_parts.items("routing", True, False)[0].key, {})
-    assert ("routing", 0) not in kernels_parts.to_compile(results, ["routing"], True)
+    results.finish("routing", kernels_suites.items("routing", True, False)[0].key, {})
+    assert ("routing", 0) not in kernels_suites.to_compile(results, ["routing"], True)
 
 
 # Options.
 
 
-def test_names_of_parts():
-    assert kernels.part_names(None, "cuda") == list(kernels.PART_NAMES)
-    assert kernels.part_names("bits, attention", "cuda") == ["attention", "bits"]
-    assert kernels.part_names(None, "cpu") == [name for name in kernels.PART_NAMES if name in kernels.CHECKS]
+def test_names_of_suites():
+    assert kernels.suite_names(None, "cuda") == list(kernels.SUITE_NAMES)
+    assert kernels.suite_names("bits, attention", "cuda") == ["attention", "bits"]
+    assert kernels.suite_names(None, "cpu") == [name for name in kernels.SUITE_NAMES if name in kernels.CHECKS]
     with pytest.raises(ValueError, match=r"unknown 'gemm'; allowed are experts-qwen3, .*, experts-more"):
-        kernels.part_names("bits,gemm", "cuda")
+        kernels.suite_names("bits,gemm", "cuda")
     with pytest.raises(ValueError, match="cpu times nothing, so not attention"):
-        kernels.part_names("bits,attention", "cpu")
+        kernels.suite_names("bits,attention", "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -198,26 +198,26 @@ def test_resuming_what_is_not_there_or_of_other_conditions(tmp_path, results):
 # Figures, bars, tables, plot.
 
 
-def timed(us, *, bytes=4.3e9, flops=7.9e9, rate="bf16", peers=(), **facts):
+def timed(us, *, bytes=4.3e9, flops=7.9e9, rate="bf16", peers=(), **labels):
     times = {name: {"median": time, "fastest": time, "slowest": time} for name, time in us.items()}
-    return {"us": times, "bytes": bytes, "flops": flops, "rate": rate, "peers": list(peers), **facts}
+    return {"us": times, "bytes": bytes, "flops": flops, "rate": rate, "peers": list(peers), **labels}
 
 
 @pytest.fixture
 def measured(results):
-    """Made-up figures for everything: memory bounds each item, and ours takes twice its floor, 1000 us."""
+    """Return invented figures for everything: memory bounds each item, and ours takes twice its floor, 1000 us."""
     results.data["ceilings"] = {"bytes_per_s": 4.3e12, "bf16": 790e12, "fp8": 1580e12}
     results.data["environment"] = {"gpu": "a GPU", "versions": {"torch": "2"}, "device": "cuda"}
     results.data["compiled"] = {"items": 3, "of": 3, "seconds": 4, "processes": 5, "failures": []}
-    for name in kernels.PART_NAMES:
-        for item in kernels_parts.items(name, False, False):
+    for name in kernels.SUITE_NAMES:
+        for item in kernels_suites.items(name, False, False):
             if isinstance(item, Check):
                 result = {"findings": {"out": [1e-3, 1e-2]}, "ok": True}
             elif isinstance(item, Bits):
                 result = {"classes": {"rows": [["a", "b"], ["c"]]}, "ok": False}
             else:
                 tokens = int(item.key.rpartition(" T")[2]) if name.startswith("experts-") else None
-                facts = {"model": "m"} | ({} if tokens is None else {"tokens": tokens})
+                labels = {"model": "m"} | ({} if tokens is None else {"tokens": tokens})
                 us = {
                     "ours": 2000.0,
                     "ours, fast": 1000.0,
@@ -226,8 +226,8 @@ def measured(results):
                     "grouped_mm": 3000.0,
                     "slow": 4000.0,
                 }
-                result = timed(us, peers=["grouped_mm", "slow"], **facts)
-            results.part(name)["items"][item.key] = result
+                result = timed(us, peers=["grouped_mm", "slow"], **labels)
+            results.suite(name)["items"][item.key] = result
     return results
 
 
@@ -263,10 +263,10 @@ def test_bars_that_were_not_measured(results):
 
 
 def test_the_short_table_fits_and_ends_with_the_bars(measured):
-    key = kernels_parts.items("check-experts", False, False)[0].key
+    key = kernels_suites.items("check-experts", False, False)[0].key
     measured.finish("check-experts", key, {"findings": {"w13": [None, 0.01], "w2": [0.5, 0.01]}, "ok": False})
     measured.finish("latent", "deepseek-v3 latent prefill 2k", {"error": "RuntimeError: no"})
-    measured.data["not_reached"] = {"around": ["norm", "combine"]}
+    measured.data["not_reached"] = {"layer-ops": ["norm", "combine"]}
     text = tables.short_table(measured)
     assert len(text) < 12_000
     assert f"WRONG {key}: w13 not a number > 0.01, w2 0.5 > 0.01" in text
@@ -279,38 +279,34 @@ def test_the_short_table_fits_and_ends_with_the_bars(measured):
     assert lines[-2].startswith("routing and metadata")
     long = tables.long_table(measured)
     assert long.endswith(text)
-    assert all(item.key in long for name in kernels.PART_NAMES for item in kernels_parts.items(name, False, False))
+    assert all(item.key in long for name in kernels.SUITE_NAMES for item in kernels_suites.items(name, False, False))
 
 
 def test_the_report_is_written(tmp_path, measured, capsys):
-    kernels.write_report(tmp_path, measured, list(kernels.PART_NAMES))
+    kernels.write_report(tmp_path, measured, list(kernels.SUITE_NAMES))
     written = Results.read(tmp_path).data
     assert written["not_reached"] == {}
     assert len(written["bars"]) == len(bars(measured))
     assert written["figures"]["route deepseek-v3 T128"]["ours"]["us"] == 2000.0
     assert (tmp_path / "report.txt").read_text().endswith(capsys.readouterr().out)
-    assert (tmp_path / "roofline.svg").exists()
+    assert (tmp_path / "roofline.svg").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
-def test_the_plot(measured):
-    series = plot.points(measured, CEILINGS)
-    assert len(series["qwen3-30b dense EP1"]) == 14
-    root = ElementTree.fromstring(plot.roofline_svg(series, CEILINGS, "a < b"))
-    circles = root.findall(".//{http://www.w3.org/2000/svg}circle")
-    assert len(circles) == sum(map(len, series.values())) + len(series)
-    assert all(0 < float(c.get("cx")) < 1100 and 0 < float(c.get("cy")) < 700 for c in circles)
-
-
-def test_the_plot_as_png(tmp_path, measured):
+def test_the_plot(tmp_path, measured):
     pytest.importorskip("matplotlib")
     series = plot.points(measured, CEILINGS)
-    assert plot.save_png(tmp_path / "a.png", series, CEILINGS, "t")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert len(series["qwen3-30b dense EP1"]) == 14
+    axes = plot.roofline(series, CEILINGS, "a < b").axes[0]
+    drawn = {line.get_label(): line for line in axes.lines}
+    for name, points in series.items():
+        assert len(drawn[name].get_xdata()) == len(points)
+    assert len(axes.lines) == len(series) + len(CEILINGS.flops_per_s)
+    assert plot.save_roofline(tmp_path, series, CEILINGS, "t")
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_faster_points_lie_higher():
-    points = [plot.Point(1.0, 1e12, "slow"), plot.Point(1.0, 2e12, "fast")]
-    root = ElementTree.fromstring(plot.roofline_svg({"a": points}, CEILINGS, "t"))
-    slow, fast = root.findall(".//{http://www.w3.org/2000/svg}circle")[:2]
-    assert slow.get("cx") == fast.get("cx")
-    assert float(fast.get("cy")) < float(slow.get("cy"))
+    pytest.importorskip("matplotlib")
+    points = [plot.Point(1.0, 1e12), plot.Point(1.0, 2e12)]
+    line = next(line for line in plot.roofline({"a": points}, CEILINGS, "t").axes[0].lines if line.get_label() == "a")
+    assert list(line.get_ydata()) == [1.0, 2.0]

@@ -10,22 +10,22 @@ import torch
 
 pytest.importorskip("triton")
 
-from expertwire.bench.kernels import parts as kernels_parts
 from expertwire.bench.kernels import run as kernels
-from expertwire.bench.kernels.work import Draw, run_item
+from expertwire.bench.kernels import suites as kernels_suites
+from expertwire.bench.kernels.measure import TensorRng, run_item
 from expertwire.kernels.gpu.device import describe
 
 pytestmark = pytest.mark.gpu
 
 ITEMS = {
-    f"{part} {item.key}": item for part in kernels.CHECKS for item in kernels_parts.items(part, quick=True, tiny=False)
+    f"{part} {item.key}": item for part in kernels.CHECKS for item in kernels_suites.items(part, quick=True, tiny=False)
 }
 
 
 @pytest.mark.parametrize("name", ITEMS)
 @pytest.mark.filterwarnings("ignore:.*deterministic")
 def test_kernel(name):
-    result = run_item(ITEMS[name], Draw.of("cuda", describe("cuda"), torch.bfloat16, 0, name))
+    result = run_item(ITEMS[name], TensorRng.of("cuda", describe("cuda"), torch.bfloat16, 0, name))
     torch.cuda.synchronize()
     # Other tiles may give other bits; where they do, the invariant mode does not use them.
     compared = result.get("findings") or result["classes"]

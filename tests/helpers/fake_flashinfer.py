@@ -16,7 +16,7 @@ from helpers.flashinfer_signatures import signature
 
 
 def bound(name, *args, **kwargs):
-    """The arguments by name, defaults (which the table knows only to exist) left out."""
+    """Return the arguments by name, without defaults, whose values the table does not know."""
     return signature(name).bind(*args, **kwargs).arguments
 
 
@@ -27,7 +27,7 @@ def is_indptr(tensor, batch=None):
 
 
 def sequences(qo_indptr, kv_indptr, kv_indices, kv_lengths, page_size):
-    """Page tables as ours."""
+    """Return attention metadata from page tables."""
     batch = len(qo_indptr) - 1
     is_indptr(qo_indptr)
     is_indptr(kv_indptr, batch)
@@ -43,7 +43,7 @@ def sequences(qo_indptr, kv_indptr, kv_indices, kv_lengths, page_size):
 
 
 class Wrapper:
-    """What all have in common; `plans` counts."""
+    """The common part of the wrappers; `plans` counts."""
 
     def __init__(self, *args, **kwargs):
         given = bound(f"{type(self).__name__}.__init__", *args, **kwargs)
@@ -151,7 +151,7 @@ made: list[Wrapper] = []
 
 
 def install(monkeypatch):
-    """As if it were installed; returns the list of the wrappers that are made."""
+    """Install the fake as if it were the package; return the list of the wrappers that are made."""
     api, of_mla = ModuleType("flashinfer"), ModuleType("flashinfer.mla")
     for module in (api, of_mla):
         module.__spec__ = ModuleSpec(module.__name__, None)

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from expertwire.kernels.gpu import compile as ahead_of_time
+from expertwire.kernels.gpu.compile_ahead import absent_gpu
 
 # Torch's operations that launch nothing, beside those that return views.
 ALLOCATIONS = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like"}
@@ -36,7 +36,7 @@ class FakeLaunches(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.compiled: set[tuple[JITFunction, str]] = set()
-        self._driver = ahead_of_time.absent_gpu(arch)
+        self._driver = absent_gpu(arch)
         self._patch = mock.patch.object(JITFunction, "run", self._run_of())
         self._seen: set[JITFunction] = set()
 

@@ -22,7 +22,7 @@ SOURCES = {
 
 
 def extract(folder: Path) -> dict:
-    """The version, and for each "Class.method" its parameters: name, kind, whether it has a default."""
+    """Return the version, and for each "Class.method" its parameters: name, kind, whether it has a default."""
     [metadata] = folder.glob("flashinfer_python-*.dist-info")
     found = {}
     for path, classes in SOURCES.items():
@@ -36,7 +36,7 @@ def extract(folder: Path) -> dict:
 
 
 def _parameters(args: ast.arguments) -> list:
-    """Without `self` or `cls`."""
+    """Return the parameters without `self` or `cls`."""
     plain = args.args[1:]
     first_default = len(plain) - len(args.defaults)
     rows = [[arg.arg, "POSITIONAL_OR_KEYWORD", i >= first_default] for i, arg in enumerate(plain)]
@@ -49,7 +49,7 @@ def _parameters(args: ast.arguments) -> list:
 
 
 def signature(name: str) -> inspect.Signature:
-    """Of "Class.method", from the table."""
+    """Return the signature of "Class.method" from the table."""
     kinds = inspect.Parameter
     return inspect.Signature(
         [

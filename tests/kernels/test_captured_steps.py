@@ -87,7 +87,7 @@ def test_what_a_capture_refuses_is_named(monkeypatch, violation, message):
 
 
 def test_inputs_that_a_graph_does_not_keep_are_found(monkeypatch):
-    """It must write where the captured kernels read."""
+    """Check that inputs are written where the captured kernels read."""
     with FakeLaunches() as gpu:
         config, runner = build(1, MAX_TOKENS, FakeCapture(gpu))
         runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
@@ -100,7 +100,7 @@ def test_inputs_that_a_graph_does_not_keep_are_found(monkeypatch):
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Of "cuda:0"."""
+    """Return the streams of "cuda:0"."""
     FakeCuda(1).install(monkeypatch)
     with OnCpu(), FakeLaunches() as gpu, FakeStreams(gpu).install(monkeypatch) as streams:
         yield streams
@@ -108,7 +108,7 @@ def streams(monkeypatch):
 
 @pytest.mark.parametrize("num_parts", [1, 2], ids=["whole steps", "halves"])
 def test_steps_launched_ahead_share_no_memory_too_early(streams, num_parts):
-    """Neither a pinned buffer nor what two streams use; two steps are under way, in halves on three streams."""
+    """Check pinned buffers and memory of two streams, with two steps in flight, in micro-batches on three streams."""
     config, runner = build(1, MAX_TOKENS, None, device=DEVICE, num_parts=num_parts)
     runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     serve(config, runner, ahead=DeviceRunner.depth - 1)
@@ -116,7 +116,7 @@ def test_steps_launched_ahead_share_no_memory_too_early(streams, num_parts):
 
 @pytest.mark.parametrize("num_ranks", [1, 2], ids="EP {}".format)
 def test_a_captured_step_ends_on_the_stream_it_began_on(streams, num_ranks):
-    """In halves: a stream that takes part must be joined (`cudaErrorStreamCaptureUnjoined`). Nor is memory shared too early."""
+    """Check that every stream that takes part is joined (`cudaErrorStreamCaptureUnjoined`), with micro-batches."""
     unjoined = []
 
     def capture(work):
@@ -142,7 +142,7 @@ class FakeGraph:
 
 
 def test_what_is_done_before_a_capture_is_ordered_too(streams, monkeypatch):
-    """`device_graphs.cuda` does it on a stream of its own."""
+    """Check the stream that `device_graphs.cuda` uses before a capture."""
     captures, meetings = [], []
 
     @contextlib.contextmanager
@@ -172,7 +172,7 @@ def test_a_result_that_is_read_too_early_is_found(streams, monkeypatch):
 
 
 def test_a_stream_that_waits_for_nothing_is_found(streams):
-    """It would be given memory that the step before still reads."""
+    """Check a stream that would get memory that the step before still reads."""
     config, runner = build(1, MAX_TOKENS, None, device=DEVICE, num_parts=2)
     for all_to_all in runner._model.context.all_to_alls:
         all_to_all._stream.wait_stream = lambda stream: None

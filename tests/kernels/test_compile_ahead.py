@@ -1,4 +1,4 @@
-"""Compiling ahead: the launches of a program are found without making them, and are found in the cache by who makes them."""
+"""Compiling ahead: a program's launches are found without making them, and later found in the cache."""
 
 import os
 from dataclasses import replace
@@ -21,14 +21,14 @@ from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner import precompile
 from expertwire.kernels.gpu import compile_ahead, rms_norm
-from expertwire.kernels.gpu.compile import absent_gpu
+from expertwire.kernels.gpu.compile_ahead import absent_gpu
 from expertwire.kernels.gpu.device import H200
 
 CONFIGS = Path(__file__).parents[2] / "bench" / "configs"
 
 
 def norms(device="meta"):
-    """Two launches of one kernel for widths that are compiled apart, one of them twice."""
+    """Return two launches of one kernel for widths that are compiled separately, one of them twice."""
     for width in (64, 128, 64):
         x = torch.empty(3, width, dtype=torch.bfloat16, device=device)
         rms_norm.rms_norm(x, torch.empty(width, dtype=torch.bfloat16, device=device), 1e-6)
@@ -36,7 +36,7 @@ def norms(device="meta"):
 
 @pytest.fixture
 def cache(tmp_path):
-    """An empty cache of Triton's, for this process and those that it forks."""
+    """Give this process and its children an empty Triton cache."""
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
         yield tmp_path
@@ -49,7 +49,7 @@ def test_launches_are_noted_once_and_not_made(cache):
 
 
 def test_what_is_compiled_ahead_is_found_in_the_cache(cache):
-    """A later process asks for the same keys: here this one, which has compiled nothing."""
+    """Check that this process, which has compiled nothing, asks for the same keys."""
     compile_ahead.compile_all(compile_ahead.recorded(norms, 90), 90, num_processes=2)
     hits = []
 
@@ -89,7 +89,7 @@ def rank(folder, num_ranks=1, **options):
 
 
 def test_tensors_without_storage_launch_what_tensors_with_storage_launch(monkeypatch):
-    """Where alignment, strides and sizes are real: on a CPU, whose memory is zero where kernels would have written."""
+    """Compare with a CPU, where alignment, strides and sizes are real and unwritten memory is zero."""
     of = rank(tiny.cached("qwen3_moe"))
     without = compile_ahead.recorded(lambda: precompile._warm_up(of), 90)
     monkeypatch.setattr(torch, "empty", torch.zeros)
@@ -104,8 +104,12 @@ def test_tensors_without_storage_launch_what_tensors_with_storage_launch(monkeyp
 @pytest.mark.parametrize(
     ("name", "num_ranks", "kernels"),
     [
-        ("qwen3-30b-a3b", 8, {"send_few_kernel", "arrive_few_kernel", "go_home_kernel", "_grouped_gemm"}),
-        ("deepseek-v3", 1, {"_attend_latent", "quantize_kernel", "linear_kernel", "_tile_scales"}),
+        (
+            "qwen3-30b-a3b",
+            8,
+            {"low_latency_send_kernel", "low_latency_receive_kernel", "combine_send_kernel", "grouped_gemm_kernel"},
+        ),
+        ("deepseek-v3", 1, {"mla_kernel", "quantize_kernel", "linear_kernel", "tile_scales_kernel"}),
     ],
 )
 def test_the_launches_of_real_models_are_found(name, num_ranks, kernels):
@@ -114,14 +118,14 @@ def test_the_launches_of_real_models_are_found(name, num_ranks, kernels):
 
 
 def test_ranks_of_a_node_launch_the_same_kernels():
-    """Or what one of them alone launches would be compiled by none, where it is not in that one's share."""
+    """Otherwise no rank would compile a launch that only one makes and that is not in its share."""
     of = rank(CONFIGS / "qwen3-30b-a3b", 32)
     first, *others = (set(precompile.launches(replace(of, rank=rank))) for rank in (0, 1, 3, 16))
     assert [len(found ^ first) for found in others] == [0, 0, 0]
 
 
 def test_steps_of_several_exchanges_are_warmed_up_as_such(monkeypatch):
-    """The kernels of an exchange depend on how many tokens it takes, and so do the steps that are captured."""
+    """The kernels of an exchange depend on its number of tokens, and so do the captured steps."""
     monkeypatch.setattr(arena, "EXCHANGE_BYTES", 0)
     of = rank(CONFIGS / "qwen3-30b-a3b", 8)
     of = replace(of, config=replace(of.config, max_num_batched_tokens=512))
@@ -137,7 +141,7 @@ def test_steps_of_several_exchanges_are_warmed_up_as_such(monkeypatch):
 
 
 def test_a_process_compiles_its_share(recwarn):
-    """One of very many, so that there is nothing to compile."""
+    """Take one share of very many, so that there is nothing to compile."""
     precompile.Precompilation(rank(tiny.cached("qwen3_moe")), share=1, num_shares=10**9, num_processes=1).wait()
     assert not [warning for warning in recwarn if "compil" in str(warning.message)]
 

@@ -1,4 +1,4 @@
-"""Every kernel, compiled for Hopper and Blackwell without either: the machine code spills nothing and uses the tensor cores."""
+"""Every kernel, compiled for Hopper and Blackwell without either: no spills, and tensor cores are used."""
 
 import dataclasses
 import os
@@ -12,9 +12,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from expertwire.bench.kernels import report as kernels_report
-from expertwire.kernels.gpu import compile as ahead_of_time
+from expertwire.bench.kernels.compile_cases import every_case
+from expertwire.bench.kernels.compile_check import Case, Compiled, problems_of
 
-CASES = ahead_of_time.every_case()
+CASES = every_case()
 
 
 def representatives():
@@ -47,15 +48,15 @@ def test_names_are_unique():
 
 
 def test_the_report_names_the_case_and_its_problems(monkeypatch):
-    """A kernel without matrix products, taken for one that should have some."""
-    case = next(case for case in CASES if case.name.startswith("tiles.tile_metadata"))
-    monkeypatch.setattr(ahead_of_time, "every_case", lambda: [dataclasses.replace(case, expect={90: "HGMMA"})])
+    """Take a kernel without matrix products for one that should have some."""
+    case = next(case for case in CASES if case.name.startswith("grouped_gemm_tiles.build_tile_map"))
+    monkeypatch.setattr(kernels_report, "every_case", lambda: [dataclasses.replace(case, expect={90: "HGMMA"})])
     text, fine = kernels_report.line(0, 90)
     assert not fine
     assert text.startswith(case.name) and text.endswith("matrix instruction none, not HGMMA")
 
 
-GOOD = ahead_of_time.Compiled(
+GOOD = Compiled(
     registers=128,
     shared=100 * 1024,
     stack=0,
@@ -87,18 +88,16 @@ WAITS = "// %bb.0:  // %__nv_rsqrtf.exit\n\tmov.u32 %r1, %tid.x;\n\tgriddepcontr
         ({"registers": 136}, "2 blocks of 8 warps with 136 registers"),
         ({"tensor_memory": 320}, "320 columns"),
         ({"scratch": 128}, "128 B of scratch memory"),
-        ({"early": True}, "does not first of all wait"),
+        ({"early": True}, "does not first wait"),
         ({"early": True, "instructions": Counter({"S2R": 1, "ACQBULK": 1}) + GOOD.instructions, "ptx": WAITS}, ""),
-        ({"early": True, "instructions": Counter({"LDG.E": 1, "ACQBULK": 1}), "ptx": WAITS}, "does not first of all"),
+        ({"early": True, "instructions": Counter({"LDG.E": 1, "ACQBULK": 1}), "ptx": WAITS}, "does not first"),
         (
             {"early": True, "instructions": Counter({"ACQBULK": 1}), "ptx": "\t@%p1 bra $L1;\n" + WAITS},
-            "does not first of all",
+            "does not first",
         ),
     ],
 )
 def test_what_counts_as_a_problem(change, found):
-    case = ahead_of_time.Case(
-        name="", kernel=None, args={}, constexprs={}, expect={90: "HGMMA"}, num_warps=8, blocks_per_sm=2
-    )
-    problems = ahead_of_time.problems(case, 90, dataclasses.replace(GOOD, **change))
+    case = Case(name="", kernel=None, args={}, constexprs={}, expect={90: "HGMMA"}, num_warps=8, blocks_per_sm=2)
+    problems = problems_of(case, 90, dataclasses.replace(GOOD, **change))
     assert (found in " ".join(problems)) and bool(problems) == bool(found)

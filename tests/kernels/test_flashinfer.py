@@ -1,4 +1,4 @@
-"""FlashInfer's wrappers behind our ops, on a strict fake: values, how often a step is planned, and what is refused."""
+"""FlashInfer's wrappers behind our ops, on a strict fake: values, plans a step, and what is refused."""
 
 import inspect
 import json
@@ -57,7 +57,7 @@ def test_a_step_is_planned_once_and_run_by_every_layer(ops, made):
 
 @pytest.mark.parametrize("num_decodes", [3, 0], ids=["decodes", "a prompt"])
 def test_warming_up_plans_and_runs(num_decodes, ops, made):
-    """Rows of nobody: its kernels are compiled then, not when the first request comes."""
+    """Run rows that belong to no sequence: kernels are compiled in warm-up, not at the first request."""
     table = torch.zeros(3, 4, dtype=torch.int32)
     bounds = {"max_decodes": num_decodes, "max_prefills": 3 - num_decodes, "max_prefill_tokens": 3 - num_decodes}
     seqs = replace(attention.describe([0] * 3, [0] * 3, table), **bounds)

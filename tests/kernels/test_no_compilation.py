@@ -1,4 +1,4 @@
-"""Once a rank has warmed up, no step launches a kernel that was not compiled: a compilation of seconds would stop all ranks."""
+"""After warm-up no step launches a kernel that was not compiled: a compilation of seconds would stop all ranks."""
 
 import os
 import time
@@ -28,7 +28,7 @@ from expertwire.scheduler.scheduler import Scheduler
 
 
 def capture(work):
-    """A graph that does nothing when it is replayed."""
+    """Return a graph that does nothing when it is replayed."""
     return Captured(lambda: None, work())
 
 
@@ -89,7 +89,7 @@ def step(scheduler, runner, num_ranks):
 
 
 def results_of(plan, rank, result):
-    """What any rank answers: tokens 0."""
+    """Return what any rank returns: tokens 0."""
     if rank == 0:
         return result
     mine = plan.rank(rank)
@@ -107,7 +107,7 @@ def nothing(plan, rank, slot_O, like):
 
 
 def launches(runner, gpu, specs, requests, chunk, num_steps):
-    """Of the last of some steps: what is launched beside the graph, by name, and the time of the host in µs."""
+    """Return the launches beside the graph in the last of some steps, by name, and the host's time in µs."""
     limits = {
         "max_num_seqs": MAX_RUNNING,
         "max_num_batched_tokens": chunk,
@@ -162,7 +162,7 @@ def test_launches_of_a_step():
 
 
 def test_a_mixed_graph_has_room_for_requests_that_run(monkeypatch):
-    """Not for a sequence a token: a decode's workspace is as large as the longest request."""
+    """A decode's workspace is as large as the longest request, so there must not be one sequence per token."""
     seen = []
     with FakeLaunches():
         _, runner = build(1, 512, None)
@@ -173,7 +173,7 @@ def test_a_mixed_graph_has_room_for_requests_that_run(monkeypatch):
 
 
 def test_logits_of_a_prompt_come_in_portions(monkeypatch):
-    """Of no more rows than requests can run, for which room was measured."""
+    """Check that at most as many rows as requests can run are computed at once, for which memory was measured."""
     rows, logits = [], Decoder.logits
     with FakeLaunches():
         config, runner = build(1, 8192, None)
@@ -206,9 +206,9 @@ def test_what_sequences_are_described_by_is_aligned_alike():
 
 
 def test_a_kernel_that_a_capture_launches_first_is_an_error(monkeypatch):
-    """Were nothing done before the capture, every one of its kernels would be compiled in it."""
+    """Without a run before the capture, every one of its kernels would be compiled in it."""
     monkeypatch.setattr(FakeCapture, "__call__", FakeCapture.alone)
     with FakeLaunches() as gpu:
         _, runner = build(1, 32, FakeCapture(gpu))
-        with pytest.raises(AssertionError, match="look_up_kernel is compiled during a capture"):
+        with pytest.raises(AssertionError, match="prepare_inputs_kernel is compiled during a capture"):
             runner.warm_up(max_num_batched_tokens=32, max_num_seqs=1)

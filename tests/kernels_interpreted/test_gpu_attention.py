@@ -8,25 +8,25 @@ from helpers.paged_scenes import BATCHES, TOLERANCE, scene
 
 from expertwire.kernels.gpu import attention as gpu
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.gpu.splits import sharing_programs
+from expertwire.kernels.gpu.split_kv import split_grid
 from expertwire.kernels.ops import attention
 
 DEVICE = Device(arch=90, num_sms=1)
-TILES = gpu.Tiles(single_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
+CONFIG = gpu.AttentionTileConfig(decode_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
 
 
 def run(q, k, v, seqs, device=DEVICE, **options):
-    """Into a poisoned output."""
+    """Run attention into a poisoned output."""
     out = torch.full_like(q, float("nan")).contiguous()
-    return gpu.attend(q, k, v, seqs, device, out=out, **{"tiling": TILES, **options})
+    return gpu.attend(q, k, v, seqs, device, out=out, **{"config": CONFIG, **options})
 
 
-def check(batch, dtype, *, scale=None, window=0, chunk=0, sinks_H=None, tiling=TILES, **shapes):
+def check(batch, dtype, *, scale=None, window=0, chunk=0, sinks_H=None, config=CONFIG, **shapes):
     q, k, v, host, device = scene(batch, dtype, **shapes)
     options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
     rows = host.cu_seqlens_q[-1]
     expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, **options)
-    actual = run(q, k, v, device, tiling=tiling, **options)
+    actual = run(q, k, v, device, config=config, **options)
     torch.testing.assert_close(actual[:rows], expected, **TOLERANCE[dtype])
     assert actual[rows:].isnan().all()
 
@@ -60,7 +60,7 @@ def test_chunks(chunk):
 
 
 def test_windows_skip_tiles():
-    """Blocks that a window has left behind may be anything, NaN in the values too."""
+    """Blocks before a window may hold anything, NaN in the values too."""
     q, k, v, host, device = scene([(1, 96), (4, 96)], torch.float32)
     expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host, window=16)
     for table in host.block_table:
@@ -69,7 +69,7 @@ def test_windows_skip_tiles():
 
 
 def test_reference_is_the_masked_softmax():
-    """Over one logit more, the sink's, without a value."""
+    """Compare with a softmax over one more logit, the sink's, without a value."""
     q, k, v, host, _ = scene([(9, 30)], torch.float32, kv_heads=4)
     sinks_H = torch.tensor([-1.0, 0.0, 1.0, 2.0])
     k_LHd, v_LHd = (cache[host.block_table[0]].flatten(0, 1)[:30].double() for cache in (k, v))
@@ -95,7 +95,7 @@ def test_sequences_without_queries():
 @pytest.mark.parametrize("unused", [0, 3])
 @pytest.mark.parametrize("name", BATCHES)
 def test_bounds_change_no_bit(name, unused):
-    """As a captured step has them: of what there can be, whatever there is."""
+    """Use the bounds of a captured step: upper limits, whatever the step has."""
     q, k, v, _, seqs = scene(BATCHES[name], torch.float16, unused=unused)
     bounds = {"max_decodes": len(seqs.seq_lens), "max_prefills": len(seqs.seq_lens), "max_prefill_tokens": len(q)}
     loose = dataclasses.replace(seqs, **bounds, max_seq_len=300, max_prefill_len=300)
@@ -105,12 +105,12 @@ def test_bounds_change_no_bit(name, unused):
 
 
 def test_chosen_tiles():
-    tiling = gpu.tiles(head_dim=32, element_size=4, arch=90)
-    check([(1, 70), (20, 70)], torch.float32, tiling=dataclasses.replace(tiling, split=64))
+    config = gpu.tile_config(head_dim=32, element_size=4, arch=90)
+    check([(1, 70), (20, 70)], torch.float32, config=dataclasses.replace(config, split=64))
 
 
 def test_queries_apart():
-    """As they lie in the output of the projection, between keys and values."""
+    """Use queries as they lie in the output of the projection, between keys and values."""
     q, k, v, host, device = scene([(1, 20), (6, 20)], torch.float32)
     apart = torch.cat((q, torch.full_like(q, float("nan"))), 1)[:, : q.shape[1]]
     torch.testing.assert_close(run(apart, k, v, device), attention.reference(q, k.nan_to_num(), v.nan_to_num(), host))
@@ -119,7 +119,9 @@ def test_queries_apart():
 @pytest.mark.parametrize(("window", "sinks"), [(0, False), (20, True)])
 @pytest.mark.parametrize("dtype", [torch.float16])
 def test_bits_do_not_depend_on_the_schedule(dtype, window, sinks):
-    """The last queries of a sequence: in a prefill, in a chunk, and each as a decode, alone or in a batch, however shared out."""
+    """Compute the last queries of a sequence in a prefill, in a chunk and as decodes, alone or in a
+    batch, with any split.
+    """
     length, num = 71, 20
     sinks_H = torch.linspace(-1, 2, 4) if sinks else None
     q, k, v, _, seqs = scene([(length, length)], dtype)
@@ -138,7 +140,7 @@ def test_bits_do_not_depend_on_the_schedule(dtype, window, sinks):
         again([length - 1], [1]),
         again([31, 32, 70], [1] * 3),
         again([3, 64, 10, 60], [1, 1, 7, 11], max_seq_len=1000),
-        again([5, 63, 12], [1, 1, 20], tiling=dataclasses.replace(TILES, single_rows=64, rows=32)),
+        again([5, 63, 12], [1, 1, 20], config=dataclasses.replace(CONFIG, decode_rows=64, rows=32)),
     ):
         assert torch.equal(actual, expected)
 
@@ -146,7 +148,7 @@ def test_bits_do_not_depend_on_the_schedule(dtype, window, sinks):
 def test_the_grid_is_enough_for_however_many_decodes_there_are():
     device, num_splits = Device(arch=90, num_sms=132), 128
     for bound in (1, 4, 1024, 10**6):
-        wanted, grid = sharing_programs(device, bound, num_splits, is_decode=True, num_kv=4)
+        wanted, grid = split_grid(device, bound, num_splits, is_decode=True, num_kv=4)
         assert wanted == 2 * 132
         assert grid <= bound + wanted
         for row_blocks in {1, 2, 3, bound // 2, bound} & set(range(1, bound + 1)):
@@ -159,8 +161,8 @@ def test_the_grid_is_enough_for_however_many_decodes_there_are():
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_keys_and_splits_follow_the_shape_alone(head_dim, element_size):
     chosen = [
-        gpu.tiles(head_dim=head_dim, element_size=element_size, arch=90, invariant=mode) for mode in (True, False)
+        gpu.tile_config(head_dim=head_dim, element_size=element_size, arch=90, invariant=mode) for mode in (True, False)
     ]
-    assert len({(tiling.keys, tiling.split) for tiling in chosen}) == 1
+    assert len({(config.keys, config.split) for config in chosen}) == 1
     assert chosen[0].split % chosen[0].keys == 0
-    assert chosen[0].single_rows == chosen[0].rows == 64
+    assert chosen[0].decode_rows == chosen[0].rows == 64

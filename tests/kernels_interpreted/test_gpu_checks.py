@@ -1,4 +1,6 @@
-"""What a GPU's first run compares, in the interpreter: caches, and FlashInfer's attention (a strict fake) beside ours."""
+"""The checks of a first run on a GPU, in the interpreter: caches, and FlashInfer's attention (a strict
+fake) beside ours.
+"""
 
 import pytest
 import torch
@@ -6,14 +8,14 @@ from helpers import fake_flashinfer
 
 from expertwire.bench.kernels import checks_caches, flashinfer
 from expertwire.bench.kernels.attention import Heads
-from expertwire.bench.kernels.work import Draw, run_item
+from expertwire.bench.kernels.measure import TensorRng, run_item
 from expertwire.kernels.gpu.device import describe
 
 ITEMS = {item.key: item for item in checks_caches.items(True, True)}
 
 
 def draw_for(name):
-    return Draw.of("cpu", describe("cpu"), torch.float32, 0, name)
+    return TensorRng.of("cpu", describe("cpu"), torch.float32, 0, name)
 
 
 @pytest.mark.parametrize("name", ITEMS)

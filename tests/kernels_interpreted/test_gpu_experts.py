@@ -1,4 +1,4 @@
-"""The GPU's experts, prepared from weights as checkpoints have them, in Triton's interpreter against the references."""
+"""The GPU's experts, prepared from a checkpoint's weights, in Triton's interpreter against the references."""
 
 import contextlib
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from expertwire.bench.kernels import reference_formats
 from expertwire.kernels import formats
+from expertwire.kernels.gpu import block_scaled_mma, grouped_gemm_tiles
 from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu import linear as gpu_linear
-from expertwire.kernels.gpu import scaled, tiles
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops import experts, linear, quantize
 from expertwire.kernels.ops.variants import Activation
@@ -24,7 +25,7 @@ def normal(*shape, seed, scale=1.0):
 
 
 def as_multiplied(x, format):
-    """Rows with what quantisation changes, if the format asks for it."""
+    """Return rows with the rounding of their quantisation, if the format has one."""
     if format not in GROUPS:
         return x
     return quantize.dequantize(quantize.reference(x, GROUPS[format])).to(x.dtype)
@@ -42,16 +43,16 @@ def weights_of(format, width, inner):
 
 def quantize_tiles(x, expert_offsets, tile_map):
     values, scales = quantize.reference(x)
-    return values, tiles.tile_scales(scales, None, expert_offsets, tile_map)
+    return values, grouped_gemm_tiles.tile_scales(scales, None, expert_offsets, tile_map)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 @pytest.mark.parametrize("format", ["dense", *formats.FORMATS])
 def test_experts(format, monkeypatch):
-    """With biases and clamps; also when an expert has been rewritten in place."""
+    """Use biases and clamps; also rewrite an expert in place."""
     # The interpreter rounds to fp8 wrongly.
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
-    monkeypatch.setattr(gpu_experts.tiles, "quantize_tiles", quantize_tiles)
+    monkeypatch.setattr(gpu_experts.grouped_gemm_tiles, "quantize_tiles", quantize_tiles)
     width, inner = (128, 128) if format in GROUPS else (96, 64)
     activation = Activation("swiglu_clamped", limit=1.5)
     bias13, bias2 = normal(3, 2 * inner, seed=3), normal(3, width, seed=4)
@@ -74,9 +75,11 @@ def test_experts(format, monkeypatch):
 
 
 def test_tiles_are_for_the_rows_that_are_expected(monkeypatch):
-    """Of many that there can be, a few come, or all; the result is the same."""
-    seen, token_tile = [], gpu_experts.tiles.token_tile
-    monkeypatch.setattr(gpu_experts.tiles, "token_tile", lambda *args: seen.append(token_tile(*args)) or seen[-1])
+    """Whether few or all of the possible rows come, the result is the same."""
+    seen, token_tile = [], gpu_experts.grouped_gemm_tiles.token_tile
+    monkeypatch.setattr(
+        gpu_experts.grouped_gemm_tiles, "token_tile", lambda *args: seen.append(token_tile(*args)) or seen[-1]
+    )
     weights, x = weights_of("dense", 96, 64), normal(9, 96, seed=5)
     index, found = torch.zeros(400, dtype=torch.int32), []
     index[:20] = torch.randint(9, (20,), generator=torch.Generator().manual_seed(6))
@@ -88,15 +91,17 @@ def test_tiles_are_for_the_rows_that_are_expected(monkeypatch):
     torch.testing.assert_close(found[0][:20], found[1][:20])
 
 
-@pytest.mark.parametrize("format", scaled.FORMATS)
+@pytest.mark.parametrize("format", block_scaled_mma.FORMATS)
 def test_rows_are_quantised_for_4_bit_weights_where_that_is_chosen(format, monkeypatch):
-    """What the kernels do with scales that no tensor core applies: products of what has been rounded."""
-    monkeypatch.setattr(gpu_experts.scaled, "quantize_rows", lambda *args: scaled.quantise_rows(*args[:2]))
+    """Check the kernels without native scales: products of the rounded numbers."""
+    monkeypatch.setattr(
+        gpu_experts.block_scaled_mma, "quantize_rows", lambda *args: reference_formats.quantize_scaled_rows(*args[:2])
+    )
     (w13, w2), x = weights_of(format, 128, 64), normal(20, 128, seed=5)
     x[3] *= 1e-4  # what a row is small by is its own affair
     index, home = torch.randint(20, (20,), generator=torch.Generator().manual_seed(6)).int(), torch.arange(20).int()
     apply = gpu_experts.prepare(w13, w2, device=DEVICE, scale_rows=True)
-    assert apply.w13.format == scaled.FORMATS[format]
+    assert apply.w13.format == block_scaled_mma.FORMATS[format]
     found = apply(x, index, OFFSETS, home)
     plain13, plain2 = (formats.dequantize(weight, torch.float32) for weight in (w13, w2))
     hidden = experts.w13_reference(dequantised(format, x), index, OFFSETS, plain13, Activation())
@@ -109,17 +114,17 @@ def test_rows_are_quantised_for_4_bit_weights_where_that_is_chosen(format, monke
 
 
 def dequantised(format, x):
-    values, scales, row_scales = scaled.quantise_rows(scaled.FORMATS[format], x)
+    values, scales, row_scales = reference_formats.quantize_scaled_rows(block_scaled_mma.FORMATS[format], x)
     if row_scales is None:
-        return scaled.dequantise(values, scales)
+        return reference_formats.dequantize_scaled(values, scales)
     codes = torch.stack((values & 15, values >> 4), -1).flatten(1)
-    return scaled.dequantise(codes, scales) * row_scales[:, None]
+    return reference_formats.dequantize_scaled(codes, scales) * row_scales[:, None]
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 def test_packed_rows_give_the_bits_of_rows_that_are_quantised_here(monkeypatch):
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
-    monkeypatch.setattr(gpu_experts.tiles, "quantize_tiles", quantize_tiles)
+    monkeypatch.setattr(gpu_experts.grouped_gemm_tiles, "quantize_tiles", quantize_tiles)
     apply = gpu_experts.prepare(*weights_of("fp8_block", 256, 128), device=DEVICE)
     x, index = normal(9, 256, seed=5).bfloat16(), torch.randint(9, (20,), generator=torch.Generator().manual_seed(6))
     found = [apply(rows, index, OFFSETS) for rows in (x, quantize.pack(quantize.reference(x)))]

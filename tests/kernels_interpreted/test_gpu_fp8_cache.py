@@ -10,6 +10,7 @@ import torch
 
 from expertwire.kernels.gpu import attention as gpu_attention
 from expertwire.kernels.gpu import mla as gpu_mla
+from expertwire.kernels.gpu import mla_rope_and_cache
 from expertwire.kernels.gpu import prefill as gpu_prefill
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.rope_and_cache import rope_and_cache
@@ -18,8 +19,8 @@ from expertwire.kernels.ops.attention import FP8
 from expertwire.kernels.ops.variants import Rope
 
 DEVICE = Device(arch=90, num_sms=1)
-TILES = gpu_attention.Tiles(single_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
-LATENT_TILES = gpu_mla.Tiles(rows=16, keys=16, split=32, parts=1, num_warps=4, num_stages=2)
+CONFIG = gpu_attention.AttentionTileConfig(decode_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
+LATENT_CONFIG = gpu_mla.MlaTileConfig(rows=16, keys=16, split=32, column_splits=1, num_warps=4, num_stages=2)
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
 HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 32, 16
 SCALES, SCALE = torch.tensor([[0.5, 0.037], [0.11, 3.0]]), torch.tensor([0.21])
@@ -44,7 +45,7 @@ def scene(batch, dtype, *shape, heads=HEADS, width=DIM):
 
 
 def representable(*shape, scale=1.0):
-    """Normal fp8 numbers times a power of two, and some that saturate."""
+    """Return normal fp8 numbers times a power of two, and some that saturate."""
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(8, 127, shape, generator=generator) + 128 * torch.randint(0, 2, shape, generator=generator)
     numbers = codes.to(torch.uint8).view(FP8).float() * scale
@@ -57,7 +58,7 @@ def test_attention(dtype, options):
     q, kv, seqs = scene(BATCH, dtype, 2 * KV_HEADS, DIM)
     k, v = (part.contiguous() for part in kv.split(KV_HEADS, 2))
     expected = attention.reference(q, k, v, seqs, kv_scales_2G=SCALES, **options)
-    run = {"device": DEVICE, "tiling": TILES, "kv_scales_2G": SCALES, **options}
+    run = {"device": DEVICE, "config": CONFIG, "kv_scales_2G": SCALES, **options}
     found = gpu_attention.attend(q, k, v, seqs, **run)
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
     fast = gpu_prefill.attend(q, k, v, seqs, DEVICE, kv_scales_2G=SCALES, **options)
@@ -75,7 +76,7 @@ def test_latent_attention(dtype):
     q, cache, seqs = scene(BATCH, dtype, 48, width=48)
     run = {"rank": 32, "scale": 0.2, "kv_scale": SCALE}
     expected = mla.reference(q, cache, seqs, **run)
-    found = gpu_mla.attend(q, cache, seqs, DEVICE, tiling=LATENT_TILES, **run)
+    found = gpu_mla.attend(q, cache, seqs, DEVICE, config=LATENT_CONFIG, **run)
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 
@@ -107,6 +108,6 @@ def test_stored_latents(interleaved):
     expected, found = (torch.zeros(2, BLOCK, 48, dtype=FP8) for _ in range(2))
     options = {"interleaved": interleaved, "kv_scale": scale}
     mla.rope_and_cache(q[:2], kv[:2], norm, 0.0, tables, positions[:2], slots[:2], expected, **options)
-    gpu_mla.rope_and_cache(q, kv, norm, 0.0, tables, positions, slots, found, **options)
+    mla_rope_and_cache.rope_and_cache(q, kv, norm, 0.0, tables, positions, slots, found, **options)
     assert (expected.float().abs().sum(-1) > 0).sum() == 2
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

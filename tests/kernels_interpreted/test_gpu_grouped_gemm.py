@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from expertwire.kernels.gpu import formats, grouped_gemm, scaled, tiles
+from expertwire.bench.kernels import reference_formats as reference
+from expertwire.kernels.gpu import block_scaled_mma, formats, grouped_gemm, grouped_gemm_tiles
 from expertwire.kernels.gpu.device import B200, H200, Device
 from expertwire.kernels.ops import experts
 
@@ -16,20 +17,22 @@ TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.float16: {"rtol"
 
 
 def rows_of(counts, spare=0, num_rows=20, seed=0, planned=16, format="dense", tokens=None):
-    """An index into `num_rows` rows with gaps and repetitions, slots in a random order, `spare` rows that did not come."""
+    """Return an index into `num_rows` rows with gaps and repetitions, slots in a random order, and
+    `spare` missing rows.
+    """
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     total = sum(counts) + spare
     row_index = torch.randint(max(num_rows, 1), (total,), generator=generator, dtype=torch.int32)
     row_index[sum(counts) :] = 10**9
     home = torch.randperm(total + 3, generator=generator)[:total].to(torch.int32)
-    return with_tiles(grouped_gemm.Rows.of(row_index, home, offsets, planned, format), tokens)
+    return with_tiles(grouped_gemm.RoutedRows.of(row_index, home, offsets, planned, format), tokens)
 
 
 def with_tiles(rows, tokens):
     if tokens is None:
         return rows
-    tile_map = tiles.tile_metadata(rows.expert_offsets, len(rows.row_index_R), tokens)
+    tile_map = grouped_gemm_tiles.build_tile_map(rows.expert_offsets, len(rows.row_index_R), tokens)
     return dataclasses.replace(rows, tile_map=tile_map)
 
 
@@ -73,7 +76,7 @@ def test_w13(counts):
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_w2(counts):
-    """Slots that nobody's row goes to keep what they held."""
+    """Slots without a row keep their contents."""
     rows = rows_of(counts, spare=5)
     hidden, weights = randn(sum(counts) + 5, F), randn(len(counts), D, F, seed=2)
     hidden[sum(counts) :] = torch.nan
@@ -101,7 +104,7 @@ def test_activations_and_biases(kind, dtype):
 
 @pytest.mark.parametrize("tokens", [16, 32, 64, 128, 256])
 def test_a_rows_bits_do_not_depend_on_the_batch(tokens):
-    """Alone or among others the same; between tiles of different size only a GPU can tell, numpy's products differ."""
+    """Compare rows alone and among others; only a GPU can compare tile sizes, since numpy's products differ."""
     x, weights = randn(40, D), randn(2, 2 * F, D, seed=2)
     rows = rows_of([3, 150], num_rows=40, tokens=tokens)
     alone = dataclasses.replace(
@@ -116,14 +119,14 @@ def test_a_rows_bits_do_not_depend_on_the_batch(tokens):
 
 
 def test_no_rows():
-    """None planned for, or none come of those planned for."""
+    """Plan for no rows, or receive none of those planned."""
     weights = randn(2, 2 * F, D)
     assert w13(randn(0, D), rows_of([0, 0], num_rows=0), weights).shape == (0, F)
     assert w2(randn(4, F), rows_of([0, 0], spare=4), randn(2, D, F)).isnan().all()
 
 
 def test_groups_of_tiles_cover_every_tile_once():
-    """More tiles than a group holds, more blocks of weights than one, experts of different size in between."""
+    """Use more tiles than a group holds, several blocks of weights, and experts of different size."""
     rows = rows_of([16 * 9 + 1, 5, 16 * 17], planned=1000, tokens=16)
     x, weights = randn(20, 16), randn(3, 2 * 160, 16, seed=2)
     assert_close(w13(x, rows, weights), w13_reference(x, rows, weights))
@@ -131,7 +134,7 @@ def test_groups_of_tiles_cover_every_tile_once():
 
 @pytest.mark.parametrize("tokens", [128, 256])
 def test_an_experts_last_tile_may_be_smaller(tokens):
-    """Its last rows fill the smaller tile, or are one too many for it."""
+    """Let the last rows fill the smaller tile, or be one too many for it."""
     half = tokens // 2
     counts = [half, half + 1, 0, tokens + half, tokens + half + 1, 1]
     rows = rows_of(counts, tokens=tokens)
@@ -147,21 +150,21 @@ FP8_COUNTS = [([5, 0, 20], None), ([3, 70], 64), ([140, 1], 128)]
 @pytest.mark.parametrize(("counts", "tokens"), FP8_COUNTS, ids=str)
 @pytest.mark.parametrize(("gated", "width"), [(True, 96), (True, 64), (False, 160)])
 def test_fp8_blocks(counts, tokens, gated, width):
-    """Scales of 128 x 128 for the weights and of 128 columns for rows; neither product is a multiple of a block."""
+    """Use scales of 128 x 128 for weights and 128 columns for rows, with sizes that are no multiple of a block."""
     e, columns = len(counts), 208
     activation = SWIGLU if gated else experts.Activation("relu2")
     rows = rows_of(counts, spare=3, format="fp8_block", tokens=tokens)
     parts = 2 if gated else 1
     data, scales = zip(
-        *(formats.quantise_blocks(randn(e, width, columns, seed=seed) * columns**-0.5) for seed in range(parts)),
+        *(reference.quantize_blocks(randn(e, width, columns, seed=seed) * columns**-0.5) for seed in range(parts)),
         strict=True,
     )
     weights = formats.fp8_block(torch.cat(data, 1), torch.cat(scales, 1), gated=gated)
-    x, x_scales = formats.quantise_rows(randn(20, columns, seed=9), 128)
-    tiled_scales = tiles.tile_scales(x_scales, rows.row_index_R, rows.expert_offsets, rows.tile_map)
+    x, x_scales = reference.quantize_rows(randn(20, columns, seed=9), 128)
+    tiled_scales = grouped_gemm_tiles.tile_scales(x_scales, rows.row_index_R, rows.expert_offsets, rows.tile_map)
     actual = grouped_gemm.w13(x, rows, weights, activation, DEVICE, x_scales=tiled_scales, out_dtype=torch.float32)
-    plain = torch.cat([formats.dequantise_blocks(*part) for part in zip(data, scales, strict=True)], 1)
-    expected = w13_reference(formats.dequantise_rows(x, x_scales, 128), rows, plain, activation)
+    plain = torch.cat([reference.dequantize_blocks(*part) for part in zip(data, scales, strict=True)], 1)
+    expected = w13_reference(reference.dequantize_rows(x, x_scales, 128), rows, plain, activation)
     total = sum(counts)
     assert_close(actual[:total], expected[:total])
 
@@ -170,34 +173,34 @@ def test_fp8_blocks(counts, tokens, gated, width):
 @pytest.mark.parametrize(("counts", "tokens"), FP8_COUNTS, ids=str)
 def test_fp8_blocks_w2(counts, tokens):
     rows = rows_of(counts, spare=3, format="fp8_block", tokens=tokens)
-    data, scales = formats.quantise_blocks(randn(len(counts), 160, 208) * 208**-0.5)
-    hidden, x_scales = formats.quantise_rows(randn(sum(counts) + 3, 208, seed=9), 128)
-    tiled_scales = tiles.tile_scales(x_scales, None, rows.expert_offsets, rows.tile_map)
+    data, scales = reference.quantize_blocks(randn(len(counts), 160, 208) * 208**-0.5)
+    hidden, x_scales = reference.quantize_rows(randn(sum(counts) + 3, 208, seed=9), 128)
+    tiled_scales = grouped_gemm_tiles.tile_scales(x_scales, None, rows.expert_offsets, rows.tile_map)
     out = nothing(rows, 160)
     grouped_gemm.w2(hidden, rows, formats.fp8_block(data, scales), out, DEVICE, x_scales=tiled_scales)
-    plain = formats.dequantise_rows(hidden, x_scales, 128)
-    assert_close(out, w2_reference(plain, rows, formats.dequantise_blocks(data, scales)))
+    plain = reference.dequantize_rows(hidden, x_scales, 128)
+    assert_close(out, w2_reference(plain, rows, reference.dequantize_blocks(data, scales)))
 
 
 @pytest.mark.parametrize("scales_of", ["rows", "halves", "matrix"])
 def test_fp8_rows(scales_of):
-    """One scale a row of x, and one a row, a half (gate, up), or all of an expert's weights."""
+    """Use one scale a row of x, and one a row, a half (gate, up), or all of an expert's weights."""
     counts = [5, 0, 37]
     rows = rows_of(counts, spare=3, format="fp8_row")
     shape = {"rows": (3, 2 * F), "halves": (3, 2), "matrix": (3,)}[scales_of]
     data, scales = randn(3, 2 * F, D, seed=2).to(formats.FP8), randn(*shape, seed=3).abs() * D**-0.5
     weights = formats.fp8_row(data, scales, gated=True)
-    x, x_scales = formats.quantise_rows(randn(20, D, seed=9), D)
+    x, x_scales = reference.quantize_rows(randn(20, D, seed=9), D)
     actual = grouped_gemm.w13(x, rows, weights, SWIGLU, DEVICE, x_scales=x_scales[:, 0], out_dtype=torch.float32)
     per_row = scales.view(3, -1).repeat_interleave(2 * F // scales.view(3, -1).shape[1], 1)
-    plain = formats.dequantise_rows(x, x_scales, D)
+    plain = reference.dequantize_rows(x, x_scales, D)
     expected = w13_reference(plain, rows, data.float() * per_row[..., None])
     assert_close(actual[:42], expected[:42])
     down, down_scales = randn(3, D, F, seed=4).to(formats.FP8), randn(3, D, seed=5) * F**-0.5
-    hidden, x_scales = formats.quantise_rows(randn(45, F, seed=9), F)
+    hidden, x_scales = reference.quantize_rows(randn(45, F, seed=9), F)
     out = nothing(rows, D)
     grouped_gemm.w2(hidden, rows, formats.fp8_row(down, down_scales), out, DEVICE, x_scales=x_scales[:, 0])
-    plain = formats.dequantise_rows(hidden, x_scales, F)
+    plain = reference.dequantize_rows(hidden, x_scales, F)
     assert_close(out, w2_reference(plain, rows, down.float() * down_scales[..., None]))
 
 
@@ -212,12 +215,12 @@ def test_fp8_with_a_constant_scale_for_x():
 @pytest.mark.parametrize(("counts", "tokens"), [([5, 0, 20], None), ([140, 1], 128)], ids=str)
 @pytest.mark.parametrize("format", formats.GROUPS)
 def test_4_bits(format, counts, tokens):
-    """All codes and a wide range of scales; K no multiple of a step."""
+    """Use all codes and a wide range of scales, with K no multiple of a step."""
     e, columns = len(counts), 160
     rows = rows_of(counts, spare=3, format=format, tokens=tokens)
     weights = randn(e, 96, columns, seed=2) * torch.logspace(-3, 0, 96)[:, None]
-    codes, scales, global_scales = formats.quantise4(format, weights)
-    plain = formats.dequantise4(format, codes, scales, global_scales)
+    codes, scales, global_scales = reference.quantize_4bit(format, weights)
+    plain = reference.dequantize_4bit(format, codes, scales, global_scales)
     assert (plain - weights).abs().mean() < 0.15 * weights.abs().mean()
     assert codes.unique().numel() >= 15
     packed = formats.pack4(format, codes, scales, global_scales, gated=True)
@@ -230,52 +233,78 @@ def test_4_bits(format, counts, tokens):
 
 
 def both(format, weights, x):
-    """Weights and rows of x in a format with scales for both, as the kernel takes them and as fp32 numbers."""
-    w, rows = (scaled.quantise(kind, values) for kind, values in zip(scaled.KINDS[format], (weights, x), strict=True))
-    return w, (scaled.rows(rows[0]), rows[1]), scaled.dequantise(*w), scaled.dequantise(*rows)
+    """Return weights and rows of x in a block-scaled format, as the kernel takes them and as fp32 numbers."""
+    w, rows = (
+        reference.quantize_scaled(kind, values)
+        for kind, values in zip(block_scaled_mma.KINDS[format], (weights, x), strict=True)
+    )
+    return (
+        w,
+        (reference.pack_rows(rows[0]), rows[1]),
+        reference.dequantize_scaled(*w),
+        reference.dequantize_scaled(*rows),
+    )
 
 
 @pytest.mark.parametrize(("counts", "tokens"), [([5, 0, 20], None), ([140, 1], 128)], ids=str)
 @pytest.mark.parametrize("format", formats.SCALED)
 def test_scales_for_both(format, counts, tokens):
-    """What the kernel does where no tensor core applies the scales; K no multiple of a step, M none of the rows of a tile."""
+    """Check the kernel without native scales, with K no multiple of a step and M none of a tile."""
     e, columns, total = len(counts), 160, sum(counts)
     rows = rows_of(counts, spare=3, format=format, tokens=tokens)
     wide = torch.logspace(-3, 0, 96)[:, None]
     w, (x, x_scales), w_plain, x_plain = both(format, randn(e, 96, columns, seed=2) * wide, randn(20, columns, seed=3))
-    weights, globals_e = scaled.pack(format, *w, gated=True), torch.arange(1.0, 1 + e)
+    weights, globals_e = block_scaled_mma.pack(format, *w, gated=True), torch.arange(1.0, 1 + e)
     assert (x_plain - randn(20, columns, seed=3)).abs().mean() < 0.15
     actual = grouped_gemm.w13(x, rows, weights, SWIGLU, DEVICE, x_scales=x_scales, out_dtype=torch.float32)
     assert_close(actual[:total], w13_reference(x_plain, rows, w_plain)[:total])
-    weights = scaled.pack(format, *w, globals_e)
+    weights = block_scaled_mma.pack(format, *w, globals_e)
     _, (hidden, scales), _, plain = both(format, randn(1, 32, 32), randn(total + 3, columns, seed=4))
     out = nothing(rows, 96)
     grouped_gemm.w2(hidden, rows, weights, out, DEVICE, x_scales=scales)
     assert_close(out, w2_reference(plain, rows, w_plain * globals_e[:, None, None]))
 
 
-def test_blackwell_applies_scales_by_itself():
-    """Its instruction wants 128 rows of weights, for one token as for thousands."""
+def test_blackwell_applies_scales_natively():
+    """Its instruction needs 128 rows of weights, for one token as for thousands."""
     shape = (128, 2880, 2880)
     for format in formats.SCALED:
         for planned in (1, 256, 65536):
-            tokens = tiles.token_tile(format, planned, shape[0])
-            hopper, blackwell = (tiles.gemm_tiles(format, tokens, shape, planned, device) for device in (H200, B200))
+            tokens = grouped_gemm_tiles.token_tile(format, planned, shape[0])
+            hopper, blackwell = (
+                grouped_gemm_tiles.tile_config(format, tokens, shape, planned, device) for device in (H200, B200)
+            )
             assert (hopper.native, blackwell.native, hopper.rows, blackwell.rows) == (False, True, 128, 128)
-    assert not tiles.gemm_tiles("mxfp4", 16, shape, 1, B200).native
+    assert not grouped_gemm_tiles.tile_config("mxfp4", 16, shape, 1, B200).native
 
 
 def test_interleaving_keeps_gate_and_up_apart():
-    """gpt-oss has them in turns, the others one after the other: the same order comes out."""
+    """Gate rows over up rows become interleaved by eight."""
     gate, up = randn(2, 16, 3), randn(2, 16, 3, seed=2)
-    in_turns = torch.stack([gate, up], dim=2).reshape(2, 32, 3)
     halves = torch.cat([gate, up], dim=1)
-    assert torch.equal(formats.from_pairs(in_turns), halves)
     expected = torch.cat([gate[:, :8], up[:, :8], gate[:, 8:], up[:, 8:]], dim=1)
     assert torch.equal(formats.interleave(halves), expected)
 
 
 def test_tiles_grow_with_the_rows_planned():
     rows = (1, 8, 1024, 2048, 4096, 8192, 32768, 131072)
-    assert [tiles.token_tile("dense", planned, 128) for planned in rows] == [16, 16, 16, 32, 64, 128, 128, 256]
-    assert [tiles.token_tile("fp8_block", planned, 128) for planned in rows] == [16, 16, 16, 32, 64, 128, 128, 128]
+    assert [grouped_gemm_tiles.token_tile("dense", planned, 128) for planned in rows] == [
+        16,
+        16,
+        16,
+        32,
+        64,
+        128,
+        128,
+        256,
+    ]
+    assert [grouped_gemm_tiles.token_tile("fp8_block", planned, 128) for planned in rows] == [
+        16,
+        16,
+        16,
+        32,
+        64,
+        128,
+        128,
+        128,
+    ]

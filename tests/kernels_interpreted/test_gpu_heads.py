@@ -12,7 +12,7 @@ TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol"
 
 
 def operands(num_tokens, dtype, shape=(3, 40, 24), seed=0):
-    """Tokens as parts of longer rows, and weights [H, N, K]."""
+    """Return tokens as parts of longer rows, and weights [H, N, K]."""
     num_heads, _, num_inputs = shape
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_tokens, num_heads, num_inputs + 5, generator=generator).to(dtype)[..., :num_inputs]
@@ -37,7 +37,7 @@ def test_outputs_are_parts_of_longer_rows():
     assert rows[..., :4].isnan().all() and rows[..., 44:].isnan().all()
 
 
-def test_a_prompt_takes_one_launch_and_no_copy():
+def test_a_prefill_takes_one_launch_and_no_copy():
     x, w = operands(200, torch.float16)
     out = x.new_empty(200, 3, 64)
     with launches() as counts:
@@ -47,7 +47,7 @@ def test_a_prompt_takes_one_launch_and_no_copy():
 
 def test_what_makes_bits_does_not_follow_the_number_of_tokens():
     for dtype in (torch.bfloat16, torch.float32):
-        assert len({gpu.tiles(num, dtype).block_k for num in (1, 16, 17, 64, 65, 8192)}) == 1
+        assert len({gpu.tile_config(num, dtype).block_k for num in (1, 16, 17, 64, 65, 8192)}) == 1
 
 
 def test_fp32_on_blackwell_is_refused():

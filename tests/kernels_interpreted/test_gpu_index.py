@@ -6,13 +6,13 @@ import torch
 from helpers.count_launches import launches
 
 from expertwire.kernels.gpu import index as gpu
-from expertwire.kernels.gpu import index_keys, select
+from expertwire.kernels.gpu import index_rope_and_cache, top_k_positions
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops import attention, index, rotary
 from expertwire.kernels.ops.variants import Rope
 
 DEVICE = Device(arch=90, num_sms=1)
-TILES = gpu.Tiles(queries=2, keys=32, num_warps=4, num_stages=2)
+CONFIG = gpu.IndexerTileConfig(queries=2, keys=32, num_warps=4, num_stages=2)
 # (queries, known tokens) of each sequence; single queries first.
 BATCH = [(1, 1), (1, 16), (1, 90), (5, 5), (3, 64), (2, 130)]
 
@@ -43,7 +43,7 @@ def scene(batch, dtype, *, heads=4, dim=16, block=4, unused=0, seed=0):
 
 
 def choose(q, weights, cache, seqs, top_k, **options):
-    return gpu.choose_positions(q, weights, cache, seqs, top_k, DEVICE, **{"tiling": TILES, **options})
+    return gpu.choose_positions(q, weights, cache, seqs, top_k, DEVICE, **{"config": CONFIG, **options})
 
 
 @pytest.mark.parametrize("top_k", [1, 7, 20, 64, 200])
@@ -59,7 +59,7 @@ def test_reference(top_k):
 @pytest.mark.parametrize(("heads", "dim", "block"), [(1, 8, 1), (5, 24, 3), (64, 128, 16)])
 def test_shapes(heads, dim, block):
     q, weights, cache, host, device = scene([(1, 70), (3, 40)], torch.float32, heads=heads, dim=dim, block=block)
-    found = choose(q, weights, cache, device, 20, tiling=gpu.TILES)
+    found = choose(q, weights, cache, device, 20, config=gpu.CONFIG)
     assert torch.equal(found, index.reference(q, weights, cache, host, 20))
 
 
@@ -68,19 +68,19 @@ def test_a_small_workspace():
     with launches() as counts:
         found = choose(q, weights, cache, device, 9, workspace_scores=5 * 160)
     assert torch.equal(found, index.reference(q, weights, cache, host, 9))
-    assert counts == {"score_kernel": 3, "select_kernel": 3}
+    assert counts == {"score_kernel": 3, "top_k_kernel": 3}
 
 
 def test_two_launches_a_step():
     q, weights, cache, _, device = scene(BATCH, torch.float32)
-    for top_k, expected in ((9, {"score_kernel": 1, "select_kernel": 1}), (200, {"select_kernel": 1})):
+    for top_k, expected in ((9, {"score_kernel": 1, "top_k_kernel": 1}), (200, {"top_k_kernel": 1})):
         with launches() as counts:
             choose(q, weights, cache, device, top_k)
         assert counts == expected
 
 
 def test_a_choice_depends_on_a_querys_own_sequence_alone():
-    """With numbers that round: nearly equal scores would change places if their sums did."""
+    """Use numbers that round: nearly equal scores would swap if their sums changed."""
     q, weights, cache, _, device = scene([(1, 100)] * 3 + [(6, 100)], torch.float32)
     generator = torch.Generator().manual_seed(1)
     q, cache = (1e-3 * torch.randn(x.shape, generator=generator) + 1 for x in (q, cache))
@@ -106,13 +106,13 @@ SCORES = {
 
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("top_k", [1, 5, 33, 299])
-def test_select(name, top_k):
-    """Buffers of 64 entries and more are filled and emptied several times."""
+def test_top_k_positions(name, top_k):
+    """Fill and empty buffers of 64 entries and more several times."""
     scores = torch.full((1, 304), float("nan"))
     scores[0, :300] = SCORES[name]
     seqs = attention.describe([1], [300], torch.zeros(1, 1, dtype=torch.int32), 304)
     chosen = torch.empty(1, top_k, dtype=torch.int64)
-    select.select_best(scores, seqs, 0, chosen)
+    top_k_positions.select_top_k(scores, seqs, 0, chosen)
     expected = SCORES[name].sort(descending=True, stable=True).indices[:top_k].sort().values
     assert torch.equal(chosen[0], expected)
 
@@ -121,7 +121,7 @@ def test_select(name, top_k):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "heads", "rotated"), [(0, 3, 8), (1, 1, 8), (5, 9, 16), (3, 2, 4)])
 def test_rope_and_cache(tokens, heads, rotated, dtype, interleaved):
-    """Keys are parts of longer rows; one token is not stored."""
+    """Use keys that are parts of longer rows, and a token that is not stored."""
     dim = 24
     generator = torch.Generator().manual_seed(tokens)
     q = torch.randn(tokens, heads, dim, generator=generator).to(dtype)
@@ -134,7 +134,7 @@ def test_rope_and_cache(tokens, heads, rotated, dtype, interleaved):
     caches = [torch.full((3, 4, dim), float("nan"), dtype=dtype) for _ in range(2)]
     outputs = [
         op(q, k, norm, 1e-6, tables, positions, slots, cache, interleaved=interleaved)
-        for op, cache in zip((index.rope_and_cache, index_keys.rope_and_cache), caches, strict=True)
+        for op, cache in zip((index.rope_and_cache, index_rope_and_cache.rope_and_cache), caches, strict=True)
     ]
     tolerance = {"rtol": 2e-3, "atol": 2e-3} if dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(outputs[1], outputs[0], **tolerance)

@@ -15,7 +15,7 @@ from expertwire.scheduler.scheduler import Scheduler
 
 
 def greedy(folder, ops):
-    """Two tokens behind each of two prompts."""
+    """Return two tokens after each of two prompts."""
     config, runner = build(folder, ops, 1, FakeCapture())
     bounds = {"num_ranks": 1, "max_num_seqs": MAX_RUNNING, "max_num_batched_tokens": 24, "num_blocks": NUM_BLOCKS}
     rest = {"max_queued_requests": 9, "eos_token_ids": (), "vocab_size": config.vocab_size}

@@ -1,4 +1,4 @@
-"""The dense product: against its reference, and bit for bit whatever the number of rows."""
+"""The dense product: against its reference, and bit for bit for any number of rows."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def inputs(tokens, rows, width, dtype, seed=0):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What a kernel forgets to write, or reads before it is written, is no number."""
+    """Fill memory that a kernel fails to write, or reads before it is written, with NaN."""
     empty = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):
@@ -46,10 +46,10 @@ def test_product(dtype, bias, tokens, rows, width):
 
 
 @pytest.mark.parametrize(("rows", "width"), [(96, 1024), (200, 600)])
-def test_a_row_has_the_same_bits_alone_and_in_any_company(rows, width):
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(rows, width):
     x, w, b = inputs(200, rows, width, torch.float16)
     apply = gpu.prepare(w, b, device=DEVICE, out_dtype=torch.float32)
-    plans = [gpu.tiles(tokens, rows, width, torch.float16, DEVICE) for tokens in (1, 200)]
+    plans = [gpu.tile_config(tokens, rows, width, torch.float16, DEVICE) for tokens in (1, 200)]
     assert plans[0].splits == plans[1].splits > 1
     assert plans[0].side_by_side > plans[1].side_by_side
     whole = apply(x)
@@ -72,7 +72,7 @@ def test_fp32_results_are_not_rounded_and_rows_of_a_wider_tensor_are_read_in_pla
 
 @pytest.mark.parametrize("tokens", [1, 140])
 def test_an_fp32_weight_in_three_terms_is_exact(tokens, monkeypatch):
-    """Activations are bf16 there; here, for the interpreter's sake, their numbers, and the terms', are held in fp32."""
+    """Activations would be bf16; for the interpreter, their values and the terms' are held in fp32."""
     x, w, _ = inputs(tokens, 66, 256, torch.float32)
     x = x.bfloat16().float()
     terms = gpu.three_terms(w)
@@ -89,7 +89,7 @@ def test_an_fp32_weight_in_three_terms_is_exact(tokens, monkeypatch):
     [(1, (128, 64), 256), (3, (70, 130, 1), 200), (130, (96,), 320), (2, (40, 33), 1100), (140, (200,), 1100)],
 )
 def test_an_fp8_weight_is_kept_and_gives_the_bits_of_the_unpacked_one(monkeypatch, format, tokens, parts, width):
-    """Parts that are stacked begin new blocks wherever they end; 1,100 inputs are cut into splits, side by side or not."""
+    """Stacked parts begin new blocks wherever they end; 1,100 inputs are cut into splits, in one program or several."""
     x, w, b = inputs(tokens, sum(parts), width, torch.float16)
     weight = formats.quantize(format, w * torch.linspace(0.1, 9, len(w))[:, None], parts)
     expected = gpu.prepare(formats.dequantize(weight, x.dtype), b, device=DEVICE)(x)

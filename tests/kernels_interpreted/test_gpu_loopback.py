@@ -53,7 +53,11 @@ def test_rows_reach_every_destination_and_slots_every_home(loopback):
 def test_figures_add_up(loopback):
     kernels = {
         f"{name}_kernel": us
-        for name, us in zip(("plan", "send", "wait", "count", "index", "go_home"), range(1, 7), strict=True)
+        for name, us in zip(
+            ("dispatch_plan", "dispatch_send", "wait_for_signals", "dispatch_count", "dispatch_index", "combine_send"),
+            range(1, 7),
+            strict=True,
+        )
     }
     found = all_to_all_loopback.figures(loopback, 30.0, kernels, programs=2)
     assert found["us"] == {"plan": 1, "send": 2, "wait": 3, "index": 9, "combine": 6}
@@ -61,11 +65,16 @@ def test_figures_add_up(loopback):
     assert found["send_gb_s_per_program"] == pytest.approx(copies * D * 2 / 2e-6 / 1e9 / 2)
     wire = (copies - holders(loopback.inputs(0)[1].numpy())[:, 0].sum()) * D * 2
     assert found["modelled_nvl72_us"]["dispatch"] == pytest.approx(1 + 2 + 1.5 + 9 + wire / 770e3)
-    few = {"send_few_kernel": 2, "arrive_few_kernel": 4, "wait_kernel": 3, "go_home_kernel": 6}
+    few = {
+        "low_latency_send_kernel": 2,
+        "low_latency_receive_kernel": 4,
+        "wait_for_signals_kernel": 3,
+        "combine_send_kernel": 6,
+    }
     modelled = all_to_all_loopback.figures(loopback, 30.0, few, programs=2)["modelled_nvl72_us"]
     assert modelled["dispatch"] == pytest.approx(2 + 4 + wire / 770e3)
     assert modelled["combine"] - modelled["dispatch"] == pytest.approx(6 + 3 - 6, abs=0.1)
-    del kernels["index_kernel"], kernels["count_kernel"]
+    del kernels["dispatch_index_kernel"], kernels["dispatch_count_kernel"]
     with pytest.raises(ValueError, match="seen no kernel of index"):
         all_to_all_loopback.figures(loopback, 30.0, kernels, programs=2)
 

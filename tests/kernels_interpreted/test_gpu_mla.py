@@ -9,13 +9,13 @@ import torch
 from helpers.count_launches import launches
 
 from expertwire.kernels.gpu import mla as gpu
-from expertwire.kernels.gpu import prefill
+from expertwire.kernels.gpu import mla_rope_and_cache, prefill
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops import attention, mla, rotary
 from expertwire.kernels.ops.variants import Rope
 
 DEVICE = Device(arch=90, num_sms=1)
-TILES = gpu.Tiles(rows=16, keys=16, split=32, parts=1, num_warps=4, num_stages=2)
+CONFIG = gpu.MlaTileConfig(rows=16, keys=16, split=32, column_splits=1, num_warps=4, num_stages=2)
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
 RANK, ROTATED, BLOCK, SCALE, EPS = 32, 16, 16, 0.2, 1e-6
 
@@ -51,9 +51,9 @@ def scene(batch, dtype, *, heads=4, unused=0, seed=0):
 
 
 def run(q, cache, seqs, **options):
-    """Into a poisoned output."""
+    """Run attention into a poisoned output."""
     out = q.new_full((*q.shape[:2], RANK), float("nan"))
-    return gpu.attend(q, cache, seqs, DEVICE, rank=RANK, scale=SCALE, out=out, **{"tiling": TILES, **options})
+    return gpu.attend(q, cache, seqs, DEVICE, rank=RANK, scale=SCALE, out=out, **{"config": CONFIG, **options})
 
 
 def check(batch, dtype, *, heads=4, unused=0, chosen=None, **options):
@@ -79,7 +79,7 @@ def test_heads(heads):
 
 
 def choice(batch, top_k):
-    """Random positions that each query may see, itself among them, ascending; -1 behind them."""
+    """Return random positions that each query may see, itself among them, ascending and followed by -1."""
     generator, rows = np.random.default_rng(0), []
     for num, length in batch:
         for position in range(length - num, length):
@@ -111,7 +111,7 @@ def test_sequences_without_queries():
 @pytest.mark.parametrize("workspace_rows", [1 << 18, 2 * 4 * 10])
 @pytest.mark.parametrize("name", BATCHES)
 def test_bounds_change_no_bit(name, workspace_rows):
-    """As a captured step has them: of what there can be, whatever there is."""
+    """Use the bounds of a captured step: upper limits, whatever the step has."""
     q, cache, _, seqs = scene(BATCHES[name], torch.float16, unused=2)
     bounds = {"max_decodes": len(seqs.seq_lens), "max_prefills": len(seqs.seq_lens), "max_prefill_tokens": len(q)}
     exact = dataclasses.replace(seqs, max_seq_len=300)  # as many tokens fit the workspace
@@ -120,31 +120,31 @@ def test_bounds_change_no_bit(name, workspace_rows):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_results_in_two_parts():
-    check([(1, 65), (5, 40)], torch.float32, tiling=dataclasses.replace(TILES, parts=2))
+def test_two_column_splits():
+    check([(1, 65), (5, 40)], torch.float32, config=dataclasses.replace(CONFIG, column_splits=2))
 
 
 def test_small_workspace():
-    """Launch after launch: sequences, and pieces of sequences."""
+    """Use several launches, which cut sequences into pieces."""
     check([(1, 40), (1, 33), (1, 2), (9, 40), (7, 20)], torch.float32, workspace_rows=2 * 4 * 2)
 
 
 def test_launches_do_not_depend_on_the_longest_sequence():
-    """Bounds of a captured step, and a workspace with room for all splits of 4 tokens: once 3 pairs of launches."""
+    """Use a captured step's bounds and a workspace for all splits of 4 tokens, which once took 3 pairs of launches."""
     batch = [(1, 8)] * 5 + [(3, 40)]
     q, cache, _, seqs = scene(batch, torch.float32)
     expected = run(q, cache, seqs)
     seqs = dataclasses.replace(seqs, max_seq_len=163840, max_prefill_len=163840)
     for chosen in (None, choice(batch, 40)):
         with launches() as counts:
-            found = run(q, cache, seqs, chosen=chosen, workspace_rows=4 * 4 * 163840 // TILES.split)
+            found = run(q, cache, seqs, chosen=chosen, workspace_rows=4 * 4 * 163840 // CONFIG.split)
         del counts["new_full"]  # the test's own
-        assert counts == {"plan_units": 1, "_attend_latent": 1, "merge_slots": 1}
+        assert counts == {"plan_kernel": 1, "mla_kernel": 1, "merge_kernel": 1}
         assert torch.equal(found, expected)
 
 
 def test_bits_do_not_depend_on_the_schedule():
-    """The last queries of a sequence: in a prefill, in a chunk, and each as a decode, alone or in a batch."""
+    """Compute the last queries of a sequence in a prefill, in a chunk and as decodes, alone or in a batch."""
     length = 67
     q, cache, _, seqs = scene([(length, length)], torch.float16)
     whole = run(q, cache, seqs)
@@ -161,7 +161,7 @@ def test_bits_do_not_depend_on_the_schedule():
         again([66], [1]),
         again([31, 32, 66], [1] * 3, max_seq_len=1000),
         again([3, 64, 60], [1, 1, 7], workspace_rows=32),
-        again([63, 52], [1, 11], tiling=dataclasses.replace(TILES, rows=32)),
+        again([63, 52], [1, 11], config=dataclasses.replace(CONFIG, rows=32)),
     ):
         assert torch.equal(actual, expected)
 
@@ -169,15 +169,15 @@ def test_bits_do_not_depend_on_the_schedule():
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("arch", [90, 100])
 def test_splits_hold_whole_tiles(arch, element_size):
-    tiling = gpu.tiles(rank=512, element_size=element_size, arch=arch)
-    assert tiling.split % tiling.keys == 0
+    config = gpu.tile_config(rank=512, element_size=element_size, arch=arch)
+    assert config.split % config.keys == 0
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("tokens", "heads"), [(0, 3), (1, 1), (7, 3), (5, 8), (4, 20)])
 def test_rope_and_cache(tokens, heads, dtype, interleaved):
-    """Queries and outputs are parts of longer rows; one token is not stored."""
+    """Use queries and outputs that are parts of longer rows, and a token that is not stored."""
     generator = torch.Generator().manual_seed(tokens)
     q = torch.randn(tokens, heads, 24 + ROTATED, generator=generator).to(dtype)[:, :, 24:]
     kv = torch.randn(tokens, 40 + RANK + ROTATED, generator=generator).to(dtype)[:, 40:]
@@ -195,18 +195,20 @@ def test_rope_and_cache(tokens, heads, dtype, interleaved):
     mla.rope_and_cache(*kept[:2], norm, EPS, tables, *kept[2:], caches[0], interleaved=interleaved)
     absorbed = torch.full((tokens, heads, RANK + ROTATED), float("nan"), dtype=dtype)
     out = absorbed[:, :, RANK:]
-    gpu.rope_and_cache(q, kv, norm, EPS, tables, positions, slots, caches[1], interleaved=interleaved, out=out)
+    mla_rope_and_cache.rope_and_cache(
+        q, kv, norm, EPS, tables, positions, slots, caches[1], interleaved=interleaved, out=out
+    )
     torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
     torch.testing.assert_close(caches[1], caches[0], **TOLERANCE[dtype], equal_nan=True)
     assert absorbed[:, :, :RANK].isnan().all()
 
 
 def test_chosen_tiles():
-    check([(1, 70), (3, 70)], torch.float32, tiling=gpu.tiles(rank=RANK, element_size=4, arch=100))
+    check([(1, 70), (3, 70)], torch.float32, config=gpu.tile_config(rank=RANK, element_size=4, arch=100))
 
 
-def test_prompts_in_expanded_form():
-    """Keys of 24 + 16 numbers, values of 20."""
+def test_prefills_in_expanded_form():
+    """Use keys of 24 + 16 numbers and values of 20."""
     q, cache, host, device = scene(BATCHES["mixed"], torch.float32, unused=2)
     generator = torch.Generator().manual_seed(1)
     up_HmC = torch.randn(4, 24 + 20, RANK, generator=generator) * RANK**-0.5

@@ -22,7 +22,7 @@ class HostSlots(SlotStates):
 
 
 def slots_of(rng, tables):
-    """Requests of every kind, the same in all tables."""
+    """Return requests of every kind, the same in all tables."""
     known = rng.integers(1, 60, NUM_SLOTS)
     sampling = np.zeros(NUM_SLOTS, SAMPLING_DTYPE)
     sampling["prompt_len"], sampling["min_tokens"] = (

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from expertwire.kernels.gpu import grouped_gemm_tiles
 from expertwire.kernels.gpu import permute as gpu
-from expertwire.kernels.gpu import tiles
 from expertwire.kernels.ops import permute
 
 
 def check(ids, num_experts, num_valid=None, format=None):
-    """Returns the number of rows."""
+    """Compare with the reference and return the number of rows."""
     done = gpu.permute(ids, num_experts, num_valid, format=format)
-    tokens = format and tiles.token_tile(format, ids.numel(), num_experts)
+    tokens = format and grouped_gemm_tiles.token_tile(format, ids.numel(), num_experts)
     expected = permute.reference(ids, num_experts, num_valid, token_tile=tokens)
     for name in ("expert_offsets", "row_index_N", "home_N"):
         assert getattr(done, name).dtype == torch.int32
@@ -33,7 +33,7 @@ def same_tiles(found, expected):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What a kernel forgets to write is a number that is no row."""
+    """Fill memory that a kernel fails to write with a number that is no row."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(-12345))
 
@@ -83,8 +83,8 @@ def test_tokens_that_only_fill_up_reach_no_expert(valid):
 @pytest.mark.usefixtures("_regime")
 @pytest.mark.parametrize("counts", [[0, 0, 0], [16, 17, 15, 0], [0, 129 * 16, 0], [1] * 40, [0] * 130 + [1]], ids=sum)
 def test_rows_are_cut_into_tiles(counts, monkeypatch):
-    """Even and uneven ones; more tiles of an expert than are written at a time."""
-    for module in (gpu, tiles):
+    """Use even and uneven experts, and more tiles of an expert than are written at a time."""
+    for module in (gpu, grouped_gemm_tiles):
         monkeypatch.setattr(module, "token_tile", lambda *_: 16)
     ids = torch.repeat_interleave(torch.tensor(counts))[:, None]
     assert check(ids, len(counts), format="dense") == sum(counts)

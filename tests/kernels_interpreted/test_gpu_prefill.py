@@ -1,4 +1,4 @@
-"""The prefill kernel of `fast` numerics in the interpreter: the reference's values, however the keys are shared out."""
+"""The prefill kernel of `fast` numerics in the interpreter: the reference's values, for any number of splits."""
 
 import dataclasses
 
@@ -9,20 +9,20 @@ from helpers.paged_scenes import BATCHES, TOLERANCE, scene
 from expertwire.kernels.gpu import attention as gpu_attention
 from expertwire.kernels.gpu import prefill
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.gpu.shares import num_shares
+from expertwire.kernels.gpu.prefill_split_kv import num_splits
 from expertwire.kernels.ops import attention
 
 ONE, MANY = Device(arch=90, num_sms=1), Device(arch=90, num_sms=64)
-TILES = prefill.Tiles(rows=64, keys=32, min_share=32, num_warps=4, num_stages=2, blocks_per_sm=1)
+CONFIG = prefill.PrefillTileConfig(rows=64, keys=32, min_split_keys=32, num_warps=4, num_stages=2, blocks_per_sm=1)
 
 
-def check(batch, dtype, *, device=ONE, scale=None, window=0, chunk=0, sinks_H=None, tiling=TILES, **shapes):
+def check(batch, dtype, *, device=ONE, scale=None, window=0, chunk=0, sinks_H=None, config=CONFIG, **shapes):
     q, k, v, host, seqs = scene(batch, dtype, **shapes)
     options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
     rows = host.cu_seqlens_q[-1]
     expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, **options)
     out = torch.full_like(q, float("nan")).contiguous()
-    actual = prefill.attend(q, k, v, seqs, device, out=out, tiling=tiling, **options)
+    actual = prefill.attend(q, k, v, seqs, device, out=out, config=config, **options)
     torch.testing.assert_close(actual[:rows], expected, **TOLERANCE[dtype])
     assert actual[rows:].isnan().all()
 
@@ -34,12 +34,12 @@ def test_reference(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["chunk", "mixed"])
-def test_shared_out(name):
+def test_split_kv(name):
     check(BATCHES[name], torch.float32, device=MANY)
 
 
 @pytest.mark.parametrize("variant", [{"window": 20}, {"chunk": 24}, {"window": 20, "chunk": 40}], ids=str)
-def test_shared_out_variants(variant):
+def test_split_kv_variants(variant):
     check([(9, 100), (3, 3), (40, 66)], torch.float32, device=MANY, sinks_H=torch.linspace(-1, 2, 4), **variant)
 
 
@@ -71,8 +71,8 @@ def test_keys_that_slid_out_of_a_window_may_be_anything():
     expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host, window=20)
     v[host.block_table[0, :4]] = float("nan")
     k[host.block_table[0, :4]] = float("nan")
-    tiling = dataclasses.replace(TILES, keys=64)
-    actual = prefill.attend(q, k, v, seqs, ONE, window=20, tiling=tiling)
+    config = dataclasses.replace(CONFIG, keys=64)
+    actual = prefill.attend(q, k, v, seqs, ONE, window=20, config=config)
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 
@@ -84,11 +84,11 @@ def test_sinks(window):
 
 @pytest.mark.parametrize("device", [ONE, MANY], ids=["whole", "shared out"])
 def test_a_captured_step_knows_bounds_alone(device):
-    """More decodes, prefills and tokens than there are, and longer sequences."""
+    """Use bounds with more decodes, prefills and tokens than the step has, and longer sequences."""
     q, k, v, host, seqs = scene([(1, 20), (9, 40), (5, 70)], torch.float32)
     bounds = {"max_decodes": len(q), "max_prefills": 7, "max_prefill_tokens": len(q)}
     lengths = {"max_seq_len": 80, "max_prefill_len": 80}
-    actual = prefill.attend(q, k, v, dataclasses.replace(seqs, **bounds, **lengths), device, tiling=TILES)
+    actual = prefill.attend(q, k, v, dataclasses.replace(seqs, **bounds, **lengths), device, config=CONFIG)
     expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host)
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
@@ -100,26 +100,26 @@ def test_sequences_without_queries():
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(24, 16), (48, 32), (16, 32)])
 def test_values_of_another_size_than_keys(dim, value_dim):
-    """As in latent attention with keys and values made again."""
+    """Use the sizes of latent attention in expanded form."""
     q, k, v, host, seqs = scene([(9, 40), (20, 33)], torch.float32, dim=max(dim, value_dim), kv_heads=4)
     q, k, v = q[..., :dim].contiguous(), k[..., :dim].contiguous(), v[..., :value_dim].contiguous()
     width = max(dim, value_dim)
     wide = [torch.nn.functional.pad(x.nan_to_num(), (0, width - x.shape[-1])) for x in (q, k, v)]
     expected = attention.reference(*wide, host, scale=0.3)[..., :value_dim]
-    actual = prefill.attend(q, k, v, seqs, MANY, scale=0.3, tiling=TILES)
+    actual = prefill.attend(q, k, v, seqs, MANY, scale=0.3, config=CONFIG)
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 
 def test_queries_apart():
-    """As they lie in the output of the projection, between keys and values."""
+    """Use queries as they lie in the output of the projection, between keys and values."""
     q, k, v, host, seqs = scene([(1, 20), (6, 20)], torch.float32)
     apart = torch.cat((q, torch.full_like(q, float("nan"))), 1)[:, : q.shape[1]]
-    actual = prefill.attend(apart, k, v, seqs, ONE, tiling=TILES)
+    actual = prefill.attend(apart, k, v, seqs, ONE, config=CONFIG)
     torch.testing.assert_close(actual, attention.reference(q, k.nan_to_num(), v.nan_to_num(), host))
 
 
 def test_decodes_take_16_rows():
-    """They are `attention`'s, in the tiles of `fast`."""
+    """They run `attention`'s kernel with the tiles of `fast`."""
     q, k, v, _, seqs = scene([(1, 70), (1, 3)], torch.float16)
     out = torch.empty_like(q)
     gpu_attention.attend_decodes(q, k, v, seqs, ONE, out=out, invariant=False)
@@ -127,13 +127,13 @@ def test_decodes_take_16_rows():
 
 
 def test_chosen_tiles():
-    check([(20, 70)], torch.float32, tiling=prefill.tiles(dim=32, value_dim=32, element_size=4, arch=90))
+    check([(20, 70)], torch.float32, config=prefill.tile_config(dim=32, value_dim=32, element_size=4, arch=90))
 
 
 @pytest.mark.parametrize(
     ("programs", "most", "expected"),
     [(2048, 128, 1), (264, 128, 1), (128, 1, 1), (128, 128, 2), (16, 128, 15), (16, 8, 7), (140, 128, 5)],
 )
-def test_keys_are_shared_out_among_a_gpu_s_places(programs, most, expected):
-    """264: two programs on each of 132 multiprocessors."""
-    assert num_shares(programs, 264, most) == expected
+def test_the_number_of_splits_follows_the_gpu(programs, most, expected):
+    """264 is two programs on each of 132 multiprocessors."""
+    assert num_splits(programs, 264, most) == expected

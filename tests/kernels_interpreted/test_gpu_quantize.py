@@ -1,4 +1,7 @@
-"""Quantisation and activation against their references. The interpreter rounds to fp8 wrongly: values are compared before."""
+"""Quantisation and activation against their references.
+
+The interpreter rounds to fp8 wrongly: values are compared before rounding.
+"""
 
 import pytest
 import torch
@@ -35,13 +38,13 @@ def test_silu_mul(dtype, tokens, width):
 
 
 def test_silu_is_rounded_before_it_is_multiplied():
-    """Then nearly all bits are the reference's, and not only near to them."""
+    """Then nearly all bits equal the reference's, not only the values."""
     x = rows(3, 2 * 2048, torch.float16).clamp(-100, 100)
     assert (gpu.silu_mul(x) != experts.silu_mul_reference(x)).float().mean() < 0.01
 
 
 def test_fp8_comes_out_near_what_went_in():
-    """Of the interpreter's roundings some are off by a binade, none by more."""
+    """Some of the interpreter's roundings are off by a binade, none by more."""
     x = rows(4, 512, torch.float32)
     done = gpu.quantize(x)
     assert done.values_TD.dtype == torch.float8_e4m3fn
@@ -56,7 +59,7 @@ def test_a_group_that_does_not_fit_is_refused():
         gpu.quantize(torch.zeros(1, 192), 96)
 
 
-def test_rows_that_are_not_there_are_not_looked_at(monkeypatch):
+def test_missing_rows_are_not_read(monkeypatch):
     x, poison = rows(5, 256, torch.float32), torch.full((5, 256), 7.0)
     room = gpu.allocate
     monkeypatch.setattr(gpu, "allocate", lambda *args: room(*args)._replace(values_TD=poison))

@@ -20,7 +20,7 @@ from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels import formats
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu import experts as gpu_experts
-from expertwire.kernels.gpu import tiles
+from expertwire.kernels.gpu import grouped_gemm_tiles
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops import experts, quantize
 from expertwire.kernels.ops.attention import describe
@@ -88,14 +88,14 @@ def device_logits(folder, ids):
 
 def quantize_tiles(x, expert_offsets, tile_map):
     values, scales = quantize.reference(x)
-    return values, tiles.tile_scales(scales, None, expert_offsets, tile_map)
+    return values, grouped_gemm_tiles.tile_scales(scales, None, expert_offsets, tile_map)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 def test_divergence_from_a_reference_that_quantises_identically(monkeypatch):
     # The interpreter rounds to fp8 wrongly.
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
-    monkeypatch.setattr(gpu_experts.tiles, "quantize_tiles", quantize_tiles)
+    monkeypatch.setattr(gpu_experts.grouped_gemm_tiles, "quantize_tiles", quantize_tiles)
     folder = tiny.cached("qwen3_moe", **SHAPE)
     ids = tiny.safe_prompt(folder, 20)
     found = device_logits(folder, ids).double().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The norm, with and without the sum before it, against its references."""
+"""The norm, with and without the residual addition, against its references."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_norm_and_sum(dtype, tokens, width):
 
 
 def test_the_norm_is_that_of_the_rounded_sum():
-    """Then nearly all bits are the reference's, and not only near to them."""
+    """Then nearly all bits equal the reference's, not only the values."""
     x, delta, weight = inputs(5, 2880, torch.float16)
     y, expected = gpu.add_rms_norm(x, delta, weight, EPS)[1], rms_norm.add_reference(x, delta, weight, EPS)[1]
     assert (y != expected).float().mean() < 0.01

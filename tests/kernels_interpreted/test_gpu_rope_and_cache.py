@@ -1,4 +1,4 @@
-"""Norm, rotation and storing in one kernel, in the interpreter, against the reference."""
+"""Norms, rope and cache write in one kernel, in the interpreter, against the reference."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ BLOCKS, EPS = 3, 1e-6
 
 
 def scene(dtype, *, tokens=5, heads=6, kv_heads=2, dim=32, rotated=None, block=4, norm=True, seed=0):
-    """Arguments of both, the caches poisoned; the tokens' slots are spread over the blocks."""
+    """Return the arguments of both, with poisoned caches; the tokens' slots are spread over the blocks."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, generator=generator).to(dtype)
     weights = torch.rand(heads + kv_heads, dim, generator=generator).to(dtype) + 0.5 if norm else None

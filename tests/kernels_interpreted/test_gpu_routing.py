@@ -1,4 +1,4 @@
-"""The routing kernel against its reference: every rule, ties, logits that are no numbers."""
+"""The routing kernel against its reference: every rule, ties, and NaN logits."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_every_rule(name, dtype, tokens):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_of_equals_the_lowest_id_wins(name):
+def test_ties_go_to_the_lowest_id(name):
     generator = torch.Generator().manual_seed(1)
     rule, experts, top_k = arguments(name, generator)
     if "bias_E" in rule:
@@ -80,7 +80,7 @@ def test_whatever_the_logits_ids_are_distinct_experts(name, value):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", ["renormalized", "odd", "kimi", "deepseek v4"])
-def test_what_is_no_number_is_chosen_last(name):
+def test_nan_is_chosen_last(name):
     generator = torch.Generator().manual_seed(5)
     rule, experts, top_k = arguments(name, generator)
     logits = torch.randn(4, experts, generator=generator)
@@ -110,7 +110,9 @@ def test_a_tokens_bits_do_not_depend_on_its_neighbours():
 @pytest.mark.parametrize("replicas", [None, 1, 3])
 @pytest.mark.parametrize("num_valid", [None, 0, 5, 99])
 def test_load_and_replicas(replicas, num_valid):
-    """Each expert's rows are added to what has been counted; token t goes to replica t mod C. Padding is not counted."""
+    """Each expert's rows are added to the counts before; token t goes to replica t mod the number of
+    replicas. Padding is not counted.
+    """
     generator = torch.Generator().manual_seed(6)
     logits, before = torch.randn(19, 24, generator=generator), torch.arange(24) * 10**10
     table = None if replicas is None else torch.stack([torch.randperm(40, generator=generator)[:24]] * replicas)

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from expertwire.kernels.gpu import candidates
 from expertwire.kernels.gpu import sampling as gpu
+from expertwire.kernels.gpu import top_k_top_p
 from expertwire.kernels.ops import sampling
 
 GREEDY, PLAIN = {"temperature": 0.0}, {}
@@ -38,7 +38,7 @@ def small_chunks_and_poisoned_memory(monkeypatch):
 
 
 def columns(rules, seed=0):
-    """Arguments behind the logits, a rule a row."""
+    """Return the arguments after the logits, one rule a row."""
 
     def column(name, default, dtype):
         return torch.tensor([rule.get(name, default) for rule in rules], dtype=dtype)
@@ -61,7 +61,7 @@ def uniform(seed, branch, position):
 
 
 def by_sorting(logits, rule, u):
-    """One row's token: integer weights, sorted by distance and id."""
+    """Return one row's token by integer weights, sorted by distance and id."""
     if rule.get("temperature", 1.0) == 0 or not np.isfinite(logits.max()):
         return int(logits.argmax())
     distance = (logits.max() - logits) / np.float32(rule.get("temperature", 1.0))
@@ -117,7 +117,7 @@ def test_tokens_are_those_of_a_sort_and_of_the_reference(vocab):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("values", [1, 4])
 def test_ties_go_to_the_lowest_ids(values):
-    """Few different logits: what top-k and top-p keep ends among equals."""
+    """Use few different logits, so that top-k and top-p end among equals."""
     generator = torch.Generator().manual_seed(values)
     rules = RULES[4:10] + RULES[12:]
     check(torch.randint(0, values, (len(rules), 300), generator=generator).float(), rules, values)
@@ -143,11 +143,11 @@ def test_banned_tokens_are_never_drawn():
 @triton.jit
 def pick_kernel(token_ptr, weight_ptr, picked_ptr, target):
     i = tl.arange(0, 4)
-    tl.store(picked_ptr, candidates.pick(tl.load(token_ptr + i), tl.load(weight_ptr + i), 0, target))
+    tl.store(picked_ptr, top_k_top_p.pick(tl.load(token_ptr + i), tl.load(weight_ptr + i), 0, target))
 
 
 def test_a_token_without_weight_is_not_picked():
-    """Not even by the smallest number, and each other one by as many as its weight."""
+    """The smallest random number does not pick it either, and each other token is picked by as many as its weight."""
     token, weight = torch.arange(4, dtype=torch.int32), torch.tensor([0, 3, 0, 2])
     picked = torch.empty(5, dtype=torch.int32)
     for target in range(5):
@@ -157,7 +157,7 @@ def test_a_token_without_weight_is_not_picked():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
-def test_logits_that_are_no_numbers_still_give_a_token(value):
+def test_nan_logits_still_give_a_token(value):
     logits = torch.full((len(RULES), 100), value)
     tokens = gpu.sample(logits, *columns(RULES))
     assert ((tokens >= 0) & (tokens < 100)).all()

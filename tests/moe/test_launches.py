@@ -91,10 +91,13 @@ def run(moe, num_tokens_P):
 
 def test_launches_of_a_layer():
     """Between the choice of experts and the sending of rows there is nothing, and load is counted on the way."""
-    experts = ["tile_metadata", "grouped_gemm", "grouped_gemm"]
-    quantising = ["tile_metadata", "tile_scales", "grouped_gemm", "quantize_tiles", "grouped_gemm"]
-    few, many = ["send_few", "arrive_few"], ["plan", "send", "wait", "count", "index"]
-    home = ["go_home", "wait", "combine", "rms_norm"]
+    experts = ["tile_map", "grouped_gemm", "grouped_gemm"]
+    quantising = ["tile_map", "tile_scales", "grouped_gemm", "quantize_tiles", "grouped_gemm"]
+    few, many = (
+        ["low_latency_send", "low_latency_receive"],
+        ["dispatch_plan", "dispatch_send", "wait_for_signals", "dispatch_count", "dispatch_index"],
+    )
+    home = ["combine_send", "wait_for_signals", "combine", "rms_norm"]
     expected = {
         (8, False, 4): ["route", *few, *experts, *home],
         (8, True, 4): ["route", *few, *quantising, *home],
@@ -121,12 +124,12 @@ def test_an_idle_ranks_arrival_is_that_of_its_peers_tokens(own):
     """Looking for one's rows among 86,000 ids takes one program a source and a chunk, not one an expert."""
     with FakeLaunches() as fake:
         moe = layer(8)
-        for peers, way in ((8, "arrive_few"), (2048, "index")):
+        for peers, way in ((8, "low_latency_receive"), (2048, "dispatch_index")):
             fake.take()
             found = arrival(fake, moe, [own] + [peers] * 7)
             assert way in found, found
-            assert "send_few" in found, found
-            assert len({"arrive_few", "index"} & set(found)) == 1, found
+            assert "low_latency_send" in found, found
+            assert len({"low_latency_receive", "dispatch_index"} & set(found)) == 1, found
 
 
 def warmed_up(fake, moe, ranks, most):
@@ -164,11 +167,11 @@ def test_experts_leave_multiprocessors_to_the_rows_of_the_other_part():
             fake.take()
             run(moe, [2000] * 8)
             grids.append({launch.kernel: launch.grid for launch in fake.take()})
-    blocks = grids[0]["_grouped_gemm"][0] // H200.num_sms
-    assert grids[0]["_grouped_gemm"] == (blocks * H200.num_sms,)
-    assert grids[1]["_grouped_gemm"] == (blocks * (H200.num_sms - H200.exchange_sms),)
+    blocks = grids[0]["grouped_gemm_kernel"][0] // H200.num_sms
+    assert grids[0]["grouped_gemm_kernel"] == (blocks * H200.num_sms,)
+    assert grids[1]["grouped_gemm_kernel"] == (blocks * (H200.num_sms - H200.exchange_sms),)
     assert 12 <= H200.exchange_sms <= 24
-    assert grids[1]["send_kernel"] == grids[1]["go_home_kernel"] == (OVERLAP_PROGRAMS,)
+    assert grids[1]["dispatch_send_kernel"] == grids[1]["combine_send_kernel"] == (OVERLAP_PROGRAMS,)
     assert 4 * H200.exchange_sms >= OVERLAP_PROGRAMS
 
 
@@ -179,5 +182,5 @@ def test_of_two_parts_one_warp_waits():
         fake.take()
         run(moe, [1] * 8)
         found = fake.take()
-    assert "arrive_few" not in names(found)
-    assert all(launch.grid == (1,) for launch in found if launch.kernel == "wait_kernel")
+    assert "low_latency_receive" not in names(found)
+    assert all(launch.grid == (1,) for launch in found if launch.kernel == "wait_for_signals_kernel")

@@ -18,7 +18,7 @@ from expertwire.comm.all_to_all.fp8 import packed
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
 from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.kernels import formats
-from expertwire.kernels.gpu import exchange, exchange_few
+from expertwire.kernels.gpu import dispatch_combine, dispatch_low_latency
 from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu.device import H200
 from expertwire.kernels.ops import experts, quantize
@@ -31,7 +31,7 @@ class Member:
 
 
 def make(case, size, few_ids):
-    """Ranks over slices of one tensor."""
+    """Return ranks over slices of one tensor."""
     return make_over(room(case, size), case, few_ids)
 
 
@@ -40,7 +40,7 @@ def room(case, size):
 
 
 def make_over(memories, case, few_ids, few_arrived_ids=None):
-    """What arrives is few or many as what is sent, unless said otherwise."""
+    """Return ranks over these memories; receiving uses the same path as sending unless given."""
     specs = [case.spec(Member(rank, len(memories))) for rank in range(len(memories))]
     few = {"few_ids": few_ids, "few_arrived_ids": few_ids if few_arrived_ids is None else few_arrived_ids}
     return [NvlinkGpuAllToAll(spec, memories, num_programs=3, **few) for spec in specs]
@@ -68,7 +68,7 @@ def test_every_byte_arrives_where_it_should(name, few_ids):
 
 
 def exact_rows(tokens, width, generator):
-    """That fp8 and a scale a group hold exactly: the interpreter does not round to fp8 as a GPU does."""
+    """Return rows that fp8 and a scale a group hold exactly: the interpreter does not round to fp8 as a GPU does."""
     numbers = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     x = numbers[torch.randint(126, (tokens, width // 128, 128), generator=generator)]
     x[..., 5] = quantize.LARGEST
@@ -78,8 +78,8 @@ def exact_rows(tokens, width, generator):
 
 @either_way
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_are_quantised_on_their_way_as_before_it(few_ids, dtype):
-    """All ranks' memory afterwards, byte by byte, beside that of rows which were packed first."""
+def test_quantising_in_the_dispatch_equals_quantising_before(few_ids, dtype):
+    """Compare all ranks' memory, byte by byte, with that of rows which were packed first."""
     case = Exchange(tokens=(3, 4), max_tokens=5, top_k=3, num_experts=5, ids="holes", form="fp8 and scales, wide")
     generator = torch.Generator().manual_seed(3)
     x = [exact_rows(num, 256, generator).to(dtype) for num in case.tokens]
@@ -102,7 +102,7 @@ TARGETS = [[0, -1, 20], [10, -1, -1], [-1, -1, -1], [21, 1, 11]]
 
 def test_one_copy_of_a_row_for_every_rank_that_needs_it():
     target, counts = torch.full((4, 3), -1, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
-    exchange.plan_kernel[(3,)](
+    dispatch_combine.dispatch_plan_kernel[(3,)](
         IDS, RANK_OFFSETS, target, counts, counts, 4, 10, K=3, K_BLOCK=4, TOKENS=16, LIMITED=False
     )
     assert counts.tolist() == [2, 2, 2]
@@ -110,31 +110,31 @@ def test_one_copy_of_a_row_for_every_rank_that_needs_it():
 
 
 @triton.jit
-def few_targets_kernel(ids_ptr, rank_offsets_ptr, target_ptr):
+def low_latency_targets_kernel(ids_ptr, rank_offsets_ptr, target_ptr):
     t, k_of, token = tl.program_id(0), tl.arange(0, 4), tl.arange(0, 4)[:, None]
     ids = tl.load(ids_ptr + token * 3 + k_of[None, :], mask=k_of[None, :] < 3, other=-1).to(tl.int32)
     own = tl.load(ids_ptr + t * 3 + k_of, mask=k_of < 3, other=-1).to(tl.int32)
     for k in range(3):
-        row = exchange_few.row_of(ids, own, token, rank_offsets_ptr, t, k, k_of, 0, 10, 3, 4, 4)
+        row = dispatch_low_latency.row_of(ids, own, token, rank_offsets_ptr, t, k, k_of, 0, 10, 3, 4, 4)
         tl.store(target_ptr + t * 3 + k, row)
 
 
-def test_one_copy_also_of_few_rows():
+def test_one_copy_in_low_latency_dispatch():
     target = torch.zeros(4, 3, dtype=torch.int32)
-    few_targets_kernel[(4,)](IDS, RANK_OFFSETS, target)
+    low_latency_targets_kernel[(4,)](IDS, RANK_OFFSETS, target)
     assert target.tolist() == TARGETS
 
 
 def test_step_after_step():
-    """Other numbers of tokens in each, and each one's number decides which way it takes."""
+    """Use other numbers of tokens in each step; each decides between the two paths."""
     case = Exchange(tokens=None, max_tokens=4, top_k=2, num_experts=4, ids="holes")
     ranks = make(case, 2, 5)
     for step in range(6):
         take_part_together(ranks, case, step)
 
 
-def test_ranks_that_send_in_different_ways_meet():
-    """And arrive in either way: what lies in the arenas is the same."""
+def test_ranks_may_use_different_paths():
+    """Mix both paths of sending and receiving: the contents of the symmetric buffers are the same."""
     case = Exchange(tokens=(5, 0, 3), max_tokens=6, num_experts=7, top_k=3, ids="holes")
     for arrives in (-1, 10**6):
         memories = room(case, 3)
@@ -145,10 +145,11 @@ def test_ranks_that_send_in_different_ways_meet():
 
 
 @pytest.mark.parametrize(
-    ("own", "peers", "way"), [(0, 4, "index_kernel"), (4, 0, "index_kernel"), (1, 1, "arrive_few_kernel")]
+    ("own", "peers", "way"),
+    [(0, 4, "dispatch_index_kernel"), (4, 0, "dispatch_index_kernel"), (1, 1, "low_latency_receive_kernel")],
 )
-def test_the_way_of_arrival_is_chosen_by_all_ranks_tokens(monkeypatch, own, peers, way):
-    """An idle rank looks for its rows among all that its peers have sent."""
+def test_the_receive_path_follows_all_ranks_tokens(monkeypatch, own, peers, way):
+    """An idle rank finds its rows among all that its peers have sent."""
     case = Exchange(tokens=(own, peers, peers), max_tokens=6, num_experts=6)
     launched, run = [], InterpretedFunction.run
     monkeypatch.setattr(
@@ -164,14 +165,14 @@ def test_the_way_of_arrival_is_chosen_by_all_ranks_tokens(monkeypatch, own, peer
 
 
 @either_way
-def test_only_the_rows_that_count_travel(few_ids):
-    """As in a CUDA graph, which always has as many rows."""
+def test_padding_is_not_sent(few_ids):
+    """Use a CUDA graph's padding, which always has as many rows."""
     case = Exchange(tokens=(3, 0), max_tokens=6, num_experts=4)
     take_part_together(make(case, 2, few_ids), case, 0, padded_to=5)
 
 
 @either_way
-def test_a_rank_that_does_not_come_is_named_by_all(few_ids):
+def test_all_ranks_name_a_stalled_rank(few_ids):
     case = Exchange(tokens=(2, 2, 2), num_experts=6)
     ranks = make(case, 3, few_ids)
     take_part_together(ranks, case, 0)
@@ -185,8 +186,8 @@ def test_a_rank_that_does_not_come_is_named_by_all(few_ids):
 
 
 @either_way
-def test_after_a_stall_no_more_rows_come_than_there_is_room_for(few_ids):
-    """The rank that does not come has sent many rows the last time, when the plan had room for them."""
+def test_after_a_stall_row_counts_stay_within_bounds(few_ids):
+    """The stalled rank sent many rows in the step before, when the plan had room for them."""
     case = Exchange(tokens=(24, 24, 24), num_experts=6)
     ranks = make(case, 3, few_ids)
     take_part_together(ranks, case, 0)
@@ -206,15 +207,15 @@ def run(group, case, steps):
     all_to_all.check()
 
 
-def test_ranks_of_their_own():
+def test_ranks_in_processes():
     with Ranks(2) as ranks:
         ranks.run(run, Exchange(tokens=None, max_tokens=4, num_experts=4, ids="holes", form="bf16"), 8)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 @either_way
-def test_experts_give_the_same_bits_however_rows_have_travelled(few_ids):
-    """As numbers that they quantise themselves, or quantised on the way."""
+def test_experts_give_the_same_bits_for_every_dispatch_dtype(few_ids):
+    """Send numbers that the experts quantise, or rows quantised in the dispatch."""
     D, tokens, generator = 256, [3, 2], torch.Generator().manual_seed(2)
     case = Exchange(max_tokens=4, num_experts=4, top_k=2)
     plain = [dataclasses.replace(case.spec(Member(rank, 2)), hidden_size=D, dtype=torch.bfloat16) for rank in range(2)]
@@ -239,8 +240,8 @@ def test_experts_give_the_same_bits_however_rows_have_travelled(few_ids):
         assert torch.equal(once, again)
 
 
-def test_experts_read_rows_where_they_arrived():
-    """From dispatch to combine over two ranks, as a layer does it; what follows the last row is never looked at."""
+def test_experts_read_rows_in_the_symmetric_buffer():
+    """Run from dispatch to combine over two ranks, as a layer does; memory after the last row is never read."""
     D, F, experts_here = 32, 16, 2
     generator = torch.Generator().manual_seed(1)
     case = Exchange(max_tokens=4, num_experts=4, top_k=2)

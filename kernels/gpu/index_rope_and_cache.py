@@ -1,4 +1,5 @@
-"""What lies between the indexer's projections and its choice, in Triton: `kernels.ops.index.rope_and_cache`.
+"""Layer norm, rope and cache write of index keys, and rope of index queries:
+`kernels.ops.index.rope_and_cache` in Triton.
 
 T tokens, H index heads, d their size.
 """
@@ -10,23 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.gpu.rope_and_cache import rotate_pairs
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
+from expertwire.kernels.gpu.rope_and_cache import load_pairs, rotate_pairs
 
-_HEADS = 8
+HEADS = 8
 
 
 @triton.jit
 def _load_row(source, live, DIM: tl.constexpr, PAIRS: tl.constexpr, PLAIN: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first and the second numbers of the pairs [R, PAIRS] and the other numbers [R, PLAIN] of rows, zeros behind them."""
+    """Load the first and the second numbers of the pairs [rows, PAIRS] and the other numbers [rows, PLAIN]
+    of rows, padded with zeros.
+    """
     pair, rest = tl.arange(0, PAIRS), 2 * PAIRS + tl.arange(0, PLAIN)
-    if INTERLEAVED:
-        both = tl.load(source[:, None] + tl.arange(0, 2 * PAIRS), mask=live[:, None], other=0.0).to(tl.float32)
-        first, second = tl.split(tl.reshape(both, [source.shape[0], PAIRS, 2]))
-    else:
-        first = tl.load(source[:, None] + pair, mask=live[:, None], other=0.0).to(tl.float32)
-        second = tl.load(source[:, None] + PAIRS + pair, mask=live[:, None], other=0.0).to(tl.float32)
+    first, second = load_pairs(source, live, pair, PAIRS, INTERLEAVED)
     plain = tl.load(source[:, None] + rest, mask=live[:, None] & (rest < DIM), other=0.0).to(tl.float32)
     return first, second, plain
 
@@ -48,7 +45,7 @@ def _store_row(target, live, first, second, plain, DIM: tl.constexpr, PAIRS: tl.
 @triton.jit
 def _layer_norm(first, second, plain, norm, norm_bias, eps, DIM: tl.constexpr, PAIRS: tl.constexpr,
                 PLAIN: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Of rows as `_load_row` gives them."""
+    """Return the layer norm of rows as `_load_row` returns them."""
     one, known = tl.arange(0, 1), tl.arange(0, 1) == 0
     weights = _load_row(norm + one, known, DIM, PAIRS, PLAIN, INTERLEAVED)
     biases = _load_row(norm_bias + one, known, DIM, PAIRS, PLAIN, INTERLEAVED)
@@ -63,7 +60,7 @@ def _layer_norm(first, second, plain, norm, norm_bias, eps, DIM: tl.constexpr, P
 
 
 @triton.jit
-def store_index_kernel(
+def rope_and_cache_kernel(
     q,
     k,
     norm,
@@ -88,9 +85,10 @@ def store_index_kernel(
 ):
     """Grid (T, 1 + tiles of heads): the key first, then the queries.
 
-    The first 2 * PAIRS numbers are rotated; PLAIN is a power of 2 that takes the others.
+    The first 2 * PAIRS numbers are rotated; PLAIN is the number of others, rounded up to a power of
+    2.
     """
-    wait_for_previous()
+    wait_for_previous_kernel()
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, slot = tl.load(positions + token).to(tl.int64), tl.load(slots + token).to(tl.int64)
     pair = tl.arange(0, PAIRS)
@@ -121,7 +119,7 @@ def rope_and_cache(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """`kernels.ops.index.rope_and_cache`; tokens of q and k may lie apart."""
+    """Run `kernels.ops.index.rope_and_cache`; tokens of q and k may be strided."""
     num_tokens, num_heads, dim = q_THd.shape
     rotated = tables[0].shape[1]
     assert k_Td.shape == (num_tokens, dim), f"keys {tuple(k_Td.shape)}, queries {tuple(q_THd.shape)}"
@@ -131,35 +129,10 @@ def rope_and_cache(
     assert rotated // 2 == triton.next_power_of_2(rotated // 2), f"{rotated} rotated numbers"
     out_THd = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device)
     if num_tokens:
-        store_index_kernel[num_tokens, 1 + triton.cdiv(num_heads, _HEADS)](
+        rope_and_cache_kernel[num_tokens, 1 + triton.cdiv(num_heads, HEADS)](
             q_THd, k_Td, *norm, *tables, positions_T, slot_mapping_T, out_THd, index_cache,
             eps, q_THd.stride(0), k_Td.stride(0), index_cache.stride(0),
             H=num_heads, DIM=dim, PAIRS=rotated // 2, PLAIN=triton.next_power_of_2(max(1, dim - rotated)),
-            BLOCK_SIZE=index_cache.shape[1], INTERLEAVED=interleaved, HEADS=_HEADS, num_warps=1, **EARLY,
+            BLOCK_SIZE=index_cache.shape[1], INTERLEAVED=interleaved, HEADS=HEADS, num_warps=1, **PDL,
         )  # fmt: skip
     return out_THd
-
-
-def cases() -> list[Case]:
-    """DeepSeek-V3.2's and GLM-5's."""
-    return [
-        Case(
-            name=f"index_keys.rope_and_cache {'interleaved' if interleaved else 'halves'} bf16",
-            kernel=store_index_kernel,
-            args={
-                **dict.fromkeys(("q", "k", "norm", "norm_bias", "q_out", "cache"), torch.bfloat16),
-                **dict.fromkeys(("cos_table", "sin_table"), torch.float32),
-                **dict.fromkeys(("positions", "slots"), torch.int64),
-                **{"eps": 1e-6, "stride_token": 64 * 128, "stride_k": 128, "stride_block": 64 * 128},
-            },
-            constexprs={
-                **{"H": 64, "DIM": 128, "PAIRS": 32, "PLAIN": 64, "BLOCK_SIZE": 64, "INTERLEAVED": interleaved},
-                "HEADS": _HEADS,
-            },
-            num_warps=1,
-            blocks_per_sm=8,
-            expect={90: "", 100: ""},
-            options=EARLY,
-        )
-        for interleaved in (False, True)
-    ]

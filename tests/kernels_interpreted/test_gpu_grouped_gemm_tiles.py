@@ -1,9 +1,9 @@
-"""Tiles of tokens, cut on the device, for experts with all sorts of rows."""
+"""Tiles of tokens, cut on the device, for experts with any number of rows."""
 
 import pytest
 import torch
 
-from expertwire.kernels.gpu import tiles
+from expertwire.kernels.gpu import grouped_gemm_tiles
 from expertwire.kernels.ops import permute, quantize
 
 
@@ -16,7 +16,7 @@ from expertwire.kernels.ops import permute, quantize
 def test_tiles(counts, token_tile):
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     for spare in (0, 50):  # rows that the host allowed for and that did not come
-        found = tiles.tile_metadata(offsets, sum(counts) + spare, token_tile)
+        found = grouped_gemm_tiles.build_tile_map(offsets, sum(counts) + spare, token_tile)
         expected = permute.tile_reference(offsets, sum(counts) + spare, token_tile)
         num_tiles = int(expected.first_tile[-1])
         assert found.first_tile.tolist() == expected.first_tile.tolist()
@@ -28,17 +28,16 @@ def test_tiles(counts, token_tile):
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("token_tile", [16, 32])
 def test_rows_are_quantised_tile_by_tile(token_tile):
-    """The same numbers as row by row, with the scales where a grouped GEMM looks for them; rows that are not there are not
-    looked at."""
+    """Compare with quantising row by row, with the scales in the order of tiles; missing rows are not read."""
     offsets = torch.tensor([0, 5, 5, 40, 41], dtype=torch.int32)
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
     x[3, :128], x[7] = 0.0, 1e-3 * x[7]
     x[41:] = torch.nan
-    tile_map = tiles.tile_metadata(offsets, 50, token_tile)
-    values, scales = tiles.quantize_tiles(x, offsets, tile_map, dtype=torch.float32)
+    tile_map = grouped_gemm_tiles.build_tile_map(offsets, 50, token_tile)
+    values, scales = grouped_gemm_tiles.quantize_tiles(x, offsets, tile_map, dtype=torch.float32)
     expected = quantize.scaled(x[:41], 128)
     assert torch.equal(values[:41], expected.values_TD)
-    placed = tiles.tile_scales(expected.scales_TG, None, offsets, tile_map)
+    placed = grouped_gemm_tiles.tile_scales(expected.scales_TG, None, offsets, tile_map)
     for tile in range(int(tile_map.first_tile[-1])):
         expert = int(tile_map.tile_expert[tile])
         first = int(offsets[expert]) + (tile - int(tile_map.first_tile[expert])) * token_tile

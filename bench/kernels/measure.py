@@ -1,6 +1,7 @@
-"""What `bench kernels` runs: items of parts, random inputs for them, and their time in CUDA graphs.
+"""Items of `bench kernels`, random inputs for them, and their time in CUDA graphs.
 
-An item can be prepared on a device, or on "meta", where tensors have no storage: there its kernels are compiled but not run.
+An item can be prepared on a device, or on "meta", where tensors have no storage and its kernels are
+compiled but not run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from expertwire.bench.kernels.models import Cost
 from expertwire.kernels.gpu.device import Device
 
-ROTATED_BYTES = 256e6  # that lie between two uses of the same weights: several times the L2 cache
+ROTATED_BYTES = 256e6  # between two uses of the same weights: several times the L2 cache
 MAX_REPLICAS = 64
 _DRAWN_AT_ONCE = 1 << 26  # numbers
 LEAST_REPLAYS, MOST_REPLAYS, REPLAYS_MS = 5, 50, 25.0
@@ -28,7 +29,7 @@ Call = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
+class TensorRng:
     """Random tensors on a device; `generator` is None on "meta"."""
 
     device: str
@@ -37,8 +38,8 @@ class Draw:
     generator: torch.Generator | None
 
     @classmethod
-    def of(cls, device: str, gpu: Device, dtype: torch.dtype, seed: int, key: str) -> Draw:
-        """An item's own numbers, whatever ran before it."""
+    def of(cls, device: str, gpu: Device, dtype: torch.dtype, seed: int, key: str) -> TensorRng:
+        """Return an item's own generator: its numbers do not depend on what ran before it."""
         generator = None
         if device != "meta":
             generator = torch.Generator(device).manual_seed(seed ^ zlib.crc32(key.encode()))
@@ -50,11 +51,11 @@ class Draw:
 
     @property
     def tiny(self) -> bool:
-        """Whether kernels are interpreted, where only tiny shapes end in time."""
+        """Return whether kernels are interpreted, where only tiny shapes finish in time."""
         return self.device == "cpu"
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """fp8 and other dtypes without generators are rounded from bf16, a part at a time."""
+        """Return normal numbers; fp8 and other dtypes without generators are rounded from bf16, a chunk at a time."""
         dtype = dtype or self.dtype
         if self.is_meta:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -67,33 +68,34 @@ class Draw:
         return out
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        """In [low, high)."""
+        """Return integers in [low, high)."""
         if self.is_meta:
             return torch.empty(shape, dtype=dtype, device="meta")
         return torch.randint(low, high, shape, generator=self.generator, dtype=dtype, device=self.device)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """fp32."""
+        """Return fp32 numbers in [low, high)."""
         if self.is_meta:
             return torch.empty(shape, device="meta")
         return torch.rand(shape, generator=self.generator, device=self.device) * (high - low) + low
 
     def fixed(self, values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
-        """These integers."""
+        """Return these integers as a tensor on the device."""
         return torch.tensor(values, dtype=dtype).to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is timed. Each of `calls`: replicas with weights and routing of their own, run one after the other.
+class TimedCalls:
+    """Calls to time, by implementation: replicas with weights and routing of their own, run one after the other.
 
-    peers: names in `calls` that are not ours; they may fail, or not be there.
+    peers: names in `calls` that are not ours; they may fail or be absent. labels: values for the
+    results file.
     """
 
     calls: Mapping[str, Sequence[Call]]
     cost: Cost
     peers: frozenset[str] = frozenset()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,81 +103,73 @@ class Timed:
     """An item that is timed."""
 
     key: str
-    prepare: Callable[[Draw], Work]
+    prepare: Callable[[TensorRng], TimedCalls]
 
 
 @dataclass(frozen=True)
 class Check:
-    """An item that is compared; returns findings: name -> (found, allowed), the former at most the latter if all is well.
+    """An item that is compared with a reference; `run` returns findings: name -> (found, allowed).
 
-    `warm` launches, on "meta", the kernels that take long to compile.
+    It passes if every value found is at most the one allowed. `warm` launches, on "meta", the
+    kernels that take long to compile.
     """
 
     key: str
-    run: Callable[[Draw], Mapping[str, tuple[float, float]]]
-    warm: Callable[[Draw], object] | None = None
+    run: Callable[[TensorRng], Mapping[str, tuple[float, float]]]
+    warm: Callable[[TensorRng], object] | None = None
 
 
 @dataclass(frozen=True)
 class Bits:
-    """An item that computes the same rows in several ways: name of the rows -> way -> the rows."""
+    """An item that computes the same rows in several ways; `run` returns name of the rows -> way -> the rows."""
 
     key: str
-    run: Callable[[Draw], Mapping[str, Mapping[str, Tensor]]]
+    run: Callable[[TensorRng], Mapping[str, Mapping[str, Tensor]]]
 
 
 Item = Timed | Check | Bits
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Items in the order of their importance, with seconds for all of them in a full and in a quick run."""
-
-    name: str
-    seconds: tuple[float, float]
-    items: Callable[[bool], list[Item]]  # quick -> items
-
-
 def replicas(bytes_each: float, *, least: int = 4) -> int:
-    """How many calls to run in turn so that caches cannot hold what they read."""
+    """Return how many calls to run in turn so that caches cannot hold what they read."""
     return int(min(MAX_REPLICAS, max(least, -(-ROTATED_BYTES // max(bytes_each, 1.0)))))
 
 
 def copies(bytes_each: float) -> int:
-    """How many copies of weights of this size to rotate."""
+    """Return how many copies of weights of this size to rotate."""
     return int(min(MAX_REPLICAS, max(1, -(-ROTATED_BYTES // max(bytes_each, 1.0)))))
 
 
-def run_item(item: Item, draw: Draw) -> dict[str, Any]:
-    """An item's result as JSON values."""
+def run_item(item: Item, rng: TensorRng) -> dict[str, Any]:
+    """Return an item's result as JSON values."""
     if isinstance(item, Check):
-        findings = item.run(draw)
+        findings = item.run(rng)
         assert findings, f"{item.key} has compared nothing"
         listed = {name: [found if math.isfinite(found) else None, most] for name, (found, most) in findings.items()}
         return {"findings": listed, "ok": all(is_fine(finding) for finding in listed.values())}
     if isinstance(item, Bits):
-        found = {name: equal_bits(ways) for name, ways in item.run(draw).items()}
+        found = {name: equal_bits(ways) for name, ways in item.run(rng).items()}
         assert found, f"{item.key} has compared nothing"
         return {"classes": found, "ok": all(len(classes) == 1 for classes in found.values())}
-    work = item.prepare(draw)
+    work = item.prepare(rng)
     return {
         "us": _times(work),
         "bytes": work.cost.bytes,
         "flops": work.cost.flops,
         "rate": work.cost.rate,
         "peers": sorted(work.peers),
-        **work.facts,
+        **work.labels,
     }
 
 
 def is_fine(finding: Sequence[float | None]) -> bool:
-    """Whether what was found is at most what is allowed; None was no number."""
+    """Return whether what was found is at most what is allowed; None stands for NaN or infinity."""
     found, allowed = finding
     return found is not None and allowed is not None and found <= allowed
 
 
 def equal_bits(ways: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names in classes of bitwise equal tensors; the first class is that of the first name."""
+    """Return names in classes of bitwise equal tensors; the first class is that of the first name."""
     found: list[tuple[Tensor, list[str]]] = []
     for name, result in ways.items():
         for other, names in found:
@@ -188,20 +182,20 @@ def equal_bits(ways: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """NaN, which no kernel may leave behind, equals nothing."""
+    """Return whether tensors are bitwise equal; NaN, which no kernel may leave behind, equals nothing."""
     if a.shape != b.shape or a.dtype != b.dtype or bool(a.isnan().any()):
         return False
     as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))
 
 
-def _times(work: Work) -> dict[str, Any]:
-    """Microseconds of each call; a peer's failure is its result."""
+def _times(work: TimedCalls) -> dict[str, Any]:
+    """Return the microseconds of each call; a peer's failure is its result."""
     times: dict[str, Any] = {}
     for name, calls in work.calls.items():
         try:
             times[name] = median_us(calls)
-        except Exception as error:  # what a peer cannot do says something too
+        except Exception as error:  # a peer's failure is a result
             if name not in work.peers:
                 raise
             times[name] = {"error": last_line(error)}
@@ -210,13 +204,13 @@ def _times(work: Work) -> dict[str, Any]:
 
 
 def last_line(error: BaseException) -> str:
-    """What went wrong, in a line."""
+    """Return an error's message in one line."""
     lines = [line for line in "".join(traceback.format_exception_only(error)).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
 
 def median_us(calls: Sequence[Call]) -> dict[str, Any]:
-    """Microseconds of one call: median, fastest and slowest of several replays of a graph of all of them."""
+    """Return microseconds a call: median, fastest and slowest of several replays of a graph of all calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -238,7 +232,7 @@ def median_us(calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def num_replays(first_ms: float) -> int:
-    """Enough for a median, within some time."""
+    """Return enough replays for a median within a bounded time."""
     return int(min(MOST_REPLAYS, max(LEAST_REPLAYS, REPLAYS_MS / max(first_ms, 1e-3))))
 
 
@@ -252,7 +246,7 @@ def _captured(calls: Sequence[Call]) -> Call:
 
 
 def _replay_ms(replay: Call, number: int) -> list[float]:
-    """Of each replay, on the device's clock."""
+    """Return the time of each replay on the device's clock."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
     torch.cuda.synchronize()
     for begin, end in events:
@@ -264,7 +258,7 @@ def _replay_ms(replay: Call, number: int) -> list[float]:
 
 
 def measure_ceilings(quick: bool) -> dict[str, float]:
-    """Bytes/s of a copy on the device, read and written, and FLOP/s of products of 8192 x 8192 random matrices."""
+    """Measure bytes/s of a copy on the device, read and written, and FLOP/s of products of 8192 x 8192 matrices."""
     size = (2 if quick else 4) * 2**30
     found = {"bytes_per_s": 2e6 * size / _copy_us(size)}
     n = 8192

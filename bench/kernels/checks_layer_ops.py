@@ -1,4 +1,4 @@
-"""Correctness in `bench kernels` of what lies around experts and attention; see `kernels_checks`."""
+"""Correctness in `bench kernels` of the ops besides experts and attention; see `checks`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from expertwire.bench.kernels.checks import EXACT, ROUNDED, Findings, differing, error, item, poisoned
-from expertwire.bench.kernels.work import Draw, Item
+from expertwire.bench.kernels.measure import Item, TensorRng
 from expertwire.kernels import formats
 from expertwire.kernels.gpu import combine as gpu_combine
+from expertwire.kernels.gpu import grouped_gemm_tiles
 from expertwire.kernels.gpu import linear as gpu_linear
 from expertwire.kernels.gpu import permute as gpu_permute
 from expertwire.kernels.gpu import quantize as gpu_quantize
@@ -18,34 +19,33 @@ from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
 from expertwire.kernels.gpu import rope_and_cache as gpu_rotate
 from expertwire.kernels.gpu import routing as gpu_routing
 from expertwire.kernels.gpu import sampling as gpu_sampling
-from expertwire.kernels.gpu import tiles
 from expertwire.kernels.ops import attention, combine, linear, permute, quantize, rms_norm, rotary, routing, sampling
 from expertwire.kernels.ops.variants import Rope
 
 
-def routing_check(draw: Draw, rule: str, num_tokens: int) -> Findings:
-    """Ids exactly, weights nearly; then the order of the rows, exactly."""
-    num_experts, top_k = (16, 4) if draw.tiny else (256, 8)
+def routing_check(rng: TensorRng, rule: str, num_tokens: int) -> Findings:
+    """Check ids exactly, weights nearly, then the order of the rows exactly."""
+    num_experts, top_k = (16, 4) if rng.tiny else (256, 8)
     rules: dict[str, Any] = {
         "softmax": {"renormalize": True},
         "sigmoid": {"renormalize": False, "score": "sigmoid"},
-        "sqrt_softplus": {"renormalize": True, "score": "sqrt_softplus", "bias_E": draw.uniform(0, 0.1, num_experts)},
+        "sqrt_softplus": {"renormalize": True, "score": "sqrt_softplus", "bias_E": rng.uniform(0, 0.1, num_experts)},
         "V2": {"renormalize": False, "groups": routing.Groups(number=8, kept=3, by="best")},
         "V3": {
             "renormalize": True,
             "score": "sigmoid",
-            "bias_E": draw.uniform(0, 0.1, num_experts),
+            "bias_E": rng.uniform(0, 0.1, num_experts),
             "groups": routing.Groups(number=8, kept=4, by="two_best"),
             "scale": 2.5,
         },
     }[rule]
-    logits = draw.normal(num_tokens, num_experts, dtype=torch.float32)
+    logits = rng.normal(num_tokens, num_experts, dtype=torch.float32)
     with poisoned():
         ids, weights = gpu_routing.route(logits, top_k, **rules)
         placed = gpu_permute.permute(ids, num_experts // 2, format="dense")
     expected_ids, expected = routing.reference(logits, top_k, **rules)
     wanted = permute.reference(ids, num_experts // 2)
-    tokens = tiles.token_tile("dense", ids.numel(), num_experts // 2)
+    tokens = grouped_gemm_tiles.token_tile("dense", ids.numel(), num_experts // 2)
     cut = permute.tile_reference(wanted.expert_offsets, ids.numel(), tokens)
     num_tiles = int(cut.first_tile[-1])
     assert placed.tile_map is not None
@@ -62,21 +62,21 @@ def routing_check(draw: Draw, rule: str, num_tokens: int) -> Findings:
     }  # fmt: skip
 
 
-def linear_check(draw: Draw, num_tokens: int) -> Findings:
-    """With a bias, fp32 results, fp32 weights in three terms, and FP8 weights beside what they are unpacked."""
-    N, D = (80, 64) if draw.tiny else (5120, 2048)
-    x, bias = draw.normal(num_tokens, D), draw.normal(N)
-    weight = draw.normal(N, D, scale=D**-0.5)
-    wide = draw.normal(256 if N > 256 else N, D, scale=D**-0.5, dtype=torch.float32)
+def linear_check(rng: TensorRng, num_tokens: int) -> Findings:
+    """Check a bias, fp32 results, fp32 weights in three terms, and FP8 weights beside what they unpack to."""
+    N, D = (80, 64) if rng.tiny else (5120, 2048)
+    x, bias = rng.normal(num_tokens, D), rng.normal(N)
+    weight = rng.normal(N, D, scale=D**-0.5)
+    wide = rng.normal(256 if N > 256 else N, D, scale=D**-0.5, dtype=torch.float32)
     found = {}
     with poisoned():
-        y = gpu_linear.prepare(weight, bias, device=draw.gpu)(x)
-        logits = gpu_linear.prepare(weight, device=draw.gpu, out_dtype=torch.float32)(x)
-        exact = gpu_linear.prepare(wide, device=draw.gpu, x_dtype=x.dtype, out_dtype=torch.float32)(x)
+        y = gpu_linear.prepare(weight, bias, device=rng.gpu)(x)
+        logits = gpu_linear.prepare(weight, device=rng.gpu, out_dtype=torch.float32)(x)
+        exact = gpu_linear.prepare(wide, device=rng.gpu, x_dtype=x.dtype, out_dtype=torch.float32)(x)
         for format in formats.GPU_LINEAR_FORMATS:
             packed = formats.quantize(format, weight)
-            unpacked = gpu_linear.prepare(formats.dequantize(packed, x.dtype), device=draw.gpu)(x)
-            kept = gpu_linear.prepare(packed, device=draw.gpu, dtype=x.dtype)(x)
+            unpacked = gpu_linear.prepare(formats.dequantize(packed, x.dtype), device=rng.gpu)(x)
+            kept = gpu_linear.prepare(packed, device=rng.gpu, dtype=x.dtype)(x)
             found[format] = differing(kept, unpacked), 0.0
     found["bias"] = error(y, linear.reference(x.float(), weight.float(), bias)), ROUNDED
     found["fp32 result"] = error(logits, linear.reference(x.float(), weight.float())), EXACT
@@ -84,30 +84,30 @@ def linear_check(draw: Draw, num_tokens: int) -> Findings:
     return found
 
 
-def warm_linear(draw: Draw, num_tokens: int) -> None:
-    """The kernels of `linear_check`."""
-    x, bias, weight = draw.normal(num_tokens, 2048), draw.normal(5120), draw.normal(5120, 2048)
-    wide = draw.normal(256, 2048, dtype=torch.float32)
-    gpu_linear.prepare(weight, bias, device=draw.gpu)(x)
-    gpu_linear.prepare(weight, device=draw.gpu, out_dtype=torch.float32)(x)
-    gpu_linear.prepare(wide, device=draw.gpu, x_dtype=x.dtype, out_dtype=torch.float32)(x)
+def warm_linear(rng: TensorRng, num_tokens: int) -> None:
+    """Launch the kernels of `linear_check`."""
+    x, bias, weight = rng.normal(num_tokens, 2048), rng.normal(5120), rng.normal(5120, 2048)
+    wide = rng.normal(256, 2048, dtype=torch.float32)
+    gpu_linear.prepare(weight, bias, device=rng.gpu)(x)
+    gpu_linear.prepare(weight, device=rng.gpu, out_dtype=torch.float32)(x)
+    gpu_linear.prepare(wide, device=rng.gpu, x_dtype=x.dtype, out_dtype=torch.float32)(x)
     for format in formats.GPU_LINEAR_FORMATS:
-        gpu_linear.prepare(formats.quantize(format, weight), device=draw.gpu, dtype=x.dtype)(x)
+        gpu_linear.prepare(formats.quantize(format, weight), device=rng.gpu, dtype=x.dtype)(x)
 
 
-def norm_check(draw: Draw, num_tokens: int) -> Findings:
-    """Norm, residual sum, fp8 in groups, the activation, combine."""
+def norm_check(rng: TensorRng, num_tokens: int) -> Findings:
+    """Check the norm, the residual sum, fp8 in groups, the activation, and combine."""
     # The interpreter's conversion to fp8 is wrong: there, values stay unrounded.
-    dtype = torch.float32 if draw.tiny else torch.float8_e4m3fn
-    D = 256 if draw.tiny else 7168
-    x, delta, weight = draw.normal(num_tokens, D), draw.normal(num_tokens, D), draw.normal(D)
+    dtype = torch.float32 if rng.tiny else torch.float8_e4m3fn
+    D = 256 if rng.tiny else 7168
+    x, delta, weight = rng.normal(num_tokens, D), rng.normal(num_tokens, D), rng.normal(D)
     with poisoned():
         y = gpu_rms_norm.rms_norm(x, weight, 1e-6)
         summed, normed = gpu_rms_norm.add_rms_norm(x, delta, weight, 1e-6)
         quantized = gpu_quantize.quantize(x, dtype=dtype)
         hidden = gpu_quantize.silu_mul(torch.cat((x, delta), -1))
     total, expected = rms_norm.add_reference(x, delta, weight, 1e-6)
-    rows, weights = draw.normal(num_tokens, 4, D), draw.uniform(0, 1, num_tokens, 4)
+    rows, weights = rng.normal(num_tokens, 4, D), rng.uniform(0, 1, num_tokens, 4)
     with poisoned():
         mixed = gpu_combine.combine(rows, weights, delta)
     # Rounding to fp8 changes a number by up to 6 %, by a little over 2 % on average.
@@ -121,17 +121,17 @@ def norm_check(draw: Draw, num_tokens: int) -> Findings:
     }
 
 
-def rotate_check(draw: Draw, num_tokens: int) -> Findings:
-    """Both layouts of pairs, norms of the heads, and what is stored where."""
-    H, G, d, block = (4, 2, 32, 16) if draw.tiny else (32, 4, 128, 16)
-    tables = rotary.tables(512, Rope(theta=1e4, size=d), draw.device)
-    qkv, norm = draw.normal(num_tokens, H + 2 * G, d), draw.normal(H + G, d)
-    positions = draw.integers(0, 512, num_tokens, dtype=torch.int64)
-    slots = torch.randperm(2 * num_tokens, generator=draw.generator, device=draw.device)[:num_tokens]
+def rotate_check(rng: TensorRng, num_tokens: int) -> Findings:
+    """Check both layouts of pairs, norms of the heads, and what is stored in the caches."""
+    H, G, d, block = (4, 2, 32, 16) if rng.tiny else (32, 4, 128, 16)
+    tables = rotary.tables(512, Rope(theta=1e4, size=d), rng.device)
+    qkv, norm = rng.normal(num_tokens, H + 2 * G, d), rng.normal(H + G, d)
+    positions = rng.integers(0, 512, num_tokens, dtype=torch.int64)
+    slots = torch.randperm(2 * num_tokens, generator=rng.generator, device=rng.device)[:num_tokens]
     found = {}
     for interleaved in (False, True):
         shape = (-(-2 * num_tokens // block), block, G, d)
-        caches = [[torch.full(shape, 7.0, dtype=draw.dtype, device=draw.device) for _ in "kv"] for _ in "01"]
+        caches = [[torch.full(shape, 7.0, dtype=rng.dtype, device=rng.device) for _ in "kv"] for _ in "01"]
         step = (qkv, norm, 1e-6, tables, positions, slots)
         with poisoned():
             q = gpu_rotate.rope_and_cache(*step, *caches[0], interleaved=interleaved)
@@ -143,31 +143,31 @@ def rotate_check(draw: Draw, num_tokens: int) -> Findings:
     return found
 
 
-def sampling_check(draw: Draw, num_rows: int) -> Findings:
-    """Tokens of rows with all kinds of rules, and log-probabilities.
+def sampling_check(rng: TensorRng, num_rows: int) -> Findings:
+    """Check the tokens of rows with all kinds of rules.
 
-    Sums of fp64 and of integers may part ways at a boundary; a rank may change where a logit's neighbours are a last bit away.
+    Sums of fp64 and of integers may differ at a boundary.
     """
-    vocab = 700 if draw.tiny else 151936
-    logits = draw.normal(num_rows, vocab, dtype=torch.float32, scale=3)
+    vocab = 700 if rng.tiny else 151936
+    logits = rng.normal(num_rows, vocab, dtype=torch.float32, scale=3)
     kinds = [(0.0, -1, 1.0, 0.0), (1.0, -1, 1.0, 0.0), (0.7, 20, 1.0, 0.0), (1.3, -1, 0.8, 0.0), (0.9, 40, 0.9, 0.05)]
     chosen = [kinds[i % len(kinds)] for i in range(num_rows)]
     dtypes = (torch.float32, torch.int64, torch.float32, torch.float32)
     columns = [
-        torch.tensor(values, dtype=dtype).to(draw.device)
+        torch.tensor(values, dtype=dtype).to(rng.device)
         for values, dtype in zip(zip(*chosen, strict=True), dtypes, strict=True)
     ]
-    counters = [draw.integers(0, 2**31 - 1, num_rows, dtype=torch.int64) for _ in range(3)]
+    counters = [rng.integers(0, 2**31 - 1, num_rows, dtype=torch.int64) for _ in range(3)]
     with poisoned():
         tokens = gpu_sampling.sample(logits, *columns, *counters)
-    drawn = torch.from_numpy(sampling.uniform(*(counter.cpu().numpy() for counter in counters))).to(draw.device)
+    drawn = torch.from_numpy(sampling.uniform(*(counter.cpu().numpy() for counter in counters))).to(rng.device)
     return {
         "tokens": (differing(tokens, sampling.reference(logits, *columns, drawn)), 0.02),
     }
 
 
 def items(quick: bool, tiny: bool) -> list[Item]:
-    """Everything else."""
+    """Return the items of the suite."""
     rules = ("V3",) if tiny else ("softmax", "sigmoid", "sqrt_softplus", "V2", "V3")
     sizes = (5,) if tiny else (1, 128) if quick else (1, 16, 128, 300, 4096)
     found = [item(f"routing {rule} T{n}", routing_check, None, rule, n) for rule in rules for n in sizes]

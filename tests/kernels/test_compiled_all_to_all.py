@@ -1,4 +1,4 @@
-"""What the machine code of dispatch and combine must have: few loads, wide stores, and flags after what they announce."""
+"""Machine code of dispatch and combine: few loads, wide stores, and signals after the rows they announce."""
 
 import os
 import re
@@ -10,13 +10,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from expertwire.kernels.gpu import compile as ahead_of_time
-from expertwire.kernels.gpu import exchange, exchange_few, exchange_flags
+from expertwire.bench.kernels.compile_cases import all_to_all
+from expertwire.bench.kernels.compile_check import compile_case
 
-CASES = {case.name: case for case in [*exchange.cases(), *exchange_few.cases(), *exchange_flags.cases()]}
-SENDS = [name for name in CASES if name.startswith("exchange.send")]
-SENDS_OF_FEW = [name for name in CASES if name.startswith("exchange_few.send")]
-QUANTISED = [name for name in SENDS + SENDS_OF_FEW if name.endswith("quantised")]
+CASES = {case.name: case for case in all_to_all.cases()}
+SENDS = [name for name in CASES if name.startswith("dispatch_combine.dispatch_send")]
+LOW_LATENCY_SENDS = [name for name in CASES if name.startswith("dispatch_low_latency.send")]
+QUANTISED = [name for name in SENDS + LOW_LATENCY_SENDS if name.endswith("quantised")]
 
 
 @pytest.fixture(scope="module", params=slow_but([90], [90, 100]))
@@ -25,7 +25,7 @@ def compiled(request):
 
     def get(name):
         if name not in made:
-            made[name] = ahead_of_time.compile_case(CASES[name], request.param)
+            made[name] = compile_case(CASES[name], request.param)
         return made[name]
 
     return get
@@ -36,7 +36,7 @@ def find(pattern, ptx):
 
 
 def row_accesses(case):
-    """Of 16 bytes, by a thread: to load a row, and to store it once."""
+    """Return a thread's 16-byte accesses to load a row, and to store it once."""
     given = case.constexprs["COLUMNS"] * 2 or case.constexprs["WORDS"] * 4
     return [-(-nbytes // (16 * 32 * case.num_warps)) for nbytes in (given, case.constexprs["WORDS"] * 4)]
 
@@ -51,7 +51,7 @@ def test_a_row_is_loaded_once_however_many_ranks_it_goes_to(compiled, name):
 
 
 def loads_in_loop_of_stores(ptx):
-    """The 16-byte loads in the innermost loop that the first 16-byte stores are in: from a label to a jump back to it."""
+    """Return the 16-byte loads in the innermost loop of the first 16-byte stores: from a label to a jump back to it."""
     labels = {match[1]: match.start() for match in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
     jumps = [(labels[match[1]], match.start()) for match in re.finditer(r"\bbra(?:\.uni)? *\t*(\$\w+);", ptx)]
     stored, *_ = find(r"st\.global\.v4", ptx)
@@ -61,44 +61,47 @@ def loads_in_loop_of_stores(ptx):
     return [at for at in find(r"ld\.global\.v4", ptx) if start < at < end]
 
 
-@pytest.mark.parametrize("name", SENDS_OF_FEW)
-def test_few_rows_too(compiled, name):
+@pytest.mark.parametrize("name", LOW_LATENCY_SENDS)
+def test_low_latency_sends(compiled, name):
     case, code = CASES[name], compiled(name)
     loads, _ = row_accesses(case)
     ids = 8 * case.constexprs["TOKENS"] * case.constexprs["K"] // (16 * 32 * case.num_warps)  # every program's
     assert code.widths("LDG", "LD")[16] <= loads + ids
     barrier = min(find(r"bar\.sync|barrier\.sync", code.ptx))
     early = [at for at in find(r"ld\.global\.v4", code.ptx) if at < barrier]
-    assert len(early) >= loads, "the row is on its way before it is found where it goes"
+    assert len(early) >= loads, "the row is loaded before its destinations are found"
 
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_rows_are_quantised_in_registers(compiled, name):
-    """Rounded by the instruction for it, and never put down: shared memory is for what is left of sums, and for scales."""
+    """Check the instruction that rounds; shared memory may hold only partial sums and scales."""
     code, columns = compiled(name), CASES[name].constexprs["COLUMNS"]
     assert find(r"cvt\.rn\.satfinite\.e4m3x2\.f32", code.ptx)
     assert code.shared < columns
     assert not code.spills
 
 
-@pytest.mark.parametrize("name", [*SENDS, *SENDS_OF_FEW, "exchange.go_home EP8 T128 quantised"])
-def test_flags_are_released_to_the_system_after_all_rows(compiled, name):
-    """Rows, a barrier, this program's part of the count, and of the last program the flags."""
+@pytest.mark.parametrize("name", [*SENDS, *LOW_LATENCY_SENDS, "dispatch_combine.combine_send EP8 T128 quantised"])
+def test_signals_are_released_to_the_system_after_all_rows(compiled, name):
+    """Check the order: rows, a barrier, this program's atomic count, and the last program's signals."""
     ptx = compiled(name).ptx
-    [counted], [flagged] = find(r"atom\.global\.gpu\.acq_rel\.add", ptx), find(r"atom\.global\.sys\.release\.exch", ptx)
+    [counted], [signalled] = (
+        find(r"atom\.global\.gpu\.acq_rel\.add", ptx),
+        find(r"atom\.global\.sys\.release\.exch", ptx),
+    )
     rows = find(r"st\.global\.v4", ptx)
     barriers = find(r"bar\.sync|barrier\.sync", ptx)
     assert rows
-    assert counted < flagged
+    assert counted < signalled
     assert any(max(rows) < barrier < counted for barrier in barriers)
     if name in SENDS:  # the number of rows, too
-        numbers = [at for at in find(r"st\.global\.b64", ptx) if counted < at < flagged]
+        numbers = [at for at in find(r"st\.global\.b64", ptx) if counted < at < signalled]
         assert numbers
-        assert any(max(numbers) < barrier < flagged for barrier in barriers)
+        assert any(max(numbers) < barrier < signalled for barrier in barriers)
 
 
-@pytest.mark.parametrize("name", ["exchange_flags.wait EP8", "exchange_few.arrive EP8 T128"])
-def test_waits_acquire_from_the_system_and_tell_it_in_the_end(compiled, name):
+@pytest.mark.parametrize("name", ["signals.wait EP8", "dispatch_low_latency.receive EP8 T128"])
+def test_waits_acquire_from_the_system_and_report_stalls(compiled, name):
     ptx = compiled(name).ptx
     polled, [acquired] = find(r"ld\.volatile\.global", ptx), find(r"atom\.global\.sys\.acquire\.add", ptx)
     turns = [at for at in find(r"\bbra\b", ptx) if min(polled) < at < acquired]  # the loop's end

@@ -1,7 +1,8 @@
-"""What top-k, top-p and min-p keep of a row's candidates, and the draw among them; the middle of `kernels.gpu.sampling`.
+"""Top-k, top-p and min-p filtering of a row's candidates, and the draw among them; part of `kernels.gpu.sampling`.
 
-A candidate's key is the bits of its distance from the largest logit, an integer of the same order; weights are integers, whose
-sums do not depend on their order. The furthest key that is kept is found bit by bit: 31 passes over the candidates.
+A candidate's key is the bits of its distance from the largest logit, an integer of the same order.
+Weights are integers, whose sums do not depend on their order. The largest key that is kept is found
+bit by bit, in 31 passes over the candidates.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ _ALL = tl.constexpr(0x7FFFFFFF)  # further than any token
 
 @triton.jit
 def weight_of(distance):
+    """Return the integer weight of a token at a distance from the largest logit."""
     return (tl.exp(-distance) * _ONE).to(tl.int64)
 
 
 @triton.jit
 def share(total, part):
-    """The least integer that is not below `total * part`, for part in [0, 1) and total < 2^63."""
+    """Return the smallest integer not below `total * part`, for part in [0, 1) and total < 2^63."""
     factor = (part * (2.0**63)).to(tl.uint64) << 1
     high = tl.umulhi(total.to(tl.uint64), factor)
     return (high + ((total.to(tl.uint64) * factor) != 0).to(tl.uint64)).to(tl.int64)
@@ -28,22 +30,22 @@ def share(total, part):
 
 @triton.jit
 def pick(token, weight, before, target):
-    """The first token, in order, up to which the weights sum up to more than `target`; _ALL if there is none."""
+    """Return the first token, in order, up to which the weights sum to more than `target`; _ALL if there is none."""
     reached = before + tl.cumsum(weight, axis=0) > target
     return tl.min(tl.where(reached, token, _ALL), axis=0)
 
 
 @triton.jit
 def _load_keys(keys_ptr, start, num, vocab, BLOCK: tl.constexpr):
-    """Places and keys of candidates; behind the last of the `num` that there are, _ALL."""
+    """Return places and keys of candidates; _ALL after the last of the `num` that exist."""
     i = start + tl.arange(0, BLOCK)
-    # Not masked by `num`, of which nothing is known: accesses would be narrow.
+    # Not masked by `num`: its alignment is unknown, which would make accesses narrow.
     return i, tl.where(i < num, tl.load(keys_ptr + i, mask=i < vocab, other=_ALL), _ALL)
 
 
 @triton.jit
 def _count_nearer(keys_ptr, num, vocab, limit, BLOCK: tl.constexpr):
-    """How many candidates are nearer than the key `limit`."""
+    """Return the number of candidates nearer than the key `limit`."""
     count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, num, BLOCK):
         _, keys = _load_keys(keys_ptr, start, num, vocab, BLOCK)
@@ -53,7 +55,7 @@ def _count_nearer(keys_ptr, num, vocab, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weigh_nearer(keys_ptr, num, vocab, limit, min_p, BLOCK: tl.constexpr):
-    """The weight of the candidates nearer than the key `limit`, without those that min-p removes."""
+    """Return the weight of the candidates nearer than the key `limit`, without those that min-p removes."""
     mass = tl.zeros([BLOCK], tl.int64)
     for start in range(0, num, BLOCK):
         _, keys = _load_keys(keys_ptr, start, num, vocab, BLOCK)
@@ -64,9 +66,9 @@ def _weigh_nearer(keys_ptr, num, vocab, limit, min_p, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kept(keys_ptr, num, vocab, top_k, top_p, total, BLOCK: tl.constexpr):
-    """Kept are the candidates nearer than a key, and some number of those at it: that key and number.
+    """Return the key up to which candidates are kept, and how many of those at the key are kept.
 
-    `total`: the weight of all tokens.
+    `total` is the weight of all tokens.
     """
     key, ties = tl.full([], _ALL, tl.int32), tl.full([], 0, tl.int64)
     if (top_k > 0) & (top_k < num):
@@ -97,6 +99,7 @@ def _kept(keys_ptr, num, vocab, top_k, top_p, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def draw_candidate(keys_ptr, tokens_ptr, num, vocab, top_k, top_p, min_p, total, bits, BLOCK: tl.constexpr):
+    """Return the token drawn among the candidates that top-k, top-p and min-p keep."""
     key, ties = _kept(keys_ptr, num, vocab, top_k, top_p, total, BLOCK)
     distance_of_ties = key.to(tl.float32, bitcast=True)
     ties = tl.where(tl.exp(-distance_of_ties) >= min_p, ties, 0)

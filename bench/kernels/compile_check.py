@@ -1,31 +1,28 @@
-"""Compilation ahead of time for architectures that need not be here, and inspection of the machine code.
+"""Compile check: compile a kernel for architectures that need not be here, and inspect the machine code.
 
-A `Case` is one launch that a wrapper can make. `compile_case` compiles it as the launch would, for any architecture, without a
-GPU; `problems` says what in the result would be slow or would not run.
+A `Case` is one launch that a wrapper can make. `compile_case` compiles it as the launch would,
+without a GPU; `problems_of` lists what in the result would be slow or would not run.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
+
+from expertwire.kernels.gpu.compile_ahead import absent_gpu
+from expertwire.kernels.gpu.device import REGISTERS_PER_SM
 
 ARCHITECTURES = (90, 100)
 SHARED_PER_BLOCK = 227 * 1024  # bytes
 SHARED_PER_SM, SHARED_RESERVED = 228 * 1024, 1024  # bytes; reserved in each block
-REGISTERS_PER_SM, MAX_REGISTERS = 65536, 255
 TENSOR_MEMORY_COLUMNS = 512
 _SHARES = r"(LD|ST)G?|LDGSTS|ATOMG?|REDG?|U(TMA|BLK)\w*"  # machine code
 _JUMPS = re.compile(r"^\s*(@!?%p\d+\s+)?(bra|brx|call|ret|exit)\b", re.MULTILINE)  # PTX
@@ -39,9 +36,9 @@ class Case:
     kernel: the `@triton.jit` function.
     args: the runtime arguments by name: torch dtypes in place of pointers, realistic integers, descriptors of meta tensors.
     constexprs: by name.
-    expect: architecture -> what an instruction's name must contain: "HGMMA", "QGMMA", "HMMA", "UTC"; "" for no matrix product.
+    expect: architecture -> what the matrix instruction's name must contain: "HGMMA", "QGMMA", "HMMA", "UTC"; "" for none.
         The case is compiled for these architectures only.
-    blocks_per_sm: how many resident blocks are planned.
+    blocks_per_sm: resident blocks planned.
     wide: whether tensors are read by 16-byte accesses or TMA, and written by `store_bytes` a thread at once or TMA.
     narrow_copies: whether some asynchronous copies are of scalars, such as scales.
     options: further launch options, such as `enable_fp_fusion`; warps and stages may be among them.
@@ -51,7 +48,7 @@ class Case:
     kernel: Any
     args: dict[str, Any]
     constexprs: dict[str, Any]
-    expect: dict[int, str]
+    expect: dict[int, str] = field(default_factory=lambda: dict.fromkeys(ARCHITECTURES, ""))
     num_warps: int = 4
     num_stages: int = 3
     blocks_per_sm: int = 1
@@ -63,32 +60,32 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What became of a case: registers a thread; shared memory, stack and local memory in bytes; counts in the machine code."""
+    """A compiled case: registers a thread; shared memory, stack and local memory in bytes; instruction counts."""
 
     registers: int
     shared: int
     stack: int
     local: int
     tensor_memory: int  # columns
-    scratch: int  # bytes of global memory that a launch would have to be given
+    scratch: int  # bytes of global memory that a launch would need
     num_warps: int
-    early: bool  # launched while the kernel before may still run
+    early: bool  # launched while the previous kernel may still run
     instructions: Counter[str]  # by full name, "LDG.E.128", in the order of their first
     ptx: str
 
     @property
     def spills(self) -> int:
-        """Accesses of local memory."""
+        """Return the number of accesses of local memory."""
         return self._count("STL", "LDL")
 
     @property
     def matrix_instruction(self) -> str:
-        """The matrix instructions' names without their modifiers."""
+        """Return the matrix instructions' names without their modifiers."""
         names = {name.split(".")[0] for name in self.instructions}
         return "+".join(sorted(name for name in names if re.fullmatch(r"[HQ]G?MMA|UTC\w*MMA", name)))
 
     def widths(self, *names: str) -> Counter[int]:
-        """Bytes -> how many of these instructions ("LDG", "STG", "LDGSTS") move so many a thread."""
+        """Return bytes -> how many of these instructions ("LDG", "STG", "LDGSTS") move so many a thread."""
         counts: Counter[int] = Counter()
         for full, count in self.instructions.items():
             name, *modifiers = full.split(".")
@@ -98,12 +95,14 @@ class Compiled:
         return counts
 
     def has(self, part: str) -> bool:
-        """Whether some instruction's name contains it."""
+        """Return whether some instruction's name contains `part`."""
         return any(part in name.split(".")[0] for name in self.instructions)
 
     @property
     def waits(self) -> bool:
-        """Whether all threads wait for the kernel before, ahead of any jump and any access of memory that kernels share."""
+        """Return whether all threads wait for the previous kernel before any jump and any access of
+        shared or global memory.
+        """
         names = [full.split(".")[0] for full in self.instructions]
         before = names[: names.index("ACQBULK")] if "ACQBULK" in names else names
         start, waits, _ = self.ptx.partition("griddepcontrol.wait")
@@ -113,50 +112,8 @@ class Compiled:
         return sum(count for full, count in self.instructions.items() if full.split(".")[0] in names)
 
 
-def every_case() -> list[Case]:
-    """The cases of all modules beside this one."""
-    package = __name__.rpartition(".")[0]
-    modules = pkgutil.iter_modules([str(Path(__file__).parent)])
-    imported = (importlib.import_module(f"{package}.{module.name}") for module in modules)
-    return [case for module in imported if hasattr(module, "cases") for case in module.cases()]
-
-
-class _AbsentGpu:
-    """A Triton driver without a device behind it: enough to compile, nothing to launch with."""
-
-    def __init__(self, arch: int) -> None:
-        self._target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-
-@contextmanager
-def absent_gpu(arch: int) -> Iterator[None]:
-    """Compile for a GPU of this architecture, which need not be here, whatever there is."""
-    config = triton.runtime.driver
-    before = config._active
-    config.set_active(_AbsentGpu(arch))
-    try:
-        yield
-    finally:
-        config._active = before
-
-
 def compile_case(case: Case, arch: int) -> Compiled:
-    """Compile from nothing, with a cache of its own that is thrown away; raises what Triton and ptxas raise."""
+    """Compile with an empty cache that is thrown away; raise what Triton and ptxas raise."""
     arguments = {**case.args, **case.constexprs}
     ordered = [arguments.pop(name) for name in case.kernel.arg_names]
     assert not arguments, f"{case.name}: the kernel has no {sorted(arguments)}"
@@ -197,8 +154,8 @@ def _run(tool: Path, *arguments: str | Path) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def problems(case: Case, arch: int, compiled: Compiled) -> list[str]:
-    """What is wrong with it, in words; empty if nothing is."""
+def problems_of(case: Case, arch: int, compiled: Compiled) -> list[str]:
+    """Return the problems of a compiled case, in words; empty if there are none."""
     return [
         *_spilled(compiled),
         *_wrong_instruction(case, arch, compiled),
@@ -216,12 +173,12 @@ def _spilled(compiled: Compiled) -> Iterator[str]:
 
 def _wants_scratch(compiled: Compiled) -> Iterator[str]:
     if compiled.scratch:
-        yield f"{compiled.scratch} B of scratch memory, which nobody allocates"
+        yield f"{compiled.scratch} B of scratch memory, which is never allocated"
 
 
 def _unordered(compiled: Compiled) -> Iterator[str]:
     if compiled.early and not compiled.waits:
-        yield "launched early, but does not first of all wait for the kernel before"
+        yield "launched early, but does not first wait for the previous kernel"
 
 
 def _wrong_instruction(case: Case, arch: int, compiled: Compiled) -> Iterator[str]:

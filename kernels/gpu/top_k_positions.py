@@ -1,12 +1,14 @@
-"""The best positions of rows of scores in Triton, without a sort: the second half of `index`, one program a row.
+"""Top-k positions of rows of scores in Triton, without a sort: the second half of `index`, one program a row.
 
-Keys are the scores' bits, as integers of the same order. The row is read once, tile by tile. What beats the threshold, which is
-the k-th best key of what was read before, is appended to a buffer; when the buffer is full, its k best entries are kept, and the
-threshold rises to the last of them. That one is found bit by bit, in registers. As entries are appended and kept in the order of
-positions, a later position that only equals the threshold is too late, and of equals the first are kept: the reference's rule,
-and its order. Scores in no particular order fill the buffer O(log(L / k)) times; ascending ones, the worst case, with every tile.
+Keys are the scores' bits, as integers of the same order. The row is read once, tile by tile.
+Entries above the threshold, which is the k-th largest key read so far, are appended to a buffer.
+When the buffer is full, its k largest entries are kept, and the threshold rises to the smallest of
+them, which is found bit by bit in registers. Entries are appended and kept in the order of
+positions, so a later position that only equals the threshold is dropped, and of equal scores the
+first are kept: the reference's rule and its order. Scores in random order fill the buffer
+O(log(length / k)) times; ascending ones, the worst case, with every tile.
 
-X rows, L scores of a row, k positions.
+T tokens, k positions.
 """
 
 from __future__ import annotations
@@ -16,18 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 from expertwire.kernels.ops.attention import AttentionMetadata
 
 # As in `linear`: ptxas for Blackwell otherwise spills a few registers.
-_OPTIONS = {"maxnreg": 255, **EARLY}
+OPTIONS = {"maxnreg": 255, **PDL}
 _LEAST = tl.constexpr(-0x80000000)  # below the key of any score
 
 
 @triton.jit
 def sequence_of(cu_seqlens_q, token, num_sequences):
-    """The sequence that a token belongs to; `num_sequences` if it belongs to none."""
+    """Return the sequence that a token belongs to; `num_sequences` if it belongs to none."""
     low = 0
     high = num_sequences
     while low < high:
@@ -40,7 +41,7 @@ def sequence_of(cu_seqlens_q, token, num_sequences):
 
 @triton.jit
 def position_of(cu_seqlens_q, seq_lens, token, num_sequences):
-    """The sequence and the position of a token; position -1 if it belongs to none."""
+    """Return the sequence and the position of a token; position -1 if it belongs to none."""
     sequence = sequence_of(cu_seqlens_q, token, num_sequences)
     owned = sequence < num_sequences
     end_query = tl.load(cu_seqlens_q + sequence + 1, mask=owned, other=0)
@@ -50,14 +51,14 @@ def position_of(cu_seqlens_q, seq_lens, token, num_sequences):
 
 @triton.jit
 def _key_of(score):
-    """The bits of a score as an i32 of the same order; both zeros alike."""
+    """Return the bits of a score as an i32 of the same order; both zeros are equal."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _threshold(keys, k):
-    """The k-th largest of keys [N]: the largest number that k of them are not below."""
+    """Return the k-th largest of a vector of keys: the largest number that at least k of them are not below."""
     found = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= k, 0, _LEAST)
     for i in range(31):
         trial = found | (1 << (30 - i))
@@ -67,9 +68,11 @@ def _threshold(keys, k):
 
 @triton.jit
 def _keep_best(keys_ptr, positions_ptr, count, k, BUFFER: tl.constexpr):
-    """Keep the k best of the buffer's first `count` entries, in their order, of equals the first; return the last one's key."""
-    tl.debug_barrier()  # what other threads have appended
-    # Not masked by `count`, of which nothing is known: accesses would be narrow.
+    """Keep the k largest of the buffer's first `count` entries, in their order, of equals the first;
+    return the k-th's key.
+    """
+    tl.debug_barrier()  # wait for what other threads have appended
+    # Not masked by `count`: its alignment is unknown, which would make accesses narrow.
     i = tl.arange(0, BUFFER)
     keys = tl.where(i < count, tl.load(keys_ptr + i), _LEAST)
     threshold = _threshold(keys, k)
@@ -85,7 +88,7 @@ def _keep_best(keys_ptr, positions_ptr, count, k, BUFFER: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_sequences", "first_token"])
-def select_kernel(
+def top_k_kernel(
     scores,
     cu_seqlens_q,
     seq_lens,
@@ -100,11 +103,13 @@ def select_kernel(
     BUFFER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid (X,): the positions that the tokens from `first_token` on choose [X, K]; scores [X, width], buffers [X, BUFFER].
+    """Grid (T,): the positions [T, K] that the tokens from `first_token` on choose; scores [T, width],
+    buffers [T, BUFFER].
 
-    BUFFER is at least TILE + K; a token that sees no more than K positions sees them all, and its scores may be anything.
+    BUFFER is at least TILE + K. A token that sees no more than K positions gets them all, and its
+    scores may be anything.
     """
-    wait_for_previous()
+    wait_for_previous_kernel()
     row = tl.program_id(0).to(tl.int64)
     token = first_token + tl.program_id(0)
     _, position = position_of(cu_seqlens_q, seq_lens, token, num_sequences)
@@ -131,50 +136,31 @@ def select_kernel(
     tl.store(out + i, tl.load(positions_ptr + i).to(tl.int64), mask=i < K)
 
 
-def select_best(scores_XL: Tensor, seqs: AttentionMetadata, first_token: int, chosen_Xk: Tensor) -> None:
-    """Write into `chosen_Xk`, i64, in ascending order and followed by -1, the k best of the positions up to its own for each of
-    the X tokens from `first_token` on, all of them where that are no more than k; of equals the first.
+def select_top_k(scores: Tensor, seqs: AttentionMetadata, first_token: int, chosen_Tk: Tensor) -> None:
+    """Write the top-k positions of the T tokens from `first_token` on into `chosen_Tk` (i64).
 
-    L is a multiple of 16, or 0 if no token sees more than k positions.
+    They are in ascending order and followed by -1, up to the token's own position, all of them
+    where there are no more than k; of equal scores the first. The width of `scores` is a multiple
+    of 16, or 0 if no token sees more than k positions.
     """
-    num, width = scores_XL.shape
-    top_k = chosen_Xk.shape[1]
+    num, width = scores.shape
+    top_k = chosen_Tk.shape[1]
     assert width % 16 == 0, f"rows of {width} scores"
-    for rows in (scores_XL, chosen_Xk):
+    for rows in (scores, chosen_Tk):
         assert rows.is_contiguous(), f"strides {rows.stride()} of shape {tuple(rows.shape)}"
-    sizes = _sizes(top_k)
-    buffers = scores_XL.new_empty(2, num, sizes["BUFFER"] if width else 0, dtype=torch.int32)
+    sizes = buffer_sizes(top_k)
+    buffers = scores.new_empty(2, num, sizes["BUFFER"] if width else 0, dtype=torch.int32)
     if num:
-        select_kernel[(num,)](
-            scores_XL, seqs.cu_seqlens_q, seqs.seq_lens, *buffers, chosen_Xk, seqs.num_sequences, first_token, width,
-            **sizes, num_warps=_num_warps(top_k), **_OPTIONS,
+        top_k_kernel[(num,)](
+            scores, seqs.cu_seqlens_q, seqs.seq_lens, *buffers, chosen_Tk, seqs.num_sequences, first_token, width,
+            **sizes, num_warps=num_warps_for(top_k), **OPTIONS,
         )  # fmt: skip
 
 
-def _sizes(top_k: int) -> dict[str, int]:
+def buffer_sizes(top_k: int) -> dict[str, int]:
     padded = triton.next_power_of_2(max(16, top_k))
     return {"K": top_k, "PADDED": padded, "BUFFER": 2 * padded, "TILE": padded // 2}
 
 
-def _num_warps(top_k: int) -> int:
+def num_warps_for(top_k: int) -> int:
     return max(1, min(8, triton.next_power_of_2(top_k) // 256))
-
-
-def cases() -> list[Case]:
-    """DeepSeek-V3.2 and GLM-5 choose 2,048 positions, DeepSeek-V4-like models 512."""
-    return [
-        Case(
-            name=f"select.best {top_k}",
-            kernel=select_kernel,
-            args={
-                "scores": torch.float32,
-                **dict.fromkeys(("cu_seqlens_q", "seq_lens", "keys_buffer", "positions_buffer"), torch.int32),
-                **{"chosen": torch.int64, "num_sequences": 256, "first_token": 0, "width": 163840},
-            },
-            constexprs=_sizes(top_k),
-            num_warps=_num_warps(top_k),
-            expect={90: "", 100: ""},
-            options=_OPTIONS,
-        )
-        for top_k in (512, 2048)
-    ]

@@ -1,14 +1,16 @@
-"""The schedule of latent attention's splits, worked out on the device: who attends to which, and where the results wait.
+"""Work planning and merging of latent attention's splits, on the device.
 
-The workspace is of slots with room for a token's rows, one a head, and is as large at any length of the sequences. While it
-lasts, each split of a token has a slot of its own. Where the batch needs more, slots are shared out by the sequences' lengths,
-at least one each, and the first splits of a sequence, as many as are too many, are folded into its first slot one after another.
-Folding is what merging does, and both go in ascending order: the bits do not depend on how many are folded.
+The workspace consists of slots with room for one token's rows, one a head, and has the same size
+for any sequence length. As long as it suffices, each split of a token has a slot of its own. Where
+the batch needs more, slots are assigned in proportion to the sequences' lengths, at least one each,
+and as many first splits of a sequence as do not fit are merged into its first slot one after
+another. That uses the arithmetic of the final merge, and both go in ascending order: the bits do
+not depend on how many splits are merged early.
 
-A unit of work is a block of rows and a slot; the programs stride over the units, so that ragged lengths are balanced. Neighbours
-are the row blocks of the same splits, which read the same latents.
+A work unit is a block of rows and a slot. Programs stride over the units, which balances ragged
+lengths. Neighbouring units are the row blocks of the same splits, which read the same latents.
 
-T tokens, H heads, C latent size, B sequences, R rows.
+T tokens, H heads, c latent size, S sequences. In the kernels M rows of a block.
 """
 
 from __future__ import annotations
@@ -20,18 +22,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.gpu.compile import Case
-from expertwire.kernels.gpu.early import EARLY, wait_for_previous
-from expertwire.kernels.gpu.select import position_of
-from expertwire.kernels.gpu.splits import SPLIT, merge, merge_weights
+from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
+from expertwire.kernels.gpu.split_kv import merge, merge_weights
+from expertwire.kernels.gpu.top_k_positions import position_of
 from expertwire.kernels.ops.attention import AttentionMetadata
 
 _MERGED_ROWS = 8
 _MERGE_STAGES = 4
-_SEQUENCES = tl.constexpr(256)  # that are looked at together
-_PIECE = tl.constexpr(64)  # columns that are folded together
+_SEQUENCES = tl.constexpr(256)  # looked at together
+_PIECE = tl.constexpr(64)  # columns merged together
 FIELDS = tl.constexpr(8)  # of a unit of work
-_UNITS = 256  # that are written together
+_UNITS = 256  # written together
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _tokens_of(cu_seqlens_q, sequence, first_token, end_token):
 
 @triton.jit
 def _sequences_from(cu_seqlens_q, seq_lens, start, num_sequences, first_token, end_token, SPLIT_KEYS: tl.constexpr):
-    """Return the tokens and the splits of the sequences [start, start + 256), 0 behind the last."""
+    """Return the tokens and the splits of the sequences [start, start + 256), 0 after the last."""
     sequence = start + tl.arange(0, _SEQUENCES)
     known = sequence < num_sequences
     begin = tl.load(cu_seqlens_q + sequence, mask=known, other=0)
@@ -68,7 +69,10 @@ def _count_splits(cu_seqlens_q, seq_lens, num_sequences, first_token, end_token,
 
 @triton.jit
 def _slots_of(splits, wanted, num_slots, num_tokens):
-    """Return the slots of a token with so many splits, where all tokens together want `wanted` and get `num_slots` at most."""
+    """Return the slots of a token with so many splits.
+
+    All tokens together want `wanted` slots and get at most `num_slots`.
+    """
     share = 1 + splits * (num_slots - num_tokens) // tl.maximum(wanted, 1)
     return tl.where(wanted <= num_slots, splits, tl.minimum(splits, share))
 
@@ -86,7 +90,7 @@ def _count_before(
     ROWS: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
 ):
-    """Return the slots and the units of work of the sequences before `end_sequence`."""
+    """Return the slots and the work units of the sequences before `end_sequence`."""
     slots = tl.zeros([_SEQUENCES], tl.int32)
     units = tl.zeros([_SEQUENCES], tl.int32)
     for start in range(0, end_sequence, _SEQUENCES):
@@ -100,7 +104,7 @@ def _count_before(
 
 
 @triton.jit(do_not_specialize=["num_sequences", "first_token", "end_token", "num_slots"])
-def plan_units(
+def plan_kernel(
     units,
     slots,
     cu_seqlens_q,
@@ -115,8 +119,8 @@ def plan_units(
     TOP_K: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """Grid (B,), or (T,) where each token has a list of TOP_K positions: `units` and `slots` of `Workspace`."""
-    wait_for_previous()
+    """Grid (S,), or (T,) where each token has a list of TOP_K positions: write `units` and `slots` of `Workspace`."""
+    wait_for_previous_kernel()
     num_tokens = end_token - first_token
     if TOP_K > 0:
         start = first_token + tl.program_id(0)
@@ -142,7 +146,7 @@ def plan_units(
         blocks = tl.maximum(tl.cdiv((stop - start) * H, ROWS), 1)
         tl.store(slots + 2 * sequence, slots_before)
         tl.store(slots + 2 * sequence + 1, slots_each)
-    folded = splits - slots_each + 1
+    merged_early = splits - slots_each + 1
     num_units = blocks * slots_each
     if tl.program_id(0) == tl.num_programs(0) - 1:
         tl.store(units, units_before + num_units)
@@ -156,37 +160,39 @@ def plan_units(
         tl.store(target, first_row, mask=mask)
         tl.store(target + 1, end_row, mask=mask)
         tl.store(target + 2, (slots_before + slot * (stop - start) - start) * H, mask=mask)
-        tl.store(target + 3, tl.where(slot == 0, 0, slot + folded - 1), mask=mask)
-        tl.store(target + 4, tl.minimum(slot + folded, tl.cdiv(end, SPLIT_KEYS)), mask=mask)
+        tl.store(target + 3, tl.where(slot == 0, 0, slot + merged_early - 1), mask=mask)
+        tl.store(target + 4, tl.minimum(slot + merged_early, tl.cdiv(end, SPLIT_KEYS)), mask=mask)
         tl.store(target + 5, end, mask=mask)
         tl.store(target + 6, tl.zeros([UNITS], tl.int32) + sequence, mask=mask)
         tl.store(target + 7, tl.zeros([UNITS], tl.int32) + to_position, mask=mask)
 
 
 @triton.jit
-def fold(partials, statistics_R, from_R, into_R, live_R, top_1, weight_1, RANK: tl.constexpr, COLUMNS: tl.constexpr):
+def merge_into_slot(
+    partials, statistics_M, from_M, into_M, live_M, row_max_1, row_sum_1, RANK: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Merge rows of a split into those of the splits before it, both in the workspace.
 
-    Column by column: the values of whole rows do not fit the registers twice.
+    Column by column, since the values of whole rows do not fit the registers twice.
     """
     tl.debug_barrier()  # what other threads have stored
-    top = tl.load(statistics_R, mask=live_R, other=float("-inf"))
-    weight = tl.load(statistics_R + 1, mask=live_R, other=0.0)
-    top, weight, old, new = merge_weights(top, weight, top_1, weight_1)
+    row_max = tl.load(statistics_M, mask=live_M, other=float("-inf"))
+    row_sum = tl.load(statistics_M + 1, mask=live_M, other=0.0)
+    row_max, row_sum, old, new = merge_weights(row_max, row_sum, row_max_1, row_sum_1)
     for start in range(0, COLUMNS, _PIECE):
         column = start + tl.arange(0, _PIECE)
-        mask = live_R[:, None] & (column < COLUMNS)
-        into = partials + into_R[:, None] * RANK + column
-        total_1 = tl.load(partials + from_R[:, None] * RANK + column, mask=mask, other=0.0)
-        total = tl.load(into, mask=mask, other=0.0)
-        tl.store(into, tl.fma(total, old[:, None], total_1 * new[:, None]), mask=mask)
+        mask = live_M[:, None] & (column < COLUMNS)
+        into = partials + into_M[:, None] * RANK + column
+        acc_1 = tl.load(partials + from_M[:, None] * RANK + column, mask=mask, other=0.0)
+        acc = tl.load(into, mask=mask, other=0.0)
+        tl.store(into, tl.fma(acc, old[:, None], acc_1 * new[:, None]), mask=mask)
     tl.debug_barrier()  # all have read what is written now and by the next split
-    tl.store(statistics_R, top, mask=live_R)
-    tl.store(statistics_R + 1, weight, mask=live_R)
+    tl.store(statistics_M, row_max, mask=live_M)
+    tl.store(statistics_M + 1, row_sum, mask=live_M)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "first_token", "end_token"])
-def merge_slots(
+def merge_kernel(
     partials,
     statistics,
     slots,
@@ -203,47 +209,50 @@ def merge_slots(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (T, blocks of H): the slots of each token, in order, into out [T, H, C], divided by the weights' sums."""
-    wait_for_previous()
+    """Grid (T, blocks of H): merge the slots of each token in order into out [T, H, c], divided by the
+    weights' sums.
+    """
+    wait_for_previous_kernel()
     token = first_token + tl.program_id(0)
     sequence, position = position_of(cu_seqlens_q, seq_lens, token, num_sequences)
     if position < 0:
         return
     if TOP_K > 0:
         keys = tl.minimum(position + 1, TOP_K)
-        at, stride, folded = (token - first_token) * ((TOP_K + SPLIT_KEYS - 1) // SPLIT_KEYS), 1, 1
+        at, stride, merged_early = (token - first_token) * ((TOP_K + SPLIT_KEYS - 1) // SPLIT_KEYS), 1, 1
     else:
         keys = position + 1
         start, stop = _tokens_of(cu_seqlens_q, sequence, first_token, end_token)
-        folded = tl.cdiv(position + stop - token, SPLIT_KEYS) - tl.load(slots + 2 * sequence + 1) + 1
+        merged_early = tl.cdiv(position + stop - token, SPLIT_KEYS) - tl.load(slots + 2 * sequence + 1) + 1
         at, stride = tl.load(slots + 2 * sequence) + token - start, stop - start
     splits = tl.cdiv(keys, SPLIT_KEYS)
     head, latent = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
     live = head < H
-    total = tl.zeros([ROWS, RANK], tl.float32)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    for slot in tl.range(0, tl.maximum(splits - folded, 0) + 1, num_stages=STAGES, disable_licm=True):
+    acc = tl.zeros([ROWS, RANK], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    for slot in tl.range(0, tl.maximum(splits - merged_early, 0) + 1, num_stages=STAGES, disable_licm=True):
         row = (at + slot * stride) * H + head
-        total_1 = tl.load(partials + row[:, None] * RANK + latent, mask=live[:, None], other=0.0)
-        top_1 = tl.load(statistics + row * 2, mask=live, other=float("-inf"))
-        weight_1 = tl.load(statistics + row * 2 + 1, mask=live, other=0.0)
-        total, top, weight = merge(total, top, weight, total_1, top_1, weight_1)
-    value = total * tl.div_rn(1.0, weight)[:, None]
+        acc_1 = tl.load(partials + row[:, None] * RANK + latent, mask=live[:, None], other=0.0)
+        row_max_1 = tl.load(statistics + row * 2, mask=live, other=float("-inf"))
+        row_sum_1 = tl.load(statistics + row * 2 + 1, mask=live, other=0.0)
+        acc, row_max, row_sum = merge(acc, row_max, row_sum, acc_1, row_max_1, row_sum_1)
+    value = acc * tl.div_rn(1.0, row_sum)[:, None]
     row = (token * H + head).to(tl.int64)
     tl.store(out + row[:, None] * RANK + latent, value.to(out.dtype.element_ty), mask=live[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """All undefined at first.
+    """Memory of the work units and their partial results, undefined at first.
 
-    num_programs: that attend. values: fp32 [num_slots * H, C], unnormalised sums; behind them R rows of each program, for a split
-    that is to be folded. statistics: fp32 [parts, num_slots * H, 2], maxima and weights, of each part of the values' columns.
-    slots: i32 [B, 2], a sequence's first slot and the number of slots of each of its tokens; they are ordered by number, then by
-    token. units: i32 [1 + units, 8], how many there are, and of each its first row and the end of its rows, what to add to a row
-    for its place in `values`, its first split and the end of its splits, the end of its keys, its sequence, and what to add to a
-    token for its position.
+    num_programs: programs of the attention launch.
+    values: fp32 [num_slots * H, c], unnormalised sums; after them M rows of each program, for a split that is merged early.
+    statistics: fp32 [column_splits, num_slots * H, 2], maxima and weights for each part of the columns.
+    slots: i32 [S, 2], a sequence's first slot and the number of slots of each of its tokens, ordered by slot, then by token.
+    units: i32 [1 + units, 8], the number of units, and for each its first row, the end of its rows, what to add to a row to get
+        its row in `values`, its first split, the end of its splits, the end of its keys, its sequence, and what to add to a token
+        to get its position.
     """
 
     num_slots: int
@@ -255,20 +264,20 @@ class Workspace:
 
 
 def allocate(
-    out_THC: Tensor, seqs: AttentionMetadata, num_slots: int, num_programs: int, *, rows: int, parts: int
+    out_THc: Tensor, seqs: AttentionMetadata, num_slots: int, num_programs: int, *, rows: int, column_splits: int
 ) -> Workspace:
     """Return a workspace for units of so many rows."""
-    num_heads, rank = out_THC.shape[1:]
+    num_heads, rank = out_THc.shape[1:]
     num_rows, num_units = num_slots * num_heads, num_slots * triton.cdiv(num_heads, rows)
-    values = out_THC.new_empty(num_rows + num_programs * rows, rank, dtype=torch.float32)
+    values = out_THc.new_empty(num_rows + num_programs * rows, rank, dtype=torch.float32)
     assert values.numel() < 1 << 31, f"{tuple(values.shape)} values: offsets are i32"
     return Workspace(
         num_slots=num_slots,
         num_programs=num_programs,
         values=values,
-        statistics=out_THC.new_empty(parts, num_rows, 2, dtype=torch.float32),
-        slots=out_THC.new_empty(seqs.num_sequences, 2, dtype=torch.int32),
-        units=out_THC.new_empty(1 + num_units, FIELDS.value, dtype=torch.int32),
+        statistics=out_THc.new_empty(column_splits, num_rows, 2, dtype=torch.float32),
+        slots=out_THc.new_empty(seqs.num_sequences, 2, dtype=torch.int32),
+        units=out_THc.new_empty(1 + num_units, FIELDS.value, dtype=torch.int32),
     )
 
 
@@ -282,19 +291,19 @@ def plan(
     split: int,
     top_k: int,
 ) -> None:
-    """Give the splits of the tokens [first, end) their slots: at least one for each token."""
+    """Assign slots to the splits of the tokens [first, end): at least one for each token."""
     assert (tokens[1] - tokens[0]) * (triton.cdiv(top_k, split) or 1) <= workspace.num_slots, (
         f"tokens {tokens} in {workspace.num_slots} slots"
     )
-    plan_units[tokens[1] - tokens[0] if top_k else seqs.num_sequences,](
+    plan_kernel[tokens[1] - tokens[0] if top_k else seqs.num_sequences,](
         workspace.units, workspace.slots, seqs.cu_seqlens_q, seqs.seq_lens, seqs.num_sequences, *tokens,
-        workspace.num_slots, **_plan_constexprs(num_heads, rows, split, top_k), **EARLY,
+        workspace.num_slots, **plan_constexprs(num_heads, rows, split, top_k), **PDL,
     )  # fmt: skip
 
 
 def merge_workspace(
     workspace: Workspace,
-    out_THC: Tensor,
+    out_THc: Tensor,
     seqs: AttentionMetadata,
     tokens: tuple[int, int],
     *,
@@ -302,55 +311,17 @@ def merge_workspace(
     top_k: int,
 ) -> None:
     """Merge the slots into the rows of the tokens [first, end) that belong to sequences."""
-    num_heads, rank = out_THC.shape[1:]
-    merge_slots[tokens[1] - tokens[0], triton.cdiv(num_heads, _MERGED_ROWS)](
-        workspace.values, workspace.statistics, workspace.slots, out_THC, seqs.cu_seqlens_q, seqs.seq_lens,
-        seqs.num_sequences, *tokens, **_constexprs(num_heads, rank, split, top_k), **EARLY,
+    num_heads, rank = out_THc.shape[1:]
+    merge_kernel[tokens[1] - tokens[0], triton.cdiv(num_heads, _MERGED_ROWS)](
+        workspace.values, workspace.statistics, workspace.slots, out_THc, seqs.cu_seqlens_q, seqs.seq_lens,
+        seqs.num_sequences, *tokens, **merge_constexprs(num_heads, rank, split, top_k), **PDL,
     )  # fmt: skip
 
 
-def _plan_constexprs(num_heads: int, rows: int, split: int, top_k: int) -> dict[str, int]:
+def plan_constexprs(num_heads: int, rows: int, split: int, top_k: int) -> dict[str, int]:
     return {"H": num_heads, "ROWS": rows, "SPLIT_KEYS": split, "TOP_K": top_k, "UNITS": _UNITS}
 
 
-def _constexprs(num_heads: int, rank: int, split: int, top_k: int) -> dict[str, int]:
+def merge_constexprs(num_heads: int, rank: int, split: int, top_k: int) -> dict[str, int]:
     sizes = {"H": num_heads, "RANK": rank, "SPLIT_KEYS": split, "TOP_K": top_k}
     return {**sizes, "ROWS": _MERGED_ROWS, "STAGES": _MERGE_STAGES}
-
-
-def cases() -> list[Case]:
-    """DeepSeek-V3, V3.2 and V2-Lite."""
-    bounds = {"num_sequences": 64, "first_token": 0, "end_token": 64}
-    plans = [
-        Case(
-            name=f"mla_splits.plan{f' chosen {top_k}' if top_k else ''}",
-            kernel=plan_units,
-            args={
-                **dict.fromkeys(("units", "slots", "cu_seqlens_q", "seq_lens"), torch.int32),
-                **bounds,
-                "num_slots": 2048,
-            },
-            constexprs=_plan_constexprs(128, 64, SPLIT, top_k),
-            wide=False,  # numbers
-            expect={90: "", 100: ""},
-            options=EARLY,
-        )
-        for top_k in (0, 2048)
-    ]
-    return plans + [
-        Case(
-            name=f"mla_splits.merge {num_heads}x512{f' chosen {top_k}' if top_k else ''}",
-            kernel=merge_slots,
-            args={
-                **dict.fromkeys(("partials", "statistics"), torch.float32),
-                **{"out": torch.bfloat16, **dict.fromkeys(("slots", "cu_seqlens_q", "seq_lens"), torch.int32)},
-                **bounds,
-            },
-            constexprs=_constexprs(num_heads, 512, SPLIT, top_k),
-            blocks_per_sm=2,
-            wide=False,  # the statistics are a number a row
-            expect={90: "", 100: ""},
-            options=EARLY,
-        )
-        for num_heads, top_k in ((128, 0), (128, 2048), (16, 0))
-    ]

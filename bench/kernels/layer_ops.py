@@ -1,4 +1,4 @@
-"""What lies around experts and attention in `bench kernels`: routing and its metadata, sampling, dense layers, norms, combine.
+"""Timed items of `bench kernels` besides experts and attention: routing, sampling, dense layers, norms, combine.
 
 T tokens, D model width, E experts, K of them a token, V vocabulary.
 """
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertwire.bench.kernels.measure import Call, Item, TensorRng, Timed, TimedCalls, copies
 from expertwire.bench.kernels.models import DEEPSEEK, GPT_OSS, QWEN3, Cost, Model, linear_cost
-from expertwire.bench.kernels.work import Call, Draw, Item, Timed, Work, copies
 from expertwire.kernels.gpu import combine, linear, permute, quantize, rms_norm, rope_and_cache, routing, sampling
 from expertwire.kernels.ops.routing import Groups
 
@@ -37,16 +37,18 @@ LINEARS = {
 }
 
 
-def routing_work(draw: Draw, model: Model, num_tokens: int) -> Work:
-    """Choice of experts, order of the rows and their tiles: everything between the router's logits and the first product."""
+def routing_work(rng: TensorRng, model: Model, num_tokens: int) -> TimedCalls:
+    """Time the choice of experts, the order of the rows and their tiles: from the router's logits to
+    the first product.
+    """
     calls = []
-    for _ in range(1 if draw.is_meta else 8):
-        logits = draw.normal(num_tokens, model.num_experts, dtype=torch.float32)
-        bias = draw.uniform(0, 0.1, model.num_experts) if model is DEEPSEEK else None
+    for _ in range(1 if rng.is_meta else 8):
+        logits = rng.normal(num_tokens, model.num_experts, dtype=torch.float32)
+        bias = rng.uniform(0, 0.1, model.num_experts) if model is DEEPSEEK else None
         calls.append(_route(logits, bias, model))
     moved = num_tokens * (model.num_experts * 4 + model.top_k * 20)
-    return Work(
-        calls={"ours": calls}, cost=Cost(bytes=moved, flops=0), facts={"model": model.name, "tokens": num_tokens}
+    return TimedCalls(
+        calls={"ours": calls}, cost=Cost(bytes=moved, flops=0), labels={"model": model.name, "tokens": num_tokens}
     )
 
 
@@ -60,29 +62,33 @@ def _route(logits: Tensor, bias: Tensor | None, model: Model) -> Call:
     return call
 
 
-def sampling_work(draw: Draw, rule: str, num_rows: int) -> Work:
-    """Tokens for rows that are all greedy, all drawn from everything, or all filtered; beside a sort by torch alone."""
+def sampling_work(rng: TensorRng, rule: str, num_rows: int) -> TimedCalls:
+    """Time the sampling of rows that are all greedy, all drawn from everything, or all filtered;
+    beside a sort by torch.
+    """
     drawn, filtered = rule != "greedy", rule == "filtered"
 
     def column(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full((num_rows,), value, dtype=dtype, device=draw.device)
+        return torch.full((num_rows,), value, dtype=dtype, device=rng.device)
 
     parameters = (
         column(0.8 if drawn else 0.0, torch.float32),
         column(50 if filtered else -1, torch.int64),
         column(0.9 if filtered else 1.0, torch.float32),
         column(0.0, torch.float32),
-        *(draw.integers(0, 2**40, num_rows, dtype=torch.int64) for _ in range(3)),
+        *(rng.integers(0, 2**40, num_rows, dtype=torch.int64) for _ in range(3)),
     )
     moved = num_rows * VOCAB * 4
     calls: dict[str, list[Call]] = {"ours": []}
-    for _ in range(1 if draw.is_meta else min(8, copies(moved))):
-        logits = draw.normal(num_rows, VOCAB, dtype=torch.float32, scale=3)
+    for _ in range(1 if rng.is_meta else min(8, copies(moved))):
+        logits = rng.normal(num_rows, VOCAB, dtype=torch.float32, scale=3)
         calls["ours"].append(_sample(logits, parameters, drawn, filtered))
         if filtered:
             calls.setdefault("torch.sort", []).append(_sort(logits))
-    facts = {"rule": rule, "rows": num_rows}
-    return Work(calls=calls, cost=Cost(bytes=moved, flops=0), peers=frozenset({"torch.sort"}) & set(calls), facts=facts)
+    labels = {"rule": rule, "rows": num_rows}
+    return TimedCalls(
+        calls=calls, cost=Cost(bytes=moved, flops=0), peers=frozenset({"torch.sort"}) & set(calls), labels=labels
+    )
 
 
 def _sample(logits: Tensor, parameters: tuple[Tensor, ...], drawn: bool, filtered: bool) -> Call:
@@ -93,20 +99,20 @@ def _sort(logits: Tensor) -> Call:
     return lambda: logits.sort(dim=-1, descending=True)
 
 
-def linear_work(draw: Draw, name: str, num_tokens: int) -> Work:
-    """A dense layer of Qwen3-30B-A3B, and the library's product."""
+def linear_work(rng: TensorRng, name: str, num_tokens: int) -> TimedCalls:
+    """Time a dense layer of Qwen3-30B-A3B, and torch's product."""
     outputs, inputs, out_bytes = LINEARS[name]
     out_dtype = torch.float32 if out_bytes == 4 else None
     calls: dict[str, list[Call]] = {"ours": []}
-    x = draw.normal(num_tokens, inputs)
-    for _ in range(1 if draw.is_meta else copies(2 * inputs * outputs)):
-        weight = draw.normal(outputs, inputs, scale=inputs**-0.5)
-        calls["ours"].append(_apply(linear.prepare(weight, device=draw.gpu, out_dtype=out_dtype), x))
-        if not draw.is_meta:
+    x = rng.normal(num_tokens, inputs)
+    for _ in range(1 if rng.is_meta else copies(2 * inputs * outputs)):
+        weight = rng.normal(outputs, inputs, scale=inputs**-0.5)
+        calls["ours"].append(_apply(linear.prepare(weight, device=rng.gpu, out_dtype=out_dtype), x))
+        if not rng.is_meta:
             calls.setdefault("torch linear", []).append(_torch_linear(weight, x))
     cost = linear_cost(num_tokens, inputs, outputs, out_bytes)
-    facts = {"layer": name, "tokens": num_tokens}
-    return Work(calls=calls, cost=cost, peers=frozenset({"torch linear"}) & set(calls), facts=facts)
+    labels = {"layer": name, "tokens": num_tokens}
+    return TimedCalls(calls=calls, cost=cost, peers=frozenset({"torch linear"}) & set(calls), labels=labels)
 
 
 def _apply(layer: Any, x: Tensor) -> Call:
@@ -117,15 +123,15 @@ def _torch_linear(weight: Tensor, x: Tensor) -> Call:
     return lambda: F.linear(x, weight)
 
 
-def combine_work(draw: Draw, model: Model, num_tokens: int) -> Work:
-    """The weighted sum of K rows a token."""
+def combine_work(rng: TensorRng, model: Model, num_tokens: int) -> TimedCalls:
+    """Time the weighted sum of K rows a token."""
     K, D = model.top_k, model.D
-    weights = draw.uniform(0, 1, num_tokens, K)
+    weights = rng.uniform(0, 1, num_tokens, K)
     moved = num_tokens * (K + 1) * D * 2
-    number = 1 if draw.is_meta else min(8, copies(moved))
-    calls = [_combine(draw.normal(num_tokens, K, D), weights) for _ in range(number)]
-    return Work(
-        calls={"ours": calls}, cost=Cost(bytes=moved, flops=0), facts={"model": model.name, "tokens": num_tokens}
+    number = 1 if rng.is_meta else min(8, copies(moved))
+    calls = [_combine(rng.normal(num_tokens, K, D), weights) for _ in range(number)]
+    return TimedCalls(
+        calls={"ours": calls}, cost=Cost(bytes=moved, flops=0), labels={"model": model.name, "tokens": num_tokens}
     )
 
 
@@ -133,18 +139,20 @@ def _combine(rows: Tensor, weights: Tensor) -> Call:
     return lambda: combine.combine(rows, weights)
 
 
-def norm_work(draw: Draw, num_tokens: int, D: int) -> Work:
-    """The residual sum and its norm."""
-    weight = draw.normal(D)
+def norm_work(rng: TensorRng, num_tokens: int, D: int) -> TimedCalls:
+    """Time the residual addition with its norm."""
+    weight = rng.normal(D)
     calls: dict[str, list[Call]] = {"ours": []}
-    for _ in range(1 if draw.is_meta else min(8, copies(num_tokens * D * 8))):
-        x, delta = (draw.normal(num_tokens, D) for _ in range(2))
+    for _ in range(1 if rng.is_meta else min(8, copies(num_tokens * D * 8))):
+        x, delta = (rng.normal(num_tokens, D) for _ in range(2))
         calls["ours"].append(_norm(x, delta, weight))
-        if not draw.is_meta:
+        if not rng.is_meta:
             calls.setdefault("torch", []).append(_torch_norm(x, delta, weight))
     moved = num_tokens * D * 8
-    facts = {"tokens": num_tokens, "D": D}
-    return Work(calls=calls, cost=Cost(bytes=moved, flops=0), peers=frozenset({"torch"}) & set(calls), facts=facts)
+    labels = {"tokens": num_tokens, "D": D}
+    return TimedCalls(
+        calls=calls, cost=Cost(bytes=moved, flops=0), peers=frozenset({"torch"}) & set(calls), labels=labels
+    )
 
 
 def _norm(x: Tensor, delta: Tensor, weight: Tensor) -> Call:
@@ -155,43 +163,43 @@ def _torch_norm(x: Tensor, delta: Tensor, weight: Tensor) -> Call:
     return lambda: F.rms_norm(x + delta, weight.shape, weight, 1e-6)
 
 
-def quantize_work(draw: Draw, num_tokens: int, D: int) -> Work:
-    """fp8 in groups of 128."""
+def quantize_work(rng: TensorRng, num_tokens: int, D: int) -> TimedCalls:
+    """Time the quantisation to fp8 in groups of 128."""
     moved = num_tokens * D * 3
-    number = 1 if draw.is_meta else min(8, copies(moved))
-    calls = [_quantize(draw.normal(num_tokens, D)) for _ in range(number)]
-    return Work(calls={"ours": calls}, cost=Cost(bytes=moved, flops=0), facts={"tokens": num_tokens, "D": D})
+    number = 1 if rng.is_meta else min(8, copies(moved))
+    calls = [_quantize(rng.normal(num_tokens, D)) for _ in range(number)]
+    return TimedCalls(calls={"ours": calls}, cost=Cost(bytes=moved, flops=0), labels={"tokens": num_tokens, "D": D})
 
 
 def _quantize(x: Tensor) -> Call:
     return lambda: quantize.quantize(x)
 
 
-def rotate_work(draw: Draw, num_tokens: int) -> Work:
-    """Qwen3-30B-A3B: norms of 36 heads, rotation, 4 key and value heads stored."""
+def rotate_work(rng: TensorRng, num_tokens: int) -> TimedCalls:
+    """Time the rope and cache write of Qwen3-30B-A3B: norms of 36 heads, rotation, 4 key and value heads stored."""
     heads, kv_heads, dim, block = 32, 4, 128, 16
-    tables = tuple(draw.uniform(-1, 1, 4096, dim) for _ in range(2))
-    norm = draw.normal(heads + kv_heads, dim)
-    positions = draw.integers(0, 4096, num_tokens, dtype=torch.int64)
-    slots = torch.arange(num_tokens, device=draw.device)
-    caches = [draw.normal(-(-num_tokens // block), block, kv_heads, dim) for _ in range(2)]
-    qkv = draw.normal(num_tokens, heads + 2 * kv_heads, dim)
+    tables = tuple(rng.uniform(-1, 1, 4096, dim) for _ in range(2))
+    norm = rng.normal(heads + kv_heads, dim)
+    positions = rng.integers(0, 4096, num_tokens, dtype=torch.int64)
+    slots = torch.arange(num_tokens, device=rng.device)
+    caches = [rng.normal(-(-num_tokens // block), block, kv_heads, dim) for _ in range(2)]
+    qkv = rng.normal(num_tokens, heads + 2 * kv_heads, dim)
     moved = 2 * qkv.numel() * 2
-    return Work(
+    return TimedCalls(
         calls={"ours": [lambda: rope_and_cache.rope_and_cache(qkv, norm, 1e-6, tables, positions, slots, *caches)]},
         cost=Cost(bytes=moved, flops=0),
-        facts={"model": QWEN3.name, "tokens": num_tokens},
+        labels={"model": QWEN3.name, "tokens": num_tokens},
     )
 
 
 def routing_items(quick: bool) -> list[Item]:
-    """The bar first."""
+    """Return the items of the routing suite, that of the bar first."""
     found = [(DEEPSEEK, 128), (QWEN3, 128)] + ([] if quick else [(DEEPSEEK, 1), (DEEPSEEK, 4096), (GPT_OSS, 128)])
     return [_timed(f"route {model.name} T{tokens}", routing_work, model, tokens) for model, tokens in found]
 
 
 def sampling_items(quick: bool) -> list[Item]:
-    """Rules and rows."""
+    """Return the items of the sampling suite: rules and numbers of rows."""
     rows = (64,) if quick else (1, 64, 256)
     return [
         _timed(f"sample {rule} S{number}", sampling_work, rule, number)
@@ -201,7 +209,7 @@ def sampling_items(quick: bool) -> list[Item]:
 
 
 def other_items(quick: bool) -> list[Item]:
-    """Dense layers and what is bound by memory alone."""
+    """Return dense layers, and ops that memory alone bounds."""
     tokens = (1, 64, 4096) if quick else (1, 16, 64, 256, 1024, 4096)
     found = [
         _timed(f"linear {name} T{number}", linear_work, name, number)
@@ -221,4 +229,4 @@ def other_items(quick: bool) -> list[Item]:
 
 
 def _timed(key: str, work: Any, *arguments: Any) -> Timed:
-    return Timed(key, lambda draw: work(draw, *arguments))
+    return Timed(key, lambda rng: work(rng, *arguments))

@@ -1,7 +1,9 @@
-"""What a tile of a grouped GEMM computes: a block of weights, in any format, times rows of x, and the activation of that.
+"""What a tile of a grouped GEMM computes: a block of weights, in any format, times rows of x, and the
+activation of that.
 
-Weights are the left operand and tokens the columns of the product, in steps of `BLOCK_K`, each upon the sum of those before: one
-instruction family and one order of summation, however many tokens there are.
+Weights are the left operand and tokens the columns of the product. K is summed in steps of
+`BLOCK_K` in ascending order: one instruction family and one order of summation for any number of
+tokens.
 
 M rows of a weight matrix, K its columns, F columns of the output.
 """
@@ -16,9 +18,9 @@ from expertwire.kernels.gpu import formats
 
 @triton.jit
 def activate(acc, bias_ptr, f, F, alpha, limit, ROWS: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr):
-    """[ROWS, TOKENS] of the product -> columns `f` of the output; `bias_ptr`: the expert's."""
+    """Return columns `f` of the output from [ROWS, TOKENS] of the product; `bias_ptr` is the expert's."""
     if KIND.startswith("swiglu"):
-        # Rows interleaved by eight: gate and up of a column lie in the same thread.
+        # Rows are interleaved by eight: gate and up of a column lie in the same thread.
         gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1)))
         gate = tl.reshape(gate, (ROWS // 2, TOKENS))
         up = tl.reshape(up, (ROWS // 2, TOKENS))
@@ -42,7 +44,7 @@ def activate(acc, bias_ptr, f, F, alpha, limit, ROWS: tl.constexpr, TOKENS: tl.c
 
 @triton.jit
 def load_x(x, x_stride, source, row, k, exists, K, GATHER: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[TOKENS, BLOCK_K] of the rows `source`, or of the rows from `row` on."""
+    """Load [TOKENS, BLOCK_K] of the rows `source`, or of the rows from `row` on."""
     if GATHER:
         column = k + tl.arange(0, BLOCK_K)
         inside = exists[:, None] & (column < K)[None, :]
@@ -53,7 +55,7 @@ def load_x(x, x_stride, source, row, k, exists, K, GATHER: tl.constexpr, BLOCK_K
 
 
 @triton.jit
-def product(
+def multiply_tile(
     w_desc,
     w_scale,
     x,
@@ -76,15 +78,15 @@ def product(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """fp32 [ROWS, TOKENS]: the block of weights times the rows of x, in steps of BLOCK_K, each upon the sum of those before.
+    """Return fp32 [ROWS, TOKENS]: the block of weights times the rows of x, summed in steps of BLOCK_K.
 
-    `STAGES` stands at the loop, too: then loads of scales are pipelined with those of the matrices.
+    The loop has `STAGES` too, so that loads of scales are pipelined with those of the matrices.
     """
     SCALES: tl.constexpr = BLOCK_K // (16 if FORMAT == "nvfp4" else 32)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     if FORMAT == "fp8_block":
         k_blocks = tl.cdiv(K, BLOCK_K)
-        half_blocks = tl.cdiv(M // 2, 128)  # the gate's and the up's blocks begin anew
+        half_blocks = tl.cdiv(M // 2, 128)  # gate and up have blocks of their own
         w_scale += expert.to(tl.int64) * (2 * half_blocks if GATED else tl.cdiv(M, 128)) * k_blocks
         up_scale = w_scale + half_blocks * k_blocks
         block_row = (block * ROWS // 2 if GATED else block * ROWS) // 128 * k_blocks
@@ -106,7 +108,7 @@ def product(
         if FORMAT == "fp8_block":
             acc += tl.dot(w_block, x_block) * (scale_w * scale_x)
         else:
-            # Hopper's tensor cores add fp8 products in few bits: sums of BLOCK_K of them are added outside.
+            # Hopper's tensor cores add fp8 products in few bits: sums of BLOCK_K products are added outside.
             acc = tl.dot(w_block, x_block, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
     if FORMAT == "fp8_row":
         m = block * ROWS + tl.arange(0, ROWS)

@@ -1,4 +1,4 @@
-"""The parts of `bench kernels`: which items they have, how they are compiled beforehand, and how they run."""
+"""The suites of `bench kernels`: their items, how these are compiled beforehand, and how they run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from expertwire.bench.kernels import around, bits, checks_around, checks_caches, experts
 from expertwire.bench.kernels import attention as kernels_attention
+from expertwire.bench.kernels import bits, checks_caches, checks_layer_ops, experts, layer_ops
 from expertwire.bench.kernels import checks as kernels_checks
+from expertwire.bench.kernels.measure import Bits, Check, Item, TensorRng, last_line, measure_ceilings, run_item
 from expertwire.bench.kernels.results import Results
-from expertwire.bench.kernels.work import Bits, Check, Draw, Item, last_line, measure_ceilings, run_item
 from expertwire.kernels.gpu.device import Device, describe
 
 # Seconds of a full and of a quick run.
@@ -31,17 +31,17 @@ SECONDS: Mapping[str, tuple[float, float]] = {
     "check-attention": (25, 8),
     "bits": (30, 10),
     "routing": (8, 4),
-    "check-around": (30, 8),
+    "check-layer-ops": (30, 8),
     "experts-gpt-oss": (40, 10),
     "sampling": (12, 5),
     "latent": (15, 5),
-    "around": (40, 8),
+    "layer-ops": (40, 8),
     "experts-more": (120, 5),
 }
 
 
 def items(name: str, quick: bool, tiny: bool) -> list[Item]:
-    """Of a part, in the order of their importance."""
+    """Return the items of a suite, the most important first."""
     if name.startswith("experts-"):
         return experts.items(name, quick)
     match name:
@@ -49,8 +49,8 @@ def items(name: str, quick: bool, tiny: bool) -> list[Item]:
             return kernels_checks.expert_items(quick, tiny)
         case "check-attention":
             return kernels_checks.attention_items(quick, tiny)
-        case "check-around":
-            return checks_around.items(quick, tiny) + checks_caches.items(quick, tiny)
+        case "check-layer-ops":
+            return checks_layer_ops.items(quick, tiny) + checks_caches.items(quick, tiny)
         case "bits":
             return bits.items(quick, tiny)
         case "attention":
@@ -58,43 +58,44 @@ def items(name: str, quick: bool, tiny: bool) -> list[Item]:
         case "latent":
             return kernels_attention.latent_items(quick)
         case "routing":
-            return around.routing_items(quick)
+            return layer_ops.routing_items(quick)
         case "sampling":
-            return around.sampling_items(quick)
-    assert name == "around", name
-    return around.other_items(quick)
+            return layer_ops.sampling_items(quick)
+    assert name == "layer-ops", name
+    return layer_ops.other_items(quick)
 
 
 def to_compile(results: Results, names: list[str], quick: bool) -> list[tuple[str, int]]:
-    """Part and place of every item without a result whose kernels can be compiled beforehand.
+    """Return suite and index of every item without a result whose kernels can be compiled beforehand.
 
-    The parts take turns: neighbours in a part often need the same kernel, and processes should not compile it all at once.
+    The suites alternate: neighbours in a suite often need the same kernel, and processes should not
+    compile it at the same time.
     """
     every = [(place, name, item) for name in names for place, item in enumerate(items(name, quick, False))]
     wanted = [
-        (place, name) for place, name, item in every if warms(item) and item.key not in results.part(name)["items"]
+        (place, name) for place, name, item in every if warms(item) and item.key not in results.suite(name)["items"]
     ]
     return [(name, place) for place, name in sorted(wanted, key=lambda task: task[0])]
 
 
 def missing(results: Results, names: list[str], quick: bool, tiny: bool) -> dict[str, list[str]]:
-    """Of each part, the items without a result."""
+    """Return the items without a result, by suite."""
     found = {}
     for name in names:
-        done = results.part(name)["items"]
+        done = results.suite(name)["items"]
         if absent := [item.key for item in items(name, quick, tiny) if item.key not in done]:
             found[name] = absent
     return found
 
 
 def warms(item: Item) -> bool:
-    """Whether it can say which kernels it launches without running."""
+    """Return whether an item can launch its kernels without running them."""
     return not isinstance(item, Check) or item.warm is not None
 
 
 @contextmanager
 def compiling_only(loaded: bool = True) -> Iterator[None]:
-    """Launches of Triton kernels compile only. `loaded`: also make what launches them, which needs the device."""
+    """Let launches of Triton kernels compile only. `loaded`: also load the binary, which needs the device."""
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -112,21 +113,21 @@ def compiling_only(loaded: bool = True) -> Iterator[None]:
 
 def warm(item: Item, gpu: Device) -> None:
     """Call everything of ours that an item launches, on tensors without storage."""
-    draw = Draw.of("meta", gpu, torch.bfloat16, 0, item.key)
+    rng = TensorRng.of("meta", gpu, torch.bfloat16, 0, item.key)
     if isinstance(item, Bits):
-        item.run(draw)
+        item.run(rng)
     elif isinstance(item, Check):
         assert item.warm is not None, item.key
-        item.warm(draw)
+        item.warm(rng)
     else:
-        work = item.prepare(draw)
+        work = item.prepare(rng)
         for name, calls in work.calls.items():
             if name not in work.peers:
                 calls[0]()
 
 
 def compile_item(name: str, place: int, quick: bool) -> str | None:
-    """In a process of its own; returns what went wrong."""
+    """Compile an item's kernels, in a process of its own; return the error, if any."""
     item = items(name, quick, False)[place]
     try:
         with compiling_only():
@@ -137,7 +138,7 @@ def compile_item(name: str, place: int, quick: bool) -> str | None:
 
 
 def compile_all(tasks: list[tuple[str, int]], quick: bool, processes: int, until: float) -> tuple[list[str], int]:
-    """What went wrong, and how many items are done; the others compile when they run."""
+    """Return error messages and the number of items compiled; the others compile when they run."""
     failures, done = [], 0
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
     futures = [pool.submit(compile_item, name, place, quick) for name, place in tasks]
@@ -154,8 +155,8 @@ def compile_all(tasks: list[tuple[str, int]], quick: bool, processes: int, until
     return failures, done
 
 
-def run_parts(results: Results, names: list[str], quick: bool, device: str, deadline: float) -> None:
-    """Run what is not there yet, as far as the time goes."""
+def run_suites(results: Results, names: list[str], quick: bool, device: str, deadline: float) -> None:
+    """Run the items without a result, as far as the time allows."""
     tiny = device == "cpu"
     gpu = Device(arch=90, num_sms=2) if tiny else describe(device)
     dtype = torch.float32 if tiny else torch.bfloat16
@@ -165,22 +166,22 @@ def run_parts(results: Results, names: list[str], quick: bool, device: str, dead
     for name in names:
         if time.time() >= deadline:
             break
-        run_part(results, name, items(name, quick, tiny), gpu, dtype, device, SECONDS[name][quick], deadline)
+        run_suite(results, name, items(name, quick, tiny), gpu, dtype, device, SECONDS[name][quick], deadline)
 
 
-def run_part(
+def run_suite(
     results: Results,
     name: str,
-    part_items: list[Item],
+    suite_items: list[Item],
     gpu: Device,
     dtype: torch.dtype,
     device: str,
     seconds: float,
     deadline: float,
 ) -> None:
-    """Its items one after another, as far as its time goes."""
-    entry = results.part(name)
-    for item in part_items:
+    """Run a suite's items one after another, as far as its time allows."""
+    entry = results.suite(name)
+    for item in suite_items:
         if item.key in entry["items"]:
             continue
         if time.time() >= deadline or (device != "cpu" and entry["spent"] >= seconds):
@@ -188,7 +189,7 @@ def run_part(
         began = time.time()
         results.begin(name, item.key)
         try:
-            result = run_item(item, Draw.of(device, gpu, dtype, results.data["seed"], item.key))
+            result = run_item(item, TensorRng.of(device, gpu, dtype, results.data["seed"], item.key))
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its result
             result = {"error": last_line(error), "traceback": "".join(traceback.format_exception(error))[-2000:]}
         alive = device == "cpu" or _settle()
@@ -201,7 +202,7 @@ def run_part(
 
 
 def _settle() -> bool:
-    """Free memory for the next item; False if the device is of no use to this process any more."""
+    """Free memory for the next item; return False if this process can no longer use the device."""
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Several named caches where a GPU computes: tables on the device, steps that run ahead, the kernel that looks rows up."""
+"""Several KV cache groups on a GPU: tables on the device, steps that run ahead, the kernel that looks rows up."""
 
 import torch
 from helpers import cache_model
@@ -6,7 +6,7 @@ from helpers.cache_model import SIZES, SPECS, CacheModel
 
 from expertwire.engine.runner.device_runner import DeviceRunner
 from expertwire.engine.runner.device_slots import DeviceSlots
-from expertwire.kernels.gpu.batch import look_up
+from expertwire.kernels.gpu.prepare_inputs import prepare_inputs
 
 
 def test_every_cache_has_blocks_of_its_own():
@@ -27,7 +27,7 @@ def test_rows_are_looked_up_in_every_cache():
     slot_T = torch.randint(0, 3, (150,), generator=generator, dtype=torch.int32)
     position_T = torch.randint(0, 40, (150,), generator=generator, dtype=torch.int32)
     slot_T[[3, 149]] = -1
-    token_T, found_T, mapping_CT = look_up(slot_T, position_T, tokens_SL, blocks_CSW, 4)
+    token_T, found_T, mapping_CT = prepare_inputs(slot_T, position_T, tokens_SL, blocks_CSW, 4)
     nobody_T = slot_T < 0
     slot_T, position_T = slot_T.long(), position_T.long()
     torch.testing.assert_close(found_T, position_T)
