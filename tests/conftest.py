@@ -17,8 +17,9 @@ ONE_BY_ONE = ("test_compiled.py", "test_interpreted.py")
 RAY = ("test_demo.py", "test_models_full.py", "test_ray_cluster.py", "test_ray_devices.py", "test_ray_launcher.py")
 # Groups, longest first; of files in Triton's interpreter, the test that runs one.
 LONG = (
-    "test_gpu_engine", "test_gpu_attention", "ray", "test_architectures.py", "test_bad_inputs.py", "test_gpu_batch",
-    "test_all_to_all_choice.py", "test_gpu_exchange", "test_gpu_latent_engine", "test_gpu_quantized_model",
+    "test_gpu_engine", "test_gpu_attention", "ray", "test_architectures.py", "test_bad_inputs.py",
+    "test_gpu_prepare_inputs", "test_all_to_all_choice.py", "test_gpu_dispatch_combine",
+    "test_gpu_latent_engine", "test_gpu_quantized_model",
     "test_gpu_graphs", "test_all_to_all.py", "test_gpu_start", "test_gpu_mla", "test_gpu_prefill",
 )  # fmt: skip
 # A machine lent for its GPU may lack these: a file of tests that needs one of them is skipped there.
