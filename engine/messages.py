@@ -14,8 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from expertwire.scheduler.outputs import StepOutputs
-from expertwire.scheduler.request import Rejection
+from expertwire.scheduler.outputs import Rejection, StepOutputs
 
 
 @dataclass(frozen=True, kw_only=True)

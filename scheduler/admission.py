@@ -1,4 +1,4 @@
-"""Admission: which waiting requests start in a step, and on which ranks.
+"""Admission: whether a request can be served, and which waiting ones start in a step on which ranks.
 
 `rows` are rows of the running batch. P ranks, A requests, B blocks, C KV cache groups, Q entries of
 a hash table, Z slots of all ranks.
@@ -6,6 +6,7 @@ a hash table, Z slots of all ranks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,13 +16,13 @@ import numpy as np
 from expertwire.scheduler._compiled import admissions as loops
 from expertwire.scheduler._compiled import blocks as block_loops
 from expertwire.scheduler._compiled.admissions import Budget, Candidates, Decisions
-from expertwire.scheduler._compiled.blocks import NONE
+from expertwire.scheduler._compiled.blocks import NONE, Caches
+from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.load_balancing import LoadBalancing
 from expertwire.scheduler.plan import pack_lists
 from expertwire.scheduler.policy import Policy
-from expertwire.scheduler.prefix_cache import NO_HASHES
 from expertwire.scheduler.queue import WaitingQueue
-from expertwire.scheduler.request import Request, records
+from expertwire.scheduler.request import NO_HASHES, Request, records
 from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
 
 _CHUNK = 128  # requests considered at a time
@@ -46,7 +47,9 @@ def _joined(parts: Sequence[_Part]) -> Admissions:
     order = np.argsort(columns_5A[0], kind="stable")
     requests = [requests[i] for i in order.tolist()]
     hash_B2 = np.concatenate([part.hash_B2 for part in parts])
-    return Admissions(requests, *columns_5A[:, order], records(requests), hash_B2)
+    rank_A, num_cached_A, num_scheduled_A, parent_A, first_A = columns_5A[:, order]
+    record_A = records(requests)
+    return Admissions(requests, rank_A, num_cached_A, num_scheduled_A, parent_A, first_A, record_A, hash_B2)
 
 
 class Admission:
@@ -168,6 +171,51 @@ class Admission:
         its prompt's log-probabilities needs all of its prompt computed.
         """
         return np.where(record_A["reads_cache"], (record_A["num_tokens"] - 1) // self._batch.config.block_size, 0)
+
+
+def token_limit(request: Request, config: SchedulerConfig) -> int:
+    """Return the most prompt and output tokens: `max_tokens` is cut to what `max_model_len` leaves for it."""
+    return min(len(request.prompt) + request.params.max_tokens, config.max_model_len)
+
+
+class Capacity(NamedTuple):
+    """The most tokens of one request that a rank can keep, and the cache that limits them."""
+
+    num_tokens: int
+    cache: int
+
+
+def capacity(caches: Caches, num_blocks_C: np.ndarray) -> Capacity:
+    """Return the least of the caches' capacities. `num_blocks_C`: usable blocks of each cache on one rank."""
+    return min(
+        Capacity(num_blocks * size if most > num_blocks else sys.maxsize, cache)
+        for cache, (num_blocks, size, most) in enumerate(
+            zip(num_blocks_C.tolist(), caches.size_C.tolist(), caches.most_C.tolist(), strict=True)
+        )
+    )
+
+
+def why_invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Capacity) -> str | None:
+    """Return why the request, whose `limit` is set, can never be served, or None. Fronts have checked its token ids."""
+    length = len(request.prompt)
+    assert block_loops.all_below(request.prompt, config.vocab_size), (
+        f"request {request.key} has ids not in the vocabulary"
+    )
+    if length == 0:
+        return "prompt must have at least 1 token, got 0"
+    if length >= config.max_model_len:
+        return (
+            f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
+            f"(max_model_len = {config.max_model_len}, of which one is for the output)"
+        )
+    if request.limit - 1 > most.num_tokens:  # the last token is never computed
+        size, most_blocks = int(caches.size_C[most.cache]), int(caches.most_C[most.cache])
+        return (
+            f"prompt ({length} tokens) and max_tokens ({request.limit - length} after max_model_len) need "
+            f"{min(-(-(request.limit - 1) // size), most_blocks)} cache blocks; a rank has {most.num_tokens // size}, which is "
+            f"enough for {most.num_tokens + 1} tokens in all"
+        )
+    return None
 
 
 def plan_fields(

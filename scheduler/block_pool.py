@@ -101,7 +101,7 @@ class BlockPool:
             assert count == self.num_free_CP[cache, rank], (cache, rank, count, self.num_free_CP[cache, rank])
             free = number_B[:count] - owner * self.num_blocks
             found = np.sort(np.concatenate((free, np.flatnonzero(refs_B))))
-            assert np.array_equal(found, np.arange(1, self.num_blocks_C[cache] + 1)), (cache, rank, free, refs_B)
+            assert np.array_equal(found, np.arange(1, int(self.num_blocks_C[cache]) + 1)), (cache, rank, free, refs_B)
             assert (refs_B >= 0).all(), (cache, rank)
         hashed_B = np.flatnonzero(self.blocks.block_B["chain"] != UNHASHED)
         number_B = np.zeros(len(hashed_B), np.int32)

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from expertwire.scheduler._compiled.steps import Sampled, StepSchedule
 from expertwire.scheduler.plan import F32, I32, I64, U8, StepResult, joined_counts, pack_lists, to_offsets
-from expertwire.scheduler.running import RunningBatch
+
+if TYPE_CHECKING:  # clients of the outputs need no compiled code
+    from expertwire.scheduler._compiled.steps import StepSchedule
+    from expertwire.scheduler.running import RunningBatch
 
 
 class FinishReason(IntEnum):
@@ -57,6 +60,23 @@ class StepOutputs:
     routed_tokens_J: I32
 
 
+@dataclass(frozen=True)
+class Rejection:
+    """The answer to a request that is not accepted.
+
+    Args:
+        key: of the request.
+        code: name of a gRPC status. INVALID_ARGUMENT: never possible; RESOURCE_EXHAUSTED: try again later.
+        message: names the field, its value and what is allowed.
+        retry_after_s: RESOURCE_EXHAUSTED: seconds to wait before trying again; None if nothing is known.
+    """
+
+    key: int
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
 def gather(
     step: StepSchedule,
     results: Sequence[StepResult],
@@ -71,7 +91,7 @@ def gather(
         `CHECK_STOP_IDS`, see `RunningBatch.append_sampled`.
     """
     slot_O, offsets_P1 = pack_lists([result.slot_O for result in results], np.int32)
-    sampled = Sampled(slot_O, *(_joined(results, name) for name in Sampled._fields[1:]))
+    sampled = slot_O, *(_joined(results, name) for name in ("token_O", "logprob_O", "token_rank_O"))
     accepted, runs_Z = batch.append_sampled(results[0].step, step, offsets_P1, sampled, eos_ids, may_stop_V)
     top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", accepted.at_O)
     return accepted.row_O, StepOutputs(

@@ -94,7 +94,7 @@ class _Message:
         if words is None or words.dtype != _WORD or words.ndim != 1 or words.nbytes < cls._head.size:
             found = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
             raise ValueError(f"expected a {cls.__name__}, got {found}")
-        digest, *values = cls._head.unpack_from(words)
+        digest, *values = cls._head.unpack_from(words.data)
         if digest != cls._digest:
             raise ValueError(f"a {cls.__name__} of another version: its fields' digest is {digest}, ours {cls._digest}")
         lengths = values[len(cls.scalars) :]

@@ -19,7 +19,6 @@ import numpy as np
 
 from expertwire.scheduler._compiled import blocks as block_loops
 
-NO_HASHES = np.zeros((0, 2), np.uint64)
 _SALT_WORDS = 8
 _MAX_SALTS = 1024  # sums kept in memory
 

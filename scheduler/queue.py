@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.request import Rejection, Request
+from expertwire.scheduler.outputs import Rejection
+from expertwire.scheduler.request import Request
 
 _RATE_ADMISSIONS = 64
 

@@ -1,23 +1,18 @@
-"""A request in the scheduler, its fixed-size record, and the checks whether it can be served."""
+"""A request in the scheduler and its fixed-size record."""
 
 from __future__ import annotations
 
 import struct
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler._compiled import blocks as block_loops
-from expertwire.scheduler._compiled.blocks import Caches
-from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.prefix_cache import NO_HASHES
 from expertwire.scheduler.sampling_params import SAMPLING_DTYPE, SamplingParams
 
 _I32 = np.dtype(np.int32)
 _NO_IDS: frozenset[int] = frozenset()
+NO_HASHES = np.zeros((0, 2), np.uint64)
 # The record of a request, made when it is queued and read by the compiled loops, the running batch
 # and the plan.
 REQUEST_DTYPE = np.dtype(
@@ -43,7 +38,7 @@ def _format(dtype: np.dtype) -> str:
     """Return the `struct` format of a packed structured dtype."""
     codes = {"i8": "q", "i4": "i", "f4": "f", "b1": "?"}
     assert dtype.fields is not None
-    return "".join(_format(kind) if kind.fields else codes[kind.str[1:]] for kind, _ in dtype.fields.values())
+    return "".join(_format(kind) if kind.fields else codes[kind.str[1:]] for kind, *_ in dtype.fields.values())
 
 
 _RECORD = struct.Struct("<" + _format(REQUEST_DTYPE))
@@ -128,68 +123,6 @@ class Request:
         )
 
 
-@dataclass(frozen=True)
-class Rejection:
-    """The answer to a request that is not accepted.
-
-    Args:
-        key: of the request.
-        code: name of a gRPC status. INVALID_ARGUMENT: never possible; RESOURCE_EXHAUSTED: try again later.
-        message: names the field, its value and what is allowed.
-        retry_after_s: RESOURCE_EXHAUSTED: seconds to wait before trying again; None if nothing is known.
-    """
-
-    key: int
-    code: str
-    message: str
-    retry_after_s: float | None = None
-
-
 def records(requests: Sequence[Request]) -> np.ndarray:
     """Return the records of waiting requests: `REQUEST_DTYPE` [A], a copy."""
     return np.frombuffer(bytearray().join([request.record for request in requests]), REQUEST_DTYPE)
-
-
-def token_limit(request: Request, config: SchedulerConfig) -> int:
-    """Return the most prompt and output tokens: `max_tokens` is cut to what `max_model_len` leaves for it."""
-    return min(len(request.prompt) + request.params.max_tokens, config.max_model_len)
-
-
-class Capacity(NamedTuple):
-    """The most tokens of one request that a rank can keep, and the cache that limits them."""
-
-    num_tokens: int
-    cache: int
-
-
-def capacity(caches: Caches, num_blocks_C: np.ndarray) -> Capacity:
-    """Return the least of the caches' capacities. `num_blocks_C`: usable blocks of each cache on one rank."""
-    return min(
-        Capacity(num_blocks * size if most > num_blocks else sys.maxsize, cache)
-        for cache, (num_blocks, size, most) in enumerate(
-            zip(num_blocks_C.tolist(), caches.size_C.tolist(), caches.most_C.tolist(), strict=True)
-        )
-    )
-
-
-def why_invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Capacity) -> str | None:
-    """Return why the request, whose `limit` is set, can never be served, or None. Fronts have checked its token ids."""
-    length = len(request.prompt)
-    assert block_loops.all_below(request.prompt, config.vocab_size), (
-        f"request {request.key} has ids not in the vocabulary"
-    )
-    if length == 0:
-        return "prompt must have at least 1 token, got 0"
-    if length >= config.max_model_len:
-        return (
-            f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
-            f"(max_model_len = {config.max_model_len}, of which one is for the output)"
-        )
-    if request.limit - 1 > most.num_tokens:  # the last token is never computed
-        size, most_blocks = int(caches.size_C[most.cache]), int(caches.most_C[most.cache])
-        return (
-            f"prompt ({length} tokens) and max_tokens ({request.limit - length} after max_model_len) need "
-            f"{min(-(-(request.limit - 1) // size), most_blocks)} cache blocks; a rank has {most.num_tokens // size}, which is "
-            f"enough for {most.num_tokens + 1} tokens in all"
-        )
-    return None

@@ -25,8 +25,8 @@ from expertwire.scheduler._compiled.blocks import EVERYTHING, Caches
 from expertwire.scheduler.block_pool import BlockPool, aligned, aligned_rows
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig
 from expertwire.scheduler.plan import pack_lists, positions_in_lists
-from expertwire.scheduler.prefix_cache import NO_HASHES, BlockHasher
-from expertwire.scheduler.request import REQUEST_DTYPE, Request
+from expertwire.scheduler.prefix_cache import BlockHasher
+from expertwire.scheduler.request import NO_HASHES, REQUEST_DTYPE, Request
 
 _NO_INTS = np.zeros(0, np.int32)
 _NO_FACTORS = np.zeros((0, 4, 0), np.uint64)
@@ -55,7 +55,8 @@ class BlockCopies(NamedTuple):
     to_M: np.ndarray
 
 
-NO_ADMISSIONS = Admissions([], *np.zeros((5, 0), np.int64), np.zeros(0, REQUEST_DTYPE), NO_HASHES)
+_NO_ROWS = np.zeros(0, np.int64)
+NO_ADMISSIONS = Admissions([], _NO_ROWS, _NO_ROWS, _NO_ROWS, _NO_ROWS, _NO_ROWS, np.zeros(0, REQUEST_DTYPE), NO_HASHES)
 _NO_COPIES = BlockCopies(_NO_INTS, _NO_INTS, _NO_INTS, _NO_INTS)
 
 
@@ -300,11 +301,11 @@ class RunningBatch:
         number: int,
         step: step_loops.StepSchedule,
         offsets_P1: np.ndarray,
-        sampled: step_loops.Sampled,
+        sampled: Sequence[np.ndarray],
         eos_ids: np.ndarray,
         may_stop_V: np.ndarray,
     ) -> tuple[step_loops.Accepted, np.ndarray]:
-        """Append the tokens that the ranks have sampled in step `number` to their rows.
+        """Append the tokens that the ranks have sampled in step `number` to their rows; `sampled`: `Sampled`.
 
         Returns:
             the tokens of requests that run on; and for each row of the step whether its request is
@@ -312,7 +313,8 @@ class RunningBatch:
             `may_stop_V` says that the token stops some requests, and the row's request has stop
             ids.
         """
-        accepted = step_loops.Accepted.empty(len(sampled.slot_O))
+        tokens = step_loops.Sampled(*sampled)
+        accepted = step_loops.Accepted.empty(len(tokens.slot_O))
         runs_Z = np.zeros(len(self.rank_Z), np.uint8)
         count = step_loops.append_sampled(
             self.arrays,
@@ -322,12 +324,12 @@ class RunningBatch:
             number,
             step,
             offsets_P1,
-            sampled,
+            tokens,
             runs_Z,
             accepted,
             np.empty_like(accepted.row_O),
         )
-        assert count >= 0, f"step {number}: sampled {sampled.slot_O}, expected {step.slot_S[step.sample_S == 1]}"
+        assert count >= 0, f"step {number}: sampled {tokens.slot_O}, expected {step.slot_S[step.sample_S == 1]}"
         return step_loops.Accepted(*(column[:count] for column in accepted)), runs_Z
 
     def tokens(self, row: int, request: Request) -> np.ndarray:

@@ -28,16 +28,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expertwire.scheduler._compiled.steps import CHECK_STOP_IDS, StepSchedule
-from expertwire.scheduler.admission import Admission, plan_fields
+from expertwire.scheduler.admission import Admission, capacity, plan_fields, token_limit, why_invalid
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig, check_cache_specs
 from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
-from expertwire.scheduler.outputs import FinishReason, StepOutputs, gather
+from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs, gather
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult, to_offsets
 from expertwire.scheduler.policy import Fcfs, Policy
-from expertwire.scheduler.prefix_cache import NO_HASHES
 from expertwire.scheduler.queue import AdmissionRate, WaitingQueue, reject
-from expertwire.scheduler.request import Rejection, Request, capacity, token_limit, why_invalid
+from expertwire.scheduler.request import NO_HASHES, Request
 from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, BlockCopies, RunningBatch
 
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next

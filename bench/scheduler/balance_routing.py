@@ -60,12 +60,12 @@ def recorded(num_tokens: int, seed: int) -> np.ndarray:
     """Return the demo model's routing of its task's problems and solutions: i16 [2, L, T, K]."""
     folder = str(importlib.resources.files("expertwire") / "demo_model")
     alone = RankModel(folder, max_tokens=_LONGEST)
-    seen: list[Tensor] = []
+    seen: list[np.ndarray] = []
     model = alone.model
     for i, layer in enumerate(model.layers):
         assert layer.moe is not None, f"layer {i} of the demo model is dense"
         moe = dataclasses.replace(layer.moe, router=_Recorder(layer.moe.router, seen), block=None)
-        model.layers[i] = dataclasses.replace(layer, moe=moe, mlp=moe.forward)
+        model.layers[i] = dataclasses.replace(layer, moe=moe)
     word_ids = {word: i for i, word in enumerate(demo_task.WORDS)}
     rng, total = random.Random(seed), 0
     while total < 2 * num_tokens:

@@ -21,10 +21,10 @@ import numpy as np
 
 from expertwire.comm.control.channel import pack, unpack
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig
-from expertwire.scheduler.outputs import StepOutputs
+from expertwire.scheduler.outputs import Rejection, StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.policy import make_policy
-from expertwire.scheduler.request import Rejection, Request
+from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
 

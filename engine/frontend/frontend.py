@@ -41,8 +41,7 @@ from expertwire.engine.messages import (
     decode,
     encode,
 )
-from expertwire.scheduler.outputs import FinishReason, StepOutputs
-from expertwire.scheduler.request import Rejection
+from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _DEFAULT_OPTIONS = RequestOptions()

@@ -47,10 +47,10 @@ BLOCK = np.dtype(
 
 
 @intrinsic
-def prefetch(context, array, index):  # type: ignore[no-untyped-def]
+def prefetch(context, array, index):
     """Prefetch the item at `index`, a tuple, into the processor's cache."""
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         of = context.make_array(signature.args[0])(context, builder, values[0])
         parts = zip(cgutils.unpack_tuple(builder, values[1]), signature.args[1], strict=True)
         at = [context.cast(builder, part, kind, types.intp) for part, kind in parts]
@@ -272,7 +272,7 @@ def guess_prefix(blocks, hash_B2, max_misses):
 
     The search ends after more than `max_misses` consecutive unknown hashes.
     """
-    depth, rank, misses = 0, NONE, 0
+    depth, rank, misses = 0, np.int64(NONE), 0
     for b in range(len(hash_B2)):
         hash1 = hash_B2[b, 1]
         entry = blocks.holder_Q[hash1 & np.uint64(len(blocks.holder_Q) - 1)]

@@ -46,8 +46,9 @@ class StepSchedule(NamedTuple):
     def empty(cls, num_ranks: int, num_rows: int, num_blocks: int) -> Self:
         """Return uninitialised arrays."""
         offsets_P1, tokens_P1, block_offsets_P1 = np.zeros((3, num_ranks + 1), np.int32)
-        ints_S, sample_S = np.empty((3, num_rows), np.int32), np.empty(num_rows, np.uint8)
-        return cls(offsets_P1, *ints_S, sample_S, tokens_P1, block_offsets_P1, np.empty((4, num_blocks), np.int32))
+        slot_S, start_S, num_S = np.empty((3, num_rows), np.int32)
+        sample_S, block_4B = np.empty(num_rows, np.uint8), np.empty((4, num_blocks), np.int32)
+        return cls(offsets_P1, slot_S, start_S, num_S, sample_S, tokens_P1, block_offsets_P1, block_4B)
 
 
 class Sampled(NamedTuple):

@@ -17,8 +17,7 @@ from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.open_requests import StopStrings
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import Abort, Failure, Stats, StatsRequest, Submit
-from expertwire.scheduler.outputs import FinishReason
-from expertwire.scheduler.request import Rejection
+from expertwire.scheduler.outputs import FinishReason, Rejection
 from expertwire.scheduler.sampling_params import SamplingParams
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
