@@ -7,7 +7,7 @@ With `scale_rows`, on Blackwell, rows are quantised to what its tensor cores tak
 need not be converted to 16 bits. Rows of u8 are packed and already quantised in groups of 128
 (`kernels.ops.quantize.pack`); "fp8_block" takes them too, and their results are bf16.
 
-U tokens with a row here, R routed rows, D model width, F expert width, e local experts.
+U distinct tokens of them, R rows that a rank receives, D model width, F expert width, e local experts.
 """
 
 from __future__ import annotations

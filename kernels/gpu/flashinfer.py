@@ -12,7 +12,7 @@ and its consequences:
 
 It has not run on a GPU: `first_contact` compares it with our kernels where there is one.
 
-T tokens, H query heads, G key/value heads, d head size, c latent size, l = c + r, S sequences.
+T tokens, H query heads, G key/value heads, d head size, c latent size, l = c + r, S sequences, W entries of a block table.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def pages(first_row: int, nums_S: Tensor, lengths_S: Tensor, table_SW: Tensor, p
 
 @dataclass(frozen=True, kw_only=True)
 class _Planned:
-    """What one kind of layer runs in the step of `seqs`: a wrapper for each range of rows."""
+    """The wrappers of one kind of layer in the step of `seqs`, one for each range of rows."""
 
     seqs: AttentionMetadata
     runs: tuple[tuple[slice, Any], ...]

@@ -164,12 +164,12 @@ def dequantise(words, scale, FORMAT: tl.constexpr, SCALES: tl.constexpr, ROWS: t
     return weights.permute(0, 1, 5, 4, 2, 3).reshape(ROWS, 8 * WORDS)
 
 
-def interleave(w13_eFX: Tensor) -> Tensor:
+def interleave(w13: Tensor) -> Tensor:
     """Return [e, 2F, ...] interleaved by eight, from gate rows over up rows."""
-    e, rows = w13_eFX.shape[:2]
+    e, rows = w13.shape[:2]
     assert rows % (2 * INTERLEAVE) == 0, f"{rows} rows cannot be interleaved by {INTERLEAVE}"
-    halves = w13_eFX.view(e, 2, rows // (2 * INTERLEAVE), INTERLEAVE, *w13_eFX.shape[2:])
-    return halves.transpose(1, 2).reshape(w13_eFX.shape)
+    halves = w13.view(e, 2, rows // (2 * INTERLEAVE), INTERLEAVE, *w13.shape[2:])
+    return halves.transpose(1, 2).reshape(w13.shape)
 
 
 def dense(weights: Tensor, *, gated: bool = False) -> ExpertWeights:

@@ -1,4 +1,4 @@
-"""What a tile of a grouped GEMM computes: a block of weights, in any format, times rows of x, and the
+"""The computation of one tile of a grouped GEMM: a block of weights, in any format, times rows of x, and the
 activation of that.
 
 Weights are the left operand and tokens the columns of the product. K is summed in steps of

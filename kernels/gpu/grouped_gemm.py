@@ -5,7 +5,7 @@ one order of summation serves one row an expert as well as thousands: only the n
 changes, and no row's bits with it. Programs are persistent and take one tile after another; the
 number of tiles is known to the device alone. Tiles that share weights follow one another.
 
-M rows of a weight matrix, K its columns, D model width, F expert width, R routed rows, U rows of x,
+M rows of a weight matrix, K its columns, D model width, F expert width, R rows that a rank receives, U distinct tokens of them,
 N slots of the combine layout, e experts.
 """
 

@@ -2,7 +2,7 @@
 
 Rows sorted by expert are cut, expert by expert, into tiles of at most `token_tile` rows.
 
-e experts, R rows at most.
+e experts, R rows that a rank receives, K columns of x.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Keys are the left operand, since there are many, and a token's heads are the col
 [keys, heads] are clipped at 0, weighted and summed along a row. Four tokens of a prefill read a
 tile of keys once.
 
-T tokens, H index heads, d their size. Inside the kernel N keys of a tile.
+T tokens, H query heads of the indexer, d their size. Inside the kernel N keys of a tile.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Layer norm, rope and cache write of index keys, and rope of index queries:
 `kernels.ops.index.rope_and_cache` in Triton.
 
-T tokens, H index heads, d their size.
+T tokens, H query heads of the indexer, d their size.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ rounded once, which gives the bits of the unpacked weight (`formats.dequantize`)
 same order. So results are those of the unpacked weight for half the bytes, which bound decode.
 Activations stay bf16: rounding them to fp8 too would give other results than the CPU's.
 
-T tokens, D input width, N output width; [scale_rows, D / 128] scales, one for each block of 128 x
-128.
+T tokens, D model width, or the input width of another layer, N output width. Scales [scale rows,
+D / 128] are one for each block of 128 x 128.
 """
 
 from __future__ import annotations

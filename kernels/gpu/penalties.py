@@ -3,7 +3,7 @@
 A row's tokens are counted in a workspace by integer atomics, whose order does not matter; then the
 counts are applied. Products and sums round one by one, as the reference's do.
 
-O sampled rows, V vocabulary, A rows with penalties.
+O sampled rows, V vocabulary, A requests with penalties.
 """
 
 from __future__ import annotations

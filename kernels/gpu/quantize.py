@@ -2,7 +2,7 @@
 
 `kernels.ops.quantize` and `kernels.ops.experts.silu_mul_reference` define them.
 
-T rows, D width, F width of gate and up.
+T tokens, D model width, F width of gate and up.
 """
 
 from __future__ import annotations
