@@ -33,10 +33,11 @@ from expertwire.engine import messages
 from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.api import RequestOptions
 from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall
-from expertwire.engine.rebalancing import Rebalancing
+from expertwire.engine.loader.quantization import expert_bytes
 from expertwire.engine.startup import ControllerArgs, RankDomains, scheduler_config, start_ranks
 from expertwire.moe.eplb.load import ExpertLoad
 from expertwire.moe.eplb.placement import place
+from expertwire.moe.eplb.rebalancer import Rebalancer
 from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.policy import make_policy
@@ -73,7 +74,7 @@ class ControllerState:
     awaiting_stats: list[int] = field(default_factory=list)  # numbers of frontends
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
     load: ExpertLoad | None = None  # None for a dense model
-    rebalancing: Rebalancing | None = None
+    rebalancing: Rebalancer | None = None
     unchecked: bool = False  # whether anything has happened since the scheduler's last integrity check
 
 
@@ -91,13 +92,8 @@ def controller_main(args: ControllerArgs) -> None:
         state = ControllerState(scheduler=scheduler, hub=hub, info=info, load=_expert_load(args, info, domains))
         if config.eplb_step_interval:
             assert state.load is not None, "a dense model has no experts to move"
-            state.rebalancing = Rebalancing(
-                state.load,
-                args.model,
-                config.quantization,
-                config.eplb_step_interval,
-                failure_domains=domains.failure_domains,
-            )
+            size = expert_bytes(args.model, config.quantization)
+            state.rebalancing = Rebalancer(state.load, size, config.eplb_step_interval, domains.failure_domains)
         collect_when_idle()
         _report(ready=info.to_dict())
         in_flight: StepPlan | None = None

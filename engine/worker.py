@@ -54,7 +54,7 @@ from expertwire.engine.runner.runner import Runner
 from expertwire.engine.runner.slots import Slots
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.registry import Ops
-from expertwire.moe.eplb.mover import Mover
+from expertwire.moe.eplb.mover import ExpertMover
 from expertwire.moe.eplb.placement import Placement, place
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _device_runner(
     num_ranks: int,
     *,
     capture: Capture | None = None,
-    mover: Mover | None = None,
+    mover: ExpertMover | None = None,
 ) -> DeviceRunner:
     from expertwire.engine.runner.device_runner import DeviceRunner  # Triton is of no use elsewhere
     from expertwire.engine.runner.device_slots import DeviceSlots
@@ -243,7 +243,7 @@ def _make_runner(
     if config.eplb_step_interval:
         assert model.context.placement is not None, "a dense model's experts cannot move"
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
-        mover = Mover(layers, model.context.placement, group)
+        mover = ExpertMover(layers, model.context.placement, group)
     if model.context.ops.on_device:
         capture = cuda_graphs.cuda(group.barrier) if model.context.ops.capturable else None
         on_device = _device_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)

@@ -1,7 +1,7 @@
 """A mixture-of-experts layer over the ranks of a group: route, dispatch, experts, combine, and the norm behind it.
 
 T tokens of this rank, K experts a token, D model width, F expert width, E logical experts, e physical experts on this
-rank, P ranks, U distinct tokens received, R rows received; C is the period with which tokens take replicas.
+rank, P ranks, U distinct tokens received, R rows received; Q is the period with which tokens rotate through replicas.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MoeLayer:
         shared: the shared expert, or None.
         norm, eps: of the norm behind the layer.
         all_to_alls: one for each micro-batch that can be in flight.
-        physical_CE: i64, `Placement.physical_for` this rank; None: physical ids are logical ones.
+        log2phy_QE: i64, `Placement.log2phy` this rank; None: physical ids are logical ones.
         load_E: i64, routed rows of this rank's tokens by logical expert; on the host if the host counts rows.
         block: the device's own implementation of the whole layer, or None.
         exchange_tokens: most tokens of a rank in an exchange; None: no limit.
@@ -63,7 +63,7 @@ class MoeLayer:
     norm: Tensor
     eps: float
     all_to_alls: Sequence[AllToAll]
-    physical_CE: Tensor | None
+    log2phy_QE: Tensor | None
     load_E: np.ndarray | Tensor
     block: MoeBlock | None
     exchange_tokens: int | None = None
@@ -100,9 +100,9 @@ class MoeLayer:
     def _route(self, x_TD: Tensor, num_valid: Tensor | None) -> Routed:
         if isinstance(self.load_E, Tensor):
             assert isinstance(self.router, _Router), "on a device the router counts the load"
-            return self.router.count(x_TD, self.load_E, self.physical_CE, num_valid)
+            return self.router.count(x_TD, self.load_E, self.log2phy_QE, num_valid)
         ids_TK, weights_TK = self.router(x_TD)
-        return Routed(ids_TK, weights_TK, to_physical(ids_TK, self.physical_CE))
+        return Routed(ids_TK, weights_TK, to_physical(ids_TK, self.log2phy_QE))
 
     def _mix(
         self,
@@ -172,14 +172,15 @@ def prepare(
     """Return the layer of these weights; `layer` is its number in the placement.
 
     Args:
-        w_router: [E, D]; in fp32 if logits are to be. `router_bias` [E] is added to logits, `choice_bias` fp32 [E] to scores.
+        w_router: [E, D]; in fp32 if logits are to be. `router_bias` [E] is added to logits, `choice_bias` fp32 [E]
+            to scores.
         w13: [e, 2F, D], gate rows over up rows; `w2` [e, D, F]; `biases` of the two.
         norm_D: weights of the norm behind the layer.
         all_to_alls: one for each micro-batch that can be in flight.
         exchange_tokens: most tokens of a rank in an exchange, if a step can have more.
     """
     assert routing.top_k == 1 or not routing.scales_input, f"{routing}: an expert's input has one weight"
-    physical_CE = torch.from_numpy(placement.physical_for(rank, layer)).to(w_router.device)
+    log2phy_QE = torch.from_numpy(placement.log2phy(rank, layer)).to(w_router.device)
     alone = placement.num_ranks == 1
     grouped_mlp = ops.experts(
         w13,
@@ -201,7 +202,7 @@ def prepare(
             shared=shared,
             norm_D=norm_D,
             eps=eps,
-            physical_E=physical_CE[0],
+            log2phy_E=log2phy_QE[0],
         )
         block = ops.moe_block(weights)
     load_E = torch.zeros(placement.num_logical, dtype=torch.int64, device=w_router.device)
@@ -214,7 +215,7 @@ def prepare(
         norm=norm_D,
         eps=eps,
         all_to_alls=tuple(all_to_alls),
-        physical_CE=None if alone and ops.on_device else physical_CE,
+        log2phy_QE=None if alone and ops.on_device else log2phy_QE,
         load_E=load_E if ops.on_device else load_E.numpy(),
         block=block,
         exchange_tokens=exchange_tokens,
@@ -238,8 +239,8 @@ class _Router:
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         return self.route(self.dense(x_TD), self.top_k, **self.rule)
 
-    def count(self, x_TD: Tensor, load_E: Tensor, physical_CE: Tensor | None, num_valid: Tensor | None) -> Routed:
-        counted = {"load_E": load_E, "physical_CE": physical_CE, "num_valid": num_valid}
+    def count(self, x_TD: Tensor, load_E: Tensor, log2phy_QE: Tensor | None, num_valid: Tensor | None) -> Routed:
+        counted = {"load_E": load_E, "log2phy_QE": log2phy_QE, "num_valid": num_valid}
         return self.route_and_count(self.dense(x_TD), self.top_k, **counted, **self.rule)
 
 

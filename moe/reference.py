@@ -1,7 +1,8 @@
 """The specification of a mixture-of-experts layer: a loop over experts in fp32, with the roundings of the contract.
 
-Expert rows are rounded to the activation dtype before they are weighted; weights are applied in fp32, in top-k order; the
-shared expert's output is added last. Every all-to-all backend and every grouped GEMM is tested against this.
+Expert rows are rounded to the activation dtype before they are weighted; weights are applied in fp32, in top-k
+order; the shared expert's output is added last. Every all-to-all backend and every grouped GEMM is tested against
+this.
 
 T tokens, K experts a token, D model width, F expert width, E experts.
 """

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "scheduler": set(),
     "kernels": set(),
     "comm": {"kernels"},
-    "moe": {"kernels", "comm"},
+    "moe": {"kernels", "comm", "scheduler"},
     "engine": {"kernels", "comm", "moe", "scheduler"},
     "deploy": {"kernels", "comm", "moe", "scheduler", "engine"},
     "expertwire": {"kernels", "comm", "moe", "scheduler", "engine", "deploy"},

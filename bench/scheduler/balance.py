@@ -88,7 +88,7 @@ def compare(ids_2LTK: np.ndarray, num_experts: int, num_ranks: int) -> dict[str,
     again = rebalance(load_2LE[1], ours)
     theirs = Placement(
         num_logical=num_experts,
-        physical_to_logical=np.stack([balance_peer.balance(load_E, slots, num_ranks) for load_E in load_2LE[0]]),
+        phy2log=np.stack([balance_peer.balance(load_E, slots, num_ranks) for load_E in load_2LE[0]]),
         rank_offsets=static.rank_offsets,
     )
     bound_L = lower_bound(load_2LE[1], slots, num_ranks)
@@ -155,9 +155,9 @@ def _routed(ids_LTK: np.ndarray, placement: Placement, steps: bool = False) -> n
     step_T = number_T // (tokens * num_ranks) if steps else np.zeros_like(number_T)
     num_steps, rows = num_steps if steps else 1, []
     for layer, ids_TK in enumerate(ids_LTK[:, : len(number_T)]):
-        table_PCE = np.stack([placement.physical_for(home, layer) for home in range(placement.num_ranks)])
+        table_PCE = np.stack([placement.log2phy(home, layer) for home in range(placement.num_ranks)])
         physical_TK = table_PCE[home_T[:, None], turn_T[:, None] % table_PCE.shape[1], ids_TK]
-        flat = placement.rank_of_S[physical_TK] + num_ranks * step_T[:, None]
+        flat = placement.rank_of_X[physical_TK] + num_ranks * step_T[:, None]
         rows.append(np.bincount(flat.ravel(), minlength=num_steps * num_ranks))
     return np.stack(rows).reshape(len(rows), *([num_steps] if steps else []), num_ranks)
 
@@ -174,7 +174,7 @@ def _spread_of_steps(ids_LTK: np.ndarray, placement: Placement) -> np.ndarray:
 
 def _moved(before: Placement, after: Placement) -> float:
     """Return the share of physical experts whose logical expert changes."""
-    return float((before.physical_to_logical != after.physical_to_logical).mean())
+    return float((before.phy2log != after.phy2log).mean())
 
 
 def timed(all_ranks: list[int], seed: int) -> dict[str, float]:

@@ -41,8 +41,7 @@ from expertwire.kernels.gpu.prepare_inputs import prepare_inputs
 from expertwire.kernels.gpu.sampling import sample
 from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.kernels.ops.sampling import DRAW_PARAMETERS, token_logprobs
-from expertwire.moe.eplb.migration import Leg
-from expertwire.moe.eplb.mover import Mover
+from expertwire.moe.eplb.mover import ExpertMover
 from expertwire.scheduler.plan import ExpertMoves, RankPlan, StepPlan, StepResult
 
 
@@ -103,7 +102,7 @@ class DeviceRunner:
         num_ranks: int,
         num_parts: int = 1,
         capture: Capture | None = None,
-        mover: Mover | None = None,
+        mover: ExpertMover | None = None,
     ) -> None:
         self._model, self._caches, self._slots, self._capture, self._mover = model, caches, slots, capture, mover
         self._rank, self._num_ranks, self._num_parts = rank, num_ranks, num_parts
@@ -215,7 +214,7 @@ class DeviceRunner:
             return 0
         assert self._mover is not None, f"layer {moves.layer} shall move, but nothing is prepared for that"
         self.settle()  # a rank that has stalled is named now: moving would wait for it, and not say for whom
-        return self._mover.run(Leg(*moves))
+        return self._mover.move(moves)
 
     def settle(self) -> None:
         """Wait until the device has done what it was given.

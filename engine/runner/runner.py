@@ -22,8 +22,7 @@ from expertwire.engine.runner.routed_experts import NOTHING, RoutedCounts
 from expertwire.engine.runner.slot_states import Scheduled
 from expertwire.engine.runner.slots import Slots
 from expertwire.kernels.ops import sampling
-from expertwire.moe.eplb.migration import Leg
-from expertwire.moe.eplb.mover import Mover
+from expertwire.moe.eplb.mover import ExpertMover
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult
 
 
@@ -45,7 +44,7 @@ class Runner:
         slots: Slots,
         rank: int,
         num_parts: int = 1,
-        mover: Mover | None = None,
+        mover: ExpertMover | None = None,
     ) -> None:
         self._model, self._caches, self._slots, self._rank, self._mover = model, caches, slots, rank, mover
         self._num_parts = num_parts
@@ -90,7 +89,7 @@ class Runner:
         if moves is None:
             return 0
         assert self._mover is not None, f"layer {moves.layer} shall move, but nothing is prepared for that"
-        return self._mover.run(Leg(*moves))
+        return self._mover.move(moves)
 
     @torch.inference_mode()
     def _finish(

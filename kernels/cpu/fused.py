@@ -149,7 +149,7 @@ def _moe(
     router: Weights,
     top_k: int,
     rule: Rule,
-    physical_of_E: np.ndarray,
+    log2phy_E: np.ndarray,
     experts: Operands,
     norm_D: np.ndarray,
     eps: float,
@@ -167,7 +167,7 @@ def _moe(
     for t in range(num_tokens):
         for k in range(top_k):
             load_E[ids_TK[t, k]] += 1
-            physical_TK[t, k] = physical_of_E[ids_TK[t, k]]
+            physical_TK[t, k] = log2phy_E[ids_TK[t, k]]
     offsets, row_index_R = np.empty(len(experts[1]) + 1, np.int64), np.empty(num_tokens * top_k, np.int64)
     _sort(physical_TK, offsets, row_index_R, place_TK)
     rows_RD = empty((num_tokens * top_k, width), x_TD.dtype)
@@ -188,7 +188,7 @@ def fuse_moe(weights: MoeWeights) -> MoeBlock | None:
     limits = routing.score, w.choice_bias, routing.groups, routing.scale, routing.scales_input, w.shared
     if limits != ("softmax", None, None, 1.0, False, None):
         return None
-    choice = routing.top_k, rule(len(w.physical_E), renormalize=routing.renormalize), w.physical_E.numpy()
+    choice = routing.top_k, rule(len(w.log2phy_E), renormalize=routing.renormalize), w.log2phy_E.numpy()
     return _MoeBlock(((router.panels, router.bias), *choice, experts.operands, as_array(w.norm_D), w.eps))
 
 

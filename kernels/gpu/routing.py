@@ -212,13 +212,13 @@ def route_and_count(
     top_k: int,
     *,
     load_E: Tensor,
-    physical_CE: Tensor | None = None,
+    log2phy_QE: Tensor | None = None,
     num_valid: Tensor | None = None,
     **rule: Any,
 ) -> Routed:
     """Run `kernels.ops.routing.route_and_count`, in one launch."""
     assert load_E.is_contiguous() and load_E.dtype == torch.int64, (load_E.shape, load_E.dtype)  # noqa: PT018
-    return _launch(logits_TE, top_k, rule, torch.int64, load_E, physical_CE, num_valid)
+    return _launch(logits_TE, top_k, rule, torch.int64, load_E, log2phy_QE, num_valid)
 
 
 def _launch(
@@ -227,7 +227,7 @@ def _launch(
     rule: dict[str, Any],
     ids_dtype: torch.dtype,
     load_E: Tensor | None,
-    physical_CE: Tensor | None,
+    log2phy_QE: Tensor | None,
     num_valid: Tensor | None,
 ) -> Routed:
     bias_E, groups = rule.get("bias_E"), rule.get("groups")
@@ -241,9 +241,9 @@ def _launch(
     ids_TK = torch.empty(num_tokens, top_k, dtype=ids_dtype, device=logits_TE.device)
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits_TE.device)
     physical_TK, num_replicas = ids_TK, 1
-    if physical_CE is not None:
-        num_replicas = len(physical_CE)
-        assert physical_CE.shape == (num_replicas, num_experts) and physical_CE.is_contiguous(), physical_CE  # noqa: PT018
+    if log2phy_QE is not None:
+        num_replicas = len(log2phy_QE)
+        assert log2phy_QE.shape == (num_replicas, num_experts) and log2phy_QE.is_contiguous(), log2phy_QE  # noqa: PT018
         physical_TK = torch.empty_like(ids_TK)
     if num_tokens == 0:
         return Routed(ids_TK, weights_TK, physical_TK)
@@ -260,8 +260,8 @@ def _launch(
         weights_TK if bias_E is None else bias_E,
         ids_TK,
         weights_TK,
-        None if physical_CE is None else physical_TK,
-        physical_CE,
+        None if log2phy_QE is None else physical_TK,
+        log2phy_QE,
         load_E,
         num_valid,
         num_tokens,

@@ -30,7 +30,7 @@ class MoeWeights:
         choice_bias: fp32 [E], added to scores for the choice of experts, or None.
         shared: the shared expert, or None.
         norm_D, eps: of the norm behind the block.
-        physical_E: i64, each logical expert's physical one.
+        log2phy_E: i64, each logical expert's physical one.
     """
 
     router: Linear
@@ -40,7 +40,7 @@ class MoeWeights:
     shared: Linear | None
     norm_D: Tensor
     eps: float
-    physical_E: Tensor
+    log2phy_E: Tensor
 
 
 class MoeBlock(Protocol):

@@ -11,7 +11,8 @@ compared: distinct ones stay distinct. Of equals the lowest id wins, everywhere.
 
 Gating is in fp32 whatever the dtype of activations.
 
-T tokens, E experts, K experts a token; groups are counted by J, and C is the period with which tokens take replicas.
+T tokens, E experts, K experts a token; J groups of experts, Q is the period with which tokens rotate
+through replicas.
 """
 
 from __future__ import annotations
@@ -79,15 +80,15 @@ class Routed(NamedTuple):
     physical_TK: Tensor
 
 
-def to_physical(ids_TK: Tensor, physical_CE: Tensor | None) -> Tensor:
-    """Return the physical expert of each logical one: token t takes replica t mod C; without a table they are the same."""
-    if physical_CE is None:
+def to_physical(ids_TK: Tensor, log2phy_QE: Tensor | None) -> Tensor:
+    """Return the physical expert of each logical one: token t takes replica t mod Q; without a table they are the same."""
+    if log2phy_QE is None:
         return ids_TK
-    num_replicas, num_experts = physical_CE.shape
+    num_replicas, num_experts = log2phy_QE.shape
     if num_replicas == 1:
-        return physical_CE.take(ids_TK)
+        return log2phy_QE.take(ids_TK)
     replica_T = torch.arange(len(ids_TK), device=ids_TK.device).remainder_(num_replicas)
-    return physical_CE.take(ids_TK + replica_T.mul_(num_experts).unsqueeze(1))
+    return log2phy_QE.take(ids_TK + replica_T.mul_(num_experts).unsqueeze(1))
 
 
 class RouteAndCount(Protocol):
@@ -99,7 +100,7 @@ class RouteAndCount(Protocol):
         top_k: int,
         *,
         load_E: Tensor,
-        physical_CE: Tensor | None = None,
+        log2phy_QE: Tensor | None = None,
         num_valid: Tensor | None = None,
         **rule: Any,
     ) -> Routed:
@@ -112,7 +113,7 @@ def route_and_count(
     top_k: int,
     *,
     load_E: Tensor,
-    physical_CE: Tensor | None = None,
+    log2phy_QE: Tensor | None = None,
     num_valid: Tensor | None = None,
     route: Route = reference,
     **rule: Any,
@@ -121,14 +122,14 @@ def route_and_count(
 
     Args:
         load_E: i64 [E], to which the rows of each logical expert are added.
-        physical_CE: i64 [C, E], `moe.eplb.placement.Placement.physical_for` a rank; None: physical ids are logical ones.
+        log2phy_QE: i64 [Q, E], `moe.eplb.placement.Placement.log2phy` a rank; None: physical ids are logical ones.
         num_valid: i32 [1]; only the first so many tokens are counted.
         rule: the options of `Route`.
     """
     ids_TK, weights_TK = route(logits_TE, top_k, **rule)
     counted_TK = ids_TK if num_valid is None else ids_TK[: int(num_valid)]
     load_E += torch.bincount(counted_TK.flatten(), minlength=len(load_E))
-    return Routed(ids_TK, weights_TK, to_physical(ids_TK, physical_CE))
+    return Routed(ids_TK, weights_TK, to_physical(ids_TK, log2phy_QE))
 
 
 def _scores(logits_TE: Tensor, score: Score) -> Tensor:

@@ -1,1 +1,1 @@
-"""`expertwire.moe.eplb`; see docs/architecture.md."""
+"""`expertwire.moe.eplb`: expert parallelism load balancing; see docs/architecture.md."""

@@ -1,4 +1,4 @@
-"""The account of what experts and ranks have had to do: exact counts, and few numbers that say what matters. Numpy alone.
+"""Load of experts and ranks: exact counts of routed rows, and summary statistics. Numpy alone.
 
 L layers, E logical experts, P ranks.
 """
@@ -13,11 +13,11 @@ from expertwire.moe.eplb.placement import Placement
 
 
 class ExpertLoad:
-    """Rows since the start.
+    """Routed rows since the start.
 
     Attributes:
-        placement: where experts lie now; set it when that changes, after the rows of the old one have been added.
-        rows_LE: i64, of each logical expert.
+        placement: the current one; set it when that changes, after the rows of the old one have been added.
+        rows_LE: i64, rows of each logical expert.
     """
 
     def __init__(self, placement: Placement, num_layers: int) -> None:
@@ -26,16 +26,16 @@ class ExpertLoad:
         self._rows_LP = np.zeros((num_layers, placement.num_ranks))
 
     def add(self, rows_LE: np.ndarray) -> None:
-        """Rows that were routed under the placement."""
+        """Add rows that were routed under the current placement."""
         self.rows_LE += rows_LE
         self._rows_LP += self.placement.rank_load(rows_LE)
 
     def summary(self) -> dict[str, list[Any]]:
-        """As JSON values: `expert_load`, rows by [layer][expert]; `layer_spread`, by layer, the fullest rank's rows over the mean
-        rank's, 0 where there are none; `rank_rows` and `rank_tax`, by rank.
+        """Return JSON values: `expert_load`, rows by [layer][expert]; `layer_spread`, by layer, the fullest rank's rows
+        divided by the mean (0 without rows); `rank_rows` and `rank_tax`, by rank.
 
-        A rank's tax is how much longer all take because it is the fullest in some layers: its rows there beyond the mean, over
-        the mean rank's rows of all layers.
+        A rank's tax is the relative slowdown of all ranks by those layers in which it is the fullest: its rows there
+        beyond the mean, divided by the mean rank's rows of all layers.
         """
         mean_L, fullest_L = self._rows_LP.mean(axis=1), self._rows_LP.argmax(axis=1)
         beyond_L = self._rows_LP.max(axis=1) - mean_L
@@ -50,13 +50,13 @@ class ExpertLoad:
 
 
 def over_mean(rows_LE: np.ndarray) -> np.ndarray:
-    """f64 [L, E]: each expert's rows over the mean expert's of its layer; 0 in layers without any."""
+    """Return f64 [L, E], each expert's rows divided by its layer's mean; 0 in layers without rows."""
     mean_L1 = rows_LE.mean(axis=1, keepdims=True)
     return np.divide(rows_LE, mean_L1, out=np.zeros(rows_LE.shape), where=mean_L1 > 0)
 
 
 def hottest(rows_LE: np.ndarray, count: int = 8) -> list[tuple[int, int, float]]:
-    """Layer, expert, and how many times the mean's its rows are, where that is most."""
+    """Return (layer, expert, rows divided by the layer's mean) of the `count` largest ratios."""
     times_LE = over_mean(rows_LE)
     order = np.argsort(-times_LE, axis=None, kind="stable")[:count]
     at = zip(*np.unravel_index(order, times_LE.shape), strict=True)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from expertwire.bench.scheduler import balance, balance_peer, balance_routing
+from expertwire.moe.eplb.algorithm import rebalance
 from expertwire.moe.eplb.placement import Placement, place
-from expertwire.moe.eplb.rebalance import rebalance
 
 
 def test_the_peer_by_hand():
@@ -62,11 +62,11 @@ def test_rows_are_counted_where_they_go():
     ids = np.random.default_rng(0).permuted(np.tile(np.arange(8), (2, 1100, 1)), axis=2)[:, :, :2]
     counted = balance._routed(ids, placement)
     expected = np.zeros((2, 4), int)
-    tables = [[placement.physical_for(home, layer) for home in range(4)] for layer in range(2)]
+    tables = [[placement.log2phy(home, layer) for home in range(4)] for layer in range(2)]
     tokens = balance.STEP_TOKENS
     for layer, t, k in np.ndindex(2, 1100 // (4 * tokens) * 4 * tokens, 2):
         home, turn = t // tokens % 4, t % tokens % balance.TURNS
-        expected[layer, placement.rank_of_S[tables[layer][home][turn, ids[layer, t, k]]]] += 1
+        expected[layer, placement.rank_of_X[tables[layer][home][turn, ids[layer, t, k]]]] += 1
     assert (counted == expected).all()
     by_step = balance._routed(ids, placement, steps=True)
     assert by_step.shape == (2, 2, 4)
@@ -118,5 +118,5 @@ def test_a_whole_run(tmp_path, capsys):
 
 
 def test_equal_shares_are_what_the_peer_gets():
-    theirs = Placement(num_logical=3, physical_to_logical=np.array([0, 1, 0, 2]), rank_offsets=(0, 2, 4))
+    theirs = Placement(num_logical=3, phy2log=np.array([0, 1, 0, 2]), rank_offsets=(0, 2, 4))
     assert theirs.rank_load(np.array([[10, 3, 5]])).tolist() == [[8, 10]]

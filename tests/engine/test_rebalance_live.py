@@ -10,10 +10,11 @@ from helpers import tiny_checkpoints as tiny
 
 from expertwire import LLM, SamplingParams
 from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.loader.quantization import expert_bytes
 from expertwire.engine.models.registry import read_model_config
-from expertwire.engine.rebalancing import Rebalancing
 from expertwire.moe.eplb.load import ExpertLoad
 from expertwire.moe.eplb.placement import place
+from expertwire.moe.eplb.rebalancer import Rebalancer
 
 ROUNDS, NUM_OUTPUT = 2, 32
 TOP_K = 2
@@ -80,19 +81,19 @@ def test_experts_come_to_lie_where_they_do_not_fail_together():
     placement, fails = place(8, 4, 8, num_layers=2, domains=(0, 0, 1, 1)), np.array([0, 1, 0, 1])
 
     def apart(placement):
-        of_slots = fails[placement.rank_of_S]
-        return [len(set(of_slots[row == expert])) > 1 for row in placement.physical_to_logical for expert in range(8)]
+        of_slots = fails[placement.rank_of_X]
+        return [len(set(of_slots[row == expert])) > 1 for row in placement.phy2log for expert in range(8)]
 
     assert not any(apart(placement)), "the second ones lie two ranks on"
     load = ExpertLoad(placement, 2)
     model = read_model_config(str(parity.checkpoint("qwen3_moe")))
-    rebalancing = Rebalancing(load, model, None, window_steps=1, failure_domains=fails.tolist())
+    rebalancing = Rebalancer(load, expert_bytes(model, None), window_steps=1, failure_domains=fails.tolist())
     rows = np.tile(np.array([400, 5, 5, 300, 5, 5, 5, 5]), (2, 1))
     step, result = SimpleNamespace(num_tokens_P=np.ones(4), moves=None), SimpleNamespace(forward_us=10**7, move_us=1)
     for _ in range(2):
         rebalancing.committed(step, [result], rows)
         rebalancing.committed(step, [result], rows)
-        rebalancing._verdict.result(30)
+        rebalancing._decision.result(30)
         assert rebalancing.moving or not rebalancing.stats()["rebalances"]
     while (moves := rebalancing.next()[1]) is not None:
         rebalancing.committed(SimpleNamespace(num_tokens_P=np.ones(4), moves=moves), [result], None)

@@ -129,7 +129,7 @@ def _expected(case: Exchange, rank: int, step: int, size: int) -> tuple[Any, ...
 
 def physical_ids(placement: Placement, rank: int, logical: np.ndarray) -> np.ndarray:
     """Return physical ids as `moe.layer` does, -1 for -1."""
-    table = placement.physical_for(rank)
+    table = placement.log2phy(rank)
     turns = np.arange(len(logical))[:, None] % len(table)
     return np.where(logical < 0, -1, table[turns, logical])
 

@@ -219,7 +219,7 @@ def test_fused_with_its_router():
         shared=None,
         norm_D=norm,
         eps=1e-6,
-        physical_E=torch.arange(NUM_EXPERTS),
+        log2phy_E=torch.arange(NUM_EXPERTS),
     )
     block = fused.fuse_moe(weights)
     assert block is not None

@@ -21,10 +21,10 @@ from expertwire.engine.runner.device_slots import DeviceSlots
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu.device import describe
 from expertwire.moe.eplb.migration import Migration
-from expertwire.moe.eplb.mover import Mover
+from expertwire.moe.eplb.mover import ExpertMover
 from expertwire.moe.eplb.placement import Placement, place
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.plan import ExpertMoves, StepResult
+from expertwire.scheduler.plan import StepResult
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
@@ -61,7 +61,7 @@ def build(group, folder, capture):
     slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
     where = {"rank": group.rank, "num_ranks": group.size}
     layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
-    mover = Mover(layers, placement, group)
+    mover = ExpertMover(layers, placement, group)
     runner = DeviceRunner(model=model, caches=caches, slots=slots, capture=capture, mover=mover, **where)
     runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     return config, runner, Migration(placement, exchanged(placement, list(layers)), max_moves=3)
@@ -69,9 +69,9 @@ def build(group, folder, capture):
 
 def exchanged(placement, layers):
     """Another placement: in these layers, two ranks have each other's experts."""
-    ids = placement.physical_to_logical.copy()
+    ids = placement.phy2log.copy()
     ids[layers] = np.roll(ids[layers], ids.shape[1] // 2, axis=1)
-    return Placement(num_logical=placement.num_logical, physical_to_logical=ids, rank_offsets=placement.rank_offsets)
+    return Placement(num_logical=placement.num_logical, phy2log=ids, rank_offsets=placement.rank_offsets)
 
 
 def schedule(group, config):
@@ -98,14 +98,14 @@ def serve(group, folder, captured):
         assert scheduler.submit(Request(key=key, prompt=prompt, params=params, seed=7 * key), 0.0) is None
     seen, load, replayed, switched = [], 0, [], []
     while not scheduler.idle:
-        leg = migration.take() if captured else None
-        plan = scheduler.plan(0.0, report_load=True, moves=None if leg is None else ExpertMoves(*leg))
+        moves = migration.next_moves() if captured else None
+        plan = scheduler.plan(0.0, report_load=True, moves=moves)
         before = capture.replays if capture else 0
         result = runner.launch(plan).finish()
         if capture and capture.replays > before:
             most = int(plan.rank(group.rank).sched_num_S.max(initial=0))
             replayed.append((plan.num_tokens_P.tolist()[group.rank], most, int(plan.num_tokens_P.max())))
-            switched.append(leg is not None and len(leg.logical_S) > 0)
+            switched.append(moves is not None and len(moves.logical_S) > 0)
         load = load + result.expert_load
         outputs = scheduler.commit(plan, everyones_results(group, result), 0.0)
         seen.append([outputs.key_O, outputs.token_O, outputs.logprob_O, outputs.top_ids, outputs.top_logprobs])

@@ -121,7 +121,7 @@ def test_load_and_replicas(replicas, num_valid):
     valid = None if num_valid is None else torch.tensor([num_valid], dtype=torch.int32)
     loads = [before.clone(), before.clone()]
     found, expected = (
-        route(logits, 3, load_E=load, physical_CE=table, num_valid=valid, renormalize=True)
+        route(logits, 3, load_E=load, log2phy_QE=table, num_valid=valid, renormalize=True)
         for route, load in zip((gpu.route_and_count, routing.route_and_count), loads, strict=True)
     )
     assert found.ids_TK.tolist() == expected.ids_TK.tolist()

@@ -23,7 +23,7 @@ def test_rows_belong_to_the_placement_in_force():
     before = place(2, 2)
     load = ExpertLoad(before, num_layers=1)
     load.add(np.array([[9, 1]]))
-    load.placement = Placement(num_logical=2, physical_to_logical=np.array([1, 0]), rank_offsets=before.rank_offsets)
+    load.placement = Placement(num_logical=2, phy2log=np.array([1, 0]), rank_offsets=before.rank_offsets)
     load.add(np.array([[9, 1]]))
     assert load.summary()["rank_rows"] == [10, 10]
     assert load.summary()["expert_load"] == [[18, 2]]

@@ -1,4 +1,4 @@
-"""Moving experts: legs that bound what a rank does in a step, and ranks that carry them out without changing a bit."""
+"""Moving experts: moves that bound what a rank does in a step, and ranks that carry them out without changing a bit."""
 
 import numpy as np
 import pytest
@@ -10,22 +10,22 @@ from test_layer import D, E, layer, tokens
 
 from expertwire.moe.eplb import mover as movers
 from expertwire.moe.eplb.migration import Migration
-from expertwire.moe.eplb.mover import Mover
+from expertwire.moe.eplb.mover import ExpertMover
 from expertwire.moe.eplb.placement import TURNS, Placement, place
 
 
 def other(placement, seed):
     """A placement to go to: some experts have changed places, and all shares."""
     rng = np.random.default_rng(seed)
-    ids, rank_S = placement.physical_to_logical.copy(), placement.rank_of_S
+    ids, rank_X = placement.phy2log.copy(), placement.rank_of_X
     for i, _ in np.ndindex(len(ids), 20):
         a, b = rng.integers(0, placement.num_physical, 2)
         row = ids[i]
-        if row[b] not in row[rank_S == rank_S[a]] and row[a] not in row[rank_S == rank_S[b]]:
+        if row[b] not in row[rank_X == rank_X[a]] and row[a] not in row[rank_X == rank_X[b]]:
             row[[a, b]] = row[[b, a]]
     return Placement(
         num_logical=placement.num_logical,
-        physical_to_logical=ids,
+        phy2log=ids,
         rank_offsets=placement.rank_offsets,
         shares=rng.random(ids.shape),
     )
@@ -33,43 +33,43 @@ def other(placement, seed):
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 12), st.integers(2, 5), st.integers(0, 8), st.integers(1, 3), st.integers(0, 99))
-def test_legs_lead_from_one_placement_to_the_other(experts, ranks, redundant, max_moves, seed):
+def test_moves_lead_from_one_placement_to_the_other(experts, ranks, redundant, max_moves, seed):
     before = place(experts, ranks, min(redundant, experts * ranks - experts), num_layers=3)
     after = other(before, seed)
-    migration, held, rank_S = Migration(before, after, max_moves), before.physical_to_logical.copy(), before.rank_of_S
+    migration, held, rank_X = Migration(before, after, max_moves), before.phy2log.copy(), before.rank_of_X
     arrived = {}
-    while (leg := migration.take()) is not None:
-        assert np.bincount(rank_S[leg.source_M], minlength=1).max(initial=0) <= max_moves
-        assert np.bincount(rank_S[leg.target_M], minlength=1).max(initial=0) <= max_moves
+    while (moves := migration.next_moves()) is not None:
+        assert np.bincount(rank_X[moves.source_M], minlength=1).max(initial=0) <= max_moves
+        assert np.bincount(rank_X[moves.target_M], minlength=1).max(initial=0) <= max_moves
         # What is copied is what the slot holds while the old placement is in force.
-        arrived |= {int(t): held[leg.layer, s] for s, t in zip(leg.source_M, leg.target_M, strict=True)}
-        if len(leg.logical_S):
+        arrived |= {int(t): held[moves.layer, s] for s, t in zip(moves.source_M, moves.target_M, strict=True)}
+        if len(moves.logical_S):
             for slot, expert in arrived.items():
-                held[leg.layer, slot] = expert
-            assert (held[leg.layer] == leg.logical_S).all(), "a slot holds another expert than the placement says"
-            assert (migration.placement.layer(leg.layer) == leg.logical_S).all()
-            assert (np.rint(migration.placement.shares[leg.layer] * ranks * TURNS) == leg.turns_S).all()
+                held[moves.layer, slot] = expert
+            assert (held[moves.layer] == moves.logical_S).all(), "a slot holds another expert than the placement says"
+            assert (migration.placement.layer(moves.layer) == moves.logical_S).all()
+            assert (np.rint(migration.placement.shares[moves.layer] * ranks * TURNS) == moves.turns_S).all()
             arrived.clear()
     assert not arrived
-    assert (held == after.physical_to_logical).all()
+    assert (held == after.phy2log).all()
     assert (migration.placement.shares == after.shares).all()
 
 
 def rows_while_moving(group, seeds, max_moves):
-    """The layer's output before, between and after all legs of a way through several placements."""
+    """The layer's output before, between and after all moves through several placements."""
     moe = layer(group, torch.bfloat16, redundant=3)
     placement = place(E, group.size, 3)
-    mover, x, counts = Mover({0: moe}, placement, group), tokens(group.rank, 9, torch.bfloat16), [9] * group.size
+    mover, x, counts = ExpertMover({0: moe}, placement, group), tokens(group.rank, 9, torch.bfloat16), [9] * group.size
     outputs, moved = [moe.forward(x, x, counts)[0]], 0
     for seed in seeds:
         migration = Migration(placement, other(placement, seed), max_moves)
-        while (leg := migration.take()) is not None:
-            mover.run(leg)
-            moved += len(leg.target_M)
+        while (moves := migration.next_moves()) is not None:
+            mover.move(moves)
+            moved += len(moves.target_M)
             outputs.append(moe.forward(x, x, counts)[0])
         placement = migration.placement
-    used = np.unique(moe.physical_CE.numpy(), axis=0)
-    return outputs, moved, (used == np.unique(placement.physical_for(group.rank), axis=0)).all()
+    used = np.unique(moe.log2phy_QE.numpy(), axis=0)
+    return outputs, moved, (used == np.unique(placement.log2phy(group.rank), axis=0)).all()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def three_ranks():
         yield ranks
 
 
-def test_outputs_are_the_same_at_every_leg(three_ranks):
+def test_outputs_are_the_same_after_every_move(three_ranks):
     for outputs, moved, in_force in three_ranks.run(rows_while_moving, (1, 2, 3), 2):
         assert moved > 9
         assert in_force, "the tables are not those of the last placement"
@@ -99,10 +99,10 @@ def damaged(group):
     movers.exchange_now = flip_a_bit
     try:
         before = [weight.clone() for weight in moe.experts.weights]
-        mover, migration = Mover({0: moe}, placement, group), Migration(placement, other(placement, 1), 4)
+        mover, migration = ExpertMover({0: moe}, placement, group), Migration(placement, other(placement, 1), 4)
         try:
-            while (leg := migration.take()) is not None:
-                mover.run(leg)
+            while (moves := migration.next_moves()) is not None:
+                mover.move(moves)
         except RuntimeError as error:
             return str(error), all(map(torch.equal, before, moe.experts.weights))
     finally:
@@ -119,10 +119,10 @@ def test_a_damaged_copy_is_not_used(three_ranks):
 def test_turns_travel_exactly():
     placement = Placement(
         num_logical=2,
-        physical_to_logical=np.array([0, 1, 0, 1]),
+        phy2log=np.array([0, 1, 0, 1]),
         rank_offsets=(0, 2, 4),
         shares=np.array([0.7, 1, 0.3, 0]),
     )
     turns = np.rint(placement.shares * 2 * TURNS)
-    again = Placement(num_logical=2, physical_to_logical=np.array([0, 1, 0, 1]), rank_offsets=(0, 2, 4), shares=turns)
+    again = Placement(num_logical=2, phy2log=np.array([0, 1, 0, 1]), rank_offsets=(0, 2, 4), shares=turns)
     assert (again.shares == placement.shares).all()

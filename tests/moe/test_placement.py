@@ -36,11 +36,11 @@ def test_every_home_finds_a_copy_and_its_own_first(sizes):
     placement = place(*sizes)
     logical = placement.layer(0)
     for home in range(sizes[1]):
-        physical_CE = placement.physical_for(home)
-        assert (logical[physical_CE] == np.arange(sizes[0])).all()
+        log2phy_QE = placement.log2phy(home)
+        assert (logical[log2phy_QE] == np.arange(sizes[0])).all()
         first, last = placement.rank_offsets[home : home + 2]
         for expert in placement.experts_of(home):
-            assert ((first <= physical_CE[:, expert]) & (physical_CE[:, expert] < last)).all()
+            assert ((first <= log2phy_QE[:, expert]) & (log2phy_QE[:, expert] < last)).all()
 
 
 @st.composite
@@ -52,7 +52,7 @@ def placements(draw):
     per_rank.append(np.setdiff1d(np.arange(num_experts), np.concatenate([[-1], *per_rank])))
     return Placement(
         num_logical=num_experts,
-        physical_to_logical=np.tile(np.concatenate(per_rank), (2, 1)),
+        phy2log=np.tile(np.concatenate(per_rank), (2, 1)),
         rank_offsets=(0, *np.cumsum([len(experts) for experts in per_rank]).tolist()),
         domains=tuple(rng.integers(0, draw(st.integers(1, 3)), num_ranks).tolist()),
         shares=rng.random((2, sum(map(len, per_rank)))) ** 3 if draw(st.booleans()) else np.ones(1),
@@ -62,20 +62,20 @@ def placements(draw):
 @settings(deadline=None, max_examples=40)
 @given(placements())
 def test_replicas_get_their_shares_of_an_experts_rows(placement):
-    table_PCE = np.stack([placement.physical_for(home, 1) for home in range(placement.num_ranks)])
-    used_S = np.bincount(table_PCE.ravel(), minlength=placement.num_physical) / (
+    table_PCE = np.stack([placement.log2phy(home, 1) for home in range(placement.num_ranks)])
+    used_X = np.bincount(table_PCE.ravel(), minlength=placement.num_physical) / (
         table_PCE.shape[0] * table_PCE.shape[1]
     )
-    assert used_S == pytest.approx(placement.shares[1])
+    assert used_X == pytest.approx(placement.shares[1])
     assert table_PCE.shape[1] == (1 if placement.num_physical == placement.num_logical else TURNS)
 
 
 def test_shares_are_rounded_to_turns():
     ids, offsets = np.array([0, 1, 0, 1, 0, 1]), (0, 2, 4, 6)
-    even = Placement(num_logical=2, physical_to_logical=ids, rank_offsets=offsets)
+    even = Placement(num_logical=2, phy2log=ids, rank_offsets=offsets)
     assert even.shares.tolist() == [[1 / 3] * 6]
     given = np.array([[5, 0, 3, 0, 2, 0]])
-    placement = Placement(num_logical=2, physical_to_logical=ids, rank_offsets=offsets, shares=given)
+    placement = Placement(num_logical=2, phy2log=ids, rank_offsets=offsets, shares=given)
     assert placement.shares[0, ::2] == pytest.approx([0.5, 0.3, 0.2], abs=1 / (3 * TURNS))
     assert placement.shares[0, 1::2].tolist() == [1 / 3] * 3, "nothing is known of expert 1"
     assert placement.shares.sum() == pytest.approx(2)
@@ -87,9 +87,9 @@ def test_a_replica_in_the_domain_is_used_as_far_as_evenness_allows():
         logical = [[1 + 10 * rank, *([0] if rank in holders else [])] for rank in range(6)]
         ids = np.unique(np.concatenate(logical), return_inverse=True)[1]
         offsets = (0, *np.cumsum([len(experts) for experts in logical]).tolist())
-        placement = Placement(num_logical=7, physical_to_logical=ids, rank_offsets=offsets, domains=domains)
+        placement = Placement(num_logical=7, phy2log=ids, rank_offsets=offsets, domains=domains)
         physical = np.flatnonzero(ids == 0)
-        tables = [placement.physical_for(home)[:, 0] for home in range(6)]
+        tables = [placement.log2phy(home)[:, 0] for home in range(6)]
         return [[float((table == p).mean()) for p in physical] for table in tables]
 
     two = (0, 0, 0, 1, 1, 1)
@@ -116,4 +116,4 @@ def test_what_cannot_be_placed_says_what_can(args, allowed):
 
 def test_a_missing_expert_is_found():
     with pytest.raises(AssertionError, match=r"\[1\] of layer 1 have no physical one"):
-        Placement(num_logical=2, physical_to_logical=np.array([[0, 1], [0, 0]]), rank_offsets=(0, 1, 2))
+        Placement(num_logical=2, phy2log=np.array([[0, 1], [0, 0]]), rank_offsets=(0, 1, 2))

@@ -1,6 +1,6 @@
-"""Whether moving experts pays: what a placement saves, how long that lasts, and what moving costs. `Balancer` decides by it.
+"""Decision whether to change the placement: predicted savings, how long they last, and the cost of moving experts.
 
-L layers, E logical experts, S slots, P ranks, M moves.
+L layers, E logical experts, X physical experts, P ranks, M moved experts.
 """
 
 from __future__ import annotations
@@ -11,44 +11,44 @@ from typing import NamedTuple
 
 import numpy as np
 
+from expertwire.moe.eplb.algorithm import rebalance
 from expertwire.moe.eplb.placement import Placement
-from expertwire.moe.eplb.rebalance import rebalance
 
-_MAX_WINDOWS = 100.0  # for which a saving is believed to last, at most
-_SLACK = 0.01  # of `rebalance`: moves cost, and the last percent is gone in the next window
+_MAX_WINDOWS = 100.0  # longest predicted duration of a saving
+_SLACK = 0.01  # of `rebalance`: the last percent of balance does not outlast a window
 
 
-class Moves(NamedTuple):
-    """Experts to copy between slots, i64 [M] each; a slot gets at most one, and every source is a rank that holds the expert."""
+class Copies(NamedTuple):
+    """Experts to copy, i64 [M] each: layer, and physical ids of source and target; a target occurs once in a layer."""
 
     layer: np.ndarray
     source: np.ndarray
     target: np.ndarray
 
 
-def moves(before: Placement, after: Placement) -> Moves:
-    """What must be copied between ranks to get from one placement to the next; where several could send, they take turns."""
+def copies(before: Placement, after: Placement) -> Copies:
+    """Return the copies that lead from one placement to another; ranks that hold an expert send it in turn."""
     assert before.rank_offsets == after.rank_offsets, f"{before.rank_offsets} became {after.rank_offsets}"
-    layer_M, target_M = np.nonzero(before.physical_to_logical != after.physical_to_logical)
+    layer_M, target_M = np.nonzero(before.phy2log != after.phy2log)
     source_M = np.empty(len(layer_M), np.int64)
     sent = np.zeros((before.num_layers, before.num_ranks), np.int64)
     for i, (layer, target) in enumerate(zip(layer_M, target_M, strict=True)):
-        holders = np.flatnonzero(before.physical_to_logical[layer] == after.physical_to_logical[layer, target])
-        ranks = before.rank_of_S[holders]
+        holders = np.flatnonzero(before.phy2log[layer] == after.phy2log[layer, target])
+        ranks = before.rank_of_X[holders]
         least = sent[layer, ranks].argmin()
         source_M[i] = holders[least]
         sent[layer, ranks[least]] += 1
-    return Moves(layer_M, source_M, target_M)
+    return Copies(layer_M, source_M, target_M)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Costs:
-    """What rows and moves cost.
+class CostModel:
+    """Time that rows and moved experts cost.
 
     Args:
-        s_per_row: seconds that a row more on a layer's fullest rank takes.
-        bytes_per_expert: of one layer.
-        bytes_per_s: that a rank sends and receives while it moves experts.
+        s_per_row: seconds for each further row on a layer's fullest rank.
+        bytes_per_expert: size of an expert of one layer.
+        bytes_per_s: rate at which a rank sends and receives experts.
     """
 
     s_per_row: float
@@ -56,30 +56,30 @@ class Costs:
     bytes_per_s: float
 
     def saved_s(self, load_LE: np.ndarray, before: Placement, after: Placement) -> np.ndarray:
-        """[L]: seconds by which a window with these rows takes less under `after`."""
+        """Return f64 [L], the seconds that `after` saves in a window with these rows."""
         return _rows_saved(load_LE, before, after) * self.s_per_row
 
     def moving_s(self, before: Placement, after: Placement) -> np.ndarray:
-        """[L]: seconds in which the busiest rank of each layer sends or receives."""
-        moved, rank_S = moves(before, after), before.rank_of_S
+        """Return f64 [L], the seconds for which the busiest rank of each layer sends or receives."""
+        moved, rank_X = copies(before, after), before.rank_of_X
         busy = np.zeros((2, before.num_layers, before.num_ranks))
-        np.add.at(busy[0], (moved.layer, rank_S[moved.source]), 1)
-        np.add.at(busy[1], (moved.layer, rank_S[moved.target]), 1)
+        np.add.at(busy[0], (moved.layer, rank_X[moved.source]), 1)
+        np.add.at(busy[1], (moved.layer, rank_X[moved.target]), 1)
         return busy.max(axis=(0, 2)) * self.bytes_per_expert / self.bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What a window has led to.
+class Decision:
+    """Outcome of a window.
 
     Attributes:
-        placement: the one to change to; None: things stay.
-        num_moves: experts that this moves; 0 if only shares change.
-        predicted_s: saved in each window of that placement.
-        windows: for how many this is believed to last.
-        cost_s: of moving.
-        actual_s: what the change before this one, if any, has saved in this window.
-        expected_s: what it had been predicted to save.
+        placement: the new one; None: no change.
+        num_moves: experts that move; 0 if only shares change.
+        predicted_s: predicted saving in a window.
+        windows: predicted duration of the saving, in windows.
+        cost_s: cost of moving.
+        actual_s: saving of the previous change in this window, if there was one.
+        expected_s: the saving that was predicted for it.
     """
 
     placement: Placement | None
@@ -91,16 +91,16 @@ class Verdict:
     expected_s: float | None
 
 
-class Balancer:
-    """Looks at windows of load, one after another, and says when experts should move.
+class RebalancePolicy:
+    """Decides, window by window of load, which layers' experts should move.
 
-    A layer's experts move if what that is predicted to save in a window, times the windows for which this will last, is more than
-    the move costs; shares change whenever that helps. How long it lasts is learnt from what was proposed a window ago: if that
-    saves the share q of its prediction in this window, a saving is believed to fade to q each window, which sums up to
-    q / (1 - q) windows. So nothing moves on the first window.
+    A layer's experts move if the predicted saving in a window, times the windows for which it lasts, exceeds the
+    cost of moving; shares change whenever that helps. The duration is estimated from the previous window's
+    proposal: if it saves a fraction q of its prediction in this window, a saving is assumed to decay by q each
+    window, which sums up to q / (1 - q) windows. So nothing moves after the first window.
 
     Args:
-        placement: where experts lie.
+        placement: the current one.
         failure_domains: as in `rebalance`.
     """
 
@@ -110,8 +110,8 @@ class Balancer:
         self._proposed: tuple[Placement, Placement, float] | None = None  # from, to, rows saved as predicted
         self._changed: tuple[Placement, float] | None = None  # from, seconds saved as predicted
 
-    def judge(self, load_LE: np.ndarray, costs: Costs) -> Verdict:
-        """The verdict on a window; its placement, if any, is taken to be in force from now on."""
+    def decide(self, load_LE: np.ndarray, costs: CostModel) -> Decision:
+        """Return the decision on a window; its placement, if any, counts as the current one from now on."""
         now = self.placement
         proposal = rebalance(load_LE, now, failure_domains=self._failure_domains, slack=_SLACK)
         windows = self._lasts(load_LE)
@@ -122,19 +122,19 @@ class Balancer:
         if self._changed is not None:
             before, expected_s = self._changed
             actual_s = float(costs.saved_s(load_LE, before, now).sum())
-        verdict = Verdict(
-            placement=mixed(now, proposal, worth_L) if worth_L.any() else None,
-            num_moves=int(worth_L[moves(now, proposal).layer].sum()),
+        decision = Decision(
+            placement=merge_layers(now, proposal, worth_L) if worth_L.any() else None,
+            num_moves=int(worth_L[copies(now, proposal).layer].sum()),
             predicted_s=float(saved_L[worth_L].sum()),
             windows=windows,
             cost_s=float(moving_L[worth_L].sum()),
             actual_s=actual_s,
             expected_s=expected_s,
         )
-        if verdict.placement is not None:
-            self._changed = now, verdict.predicted_s
-            self.placement = verdict.placement
-        return verdict
+        if decision.placement is not None:
+            self._changed = now, decision.predicted_s
+            self.placement = decision.placement
+        return decision
 
     def _lasts(self, load_LE: np.ndarray) -> float:
         if self._proposed is None or self._proposed[2] <= 0:
@@ -145,15 +145,15 @@ class Balancer:
 
 
 def _rows_saved(load_LE: np.ndarray, before: Placement, after: Placement) -> np.ndarray:
-    """[L]: of each layer's fullest rank."""
+    """Return f64 [L], the rows that `after` saves on each layer's fullest rank."""
     return before.rank_load(load_LE).max(axis=1) - after.rank_load(load_LE).max(axis=1)
 
 
-def mixed(before: Placement, after: Placement, changed_L: np.ndarray) -> Placement:
-    """`after` in the layers that change, `before` in the others."""
+def merge_layers(before: Placement, after: Placement, changed_L: np.ndarray) -> Placement:
+    """Return `after` in the layers that change and `before` in the others."""
     return Placement(
         num_logical=before.num_logical,
-        physical_to_logical=np.where(changed_L[:, None], after.physical_to_logical, before.physical_to_logical),
+        phy2log=np.where(changed_L[:, None], after.phy2log, before.phy2log),
         rank_offsets=before.rank_offsets,
         domains=before.domains,
         shares=np.where(changed_L[:, None], after.shares, before.shares),

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertwire.bench.scheduler.balance_peer import balance
+from expertwire.moe.eplb.algorithm import rebalance
 from expertwire.moe.eplb.placement import Placement, place
-from expertwire.moe.eplb.rebalance import rebalance
 
 
 def loads(layers, experts, seed, top=1000.0):
@@ -39,7 +39,7 @@ def test_any_shape_stays_whole(experts, ranks, redundant, seed, domains):
     rng = np.random.default_rng(seed)
     before = Placement(
         num_logical=experts,
-        physical_to_logical=before.physical_to_logical,
+        phy2log=before.phy2log,
         rank_offsets=before.rank_offsets,
         domains=tuple(rng.integers(0, domains, ranks).tolist()),
     )
@@ -47,7 +47,7 @@ def test_any_shape_stays_whole(experts, ranks, redundant, seed, domains):
     after = rebalance(load, before, failure_domains=rng.integers(0, 3, ranks).tolist())
     check_whole(before, after)
     assert (after.rank_load(load).max(axis=1) <= 1.05 * before.rank_load(load).max(axis=1)).all()
-    assert (after.physical_to_logical[2] == before.physical_to_logical[2]).all(), "a layer without load has moved"
+    assert (after.phy2log[2] == before.phy2log[2]).all(), "a layer without load has moved"
 
 
 @pytest.mark.parametrize("ranks", [8, 32])
@@ -72,7 +72,7 @@ def test_never_worse_than_the_published_algorithm(shape, seed):
     before = place(experts, ranks, slots - experts, num_layers=2)
     theirs = Placement(
         num_logical=experts,
-        physical_to_logical=np.stack([balance(row, slots, ranks) for row in load]),
+        phy2log=np.stack([balance(row, slots, ranks) for row in load]),
         rank_offsets=before.rank_offsets,
     )
     # Shares are rounded to 1 / (32 P), which is something of an expert that is much for several ranks.
@@ -84,7 +84,7 @@ def test_each_expert_has_two_homes_that_fail_apart_where_there_are_slots():
     start = place(32, 8, 40, num_layers=3)
     before = Placement(
         num_logical=32,
-        physical_to_logical=start.physical_to_logical,
+        phy2log=start.phy2log,
         rank_offsets=start.rank_offsets,
         domains=domains,
     )
@@ -95,7 +95,7 @@ def test_each_expert_has_two_homes_that_fail_apart_where_there_are_slots():
     )
     for layer in range(3):
         for expert in range(32):
-            ranks = after.rank_of_S[after.layer(layer) == expert]
+            ranks = after.rank_of_X[after.layer(layer) == expert]
             assert len({trays[rank] for rank in ranks}) >= 2, f"expert {expert} of layer {layer} is on {ranks}"
             assert len({domains[rank] for rank in ranks}) == 2
     assert spread(after, load).max() < 1.3
@@ -105,17 +105,17 @@ def test_nothing_moves_for_nothing_and_little_for_little():
     load = loads(3, 64, 1)
     first = rebalance(load, place(64, 8, 8, num_layers=3))
     again = rebalance(load, first)
-    assert (again.physical_to_logical == first.physical_to_logical).all()
+    assert (again.phy2log == first.phy2log).all()
     other = load.copy()
     other[1, np.argmin(load[1])] += load[1].sum() / 8  # a cold expert has become hot
-    moved = rebalance(other, first).physical_to_logical != first.physical_to_logical
+    moved = rebalance(other, first).phy2log != first.phy2log
     assert not moved[[0, 2]].any(), "layers whose load is the same have moved"
     assert 0 < moved[1].sum() <= 24
     # What replicas can even out by their shares moves nothing.
     single = np.array([[3, 2, 2, 1]])
     both = place(4, 2, 4)
     after = rebalance(single, both)
-    assert (after.physical_to_logical == both.physical_to_logical).all()
+    assert (after.phy2log == both.phy2log).all()
     assert spread(after, single) == pytest.approx(1)
 
 
@@ -123,7 +123,7 @@ def test_shares_send_rows_where_they_are_said_to_go():
     """Rows counted one by one, by the tables of every rank."""
     load = loads(1, 24, 3)
     after = rebalance(load, place(24, 4, 8))
-    tables = [after.physical_for(home) for home in range(4)]
+    tables = [after.log2phy(home) for home in range(4)]
     rows = np.zeros(after.num_physical)
     for table in tables:
         np.add.at(rows, table, np.broadcast_to(load[0] / table.size * 24 / 4, table.shape))
