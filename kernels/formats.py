@@ -1,16 +1,16 @@
-"""Quantised weights as checkpoints publish them: what their bytes mean, and how to make them.
+"""Quantised weights as checkpoints store them: the meaning of their bytes, dequantisation and quantisation.
 
-Each format's numbers are exact in fp32 up to one rounding of `value * scale` (two where scales have two levels), so a weight
-is that fp32 number, rounded once to the dtype asked for.
+A weight is `value * scale` in fp32 (one rounding, two where scales have two levels), rounded once to the requested
+dtype.
 
-format    | numbers                  | scales                      | source
-fp8_block | e4m3                     | fp32, a block of 128 x 128  | DeepSeek-V3 (arXiv 2412.19437, 3.3.2), `weight_scale_inv`
-fp8_row   | e4m3                     | fp32, a row                 | compressed-tensors "channel"; a tensor: Mistral, ModelOpt FP8
-int4      | 4 bits less 8            | bf16, 32 columns            | compressed-tensors "pack-quantized"
-mxfp4     | e2m1                     | e8m0, 32 columns            | OCP Microscaling Formats v1.0, 5.3.3; gpt-oss
-nvfp4     | e2m1                     | e4m3, 16 columns; then fp32 | ModelOpt NVFP4, `weight_scale` and `weight_scale_2`
+format    | numbers                  | scales                      | source fp8_block | e4m3                     |
+fp32, a block of 128 x 128  | DeepSeek-V3 (arXiv 2412.19437, 3.3.2), `weight_scale_inv` fp8_row   | e4m3
+| fp32, a row                 | compressed-tensors "channel"; a tensor: Mistral, ModelOpt FP8 int4      | 4 bits
+less 8            | bf16, 32 columns            | compressed-tensors "pack-quantized" mxfp4     | e2m1
+| e8m0, 32 columns            | OCP Microscaling Formats v1.0, 5.3.3; gpt-oss nvfp4     | e2m1                     |
+e4m3, 16 columns; then fp32 | ModelOpt NVFP4, `weight_scale` and `weight_scale_2`
 
-M rows of a matrix, K its columns, G groups of columns; leading dimensions are experts, or there are none.
+M rows and K columns of a matrix, J groups of columns; leading dimensions are experts, or there are none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK = 128  # rows and columns that share a scale in "fp8_block"
 FP8 = torch.float8_e4m3fn
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the codes' magnitudes; the fourth bit is the sign
 GPU_LINEAR_FORMATS = ("fp8_block", "fp8_row")  # those that `kernels.gpu.linear` multiplies as they are stored
-ON_THE_FLY = {"fp8": "fp8_block", "int4": "int4", "mxfp4": "mxfp4"}  # what a user may ask for
+ON_THE_FLY = {"fp8": "fp8_block", "int4": "int4", "mxfp4": "mxfp4"}  # the option `quantization`
 
 _DTYPES = {  # data, scales
     "fp8_block": (FP8, torch.float32),
@@ -40,12 +40,12 @@ _DTYPES = {  # data, scales
 }
 _PER_ELEMENT = {"int4": 8, "mxfp4": 2, "nvfp4": 2}  # numbers in an element of data
 _FP8_MAX, _E2M1_MAX = 448.0, 6.0
-_LEAST = 1e-12  # the least scale: zeros stay zeros
+_LEAST = 1e-12  # smallest scale; zeros stay zeros
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Quantized:
-    """Matrices [..., M, K] as published: `data` and `scales` as the checkpoint has them.
+class QuantizedWeight:
+    """Matrices [..., M, K]: `data` and `scales` as in the checkpoint.
 
     fp8_block: data e4m3 [..., M, K]; scales fp32 [..., sum over parts of ceil(rows / 128), ceil(K / 128)]
     fp8_row: data e4m3 [..., M, K]; scales fp32 [..., M], where a whole tensor has one, repeated
@@ -53,7 +53,7 @@ class Quantized:
     mxfp4: data u8 [..., M, K / 2], low half first; scales u8 [..., M, K / 32], exponents and 127
     nvfp4: data u8 [..., M, K / 2], low half first; scales e4m3 [..., M, K / 16]; global_scales fp32 [..., len(parts)]
 
-    `parts`: rows of the matrices that are stacked (q, k, v; gate, up): blocks start anew with each, and it has its own global
+    `parts`: numbers of rows of the stacked matrices (q, k, v; gate, up); each has its own blocks and its own global
     scale.
     """
 
@@ -101,25 +101,25 @@ class Quantized:
     def device(self) -> torch.device:
         return self.data.device
 
-    def expert(self, e: int) -> Quantized:
-        """Of the matrices [e, M, K] one, as views."""
+    def expert(self, e: int) -> QuantizedWeight:
+        """Return one of the matrices [e, M, K], as views."""
         return self._of(lambda tensor: tensor[e])
 
-    def experts(self, start: int, end: int) -> Quantized:
-        """Of the matrices [e, M, K] some, as views."""
+    def experts(self, start: int, end: int) -> QuantizedWeight:
+        """Return some of the matrices [e, M, K], as views."""
         return self._of(lambda tensor: tensor[start:end])
 
-    def flat(self) -> Quantized:
-        """All leading dimensions as one."""
+    def flat(self) -> QuantizedWeight:
+        """Return the matrices with one leading dimension."""
         lead = self.data.dim() - 2
         return self._of(lambda tensor: tensor.reshape(-1, *tensor.shape[lead:]))
 
-    def _of(self, view: Callable[[Tensor], Tensor]) -> Quantized:
+    def _of(self, view: Callable[[Tensor], Tensor]) -> QuantizedWeight:
         global_scales = None if self.global_scales is None else view(self.global_scales)
         return replace(self, data=view(self.data), scales=view(self.scales), global_scales=global_scales)
 
 
-Weight = Tensor | Quantized
+Weight = Tensor | QuantizedWeight
 
 
 def _num_blocks(parts: tuple[int, ...]) -> list[int]:
@@ -127,24 +127,24 @@ def _num_blocks(parts: tuple[int, ...]) -> list[int]:
 
 
 def block_rows(parts: tuple[int, ...]) -> Tensor:
-    """Return, of each row of matrices of so many rows one over the other, the row of its blocks: i64 [M]."""
+    """Return i64 [M], the row of blocks of each row of stacked matrices."""
     starts = accumulate(_num_blocks(parts), initial=0)
     return torch.cat([start + torch.arange(rows) // BLOCK for start, rows in zip(starts, parts, strict=False)])
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """[..., M, K] in `dtype`: `value * scale` in fp32, rounded once."""
+    """Return [..., M, K] in `dtype`: `value * scale` in fp32, rounded once."""
     if isinstance(weight, Tensor):
         return weight.to(dtype)
     found = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     flat = weight.flat()
-    for e, matrix in enumerate(found.view(-1, *weight.shape[-2:])):  # one by one: fp32 takes room
+    for e, matrix in enumerate(found.view(-1, *weight.shape[-2:])):  # one at a time: fp32 needs memory
         matrix.copy_(_dequantize_matrix(flat.expert(e)))
     return found
 
 
-def _dequantize_matrix(weight: Quantized) -> Tensor:
-    """fp32 [M, K]."""
+def _dequantize_matrix(weight: QuantizedWeight) -> Tensor:
+    """Return fp32 [M, K]."""
     scales = row_scales(weight)
     values = numbers(weight)
     group = values.shape[1] if weight.format == "fp8_row" else GROUPS.get(weight.format, BLOCK)
@@ -154,26 +154,26 @@ def _dequantize_matrix(weight: Quantized) -> Tensor:
     return values
 
 
-def numbers(weight: Quantized) -> Tensor:
-    """The numbers [..., M, K] without their scales, fp32."""
+def numbers(weight: QuantizedWeight) -> Tensor:
+    """Return fp32 [..., M, K], the numbers without their scales."""
     stored = weight.data.contiguous().view(torch.uint8)
     values = byte_values(weight.format).to(stored.device)
     return values.index_select(0, stored.flatten().int()).view(torch.float32).view(weight.shape)
 
 
 def byte_values(format: str) -> Tensor:
-    """What each byte of data stands for [256]: fp32, or two of them seen as one i64, so that one look-up finds both."""
+    """Return [256], the value of each byte of data: fp32, or two fp32 seen as one i64, for one look-up of both."""
     stored = torch.arange(256)
     if _DTYPES[format][0] == FP8:
         return stored.to(torch.uint8).view(FP8).float()
-    halves = stored[:, None] >> torch.tensor([0, 4]) & 15  # the low one first
+    halves = stored[:, None] >> torch.tensor([0, 4]) & 15  # low half first
     magnitudes = torch.tensor(E2M1)
     values = halves.float() - 8 if format == "int4" else torch.cat((magnitudes, -magnitudes))[halves]
     return values.view(torch.int64)[:, 0].contiguous()
 
 
-def row_scales(weight: Quantized) -> Tensor:
-    """fp32 [..., M, G]: what each group of a row's numbers is multiplied by. G is 1 for "fp8_row"."""
+def row_scales(weight: QuantizedWeight) -> Tensor:
+    """Return fp32 [..., M, J], the factor of each group of a row; J is 1 for "fp8_row"."""
     scales = weight.scales
     if weight.format == "fp8_row":
         return scales[..., None]
@@ -190,26 +190,27 @@ def row_scales(weight: Quantized) -> Tensor:
 
 
 def exponents_to_fp32(exponents: Tensor) -> Tensor:
-    """e8m0, u8: `2 ** (x - 127)`, 255 is NaN (OCP Microscaling Formats v1.0, 5.4.1)."""
+    """Return `2 ** (x - 127)` for e8m0 exponents, u8; 255 is NaN (OCP Microscaling Formats v1.0, 5.4.1)."""
     return exponents.view(torch.float8_e8m0fnu).float()
 
 
-def quantize_experts(w_eMK: Tensor, name: str, parts: tuple[int, ...] | None = None) -> Quantized:
-    """A checkpoint's unquantised experts in the format that a user asked for by `name`.
+def quantize_experts(w_eMK: Tensor, name: str, parts: tuple[int, ...] | None = None) -> QuantizedWeight:
+    """Return unquantised experts in the format that the option `quantization` names.
 
     Raises:
-        ValueError: no such name.
+        ValueError: the name is unknown.
     """
     if name not in ON_THE_FLY:
         raise ValueError(f"quantize is {name!r}, must be one of {tuple(ON_THE_FLY)}")
     return quantize(ON_THE_FLY[name], w_eMK, parts)
 
 
-def quantize(format: str, w: Tensor, parts: tuple[int, ...] | None = None) -> Quantized:
-    """[..., M, K] in fp32, bf16 or fp16, rounded to nearest; `parts` as in `Quantized`, else one.
+def quantize(format: str, w: Tensor, parts: tuple[int, ...] | None = None) -> QuantizedWeight:
+    """Quantise [..., M, K] in fp32, bf16 or fp16, rounding to nearest; `parts` as in `QuantizedWeight`, else one.
 
-    fp8: scale `max / 448`. int4: `max / 7.5`, as compressed-tensors. mxfp4: `2 ** (floor(log2(max)) - 2)`, larger numbers
-    clamped (OCP Microscaling Formats v1.0, 6.3). nvfp4: the global scale `max / (6 * 448)`, then `max / 6` of a group.
+    fp8: scale `max / 448`. int4: `max / 7.5`, as compressed-tensors. mxfp4: `2 ** (floor(log2(max)) - 2)`, larger
+    numbers clamped (OCP Microscaling Formats v1.0, 6.3). nvfp4: the global scale `max / (6 * 448)`, then `max / 6`
+    of a group.
     """
     assert format in FORMATS, (format, FORMATS)
     parts = parts or (w.shape[-2],)
@@ -221,7 +222,9 @@ def quantize(format: str, w: Tensor, parts: tuple[int, ...] | None = None) -> Qu
     )
     if w.dim() == 2:
         data, scales, rest = data[0], scales[0], [tensor[0] for tensor in rest]
-    return Quantized(format=format, data=data, scales=scales, parts=parts, global_scales=rest[0] if rest else None)
+    return QuantizedWeight(
+        format=format, data=data, scales=scales, parts=parts, global_scales=rest[0] if rest else None
+    )
 
 
 def _to_blocks(w_MK: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -249,7 +252,7 @@ def _to_int4(w_MK: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def _to_mxfp4(w_MK: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
     groups = w_MK.unflatten(1, (-1, GROUPS["mxfp4"]))
-    _, exponents = torch.frexp(groups.abs().amax(-1))  # of a number in [0.5, 1)
+    _, exponents = torch.frexp(groups.abs().amax(-1))  # mantissas are in [0.5, 1)
     scales = (exponents - 1 - 2 + 127).clamp(0, 254).to(torch.uint8)
     return _bytes(_e2m1(groups / exponents_to_fp32(scales)[..., None]).flatten(1)), scales
 
@@ -257,16 +260,16 @@ def _to_mxfp4(w_MK: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
 def _to_nvfp4(w_MK: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
     groups = w_MK.unflatten(1, (-1, GROUPS["nvfp4"]))
     largest = groups.abs().amax(-1)
-    globals_P = torch.stack([part.amax() for part in largest.split(parts)]) / (_E2M1_MAX * _FP8_MAX)
-    globals_P = globals_P.clamp(min=_LEAST)
-    of_rows = globals_P.repeat_interleave(torch.tensor(parts, device=w_MK.device))[:, None]
-    scales = (largest / _E2M1_MAX / of_rows).to(FP8)
-    values = groups / (scales.float() * of_rows)[..., None]
-    return _bytes(_e2m1(values).flatten(1)), scales, globals_P  # of no scale any code is 0
+    global_scales = torch.stack([part.amax() for part in largest.split(parts)]) / (_E2M1_MAX * _FP8_MAX)
+    global_scales = global_scales.clamp(min=_LEAST)
+    row_scale = global_scales.repeat_interleave(torch.tensor(parts, device=w_MK.device))[:, None]
+    scales = (largest / _E2M1_MAX / row_scale).to(FP8)
+    values = groups / (scales.float() * row_scale)[..., None]
+    return _bytes(_e2m1(values).flatten(1)), scales, global_scales  # without a scale every code is 0
 
 
 def _e2m1(values: Tensor) -> Tensor:
-    """The nearest codes, of two as near the even one, u8."""
+    """Return u8, the nearest codes, ties to even."""
     middles = torch.tensor([(low + high) / 2 for low, high in pairwise(E2M1)])
     middles[1::2] = middles[1::2].nextafter(torch.tensor(0.0))
     codes = torch.bucketize(values.abs(), middles.to(values.device))
@@ -274,5 +277,5 @@ def _e2m1(values: Tensor) -> Tensor:
 
 
 def _bytes(codes_MK: Tensor) -> Tensor:
-    """Two codes each, the first in the low half."""
+    """Return bytes of two codes each, the first in the low half."""
     return codes_MK[:, 0::2] | codes_MK[:, 1::2] << 4

@@ -142,8 +142,8 @@ def flashinfer(ops: Ops, device: str) -> Ops:
     library = FlashInfer(importlib.import_module("flashinfer"), importlib.import_module("flashinfer.mla"), device)
     return replace(
         ops,
-        why=f"{ops.why}; attention by flashinfer, as asked for: its plans need the host, so that no step replays a CUDA graph; "
-        "not yet compared with ours on a GPU",
+        why=f"{ops.why}; attention by flashinfer, as requested: its plans need the host, so that no step replays a CUDA "
+        "graph; not yet compared with ours on a GPU",
         capturable=False,
         attend=library.attend,
         attend_latent=library.attend_latent,

@@ -1,4 +1,4 @@
-"""The specification of a mixture-of-experts layer: a loop over experts in fp32, with the roundings of the contract.
+"""Specification of a mixture-of-experts layer: a loop over experts in fp32, with the roundings of the contract.
 
 Expert rows are rounded to the activation dtype before they are weighted; weights are applied in fp32, in top-k
 order; the shared expert's output is added last. Every all-to-all backend and every grouped GEMM is tested against
@@ -19,7 +19,7 @@ from expertwire.kernels.ops import combine, experts
 def moe(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, shared_TD: Tensor | None = None
 ) -> Tensor:
-    """ids i64 (-1: none), weights fp32, w13 [E, 2F, D], w2 [E, D, F] -> y [T, D] in x's dtype."""
+    """Return y [T, D] in x's dtype; ids i64 (-1: none), weights fp32, w13 [E, 2F, D], w2 [E, D, F]."""
     num_tokens, top_k = ids_TK.shape
     rows_TKD = x_TD.new_zeros(num_tokens, top_k, x_TD.shape[1])
     for e in range(w13_EFD.shape[0]):

@@ -25,7 +25,7 @@ from expertwire.comm.topology.backend_choice import SINGLE_RANK, BackendChoice, 
 from expertwire.comm.topology.backend_times import BackendTimes
 from expertwire.comm.topology.probe import RankReport
 from expertwire.kernels.ops import quantize
-from expertwire.kernels.ops.quantize import Quantized
+from expertwire.kernels.ops.quantize import QuantizedRows
 from expertwire.kernels.registry import Ops
 
 
@@ -105,7 +105,7 @@ def _with_fp8(make: Callable[[AllToAllSpec], AllToAll], spec: AllToAllSpec, devi
     return Fp8AllToAll(spec, make(packed(spec)), quantize=_quantizer(device), unpacks=device == "cpu")
 
 
-def _quantizer(device: str) -> Callable[[Tensor], Quantized]:
+def _quantizer(device: str) -> Callable[[Tensor], QuantizedRows]:
     if device == "cpu":
         return quantize.reference
     from expertwire.kernels.gpu import quantize as gpu_quantize

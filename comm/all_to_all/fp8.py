@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expertwire.comm.all_to_all.base import AllToAll, AllToAllSpec, Dispatched, Handle
 from expertwire.kernels.formats import byte_values
-from expertwire.kernels.ops.quantize import GROUP, Quantized, pack, packed_bytes, unpack
+from expertwire.kernels.ops.quantize import GROUP, QuantizedRows, pack, packed_bytes, unpack
 
 
 def packed(spec: AllToAllSpec) -> AllToAllSpec:
@@ -42,7 +42,7 @@ class Fp8AllToAll:
     """
 
     def __init__(
-        self, spec: AllToAllSpec, inner: AllToAll, *, quantize: Callable[[Tensor], Quantized], unpacks: bool
+        self, spec: AllToAllSpec, inner: AllToAll, *, quantize: Callable[[Tensor], QuantizedRows], unpacks: bool
     ) -> None:
         self._spec, self._inner, self._quantize, self._unpacks = spec, inner, quantize, unpacks
         self._values_of_bytes = byte_values("fp8_block")

@@ -1,10 +1,10 @@
-"""The scales of a layer's fp8 cache, where the checkpoint has any: one a tensor, or one a key/value head.
+"""Scales of a layer's fp8 KV cache from the checkpoint, if it has any: one a tensor, or one a key/value head.
 
-Names, by the tools that write them, as vLLM's `maybe_remap_kv_scale_name` (model_loader/weight_utils.py) and `get_cache_scale`
-know them: `self_attn.k_scale` (compressed-tensors; per head [G, 1, 1], vLLM's pull request 30141), `self_attn.k_proj.k_scale`
-(ModelOpt), `self_attn.k_proj.output_scale` (Quark, older compressed-tensors), `self_attn.kv_scale` (AutoFP8: of both). A latent
-takes the keys' scale, which SGLang also finds as `kv_a_proj_with_mqa.k_scale`. Scales of queries, and zero points, which are
-zeros, are not read.
+Names, by the tools that write them, as vLLM's `maybe_remap_kv_scale_name` (model_loader/weight_utils.py) and
+`get_cache_scale` know them: `self_attn.k_scale` (compressed-tensors; per head [G, 1, 1], vLLM's pull request
+30141), `self_attn.k_proj.k_scale` (ModelOpt), `self_attn.k_proj.output_scale` (Quark, older compressed-tensors),
+`self_attn.kv_scale` (AutoFP8: of both). A latent takes the keys' scale, which SGLang also finds as
+`kv_a_proj_with_mqa.k_scale`. Scales of queries, and zero points, which are zeros, are not read.
 
 G key/value heads.
 """
@@ -25,7 +25,7 @@ _UNREAD = ("attn.q_scale", "q_scale", "q_proj.output_scale", "q_zero_point", "k_
 
 
 def declare(layout: ParameterLayout, param: str, source: str, num_heads: int, *, is_latent: bool, fp8: bool) -> None:
-    """Of the layer whose attention's tensors begin with `source`; `fp8`: whether its cache is."""
+    """Declare the scales of a layer whose tensors begin with `source`; `fp8`: whether its cache is fp8."""
     for which, names in _NAMES.items():
         candidates = [source + name for name in (*names, *(_LATENT if is_latent else ()))]
         layout.ignore(*candidates)
@@ -41,7 +41,7 @@ def declare(layout: ParameterLayout, param: str, source: str, num_heads: int, *,
 
 
 def bind(p: LoadedParameters, num_heads: int, like: Tensor) -> Tensor:
-    """fp32 [2, G], of keys and of values; 1.0 where the checkpoint has none. On the device of `like`.
+    """Return fp32 [2, G], scales of keys and values on the device of `like`; 1.0 where the checkpoint has none.
 
     Raises:
         ValueError: a scale is not a positive number.
@@ -51,7 +51,7 @@ def bind(p: LoadedParameters, num_heads: int, like: Tensor) -> Tensor:
     for name, scale_G in scales_G.items():
         if scale_G is not None and not (scale_G.isfinite() & (scale_G > 0)).all():
             raise ValueError(
-                f"{p.name(name)} must be positive and finite for kv_cache_dtype 'fp8', the checkpoint has {scale_G.tolist()}; "
-                f"use kv_cache_dtype 'auto'"
+                f"{p.name(name)} must be positive and finite for kv_cache_dtype 'fp8', the checkpoint has "
+                f"{scale_G.tolist()}; use kv_cache_dtype 'auto'"
             )
     return torch.stack([ones_G if scale_G is None else scale_G for scale_G in scales_G.values()])

@@ -1,7 +1,9 @@
-"""Multi-head latent attention, and the norm behind it: `kernels.ops.mla` has the mathematics, `kernels.ops.index`
-the sparse kind's.
+"""Multi-head latent attention (MLA) of a layer, and the norm behind it.
 
-T tokens, D model width, H heads, C latent size, r rotated size, n size without position, v value size, l = C + r; d index size.
+`kernels.ops.mla` has the mathematics, `kernels.ops.index` that of the sparse variant.
+
+T tokens, D model width, H heads, c latent size, r rotated size, n size without position, v value size, l = c + r, d
+index head size.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _INDEX_EPS = 1e-6
 def declare(
     layout: ParameterLayout, param: str, source: str, config: LatentAttentionConfig, names: TensorNames, width: int
 ) -> None:
-    """The parameters of a layer whose tensors begin with `source`."""
+    """Declare the parameters of a layer whose tensors begin with `source`."""
     c, attn = config, source + "self_attn."
     query = c.num_heads * (c.qk_nope_head_dim + c.rope.size)
     if c.q_lora_rank is None:
@@ -60,7 +62,7 @@ def _declare_indexer(
 
 @dataclass(frozen=True, kw_only=True)
 class SparseIndex:
-    """Which positions a token attends to."""
+    """Indexer of sparse attention."""
 
     config: IndexerConfig
     context: LayerContext
@@ -69,11 +71,11 @@ class SparseIndex:
     norm: tuple[Tensor, Tensor]
     weights: Linear
 
-    def choose(self, query_TQ: Tensor, normed_TD: Tensor, step: Step) -> Tensor:
-        """i64 [T, top_k], as `kernels.ops.index`; of the compressed query and the layer's input."""
+    def choose(self, query_Tq: Tensor, normed_TD: Tensor, step: Step) -> Tensor:
+        """Return i64 [T, top_k], the positions each token attends to; `query_Tq` is the compressed query."""
         c, ops = self.config, self.context.ops
         metadata, (index_cache,) = step.cache(self.context.caches[1], self.context.layer)
-        q_THd = self.query(query_TQ).unflatten(1, (c.num_heads, c.head_dim))
+        q_THd = self.query(query_Tq).unflatten(1, (c.num_heads, c.head_dim))
         q_THd = ops.rope_and_cache_index(
             q_THd,
             self.key(normed_TD),
@@ -91,30 +93,39 @@ class SparseIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentQueryAttention:
-    """`compress` is the first of two query projections, with its norm; `expand`: for prompts, where they need not be absorbed."""
+    """The attention of one layer.
+
+    Attributes:
+        context: its first KV cache group has the latents, the second the index keys.
+        compress: the first of two query projections, and its norm.
+        absorb: [T, H, n] to [T, H, c].
+        value: [T, H, c] to [T, H, v].
+        expand: rows [*, c] to [*, H * (n + v)], for prefills in expanded form; None: never expand.
+        kv_scale: fp32 [1], of an fp8 cache.
+    """
 
     config: LatentAttentionConfig
-    context: LayerContext  # whose first cache has the latents, and the second the index keys
+    context: LayerContext
     scale: float
     compress: tuple[Linear, Tensor] | None
     query: Linear
     latent: Linear
     latent_norm: Tensor
-    absorb: PerHead  # [T, H, n] -> [T, H, C]
-    value: PerHead  # [T, H, C] -> [T, H, v]
-    expand: Linear | None  # [X, C] -> [X, H * (n + v)]
+    absorb: PerHead
+    value: PerHead
+    expand: Linear | None
     index: SparseIndex | None
-    kv_scale: Tensor | None  # fp32 [1], of an fp8 cache
+    kv_scale: Tensor | None
     output: Linear
 
     def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """x plus the attention of its norm, and the norm of that."""
+        """Return the residual sum `x + attention(normed)` and its norm."""
         c, context, batch = self.config, self.context, step.batch
         metadata, (cache,) = step.cache(context.caches[0], context.layer)
-        query_TQ = self._compressed(normed_TD)
-        q_THq = self.query(query_TQ).unflatten(1, (c.num_heads, -1))
+        query_Tq = self._compressed(normed_TD)
+        q_THq = self.query(query_Tq).unflatten(1, (c.num_heads, -1))
         plain_THn, rotated_THr = q_THq.split((c.qk_nope_head_dim, c.rope.size), dim=2)
-        # The absorbed queries, whose parts are written where they belong.
+        # Absorbed queries; their rotated and latent parts are written in place.
         q_THl = plain_THn.new_empty(len(plain_THn), c.num_heads, c.kv_lora_rank + c.rope.size)
         rotated_THr = context.ops.rope_and_cache_latent(
             rotated_THr,
@@ -133,14 +144,14 @@ class LatentQueryAttention:
             scales = step.query_scales(c.query_scaling)
             plain_THn = (plain_THn * scales).to(x_TD.dtype)
             rotated_THr.copy_(rotated_THr * scales)
-        chosen = self.index.choose(query_TQ, normed_TD, step) if self.index is not None else None
+        chosen = self.index.choose(query_Tq, normed_TD, step) if self.index is not None else None
         attended_THv = self._attended(plain_THn, q_THl, cache, metadata, chosen)
         return context.ops.add_rms_norm(x_TD, self.output(attended_THv.flatten(1)), context.norm, context.eps)
 
     def _attended(
         self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, metadata: AttentionMetadata, chosen: Tensor | None
     ) -> Tensor:
-        """[T, H, v]; q_THl [T, H, l] holds the rotated parts, its first C numbers are written here."""
+        """Return [T, H, v]; q_THl holds the rotated parts, its first c numbers are written here."""
         num = attention.known_decodes(metadata, len(plain_THn))
         if self.expand is None or num is None or num == len(plain_THn):
             return self._absorbed(plain_THn, q_THl, cache, metadata, chosen)
@@ -168,10 +179,10 @@ class LatentQueryAttention:
     ) -> Tensor:
         rank = self.config.kv_lora_rank
         self.absorb(plain_THn, out=q_THl[..., :rank])
-        attended_THC = self.context.ops.attend_latent(
+        attended_THc = self.context.ops.attend_latent(
             q_THl, cache, metadata, rank=rank, scale=self.scale, chosen=chosen, kv_scale=self.kv_scale
         )
-        return self.value(attended_THC)
+        return self.value(attended_THc)
 
     def _compressed(self, normed_TD: Tensor) -> Tensor:
         if self.compress is None:
@@ -181,13 +192,13 @@ class LatentQueryAttention:
 
 
 def bind(p: LoadedParameters, config: LatentAttentionConfig, context: LayerContext) -> LatentQueryAttention:
-    """Of the parameters that `declare` declared."""
+    """Return the layer of the parameters that `declare` declared."""
     c, ops, dtype, compress, index = config, context.ops, context.dtype, None, None
     if c.q_lora_rank is not None:
         compress = ops.linear(p.weight("q_a"), dtype=dtype), p.tensor("q_a_norm")
-    kv_b_HxC = dequantize(p.weight("kv_b"), dtype).unflatten(0, (c.num_heads, -1))
-    key_HnC, value_HvC = kv_b_HxC.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
-    expand = ops.linear(kv_b_HxC.flatten(0, 1), dtype=dtype) if ops.fast and c.indexer is None else None
+    kv_b_Hxc = dequantize(p.weight("kv_b"), dtype).unflatten(0, (c.num_heads, -1))
+    key_Hnc, value_Hvc = kv_b_Hxc.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
+    expand = ops.linear(kv_b_Hxc.flatten(0, 1), dtype=dtype) if ops.fast and c.indexer is None else None
     if c.indexer is not None:
         index = _bind_indexer(p.within("indexer."), c.indexer, context)
     return LatentQueryAttention(
@@ -198,8 +209,8 @@ def bind(p: LoadedParameters, config: LatentAttentionConfig, context: LayerConte
         query=ops.linear(p.weight("q"), dtype=dtype),
         latent=ops.linear(p.weight("kv_a"), dtype=dtype),
         latent_norm=p.tensor("kv_a_norm"),
-        absorb=ops.linear_per_head(key_HnC.transpose(1, 2).contiguous()),
-        value=ops.linear_per_head(value_HvC.contiguous()),
+        absorb=ops.linear_per_head(key_Hnc.transpose(1, 2).contiguous()),
+        value=ops.linear_per_head(value_Hvc.contiguous()),
         expand=expand,
         index=index,
         kv_scale=kv_scales.bind(p, 1, context.norm)[0] if context.fp8_cache else None,

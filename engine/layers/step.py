@@ -1,4 +1,4 @@
-"""What a decoder's layers are given: where they run, and, of a step, what they share.
+"""Context of a decoder's layers: the rank they run on, and what they share in a step.
 
 T tokens of this rank.
 """
@@ -24,25 +24,25 @@ from expertwire.moe.eplb.placement import Placement
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """Where a model runs."""
+    """The rank that a model runs on."""
 
     rank: int
     dtype: torch.dtype
     device: str
     ops: Ops
     placement: Placement | None  # None: a dense model
-    all_to_alls: tuple[AllToAll, ...]  # one for each part of a step that can be on its way at once; none: a dense model
-    exchange_tokens: int | None = None  # as `moe.layer.MoeLayer` has it
+    all_to_alls: tuple[AllToAll, ...]  # one for each micro-batch in flight; none: a dense model
+    exchange_tokens: int | None = None  # as in `moe.layer.MoeLayer`
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """Where a layer's attention stands in its model.
+    """The attention of one layer in its model.
 
     Attributes:
-        caches: of the model's, those that the layer writes, in their order.
-        fp8_cache: whether keys and values, or latents, are kept in fp8.
-        norm: the one behind attention, [D]; `eps` is its.
+        caches: indices of the KV cache groups that the layer writes, ascending.
+        fp8_cache: whether keys and values, or latents, are stored in fp8.
+        norm: weights [D] of the norm behind attention; `eps` belongs to it.
     """
 
     ops: Ops
@@ -56,7 +56,7 @@ class LayerContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A step's batch, the caches, and what several layers compute alike."""
+    """A step's batch and caches, and values that layers share."""
 
     batch: ForwardBatch
     caches: Sequence[NamedCache]
@@ -68,16 +68,16 @@ class Step:
         return self.batch.attention_metadata[number], self.caches[number].layers[layer]
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, computed by the first layer that asks."""
+        """Return the value for `key`, computed by the first layer that asks for it."""
         if key not in self._shared:
             self._shared[key] = compute()
         return self._shared[key]
 
     def query_scales(self, scaling: QueryScaling) -> Tensor:
-        """fp32 [T, 1, 1], of the tokens' positions."""
+        """Return fp32 [T, 1, 1], factors of queries by position."""
 
         def compute() -> Tensor:
-            turns_T = ((self.batch.positions_T + scaling.offset) // scaling.length).float()
-            return (1 + scaling.beta * torch.log1p(turns_T))[:, None, None]
+            periods_T = ((self.batch.positions_T + scaling.offset) // scaling.length).float()
+            return (1 + scaling.beta * torch.log1p(periods_T))[:, None, None]
 
         return self.shared(scaling, compute)

@@ -15,7 +15,7 @@ from torch import Tensor
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.quantization import METHODS, PACKED_DTYPES, QuantMethod, is_ignored
 from expertwire.engine.models.model_config import QuantizationConfig, TensorNames
-from expertwire.kernels.formats import BLOCK, GROUPS, Quantized, Weight
+from expertwire.kernels.formats import BLOCK, GROUPS, QuantizedWeight, Weight
 
 Shape = tuple[int, ...]
 Index = tuple[int | slice, ...]
@@ -87,7 +87,7 @@ class MatrixTensor:
     """One of the tensors that a stored matrix consists of; a matrix that is not quantized has one, named "".
 
     Attributes:
-        name: name of the parameter within the matrix, as in `kernels.formats.Quantized`.
+        name: name of the parameter within the matrix, as in `kernels.formats.QuantizedWeight`.
         per: what its rows stand for: a "row", a "block" of rows or a "part" of the matrix.
         columns: shape of one of its rows.
         dtype, fan_in, value: as `ParamSpec` has them.
@@ -381,7 +381,7 @@ class LoadedParameters:
         matrix = self._quantized.get(self._prefix + name)
         if matrix is None or matrix.method is None:
             return self.tensor(name)
-        return Quantized(
+        return QuantizedWeight(
             format=matrix.method.format,
             data=self.tensor(name + ".data"),
             scales=self.tensor(name + ".scales"),

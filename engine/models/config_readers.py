@@ -13,7 +13,7 @@ from expertwire.engine.models.model_config import (
     MoeConfig,
     QueryScaling,
 )
-from expertwire.kernels.ops.variants import Linear, Llama3, LongRope, Rope, Yarn
+from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
 
 
 def attention(
@@ -124,13 +124,13 @@ def _rope_section(hf: HfConfig) -> HfConfig:
     return hf.section("rope_parameters" if hf.get("rope_parameters") else "rope_scaling")
 
 
-def _scaling(hf: HfConfig, scaling: HfConfig, pairs: int) -> Yarn | Llama3 | Linear | LongRope | None:
+def _scaling(hf: HfConfig, scaling: HfConfig, pairs: int) -> Yarn | Llama3 | LinearScaling | LongRope | None:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     match kind:
         case "default":
             return None
         case "linear":
-            return Linear(factor=scaling.number("factor"))
+            return LinearScaling(factor=scaling.number("factor"))
         case "llama3":
             return _llama3(scaling)
         case "yarn":

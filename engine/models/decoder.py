@@ -1,15 +1,15 @@
-"""The decoder that all families share: layers of attention and an MLP or a mixture of experts, as the config describes them.
+"""Decoder of all model families: layers of attention and an MLP or a mixture of experts, as the config describes.
 
-A family's file in `engine.models` says what its layers are and what its checkpoints call the tensors. The life of a model: its
-layers declare their parameters in a `ParameterLayout` -> the loader fills them -> `bind` converts them to the form that the
-kernels want -> `forward`, `logits`.
+A family's file in `engine.models` describes its layers and the names of its checkpoints' tensors. Life of a model:
+layers declare parameters in a `ParameterLayout`; the loader fills them; `bind` prepares them for the kernels; then
+`forward` and `logits`.
 
-T tokens of this rank, X any rows, D model width, V vocabulary, E experts.
+T tokens of this rank, O sampled rows, D model width, L layers, V vocabulary, E logical experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -43,47 +43,61 @@ from expertwire.moe.micro_batch import MicroBatch, interleave
 from expertwire.scheduler.config import CacheKind
 
 Params = dict[str, Tensor]
-# Of x and its norm, x plus what is made of the norm, and the norm of that.
-Attend = Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]]
-Apply = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class AttentionLayer(Protocol):
+    """A layer's first half."""
+
+    def __call__(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the residual sum `x + attention(normed)` and its norm."""
+        ...
+
+
+class MlpLayer(Protocol):
+    """A dense layer's second half."""
+
+    def __call__(self, x_TD: Tensor, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual sum `x + mlp(normed)` and its norm."""
+        ...
 
 
 class Model(Protocol):
-    """What the runner asks of a model."""
+    """The interface between a model and the runner."""
 
     def forward(self, batches: Sequence[ForwardBatch], caches: Sequence[NamedCache]) -> Tensor:
-        """Hidden states [T, D] after the last norm, of the parts of a step one after another; writes the caches.
+        """Return hidden states [T, D] after the last norm, of a step's micro-batches in order; write the caches.
 
-        A part may see what those before it write. All ranks of the group call it together, with as many parts.
+        A micro-batch may attend to what earlier ones write. All ranks call this together, with equally many
+        micro-batches.
         """
         ...
 
-    def logits(self, x_XD: Tensor) -> Tensor:
-        """fp32 [X, V] of any rows of hidden states."""
+    def logits(self, x_OD: Tensor) -> Tensor:
+        """Return fp32 [O, V] for any rows of hidden states."""
         ...
 
     def allocate(self, *, num_blocks: Sequence[int], block_size: int, max_model_len: int) -> list[NamedCache]:
-        """The tensors of the caches that `ModelConfig.cache_specs` names, of so many blocks each; once, before `forward`."""
+        """Return the KV cache groups of `ModelConfig.cache_specs`; called once, before `forward`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class DecoderLayer:
     """Pre-norm residual layer: attention, then an MLP or a mixture of experts."""
 
-    attention: Attend
-    mlp: Apply | None
+    attention: AttentionLayer
+    mlp: MlpLayer | None
     moe: MoeLayer | None
 
 
 class Decoder:
-    """See the module.
+    """A decoder on one rank.
 
     Args:
-        config: what it is.
-        context: where it runs.
-        stored: the checkpoint's tensors, to see how its matrices are stored; None: it gets random weights.
-        quantize: store unquantised experts as this: "fp8", "int4" or "mxfp4"; None: as they are.
+        config: of the model.
+        context: of the rank.
+        stored: the checkpoint's tensors, whose names and shapes show its formats; None: random weights.
+        quantize: format for unquantised experts: "fp8", "int4" or "mxfp4"; None: unchanged.
     """
 
     def __init__(
@@ -94,7 +108,7 @@ class Decoder:
         quantize: str | None = None,
     ) -> None:
         self.config, self.context = config, context
-        self.layers: list[Layer] = []
+        self.layers: list[DecoderLayer] = []
         self.layout = declare_parameters(config, stored, self._experts_here)
         self._quantize = quantize
         self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
@@ -105,13 +119,13 @@ class Decoder:
         assert self.context.placement is not None, f"{self.config.architecture} has experts but no placement"
         return self.context.placement.experts_of(self.context.rank, i)
 
-    # ---- taking the parameters over
+    # ---- binding
 
     def bind(self, params: Params) -> None:
-        """Take `params` over, emptying the dictionary as it goes, so that memory holds one copy and one parameter more."""
+        """Prepare `params` for the kernels; empty the dictionary, so that at most one parameter is held twice."""
         c, ops, p = self.config, self.context.ops, self.layout.loaded(params)
         self._embed = p.tensor("embed")
-        # Where weights are packed in place, a tied head needs a copy: the embedding is read row by row.
+        # The embedding is read row by row, the head may be repacked: a tied head needs a copy.
         tied = self._embed if ops.on_device else self._embed.clone()
         head = tied if c.tie_word_embeddings else p.weight("lm_head")
         self._head = ops.linear(head, dtype=self.context.dtype)
@@ -122,14 +136,16 @@ class Decoder:
             self.layers.append(self._bind_layer(i, p.within(f"layers.{i}."), next_norm))
         assert not p.rest(), f"parameters that no layer took: {p.rest()}"
 
-    def _bind_layer(self, i: int, p: LoadedParameters, next_norm: Tensor) -> Layer:
+    def _bind_layer(self, i: int, p: LoadedParameters, next_norm: Tensor) -> DecoderLayer:
         layer = self.config.layers[i]
         attend = self._bind_attention(i, p, layer.attention)
         if isinstance(layer.mlp, MlpConfig):
-            return Layer(attention=attend, mlp=self._dense(p, next_norm), moe=None)
-        return Layer(attention=attend, mlp=None, moe=self._bind_moe(i, p, layer.mlp, next_norm))
+            return DecoderLayer(attention=attend, mlp=self._dense(p, next_norm), moe=None)
+        return DecoderLayer(attention=attend, mlp=None, moe=self._bind_moe(i, p, layer.mlp, next_norm))
 
-    def _bind_attention(self, i: int, p: LoadedParameters, config: AttentionConfig | LatentAttentionConfig) -> Attend:
+    def _bind_attention(
+        self, i: int, p: LoadedParameters, config: AttentionConfig | LatentAttentionConfig
+    ) -> AttentionLayer:
         context = LayerContext(
             ops=self.context.ops,
             dtype=self.context.dtype,
@@ -143,7 +159,7 @@ class Decoder:
             return attention.bind(p, config, context).forward
         return latent.bind(p, config, context).forward
 
-    def _dense(self, p: LoadedParameters, next_norm: Tensor) -> Apply:
+    def _dense(self, p: LoadedParameters, next_norm: Tensor) -> MlpLayer:
         ops, eps = self.context.ops, self.config.rms_norm_eps
         dense = mlp.bind(p, ops, self.context.dtype)
 
@@ -155,7 +171,7 @@ class Decoder:
     def _bind_moe(self, i: int, p: LoadedParameters, moe: MoeConfig, next_norm: Tensor) -> MoeLayer:
         context = self.context
         assert context.placement is not None
-        assert context.all_to_alls, f"{self.config.architecture} has experts but no way to them"
+        assert context.all_to_alls, f"{self.config.architecture} has experts but no all-to-all"
         shared = mlp.bind(p.within("shared."), context.ops, context.dtype) if moe.shared_intermediate_size else None
         return moe_layer.prepare(
             p.tensor("router"),
@@ -213,7 +229,7 @@ class Decoder:
         return ropes
 
     def _shapes(self, kind: str, layer: int) -> list[tuple[int, ...]]:
-        """Of what a cache keeps of a token in a layer; they are equal in all layers of a cache."""
+        """Return the shapes that a cache group stores of a token in a layer; all its layers have the same."""
         config = self.config.layers[layer].attention
         if isinstance(config, AttentionConfig):
             return [(config.num_kv_heads, config.head_dim)] * 2
@@ -243,16 +259,16 @@ class Decoder:
                 x_TD, normed_TD = layer.mlp(x_TD, normed_TD)
         return normed_TD
 
-    def logits(self, x_XD: Tensor) -> Tensor:
+    def logits(self, x_OD: Tensor) -> Tensor:
         """As `Model.logits`."""
-        return self._head(x_XD).float()
+        return self._head(x_OD).float()
 
     def take_expert_load(self) -> np.ndarray:
-        """i64 [layers * E]: rows this rank's tokens sent to each logical expert since the last call; dense layers stay zero."""
+        """Return i64 [L * E], this rank's routed rows of each expert since the last call; 0 in dense layers."""
         load = np.zeros((self.config.num_layers, self.config.num_experts), np.int64)
         counted = {i: layer.moe.load_E for i, layer in enumerate(self.layers) if layer.moe is not None}
         on_device = [load_E for load_E in counted.values() if isinstance(load_E, Tensor)]
-        if on_device:  # one copy, as the host waits for it
+        if on_device:  # one copy to the host, which waits for it
             load[list(counted)] = torch.stack(on_device).cpu().numpy()
         else:
             for i, load_E in counted.items():

@@ -34,7 +34,7 @@ from expertwire.kernels.cpu.panel import LINE, PANEL, pack_rows, put_gated_rows,
 from expertwire.kernels.cpu.rows import put_row
 from expertwire.kernels.cpu.unpack import Codes, expert, num_panels, room, unpacked
 from expertwire.kernels.cpu.vectors import LANES
-from expertwire.kernels.formats import Quantized, Weight
+from expertwire.kernels.formats import QuantizedWeight, Weight
 from expertwire.kernels.ops import experts as experts_op
 from expertwire.kernels.ops import heads, linear
 from expertwire.kernels.ops.experts import GroupedMlp
@@ -61,7 +61,7 @@ def is_packed(weight: Weight) -> bool:
 
 def supports(weight: Weight) -> bool:
     """Return whether panels can hold a weight [..., N, K]."""
-    if isinstance(weight, Quantized):
+    if isinstance(weight, QuantizedWeight):
         return weight.shape[-1] % LINE == 0 and all(rows % LANES == 0 for rows in weight.parts)
     return weight.shape[-1] % LINE == 0 and weight.dtype in (torch.float32, torch.bfloat16)
 
@@ -210,7 +210,7 @@ def pack_experts(
 
 def _pack(w_eNK: Weight, starts: np.ndarray) -> np.ndarray | Codes:
     """[e, P, K', 32], half a panel from each row of `starts`."""
-    if isinstance(w_eNK, Quantized):
+    if isinstance(w_eNK, QuantizedWeight):
         return unpack.pack(w_eNK, starts)
     array = as_array(w_eNK.contiguous())
     array = array.view(np.uint32) if array.dtype == np.uint16 else array

@@ -25,7 +25,7 @@ from expertwire.kernels.cpu import vectors
 from expertwire.kernels.cpu.numbers import allocating_jit, empty, jit, load
 from expertwire.kernels.cpu.panel import PANEL
 from expertwire.kernels.cpu.vectors import BITS, F32, HIGH, I8, I16, I32, I64, LANES, VECTOR
-from expertwire.kernels.formats import Quantized
+from expertwire.kernels.formats import QuantizedWeight
 
 _AHEAD = 256  # rows of codes: how far what is read is asked for before, or else memory is waited for
 
@@ -47,7 +47,7 @@ class Codes(NamedTuple):
         return self.codes, self.scales, self.factors
 
 
-def pack(weight: Quantized, starts: np.ndarray) -> Codes:
+def pack(weight: QuantizedWeight, starts: np.ndarray) -> Codes:
     """Half a panel from each row of `starts` on, which are multiples of 16 and of whose sixteen rows each has one part.
 
     Raises:
@@ -74,7 +74,7 @@ def _transpose(matrix, rows, panels):
                 panels[p, k, n] = matrix[rows[p, n], k]
 
 
-def _scales(weight: Quantized, rows: np.ndarray) -> np.ndarray:
+def _scales(weight: QuantizedWeight, rows: np.ndarray) -> np.ndarray:
     """[e, P, G, 32 or 2]"""
     if weight.format == "fp8_block":
         per_row, rows = formats.row_scales(weight), rows[:, ::LANES]
@@ -86,7 +86,7 @@ def _scales(weight: Quantized, rows: np.ndarray) -> np.ndarray:
     return found.view(np.uint16) if found.dtype == np.int16 else found
 
 
-def _factors(weight: Quantized, rows: np.ndarray) -> np.ndarray:
+def _factors(weight: QuantizedWeight, rows: np.ndarray) -> np.ndarray:
     if weight.global_scales is None:
         return np.ones((weight.shape[0], len(rows), 2), np.float32)
     part = np.searchsorted(np.cumsum(weight.parts), rows[:, ::LANES], side="right")
@@ -98,7 +98,7 @@ def _table(format: str) -> np.ndarray:
     return (formats.exponents_to_fp32(every) if format == "mxfp4" else formats.byte_values("fp8_row")).numpy()
 
 
-def _group(weight: Quantized) -> int:
+def _group(weight: QuantizedWeight) -> int:
     columns = {"fp8_block": formats.BLOCK, "fp8_row": weight.shape[-1]} | formats.GROUPS
     return columns[weight.format] // 2
 

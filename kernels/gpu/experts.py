@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.formats import Quantized, Weight
+from expertwire.kernels.formats import QuantizedWeight, Weight
 from expertwire.kernels.gpu import block_scaled_mma, formats, grouped_gemm, grouped_gemm_tiles, quantize
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.formats import ExpertWeights
@@ -141,7 +141,7 @@ def prepare(
         ValueError: gate and up of an "nvfp4" expert have different global scales, or rows cannot be quantised for its width.
     """
     activation = activation or Activation()
-    kinds = [weight.format if isinstance(weight, Quantized) else "dense" for weight in (w13, w2)]
+    kinds = [weight.format if isinstance(weight, QuantizedWeight) else "dense" for weight in (w13, w2)]
     assert kinds[0] == kinds[1], f"w13 in {kinds[0]}, w2 in {kinds[1]}"
     pack = block_scaled_mma.pack_weight if scale_rows and kinds[0] in block_scaled_mma.FORMATS else formats.pack4
     columns = {weight.shape[-1] % block_scaled_mma.NVFP4_COLUMNS for weight in (w13, w2)}

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expertwire.kernels.formats import BLOCK, FP8, GROUPS, Quantized, Weight
+from expertwire.kernels.formats import BLOCK, FP8, GROUPS, QuantizedWeight, Weight
 
 INTERLEAVE = 8  # rows
 FP8_MAX = 448.0
@@ -278,7 +278,7 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     )
 
 
-def _pack_expert(weight: Quantized, gated: bool, pack: Callable[..., ExpertWeights]) -> ExpertWeights:
+def _pack_expert(weight: QuantizedWeight, gated: bool, pack: Callable[..., ExpertWeights]) -> ExpertWeights:
     """Pack a weight of a 4-bit format, with a first dimension of 1."""
     bytes_eMK = weight.data.contiguous().view(torch.uint8)
     codes = torch.stack((bytes_eMK & 15, bytes_eMK >> 4), dim=-1).flatten(2)

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertwire.kernels.formats import BLOCK, GPU_LINEAR_FORMATS, Quantized, Weight, block_rows
+from expertwire.kernels.formats import BLOCK, GPU_LINEAR_FORMATS, QuantizedWeight, Weight, block_rows
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops.linear import Linear, unpacked
@@ -257,7 +257,7 @@ def prepare(
     Raises:
         ValueError: fp32 activations on Blackwell.
     """
-    if isinstance(weight, Quantized) and weight.format in GPU_LINEAR_FORMATS:
+    if isinstance(weight, QuantizedWeight) and weight.format in GPU_LINEAR_FORMATS:
         assert dtype is not None, f"{weight.format} {weight.shape} without a dtype"
         x_dtype, matrix = dtype, Matrix.fp8(weight)
     else:
@@ -311,7 +311,7 @@ class Matrix:
         return cls(format="dense", data=torch.cat(terms, dim=1))
 
     @classmethod
-    def fp8(cls, weight: Quantized) -> Matrix:
+    def fp8(cls, weight: QuantizedWeight) -> Matrix:
         """Return a weight in one of `GPU_LINEAR_FORMATS` as it is stored."""
         scale_row_N = None
         if weight.format == "fp8_block":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 from expertwire.kernels.ops import quantize as spec
-from expertwire.kernels.ops.quantize import GROUP, Quantized
+from expertwire.kernels.ops.quantize import GROUP, QuantizedRows
 
 MAX_PROGRAMS = 4096  # for a device-side number of rows
 _LARGEST, _LEAST = tl.constexpr(spec.LARGEST), tl.constexpr(spec.LEAST)
@@ -86,10 +86,10 @@ def check_group(width: int, group: int) -> int:
     return 0 if group == width else group
 
 
-def allocate(num_rows: int, width: int, group: int, like: Tensor, dtype: torch.dtype) -> Quantized:
+def allocate(num_rows: int, width: int, group: int, like: Tensor, dtype: torch.dtype) -> QuantizedRows:
     """Return undefined memory for the result."""
     values_TD = like.new_empty(num_rows, width, dtype=dtype)
-    return Quantized(values_TD, like.new_empty(num_rows, width // group, dtype=torch.float32))
+    return QuantizedRows(values_TD, like.new_empty(num_rows, width // group, dtype=torch.float32))
 
 
 def columns_of(width: int, group: int) -> int:
@@ -136,7 +136,7 @@ def quantize(
     *,
     num_rows: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
-) -> Quantized:
+) -> QuantizedRows:
     """Run `kernels.ops.quantize.reference`, or `scaled` with dtype fp32. The group is a power of two or the row."""
     done = allocate(*x_TD.shape, group, x_TD, dtype)
     _run(x_TD, *done, gated=False, group=check_group(x_TD.shape[1], group), num_rows=num_rows)

@@ -1,20 +1,22 @@
 """Causal attention over a paged KV cache, grouped-query form.
 
-A sequence's keys and values lie in blocks of `block_size` tokens; its block table lists them in order. The queries of this
-step are the last ones of their sequences: query i of a sequence with `length` known tokens and `num` queries is at position
-`length - num + i` and sees the positions up to its own.
+    out = softmax(scale * q k^T + mask) v
 
-Variants: a sliding window of `window` tokens (0: none) shows a query the last `window` positions up to its own; with chunks of
-`chunk` positions (0: none) a query sees those of its own chunk, from (position // chunk) * chunk on (Llama 4). Before the first
-position that is visible the cache may hold anything: its blocks may have been given back. A sink is a learned logit a head that
-takes part in the softmax's sum and brings no value (gpt-oss).
+Keys and values of a sequence lie in blocks of `block_size` tokens; its block table lists them in order. The queries
+of a step are the last ones of their sequences: query i of a sequence with `length` known tokens and `num` queries
+is at position `length - num + i` and sees the positions up to its own.
 
-A cache may be fp8 (e4m3), half of bf16's bytes: keys and values, rounded to the queries' dtype, are divided by `kv_scales_2G`, a
-scale for the keys and one for the values of each head, and saturate at +-448 (`quantize`). Attention multiplies them back: scores
-by the keys' scale, outputs by the values'.
+Variants: with a sliding window of `window` tokens (0: none) a query sees the last `window` positions up to its own;
+with chunks of `chunk` positions (0: none; Llama 4) those of its chunk, from (position // chunk) * chunk on. The
+cache may hold anything before the first visible position, as blocks there may have been freed. A sink (gpt-oss) is
+a learned logit for each head that enters the softmax's sum and has no value.
 
-T tokens, H query heads, G key/value heads (H/G queries share one), d head size, B sequences, L padded length, s block size,
-W blocks in a row of the block table.
+A cache may be fp8 (e4m3): keys and values, rounded to the queries' dtype, are divided by `kv_scales_2G`, one scale for
+the keys and one for the values of each head, and saturate at +-448 (`quantize`). Attention multiplies scores by the
+keys' scale and outputs by the values'.
+
+T tokens, H query heads, G key/value heads (H / G query heads share one), d head size, S sequences, B blocks, W
+entries of a block table, Y cached positions of a sequence.
 """
 
 from __future__ import annotations
@@ -35,18 +37,19 @@ from expertwire.kernels.ops import rotary
 class AttentionMetadata:
     """The sequences of a step, and where one paged cache keeps their tokens.
 
-    Sequences with one query, the decodes, come first; prefills follow. Kernels read the numbers from tensors on the device and
-    nothing is read back; the host knows bounds (`max_*`), which size grids and workspaces. So one captured graph serves every
-    mixture of decodes and prefills within its bounds; sequences without queries may stand last. On a CPU the bounds are exact;
-    where they are, `max_decodes + max_prefill_tokens` is the number of the step's rows.
+    Sequences with one query, the decodes, come first; prefills follow. Kernels read the numbers from tensors on the
+    device and nothing is read back; the host knows bounds (`max_*`), which size grids and workspaces. So one
+    captured graph serves every mixture of decodes and prefills within its bounds; sequences without queries may
+    stand last. On a CPU the bounds are exact; where they are, `max_decodes + max_prefill_tokens` is the number of
+    the step's rows.
 
     Attributes:
         num_decodes: i32 [1]. Row b of the step is the query of sequence b, for the first `num_decodes` sequences.
         max_seq_len: no sequence is longer; `max_prefill_len`: nor is a prefill longer than this.
-        cu_seqlens_q: i32 [B + 1]. The queries of sequence b are the rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) of the step,
-            which may have more rows.
-        seq_lens: i32 [B], tokens in the cache once this step's are stored.
-        block_table: i32 [B, W], padded with the null block 0, which also stands for blocks that slid out of a window.
+        cu_seqlens_q: i32 [S + 1]. The queries of sequence b are the rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) of
+            the step, which may have more rows.
+        seq_lens: i32 [S], tokens in the cache once this step's are stored.
+        block_table: i32 [S, W], padded with the null block 0, which also stands for blocks that slid out of a window.
         slot_mapping: i64 [T], where each token is stored: block * block_size + offset.
     """
 
@@ -71,17 +74,17 @@ _LARGEST = torch.finfo(FP8).max  # 448
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a cache of `dtype` keeps it: as it is, or, if that is fp8, x / scale, saturated and rounded to nearest even."""
+    """Return x as a cache of `dtype` stores it; for fp8: x / scale, saturated and rounded to nearest even."""
     return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(FP8) if dtype == FP8 else x.to(dtype)
 
 
 def as_bytes(cache: Tensor) -> Tensor:
-    """A view of an fp8 cache for torch's indexed copies, which do not know fp8; another cache as it is."""
+    """Return an fp8 cache as bytes, for torch's indexed copies, which lack fp8; another cache as it is."""
     return cache.view(torch.uint8) if cache.dtype == FP8 else cache
 
 
 def scales_of(kv_scales_2G: Tensor | None, k_cache: Tensor) -> Tensor:
-    """fp32 [2, G], ones for caches that have none. Caches in fp8 have scales, and others have none."""
+    """Return fp32 [2, G]: the scales of an fp8 cache, ones for any other."""
     assert (kv_scales_2G is not None) == (k_cache.dtype == FP8), f"scales {kv_scales_2G} of a cache of {k_cache.dtype}"
     return k_cache.new_ones(2, k_cache.shape[2], dtype=torch.float32) if kv_scales_2G is None else kv_scales_2G
 
@@ -96,9 +99,9 @@ def describe(
     """Return the metadata of sequences with so many queries and tokens, with exact bounds.
 
     Args:
-        query_lens: [B], those with one query first.
-        seq_lens: [B].
-        block_table: i32 [B, W].
+        query_lens: [S], those with one query first.
+        seq_lens: [S].
+        block_table: i32 [S, W].
         max_seq_len: more than the longest, for kernels that are tested with loose bounds.
         slot_mapping: i64 [T]; needed where keys and values are stored.
     """
@@ -150,7 +153,8 @@ def prefills(metadata: AttentionMetadata, num: int) -> AttentionMetadata:
         max_decodes=0,
         max_seq_len=metadata.max_prefill_len,
         cu_seqlens_q=metadata.cu_seqlens_q[num:] - num,
-        # A copy begins at a multiple of 16 bytes, whatever `num` is: kernels are compiled apart for pointers that do not.
+        # A copy begins at a multiple of 16 bytes, whatever `num` is: kernels are compiled apart for pointers that
+        # do not.
         seq_lens=metadata.seq_lens[num:].clone(),
         block_table=metadata.block_table[num:],
         slot_mapping=metadata.slot_mapping[num:],
@@ -164,7 +168,7 @@ def each_sequence(metadata: AttentionMetadata) -> Iterator[tuple[int, int, int, 
 
 
 class RopeAndCache(Protocol):
-    """What lies between the projections and attention; see `rope_and_cache`."""
+    """Normalisation, rotary embedding and cache write; see `rope_and_cache`."""
 
     def __call__(
         self,
@@ -205,7 +209,7 @@ class Attend(Protocol):
 
 
 def first_visible(position: int, window: int, chunk: int) -> int:
-    """The first position that a query at `position` sees."""
+    """Return the first position that a query at `position` sees."""
     first = max(0, position + 1 - window) if window else 0
     return max(first, position // chunk * chunk) if chunk else first
 
@@ -222,8 +226,16 @@ def reference(
     sinks_H: Tensor | None = None,
     kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
-    """One query at a time in fp32; caches [blocks, s, G, d]; `scale` is d^-0.5 unless given; `kv_scales_2G`: fp32, of caches in
-    fp8 and only of those; returns [T, H, d]."""
+    """Attend one query at a time in fp32; return [T, H, d] in q's dtype.
+
+    Args:
+        q_THd: queries, with positional encoding.
+        k_cache, v_cache: [B, block_size, G, d].
+        seqs: of the step.
+        scale: of the scores; None: d^-0.5.
+        window, chunk, sinks_H: variants, see the module.
+        kv_scales_2G: fp32, of fp8 caches and only of those.
+    """
     out_THd = torch.empty_like(q_THd)
     scale = q_THd.shape[-1] ** -0.5 if scale is None else scale
     scales_2G11 = scales_of(kv_scales_2G, k_cache)[:, :, None, None]
@@ -232,13 +244,13 @@ def reference(
             stop = seq_len - (end - 1 - row)
             visible = slice(first_visible(stop - 1, window, chunk), stop)
             rows = (c[seqs.block_table[b]].flatten(0, 1)[visible].float().transpose(0, 1) for c in (k_cache, v_cache))
-            k_GLd, v_GLd = (row * scale_G11 for row, scale_G11 in zip(rows, scales_2G11, strict=True))
-            q_Gqd = q_THd[row].float().view(k_GLd.shape[0], -1, q_THd.shape[-1])
-            logits = [q_Gqd @ k_GLd.transpose(1, 2) * scale]
+            k_GYd, v_GYd = (row * scale_G11 for row, scale_G11 in zip(rows, scales_2G11, strict=True))
+            q_Gqd = q_THd[row].float().view(k_GYd.shape[0], -1, q_THd.shape[-1])
+            logits = [q_Gqd @ k_GYd.transpose(1, 2) * scale]
             if sinks_H is not None:
                 logits.append(sinks_H.float().view(*q_Gqd.shape[:2], 1))
-            weights = torch.cat(logits, -1).softmax(-1)[..., : k_GLd.shape[1]]
-            out_THd[row] = (weights @ v_GLd).flatten(0, 1).to(q_THd.dtype)
+            weights = torch.cat(logits, -1).softmax(-1)[..., : k_GYd.shape[1]]
+            out_THd[row] = (weights @ v_GYd).flatten(0, 1).to(q_THd.dtype)
     return out_THd
 
 
@@ -255,17 +267,17 @@ def rope_and_cache(
     interleaved: bool = False,
     kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
-    """What lies between the projections and the attention: norms of query and key heads, rotation, storing keys and values.
+    """Normalise query and key heads, apply rotary embedding, and store keys and values in the caches.
 
     Args:
-        qkv_Thd: [T, H + 2G, d]: query, key and value heads.
-        norm_hd: weights of the heads' RMS norms [H + G, d], or None.
+        qkv_Thd: [T, H + 2G, d], query, key and value heads.
+        norm_hd: weights [H + G, d] of the RMS norms of query and key heads, or None.
         eps: of the norms.
-        tables: `rotary.tables` for the dimensions that are rotated: the first r <= d.
+        tables: `rotary.tables` of the first r <= d dimensions, which are rotated.
         positions_T: i64.
-        slot_mapping_T: i64, block * s + offset.
-        k_cache: [blocks, s, G, d], written, as is `v_cache`.
-        interleaved: the pairs are (x_2i, x_2i+1), not (x_i, x_i+r/2).
+        slot_mapping_T: i64, block * block_size + offset.
+        k_cache, v_cache: [B, block_size, G, d], written.
+        interleaved: pairs are (x_2i, x_2i+1), not (x_i, x_i+r/2).
         kv_scales_2G: as in `reference`.
 
     Returns:
@@ -297,51 +309,51 @@ def attend(
     sinks_H: Tensor | None = None,
     kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
-    """As `reference`, one sequence at a time: torch's fused attention, or, with sinks, which that lacks, its parts."""
+    """As `reference`, one sequence at a time: torch's fused attention, or with sinks matrix products."""
     outputs = [q_THd[:0]]
     for b, start, end, length in each_sequence(seqs):
         q = q_THd[start:end]
         begin = first_visible(length - len(q), window, chunk)
-        k_GLd, v_GLd = (_gather(cache, seqs.block_table[b], begin, length) for cache in (k_cache, v_cache))
+        k_GYd, v_GYd = (_gather(cache, seqs.block_table[b], begin, length) for cache in (k_cache, v_cache))
         if kv_scales_2G is not None:
-            rows = zip((k_GLd, v_GLd), kv_scales_2G, strict=True)
-            k_GLd, v_GLd = (row.float() * scale_G[:, None, None] for row, scale_G in rows)
+            rows = zip((k_GYd, v_GYd), kv_scales_2G, strict=True)
+            k_GYd, v_GYd = (row.float() * scale_G[:, None, None] for row, scale_G in rows)
         mask = visible(len(q), begin, length, window, chunk, q.device)
-        found_HTd = _attend_one(q.to(k_GLd.dtype).transpose(0, 1), k_GLd, v_GLd, mask, scale, sinks_H)
+        found_HTd = _attend_one(q.to(k_GYd.dtype).transpose(0, 1), k_GYd, v_GYd, mask, scale, sinks_H)
         outputs.append(found_HTd.transpose(0, 1).to(q.dtype))
     return torch.cat(outputs)
 
 
 def visible(num: int, begin: int, length: int, window: int, chunk: int, device: torch.device) -> Tensor:
-    """Which of the positions from `begin` to `length` the last `num` see: bool [num, positions]."""
-    key_L = torch.arange(begin, length, device=device)
+    """Return bool [num, length - begin]: which positions from `begin` to `length` the last `num` queries see."""
+    key_Y = torch.arange(begin, length, device=device)
     query_q1 = torch.arange(length - num, length, device=device)[:, None]
-    found = key_L <= query_q1
+    found = key_Y <= query_q1
     if window:
-        found &= key_L > query_q1 - window
+        found &= key_Y > query_q1 - window
     if chunk:
-        found &= key_L >= query_q1 // chunk * chunk
+        found &= key_Y >= query_q1 // chunk * chunk
     return found
 
 
 def _gather(cache: Tensor, table: Tensor, begin: int, end: int) -> Tensor:
-    """[G, L, d]: the positions from `begin` to `end`."""
+    """Return [G, Y, d], positions `begin` to `end`."""
     block_size = cache.shape[1]
     first = begin // block_size
-    rows_LGd = cache[table[first : -(-end // block_size)]].flatten(0, 1)
-    return rows_LGd[begin - first * block_size : end - first * block_size].transpose(0, 1)
+    rows_YGd = cache[table[first : -(-end // block_size)]].flatten(0, 1)
+    return rows_YGd[begin - first * block_size : end - first * block_size].transpose(0, 1)
 
 
 def _attend_one(
-    q_HTd: Tensor, k_GLd: Tensor, v_GLd: Tensor, mask_TL: Tensor, scale: float | None, sinks_H: Tensor | None
+    q_HTd: Tensor, k_GYd: Tensor, v_GYd: Tensor, mask_TY: Tensor, scale: float | None, sinks_H: Tensor | None
 ) -> Tensor:
     if sinks_H is None:
-        shared = len(q_HTd) != len(k_GLd)
-        batch = (tensor.unsqueeze(0) for tensor in (q_HTd, k_GLd, v_GLd))
-        return F.scaled_dot_product_attention(*batch, attn_mask=mask_TL, scale=scale, enable_gqa=shared)[0]
-    k_HLd, v_HLd = (kv.repeat_interleave(len(q_HTd) // len(kv), 0).float() for kv in (k_GLd, v_GLd))
+        shared = len(q_HTd) != len(k_GYd)
+        batch = (tensor.unsqueeze(0) for tensor in (q_HTd, k_GYd, v_GYd))
+        return F.scaled_dot_product_attention(*batch, attn_mask=mask_TY, scale=scale, enable_gqa=shared)[0]
+    k_HYd, v_HYd = (kv.repeat_interleave(len(q_HTd) // len(kv), 0).float() for kv in (k_GYd, v_GYd))
     scale = q_HTd.shape[-1] ** -0.5 if scale is None else scale
-    logits_HTL = (q_HTd.float() @ k_HLd.transpose(1, 2) * scale).masked_fill(~mask_TL, float("-inf"))
+    logits_HTY = (q_HTd.float() @ k_HYd.transpose(1, 2) * scale).masked_fill(~mask_TY, float("-inf"))
     sinks_HT1 = sinks_H.float()[:, None, None].expand(*q_HTd.shape[:2], 1)
-    weights_HTL = torch.cat((logits_HTL, sinks_HT1), -1).softmax(-1)[..., :-1]
-    return (weights_HTL @ v_HLd).to(q_HTd.dtype)
+    weights_HTY = torch.cat((logits_HTY, sinks_HT1), -1).softmax(-1)[..., :-1]
+    return (weights_HTY @ v_HYd).to(q_HTd.dtype)

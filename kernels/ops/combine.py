@@ -1,7 +1,7 @@
 """Weighted sum of a token's expert rows: `y_t = sum over k of w_tk * row_tk`, in fp32, in top-k order.
 
-The order is part of the contract: it makes a result independent of where the experts lie. Product and sum round separately.
-T tokens, K experts a token, D width.
+The order is part of the contract: it makes a result independent of where the experts lie. Product and sum round
+separately. T tokens, K experts a token, D width.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Grouped expert MLP: rows sorted by expert, each through its expert's `w2 @ (silu(w1 x) * (w3 x))`.
+"""Grouped expert MLP (grouped GEMM): rows sorted by expert, each through its expert's MLP.
 
-U rows, R routed rows, N rows of any kind, D model width, F expert width, e local experts. `w13` is w1 over w3. Routed row r
-reads `x_UD[row_index_R[r]]`; expert e's rows are `offsets[e] : offsets[e + 1]`. Rows are rounded to the activation dtype after
-each product, as the model's layers are.
+    y = w2 @ (silu(w1 x) * (w3 x)),   w13 = [w1; w3]
+
+Routed row r reads `x_UD[row_index_R[r]]`; expert e's rows are `offsets[e] : offsets[e + 1]`. Rows are rounded to the
+activation dtype after each product.
+
+U distinct rows, R routed rows, N any rows, D model width, F expert width, e experts of this rank.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.formats import Quantized, Weight, dequantize
+from expertwire.kernels.formats import QuantizedWeight, Weight, dequantize
 from expertwire.kernels.ops import linear
 from expertwire.kernels.ops.permute import TileMap
 from expertwire.kernels.ops.variants import Activation
@@ -27,7 +30,7 @@ class GroupedMlp(Protocol):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """All arrays [e, ...] that a call reads, contiguous: they may be rewritten in place when an expert moves."""
+        """Return all tensors [e, ...] that a call reads, contiguous; moved experts are written into them."""
         ...
 
     def __call__(
@@ -38,10 +41,11 @@ class GroupedMlp(Protocol):
         home_R: Tensor | None = None,
         tile_map: TileMap | None = None,
     ) -> Tensor:
-        """Rows sorted by expert and `offsets` [e + 1] -> y_RD.
+        """Return y_RD of rows sorted by expert, with `offsets` [e + 1].
 
-        Either `row_index_R` and `offsets` are i64, the latter on the host, and rows stay in order; or, on a GPU, all is i32 on
-        the device, row r goes to place `home_R[r]`, there may be fewer rows than R, and their tiles may be known.
+        On a CPU `row_index_R` and `offsets` are i64, the latter on the host, and rows stay in order. On a GPU all
+        are i32 on the device, row r is written to place `home_R[r]`, the last offset may be less than R, and the
+        rows' tiles may be given.
         """
         ...
 
@@ -77,13 +81,13 @@ class SiluMul(Protocol):
 
 
 def silu_mul_reference(gate_up_NF: Tensor) -> Tensor:
-    """`silu(gate) * up` of [N, 2F], each rounded to the dtype."""
+    """Return `silu(gate) * up` of [N, 2F], both factors rounded to the dtype."""
     gate_NF, up_NF = gate_up_NF.chunk(2, dim=-1)
     return F.silu(gate_NF) * up_NF
 
 
 def reference(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray, w13_eFD: Tensor, w2_eDF: Tensor) -> Tensor:
-    """A loop over experts; w13 [e, 2F, D], w2 [e, D, F]; returns [R, D] in x's dtype."""
+    """Loop over experts; w13 [e, 2F, D], w2 [e, D, F]; return [R, D] in x's dtype."""
     y_RD = x_UD.new_empty(len(row_index_R), x_UD.shape[1])
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
         hidden = silu_mul_reference(linear.reference(x_UD[row_index_R[start:end]], w13_eFD[e]))
@@ -92,7 +96,7 @@ def reference(x_UD: Tensor, row_index_R: Tensor, offsets: np.ndarray, w13_eFD: T
 
 
 def activation_reference(product_NF: Tensor, activation: Activation) -> Tensor:
-    """fp32 [N, 2F], gate columns before up columns, or [N, F] without a gate -> fp32 [N, F]."""
+    """Return fp32 [N, F] of fp32 [N, 2F], gate columns first, or of [N, F] without a gate."""
     if activation.kind == "relu2":
         return product_NF.relu().square()
     gate_NF, up_NF = product_NF.chunk(2, dim=-1)
@@ -103,7 +107,7 @@ def activation_reference(product_NF: Tensor, activation: Activation) -> Tensor:
 
 
 def gate_reference(gate_up_NF: Tensor, activation: Activation) -> Tensor:
-    """Of [N, 2F] `gate * sigmoid(alpha * gate)`, rounded to the dtype, times `up + offset`, rounded; both clamped before."""
+    """Return `gate * sigmoid(alpha * gate)`, rounded to the dtype, times `up + offset`, rounded; both clamped first."""
     alpha, limit, offset = activation.gating
     gate_NF, up_NF = gate_up_NF.float().chunk(2, dim=-1)
     gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit) + offset
@@ -119,9 +123,10 @@ def w13_reference(
     activation: Activation,
     bias_eF: Tensor | None = None,
 ) -> Tensor:
-    """The hidden layer [R, F] in x's dtype, rounded once; w13 [e, 2F, D], gate rows over up rows, or [e, F, D] without a gate.
+    """Return the hidden layer [R, F] in x's dtype, rounded once.
 
-    As on a GPU, the offsets lie on the device, and rows behind the last offset are undefined (here: zero).
+    w13 [e, 2F, D] has gate rows over up rows, or [e, F, D] without a gate. As on a GPU, offsets are on the device, and
+    rows from the last offset on are undefined (here: zero).
     """
     columns = w13_eFD.shape[1] // (2 if activation.gated else 1)
     hidden_RF = x_UD.new_zeros(len(row_index_R), columns)
@@ -138,21 +143,21 @@ def w2_reference(
     expert_offsets: Tensor,
     w2_eDF: Tensor,
     home_R: Tensor,
-    out_SD: Tensor,
+    out_ND: Tensor,
     bias_eD: Tensor | None = None,
 ) -> Tensor:
-    """Each routed row's product, rounded to the dtype of `out`, into its slot `home_R` of `out` [S, D]; the rest stays."""
+    """Write each routed row's product into row `home_R` of `out` [N, D], rounded to its dtype; return `out`."""
     for e, (start, end) in enumerate(pairwise(expert_offsets.tolist())):
         product = hidden_RF[start:end].float() @ w2_eDF[e].float().T
         if bias_eD is not None:
             product += bias_eD[e].float()
-        out_SD[home_R[start:end].long()] = product.to(out_SD.dtype)
-    return out_SD
+        out_ND[home_R[start:end].long()] = product.to(out_ND.dtype)
+    return out_ND
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LibraryExperts:
-    """With the library's products, an expert after the other; a quantised one is unpacked, to x's dtype, when rows arrive."""
+    """`GroupedMlp` with torch's GEMM, one expert at a time; quantised experts are dequantised when used."""
 
     w13: Weight  # [e, 2F, D]
     w2: Weight  # [e, D, F]
@@ -174,8 +179,8 @@ class LibraryExperts:
         home_R: Tensor | None = None,
         tile_map: TileMap | None = None,
     ) -> Tensor:
-        assert isinstance(offsets, np.ndarray), "here the host counts rows"
-        assert home_R is tile_map is None, "and they stay in order"
+        assert isinstance(offsets, np.ndarray), "the host counts rows"
+        assert home_R is tile_map is None, "rows stay in order"
         x_RD, y_RD = x_UD.index_select(0, row_index_R), x_UD.new_empty(len(row_index_R), x_UD.shape[1])
         for e, (start, end) in enumerate(pairwise(offsets.tolist())):
             if start < end:
@@ -192,11 +197,11 @@ class LibraryExperts:
 
 
 def tensors_of(weight: Weight) -> tuple[Tensor, ...]:
-    return weight.tensors if isinstance(weight, Quantized) else (weight,)
+    return weight.tensors if isinstance(weight, QuantizedWeight) else (weight,)
 
 
 def _layer(weight: Weight, bias_eN: Tensor | None, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    matrix = dequantize(weight.expert(e) if isinstance(weight, Quantized) else weight[e], dtype)
+    matrix = dequantize(weight.expert(e) if isinstance(weight, QuantizedWeight) else weight[e], dtype)
     return matrix, None if bias_eN is None else bias_eN[e].to(dtype)
 
 

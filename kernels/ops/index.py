@@ -1,15 +1,16 @@
-"""The indexer of sparse attention: which positions a query attends to (DeepSeek-V3.2, 2025).
+"""Indexer of sparse attention: the positions that a query attends to (DeepSeek-V3.2, 2025).
 
-A token has one index key, k = rotate(layer_norm(W x)), d numbers in a cache of their own, and n index queries with a weight each.
-A query's score of a position is
+A token has one index key, k = rotate(layer_norm(W x)), d numbers in a cache of its own, and H index queries with a
+weight each. A query scores a position by
 
     score = sum over h of w_h * relu(q_h . k)
 
-and it sees the `top_k` positions up to its own that score best; of equals, the first. They are given in ascending order, in which
-attention reads them; so a query that sees no more than `top_k` positions needs no scores. Constant factors (d^-0.5, n^-0.5) are
-the caller's, in w. Which numbers of a head are rotated: the first ones, in halves in DeepSeek-V3.2, interleaved in GLM-5.
+and attends to the `top_k` positions up to its own with the highest scores; of equal ones, the first. They are
+returned in ascending order, in which attention reads them, so a query that sees at most `top_k` positions needs no
+scores. Constant factors (d^-0.5, H^-0.5) are in w. The first numbers of a head are rotated, in halves in
+DeepSeek-V3.2, interleaved in GLM-5.
 
-T tokens, H index heads, d their size, B sequences, L padded length, s block size.
+T tokens, H index heads, d their size, S sequences, B blocks, Y cached positions of a sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from expertwire.kernels.ops.rotary import rotate_at
 
 
 class RopeAndCacheIndex(Protocol):
-    """What lies between the projections and the choice; see `rope_and_cache`."""
+    """Normalisation, rotary embedding and cache write; see `rope_and_cache`."""
 
     def __call__(
         self,
@@ -55,17 +56,17 @@ class ChoosePositions(Protocol):
 
 
 def reference(q_THd: Tensor, weights_TH: Tensor, index_cache: Tensor, seqs: AttentionMetadata, top_k: int) -> Tensor:
-    """One query at a time in fp32; index_cache [blocks, s, d].
+    """Choose for one query at a time in fp32; index_cache [B, block_size, d].
 
     Returns:
-        i64 [T, top_k]: positions in ascending order; -1 behind them, where a query sees fewer.
+        i64 [T, top_k]: positions in ascending order, padded with -1 where a query sees fewer.
     """
     chosen_Tk = torch.full((len(q_THd), top_k), -1, device=q_THd.device)
     for b, start, end, length in each_sequence(seqs):
         for row in range(start, end):
-            keys_Ld = index_cache[seqs.block_table[b]].flatten(0, 1)[: length - (end - 1 - row)].float()
-            scores_L = (q_THd[row].float() @ keys_Ld.T).relu().T @ weights_TH[row].float()
-            best = scores_L.sort(descending=True, stable=True).indices[:top_k]
+            keys_Yd = index_cache[seqs.block_table[b]].flatten(0, 1)[: length - (end - 1 - row)].float()
+            scores_Y = (q_THd[row].float() @ keys_Yd.T).relu().T @ weights_TH[row].float()
+            best = scores_Y.sort(descending=True, stable=True).indices[:top_k]
             chosen_Tk[row, : len(best)] = best.sort().values
     return chosen_Tk
 
@@ -82,17 +83,17 @@ def rope_and_cache(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """What lies between the projections and the choice.
+    """Normalise the index key, rotate it and the index queries, and store the key in the cache.
 
     Args:
         q_THd: index queries.
-        k_Td: W x.
+        k_Td: index keys W x.
         norm: weights and biases [d] of the keys' layer norm.
         eps: of the norm.
         tables: `rotary.tables` for the first r <= d numbers of a head.
         positions_T: i64.
-        slot_mapping_T: i64, block * s + offset; a token with a negative one is not stored.
-        index_cache: [blocks, s, d], written.
+        slot_mapping_T: i64, block * block_size + offset; a token with a negative one is not stored.
+        index_cache: [B, block_size, d], written.
         interleaved: which pairs are rotated, as in `attention.rope_and_cache`.
 
     Returns:
@@ -106,7 +107,7 @@ def rope_and_cache(
         for x in (q_THd, k_T1d)
     )
     rows, stored_T1 = index_cache.flatten(0, 1), (slot_mapping_T >= 0)[:, None]
-    # Nothing is read back to find the tokens that are stored: the others write what is there to where nothing else is written.
+    # Without reading back which tokens are stored: the others rewrite the null block's row 0 with itself.
     k_Td = torch.where(stored_T1, k_T1d[:, 0].to(rows.dtype), rows[0])
     rows.index_copy_(0, slot_mapping_T.clamp(min=0), k_Td)
     return q_THd.to(dtype)
@@ -119,23 +120,23 @@ def choose_positions(
     outputs = [torch.empty(0, top_k, dtype=torch.int64, device=q_THd.device)]
     for b, start, end, length in each_sequence(seqs):
         some = slice(start, end)
-        keys_Ld = index_cache[seqs.block_table[b]].flatten(0, 1)[:length]
+        keys_Yd = index_cache[seqs.block_table[b]].flatten(0, 1)[:length]
         last_T = torch.arange(length - (end - start), length, device=q_THd.device)
-        outputs.append(_best(_scores(q_THd[some], weights_TH[some], keys_Ld), last_T, top_k))
+        outputs.append(_best(_scores(q_THd[some], weights_TH[some], keys_Yd), last_T, top_k))
     return torch.cat(outputs)
 
 
-def _scores(q_THd: Tensor, weights_TH: Tensor, keys_Ld: Tensor) -> Tensor:
-    """[T, L]."""
-    products_THL = (q_THd.float() @ keys_Ld.float().T).relu()
-    return (weights_TH.float()[:, None] @ products_THL)[:, 0]
+def _scores(q_THd: Tensor, weights_TH: Tensor, keys_Yd: Tensor) -> Tensor:
+    """Return [T, Y]."""
+    products_THY = (q_THd.float() @ keys_Yd.float().T).relu()
+    return (weights_TH.float()[:, None] @ products_THY)[:, 0]
 
 
-def _best(scores_TL: Tensor, last_T: Tensor, top_k: int) -> Tensor:
-    """[T, top_k]: positions up to the last by score, of equals the first, in ascending order; -1 behind them."""
-    length = scores_TL.shape[1]
-    hidden = torch.arange(length, device=scores_TL.device) > last_T[:, None]
-    order_TL = scores_TL.masked_fill(hidden, float("-inf")).sort(descending=True, stable=True).indices[:, :top_k]
-    # What is hidden comes last, in order: behind the others when positions are sorted, too.
-    order_TL = order_TL.sort(1).values
-    return F.pad(torch.where(order_TL <= last_T[:, None], order_TL, -1), (0, top_k - order_TL.shape[1]), value=-1)
+def _best(scores_TY: Tensor, last_T: Tensor, top_k: int) -> Tensor:
+    """Return [T, top_k], the best positions up to each token's `last_T`, ascending, padded with -1."""
+    length = scores_TY.shape[1]
+    hidden = torch.arange(length, device=scores_TY.device) > last_T[:, None]
+    order_TY = scores_TY.masked_fill(hidden, float("-inf")).sort(descending=True, stable=True).indices[:, :top_k]
+    # Hidden positions come last by score and, being later ones, also when positions are sorted.
+    order_TY = order_TY.sort(1).values
+    return F.pad(torch.where(order_TY <= last_T[:, None], order_TY, -1), (0, top_k - order_TY.shape[1]), value=-1)

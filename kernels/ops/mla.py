@@ -1,24 +1,26 @@
 """Multi-head latent attention (DeepSeek-V2, 2024): the cache holds one compressed row a token.
 
-A token's keys and values of all heads come from one latent vector, c = norm(W_a x)[:C], and a rotated part of the key that
-the heads share, k = rotate(W_a x [C:]):
+Keys and values of all heads are functions of one latent vector, z = norm(W_a x)[:c], and of a rotated part of the key
+that the heads share, k = rotate((W_a x)[c:]):
 
-    key of head h    = [U_h c | k]      score = scale * (q_h . U_h c + p_h . k)      p_h the rotated part of the query
-    value of head h  = V_h c            output_h = sum of softmax(score) * V_h c
+    key of head h    = [U_h z | k]      score = scale * (q_h . U_h z + p_h . k)      p_h the rotated part of the query
+    value of head h  = V_h z            output_h = sum of softmax(score) * V_h z
 
-Absorbed: q_h . U_h c = (U_h^T q_h) . c, and the sum goes before V_h, so that attention is that of H query heads on one shared key
-[c | k] of l = C + r numbers, whose first C numbers are the value too; what it returns is still to be multiplied by V_h. Decode
-and prefill take this form alike, so that they round alike.
+Absorbed: q_h . U_h z = (U_h^T q_h) . z, and V_h is applied to the sum, so that attention is that of H query heads
+on one shared key [z | k] of l = c + r numbers, whose first c numbers are also the value; the caller multiplies its
+output by V_h. Decodes and prefills both use this form, so that their rounding is the same.
 
-Expanded: keys and values of all heads are made again, of n + r and v numbers instead of l and C. That pays where a sequence has
-about as many queries as keys, and rounds otherwise: it is for prompts of the numerics mode "fast".
+Expanded: keys and values of all heads are computed from the cached latents, with n + r and v numbers instead of l
+and c. That is cheaper where a sequence has about as many queries as keys, but rounds differently: it is used for
+prefills with the numerics "fast".
 
-`scale` is (size of [q_h | p_h])^-0.5, times a square of a factor with YaRN: not l^-0.5, hence an argument.
+`scale` is (n + r)^-0.5, with YaRN times the square of a factor; it is not l^-0.5 and hence an argument.
 
-A cache may be fp8, as in `attention`, with one scale for the whole row: `kv_scale`.
+A cache may be fp8 as in `attention`, with one scale for the whole row: `kv_scale`.
 
-T tokens, H heads, C latent size (512), r rotated size (64), l = C + r, n and v sizes of a head's key without r and of its value
-(128), d = n + r, s block size, X rows of the cache.
+T tokens, H heads, c latent size (512), r rotated size (64), l = c + r, n and v sizes of a head's key without
+position and of its value (128), d = n + r, S sequences, B blocks, W entries of a block table, Y cached positions of
+a sequence, R those of all sequences.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ _WORTH = 2  # most keys made for a query
 
 
 class RopeAndCacheLatent(Protocol):
-    """What lies between the projections and attention; see `rope_and_cache`."""
+    """Normalisation, rotary embedding and cache write; see `rope_and_cache`."""
 
     def __call__(
         self,
         q_THr: Tensor,
         kv_Tl: Tensor,
-        norm_C: Tensor,
+        norm_c: Tensor,
         eps: float,
         tables: tuple[Tensor, Tensor],
         positions_T: Tensor,
@@ -73,7 +75,7 @@ class AttendLatent(Protocol):
         chosen: Tensor | None = None,
         kv_scale: Tensor | None = None,
     ) -> Tensor:
-        """Return [T, H, C]. `seqs` as for `attention.Attend`."""
+        """Return [T, H, c]. `seqs` as for `attention.Attend`."""
         ...
 
 
@@ -87,30 +89,27 @@ def reference(
     chosen: Tensor | None = None,
     kv_scale: Tensor | None = None,
 ) -> Tensor:
-    """One query at a time in fp32.
+    """Attend one query at a time in fp32; return [T, H, c] in q's dtype.
 
     Args:
-        q_THl: [U_h^T q_h | p_h].
-        cache: [blocks, s, l].
+        q_THl: absorbed queries [U_h^T q_h | p_h].
+        cache: [B, block_size, l].
         seqs: as in `attention.reference`.
-        rank: C.
+        rank: c, `kv_lora_rank`.
         scale: of the scores; above 0.
-        chosen: i64 [T, k], the positions that a query sees, each once and none behind its own; -1 fills up. None: all.
-        kv_scale: fp32 [1], of a cache in fp8 and only of that.
-
-    Returns:
-        [T, H, C].
+        chosen: i64 [T, k], the distinct positions up to its own that a query sees, padded with -1; None: all.
+        kv_scale: fp32 [1], of an fp8 cache and only of that.
     """
-    out_THC = q_THl.new_empty(*q_THl.shape[:2], rank)
+    out_THc = q_THl.new_empty(*q_THl.shape[:2], rank)
     for b, start, end, length in each_sequence(seqs):
         for row in range(start, end):
-            rows_Ll = cache[seqs.block_table[b]].flatten(0, 1)[: length - (end - 1 - row)].float()
-            rows_Ll = rows_Ll * _scale_of(kv_scale, cache)
+            rows_Yl = cache[seqs.block_table[b]].flatten(0, 1)[: length - (end - 1 - row)].float()
+            rows_Yl = rows_Yl * _scale_of(kv_scale, cache)
             if chosen is not None:
-                rows_Ll = rows_Ll[chosen[row][chosen[row] >= 0]]
-            weights_HL = (q_THl[row].float() @ rows_Ll.T * scale).softmax(-1)
-            out_THC[row] = (weights_HL @ rows_Ll[:, :rank]).to(q_THl.dtype)
-    return out_THC
+                rows_Yl = rows_Yl[chosen[row][chosen[row] >= 0]]
+            weights_HY = (q_THl[row].float() @ rows_Yl.T * scale).softmax(-1)
+            out_THc[row] = (weights_HY @ rows_Yl[:, :rank]).to(q_THl.dtype)
+    return out_THc
 
 
 def _scale_of(kv_scale: Tensor | None, cache: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ def _scale_of(kv_scale: Tensor | None, cache: Tensor) -> Tensor:
 def rope_and_cache(
     q_THr: Tensor,
     kv_Tl: Tensor,
-    norm_C: Tensor,
+    norm_c: Tensor,
     eps: float,
     tables: tuple[Tensor, Tensor],
     positions_T: Tensor,
@@ -132,29 +131,29 @@ def rope_and_cache(
     out: Tensor | None = None,
     kv_scale: Tensor | None = None,
 ) -> Tensor:
-    """What lies between the projections and the attention.
+    """Normalise the latent, rotate its key part and the queries, and store the row in the cache.
 
     Args:
-        q_THr: the queries' parts that are rotated.
+        q_THr: the rotated parts of queries, before rotation.
         kv_Tl: W_a x.
-        norm_C: weights of the latent's RMS norm.
+        norm_c: weights of the latent's RMS norm.
         eps: of the norm.
         tables: `rotary.tables` for r dimensions.
         positions_T: i64.
-        slot_mapping_T: i64, block * s + offset.
-        cache: [blocks, s, l], written.
+        slot_mapping_T: i64, block * block_size + offset.
+        cache: [B, block_size, l], written.
         interleaved: which pairs are rotated, as in `attention.rope_and_cache`.
-        out: of q's shape and dtype, written; its tokens and heads may lie apart, as parts of longer rows do.
+        out: of q's shape and dtype, written; tokens and heads may be strided, as parts of longer rows are.
         kv_scale: as in `reference`.
 
     Returns:
         q_THr, rotated: `out` if that is given.
     """
-    rank = norm_C.shape[0]
-    latent_TC = F.rms_norm(kv_Tl[:, :rank].float(), (rank,), None, eps) * norm_C.float()
+    rank = norm_c.shape[0]
+    latent_Tc = F.rms_norm(kv_Tl[:, :rank].float(), (rank,), None, eps) * norm_c.float()
     parts = kv_Tl[:, rank:].unsqueeze(1), q_THr
     k_T1r, q_THr = (rotate_at(part.float(), tables, positions_T, interleaved).to(part.dtype) for part in parts)
-    row_Tl = quantize(torch.cat((latent_TC.to(kv_Tl.dtype), k_T1r[:, 0]), -1), _scale_of(kv_scale, cache), cache.dtype)
+    row_Tl = quantize(torch.cat((latent_Tc.to(kv_Tl.dtype), k_T1r[:, 0]), -1), _scale_of(kv_scale, cache), cache.dtype)
     as_bytes(cache).flatten(0, 1).index_copy_(0, slot_mapping_T, as_bytes(row_Tl))
     return q_THr if out is None else out.copy_(q_THr)
 
@@ -174,18 +173,18 @@ def attend(
     for b, start, end, length in each_sequence(seqs):
         some = slice(start, end)
         q_HTl = q_THl[some].transpose(0, 1).float()
-        rows_Ll = cache[seqs.block_table[b]].flatten(0, 1)[:length].float() * _scale_of(kv_scale, cache)
-        mask_TL = visible(q_HTl.shape[1], 0, length, 0, 0, cache.device)
+        rows_Yl = cache[seqs.block_table[b]].flatten(0, 1)[:length].float() * _scale_of(kv_scale, cache)
+        mask_TY = visible(q_HTl.shape[1], 0, length, 0, 0, cache.device)
         if chosen is not None:
-            counts_TL = torch.zeros(len(mask_TL), length + 1, device=cache.device)
-            mask_TL = counts_TL.scatter_(1, chosen[some] % (length + 1), 1.0)[:, :-1].bool()
-        weights_HTL = (q_HTl @ rows_Ll.T * scale).masked_fill(~mask_TL, float("-inf")).softmax(-1)
-        outputs.append((weights_HTL @ rows_Ll[:, :rank]).transpose(0, 1).to(q_THl.dtype))
+            counts_TY = torch.zeros(len(mask_TY), length + 1, device=cache.device)
+            mask_TY = counts_TY.scatter_(1, chosen[some] % (length + 1), 1.0)[:, :-1].bool()
+        weights_HTY = (q_HTl @ rows_Yl.T * scale).masked_fill(~mask_TY, float("-inf")).softmax(-1)
+        outputs.append((weights_HTY @ rows_Yl[:, :rank]).transpose(0, 1).to(q_THl.dtype))
     return torch.cat(outputs)
 
 
 def is_worth_expanding(prefills: AttentionMetadata, num_tokens: int) -> bool:
-    """Whether sequences of so many queries together have few enough keys, as far as the host knows."""
+    """Return whether prefills with `num_tokens` queries in total have few enough keys to expand."""
     return 0 < prefills.num_sequences * prefills.max_seq_len <= _WORTH * num_tokens
 
 
@@ -205,35 +204,35 @@ def attend_expanded(
 
     Args:
         q_THd: [q_h | p_h].
-        cache: [blocks, s, l].
+        cache: [B, block_size, l].
         seqs: as in `attention.reference`.
-        rank: C.
+        rank: c, `kv_lora_rank`.
         scale: of the scores.
-        expand: from [X, C] to [X, H * (n + v)], U_h over V_h of each head.
+        expand: from rows [*, c] to [*, H * (n + v)], U_h over V_h of each head.
         attend: an implementation of `attention.reference`.
-        narrow_values: whether `attend` takes values of another size than keys, and returns them so.
+        narrow_values: whether `attend` accepts values of another size than keys.
         kv_scale: as in `reference`.
 
     Returns:
         [T, H, v].
     """
     (num_heads, dim), block_size = q_THd.shape[1:], cache.shape[1]
-    tables_BW = seqs.block_table[:, : -(-seqs.max_seq_len // block_size)]
-    rows_Xl = as_bytes(cache)[tables_BW.flatten().long()].flatten(0, 1).view(cache.dtype)
+    tables_SW = seqs.block_table[:, : -(-seqs.max_seq_len // block_size)]
+    rows_Rl = as_bytes(cache)[tables_SW.flatten().long()].flatten(0, 1).view(cache.dtype)
     if kv_scale is not None:
-        rows_Xl = (rows_Xl.float() * kv_scale).to(q_THd.dtype)
-    shared_XHr = rows_Xl[:, None, rank:].expand(-1, num_heads, -1)
-    made_XHm = expand(rows_Xl[:, :rank].contiguous()).unflatten(1, (num_heads, -1))
-    size = dim - shared_XHr.shape[2]
-    value_size = made_XHm.shape[2] - size
-    key_XHd, value_XHv = torch.cat((made_XHm[..., :size], shared_XHr), 2), made_XHm[..., size:]
-    # Zeros behind the shorter ones change neither scores nor values.
+        rows_Rl = (rows_Rl.float() * kv_scale).to(q_THd.dtype)
+    shared_RHr = rows_Rl[:, None, rank:].expand(-1, num_heads, -1)
+    made_RHm = expand(rows_Rl[:, :rank].contiguous()).unflatten(1, (num_heads, -1))
+    size = dim - shared_RHr.shape[2]
+    value_size = made_RHm.shape[2] - size
+    key_RHd, value_RHv = torch.cat((made_RHm[..., :size], shared_RHr), 2), made_RHm[..., size:]
+    # Padding with zeros changes neither scores nor values.
     width = dim if narrow_values else max(dim, value_size)
-    q_THw, key_XHw = (_widened(rows, width) for rows in (q_THd, key_XHd))
-    caches = key_XHw, _widened(value_XHv, value_size if narrow_values else width)
-    own_BW = torch.arange(tables_BW.numel(), dtype=tables_BW.dtype, device=cache.device).view(tables_BW.shape)
+    q_THw, key_RHw = (_widened(rows, width) for rows in (q_THd, key_RHd))
+    caches = key_RHw, _widened(value_RHv, value_size if narrow_values else width)
+    own_SW = torch.arange(tables_SW.numel(), dtype=tables_SW.dtype, device=cache.device).view(tables_SW.shape)
     pages = [rows.unflatten(0, (-1, block_size)) for rows in caches]
-    return attend(q_THw, *pages, replace(seqs, block_table=own_BW), scale=scale)[..., :value_size]
+    return attend(q_THw, *pages, replace(seqs, block_table=own_SW), scale=scale)[..., :value_size]
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TileMap:
-    """Sorted rows, cut expert by expert into tiles of at most `token_tile` rows.
+    """Tiles of at most `token_tile` sorted rows, each of one expert.
 
-    `first_tile` i32 [e + 1]: each expert's first tile, and how many tiles there are; `tile_expert` i32: each tile's expert.
+    `first_tile` i32 [e + 1]: each expert's first tile, and how many tiles there are; `tile_expert` i32: each tile's
+    expert.
     """
 
     first_tile: Tensor
@@ -49,12 +50,12 @@ def tile_reference(expert_offsets: Tensor, num_rows: int, token_tile: int) -> Ti
 
 @dataclass(frozen=True, kw_only=True)
 class Permuted:
-    """Rows `expert_offsets[e] : expert_offsets[e + 1]` are expert e's; from `expert_offsets[-1]` on there are none: -1."""
+    """Rows `expert_offsets[e] : expert_offsets[e + 1]` are expert e's; unused places hold -1."""
 
     expert_offsets: Tensor  # i32 [e + 1]
     row_index_N: Tensor  # i32, the token
-    home_N: Tensor  # i32, t * K + k: where the row belongs in the combine layout
-    tile_map: TileMap | None = None  # if asked for
+    home_N: Tensor  # i32, t * K + k: the row's place in the combine layout
+    tile_map: TileMap | None = None  # if requested
 
 
 class Permute(Protocol):

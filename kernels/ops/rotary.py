@@ -1,10 +1,13 @@
-"""Rotary position embedding: of the `size` first numbers of a head, pair i is rotated by the angle `position * frequency_i`.
+"""Rotary position embedding: pair i of a head's first `size` numbers is rotated by `position * frequency_i`.
 
-Su et al., "RoFormer" (2021): frequency_i = theta^(-2i/size). Pairs are (x_i, x_{i + size/2}), as in the Llama family, or
-(x_2i, x_{2i+1}), *interleaved*. A model whose context was extended after training scales the frequencies (`variants`), and some
-multiply cosines and sines by an *attention factor*, so that scores grow by its square.
+    (x, y) -> (x cos a - y sin a, y cos a + x sin a),   a = position * theta^(-2i / size)      (RoFormer, Su et al.,
+    2021)
 
-T tokens, H heads, d head size.
+Pairs are (x_i, x_{i + size/2}), as in the Llama family, or (x_2i, x_{2i+1}), *interleaved*. A model whose context
+was extended after training scales the frequencies (`variants`), and some multiply cosines and sines by an
+*attention factor*, so that scores grow by its square.
+
+T tokens, H heads, d head size, r rotated numbers of a head.
 """
 
 from __future__ import annotations
@@ -14,16 +17,17 @@ import math
 import torch
 from torch import Tensor
 
-from expertwire.kernels.ops.variants import Linear, Llama3, LongRope, Rope, Yarn
+from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
 
-Scaling = Linear | Llama3 | Yarn | LongRope
+Scaling = LinearScaling | Llama3 | Yarn | LongRope
 
 
 def tables(num_positions: int, rope: Rope, device: str) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines, fp32 [positions, size], the attention factor multiplied in.
+    """Return cosines and signed sines, fp32 [positions, size], multiplied by the attention factor.
 
-    Column i and i + size/2 are pair i's, whichever numbers are its pair; the first half of the sines is negative, as `rotate`
-    expects. With `LongRope`, `num_positions` chooses the list: it has to be the longest sequence's, not a step's.
+    Columns i and i + size/2 belong to pair i, interleaved or not; the first half of the sines is negative, as
+    `rotate` expects. With `LongRope`, `num_positions` selects the factors: it must be that of the longest sequence,
+    not of a step.
     """
     assert rope.size % 2 == 0, f"{rope.size} rotated numbers are no pairs"
     frequencies, factor = _scaled(rope, num_positions)
@@ -33,9 +37,10 @@ def tables(num_positions: int, rope: Rope, device: str) -> tuple[Tensor, Tensor]
 
 
 def softmax_scale(size: int, scaling: Scaling | None) -> float:
-    """Of the scores of heads of `size` numbers in latent attention: size^-0.5, with Yarn times mscale(mscale_all_dim)^2.
+    """Return latent attention's scale of scores for heads of `size` numbers: size^-0.5, with YaRN times mscale^2.
 
-    DeepSeek-V2 moves that part of the attention factor to the scores, so that the numbers that are not rotated have it too.
+    DeepSeek-V2 applies that part of the attention factor to scores, so that it also covers the numbers without
+    position.
     """
     if isinstance(scaling, Yarn) and scaling.mscale_all_dim:
         return size**-0.5 * _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
@@ -43,7 +48,7 @@ def softmax_scale(size: int, scaling: Scaling | None) -> float:
 
 
 def reference(x_THd: Tensor, positions_T: Tensor, theta: float) -> Tensor:
-    """The rotation in fp64, straight from the formula, of all of a head in halves; rounded once to x's dtype."""
+    """Rotate whole heads in halves in fp64, by the formula; round once to x's dtype."""
     half = x_THd.shape[-1] // 2
     inverse = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = positions_T.double()[:, None, None] * inverse
@@ -53,12 +58,12 @@ def reference(x_THd: Tensor, positions_T: Tensor, theta: float) -> Tensor:
 
 
 def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-    """Rotate pairs in halves by tables already gathered at the tokens' positions, with a head dimension of one."""
+    """Rotate pairs in halves; tables are gathered at the tokens' positions and have a head dimension of one."""
     return torch.addcmul(x_THd * cos_T1d, x_THd.roll(x_THd.shape[-1] // 2, -1), sin_T1d)
 
 
 def rotate_at(x_THr: Tensor, tables: tuple[Tensor, Tensor], positions_T: Tensor, interleaved: bool) -> Tensor:
-    """`rotate` at these positions, of pairs in halves or interleaved; r = 0 is allowed."""
+    """Rotate at these positions, in halves or interleaved; r = 0 is allowed."""
     if interleaved:
         x_THr = x_THr.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     x_THr = rotate(x_THr, *(table[positions_T].unsqueeze(1) for table in tables))
@@ -66,14 +71,16 @@ def rotate_at(x_THr: Tensor, tables: tuple[Tensor, Tensor], positions_T: Tensor,
 
 
 def _scaled(rope: Rope, num_positions: int) -> tuple[Tensor, float]:
-    """The frequencies, fp32 [size / 2], and the attention factor. fp32 like the models' own code: at position 10^5 the roundings
-    of a frequency turn a pair by a hundredth."""
+    """Return frequencies fp32 [size / 2] and the attention factor.
+
+    In fp32 as in the models' own code: at position 10^5 a frequency's rounding turns a pair by 0.01 rad.
+    """
     periods = rope.theta ** (torch.arange(0, rope.size, 2).float() / max(rope.size, 1))
     frequencies, scaling = 1.0 / periods, rope.scaling
     match scaling:
         case None:
             return frequencies, 1.0
-        case Linear():
+        case LinearScaling():
             return frequencies / scaling.factor, 1.0
         case Llama3():
             return _llama3(frequencies, scaling), 1.0
@@ -95,7 +102,7 @@ def _llama3(frequencies: Tensor, scaling: Llama3) -> Tensor:
 
 def _yarn(periods: Tensor, rope: Rope, scaling: Yarn) -> Tensor:
     def pair_of(turns: float) -> float:
-        """Which pair makes so many turns over the original context, as a fraction."""
+        """Return the (fractional) pair that makes so many turns over the original context."""
         wavelength = scaling.original_max_position / (turns * 2 * math.pi)
         return rope.size * math.log(wavelength) / (2 * math.log(rope.theta))
 

@@ -1,4 +1,4 @@
-"""Choice of experts: a score of every logit, the K experts with the largest, weights from their scores.
+"""Routing: score every expert, choose the K best, derive their weights from their scores.
 
 Scores: softmax over all experts, sigmoid, or sqrt(softplus). Weights may be divided by their sum, and are multiplied by
 `scale`. Softmax with division is the same as a softmax over the chosen logits (gpt-oss, Granite); sigmoid without it is
@@ -73,7 +73,7 @@ def reference(
 
 
 class Routed(NamedTuple):
-    """Logical experts i64 [T, K], their weights fp32 [T, K], and the physical experts i64 [T, K] that rows are sent to."""
+    """Logical experts i64 [T, K], their weights fp32 [T, K], and physical experts i64 [T, K]."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -81,7 +81,7 @@ class Routed(NamedTuple):
 
 
 def to_physical(ids_TK: Tensor, log2phy_QE: Tensor | None) -> Tensor:
-    """Return the physical expert of each logical one: token t takes replica t mod Q; without a table they are the same."""
+    """Return physical experts; token t takes row t mod Q of the table; None: physical ids are logical ones."""
     if log2phy_QE is None:
         return ids_TK
     num_replicas, num_experts = log2phy_QE.shape
@@ -143,7 +143,7 @@ def _scores(logits_TE: Tensor, score: Score) -> Tensor:
 
 
 def _limited(choice_TE: Tensor, groups: Groups) -> Tensor:
-    """`choice_TE` with -inf for the experts of the groups that are not kept."""
+    """Return `choice_TE` with -inf for the experts of dropped groups."""
     choice_TJe = choice_TE.unflatten(1, (groups.number, -1))
     group_TJ = choice_TJe.topk(1 if groups.by == "best" else 2, dim=-1).values.sum(dim=-1)
     dropped_TJ = group_TJ.sort(dim=-1, descending=True, stable=True).indices[:, groups.kept :]

@@ -1,10 +1,10 @@
-"""Sampling the next token: temperature, top-k, top-p, min-p, and one counter-based uniform number a token.
+"""Sampling of the next token: temperature, top-k, top-p, min-p, and one counter-based uniform number a token.
 
-The number is Philox-4x32-10 of (seed, branch, position) (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): no
-generator state, so a draw does not depend on the batch, the rank or what was drawn before. The token is found by inverting
-the cumulative distribution in the order of token ids.
+The number is Philox-4x32-10 of (seed, branch, position) (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", 2011): no generator state, so a draw does not depend on the batch, the rank or what was drawn before. The token
+is found by inverting the cumulative distribution in the order of token ids.
 
-S sampled rows, V vocabulary.
+O sampled rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def uniform(seed_S: np.ndarray, branch_S: np.ndarray, position_S: np.ndarray) -> np.ndarray:
-    """fp64 [S] in [0, 1) with 53 random bits; seed i64, branch and position non-negative integers."""
-    key = seed_S.astype(np.int64).view(np.uint64)
+def uniform(seed_O: np.ndarray, branch_O: np.ndarray, position_O: np.ndarray) -> np.ndarray:
+    """Return fp64 [O] in [0, 1) with 53 random bits; seed i64, branch and position non-negative integers."""
+    key = seed_O.astype(np.int64).view(np.uint64)
     keys = [key & _LOW, key >> _HALF]
-    position = position_S.astype(np.uint64)
-    counter = [position & _LOW, position >> _HALF, branch_S.astype(np.uint64), np.zeros_like(position)]
+    position = position_O.astype(np.uint64)
+    counter = [position & _LOW, position >> _HALF, branch_O.astype(np.uint64), np.zeros_like(position)]
     for _ in range(_ROUNDS):
         first, second = counter[0] * _MULTIPLIERS[0], counter[2] * _MULTIPLIERS[1]
         counter = [
@@ -45,43 +45,43 @@ def uniform(seed_S: np.ndarray, branch_S: np.ndarray, position_S: np.ndarray) ->
 
 
 def reference(
-    logits_SV: Tensor, temperature_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor, uniform_S: Tensor
+    logits_OV: Tensor, temperature_O: Tensor, top_k_O: Tensor, top_p_O: Tensor, min_p_O: Tensor, uniform_O: Tensor
 ) -> Tensor:
-    """Token ids i64 [S].
+    """Return token ids i64 [O].
 
-    logits fp32; temperature fp32, 0 is greedy; top_k i64, -1 keeps all; top_p, min_p fp32; uniform fp64.
-    Top-k comes before top-p, whose probabilities are those of what top-k kept; min-p is relative to the most probable token.
-    A row without probabilities (every token banned, or a logit that has overflowed) is greedy.
+    Logits fp32; temperature fp32, 0 is greedy; top_k i64, -1 keeps all; top_p, min_p fp32; uniform fp64. Top-k is
+    applied first, and top-p to the probabilities of what it keeps; min-p is relative to the most probable token. A
+    row without probabilities (every token banned, or an overflown logit) is greedy.
     """
-    greedy_S = logits_SV.argmax(dim=-1)
-    drawn = temperature_S > 0
+    greedy_O = logits_OV.argmax(dim=-1)
+    drawn = temperature_O > 0
     if not bool(drawn.any()):
-        return greedy_S
+        return greedy_O
     # Relative to the largest, so that a tiny temperature overflows to -inf only.
-    largest_S1 = logits_SV.gather(1, greedy_S.unsqueeze(1))
-    logits_SV = (logits_SV - largest_S1) / torch.where(drawn, temperature_S, 1.0).unsqueeze(1)
-    if bool(((top_k_S > 0) | (top_p_S < 1)).any()):
-        logits_SV = _keep_top(logits_SV, top_k_S, top_p_S)
-    probs_SV = torch.softmax(logits_SV, dim=-1)
-    if bool((min_p_S > 0).any()):
-        floor_S1 = min_p_S.unsqueeze(1) * probs_SV.amax(dim=-1, keepdim=True)
-        probs_SV = torch.where(probs_SV >= floor_S1, probs_SV, 0.0)
-    cumulative_SV = probs_SV.double().cumsum(dim=-1)
-    target_S1 = uniform_S.unsqueeze(1) * cumulative_SV[:, -1:]
-    token_S = torch.searchsorted(cumulative_SV, target_S1, right=True).squeeze(1)
-    return torch.where(drawn & (cumulative_SV[:, -1] > 0), token_S, greedy_S)
+    largest_O1 = logits_OV.gather(1, greedy_O.unsqueeze(1))
+    logits_OV = (logits_OV - largest_O1) / torch.where(drawn, temperature_O, 1.0).unsqueeze(1)
+    if bool(((top_k_O > 0) | (top_p_O < 1)).any()):
+        logits_OV = _keep_top(logits_OV, top_k_O, top_p_O)
+    probs_OV = torch.softmax(logits_OV, dim=-1)
+    if bool((min_p_O > 0).any()):
+        floor_O1 = min_p_O.unsqueeze(1) * probs_OV.amax(dim=-1, keepdim=True)
+        probs_OV = torch.where(probs_OV >= floor_O1, probs_OV, 0.0)
+    cumulative_OV = probs_OV.double().cumsum(dim=-1)
+    target_O1 = uniform_O.unsqueeze(1) * cumulative_OV[:, -1:]
+    token_O = torch.searchsorted(cumulative_OV, target_O1, right=True).squeeze(1)
+    return torch.where(drawn & (cumulative_OV[:, -1] > 0), token_O, greedy_O)
 
 
-def _keep_top(logits_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor) -> Tensor:
-    ordered_SV, ids_SV = logits_SV.sort(dim=-1, descending=True, stable=True)
-    vocab = logits_SV.shape[1]
-    limit_S1 = torch.where(top_k_S > 0, top_k_S, vocab).unsqueeze(1)
-    drop_SV = torch.arange(vocab, device=logits_SV.device) >= limit_S1
-    probs_SV = torch.softmax(ordered_SV.masked_fill(drop_SV, -torch.inf), dim=-1)
-    before_SV = probs_SV.cumsum(dim=-1) - probs_SV
-    drop_SV |= (before_SV >= top_p_S.unsqueeze(1)) & (top_p_S.unsqueeze(1) < 1)
-    drop_SV[:, 0] = False
-    return logits_SV.masked_fill(torch.zeros_like(drop_SV).scatter(1, ids_SV, drop_SV), -torch.inf)
+def _keep_top(logits_OV: Tensor, top_k_O: Tensor, top_p_O: Tensor) -> Tensor:
+    ordered_OV, ids_OV = logits_OV.sort(dim=-1, descending=True, stable=True)
+    vocab = logits_OV.shape[1]
+    limit_O1 = torch.where(top_k_O > 0, top_k_O, vocab).unsqueeze(1)
+    drop_OV = torch.arange(vocab, device=logits_OV.device) >= limit_O1
+    probs_OV = torch.softmax(ordered_OV.masked_fill(drop_OV, -torch.inf), dim=-1)
+    before_OV = probs_OV.cumsum(dim=-1) - probs_OV
+    drop_OV |= (before_OV >= top_p_O.unsqueeze(1)) & (top_p_O.unsqueeze(1) < 1)
+    drop_OV[:, 0] = False
+    return logits_OV.masked_fill(torch.zeros_like(drop_OV).scatter(1, ids_OV, drop_OV), -torch.inf)
 
 
 def penalize(
@@ -89,8 +89,9 @@ def penalize(
 ) -> None:
     """Apply one row's penalties in place.
 
-    `prompt`, `output`: token ids, i64. Repetition divides positive and multiplies negative logits of every token seen (Keskar et
-    al., "CTRL", 2019); presence and frequency are subtracted once, and per occurrence, for tokens of the output.
+    `prompt`, `output`: token ids, i64. Repetition divides positive and multiplies negative logits of every token
+    seen (Keskar et al., "CTRL", 2019); presence and frequency are subtracted once, and per occurrence, for tokens
+    of the output.
     """
     counts_V = _counts(output, logits_V)
     if repetition != 1.0:
@@ -103,15 +104,16 @@ def penalize(
 
 
 def _counts(tokens: Tensor, logits_V: Tensor) -> Tensor:
-    """How often each token occurs."""
+    """Return the number of occurrences of each token."""
     return torch.zeros_like(logits_V).index_add_(0, tokens, torch.ones_like(tokens, dtype=logits_V.dtype))
 
 
-def token_logprobs(logits_XV: Tensor, token_X: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of raw logits: log-probability fp32 [X] and rank i64 [X] (1 is the most probable) of the given tokens, and the
-    `num_top` most probable tokens' ids i64 and log-probabilities fp32 [X, num_top], descending."""
-    logprobs_XV = torch.log_softmax(logits_XV, dim=-1)
-    chosen_X1 = logprobs_XV.gather(1, token_X.unsqueeze(1))
-    rank_X = (logprobs_XV > chosen_X1).sum(dim=-1) + 1
-    top_logprobs, top_ids = logprobs_XV.topk(num_top, dim=-1)
-    return chosen_X1.squeeze(1), rank_X, top_ids, top_logprobs
+def token_logprobs(logits_OV: Tensor, token_O: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return log-probability fp32 [O] and rank i64 [O] (1: most probable) of the given tokens, of raw logits; then the
+    `num_top` most probable tokens' ids i64 and log-probabilities fp32 [O, num_top], descending.
+    """
+    logprobs_OV = torch.log_softmax(logits_OV, dim=-1)
+    chosen_O1 = logprobs_OV.gather(1, token_O.unsqueeze(1))
+    rank_O = (logprobs_OV > chosen_O1).sum(dim=-1) + 1
+    top_logprobs, top_ids = logprobs_OV.topk(num_top, dim=-1)
+    return chosen_O1.squeeze(1), rank_O, top_ids, top_logprobs

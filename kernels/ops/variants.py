@@ -1,4 +1,4 @@
-"""What models vary of the ops, as plain values: whoever reads a model's configuration needs them, and no torch."""
+"""Variants of the ops in models, as plain values without torch, for readers of model configurations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Choose among the experts of the `kept` best of `number` equal groups; `by` is what makes a group good."""
+    """Group-limited routing: choose among the experts of the `kept` best of `number` equal groups, ranked `by`."""
 
     number: int
     kept: int
@@ -20,7 +20,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Activation:
-    """What lies between the two products of an expert.
+    """Activation between the two products of an expert.
 
     "swiglu": `silu(gate) * up`. "swiglu_clamped" (gpt-oss): gate clamped above at `limit`, up on both sides, then
     `gate * sigmoid(alpha * gate) * (up + 1)`. "relu2": `max(up, 0) ** 2`, without a gate.
@@ -41,17 +41,18 @@ class Activation:
 
     @property
     def gating(self) -> tuple[float, float, float]:
-        """Alpha, limit and offset of `gate_reference`."""
+        """Return alpha, limit and offset of `experts.gate_reference`."""
         assert self.gated, self
         return (1.0, math.inf, 0.0) if self.kind == "swiglu" else (self.alpha, self.limit, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """YaRN (Peng et al., 2023): low frequencies divided by `factor`, high ones kept, a ramp between the two bounds.
+    """YaRN (Peng et al., 2023): low frequencies are divided by `factor`, high ones kept, with a ramp between two
+    bounds.
 
-    `attention_factor` multiplies cosines and sines; None: 0.1 ln(factor) + 1, or the ratio of the two `mscale`s where they are
-    given (DeepSeek-V2). `truncate`: the bounds are whole numbers.
+    `attention_factor` multiplies cosines and sines; None: 0.1 ln(factor) + 1, or the ratio of both `mscale`s if given
+    (DeepSeek-V2). `truncate`: the bounds are rounded to whole numbers.
     """
 
     factor: float
@@ -66,8 +67,10 @@ class Yarn:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3:
-    """Llama 3.1: wavelengths above `original_max_position / low_freq_factor` are stretched by `factor`, those below
-    `original_max_position / high_freq_factor` kept, and between the two there is a blend."""
+    """Llama 3.1: wavelengths above `original_max_position / low_freq_factor` are stretched by `factor`.
+
+    Those below `original_max_position / high_freq_factor` are kept, those between are interpolated.
+    """
 
     factor: float
     low_freq_factor: float
@@ -76,17 +79,19 @@ class Llama3:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
-    """Positions divided by `factor`."""
+class LinearScaling:
+    """Positions are divided by `factor`."""
 
     factor: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongRope:
-    """LongRoPE (Ding et al., 2024; Phi-3): each frequency divided by a factor of its own, from one of two lists: `long_factor`
-    where positions beyond `original_max_position` are served, else `short_factor`. `attention_factor` None:
-    sqrt(1 + ln(max_position / original) / ln(original))."""
+    """LongRoPE (Ding et al., 2024; Phi-3): each frequency is divided by its own factor.
+
+    `long_factor` is used if positions beyond `original_max_position` are served, else `short_factor`.
+    `attention_factor` None: sqrt(1 + ln(max_position / original) / ln(original)).
+    """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -97,19 +102,20 @@ class LongRope:
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary embedding of the first `size` numbers of a head, in pairs (x_i, x_i+size/2) or, `interleaved`, (x_2i, x_2i+1)."""
+    """Rotary embedding of a head's first `size` numbers; pairs as in `kernels.ops.rotary`."""
 
     theta: float
     size: int
     interleaved: bool = False
-    scaling: Yarn | Llama3 | Linear | LongRope | None = None
+    scaling: Yarn | Llama3 | LinearScaling | LongRope | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """How experts are chosen and weighed, see `kernels.ops.routing`; `scales_input`: the weight multiplies what the
-    expert is given,
-    not what it returns, of which there is one then (`top_k` 1)."""
+    """Choice and weights of experts, see `kernels.ops.routing`.
+
+    `scales_input`: the weight multiplies the expert's input instead of its output; `top_k` is 1 then (Llama 4).
+    """
 
     top_k: int
     renormalize: bool

@@ -27,7 +27,7 @@ from expertwire.engine.models.model_config import (
     QuantizationConfig,
 )
 from expertwire.engine.models.registry import FAMILIES, read_model_config
-from expertwire.kernels.ops.variants import Linear, Llama3, LongRope, Rope, Yarn
+from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
 
 
 def test_mixtral_8x7b(tmp_path):
@@ -176,7 +176,7 @@ def test_rotary_scalings(tmp_path):
     )
     assert attention_of(tmp_path, "qwen3", rope_scaling=given | full).rope.scaling == expected
     linear = attention_of(tmp_path, "qwen3", rope_scaling={"rope_type": "linear", "factor": 2}).rope
-    assert linear.scaling == Linear(factor=2)
+    assert linear.scaling == LinearScaling(factor=2)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "su"])

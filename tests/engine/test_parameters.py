@@ -12,7 +12,7 @@ from expertwire.engine.loader import weights
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.parameters import ParameterLayout
 from expertwire.engine.models.model_config import DEFAULT_NAMES, MoeConfig, QuantizationConfig, TensorNames
-from expertwire.kernels.formats import Quantized, dequantize
+from expertwire.kernels.formats import QuantizedWeight, dequantize
 
 E, D, F = 4, 64, 160  # F is no multiple of a block of 128
 HERE = (2, 0, 2)  # an expert twice, two of them elsewhere
@@ -58,7 +58,7 @@ def loaded(folder, tensors, declare, quantization=None):
 
 
 def equal(found, expected):
-    found = dequantize(found, torch.float32) if isinstance(found, Quantized) else found
+    found = dequantize(found, torch.float32) if isinstance(found, QuantizedWeight) else found
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -254,11 +254,11 @@ def test_random_weights_of_a_format(method):
         return layout.loaded(params)
 
     some, all_of_them = made(HERE), made(range(E))
-    assert isinstance(some.weight("a.q"), Quantized)
+    assert isinstance(some.weight("a.q"), QuantizedWeight)
     assert isinstance(some.weight("a.o"), torch.Tensor)
     for name, columns in (("p.w13", D), ("p.w2", F)):
         few, every = some.weight(name), all_of_them.weight(name)
-        assert isinstance(few, Quantized)
+        assert isinstance(few, QuantizedWeight)
         few, every = dequantize(few, torch.float32), dequantize(every, torch.float32)
         assert torch.equal(few, every[list(HERE)])
         assert 0.4 < every.nan_to_num().std() * columns**0.5 < 2.5

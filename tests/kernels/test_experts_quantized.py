@@ -168,11 +168,11 @@ def test_every_code_and_extreme_scales():
     exponents = torch.tensor([0, 1, 2, 126, 127, 254, 0, 90] * 2, dtype=torch.uint8).expand(2, 64, 16)
     fp8 = torch.where(every & 127 == 127, 0, every).to(torch.uint8).view(formats.FP8)
     cases = {
-        "mxfp4": formats.Quantized(format="mxfp4", data=every, scales=exponents, parts=(32, 32)),
-        "int4": formats.Quantized(
+        "mxfp4": formats.QuantizedWeight(format="mxfp4", data=every, scales=exponents, parts=(32, 32)),
+        "int4": formats.QuantizedWeight(
             format="int4", data=every.view(torch.int32), scales=exponents.float().bfloat16() / 7, parts=(32, 32)
         ),
-        "fp8_row": formats.Quantized(
+        "fp8_row": formats.QuantizedWeight(
             format="fp8_row", data=fp8, scales=torch.logspace(-44, 35, 64).expand(2, 64), parts=(32, 32)
         ),
     }

@@ -69,7 +69,7 @@ def test_warming_up_plans_and_runs(num_decodes, ops, made):
 def test_no_step_is_captured_and_the_choice_can_be_read(ops):
     assert not ops.capturable and registry.triton(H200).capturable
     text = ops.explain()
-    assert "attention by flashinfer, as asked for" in text and "not yet compared with ours" in text
+    assert "attention by flashinfer, as requested" in text and "not yet compared with ours" in text
     assert "attend: expertwire.kernels.gpu.flashinfer.attend" in text
     assert "attend_expanded: expertwire.kernels.gpu.prefill.attend" in text
 

@@ -8,7 +8,7 @@ import torch
 
 from expertwire.kernels import formats
 from expertwire.kernels.cpu.gemm import prepare_linear
-from expertwire.kernels.formats import Quantized, dequantize, quantize
+from expertwire.kernels.formats import QuantizedWeight, dequantize, quantize
 from expertwire.kernels.ops import linear
 
 E4M3 = torch.tensor(
@@ -38,18 +38,18 @@ def random_weight(format, lead, parts, columns, seed=0):
         data = torch.where(data & 127 == 127, 5, data).to(torch.uint8).view(formats.FP8)
         blocks = sum(math.ceil(part / 128) for part in parts), math.ceil(columns / 128)
         scales = torch.rand(*lead, *(blocks if format == "fp8_block" else (rows,)), generator=generator) + 0.1
-        return Quantized(format=format, data=data, scales=scales, parts=parts)
+        return QuantizedWeight(format=format, data=data, scales=scales, parts=parts)
     scales = torch.randint(100, 140, (*lead, rows, columns // GROUP[format]), generator=generator)
     if format == "int4":
         scales = (scales / 777).bfloat16()
-        return Quantized(format=format, data=data.view(torch.int32), scales=scales, parts=parts)
+        return QuantizedWeight(format=format, data=data.view(torch.int32), scales=scales, parts=parts)
     if format == "mxfp4":
-        return Quantized(format=format, data=data, scales=scales.to(torch.uint8), parts=parts)
+        return QuantizedWeight(format=format, data=data, scales=scales.to(torch.uint8), parts=parts)
     scales, globals_P = (
         scales.to(torch.uint8).sub(80).view(formats.FP8),
         torch.rand(*lead, len(parts), generator=generator),
     )
-    return Quantized(format=format, data=data, scales=scales, parts=parts, global_scales=globals_P)
+    return QuantizedWeight(format=format, data=data, scales=scales, parts=parts, global_scales=globals_P)
 
 
 def number(weight, row, column):
@@ -101,14 +101,14 @@ def test_experts_are_matrices_of_their_own(format):
 
 def test_bytes_as_published():
     """gpt-oss: low half first, exponents less 127. compressed-tensors: number i at bits 4 i, less 8."""
-    mxfp4 = Quantized(
+    mxfp4 = QuantizedWeight(
         format="mxfp4",
         data=torch.tensor([[0x21, 0x9F, *[0] * 14]], dtype=torch.uint8),
         scales=torch.tensor([[128]], dtype=torch.uint8),
         parts=(1,),
     )
     assert dequantize(mxfp4, torch.float32)[0, :5].tolist() == [1, 2, -12, -1, 0]
-    int4 = Quantized(
+    int4 = QuantizedWeight(
         format="int4",
         data=torch.tensor([[-0x01234568, 0, 0, 0]], dtype=torch.int32),  # 0xfedcba98
         scales=torch.tensor([[0.5]], dtype=torch.bfloat16),

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from expertwire.kernels.ops import rotary
-from expertwire.kernels.ops.variants import Linear, Llama3, LongRope, Rope, Yarn
+from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
 
 DEEPSEEK = {"factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0}
 # Phi-4-mini's lists rise from 1 over 48 pairs; any other rising ones tell as much.
@@ -101,7 +101,7 @@ MODELS = {
         ),
         131072,
     ),
-    "linear": (Rope(theta=1e4, size=128, scaling=Linear(factor=4.0)), ("linear", {"factor": 4.0}), 16384),
+    "linear": (Rope(theta=1e4, size=128, scaling=LinearScaling(factor=4.0)), ("linear", {"factor": 4.0}), 16384),
     "Phi-4-mini": (
         Rope(
             theta=1e4,

@@ -37,7 +37,7 @@ def test_rows_are_quantised_tile_by_tile(token_tile):
     values, scales = grouped_gemm_tiles.quantize_tiles(x, offsets, tile_map, dtype=torch.float32)
     expected = quantize.scaled(x[:41], 128)
     assert torch.equal(values[:41], expected.values_TD)
-    placed = grouped_gemm_tiles.tile_scales(expected.scales_TG, None, offsets, tile_map)
+    placed = grouped_gemm_tiles.tile_scales(expected.scales_TJ, None, offsets, tile_map)
     for tile in range(int(tile_map.first_tile[-1])):
         expert = int(tile_map.tile_expert[tile])
         first = int(offsets[expert]) + (tile - int(tile_map.first_tile[expert])) * token_tile

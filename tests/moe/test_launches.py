@@ -20,7 +20,7 @@ from expertwire.comm.all_to_all.local import LocalAllToAll
 from expertwire.comm.all_to_all.nvlink_gpu import OVERLAP_PROGRAMS, NvlinkGpuAllToAll
 from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.kernels import registry
-from expertwire.kernels.formats import Quantized
+from expertwire.kernels.formats import QuantizedWeight
 from expertwire.kernels.gpu.device import H200
 from expertwire.kernels.ops.variants import Routing
 from expertwire.moe.eplb.placement import place
@@ -41,7 +41,7 @@ def quantised(e, parts, columns):
     rows = sum(parts)
     scales = meta(e, -(-rows // 128), -(-columns // 128), dtype=torch.float32)
     data = meta(e, rows, columns, dtype=torch.float8_e4m3fn)
-    return Quantized(format="fp8_block", data=data, scales=scales, parts=parts)
+    return QuantizedWeight(format="fp8_block", data=data, scales=scales, parts=parts)
 
 
 def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_parts: int = 1, **options: Any) -> MoeLayer:
