@@ -154,11 +154,10 @@ def cpu(*, fast: bool = False) -> Ops:
     """Return the ops for a CPU."""
     # numba is slow to import and of no use elsewhere.
     from expertwire.kernels.cpu import attention as cpu_attention
-    from expertwire.kernels.cpu import elementwise, fused, gemm, rotary
-    from expertwire.kernels.cpu import index as cpu_index
+    from expertwire.kernels.cpu import blocks, elementwise, gemm, rotary
     from expertwire.kernels.cpu import mla as cpu_mla
     from expertwire.kernels.cpu import routing as cpu_routing
-    from expertwire.kernels.cpu.multiply import BF16_PRODUCTS
+    from expertwire.kernels.cpu._llvm import BF16_PRODUCTS
 
     return Ops(
         why=f"the device is a CPU: numba, its products of bf16 by {BF16_PRODUCTS}; {_mode(fast)}",
@@ -176,14 +175,14 @@ def cpu(*, fast: bool = False) -> Ops:
         rope_and_cache_latent=rotary.rope_and_cache_latent,
         attend_latent=cpu_mla.attend,
         rope_and_cache_index=rotary.rope_and_cache_index,
-        choose_positions=cpu_index.choose_positions,
+        choose_positions=cpu_mla.choose_positions,
         route=cpu_routing.route,
         route_and_count=partial(routing.route_and_count, route=cpu_routing.route),
         silu_mul=elementwise.silu_mul,
         permute=permute.reference,
         combine=elementwise.combine,
-        fuse_attention=fused.fuse_attention,
-        fuse_moe=fused.fuse_moe,
+        fuse_attention=blocks.fuse_attention,
+        fuse_moe=blocks.fuse_moe,
     )
 
 

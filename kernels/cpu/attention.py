@@ -1,12 +1,13 @@
 """Grouped-query attention on a CPU.
 
-The keys of a head are packed as weights are (`panel`), and so are its values, transposed: both products are those of linear
-layers (`multiply`), with rows of queries, each a token's and a head's, and a softmax row by row between them. A row's bits depend
-on the keys that it sees alone: not on how many queries there are, nor on how many keys lie behind or, with a window, before.
-(Sums run over the packed keys in order, and what a row does not see adds exact zeros to them; what is packed begins at a
-multiple of 32 positions, so that a key falls to the same lane and pair wherever that is.)
+The keys of a head are packed into panels like weights, and so are its values, transposed: both products are those
+of linear layers, with one row for each token and head, and a softmax of each row between them. A row's bits depend
+only on the keys that it sees, not on the number of queries, nor on keys behind it or, with a window, before it:
+sums run over the packed keys in order, invisible keys add exact zeros, and packing begins at a multiple of 32
+positions, so that a key always falls to the same lane and pair.
 
-T tokens, H query heads, G key/value heads, d head size, B sequences, b blocks, s block size.
+T tokens, H query heads, G key/value heads, d head size, S sequences, B blocks, s block size, W entries of a block
+table.
 """
 
 from __future__ import annotations
@@ -15,34 +16,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu.cached import pack_keys, pack_values, panels
-from expertwire.kernels.cpu.multiply import HEAD, begin, finish, multiply, operand, products, rows_at_once
-from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, jit, round_like
-from expertwire.kernels.cpu.panel import LINE, PANEL, put_rows
-from expertwire.kernels.cpu.rows import put_row
-from expertwire.kernels.cpu.softmax import softmax
-from expertwire.kernels.cpu.vectors import LANES
+from expertwire.kernels.cpu._llvm import (
+    HEAD,
+    K_STEP,
+    LANES,
+    PANEL,
+    accumulators,
+    allocating_jit,
+    as_array,
+    begin_products,
+    copy_row,
+    empty,
+    empty_panels,
+    end_products,
+    jit,
+    multiply,
+    operand,
+    pack_keys,
+    pack_values,
+    round_like,
+    rows_at_once,
+    softmax,
+    store_rows,
+)
 from expertwire.kernels.ops.attention import AttentionMetadata
 
-_LEAST_QUERIES = 64  # of those that meet the same packed keys, where a sequence has as many
+_LEAST_QUERIES = 64  # multiplied by the same packed keys, if a sequence has that many
 
 
 @jit
 def _first_visible(position, window, chunk):
-    """`kernels.ops.attention.first_visible`."""
+    """As `kernels.ops.attention.first_visible`."""
     first = max(0, position + 1 - window) if window > 0 else 0
     return max(first, position // chunk * chunk) if chunk > 0 else first
 
 
 @jit
 def scale_of(kv_scales_2G, which, g):
-    """Of the keys (0) or the values (1) of head g."""
+    """Return the scale of the keys (0) or values (1) of head g."""
     return kv_scales_2G[which, g] if kv_scales_2G.shape[1] > 0 else np.float32(1)
 
 
 @jit
 def _reach(longest, window, chunk):
-    """How many keys a query sees at most."""
+    """Return the largest number of keys that a query sees."""
     if window > 0:
         longest = min(longest, window)
     return min(longest, chunk) if chunk > 0 else longest
@@ -51,43 +68,43 @@ def _reach(longest, window, chunk):
 @allocating_jit
 def attend_rows(
     q_THd,
-    k_NsGd,
-    v_NsGd,
+    k_BsGd,
+    v_BsGd,
     kv_scales_2G,
-    tables_Bb,
+    tables_SW,
     cu_seqlens_q,
-    seq_lens_B,
+    seq_lens_S,
     scale,
     window,
     chunk,
     sinks_H,
     out_THd,
 ):
-    """`kernels.ops.attention.reference`; `cu_seqlens_q` as in `AttentionMetadata`; `sinks_H` and `kv_scales_2G` may be empty."""
-    num_kv, dim, group = k_NsGd.shape[2], k_NsGd.shape[3], q_THd.shape[1] // k_NsGd.shape[2]
-    longest, most = max(seq_lens_B), np.diff(cu_seqlens_q).max()
+    """As `kernels.ops.attention.reference`, on arrays; `sinks_H` and `kv_scales_2G` may be empty."""
+    num_kv, dim, group = k_BsGd.shape[2], k_BsGd.shape[3], q_THd.shape[1] // k_BsGd.shape[2]
+    longest, most = max(seq_lens_S), np.diff(cu_seqlens_q).max()
     reach = _reach(longest, window, chunk)
-    # Queries that meet the same packed keys.
+    # Number of queries that are multiplied by the same packed keys.
     piece = most if reach == longest else min(most, max(reach, _LEAST_QUERIES))
     width = -(-min(longest, reach + piece + PANEL) // PANEL) * PANEL
-    depth = -(-dim // LINE) * LINE
-    keys, values = panels(q_THd, width // PANEL, depth), panels(q_THd, depth // PANEL, width)
+    depth = -(-dim // K_STEP) * K_STEP
+    keys, values = empty_panels(q_THd, width // PANEL, depth), empty_panels(q_THd, depth // PANEL, width)
     step = min(max(rows_at_once(keys), group), piece * group)
     rows, queries = operand(LANES, depth, keys), operand(step, depth, keys)
-    two_rows = np.zeros((2, depth), v_NsGd.dtype)
+    two_rows = np.zeros((2, depth), v_BsGd.dtype)
     rows[:], queries[:] = 0, 0
     scores, weights = empty((step, width), np.float32), operand(step, width, values)
-    found, unbiased = products(), np.zeros(PANEL, np.float32)
-    begin(keys)
-    for b in range(len(seq_lens_B)):
-        last, length = cu_seqlens_q[b + 1], seq_lens_B[b]
+    acc, unbiased = accumulators(), np.zeros(PANEL, np.float32)
+    begin_products(keys)
+    for b in range(len(seq_lens_S)):
+        last, length = cu_seqlens_q[b + 1], seq_lens_S[b]
         for query in range(cu_seqlens_q[b], last, piece):
             end = min(query + piece, last)
             first = _first_visible(length - last + query, window, chunk)
             start, stop = first // PANEL * PANEL, length - last + end
             for g in range(num_kv):
-                pack_keys(k_NsGd, tables_Bb[b], g, start, stop, rows, keys)
-                pack_values(v_NsGd, dim, tables_Bb[b], g, start, first, stop, two_rows, values)
+                pack_keys(k_BsGd, tables_SW[b], g, start, stop, rows, keys)
+                pack_values(v_BsGd, dim, tables_SW[b], g, start, first, stop, two_rows, values)
                 _attend_head(
                     q_THd[query:end],
                     g,
@@ -104,11 +121,11 @@ def attend_rows(
                     queries,
                     scores,
                     weights,
-                    found,
+                    acc,
                     unbiased,
                     out_THd[query:end],
                 )
-    finish(keys)
+    end_products(keys)
 
 
 @jit
@@ -128,23 +145,25 @@ def _attend_head(
     queries,
     scores,
     weights,
-    found,
+    acc,
     unbiased,
     out_THd,
 ):
-    """The last tokens of a sequence, with the `group` heads that share key head g; rows are token by token, head by head. Packed
-    are the positions from `base` on."""
+    """Attend with a sequence's last tokens and the `group` query heads of key head g.
+
+    Rows are ordered by token, then head; keys and values are packed from position `base` on.
+    """
     num, once, (step, width) = len(q_THd), rows_at_once(keys), scores.shape
     depth = queries.shape[1]
     for start in range(0, num * group, step):
         count = min(step, num * group - start)
         for i in range(count):
-            put_row(q_THd[(start + i) // group, g * group + (start + i) % group], queries[i])
+            copy_row(q_THd[(start + i) // group, g * group + (start + i) % group], queries[i])
         seen = -(-(length - num + (start + count - 1) // group + 1 - base) // PANEL) * PANEL
         for i in range(seen // PANEL):
             for m in range(0, count, once):
-                multiply(queries, m, count, depth, keys, i, found)
-                put_rows(found, HEAD, min(once, count - m), unbiased, 0, scores, m * width + i * PANEL, width)
+                multiply(queries, m, count, depth, keys, i, acc)
+                store_rows(acc, HEAD, min(once, count - m), unbiased, 0, scores, m * width + i * PANEL, width)
         for i in range(count):
             position, head, at = length - num + (start + i) // group, g * group + (start + i) % group, i * width
             sink = sinks_H[head] if len(sinks_H) > 0 else np.float32(-np.inf)
@@ -152,13 +171,13 @@ def _attend_head(
             softmax(scores, at, first, position + 1 - base, scale, sink, value_scale, weights, at, seen)
         for i in range(len(values)):
             for m in range(0, count, once):
-                multiply(weights, m, count, seen, values, i, found)
-                _put_outputs(found, unbiased, start + m, min(once, count - m), g, group, i * PANEL, out_THd)
+                multiply(weights, m, count, seen, values, i, acc)
+                _store_outputs(acc, unbiased, start + m, min(once, count - m), g, group, i * PANEL, out_THd)
 
 
 @jit
-def _put_outputs(found, unbiased, start, count, g, group, column, out_THd):
-    """Products with up to 32 dimensions of the values, from `column` on, of rows from `start` on, token by token."""
+def _store_outputs(acc, unbiased, start, count, g, group, column, out_THd):
+    """Store products with up to 32 dimensions of values, from `column` on, for `count` rows from `start` on."""
     num_heads, dim = out_THd.shape[1:]
     i = 0
     while i < count:
@@ -166,34 +185,32 @@ def _put_outputs(found, unbiased, start, count, g, group, column, out_THd):
         rows = min(count - i, (g + 1) * group - head)
         if column + PANEL <= dim:
             at = (token * num_heads + head) * dim + column
-            put_rows(found, HEAD + i, rows, unbiased, 0, out_THd, at, dim)
+            store_rows(acc, HEAD + i, rows, unbiased, 0, out_THd, at, dim)
         else:
             for j in range(rows):
                 for k in range(column, dim):
-                    out_THd[token, head + j, k] = round_like(
-                        found[HEAD + i + j, k - column], out_THd[token, head + j, k]
-                    )
+                    out_THd[token, head + j, k] = round_like(acc[HEAD + i + j, k - column], out_THd[token, head + j, k])
         i += rows
 
 
 @allocating_jit
 def _attend(
     q_THd,
-    k_NsGd,
-    v_NsGd,
+    k_BsGd,
+    v_BsGd,
     kv_scales_2G,
-    tables_Bb,
+    tables_SW,
     cu_seqlens_q,
-    seq_lens_B,
+    seq_lens_S,
     scale,
     window,
     chunk,
     sinks_H,
     out_THd,
 ):
-    if len(seq_lens_B) > 0:
+    if len(seq_lens_S) > 0:
         options = scale, window, chunk, sinks_H
-        attend_rows(q_THd, k_NsGd, v_NsGd, kv_scales_2G, tables_Bb, cu_seqlens_q, seq_lens_B, *options, out_THd)
+        attend_rows(q_THd, k_BsGd, v_BsGd, kv_scales_2G, tables_SW, cu_seqlens_q, seq_lens_S, *options, out_THd)
 
 
 def attend(
@@ -208,7 +225,7 @@ def attend(
     sinks_H: Tensor | None = None,
     kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.ops.attention.reference`."""
+    """As `kernels.ops.attention.Attend`."""
     for cache in (k_cache, v_cache):
         assert cache.is_contiguous(), f"cache strides {cache.stride()}"
     out_THd = torch.empty_like(q_THd)
@@ -220,10 +237,10 @@ def attend(
 
 
 def sinks(sinks_H: Tensor | None) -> np.ndarray:
-    """For `attend_rows`: fp32 [H], or empty."""
+    """Return fp32 [H], or an empty array for None, as `attend_rows` takes it."""
     return np.empty(0, np.float32) if sinks_H is None else sinks_H.float().numpy()
 
 
 def scales(kv_scales_2G: Tensor | None) -> np.ndarray:
-    """For `attend_rows`: fp32 [2, G], or empty."""
+    """Return fp32 [2, G], or an empty array for None, as `attend_rows` takes it."""
     return np.empty((2, 0), np.float32) if kv_scales_2G is None else kv_scales_2G.numpy()

@@ -1,7 +1,6 @@
-"""Norms, activation and combine on a CPU: each is one pass over memory, where torch takes several and a call for each.
+"""Norms, activation and combine on a CPU, each in one pass over memory, where torch takes several.
 
-Every function has its specification in the op's own file. Loops over tokens are independent and their order within a token is
-fixed, so a token's bits do not depend on its neighbours.
+Tokens are independent and the order of operations within a token is fixed, so its bits do not depend on the batch.
 
 T tokens, D model width, F expert width, K experts of a token, N rows.
 """
@@ -12,8 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, exp, jit, load, round_like
-from expertwire.kernels.cpu.rows import add_row, add_scaled_row, put_row, rms_scale, scale_row
+from expertwire.kernels.cpu._llvm import (
+    add_row,
+    add_scaled_row,
+    allocating_jit,
+    as_array,
+    copy_row,
+    empty,
+    exp,
+    jit,
+    load,
+    rms_scale,
+    round_like,
+    scale_row,
+)
 
 
 @jit
@@ -32,7 +43,7 @@ def add_rms_norm_rows(
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`kernels.ops.rms_norm.reference`."""
+    """As `kernels.ops.rms_norm.RmsNorm`."""
     assert x_TD.stride(1) == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
     y_TD = torch.empty_like(x_TD)
     _rms_norm(as_array(x_TD), as_array(weight_D), eps, as_array(y_TD))
@@ -40,7 +51,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`kernels.ops.rms_norm.add_reference`."""
+    """As `kernels.ops.rms_norm.AddRmsNorm`."""
     assert x_TD.stride(1) == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
     sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
     add_rms_norm_rows(as_array(x_TD), as_array(delta_TD), as_array(weight_D), eps, as_array(sum_TD), as_array(y_TD))
@@ -49,16 +60,16 @@ def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -
 
 @jit
 def silu_mul_of(gate: float, up: float, like: float) -> float:
-    """Of two fp32 products, each rounded, as the layers between are, to `like`'s type, in which the result is."""
+    """Return silu(gate) * up of fp32 products, every intermediate rounded to `like`'s type, as the result."""
     gate, up = load(round_like(gate, like)), load(round_like(up, like))
-    # e^-x leaves the range of _exp only where silu is zero anyway.
+    # e^-x leaves the range of exp only where silu is zero.
     silu = load(round_like(gate / (np.float32(1) + exp(min(-gate, np.float32(88.0)))), like))
     return round_like(silu * up, like)
 
 
 @jit
 def silu_mul_row(gate_up: np.ndarray, out: np.ndarray, like: float) -> None:
-    """One row, as `silu_mul_of`; `out` in its own type."""
+    """Apply `silu_mul_of` to a row; `out` has its own type."""
     width = len(out)
     for i in range(width):
         out[i] = round_like(load(silu_mul_of(load(gate_up[i]), load(gate_up[i + width]), like)), out[i])
@@ -71,7 +82,7 @@ def _silu_mul(gate_up_NF: np.ndarray, out_NF: np.ndarray) -> None:
 
 
 def silu_mul(gate_up_NF: Tensor) -> Tensor:
-    """`kernels.ops.experts.silu_mul_reference`."""
+    """As `kernels.ops.experts.SiluMul`."""
     out_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], gate_up_NF.shape[1] // 2)
     _silu_mul(as_array(gate_up_NF), as_array(out_NF))
     return out_NF
@@ -85,17 +96,17 @@ def _combine(
         total[:] = np.float32(0)
         for k in range(weights_TK.shape[1]):
             add_scaled_row(rows_RD[place_TK[t, k]], weights_TK[t, k], total)
-        put_row(total, out_TD[t])
+        copy_row(total, out_TD[t])
 
 
 @allocating_jit
 def combine_rows(rows_RD: np.ndarray, place_TK: np.ndarray, weights_TK: np.ndarray, out_TD: np.ndarray) -> None:
-    """`place_TK` says which of the rows are a token's."""
+    """Combine rows; `place_TK` holds the rows of each token."""
     _combine(rows_RD, place_TK, weights_TK, empty((out_TD.shape[1],), np.float32), out_TD)
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """`kernels.ops.combine.reference`, bit for bit."""
+    """As `kernels.ops.combine.reference`, bit for bit."""
     out_TD = torch.empty_like(rows_TKD[:, 0])
     place_TK = np.arange(weights_TK.numel()).reshape(weights_TK.shape)
     combine_rows(as_array(rows_TKD.flatten(0, 1)), place_TK, weights_TK.numpy(), as_array(out_TD))

@@ -1,9 +1,9 @@
-"""Linear layers and experts on a CPU. They use one thread.
+"""Linear layers and experts on a CPU, on one thread.
 
-Weights are packed once, after loading (`panel`). There is one path for any number of rows, and a row's bits do not depend on the
-others.
+Weights are packed into panels once, after loading. One path serves any number of rows, and a row's bits do not
+depend on the others.
 
-M rows, N outputs, K inputs, R routed rows, e experts, D model width, F expert width, P panels.
+M rows, N outputs, K inputs, R routed rows, e experts, D model width, F expert width.
 """
 
 from __future__ import annotations
@@ -16,24 +16,32 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from expertwire.kernels.cpu import unpack
-from expertwire.kernels.cpu.elementwise import silu_mul
-from expertwire.kernels.cpu.multiply import (
+from expertwire.kernels.cpu import quantized
+from expertwire.kernels.cpu._llvm import (
     HEAD,
+    K_STEP,
+    LANES,
     LEAST_ROWS,
-    begin,
-    finish,
+    PANEL,
+    accumulators,
+    allocating_jit,
+    as_array,
+    begin_products,
+    copy_row,
+    empty,
+    end_products,
+    jit,
     multiply,
-    multiply_gating,
+    multiply_and_gate,
     operand,
-    products,
+    pack_rows,
+    round_like,
     rows_at_once,
+    store_gated_rows,
+    store_rows,
 )
-from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty, jit, round_like
-from expertwire.kernels.cpu.panel import LINE, PANEL, pack_rows, put_gated_rows, put_rows
-from expertwire.kernels.cpu.rows import put_row
-from expertwire.kernels.cpu.unpack import Codes, expert, num_panels, room, unpacked
-from expertwire.kernels.cpu.vectors import LANES
+from expertwire.kernels.cpu.elementwise import silu_mul
+from expertwire.kernels.cpu.quantized import Codes, expert, num_panels, panel_of, scratch
 from expertwire.kernels.formats import QuantizedWeight, Weight
 from expertwire.kernels.ops import experts as experts_op
 from expertwire.kernels.ops import heads, linear
@@ -43,7 +51,7 @@ from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.permute import TileMap
 from expertwire.kernels.ops.variants import Activation
 
-# Rows of x that stay in the cache while all weights meet them; a multiple of how many are multiplied at once.
+# Rows of x that stay in the cache while they are multiplied by all weights; a multiple of `rows_at_once`.
 CHUNK = 288
 
 Gating = tuple[np.float32, np.float32, np.float32]  # alpha, limit and offset of `experts.gate_reference`
@@ -62,16 +70,16 @@ def is_packed(weight: Weight) -> bool:
 def supports(weight: Weight) -> bool:
     """Return whether panels can hold a weight [..., N, K]."""
     if isinstance(weight, QuantizedWeight):
-        return weight.shape[-1] % LINE == 0 and all(rows % LANES == 0 for rows in weight.parts)
-    return weight.shape[-1] % LINE == 0 and weight.dtype in (torch.float32, torch.bfloat16)
+        return weight.shape[-1] % K_STEP == 0 and all(rows % LANES == 0 for rows in weight.parts)
+    return weight.shape[-1] % K_STEP == 0 and weight.dtype in (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """`kernels.ops.linear.reference` of contiguous rows, in the weight's dtype."""
+    """`kernels.ops.linear.Linear` of contiguous rows, converted to the weight's dtype."""
 
-    panels: np.ndarray  # [P, K', 32]
-    bias: np.ndarray  # fp32 [P * 32]
+    panels: np.ndarray  # [panels, K', 32]
+    bias: np.ndarray  # fp32 [panels * 32]
     num_outputs: int
 
     def __call__(self, x_MK: Tensor) -> Tensor:
@@ -83,10 +91,10 @@ class PackedLinear:
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """`kernels.ops.experts.reference`, with biases and other activations; weights are panels, or `unpack.Codes` of them."""
+    """`kernels.ops.experts.GroupedMlp`; weights are panels of numbers or `quantized.Codes`."""
 
-    w13: np.ndarray | Codes  # [e, F / 16, K', 32]: sixteen of w1, then as many of w3
-    w2: np.ndarray | Codes  # [e, P, K', 32]
+    w13: np.ndarray | Codes  # [e, F / 16, K', 32]: sixteen outputs of w1, then sixteen of w3
+    w2: np.ndarray | Codes  # [e, panels, K', 32]
     bias13: np.ndarray  # fp32 [e, F / 16, 32]
     bias2: np.ndarray  # fp32 [e, D]
     gating: Gating
@@ -94,11 +102,11 @@ class PackedExperts:
     @property
     def weights(self) -> tuple[Tensor, ...]:
         biases = torch.from_numpy(self.bias13), torch.from_numpy(self.bias2)
-        return unpack.tensors(self.w13) + unpack.tensors(self.w2) + biases
+        return quantized.tensors(self.w13) + quantized.tensors(self.w2) + biases
 
     @property
     def operands(self) -> Operands:
-        """As `experts_rows` takes them."""
+        """Return the arguments of `experts_rows`."""
         return self.w13, self.bias13, self.w2, self.bias2, self.gating
 
     def __call__(
@@ -109,8 +117,8 @@ class PackedExperts:
         home_R: Tensor | None = None,
         tile_map: TileMap | None = None,
     ) -> Tensor:
-        assert isinstance(offsets, np.ndarray), "here the host counts rows"
-        assert home_R is tile_map is None, "and they stay in order"
+        assert isinstance(offsets, np.ndarray), "the host counts rows"
+        assert home_R is tile_map is None, "rows stay in order"
         y_RD = x_UD.new_empty(len(row_index_R), x_UD.shape[1])
         _experts(as_array(x_UD), row_index_R.numpy(), offsets, self.operands, as_array(y_RD))
         return y_RD
@@ -120,7 +128,7 @@ class PackedExperts:
 class PackedHeads:
     """`kernels.ops.heads.PerHead` for rows of the weights' dtype."""
 
-    panels: np.ndarray  # [H, P, K', 32]
+    panels: np.ndarray  # [H, panels, K', 32]
     num_outputs: int
 
     def __call__(self, x_THK: Tensor, out: Tensor | None = None) -> Tensor:
@@ -138,7 +146,7 @@ def prepare_linear(
     out_dtype: torch.dtype | None = None,
 ) -> Linear:
     """As `kernels.ops.linear.PrepareLinear`."""
-    w_NK = linear.unpacked(weight, dtype)
+    w_NK = linear.panel_of(weight, dtype)
     assert out_dtype in (None, w_NK.dtype), (out_dtype, w_NK.dtype)
     return pack_linear(w_NK, bias_N) if is_packed(w_NK) else linear.prepare(w_NK, bias_N)
 
@@ -168,7 +176,7 @@ def prepare_experts(
 
 
 def pack_linear(w_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
-    """From a weight that `supports`."""
+    """Pack a weight that panels support."""
     num_outputs = w_NK.shape[0]
     starts = np.arange(0, -(-num_outputs // PANEL) * PANEL, LANES)
     bias = np.zeros(len(starts) * LANES, np.float32)
@@ -178,7 +186,7 @@ def pack_linear(w_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
 
 
 def pack_heads(w_HNK: Tensor) -> PackedHeads:
-    """From weights that `supports`."""
+    """Pack weights that panels support."""
     num_outputs = w_HNK.shape[1]
     return PackedHeads(_pack(w_HNK, np.arange(0, -(-num_outputs // PANEL) * PANEL, LANES)), num_outputs)
 
@@ -190,7 +198,7 @@ def pack_experts(
     bias13_eF: Tensor | None = None,
     bias2_eD: Tensor | None = None,
 ) -> PackedExperts:
-    """From weights [e, 2F, D] and [e, D, F] that `supports`."""
+    """Pack weights [e, 2F, D] and [e, D, F] that panels support."""
     assert supports(w13), f"w13 {tuple(w13.shape)}"
     assert supports(w2), f"w2 {tuple(w2.shape)}"
     num_experts, width, inner = w2.shape
@@ -209,9 +217,9 @@ def pack_experts(
 
 
 def _pack(w_eNK: Weight, starts: np.ndarray) -> np.ndarray | Codes:
-    """[e, P, K', 32], half a panel from each row of `starts`."""
+    """Return panels [e, panels, K', 32], or codes, with half a panel from each row of `starts`."""
     if isinstance(w_eNK, QuantizedWeight):
-        return unpack.pack(w_eNK, starts)
+        return quantized.pack(w_eNK, starts)
     array = as_array(w_eNK.contiguous())
     array = array.view(np.uint32) if array.dtype == np.uint16 else array
     panels = empty((len(array), len(starts) // 2, array.shape[2], PANEL), array.dtype)
@@ -223,11 +231,11 @@ def _pack(w_eNK: Weight, starts: np.ndarray) -> np.ndarray | Codes:
 @jit
 def _copy(x, start, count, buffer):
     for i in range(count):
-        put_row(x[start + i], buffer[i])
+        copy_row(x[start + i], buffer[i])
 
 
 def _rows(x, start, count, buffer):
-    """Rows of x for `multiply`: in place, if they can be, or else in `buffer`."""
+    """Return rows of x for `multiply`: in place if possible, else copied to `buffer`."""
 
 
 @overload(_rows)
@@ -249,78 +257,78 @@ def _rows_overload(x, start, count, buffer):
 
 
 @jit
-def _product(x, num_m, w, bias, room, found, y):
+def _product(x, num_m, w, bias, scratch, acc, y):
     num_n, num_k = y.shape[1], x.shape[1]
     for i in range(num_panels(w)):
         n = i * PANEL
-        panels, j = unpacked(w, i, room)
+        panels, j = panel_of(w, i, scratch)
         for m in range(0, num_m, rows_at_once(panels)):
-            multiply(x, m, num_m, num_k, panels, j, found)
+            multiply(x, m, num_m, num_k, panels, j, acc)
             count = min(rows_at_once(panels), num_m - m)
             if n + PANEL <= num_n:
-                put_rows(found, HEAD, count, bias, n, y, m * num_n + n, num_n)
+                store_rows(acc, HEAD, count, bias, n, y, m * num_n + n, num_n)
             else:
-                _put_few(found, count, bias, n, y[m : m + count])
+                _store_partial_panel(acc, count, bias, n, y[m : m + count])
 
 
 @jit
-def _put_few(found, count, bias, n, y):
-    """What `put_rows` does, of a panel that is wider than what is left of y from column n on."""
+def _store_partial_panel(acc, count, bias, n, y):
+    """As `store_rows`, for a panel that is wider than the columns of y from n on."""
     for i in range(count):
         for k in range(n, y.shape[1]):
-            y[i, k] = round_like(found[HEAD + i, k - n] + bias[k], y[i, k])
+            y[i, k] = round_like(acc[HEAD + i, k - n] + bias[k], y[i, k])
 
 
 @jit
-def _hidden(x, num_m, w13, bias, gating, room, found, other, like, hidden):
-    """What lies between an expert's products, rounded as `like`. Some rows are gated while the next ones are multiplied."""
+def _hidden(x, num_m, w13, bias, gating, scratch, acc, other, like, hidden):
+    """Compute the hidden layer of an expert, rounded as `like`; rows are gated while the next ones are multiplied."""
     width, num_k = hidden.shape[1], x.shape[1]
-    waiting = other, HEAD, 0, bias, 0, gating, like, hidden, 0, width
+    pending = other, HEAD, 0, bias, 0, gating, like, hidden, 0, width
     for i in range(num_panels(w13)):
-        panels, j = unpacked(w13, i, room)
+        panels, j = panel_of(w13, i, scratch)
         step = rows_at_once(panels)
         for m in range(0, num_m, step):
-            multiply_gating(x, m, num_m, num_k, panels, j, found, waiting)
+            multiply_and_gate(x, m, num_m, num_k, panels, j, acc, pending)
             count, at = min(step, num_m - m), m * width + i * LANES
-            waiting = found, HEAD, count, bias, i * PANEL, gating, like, hidden, at, width
-            found, other = other, found
-    put_gated_rows(*waiting)
+            pending = acc, HEAD, count, bias, i * PANEL, gating, like, hidden, at, width
+            acc, other = other, acc
+    store_gated_rows(*pending)
 
 
 @allocating_jit
 def linear_rows(x, w, bias, y):
-    """`kernels.ops.linear.reference` of contiguous rows, with weights and a bias as in `PackedLinear`."""
+    """As `kernels.ops.linear.reference`, of contiguous rows, with panels and bias of a `PackedLinear`."""
     num_m, num_k = x.shape
-    buffer, found = operand(min(num_m, CHUNK), num_k, w), products()
-    begin(w)
+    buffer, acc = operand(min(num_m, CHUNK), num_k, w), accumulators()
+    begin_products(w)
     for start in range(0, num_m, CHUNK):
         count = min(CHUNK, num_m - start)
-        _product(_rows(x, start, count, buffer), count, w, bias, w, found, y[start : start + count])
-    finish(w)
+        _product(_rows(x, start, count, buffer), count, w, bias, w, acc, y[start : start + count])
+    end_products(w)
 
 
 @jit
 def _gather(x, index, start, count, rows):
     for m in range(count):
-        put_row(x[index[start + m]], rows[m])
+        copy_row(x[index[start + m]], rows[m])
 
 
 @allocating_jit
 def experts_rows(x, index, offsets, operands, y):
-    """`kernels.ops.experts.reference`, with `PackedExperts.operands`, of at least one row."""
+    """As `kernels.ops.experts.reference`, with `PackedExperts.operands`; at least one row."""
     w13, bias13, w2, bias2, gating = operands
     most, width, inner = min(CHUNK, np.diff(offsets).max()), x.shape[1], bias13.shape[1] * LANES
-    room13, room2 = room(expert(w13, 0), x), room(expert(w2, 0), x)
-    rows, hidden, found = operand(most, width, room13), operand(most, inner, room2), products()
-    other = products()
-    begin(room13)
+    scratch13, scratch2 = scratch(expert(w13, 0), x), scratch(expert(w2, 0), x)
+    rows, hidden, acc = operand(most, width, scratch13), operand(most, inner, scratch2), accumulators()
+    other = accumulators()
+    begin_products(scratch13)
     for e in range(len(bias13)):
         for start in range(offsets[e], offsets[e + 1], CHUNK):
             count = min(CHUNK, offsets[e + 1] - start)
             _gather(x, index, start, count, rows)
-            _hidden(rows, count, expert(w13, e), bias13[e], gating, room13, found, other, x[0, 0], hidden)
-            _product(hidden, count, expert(w2, e), bias2[e], room2, found, y[start : start + count])
-    finish(room13)
+            _hidden(rows, count, expert(w13, e), bias13[e], gating, scratch13, acc, other, x[0, 0], hidden)
+            _product(hidden, count, expert(w2, e), bias2[e], scratch2, acc, y[start : start + count])
+    end_products(scratch13)
 
 
 @allocating_jit
@@ -338,15 +346,15 @@ def _experts(x, index, offsets, operands, y):
 def _heads(x, w, y):
     num_m, num_heads, num_k = x.shape
     num_n, most = y.shape[2], min(num_m, CHUNK)
-    bias, found = np.zeros(w.shape[1] * PANEL, np.float32), products()
+    bias, acc = np.zeros(w.shape[1] * PANEL, np.float32), accumulators()
     rows, columns = operand(most, num_k, w[0]), empty((most, num_n), y.dtype)
-    begin(w[0])
+    begin_products(w[0])
     for h in range(num_heads):
         for start in range(0, num_m, CHUNK):
             count = min(CHUNK, num_m - start)
             for m in range(count):
-                put_row(x[start + m, h], rows[m])
-            _product(rows, count, w[h], bias, w[h], found, columns)
+                copy_row(x[start + m, h], rows[m])
+            _product(rows, count, w[h], bias, w[h], acc, columns)
             for m in range(count):
                 y[start + m, h] = columns[m]
-    finish(w[0])
+    end_products(w[0])

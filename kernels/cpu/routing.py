@@ -1,8 +1,9 @@
-"""The choice of experts on a CPU: `kernels.ops.routing.reference` token by token.
+"""Routing on a CPU: `kernels.ops.routing` token by token.
 
-torch computes sigmoids eight at a time and what is left one by one, in other bits; here a token's bits are its own.
+torch computes sigmoids eight at a time and the remainder one by one, with other bits; here a token's bits do not depend
+on the batch.
 
-T tokens, E experts, K chosen, G groups.
+T tokens, E logical experts, K experts a token, J groups of experts.
 """
 
 from __future__ import annotations
@@ -13,10 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu.numbers import allocating_jit, as_array, exp, jit
-from expertwire.kernels.cpu.rows import add_row, put_row
-from expertwire.kernels.cpu.softmax import softmax
-from expertwire.kernels.cpu.vectors import LANES
+from expertwire.kernels.cpu._llvm import LANES, add_row, allocating_jit, as_array, copy_row, exp, jit, softmax
 from expertwire.kernels.ops.routing import TINY
 from expertwire.kernels.ops.variants import Groups, Score
 
@@ -24,16 +22,16 @@ _KINDS: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 
 
 @jit
-def _score(kind: int, scores: np.ndarray, room: np.ndarray) -> None:
-    """In place, of one row of logits, with which `room`, of whole vectors, begins."""
+def _score(kind: int, scores: np.ndarray, padded: np.ndarray) -> None:
+    """Turn a row of logits into scores, in place; `padded` is the same row with whole vectors."""
     if kind == 0:
-        softmax(room, 0, 0, len(scores), np.float32(1), np.float32(-np.inf), np.float32(1), room, 0, len(room))
+        softmax(padded, 0, 0, len(scores), np.float32(1), np.float32(-np.inf), np.float32(1), padded, 0, len(padded))
     elif kind == 1:
         for e in range(len(scores)):
             scores[e] = np.float32(1) / (np.float32(1) + exp(min(-scores[e], np.float32(88))))
     else:
         for e in range(len(scores)):
-            # Beyond 20 the logarithm is x to the last bit.
+            # Beyond 20 log(1 + e^x) equals x in fp32.
             if scores[e] <= np.float32(20):
                 scores[e] = np.float32(np.log1p(exp(scores[e])))
             scores[e] = np.sqrt(scores[e])
@@ -41,7 +39,7 @@ def _score(kind: int, scores: np.ndarray, room: np.ndarray) -> None:
 
 @jit
 def _best(values: np.ndarray) -> int:
-    """Of equals, the first."""
+    """Return the index of the largest value, of equal ones the first."""
     best = 0
     for i in range(len(values)):
         if values[i] > values[best]:
@@ -50,30 +48,30 @@ def _best(values: np.ndarray) -> int:
 
 
 @jit
-def _keep(choice: np.ndarray, values_G: np.ndarray, dropped_G: np.ndarray, kept: int, by_two: bool) -> None:
-    """-inf for the experts of groups that are not among the best; a group is as good as its best, or its two best, are."""
-    num, size = len(values_G), len(choice) // len(values_G)
+def _keep(choice: np.ndarray, values_J: np.ndarray, dropped_J: np.ndarray, kept: int, by_two: bool) -> None:
+    """Set experts outside the best groups to -inf; groups are ranked by their best or two best experts."""
+    num, size = len(values_J), len(choice) // len(values_J)
     for g in range(num):
         group = choice[g * size : (g + 1) * size]
         first = _best(group)
-        values_G[g] = group[first]
+        values_J[g] = group[first]
         if by_two:
             second = np.float32(-np.inf)
             for e in range(size):
                 if e != first:
                     second = max(second, group[e])
-            values_G[g] += second
-    dropped_G[:] = True
+            values_J[g] += second
+    dropped_J[:] = True
     for _ in range(kept):
-        g = _best(values_G)
-        dropped_G[g], values_G[g] = False, np.float32(-np.inf)
+        g = _best(values_J)
+        dropped_J[g], values_J[g] = False, np.float32(-np.inf)
     for g in range(num):
-        if dropped_G[g]:
+        if dropped_J[g]:
             choice[g * size : (g + 1) * size] = np.float32(-np.inf)
 
 
-# Of `route_rows`: the kind of score, a bias on it, whether logits are compared, how groups limit the choice (their number, how
-# many are kept, whether two experts make one good), whether weights sum to one, and what they are multiplied by.
+# Options of `route_rows`: kind of score, bias, whether logits are compared, groups (number, how many are kept,
+# whether they are ranked by two experts), whether weights are renormalised, and their factor.
 Rule = tuple[int, np.ndarray, bool, tuple[int, int, bool], bool, np.float32]
 
 
@@ -86,7 +84,7 @@ def rule(
     groups: Groups | None = None,
     scale: float = 1.0,
 ) -> Rule:
-    """From the options of `kernels.ops.routing.reference`."""
+    """Return the rule of these options of `kernels.ops.routing.Route`."""
     bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.numpy()
     limits = (1, 1, False) if groups is None else (groups.number, groups.kept, groups.by == "two_best")
     by_logits = bias_E is None and not limits[2]
@@ -94,16 +92,16 @@ def rule(
 
 
 @jit
-def _route(logits_TE, rule, scores, room, choice, values_G, dropped_G, ids_TK, weights_TK):
+def _route(logits_TE, rule, scores, padded, choice, values_J, dropped_J, ids_TK, weights_TK):
     kind, bias_E, by_logits, (num_groups, kept, by_two), renormalize, factor = rule
     for t in range(len(logits_TE)):
-        put_row(logits_TE[t], scores)
-        put_row(scores, choice)
-        _score(kind, scores, room)
+        copy_row(logits_TE[t], scores)
+        copy_row(scores, choice)
+        _score(kind, scores, padded)
         if not by_logits:
             add_row(scores, bias_E, choice)
         if kept < num_groups:
-            _keep(choice, values_G, dropped_G, kept, by_two)
+            _keep(choice, values_J, dropped_J, kept, by_two)
         total = np.float32(0)
         for k in range(ids_TK.shape[1]):
             best = _best(choice)
@@ -119,13 +117,13 @@ def _route(logits_TE, rule, scores, room, choice, values_G, dropped_G, ids_TK, w
 @allocating_jit
 def route_rows(logits_TE: np.ndarray, rule: Rule, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
     num_experts, num_groups = logits_TE.shape[1], rule[3][0]
-    room, choice = np.empty(-(-num_experts // LANES) * LANES, np.float32), np.empty(num_experts, np.float32)
-    values_G, dropped_G = np.empty(num_groups, np.float32), np.empty(num_groups, np.bool_)
-    _route(logits_TE, rule, room[:num_experts], room, choice, values_G, dropped_G, ids_TK, weights_TK)
+    padded, choice = np.empty(-(-num_experts // LANES) * LANES, np.float32), np.empty(num_experts, np.float32)
+    values_J, dropped_J = np.empty(num_groups, np.float32), np.empty(num_groups, np.bool_)
+    _route(logits_TE, rule, padded[:num_experts], padded, choice, values_J, dropped_J, ids_TK, weights_TK)
 
 
 def route(logits_TE: Tensor, top_k: int, **options: Any) -> tuple[Tensor, Tensor]:
-    """`kernels.ops.routing.reference`."""
+    """As `kernels.ops.routing.Route`."""
     num_tokens, num_experts = logits_TE.shape
     ids_TK, weights_TK = torch.empty(num_tokens, top_k, dtype=torch.int64), torch.empty(num_tokens, top_k)
     route_rows(as_array(logits_TE), rule(num_experts, **options), ids_TK.numpy(), weights_TK.numpy())

@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels.cpu import panel
-from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty
-from expertwire.kernels.cpu.panel import LANES, PANEL
+from expertwire.kernels.cpu._llvm import LANES, PANEL, allocating_jit, as_array, empty, panels
 
 NUM_K = 96
 PAIRS = pytest.param(
     torch.bfloat16,
     torch.bfloat16,
-    marks=pytest.mark.skipif(not panel.MULTIPLIES_PAIRS, reason="the processor does not multiply pairs of bf16"),
+    marks=pytest.mark.skipif(not panels.MULTIPLIES_PAIRS, reason="the processor does not multiply pairs of bf16"),
     id="pairs",
 )
 KINDS = [
@@ -26,7 +24,7 @@ KINDS = [
 def _multiply(num_rows, x, w, num_k, y):
     done = 0
     while done < num_rows:
-        done += panel.multiply_rows(num_rows - done, x, done * x.shape[1], x.shape[1], w, 0, 0, num_k, y, done * PANEL)
+        done += panels.multiply_rows(num_rows - done, x, done * x.shape[1], x.shape[1], w, 0, 0, num_k, y, done * PANEL)
     return done
 
 
@@ -35,7 +33,7 @@ def multiply(x, w):
     stored = as_array(w)
     stored = stored.view(np.uint32) if w.dtype == torch.bfloat16 else stored
     packed = empty((1, stored.shape[1], PANEL), stored.dtype)
-    panel.pack_rows(stored, np.array([0, LANES]), packed)
+    panels.pack_rows(stored, np.array([0, LANES]), packed)
     found = np.full((len(x) + 1, PANEL), 7, np.float32)
     assert _multiply(len(x), as_array(x), packed, packed.shape[1], found) == len(x)
     assert (found[-1] == 7).all()

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels.cpu import rows
+from expertwire.kernels.cpu._llvm import allocating_jit, as_array, empty, rows
 from expertwire.kernels.cpu.gemm import pack_linear
-from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty
 
 LENGTHS = (1, 15, 16, 17, 64, 100)
 
@@ -38,7 +37,7 @@ def test_rows_of_any_length(length, dtype):
     check(x.float() + y.float())
     rows.scale_row(as_array(x), np.float32(1.7), as_array(y), as_array(found))
     check(x.float() * np.float32(1.7) * y.float())
-    rows.put_row(as_array(x), as_array(found))
+    rows.copy_row(as_array(x), as_array(found))
     check(x)
     total = y.float().clone()
     rows.add_scaled_row(as_array(x), np.float32(-0.3), total.numpy())

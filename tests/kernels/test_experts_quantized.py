@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertwire.kernels import formats
-from expertwire.kernels.cpu import elementwise, fused, gemm, routing
+from expertwire.kernels.cpu import blocks, elementwise, gemm, routing
 from expertwire.kernels.ops import experts
 from expertwire.kernels.ops.moe_block import MoeWeights
 from expertwire.kernels.ops.variants import Activation, Routing
@@ -221,7 +221,7 @@ def test_fused_with_its_router():
         eps=1e-6,
         log2phy_E=torch.arange(NUM_EXPERTS),
     )
-    block = fused.fuse_moe(weights)
+    block = blocks.fuse_moe(weights)
     assert block is not None
     ids_TK, weights_TK = routing.route(router(x), 2, renormalize=True)
     order = ids_TK.flatten().sort(stable=True).indices

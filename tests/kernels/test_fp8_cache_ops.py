@@ -8,9 +8,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from expertwire.kernels import registry
-from expertwire.kernels.cpu import vectors
-from expertwire.kernels.cpu.numbers import allocating_jit, as_array, load, round_like
-from expertwire.kernels.cpu.rows import divide_row, put_row
+from expertwire.kernels.cpu._llvm import allocating_jit, as_array, copy_row, divide_row, load, round_like, vectors
 from expertwire.kernels.ops import attention, mla, rotary
 from expertwire.kernels.ops.variants import Rope
 
@@ -85,7 +83,7 @@ def test_rows(dtype, size):
     x = (100 * torch.randn(size, generator=torch.Generator().manual_seed(size))).to(dtype)
     stored, back = torch.empty(size, dtype=FP8), torch.empty_like(x)
     divide_row(as_array(x), np.float32(0.3), as_array(stored))
-    put_row(as_array(stored), as_array(back))
+    copy_row(as_array(stored), as_array(back))
     expected = attention.quantize(x, torch.tensor([0.3]), FP8)
     assert torch.equal(stored.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(back, expected.to(dtype))

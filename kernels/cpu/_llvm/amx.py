@@ -1,12 +1,13 @@
-"""Products with bf16 weights on processors that multiply matrices (AMX).
+"""Products with bf16 weights by Intel's AMX instructions.
 
-The instruction multiplies a tile of 16 rows and 32 columns of x, as it lies in memory, by one of 16 pairs of rows and 16 columns,
-which is half of 16 rows of a panel (`panel`): nothing is rearranged in a call.
+tdpbf16ps multiplies a tile of 16 rows and 32 columns of x, as it lies in memory, by a tile of 16 pairs of rows and 16
+columns, which is half of 16 rows of a panel: nothing is rearranged in a call.
 
-A sum over K runs pair by pair, in fp32, whatever the number of rows and wherever a row stands: its bits depend on nothing else.
+Each sum runs over K pair by pair in fp32, for any number of rows and any place of a row: its bits depend on nothing
+else.
 
-The unit that multiplies tiles is slow for half a microsecond whenever it has rested for about as long. So what is to be done with
-products in vectors, if it takes that long, is done row by row between the instructions of the next product.
+The tile unit runs slowly for half a microsecond after about as long without work. So the epilogue of a product in
+vectors, if it takes that long, is interleaved row by row with the instructions of the next product.
 
 M rows, K inputs.
 """
@@ -25,22 +26,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from expertwire.kernels.cpu import panel, vectors
-from expertwire.kernels.cpu.numbers import allocating_jit, jit
-from expertwire.kernels.cpu.panel import PANEL
-from expertwire.kernels.cpu.vectors import I8, I64, LINE_BYTES
+from expertwire.kernels.cpu._llvm import panels, vectors
+from expertwire.kernels.cpu._llvm.panels import PANEL
+from expertwire.kernels.cpu._llvm.scalars import allocating_jit, jit
+from expertwire.kernels.cpu._llvm.vectors import I8, I64, LINE_BYTES
 
 TILE = 16
-ROWS = 2 * TILE  # of x at once
-HEAD = TILE  # rows of products before the first that was asked for
-_DEPTH = 32  # of a tile
+ROWS = 2 * TILE  # of x, multiplied at once
+HEAD = TILE  # rows of products before the first requested one
+_DEPTH = 32  # columns of a tile of x
 _STRIDE = 4 * PANEL  # bytes of a row of a panel, and of one of products
-_LINES = _DEPTH // 2 * _STRIDE // LINE_BYTES  # of the cache, in the rows of a panel that meet a tile
+_LINES = _DEPTH // 2 * _STRIDE // LINE_BYTES  # cache lines of a panel that are multiplied by one tile
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA = 158, 0x1023, 18  # Linux, x86-64
 
 
 def _allowed() -> bool:
-    """Whether this processor has the instructions and the system lets this process use them, which it wants to be asked."""
+    """Return whether the processor has AMX and the system grants this process its use, which must be requested."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
     if not llvmlite.binding.get_host_cpu_features().get("amx-bf16", False):
@@ -52,7 +53,7 @@ AVAILABLE = _allowed()
 
 
 class _Emitter:
-    """Emits instructions; tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights."""
+    """Emit AMX instructions; tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
@@ -71,10 +72,10 @@ class _Emitter:
         num_k: ir.Value,
         between: Callable[[ir.Value], None],
     ) -> None:
-        """Tile `2 i + j` becomes the product of 16 rows from `xs[i]` on and half j of the panel at w. In bytes, but `num_k`.
+        """Emit tile `2 i + j` = 16 rows from `xs[i]` on times half j of the panel at w; strides are in bytes.
 
-        Of as many rows of a panel as a tile has, it asks for these `lines` of the ones at `ahead`. `between` is emitted once a
-        step, of which it gets the number.
+        Each step prefetches cache lines `lines[0]` to `lines[1]` of those that the same step of the panel at `ahead`
+        reads. `between` is emitted in each step with the step's number.
         """
         b = self.b
         for i in range(2 * len(xs)):
@@ -83,7 +84,7 @@ class _Emitter:
         def multiply(step: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             x_at, w_at = b.mul(step, I64(2 * _DEPTH)), b.mul(step, I64(_DEPTH // 2 * _STRIDE))
             for i, start in enumerate(xs):
-                # Past the first cache, which the panel fills: all rows meet it before the next one.
+                # Bypasses the first-level cache, which holds the panel until all rows have been multiplied.
                 self.call("tileloaddt164", I8(4 + i), b.gep(start, [x_at]), ldx)
                 for j in range(2):
                     if i == 0:
@@ -92,11 +93,11 @@ class _Emitter:
                     self.call("tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
             following = b.gep(ahead, [b.add(w_at, b.mul(lines[0], I64(LINE_BYTES)))])
 
-            def ask(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            def fetch(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
                 vectors.prefetch(b, b.gep(following, [b.mul(line, I64(LINE_BYTES))]), 2)
                 return []
 
-            vectors.loop(b, b.sub(lines[1], lines[0]), [], ask)
+            vectors.loop(b, b.sub(lines[1], lines[0]), [], fetch)
             between(step)
             return []
 
@@ -104,10 +105,10 @@ class _Emitter:
 
 
 def _between(context: Any, b: ir.IRBuilder, kind: Any, value: ir.Value, num_k: ir.Value) -> Callable[[ir.Value], None]:
-    """What emits a step's share of `put_gated_rows`, of the arguments in a tuple; nothing of None."""
+    """Return an emitter of a step's share of `store_gated_rows` with these arguments; of nothing for None."""
     if kind == types.none:
         return lambda step: None
-    put, count = panel.gated_row(context, b, kind, cgutils.unpack_tuple(b, value, len(kind)))
+    put, count = panels.emit_gated_row(context, b, kind, cgutils.unpack_tuple(b, value, len(kind)))
     steps = b.udiv(num_k, I64(_DEPTH))
     share = b.udiv(b.sub(b.add(count, steps), I64(1)), steps)
 
@@ -123,7 +124,7 @@ def _between(context: Any, b: ir.IRBuilder, kind: Any, value: ir.Value, num_k: i
 def _multiply(num_blocks: int):
     @intrinsic
     def multiply(
-        context, x, first, second, ldx, w, w_at, ahead_at, line, end_line, num_k, y, first_row, second_row, waiting
+        context, x, first, second, ldx, w, w_at, ahead_at, line, end_line, num_k, y, first_row, second_row, pending
     ):
         def generate(context, builder, signature, args):
             def start(array: int, offset: ir.Value) -> ir.Value:
@@ -143,7 +144,7 @@ def _multiply(num_blocks: int):
             return context.get_dummy_value()
 
         n = types.int64
-        return types.void(x, n, n, n, w, n, n, n, n, n, y, n, n, waiting), generate
+        return types.void(x, n, n, n, w, n, n, n, n, n, y, n, n, pending), generate
 
     return multiply
 
@@ -163,7 +164,7 @@ def _configure(context, config):
 
 @intrinsic
 def finish(context):
-    """Give the tiles back."""
+    """Release the tiles."""
 
     def generate(context, builder, signature, args):
         _Emitter(builder).call("tilerelease")
@@ -174,7 +175,7 @@ def finish(context):
 
 @allocating_jit
 def begin():
-    """Take the tiles, eight of 16 rows and 64 bytes: before any `multiply`, and `finish` after them."""
+    """Configure eight tiles of 16 rows and 64 bytes: before any `multiply_rows`; `finish` releases them."""
     config = np.zeros(64, np.uint8)
     config[0] = 1
     for i in range(8):
@@ -183,21 +184,21 @@ def begin():
 
 
 @jit
-def multiply_rows(x, m, num_m, num_k, w, at, ahead, products, waiting):
-    """Rows m to m + 32 of x, bf16 [num_m or 16, >= K], as far as there are any, times the panel of w from element `at` on.
+def multiply_rows(x, m, num_m, num_k, w, at, ahead, products, pending):
+    """Multiply rows m to m + 32 of x, bf16 [max(num_m, 16), >= K], by the panel of w from element `at` on.
 
-    `products` fp32 [HEAD + 32, 32] gets them from row HEAD on. The last 16 rows are one tile, wherever it begins, so that x is
-    read in place. All rows together ask for the panel at `ahead`, each 32 for their share of it. `waiting`: arguments of
-    `panel.put_gated_rows`, of other products, which it does on the way; or None.
+    `products` fp32 [HEAD + 32, 32] receives them from row HEAD on. The last 16 rows of x form one tile, wherever it
+    begins, so that x is read in place. All calls for a panel together prefetch the one at `ahead`. `pending`: arguments
+    of `panels.store_gated_rows` for earlier products, run on the way; or None.
     """
     width, last = x.shape[1], max(num_m - TILE, 0)
     first, second = min(m, last), min(m + TILE, last)
     first_row, second_row = HEAD + first - m, HEAD + second - m
     first, second = first * width, second * width
-    # Asked for at once, what is behind would wait for all of it.
+    # A prefetch of the whole panel at once would delay the reads behind it.
     block, num_blocks = m // ROWS, (num_m - 1) // ROWS + 1
     line, end_line = _LINES * block // num_blocks, _LINES * (block + 1) // num_blocks
     if m + TILE >= num_m:
-        _one(x, first, 0, width, w, at, ahead, line, end_line, num_k, products, first_row, 0, waiting)
+        _one(x, first, 0, width, w, at, ahead, line, end_line, num_k, products, first_row, 0, pending)
     else:
-        _two(x, first, second, width, w, at, ahead, line, end_line, num_k, products, first_row, second_row, waiting)
+        _two(x, first, second, width, w, at, ahead, line, end_line, num_k, products, first_row, second_row, pending)

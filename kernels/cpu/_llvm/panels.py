@@ -1,13 +1,13 @@
-"""Weights packed for products on a CPU, the product of a few rows with them in vectors, and what is done with products.
+"""Weights packed into panels, the product of a few rows with a panel in vectors, and the epilogue of products.
 
-A *panel* is the weights of 32 outputs, [K', 32] of 32 bits each: fp32, and K' is K; or bf16 in pairs of neighbours along K, and
-K' is K / 2. So 32 sums stand side by side in vectors, each row of a panel adds to them, and few rows of x, for which a product
-waits for its weights, read memory from front to back.
+A *panel* holds the weights of 32 outputs, [K', 32] elements of 32 bits: fp32 with K' = K, or pairs of bf16 adjacent
+along K with K' = K / 2. A product keeps 32 sums of each row in vector registers and adds a row of the panel at a
+time, so that a product of few rows, which is bound by reading weights, reads memory sequentially.
 
-A sum over K is one sum in the order of K, whatever the number of rows: its bits depend on nothing else. Rows of bf16 meet pairs
-pair by pair, where the processor has an instruction for that (AVX512-BF16); rows of fp32 meet anything number by number.
+Each sum runs over K in order, for any number of rows: its bits depend on nothing else. Rows of bf16 are multiplied pair
+by pair where the processor can (AVX512-BF16), rows of fp32 number by number.
 
-M rows, N outputs, K inputs, P panels.
+M rows, N outputs, K inputs.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from expertwire.kernels.cpu import vectors
-from expertwire.kernels.cpu.numbers import allocating_jit, jit
-from expertwire.kernels.cpu.vectors import BITS, F32, HIGH, I32, I64, LANES, VECTOR
+from expertwire.kernels.cpu._llvm import vectors
+from expertwire.kernels.cpu._llvm.scalars import allocating_jit, jit
+from expertwire.kernels.cpu._llvm.vectors import BITS, F32, HIGH, I32, I64, LANES, VECTOR
 
 PANEL = 2 * LANES  # outputs
-LINE = 32  # K is a multiple of it: sixteen pairs
+K_STEP = 32  # divides K: sixteen pairs
 _FEATURES = llvmlite.binding.get_host_cpu_features()
-# Rows of x at once: the sums of the most fill registers.
+# Rows of x that are multiplied at once; the sums of the largest number fill the registers.
 _ROWS_AT_ONCE = (12, 8, 6, 4, 3, 2, 1) if _FEATURES.get("avx512f", False) else (3, 2, 1)
 ROWS = _ROWS_AT_ONCE[0]
-MULTIPLIES_PAIRS = _FEATURES.get("avx512bf16", False)  # whether rows may be bf16
+MULTIPLIES_PAIRS = _FEATURES.get("avx512bf16", False)  # rows may be bf16
 
 
 @intrinsic
 def _transpose(context, x, x_at, ldx, y, y_at, ldy):
-    """16 by 16 numbers of 32 bits; of x and y: the array, where to start, and from row to row, in elements."""
+    """Transpose 16 x 16 elements of 32 bits from x to y; each is given by array, start and row stride in elements."""
 
     def generate(context, builder, signature, args):
         b = builder
         source, target = (vectors.pointer(context, b, signature.args[i], args[i], args[i + 1], I32) for i in (0, 3))
         rows = [vectors.load(b, source, b.mul(args[2], I64(i)), BITS) for i in range(LANES)]
-        for size in (1, 2, 4, 8):  # of the blocks that change places
+        for size in (1, 2, 4, 8):  # of the blocks that are exchanged
             low = [lane + LANES - size if lane & size else lane for lane in range(LANES)]
             high = [lane + LANES if lane & size else lane + size for lane in range(LANES)]
             for i in (i for i in range(LANES) if not i & size):
@@ -59,7 +59,7 @@ def _transpose(context, x, x_at, ldx, y, y_at, ldy):
 
 @jit
 def pack_half(rows, at, stride, panels, i, half):
-    """Sixteen rows, from element `at` of 32 bits on, `stride` of them apart, into one half of panel i of `panels` [P, K', 32]."""
+    """Transpose sixteen rows, from element `at` on and `stride` elements apart, into a half of panel i."""
     num_k = panels.shape[1]
     target = i * num_k * PANEL + half * LANES
     for k in range(0, num_k, LANES):
@@ -68,7 +68,7 @@ def pack_half(rows, at, stride, panels, i, half):
 
 @allocating_jit
 def pack_rows(w, starts, panels):
-    """Rows of w [N, K'] into `panels` [P, K', 32], both of 32 bits: half a panel from each of `starts`; zeros behind row N."""
+    """Pack rows of w [N, K'] into `panels`, half a panel from each row of `starts`; zeros beyond row N."""
     num_n, num_k = w.shape
     rows = np.zeros((LANES, num_k), w.dtype)
     for half in range(len(starts)):
@@ -83,9 +83,9 @@ def pack_rows(w, starts, panels):
 def _products(
     b: ir.IRBuilder, rows: int, kinds: Any, x: ir.Value, ldx: ir.Value, w: ir.Value, ahead: ir.Value, num_k: ir.Value
 ) -> list[ir.Value]:
-    """The sums of `rows` rows from x with the panel at w; asks for another one. `num_k` is K', `kinds` are the arrays' types.
+    """Emit the product of `rows` rows from x on with the panel at w, and prefetch the panel at `ahead`.
 
-    Of x and the panel each 32 bits are a number or a pair.
+    `num_k` is K', `kinds` are the arrays' types. 32 bits of x and of the panel are a number or a pair.
     """
     x_pairs, w_pairs = kinds[0].dtype == types.uint16, kinds[1].dtype == types.uint32
     assert w_pairs or not x_pairs, kinds
@@ -94,7 +94,7 @@ def _products(
 
     def weights(bits: ir.Value, step: int) -> ir.Value:
         if split:
-            bits = b.and_(bits, vectors.each_bits(HIGH)) if step else b.shl(bits, vectors.each_bits(16))
+            bits = b.and_(bits, vectors.constant_bits(HIGH)) if step else b.shl(bits, vectors.constant_bits(16))
         return b.bitcast(bits, VECTOR)
 
     def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
@@ -110,15 +110,15 @@ def _products(
             vectors.prefetch(b, b.gep(ahead, [b.add(at, I64(line))]), 2)
         return sums
 
-    return vectors.loop(b, num_k, [vectors.each(0.0)] * (2 * rows), add)
+    return vectors.loop(b, num_k, [vectors.constant(0.0)] * (2 * rows), add)
 
 
 @intrinsic
 def multiply_rows(context, num_rows, x, x_at, ldx, w, w_at, ahead_at, num_k, y, y_at):
-    """Of some of `num_rows` rows of x with the panel at w_at: y, fp32 [*, 32]. Asks for the panel at `ahead_at`.
+    """Multiply up to `num_rows` rows of x by the panel at w_at into y, fp32 [*, 32]; return how many rows.
 
-    x is fp32, or bf16 if the panel is of pairs and the processor `MULTIPLIES_PAIRS`. Of the arrays: where to start, and of x from
-    row to row, in elements. `num_k` is K'. Returns how many rows these were.
+    x is fp32, or bf16 if the panel is of pairs and the processor `MULTIPLIES_PAIRS`. Offsets `*_at` and the row stride
+    `ldx` are in elements; `num_k` is K'. The panel at `ahead_at` is prefetched.
     """
 
     def generate(context, builder, signature, args):
@@ -154,10 +154,10 @@ def multiply_rows(context, num_rows, x, x_at, ldx, w, w_at, ahead_at, num_k, y, 
 
 
 @intrinsic
-def put_rows(context, products, first, count, bias, bias_at, y, y_at, ldy):
-    """Rows of `products`, fp32 [*, 32], from `first` on, `count` >= 1 of them, plus a bias, fp32, rounded to y's type.
+def store_rows(context, products, first, count, bias, bias_at, y, y_at, ldy):
+    """Add a bias (fp32) to `count` >= 1 rows of `products`, fp32 [*, 32], from `first` on; store them in y's type.
 
-    Of bias and y: where to start, and of y from row to row, in elements.
+    Offsets `*_at` and the row stride `ldy` are in elements.
     """
 
     def generate(context, builder, signature, args):
@@ -171,11 +171,11 @@ def put_rows(context, products, first, count, bias, bias_at, y, y_at, ldy):
 
 
 @intrinsic
-def put_gated_rows(context, products, first, count, bias, bias_at, gating, like, y, y_at, ldy):
-    """As `put_rows`: sixteen columns of `vectors.silu_mul`, with its alpha, limit and offset, rounded as `like`."""
+def store_gated_rows(context, products, first, count, bias, bias_at, gating, like, y, y_at, ldy):
+    """As `store_rows`, with `vectors.silu_mul`: sixteen columns; `gating` is alpha, limit and offset."""
 
     def generate(context, builder, signature, args):
-        put, count = gated_row(context, builder, signature.args, args)
+        put, count = emit_gated_row(context, builder, signature.args, args)
         vectors.loop(builder, count, [], lambda i, _: put(i))
         return context.get_dummy_value()
 
@@ -183,10 +183,10 @@ def put_gated_rows(context, products, first, count, bias, bias_at, gating, like,
     return types.void(products, number, number, bias, number, gating, like, y, number, number), generate
 
 
-def gated_row(
+def emit_gated_row(
     context: Any, b: ir.IRBuilder, kinds: Any, args: Any
 ) -> tuple[Callable[[ir.Value], list[ir.Value]], ir.Value]:
-    """What emits a row of `put_gated_rows`, of whose arguments these are, and how many rows there are."""
+    """Return an emitter of one row of `store_gated_rows`, whose arguments these are, and the number of rows."""
     row = _Row(context, b, kinds, args, y=7)
     numbers = [vectors.splat(b, b.extract_value(args[5], i)) for i in range(3)]
 
@@ -197,7 +197,7 @@ def gated_row(
 
 
 class _Row:
-    """Emits how a row of products is read and where it goes; arguments as of `put_rows`, y and what follows it from `y` on."""
+    """Emit reads of rows of products and their stores; arguments as of `store_rows`, from index `y` on those of y."""
 
     def __init__(self, context: Any, b: ir.IRBuilder, kinds: Any, args: Any, *, y: int) -> None:
         self._b, self._kind, self._ldy = b, kinds[y].dtype, args[y + 2]
@@ -207,13 +207,13 @@ class _Row:
         self._biases = [vectors.load(b, start, I64(half)) for half in (0, LANES)]
 
     def biased(self, i: ir.Value) -> list[ir.Value]:
-        """Row i's two halves."""
+        """Return both halves of row i, with the bias."""
         b, at = self._b, self._b.mul(i, I64(PANEL))
         halves = (vectors.load(b, self._source, b.add(at, I64(half))) for half in (0, LANES))
         return [b.fadd(half, bias) for half, bias in zip(halves, self._biases, strict=True)]
 
     def put(self, i: ir.Value, values: list[ir.Value]) -> list[ir.Value]:
-        """Sixteen by sixteen; nothing is carried to the next row."""
+        """Emit the store of a row, sixteen numbers at a time; return no loop-carried values."""
         b = self._b
         for j, value in enumerate(values):
             stored = vectors.to_bf16(b, value) if self._kind == types.uint16 else value

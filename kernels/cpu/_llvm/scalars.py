@@ -1,8 +1,11 @@
-"""Numbers in numba: bf16 seen as its upper sixteen bits (u16) and fp8 (e4m3) as its byte (u8), arithmetic in fp32, rounding to
-nearest even on the way out; fp8 saturates."""
+"""Numbers in numba: arithmetic is in fp32; bf16 is stored as u16 (its bits), fp8 (e4m3) as u8.
+
+Conversions round to nearest even; fp8 saturates. This module also defines the decorators of all compiled functions.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,29 +16,30 @@ from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from expertwire.compiled import compiler
-from expertwire.kernels.cpu.vectors import LINE_BYTES
+from expertwire.kernels.cpu._llvm.vectors import LINE_BYTES
 
-# No fast math: what LLVM makes of it depends on what a function is inlined into, which depends on what was in the cache, so two
-# ranks could differ in their last bits.
+# No fast math: its result depends on what a function is inlined into, hence on what the compilation cache held, so that
+# two ranks could differ in their last bits.
 #
-# Nor counts of references to arrays, which are atomic and cost more than the work of a small function. So what is compiled by
-# `jit` may neither make an array nor return one; numba refuses the former only.
-jit = compiler(__file__, error_model="numpy", _nrt=False)
-allocating_jit = compiler(__file__, error_model="numpy", _nrt=True)
+# `jit` has no reference counts of arrays, as these are atomic and cost more than a small function's work. A function
+# compiled by it may neither make an array nor return one; numba detects only the former.
+_FOLDER = Path(__file__).parents[1] / "__init__.py"
+jit = compiler(str(_FOLDER), "**/*.py", error_model="numpy", _nrt=False)
+allocating_jit = compiler(str(_FOLDER), "**/*.py", error_model="numpy", _nrt=True)
 
 
 @register_jitable
 def empty(shape, dtype):
-    """An array that begins where a line of the cache does, as torch's tensors do.
+    """Return an array aligned to a cache line, as torch's tensors are.
 
-    What reads 64 bytes at once from any other place reads two lines: a product of tiles takes three times as long.
+    Unaligned reads of 64 bytes touch two lines: a product of AMX tiles takes three times as long.
     """
     size = 1
     for length in shape:
         size *= length
-    room = np.empty(size + LINE_BYTES, dtype)
-    start = -room.ctypes.data % LINE_BYTES // room.itemsize
-    return room[start : start + size].reshape(shape)
+    memory = np.empty(size + LINE_BYTES, dtype)
+    start = -memory.ctypes.data % LINE_BYTES // memory.itemsize
+    return memory[start : start + size].reshape(shape)
 
 
 @intrinsic
@@ -56,7 +60,7 @@ def _f32_to_bits(context: Any, value: Any) -> Any:
 
 @register_jitable
 def _from_fp8(code):
-    """`vectors.from_fp8` of one number."""
+    """As `vectors.from_fp8`, for one number."""
     rest = code & np.uint32(0x7F)
     doubled = _bits_to_f32((rest << np.uint32(20)) + np.uint32(121 << 23))
     size = doubled - max(doubled * np.float32(0.5), np.float32(2**-6))
@@ -67,7 +71,7 @@ def _from_fp8(code):
 
 @register_jitable
 def _to_fp8(value):
-    """`vectors.to_fp8` of one number."""
+    """As `vectors.to_fp8`, for one number."""
     bits = _f32_to_bits(value)
     size = _bits_to_f32(bits & np.uint32(0x7FFFFFFF))
     if size > np.float32(448):
@@ -83,7 +87,7 @@ def _to_fp8(value):
 
 
 def load(stored):
-    """fp32 value of an array's element."""
+    """Return the fp32 value of an array's element."""
 
 
 @overload(load, inline="always")
@@ -96,7 +100,7 @@ def _load_overload(stored):
 
 
 def round_like(value, like):
-    """An element of `like`'s type from an fp32 value."""
+    """Return an fp32 value rounded to the type of `like`."""
 
 
 @overload(round_like, inline="always")
@@ -123,7 +127,7 @@ def _fma(context: Any, x: Any, y: Any, z: Any) -> Any:
 
 @jit
 def exp(x: float) -> float:
-    """e^x in fp32 for x <= 88, by 2^n times a polynomial of the rest (Cephes' expf); loops over it vectorise."""
+    """Return e^x in fp32 for x <= 88 by Cephes' expf: 2^n times a polynomial; loops over it vectorise."""
     x = max(x, np.float32(-87.0))
     n = np.floor(_fma(x, np.float32(1.44269504088896341), np.float32(0.5)))
     r = _fma(n, np.float32(2.12194440e-4), _fma(n, np.float32(-0.693359375), x))
@@ -137,6 +141,6 @@ def exp(x: float) -> float:
 
 
 def as_array(x: Tensor) -> np.ndarray:
-    """A view that numba understands: bf16 as u16, fp8 as u8."""
+    """Return a view that numba understands: bf16 as u16, fp8 as u8."""
     seen_as = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(x.dtype)
     return x.numpy() if seen_as is None else x.view(seen_as).numpy()

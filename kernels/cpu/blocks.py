@@ -4,8 +4,8 @@ With a few rows a step, calling an op costs as much as its work. These functions
 `attention` and `elementwise` one after another, so that a row has the bits of the separate ops. They take `CHUNK` rows
 at a time: results of one op are still in the cache for the next.
 
-T tokens, D model width, H query heads, G key/value heads, d head size, E logical experts, e those here, K
-chosen, R routed rows, F expert width, B sequences, b blocks, s block size.
+T tokens, D model width, H query heads, G key/value heads, d head size, E logical experts, e physical experts, K
+experts a token, R routed rows, F expert width, S sequences, B blocks, s block size, W entries of a block table.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.kernels.cpu._llvm import allocating_jit, as_array, empty
 from expertwire.kernels.cpu.attention import attend_rows, scales, sinks
 from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows
 from expertwire.kernels.cpu.gemm import CHUNK, Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
-from expertwire.kernels.cpu.numbers import allocating_jit, as_array, empty
 from expertwire.kernels.cpu.rotary import rope_and_cache_rows
 from expertwire.kernels.cpu.routing import Rule, route_rows, rule
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
@@ -42,22 +42,22 @@ def _attention(
     window: int,
     chunk: int,
     sinks_H: np.ndarray,
-    cos_Pr: np.ndarray,
-    sin_Pr: np.ndarray,
+    cos_Yr: np.ndarray,
+    sin_Yr: np.ndarray,
     positions_T: np.ndarray,
     slots_T: np.ndarray,
-    tables_Bb: np.ndarray,
+    tables_SW: np.ndarray,
     cu_seqlens_q: np.ndarray,
-    seq_lens_B: np.ndarray,
-    k_NsGd: np.ndarray,
-    v_NsGd: np.ndarray,
+    seq_lens_S: np.ndarray,
+    k_BsGd: np.ndarray,
+    v_BsGd: np.ndarray,
     kv_scales_2G: np.ndarray,
     output: Weights,
     norm_D: np.ndarray,
     sum_TD: np.ndarray,
     y_TD: np.ndarray,
 ) -> None:
-    num_tokens, num_kv, dim = x_TD.shape[0], k_NsGd.shape[2], k_NsGd.shape[3]
+    num_tokens, num_kv, dim = x_TD.shape[0], k_BsGd.shape[2], k_BsGd.shape[3]
     num_heads = all_heads - 2 * num_kv
     q_THd = empty((num_tokens, num_heads, dim), x_TD.dtype)
     qkv_Thd = empty((min(num_tokens, CHUNK), all_heads, dim), x_TD.dtype)
@@ -69,19 +69,19 @@ def _attention(
             part_Thd,
             qk_norm_hd,
             eps,
-            cos_Pr,
-            sin_Pr,
+            cos_Yr,
+            sin_Yr,
             positions_T[start:end],
             slots_T[start:end],
-            k_NsGd.reshape((-1, num_kv, dim)),
-            v_NsGd.reshape((-1, num_kv, dim)),
+            k_BsGd.reshape((-1, num_kv, dim)),
+            v_BsGd.reshape((-1, num_kv, dim)),
             kv_scales_2G,
             interleaved,
             q_THd[start:end],
         )
     attended_THd = empty((num_tokens, num_heads, dim), x_TD.dtype)
     options = scale, window, chunk, sinks_H
-    attend_rows(q_THd, k_NsGd, v_NsGd, kv_scales_2G, tables_Bb, cu_seqlens_q, seq_lens_B, *options, attended_THd)
+    attend_rows(q_THd, k_BsGd, v_BsGd, kv_scales_2G, tables_SW, cu_seqlens_q, seq_lens_S, *options, attended_THd)
     attended_TK = attended_THd.reshape((num_tokens, -1))
     delta_TD = empty((min(num_tokens, CHUNK), x_TD.shape[1]), x_TD.dtype)
     for start in range(0, num_tokens, CHUNK):
@@ -125,7 +125,7 @@ class _AttentionBlock:
 
 @allocating_jit
 def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray, place_TK: np.ndarray) -> None:
-    """`comm.all_to_all.base.Dispatched` of one rank, and where each (token, k) stands in it."""
+    """Sort rows by expert as `comm.all_to_all.base.Dispatched` has them; `place_TK` is the row of each (token, k)."""
     num_tokens, top_k = physical_TK.shape
     offsets[:] = 0
     for t in range(num_tokens):
