@@ -23,8 +23,8 @@ import numpy as np
 
 from expertwire.bench.scheduler import balance_peer, balance_routing
 from expertwire.bench.serving import throughput
+from expertwire.moe.eplb.algorithm import rebalance
 from expertwire.moe.eplb.placement import TURNS, Placement, place
-from expertwire.moe.eplb.rebalance import rebalance
 
 STEP_TOKENS = 128  # of one rank in one step, at most
 SPARE = 1 / 8  # redundant slots, of the experts
