@@ -146,7 +146,7 @@ def prepare_linear(
     out_dtype: torch.dtype | None = None,
 ) -> Linear:
     """As `kernels.ops.linear.PrepareLinear`."""
-    w_NK = linear.panel_of(weight, dtype)
+    w_NK = linear.unpacked(weight, dtype)
     assert out_dtype in (None, w_NK.dtype), (out_dtype, w_NK.dtype)
     return pack_linear(w_NK, bias_N) if is_packed(w_NK) else linear.prepare(w_NK, bias_N)
 
