@@ -48,23 +48,23 @@ class Bound:
 
 def norm_of_each_head(layer):
     old = layer.attention.__self__
-    norms = torch.cat([weight.unflatten(0, (-1, old.config.head_dim)) for weight in old.row_norms])
-    return replace(layer, attention=replace(old, row_norms=None, head_norms=norms).forward)
+    norms = torch.cat([norm.unflatten(0, (-1, old.config.head_dim)) for norm in old.block.weights.row_norms])
+    weights = replace(old.block.weights, row_norms=None, head_norms_hd=norms)
+    return replace(layer, attention=replace(old, block=replace(old.block, weights=weights)).forward)
 
 
 def weights_with_the_bias(layer):
     if layer.moe is None:
         return layer
     router = layer.moe.router
-    bias_E = router.route.keywords["bias_E"]
+    bias_E, scale = router.rule["bias_E"], router.rule["scale"]
 
-    def route(logits_TE):
-        ids_TK, _ = router.route(logits_TE)
+    def route(logits_TE, top_k, **rule):
+        ids_TK, _ = router.route(logits_TE, top_k, **rule)
         weights_TK = (torch.sigmoid(logits_TE) + bias_E).gather(1, ids_TK)
-        scale = router.route.keywords["scale"]
         return ids_TK, weights_TK / weights_TK.sum(1, keepdim=True) * scale
 
-    changed = replace(layer.moe, router=replace(router, route=route), fused=None)
+    changed = replace(layer.moe, router=replace(router, route=route), block=None)
     return replace(layer, mlp=changed.forward, moe=changed)
 
 
