@@ -149,6 +149,7 @@ class TorchGroup:
         self.rank, self.size, self.store = rank, size, store
         self.closing = contextlib.ExitStack()
         self._options: dict[str, Any] = {"device": device, "local_ip": local_ip, "timeout_s": timeout_s, "nccl": nccl}
+        self._group: Any  # torch's backends, whose methods it does not annotate
         timeout = timedelta(seconds=timeout_s)
         if device == "cpu":
             self.device = device
@@ -212,7 +213,7 @@ class TorchGroup:
         group, which all engines of a process share, and with other backends than ours.
         """
         rendezvous = all_gather_text(self, secrets.token_hex(8), self.device)[0]
-        name = f"expertwire-{rendezvous}-{self.rank}"  # one registry per process; names of ranks may differ
+        name: Any = f"expertwire-{rendezvous}-{self.rank}"  # one registry per process; names of ranks may differ
         group = dist.ProcessGroup(dist.PrefixStore(f"expertwire-{rendezvous}", self.store), self.rank, self.size)
         _register_process_group(name, group)
 

@@ -31,9 +31,9 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     values = tuple(arrays.values())
     schema = _schema(tuple(arrays), tuple([value.dtype for value in values]), tuple([value.ndim for value in values]))
     dims = [size for value in values for size in value.shape]
-    parts = [schema, struct.pack(f"<{len(dims)}q", *dims)]
+    parts: list[bytes | memoryview] = [schema, struct.pack(f"<{len(dims)}q", *dims)]
     for value in values:
-        parts.append(value if value.flags.c_contiguous else value.tobytes())
+        parts.append(value.data if value.flags.c_contiguous else value.tobytes())
         if padding := -value.nbytes & 7:
             parts.append(_PADDING[padding])
     return b"".join(parts)
