@@ -188,6 +188,7 @@ class DemoModel(nn.Module):
         cos_SC, sin_SC = angles_SC.cos(), angles_SC.sin() * torch.tensor((-1.0, 1.0)).repeat_interleave(half)
         x_BSD, aux = self.model.embed_tokens(ids_BS), torch.zeros(())
         for layer in self.model.layers:
+            assert isinstance(layer, _Layer)
             x_BSD = x_BSD + layer.self_attn(layer.input_layernorm(x_BSD), cos_SC, sin_SC)
             y_TD, layer_aux = layer.mlp(layer.post_attention_layernorm(x_BSD).view(B * S, -1))
             x_BSD, aux = x_BSD + y_TD.view(B, S, -1), aux + layer_aux / self.c.num_hidden_layers

@@ -150,7 +150,7 @@ def _latent(rng: TensorRng, q: Tensor, cache: Tensor, seqs: AttentionMetadata) -
 def items(quick: bool) -> list[Item]:
     """Return the items of grouped-query attention, that of the bar first."""
     steps = QUICK_STEPS if quick else tuple(STEPS)
-    found = [_heads_item(QWEN3, step) for step in steps]
+    found: list[Item] = [_heads_item(QWEN3, step) for step in steps]
     for model in (MIXTRAL, GPT_OSS, GPT_OSS_WINDOW):
         found += [_heads_item(model, step) for step in ("decode 64 x 8k", "prefill 8k")[: 1 if quick else 2]]
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -231,7 +232,9 @@ def pack4(
     codes = torch.nn.functional.pad(codes.to(torch.int64), (0, padding), value=8 if format == "int4" else 0)
     # group of 32 columns, chunk, half, c, 2c or 2c + 1 -> word, pair, 2c or 2c + 1
     parts = codes.view(e, M, -1, 2, 2, 4, 2).permute(0, 1, 2, 5, 3, 4, 6).reshape(e, M, -1, 4, 2)
-    words = sum(_spread(parts[..., pair, elem], pair, format) << 16 * elem for pair in range(4) for elem in range(2))
+    words: Any = sum(
+        _spread(parts[..., pair, elem], pair, format) << 16 * elem for pair in range(4) for elem in range(2)
+    )
     filled = scales.new_zeros(e, (K + padding) // group, M)
     filled[:, : K // group] = scales.transpose(1, 2)
     if format != "int4":
@@ -274,7 +277,9 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate along the first dimension; fp8 numbers as bytes, since not every device's `cat` takes them."""
     dtype = tensors[0].dtype
     return (
-        torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(dtype) if dtype == FP8 else torch.cat(tensors)
+        torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(dtype)
+        if dtype == FP8
+        else torch.cat(list(tensors))
     )
 
 

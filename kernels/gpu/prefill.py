@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -280,9 +281,8 @@ def attend(
     `attention.attend`, since these tiles leave no registers for converting them.
     """
     if kv_scales_2G is not None:
-        scales = {"scale": scale, "kv_scales_2G": kv_scales_2G}
-        options = {"window": window, "chunk": chunk, "sinks_H": sinks_H, "out": out}
-        return attention.attend(q_THd, k_cache, v_cache, seqs, device, **scales, **options)
+        options: dict[str, Any] = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H, "out": out}
+        return attention.attend(q_THd, k_cache, v_cache, seqs, device, kv_scales_2G=kv_scales_2G, **options)
     num_tokens, num_heads, dim = q_THd.shape
     value_dim = v_cache.shape[3]
     for name, cache in {"k_cache": k_cache, "v_cache": v_cache}.items():

@@ -188,10 +188,11 @@ def emit_gated_row(
 ) -> tuple[Callable[[ir.Value], list[ir.Value]], ir.Value]:
     """Return an emitter of one row of `store_gated_rows`, whose arguments these are, and the number of rows."""
     row = _Row(context, b, kinds, args, y=7)
-    numbers = [vectors.splat(b, b.extract_value(args[5], i)) for i in range(3)]
+    alpha, limit, offset = (vectors.splat(b, b.extract_value(args[5], i)) for i in range(3))
 
     def put(i: ir.Value) -> list[ir.Value]:
-        return row.put(i, [vectors.silu_mul(b, *row.biased(i), *numbers, bf16=kinds[6] == types.uint16)])
+        gate, up = row.biased(i)
+        return row.put(i, [vectors.silu_mul(b, gate, up, alpha, limit, offset, bf16=kinds[6] == types.uint16)])
 
     return put, args[2]
 
