@@ -153,10 +153,11 @@ class TorchGroup:
         timeout = timedelta(seconds=timeout_s)
         if device == "cpu":
             self.device = device
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_ip)]
+            gloo: Any = dist.ProcessGroupGloo  # whose options torch does not annotate
+            options = gloo._Options()
+            options._devices = [gloo.create_device(hostname=local_ip)]
             options._timeout = timeout
-            self._group = dist.ProcessGroupGloo(store, rank, size, options)
+            self._group: Any = gloo(store, rank, size, options)
         else:
             index = torch.cuda.current_device()
             self.device = f"cuda:{index}"

@@ -74,7 +74,7 @@ class Generation:
         usage: set when the stream has ended without an error.
     """
 
-    def __init__(self, request_id: str, call: grpc.Call) -> None:
+    def __init__(self, request_id: str, call: Any) -> None:  # a `grpc.Call` that is also an iterator
         self.request_id = request_id
         self.opens_reasoning = False
         self.prompt_logprobs: list[LogprobDict | None] = []
@@ -214,7 +214,7 @@ class Client:
         """Return whether the server's health check succeeds; False also if there is no server."""
         from grpc_health.v1 import health_pb2, health_pb2_grpc  # the only use of this package
 
-        health = health_pb2_grpc.HealthStub(self._channel)
+        health: Any = health_pb2_grpc.HealthStub(self._channel)  # whose methods are made when it is
         try:
             answer = health.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout_s)
         except grpc.RpcError:
@@ -271,6 +271,7 @@ def _to_logprobs(entry: pb.PositionLogprobs) -> LogprobDict | None:
 
 
 def _raise(error: grpc.RpcError) -> NoReturn:
-    wait_ms = dict(error.trailing_metadata() or ()).get(RETRY_AFTER)
+    metadata: Any = error.trailing_metadata() or ()
+    wait_ms = dict(metadata).get(RETRY_AFTER)
     wait_s = None if wait_ms is None else int(wait_ms) / 1e3
     raise ServerError(error.code().name, error.details() or "", wait_s) from error

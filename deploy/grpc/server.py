@@ -76,7 +76,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             while (message := await stream.read()) is not None:
                 await context.write(message)
         except StreamFailed as failed:
-            await context.abort(Code[failed.error.code], failed.error.message, _retry_hint(failed.error))
+            await context.abort(Code.__members__[failed.error.code], failed.error.message, _retry_hint(failed.error))
         finally:
             # Also where the client has cancelled, its deadline has passed or its connection is lost.
             self._close(number)

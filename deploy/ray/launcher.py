@@ -179,7 +179,8 @@ class RayLauncher:
 
     def _reserve(self, spec: WorkerSpec, resources: dict[str, float], nodes: list[Node]) -> PlacementGroup:
         """Return a placement group for the ranks: the first layout for which there are free resources."""
-        bundles, selectors = [resources] * spec.num_ranks, [None]
+        bundles = [resources] * spec.num_ranks
+        selectors: list[list[dict[str, str]] | None] = [None]
         if "GPU" in resources:
             found = placement.layouts(nodes, spec.num_ranks)
             selectors = [list(layout.selectors) for layout in found]

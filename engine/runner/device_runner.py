@@ -129,10 +129,10 @@ class DeviceRunner:
             columns = self._slots.uploads(*(np.zeros(len(logits_OV), dtype) for dtype in dtypes))
             sample(logits_OV, *columns, drawn=drawn, filtered=filtered)
         penalties.warm_up(logits_OV, self._slots.tokens_SL)
-        size = 1
-        while size <= max_num_batched_tokens:
-            self._run_prompt(self._nobody(size), size)
-            size = max_num_batched_tokens if size < max_num_batched_tokens < 2 * size else 2 * size
+        length = 1
+        while length <= max_num_batched_tokens:
+            self._run_prompt(self._nobody(length), length)
+            length = max_num_batched_tokens if length < max_num_batched_tokens < 2 * length else 2 * length
         self._model.take_expert_load()
 
     def graph_sizes(self, max_num_batched_tokens: int, max_num_seqs: int) -> list[GraphSize]:
