@@ -76,10 +76,10 @@ class _Watched:
 
     def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         router = self._router
-        logits_TE = router.dense(x_TD.to(router.dtype))
-        ids_TK, weights_TK = router.route(logits_TE)
+        logits_TE = router.dense(x_TD)
+        ids_TK, weights_TK = router.route(logits_TE, router.top_k, **router.rule)
         for _ in range(3):
             noise_TE = (torch.rand(logits_TE.shape, generator=self._generator) - 0.5) * 2 * self._margin
-            others_TK = router.route(logits_TE + noise_TE)[0]
+            others_TK = router.route(logits_TE + noise_TE, router.top_k, **router.rule)[0]
             self._near[0] |= not torch.equal(others_TK.sort(-1).values, ids_TK.sort(-1).values)
         return ids_TK, weights_TK
