@@ -23,7 +23,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -50,15 +49,11 @@ from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Capture
-from expertwire.engine.runner.runner import Runner
-from expertwire.engine.runner.slots import Slots
+from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.mover import ExpertMover
 from expertwire.moe.eplb.placement import Placement, place
-
-if TYPE_CHECKING:
-    from expertwire.engine.runner.device_runner import DeviceRunner
 
 # The share of free memory of a CPU that caches may take, when no size is given.
 _CPU_CACHE_SHARE = 0.5
@@ -153,12 +148,12 @@ def _start(
     link.send({"device": _bytes(device.split(":")[0]), "all_to_all": _bytes(travel), "place": place_2})
 
     longest = int(_told(link)["max_model_len"][0])
-    link.send({"cache_bytes": np.array([_cache_room(config, model, longest, num_ranks, sharers)])})
+    link.send({"cache_bytes": np.array([_available_bytes(config, model, longest, num_ranks, sharers)])})
 
     sizes = _told(link)
     num_blocks, max_model_len = sizes["num_blocks"].tolist(), int(sizes["max_model_len"][0])
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
-    runner = _make_runner(config, model, caches, max_model_len, num_ranks, group)
+    runner = _warm_runner(config, model, caches, max_model_len, num_ranks, group)
     link.send({})
     return runner
 
@@ -179,15 +174,15 @@ def _told(link: ControlLink) -> dict[str, np.ndarray]:
     return message
 
 
-def _cache_room(config: EngineConfig, model: Decoder, max_model_len: int, num_ranks: int, sharers: int) -> int:
-    """Bytes that the rank's caches may have: of a GPU, which is the rank's own, what `gpu_memory_utilization` leaves beside the
-    largest step, which all ranks run together; of a CPU's memory half of a fair share of what is free."""
+def _available_bytes(config: EngineConfig, model: Decoder, max_model_len: int, num_ranks: int, sharers: int) -> int:
+    """Return the bytes that the rank's caches may have: of a GPU, which is the rank's own, what `gpu_memory_utilization` leaves
+    beside the largest step, which all ranks run together; of a CPU's memory half of a fair share of what is free."""
     device = model.context.device
     if not model.context.ops.on_device:
         return int(weights.free_memory(device) // sharers * _CPU_CACHE_SHARE)
     num_blocks = [2] * len(model.config.cache_specs())
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
-    runner = _device_runner(config, model, caches, max_model_len, num_ranks)
+    runner = _model_runner(config, model, caches, max_model_len, num_ranks)
     sizes = config.micro_batch_tokens, config.max_num_seqs
     runs = partial(runner.run_largest_graph, *sizes), partial(runner.run_peak, *sizes)
     found = memory_plan.measured(device, *runs)
@@ -198,68 +193,47 @@ def _cache_room(config: EngineConfig, model: Decoder, max_model_len: int, num_ra
     return found.room(config, model.config)
 
 
-def _device_runner(
+def _model_runner(
     config: EngineConfig,
     model: Decoder,
-    caches: list[NamedCache],
+    caches: Sequence[NamedCache],
     max_model_len: int,
     num_ranks: int,
     *,
     capture: Capture | None = None,
     mover: ExpertMover | None = None,
-) -> DeviceRunner:
-    from expertwire.engine.runner.device_runner import DeviceRunner  # Triton is of no use elsewhere
-    from expertwire.engine.runner.device_slots import DeviceSlots
-
-    slots = DeviceSlots(
-        num_slots=config.max_num_seqs,
-        max_model_len=max_model_len,
-        block_size=config.block_size,
-        specs=[cache.spec for cache in caches],
-        device=model.context.device,
-    )
-    return DeviceRunner(
+) -> ModelRunner:
+    return ModelRunner(
         model=model,
         caches=caches,
-        slots=slots,
-        rank=model.context.rank,
         num_ranks=num_ranks,
-        num_parts=config.num_micro_batches,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        num_micro_batches=config.num_micro_batches,
         capture=capture,
         mover=mover,
     )
 
 
-def _make_runner(
+def _warm_runner(
     config: EngineConfig,
     model: Decoder,
-    caches: list[NamedCache],
+    caches: Sequence[NamedCache],
     max_model_len: int,
     num_ranks: int,
     group: groups.Group,
-) -> Steps:
-    """Warmed up: on a GPU, graphs are captured now, so that running out of memory is found before anyone is served."""
+) -> ModelRunner:
+    """Return the warmed-up runner. Graphs are captured now, so that running out of memory is found before anyone is served."""
     mover = None
     if config.eplb_step_interval:
         assert model.context.placement is not None, "a dense model's experts cannot move"
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = ExpertMover(layers, model.context.placement, group)
-    if model.context.ops.on_device:
-        capture = cuda_graphs.cuda(group.barrier) if model.context.ops.capturable else None
-        on_device = _device_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)
-        on_device.warm_up(config.micro_batch_tokens, config.max_num_seqs)
-        on_device.settle()
-        return on_device
-    slots = Slots(
-        num_slots=config.max_num_seqs,
-        max_model_len=max_model_len,
-        block_size=config.block_size,
-        specs=[cache.spec for cache in caches],
-        device=model.context.device,
-    )
-    rank = model.context.rank
-    runner = Runner(model=model, caches=caches, slots=slots, rank=rank, num_parts=config.num_micro_batches, mover=mover)
-    runner.warm_up(num_ranks, config.micro_batch_tokens)
+    capture = cuda_graphs.cuda(group.barrier) if model.context.ops.capturable else None
+    runner = _model_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)
+    runner.warm_up(config.micro_batch_tokens, config.max_num_seqs)
+    runner.settle()
     return runner
 
 

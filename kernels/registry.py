@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from expertwire.kernels.ops import attention, combine, experts, heads, index, linear, mla, permute, rms_norm, routing
+from expertwire.kernels.ops import (
+    attention,
+    combine,
+    experts,
+    heads,
+    index,
+    linear,
+    mla,
+    permute,
+    prepare_inputs,
+    rms_norm,
+    routing,
+    sampling,
+)
 from expertwire.kernels.ops.attention import Attend, RopeAndCache
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionWeights, ComposedAttention, FuseAttention
 from expertwire.kernels.ops.combine import Combine
@@ -24,8 +37,10 @@ from expertwire.kernels.ops.linear import PrepareLinear
 from expertwire.kernels.ops.mla import AttendLatent, RopeAndCacheLatent
 from expertwire.kernels.ops.moe_block import FuseMoe, MoeBlock, MoeWeights
 from expertwire.kernels.ops.permute import Permute
+from expertwire.kernels.ops.prepare_inputs import PrepareInputs
 from expertwire.kernels.ops.rms_norm import AddRmsNorm, RmsNorm
 from expertwire.kernels.ops.routing import Route, RouteAndCount
+from expertwire.kernels.ops.sampling import AddToLogits, Penalize, Sample
 
 if TYPE_CHECKING:
     from expertwire.kernels.gpu.device import Device
@@ -67,6 +82,10 @@ class Ops:
     silu_mul: SiluMul
     permute: Permute
     combine: Combine
+    prepare_inputs: PrepareInputs
+    penalize: Penalize
+    add_to_logits: AddToLogits
+    sample: Sample
     fuse_attention: FuseAttention | None = None
     fuse_moe: FuseMoe | None = None
 
@@ -156,6 +175,7 @@ def cpu(*, fast: bool = False) -> Ops:
     from expertwire.kernels.cpu import attention as cpu_attention
     from expertwire.kernels.cpu import blocks, elementwise, gemm, rotary
     from expertwire.kernels.cpu import mla as cpu_mla
+    from expertwire.kernels.cpu import prepare_inputs as cpu_prepare_inputs
     from expertwire.kernels.cpu import routing as cpu_routing
     from expertwire.kernels.cpu._llvm import BF16_PRODUCTS
 
@@ -181,6 +201,10 @@ def cpu(*, fast: bool = False) -> Ops:
         silu_mul=elementwise.silu_mul,
         permute=permute.reference,
         combine=elementwise.combine,
+        prepare_inputs=cpu_prepare_inputs.prepare_inputs,
+        penalize=sampling.penalize_rows,
+        add_to_logits=sampling.add_to_logits,
+        sample=sampling.sample,
         fuse_attention=blocks.fuse_attention,
         fuse_moe=blocks.fuse_moe,
     )
@@ -210,6 +234,10 @@ def plain() -> Ops:
         silu_mul=experts.silu_mul_reference,
         permute=permute.reference,
         combine=combine.combine,
+        prepare_inputs=prepare_inputs.reference,
+        penalize=sampling.penalize_rows,
+        add_to_logits=sampling.add_to_logits,
+        sample=sampling.sample,
     )
 
 
@@ -223,11 +251,13 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import index_rope_and_cache as gpu_index_keys
     from expertwire.kernels.gpu import linear as gpu_linear
     from expertwire.kernels.gpu import mla as gpu_mla
-    from expertwire.kernels.gpu import mla_rope_and_cache, quantize, rope_and_cache
+    from expertwire.kernels.gpu import mla_rope_and_cache, penalties, quantize, rope_and_cache
     from expertwire.kernels.gpu import permute as gpu_permute
     from expertwire.kernels.gpu import prefill as gpu_prefill
+    from expertwire.kernels.gpu import prepare_inputs as gpu_prepare_inputs
     from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
     from expertwire.kernels.gpu import routing as gpu_routing
+    from expertwire.kernels.gpu import sampling as gpu_sampling
 
     scale_rows = fast and gpu.arch // 10 == 10  # tensor cores of Blackwell's data centre GPUs take scales
     attend = partial((gpu_prefill if fast else gpu_attention).attend, device=gpu)
@@ -256,4 +286,8 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         silu_mul=quantize.silu_mul,
         permute=partial(gpu_permute.permute, format="dense"),
         combine=gpu_combine.combine,
+        prepare_inputs=gpu_prepare_inputs.prepare_inputs,
+        penalize=penalties.penalize,
+        add_to_logits=penalties.add,
+        sample=gpu_sampling.sample,
     )

@@ -27,8 +27,7 @@ from expertwire.engine.loader.weights import load_model
 from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Capture, Captured
-from expertwire.engine.runner.runner import Runner
-from expertwire.engine.runner.slots import Slots
+from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry
 from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.placement import Placement, place
@@ -174,18 +173,16 @@ class OneRank:
         blocks = 1 + -(-tokens // BLOCK_SIZE)
         shape = {"max_model_len": sizes.max_model_len, "block_size": BLOCK_SIZE}
         caches = self.model.allocate(num_blocks=[blocks] * len(specs), **shape)
-        slots: dict[str, Any] = {"num_slots": sizes.max_num_seqs, "specs": specs, "device": target.device, **shape}
+        self.runner = ModelRunner(
+            model=self.model,
+            caches=caches,
+            num_ranks=1,
+            max_num_seqs=sizes.max_num_seqs,
+            capture=target.capture,
+            **shape,
+        )
         if target.ops.on_device:
-            from expertwire.engine.runner.device_runner import DeviceRunner  # Triton is of no use elsewhere
-            from expertwire.engine.runner.device_slots import DeviceSlots
-
-            runner = DeviceRunner(
-                model=self.model, caches=caches, slots=DeviceSlots(**slots), rank=0, num_ranks=1, capture=target.capture
-            )
-            runner.warm_up(sizes.max_num_batched_tokens, sizes.max_num_seqs)
-            self.runner: Any = runner
-        else:
-            self.runner = Runner(model=self.model, caches=caches, slots=Slots(**slots), rank=0)
+            self.runner.warm_up(sizes.max_num_batched_tokens, sizes.max_num_seqs)
         self._scheduler_config = SchedulerConfig(
             num_ranks=1,
             max_num_seqs=sizes.max_num_seqs,

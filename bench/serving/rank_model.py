@@ -19,7 +19,8 @@ from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.weights import load_model
 from expertwire.engine.models.registry import read_model_config
-from expertwire.engine.runner.batch import in_parts, of_prompt
+from expertwire.engine.runner.batch import prompt_batch
+from expertwire.engine.runner.micro_batch import split_tokens
 from expertwire.kernels import registry as kernels
 from expertwire.moe.eplb.placement import Placement, place
 
@@ -111,8 +112,8 @@ class RankModel:
 
     def _forward(self, ids: Sequence[int], start: int, blocks_CW: np.ndarray) -> np.ndarray:
         batches, begin = [], 0
-        for [num] in in_parts([len(ids)], min(self._num_parts, len(ids))):
+        for [num] in split_tokens([len(ids)], min(self._num_parts, len(ids))):
             part, num_tokens_P = ids[begin : begin + num], [num] * self._size
-            batches.append(of_prompt(part, start + begin, blocks_CW, BLOCK_SIZE, num_tokens_P))
+            batches.append(prompt_batch(part, start + begin, blocks_CW, BLOCK_SIZE, num_tokens_P))
             begin += num
         return self.model.logits(self.model.forward(batches, self._caches)).numpy()

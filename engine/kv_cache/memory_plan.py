@@ -22,7 +22,7 @@ from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.config.validation import exchange_tokens, sends_fp8
 from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, MlpConfig, ModelConfig
-from expertwire.engine.runner.graph_sizes import GraphSize, graph_sizes
+from expertwire.engine.runner.cuda_graphs import GraphSize, graph_sizes
 from expertwire.moe.eplb.placement import place
 
 # What CUDA's context, loaded kernels and NCCL take beside torch; an assumption until a GPU says otherwise.
@@ -165,7 +165,7 @@ def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
 
 
 def _graphs(config: EngineConfig, model: ModelConfig) -> list[GraphSize]:
-    """What is captured, as `DeviceRunner` has it."""
+    """What is captured, as `ModelRunner.graph_sizes`."""
     tokens = min(config.micro_batch_tokens, _exchange_tokens(config, model)) * config.num_micro_batches
     return graph_sizes(tokens, config.max_num_seqs, config.ep_size)
 

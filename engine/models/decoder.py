@@ -251,7 +251,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             x_TD, normed_TD = layer.attention(x_TD, normed_TD, step)
             if layer.moe is not None:
-                on_routed = None if batch.routed is None else partial(batch.routed, i)
+                on_routed = None if batch.on_routed is None else partial(batch.on_routed, i)
                 x_TD, normed_TD = yield from layer.moe.micro_batch(
                     x_TD, normed_TD, batch.num_tokens_P, number, on_routed, batch.num_valid
                 )

@@ -1,1 +1,1 @@
-"""`expertwire.engine.runner.runner`; see docs/architecture.md."""
+"""`expertwire.engine.runner.model_runner`; see docs/architecture.md."""

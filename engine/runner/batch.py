@@ -1,12 +1,13 @@
 """One rank's share of a step, as the model sees it.
 
-T tokens of this rank, P ranks, C caches, W blocks of a sequence.
+T tokens of this rank, P ranks, C KV cache groups, B blocks of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,14 +17,25 @@ from expertwire.kernels.ops import attention
 from expertwire.kernels.ops.attention import AttentionMetadata
 
 
+class OnRouted(Protocol):
+    """Counts the tokens that a layer routes to each expert."""
+
+    def __call__(self, layer: int, ids_TK: Tensor, /) -> None:
+        """Count the logical experts of the tokens, i64 [T, K]."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
     """Tokens of several sequences, one after another.
 
-    `token_ids_T` and `positions_T` are i64. `attention_metadata`: of each cache, in the order of the model's `cache_specs`.
-    `num_tokens_P`: of every rank. `num_valid`, i32 [1] on the device: this rank's tokens from there on only fill up a captured
-    step, of which `num_tokens_P` says what ranks have at most. None: all count.
-    `routed` is told, layer by layer, the logical experts of the tokens, i64 [T, K].
+    Attributes:
+        token_ids_T: i64; `positions_T`: i64.
+        attention_metadata: of each KV cache group, in the order of the model's `cache_specs`.
+        num_tokens_P: tokens of every rank.
+        num_valid: i32 [1] on the device: this rank's tokens from there on are padding of a captured step, and `num_tokens_P`
+            are bounds. None: all tokens are valid.
+        on_routed: called by every layer with experts, if some request asked for its experts.
     """
 
     token_ids_T: Tensor
@@ -31,40 +43,29 @@ class ForwardBatch:
     attention_metadata: tuple[AttentionMetadata, ...]
     num_tokens_P: Sequence[int]
     num_valid: Tensor | None = None
-    routed: Callable[[int, Tensor], None] | None = None
+    on_routed: OnRouted | None = None
 
 
-def in_parts(num_tokens_P: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Every rank's tokens in each part of a step: as even as can be, and found alike by all ranks."""
-    return [[(num + part) // num_parts for num in num_tokens_P] for part in reversed(range(num_parts))]
-
-
-def of_prompt(
+def prompt_batch(
     token_ids: Sequence[int],
     start: int,
-    blocks_CW: np.ndarray,
+    blocks_CB: np.ndarray,
     block_size: int,
     num_tokens_P: Sequence[int],
     device: str = "cpu",
 ) -> ForwardBatch:
-    """Tokens of one sequence, at the positions from `start` on. `blocks_CW`: i32, its block table in each cache."""
+    """Return the batch of one sequence's tokens at the positions from `start` on. `blocks_CB`: i32, its block tables."""
     position_T = np.arange(start, start + len(token_ids))
+
+    def metadata(blocks_B: np.ndarray) -> AttentionMetadata:
+        slots_T = blocks_B[position_T // block_size].astype(np.int64) * block_size + position_T % block_size
+        table = torch.from_numpy(blocks_B[None]).to(device)
+        slot_mapping = torch.from_numpy(slots_T).to(device)
+        return attention.describe([len(token_ids)], [start + len(token_ids)], table, slot_mapping=slot_mapping)
+
     return ForwardBatch(
         token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device),
         positions_T=torch.from_numpy(position_T).to(device),
-        attention_metadata=tuple(
-            attention.describe(
-                [len(token_ids)],
-                [start + len(token_ids)],
-                torch.from_numpy(blocks_W[None]).to(device),
-                slot_mapping=slot_mapping(blocks_W[position_T // block_size], position_T, block_size, device),
-            )
-            for blocks_W in blocks_CW
-        ),
+        attention_metadata=tuple(metadata(blocks_B) for blocks_B in blocks_CB),
         num_tokens_P=num_tokens_P,
     )
-
-
-def slot_mapping(block_T: np.ndarray, position_T: np.ndarray, block_size: int, device: str) -> Tensor:
-    """Return where tokens in these blocks, at these positions, are stored: i64, block * block_size + offset."""
-    return torch.from_numpy(block_T.astype(np.int64) * block_size + position_T % block_size).to(device)

@@ -1,17 +1,17 @@
-"""The log-probability fields of a result: what is computed where the logits are, and what the host makes of it.
+"""The log-probability fields of a result: tensors on the device, and the fields that the host makes of them.
 
-O sampled tokens, X rows of prompts, V vocabulary, n alternatives at most.
+S sequences, T tokens of a step, O sampled rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from expertwire.engine.runner.slot_states import Scheduled
+from expertwire.engine.runner.micro_batch import MicroBatch
+from expertwire.engine.runner.staging import Upload
 from expertwire.kernels.ops import sampling
 
 _I32, _F32 = np.zeros(0, np.int32), np.zeros(0, np.float32)
@@ -21,20 +21,20 @@ def of(
     logits_OV: Tensor,
     token_O: Tensor,
     num_top_O: np.ndarray,
-    upload: Callable[[np.ndarray], Tensor] = torch.from_numpy,
+    upload: Upload,
 ) -> Sequence[Tensor]:
-    """Log-probabilities, ranks and the most probable tokens of the rows that have asked (`num_top_O` >= 0), where the logits are;
-    nothing if none has. `upload` brings integers there."""
+    """Return log-probabilities, ranks and most probable tokens of the rows that ask (`num_top_O` >= 0), on the device; nothing if
+    none does."""
     asked = np.flatnonzero(num_top_O >= 0)
     if not len(asked):
         return ()
-    rows = upload(asked)
+    [rows] = upload(asked)
     widest = int(np.minimum(num_top_O[asked], logits_OV.shape[1]).max())
     return sampling.token_logprobs(logits_OV.index_select(0, rows), token_O.index_select(0, rows).long(), widest)
 
 
 def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> dict[str, np.ndarray]:
-    """What `of` found, on the host, as fields of a `StepResult`."""
+    """Return what `of` found, on the host, as fields of a `StepResult`."""
     count = len(num_top_O)
     logprob_O, rank_O = np.full(count, np.nan, np.float32), np.zeros(count, np.int32)
     num_top, top_ids, top_logprobs = np.zeros(count, np.int64), _I32, _F32
@@ -53,23 +53,23 @@ def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> di
     }
 
 
-def prompt_rows(sampling_S: np.ndarray, step: Scheduled) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Row of the batch i64, slot i32 and position i32 of the predicted token, of every prompt token computed in this step whose
-    successor is a prompt token too, for the slots that asked; None if there is none."""
-    wanted = sampling_S["prompt_logprobs"][step.slot_B] >= 0
+def prompt_rows(sampling: np.ndarray, step: MicroBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return row i64, slot i32 and position i32 of the predicted token, of every prompt token computed in this step whose
+    successor is a prompt token too, for the slots that ask; None if there is none. `sampling`: of all slots."""
+    wanted = sampling["prompt_logprobs"][step.slot_S] >= 0
     if not wanted.any():
         return None
     wanted_T = np.repeat(wanted, np.diff(step.cu_seqlens_q))
-    row_X = np.flatnonzero(wanted_T & (step.position_T + 1 < sampling_S["prompt_len"][step.slot_T]))
-    slot_X, position_X = step.slot_T[row_X].astype(np.int32), (step.position_T[row_X] + 1).astype(np.int32)
-    return (row_X, slot_X, position_X) if len(row_X) else None
+    rows = np.flatnonzero(wanted_T & (step.position_T + 1 < sampling["prompt_len"][step.slot_T]))
+    slots, positions = step.slot_T[rows].astype(np.int32), (step.position_T[rows] + 1).astype(np.int32)
+    return (rows, slots, positions) if len(rows) else None
 
 
-def prompt_fields(slot_X: np.ndarray, position_X: np.ndarray, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`fields` of prompt rows, as fields of a `StepResult`."""
+def prompt_fields(slots: np.ndarray, positions: np.ndarray, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return `fields` of prompt rows as fields of a `StepResult`."""
     return {
-        "prompt_slot": slot_X,
-        "prompt_position": position_X,
+        "prompt_slot": slots,
+        "prompt_position": positions,
         "prompt_logprob": found["logprob_O"],
         "prompt_token_rank": found["token_rank_O"],
         "prompt_top_offsets": found["top_offsets_O1"],
@@ -79,10 +79,10 @@ def prompt_fields(slot_X: np.ndarray, position_X: np.ndarray, found: dict[str, n
 
 
 def no_tokens() -> dict[str, np.ndarray]:
-    """The fields of a step that samples nothing."""
+    """Return the fields of a step that samples nothing."""
     return {"slot_O": _I32, "token_O": _I32, **fields((), _I32, 0)}
 
 
 def no_prompt_rows() -> dict[str, np.ndarray]:
-    """The fields of a step without prompt rows."""
+    """Return the fields of a step without prompt rows."""
     return prompt_fields(_I32, _I32, fields((), _I32, 0))

@@ -28,7 +28,7 @@ from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader import weights
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.model_config import ModelConfig
-from expertwire.engine.runner.device_slots import DeviceSlots
+from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu import compile_ahead
 from expertwire.kernels.gpu.compile_ahead import Launch
@@ -64,8 +64,6 @@ def launches(of: Rank) -> list[Launch]:
 
 @torch.inference_mode()
 def _warm_up(of: Rank) -> None:
-    from expertwire.engine.runner.device_runner import DeviceRunner
-
     config = replace(of.model, layers=tuple(dict.fromkeys(of.model.layers)))  # equal layers launch equal kernels
     model = _StoragelessDecoder(config, _context(of, config), None, of.config.quantization)
     model.bind(weights.allocate(model.layout.specs, model.context.dtype, _DEVICE))
@@ -73,20 +71,14 @@ def _warm_up(of: Rank) -> None:
     caches = model.allocate(
         num_blocks=[2] * len(specs), block_size=of.config.block_size, max_model_len=of.max_model_len
     )
-    slots = DeviceSlots(
-        num_slots=of.config.max_num_seqs,
-        max_model_len=of.max_model_len,
-        block_size=of.config.block_size,
-        specs=specs,
-        device=_DEVICE,
-    )
-    runner = DeviceRunner(
+    runner = ModelRunner(
         model=model,
         caches=caches,
-        slots=slots,
-        rank=of.rank,
         num_ranks=of.num_ranks,
-        num_parts=of.config.num_micro_batches,
+        max_num_seqs=of.config.max_num_seqs,
+        max_model_len=of.max_model_len,
+        block_size=of.config.block_size,
+        num_micro_batches=of.config.num_micro_batches,
     )
     runner.warm_up(of.config.micro_batch_tokens, of.config.max_num_seqs)
 

@@ -1,8 +1,8 @@
-"""Host memory for copies to and from a GPU, allocated once and used in turn.
+"""Copies between host and device, on a GPU through pinned buffers that are allocated once and used in turn.
 
-A step's numbers go up in one copy and its results come home in one. Pinned memory is not allocated while steps run: it would cost
-a call of the driver, and under stream capture it is an error. A buffer is written anew when the copy that reads it has been made,
-which an event says (a copy from pinned memory is asynchronous: the driver reads it when the stream gets there).
+A step's inputs take one copy and its results another. Pinned memory is not allocated while steps run: it would cost a call of the
+driver, and during a capture it is an error. A buffer is reused once an event says that the copy that reads it has been made (a
+copy from pinned memory is asynchronous: the driver reads it when the stream gets there).
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ _BYTES = 1 << 18  # of a buffer at first
 
 
 class Event(Protocol):
-    """Of a stream; `torch.cuda.Event`."""
+    """A CUDA event (`torch.cuda.Event`), or nothing to wait for."""
 
     def record(self) -> None:
-        """Mark what the current stream has been given so far."""
+        """Mark the work that the current stream was given so far."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until that is done; at once if nothing was recorded."""
+        """Wait until that work is done; return at once if nothing was recorded."""
         ...
 
 
 class HostMemory(Protocol):
-    """Where buffers come from."""
+    """Allocator of the buffers."""
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """u8 [num_bytes], from which a device copies asynchronously."""
+        """Return u8 [num_bytes], from which a device can copy asynchronously."""
         ...
 
     def event(self) -> Event: ...
 
 
 class PinnedMemory:
-    """For a CUDA device."""
+    """Page-locked host memory, for a CUDA device."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -59,7 +59,7 @@ class _Done:
 
 
 class PlainMemory:
-    """For a CPU in a GPU's place, whose copies are made at once, and for "meta", where there is nothing to copy."""
+    """Pageable memory, for tests that run GPU kernels on a CPU, and for the device "meta", where nothing is copied."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -72,11 +72,37 @@ def memory_of(device: str) -> HostMemory:
     return PinnedMemory() if device.startswith("cuda") else PlainMemory()
 
 
+class Upload(Protocol):
+    """Brings arrays to the device of a model."""
+
+    def __call__(self, *arrays: np.ndarray) -> list[Tensor]:
+        """Return tensors of the arrays' shapes and dtypes."""
+        ...
+
+
+class Download(Protocol):
+    """Brings tensors to the host."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Callable[[], list[np.ndarray]]:
+        """Ask for the tensors; return a function that is called once, when the device has computed them, and returns arrays."""
+        ...
+
+
+def upload_nowhere(*arrays: np.ndarray) -> list[Tensor]:
+    """As `Upload`, where the host computes: the tensors share the arrays' memory."""
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def download_nowhere(tensors: Sequence[Tensor]) -> Callable[[], list[np.ndarray]]:
+    """As `Download`, where the host computes: the arrays share the tensors' memory."""
+    return lambda: [tensor.numpy() for tensor in tensors]
+
+
 class Uploads:
-    """Brings arrays to the device.
+    """As `Upload`, by one copy for all arrays, each of which begins at a multiple of 16 bytes.
 
     Args:
-        num_buffers: a copy is waited for when so many others have been asked for since.
+        num_buffers: a copy is waited for once so many later ones were asked for.
     """
 
     def __init__(self, device: str, memory: HostMemory, num_buffers: int = 8) -> None:
@@ -85,7 +111,6 @@ class Uploads:
         self._copied = [memory.event() for _ in range(num_buffers)]
 
     def __call__(self, *arrays: np.ndarray) -> list[Tensor]:
-        """Tensors of the arrays' shapes and dtypes, by one copy for all; each begins at a multiple of 16 bytes."""
         starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
         packed = self._buffer(starts[-1])
         words = packed.numpy()
@@ -100,7 +125,7 @@ class Uploads:
         ]
 
     def _buffer(self, num_bytes: int) -> Tensor:
-        """The next one, which no copy reads any more; a larger one in its place if that is needed."""
+        """Return the next buffer, which no copy reads any more; replace it by a larger one if necessary."""
         self._copied[self._next].synchronize()
         if len(self._buffers[self._next]) < num_bytes:
             self._buffers[self._next] = self._memory.allocate(1 << (num_bytes - 1).bit_length())
@@ -108,10 +133,10 @@ class Uploads:
 
 
 class Downloads:
-    """Brings results home.
+    """As `Download`, by one copy for all tensors.
 
     Args:
-        num_buffers: as many may be on their way or not read.
+        num_buffers: the most downloads that are under way or not read.
     """
 
     def __init__(self, memory: HostMemory, num_buffers: int) -> None:
@@ -119,12 +144,11 @@ class Downloads:
         self._free = [memory.allocate(_BYTES) for _ in range(num_buffers)]
 
     def __call__(self, tensors: Sequence[Tensor]) -> Callable[[], list[np.ndarray]]:
-        """Ask for one copy of them all. What is returned is called once, when the device has made it, and gives arrays."""
         if not tensors:
             return list
         parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
         packed = parts[0] if len(parts) == 1 else torch.cat(parts)
-        assert self._free, "more results on their way than there are buffers: steps were not finished"
+        assert self._free, "more downloads under way than there are buffers: steps were not finished"
         buffer = self._free.pop()
         if len(buffer) < len(packed):
             buffer = self._memory.allocate(1 << (len(packed) - 1).bit_length())

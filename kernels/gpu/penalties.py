@@ -107,10 +107,3 @@ def add(logits_OV: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None
         add_kernel[grid](
             logits_OV, rows, tokens, values, len(rows), logits_OV.shape[1], CHUNK=CHUNK_TOKENS, num_warps=8
         )
-
-
-def warm_up(logits_OV: Tensor, token_table: Tensor) -> None:
-    """Compile the kernels; no logit is changed."""
-    ids, none = torch.zeros(1, dtype=torch.int32, device=logits_OV.device), logits_OV.new_zeros(1)
-    penalize(logits_OV, ids, ids, ids, ids, (none + 1, none, none), token_table, 1)
-    add(logits_OV, ids, ids, none)

@@ -9,20 +9,72 @@ O sampled rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
-# Columns of `reference`, in its order: fields of a slot's sampling record and their dtypes. The GPU's
-# sampler draws its uniform numbers itself and so takes the arguments of `uniform`, too.
-PARAMETERS = {"temperature": np.float32, "top_k": np.int64, "top_p": np.float32, "min_p": np.float32}
-DRAW_PARAMETERS = PARAMETERS | {"seed": np.int64, "branch": np.int64}
+# The fields of a slot's sampling record that `sample` takes, in its order, and their dtypes.
+DRAW_PARAMETERS = {
+    "temperature": np.float32,
+    "top_k": np.int64,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "seed": np.int64,
+    "branch": np.int64,
+}
 
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
+
+
+class Sample(Protocol):
+    """Draws the next token of each row; see `sample`."""
+
+    def __call__(
+        self,
+        logits_OV: Tensor,
+        temperature_O: Tensor,
+        top_k_O: Tensor,
+        top_p_O: Tensor,
+        min_p_O: Tensor,
+        seed_O: Tensor,
+        branch_O: Tensor,
+        position_O: Tensor,
+        *,
+        drawn: bool = True,
+        filtered: bool = True,
+    ) -> Tensor:
+        """Return token ids i64 [O]."""
+        ...
+
+
+class Penalize(Protocol):
+    """Applies the penalties of some rows in place; see `penalize_rows`."""
+
+    def __call__(
+        self,
+        logits_OV: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        prompt_lens: Tensor,
+        num_known: Tensor,
+        parameters: Sequence[Tensor],
+        token_ids: Tensor,
+        max_known: int,
+        /,
+    ) -> None: ...
+
+
+class AddToLogits(Protocol):
+    """Adds to single logits in place; see `add_to_logits`."""
+
+    def __call__(self, logits_OV: Tensor, rows: Tensor, tokens: Tensor, values: Tensor, /) -> None: ...
 
 
 def uniform(seed_O: np.ndarray, branch_O: np.ndarray, position_O: np.ndarray) -> np.ndarray:
@@ -72,6 +124,28 @@ def reference(
     return torch.where(drawn & (cumulative_OV[:, -1] > 0), token_O, greedy_O)
 
 
+def sample(
+    logits_OV: Tensor,
+    temperature_O: Tensor,
+    top_k_O: Tensor,
+    top_p_O: Tensor,
+    min_p_O: Tensor,
+    seed_O: Tensor,
+    branch_O: Tensor,
+    position_O: Tensor,
+    *,
+    drawn: bool = True,
+    filtered: bool = True,
+) -> Tensor:
+    """Return `reference` with the numbers `uniform` of (seed, branch, position), i64. `drawn`: whether any row is not greedy;
+    `filtered`: whether any has top-k or top-p."""
+    if not drawn:
+        return logits_OV.argmax(dim=-1)
+    uniform_O = uniform(*(values.numpy(force=True) for values in (seed_O, branch_O, position_O)))
+    columns = temperature_O, top_k_O, top_p_O, min_p_O
+    return reference(logits_OV, *columns, torch.from_numpy(uniform_O).to(logits_OV.device))
+
+
 def _keep_top(logits_OV: Tensor, top_k_O: Tensor, top_p_O: Tensor) -> Tensor:
     ordered_OV, ids_OV = logits_OV.sort(dim=-1, descending=True, stable=True)
     vocab = logits_OV.shape[1]
@@ -101,6 +175,40 @@ def penalize(
         )
     if presence != 0.0 or frequency != 0.0:
         logits_V -= torch.where(counts_V > 0, presence + frequency * counts_V, 0.0)
+
+
+def penalize_rows(
+    logits_OV: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    prompt_lens: Tensor,
+    num_known: Tensor,
+    parameters: Sequence[Tensor],
+    token_ids: Tensor,
+    max_known: int,
+) -> None:
+    """Apply `penalize` to some rows.
+
+    Args:
+        logits_OV: fp32, written.
+        rows: i32, one for each of the following; `slots`: i32, rows of `token_ids`, which begin with the prompt.
+        prompt_lens: i32, tokens of the prompt; `num_known`: i32, tokens of prompt and output.
+        parameters: repetition, presence and frequency penalties, fp32.
+        token_ids: i32 [slots, tokens].
+        max_known: no row has more known tokens.
+    """
+    each = zip(*(values.tolist() for values in (rows, slots, prompt_lens, num_known, *parameters)), strict=True)
+    for row, slot, prompt_len, known, repetition, presence, frequency in each:
+        tokens = token_ids[slot, :known].long()
+        penalties = {"repetition": repetition, "presence": presence, "frequency": frequency}
+        penalize(logits_OV[row], tokens[:prompt_len], tokens[prompt_len:], **penalties)
+
+
+def add_to_logits(logits_OV: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
+    """Add values fp32 to the logits of these rows and tokens, i32; -inf bans whatever the logit is. Each (row, token) is named
+    once, or always with -inf."""
+    index = rows.long(), tokens.long()
+    logits_OV[index] = torch.where(values.isneginf(), values, logits_OV[index] + values)
 
 
 def _counts(tokens: Tensor, logits_V: Tensor) -> Tensor:

@@ -4,16 +4,16 @@ import pytest
 from helpers import cache_model
 from helpers.cache_model import SIZES, SPECS, CacheModel
 
-from expertwire.engine.runner.runner import Runner
-from expertwire.engine.runner.slots import Slots
+from expertwire.engine.runner.model_runner import ModelRunner
+from expertwire.kernels import registry
 
 NEEDED = tuple(1 + spec.most_blocks(SIZES["block_size"], SIZES["max_model_len"], 16) for spec in SPECS)
 
 
-def make_runner(num_blocks, num_slots=4):
-    model = CacheModel()
-    slots = Slots(num_slots=num_slots, specs=SPECS, device="cpu", **SIZES)
-    return Runner(model=model, caches=model.allocate(num_blocks=num_blocks, **SIZES), slots=slots, rank=0)
+def make_runner(num_blocks, max_num_seqs=4):
+    model = CacheModel(registry.plain())
+    caches = model.allocate(num_blocks=num_blocks, **SIZES)
+    return ModelRunner(model=model, caches=caches, num_ranks=1, max_num_seqs=max_num_seqs, **SIZES)
 
 
 def test_every_cache_has_blocks_of_its_own():

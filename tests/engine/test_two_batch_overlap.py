@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 
 from expertwire import LLM
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.runner.batch import in_parts
-from expertwire.engine.runner.slot_states import Scheduled
-from expertwire.engine.runner.slots import Slots
-from expertwire.scheduler.config import CacheSpec
+from expertwire.engine.runner.micro_batch import MicroBatch, micro_batches, split_tokens
 
 # One for each kind of attention and of mixture.
 KINDS = ("mixtral", "deepseek_v2", "deepseek_v32", "gpt_oss", "llama4_scout")
-SPEC = CacheSpec(name="kv", kind="full", bytes_per_token=4, writers=(0,), readers=(0,))
 
 
 def rank_plan(sequences):
@@ -43,21 +39,19 @@ def of_slots(step):
     st.integers(1, 3),
 )
 def test_parts_have_each_token_once_and_in_order(sequences, num_parts):
-    slots = Slots(num_slots=8, max_model_len=64, block_size=16, specs=[SPEC], device="cpu")
-    slots.num_tokens[:] = 64
     plan = rank_plan(sequences)
-    [whole], parts = slots.schedule(plan), slots.schedule(plan, num_parts)
-    for part, [num] in zip(parts, in_parts([len(whole.slot_T)], num_parts), strict=True):
+    [whole], parts = micro_batches(plan), micro_batches(plan, num_parts)
+    for part, [num] in zip(parts, split_tokens([len(whole.slot_T)], num_parts), strict=True):
         nums = np.diff(part.cu_seqlens_q)
         assert nums.sum() == len(part.slot_T) == num
         assert (nums > 0).all()
         assert (nums[: part.num_decodes] == 1).all(), "sequences with one query come first"
         ends = part.cu_seqlens_q[1:]
-        assert (part.position_T[ends - 1] == part.length_B - 1).all()
-    joined = Scheduled.joined(parts)
+        assert (part.position_T[ends - 1] == part.seq_len_S - 1).all()
+    joined = MicroBatch.joined(parts)
     assert of_slots(joined) == of_slots(whole), "a part sees what earlier ones have computed"
     assert sorted(joined.slot_O.tolist()) == sorted(whole.slot_O.tolist())
-    rows = joined.last_row_B[joined.sampled_B]
+    rows = joined.last_row_S[joined.is_sampled_S]
     assert (joined.slot_T[rows] == joined.slot_O).all()
     last = {slot: positions[-1] for slot, positions in of_slots(whole).items()}
     assert joined.position_T[rows].tolist() == [last[slot] for slot in joined.slot_O.tolist()]

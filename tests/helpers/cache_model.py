@@ -53,7 +53,11 @@ def text(prompt, num_tokens):
 class CacheModel:
     """See the module. Two layers write, in parallel; the second one's caches hold the hash and one."""
 
-    context, config = SimpleNamespace(all_to_alls=(), exchange_tokens=None, ops=SimpleNamespace(fast=False)), None
+    config = None
+
+    def __init__(self, ops):
+        names = {"rank": 0, "device": "cpu", "all_to_alls": (), "exchange_tokens": None}
+        self.context = SimpleNamespace(ops=ops, **names)
 
     def allocate(self, *, num_blocks, block_size, max_model_len):
         return [

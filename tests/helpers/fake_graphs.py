@@ -10,7 +10,7 @@ memory, without the code that asked for them. What CUDA refuses while a stream i
   permitted when stream is capturing", vllm#36587).
 - A replay reads addresses: memory of before the capture must be alive (torch.cuda.graph has an option for that,
   `check_input_liveness`), and memory of the capture is the pool's, in which any other replay may have left something else
-  (`device_graphs.cuda`: graphs share it).
+  (`cuda_graphs.cuda`: graphs share it).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _POISON = 0xA5
 
 
 class FakeCapture:
-    """As `device_graphs.cuda()` gives one: the work is done once, then captured.
+    """As `cuda_graphs.cuda()` gives one: the work is done once, then captured.
 
     Args:
         gpu: what stands for the device, if kernels are not interpreted: it knows which of them have been launched.

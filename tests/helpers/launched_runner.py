@@ -14,8 +14,7 @@ from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.weights import load_model
 from expertwire.engine.models.registry import read_model_config
-from expertwire.engine.runner.device_runner import DeviceRunner
-from expertwire.engine.runner.device_slots import DeviceSlots
+from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu.device import H200
 from expertwire.moe.eplb.placement import place
@@ -58,6 +57,5 @@ def build(num_ranks, max_tokens, capture, *, device="cpu", num_parts=1):
     )
     model, specs = load_model(config, context, Checkpoint(folder)), config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
-    slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device=device, **SIZES)
-    options = {"num_ranks": num_ranks, "num_parts": num_parts, "capture": capture}
-    return config, DeviceRunner(model=model, caches=caches, slots=slots, rank=0, **options)
+    options = {"num_ranks": num_ranks, "num_micro_batches": num_parts, "max_num_seqs": MAX_RUNNING}
+    return config, ModelRunner(model=model, caches=caches, capture=capture, **options, **SIZES)

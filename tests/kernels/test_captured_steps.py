@@ -3,6 +3,7 @@ launched and not run."""
 
 import contextlib
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from helpers.launched_runner import NUM_BLOCKS, SIZES, build
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Captured
-from expertwire.engine.runner.device_runner import DeviceRunner
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -93,7 +93,7 @@ def test_inputs_that_a_graph_does_not_keep_are_found(monkeypatch):
         runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
         serve(config, runner)
         for graph in runner._graphs:
-            graph.inputs[:] = [tensor.clone() for tensor in graph.inputs]
+            graph.inputs[:] = [replace(kept, words=kept.words.clone()) for kept in graph.inputs]
         with pytest.raises(AssertionError, match=r"a replay of .* uses memory that was freed: torch.int32"):
             serve(config, runner)
 
@@ -111,7 +111,7 @@ def test_steps_launched_ahead_share_no_memory_too_early(streams, num_parts):
     """Check pinned buffers and memory of two streams, with two steps in flight, in micro-batches on three streams."""
     config, runner = build(1, MAX_TOKENS, None, device=DEVICE, num_parts=num_parts)
     runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
-    serve(config, runner, ahead=DeviceRunner.depth - 1)
+    serve(config, runner, ahead=runner.depth - 1)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2], ids="EP {}".format)
@@ -142,7 +142,7 @@ class FakeGraph:
 
 
 def test_what_is_done_before_a_capture_is_ordered_too(streams, monkeypatch):
-    """Check the stream that `device_graphs.cuda` uses before a capture."""
+    """Check the stream that `cuda_graphs.cuda` uses before a capture."""
     captures, meetings = [], []
 
     @contextlib.contextmanager
@@ -177,4 +177,4 @@ def test_a_stream_that_waits_for_nothing_is_found(streams):
     for all_to_all in runner._model.context.all_to_alls:
         all_to_all._stream.wait_stream = lambda stream: None
     with pytest.raises(StreamOrderError, match=r"on stream \d may be given memory of \w+ that was freed and main"):
-        serve(config, runner, ahead=DeviceRunner.depth - 1)
+        serve(config, runner, ahead=runner.depth - 1)

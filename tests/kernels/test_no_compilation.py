@@ -19,7 +19,8 @@ from helpers.launched_runner import MAX_RUNNING, NUM_BLOCKS, SIZES, build
 
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.runner.cuda_graphs import Captured
-from expertwire.engine.runner.device_slots import DeviceSlots
+from expertwire.engine.runner.input_batch import InputBatch
+from expertwire.kernels import registry
 from expertwire.kernels.ops import attention
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.request import Request
@@ -197,11 +198,12 @@ def test_logits_of_a_prompt_come_in_portions(monkeypatch):
 
 def test_what_sequences_are_described_by_is_aligned_alike():
     """A pointer that is not a multiple of 16 bytes is another variant of a kernel."""
-    slots = DeviceSlots(num_slots=3, specs=SPECS, device="cpu", max_model_len=1000, block_size=16)
-    tables_CBW = slots.blocks_CSW.index_select(1, torch.tensor([1]))
-    behind = attention.prefills(attention.describe([1, 3, 2], [5, 7, 9], tables_CBW[0].expand(3, -1)), 1)
+    sizes = {"max_num_seqs": 3, "max_model_len": 1000, "block_size": 16}
+    batch = InputBatch(specs=SPECS, device="cpu", ops=registry.plain(), **sizes)
+    tables_CSW = batch.block_tables.index_select(1, torch.tensor([1]))
+    behind = attention.prefills(attention.describe([1, 3, 2], [5, 7, 9], tables_CSW[0].expand(3, -1)), 1)
     assert behind.seq_lens.tolist() == [7, 9]
-    for tensor in (*tables_CBW, behind.seq_lens, behind.cu_seqlens_q, behind.num_decodes):
+    for tensor in (*tables_CSW, behind.seq_lens, behind.cu_seqlens_q, behind.num_decodes):
         assert tensor.data_ptr() % 16 == 0
 
 

@@ -15,10 +15,7 @@ from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.weights import load_model
 from expertwire.engine.models.registry import read_model_config
-from expertwire.engine.runner.device_runner import DeviceRunner
-from expertwire.engine.runner.device_slots import DeviceSlots
-from expertwire.engine.runner.runner import Runner
-from expertwire.engine.runner.slots import Slots
+from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu.device import describe
 from expertwire.moe.eplb.placement import place
@@ -52,12 +49,8 @@ def build(folder, ops, num_parts, capture):
     model = load_model(config, context, Checkpoint(folder))
     specs = config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
-    if ops.on_device:
-        slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
-        parts = {"num_ranks": 1, "num_parts": num_parts, "capture": capture}
-        return config, DeviceRunner(model=model, caches=caches, slots=slots, rank=0, **parts)
-    slots = Slots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
-    return config, Runner(model=model, caches=caches, slots=slots, rank=0)
+    options = {"num_ranks": 1, "num_micro_batches": num_parts, "max_num_seqs": MAX_RUNNING, "capture": capture}
+    return config, ModelRunner(model=model, caches=caches, **options, **SIZES)
 
 
 def requests(folder):

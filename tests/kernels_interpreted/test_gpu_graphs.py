@@ -16,8 +16,7 @@ from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.weights import load_model
 from expertwire.engine.models.registry import read_model_config
-from expertwire.engine.runner.device_runner import DeviceRunner
-from expertwire.engine.runner.device_slots import DeviceSlots
+from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu.device import describe
 from expertwire.moe.eplb.migration import Migration
@@ -58,11 +57,10 @@ def build(group, folder, capture):
     )
     model, specs = load_model(config, context, Checkpoint(folder)), config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
-    slots = DeviceSlots(num_slots=MAX_RUNNING, specs=specs, device="cpu", **SIZES)
-    where = {"rank": group.rank, "num_ranks": group.size}
     layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
     mover = ExpertMover(layers, placement, group)
-    runner = DeviceRunner(model=model, caches=caches, slots=slots, capture=capture, mover=mover, **where)
+    options = {"num_ranks": group.size, "max_num_seqs": MAX_RUNNING, "capture": capture, "mover": mover}
+    runner = ModelRunner(model=model, caches=caches, **options, **SIZES)
     runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     return config, runner, Migration(placement, exchanged(placement, list(layers)), max_moves=3)
 

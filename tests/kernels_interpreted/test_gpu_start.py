@@ -14,7 +14,7 @@ from expertwire.engine import worker
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import memory_plan
 from expertwire.engine.models.decoder import Decoder
-from expertwire.engine.runner import device_runner
+from expertwire.engine.runner.model_runner import ModelRunner
 
 
 def seen(monkeypatch, owner, name, done, what):
@@ -34,9 +34,9 @@ def done(monkeypatch):
     done = []
     seen(monkeypatch, memory_plan, "check", done, lambda plan: "check")
     seen(monkeypatch, worker, "load_model", done, lambda *args, **kwargs: "load")
-    seen(monkeypatch, device_runner.DeviceRunner, "run_peak", done, lambda self, *sizes: ("largest step", *sizes))
+    seen(monkeypatch, ModelRunner, "run_peak", done, lambda self, *sizes: ("largest step", *sizes))
     seen(monkeypatch, Decoder, "allocate", done, lambda self, **sizes: ("caches", sizes["num_blocks"]))
-    seen(monkeypatch, device_runner.DeviceRunner, "warm_up", done, lambda self, *sizes: "warm up")
+    seen(monkeypatch, ModelRunner, "warm_up", done, lambda self, *sizes: "warm up")
     return done
 
 
@@ -66,7 +66,7 @@ def test_a_rank_that_stalls_while_others_warm_up_is_named_before_anyone_is_serve
 
     memory = install(monkeypatch, FakeCuda(1))
     monkeypatch.setattr(LocalAllToAll, "check", check, raising=False)
-    seen(monkeypatch, device_runner.DeviceRunner, "launch", done, lambda self, plan: "launch")
+    seen(monkeypatch, ModelRunner, "launch", done, lambda self, plan: "launch")
     folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cuda", max_num_batched_tokens=2, max_num_seqs=1, max_model_len=64,

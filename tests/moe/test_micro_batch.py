@@ -8,7 +8,7 @@ from helpers.ranks import Ranks
 from test_layer import layer, tokens
 
 from expertwire.comm.all_to_all.base import RankStalled
-from expertwire.engine.runner.batch import in_parts
+from expertwire.engine.runner.micro_batch import split_tokens
 from expertwire.moe.micro_batch import interleave, run
 
 BACKENDS = ("reference", "nccl over gloo", "nvlink over shared memory")
@@ -31,10 +31,10 @@ def test_turns():
 
 def test_every_rank_has_its_tokens_in_some_part():
     for num_parts in (1, 2, 3):
-        parts = in_parts([0, 1, 2, 7, 12], num_parts)
+        parts = split_tokens([0, 1, 2, 7, 12], num_parts)
         assert np.sum(parts, axis=0).tolist() == [0, 1, 2, 7, 12]
         assert all(np.ptp(of_rank) <= 1 for of_rank in np.transpose(parts)), parts
-    assert in_parts([5, 0, 1], 2) == [[3, 0, 1], [2, 0, 0]]
+    assert split_tokens([5, 0, 1], 2) == [[3, 0, 1], [2, 0, 0]]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -71,7 +71,7 @@ def whole_and_in_parts(group, backend, counts, dtype):
     moe.load_E[:] = 0
     calls.clear()
     parts, begin = [], 0
-    for part, num_tokens_P in enumerate(in_parts(counts, 2)):
+    for part, num_tokens_P in enumerate(split_tokens(counts, 2)):
         mine = x[begin : begin + num_tokens_P[group.rank]]
         begin += len(mine)
         parts.append(moe.micro_batch(mine, mine, num_tokens_P, part))
