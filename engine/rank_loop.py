@@ -1,8 +1,7 @@
-"""A rank's loop: plans come in, results go out. Imports no torch.
+"""A rank's loop: receive plans, compute them, send results. Imports no torch.
 
-The controller plans ahead, so the next plan is mostly here before a step is done. Where a device computes by itself, that step's
-work is given to it then, so that it goes on without waiting for the host. Where the host computes, it is prepared before the last
-result goes out.
+The controller plans ahead, so the next plan has usually arrived before a step is done. A GPU is given that plan's work then, so
+that it continues without waiting for the host. On a CPU a result is sent before the next step is computed.
 """
 
 from __future__ import annotations
@@ -17,58 +16,58 @@ from expertwire.scheduler.plan import StepPlan, StepResult
 _POLL_S = 0.2e-3
 
 
-def _at_once() -> bool:
+def _true() -> bool:
     return True
 
 
 class Launched(NamedTuple):
-    """A step on its way.
+    """A step that was launched.
 
     Attributes:
-        finish: computes what is left, or waits for the device; called once, in the order of the launches.
-        done: whether the device has nothing left to do for it.
+        finish: waits for the device, or computes the step; called once, in the order of the launches.
+        done: returns whether the device has computed the step.
     """
 
     finish: Callable[[], StepResult]
-    done: Callable[[], bool] = _at_once
+    done: Callable[[], bool] = _true
 
 
 class Steps(Protocol):
-    """What computes plans: a runner, or a simulation of one.
+    """Computes plans: a model runner, or a simulation of one.
 
     Attributes:
-        depth: how many steps may be launched and not finished: 1, or 2 if a device keeps a queue of its work.
+        depth: most steps that are launched and not finished: 2 on a GPU, which queues work, else 1.
     """
 
     depth: int
 
     def launch(self, plan: StepPlan) -> Launched:
-        """Prepare this rank's part of the plan; if its device computes by itself, give it its work."""
+        """Start this rank's part of the plan; on a GPU, queue its work."""
         ...
 
 
 def serve(link: ControlLink, steps: Steps) -> None:
-    """Compute plans until the controller is gone.
+    """Compute plans until the controller closes the connection.
 
     Raises:
-        ChannelClosed: it is.
+        ChannelClosed: the connection was closed.
     """
-    flying: deque[Launched] = deque()
+    launched: deque[Launched] = deque()
     result: StepResult | None = None
     while True:
         plan = None
-        if len(flying) < steps.depth:
-            busy = result is not None or (flying and flying[0].done())
-            plan = _take(link, 0.0 if busy else _POLL_S if flying else None)
+        if len(launched) < steps.depth:
+            busy = result is not None or (launched and launched[0].done())
+            plan = _receive(link, 0.0 if busy else _POLL_S if launched else None)
         if plan is not None:
-            flying.append(steps.launch(plan))
+            launched.append(steps.launch(plan))
         if result is not None:
             link.send(result.to_arrays())
             result = None
-        if flying and (len(flying) == steps.depth or (plan is None and flying[0].done())):
-            result = flying.popleft().finish()
+        if launched and (len(launched) == steps.depth or (plan is None and launched[0].done())):
+            result = launched.popleft().finish()
 
 
-def _take(link: ControlLink, timeout_s: float | None) -> StepPlan | None:
+def _receive(link: ControlLink, timeout_s: float | None) -> StepPlan | None:
     arrays = link.recv(timeout_s)
     return None if arrays is None else StepPlan.from_arrays(arrays)

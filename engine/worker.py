@@ -1,16 +1,15 @@
-"""A rank's process: join the controller and the other ranks, load, then run plans until the controller is gone.
+"""A rank's process: join the controller and the other ranks, load the model, then run plans until the controller is gone.
 
-What is said before the first plan, each a round of one message to every rank and one answer of each:
+Messages before the first plan; each is sent to every rank, and every rank answers:
 
-    controller: {}                                      rank: {"node", "store": address, of rank 0 only}
-    controller: {"store", "sharers": ranks on each      rank: {"device", "all_to_all": which, and why, "place": its
-                 rank's node}                                        NVLink domain and what fails with it}, when it
-                                                                     has loaded
-    controller: {"max_model_len": at most}              rank: {"cache_bytes": how large its caches may be}
-    controller: {"num_blocks": of each cache,           rank: {}
+    controller: {}                                      rank: {"node", "store": address, from rank 0 only}
+    controller: {"store", "sharers": ranks on each      rank, when it has loaded: {"device", "all_to_all": backend
+                 rank's node}                                  and reason, "place": NVLink and failure domain}
+    controller: {"max_model_len": at most}              rank: {"cache_bytes": most bytes of its KV caches}
+    controller: {"num_blocks": of each KV cache group,  rank: {}
                  "max_model_len"}
 
-A rank that fails answers so (`ControlLink.fail`) instead, and waits for the end.
+A rank that fails answers with the error (`ControlLink.fail`) and waits for the connection to close.
 """
 
 from __future__ import annotations
@@ -55,9 +54,9 @@ from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.mover import ExpertMover
 from expertwire.moe.eplb.placement import Placement, place
 
-# The share of free memory of a CPU that caches may take, when no size is given.
+# Share of a CPU's free memory that KV caches may take, unless their size is given.
 _CPU_CACHE_SHARE = 0.5
-# An exchange may take so much of a step's time, so that the ranks say who stalled, and where, before the controller gives up.
+# Share of the step timeout that an exchange may take: ranks report who stalled, and where, before the controller gives up.
 _EXCHANGE_SHARE = 0.9
 _ERROR_CHARACTERS = 500
 
@@ -76,13 +75,13 @@ def worker_main(config: EngineConfig, rank: int, num_ranks: int, address: str, t
             serve(link, _start(config, rank, num_ranks, node, gpu, link, closing))
         except ChannelClosed:
             pass
-        except Exception as error:  # noqa: BLE001 - whatever it is, the controller must hear of it
+        except Exception as error:  # noqa: BLE001 - the controller must learn of any error
             _report(link, rank, node, error)
 
 
 def _report(link: ControlLink, rank: int, node: str, error: Exception) -> None:
-    """Answer with the error and wait until the controller has taken it in and closes."""
-    text = str(error) if _for_users(error) else _kept(error, rank, node)
+    """Answer with the error and wait until the controller closes the connection."""
+    text = str(error) if _explains_itself(error) else _log_traceback(error, rank, node)
     stall = {"stall": np.array(error.order)} if isinstance(error, RankStalled) else {}
     with contextlib.suppress(ChannelClosed):
         link.fail(text or repr(error), **stall)
@@ -90,16 +89,16 @@ def _report(link: ControlLink, rank: int, node: str, error: Exception) -> None:
             link.recv()
 
 
-def _for_users(error: Exception) -> bool:
-    """Whether its message says all: a stall, or a mistake that our own code has found."""
+def _explains_itself(error: Exception) -> bool:
+    """Return whether the error's message suffices without a traceback: a stall, or a `ValueError` that our own code raised."""
     if not isinstance(error, ValueError):
         return isinstance(error, RankStalled)
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     return innermost.f_globals["__name__"].startswith("expertwire.")
 
 
-def _kept(error: Exception, rank: int, node: str) -> str:
-    """Keep the traceback whole in a file of this node's folder of temporary files, and return one line that names it."""
+def _log_traceback(error: Exception, rank: int, node: str) -> str:
+    """Write the traceback to a temporary file on this node, and return one line that names the file."""
     text = "".join(traceback.format_exception(error))
     try:
         file, path = tempfile.mkstemp(prefix=f"expertwire-rank{rank}-", suffix=".log")
@@ -127,7 +126,7 @@ def _start(
     if rank == 0 and num_ranks > 1:
         store, store_address = groups.serve_store(link.local_ip)
     link.send({"node": _bytes(node), "store": _bytes(store_address)})
-    meeting = _told(link)
+    meeting = _receive(link)
     store_address, sharers = bytes(meeting["store"]).decode(), int(meeting["sharers"][rank])
 
     torch.set_num_threads(config.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // sharers))
@@ -142,15 +141,15 @@ def _start(
     )
     closing.callback(group.close)
     model_config = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
-    domain_P, failing_P = _places(config, group, node, device)
-    model, travel = _load(config, model_config, rank, num_ranks, node, sharers, device, group, domain_P)
+    domain_P, failing_P = _rank_domains(config, group, node, device)
+    model, all_to_all = _load(config, model_config, rank, num_ranks, node, sharers, device, group, domain_P)
     place_2 = np.array([*domain_P[rank : rank + 1], *failing_P[rank : rank + 1]], np.int64)
-    link.send({"device": _bytes(device.split(":")[0]), "all_to_all": _bytes(travel), "place": place_2})
+    link.send({"device": _bytes(device.split(":")[0]), "all_to_all": _bytes(all_to_all), "place": place_2})
 
-    longest = int(_told(link)["max_model_len"][0])
+    longest = int(_receive(link)["max_model_len"][0])
     link.send({"cache_bytes": np.array([_available_bytes(config, model, longest, num_ranks, sharers)])})
 
-    sizes = _told(link)
+    sizes = _receive(link)
     num_blocks, max_model_len = sizes["num_blocks"].tolist(), int(sizes["max_model_len"][0])
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
     runner = _warm_runner(config, model, caches, max_model_len, num_ranks, group)
@@ -162,13 +161,13 @@ def _group_timeout_s(config: EngineConfig, device: str) -> float:
     """Return the seconds that a collective may take.
 
     NCCL's watchdog ends the process of a rank that waits for another (`handleException` in ProcessGroupNCCL.cpp, torch 2.13);
-    the controller would take it for the culprit. Ranks meet while they start, too, and of a step the controller keeps the time.
+    the controller would blame that rank. Ranks also wait for each other while they start; steps have the controller's time limit.
     """
     return config.step_timeout_s if device == "cpu" else 2 * max(config.start_timeout_s, config.step_timeout_s)
 
 
-def _told(link: ControlLink) -> dict[str, np.ndarray]:
-    """What the controller says next."""
+def _receive(link: ControlLink) -> dict[str, np.ndarray]:
+    """Return the controller's next message."""
     message = link.recv()
     assert message is not None, "without a time limit there is a message"
     return message
@@ -248,11 +247,11 @@ def _load(
     group: groups.Group,
     domains: Sequence[int],
 ) -> tuple[Decoder, str]:
-    """The rank's share of the model, and how its tokens travel."""
+    """Return the rank's share of the model, and a description of its all-to-all."""
     dtype = getattr(torch, model_config.dtype)
     placement: Placement | None = None
     all_to_alls: tuple[AllToAll, ...] = ()
-    travel, taken = "", None
+    all_to_all, exchanged = "", None
     checkpoint = None if config.load_format == "dummy" else Checkpoint(config.model)
     ops = kernels.choose(device, fast=config.numerics == "fast", attention=config.attention_backend)
     if any(model_config.sparse_layers):
@@ -276,8 +275,8 @@ def _load(
         if ops.on_device and num_ranks > 1:
             most_tokens = exchange_tokens(config, model_config, num_ranks, fp8=fp8)
             if most_tokens < config.micro_batch_tokens:
-                spec, taken = replace(spec, max_tokens=most_tokens, layers=()), most_tokens
-        all_to_alls, travel = _all_to_alls(config, spec, ops, node, device, fp8=fp8)
+                spec, exchanged = replace(spec, max_tokens=most_tokens, layers=()), most_tokens
+        all_to_alls, all_to_all = _all_to_alls(config, spec, ops, node, device, fp8=fp8)
     context = RankContext(
         rank=rank,
         dtype=dtype,
@@ -285,7 +284,7 @@ def _load(
         ops=ops,
         placement=placement,
         all_to_alls=all_to_alls,
-        exchange_tokens=taken,
+        exchange_tokens=exchanged,
     )
     compiling = None
     if ops.on_device:
@@ -303,7 +302,7 @@ def _load(
     )
     if compiling is not None:
         compiling.wait()
-    return model, travel
+    return model, all_to_all
 
 
 def _check_fits(
@@ -314,7 +313,7 @@ def _check_fits(
     device: str,
     placement: Placement | None,
 ) -> None:
-    """Refuse what a GPU will not hold, before anything is allocated there."""
+    """Refuse a model that does not fit into the GPU, before anything is allocated there."""
 
     def experts_of(layer: int) -> Sequence[int]:
         assert placement is not None, f"{model.architecture} has experts but no placement"
@@ -328,8 +327,10 @@ def _check_fits(
     memory_plan.check(memory_plan.estimate(config, model, held, longest, total))
 
 
-def _places(config: EngineConfig, group: groups.Group, node: str, device: str) -> tuple[Sequence[int], Sequence[int]]:
-    """Every rank's NVLink domain, and what fails with it; nothing where no expert has replicas, so that nothing depends on it."""
+def _rank_domains(
+    config: EngineConfig, group: groups.Group, node: str, device: str
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return every rank's NVLink domain and failure domain; nothing if no expert has replicas, as they do not matter then."""
     if not config.num_redundant_experts:
         return (), ()
     if config.topology is not None:
@@ -344,15 +345,15 @@ def _places(config: EngineConfig, group: groups.Group, node: str, device: str) -
 def _all_to_alls(
     config: EngineConfig, spec: AllToAllSpec, ops: Ops, node: str, device: str, *, fp8: bool
 ) -> tuple[tuple[AllToAll, ...], str]:
-    """One for each part of a step; and which they are."""
+    """Return the all-to-all of each micro-batch, and a description of them."""
     table = None if config.all2all_table is None else backend_times.read(config.all2all_table)
     made, choice = backends.build(config.all2all_backend, spec, ops, node, device, fp8=fp8, table=table)
-    says = (
+    description = (
         str(choice) if device == "cpu" else f"{choice}; {describe_gpu_dispatch(graph_safe=made[0].graph_safe, fp8=fp8)}"
     )
     if spec.num_micro_batches > 1 and device != "cpu":
         made = tuple(map(on_stream, made))
-    return made, says if spec.group.size > 1 else ""
+    return made, description if spec.group.size > 1 else ""
 
 
 def choose_device(config: EngineConfig, gpu: int) -> str:

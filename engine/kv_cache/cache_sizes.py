@@ -1,6 +1,6 @@
-"""How many blocks each of a model's caches gets on a rank, of one budget of bytes.
+"""Number of blocks of each KV cache group on a rank, within one budget of bytes.
 
-G caches.
+C KV cache groups.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.scheduler.config import CacheSpec
 
 _KINDS = {"full", "window", "latent", "index"}
-_ALL = 2**60  # blocks: there is a use for all that one can have
+_ALL = 2**60  # blocks: more than any rank can have
 
 
 class CacheTooSmall(ValueError):
@@ -22,13 +22,13 @@ class CacheTooSmall(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSizes:
-    """Of one rank.
+    """Sizes of the KV cache groups of one rank.
 
     Attributes:
-        num_blocks: of each cache, with the null block.
-        num_bytes: of each cache.
-        num_tokens: that fit, of all requests together; a cache of a window may hold fewer.
-        max_model_len: of one request.
+        num_blocks: blocks of each group, with the null block.
+        num_bytes: bytes of each group.
+        num_tokens: tokens that fit, of all requests together; a sliding-window group may hold fewer.
+        max_model_len: most tokens of one request.
     """
 
     num_blocks: tuple[int, ...]
@@ -40,7 +40,8 @@ class CacheSizes:
 def cache_sizes(
     config: EngineConfig, specs: Sequence[CacheSpec], max_model_len: int, free_bytes: int = 0
 ) -> CacheSizes:
-    """As many tokens as fit. Beside caches that keep everything, one of a window gets no more blocks than it has use for.
+    """Return the sizes that hold as many tokens as fit. Beside groups with full attention, a sliding-window group gets no more
+    blocks than it can use.
 
     The budget is `kv_cache_memory_bytes`, or what `max_num_seqs` requests of `max_model_len` need, but at most `free_bytes`.
 
@@ -50,53 +51,53 @@ def cache_sizes(
     kinds = [spec.kind for spec in specs]
     assert set(kinds) <= _KINDS, f"caches of kinds {kinds}; ranks keep {sorted(_KINDS)}"
     size = config.block_size
-    bytes_G = [size * spec.bytes_per_token for spec in specs]
-    needed_G = [spec.most_blocks(size, max_model_len, config.step_tokens) for spec in specs]
-    useful_G = [_useful(spec, config, max_model_len) for spec in specs]
-    if min(useful_G) < _ALL <= max(useful_G):
-        least_G = [
-            min(useful, needed) if useful < _ALL else _ALL for useful, needed in zip(useful_G, needed_G, strict=True)
+    bytes_C = [size * spec.bytes_per_token for spec in specs]
+    needed_C = [spec.most_blocks(size, max_model_len, config.step_tokens) for spec in specs]
+    useful_C = [_useful(spec, config, max_model_len) for spec in specs]
+    if min(useful_C) < _ALL <= max(useful_C):
+        least_C = [
+            min(useful, needed) if useful < _ALL else _ALL for useful, needed in zip(useful_C, needed_C, strict=True)
         ]
     else:
-        useful_G = least_G = [_ALL] * len(specs)
+        useful_C = least_C = [_ALL] * len(specs)
     budget = config.kv_cache_memory_bytes
     if budget is None:
-        budget = min(_total(config.max_num_seqs * -(-max_model_len // size), bytes_G, useful_G), free_bytes)
-    for most_G in (useful_G, least_G):
-        num_G = _fill(budget, bytes_G, most_G)
-        if fits := all(num >= needed for num, needed in zip(num_G, needed_G, strict=True)):
+        budget = min(_total(config.max_num_seqs * -(-max_model_len // size), bytes_C, useful_C), free_bytes)
+    for most_C in (useful_C, least_C):
+        num_C = _fill(budget, bytes_C, most_C)
+        if fits := all(num >= needed for num, needed in zip(num_C, needed_C, strict=True)):
             break
-    num_tokens = max(num_G) * size
-    if not fits and (config.max_model_len is not None or max(num_G) < 2):
-        needed = sum(num * nbytes for num, nbytes in zip(needed_G, bytes_G, strict=True))
+    num_tokens = max(num_C) * size
+    if not fits and (config.max_model_len is not None or max(num_C) < 2):
+        needed = sum(num * nbytes for num, nbytes in zip(needed_C, bytes_C, strict=True))
         raise CacheTooSmall(
             f"the KV cache of one rank ({budget} bytes) holds {num_tokens} tokens; max_model_len = {max_model_len} needs "
             f"{needed} bytes; raise kv_cache_memory_bytes or lower max_model_len"
         )
     return CacheSizes(
-        num_blocks=tuple(num + 1 for num in num_G),
-        num_bytes=tuple((num + 1) * nbytes for num, nbytes in zip(num_G, bytes_G, strict=True)),
+        num_blocks=tuple(num + 1 for num in num_C),
+        num_bytes=tuple((num + 1) * nbytes for num, nbytes in zip(num_C, bytes_C, strict=True)),
         num_tokens=num_tokens,
         max_model_len=max_model_len if fits else num_tokens,
     )
 
 
 def _useful(spec: CacheSpec, config: EngineConfig, max_model_len: int) -> int:
-    """Blocks of a cache that are of use: `_ALL`, or, of a window, twice what the requests that run hold at once: room to admit
-    others, and what slid out stays for prefixes a while."""
+    """Return how many blocks a group can use: `_ALL`, or, with a sliding window, twice what the running requests hold at once:
+    others can be admitted, and blocks that slid out stay in the prefix cache for a while."""
     if spec.window is None:
         return _ALL
     each = spec.most_blocks(config.block_size, max_model_len, max_num_batched_tokens=1)
     return 2 * (config.max_num_seqs * each + -(-config.step_tokens // config.block_size))
 
 
-def _fill(budget: int, bytes_G: Sequence[int], most_G: Sequence[int]) -> list[int]:
-    """Blocks of each cache: as many as of any other, but `most_G` at most."""
-    end = budget // sum(nbytes for nbytes, most in zip(bytes_G, most_G, strict=True) if most == _ALL) + 1
-    num = bisect_right(range(end), budget, key=lambda num: _total(num, bytes_G, most_G)) - 1
-    return [min(num, most) for most in most_G]
+def _fill(budget: int, bytes_C: Sequence[int], most_C: Sequence[int]) -> list[int]:
+    """Return the blocks of each group: as many as of any other, but `most_C` at most."""
+    end = budget // sum(nbytes for nbytes, most in zip(bytes_C, most_C, strict=True) if most == _ALL) + 1
+    num = bisect_right(range(end), budget, key=lambda num: _total(num, bytes_C, most_C)) - 1
+    return [min(num, most) for most in most_C]
 
 
-def _total(num: int, bytes_G: Sequence[int], most_G: Sequence[int]) -> int:
-    """Bytes of `num` blocks of each cache, but `most_G` at most."""
-    return sum(nbytes * min(num, most) for nbytes, most in zip(bytes_G, most_G, strict=True))
+def _total(num: int, bytes_C: Sequence[int], most_C: Sequence[int]) -> int:
+    """Return the bytes of `num` blocks of each group, but `most_C` at most."""
+    return sum(nbytes * min(num, most) for nbytes, most in zip(bytes_C, most_C, strict=True))

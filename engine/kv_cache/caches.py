@@ -1,4 +1,4 @@
-"""The tensors behind the named caches of a model, on one rank."""
+"""KV cache tensors of one rank."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from expertwire.scheduler.plan import RankPlan
 
 @dataclass(frozen=True, kw_only=True)
 class NamedCache:
-    """One of a model's `cache_specs`: what each writing layer keeps, tensors [blocks, block_size, ...].
+    """A KV cache group: the tensors [blocks, block_size, ...] of each layer that writes it.
 
-    Of kinds "full" and "window": keys and values [..., G key/value heads, d head size]; of "latent" and "index": one tensor
-    [..., l]. Those of keys, values and latents may be fp8 (`EngineConfig.kv_cache_dtype`).
+    Kinds "full" and "window" keep keys and values [..., G key/value heads, d head size]; "latent" and "index" one tensor
+    [..., l]. Keys, values and latents may be fp8 (`EngineConfig.kv_cache_dtype`).
     """
 
     spec: CacheSpec
@@ -34,7 +34,11 @@ def make(
     dtype: torch.dtype,
     device: str,
 ) -> NamedCache:
-    """`shapes`: of a token, for each tensor of a layer. Zeros: padding reads the null block, and 0 * NaN would not be 0."""
+    """Return the group, filled with zeros: padding reads the null block, and 0 * NaN would not be 0.
+
+    Args:
+        shapes: of one token, for each tensor of a layer.
+    """
 
     def layer() -> tuple[Tensor, ...]:
         return tuple(torch.zeros((num_blocks, block_size, *shape), dtype=dtype, device=device) for shape in shapes)
@@ -43,7 +47,7 @@ def make(
 
 
 def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[[np.ndarray], Tensor]) -> None:
-    """Carry out a plan's copies. `upload` brings integers to the caches' device."""
+    """Copy the blocks that a plan names. `upload` copies integers to the caches' device."""
     for index in sorted(set(plan.copy_cache_M.tolist())):
         here_M = plan.copy_cache_M == index
         source, target = upload(plan.copy_from_M[here_M]).long(), upload(plan.copy_to_M[here_M]).long()

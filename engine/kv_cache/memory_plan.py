@@ -1,10 +1,8 @@
-"""What a GPU's memory is taken for: estimated before anything is loaded, and measured before the caches are sized.
+"""Memory of a GPU: estimated before anything is loaded, and measured before the KV caches are sized.
 
 The estimate follows from the model and the options alone, so that an engine that cannot fit is refused in its first second, with
-a table, instead of running out of memory minutes later. The caches are not sized by it: a rank that has loaded runs its largest
-step and sees what that has taken (`measured`).
-
-T tokens of a rank in one step, R routed rows that can come here, D model width, F expert width, V vocabulary.
+a table, instead of running out of memory minutes later. The caches are not sized by it: a rank that has loaded its weights runs
+its largest step and sees how much memory that takes (`measured`).
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ _LESS = "use more ranks (ep_size), a lower max_num_batched_tokens or max_num_seq
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of one rank on a GPU.
+    """Bytes that one rank takes of its GPU.
 
     Attributes:
         total: memory of the GPU.
@@ -58,7 +56,7 @@ class MemoryPlan:
 
     @property
     def taken(self) -> int:
-        """Bytes of everything but the caches."""
+        """Return the bytes of everything but the caches."""
         return (
             sum(self.weights.values())
             + self.symmetric_buffers
@@ -70,11 +68,11 @@ class MemoryPlan:
 
     @property
     def caches(self) -> int:
-        """Bytes that are left for the caches; negative if there are too few for the rest."""
+        """Return the bytes that are left for the caches; negative if the rest does not fit."""
         return int(self.total * self.utilization) - self.taken
 
     def rows(self) -> list[tuple[str, int]]:
-        """What there is to say, by name."""
+        """Return names and bytes of all parts, and what is left for caches."""
         return [
             *((f"weights: {kind}", nbytes) for kind, nbytes in self.weights.items()),
             ("weights", sum(self.weights.values())),
@@ -142,13 +140,13 @@ def _symmetric_buffer_bytes(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _exchange_tokens(config: EngineConfig, model: ModelConfig) -> int:
-    """Tokens of a rank that one exchange takes, at most."""
+    """Return the most tokens of a rank that one exchange takes."""
     spec = _spec(config, model)
     return config.micro_batch_tokens if spec is None else spec.max_tokens
 
 
 def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
-    """As the worker has it, of a group that has a size alone; None if nothing travels."""
+    """Return the worker's spec, with a group that has a size and nothing else; None if no all-to-all is needed."""
     if config.ep_size == 1 or not any(model.sparse_layers):
         return None
     spec = AllToAllSpec(
@@ -165,13 +163,13 @@ def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
 
 
 def _graphs(config: EngineConfig, model: ModelConfig) -> list[GraphSize]:
-    """What is captured, as `ModelRunner.graph_sizes`."""
+    """Return the steps to capture, as `ModelRunner.graph_sizes` does."""
     tokens = min(config.micro_batch_tokens, _exchange_tokens(config, model)) * config.num_micro_batches
     return graph_sizes(tokens, config.max_num_seqs, config.ep_size)
 
 
 def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_all: int) -> int:
-    """Bytes of the layer that takes most: the stream and its norm, and what is made of them.
+    """Return the bytes of the layer that takes most: residual stream, its norm, and what the layer makes of them.
 
     Args:
         num_tokens: of this rank.
@@ -194,7 +192,7 @@ def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_a
 
 
 def _attention_width(attention: AttentionConfig | LatentAttentionConfig) -> int:
-    """Numbers that a token has at once: queries, keys and values, and the output of every head."""
+    """Return how many numbers a token has at once: queries, keys and values, and the output of every head."""
     if isinstance(attention, LatentAttentionConfig):
         compressed = attention.kv_lora_rank + attention.rope.size
         return attention.num_heads * (2 * compressed + attention.kv_lora_rank)
@@ -203,13 +201,13 @@ def _attention_width(attention: AttentionConfig | LatentAttentionConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a GPU's memory has been taken for.
+    """Memory of a GPU that was taken by the largest steps, in bytes.
 
     Attributes:
         total: memory of the GPU.
-        peak: torch's at the largest step: weights, tables and activations.
-        largest_graph: of it, what the largest captured step takes beside weights and tables: graphs have it for themselves.
-        outside: not torch's allocator's: CUDA's context, NCCL, symmetric memory, other processes.
+        peak: peak of torch's allocator at the largest step: weights, tables and activations.
+        largest_graph: what the largest captured step takes beside weights and tables; CUDA graphs need as much of their own.
+        outside: memory outside of torch's allocator: CUDA's context, NCCL, symmetric memory, other processes.
     """
 
     total: int
@@ -238,7 +236,7 @@ class Measured:
 
 
 def measured(device: str, run_largest_graph: Callable[[], None], run_peak: Callable[[], None]) -> Measured:
-    """Run the largest steps and return what has been taken at most."""
+    """Run the largest steps and return the memory that they took."""
 
     def peak_of(run: Callable[[], None]) -> int:
         torch.cuda.reset_peak_memory_stats(device)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.comm.all_to_all.base import Watched
+from expertwire.comm.all_to_all.base import Checkable
 from expertwire.engine.kv_cache.caches import NamedCache, copy_blocks
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.rank_loop import Launched
@@ -91,7 +91,7 @@ class ModelRunner:
             memory = memory_of(context.device)
             self._upload, self._download = Uploads(context.device, memory), Downloads(memory, self.depth + 1)
         self._timeline: Timeline = CudaTimeline() if context.device.startswith("cuda") else HostTimeline()
-        self._watched = [each for each in context.all_to_alls if isinstance(each, Watched)]
+        self._checkable = [each for each in context.all_to_alls if isinstance(each, Checkable)]
         self.batch = InputBatch(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -256,7 +256,7 @@ class ModelRunner:
 
     def _check(self) -> None:
         """Raise `RankStalled` if what the device has computed is void."""
-        for all_to_all in self._watched:
+        for all_to_all in self._checkable:
             all_to_all.check()
 
     def _finish(
