@@ -20,7 +20,6 @@ import os
 import tempfile
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -28,13 +27,13 @@ import torch
 
 from expertwire.comm import group as groups
 from expertwire.comm.all_to_all import backends
-from expertwire.comm.all_to_all.base import AllToAll, AllToAllSpec, RankStalled
+from expertwire.comm.all_to_all.base import AllToAll, RankStalled
 from expertwire.comm.all_to_all.stream import on_stream
 from expertwire.comm.control.channel import ChannelClosed, ControlLink
 from expertwire.comm.topology import backend_times, topology
 from expertwire.comm.topology import probe as topology_probe
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.config.validation import describe_gpu_dispatch, exchange_tokens, sends_fp8
+from expertwire.engine.config.validation import describe_gpu_dispatch
 from expertwire.engine.kv_cache import memory, memory_plan
 from expertwire.engine.kv_cache.caches import NamedCache
 from expertwire.engine.layers.step import RankContext
@@ -48,6 +47,7 @@ from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Capture
+from expertwire.engine.runner.exchange import Exchange, exchange_of
 from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.registry import Ops
@@ -251,7 +251,7 @@ def _load(
     dtype = getattr(torch, model_config.dtype)
     placement: Placement | None = None
     all_to_alls: tuple[AllToAll, ...] = ()
-    all_to_all, exchanged = "", None
+    all_to_all, exchange_tokens = "", None
     checkpoint = None if config.load_format == "dummy" else Checkpoint(config.model)
     ops = kernels.choose(device, fast=config.numerics == "fast", attention=config.attention_backend)
     if any(model_config.sparse_layers):
@@ -260,23 +260,17 @@ def _load(
     if device != "cpu":
         _check_fits(config, model_config, checkpoint, rank, device, placement)
     if placement is not None:
-        spec = AllToAllSpec(
-            group=group,
-            rank_offsets=placement.rank_offsets,
-            max_tokens=config.micro_batch_tokens,
-            hidden_size=model_config.hidden_size,
-            top_k=model_config.top_k,
-            dtype=dtype,
+        exchange = exchange_of(
+            config,
+            model_config,
+            group,
+            placement.rank_offsets,
+            on_gpu=ops.on_device,
             layers=tuple(np.flatnonzero(model_config.sparse_layers).tolist()),
             timeout_s=_EXCHANGE_SHARE * config.step_timeout_s,
-            num_micro_batches=config.num_micro_batches,
         )
-        fp8 = sends_fp8(config, model_config, on_gpu=ops.on_device)
-        if ops.on_device and num_ranks > 1:
-            most_tokens = exchange_tokens(config, model_config, num_ranks, fp8=fp8)
-            if most_tokens < config.micro_batch_tokens:
-                spec, exchanged = replace(spec, max_tokens=most_tokens, layers=()), most_tokens
-        all_to_alls, all_to_all = _all_to_alls(config, spec, ops, node, device, fp8=fp8)
+        exchange_tokens = exchange.max_tokens
+        all_to_alls, all_to_all = _all_to_alls(config, exchange, ops, node, device)
     context = RankContext(
         rank=rank,
         dtype=dtype,
@@ -284,7 +278,7 @@ def _load(
         ops=ops,
         placement=placement,
         all_to_alls=all_to_alls,
-        exchange_tokens=exchanged,
+        exchange_tokens=exchange_tokens,
     )
     compiling = None
     if ops.on_device:
@@ -343,10 +337,11 @@ def _rank_domains(
 
 
 def _all_to_alls(
-    config: EngineConfig, spec: AllToAllSpec, ops: Ops, node: str, device: str, *, fp8: bool
+    config: EngineConfig, exchange: Exchange, ops: Ops, node: str, device: str
 ) -> tuple[tuple[AllToAll, ...], str]:
     """Return the all-to-all of each micro-batch, and a description of them."""
     table = None if config.all2all_table is None else backend_times.read(config.all2all_table)
+    spec, fp8, _ = exchange
     made, choice = backends.build(config.all2all_backend, spec, ops, node, device, fp8=fp8, table=table)
     description = (
         str(choice) if device == "cpu" else f"{choice}; {describe_gpu_dispatch(graph_safe=made[0].graph_safe, fp8=fp8)}"

@@ -8,19 +8,16 @@ its largest step and sees how much memory that takes (`measured`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from dataclasses import dataclass
 
 import torch
 
 from expertwire.comm.all_to_all import fp8 as a2a_fp8
-from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.config.validation import exchange_tokens, sends_fp8
 from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, MlpConfig, ModelConfig
 from expertwire.engine.runner.cuda_graphs import GraphSize, graph_sizes
+from expertwire.engine.runner.exchange import Exchange, absent_group, exchange_of
 from expertwire.moe.eplb.placement import place
 
 # What CUDA's context, loaded kernels and NCCL take beside torch; an assumption until a GPU says otherwise.
@@ -112,7 +109,7 @@ def estimate(
         weights=weights,
         symmetric_buffers=_symmetric_buffer_bytes(config, model),
         slots=4 * config.max_num_seqs * table,
-        activations=_activations(config, model, tokens, num_ranks * min(tokens, _exchange_tokens(config, model)))
+        activations=_activations(config, model, tokens, num_ranks * _exchange_tokens(config, model))
         + 2 * 4 * config.max_num_seqs * model.vocab_size,  # logits, and a copy that is bent
         graphs=graphs + len(sizes) * _GRAPH_BYTES,
     )
@@ -131,40 +128,31 @@ def check(plan: MemoryPlan) -> None:
 
 
 def _symmetric_buffer_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """Return the bytes of a rank's symmetric buffers, of all micro-batches of a step, if it uses NVLink."""
-    spec = _spec(config, model)
-    if spec is None:
+    """Return the bytes of a rank's symmetric buffers, one for each micro-batch, with the NVLink all-to-all."""
+    exchange = _exchange(config, model)
+    if exchange is None:
         return 0
-    packed = a2a_fp8.packed(spec) if sends_fp8(config, model, on_gpu=True) else spec
+    packed = a2a_fp8.packed(exchange.spec) if exchange.is_fp8 else exchange.spec
     return config.num_micro_batches * BufferLayout.of(packed).nbytes
 
 
 def _exchange_tokens(config: EngineConfig, model: ModelConfig) -> int:
     """Return the most tokens of a rank that one exchange takes."""
-    spec = _spec(config, model)
-    return config.micro_batch_tokens if spec is None else spec.max_tokens
+    exchange = _exchange(config, model)
+    return config.micro_batch_tokens if exchange is None else exchange.spec.max_tokens
 
 
-def _spec(config: EngineConfig, model: ModelConfig) -> AllToAllSpec | None:
-    """Return the worker's spec, with a group that has a size and nothing else; None if no all-to-all is needed."""
+def _exchange(config: EngineConfig, model: ModelConfig) -> Exchange | None:
+    """Return the worker's exchange, with a group that has a size and nothing else; None if no all-to-all is needed."""
     if config.ep_size == 1 or not any(model.sparse_layers):
         return None
-    spec = AllToAllSpec(
-        group=cast(Any, SimpleNamespace(size=config.ep_size, rank=0)),
-        rank_offsets=place(model.num_experts, config.ep_size, config.num_redundant_experts).rank_offsets,
-        max_tokens=config.micro_batch_tokens,
-        hidden_size=model.hidden_size,
-        top_k=model.top_k,
-        dtype=getattr(torch, model.dtype),
-        num_micro_batches=config.num_micro_batches,
-    )
-    fp8 = sends_fp8(config, model, on_gpu=True)
-    return replace(spec, max_tokens=exchange_tokens(config, model, config.ep_size, fp8=fp8))
+    offsets = place(model.num_experts, config.ep_size, config.num_redundant_experts).rank_offsets
+    return exchange_of(config, model, absent_group(0, config.ep_size), offsets, on_gpu=True)
 
 
 def _graphs(config: EngineConfig, model: ModelConfig) -> list[GraphSize]:
     """Return the steps to capture, as `ModelRunner.graph_sizes` does."""
-    tokens = min(config.micro_batch_tokens, _exchange_tokens(config, model)) * config.num_micro_batches
+    tokens = _exchange_tokens(config, model) * config.num_micro_batches
     return graph_sizes(tokens, config.max_num_seqs, config.ep_size)
 
 

@@ -23,11 +23,11 @@ from expertwire.comm.all_to_all import fp8 as a2a_fp8
 from expertwire.comm.all_to_all.base import AllToAll, AllToAllSpec
 from expertwire.comm.all_to_all.local import LocalAllToAll
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.config.validation import exchange_tokens, sends_fp8
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader import weights
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.model_config import ModelConfig
+from expertwire.engine.runner.exchange import absent_group, exchange_of
 from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.gpu import compile_ahead
@@ -86,26 +86,14 @@ def _warm_up(of: Rank) -> None:
 def _context(of: Rank, config: ModelConfig) -> RankContext:
     dtype = getattr(torch, config.dtype)
     ops = kernels.triton(of.gpu, fast=of.config.numerics == "fast")
-    placement, all_to_alls, taken = None, (), None
+    placement, all_to_alls, exchange_tokens = None, (), None
     if any(config.sparse_layers):
         redundant = of.config.num_redundant_experts
         placement = place(config.num_experts, of.num_ranks, redundant, config.num_layers, of.domains)
-        spec = AllToAllSpec(
-            group=_Absent(rank=of.rank, size=of.num_ranks),
-            rank_offsets=placement.rank_offsets,
-            max_tokens=of.config.micro_batch_tokens,
-            hidden_size=config.hidden_size,
-            top_k=config.top_k,
-            dtype=dtype,
-            layers=tuple(np.flatnonzero(config.sparse_layers).tolist()),
-            num_micro_batches=of.config.num_micro_batches,
-        )
-        fp8 = sends_fp8(of.config, of.model, on_gpu=True)  # of the checkpoint's layers, which `config` numbers anew
-        if of.num_ranks > 1:
-            most_tokens = exchange_tokens(of.config, of.model, of.num_ranks, fp8=fp8)
-            if most_tokens < of.config.micro_batch_tokens:
-                spec, taken = replace(spec, max_tokens=most_tokens), most_tokens
-        if fp8:
+        # The checkpoint's model decides on fp8; `config` has fewer layers.
+        group = absent_group(of.rank, of.num_ranks)
+        spec, is_fp8, exchange_tokens = exchange_of(of.config, of.model, group, placement.rank_offsets, on_gpu=True)
+        if is_fp8:
             spec = a2a_fp8.packed(spec)
         all_to_alls = tuple(
             _all_to_all(replace(spec, micro_batch=index), of, ops) for index in range(spec.num_micro_batches)
@@ -117,7 +105,7 @@ def _context(of: Rank, config: ModelConfig) -> RankContext:
         ops=ops,
         placement=placement,
         all_to_alls=all_to_alls,
-        exchange_tokens=taken,
+        exchange_tokens=exchange_tokens,
     )
 
 
@@ -131,14 +119,6 @@ def _all_to_all(spec: AllToAllSpec, of: Rank, ops: kernels.Ops) -> AllToAll:
     arena = torch.empty(BufferLayout.of(spec).nbytes, dtype=torch.uint8, device=_DEVICE)
     limit_ns = int(spec.timeout_s * 1e9)  # a number of turns elsewhere, and no more than a number here
     return NvlinkGpuAllToAll(spec, [arena] * of.num_ranks, num_programs=of.gpu.num_sms, max_turns=limit_ns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Absent:
-    """A group of which nobody is here."""
-
-    rank: int
-    size: int
 
 
 class _StoragelessDecoder(Decoder):
