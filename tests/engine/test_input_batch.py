@@ -7,9 +7,9 @@ from helpers.cache_model import SIZES, SPECS, CacheModel
 
 from expertwire.engine.runner.model_runner import ModelRunner
 from expertwire.kernels import registry
-from expertwire.kernels.cpu import input_rows
+from expertwire.kernels.cpu import prepare_inputs
 from expertwire.kernels.ops import sampling
-from expertwire.kernels.ops.input_rows import reference
+from expertwire.kernels.ops.prepare_inputs import reference
 
 NEEDED = tuple(1 + spec.most_blocks(SIZES["block_size"], SIZES["max_model_len"], 16) for spec in SPECS)
 
@@ -41,7 +41,7 @@ def test_rows_are_looked_up_as_by_the_reference():
     slot_T = torch.randint(0, 3, (150,), generator=generator, dtype=torch.int32)
     position_T = torch.randint(0, 40, (150,), generator=generator, dtype=torch.int32)
     arguments = slot_T, position_T, token_ids, block_tables, 4
-    for found, expected in zip(input_rows.look_up(*arguments), reference(*arguments), strict=True):
+    for found, expected in zip(prepare_inputs.prepare_inputs(*arguments), reference(*arguments), strict=True):
         assert found.dtype == expected.dtype == torch.int64
         assert torch.equal(found, expected)
 
