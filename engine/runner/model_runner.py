@@ -140,10 +140,10 @@ class ModelRunner:
         for num in dict.fromkeys(min(size.num_tokens, max_num_seqs) for size in sizes):
             logits_OV = self._model.logits(hidden_TD[:1].repeat(num, 1)).contiguous()
         self._warm_up_sampling(logits_OV)
-        size = 1
-        while size <= max_num_batched_tokens:
-            self._dummy.run_prompt(size)
-            size = max_num_batched_tokens if size < max_num_batched_tokens < 2 * size else 2 * size
+        length = 1
+        while length <= max_num_batched_tokens:
+            self._dummy.run_prompt(length)
+            length = max_num_batched_tokens if length < max_num_batched_tokens < 2 * length else 2 * length
 
     def _warm_up_sampling(self, logits_OV: Tensor) -> None:
         num = len(logits_OV)
