@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
-from expertwire.kernels.gpu.rope_and_cache import load_pairs, rotate_pairs
+from expertwire.kernels.gpu.rope_and_cache import rotate_pairs
 
 HEADS = 8
 
@@ -23,7 +23,12 @@ def _load_row(source, live, DIM: tl.constexpr, PAIRS: tl.constexpr, PLAIN: tl.co
     of rows, padded with zeros.
     """
     pair, rest = tl.arange(0, PAIRS), 2 * PAIRS + tl.arange(0, PLAIN)
-    first, second = load_pairs(source, live, pair, PAIRS, INTERLEAVED)
+    if INTERLEAVED:
+        both = tl.load(source[:, None] + tl.arange(0, 2 * PAIRS), mask=live[:, None], other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, [source.shape[0], PAIRS, 2]))
+    else:
+        first = tl.load(source[:, None] + pair, mask=live[:, None], other=0.0).to(tl.float32)
+        second = tl.load(source[:, None] + PAIRS + pair, mask=live[:, None], other=0.0).to(tl.float32)
     plain = tl.load(source[:, None] + rest, mask=live[:, None] & (rest < DIM), other=0.0).to(tl.float32)
     return first, second, plain
 

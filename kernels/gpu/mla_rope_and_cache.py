@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
-from expertwire.kernels.gpu.rope_and_cache import check_cache_scales, load_pairs, quantized, rotate_pairs
+from expertwire.kernels.gpu.rope_and_cache import check_cache_scales, quantized, rotate_pairs
 
 HEADS = 8
 
@@ -77,7 +77,13 @@ def rope_and_cache_kernel(
         head += (tile - 1) * HEADS
         source, live = q + token * stride_token + head * stride_head, head < H
     pair = tl.arange(0, PAIRS)
-    first, second = load_pairs(source, live, pair, PAIRS, INTERLEAVED)
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * PAIRS)
+        x = tl.load(source[:, None] + both, mask=live[:, None], other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(x, [HEADS, PAIRS, 2]))
+    else:
+        first = tl.load(source[:, None] + pair, mask=live[:, None], other=0.0).to(tl.float32)
+        second = tl.load(source[:, None] + PAIRS + pair, mask=live[:, None], other=0.0).to(tl.float32)
     first, second = rotate_pairs(first, second, cos_table, sin_table, position, pair, PAIRS)
     first, second = first.to(kv.dtype.element_ty), second.to(kv.dtype.element_ty)
     if tile == 0:

@@ -15,7 +15,7 @@ from expertwire.kernels.gpu.split_kv import (
     find_sequence,
     first_visible,
     launch_range,
-    merge_partial,
+    merge,
     rows_of,
     store_normalised,
     workspace_row,
@@ -99,7 +99,11 @@ def merge_prefill_kernel(
     row_sum = tl.zeros([MERGED_ROWS], tl.float32)
     for split in tl.range(0, splits):
         at_M = workspace_row(split * tl.num_programs(1) + group, row_M, first_token, end_token, GROUP)
-        acc, row_max, row_sum = merge_partial(acc, row_max, row_sum, partials, statistics, at_M, live_M, dim, DIM)
+        mask = live_M[:, None] & (dim < DIM)
+        acc_1 = tl.load(partials + at_M[:, None] * DIM + dim, mask=mask, other=0.0)
+        row_max_1 = tl.load(statistics + at_M * 2, mask=live_M, other=float("-inf"))
+        row_sum_1 = tl.load(statistics + at_M * 2 + 1, mask=live_M, other=0.0)
+        acc, row_max, row_sum = merge(acc, row_max, row_sum, acc_1, row_max_1, row_sum_1)
     store_normalised(out, row_M, end_row, group, acc, row_max, row_sum, sinks, dim, GROUP, DIM, HAS_SINKS)
 
 

@@ -36,19 +36,6 @@ def rotate_pairs(first, second, cos_table, sin_table, position, pair, PAIRS: tl.
 
 
 @triton.jit
-def load_pairs(source, live, pair, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Load the first and the second numbers [rows, PAIRS] of the pairs of rows, as fp32."""
-    if INTERLEAVED:
-        both = tl.arange(0, 2 * PAIRS)
-        x = tl.load(source[:, None] + both, mask=live[:, None], other=0.0).to(tl.float32)
-        first, second = tl.split(tl.reshape(x, [source.shape[0], PAIRS, 2]))
-    else:
-        first = tl.load(source[:, None] + pair, mask=live[:, None], other=0.0).to(tl.float32)
-        second = tl.load(source[:, None] + PAIRS + pair, mask=live[:, None], other=0.0).to(tl.float32)
-    return first, second
-
-
-@triton.jit
 def _load(source, row, dim, mask):
     return tl.load(source + row[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32)
 

@@ -163,16 +163,6 @@ def merge(acc, row_max, row_sum, acc_1, row_max_1, row_sum_1):
 
 
 @triton.jit
-def merge_partial(acc, row_max, row_sum, partials, statistics, at_M, live_M, dim, DIM: tl.constexpr):
-    """Merge the workspace's rows at_M [M] into the values, maximum exponents and weights before them."""
-    mask = live_M[:, None] & (dim < DIM)
-    acc_1 = tl.load(partials + at_M[:, None] * DIM + dim, mask=mask, other=0.0)
-    row_max_1 = tl.load(statistics + at_M * 2, mask=live_M, other=float("-inf"))
-    row_sum_1 = tl.load(statistics + at_M * 2 + 1, mask=live_M, other=0.0)
-    return merge(acc, row_max, row_sum, acc_1, row_max_1, row_sum_1)
-
-
-@triton.jit
 def store_normalised(
     out,
     row_M,
@@ -272,7 +262,11 @@ def merge_splits_kernel(
     for split in tl.range(begin // SPLIT_KEYS, tl.cdiv(end, SPLIT_KEYS), num_stages=STAGES, disable_licm=True):
         slot = split % num_slots * tl.num_programs(1) + group
         at_M = workspace_row(slot, row_M, first_token, end_token, GROUP)
-        acc, row_max, row_sum = merge_partial(acc, row_max, row_sum, partials, statistics, at_M, live_M, dim, DIM)
+        mask = live_M[:, None] & (dim < DIM)
+        acc_1 = tl.load(partials + at_M[:, None] * DIM + dim, mask=mask, other=0.0)
+        row_max_1 = tl.load(statistics + at_M * 2, mask=live_M, other=float("-inf"))
+        row_sum_1 = tl.load(statistics + at_M * 2 + 1, mask=live_M, other=0.0)
+        acc, row_max, row_sum = merge(acc, row_max, row_sum, acc_1, row_max_1, row_sum_1)
     store_normalised(out, row_M, end_row, group, acc, row_max, row_sum, sinks, dim, GROUP, DIM, HAS_SINKS)
 
 
