@@ -315,7 +315,7 @@ class Matrix:
         """Return a weight in one of `GPU_LINEAR_FORMATS` as it is stored."""
         scale_row_N = None
         if weight.format == "fp8_block":
-            scale_row_N = block_rows(weight.partials).to(torch.int32).to(weight.device)
+            scale_row_N = block_rows(weight.parts).to(torch.int32).to(weight.device)
         return cls(format=weight.format, data=weight.data, scales=weight.scales, scale_row_N=scale_row_N)
 
 

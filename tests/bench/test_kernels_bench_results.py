@@ -115,7 +115,7 @@ def test_a_process_that_hangs_is_ended(tmp_path, results, monkeypatch):
     monkeypatch.setattr(kernels, "WRITING_SECONDS", 0.0)
     kernels.supervise(tmp_path, ["bits"], True, time.time() + 3)
     assert Results.read(tmp_path).find("endless") in ({"error": "was cut off at the end of the time"}, None)
-    assert Results.read(tmp_path).part("bits")["running"] is None
+    assert Results.read(tmp_path).suite("bits")["running"] is None
 
 
 def test_an_item_that_hangs_is_ended_after_a_while(tmp_path, monkeypatch):
@@ -271,7 +271,7 @@ def test_the_short_table_fits_and_ends_with_the_bars(measured):
     assert len(text) < 12_000
     assert f"WRONG {key}: w13 not a number > 0.01, w2 0.5 > 0.01" in text
     assert "deepseek-v3 latent prefill 2k: RuntimeError: no" in text
-    assert "not reached in time: around: 2 items, from 'norm' on" in text
+    assert "not reached in time: layer-ops: 2 items, from 'norm' on" in text
     assert "a, b | c" in text
     assert "50% 1.50x" in text
     lines = text.splitlines()
