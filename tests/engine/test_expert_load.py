@@ -139,7 +139,7 @@ def test_each_frontend_hears_of_its_own_requests():
         "routed_tokens_J": [6, 7, 8],
     }
     outputs |= {"step": 0, **{name: np.array(values) for name, values in counts.items()}}
-    told = controller._outputs_for(1, StepOutputs(**outputs), alone=False)
+    told = controller._outputs_for(1, StepOutputs(**outputs), all_of_them=False)
     assert told.routed_key_J.tolist() == [5, 5]
     assert (told.routed_expert_J.tolist(), told.routed_tokens_J.tolist()) == ([3, 5], [6, 8])
 
