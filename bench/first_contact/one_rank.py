@@ -91,7 +91,7 @@ def _again(work: Callable[[], Tensor]) -> Captured:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of a rank; see `EngineConfig`. `cache_tokens`: that the cache holds; None: as many as requests can have."""
+    """Options of a rank, see `EngineConfig`. `cache_tokens`: capacity of the cache; None: as many as requests can have."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -118,7 +118,7 @@ class Step:
 
 @dataclass
 class Answers:
-    """What requests were answered, by key: tokens, their log-probabilities, how much likelier the most likely token was than the
+    """The answers by request key: tokens, their log-probabilities, how much likelier the most likely token was than the
     next (with `logprobs` of 2 or more), and the prompt's log-probabilities by position."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Whether the engine on a GPU computes what it should: beside the CPU's, with graphs and without, alone and in company.
+"""Check the engine on a GPU against the CPU, with and without CUDA graphs, and a request alone against a batch.
 
 On "cpu" the GPU's kernels are interpreted, on few tokens. A check raises `AssertionError`; it returns what it has compared.
 """
@@ -25,7 +25,7 @@ CLOSE = {"float32": 2e-4, "bfloat16": 3e-2}
 
 
 def sizes(device: str) -> Sizes:
-    """Of what a check serves."""
+    """Sizes of what a check serves."""
     if device == "cpu":
         return Sizes(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=32)
     return Sizes(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=512)
@@ -132,7 +132,7 @@ def _same(found: Answers, expected: Answers, name: str, keys: Sequence[int] | No
 
 
 def _first(found: object, expected: object) -> str:
-    """Where two lists or dictionaries part ways."""
+    """Return the first place where two lists or dictionaries differ."""
     ours, theirs = (dict(enumerate(x)) if isinstance(x, list) else dict(x or {}) for x in (found, expected))  # type: ignore[call-overload]
     place = next((i for i in theirs if ours.get(i) != theirs[i]), None)
     return f"at {place}: {ours.get(place)} and {theirs.get(place)}"

@@ -1,5 +1,4 @@
-"""How fast one rank's engine is: decode, prefill and mixed steps, what the host does meanwhile, and a profiler's trace
-in short."""
+"""Measure one rank's engine: decode, prefill and mixed steps, host time, and a short profiler trace."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def _submit(rank: OneRank, batch: int, context: int, num: int) -> None:
 
 
 def tokens_per_s(steps: Sequence[Step]) -> float:
-    """Of steps that follow one another."""
+    """Times of consecutive steps."""
     return sum(step.tokens for step in steps[1:]) / (steps[-1].done_s - steps[0].done_s)
 
 

@@ -19,7 +19,7 @@ _PARENT_CHECK_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a stage is told.
+    """Arguments of a stage.
 
     Args:
         device: "cuda", or "cpu", where the GPU's kernels are interpreted on toy sizes and nothing is timed.

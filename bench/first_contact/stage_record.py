@@ -1,4 +1,4 @@
-"""What a stage of `bench first_contact` writes down as it goes, and what its supervisor reads of it.
+"""The record that a stage of `bench first_contact` writes as it runs and its supervisor reads.
 
 One JSON object a line, written at once, so that nothing is lost with the process. An item that has begun is not begun
 again by the process that goes on after a crash.
@@ -41,7 +41,7 @@ class Record:
 
     @contextmanager
     def item(self, name: str, *, fatal: bool = False) -> Iterator[None]:
-        """What follows is one item: an error ends it and not the stage.
+        """Run the body as one item: an error ends the item and not the stage.
 
         Args:
             name: unique in the stage.
@@ -59,7 +59,7 @@ class Record:
                 raise RuntimeError(f"this process is of no use after {name}") from None
 
     def wants(self, name: str) -> bool:
-        """Whether the item has not begun before."""
+        """Return True if the item has not begun before."""
         return name not in self._begun
 
     def figure(
@@ -71,7 +71,7 @@ class Record:
             self._write({"figure": name, "value": value if math.isfinite(value) else None, "unit": unit, **more})
 
     def check(self, name: str, ok: bool, says: str) -> None:
-        """Whether something is right."""
+        """Record whether a check passed."""
         self._write({"check": name, "ok": bool(ok), "says": says})
 
     def fact(self, name: str, value: Any) -> None:

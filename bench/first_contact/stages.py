@@ -98,7 +98,7 @@ def kernels_correct(run: Run) -> None:
 
 
 def kernels_bits(run: Run) -> None:
-    """Whether a row's bits depend on its company or its tile; says which tiles may be used in the invariant mode."""
+    """Check whether a row's bits depend on the batch or the tile, and report which tiles the invariant mode may use."""
     results = _kernels(run, ("bits",))
     wide = {
         key: classes

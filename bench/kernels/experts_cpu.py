@@ -48,7 +48,7 @@ Call = Callable[["Step"], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Of one layer: [E, D], [E, 2F, D], [E, D, F], [D]."""
+    """Weights of one layer: [E, D], [E, 2F, D], [E, D, F], [D]."""
 
     router: Tensor
     w13: Tensor
@@ -58,7 +58,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one layer gets."""
+    """Inputs of one layer."""
 
     layer: int
     x_TD: Tensor
