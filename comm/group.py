@@ -157,7 +157,7 @@ class TorchGroup:
             options = gloo._Options()
             options._devices = [gloo.create_device(hostname=local_ip)]
             options._timeout = timeout
-            self._group: Any = gloo(store, rank, size, options)
+            self._group = gloo(store, rank, size, options)
         else:
             index = torch.cuda.current_device()
             self.device = f"cuda:{index}"

@@ -78,6 +78,7 @@ def save_png(values: Mapping[str, Any], file: Path) -> None:
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise ValueError("--png needs matplotlib; pip install matplotlib") from None
     times_LE = over_mean(np.array(_even(values["expert_load"]), float))
@@ -89,8 +90,8 @@ def save_png(values: Mapping[str, Any], file: Path) -> None:
     image = axes.imshow(drawn_LE, norm=LogNorm(0.1, 10), cmap="RdBu_r", aspect="auto", interpolation="nearest")
     axes.set_xlabel("logical expert")
     axes.set_ylabel("layer")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (axes.yaxis, axes.xaxis):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     lost = f"waiting for the fullest of {len(values['rank_rows'])} ranks: {sum(values['rank_tax']):.1%}"
     figure.suptitle(f"Rows of each expert over the layer's mean\n{lost}", fontsize="medium")
     scale = figure.colorbar(image, ax=axes, extend="both", ticks=[0.1, 0.2, 0.5, 1, 2, 5, 10])

@@ -240,8 +240,9 @@ class _Router:
         return self.route(self.dense(x_TD), self.top_k, **self.rule)
 
     def count(self, x_TD: Tensor, load_E: Tensor, log2phy_QE: Tensor | None, num_valid: Tensor | None) -> Routed:
-        counted = {"load_E": load_E, "log2phy_QE": log2phy_QE, "num_valid": num_valid}
-        return self.route_and_count(self.dense(x_TD), self.top_k, **counted, **self.rule)
+        return self.route_and_count(
+            self.dense(x_TD), self.top_k, load_E=load_E, log2phy_QE=log2phy_QE, num_valid=num_valid, **self.rule
+        )
 
 
 def _router(

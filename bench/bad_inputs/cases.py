@@ -107,13 +107,17 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
 
 def _options() -> Iterator[Case]:
     for options, *words in OPTIONS:
-        yield Case(
-            area="Options of the engine",
-            description=_arguments(options),
-            run=lambda env, options=options: LLM(DEMO, **options),
-            expected="TypeError" if "tensor_parallel_size" in options else "ValueError",
-            words=tuple(words),
-        )
+        yield _option(options, *words)
+
+
+def _option(options: dict[str, Any], *words: str) -> Case:
+    return Case(
+        area="Options of the engine",
+        description=_arguments(options),
+        run=lambda env: LLM(DEMO, **options),
+        expected="TypeError" if "tensor_parallel_size" in options else "ValueError",
+        words=words,
+    )
 
 
 TENSOR = "model.layers.0.mlp.experts.0.up_proj.weight"
@@ -173,8 +177,16 @@ def _checkpoints() -> Iterator[Case]:
         yield _checkpoint(description, change, *words)
     for description, change, *words in CHECKPOINTS_OF_RANKS:
         yield _checkpoint(description, change, *words, starts_processes=True)
-    words = ("the weights need", "are free", "ep_size", "dtype='bfloat16'")
-    yield _checkpoint("more weights than memory", HUGE, *words, starts_processes=True, load_format="dummy")
+    yield _checkpoint(
+        "more weights than memory",
+        HUGE,
+        "the weights need",
+        "are free",
+        "ep_size",
+        "dtype='bfloat16'",
+        starts_processes=True,
+        load_format="dummy",
+    )
 
 
 def _checkpoint(description: str, change: Change, *words: str, starts_processes: bool = False, **options: Any) -> Case:
@@ -271,13 +283,17 @@ SAMPLING: tuple[tuple[Any, ...], ...] = (
 
 def _sampling() -> Iterator[Case]:
     for params, *words in SAMPLING:
-        yield Case(
-            area="SamplingParams",
-            description=_arguments(params),
-            run=lambda env, params=params: SamplingParams(**params),
-            expected="TypeError" if "best_of" in params else "ValueError",
-            words=tuple(words),
-        )
+        yield _sampling_params(params, *words)
+
+
+def _sampling_params(params: dict[str, Any], *words: str) -> Case:
+    return Case(
+        area="SamplingParams",
+        description=_arguments(params),
+        run=lambda env: SamplingParams(**params),
+        expected="TypeError" if "best_of" in params else "ValueError",
+        words=words,
+    )
 
 
 GREEDY = SamplingParams(temperature=0)

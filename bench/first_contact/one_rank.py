@@ -171,15 +171,17 @@ class OneRank:
         specs = self.config.cache_specs()
         tokens = sizes.cache_tokens or sizes.max_num_seqs * -(-sizes.max_model_len // BLOCK_SIZE) * BLOCK_SIZE
         blocks = 1 + -(-tokens // BLOCK_SIZE)
-        shape = {"max_model_len": sizes.max_model_len, "block_size": BLOCK_SIZE}
-        caches = self.model.allocate(num_blocks=[blocks] * len(specs), **shape)
+        caches = self.model.allocate(
+            num_blocks=[blocks] * len(specs), max_model_len=sizes.max_model_len, block_size=BLOCK_SIZE
+        )
         self.runner = ModelRunner(
             model=self.model,
             caches=caches,
             num_ranks=1,
             max_num_seqs=sizes.max_num_seqs,
             capture=target.capture,
-            **shape,
+            max_model_len=sizes.max_model_len,
+            block_size=BLOCK_SIZE,
         )
         if target.ops.on_device:
             self.runner.warm_up(sizes.max_num_batched_tokens, sizes.max_num_seqs)
@@ -192,7 +194,8 @@ class OneRank:
             eos_token_ids=(),
             vocab_size=self.config.vocab_size,
             enable_prefix_caching=enable_prefix_caching,
-            **shape,
+            max_model_len=sizes.max_model_len,
+            block_size=BLOCK_SIZE,
         )
         self.scheduler = self._scheduler()
 

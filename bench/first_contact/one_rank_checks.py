@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ import expertwire
 from expertwire.bench.first_contact.one_rank import Answers, OneRank, Sizes, Target, prompts, request, toy_config
 from expertwire.scheduler.request import Request
 
+Dtype = Literal["float32", "bfloat16"]
 DEMO = Path(expertwire.__file__).parent / "demo_model"
 # Where the two most likely tokens are nearer to each other, either may be the most likely one.
 NEAR = {"float32": 1e-3, "bfloat16": 0.25}
@@ -48,17 +49,17 @@ def _model(device: str) -> Iterator[dict[str, Any]]:
         yield {"folder": toy_config("qwen3-30b-a3b", Path(folder)), "dummy": True}
 
 
-def _rank(device: str, target: Target, dtype: str) -> OneRank:
+def _rank(device: str, target: Target, dtype: Dtype) -> OneRank:
     with _model(device) as model:
         return OneRank(target=target, sizes=sizes(device), dtype=dtype, **model)
 
 
-def _serve(target: Target, device: str, dtype: str) -> Answers:
+def _serve(target: Target, device: str, dtype: Dtype) -> Answers:
     rank = _rank(device, target, dtype)
     return rank.answer(_requests(rank.config.vocab_size, device))
 
 
-def like_the_cpu(device: str, dtype: str) -> str:
+def like_the_cpu(device: str, dtype: Dtype) -> str:
     """Greedy tokens are the CPU's, up to a place where two are about as likely; log-probabilities of prompts are close."""
     expected = _serve(Target.cpu(), device, dtype)
     found = _serve(Target.gpu(device), device, dtype)
@@ -88,14 +89,14 @@ def _difference(found: Answers, expected: Answers) -> float:
     return float(np.abs(np.diff(np.array(pairs), axis=1)).mean())
 
 
-def graphs_change_nothing(device: str, dtype: str) -> str:
+def graphs_change_nothing(device: str, dtype: Dtype) -> str:
     """Tokens and bits of log-probabilities with captured steps, of decodes and mixed ones, and with none."""
     eager = _serve(Target.gpu(device, graphs=False), device, dtype)
     captured = _serve(Target.gpu(device), device, dtype)
     return _same(captured, eager, "with graphs")
 
 
-def company_changes_nothing(device: str, dtype: str) -> str:
+def company_changes_nothing(device: str, dtype: Dtype) -> str:
     """A request's bits in a batch and alone, whole and in chunks, as decodes and as part of a prompt."""
     target = Target.gpu(device)
     rank = _rank(device, target, dtype)
@@ -131,8 +132,8 @@ def _same(found: Answers, expected: Answers, name: str, keys: Sequence[int] | No
     return f"{sum(len(expected.tokens[key]) for key in keys)} tokens with equal bits {name}"
 
 
-def _first(found: object, expected: object) -> str:
+def _first(found: Any, expected: Any) -> str:
     """Return the first place where two lists or dictionaries differ."""
-    ours, theirs = (dict(enumerate(x)) if isinstance(x, list) else dict(x or {}) for x in (found, expected))  # type: ignore[call-overload]
+    ours, theirs = (dict[Any, Any](enumerate(x) if isinstance(x, list) else x or {}) for x in (found, expected))
     place = next((i for i in theirs if ours.get(i) != theirs[i]), None)
     return f"at {place}: {ours.get(place)} and {theirs.get(place)}"

@@ -78,7 +78,8 @@ def tokens(run: Run) -> None:
     """The engine on a small model: its tokens beside the CPU's, with graphs beside without, alone beside in company."""
     from expertwire.bench.first_contact import one_rank_checks as checks
 
-    for dtype in ("float32",) if run.toy else ("float32", "bfloat16"):
+    dtypes: tuple[checks.Dtype, ...] = ("float32",) if run.toy else ("float32", "bfloat16")
+    for dtype in dtypes:
         for check in (checks.like_the_cpu, checks.graphs_change_nothing, checks.company_changes_nothing):
             name = f"{check.__name__.replace('_', ' ')}, {dtype}"
             if not run.record.wants(name):

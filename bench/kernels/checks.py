@@ -233,7 +233,7 @@ def _caches(
 def expert_items(quick: bool, tiny: bool) -> list[Item]:
     """Return every format in every regime; the formats of the bars first."""
     sizes = (3,) if tiny else (1, 40, 2000) if quick else (1, 40, 120, 500, 2000, 6000)
-    found = [
+    found: list[Item] = [
         item(f"{format} T{number}", experts_check, warm_experts, format, "swiglu", number)
         for format in FORMATS
         for number in sizes
@@ -261,7 +261,7 @@ def attention_items(quick: bool, tiny: bool) -> list[Item]:
     kinds = [small] if tiny else [
         kernels_attention.QWEN3, kernels_attention.MIXTRAL, kernels_attention.GPT_OSS, kernels_attention.GPT_OSS_WINDOW,
     ]  # fmt: skip
-    found = [
+    found: list[Item] = [
         item(f"{model.name} {name}", attention_check, warm_attention, model, batch)
         for model in kinds
         for name, batch in batches.items()

@@ -72,7 +72,7 @@ def heads_check(rng: TensorRng, num_tokens: int) -> Findings:
 
 def items(quick: bool, tiny: bool) -> list[Item]:
     """Return the items of the suite."""
-    found = [
+    found: list[Item] = [
         item(f"{name} {step}", check, None, batch)
         for name, check in (("fp8 cache", fp8_cache_check), ("fp8 latent", fp8_latent_check), ("index", index_check))
         for step, batch in (_TINY if tiny else _BATCHES).items()

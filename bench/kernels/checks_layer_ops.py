@@ -26,7 +26,7 @@ from expertwire.kernels.ops.variants import Rope
 def routing_check(rng: TensorRng, rule: str, num_tokens: int) -> Findings:
     """Check ids exactly, weights nearly, then the order of the rows exactly."""
     num_experts, top_k = (16, 4) if rng.tiny else (256, 8)
-    rules: dict[str, Any] = {
+    rules: dict[str, dict[str, Any]] = {
         "softmax": {"renormalize": True},
         "sigmoid": {"renormalize": False, "score": "sigmoid"},
         "sqrt_softplus": {"renormalize": True, "score": "sqrt_softplus", "bias_E": rng.uniform(0, 0.1, num_experts)},
@@ -38,12 +38,13 @@ def routing_check(rng: TensorRng, rule: str, num_tokens: int) -> Findings:
             "groups": routing.Groups(number=8, kept=4, by="two_best"),
             "scale": 2.5,
         },
-    }[rule]
+    }
+    options = rules[rule]
     logits = rng.normal(num_tokens, num_experts, dtype=torch.float32)
     with poisoned():
-        ids, weights = gpu_routing.route(logits, top_k, **rules)
+        ids, weights = gpu_routing.route(logits, top_k, **options)
         placed = gpu_permute.permute(ids, num_experts // 2, format="dense")
-    expected_ids, expected = routing.reference(logits, top_k, **rules)
+    expected_ids, expected = routing.reference(logits, top_k, **options)
     wanted = permute.reference(ids, num_experts // 2)
     tokens = grouped_gemm_tiles.token_tile("dense", ids.numel(), num_experts // 2)
     cut = permute.tile_reference(wanted.expert_offsets, ids.numel(), tokens)
@@ -153,17 +154,16 @@ def sampling_check(rng: TensorRng, num_rows: int) -> Findings:
     kinds = [(0.0, -1, 1.0, 0.0), (1.0, -1, 1.0, 0.0), (0.7, 20, 1.0, 0.0), (1.3, -1, 0.8, 0.0), (0.9, 40, 0.9, 0.05)]
     chosen = [kinds[i % len(kinds)] for i in range(num_rows)]
     dtypes = (torch.float32, torch.int64, torch.float32, torch.float32)
-    columns = [
+    temperature, top_k, top_p, min_p = (
         torch.tensor(values, dtype=dtype).to(rng.device)
         for values, dtype in zip(zip(*chosen, strict=True), dtypes, strict=True)
-    ]
+    )
     counters = [rng.integers(0, 2**31 - 1, num_rows, dtype=torch.int64) for _ in range(3)]
     with poisoned():
-        tokens = gpu_sampling.sample(logits, *columns, *counters)
+        tokens = gpu_sampling.sample(logits, temperature, top_k, top_p, min_p, *counters)
     drawn = torch.from_numpy(sampling.uniform(*(counter.cpu().numpy() for counter in counters))).to(rng.device)
-    return {
-        "tokens": (differing(tokens, sampling.reference(logits, *columns, drawn)), 0.02),
-    }
+    expected = sampling.reference(logits, temperature, top_k, top_p, min_p, drawn)
+    return {"tokens": (differing(tokens, expected), 0.02)}
 
 
 def items(quick: bool, tiny: bool) -> list[Item]:

@@ -178,7 +178,7 @@ def _quantize(x: Tensor) -> Call:
 def rotate_work(rng: TensorRng, num_tokens: int) -> TimedCalls:
     """Time the rope and cache write of Qwen3-30B-A3B: norms of 36 heads, rotation, 4 key and value heads stored."""
     heads, kv_heads, dim, block = 32, 4, 128, 16
-    tables = tuple(rng.uniform(-1, 1, 4096, dim) for _ in range(2))
+    tables = rng.uniform(-1, 1, 4096, dim), rng.uniform(-1, 1, 4096, dim)
     norm = rng.normal(heads + kv_heads, dim)
     positions = rng.integers(0, 4096, num_tokens, dtype=torch.int64)
     slots = torch.arange(num_tokens, device=rng.device)
@@ -211,7 +211,7 @@ def sampling_items(quick: bool) -> list[Item]:
 def other_items(quick: bool) -> list[Item]:
     """Return dense layers, and ops that memory alone bounds."""
     tokens = (1, 64, 4096) if quick else (1, 16, 64, 256, 1024, 4096)
-    found = [
+    found: list[Item] = [
         _timed(f"linear {name} T{number}", linear_work, name, number)
         for number in tokens
         for name in LINEARS

@@ -55,7 +55,7 @@ def roofline(series: Mapping[str, list[Point]], ceilings: Ceilings, title: str) 
         line = [left * ceilings.bytes_per_s / 1e12, rate / 1e12, rate / 1e12]
         axes.loglog([left, ridges[name], right], line, color="black", linewidth=1)
         axes.annotate(f"{name} {rate / 1e12:.0f} TFLOP/s", (right, rate / 1e12), ha="right", va="bottom")
-    colors = mpl.colormaps["tab20"].colors
+    colors = mpl.color_sequences["tab20"]
     for number, (name, found) in enumerate(series.items()):
         # Steps of attention are of different kinds, which no line connects.
         style = {"linestyle": "none" if name.startswith("attention") else "-", "color": colors[number % len(colors)]}

@@ -90,24 +90,24 @@ def make_checkpoints(folder: Path) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=512,
-        num_hidden_layers=8,
-        num_experts=32,
-        num_experts_per_tok=4,
-        moe_intermediate_size=256,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=4096,
-        intermediate_size=1024,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        norm_topk_prob=True,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    model = Qwen3MoeForCausalLM(config)
+    shape: dict[str, Any] = {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 4096,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "norm_topk_prob": True,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
     model.save_pretrained(folder / "float32")
     model.bfloat16().save_pretrained(folder / "bfloat16")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(4096)}, unk_token="0"))

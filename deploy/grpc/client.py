@@ -88,7 +88,7 @@ class Generation:
                 self.opens_reasoning |= message.opens_reasoning
                 self.prompt_logprobs += [_to_logprobs(entry) for entry in message.prompt_logprobs]
                 if message.HasField("usage"):
-                    self.usage = Usage(**{field.name: getattr(message.usage, field.name) for field in _USAGE_FIELDS})
+                    self.usage = Usage(**{name: getattr(message.usage, name) for name in _USAGE_FIELDS})
                 yield from map(_to_chunk, message.chunks)
         except grpc.RpcError as error:
             _raise(error)
@@ -250,7 +250,7 @@ def _request(
         raise ValueError(f"request options {values}: {error}") from error
 
 
-_USAGE_FIELDS = tuple(pb.Usage.DESCRIPTOR.fields)
+_USAGE_FIELDS = tuple(pb.Usage.DESCRIPTOR.fields_by_name)
 
 
 def _to_chunk(chunk: pb.Chunk) -> Chunk:

@@ -86,7 +86,8 @@ def _warm_up(of: Rank) -> None:
 def _context(of: Rank, config: ModelConfig) -> RankContext:
     dtype = getattr(torch, config.dtype)
     ops = kernels.triton(of.gpu, fast=of.config.numerics == "fast")
-    placement, all_to_alls, exchange_tokens = None, (), None
+    placement, exchange_tokens = None, None
+    all_to_alls: tuple[AllToAll, ...] = ()
     if any(config.sparse_layers):
         redundant = of.config.num_redundant_experts
         placement = place(config.num_experts, of.num_ranks, redundant, config.num_layers, of.domains)

@@ -118,7 +118,8 @@ class PackedExperts:
         tile_map: TileMap | None = None,
     ) -> Tensor:
         assert isinstance(offsets, np.ndarray), "the host counts rows"
-        assert home_R is tile_map is None, "rows stay in order"
+        assert home_R is None, "rows stay in order"
+        assert tile_map is None, "rows are not in tiles"
         y_RD = x_UD.new_empty(len(row_index_R), x_UD.shape[1])
         _experts(as_array(x_UD), row_index_R.numpy(), offsets, self.operands, as_array(y_RD))
         return y_RD
@@ -171,8 +172,7 @@ def prepare_experts(
     if is_packed(w13) and is_packed(w2):
         assert activation.gated, f"{activation} on a CPU"
         return pack_experts(w13, w2, activation, bias13_eF, bias2_eD)
-    biases = {"bias13_eF": bias13_eF, "bias2_eD": bias2_eD}
-    return experts_op.prepare(w13, w2, activation=activation, silu_mul=silu_mul, **biases)
+    return experts_op.prepare(w13, w2, activation=activation, silu_mul=silu_mul, bias13_eF=bias13_eF, bias2_eD=bias2_eD)
 
 
 def pack_linear(w_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
@@ -182,13 +182,13 @@ def pack_linear(w_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
     bias = np.zeros(len(starts) * LANES, np.float32)
     if bias_N is not None:
         bias[:num_outputs] = bias_N.float().numpy()
-    return PackedLinear(_pack(w_NK[None], starts)[0], bias, num_outputs)
+    return PackedLinear(_pack_dense(w_NK[None], starts)[0], bias, num_outputs)
 
 
 def pack_heads(w_HNK: Tensor) -> PackedHeads:
     """Pack weights that panels support."""
     num_outputs = w_HNK.shape[1]
-    return PackedHeads(_pack(w_HNK, np.arange(0, -(-num_outputs // PANEL) * PANEL, LANES)), num_outputs)
+    return PackedHeads(_pack_dense(w_HNK, np.arange(0, -(-num_outputs // PANEL) * PANEL, LANES)), num_outputs)
 
 
 def pack_experts(
@@ -218,8 +218,10 @@ def pack_experts(
 
 def _pack(w_eNK: Weight, starts: np.ndarray) -> np.ndarray | Codes:
     """Return panels [e, panels, K', 32], or codes, with half a panel from each row of `starts`."""
-    if isinstance(w_eNK, QuantizedWeight):
-        return quantized.pack(w_eNK, starts)
+    return quantized.pack(w_eNK, starts) if isinstance(w_eNK, QuantizedWeight) else _pack_dense(w_eNK, starts)
+
+
+def _pack_dense(w_eNK: Tensor, starts: np.ndarray) -> np.ndarray:
     array = as_array(w_eNK.contiguous())
     array = array.view(np.uint32) if array.dtype == np.uint16 else array
     panels = empty((len(array), len(starts) // 2, array.shape[2], PANEL), array.dtype)

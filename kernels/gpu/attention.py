@@ -28,6 +28,7 @@ of a tile, as in FlashAttention.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -310,7 +311,13 @@ def attend(
     dim = q_THd.shape[2]
     out = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device) if out is None else out
     config = config or tile_config(head_dim=dim, element_size=q_THd.element_size(), arch=device.arch)
-    options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H, "kv_scales_2G": kv_scales_2G}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window": window,
+        "chunk": chunk,
+        "sinks_H": sinks_H,
+        "kv_scales_2G": kv_scales_2G,
+    }
     attend_decodes(q_THd, k_cache, v_cache, seqs, device, out=out, config=config, **options)
     _launch(q_THd, k_cache, v_cache, out, seqs, device, False, config, **options)
     return out
@@ -346,8 +353,21 @@ def attend_decodes(
     config = config or tile_config(
         head_dim=dim, element_size=q_THd.element_size(), arch=device.arch, invariant=invariant
     )
-    options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H, "kv_scales_2G": kv_scales_2G}
-    _launch(q_THd, k_cache, v_cache, out, seqs, device, True, config, **options)
+    _launch(
+        q_THd,
+        k_cache,
+        v_cache,
+        out,
+        seqs,
+        device,
+        True,
+        config,
+        scale=scale,
+        window=window,
+        chunk=chunk,
+        sinks_H=sinks_H,
+        kv_scales_2G=kv_scales_2G,
+    )
 
 
 def _launch(

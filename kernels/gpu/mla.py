@@ -24,6 +24,7 @@ keys of a tile, as in FlashAttention.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import triton
@@ -291,7 +292,7 @@ def attend(
     return out
 
 
-def launch_options(arch: int) -> dict[str, int | bool]:
+def launch_options(arch: int) -> Mapping[str, int | bool]:
     """Return launch options.
 
     As in `linear`, ptxas for Blackwell spills a few registers without `maxnreg`; for Hopper, with

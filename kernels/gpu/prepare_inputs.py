@@ -46,33 +46,33 @@ def prepare_inputs_kernel(
 
 
 def prepare_inputs(
-    slot_T: Tensor, position_T: Tensor, token_table: Tensor, block_tables: Tensor, block_size: int
+    slot_T: Tensor, position_T: Tensor, token_ids: Tensor, block_tables: Tensor, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return token ids and positions, i64 [T], and the slot mapping of each cache group, i64 [C, T],
     of these slots and positions.
 
-    `token_table` is [slots, tokens] and `block_tables` [C, slots, W]; all tables and arguments are
+    `token_ids` is [slots, tokens] and `block_tables` [C, slots, W]; all tables and arguments are
     i32. A slot of -1 is no token: its id is 0 and its mapping -1.
     """
     num_tokens = slot_T.shape[0]
     assert slot_T.shape == position_T.shape, f"{tuple(slot_T.shape)} slots, {tuple(position_T.shape)} positions"
-    assert token_table.stride(1) == block_tables.stride(2) == 1, (
-        f"strides {token_table.stride()}, {block_tables.stride()}"
-    )
-    shapes = (num_tokens,), (num_tokens,), (len(block_tables), num_tokens)
-    out = tuple(torch.empty(shape, dtype=torch.int64, device=slot_T.device) for shape in shapes)
+    assert token_ids.stride(1) == block_tables.stride(2) == 1, f"strides {token_ids.stride()}, {block_tables.stride()}"
+    token_T, position_out_T = (slot_T.new_empty(num_tokens, dtype=torch.int64) for _ in range(2))
+    slot_mapping_CT = slot_T.new_empty(len(block_tables), num_tokens, dtype=torch.int64)
     if num_tokens:
         prepare_inputs_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), len(block_tables))](
             slot_T,
             position_T,
-            token_table,
+            token_ids,
             block_tables,
-            *out,
+            token_T,
+            position_out_T,
+            slot_mapping_CT,
             num_tokens,
-            token_table.stride(0),
+            token_ids.stride(0),
             block_tables.stride(0),
             block_tables.stride(1),
             block_size,
             TOKENS=TOKENS_PER_PROGRAM,
         )
-    return out
+    return token_T, position_out_T, slot_mapping_CT

@@ -138,8 +138,9 @@ def quantize(
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> QuantizedRows:
     """Run `kernels.ops.quantize.reference`, or `scaled` with dtype fp32. The group is a power of two or the row."""
-    done = allocate(*x_TD.shape, group, x_TD, dtype)
-    _run(x_TD, *done, gated=False, group=check_group(x_TD.shape[1], group), num_rows=num_rows)
+    most_rows, width = x_TD.shape
+    done = allocate(most_rows, width, group, x_TD, dtype)
+    _run(x_TD, *done, gated=False, group=check_group(width, group), num_rows=num_rows)
     return done
 
 

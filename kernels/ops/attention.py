@@ -349,8 +349,9 @@ def _attend_one(
 ) -> Tensor:
     if sinks_H is None:
         shared = len(q_HTd) != len(k_GYd)
-        batch = (tensor.unsqueeze(0) for tensor in (q_HTd, k_GYd, v_GYd))
-        return F.scaled_dot_product_attention(*batch, attn_mask=mask_TY, scale=scale, enable_gqa=shared)[0]
+        return F.scaled_dot_product_attention(
+            q_HTd[None], k_GYd[None], v_GYd[None], attn_mask=mask_TY, scale=scale, enable_gqa=shared
+        )[0]
     k_HYd, v_HYd = (kv.repeat_interleave(len(q_HTd) // len(kv), 0).float() for kv in (k_GYd, v_GYd))
     scale = q_HTd.shape[-1] ** -0.5 if scale is None else scale
     logits_HTY = (q_HTd.float() @ k_HYd.transpose(1, 2) * scale).masked_fill(~mask_TY, float("-inf"))

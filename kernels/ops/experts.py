@@ -180,7 +180,8 @@ class LibraryExperts:
         tile_map: TileMap | None = None,
     ) -> Tensor:
         assert isinstance(offsets, np.ndarray), "the host counts rows"
-        assert home_R is tile_map is None, "rows stay in order"
+        assert home_R is None, "rows stay in order"
+        assert tile_map is None, "rows are not in tiles"
         x_RD, y_RD = x_UD.index_select(0, row_index_R), x_UD.new_empty(len(row_index_R), x_UD.shape[1])
         for e, (start, end) in enumerate(pairwise(offsets.tolist())):
             if start < end:

@@ -229,10 +229,10 @@ def attend_expanded(
     # Padding with zeros changes neither scores nor values.
     width = dim if narrow_values else max(dim, value_size)
     q_THw, key_RHw = (_widened(rows, width) for rows in (q_THd, key_RHd))
-    caches = key_RHw, _widened(value_RHv, value_size if narrow_values else width)
+    keys = key_RHw.unflatten(0, (-1, block_size))
+    values = _widened(value_RHv, value_size if narrow_values else width).unflatten(0, (-1, block_size))
     own_SW = torch.arange(tables_SW.numel(), dtype=tables_SW.dtype, device=cache.device).view(tables_SW.shape)
-    pages = [rows.unflatten(0, (-1, block_size)) for rows in caches]
-    return attend(q_THw, *pages, replace(seqs, block_table=own_SW), scale=scale)[..., :value_size]
+    return attend(q_THw, keys, values, replace(seqs, block_table=own_SW), scale=scale)[..., :value_size]
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:

@@ -65,8 +65,9 @@ def rebalance(
     as_good_L = kept.rank_load_LP.max(axis=1) <= goal_L
     as_good_L &= (kept.count_LE >= now.least).all(axis=1) | idle_L
     _match_ranks(fresh, now, domains, fails)
-    chosen = [np.where(as_good_L[:, None], getattr(kept, x), getattr(fresh, x)) for x in ("expert_LX", "load_LX")]
-    expert_LX, load_LX = _keep_slots(expert_LX, *chosen, placement.rank_offsets)
+    chosen_LX = np.where(as_good_L[:, None], kept.expert_LX, fresh.expert_LX)
+    load_LX = np.where(as_good_L[:, None], kept.load_LX, fresh.load_LX)
+    expert_LX, load_LX = _keep_slots(expert_LX, chosen_LX, load_LX, placement.rank_offsets)
     return Placement(
         num_logical=placement.num_logical,
         phy2log=expert_LX,
@@ -193,10 +194,10 @@ class _Candidate:
             piece_LPE[rows, rank_L, expert_L] = load_L
             rank_load_LP[rows, rank_L] += load_L
             free_LP[rows, rank_L] -= 1
-        layer, rank, expert = np.nonzero(held_LPE)  # by rank
+        layers, ranks, experts = np.nonzero(held_LPE)  # by rank
         shape = expert_LX.shape
-        packed = piece_LPE[layer, rank, expert].reshape(shape)
-        return self.with_slots(expert.reshape(shape), packed)
+        packed = piece_LPE[layers, ranks, experts].reshape(shape)
+        return self.with_slots(experts.reshape(shape), packed)
 
     def _make_room(
         self,
@@ -220,7 +221,8 @@ class _Candidate:
             return rank
         for groupings in (self.groupings, []):
             barred_P = held_PE[:, expert] | _beside(held_PE[:, expert], groupings)
-            for other in sorted(np.flatnonzero(~barred_P), key=load_P.__getitem__):
+            others = np.flatnonzero(~barred_P)
+            for other in others[np.argsort(load_P[others], kind="stable")]:
                 for moved in np.flatnonzero(held_PE[other] & ~held_PE[free]):
                     rest_P = held_PE[:, moved].copy()
                     rest_P[other] = False

@@ -50,7 +50,15 @@ def _dispatch_combine_cases_of(
 
     plan = {"ids_ptr": i64, "rank_offsets_ptr": i32, "target_ptr": i32, "counts_ptr": i64, "valid_ptr": i32}
     x = torch.bfloat16 if columns else i32
-    send = {"x_ptr": x, "ids_ptr": i64, "target_ptr": i32, "counts_ptr": i64, "valid_ptr": i32, **pointers, **sizes}
+    send: dict[str, Any] = {
+        "x_ptr": x,
+        "ids_ptr": i64,
+        "target_ptr": i32,
+        "counts_ptr": i64,
+        "valid_ptr": i32,
+        **pointers,
+        **sizes,
+    }
     regions = {"dispatch_signals": 0, "routes_offset": 4096, "rows_offset": 1 << 20, "combine_offset": 1 << 28}
     home = {"y_ptr": i32, "slot_ptr": i32, "expert_offsets_ptr": i32, **pointers, **sizes, "num_experts": experts}
     index = {**found, "expert_offsets_ptr": i32, "row_index_ptr": i32, "slot_ptr": i32, **routes, "num_ranks": ranks}
@@ -101,12 +109,17 @@ def _low_latency_cases_of(ranks: int, experts: int, tokens: int, row_bytes: int,
     i32, i64, power, top_k = torch.int32, torch.int64, triton.next_power_of_2, 8
     words, combine_words = row_bytes // 4, 3584
     block, warps = dispatch_low_latency.row_block(columns or max(words, combine_words))
-    name, common = f"EP{ranks} T{tokens}", {}
+    name = f"EP{ranks} T{tokens}"
     pointers = {"rank_offsets_ptr": i32, "epoch_ptr": i64, "peers_ptr": i64}
     sizes = {"me": 3, "num_ranks": ranks, "max_tokens": tokens, "dispatch_signals": 0, "routes_offset": 4096}
-    send = {"x_ptr": torch.bfloat16 if columns else i32, "ids_ptr": i64, "valid_ptr": i32, "done_ptr": i32}
+    send: dict[str, Any] = {
+        "x_ptr": torch.bfloat16 if columns else i32,
+        "ids_ptr": i64,
+        "valid_ptr": i32,
+        "done_ptr": i32,
+    }
     send |= {"num_tokens": tokens, "rows_offset": 1 << 20, "combine_offset": 1 << 28}
-    arrive = dict.fromkeys(("expert_offsets_ptr", "row_index_ptr", "slot_ptr"), i32)
+    arrive: dict[str, Any] = dict.fromkeys(("expert_offsets_ptr", "row_index_ptr", "slot_ptr"), i32)
     arrive |= {"num_experts": experts, "stall_offset": 2048, "limit": 10**11}
     tile = {"K": top_k, "K_BLOCK": power(top_k), "TOKENS": power(tokens), "LIMITED": True, "RANKS": power(ranks)}
     rows = {"WORDS": words, "COLUMNS": columns, "COMBINE_WORDS": combine_words, "BLOCK": block}
@@ -124,7 +137,6 @@ def _low_latency_cases_of(ranks: int, experts: int, tokens: int, row_bytes: int,
             constexprs=tile | rows,
             num_warps=warps,
             options=dispatch_combine.SEND_OPTIONS,
-            **common,
         )
     ]
     if columns:  # what has arrived is found alike
@@ -136,7 +148,6 @@ def _low_latency_cases_of(ranks: int, experts: int, tokens: int, row_bytes: int,
                 args=arrival,
                 constexprs=found,
                 wide=False,
-                **common,
             )
         )
     return cases

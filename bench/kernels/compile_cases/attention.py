@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -67,7 +69,7 @@ def _attention_case(
 
 def attention_cases() -> list[Case]:
     """Return the shapes of Qwen3-30B-A3B, Mixtral 8x7B, gpt-oss-120b, Qwen3-Next, Phi-3 and Llama 4."""
-    oss = {"window": 128, "sinks": True}
+    oss: dict[str, Any] = {"window": 128, "sinks": True}
     found = []
     for arch in (90, 100):
         found += [

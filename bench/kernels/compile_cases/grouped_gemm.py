@@ -131,15 +131,14 @@ def grouped_gemm_tiles_cases() -> list[Case]:
         )
         for tokens, row_index in ((16, index), (128, None))
     ]
-    meta = {"device": "meta"}
     quantised = [
         Case(
             name=f"grouped_gemm_tiles.quantize_tiles tokens{tokens}",
             kernel=grouped_gemm_tiles.quantize_tiles_kernel,
             args=grouped_gemm_tiles.quantize_arguments(
-                torch.empty(4096, 2048, dtype=torch.bfloat16, **meta),
-                torch.empty(4096, 2048, dtype=torch.float8_e4m3fn, **meta),
-                torch.empty(16, 288 * tokens, **meta),
+                torch.empty(4096, 2048, dtype=torch.bfloat16, device="meta"),
+                torch.empty(4096, 2048, dtype=torch.float8_e4m3fn, device="meta"),
+                torch.empty(16, 288 * tokens, device="meta"),
                 offsets,
                 TileMap(offsets, index, tokens),
             ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -101,7 +103,7 @@ def routing_cases() -> list[Case]:
         "deepseek-v4": (256, 6, torch.float32, {"score": "sqrt_softplus", "has_bias": True}),
         "llama-4": (128, 1, torch.bfloat16, {"renormalize": False, "score": "sigmoid"}),
     }
-    defaults = {"renormalize": True, "score": "softmax", "has_bias": False, "groups": None}
+    defaults: dict[str, Any] = {"renormalize": True, "score": "softmax", "has_bias": False, "groups": None}
     return [
         Case(
             name=f"routing.route {name}",
@@ -143,7 +145,7 @@ def _permute_cases_of(num_tokens: int, top_k: int, num_experts: int) -> list[Cas
     )
     args = {"ids_ptr": torch.int64, **dict.fromkeys(pointers, i32), **sizes}
     constexprs = {"K": top_k, "CHUNK": chunk, "EXPERTS": max(2, triton.next_power_of_2(num_experts))}
-    common = {"wide": False, "options": permute.OPTIONS}
+    common: dict[str, Any] = {"wide": False, "options": permute.OPTIONS}
     name = f"T{num_tokens} K{top_k} e{num_experts}"
     place = Case(
         name=f"permute.place {name}",

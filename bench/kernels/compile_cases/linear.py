@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from expertwire.bench.kernels.compile_check import Case
@@ -12,7 +14,7 @@ from expertwire.kernels.gpu.device import B200, H200, Device
 
 def linear_cases() -> list[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
-    shapes = {  # format, output, input, terms, dtype of the result, bias, tokens
+    shapes: dict[str, tuple[Any, ...]] = {  # format, output, input, terms, dtype of the result, bias, tokens
         "qwen3-30b qkv": ("dense", 5120, 2048, 1, bf16, False, (1, 32, 128)),
         "qwen3-30b o": ("dense", 2048, 4096, 1, bf16, False, (1, 64, 8192)),
         "qwen3-30b router": ("dense", 128, 2048, 1, fp32, False, (1, 8192)),
@@ -29,7 +31,7 @@ def linear_cases() -> list[Case]:
         "mistral qkv": ("fp8_row", 6144, 4096, 1, bf16, False, (1, 64, 4096)),
     }
     return [
-        _linear_case(f"{name} T{num_tokens}", num_tokens, *shape, device)
+        _linear_case(f"{name} T{num_tokens}", device, num_tokens, *shape)
         for name, (*shape, counts) in shapes.items()
         for num_tokens in counts
         for device in (H200, B200)
@@ -38,6 +40,7 @@ def linear_cases() -> list[Case]:
 
 def _linear_case(
     name: str,
+    device: Device,
     num_tokens: int,
     format: str,
     num_rows: int,
@@ -45,7 +48,6 @@ def _linear_case(
     terms: int,
     out: torch.dtype,
     bias: bool,
-    device: Device,
 ) -> Case:
     bf16, fp32 = torch.bfloat16, torch.float32
     config = linear.tile_config(num_tokens, num_rows, terms * width, bf16, device)

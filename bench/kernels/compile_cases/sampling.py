@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -63,7 +65,7 @@ def penalties_cases() -> list[Case]:
     i32, fp32, vocab = torch.int32, torch.float32, 151936
     ids = dict.fromkeys(("tokens_ptr", "slot_ptr", "prompt_len_ptr", "known_ptr", "counts_ptr"), i32)
     parameters = dict.fromkeys(("repetition_ptr", "presence_ptr", "frequency_ptr"), fp32)
-    common = {"constexprs": {"CHUNK": penalties.CHUNK_TOKENS}, "num_warps": 8}
+    common: dict[str, Any] = {"constexprs": {"CHUNK": penalties.CHUNK_TOKENS}, "num_warps": 8}
     return [
         Case(
             name="penalties.count",

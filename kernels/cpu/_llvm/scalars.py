@@ -126,7 +126,7 @@ def _fma(context: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 @jit
-def exp(x: float) -> float:
+def exp(x: np.float32) -> np.float32:
     """Return e^x in fp32 for x <= 88 by Cephes' expf: 2^n times a polynomial; loops over it vectorise."""
     x = max(x, np.float32(-87.0))
     n = np.floor(_fma(x, np.float32(1.44269504088896341), np.float32(0.5)))
