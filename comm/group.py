@@ -1,4 +1,7 @@
-"""Groups of ranks that exchange rows: gloo between CPUs, NCCL between GPUs, copies for a single rank."""
+"""Groups of ranks that exchange rows: gloo between CPUs, NCCL between GPUs, copies for a single rank.
+
+P ranks.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ from expertwire.scheduler.warm_up import warm_up
 # The scheduler's key of a sequence: the number of its frontend and, in the lower bits, the sequence id.
 _ID_BITS = 40
 _ID_MASK = (1 << _ID_BITS) - 1
-_KEYS = ("key_O", "prompt_key_I", "routed_key_J")
+_KEYS = ("key_O", "prompt_key_I", "routed_keys")
 # How long to wait for errors of other ranks when the error of one may be a consequence.
 _BLAME_S = 1.0
 # Idle time after which the scheduler's integrity is checked.

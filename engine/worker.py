@@ -10,6 +10,8 @@ Messages before the first plan; each is sent to every rank, and every rank answe
                  "max_model_len"}
 
 A rank that fails answers with the error (`ControlLink.fail`) and waits for the connection to close.
+
+P ranks.
 """
 
 from __future__ import annotations

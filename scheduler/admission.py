@@ -62,7 +62,7 @@ class Admission:
     def __init__(self, batch: RunningBatch, queue: WaitingQueue, policy: Policy, balancing: LoadBalancing) -> None:
         self._batch, self._queue = batch, queue
         self._policy, self._balancing = policy, balancing
-        self._in_progress_Q = np.zeros(1 << len(batch.rank_Z).bit_length(), np.uint64)
+        self._in_progress = np.zeros(1 << len(batch.rank_Z).bit_length(), np.uint64)
         self.forks: dict[int, int] = {}
 
     def choose(self, tokens_P: np.ndarray) -> Admissions:
@@ -92,7 +92,7 @@ class Admission:
             fits_P=np.zeros(config.num_ranks, bool),
         )
         due_Z = np.empty(len(batch.rank_Z), np.int32)
-        loops.charge_running(batch.caches, batch.arrays, budget, self._in_progress_Q, due_Z)
+        loops.charge_running(batch.caches, batch.arrays, budget, self._in_progress, due_Z)
         return budget
 
     def _admit_forks(self, budget: Budget) -> list[_Part]:
@@ -129,7 +129,7 @@ class Admission:
                 budget,
                 candidates,
                 -1.0 if credit is None else credit,
-                self._in_progress_Q,
+                self._in_progress,
                 Decisions(*columns[:3]),
                 *np.zeros((2, len(batch.specs)), np.int64),
             )

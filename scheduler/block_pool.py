@@ -6,11 +6,11 @@ each cache of each rank, is never allocated (ranks pad with it). A block with a 
 block without one to its head. A request that shares a free block takes it out of the queue.
 
 The compiled loops find blocks by hash through buckets of chained blocks. Several blocks of equal
-content may have one hash. `holder_Q` remembers which rank used a hash last: a guess, because
+content may have one hash. `holders` remembers which rank used a hash last: a guess, because
 entries overwrite each other and outlive their blocks.
 
-C KV cache groups, P ranks, Y = C * P owners of blocks, Q entries of a free queue or hash table, B
-blocks of all owners. A hash is two u64.
+C KV cache groups, P ranks, B blocks of all owners; an owner is a cache on a rank. Hashes are two
+u64.
 """
 
 from __future__ import annotations
@@ -56,23 +56,23 @@ class BlockPool:
         self.num_blocks = num_blocks
         block_B = aligned(total, block_loops.BLOCK)
         block_B["place"], block_B["chain"] = IN_USE, UNHASHED
-        queue_YQ = np.zeros((num_owners, 1 << (2 * num_blocks - 1).bit_length()), np.int32)
+        queues = np.zeros((num_owners, 1 << (2 * num_blocks - 1).bit_length()), np.int32)
         for owner, usable in enumerate(np.repeat(self.num_blocks_C, num_ranks).tolist()):
             number_B = owner * num_blocks + np.arange(1, usable + 1)
-            queue_YQ[owner, :usable], block_B["place"][number_B] = number_B, np.arange(usable)
+            queues[owner, :usable], block_B["place"][number_B] = number_B, np.arange(usable)
         self.blocks = block_loops.Blocks(
             num_blocks=num_blocks,
             num_ranks=num_ranks,
             block_B=block_B,
-            num_free_Y=np.repeat(self.num_blocks_C, num_ranks),
-            queue_YQ=queue_YQ,
-            head_Y=np.zeros(num_owners, np.int64),
-            tail_Y=np.repeat(self.num_blocks_C, num_ranks),
-            bucket_Q=np.full(num_buckets, END, np.int32),
-            holder_Q=np.zeros(num_buckets, np.uint64),
+            num_free=np.repeat(self.num_blocks_C, num_ranks),
+            queues=queues,
+            heads=np.zeros(num_owners, np.int64),
+            tails=np.repeat(self.num_blocks_C, num_ranks),
+            buckets=np.full(num_buckets, END, np.int32),
+            holders=np.zeros(num_buckets, np.uint64),
         )
         # Views by cache, rank and block.
-        self.num_free_CP = self.blocks.num_free_Y.reshape(num_caches, num_ranks)
+        self.num_free_CP = self.blocks.num_free.reshape(num_caches, num_ranks)
         self.refs_CPB = block_B["refs"].reshape(num_caches, num_ranks, num_blocks)
 
     def allocate(self, cache: int, rank_B: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Outputs of a step: the ranks' results gathered and addressed to requests.
 
-Letters as in `plan`, and I prompt tokens whose log-probabilities are reported, J counts of routed
-experts, Z slots of all ranks.
+Letters as in `plan`, and I prompt tokens whose log-probabilities are reported, Z slots of all ranks.
 """
 
 from __future__ import annotations
@@ -55,9 +54,9 @@ class StepOutputs:
     prompt_top_offsets_I1: I32
     prompt_top_ids: I32
     prompt_top_logprobs: F32
-    routed_key_J: I64
-    routed_expert_J: I32  # layer * E + expert; of one request it may occur twice
-    routed_tokens_J: I32
+    routed_keys: I64
+    routed_experts: I32  # layer * E + expert; of one request it may occur twice
+    routed_tokens: I32
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,12 @@ def _prompt_logprobs(results: Sequence[StepResult], runs_Z: np.ndarray, batch: R
 def _routed(results: Sequence[StepResult], runs_Z: np.ndarray, batch: RunningBatch) -> dict[str, np.ndarray]:
     if not _any_of(results, "routed"):
         empty = results[0].routed
-        return {"routed_key_J": empty.astype(np.int64), "routed_expert_J": empty, "routed_tokens_J": empty}
+        return {"routed_keys": empty.astype(np.int64), "routed_experts": empty, "routed_tokens": empty}
     parts = [result.routed.reshape(-1, 3) for result in results]
-    row_J = batch.rows_of([part[:, 0] for part in parts])
-    keep_J = np.flatnonzero(runs_Z[row_J])
-    _, expert_J, tokens_J = np.concatenate(parts)[keep_J].T.copy()
-    return {"routed_key_J": batch.key_Z[row_J[keep_J]], "routed_expert_J": expert_J, "routed_tokens_J": tokens_J}
+    rows = batch.rows_of([part[:, 0] for part in parts])
+    kept = np.flatnonzero(runs_Z[rows])
+    _, experts, tokens = np.concatenate(parts)[kept].T.copy()
+    return {"routed_keys": batch.key_Z[rows[kept]], "routed_experts": experts, "routed_tokens": tokens}
 
 
 def _any_of(results: Sequence[StepResult], name: str) -> bool:

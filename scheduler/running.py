@@ -8,7 +8,7 @@ because ranks run them in order.
 
 Z slots of all ranks, C KV cache groups, P ranks, A admitted requests, S scheduled requests, W
 entries of a block table, B blocks, M blocks copied, O sampled tokens, T tokens of a request, s
-tokens in a block.
+tokens in a block, V vocabulary.
 """
 
 from __future__ import annotations

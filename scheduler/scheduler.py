@@ -14,7 +14,7 @@ preempted), `block_pool` and `prefix_cache`, `plan` (messages to and from the ra
 `_compiled` (loops over all of these).
 
 P ranks, A admitted requests, S scheduled requests, O sampled tokens, V vocabulary, C KV cache
-groups. `rows` are rows of the running batch.
+groups, B blocks added to block tables. `rows` are rows of the running batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Warm-up: compile every compiled loop before there is a request to wait for the compiler."""
+"""Warm-up: compile every compiled loop before there is a request to wait for the compiler.
+
+Letters as in `plan`.
+"""
 
 from __future__ import annotations
 

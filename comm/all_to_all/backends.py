@@ -1,4 +1,7 @@
-"""Construction of the all-to-all that the ranks use, chosen once at start, without silent fallbacks."""
+"""Construction of the all-to-all that the ranks use, chosen once at start, without silent fallbacks.
+
+P ranks.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ other backend; to add them up before they cross would save bytes and make the bi
 
 Behind its bytes a row carries its expert ids, its home rank and token, as i32.
 
-Letters as in `comm.all_to_all.base`; here U rows that a rank receives in the first stage and distributes in the second.
+Letters as in `comm.all_to_all.base`; here U distinct tokens that a rank receives in the first stage and distributes in
+the second.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ routed rows is computed.
 The host waits for the device once a layer. NCCL takes the numbers of rows from the host
 (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/p2p.html), and they depend on the routing, so that no CUDA
 graph can hold this. With sizes bounded by the plan instead, every row would go to every rank, and a combine would return
-P times its rows. Within an NVLink domain `nvlink` needs neither that nor the host; across domains bandwidth is scarce.
+its rows P-fold. Within an NVLink domain `nvlink` needs neither that nor the host; across domains bandwidth is scarce.
 
 Never run on a GPU by us. Letters as in `comm.all_to_all.base`; N rows of this rank's combine, one for each slot (t, k) with
-an expert; C rows that this rank sends in a dispatch.
+an expert.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class NcclAllToAll:
         sums = (sends_PT.sum(1), sends_PTK.sum((1, 2)), receives_PT.sum(1), receives_PTK.sum((1, 2)))
         counts = torch.cat([*sums, self._expert_offsets(ids_PTK)]).cpu()  # the host waits here, and nowhere else
         copies_P, sent_P, rows_P, received_P = counts[: 4 * group.size].view(4, -1).tolist()
-        token_C = _true_first(sends_PT)[: sum(copies_P)] % max(1, num_tokens)
-        x_UD, pending = _send_recv(group, x_TD[token_C], copies_P, rows_P)
+        sent_tokens = _true_first(sends_PT)[: sum(copies_P)] % max(1, num_tokens)
+        x_UD, pending = _send_recv(group, x_TD[sent_tokens], copies_P, rows_P)
         ids_UK = ids_PTK.flatten(0, 1)[_true_first(receives_PT)[: sum(rows_P)]]
         row_index_R, position_R = self._by_expert(ids_UK, sum(received_P))
         return _DispatchHandle(

@@ -1,6 +1,6 @@
 """The reference of dispatch and combine: `all_to_all_single` with split sizes computed on the host.
 
-The expert ids of all ranks are exchanged first (K integers a token, sizes known from the plan), and all counts and orders
+The expert ids of all ranks are exchanged first (K ids a token, sizes known from the plan), and all counts and orders
 follow from them. Then each token's row goes once to every distinct rank that holds one of its experts, and one row per
 (token, k) returns. Works over gloo and NCCL; not capturable in a CUDA graph, because of the splits on the host.
 

@@ -3,7 +3,7 @@
 A send waits for what the caller has computed so far; what the caller computes after a receive waits for it. Memory that
 the inner all-to-all allocates on the stream is reused from the next send on, which waits for the caller's last use.
 
-Never run on a GPU by us.
+Never run on a GPU by us. Letters as in `comm.all_to_all.base`.
 """
 
 from __future__ import annotations

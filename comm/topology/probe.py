@@ -3,6 +3,8 @@
 A rank reads its GPU's position in the NVLink fabric from NVML (https://docs.nvidia.com/deploy/nvml-api) and tests its
 peers on the same node by writing to their memory and reading back. Nothing is inferred from a machine's name. CPU ranks
 of a node form a domain, as their processes can share memory.
+
+P ranks.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class RankReport:
 
     @property
     def in_fabric(self) -> bool:
-        """Whether it can reach GPUs of other nodes."""
+        """Return whether the GPU can reach those of other nodes."""
         return self.fabric_state == _COMPLETED and self.fabric_error == 0 and self.cluster != _NO_CLUSTER
 
 

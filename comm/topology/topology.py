@@ -8,7 +8,7 @@ of all ranks (`comm.topology.probe`). The file:
       {"name": "board0", "nodes": [{"name": "host0", "ranks": 8}]},
       {"name": "board1", "nodes": [{"name": "host1", "ranks": 8, "failure_domain": "row A"}]}]}
 
-Ranks are counted in the file's order.
+P ranks, counted in the file's order.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ class Frontend:
     def _handle_outputs(self, message: StepOutputs) -> None:
         if len(message.prompt_key_I):
             self._add_prompt_logprobs(message)
-        if len(message.routed_key_J):
+        if len(message.routed_keys):
             self._add_expert_load(message)
         stopped = []
         rows = zip(message.key_O.tolist(), message.token_O.tolist(), message.finish_O.tolist(), strict=True)
@@ -306,13 +306,13 @@ class Frontend:
             branch.request.prompt_logprobs[position] = entry
 
     def _add_expert_load(self, message: StepOutputs) -> None:
-        order_J = np.argsort(message.routed_key_J, kind="stable")
-        sequence_ids, starts = np.unique(message.routed_key_J[order_J], return_index=True)
-        for sequence_id, rows in zip(sequence_ids.tolist(), np.split(order_J, starts[1:]), strict=True):
+        order = np.argsort(message.routed_keys, kind="stable")
+        sequence_ids, starts = np.unique(message.routed_keys[order], return_index=True)
+        for sequence_id, rows in zip(sequence_ids.tolist(), np.split(order, starts[1:]), strict=True):
             branch = self._sequences.get(sequence_id)
             if branch is not None and branch.expert_load is not None:
                 load = branch.expert_load.reshape(-1)
-                np.add.at(load, message.routed_expert_J[rows], message.routed_tokens_J[rows])
+                np.add.at(load, message.routed_experts[rows], message.routed_tokens[rows])
 
     def _logprobs(self, token: int, logprob: float, rank: int, ids: np.ndarray, values: np.ndarray) -> LogprobDict:
         text_of = self.tokenizer.token_text if self.tokenizer else _no_text

@@ -1,4 +1,7 @@
-"""KV cache tensors of one rank."""
+"""KV cache tensors of one rank.
+
+M blocks copied.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One rank's share of a step, as the model sees it.
 
-T tokens of this rank, P ranks, C KV cache groups, B blocks of a sequence.
+T tokens of this rank, P ranks, C KV cache groups, B blocks of a sequence, K experts a token.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Their tokens belong to no slot on a GPU, where such tokens store nothing; on a CPU they are written to the null block.
 
-C KV cache groups, S sequences, W entries of a block table.
+C KV cache groups, S sequences, W entries of a block table, P ranks.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ changes.
 Each request has a slot. Its tokens and block tables are on the model's device, so that sampled tokens need not visit the host
 before the next step reads them; the host keeps what it knows without asking: token counts and sampling parameters.
 
-T tokens of a step, S sequences of a step, O sampled rows, C KV cache groups, W entries of a block table.
+T tokens of a step, S sequences of a step, O sampled rows, C KV cache groups, W entries of a block table, P ranks, V
+vocabulary.
 """
 
 from __future__ import annotations

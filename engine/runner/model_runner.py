@@ -4,7 +4,7 @@ On a GPU (`Ops.on_device`) a step is launched while another computes: nothing he
 steps before which experts move; small steps replay CUDA graphs (`cuda_graphs`), copies go through pinned memory (`staging`). On a
 CPU a step is computed when it is finished, so that the result before it is sent first.
 
-T tokens, S sequences, D model width, O sampled rows, V vocabulary.
+T tokens, S sequences, D model width, O sampled rows, V vocabulary, P ranks.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class ModelRunner:
         outputs = [
             self._prompt_logprobs(hidden_TD, step),
             self._sample(hidden_TD, step, of_rows[: len(bent)], *of_rows[len(bent) :]),
-            *(_Output([counts.tokens_LOE], partial(_routed, counts)) for counts in asked),
+            *(_Output([counts.tokens], partial(_routed, counts)) for counts in asked),
         ]
         arrays = self._download([tensor for tensors, _ in outputs for tensor in tensors])
         ended = self._timeline.mark()

@@ -40,7 +40,7 @@ _DEVICE = "meta"  # where tensors have no storage
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """What decides which kernels a rank launches.
+    """A rank as far as it decides which kernels it launches.
 
     Attributes:
         max_model_len: of one request, at most.

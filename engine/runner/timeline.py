@@ -1,4 +1,4 @@
-"""How long a device takes for a step: marks between pieces of its work."""
+"""Time that a device takes for a step: marks between pieces of its work."""
 
 from __future__ import annotations
 

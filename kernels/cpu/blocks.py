@@ -5,7 +5,8 @@ With a few rows a step, calling an op costs as much as its work. These functions
 at a time: results of one op are still in the cache for the next.
 
 T tokens, D model width, H query heads, G key/value heads, d head size, E logical experts, e physical experts, K
-experts a token, R routed rows, F expert width, S sequences, B blocks, s block size, W entries of a block table.
+experts a token, R routed rows, F expert width, S sequences, B blocks, s block size, W entries of a block table, Y
+positions.
 """
 
 from __future__ import annotations

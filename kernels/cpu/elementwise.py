@@ -2,7 +2,8 @@
 
 Tokens are independent and the order of operations within a token is fixed, so its bits do not depend on the batch.
 
-T tokens, D model width, F expert width, K experts of a token, N rows.
+T tokens, D model width, F expert width, K experts of a token, N rows, R rows of
+the experts' outputs.
 """
 
 from __future__ import annotations

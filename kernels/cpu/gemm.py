@@ -3,7 +3,8 @@
 Weights are packed into panels once, after loading. One path serves any number of rows, and a row's bits do not
 depend on the others.
 
-M rows, N outputs, K inputs, R routed rows, e experts, D model width, F expert width.
+M rows, N outputs, K inputs, T tokens, H heads, U distinct tokens, R routed rows, e experts, D model width, F expert
+width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Look-up of a step's tokens on a CPU, where every token belongs to a slot.
 
-T tokens.
+T tokens, C KV cache groups.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ repeated K times. Only the chosen logits are then converted to weights. The same
 each chosen expert's replica and adds up the experts' load, by integer atomics, whose sum is the
 same in any order.
 
-T tokens, E experts, in the kernel in groups padded to a power of two, K experts a token, C replicas of an expert.
+T tokens, E experts, in the kernel in groups padded to a power of two, K experts a token, Q the
+period with which tokens rotate through replicas.
 """
 
 from __future__ import annotations

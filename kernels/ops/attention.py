@@ -15,7 +15,7 @@ A cache may be fp8 (e4m3): keys and values, rounded to the queries' dtype, are d
 the keys and one for the values of each head, and saturate at +-448 (`quantize`). Attention multiplies scores by the
 keys' scale and outputs by the values'.
 
-T tokens, H query heads, G key/value heads (H / G query heads share one), d head size, S sequences, B blocks, W
+T tokens, H query heads, G key/value heads (H / G of the query heads share one), d head size, S sequences, B blocks, W
 entries of a block table, Y cached positions of a sequence.
 """
 

@@ -55,7 +55,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionInputs:
-    """What the blocks of one step share if they use the same rotary embedding and KV cache group.
+    """Inputs that the blocks of one step share if they use the same rotary embedding and KV cache group.
 
     Attributes:
         tables: cosines and sines, `rotary.tables`.

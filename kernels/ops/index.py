@@ -1,7 +1,7 @@
 """Indexer of sparse attention: the positions that a query attends to (DeepSeek-V3.2, 2025).
 
-A token has one index key, k = rotate(layer_norm(W x)), d numbers in a cache of its own, and H index queries with a
-weight each. A query scores a position by
+A token has one index key, k = rotate(layer_norm(W x)), d numbers in a cache of its own, and an index query with
+a weight for each of H heads. A query scores a position by
 
     score = sum over h of w_h * relu(q_h . k)
 
@@ -10,7 +10,7 @@ returned in ascending order, in which attention reads them, so a query that sees
 scores. Constant factors (d^-0.5, H^-0.5) are in w. The first numbers of a head are rotated, in halves in
 DeepSeek-V3.2, interleaved in GLM-5.
 
-T tokens, H index heads, d their size, S sequences, B blocks, Y cached positions of a sequence.
+T tokens, H heads of the index queries, d their size, S sequences, B blocks, Y cached positions of a sequence.
 """
 
 from __future__ import annotations

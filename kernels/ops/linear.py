@@ -1,6 +1,6 @@
 """Dense linear layer: `y_TN = x_TD @ w_ND^T`.
 
-T tokens, D input width, N output width.
+T tokens, D model width or another input width, N output width.
 
 A weight is *prepared* once, after loading, and called many times. The bits of a row of y depend on that row of x
 alone, whatever the implementation.
@@ -64,11 +64,11 @@ def library(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     if x_TD.shape[1] % _WIDTH > 0:
         x_TD, w_ND = (F.pad(tensor, (0, -tensor.shape[1] % _WIDTH)) for tensor in (x_TD, w_ND))
     y_TN = x_TD.new_empty(x_TD.shape[0], w_ND.shape[0])
-    for x_XD, y_XN in zip(x_TD.split(_ROWS), y_TN.split(_ROWS), strict=True):
-        num = x_XD.shape[0]
+    for x, y in zip(x_TD.split(_ROWS), y_TN.split(_ROWS), strict=True):
+        num = x.shape[0]
         if num < _ROWS:
-            x_XD = F.pad(x_XD, (0, 0, 0, _ROWS - num))
-        y_XN.copy_(F.linear(x_XD, w_ND, bias_N)[:num])
+            x = F.pad(x, (0, 0, 0, _ROWS - num))
+        y.copy_(F.linear(x, w_ND, bias_N)[:num])
     return y_TN
 
 

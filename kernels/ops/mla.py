@@ -20,7 +20,7 @@ A cache may be fp8 as in `attention`, with one scale for the whole row: `kv_scal
 
 T tokens, H heads, c latent size (512), r rotated size (64), l = c + r, n and v sizes of a head's key without
 position and of its value (128), d = n + r, S sequences, B blocks, W entries of a block table, Y cached positions of
-a sequence, R those of all sequences.
+a sequence or of all.
 """
 
 from __future__ import annotations
@@ -218,19 +218,19 @@ def attend_expanded(
     """
     (num_heads, dim), block_size = q_THd.shape[1:], cache.shape[1]
     tables_SW = seqs.block_table[:, : -(-seqs.max_seq_len // block_size)]
-    rows_Rl = as_bytes(cache)[tables_SW.flatten().long()].flatten(0, 1).view(cache.dtype)
+    rows_Yl = as_bytes(cache)[tables_SW.flatten().long()].flatten(0, 1).view(cache.dtype)
     if kv_scale is not None:
-        rows_Rl = (rows_Rl.float() * kv_scale).to(q_THd.dtype)
-    shared_RHr = rows_Rl[:, None, rank:].expand(-1, num_heads, -1)
-    made_RHm = expand(rows_Rl[:, :rank].contiguous()).unflatten(1, (num_heads, -1))
-    size = dim - shared_RHr.shape[2]
-    value_size = made_RHm.shape[2] - size
-    key_RHd, value_RHv = torch.cat((made_RHm[..., :size], shared_RHr), 2), made_RHm[..., size:]
+        rows_Yl = (rows_Yl.float() * kv_scale).to(q_THd.dtype)
+    shared_YHr = rows_Yl[:, None, rank:].expand(-1, num_heads, -1)
+    made_YHm = expand(rows_Yl[:, :rank].contiguous()).unflatten(1, (num_heads, -1))
+    size = dim - shared_YHr.shape[2]
+    value_size = made_YHm.shape[2] - size
+    key_YHd, value_YHv = torch.cat((made_YHm[..., :size], shared_YHr), 2), made_YHm[..., size:]
     # Padding with zeros changes neither scores nor values.
     width = dim if narrow_values else max(dim, value_size)
-    q_THw, key_RHw = (_widened(rows, width) for rows in (q_THd, key_RHd))
-    keys = key_RHw.unflatten(0, (-1, block_size))
-    values = _widened(value_RHv, value_size if narrow_values else width).unflatten(0, (-1, block_size))
+    q_THw, key_YHw = (_widened(rows, width) for rows in (q_THd, key_YHd))
+    keys = key_YHw.unflatten(0, (-1, block_size))
+    values = _widened(value_YHv, value_size if narrow_values else width).unflatten(0, (-1, block_size))
     own_SW = torch.arange(tables_SW.numel(), dtype=tables_SW.dtype, device=cache.device).view(tables_SW.shape)
     return attend(q_THw, keys, values, replace(seqs, block_table=own_SW), scale=scale)[..., :value_size]
 

@@ -2,7 +2,8 @@
 
 The order is stable, so that it, and every sum over rows, is the same in every run.
 
-T tokens, K experts a token, e local experts, N = T * K routed rows at most; their number stays on the device.
+T tokens, K experts a token, e local experts, N = T * K routed rows at most, R routed rows here; their
+number stays on the device.
 """
 
 from __future__ import annotations

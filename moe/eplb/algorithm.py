@@ -12,7 +12,7 @@ The *kept* one starts from the current placement: level shares, which moves noth
 replicas with little load for replicas of experts on the fullest rank. It stops as soon as it is as good as the fresh
 one, and is then preferred.
 
-L layers, E logical experts, X physical experts, P ranks, J groups of ranks, n physical experts of a rank, Z
+L layers, E logical experts, X physical experts, P ranks, J groups of ranks, n physical experts of a rank, z
 replicas of an expert.
 """
 
@@ -250,22 +250,22 @@ class _Candidate:
                 here = np.array([i for i, experts in enumerate(shared) if j < len(experts)])
                 expert = np.array([shared[i][j] for i in here])
                 count, first = count_LE[here, expert], first_LE[here, expert]
-                number_Z = np.arange(count.max())
-                there_LZ = number_Z < count[:, None]
-                slot_LZ = order_LX[here[:, None], np.where(there_LZ, first[:, None] + number_Z, 0)]
-                self._fill(layers[here], expert, slot_LZ, there_LZ)
+                number_z = np.arange(count.max())
+                there_Lz = number_z < count[:, None]
+                slot_Lz = order_LX[here[:, None], np.where(there_Lz, first[:, None] + number_z, 0)]
+                self._fill(layers[here], expert, slot_Lz, there_Lz)
 
-    def _fill(self, layers: np.ndarray, experts: np.ndarray, slot_LZ: np.ndarray, there_LZ: np.ndarray) -> None:
-        at_LZ, rank_LZ = layers[:, None], self.rank_X[slot_LZ]
-        before_LZ = self.load_LX[at_LZ, slot_LZ]
-        ground_LZ = np.where(there_LZ, self.rank_load_LP[at_LZ, rank_LZ] - before_LZ, 1e30)
+    def _fill(self, layers: np.ndarray, experts: np.ndarray, slot_Lz: np.ndarray, there_Lz: np.ndarray) -> None:
+        at_Lz, rank_Lz = layers[:, None], self.rank_X[slot_Lz]
+        before_Lz = self.load_LX[at_Lz, slot_Lz]
+        ground_Lz = np.where(there_Lz, self.rank_load_LP[at_Lz, rank_Lz] - before_Lz, 1e30)
         rows_L1 = self.load_LE[layers, experts][:, None]
-        levels_LZ = (rows_L1 + np.sort(ground_LZ, axis=1).cumsum(axis=1)) / (1 + np.arange(slot_LZ.shape[1]))
-        after_LZ = (levels_LZ.min(axis=1, keepdims=True) - ground_LZ).clip(min=0)
-        row, number = np.nonzero(there_LZ)
-        slot, layer = slot_LZ[row, number], layers[row]
-        self.load_LX[layer, slot] = after_LZ[row, number]
-        self.rank_load_LP[layer, self.rank_X[slot]] += (after_LZ - before_LZ)[row, number]
+        levels_Lz = (rows_L1 + np.sort(ground_Lz, axis=1).cumsum(axis=1)) / (1 + np.arange(slot_Lz.shape[1]))
+        after_Lz = (levels_Lz.min(axis=1, keepdims=True) - ground_Lz).clip(min=0)
+        row, number = np.nonzero(there_Lz)
+        slot, layer = slot_Lz[row, number], layers[row]
+        self.load_LX[layer, slot] = after_Lz[row, number]
+        self.rank_load_LP[layer, self.rank_X[slot]] += (after_Lz - before_Lz)[row, number]
 
     # ---- experts
 

@@ -4,7 +4,7 @@ A layer's new experts are received beside those in use, over as many steps as th
 their slots and use the new placement from the same step on. So at any time one placement is in force, and the memory
 needed is that of one layer's moved experts.
 
-X physical experts, M moved experts.
+L layers, X physical experts, M moved experts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A rank's part in moving experts: exchange weights with other ranks, verify checksums, switch to the new placement.
 
-M moved experts, X physical experts.
+M moved experts, X physical experts, E logical experts, Q the period with which tokens rotate through replicas.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A router chooses *logical* experts. A *physical* expert is a copy of one on one 
 are its *replicas*, physical experts beyond the logical ones are *redundant*. Replicas are equal and rows
 independent, so the choice of a replica cannot change a result.
 
-L layers, E logical experts, X physical experts, P ranks, Q turns.
+L layers, E logical experts, X physical experts, P ranks, Q the period with which tokens rotate
+through replicas.
 """
 
 from __future__ import annotations

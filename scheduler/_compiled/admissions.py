@@ -98,15 +98,15 @@ def charge(budget, rank, needed_C, num_new, load):
 
 
 @jit
-def charge_running(caches, batch, budget, in_progress_Q, due_Z):
+def charge_running(caches, batch, budget, in_progress, due_Z):
     """Charge the running requests to a budget of empty ranks, with the blocks that they will need.
 
     Also put the first half of the next block hash of every running request with a full block left
-    to compute into the set `in_progress_Q`. `due_Z` is scratch.
+    to compute into the set `in_progress`. `due_Z` is scratch.
     """
     num_due = 0
-    for at in range(len(in_progress_Q)):
-        in_progress_Q[at] = np.uint64(0)
+    for at in range(len(in_progress)):
+        in_progress[at] = np.uint64(0)
     for rank in range(len(budget.slots_P)):
         num_occupied, num_running = 0, 0
         for at in range(rank * batch.per_rank, (rank + 1) * batch.per_rank):
@@ -126,20 +126,20 @@ def charge_running(caches, batch, budget, in_progress_Q, due_Z):
         for cache in range(len(caches.size_C)):
             budget.blocks_CP[cache, rank] -= num_running  # for their next tokens
     for at in due_Z[:num_due]:
-        in_set(in_progress_Q, batch.hash_ZB2[at, batch.counters_Z[at].num_hashed, 0], True)
+        in_set(in_progress, batch.hash_ZB2[at, batch.counters_Z[at].num_hashed, 0], True)
 
 
 @jit
-def in_set(in_progress_Q, hash0, add):
+def in_set(in_progress, hash0, add):
     """Return whether a block hash, by its first half, is in the set; put it there if `add`."""
     hash0 |= np.uint64(1)  # 0 is an empty place
-    at = hash0 >> np.uint64(1) & np.uint64(len(in_progress_Q) - 1)
-    while in_progress_Q[at] != hash0:
-        if in_progress_Q[at] == np.uint64(0):
+    at = hash0 >> np.uint64(1) & np.uint64(len(in_progress) - 1)
+    while in_progress[at] != hash0:
+        if in_progress[at] == np.uint64(0):
             if add:
-                in_progress_Q[at] = hash0
+                in_progress[at] = hash0
             return False
-        at = (at + np.uint64(1)) & np.uint64(len(in_progress_Q) - 1)
+        at = (at + np.uint64(1)) & np.uint64(len(in_progress) - 1)
     return True
 
 
@@ -168,7 +168,7 @@ def _find_rank(caches, blocks, block_size, budget, num_tokens, hash_B2, holder, 
 
 
 @jit
-def choose(caches, blocks, block_size, budget, candidates, credit, in_progress_Q, decisions, needed_C, taken_C):
+def choose(caches, blocks, block_size, budget, candidates, credit, in_progress, decisions, needed_C, taken_C):
     """Decide about candidates in order, until one fits nowhere; return the number of decisions.
 
     `credit`: the load that a cached token makes up for; negative: cached tokens do not attract
@@ -181,7 +181,7 @@ def choose(caches, blocks, block_size, budget, candidates, credit, in_progress_Q
         if depth:
             depth = find_prefix(caches, blocks, holder, hash_B2, block_size, taken_C)
         decisions.rank_A[i] = NONE
-        if depth < len(hash_B2) and in_set(in_progress_Q, hash_B2[depth, 0], False):
+        if depth < len(hash_B2) and in_set(in_progress, hash_B2[depth, 0], False):
             continue  # another request is computing its next block: it waits for that
         num_tokens, num_held = candidates.num_tokens_A[i], depth * block_size
         worth = credit * num_held if credit >= 0.0 else -np.inf
@@ -194,5 +194,5 @@ def choose(caches, blocks, block_size, budget, candidates, credit, in_progress_Q
         decisions.num_scheduled_A[i] = charge(budget, rank, needed_C, num_tokens - num_cached, load)
         decisions.rank_A[i], decisions.num_cached_A[i] = rank, num_cached
         if depth < len(hash_B2):
-            in_set(in_progress_Q, hash_B2[depth, 0], True)
+            in_set(in_progress, hash_B2[depth, 0], True)
     return len(candidates.num_tokens_A)

@@ -1,11 +1,10 @@
 """Compiled loops over cache blocks and their hashes. `BlockPool` makes the arrays.
 
-A block has a number, cache and rank included: owner * num_blocks + block id, where owner = cache *
+Blocks are numbered, cache and rank included: owner * num_blocks + block id, where owner = cache *
 num_ranks + rank.
 
-C KV cache groups, P ranks, Y = C * P owners of blocks, B blocks (of a request, or of all owners), Q
-entries of an owner's free queue or of a hash table, a power of two, s tokens in a block; 4 the
-lanes of a hash's running sum.
+C KV cache groups, P ranks, A admitted requests, B blocks (of a request, or of all owners), s tokens
+in a block; 4 the lanes of a hash's running sum.
 """
 
 from typing import NamedTuple
@@ -71,7 +70,7 @@ class Caches(NamedTuple):
     window_C: np.ndarray  # tokens that a token attends to, itself included
     hashes_C: np.ndarray  # block hashes in a block: more than 1 where a cache's blocks are larger than the block size
     most_C: np.ndarray  # blocks that one request can hold
-    max_misses: int  # consecutive blocks of a prefix that may be missing from `Blocks.holder_Q`
+    max_misses: int  # consecutive blocks of a prefix that may be missing from `Blocks.holders`
 
 
 class Blocks(NamedTuple):
@@ -85,12 +84,12 @@ class Blocks(NamedTuple):
     num_blocks: int
     num_ranks: int
     block_B: np.ndarray  # BLOCK
-    num_free_Y: np.ndarray  # i64
-    queue_YQ: np.ndarray  # i32
-    head_Y: np.ndarray  # i64; modulo Q
-    tail_Y: np.ndarray
-    bucket_Q: np.ndarray  # i32, the first block of each bucket's chain
-    holder_Q: np.ndarray  # u64: the upper 32 bits of a hash, and below them the rank that used it last, less `NONE`
+    num_free: np.ndarray  # i64 [owners]
+    queues: np.ndarray  # i32 [owners, a power of two]
+    heads: np.ndarray  # i64 [owners], modulo the queues' length
+    tails: np.ndarray
+    buckets: np.ndarray  # i32 [a power of two], the first block of each bucket's chain
+    holders: np.ndarray  # u64: the upper 32 bits of a hash, and below them the rank that used it last, less `NONE`
 
 
 # ---- reference counts and free queues
@@ -103,26 +102,26 @@ def take_block(blocks, owner):
     It keeps its hash: the caller clears the hashes of many blocks at once, so that their cache
     misses overlap.
     """
-    assert blocks.num_free_Y[owner] > 0, "no block is free"
-    last_place = blocks.queue_YQ.shape[1] - 1
+    assert blocks.num_free[owner] > 0, "no block is free"
+    last_place = blocks.queues.shape[1] - 1
     while True:
-        place = blocks.head_Y[owner] & last_place
-        number = blocks.queue_YQ[owner, place]
-        blocks.head_Y[owner] += 1
+        place = blocks.heads[owner] & last_place
+        number = blocks.queues[owner, place]
+        blocks.heads[owner] += 1
         if blocks.block_B[number].place == place:
             break
     blocks.block_B[number].refs = 1
     blocks.block_B[number].place = IN_USE
-    blocks.num_free_Y[owner] -= 1
+    blocks.num_free[owner] -= 1
     return number
 
 
 @jit
 def prefetch_free(blocks, owner, ahead, count):
     """Prefetch what `take_block` will touch for `count` blocks, after `ahead` others."""
-    last_place = blocks.queue_YQ.shape[1] - 1
-    for at in range(blocks.head_Y[owner] + ahead, blocks.head_Y[owner] + ahead + count):
-        prefetch(blocks.block_B, (blocks.queue_YQ[owner, at & last_place],))
+    last_place = blocks.queues.shape[1] - 1
+    for at in range(blocks.heads[owner] + ahead, blocks.heads[owner] + ahead + count):
+        prefetch(blocks.block_B, (blocks.queues[owner, at & last_place],))
 
 
 @jit
@@ -130,7 +129,7 @@ def share_block(blocks, owner, number):
     """Add a reference. A free block's entry stays in the queue, but is no longer valid."""
     if blocks.block_B[number].refs == 0:
         blocks.block_B[number].place = IN_USE
-        blocks.num_free_Y[owner] -= 1
+        blocks.num_free[owner] -= 1
     blocks.block_B[number].refs += 1
 
 
@@ -144,33 +143,33 @@ def drop_block(blocks, owner, number):
     blocks.block_B[number].refs -= 1
     if blocks.block_B[number].refs > 0:
         return
-    last_place = blocks.queue_YQ.shape[1] - 1
+    last_place = blocks.queues.shape[1] - 1
     if blocks.block_B[number].chain == UNHASHED:
-        blocks.head_Y[owner] -= 1
-        place = blocks.head_Y[owner] & last_place
+        blocks.heads[owner] -= 1
+        place = blocks.heads[owner] & last_place
     else:
-        place = blocks.tail_Y[owner] & last_place
-        blocks.tail_Y[owner] += 1
-    blocks.queue_YQ[owner, place] = number
+        place = blocks.tails[owner] & last_place
+        blocks.tails[owner] += 1
+    blocks.queues[owner, place] = number
     blocks.block_B[number].place = place
-    blocks.num_free_Y[owner] += 1
+    blocks.num_free[owner] += 1
 
 
 @jit
 def compact_queues(blocks):
     """Remove invalid entries from the free queues where there are many, so that every block finds a place."""
-    num_places = blocks.queue_YQ.shape[1]
-    for owner in range(len(blocks.head_Y)):
-        if blocks.tail_Y[owner] - blocks.head_Y[owner] > num_places - blocks.num_blocks:
-            end = blocks.head_Y[owner]
-            for at in range(blocks.head_Y[owner], blocks.tail_Y[owner]):
+    num_places = blocks.queues.shape[1]
+    for owner in range(len(blocks.heads)):
+        if blocks.tails[owner] - blocks.heads[owner] > num_places - blocks.num_blocks:
+            end = blocks.heads[owner]
+            for at in range(blocks.heads[owner], blocks.tails[owner]):
                 place = at & (num_places - 1)
-                number = blocks.queue_YQ[owner, place]
+                number = blocks.queues[owner, place]
                 if blocks.block_B[number].place == place:
-                    blocks.queue_YQ[owner, end & (num_places - 1)] = number
+                    blocks.queues[owner, end & (num_places - 1)] = number
                     blocks.block_B[number].place = end & (num_places - 1)
                     end += 1
-            blocks.tail_Y[owner] = end
+            blocks.tails[owner] = end
 
 
 @jit
@@ -196,41 +195,41 @@ def drop(blocks, number_B):
 @jit(inline="always")
 def bucket_of(blocks, owner, hash0):
     """Return the bucket of an owner's blocks whose hash begins with `hash0`."""
-    return (hash0 ^ (np.uint64(owner) * _OWNER_FACTOR)) & np.uint64(len(blocks.bucket_Q) - 1)
+    return (hash0 ^ (np.uint64(owner) * _OWNER_FACTOR)) & np.uint64(len(blocks.buckets) - 1)
 
 
 @jit(inline="always")
 def _set_holder(blocks, hash1, rank):
-    place = hash1 & np.uint64(len(blocks.holder_Q) - 1)
-    blocks.holder_Q[place] = (hash1 & ~_LOW_HALF) | np.uint64(rank - NONE)
+    place = hash1 & np.uint64(len(blocks.holders) - 1)
+    blocks.holders[place] = (hash1 & ~_LOW_HALF) | np.uint64(rank - NONE)
 
 
 @jit
 def prefetch_hash(blocks, owner, hash0, hash1):
     """Prefetch what `set_block_hash` and `find_block` will touch."""
-    prefetch(blocks.bucket_Q, (bucket_of(blocks, owner, hash0),))
-    prefetch(blocks.holder_Q, (hash1 & np.uint64(len(blocks.holder_Q) - 1),))
+    prefetch(blocks.buckets, (bucket_of(blocks, owner, hash0),))
+    prefetch(blocks.holders, (hash1 & np.uint64(len(blocks.holders) - 1),))
 
 
 @jit
 def prefetch_bucket(blocks, number):
     """Prefetch the bucket that `clear_block_hash` will touch."""
-    prefetch(blocks.bucket_Q, (bucket_of(blocks, number // blocks.num_blocks, blocks.block_B[number].hash0),))
+    prefetch(blocks.buckets, (bucket_of(blocks, number // blocks.num_blocks, blocks.block_B[number].hash0),))
 
 
 @jit
 def prefetch_chain(blocks, number):
     """Prefetch the first block of that bucket; call `prefetch_bucket` some time before."""
     bucket = bucket_of(blocks, number // blocks.num_blocks, blocks.block_B[number].hash0)
-    prefetch(blocks.block_B, (blocks.bucket_Q[bucket],))
+    prefetch(blocks.block_B, (blocks.buckets[bucket],))
 
 
 @jit
 def set_block_hash(blocks, owner, number, hash0, hash1):
     """Put a block into the prefix cache under this hash."""
     bucket = bucket_of(blocks, owner, hash0)
-    blocks.block_B[number].chain = blocks.bucket_Q[bucket]
-    blocks.bucket_Q[bucket] = number
+    blocks.block_B[number].chain = blocks.buckets[bucket]
+    blocks.buckets[bucket] = number
     blocks.block_B[number].hash0, blocks.block_B[number].hash1 = hash0, hash1
     _set_holder(blocks, hash1, owner % blocks.num_ranks)
 
@@ -242,9 +241,9 @@ def clear_block_hash(blocks, number):
         return
     owner = number // blocks.num_blocks
     bucket = bucket_of(blocks, owner, blocks.block_B[number].hash0)
-    other = blocks.bucket_Q[bucket]
+    other = blocks.buckets[bucket]
     if other == number:
-        blocks.bucket_Q[bucket] = blocks.block_B[number].chain
+        blocks.buckets[bucket] = blocks.block_B[number].chain
     else:
         while blocks.block_B[other].chain != number:
             other = blocks.block_B[other].chain
@@ -255,7 +254,7 @@ def clear_block_hash(blocks, number):
 @jit
 def find_block(blocks, owner, hash0, hash1):
     """Return the number of a block of this owner with this hash, or `NONE`."""
-    number = blocks.bucket_Q[bucket_of(blocks, owner, hash0)]
+    number = blocks.buckets[bucket_of(blocks, owner, hash0)]
     start = owner * blocks.num_blocks
     while number != END:
         same = blocks.block_B[number].hash0 == hash0 and blocks.block_B[number].hash1 == hash1
@@ -275,7 +274,7 @@ def guess_prefix(blocks, hash_B2, max_misses):
     depth, rank, misses = 0, np.int64(NONE), 0
     for b in range(len(hash_B2)):
         hash1 = hash_B2[b, 1]
-        entry = blocks.holder_Q[hash1 & np.uint64(len(blocks.holder_Q) - 1)]
+        entry = blocks.holders[hash1 & np.uint64(len(blocks.holders) - 1)]
         misses += 1
         if (entry ^ hash1) <= _LOW_HALF and (entry & _LOW_HALF) != np.uint64(0):
             depth, rank, misses = b + 1, np.int64(entry & _LOW_HALF) + NONE, 0
@@ -287,9 +286,9 @@ def guess_prefix(blocks, hash_B2, max_misses):
 @jit
 def walk_free(blocks, owner, number_B):
     """Write an owner's free blocks in order; return their number, or -1 if there are too many."""
-    last_place, count = blocks.queue_YQ.shape[1] - 1, 0
-    for at in range(blocks.head_Y[owner], blocks.tail_Y[owner]):
-        number = blocks.queue_YQ[owner, at & last_place]
+    last_place, count = blocks.queues.shape[1] - 1, 0
+    for at in range(blocks.heads[owner], blocks.tails[owner]):
+        number = blocks.queues[owner, at & last_place]
         if blocks.block_B[number].place == at & last_place:
             if count == len(number_B):
                 return -1
@@ -302,8 +301,8 @@ def walk_free(blocks, owner, number_B):
 def walk_chains(blocks, number_B):
     """Write the blocks that have hashes; return their number, or -1 if a chain is wrong."""
     count = 0
-    for bucket in range(len(blocks.bucket_Q)):
-        number = blocks.bucket_Q[bucket]
+    for bucket in range(len(blocks.buckets)):
+        number = blocks.buckets[bucket]
         while number != END:
             owner = number // blocks.num_blocks
             if count == len(number_B) or bucket_of(blocks, owner, blocks.block_B[number].hash0) != bucket:

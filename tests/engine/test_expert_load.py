@@ -134,14 +134,14 @@ def test_tokens_computed_twice_count_once():
 def test_each_frontend_hears_of_its_own_requests():
     outputs = {field.name: np.zeros(1 if "offsets" in field.name else 0, np.int64) for field in fields(StepOutputs)}
     counts = {
-        "routed_key_J": [(1 << 40) + 5, 7, (1 << 40) + 5],
-        "routed_expert_J": [3, 4, 5],
-        "routed_tokens_J": [6, 7, 8],
+        "routed_keys": [(1 << 40) + 5, 7, (1 << 40) + 5],
+        "routed_experts": [3, 4, 5],
+        "routed_tokens": [6, 7, 8],
     }
     outputs |= {"step": 0, **{name: np.array(values) for name, values in counts.items()}}
     told = controller._outputs_for(1, StepOutputs(**outputs), all_of_them=False)
-    assert told.routed_key_J.tolist() == [5, 5]
-    assert (told.routed_expert_J.tolist(), told.routed_tokens_J.tolist()) == ([3, 5], [6, 8])
+    assert told.routed_keys.tolist() == [5, 5]
+    assert (told.routed_experts.tolist(), told.routed_tokens.tolist()) == ([3, 5], [6, 8])
 
 
 def test_a_dense_model_has_none():

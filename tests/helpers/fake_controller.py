@@ -105,9 +105,9 @@ def outputs(
         prompt_top_offsets_I1=offsets(prompt_rows),
         prompt_top_ids=np.array(flat(prompt_rows, False), np.int32),
         prompt_top_logprobs=np.array(flat(prompt_rows, True), np.float32),
-        routed_key_J=np.array([wire for wire, _, _ in routed], np.int64),
-        routed_expert_J=np.array([expert for _, expert, _ in routed], np.int32),
-        routed_tokens_J=np.array([tokens for _, _, tokens in routed], np.int32),
+        routed_keys=np.array([wire for wire, _, _ in routed], np.int64),
+        routed_experts=np.array([expert for _, expert, _ in routed], np.int32),
+        routed_tokens=np.array([tokens for _, _, tokens in routed], np.int32),
     )
 
 

@@ -1,6 +1,8 @@
 """Operations on a row of contiguous numbers in fp32, in vectors of sixteen; the remainder of a row number by number.
 
 Results are rounded to the target's type. Lanes of a sum run over the row in order, so that its bits are reproducible.
+
+Y positions, r rotated numbers of a head.
 """
 
 from __future__ import annotations
