@@ -1,4 +1,4 @@
-"""`python -m expertwire.bench NAME`: the benchmarks of `expertwire bench`, and those of a GPU, which need less installed."""
+"""`python -m expertwire.bench NAME`: the benchmarks of `expertwire bench`, and those that it does not list."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """The exit code: 0 done, 1 something is wrong, 2 a wrong option."""
+    if argv[:1] == ["attacks"]:
+        from expertwire.bench.attacks import run as attacks
+
+        return attacks.run(argv[1:])
     if argv[:1] == ["first_contact"]:
         from expertwire.bench.first_contact import run as first_contact
 
@@ -21,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m expertwire.bench NAME [OPTION ...]\n")
         own = {
+            "attacks": "what hostile clients do to a server and its good clients",
             "first_contact": "all that the first half an hour on a GPU needs, whatever fails",
             "kernels": "the GPU kernels beside the hardware's limits",
         }
