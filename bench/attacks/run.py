@@ -30,6 +30,7 @@ from expertwire.bench.attacks import (
     connections,
     crowds,
     frozen,
+    full_shared_memory,
     large_text,
     local_strangers,
     lost_wakeup,
@@ -47,7 +48,7 @@ from expertwire.bench.machine import processor
 
 _MODULES = (
     lost_wakeup, large_text, unread_streams, stop_strings, local_strangers, bursts, frozen, connections, strangers,
-    malformed, not_a_number, crowds,
+    malformed, not_a_number, crowds, full_shared_memory,
 )  # fmt: skip
 ATTACKS: Mapping[str, Attack] = {attack.name: attack for module in _MODULES for attack in module.ATTACKS}
 ALL_AT_ONCE = "all_at_once"

@@ -1,0 +1,176 @@
+"""The attacks' own parts, against gRPC servers without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection
+
+from expertwire.bench.attacks import local_strangers, malformed, models
+from expertwire.bench.attacks import run as attacks
+from expertwire.bench.attacks.raw_http2 import RawConnection, grpc_message
+from expertwire.bench.attacks.server import Sample
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
+PATH = f"/{SERVICE.full_name}/"
+
+
+class Servicer(pb_grpc.InferenceServicer):
+    """Answers at once; `Abort` fails with a bug of its own."""
+
+    def __init__(self):
+        self.prompt_bytes = []
+
+    async def Generate(self, request, context):
+        self.prompt_bytes.append(len(request.text))
+        yield pb.GenerateResponse(request_id="a")
+
+    async def Abort(self, request, context):
+        raise RuntimeError("a bug")
+
+    async def GetModelInfo(self, request, context):
+        return pb.ModelInfo(name="x" * 100)
+
+    async def GetStats(self, request, context):
+        return pb.Stats()
+
+
+def against_server(function):
+    """Make an async test with a servicer and a port into a pytest function."""
+
+    async def run():
+        server, servicer = grpc.aio.server(), Servicer()
+        pb_grpc.add_InferenceServicer_to_server(servicer, server)
+        reflection.enable_server_reflection((SERVICE.full_name, reflection.SERVICE_NAME), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            await asyncio.wait_for(function(servicer, port), 60)
+        finally:
+            await server.stop(0)
+
+    def test():
+        asyncio.run(run())
+
+    test.__name__ = function.__name__
+    return test
+
+
+@contextlib.asynccontextmanager
+async def connected(port, **options):
+    connection = await RawConnection(**options).connect("127.0.0.1", port)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@against_server
+async def test_a_raw_call_is_answered(servicer, port):
+    async with connected(port) as connection:
+        await connection.call(PATH + "GetModelInfo", pb.GetModelInfoRequest())
+        await until(lambda: connection.received["HEADERS"] == 2)  # the second are the trailers
+        assert connection.received["DATA"] == 1
+        assert not connection.received["RST_STREAM"]
+
+
+@against_server
+async def test_nothing_is_sent_through_a_closed_window(servicer, port):
+    async with connected(port, window=0) as connection:
+        await connection.call(PATH + "GetModelInfo", pb.GetModelInfoRequest())
+        await until(lambda: connection.received["HEADERS"] == 1)
+        await asyncio.sleep(0.2)
+        assert connection.received["HEADERS"] == 1
+        assert not connection.received["DATA"]
+
+
+@against_server
+async def test_a_raw_message_larger_than_the_window_arrives_whole(servicer, port):
+    size = 3_000_000
+    async with connected(port) as connection:
+        await connection.call(PATH + "Generate", pb.GenerateRequest(text="x" * size))
+        await until(lambda: servicer.prompt_bytes)
+    assert servicer.prompt_bytes == [size]
+
+
+@against_server
+async def test_malformed_calls_reach_every_method_and_find_statuses_that_lie(servicer, port):
+    seen = await malformed.run(SimpleNamespace(address=f"127.0.0.1:{port}"), 50, calls=100)
+    methods = {PATH + method.name for method in SERVICE.methods}
+    assert methods < seen["methods"].keys()
+    assert seen["calls"] == 100
+    assert seen["methods"][PATH + "Abort"]["UNKNOWN"] > 0
+    assert any("a bug" in details for details in seen["examples"].values())
+
+
+def test_malformed_calls_are_the_same_in_every_run():
+    kind = pb.GenerateRequest.DESCRIPTOR
+    for seed in range(50):
+        first, second = (malformed.spoiled(kind, random.Random(seed)) for _ in range(2))
+        assert first == second
+
+
+def test_random_messages_set_every_field():
+    kind = pb.GenerateRequest.DESCRIPTOR
+    messages = [malformed.random_message(kind, random.Random(seed)) for seed in range(200)]
+    assert {field.name for message in messages for field, _ in message.ListFields()} == set(kind.fields_by_name)
+
+
+@pytest.mark.parametrize(
+    ("where", "loopback"),
+    [("\0name", True), (("127.0.0.1", 1), True), (("::ffff:127.0.0.1", 1), True), (("::1", 1), True), (("::", 1), False),
+     (("0.0.0.0", 1), False)],
+)  # fmt: skip
+def test_what_only_this_machine_reaches(where, loopback):
+    assert local_strangers.is_loopback(where) == loopback
+
+
+def test_addresses_are_described_without_what_changes():
+    assert local_strangers.describe("controller", socket.AF_UNIX, "\0x-123") == "controller abstract unix socket"
+    assert local_strangers.describe("rank", socket.AF_INET, ("127.0.0.1", 4711)) == "rank tcp 127.0.0.1"
+
+
+def test_the_long_model_takes_long_prompts(tmp_path):
+    from expertwire.engine.models.registry import read_model_config
+
+    folder = models.folder_of("long", tmp_path)
+    assert read_model_config(str(folder), "auto", "auto").max_position_embeddings >= 120_000
+    assert models.folder_of("long", tmp_path) == folder
+
+
+def test_a_result_is_one_line():
+    sample = Sample(front_mib=50, ranks_mib=100, descriptors=60, processes=4)
+    waits = {"counts": {"OK": 7, "UNAVAILABLE": 2}, "longest_ms": 1234.0, "message": "gone"}
+    figures = {"requests": waits, "health": waits | {"counts": {"SERVING": 3}}, "connections": waits}
+    result = attacks.Result(
+        name="x", seconds=1, quiet=figures, good=figures, seen={"statuses": {"OK": 1}, "methods": {}}, before=sample,
+        peak=Sample(front_mib=75, ranks_mib=101, descriptors=90, processes=4), after=sample, recovered_s=None, errors="",
+    )  # fmt: skip
+    assert result.failed == 2
+    assert result.line() == (
+        "x: good client's longest pause 1,234 -> 1,234 ms, 2 of 9 failed; health SERVING 3, longest 1,234 ms; memory +25 MiB "
+        "(ranks +1); descriptors 60 -> 90 -> 60; processes 4 -> 4; recovered no; "
+        '{"statuses": {"OK": 1}}'
+    )
+
+
+def test_an_unknown_attack_is_refused(capsys):
+    assert attacks.run(["nonsense"]) == 2
+    assert "no attack 'nonsense'" in capsys.readouterr().err
+
+
+def test_the_message_has_a_prefix():
+    assert grpc_message(b"ab") == b"\0\0\0\0\x02ab"
