@@ -13,7 +13,8 @@ from typing import Any
 from expertwire.bench.attacks.attack import Attack
 from expertwire.bench.attacks.server import Server
 
-_HELD = 4_000  # sockets of one address at most; then the oldest makes place
+_HELD = 4_000  # sockets of a thread at most; then the oldest makes place
+_THREADS = 4  # that connect to each address
 
 
 def describe(role: str, family: socket.AddressFamily, where: str | tuple[str, int]) -> str:
@@ -42,7 +43,7 @@ async def run(server: Server, seconds: float, *, unix: bool) -> dict[str, Any]:
         for _, family, where in listeners
         if (family == socket.AF_UNIX) == unix and (isinstance(where, str) or where[1] != server.port)
     ]
-    counts = await asyncio.gather(*(asyncio.to_thread(_storm, *target, seconds) for target in targets))
+    counts = await asyncio.gather(*(asyncio.to_thread(_storm, *target, seconds) for target in targets * _THREADS))
     return {**seen, "targets": len(targets), "connections": sum(counts)}
 
 

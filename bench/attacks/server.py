@@ -119,7 +119,7 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
         self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(psutil.TimeoutExpired):
             self.process.wait(_STOP_S)
         _, left = psutil.wait_procs(family, timeout=5)
         for process in left:
