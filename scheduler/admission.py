@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from expertwire.scheduler._compiled.admissions import Budget, Candidates, Decisi
 from expertwire.scheduler._compiled.blocks import NONE, Caches
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.load_balancing import LoadBalancing
-from expertwire.scheduler.plan import pack_lists
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import NO_HASHES, Request, records
@@ -216,28 +215,3 @@ def why_invalid(request: Request, config: SchedulerConfig, caches: Caches, most:
             f"enough for {most.num_tokens + 1} tokens in all"
         )
     return None
-
-
-def plan_fields(
-    requests: Sequence[Request],
-    record_A: np.ndarray,
-    tokens: np.ndarray,
-    token_offsets_A1: np.ndarray,
-    eos_token_ids: tuple[int, ...],
-) -> dict[str, Any]:
-    """Return the fields of a `StepPlan` about new requests, without their slots. `tokens`: of all requests, joined."""
-    bans_A = [request.banned_ids(eos_token_ids) for request in requests]
-    biases_A = [request.params.logit_bias or {} for request in requests]
-    bans, ban_offsets = pack_lists(bans_A, np.int32)
-    bias_ids, bias_offsets = pack_lists([tuple(bias) for bias in biases_A], np.int32)
-    bias_values, _ = pack_lists([tuple(bias.values()) for bias in biases_A], np.float32)
-    return {
-        "admit_sampling_A": np.ascontiguousarray(record_A["sampling"]),
-        "admit_token_offsets_A1": token_offsets_A1,
-        "admit_tokens": tokens,
-        "admit_ban_offsets_A1": ban_offsets,
-        "admit_bans": bans,
-        "admit_bias_offsets_A1": bias_offsets,
-        "admit_bias_ids": bias_ids,
-        "admit_bias_values": bias_values,
-    }

@@ -10,8 +10,8 @@ plans, byte by byte.
 
 Modules: `request` (and whether it can be served), `queue` and `policy` (the order), `admission`
 (which requests start), `load_balancing` (on which rank), `running` (what runs, and who is
-preempted), `block_pool` and `prefix_cache`, `plan` (messages to and from the ranks), `outputs`, and
-`_compiled` (loops over all of these).
+preempted), `block_pool` and `prefix_cache`, `plan` (messages to and from the ranks) and
+`plan_building`, `outputs`, and `_compiled` (loops over all of these).
 
 P ranks, A admitted requests, S scheduled requests, O sampled tokens, V vocabulary, C KV cache
 groups, B blocks added to block tables. `rows` are rows of the running batch.
@@ -28,16 +28,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expertwire.scheduler._compiled.steps import CHECK_STOP_IDS, StepSchedule
-from expertwire.scheduler.admission import Admission, capacity, plan_fields, token_limit, why_invalid
+from expertwire.scheduler.admission import Admission, capacity, token_limit, why_invalid
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig, check_cache_specs
 from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
 from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs, gather
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult, to_offsets
+from expertwire.scheduler.plan_building import build_plan, plan_fields
 from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import AdmissionRate, WaitingQueue, reject
 from expertwire.scheduler.request import NO_HASHES, Request
-from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, BlockCopies, RunningBatch
+from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
 
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
 _NO_ROWS = np.zeros(0, np.int64)
@@ -191,7 +192,17 @@ class Scheduler:
         copies = batch.unshare_tails(new_rows[admissions.parent_A >= 0])
         num_missing = int(missing_CP.sum())
         step = batch.schedule(self._num_plans, rows, num, num_missing, new_rows, admissions.num_scheduled_A)
-        plan = self._build(report_load, released, new_rows, new, copies, step)
+        plan = build_plan(
+            batch,
+            step,
+            number=self._num_plans,
+            epoch=self.epoch,
+            report_load=report_load,
+            released=released,
+            new_rows=new_rows,
+            new=new,
+            copies=copies,
+        )
         if moves is not None:
             plan = plan.with_moves(moves)
         self._num_plans += 1
@@ -300,44 +311,6 @@ class Scheduler:
             request.row, request.block_hashes, request.record = row, NO_HASHES, b""  # the batch has them now
             self._policy.admitted(request)
         return rows, plan_fields(requests, record_A, tokens, token_offsets_A1, self._eos_token_ids)
-
-    def _build(
-        self,
-        report_load: bool,
-        released: np.ndarray,
-        new_rows: np.ndarray,
-        new: dict[str, Any],
-        copies: BlockCopies,
-        step: StepSchedule,
-    ) -> StepPlan:
-        """Return the plan; `new`: its fields about the requests in `new_rows`."""
-        batch = self._batch
-        block_slot_B, block_cache_B, block_index_B, block_id_B = step.block_4B
-        return StepPlan(
-            epoch=self.epoch,
-            step=self._num_plans,
-            report_load=int(report_load),
-            num_tokens_P=np.diff(step.tokens_P1),
-            release_offsets_P1=batch.offsets_P1(released),
-            release_slot=batch.slot_Z[released],
-            admit_offsets_P1=batch.offsets_P1(new_rows),
-            admit_slot_A=batch.slot_Z[new_rows],
-            **new,
-            block_offsets_P1=step.block_offsets_P1,
-            block_slot_B=block_slot_B,
-            block_cache_B=block_cache_B,
-            block_index_B=block_index_B,
-            block_id_B=block_id_B,
-            copy_offsets_P1=np.searchsorted(copies.rank_M, np.arange(self.config.num_ranks + 1)).astype(np.int32),
-            copy_cache_M=copies.cache_M,
-            copy_from_M=copies.from_M,
-            copy_to_M=copies.to_M,
-            sched_offsets_P1=step.offsets_P1,
-            sched_slot_S=step.slot_S,
-            sched_start_S=step.start_S,
-            sched_num_S=step.num_S,
-            sched_sample_S=step.sample_S,
-        )
 
     # ---- requests that end or return to the queue
 
