@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ REQUEST_DTYPE = np.dtype(
         ("eos_stops", np.bool_),
         ("has_stop_ids", np.bool_),
         ("reads_cache", np.bool_),  # may start with cached blocks
-        ("reserved", np.bool_),
+        ("on_credit", np.bool_),  # at `limit` it has used up its credit, and has not ended
         ("sampling", SAMPLING_DTYPE),
     ]
 )
@@ -59,6 +60,7 @@ class Request:
         tenant: owner of the request; for fair shares and limits.
         salt: prefixes are shared only among requests of one tenant and salt.
         deadline: latest time of its first token, on the clock of `now`; None: no deadline.
+        credit: output tokens that it may sample before `Scheduler.grant` adds to them; None: no limit.
     """
 
     key: int
@@ -70,10 +72,12 @@ class Request:
     tenant: str = ""
     salt: str = ""
     deadline: float | None = None
+    credit: int | None = None
     arrival: float = 0.0  # the `now` of `Scheduler.submit`
     order: int = -1  # in the queue, by submission; set by the queue
     place: tuple[float, ...] = ()  # in the queue, before `order`; set by the policy
     limit: int = 0  # prompt and output tokens at most, set by `Scheduler.submit`
+    credit_limit: int = sys.maxsize  # prompt and output tokens that its credit allows; likewise
     row: int = -1  # of the running batch; -1 while it waits
     num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
     num_counted: int = 0  # tokens computed before it was preempted: their experts have been counted
@@ -89,6 +93,21 @@ class Request:
         assert self.prompt.ndim == 1, self.prompt.shape
         self.stop_ids = frozenset(self.params.stop_token_ids) if self.params.stop_token_ids else _NO_IDS
         self.tokens, self.block_hashes = self.prompt, NO_HASHES
+
+    @property
+    def on_credit(self) -> bool:
+        """Return whether its credit does not last until its end."""
+        return self.credit_limit < self.limit
+
+    @property
+    def next_limit(self) -> int:
+        """Return the number of tokens at which it ends or has used up its credit."""
+        return min(self.limit, self.credit_limit)
+
+    @property
+    def held(self) -> bool:
+        """Return whether it has used up its credit, unless it runs."""
+        return len(self.tokens) >= self.credit_limit
 
     def banned_ids(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
         """Return the ids that cannot be sampled before `min_tokens` output tokens, ascending."""
@@ -106,13 +125,13 @@ class Request:
             self.priority,
             len(self.tokens),
             prompt_len,
-            self.limit,
+            self.next_limit,
             prompt_len + min_tokens,
             self.num_cached,
             not p.ignore_eos,
             bool(self.stop_ids),
             p.prompt_logprobs is None,
-            False,
+            self.on_credit,
             self.seed,
             self.branch,
             prompt_len,

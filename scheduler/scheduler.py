@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler._compiled.steps import CHECK_STOP_IDS, StepSchedule
+from expertwire.scheduler._compiled.steps import CHECK_STOP_IDS, OUT_OF_CREDIT, StepSchedule
 from expertwire.scheduler.admission import Admission, capacity, token_limit, why_invalid
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig, check_cache_specs
@@ -55,8 +55,12 @@ class Scheduler:
     """Schedules the requests of all ranks.
 
     The caller plans a step, sends the plan to the ranks, and commits their results, in the order of
-    the plans; the next step may be planned before that. `submit`, `abort` and `fork` may be called
-    at any time.
+    the plans; the next step may be planned before that. `submit`, `grant`, `abort` and `fork` may be
+    called at any time.
+
+    A request that has used up its credit is *held*: it has no slot, no blocks and no place in the
+    queue. With more credit it returns to its place; what it has computed is found in the prefix
+    cache, unless it was evicted.
 
     `epoch`, stamped on every plan, is that of the placement of experts; whoever moves experts
     increments it.
@@ -86,6 +90,7 @@ class Scheduler:
         self._queue = WaitingQueue()
         self._admission = Admission(self._batch, self._queue, self._policy, balancing or LeastLoaded())
         self._running: dict[int, Request] = {}
+        self._held: dict[int, Request] = {}
         self._may_stop_V = np.zeros(config.vocab_size, bool)  # stop ids of the requests so far
         self._ended: list[int] = []  # rows to release in the next plan
         self._in_flight: deque[_InFlight] = deque()
@@ -109,12 +114,13 @@ class Scheduler:
         return not (self._queue or self._running or self._ended or self._in_flight)
 
     def unfinished(self) -> list[int]:
-        """Return the keys of all requests that are waiting or running."""
-        return [*(request.key for request in self._queue), *self._running]
+        """Return the keys of all requests that are waiting, running or held."""
+        return [*(request.key for request in self._queue), *self._running, *self._held]
 
     def submit(self, request: Request, now: float) -> Rejection | None:
         """Queue a request, or return why it is rejected."""
         assert request.key not in self._running, f"key {request.key} is running already"
+        assert request.key not in self._held, f"key {request.key} is held already"
         request.limit = token_limit(request, self.config)
         if (reason := why_invalid(request, self.config, self._batch.caches, self._capacity)) is not None:
             return Rejection(request.key, "INVALID_ARGUMENT", reason)
@@ -126,8 +132,26 @@ class Scheduler:
             request.block_hashes = self._batch.hasher.hash(request.tokens, request.tenant, request.salt)
         request.arrival = now
         request.place = self._policy.place(request, now)
+        if request.credit is not None:
+            request.credit_limit = len(request.tokens) + request.credit
         self._enqueue(request)
         return None
+
+    def grant(self, key: int, num_tokens: int) -> None:
+        """Let a request sample `num_tokens` more output tokens than before. Unknown keys are ignored.
+
+        A held request is admitted again as after a preemption, so it is better to grant many tokens at once.
+        """
+        if (request := self._find(key)) is None or request.credit is None:
+            return
+        request.credit_limit += num_tokens
+        if key in self._running:
+            self._batch.limit_Z[request.row] = request.next_limit
+            self._batch.on_credit_Z[request.row] = request.on_credit
+        elif self._held.pop(key, None) is not None:
+            self._enqueue(request)
+        else:
+            request.record = request.pack(self.config.vocab_size)
 
     def fork(self, key: int, children: Sequence[Request], now: float) -> list[Rejection]:
         """Let `children` continue from the present state of the request `key`, with its tokens so far.
@@ -140,15 +164,11 @@ class Scheduler:
             A rejection for each child that is not accepted.
 
         Raises:
-            KeyError: `key` is neither waiting nor running.
+            KeyError: `key` is neither waiting, running nor held.
         """
-        if key in self._queue:
-            tokens = self._queue.get(key).tokens
-        elif key in self._running:
-            row = self._running[key].row
-            tokens = self._batch.tokens(row, self._running[key])
-        else:
-            raise KeyError(f"request {key} is neither waiting nor running")
+        if (parent := self._find(key)) is None:
+            raise KeyError(f"request {key} is neither waiting, running nor held")
+        tokens = self._batch.tokens(parent.row, parent) if key in self._running else parent.tokens
         rejections = []
         for child in children:
             limit = token_limit(child, self.config)
@@ -156,17 +176,17 @@ class Scheduler:
             child.tokens = tokens
             if (rejection := self.submit(child, now)) is not None:
                 rejections.append(rejection)
-            elif key in self._running:
-                self._admission.forks[child.key] = row
+            elif key in self._running and child.key in self._queue:
+                self._admission.forks[child.key] = parent.row
         return rejections
 
     def abort(self, key: int) -> None:
         """Forget a request: no further output. The next plan frees its slot and blocks. Unknown keys are ignored."""
         self._admission.forks.pop(key, None)
-        if (waiting := self._queue.discard(key)) is not None:
-            self._policy.dropped(waiting)
-        elif (request := self._running.get(key)) is not None:
+        if (request := self._running.get(key)) is not None:
             self._end(np.array([request.row]))
+        elif (request := self._queue.discard(key) or self._held.pop(key, None)) is not None:
+            self._policy.dropped(request)
 
     def plan(self, now: float, *, report_load: bool = False, moves: ExpertMoves | None = None) -> StepPlan | None:
         """Return the next step, or None if there is nothing to compute, release, report or move.
@@ -223,6 +243,8 @@ class Scheduler:
     def stats(self) -> dict[str, Any]:
         """Return gauges as JSON values: lists have one entry a rank, caches go by name.
 
+        `held` is the number of requests that have used up their credit.
+
         Counters since the start: prompt tokens of the admitted requests, how many of them were in
         the prefix cache, and preemptions.
         """
@@ -231,6 +253,7 @@ class Scheduler:
             "num_plans": self._num_plans,
             "num_running": self.num_running,
             "num_waiting": self.num_waiting,
+            "held": len(self._held),
             "running": batch.sum_P(np.array(1)).tolist(),
             "outstanding_tokens": batch.sum_P(batch.limit_Z - batch.num_computed_Z).tolist(),
             "blocks": dict(zip((spec.name for spec in self.cache_specs), pool.num_blocks_C.tolist(), strict=True)),
@@ -246,7 +269,8 @@ class Scheduler:
         rows = np.flatnonzero(batch.running_Z)
         keys = batch.key_Z[rows].tolist()
         assert sorted(keys) == sorted(self._running), (keys, list(self._running))
-        assert not any(request.key in self._running for request in self._queue)
+        assert not any(request.key in self._running or request.held for request in self._queue)
+        assert all(request.held and key not in self._running for key, request in self._held.items())
         ended = np.flatnonzero(batch.occupied_Z & ~batch.running_Z).tolist()
         assert ended == sorted(self._ended), (ended, self._ended)
         assert self._in_flight or not batch.in_flight_Z[rows].any(), "scheduled, but nothing in flight"
@@ -257,13 +281,10 @@ class Scheduler:
     def _release(self) -> np.ndarray:
         """Empty the rows of ended requests, and of preempted ones with nothing in flight; return them."""
         batch = self._batch
-        ended, self._ended = self._ended, []
         if batch.draining_Z.any():
             draining = np.flatnonzero(batch.draining_Z & batch.running_Z)
-            draining = draining[batch.in_flight_Z[draining] == 0]
-            for row, request in zip(draining.tolist(), self._leave(draining), strict=True):
-                self._requeue(row, request)
-            ended += draining.tolist()
+            self._suspend(draining[batch.in_flight_Z[draining] == 0])
+        ended, self._ended = self._ended, []
         rows = np.array(sorted(ended), np.int64)
         if len(rows):
             batch.release(rows)
@@ -315,37 +336,48 @@ class Scheduler:
     # ---- requests that end or return to the queue
 
     def _finish(self, rows_O: np.ndarray, outputs: StepOutputs) -> None:
-        """End the requests that these outputs complete, and set their finish reasons."""
+        """End the requests that these outputs complete, set their finish reasons, and hold those without credit."""
         batch, finish_O = self._batch, outputs.finish_O
         for i in np.flatnonzero(finish_O == CHECK_STOP_IDS):
             row = rows_O[i]
             if int(outputs.token_O[i]) in self._running[int(batch.key_Z[row])].stop_ids:
                 finish_O[i] = FinishReason.STOP
+            elif batch.num_known_Z[row] < batch.limit_Z[row]:
+                finish_O[i] = FinishReason.NONE
             else:
-                finish_O[i] = FinishReason.LENGTH if batch.num_known_Z[row] >= batch.limit_Z[row] else FinishReason.NONE
+                finish_O[i] = OUT_OF_CREDIT if batch.on_credit_Z[row] else FinishReason.LENGTH
+        held = np.flatnonzero(finish_O == OUT_OF_CREDIT)
+        finish_O[held] = FinishReason.NONE
         self._end(rows_O[np.flatnonzero(finish_O)])
+        self._suspend(rows_O[held])
 
-    def _end(self, rows: np.ndarray) -> None:
-        """Stop running these rows' requests; the next plan releases their slots."""
-        self._leave(rows)
+    def _end(self, rows: np.ndarray) -> list[Request]:
+        """Stop running these rows' requests, and return them; the next plan releases their slots."""
+        self._admission.forget_parents(rows)
         self._batch.running_Z[rows] = False
         self._ended += rows.tolist()
+        return [self._running.pop(key) for key in self._batch.key_Z[rows].tolist()]
 
-    def _requeue(self, row: int, request: Request) -> None:
-        """Return a preempted request to its place in the queue, with its output so far."""
+    def _suspend(self, rows: np.ndarray) -> None:
+        """Stop running these rows' requests, which have nothing in flight; they continue later with their output so far."""
         batch = self._batch
-        request.tokens = batch.tokens(row, request)
-        request.block_hashes = batch.block_hashes(row)
-        request.row, request.num_cached = -1, int(batch.num_cached_Z[row])
-        request.num_counted = max(request.num_counted, int(batch.num_computed_Z[row]))
-        self._enqueue(request)
+        for row, request in zip(rows.tolist(), self._end(rows), strict=True):
+            request.tokens = batch.tokens(row, request)
+            request.block_hashes = batch.block_hashes(row)
+            request.row, request.num_cached = -1, int(batch.num_cached_Z[row])
+            request.num_counted = max(request.num_counted, int(batch.num_computed_Z[row]))
+            self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
-        """Add a request to the queue, and pack its record."""
+        """Put a request in its place in the queue, and pack its record; hold it if it has no credit."""
+        if request.held:
+            self._held[request.key] = request
+            return
         self._queue.add(request)
         request.record = request.pack(self.config.vocab_size)
 
-    def _leave(self, rows: np.ndarray) -> list[Request]:
-        """Remove the requests of these rows from the running ones."""
-        self._admission.forget_parents(rows)
-        return [self._running.pop(key) for key in self._batch.key_Z[rows].tolist()]
+    def _find(self, key: int) -> Request | None:
+        """Return the waiting, running or held request with this key, or None."""
+        if (request := self._running.get(key) or self._held.get(key)) is not None:
+            return request
+        return self._queue.get(key) if key in self._queue else None

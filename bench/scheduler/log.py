@@ -28,8 +28,8 @@ from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
 
-FORMAT = 3
-_ASKED = ("key", "branch", "seed", "priority", "tenant", "salt", "deadline")  # of a request, as they are
+FORMAT = 4
+_ASKED = ("key", "branch", "seed", "priority", "tenant", "salt", "deadline", "credit")  # of a request, as they are
 
 
 class Recorder:
@@ -55,6 +55,10 @@ class Recorder:
     def abort(self, key: int) -> None:
         self._write(call="abort", key=key)
         self.scheduler.abort(key)
+
+    def grant(self, key: int, num_tokens: int) -> None:
+        self._write(call="grant", key=key, num_tokens=num_tokens)
+        self.scheduler.grant(key, num_tokens)
 
     def plan(self, now: float) -> StepPlan | None:
         plan = self.scheduler.plan(now)
@@ -131,6 +135,8 @@ def _call(scheduler: Scheduler, line: dict[str, Any], in_flight: dict[int, StepP
                 return f"request {line['request']['key']} was answered {line['code']}, now {code}"
         case "abort":
             scheduler.abort(line["key"])
+        case "grant":
+            scheduler.grant(line["key"], line["num_tokens"])
         case "plan":
             plan = scheduler.plan(line["now"])
             if plan is not None:

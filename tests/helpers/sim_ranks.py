@@ -8,7 +8,7 @@ once. `expected_output` is the same without any scheduler.
 from __future__ import annotations
 
 import functools
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -58,7 +58,7 @@ def make_request(key: int, length: int = 5, *, branch: int = 0, shared: int = 0,
     own = np.random.default_rng(key).integers(2, 50, length)
     common = np.random.default_rng([text, 1]).integers(2, 50, 1000)
     prompt = np.concatenate((common[: min(shared, length)], own[min(shared, length) :])).astype(np.int32)
-    fields = {name: values.pop(name) for name in ("priority", "tenant", "salt", "deadline") if name in values}
+    fields = {name: values.pop(name) for name in ("priority", "tenant", "salt", "deadline", "credit") if name in values}
     return Request(key=key, prompt=prompt, params=SamplingParams(**values), branch=branch, seed=key, **fields)
 
 
@@ -117,6 +117,7 @@ class SimRank:
             (len(specs), max(self.num_blocks), config.block_size), -1, np.int64
         )  # a state is a block's first
         self.num_computed = 0
+        self.num_sampled: Counter[int] = Counter()  # by seed
         self.no_decode_waits = True  # whether to check that
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -216,6 +217,7 @@ class SimRank:
         seed, branch = int(sampling["seed"]), int(sampling["branch"])
         token = fake_token(slot.tokens, seed, branch, self.config.vocab_size, bans)
         slot.tokens.append(token)
+        self.num_sampled[seed] += 1
         return index, token, int(sampling["logprobs"])
 
     def _result(self, step: int, outputs: list[tuple], prompts: list[tuple]) -> StepResult:
@@ -272,6 +274,7 @@ class SimCluster:
         self.tokens: dict[int, list[int]] = {}
         self.finish: dict[int, FinishReason] = {}
         self.num_cached: dict[int, int] = {}
+        self.credit: dict[int, int] = {}  # granted in all, of the requests that have any
         self.now = 0.0
         self.num_operations = 0  # calls to the scheduler, without those that check it and plans that have nothing to do
         self._check = self.scheduler.check_integrity if check else lambda: None
@@ -280,7 +283,7 @@ class SimCluster:
         for request in requests:
             rejection = self.scheduler.submit(request, self.now)
             assert rejection is None, rejection
-            self.tokens[request.key] = []
+            self._accepted(request)
             self.num_operations += 1
             self._check()
 
@@ -289,7 +292,19 @@ class SimCluster:
         rejections = self.scheduler.fork(key, children, self.now)
         assert not rejections, rejections
         for child in children:
-            self.tokens[child.key] = child.tokens[len(child.prompt) :].tolist()
+            self._accepted(child)
+        self.num_operations += 1
+        self._check()
+
+    def _accepted(self, request: Request) -> None:
+        self.tokens[request.key] = request.tokens[len(request.prompt) :].tolist()
+        if request.credit is not None:
+            self.credit[request.key] = request.credit
+
+    def grant(self, key: int, num_tokens: int) -> None:
+        self.scheduler.grant(key, num_tokens)
+        if key in self.credit:
+            self.credit[key] += num_tokens
         self.num_operations += 1
         self._check()
 
@@ -314,6 +329,9 @@ class SimCluster:
         for rank in self.ranks:
             rank.no_decode_waits = strict
         results = [rank.run(seen) for rank in self.ranks]
+        for key, credit in self.credit.items():
+            num_sampled = sum(rank.num_sampled[key] for rank in self.ranks)  # `make_request` makes the seed the key
+            assert num_sampled <= credit, f"request {key} has sampled {num_sampled} tokens with a credit of {credit}"
         outputs = self.scheduler.commit(plan, results[::-1], self.now)
         self.num_operations += 1
         for key, token, finish, cached in zip(

@@ -148,7 +148,7 @@ def test_an_aborted_fork_leaves_the_others_alone():
 
 def test_fork_of_an_unknown_key_is_an_error():
     cluster, parent = start(10, 2)
-    with pytest.raises(KeyError, match="request 7 is neither waiting nor running"):
+    with pytest.raises(KeyError, match="request 7 is neither waiting, running nor held"):
         cluster.scheduler.fork(7, [make_child(parent, 1)], cluster.now)
 
 

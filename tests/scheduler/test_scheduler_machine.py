@@ -1,4 +1,4 @@
-"""Random schedules: submit, fork, abort, plan and commit in any order, with slots, blocks and budgets that are always short.
+"""Random schedules: submit, fork, grant, abort, plan and commit in any order, with slots, blocks and budgets always short.
 
 Prompts share prefixes, pools are often so small that requests are preempted, and every other run plans ahead.
 """
@@ -92,8 +92,9 @@ class Machine(RuleBasedStateMachine):
         ignore_eos=st.sampled_from([True, True, False]),
         priority=st.integers(-2, 2),
         tenant=st.sampled_from("ab"),
+        credit=st.sampled_from([None, None, 0, 1, 4]),
     )
-    def submit(self, count, length, shared, text, max_tokens, min_share, stops, ignore_eos, priority, tenant):
+    def submit(self, count, length, shared, text, max_tokens, min_share, stops, ignore_eos, priority, tenant, credit):
         """Return requests with a common prefix."""
         for _ in range(count):
             request = make_request(
@@ -107,6 +108,7 @@ class Machine(RuleBasedStateMachine):
                 min_tokens=int(max_tokens * min_share),
                 stop_token_ids=stops,
                 ignore_eos=ignore_eos,
+                credit=credit,
             )
             scheduler = self.cluster.scheduler
             if scheduler.num_waiting >= self.config.max_queued_requests:
@@ -115,9 +117,15 @@ class Machine(RuleBasedStateMachine):
             self.cluster.submit(request)
             self.requests[request.key] = request
 
-    @precondition(lambda self: self.cluster.scheduler.num_running)
-    @rule(data=st.data(), count=st.integers(1, 3), branch=st.integers(1, 3), max_tokens=st.integers(1, 12))
-    def fork(self, data, count, branch, max_tokens):
+    @precondition(lambda self: self.cluster.scheduler.unfinished())
+    @rule(
+        data=st.data(),
+        count=st.integers(1, 3),
+        branch=st.integers(1, 3),
+        max_tokens=st.integers(1, 12),
+        credit=st.sampled_from([None, 0, 2]),
+    )
+    def fork(self, data, count, branch, max_tokens, credit):
         parent = self.requests[data.draw(st.sampled_from(sorted(self.cluster.scheduler.unfinished())))]
         so_far = len(self.cluster.tokens[parent.key])
         if len(parent.prompt) + so_far >= self.config.max_model_len:
@@ -129,7 +137,7 @@ class Machine(RuleBasedStateMachine):
             key = len(self.requests) + i
             child = make_request(key, 1, branch=branch, max_tokens=so_far + max_tokens, ignore_eos=max_tokens % 2 == 0)
             child.prompt = child.tokens = parent.prompt
-            child.tenant = parent.tenant
+            child.tenant, child.credit = parent.tenant, credit
             children.append(child)
         self.cluster.fork(parent.key, *children)
         for child in children:
@@ -146,6 +154,11 @@ class Machine(RuleBasedStateMachine):
         self.cluster.abort(key)
         if key not in self.cluster.finish:
             self.aborted.setdefault(key, len(self.cluster.tokens[key]))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), num_tokens=st.sampled_from([1, 3, 8]))
+    def grant(self, data, num_tokens):
+        self.cluster.grant(data.draw(st.sampled_from(sorted(self.requests))), num_tokens)
 
     @precondition(lambda self: not self.cluster.scheduler.idle)
     @rule(count=st.integers(1, 9))
@@ -169,6 +182,8 @@ class Machine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "cluster"):
             return
+        for key in self.cluster.credit:
+            self.cluster.grant(key, self.config.max_model_len)
         # Alone on one rank, a request takes at most this many steps, and there is always one that gets on.
         self.cluster.drain(max_steps=10 + 2 * sum(4 + request.limit for request in self.requests.values()))
         for key, request in self.requests.items():

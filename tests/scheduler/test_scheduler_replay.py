@@ -44,6 +44,9 @@ class Calls:
     def _abort(self, scheduler, key):
         scheduler.abort(key)
 
+    def _grant(self, scheduler, key, num_tokens):
+        scheduler.grant(key, num_tokens)
+
     def _plan(self, scheduler, now):
         return scheduler.plan(now)
 
@@ -69,11 +72,11 @@ def as_bytes(value):
 
 
 def play(calls, ranks, rng, max_in_flight):
-    """Play a random session of plans, commits, submissions, aborts and forks."""
+    """Play a random session of plans, commits, submissions, grants, aborts and forks."""
     values_of, in_flight, now = {}, deque(), 0.0
-    for key in range(400):
+    for key in range(800):
         now += rng.random() / 10
-        kind = rng.choice(["submit", "submit", "abort", "fork", "plan", "plan", "plan", "plan", "commit"])
+        kind = rng.choice(["submit", "submit", "grant", "abort", "fork", "plan", "plan", "plan", "plan", "commit"])
         unfinished = calls.scheduler.unfinished()
         if kind == "submit":
             values = {
@@ -84,10 +87,13 @@ def play(calls, ranks, rng, max_in_flight):
             }
             values |= {"max_tokens": rng.randint(1, 12), "priority": rng.randint(-1, 1), "tenant": rng.choice("ab")}
             values |= {"deadline": rng.choice([None, now + 1.0]), "logprobs": rng.choice([None, 1])}
+            values |= {"credit": rng.choice([None, None, 3])}
             values_of[key] = values
             calls("submit", key, values, now)
         elif kind == "abort" and unfinished:
             calls("abort", rng.choice(unfinished))
+        elif kind == "grant" and unfinished:
+            calls("grant", rng.choice(unfinished), rng.randint(1, 4))
         elif kind == "fork" and unfinished:
             parent = rng.choice(unfinished)
             values_of[key] = values_of[parent]
