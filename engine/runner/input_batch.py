@@ -30,8 +30,6 @@ _PENALTIES = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
 }  # and what they are without effect
-_FLOATS = np.zeros(0, np.float32)
-_NO_LOGIT_CHANGES = [*[_NONE] * 4, *[_FLOATS] * 3, _NONE, _NONE, _FLOATS]
 
 
 class InputBatch:
@@ -109,11 +107,11 @@ class InputBatch:
         """Set blocks and tokens on the device; `changes` as `update` returned them, uploaded."""
         at_block, block_ids, at_slid, at_token, tokens = changes
         # A released slot keeps its blocks, which nothing reads before they are set anew.
-        if len(at_block):
+        if at_block.numel():
             self.block_tables.view(-1).index_copy_(0, at_block, block_ids)
-        if len(at_slid):
+        if at_slid.numel():
             self.block_tables.view(-1).index_fill_(0, at_slid, 0)
-        if len(at_token):
+        if at_token.numel():
             self.token_ids.view(-1).index_copy_(0, at_token, tokens)
 
     def append(self, slot_O: np.ndarray, at_O: Tensor, token_O: Tensor) -> None:
@@ -173,8 +171,8 @@ class InputBatch:
             max_decodes=num,
             max_prefills=num_sequences - num,
             max_prefill_tokens=micro_batch.num_tokens - num,
-            max_seq_len=int(seq_len_S.max(initial=1)),
-            max_prefill_len=int(seq_len_S[num:].max(initial=1)),
+            max_seq_len=_longest(seq_len_S),
+            max_prefill_len=_longest(seq_len_S[num:]),
         )
 
     def batch_of(
@@ -213,7 +211,7 @@ class InputBatch:
                     block_table=table_SW,
                     slot_mapping=mapping_T,
                 )
-                for mapping_T, table_SW in zip(mapping_CT, tables_CSW, strict=True)
+                for mapping_T, table_SW in zip(mapping_CT.unbind(), tables_CSW.unbind(), strict=True)
             ),
             num_tokens_P=num_tokens_P,
             num_valid=inputs.num_valid if is_padded else None,
@@ -233,14 +231,14 @@ class InputBatch:
 
     def logit_changes(self, slot_O: np.ndarray) -> list[np.ndarray]:
         """Return the arrays to upload for `change_logits`: of the rows with penalties the row, slot, length of the prompt, number
-        of known tokens and the three parameters; then rows, tokens and values of what is added."""
+        of known tokens and the three parameters; then rows, tokens and values of what is added. Nothing if nothing changes."""
         if not (self._is_penalized[slot_O].any() or self._has_lists[slot_O].any()):
-            return _NO_LOGIT_CHANGES
+            return []
         state, penalized = self.sampling[slot_O], np.flatnonzero(self._is_penalized[slot_O]).astype(np.int32)
         slots = slot_O[penalized].astype(np.int32)
         parameters = [self.sampling[name][slots].astype(np.float32) for name in _PENALTIES]
         lengths = self.sampling["prompt_len"][slots].astype(np.int32), self.num_tokens[slots].astype(np.int32)
-        rows, tokens, values = [_NONE], [_NONE], [_FLOATS]
+        rows, tokens, values = [_NONE], [_NONE], [np.zeros(0, np.float32)]
         for row in np.flatnonzero(self._has_lists[slot_O]).tolist():
             slot, record = int(slot_O[row]), state[row]
             is_banned = self.num_tokens[slot] - record["prompt_len"] < record["min_tokens"]
@@ -254,9 +252,15 @@ class InputBatch:
 
     def change_logits(self, logits_OV: Tensor, changes: Sequence[Tensor], slot_O: np.ndarray) -> None:
         """Apply penalties, then biases and bans, in place; `changes` as `logit_changes` returned them, uploaded."""
+        if not changes:
+            return
         rows, slots, prompt_lens, num_known, *parameters, at_row, at_token, values = changes
-        if len(rows):
+        if rows.numel():
             most = int(self.num_tokens[slot_O].max())
             self._ops.penalize(logits_OV, rows, slots, prompt_lens, num_known, parameters, self.token_ids, most)
-        if len(at_row):
+        if at_row.numel():
             self._ops.add_to_logits(logits_OV, at_row, at_token, values)
+
+
+def _longest(seq_len_S: np.ndarray) -> int:
+    return int(seq_len_S.max()) if len(seq_len_S) else 1

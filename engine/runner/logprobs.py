@@ -5,7 +5,7 @@ S sequences, T tokens of a step, O sampled rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -78,11 +78,6 @@ def prompt_fields(slots: np.ndarray, positions: np.ndarray, found: dict[str, np.
     }
 
 
-def no_tokens() -> dict[str, np.ndarray]:
-    """Return the fields of a step that samples nothing."""
-    return {"slot_O": _I32, "token_O": _I32, **fields((), _I32, 0)}
-
-
-def no_prompt_rows() -> dict[str, np.ndarray]:
-    """Return the fields of a step without prompt rows."""
-    return prompt_fields(_I32, _I32, fields((), _I32, 0))
+# The fields of a step that samples nothing, and of one without prompt rows.
+NO_TOKENS: Mapping[str, np.ndarray] = {"slot_O": _I32, "token_O": _I32, **fields((), _I32, 0)}
+NO_PROMPT_ROWS: Mapping[str, np.ndarray] = prompt_fields(_I32, _I32, fields((), _I32, 0))

@@ -23,6 +23,7 @@ class MicroBatch:
         cu_seqlens_q: [S + 1], first row of each sequence and the end of the last.
         seq_len_S: tokens of each sequence, with this step's.
         is_sampled_S: bool, whether the sequence samples; `slot_O`: the slots of those.
+        num_decodes: sequences with one query.
     """
 
     slot_S: np.ndarray
@@ -32,6 +33,7 @@ class MicroBatch:
     seq_len_S: np.ndarray
     is_sampled_S: np.ndarray
     slot_O: np.ndarray
+    num_decodes: int
 
     @classmethod
     def of(cls, slot_S: np.ndarray, start_S: np.ndarray, num_S: np.ndarray, is_sampled_S: np.ndarray) -> MicroBatch:
@@ -40,7 +42,8 @@ class MicroBatch:
         Args:
             start_S: position of each one's first token; `num_S`: how many tokens it computes.
         """
-        order_S = np.argsort(num_S != 1, kind="stable")
+        is_prefill_S = num_S != 1
+        order_S = np.argsort(is_prefill_S, kind="stable")
         slot_S, start_S, num_S, is_sampled_S = (values[order_S] for values in (slot_S, start_S, num_S, is_sampled_S))
         cu_seqlens_q = np.concatenate(([0], np.cumsum(num_S)))
         return cls(
@@ -51,6 +54,7 @@ class MicroBatch:
             seq_len_S=start_S + num_S,
             is_sampled_S=is_sampled_S,
             slot_O=slot_S[is_sampled_S],
+            num_decodes=len(num_S) - int(is_prefill_S.sum()),
         )
 
     @classmethod
@@ -64,15 +68,12 @@ class MicroBatch:
         ]
         names = "slot_S", "slot_T", "position_T", "seq_len_S", "is_sampled_S", "slot_O"
         values = {name: np.concatenate([getattr(each, name) for each in micro_batches]) for name in names}
-        return cls(cu_seqlens_q=np.concatenate(([0], *cu_seqlens_q)), **values)
+        num_decodes = sum(each.num_decodes for each in micro_batches)
+        return cls(cu_seqlens_q=np.concatenate(([0], *cu_seqlens_q)), num_decodes=num_decodes, **values)
 
     @property
     def num_tokens(self) -> int:
         return len(self.slot_T)
-
-    @property
-    def num_decodes(self) -> int:
-        return int((np.diff(self.cu_seqlens_q) == 1).sum())
 
     @property
     def last_row_S(self) -> np.ndarray:

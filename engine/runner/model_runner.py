@@ -9,7 +9,7 @@ T tokens, S sequences, D model width, O sampled rows, V vocabulary, P ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ class _Output(NamedTuple):
     """Part of a step's result: tensors on the device, and the function that makes fields of their arrays on the host."""
 
     tensors: Sequence[Tensor]
-    fields: Callable[[list[np.ndarray]], dict[str, Any]]
+    fields: Callable[[list[np.ndarray]], Mapping[str, np.ndarray]]
 
 
 class ModelRunner:
@@ -200,8 +200,9 @@ class ModelRunner:
         answer["move_us"] = self._move(plan.moves)
         if not plan.num_tokens_P.any():
             self._apply(rank_plan, self._upload(*changes))
-            nothing: dict[str, Any] = logprobs.no_tokens() | logprobs.no_prompt_rows()
-            return Launched(partial(StepResult, **answer, forward_us=0, **nothing))
+            return Launched(
+                partial(StepResult, **answer, forward_us=0, **logprobs.NO_TOKENS, **logprobs.NO_PROMPT_ROWS)
+            )
         parts = micro_batches(rank_plan, self._num_micro_batches)
         step = MicroBatch.joined(parts)
         started = self._timeline.mark()
@@ -224,7 +225,7 @@ class ModelRunner:
             hidden_TD = self._forward(of_parts, parts, routed, plan.num_tokens_P.tolist())
         outputs = [
             self._prompt_logprobs(hidden_TD, step),
-            self._sample(hidden_TD, step, of_rows[: len(bent)], *of_rows[len(bent) :]),
+            self._sample(hidden_TD, step, state, of_rows[: len(bent)], *of_rows[len(bent) :]),
             *(_Output([counts.tokens], partial(_routed, counts)) for counts in asked),
         ]
         arrays = self._download([tensor for tensors, _ in outputs for tensor in tensors])
@@ -301,12 +302,18 @@ class ModelRunner:
         return self._model.forward(batches, self._caches)
 
     def _sample(
-        self, hidden_TD: Tensor, step: MicroBatch, bent: Sequence[Tensor], row_O: Tensor, at_O: Tensor, *columns: Tensor
+        self,
+        hidden_TD: Tensor,
+        step: MicroBatch,
+        state: np.ndarray,
+        bent: Sequence[Tensor],
+        row_O: Tensor,
+        at_O: Tensor,
+        *columns: Tensor,
     ) -> _Output:
-        """Sample and write down the tokens, and return what the result says of them."""
-        if not len(row_O):
-            return _Output([], lambda _: logprobs.no_tokens())
-        state = self.batch.sampling[step.slot_O]
+        """Sample and write down the tokens, and return what the result says of them. `state`: sampling parameters [O]."""
+        if not len(state):
+            return _Output([], lambda _: logprobs.NO_TOKENS)
         logits_OV = self._model.logits(hidden_TD.index_select(0, row_O)).contiguous()
         raw_OV = logits_OV.clone() if (state["logprobs"] >= 0).any() else logits_OV
         self.batch.change_logits(logits_OV, bent, step.slot_O)
@@ -333,7 +340,7 @@ class ModelRunner:
         many rows at a time as `run_peak` has measured: those of a whole step may take more than all that is left."""
         rows = logprobs.prompt_rows(self.batch.sampling, step)
         if rows is None:
-            return _Output([], lambda _: logprobs.no_prompt_rows())
+            return _Output([], lambda _: logprobs.NO_PROMPT_ROWS)
         rows_, slots, positions = rows
         at_row, at_token = self._upload(rows_, self.batch.token_index(slots, positions))
         tokens = self.batch.token_ids.view(-1).index_select(0, at_token).long()

@@ -101,7 +101,7 @@ def nothing(plan, rank, slot_O, like):
     from expertwire.engine.runner import logprobs
     from expertwire.scheduler.plan import StepResult
 
-    fields = logprobs.fields((), np.full(len(slot_O), -1), 1) | logprobs.no_prompt_rows()
+    fields = logprobs.fields((), np.full(len(slot_O), -1), 1) | logprobs.NO_PROMPT_ROWS
     tokens = {"slot_O": slot_O.astype(np.int32), "token_O": np.zeros(len(slot_O), np.int32)}
     empty = {"expert_load": np.zeros_like(like.expert_load), "routed": like.routed[:0]}
     return StepResult(step=plan.step, rank=rank, forward_us=0, move_us=0, **empty, **tokens, **fields)

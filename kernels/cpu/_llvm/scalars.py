@@ -140,7 +140,10 @@ def exp(x: np.float32) -> np.float32:
     return p * _bits_to_f32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
+_SEEN_AS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+
+
 def as_array(x: Tensor) -> np.ndarray:
     """Return a view that numba understands: bf16 as u16, fp8 as u8."""
-    seen_as = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(x.dtype)
+    seen_as = _SEEN_AS.get(x.dtype)
     return x.numpy() if seen_as is None else x.view(seen_as).numpy()
