@@ -296,7 +296,7 @@ def _plan(state: ControllerState) -> StepPlan | None:
     if state.rebalancing is None:
         return state.scheduler.plan(now, report_load=report_load)
     load_wanted, moves = state.rebalancing.next()
-    if moves is not None and len(moves.logical_S):
+    if moves is not None and len(moves.logical_X):
         state.scheduler.epoch += 1
     return state.scheduler.plan(now, report_load=report_load or load_wanted, moves=moves)
 
@@ -316,10 +316,16 @@ def _outputs_for(number: int, outputs: StepOutputs, *, all_of_them: bool) -> Ste
     """Return a frontend's part of the outputs, by its own sequence ids."""
     values = dict(vars(outputs))
     if not all_of_them:
-        rows = {name[-1]: np.flatnonzero(values[name] >> _ID_BITS == number) for name in _KEYS}
-        tops = _take(values, rows["O"], "top_offsets_O1", ("top_ids", "top_logprobs"))
-        tops |= _take(values, rows["I"], "prompt_top_offsets_I1", ("prompt_top_ids", "prompt_top_logprobs"))
-        values |= {name: value[rows[name[-1]]] for name, value in values.items() if name.endswith(("_O", "_I", "_J"))}
+        sampled, prompts, routed = (np.flatnonzero(values[name] >> _ID_BITS == number) for name in _KEYS)
+        tops = _take(values, sampled, "top_offsets_O1", ("top_ids", "top_logprobs"))
+        tops |= _take(values, prompts, "prompt_top_offsets_I1", ("prompt_top_ids", "prompt_top_logprobs"))
+        for name, value in vars(outputs).items():
+            if name.endswith("_O"):
+                values[name] = value[sampled]
+            elif name.endswith("_I"):
+                values[name] = value[prompts]
+            elif name.startswith("routed_"):
+                values[name] = value[routed]
         values |= tops
     return StepOutputs(**values | {name: values[name] & _ID_MASK for name in _KEYS})
 
