@@ -250,11 +250,49 @@ def _load(
     domains: Sequence[int],
 ) -> tuple[Decoder, str]:
     """Return the rank's share of the model, and a description of its all-to-all."""
-    dtype = getattr(torch, model_config.dtype)
+    checkpoint = None if config.load_format == "dummy" else Checkpoint(config.model)
+    context, all_to_all = _context(
+        config, model_config, checkpoint, rank, num_ranks, node, device, group=group, domains=domains
+    )
+    compiling = None
+    if context.ops.on_device:
+        from expertwire.engine.runner import precompile
+
+        compiling = precompile.start(config, model_config, rank, num_ranks, device, domains, sharers)
+    model = load_model(
+        model_config,
+        context,
+        checkpoint,
+        quantize=config.quantization,
+        seed=config.seed,
+        sharers=sharers if device == "cpu" else 1,
+        progress=rank == 0,
+    )
+    if compiling is not None:
+        compiling.wait()
+    return model, all_to_all
+
+
+def _context(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    checkpoint: Checkpoint | None,
+    rank: int,
+    num_ranks: int,
+    node: str,
+    device: str,
+    *,
+    group: groups.Group,
+    domains: Sequence[int],
+) -> tuple[RankContext, str]:
+    """Return what the rank's layers are built with, and a description of its all-to-all.
+
+    Raises:
+        ValueError: the model does not fit into the GPU's memory.
+    """
     placement: Placement | None = None
     all_to_alls: tuple[AllToAll, ...] = ()
     all_to_all, exchange_tokens = "", None
-    checkpoint = None if config.load_format == "dummy" else Checkpoint(config.model)
     ops = kernels.choose(device, fast=config.numerics == "fast", attention=config.attention_backend)
     if any(model_config.sparse_layers):
         redundant, num_layers = config.num_redundant_experts, model_config.num_layers
@@ -275,30 +313,14 @@ def _load(
         all_to_alls, all_to_all = _all_to_alls(config, exchange, ops, node, device)
     context = RankContext(
         rank=rank,
-        dtype=dtype,
+        dtype=getattr(torch, model_config.dtype),
         device=device,
         ops=ops,
         placement=placement,
         all_to_alls=all_to_alls,
         exchange_tokens=exchange_tokens,
     )
-    compiling = None
-    if ops.on_device:
-        from expertwire.engine.runner import precompile
-
-        compiling = precompile.start(config, model_config, rank, num_ranks, device, domains, sharers)
-    model = load_model(
-        model_config,
-        context,
-        checkpoint,
-        quantize=config.quantization,
-        seed=config.seed,
-        sharers=sharers if device == "cpu" else 1,
-        progress=rank == 0,
-    )
-    if compiling is not None:
-        compiling.wait()
-    return model, all_to_all
+    return context, all_to_all
 
 
 def _check_fits(

@@ -161,8 +161,8 @@ class ExpertMoves(NamedTuple):
     layer: int
     source_M: I32  # physical experts to copy from
     target_M: I32  # physical experts to copy to
-    logical_S: I32  # the logical expert of each physical one from this step on; empty: unchanged
-    turns_S: I32  # each physical expert's share of its logical expert's rows, in turns; empty: unchanged
+    logical_X: I32  # the logical expert of each physical one from this step on; empty: unchanged
+    turns_X: I32  # each physical expert's share of its logical expert's rows, in turns; empty: unchanged
 
 
 def _empty() -> np.ndarray:
@@ -212,8 +212,8 @@ class StepPlan(_Message):
 
     move_source_M: I32 = field(default_factory=_empty)
     move_target_M: I32 = field(default_factory=_empty)
-    move_logical_S: I32 = field(default_factory=_empty)
-    move_turns_S: I32 = field(default_factory=_empty)
+    move_logical_X: I32 = field(default_factory=_empty)
+    move_turns_X: I32 = field(default_factory=_empty)
 
     def with_moves(self, moves: ExpertMoves) -> StepPlan:
         """Return the same step with these moves of experts before it."""
@@ -225,7 +225,7 @@ class StepPlan(_Message):
         if self.move_layer < 0:
             return None
         return ExpertMoves(
-            self.move_layer, self.move_source_M, self.move_target_M, self.move_logical_S, self.move_turns_S
+            self.move_layer, self.move_source_M, self.move_target_M, self.move_logical_X, self.move_turns_X
         )
 
     def rank(self, rank: int) -> RankPlan:

@@ -27,6 +27,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,18 +99,18 @@ def cases() -> Iterator[tuple[str, Callable[[], Digests]]]:
     architectures = module("helpers.architectures", "architectures")
     with tempfile.TemporaryDirectory(prefix="digests-") as scratch:
         folders: list[tuple[str, Callable[[], Path]]] = [
-            (name, lambda name=name: architectures.folder(name)) for name in architectures.all_of_them()
+            (name, partial(architectures.folder, name)) for name in architectures.all_of_them()
         ]
         folders += list(quantised_checkpoints(Path(scratch)))
         for name, folder in folders:
             for dtype in ("float32", "bfloat16"):
                 for ep_size in (1, 2):
-                    options = {"dtype": dtype, "ep_size": ep_size}
-                    yield f"{name} {dtype} ep{ep_size}", lambda f=folder, o=options: model_digests(f(), o)
+                    sizes = {"dtype": dtype, "ep_size": ep_size}
+                    yield f"{name} {dtype} ep{ep_size}", partial(model_digests, folder, sizes)
         for name, architecture, options in VARIANTS:
             yield (
                 f"{name} ({architecture})",
-                lambda a=architecture, o=options: model_digests(architectures.folder(a), o),
+                partial(model_digests, partial(architectures.folder, architecture), options),
             )
 
 
@@ -144,19 +145,22 @@ def quantised_checkpoints(scratch: Path) -> Iterator[tuple[str, Callable[[], Pat
         return folder
 
     for name, fused in formats.CASES:
-        yield f"{name}{', fused' if fused else ''}", lambda name=name, fused=fused: make(name, fused)
+        yield f"{name}{', fused' if fused else ''}", partial(make, name, fused)
 
 
 # ---- models
 
 
-def model_digests(folder: Path, options: dict[str, Any]) -> Digests:
-    """Serve prompts of several lengths, longer and shorter than a step, once computed and once from the prefix cache."""
+def model_digests(make: Callable[[], Path], options: dict[str, Any]) -> Digests:
+    """Make a checkpoint and serve prompts, once computed and once from the prefix cache.
+
+    They are of several lengths, longer and shorter than a step.
+    """
     config = of_several("EngineConfig", "expertwire.engine.config.engine_config", "expertwire.engine.config")
     options = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "kv_cache_memory_bytes": 20_000_000, **options}
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 250, length).tolist() for length in (1, 17, 40, 100, 150)]
-    common = {"max_tokens": 12, "ignore_eos": True}
+    common: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
     greedy = SamplingParams(temperature=0.0, logprobs=4, prompt_logprobs=3, **common)
     plain = SamplingParams(temperature=0.0, logprobs=0, **common)
     seeded = [
@@ -166,7 +170,7 @@ def model_digests(folder: Path, options: dict[str, Any]) -> Digests:
         SamplingParams(temperature=0.7, seed=4, repetition_penalty=1.3, presence_penalty=0.5, logprobs=2, **common),
         SamplingParams(temperature=0.9, seed=5, frequency_penalty=0.4, logit_bias={7: 3.0, 9: -5.0}, **common),
     ]
-    with LLM(folder, **named_for(config, options)) as llm:
+    with LLM(make(), **named_for(config, options)) as llm:
 
         def run(params: Any) -> str:
             return digest(outputs(llm.generate(prompts, params, use_tqdm=False)))

@@ -347,7 +347,7 @@ def _in_one_process(run: Run, name: str, num_ranks: int, tokens: int, format: st
 
 
 def _loopback(run: Run) -> None:
-    """One rank of 8 with its peers' arenas on this GPU: what its kernels take without a wire."""
+    """One rank of 8 with its peers' symmetric buffers on this GPU: the time of its kernels without a link between GPUs."""
     from expertwire.bench.all_to_all import loopback
 
     for tokens in (1, 128, 1024):

@@ -40,7 +40,7 @@ class RankModel:
         quantize: `EngineConfig.quantization`.
         kv_cache_dtype: `EngineConfig.kv_cache_dtype`.
         fast: whether `EngineConfig.numerics` is "fast".
-        num_parts: in which the tokens of a forward pass are computed.
+        num_micro_batches: in which the tokens of a forward pass are computed.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RankModel:
         quantize: str | None = None,
         kv_cache_dtype: Literal["auto", "fp8"] = "auto",
         fast: bool = False,
-        num_parts: int = 1,
+        num_micro_batches: int = 1,
     ) -> None:
         group = SoloGroup() if group is None else group
         config = read_model_config(folder, dtype, kv_cache_dtype)
@@ -70,7 +70,7 @@ class RankModel:
                 top_k=config.top_k,
                 dtype=torch_dtype,
             )
-            all_to_alls = tuple(ReferenceAllToAll(spec) for _ in range(num_parts))
+            all_to_alls = tuple(ReferenceAllToAll(spec) for _ in range(num_micro_batches))
         context = RankContext(
             rank=group.rank,
             dtype=torch_dtype,
@@ -79,7 +79,7 @@ class RankModel:
             placement=placement,
             all_to_alls=all_to_alls,
         )
-        self.config, self._size, self._num_parts = config, group.size, num_parts
+        self.config, self._size, self._num_micro_batches = config, group.size, num_micro_batches
         self.model = load_model(config, context, Checkpoint(folder), quantize=quantize)
         self._num_blocks = max_tokens // BLOCK_SIZE
         num_blocks = [self._num_blocks + 1] * len(config.cache_specs())
@@ -112,7 +112,7 @@ class RankModel:
 
     def _forward(self, ids: Sequence[int], start: int, blocks_CW: np.ndarray) -> np.ndarray:
         batches, begin = [], 0
-        for [num] in split_tokens([len(ids)], min(self._num_parts, len(ids))):
+        for [num] in split_tokens([len(ids)], min(self._num_micro_batches, len(ids))):
             part, num_tokens_P = ids[begin : begin + num], [num] * self._size
             batches.append(prompt_batch(part, start + begin, blocks_CW, BLOCK_SIZE, num_tokens_P))
             begin += num

@@ -168,8 +168,8 @@ class HostTransfer:
         pass
 
 
-class Event(Protocol):
-    """A point in a stream's work."""
+class UploadEvent(Protocol):
+    """A point in the work of an `UploadStream`."""
 
     def synchronize(self) -> None:
         """Wait until all work before it is done."""
@@ -195,7 +195,7 @@ class UploadStream(Protocol):
         """Enqueue the GPU work of `work`."""
         ...
 
-    def record(self) -> Event:
+    def record(self) -> UploadEvent:
         """Return the point behind the work enqueued so far."""
         ...
 
@@ -245,7 +245,7 @@ class PinnedTransfer:
     def __init__(self, stream: UploadStream, chunk_bytes: int) -> None:
         self._stream = stream
         self._buffers = [stream.pinned(chunk_bytes) for _ in range(2)]
-        self._copied: list[Event | None] = [None, None]
+        self._copied: list[UploadEvent | None] = [None, None]
         self._next = 0
 
     def start(self) -> None:

@@ -117,9 +117,9 @@ def _all_to_all(spec: AllToAllSpec, of: Rank, ops: kernels.Ops) -> AllToAll:
     from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
     from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 
-    arena = torch.empty(BufferLayout.of(spec).nbytes, dtype=torch.uint8, device=_DEVICE)
+    memory = torch.empty(BufferLayout.of(spec).nbytes, dtype=torch.uint8, device=_DEVICE)
     limit_ns = int(spec.timeout_s * 1e9)  # a number of turns elsewhere, and no more than a number here
-    return NvlinkGpuAllToAll(spec, [arena] * of.num_ranks, num_programs=of.gpu.num_sms, max_turns=limit_ns)
+    return NvlinkGpuAllToAll(spec, [memory] * of.num_ranks, num_programs=of.gpu.num_sms, max_turns=limit_ns)
 
 
 class _StoragelessDecoder(Decoder):

@@ -18,8 +18,8 @@ _ALIGNMENT = 16  # bytes: kernels are compiled apart for pointers that are not
 _BYTES = 1 << 18  # of a buffer at first
 
 
-class Event(Protocol):
-    """A CUDA event (`torch.cuda.Event`), or nothing to wait for."""
+class BufferEvent(Protocol):
+    """The end of a buffer's use: a CUDA event (`torch.cuda.Event`), or nothing to wait for."""
 
     def record(self) -> None:
         """Mark the work that the current stream was given so far."""
@@ -37,7 +37,7 @@ class HostMemory(Protocol):
         """Return u8 [num_bytes], from which a device can copy asynchronously."""
         ...
 
-    def event(self) -> Event: ...
+    def event(self) -> BufferEvent: ...
 
 
 class PinnedMemory:
@@ -46,7 +46,7 @@ class PinnedMemory:
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def event(self) -> Event:
+    def event(self) -> BufferEvent:
         return torch.cuda.Event()
 
 
@@ -64,7 +64,7 @@ class PlainMemory:
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def event(self) -> Event:
+    def event(self) -> BufferEvent:
         return _Done()
 
 

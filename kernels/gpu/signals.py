@@ -4,7 +4,7 @@
     wait_for_signals    wait until the signal of every rank is there, or one is late, which is reported to all ranks for good
     wait_for_signals_kernel    a kernel that does so
 
-A signal line is what one rank writes into another's buffer: epoch and count
+A signal is what one rank writes into another's buffer, in a cache line of its own: epoch and count
 (`comm.all_to_all.symmetric_buffer`).
 
 Rows are stored by ordinary stores (`st.global.v4`), and only signals are ordered. After its rows a program has a barrier and an
@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LINE_BYTES = tl.constexpr(128)
+SIGNAL_BYTES = tl.constexpr(128)
 
 
 @triton.jit
@@ -34,8 +34,8 @@ def as_words(address):
 
 @triton.jit
 def signal_address(address, region, rank):
-    """Return the address of a rank's signal line."""
-    return (address + region + rank * LINE_BYTES).to(tl.pointer_type(tl.int64))
+    """Return the address of a rank's signal."""
+    return (address + region + rank * SIGNAL_BYTES).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
@@ -53,12 +53,12 @@ def signal_when_done(
         tl.store(done_ptr, 0)
         peer = tl.arange(0, RANKS)
         exists = peer < num_ranks
-        line = signal_address(tl.load(peers_ptr + peer, mask=exists, other=0), region, me)
+        signal = signal_address(tl.load(peers_ptr + peer, mask=exists, other=0), region, me)
         epoch = tl.load(epoch_ptr)
         if COUNTED:
-            tl.store(line + 1, tl.load(counts_ptr + peer, mask=exists, other=0), mask=exists)
+            tl.store(signal + 1, tl.load(counts_ptr + peer, mask=exists, other=0), mask=exists)
             tl.debug_barrier()
-        tl.atomic_xchg(line, tl.zeros([RANKS], tl.int64) + epoch, mask=exists, sem="release", scope="sys")
+        tl.atomic_xchg(signal, tl.zeros([RANKS], tl.int64) + epoch, mask=exists, sem="release", scope="sys")
 
 
 @triton.jit

@@ -38,7 +38,7 @@ class Migration:
     def next_moves(self) -> ExpertMoves | None:
         """Return the moves of the next step; None: the migration is complete."""
         moves = next(self._moves, None)
-        if moves is not None and len(moves.logical_S):
+        if moves is not None and len(moves.logical_X):
             switched_L = np.arange(self._after.num_layers) == moves.layer
             self.placement = merge_layers(self.placement, self._after, switched_L)
         return moves

@@ -48,7 +48,7 @@ class ExpertMover:
         started = time.perf_counter()
         if len(moves.target_M):
             self._exchange(moves, weights)
-        if len(moves.logical_S):
+        if len(moves.logical_X):
             self._switch(moves, weights)
         _synchronize(weights[0])
         return int((time.perf_counter() - started) * 1e6)
@@ -82,10 +82,10 @@ class ExpertMover:
         self._arrived.clear()
         layer = Placement(
             num_logical=self._placement.num_logical,
-            phy2log=moves.logical_S,
+            phy2log=moves.logical_X,
             rank_offsets=self._placement.rank_offsets,
             domains=self._placement.domains,
-            shares=moves.turns_S,
+            shares=moves.turns_X,
         )
         log2phy_QE = self._layers[moves.layer].log2phy_QE
         assert log2phy_QE is not None, f"layer {moves.layer} takes logical experts as they are"

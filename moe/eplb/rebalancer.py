@@ -65,7 +65,7 @@ class Rebalancer:
         if moves is None:
             self._migration = None
             return False, None
-        switches = len(moves.logical_S) > 0
+        switches = len(moves.logical_X) > 0
         if switches:
             self._pending.append(self._migration.placement)
         return switches, moves
@@ -141,5 +141,5 @@ class Rebalancer:
         self._stats["moving_steps"] += 1
         self._stats["moving_us"] += elapsed_us
         self._stats["longest_us"] = max(self._stats["longest_us"], elapsed_us)
-        if len(moves.logical_S):
+        if len(moves.logical_X):
             self._load.placement = self._pending.popleft()

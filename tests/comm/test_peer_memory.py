@@ -52,15 +52,15 @@ def test_every_rank_writes_into_every_other_until_the_group_is_closed(torch_on_g
 
     def run(rank, store):
         group = joined(rank, store, device)
-        arenas = symmetric_memory.symmetric(group, NBYTES, torch.device("cuda", rank))
-        assert not arenas[rank].any()
+        memories = symmetric_memory.symmetric(group, NBYTES, torch.device("cuda", rank))
+        assert not memories[rank].any()
         group.barrier()
         gc.collect()  # what nobody holds would go now
-        for arena in arenas:
-            arena[16 * rank : 16 * rank + 16] = rank + 1
+        for memory in memories:
+            memory[16 * rank : 16 * rank + 16] = rank + 1
         group.barrier()
-        found = arenas[rank][: 16 * RANKS].tolist()
-        view = arenas[(rank + 1) % RANKS][5:]
+        found = memories[rank][: 16 * RANKS].tolist()
+        view = memories[(rank + 1) % RANKS][5:]
         group.barrier()
         group.close()
         with pytest.raises(IllegalAddress):
@@ -105,8 +105,8 @@ def test_engines_of_one_process_have_memory_of_their_own(torch_on_gpus):
 def test_two_ranks_on_one_gpu_are_refused_unless_they_may(torch_on_gpus, monkeypatch):
     def run(rank, store):
         group = joined(rank, store, "cpu")
-        arenas = symmetric_memory.symmetric(group, NBYTES, torch.device("cuda", 0))
-        return len(arenas)
+        memories = symmetric_memory.symmetric(group, NBYTES, torch.device("cuda", 0))
+        return len(memories)
 
     with pytest.raises(RuntimeError, match="overlapping devices"):
         on_ranks(run)

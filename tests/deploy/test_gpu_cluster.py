@@ -147,11 +147,11 @@ class Rank:
         found = topology_probe.assemble(reports)
         choice = choose("auto", BackendConditions(topology=found, device="cuda", step_rows=1 << 20, row_bytes=1 << 14))
         self.domain, self.nodes = found.num_domains, found.node_P()
-        arenas = symmetric_memory.symmetric(group, NBYTES, torch.device(device))
-        for arena in arenas:
-            arena[self.rank] = 1
+        memories = symmetric_memory.symmetric(group, NBYTES, torch.device(device))
+        for memory in memories:
+            memory[self.rank] = 1
         group.barrier()
-        self.arrived = int(arenas[self.rank].sum())
+        self.arrived = int(memories[self.rank].sum())
         empty = np.zeros(0, np.int64)
         link.send({"device": text("cuda"), "all_to_all": text(str(choice)), "place": empty})
         link.recv()

@@ -38,10 +38,10 @@ def of_slots(step):
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9), st.booleans()), min_size=1, max_size=8),
     st.integers(1, 3),
 )
-def test_parts_have_each_token_once_and_in_order(sequences, num_parts):
+def test_parts_have_each_token_once_and_in_order(sequences, num_micro_batches):
     plan = rank_plan(sequences)
-    [whole], parts = micro_batches(plan), micro_batches(plan, num_parts)
-    for part, [num] in zip(parts, split_tokens([len(whole.slot_T)], num_parts), strict=True):
+    [whole], parts = micro_batches(plan), micro_batches(plan, num_micro_batches)
+    for part, [num] in zip(parts, split_tokens([len(whole.slot_T)], num_micro_batches), strict=True):
         nums = np.diff(part.cu_seqlens_q)
         assert nums.sum() == len(part.slot_T) == num
         assert (nums > 0).all()
@@ -65,7 +65,7 @@ def test_parts_have_each_token_once_and_in_order(sequences, num_parts):
 def test_every_architecture(name):
     """Also where sequences are cut in the middle of a window or a chunk, and with shared experts, index and latents."""
     folder = architectures.folder(name)
-    whole, halves = RankModel(folder), RankModel(folder, num_parts=2)
+    whole, halves = RankModel(folder), RankModel(folder, num_micro_batches=2)
     for length in (2, 75):
         ids = tiny.prompt(length, seed=length)
         assert np.array_equal(halves.logits(ids), whole.logits(ids)), f"{length} tokens"

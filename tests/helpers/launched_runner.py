@@ -31,7 +31,7 @@ class Alone(SoloGroup):
         self.size = size
 
 
-def build(num_ranks, max_tokens, capture, *, device="cpu", num_parts=1):
+def build(num_ranks, max_tokens, capture, *, device="cpu", num_micro_batches=1):
     """With several parts, their all-to-alls have streams of their own."""
     folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
     config, ops = read_model_config(folder, "bfloat16"), kernels.triton(H200)
@@ -43,19 +43,19 @@ def build(num_ranks, max_tokens, capture, *, device="cpu", num_parts=1):
         hidden_size=config.hidden_size,
         top_k=config.top_k,
         dtype=torch.bfloat16,
-        num_micro_batches=num_parts,
+        num_micro_batches=num_micro_batches,
     )
     if num_ranks == 1:
-        all_to_alls = [LocalAllToAll(spec, ops.permute) for _ in range(num_parts)]
+        all_to_alls = [LocalAllToAll(spec, ops.permute) for _ in range(num_micro_batches)]
     else:
         memories = [torch.zeros(BufferLayout.of(spec).nbytes, dtype=torch.uint8) for _ in range(num_ranks)]
-        all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=132) for _ in range(num_parts)]
-    if num_parts > 1:
+        all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=132) for _ in range(num_micro_batches)]
+    if num_micro_batches > 1:
         all_to_alls = map(on_stream, all_to_alls)
     context = RankContext(
         rank=0, dtype=torch.bfloat16, device=device, ops=ops, placement=placement, all_to_alls=tuple(all_to_alls)
     )
     model, specs = load_model(config, context, Checkpoint(folder)), config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
-    options = {"num_ranks": num_ranks, "num_micro_batches": num_parts, "max_num_seqs": MAX_RUNNING}
+    options = {"num_ranks": num_ranks, "num_micro_batches": num_micro_batches, "max_num_seqs": MAX_RUNNING}
     return config, ModelRunner(model=model, caches=caches, capture=capture, **options, **SIZES)

@@ -106,10 +106,10 @@ def streams(monkeypatch):
         yield streams
 
 
-@pytest.mark.parametrize("num_parts", [1, 2], ids=["whole steps", "halves"])
-def test_steps_launched_ahead_share_no_memory_too_early(streams, num_parts):
+@pytest.mark.parametrize("num_micro_batches", [1, 2], ids=["whole steps", "halves"])
+def test_steps_launched_ahead_share_no_memory_too_early(streams, num_micro_batches):
     """Check pinned buffers and memory of two streams, with two steps in flight, in micro-batches on three streams."""
-    config, runner = build(1, MAX_TOKENS, None, device=DEVICE, num_parts=num_parts)
+    config, runner = build(1, MAX_TOKENS, None, device=DEVICE, num_micro_batches=num_micro_batches)
     runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     serve(config, runner, ahead=runner.depth - 1)
 
@@ -125,7 +125,7 @@ def test_a_captured_step_ends_on_the_stream_it_began_on(streams, num_ranks):
         unjoined.append(streams.unjoined())
         return Captured(lambda: None, out)
 
-    _, runner = build(num_ranks, MAX_TOKENS, capture, device=DEVICE, num_parts=2)
+    _, runner = build(num_ranks, MAX_TOKENS, capture, device=DEVICE, num_micro_batches=2)
     runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     assert unjoined
     assert not any(unjoined)
@@ -158,7 +158,7 @@ def test_what_is_done_before_a_capture_is_ordered_too(streams, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph, raising=False)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     capture = cuda_graphs.cuda(lambda: meetings.append(len(captures)))
-    _, runner = build(2, MAX_TOKENS, capture, device=DEVICE, num_parts=2)
+    _, runner = build(2, MAX_TOKENS, capture, device=DEVICE, num_micro_batches=2)
     runner.warm_up(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=MAX_RUNNING)
     assert len(captures) > 3
     assert meetings == list(range(len(captures))), "all ranks meet before each"
@@ -173,7 +173,7 @@ def test_a_result_that_is_read_too_early_is_found(streams, monkeypatch):
 
 def test_a_stream_that_waits_for_nothing_is_found(streams):
     """Check a stream that would get memory that the step before still reads."""
-    config, runner = build(1, MAX_TOKENS, None, device=DEVICE, num_parts=2)
+    config, runner = build(1, MAX_TOKENS, None, device=DEVICE, num_micro_batches=2)
     for all_to_all in runner._model.context.all_to_alls:
         all_to_all._stream.wait_stream = lambda stream: None
     with pytest.raises(StreamOrderError, match=r"on stream \d may be given memory of \w+ that was freed and main"):

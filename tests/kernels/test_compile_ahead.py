@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-from expertwire.comm.all_to_all import symmetric_buffer as arena
+from expertwire.comm.all_to_all import symmetric_buffer
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.models.decoder import Decoder
@@ -126,7 +126,7 @@ def test_ranks_of_a_node_launch_the_same_kernels():
 
 def test_steps_of_several_exchanges_are_warmed_up_as_such(monkeypatch):
     """The kernels of an exchange depend on its number of tokens, and so do the captured steps."""
-    monkeypatch.setattr(arena, "EXCHANGE_BYTES", 0)
+    monkeypatch.setattr(symmetric_buffer, "EXCHANGE_BYTES", 0)
     of = rank(CONFIGS / "qwen3-30b-a3b", 8)
     of = replace(of, config=replace(of.config, max_num_batched_tokens=512))
     taken, found = [], NvlinkGpuAllToAll.dispatch_send

@@ -83,15 +83,15 @@ def test_quantising_in_the_dispatch_equals_quantising_before(few_ids, dtype):
     case = Exchange(tokens=(3, 4), max_tokens=5, top_k=3, num_experts=5, ids="holes", form="fp8 and scales, wide")
     generator = torch.Generator().manual_seed(3)
     x = [exact_rows(num, 256, generator).to(dtype) for num in case.tokens]
-    arenas = []
+    buffers = []
     for given in (x, [quantize.pack(quantize.reference(rows)) for rows in x]):
         memories = room(case, 2)
         for rank, all_to_all in enumerate(make_over(memories, case, few_ids)):
             all_to_all.dispatch_send(given[rank], torch.from_numpy(case.sent(rank, 0, 2)[1]), case.tokens)
-        arenas.append(torch.stack(memories))
-    differences = (arenas[0] != arenas[1]).nonzero()
+        buffers.append(torch.stack(memories))
+    differences = (buffers[0] != buffers[1]).nonzero()
     assert not len(differences), f"byte {differences[0].tolist()} of {len(differences)}"
-    assert arenas[0].count_nonzero() > 6 * 256
+    assert buffers[0].count_nonzero() > 6 * 256
 
 
 IDS = torch.tensor([[0, 1, 5], [3, -1, 2], [-1, -1, -1], [4, 0, 3]])

@@ -28,7 +28,7 @@ SIZES = {"max_model_len": 64, "block_size": 16}
 NUM_BLOCKS, MAX_RUNNING = 17, 4
 
 
-def build(folder, ops, num_parts, capture):
+def build(folder, ops, num_micro_batches, capture):
     config = read_model_config(folder, "float32")
     placement = place(config.num_experts, 1) if any(config.sparse_layers) else None
     all_to_alls = ()
@@ -42,14 +42,14 @@ def build(folder, ops, num_parts, capture):
             dtype=torch.float32,
         )
         one = LocalAllToAll(spec, ops.permute) if ops.on_device else ReferenceAllToAll(spec)
-        all_to_alls = (one,) * num_parts
+        all_to_alls = (one,) * num_micro_batches
     context = RankContext(
         rank=0, dtype=torch.float32, device="cpu", ops=ops, placement=placement, all_to_alls=all_to_alls
     )
     model = load_model(config, context, Checkpoint(folder))
     specs = config.cache_specs()
     caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
-    options = {"num_ranks": 1, "num_micro_batches": num_parts, "max_num_seqs": MAX_RUNNING, "capture": capture}
+    options = {"num_ranks": 1, "num_micro_batches": num_micro_batches, "max_num_seqs": MAX_RUNNING, "capture": capture}
     return config, ModelRunner(model=model, caches=caches, **options, **SIZES)
 
 
@@ -67,9 +67,9 @@ def requests(folder):
     ]
 
 
-def serve(folder, ops, num_parts=1, num_requests=5, capture=None):
+def serve(folder, ops, num_micro_batches=1, num_requests=5, capture=None):
     """Tokens and log-probabilities by request, the ranks' load, and the experts of the request that has asked."""
-    config, runner = build(folder, ops, num_parts, capture)
+    config, runner = build(folder, ops, num_micro_batches, capture)
     if ops.on_device:
         runner.warm_up(max_num_batched_tokens=4, max_num_seqs=2)
     scheduler = Scheduler(
@@ -107,12 +107,12 @@ def serve(folder, ops, num_parts=1, num_requests=5, capture=None):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe"])
-@pytest.mark.parametrize(("num_parts", "num_requests"), [(1, 5), (2, 2)], ids=["whole steps", "halves"])
-def test_the_same_tokens_as_on_the_cpu(kind, num_parts, num_requests):
+@pytest.mark.parametrize(("num_micro_batches", "num_requests"), [(1, 5), (2, 2)], ids=["whole steps", "halves"])
+def test_the_same_tokens_as_on_the_cpu(kind, num_micro_batches, num_requests):
     folder = tiny_checkpoints.cached(kind, num_hidden_layers=2)  # one sparse, one dense
     expected = serve(folder, kernels.cpu(), num_requests=num_requests)
     capture = FakeCapture()
-    found = serve(folder, kernels.triton(describe("cpu")), num_parts, num_requests, capture)
+    found = serve(folder, kernels.triton(describe("cpu")), num_micro_batches, num_requests, capture)
     assert capture.replays > 0
     assert found[0] == expected[0]
     for part in (1, 2):

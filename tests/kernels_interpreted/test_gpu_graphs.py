@@ -103,7 +103,7 @@ def serve(group, folder, captured):
         if capture and capture.replays > before:
             most = int(plan.rank(group.rank).sched_num_S.max(initial=0))
             replayed.append((plan.num_tokens_P.tolist()[group.rank], most, int(plan.num_tokens_P.max())))
-            switched.append(moves is not None and len(moves.logical_S) > 0)
+            switched.append(moves is not None and len(moves.logical_X) > 0)
         load = load + result.expert_load
         outputs = scheduler.commit(plan, everyones_results(group, result), 0.0)
         seen.append([outputs.key_O, outputs.token_O, outputs.logprob_O, outputs.top_ids, outputs.top_logprobs])

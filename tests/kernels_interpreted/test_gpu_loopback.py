@@ -1,4 +1,4 @@
-"""The bench's loopback, interpreted: one rank plays its part against arenas in which the others have done theirs. And its ranks
+"""The bench's loopback, interpreted: one rank plays its part against buffers in which the others have done theirs. And its ranks
 that share a GPU."""
 
 import numpy as np

@@ -44,7 +44,7 @@ def quantised(e, parts, columns):
     return QuantizedWeight(format="fp8_block", data=data, scales=scales, parts=parts)
 
 
-def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_parts: int = 1, **options: Any) -> MoeLayer:
+def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_micro_batches: int = 1, **options: Any) -> MoeLayer:
     """Of Qwen3-30B-A3B, on rank 0."""
     placement, ops = place(E, ranks, redundant), registry.triton(H200)
     group: Any = Member(0, ranks)
@@ -55,7 +55,7 @@ def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_parts: int =
         hidden_size=D,
         top_k=K,
         dtype=torch.bfloat16,
-        num_micro_batches=num_parts,
+        num_micro_batches=num_micro_batches,
     )
     if fp8 and ranks > 1:
         spec = packed(spec)
@@ -64,7 +64,7 @@ def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_parts: int =
         all_to_alls = [LocalAllToAll(spec, ops.permute)]
     else:
         memories = [meta(BufferLayout.of(spec).nbytes, dtype=torch.uint8)] * ranks
-        all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=H200.num_sms) for _ in range(num_parts)]
+        all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=H200.num_sms) for _ in range(num_micro_batches)]
     e = len(placement.experts_of(0))
     w13, w2 = (quantised(e, (F, F), D), quantised(e, (D,), F)) if fp8 else (meta(e, 2 * F, D), meta(e, D, F))
     return prepare(
@@ -161,7 +161,7 @@ def test_nothing_is_compiled_after_warm_up(ranks, fp8, exchange_tokens):
 
 def test_experts_leave_multiprocessors_to_the_rows_of_the_other_part():
     with FakeLaunches() as fake:
-        alone, overlapped = layer(8), layer(8, num_parts=2)
+        alone, overlapped = layer(8), layer(8, num_micro_batches=2)
         grids = []
         for moe in (alone, overlapped):
             fake.take()
@@ -178,7 +178,7 @@ def test_experts_leave_multiprocessors_to_the_rows_of_the_other_part():
 def test_of_two_parts_one_warp_waits():
     """A program an expert would wait on multiprocessors that the other part's experts have been told to be theirs."""
     with FakeLaunches() as fake:
-        moe = layer(8, num_parts=2)
+        moe = layer(8, num_micro_batches=2)
         fake.take()
         run(moe, [1] * 8)
         found = fake.take()

@@ -30,8 +30,8 @@ def test_turns():
 
 
 def test_every_rank_has_its_tokens_in_some_part():
-    for num_parts in (1, 2, 3):
-        parts = split_tokens([0, 1, 2, 7, 12], num_parts)
+    for num_micro_batches in (1, 2, 3):
+        parts = split_tokens([0, 1, 2, 7, 12], num_micro_batches)
         assert np.sum(parts, axis=0).tolist() == [0, 1, 2, 7, 12]
         assert all(np.ptp(of_rank) <= 1 for of_rank in np.transpose(parts)), parts
     assert split_tokens([5, 0, 1], 2) == [[3, 0, 1], [2, 0, 0]]

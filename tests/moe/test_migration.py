@@ -43,12 +43,12 @@ def test_moves_lead_from_one_placement_to_the_other(experts, ranks, redundant, m
         assert np.bincount(rank_X[moves.target_M], minlength=1).max(initial=0) <= max_moves
         # What is copied is what the slot holds while the old placement is in force.
         arrived |= {int(t): held[moves.layer, s] for s, t in zip(moves.source_M, moves.target_M, strict=True)}
-        if len(moves.logical_S):
+        if len(moves.logical_X):
             for slot, expert in arrived.items():
                 held[moves.layer, slot] = expert
-            assert (held[moves.layer] == moves.logical_S).all(), "a slot holds another expert than the placement says"
-            assert (migration.placement.layer(moves.layer) == moves.logical_S).all()
-            assert (np.rint(migration.placement.shares[moves.layer] * ranks * TURNS) == moves.turns_S).all()
+            assert (held[moves.layer] == moves.logical_X).all(), "a slot holds another expert than the placement says"
+            assert (migration.placement.layer(moves.layer) == moves.logical_X).all()
+            assert (np.rint(migration.placement.shares[moves.layer] * ranks * TURNS) == moves.turns_X).all()
             arrived.clear()
     assert not arrived
     assert (held == after.phy2log).all()

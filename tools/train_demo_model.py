@@ -1,4 +1,4 @@
-"""Trains the demo model and writes it in the Hugging Face hub's format: `python -m expertwire.bench.demo.train --help`.
+"""Train the demo model and write it in the Hugging Face hub's format: `python tools/train_demo_model.py --help`.
 
 A batch holds problems of one kind and size, so no row is padded, and is a function of (seed, step), so that a run that was
 stopped goes on from its state file as if it had not been.
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from demo_network import CONFIGS, DemoConfig, DemoModel
 from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from expertwire.bench.demo.network import CONFIGS, DemoConfig, DemoModel
 from expertwire.deploy.demo_task import EOS, PAD, QUESTION, UNKNOWN, WORDS, Kind, make_example
 
 TOKEN_IDS = {word: token_id for token_id, word in enumerate(WORDS)}
