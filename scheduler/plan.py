@@ -10,7 +10,8 @@ To add a field, declare it in the message with one of the array types below; the
 the declaration.
 
 P ranks, A admitted requests, S scheduled requests, B blocks added to block tables, M blocks copied
-or experts moved, O sampled tokens. The suffix `1` is one more than the letter (offsets).
+or experts moved, X physical experts, O sampled tokens. The suffix `1` is one more than the letter
+(offsets).
 """
 
 from __future__ import annotations
