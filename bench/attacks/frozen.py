@@ -45,8 +45,9 @@ async def _noticed(address: str, victim: psutil.Process) -> str | None:
     if not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE:
         return "killed"
     async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)  # whose methods are made when it is
         try:
-            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_S)
+            answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_S)
         except grpc.aio.AioRpcError as error:
             return "refused" if error.code() == grpc.StatusCode.UNAVAILABLE else None
     name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)

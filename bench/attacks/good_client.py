@@ -120,7 +120,7 @@ class _Client:
             return await _check(health_pb2_grpc.HealthStub(channel))
 
 
-async def _check(health: health_pb2_grpc.HealthStub) -> str:
+async def _check(health: Any) -> str:  # a `HealthStub`, whose methods are made when it is
     answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 

@@ -117,7 +117,7 @@ def _method(method: MethodDescriptor) -> Method:
 
 async def _call(channel: grpc.aio.Channel, method: Method, messages: list[bytes]) -> tuple[str, str]:
     """Make a call and read its first answer; return the status and its message."""
-    call = channel.stream_stream(method.path)(timeout=_ANSWER_S)
+    call: Any = channel.stream_stream(method.path)(timeout=_ANSWER_S)
     try:
         for message in messages:
             await call.write(message)
@@ -167,6 +167,7 @@ def _value(field: FieldDescriptor, rng: random.Random) -> Any:
     if field.type == FieldDescriptor.TYPE_BOOL:
         return rng.random() < 0.5
     if field.type == FieldDescriptor.TYPE_ENUM:
+        assert field.enum_type is not None, f"{field.full_name} has no enumeration"
         return rng.choice((*(value.number for value in field.enum_type.values), 99))
     if field.type == FieldDescriptor.TYPE_BYTES:
         return rng.randbytes(rng.randint(0, 64))

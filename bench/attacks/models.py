@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import expertwire
@@ -46,9 +47,9 @@ def folder_of(model: str, parent: Path) -> Path:
     return folder
 
 
-def _change_config(folder: Path, fields: dict[str, object]) -> None:
+def _change_config(folder: Path, fields: Mapping[str, object]) -> None:
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 def _spoil_embedding(folder: Path) -> None:

@@ -48,20 +48,19 @@ class RawConnection:
         self._credit = {0: _DEFAULT_WINDOW}  # what we may send, by stream
         self._initial_credit = _DEFAULT_WINDOW
         self._news = asyncio.Event()
-        self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def connect(self, host: str, port: int) -> Self:
         """Connect and send the preface."""
-        self._reader, self._writer = await asyncio.open_connection(host, port, limit=1 << 16)
+        reader, self._writer = await asyncio.open_connection(host, port, limit=1 << 16)
         if not self._reads:
             self._writer.transport.pause_reading()  # type: ignore[attr-defined]
         settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, self._window)
         more = struct.pack(">I", MAX_WINDOW - _DEFAULT_WINDOW)
         self._writer.write(_PREFACE + frame(_SETTINGS, 0, 0, settings) + frame(_WINDOW_UPDATE, 0, 0, more))
         if self._reads:
-            self._task = asyncio.create_task(self._read())
+            self._task = asyncio.create_task(self._read(reader))
         return self
 
     def start_call(self, path: str, host: str = "localhost") -> int:
@@ -85,6 +84,7 @@ class RawConnection:
             self._credit[0] -= len(part)
             self._credit[stream] -= len(part)
             self._write(frame(_DATA, _END_STREAM if end and not data else 0, stream, part))
+            assert self._writer is not None, "not connected"
             await self._writer.drain()
 
     async def call(self, path: str, message: Any) -> None:
@@ -106,15 +106,16 @@ class RawConnection:
             self._writer.transport.abort()
 
     def _write(self, data: bytes) -> None:
+        assert self._writer is not None, "not connected"
         if not self._writer.is_closing():
             self._writer.write(data)
 
-    async def _read(self) -> None:
+    async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
-                head = await self._reader.readexactly(9)
+                head = await reader.readexactly(9)
                 kind, flags, stream = struct.unpack(">BBI", head[3:])
-                payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
+                payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
                 self.received[_KINDS[kind] if kind < len(_KINDS) else str(kind)] += 1
                 self._handle(kind, flags, stream, payload)
 

@@ -6,6 +6,7 @@ S sequences, T tokens of a step, O sampled rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -79,5 +80,5 @@ def prompt_fields(slots: np.ndarray, positions: np.ndarray, found: dict[str, np.
 
 
 # The fields of a step that samples nothing, and of one without prompt rows.
-NO_TOKENS: Mapping[str, np.ndarray] = {"slot_O": _I32, "token_O": _I32, **fields((), _I32, 0)}
-NO_PROMPT_ROWS: Mapping[str, np.ndarray] = prompt_fields(_I32, _I32, fields((), _I32, 0))
+NO_TOKENS: Mapping[str, Any] = {"slot_O": _I32, "token_O": _I32, **fields((), _I32, 0)}
+NO_PROMPT_ROWS: Mapping[str, Any] = prompt_fields(_I32, _I32, fields((), _I32, 0))

@@ -48,7 +48,7 @@ class _Output(NamedTuple):
     """Part of a step's result: tensors on the device, and the function that makes fields of their arrays on the host."""
 
     tensors: Sequence[Tensor]
-    fields: Callable[[list[np.ndarray]], Mapping[str, np.ndarray]]
+    fields: Callable[[list[np.ndarray]], Mapping[str, Any]]
 
 
 class ModelRunner:
