@@ -46,7 +46,8 @@ def _joined(parts: Sequence[_Part]) -> Admissions:
     order = np.argsort(columns_5A[0], kind="stable")
     requests = [requests[i] for i in order.tolist()]
     hash_B2 = np.concatenate([part.hash_B2 for part in parts])
-    rank_A, num_cached_A, num_scheduled_A, parent_A, first_A = columns_5A[:, order]
+    # Contiguous, so that the loops are compiled for one kind of array.
+    rank_A, num_cached_A, num_scheduled_A, parent_A, first_A = np.ascontiguousarray(columns_5A[:, order])
     record_A = records(requests)
     return Admissions(requests, rank_A, num_cached_A, num_scheduled_A, parent_A, first_A, record_A, hash_B2)
 

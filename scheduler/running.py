@@ -134,7 +134,7 @@ class RunningBatch:
             hash_ZB2=self._hash_ZB2,
             sum_Z4=self._sum_Z4,
         )
-        self._selected_Z = np.zeros((2, num_rows), np.int32)
+        self._selected_Z = np.zeros((2, num_rows), np.int64)
 
     def admit(self, admissions: Admissions, tokens: np.ndarray, token_offsets_A1: np.ndarray) -> np.ndarray:
         """Give each request the lowest free slot of its rank; return i64 [A] rows, ascending.
@@ -171,7 +171,7 @@ class RunningBatch:
         """Select the rows of the next step: every decode, then prefills while the token budget lasts.
 
         Returns:
-            rows, i32; tokens of each, i32; the tokens that every rank's budget has left, i64 [P];
+            rows, i64; tokens of each, i64; the tokens that every rank's budget has left, i64 [P];
             and how many blocks each rank lacks for the rows, i64 [C, P].
         """
         config, (row_S, num_S) = self.config, self._selected_Z
@@ -279,9 +279,9 @@ class RunningBatch:
             new_num,
             step,
             np.empty(most, np.int32),
-            *np.empty((2, len(step.slot_S)), np.int32),
+            *np.empty((2, len(step.slot_S)), np.int64),
         )
-        return step if count == most else step._replace(block_4B=step.block_4B[:, :count])
+        return step if count == most else step._replace(block_4B=step.block_4B[:, :count].copy())
 
     def num_shareable(self, row: int, most: int) -> int:
         """Return how many of a row's first tokens, `most` at most, a fork can share, or 0.

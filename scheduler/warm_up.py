@@ -26,7 +26,7 @@ _CACHES = (
 def warm_up() -> None:
     """Serve a few requests on a simulated rank, with a common prefix, a fork and a preemption.
 
-    Takes some 20 s where nothing has been compiled yet, and otherwise a fraction of a second.
+    Takes some 10 s where nothing has been compiled yet, and otherwise a fraction of a second.
     """
     config = SchedulerConfig(
         num_ranks=1,

@@ -129,7 +129,7 @@ def charge_running(caches, batch, budget, in_progress, due_Z):
         in_set(in_progress, batch.hash_ZB2[at, batch.counters_Z[at].num_hashed, 0], True)
 
 
-@jit
+@jit(inner=True)
 def in_set(in_progress, hash0, add):
     """Return whether a block hash, by its first half, is in the set; put it there if `add`."""
     hash0 |= np.uint64(1)  # 0 is an empty place
@@ -143,7 +143,7 @@ def in_set(in_progress, hash0, add):
     return True
 
 
-@jit
+@jit(inner=True)
 def _find_rank(caches, blocks, block_size, budget, num_tokens, hash_B2, holder, num_held, worth, needed_C, taken_C):
     """Return the rank for a request, or `NONE`, and how many of its tokens that rank has cached.
 

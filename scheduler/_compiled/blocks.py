@@ -95,7 +95,7 @@ class Blocks(NamedTuple):
 # ---- reference counts and free queues
 
 
-@jit
+@jit(inner=True)
 def take_block(blocks, owner):
     """Return the number of the next free block, now with one reference.
 
@@ -116,7 +116,7 @@ def take_block(blocks, owner):
     return number
 
 
-@jit
+@jit(inner=True)
 def prefetch_free(blocks, owner, ahead, count):
     """Prefetch what `take_block` will touch for `count` blocks, after `ahead` others."""
     last_place = blocks.queues.shape[1] - 1
@@ -124,7 +124,7 @@ def prefetch_free(blocks, owner, ahead, count):
         prefetch(blocks.block_B, (blocks.queues[owner, at & last_place],))
 
 
-@jit
+@jit(inner=True)
 def share_block(blocks, owner, number):
     """Add a reference. A free block's entry stays in the queue, but is no longer valid."""
     if blocks.block_B[number].refs == 0:
@@ -133,7 +133,7 @@ def share_block(blocks, owner, number):
     blocks.block_B[number].refs += 1
 
 
-@jit
+@jit(inner=True)
 def drop_block(blocks, owner, number):
     """Drop a reference; free the block if it was the last: to the queue's end with a hash, else to its head.
 
@@ -155,7 +155,7 @@ def drop_block(blocks, owner, number):
     blocks.num_free[owner] += 1
 
 
-@jit
+@jit(inner=True)
 def compact_queues(blocks):
     """Remove invalid entries from the free queues where there are many, so that every block finds a place."""
     num_places = blocks.queues.shape[1]
@@ -192,39 +192,39 @@ def drop(blocks, number_B):
 # ---- block hashes
 
 
-@jit(inline="always")
+@jit(inner=True, inline="always")
 def bucket_of(blocks, owner, hash0):
     """Return the bucket of an owner's blocks whose hash begins with `hash0`."""
     return (hash0 ^ (np.uint64(owner) * _OWNER_FACTOR)) & np.uint64(len(blocks.buckets) - 1)
 
 
-@jit(inline="always")
+@jit(inner=True, inline="always")
 def _set_holder(blocks, hash1, rank):
     place = hash1 & np.uint64(len(blocks.holders) - 1)
     blocks.holders[place] = (hash1 & ~_LOW_HALF) | np.uint64(rank - NONE)
 
 
-@jit
+@jit(inner=True)
 def prefetch_hash(blocks, owner, hash0, hash1):
     """Prefetch what `set_block_hash` and `find_block` will touch."""
     prefetch(blocks.buckets, (bucket_of(blocks, owner, hash0),))
     prefetch(blocks.holders, (hash1 & np.uint64(len(blocks.holders) - 1),))
 
 
-@jit
+@jit(inner=True)
 def prefetch_bucket(blocks, number):
     """Prefetch the bucket that `clear_block_hash` will touch."""
     prefetch(blocks.buckets, (bucket_of(blocks, number // blocks.num_blocks, blocks.block_B[number].hash0),))
 
 
-@jit
+@jit(inner=True)
 def prefetch_chain(blocks, number):
     """Prefetch the first block of that bucket; call `prefetch_bucket` some time before."""
     bucket = bucket_of(blocks, number // blocks.num_blocks, blocks.block_B[number].hash0)
     prefetch(blocks.block_B, (blocks.buckets[bucket],))
 
 
-@jit
+@jit(inner=True)
 def set_block_hash(blocks, owner, number, hash0, hash1):
     """Put a block into the prefix cache under this hash."""
     bucket = bucket_of(blocks, owner, hash0)
@@ -234,7 +234,7 @@ def set_block_hash(blocks, owner, number, hash0, hash1):
     _set_holder(blocks, hash1, owner % blocks.num_ranks)
 
 
-@jit
+@jit(inner=True)
 def clear_block_hash(blocks, number):
     """Remove a block from the prefix cache, if it is there."""
     if blocks.block_B[number].chain == UNHASHED:
@@ -251,7 +251,7 @@ def clear_block_hash(blocks, number):
     blocks.block_B[number].chain = UNHASHED
 
 
-@jit
+@jit(inner=True)
 def find_block(blocks, owner, hash0, hash1):
     """Return the number of a block of this owner with this hash, or `NONE`."""
     number = blocks.buckets[bucket_of(blocks, owner, hash0)]
@@ -315,13 +315,13 @@ def walk_chains(blocks, number_B):
 # ---- prefixes
 
 
-@jit(inline="always")
+@jit(inner=True, inline="always")
 def first_seen(caches, cache, num_computed):
     """Return the index of the first block that the token at position `num_computed` attends to."""
     return max(num_computed - caches.window_C[cache] + 1, 0) // caches.size_C[cache]
 
 
-@jit(inline="always")
+@jit(inner=True, inline="always")
 def extend(factors_B4s, block, tokens, start, sum_A4, at):
     """Add block `block` of a request, at `start` of `tokens`, to the running sum `sum_A4[at]`; see `prefix_cache`."""
     first, second, third, fourth = sum_A4[at, 0], sum_A4[at, 1], sum_A4[at, 2], sum_A4[at, 3]
@@ -335,7 +335,7 @@ def extend(factors_B4s, block, tokens, start, sum_A4, at):
     sum_A4[at, 0], sum_A4[at, 1], sum_A4[at, 2], sum_A4[at, 3] = first, second, third, fourth
 
 
-@jit(inline="always")
+@jit(inner=True, inline="always")
 def upper_halves(sum_A4, at):
     """Return the two halves of the block hash of a running sum."""
     first = (sum_A4[at, 0] >> _HALF) | (sum_A4[at, 1] & ~_LOW_HALF)
@@ -361,7 +361,7 @@ def hash_blocks(factors_B4s, tokens, empty_4, hash_B2):
         hash_B2[block, 0], hash_B2[block, 1] = upper_halves(sum_14, 0)
 
 
-@jit
+@jit(inner=True)
 def _has_tails(caches, blocks, rank, hash_B2, depth, block_size):
     """Return whether a rank has the blocks in the windows of the token after `depth` blocks."""
     for cache in range(len(caches.size_C)):
@@ -376,7 +376,7 @@ def _has_tails(caches, blocks, rank, hash_B2, depth, block_size):
     return True
 
 
-@jit
+@jit(inner=True)
 def find_prefix(caches, blocks, rank, hash_B2, block_size, taken_C):
     """Return how many of a request's first blocks a rank has in every cache; `taken_C`: the free blocks among them."""
     depth = len(hash_B2)

@@ -116,7 +116,7 @@ def start_rows(
             _share_prefix(caches, blocks, batch, row, num_cached_A[i] // size)
 
 
-@jit
+@jit(inner=True)
 def _share_prefix(caches, blocks, batch, row, depth):
     """Start an empty row with the cached blocks of its first `depth` block hashes."""
     for cache in range(len(caches.size_C)):
@@ -126,14 +126,14 @@ def _share_prefix(caches, blocks, batch, row, depth):
             last = (index + 1) * per_block - 1
             number = find_block(blocks, owner, batch.hash_ZB2[row, last, 0], batch.hash_ZB2[row, last, 1])
             assert number != NONE, "a block that was found is gone"
-            share_block(blocks, owner, number)
+            share_block(blocks, owner, np.int64(number))
             batch.block_ids_CZW[cache, row, index] = number - owner * blocks.num_blocks
         table = batch.tables_CZ[cache, row]
         table.num_dropped = table.num_sent = first
         table.num_blocks = depth // per_block
 
 
-@jit
+@jit(inner=True)
 def _share_row(caches, blocks, batch, row, parent, num_cached):
     """Start an empty row with the blocks of another row's first tokens."""
     for cache in range(len(caches.size_C)):
@@ -148,7 +148,7 @@ def _share_row(caches, blocks, batch, row, parent, num_cached):
         table.num_blocks = end
 
 
-@jit
+@jit(inner=True)
 def _unhashed(caches, batch, cache, row, whole):
     """Return the indices of a row's first `whole` blocks that are not yet in the prefix cache."""
     per_block = caches.hashes_C[cache]
@@ -157,7 +157,7 @@ def _unhashed(caches, batch, cache, row, whole):
     )
 
 
-@jit
+@jit(inner=True)
 def _prefetch_row(caches, blocks, batch, row, whole):
     """Prefetch what `_hash_row` will touch."""
     for cache in range(len(caches.size_C)):
@@ -169,7 +169,7 @@ def _prefetch_row(caches, blocks, batch, row, whole):
             prefetch_hash(blocks, owner, hash_B2[last, 0], hash_B2[last, 1])
 
 
-@jit
+@jit(inner=True)
 def _hash_row(caches, blocks, batch, row, whole):
     """Put a row's first `whole` blocks into the prefix cache."""
     for cache in range(len(caches.size_C)):
@@ -182,13 +182,13 @@ def _hash_row(caches, blocks, batch, row, whole):
     batch.counters_Z[row].num_hashed = whole
 
 
-@jit
+@jit(inner=True)
 def _num_whole(batch, row):
     """Return the number of a row's blocks whose tokens are known, and computed once the steps in flight are done."""
     return min(batch.counters_Z[row].num_computed, batch.counters_Z[row].num_known) // batch.block_size
 
 
-@jit
+@jit(inner=True)
 def hash_rows(caches, blocks, batch, row_S):
     """Put these rows' full blocks into the prefix cache, including those that the steps in flight will fill."""
     for row in row_S:
@@ -197,7 +197,7 @@ def hash_rows(caches, blocks, batch, row_S):
         _hash_row(caches, blocks, batch, row, _num_whole(batch, row))
 
 
-@jit
+@jit(inner=True)
 def _free_before(blocks, batch, cache, row, end):
     """Drop a row's blocks before index `end`, the last one first."""
     owner = cache * blocks.num_ranks + batch.info_Z[row].rank
@@ -205,7 +205,7 @@ def _free_before(blocks, batch, cache, row, end):
         drop_block(blocks, owner, owner * blocks.num_blocks + batch.block_ids_CZW[cache, row, index])
 
 
-@jit
+@jit(inner=True)
 def _prefetch_blocks(blocks, batch, cache, row):
     owner = cache * blocks.num_ranks + batch.info_Z[row].rank
     for index in range(batch.tables_CZ[cache, row].num_dropped, batch.tables_CZ[cache, row].num_blocks):
@@ -224,7 +224,7 @@ def release_rows(caches, blocks, batch, hashing, row_S):
     for row in row_S[::-1]:
         for cache in range(len(caches.size_C)):
             table = batch.tables_CZ[cache, row]
-            _free_before(blocks, batch, cache, row, table.num_blocks)
+            _free_before(blocks, batch, cache, row, np.int64(table.num_blocks))
             table.num_blocks = table.num_dropped = table.num_sent = 0
         batch.occupied_Z[row] = batch.running_Z[row] = batch.draining_Z[row] = False
         batch.counters_Z[row].in_flight = batch.counters_Z[row].num_held = 0
@@ -243,13 +243,13 @@ def free_outside_windows(caches, blocks, batch, row_S):
                 table.num_dropped = first
 
 
-@jit
+@jit(inner=True)
 def num_missing(caches, batch, cache, row, end):
     """Return the number of blocks that a row lacks to hold `end` tokens."""
     return max(-(-end // caches.size_C[cache]) - batch.tables_CZ[cache, row].num_blocks, 0)
 
 
-@jit
+@jit(inner=True)
 def num_blocks_due(caches, batch, cache, row):
     """Return the number of blocks that a running row will still take for the tokens that it has."""
     held = batch.tables_CZ[cache, row].num_blocks - batch.tables_CZ[cache, row].num_dropped

@@ -29,6 +29,7 @@ _STOP, _LENGTH = 1, 2
 _SAMPLED, _RUNNING = 1, 2  # bits of `mark_Z`
 _MANY = 2**31 - 1
 _AHEAD = 8  # blocks, distance of prefetching
+_ZERO = np.int64(0)  # a literal 0 is a type of its own: what it is passed to would be compiled twice
 
 
 class StepSchedule(NamedTuple):
@@ -83,7 +84,7 @@ class Accepted(NamedTuple):
 @jit
 def select_rows(caches, batch, max_num_batched_tokens, chunked_prefill_size, row_S, num_S, tokens_P, missing_CP):
     """Write the rows to compute and their tokens, and return their number; see `RunningBatch.select`."""
-    count = 0
+    count = _ZERO
     for rank in range(len(tokens_P)):
         num_decodes, begin = 0, count
         for at in range(rank * batch.per_rank, (rank + 1) * batch.per_rank):
@@ -109,7 +110,7 @@ def select_rows(caches, batch, max_num_batched_tokens, chunked_prefill_size, row
     return count
 
 
-@jit
+@jit(inner=True)
 def _cut_to_budget(row_S, num_S, begin, end, budget):
     """Limit the prefill tokens of a rank's rows to `budget`; return the new end and budget."""
     count = begin
@@ -145,7 +146,7 @@ def count_new_entries(caches, batch, row_S, num_S):
     return count
 
 
-@jit
+@jit(inner=True)
 def _prefetch_table(caches, batch, row, end):
     """Prefetch what `_allocate` will touch of a row's block tables."""
     for cache in range(len(caches.size_C)):
@@ -153,7 +154,7 @@ def _prefetch_table(caches, batch, row, end):
         prefetch(batch.block_ids_CZW, (cache, row, (end - 1) // caches.size_C[cache]))
 
 
-@jit
+@jit(inner=True)
 def _allocate(caches, blocks, batch, row, taken_B, num_taken, step, n):
     """Allocate a row's missing blocks and report its new entries; return both running counts."""
     rank, num_held = batch.info_Z[row].rank, _MANY
@@ -176,24 +177,24 @@ def _allocate(caches, blocks, batch, row, taken_B, num_taken, step, n):
     return num_taken, n
 
 
-@jit
+@jit(inner=True)
 def _prefetch_free(caches, blocks, batch, row_S):
     """Prefetch the free blocks that these rows will take."""
     for cache in range(len(caches.size_C)):
-        rank, ahead = np.int32(NONE), 0
+        rank, ahead = np.int32(NONE), _ZERO
         for row in row_S:
             if batch.info_Z[row].rank != rank:
-                rank, ahead = batch.info_Z[row].rank, 0
+                rank, ahead = batch.info_Z[row].rank, _ZERO
             num = num_missing(caches, batch, cache, row, batch.counters_Z[row].num_computed)
             prefetch_free(blocks, cache * blocks.num_ranks + rank, ahead, num)
             ahead += num
 
 
-@jit
+@jit(inner=True)
 def _allocate_all(caches, blocks, batch, row_S, taken_B, step):
     """Allocate the missing blocks of these rows, ascending, and set the ranks' offsets; return both counts."""
     _prefetch_free(caches, blocks, batch, row_S)
-    i, num_taken, n = 0, 0, 0
+    i, num_taken, n = 0, _ZERO, _ZERO
     for rank in range(len(step.block_offsets_P1) - 1):
         while i < len(row_S) and row_S[i] < (rank + 1) * batch.per_rank:
             num_taken, n = _allocate(caches, blocks, batch, row_S[i], taken_B, num_taken, step, n)
@@ -251,13 +252,13 @@ def schedule(caches, blocks, batch, hashing, number, row_S, num_S, row_A, num_A,
             prefetch_bucket(blocks, taken_B[b + 2 * _AHEAD])
         if b + _AHEAD < num_taken:
             prefetch_chain(blocks, taken_B[b + _AHEAD])
-        clear_block_hash(blocks, taken_B[b])
+        clear_block_hash(blocks, np.int64(taken_B[b]))
     if hashing:
         hash_rows(caches, blocks, batch, due_S[:num_due])
     return n
 
 
-@jit
+@jit(inner=True)
 def _mark_rows(batch, number, step, mark_Z):
     """Mark the rows of a step that sampled, and those whose request still runs; return how many sampled."""
     num_sampled = 0
@@ -274,7 +275,7 @@ def _mark_rows(batch, number, step, mark_Z):
     return num_sampled
 
 
-@jit(inline="always")
+@jit(inner=True, inline="always")
 def _finish_reason(row, info, eos_ids, may_stop_V, token):
     """Return the finish reason of a row whose last token is `token`."""
     reason = 0
@@ -333,7 +334,7 @@ def append_sampled(
     return count
 
 
-@jit
+@jit(inner=True)
 def _append_block(batch, factors_B4s, row):
     """Move a row's full tail to its tokens and compute the block's hash."""
     size = batch.block_size

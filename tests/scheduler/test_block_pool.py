@@ -2,9 +2,30 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
-from expertwire.scheduler._compiled.blocks import END, NONE, find_block, guess_prefix, set_block_hash, share_block
+from expertwire.scheduler._compiled import blocks as block_loops
+from expertwire.scheduler._compiled.blocks import END, NONE, guess_prefix
 from expertwire.scheduler.block_pool import BlockPool
+
+# Only compiled code can call these.
+_find_block, _set_block_hash, _share_block = block_loops.find_block, block_loops.set_block_hash, block_loops.share_block
+
+
+@njit
+def find_block(blocks, owner, hash0, hash1):
+    return _find_block(blocks, owner, hash0, hash1)
+
+
+@njit
+def set_block_hash(blocks, owner, number, hash0, hash1):
+    _set_block_hash(blocks, owner, number, hash0, hash1)
+
+
+@njit
+def share_block(blocks, owner, number):
+    _share_block(blocks, owner, number)
+
 
 LETTERS = "abcdefghijklxyz"
 HASHES = np.random.default_rng(0).integers(0, 2**64, (len(LETTERS), 2), np.uint64)
