@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from expertwire.bench.kernels.measure import Call, Item, TensorRng, Timed, TimedCalls, copies
 from expertwire.bench.kernels.models import attention_cost, latent_cost
 from expertwire.kernels.gpu import attention, mla, prefill
-from expertwire.kernels.ops.attention import AttentionMetadata, describe
+from expertwire.kernels.ops.attention import AttentionMetadata, AttentionOptions, describe
 
 BLOCK = 16  # the engine's default
 ATTENTION: Mapping[str, Callable[..., Tensor]] = {"invariant": attention.attend, "fast": prefill.attend}  # by numerics
@@ -93,7 +92,7 @@ def heads_work(rng: TensorRng, model: Heads, step: str) -> TimedCalls:
         seqs, blocks = sequences(rng, batch)
         q = rng.normal(sum(nums), model.heads, model.dim)
         k, v = (rng.normal(blocks, BLOCK, model.kv_heads, model.dim) for _ in range(2))
-        options = {"window": model.window, "sinks_H": sinks_H}
+        options = AttentionOptions(window=model.window, sinks_H=sinks_H)
         found = {
             name: _ours(rng, q, k, v, seqs, options, numerics)
             for name, numerics in (("ours", "invariant"), ("ours, fast", "fast"))
@@ -107,9 +106,9 @@ def heads_work(rng: TensorRng, model: Heads, step: str) -> TimedCalls:
 
 
 def _ours(
-    rng: TensorRng, q: Tensor, k: Tensor, v: Tensor, seqs: AttentionMetadata, options: dict[str, Any], numerics: str
+    rng: TensorRng, q: Tensor, k: Tensor, v: Tensor, seqs: AttentionMetadata, options: AttentionOptions, numerics: str
 ) -> Call:
-    return lambda: ATTENTION[numerics](q, k, v, seqs, rng.gpu, **options)
+    return lambda: ATTENTION[numerics](q, k, v, seqs, options, device=rng.gpu)
 
 
 def _peers(rng: TensorRng, model: Heads, batch: int, num: int, length: int) -> dict[str, Call]:

@@ -21,7 +21,7 @@ from expertwire.bench.kernels.measure import Bits, Item, TensorRng
 from expertwire.bench.kernels.models import Model
 from expertwire.kernels.gpu import attention, grouped_gemm_tiles, linear, mla, rms_norm
 from expertwire.kernels.gpu.device import Device
-from expertwire.kernels.ops.attention import AttentionMetadata, describe
+from expertwire.kernels.ops.attention import AttentionMetadata, AttentionOptions, describe
 
 Ways = Mapping[str, Mapping[str, Tensor]]
 
@@ -97,8 +97,8 @@ def attention_bits(rng: TensorRng, model: kernels_attention.Heads) -> Ways:
     def last(sizes: list[int], gpu: Device, **config: int) -> Tensor:
         step, rows = _stretches(seqs, length, sizes)
         chosen = dataclasses.replace(default, **config)
-        options: dict[str, Any] = {"window": model.window, "sinks_H": sinks_H, "config": chosen}
-        return attention.attend(q[rows], k, v, step, gpu, **options)[-num:]
+        options = AttentionOptions(window=model.window, sinks_H=sinks_H)
+        return attention.attend(q[rows], k, v, step, options, device=gpu, config=chosen)[-num:]
 
     few = dataclasses.replace(rng.gpu, num_sms=2)
     steps = {"prefill": last([length], rng.gpu), "chunk": last([num], rng.gpu)}

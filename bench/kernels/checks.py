@@ -180,14 +180,14 @@ def attention_check(rng: TensorRng, model: kernels_attention.Heads, batch: list[
     q = rng.normal(sum(num for num, _ in batch), model.heads, model.dim)
     caches = _caches(rng, seqs, blocks, (model.kv_heads, model.dim), number=2)
     sinks_H = rng.normal(model.heads) if model.sinks else None
-    options: dict[str, Any] = {"window": model.window, "sinks_H": sinks_H}
+    options = attention.AttentionOptions(window=model.window, sinks_H=sinks_H)
     k, v = (cache.nan_to_num() for cache in caches)
-    expected = attention.reference(q, k, v, seqs, **options)
+    expected = attention.reference(q, k, v, seqs, options)
     found = {}
     for numerics, attend in kernels_attention.ATTENTION.items():
         out = torch.full_like(q, torch.nan)
         with poisoned():
-            attend(q, *caches, seqs, rng.gpu, out=out, **options)
+            attend(q, *caches, seqs, options, device=rng.gpu, out=out)
         found[numerics] = error(out, expected), ROUNDED
     return found
 
@@ -197,9 +197,10 @@ def warm_attention(rng: TensorRng, model: kernels_attention.Heads, batch: list[t
     seqs, blocks = kernels_attention.sequences(rng, batch)
     q = rng.normal(sum(num for num, _ in batch), model.heads, model.dim)
     k, v = (rng.normal(blocks, kernels_attention.BLOCK, model.kv_heads, model.dim) for _ in range(2))
-    options = {"window": model.window, "sinks_H": rng.normal(model.heads) if model.sinks else None}
+    sinks_H = rng.normal(model.heads) if model.sinks else None
+    options = attention.AttentionOptions(window=model.window, sinks_H=sinks_H)
     for attend in kernels_attention.ATTENTION.values():
-        attend(q, k, v, seqs, rng.gpu, **options)
+        attend(q, k, v, seqs, options, device=rng.gpu)
 
 
 def latent_check(rng: TensorRng, batch: list[tuple[int, int]]) -> Findings:

@@ -27,11 +27,12 @@ def fp8_cache_check(rng: TensorRng, batch: list[tuple[int, int]]) -> Findings:
     q = rng.normal(sum(num for num, _ in batch), H, dim)
     k, v = (rng.normal(blocks, kernels_attention.BLOCK, G, dim, dtype=FP8) for _ in range(2))
     scales_2G = rng.uniform(0.1, 1.0, 2, G)
-    expected = attention.reference(q, k, v, seqs, kv_scales_2G=scales_2G)
+    options = attention.AttentionOptions(kv_scales_2G=scales_2G)
+    expected = attention.reference(q, k, v, seqs, options)
     found = {}
     for numerics, attend in kernels_attention.ATTENTION.items():
         with poisoned():
-            out = attend(q, k, v, seqs, rng.gpu, kv_scales_2G=scales_2G)
+            out = attend(q, k, v, seqs, options, device=rng.gpu)
         found[numerics] = error(out, expected), ROUNDED
     return found
 

@@ -133,10 +133,10 @@ def rotate_check(rng: TensorRng, num_tokens: int) -> Findings:
     for interleaved in (False, True):
         shape = (-(-2 * num_tokens // block), block, G, d)
         caches = [[torch.full(shape, 7.0, dtype=rng.dtype, device=rng.device) for _ in "kv"] for _ in "01"]
-        step = (qkv, norm, 1e-6, tables, positions, slots)
+        step = (qkv, norm, 1e-6, rotary.RopeInputs(tables, positions, slots, interleaved))
         with poisoned():
-            q = gpu_rotate.rope_and_cache(*step, *caches[0], interleaved=interleaved)
-        expected = attention.rope_and_cache(*step, *caches[1], interleaved=interleaved)
+            q = gpu_rotate.rope_and_cache(*step, *caches[0])
+        expected = attention.rope_and_cache(*step, *caches[1])
         name = "pairs" if interleaved else "halves"
         found[f"{name} q"] = error(q, expected), ROUNDED
         for which, ours, theirs in zip("kv", *caches, strict=True):

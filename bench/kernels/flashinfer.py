@@ -37,4 +37,4 @@ def calls(rng: TensorRng, model: Heads, batch: list[tuple[int, int]]) -> tuple[C
     seqs, blocks = kernels_attention.sequences(rng, batch)
     q = rng.normal(sum(num for num, _ in batch), model.heads, model.dim)
     k, v = (rng.normal(blocks, BLOCK, model.kv_heads, model.dim) for _ in range(2))
-    return lambda: library.attend(q, k, v, seqs), lambda: ATTENTION["fast"](q, k, v, seqs, rng.gpu)
+    return lambda: library.attend(q, k, v, seqs), lambda: ATTENTION["fast"](q, k, v, seqs, device=rng.gpu)

@@ -14,6 +14,7 @@ from torch import Tensor
 from expertwire.bench.kernels.measure import Call, Item, TensorRng, Timed, TimedCalls, copies
 from expertwire.bench.kernels.models import DEEPSEEK, GPT_OSS, QWEN3, Cost, Model, linear_cost
 from expertwire.kernels.gpu import combine, linear, permute, quantize, rms_norm, rope_and_cache, routing, sampling
+from expertwire.kernels.ops.rotary import RopeInputs
 from expertwire.kernels.ops.routing import Groups
 
 VOCAB = 151936
@@ -184,9 +185,9 @@ def rotate_work(rng: TensorRng, num_tokens: int) -> TimedCalls:
     slots = torch.arange(num_tokens, device=rng.device)
     caches = [rng.normal(-(-num_tokens // block), block, kv_heads, dim) for _ in range(2)]
     qkv = rng.normal(num_tokens, heads + 2 * kv_heads, dim)
-    moved = 2 * qkv.numel() * 2
+    inputs, moved = RopeInputs(tables, positions, slots), 2 * qkv.numel() * 2
     return TimedCalls(
-        calls={"ours": [lambda: rope_and_cache.rope_and_cache(qkv, norm, 1e-6, tables, positions, slots, *caches)]},
+        calls={"ours": [lambda: rope_and_cache.rope_and_cache(qkv, norm, 1e-6, inputs, *caches)]},
         cost=Cost(bytes=moved, flops=0),
         labels={"model": QWEN3.name, "tokens": num_tokens},
     )

@@ -15,6 +15,7 @@ from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import LoadedParameters, ParameterLayout
 from expertwire.engine.models.model_config import AttentionConfig, TensorNames
+from expertwire.kernels.ops.attention import AttentionOptions
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
 from expertwire.kernels.ops.variants import Rope
 
@@ -57,8 +58,7 @@ class GroupedQueryAttention:
 
         def inputs() -> AttentionInputs:
             return AttentionInputs(
-                tables=step.tables[self.rope],
-                positions_T=step.batch.positions_T,
+                rope=step.rope_inputs(self.rope, metadata),
                 metadata=metadata,
                 query_scales_T11=None if scaling is None else step.query_scales(scaling),
             )
@@ -79,12 +79,13 @@ def bind(p: LoadedParameters, config: AttentionConfig, context: LayerContext) ->
         head_dim=config.head_dim,
         row_norms=(p.tensor("q_norm"), p.tensor("k_norm")) if config.qk_norm == "row" else None,
         head_norms_hd=_head_norms(p, config, context.norm) if config.qk_norm in ("head", "plain") else None,
-        interleaved=rope.interleaved,
-        scale=config.scale,
-        window=config.window or 0,
-        chunk=config.chunk or 0,
-        sinks_H=p.maybe("sinks"),
-        kv_scales_2G=kv_scales.bind(p, config.num_kv_heads, context.norm) if context.fp8_cache else None,
+        options=AttentionOptions(
+            scale=config.scale,
+            window=config.window or 0,
+            chunk=config.chunk or 0,
+            sinks_H=p.maybe("sinks"),
+            kv_scales_2G=kv_scales.bind(p, config.num_kv_heads, context.norm) if context.fp8_cache else None,
+        ),
     )
     block = ops.attention_block(weights, scales_queries=config.query_scaling is not None)
     return GroupedQueryAttention(config=config, context=context, rope=rope, block=block)

@@ -81,11 +81,8 @@ class SparseIndex:
             self.key(normed_TD),
             self.norm,
             _INDEX_EPS,
-            step.tables[c.rope],
-            step.batch.positions_T,
-            metadata.slot_mapping,
+            step.rope_inputs(c.rope, metadata),
             index_cache,
-            interleaved=c.rope.interleaved,
         )
         weights_TH = self.weights(normed_TD).float() * (c.num_heads * c.head_dim) ** -0.5
         return ops.choose_positions(q_THd, weights_TH, index_cache, metadata, c.top_k)
@@ -120,7 +117,7 @@ class LatentQueryAttention:
 
     def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Return the residual sum `x + attention(normed)` and its norm."""
-        c, context, batch = self.config, self.context, step.batch
+        c, context = self.config, self.context
         metadata, (cache,) = step.cache(context.caches[0], context.layer)
         query_Tq = self._compressed(normed_TD)
         q_THq = self.query(query_Tq).unflatten(1, (c.num_heads, -1))
@@ -132,11 +129,8 @@ class LatentQueryAttention:
             self.latent(normed_TD),
             self.latent_norm,
             c.norm_eps,
-            step.tables[c.rope],
-            batch.positions_T,
-            metadata.slot_mapping,
+            step.rope_inputs(c.rope, metadata),
             cache,
-            interleaved=c.rope.interleaved,
             out=q_THl[..., c.kv_lora_rank :],
             kv_scale=self.kv_scale,
         )

@@ -17,6 +17,7 @@ from expertwire.engine.kv_cache.caches import NamedCache
 from expertwire.engine.models.model_config import QueryScaling
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels.ops.attention import AttentionMetadata
+from expertwire.kernels.ops.rotary import RopeInputs
 from expertwire.kernels.ops.variants import Rope
 from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.placement import Placement
@@ -66,6 +67,10 @@ class Step:
     def cache(self, number: int, layer: int) -> tuple[AttentionMetadata, tuple[Tensor, ...]]:
         """Return the attention metadata of the model's cache of that number, and a layer's tensors."""
         return self.batch.attention_metadata[number], self.caches[number].layers[layer]
+
+    def rope_inputs(self, rope: Rope, metadata: AttentionMetadata) -> RopeInputs:
+        """Return the inputs of an op that rotates by `rope` and writes a cache of this metadata."""
+        return RopeInputs(self.tables[rope], self.batch.positions_T, metadata.slot_mapping, rope.interleaved)
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Return the value for `key`, computed by the first layer that asks for it."""

@@ -39,7 +39,7 @@ from expertwire.kernels.cpu._llvm import (
     softmax,
     store_rows,
 )
-from expertwire.kernels.ops.attention import AttentionMetadata
+from expertwire.kernels.ops.attention import PLAIN, AttentionMetadata, AttentionOptions
 
 _LEAST_QUERIES = 64  # multiplied by the same packed keys, if a sequence has that many
 
@@ -218,27 +218,22 @@ def attend(
     k_cache: Tensor,
     v_cache: Tensor,
     seqs: AttentionMetadata,
-    *,
-    scale: float | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    sinks_H: Tensor | None = None,
-    kv_scales_2G: Tensor | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """As `kernels.ops.attention.Attend`."""
     for cache in (k_cache, v_cache):
         assert cache.is_contiguous(), f"cache strides {cache.stride()}"
     out_THd = torch.empty_like(q_THd)
     q, k, v, out = (as_array(tensor) for tensor in (q_THd, k_cache, v_cache, out_THd))
-    scale = q.shape[2] ** -0.5 if scale is None else scale
     where = (tensor.numpy() for tensor in (seqs.block_table, seqs.cu_seqlens_q, seqs.seq_lens))
-    _attend(q, k, v, scales(kv_scales_2G), *where, scale, window, chunk, sinks(sinks_H), out)
+    _attend(q, k, v, scales(options.kv_scales_2G), *where, *variant(options, q.shape[2]), out)
     return out_THd
 
 
-def sinks(sinks_H: Tensor | None) -> np.ndarray:
-    """Return fp32 [H], or an empty array for None, as `attend_rows` takes it."""
-    return np.empty(0, np.float32) if sinks_H is None else sinks_H.float().numpy()
+def variant(options: AttentionOptions, head_dim: int) -> tuple[float, int, int, np.ndarray]:
+    """Return scale, window, chunk and sinks as `attend_rows` takes them."""
+    sinks_H = np.empty(0, np.float32) if options.sinks_H is None else options.sinks_H.float().numpy()
+    return options.scale_for(head_dim), options.window, options.chunk, sinks_H
 
 
 def scales(kv_scales_2G: Tensor | None) -> np.ndarray:

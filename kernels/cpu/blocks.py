@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from expertwire.kernels.cpu._llvm import allocating_jit, as_array, empty
-from expertwire.kernels.cpu.attention import attend_rows, scales, sinks
+from expertwire.kernels.cpu.attention import attend_rows, scales, variant
 from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows
 from expertwire.kernels.cpu.gemm import CHUNK, Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
 from expertwire.kernels.cpu.rotary import rope_and_cache_rows
@@ -38,11 +38,11 @@ def _attention(
     all_heads: int,
     qk_norm_hd: np.ndarray,
     eps: float,
-    interleaved: bool,
     scale: float,
     window: int,
     chunk: int,
     sinks_H: np.ndarray,
+    interleaved: bool,
     cos_Yr: np.ndarray,
     sin_Yr: np.ndarray,
     positions_T: np.ndarray,
@@ -100,10 +100,9 @@ def fuse_attention(weights: AttentionWeights, *, scales_queries: bool) -> Attent
     if w.row_norms is not None or scales_queries:
         return None
     qk_norm_hd = w.norm_D.new_empty(0, w.head_dim) if w.head_norms_hd is None else w.head_norms_hd
-    scale = w.head_dim**-0.5 if w.scale is None else w.scale
-    options = w.interleaved, scale, w.window, w.chunk, sinks(w.sinks_H)
+    options = variant(w.options, w.head_dim)
     first = (qkv.panels, qkv.bias), qkv.num_outputs // w.head_dim, as_array(qk_norm_hd), w.eps, *options
-    return _AttentionBlock(first, scales(w.kv_scales_2G), ((output.panels, output.bias), as_array(w.norm_D)))
+    return _AttentionBlock(first, scales(w.options.kv_scales_2G), ((output.panels, output.bias), as_array(w.norm_D)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +119,8 @@ class _AttentionBlock:
         sum_TD, y_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
         if len(x_TD) > 0:
             x, normed, k, v, total, y = (as_array(t) for t in (x_TD, normed_TD, k_cache, v_cache, sum_TD, y_TD))
-            _attention(x, normed, *self.first, *inputs.arrays, k, v, self.kv_scales, *self.last, total, y)
+            step = inputs.rope.interleaved, *inputs.arrays
+            _attention(x, normed, *self.first, *step, k, v, self.kv_scales, *self.last, total, y)
         return sum_TD, y_TD
 
 

@@ -24,6 +24,7 @@ from expertwire.kernels.cpu._llvm import (
     scale_row,
 )
 from expertwire.kernels.cpu.attention import scale_of, scales
+from expertwire.kernels.ops.rotary import RopeInputs
 
 
 @jit
@@ -129,13 +130,9 @@ def rope_and_cache(
     qkv_Thd: Tensor,
     norm_hd: Tensor | None,
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     k_cache: Tensor,
     v_cache: Tensor,
-    *,
-    interleaved: bool = False,
     kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
     """As `kernels.ops.attention.RopeAndCache`."""
@@ -146,14 +143,11 @@ def rope_and_cache(
         as_array(qkv_Thd),
         as_array(norm),
         eps,
-        tables[0].numpy(),
-        tables[1].numpy(),
-        positions_T.numpy(),
-        slot_mapping_T.numpy(),
+        *rope.arrays(),
         as_array(k_cache.flatten(0, 1)),
         as_array(v_cache.flatten(0, 1)),
         scales(kv_scales_2G),
-        interleaved,
+        rope.interleaved,
         as_array(q_THd),
     )
     return q_THd
@@ -178,12 +172,9 @@ def rope_and_cache_latent(
     kv_Tl: Tensor,
     norm_c: Tensor,
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     cache: Tensor,
     *,
-    interleaved: bool = True,
     out: Tensor | None = None,
     kv_scale: Tensor | None = None,
 ) -> Tensor:
@@ -194,13 +185,10 @@ def rope_and_cache_latent(
         as_array(kv_Tl.contiguous()),
         as_array(norm_c),
         eps,
-        tables[0].numpy(),
-        tables[1].numpy(),
-        positions_T.numpy(),
-        slot_mapping_T.numpy(),
+        *rope.arrays(),
         as_array(cache.flatten(0, 1)),
         1.0 if kv_scale is None else kv_scale.item(),
-        interleaved,
+        rope.interleaved,
         as_array(kv_Tl.new_empty(kv_Tl.shape[1])),
         as_array(out_THr),
     )
@@ -225,12 +213,8 @@ def rope_and_cache_index(
     k_Td: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     index_cache: Tensor,
-    *,
-    interleaved: bool = False,
 ) -> Tensor:
     """As `kernels.ops.index.RopeAndCacheIndex`; every token has a slot."""
     out_THd = q_THd.new_empty(q_THd.shape)
@@ -240,12 +224,9 @@ def rope_and_cache_index(
         as_array(norm[0]),
         as_array(norm[1]),
         eps,
-        tables[0].numpy(),
-        tables[1].numpy(),
-        positions_T.numpy(),
-        slot_mapping_T.numpy(),
+        *rope.arrays(),
         as_array(index_cache.flatten(0, 1)),
-        interleaved,
+        rope.interleaved,
         np.empty(k_Td.shape[1], np.float32),
         as_array(out_THd),
     )

@@ -28,7 +28,6 @@ of a tile, as in FlashAttention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -56,7 +55,7 @@ from expertwire.kernels.gpu.split_kv import (
     store_statistics,
     workspace_row,
 )
-from expertwire.kernels.ops.attention import AttentionMetadata
+from expertwire.kernels.ops.attention import PLAIN, AttentionMetadata, AttentionOptions
 
 # Architectures where a test on a GPU found that tiles of 64 and 128 rows give equal bits.
 EQUAL_BITS: frozenset[int] = frozenset()
@@ -293,13 +292,9 @@ def attend(
     k_cache: Tensor,
     v_cache: Tensor,
     seqs: AttentionMetadata,
-    device: Device,
+    options: AttentionOptions = PLAIN,
     *,
-    scale: float | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    sinks_H: Tensor | None = None,
-    kv_scales_2G: Tensor | None = None,
+    device: Device,
     out: Tensor | None = None,
     config: AttentionTileConfig | None = None,
 ) -> Tensor:
@@ -308,18 +303,11 @@ def attend(
     Rows that belong to no sequence are left as they are. q_THd: tokens may be strided, heads may
     not. Caches are [blocks, s, G, d]. `config` defaults to `tile_config` of the shapes.
     """
-    dim = q_THd.shape[2]
     out = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device) if out is None else out
-    config = config or tile_config(head_dim=dim, element_size=q_THd.element_size(), arch=device.arch)
-    options: dict[str, Any] = {
-        "scale": scale,
-        "window": window,
-        "chunk": chunk,
-        "sinks_H": sinks_H,
-        "kv_scales_2G": kv_scales_2G,
-    }
-    attend_decodes(q_THd, k_cache, v_cache, seqs, device, out=out, config=config, **options)
-    _launch(q_THd, k_cache, v_cache, out, seqs, device, False, config, **options)
+    config = config or tile_config(head_dim=q_THd.shape[2], element_size=q_THd.element_size(), arch=device.arch)
+    inputs = q_THd, k_cache, v_cache, seqs, options
+    attend_decodes(*inputs, device=device, out=out, config=config)
+    _launch(*inputs, device, out, config, is_decode=False)
     return out
 
 
@@ -328,63 +316,41 @@ def attend_decodes(
     k_cache: Tensor,
     v_cache: Tensor,
     seqs: AttentionMetadata,
-    device: Device,
+    options: AttentionOptions = PLAIN,
     *,
+    device: Device,
     out: Tensor,
-    scale: float | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    sinks_H: Tensor | None = None,
-    kv_scales_2G: Tensor | None = None,
     invariant: bool = True,
     config: AttentionTileConfig | None = None,
 ) -> None:
     """Write the rows of `attend` that belong to decodes into `out` [T, H, d]."""
     num_tokens, num_heads, dim = q_THd.shape
-    num_kv = k_cache.shape[2]
+    num_kv, scale = k_cache.shape[2], options.scale
     assert q_THd.stride()[1:] == (dim, 1), f"heads apart: strides {q_THd.stride()}"
     assert k_cache.shape[3] == dim, f"head sizes {dim} and {k_cache.shape[3]}"
     assert k_cache.stride()[2:] == (dim, 1), f"heads of the cache apart: strides {k_cache.stride()}"
     assert num_heads % num_kv == 0, f"{num_heads} heads of queries, {num_kv} of keys"
-    check_cache_scales(kv_scales_2G, k_cache, 2 * num_kv)
+    check_cache_scales(options.kv_scales_2G, k_cache, 2 * num_kv)
     assert seqs.max_decodes <= num_tokens, f"{seqs.max_decodes} decodes in {num_tokens} rows"
     assert scale is None or scale > 0, f"scale {scale}: maxima are taken before it is applied"
     assert out.is_contiguous(), f"output strides {out.stride()}"
     config = config or tile_config(
         head_dim=dim, element_size=q_THd.element_size(), arch=device.arch, invariant=invariant
     )
-    _launch(
-        q_THd,
-        k_cache,
-        v_cache,
-        out,
-        seqs,
-        device,
-        True,
-        config,
-        scale=scale,
-        window=window,
-        chunk=chunk,
-        sinks_H=sinks_H,
-        kv_scales_2G=kv_scales_2G,
-    )
+    _launch(q_THd, k_cache, v_cache, seqs, options, device, out, config, is_decode=True)
 
 
 def _launch(
     q_THd: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    out: Tensor,
     seqs: AttentionMetadata,
+    options: AttentionOptions,
     device: Device,
-    is_decode: bool,
+    out: Tensor,
     config: AttentionTileConfig,
     *,
-    scale: float | None,
-    window: int,
-    chunk: int,
-    sinks_H: Tensor | None,
-    kv_scales_2G: Tensor | None,
+    is_decode: bool,
 ) -> None:
     """Launch the kernel for the decodes or for the prefills."""
     num_heads, dim = q_THd.shape[1:]
@@ -393,7 +359,7 @@ def _launch(
     if end == 0:
         return
     assert k_cache.stride() == v_cache.stride(), f"cache strides {k_cache.stride()} and {v_cache.stride()}"
-    scale = dim**-0.5 if scale is None else scale
+    window, chunk, sinks_H = options.window, options.chunk, options.sinks_H
     span = Span(seqs=seqs, is_decode=is_decode, first=0, end=end, group=num_heads // num_kv)
     rows = config.decode_rows if is_decode else config.rows
     blocks_each, row_blocks = span.blocks(rows)
@@ -401,9 +367,9 @@ def _launch(
     workspace = span.workspace(out, num_splits if num_splits > 1 else 0)
     num_programs, grid = split_grid(device, row_blocks, num_splits, is_decode=is_decode, num_kv=num_kv)
     attend_kernel[grid, num_kv](
-        q_THd, k_cache, v_cache, kv_scales_2G, out, *workspace, workspace[0] if sinks_H is None else sinks_H,
+        q_THd, k_cache, v_cache, options.kv_scales_2G, out, *workspace, workspace[0] if sinks_H is None else sinks_H,
         seqs.num_decodes, seqs.cu_seqlens_q, seqs.seq_lens, seqs.block_table, *span.bounds, row_blocks, num_programs,
-        scale * LOG2_E.value, q_THd.stride(0), k_cache.stride(0), seqs.block_table.stride(0), num_splits,
+        options.scale_for(dim) * LOG2_E.value, q_THd.stride(0), k_cache.stride(0), seqs.block_table.stride(0), num_splits,
         STRIDE_SLOT=k_cache.stride(1), GROUP=span.group, DIM=dim, PADDED=triton.next_power_of_2(dim), BLOCK_SIZE=block_size,
         WINDOW=window, CHUNK=chunk, HAS_SINKS=sinks_H is not None, ROWS=rows, KEYS=config.keys, SPLIT_KEYS=config.split,
         BLOCKS_EACH=blocks_each, SPLIT_KV=num_splits > 1,

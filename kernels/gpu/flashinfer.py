@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import AttentionMetadata, known_decodes
+from expertwire.kernels.ops.attention import PLAIN, AttentionMetadata, AttentionOptions, known_decodes
 
 _WORKSPACE = 384 << 20  # bytes; 128 MiB are recommended for few heads
 _TENSOR_CORES = 4  # query heads per key head from which decode uses tensor cores
@@ -96,25 +96,20 @@ class FlashInfer:
         k_cache: Tensor,
         v_cache: Tensor,
         seqs: AttentionMetadata,
-        *,
-        scale: float | None = None,
-        window: int = 0,
-        chunk: int = 0,
-        sinks_H: Tensor | None = None,
-        kv_scales_2G: Tensor | None = None,
+        options: AttentionOptions = PLAIN,
     ) -> Tensor:
         """Return [T, H, d] in q's dtype; rows that belong to no sequence are undefined. Caches are
         [blocks, s, G, d].
         """
-        assert chunk == 0, f"chunk {chunk} is refused at start"
-        assert sinks_H is None, "sinks are refused at start"
-        assert kv_scales_2G is None, "fp8 caches are refused at start"
+        assert options.chunk == 0, f"chunk {options.chunk} is refused at start"
+        assert options.sinks_H is None, "sinks are refused at start"
+        assert options.kv_scales_2G is None, "fp8 caches are refused at start"
         num_heads, dim = q_THd.shape[1:]
         page_size, num_kv = k_cache.shape[1:3]
         sizes = num_heads, num_kv, dim, page_size
-        options = {
-            "sm_scale": dim**-0.5 if scale is None else scale,
-            "window_left": window - 1 if window else -1,
+        planned = {
+            "sm_scale": options.scale_for(dim),
+            "window_left": options.window - 1 if options.window else -1,
             "q_data_type": q_THd.dtype,
             "kv_data_type": k_cache.dtype,
         }
@@ -124,14 +119,14 @@ class FlashInfer:
             if is_decode:
                 tensor_cores = num_heads // num_kv >= _TENSOR_CORES
                 wrapper = self._wrapper((*key, "decode"), self._decode, tensor_cores)
-                wrapper.plan(*table, *sizes, **options)
+                wrapper.plan(*table, *sizes, **planned)
             else:
                 wrapper = self._wrapper((*key, "prefill"), self._api.BatchPrefillWithPagedKVCacheWrapper)
-                wrapper.plan(part.qo_indptr, *table, *sizes, causal=True, **options)
+                wrapper.plan(part.qo_indptr, *table, *sizes, causal=True, **planned)
             return wrapper
 
         out, q_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format), q_THd.contiguous()
-        for rows, wrapper in self._plan((*sizes, *options.values()), seqs, len(q_THd), page_size, plan):
+        for rows, wrapper in self._plan((*sizes, *planned.values()), seqs, len(q_THd), page_size, plan):
             wrapper.run(q_THd[rows], (k_cache, v_cache), out=out[rows])
         return out
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 from expertwire.kernels.gpu.rope_and_cache import rotate_pairs
+from expertwire.kernels.ops.rotary import RopeInputs
 
 HEADS = 8
 
@@ -117,16 +118,12 @@ def rope_and_cache(
     k_Td: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     index_cache: Tensor,
-    *,
-    interleaved: bool = False,
 ) -> Tensor:
     """Run `kernels.ops.index.rope_and_cache`; tokens of q and k may be strided."""
     num_tokens, num_heads, dim = q_THd.shape
-    rotated = tables[0].shape[1]
+    rotated = rope.size
     assert k_Td.shape == (num_tokens, dim), f"keys {tuple(k_Td.shape)}, queries {tuple(q_THd.shape)}"
     assert q_THd.stride()[1:] == (dim, 1), f"heads apart: strides {q_THd.stride()}"
     assert k_Td.stride(1) == 1, f"strides {k_Td.stride()}"
@@ -135,9 +132,9 @@ def rope_and_cache(
     out_THd = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device)
     if num_tokens:
         rope_and_cache_kernel[num_tokens, 1 + triton.cdiv(num_heads, HEADS)](
-            q_THd, k_Td, *norm, *tables, positions_T, slot_mapping_T, out_THd, index_cache,
+            q_THd, k_Td, *norm, *rope.tensors, out_THd, index_cache,
             eps, q_THd.stride(0), k_Td.stride(0), index_cache.stride(0),
             H=num_heads, DIM=dim, PAIRS=rotated // 2, PLAIN=triton.next_power_of_2(max(1, dim - rotated)),
-            BLOCK_SIZE=index_cache.shape[1], INTERLEAVED=interleaved, HEADS=HEADS, num_warps=1, **PDL,
+            BLOCK_SIZE=index_cache.shape[1], INTERLEAVED=rope.interleaved, HEADS=HEADS, num_warps=1, **PDL,
         )  # fmt: skip
     return out_THd

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 from expertwire.kernels.gpu.rope_and_cache import check_cache_scales, quantized, rotate_pairs
+from expertwire.kernels.ops.rotary import RopeInputs
 
 HEADS = 8
 
@@ -98,12 +99,9 @@ def rope_and_cache(
     kv_Tl: Tensor,
     norm_c: Tensor,
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     cache: Tensor,
     *,
-    interleaved: bool = True,
     kv_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -116,7 +114,7 @@ def rope_and_cache(
     out = torch.empty(q_THr.shape, dtype=q_THr.dtype, device=q_THr.device) if out is None else out
     assert kv_Tl.shape == (num_tokens, rank + rotated), f"{tuple(kv_Tl.shape)}, not {(num_tokens, rank + rotated)}"
     assert cache.shape[2] == rank + rotated, f"rows of {cache.shape[2]} numbers, not {rank + rotated}"
-    assert tables[0].shape[1] == rotated, f"tables for {tables[0].shape[1]} dimensions, not {rotated}"
+    assert rope.size == rotated, f"tables for {rope.size} dimensions, not {rotated}"
     assert out.shape == q_THr.shape, f"output {tuple(out.shape)}, not {tuple(q_THr.shape)}"
     check_cache_scales(kv_scale, cache, 1)
     for name, tensor in {"q": q_THr, "kv": kv_Tl, "norm": norm_c, "cache": cache, "out": out}.items():
@@ -125,10 +123,10 @@ def rope_and_cache(
         assert size == triton.next_power_of_2(size), f"{rank} latent numbers and {rotated} rotated ones"
     if num_tokens:
         rope_and_cache_kernel[num_tokens, 1 + triton.cdiv(num_heads, HEADS)](
-            q_THr, kv_Tl, norm_c, *tables, positions_T, slot_mapping_T, out, cache, kv_scale,
+            q_THr, kv_Tl, norm_c, *rope.tensors, out, cache, kv_scale,
             eps, q_THr.stride(0), q_THr.stride(1), kv_Tl.stride(0), out.stride(0), out.stride(1),
             cache.stride(0), cache.stride(1),
-            H=num_heads, RANK=rank, PAIRS=rotated // 2, BLOCK_SIZE=cache.shape[1], INTERLEAVED=interleaved, HEADS=HEADS,
+            H=num_heads, RANK=rank, PAIRS=rotated // 2, BLOCK_SIZE=cache.shape[1], INTERLEAVED=rope.interleaved, HEADS=HEADS,
             num_warps=1, **PDL,
         )  # fmt: skip
     return out

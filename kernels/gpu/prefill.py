@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -61,7 +60,7 @@ from expertwire.kernels.gpu.split_kv import (
     store_statistics,
     workspace_row,
 )
-from expertwire.kernels.ops.attention import AttentionMetadata
+from expertwire.kernels.ops.attention import PLAIN, AttentionMetadata, AttentionOptions
 
 
 @triton.jit
@@ -263,13 +262,9 @@ def attend(
     k_cache: Tensor,
     v_cache: Tensor,
     seqs: AttentionMetadata,
-    device: Device,
+    options: AttentionOptions = PLAIN,
     *,
-    scale: float | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    sinks_H: Tensor | None = None,
-    kv_scales_2G: Tensor | None = None,
+    device: Device,
     out: Tensor | None = None,
     config: PrefillTileConfig | None = None,
 ) -> Tensor:
@@ -280,19 +275,18 @@ def attend(
     there are no decodes. `config` defaults to `tile_config` of the shapes. fp8 caches go to
     `attention.attend`, since these tiles leave no registers for converting them.
     """
-    if kv_scales_2G is not None:
-        options: dict[str, Any] = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H, "out": out}
-        return attention.attend(q_THd, k_cache, v_cache, seqs, device, kv_scales_2G=kv_scales_2G, **options)
+    inputs = q_THd, k_cache, v_cache, seqs, options
+    if options.kv_scales_2G is not None:
+        return attention.attend(*inputs, device=device, out=out)
     num_tokens, num_heads, dim = q_THd.shape
     value_dim = v_cache.shape[3]
     for name, cache in {"k_cache": k_cache, "v_cache": v_cache}.items():
         assert cache.is_contiguous(), f"{name} strides {cache.stride()}"
     out = q_THd.new_empty(num_tokens, num_heads, value_dim) if out is None else out
-    options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
-    attend_decodes(q_THd, k_cache, v_cache, seqs, device, out=out, invariant=False, **options)
+    attend_decodes(*inputs, device=device, out=out, invariant=False)
     size = q_THd.element_size()
     config = config or tile_config(dim=dim, value_dim=value_dim, element_size=size, arch=device.arch)
-    _launch(q_THd, k_cache, v_cache, out, seqs, device, config, **options)
+    _launch(*inputs, device, out, config)
     return out
 
 
@@ -300,20 +294,17 @@ def _launch(
     q_THd: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    out: Tensor,
     seqs: AttentionMetadata,
+    options: AttentionOptions,
     device: Device,
+    out: Tensor,
     config: PrefillTileConfig,
-    *,
-    scale: float | None,
-    window: int,
-    chunk: int,
-    sinks_H: Tensor | None,
 ) -> None:
     num_heads, dim = q_THd.shape[1:]
     num_kv, value_dim = v_cache.shape[2:]
     if seqs.max_prefill_tokens == 0:
         return
+    window, chunk, sinks_H = options.window, options.chunk, options.sinks_H
     span = Span(seqs=seqs, is_decode=False, first=0, end=seqs.max_prefill_tokens, group=num_heads // num_kv)
     _, num_blocks = span.blocks(config.rows)
     reach = min([seqs.max_prefill_len, *(limit + config.rows for limit in (window, chunk) if limit)])
@@ -327,7 +318,7 @@ def _launch(
     (dim_1, dim_2), (value_1, value_2) = split_head_dim(dim), split_head_dim(value_dim)
     prefill_kernel[num_blocks, num_kv, splits](
         q_THd, k_cache, v_cache, out, *workspace, *arguments, seqs.block_table, *span.bounds,
-        (dim**-0.5 if scale is None else scale) * LOG2_E.value, q_THd.stride(0), seqs.block_table.stride(0), splits,
+        options.scale_for(dim) * LOG2_E.value, q_THd.stride(0), seqs.block_table.stride(0), splits,
         **{**sizes, "DIM": dim}, DIM_1=dim_1, DIM_2=dim_2, DIM_V=value_dim, DIM_V1=value_1, DIM_V2=value_2,
         STRIDE_SLOT=k_cache.stride(1), STRIDE_SLOT_V=v_cache.stride(1), ALIGNED=gcd(config.keys, k_cache.shape[1]),
         SPLIT_KV=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **PDL,

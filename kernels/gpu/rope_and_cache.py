@@ -17,6 +17,7 @@ from torch import Tensor
 
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
 from expertwire.kernels.ops.attention import FP8
+from expertwire.kernels.ops.rotary import RopeInputs
 
 HEADS = 8
 _LARGEST = tl.constexpr(torch.finfo(FP8).max)
@@ -153,21 +154,18 @@ def rope_and_cache(
     qkv_Thd: Tensor,
     norm_hd: Tensor | None,
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     k_cache: Tensor,
     v_cache: Tensor,
-    *,
-    interleaved: bool = False,
     kv_scales_2G: Tensor | None = None,
+    *,
     out: Tensor | None = None,
 ) -> Tensor:
     """Run `kernels.ops.attention.rope_and_cache`; a token with a negative slot is not stored. `out`:
     queries, [T, H, d].
     """
     num_tokens, heads, dim = qkv_Thd.shape
-    num_kv, rotated = k_cache.shape[2], tables[0].shape[1]
+    num_kv, rotated = k_cache.shape[2], rope.size
     num_heads = heads - 2 * num_kv
     assert qkv_Thd.stride()[1:] == (dim, 1), f"heads apart: strides {qkv_Thd.stride()}"
     assert k_cache.shape == v_cache.shape, f"caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
@@ -176,8 +174,9 @@ def rope_and_cache(
     assert k_cache.stride()[2:] == (dim, 1), f"heads of the cache apart: strides {k_cache.stride()}"
     assert rotated <= dim, f"{rotated} rotated dimensions of {dim}"
     assert rotated % 2 == 0, f"{rotated} rotated dimensions are no pairs"
-    assert tables[0].is_contiguous(), f"table strides {tables[0].stride()}"
-    assert tables[1].is_contiguous(), f"table strides {tables[1].stride()}"
+    assert all(table.is_contiguous() for table in rope.tables), (
+        f"table strides {[table.stride() for table in rope.tables]}"
+    )
     if norm_hd is not None:
         assert norm_hd.shape == (num_heads + num_kv, dim), f"norm weights {tuple(norm_hd.shape)}"
         assert norm_hd.is_contiguous(), f"norm weights' strides {norm_hd.stride()}"
@@ -186,10 +185,10 @@ def rope_and_cache(
     assert q_THd.is_contiguous(), f"output strides {q_THd.stride()}"
     if num_tokens:
         rope_and_cache_kernel[num_tokens, triton.cdiv(heads, HEADS)](
-            qkv_Thd, qkv_Thd if norm_hd is None else norm_hd, *tables, positions_T, slot_mapping_T, q_THd, k_cache, v_cache,
+            qkv_Thd, qkv_Thd if norm_hd is None else norm_hd, *rope.tensors, q_THd, k_cache, v_cache,
             kv_scales_2G, eps, qkv_Thd.stride(0), k_cache.stride(0), k_cache.stride(1),
             **constexprs(num_heads, num_kv, dim, rotated, k_cache.shape[1]), HAS_NORM=norm_hd is not None,
-            INTERLEAVED=interleaved, num_warps=warps_of(rotated or dim), **PDL,
+            INTERLEAVED=rope.interleaved, num_warps=warps_of(rotated or dim), **PDL,
         )  # fmt: skip
     return q_THd
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops import rotary
+from expertwire.kernels.ops.rotary import RopeInputs, rotate_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,30 @@ class AttentionMetadata:
     def num_sequences(self) -> int:
         return self.seq_lens.shape[0]
 
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Variant of attention in a layer, as the module describes them, and the scales of its cache.
+
+    Attributes:
+        scale: of the scores; None: d^-0.5.
+        window, chunk: 0: none.
+        sinks_H: logits of the sinks.
+        kv_scales_2G: fp32, of fp8 caches and only of those.
+    """
+
+    scale: float | None = None
+    window: int = 0
+    chunk: int = 0
+    sinks_H: Tensor | None = None
+    kv_scales_2G: Tensor | None = None
+
+    def scale_for(self, head_dim: int) -> float:
+        """Return the scale of the scores of heads of this size."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+
+PLAIN = AttentionOptions()
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max  # 448
@@ -175,13 +199,9 @@ class RopeAndCache(Protocol):
         qkv_Thd: Tensor,
         norm_hd: Tensor | None,
         eps: float,
-        tables: tuple[Tensor, Tensor],
-        positions_T: Tensor,
-        slot_mapping_T: Tensor,
+        rope: RopeInputs,
         k_cache: Tensor,
         v_cache: Tensor,
-        *,
-        interleaved: bool = False,
         kv_scales_2G: Tensor | None = None,
     ) -> Tensor:
         """Return the queries [T, H, d]; write the caches."""
@@ -197,19 +217,15 @@ class Attend(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
         seqs: AttentionMetadata,
-        *,
-        scale: float | None = None,
-        window: int = 0,
-        chunk: int = 0,
-        sinks_H: Tensor | None = None,
-        kv_scales_2G: Tensor | None = None,
+        options: AttentionOptions = PLAIN,
     ) -> Tensor:
         """Return [T, H, d]."""
         ...
 
 
-def first_visible(position: int, window: int, chunk: int) -> int:
+def first_visible(position: int, options: AttentionOptions) -> int:
     """Return the first position that a query at `position` sees."""
+    window, chunk = options.window, options.chunk
     first = max(0, position + 1 - window) if window else 0
     return max(first, position // chunk * chunk) if chunk else first
 
@@ -219,12 +235,7 @@ def reference(
     k_cache: Tensor,
     v_cache: Tensor,
     seqs: AttentionMetadata,
-    *,
-    scale: float | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    sinks_H: Tensor | None = None,
-    kv_scales_2G: Tensor | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """Attend one query at a time in fp32; return [T, H, d] in q's dtype.
 
@@ -232,17 +243,13 @@ def reference(
         q_THd: queries, with positional encoding.
         k_cache, v_cache: [B, block_size, G, d].
         seqs: of the step.
-        scale: of the scores; None: d^-0.5.
-        window, chunk, sinks_H: variants, see the module.
-        kv_scales_2G: fp32, of fp8 caches and only of those.
     """
-    out_THd = torch.empty_like(q_THd)
-    scale = q_THd.shape[-1] ** -0.5 if scale is None else scale
-    scales_2G11 = scales_of(kv_scales_2G, k_cache)[:, :, None, None]
+    out_THd, sinks_H, scale = torch.empty_like(q_THd), options.sinks_H, options.scale_for(q_THd.shape[-1])
+    scales_2G11 = scales_of(options.kv_scales_2G, k_cache)[:, :, None, None]
     for b, start, end, seq_len in each_sequence(seqs):
         for row in range(start, end):
             stop = seq_len - (end - 1 - row)
-            visible = slice(first_visible(stop - 1, window, chunk), stop)
+            visible = slice(first_visible(stop - 1, options), stop)
             rows = (c[seqs.block_table[b]].flatten(0, 1)[visible].float().transpose(0, 1) for c in (k_cache, v_cache))
             k_GYd, v_GYd = (row * scale_G11 for row, scale_G11 in zip(rows, scales_2G11, strict=True))
             q_Gqd = q_THd[row].float().view(k_GYd.shape[0], -1, q_THd.shape[-1])
@@ -258,13 +265,9 @@ def rope_and_cache(
     qkv_Thd: Tensor,
     norm_hd: Tensor | None,
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     k_cache: Tensor,
     v_cache: Tensor,
-    *,
-    interleaved: bool = False,
     kv_scales_2G: Tensor | None = None,
 ) -> Tensor:
     """Normalise query and key heads, apply rotary embedding, and store keys and values in the caches.
@@ -273,12 +276,9 @@ def rope_and_cache(
         qkv_Thd: [T, H + 2G, d], query, key and value heads.
         norm_hd: weights [H + G, d] of the RMS norms of query and key heads, or None.
         eps: of the norms.
-        tables: `rotary.tables` of the first r <= d dimensions, which are rotated.
-        positions_T: i64.
-        slot_mapping_T: i64, block * block_size + offset.
+        rope: of the first r <= d dimensions.
         k_cache, v_cache: [B, block_size, G, d], written.
-        interleaved: pairs are (x_2i, x_2i+1), not (x_i, x_i+r/2).
-        kv_scales_2G: as in `reference`.
+        kv_scales_2G: as in `AttentionOptions`.
 
     Returns:
         Queries [T, H, d].
@@ -288,12 +288,12 @@ def rope_and_cache(
     qk, v_TGd = qkv_Thd[:, : num_heads + num_kv].float(), qkv_Thd[:, num_heads + num_kv :]
     if norm_hd is not None:
         qk = F.rms_norm(qk, (dim,), None, eps) * norm_hd.float()
-    turned, kept = qk.split((tables[0].shape[1], dim - tables[0].shape[1]), -1)
-    qk = torch.cat((rotary.rotate_at(turned, tables, positions_T, interleaved), kept), -1).to(qkv_Thd.dtype)
+    turned, kept = qk.split((rope.size, dim - rope.size), -1)
+    qk = torch.cat((rotate_at(turned, rope), kept), -1).to(qkv_Thd.dtype)
     scales_2G1 = scales_of(kv_scales_2G, k_cache)[:, :, None]
     for cache, x_TGd, scale_G1 in zip((k_cache, v_cache), (qk[:, num_heads:], v_TGd), scales_2G1, strict=True):
         rows_TGd = as_bytes(quantize(x_TGd, scale_G1, cache.dtype))
-        as_bytes(cache).flatten(0, 1).index_copy_(0, slot_mapping_T, rows_TGd)
+        as_bytes(cache).flatten(0, 1).index_copy_(0, rope.slot_mapping_T, rows_TGd)
     return qk[:, :num_heads]
 
 
@@ -302,37 +302,32 @@ def attend(
     k_cache: Tensor,
     v_cache: Tensor,
     seqs: AttentionMetadata,
-    *,
-    scale: float | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    sinks_H: Tensor | None = None,
-    kv_scales_2G: Tensor | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """As `reference`, one sequence at a time: torch's fused attention, or with sinks matrix products."""
     outputs = [q_THd[:0]]
     for b, start, end, length in each_sequence(seqs):
         q = q_THd[start:end]
-        begin = first_visible(length - len(q), window, chunk)
+        begin = first_visible(length - len(q), options)
         k_GYd, v_GYd = (_gather(cache, seqs.block_table[b], begin, length) for cache in (k_cache, v_cache))
-        if kv_scales_2G is not None:
-            rows = zip((k_GYd, v_GYd), kv_scales_2G, strict=True)
+        if options.kv_scales_2G is not None:
+            rows = zip((k_GYd, v_GYd), options.kv_scales_2G, strict=True)
             k_GYd, v_GYd = (row.float() * scale_G[:, None, None] for row, scale_G in rows)
-        mask = visible(len(q), begin, length, window, chunk, q.device)
-        found_HTd = _attend_one(q.to(k_GYd.dtype).transpose(0, 1), k_GYd, v_GYd, mask, scale, sinks_H)
+        mask = visible(len(q), begin, length, q.device, options)
+        found_HTd = _attend_one(q.to(k_GYd.dtype).transpose(0, 1), k_GYd, v_GYd, mask, options)
         outputs.append(found_HTd.transpose(0, 1).to(q.dtype))
     return torch.cat(outputs)
 
 
-def visible(num: int, begin: int, length: int, window: int, chunk: int, device: torch.device) -> Tensor:
+def visible(num: int, begin: int, length: int, device: torch.device, options: AttentionOptions = PLAIN) -> Tensor:
     """Return bool [num, length - begin]: which positions from `begin` to `length` the last `num` queries see."""
     key_Y = torch.arange(begin, length, device=device)
     query_q1 = torch.arange(length - num, length, device=device)[:, None]
     found = key_Y <= query_q1
-    if window:
-        found &= key_Y > query_q1 - window
-    if chunk:
-        found &= key_Y >= query_q1 // chunk * chunk
+    if options.window:
+        found &= key_Y > query_q1 - options.window
+    if options.chunk:
+        found &= key_Y >= query_q1 // options.chunk * options.chunk
     return found
 
 
@@ -344,17 +339,15 @@ def _gather(cache: Tensor, table: Tensor, begin: int, end: int) -> Tensor:
     return rows_YGd[begin - first * block_size : end - first * block_size].transpose(0, 1)
 
 
-def _attend_one(
-    q_HTd: Tensor, k_GYd: Tensor, v_GYd: Tensor, mask_TY: Tensor, scale: float | None, sinks_H: Tensor | None
-) -> Tensor:
-    if sinks_H is None:
+def _attend_one(q_HTd: Tensor, k_GYd: Tensor, v_GYd: Tensor, mask_TY: Tensor, options: AttentionOptions) -> Tensor:
+    if options.sinks_H is None:
         shared = len(q_HTd) != len(k_GYd)
         return F.scaled_dot_product_attention(
-            q_HTd[None], k_GYd[None], v_GYd[None], attn_mask=mask_TY, scale=scale, enable_gqa=shared
+            q_HTd[None], k_GYd[None], v_GYd[None], attn_mask=mask_TY, scale=options.scale, enable_gqa=shared
         )[0]
     k_HYd, v_HYd = (kv.repeat_interleave(len(q_HTd) // len(kv), 0).float() for kv in (k_GYd, v_GYd))
-    scale = q_HTd.shape[-1] ** -0.5 if scale is None else scale
-    logits_HTY = (q_HTd.float() @ k_HYd.transpose(1, 2) * scale).masked_fill(~mask_TY, float("-inf"))
-    sinks_HT1 = sinks_H.float()[:, None, None].expand(*q_HTd.shape[:2], 1)
+    scores_HTY = q_HTd.float() @ k_HYd.transpose(1, 2) * options.scale_for(q_HTd.shape[-1])
+    logits_HTY = scores_HTY.masked_fill(~mask_TY, float("-inf"))
+    sinks_HT1 = options.sinks_H.float()[:, None, None].expand(*q_HTd.shape[:2], 1)
     weights_HTY = torch.cat((logits_HTY, sinks_HT1), -1).softmax(-1)[..., :-1]
     return (weights_HTY @ v_HYd).to(q_HTd.dtype)

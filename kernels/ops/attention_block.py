@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import Attend, AttentionMetadata, RopeAndCache
+from expertwire.kernels.ops.attention import PLAIN, Attend, AttentionMetadata, AttentionOptions, RopeAndCache
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.rms_norm import AddRmsNorm, RmsNorm
+from expertwire.kernels.ops.rotary import RopeInputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
-    """Prepared weights and options of a block; options as in `kernels.ops.attention`.
+    """Prepared weights and options of a block.
 
     Attributes:
         qkv: to (H + 2G) * d outputs; query, key and value heads in this order.
@@ -45,12 +46,7 @@ class AttentionWeights:
     head_dim: int
     row_norms: tuple[Tensor, Tensor] | None = None
     head_norms_hd: Tensor | None = None
-    interleaved: bool = False
-    scale: float | None = None
-    window: int = 0
-    chunk: int = 0
-    sinks_H: Tensor | None = None
-    kv_scales_2G: Tensor | None = None
+    options: AttentionOptions = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +54,12 @@ class AttentionInputs:
     """Inputs that the blocks of one step share if they use the same rotary embedding and KV cache group.
 
     Attributes:
-        tables: cosines and sines, `rotary.tables`.
-        positions_T: i64.
-        metadata: the step's sequences in the KV cache group.
+        rope: the step's tokens.
+        metadata: its sequences in the KV cache group.
         query_scales_T11: fp32 factors of the rotated queries (Llama 4, Mistral 4), or None.
     """
 
-    tables: tuple[Tensor, Tensor]
-    positions_T: Tensor
+    rope: RopeInputs
     metadata: AttentionMetadata
     query_scales_T11: Tensor | None = None
 
@@ -73,8 +67,8 @@ class AttentionInputs:
     def arrays(self) -> tuple[np.ndarray, ...]:
         """Views for kernels on the host: cosines, sines, positions, slots, block table, cu_seqlens_q, seq_lens."""
         seqs = self.metadata
-        sequences = seqs.slot_mapping, seqs.block_table, seqs.cu_seqlens_q, seqs.seq_lens
-        return tuple(tensor.numpy() for tensor in (*self.tables, self.positions_T, *sequences))
+        sequences = seqs.block_table, seqs.cu_seqlens_q, seqs.seq_lens
+        return *self.rope.arrays(), *(tensor.numpy() for tensor in sequences)
 
 
 class AttentionBlock(Protocol):
@@ -114,27 +108,14 @@ class ComposedAttention:
             self._project(normed_TD),
             w.head_norms_hd,
             w.eps,
-            inputs.tables,
-            inputs.positions_T,
-            inputs.metadata.slot_mapping,
+            inputs.rope,
             k_cache,
             v_cache,
-            interleaved=w.interleaved,
-            kv_scales_2G=w.kv_scales_2G,
+            w.options.kv_scales_2G,
         )
         if inputs.query_scales_T11 is not None:
             q_THd = (q_THd * inputs.query_scales_T11).to(x_TD.dtype)
-        attended_THd = self.attend(
-            q_THd,
-            k_cache,
-            v_cache,
-            inputs.metadata,
-            scale=w.scale,
-            window=w.window,
-            chunk=w.chunk,
-            sinks_H=w.sinks_H,
-            kv_scales_2G=w.kv_scales_2G,
-        )
+        attended_THd = self.attend(q_THd, k_cache, v_cache, inputs.metadata, w.options)
         return self.add_rms_norm(x_TD, w.output(attended_THd.flatten(1)), w.norm_D, w.eps)
 
     def _project(self, normed_TD: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.kernels.ops.attention import AttentionMetadata, each_sequence
-from expertwire.kernels.ops.rotary import rotate_at
+from expertwire.kernels.ops.rotary import RopeInputs, rotate_at
 
 
 class RopeAndCacheIndex(Protocol):
@@ -34,12 +34,8 @@ class RopeAndCacheIndex(Protocol):
         k_Td: Tensor,
         norm: tuple[Tensor, Tensor],
         eps: float,
-        tables: tuple[Tensor, Tensor],
-        positions_T: Tensor,
-        slot_mapping_T: Tensor,
+        rope: RopeInputs,
         index_cache: Tensor,
-        *,
-        interleaved: bool = False,
     ) -> Tensor:
         """Return the rotated index queries [T, H, d]; write the cache."""
         ...
@@ -76,12 +72,8 @@ def rope_and_cache(
     k_Td: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     index_cache: Tensor,
-    *,
-    interleaved: bool = False,
 ) -> Tensor:
     """Normalise the index key, rotate it and the index queries, and store the key in the cache.
 
@@ -90,26 +82,22 @@ def rope_and_cache(
         k_Td: index keys W x.
         norm: weights and biases [d] of the keys' layer norm.
         eps: of the norm.
-        tables: `rotary.tables` for the first r <= d numbers of a head.
-        positions_T: i64.
-        slot_mapping_T: i64, block * block_size + offset; a token with a negative one is not stored.
+        rope: of the first r <= d numbers of a head; a token with a negative slot is not stored.
         index_cache: [B, block_size, d], written.
-        interleaved: which pairs are rotated, as in `attention.rope_and_cache`.
 
     Returns:
         q_THd, rotated.
     """
     dtype, (weight_d, bias_d) = q_THd.dtype, (tensor.float() for tensor in norm)
     k_T1d = F.layer_norm(k_Td.float(), weight_d.shape, weight_d, bias_d, eps).unsqueeze(1)
-    size = tables[0].shape[1]
     q_THd, k_T1d = (
-        torch.cat((rotate_at(x[..., :size].float(), tables, positions_T, interleaved), x[..., size:].float()), -1)
+        torch.cat((rotate_at(x[..., : rope.size].float(), rope), x[..., rope.size :].float()), -1)
         for x in (q_THd, k_T1d)
     )
-    rows, stored_T1 = index_cache.flatten(0, 1), (slot_mapping_T >= 0)[:, None]
+    rows, stored_T1 = index_cache.flatten(0, 1), (rope.slot_mapping_T >= 0)[:, None]
     # Without reading back which tokens are stored: the others rewrite the null block's row 0 with itself.
     k_Td = torch.where(stored_T1, k_T1d[:, 0].to(rows.dtype), rows[0])
-    rows.index_copy_(0, slot_mapping_T.clamp(min=0), k_Td)
+    rows.index_copy_(0, rope.slot_mapping_T.clamp(min=0), k_Td)
     return q_THd.to(dtype)
 
 

@@ -32,9 +32,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import FP8, Attend, AttentionMetadata, as_bytes, each_sequence, quantize, visible
+from expertwire.kernels.ops.attention import (
+    FP8,
+    Attend,
+    AttentionMetadata,
+    AttentionOptions,
+    as_bytes,
+    each_sequence,
+    quantize,
+    visible,
+)
 from expertwire.kernels.ops.linear import Linear
-from expertwire.kernels.ops.rotary import rotate_at
+from expertwire.kernels.ops.rotary import RopeInputs, rotate_at
 
 _WORTH = 2  # most keys made for a query
 
@@ -48,12 +57,9 @@ class RopeAndCacheLatent(Protocol):
         kv_Tl: Tensor,
         norm_c: Tensor,
         eps: float,
-        tables: tuple[Tensor, Tensor],
-        positions_T: Tensor,
-        slot_mapping_T: Tensor,
+        rope: RopeInputs,
         cache: Tensor,
         *,
-        interleaved: bool = True,
         out: Tensor | None = None,
         kv_scale: Tensor | None = None,
     ) -> Tensor:
@@ -122,12 +128,9 @@ def rope_and_cache(
     kv_Tl: Tensor,
     norm_c: Tensor,
     eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions_T: Tensor,
-    slot_mapping_T: Tensor,
+    rope: RopeInputs,
     cache: Tensor,
     *,
-    interleaved: bool = True,
     out: Tensor | None = None,
     kv_scale: Tensor | None = None,
 ) -> Tensor:
@@ -138,11 +141,8 @@ def rope_and_cache(
         kv_Tl: W_a x.
         norm_c: weights of the latent's RMS norm.
         eps: of the norm.
-        tables: `rotary.tables` for r dimensions.
-        positions_T: i64.
-        slot_mapping_T: i64, block * block_size + offset.
+        rope: of r dimensions.
         cache: [B, block_size, l], written.
-        interleaved: which pairs are rotated, as in `attention.rope_and_cache`.
         out: of q's shape and dtype, written; tokens and heads may be strided, as parts of longer rows are.
         kv_scale: as in `reference`.
 
@@ -152,9 +152,9 @@ def rope_and_cache(
     rank = norm_c.shape[0]
     latent_Tc = F.rms_norm(kv_Tl[:, :rank].float(), (rank,), None, eps) * norm_c.float()
     parts = kv_Tl[:, rank:].unsqueeze(1), q_THr
-    k_T1r, q_THr = (rotate_at(part.float(), tables, positions_T, interleaved).to(part.dtype) for part in parts)
+    k_T1r, q_THr = (rotate_at(part.float(), rope).to(part.dtype) for part in parts)
     row_Tl = quantize(torch.cat((latent_Tc.to(kv_Tl.dtype), k_T1r[:, 0]), -1), _scale_of(kv_scale, cache), cache.dtype)
-    as_bytes(cache).flatten(0, 1).index_copy_(0, slot_mapping_T, as_bytes(row_Tl))
+    as_bytes(cache).flatten(0, 1).index_copy_(0, rope.slot_mapping_T, as_bytes(row_Tl))
     return q_THr if out is None else out.copy_(q_THr)
 
 
@@ -174,7 +174,7 @@ def attend(
         some = slice(start, end)
         q_HTl = q_THl[some].transpose(0, 1).float()
         rows_Yl = cache[seqs.block_table[b]].flatten(0, 1)[:length].float() * _scale_of(kv_scale, cache)
-        mask_TY = visible(q_HTl.shape[1], 0, length, 0, 0, cache.device)
+        mask_TY = visible(q_HTl.shape[1], 0, length, cache.device)
         if chosen is not None:
             counts_TY = torch.zeros(len(mask_TY), length + 1, device=cache.device)
             mask_TY = counts_TY.scatter_(1, chosen[some] % (length + 1), 1.0)[:, :-1].bool()
@@ -232,7 +232,8 @@ def attend_expanded(
     keys = key_YHw.unflatten(0, (-1, block_size))
     values = _widened(value_YHv, value_size if narrow_values else width).unflatten(0, (-1, block_size))
     own_SW = torch.arange(tables_SW.numel(), dtype=tables_SW.dtype, device=cache.device).view(tables_SW.shape)
-    return attend(q_THw, keys, values, replace(seqs, block_table=own_SW), scale=scale)[..., :value_size]
+    options = AttentionOptions(scale=scale)
+    return attend(q_THw, keys, values, replace(seqs, block_table=own_SW), options)[..., :value_size]
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:

@@ -13,13 +13,45 @@ T tokens, H heads, d head size, r rotated numbers of a head.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
 
 Scaling = LinearScaling | Llama3 | Yarn | LongRope
+
+
+@dataclass(frozen=True)
+class RopeInputs:
+    """A step's tokens as the ops that rotate and write a cache take them (`rope_and_cache` of each kind of attention).
+
+    Attributes:
+        tables: `tables` of the rotated numbers, the first r of a head.
+        positions_T: i64.
+        slot_mapping_T: i64, block * block_size + offset. On a GPU a token with a negative one is not stored.
+        interleaved: pairs are (x_2i, x_2i+1), not (x_i, x_i+r/2).
+    """
+
+    tables: tuple[Tensor, Tensor]
+    positions_T: Tensor
+    slot_mapping_T: Tensor
+    interleaved: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.tables[0].shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Cosines, sines, positions and slots."""
+        return *self.tables, self.positions_T, self.slot_mapping_T
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Return `tensors` as kernels on the host take them."""
+        return tuple(tensor.numpy() for tensor in self.tensors)
 
 
 def tables(num_positions: int, rope: Rope, device: str) -> tuple[Tensor, Tensor]:
@@ -62,12 +94,12 @@ def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
     return torch.addcmul(x_THd * cos_T1d, x_THd.roll(x_THd.shape[-1] // 2, -1), sin_T1d)
 
 
-def rotate_at(x_THr: Tensor, tables: tuple[Tensor, Tensor], positions_T: Tensor, interleaved: bool) -> Tensor:
-    """Rotate at these positions, in halves or interleaved; r = 0 is allowed."""
-    if interleaved:
+def rotate_at(x_THr: Tensor, rope: RopeInputs) -> Tensor:
+    """Rotate at the tokens' positions, in halves or interleaved; r = 0 is allowed."""
+    if rope.interleaved:
         x_THr = x_THr.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    x_THr = rotate(x_THr, *(table[positions_T].unsqueeze(1) for table in tables))
-    return x_THr.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if interleaved else x_THr
+    x_THr = rotate(x_THr, *(table[rope.positions_T].unsqueeze(1) for table in rope.tables))
+    return x_THr.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if rope.interleaved else x_THr
 
 
 def _scaled(rope: Rope, num_positions: int) -> tuple[Tensor, float]:

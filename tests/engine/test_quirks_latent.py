@@ -117,10 +117,9 @@ def biased_weights(ops):
 def last_numbers_rotated(ops):
     """Rotate the last numbers of an index head; scores do not depend on the order of numbers."""
 
-    def rotate(q_THd, k_Td, norm, eps, tables, *more, **options):
-        size = tables[0].shape[1]
-        q_THd, k_Td, *norm = (x.roll(size, -1).contiguous() for x in (q_THd, k_Td, *norm))
-        return ops.rope_and_cache_index(q_THd, k_Td, tuple(norm), eps, tables, *more, **options)
+    def rotate(q_THd, k_Td, norm, eps, rope, cache):
+        q_THd, k_Td, *norm = (x.roll(rope.size, -1).contiguous() for x in (q_THd, k_Td, *norm))
+        return ops.rope_and_cache_index(q_THd, k_Td, tuple(norm), eps, rope, cache)
 
     return {"rope_and_cache_index": rotate}
 

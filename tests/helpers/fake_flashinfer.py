@@ -80,7 +80,8 @@ class Wrapper:
             assert cache.dtype == planned["kv_data_type"] and cache.is_contiguous()
         assert self.seqs.block_table.max() < len(k)
         window = planned.get("window_left", -1) + 1
-        out.copy_(attention.reference(q, k, v, self.seqs, scale=planned["sm_scale"], window=window))
+        options = attention.AttentionOptions(scale=planned["sm_scale"], window=window)
+        out.copy_(attention.reference(q, k, v, self.seqs, options))
         return out
 
 

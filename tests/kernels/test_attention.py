@@ -146,7 +146,8 @@ def test_rope_and_cache(ops, dtype, with_norm, num_tokens, size, interleaved):
     k, v = (torch.randn(5, BLOCK, KV_HEADS, DIM, generator=generator).to(dtype) for _ in range(2))
     caches = k.clone(), v.clone()
     tables = rotary.tables(500, Rope(theta=1e4, size=size), "cpu")
-    q = ops.rope_and_cache(qkv, norm, 1e-6, tables, positions, slots, *caches, interleaved=interleaved)
+    inputs = rotary.RopeInputs(tables, positions, slots, interleaved)
+    q = ops.rope_and_cache(qkv, norm, 1e-6, inputs, *caches)
 
     heads = qkv[:, : HEADS + KV_HEADS].float()
     if with_norm:

@@ -8,6 +8,7 @@ import torch
 
 from expertwire.kernels import registry
 from expertwire.kernels.ops import attention
+from expertwire.kernels.ops.attention import AttentionOptions
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 ATTEND = {"spec": attention.reference, **{name: ops.attend for name, ops in OPS.items()}}
@@ -93,7 +94,7 @@ def test_variants(name, variant, dtype):
     """Whatever else is in the cache is NaN, in the null block too."""
     options = VARIANTS[variant]
     q, k, v, seqs, known = scene(BATCH, dtype, options)
-    found = ATTEND[name](q, k, v, seqs, **options)
+    found = ATTEND[name](q, k, v, seqs, AttentionOptions(**options))
     assert (found.shape, found.dtype) == (q.shape, dtype)
     torch.testing.assert_close(found.double(), formula(q, known, BATCH, **options), **TOLERANCE[dtype])
 
@@ -105,7 +106,7 @@ def test_variants(name, variant, dtype):
 def test_shapes(dtype, heads, kv_heads, dim, block):
     batch, options = [(1, 50), (9, 40), (70, 130)], {"window": 18, "sinks_H": torch.linspace(-2, 2, heads)}
     q, k, v, seqs, known = scene(batch, dtype, options, heads=heads, kv_heads=kv_heads, dim=dim, block=block)
-    found = OPS["cpu"].attend(q, k, v, seqs, **options)
+    found = OPS["cpu"].attend(q, k, v, seqs, AttentionOptions(**options))
     torch.testing.assert_close(found.double(), formula(q, known, batch, **options), **TOLERANCE[dtype])
 
 
@@ -114,7 +115,7 @@ def alone(q, caches, seqs, b, start, end, length, options):
     table = seqs.block_table[b : b + 1].clone()
     table[:, : first_seen(length - (end - start), **options) // caches[0].shape[1]] = 0
     one = attention.describe([end - start], [length], table)
-    return OPS["cpu"].attend(q[start:end].contiguous(), *caches, one, **options)
+    return OPS["cpu"].attend(q[start:end].contiguous(), *caches, one, AttentionOptions(**options))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -123,7 +124,7 @@ def alone(q, caches, seqs, b, start, end, length, options):
 def test_bits_do_not_depend_on_how_queries_are_cut(dtype, variant, heads, dim):
     options = VARIANTS[variant]
     q, k, v, seqs, _ = scene(BATCH, dtype, options, heads=heads, dim=dim)
-    whole = OPS["cpu"].attend(q, k, v, seqs, **options)
+    whole = OPS["cpu"].attend(q, k, v, seqs, AttentionOptions(**options))
     for b, (num, length) in enumerate(BATCH):
         first = int(seqs.cu_seqlens_q[b])
         for size in {1, 7, 32, num}:
@@ -139,7 +140,7 @@ def test_a_window_that_hides_nothing_and_no_window_have_the_same_bits(dtype):
     q, k, v, seqs, _ = scene(BATCH, dtype, {})
     plain = OPS["cpu"].attend(q, k, v, seqs)
     for options in ({"window": 260}, {"chunk": 260}, {"scale": 32**-0.5}, {"sinks_H": torch.full((6,), -float("inf"))}):
-        assert torch.equal(OPS["cpu"].attend(q, k, v, seqs, **options), plain), options
+        assert torch.equal(OPS["cpu"].attend(q, k, v, seqs, AttentionOptions(**options)), plain), options
 
 
 def test_a_sink_takes_weight_and_gives_no_value():
@@ -147,10 +148,11 @@ def test_a_sink_takes_weight_and_gives_no_value():
     plain = OPS["cpu"].attend(q, k, v, seqs)
     # Equal to the sum of all weights: half of it is left.
     logits = torch.stack([k[seqs.block_table[0]].flatten(0, 1)[:7, g] @ q[0, g] * 32**-0.5 for g in range(2)])
-    found = OPS["cpu"].attend(q, k, v, seqs, sinks_H=logits.logsumexp(1))
+    found = OPS["cpu"].attend(q, k, v, seqs, AttentionOptions(sinks_H=logits.logsumexp(1)))
     torch.testing.assert_close(found, plain / 2, rtol=1e-5, atol=1e-6)
 
 
 def test_first_visible():
     for position, window, chunk in itertools.product(range(40), (0, 1, 2, 7, 16), (0, 1, 3, 16)):
-        assert attention.first_visible(position, window, chunk) == first_seen(position, window, chunk)
+        options = AttentionOptions(window=window, chunk=chunk)
+        assert attention.first_visible(position, options) == first_seen(position, window, chunk)

@@ -31,8 +31,9 @@ def ops(made):
 def test_reference(name, window, ops):
     q, k, v, host, seqs = scene(BATCHES[name], torch.float16)
     k, v = k.nan_to_num(), v.nan_to_num()
-    expected = attention.reference(q, k, v, host, window=window, scale=0.3)
-    torch.testing.assert_close(ops.attend(q, k, v, seqs, window=window, scale=0.3), expected)
+    options = attention.AttentionOptions(window=window, scale=0.3)
+    expected = attention.reference(q, k, v, host, options)
+    torch.testing.assert_close(ops.attend(q, k, v, seqs, options), expected)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -51,7 +52,7 @@ def test_a_step_is_planned_once_and_run_by_every_layer(ops, made):
     assert [wrapper.plans for wrapper in made] == [1, 1]  # decode and prefill
     ops.attend(q, k, v, replace(seqs))
     assert [wrapper.plans for wrapper in made] == [2, 2]
-    ops.attend(q, k, v, seqs, window=20)
+    ops.attend(q, k, v, seqs, attention.AttentionOptions(window=20))
     assert [wrapper.plans for wrapper in made] == [2, 2, 1, 1]
 
 

@@ -10,6 +10,8 @@ from numba.extending import intrinsic
 from expertwire.kernels import registry
 from expertwire.kernels.cpu._llvm import allocating_jit, as_array, copy_row, divide_row, load, round_like, vectors
 from expertwire.kernels.ops import attention, mla, rotary
+from expertwire.kernels.ops.attention import AttentionOptions
+from expertwire.kernels.ops.rotary import RopeInputs
 from expertwire.kernels.ops.variants import Rope
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
@@ -18,6 +20,7 @@ FP8 = attention.FP8
 HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 32, 4
 BATCH = [(1, 8), (1, 31), (1, 300), (3, 3), (6, 30), (40, 300)]
 SCALES = torch.tensor([[0.5, 0.037], [0.11, 3.0]])
+SCALED = AttentionOptions(kv_scales_2G=SCALES)
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 2**-7}}
 
 
@@ -115,9 +118,9 @@ def test_attend_is_that_of_the_numbers_that_the_cache_stands_for(name, options, 
     attend = attention.reference if name == "spec" else OPS[name].attend
     if name == "torch":  # whose masks weigh what is hidden with zero
         k, v = (cache.float().nan_to_num().to(FP8) for cache in (k, v))
-    found = attend(q, k, v, seqs, kv_scales_2G=SCALES, **options)
+    found = attend(q, k, v, seqs, AttentionOptions(kv_scales_2G=SCALES, **options))
     k, v = (cache.float() * scales[:, None] for cache, scales in zip((k, v), SCALES, strict=True))
-    expected = attention.reference(q.float(), k, v, seqs, **options)
+    expected = attention.reference(q.float(), k, v, seqs, AttentionOptions(**options))
     torch.testing.assert_close(found.float(), expected, **TOLERANCE[dtype])
 
 
@@ -125,18 +128,18 @@ def test_attend_is_that_of_the_numbers_that_the_cache_stands_for(name, options, 
 @pytest.mark.parametrize(("heads", "dim"), [(2, 128), (8, 24), (6, 12)])
 def test_heads_of_any_size(dtype, heads, dim):
     q, k, v, seqs = scene(dtype, dim, heads)
-    expected = attention.reference(q, k, v, seqs, kv_scales_2G=SCALES)
-    torch.testing.assert_close(OPS["cpu"].attend(q, k, v, seqs, kv_scales_2G=SCALES), expected, **TOLERANCE[dtype])
+    expected = attention.reference(q, k, v, seqs, SCALED)
+    torch.testing.assert_close(OPS["cpu"].attend(q, k, v, seqs, SCALED), expected, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_of_a_query_depend_on_what_it_sees_alone(dtype):
     q, k, v, seqs = scene(dtype)
-    whole = OPS["cpu"].attend(q, k, v, seqs, kv_scales_2G=SCALES)
+    whole = OPS["cpu"].attend(q, k, v, seqs, SCALED)
     for b, (num, length) in enumerate(BATCH):
         row = seqs.cu_seqlens_q[b] + num // 2
         alone = attention.describe([1], [length - num + num // 2 + 1], seqs.block_table[b : b + 1])
-        found = OPS["cpu"].attend(q[row : row + 1].contiguous(), k, v, alone, kv_scales_2G=SCALES)
+        found = OPS["cpu"].attend(q[row : row + 1].contiguous(), k, v, alone, SCALED)
         assert torch.equal(found, whole[row : row + 1]), b
 
 
@@ -154,7 +157,7 @@ def test_what_is_stored_are_the_bytes_of_the_reference(dtype):
     assert (expected[0].float().abs() == 448).any(), "nothing saturates"
     for ops in OPS.values():
         caches = [torch.zeros(5, BLOCK, KV_HEADS, DIM, dtype=FP8) for _ in range(2)]
-        ops.rope_and_cache(qkv, None, 1e-6, tables, positions, slots, *caches, kv_scales_2G=SCALES)
+        ops.rope_and_cache(qkv, None, 1e-6, RopeInputs(tables, positions, slots), *caches, SCALES)
         for cache, rows in zip(caches, expected, strict=True):
             stored = cache.view(torch.uint8).flatten(0, 1)
             assert torch.equal(stored[slots], rows.view(torch.uint8))
@@ -171,9 +174,9 @@ def test_what_is_stored_is_what_a_cache_of_the_queries_dtype_would_hold(dtype, i
     tables = rotary.tables(500, Rope(theta=1e4, size=DIM), "cpu")
     for ops in OPS.values():
         plain, fp8 = ([torch.zeros(5, BLOCK, KV_HEADS, DIM, dtype=kind) for _ in range(2)] for kind in (dtype, FP8))
-        arguments = qkv, norm, 1e-6, tables, positions, slots
-        before = ops.rope_and_cache(*arguments, *plain, interleaved=interleaved)
-        after = ops.rope_and_cache(*arguments, *fp8, interleaved=interleaved, kv_scales_2G=SCALES)
+        arguments = qkv, norm, 1e-6, RopeInputs(tables, positions, slots, interleaved)
+        before = ops.rope_and_cache(*arguments, *plain)
+        after = ops.rope_and_cache(*arguments, *fp8, SCALES)
         assert torch.equal(before, after), "queries are not quantised"
         for cache, rows, scale in zip(fp8, plain, SCALES, strict=True):
             expected = attention.quantize(rows, scale[:, None], FP8)
@@ -189,7 +192,7 @@ def test_latents(dtype):
     positions, slots = torch.randint(0, 200, (9,), generator=generator), torch.arange(9)
     for ops in OPS.values():
         plain, fp8 = (torch.zeros(5, BLOCK, 48, dtype=kind) for kind in (dtype, FP8))
-        arguments = q, kv, norm, 1e-6, tables, positions, slots
+        arguments = q, kv, norm, 1e-6, RopeInputs(tables, positions, slots, interleaved=True)
         before = ops.rope_and_cache_latent(*arguments, plain)
         assert torch.equal(ops.rope_and_cache_latent(*arguments, fp8, kv_scale=scale), before)
         assert torch.equal(fp8.view(torch.uint8), attention.quantize(plain, scale, FP8).view(torch.uint8))

@@ -8,7 +8,9 @@ import torch
 
 from expertwire.kernels import registry
 from expertwire.kernels.ops import attention, rotary
+from expertwire.kernels.ops.attention import AttentionOptions
 from expertwire.kernels.ops.attention_block import AttentionInputs, AttentionWeights, ComposedAttention
+from expertwire.kernels.ops.rotary import RopeInputs
 from expertwire.kernels.ops.variants import Rope
 
 OPS = registry.choose("cpu")
@@ -55,7 +57,7 @@ BATCHES = {
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("name", BATCHES)
 def test_attention(dtype, with_norm, with_bias, name):
-    check(dtype, with_norm, with_bias, name, {}, {})
+    check(dtype, with_norm, with_bias, name, False, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -67,10 +69,10 @@ def test_attention(dtype, with_norm, with_bias, name):
     ids=["scale", "window", "chunk", "sinks and window"],
 )
 def test_variants(dtype, size, interleaved, options):
-    check(dtype, True, False, "mixed", {"interleaved": interleaved}, options, size)
+    check(dtype, True, False, "mixed", interleaved, options, size)
 
 
-def check(dtype, with_norm, with_bias, name, pairs, options, size=DIM):
+def check(dtype, with_norm, with_bias, name, interleaved, options, size=DIM):
     tables, positions, seqs, (k, v) = scene(BATCHES[name], dtype, size)
     num = len(positions)
     heads = HEADS + 2 * KV_HEADS
@@ -81,8 +83,8 @@ def check(dtype, with_norm, with_bias, name, pairs, options, size=DIM):
     norm, x, normed = (random(*shape, seed=6, dtype=dtype) for shape in ((WIDTH,), (num, WIDTH), (num, WIDTH)))
 
     expected_k, expected_v = k.clone(), v.clone()
-    weights = make_weights(qkv, output, norm, head_norms_hd=qk_norm, **pairs, **options)
-    inputs = AttentionInputs(tables=tables, positions_T=positions, metadata=seqs)
+    weights = make_weights(qkv, output, norm, head_norms_hd=qk_norm, options=AttentionOptions(**options))
+    inputs = AttentionInputs(rope=RopeInputs(tables, positions, seqs.slot_mapping, interleaved), metadata=seqs)
     composed = dataclasses.replace(OPS, fuse_attention=None).attention_block(weights)
     assert isinstance(composed, ComposedAttention)
     expected = composed(x, normed, expected_k, expected_v, inputs)

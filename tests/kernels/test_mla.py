@@ -64,17 +64,14 @@ def test_absorbed_form_is_that_of_the_paper(batch, interleaved):
         tables[b, : blocks[b]] = range(start, start + blocks[b])
         x_TD = torch.randn(length, WIDTH, generator=generator)
         q_THn = torch.einsum("hnd,td->thn", project, x_TD)
-        positions = torch.arange(length)
+        positions, angles = torch.arange(length), rotary.tables(length, Rope(theta=THETA, size=ROTATED), "cpu")
         rotated = mla.rope_and_cache(
             q_THn[:, :, NOPE:],
             x_TD @ down.T,
             norm,
             EPS,
-            rotary.tables(length, Rope(theta=THETA, size=ROTATED), "cpu"),
-            positions,
-            start * BLOCK + positions,
+            rotary.RopeInputs(angles, positions, start * BLOCK + positions, interleaved),
             cache,
-            interleaved=interleaved,
         )
         absorbed = torch.einsum("hnc,thn->thc", up_k, q_THn[:, :, :NOPE])
         queries.append(torch.cat((absorbed, rotated), -1)[length - num :])

@@ -132,7 +132,7 @@ def test_rope_and_cache_latent(dtype, interleaved, rank, size):
     positions, slots = torch.randint(0, 200, (9,), generator=generator), torch.randperm(20, generator=generator)[:9]
     caches = [torch.full((5, 4, rank + size), 7.0, dtype=dtype) for _ in OPS]
     found = [
-        ops.rope_and_cache_latent(q, kv, norm, EPS, tables, positions, slots, cache, interleaved=interleaved)
+        ops.rope_and_cache_latent(q, kv, norm, EPS, rotary.RopeInputs(tables, positions, slots, interleaved), cache)
         for ops, cache in zip(OPS.values(), caches, strict=True)
     ]
     close = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-9}}[dtype]
@@ -152,7 +152,7 @@ def test_rope_and_cache_index(dtype, interleaved, dim, size):
     positions, slots = torch.randint(0, 200, (9,), generator=generator), torch.randperm(20, generator=generator)[:9]
     caches = [torch.full((5, 4, dim), 7.0, dtype=dtype) for _ in OPS]
     found = [
-        ops.rope_and_cache_index(q, k, norm, EPS, tables, positions, slots, cache, interleaved=interleaved)
+        ops.rope_and_cache_index(q, k, norm, EPS, rotary.RopeInputs(tables, positions, slots, interleaved), cache)
         for ops, cache in zip(OPS.values(), caches, strict=True)
     ]
     close = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-8}}[dtype]
@@ -174,5 +174,6 @@ def test_an_index_key_with_a_negative_slot_is_not_stored():
     cache, norm = torch.zeros(3, 4, 8), (torch.ones(8), torch.zeros(8))
     q, k, tables = torch.ones(3, 2, 8), torch.randn(3, 8), rotary.tables(9, Rope(theta=1e4, size=4), "cpu")
     slots = torch.tensor([5, -1, -1])
-    index.rope_and_cache(q, k, norm, EPS, tables, torch.tensor([1, 2, 3]), slots, cache)
+    inputs = rotary.RopeInputs(tables, torch.tensor([1, 2, 3]), slots)
+    index.rope_and_cache(q, k, norm, EPS, inputs, cache)
     assert cache.flatten(0, 1).any(1).nonzero().flatten().tolist() == [5]

@@ -10,22 +10,23 @@ from expertwire.kernels.gpu import attention as gpu
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.split_kv import split_grid
 from expertwire.kernels.ops import attention
+from expertwire.kernels.ops.attention import AttentionOptions
 
 DEVICE = Device(arch=90, num_sms=1)
 CONFIG = gpu.AttentionTileConfig(decode_rows=16, rows=16, keys=16, split=32, least_warps=4, num_stages=2)
 
 
-def run(q, k, v, seqs, device=DEVICE, **options):
+def run(q, k, v, seqs, device=DEVICE, config=CONFIG, **options):
     """Run attention into a poisoned output."""
     out = torch.full_like(q, float("nan")).contiguous()
-    return gpu.attend(q, k, v, seqs, device, out=out, **{"config": CONFIG, **options})
+    return gpu.attend(q, k, v, seqs, AttentionOptions(**options), device=device, out=out, config=config)
 
 
 def check(batch, dtype, *, scale=None, window=0, chunk=0, sinks_H=None, config=CONFIG, **shapes):
     q, k, v, host, device = scene(batch, dtype, **shapes)
     options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
     rows = host.cu_seqlens_q[-1]
-    expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, **options)
+    expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, AttentionOptions(**options))
     actual = run(q, k, v, device, config=config, **options)
     torch.testing.assert_close(actual[:rows], expected, **TOLERANCE[dtype])
     assert actual[rows:].isnan().all()
@@ -62,7 +63,7 @@ def test_chunks(chunk):
 def test_windows_skip_tiles():
     """Blocks before a window may hold anything, NaN in the values too."""
     q, k, v, host, device = scene([(1, 96), (4, 96)], torch.float32)
-    expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host, window=16)
+    expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host, AttentionOptions(window=16))
     for table in host.block_table:
         v[table[:3]] = float("nan")
     torch.testing.assert_close(run(q, k, v, device, window=16), expected, **TOLERANCE[torch.float32])
@@ -77,7 +78,7 @@ def test_reference_is_the_masked_softmax():
     distance = torch.arange(21, 30)[:, None, None] - torch.arange(30)
     logits = logits.masked_fill((distance < 0) | (distance >= 7), float("-inf"))
     weights = torch.cat((logits, sinks_H.double().expand(9, 4)[..., None]), -1).softmax(-1)[..., :-1]
-    actual = attention.reference(q, k, v, host, scale=0.3, window=7, sinks_H=sinks_H)
+    actual = attention.reference(q, k, v, host, AttentionOptions(scale=0.3, window=7, sinks_H=sinks_H))
     torch.testing.assert_close(actual.double(), torch.einsum("thl,lhd->thd", weights, v_LHd), rtol=1e-5, atol=1e-6)
 
 

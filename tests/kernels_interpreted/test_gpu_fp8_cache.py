@@ -57,11 +57,12 @@ def representable(*shape, scale=1.0):
 def test_attention(dtype, options):
     q, kv, seqs = scene(BATCH, dtype, 2 * KV_HEADS, DIM)
     k, v = (part.contiguous() for part in kv.split(KV_HEADS, 2))
-    expected = attention.reference(q, k, v, seqs, kv_scales_2G=SCALES, **options)
-    run = {"device": DEVICE, "config": CONFIG, "kv_scales_2G": SCALES, **options}
+    options = attention.AttentionOptions(kv_scales_2G=SCALES, **options)
+    expected = attention.reference(q, k, v, seqs, options)
+    run = {"options": options, "device": DEVICE, "config": CONFIG}
     found = gpu_attention.attend(q, k, v, seqs, **run)
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
-    fast = gpu_prefill.attend(q, k, v, seqs, DEVICE, kv_scales_2G=SCALES, **options)
+    fast = gpu_prefill.attend(q, k, v, seqs, options, device=DEVICE)
     torch.testing.assert_close(fast, expected, **TOLERANCE[dtype])
     if dtype == torch.float32:
         return  # numpy's products of fp32 hang on where a row stands
@@ -88,10 +89,10 @@ def test_stored_keys_and_values(dtype, size, interleaved):
     qkv = torch.cat((queries, representable(5, 2 * KV_HEADS, DIM, scale=scales.view(-1, 1))), 1).to(dtype)
     tables = rotary.tables(50, Rope(theta=1e4, size=size), "cpu")
     positions, slots = torch.zeros(5, dtype=torch.int64), torch.tensor([17, 3, 30, 0, 9])  # at position 0 nothing turns
-    arguments = qkv, None, 1e-6, tables, positions, slots
+    arguments = qkv, None, 1e-6, rotary.RopeInputs(tables, positions, slots, interleaved)
     expected, found = ([torch.zeros(2, BLOCK, KV_HEADS, DIM, dtype=FP8) for _ in range(2)] for _ in range(2))
-    q = attention.rope_and_cache(*arguments, *expected, interleaved=interleaved, kv_scales_2G=scales)
-    actual = rope_and_cache(*arguments, *found, interleaved=interleaved, kv_scales_2G=scales)
+    q = attention.rope_and_cache(*arguments, *expected, scales)
+    actual = rope_and_cache(*arguments, *found, scales)
     assert torch.equal(actual, q)
     for cache, right in zip(found, expected, strict=True):
         assert (right.float().abs() == 448).any(), "nothing saturates"
@@ -106,8 +107,8 @@ def test_stored_latents(interleaved):
     kv = torch.cat((signs, representable(3, 16, scale=0.5)), 1)
     norm, slots, tables = representable(32, scale=0.5), torch.tensor([17, 3, -1]), rotary.tables(50, ROPE, "cpu")
     expected, found = (torch.zeros(2, BLOCK, 48, dtype=FP8) for _ in range(2))
-    options = {"interleaved": interleaved, "kv_scale": scale}
-    mla.rope_and_cache(q[:2], kv[:2], norm, 0.0, tables, positions[:2], slots[:2], expected, **options)
-    mla_rope_and_cache.rope_and_cache(q, kv, norm, 0.0, tables, positions, slots, found, **options)
+    two, three = (rotary.RopeInputs(tables, positions[:num], slots[:num], interleaved) for num in (2, 3))
+    mla.rope_and_cache(q[:2], kv[:2], norm, 0.0, two, expected, kv_scale=scale)
+    mla_rope_and_cache.rope_and_cache(q, kv, norm, 0.0, three, found, kv_scale=scale)
     assert (expected.float().abs().sum(-1) > 0).sum() == 2
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

@@ -133,7 +133,7 @@ def test_rope_and_cache(tokens, heads, rotated, dtype, interleaved):
     tables = rotary.tables(50, Rope(theta=1e4, size=rotated), "cpu")
     caches = [torch.full((3, 4, dim), float("nan"), dtype=dtype) for _ in range(2)]
     outputs = [
-        op(q, k, norm, 1e-6, tables, positions, slots, cache, interleaved=interleaved)
+        op(q, k, norm, 1e-6, rotary.RopeInputs(tables, positions, slots, interleaved), cache)
         for op, cache in zip((index.rope_and_cache, index_rope_and_cache.rope_and_cache), caches, strict=True)
     ]
     tolerance = {"rtol": 2e-3, "atol": 2e-3} if dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-5}

@@ -188,16 +188,14 @@ def test_rope_and_cache(tokens, heads, dtype, interleaved):
     tables = rotary.tables(50, Rope(theta=1e4, size=ROTATED), "cpu")
     stored = slots >= 0
     caches = [torch.full((3, BLOCK, RANK + ROTATED), float("nan"), dtype=dtype) for _ in range(2)]
-    expected = mla.rope_and_cache(
-        q, kv, norm, EPS, tables, positions, slots.clamp(min=0), caches[0].clone(), interleaved=interleaved
-    )
-    kept = [tensor[stored] for tensor in (q, kv, positions, slots)]
-    mla.rope_and_cache(*kept[:2], norm, EPS, tables, *kept[2:], caches[0], interleaved=interleaved)
+    every = rotary.RopeInputs(tables, positions, slots.clamp(min=0), interleaved)
+    expected = mla.rope_and_cache(q, kv, norm, EPS, every, caches[0].clone())
+    kept = rotary.RopeInputs(tables, positions[stored], slots[stored], interleaved)
+    mla.rope_and_cache(q[stored], kv[stored], norm, EPS, kept, caches[0])
     absorbed = torch.full((tokens, heads, RANK + ROTATED), float("nan"), dtype=dtype)
     out = absorbed[:, :, RANK:]
-    mla_rope_and_cache.rope_and_cache(
-        q, kv, norm, EPS, tables, positions, slots, caches[1], interleaved=interleaved, out=out
-    )
+    inputs = rotary.RopeInputs(tables, positions, slots, interleaved)
+    mla_rope_and_cache.rope_and_cache(q, kv, norm, EPS, inputs, caches[1], out=out)
     torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
     torch.testing.assert_close(caches[1], caches[0], **TOLERANCE[dtype], equal_nan=True)
     assert absorbed[:, :, :RANK].isnan().all()

@@ -11,6 +11,7 @@ from expertwire.kernels.gpu import prefill
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.prefill_split_kv import num_splits
 from expertwire.kernels.ops import attention
+from expertwire.kernels.ops.attention import AttentionOptions
 
 ONE, MANY = Device(arch=90, num_sms=1), Device(arch=90, num_sms=64)
 CONFIG = prefill.PrefillTileConfig(rows=64, keys=32, min_split_keys=32, num_warps=4, num_stages=2, blocks_per_sm=1)
@@ -18,11 +19,11 @@ CONFIG = prefill.PrefillTileConfig(rows=64, keys=32, min_split_keys=32, num_warp
 
 def check(batch, dtype, *, device=ONE, scale=None, window=0, chunk=0, sinks_H=None, config=CONFIG, **shapes):
     q, k, v, host, seqs = scene(batch, dtype, **shapes)
-    options = {"scale": scale, "window": window, "chunk": chunk, "sinks_H": sinks_H}
+    options = AttentionOptions(scale=scale, window=window, chunk=chunk, sinks_H=sinks_H)
     rows = host.cu_seqlens_q[-1]
-    expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, **options)
+    expected = attention.reference(q[:rows], k.nan_to_num(), v.nan_to_num(), host, options)
     out = torch.full_like(q, float("nan")).contiguous()
-    actual = prefill.attend(q, k, v, seqs, device, out=out, config=config, **options)
+    actual = prefill.attend(q, k, v, seqs, options, device=device, out=out, config=config)
     torch.testing.assert_close(actual[:rows], expected, **TOLERANCE[dtype])
     assert actual[rows:].isnan().all()
 
@@ -68,11 +69,11 @@ def test_chunks(chunk):
 def test_keys_that_slid_out_of_a_window_may_be_anything():
     """Also within a tile."""
     q, k, v, host, seqs = scene([(4, 96)], torch.float32)
-    expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host, window=20)
+    expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host, AttentionOptions(window=20))
     v[host.block_table[0, :4]] = float("nan")
     k[host.block_table[0, :4]] = float("nan")
     config = dataclasses.replace(CONFIG, keys=64)
-    actual = prefill.attend(q, k, v, seqs, ONE, window=20, config=config)
+    actual = prefill.attend(q, k, v, seqs, AttentionOptions(window=20), device=ONE, config=config)
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 
@@ -88,7 +89,7 @@ def test_a_captured_step_knows_bounds_alone(device):
     q, k, v, host, seqs = scene([(1, 20), (9, 40), (5, 70)], torch.float32)
     bounds = {"max_decodes": len(q), "max_prefills": 7, "max_prefill_tokens": len(q)}
     lengths = {"max_seq_len": 80, "max_prefill_len": 80}
-    actual = prefill.attend(q, k, v, dataclasses.replace(seqs, **bounds, **lengths), device, config=CONFIG)
+    actual = prefill.attend(q, k, v, dataclasses.replace(seqs, **bounds, **lengths), device=device, config=CONFIG)
     expected = attention.reference(q, k.nan_to_num(), v.nan_to_num(), host)
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
@@ -105,8 +106,9 @@ def test_values_of_another_size_than_keys(dim, value_dim):
     q, k, v = q[..., :dim].contiguous(), k[..., :dim].contiguous(), v[..., :value_dim].contiguous()
     width = max(dim, value_dim)
     wide = [torch.nn.functional.pad(x.nan_to_num(), (0, width - x.shape[-1])) for x in (q, k, v)]
-    expected = attention.reference(*wide, host, scale=0.3)[..., :value_dim]
-    actual = prefill.attend(q, k, v, seqs, MANY, scale=0.3, config=CONFIG)
+    options = AttentionOptions(scale=0.3)
+    expected = attention.reference(*wide, host, options)[..., :value_dim]
+    actual = prefill.attend(q, k, v, seqs, options, device=MANY, config=CONFIG)
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 
@@ -114,7 +116,7 @@ def test_queries_apart():
     """Use queries as they lie in the output of the projection, between keys and values."""
     q, k, v, host, seqs = scene([(1, 20), (6, 20)], torch.float32)
     apart = torch.cat((q, torch.full_like(q, float("nan"))), 1)[:, : q.shape[1]]
-    actual = prefill.attend(apart, k, v, seqs, ONE, config=CONFIG)
+    actual = prefill.attend(apart, k, v, seqs, device=ONE, config=CONFIG)
     torch.testing.assert_close(actual, attention.reference(q, k.nan_to_num(), v.nan_to_num(), host))
 
 
@@ -122,8 +124,8 @@ def test_decodes_take_16_rows():
     """They run `attention`'s kernel with the tiles of `fast`."""
     q, k, v, _, seqs = scene([(1, 70), (1, 3)], torch.float16)
     out = torch.empty_like(q)
-    gpu_attention.attend_decodes(q, k, v, seqs, ONE, out=out, invariant=False)
-    assert torch.equal(prefill.attend(q, k, v, seqs, ONE), out)
+    gpu_attention.attend_decodes(q, k, v, seqs, device=ONE, out=out, invariant=False)
+    assert torch.equal(prefill.attend(q, k, v, seqs, device=ONE), out)
 
 
 def test_chosen_tiles():

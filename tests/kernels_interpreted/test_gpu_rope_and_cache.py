@@ -5,13 +5,14 @@ import torch
 
 from expertwire.kernels.gpu.rope_and_cache import rope_and_cache
 from expertwire.kernels.ops import attention, rotary
+from expertwire.kernels.ops.rotary import RopeInputs
 from expertwire.kernels.ops.variants import Rope
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
 BLOCKS, EPS = 3, 1e-6
 
 
-def scene(dtype, *, tokens=5, heads=6, kv_heads=2, dim=32, rotated=None, block=4, norm=True, seed=0):
+def scene(dtype, *, tokens=5, heads=6, kv_heads=2, dim=32, rotated=None, block=4, norm=True, interleaved=False, seed=0):
     """Return the arguments of both, with poisoned caches; the tokens' slots are spread over the blocks."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, generator=generator).to(dtype)
@@ -20,13 +21,13 @@ def scene(dtype, *, tokens=5, heads=6, kv_heads=2, dim=32, rotated=None, block=4
     positions = torch.randint(0, 50, (tokens,), generator=generator)
     slots = torch.randperm(BLOCKS * block, generator=generator)[:tokens]
     caches = [torch.full((BLOCKS, block, kv_heads, dim), float("nan"), dtype=dtype) for _ in range(2)]
-    return qkv, weights, EPS, tables, positions, slots, *caches
+    return qkv, weights, EPS, RopeInputs(tables, positions, slots, interleaved), *caches
 
 
-def check(dtype, *, interleaved=False, **shapes):
+def check(dtype, **shapes):
     expected, actual = scene(dtype, **shapes), scene(dtype, **shapes)
-    q_expected = attention.rope_and_cache(*expected, interleaved=interleaved)
-    q_actual = rope_and_cache(*actual, interleaved=interleaved, out=torch.full_like(q_expected, float("nan")))
+    q_expected = attention.rope_and_cache(*expected)
+    q_actual = rope_and_cache(*actual, out=torch.full_like(q_expected, float("nan")))
     torch.testing.assert_close(q_actual, q_expected, **TOLERANCE[dtype])
     for ours, theirs in zip(actual[-2:], expected[-2:], strict=True):
         torch.testing.assert_close(ours, theirs, **TOLERANCE[dtype], equal_nan=True)
@@ -57,18 +58,18 @@ def test_tokens(tokens):
 
 
 def test_interleaved_is_complex_multiplication():
-    qkv, _, _, tables, positions, slots, k_cache, v_cache = scene(torch.float32, norm=False)
-    q = rope_and_cache(qkv, None, EPS, tables, positions, slots, k_cache, v_cache, interleaved=True)
+    qkv, *others = scene(torch.float32, norm=False, interleaved=True)
+    q, positions = rope_and_cache(qkv, *others), others[2].positions_T
     angles = positions[:, None, None].double() * 1e4 ** (-torch.arange(16).double() / 16)
     expected = torch.view_as_complex(qkv[:, :6].double().unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angles)
     torch.testing.assert_close(q, torch.view_as_real(expected).flatten(-2).float())
 
 
 def test_negative_slots_are_not_stored():
-    qkv, weights, _, tables, positions, slots, k_cache, v_cache = scene(torch.float32)
-    slots[1:] = -1
-    q = rope_and_cache(qkv, weights, EPS, tables, positions, slots, k_cache, v_cache)
+    *others, inputs, k_cache, v_cache = scene(torch.float32)
+    inputs.slot_mapping_T[1:] = -1
+    q = rope_and_cache(*others, inputs, k_cache, v_cache)
     assert not q.isnan().any()
     for cache in (k_cache, v_cache):
         stored = ~cache.flatten(0, 1).isnan().any(-1).any(-1)
-        assert stored.nonzero().flatten().tolist() == [int(slots[0])]
+        assert stored.nonzero().flatten().tolist() == [int(inputs.slot_mapping_T[0])]
