@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -149,7 +150,7 @@ class TorchGroup:
         timeout_s: float,
         nccl: NcclOptions = NcclOptions(),
     ) -> None:
-        self.rank, self.size, self.store = rank, size, store
+        self.rank, self.size, self.store, self._num_splits = rank, size, store, 0
         self.closing = contextlib.ExitStack()
         self._options: dict[str, Any] = {"device": device, "local_ip": local_ip, "timeout_s": timeout_s, "nccl": nccl}
         self._group: Any  # torch's backends, whose methods it does not annotate
@@ -234,11 +235,9 @@ class TorchGroup:
         """
         members = [rank for rank in range(self.size) if color_P[rank] == color_P[self.rank]]
         if len(members) == 1:
-            all_gather_text(self, "", self._options["device"])
             return SoloGroup()
-        store, address = serve_store(self._options["local_ip"]) if members[0] == self.rank else (None, "")
-        host, port = all_gather_text(self, address, self._options["device"])[members[0]].rsplit(":", 1)
-        store = store or dist.TCPStore(host, int(port), is_master=False)
+        self._num_splits += 1
+        store = dist.PrefixStore(f"split-{self._num_splits}-{members[0]}", self.store)
         options = self._options if nccl is None else {**self._options, "nccl": nccl}
         group = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **options)
         self.closing.callback(group.close)
@@ -265,18 +264,33 @@ def configure(config: Any, wanted: NcclOptions) -> None:
 def make_group(
     *, store_address: str, rank: int, size: int, device: str, local_ip: str, timeout_s: float, master: dist.Store | None
 ) -> Group:
-    """Return the group of `size` ranks at the TCP store `host:port`; rank 0 passes the store it serves as `master`."""
+    """Return the group of `size` ranks that meet at a store; the rank that serves a TCP store passes it as `master`.
+
+    Args:
+        store_address: "tcp:host:port", or "file:/path" for ranks of one machine.
+    """
     if size == 1:
         return SoloGroup()
-    host, port = store_address.rsplit(":", 1)
-    store = master or dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
+    kind, _, where = store_address.partition(":")
+    if kind == "file":
+        store: dist.Store = dist.FileStore(where, size)
+        store.set_timeout(timedelta(seconds=timeout_s))
+    else:
+        host, port = where.rsplit(":", 1)
+        store = master or dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
     return TorchGroup(store=store, rank=rank, size=size, device=device, local_ip=local_ip, timeout_s=timeout_s)
 
 
 def serve_store(local_ip: str) -> tuple[dist.TCPStore, str]:
-    """Return a TCP store on a free port of this host, and its address for the other ranks."""
-    store = dist.TCPStore(local_ip, 0, is_master=True, wait_for_workers=False)
-    return store, f"{local_ip}:{store.port}"
+    """Return a TCP store on a free port, and its address for the other ranks. Anybody who can connect to it may write.
+
+    Left to itself, torch listens on every interface; this store listens at `local_ip` only.
+    """
+    family = socket.AF_INET6 if ":" in local_ip else socket.AF_INET
+    listening = socket.create_server((local_ip, 0), family=family, backlog=1024)
+    port = listening.getsockname()[1]
+    store = dist.TCPStore(local_ip, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    return store, f"tcp:{local_ip}:{port}"
 
 
 def exchange_now(group: Group, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,7 +51,7 @@ class Launcher(Protocol):
     """Starts the workers of one engine, each of which runs `worker_main(config, rank, num_ranks, address, token, node, gpu)`."""
 
     def hub_address(self) -> str:
-        """Return the address ("tcp:host:0") on which the controller must listen so that all workers can reach it."""
+        """Return the address ("tcp:host:0", "unix:/path") on which the controller must listen so that all workers reach it."""
         ...
 
     def start(self, spec: WorkerSpec) -> None:
@@ -76,10 +77,12 @@ class LocalLauncher:
     def __init__(self, worker: str = WORKER) -> None:
         self._worker = worker
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def hub_address(self) -> str:
-        """See `Launcher`."""
-        return "tcp:127.0.0.1:0"
+        """See `Launcher`. The address is a socket in a folder that only this user can enter."""
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="expertwire-", ignore_cleanup_errors=True)
+        return f"unix:{self._folder.name}/hub"
 
     def start(self, spec: WorkerSpec) -> None:
         """See `Launcher`."""
@@ -100,3 +103,6 @@ class LocalLauncher:
         """See `Launcher`."""
         workers, self._processes = self._processes, []
         process.stop_all(workers, timeout_s)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

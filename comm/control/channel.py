@@ -47,6 +47,15 @@ class ControlChannel(Protocol):
         """Return the next message, or None after `timeout_s` seconds (None: wait for ever). Raise `ChannelClosed` at the end."""
         ...
 
+    @property
+    def pending(self) -> int:
+        """Bytes that wait until the kernel takes them; then `fileno()` is writable, and `flush` sends them."""
+        ...
+
+    def flush(self) -> bool:
+        """Send what the kernel takes without waiting; return whether that was everything. Raise `ChannelClosed` at the end."""
+        ...
+
     def fileno(self) -> int:
         """Return a descriptor that is readable when `recv(0)` may have something; call that until it returns None."""
         ...

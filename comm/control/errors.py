@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 ERROR = "_error"  # array of an answer that reports a failure: UTF-8 text
+BEAT = "_beat"  # the only array of a message by which a rank says that it works
 
 
 class ChannelClosed(ConnectionError):

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from expertwire.comm.control.codec import pack, unpack
-from expertwire.comm.control.errors import ERROR, ChannelClosed, RankError, RankLost, RankTimeout
+from expertwire.comm.control.errors import BEAT, ERROR, ChannelClosed, RankError, RankLost, RankTimeout
 from expertwire.comm.control.socket_channel import SocketChannel, listen
 
 _POLL_S = 0.05
+_WATCH_S = 0.25  # time between calls of `collect`'s `meanwhile`
 
 
 def this_node() -> str:
@@ -59,6 +60,7 @@ class ControlHub:
         self._answers: list[deque[dict[str, np.ndarray]]] = [deque() for _ in range(num_ranks)]
         self._receivers: list[int] = []  # ranks that get plans from here
         self._rank_of: dict[int, int] = {}  # by file descriptor
+        self._heard_s = [0.0] * num_ranks  # when something arrived last, by rank
         self._poller = select.poll()
 
     def wait_joined(self, deadline_s: float, poll: Callable[[], None]) -> list[dict[str, np.ndarray]]:
@@ -91,6 +93,7 @@ class ControlHub:
         for rank, channel in self._channels.items():
             self._rank_of[channel.fileno()] = rank
             self._poller.register(channel.fileno(), select.POLLIN)
+        self._heard_s = [time.monotonic()] * self.num_ranks
         return [hellos[rank] for rank in range(self.num_ranks)]
 
     def publish(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -109,8 +112,12 @@ class ControlHub:
             if channel.pending:
                 self._poller.modify(channel.fileno(), select.POLLIN | select.POLLOUT)
 
-    def collect(self, timeout_s: float) -> list[dict[str, np.ndarray]]:
+    def collect(self, timeout_s: float, meanwhile: Callable[[], None] | None = None) -> list[dict[str, np.ndarray]]:
         """Return one answer of every rank, by rank; later answers stay for the next call.
+
+        Args:
+            timeout_s: seconds from now.
+            meanwhile: called a few times a second while answers are missing.
 
         Raises:
             RankLost: a rank's connection ended, even if others have not answered yet.
@@ -123,7 +130,12 @@ class ControlHub:
             if remaining <= 0:
                 missing = tuple(rank for rank, answers in enumerate(self._answers) if not answers)
                 raise RankTimeout(missing, f"did not answer within {timeout_s:g} s")
-            self._handle(self._poller.poll(remaining * 1000))
+            if meanwhile is None:
+                self._handle(self._poller.poll(remaining * 1000))
+            elif events := self._poller.poll(min(remaining, _WATCH_S) * 1000):
+                self._handle(events)
+            else:
+                meanwhile()
         return [answers.popleft() for answers in self._answers]
 
     def poll_lost(self) -> None:
@@ -133,6 +145,14 @@ class ControlHub:
             RankLost: a rank's connection ended.
         """
         self._handle(self._poller.poll(0))
+
+    def silent(self, limit_s: float) -> list[int]:
+        """Return the ranks from which nothing has arrived for `limit_s` seconds; ranks send beats (`ControlLink.beat`).
+
+        Messages that wait to be read count only after `collect` or `poll_lost`.
+        """
+        oldest = time.monotonic() - limit_s
+        return [rank for rank, heard in enumerate(self._heard_s) if heard < oldest]
 
     def filenos(self) -> list[int]:
         """Return the file descriptors that become readable when a rank dies or sends something."""
@@ -210,6 +230,8 @@ class ControlHub:
                 if event & select.POLLOUT and channel.flush():
                     self._poller.modify(descriptor, select.POLLIN)
                 if event & ~select.POLLOUT:
-                    self._answers[rank] += map(unpack, channel.ready_frames())
+                    self._heard_s[rank] = time.monotonic()
+                    arrived = map(unpack, channel.ready_frames())
+                    self._answers[rank] += (answer for answer in arrived if BEAT not in answer)
             except ChannelClosed as error:
                 raise RankLost(rank, str(error)) from error

@@ -9,16 +9,19 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from expertwire.comm.control.codec import unpack
-from expertwire.comm.control.errors import ERROR, ChannelClosed
+from expertwire.comm.control.errors import BEAT, ERROR, ChannelClosed
 from expertwire.comm.control.socket_channel import SocketChannel, connect, listen
 
 _JOIN_S = 60.0  # for the peers to do their part once all ranks have said hello
 _DRAIN_S = 60.0  # for a peer to read on in the middle of a message
 _POLL_S = 0.05
+_BEAT_S = 0.5
+_BEAT = {BEAT: np.zeros(0, np.uint8)}
 
 
 class ControlLink:
@@ -35,21 +38,25 @@ class ControlLink:
 
     Attributes:
         local_ip: address of this host as the controller sees it.
+        folder: the folder of the hub's unix socket, which only this user can enter; None for another kind of address.
 
     Raises:
-        OSError: nobody listens at `address`.
+        OSError: nobody listens at `address`, or it does not know the token.
     """
 
     def __init__(self, address: str, token: str, *, rank: int, node: str, hello: Mapping[str, np.ndarray]) -> None:
         self._rank = rank
         self._token = token
-        self._hub = connect(address, token)
+        self._hub = connect(address, token, timeout_s=_JOIN_S)
         self.local_ip = self._hub.local_ip
+        kind, _, path = address.partition(":")
+        self.folder = Path(path).parent if kind == "unix" and path.startswith("/") else None
         name = f"unix:@expertwire-{secrets.token_hex(8)}" if sys.platform == "linux" else "tcp:127.0.0.1:0"
         self._listener = listen(name, token)  # for the other ranks of this node, if this one forwards plans
         self._plans: SocketChannel | None = None  # the hub, or the rank of this node that forwards
         self._followers: list[SocketChannel] = []
         self._frames: deque[bytearray] = deque()
+        self._next_beat = 0.0
         self._poller = select.poll()
         reserved = {
             "_rank": np.array([rank]),
@@ -68,9 +75,11 @@ class ControlLink:
         if self._plans is None and not self._join(timeout_s):
             return None
         while not self._frames:
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            events = self._poller.poll(remaining)
-            if not events:
+            self.beat()
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            wait_s = _BEAT_S if remaining is None else min(remaining, _BEAT_S)
+            events = self._poller.poll(wait_s * 1000)
+            if not events and wait_s == remaining:
                 return None
             self._read(events)
         message = self._frames.popleft()
@@ -93,6 +102,17 @@ class ControlLink:
         self._hub.send(arrays)
         self._hub.drain(_DRAIN_S)
 
+    def beat(self) -> None:
+        """Tell the controller that this rank works, at most every half second; the loop that works calls it often.
+
+        Raises:
+            ChannelClosed: the controller is gone.
+        """
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + _BEAT_S
+            self._hub.send(_BEAT)
+
     def fail(self, message: str, **details: np.ndarray) -> None:
         """Report a failure, so that the controller does not wait for the others. Raise `ChannelClosed` as `send`."""
         self.send({ERROR: np.frombuffer(message.encode(), np.uint8), **details})
@@ -109,9 +129,7 @@ class ControlLink:
         try:
             welcome = self._hub.recv(timeout_s)
         except ChannelClosed as error:
-            raise ChannelClosed(
-                f"the controller ended the connection (a wrong token, or it failed): {error}"
-            ) from error
+            raise ChannelClosed(f"the controller ended the connection: {error}") from error
         if welcome is None:
             return False
         leader = bytes(welcome["leader"]).decode()

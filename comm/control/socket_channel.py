@@ -1,9 +1,14 @@
 """Control channels over unix and TCP sockets.
 
 Addresses are strings: `unix:/path`, `unix:@name` (Linux's abstract names: nothing in the file system, private
-to a network namespace) and `tcp:host:port` (port 0 picks a free one). A connection starts with a fixed preface
-that carries the SHA-256 of the shared token; after it, both directions carry frames: u64 length (little
-endian), then a message of that many bytes.
+to a network namespace) and `tcp:host:port` (port 0 picks a free one). A connection starts with a handshake by which
+both sides prove that they know the shared token, and which cannot be replayed (HMAC-SHA256 over a nonce of each
+side, as in SCRAM, RFC 5802, without its salting of passwords, because the token is random):
+
+    listener: magic, nonce    client: nonce, HMAC("client", both nonces)    listener: HMAC("listener", both nonces)
+
+Then both directions carry frames: u64 length (little endian), then a message of that many bytes. At a unix socket
+the listener also refuses peers of other users.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import os
+import secrets
 import select
 import selectors
 import socket
@@ -27,9 +34,10 @@ from expertwire.comm.control.codec import pack, unpack
 from expertwire.comm.control.errors import ChannelClosed
 
 _LENGTH = struct.Struct("<Q")
-_MAGIC = b"xpwire01"
-_PREFACE_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
-_PREFACE_S = 10.0  # a connection without a preface is dropped after this time
+_MAGIC = b"xpwire02"
+_NONCE_BYTES = _MAC_BYTES = hashlib.sha256().digest_size
+_HANDSHAKE_S = 10.0  # a connection that has not proved itself is dropped after this time
+_UCRED = struct.Struct("3i")  # process, user and group of a unix socket's peer, `struct ucred` of Linux
 _MAX_UNVERIFIED = 128
 _CHUNK_BYTES = 1 << 18
 _LONGEST_POLL_S = 3600.0  # poll() takes at most 24 days
@@ -43,14 +51,19 @@ class SocketChannel:
     later `send`, `recv` and `flush` tries to empty. A select() loop watches `fileno()` for reading (and for
     writing while `pending` is not 0, then calls `flush`), and calls `recv(0)` until it returns None, because
     data that was read ahead is not visible to select(). One thread may send while another receives.
+
+    Args:
+        sock: a connected socket, which `close` closes.
+        max_pending: bytes that may wait in the outgoing buffer; None: no limit, as the caller sees to it.
     """
 
-    def __init__(self, sock: socket.socket, *, max_pending: int = MAX_PENDING_BYTES) -> None:
+    def __init__(self, sock: socket.socket, *, max_pending: int | None = MAX_PENDING_BYTES) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._max_pending = max_pending
         self._incoming = bytearray()
         self._outgoing: deque[memoryview] = deque()
+        self._num_pending = 0  # bytes in `_outgoing`
         self._lock = threading.Lock()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -91,7 +104,7 @@ class SocketChannel:
     @property
     def pending(self) -> int:
         """Bytes that wait in the outgoing buffer."""
-        return sum(map(len, self._outgoing))
+        return self._num_pending
 
     @property
     def local_ip(self) -> str:
@@ -104,13 +117,14 @@ class SocketChannel:
         with self._lock:
             if self._outgoing:
                 self._flush()
-            if self._outgoing and (pending := self.pending) > self._max_pending:
-                raise ChannelClosed(f"the peer stopped reading: {pending >> 20} MiB wait to be sent")
+            if self._outgoing and self._max_pending is not None and self.pending > self._max_pending:
+                raise ChannelClosed(f"the peer stopped reading: {self.pending >> 20} MiB wait to be sent")
             sent = 0 if self._outgoing else self._write(frame)
             for part in frame:
                 if sent < len(part):
                     # A copy, because the caller may reuse its buffer.
                     self._outgoing.append(memoryview(bytes(memoryview(part)[sent:])))
+                    self._num_pending += len(part) - sent
                 sent = max(0, sent - len(part))
 
     def recv_frame(self, timeout_s: float | None) -> bytearray | None:
@@ -197,6 +211,7 @@ class SocketChannel:
     def _flush(self) -> None:
         while self._outgoing:
             sent = self._write([self._outgoing[0]])
+            self._num_pending -= sent
             if sent < len(self._outgoing[0]):
                 self._outgoing[0] = self._outgoing[0][sent:]
                 return
@@ -213,16 +228,26 @@ class SocketChannel:
         except ChannelClosed:
             # Messages that the peer sent before it ended are still to be read; the reads will find the end.
             self._outgoing.clear()
+            self._num_pending = 0
+
+
+class _Handshake:
+    """A connection that has not proved that it knows the token."""
+
+    def __init__(self, nonce: bytes) -> None:
+        self.deadline = time.monotonic() + _HANDSHAKE_S
+        self.nonce = nonce
+        self.received = bytearray()
 
 
 class Listener:
     """Accept connections of peers that know the token; drop the others."""
 
     def __init__(self, address: str, token: str) -> None:
-        self._preface = _preface(token)
+        self._token = token.encode()
         self._sock, self._path = _bind(address)
         self.address = _address_of(self._sock, address)
-        self._unverified: dict[socket.socket, tuple[float, bytearray]] = {}
+        self._unverified: dict[socket.socket, _Handshake] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._sock, selectors.EVENT_READ)
 
@@ -263,19 +288,27 @@ class Listener:
             while True:
                 sock, _ = self._sock.accept()
                 sock.setblocking(False)
-                self._unverified[sock] = (time.monotonic() + _PREFACE_S, bytearray())
+                nonce = secrets.token_bytes(_NONCE_BYTES)
+                if not _is_own_user(sock) or not _sent_at_once(sock, _MAGIC + nonce):
+                    sock.close()
+                    continue
+                self._unverified[sock] = _Handshake(nonce)
                 self._selector.register(sock, selectors.EVENT_READ, sock)
 
     def _check(self, sock: socket.socket) -> SocketChannel | None:
-        _, said = self._unverified[sock]
+        handshake, length = self._unverified[sock], _NONCE_BYTES + _MAC_BYTES
         try:
-            data = sock.recv(_PREFACE_BYTES - len(said))
+            data = sock.recv(length - len(handshake.received))
         except OSError:
             data = b""
-        said += data
-        if data and len(said) < _PREFACE_BYTES:
+        handshake.received += data
+        if data and len(handshake.received) < length:
             return None
-        if not hmac.compare_digest(bytes(said), self._preface):
+        theirs, proof = bytes(handshake.received[:_NONCE_BYTES]), bytes(handshake.received[_NONCE_BYTES:])
+        if not hmac.compare_digest(proof, _proof(self._token, b"client", handshake.nonce, theirs)):
+            self._drop(sock)
+            return None
+        if not _sent_at_once(sock, _proof(self._token, b"listener", handshake.nonce, theirs)):
             self._drop(sock)
             return None
         self._selector.unregister(sock)
@@ -286,8 +319,8 @@ class Listener:
     def _drop_expired(self) -> None:
         now = time.monotonic()
         too_many = len(self._unverified) - _MAX_UNVERIFIED
-        for index, (sock, (deadline, _)) in enumerate(list(self._unverified.items())):
-            if index < too_many or now > deadline:
+        for index, (sock, handshake) in enumerate(list(self._unverified.items())):
+            if index < too_many or now > handshake.deadline:
                 self._drop(sock)
 
     def _drop(self, sock: socket.socket) -> None:
@@ -307,18 +340,24 @@ def listen(address: str, token: str) -> Listener:
 
 
 def connect(address: str, token: str, *, timeout_s: float = 10.0) -> SocketChannel:
-    """Connect to a listener. A wrong token shows as `ChannelClosed` on the first `recv`.
+    """Connect to a listener, which must be accepting meanwhile.
 
     Raises:
         ValueError: the address is malformed.
-        OSError: nobody listens there; the message names the address.
+        OSError: nobody listens there, the listener has another token, or it is another program; the message names the address.
     """
     family, where, _ = _parse_address(address)
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.settimeout(timeout_s)
     try:
         sock.connect(where)
-        sock.sendall(_preface(token))
+        magic, theirs = _read_exactly(sock, len(_MAGIC)), _read_exactly(sock, _NONCE_BYTES)
+        if magic != _MAGIC:
+            raise OSError(0, "it is another program or version")
+        ours, secret = secrets.token_bytes(_NONCE_BYTES), token.encode()
+        sock.sendall(ours + _proof(secret, b"client", theirs, ours))
+        if not hmac.compare_digest(_read_exactly(sock, _MAC_BYTES), _proof(secret, b"listener", theirs, ours)):
+            raise OSError(0, "it does not know the token")
     except OSError as error:
         sock.close()
         raise OSError(error.errno, f"cannot connect to {address}: {error.strerror or error}") from error
@@ -326,8 +365,34 @@ def connect(address: str, token: str, *, timeout_s: float = 10.0) -> SocketChann
     return SocketChannel(sock)
 
 
-def _preface(token: str) -> bytes:
-    return _MAGIC + hashlib.sha256(token.encode()).digest()
+def _proof(token: bytes, side: bytes, listener_nonce: bytes, client_nonce: bytes) -> bytes:
+    return hmac.digest(token, side + listener_nonce + client_nonce, "sha256")
+
+
+def _read_exactly(sock: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        more = sock.recv(length - len(data))
+        if not more:
+            raise OSError(0, "it closed the connection (another token)")
+        data += more
+    return data
+
+
+def _sent_at_once(sock: socket.socket, data: bytes) -> bool:
+    """Send a few bytes on a new connection, whose buffer is empty; return whether it worked."""
+    try:
+        return sock.send(data) == len(data)
+    except OSError:
+        return False
+
+
+def _is_own_user(sock: socket.socket) -> bool:
+    """Return whether the peer is a process of this user, or root's; True where the kernel cannot tell."""
+    if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return True
+    _, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return user in (os.getuid(), 0)
 
 
 def _parse_address(address: str) -> tuple[socket.AddressFamily, str | tuple[str, int], Path | None]:

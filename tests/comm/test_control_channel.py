@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -71,11 +72,18 @@ def address(request, tmp_path):
     ]
 
 
+def connected(listener, token="token"):
+    """Both ends of a new connection."""
+    with ThreadPoolExecutor(1) as thread:
+        connecting = thread.submit(connect, listener.address, token)
+        accepted = listener.accept(5)
+        return connecting.result(), accepted
+
+
 @pytest.fixture
 def pair(address):
     listener = listen(address, "token")
-    ours = connect(listener.address, "token")
-    theirs = listener.accept(5)
+    ours, theirs = connected(listener)
     yield ours, theirs
     for part in (ours, theirs, listener):
         part.close()
@@ -202,13 +210,50 @@ def talk(address):
 @pytest.mark.parametrize("token", ["", "Token", "token and more"])
 def test_a_wrong_token_is_dropped(address, token):
     listener = listen(address, "token")
-    stranger = connect(listener.address, token)
-    assert listener.accept(0.2) is None
-    with pytest.raises(ChannelClosed):
-        stranger.recv(5)
-    friend = connect(listener.address, "token")
-    assert listener.accept(5) is not None
-    for part in (listener, stranger, friend):
+    with ThreadPoolExecutor(1) as thread:
+        connecting = thread.submit(connect, listener.address, token)
+        assert listener.accept(0.2) is None
+        with pytest.raises(OSError, match="another token"):
+            connecting.result()
+    friend, accepted = connected(listener)
+    for part in (listener, accepted, friend):
+        part.close()
+
+
+def test_a_listener_without_the_token_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as impostor, ThreadPoolExecutor(1) as thread:
+        connecting = thread.submit(connect, f"tcp:127.0.0.1:{impostor.getsockname()[1]}", "token")
+        theirs, _ = impostor.accept()
+        with theirs:
+            theirs.sendall(b"xpwire02" + bytes(32))
+            theirs.recv(64, socket.MSG_WAITALL)
+            theirs.sendall(bytes(32))
+            with pytest.raises(OSError, match="does not know the token"):
+                connecting.result()
+
+
+def test_a_recorded_handshake_is_worthless():
+    listener = listen("tcp:127.0.0.1:0", "token")
+    where = ("127.0.0.1", int(listener.address.rpartition(":")[2]))
+    with socket.create_server(("127.0.0.1", 0)) as recorder, ThreadPoolExecutor(2) as threads:
+        # A man in the middle passes everything on, and keeps what the client sent.
+        connecting = threads.submit(connect, f"tcp:127.0.0.1:{recorder.getsockname()[1]}", "token")
+        accepting = threads.submit(listener.accept, 5)
+        client, _ = recorder.accept()
+        with client, socket.create_connection(where) as server:
+            client.sendall(server.recv(40, socket.MSG_WAITALL))
+            said = client.recv(64, socket.MSG_WAITALL)
+            server.sendall(said)
+            client.sendall(server.recv(32, socket.MSG_WAITALL))
+            ends = connecting.result(), accepting.result()
+    assert ends[1] is not None
+    with socket.create_connection(where) as replayed, ThreadPoolExecutor(1) as thread:
+        accepting = thread.submit(listener.accept, 0.5)
+        replayed.recv(40, socket.MSG_WAITALL)
+        replayed.sendall(said)
+        assert accepting.result() is None
+        assert replayed.recv(1) == b""
+    for part in (listener, *ends):
         part.close()
 
 
@@ -216,20 +261,23 @@ def test_connections_without_a_token_do_not_block_others():
     listener = listen("tcp:127.0.0.1:0", "token")
     port = int(listener.address.rpartition(":")[2])
     strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
-    strangers[0].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: someone\r\n\r\n")
-    friend = connect(listener.address, "token")
+    strangers[0].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: someone\r\n\r\n" * 2)
+    friend, accepted = connected(listener)
     friend.send({"n": np.array([1])})
-    assert listener.accept(5).recv(5)["n"][0] == 1
-    for part in (listener, friend, *strangers):
+    assert accepted.recv(5)["n"][0] == 1
+    for part in (listener, friend, accepted, *strangers):
         part.close()
 
 
 def test_accept_works_from_a_select_loop():
     listener = listen("tcp:127.0.0.1:0", "token")
-    channel = connect(listener.address, "token")
-    assert select.select([listener], [], [], 5)[0]
-    accepted = listener.accept(1)
-    assert accepted is not None
+    with ThreadPoolExecutor(1) as thread:
+        connecting = thread.submit(connect, listener.address, "token")
+        accepted = None
+        while accepted is None:
+            assert select.select([listener], [], [], 5)[0]
+            accepted = listener.accept(0)
+        channel = connecting.result()
     assert listener.accept(0) is None
     for part in (listener, channel, accepted):
         part.close()
