@@ -1,7 +1,7 @@
 """The controller's process: it takes requests from frontends, schedules them, and drives the ranks step by step.
 
 It has no tokenizer, no tensors and no model. It reports to the process that started it on standard output, one JSON object a
-line: {"listening": {"hub", "frontends"}}, then {"ready": ...} or {"failed": {"rank", "message"}}.
+line: {"listening": {"hub"}}, then {"ready": ...} or {"failed": {"rank", "message"}}.
 
 L layers, E logical experts; other letters as in `scheduler.outputs`.
 """
@@ -11,29 +11,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import select
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from expertwire.comm.control.channel import (
-    ChannelClosed,
-    ControlHub,
-    RankError,
-    RankLost,
-    RankTimeout,
-    SocketChannel,
-    listen,
-)
+from expertwire.comm.control.channel import ControlHub, RankError, RankLost, RankTimeout
 from expertwire.engine import messages
 from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.api import RequestOptions
+from expertwire.engine.frontend_hub import FrontendHub
 from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall
 from expertwire.engine.loader.quantization import expert_bytes
+from expertwire.engine.process import raise_descriptor_limit
 from expertwire.engine.startup import ControllerArgs, RankDomains, scheduler_config, start_ranks
 from expertwire.moe.eplb.load import ExpertLoad
 from expertwire.moe.eplb.placement import place
@@ -54,6 +49,8 @@ _KEYS = ("key_O", "prompt_key_I", "routed_keys")
 _BLAME_S = 1.0
 # Idle time after which the scheduler's integrity is checked.
 _IDLE_S = 1.0
+# A rank from which nothing has come for so long is reported to the frontends, whose health checks fail until it goes on.
+_SILENT_S = 1.5
 
 
 # Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and times in µs: to plan a
@@ -69,8 +66,7 @@ class ControllerState:
     scheduler: Scheduler
     hub: ControlHub
     info: ModelInfo
-    frontends: dict[int, SocketChannel] = field(default_factory=dict)  # by number
-    num_frontends: int = 0  # that have ever connected
+    frontends: FrontendHub
     awaiting_stats: list[int] = field(default_factory=list)  # numbers of frontends
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
     load: ExpertLoad | None = None  # None for a dense model
@@ -78,39 +74,45 @@ class ControllerState:
     unchecked: bool = False  # whether anything has happened since the scheduler's last integrity check
 
 
-def controller_main(args: ControllerArgs) -> None:
-    """Run until the parent process closes the lifeline; entry point of the process."""
-    listener = listen(args.frontends_address, args.token)
+def controller_main(args: ControllerArgs, newcomers: int) -> None:
+    """Run until the parent process closes the lifeline; entry point of the process.
+
+    Args:
+        newcomers: descriptor of the socket over which the parent sends the connections of frontends.
+    """
+    raise_descriptor_limit()
+    frontends = FrontendHub(socket.socket(fileno=newcomers))
     config = args.config
     hub = ControlHub(config.ep_size, address=args.hub_address, token=args.token)
     state: ControllerState | None = None
     try:
-        _report(listening={"hub": hub.address, "frontends": listener.address})
+        _report(listening={"hub": hub.address})
         info, domains = start_ranks(args, hub, while_they_load=warm_up)
         policy = make_policy(config.scheduling_policy, aging=config.aging, tenant_weights=config.tenant_weights)
         scheduler = Scheduler(scheduler_config(args, info), args.model.cache_specs(), policy)
-        state = ControllerState(scheduler=scheduler, hub=hub, info=info, load=_expert_load(args, info, domains))
+        state = ControllerState(
+            scheduler=scheduler, hub=hub, info=info, frontends=frontends, load=_expert_load(args, info, domains)
+        )
         if config.eplb_step_interval:
             assert state.load is not None, "a dense model has no experts to move"
             size = expert_bytes(args.model, config.quantization)
             state.rebalancing = Rebalancer(state.load, size, config.eplb_step_interval, domains.failure_domains)
         collect_when_idle()
+        frontends.watch(hub.filenos())
         _report(ready=info.to_dict())
         in_flight: StepPlan | None = None
         while True:
-            _poll(state, listener, busy=in_flight is not None)
+            _poll(state, busy=in_flight is not None)
             in_flight = step(state, in_flight, config.step_timeout_s)
     except (RankLost, RankTimeout, RankError, CacheTooSmall) as error:
         rank, message = _blame(hub, error)
-        if state is not None:
-            for number in list(state.frontends):
-                _send(state, number, messages.Failure(rank=rank, message=message))
+        frontends.broadcast(messages.Failure(rank=rank, message=message))
         _report(failed={"rank": rank, "message": message})
     finally:
         if state is not None and state.rebalancing is not None:
             state.rebalancing.close()
         hub.close()
-        listener.close()
+        frontends.close()
 
 
 def _expert_load(args: ControllerArgs, info: ModelInfo, domains: RankDomains) -> ExpertLoad | None:
@@ -171,54 +173,44 @@ def _other_errors(hub: ControlHub) -> Iterator[RankLost | RankError]:
 # ---- the loop
 
 
-def _poll(state: ControllerState, listener: Any, *, busy: bool) -> None:
+def _poll(state: ControllerState, *, busy: bool) -> None:
     """Handle messages of frontends; wait for them only when there is nothing else to do."""
     moving = state.rebalancing is not None and state.rebalancing.moving
     busy = busy or not state.scheduler.idle or bool(state.awaiting_stats) or moving
-    by_descriptor = {channel.fileno(): number for number, channel in state.frontends.items()}
-    watched = [listener.fileno(), *by_descriptor, *state.hub.filenos()]
-    # Frontends that read slowly, with messages still to be sent.
-    behind = [descriptor for descriptor, number in by_descriptor.items() if state.frontends[number].pending]
     state.unchecked |= busy
-    wait_s = 0 if busy else _IDLE_S if state.unchecked else None
-    readable, writable, _ = select.select(watched, behind, [], wait_s)
-    if not busy and not (readable or writable):
+    wait_s = 0.0 if busy else _IDLE_S if state.unchecked else None
+    events, ranks_sent = state.frontends.poll(wait_s)
+    if ranks_sent:
+        state.hub.poll_lost()
+    _beat(state)
+    if not (busy or events or ranks_sent) and state.unchecked:
         state.scheduler.check_integrity()
         gc.collect()
         state.unchecked = False
-    for descriptor in writable:
-        _flush(state, by_descriptor[descriptor])
-    for descriptor in readable:
-        if descriptor == listener.fileno():
-            _accept(state, listener)
-        elif (number := by_descriptor.get(descriptor)) is not None:
-            if number in state.frontends:
-                _receive(state, number)
+    for number, message in events:
+        if message is None:
+            _forget(state, number)
         else:
-            state.hub.poll_lost()
+            _handle(state, number, message)
 
 
-def _accept(state: ControllerState, listener: Any) -> None:
-    while (channel := listener.accept(0)) is not None:
-        state.frontends[state.num_frontends] = channel
-        state.num_frontends += 1
-
-
-def _receive(state: ControllerState, number: int) -> None:
-    channel = state.frontends[number]
-    try:
-        while (arrays := channel.recv(0)) is not None:
-            _handle(state, number, messages.decode(arrays))
-    except (ChannelClosed, ValueError):
-        _forget(state, number)
+def _beat(state: ControllerState) -> None:
+    """Tell frontends that the controller works, and which ranks are silent."""
+    silent = ", ".join(map(str, state.hub.silent(_SILENT_S)))
+    problem = f"nothing has come from rank {silent} for over {_SILENT_S:g} s" if silent else ""
+    state.frontends.beat(problem)
 
 
 def _handle(state: ControllerState, number: int, message: messages.Message) -> None:
     match message:
         case messages.Hello():
-            _send(state, number, messages.Welcome(model_info=state.info.to_dict()))
+            welcome = messages.Welcome(model_info=state.info.to_dict(), beats=message.beats)
+            state.frontends.send(number, welcome)
         case messages.Submit():
             _submit(state, number, message)
+        case messages.Credit():
+            for sequence_id, tokens in zip(message.ids.tolist(), message.tokens.tolist(), strict=True):
+                state.scheduler.grant(_key(number, sequence_id), tokens)
         case messages.Abort():
             for sequence_id in message.ids.tolist():
                 state.scheduler.abort(_key(number, sequence_id))
@@ -244,9 +236,10 @@ def _submit(state: ControllerState, number: int, message: messages.Submit) -> No
             tenant=options.tenant,
             salt=options.cache_salt,
             deadline=None if options.deadline_s is None else now + options.deadline_s,
+            credit=message.credit,
         )
         if (rejection := state.scheduler.submit(request, now)) is not None:
-            _send(state, number, replace(rejection, key=rejection.key & _ID_MASK))
+            state.frontends.send(number, replace(rejection, key=rejection.key & _ID_MASK))
 
 
 def step(
@@ -272,7 +265,7 @@ def step(
     clock.append(time.perf_counter())
     if in_flight is None:
         return plan
-    results = [StepResult.from_arrays(answer) for answer in state.hub.collect(timeout_s)]
+    results = [StepResult.from_arrays(answer) for answer in state.hub.collect(timeout_s, partial(_beat, state))]
     clock.append(time.perf_counter())
     outputs = state.scheduler.commit(in_flight, results, time.monotonic())
     clock.append(time.perf_counter())
@@ -308,8 +301,7 @@ def _deliver(state: ControllerState, outputs: StepOutputs) -> None:
         return
     owners = np.unique(np.concatenate(keys) >> _ID_BITS)
     for number in owners.tolist():
-        if number in state.frontends:
-            _send(state, number, _outputs_for(number, outputs, all_of_them=len(owners) == 1))
+        state.frontends.send(number, _outputs_for(number, outputs, all_of_them=len(owners) == 1))
 
 
 def _outputs_for(number: int, outputs: StepOutputs, *, all_of_them: bool) -> StepOutputs:
@@ -355,28 +347,12 @@ def _answer_stats(state: ControllerState) -> None:
     if state.rebalancing is not None:
         values["rebalancing"] = {"epoch": state.scheduler.epoch, **state.rebalancing.stats()}
     for number in state.awaiting_stats:
-        _send(state, number, messages.Stats(values=values))
+        state.frontends.send(number, messages.Stats(values=values))
     state.awaiting_stats.clear()
 
 
-def _send(state: ControllerState, number: int, message: messages.Message) -> None:
-    if number in state.frontends:
-        try:
-            state.frontends[number].send(messages.encode(message))
-        except ChannelClosed:
-            _forget(state, number)
-
-
-def _flush(state: ControllerState, number: int) -> None:
-    try:
-        state.frontends[number].flush()
-    except ChannelClosed:
-        _forget(state, number)
-
-
 def _forget(state: ControllerState, number: int) -> None:
-    """Drop a frontend that has gone, and abort its requests."""
-    state.frontends.pop(number).close()
+    """Abort the requests of a frontend that has gone."""
     state.awaiting_stats = [n for n in state.awaiting_stats if n != number]
     for key in state.scheduler.unfinished():
         if key >> _ID_BITS == number:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+import socket
 import subprocess
 import threading
 import time
@@ -12,11 +13,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import IO
 
-from expertwire.comm.control.channel import SocketChannel, connect
+from expertwire.comm.control.channel import SocketChannel
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.config.validation import validate
 from expertwire.engine.frontend.api import EngineFailed
+from expertwire.engine.frontend_hub import send_connection
 from expertwire.engine.launcher import Launcher, RankFailed, WorkerSpec
 from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.startup import ControllerArgs
@@ -34,8 +36,6 @@ class Engine:
         end_of_turn_ids: tokens that end an output besides the checkpoint's end-of-sequence ids.
 
     Attributes:
-        token: secret with which frontends connect.
-        address: where the controller listens for frontends.
         info: the model and its limits.
 
     Raises:
@@ -48,7 +48,7 @@ class Engine:
         eos_token_ids = dict.fromkeys((*model.eos_token_ids, *end_of_turn_ids))
         model = dataclasses.replace(model, eos_token_ids=tuple(eos_token_ids))
         max_model_len = validate(config, model)
-        self.token = secrets.token_hex(16)
+        token = secrets.token_hex(16)
         self._launcher = launcher
         self._status = _Status()
         args = ControllerArgs(
@@ -56,18 +56,22 @@ class Engine:
             model=model,
             max_model_len=max_model_len,
             hub_address=launcher.hub_address(),
-            frontends_address=f"unix:@expertwire-{secrets.token_hex(8)}",
-            token=self.token,
+            token=token,
         )
-        self._controller = process.start_call(
-            "expertwire.engine.controller:controller_main", args, stdout=subprocess.PIPE
-        )
+        self._to_controller, theirs = socket.socketpair()
+        with theirs:
+            self._controller = process.start_call(
+                "expertwire.engine.controller:controller_main",
+                args,
+                theirs.fileno(),
+                stdout=subprocess.PIPE,
+                sockets=[theirs],
+            )
         self._reader = threading.Thread(target=self._status.read, args=(self._controller.stdout,), daemon=True)
         self._reader.start()
         try:
             listening = self._await("listening", config.start_timeout_s)
-            self.address = listening["frontends"]
-            spec = WorkerSpec(config=config, num_ranks=config.ep_size, address=listening["hub"], token=self.token)
+            spec = WorkerSpec(config=config, num_ranks=config.ep_size, address=listening["hub"], token=token)
             launcher.start(spec)
             self.info = ModelInfo.from_dict(self._await("ready", config.start_timeout_s))
         except RankFailed as error:
@@ -85,13 +89,25 @@ class Engine:
         return self._status.failure[1] if self._status.failure is not None else None
 
     def connect(self) -> SocketChannel:
-        """Return a new channel for a `Frontend`."""
-        return connect(self.address, self.token)
+        """Return a new channel for a `Frontend` of this process. Raise as `connect_socket`."""
+        return SocketChannel(self.connect_socket())
+
+    def connect_socket(self) -> socket.socket:
+        """Return the frontend's end of a new connection to the controller, for instance for a child process.
+
+        Raises:
+            EngineFailed: the controller has ended.
+        """
+        try:
+            return send_connection(self._to_controller)
+        except OSError as error:
+            raise EngineFailed(self.failure or "the controller has ended") from error
 
     def close(self) -> None:
         """End every process of the engine and wait for them. Idempotent."""
         self._status.closing = True
         process.stop_all([self._controller], _STOP_S, grace_s=0.0)
+        self._to_controller.close()
         self._launcher.stop(_STOP_S)
 
     def __enter__(self) -> Engine:

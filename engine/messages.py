@@ -1,8 +1,8 @@
 """Messages between frontends and the controller, and their encoding as named arrays (see `comm.control.channel`).
 
-A frontend opens a channel, sends `Hello` and receives `Welcome`. Then it sends `Submit`, `Abort` and `StatsRequest` messages in
-any order, and receives `StepOutputs`, `Rejection`, `Stats` and at most one `Failure`, which is the last. The frontend chooses the
-sequence ids, unique on its channel; a request with `n` branches has `n` of them.
+A frontend opens a channel, sends `Hello` and receives `Welcome`. Then it sends `Submit`, `Credit`, `Abort` and `StatsRequest`
+in any order, and receives `StepOutputs`, `Rejection`, `Stats`, `Beat` if it asked for it, and at most one `Failure`, the last.
+The frontend chooses the sequence ids, unique on its channel; a request with `n` branches has `n` of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ from expertwire.scheduler.outputs import Rejection, StepOutputs
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """First message of a frontend."""
+    """First message of a frontend.
+
+    Args:
+        beats: whether the controller shall send a `Beat` at least twice a second.
+    """
+
+    beats: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """The controller's answer: `ModelInfo.to_dict`."""
+    """The controller's answer: `ModelInfo.to_dict`, and whether beats follow."""
 
     model_info: dict[str, Any]
+    beats: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,17 @@ class Submit:
     params: dict[str, Any]  # `SamplingParams.to_dict`; prompt log-probabilities come with branch 0 only
     options: dict[str, Any]  # `RequestOptions.to_dict`; a deadline counts from the arrival of this message
     tokens: np.ndarray  # i32, the prompt
+    credit: int | None = (
+        None  # output tokens that each sequence may sample before the frontend sends `Credit`; None: no limit
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credit:
+    """The reader has taken tokens of these sequences: each may sample as many more. Unknown and finished ids are ignored."""
+
+    ids: np.ndarray  # i64
+    tokens: np.ndarray  # i64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +77,13 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beat:
+    """The controller works. `problem` says why the engine cannot serve at the moment, for instance that a rank is silent."""
+
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """The engine has failed, for instance because a rank has died. `rank` is -1 when no rank is at fault."""
 
@@ -66,7 +91,7 @@ class Failure:
     message: str
 
 
-Message = Hello | Welcome | Submit | Abort | StatsRequest | StepOutputs | Rejection | Stats | Failure
+Message = Hello | Welcome | Submit | Credit | Abort | StatsRequest | StepOutputs | Rejection | Stats | Beat | Failure
 _KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Message)}
 
 

@@ -11,14 +11,16 @@ import contextlib
 import importlib
 import os
 import pickle
+import resource
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 LIFELINE_EXIT_CODE = 75  # of a child whose lifeline was closed
@@ -26,7 +28,9 @@ _LENGTH = struct.Struct("<Q")
 _PARENT_CHECK_S = 1.0
 
 
-def start_call(target: str, *args: object, stdout: int | IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+def start_call(
+    target: str, *args: object, stdout: int | IO[bytes] | None = None, sockets: Sequence[socket.socket] = ()
+) -> subprocess.Popen[bytes]:
     """Start a child that calls a function; return its process.
 
     The child has its own session, so Ctrl-C in the terminal reaches the parent only. Closing the child's `stdin` ends it.
@@ -35,10 +39,14 @@ def start_call(target: str, *args: object, stdout: int | IO[bytes] | None = None
         target: "package.module:function".
         args: picklable arguments.
         stdout: as for `subprocess.Popen`; None inherits the parent's.
+        sockets: inherited by the child, which opens each with `socket.socket(fileno=...)` under the parent's number.
     """
     # -P: do not import from the current folder.
     command = [sys.executable, "-P", "-m", "expertwire.engine.process"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True)
+    inherited = [each.fileno() for each in sockets]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True, pass_fds=inherited
+    )
     assert process.stdin
     data = pickle.dumps((os.getpid(), sys.path, target, args))
     try:
@@ -47,6 +55,19 @@ def start_call(target: str, *args: object, stdout: int | IO[bytes] | None = None
     except BrokenPipeError:
         process.wait()  # it died at once; its exit code tells more than the broken pipe
     return process
+
+
+def raise_descriptor_limit(wanted: int = 65_536) -> int:
+    """Raise this process's limit of open files towards `wanted`, as far as its hard limit allows; return the limit.
+
+    Strangers can open connections to a port, such as gloo's on loopback, which nothing of ours can refuse.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        return limit
+    return soft
 
 
 def describe_exit(returncode: int) -> str:

@@ -26,7 +26,6 @@ class ControllerArgs:
     model: ModelConfig
     max_model_len: int
     hub_address: str
-    frontends_address: str
     token: str
 
 

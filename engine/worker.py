@@ -21,7 +21,7 @@ import gc
 import os
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -46,6 +46,7 @@ from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.decoder_parameters import declare_parameters
 from expertwire.engine.models.model_config import ModelConfig
 from expertwire.engine.models.registry import read_model_config
+from expertwire.engine.process import raise_descriptor_limit
 from expertwire.engine.rank_loop import Steps, serve
 from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Capture
@@ -122,11 +123,15 @@ def _start(
     closing: contextlib.ExitStack,
 ) -> Steps:
     link.recv()
+    raise_descriptor_limit()
     device = choose_device(config, gpu)
     config = config.on(device)
     store, store_address = None, ""
     if rank == 0 and num_ranks > 1:
-        store, store_address = groups.serve_store(link.local_ip)
+        if device == "cpu" and link.folder is not None:
+            store_address = f"file:{link.folder / 'store'}"
+        else:
+            store, store_address = groups.serve_store(link.local_ip)
     link.send({"node": _bytes(node), "store": _bytes(store_address)})
     meeting = _receive(link)
     store_address, sharers = bytes(meeting["store"]).decode(), int(meeting["sharers"][rank])
@@ -144,7 +149,7 @@ def _start(
     closing.callback(group.close)
     model_config = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
     domain_P, failing_P = _rank_domains(config, group, node, device)
-    model, all_to_all = _load(config, model_config, rank, num_ranks, node, sharers, device, group, domain_P)
+    model, all_to_all = _load(config, model_config, rank, num_ranks, node, sharers, device, group, domain_P, link.beat)
     place_2 = np.array([*domain_P[rank : rank + 1], *failing_P[rank : rank + 1]], np.int64)
     link.send({"device": _bytes(device.split(":")[0]), "all_to_all": _bytes(all_to_all), "place": place_2})
 
@@ -248,11 +253,12 @@ def _load(
     device: str,
     group: groups.Group,
     domains: Sequence[int],
+    beat: Callable[[], None],
 ) -> tuple[Decoder, str]:
     """Return the rank's share of the model, and a description of its all-to-all."""
     checkpoint = None if config.load_format == "dummy" else Checkpoint(config.model)
     context, all_to_all = _context(
-        config, model_config, checkpoint, rank, num_ranks, node, device, group=group, domains=domains
+        config, model_config, checkpoint, rank, num_ranks, node, device, group=group, domains=domains, beat=beat
     )
     compiling = None
     if context.ops.on_device:
@@ -284,6 +290,7 @@ def _context(
     *,
     group: groups.Group,
     domains: Sequence[int],
+    beat: Callable[[], None],
 ) -> tuple[RankContext, str]:
     """Return what the rank's layers are built with, and a description of its all-to-all.
 
@@ -319,6 +326,7 @@ def _context(
         placement=placement,
         all_to_alls=all_to_alls,
         exchange_tokens=exchange_tokens,
+        beat=beat,
     )
     return context, all_to_all
 

@@ -24,9 +24,10 @@ import numpy as np
 
 from expertwire.bench.scheduler.simulation import CACHES, EOS, SimulatedRanks
 from expertwire.bench.serving import throughput
-from expertwire.comm.control.channel import ChannelClosed, ControlHub, ControlLink, SocketChannel, connect, listen
+from expertwire.comm.control.channel import ChannelClosed, ControlHub, ControlLink, SocketChannel
 from expertwire.engine import controller
 from expertwire.engine.config.engine_config import ModelInfo
+from expertwire.engine.frontend_hub import FrontendHub, send_connection
 from expertwire.engine.launcher import LocalLauncher, WorkerSpec
 from expertwire.engine.rank_loop import Launched, serve
 from expertwire.scheduler.config import SchedulerConfig
@@ -157,28 +158,28 @@ def _wait_until(end: float) -> None:
 def _open_loop(config: SchedulerConfig, step_s: float, host_computes: bool) -> Iterator[controller.ControllerState]:
     launcher = LocalLauncher("expertwire.bench.serving.overlap:rank_main")
     hub = ControlHub(config.num_ranks, token="bench")
-    frontend, reader = _open_frontend()
+    frontends, reader = _open_frontend()
     try:
         setting = (config, step_s, host_computes)
         launcher.start(WorkerSpec(config=setting, num_ranks=config.num_ranks, address=hub.address, token="bench"))
         hub.wait_joined(60, launcher.poll)
-        loop = controller.ControllerState(scheduler=Scheduler(config, CACHES), hub=hub, info=_info(config))
-        loop.frontends[0], loop.num_frontends = frontend, 1
-        yield loop
+        yield controller.ControllerState(
+            scheduler=Scheduler(config, CACHES), hub=hub, info=_info(config), frontends=frontends
+        )
     finally:
         hub.close()
         launcher.stop(5)
-        frontend.close()
+        frontends.close()
         reader.join()
 
 
-def _open_frontend() -> tuple[SocketChannel, threading.Thread]:
-    """Return the controller's channel to a frontend that reads all messages, and the thread that reads."""
-    listener = listen("tcp:127.0.0.1:0", "bench")
-    far = connect(listener.address, "bench")
-    near = listener.accept(10)
-    assert near is not None, "no connection within 10 s"
-    listener.close()
+def _open_frontend() -> tuple[FrontendHub, threading.Thread]:
+    """Return the controller's connection to a frontend that reads all messages, and the thread that reads."""
+    to_controller, newcomers = socket.socketpair()
+    with to_controller:
+        far = SocketChannel(send_connection(to_controller))
+        frontends = FrontendHub(newcomers)
+        frontends.poll(0.0)
 
     def read() -> None:
         with contextlib.suppress(ChannelClosed, socket.error):
@@ -187,7 +188,7 @@ def _open_frontend() -> tuple[SocketChannel, threading.Thread]:
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    return near, reader
+    return frontends, reader
 
 
 def _info(config: SchedulerConfig) -> ModelInfo:

@@ -1,8 +1,11 @@
 """The frontend: it sends requests to the controller and turns the controller's outputs into text.
 
-The offline API has a frontend in the caller's process, the gRPC server one in its own. A frontend belongs to one thread.
+The offline API has a frontend in the caller's process, the gRPC server one in each of its processes. A frontend belongs to one
+thread.
 
-A request with `n` outputs (branches) is `n` sequences to the controller, each with an id.
+A request with `n` outputs (branches) is `n` sequences to the controller, each with an id. Output that nobody has taken waits in
+the frontend, joined by branch. The engine samples at most a window of tokens ahead of what has been taken (`messages.Credit`), so
+that a slow reader holds up its own request and nothing else.
 Shape letters as in `scheduler.outputs`.
 """
 
@@ -11,17 +14,17 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from expertwire.comm.control.channel import ChannelClosed, ControlChannel
 from expertwire.engine.config.engine_config import ModelInfo
+from expertwire.engine.frontend import logprobs
 from expertwire.engine.frontend.api import (
     EngineFailed,
-    Logprob,
-    LogprobDict,
     RequestError,
     RequestOptions,
     Update,
@@ -31,6 +34,8 @@ from expertwire.engine.frontend.prompts import Prompt, encode_prompt
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import (
     Abort,
+    Beat,
+    Credit,
     Failure,
     Hello,
     Message,
@@ -45,6 +50,10 @@ from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _DEFAULT_OPTIONS = RequestOptions()
+# Most tokens and log-probabilities of a branch that wait to be taken, and the fewest tokens.
+_WINDOW, _MIN_WINDOW = 4096, 16
+# Without a message from the controller for so long, an engine that sends beats is not healthy.
+_SILENT_S = 1.75
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -56,10 +65,12 @@ class Frontend:
         tokenizer: None serves token ids only, without text.
         deterministic_seeds: whether the seeds of requests without one follow from the engine's seed, so that a program gives
             the same outputs every time, instead of from the operating system.
+        watches: whether the controller shall send beats, so that `problem` notices a frozen engine.
         welcome_timeout_s: seconds within which the controller must answer.
 
     Attributes:
         model_info: the model and its limits.
+        has_more: whether the last `receive` stopped at `max_rows`; then `fileno()` does not show what is left.
 
     Raises:
         EngineFailed: the controller does not answer, or the engine has failed.
@@ -71,30 +82,44 @@ class Frontend:
         tokenizer: Tokenizer | None,
         *,
         deterministic_seeds: bool = False,
+        watches: bool = False,
         welcome_timeout_s: float = 30.0,
     ) -> None:
         self.tokenizer = tokenizer
         self._channel = channel
+        self._watches = watches
         self._requests: dict[int, OpenRequest] = {}
         self._sequences: dict[int, Branch] = {}
-        self._updates: list[Update] = []
-        self._stats: list[dict[str, Any]] = []
-        self._num_stats_requests = 0
+        self._news: list[OpenRequest] = []
+        self.has_more = False
+        self._partial: tuple[StepOutputs, int] | None = None  # outputs of which only these first rows have been handled
+        self._stats_callbacks: deque[Callable[[dict[str, Any] | None], None]] = deque()
+        self._credits: list[Branch] = []
         self._next_request_id = 0
         self._next_sequence_id = 0
         self._failure: EngineFailed | None = None
+        self._problem, self._heard_s = "", time.monotonic()
         self.model_info = self._say_hello(welcome_timeout_s)
         self._seeds = random.Random(self.model_info.seed) if deterministic_seeds else random.SystemRandom()
 
     @property
     def num_open(self) -> int:
-        """Number of requests that have not had their last update."""
+        """Number of requests that run."""
         return len(self._requests)
 
     @property
     def failure(self) -> EngineFailed | None:
         """The error with which the engine failed, or None."""
         return self._failure
+
+    @property
+    def problem(self) -> str:
+        """Why the engine cannot serve at the moment, or "". Only for a frontend that `watches`."""
+        if self._failure is not None:
+            return str(self._failure)
+        if (silence_s := time.monotonic() - self._heard_s) > _SILENT_S:
+            return f"the controller has been silent for {silence_s:.1f} s"
+        return self._problem
 
     def encode(self, prompt: Prompt, params: SamplingParams) -> np.ndarray:
         """Check a prompt and its parameters; return the prompt's tokens for `submit`, i32 [length].
@@ -108,7 +133,7 @@ class Frontend:
         """Request outputs for the tokens that `encode` returned for these parameters.
 
         Returns:
-            The id of the request; its updates come from `poll`.
+            The id of the request; `poll` returns its updates, or `receive` and `take` do.
 
         Raises:
             EngineFailed: the engine has failed.
@@ -120,15 +145,23 @@ class Frontend:
         self._requests[request.id] = request
         ids = range(self._next_sequence_id, self._next_sequence_id + params.n)
         self._next_sequence_id = ids.stop
+        window = max(_MIN_WINDOW, _WINDOW // (1 + (params.logprobs or 0)))
+        credit = window if params.max_tokens > window else None
+        shape = self.model_info.num_layers, self.model_info.num_experts
         for index, sequence_id in enumerate(ids):
             stream = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
-            shape = self.model_info.num_layers, self.model_info.num_experts
             load = np.zeros(shape, np.int64) if params.expert_load else None
-            branch = Branch(request, sequence_id, index, stream, load)
-            request.branches[sequence_id] = self._sequences[sequence_id] = branch
+            branch = Branch(request, sequence_id, index, stream, load, credit)
+            request.running[sequence_id] = self._sequences[sequence_id] = branch
         values = dataclasses.replace(params, seed=seed).to_dict()
         self._send(
-            Submit(sequence_ids=np.array(ids, np.int64), params=values, options=options.to_dict(), tokens=tokens)
+            Submit(
+                sequence_ids=np.array(ids, np.int64),
+                params=values,
+                options=options.to_dict(),
+                tokens=tokens,
+                credit=credit,
+            )
         )
         self._check_alive()
         return request.id
@@ -137,15 +170,15 @@ class Frontend:
         """End a request; unknown and finished ones are ignored.
 
         The next `poll` returns at once, with an update of finish reason "abort" for each unfinished branch. `fileno()` does
-        not become readable, so callers that wait for it must call `poll` themselves.
+        not become readable, so callers that wait for it must call `poll` or `receive` themselves.
         """
         request = self._requests.get(request_id)
-        if request is None:
-            return
-        branches = list(request.branches.values())
+        branches = [] if request is None else list(request.running.values())
         for branch in branches:
-            self._updates.append(self._end(branch, request.update(branch=branch.index, text=branch.flush()), "abort"))
-        self._abort_sequences([branch.sequence_id for branch in branches])
+            branch.texts.append(branch.flush())
+            self._end(branch, "abort")
+        if branches:
+            self._abort_sequences([branch.sequence_id for branch in branches])
 
     def poll(self, timeout_s: float) -> list[Update]:
         """Return the updates that have arrived; wait up to `timeout_s` seconds for a first message if there are none.
@@ -153,48 +186,114 @@ class Frontend:
         Raises:
             EngineFailed: the engine has failed, and every open request has had its last update.
         """
-        if not self._updates:
+        return [update for request in self.receive(timeout_s) for update in self.take(request)]
+
+    def receive(self, timeout_s: float, max_rows: int | None = None) -> list[OpenRequest]:
+        """Return the requests with news since the last call; if there are none, wait up to `timeout_s` seconds for a message.
+
+        Args:
+            timeout_s: seconds.
+            max_rows: tokens to handle at most, about; `has_more` says whether there were more.
+
+        Raises:
+            EngineFailed: the engine has failed, and the end of every open request has been returned.
+        """
+        if not self._news:
             self._check_alive()
-        timeout_s = 0.0 if self._updates else timeout_s
-        while (message := self._receive(timeout_s)) is not None:
-            self._handle(message)
-            timeout_s = 0.0
-        updates, self._updates = self._updates, []
+        timeout_s = 0.0 if self._news or self._partial else timeout_s
+        num_rows = 0
+        while max_rows is None or num_rows < max_rows:
+            if self._partial is None:
+                message = self._receive(timeout_s)
+                if message is None:
+                    break
+                timeout_s = 0.0
+                if not isinstance(message, StepOutputs):
+                    self._handle(message)
+                    continue
+                self._begin_outputs(message)
+                self._partial = message, 0
+            num_rows += self._handle_rows(*self._partial, None if max_rows is None else max_rows - num_rows)
+        self.has_more = max_rows is not None and num_rows >= max_rows
+        news, self._news = self._news, []
+        for request in news:
+            request.has_news = False
+        return news
+
+    def take(self, request: OpenRequest, max_size: int | None = None) -> list[Update]:
+        """Return the output of a request that has not been taken, at most one update a branch; the engine may then continue.
+
+        Args:
+            request: the request.
+            max_size: tokens and log-probabilities at most, about; the rest stays.
+        """
+        updates: list[Update] = []
+        size = 0
+        while request.untaken and (max_size is None or size < max_size):
+            branch = request.untaken.pop(0)
+            size += len(branch.token_ids) * (1 + (request.params.logprobs or 0))
+            if branch.window is not None and branch.finish_reason is None:
+                branch.num_uncredited += len(branch.token_ids)
+                if branch.num_uncredited >= branch.window // 2:
+                    self._credits.append(branch)
+            updates.append(branch.take())
+        if request.done and not request.untaken:
+            if request.error is not None:
+                updates.append(request.update(error=request.error, done=True))
+            elif updates:
+                updates[-1] = updates[-1]._replace(done=True)
+        if self._credits:
+            self._send_credits()
         return updates
 
     def fileno(self) -> int:
         """Return a file descriptor that is readable when `poll(0)` may return updates."""
         return self._channel.fileno()
 
+    @property
+    def pending(self) -> int:
+        """Bytes that wait to be sent; callers that wait for `fileno()` wait until it is writable as well, and call `flush`."""
+        return self._channel.pending
+
+    def flush(self) -> None:
+        """Send what the kernel takes without waiting."""
+        if self._failure is None:
+            try:
+                self._channel.flush()
+            except ChannelClosed as error:
+                self._fail(-1, f"the connection to the controller is lost: {error}")
+
+    def request_stats(self, callback: Callable[[dict[str, Any] | None], None]) -> None:
+        """Ask for the engine's counters and gauges. `poll` or `receive` call `callback` with them, or with None if it fails."""
+        self._stats_callbacks.append(callback)
+        self._send(StatsRequest())
+
     def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
-        """Return the engine's counters and gauges. Updates that arrive meanwhile are kept for the next `poll`.
+        """Return the engine's counters and gauges. Output that arrives meanwhile is kept for the next `poll`.
 
         Raises:
             TimeoutError: no answer within `timeout_s` seconds.
             EngineFailed: the engine has failed.
         """
-        self._send(StatsRequest())
-        self._num_stats_requests += 1
+        answers: list[dict[str, Any] | None] = []
+        self.request_stats(answers.append)
         deadline = time.monotonic() + timeout_s
-        while self._failure is None and len(self._stats) < self._num_stats_requests:
+        while not answers and self._failure is None:
             message = self._receive(max(0.0, deadline - time.monotonic()))
             if message is not None:
                 self._handle(message)
             elif self._failure is None:
                 raise TimeoutError(f"the engine returned no statistics within {timeout_s:g} s")
         self._check_alive()
-        # Answers to earlier calls that timed out come first.
-        values = self._stats[-1]
-        self._num_stats_requests = 0
-        self._stats.clear()
-        return values
+        assert answers[0] is not None, "the engine has not failed"
+        return answers[0]
 
     def close(self) -> None:
         """Close the channel; the controller then frees the open requests. Idempotent."""
         self._channel.close()
 
     def _say_hello(self, timeout_s: float) -> ModelInfo:
-        self._send(Hello())
+        self._send(Hello(beats=self._watches))
         message = self._receive(timeout_s)
         if isinstance(message, Welcome):
             return ModelInfo.from_dict(message.model_info)
@@ -222,88 +321,89 @@ class Frontend:
         except ChannelClosed as error:
             self._fail(-1, f"the connection to the controller is lost: {error}")
             return None
-        return None if arrays is None else decode(arrays)
+        if arrays is None:
+            return None
+        self._heard_s, self._problem = time.monotonic(), ""
+        return decode(arrays)
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, StepOutputs):
-            self._handle_outputs(message)
+            self._begin_outputs(message)
+            self._handle_rows(message, 0, None)
         elif isinstance(message, Rejection):
             if branch := self._sequences.get(message.key):
                 error = RequestError(message.code, message.message, message.retry_after_s)
                 self._end_with_error(branch.request, error)
         elif isinstance(message, Stats):
-            self._stats.append(message.values)
+            self._stats_callbacks.popleft()(message.values)
+        elif isinstance(message, Beat):
+            self._problem = message.problem
         elif isinstance(message, Failure):
             self._fail(message.rank, message.message)
         else:
             raise AssertionError(f"unexpected message from the controller: {type(message).__name__}")
 
-    def _handle_outputs(self, message: StepOutputs) -> None:
+    def _begin_outputs(self, message: StepOutputs) -> None:
         if len(message.prompt_key_I):
-            self._add_prompt_logprobs(message)
+            logprobs.add_prompt_logprobs(message, self._sequences, self.tokenizer)
         if len(message.routed_keys):
             self._add_expert_load(message)
+
+    def _handle_rows(self, message: StepOutputs, start: int, count: int | None) -> int:
+        """Add the tokens of up to `count` rows from `start` to their branches; return how many there were."""
+        end = len(message.key_O) if count is None else min(start + count, len(message.key_O))
+        self._partial = (message, end) if end < len(message.key_O) else None
         stopped = []
-        rows = zip(message.key_O.tolist(), message.token_O.tolist(), message.finish_O.tolist(), strict=True)
-        for row, (sequence_id, token, finish) in enumerate(rows):
+        sequence_ids, tokens = message.key_O[start:end].tolist(), message.token_O[start:end].tolist()
+        rows = zip(range(start, end), sequence_ids, tokens, message.finish_O[start:end].tolist(), strict=True)
+        for row, sequence_id, token, finish in rows:
             branch = self._sequences.get(sequence_id)
             if branch is None:
                 continue
-            update = self._advance(branch, token, finish, message, row)
-            self._updates.append(update)
-            if update.finish_reason is not None and not finish:
-                stopped.append(sequence_id)
+            branch.token_ids.append(token)
+            if branch.stream is not None and (text := branch.push(token, finish)):
+                branch.texts.append(text)
+            if branch.logprobs is not None:
+                branch.logprobs.append(logprobs.sampled(message, row, self.tokenizer))
+            if branch.index == 0 and not branch.has_begun:
+                self._begin(branch, int(message.num_cached_O[row]))
+            if branch.stop is not None and branch.stop.found is not None:
+                self._end(branch, "stop", branch.stop.found)
+                if not finish:
+                    stopped.append(sequence_id)
+            elif finish:
+                stop_ids = branch.request.params.stop_token_ids or ()
+                is_stop_token = finish == FinishReason.STOP and token in stop_ids
+                self._end(branch, _FINISH_REASONS[FinishReason(finish)], token if is_stop_token else None)
+            elif len(branch.token_ids) == 1:
+                self._announce(branch)
         if stopped:
             self._abort_sequences(stopped)
+        return end - start
 
-    def _advance(self, branch: Branch, token: int, finish: int, message: StepOutputs, row: int) -> Update:
-        """Return the update of one row; the branch ends if `finish` is set or a stop string is found."""
-        request = branch.request
-        text = branch.push(token, finish)
-        logprobs = prompt_logprobs = None
-        if request.params.logprobs is not None:
-            logprobs = (self._logprobs_of(message, row, token),)
-        if branch.index == 0:
-            prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-            request.num_cached_tokens = int(message.num_cached_O[row])
-        update = request.update(
-            branch=branch.index, token_ids=(token,), text=text, logprobs=logprobs, prompt_logprobs=prompt_logprobs
-        )
-        if branch.stop is not None and branch.stop.found is not None:
-            return self._end(branch, update, "stop", branch.stop.found)
-        if finish:
-            is_stop_token = finish == FinishReason.STOP and token in (request.params.stop_token_ids or ())
-            return self._end(branch, update, _FINISH_REASONS[FinishReason(finish)], token if is_stop_token else None)
-        return update
+    def _begin(self, branch: Branch, num_cached: int) -> None:
+        """Note what comes with the first token of a request's first branch."""
+        request, branch.has_begun = branch.request, True
+        request.num_cached_tokens = num_cached
+        branch.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
 
-    def _end(self, branch: Branch, update: Update, reason: str, stop_reason: str | int | None = None) -> Update:
-        """Forget a branch; return its last update."""
+    def _announce(self, branch: Branch) -> None:
+        """Note that a branch has output that nobody has taken."""
         request = branch.request
-        del self._sequences[branch.sequence_id], request.branches[branch.sequence_id]
-        done = not request.branches
-        if done:
+        if branch not in request.untaken:
+            request.untaken.append(branch)
+        if not request.has_news:
+            request.has_news = True
+            self._news.append(request)
+
+    def _end(self, branch: Branch, reason: str, stop_reason: str | int | None = None) -> None:
+        """Forget a branch, whose last output is announced."""
+        branch.finish_reason, branch.stop_reason = reason, stop_reason
+        request = branch.request
+        del self._sequences[branch.sequence_id], request.running[branch.sequence_id]
+        if request.done:
             del self._requests[request.id]
-        expert_load = None if branch.expert_load is None else branch.expert_load.tolist()
-        return update._replace(finish_reason=reason, stop_reason=stop_reason, expert_load=expert_load, done=done)
-
-    def _logprobs_of(self, message: StepOutputs, row: int, token: int) -> LogprobDict:
-        top = slice(message.top_offsets_O1[row], message.top_offsets_O1[row + 1])
-        own = (token, float(message.logprob_O[row]), int(message.token_rank_O[row]))
-        return self._logprobs(*own, message.top_ids[top], message.top_logprobs[top])
-
-    def _add_prompt_logprobs(self, message: StepOutputs) -> None:
-        offsets = message.prompt_top_offsets_I1.tolist()
-        values = zip(message.prompt_logprob_I.tolist(), message.prompt_token_rank_I.tolist(), strict=True)
-        rows = zip(message.prompt_key_I.tolist(), message.prompt_position_I.tolist(), values, strict=True)
-        for row, (sequence_id, position, (logprob, rank)) in enumerate(rows):
-            branch = self._sequences.get(sequence_id)
-            # The prompt of a preempted request is computed again; its log-probabilities have been reported.
-            if branch is None or branch.request.prompt_logprobs is None:
-                continue
-            top = slice(offsets[row], offsets[row + 1])
-            token = branch.request.prompt[position]
-            entry = self._logprobs(token, logprob, rank, message.prompt_top_ids[top], message.prompt_top_logprobs[top])
-            branch.request.prompt_logprobs[position] = entry
+        self._announce(branch)
 
     def _add_expert_load(self, message: StepOutputs) -> None:
         order = np.argsort(message.routed_keys, kind="stable")
@@ -314,22 +414,25 @@ class Frontend:
                 load = branch.expert_load.reshape(-1)
                 np.add.at(load, message.routed_experts[rows], message.routed_tokens[rows])
 
-    def _logprobs(self, token: int, logprob: float, rank: int, ids: np.ndarray, values: np.ndarray) -> LogprobDict:
-        text_of = self.tokenizer.token_text if self.tokenizer else _no_text
-        entries = {token: Logprob(logprob, rank, text_of(token))}
-        for place, (top, value) in enumerate(zip(ids.tolist(), values.tolist(), strict=True), start=1):
-            if top != token:
-                entries[top] = Logprob(value, place, text_of(top))
-        return entries
-
     def _end_with_error(self, request: OpenRequest, error: RequestError) -> None:
-        sequence_ids = list(request.branches)
+        sequence_ids = list(request.running)
         for sequence_id in sequence_ids:
             del self._sequences[sequence_id]
+        request.running.clear()
         del self._requests[request.id]
-        self._updates.append(request.update(error=error, done=True))
+        request.error = error
+        if not request.has_news:
+            request.has_news = True
+            self._news.append(request)
         if len(sequence_ids) > 1:
             self._abort_sequences(sequence_ids)
+
+    def _send_credits(self) -> None:
+        branches, self._credits = self._credits, []
+        ids, tokens = [branch.sequence_id for branch in branches], [branch.num_uncredited for branch in branches]
+        for branch in branches:
+            branch.num_uncredited = 0
+        self._send(Credit(ids=np.array(ids, np.int64), tokens=np.array(tokens, np.int64)))
 
     def _abort_sequences(self, sequence_ids: Sequence[int]) -> None:
         self._send(Abort(ids=np.array(sequence_ids, np.int64)))
@@ -339,7 +442,5 @@ class Frontend:
         self._failure = EngineFailed(message if named else f"rank {rank}: {message}", rank)
         for request in list(self._requests.values()):
             self._end_with_error(request, RequestError("UNAVAILABLE", str(self._failure)))
-
-
-def _no_text(token: int) -> None:
-    return None
+        while self._stats_callbacks:
+            self._stats_callbacks.popleft()(None)

@@ -1,65 +1,28 @@
-"""State of a request between `Frontend.submit` and its last update."""
+"""State of a request between `Frontend.submit` and the end of its output, with the output that nobody has taken yet."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from expertwire.engine.frontend.api import LogprobDict, Update
+from expertwire.engine.frontend.api import LogprobDict, RequestError, Update
+from expertwire.engine.frontend.stop_strings import StopStrings
 from expertwire.engine.frontend.tokenizer import TextStream
 from expertwire.scheduler.outputs import FinishReason
 from expertwire.scheduler.sampling_params import SamplingParams
 
 
-class StopStrings:
-    """Search for stop strings in text that arrives in pieces.
-
-    The first stop string to be completed is found, however the text is cut; of several completed by the same character it is
-    the longest.
-
-    Args:
-        strings: the stop strings; at least one, none empty.
+class OpenRequest:
+    """A request.
 
     Attributes:
-        found: the stop string that was found, or None.
+        id: the frontend's id of the request.
+        running: unfinished branches by sequence id.
+        error: the error that ended the request, or None.
+        untaken: branches with output that nobody has taken, in the order in which it came.
+        has_news: whether the request is in the frontend's list of requests with news.
     """
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self.found: str | None = None
-        self._strings = tuple(strings)
-        self._initials = frozenset(string[0] for string in strings)
-        self._longest = max(map(len, strings))
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Add text; return what certainly comes before any stop string. Not to be called once `found` is set."""
-        held = self._held + text
-        matches = [(at + len(string), at, string) for string in self._strings if (at := held.find(string)) >= 0]
-        if matches:
-            _, cut, self.found = min(matches)
-            self._held = ""
-            return held[:cut]
-        cut = self._begin_of_match(held)
-        self._held = held[cut:]
-        return held[:cut]
-
-    def flush(self) -> str:
-        """Return the text held back, as no more follows."""
-        held, self._held = self._held, ""
-        return held
-
-    def _begin_of_match(self, text: str) -> int:
-        """Return where the longest suffix of `text` begins that is a prefix of a stop string."""
-        for at in range(max(0, len(text) - self._longest + 1), len(text)):
-            if text[at] in self._initials and any(string.startswith(text[at:]) for string in self._strings):
-                return at
-        return len(text)
-
-
-class OpenRequest:
-    """A request whose last update has not been made; `branches` holds its unfinished outputs by sequence id."""
 
     def __init__(self, request_id: int, prompt: list[int], params: SamplingParams, seed: int) -> None:
         self.id = request_id
@@ -67,10 +30,18 @@ class OpenRequest:
         self.params = params
         self.seed = seed
         self.num_cached_tokens = 0
-        self.branches: dict[int, Branch] = {}
+        self.running: dict[int, Branch] = {}
         self.prompt_logprobs: list[LogprobDict | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt)
+        self.error: RequestError | None = None
+        self.untaken: list[Branch] = []
+        self.has_news = False
+
+    @property
+    def done(self) -> bool:
+        """True when no more output will come."""
+        return not self.running
 
     def update(self, **fields: Any) -> Update:
         """Return an `Update` of these fields and those of the request."""
@@ -78,9 +49,20 @@ class OpenRequest:
 
 
 class Branch:
-    """One output of a request; `sequence_id` is its id in messages to the controller."""
+    """One output of a request; `sequence_id` is its id in messages to the controller.
 
-    __slots__ = ("expert_load", "index", "num_tokens", "request", "sequence_id", "stop", "stream")
+    Attributes:
+        window: tokens that may be sampled and not taken; None if all that it can sample fit.
+        num_uncredited: tokens taken since the last `Credit`.
+        token_ids, texts, logprobs, prompt_logprobs: output that nobody has taken.
+        finish_reason, stop_reason: set when the branch has ended.
+        expert_load: i64 [layers, experts]; None if not requested.
+    """
+
+    __slots__ = (
+        "expert_load", "finish_reason", "has_begun", "index", "logprobs", "num_tokens", "num_uncredited", "prompt_logprobs",
+        "request", "sequence_id", "stop", "stop_reason", "stream", "texts", "token_ids", "window",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -89,14 +71,24 @@ class Branch:
         index: int,
         stream: TextStream | None,
         expert_load: np.ndarray | None,
+        window: int | None,
     ) -> None:
         self.request = request
         self.sequence_id = sequence_id
         self.index = index
         self.stream = stream
         self.stop = StopStrings(request.params.stop) if request.params.stop else None
+        self.has_begun = False  # whether the first token has come
         self.num_tokens = 0
-        self.expert_load = expert_load  # i64 [layers, experts]; None if not requested
+        self.window = window
+        self.num_uncredited = 0
+        self.token_ids: list[int] = []
+        self.texts: list[str] = []
+        self.logprobs: list[LogprobDict] | None = None if request.params.logprobs is None else []
+        self.prompt_logprobs: list[LogprobDict | None] | None = None
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.expert_load = expert_load
 
     def push(self, token: int, finish: int) -> str:
         """Add a token; return the new text that is final. The last token (`finish` is set) releases the text held back."""
@@ -116,6 +108,25 @@ class Branch:
             return ""
         text = self._before_stop(self.stream.flush())
         return text + self.stop.flush() if self.stop is not None and self.stop.found is None else text
+
+    def take(self) -> Update:
+        """Return the output that nobody has taken."""
+        update = self.request.update(
+            branch=self.index,
+            token_ids=tuple(self.token_ids),
+            text="".join(self.texts),
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=self.prompt_logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            expert_load=None if self.expert_load is None or self.finish_reason is None else self.expert_load.tolist(),
+        )
+        self.token_ids.clear()
+        self.texts.clear()
+        if self.logprobs:
+            self.logprobs.clear()
+        self.prompt_logprobs = None
+        return update
 
     def _before_stop(self, text: str) -> str:
         # Stop strings count only in the text of tokens beyond min_tokens.

@@ -23,9 +23,13 @@ from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.placement import Placement
 
 
+def _do_nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """The rank that a model runs on."""
+    """The rank that a model runs on. `beat` is called before each layer, so that a rank in a long step shows that it works."""
 
     rank: int
     dtype: torch.dtype
@@ -34,6 +38,7 @@ class RankContext:
     placement: Placement | None  # None: a dense model
     all_to_alls: tuple[AllToAll, ...]  # one for each micro-batch in flight; none: a dense model
     exchange_tokens: int | None = None  # as in `moe.layer.MoeLayer`
+    beat: Callable[[], None] = _do_nothing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -249,6 +249,7 @@ class Decoder:
         x_TD = self._embed[batch.token_ids_T]
         normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
         for i, layer in enumerate(self.layers):
+            self.context.beat()
             x_TD, normed_TD = layer.attention(x_TD, normed_TD, step)
             if layer.moe is not None:
                 on_routed = None if batch.on_routed is None else partial(batch.on_routed, i)

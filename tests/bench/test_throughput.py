@@ -30,7 +30,7 @@ class CountingFrontend(fake_frontend.FakeFrontend):
 
     def poll(self, timeout_s):
         self.most_open = max(self.most_open, self.num_open)
-        for number in list(self._open):
+        for number in [request.id for request in self._requests if not request.done]:
             self.tokens[number] = self.tokens.get(number, 0) + 1
             last = self.tokens[number] == self.submitted[number][1].max_tokens
             self.push(number, token_ids=(7,), finish_reason="length" if last else None)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from expertwire.engine.frontend.api import EngineFailed, Logprob, RequestOptions
 from expertwire.engine.frontend.frontend import Frontend
-from expertwire.engine.frontend.open_requests import StopStrings
+from expertwire.engine.frontend.stop_strings import StopStrings
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import Abort, Failure, Stats, StatsRequest, Submit
 from expertwire.scheduler.outputs import FinishReason, Rejection
@@ -66,13 +66,12 @@ def test_a_request_from_text_to_text(frontend, controller, tokenizer):
     for token in answer[:-1]:
         controller.say(Row(wire, token))
     controller.say(Row(wire, answer[-1], LENGTH))
-    updates = frontend.poll(1.0)
-    assert [update.token_ids for update in updates] == [(token,) for token in answer]
-    assert "".join(update.text for update in updates) == " fox 🙂"
-    assert {(update.request_id, update.branch, update.seed) for update in updates} == {(request, 0, 5)}
-    assert [update.done for update in updates] == [False] * (len(answer) - 1) + [True]
-    assert updates[-1].finish_reason == "length"
-    assert all(update.logprobs is None and update.error is None for update in updates)
+    [update] = frontend.poll(1.0)  # what nobody has taken is joined
+    assert (update.request_id, update.branch, update.seed) == (request, 0, 5)
+    assert (update.token_ids, update.text) == (tuple(answer), " fox 🙂")
+    assert (update.finish_reason, update.done) == ("length", True)
+    assert update.logprobs is None
+    assert update.error is None
     assert frontend.num_open == 0
     assert frontend.poll(0.0) == []
     assert controller.heard() == []
@@ -111,7 +110,7 @@ def test_cached_tokens_are_those_of_the_first_branch(frontend, controller):
     first, second = controller.heard()[0].sequence_ids.tolist()
     controller.say(Row(second, 50, num_cached=3))
     controller.say(Row(first, 50, num_cached=2), Row(second, 51, LENGTH, num_cached=3))
-    assert [update.num_cached_tokens for update in frontend.poll(1.0)] == [0, 2, 2]
+    assert [(update.branch, update.num_cached_tokens) for update in frontend.poll(1.0)] == [(1, 2), (0, 2)]
     frontend.abort(request)
     assert [update.num_cached_tokens for update in frontend.poll(1.0)] == [2]
 
@@ -269,14 +268,15 @@ class TestLogprobs:
         wire = int(controller.heard()[0].sequence_ids[0])
         controller.say(Row(999, 1, top={1: -9.0}), Row(wire, 50, 0, -2.5, 7, {60: -0.5, 61: -1.5}))
         controller.say(Row(wire, 61, LENGTH, -1.5, 2, {60: -0.5, 61: -1.5}))
-        first, second = frontend.poll(1.0)
+        [update] = frontend.poll(1.0)
+        first, second = update.logprobs
         text = tokenizer.token_text
-        assert list(first.logprobs[0].items()) == [
+        assert list(first.items()) == [
             (50, Logprob(-2.5, 7, text(50))),
             (60, Logprob(-0.5, 1, text(60))),
             (61, Logprob(-1.5, 2, text(61))),
         ]
-        assert list(second.logprobs[0].items()) == [(61, Logprob(-1.5, 2, text(61))), (60, Logprob(-0.5, 1, text(60)))]
+        assert list(second.items()) == [(61, Logprob(-1.5, 2, text(61))), (60, Logprob(-0.5, 1, text(60)))]
 
     def test_only_the_sampled_one(self, frontend, controller):
         frontend.submit("a", SamplingParams(logprobs=0))
@@ -291,8 +291,9 @@ class TestLogprobs:
         assert frontend.poll(1.0) == []
         rows = [PromptRow(wire, 2, -2.0, 1, {12: -2.0}), PromptRow(wire, 3, -3.0, 9, {21: -0.25})]
         controller.say(Row(wire, 50), prompt_rows=rows)
+        [first] = frontend.poll(1.0)
         controller.say(Row(wire, 51, LENGTH))
-        first, last = frontend.poll(1.0)
+        [last] = frontend.poll(1.0)
         assert first.prompt_logprobs[0] is None
         assert [{token: entry[:2] for token, entry in entries.items()} for entries in first.prompt_logprobs[1:]] == [
             {11: (-1.0, 3), 20: (-0.5, 1)},
@@ -439,7 +440,7 @@ def test_statistics_keep_what_arrives_meanwhile(frontend, controller):
     controller.say(Row(wire, 51))
     controller.send(Stats(values={"age": "new"}))
     assert frontend.stats(5.0) == {"age": "new"}
-    assert [update.token_ids for update in frontend.poll(3600.0)] == [(50,), (51,)]
+    assert [update.token_ids for update in frontend.poll(3600.0)] == [(50, 51)]
 
 
 def test_fileno_shows_what_arrives(frontend, controller):

@@ -1,5 +1,6 @@
 """What the controller does when, while an engine starts; and how much memory caches get."""
 
+import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,18 +65,17 @@ SPEC = SimpleNamespace(
 
 def args(**options):
     config = EngineConfig(model="m", ep_size=2, **options)
-    return ControllerArgs(
-        config=config, model=MODEL, max_model_len=1024, hub_address="", frontends_address="unix:@here", token="t"
-    )
+    return ControllerArgs(config=config, model=MODEL, max_model_len=1024, hub_address="", token="t")
 
 
 def test_compiled_loops_are_warmed_up_while_the_ranks_load(monkeypatch, capsys):
     """Ranks wait for the store's address before they load: what the controller does ahead of that, they wait for."""
     done = []
     monkeypatch.setattr(controller, "ControlHub", lambda *args, **kwargs: FakeHub(done, rounds=1))
-    monkeypatch.setattr(controller, "listen", lambda *args: SimpleNamespace(address="", close=lambda: None))
     monkeypatch.setattr(controller, "warm_up", lambda: done.append("warm up"))
-    controller.controller_main(args())
+    ours, theirs = socket.socketpair()
+    with ours:
+        controller.controller_main(args(), theirs.detach())
     assert done[done.index("sharers store") :][:3] == ["sharers store", "warm up", "collect"]
     assert '"failed"' in capsys.readouterr().out
 

@@ -1,9 +1,10 @@
-"""A frontend without an engine, for tests of the server: says what a test tells it to say."""
+"""A frontend without an engine, for tests of the server and of benchmarks: it says what a test tells it to say."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +29,20 @@ class LetterTokenizer:
         return [ord(letter) % MODEL_INFO.vocab_size for letter in text]
 
 
+@dataclass
+class FakeRequest:
+    """What a server sees of a request: updates that nobody has taken."""
+
+    id: int
+    running: int  # branches
+    untaken: list[Update] = field(default_factory=list)
+    is_new: bool = False  # whether `receive` has to return it
+
+    @property
+    def done(self) -> bool:
+        return self.running == 0
+
+
 class FakeFrontend:
     """Answers nothing by itself, except aborts; `push` and `fail` make updates arrive, with the descriptor ready."""
 
@@ -35,17 +50,20 @@ class FakeFrontend:
         self.model_info = MODEL_INFO
         self.tokenizer: Tokenizer | None = None  # then text is one token a character, and there is no chat
         self.failure: EngineFailed | None = None
+        self.problem = ""
+        self.stats_values: dict | None = {}
+        self.has_more = False
+        self.pending = 0
         self.submitted: list[tuple[list[int], SamplingParams]] = []  # a request's id is its place
         self.options: list[RequestOptions] = []  # likewise
         self.aborted: list[int] = []
-        self._open: dict[int, int] = {}  # running branches by id
-        self._updates: list[Update] = []
+        self._requests: list[FakeRequest] = []  # by id
         self._ready, self._wake = os.pipe()
         os.set_blocking(self._ready, False)
 
     @property
     def num_open(self) -> int:
-        return len(self._open)
+        return sum(not request.done for request in self._requests)
 
     def encode(self, prompt: str | list[int], params: SamplingParams) -> np.ndarray:
         return encode_prompt(prompt, params, self.model_info, self.tokenizer or LetterTokenizer())
@@ -55,42 +73,73 @@ class FakeFrontend:
             raise self.failure
         self.submitted.append((list(prompt), params))
         self.options.append(options or RequestOptions())
-        number = len(self.submitted) - 1
-        self._open[number] = params.n
-        return number
+        self._requests.append(FakeRequest(len(self._requests), params.n))
+        return self._requests[-1].id
 
     def push(self, number: int, branch: int = 0, text: str = "", **fields) -> None:
         """An update; the token ids are those of `text` unless given, `done` follows from the finish reasons."""
-        if number not in self._open:
+        request = self._requests[number]
+        if request.done:
             return
         fields.setdefault("token_ids", tuple(LetterTokenizer().encode(text)))
-        if fields.get("finish_reason"):
-            self._open[number] -= 1
-        done = self._open[number] == 0 or "error" in fields
-        if done:
-            del self._open[number]
-        self._updates.append(Update(number, branch, text=text, seed=77, done=done, **fields))
+        if "error" in fields:
+            request.running = 0
+        elif fields.get("finish_reason"):
+            request.running -= 1
+        update = Update(number, branch, text=text, seed=77, done=request.done, **fields)
+        same = [i for i, each in enumerate(request.untaken) if (each.branch, update.error) == (branch, None)]
+        if same:
+            request.untaken[same[0]] = _joined(request.untaken[same[0]], update)
+        else:
+            request.untaken.append(update)
+        request.is_new = True
         os.write(self._wake, b"x")
 
     def fail(self, message: str, rank: int) -> None:
-        for number in list(self._open):
-            self.push(number, error=RequestError("UNAVAILABLE", message))
+        for request in self._requests:
+            self.push(request.id, error=RequestError("UNAVAILABLE", message))
         self.failure = EngineFailed(message, rank)
         os.write(self._wake, b"x")
 
     def abort(self, number: int) -> None:
-        if number in self._open:
+        request = self._requests[number]
+        if not request.done:
             self.aborted.append(number)
-            for branch in range(self._open[number]):
+            for branch in range(request.running):
                 self.push(number, branch, finish_reason="abort")
 
     def poll(self, timeout_s: float) -> list[Update]:
-        if self.failure and not self._updates:
+        return [update for request in self.receive(timeout_s) for update in self.take(request)]
+
+    def receive(self, timeout_s: float, max_rows: int | None = None) -> list[FakeRequest]:
+        news = [request for request in self._requests if request.is_new]
+        if self.failure and not news:
             raise self.failure
         with contextlib.suppress(BlockingIOError):
             os.read(self._ready, 1 << 16)
-        updates, self._updates = self._updates, []
+        for request in news:
+            request.is_new = False
+        return news
+
+    def take(self, request: FakeRequest, max_size: int | None = None) -> list[Update]:
+        updates, request.untaken = request.untaken, []
         return updates
+
+    def request_stats(self, callback) -> None:
+        callback(self.stats_values)
 
     def fileno(self) -> int:
         return self._ready
+
+    def flush(self) -> None:
+        self.pending = 0
+
+
+def _joined(earlier: Update, later: Update) -> Update:
+    """The two updates of one branch as one."""
+    return later._replace(
+        token_ids=earlier.token_ids + later.token_ids,
+        text=earlier.text + later.text,
+        logprobs=later.logprobs if earlier.logprobs is None else earlier.logprobs + (later.logprobs or ()),
+        prompt_logprobs=earlier.prompt_logprobs or later.prompt_logprobs,
+    )

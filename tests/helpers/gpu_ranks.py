@@ -55,9 +55,7 @@ def serve(config: EngineConfig, gpus: Sequence[int], prompts: Sequence[Sequence[
     model = read_model_config(config.model, config.dtype)
     token = secrets.token_hex(8)
     hub = ControlHub(config.ep_size, address="tcp:127.0.0.1:0", token=token)
-    args = ControllerArgs(
-        config=config, model=model, max_model_len=64, hub_address=hub.address, frontends_address="", token="unused"
-    )
+    args = ControllerArgs(config=config, model=model, max_model_len=64, hub_address=hub.address, token="unused")
     errors: list[str] = []
 
     def run(rank: int) -> None:
