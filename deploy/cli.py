@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import json
@@ -13,8 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.deploy.options import (
     EXPLAINED_FIELDS,
+    SERVER_FIELDS,
     add_engine_options,
     add_options,
     engine_config,
@@ -90,14 +91,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
 
 def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a model over gRPC", description="Serve a model over gRPC.")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=_port, default=50051, help="port to listen on; 0 chooses a free one (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--drain-timeout", type=_seconds, default=30.0, metavar="X",
-        help="seconds for running requests to finish after SIGTERM (default: %(default)s)",
-    )  # fmt: skip
+    add_options(parser.add_argument_group("server"), ServerConfig, SERVER_FIELDS)
     add_engine_options(parser)
     parser.set_defaults(command=_serve)
 
@@ -106,8 +100,8 @@ def _serve(args: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our errors say what is wrong
     from expertwire.deploy.serve import serve
 
-    where = {"host": args.host, "port": args.port, "drain_timeout_s": args.drain_timeout}
-    return serve(engine_config(args), **where, announce=functools.partial(print, flush=True))
+    server = ServerConfig(**set_fields(args, SERVER_FIELDS))
+    return serve(engine_config(args), server, announce=functools.partial(print, flush=True))
 
 
 def _add_generate(commands: Any) -> None:
@@ -231,19 +225,6 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 16:
-        raise argparse.ArgumentTypeError(f"must be in [0, 65535], got {text}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number of seconds >= 0, got {text}")
 
 
 def _ranks(text: str) -> int:

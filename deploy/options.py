@@ -12,9 +12,11 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.engine.config.engine_config import EngineConfig
 
 ENGINE_FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
+SERVER_FIELDS = tuple(field.name for field in dataclasses.fields(ServerConfig))
 EXPLAINED_FIELDS = ("all2all_backend", "all2all_table", "dispatch_dtype", "enable_two_batch_overlap", "kv_cache_dtype")
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 

@@ -1,70 +1,59 @@
-"""`expertwire serve`: an engine with a gRPC server, until a signal ends it."""
+"""`expertwire serve`: an engine and its gRPC fronts, until a signal ends them."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
-import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from expertwire.deploy import runtime
-from expertwire.deploy.grpc.server import Server
+from expertwire.deploy.fronts import Fronts, reserve_port
+from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
-from expertwire.engine.frontend.frontend import Frontend
+from expertwire.engine.frontend.api import EngineFailed
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FAILED_S = 3.0  # for which a failed server still answers, so that clients and health checks learn why
 
 
-def serve(
-    config: EngineConfig, *, host: str, port: int, drain_timeout_s: float, announce: Callable[[str], None]
-) -> int:
+def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str], None]) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal ends at once.
 
     Args:
         config: the engine's options.
-        host: name or address to listen on.
-        port: port to listen on; 0 chooses a free one.
-        drain_timeout_s: seconds for running requests to finish.
+        server: the server's options.
         announce: called with "serving MODEL on HOST:PORT", and a line on the caches, once the server is ready.
 
     Returns:
-        The exit code: 1 if the engine failed.
+        The exit code, 0.
 
     Raises:
         ValueError: the port is taken, or the model or an option is not usable.
-        EngineFailed: the engine could not start.
+        EngineFailed: the engine could not start, or has failed.
     """
-    if port:
-        _check_port(host, port)
+    reserve_port(server.host, server.port).close()  # before the model is loaded
     tokenizer = runtime.open_tokenizer(config)
     _exit_on_signals()
-    # The engine first: Ray forks, which is unsafe once gRPC has threads.
     with contextlib.ExitStack() as stack:
         launcher, end_of_turn_ids = runtime.make_launcher(config), runtime.end_of_turn_ids(tokenizer)
         engine = stack.enter_context(Engine(config, launcher, end_of_turn_ids))
-        frontend = stack.enter_context(contextlib.closing(Frontend(engine.connect(), tokenizer)))
-        # Statistics may take a step; with a frontend of their own, another thread can wait for them.
-        stats_frontend = stack.enter_context(contextlib.closing(Frontend(engine.connect(), None)))
-
-        async def serve_frontend() -> str:
-            server = Server(host, port)
-            return await server.serve(
-                frontend,
-                stats_frontend.stats,
-                stop=_stop_on_signals(),
-                drain_timeout_s=drain_timeout_s,
-                on_ready=lambda: announce(
-                    "\n".join(
-                        [f"serving {frontend.model_info.name} on {host}:{server.port}", *_about(frontend.model_info)]
-                    )
-                ),
-            )
-
-        return 1 if asyncio.run(serve_frontend()) else 0
+        fronts = stack.enter_context(contextlib.closing(Fronts(engine, config, server)))
+        announce("\n".join([f"serving {engine.info.name} on {server.host}:{fronts.port}", *_about(engine.info)]))
+        is_stopping = _stop_on_signals()
+        try:
+            while not is_stopping():
+                fronts.watch()
+        except EngineFailed:
+            end = time.monotonic() + _FAILED_S
+            while time.monotonic() < end and not is_stopping():
+                time.sleep(0.05)
+            raise
+        fronts.drain()
+    return 0
 
 
 def _about(info: ModelInfo) -> Iterator[str]:
@@ -72,17 +61,6 @@ def _about(info: ModelInfo) -> Iterator[str]:
     yield f"the caches of a rank, in {info.kv_cache_dtype}, hold {info.cache_tokens:,} tokens: {sizes}"
     if info.all_to_all:
         yield f"all-to-all {info.all_to_all}"
-
-
-def _check_port(host: str, port: int) -> None:
-    """Check that the address can be used, before the model is loaded."""
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        reason = str(error.strerror).partition(" (")[0]
-        raise ValueError(
-            f"cannot listen on --host {host} --port {port}: {reason} (--port 0 takes a free port)"
-        ) from error
 
 
 def _exit_on_signals() -> None:
@@ -95,16 +73,14 @@ def _exit_on_signals() -> None:
         signal.signal(number, leave)
 
 
-def _stop_on_signals() -> asyncio.Event:
-    """Return an event that the next signal sets; the one after it raises."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+def _stop_on_signals() -> Callable[[], bool]:
+    """Return a function that tells whether a signal has come; the next one raises."""
+    received: list[int] = []
 
-    def drain() -> None:
-        stop.set()
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
+    def stop(number: int, _frame: object) -> None:
+        received.append(number)
         _exit_on_signals()
 
     for number in _SIGNALS:
-        loop.add_signal_handler(number, drain)
-    return stop
+        signal.signal(number, stop)
+    return lambda: bool(received)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from dataclasses import dataclass
 
 from expertwire.deploy.grpc.messages import from_logprobs, from_update
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.frontend.api import RequestError, Update
+from expertwire.engine.frontend.api import RequestError
+from expertwire.engine.frontend.frontend import Frontend
+from expertwire.engine.frontend.open_requests import OpenRequest
 
-# Sizes count tokens and entries of log-probabilities, about 25 bytes each. By default gRPC clients refuse messages of more than
+# Tokens and entries of log-probabilities in a message, about 25 bytes each. By default gRPC clients refuse messages of more than
 # 4 MiB.
 MESSAGE_SIZE = 16_384
-UNREAD_SIZE = 262_144  # of one stream
-_COUNTS = 16  # entries of an expert load per unit of size
 
 
 class StreamFailed(Exception):
@@ -25,62 +25,52 @@ class StreamFailed(Exception):
         self.error = error
 
 
-@dataclass(slots=True)
-class _Unread:
-    chunk: pb.Chunk
-    size: int
-
-
 class OutputStream:
-    """The outputs of one request that the client has not read.
+    """The outputs of one request for its client.
 
-    `add` never waits; `read` does. Outputs that the client has not read are joined into larger messages; the stream fails when
-    more than `UNREAD_SIZE` are unread.
+    What the client has not read stays in the frontend, which joins it and holds the request up when there is too much of it.
 
     Args:
+        frontend: the frontend that the request was submitted to.
         request_id: the client's id of the request.
         prompt_tokens: length of the prompt.
         opens_reasoning: whether the prompt ends with the start of reasoning.
 
     Attributes:
-        done: whether the engine has sent its last update.
+        error: the error that the stream ends with, or None.
+        writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
     """
 
-    def __init__(self, request_id: str, prompt_tokens: int, *, opens_reasoning: bool = False) -> None:
+    def __init__(
+        self, frontend: Frontend, request_id: str, prompt_tokens: int, *, opens_reasoning: bool = False
+    ) -> None:
         self.request_id = request_id
-        self.done = False
+        self.writing_since: float | None = None
+        self._frontend = frontend
+        self._request: OpenRequest | None = None
         self._opens_reasoning = opens_reasoning
         self._usage = pb.Usage(prompt_tokens=prompt_tokens)
-        self._error: RequestError | None = None
+        self.error: RequestError | None = None
         self._unread_prompt: deque[pb.PositionLogprobs] = deque()
-        self._unread: deque[_Unread] = deque()
-        self._tails: dict[int, _Unread] = {}  # last unread chunk of each branch
-        self._unread_size = 0
-        self._begun = self._complete = False  # whether the first and the last message have been read
+        self._is_dropped = False
+        self._begun = False  # whether the first message has been read
+        self._is_last_update = self._complete = False  # whether the last update, and the last message, have been read
         self._news = asyncio.Event()
 
-    def add(self, update: Update) -> None:
-        """Add an update of the request."""
-        if self.done:
-            return
-        self.done = update.done
-        if update.error is not None:
-            self._fail(update.error)
-            return
-        self._usage.seed = update.seed
-        self._usage.cached_prompt_tokens = update.num_cached_tokens
-        self._usage.completion_tokens += len(update.token_ids)
-        self._unread_prompt.extend(from_logprobs(update.prompt_logprobs or ()))
-        self._append(from_update(update))
-        if self._unread_size > UNREAD_SIZE:
-            self._unread.clear()
-            self._tails.clear()
-            self.fail("RESOURCE_EXHAUSTED", f"the client reads too slowly: more than {UNREAD_SIZE} outputs wait for it")
+    def wake(self, request: OpenRequest) -> None:
+        """Take note that the request has news."""
+        if not self._is_dropped:
+            self._request = request
         self._news.set()
 
-    def fail(self, code: str, message: str) -> None:
-        """End with an error status after what is unread."""
-        self._fail(RequestError(code, message))
+    def fail(self, code: str, message: str, *, drop: bool = False) -> None:
+        """End with an error status after what is unread, or, with `drop`, instead of it."""
+        if self.error is None:
+            self.error = RequestError(code, message)
+            if drop:
+                self._request, self._is_dropped = None, True
+                self._unread_prompt.clear()
+            self._news.set()
 
     async def read(self) -> pb.GenerateResponse | None:
         """Return a message of unread outputs, up to about `MESSAGE_SIZE`; None after the last one.
@@ -88,57 +78,56 @@ class OutputStream:
         Raises:
             StreamFailed: the stream ends with an error.
         """
-        while not (self._has_unread() or self.done):
+        while not (self._has_output() or self.error is not None or self._complete):
             self._news.clear()
             await self._news.wait()
-        if self._error is not None and not self._has_unread():
-            raise StreamFailed(self._error)
         if self._complete:
             return None
         message = pb.GenerateResponse()
+        if self._has_output():
+            self._take(message)
+        if self.error is not None and not (message.chunks or message.prompt_logprobs):
+            raise StreamFailed(self.error)
         if not self._begun:
             message.request_id, message.opens_reasoning = self.request_id, self._opens_reasoning
-        self._begun = True
-        self._take(message)
-        if self.done and self._error is None and not self._has_unread():
+            self._begun = True
+        if self._is_last_update and self.error is None and not self._unread_prompt:
             message.usage.CopyFrom(self._usage)
             self._complete = True
         return message
 
-    def _fail(self, error: RequestError) -> None:
-        self.done = True
-        self._error = error
-        self._news.set()
+    def written(self) -> None:
+        """Take note that a write has ended."""
+        self.writing_since = None
 
-    def _has_unread(self) -> bool:
-        return bool(self._unread or self._unread_prompt)
+    def writes(self) -> None:
+        """Take note that a write begins."""
+        self.writing_since = time.monotonic()
+
+    def _has_output(self) -> bool:
+        request = self._request
+        return bool(self._unread_prompt) or (request is not None and (bool(request.untaken) or request.done))
 
     def _take(self, message: pb.GenerateResponse) -> None:
         """Move unread outputs into `message`."""
-        size = 0
-        while self._unread_prompt and size < MESSAGE_SIZE:
+        if not self._unread_prompt:
+            self._take_updates(message)
+        num_entries = 0
+        while self._unread_prompt and num_entries < MESSAGE_SIZE:
             entry = self._unread_prompt.popleft()
             message.prompt_logprobs.append(entry)
-            size += 1 + len(entry.tokens)
-        while self._unread and size < MESSAGE_SIZE:
-            unread = self._unread.popleft()
-            if self._tails[unread.chunk.branch] is unread:
-                del self._tails[unread.chunk.branch]
-            message.chunks.append(unread.chunk)
-            self._unread_size -= unread.size
-            size += unread.size
+            num_entries += 1 + len(entry.tokens)
 
-    def _append(self, chunk: pb.Chunk) -> None:
-        """Append `chunk`, merged into the last one of its branch if that is unread and small."""
-        size = 1 + len(chunk.token_ids) + sum(len(entry.tokens) for entry in chunk.logprobs)
-        size += sum(len(layer.tokens) for layer in chunk.expert_load) // _COUNTS
-        self._unread_size += size
-        last = self._tails.get(chunk.branch)
-        if last is not None and last.size + size <= MESSAGE_SIZE:
-            text = last.chunk.text + chunk.text
-            last.chunk.MergeFrom(chunk)
-            last.chunk.text = text
-            last.size += size
-        else:
-            self._tails[chunk.branch] = _Unread(chunk, size)
-            self._unread.append(self._tails[chunk.branch])
+    def _take_updates(self, message: pb.GenerateResponse) -> None:
+        assert self._request is not None
+        for update in self._frontend.take(self._request, MESSAGE_SIZE):
+            self._usage.seed = update.seed
+            self._usage.cached_prompt_tokens = update.num_cached_tokens
+            self._usage.completion_tokens += len(update.token_ids)
+            if update.prompt_logprobs:
+                self._unread_prompt.extend(from_logprobs(update.prompt_logprobs))
+            if update.error is not None:
+                self.error = self.error or update.error
+            else:
+                message.chunks.append(from_update(update))
+                self._is_last_update = update.done

@@ -182,9 +182,7 @@ def test_72_ranks_of_a_rack_reach_their_first_tokens(memory):
     config = EngineConfig(model="m", device="cuda", ep_size=RANKS, max_num_seqs=2, enable_prefix_caching=False)
     token = secrets.token_hex(8)
     hub = ControlHub(RANKS, token=token)
-    args = ControllerArgs(
-        config=config, model=MODEL, max_model_len=64, hub_address="", frontends_address="", token=token
-    )
+    args = ControllerArgs(config=config, model=MODEL, max_model_len=64, hub_address="", token=token)
     store, shared = dist.HashStore(), SharedRanks()
     ranks = [Rank(rank, place, config, memory, store, shared) for rank, place in enumerate(places)]
     with ThreadPoolExecutor(RANKS) as pool:

@@ -46,7 +46,8 @@ def server():
         stop, frontend, server = asyncio.Event(), EchoFrontend(), Server("127.0.0.1", 0)
         loop = asyncio.get_running_loop()
         running.update(address=f"127.0.0.1:{server.port}", frontend=frontend, loop=loop, stop=stop)
-        await server.serve(frontend, lambda: STATS, stop=stop, drain_timeout_s=5, on_ready=ready.set)
+        frontend.stats_values = STATS
+        await server.serve(frontend, stop=stop, drain_timeout_s=5, on_ready=ready.set)
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()

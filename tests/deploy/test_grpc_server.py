@@ -15,7 +15,6 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from helpers import fake_frontend
 
 from expertwire.deploy.grpc.server import SERVICE, Server
-from expertwire.deploy.grpc.stream import UNREAD_SIZE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.frontend.api import Logprob, RequestError, RequestOptions
@@ -45,12 +44,12 @@ class Running:
         return health_pb2.HealthCheckResponse.ServingStatus.Name(answers[0].status)
 
 
-def scenario(*, drain_timeout_s=5.0):
+def scenario(**options):
     """Makes an async test with a `Running` argument into a pytest function."""
 
     def decorate(function):
         def test():
-            asyncio.run(asyncio.wait_for(_run(function, drain_timeout_s), 60))
+            asyncio.run(asyncio.wait_for(_run(function, **{"drain_timeout_s": 5.0, **options}), 60))
 
         test.__name__, test.__doc__ = function.__name__, function.__doc__
         return test
@@ -58,9 +57,10 @@ def scenario(*, drain_timeout_s=5.0):
     return decorate
 
 
-async def _run(function, drain_timeout_s):
+async def _run(function, **options):
     server, frontend, stop = Server("127.0.0.1", 0), fake_frontend.FakeFrontend(), asyncio.Event()
-    serve = server.serve(frontend, lambda: STATS, stop=stop, drain_timeout_s=drain_timeout_s)
+    frontend.stats_values = STATS
+    serve = server.serve(frontend, stop=stop, **options)
     serving = asyncio.ensure_future(serve)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -339,17 +339,17 @@ async def test_a_slow_client_gets_few_large_messages_and_blocks_nobody(run):
     assert len(messages) < 1500
 
 
-@scenario()
+@scenario(stall_s=0.5)
 async def test_a_client_that_does_not_read_is_cut_off(run):
     call = run.generate(ignore_eos=True, max_tokens=10**6)
     await run.submitted()
     run.frontend.push(0, text="a")
     await anext(call.__aiter__())
     while not run.frontend.aborted:  # the transport takes some megabytes first
-        run.frontend.push(0, text="b" * (UNREAD_SIZE // 4))
+        run.frontend.push(0, text="b" * 65_536)
         await asyncio.sleep(0.001)
     code, message = await status(collect(call))
-    assert code == "RESOURCE_EXHAUSTED" and "slowly" in message
+    assert code == "RESOURCE_EXHAUSTED" and "read nothing for 0.5 s" in message
 
 
 @scenario()

@@ -165,7 +165,7 @@ def test_a_killed_rank_ends_its_streams_and_is_named():
     with serve("--ep-size", "2", "--launcher", "local") as served, Client(served.address) as client:
         chunks = iter(client.generate("SUM 1 2 ?", **ENDLESS))
         next(chunks)
-        controller, *ranks = sorted(served.children, key=lambda child: (child.create_time(), child.pid))
+        controller, *ranks, front = sorted(served.children, key=lambda child: (child.create_time(), child.pid))
         ranks[1].kill()
         with pytest.raises(ServerError, match="rank 1") as caught:
             list(chunks)
@@ -173,11 +173,41 @@ def test_a_killed_rank_ends_its_streams_and_is_named():
         until(lambda: not client.is_serving())
         with pytest.raises(ServerError, match="rank 1"):
             list(client.generate("SUM 1 2 ?"))
-        # The process stays, so that whoever watches its health can tell; its ranks go.
-        until(lambda: all(gone(child) for child in (controller, *ranks)))
-        assert served.process.poll() is None
-        assert served.end() == 1
+        # The server answers for a while, so that whoever watches its health can tell, and then ends by itself.
+        assert served.process.wait(60) == 1
+        assert all(gone(child) for child in (controller, *ranks, front))
         assert "rank 1" in served.process.stderr.read()
+
+
+def children_in_order(served):
+    return sorted(served.children, key=lambda child: (child.create_time(), child.pid))
+
+
+def test_a_front_that_ends_or_freezes_is_replaced_and_the_others_go_on():
+    with serve("--launcher", "local", "--fronts", "2") as served:
+        *_, first, second = children_in_order(served)
+        first.kill()
+        second.suspend()  # the kernel goes on giving it connections, until it is killed
+        until(lambda: gone(second))
+        until(lambda: len(psutil.Process(served.process.pid).children()) == len(served.children))
+
+        def answers():
+            with contextlib.suppress(ServerError), Client(served.address) as client:
+                return "".join(chunk.text for chunk in client.generate("SUM 1 2 ?", temperature=0, max_tokens=4))
+
+        until(answers)
+        assert served.end() == 0
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["controller", "rank"])
+def test_a_frozen_process_is_noticed_by_health_checks(place):
+    with serve("--launcher", "local") as served, Client(served.address) as client:
+        frozen = children_in_order(served)[place]
+        frozen.suspend()
+        until(lambda: not client.is_serving())
+        frozen.resume()
+        until(client.is_serving)
+        assert list(client.generate("SUM 1 2 ?", max_tokens=2))
 
 
 def test_a_signal_while_it_starts_leaves_nothing():

@@ -1,0 +1,194 @@
+"""The fronts of a server: processes that serve gRPC on one port, started, watched and replaced.
+
+The kernel spreads connections over the fronts (SO_REUSEPORT). A front that ends loses its own connections only and is replaced;
+the controller aborts its requests. One that is silent is killed, because the kernel goes on giving it connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import select
+import signal
+import socket
+import subprocess
+import time
+
+from expertwire.comm.control.channel import ChannelClosed, SocketChannel
+from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.deploy.grpc.front import NOTHING, FrontArgs
+from expertwire.engine import process
+from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.engine import Engine
+from expertwire.engine.frontend.api import EngineFailed
+
+SILENT_S = 2.0  # a front that serves and has not been heard for so long is killed
+_START_S = 60.0  # for a front to begin to serve
+_MIN_LIFE_S = 5.0  # a front that ends sooner is not simply replaced
+_MAX_SHORT_LIVES = 3
+_POLL_S = 0.1
+_STACKS_S = 0.05  # for a front to print its stacks before it is killed
+_STOP_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class Fronts:
+    """The fronts of one server.
+
+    Args:
+        engine: a running engine.
+        engine_config: its options.
+        config: the server's options.
+
+    Attributes:
+        port: the port that the fronts listen on.
+
+    Raises:
+        ValueError: the address cannot be used.
+        EngineFailed: the engine has failed, or a front could not start.
+    """
+
+    def __init__(self, engine: Engine, engine_config: EngineConfig, config: ServerConfig) -> None:
+        self._engine, self._engine_config = engine, engine_config
+        self._reserved = reserve_port(config.host, config.port)
+        self.port = self._reserved.getsockname()[1]
+        self._config = dataclasses.replace(config, port=self.port)
+        self._fronts: list[_Front] = []
+        self._short_lives = 0
+        try:
+            for _ in range(config.num_fronts()):
+                self._fronts.append(self._start())
+            self._await_serving()
+        except BaseException:
+            self.close()
+            raise
+
+    def watch(self, timeout_s: float = _POLL_S) -> None:
+        """Wait a little, and replace fronts that have ended or are silent.
+
+        Raises:
+            EngineFailed: the engine has failed, or fronts end as soon as they are started.
+        """
+        self._hear(timeout_s)
+        if self._engine.failure is not None:
+            raise EngineFailed(self._engine.failure)
+        for number, front in enumerate(self._fronts):
+            if (trouble := front.trouble()) is None:
+                continue
+            _log.error("error: a front (process %d) %s; it is replaced", front.process.pid, trouble)
+            front.kill()
+            self._count_short_life(front, trouble)
+            self._fronts[number] = self._start()
+
+    def drain(self) -> None:
+        """Let every front refuse new requests and finish the running ones; wait until all have ended."""
+        for front in self._fronts:
+            with contextlib.suppress(ChannelClosed):
+                front.channel.send({"drain": NOTHING})
+        deadline = time.monotonic() + self._config.drain_timeout_s + _STOP_S
+        while time.monotonic() < deadline and any(front.process.poll() is None for front in self._fronts):
+            self._hear(_POLL_S)
+
+    def close(self) -> None:
+        """End every front. Idempotent."""
+        process.stop_all([front.process for front in self._fronts], _STOP_S, grace_s=0.0)
+        for front in self._fronts:
+            front.channel.close()
+        self._fronts = []
+        self._reserved.close()
+
+    def _start(self) -> _Front:
+        ours, theirs = socket.socketpair()
+        to_controller = self._engine.connect_socket()
+        with theirs, to_controller:
+            args = FrontArgs(
+                engine=self._engine_config,
+                server=self._config,
+                controller=to_controller.fileno(),
+                parent=theirs.fileno(),
+            )
+            child = process.start_call("expertwire.deploy.grpc.front:front_main", args, sockets=[theirs, to_controller])
+        return _Front(child, SocketChannel(ours))
+
+    def _await_serving(self) -> None:
+        while not all(front.is_serving for front in self._fronts):
+            self._hear(_POLL_S)
+            if self._engine.failure is not None:
+                raise EngineFailed(self._engine.failure)
+            for front in self._fronts:
+                if (trouble := front.trouble()) is not None:
+                    raise EngineFailed(f"a front (process {front.process.pid}) {trouble} before it served")
+
+    def _hear(self, timeout_s: float) -> None:
+        """Receive what the fronts say; wait up to `timeout_s` seconds for it."""
+        by_descriptor = {front.channel.fileno(): front for front in self._fronts if not front.has_hung_up}
+        poller = select.poll()
+        for descriptor in by_descriptor:
+            poller.register(descriptor, select.POLLIN)
+        for descriptor, _ in poller.poll(timeout_s * 1000):
+            by_descriptor[descriptor].hear()
+
+    def _count_short_life(self, front: _Front, trouble: str) -> None:
+        is_short = time.monotonic() - front.started_s < _MIN_LIFE_S
+        self._short_lives = self._short_lives + 1 if is_short else 0
+        if self._short_lives >= _MAX_SHORT_LIVES:
+            raise EngineFailed(
+                f"{self._short_lives} fronts in a row ended within {_MIN_LIFE_S:g} s; the last {trouble}"
+            )
+
+
+class _Front:
+    """A front's process, and what its parent knows of it."""
+
+    def __init__(self, child: subprocess.Popen[bytes], channel: SocketChannel) -> None:
+        self.process = child
+        self.channel = channel
+        self.started_s = self._heard_s = time.monotonic()
+        self.is_serving = False
+        self.has_hung_up = False
+
+    def hear(self) -> None:
+        try:
+            while (message := self.channel.recv(0)) is not None:
+                self.is_serving |= "serving" in message
+                self._heard_s = time.monotonic()
+        except ChannelClosed:
+            self.has_hung_up = True
+
+    def trouble(self) -> str | None:
+        """Return why the front has to be replaced, or None."""
+        if (code := self.process.poll()) is not None:
+            return process.describe_exit(code)
+        silent_s, limit_s = time.monotonic() - self._heard_s, SILENT_S if self.is_serving else _START_S
+        return f"has been silent for {silent_s:.1f} s" if silent_s > limit_s else None
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)
+            time.sleep(_STACKS_S)
+            self.process.kill()
+        self.process.wait()
+        self.channel.close()
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """Return a socket bound to the address that does not listen, so that only this server's processes can.
+
+    Raises:
+        ValueError: the address is in use, or not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        # Without SO_REUSEPORT, binding fails if anybody else uses the port, even with SO_REUSEPORT.
+        with socket.create_server((host, port), family=family) as trial:
+            address = trial.getsockname()
+        reserved = socket.socket(family)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(address)
+    except OSError as error:
+        reason = str(error.strerror or error).partition(" (")[0]
+        raise ValueError(
+            f"cannot listen on --host {host} --port {port}: {reason} (--port 0 takes a free port)"
+        ) from error
+    return reserved

@@ -1,0 +1,82 @@
+"""A front: a process with a gRPC server, its event loop and its frontend. `deploy.fronts` starts and watches it.
+
+It talks to its parent over an inherited socket. It sends {"serving"} once, and {"beat"} a few times a second from the loop that
+serves; it receives {"drain"}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import signal
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertwire.comm.control.channel import ChannelClosed, SocketChannel
+from expertwire.deploy import runtime
+from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.deploy.grpc.server import Server
+from expertwire.engine import process
+from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.frontend.frontend import Frontend
+
+NOTHING = np.zeros(0, np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontArgs:
+    """Arguments of a front.
+
+    Args:
+        engine: the engine's options, of which the model's folder counts.
+        server: the server's options, with the port that all fronts share.
+        controller: descriptor of the socket to the controller.
+        parent: descriptor of the socket to the parent.
+    """
+
+    engine: EngineConfig
+    server: ServerConfig
+    controller: int
+    parent: int
+
+
+def front_main(args: FrontArgs) -> None:
+    """Serve until the parent asks to drain or closes the lifeline; entry point of the process."""
+    faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a front that it kills
+    process.raise_descriptor_limit()
+    parent = SocketChannel(socket.socket(fileno=args.parent))
+    tokenizer = runtime.open_tokenizer(args.engine)
+    to_controller = SocketChannel(socket.socket(fileno=args.controller))
+    with contextlib.closing(Frontend(to_controller, tokenizer, watches=True)) as frontend:
+        asyncio.run(_serve(args.server, frontend, parent))
+
+
+async def _serve(config: ServerConfig, frontend: Frontend, parent: SocketChannel) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def listen_to_parent() -> None:
+        try:
+            if parent.recv(0) is None:
+                return
+        except ChannelClosed:
+            pass
+        loop.remove_reader(parent.fileno())
+        stop.set()
+
+    def beat() -> None:
+        if not parent.pending:
+            with contextlib.suppress(ChannelClosed):
+                parent.send({"beat": NOTHING})
+
+    loop.add_reader(parent.fileno(), listen_to_parent)
+    server = Server(config.host, config.port, shares_port=True)
+    await server.serve(
+        frontend,
+        stop=stop,
+        drain_timeout_s=config.drain_timeout_s,
+        on_ready=lambda: parent.send({"serving": NOTHING}),
+        on_beat=beat,
+    )

@@ -1,0 +1,248 @@
+"""The methods of `expertwire.v1.Inference`, over one frontend.
+
+One asyncio loop serves all streams and is woken by the frontend's file descriptor; no thread waits for a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+import uuid
+from typing import Any
+
+import grpc
+import numpy as np
+
+from expertwire.deploy.grpc import messages as grpc_messages
+from expertwire.deploy.grpc.messages import RETRY_AFTER
+from expertwire.deploy.grpc.stream import OutputStream, StreamFailed
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
+from expertwire.engine.frontend.api import EngineFailed, RequestError
+from expertwire.engine.frontend.frontend import Frontend
+
+MAX_REQUEST_ID = 256  # characters
+GOODBYE_S = 2.0  # for the last messages to be sent
+STALL_S = 30.0
+_STATS_S = 10.0
+_BATCH_ROWS = 512  # tokens that are handled before the loop serves others
+_PROMPT_END = 32  # tokens; more than any delimiter of reasoning and the space after it
+
+Code = grpc.StatusCode
+_log = logging.getLogger(__name__)
+
+
+class InferenceServicer(pb_grpc.InferenceServicer):
+    """The methods of the service.
+
+    Args:
+        frontend: used by the loop's thread only.
+        stall_s: a client that reads nothing for so many seconds, while there is output for it, loses its request.
+
+    Attributes:
+        failure: message with which the engine failed, or "".
+        failed: set when the engine has failed.
+        draining: whether new requests are refused.
+    """
+
+    def __init__(self, frontend: Frontend, stall_s: float = STALL_S) -> None:
+        self.failure = ""
+        self.failed = asyncio.Event()
+        self.draining = False
+        self._frontend = frontend
+        self._stall_s = stall_s
+        self._streams: dict[int, OutputStream] = {}  # by the frontend's request id
+        self._ids: dict[str, int] = {}  # client's request id -> frontend's
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = frontend.fileno()
+        self._writes = False  # whether the loop waits until the frontend can send more
+        self._loop.add_reader(self._descriptor, self._pump)
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        """See the .proto."""
+        number, stream = await self._open(request, context)
+        try:
+            while (message := await stream.read()) is not None:
+                stream.writes()
+                await context.write(message)
+                stream.written()
+        except StreamFailed as failed:
+            await context.abort(Code.__members__[failed.error.code], failed.error.message, _retry_hint(failed.error))
+        finally:
+            # Also where the client has cancelled, its deadline has passed or its connection is lost.
+            self._close(number)
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+        """See the .proto."""
+        await self._check_alive(context)
+        number = self._ids.get(request.request_id)
+        if number is None:
+            await context.abort(Code.NOT_FOUND, f"no running request has the id {request.request_id!r}")
+        self._frontend.abort(number)
+        self._pump()
+        return pb.AbortResponse()
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.ModelInfo:
+        """See the .proto."""
+        await self._check_alive(context)
+        info, tokenizer = self._frontend.model_info, self._frontend.tokenizer
+        if tokenizer is None:
+            return grpc_messages.from_model_info(info, None, ())
+        return grpc_messages.from_model_info(info, tokenizer.output_format, tokenizer.chat_variables)
+
+    async def GetStats(self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext) -> pb.Stats:
+        """See the .proto."""
+        await self._check_alive(context)
+        answer: asyncio.Future[dict[str, Any] | None] = self._loop.create_future()
+        self._frontend.request_stats(lambda values: None if answer.done() else answer.set_result(values))
+        self._watch_writes()
+        try:
+            values = await asyncio.wait_for(answer, _STATS_S)
+        except TimeoutError:
+            message = f"the engine returned no statistics within {_STATS_S:g} s"
+            await context.abort(Code.UNAVAILABLE, message)
+        if values is None:
+            await context.abort(Code.UNAVAILABLE, self.failure)
+        return grpc_messages.from_stats(values)
+
+    @property
+    def problem(self) -> str:
+        """Why requests cannot be served at the moment, or ""."""
+        return self.failure or self._frontend.problem
+
+    def end_stalled(self) -> None:
+        """End the requests whose clients have read nothing for too long; called about every second.
+
+        gRPC sends no status behind a message that the client does not take, and a blocked write cannot be cancelled (grpcio 1.85
+        then crashes), so the call itself ends when the client reads on, leaves, or its connection reaches its age limit.
+        """
+        oldest = time.monotonic() - self._stall_s
+        for number, stream in self._streams.items():
+            if stream.error is None and stream.writing_since is not None and stream.writing_since < oldest:
+                self._frontend.abort(number)
+                stream.fail("RESOURCE_EXHAUSTED", f"the client has read nothing for {self._stall_s:g} s", drop=True)
+        self._watch_writes()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, wait up to `timeout_s` seconds for the open streams to end, then end them."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        for stream in self._streams.values():
+            stream.fail("UNAVAILABLE", f"the server shuts down and did not finish this request within {timeout_s:g} s")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), GOODBYE_S)
+
+    def close(self) -> None:
+        """Stop reading from the frontend."""
+        if not self.failed.is_set():
+            self._stop_watching()
+
+    async def _open(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> tuple[int, OutputStream]:
+        """Submit a request; return the frontend's id of it, and its stream."""
+        await self._check_alive(context)
+        if self.draining:
+            await context.abort(Code.UNAVAILABLE, "the server is draining and takes no new requests; ask another one")
+        request_id = request.request_id or uuid.uuid4().hex
+        if len(request_id) > MAX_REQUEST_ID:
+            message = f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}"
+            await context.abort(Code.INVALID_ARGUMENT, message)
+        if request_id in self._ids:
+            await context.abort(Code.ALREADY_EXISTS, f"a request with the id {request_id!r} is running")
+        try:
+            params = grpc_messages.to_sampling_params(request.sampling_params)
+            tokens = self._frontend.encode(grpc_messages.to_prompt(request), params)
+            options = grpc_messages.to_options(request, context.time_remaining())
+            number = self._frontend.submit(tokens, params, options)
+        except ValueError as error:
+            await context.abort(Code.INVALID_ARGUMENT, str(error))
+        except EngineFailed as error:
+            self._fail(error)
+            await self._check_alive(context)
+        self._watch_writes()
+        opens_reasoning = self._opens_reasoning(tokens)
+        stream = OutputStream(self._frontend, request_id, len(tokens), opens_reasoning=opens_reasoning)
+        self._streams[number] = stream
+        self._ids[request_id] = number
+        self._idle.clear()
+        return number, stream
+
+    def _opens_reasoning(self, tokens: np.ndarray) -> bool:
+        tokenizer = self._frontend.tokenizer
+        if tokenizer is None:
+            return False
+        return tokenizer.output_format.opens_reasoning(
+            tokenizer.decode(tokens[-_PROMPT_END:].tolist(), skip_special_tokens=False)
+        )
+
+    def _close(self, number: int) -> None:
+        stream = self._streams.pop(number)
+        del self._ids[stream.request_id]
+        # Without effect if the request has finished.
+        self._frontend.abort(number)
+        self._pump()
+        if not self._streams:
+            self._idle.set()
+
+    def _pump(self) -> None:
+        """Wake the streams whose requests have news."""
+        try:
+            news = self._frontend.receive(0, _BATCH_ROWS)
+        except EngineFailed as error:
+            self._fail(error)
+            return
+        for request in news:
+            if stream := self._streams.get(request.id):
+                stream.wake(request)
+        if self._frontend.failure is not None:
+            self._fail(self._frontend.failure)
+            return
+        if self._frontend.has_more:
+            self._loop.call_soon(self._pump)  # the loop serves others in between
+        self._watch_writes()
+
+    def _watch_writes(self) -> None:
+        """Let the loop send what the kernel has not taken from the frontend."""
+        if self._frontend.pending and not self._writes and not self.failed.is_set():
+            self._writes = True
+            self._loop.add_writer(self._descriptor, self._flush)
+
+    def _flush(self) -> None:
+        self._frontend.flush()
+        if self._frontend.failure is not None:
+            self._fail(self._frontend.failure)
+        elif not self._frontend.pending:
+            self._writes = False
+            self._loop.remove_writer(self._descriptor)
+
+    def _fail(self, error: EngineFailed) -> None:
+        """End all streams with the engine's error. The server goes on for a while, to answer health checks."""
+        if not self.failed.is_set():
+            self.failure = str(error)
+            self._stop_watching()
+            self.failed.set()
+            _log.error("error: %s", self.failure)
+            for stream in self._streams.values():
+                stream.fail("UNAVAILABLE", self.failure)
+
+    def _stop_watching(self) -> None:
+        self._loop.remove_reader(self._descriptor)
+        if self._writes:
+            self._loop.remove_writer(self._descriptor)
+            self._writes = False
+
+    async def _check_alive(self, context: grpc.aio.ServicerContext) -> None:
+        if self.failed.is_set():
+            await context.abort(Code.UNAVAILABLE, self.failure)
+
+
+def _retry_hint(error: RequestError) -> tuple[tuple[str, str], ...]:
+    """Return trailing metadata with the time to wait before trying again, if known."""
+    if error.retry_after_s is None:
+        return ()
+    return ((RETRY_AFTER, str(math.ceil(1e3 * error.retry_after_s))),)
