@@ -21,7 +21,8 @@ HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 32, 4
 BATCH = [(1, 8), (1, 31), (1, 300), (3, 3), (6, 30), (40, 300)]
 SCALES = torch.tensor([[0.5, 0.037], [0.11, 3.0]])
 SCALED = AttentionOptions(kv_scales_2G=SCALES)
-TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 2**-7}}
+# Probabilities are rounded to bf16, by up to 2**-9 of them, before they meet values of up to 9: by up to 9 * 2**-9 in all.
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 9 * 2**-9}}
 
 
 @intrinsic
