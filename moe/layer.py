@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,12 +26,30 @@ from expertwire.moe.eplb.placement import Placement
 from expertwire.moe.micro_batch import MicroBatch, run
 
 
-class Router(Protocol):
-    """Choice of experts."""
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """Choice of experts.
+
+    Attributes:
+        dense: from [T, D] to the logits [T, E].
+        bias_E: of the choice, or None.
+    """
+
+    dense: Linear
+    route: Route
+    route_and_count: RouteAndCount
+    routing: Routing
+    bias_E: Tensor | None
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return logical experts i64 [T, K] and their weights fp32 [T, K]."""
-        ...
+        return self.route(self.dense(x_TD), self.routing, self.bias_E)
+
+    def count(self, x_TD: Tensor, load_E: Tensor, log2phy_QE: Tensor | None, num_valid: Tensor | None) -> Routed:
+        """Return physical experts too, and add to the load; see `kernels.ops.routing.route_and_count`."""
+        return self.route_and_count(
+            self.dense(x_TD), self.routing, self.bias_E, load_E=load_E, log2phy_QE=log2phy_QE, num_valid=num_valid
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +61,6 @@ class MoeLayer:
 
     Attributes:
         router: on a device it also counts the load, in the launch that chooses experts.
-        scales_input: weights multiply the experts' input instead of their output.
         experts: whose `weights` are rewritten in place when experts move.
         shared: the shared expert, or None.
         norm, eps: of the norm behind the layer.
@@ -56,8 +72,7 @@ class MoeLayer:
     """
 
     ops: Ops
-    router: Router | _Router
-    scales_input: bool
+    router: Router
     experts: GroupedMlp
     shared: Linear | None
     norm: Tensor
@@ -99,7 +114,6 @@ class MoeLayer:
 
     def _route(self, x_TD: Tensor, num_valid: Tensor | None) -> Routed:
         if isinstance(self.load_E, Tensor):
-            assert isinstance(self.router, _Router), "on a device the router counts the load"
             return self.router.count(x_TD, self.load_E, self.log2phy_QE, num_valid)
         ids_TK, weights_TK = self.router(x_TD)
         return Routed(ids_TK, weights_TK, to_physical(ids_TK, self.log2phy_QE))
@@ -114,7 +128,7 @@ class MoeLayer:
     ) -> MicroBatch[Tensor]:
         ids_TK, weights_TK, physical_TK = routed
         input_TD, shared_TD = x_TD, None
-        if self.scales_input:
+        if self.router.routing.scales_input:
             input_TD, weights_TK = (x_TD * weights_TK).to(x_TD.dtype), torch.ones_like(weights_TK)
         mixed, most, whole = [], self.exchange_tokens, (input_TD, physical_TK, weights_TK)
         for first, counts_P in exchanges(num_tokens_P, most):
@@ -191,7 +205,16 @@ def prepare(
         expected=_expected(placement, rank, routing.top_k),
         overlapped=not alone and len(all_to_alls) > 1,
     )
-    router = _router(w_router, router_bias, routing, choice_bias, ops, norm_D.dtype)
+    dtypes = {}
+    if w_router.dtype == torch.float32 != norm_D.dtype:
+        dtypes = {"x_dtype": norm_D.dtype, "out_dtype": torch.float32}
+    router = Router(
+        dense=ops.linear(w_router, router_bias, **dtypes),
+        route=ops.route,
+        route_and_count=ops.route_and_count,
+        routing=routing,
+        bias_E=choice_bias,
+    )
     block = None
     if alone and isinstance(all_to_alls[0], ReferenceAllToAll):  # others may round rows
         weights = MoeWeights(
@@ -209,7 +232,6 @@ def prepare(
     return MoeLayer(
         ops=ops,
         router=router,
-        scales_input=routing.scales_input,
         experts=grouped_mlp,
         shared=shared,
         norm=norm_D,
@@ -226,46 +248,3 @@ def _expected(placement: Placement, rank: int, top_k: int) -> float:
     """Return the share of the rows a rank could receive that it receives if all experts get equally many."""
     here = placement.rank_offsets[rank + 1] - placement.rank_offsets[rank]
     return top_k * here / placement.num_physical / min(top_k, here)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Router:
-    dense: Linear
-    route: Route
-    route_and_count: RouteAndCount
-    top_k: int
-    rule: dict[str, Any]  # options of `Route`
-
-    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.route(self.dense(x_TD), self.top_k, **self.rule)
-
-    def count(self, x_TD: Tensor, load_E: Tensor, log2phy_QE: Tensor | None, num_valid: Tensor | None) -> Routed:
-        return self.route_and_count(
-            self.dense(x_TD), self.top_k, load_E=load_E, log2phy_QE=log2phy_QE, num_valid=num_valid, **self.rule
-        )
-
-
-def _router(
-    w_ED: Tensor,
-    bias_E: Tensor | None,
-    routing: Routing,
-    choice_bias: Tensor | None,
-    ops: Ops,
-    dtype: torch.dtype,
-) -> _Router:
-    is_wide = w_ED.dtype == torch.float32 != dtype
-    dtypes = {"x_dtype": dtype, "out_dtype": torch.float32} if is_wide else {}
-    rule = {
-        "renormalize": routing.renormalize,
-        "score": routing.score,
-        "bias_E": choice_bias,
-        "groups": routing.groups,
-        "scale": routing.scale,
-    }
-    return _Router(
-        dense=ops.linear(w_ED, bias_E, **dtypes),
-        route=ops.route,
-        route_and_count=ops.route_and_count,
-        top_k=routing.top_k,
-        rule=rule,
-    )

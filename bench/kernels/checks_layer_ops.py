@@ -20,7 +20,7 @@ from expertwire.kernels.gpu import rope_and_cache as gpu_rotate
 from expertwire.kernels.gpu import routing as gpu_routing
 from expertwire.kernels.gpu import sampling as gpu_sampling
 from expertwire.kernels.ops import attention, combine, linear, permute, quantize, rms_norm, rotary, routing, sampling
-from expertwire.kernels.ops.variants import Rope
+from expertwire.kernels.ops.variants import Groups, Rope, Routing
 
 
 def routing_check(rng: TensorRng, rule: str, num_tokens: int) -> Findings:
@@ -29,22 +29,22 @@ def routing_check(rng: TensorRng, rule: str, num_tokens: int) -> Findings:
     rules: dict[str, dict[str, Any]] = {
         "softmax": {"renormalize": True},
         "sigmoid": {"renormalize": False, "score": "sigmoid"},
-        "sqrt_softplus": {"renormalize": True, "score": "sqrt_softplus", "bias_E": rng.uniform(0, 0.1, num_experts)},
-        "V2": {"renormalize": False, "groups": routing.Groups(number=8, kept=3, by="best")},
+        "sqrt_softplus": {"renormalize": True, "score": "sqrt_softplus"},
+        "V2": {"renormalize": False, "groups": Groups(number=8, kept=3, by="best")},
         "V3": {
             "renormalize": True,
             "score": "sigmoid",
-            "bias_E": rng.uniform(0, 0.1, num_experts),
-            "groups": routing.Groups(number=8, kept=4, by="two_best"),
+            "groups": Groups(number=8, kept=4, by="two_best"),
             "scale": 2.5,
         },
     }
-    options = rules[rule]
+    bias = rng.uniform(0, 0.1, num_experts) if rule in ("sqrt_softplus", "V3") else None
+    arguments = Routing(top_k=top_k, **rules[rule]), bias
     logits = rng.normal(num_tokens, num_experts, dtype=torch.float32)
     with poisoned():
-        ids, weights = gpu_routing.route(logits, top_k, **options)
+        ids, weights = gpu_routing.route(logits, *arguments)
         placed = gpu_permute.permute(ids, num_experts // 2, format="dense")
-    expected_ids, expected = routing.reference(logits, top_k, **options)
+    expected_ids, expected = routing.reference(logits, *arguments)
     wanted = permute.reference(ids, num_experts // 2)
     tokens = grouped_gemm_tiles.token_tile("dense", ids.numel(), num_experts // 2)
     cut = permute.tile_reference(wanted.expert_offsets, ids.numel(), tokens)

@@ -105,7 +105,7 @@ def random_steps(layers: Sequence[Weights], num_tokens: int, seed: int) -> list[
         best = (x_TD.float() @ layer.router.float().T).topk(K + 1).values
         x_TD = x_TD[best[:, K - 1] - best[:, K] > _MARGIN][:num_tokens]
         assert len(x_TD) == num_tokens, f"{len(x_TD)} tokens are clear, {num_tokens} were wanted"
-        ids_TK, weights_TK = routing.reference(x_TD @ layer.router.T, K, renormalize=True)
+        ids_TK, weights_TK = routing.reference(x_TD @ layer.router.T, Routing(top_k=K, renormalize=True))
         steps.append(Step(layer=i, x_TD=x_TD, ids_TK=ids_TK, weights_TK=weights_TK))
     return steps
 

@@ -15,19 +15,14 @@ from expertwire.bench.kernels.measure import Call, Item, TensorRng, Timed, Timed
 from expertwire.bench.kernels.models import DEEPSEEK, GPT_OSS, QWEN3, Cost, Model, linear_cost
 from expertwire.kernels.gpu import combine, linear, permute, quantize, rms_norm, rope_and_cache, routing, sampling
 from expertwire.kernels.ops.rotary import RopeInputs
-from expertwire.kernels.ops.routing import Groups
+from expertwire.kernels.ops.variants import Groups, Routing
 
 VOCAB = 151936
-DEEPSEEK_RULE = {
-    "score": "sigmoid",
-    "renormalize": True,
-    "groups": Groups(number=8, kept=4, by="two_best"),
-    "scale": 2.5,
-}
-RULES: dict[str, dict[str, Any]] = {
-    DEEPSEEK.name: DEEPSEEK_RULE,
-    QWEN3.name: {"renormalize": True},
-    GPT_OSS.name: {"renormalize": True},
+DEEPSEEK_GROUPS = Groups(number=8, kept=4, by="two_best")
+ROUTINGS = {
+    DEEPSEEK.name: Routing(top_k=DEEPSEEK.top_k, renormalize=True, score="sigmoid", groups=DEEPSEEK_GROUPS, scale=2.5),
+    QWEN3.name: Routing(top_k=QWEN3.top_k, renormalize=True),
+    GPT_OSS.name: Routing(top_k=GPT_OSS.top_k, renormalize=True),
 }
 # outputs, inputs, bytes of an output
 LINEARS = {
@@ -57,7 +52,7 @@ def _route(logits: Tensor, bias: Tensor | None, model: Model) -> Call:
     load_E = torch.zeros(model.num_experts, dtype=torch.int64, device=logits.device)
 
     def call() -> Any:
-        routed = routing.route_and_count(logits, model.top_k, load_E=load_E, bias_E=bias, **RULES[model.name])
+        routed = routing.route_and_count(logits, ROUTINGS[model.name], bias, load_E=load_E)
         return permute.permute(routed.physical_TK, model.num_experts, format="dense"), routed.weights_TK
 
     return call

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import random
-from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
 
 from expertwire.bench.serving.rank_model import RankModel
 from expertwire.deploy import demo_task
+from expertwire.kernels.ops.routing import Route
+from expertwire.kernels.ops.variants import Routing
 
 _CHUNK = 8192  # tokens drawn at a time
 _LONGEST = 512  # of the demo task's texts, in tokens
@@ -64,7 +65,8 @@ def recorded(num_tokens: int, seed: int) -> np.ndarray:
     model = alone.model
     for i, layer in enumerate(model.layers):
         assert layer.moe is not None, f"layer {i} of the demo model is dense"
-        moe = dataclasses.replace(layer.moe, router=_Recorder(layer.moe.router, seen), block=None)
+        router = dataclasses.replace(layer.moe.router, route=_recording(layer.moe.router.route, seen))
+        moe = dataclasses.replace(layer.moe, router=router, block=None)
         model.layers[i] = dataclasses.replace(layer, moe=moe)
     word_ids = {word: i for i, word in enumerate(demo_task.WORDS)}
     rng, total = random.Random(seed), 0
@@ -79,13 +81,12 @@ def recorded(num_tokens: int, seed: int) -> np.ndarray:
     return ids_LTK.reshape(num_layers, 2, num_tokens, -1).swapaxes(0, 1).astype(np.int16)
 
 
-class _Recorder:
-    """A router that records its choices."""
+def _recording(route: Route, seen: list[np.ndarray]) -> Route:
+    """Return `route`, which then also appends its choices to `seen`."""
 
-    def __init__(self, router: Callable[[Tensor], tuple[Tensor, Tensor]], seen: list[np.ndarray]) -> None:
-        self._router, self._seen = router, seen
-
-    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        ids_TK, weights_TK = self._router(x_TD)
-        self._seen.append(ids_TK.numpy().copy())
+    def record(logits_TE: Tensor, routing: Routing, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        ids_TK, weights_TK = route(logits_TE, routing, bias_E)
+        seen.append(ids_TK.numpy().copy())
         return ids_TK, weights_TK
+
+    return record

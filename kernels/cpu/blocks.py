@@ -189,7 +189,7 @@ def fuse_moe(weights: MoeWeights) -> MoeBlock | None:
     limits = routing.score, w.choice_bias, routing.groups, routing.scale, routing.scales_input, w.shared
     if limits != ("softmax", None, None, 1.0, False, None):
         return None
-    choice = routing.top_k, rule(len(w.log2phy_E), renormalize=routing.renormalize), w.log2phy_E.numpy()
+    choice = routing.top_k, rule(len(w.log2phy_E), routing), w.log2phy_E.numpy()
     return _MoeBlock(((router.panels, router.bias), *choice, experts.operands, as_array(w.norm_D), w.eps))
 
 

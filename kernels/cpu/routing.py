@@ -8,15 +8,13 @@ T tokens, E logical experts, K experts a token, J groups of experts.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from expertwire.kernels.cpu._llvm import LANES, add_row, allocating_jit, as_array, copy_row, exp, jit, softmax
 from expertwire.kernels.ops.routing import TINY
-from expertwire.kernels.ops.variants import Groups, Score
+from expertwire.kernels.ops.variants import Routing, Score
 
 _KINDS: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 
@@ -75,20 +73,13 @@ def _keep(choice: np.ndarray, values_J: np.ndarray, dropped_J: np.ndarray, kept:
 Rule = tuple[int, np.ndarray, bool, tuple[int, int, bool], bool, np.float32]
 
 
-def rule(
-    num_experts: int,
-    *,
-    renormalize: bool,
-    score: Score = "softmax",
-    bias_E: Tensor | None = None,
-    groups: Groups | None = None,
-    scale: float = 1.0,
-) -> Rule:
+def rule(num_experts: int, routing: Routing, bias_E: Tensor | None = None) -> Rule:
     """Return the rule of these options of `kernels.ops.routing.Route`."""
+    groups = routing.groups
     bias = np.zeros(num_experts, np.float32) if bias_E is None else bias_E.numpy()
     limits = (1, 1, False) if groups is None else (groups.number, groups.kept, groups.by == "two_best")
     by_logits = bias_E is None and not limits[2]
-    return _KINDS[score], bias, by_logits, limits, renormalize, np.float32(scale)
+    return _KINDS[routing.score], bias, by_logits, limits, routing.renormalize, np.float32(routing.scale)
 
 
 @jit
@@ -122,9 +113,9 @@ def route_rows(logits_TE: np.ndarray, rule: Rule, ids_TK: np.ndarray, weights_TK
     _route(logits_TE, rule, padded[:num_experts], padded, choice, values_J, dropped_J, ids_TK, weights_TK)
 
 
-def route(logits_TE: Tensor, top_k: int, **options: Any) -> tuple[Tensor, Tensor]:
+def route(logits_TE: Tensor, routing: Routing, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `kernels.ops.routing.Route`."""
-    num_tokens, num_experts = logits_TE.shape
+    (num_tokens, num_experts), top_k = logits_TE.shape, routing.top_k
     ids_TK, weights_TK = torch.empty(num_tokens, top_k, dtype=torch.int64), torch.empty(num_tokens, top_k)
-    route_rows(as_array(logits_TE), rule(num_experts, **options), ids_TK.numpy(), weights_TK.numpy())
+    route_rows(as_array(logits_TE), rule(num_experts, routing, bias_E), ids_TK.numpy(), weights_TK.numpy())
     return ids_TK, weights_TK

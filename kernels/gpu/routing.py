@@ -12,21 +12,19 @@ period with which tokens rotate through replicas.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.gpu.dependent_launch import PDL, wait_for_previous_kernel
-from expertwire.kernels.ops import routing
-from expertwire.kernels.ops.routing import Routed
+from expertwire.kernels.ops.routing import TINY, Routed
+from expertwire.kernels.ops.variants import Routing
 
 _SCORES = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 _SOFTMAX, _SIGMOID = tl.constexpr(0), tl.constexpr(1)
 _LOWEST = tl.constexpr(-(2**63))
-_TINY = tl.constexpr(routing.TINY)
+_TINY = tl.constexpr(TINY)
 
 
 @triton.jit
@@ -164,82 +162,71 @@ def route_kernel(
 
 def constexprs(
     num_experts: int,
-    top_k: int,
+    routing: Routing,
     *,
-    renormalize: bool,
-    score: routing.Score,
     has_bias: bool,
-    groups: routing.Groups | None,
 ) -> dict[str, int | bool]:
-    number, kept = (1, 1) if groups is None else (groups.number, groups.kept)
+    groups, (number, kept) = routing.groups, _limits(routing)
     padded_groups, padded_group_size = triton.next_power_of_2(number), triton.next_power_of_2(num_experts // number)
     return {
         "EXPERTS": num_experts,
-        "K": top_k,
-        "SCORE": _SCORES[score],
+        "K": routing.top_k,
+        "SCORE": _SCORES[routing.score],
         "HAS_BIAS": has_bias,
-        "RENORMALIZE": renormalize,
+        "RENORMALIZE": routing.renormalize,
         "GROUPS": number,
         "KEPT": kept,
         "TWO_BEST": groups is not None and groups.by == "two_best",
         "TOKENS": max(1, 128 // (padded_groups * padded_group_size)),
         "PADDED_GROUPS": padded_groups,
         "PADDED_GROUP_SIZE": padded_group_size,
-        "PADDED_K": triton.next_power_of_2(top_k),
+        "PADDED_K": triton.next_power_of_2(routing.top_k),
     }
 
 
-def route(
-    logits_TE: Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score: routing.Score = "softmax",
-    bias_E: Tensor | None = None,
-    groups: routing.Groups | None = None,
-    scale: float = 1.0,
-    ids_dtype: torch.dtype = torch.int64,
-) -> tuple[Tensor, Tensor]:
+def _limits(routing: Routing) -> tuple[int, int]:
+    """Return the number of groups, and how many of them are kept."""
+    return (1, 1) if routing.groups is None else (routing.groups.number, routing.groups.kept)
+
+
+def route(logits_TE: Tensor, routing: Routing, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Run `kernels.ops.routing.reference`; logits fp32, bf16 or fp16 with contiguous rows, at most
-    1024 experts; ids i64 or i32.
+    1024 experts.
     """
-    rule = {"renormalize": renormalize, "score": score, "bias_E": bias_E, "groups": groups, "scale": scale}
-    routed = _launch(logits_TE, top_k, rule, ids_dtype, None, None, None)
+    routed = _launch(logits_TE, routing, bias_E, None, None, None)
     return routed.ids_TK, routed.weights_TK
 
 
 def route_and_count(
     logits_TE: Tensor,
-    top_k: int,
+    routing: Routing,
+    bias_E: Tensor | None = None,
     *,
     load_E: Tensor,
     log2phy_QE: Tensor | None = None,
     num_valid: Tensor | None = None,
-    **rule: Any,
 ) -> Routed:
     """Run `kernels.ops.routing.route_and_count`, in one launch."""
     assert load_E.is_contiguous() and load_E.dtype == torch.int64, (load_E.shape, load_E.dtype)  # noqa: PT018
-    return _launch(logits_TE, top_k, rule, torch.int64, load_E, log2phy_QE, num_valid)
+    return _launch(logits_TE, routing, bias_E, load_E, log2phy_QE, num_valid)
 
 
 def _launch(
     logits_TE: Tensor,
-    top_k: int,
-    rule: dict[str, Any],
-    ids_dtype: torch.dtype,
+    routing: Routing,
+    bias_E: Tensor | None,
     load_E: Tensor | None,
     log2phy_QE: Tensor | None,
     num_valid: Tensor | None,
 ) -> Routed:
-    bias_E, groups = rule.get("bias_E"), rule.get("groups")
-    num_tokens, num_experts = logits_TE.shape
-    number, kept = (1, 1) if groups is None else (groups.number, groups.kept)
+    (num_tokens, num_experts), top_k = logits_TE.shape, routing.top_k
+    number, kept = _limits(routing)
     assert num_experts % number == 0, f"{num_experts} experts in {number} groups"
     assert 0 < top_k <= kept * num_experts // number, f"{top_k} of {num_experts} experts, {kept} of {number} groups"
     assert num_experts <= 1024, f"{num_experts} experts"
     assert logits_TE.stride(1) == 1 or num_experts == 1, f"strides {logits_TE.stride()}"
     assert bias_E is None or (bias_E.shape == (num_experts,) and bias_E.dtype == torch.float32), bias_E
-    ids_TK = torch.empty(num_tokens, top_k, dtype=ids_dtype, device=logits_TE.device)
+    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits_TE.device)
     physical_TK, num_replicas = ids_TK, 1
     if log2phy_QE is not None:
@@ -248,14 +235,7 @@ def _launch(
         physical_TK = torch.empty_like(ids_TK)
     if num_tokens == 0:
         return Routed(ids_TK, weights_TK, physical_TK)
-    sizes = constexprs(
-        num_experts,
-        top_k,
-        renormalize=rule["renormalize"],
-        score=rule.get("score", "softmax"),
-        has_bias=bias_E is not None,
-        groups=groups,
-    )
+    sizes = constexprs(num_experts, routing, has_bias=bias_E is not None)
     route_kernel[(triton.cdiv(num_tokens, sizes["TOKENS"]),)](
         logits_TE,
         weights_TK if bias_E is None else bias_E,
@@ -268,7 +248,7 @@ def _launch(
         num_tokens,
         logits_TE.stride(0),
         num_replicas,
-        rule.get("scale", 1.0),
+        routing.scale,
         **sizes,
         num_warps=1,
         **PDL,

@@ -17,13 +17,13 @@ through replicas.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops.variants import Groups, Score
+from expertwire.kernels.ops.variants import Groups, Routing, Score
 
 # Keeps the division by a sum of scores finite where all are zero; it changes no other sum.
 TINY = 1e-20
@@ -35,13 +35,8 @@ class Route(Protocol):
     def __call__(
         self,
         logits_TE: Tensor,
-        top_k: int,
-        *,
-        renormalize: bool,
-        score: Score = "softmax",
+        routing: Routing,
         bias_E: Tensor | None = None,
-        groups: Groups | None = None,
-        scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Return expert ids i64 [T, K] and weights fp32 [T, K]."""
         ...
@@ -49,27 +44,22 @@ class Route(Protocol):
 
 def reference(
     logits_TE: Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score: Score = "softmax",
+    routing: Routing,
     bias_E: Tensor | None = None,
-    groups: Groups | None = None,
-    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return expert ids i64 [T, K] and weights fp32 [T, K], by descending choice score; logits any float, bias fp32."""
-    logits_TE = logits_TE.float()
-    scores_TE = _scores(logits_TE, score)
+    logits_TE, groups = logits_TE.float(), routing.groups
+    scores_TE = _scores(logits_TE, routing.score)
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if bias_E is None and (groups is None or groups.by == "best"):
         choice_TE = logits_TE
     if groups is not None:
         choice_TE = _limited(choice_TE, groups)
-    ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, : routing.top_k]
     weights_TK = scores_TE.gather(1, ids_TK)
-    if renormalize:
+    if routing.renormalize:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
-    return ids_TK, weights_TK if scale == 1.0 else weights_TK * scale
+    return ids_TK, weights_TK if routing.scale == 1.0 else weights_TK * routing.scale
 
 
 class Routed(NamedTuple):
@@ -97,12 +87,12 @@ class RouteAndCount(Protocol):
     def __call__(
         self,
         logits_TE: Tensor,
-        top_k: int,
+        routing: Routing,
+        bias_E: Tensor | None = None,
         *,
         load_E: Tensor,
         log2phy_QE: Tensor | None = None,
         num_valid: Tensor | None = None,
-        **rule: Any,
     ) -> Routed:
         """Return ids and weights; add to `load_E`."""
         ...
@@ -110,13 +100,13 @@ class RouteAndCount(Protocol):
 
 def route_and_count(
     logits_TE: Tensor,
-    top_k: int,
+    routing: Routing,
+    bias_E: Tensor | None = None,
     *,
     load_E: Tensor,
     log2phy_QE: Tensor | None = None,
     num_valid: Tensor | None = None,
     route: Route = reference,
-    **rule: Any,
 ) -> Routed:
     """Choose experts by `route`, find their physical ids, and count the load.
 
@@ -124,9 +114,8 @@ def route_and_count(
         load_E: i64 [E], to which the rows of each logical expert are added.
         log2phy_QE: i64 [Q, E], `moe.eplb.placement.Placement.log2phy` a rank; None: physical ids are logical ones.
         num_valid: i32 [1]; only the first so many tokens are counted.
-        rule: the options of `Route`.
     """
-    ids_TK, weights_TK = route(logits_TE, top_k, **rule)
+    ids_TK, weights_TK = route(logits_TE, routing, bias_E)
     counted_TK = ids_TK if num_valid is None else ids_TK[: int(num_valid)]
     load_E += torch.bincount(counted_TK.flatten(), minlength=len(load_E))
     return Routed(ids_TK, weights_TK, to_physical(ids_TK, log2phy_QE))

@@ -106,10 +106,10 @@ CONFIGS = {
 def biased_weights(ops):
     """Scores with the bias weigh, too."""
 
-    def route(logits_TE, top_k, *, bias_E, scale, **rule):
-        ids_TK, _ = ops.route(logits_TE, top_k, bias_E=bias_E, scale=scale, **rule)
+    def route(logits_TE, routing, bias_E):
+        ids_TK, _ = ops.route(logits_TE, routing, bias_E)
         weights_TK = (logits_TE.sigmoid() + bias_E).gather(1, ids_TK)
-        return ids_TK, scale * weights_TK / weights_TK.sum(1, keepdim=True)
+        return ids_TK, routing.scale * weights_TK / weights_TK.sum(1, keepdim=True)
 
     return {"route": route}
 

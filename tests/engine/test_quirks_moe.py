@@ -57,12 +57,11 @@ def weights_with_the_bias(layer):
     if layer.moe is None:
         return layer
     router = layer.moe.router
-    bias_E, scale = router.rule["bias_E"], router.rule["scale"]
 
-    def route(logits_TE, top_k, **rule):
-        ids_TK, _ = router.route(logits_TE, top_k, **rule)
+    def route(logits_TE, routing, bias_E):
+        ids_TK, _ = router.route(logits_TE, routing, bias_E)
         weights_TK = (torch.sigmoid(logits_TE) + bias_E).gather(1, ids_TK)
-        return ids_TK, weights_TK / weights_TK.sum(1, keepdim=True) * scale
+        return ids_TK, weights_TK / weights_TK.sum(1, keepdim=True) * routing.scale
 
     changed = replace(layer.moe, router=replace(router, route=route), block=None)
     return replace(layer, mlp=changed.forward, moe=changed)

@@ -15,6 +15,8 @@ import torch
 
 from expertwire.bench.serving.rank_model import RankModel as _RankModel
 from expertwire.comm.group import Group
+from expertwire.kernels.ops.routing import Route
+from expertwire.kernels.ops.variants import Routing
 from expertwire.kernels.registry import Ops
 
 INDEX_MARGIN = 1e-5  # of index weights, relative: several times what rounding makes of scores
@@ -29,7 +31,7 @@ class RankModel(_RankModel):
         near = [False]
         for i, layer in enumerate(self.model.layers):
             if layer.moe is not None:
-                watched = _Watched(layer.moe.router, margin, near)
+                watched = replace(layer.moe.router, route=_watched_route(layer.moe.router.route, margin, near))
                 moe = replace(layer.moe, router=watched, block=None)
                 self.model.layers[i] = layer = replace(layer, moe=moe)
             attention = layer.attention.__self__
@@ -67,19 +69,18 @@ def _watched_choice(ops: Ops, near: list[bool]) -> Callable[..., torch.Tensor]:
     return choose
 
 
-class _Watched:
-    """A router that sets `near[0]` if noise of `margin` changes its choice."""
+def _watched_route(route: Route, margin: float, near: list[bool]) -> Route:
+    """Return `route`, which then sets `near[0]` if noise of `margin` changes its choice."""
+    generator = torch.Generator().manual_seed(0)
 
-    def __init__(self, router: Any, margin: float, near: list[bool]) -> None:
-        self._router, self._margin, self._near = router, margin, near
-        self._generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        router = self._router
-        logits_TE = router.dense(x_TD)
-        ids_TK, weights_TK = router.route(logits_TE, router.top_k, **router.rule)
+    def watched(
+        logits_TE: torch.Tensor, routing: Routing, bias_E: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids_TK, weights_TK = route(logits_TE, routing, bias_E)
         for _ in range(3):
-            noise_TE = (torch.rand(logits_TE.shape, generator=self._generator) - 0.5) * 2 * self._margin
-            others_TK = router.route(logits_TE + noise_TE, router.top_k, **router.rule)[0]
-            self._near[0] |= not torch.equal(others_TK.sort(-1).values, ids_TK.sort(-1).values)
+            noise_TE = (torch.rand(logits_TE.shape, generator=generator) - 0.5) * 2 * margin
+            others_TK = route(logits_TE + noise_TE, routing, bias_E)[0]
+            near[0] |= not torch.equal(others_TK.sort(-1).values, ids_TK.sort(-1).values)
         return ids_TK, weights_TK
+
+    return watched

@@ -223,7 +223,7 @@ def test_fused_with_its_router():
     )
     block = blocks.fuse_moe(weights)
     assert block is not None
-    ids_TK, weights_TK = routing.route(router(x), 2, renormalize=True)
+    ids_TK, weights_TK = routing.route(router(x), weights.routing)
     order = ids_TK.flatten().sort(stable=True).indices
     offsets = np.concatenate(([0], np.cumsum(np.bincount(ids_TK.flatten(), minlength=NUM_EXPERTS))))
     rows_TKD = torch.empty(18, WIDTH, dtype=dtype)

@@ -5,7 +5,7 @@ import torch
 
 from expertwire.kernels import registry
 from expertwire.kernels.ops import routing
-from expertwire.kernels.ops.variants import Groups
+from expertwire.kernels.ops.variants import Groups, Routing
 
 OPS = registry.cpu()
 GROUPS = {
@@ -27,44 +27,47 @@ def logits(num_tokens, dtype=torch.float32):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_reference(score, biased, groups, dtype):
-    rule = {"score": score, "groups": groups, "scale": 2.5, "bias_E": BIAS if biased else None}
     for renormalize in (False, True):
-        ids, weights = OPS.route(logits(50, dtype), TOP_K, renormalize=renormalize, **rule)
-        expected_ids, expected = routing.reference(logits(50, dtype), TOP_K, renormalize=renormalize, **rule)
+        rule = Routing(top_k=TOP_K, renormalize=renormalize, score=score, groups=groups, scale=2.5)
+        arguments = logits(50, dtype), rule, BIAS if biased else None
+        ids, weights = OPS.route(*arguments)
+        expected_ids, expected = routing.reference(*arguments)
         if dtype == torch.float32:  # bf16 logits have ties, and sums with a bias are rounded
             assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_of_equal_experts_and_groups_the_first_wins():
-    rule = {"renormalize": False, "score": "sigmoid", "bias_E": torch.zeros(8)}
-    ids, weights = OPS.route(torch.zeros(1, 8), 3, **rule, groups=Groups(number=4, kept=2, by="two_best"))
+    groups = Groups(number=4, kept=2, by="two_best")
+    rule = Routing(top_k=3, renormalize=False, score="sigmoid", groups=groups)
+    ids, weights = OPS.route(torch.zeros(1, 8), rule, torch.zeros(8))
     assert (ids.tolist(), weights.tolist()) == ([[0, 1, 2]], [[0.5, 0.5, 0.5]])
 
 
 def test_distinct_logits_stay_distinct_where_their_probabilities_do_not():
     values = torch.tensor([[200.0, -3.0, 50.0, 20.0]])
-    ids, weights = OPS.route(values, 3, renormalize=True)
-    assert torch.equal(ids, routing.reference(values, 3, renormalize=True)[0])
+    rule = Routing(top_k=3, renormalize=True)
+    ids, weights = OPS.route(values, rule)
+    assert torch.equal(ids, routing.reference(values, rule)[0])
     assert ids.tolist() == [[0, 2, 3]]
     torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0, 0.0]]))
 
 
 def test_extremes_stay_finite():
     values = torch.tensor([[-1e4, 1e4, 30.0, -90.0]])
-    ids, weights = OPS.route(values, 4, renormalize=False, score="sigmoid")
+    ids, weights = OPS.route(values, Routing(top_k=4, renormalize=False, score="sigmoid"))
     assert ids.tolist() == [[1, 2, 3, 0]]
     torch.testing.assert_close(weights, values.sigmoid().gather(1, ids), rtol=1e-5, atol=1e-37)
-    ids, weights = OPS.route(values, 4, renormalize=True, score="sqrt_softplus")
+    ids, weights = OPS.route(values, Routing(top_k=4, renormalize=True, score="sqrt_softplus"))
     assert ids.tolist() == [[1, 2, 3, 0]]
     assert weights.isfinite().all()
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_a_tokens_bits_do_not_depend_on_its_neighbours(score):
-    rule = {"renormalize": True, "score": score, "bias_E": BIAS, "groups": GROUPS["two best"], "scale": 2.5}
-    ids, weights = OPS.route(logits(61), TOP_K, **rule)
+    rule = Routing(top_k=TOP_K, renormalize=True, score=score, groups=GROUPS["two best"], scale=2.5)
+    ids, weights = OPS.route(logits(61), rule, BIAS)
     for size in (1, 7):
-        parts = [OPS.route(part, TOP_K, **rule) for part in logits(61).split(size)]
+        parts = [OPS.route(part, rule, BIAS) for part in logits(61).split(size)]
         assert torch.equal(torch.cat([part[0] for part in parts]), ids)
         assert torch.equal(torch.cat([part[1] for part in parts]), weights)

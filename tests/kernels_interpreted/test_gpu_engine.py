@@ -101,8 +101,8 @@ def serve(folder, ops, num_micro_batches=1, num_requests=5, capture=None):
             logprobs[key] += zip(outputs.top_logprobs[top], outputs.top_ids[top], strict=True)
         for i, key in enumerate(outputs.prompt_key_I.tolist()):
             prompts.setdefault(key, []).append((outputs.prompt_logprob_I[i], outputs.prompt_position_I[i]))
-        assert not outputs.routed_key_J.any(), "only request 0 has asked"
-        np.add.at(of_first, outputs.routed_expert_J, outputs.routed_tokens_J)
+        assert not outputs.routed_keys.any(), "only request 0 has asked"
+        np.add.at(of_first, outputs.routed_experts, outputs.routed_tokens)
     return tokens, logprobs, prompts, load, of_first
 
 

@@ -5,9 +5,10 @@ import torch
 
 from expertwire.kernels.gpu import routing as gpu
 from expertwire.kernels.ops import routing
+from expertwire.kernels.ops.variants import Groups, Routing
 
-V2 = routing.Groups(number=8, kept=3, by="best")
-V3 = routing.Groups(number=4, kept=2, by="two_best")
+V2 = Groups(number=8, kept=3, by="best")
+V3 = Groups(number=4, kept=2, by="two_best")
 RULES = {
     "softmax": ({"renormalize": False}, 128, 8),
     "renormalized": ({"renormalize": True}, 8, 2),
@@ -25,16 +26,16 @@ RULES = {
 
 
 def arguments(name, generator):
+    """Return the rule, the bias and the number of experts."""
     rule, experts, top_k = RULES[name]
     rule = dict(rule)
-    if rule.pop("bias_E", False):
-        rule["bias_E"] = 0.5 * torch.randn(experts, generator=generator)
-    return rule, experts, top_k
+    bias = 0.5 * torch.randn(experts, generator=generator) if rule.pop("bias_E", False) else None
+    return Routing(top_k=top_k, **rule), bias, experts
 
 
-def check(logits, top_k, rule):
-    ids, weights = gpu.route(logits, top_k, **rule)
-    expected_ids, expected = routing.reference(logits, top_k, **rule)
+def check(logits, rule, bias=None):
+    ids, weights = gpu.route(logits, rule, bias)
+    expected_ids, expected = routing.reference(logits, rule, bias)
     assert ids.tolist() == expected_ids.tolist()
     torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-9)
 
@@ -44,65 +45,62 @@ def check(logits, top_k, rule):
 @pytest.mark.parametrize("tokens", [0, 1, 19])
 def test_every_rule(name, dtype, tokens):
     generator = torch.Generator().manual_seed(tokens)
-    rule, experts, top_k = arguments(name, generator)
-    check((3 * torch.randn(tokens, experts, generator=generator)).to(dtype), top_k, rule)
+    rule, bias, experts = arguments(name, generator)
+    check((3 * torch.randn(tokens, experts, generator=generator)).to(dtype), rule, bias)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_ties_go_to_the_lowest_id(name):
     generator = torch.Generator().manual_seed(1)
-    rule, experts, top_k = arguments(name, generator)
-    if "bias_E" in rule:
-        rule["bias_E"] = rule["bias_E"].round()
+    rule, bias, experts = arguments(name, generator)
+    if bias is not None:
+        bias = bias.round()
     few_values = torch.randint(-1, 2, (6, experts), generator=generator).float()
     few_values[0] = 0.0
     few_values[:, ::2] *= -1  # both zeros in a row
-    check(few_values, top_k, rule)
+    check(few_values, rule, bias)
 
 
 def test_extreme_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0, 9999.0], [-1e30, -1e30, -1e30, -torch.inf]])
     for renormalize in (False, True):
-        check(logits, 3, {"renormalize": renormalize})
+        check(logits, Routing(top_k=3, renormalize=renormalize))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_whatever_the_logits_ids_are_distinct_experts(name, value):
-    rule, experts, top_k = arguments(name, torch.Generator().manual_seed(2))
+    rule, bias, experts = arguments(name, torch.Generator().manual_seed(2))
     logits = torch.zeros(4, experts)
     logits[1:] = value
     logits[3, ::2] = 1.0
-    ids, _ = gpu.route(logits, top_k, **rule)
-    assert all(len(set(row)) == top_k and set(row) <= set(range(experts)) for row in ids.tolist())
+    ids, _ = gpu.route(logits, rule, bias)
+    assert all(len(set(row)) == rule.top_k and set(row) <= set(range(experts)) for row in ids.tolist())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", ["renormalized", "odd", "kimi", "deepseek v4"])
 def test_nan_is_chosen_last(name):
     generator = torch.Generator().manual_seed(5)
-    rule, experts, top_k = arguments(name, generator)
+    rule, bias, experts = arguments(name, generator)
     logits = torch.randn(4, experts, generator=generator)
-    logits[:, : experts - top_k] = torch.nan
-    ids, _ = gpu.route(logits, top_k, **rule)
-    assert ids.sort().values.tolist() == [list(range(experts - top_k, experts))] * 4
+    logits[:, : experts - rule.top_k] = torch.nan
+    ids, _ = gpu.route(logits, rule, bias)
+    assert ids.sort().values.tolist() == [list(range(experts - rule.top_k, experts))] * 4
 
 
-def test_rows_of_a_wider_tensor_and_narrow_ids():
+def test_rows_of_a_wider_tensor():
     wide = torch.randn(7, 40, generator=torch.Generator().manual_seed(3))
-    ids, weights = gpu.route(wide[:, :32], 4, renormalize=True, ids_dtype=torch.int32)
-    expected_ids, expected = routing.reference(wide[:, :32], 4, renormalize=True)
-    assert ids.dtype == torch.int32
-    assert ids.tolist() == expected_ids.tolist()
-    torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-9)
+    check(wide[:, :32], Routing(top_k=4, renormalize=True))
 
 
 def test_a_tokens_bits_do_not_depend_on_its_neighbours():
     logits = torch.randn(20, 40, generator=torch.Generator().manual_seed(4))
-    whole = gpu.route(logits, 4, renormalize=True)
+    rule = Routing(top_k=4, renormalize=True)
+    whole = gpu.route(logits, rule)
     for t in range(20):
-        alone = gpu.route(logits[t : t + 1], 4, renormalize=True)
+        alone = gpu.route(logits[t : t + 1], rule)
         assert torch.equal(alone[0][0], whole[0][t])
         assert torch.equal(alone[1][0], whole[1][t])
 
@@ -119,9 +117,9 @@ def test_load_and_replicas(replicas, num_valid):
     if table is not None:
         table += torch.arange(replicas)[:, None] * 100
     valid = None if num_valid is None else torch.tensor([num_valid], dtype=torch.int32)
-    loads = [before.clone(), before.clone()]
+    loads, rule = [before.clone(), before.clone()], Routing(top_k=3, renormalize=True)
     found, expected = (
-        route(logits, 3, load_E=load, log2phy_QE=table, num_valid=valid, renormalize=True)
+        route(logits, rule, load_E=load, log2phy_QE=table, num_valid=valid)
         for route, load in zip((gpu.route_and_count, routing.route_and_count), loads, strict=True)
     )
     assert found.ids_TK.tolist() == expected.ids_TK.tolist()

@@ -83,7 +83,7 @@ def mixture(moe, x, counts):
 
 def expected(x, dtype, *, renormalize=True, shared=None):
     router, w13, w2 = weights(dtype)
-    ids, weights_TK = routing.reference(linear.reference(x, router), K, renormalize=renormalize)
+    ids, weights_TK = routing.reference(linear.reference(x, router), Routing(top_k=K, renormalize=renormalize))
     return reference.moe(x, ids, weights_TK, w13, w2, None if shared is None else shared(x)), ids
 
 

@@ -11,7 +11,7 @@ from expertwire.bench.kernels.compile_check import Case
 from expertwire.kernels.gpu import combine, permute, rms_norm, rope_and_cache, routing
 from expertwire.kernels.gpu.dependent_launch import PDL
 from expertwire.kernels.ops.attention import FP8
-from expertwire.kernels.ops.routing import Groups
+from expertwire.kernels.ops.variants import Groups, Routing
 
 
 def rms_norm_cases() -> list[Case]:
@@ -93,17 +93,16 @@ def routing_cases() -> list[Case]:
     v2 = Groups(number=8, kept=3, by="best")
     v3 = Groups(number=8, kept=4, by="two_best")
     models = {
-        "qwen3-30b": (128, 8, torch.bfloat16, {}),
-        "mixtral": (8, 2, torch.bfloat16, {}),
-        "gpt-oss-120b": (128, 4, torch.bfloat16, {}),
-        "deepseek-v2": (160, 6, torch.float32, {"renormalize": False, "groups": v2}),
-        "deepseek-v3": (256, 8, torch.float32, {"score": "sigmoid", "has_bias": True, "groups": v3}),
-        "kimi-k2": (384, 8, torch.float32, {"score": "sigmoid", "has_bias": True}),
-        "nemotron-3-super": (512, 22, torch.float32, {"score": "sigmoid", "has_bias": True}),
-        "deepseek-v4": (256, 6, torch.float32, {"score": "sqrt_softplus", "has_bias": True}),
-        "llama-4": (128, 1, torch.bfloat16, {"renormalize": False, "score": "sigmoid"}),
+        "qwen3-30b": (128, torch.bfloat16, False, Routing(top_k=8, renormalize=True)),
+        "mixtral": (8, torch.bfloat16, False, Routing(top_k=2, renormalize=True)),
+        "gpt-oss-120b": (128, torch.bfloat16, False, Routing(top_k=4, renormalize=True)),
+        "deepseek-v2": (160, torch.float32, False, Routing(top_k=6, renormalize=False, groups=v2)),
+        "deepseek-v3": (256, torch.float32, True, Routing(top_k=8, renormalize=True, score="sigmoid", groups=v3)),
+        "kimi-k2": (384, torch.float32, True, Routing(top_k=8, renormalize=True, score="sigmoid")),
+        "nemotron-3-super": (512, torch.float32, True, Routing(top_k=22, renormalize=True, score="sigmoid")),
+        "deepseek-v4": (256, torch.float32, True, Routing(top_k=6, renormalize=True, score="sqrt_softplus")),
+        "llama-4": (128, torch.bfloat16, False, Routing(top_k=1, renormalize=False, score="sigmoid")),
     }
-    defaults: dict[str, Any] = {"renormalize": True, "score": "softmax", "has_bias": False, "groups": None}
     return [
         Case(
             name=f"routing.route {name}",
@@ -120,13 +119,13 @@ def routing_cases() -> list[Case]:
                 "num_replicas": 3,
                 "scale": 2.5,
             },
-            constexprs=routing.constexprs(num_experts, top_k, **(defaults | rule)),
+            constexprs=routing.constexprs(num_experts, rule, has_bias=has_bias),
             num_warps=1,
             blocks_per_sm=16,
             options=PDL,
             wide=False,  # a token's ids and weights are a few bytes
         )
-        for name, (num_experts, top_k, dtype, rule) in models.items()
+        for name, (num_experts, dtype, has_bias, rule) in models.items()
     ]
 
 
