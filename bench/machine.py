@@ -1,4 +1,4 @@
-"""What the benches ran on."""
+"""A description of the machine that the benches ran on."""
 
 from __future__ import annotations
 

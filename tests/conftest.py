@@ -1,4 +1,4 @@
-"""What all tests share: how they are distributed to processes, and which files need packages that may be missing.
+"""Set-up of all tests: their distribution to processes, and the files that need packages which may be missing.
 
 `pytest -n 2` distributes the tests file by file, because fixtures of a file take seconds. Tests that share nothing and
 take seconds each are distributed one by one. All files that start Ray go to one process: `ray stop`, which

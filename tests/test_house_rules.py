@@ -306,7 +306,7 @@ def test_docstrings_begin_as_sentences():
     """Say "Return the ..." and "Build a ...", not "What ..." or "Of x, ..."."""
     wrong = [
         f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} {text.splitlines()[0]}"
-        for _, file, tree in sources(*CORE, "deploy", "expertwire")
+        for _, file, tree in sources(*MAY_IMPORT, "tests", "tools", "examples")
         for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         and (text := ast.get_docstring(node)) and BEGINNINGS.match(text)
@@ -333,7 +333,7 @@ def glossary() -> dict[str, str]:
 def test_shape_letters_are_explained_in_their_file_and_mean_what_the_glossary_says():
     meanings = glossary()
     wrong = []
-    for folder, file, tree in sources(*CORE, "deploy", "expertwire"):
+    for folder, file, tree in sources():
         place = file.relative_to(ROOT)
         legend = ast.get_docstring(tree) or ""
         own = OF_GEMMS if folder == "kernels" else set()

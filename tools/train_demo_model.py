@@ -42,7 +42,10 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. One of `tokens` and `cpu_seconds` is the budget; only `tokens` gives the same weights twice."""
+    """Hyperparameters of a training.
+
+    One of `tokens` and `cpu_seconds` is the budget; only `tokens` gives the same weights twice.
+    """
 
     tokens: int | None = None
     cpu_seconds: float | None = None

@@ -4,7 +4,7 @@ The group is one of gloo, because NCCL refuses ranks on one device; torch allows
 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES is 1 (CUDASymmetricMemory.cu, `allow_overlapping_devices`). The processes share
 the GPU by time slices, so that times mean nothing. On a CPU the kernels are interpreted, over shared memory.
 
-Never run on a GPU by us.
+Never run on a GPU by us. T tokens, K experts a token, D model width.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def table(figures: dict[str, Any]) -> dict[str, Any]:
 def summarise(answers: Sequence[Sequence[dict[str, Any]]], setting: Setting) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate and number of tokens, from those of every rank."""
     for same in zip(*answers, strict=True):
-        us_PS2 = np.array([row["us"] for row in same])
+        us_by_rank = np.array([row["us"] for row in same])
         first = same[0]
         row = {
             "ranks": len(answers),
@@ -181,15 +181,17 @@ def summarise(answers: Sequence[Sequence[dict[str, Any]]], setting: Setting) -> 
             "tokens": first["tokens"],
         }
         for index, phase in enumerate(PHASES):
-            us_RS = us_PS2[:, :, index].max(axis=0).reshape(setting.runs, setting.steps)
+            us_by_run = us_by_rank[:, :, index].max(axis=0).reshape(setting.runs, setting.steps)
             # The rank that sends most over the wire determines the bound.
             traffic = max((rank["bytes"][index] for rank in same), key=lambda part: part["wire"])
-            row[phase] = _phase(us_RS, traffic, line_gb_s(setting.device) or min(rank["copy_gb_s"] for rank in same))
+            row[phase] = _phase(
+                us_by_run, traffic, line_gb_s(setting.device) or min(rank["copy_gb_s"] for rank in same)
+            )
         yield row
 
 
-def _phase(us_RS: np.ndarray, traffic: dict[str, float], gb_s: float) -> dict[str, Any]:
-    p50, p99 = (float(np.median(np.percentile(us_RS, percent, axis=1))) for percent in (50, 99))
+def _phase(us_by_run: np.ndarray, traffic: dict[str, float], gb_s: float) -> dict[str, Any]:
+    p50, p99 = (float(np.median(np.percentile(us_by_run, percent, axis=1))) for percent in (50, 99))
     bound = traffic["wire"] / gb_s / 1e3
     return {
         "p50_us": p50,

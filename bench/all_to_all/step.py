@@ -1,7 +1,7 @@
 """One exchange of `bench all-to-all`, of the one or several ranks in this process.
 
-Experts return the rows they are given, so that the result of a combine is known. T tokens, K experts a token, D width,
-R routed rows.
+Experts return the rows they are given, so that the result of a combine is known. T tokens, K experts a token, D model width,
+R routed rows, P ranks.
 """
 
 from __future__ import annotations

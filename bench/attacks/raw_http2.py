@@ -93,7 +93,7 @@ class RawConnection:
 
     @property
     def closed(self) -> bool:
-        """Whether the server has closed the connection, as far as we read."""
+        """Return whether the server has closed the connection, as far as we read."""
         return self._task is not None and self._task.done()
 
     async def close(self) -> None:

@@ -62,7 +62,7 @@ _ERRORS = 2_000  # characters of standard error that are kept
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was seen of an attack.
+    """The observations of an attack.
 
     Attributes:
         name: of the attack.

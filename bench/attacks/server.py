@@ -25,7 +25,7 @@ _ACCEPTS = 0x10000  # flag of a listening unix socket in /proc/net/unix
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What the server's processes hold.
+    """The resources that the server's processes hold.
 
     Attributes:
         front_mib: memory of all processes but the ranks, without what they share with others.

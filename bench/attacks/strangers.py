@@ -1,4 +1,4 @@
-"""What one client can do to another, and learn of it.
+"""Attacks of one client on another: what it can do, and what it can learn.
 
 `VICTIM` and `STRANGER` are the metadata with which the two call: who they are.
 """

@@ -34,7 +34,7 @@ DEMO_MODEL = Path(str(resources.files("expertwire"))) / "demo_model"
 
 
 class Generates(Protocol):
-    """What `measure` needs of an engine: `expertwire.LLM`, or anything with its `generate`."""
+    """An engine as `measure` needs it: `expertwire.LLM`, or anything with its `generate`."""
 
     def generate(self, prompts: Sequence[str], sampling_params: Sequence[SamplingParams]) -> Sequence[Any]:
         """One object per prompt, with `outputs[i].text` and `.token_ids`."""

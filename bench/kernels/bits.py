@@ -2,6 +2,8 @@
 
 That is what invariant mode promises, for the classes of tiles that were found equal on this device.
 Each item computes the same rows in several ways; the mode needs them to be one class of equal bits.
+
+H query heads.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@ into poisoned outputs.
 
 Findings are |found - expected| / |expected| (Frobenius), which NaN never passes, or the share of
 tokens or ids that differ.
+
+H query heads.
 """
 
 from __future__ import annotations

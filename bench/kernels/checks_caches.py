@@ -1,4 +1,7 @@
-"""Correctness in `bench kernels` of fp8 caches, the sparse indexer and per-head linear layers; see `checks`."""
+"""Correctness in `bench kernels` of fp8 caches, the sparse indexer and per-head linear layers; see `checks`.
+
+G key/value heads, H query heads.
+"""
 
 from __future__ import annotations
 

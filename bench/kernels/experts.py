@@ -1,6 +1,7 @@
 """The expert layers of `bench kernels`: random routing and weights of real shapes, our two products, and the peers'.
 
-U tokens with a row on this rank, R routed rows, e local experts, D model width, F expert width.
+T tokens, K experts a token, U distinct tokens on this rank, R routed rows here, e local experts, D
+model width, F expert width.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def route(rng: TensorRng, model: Model, ep: int, num_tokens: int) -> Routed:
     done = permute.reference(local_UK, num_local)
     num_rows = int(done.expert_offsets[-1])
     # The combine layout holds only rows that there are, token by token.
-    slot_N = (local_UK >= 0).flatten().cumsum(0) - 1
+    slots = (local_UK >= 0).flatten().cumsum(0) - 1
     return Routed(
         ids_TK=ids_TK,
         row_index_R=done.row_index_N[:num_rows].contiguous(),
-        home_R=slot_N[done.home_N[:num_rows].long()].int(),
+        home_R=slots[done.home_N[:num_rows].long()].int(),
         offsets=done.expert_offsets,
         counts=done.expert_offsets.diff().tolist(),
         num_tokens=len(local_UK),

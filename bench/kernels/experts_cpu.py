@@ -7,7 +7,8 @@ of the process, and what counts is the ratio within a round. Calls go over sever
 `experts` is: tokens, and which experts they go to -> their mixture. `layer` adds the router before it, and the residual and
 the norm behind it. Ours are those of the engine on one rank, sorting, gathering and combining included.
 
-T tokens, D model width, F expert width, E experts, K chosen.
+T tokens, D model width, F expert width, E experts, K experts a token, R routed
+rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Reference quantisation of weights and rows, in torch, for tests and benchmarks of the GPU's formats.
 
-e experts, M rows of a weight matrix, K its columns, N rows of x.
+e experts, M rows of a weight matrix, K its columns, N rows of x, J groups of columns that
+share a scale.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def quantize_rows(x_NK: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (padded / scales[..., None]).view(N, -1)[:, :K].to(FP8), scales
 
 
-def dequantize_rows(x_NK: Tensor, scales_NG: Tensor, group: int) -> Tensor:
+def dequantize_rows(x_NK: Tensor, scales_NJ: Tensor, group: int) -> Tensor:
     """Return fp32 from the results of `quantize_rows`."""
-    return x_NK.float() * scales_NG.repeat_interleave(group, 1)[:, : x_NK.shape[1]]
+    return x_NK.float() * scales_NJ.repeat_interleave(group, 1)[:, : x_NK.shape[1]]
 
 
 def quantize_blocks(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ engine puts them (static), the published algorithm of others (`balance_peer`), w
 equal shares, and a lower bound for any placement and any shares, even if the next window were
 known. "planned" is what the placements would give if the first window came again.
 
-L layers, E experts, S physical experts, P ranks, T tokens, K experts a token, C turns.
+L layers, E experts, P ranks, T tokens, K experts a token, N routed rows, Q the period with
+which tokens rotate through replicas.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def _routed(ids_LTK: np.ndarray, placement: Placement, steps: bool = False) -> n
     step_T = number_T // (tokens * num_ranks) if steps else np.zeros_like(number_T)
     num_steps, rows = num_steps if steps else 1, []
     for layer, ids_TK in enumerate(ids_LTK[:, : len(number_T)]):
-        table_PCE = np.stack([placement.log2phy(home, layer) for home in range(placement.num_ranks)])
-        physical_TK = table_PCE[home_T[:, None], turn_T[:, None] % table_PCE.shape[1], ids_TK]
+        table_PQE = np.stack([placement.log2phy(home, layer) for home in range(placement.num_ranks)])
+        physical_TK = table_PQE[home_T[:, None], turn_T[:, None] % table_PQE.shape[1], ids_TK]
         flat = placement.rank_of_X[physical_TK] + num_ranks * step_T[:, None]
         rows.append(np.bincount(flat.ravel(), minlength=num_steps * num_ranks))
     return np.stack(rows).reshape(len(rows), *([num_steps] if steps else []), num_ranks)

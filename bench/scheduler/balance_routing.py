@@ -1,6 +1,6 @@
 """Routing for `bench balance`: two windows drawn from a power law, or recorded from the demo model.
 
-L layers, T tokens, K experts a token, E experts.
+L layers, T tokens, K experts a token, E experts, D model width.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ that clock unless `--host-time` is given, so a run can be repeated exactly. `--r
 call, `--replay` runs a log again and compares all plans, `--timeline` draws a picture. `--cost`
 measures what a step costs the host (`cost`), `--peer` compares that with another engine's scheduler
 (`peer`), and `--load-balancing` compares rules of data-parallel load balancing (`load_balancing`).
-
-N steps, P ranks.
 """
 
 from __future__ import annotations
@@ -196,7 +194,7 @@ def report(simulation: Simulation, ttft_s: float, tpot_s: float) -> dict[str, An
     if not outcome.seconds:
         raise ValueError(f"none of the {len(rows)} requests was served: {int(rows['rejected'].sum())} were rejected")
     seconds = outcome.start[-1] + outcome.seconds[-1]
-    tokens_NP = np.add(outcome.prefill, outcome.decode)
+    tokens = np.add(outcome.prefill, outcome.decode)
     history = _history(simulation)
     prompt_tokens = sum(len(outcome.arrivals[key].prompt) for key in simulation.ranks.cached)
     return {
@@ -212,9 +210,9 @@ def report(simulation: Simulation, ttft_s: float, tpot_s: float) -> dict[str, An
         "ttft_ms": _quantiles(ttft[rows["count"] > 0]),
         "tpot_ms": _quantiles(tpot[rows["count"] > 1]),
         "balance": {
-            "tokens_max_over_mean": _imbalance(tokens_NP),
+            "tokens_max_over_mean": _imbalance(tokens),
             "tokens_max_over_least": float(
-                tokens_NP.max(axis=1).sum() / np.maximum(tokens_NP.mean(axis=1), outcome.largest).sum()
+                tokens.max(axis=1).sum() / np.maximum(tokens.mean(axis=1), outcome.largest).sum()
             ),
             "blocks_max_over_mean": _imbalance(np.array(outcome.blocks)),
             "idle_share": 1 - float(np.average(outcome.busy().mean(axis=1), weights=outcome.seconds)),
@@ -288,9 +286,9 @@ def _history(simulation: Simulation) -> list[Served]:
     return history
 
 
-def _imbalance(values_NP: np.ndarray) -> float:
+def _imbalance(values: np.ndarray) -> float:
     """Return the largest rank's share over the mean, steps weighted by their tokens or blocks."""
-    return float(values_NP.max(axis=1).sum() / values_NP.mean(axis=1).sum())
+    return float(values.max(axis=1).sum() / values.mean(axis=1).sum())
 
 
 def _quantiles(seconds: np.ndarray) -> dict[str, float | None]:

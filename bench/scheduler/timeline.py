@@ -3,7 +3,7 @@
 Time is cut into equal bins; in each, a rank's row shows the shares of time in which it computed
 prefill, decoded, and waited for the slowest rank of its step. White is time without a step.
 
-N steps, P ranks, B bins.
+Arrays are [steps, ranks], [ranks, bins] or one of these.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _MAX_POINTS = 9000  # of all rows, to bound the file's size
 _MAX_TICKS = 40
 
 
-def timeline(shares: Mapping[str, np.ndarray], start_N: np.ndarray, seconds_N: np.ndarray, title: str) -> Figure:
-    """Return a figure of N steps on P ranks.
+def timeline(shares: Mapping[str, np.ndarray], starts: np.ndarray, seconds: np.ndarray, title: str) -> Figure:
+    """Return a figure of the steps of all ranks.
 
     Args:
-        shares: by kind, as in `COLOURS`: f64 [N, P], of each step's time; they add up to at most 1.
-        start_N: f64, seconds, ascending.
-        seconds_N: f64, duration of each step.
+        shares: by kind, as in `COLOURS`: f64 [steps, ranks], of each step's time; they add up to at most 1.
+        starts: f64, seconds, ascending.
+        seconds: f64, duration of each step.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -39,27 +39,23 @@ def timeline(shares: Mapping[str, np.ndarray], start_N: np.ndarray, seconds_N: n
     except ImportError:
         raise ValueError("--timeline needs matplotlib; pip install matplotlib") from None
     num_ranks = shares["idle"].shape[1]
-    end = float(start_N[-1] + seconds_N[-1]) if len(start_N) else 1.0
-    edges_B1 = np.linspace(0, end, int(np.clip(_MAX_POINTS // num_ranks, 120, 600)) + 1)
-    busy = max(float(seconds_N.sum()), 1e-9)
+    end = float(starts[-1] + seconds[-1]) if len(starts) else 1.0
+    edges = np.linspace(0, end, int(np.clip(_MAX_POINTS // num_ranks, 120, 600)) + 1)
+    busy = max(float(seconds.sum()), 1e-9)
     figure = Figure(figsize=(14, 1.5 + float(np.clip(9 / num_ranks, 0.12, 0.8)) * num_ranks), layout="constrained")
     axes = figure.subplots()
-    low_PB = np.zeros((num_ranks, len(edges_B1) - 1))
+    lows = np.zeros((num_ranks, len(edges) - 1))
     means: list[list[str]] = [[] for _ in range(num_ranks)]
     for kind, colour in COLOURS.items():
-        share_PB = _binned(shares[kind], start_N, seconds_N, edges_B1)
-        high_PB = np.minimum(low_PB + share_PB, 1.0)
+        binned = _binned(shares[kind], starts, seconds, edges)
+        highs = np.minimum(lows + binned, 1.0)
         for rank in range(num_ranks):
-            low_B, high_B = (
-                rank + 1 - 0.9 * np.append(curve_PB[rank], curve_PB[rank, -1]) for curve_PB in (low_PB, high_PB)
-            )
-            axes.fill_between(
-                edges_B1, low_B, high_B, step="post", color=colour, linewidth=0, gid=f"rank-{rank}-{kind}"
-            )
-            means[rank].append(f"{float((high_PB[rank] - low_PB[rank]).mean()):.1%}")
-        share = float((shares[kind].mean(axis=1) * seconds_N).sum()) / busy
+            low, high = (rank + 1 - 0.9 * np.append(curve[rank], curve[rank, -1]) for curve in (lows, highs))
+            axes.fill_between(edges, low, high, step="post", color=colour, linewidth=0, gid=f"rank-{rank}-{kind}")
+            means[rank].append(f"{float((highs[rank] - lows[rank]).mean()):.1%}")
+        share = float((shares[kind].mean(axis=1) * seconds).sum()) / busy
         axes.fill_between([], [], [], color=colour, label=f"{_LABELS[kind]} ({share:.1%} of all steps)")
-        low_PB = high_PB
+        lows = highs
     ticks = range(0, num_ranks, -(-num_ranks // _MAX_TICKS))
     axes.set(xlim=(0, end), ylim=(num_ranks + 0.05, 0), xlabel="seconds", title=title)
     axes.set_ylabel(", ".join(COLOURS))
@@ -77,12 +73,12 @@ def save(file: Path, figure: Figure) -> None:
     figure.savefig(file, format=file.suffix[1:] or "svg")
 
 
-def _binned(share_NP: np.ndarray, start_N: np.ndarray, seconds_N: np.ndarray, edges_B1: np.ndarray) -> np.ndarray:
-    """Return the share of each bin's time, f64 [P, B]: differences of the running total at the bins' edges."""
-    if not len(start_N):
-        return np.zeros((share_NP.shape[1], len(edges_B1) - 1))
-    at = np.stack([start_N, start_N + seconds_N], axis=1).reshape(-1)
-    total_NP = np.cumsum(share_NP * seconds_N[:, None], axis=0)
-    before_NP = np.concatenate([np.zeros_like(total_NP[:1]), total_NP[:-1]])
-    steps = np.stack([before_NP, total_NP], axis=1).reshape(-1, share_NP.shape[1])
-    return np.diff([np.interp(edges_B1, at, total) for total in steps.T], axis=1) / np.diff(edges_B1)
+def _binned(shares: np.ndarray, starts: np.ndarray, seconds: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Return the share of each bin's time, f64 [ranks, bins]: differences of the running total at the bins' edges."""
+    if not len(starts):
+        return np.zeros((shares.shape[1], len(edges) - 1))
+    at = np.stack([starts, starts + seconds], axis=1).reshape(-1)
+    totals = np.cumsum(shares * seconds[:, None], axis=0)
+    before = np.concatenate([np.zeros_like(totals[:1]), totals[:-1]])
+    steps = np.stack([before, totals], axis=1).reshape(-1, shares.shape[1])
+    return np.diff([np.interp(edges, at, total) for total in steps.T], axis=1) / np.diff(edges)

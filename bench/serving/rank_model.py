@@ -1,6 +1,6 @@
 """`RankModel`: a model on one rank in this process, without an engine, for its logits.
 
-T tokens, V vocabulary, P ranks.
+T tokens, V vocabulary, P ranks, C KV cache groups, W entries of a block table.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_rows_without_whole_groups_cannot_go_out_in_fp8(capsys):
 
 
 def answers(us):
-    """Of two ranks and one candidate: us [2 ranks][steps][dispatch, combine]."""
+    """Return the answers of two ranks for one candidate; us [2 ranks][steps][dispatch, combine]."""
     traffic = [[{"unique": 1.0, "sent": 4.0, "wire": wire * phase} for phase in (1, 2)] for wire in (2e3, 3e3)]
     same = {"candidate": "nccl", "backend": "nccl", "format": "bf16", "nccl": {}, "graph": False, "tokens": 4}
     return [[same | {"us": us[rank], "bytes": traffic[rank], "copy_gb_s": 2.0 - rank}] for rank in (0, 1)]

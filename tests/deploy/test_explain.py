@@ -1,4 +1,4 @@
-"""What `expertwire explain` says of devices that need not be here."""
+"""`expertwire explain`, of devices that need not be here."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def test_a_topology_of_ones_own(capsys, tmp_path):
 
 
 def test_measured_times_decide(capsys, tmp_path):
-    """Of eight GPUs, on as many; on others they are refused."""
+    """Times of eight GPUs decide on eight GPUs, and are refused on other numbers."""
     times = [
         {"ranks": 8, "tokens": 2048, "backend": name, "nccl": options, "p50_us": us}
         for name, options, us in (("nvlink", {}, 900.0), ("nccl", {"max_ctas": 16}, 800.0), ("padded", {}, 1.0))

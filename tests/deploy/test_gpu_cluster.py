@@ -68,7 +68,7 @@ def ray_places(nodes):
 
 
 class StoreGroup(TorchGroup):
-    """What ranks exchange at start, through the store: 72 ranks of gloo would be 5,000 connections of one process."""
+    """A group that exchanges through the store: 72 ranks of gloo would be 5,000 connections of one process."""
 
     def __init__(self, store, rank):
         super().__init__(

@@ -1,4 +1,4 @@
-"""What `expertwire inspect` says: exact parameter counts of real models from their configs alone, and what files hold."""
+"""`expertwire inspect`: exact parameter counts of real models from their configs alone, and the contents of files."""
 
 import expertwire  # noqa: F401  # isort: skip  (first: transformers must not take our `kernels` for another package's)
 

@@ -65,7 +65,7 @@ def serve(*options):
 
 
 def gone(process):
-    """Whether it has ended, even if its parent has not looked yet."""
+    """Return whether it has ended, even if its parent has not looked yet."""
     try:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""How many blocks the caches get of one budget."""
+"""Numbers of blocks that the caches get of one budget."""
 
 import pytest
 

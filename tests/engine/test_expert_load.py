@@ -116,7 +116,7 @@ def test_what_the_cache_has_is_not_computed(cases):
 
 
 def test_tokens_computed_twice_count_once():
-    """Where blocks are short, requests are preempted."""
+    """Requests are preempted where blocks are short, and then computed again."""
     prompts = [tiny.prompt(20 + 3 * i, seed=i) for i in range(12)]
     specs = read_model_config(str(parity.checkpoint(VARIANT))).cache_specs()
     found, preemptions = [], []

@@ -48,7 +48,7 @@ def with_scales(folder, tmp_path, scales):
 
 
 class Quantised(DynamicCache):
-    """What attention sees are the numbers that a cache in fp8 stands for."""
+    """A cache from which attention reads the numbers that an fp8 cache stands for."""
 
     def __init__(self, scales):
         super().__init__()
@@ -136,7 +136,7 @@ def test_company_chunks_ranks_and_cached_prefixes():
 
 
 def test_half_the_bytes_of_bfloat16():
-    """Of everything but index keys."""
+    """Index keys are not in fp8."""
     folders = parity.checkpoint(VARIANT), architectures.folder("gpt_oss"), architectures.folder("deepseek_v32")
     for folder in folders:
         plain, fp8 = (read_model_config(folder, "bfloat16", kind).cache_specs() for kind in ("auto", "fp8"))

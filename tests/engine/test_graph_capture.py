@@ -1,4 +1,4 @@
-"""What may not happen while a step is captured, or before it is replayed; the fake says so by name."""
+"""Capture and replay of steps over a strict fake, which names what is forbidden during either."""
 
 import pytest
 

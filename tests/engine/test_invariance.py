@@ -1,4 +1,4 @@
-"""What is computed beside a request, in which pieces, where the experts lie and what is cached does not change a bit of it."""
+"""Bit invariance: equal bits of a request in any batch, in any chunks, wherever the experts lie and whatever is cached."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What real models take of a GPU's memory: pinned, so that a change of any part is seen."""
+"""Real models' use of a GPU's memory: pinned, so that a change of any part is seen."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What requests and engines may be told about scheduling."""
+"""Options of requests and of engines that concern scheduling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client may ask of sampling, through the engine, against the definitions applied by hand to the reference's logits."""
+"""Sampling parameters, through the engine, against their definitions applied to the reference's logits."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def eos(llm):
 
 
 def probabilities(logits, params):
-    """Of raw float64 logits of one row, after temperature, top-k, top-p and min-p."""
+    """Return the probabilities of raw float64 logits of one row, after temperature, top-k, top-p and min-p."""
     p = np.exp((logits - logits.max()) / params.temperature)
     order = np.argsort(-p, kind="stable")
     if params.top_k > 0:
@@ -188,7 +188,7 @@ def test_first_tokens_follow_the_distribution(llm):
 
 @pytest.mark.parametrize("num_top", [0, 1, 5, 64])
 def test_logprobs(llm, num_top):
-    """Of the raw logits, whatever the penalties; the own token first, then the top ones in order."""
+    """They are of the raw logits, whatever the penalties: the sampled token first, then the top ones in order."""
     prompt = tiny.prompt(50, seed=2)
     params = SamplingParams(
         seed=5,

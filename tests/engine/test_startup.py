@@ -1,4 +1,4 @@
-"""What the controller does when, while an engine starts; and how much memory caches get."""
+"""The order of the controller's steps while an engine starts, and the memory that caches get."""
 
 import socket
 from types import SimpleNamespace
@@ -131,7 +131,7 @@ class Memory(FakeCuda):
 
 
 def test_caches_get_what_the_largest_step_leaves(monkeypatch):
-    """Of each of 8 GPUs of a node; what is free is not shared among the ranks, and what others have taken is not ours."""
+    """Each of 8 GPUs of a node is measured alone; memory that other processes use is not counted as ours."""
     gpu = Memory().install(monkeypatch)
     found = memory_plan.measured("cuda:0", lambda: gpu.take(GB), lambda: gpu.take(9 * GB))
     assert found == Measured(total=100 * GB, peak=69 * GB, largest_graph=GB, outside=2 * GB)

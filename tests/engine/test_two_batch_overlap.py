@@ -20,7 +20,7 @@ KINDS = ("mixtral", "deepseek_v2", "deepseek_v32", "gpt_oss", "llama4_scout")
 
 
 def rank_plan(sequences):
-    """Of (first position, number of tokens, whether it samples) of slots 0, 1, ..."""
+    """Return the plan of (first position, number of tokens, whether it samples) for slots 0, 1, ..."""
     start, num, sampled = (np.array(values, np.int32) for values in zip(*sequences, strict=True))
     slots = np.arange(len(sequences), dtype=np.int32)
     return SimpleNamespace(

@@ -39,7 +39,7 @@ def _token(sums):
 
 
 def text(prompt, num_tokens):
-    """What the model says."""
+    """Return the tokens that the model generates after the prompt."""
     tokens, states = list(prompt), [0]
     for token in tokens:
         states.append(_hash(states[-1], token))
@@ -99,7 +99,7 @@ class CacheModel:
             assert not rows.block_table[i, :first].any(), "a block that slid out is not the null block"
 
     def _seen(self, rows, cache, i, position):
-        """What a token of sequence i sees."""
+        """Return the cached numbers that a token of sequence i attends to."""
         first = 0 if cache.spec.window is None else max(position - cache.spec.window + 1, 0)
         table = rows.block_table[i].tolist()
         seen = []

@@ -1,5 +1,5 @@
-"""What stands for `torch.cuda` where there is no GPU: which devices a process sees, which one is current, and how much memory is
-taken of them. A rank may be a thread, with a current device of its own. Tensors lie on the CPU whatever device they name."""
+"""Fake of `torch.cuda` where there is no GPU: the devices that a process sees, the current one, and the memory taken of
+them. A rank may be a thread, with a current device of its own. Tensors lie on the CPU whatever device they name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class FakeCuda:
         return None
 
     def memory_allocated(self, device=None) -> int:
-        """Of this process's torch; for tests to say."""
+        """Return the bytes held by this process's torch; tests replace this."""
         return 0
 
     def memory_reserved(self, device=None) -> int:
@@ -77,7 +77,7 @@ class FakeCuda:
 
 
 class _Event:
-    """What has been given to the device has been done at once."""
+    """An event that needs no waiting, as all work is done at once."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self._at = 0.0

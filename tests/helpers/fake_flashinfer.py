@@ -1,4 +1,4 @@
-"""What stands for FlashInfer where there is no GPU: its paged wrappers by their documentation (0.7.2.post1), strict, computed by
+"""Fake of FlashInfer where there is no GPU: its paged wrappers by their documentation (0.7.2.post1), strict, computed by
 our references. Every call is bound to the real signatures (`flashinfer_signatures`); what is forbidden is an AssertionError.
 
 It differs in the dtypes and sizes that it takes: those of the interpreter's tests, which FlashInfer has no kernels for.

@@ -31,7 +31,7 @@ class LetterTokenizer:
 
 @dataclass
 class FakeRequest:
-    """What a server sees of a request: updates that nobody has taken."""
+    """A request as the server sees it: updates that nobody has taken."""
 
     id: int
     running: int  # branches

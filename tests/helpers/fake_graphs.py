@@ -179,7 +179,7 @@ class _Tape(TorchDispatchMode):
         return _Boxed(_External(weakref.ref(value.untyped_storage()), *geometry))
 
     def _allocated(self, like: Any) -> Any:
-        """What a tensor on "meta" stands for."""
+        """Return the stand-in of a tensor on "meta"."""
         if not isinstance(like, Tensor):
             return like
         out = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)

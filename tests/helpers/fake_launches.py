@@ -1,4 +1,4 @@
-"""What stands for a GPU where only launches are looked at: tensors on torch's "meta" device, which have shapes and no numbers, or
+"""Fake of a GPU where only launches are looked at: tensors on torch's "meta" device, which have shapes and no numbers, or
 on the CPU, where new memory is zeros; and Triton's kernels, specialised as a launch would do it and neither compiled nor run.
 
 As on a GPU, a variant of a kernel that no launch has had before would be compiled now: its key is that of Triton's own cache,
@@ -48,7 +48,7 @@ class FakeLaunches(TorchDispatchMode):
         return run
 
     def variant(self, kernel: JITFunction, *args: Any, **options: Any) -> str:
-        """Of a launch; another one is another compilation."""
+        """Return the key of a launch's variant; another key is another compilation."""
         if kernel not in self._seen:
             kernel.device_caches.clear()  # keyed by the device's number, whatever it is
             self._seen.add(kernel)

@@ -244,7 +244,7 @@ class FakeStreams(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """What is no operation of the device."""
+    """Passes on calls that are no operation of the device."""
 
     def __init__(self, streams: FakeStreams) -> None:
         super().__init__()

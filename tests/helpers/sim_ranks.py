@@ -79,7 +79,7 @@ def fake_token(tokens: list[int], seed: int, branch: int, vocab_size: int, bans:
 def expected_output(
     request: Request, config: SchedulerConfig, begun: tuple[int, ...] = ()
 ) -> tuple[list[int], FinishReason]:
-    """What a request must answer, by the definition of its parameters; a fork has `begun`."""
+    """Return the answer that a request must get, by the definition of its parameters; a fork has `begun`."""
     params, output = request.params, list(begun)
     tokens = request.prompt.tolist() + output
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(config.eos_token_ids))
@@ -198,7 +198,7 @@ class SimRank:
         return [(index, p, slot.tokens[p], count) for p in predicted] if count >= 0 else []
 
     def _check_caches(self, slot: Slot, start: int) -> None:
-        """What the tokens from `start` on attend to is there."""
+        """Check that the caches hold all that the tokens from `start` on attend to."""
         size = self.config.block_size
         states = list(accumulate(slot.tokens[: slot.num_computed], prefix_hash, initial=0))[1:]
         for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
@@ -376,7 +376,7 @@ class SimCluster:
 
 
 def check(cluster, request, begun=()):
-    """Whether a request has been answered as it should be; `begun`: what a fork was given."""
+    """Check that a request has been answered as it should be; `begun`: what a fork was given."""
     assert (cluster.tokens[request.key], cluster.finish[request.key]) == expected_output(request, cluster.config, begun)
 
 

@@ -131,7 +131,7 @@ def scales_of(weight):
 
 
 def normal(*shape, seed=1):
-    """Of very different sizes."""
+    """Return normal numbers of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * torch.logspace(-4, 1, shape[-2])[:, None]
 

@@ -75,7 +75,7 @@ def test_experts(format, monkeypatch):
 
 
 def test_tiles_are_for_the_rows_that_are_expected(monkeypatch):
-    """Whether few or all of the possible rows come, the result is the same."""
+    """The result is the same if few or all of the possible rows come."""
     seen, token_tile = [], gpu_experts.grouped_gemm_tiles.token_tile
     monkeypatch.setattr(
         gpu_experts.grouped_gemm_tiles, "token_tile", lambda *args: seen.append(token_tile(*args)) or seen[-1]

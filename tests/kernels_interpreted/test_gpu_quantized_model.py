@@ -1,4 +1,4 @@
-"""Where activations are quantised too, as GPUs do beside fp8 experts: a model's distributions beside those of a reference that
+"""Quantised activations, as on GPUs beside fp8 experts: a model's distributions beside those of a reference that
 quantises identically, with every kernel in Triton's interpreter."""
 
 import dataclasses

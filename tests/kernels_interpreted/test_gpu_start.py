@@ -30,7 +30,7 @@ def seen(monkeypatch, owner, name, done, what):
 
 @pytest.fixture
 def done(monkeypatch):
-    """What has been done, in order."""
+    """Record what has been done, in order."""
     done = []
     seen(monkeypatch, memory_plan, "check", done, lambda plan: "check")
     seen(monkeypatch, worker, "load_model", done, lambda *args, **kwargs: "load")

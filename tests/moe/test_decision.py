@@ -1,4 +1,4 @@
-"""Whether a move pays: savings, costs, what lasts, and the log of predicted and actual."""
+"""The decision whether a move pays: savings, costs, their duration, and the log of predictions and outcomes."""
 
 import numpy as np
 import pytest

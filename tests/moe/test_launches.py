@@ -45,7 +45,7 @@ def quantised(e, parts, columns):
 
 
 def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_micro_batches: int = 1, **options: Any) -> MoeLayer:
-    """Of Qwen3-30B-A3B, on rank 0."""
+    """Return an MoE layer of Qwen3-30B-A3B, on rank 0."""
     placement, ops = place(E, ranks, redundant), registry.triton(H200)
     group: Any = Member(0, ranks)
     spec = AllToAllSpec(

@@ -75,7 +75,7 @@ def layer(
 
 
 def mixture(moe, x, counts):
-    """What the layer adds to nothing, once the norm behind it is found right."""
+    """Return what the layer adds to a residual of zero, after checking the norm behind it."""
     y, normed = moe.forward(torch.zeros_like(x), x, counts)
     assert torch.equal(normed, OPS.rms_norm(y, norm(x.dtype), EPS))
     return y

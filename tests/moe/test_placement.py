@@ -1,4 +1,4 @@
-"""Where physical experts lie: every expert somewhere, ranks even, replicas used evenly, the impossible refused."""
+"""Placements: every expert has a place, ranks and replicas are used evenly, the impossible is refused."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_every_home_finds_a_copy_and_its_own_first(sizes):
 
 @st.composite
 def placements(draw):
-    """Of two layers, any experts as replicas, and ranks in any domains."""
+    """Draw placements of two layers, with any experts as replicas, and ranks in any domains."""
     num_experts, num_ranks = draw(st.integers(1, 6)), draw(st.integers(1, 9))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     per_rank = [rng.permutation(num_experts)[: rng.integers(0, num_experts + 1)] for _ in range(num_ranks - 1)]
@@ -62,12 +62,12 @@ def placements(draw):
 @settings(deadline=None, max_examples=40)
 @given(placements())
 def test_replicas_get_their_shares_of_an_experts_rows(placement):
-    table_PCE = np.stack([placement.log2phy(home, 1) for home in range(placement.num_ranks)])
-    used_X = np.bincount(table_PCE.ravel(), minlength=placement.num_physical) / (
-        table_PCE.shape[0] * table_PCE.shape[1]
+    table_PQE = np.stack([placement.log2phy(home, 1) for home in range(placement.num_ranks)])
+    used_X = np.bincount(table_PQE.ravel(), minlength=placement.num_physical) / (
+        table_PQE.shape[0] * table_PQE.shape[1]
     )
     assert used_X == pytest.approx(placement.shares[1])
-    assert table_PCE.shape[1] == (1 if placement.num_physical == placement.num_logical else TURNS)
+    assert table_PQE.shape[1] == (1 if placement.num_physical == placement.num_logical else TURNS)
 
 
 def test_shares_are_rounded_to_turns():

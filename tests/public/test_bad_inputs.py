@@ -19,7 +19,7 @@ ERRORS = Path(__file__).parents[2] / "docs" / "errors.md"
 
 @pytest.fixture(scope="module")
 def found() -> Iterator[Callable[[Case], Answer]]:
-    """What a case is answered; each is tried once."""
+    """Return a function that tries a case, each only once, and returns the answer."""
     before = psutil.Process().children(recursive=True)
     answers: dict[int, Answer] = {}
     with Environment() as env:

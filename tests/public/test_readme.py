@@ -1,4 +1,4 @@
-"""What the documents say is true: examples run, links lead somewhere."""
+"""The documents are true: examples run, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OFFLINE, CLIENT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def run(code: str) -> str:
-    """What a program prints that is started in the checkout."""
+    """Return the output of a program that is started in the checkout."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,4 @@
-"""Whether rows go out in fp8: asked for, found out by oneself, or refused with what is in the way."""
+"""The dispatch dtype: fp8 if asked for, chosen by the engine, or refused with the reason."""
 
 import importlib.resources
 import json
