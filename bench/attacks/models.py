@@ -10,7 +10,7 @@ from pathlib import Path
 import expertwire
 
 NAN_TOKEN = 42  # of the "nan" model
-_LONG = {
+_LONG: Mapping[str, object] = {
     "max_position_embeddings": 131_072,
     "num_hidden_layers": 1,
     "num_attention_heads": 1,

@@ -90,18 +90,23 @@ class Result:
     @property
     def failed(self) -> int:
         """Requests of the good client that failed."""
-        return sum(count for how, count in self.good["requests"]["counts"].items() if how != "OK")
+        return self._others("requests", "OK")
+
+    def _others(self, what: str, expected: str) -> int:
+        return sum(count for how, count in self.good[what]["counts"].items() if how != expected)
 
     def line(self) -> str:
         """Return the result in one line."""
         good, total = self.good, sum(self.good["requests"]["counts"].values())
+        connections = sum(good["connections"]["counts"].values())
         health = ", ".join(f"{how} {n}" for how, n in good["health"]["counts"].items())
         recovered = "no" if self.recovered_s is None else f"after {self.recovered_s:.0f} s"
         seen = {name: value for name, value in self.seen.items() if name not in ("methods", "examples")}
         return (
             f"{self.name}: good client's longest pause {self.quiet['requests']['longest_ms']:,.0f} -> "
             f"{good['requests']['longest_ms']:,.0f} ms, {self.failed} of {total} failed; health {health or 'silent'}, longest "
-            f"{good['health']['longest_ms']:,.0f} ms; memory +{self.peak.front_mib - self.before.front_mib:,.0f} MiB "
+            f"{good['health']['longest_ms']:,.0f} ms; {self._others('connections', 'SERVING')} of {connections} new connections "
+            f"failed; memory +{self.peak.front_mib - self.before.front_mib:,.0f} MiB "
             f"(ranks +{self.peak.ranks_mib - self.before.ranks_mib:,.0f}); descriptors {self.before.descriptors} -> "
             f"{self.peak.descriptors} -> {self.after.descriptors}; processes {self.before.processes} -> "
             f"{self.after.processes}; recovered {recovered}; {json.dumps(seen)}"

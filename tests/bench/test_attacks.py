@@ -154,15 +154,19 @@ def test_the_long_model_takes_long_prompts(tmp_path):
 def test_a_result_is_one_line():
     sample = Sample(front_mib=50, ranks_mib=100, descriptors=60, processes=4)
     waits = {"counts": {"OK": 7, "UNAVAILABLE": 2}, "longest_ms": 1234.0, "message": "gone"}
-    figures = {"requests": waits, "health": waits | {"counts": {"SERVING": 3}}, "connections": waits}
+    figures = {
+        "requests": waits,
+        "health": waits | {"counts": {"SERVING": 3}},
+        "connections": waits | {"counts": {"SERVING": 7, "UNAVAILABLE": 2}},
+    }
     result = attacks.Result(
         name="x", seconds=1, quiet=figures, good=figures, seen={"statuses": {"OK": 1}, "methods": {}}, before=sample,
         peak=Sample(front_mib=75, ranks_mib=101, descriptors=90, processes=4), after=sample, recovered_s=None, errors="",
     )  # fmt: skip
     assert result.failed == 2
     assert result.line() == (
-        "x: good client's longest pause 1,234 -> 1,234 ms, 2 of 9 failed; health SERVING 3, longest 1,234 ms; memory +25 MiB "
-        "(ranks +1); descriptors 60 -> 90 -> 60; processes 4 -> 4; recovered no; "
+        "x: good client's longest pause 1,234 -> 1,234 ms, 2 of 9 failed; health SERVING 3, longest 1,234 ms; 2 of 9 new "
+        "connections failed; memory +25 MiB (ranks +1); descriptors 60 -> 90 -> 60; processes 4 -> 4; recovered no; "
         '{"statuses": {"OK": 1}}'
     )
 
