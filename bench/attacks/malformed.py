@@ -107,7 +107,13 @@ async def run(server: Server, seconds: float, *, calls: int = _CALLS) -> dict[st
         raise wrong[0]
     total = sum(counts.values(), Counter())
     lies = sum(total[name] for name in _LIES)
-    return {"calls": total.total(), "statuses": dict(total), "lies": lies, "methods": counts, "examples": examples}
+    return {
+        "calls": total.total(),
+        "statuses": dict(total),
+        "lies": lies,
+        "methods": {path: dict(statuses) for path, statuses in counts.items()},
+        "examples": examples,
+    }
 
 
 def _method(method: MethodDescriptor) -> Method:

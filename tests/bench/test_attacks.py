@@ -113,6 +113,7 @@ async def test_malformed_calls_reach_every_method_and_find_statuses_that_lie(ser
     assert methods < seen["methods"].keys()
     assert seen["calls"] == 100
     assert seen["methods"][PATH + "Abort"]["UNKNOWN"] > 0
+    assert type(seen["methods"][PATH + "Abort"]) is dict  # `dataclasses.asdict` spoils a Counter
     assert any("a bug" in details for details in seen["examples"].values())
 
 
