@@ -150,7 +150,7 @@ class TorchGroup:
         timeout_s: float,
         nccl: NcclOptions = NcclOptions(),
     ) -> None:
-        self.rank, self.size, self.store, self._num_splits = rank, size, store, 0
+        self.rank, self.size, self.store = rank, size, store
         self.closing = contextlib.ExitStack()
         self._options: dict[str, Any] = {"device": device, "local_ip": local_ip, "timeout_s": timeout_s, "nccl": nccl}
         self._group: Any  # torch's backends, whose methods it does not annotate
@@ -235,9 +235,12 @@ class TorchGroup:
         """
         members = [rank for rank in range(self.size) if color_P[rank] == color_P[self.rank]]
         if len(members) == 1:
+            all_gather_text(self, "", self._options["device"])
             return SoloGroup()
-        self._num_splits += 1
-        store = dist.PrefixStore(f"split-{self._num_splits}-{members[0]}", self.store)
+        # A store of its own: over a prefix of this group's `FileStore` the groups of several colors waited for ever.
+        store, address = serve_store(self._options["local_ip"]) if members[0] == self.rank else (None, "")
+        address = all_gather_text(self, address, self._options["device"])[members[0]]
+        store = store or _connect_store(address)
         options = self._options if nccl is None else {**self._options, "nccl": nccl}
         group = TorchGroup(store=store, rank=members.index(self.rank), size=len(members), **options)
         self.closing.callback(group.close)
@@ -276,9 +279,14 @@ def make_group(
         store: dist.Store = dist.FileStore(where, size)
         store.set_timeout(timedelta(seconds=timeout_s))
     else:
-        host, port = where.rsplit(":", 1)
-        store = master or dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
+        store = master or _connect_store(store_address, timeout_s)
     return TorchGroup(store=store, rank=rank, size=size, device=device, local_ip=local_ip, timeout_s=timeout_s)
+
+
+def _connect_store(address: str, timeout_s: float = 300.0) -> dist.TCPStore:
+    """Return the store at "tcp:host:port"; requests may take `timeout_s` seconds."""
+    host, port = address.removeprefix("tcp:").rsplit(":", 1)
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
 def serve_store(local_ip: str) -> tuple[dist.TCPStore, str]:
