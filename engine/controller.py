@@ -44,7 +44,7 @@ from expertwire.scheduler.warm_up import warm_up
 # The scheduler's key of a sequence: the number of its frontend and, in the lower bits, the sequence id.
 _ID_BITS = 40
 _ID_MASK = (1 << _ID_BITS) - 1
-_KEYS = ("key_O", "prompt_key_I", "routed_keys")
+_KEYS = ("key_O", "prompt_key_I", "routed_keys", "failed_keys")
 # How long to wait for errors of other ranks when the error of one may be a consequence.
 _BLAME_S = 1.0
 # Idle time after which the scheduler's integrity is checked.
@@ -308,7 +308,7 @@ def _outputs_for(number: int, outputs: StepOutputs, *, all_of_them: bool) -> Ste
     """Return a frontend's part of the outputs, by its own sequence ids."""
     values = dict(vars(outputs))
     if not all_of_them:
-        sampled, prompts, routed = (np.flatnonzero(values[name] >> _ID_BITS == number) for name in _KEYS)
+        sampled, prompts, routed, failed = (np.flatnonzero(values[name] >> _ID_BITS == number) for name in _KEYS)
         tops = _take(values, sampled, "top_offsets_O1", ("top_ids", "top_logprobs"))
         tops |= _take(values, prompts, "prompt_top_offsets_I1", ("prompt_top_ids", "prompt_top_logprobs"))
         for name, value in vars(outputs).items():
@@ -318,6 +318,8 @@ def _outputs_for(number: int, outputs: StepOutputs, *, all_of_them: bool) -> Ste
                 values[name] = value[prompts]
             elif name.startswith("routed_"):
                 values[name] = value[routed]
+            elif name.startswith("failed_"):
+                values[name] = value[failed]
         values |= tops
     return StepOutputs(**values | {name: values[name] & _ID_MASK for name in _KEYS})
 

@@ -35,6 +35,9 @@ class StepOutputs:
     Fields as in `StepResult`. A request's last output has `finish_O` set. Prompt log-probabilities
     come with the step that computed them: before the request's first token, and once more after a
     preemption. A front gets the outputs of its own requests, under its own ids.
+
+    `failed_keys` names requests that have ended because their logits are not finite, in the row for
+    the token at `failed_positions`; they have no other output in this step.
     """
 
     step: int
@@ -57,6 +60,9 @@ class StepOutputs:
     routed_keys: I64
     routed_experts: I32  # layer * E + expert; of one request it may occur twice
     routed_tokens: I32
+    failed_keys: I64
+    failed_positions: I32
+    failed_ranks: I32
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,11 @@ def gather(
     slot_O, offsets_P1 = pack_lists([result.slot_O for result in results], np.int32)
     sampled = slot_O, *(_joined(results, name) for name in ("token_O", "logprob_O", "token_rank_O"))
     accepted, runs_Z = batch.append_sampled(results[0].step, step, offsets_P1, sampled, eos_ids, may_stop_V)
+    failed_rows, failed = _failed(results, sampled[1], runs_Z, batch)
+    if len(failed_rows):
+        runs_Z[failed_rows] = 0
+        kept_O = runs_Z[accepted.row_O] != 0
+        accepted = type(accepted)(*(column[kept_O] for column in accepted))
     top_offsets_O1, top_ids, top_logprobs = _tops(results, "top_offsets_O1", "top_ids", "top_logprobs", accepted.at_O)
     return accepted.row_O, StepOutputs(
         step=results[0].step,
@@ -106,7 +117,39 @@ def gather(
         top_logprobs=top_logprobs,
         **_prompt_logprobs(results, runs_Z, batch),
         **_routed(results, runs_Z, batch),
+        **failed,
     )
+
+
+def _failed(
+    results: Sequence[StepResult], token_O: np.ndarray, runs_Z: np.ndarray, batch: RunningBatch
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the rows of running requests whose logits are not finite, once each, and the fields about them."""
+    rows, positions = [], []
+    if _any_of(results, "prompt_slot") and (wrong := np.isnan(_joined(results, "prompt_logprob"))).any():
+        rows.append(batch.rows_of([result.prompt_slot for result in results])[wrong])
+        positions.append(_joined(results, "prompt_position")[wrong])
+    if (wrong := token_O < 0).any():
+        rows.append(batch.rows_of([result.slot_O for result in results])[wrong])
+        positions.append(batch.num_known_Z[rows[-1]])
+    if not rows:
+        return _NO_ROWS, _NONE_FAILED
+    failed_rows, first = np.unique(np.concatenate(rows), return_index=True)  # the first position of each
+    runs = runs_Z[failed_rows] != 0
+    failed_rows, position = failed_rows[runs], np.concatenate(positions)[first[runs]]
+    return failed_rows, _failed_fields(batch.key_Z[failed_rows], position, batch.rank_Z[failed_rows])
+
+
+def _failed_fields(keys: np.ndarray, positions: np.ndarray, ranks: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "failed_keys": keys,
+        "failed_positions": positions.astype(np.int32),
+        "failed_ranks": ranks.astype(np.int32),
+    }
+
+
+_NO_ROWS = np.zeros(0, np.int64)
+_NONE_FAILED = _failed_fields(_NO_ROWS, _NO_ROWS, _NO_ROWS)
 
 
 def _prompt_logprobs(results: Sequence[StepResult], runs_Z: np.ndarray, batch: RunningBatch) -> dict[str, np.ndarray]:

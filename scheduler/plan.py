@@ -262,7 +262,7 @@ class StepResult(_Message):
         default_factory=lambda: np.zeros(0, np.int64)
     )  # [layers * E] since the last report, or empty
     slot_O: I32
-    token_O: I32
+    token_O: I32  # -1: the logits are not finite
     logprob_O: F32  # NaN where not asked for
     token_rank_O: I32  # 1 is the most probable; 0 where not asked for
     top_offsets_O1: I32
@@ -270,7 +270,7 @@ class StepResult(_Message):
     top_logprobs: F32
     prompt_slot: I32
     prompt_position: I32  # of the *predicted* token
-    prompt_logprob: F32
+    prompt_logprob: F32  # NaN: the logits are not finite
     prompt_token_rank: I32
     prompt_top_offsets: I32  # one more than rows
     prompt_top_ids: I32

@@ -167,6 +167,11 @@ class RunningBatch:
         """Empty the rows and free their blocks; the full ones stay in the prefix cache."""
         row_loops.release_rows(self.caches, self.pool.blocks, self.arrays, self.hasher is not None, rows)
 
+    def forget(self, rows: np.ndarray) -> None:
+        """Remove the tokens of these rows, which are to be released next, from the prefix cache."""
+        if self.hasher is not None:
+            row_loops.forget_rows(self.caches, self.pool.blocks, self.arrays, rows)
+
     def select(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Select the rows of the next step: every decode, then prefills while the token budget lasts.
 
@@ -308,7 +313,7 @@ class RunningBatch:
         """Append the tokens that the ranks have sampled in step `number` to their rows; `sampled`: `Sampled`.
 
         Returns:
-            the tokens of requests that run on; and for each row of the step whether its request is
+            the tokens of requests that run, without those that have none; and for each row of the step whether its request is
             still the scheduled one and runs, u8 [Z]. A finish reason is `CHECK_STOP_IDS` where
             `may_stop_V` says that the token stops some requests, and the row's request has stop
             ids; it is `OUT_OF_CREDIT` where a request is to be held.

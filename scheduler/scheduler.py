@@ -95,7 +95,7 @@ class Scheduler:
         self._ended: list[int] = []  # rows to release in the next plan
         self._in_flight: deque[_InFlight] = deque()
         self._rate = AdmissionRate()
-        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "preemptions": 0}
+        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "preemptions": 0, "non_finite": 0}
         self._num_plans = 0
         no_tokens, no_offsets = np.zeros(0, np.int32), np.zeros(1, np.int32)
         self._no_admissions = plan_fields([], NO_ADMISSIONS.record_A, no_tokens, no_offsets, self._eos_token_ids)
@@ -237,6 +237,8 @@ class Scheduler:
         got = [(result.step, result.rank) for result in results]
         assert got == [*zip(repeat(plan.step), range(self.config.num_ranks))], f"step {plan.step}: got {got}"
         rows_O, outputs = gather(step.schedule, results, self._batch, self._eos_ids, self._may_stop_V)
+        if len(outputs.failed_keys):
+            self._fail(outputs.failed_keys.tolist())
         self._finish(rows_O, outputs)
         return outputs
 
@@ -246,7 +248,7 @@ class Scheduler:
         `held` is the number of requests that have used up their credit.
 
         Counters since the start: prompt tokens of the admitted requests, how many of them were in
-        the prefix cache, and preemptions.
+        the prefix cache, preemptions, and requests that ended because their logits were not finite.
         """
         pool, batch = self._pool, self._batch
         return {
@@ -350,6 +352,13 @@ class Scheduler:
         finish_O[held] = FinishReason.NONE
         self._end(rows_O[np.flatnonzero(finish_O)])
         self._suspend(rows_O[held])
+
+    def _fail(self, keys: list[int]) -> None:
+        """End requests whose logits are not finite. Nobody is to find what they have computed."""
+        rows = np.array([self._running[key].row for key in keys])
+        self._batch.forget(rows)
+        self._end(rows)
+        self._counts["non_finite"] += len(keys)
 
     def _end(self, rows: np.ndarray) -> list[Request]:
         """Stop running these rows' requests, and return them; the next plan releases their slots."""

@@ -24,7 +24,7 @@ _CACHES = (
 
 
 def warm_up() -> None:
-    """Serve a few requests on a simulated rank, with a common prefix, a fork and a preemption.
+    """Serve a few requests on a simulated rank, with a common prefix, a fork, a preemption and a failure.
 
     Takes some 10 s where nothing has been compiled yet, and otherwise a fraction of a second.
     """
@@ -48,13 +48,17 @@ def warm_up() -> None:
         if plan is not None:
             slot_O = plan.sched_slot_S[plan.sched_sample_S == 1]
             token_O = np.full(len(slot_O), 4, np.int32)
+            if step == 4:
+                token_O[-1:] = -1
             scheduler.commit(plan, [StepResult.sampled(step=plan.step, rank=0, slot_O=slot_O, token_O=token_O)], 0.0)
         if step == 6:
             scheduler.fork(0, [_request(4)], 0.0)
         scheduler.check_integrity()
     assert scheduler.idle, f"the warm-up does not end: {scheduler.stats()}"
     stats = scheduler.stats()
-    assert min(stats["preemptions"], stats["cached_tokens"]) > 0, f"the warm-up leaves something out: {stats}"
+    assert min(stats["preemptions"], stats["cached_tokens"], stats["non_finite"]) > 0, (
+        f"the warm-up leaves something out: {stats}"
+    )
 
 
 def _request(key: int) -> Request:

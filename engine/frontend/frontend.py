@@ -348,6 +348,7 @@ class Frontend:
             logprobs.add_prompt_logprobs(message, self._sequences, self.tokenizer)
         if len(message.routed_keys):
             self._add_expert_load(message)
+        self._handle_failed(message)
 
     def _handle_rows(self, message: StepOutputs, start: int, count: int | None) -> int:
         """Add the tokens of up to `count` rows from `start` to their branches; return how many there were."""
@@ -386,6 +387,15 @@ class Frontend:
         request, branch.has_begun = branch.request, True
         request.num_cached_tokens = num_cached
         branch.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+
+    def _handle_failed(self, message: StepOutputs) -> None:
+        failed = (message.failed_keys, message.failed_positions, message.failed_ranks)
+        for sequence_id, position, rank in zip(*(column.tolist() for column in failed), strict=True):
+            if branch := self._sequences.get(sequence_id):
+                text = (
+                    f"the logits for the token at position {position} are not finite (NaN or infinite), on rank {rank}"
+                )
+                self._end_with_error(branch.request, RequestError("INTERNAL", text))
 
     def _announce(self, branch: Branch) -> None:
         """Note that a branch has output that nobody has taken."""

@@ -54,6 +54,16 @@ def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> di
     }
 
 
+def token_fields(
+    slot_O: np.ndarray, token_O: np.ndarray, found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int
+) -> dict[str, np.ndarray]:
+    """Return sampled tokens and `fields` as fields of a `StepResult`. A row whose log-probabilities are NaN has no token: the
+    sampler does not see what is wrong with a banned one."""
+    more = fields(found, num_top_O, vocab)
+    has_none_O = (num_top_O >= 0) & np.isnan(more["logprob_O"])
+    return {"slot_O": slot_O.astype(np.int32), "token_O": np.where(has_none_O, -1, token_O).astype(np.int32), **more}
+
+
 def prompt_rows(sampling: np.ndarray, step: MicroBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return row i64, slot i32 and position i32 of the predicted token, of every prompt token computed in this step whose
     successor is a prompt token too, for the slots that ask; None if there is none. `sampling`: of all slots."""

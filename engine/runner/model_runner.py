@@ -22,7 +22,7 @@ from expertwire.comm.all_to_all.base import Checkable
 from expertwire.engine.kv_cache.caches import NamedCache, copy_blocks
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.rank_loop import Launched
-from expertwire.engine.runner import logprobs
+from expertwire.engine.runner import logprobs, non_finite
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.engine.runner.cuda_graphs import Capture, GraphSize, StepGraph, graph_sizes
 from expertwire.engine.runner.dummy_steps import DummySteps
@@ -230,7 +230,7 @@ class ModelRunner:
         ]
         arrays = self._download([tensor for tensors, _ in outputs for tensor in tensors])
         ended = self._timeline.mark()
-        finish = partial(self._finish, answer, outputs, arrays, started, ended)
+        finish = partial(self._finish, answer, step, outputs, arrays, started, ended)
         return Launched(finish, partial(self._timeline.is_reached, ended))
 
     def _apply(self, plan: RankPlan, changes: Sequence[Tensor]) -> None:
@@ -263,6 +263,7 @@ class ModelRunner:
     def _finish(
         self,
         answer: dict[str, Any],
+        step: MicroBatch,
         outputs: Sequence[_Output],
         arrays: Callable[[], list[np.ndarray]],
         started: Any,
@@ -273,7 +274,9 @@ class ModelRunner:
         found = iter(arrays())
         prompt, sampled, *counted = [fields(list(islice(found, len(tensors)))) for tensors, fields in outputs]
         routed = np.concatenate([NOTHING, *(part["routed"] for part in counted)])
-        return StepResult(**answer, forward_us=elapsed_us, **sampled, **prompt, routed=routed)
+        result = StepResult(**answer, forward_us=elapsed_us, **sampled, **prompt, routed=routed)
+        non_finite.log(result, step, self._caches, self.batch.block_tables, self.batch.block_size)
+        return result
 
     def _graph_for(self, step: MicroBatch, num_tokens_P: np.ndarray) -> StepGraph | None:
         """Return the first graph that fits the step beside the other ranks' tokens."""
@@ -323,16 +326,14 @@ class ModelRunner:
             drawn=bool(state["temperature"].any()),
             filtered=bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any()),
         )
-        self.batch.append(step.slot_O, at_O, token_O)
-        picked = logprobs.of(raw_OV, token_O, state["logprobs"], self._upload)
+        # The next step in flight computes a request that has just failed: it needs a token.
+        known_O = token_O.clamp_min(0)
+        self.batch.append(step.slot_O, at_O, known_O)
+        picked = logprobs.of(raw_OV, known_O, state["logprobs"], self._upload)
         vocab = logits_OV.shape[1]
         return _Output(
             [token_O, *picked],
-            lambda arrays: {
-                "slot_O": step.slot_O.astype(np.int32),
-                "token_O": arrays[0].astype(np.int32),
-                **logprobs.fields(arrays[1:], state["logprobs"], vocab),
-            },
+            lambda arrays: logprobs.token_fields(step.slot_O, arrays[0], arrays[1:], state["logprobs"], vocab),
         )
 
     def _prompt_logprobs(self, hidden_TD: Tensor, step: MicroBatch) -> _Output:

@@ -30,10 +30,10 @@ _DISTANCES = tl.constexpr((1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 18.0, 3.4e38))
 
 @triton.jit
 def load_chunk(logits_ptr, row, chunk, vocab, CHUNK: tl.constexpr):
-    """Return the ids of a chunk and its logits; NaN is treated as banned."""
+    """Return the ids of a chunk and its logits; a row with NaN has no probabilities, as one with +inf."""
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-    return token, tl.where(logits == logits, logits, float("-inf"))
+    return token, tl.where(logits == logits, logits, float("inf"))
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def choose_kernel(
     CHUNK: tl.constexpr,
     CHUNKS_C: tl.constexpr,
 ):
-    """Grid (O,): store the chosen token, i64 [O]."""
+    """Grid (O,): store the chosen token, i64 [O], or -1 where the largest logit is not finite."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS_C)
     exists, at = chunk < num_chunks, row * num_chunks + chunk
@@ -208,6 +208,7 @@ def choose_kernel(
     values = tl.load(largest_ptr + at, mask=exists, other=float("-inf"))
     firsts = tl.load(first_ptr + at, mask=exists, other=vocab)
     token = tl.min(tl.where(values == largest, firsts, vocab), axis=0)
+    token = tl.where(tl.abs(largest) < float("inf"), token, -1)
     if DRAWN and _is_drawn(largest, temperature):
         top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
         bits = random_bits(tl.load(seed_ptr + row), tl.load(branch_ptr + row), tl.load(position_ptr + row))
@@ -236,7 +237,7 @@ def sample(
     drawn: bool = True,
     filtered: bool = True,
 ) -> Tensor:
-    """Return token ids i64 [O], as `kernels.ops.sampling.reference` does with uniform numbers of
+    """Return token ids i64 [O], or -1, as `kernels.ops.sampling.reference` does with uniform numbers of
     (seed, branch, position).
 
     logits fp32, contiguous; temperature, top_p, min_p fp32; the others i64; all on the device.

@@ -4,6 +4,9 @@ The number is Philox-4x32-10 of (seed, branch, position) (Salmon et al., "Parall
 3", 2011): no generator state, so a draw does not depend on the batch, the rank or what was drawn before. The token
 is found by inverting the cumulative distribution in the order of token ids.
 
+A row that has no probabilities gives -1 instead of a token: its largest logit is not finite, as there is NaN or +inf, or
+nothing but -inf. That is the model's fault, or a penalty has overflown, or every token is banned.
+
 O sampled rows, V vocabulary.
 """
 
@@ -50,7 +53,7 @@ class Sample(Protocol):
         drawn: bool = True,
         filtered: bool = True,
     ) -> Tensor:
-        """Return token ids i64 [O]."""
+        """Return token ids i64 [O], or -1."""
         ...
 
 
@@ -99,18 +102,16 @@ def uniform(seed_O: np.ndarray, branch_O: np.ndarray, position_O: np.ndarray) ->
 def reference(
     logits_OV: Tensor, temperature_O: Tensor, top_k_O: Tensor, top_p_O: Tensor, min_p_O: Tensor, uniform_O: Tensor
 ) -> Tensor:
-    """Return token ids i64 [O].
+    """Return token ids i64 [O], or -1 for a row without probabilities.
 
     Logits fp32; temperature fp32, 0 is greedy; top_k i64, -1 keeps all; top_p, min_p fp32; uniform fp64. Top-k is
-    applied first, and top-p to the probabilities of what it keeps; min-p is relative to the most probable token. A
-    row without probabilities (every token banned, or an overflown logit) is greedy.
+    applied first, and top-p to the probabilities of what it keeps; min-p is relative to the most probable token.
     """
-    greedy_O = logits_OV.argmax(dim=-1)
+    greedy_O, largest_O1 = _most_probable(logits_OV)
     drawn = temperature_O > 0
     if not bool(drawn.any()):
         return greedy_O
     # Relative to the largest, so that a tiny temperature overflows to -inf only.
-    largest_O1 = logits_OV.gather(1, greedy_O.unsqueeze(1))
     logits_OV = (logits_OV - largest_O1) / torch.where(drawn, temperature_O, 1.0).unsqueeze(1)
     if bool(((top_k_O > 0) | (top_p_O < 1)).any()):
         logits_OV = _keep_top(logits_OV, top_k_O, top_p_O)
@@ -121,7 +122,7 @@ def reference(
     cumulative_OV = probs_OV.double().cumsum(dim=-1)
     target_O1 = uniform_O.unsqueeze(1) * cumulative_OV[:, -1:]
     token_O = torch.searchsorted(cumulative_OV, target_O1, right=True).squeeze(1)
-    return torch.where(drawn & (cumulative_OV[:, -1] > 0), token_O, greedy_O)
+    return torch.where(drawn & (greedy_O >= 0), token_O, greedy_O)
 
 
 def sample(
@@ -140,10 +141,17 @@ def sample(
     """Return `reference` with the numbers `uniform` of (seed, branch, position), i64. `drawn`: whether any row is not greedy;
     `filtered`: whether any has top-k or top-p."""
     if not drawn:
-        return logits_OV.argmax(dim=-1)
+        return _most_probable(logits_OV)[0]
     uniform_O = uniform(*(values.numpy(force=True) for values in (seed_O, branch_O, position_O)))
     columns = temperature_O, top_k_O, top_p_O, min_p_O
     return reference(logits_OV, *columns, torch.from_numpy(uniform_O).to(logits_OV.device))
+
+
+def _most_probable(logits_OV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's most probable token i64 [O], or -1 for a row without probabilities, and the largest logit [O, 1]."""
+    greedy_O = logits_OV.argmax(dim=-1)  # of the first NaN, if there is one
+    largest_O1 = logits_OV.gather(1, greedy_O.unsqueeze(1))
+    return greedy_O.masked_fill(~largest_O1.squeeze(1).isfinite(), -1), largest_O1
 
 
 def _keep_top(logits_OV: Tensor, top_k_O: Tensor, top_p_O: Tensor) -> Tensor:

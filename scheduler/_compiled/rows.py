@@ -12,6 +12,7 @@ from expertwire.compiled import compiler
 from expertwire.scheduler._compiled.blocks import (
     NONE,
     UNHASHED,
+    clear_block_hash,
     compact_queues,
     drop_block,
     find_block,
@@ -195,6 +196,23 @@ def hash_rows(caches, blocks, batch, row_S):
         _prefetch_row(caches, blocks, batch, row, _num_whole(batch, row))
     for row in row_S:
         _hash_row(caches, blocks, batch, row, _num_whole(batch, row))
+
+
+@jit
+def forget_rows(caches, blocks, batch, row_S):
+    """Remove these rows' tokens from the prefix caches, whoever computed them; the rows are to be released next."""
+    for row in row_S:
+        whole = batch.counters_Z[row].num_known // batch.block_size
+        for cache in range(len(caches.size_C)):
+            per_block, owner = caches.hashes_C[cache], cache * blocks.num_ranks + batch.info_Z[row].rank
+            for index in range(whole // per_block):
+                last = (index + 1) * per_block - 1
+                hash0, hash1 = batch.hash_ZB2[row, last, 0], batch.hash_ZB2[row, last, 1]
+                number = find_block(blocks, owner, hash0, hash1)
+                while number != NONE:
+                    clear_block_hash(blocks, number)
+                    number = find_block(blocks, owner, hash0, hash1)
+        batch.counters_Z[row].num_hashed = whole  # so that the release hashes none of them
 
 
 @jit(inner=True)

@@ -57,13 +57,13 @@ class Sampled(NamedTuple):
     """Sampled tokens of all ranks, sorted by rank."""
 
     slot_O: np.ndarray  # i32, as the rest but one
-    token_O: np.ndarray
+    token_O: np.ndarray  # -1: the logits are not finite
     logprob_O: np.ndarray  # f32
     token_rank_O: np.ndarray
 
 
 class Accepted(NamedTuple):
-    """Sampled tokens of requests that are still running."""
+    """Sampled tokens of requests that are still running; where there is none, the request is left out."""
 
     at_O: np.ndarray  # i32, index into `Sampled`
     row_O: np.ndarray  # i32
@@ -310,9 +310,9 @@ def append_sampled(
             if not 0 <= slot < batch.per_rank or not mark_Z[at] & _SAMPLED:
                 return -1
             mark_Z[at] &= ~_SAMPLED
-            if not mark_Z[at]:
-                continue
             row, info, token = batch.counters_Z[at], batch.info_Z[at], sampled.token_O[o]
+            if not mark_Z[at] or token < 0:
+                continue
             batch.tail_Zs[at, row.num_tail] = token
             row.num_known += 1
             row.num_tail += 1

@@ -137,10 +137,14 @@ def test_each_frontend_hears_of_its_own_requests():
         "routed_keys": [(1 << 40) + 5, 7, (1 << 40) + 5],
         "routed_experts": [3, 4, 5],
         "routed_tokens": [6, 7, 8],
+        "failed_keys": [9, (1 << 40) + 8],
+        "failed_positions": [0, 1],
+        "failed_ranks": [1, 2],
     }
     outputs |= {"step": 0, **{name: np.array(values) for name, values in counts.items()}}
     told = controller._outputs_for(1, StepOutputs(**outputs), all_of_them=False)
     assert told.routed_keys.tolist() == [5, 5]
+    assert (told.failed_keys.tolist(), told.failed_ranks.tolist()) == ([8], [2])
     assert (told.routed_experts.tolist(), told.routed_tokens.tolist()) == ([3, 5], [6, 8])
 
 

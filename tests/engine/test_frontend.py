@@ -175,6 +175,21 @@ class TestEnds:
         assert frontend.poll(1.0) == []
         assert other != request
 
+    def test_logits_that_are_not_finite_end_the_request_alone(self, frontend, controller):
+        request, other = (frontend.submit("a", SamplingParams(n=n)) for n in (2, 1))
+        submitted = controller.heard()
+        wires, [wire] = (message.sequence_ids.tolist() for message in submitted)
+        controller.say(Row(wire, 50), Row(wires[1], 50), failed=[(wires[0], 12, 1), (999, 1, 0)])
+        failed, update = sorted(frontend.poll(1.0), key=lambda update: update.request_id)
+        assert (failed.request_id, failed.done, failed.error.code) == (request, True, "INTERNAL")
+        assert (
+            failed.error.message
+            == "the logits for the token at position 12 are not finite (NaN or infinite), on rank 1"
+        )
+        assert (update.request_id, update.error, update.token_ids) == (other, None, (50,))
+        [abort] = controller.heard()
+        assert wires[1] in abort.ids.tolist()
+
 
 class TestStopStrings:
     def run(self, frontend, controller, tokenizer, params, text, finish=LENGTH):

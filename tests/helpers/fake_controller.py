@@ -77,9 +77,13 @@ class PromptRow:
 
 
 def outputs(
-    rows: list[Row], prompt_rows: list[PromptRow] = (), routed: list[tuple[int, int, int]] = (), step: int = 0
+    rows: list[Row],
+    prompt_rows: list[PromptRow] = (),
+    routed: list[tuple[int, int, int]] = (),
+    failed: list[tuple[int, int, int]] = (),
+    step: int = 0,
 ) -> StepOutputs:
-    """`routed`: of a request, that so many tokens went to an expert."""
+    """`routed`: of a request, that so many tokens went to an expert; `failed`: its position and rank."""
 
     def offsets(items: list) -> np.ndarray:
         return np.cumsum([0, *(len(item.top) for item in items)], dtype=np.int32)
@@ -108,6 +112,9 @@ def outputs(
         routed_keys=np.array([wire for wire, _, _ in routed], np.int64),
         routed_experts=np.array([expert for _, expert, _ in routed], np.int32),
         routed_tokens=np.array([tokens for _, _, tokens in routed], np.int32),
+        failed_keys=np.array([wire for wire, _, _ in failed], np.int64),
+        failed_positions=np.array([position for _, position, _ in failed], np.int32),
+        failed_ranks=np.array([rank for _, _, rank in failed], np.int32),
     )
 
 
@@ -127,8 +134,8 @@ class HandController:
     def send(self, message: Message) -> None:
         self.channel.send(encode(message))
 
-    def say(self, *rows: Row, prompt_rows: list[PromptRow] = (), routed: list[tuple[int, int, int]] = ()) -> None:
-        self.send(outputs(list(rows), list(prompt_rows), routed))
+    def say(self, *rows: Row, prompt_rows: list[PromptRow] = (), **more: list[tuple[int, int, int]]) -> None:
+        self.send(outputs(list(rows), list(prompt_rows), **more))
 
     def heard(self) -> list[Message]:
         """Everything the frontend has said since the last call, without its `Hello`."""

@@ -118,6 +118,7 @@ class SimRank:
         )  # a state is a block's first
         self.num_computed = 0
         self.num_sampled: Counter[int] = Counter()  # by seed
+        self.broken: dict[int, int] = {}  # by seed, the position from which on the logits are not finite
         self.no_decode_waits = True  # whether to check that
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -216,9 +217,14 @@ class SimRank:
         bans = slot.bans if outputs_so_far < sampling["min_tokens"] else set()
         seed, branch = int(sampling["seed"]), int(sampling["branch"])
         token = fake_token(slot.tokens, seed, branch, self.config.vocab_size, bans)
-        slot.tokens.append(token)
+        if self._is_broken(slot, len(slot.tokens)):
+            token = -1
+        slot.tokens.append(max(token, 0))
         self.num_sampled[seed] += 1
         return index, token, int(sampling["logprobs"])
+
+    def _is_broken(self, slot: Slot, position: int) -> bool:
+        return position >= self.broken.get(int(slot.sampling["seed"]), position + 1)
 
     def _result(self, step: int, outputs: list[tuple], prompts: list[tuple]) -> StepResult:
         top_counts = [max(count, 0) for _, _, count in outputs]
@@ -238,7 +244,9 @@ class SimRank:
             top_logprobs=-np.array(top_ids, np.float32),
             prompt_slot=np.array([index for index, *_ in prompts], np.int32),
             prompt_position=np.array([position for _, position, _, _ in prompts], np.int32),
-            prompt_logprob=np.array([-token for _, _, token, _ in prompts], np.float32),
+            prompt_logprob=np.array(
+                [np.nan if self._is_broken(self.slots[i], at) else -token for i, at, token, _ in prompts], np.float32
+            ),
             prompt_token_rank=np.ones(len(prompts), np.int32),
             prompt_top_offsets=np.cumsum([0, *prompt_counts]).astype(np.int32),
             prompt_top_ids=np.array(prompt_top_ids, np.int32),
@@ -273,6 +281,7 @@ class SimCluster:
         self.in_flight: deque[StepPlan] = deque()
         self.tokens: dict[int, list[int]] = {}
         self.finish: dict[int, FinishReason] = {}
+        self.failed: dict[int, tuple[int, int]] = {}  # position and rank
         self.num_cached: dict[int, int] = {}
         self.credit: dict[int, int] = {}  # granted in all, of the requests that have any
         self.now = 0.0
@@ -308,6 +317,11 @@ class SimCluster:
         self.num_operations += 1
         self._check()
 
+    def break_at(self, key: int, position: int) -> None:
+        """Make the logits of a request not finite from the one on that predicts the token at `position`."""
+        for rank in self.ranks:
+            rank.broken[key] = position  # `make_request` makes the seed the key
+
     def abort(self, key: int) -> None:
         self.scheduler.abort(key)
         self.num_operations += 1
@@ -341,11 +355,16 @@ class SimCluster:
             outputs.num_cached_O.tolist(),
             strict=True,
         ):
-            assert key not in self.finish, f"request {key} has ended already"
+            assert key not in {**self.finish, **self.failed}, f"request {key} has ended already"
             self.tokens[key].append(token)
             assert self.num_cached.setdefault(key, cached) == cached
             if finish:
                 self.finish[key] = FinishReason(finish)
+        failed = outputs.failed_keys, outputs.failed_positions, outputs.failed_ranks
+        for key, position, rank in zip(*(column.tolist() for column in failed), strict=True):
+            assert key not in {**self.finish, **self.failed}, f"request {key} has ended already"
+            assert key not in outputs.key_O
+            self.failed[key] = position, rank
         self.now += 0.01
         return outputs
 

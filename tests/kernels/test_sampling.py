@@ -101,11 +101,34 @@ def test_a_tiny_temperature_is_greedy(temperature):
     assert (draw(LOGITS, uniform(50), temperature=temperature) == LOGITS.argmax()).all()
 
 
-@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
-def test_logits_that_are_no_numbers_still_give_a_token(value):
-    """A penalty may overflow, every token may be banned: no request may end the engine."""
-    tokens = draw(np.full(VOCAB, value, np.float32), uniform(20), top_p=0.9)
-    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+ROWS_WITHOUT_PROBABILITIES = {
+    "NaN": np.full(VOCAB, np.nan),
+    "one NaN": np.where(np.arange(VOCAB) == 30, np.nan, LOGITS),
+    "one inf": np.where(np.arange(VOCAB) == 30, np.inf, LOGITS),
+    "NaN and inf": np.where(np.arange(VOCAB) == 30, np.nan, np.where(np.arange(VOCAB) == 3, np.inf, LOGITS)),
+    "all -inf": np.full(VOCAB, -np.inf),
+}
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.2}], ids=str
+)
+@pytest.mark.parametrize("row", ROWS_WITHOUT_PROBABILITIES.values(), ids=ROWS_WITHOUT_PROBABILITIES)
+def test_a_row_without_probabilities_gives_no_token_and_others_the_same_ones(row, parameters):
+    numbers = uniform(9)
+    logits = np.tile(LOGITS, (9, 1))
+    alone = draw(logits, numbers, **parameters)
+    assert (alone >= 0).all()
+    logits[4] = row
+    beside = draw(logits, numbers, **parameters)
+    assert beside[4] == -1
+    assert np.array_equal(np.delete(beside, 4), np.delete(alone, 4))
+
+
+def test_a_row_without_probabilities_among_greedy_ones():
+    logits = torch.from_numpy(np.stack([LOGITS, *ROWS_WITHOUT_PROBABILITIES.values()]).astype(np.float32))
+    nothing = [torch.zeros(len(logits))] * 7
+    assert sampling.sample(logits, *nothing, drawn=False).tolist() == [LOGITS.argmax(), *[-1] * 5]
 
 
 def test_uniform_is_philox():

@@ -152,13 +152,21 @@ class Machine(RuleBasedStateMachine):
         unfinished = self.cluster.scheduler.unfinished()
         key = data.draw(st.sampled_from(sorted(unfinished or self.requests)))
         self.cluster.abort(key)
-        if key not in self.cluster.finish:
+        if key not in self.cluster.finish and key not in self.cluster.failed:
             self.aborted.setdefault(key, len(self.cluster.tokens[key]))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), num_tokens=st.sampled_from([1, 3, 8]))
     def grant(self, data, num_tokens):
         self.cluster.grant(data.draw(st.sampled_from(sorted(self.requests))), num_tokens)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), tokens=st.integers(0, 5), seldom=st.sampled_from([False, False, False, True]))
+    def break_logits(self, data, tokens, seldom):
+        """From so many tokens on."""
+        key = data.draw(st.sampled_from(sorted(unfinished := self.cluster.scheduler.unfinished()) or [0]))
+        if seldom and unfinished:
+            self.cluster.break_at(key, len(self.requests[key].prompt) + len(self.cluster.tokens[key]) + tokens)
 
     @precondition(lambda self: not self.cluster.scheduler.idle)
     @rule(count=st.integers(1, 9))
@@ -176,7 +184,9 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "cluster"):
             return
         scheduler = self.cluster.scheduler
-        unfinished = self.requests.keys() - self.cluster.finish.keys() - self.aborted.keys()
+        unfinished = (
+            self.requests.keys() - self.cluster.finish.keys() - self.cluster.failed.keys() - self.aborted.keys()
+        )
         assert sorted(scheduler.unfinished()) == sorted(unfinished)
 
     def teardown(self):
@@ -193,6 +203,10 @@ class Machine(RuleBasedStateMachine):
                     "output after the abort, or other tokens"
                 )
                 assert key not in self.cluster.finish
+            elif key in self.cluster.failed:
+                position = len(request.prompt) + len(self.cluster.tokens[key])
+                assert self.cluster.failed[key][0] == position == self.cluster.ranks[0].broken[key]
+                assert self.cluster.tokens[key] == tokens[: len(self.cluster.tokens[key])]
             else:
                 assert (self.cluster.tokens[key], self.cluster.finish[key]) == (tokens, reason)
         type(self).num_operations += self.cluster.num_operations

@@ -24,7 +24,9 @@ parent = make_request(running, 2 + 5 * running % 17, shared=6)
 child = make_request(100, 5, max_tokens=13)
 child.prompt = child.tokens = parent.prompt
 cluster.fork(running, child)
+cluster.break_at(running, len(parent.prompt) + len(cluster.tokens[running]))
 cluster.drain()
+assert cluster.failed
 assert cluster.scheduler.stats()["preemptions"], "no preemption"
 print({name: (count, compiled()[name]) for name, count in before.items() if compiled()[name] != count})
 """
