@@ -99,8 +99,8 @@ class Fronts:
         self._reserved.close()
 
     def _start(self) -> _Front:
-        ours, theirs = socket.socketpair()
         to_controller = self._engine.connect_socket()
+        ours, theirs = socket.socketpair()
         with theirs, to_controller:
             args = FrontArgs(
                 engine=self._engine_config,

@@ -12,12 +12,12 @@ from typing import NoReturn
 from expertwire.deploy import runtime
 from expertwire.deploy.fronts import Fronts, reserve_port
 from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.deploy.grpc.front import FAILED_S
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.api import EngineFailed
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_FAILED_S = 3.0  # for which a failed server still answers, so that clients and health checks learn why
 
 
 def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str], None]) -> int:
@@ -48,7 +48,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str
             while not is_stopping():
                 fronts.watch()
         except EngineFailed:
-            end = time.monotonic() + _FAILED_S
+            end = time.monotonic() + FAILED_S
             while time.monotonic() < end and not is_stopping():
                 time.sleep(0.05)
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import socket
 import sys
 import time
@@ -41,6 +42,7 @@ from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
 from expertwire.scheduler.warm_up import warm_up
 
+_log = logging.getLogger(__name__)
 # The scheduler's key of a sequence: the number of its frontend and, in the lower bits, the sequence id.
 _ID_BITS = 40
 _ID_MASK = (1 << _ID_BITS) - 1
@@ -190,8 +192,12 @@ def _poll(state: ControllerState, *, busy: bool) -> None:
     for number, message in events:
         if message is None:
             _forget(state, number)
-        else:
+            continue
+        try:
             _handle(state, number, message)
+        except ValueError as error:  # a frontend checks what clients send, so this one has a bug
+            _log.error("error: frontend %d is dropped: %s", number, error)
+            state.frontends.drop(number)
 
 
 def _beat(state: ControllerState) -> None:

@@ -101,7 +101,7 @@ class FrontendHub:
                 self._watching.add(number)
             channel.send(messages.encode(message))
         except ChannelClosed:
-            self._end(number)
+            self.drop(number)
             return
         if channel.pending and number not in self._writing:
             self._writing.add(number)
@@ -124,6 +124,17 @@ class FrontendHub:
         self._last_beat, self._problem = now, problem
         for number in list(self._watching):
             self.send(number, messages.Beat(problem=problem))
+
+    def drop(self, number: int) -> None:
+        """Close a connection, if it is open; this `poll` or the next reports its end."""
+        channel = self._channels.pop(number, None)
+        if channel is None:
+            return
+        self._selector.unregister(channel.fileno())
+        channel.close()
+        for numbers in (self._watching, self._writing, self._unread):
+            numbers.discard(number)
+        self._ended.append(number)
 
     def close(self) -> None:
         """Close every connection, after trying to send what is unsent. Idempotent."""
@@ -148,16 +159,18 @@ class FrontendHub:
 
     def _receive(self, number: int) -> list[Event]:
         events: list[Event] = []
+        channel = self._channels.get(number)
+        if channel is None:  # its end was noticed while something was sent to it
+            return events
         try:
-            while number in self._channels and len(events) < _BATCH:
-                arrays = self._channels[number].recv(0)
+            for _ in range(_BATCH):
+                arrays = channel.recv(0)
                 if arrays is None:
                     return events
                 events.append(Event(number, messages.decode(arrays)))
-        except (ChannelClosed, ValueError):
-            self._end(number)
-        else:
             self._unread.add(number)
+        except (ChannelClosed, ValueError):
+            self.drop(number)
         return events
 
     def _flush(self, number: int) -> None:
@@ -167,13 +180,4 @@ class FrontendHub:
                 self._writing.discard(number)
                 self._selector.modify(channel.fileno(), selectors.EVENT_READ, number)
         except ChannelClosed:
-            self._end(number)
-
-    def _end(self, number: int) -> None:
-        """Close a connection; the next `poll` reports its end."""
-        channel = self._channels.pop(number)
-        self._selector.unregister(channel.fileno())
-        channel.close()
-        for numbers in (self._watching, self._writing, self._unread):
-            numbers.discard(number)
-        self._ended.append(number)
+            self.drop(number)

@@ -24,6 +24,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.frontend import Frontend
 
 NOTHING = np.zeros(0, np.uint8)
+FAILED_S = 3.0  # for which a front without an engine still answers, so that clients and health checks learn why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,13 @@ async def _serve(config: ServerConfig, frontend: Frontend, parent: SocketChannel
         loop.remove_reader(parent.fileno())
         stop.set()
 
+    ending: asyncio.TimerHandle | None = None
+
     def beat() -> None:
+        nonlocal ending
+        if frontend.failure is not None and ending is None:
+            # If only the link to the controller is lost, the parent starts another front.
+            ending = loop.call_later(FAILED_S, stop.set)
         if not parent.pending:
             with contextlib.suppress(ChannelClosed):
                 parent.send({"beat": NOTHING})

@@ -23,12 +23,7 @@ import numpy as np
 from expertwire.comm.control.channel import ChannelClosed, ControlChannel
 from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend import logprobs
-from expertwire.engine.frontend.api import (
-    EngineFailed,
-    RequestError,
-    RequestOptions,
-    Update,
-)
+from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestOptions, Update
 from expertwire.engine.frontend.open_requests import Branch, OpenRequest
 from expertwire.engine.frontend.prompts import Prompt, encode_prompt
 from expertwire.engine.frontend.tokenizer import Tokenizer
@@ -230,8 +225,8 @@ class Frontend:
         updates: list[Update] = []
         size = 0
         while request.untaken and (max_size is None or size < max_size):
-            branch = request.untaken.pop(0)
-            size += len(branch.token_ids) * (1 + (request.params.logprobs or 0))
+            branch = request.untaken.pop(next(iter(request.untaken)))
+            size += branch.size
             if branch.window is not None and branch.finish_reason is None:
                 branch.num_uncredited += len(branch.token_ids)
                 if branch.num_uncredited >= branch.window // 2:
@@ -275,6 +270,9 @@ class Frontend:
             TimeoutError: no answer within `timeout_s` seconds.
             EngineFailed: the engine has failed.
         """
+        assert self._partial is None, (
+            "rows of a step are left: `stats` cannot be called between `receive` with max_rows"
+        )
         answers: list[dict[str, Any] | None] = []
         self.request_stats(answers.append)
         deadline = time.monotonic() + timeout_s
@@ -323,7 +321,7 @@ class Frontend:
             return None
         if arrays is None:
             return None
-        self._heard_s, self._problem = time.monotonic(), ""
+        self._heard_s = time.monotonic()
         return decode(arrays)
 
     def _handle(self, message: Message) -> None:
@@ -400,8 +398,7 @@ class Frontend:
     def _announce(self, branch: Branch) -> None:
         """Note that a branch has output that nobody has taken."""
         request = branch.request
-        if branch not in request.untaken:
-            request.untaken.append(branch)
+        request.untaken.setdefault(branch.index, branch)
         if not request.has_news:
             request.has_news = True
             self._news.append(request)

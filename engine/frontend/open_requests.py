@@ -12,6 +12,8 @@ from expertwire.engine.frontend.tokenizer import TextStream
 from expertwire.scheduler.outputs import FinishReason
 from expertwire.scheduler.sampling_params import SamplingParams
 
+_COUNTS = 16  # entries of an expert load that take as many bytes as a token
+
 
 class OpenRequest:
     """A request.
@@ -20,7 +22,7 @@ class OpenRequest:
         id: the frontend's id of the request.
         running: unfinished branches by sequence id.
         error: the error that ended the request, or None.
-        untaken: branches with output that nobody has taken, in the order in which it came.
+        untaken: branches with output that nobody has taken, by index, in the order in which it came.
         has_news: whether the request is in the frontend's list of requests with news.
     """
 
@@ -35,7 +37,7 @@ class OpenRequest:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt)
         self.error: RequestError | None = None
-        self.untaken: list[Branch] = []
+        self.untaken: dict[int, Branch] = {}
         self.has_news = False
 
     @property
@@ -89,6 +91,14 @@ class Branch:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.expert_load = expert_load
+
+    @property
+    def size(self) -> int:
+        """Tokens and log-probabilities that `take` would return, and what an expert load counts as."""
+        size = len(self.token_ids) * (1 + (self.request.params.logprobs or 0))
+        if self.finish_reason is not None and self.expert_load is not None:
+            size += self.expert_load.size // _COUNTS
+        return size
 
     def push(self, token: int, finish: int) -> str:
         """Add a token; return the new text that is final. The last token (`finish` is set) releases the text held back."""
