@@ -44,7 +44,7 @@ class SamplingParams:
         stop_token_ids: token ids that end the output, besides the model's end-of-sequence ids.
         ignore_eos: go on after an end-of-sequence id.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt
-            or output; > 0.
+            or output; in [0.01, 100].
         presence_penalty: subtracted once from tokens seen in the output, in [-2, 2].
         frequency_penalty: subtracted per occurrence in the output, in [-2, 2].
         logit_bias: token id -> value added to its logit.
@@ -69,7 +69,7 @@ class SamplingParams:
     stop: str | list[str] | tuple[str, ...] | None = None
     stop_token_ids: list[int] | tuple[int, ...] | None = None
     ignore_eos: bool = False
-    repetition_penalty: float = rank_field(1.0, np.float32)
+    repetition_penalty: float = rank_field(1.0, np.float32, low=0.01, high=100.0)
     presence_penalty: float = rank_field(0.0, np.float32, low=-2.0, high=2.0)
     frequency_penalty: float = rank_field(0.0, np.float32, low=-2.0, high=2.0)
     logit_bias: Mapping[int, float] | None = None
@@ -110,8 +110,6 @@ class SamplingParams:
                 raise ValueError(f"{field} must be a finite number {allowed}, got {value!r}")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be a finite number > 0, got {self.repetition_penalty!r}")
         if not is_int(self.top_k) or (self.top_k < 1 and self.top_k not in (-1, 0)):
             raise ValueError(f"top_k must be -1 (all) or an integer >= 1, got {self.top_k!r}")
         if not is_int(self.max_tokens) or self.max_tokens < 1:

@@ -33,6 +33,7 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
     _check_ids("prompt", (int(tokens.min()), int(tokens.max())), info.vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
     _check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
+    _check_bans(params, info)
     for field in ("max_queued_requests", "max_queued_requests_per_tenant"):
         if params.n > (allowed := getattr(info, field)):
             raise ValueError(f"n must be at most {field} = {allowed}, got {params.n}")
@@ -65,6 +66,16 @@ def _check_tokens(prompt: Sequence[int] | np.ndarray) -> np.ndarray:
     if tokens is None or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(f"prompt must be a string or a flat list of integer token ids, got {prompt!r:.100}")
     return tokens
+
+
+def _check_bans(params: SamplingParams, info: ModelInfo) -> None:
+    """Refuse `min_tokens` where nothing else can be sampled than what it bans."""
+    eos = () if params.ignore_eos else info.eos_token_ids
+    if params.min_tokens and len({*(params.stop_token_ids or ()), *eos}) >= info.vocab_size:
+        raise ValueError(
+            f"min_tokens must be 0 if stop_token_ids and the end-of-sequence ids are the whole vocabulary "
+            f"({info.vocab_size} ids), as they are banned before it; got {params.min_tokens}"
+        )
 
 
 def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:

@@ -5,7 +5,7 @@ The number is Philox-4x32-10 of (seed, branch, position) (Salmon et al., "Parall
 is found by inverting the cumulative distribution in the order of token ids.
 
 A row that has no probabilities gives -1 instead of a token: its largest logit is not finite, as there is NaN or +inf, or
-nothing but -inf. That is the model's fault, or a penalty has overflown, or every token is banned.
+nothing but -inf. That is the model's fault: penalties, biases and bans are checked to leave a finite logit.
 
 O sampled rows, V vocabulary.
 """

@@ -217,6 +217,13 @@ def test_logprobs(llm, num_top):
         assert top == list(range(1, num_top + 1))
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_min_tokens_must_leave_a_token(llm, ignore_eos):
+    params = SamplingParams(stop_token_ids=list(range(VOCAB)), min_tokens=3, ignore_eos=ignore_eos)
+    with pytest.raises(ValueError, match="min_tokens must be 0 if stop_token_ids"):
+        llm.generate([tiny.prompt(9)], params, use_tqdm=False)
+
+
 def test_no_logprobs_unless_asked_for(llm):
     [output] = llm.generate([tiny.prompt(5)], SamplingParams(max_tokens=2), use_tqdm=False)
     assert output.prompt_logprobs is None
@@ -226,16 +233,15 @@ def test_no_logprobs_unless_asked_for(llm):
 @pytest.mark.parametrize(
     "options",
     [
-        {"stop_token_ids": list(range(VOCAB)), "min_tokens": 3},
-        {"stop_token_ids": list(range(VOCAB)), "min_tokens": 3, "temperature": 0},
-        {"repetition_penalty": 1e-40},
-        {"repetition_penalty": 3e38, "top_p": 0.5},
+        {"stop_token_ids": list(range(1, VOCAB)), "min_tokens": 3, "ignore_eos": True},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100, "top_p": 0.5},
         {"temperature": 1e-45, "top_k": 5},
         {"temperature": 1e30},
     ],
     ids=str,
 )
-def test_no_request_ends_the_engine(llm, options):
+def test_extreme_values_give_tokens(llm, options):
     [output] = llm.generate([tiny.prompt(9)], SamplingParams(**{"max_tokens": 6, **options}), use_tqdm=False)
     tokens = output.outputs[0].token_ids
     assert all(0 <= token < VOCAB for token in tokens)
