@@ -15,8 +15,9 @@ class Chat:
     """A conversation and the options of its chat template.
 
     Args:
-        messages: at least one dictionary with a "role"; a key with the value None counts as absent. The assistant's reasoning
-            may be called "reasoning_content", "reasoning" or "thinking", whichever the template reads.
+        messages: at least one dictionary with a "role"; a key with the value None counts as absent. The content is a string, or
+            a list of text parts, {"type": "text", "text": ...}. The assistant's reasoning may be called "reasoning_content",
+            "reasoning" or "thinking", whichever the template reads.
         tools: JSON schemas of functions.
         reasoning_effort: one of the model's reasoning efforts, such as "low", "medium" or "high" for gpt-oss.
         thinking: whether the model thinks, if its template has a switch for it.

@@ -20,6 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from expertwire.engine.frontend.chat import THINKING, Chat
+from expertwire.engine.frontend.content_parts import check_parts, flattened, iterates_parts
 
 # Errors that a template may raise on messages that it does not expect.
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -31,6 +32,12 @@ _CUT = "<<cut here>> "  # a template that trims the text removes the space
 class _Compiled:
     template: Template
     reads: frozenset[str]  # its free variables
+
+    def iterates_parts(self, variables: Mapping[str, Any]) -> bool:
+        """Return whether it writes the text of content parts itself, with these values of its other variables."""
+        return iterates_parts(
+            lambda messages: self.template.render({**variables, "messages": messages}), _TEMPLATE_FAULTS
+        )
 
 
 class ChatTemplates:
@@ -80,20 +87,22 @@ class ChatTemplates:
             ValueError: there is no template, it does not read a variable of the chat, or it refuses the messages.
         """
         compiled = self._choose(chat.chat_template, chat.tools is not None)
-        values = _plain(_variables(chat, compiled.reads))
-        messages = [_with_reasoning(message) for message in _plain(list(chat.messages))]
-        if chat.continue_final_message:
-            messages[-1] = _marked(messages[-1])
         context = {
             "documents": None,
             **self._special_tokens,
-            **values,
-            "messages": messages,
+            **_plain(_variables(chat, compiled.reads)),
             "tools": _plain(chat.tools),
             "add_generation_prompt": chat.add_generation_prompt,
         }
+        messages = [_with_reasoning(message) for message in _plain(list(chat.messages))]
+        if any(isinstance(message.get("content"), list) for message in messages):
+            iterated = compiled.iterates_parts(context)
+            check_parts(messages, iterated=iterated)
+            messages = messages if iterated else list(map(flattened, messages))
+        if chat.continue_final_message:
+            messages[-1] = _marked(messages[-1])
         try:
-            text = compiled.template.render(context)
+            text = compiled.template.render({**context, "messages": messages})
         except _TEMPLATE_FAULTS as error:
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
         return _cut(text) if chat.continue_final_message else text
