@@ -36,6 +36,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str
         EngineFailed: the engine could not start, or has failed.
     """
     reserve_port(server.host, server.port).close()  # before the model is loaded
+    server.certificates()
     tokenizer = runtime.open_tokenizer(config)
     _exit_on_signals()
     with contextlib.ExitStack() as stack:

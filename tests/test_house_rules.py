@@ -51,7 +51,10 @@ ENGINE_FLAGS = {
 }  # fmt: skip
 # Every option is one more thing to learn, to test and to keep. Add one here only if nothing can be decided without it.
 FLAGS = {
-    "serve": {"--host", "--port", "--fronts", "--drain-timeout", *ENGINE_FLAGS},
+    "serve": {
+        "--host", "--port", "--fronts", "--drain-timeout", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--insecure",
+        "--no-insecure", *ENGINE_FLAGS,
+    },
     "generate": {
         "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", *ENGINE_FLAGS,
     },

@@ -105,11 +105,23 @@ class Client:
 
     Args:
         address: "host:port".
+        credentials: those of `credentials.ssl_credentials` for a server with TLS; None speaks plain text.
+        token: bearer token of a tenant, sent with every call.
         timeout_s: timeout of all calls but `generate` and `chat`; None waits for ever.
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, timeout_s: float | None = 30.0) -> None:
-        self._channel = grpc.insecure_channel(address)
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        timeout_s: float | None = 30.0,
+    ) -> None:
+        self._channel = (
+            grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
+        )
+        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._stub = pb_grpc.InferenceStub(self._channel)
         self._timeout_s = timeout_s
 
@@ -145,7 +157,7 @@ class Client:
         else:
             request.token_ids.SetInParent()
             request.token_ids.ids.extend(prompt)
-        return Generation(request.request_id, self._stub.Generate(request, timeout=timeout_s))
+        return Generation(request.request_id, self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata))
 
     def chat(
         self,
@@ -191,7 +203,7 @@ class Client:
         options = {"priority": priority, "tenant": tenant, "cache_salt": cache_salt}
         request = _request(request_id, options, sampling_params)
         request.chat.CopyFrom(from_chat(chat))
-        return Generation(request.request_id, self._stub.Generate(request, timeout=timeout_s))
+        return Generation(request.request_id, self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata))
 
     def abort(self, request_id: str) -> None:
         """End a running request. Raises `ServerError`."""
@@ -233,7 +245,7 @@ class Client:
 
     def _call(self, method: grpc.UnaryUnaryMultiCallable, request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             _raise(error)
 

@@ -18,6 +18,7 @@ import numpy as np
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.deploy import runtime
 from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.deploy.grpc.reloading import keep_fresh
 from expertwire.deploy.grpc.server import Server
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig
@@ -79,11 +80,17 @@ async def _serve(config: ServerConfig, frontend: Frontend, parent: SocketChannel
                 parent.send({"beat": NOTHING})
 
     loop.add_reader(parent.fileno(), listen_to_parent)
-    server = Server(config.host, config.port, shares_port=True)
-    await server.serve(
-        frontend,
-        stop=stop,
-        drain_timeout_s=config.drain_timeout_s,
-        on_ready=lambda: parent.send({"serving": NOTHING}),
-        on_beat=beat,
-    )
+    certificates = config.certificates()
+    credentials = None if certificates is None else certificates.credentials()
+    server = Server(config.host, config.port, credentials=credentials, shares_port=True)
+    refreshing = asyncio.create_task(keep_fresh([] if certificates is None else [certificates.files]))
+    try:
+        await server.serve(
+            frontend,
+            stop=stop,
+            drain_timeout_s=config.drain_timeout_s,
+            on_ready=lambda: parent.send({"serving": NOTHING}),
+            on_beat=beat,
+        )
+    finally:
+        refreshing.cancel()

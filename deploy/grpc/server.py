@@ -31,6 +31,7 @@ class Server:
     Args:
         host: name or address to listen on.
         port: port to listen on; 0 chooses a free one.
+        credentials: TLS credentials; None speaks plain text.
         shares_port: whether other processes of the server listen on the same port; otherwise a second server is an error.
 
     Attributes:
@@ -40,11 +41,16 @@ class Server:
         ValueError: the address cannot be used.
     """
 
-    def __init__(self, host: str, port: int, *, shares_port: bool = False) -> None:
+    def __init__(
+        self, host: str, port: int, *, credentials: grpc.ServerCredentials | None = None, shares_port: bool = False
+    ) -> None:
         self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shares_port))))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ValueError(
                 f"cannot listen on {address}: the port is taken, or the host is not this machine"
