@@ -10,16 +10,17 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.tokenizer import Tokenizer
-from expertwire.engine.launcher import Launcher, LocalLauncher
+from expertwire.engine.launcher import WORKER, Launcher, LocalLauncher
+from expertwire.engine.mock_worker import MOCK_WORKER
 
 
 def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """Return the model's tokenizer; None for random weights of a folder without one.
+    """Return the model's tokenizer; None for a folder without one whose weights are not read.
 
     Raises:
         ValueError: it is missing or malformed.
     """
-    if config.load_format == "dummy" and not (Path(config.model) / "tokenizer.json").exists():
+    if config.load_format != "auto" and not (Path(config.model) / "tokenizer.json").exists():
         return None
     return Tokenizer.open(config.model)
 
@@ -31,11 +32,12 @@ def end_of_turn_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 def make_launcher(config: EngineConfig) -> Launcher:
     """Return the launcher that `config` chooses."""
+    worker = MOCK_WORKER if config.load_format == "mock" else WORKER
     if config.resolved_launcher() == "local":
-        return LocalLauncher()
+        return LocalLauncher(worker)
     from expertwire.deploy.ray.launcher import RayLauncher
 
-    return RayLauncher(address=config.ray_address)
+    return RayLauncher(address=config.ray_address, worker=worker)
 
 
 @contextlib.contextmanager

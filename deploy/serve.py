@@ -16,6 +16,7 @@ from expertwire.deploy.grpc.front import FAILED_S
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.api import EngineFailed
+from expertwire.engine.mock_worker import DEVICE
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -58,6 +59,8 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str
 
 
 def _about(info: ModelInfo) -> Iterator[str]:
+    if info.device == DEVICE:
+        yield "THERE IS NO MODEL (load format mock): every answer is made of pseudo-random tokens"
     sizes = ", ".join(f"{name} {nbytes / 1e6:,.1f} MB" for name, nbytes in info.cache_bytes.items())
     yield f"the caches of a rank, in {info.kv_cache_dtype}, hold {info.cache_tokens:,} tokens: {sizes}"
     if info.all_to_all:

@@ -38,7 +38,7 @@ MUTATORS = {"append", "add", "extend", "insert", "update", "pop", "popitem", "cl
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 ENGINE_FLAGS = {
-    "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--quantization",
+    "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--mock-step-time", "--quantization",
     "--numerics", "--attention-backend", "--max-model-len",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queued-requests", "--max-queued-requests-per-tenant",
     "--chunked-prefill-size", "--scheduling-policy",

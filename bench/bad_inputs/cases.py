@@ -57,7 +57,7 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ({"dtype": "float64"}, "dtype", "auto, float32, bfloat16"),
     ({"device": "tpu"}, "device", "auto, cpu, cuda"),
     ({"launcher": "slurm"}, "launcher", "auto, local, ray"),
-    ({"load_format": "gguf"}, "load_format", "auto, dummy"),
+    ({"load_format": "gguf"}, "load_format", "auto, dummy, mock"),
     ({"ep_size": 0}, "ep_size", ">= 1"),
     ({"ep_size": "2"}, "ep_size", "integer", "'2'"),
     ({"max_model_len": 1}, "max_model_len", "[2, 2048]"),

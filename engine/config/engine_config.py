@@ -27,7 +27,9 @@ class EngineConfig:
         launcher: what starts the ranks: "local" (processes on this machine), "ray", or "auto" (ray if `ray_address` is
             set, else local).
         ray_address: address of a running Ray cluster; None starts Ray on this machine when the launcher is ray.
-        load_format: "auto" (safetensors) or "dummy" (random weights with the model's shapes).
+        load_format: "auto" (safetensors), "dummy" (random weights with the model's shapes) or "mock" (no model at all:
+            ranks that compute nothing answer with pseudo-random tokens, to measure scheduler, fronts and clients).
+        mock_step_time_s: seconds that a step of the load format "mock" takes at least, up to 1.
         quantization: format in which to hold experts that the checkpoint stores unquantised: "fp8" (blocks of
             128 x 128), "int4" or "mxfp4" (groups of 32); None keeps them as they are.
         numerics: "invariant" (the log-probabilities of a token have the same bits in any batch, with any chunking, with
@@ -89,7 +91,8 @@ class EngineConfig:
     ep_size: int = 1
     launcher: Literal["auto", "local", "ray"] = "auto"
     ray_address: str | None = None
-    load_format: Literal["auto", "dummy"] = "auto"
+    load_format: Literal["auto", "dummy", "mock"] = "auto"
+    mock_step_time_s: float = 0.0
     quantization: Literal["fp8", "int4", "mxfp4"] | None = None
     numerics: Literal["invariant", "fast"] = "invariant"
     attention_backend: Literal["triton", "flashinfer"] = "triton"
@@ -131,6 +134,7 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if not is_number(share) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}")
+        self._check_mock()
         self._check_ranks()
         self._check_attention()
         self._check_table()
@@ -146,6 +150,15 @@ class EngineConfig:
         if self.ray_address is not None and self.launcher == "local":
             raise ValueError(
                 f"ray_address {self.ray_address!r} has no effect with launcher 'local'; use 'ray' or 'auto'"
+            )
+
+    def _check_mock(self) -> None:
+        seconds = self.mock_step_time_s
+        if not is_number(seconds) or not 0 <= seconds <= 1:
+            raise ValueError(f"mock_step_time_s must be a number of seconds in [0, 1], got {seconds!r}")
+        if seconds and self.load_format != "mock":
+            raise ValueError(
+                f"mock_step_time_s {seconds} has no effect with load_format {self.load_format!r}; use 'mock'"
             )
 
     def _check_ranks(self) -> None:

@@ -200,6 +200,6 @@ def _layers_with_plain_experts(config: EngineConfig, model: ModelConfig) -> list
     """Return the layers whose experts are unquantised, by the checkpoint's tensors or, without them, its config."""
     from expertwire.engine.models.decoder_parameters import declare_parameters  # slow to import
 
-    dummy = config.load_format == "dummy" or not any(Path(config.model).glob("*.safetensors*"))
-    layout = declare_parameters(model, None if dummy else Checkpoint(config.model).tensors, lambda i: ())
+    unread = config.load_format != "auto" or not any(Path(config.model).glob("*.safetensors*"))
+    layout = declare_parameters(model, None if unread else Checkpoint(config.model).tensors, lambda i: ())
     return [i for i, sparse in enumerate(model.sparse_layers) if sparse and f"layers.{i}.w13" in layout.specs]
