@@ -271,7 +271,7 @@ SAMPLING: tuple[tuple[Any, ...], ...] = (
     ({"stop_token_ids": 7}, "stop_token_ids", "list of token ids"),
     ({"expert_load": "yes"}, "expert_load", "True or False"),
     ({"ignore_eos": "yes"}, "ignore_eos", "True or False"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty", "> 0"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty", "[0.01, 100]"),
     ({"presence_penalty": 3.0}, "presence_penalty", "[-2, 2]"),
     ({"frequency_penalty": -3.0}, "frequency_penalty", "[-2, 2]"),
     ({"logit_bias": {1: 500.0}}, "logit_bias", "[-100, 100]"),
