@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from expertwire.engine.frontend.api import LogprobDict, RequestError, Update
-from expertwire.engine.frontend.stop_strings import StopStrings
+from expertwire.engine.frontend.stop_strings import StopAutomaton, StopStrings
 from expertwire.engine.frontend.tokenizer import TextStream
 from expertwire.scheduler.outputs import FinishReason
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -30,6 +30,7 @@ class OpenRequest:
         self.id = request_id
         self.prompt = prompt
         self.params = params
+        self.stop_automaton = StopAutomaton(params.stop) if params.stop else None
         self.seed = seed
         self.num_cached_tokens = 0
         self.running: dict[int, Branch] = {}
@@ -79,7 +80,7 @@ class Branch:
         self.sequence_id = sequence_id
         self.index = index
         self.stream = stream
-        self.stop = StopStrings(request.params.stop) if request.params.stop else None
+        self.stop = None if request.stop_automaton is None else StopStrings(request.stop_automaton)
         self.has_begun = False  # whether the first token has come
         self.num_tokens = 0
         self.window = window

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from expertwire.engine.frontend.api import EngineFailed, Logprob, RequestOptions
 from expertwire.engine.frontend.frontend import Frontend
-from expertwire.engine.frontend.stop_strings import StopStrings
+from expertwire.engine.frontend.stop_strings import StopAutomaton, StopStrings
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import Abort, Failure, Stats, StatsRequest, Submit
 from expertwire.scheduler.outputs import FinishReason, Rejection
@@ -233,8 +233,8 @@ class TestStopStrings:
         assert updates[-1].stop_reason == "fox"
 
     @given(
-        st.lists(st.text("ab", max_size=5)),
-        st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+        st.lists(st.text("abc", max_size=9)),
+        st.lists(st.text("abc", min_size=1, max_size=7), min_size=1, max_size=9),
     )
     def test_pieces_make_no_difference(self, pieces, strings):
         text, expected, found = "".join(pieces), "".join(pieces), None
@@ -244,7 +244,10 @@ class TestStopStrings:
                 found = max(complete, key=len)
                 expected = text[: end - len(found)]
                 break
-        stop, out, seen = StopStrings(strings), "", ""
+        automaton = StopAutomaton(strings)
+        other = StopStrings(automaton)  # another branch, which has made states of its own
+        other.push(text[::-1])
+        stop, out, seen = StopStrings(automaton), "", ""
         for piece in pieces:
             if stop.found is None:
                 out, seen = out + stop.push(piece), seen + piece
@@ -254,6 +257,12 @@ class TestStopStrings:
                 ]
                 assert len(seen) - len(out) == max(beginnings)
         assert (out if stop.found else out + stop.flush(), stop.found) == (expected, found)
+
+    def test_a_chain_of_suffixes_is_no_recursion(self):
+        word = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
+        stop = StopStrings(StopAutomaton([word[at:] + "!" for at in range(0, 2000, 2)]))
+        assert stop.push(word) == ""
+        assert stop.push("?") == word + "?"
 
 
 class TestExpertLoad:
