@@ -20,6 +20,14 @@ from expertwire.scheduler.config import is_int, is_number
 
 MAX_LOGPROBS = 64
 MAX_BRANCHES = 256
+# What a request may ask for; each bounds work or memory that one small message would cause.
+MAX_STOP = 1024
+MAX_STOP_CHARS = 65_536  # of all strings together
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 4096
+MAX_OUTPUT_ENTRIES = 1 << 24
+MAX_PROMPT_ENTRIES = 1 << 21
+_MAX_LENGTHS = (("stop", MAX_STOP), ("stop_token_ids", MAX_STOP_TOKEN_IDS), ("logit_bias", MAX_LOGIT_BIAS))
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
@@ -40,14 +48,14 @@ class SamplingParams:
         max_tokens: output tokens at most.
         min_tokens: end-of-sequence and stop ids cannot be sampled before this many output tokens.
         seed: draws are a function of (seed, branch, position) alone; None picks one and reports it.
-        stop: strings that end the output; not part of the returned text.
-        stop_token_ids: token ids that end the output, besides the model's end-of-sequence ids.
+        stop: strings that end the output; not part of the returned text. At most 1,024, of 65,536 characters together.
+        stop_token_ids: token ids that end the output, besides the model's end-of-sequence ids; at most 1,024.
         ignore_eos: go on after an end-of-sequence id.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt
             or output; in [0.01, 100].
         presence_penalty: subtracted once from tokens seen in the output, in [-2, 2].
         frequency_penalty: subtracted per occurrence in the output, in [-2, 2].
-        logit_bias: token id -> value added to its logit.
+        logit_bias: token id -> value added to its logit; at most 4,096.
         logprobs: report the sampled token's log-probability and this many top ones (0: only the
             sampled one).
         prompt_logprobs: the same for the prompt's tokens.
@@ -87,15 +95,19 @@ class SamplingParams:
         ):
             if getattr(self, field) is not None and not isinstance(getattr(self, field), kinds):
                 raise ValueError(f"{field} must be None or {allowed}, got {getattr(self, field)!r}")
+        check_lengths({} if isinstance(self.stop, str) else {"stop": self.stop or ()})
+        check_lengths({"stop_token_ids": self.stop_token_ids or (), "logit_bias": self.logit_bias or {}})
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         stop_token_ids, logit_bias = tuple(self.stop_token_ids or ()), dict(self.logit_bias or {})
         for field, value in (("stop", stop), ("stop_token_ids", stop_token_ids), ("logit_bias", logit_bias)):
             object.__setattr__(self, field, value)
         self._check_numbers()
         if any(not isinstance(text, str) or not text for text in stop):
-            raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
+            raise ValueError(f"stop must be non-empty strings, got {self.stop!r:.100}")
+        if (total := sum(map(len, stop))) > MAX_STOP_CHARS:
+            raise ValueError(f"stop must have at most {MAX_STOP_CHARS} characters in all, got {total}")
         if any(not is_int(i) or i < 0 for i in stop_token_ids):
-            raise ValueError(f"stop_token_ids must be token ids >= 0, got {list(stop_token_ids)}")
+            raise ValueError(f"stop_token_ids must be token ids >= 0, got {list(stop_token_ids)!r:.100}")
         for token, bias in logit_bias.items():
             if not is_int(token) or token < 0 or not is_number(bias) or not -100 <= bias <= 100:
                 raise ValueError(
@@ -130,6 +142,26 @@ class SamplingParams:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
 
+    def check_cost(self, num_prompt_tokens: int, max_model_len: int) -> None:
+        """Refuse a request for more tokens and log-probabilities than one request may have.
+
+        Raises:
+            ValueError: names the fields and the number that is allowed.
+        """
+        num_tokens = min(self.max_tokens, max_model_len - num_prompt_tokens)
+        if (total := self.n * num_tokens * (1 + (self.logprobs or 0))) > MAX_OUTPUT_ENTRIES:
+            raise ValueError(
+                f"n x max_tokens x (1 + logprobs) must be at most {MAX_OUTPUT_ENTRIES}, got {self.n} x {num_tokens} x "
+                f"{1 + (self.logprobs or 0)} = {total}"
+            )
+        if (total := num_prompt_tokens * (1 + (self.prompt_logprobs or 0))) > MAX_PROMPT_ENTRIES and (
+            self.prompt_logprobs is not None
+        ):
+            raise ValueError(
+                f"prompt tokens x (1 + prompt_logprobs) must be at most {MAX_PROMPT_ENTRIES}, got {num_prompt_tokens} x "
+                f"{1 + self.prompt_logprobs} = {total}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary that JSON can carry and `from_dict` reads back."""
         return dataclasses.asdict(self)
@@ -144,6 +176,20 @@ class SamplingParams:
         """Return the values of the `rank_field`s: -1 for None, and the largest fp32 for what fp32 cannot hold."""
         values = _get_rank_fields(self)
         return [-1 if value is None else value if value < _FLOAT_MAX else _FLOAT_MAX for value in values]
+
+
+def check_lengths(fields: Mapping[str, Any]) -> None:
+    """Refuse lists that are too long, before anybody looks at their entries.
+
+    Args:
+        fields: fields of `SamplingParams` by name, of which those that are lists count.
+
+    Raises:
+        ValueError: names the field and the number of entries that is allowed.
+    """
+    for field, allowed in _MAX_LENGTHS:
+        if (length := len(fields.get(field, ()))) > allowed:
+            raise ValueError(f"{field} must have at most {allowed} entries, got {length}")
 
 
 _RANK_FIELDS = [field for field in dataclasses.fields(SamplingParams) if field.metadata]

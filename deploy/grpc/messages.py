@@ -13,7 +13,7 @@ from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.api import LogprobDict, RequestOptions, Update
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.output_formats import OutputFormat
-from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.sampling_params import SamplingParams, check_lengths
 
 RETRY_AFTER = "retry-after-ms"  # key of the trailing metadata
 JSON_FIELDS = frozenset({"messages", "tools", "chat_template_kwargs"})  # of a chat
@@ -69,7 +69,9 @@ def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
     Raises:
         ValueError: names the field and the values it allows.
     """
-    return SamplingParams(**{field.name: _plain(value) for field, value in message.ListFields()})
+    fields = {field.name: value for field, value in message.ListFields()}
+    check_lengths(fields)
+    return SamplingParams(**{name: _plain(value) for name, value in fields.items()})
 
 
 def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:

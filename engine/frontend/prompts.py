@@ -34,6 +34,7 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
     _check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
     _check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
     _check_bans(params, info)
+    params.check_cost(len(tokens), info.max_model_len)
     for field in ("max_queued_requests", "max_queued_requests_per_tenant"):
         if params.n > (allowed := getattr(info, field)):
             raise ValueError(f"n must be at most {field} = {allowed}, got {params.n}")

@@ -253,3 +253,32 @@ def test_extreme_values_give_tokens(llm, options):
         )
         == 4
     )
+
+
+class TestCosts:
+    """Bounds on the cost of a request, whose messages name the numbers."""
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"stop": ["a"] * 1025}, "stop must have at most 1024 entries, got 1025"),
+            ({"stop": ["a" * 40_000, "b" * 40_000]}, "stop must have at most 65536 characters in all, got 80000"),
+            ({"stop": "a" * 65_537}, "stop must have at most 65536 characters in all, got 65537"),
+            ({"stop_token_ids": [1] * 1025}, "stop_token_ids must have at most 1024 entries, got 1025"),
+            ({"logit_bias": dict.fromkeys(range(4097), 1.0)}, "logit_bias must have at most 4096 entries, got 4097"),
+        ],
+    )
+    def test_of_lists(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            SamplingParams(**fields)
+
+    def test_of_outputs(self):
+        params = SamplingParams(n=256, max_tokens=10**6, logprobs=64)
+        params.check_cost(100, 1000)  # 900 tokens fit
+        with pytest.raises(ValueError, match=r"at most 16777216, got 256 x 99900 x 65 = 1662336000"):
+            params.check_cost(100, 100_000)
+
+    def test_of_prompts(self):
+        SamplingParams(max_tokens=1).check_cost(10**7, 10**8)
+        with pytest.raises(ValueError, match=r"at most 2097152, got 100000 x 65 = 6500000"):
+            SamplingParams(max_tokens=1, prompt_logprobs=64).check_cost(100_000, 10**8)
