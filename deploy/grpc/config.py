@@ -5,9 +5,12 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from expertwire.deploy.grpc.credentials import ServerCertificates
 from expertwire.scheduler.config import is_int, is_number
+
+if TYPE_CHECKING:
+    from expertwire.deploy.grpc.credentials import ServerCertificates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class ServerConfig:
         """
         if self.ssl_keyfile is None or self.ssl_certfile is None:
             return None
+        from expertwire.deploy.grpc.credentials import ServerCertificates  # imports grpc, which --help does without
+
         return ServerCertificates(self.ssl_keyfile, self.ssl_certfile, self.ssl_ca_certs)
 
     def _check_security(self) -> None:
