@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import signal
 import statistics
@@ -19,13 +20,14 @@ import psutil
 
 from expertwire.deploy import experts
 from expertwire.deploy.demo_task import Kind, Problem, check, make_problem
-from expertwire.deploy.grpc.client import Client
+from expertwire.deploy.grpc.client import Client, ServerError
 from expertwire.engine.frontend.api import EngineFailed
 
 ONE_BY_ONE: tuple[tuple[Kind, int], ...] = (
     ("SUM", 2), ("SUM", 3), ("SUM", 4), ("SUM", 5), ("COUNTDOWN", 2), ("COUNTDOWN", 3), ("COUNTDOWN", 3), ("COUNTDOWN", 4),
 )  # fmt: skip
 AT_ONCE: tuple[tuple[Kind, int], ...] = (("SUM", 3), ("SUM", 4), ("COUNTDOWN", 3)) * 8
+RANKS_PER_CORE = 4  # at most; each is a process of several hundred MB
 NEEDED = 0.75  # fraction of answers that must be right
 MAX_TOKENS = 128
 _START_S = 330.0
@@ -55,10 +57,14 @@ def demo(*, launcher: str, ep_size: int) -> int:
         The exit code: 0 if enough answers were right and nothing was left running.
 
     Raises:
-        EngineFailed: the server did not start or did not end as it should.
+        ValueError: this machine is too small for so many ranks.
+        EngineFailed: the server did not start, did not answer, or did not end as it should.
     """
+    cores = len(os.sched_getaffinity(0))
+    if ep_size > RANKS_PER_CORE * cores:
+        raise ValueError(f"--ep-size must be at most {RANKS_PER_CORE} for each of {cores} cores, got {ep_size}")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with _server(launcher, ep_size) as address, Client(address) as client:
+    with _server(launcher, ep_size) as address, _client(address) as client:
         info = client.model_info()
         print(
             f"\n{info['name']}: {info['architecture']}, {info['num_layers']} layers of {info['num_experts']} experts, "
@@ -69,6 +75,15 @@ def demo(*, launcher: str, ep_size: int) -> int:
         stats = client.stats()
     print("", *experts.lines(stats), sep="\n")
     return _summarise(answers, together, seconds)
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Client]:
+    try:
+        with Client(address) as client:
+            yield client
+    except ServerError as error:
+        raise EngineFailed(f"the server at {address} answered {error}") from error
 
 
 @contextlib.contextmanager
@@ -99,6 +114,8 @@ def _address(server: subprocess.Popen[str], log: IO[str], what: str) -> str:
             line = server.stdout.readline()
             if not line:
                 raise EngineFailed(f"the server did not start: {_tail(log)}")
+            if not line.startswith("serving "):  # Ray's warnings
+                continue
             print(f"\r{line.strip()} (started in {seconds:.1f} s)")
             return line.split()[-1]
     raise EngineFailed(f"the server did not start within {_START_S:g} s: {_tail(log)}")
