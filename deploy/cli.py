@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import importlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -45,6 +47,22 @@ BENCHES: Mapping[str, tuple[str, str]] = {  # by name: the module in `expertwire
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, but let the parser that knows the options complain of others, since it can say which one was meant."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized argument {rest[0]}{self._meant(rest[0].partition('=')[0])}")
+        return found, rest
+
+    def _meant(self, word: str) -> str:
+        """Return a question that names the options which somebody who wrote `word` may have meant, or ""."""
+        names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        near = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 1)
+        return f"; did you mean {' or '.join(near)}?" if near and word.startswith("--") else ""
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
@@ -71,6 +89,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
         benches: benchmarks whose modules are imported for their options.
     """
     parser = _Parser(prog="expertwire", description="Serve Mixture-of-Experts language models.")
+    parser.add_argument("--version", action="version", version=f"expertwire {importlib.metadata.version('expertwire')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_generate(commands)
@@ -213,7 +232,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--launcher", choices=("ray", "local"), default="ray", help="starts the ranks (default: %(default)s)"
     )
-    parser.add_argument("--ep-size", type=int, default=2, metavar="N", help="number of ranks (default: %(default)s)")
+    parser.add_argument("--ep-size", type=_ranks, default=2, metavar="N", help="number of ranks (default: %(default)s)")
     parser.set_defaults(command=_demo)
 
 

@@ -15,9 +15,26 @@ from typing import Any, Literal
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.engine.config.engine_config import EngineConfig
 
+# The groups of the engine's options in --help; "engine" has those that are in no other.
+ENGINE_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "model": ("dtype", "device", "load_format", "quantization", "numerics", "attention_backend", "max_model_len", "seed"),
+    "ranks": ("ep_size", "launcher", "ray_address", "threads_per_rank", "start_timeout_s", "step_timeout_s"),
+    "scheduling": (
+        "max_num_seqs", "max_num_batched_tokens", "chunked_prefill_size", "max_queued_requests",
+        "max_queued_requests_per_tenant", "scheduling_policy", "aging", "tenant_weights",
+    ),
+    "KV cache": (
+        "enable_prefix_caching", "block_size", "kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization",
+    ),
+    "experts": (
+        "num_redundant_experts", "topology", "eplb_step_interval", "all2all_backend", "all2all_table", "dispatch_dtype",
+        "enable_two_batch_overlap",
+    ),
+}  # fmt: skip
 ENGINE_FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
 SERVER_FIELDS = tuple(field.name for field in dataclasses.fields(ServerConfig))
 EXPLAINED_FIELDS = ("all2all_backend", "all2all_table", "dispatch_dtype", "enable_two_batch_overlap", "kv_cache_dtype")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
 
@@ -25,7 +42,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add `MODEL` and the options of `EngineConfig`."""
     text = "folder of a Hugging Face checkpoint (default: the demo model)"
     parser.add_argument("model", metavar="MODEL", nargs="?", help=text)
-    add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE_FIELDS)
+    for title, fields in engine_groups().items():
+        add_options(parser.add_argument_group(title), EngineConfig, fields)
+
+
+def engine_groups() -> dict[str, tuple[str, ...]]:
+    """Return the engine's options by the title of their group."""
+    grouped = {name for fields in ENGINE_GROUPS.values() for name in fields}
+    others = tuple(name for name in ENGINE_FIELDS if name not in grouped)
+    return {**ENGINE_GROUPS, **({"engine": others} if others else {})}
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -45,7 +70,8 @@ def model_folder(args: argparse.Namespace) -> str:
 def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, kind: type, fields: Iterable[str]) -> None:
     """Add an option for each of the `fields` of the dataclass `kind`.
 
-    `start_timeout_s` becomes --start-timeout. A bool `x` becomes --x and --no-x. A mapping is written NAME=X,NAME=X.
+    `start_timeout_s` becomes --start-timeout. A bool `x` becomes --x and --no-x. A mapping is written NAME=X,NAME=X, a
+    number of bytes also as 512M or 4G.
     """
     hints, helps = typing.get_type_hints(kind), help_texts(kind)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
@@ -57,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, kind:
             dest=name,
             default=argparse.SUPPRESS,
             help=text.replace("%", "%%"),
-            **_kind_of(hints[name]),
+            **({"type": parse_size, "metavar": "SIZE"} if name.endswith("_bytes") else _kind_of(hints[name])),
         )
 
 
@@ -87,6 +113,16 @@ def _kind_of(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that a text like "4096", "512M" or "1.5G" means; K, M, G and T are powers of 1,024."""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 4096, 512M or 1.5G, got {text!r}")
+    return (
+        int(float(match[1]) * _UNITS[match[2].upper()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
+    )
 
 
 def _pairs(text: str) -> dict[str, float]:

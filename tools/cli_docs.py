@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from expertwire.deploy import cli
+from expertwire.deploy.options import engine_groups
 
 _HEADER = """# Command line
 
@@ -43,13 +44,15 @@ def _section(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yield the lines on one command; the engine's options are listed under `serve` only."""
     is_serve = parser.prog.endswith(" serve")
     groups = {group.title: list(_rows(parser, group)) for group in parser._action_groups}
-    engine = groups.pop("engine", [])
+    engine = {title: groups.pop(title) for title in engine_groups() if title in groups}
     yield from (f"## {parser.prog}\n", f"{parser.description}\n")
     if engine and not is_serve:
         yield "The options of the engine, which [serve](#expertwire-serve) lists, and:\n"
     yield from ("| argument | meaning |", "|---|---|")
     yield from (row for rows in groups.values() for row in rows)
-    yield from (*engine, "") if is_serve else ("",)
+    for title, rows in engine.items() if is_serve else ():
+        yield from (f"| **{title}** | |", *rows)
+    yield ""
 
 
 def _rows(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> Iterator[str]:

@@ -6,12 +6,13 @@ import json
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from expertwire.deploy import cli
-from expertwire.deploy.options import engine_config, help_texts
+from expertwire.deploy.options import ENGINE_FIELDS, ENGINE_GROUPS, engine_config, help_texts
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import EngineFailed
 
@@ -39,7 +40,11 @@ def fails(capsys, *args: str) -> str:
     [
         ([], ["COMMAND"]),
         (["sevre"], ["sevre", "serve", "generate", "demo", "bench"]),
-        (["serve", "--prot", "1"], ["--prot"]),
+        (["serve", "--prot", "1"], ["--prot", "did you mean --port?", "serve --help"]),
+        (["serve", "--dtyp=float32"], ["--dtyp", "did you mean --dtype?"]),
+        (["serve", "--ep", "2"], ["unrecognized argument --ep;", "did you mean --ep-size or --eplb-step-interval?"]),
+        (["bench", "throughput", "--num-prompt", "1"], ["did you mean --num-prompts?"]),
+        (["serve", "model", "another"], ["another"]),
         (["serve", "--port", "many"], ["--port", "many"]),
         (["serve", "--port", "70000"], ["port", "[0, 65536)", "70000"]),
         (["serve", "--drain-timeout", "-1"], ["drain_timeout_s", ">= 0"]),
@@ -58,6 +63,9 @@ def fails(capsys, *args: str) -> str:
         (["serve", "--chunked-prefill-size", "0"], ["chunked_prefill_size", ">= 1"]),
         (["serve", "--max-num-batched-tokens", "0"], ["max_num_batched_tokens", ">= 1"]),
         (["serve", "--kv-cache-memory-bytes", "-5"], ["kv_cache_memory_bytes", ">= 1"]),
+        (["serve", "--kv-cache-memory-bytes", "4 gigs"], ["--kv-cache-memory-bytes", "512M", "4 gigs"]),
+        (["demo", "--ep-size", "100000"], ["--ep-size", "at most", "100000"]),
+        (["demo", "--ep-size", "0"], ["--ep-size", ">= 1"]),
         (["serve", "--start-timeout", "0"], ["start_timeout_s", "> 0"]),
         (["serve", "--launcher", "local", "--ray-address", "x:1"], ["ray_address", "no effect", "local"]),
         (["generate"], ["--prompt"]),
@@ -117,6 +125,26 @@ def test_options_reach_the_configuration():
     )
     demo = Path(engine_config(parser.parse_args(["serve"])).model)
     assert json.loads((demo / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("4096", 4096), ("512M", 512 << 20), ("4G", 4 << 30), ("1.5g", 3 << 29), ("2GiB", 2 << 30), ("7kb", 7 << 10)],
+)
+def test_bytes_may_have_a_unit(text, nbytes):
+    args = cli.make_parser(benches=()).parse_args(["serve", "--kv-cache-memory-bytes", text])
+    assert engine_config(args).kv_cache_memory_bytes == nbytes
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["--version"])
+    assert (leaving.value.code, capsys.readouterr().out) == (0, f"expertwire {version('expertwire')}\n")
+
+
+def test_the_engine_s_options_are_in_one_group_each():
+    grouped = [name for fields in ENGINE_GROUPS.values() for name in fields]
+    assert len(grouped) == len(set(grouped)) and set(grouped) <= set(ENGINE_FIELDS)
 
 
 def test_every_engine_option_is_explained():
