@@ -16,6 +16,10 @@ def main(argv: Sequence[str]) -> int:
         from expertwire.bench.first_contact import run as first_contact
 
         return first_contact.run(argv[1:])
+    if argv[:1] == ["front"]:
+        from expertwire.bench.front import run as front
+
+        return front.run(argv[1:])
     if argv[:1] == ["kernels"]:
         from expertwire.bench.kernels import run as kernels
 
@@ -27,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         own = {
             "attacks": "what hostile clients do to a server and its good clients",
             "first_contact": "all that the first half an hour on a GPU needs, whatever fails",
+            "front": "tokens per second of a front's processor time, without a model",
             "kernels": "the GPU kernels beside the hardware's limits",
         }
         for name, text in (own | {name: text for name, (_, text) in cli.BENCHES.items()}).items():

@@ -1,0 +1,1 @@
+"""The cost of a front, on an engine without a model."""
