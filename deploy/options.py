@@ -21,7 +21,7 @@ ENGINE_GROUPS: Mapping[str, tuple[str, ...]] = {
     "ranks": ("ep_size", "launcher", "ray_address", "threads_per_rank", "start_timeout_s", "step_timeout_s"),
     "scheduling": (
         "max_num_seqs", "max_num_batched_tokens", "chunked_prefill_size", "max_queued_requests",
-        "max_queued_requests_per_tenant", "scheduling_policy", "aging", "tenant_weights",
+        "max_queued_requests_per_tenant", "scheduling_policy", "aging",
     ),
     "KV cache": (
         "enable_prefix_caching", "block_size", "kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization",
@@ -32,6 +32,7 @@ ENGINE_GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 ENGINE_FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
+_QUOTAS = ("tenant_quotas", "default_tenant_quota")  # the command line takes them from the file of tenants
 SERVER_FIELDS = tuple(field.name for field in dataclasses.fields(ServerConfig))
 EXPLAINED_FIELDS = ("all2all_backend", "all2all_table", "dispatch_dtype", "enable_two_batch_overlap", "kv_cache_dtype")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -48,7 +49,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_groups() -> dict[str, tuple[str, ...]]:
     """Return the engine's options by the title of their group."""
-    grouped = {name for fields in ENGINE_GROUPS.values() for name in fields}
+    grouped = {*_QUOTAS, *(name for fields in ENGINE_GROUPS.values() for name in fields)}
     others = tuple(name for name in ENGINE_FIELDS if name not in grouped)
     return {**ENGINE_GROUPS, **({"engine": others} if others else {})}
 
@@ -70,8 +71,8 @@ def model_folder(args: argparse.Namespace) -> str:
 def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, kind: type, fields: Iterable[str]) -> None:
     """Add an option for each of the `fields` of the dataclass `kind`.
 
-    `start_timeout_s` becomes --start-timeout. A bool `x` becomes --x and --no-x. A mapping is written NAME=X,NAME=X, a
-    number of bytes also as 512M or 4G.
+    `start_timeout_s` becomes --start-timeout. A bool `x` becomes --x and --no-x. A number of bytes
+    is also written as 512M or 4G.
     """
     hints, helps = typing.get_type_hints(kind), help_texts(kind)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
@@ -108,8 +109,6 @@ def _kind_of(hint: Any) -> dict[str, Any]:
         hint = members[0]
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
-    if typing.get_origin(hint) is Mapping:
-        return {"type": _pairs, "metavar": "NAME=X,..."}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
@@ -123,15 +122,3 @@ def parse_size(text: str) -> int:
     return (
         int(float(match[1]) * _UNITS[match[2].upper()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
     )
-
-
-def _pairs(text: str) -> dict[str, float]:
-    """Parse "a=1,b=3"."""
-    pairs = [pair.rpartition("=") for pair in text.split(",")]
-    try:
-        values = {name: float(value) for name, _, value in pairs}
-    except ValueError:
-        values = {}
-    if len(values) < len(pairs) or not all(equals for _, equals, _ in pairs):
-        raise argparse.ArgumentTypeError(f"must be NAME=NUMBER,NAME=NUMBER with every name once, got {text!r}")
-    return values

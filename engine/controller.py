@@ -90,7 +90,7 @@ def controller_main(args: ControllerArgs, newcomers: int) -> None:
     try:
         _report(listening={"hub": hub.address})
         info, domains = start_ranks(args, hub, while_they_load=warm_up)
-        policy = make_policy(config.scheduling_policy, aging=config.aging, tenant_weights=config.tenant_weights)
+        policy = make_policy(config.scheduling_policy, aging=config.aging)
         scheduler = Scheduler(scheduler_config(args, info), args.model.cache_specs(), policy)
         state = ControllerState(
             scheduler=scheduler, hub=hub, info=info, frontends=frontends, load=_expert_load(args, info, domains)

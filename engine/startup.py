@@ -116,4 +116,6 @@ def scheduler_config(args: ControllerArgs, info: ModelInfo) -> SchedulerConfig:
         prefix_secret=secrets.randbits(128),
         chunked_prefill_size=config.chunked_prefill_size,
         max_queued_requests_per_tenant=config.max_queued_requests_per_tenant,
+        tenant_quotas=config.tenant_quotas or {},
+        default_tenant_quota=config.default_tenant_quota,
     )

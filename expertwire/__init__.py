@@ -1,6 +1,6 @@
 """Expertwire: a serving engine for Mixture-of-Experts language models on NVLink clusters.
 
-It exports `LLM`, `SamplingParams` and the version; modules that are slow to import are imported on first use.
+It exports `LLM`, `SamplingParams`, `TenantQuota` and the version; modules that are slow to import are imported on first use.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "TenantQuota", "__version__"]
 
 if TYPE_CHECKING:
     from expertwire.llm import LLM, RequestOutput
+    from expertwire.scheduler.quotas import TenantQuota
     from expertwire.scheduler.sampling_params import SamplingParams
 
 # With a checkout's root on sys.path, its folders would shadow other packages of the same names (`kernels`, `comm`).
@@ -31,4 +32,8 @@ def __getattr__(name: str) -> object:
         from expertwire.scheduler.sampling_params import SamplingParams
 
         return SamplingParams
+    if name == "TenantQuota":
+        from expertwire.scheduler.quotas import TenantQuota
+
+        return TenantQuota
     raise AttributeError(f"module 'expertwire' has no attribute {name!r}")

@@ -23,6 +23,7 @@ from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import NO_HASHES, Request, records
 from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
+from expertwire.scheduler.tenants import Account
 
 _CHUNK = 128  # requests considered at a time
 
@@ -52,16 +53,67 @@ def _joined(parts: Sequence[_Part]) -> Admissions:
     return Admissions(requests, rank_A, num_cached_A, num_scheduled_A, parent_A, first_A, record_A, hash_B2)
 
 
+class QuotaCheck:
+    """Tells which waiting requests the quotas of their tenants let start in one step; each that it lets start counts."""
+
+    def __init__(self, batch: RunningBatch) -> None:
+        self._batch = batch
+        self._num_starting: dict[Account, int] = {}
+        self._used_C: dict[Account, np.ndarray] = {}  # blocks, with those of the requests that start
+
+    def __call__(self, request: Request) -> bool:
+        account, quota = request.account, request.account.quota
+        num_starting = self._num_starting.get(account, 0)
+        num_running = account.num_running + num_starting
+        if quota.max_running is not None and num_running >= quota.max_running:
+            return False
+        if quota.kv_share is not None:
+            used_C = self._blocks(account) + self._needed(request)
+            if num_running and (used_C > quota.kv_share * self._num_blocks_C).any():
+                return False
+            self._used_C[account] = used_C
+        self._num_starting[account] = num_starting + 1
+        return True
+
+    @property
+    def _num_blocks_C(self) -> np.ndarray:
+        return self._batch.pool.num_blocks_C * self._batch.config.num_ranks
+
+    def _blocks(self, account: Account) -> np.ndarray:
+        """Return how many blocks of each cache the tenant holds, i64 [C]; shared ones count for each that holds them."""
+        if (used_C := self._used_C.get(account)) is None:
+            rows = np.flatnonzero(self._batch.running_Z & (self._batch.tenant_Z == account.index))
+            used_C = self._used_C[account] = self._batch.num_blocks_of(rows).sum(axis=1)
+        return used_C
+
+    def _needed(self, request: Request) -> np.ndarray:
+        needed_C = np.zeros(len(self._batch.specs), np.int64)
+        loops.blocks_needed(self._batch.caches, len(request.tokens), needed_C)
+        return needed_C + 1
+
+
 class Admission:
     """Admits requests in the policy's order, until one fits on no rank.
+
+    Args:
+        quotas_hold: whether tenants have quotas that let requests wait.
 
     Attributes:
         forks: the keys of waiting forks, and the rows of the requests that they continue.
     """
 
-    def __init__(self, batch: RunningBatch, queue: WaitingQueue, policy: Policy, balancing: LoadBalancing) -> None:
+    def __init__(
+        self,
+        batch: RunningBatch,
+        queue: WaitingQueue,
+        policy: Policy,
+        balancing: LoadBalancing,
+        *,
+        quotas_hold: bool = False,
+    ) -> None:
         self._batch, self._queue = batch, queue
         self._policy, self._balancing = policy, balancing
+        self._quotas_hold = quotas_hold
         self._in_progress = np.zeros(1 << len(batch.rank_Z).bit_length(), np.uint64)
         self.forks: dict[int, int] = {}
 
@@ -72,8 +124,9 @@ class Admission:
         budget = self._compute_budget(tokens_P)
         if not ((budget.slots_P > 0) & (tokens_P > 0)).any():
             return NO_ADMISSIONS
-        forks = self._admit_forks(budget)
-        parts = [*forks, *self._admit_queued(budget, {part.requests[0].key for part in forks})]
+        may_start = QuotaCheck(self._batch) if self._quotas_hold else None
+        forks = self._admit_forks(budget, may_start)
+        parts = [*forks, *self._admit_queued(budget, {part.requests[0].key for part in forks}, may_start)]
         return _joined(parts) if any(part.requests for part in parts) else NO_ADMISSIONS
 
     def forget_parents(self, rows: np.ndarray) -> None:
@@ -95,7 +148,7 @@ class Admission:
         loops.charge_running(batch.caches, batch.arrays, budget, self._in_progress, due_Z)
         return budget
 
-    def _admit_forks(self, budget: Budget) -> list[_Part]:
+    def _admit_forks(self, budget: Budget, may_start: QuotaCheck | None) -> list[_Part]:
         """Start forks beside the requests that they continue, sharing their blocks; the others wait on."""
         batch, parts = self._batch, []
         needed_C = np.zeros(len(batch.specs), np.int64)
@@ -105,7 +158,7 @@ class Admission:
             num_cached = 0 if batch.draining_Z[row] else batch.num_shareable(row, num_tokens - 1)
             loops.blocks_needed(batch.caches, num_tokens - num_cached, needed_C)
             needed_C += 1  # as the last block may have to be copied
-            if num_cached and loops.fits(budget, rank, needed_C):
+            if num_cached and loops.fits(budget, rank, needed_C) and (may_start is None or may_start(child)):
                 load = self._balancing.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
                 num = loops.charge(budget, rank, needed_C, num_tokens - num_cached, float(load[0]))
                 columns = np.array([[rank], [num_cached], [num], [row], [0]])
@@ -113,10 +166,10 @@ class Admission:
         self.forks.clear()
         return parts
 
-    def _admit_queued(self, budget: Budget, forked: set[int]) -> Iterator[_Part]:
+    def _admit_queued(self, budget: Budget, forked: set[int], may_start: QuotaCheck | None) -> Iterator[_Part]:
         """Start requests of the queue other than `forked`, a chunk at a time."""
         batch, credit = self._batch, self._balancing.credit
-        queue = self._policy.order(self._queue, self._num_cached)
+        queue = self._policy.order(self._queue, self._num_cached, may_start)
         queue = (request for request in queue if request.key not in forked) if forked else iter(queue)
         while (most := min(_CHUNK, int(budget.slots_P.sum()))) and (requests := list(islice(queue, most))):
             candidates = self._candidates(requests)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import Literal, TypeGuard, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
+
+if TYPE_CHECKING:
+    from expertwire.scheduler.quotas import TenantQuota
 
 CacheKind = Literal["full", "window", "latent", "index", "state"]
 
@@ -81,6 +85,8 @@ class SchedulerConfig:
             latency of decodes; None: `max_num_batched_tokens`.
         max_queued_requests_per_tenant: requests of one tenant that may wait; None:
             `max_queued_requests`.
+        tenant_quotas: shares and limits of tenants, by name.
+        default_tenant_quota: those of each other tenant; None: weight 1 and no limits.
 
     Raises:
         ValueError: names the field and the values it allows.
@@ -99,9 +105,11 @@ class SchedulerConfig:
     prefix_secret: int = 0
     chunked_prefill_size: int | None = None
     max_queued_requests_per_tenant: int | None = None
+    tenant_quotas: Mapping[str, TenantQuota] = field(default_factory=dict)
+    default_tenant_quota: TenantQuota | None = None
 
     def __post_init__(self) -> None:
-        for field, low in (
+        for name, low in (
             ("num_ranks", 1),
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
@@ -110,13 +118,13 @@ class SchedulerConfig:
             ("max_queued_requests", 1),
             ("vocab_size", 1),
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if not is_int(value) or value < low:
-                raise ValueError(f"{field} must be an integer >= {low}, got {value!r}")
-        for field in ("chunked_prefill_size", "max_queued_requests_per_tenant"):
-            value = getattr(self, field)
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        for name in ("chunked_prefill_size", "max_queued_requests_per_tenant"):
+            value = getattr(self, name)
             if value is not None and (not is_int(value) or value < 1):
-                raise ValueError(f"{field} must be an integer >= 1 or None, got {value!r}")
+                raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
         each = self.num_blocks if isinstance(self.num_blocks, tuple) else (self.num_blocks,)
         if not each or not all(is_int(value) and value >= 2 for value in each):
             raise ValueError(

@@ -13,6 +13,8 @@ from typing import Any
 from expertwire.scheduler.config import is_int, is_number
 from expertwire.scheduler.request import Request
 
+MayStart = Callable[[Request], bool]
+
 
 class Policy:
     """Base class of policies: first come, first served.
@@ -28,7 +30,9 @@ class Policy:
         """
         return ()
 
-    def order(self, queue: Iterable[Request], cached_tokens: Callable[[Request], int]) -> Iterable[Request]:
+    def order(
+        self, queue: Iterable[Request], cached_tokens: Callable[[Request], int], may_start: MayStart | None = None
+    ) -> Iterable[Request]:
         """Return the requests in order of admission; lazily, because a step takes few.
 
         Admission stops at the first request that fits on no rank: passing it over could starve it.
@@ -36,8 +40,9 @@ class Policy:
         Args:
             queue: in order of place.
             cached_tokens: returns how many tokens of a request's prompt are cached; costs a walk through its hashes.
+            may_start: returns whether the quota of its tenant lets a request start, and counts it if so; None: always.
         """
-        return queue
+        return queue if may_start is None else filter(may_start, queue)
 
     def admitted(self, request: Request) -> None:
         """Called when a request leaves the queue to run, also after each preemption."""
@@ -113,9 +118,11 @@ class PrefixAffinity(Policy):
         if not is_int(self.window) or self.window < 1:
             raise ValueError(f"window must be an integer >= 1, got {self.window!r}")
 
-    def order(self, queue: Iterable[Request], cached_tokens: Callable[[Request], int]) -> Iterable[Request]:
+    def order(
+        self, queue: Iterable[Request], cached_tokens: Callable[[Request], int], may_start: MayStart | None = None
+    ) -> Iterable[Request]:
         near: list[Request] = []
-        for request in queue:
+        for request in super().order(queue, cached_tokens, may_start):
             if near and request.order - near[0].order >= self.window:
                 yield from sorted(near, key=cached_tokens, reverse=True)  # stable in reverse, too
                 near = []
@@ -149,21 +156,14 @@ class FairShare(Policy):
     leave the queue out of order: a dropped request returns its tokens, so that the tenant's next ones end earlier; one
     that is admitted early, beside the request that it forks, moves the present by its own tokens only.
 
-    Args:
-        tenant_weights: weights by tenant, 0.001 to 1000, a range in which floats keep their precision; only ratios
-            count. Any other tenant has 1.
+    Weights are those of the tenants' quotas; only their ratios count.
     """
 
-    tenant_weights: Mapping[str, float] = field(default_factory=dict)
     _present: float = field(default=0.0, init=False)
     _busy: dict[str, _Busy] = field(default_factory=dict, init=False)  # by tenant, of those with requests waiting
 
-    def __post_init__(self) -> None:
-        for tenant, weight in self.tenant_weights.items():
-            _check_number(f"tenant_weights[{tenant!r}]", weight, 0.001, 1000)
-
     def place(self, request: Request, now: float) -> tuple[float, ...]:
-        weight = self._weight(request)
+        weight = request.account.quota.weight
         busy = self._busy.get(request.tenant)
         if busy is None or busy.began + busy.num_tokens / weight < self._present:
             busy = self._busy[request.tenant] = _Busy(self._present)
@@ -172,15 +172,12 @@ class FairShare(Policy):
         return (busy.began + busy.num_tokens / weight,)
 
     def admitted(self, request: Request) -> None:
-        latest = self._present + request.limit / self._weight(request)
+        latest = self._present + request.limit / request.account.quota.weight
         self._present = max(self._present, min(request.place[0], latest))
         self._leave(request)
 
     def dropped(self, request: Request) -> None:
         self._leave(request, refund=request.limit)
-
-    def _weight(self, request: Request) -> float:
-        return self.tenant_weights.get(request.tenant, 1.0)
 
     def _leave(self, request: Request, refund: int = 0) -> None:
         """Remove a request from its tenant's waiting ones, unless it has run before or the tenant was idle since."""
@@ -202,7 +199,7 @@ _POLICIES: Mapping[str, type[Any]] = {
 }
 
 
-def make_policy(name: str, *, aging: float | None = None, tenant_weights: Mapping[str, float] | None = None) -> Policy:
+def make_policy(name: str, *, aging: float | None = None) -> Policy:
     """Return a new policy: "fcfs", "priority", "shortest", "prefix" or "fair", with the options that are not None.
 
     Raises:
@@ -210,13 +207,12 @@ def make_policy(name: str, *, aging: float | None = None, tenant_weights: Mappin
     """
     if name not in _POLICIES:
         raise ValueError(f"scheduling_policy must be one of {', '.join(_POLICIES)}, got {name!r}")
-    options = {"aging": aging, "tenant_weights": tenant_weights}
-    given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        having = [repr(other) for other, policy in _POLICIES.items() if option in {f.name for f in fields(policy)}]
-        if repr(name) not in having:
-            raise ValueError(f"{option} has no effect with scheduling_policy {name!r}; use {' or '.join(having)}")
-    return _POLICIES[name](**given)
+    if aging is None:
+        return _POLICIES[name]()
+    aged = [other for other, policy in _POLICIES.items() if "aging" in {f.name for f in fields(policy)}]
+    if name not in aged:
+        raise ValueError(f"aging has no effect with scheduling_policy {name!r}; use {' or '.join(map(repr, aged))}")
+    return _POLICIES[name](aging=aging)
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:

@@ -18,7 +18,7 @@ class TenantQuota:
         max_requests: requests that wait, run or are held at once, each of `n` outputs counted; more are refused.
         max_running: requests that run at once; more wait.
         tokens_per_minute: prompt and output tokens. A request is charged with its prompt and `max_tokens` when it is
-            submitted, and what it has not sampled is given back when it ends. More are refused.
+            submitted, and what it has not had is given back when it ends. More are refused.
         requests_per_minute: requests submitted, each of `n` outputs counted; more are refused.
         kv_share: fraction of the blocks of the KV caches that its running requests may hold, in (0, 1]; more wait. One
             request may run however large it is.

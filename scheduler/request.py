@@ -6,10 +6,14 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from expertwire.scheduler.sampling_params import SAMPLING_DTYPE, SamplingParams
+
+if TYPE_CHECKING:
+    from expertwire.scheduler.tenants import Account
 
 _I32 = np.dtype(np.int32)
 _NO_IDS: frozenset[int] = frozenset()
@@ -81,6 +85,7 @@ class Request:
     row: int = -1  # of the running batch; -1 while it waits
     num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
     num_counted: int = 0  # tokens computed before it was preempted: their experts have been counted
+    account: Account = field(init=False)  # of its tenant; set by `Scheduler.submit`
     stop_ids: frozenset[int] = field(init=False)
     tokens: np.ndarray = field(init=False)  # i32: the prompt, and the output so far of one that was preempted or forked
     # Of `tokens`, see `BlockHasher.hash`. Empty while it runs, because the running batch has them, and
@@ -108,6 +113,11 @@ class Request:
     def held(self) -> bool:
         """Return whether it has used up its credit, unless it runs."""
         return len(self.tokens) >= self.credit_limit
+
+    @property
+    def has_run(self) -> bool:
+        """Return whether it has run, unless it runs."""
+        return self.num_cached >= 0
 
     def banned_ids(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
         """Return the ids that cannot be sampled before `min_tokens` output tokens, ascending."""

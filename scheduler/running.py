@@ -102,6 +102,7 @@ class RunningBatch:
         self.occupied_Z, self.running_Z, self.draining_Z = np.zeros((3, num_rows), bool)
         self.order_Z = np.zeros(num_rows, np.int64)  # of submission
         self.priority_Z = np.zeros(num_rows, np.int64)
+        self.tenant_Z = np.zeros(num_rows, np.int64)  # `Account.index`
         self.tables_CZ = np.zeros((num_caches, num_rows), row_loops.BLOCK_TABLE)
         # As wide as the longest request: pages that are never touched take no memory.
         width = config.blocks_for(config.max_model_len)
@@ -364,6 +365,11 @@ class RunningBatch:
     def sum_P(self, values_Z: np.ndarray) -> np.ndarray:
         """Return the sum of a value over each rank's running rows: [P], i64 or f64."""
         return np.where(self.running_Z, values_Z, 0).reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
+
+    def num_blocks_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of blocks in each row's block tables: i64 [C, S]."""
+        tables_CS = self.tables_CZ[:, rows]
+        return (tables_CS["num_blocks"] - tables_CS["num_dropped"]).astype(np.int64)
 
     def blocks_of(self, cache: int, row: int) -> np.ndarray:
         """Return the ids of a row's blocks: i32."""

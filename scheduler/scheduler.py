@@ -39,6 +39,7 @@ from expertwire.scheduler.policy import Fcfs, Policy
 from expertwire.scheduler.queue import AdmissionRate, WaitingQueue, reject
 from expertwire.scheduler.request import NO_HASHES, Request
 from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
+from expertwire.scheduler.tenants import Tenants
 
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
 _NO_ROWS = np.zeros(0, np.int64)
@@ -88,7 +89,11 @@ class Scheduler:
         self._batch = RunningBatch(config, cache_specs, self._pool)
         self._capacity = capacity(self._batch.caches, self._pool.num_blocks_C)
         self._queue = WaitingQueue()
-        self._admission = Admission(self._batch, self._queue, self._policy, balancing or LeastLoaded())
+        self._tenants = Tenants(config.tenant_quotas, config.default_tenant_quota)
+        balancing = balancing or LeastLoaded()
+        self._admission = Admission(
+            self._batch, self._queue, self._policy, balancing, quotas_hold=self._tenants.quotas_hold
+        )
         self._running: dict[int, Request] = {}
         self._held: dict[int, Request] = {}
         self._may_stop_V = np.zeros(config.vocab_size, bool)  # stop ids of the requests so far
@@ -126,7 +131,13 @@ class Scheduler:
             return Rejection(request.key, "INVALID_ARGUMENT", reason)
         if not self._queue:
             self._rate.reset()
-        if (rejection := reject(request, self.config, self._queue, self._rate, now)) is not None:
+        if (account := self._tenants.find(request.tenant, now)) is None:
+            message = "too many tenants that no quota names have requests: try later"
+            return Rejection(request.key, "RESOURCE_EXHAUSTED", message)
+        request.account = account
+        rejection = reject(request, self.config, self._queue, self._rate, now) or self._tenants.accept(request, now)
+        if rejection is not None:
+            account.num_refused += rejection.code == "RESOURCE_EXHAUSTED"
             return rejection
         if self._batch.hasher is not None:
             request.block_hashes = self._batch.hasher.hash(request.tokens, request.tenant, request.salt)
@@ -184,9 +195,10 @@ class Scheduler:
         """Forget a request: no further output. The next plan frees its slot and blocks. Unknown keys are ignored."""
         self._admission.forks.pop(key, None)
         if (request := self._running.get(key)) is not None:
-            self._end(np.array([request.row]))
+            self._close(np.array([request.row]))
         elif (request := self._queue.discard(key) or self._held.pop(key, None)) is not None:
             self._policy.dropped(request)
+            self._tenants.ended(request, len(request.tokens) if request.has_run else 0)
 
     def plan(self, now: float, *, report_load: bool = False, moves: ExpertMoves | None = None) -> StepPlan | None:
         """Return the next step, or None if there is nothing to compute, release, report or move.
@@ -249,6 +261,7 @@ class Scheduler:
 
         Counters since the start: prompt tokens of the admitted requests, how many of them were in
         the prefix cache, preemptions, and requests that ended because their logits were not finite.
+        `tenants` has both, see `Tenants.stats`; `tenants_forgotten` counts those that have left it.
         """
         pool, batch = self._pool, self._batch
         return {
@@ -260,6 +273,8 @@ class Scheduler:
             "outstanding_tokens": batch.sum_P(batch.limit_Z - batch.num_computed_Z).tolist(),
             "blocks": dict(zip((spec.name for spec in self.cache_specs), pool.num_blocks_C.tolist(), strict=True)),
             "blocks_used": {spec.name: pool.num_used(cache).tolist() for cache, spec in enumerate(self.cache_specs)},
+            "tenants": self._tenants.stats(),
+            "tenants_forgotten": self._tenants.num_forgotten,
             **self._counts,
         }
 
@@ -276,6 +291,7 @@ class Scheduler:
         ended = np.flatnonzero(batch.occupied_Z & ~batch.running_Z).tolist()
         assert ended == sorted(self._ended), (ended, self._ended)
         assert self._in_flight or not batch.in_flight_Z[rows].any(), "scheduled, but nothing in flight"
+        self._tenants.check_integrity(self._running.values(), batch.tenant_Z, len(self.unfinished()))
         assert all(child in self._queue and batch.running_Z[row] for child, row in self._admission.forks.items())
 
     # ---- planning: release, preempt, admit
@@ -332,7 +348,9 @@ class Scheduler:
             self._may_stop_V[list(requests[i].stop_ids)] = True
         for request, row in zip(requests, rows.tolist(), strict=True):
             request.row, request.block_hashes, request.record = row, NO_HASHES, b""  # the batch has them now
+            request.account.num_running += 1
             self._policy.admitted(request)
+        self._batch.tenant_Z[rows] = [request.account.index for request in requests]
         return rows, plan_fields(requests, record_A, tokens, token_offsets_A1, self._eos_token_ids)
 
     # ---- requests that end or return to the queue
@@ -350,14 +368,14 @@ class Scheduler:
                 finish_O[i] = OUT_OF_CREDIT if batch.on_credit_Z[row] else FinishReason.LENGTH
         held = np.flatnonzero(finish_O == OUT_OF_CREDIT)
         finish_O[held] = FinishReason.NONE
-        self._end(rows_O[np.flatnonzero(finish_O)])
+        self._close(rows_O[np.flatnonzero(finish_O)])
         self._suspend(rows_O[held])
 
     def _fail(self, keys: list[int]) -> None:
         """End requests whose logits are not finite. Nobody is to find what they have computed."""
         rows = np.array([self._running[key].row for key in keys])
         self._batch.forget(rows)
-        self._end(rows)
+        self._close(rows)
         self._counts["non_finite"] += len(keys)
 
     def _end(self, rows: np.ndarray) -> list[Request]:
@@ -365,7 +383,15 @@ class Scheduler:
         self._admission.forget_parents(rows)
         self._batch.running_Z[rows] = False
         self._ended += rows.tolist()
-        return [self._running.pop(key) for key in self._batch.key_Z[rows].tolist()]
+        requests = [self._running.pop(key) for key in self._batch.key_Z[rows].tolist()]
+        for request in requests:
+            request.account.num_running -= 1
+        return requests
+
+    def _close(self, rows: np.ndarray) -> None:
+        """End these rows' requests for good."""
+        for request, num_tokens in zip(self._end(rows), self._batch.num_known_Z[rows].tolist(), strict=True):
+            self._tenants.ended(request, num_tokens)
 
     def _suspend(self, rows: np.ndarray) -> None:
         """Stop running these rows' requests, which have nothing in flight; they continue later with their output so far."""

@@ -42,7 +42,7 @@ ENGINE_FLAGS = {
     "--numerics", "--attention-backend", "--max-model-len",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queued-requests", "--max-queued-requests-per-tenant",
     "--chunked-prefill-size", "--scheduling-policy",
-    "--aging", "--tenant-weights", "--enable-prefix-caching", "--no-enable-prefix-caching", "--block-size",
+    "--aging", "--enable-prefix-caching", "--no-enable-prefix-caching", "--block-size",
     "--kv-cache-dtype", "--kv-cache-memory-bytes", "--gpu-memory-utilization",
     "--num-redundant-experts", "--topology", "--eplb-step-interval", "--all2all-backend", "--all2all-table",
     "--dispatch-dtype",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from expertwire import LLM, SamplingParams
+from expertwire import LLM, SamplingParams, TenantQuota
 from expertwire.bench.bad_inputs.broken_checkpoints import (
     WEIGHTS,
     Change,
@@ -71,9 +71,9 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ({"scheduling_policy": "lottery"}, "scheduling_policy", "fcfs, priority, shortest, prefix, fair"),
     ({"scheduling_policy": "priority", "aging": -1}, "aging", "from 0 to"),
     ({"aging": 1.0}, "aging", "no effect", "'priority' or 'shortest'"),
-    ({"scheduling_policy": "fair", "tenant_weights": {"a": 0}}, "tenant_weights", "from 0.001 to", "'a'"),
-    ({"scheduling_policy": "fair", "tenant_weights": "a=1"}, "tenant_weights", "dictionary"),
-    ({"tenant_weights": {"a": 2}}, "tenant_weights", "no effect", "'fair'"),
+    ({"tenant_quotas": {"a": 2}}, "tenant_quotas['a']", "TenantQuota"),
+    ({"tenant_quotas": "a=1"}, "tenant_quotas", "dictionary"),
+    ({"tenant_quotas": {"a": TenantQuota(weight=2)}}, "tenant_quotas['a'].weight", "no effect", "'fair'"),
     ({"enable_prefix_caching": "yes"}, "enable_prefix_caching", "True or False"),
     ({"block_size": 0}, "block_size", ">= 1"),
     ({"kv_cache_memory_bytes": 1000}, "1000 bytes", "max_model_len = 2048", "1572864", "raise kv_cache_memory_bytes"),
@@ -218,7 +218,6 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("serve --ep-size two", "--ep-size", "'two'"),
     ("serve --ep-size 0 --port 0", "ep_size", ">= 1"),
     ("serve --scheduling-policy lottery", "--scheduling-policy", "fcfs, priority, shortest, prefix, fair"),
-    ("serve --tenant-weights a:1", "--tenant-weights", "NAME=NUMBER", "'a:1'"),
     ("serve --dtype float64", "--dtype", "auto, float32, bfloat16"),
     ("generate", "--prompt"),
     ("generate /no/such/folder --prompt x", "there is no folder '/no/such/folder'"),

@@ -24,11 +24,12 @@ from expertwire.scheduler.config import CacheSpec, SchedulerConfig
 from expertwire.scheduler.outputs import Rejection, StepOutputs
 from expertwire.scheduler.plan import StepPlan, StepResult
 from expertwire.scheduler.policy import make_policy
+from expertwire.scheduler.quotas import TenantQuota
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
 
-FORMAT = 4
+FORMAT = 5
 _ASKED = ("key", "branch", "seed", "priority", "tenant", "salt", "deadline", "credit")  # of a request, as they are
 
 
@@ -101,7 +102,10 @@ def replay(file: Path) -> Replayed:
     if head.get("format") != FORMAT:
         raise ValueError(f"{file} is not a log of scheduler calls of format {FORMAT}")
     tuples = {name: tuple(value) for name, value in head["config"].items() if isinstance(value, list)}
-    config = SchedulerConfig(**head["config"] | tuples)
+    quotas = {tenant: TenantQuota(**quota) for tenant, quota in head["config"]["tenant_quotas"].items()}
+    default = head["config"]["default_tenant_quota"]
+    others = default and TenantQuota(**default)
+    config = SchedulerConfig(**head["config"] | tuples | {"tenant_quotas": quotas, "default_tenant_quota": others})
     caches = tuple(CacheSpec(**spec) for spec in head["caches"])
     scheduler = Scheduler(config, caches, make_policy(head["policy"]))
     in_flight: dict[int, StepPlan] = {}

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from expertwire.scheduler.config import is_int, is_number
 from expertwire.scheduler.policy import make_policy
+from expertwire.scheduler.quotas import TenantQuota
 
 _MAX_NAME = 128  # characters
 _MAY_BE_ZERO = ("num_redundant_experts", "eplb_step_interval")
@@ -52,8 +53,9 @@ class EngineConfig:
             cache first) or "fair" (the tenant with the least service relative to its weight first).
         aging: how much a second of waiting counts, so that no request starves: in units of priority with the scheduling
             policy "priority", in tokens with "shortest"; None takes 0.1 and 100.
-        tenant_weights: weights of tenants for the scheduling policy "fair", as a dictionary (on the command line
-            a=1,b=3); other tenants have weight 1.
+        tenant_quotas: shares and limits of tenants, a dictionary of names and `TenantQuota`s; None: there are none. Not an
+            option of the command line: `serve` takes them from its file of tenants.
+        default_tenant_quota: `TenantQuota` of each tenant that `tenant_quotas` does not name; None sets no limits.
         enable_prefix_caching: reuse the KV blocks of earlier requests for prompts with the same prefix.
         block_size: number of tokens in a block of the KV cache.
         kv_cache_dtype: type of cached keys, values and latents: "auto" (that of activations) or "fp8" (e4m3, half the
@@ -104,7 +106,8 @@ class EngineConfig:
     chunked_prefill_size: int | None = None
     scheduling_policy: Literal["fcfs", "priority", "shortest", "prefix", "fair"] = "fcfs"
     aging: float | None = None
-    tenant_weights: Mapping[str, float] | None = None
+    tenant_quotas: Mapping[str, TenantQuota] | None = None
+    default_tenant_quota: TenantQuota | None = None
     enable_prefix_caching: bool = True
     block_size: int = 16
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
@@ -199,15 +202,25 @@ class EngineConfig:
             raise ValueError("all2all_table has no effect with ep_size 1, which exchanges no tokens; use more ranks")
 
     def _check_policy(self) -> None:
-        if self.tenant_weights is not None:
-            if not isinstance(self.tenant_weights, Mapping):
+        make_policy(self.scheduling_policy, aging=self.aging)
+        if self.tenant_quotas is not None:
+            if not isinstance(self.tenant_quotas, Mapping):
                 raise ValueError(
-                    f"tenant_weights must be a dictionary of names and weights, got {self.tenant_weights!r}"
+                    f"tenant_quotas must be a dictionary of names and TenantQuotas, got {self.tenant_quotas!r}"
                 )
-            object.__setattr__(self, "tenant_weights", dict(self.tenant_weights))
-            for tenant in self.tenant_weights:
-                check_name("tenant_weights: a tenant", tenant)
-        make_policy(self.scheduling_policy, aging=self.aging, tenant_weights=self.tenant_weights)
+            object.__setattr__(self, "tenant_quotas", dict(self.tenant_quotas))
+            for tenant in self.tenant_quotas:
+                check_name("tenant_quotas: a tenant", tenant)
+        quotas = {f"tenant_quotas[{tenant!r}]": quota for tenant, quota in (self.tenant_quotas or {}).items()}
+        if self.default_tenant_quota is not None:
+            quotas["default_tenant_quota"] = self.default_tenant_quota
+        for field, quota in quotas.items():
+            if not isinstance(quota, TenantQuota):
+                raise ValueError(f"{field} must be a TenantQuota, got {quota!r}")
+            if quota.weight != 1 and self.scheduling_policy != "fair":
+                raise ValueError(
+                    f"{field}.weight {quota.weight} has no effect with scheduling_policy {self.scheduling_policy!r}; use 'fair'"
+                )
 
     @property
     def num_micro_batches(self) -> int:

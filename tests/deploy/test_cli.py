@@ -56,9 +56,6 @@ def fails(capsys, *args: str) -> str:
         (["serve", "--ep-size", "two"], ["--ep-size", "two"]),
         (["serve", "--ep-size", "0"], ["ep_size", ">= 1", "0"]),
         (["serve", "--scheduling-policy", "lottery"], ["--scheduling-policy", "lottery", "fcfs", "fair"]),
-        (["serve", "--tenant-weights", "a:1"], ["--tenant-weights", "NAME=NUMBER", "a:1"]),
-        (["serve", "--tenant-weights", "a=1,a=2"], ["--tenant-weights", "once"]),
-        (["serve", "--tenant-weights", "a=1"], ["tenant_weights", "no effect", "'fair'"]),
         (["serve", "--scheduling-policy", "priority", "--aging", "-1"], ["aging", "from 0 to"]),
         (["serve", "--chunked-prefill-size", "0"], ["chunked_prefill_size", ">= 1"]),
         (["serve", "--max-num-batched-tokens", "0"], ["max_num_batched_tokens", ">= 1"]),
@@ -110,8 +107,6 @@ def test_options_reach_the_configuration():
     scheduling = [
         "--scheduling-policy",
         "fair",
-        "--tenant-weights",
-        "a=1,b=2.5",
         "--no-enable-prefix-caching",
         "--chunked-prefill-size",
         "64",
@@ -119,7 +114,6 @@ def test_options_reach_the_configuration():
     assert engine_config(parser.parse_args(["serve", "m", *scheduling])) == EngineConfig(
         model="m",
         scheduling_policy="fair",
-        tenant_weights={"a": 1, "b": 2.5},
         enable_prefix_caching=False,
         chunked_prefill_size=64,
     )

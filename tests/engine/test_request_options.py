@@ -11,6 +11,7 @@ from expertwire.deploy.options import help_texts
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import RequestOptions
 from expertwire.scheduler.policy import Priority, ShortestRemaining
+from expertwire.scheduler.quotas import TenantQuota
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,15 @@ def test_bad_ones_are_refused(values, error):
         ({"aging": 1.0}, "aging has no effect with scheduling_policy 'fcfs'; use 'priority' or 'shortest'"),
         ({"aging": -1, "scheduling_policy": "priority"}, "aging must be a number from 0 to"),
         ({"aging": float("nan"), "scheduling_policy": "shortest"}, "aging"),
-        ({"tenant_weights": {"a": 1}}, "tenant_weights has no effect with scheduling_policy 'fcfs'; use 'fair'"),
-        ({"tenant_weights": [1], "scheduling_policy": "fair"}, "tenant_weights must be a dictionary"),
         (
-            {"tenant_weights": {"a": 0}, "scheduling_policy": "fair"},
-            r"tenant_weights\['a'\] must be a number from 0.001",
+            {"tenant_quotas": {"a": TenantQuota(weight=2)}},
+            r"tenant_quotas\['a'\].weight 2 has no effect with scheduling_policy 'fcfs'; use 'fair'",
         ),
-        ({"tenant_weights": {1: 1}, "scheduling_policy": "fair"}, "tenant_weights: a tenant must be a string"),
+        ({"default_tenant_quota": TenantQuota(weight=2)}, "default_tenant_quota.weight 2 has no effect"),
+        ({"tenant_quotas": [1]}, r"tenant_quotas must be a dictionary of names and TenantQuotas, got \[1\]"),
+        ({"tenant_quotas": {"a": 2}}, r"tenant_quotas\['a'\] must be a TenantQuota, got 2"),
+        ({"default_tenant_quota": {}}, "default_tenant_quota must be a TenantQuota, got {}"),
+        ({"tenant_quotas": {1: TenantQuota()}}, "tenant_quotas: a tenant must be a string"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False"),
         ({"chunked_prefill_size": 0}, "chunked_prefill_size must be an integer >= 1"),
         ({"max_queued_requests_per_tenant": 0}, "max_queued_requests_per_tenant must be an integer >= 1"),
@@ -78,11 +81,11 @@ def test_bad_options_of_an_engine_are_refused(options, error):
 
 
 def test_an_engines_options_reach_other_processes():
-    weights = {"a": 1, "b": 2.5}
-    config = EngineConfig(model="m", scheduling_policy="fair", tenant_weights=weights)
-    weights["c"] = -1
+    quotas = {"a": TenantQuota(weight=2.5, max_running=3)}
+    config = EngineConfig(model="m", scheduling_policy="fair", tenant_quotas=quotas)
+    quotas["b"] = TenantQuota()
     assert pickle.loads(pickle.dumps(config)) == config
-    assert config.tenant_weights == {"a": 1, "b": 2.5}
+    assert config.tenant_quotas == {"a": TenantQuota(weight=2.5, max_running=3)}
 
 
 def test_the_documented_rates_of_aging_are_those_of_the_policies():

@@ -7,15 +7,18 @@ from hypothesis import strategies as st
 
 from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining, make_policy
 from expertwire.scheduler.queue import WaitingQueue
+from expertwire.scheduler.quotas import TenantQuota
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.tenants import Tenants
 
 
 class Line:
     """A queue and its policy; requests are admitted one at a time. `cached`: cached tokens by key."""
 
-    def __init__(self, policy, cached=None):
+    def __init__(self, policy, cached=None, **weights):
         self.policy, self.queue, self.keys = policy, WaitingQueue(), count()
+        self.tenants = Tenants({tenant: TenantQuota(weight=weight) for tenant, weight in weights.items()})
         self.cached = cached if cached is not None else {}
         self.num_lookups = 0
 
@@ -24,6 +27,7 @@ class Line:
             key=next(self.keys), prompt=np.zeros(1, np.int32), params=SamplingParams(), seed=0, limit=limit, **fields
         )
         request.arrival = now
+        request.account = self.tenants.find(request.tenant, now)
         request.place = self.policy.place(request, now)
         self.queue.add(request)
         return request
@@ -150,7 +154,7 @@ def admitted_tokens(requests, tenant):
 )
 def test_tenants_with_a_backlog_get_tokens_by_their_weights(weights, requests):
     weight = dict(zip("ab", weights, strict=True))
-    line = Line(FairShare(weight))
+    line = Line(FairShare(), **weight)
     for tenant, limit in requests:
         line.submit(tenant=tenant, limit=limit)
     largest = {tenant: max((limit for t, limit in requests if t == tenant), default=0) for tenant in "ab"}
@@ -163,7 +167,7 @@ def test_tenants_with_a_backlog_get_tokens_by_their_weights(weights, requests):
 
 
 def test_weights_of_one_and_three_are_a_quarter_and_three_quarters():
-    line = Line(FairShare({"large": 3}))
+    line = Line(FairShare(), large=3)
     for _ in range(400):
         line.submit(tenant="small")
         line.submit(tenant="large")
@@ -178,7 +182,7 @@ def test_weights_of_one_and_three_are_a_quarter_and_three_quarters():
     weight=st.sampled_from([0.5, 1, 3]),
 )
 def test_a_flood_delays_another_tenant_by_no_more_than_its_own_request(num_served, flood, mine, weight):
-    line = Line(FairShare({"mine": weight}))
+    line = Line(FairShare(), mine=weight)
     for _ in range(200):
         line.submit(tenant="flood", limit=flood)
     for _ in range(num_served):
@@ -284,7 +288,7 @@ def test_dropping_requests_from_before_a_gap_saves_up_nothing():
     st.lists(st.tuples(st.sampled_from(["add", "admit", "drop"]), st.integers(0, 99), st.integers(2, 30)), max_size=60)
 )
 def test_only_waiting_tenants_are_kept(operations):
-    line = Line(FairShare({"0": 0.3, "1": 0.7}))
+    line = Line(FairShare(), **{"0": 0.3, "1": 0.7})
     for operation, number, limit in operations:
         waiting = list(line.queue)
         if operation == "add":
@@ -299,7 +303,7 @@ def test_only_waiting_tenants_are_kept(operations):
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(2, 9), st.sampled_from(["admit", "drop", "wait"]))))
 def test_the_same_calls_give_the_same_order(calls):
     def play():
-        line = Line(FairShare({"a": 2.0}))
+        line = Line(FairShare(), a=2.0)
         admitted = []
         for number, (tenant, limit, then) in enumerate(calls):
             request = line.submit(float(number), tenant=tenant, limit=limit)
@@ -320,7 +324,7 @@ def test_the_same_calls_give_the_same_order(calls):
         ("priority", {"aging": 0}, Priority(0)),
         ("shortest", {"aging": 3.5}, ShortestRemaining(3.5)),
         ("prefix", {}, PrefixAffinity(128)),
-        ("fair", {"tenant_weights": {"a": 2.0}}, FairShare({"a": 2.0})),
+        ("fair", {}, FairShare()),
     ],
 )
 def test_policies_by_name(name, options, policy):
@@ -334,11 +338,9 @@ def test_policies_by_name(name, options, policy):
     [
         ("lifo", {}, "fcfs, priority, shortest, prefix, fair, got 'lifo'"),
         ("fcfs", {"aging": 1.0}, "aging has no effect with scheduling_policy 'fcfs'; use 'priority' or 'shortest'"),
-        ("prefix", {"tenant_weights": {}}, "tenant_weights has no effect with scheduling_policy 'prefix'; use 'fair'"),
         ("priority", {"aging": -1.0}, "aging must be a number from 0 to .*, got -1.0"),
         ("shortest", {"aging": float("nan")}, "aging must be a number from 0 to .*, got nan"),
         ("shortest", {"aging": True}, "aging must be a number from 0 to .*, got True"),
-        ("fair", {"tenant_weights": {"a": 0}}, r"tenant_weights\['a'\] must be a number from 0.001 to 1000, got 0"),
     ],
 )
 def test_errors_name_the_field_and_allowed_values(name, options, message):

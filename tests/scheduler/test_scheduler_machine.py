@@ -19,13 +19,14 @@ from hypothesis.stateful import (
 )
 
 from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
+from expertwire.scheduler.quotas import TenantQuota
 
 POLICIES = {
     "fcfs": Fcfs,
     "priority": lambda: Priority(aging=1.0),
     "shortest": lambda: ShortestRemaining(aging=10.0),
     "prefix": lambda: PrefixAffinity(window=3),
-    "fair": lambda: FairShare({"a": 1.0, "b": 3.0}),
+    "fair": FairShare,
 }
 
 
@@ -44,6 +45,8 @@ class Machine(RuleBasedStateMachine):
         overlap=st.booleans(),
         enable_prefix_caching=st.sampled_from([True, True, False]),
         policy=st.sampled_from(sorted(POLICIES)),
+        max_running=st.sampled_from([None, None, 1, 2]),
+        kv_share=st.sampled_from([None, None, 0.1, 0.5]),
     )
     def start(
         self,
@@ -58,6 +61,8 @@ class Machine(RuleBasedStateMachine):
         overlap,
         enable_prefix_caching,
         policy,
+        max_running,
+        kv_share,
     ):
         max_model_len = 24
         every = block_size * blocks_per_state
@@ -75,6 +80,7 @@ class Machine(RuleBasedStateMachine):
             ),
             max_queued_requests=6,
             enable_prefix_caching=enable_prefix_caching,
+            tenant_quotas={"b": TenantQuota(weight=3.0, max_running=max_running, kv_share=kv_share)},
         )
         self.cluster = SimCluster(self.config, POLICIES[policy](), specs=specs, overlap=overlap)
         self.requests = {}

@@ -113,7 +113,7 @@ def play(calls, ranks, rng, max_in_flight):
         lambda: Priority(aging=1.0),
         lambda: ShortestRemaining(aging=10.0),
         lambda: PrefixAffinity(window=3),
-        lambda: FairShare({"a": 1.0, "b": 3.0}),
+        FairShare,
     ],
     ids=["fcfs", "priority", "shortest", "prefix", "fair"],
 )
