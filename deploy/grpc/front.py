@@ -23,6 +23,7 @@ from expertwire.deploy.grpc.server import Server
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.frontend import Frontend
+from expertwire.engine.frontend.text_workers import TextWorkers
 
 NOTHING = np.zeros(0, np.uint8)
 FAILED_S = 3.0  # for which a front without an engine still answers, so that clients and health checks learn why
@@ -53,11 +54,11 @@ def front_main(args: FrontArgs) -> None:
     tokenizer = runtime.open_tokenizer(args.engine)
     to_controller = SocketChannel(socket.socket(fileno=args.controller))
     with contextlib.closing(Frontend(to_controller, tokenizer, watches=True)) as frontend:
-        asyncio.run(_serve(args.server, frontend, parent))
+        asyncio.run(_serve(args, frontend, parent))
 
 
-async def _serve(config: ServerConfig, frontend: Frontend, parent: SocketChannel) -> None:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+async def _serve(args: FrontArgs, frontend: Frontend, parent: SocketChannel) -> None:
+    config, stop, loop = args.server, asyncio.Event(), asyncio.get_running_loop()
 
     def listen_to_parent() -> None:
         try:
@@ -83,14 +84,17 @@ async def _serve(config: ServerConfig, frontend: Frontend, parent: SocketChannel
     certificates = config.certificates()
     credentials = None if certificates is None else certificates.credentials()
     server = Server(config.host, config.port, credentials=credentials, shares_port=True)
+    texts = TextWorkers(frontend, args.engine.model)
     refreshing = asyncio.create_task(keep_fresh([] if certificates is None else [certificates.files]))
     try:
         await server.serve(
             frontend,
             stop=stop,
             drain_timeout_s=config.drain_timeout_s,
+            texts=texts,
             on_ready=lambda: parent.send({"serving": NOTHING}),
             on_beat=beat,
         )
     finally:
+        texts.close()
         refreshing.cancel()

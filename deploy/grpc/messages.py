@@ -11,12 +11,11 @@ from typing import Any
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.api import LogprobDict, RequestOptions, Update
-from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.chat import JSON_FIELDS, Chat, ChatText
 from expertwire.engine.frontend.output_formats import OutputFormat
 from expertwire.scheduler.sampling_params import SamplingParams, check_lengths
 
 RETRY_AFTER = "retry-after-ms"  # key of the trailing metadata
-JSON_FIELDS = frozenset({"messages", "tools", "chat_template_kwargs"})  # of a chat
 FINISH_REASONS: Mapping[str, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -24,19 +23,18 @@ FINISH_REASONS: Mapping[str, pb.FinishReason] = {
 }
 
 
-def to_prompt(request: pb.GenerateRequest) -> str | list[int] | Chat:
-    """Return the prompt of a request.
+def to_prompt(request: pb.GenerateRequest) -> str | Sequence[int] | ChatText:
+    """Return the prompt of a request; nothing looks at its contents here.
 
     Raises:
-        ValueError: there is none, or it is a malformed chat; names the field and what is allowed.
+        ValueError: there is none.
     """
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise ValueError("prompt is missing: set text, token_ids or chat")
     if kind == "chat":
-        values = {field.name: _from_json(field.name, value) for field, value in request.chat.ListFields()}
-        return Chat(**{"messages": [], **values})
-    return request.text if kind == "text" else list(request.token_ids.ids)
+        return ChatText(fields={field.name: value for field, value in request.chat.ListFields()})
+    return request.text if kind == "text" else request.token_ids.ids
 
 
 def from_chat(chat: Chat) -> pb.Chat:
@@ -148,15 +146,6 @@ def from_update(update: Update) -> pb.Chunk:
     elif update.stop_reason is not None:
         chunk.stop_token_id = update.stop_reason
     return chunk
-
-
-def _from_json(field: str, value: Any) -> Any:
-    if field not in JSON_FIELDS:
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{field} must be JSON text: {error}") from error
 
 
 def _to_json(field: str, value: Any) -> Any:

@@ -14,6 +14,7 @@ from expertwire.deploy.grpc.servicer import GOODBYE_S, STALL_S, InferenceService
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.frontend.frontend import Frontend
+from expertwire.engine.frontend.text_workers import TextWorkers
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -62,6 +63,7 @@ class Server:
         *,
         stop: asyncio.Event,
         drain_timeout_s: float,
+        texts: TextWorkers | None = None,
         stall_s: float = STALL_S,
         on_ready: Callable[[], None] = lambda: None,
         on_beat: Callable[[], None] = lambda: None,
@@ -72,6 +74,7 @@ class Server:
             frontend: a frontend that watches its engine; left open.
             stop: set to end the service.
             drain_timeout_s: seconds for running requests to finish.
+            texts: as for `InferenceServicer`; left open.
             stall_s: as for `InferenceServicer`.
             on_ready: called when the server is ready.
             on_beat: called a few times a second while the loop works.
@@ -79,7 +82,7 @@ class Server:
         Returns:
             The message with which the engine failed, or "".
         """
-        servicer = InferenceServicer(frontend, stall_s)
+        servicer = InferenceServicer(frontend, texts, stall_s)
         health = HealthServicer(("", SERVICE), lambda: not servicer.problem and not servicer.draining)
         pb_grpc.add_InferenceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)

@@ -21,8 +21,9 @@ from expertwire.deploy.grpc.messages import RETRY_AFTER
 from expertwire.deploy.grpc.stream import OutputStream, StreamFailed
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
-from expertwire.engine.frontend.api import EngineFailed, RequestError
+from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
+from expertwire.engine.frontend.text_workers import TextWorkers
 
 MAX_REQUEST_ID = 256  # characters
 GOODBYE_S = 2.0  # for the last messages to be sent
@@ -40,6 +41,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     Args:
         frontend: used by the loop's thread only.
+        texts: tokenise what clients send; None does it on the loop.
         stall_s: a client that reads nothing for so many seconds, while there is output for it, loses its request.
 
     Attributes:
@@ -48,11 +50,12 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         draining: whether new requests are refused.
     """
 
-    def __init__(self, frontend: Frontend, stall_s: float = STALL_S) -> None:
+    def __init__(self, frontend: Frontend, texts: TextWorkers | None = None, stall_s: float = STALL_S) -> None:
         self.failure = ""
         self.failed = asyncio.Event()
         self.draining = False
         self._frontend = frontend
+        self._texts = texts or TextWorkers(frontend, None)
         self._stall_s = stall_s
         self._streams: dict[int, OutputStream] = {}  # by the frontend's request id
         self._ids: dict[str, int] = {}  # client's request id -> frontend's
@@ -145,22 +148,24 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     async def _open(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> tuple[int, OutputStream]:
         """Submit a request; return the frontend's id of it, and its stream."""
-        await self._check_alive(context)
-        if self.draining:
-            await context.abort(Code.UNAVAILABLE, "the server is draining and takes no new requests; ask another one")
+        await self._check_takes_requests(context)
         request_id = request.request_id or uuid.uuid4().hex
         if len(request_id) > MAX_REQUEST_ID:
             message = f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}"
             await context.abort(Code.INVALID_ARGUMENT, message)
-        if request_id in self._ids:
-            await context.abort(Code.ALREADY_EXISTS, f"a request with the id {request_id!r} is running")
+        await self._check_is_new(request_id, context)
         try:
-            params = grpc_messages.to_sampling_params(request.sampling_params)
-            tokens = self._frontend.encode(grpc_messages.to_prompt(request), params)
+            params, prompt = grpc_messages.to_sampling_params(request.sampling_params), grpc_messages.to_prompt(request)
+            tokens = await self._texts.encode(prompt, params, client=context.peer())
+            # Others have been served meanwhile.
+            await self._check_takes_requests(context)
+            await self._check_is_new(request_id, context)
             options = grpc_messages.to_options(request, context.time_remaining())
             number = self._frontend.submit(tokens, params, options)
         except ValueError as error:
             await context.abort(Code.INVALID_ARGUMENT, str(error))
+        except RequestFailed as failed:
+            await context.abort(Code.__members__[failed.error.code], failed.error.message)
         except EngineFailed as error:
             self._fail(error)
             await self._check_alive(context)
@@ -171,6 +176,15 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self._ids[request_id] = number
         self._idle.clear()
         return number, stream
+
+    async def _check_takes_requests(self, context: grpc.aio.ServicerContext) -> None:
+        await self._check_alive(context)
+        if self.draining:
+            await context.abort(Code.UNAVAILABLE, "the server is draining and takes no new requests; ask another one")
+
+    async def _check_is_new(self, request_id: str, context: grpc.aio.ServicerContext) -> None:
+        if request_id in self._ids:
+            await context.abort(Code.ALREADY_EXISTS, f"a request with the id {request_id!r} is running")
 
     def _opens_reasoning(self, tokens: np.ndarray) -> bool:
         tokenizer = self._frontend.tokenizer

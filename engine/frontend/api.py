@@ -105,6 +105,14 @@ class Update(NamedTuple):
     done: bool = False
 
 
+class RequestFailed(Exception):
+    """A request ends with an error that is not its client's fault alone; `error` says which."""
+
+    def __init__(self, error: RequestError) -> None:
+        super().__init__(f"{error.code}: {error.message}")
+        self.error = error
+
+
 class EngineFailed(RuntimeError):
     """The engine has failed and can generate nothing more.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 # Names of the template variable that turns thinking on or off; a template reads at most one of them.
+JSON_FIELDS = frozenset({"messages", "tools", "chat_template_kwargs"})
 THINKING = ("enable_thinking", "thinking")
 
 
@@ -66,6 +68,30 @@ class Chat:
             raise ValueError("reasoning_effort is set twice: as an argument and in chat_template_kwargs")
         if self.thinking is not None and (twice := next((name for name in THINKING if name in names), None)):
             raise ValueError(f"thinking is set twice: as an argument and as {twice!r} in chat_template_kwargs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatText:
+    """A chat as it arrives: fields of `Chat`, of which those in `JSON_FIELDS` are JSON text that nobody has parsed."""
+
+    fields: Mapping[str, Any]
+
+    def parse(self) -> Chat:
+        """Return the chat.
+
+        Raises:
+            ValueError: a field is not JSON, or the chat is malformed; names the field and what is allowed.
+        """
+        return Chat(**{"messages": [], **{name: _from_json(name, value) for name, value in self.fields.items()}})
+
+
+def _from_json(field: str, value: Any) -> Any:
+    if field not in JSON_FIELDS:
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{field} must be JSON text: {error}") from error
 
 
 def _is_list_of_objects(value: Any) -> bool:

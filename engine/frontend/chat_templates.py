@@ -78,13 +78,18 @@ class ChatTemplates:
         found = frozenset().union(*(compiled.reads for compiled in self._templates.values()))
         return tuple(sorted(found - {"messages", "tools", "add_generation_prompt"} - self._special_tokens.keys()))
 
-    def render(self, chat: Chat) -> str:
+    def render(self, chat: Chat, max_chars: int | None = None) -> str:
         """Return the prompt of a chat.
 
         A variable that the template does not read is an error; transformers ignores it.
 
+        Args:
+            chat: the chat.
+            max_chars: most characters of the prompt; None: no limit.
+
         Raises:
-            ValueError: there is no template, it does not read a variable of the chat, or it refuses the messages.
+            ValueError: there is no template, it does not read a variable of the chat, it refuses the messages, or its text is too
+                long.
         """
         compiled = self._choose(chat.chat_template, chat.tools is not None)
         context = {
@@ -102,7 +107,7 @@ class ChatTemplates:
         if chat.continue_final_message:
             messages[-1] = _marked(messages[-1])
         try:
-            text = compiled.template.render({**context, "messages": messages})
+            text = _join(compiled.template.generate({**context, "messages": messages}), max_chars)
         except _TEMPLATE_FAULTS as error:
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
         return _cut(text) if chat.continue_final_message else text
@@ -211,6 +216,19 @@ def _cut(text: str) -> str:
     if not found:
         raise ValueError("continue_final_message: the chat template leaves out the end of the last message")
     return before if after.startswith(" ") else before.rstrip()
+
+
+def _join(pieces: Iterable[str], max_chars: int | None) -> str:
+    """Return the pieces of a text; stop where it is too long."""
+    if max_chars is None:
+        return "".join(pieces)
+    kept, size = [], 0
+    for piece in pieces:
+        kept.append(piece)
+        size += len(piece)
+        if size > max_chars:
+            raise ValueError(f"its text must have at most {max_chars} characters")
+    return "".join(kept)
 
 
 def _plain(value: Any) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from expertwire.engine.config.engine_config import ModelInfo
-from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.chat import Chat, ChatText
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
 
-Prompt = str | Sequence[int] | np.ndarray | Chat
+Prompt = str | Sequence[int] | np.ndarray | Chat | ChatText
 
 
 def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer | None) -> np.ndarray:
@@ -20,21 +20,45 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
     Raises:
         ValueError: the engine cannot serve them; names the field and what is allowed.
     """
-    if params.stop and tokenizer is None:
+    check_params(params, info, has_tokenizer=tokenizer is not None)
+    if isinstance(prompt, (str, Chat, ChatText)):
+        check_has_tokenizer(prompt, tokenizer is not None)
+        assert tokenizer is not None
+        tokens = np.array(tokenize(prompt, tokenizer), np.int64)
+    else:
+        tokens = _to_array(prompt, info)
+    check_tokens(tokens, params, info)
+    return tokens.astype(np.int32)
+
+
+def tokenize(prompt: str | Chat | ChatText, tokenizer: Tokenizer, max_chars: int | None = None) -> list[int]:
+    """Return the tokens of a text or a chat.
+
+    Args:
+        prompt: the text or chat.
+        tokenizer: the model's.
+        max_chars: most characters of the text that a chat is rendered to; None: no limit.
+
+    Raises:
+        ValueError: the text is not valid Unicode, or the chat cannot be rendered.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    chat = prompt.parse() if isinstance(prompt, ChatText) else prompt
+    return tokenizer.encode_chat(chat, max_chars)
+
+
+def check_params(params: SamplingParams, info: ModelInfo, *, has_tokenizer: bool) -> None:
+    """Check parameters against the model, before anybody looks at the prompt.
+
+    Raises:
+        ValueError: the engine cannot serve them; names the field and what is allowed.
+    """
+    if params.stop and not has_tokenizer:
         raise ValueError("stop needs a tokenizer, and the model has none; use stop_token_ids")
-    tokens = _encode(prompt, tokenizer) if isinstance(prompt, (str, Chat)) else _check_tokens(prompt)
-    if len(tokens) == 0:
-        raise ValueError("prompt must have at least one token, got none")
-    if len(tokens) >= info.max_model_len:
-        raise ValueError(
-            f"prompt has {len(tokens)} tokens; max_model_len {info.max_model_len} allows at most "
-            f"{info.max_model_len - 1}, as one output token must fit"
-        )
-    _check_ids("prompt", (int(tokens.min()), int(tokens.max())), info.vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
     _check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
     _check_bans(params, info)
-    params.check_cost(len(tokens), info.max_model_len)
     for field in ("max_queued_requests", "max_queued_requests_per_tenant"):
         if params.n > (allowed := getattr(info, field)):
             raise ValueError(f"n must be at most {field} = {allowed}, got {params.n}")
@@ -45,21 +69,45 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
             raise ValueError(
                 f"{field} must be at most the vocabulary's {info.vocab_size}, got {getattr(params, field)}"
             )
-    return tokens.astype(np.int32)
 
 
-def _encode(prompt: str | Chat, tokenizer: Tokenizer | None) -> np.ndarray:
-    if tokenizer is None:
-        kind = "chat" if isinstance(prompt, Chat) else "text prompt"
+def check_tokens(tokens: np.ndarray, params: SamplingParams, info: ModelInfo) -> None:
+    """Check the tokens of a prompt, whose parameters have been checked.
+
+    Raises:
+        ValueError: the engine cannot serve them; names the field and what is allowed.
+    """
+    check_length(len(tokens), info)
+    _check_ids("prompt", (int(tokens.min()), int(tokens.max())), info.vocab_size)
+    params.check_cost(len(tokens), info.max_model_len)
+
+
+def check_length(num_tokens: int, info: ModelInfo) -> None:
+    """Check the number of tokens of a prompt.
+
+    Raises:
+        ValueError: there are none, or more than the model can take.
+    """
+    if num_tokens == 0:
+        raise ValueError("prompt must have at least one token, got none")
+    if num_tokens >= info.max_model_len:
+        raise ValueError(
+            f"prompt has {num_tokens} tokens; max_model_len {info.max_model_len} allows at most "
+            f"{info.max_model_len - 1}, as one output token must fit"
+        )
+
+
+def check_has_tokenizer(prompt: str | Chat | ChatText, has_tokenizer: bool) -> None:
+    """Raise ValueError for a text or chat that nothing can tokenise."""
+    if not has_tokenizer:
+        kind = "text prompt" if isinstance(prompt, str) else "chat"
         raise ValueError(f"a {kind} needs a tokenizer, and the model has none; send token ids")
-    return np.array(tokenizer.encode_chat(prompt) if isinstance(prompt, Chat) else tokenizer.encode(prompt), np.int64)
 
 
-def _check_tokens(prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+def _to_array(prompt: Sequence[int] | np.ndarray, info: ModelInfo) -> np.ndarray:
     if not isinstance(prompt, (Sequence, np.ndarray)) or isinstance(prompt, (bytes, bytearray)):
         raise ValueError(f"prompt must be a string or a list of token ids, got {type(prompt).__name__}")
-    if len(prompt) == 0:
-        return np.zeros(0, np.int64)
+    check_length(len(prompt), info)
     try:
         tokens = np.asarray(prompt)
     except (ValueError, OverflowError):

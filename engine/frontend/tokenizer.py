@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from expertwire.engine.frontend import tiktoken_files
+from expertwire.engine.frontend import text_bounds, tiktoken_files
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.chat_templates import ChatTemplates
 from expertwire.engine.frontend.output_formats import OutputFormat, output_format_of
@@ -76,6 +76,11 @@ class Tokenizer:
         """Number of tokens, including added ones."""
         return self._backend.get_vocab_size()
 
+    @functools.cached_property
+    def max_token_bytes(self) -> int:
+        """Most bytes of text (UTF-8) that one token may stand for; see `text_bounds`."""
+        return text_bounds.max_token_bytes(self._backend)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; special tokens written in it are recognised.
 
@@ -107,8 +112,12 @@ class Tokenizer:
         ids = map(self._backend.token_to_id, self.output_format.end_of_turn)
         return tuple(token for token in ids if token is not None)
 
-    def render_chat(self, chat: Chat) -> str:
+    def render_chat(self, chat: Chat, max_chars: int | None = None) -> str:
         """Return the prompt text of a chat.
+
+        Args:
+            chat: the chat.
+            max_chars: most characters of the text; None: no limit.
 
         Raises:
             ValueError: as `ChatTemplates.render`; or the output format has no such `reasoning_effort`.
@@ -118,11 +127,11 @@ class Tokenizer:
             raise ValueError(
                 f"reasoning_effort must be one of {', '.join(efforts)}, got {chat.reasoning_effort!r:.100}"
             )
-        return self._chat_templates.render(chat)
+        return self._chat_templates.render(chat, max_chars)
 
-    def encode_chat(self, chat: Chat) -> list[int]:
-        """Return the token ids of a chat. No special tokens are added: the template writes them."""
-        return self.encode(self.render_chat(chat), add_special_tokens=False)
+    def encode_chat(self, chat: Chat, max_chars: int | None = None) -> list[int]:
+        """Return the token ids of a chat. No special tokens are added: the template writes them. Raise as `render_chat`."""
+        return self.encode(self.render_chat(chat, max_chars), add_special_tokens=False)
 
     def token_text(self, token: int) -> str:
         """Return the text of one token within a sequence, with U+FFFD for an incomplete character."""

@@ -72,7 +72,7 @@ def test_chats_arrive_as_they_were_sent():
         Chat(messages=messages, thinking=False, add_generation_prompt=False, continue_final_message=True),
     ):
         request = pb.GenerateRequest(chat=grpc_messages.from_chat(chat))
-        arrived = grpc_messages.to_prompt(pb.GenerateRequest.FromString(request.SerializeToString()))
+        arrived = grpc_messages.to_prompt(pb.GenerateRequest.FromString(request.SerializeToString())).parse()
         assert arrived == chat
         assert str(arrived) == str(chat)  # with the keys in the same order, and 1.0 no integer
 
