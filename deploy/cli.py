@@ -128,7 +128,8 @@ def _add_generate(commands: Any) -> None:
         "generate", help="generate text without a server", description="Generate text without a server."
     )
     parser.add_argument("--prompt", action="append", required=True, help="prompt text; may be repeated")
-    add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_FIELDS)
+    group = parser.add_argument_group("sampling", "defaults in the model's generation_config.json come first")
+    add_options(group, SamplingParams, SAMPLING_FIELDS)
     add_engine_options(parser)
     parser.set_defaults(command=_generate)
 
@@ -137,9 +138,11 @@ def _generate(args: argparse.Namespace) -> int:
     """Print the outputs: a single one token by token, several in order with headings."""
     from expertwire.deploy.runtime import open_frontend
 
-    params = SamplingParams(**set_fields(args, SAMPLING_FIELDS))
-    is_single = len(args.prompt) == params.n == 1
+    fields = set_fields(args, SAMPLING_FIELDS)
+    SamplingParams(**fields)  # before the model is loaded
     with open_frontend(engine_config(args)) as frontend:
+        params = frontend.model_info.sampling_params(**fields)
+        is_single = len(args.prompt) == params.n == 1
         ids = [frontend.submit(frontend.encode(prompt, params), params) for prompt in args.prompt]
         texts = {(request_id, branch): "" for request_id in ids for branch in range(params.n)}
         while frontend.num_open:

@@ -17,7 +17,10 @@ from expertwire.engine.config.engine_config import EngineConfig
 
 # The groups of the engine's options in --help; "engine" has those that are in no other.
 ENGINE_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "model": ("dtype", "device", "load_format", "quantization", "numerics", "attention_backend", "max_model_len", "seed"),
+    "model": (
+        "dtype", "device", "load_format", "generation_config",
+        "quantization", "numerics", "attention_backend", "max_model_len", "seed",
+    ),
     "ranks": ("ep_size", "launcher", "ray_address", "threads_per_rank", "start_timeout_s", "step_timeout_s"),
     "scheduling": (
         "max_num_seqs", "max_num_batched_tokens", "chunked_prefill_size", "max_queued_requests",

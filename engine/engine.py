@@ -16,6 +16,7 @@ from typing import IO
 from expertwire.comm.control.channel import SocketChannel
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
+from expertwire.engine.config.generation_config import default_sampling_params
 from expertwire.engine.config.validation import validate
 from expertwire.engine.frontend.api import EngineFailed
 from expertwire.engine.frontend_hub import send_connection
@@ -55,6 +56,7 @@ class Engine:
             config=config,
             model=model,
             max_model_len=max_model_len,
+            default_sampling_params=default_sampling_params(config.model, config.generation_config),
             hub_address=launcher.hub_address(),
             token=token,
         )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class ControllerArgs:
     max_model_len: int
     hub_address: str
     token: str
+    default_sampling_params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ def _model_info(args: ControllerArgs, sizes: CacheSizes, device: str, all_to_all
         max_queued_requests=config.max_queued_requests,
         max_queued_requests_per_tenant=config.max_queued_requests_per_tenant or config.max_queued_requests,
         seed=config.seed,
+        default_sampling_params=args.default_sampling_params,
     )
 
 

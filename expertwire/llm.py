@@ -64,6 +64,10 @@ class LLM:
         """The tokenizer; None for random weights (`load_format="dummy"`) of a folder without one."""
         return self._frontend.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the model's defaults, which `generation_config` chooses."""
+        return self.model_info.sampling_params()
+
     def generate(
         self,
         prompts: Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]],
@@ -81,7 +85,7 @@ class LLM:
         Args:
             prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these; a
                 dictionary may have its own "cache_salt".
-            sampling_params: for all prompts, or a list with one for each; None takes the defaults.
+            sampling_params: for all prompts, or a list with one for each; None takes `get_default_sampling_params`.
             use_tqdm: show a progress bar.
             priority: for all prompts, or one for each; lower is served earlier with the scheduling policy "priority". None: 0.
             tenant: name for fair sharing and limits, for all prompts or one for each. None: "".
@@ -175,7 +179,7 @@ class LLM:
     ) -> list[Job]:
         if not self._closing.alive:
             raise ValueError("this LLM is closed")
-        sampling_params = SamplingParams() if sampling_params is None else sampling_params
+        sampling_params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = _one_each("sampling_params", sampling_params, len(prompts))
         jobs = []
         for index, ((text, prompt), param, option) in enumerate(zip(prompts, params, options, strict=True)):

@@ -228,7 +228,8 @@ class Admission:
 
 def token_limit(request: Request, config: SchedulerConfig) -> int:
     """Return the most prompt and output tokens: `max_tokens` is cut to what `max_model_len` leaves for it."""
-    return min(len(request.prompt) + request.params.max_tokens, config.max_model_len)
+    length = len(request.prompt)
+    return length + request.params.most_output_tokens(length, config.max_model_len)
 
 
 class Capacity(NamedTuple):

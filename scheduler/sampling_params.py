@@ -45,7 +45,7 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose probabilities add up to this, in (0, 1].
         top_k: keep the k most probable tokens; -1 keeps all.
         min_p: drop tokens below this fraction of the most probable one, in [0, 1].
-        max_tokens: output tokens at most.
+        max_tokens: output tokens at most; None: as many as fit in `max_model_len` after the prompt.
         min_tokens: end-of-sequence and stop ids cannot be sampled before this many output tokens.
         seed: draws are a function of (seed, branch, position) alone; None picks one and reports it.
         stop: strings that end the output; not part of the returned text. At most 1,024, of 65,536 characters together.
@@ -71,7 +71,7 @@ class SamplingParams:
     top_p: float = rank_field(1.0, np.float32)
     top_k: int = -1
     min_p: float = rank_field(0.0, np.float32, low=0.0, high=1.0)
-    max_tokens: int = 16
+    max_tokens: int | None = None
     min_tokens: int = 0
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
@@ -124,12 +124,12 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         if not is_int(self.top_k) or (self.top_k < 1 and self.top_k not in (-1, 0)):
             raise ValueError(f"top_k must be -1 (all) or an integer >= 1, got {self.top_k!r}")
-        if not is_int(self.max_tokens) or self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be an integer >= 1, got {self.max_tokens!r}")
-        if not is_int(self.min_tokens) or not 0 <= self.min_tokens <= self.max_tokens:
-            raise ValueError(
-                f"min_tokens must be an integer in [0, max_tokens = {self.max_tokens}], got {self.min_tokens!r}"
-            )
+        if self.max_tokens is not None and (not is_int(self.max_tokens) or self.max_tokens < 1):
+            raise ValueError(f"max_tokens must be None (what fits) or an integer >= 1, got {self.max_tokens!r}")
+        most = 2**31 - 1 if self.max_tokens is None else self.max_tokens
+        if not is_int(self.min_tokens) or not 0 <= self.min_tokens <= most:
+            bound = str(most) if self.max_tokens is None else f"max_tokens = {most}"
+            raise ValueError(f"min_tokens must be an integer in [0, {bound}], got {self.min_tokens!r}")
         if self.seed is not None and (not is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed must be None or a 64-bit integer, got {self.seed!r}")
         if not is_int(self.n) or not 1 <= self.n <= MAX_BRANCHES:
@@ -142,13 +142,18 @@ class SamplingParams:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
 
+    def most_output_tokens(self, num_prompt_tokens: int, max_model_len: int) -> int:
+        """Return the number of tokens at which an output ends."""
+        room = max_model_len - num_prompt_tokens
+        return room if self.max_tokens is None else min(self.max_tokens, room)
+
     def check_cost(self, num_prompt_tokens: int, max_model_len: int) -> None:
         """Refuse a request for more tokens and log-probabilities than one request may have.
 
         Raises:
             ValueError: names the fields and the number that is allowed.
         """
-        num_tokens = min(self.max_tokens, max_model_len - num_prompt_tokens)
+        num_tokens = self.most_output_tokens(num_prompt_tokens, max_model_len)
         if (total := self.n * num_tokens * (1 + (self.logprobs or 0))) > MAX_OUTPUT_ENTRIES:
             raise ValueError(
                 f"n x max_tokens x (1 + logprobs) must be at most {MAX_OUTPUT_ENTRIES}, got {self.n} x {num_tokens} x "

@@ -39,7 +39,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 ENGINE_FLAGS = {
     "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--mock-step-time", "--quantization",
-    "--numerics", "--attention-backend", "--max-model-len",
+    "--numerics", "--attention-backend", "--max-model-len", "--generation-config",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queued-requests", "--max-queued-requests-per-tenant",
     "--chunked-prefill-size", "--scheduling-policy",
     "--aging", "--enable-prefix-caching", "--no-enable-prefix-caching", "--block-size",

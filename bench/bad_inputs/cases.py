@@ -262,7 +262,7 @@ SAMPLING: tuple[tuple[Any, ...], ...] = (
     ({"top_k": -2}, "top_k", "-1 (all)"),
     ({"min_p": 1.5}, "min_p", "[0, 1]"),
     ({"max_tokens": 0}, "max_tokens", ">= 1"),
-    ({"min_tokens": 20}, "min_tokens", "[0, max_tokens = 16]"),
+    ({"min_tokens": 20, "max_tokens": 16}, "min_tokens", "[0, max_tokens = 16]"),
     ({"seed": 2**63}, "seed", "64-bit"),
     ({"stop": ""}, "stop", "non-empty strings"),
     ({"stop": 5}, "stop", "list of strings"),

@@ -61,15 +61,15 @@ def to_options(request: pb.GenerateRequest, deadline_s: float | None) -> Request
     )
 
 
-def to_sampling_params(message: pb.SamplingParams) -> SamplingParams:
-    """Return the sampling parameters of a message.
+def to_sampling_params(message: pb.SamplingParams, info: ModelInfo) -> SamplingParams:
+    """Return the sampling parameters of a message; fields that are not set have the model's defaults.
 
     Raises:
         ValueError: names the field and the values it allows.
     """
     fields = {field.name: value for field, value in message.ListFields()}
     check_lengths(fields)
-    return SamplingParams(**{name: _plain(value) for name, value in fields.items()})
+    return info.sampling_params(**{name: _plain(value) for name, value in fields.items()})
 
 
 def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
@@ -93,7 +93,7 @@ def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
 def from_model_info(info: ModelInfo, output_format: OutputFormat | None, chat_variables: Sequence[str]) -> pb.ModelInfo:
     """Return the message of `info`, with the output format and the chat template's variables."""
     values = dataclasses.asdict(info)
-    del values["path"], values["all_to_all"]
+    del values["path"], values["all_to_all"], values["default_sampling_params"]
     values["output_format"] = None if output_format is None else from_output_format(output_format)
     version = importlib.metadata.version("expertwire")
     return pb.ModelInfo(version=version, chat_variables=chat_variables, **values)

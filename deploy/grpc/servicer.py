@@ -155,7 +155,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             await context.abort(Code.INVALID_ARGUMENT, message)
         await self._check_is_new(request_id, context)
         try:
-            params, prompt = grpc_messages.to_sampling_params(request.sampling_params), grpc_messages.to_prompt(request)
+            params = grpc_messages.to_sampling_params(request.sampling_params, self._frontend.model_info)
+            prompt = grpc_messages.to_prompt(request)
             tokens = await self._texts.encode(prompt, params, client=context.peer())
             # Others have been served meanwhile.
             await self._check_takes_requests(context)

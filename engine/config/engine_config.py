@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from expertwire.scheduler.config import is_int, is_number
 from expertwire.scheduler.policy import make_policy
 from expertwire.scheduler.quotas import TenantQuota
+from expertwire.scheduler.sampling_params import SamplingParams
 
 _MAX_NAME = 128  # characters
 _MAY_BE_ZERO = ("num_redundant_experts", "eplb_step_interval")
@@ -31,6 +32,9 @@ class EngineConfig:
         load_format: "auto" (safetensors), "dummy" (random weights with the model's shapes) or "mock" (no model at all:
             ranks that compute nothing answer with pseudo-random tokens, to measure scheduler, fronts and clients).
         mock_step_time_s: seconds that a step of the load format "mock" takes at least, up to 1.
+        generation_config: defaults of sampling parameters that a request leaves unset: "auto" (those of the model's
+            generation_config.json, if it has one), "model" (the same, and its lack is an error) or "none" (those of
+            `SamplingParams`).
         quantization: format in which to hold experts that the checkpoint stores unquantised: "fp8" (blocks of
             128 x 128), "int4" or "mxfp4" (groups of 32); None keeps them as they are.
         numerics: "invariant" (the log-probabilities of a token have the same bits in any batch, with any chunking, with
@@ -95,6 +99,7 @@ class EngineConfig:
     ray_address: str | None = None
     load_format: Literal["auto", "dummy", "mock"] = "auto"
     mock_step_time_s: float = 0.0
+    generation_config: Literal["auto", "model", "none"] = "auto"
     quantization: Literal["fp8", "int4", "mxfp4"] | None = None
     numerics: Literal["invariant", "fast"] = "invariant"
     attention_backend: Literal["triton", "flashinfer"] = "triton"
@@ -277,6 +282,16 @@ class ModelInfo:
     max_queued_requests: int
     max_queued_requests_per_tenant: int
     seed: int
+    # Of requests that leave them unset; fields that are not here have the defaults of `SamplingParams`.
+    default_sampling_params: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def sampling_params(self, **fields: Any) -> SamplingParams:
+        """Return sampling parameters with the model's defaults where `fields` does not set them.
+
+        Raises:
+            ValueError: names the field and the values it allows.
+        """
+        return SamplingParams(**{**self.default_sampling_params, **fields})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

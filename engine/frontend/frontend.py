@@ -141,7 +141,8 @@ class Frontend:
         ids = range(self._next_sequence_id, self._next_sequence_id + params.n)
         self._next_sequence_id = ids.stop
         window = max(_MIN_WINDOW, _WINDOW // (1 + (params.logprobs or 0)))
-        credit = window if params.max_tokens > window else None
+        most = params.most_output_tokens(len(tokens), self.model_info.max_model_len)
+        credit = window if most > window else None
         shape = self.model_info.num_layers, self.model_info.num_experts
         for index, sequence_id in enumerate(ids):
             stream = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)

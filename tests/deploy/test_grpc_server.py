@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 
 import grpc
@@ -136,13 +137,24 @@ async def test_log_probabilities(run):
 
 
 @scenario()
+async def test_unset_fields_take_the_model_s_defaults(run):
+    defaults = {"temperature": 0.6, "top_k": 20}
+    run.frontend.model_info = dataclasses.replace(run.frontend.model_info, default_sampling_params=defaults)
+    call = run.generate(top_k=-1)
+    await run.submitted()
+    ((_, params),) = run.frontend.submitted
+    assert (params.temperature, params.top_k, params.top_p) == (0.6, -1, 1.0)
+    call.cancel()
+
+
+@scenario()
 async def test_unset_fields_take_our_defaults_and_zeros_are_values(run):
     calls = [run.generate(), run.generate(temperature=0.0, min_p=0.0, seed=0, ignore_eos=False, logprobs=0)]
     await run.submitted(2)
     default, zeros = sorted((params for _, params in run.frontend.submitted), key=lambda params: -params.temperature)
     assert (default.temperature, default.max_tokens, default.top_k, default.seed, default.logprobs) == (
         1,
-        16,
+        None,
         -1,
         None,
         None,

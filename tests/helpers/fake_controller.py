@@ -251,7 +251,8 @@ class ThreadController:
                 prompt_rows += [PromptRow(wire, i, -float(i), 1) for i in range(1, len(request.prompt))]
             token = next_token(request.prompt, request.branch, request.num_outputs)
             request.num_outputs += 1
-            finish = FinishReason.LENGTH if request.num_outputs == params.max_tokens else FinishReason.NONE
+            most = params.most_output_tokens(len(request.prompt), self._info.max_model_len)
+            finish = FinishReason.LENGTH if request.num_outputs == most else FinishReason.NONE
             top = {token: -0.5} if params.logprobs else {}
             cached = len(request.prompt) // 2 + request.branch
             rows.append(Row(wire, token, finish, logprob=-0.5, rank=1, top=top, num_cached=cached))

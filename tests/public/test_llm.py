@@ -109,7 +109,7 @@ def test_prompts_of_every_form_in_their_order(start):
 def test_one_prompt_without_parameters(start, prompt):
     llm, _ = start()
     [output] = llm.generate(prompt, use_tqdm=False)
-    assert len(output.outputs[0].token_ids) == 16
+    assert len(output.outputs[0].token_ids) == INFO.max_model_len - len(output.prompt_token_ids)
 
 
 def test_no_prompts(start):
@@ -329,7 +329,7 @@ def test_an_interrupt_leaves_it_usable(start, interruptible):
     assert llm.stats() == {"num_requests": 0}
     engine.controller.paused.clear()
     [output] = llm.generate([[4, 5]], use_tqdm=False)
-    assert output.outputs[0].token_ids == expected([4, 5], 16)
+    assert output.outputs[0].token_ids == expected([4, 5], INFO.max_model_len - 2)
 
 
 def test_an_interrupt_waits_for_its_turn_unless_repeated(interruptible):
@@ -356,7 +356,7 @@ def test_generate_from_another_thread(start):
     thread = threading.Thread(target=lambda: outputs.extend(llm.generate([[4, 5]], use_tqdm=False)))
     thread.start()
     thread.join(30)
-    assert outputs[0].outputs[0].token_ids == expected([4, 5], 16)
+    assert outputs[0].outputs[0].token_ids == expected([4, 5], INFO.max_model_len - 2)
 
 
 def test_progress(start, capsys):
@@ -409,7 +409,7 @@ class TestTokenizer:
         llm, _ = start(tmp_path, config={"load_format": "dummy"})
         assert llm.tokenizer is None
         [output] = llm.generate([4, 5], use_tqdm=False)
-        assert (output.outputs[0].text, len(output.outputs[0].token_ids)) == ("", 16)
+        assert (output.outputs[0].text, len(output.outputs[0].token_ids)) == ("", INFO.max_model_len - 2)
         for call in (lambda: llm.generate("text"), lambda: llm.chat([{"role": "user", "content": "a"}])):
             with pytest.raises(ValueError, match="needs a tokenizer"):
                 call()
