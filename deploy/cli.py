@@ -14,9 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.deploy.grpc.config import Limits, ServerConfig
 from expertwire.deploy.options import (
     EXPLAINED_FIELDS,
+    LIMIT_FIELDS,
     SERVER_FIELDS,
     add_engine_options,
     add_options,
@@ -111,6 +112,8 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
 def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a model over gRPC", description="Serve a model over gRPC.")
     add_options(parser.add_argument_group("server"), ServerConfig, SERVER_FIELDS)
+    text = "what clients may hold of each front; docs/server.md says how a call beyond it ends"
+    add_options(parser.add_argument_group("limits", text), Limits, LIMIT_FIELDS)
     add_engine_options(parser)
     parser.set_defaults(command=_serve)
 
@@ -119,7 +122,7 @@ def _serve(args: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our errors say what is wrong
     from expertwire.deploy.serve import serve
 
-    server = ServerConfig(**set_fields(args, SERVER_FIELDS))
+    server = ServerConfig(**set_fields(args, SERVER_FIELDS), limits=Limits(**set_fields(args, LIMIT_FIELDS)))
     return serve(engine_config(args), server, announce=functools.partial(print, flush=True))
 
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.deploy.grpc.config import Limits, ServerConfig
 from expertwire.engine.config.engine_config import EngineConfig
 
 # The groups of the engine's options in --help; "engine" has those that are in no other.
@@ -36,7 +36,8 @@ ENGINE_GROUPS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 ENGINE_FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
 _QUOTAS = ("tenant_quotas", "default_tenant_quota")  # the command line takes them from the file of tenants
-SERVER_FIELDS = tuple(field.name for field in dataclasses.fields(ServerConfig))
+SERVER_FIELDS = tuple(field.name for field in dataclasses.fields(ServerConfig) if field.name != "limits")
+LIMIT_FIELDS = tuple(field.name for field in dataclasses.fields(Limits))
 EXPLAINED_FIELDS = ("all2all_backend", "all2all_table", "dispatch_dtype", "enable_two_batch_overlap", "kv_cache_dtype")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)

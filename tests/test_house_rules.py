@@ -52,7 +52,9 @@ ENGINE_FLAGS = {
 # Every option is one more thing to learn, to test and to keep. Add one here only if nothing can be decided without it.
 FLAGS = {
     "serve": {
-        "--host", "--port", "--fronts", "--drain-timeout", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--insecure",
+        "--host", "--port", "--fronts", "--drain-timeout", "--max-connections",
+        "--max-calls-per-connection", "--max-calls", "--max-message-mib", "--message-timeout", "--max-connection-idle",
+        "--max-connection-age", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--insecure",
         "--no-insecure", *ENGINE_FLAGS,
     },
     "generate": {

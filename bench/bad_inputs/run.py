@@ -31,8 +31,8 @@ model is the demo model, or a broken copy of it.
 - Commands print one line on stderr and exit with 2 for a wrong option, model or input, with 1 if the engine failed.
 - The server answers with a gRPC status. Besides those below: `UNAVAILABLE` while it drains and after its engine has failed (the
   message names the rank), `DEADLINE_EXCEEDED` when the client's deadline has passed, and `RESOURCE_EXHAUSTED` when too many
-  requests wait or the first token cannot come before the deadline. Then the trailing metadata may have `retry-after-ms`, the
-  milliseconds to wait before trying again (`ServerError.retry_after_s` of the Python client).
+  requests wait or the first token cannot come before the deadline. Then the details may have a `google.rpc.RetryInfo`, the
+  time to wait before trying again (`ServerError.retry_after_s` of the Python client).
 """
 
 

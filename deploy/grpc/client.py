@@ -15,7 +15,8 @@ from typing import Any, NoReturn, Self
 import grpc
 from google.protobuf import json_format
 
-from expertwire.deploy.grpc.messages import FINISH_REASONS, RETRY_AFTER, from_chat, from_sampling_params
+from expertwire.deploy.grpc.messages import FINISH_REASONS, from_chat, from_sampling_params
+from expertwire.deploy.grpc.status import PUSHBACK
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.frontend.api import Logprob, LogprobDict
@@ -61,6 +62,9 @@ class Usage:
     completion_tokens: int
     seed: int
     cached_prompt_tokens: int
+    reasoning_tokens: int
+    time_to_first_token_s: float
+    total_time_s: float
 
 
 class Generation:
@@ -284,6 +288,6 @@ def _to_logprobs(entry: pb.PositionLogprobs) -> LogprobDict | None:
 
 def _raise(error: grpc.RpcError) -> NoReturn:
     metadata: Any = error.trailing_metadata() or ()
-    wait_ms = dict(metadata).get(RETRY_AFTER)
+    wait_ms = dict(metadata).get(PUSHBACK)
     wait_s = None if wait_ms is None else int(wait_ms) / 1e3
     raise ServerError(error.code().name, error.details() or "", wait_s) from error

@@ -4,13 +4,84 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
+import resource
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from expertwire.scheduler.config import is_int, is_number
 
 if TYPE_CHECKING:
     from expertwire.deploy.grpc.credentials import ServerCertificates
+
+_UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of one front.
+
+    Args:
+        max_connections: connections; None: 4,096, or a quarter of the descriptors that the process may open, if that is less.
+        max_calls_per_connection: calls that run at once on a connection; gRPC lets a client's further ones wait.
+        max_calls: calls that run at once.
+        max_message_mib: size of a client's message in MiB.
+        message_timeout_s: seconds within which a call's message must arrive.
+        max_connection_idle_s: seconds after which a connection without calls is closed.
+        max_connection_age_s: seconds after which a connection takes no new calls; clients then open another one by themselves.
+            Calls that run may go on for as long again.
+
+    Raises:
+        ValueError: names the field and the values it allows.
+    """
+
+    max_connections: int | None = None
+    max_calls_per_connection: int = 256
+    max_calls: int = 4096
+    max_message_mib: int = 8
+    message_timeout_s: float = 5.0
+    max_connection_idle_s: float = 300.0
+    max_connection_age_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_connections", "max_calls_per_connection", "max_calls", "max_message_mib"):
+            value = getattr(self, name)
+            if value is None and name == "max_connections":
+                continue
+            if not is_int(value) or not 1 <= value <= 1 << 20:
+                raise ValueError(f"{name} must be an integer in [1, 1048576], got {value!r}")
+        for name in ("message_timeout_s", "max_connection_idle_s", "max_connection_age_s"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value <= 1e6:
+                raise ValueError(f"{name} must be a number of seconds in (0, 1e6], got {value!r}")
+
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """Return the options of a gRPC server with these limits."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        connections = self.max_connections or max(1, min(4096, descriptors // 4))
+        return (
+            ("grpc.max_allowed_incoming_connections", connections),
+            ("grpc.max_concurrent_streams", self.max_calls_per_connection),
+            ("grpc.max_receive_message_length", self.max_message_mib << 20),
+            # gRPC answers CANCELLED at random beyond these; `Overload` answers RESOURCE_EXHAUSTED.
+            ("grpc.server.max_pending_requests", _UNLIMITED),
+            ("grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
+            ("grpc.server_max_unrequested_time_in_server", 3600),
+            ("grpc.max_metadata_size", 8 << 10),
+            ("grpc.absolute_max_metadata_size", 16 << 10),
+            ("grpc.http2.bdp_probe", 0),  # otherwise the unread bytes of each call grow to 4 MiB
+            ("grpc.server_handshake_timeout_ms", 5_000),
+            ("grpc.max_connection_idle_ms", round(self.max_connection_idle_s * 1e3)),
+            ("grpc.max_connection_age_ms", round(self.max_connection_age_s * 1e3)),
+            ("grpc.max_connection_age_grace_ms", round(self.max_connection_age_s * 1e3)),
+            # Notice clients that vanish; the time-outs of ping and settings bound it, the one of keepalive does not.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),
+            ("grpc.http2.settings_timeout", 10_000),
+            # Clients may ping every 10 s, also between calls.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +98,7 @@ class ServerConfig:
         ssl_certfile: PEM file of the server's certificate chain.
         ssl_ca_certs: PEM file of authorities; only clients with a certificate of theirs can connect (mTLS).
         insecure: listen where other machines can connect, without TLS; for private networks.
+        limits: what clients may hold of a front.
 
     Raises:
         ValueError: names the field and the values it allows.
@@ -40,6 +112,7 @@ class ServerConfig:
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
     insecure: bool = False
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if not is_int(self.port) or not 0 <= self.port < 65536:

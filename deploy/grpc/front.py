@@ -83,7 +83,7 @@ async def _serve(args: FrontArgs, frontend: Frontend, parent: SocketChannel) -> 
     loop.add_reader(parent.fileno(), listen_to_parent)
     certificates = config.certificates()
     credentials = None if certificates is None else certificates.credentials()
-    server = Server(config.host, config.port, credentials=credentials, shares_port=True)
+    server = Server(config.host, config.port, config.limits, credentials=credentials, shares_port=True)
     texts = TextWorkers(frontend, args.engine.model)
     refreshing = asyncio.create_task(keep_fresh([] if certificates is None else [certificates.files]))
     try:

@@ -15,7 +15,6 @@ from expertwire.engine.frontend.chat import JSON_FIELDS, Chat, ChatText
 from expertwire.engine.frontend.output_formats import OutputFormat
 from expertwire.scheduler.sampling_params import SamplingParams, check_lengths
 
-RETRY_AFTER = "retry-after-ms"  # key of the trailing metadata
 FINISH_REASONS: Mapping[str, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,

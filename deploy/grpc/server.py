@@ -9,21 +9,18 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from expertwire.deploy.grpc import calls
+from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.health import HealthServicer
+from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.grpc.servicer import GOODBYE_S, STALL_S, InferenceServicer
-from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+SERVICE = calls.SERVICE.full_name
 _BEAT_S = 0.25
-_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.keepalive_time_ms", 20_000),  # notice clients that vanish
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
+_DEFAULT_LIMITS = Limits()
 
 
 class Server:
@@ -32,6 +29,7 @@ class Server:
     Args:
         host: name or address to listen on.
         port: port to listen on; 0 chooses a free one.
+        limits: what clients may hold.
         credentials: TLS credentials; None speaks plain text.
         shares_port: whether other processes of the server listen on the same port; otherwise a second server is an error.
 
@@ -43,9 +41,16 @@ class Server:
     """
 
     def __init__(
-        self, host: str, port: int, *, credentials: grpc.ServerCredentials | None = None, shares_port: bool = False
+        self,
+        host: str,
+        port: int,
+        limits: Limits = _DEFAULT_LIMITS,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        shares_port: bool = False,
     ) -> None:
-        self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shares_port))))
+        self._overload = Overload(limits)
+        self._server = grpc.aio.server(options=(*limits.options(), ("grpc.so_reuseport", int(shares_port))))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if credentials is None:
@@ -84,7 +89,7 @@ class Server:
         """
         servicer = InferenceServicer(frontend, texts, stall_s)
         health = HealthServicer(("", SERVICE), lambda: not servicer.problem and not servicer.draining)
-        pb_grpc.add_InferenceServicer_to_server(servicer, self._server)
+        self._server.add_generic_rpc_handlers((calls.make_handlers(servicer, self._overload),))
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         reflection.enable_server_reflection((SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         beating = asyncio.create_task(_beat(servicer, health, on_beat))

@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 import uuid
 from typing import Any
 
-import grpc
 import numpy as np
 
 from expertwire.deploy.grpc import messages as grpc_messages
-from expertwire.deploy.grpc.messages import RETRY_AFTER
-from expertwire.deploy.grpc.stream import OutputStream, StreamFailed
+from expertwire.deploy.grpc.calls import Call
+from expertwire.deploy.grpc.stream import OutputStream
+from expertwire.deploy.grpc.usage import UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
@@ -32,11 +30,10 @@ _STATS_S = 10.0
 _BATCH_ROWS = 512  # tokens that are handled before the loop serves others
 _PROMPT_END = 32  # tokens; more than any delimiter of reasoning and the space after it
 
-Code = grpc.StatusCode
 _log = logging.getLogger(__name__)
 
 
-class InferenceServicer(pb_grpc.InferenceServicer):
+class InferenceServicer:
     """The methods of the service.
 
     Args:
@@ -66,51 +63,47 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self._writes = False  # whether the loop waits until the frontend can send more
         self._loop.add_reader(self._descriptor, self._pump)
 
-    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Generate(self, request: pb.GenerateRequest, call: Call) -> None:
         """See the .proto."""
-        number, stream = await self._open(request, context)
+        number, stream = await self._open(request, call)
         try:
             while (message := await stream.read()) is not None:
                 stream.writes()
-                await context.write(message)
+                await call.write(message)
                 stream.written()
-        except StreamFailed as failed:
-            await context.abort(Code.__members__[failed.error.code], failed.error.message, _retry_hint(failed.error))
         finally:
             # Also where the client has cancelled, its deadline has passed or its connection is lost.
             self._close(number)
 
-    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+    async def Abort(self, request: pb.AbortRequest, call: Call) -> pb.AbortResponse:
         """See the .proto."""
-        await self._check_alive(context)
-        number = self._ids.get(request.request_id)
-        if number is None:
-            await context.abort(Code.NOT_FOUND, f"no running request has the id {request.request_id!r}")
-        self._frontend.abort(number)
+        self._check_alive()
+        for request_id in (request.request_id, *request.request_ids):
+            if (number := self._ids.get(request_id)) is not None:
+                self._frontend.abort(number)
         self._pump()
         return pb.AbortResponse()
 
-    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.ModelInfo:
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, call: Call) -> pb.ModelInfo:
         """See the .proto."""
-        await self._check_alive(context)
+        self._check_alive()
         info, tokenizer = self._frontend.model_info, self._frontend.tokenizer
         if tokenizer is None:
             return grpc_messages.from_model_info(info, None, ())
         return grpc_messages.from_model_info(info, tokenizer.output_format, tokenizer.chat_variables)
 
-    async def GetStats(self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext) -> pb.Stats:
+    async def GetStats(self, request: pb.GetStatsRequest, call: Call) -> pb.Stats:
         """See the .proto."""
-        await self._check_alive(context)
+        self._check_alive()
         answer: asyncio.Future[dict[str, Any] | None] = self._loop.create_future()
         self._frontend.request_stats(lambda values: None if answer.done() else answer.set_result(values))
         self._watch_writes()
         try:
             values = await asyncio.wait_for(answer, _STATS_S)
-        except TimeoutError:
-            message = f"the engine returned no statistics within {_STATS_S:g} s"
-            await context.abort(Code.UNAVAILABLE, message)
+        except TimeoutError as error:
+            raise _unavailable(f"the engine returned no statistics within {_STATS_S:g} s") from error
         if values is None:
-            await context.abort(Code.UNAVAILABLE, self.failure)
+            raise _unavailable(self.failure)
         return grpc_messages.from_stats(values)
 
     @property
@@ -146,46 +139,48 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         if not self.failed.is_set():
             self._stop_watching()
 
-    async def _open(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> tuple[int, OutputStream]:
-        """Submit a request; return the frontend's id of it, and its stream."""
-        await self._check_takes_requests(context)
+    async def _open(self, request: pb.GenerateRequest, call: Call) -> tuple[int, OutputStream]:
+        """Submit a request; return the frontend's id of it, and its stream.
+
+        Raises:
+            ValueError: names the field and what is allowed.
+            RequestFailed: it cannot be served.
+        """
+        arrived_s = time.monotonic()
+        self._check_takes_requests()
         request_id = request.request_id or uuid.uuid4().hex
         if len(request_id) > MAX_REQUEST_ID:
-            message = f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}"
-            await context.abort(Code.INVALID_ARGUMENT, message)
-        await self._check_is_new(request_id, context)
+            raise ValueError(f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}")
+        self._check_is_new(request_id)
+        params = grpc_messages.to_sampling_params(request.sampling_params, self._frontend.model_info)
+        prompt = grpc_messages.to_prompt(request)
+        tokens = await self._texts.encode(prompt, params, client=call.client)
+        # Others have been served meanwhile.
+        self._check_takes_requests()
+        self._check_is_new(request_id)
         try:
-            params = grpc_messages.to_sampling_params(request.sampling_params, self._frontend.model_info)
-            prompt = grpc_messages.to_prompt(request)
-            tokens = await self._texts.encode(prompt, params, client=context.peer())
-            # Others have been served meanwhile.
-            await self._check_takes_requests(context)
-            await self._check_is_new(request_id, context)
-            options = grpc_messages.to_options(request, context.time_remaining())
-            number = self._frontend.submit(tokens, params, options)
-        except ValueError as error:
-            await context.abort(Code.INVALID_ARGUMENT, str(error))
-        except RequestFailed as failed:
-            await context.abort(Code.__members__[failed.error.code], failed.error.message)
+            number = self._frontend.submit(tokens, params, grpc_messages.to_options(request, call.deadline_s))
         except EngineFailed as error:
             self._fail(error)
-            await self._check_alive(context)
+            raise _unavailable(self.failure) from error
         self._watch_writes()
         opens_reasoning = self._opens_reasoning(tokens)
-        stream = OutputStream(self._frontend, request_id, len(tokens), opens_reasoning=opens_reasoning)
+        reasoning = None if self._frontend.tokenizer is None else self._frontend.tokenizer.reasoning_ids
+        usage = UsageCounter(len(tokens), reasoning, arrived_s, opens_reasoning=opens_reasoning)
+        stream = OutputStream(self._frontend, request_id, usage, opens_reasoning=opens_reasoning)
         self._streams[number] = stream
         self._ids[request_id] = number
         self._idle.clear()
         return number, stream
 
-    async def _check_takes_requests(self, context: grpc.aio.ServicerContext) -> None:
-        await self._check_alive(context)
+    def _check_takes_requests(self) -> None:
+        self._check_alive()
         if self.draining:
-            await context.abort(Code.UNAVAILABLE, "the server is draining and takes no new requests; ask another one")
+            raise _unavailable("the server is draining and takes no new requests; ask another one")
 
-    async def _check_is_new(self, request_id: str, context: grpc.aio.ServicerContext) -> None:
+    def _check_is_new(self, request_id: str) -> None:
         if request_id in self._ids:
-            await context.abort(Code.ALREADY_EXISTS, f"a request with the id {request_id!r} is running")
+            raise RequestFailed(RequestError("ALREADY_EXISTS", f"a request with the id {request_id!r} is running"))
 
     def _opens_reasoning(self, tokens: np.ndarray) -> bool:
         tokenizer = self._frontend.tokenizer
@@ -251,13 +246,10 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             self._loop.remove_writer(self._descriptor)
             self._writes = False
 
-    async def _check_alive(self, context: grpc.aio.ServicerContext) -> None:
+    def _check_alive(self) -> None:
         if self.failed.is_set():
-            await context.abort(Code.UNAVAILABLE, self.failure)
+            raise _unavailable(self.failure)
 
 
-def _retry_hint(error: RequestError) -> tuple[tuple[str, str], ...]:
-    """Return trailing metadata with the time to wait before trying again, if known."""
-    if error.retry_after_s is None:
-        return ()
-    return ((RETRY_AFTER, str(math.ceil(1e3 * error.retry_after_s))),)
+def _unavailable(message: str) -> RequestFailed:
+    return RequestFailed(RequestError("UNAVAILABLE", message))

@@ -7,22 +7,15 @@ import time
 from collections import deque
 
 from expertwire.deploy.grpc.messages import from_logprobs, from_update
+from expertwire.deploy.grpc.usage import UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.frontend.api import RequestError
+from expertwire.engine.frontend.api import RequestError, RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.open_requests import OpenRequest
 
 # Tokens and entries of log-probabilities in a message, about 25 bytes each. By default gRPC clients refuse messages of more than
 # 4 MiB.
 MESSAGE_SIZE = 16_384
-
-
-class StreamFailed(Exception):
-    """The stream ends with an error status, `error`."""
-
-    def __init__(self, error: RequestError) -> None:
-        super().__init__(error.message)
-        self.error = error
 
 
 class OutputStream:
@@ -33,7 +26,7 @@ class OutputStream:
     Args:
         frontend: the frontend that the request was submitted to.
         request_id: the client's id of the request.
-        prompt_tokens: length of the prompt.
+        usage: of the request.
         opens_reasoning: whether the prompt ends with the start of reasoning.
 
     Attributes:
@@ -42,14 +35,14 @@ class OutputStream:
     """
 
     def __init__(
-        self, frontend: Frontend, request_id: str, prompt_tokens: int, *, opens_reasoning: bool = False
+        self, frontend: Frontend, request_id: str, usage: UsageCounter, *, opens_reasoning: bool = False
     ) -> None:
         self.request_id = request_id
         self.writing_since: float | None = None
         self._frontend = frontend
         self._request: OpenRequest | None = None
         self._opens_reasoning = opens_reasoning
-        self._usage = pb.Usage(prompt_tokens=prompt_tokens)
+        self._usage = usage
         self.error: RequestError | None = None
         self._unread_prompt: deque[pb.PositionLogprobs] = deque()
         self._is_dropped = False
@@ -76,7 +69,7 @@ class OutputStream:
         """Return a message of unread outputs, up to about `MESSAGE_SIZE`; None after the last one.
 
         Raises:
-            StreamFailed: the stream ends with an error.
+            RequestFailed: the stream ends with an error.
         """
         while not (self._has_output() or self.error is not None or self._complete):
             self._news.clear()
@@ -87,12 +80,12 @@ class OutputStream:
         if self._has_output():
             self._take(message)
         if self.error is not None and not (message.chunks or message.prompt_logprobs):
-            raise StreamFailed(self.error)
+            raise RequestFailed(self.error)
         if not self._begun:
             message.request_id, message.opens_reasoning = self.request_id, self._opens_reasoning
             self._begun = True
         if self._is_last_update and self.error is None and not self._unread_prompt:
-            message.usage.CopyFrom(self._usage)
+            message.usage.CopyFrom(self._usage.message())
             self._complete = True
         return message
 
@@ -121,9 +114,7 @@ class OutputStream:
     def _take_updates(self, message: pb.GenerateResponse) -> None:
         assert self._request is not None
         for update in self._frontend.take(self._request, MESSAGE_SIZE):
-            self._usage.seed = update.seed
-            self._usage.cached_prompt_tokens = update.num_cached_tokens
-            self._usage.completion_tokens += len(update.token_ids)
+            self._usage.add(update)
             if update.prompt_logprobs:
                 self._unread_prompt.extend(from_logprobs(update.prompt_logprobs))
             if update.error is not None:

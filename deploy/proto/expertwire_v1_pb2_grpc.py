@@ -39,20 +39,60 @@ class InferenceStub(object):
                 request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateUnary = channel.unary_unary(
+                '/expertwire.v1.Inference/GenerateUnary',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/expertwire.v1.Inference/Session',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.SessionRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.SessionResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/expertwire.v1.Inference/Abort',
                 request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.AbortRequest.SerializeToString,
                 response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/expertwire.v1.Inference/Tokenize',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/expertwire.v1.Inference/Detokenize',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/expertwire.v1.Inference/GetModelInfo',
                 request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ModelInfo.FromString,
                 _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/expertwire.v1.Inference/GetServerInfo',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ServerInfo.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/expertwire.v1.Inference/GetStats',
                 request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.Stats.FromString,
+                _registered_method=True)
+        self.GetLoads = channel.unary_unary(
+                '/expertwire.v1.Inference/GetLoads',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetLoadsRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.Loads.FromString,
+                _registered_method=True)
+        self.WatchExperts = channel.unary_stream(
+                '/expertwire.v1.Inference/WatchExperts',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.WatchExpertsRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ExpertLoads.FromString,
+                _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/expertwire.v1.Inference/FlushCache',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.FlushCacheResponse.FromString,
                 _registered_method=True)
 
 
@@ -67,8 +107,37 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateUnary(self, request, context):
+        """Generates text, and returns all of it in one message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Session(self, request_iterator, context):
+        """Carries any number of requests of one backend, with fewer and larger messages than a Generate call each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
-        """Ends a running request. Its stream ends without an error, with FINISH_REASON_ABORT on the branches that were running.
+        """Ends requests of the caller's tenant, wherever they were made. Their streams end without an error, with FINISH_REASON_ABORT
+        on the branches that were running. Ids of which none runs are ignored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Returns the tokens that a prompt becomes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Returns the text of tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,8 +150,36 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetServerInfo(self, request, context):
+        """Returns the resolved configuration, and why it is so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Returns counters and gauges of the engine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoads(self, request, context):
+        """Returns the load of each rank, for routers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchExperts(self, request, context):
+        """Reports, time after time, how many tokens each expert has computed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FlushCache(self, request, context):
+        """Empties the prefix cache of blocks that no request uses. For administrators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,20 +193,60 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateRequest.FromString,
                     response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateResponse.SerializeToString,
             ),
+            'GenerateUnary': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateUnary,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.SessionRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.SessionResponse.SerializeToString,
+            ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
                     request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.AbortRequest.FromString,
                     response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.AbortResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.TokenizeRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
                     request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetModelInfoRequest.FromString,
                     response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ModelInfo.SerializeToString,
             ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ServerInfo.SerializeToString,
+            ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
                     request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetStatsRequest.FromString,
                     response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.Stats.SerializeToString,
+            ),
+            'GetLoads': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoads,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetLoadsRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.Loads.SerializeToString,
+            ),
+            'WatchExperts': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchExperts,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.WatchExpertsRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ExpertLoads.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.FlushCacheRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.FlushCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -150,6 +287,60 @@ class Inference(object):
             _registered_method=True)
 
     @staticmethod
+    def GenerateUnary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertwire.v1.Inference/GenerateUnary',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/expertwire.v1.Inference/Session',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.SessionRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Abort(request,
             target,
             options=(),
@@ -166,6 +357,60 @@ class Inference(object):
             '/expertwire.v1.Inference/Abort',
             expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.AbortRequest.SerializeToString,
             expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertwire.v1.Inference/Tokenize',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.TokenizeRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertwire.v1.Inference/Detokenize',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -204,6 +449,33 @@ class Inference(object):
             _registered_method=True)
 
     @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertwire.v1.Inference/GetServerInfo',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetServerInfoRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ServerInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetStats(request,
             target,
             options=(),
@@ -220,6 +492,87 @@ class Inference(object):
             '/expertwire.v1.Inference/GetStats',
             expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetStatsRequest.SerializeToString,
             expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.Stats.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertwire.v1.Inference/GetLoads',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetLoadsRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.Loads.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertwire.v1.Inference/WatchExperts',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.WatchExpertsRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ExpertLoads.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertwire.v1.Inference/FlushCache',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.FlushCacheRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.FlushCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import tokenizers
 
@@ -38,6 +38,13 @@ class TextStream(Protocol):
     def flush(self) -> str:
         """Return the remaining text, as no token follows."""
         ...
+
+
+class ReasoningIds(NamedTuple):
+    """The tokens before and after an output's reasoning."""
+
+    start: tuple[int, ...]
+    end: int
 
 
 class Tokenizer:
@@ -101,6 +108,14 @@ class Tokenizer:
         """The model's output format."""
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         return output_format_of(added, self._chat_templates.source)
+
+    @functools.cached_property
+    def reasoning_ids(self) -> ReasoningIds | None:
+        """The tokens around reasoning; None if the output format has none, or none that ends with a single token."""
+        if self.output_format.reasoning is None:
+            return None
+        start, end = (self.encode(text, add_special_tokens=False) for text in self.output_format.reasoning)
+        return ReasoningIds(tuple(start), end[0]) if len(end) == 1 else None
 
     @property
     def chat_variables(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import threading
 import pytest
 from helpers import chat_templates, fake_frontend
 
-from expertwire.deploy.grpc.client import Client, ServerError, Usage
+from expertwire.deploy.grpc.client import Client, ServerError
 from expertwire.deploy.grpc.server import Server
 from expertwire.engine.frontend.api import Logprob, RequestError, RequestOptions
 from expertwire.engine.frontend.chat import Chat
@@ -85,7 +85,16 @@ def test_text_comes_in_pieces_and_usage_at_the_end(client):
     assert "".join(chunk.text for chunk in chunks) == "HIJ"
     assert [token for chunk in chunks for token in chunk.token_ids] == [72, 73, 74]
     assert chunks[-1].finish_reason == "length" and chunks[-1].stop_reason is None and chunks[-1].logprobs is None
-    assert generation.usage == Usage(prompt_tokens=3, completion_tokens=3, seed=77, cached_prompt_tokens=2)
+    usage = generation.usage
+    counts = (
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.seed,
+        usage.cached_prompt_tokens,
+        usage.reasoning_tokens,
+    )
+    assert counts == (3, 3, 77, 2, 0)
+    assert 0 < usage.time_to_first_token_s <= usage.total_time_s
 
 
 def test_options_of_a_request(server, client):
@@ -118,9 +127,7 @@ def test_errors_have_code_and_message(client):
     with pytest.raises(ServerError, match="temperature") as caught:
         list(client.generate("a", temperature=-1.0))
     assert (caught.value.code, caught.value.retry_after_s) == ("INVALID_ARGUMENT", None)
-    with pytest.raises(ServerError, match="nobody") as caught:
-        client.abort("nobody")
-    assert caught.value.code == "NOT_FOUND"
+    client.abort("nobody")  # not an error: it may just have ended
     with pytest.raises(ValueError, match="no sampling parameter is called temprature; there are temperature"):
         client.generate("a", temprature=0)
     with pytest.raises(ValueError, match="max_tokens"):

@@ -114,8 +114,11 @@ async def test_stream_of_two_branches(run):
     last = [[chunk for chunk in chunks if chunk.branch == branch][-1] for branch in (0, 1)]
     assert [chunk.finish_reason for chunk in last] == [pb.FINISH_REASON_STOP] * 2
     assert (last[0].stop_string, last[1].stop_token_id) == ("##", 42)
-    usage = pb.Usage(prompt_tokens=5, completion_tokens=7, seed=77)
-    assert [message.usage for message in messages if message.HasField("usage")] == [usage]
+    [usage] = [message.usage for message in messages if message.HasField("usage")]
+    assert 0 < usage.time_to_first_token_s <= usage.total_time_s
+    usage.ClearField("time_to_first_token_s")
+    usage.ClearField("total_time_s")
+    assert usage == pb.Usage(prompt_tokens=5, completion_tokens=7, seed=77)
     assert messages[-1].HasField("usage")
     assert run.frontend.aborted == []
 
@@ -207,7 +210,7 @@ async def test_a_rejection_may_say_when_to_try_again(run):
     found = set()
     for call in calls:
         assert await status(collect(call)) == ("RESOURCE_EXHAUSTED", "later")
-        found.add(dict(await call.trailing_metadata()).get("retry-after-ms"))
+        found.add(dict(await call.trailing_metadata()).get("grpc-retry-pushback-ms"))
     assert found == {"1235", None}
 
 
@@ -302,8 +305,7 @@ async def test_abort_by_id(run):
     assert (text_of(messages), aborted, messages[-1].usage.completion_tokens) == ("a", {0, 1}, 1)
     run.frontend.push(1, text="b", finish_reason="stop")
     assert text_of(await collect(calls[1])) == "b"
-    code, message = await status(run.stub.Abort(pb.AbortRequest(request_id="one")))
-    assert code == "NOT_FOUND" and "'one'" in message
+    await run.stub.Abort(pb.AbortRequest(request_id="one"))  # not an error: it may just have ended
 
 
 @scenario()

@@ -1,0 +1,138 @@
+"""The calls of the service, from their arrival to their status.
+
+Every method is registered as one that streams both ways and takes bytes: so a call is authenticated and admitted before its
+message is read, and a message that cannot be decoded is the client's mistake (INVALID_ARGUMENT) instead of UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from expertwire.deploy.grpc import status
+from expertwire.deploy.grpc.overload import Overload
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.engine.frontend.api import RequestError, RequestFailed
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
+_log = logging.getLogger(__name__)
+
+
+class Call:
+    """A call that has been admitted.
+
+    Attributes:
+        context: gRPC's own view of it.
+        client: address of the client, without the port.
+    """
+
+    def __init__(self, context: grpc.aio.ServicerContext, overload: Overload, request: type[Message]) -> None:
+        self.context = context
+        self.client = context.peer().rpartition(":")[0]
+        self._overload = overload
+        self._request = request
+
+    @property
+    def deadline_s(self) -> float | None:
+        """Seconds until the client's deadline; None: there is none."""
+        return self.context.time_remaining()
+
+    async def read(self) -> Any:
+        """Return the next message of the client, or None after the last.
+
+        Raises:
+            RequestFailed: it cannot be decoded, or did not arrive in time.
+        """
+        with self._overload.reading(self.client) as timeout:
+            async with timeout:
+                data: Any = await self.context.read()
+        return None if data is grpc.aio.EOF else self._decode(data)
+
+    async def wait(self) -> Any:
+        """Return the next message of a client who may take any time for it, or None after the last.
+
+        Raises:
+            RequestFailed: it cannot be decoded.
+        """
+        data: Any = await self.context.read()
+        return None if data is grpc.aio.EOF else self._decode(data)
+
+    async def write(self, message: Message) -> None:
+        """Send a message; return when the connection has taken it."""
+        await self.context.write(message)
+
+    def _decode(self, data: bytes) -> Message:
+        message = self._request()
+        try:
+            message.ParseFromString(data)
+        except (DecodeError, RecursionError) as error:
+            text = f"the message cannot be decoded as expertwire.v1.{self._request.DESCRIPTOR.name}: {error}"
+            raise RequestFailed(RequestError("INVALID_ARGUMENT", text)) from error
+        return message
+
+
+def make_handlers(servicer: object, overload: Overload) -> grpc.GenericRpcHandler:
+    """Return the handlers of the service.
+
+    Args:
+        servicer: has an async method for each of the service's, of the same name. It takes the request, unless the client streams
+            them, and the `Call`; it returns the response, unless it streams them. It raises `RequestFailed`, or ValueError for
+            the client's mistakes.
+        overload: admits calls.
+    """
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
+        method.name: grpc.stream_stream_rpc_method_handler(
+            functools.partial(_serve, method, getattr(servicer, method.name), overload),
+            response_serializer=_message_class(method.output_type.name).SerializeToString,
+        )
+        for method in SERVICE.methods
+        if hasattr(servicer, method.name)
+    }
+    return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
+
+
+async def _serve(
+    method: MethodDescriptor,
+    run: Callable[..., Awaitable[Any]],
+    overload: Overload,
+    _: object,
+    context: grpc.aio.ServicerContext,
+) -> None:
+    """Serve one call."""
+    try:
+        with overload.call():
+            await _run(method, run, Call(context, overload, _message_class(method.input_type.name)))
+    except RequestFailed as failed:
+        await status.abort(context, failed.error)
+
+
+async def _run(method: MethodDescriptor, run: Callable[..., Awaitable[Any]], call: Call) -> None:
+    try:
+        if method.client_streaming:
+            await run(call)
+            return
+        request = await call.read()
+        if request is None:
+            raise RequestFailed(RequestError("INVALID_ARGUMENT", f"a call of {method.name} has one message, got none"))
+        response = await run(request, call)
+        if not method.server_streaming:
+            await call.write(response)
+    except ValueError as error:
+        raise RequestFailed(RequestError("INVALID_ARGUMENT", str(error))) from error
+    except (RequestFailed, asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception as error:
+        _log.exception("error: a call of %s ended with an exception", method.name)
+        text = f"{method.name} failed in the server, whose log says why"
+        raise RequestFailed(RequestError("INTERNAL", text)) from error
+
+
+def _message_class(name: str) -> type[Message]:
+    return getattr(pb, name)

@@ -1,0 +1,77 @@
+"""Usage of a request, in tokens and seconds, for the last message of its stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.engine.frontend.api import Update
+from expertwire.engine.frontend.tokenizer import ReasoningIds
+
+_NO_REASONING = ReasoningIds((), -1)
+
+
+class UsageCounter:
+    """Tokens and times of one request.
+
+    Args:
+        prompt_tokens: length of the prompt.
+        reasoning: the tokens around reasoning; None if the model has none.
+        arrived_s: when it arrived, by `time.monotonic`.
+        opens_reasoning: whether the prompt ends with the start of reasoning.
+    """
+
+    def __init__(
+        self, prompt_tokens: int, reasoning: ReasoningIds | None, arrived_s: float, *, opens_reasoning: bool
+    ) -> None:
+        self._arrived_s = arrived_s
+        self._usage = pb.Usage(prompt_tokens=prompt_tokens)
+        self._reasoning = reasoning or _NO_REASONING
+        self._opens_reasoning = opens_reasoning
+        self._branches: dict[int, _Reasoning] = {}
+
+    def add(self, update: Update) -> None:
+        """Count an update."""
+        usage, num_tokens = self._usage, len(update.token_ids)
+        usage.seed, usage.cached_prompt_tokens = update.seed, update.num_cached_tokens
+        if num_tokens:
+            elapsed_s = time.monotonic() - self._arrived_s
+            if not usage.completion_tokens:
+                usage.time_to_first_token_s = elapsed_s
+            usage.total_time_s = elapsed_s
+            usage.completion_tokens += num_tokens
+            if self._reasoning is not _NO_REASONING:
+                if (branch := self._branches.get(update.branch)) is None:
+                    branch = self._branches[update.branch] = _Reasoning(self._reasoning, self._opens_reasoning)
+                usage.reasoning_tokens += branch.count(update.token_ids)
+
+    def message(self) -> pb.Usage:
+        """Return the message."""
+        return self._usage
+
+
+class _Reasoning:
+    """The reasoning of one branch, of which the output is before, inside or behind."""
+
+    def __init__(self, ids: ReasoningIds, is_open: bool) -> None:
+        self._ids = ids
+        self._begun: list[int] | None = None if is_open else []  # the first tokens, until it is clear what they begin
+        self._is_open = is_open
+
+    def count(self, token_ids: Sequence[int]) -> int:
+        """Return how many of the next tokens are reasoning, without its delimiters."""
+        if self._begun is not None:
+            missing = len(self._ids.start) - len(self._begun)
+            self._begun += token_ids[:missing]
+            token_ids = token_ids[missing:]
+            if len(self._begun) < len(self._ids.start):
+                return 0
+            self._is_open = tuple(self._begun) == self._ids.start
+            self._begun = None
+        if not self._is_open:
+            return 0
+        if self._ids.end not in token_ids:
+            return len(token_ids)
+        self._is_open = False
+        return token_ids.index(self._ids.end)
