@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from expertwire.engine.frontend.api import EngineFailed, LogprobDict, RequestError, RequestOptions, Update
 from expertwire.engine.frontend.frontend import Frontend
+from expertwire.engine.frontend.logprobs import to_dict
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _POLL_S = 0.2  # longest wait for an interrupt to take effect
@@ -99,9 +100,9 @@ class Job:
         output.token_ids.extend(update.token_ids)
         self.texts[update.branch].append(update.text)
         if output.logprobs is not None and update.logprobs is not None:
-            output.logprobs.extend(update.logprobs)
+            output.logprobs.extend(map(to_dict, update.logprobs))
         if update.prompt_logprobs is not None:
-            self.prompt_logprobs = update.prompt_logprobs
+            self.prompt_logprobs = [None if each is None else to_dict(each) for each in update.prompt_logprobs]
         output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
         output.expert_load = update.expert_load
         self.num_cached_tokens = update.num_cached_tokens

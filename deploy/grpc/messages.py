@@ -10,8 +10,9 @@ from typing import Any
 
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.config.engine_config import ModelInfo
-from expertwire.engine.frontend.api import LogprobDict, RequestOptions, Update
+from expertwire.engine.frontend.api import Position, RequestOptions, Update
 from expertwire.engine.frontend.chat import JSON_FIELDS, Chat, ChatText
+from expertwire.engine.frontend.logprobs import rows_of
 from expertwire.engine.frontend.output_formats import OutputFormat
 from expertwire.scheduler.sampling_params import SamplingParams, check_lengths
 
@@ -119,24 +120,21 @@ def from_stats(values: Mapping[str, Any]) -> pb.Stats:
     return message
 
 
-def from_logprobs(positions: Iterable[LogprobDict | None]) -> list[pb.PositionLogprobs]:
-    """Return log-probabilities by position, in the order of each dictionary; None becomes an empty entry."""
-    return [
-        pb.PositionLogprobs(
-            tokens=[
-                pb.TokenLogprob(token_id=token, logprob=logprob, rank=rank, decoded_token=text or "")
-                for token, (logprob, rank, text) in (entries or {}).items()
-            ]
-        )
-        for entries in positions
-    ]
+def add_logprobs(field: Any, positions: Iterable[Position | None]) -> None:
+    """Append log-probabilities to a field of `PositionLogprobs`, in the order of each position; None becomes an empty entry."""
+    for position in positions:
+        add = field.add().tokens.add
+        for token, logprob, rank, text in () if position is None else rows_of(position):
+            entry = add()  # setting its fields one by one takes half the time of passing them
+            entry.token_id, entry.logprob, entry.rank = token, logprob, rank
+            entry.decoded_token = text or ""
 
 
 def from_update(update: Update) -> pb.Chunk:
     """Return the chunk of an update."""
     chunk = pb.Chunk(branch=update.branch, token_ids=update.token_ids, text=update.text)
     if update.logprobs is not None:
-        chunk.logprobs.extend(from_logprobs(update.logprobs))
+        add_logprobs(chunk.logprobs, update.logprobs)
     if update.finish_reason is not None:
         chunk.finish_reason = FINISH_REASONS[update.finish_reason]
     chunk.expert_load.extend(pb.ExpertLoad(tokens=tokens) for tokens in update.expert_load or ())

@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections import deque
 
-from expertwire.deploy.grpc.messages import from_logprobs, from_update
+from expertwire.deploy.grpc.messages import add_logprobs, from_update
 from expertwire.deploy.grpc.usage import UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.frontend.api import RequestError, RequestFailed
+from expertwire.engine.frontend.api import Position, RequestError, RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.open_requests import OpenRequest
 
@@ -44,7 +44,7 @@ class OutputStream:
         self._opens_reasoning = opens_reasoning
         self._usage = usage
         self.error: RequestError | None = None
-        self._unread_prompt: deque[pb.PositionLogprobs] = deque()
+        self._unread_prompt: deque[Position | None] = deque()
         self._is_dropped = False
         self._begun = False  # whether the first message has been read
         self._is_last_update = self._complete = False  # whether the last update, and the last message, have been read
@@ -108,15 +108,15 @@ class OutputStream:
         num_entries = 0
         while self._unread_prompt and num_entries < MESSAGE_SIZE:
             entry = self._unread_prompt.popleft()
-            message.prompt_logprobs.append(entry)
-            num_entries += 1 + len(entry.tokens)
+            add_logprobs(message.prompt_logprobs, [entry])
+            num_entries += 1 + len(entry or ())
 
     def _take_updates(self, message: pb.GenerateResponse) -> None:
         assert self._request is not None
         for update in self._frontend.take(self._request, MESSAGE_SIZE):
             self._usage.add(update)
             if update.prompt_logprobs:
-                self._unread_prompt.extend(from_logprobs(update.prompt_logprobs))
+                self._unread_prompt.extend(update.prompt_logprobs)
             if update.error is not None:
                 self.error = self.error or update.error
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from expertwire.scheduler.config import is_int, is_number
 
 # Token id -> its log-probability: the sampled (or the prompt's) token first, then the most probable ones.
 LogprobDict = dict[int, "Logprob"]
+Position = Mapping[int, "Logprob"]  # the same, read-only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ class Update(NamedTuple):
     branch: int = 0
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    logprobs: tuple[LogprobDict, ...] | None = None
-    prompt_logprobs: list[LogprobDict | None] | None = None
+    logprobs: tuple[Position, ...] | None = None
+    prompt_logprobs: list[Position | None] | None = None
     expert_load: list[list[int]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None

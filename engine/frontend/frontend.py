@@ -49,6 +49,7 @@ _DEFAULT_OPTIONS = RequestOptions()
 _WINDOW, _MIN_WINDOW = 4096, 16
 # Without a message from the controller for so long, an engine that sends beats is not healthy.
 _SILENT_S = 1.75
+_ENTRIES_OF_ROW = 16  # log-probabilities that take as long to handle and to send as a token
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -135,7 +136,7 @@ class Frontend:
         """
         self._check_alive()
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        request = OpenRequest(self._next_request_id, tokens.tolist(), params, seed)
+        request = OpenRequest(self._next_request_id, tokens, params, seed)
         self._next_request_id += 1
         self._requests[request.id] = request
         ids = range(self._next_sequence_id, self._next_sequence_id + params.n)
@@ -189,7 +190,8 @@ class Frontend:
 
         Args:
             timeout_s: seconds.
-            max_rows: tokens to handle at most, about; `has_more` says whether there were more.
+            max_rows: tokens to handle at most, about, of which one with log-probabilities counts as several; `has_more` says
+                whether there were more.
 
         Raises:
             EngineFailed: the engine has failed, and the end of every open request has been returned.
@@ -209,7 +211,12 @@ class Frontend:
                     continue
                 self._begin_outputs(message)
                 self._partial = message, 0
-            num_rows += self._handle_rows(*self._partial, None if max_rows is None else max_rows - num_rows)
+            message, start = self._partial
+            end = len(message.key_O)
+            if max_rows is not None:
+                end, weight = _batch_end(message, start, max_rows - num_rows)
+                num_rows += weight
+            self._handle_rows(message, start, end)
         self.has_more = max_rows is not None and num_rows >= max_rows
         news, self._news = self._news, []
         for request in news:
@@ -328,7 +335,7 @@ class Frontend:
     def _handle(self, message: Message) -> None:
         if isinstance(message, StepOutputs):
             self._begin_outputs(message)
-            self._handle_rows(message, 0, None)
+            self._handle_rows(message, 0, len(message.key_O))
         elif isinstance(message, Rejection):
             if branch := self._sequences.get(message.key):
                 error = RequestError(message.code, message.message, message.retry_after_s)
@@ -349,11 +356,11 @@ class Frontend:
             self._add_expert_load(message)
         self._handle_failed(message)
 
-    def _handle_rows(self, message: StepOutputs, start: int, count: int | None) -> int:
-        """Add the tokens of up to `count` rows from `start` to their branches; return how many there were."""
-        end = len(message.key_O) if count is None else min(start + count, len(message.key_O))
+    def _handle_rows(self, message: StepOutputs, start: int, end: int) -> None:
+        """Add the tokens of some rows to their branches."""
         self._partial = (message, end) if end < len(message.key_O) else None
-        stopped = []
+        stopped: list[int] = []
+        sampled: logprobs.SampledLogprobs | None = None
         sequence_ids, tokens = message.key_O[start:end].tolist(), message.token_O[start:end].tolist()
         rows = zip(range(start, end), sequence_ids, tokens, message.finish_O[start:end].tolist(), strict=True)
         for row, sequence_id, token, finish in rows:
@@ -364,7 +371,8 @@ class Frontend:
             if branch.stream is not None and (text := branch.push(token, finish)):
                 branch.texts.append(text)
             if branch.logprobs is not None:
-                branch.logprobs.append(logprobs.sampled(message, row, self.tokenizer))
+                sampled = sampled or logprobs.SampledLogprobs(message, start, end, self.tokenizer)
+                branch.logprobs.append(sampled.of_row(row))
             if branch.index == 0 and not branch.has_begun:
                 self._begin(branch, int(message.num_cached_O[row]))
             if branch.stop is not None and branch.stop.found is not None:
@@ -379,7 +387,6 @@ class Frontend:
                 self._announce(branch)
         if stopped:
             self._abort_sequences(stopped)
-        return end - start
 
     def _begin(self, branch: Branch, num_cached: int) -> None:
         """Note what comes with the first token of a request's first branch."""
@@ -452,3 +459,11 @@ class Frontend:
             self._end_with_error(request, RequestError("UNAVAILABLE", str(self._failure)))
         while self._stats_callbacks:
             self._stats_callbacks.popleft()(None)
+
+
+def _batch_end(message: StepOutputs, start: int, max_rows: int) -> tuple[int, int]:
+    """Return the end of a batch of at most `max_rows` rows from `start`, and how many rows it counts as; at least one row."""
+    weights = np.arange(len(message.key_O) + 1) + message.top_offsets_O1 // _ENTRIES_OF_ROW
+    end = int(np.searchsorted(weights, weights[start] + max_rows, side="right")) - 1
+    end = min(max(end, start + 1), len(message.key_O))
+    return end, int(weights[end] - weights[start])

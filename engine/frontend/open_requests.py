@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expertwire.engine.frontend.api import LogprobDict, RequestError, Update
+from expertwire.engine.frontend.api import Position, RequestError, Update
 from expertwire.engine.frontend.stop_strings import StopAutomaton, StopStrings
 from expertwire.engine.frontend.tokenizer import TextStream
 from expertwire.scheduler.outputs import FinishReason
@@ -26,7 +26,7 @@ class OpenRequest:
         has_news: whether the request is in the frontend's list of requests with news.
     """
 
-    def __init__(self, request_id: int, prompt: list[int], params: SamplingParams, seed: int) -> None:
+    def __init__(self, request_id: int, prompt: np.ndarray, params: SamplingParams, seed: int) -> None:
         self.id = request_id
         self.prompt = prompt
         self.params = params
@@ -34,7 +34,7 @@ class OpenRequest:
         self.seed = seed
         self.num_cached_tokens = 0
         self.running: dict[int, Branch] = {}
-        self.prompt_logprobs: list[LogprobDict | None] | None = None
+        self.prompt_logprobs: list[Position | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt)
         self.error: RequestError | None = None
@@ -87,8 +87,8 @@ class Branch:
         self.num_uncredited = 0
         self.token_ids: list[int] = []
         self.texts: list[str] = []
-        self.logprobs: list[LogprobDict] | None = None if request.params.logprobs is None else []
-        self.prompt_logprobs: list[LogprobDict | None] | None = None
+        self.logprobs: list[Position] | None = None if request.params.logprobs is None else []
+        self.prompt_logprobs: list[Position | None] | None = None
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.expert_load = expert_load

@@ -61,6 +61,7 @@ class Tokenizer:
         self._backend = backend
         self._chat_templates = chat_templates
         self._tables = {skip: _make_table(backend, skip) for skip in (False, True)}
+        self._texts = _Texts(self._tables[False])
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
@@ -150,11 +151,22 @@ class Tokenizer:
 
     def token_text(self, token: int) -> str:
         """Return the text of one token within a sequence, with U+FFFD for an incomplete character."""
-        return self._tables[False].text(token)
+        return self._texts[token]
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """Return a new stream for one sequence."""
         return self._tables[skip_special_tokens].stream()
+
+
+class _Texts(dict[int, str]):
+    """Token id -> its text, for log-probabilities, which name the same tokens again and again."""
+
+    def __init__(self, table: _ByteTable | _PieceTable) -> None:
+        self._table = table
+
+    def __missing__(self, token: int) -> str:
+        self[token] = self._table.text(token)
+        return self[token]
 
 
 class _ByteTable(dict[int, bytes]):

@@ -474,3 +474,22 @@ def test_fileno_shows_what_arrives(frontend, controller):
     assert select.select([frontend], [], [], 5)[0] == [frontend]
     frontend.close()
     frontend.close()
+
+
+class TestBatches:
+    """`receive` with `max_rows` leaves what is too much for one turn of a loop."""
+
+    @pytest.mark.parametrize(("num_top", "in_a_batch"), [(0, 10), (32, 4), (400, 1)])
+    def test_rows_with_log_probabilities_weigh_more(self, frontend, controller, num_top, in_a_batch):
+        request = frontend.submit("a", SamplingParams(n=30, logprobs=min(num_top, 64)))
+        (submit,) = controller.heard()
+        top = {token: -float(token) for token in range(num_top)}
+        controller.say(*(Row(wire, 50, logprob=-1.0, rank=1, top=top) for wire in submit.sequence_ids.tolist()))
+        branches = []
+        while len(branches) < 30:
+            news = frontend.receive(1.0, 10)
+            updates = [update for each in news for update in frontend.take(each)]
+            assert [update.request_id for update in updates] == [request] * len(updates)
+            assert len(updates) == min(in_a_batch, 30 - len(branches))
+            branches += [update.branch for update in updates]
+        assert branches == list(range(30))

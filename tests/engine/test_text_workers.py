@@ -178,7 +178,8 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
                 psutil.Process(pid).kill()
             assert "INTERNAL: the process that tokenised this prompt was killed by SIGKILL" in await attack
             await workers.encode(chat(), PARAMS, client="a")
-            assert len(worker_pids() - before) == 2
+            while len(worker_pids() - before) < 2:  # one that was killed while it started is replaced after a pause
+                await asyncio.sleep(0.05)
 
     asyncio.run(run())
 
