@@ -98,6 +98,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_inspect(commands)
     _add_explain(commands)
     _add_experts(commands)
+    _add_token(commands)
     group = commands.add_parser("bench", help="run a benchmark", description="Run a benchmark.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
     for name, (module_name, text) in BENCHES.items():
@@ -213,6 +214,9 @@ def _add_experts(commands: Any) -> None:
     text = "show the load of experts and ranks"
     parser = commands.add_parser("experts", help=text, description=_sentence(text))
     parser.add_argument("source", metavar="SOURCE", help="host:port of a server, or a file written by --json")
+    text = "PEM file of the authority of a server with TLS (default: no TLS)"
+    parser.add_argument("--ssl-ca-certs", metavar="FILE", help=text)
+    parser.add_argument("--token-file", metavar="FILE", help="file with a token for the server")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also write the heat map there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there, as JSON")
     parser.set_defaults(command=_experts)
@@ -222,13 +226,30 @@ def _experts(args: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from expertwire.deploy import experts
 
-    values = experts.read(args.source)
+    values = experts.read(args.source, ca_certs=args.ssl_ca_certs, token_file=args.token_file)
     for line in experts.lines(values):
         print(line)
     if args.json:
         args.json.write_text(json.dumps(values) + "\n")
     if args.png:
         experts.save_png(values, args.png)
+    return 0
+
+
+def _add_token(commands: Any) -> None:
+    text = "make a token for a new tenant: its table for the tenants file goes to the output, the token to the error output"
+    parser = commands.add_parser("token", help=text, description=_sentence(text))
+    parser.add_argument("tenant", metavar="TENANT", help="name of the tenant: letters, digits and _ . -")
+    parser.set_defaults(command=_token)
+
+
+def _token(args: argparse.Namespace) -> int:
+    from expertwire.deploy.tenants import Tenant, make_token
+
+    token, digest = make_token()
+    Tenant(name=args.tenant, tokens=(digest,))
+    print(f'[tenants."{args.tenant}"]\ntokens = ["{digest}"]')
+    print(token, file=sys.stderr)
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from expertwire.deploy.grpc.client import Client, ServerError
+from expertwire.deploy.grpc.credentials import ssl_credentials
 from expertwire.moe.eplb.load import hottest, over_mean
 
 _SHADES = " ░▒▓█"
@@ -21,14 +22,19 @@ _WIDTH = 128  # columns; of more experts, several share a column, which shows th
 _FIELDS = ("expert_load", "layer_spread", "rank_rows", "rank_tax")
 
 
-def read(source: str) -> dict[str, Any]:
+def read(source: str, *, ca_certs: str | None = None, token_file: str | None = None) -> dict[str, Any]:
     """Return `ExpertLoad.summary` of a server at `host:port`, or from a file written by `--json`.
+
+    Args:
+        source: the server or file.
+        ca_certs: PEM file of the authority of a server with TLS; None speaks plain text.
+        token_file: file with a bearer token for the server.
 
     Raises:
         ValueError: the source is neither, or the model has no experts.
     """
     try:
-        values = json.loads(Path(source).read_text()) if Path(source).is_file() else _ask(source)
+        values = json.loads(Path(source).read_text()) if Path(source).is_file() else _ask(source, ca_certs, token_file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is no JSON file: {error}") from None
     missing = [name for name in _FIELDS if not isinstance(values, dict) or name not in values]
@@ -38,9 +44,11 @@ def read(source: str) -> dict[str, Any]:
     return {name: values[name] for name in _FIELDS}
 
 
-def _ask(address: str) -> dict[str, Any]:
+def _ask(address: str, ca_certs: str | None, token_file: str | None) -> dict[str, Any]:
+    credentials = None if ca_certs is None else ssl_credentials(ca_certs)
+    token = None if token_file is None else Path(token_file).read_text().strip()
     try:
-        with Client(address) as client:
+        with Client(address, credentials=credentials, token=token) as client:
             return client.stats()
     except ServerError as error:
         raise ValueError(f"{address} is neither a file nor a server that answers: {error}") from None

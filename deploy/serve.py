@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import time
@@ -13,6 +14,9 @@ from expertwire.deploy import runtime
 from expertwire.deploy.fronts import Fronts, reserve_port
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.deploy.grpc.front import FAILED_S
+from expertwire.deploy.grpc.reloading import Reloading
+from expertwire.deploy.grpc.security import Security
+from expertwire.deploy.tenants import Tenants
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.api import EngineFailed
@@ -37,7 +41,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str
         EngineFailed: the engine could not start, or has failed.
     """
     reserve_port(server.host, server.port).close()  # before the model is loaded
-    server.certificates()
+    config = _with_quotas(config, Security.open(server).tenants)
     tokenizer = runtime.open_tokenizer(config)
     _exit_on_signals()
     with contextlib.ExitStack() as stack:
@@ -56,6 +60,14 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str
             raise
         fronts.drain()
     return 0
+
+
+def _with_quotas(config: EngineConfig, tenants: Reloading[Tenants] | None) -> EngineConfig:
+    """Return the engine's options with the quotas of the file of tenants."""
+    if tenants is None:
+        return config
+    known = tenants.value
+    return dataclasses.replace(config, tenant_quotas=known.quotas(), default_tenant_quota=known.default_quota)
 
 
 def _about(info: ModelInfo) -> Iterator[str]:

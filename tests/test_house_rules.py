@@ -54,8 +54,8 @@ FLAGS = {
     "serve": {
         "--host", "--port", "--fronts", "--drain-timeout", "--max-connections",
         "--max-calls-per-connection", "--max-calls", "--max-message-mib", "--message-timeout", "--max-connection-idle",
-        "--max-connection-age", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--insecure",
-        "--no-insecure", *ENGINE_FLAGS,
+        "--max-connection-age", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--tenants",
+        "--insecure", "--no-insecure", "--audit-log", *ENGINE_FLAGS,
     },
     "generate": {
         "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", *ENGINE_FLAGS,
@@ -66,7 +66,8 @@ FLAGS = {
         "--device", "--ep-size", "--topology", "--all2all-backend", "--all2all-table", "--dispatch-dtype",
         "--enable-two-batch-overlap", "--no-enable-two-batch-overlap", "--kv-cache-dtype",
     },
-    "experts": {"--png", "--json"},
+    "experts": {"--ssl-ca-certs", "--token-file", "--png", "--json"},
+    "token": set(),
     "bench throughput": {
         "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
     },

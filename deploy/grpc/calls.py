@@ -17,6 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from expertwire.deploy.grpc import status
+from expertwire.deploy.grpc.identity import Authenticator, Identity
 from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import RequestError, RequestFailed
@@ -31,10 +32,14 @@ class Call:
     Attributes:
         context: gRPC's own view of it.
         client: address of the client, without the port.
+        identity: who makes it.
     """
 
-    def __init__(self, context: grpc.aio.ServicerContext, overload: Overload, request: type[Message]) -> None:
+    def __init__(
+        self, context: grpc.aio.ServicerContext, overload: Overload, request: type[Message], identity: Identity
+    ) -> None:
         self.context = context
+        self.identity = identity
         self.client = context.peer().rpartition(":")[0]
         self._overload = overload
         self._request = request
@@ -78,7 +83,7 @@ class Call:
         return message
 
 
-def make_handlers(servicer: object, overload: Overload) -> grpc.GenericRpcHandler:
+def make_handlers(servicer: object, overload: Overload, authenticator: Authenticator) -> grpc.GenericRpcHandler:
     """Return the handlers of the service.
 
     Args:
@@ -86,10 +91,11 @@ def make_handlers(servicer: object, overload: Overload) -> grpc.GenericRpcHandle
             them, and the `Call`; it returns the response, unless it streams them. It raises `RequestFailed`, or ValueError for
             the client's mistakes.
         overload: admits calls.
+        authenticator: finds out who makes them.
     """
     handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
         method.name: grpc.stream_stream_rpc_method_handler(
-            functools.partial(_serve, method, getattr(servicer, method.name), overload),
+            functools.partial(_serve, method, getattr(servicer, method.name), overload, authenticator),
             response_serializer=_message_class(method.output_type.name).SerializeToString,
         )
         for method in SERVICE.methods
@@ -102,13 +108,14 @@ async def _serve(
     method: MethodDescriptor,
     run: Callable[..., Awaitable[Any]],
     overload: Overload,
+    authenticator: Authenticator,
     _: object,
     context: grpc.aio.ServicerContext,
 ) -> None:
     """Serve one call."""
     try:
-        with overload.call():
-            await _run(method, run, Call(context, overload, _message_class(method.input_type.name)))
+        with overload.call(), authenticator.call(context, method.name) as identity:
+            await _run(method, run, Call(context, overload, _message_class(method.input_type.name), identity))
     except RequestFailed as failed:
         await status.abort(context, failed.error)
 

@@ -6,12 +6,8 @@ import ipaddress
 import os
 import resource
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from expertwire.scheduler.config import is_int, is_number
-
-if TYPE_CHECKING:
-    from expertwire.deploy.grpc.credentials import ServerCertificates
 
 _UNLIMITED = 1 << 30
 
@@ -89,7 +85,7 @@ class ServerConfig:
     """Options of `expertwire serve`, besides the engine's.
 
     Args:
-        host: name or address to listen on; one that other machines can reach needs TLS or `insecure`.
+        host: name or address to listen on; one that other machines can reach needs TLS, tenants or `insecure`.
         port: port to listen on; 0 chooses a free one.
         fronts: processes that serve gRPC on the port, each on a core of its own; None: one for every eight cores, at most 8.
         drain_timeout_s: seconds for running requests to finish after SIGTERM.
@@ -97,7 +93,10 @@ class ServerConfig:
             are read again when they change.
         ssl_certfile: PEM file of the server's certificate chain.
         ssl_ca_certs: PEM file of authorities; only clients with a certificate of theirs can connect (mTLS).
-        insecure: listen where other machines can connect, without TLS; for private networks.
+        tenants: TOML file of the tenants that may call, with digests of their tokens or names in their certificates, and their
+            quotas; a call without a token or certificate of one is refused. Unset: anybody may call, for any tenant.
+        insecure: listen where other machines can connect, without TLS and tenants; for private networks.
+        audit_log: file to which administrative calls and failed authentications are appended, as lines of JSON.
         limits: what clients may hold of a front.
 
     Raises:
@@ -111,7 +110,9 @@ class ServerConfig:
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
+    tenants: str | None = None
     insecure: bool = False
+    audit_log: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -123,18 +124,6 @@ class ServerConfig:
             raise ValueError(f"drain_timeout_s must be a number of seconds >= 0, got {self.drain_timeout_s!r}")
         self._check_security()
 
-    def certificates(self) -> ServerCertificates | None:
-        """Read the files of TLS; return None without TLS.
-
-        Raises:
-            ValueError: names the file and what is wrong with it.
-        """
-        if self.ssl_keyfile is None or self.ssl_certfile is None:
-            return None
-        from expertwire.deploy.grpc.credentials import ServerCertificates  # imports grpc, which --help does without
-
-        return ServerCertificates(self.ssl_keyfile, self.ssl_certfile, self.ssl_ca_certs)
-
     def _check_security(self) -> None:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile must be given together")
@@ -142,10 +131,10 @@ class ServerConfig:
             raise ValueError("ssl_ca_certs needs ssl_keyfile and ssl_certfile")
         if not isinstance(self.insecure, bool):
             raise ValueError(f"insecure must be True or False, got {self.insecure!r}")
-        if not (self.ssl_certfile or self.insecure or is_loopback(self.host)):
+        if not (self.ssl_certfile or self.tenants or self.insecure or is_loopback(self.host)):
             raise ValueError(
                 f"--host {self.host} can be reached by other machines: give --ssl-keyfile and --ssl-certfile, "
-                "or --insecure in a private network"
+                "--tenants, or --insecure in a private network"
             )
 
     def num_fronts(self) -> int:

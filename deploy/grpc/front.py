@@ -18,7 +18,7 @@ import numpy as np
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.deploy import runtime
 from expertwire.deploy.grpc.config import ServerConfig
-from expertwire.deploy.grpc.reloading import keep_fresh
+from expertwire.deploy.grpc.security import Security
 from expertwire.deploy.grpc.server import Server
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig
@@ -81,14 +81,14 @@ async def _serve(args: FrontArgs, frontend: Frontend, parent: SocketChannel) -> 
                 parent.send({"beat": NOTHING})
 
     loop.add_reader(parent.fileno(), listen_to_parent)
-    certificates = config.certificates()
-    credentials = None if certificates is None else certificates.credentials()
-    server = Server(config.host, config.port, config.limits, credentials=credentials, shares_port=True)
+    security = Security.open(config)
+    server = Server(config.host, config.port, config.limits, credentials=security.credentials(), shares_port=True)
     texts = TextWorkers(frontend, args.engine.model)
-    refreshing = asyncio.create_task(keep_fresh([] if certificates is None else [certificates.files]))
+    refreshing = asyncio.create_task(security.keep_fresh())
     try:
         await server.serve(
             frontend,
+            authenticator=security.authenticator(),
             stop=stop,
             drain_timeout_s=config.drain_timeout_s,
             texts=texts,

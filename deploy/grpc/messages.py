@@ -50,14 +50,14 @@ def from_chat(chat: Chat) -> pb.Chat:
     return pb.Chat(**{name: _to_json(name, value) for name, value in values.items() if value is not None})
 
 
-def to_options(request: pb.GenerateRequest, deadline_s: float | None) -> RequestOptions:
-    """Return the options of a request.
+def to_options(request: pb.GenerateRequest, tenant: str, deadline_s: float | None) -> RequestOptions:
+    """Return the options of a request that counts for `tenant`.
 
     Raises:
         ValueError: names the field and the values it allows.
     """
     return RequestOptions(
-        priority=request.priority, tenant=request.tenant, cache_salt=request.cache_salt, deadline_s=deadline_s
+        priority=request.priority, tenant=tenant, cache_salt=request.cache_salt, deadline_s=deadline_s
     )
 
 

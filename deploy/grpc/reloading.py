@@ -58,12 +58,13 @@ class Reloading(Generic[T]):
         return [_stamp(path) for path in self._paths]
 
 
-async def keep_fresh(values: Sequence[Reloading[Any]]) -> None:
+async def keep_fresh(values: Sequence[Reloading[Any]], on_change: Callable[[Reloading[Any]], None]) -> None:
     """Refresh the values once a second, for ever. Files are read in a thread, so that a slow disk does not stop the loop."""
     while values:
         await asyncio.sleep(_REFRESH_S)
         for value in values:
-            await asyncio.to_thread(value.refresh)
+            if await asyncio.to_thread(value.refresh):
+                on_change(value)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

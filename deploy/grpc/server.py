@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from expertwire.deploy.grpc import calls
+from expertwire.deploy.grpc import calls, status
 from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.health import HealthServicer
+from expertwire.deploy.grpc.identity import Authenticator
 from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.grpc.servicer import GOODBYE_S, STALL_S, InferenceServicer
+from expertwire.engine.frontend.api import RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
 
@@ -66,6 +69,7 @@ class Server:
         self,
         frontend: Frontend,
         *,
+        authenticator: Authenticator | None = None,
         stop: asyncio.Event,
         drain_timeout_s: float,
         texts: TextWorkers | None = None,
@@ -77,6 +81,7 @@ class Server:
 
         Args:
             frontend: a frontend that watches its engine; left open.
+            authenticator: finds out who makes a call; None believes everybody.
             stop: set to end the service.
             drain_timeout_s: seconds for running requests to finish.
             texts: as for `InferenceServicer`; left open.
@@ -87,11 +92,12 @@ class Server:
         Returns:
             The message with which the engine failed, or "".
         """
-        servicer = InferenceServicer(frontend, texts, stall_s)
+        authenticator = authenticator or Authenticator()
+        servicer = InferenceServicer(frontend, authenticator, texts, stall_s)
         health = HealthServicer(("", SERVICE), lambda: not servicer.problem and not servicer.draining)
-        self._server.add_generic_rpc_handlers((calls.make_handlers(servicer, self._overload),))
+        self._server.add_generic_rpc_handlers((calls.make_handlers(servicer, self._overload, authenticator),))
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
-        reflection.enable_server_reflection((SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(authenticator), self._server)
         beating = asyncio.create_task(_beat(servicer, health, on_beat))
         await self._server.start()
         try:
@@ -103,6 +109,27 @@ class Server:
             beating.cancel()
             await self._server.stop(GOODBYE_S)
         return servicer.failure
+
+
+class _Reflection(reflection.aio.ReflectionServicer):
+    """Server reflection for those who may call."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        super().__init__((SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME))
+        self._authenticator = authenticator
+
+    # The stubs of the library take the generator for a coroutine.
+    async def ServerReflectionInfo(  # type: ignore[override]
+        self, requests: Any, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Any]:
+        """See grpc.reflection.v1alpha."""
+        try:
+            self._authenticator.identify(context, "ServerReflectionInfo")
+        except RequestFailed as failed:
+            await status.abort(context, failed.error)
+        responses: Any = super().ServerReflectionInfo(requests, context)
+        async for response in responses:
+            yield response
 
 
 async def _beat(servicer: InferenceServicer, health: HealthServicer, on_beat: Callable[[], None]) -> None:

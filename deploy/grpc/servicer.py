@@ -16,6 +16,7 @@ import numpy as np
 
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.grpc.calls import Call
+from expertwire.deploy.grpc.identity import Authenticator
 from expertwire.deploy.grpc.stream import OutputStream
 from expertwire.deploy.grpc.usage import UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
@@ -38,6 +39,7 @@ class InferenceServicer:
 
     Args:
         frontend: used by the loop's thread only.
+        authenticator: knows who may act for whom.
         texts: tokenise what clients send; None does it on the loop.
         stall_s: a client that reads nothing for so many seconds, while there is output for it, loses its request.
 
@@ -47,15 +49,22 @@ class InferenceServicer:
         draining: whether new requests are refused.
     """
 
-    def __init__(self, frontend: Frontend, texts: TextWorkers | None = None, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        authenticator: Authenticator,
+        texts: TextWorkers | None = None,
+        stall_s: float = STALL_S,
+    ) -> None:
         self.failure = ""
         self.failed = asyncio.Event()
         self.draining = False
         self._frontend = frontend
+        self._authenticator = authenticator
         self._texts = texts or TextWorkers(frontend, None)
         self._stall_s = stall_s
         self._streams: dict[int, OutputStream] = {}  # by the frontend's request id
-        self._ids: dict[str, int] = {}  # client's request id -> frontend's
+        self._ids: dict[tuple[str, str], int] = {}  # tenant and client's request id -> frontend's
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop = asyncio.get_running_loop()
@@ -78,8 +87,9 @@ class InferenceServicer:
     async def Abort(self, request: pb.AbortRequest, call: Call) -> pb.AbortResponse:
         """See the .proto."""
         self._check_alive()
+        tenant = self._authenticator.owner(call.context, call.identity, request.tenant, "Abort")
         for request_id in (request.request_id, *request.request_ids):
-            if (number := self._ids.get(request_id)) is not None:
+            if (number := self._ids.get((tenant, request_id))) is not None:
                 self._frontend.abort(number)
         self._pump()
         return pb.AbortResponse()
@@ -104,7 +114,7 @@ class InferenceServicer:
             raise _unavailable(f"the engine returned no statistics within {_STATS_S:g} s") from error
         if values is None:
             raise _unavailable(self.failure)
-        return grpc_messages.from_stats(values)
+        return grpc_messages.from_stats(call.identity.visible(values))
 
     @property
     def problem(self) -> str:
@@ -151,15 +161,18 @@ class InferenceServicer:
         request_id = request.request_id or uuid.uuid4().hex
         if len(request_id) > MAX_REQUEST_ID:
             raise ValueError(f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}")
-        self._check_is_new(request_id)
+        key = call.identity.tenant, request_id
+        tenant = call.identity.tenant_of(request.tenant)
+        self._check_is_new(key)
         params = grpc_messages.to_sampling_params(request.sampling_params, self._frontend.model_info)
         prompt = grpc_messages.to_prompt(request)
-        tokens = await self._texts.encode(prompt, params, client=call.client)
+        tokens = await self._texts.encode(prompt, params, client=call.identity.tenant or call.client)
         # Others have been served meanwhile.
         self._check_takes_requests()
-        self._check_is_new(request_id)
+        self._check_is_new(key)
         try:
-            number = self._frontend.submit(tokens, params, grpc_messages.to_options(request, call.deadline_s))
+            options = grpc_messages.to_options(request, tenant, call.deadline_s)
+            number = self._frontend.submit(tokens, params, options)
         except EngineFailed as error:
             self._fail(error)
             raise _unavailable(self.failure) from error
@@ -167,9 +180,9 @@ class InferenceServicer:
         opens_reasoning = self._opens_reasoning(tokens)
         reasoning = None if self._frontend.tokenizer is None else self._frontend.tokenizer.reasoning_ids
         usage = UsageCounter(len(tokens), reasoning, arrived_s, opens_reasoning=opens_reasoning)
-        stream = OutputStream(self._frontend, request_id, usage, opens_reasoning=opens_reasoning)
+        stream = OutputStream(self._frontend, key, usage, opens_reasoning=opens_reasoning)
         self._streams[number] = stream
-        self._ids[request_id] = number
+        self._ids[key] = number
         self._idle.clear()
         return number, stream
 
@@ -178,9 +191,9 @@ class InferenceServicer:
         if self.draining:
             raise _unavailable("the server is draining and takes no new requests; ask another one")
 
-    def _check_is_new(self, request_id: str) -> None:
-        if request_id in self._ids:
-            raise RequestFailed(RequestError("ALREADY_EXISTS", f"a request with the id {request_id!r} is running"))
+    def _check_is_new(self, key: tuple[str, str]) -> None:
+        if key in self._ids:
+            raise RequestFailed(RequestError("ALREADY_EXISTS", f"a request with the id {key[1]!r} is running"))
 
     def _opens_reasoning(self, tokens: np.ndarray) -> bool:
         tokenizer = self._frontend.tokenizer
@@ -192,7 +205,7 @@ class InferenceServicer:
 
     def _close(self, number: int) -> None:
         stream = self._streams.pop(number)
-        del self._ids[stream.request_id]
+        del self._ids[stream.key]
         # Without effect if the request has finished.
         self._frontend.abort(number)
         self._pump()

@@ -25,7 +25,7 @@ class OutputStream:
 
     Args:
         frontend: the frontend that the request was submitted to.
-        request_id: the client's id of the request.
+        key: tenant and the client's id of the request.
         usage: of the request.
         opens_reasoning: whether the prompt ends with the start of reasoning.
 
@@ -35,9 +35,9 @@ class OutputStream:
     """
 
     def __init__(
-        self, frontend: Frontend, request_id: str, usage: UsageCounter, *, opens_reasoning: bool = False
+        self, frontend: Frontend, key: tuple[str, str], usage: UsageCounter, *, opens_reasoning: bool = False
     ) -> None:
-        self.request_id = request_id
+        self.key = key
         self.writing_since: float | None = None
         self._frontend = frontend
         self._request: OpenRequest | None = None
@@ -82,7 +82,7 @@ class OutputStream:
         if self.error is not None and not (message.chunks or message.prompt_logprobs):
             raise RequestFailed(self.error)
         if not self._begun:
-            message.request_id, message.opens_reasoning = self.request_id, self._opens_reasoning
+            message.request_id, message.opens_reasoning = self.key[1], self._opens_reasoning
             self._begun = True
         if self._is_last_update and self.error is None and not self._unread_prompt:
             message.usage.CopyFrom(self._usage.message())
