@@ -55,6 +55,11 @@ def request(prompt: str | Sequence[int] = "Once upon a time", *, tenant: str = "
     return message
 
 
+def authorization(tenant: str) -> tuple[tuple[str, str], ...]:
+    """Return the metadata with which a tenant of tenants.toml calls; servers without tenants ignore it."""
+    return (("authorization", f"Bearer {tenant}"),)
+
+
 @contextlib.asynccontextmanager
 async def stubs(address: str, count: int = 1) -> AsyncIterator[list[pb_grpc.InferenceStub]]:
     """Yield stubs, each on a connection of its own."""

@@ -21,6 +21,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from expertwire.bench.attacks.attack import authorization
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 
@@ -108,7 +109,7 @@ class _Client:
         request = pb.GenerateRequest(text="Once upon a time", tenant="good")
         request.sampling_params.MergeFrom(pb.SamplingParams(temperature=0, max_tokens=_TOKENS, ignore_eos=True))
         began, tokens = time.monotonic(), 0
-        async for message in stub.Generate(request, timeout=_TIMEOUT_S):
+        async for message in stub.Generate(request, timeout=_TIMEOUT_S, metadata=authorization("good")):
             self.requests.step()
             if tokens == 0:
                 self.first_tokens_ms.append(1e3 * (time.monotonic() - began))

@@ -1,22 +1,23 @@
 """Attacks of one client on another: what it can do, and what it can learn.
 
-`VICTIM` and `STRANGER` are the metadata with which the two call: who they are.
+`VICTIM` and `STRANGER` are the metadata with which the two call: who they are, on a server that knows both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-from expertwire.bench.attacks.attack import Attack, request, stubs
+from expertwire.bench.attacks.attack import Attack, authorization, request, stubs
 from expertwire.bench.attacks.server import Server
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 
-VICTIM: tuple[tuple[str, str], ...] = ()
-STRANGER: tuple[tuple[str, str], ...] = ()
+VICTIM, STRANGER = authorization("victim"), authorization("attacker")
+_TENANTS = Path(__file__).with_name("tenants.toml")
 _ID = "the-victim's-id"
 _SECRET = "Call me Ishmael. Some years ago, never mind how long precisely. " * 8
 
@@ -34,7 +35,7 @@ async def run(server: Server, seconds: float) -> dict[str, Any]:
 
 async def _id_revealed(victim: Any, stranger: Any) -> bool:
     """Return whether the stranger learns that an id is in use."""
-    message = request(max_tokens=1000)
+    message = request(max_tokens=1000, tenant="")
     message.request_id = _ID
     call = victim.Generate(message, metadata=VICTIM)
     await call.read()
@@ -51,7 +52,7 @@ async def _id_revealed(victim: Any, stranger: Any) -> bool:
 
 async def _abort_works(victim: Any, stranger: Any) -> bool:
     """Return whether the stranger's `Abort` ends the victim's request."""
-    message = request(max_tokens=1000)
+    message = request(max_tokens=1000, tenant="")
     message.request_id = _ID
     call = victim.Generate(message, metadata=VICTIM)
     await call.read()
@@ -88,6 +89,7 @@ ATTACKS = (
         name="strangers",
         about="ids, aborts, tenants and cached prefixes of another client",
         run=run,
+        serve_args=("--tenants", str(_TENANTS)),
         seconds=15.0,
         joins=False,
     ),
