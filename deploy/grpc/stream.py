@@ -15,7 +15,7 @@ from expertwire.engine.frontend.open_requests import OpenRequest
 
 # Tokens and entries of log-probabilities in a message, about 25 bytes each. By default gRPC clients refuse messages of more than
 # 4 MiB.
-MESSAGE_SIZE = 16_384
+MESSAGE_SIZE = 8_192
 
 
 class OutputStream:

@@ -167,10 +167,17 @@ class ThreadController:
         max_queued_requests: requests that may wait; of `info.max_num_seqs` running ones.
         fail_after: a `Failure` of rank 1 comes after so many steps.
         reject: prompts that begin with this token are answered INVALID_ARGUMENT.
+        all_top: as many log-probabilities come as were asked for, instead of one.
     """
 
     def __init__(
-        self, info: ModelInfo = INFO, *, max_queued_requests: int = 10**6, fail_after: int = -1, reject: int = -1
+        self,
+        info: ModelInfo = INFO,
+        *,
+        max_queued_requests: int = 10**6,
+        fail_after: int = -1,
+        reject: int = -1,
+        all_top: bool = False,
     ) -> None:
         self.frontend_channel, self._channel = channel_pair()
         self.most_waiting = 0
@@ -181,6 +188,7 @@ class ThreadController:
         self._max_queued_requests = max_queued_requests
         self._fail_after = fail_after
         self._reject = reject
+        self._all_top = all_top
         self._waiting: dict[int, _Running] = {}
         self._running: dict[int, _Running] = {}
         self._stopping = threading.Event()
@@ -240,6 +248,9 @@ class ThreadController:
             self._waiting[wire] = request
             self.most_waiting = max(self.most_waiting, len(self._waiting))
 
+    def _more_top(self, count: int) -> dict[int, float]:
+        return {token: -1.0 - token for token in range(300, 299 + count)} if self._all_top else {}
+
     def _step(self, step: int) -> None:
         while self._waiting and len(self._running) < self._info.max_num_seqs:
             wire = next(iter(self._waiting))
@@ -248,12 +259,13 @@ class ThreadController:
         for wire, request in list(self._running.items()):
             params, first = request.params, request.num_outputs == 0
             if first and not request.branch and params.prompt_logprobs is not None:
-                prompt_rows += [PromptRow(wire, i, -float(i), 1) for i in range(1, len(request.prompt))]
+                top = self._more_top(params.prompt_logprobs)
+                prompt_rows += [PromptRow(wire, i, -float(i), 1, top) for i in range(1, len(request.prompt))]
             token = next_token(request.prompt, request.branch, request.num_outputs)
             request.num_outputs += 1
             most = params.most_output_tokens(len(request.prompt), self._info.max_model_len)
             finish = FinishReason.LENGTH if request.num_outputs == most else FinishReason.NONE
-            top = {token: -0.5} if params.logprobs else {}
+            top = {token: -0.5, **self._more_top(params.logprobs)} if params.logprobs else {}
             cached = len(request.prompt) // 2 + request.branch
             rows.append(Row(wire, token, finish, logprob=-0.5, rank=1, top=top, num_cached=cached))
             if finish:
