@@ -220,6 +220,10 @@ def _handle(state: ControllerState, number: int, message: messages.Message) -> N
         case messages.Abort():
             for sequence_id in message.ids.tolist():
                 state.scheduler.abort(_key(number, sequence_id))
+        case messages.AbortByName():
+            state.frontends.broadcast(message)
+        case messages.CacheFlush():
+            state.frontends.send(number, messages.CacheFlush(freed_blocks=state.scheduler.flush_cache()))
         case messages.StatsRequest():
             state.awaiting_stats.append(number)
         case _:

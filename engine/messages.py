@@ -1,7 +1,8 @@
 """Messages between frontends and the controller, and their encoding as named arrays (see `comm.control.channel`).
 
-A frontend opens a channel, sends `Hello` and receives `Welcome`. Then it sends `Submit`, `Credit`, `Abort` and `StatsRequest`
-in any order, and receives `StepOutputs`, `Rejection`, `Stats`, `Beat` if it asked for it, and at most one `Failure`, the last.
+A frontend opens a channel, sends `Hello` and receives `Welcome`. Then it sends `Submit`, `Credit`, `Abort`, `AbortByName`,
+`StatsRequest` and `CacheFlush` in any order, and receives `StepOutputs`, `Rejection`, `Stats`, `CacheFlush`, `AbortByName`,
+`Beat` if it asked for it, and at most one `Failure`, the last.
 The frontend chooses the sequence ids, unique on its channel; a request with `n` branches has `n` of them.
 """
 
@@ -77,6 +78,21 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheFlush:
+    """Request to empty the prefix cache of blocks that no request uses; the answer has their number on all ranks, by cache."""
+
+    freed_blocks: dict[str, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbortByName:
+    """Abort requests by the ids that clients gave them, wherever they are: the controller passes it on to every frontend."""
+
+    tenant: str
+    request_ids: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Beat:
     """The controller works. `problem` says why the engine cannot serve at the moment, for instance that a rank is silent."""
 
@@ -91,7 +107,21 @@ class Failure:
     message: str
 
 
-Message = Hello | Welcome | Submit | Credit | Abort | StatsRequest | StepOutputs | Rejection | Stats | Beat | Failure
+Message = (
+    Hello
+    | Welcome
+    | Submit
+    | Credit
+    | Abort
+    | AbortByName
+    | StatsRequest
+    | CacheFlush
+    | StepOutputs
+    | Rejection
+    | Stats
+    | Beat
+    | Failure
+)
 _KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Message)}
 
 

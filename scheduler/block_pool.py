@@ -88,6 +88,15 @@ class BlockPool:
         assert np.all(ids_B), f"cache {cache}: the null block was freed"
         block_loops.drop(self.blocks, self._owner(cache, rank_B) * self.num_blocks + ids_B)
 
+    def flush(self, cache: int) -> int:
+        """Remove the hashes of all free blocks, so that nobody finds them; return how many had one."""
+        count = np.count_nonzero(
+            (self.blocks.block_B["chain"] != UNHASHED).reshape(self.refs_CPB.shape)[cache] & (self.refs_CPB[cache] == 0)
+        )
+        rank_B = np.repeat(np.arange(self.num_ranks), self.num_free_CP[cache])
+        self.free(cache, rank_B, self.allocate(cache, rank_B))
+        return int(count)
+
     def num_used(self, cache: int) -> np.ndarray:
         """Return the number of blocks with references: i64 [P]."""
         return self.num_blocks_C[cache] - self.num_free_CP[cache]

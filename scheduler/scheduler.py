@@ -278,6 +278,10 @@ class Scheduler:
             **self._counts,
         }
 
+    def flush_cache(self) -> dict[str, int]:
+        """Forget the cached prefixes that no request uses; return the number of their blocks on all ranks, by cache."""
+        return {spec.name: self._pool.flush(cache) for cache, spec in enumerate(self.cache_specs)}
+
     def check_integrity(self) -> None:
         """Assert that queue, batch and pool agree. For tests, and for an idle engine."""
         self._pool.check_integrity()

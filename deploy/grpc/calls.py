@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -83,23 +83,26 @@ class Call:
         return message
 
 
-def make_handlers(servicer: object, overload: Overload, authenticator: Authenticator) -> grpc.GenericRpcHandler:
+def make_handlers(
+    servicers: Sequence[object], overload: Overload, authenticator: Authenticator
+) -> grpc.GenericRpcHandler:
     """Return the handlers of the service.
 
     Args:
-        servicer: has an async method for each of the service's, of the same name. It takes the request, unless the client streams
-            them, and the `Call`; it returns the response, unless it streams them. It raises `RequestFailed`, or ValueError for
-            the client's mistakes.
+        servicers: have together an async method for each of the service's, of the same name. It takes the request, unless the
+            client streams them, and the `Call`; it returns the response, unless it streams them. It raises `RequestFailed`, or
+            ValueError for the client's mistakes.
         overload: admits calls.
         authenticator: finds out who makes them.
     """
     handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
         method.name: grpc.stream_stream_rpc_method_handler(
-            functools.partial(_serve, method, getattr(servicer, method.name), overload, authenticator),
+            functools.partial(_serve, method, run, overload, authenticator),
             response_serializer=_message_class(method.output_type.name).SerializeToString,
         )
         for method in SERVICE.methods
-        if hasattr(servicer, method.name)
+        for servicer in servicers
+        if (run := getattr(servicer, method.name, None)) is not None
     }
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 

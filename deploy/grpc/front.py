@@ -20,6 +20,7 @@ from expertwire.deploy import runtime
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.deploy.grpc.security import Security
 from expertwire.deploy.grpc.server import Server
+from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.frontend import Frontend
@@ -92,6 +93,7 @@ async def _serve(args: FrontArgs, frontend: Frontend, parent: SocketChannel) -> 
             stop=stop,
             drain_timeout_s=config.drain_timeout_s,
             texts=texts,
+            info=ServerInfo(args.engine, config, frontend.model_info),
             on_ready=lambda: parent.send({"serving": NOTHING}),
             on_beat=beat,
         )

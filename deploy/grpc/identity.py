@@ -17,7 +17,7 @@ _UNAUTHENTICATED = RequestError(
     "UNAUTHENTICATED",
     "the call must have a tenant's token, as `authorization: Bearer TOKEN` in its metadata, or a tenant's client certificate",
 )
-_FOR_ADMINISTRATORS = ("FlushCache",)
+_FOR_ADMINISTRATORS = ("FlushCache", "GetServerInfo")
 _AUDITED = (*_FOR_ADMINISTRATORS, "GetStats")
 _CERTIFICATE_NAMES = ("peer_uri", "peer_dns", "x509_common_name")
 

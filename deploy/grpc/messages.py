@@ -23,7 +23,7 @@ FINISH_REASONS: Mapping[str, pb.FinishReason] = {
 }
 
 
-def to_prompt(request: pb.GenerateRequest) -> str | Sequence[int] | ChatText:
+def to_prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> str | Sequence[int] | ChatText:
     """Return the prompt of a request; nothing looks at its contents here.
 
     Raises:
@@ -31,10 +31,14 @@ def to_prompt(request: pb.GenerateRequest) -> str | Sequence[int] | ChatText:
     """
     kind = request.WhichOneof("prompt")
     if kind is None:
-        raise ValueError("prompt is missing: set text, token_ids or chat")
+        allowed = ", ".join(field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields)
+        raise ValueError(f"prompt is missing: set one of {allowed}")
     if kind == "chat":
         return ChatText(fields={field.name: value for field, value in request.chat.ListFields()})
-    return request.text if kind == "text" else request.token_ids.ids
+    if kind == "text":
+        return request.text
+    assert isinstance(request, pb.GenerateRequest), kind
+    return request.token_ids.ids
 
 
 def from_chat(chat: Chat) -> pb.Chat:
@@ -118,6 +122,26 @@ def from_stats(values: Mapping[str, Any]) -> pb.Stats:
     for tokens in values.get("expert_load", ()):
         message.expert_load.add(tokens=tokens)
     return message
+
+
+def from_loads(values: Mapping[str, Any]) -> pb.Loads:
+    """Return the loads of the ranks from `Frontend.stats`."""
+    ranks = [
+        pb.RankLoad(
+            rank=rank,
+            num_running=num_running,
+            outstanding_tokens=values["outstanding_tokens"][rank],
+            blocks_used={cache: used[rank] for cache, used in values["blocks_used"].items()},
+            blocks_total=values["blocks"],
+        )
+        for rank, num_running in enumerate(values["running"])
+    ]
+    return pb.Loads(num_waiting=values["num_waiting"], num_held=values["held"], ranks=ranks)
+
+
+def from_expert_loads(values: Mapping[str, Any]) -> pb.ExpertLoads:
+    """Return the tokens of the experts from `Frontend.stats`."""
+    return pb.ExpertLoads(layers=[pb.ExpertLoad(tokens=tokens) for tokens in values["expert_load"]])
 
 
 def add_logprobs(field: Any, positions: Iterable[Position | None]) -> None:

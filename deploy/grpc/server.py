@@ -15,6 +15,8 @@ from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.health import HealthServicer
 from expertwire.deploy.grpc.identity import Authenticator
 from expertwire.deploy.grpc.overload import Overload
+from expertwire.deploy.grpc.queries import QueryServicer
+from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.deploy.grpc.servicer import GOODBYE_S, STALL_S, InferenceServicer
 from expertwire.engine.frontend.api import RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
@@ -73,6 +75,7 @@ class Server:
         stop: asyncio.Event,
         drain_timeout_s: float,
         texts: TextWorkers | None = None,
+        info: ServerInfo | None = None,
         stall_s: float = STALL_S,
         on_ready: Callable[[], None] = lambda: None,
         on_beat: Callable[[], None] = lambda: None,
@@ -84,7 +87,8 @@ class Server:
             authenticator: finds out who makes a call; None believes everybody.
             stop: set to end the service.
             drain_timeout_s: seconds for running requests to finish.
-            texts: as for `InferenceServicer`; left open.
+            texts: tokenise what clients send; left open. None does it on the loop.
+            info: the server's options.
             stall_s: as for `InferenceServicer`.
             on_ready: called when the server is ready.
             on_beat: called a few times a second while the loop works.
@@ -92,10 +96,12 @@ class Server:
         Returns:
             The message with which the engine failed, or "".
         """
-        authenticator = authenticator or Authenticator()
+        authenticator, texts = authenticator or Authenticator(), texts or TextWorkers(frontend, None)
         servicer = InferenceServicer(frontend, authenticator, texts, stall_s)
+        queries = QueryServicer(frontend, texts, info, servicer.watch_writes)
         health = HealthServicer(("", SERVICE), lambda: not servicer.problem and not servicer.draining)
-        self._server.add_generic_rpc_handlers((calls.make_handlers(servicer, self._overload, authenticator),))
+        handlers = calls.make_handlers((servicer, queries), self._overload, authenticator)
+        self._server.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(authenticator), self._server)
         beating = asyncio.create_task(_beat(servicer, health, on_beat))

@@ -10,14 +10,14 @@ import contextlib
 import logging
 import time
 import uuid
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.grpc.calls import Call
 from expertwire.deploy.grpc.identity import Authenticator
-from expertwire.deploy.grpc.stream import OutputStream
+from expertwire.deploy.grpc.stream import OutputStream, WholeResponse
 from expertwire.deploy.grpc.usage import UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
@@ -27,7 +27,6 @@ from expertwire.engine.frontend.text_workers import TextWorkers
 MAX_REQUEST_ID = 256  # characters
 GOODBYE_S = 2.0  # for the last messages to be sent
 STALL_S = 30.0
-_STATS_S = 10.0
 _BATCH_ROWS = 512  # tokens that are handled before the loop serves others
 _PROMPT_END = 32  # tokens; more than any delimiter of reasoning and the space after it
 
@@ -40,7 +39,7 @@ class InferenceServicer:
     Args:
         frontend: used by the loop's thread only.
         authenticator: knows who may act for whom.
-        texts: tokenise what clients send; None does it on the loop.
+        texts: tokenise what clients send.
         stall_s: a client that reads nothing for so many seconds, while there is output for it, loses its request.
 
     Attributes:
@@ -50,18 +49,14 @@ class InferenceServicer:
     """
 
     def __init__(
-        self,
-        frontend: Frontend,
-        authenticator: Authenticator,
-        texts: TextWorkers | None = None,
-        stall_s: float = STALL_S,
+        self, frontend: Frontend, authenticator: Authenticator, texts: TextWorkers, stall_s: float = STALL_S
     ) -> None:
         self.failure = ""
         self.failed = asyncio.Event()
         self.draining = False
         self._frontend = frontend
         self._authenticator = authenticator
-        self._texts = texts or TextWorkers(frontend, None)
+        self._texts = texts
         self._stall_s = stall_s
         self._streams: dict[int, OutputStream] = {}  # by the frontend's request id
         self._ids: dict[tuple[str, str], int] = {}  # tenant and client's request id -> frontend's
@@ -71,6 +66,7 @@ class InferenceServicer:
         self._descriptor = frontend.fileno()
         self._writes = False  # whether the loop waits until the frontend can send more
         self._loop.add_reader(self._descriptor, self._pump)
+        frontend.on_abort_by_name = self._abort
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> None:
         """See the .proto."""
@@ -84,37 +80,29 @@ class InferenceServicer:
             # Also where the client has cancelled, its deadline has passed or its connection is lost.
             self._close(number)
 
+    async def GenerateUnary(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
+        """See the .proto."""
+        number, stream = await self._open(request, call)
+        whole = WholeResponse()
+        try:
+            while (message := await stream.read()) is not None:
+                whole.add(message)
+        finally:
+            self._close(number)
+        return whole.message()
+
     async def Abort(self, request: pb.AbortRequest, call: Call) -> pb.AbortResponse:
         """See the .proto."""
         self._check_alive()
         tenant = self._authenticator.owner(call.context, call.identity, request.tenant, "Abort")
-        for request_id in (request.request_id, *request.request_ids):
-            if (number := self._ids.get((tenant, request_id))) is not None:
-                self._frontend.abort(number)
-        self._pump()
+        request_ids = [each for each in (request.request_id, *request.request_ids) if each]
+        if not request_ids:
+            raise ValueError("request_ids must have at least one id, got none")
+        self._abort(tenant, request_ids)
+        # The other fronts' requests as well: gRPC may have brought the call to any of them.
+        self._frontend.abort_by_name(tenant, request_ids)
+        self.watch_writes()
         return pb.AbortResponse()
-
-    async def GetModelInfo(self, request: pb.GetModelInfoRequest, call: Call) -> pb.ModelInfo:
-        """See the .proto."""
-        self._check_alive()
-        info, tokenizer = self._frontend.model_info, self._frontend.tokenizer
-        if tokenizer is None:
-            return grpc_messages.from_model_info(info, None, ())
-        return grpc_messages.from_model_info(info, tokenizer.output_format, tokenizer.chat_variables)
-
-    async def GetStats(self, request: pb.GetStatsRequest, call: Call) -> pb.Stats:
-        """See the .proto."""
-        self._check_alive()
-        answer: asyncio.Future[dict[str, Any] | None] = self._loop.create_future()
-        self._frontend.request_stats(lambda values: None if answer.done() else answer.set_result(values))
-        self._watch_writes()
-        try:
-            values = await asyncio.wait_for(answer, _STATS_S)
-        except TimeoutError as error:
-            raise _unavailable(f"the engine returned no statistics within {_STATS_S:g} s") from error
-        if values is None:
-            raise _unavailable(self.failure)
-        return grpc_messages.from_stats(call.identity.visible(values))
 
     @property
     def problem(self) -> str:
@@ -132,7 +120,7 @@ class InferenceServicer:
             if stream.error is None and stream.writing_since is not None and stream.writing_since < oldest:
                 self._frontend.abort(number)
                 stream.fail("RESOURCE_EXHAUSTED", f"the client has read nothing for {self._stall_s:g} s", drop=True)
-        self._watch_writes()
+        self.watch_writes()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait up to `timeout_s` seconds for the open streams to end, then end them."""
@@ -176,7 +164,7 @@ class InferenceServicer:
         except EngineFailed as error:
             self._fail(error)
             raise _unavailable(self.failure) from error
-        self._watch_writes()
+        self.watch_writes()
         opens_reasoning = self._opens_reasoning(tokens)
         reasoning = None if self._frontend.tokenizer is None else self._frontend.tokenizer.reasoning_ids
         usage = UsageCounter(len(tokens), reasoning, arrived_s, opens_reasoning=opens_reasoning)
@@ -203,6 +191,14 @@ class InferenceServicer:
             tokenizer.decode(tokens[-_PROMPT_END:].tolist(), skip_special_tokens=False)
         )
 
+    def _abort(self, tenant: str, request_ids: Sequence[str]) -> None:
+        """Abort those of a tenant's requests that run here."""
+        numbers = [number for each in request_ids if (number := self._ids.get((tenant, each))) is not None]
+        for number in numbers:
+            self._frontend.abort(number)
+        if numbers:
+            self._loop.call_soon(self._pump)
+
     def _close(self, number: int) -> None:
         stream = self._streams.pop(number)
         del self._ids[stream.key]
@@ -227,9 +223,9 @@ class InferenceServicer:
             return
         if self._frontend.has_more:
             self._loop.call_soon(self._pump)  # the loop serves others in between
-        self._watch_writes()
+        self.watch_writes()
 
-    def _watch_writes(self) -> None:
+    def watch_writes(self) -> None:
         """Let the loop send what the kernel has not taken from the frontend."""
         if self._frontend.pending and not self._writes and not self.failed.is_set():
             self._writes = True

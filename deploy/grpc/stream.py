@@ -122,3 +122,27 @@ class OutputStream:
             else:
                 message.chunks.append(from_update(update))
                 self._is_last_update = update.done
+
+
+class WholeResponse:
+    """The messages of a stream as one, with one chunk a branch."""
+
+    def __init__(self) -> None:
+        self._message = pb.GenerateResponse()
+        self._chunks: dict[int, pb.Chunk] = {}
+        self._texts: dict[int, list[str]] = {}
+
+    def add(self, message: pb.GenerateResponse) -> None:
+        """Add the next message of the stream."""
+        for chunk in message.chunks:
+            self._texts.setdefault(chunk.branch, []).append(chunk.text)
+            self._chunks.setdefault(chunk.branch, pb.Chunk()).MergeFrom(chunk)
+        message.ClearField("chunks")
+        self._message.MergeFrom(message)
+
+    def message(self) -> pb.GenerateResponse:
+        """Return the message, with the branches in order."""
+        for branch, chunk in sorted(self._chunks.items()):
+            chunk.text = "".join(self._texts[branch])
+            self._message.chunks.append(chunk)
+        return self._message

@@ -29,7 +29,9 @@ from expertwire.engine.frontend.prompts import Prompt, encode_prompt
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import (
     Abort,
+    AbortByName,
     Beat,
+    CacheFlush,
     Credit,
     Failure,
     Hello,
@@ -66,6 +68,7 @@ class Frontend:
 
     Attributes:
         model_info: the model and its limits.
+        on_abort_by_name: called with a tenant and request ids for `abort_by_name` of any frontend.
         has_more: whether the last `receive` stopped at `max_rows`; then `fileno()` does not show what is left.
 
     Raises:
@@ -90,6 +93,8 @@ class Frontend:
         self.has_more = False
         self._partial: tuple[StepOutputs, int] | None = None  # outputs of which only these first rows have been handled
         self._stats_callbacks: deque[Callable[[dict[str, Any] | None], None]] = deque()
+        self._flush_callbacks: deque[Callable[[dict[str, int] | None], None]] = deque()
+        self.on_abort_by_name: Callable[[str, Sequence[str]], None] = lambda _tenant, _request_ids: None
         self._credits: list[Branch] = []
         self._next_request_id = 0
         self._next_sequence_id = 0
@@ -271,6 +276,15 @@ class Frontend:
         self._stats_callbacks.append(callback)
         self._send(StatsRequest())
 
+    def request_cache_flush(self, callback: Callable[[dict[str, int] | None], None]) -> None:
+        """Empty the prefix cache of blocks that no request uses; `callback` gets their number by cache, as in `request_stats`."""
+        self._flush_callbacks.append(callback)
+        self._send(CacheFlush())
+
+    def abort_by_name(self, tenant: str, request_ids: Sequence[str]) -> None:
+        """Let every frontend of the engine, this one too, abort the requests of a tenant to which its user gave these ids."""
+        self._send(AbortByName(tenant=tenant, request_ids=list(request_ids)))
+
     def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
         """Return the engine's counters and gauges. Output that arrives meanwhile is kept for the next `poll`.
 
@@ -342,6 +356,10 @@ class Frontend:
                 self._end_with_error(branch.request, error)
         elif isinstance(message, Stats):
             self._stats_callbacks.popleft()(message.values)
+        elif isinstance(message, CacheFlush):
+            self._flush_callbacks.popleft()(message.freed_blocks)
+        elif isinstance(message, AbortByName):
+            self.on_abort_by_name(message.tenant, message.request_ids)
         elif isinstance(message, Beat):
             self._problem = message.problem
         elif isinstance(message, Failure):
@@ -459,6 +477,8 @@ class Frontend:
             self._end_with_error(request, RequestError("UNAVAILABLE", str(self._failure)))
         while self._stats_callbacks:
             self._stats_callbacks.popleft()(None)
+        while self._flush_callbacks:
+            self._flush_callbacks.popleft()(None)
 
 
 def _batch_end(message: StepOutputs, start: int, max_rows: int) -> tuple[int, int]:

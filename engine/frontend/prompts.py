@@ -56,8 +56,8 @@ def check_params(params: SamplingParams, info: ModelInfo, *, has_tokenizer: bool
     """
     if params.stop and not has_tokenizer:
         raise ValueError("stop needs a tokenizer, and the model has none; use stop_token_ids")
-    _check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
-    _check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
+    check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
+    check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
     _check_bans(params, info)
     for field in ("max_queued_requests", "max_queued_requests_per_tenant"):
         if params.n > (allowed := getattr(info, field)):
@@ -78,7 +78,7 @@ def check_tokens(tokens: np.ndarray, params: SamplingParams, info: ModelInfo) ->
         ValueError: the engine cannot serve them; names the field and what is allowed.
     """
     check_length(len(tokens), info)
-    _check_ids("prompt", (int(tokens.min()), int(tokens.max())), info.vocab_size)
+    check_ids("prompt", (int(tokens.min()), int(tokens.max())), info.vocab_size)
     params.check_cost(len(tokens), info.max_model_len)
 
 
@@ -127,7 +127,8 @@ def _check_bans(params: SamplingParams, info: ModelInfo) -> None:
         )
 
 
-def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raise ValueError if one of the ids is no token of the vocabulary."""
     for token in ids:
         if not 0 <= token < vocab_size:
             raise ValueError(f"{field} must be token ids in [0, {vocab_size}), got {token}")

@@ -57,6 +57,8 @@ class FakeFrontend:
         self.submitted: list[tuple[list[int], SamplingParams]] = []  # a request's id is its place
         self.options: list[RequestOptions] = []  # likewise
         self.aborted: list[int] = []
+        self.aborted_by_name: list[tuple[str, list[str]]] = []
+        self.on_abort_by_name = lambda tenant, request_ids: None
         self._requests: list[FakeRequest] = []  # by id
         self._ready, self._wake = os.pipe()
         os.set_blocking(self._ready, False)
@@ -127,6 +129,12 @@ class FakeFrontend:
 
     def request_stats(self, callback) -> None:
         callback(self.stats_values)
+
+    def request_cache_flush(self, callback) -> None:
+        callback({"full": 7})
+
+    def abort_by_name(self, tenant: str, request_ids) -> None:
+        self.aborted_by_name.append((tenant, list(request_ids)))
 
     def fileno(self) -> int:
         return self._ready

@@ -75,6 +75,19 @@ def test_it_is_found_in_the_prefix_cache_when_it_returns():
     assert cluster.num_cached[0] == 0, "what it found when it first came"
 
 
+def test_it_is_not_found_after_a_flush():
+    cluster = SimCluster(make_config(num_ranks=1))
+    cluster.submit(make_request(0, 9, credit=4, **LONG))
+    until_idle(cluster)
+    flushed = cluster.scheduler.flush_cache()
+    assert set(flushed.values()) == {3} and set(cluster.scheduler.flush_cache().values()) == {0}
+    cluster.scheduler.check_integrity()
+    cluster.grant(0, 100)
+    cluster.drain()
+    again = next(plan for plan in cluster.plans[1:] if len(plan.admit_slot_A))
+    assert again.sched_start_S.tolist() == [0]
+
+
 def test_held_requests_take_no_slot_from_others():
     cluster = SimCluster(make_config(num_ranks=1, max_num_seqs=1))
     cluster.submit(make_request(0, credit=3, **LONG), make_request(1, **LONG))
