@@ -19,6 +19,7 @@ from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 VICTIM, STRANGER = authorization("victim"), authorization("attacker")
 _TENANTS = Path(__file__).with_name("tenants.toml")
 _ID = "the-victim's-id"
+_LENGTH = 200  # tokens of the request that the stranger tries to end
 _SECRET = "Call me Ishmael. Some years ago, never mind how long precisely. " * 8
 
 
@@ -52,7 +53,7 @@ async def _id_revealed(victim: Any, stranger: Any) -> bool:
 
 async def _abort_works(victim: Any, stranger: Any) -> bool:
     """Return whether the stranger's `Abort` ends the victim's request."""
-    message = request(max_tokens=1000, tenant="")
+    message = request(max_tokens=_LENGTH, tenant="")
     message.request_id = _ID
     call = victim.Generate(message, metadata=VICTIM)
     await call.read()
@@ -63,7 +64,7 @@ async def _abort_works(victim: Any, stranger: Any) -> bool:
         for chunk in answer.chunks:
             tokens += len(chunk.token_ids)
             reason = chunk.finish_reason or reason
-    return reason == pb.FINISH_REASON_ABORT and tokens < 1000
+    return reason == pb.FINISH_REASON_ABORT and tokens < _LENGTH
 
 
 async def _tenant_believed(stranger: Any) -> bool:

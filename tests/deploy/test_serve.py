@@ -15,6 +15,7 @@ import pytest
 
 from expertwire.deploy.demo_task import check, make_problem
 from expertwire.deploy.grpc.client import Client, ServerError
+from expertwire.deploy.tenants import make_token
 
 ENDLESS = {"ignore_eos": True, "max_tokens": 1900}
 
@@ -210,6 +211,38 @@ def test_a_frozen_process_is_noticed_by_health_checks(place):
         frozen.resume()
         until(client.is_serving)
         assert list(client.generate("SUM 1 2 ?", max_tokens=2))
+
+
+@pytest.mark.slow
+def test_tenants_and_quotas_of_the_file(tmp_path):
+    tokens = {name: make_token() for name in ("alice", "bob")}
+    file = tmp_path / "tenants.toml"
+    file.write_text(
+        "[default]\nmax_requests = 1\n"
+        + "".join(f'[tenants.{name}]\ntokens = ["{digest}"]\n' for name, (_, digest) in tokens.items())
+    )
+    with (
+        serve("--tenants", str(file)) as served,
+        Client(served.address, token=tokens["alice"][0]) as alice,
+        Client(served.address, token=tokens["bob"][0]) as bob,
+    ):
+        chunks = iter(alice.generate("SUM 1 2 ?", **ENDLESS))
+        next(chunks)
+        with pytest.raises(ServerError, match=r"RESOURCE_EXHAUSTED.*max_requests"):
+            list(alice.generate("SUM 1 2 ?", max_tokens=2))
+        assert list(bob.generate("SUM 1 2 ?", max_tokens=2))
+        file.write_text(file.read_text().replace(tokens["bob"][1], make_token()[1]))
+        until(lambda: _code(bob) == "UNAUTHENTICATED")
+        assert next(chunks)
+
+
+def _code(client):
+    """Return the status of a call."""
+    try:
+        client.model_info()
+    except ServerError as error:
+        return error.code
+    return "OK"
 
 
 def test_a_signal_while_it_starts_leaves_nothing():
