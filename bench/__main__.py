@@ -12,6 +12,10 @@ def main(argv: Sequence[str]) -> int:
         from expertwire.bench.attacks import run as attacks
 
         return attacks.run(argv[1:])
+    if argv[:1] == ["fair"]:
+        from expertwire.bench.scheduler import fair
+
+        return fair.run(argv[1:])
     if argv[:1] == ["first_contact"]:
         from expertwire.bench.first_contact import run as first_contact
 
@@ -30,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m expertwire.bench NAME [OPTION ...]\n")
         own = {
             "attacks": "what hostile clients do to a server and its good clients",
+            "fair": "first-token times of a tenant beside another one's storm, on simulated ranks",
             "first_contact": "all that the first half an hour on a GPU needs, whatever fails",
             "front": "tokens per second of a front's processor time, without a model",
             "kernels": "the GPU kernels beside the hardware's limits",

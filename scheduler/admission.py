@@ -7,7 +7,7 @@ a hash table, Z slots of all ranks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
 from expertwire.scheduler.tenants import Account
 
 _CHUNK = 128  # requests considered at a time
+# Suspends running requests so that one fits, and adds what they leave to the budget, or returns False; told what starts already.
+MakeRoom = Callable[[Request, Sequence[Request], Budget], bool]
 
 
 class _Part(NamedTuple):
@@ -114,6 +116,8 @@ class Admission:
         self._batch, self._queue = batch, queue
         self._policy, self._balancing = policy, balancing
         self._quotas_hold = quotas_hold
+        self.make_room: MakeRoom | None = None  # for a request that fits nowhere
+        self._starting: list[Request] = []  # in this step
         self._in_progress = np.zeros(1 << len(batch.rank_Z).bit_length(), np.uint64)
         self.forks: dict[int, int] = {}
 
@@ -122,10 +126,11 @@ class Admission:
         if not self._queue or not (tokens_P > 0).any():
             return NO_ADMISSIONS
         budget = self._compute_budget(tokens_P)
-        if not ((budget.slots_P > 0) & (tokens_P > 0)).any():
+        if self.make_room is None and not ((budget.slots_P > 0) & (tokens_P > 0)).any():
             return NO_ADMISSIONS
         may_start = QuotaCheck(self._batch) if self._quotas_hold else None
         forks = self._admit_forks(budget, may_start)
+        self._starting = [part.requests[0] for part in forks]
         parts = [*forks, *self._admit_queued(budget, {part.requests[0].key for part in forks}, may_start)]
         return _joined(parts) if any(part.requests for part in parts) else NO_ADMISSIONS
 
@@ -168,28 +173,47 @@ class Admission:
 
     def _admit_queued(self, budget: Budget, forked: set[int], may_start: QuotaCheck | None) -> Iterator[_Part]:
         """Start requests of the queue other than `forked`, a chunk at a time."""
-        batch, credit = self._batch, self._balancing.credit
         queue = self._policy.order(self._queue, self._num_cached, may_start)
         queue = (request for request in queue if request.key not in forked) if forked else iter(queue)
-        while (most := min(_CHUNK, int(budget.slots_P.sum()))) and (requests := list(islice(queue, most))):
+        while (most := self._chunk(budget)) and (requests := list(islice(queue, most))):
             candidates = self._candidates(requests)
             columns = np.full((5, len(requests)), NONE)
             columns[4] = candidates.first_A
-            count = loops.choose(
-                batch.caches,
-                batch.pool.blocks,
-                batch.config.block_size,
-                budget,
-                candidates,
-                -1.0 if credit is None else credit,
-                self._in_progress,
-                Decisions(*columns[:3]),
-                *np.zeros((2, len(batch.specs)), np.int64),
-            )
+            count = self._choose(requests, candidates, columns, budget)
             starts = np.flatnonzero(columns[0] != NONE)
             yield _Part([requests[i] for i in starts.tolist()], columns[:, starts], candidates.hash_B2)
             if count < len(requests):
                 break
+
+    def _chunk(self, budget: Budget) -> int:
+        """Return the number of requests to look at next."""
+        return min(_CHUNK, int(budget.slots_P.sum())) or int(self.make_room is not None)
+
+    def _choose(self, requests: list[Request], candidates: Candidates, columns_5A: np.ndarray, budget: Budget) -> int:
+        """Decide about candidates in order, until one fits nowhere and no room is made for it; return their number."""
+        done = 0
+        while True:
+            begin, done = done, done + self._decide(candidates, columns_5A, done, budget)
+            if self.make_room is None:
+                return done
+            self._starting += [requests[i] for i in range(begin, done) if columns_5A[0, i] != NONE]
+            if done == len(requests) or not self.make_room(requests[done], self._starting, budget):
+                return done
+
+    def _decide(self, candidates: Candidates, columns_5A: np.ndarray, first: int, budget: Budget) -> int:
+        """Decide about the candidates from `first` on, until one fits nowhere; return the number of decisions."""
+        batch, credit = self._batch, self._balancing.credit
+        return loops.choose(
+            batch.caches,
+            batch.pool.blocks,
+            batch.config.block_size,
+            budget,
+            candidates.after(first) if first else candidates,
+            -1.0 if credit is None else credit,
+            self._in_progress,
+            Decisions(*columns_5A[:3, first:]),
+            *np.zeros((2, len(batch.specs)), np.int64),
+        )
 
     def _num_cached(self, request: Request) -> int:
         """Return how many of a request's tokens some rank probably has cached."""

@@ -6,13 +6,19 @@ looks at its head. Waiting time can be part of it: if all gain by the second ali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from heapq import heapify, heappop, heapreplace
+from typing import TYPE_CHECKING, Any
 
 from expertwire.scheduler.config import is_int, is_number
 from expertwire.scheduler.request import Request
 
+if TYPE_CHECKING:
+    from expertwire.scheduler.queue import WaitingQueue
+    from expertwire.scheduler.tenants import Account
+
+_DECAY = 1 - 1 / 64  # of what was computed lately, a step
 MayStart = Callable[[Request], bool]
 
 
@@ -31,7 +37,7 @@ class Policy:
         return ()
 
     def order(
-        self, queue: Iterable[Request], cached_tokens: Callable[[Request], int], may_start: MayStart | None = None
+        self, queue: WaitingQueue, cached_tokens: Callable[[Request], int], may_start: MayStart | None = None
     ) -> Iterable[Request]:
         """Return the requests in order of admission; lazily, because a step takes few.
 
@@ -43,12 +49,6 @@ class Policy:
             may_start: returns whether the quota of its tenant lets a request start, and counts it if so; None: always.
         """
         return queue if may_start is None else filter(may_start, queue)
-
-    def admitted(self, request: Request) -> None:
-        """Called when a request leaves the queue to run, also after each preemption."""
-
-    def dropped(self, request: Request) -> None:
-        """Called when a request leaves the queue for good: it was aborted."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class PrefixAffinity(Policy):
             raise ValueError(f"window must be an integer >= 1, got {self.window!r}")
 
     def order(
-        self, queue: Iterable[Request], cached_tokens: Callable[[Request], int], may_start: MayStart | None = None
+        self, queue: WaitingQueue, cached_tokens: Callable[[Request], int], may_start: MayStart | None = None
     ) -> Iterable[Request]:
         near: list[Request] = []
         for request in super().order(queue, cached_tokens, may_start):
@@ -131,63 +131,94 @@ class PrefixAffinity(Policy):
 
 
 @dataclass
-class _Busy:
-    """A tenant's requests since it last had none waiting."""
-
-    began: float  # in virtual time
-    num_tokens: int = 0
-    waiting: set[int] = field(default_factory=set)  # keys of those that have not run yet
-
-
-@dataclass
 class FairShare(Policy):
-    """Tenants share the tokens by their weights: self-clocked fair queueing.
+    """Tenants share what steps compute, and what runs, by the weights of their quotas.
 
-    In virtual time, a tenant's request starts where its last one ends, or at the present if that is later, and ends
-    `limit / weight` after its start: with all tokens that it may have, because nobody knows how many it will have.
-    The request with the smallest end is admitted first, and its end becomes the present. It follows that:
+    Every tenant has a counter of what was computed for it while somebody waited, over its weight; one that begins to wait is
+    lifted to the present, so being idle saves up nothing (virtual token counters: Sheng et al., "Fairness in Serving Large
+    Language Models", OSDI 2024). The present is the least counter of those that wait, and goes on with what is computed, lest
+    a stream of new tenants starve an old one. Counters that are less than `slack` from the present are taken for equal, and
+    of these tenants the one goes first for which the least was computed lately: within the slack a tenant may send a burst
+    before others that take more all the time. Within a tenant it is first come, first served. `Sharing` tells what is
+    computed, and lets running requests give way.
 
-    - The tokens per weight that two tenants with waiting requests are admitted differ by at most one request's.
-    - While a request of n tokens waits, another tenant of equal weight is admitted at most n tokens and one request,
-      however many it submits.
-    - Being idle saves up nothing, and a stream of new tenants starves no old one (if starts were the clock, it would).
-
-    Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994. Beyond that, requests may
-    leave the queue out of order: a dropped request returns its tokens, so that the tenant's next ones end earlier; one
-    that is admitted early, beside the request that it forks, moves the present by its own tokens only.
-
-    Weights are those of the tenants' quotas; only their ratios count.
+    Args:
+        slack: tokens per weight, >= 1.
     """
 
+    slack: int = 8192
+    closed: set[Account] = field(default_factory=set, init=False)  # tenants that admit nothing in this step
+    first_waiting: Account | None = field(default=None, init=False)
+    _accounts: dict[str, Account] = field(default_factory=dict, init=False)  # of tenants with unfinished requests
     _present: float = field(default=0.0, init=False)
-    _busy: dict[str, _Busy] = field(default_factory=dict, init=False)  # by tenant, of those with requests waiting
+    _waited: set[Account] = field(default_factory=set, init=False)  # in this step
+    _position: dict[Account, int] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not is_int(self.slack) or self.slack < 1:
+            raise ValueError(f"slack must be an integer >= 1, got {self.slack!r}")
+
+    @property
+    def accounts(self) -> Collection[Account]:
+        """Tenants with unfinished requests, the newest last."""
+        return self._accounts.values()
 
     def place(self, request: Request, now: float) -> tuple[float, ...]:
-        weight = request.account.quota.weight
-        busy = self._busy.get(request.tenant)
-        if busy is None or busy.began + busy.num_tokens / weight < self._present:
-            busy = self._busy[request.tenant] = _Busy(self._present)
-        busy.num_tokens += request.limit
-        busy.waiting.add(request.key)
-        return (busy.began + busy.num_tokens / weight,)
+        self._accounts[request.tenant] = request.account
+        return (request.account.index,)  # a tenant's requests are next to each other in the queue
 
-    def admitted(self, request: Request) -> None:
-        latest = self._present + request.limit / request.account.quota.weight
-        self._present = max(self._present, min(request.place[0], latest))
-        self._leave(request)
+    def begin(self, num_waiting: Callable[[str], int]) -> None:
+        """Begin a step, in which so many requests of a tenant wait."""
+        self._accounts = {name: account for name, account in self._accounts.items() if account.num_unfinished}
+        waiting = [account for name, account in self._accounts.items() if num_waiting(name)]
+        for account in waiting:
+            if account not in self._waited:
+                account.served = max(account.served, self._present)
+        self._present = max(self._present, min((account.served for account in waiting), default=0.0))
+        self._waited, self.closed = set(waiting), set()
+        self._position = {account: i for i, account in enumerate(sorted(self.accounts, key=self._key))}
+        may_start = [a for a in waiting if a.quota.max_running is None or a.num_running < a.quota.max_running]
+        self.first_waiting = min(may_start, key=self.position, default=None)
 
-    def dropped(self, request: Request) -> None:
-        self._leave(request, refund=request.limit)
+    def charge(self, tokens: Mapping[Account, float], *, contended: bool) -> None:
+        """Charge what a step computes for each tenant; `contended`: somebody waits."""
+        for account, num_tokens in tokens.items():
+            by_weight = num_tokens / account.quota.weight
+            account.lately = account.lately * _DECAY + by_weight
+            account.served += by_weight if contended else 0.0
+        if contended:
+            self._present += sum(tokens.values()) / sum(account.quota.weight for account in tokens)
 
-    def _leave(self, request: Request, refund: int = 0) -> None:
-        """Remove a request from its tenant's waiting ones, unless it has run before or the tenant was idle since."""
-        busy = self._busy.get(request.tenant)
-        if busy is None or request.key not in busy.waiting:
-            return
-        busy.waiting.remove(request.key)
-        busy.num_tokens -= refund
-        if not busy.waiting:
-            del self._busy[request.tenant]
+    def level(self, account: Account) -> int:
+        """Return how many times `slack` a tenant has been served beyond the present; negative: how far it is behind."""
+        return self._level(account.served)
+
+    def position(self, account: Account) -> int:
+        """Return a tenant's place among the tenants in this step: smaller is earlier."""
+        return self._position[account]
+
+    def order(
+        self, queue: WaitingQueue, cached_tokens: Callable[[Request], int], may_start: MayStart | None = None
+    ) -> Iterable[Request]:
+        lanes = {a.index: (a, queue.lane((a.index,))) for a in self._waited if a not in self.closed}
+        heap = [(*self._key(account), account.served) for account, _ in lanes.values()]
+        heapify(heap)
+        while heap:
+            _, lately, index, served = heap[0]
+            account, lane = lanes[index]
+            request = next(lane, None)
+            if request is None or (may_start is not None and not may_start(request)):
+                heappop(heap)
+                continue
+            yield request
+            more = len(request.tokens) / account.quota.weight
+            heapreplace(heap, (self._level(served + more), lately + more, index, served + more))
+
+    def _key(self, account: Account) -> tuple[int, float, int]:
+        return self.level(account), account.lately, account.index
+
+    def _level(self, served: float) -> int:
+        return int((served - self._present) / self.slack)
 
 
 _POLICIES: Mapping[str, type[Any]] = {

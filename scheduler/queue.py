@@ -51,6 +51,13 @@ class WaitingQueue:
         """Return the waiting request with this key."""
         return self._requests[key]
 
+    def lane(self, place: tuple[float, ...]) -> Iterator[Request]:
+        """Iterate over the requests of this place in order, lazily; do not change the queue meanwhile."""
+        for at in range(bisect_left(self._entries, (place,)), len(self._entries)):
+            if self._entries[at][0] != place:
+                return
+            yield self._entries[at][2]
+
     def remove(self, requests: Sequence[Request]) -> None:
         """Remove these waiting requests; fast if they are close to each other."""
         places = sorted((request.place, request.order) for request in requests)

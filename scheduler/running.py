@@ -99,6 +99,7 @@ class RunningBatch:
         self.num_known_Z, self.num_tokens_Z = counters_Z["num_known"], counters_Z["num_tokens"]
         self.num_computed_Z, self.num_held_Z = counters_Z["num_computed"], counters_Z["num_held"]
         self.limit_Z, self.in_flight_Z = counters_Z["limit"], counters_Z["in_flight"]
+        self.num_hashed_Z = counters_Z["num_hashed"]
         self.occupied_Z, self.running_Z, self.draining_Z = np.zeros((3, num_rows), bool)
         self.order_Z = np.zeros(num_rows, np.int64)  # of submission
         self.priority_Z = np.zeros(num_rows, np.int64)
@@ -199,13 +200,13 @@ class RunningBatch:
         step_loops.missing_blocks(self.caches, self.arrays, rows, num, missing_CS)
         return missing_CS
 
-    def choose_victims(self, short_CP: np.ndarray) -> np.ndarray:
+    def choose_victims(self, short_CP: np.ndarray, share_Z: np.ndarray | None = None) -> np.ndarray:
         """Return the rows to preempt, ascending, so that `short_CP` more blocks become free.
 
-        The least urgent first, of these the one with the fewest tokens to recompute, then the
-        latest. One whose next block would be its last is spared while there are others. A rank's
-        most urgent request, the oldest of equals, is never preempted: it makes progress, so that
-        all do in the end.
+        Those of the tenant with the largest share first, if shares are given; of these the least urgent,
+        of these the one with the fewest tokens to recompute, then the latest. One whose next block would
+        be its last is spared while there are others of the tenant. A rank's most urgent request, the
+        oldest of equals, is never preempted: it makes progress, so that all do in the end.
         """
         chosen: list[int] = []
         for rank in np.flatnonzero(short_CP.any(axis=0)):
@@ -213,7 +214,8 @@ class RunningBatch:
             rows = first + np.flatnonzero(self.running_Z[first:last] & ~self.draining_Z[first:last])
             rows = rows[np.lexsort((self.order_Z[rows], self.priority_Z[rows]))][1:]
             about_to_finish = self.limit_Z[rows] - self.num_tokens_Z[rows] <= self.config.block_size
-            keys = (-self.order_Z[rows], self.num_computed_Z[rows], -self.priority_Z[rows], about_to_finish)
+            over = np.zeros(len(rows)) if share_Z is None else -share_Z[rows]
+            keys = (-self.order_Z[rows], self.num_computed_Z[rows], -self.priority_Z[rows], about_to_finish, over)
             short_C = short_CP[:, rank].copy()
             for row in rows[np.lexsort(keys)].tolist():
                 if not (short_C > 0).any():

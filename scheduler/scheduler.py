@@ -14,7 +14,7 @@ preempted), `block_pool` and `prefix_cache`, `plan` (messages to and from the ra
 `plan_building`, `outputs`, and `_compiled` (loops over all of these).
 
 P ranks, A admitted requests, S scheduled requests, O sampled tokens, V vocabulary, C KV cache
-groups, B blocks added to block tables. `rows` are rows of the running batch.
+groups, B blocks added to block tables, Z slots of all ranks. `rows` are rows of the running batch.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
 from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs, gather
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult, to_offsets
 from expertwire.scheduler.plan_building import build_plan, plan_fields
-from expertwire.scheduler.policy import Fcfs, Policy
+from expertwire.scheduler.policy import FairShare, Fcfs, Policy
 from expertwire.scheduler.queue import AdmissionRate, WaitingQueue, reject
 from expertwire.scheduler.request import NO_HASHES, Request
 from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
+from expertwire.scheduler.sharing import Sharing
 from expertwire.scheduler.tenants import Tenants
 
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
@@ -95,6 +96,11 @@ class Scheduler:
             self._batch, self._queue, self._policy, balancing, quotas_hold=self._tenants.quotas_hold
         )
         self._running: dict[int, Request] = {}
+        self._sharing: Sharing | None = None
+        if isinstance(self._policy, FairShare):
+            self._sharing = Sharing(self._policy, self._batch, self._running, self._give_way)
+            self._admission.make_room = self._sharing.make_room
+        self._gave_way: list[Request] = []  # to those that this plan admits
         self._held: dict[int, Request] = {}
         self._may_stop_V = np.zeros(config.vocab_size, bool)  # stop ids of the requests so far
         self._ended: list[int] = []  # rows to release in the next plan
@@ -197,7 +203,6 @@ class Scheduler:
         if (request := self._running.get(key)) is not None:
             self._close(np.array([request.row]))
         elif (request := self._queue.discard(key) or self._held.pop(key, None)) is not None:
-            self._policy.dropped(request)
             self._tenants.ended(request, len(request.tokens) if request.has_run else 0)
 
     def plan(self, now: float, *, report_load: bool = False, moves: ExpertMoves | None = None) -> StepPlan | None:
@@ -210,11 +215,11 @@ class Scheduler:
         assert len(self._in_flight) < MAX_IN_FLIGHT, f"step {self._in_flight[0].plan.step} is not committed"
         batch = self._batch
         released = self._release()
-        rows, num, tokens_P, missing_CP = batch.select()
+        rows, num, tokens_P, missing_CP = self._select()
         rows, num, preempted = self._preempt(rows, num, missing_CP)
-        if len(preempted):
-            released = np.sort(np.concatenate((released, preempted)))
-        admissions = self._admission.choose(tokens_P)
+        admissions, rows, num, suspended = self._choose(rows, num, tokens_P)
+        if len(preempted) or len(suspended):
+            released = np.sort(np.concatenate((released, preempted, suspended)))
         self._rate.admitted(len(admissions.requests), now)
         if not (len(rows) or admissions.requests or len(released) or report_load or moves):
             return None
@@ -224,6 +229,9 @@ class Scheduler:
         copies = batch.unshare_tails(new_rows[admissions.parent_A >= 0])
         num_missing = int(missing_CP.sum())
         step = batch.schedule(self._num_plans, rows, num, num_missing, new_rows, admissions.num_scheduled_A)
+        if self._sharing is not None:
+            all_num = np.append(num, admissions.num_scheduled_A)
+            self._sharing.charge(np.append(rows, new_rows), all_num, contended=bool(self._queue))
         plan = build_plan(
             batch,
             step,
@@ -326,7 +334,8 @@ class Scheduler:
         batch.free_outside_windows(rows)
         if (missing_CP <= self._pool.num_free_CP).all():
             return rows, num, _NO_ROWS
-        victims = batch.choose_victims(np.maximum(missing_CP - self._pool.num_free_CP, 0))
+        share_Z = None if self._sharing is None else self._sharing.share_Z()
+        victims = batch.choose_victims(np.maximum(missing_CP - self._pool.num_free_CP, 0), share_Z)
         batch.draining_Z[victims] = True
         self._counts["preemptions"] += len(victims)
         emptied = self._release()
@@ -334,6 +343,30 @@ class Scheduler:
         rows, num = rows[stay], num[stay]
         served_S = batch.serve_blocks(rows, batch.missing_blocks(rows, num))
         return rows[served_S], num[served_S], emptied
+
+    def _select(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Select the rows of the step as `RunningBatch.select` does, sharing the prefills' tokens among tenants."""
+        rows, num, tokens_P, missing_CP = self._batch.select()
+        if self._sharing is not None:
+            self._sharing.begin(self._queue.num_of)
+            rows, num = self._sharing.cut_prefills(rows, num, tokens_P)
+            for missing_P, missing_S in zip(missing_CP, self._batch.missing_blocks(rows, num), strict=True):
+                missing_P[:] = np.bincount(self._batch.rank_Z[rows], missing_S, len(missing_P))
+        return rows, num, tokens_P, missing_CP
+
+    def _choose(
+        self, rows: np.ndarray, num: np.ndarray, tokens_P: np.ndarray
+    ) -> tuple[Admissions, np.ndarray, np.ndarray, np.ndarray]:
+        """Choose the requests that start; return them, the rows that are still computed and their tokens, and those suspended."""
+        if self._sharing is None:
+            return self._admission.choose(tokens_P), rows, num, _NO_ROWS
+        held = self._sharing.hold_back(rows, num, tokens_P)
+        admissions = self._admission.choose(tokens_P)
+        rows, num = self._sharing.give_back(held, rows, tokens_P)
+        gave_way, self._gave_way = self._gave_way, []
+        suspended = np.array([request.row for request in gave_way], np.int64)
+        self._put_back(gave_way)
+        return admissions, rows, num, suspended
 
     def _admit(self, admissions: Admissions) -> tuple[np.ndarray, dict[str, Any]]:
         """Move requests from the queue to slots; return their rows, ascending, and the plan's fields about them."""
@@ -353,7 +386,6 @@ class Scheduler:
         for request, row in zip(requests, rows.tolist(), strict=True):
             request.row, request.block_hashes, request.record = row, NO_HASHES, b""  # the batch has them now
             request.account.num_running += 1
-            self._policy.admitted(request)
         self._batch.tenant_Z[rows] = [request.account.index for request in requests]
         return rows, plan_fields(requests, record_A, tokens, token_offsets_A1, self._eos_token_ids)
 
@@ -384,9 +416,12 @@ class Scheduler:
 
     def _end(self, rows: np.ndarray) -> list[Request]:
         """Stop running these rows' requests, and return them; the next plan releases their slots."""
+        self._ended += rows.tolist()
+        return self._stop(rows)
+
+    def _stop(self, rows: np.ndarray) -> list[Request]:
         self._admission.forget_parents(rows)
         self._batch.running_Z[rows] = False
-        self._ended += rows.tolist()
         requests = [self._running.pop(key) for key in self._batch.key_Z[rows].tolist()]
         for request in requests:
             request.account.num_running -= 1
@@ -399,12 +434,27 @@ class Scheduler:
 
     def _suspend(self, rows: np.ndarray) -> None:
         """Stop running these rows' requests, which have nothing in flight; they continue later with their output so far."""
+        self._put_back(self._saved(rows, self._end(rows)))
+
+    def _give_way(self, rows: np.ndarray) -> None:
+        """Suspend these rows' requests at once, and release their slots; what is in flight for them is dropped."""
+        self._gave_way += self._saved(rows, self._stop(rows))
+        self._counts["preemptions"] += len(rows)
+        self._batch.release(rows)
+
+    def _saved(self, rows: np.ndarray, requests: list[Request]) -> list[Request]:
+        """Return the requests that these rows have run, with their output so far."""
         batch = self._batch
-        for row, request in zip(rows.tolist(), self._end(rows), strict=True):
+        for row, request in zip(rows.tolist(), requests, strict=True):
             request.tokens = batch.tokens(row, request)
             request.block_hashes = batch.block_hashes(row)
-            request.row, request.num_cached = -1, int(batch.num_cached_Z[row])
+            request.num_cached = int(batch.num_cached_Z[row])
             request.num_counted = max(request.num_counted, int(batch.num_computed_Z[row]))
+        return requests
+
+    def _put_back(self, requests: list[Request]) -> None:
+        for request in requests:
+            request.row = -1
             self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:

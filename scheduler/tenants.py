@@ -52,7 +52,9 @@ class Account:
         num_running: of these, those that run.
         num_tokens: prompt and output tokens of the requests that have ended.
         num_refused: requests refused with RESOURCE_EXHAUSTED.
-        served: tokens computed for it while others waited, by weight; for the policy "fair".
+        served: tokens computed for it while somebody waited, over its weight; for the policy "fair", which says how an output
+            token counts.
+        lately: the same in the last steps, whether somebody waited or not.
     """
 
     tenant: str
@@ -63,6 +65,7 @@ class Account:
     num_tokens: int = 0
     num_refused: int = 0
     served: float = 0.0
+    lately: float = 0.0
     tokens: PerMinute | None = field(init=False)
     requests: PerMinute | None = field(init=False)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,10 +238,10 @@ class Simulation:
         for arrival in trace.arrivals():
             self._expect(arrival.time, arrival)
 
-    def run(self) -> Outcome:
-        """Serve everything."""
+    def run(self, until: float = math.inf) -> Outcome:
+        """Serve everything, or as much as there is time for."""
         flight: _Flight | None = None
-        while True:
+        while self._now < until:
             if flight is not None and not self.overlap:
                 self._commit(flight)
                 flight = None
@@ -257,7 +258,9 @@ class Simulation:
             elif waited:  # nothing to do until somebody comes or goes
                 self._now = max(self._now, self._events[0][0])
         self._spend_host_time()
-        assert self.scheduler.idle, f"nothing more will come, and nothing is planned: {self.scheduler.stats()}"
+        assert self.scheduler.idle or self._now >= until, (
+            f"nothing more will come, and nothing is planned: {self.scheduler.stats()}"
+        )
         if isinstance(self._calls, Recorder):
             self._calls.close()
         return self.outcome

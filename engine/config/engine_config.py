@@ -54,7 +54,8 @@ class EngineConfig:
             time between output tokens; None: `max_num_batched_tokens`.
         scheduling_policy: order in which waiting requests are served: "fcfs" (first come, first served), "priority"
             (lowest `priority` first), "shortest" (fewest remaining tokens first), "prefix" (most tokens in the prefix
-            cache first) or "fair" (the tenant with the least service relative to its weight first).
+            cache first) or "fair" (tenants share tokens, slots and cache by the weights of their quotas, and running
+            requests of one that has more give way).
         aging: how much a second of waiting counts, so that no request starves: in units of priority with the scheduling
             policy "priority", in tokens with "shortest"; None takes 0.1 and 100.
         tenant_quotas: shares and limits of tenants, a dictionary of names and `TenantQuota`s; None: there are none. Not an

@@ -4,7 +4,7 @@ A requests, B blocks of a request, C KV cache groups, P ranks, Q entries of a ha
 all ranks.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -33,6 +33,15 @@ class Candidates(NamedTuple):
     first_A: np.ndarray  # i64, index of the request's first block hash
     num_hashes_A: np.ndarray  # i64, its leading blocks that need not be computed where a rank has them
     hash_B2: np.ndarray  # u64
+
+    def after(self, first: int) -> Self:
+        """Return the candidates from `first` on."""
+        return self._replace(
+            num_tokens_A=self.num_tokens_A[first:],
+            load_A=self.load_A[first:],
+            first_A=self.first_A[first:],
+            num_hashes_A=self.num_hashes_A[first:],
+        )
 
 
 class Decisions(NamedTuple):
