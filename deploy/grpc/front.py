@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import gc
 import signal
 import socket
 from dataclasses import dataclass
@@ -55,7 +56,18 @@ def front_main(args: FrontArgs) -> None:
     tokenizer = runtime.open_tokenizer(args.engine)
     to_controller = SocketChannel(socket.socket(fileno=args.controller))
     with contextlib.closing(Frontend(to_controller, tokenizer, watches=True)) as frontend:
+        _collect_rarely()
         asyncio.run(_serve(args, frontend, parent))
+
+
+def _collect_rarely() -> None:
+    """Let the cyclic garbage collector run rarely: what a stream allocates is freed by its reference counts.
+
+    By default it runs about every ten steps of 64 streams, finds nothing, and takes 7 % of the front's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 async def _serve(args: FrontArgs, frontend: Frontend, parent: SocketChannel) -> None:
