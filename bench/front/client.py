@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import grpc
 
@@ -28,12 +28,14 @@ class Load:
         address: of the server.
         streams: how many.
         channels: connections over which they are spread.
+        session: None, or whether all are requests of one `Session`, "text" or "ids".
         sampling: fields of the sampling parameters.
     """
 
     address: str
     streams: int
     channels: int = 1
+    session: Literal["text", "ids"] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,10 +96,15 @@ async def _run(load: Load, parent: socket.socket) -> None:
     request = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=_PROMPT), sampling_params=from_sampling_params(load.sampling)
     )
-    streams = [
-        asyncio.create_task(_read(pb_grpc.InferenceStub(channels[number % load.channels]), request, count, number == 0))
-        for number in range(load.streams)
-    ]
+    if load.session is not None:
+        streams = [asyncio.create_task(_read_session(pb_grpc.InferenceStub(channels[0]), request, count, load))]
+    else:
+        streams = [
+            asyncio.create_task(
+                _read(pb_grpc.InferenceStub(channels[number % load.channels]), request, count, number == 0)
+            )
+            for number in range(load.streams)
+        ]
     answering = asyncio.create_task(_answer(parent, loop, count))
     done, _ = await asyncio.wait([*streams, answering], return_when=asyncio.FIRST_COMPLETED)
     for task in (*streams, answering):
@@ -112,6 +119,22 @@ async def _answer(parent: socket.socket, loop: asyncio.AbstractEventLoop, count:
         count.tokens = count.messages = count.num_bytes = 0
         count.arrivals.clear()
         await loop.sock_sendall(parent, json.dumps(values).encode() + b"\n")
+
+
+async def _read_session(stub: Any, request: pb.GenerateRequest, count: Count, load: Load) -> None:
+    call = stub.Session()
+    requests = [pb.SubmitRequest(key=key, request=request) for key in range(load.streams)]
+    await call.write(
+        pb.SessionRequest(options=pb.SessionOptions(token_ids_only=load.session == "ids"), requests=requests)
+    )
+    begun: set[int] = set()
+    async for message in call:
+        count.tokens += len(message.token_ids)
+        count.messages += 1
+        count.num_bytes += message.ByteSize()
+        if len(begun) < load.streams:
+            begun.update(message.keys)
+            count.begun = len(begun)
 
 
 async def _read(stub: Any, request: pb.GenerateRequest, count: Count, is_first: bool) -> None:

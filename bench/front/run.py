@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import psutil
@@ -51,12 +51,14 @@ class Case:
         rate: tokens per second that the engine samples, for all streams together.
         streams: how many.
         fronts: processes that serve them.
+        session: None, or whether all streams are requests of one `Session`, "text" or "ids".
         sampling: sampling parameters besides those of all cases.
     """
 
     rate: float
     streams: int = 64
     fronts: int = 1
+    session: Literal["text", "ids"] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,6 +75,8 @@ CASES: Mapping[str, Case] = {
     "streams": Case(rate=12_000),
     "streams 16": Case(rate=12_000, streams=16),
     "streams 256": Case(rate=12_000, streams=256),
+    "session": Case(rate=60_000, streams=256, session="text"),
+    "session ids": Case(rate=100_000, streams=256, session="ids"),
     "n 4": Case(rate=12_000, streams=16, sampling={"n": 4}),
     "n 16": Case(rate=12_000, streams=4, sampling={"n": 16}),
     "logprobs 0": Case(rate=8_000, sampling={"logprobs": 0}),
@@ -181,7 +185,9 @@ def _watch(fronts: Fronts, ended: threading.Event) -> None:
 def _load(case: Case, address: str, streams: int | None = None) -> Load:
     sampling = {"max_tokens": _POSITIONS - 64, "ignore_eos": True, "seed": 1, **case.sampling}
     channels = 1 if case.fronts == 1 else 8 * case.fronts
-    return Load(address=address, streams=streams or case.streams, channels=channels, sampling=sampling)
+    return Load(
+        address=address, streams=streams or case.streams, channels=channels, session=case.session, sampling=sampling
+    )
 
 
 def _await_streams(client: Client, streams: int) -> None:
