@@ -154,19 +154,23 @@ def add_logprobs(field: Any, positions: Iterable[Position | None]) -> None:
             entry.decoded_token = text or ""
 
 
-def from_update(update: Update) -> pb.Chunk:
-    """Return the chunk of an update."""
-    chunk = pb.Chunk(branch=update.branch, token_ids=update.token_ids, text=update.text)
+def write_chunk(chunk: pb.Chunk, update: Update) -> None:
+    """Write an update into an empty chunk. Most have one token and its text, and there is one for each token."""
+    if update.branch:
+        chunk.branch = update.branch
+    chunk.token_ids.extend(update.token_ids)
+    if update.text:
+        chunk.text = update.text
     if update.logprobs is not None:
         add_logprobs(chunk.logprobs, update.logprobs)
     if update.finish_reason is not None:
         chunk.finish_reason = FINISH_REASONS[update.finish_reason]
-    chunk.expert_load.extend(pb.ExpertLoad(tokens=tokens) for tokens in update.expert_load or ())
+    if update.expert_load is not None:
+        chunk.expert_load.extend(pb.ExpertLoad(tokens=tokens) for tokens in update.expert_load)
     if isinstance(update.stop_reason, str):
         chunk.stop_string = update.stop_reason
     elif update.stop_reason is not None:
         chunk.stop_token_id = update.stop_reason
-    return chunk
 
 
 def _to_json(field: str, value: Any) -> Any:

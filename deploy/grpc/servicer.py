@@ -17,12 +17,15 @@ import numpy as np
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.grpc.calls import Call
 from expertwire.deploy.grpc.identity import Authenticator
+from expertwire.deploy.grpc.requests import Opened, Stream
+from expertwire.deploy.grpc.session import Session
 from expertwire.deploy.grpc.stream import OutputStream, WholeResponse
 from expertwire.deploy.grpc.usage import UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
-from expertwire.engine.frontend.frontend import Frontend
+from expertwire.engine.frontend.frontend import WINDOW, Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
+from expertwire.engine.frontend.token_columns import ColumnReader
 
 MAX_REQUEST_ID = 256  # characters
 GOODBYE_S = 2.0  # for the last messages to be sent
@@ -58,7 +61,7 @@ class InferenceServicer:
         self._authenticator = authenticator
         self._texts = texts
         self._stall_s = stall_s
-        self._streams: dict[int, OutputStream] = {}  # by the frontend's request id
+        self._streams: dict[int, Stream] = {}  # by the frontend's request id
         self._ids: dict[tuple[str, str], int] = {}  # tenant and client's request id -> frontend's
         self._idle = asyncio.Event()
         self._idle.set()
@@ -70,7 +73,9 @@ class InferenceServicer:
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> None:
         """See the .proto."""
-        number, stream = await self._open(request, call)
+        opened = await self.submit(request, call, call.deadline_s)
+        stream = OutputStream(self._frontend, opened)
+        self.add(opened, stream)
         try:
             while (message := await stream.read()) is not None:
                 stream.writes()
@@ -78,17 +83,24 @@ class InferenceServicer:
                 stream.written()
         finally:
             # Also where the client has cancelled, its deadline has passed or its connection is lost.
-            self._close(number)
+            self.close_request(opened)
+
+    async def Session(self, call: Call) -> None:
+        """See the .proto."""
+        if (first := await call.wait()) is not None:
+            await Session(self._frontend, self, call, first.options).run(first)
 
     async def GenerateUnary(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
         """See the .proto."""
-        number, stream = await self._open(request, call)
+        opened = await self.submit(request, call, call.deadline_s)
+        stream = OutputStream(self._frontend, opened)
+        self.add(opened, stream)
         whole = WholeResponse()
         try:
             while (message := await stream.read()) is not None:
                 whole.add(message)
         finally:
-            self._close(number)
+            self.close_request(opened)
         return whole.message()
 
     async def Abort(self, request: pb.AbortRequest, call: Call) -> pb.AbortResponse:
@@ -137,8 +149,26 @@ class InferenceServicer:
         if not self.failed.is_set():
             self._stop_watching()
 
-    async def _open(self, request: pb.GenerateRequest, call: Call) -> tuple[int, OutputStream]:
-        """Submit a request; return the frontend's id of it, and its stream.
+    # ---- requests, of all calls
+
+    async def submit(
+        self,
+        request: pb.GenerateRequest,
+        call: Call,
+        deadline_s: float | None,
+        *,
+        detokenize: bool = True,
+        window: int = WINDOW,
+        allowance: int | None = None,
+        columns: tuple[ColumnReader, int] | None = None,
+    ) -> Opened:
+        """Submit a request.
+
+        Args:
+            request: the client's request.
+            call: the call that it came with.
+            deadline_s: seconds within which its first token must come.
+            detokenize, window, allowance, columns: as for `Frontend.submit`.
 
         Raises:
             ValueError: names the field and what is allowed.
@@ -159,20 +189,40 @@ class InferenceServicer:
         self._check_takes_requests()
         self._check_is_new(key)
         try:
-            options = grpc_messages.to_options(request, tenant, call.deadline_s)
-            number = self._frontend.submit(tokens, params, options)
+            opens_reasoning = self._opens_reasoning(tokens)
+            number = self._frontend.submit(
+                tokens,
+                params,
+                grpc_messages.to_options(request, tenant, deadline_s),
+                detokenize=detokenize,
+                window=window,
+                allowance=allowance,
+                columns=columns,
+                opens_reasoning=opens_reasoning,
+            )
         except EngineFailed as error:
             self._fail(error)
             raise _unavailable(self.failure) from error
         self.watch_writes()
-        opens_reasoning = self._opens_reasoning(tokens)
         reasoning = None if self._frontend.tokenizer is None else self._frontend.tokenizer.reasoning_ids
         usage = UsageCounter(len(tokens), reasoning, arrived_s, opens_reasoning=opens_reasoning)
-        stream = OutputStream(self._frontend, key, usage, opens_reasoning=opens_reasoning)
-        self._streams[number] = stream
-        self._ids[key] = number
+        return Opened(number, key, usage, opens_reasoning)
+
+    def add(self, opened: Opened, stream: Stream) -> None:
+        """Wake `stream` when the request has news."""
+        self._streams[opened.number] = stream
+        self._ids[opened.key] = opened.number
         self._idle.clear()
-        return number, stream
+
+    def grant(self, number: int, tokens: int) -> None:
+        """Let each branch of a request send more tokens."""
+        self._frontend.grant(number, tokens)
+        self.watch_writes()
+
+    def abort(self, number: int) -> None:
+        """End a request; its stream is woken."""
+        self._frontend.abort(number)
+        self._pump()
 
     def _check_takes_requests(self) -> None:
         self._check_alive()
@@ -199,12 +249,11 @@ class InferenceServicer:
         if numbers:
             self._loop.call_soon(self._pump)
 
-    def _close(self, number: int) -> None:
-        stream = self._streams.pop(number)
-        del self._ids[stream.key]
+    def close_request(self, opened: Opened) -> None:
+        """Forget a request, and end it if it runs."""
+        del self._streams[opened.number], self._ids[opened.key]
         # Without effect if the request has finished.
-        self._frontend.abort(number)
-        self._pump()
+        self.abort(opened.number)
         if not self._streams:
             self._idle.set()
 

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections import deque
 
-from expertwire.deploy.grpc.messages import add_logprobs, from_update
-from expertwire.deploy.grpc.usage import UsageCounter
+from expertwire.deploy.grpc.messages import add_logprobs, write_chunk
+from expertwire.deploy.grpc.requests import Opened
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Position, RequestError, RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
@@ -19,42 +19,36 @@ MESSAGE_SIZE = 8_192
 
 
 class OutputStream:
-    """The outputs of one request for its client.
+    """The outputs of one request for its client; a `Stream`.
 
     What the client has not read stays in the frontend, which joins it and holds the request up when there is too much of it.
 
     Args:
         frontend: the frontend that the request was submitted to.
-        key: tenant and the client's id of the request.
-        usage: of the request.
-        opens_reasoning: whether the prompt ends with the start of reasoning.
+        opened: the request.
 
     Attributes:
         error: the error that the stream ends with, or None.
         writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
     """
 
-    def __init__(
-        self, frontend: Frontend, key: tuple[str, str], usage: UsageCounter, *, opens_reasoning: bool = False
-    ) -> None:
-        self.key = key
+    def __init__(self, frontend: Frontend, opened: Opened) -> None:
         self.writing_since: float | None = None
         self._frontend = frontend
         self._request: OpenRequest | None = None
-        self._opens_reasoning = opens_reasoning
-        self._usage = usage
+        self._opened = opened
         self.error: RequestError | None = None
         self._unread_prompt: deque[Position | None] = deque()
         self._is_dropped = False
         self._begun = False  # whether the first message has been read
         self._is_last_update = self._complete = False  # whether the last update, and the last message, have been read
-        self._news = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the reader that waits for news
 
     def wake(self, request: OpenRequest) -> None:
         """Take note that the request has news."""
         if not self._is_dropped:
             self._request = request
-        self._news.set()
+        self._wake_reader()
 
     def fail(self, code: str, message: str, *, drop: bool = False) -> None:
         """End with an error status after what is unread, or, with `drop`, instead of it."""
@@ -63,7 +57,7 @@ class OutputStream:
             if drop:
                 self._request, self._is_dropped = None, True
                 self._unread_prompt.clear()
-            self._news.set()
+            self._wake_reader()
 
     async def read(self) -> pb.GenerateResponse | None:
         """Return a message of unread outputs, up to about `MESSAGE_SIZE`; None after the last one.
@@ -72,8 +66,8 @@ class OutputStream:
             RequestFailed: the stream ends with an error.
         """
         while not (self._has_output() or self.error is not None or self._complete):
-            self._news.clear()
-            await self._news.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._complete:
             return None
         message = pb.GenerateResponse()
@@ -82,10 +76,10 @@ class OutputStream:
         if self.error is not None and not (message.chunks or message.prompt_logprobs):
             raise RequestFailed(self.error)
         if not self._begun:
-            message.request_id, message.opens_reasoning = self.key[1], self._opens_reasoning
+            message.request_id, message.opens_reasoning = self._opened.key[1], self._opened.opens_reasoning
             self._begun = True
         if self._is_last_update and self.error is None and not self._unread_prompt:
-            message.usage.CopyFrom(self._usage.message())
+            message.usage.CopyFrom(self._opened.usage.message())
             self._complete = True
         return message
 
@@ -96,6 +90,10 @@ class OutputStream:
     def writes(self) -> None:
         """Take note that a write begins."""
         self.writing_since = time.monotonic()
+
+    def _wake_reader(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _has_output(self) -> bool:
         request = self._request
@@ -114,13 +112,13 @@ class OutputStream:
     def _take_updates(self, message: pb.GenerateResponse) -> None:
         assert self._request is not None
         for update in self._frontend.take(self._request, MESSAGE_SIZE):
-            self._usage.add(update)
+            self._opened.usage.add(update)
             if update.prompt_logprobs:
                 self._unread_prompt.extend(update.prompt_logprobs)
             if update.error is not None:
                 self.error = self.error or update.error
             else:
-                message.chunks.append(from_update(update))
+                write_chunk(message.chunks.add(), update)
                 self._is_last_update = update.done
 
 

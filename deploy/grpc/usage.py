@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Update
+from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.tokenizer import ReasoningIds
 
 _NO_REASONING = ReasoningIds((), -1)
@@ -26,29 +27,45 @@ class UsageCounter:
         self, prompt_tokens: int, reasoning: ReasoningIds | None, arrived_s: float, *, opens_reasoning: bool
     ) -> None:
         self._arrived_s = arrived_s
-        self._usage = pb.Usage(prompt_tokens=prompt_tokens)
+        self._prompt_tokens = prompt_tokens
+        self._seed = self._cached_tokens = self._completion_tokens = self._reasoning_tokens = 0
+        self._first_token_s = self._total_s = 0.0
         self._reasoning = reasoning or _NO_REASONING
         self._opens_reasoning = opens_reasoning
         self._branches: dict[int, _Reasoning] = {}
 
     def add(self, update: Update) -> None:
         """Count an update."""
-        usage, num_tokens = self._usage, len(update.token_ids)
-        usage.seed, usage.cached_prompt_tokens = update.seed, update.num_cached_tokens
-        if num_tokens:
-            elapsed_s = time.monotonic() - self._arrived_s
-            if not usage.completion_tokens:
-                usage.time_to_first_token_s = elapsed_s
-            usage.total_time_s = elapsed_s
-            usage.completion_tokens += num_tokens
+        self._seed, self._cached_tokens = update.seed, update.num_cached_tokens
+        if num_tokens := len(update.token_ids):
+            self._total_s = time.monotonic() - self._arrived_s
+            if not self._completion_tokens:
+                self._first_token_s = self._total_s
+            self._completion_tokens += num_tokens
             if self._reasoning is not _NO_REASONING:
                 if (branch := self._branches.get(update.branch)) is None:
                     branch = self._branches[update.branch] = _Reasoning(self._reasoning, self._opens_reasoning)
-                usage.reasoning_tokens += branch.count(update.token_ids)
+                self._reasoning_tokens += branch.count(update.token_ids)
+
+    def add_columns(self, request: OpenRequest) -> None:
+        """Count the tokens of a request that came in columns, at its end."""
+        if request.num_column_tokens and request.began_s is not None:
+            self._completion_tokens += request.num_column_tokens
+            self._reasoning_tokens += request.num_column_reasoning
+            self._first_token_s = request.began_s - self._arrived_s
+            self._total_s = time.monotonic() - self._arrived_s
 
     def message(self) -> pb.Usage:
         """Return the message."""
-        return self._usage
+        return pb.Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            seed=self._seed,
+            cached_prompt_tokens=self._cached_tokens,
+            reasoning_tokens=self._reasoning_tokens,
+            time_to_first_token_s=self._first_token_s,
+            total_time_s=self._total_s,
+        )
 
 
 class _Reasoning:

@@ -26,6 +26,7 @@ from expertwire.engine.frontend import logprobs
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestOptions, Update
 from expertwire.engine.frontend.open_requests import Branch, OpenRequest
 from expertwire.engine.frontend.prompts import Prompt, encode_prompt
+from expertwire.engine.frontend.token_columns import FIRST_ID, ColumnReader, Credited, TokenColumns, Tokens
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import (
     Abort,
@@ -48,7 +49,7 @@ from expertwire.scheduler.sampling_params import SamplingParams
 
 _DEFAULT_OPTIONS = RequestOptions()
 # Most tokens and log-probabilities of a branch that wait to be taken, and the fewest tokens.
-_WINDOW, _MIN_WINDOW = 4096, 16
+WINDOW, _MIN_WINDOW = 4096, 16
 # Without a message from the controller for so long, an engine that sends beats is not healthy.
 _SILENT_S = 1.75
 _ENTRIES_OF_ROW = 16  # log-probabilities that take as long to handle and to send as a token
@@ -92,6 +93,7 @@ class Frontend:
         self._news: list[OpenRequest] = []
         self.has_more = False
         self._partial: tuple[StepOutputs, int] | None = None  # outputs of which only these first rows have been handled
+        self._columns = TokenColumns(None if tokenizer is None else tokenizer.reasoning_ids)
         self._stats_callbacks: deque[Callable[[dict[str, Any] | None], None]] = deque()
         self._flush_callbacks: deque[Callable[[dict[str, int] | None], None]] = deque()
         self.on_abort_by_name: Callable[[str, Sequence[str]], None] = lambda _tenant, _request_ids: None
@@ -130,8 +132,30 @@ class Frontend:
         """
         return encode_prompt(prompt, params, self.model_info, self.tokenizer)
 
-    def submit(self, tokens: np.ndarray, params: SamplingParams, options: RequestOptions = _DEFAULT_OPTIONS) -> int:
+    def submit(
+        self,
+        tokens: np.ndarray,
+        params: SamplingParams,
+        options: RequestOptions = _DEFAULT_OPTIONS,
+        *,
+        detokenize: bool = True,
+        window: int = WINDOW,
+        allowance: int | None = None,
+        columns: tuple[ColumnReader, int] | None = None,
+        opens_reasoning: bool = False,
+    ) -> int:
         """Request outputs for the tokens that `encode` returned for these parameters.
+
+        Args:
+            tokens: the prompt.
+            params: sampling parameters.
+            options: options for the scheduler.
+            detokenize: whether updates have text; without it there can be no stop strings.
+            window: tokens of a branch that wait to be taken, at most; fewer with log-probabilities.
+            allowance: tokens that each branch may sample before `grant` allows more; None: any number.
+            columns: gets the tokens, for `take_columns`, under this key of its own; updates then have ends and errors only. Not
+                for requests with text or log-probabilities.
+            opens_reasoning: whether the prompt ends with the start of reasoning, for columns.
 
         Returns:
             The id of the request; `poll` returns its updates, or `receive` and `take` do.
@@ -144,16 +168,29 @@ class Frontend:
         request = OpenRequest(self._next_request_id, tokens, params, seed)
         self._next_request_id += 1
         self._requests[request.id] = request
-        ids = range(self._next_sequence_id, self._next_sequence_id + params.n)
-        self._next_sequence_id = ids.stop
-        window = max(_MIN_WINDOW, _WINDOW // (1 + (params.logprobs or 0)))
+        window = max(_MIN_WINDOW, min(window, WINDOW // (1 + (params.logprobs or 0))))
+        window = window if allowance is None else min(window, allowance)
         most = params.most_output_tokens(len(tokens), self.model_info.max_model_len)
         credit = window if most > window else None
+        allowance = None if allowance is None else allowance - window
+        if columns is None:
+            ids = list(range(self._next_sequence_id, self._next_sequence_id + params.n))
+            self._next_sequence_id += params.n
+        else:
+            assert params.logprobs is None, "log-probabilities do not come in columns"
+            assert not detokenize, "text does not come in columns"
+            ids = [
+                self._columns.add(*columns, branch, credit, allowance, opens_reasoning=opens_reasoning)
+                for branch in range(params.n)
+            ]
         shape = self.model_info.num_layers, self.model_info.num_experts
         for index, sequence_id in enumerate(ids):
-            stream = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
+            stream = None
+            if detokenize and self.tokenizer is not None:
+                stream = self.tokenizer.stream(params.skip_special_tokens)
             load = np.zeros(shape, np.int64) if params.expert_load else None
             branch = Branch(request, sequence_id, index, stream, load, credit)
+            branch.allowance = allowance
             request.running[sequence_id] = self._sequences[sequence_id] = branch
         values = dataclasses.replace(params, seed=seed).to_dict()
         self._send(
@@ -167,6 +204,20 @@ class Frontend:
         )
         self._check_alive()
         return request.id
+
+    def grant(self, request_id: int, tokens: int) -> None:
+        """Let each branch of a request, submitted with an `allowance`, sample more tokens; finished ones are ignored."""
+        request = self._requests.get(request_id)
+        for branch in [] if request is None else request.running.values():
+            if branch.sequence_id >= FIRST_ID:
+                self._send_credited(self._columns.grant(branch.sequence_id, tokens))
+                continue
+            assert branch.allowance is not None, f"request {request_id} has no allowance"
+            branch.allowance += tokens
+            if branch.window is not None and branch.num_uncredited >= branch.window // 2:
+                self._credits.append(branch)
+        if self._credits:
+            self._send_credits()
 
     def abort(self, request_id: int) -> None:
         """End a request; unknown and finished ones are ignored.
@@ -214,8 +265,7 @@ class Frontend:
                 if not isinstance(message, StepOutputs):
                     self._handle(message)
                     continue
-                self._begin_outputs(message)
-                self._partial = message, 0
+                self._partial = self._begin_outputs(message), 0
             message, start = self._partial
             end = len(message.key_O)
             if max_rows is not None:
@@ -247,12 +297,22 @@ class Frontend:
             updates.append(branch.take())
         if request.done and not request.untaken:
             if request.error is not None:
-                updates.append(request.update(error=request.error, done=True))
+                updates.append(request.error_update())
             elif updates:
                 updates[-1] = updates[-1]._replace(done=True)
         if self._credits:
             self._send_credits()
         return updates
+
+    def take_columns(self, reader: ColumnReader, max_tokens: int) -> Tokens:
+        """Return tokens that a reader has not taken, about `max_tokens` at most; the engine may then continue."""
+        sequence_ids, tokens = reader.take(max_tokens)
+        self._send_credited(self._columns.taken(sequence_ids, tokens.num_tokens))
+        return tokens
+
+    def remove_reader(self, reader: ColumnReader) -> None:
+        """Forget a reader, whose requests have all been aborted or have ended."""
+        self._columns.remove_reader(reader)
 
     def fileno(self) -> int:
         """Return a file descriptor that is readable when `poll(0)` may return updates."""
@@ -349,7 +409,8 @@ class Frontend:
     def _handle(self, message: Message) -> None:
         if isinstance(message, StepOutputs):
             self._begin_outputs(message)
-            self._handle_rows(message, 0, len(message.key_O))
+            rest = self._begin_outputs(message)
+            self._handle_rows(rest, 0, len(rest.key_O))
         elif isinstance(message, Rejection):
             if branch := self._sequences.get(message.key):
                 error = RequestError(message.code, message.message, message.retry_after_s)
@@ -367,12 +428,28 @@ class Frontend:
         else:
             raise AssertionError(f"unexpected message from the controller: {type(message).__name__}")
 
-    def _begin_outputs(self, message: StepOutputs) -> None:
+    def _begin_outputs(self, message: StepOutputs) -> StepOutputs:
+        """Handle all but the rows for `_handle_rows`, which it returns."""
         if len(message.prompt_key_I):
             logprobs.add_prompt_logprobs(message, self._sequences, self.tokenizer)
         if len(message.routed_keys):
             self._add_expert_load(message)
         self._handle_failed(message)
+        in_columns = message.key_O >= FIRST_ID
+        if not in_columns.any():
+            return message
+        self._handle_columns(message, np.flatnonzero(in_columns))
+        return _with_rows(message, np.flatnonzero(~in_columns))
+
+    def _handle_columns(self, message: StepOutputs, rows: np.ndarray) -> None:
+        """Give the tokens of these rows to their readers; only first and last ones are looked at one by one."""
+        is_first = self._columns.push(message.key_O[rows], message.token_O[rows])
+        for row in rows[is_first | (message.finish_O[rows] != FinishReason.NONE)].tolist():
+            if (branch := self._sequences.get(int(message.key_O[row]))) is not None:
+                if branch.index == 0 and not branch.has_begun:
+                    self._begin(branch, int(message.num_cached_O[row]))
+                if finish := int(message.finish_O[row]):
+                    self._finish(branch, finish, int(message.token_O[row]))
 
     def _handle_rows(self, message: StepOutputs, start: int, end: int) -> None:
         """Add the tokens of some rows to their branches."""
@@ -398,17 +475,22 @@ class Frontend:
                 if not finish:
                     stopped.append(sequence_id)
             elif finish:
-                stop_ids = branch.request.params.stop_token_ids or ()
-                is_stop_token = finish == FinishReason.STOP and token in stop_ids
-                self._end(branch, _FINISH_REASONS[FinishReason(finish)], token if is_stop_token else None)
+                self._finish(branch, finish, token)
             elif len(branch.token_ids) == 1:
                 self._announce(branch)
         if stopped:
             self._abort_sequences(stopped)
 
+    def _finish(self, branch: Branch, finish: int, token: int) -> None:
+        """End a branch with its last token."""
+        stop_ids = branch.request.params.stop_token_ids or ()
+        is_stop_token = finish == FinishReason.STOP and token in stop_ids
+        self._end(branch, _FINISH_REASONS[FinishReason(finish)], token if is_stop_token else None)
+
     def _begin(self, branch: Branch, num_cached: int) -> None:
         """Note what comes with the first token of a request's first branch."""
         request, branch.has_begun = branch.request, True
+        request.began_s = time.monotonic()
         request.num_cached_tokens = num_cached
         branch.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
 
@@ -433,7 +515,7 @@ class Frontend:
         """Forget a branch, whose last output is announced."""
         branch.finish_reason, branch.stop_reason = reason, stop_reason
         request = branch.request
-        del self._sequences[branch.sequence_id], request.running[branch.sequence_id]
+        self._forget(branch)
         if request.done:
             del self._requests[request.id]
         self._announce(branch)
@@ -449,9 +531,8 @@ class Frontend:
 
     def _end_with_error(self, request: OpenRequest, error: RequestError) -> None:
         sequence_ids = list(request.running)
-        for sequence_id in sequence_ids:
-            del self._sequences[sequence_id]
-        request.running.clear()
+        for branch in list(request.running.values()):
+            self._forget(branch)
         del self._requests[request.id]
         request.error = error
         if not request.has_news:
@@ -460,12 +541,22 @@ class Frontend:
         if len(sequence_ids) > 1:
             self._abort_sequences(sequence_ids)
 
+    def _forget(self, branch: Branch) -> None:
+        del self._sequences[branch.sequence_id], branch.request.running[branch.sequence_id]
+        if branch.sequence_id >= FIRST_ID:
+            num_tokens, num_reasoning = self._columns.remove(branch.sequence_id)
+            branch.request.num_column_tokens += num_tokens
+            branch.request.num_column_reasoning += num_reasoning
+
+    def _send_credited(self, credited: Credited) -> None:
+        if len(credited.tokens):
+            self._send(Credit(ids=credited.sequence_ids, tokens=credited.tokens))
+
     def _send_credits(self) -> None:
         branches, self._credits = self._credits, []
-        ids, tokens = [branch.sequence_id for branch in branches], [branch.num_uncredited for branch in branches]
-        for branch in branches:
-            branch.num_uncredited = 0
-        self._send(Credit(ids=np.array(ids, np.int64), tokens=np.array(tokens, np.int64)))
+        ids, tokens = [branch.sequence_id for branch in branches], [branch.credit() for branch in branches]
+        if any(tokens):
+            self._send(Credit(ids=np.array(ids, np.int64), tokens=np.array(tokens, np.int64)))
 
     def _abort_sequences(self, sequence_ids: Sequence[int]) -> None:
         self._send(Abort(ids=np.array(sequence_ids, np.int64)))
@@ -479,6 +570,14 @@ class Frontend:
             self._stats_callbacks.popleft()(None)
         while self._flush_callbacks:
             self._flush_callbacks.popleft()(None)
+
+
+def _with_rows(message: StepOutputs, rows: np.ndarray) -> StepOutputs:
+    """Return the outputs with these rows, ascending; no other row has log-probabilities."""
+    names = ("key_O", "token_O", "finish_O", "num_cached_O", "logprob_O", "token_rank_O")
+    columns = {name: getattr(message, name)[rows] for name in names}
+    offsets = np.append(message.top_offsets_O1[:-1][rows], message.top_offsets_O1[-1])
+    return dataclasses.replace(message, **columns, top_offsets_O1=offsets)
 
 
 def _batch_end(message: StepOutputs, start: int, max_rows: int) -> tuple[int, int]:

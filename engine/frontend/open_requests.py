@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from expertwire.engine.frontend.api import Position, RequestError, Update
@@ -24,6 +22,8 @@ class OpenRequest:
         error: the error that ended the request, or None.
         untaken: branches with output that nobody has taken, by index, in the order in which it came.
         has_news: whether the request is in the frontend's list of requests with news.
+        began_s: when the first token of the first branch came, by `time.monotonic`; None before.
+        num_column_tokens, num_column_reasoning: tokens that its finished branches have had in columns, and those of reasoning.
     """
 
     def __init__(self, request_id: int, prompt: np.ndarray, params: SamplingParams, seed: int) -> None:
@@ -40,15 +40,17 @@ class OpenRequest:
         self.error: RequestError | None = None
         self.untaken: dict[int, Branch] = {}
         self.has_news = False
+        self.began_s: float | None = None
+        self.num_column_tokens = self.num_column_reasoning = 0
 
     @property
     def done(self) -> bool:
         """True when no more output will come."""
         return not self.running
 
-    def update(self, **fields: Any) -> Update:
-        """Return an `Update` of these fields and those of the request."""
-        return Update(self.id, seed=self.seed, num_cached_tokens=self.num_cached_tokens, **fields)
+    def error_update(self) -> Update:
+        """Return the last update of a request that has ended with an error."""
+        return Update(self.id, seed=self.seed, num_cached_tokens=self.num_cached_tokens, error=self.error, done=True)
 
 
 class Branch:
@@ -56,15 +58,16 @@ class Branch:
 
     Attributes:
         window: tokens that may be sampled and not taken; None if all that it can sample fit.
-        num_uncredited: tokens taken since the last `Credit`.
+        allowance: tokens that the reader allows beyond those credited; None: any number.
+        num_uncredited: tokens taken that no `Credit` has replaced.
         token_ids, texts, logprobs, prompt_logprobs: output that nobody has taken.
         finish_reason, stop_reason: set when the branch has ended.
         expert_load: i64 [layers, experts]; None if not requested.
     """
 
     __slots__ = (
-        "expert_load", "finish_reason", "has_begun", "index", "logprobs", "num_tokens", "num_uncredited", "prompt_logprobs",
-        "request", "sequence_id", "stop", "stop_reason", "stream", "texts", "token_ids", "window",
+        "allowance", "expert_load", "finish_reason", "has_begun", "index", "logprobs", "num_tokens", "num_uncredited",
+        "prompt_logprobs", "request", "sequence_id", "stop", "stop_reason", "stream", "texts", "token_ids", "window",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +87,7 @@ class Branch:
         self.has_begun = False  # whether the first token has come
         self.num_tokens = 0
         self.window = window
+        self.allowance: int | None = None
         self.num_uncredited = 0
         self.token_ids: list[int] = []
         self.texts: list[str] = []
@@ -120,17 +124,30 @@ class Branch:
         text = self._before_stop(self.stream.flush())
         return text + self.stop.flush() if self.stop is not None and self.stop.found is None else text
 
+    def credit(self) -> int:
+        """Return how many more tokens may be sampled; they are credited now."""
+        tokens = self.num_uncredited
+        if self.allowance is not None:
+            tokens = min(tokens, self.allowance)
+            self.allowance -= tokens
+        self.num_uncredited -= tokens
+        return tokens
+
     def take(self) -> Update:
         """Return the output that nobody has taken."""
-        update = self.request.update(
-            branch=self.index,
-            token_ids=tuple(self.token_ids),
-            text="".join(self.texts),
-            logprobs=None if self.logprobs is None else tuple(self.logprobs),
-            prompt_logprobs=self.prompt_logprobs,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            expert_load=None if self.expert_load is None or self.finish_reason is None else self.expert_load.tolist(),
+        # By position: there is an update for each token, and keywords would cost a third of the time that it takes here.
+        update = Update(
+            self.request.id,
+            self.index,
+            tuple(self.token_ids),
+            "".join(self.texts),
+            None if self.logprobs is None else tuple(self.logprobs),
+            self.prompt_logprobs,
+            None if self.expert_load is None or self.finish_reason is None else self.expert_load.tolist(),
+            self.finish_reason,
+            self.stop_reason,
+            self.request.seed,
+            self.request.num_cached_tokens,
         )
         self.token_ids.clear()
         self.texts.clear()

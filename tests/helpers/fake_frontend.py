@@ -70,7 +70,7 @@ class FakeFrontend:
     def encode(self, prompt: str | list[int], params: SamplingParams) -> np.ndarray:
         return encode_prompt(prompt, params, self.model_info, self.tokenizer or LetterTokenizer())
 
-    def submit(self, prompt: np.ndarray, params: SamplingParams, options: RequestOptions | None = None) -> int:
+    def submit(self, prompt: np.ndarray, params: SamplingParams, options: RequestOptions | None = None, **flow) -> int:
         if self.failure:
             raise self.failure
         self.submitted.append((list(prompt), params))

@@ -1,0 +1,331 @@
+"""A `Session`: one call that carries any number of requests of one backend.
+
+The output of all requests is packed into one message, as much as there is when the one before it has left. So a client that
+reads slowly gets fewer and larger messages, and holds up its own requests only: the frontend holds those whose output nobody
+takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+
+import grpc
+
+from expertwire.deploy.grpc.calls import Call
+from expertwire.deploy.grpc.messages import add_logprobs
+from expertwire.deploy.grpc.requests import Opened, Requests
+from expertwire.deploy.grpc.session_columns import Columns
+from expertwire.deploy.grpc.stream import MESSAGE_SIZE
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+from expertwire.engine.frontend.api import Position, RequestError, RequestFailed
+from expertwire.engine.frontend.frontend import Frontend
+from expertwire.engine.frontend.open_requests import OpenRequest
+from expertwire.engine.frontend.token_columns import ColumnReader
+
+_log = logging.getLogger(__name__)
+MAX_REQUESTS, MAX_BRANCHES = 1024, 4096  # of a session, that are open at once
+WINDOW = 256  # tokens of a branch that wait to be taken
+MIN_WINDOW = 16
+_COLUMN_TOKENS = 65_536  # in a message, of requests of which only token ids are sent
+_TURN = 1024  # tokens and log-probabilities that a request sends before it is the next one's turn
+
+
+class _Entry:
+    """A request of a session; a `Stream`."""
+
+    def __init__(self, session: Session, key: int, num_branches: int) -> None:
+        self.key, self.num_branches = key, num_branches
+        self.error: RequestError | None = None
+        self.opening: asyncio.Task[None] | None = None
+        self.opened: Opened | None = None  # None until the request has been submitted
+        self.request: OpenRequest | None = None  # None until it has news
+        self.unread_prompt: deque[Position | None] = deque()
+        self.granted = 0  # tokens, before the request was submitted
+        self.opens_reasoning = False  # what the client has not been told
+        self.deadline: asyncio.TimerHandle | None = None
+        self._session = session
+        self._is_dropped = False
+
+    @property
+    def writing_since(self) -> float | None:
+        """See `Stream`."""
+        return self._session.writing_since
+
+    def wake(self, request: OpenRequest) -> None:
+        """See `Stream`."""
+        if not self._is_dropped:
+            self.request = request
+            self._session.wake(self)
+
+    def fail(self, code: str, message: str, *, drop: bool = False) -> None:
+        """See `Stream`."""
+        if self.error is None:
+            self.error = RequestError(code, message)
+            if drop:
+                self.request, self._is_dropped = None, True
+                self.unread_prompt.clear()
+            self._session.wake(self)
+
+    @property
+    def has_output(self) -> bool:
+        """True if something has not been taken."""
+        return (
+            self.opens_reasoning
+            or bool(self.unread_prompt)
+            or (self.request is not None and bool(self.request.untaken))
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """True if nothing more will come."""
+        return not self.has_output and (self.error is not None or (self.request is not None and self.request.done))
+
+
+class Session:
+    """One call of `Session`.
+
+    Args:
+        frontend: the frontend that requests are submitted to.
+        requests: the server's requests.
+        call: the call.
+        options: what the client's first message says.
+
+    Attributes:
+        writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
+
+    Raises:
+        ValueError: the options are wrong.
+    """
+
+    def __init__(self, frontend: Frontend, requests: Requests, call: Call, options: pb.SessionOptions) -> None:
+        self.writing_since: float | None = None
+        self._frontend, self._requests, self._call = frontend, requests, call
+        self._ids_only = options.token_ids_only
+        self._window = options.window_tokens or None
+        if self._window is not None and self._window < MIN_WINDOW:
+            raise ValueError(f"window_tokens must be 0 or at least {MIN_WINDOW}, got {self._window}")
+        self._entries: dict[int, _Entry] = {}  # by the client's key
+        self._num_branches = 0
+        self._ready: dict[int, _Entry] = {}  # entries with news, in the order of their turns
+        self._refused: list[pb.SessionEnd] = []
+        self._news, self._room = asyncio.Event(), asyncio.Event()
+        self._reader = ColumnReader(self._news.set)
+
+    async def run(self, first: pb.SessionRequest) -> None:
+        """Serve the call until the client has sent its last message and every request has ended.
+
+        Raises:
+            ValueError: a message of the client is wrong.
+            RequestFailed: one cannot be decoded.
+        """
+        reading = asyncio.create_task(self._read(first))
+        reading.add_done_callback(lambda _: self._news.set())
+        try:
+            await self._write(reading)
+        finally:
+            # Also where the client has cancelled, its deadline has passed or its connection is lost.
+            reading.cancel()
+            for entry in list(self._entries.values()):
+                self._close(entry)
+            self._frontend.remove_reader(self._reader)
+
+    def wake(self, entry: _Entry) -> None:
+        """Take note that an entry has news."""
+        self._ready.setdefault(entry.key, entry)
+        self._news.set()
+
+    # ---- what the client sends
+
+    async def _read(self, first: pb.SessionRequest) -> None:
+        message: pb.SessionRequest | None = first
+        while message is not None:
+            if message.HasField("options") and message is not first:
+                raise ValueError("options must be in the first message of the call only")
+            for submit in message.requests:
+                # Refusals wait for the client to read, and so does what it sends.
+                while len(self._refused) >= MAX_REQUESTS:
+                    self._room.clear()
+                    await self._room.wait()
+                self._submit(submit)
+                await asyncio.sleep(0)  # the loop serves others in between
+            self._grant(message)
+            for key in message.abort_keys:
+                if (entry := self._entries.get(key)) is not None:
+                    self._abort(entry)
+            message = await self._call.wait()
+
+    def _submit(self, submit: pb.SubmitRequest) -> None:
+        """Submit a request by a task, as its text may have to wait for a worker that makes tokens of it."""
+        if submit.key in self._entries:
+            raise ValueError(f"key {submit.key} is that of a request that runs")
+        num_branches = max(1, submit.request.sampling_params.n)
+        if (error := self._refusal(submit.request, num_branches)) is not None:
+            self._refused.append(_failed_end(submit.key, error))
+            self._news.set()
+            return
+        entry = self._entries[submit.key] = _Entry(self, submit.key, num_branches)
+        self._num_branches += num_branches
+        if submit.HasField("deadline_s"):
+            loop = asyncio.get_running_loop()
+            entry.deadline = loop.call_later(submit.deadline_s, self._expire, entry, submit.deadline_s)
+        entry.opening = asyncio.create_task(self._open(entry, submit))
+
+    async def _open(self, entry: _Entry, submit: pb.SubmitRequest) -> None:
+        try:
+            entry.opened = await self._requests.submit(
+                submit.request,
+                self._call,
+                submit.deadline_s if submit.HasField("deadline_s") else None,
+                detokenize=not self._ids_only,
+                window=WINDOW,
+                allowance=self._window,
+                columns=(self._reader, entry.key) if self._fits_columns(submit.request.sampling_params) else None,
+            )
+        except ValueError as error:
+            entry.fail("INVALID_ARGUMENT", str(error))
+        except RequestFailed as failed:
+            entry.error = failed.error
+            self.wake(entry)
+        except Exception:  # noqa: BLE001 - a mistake of ours costs this request only
+            _log.exception("error: a request of a session ended with an exception")
+            entry.fail("INTERNAL", "the request failed in the server, whose log says why")
+        else:
+            entry.opens_reasoning = entry.opened.opens_reasoning
+            self._requests.add(entry.opened, entry)
+            if entry.granted:
+                self._requests.grant(entry.opened.number, entry.granted)
+            if entry.opens_reasoning:
+                self.wake(entry)
+
+    def _abort(self, entry: _Entry) -> None:
+        if entry.opened is not None:
+            self._requests.abort(entry.opened.number)
+        elif entry.opening is not None and entry.opening.cancel():
+            entry.fail("CANCELLED", "the request was aborted before it began")
+
+    def _fits_columns(self, params: pb.SamplingParams) -> bool:
+        """Return whether there is nothing to say of a request's tokens but their ids."""
+        has_details = params.HasField("logprobs") or params.HasField("prompt_logprobs") or params.expert_load
+        return self._ids_only and not has_details
+
+    def _refusal(self, request: pb.GenerateRequest, num_branches: int) -> RequestError | None:
+        if self._ids_only and request.sampling_params.stop:
+            text = "stop must be empty in a session with token_ids_only, which makes no text; use stop_token_ids"
+            return RequestError("INVALID_ARGUMENT", text)
+        if len(self._entries) < MAX_REQUESTS and self._num_branches + num_branches <= MAX_BRANCHES:
+            return None
+        text = (
+            f"the session has {len(self._entries)} requests with {self._num_branches} branches; at most {MAX_REQUESTS} with "
+            f"{MAX_BRANCHES} run at once"
+        )
+        return RequestError("RESOURCE_EXHAUSTED", text)
+
+    def _grant(self, message: pb.SessionRequest) -> None:
+        if len(message.credit_keys) != len(message.credit_tokens):
+            sizes = f"{len(message.credit_keys)} and {len(message.credit_tokens)}"
+            raise ValueError(f"credit_keys and credit_tokens must have as many entries, got {sizes}")
+        if message.credit_keys and self._window is None:
+            raise ValueError("credit_keys must be empty in a session without window_tokens")
+        for key, tokens in zip(message.credit_keys, message.credit_tokens, strict=True):
+            entry = self._entries.get(key)
+            if entry is not None and entry.opened is not None:
+                self._requests.grant(entry.opened.number, tokens)
+            elif entry is not None:
+                entry.granted += tokens
+
+    def _expire(self, entry: _Entry, deadline_s: float) -> None:
+        entry.fail("DEADLINE_EXCEEDED", f"the request did not end within deadline_s = {deadline_s:g}", drop=True)
+        self._abort(entry)
+
+    # ---- what the client receives
+
+    async def _write(self, reading: asyncio.Task[None]) -> None:
+        while True:
+            while not (self._ready or self._refused or self._reader.has_tokens):
+                if reading.done():
+                    reading.result()
+                    if not self._entries:
+                        return
+                self._news.clear()
+                await self._news.wait()
+            if reading.done():
+                reading.result()
+            message = self._take()
+            self.writing_since = time.monotonic()
+            await self._call.write(message)
+            self.writing_since = None
+            self._room.set()
+
+    def _take(self) -> pb.SessionResponse:
+        """Return a message of what has not been taken, up to about `MESSAGE_SIZE`: some of each request in turn."""
+        columns, size = Columns(with_text=not self._ids_only), 0
+        ends, self._refused = self._refused, []
+        if self._reader.has_tokens:
+            columns.add_tokens(self._frontend.take_columns(self._reader, _COLUMN_TOKENS))
+            if self._reader.has_tokens:
+                return columns.message(ends)  # an end comes behind its tokens
+        while self._ready and size < MESSAGE_SIZE:
+            entry = self._ready.pop(next(iter(self._ready)))
+            if entry.has_output:
+                size += self._take_turn(entry, columns)
+            if entry.has_output:
+                self._ready[entry.key] = entry
+            elif entry.has_ended:
+                ends.append(_end(entry))
+                self._close(entry)
+        return columns.message(ends)
+
+    def _take_turn(self, entry: _Entry, columns: Columns) -> int:
+        """Move some output of an entry into the columns; return how much."""
+        size = 0
+        if entry.opens_reasoning:
+            columns.add_details(entry.key, pb.SessionDetails(opens_reasoning=True))
+            entry.opens_reasoning = False
+        if not entry.unread_prompt and entry.request is not None:
+            assert entry.opened is not None, f"request {entry.key} has news and was not submitted"
+            for update in self._frontend.take(entry.request, _TURN):
+                entry.opened.usage.add(update)
+                if update.prompt_logprobs:
+                    entry.unread_prompt.extend(update.prompt_logprobs)
+                if update.error is not None:
+                    entry.error = entry.error or update.error
+                    continue
+                columns.add(entry.key, update)
+                size += 1 + len(update.token_ids) + sum(map(len, update.logprobs or ()))
+        part: list[Position | None] = []
+        while entry.unread_prompt and size < _TURN:
+            part.append(entry.unread_prompt.popleft())
+            size += 1 + len(part[-1] or ())
+        if part:
+            details = pb.SessionDetails()
+            add_logprobs(details.prompt_logprobs, part)
+            columns.add_details(entry.key, details)
+        return size
+
+    def _close(self, entry: _Entry) -> None:
+        del self._entries[entry.key]
+        self._ready.pop(entry.key, None)
+        self._num_branches -= entry.num_branches
+        if entry.deadline is not None:
+            entry.deadline.cancel()
+        if entry.opening is not None:
+            entry.opening.cancel()
+        if entry.opened is not None:
+            self._requests.close_request(entry.opened)
+
+
+def _end(entry: _Entry) -> pb.SessionEnd:
+    if entry.error is not None:
+        return _failed_end(entry.key, entry.error)
+    assert entry.opened is not None, f"request {entry.key} has ended and was not submitted"
+    if entry.request is not None:
+        entry.opened.usage.add_columns(entry.request)
+    return pb.SessionEnd(key=entry.key, usage=entry.opened.usage.message())
+
+
+def _failed_end(key: int, error: RequestError) -> pb.SessionEnd:
+    code: int = grpc.StatusCode[error.code].value[0]
+    return pb.SessionEnd(key=key, code=code, message=error.message, retry_after_s=error.retry_after_s)
