@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-import socket
+import signal
 import subprocess
 import sys
 import threading
@@ -25,8 +25,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expertwire.comm.control.channel import this_node
+from expertwire.deploy.ray import address as addresses
 from expertwire.deploy.ray import guard, placement
 from expertwire.deploy.ray.placement import Node
+from expertwire.engine.frontend.api import EngineFailed
 from expertwire.engine.launcher import WORKER, RankFailed, WorkerSpec
 
 _OBJECT_STORE_BYTES = 80 << 20  # unused; Ray's minimum
@@ -63,8 +65,9 @@ class RayLauncher:
     domain if one is large enough (`deploy.ray.placement`).
 
     Args:
-        address: "host:port" of a running cluster, or "auto" for the one on this machine; None starts Ray on this machine, and
-            ends it in `stop`. A process that is already connected to Ray stays with that cluster.
+        address: "host:port" of a running cluster, "auto" for the one on this machine, or "local", which starts Ray on this
+            machine, and ends it in `stop`; None is Ray's variable RAY_ADDRESS, and "local" without it. A process that is
+            already connected to Ray stays with that cluster.
         worker: the worker's entry point, "package.module:function".
         connect_timeout_s: seconds within which a cluster must answer.
 
@@ -73,9 +76,8 @@ class RayLauncher:
     """
 
     def __init__(self, address: str | None = None, *, worker: str = WORKER, connect_timeout_s: float = 30.0) -> None:
-        if address is not None and address != "auto" and _host_and_port(address) is None:
-            raise ValueError(f'ray_address {address!r}: allowed are "host:port", "auto" and None')
-        self._address = address
+        addresses.check_address(address)
+        self._address = address or addresses.from_environment() or "local"
         self._worker = worker
         self._connect_timeout_s = connect_timeout_s
         self._owns_ray = False
@@ -89,7 +91,8 @@ class RayLauncher:
         """See `engine.launcher.Launcher`. Connects to Ray, or starts it.
 
         Raises:
-            ValueError: no Ray cluster answers at the given address.
+            ValueError: no Ray cluster answers at the given address, or it refuses our token.
+            EngineFailed: Ray cannot be started.
         """
         self._connect()
         return f"tcp:{ray.util.get_node_ip_address()}:0"
@@ -157,25 +160,32 @@ class RayLauncher:
     def _connect(self) -> None:
         if ray.is_initialized():
             return
-        if self._address is None:
+        if self._address == "local":
+            self._start_ray()
+            return
+        if self._address != "auto":
+            addresses.check_answers(self._address, self._connect_timeout_s)
+        _init_within(self._address, self._connect_timeout_s)
+        self._owns_ray = True  # only the connection; `stop` leaves the cluster running
+
+    def _start_ray(self) -> None:
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
             ray.init(
                 address="local",
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 object_store_memory=_OBJECT_STORE_BYTES,
             )
-            self._owns_ray = True
-            if sys.platform == "linux":
-                raylet = next(child for child in psutil.Process().children() if child.name() == "raylet")
-                self._guard = guard.start(raylet.pid)
-            return
-        if (where := _host_and_port(self._address)) is not None:
-            try:
-                socket.create_connection(where, timeout=self._connect_timeout_s).close()
-            except OSError as error:
-                raise ValueError(f"ray_address {self._address!r}: nothing answers there ({error})") from error
-        _init_within(self._address, self._connect_timeout_s)
-        self._owns_ray = True  # only the connection; `stop` leaves the cluster running
+        except Exception as error:  # Ray raises nothing narrower
+            raise EngineFailed(f"Ray cannot be started on this machine: {_in_one_line(error)}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own exits with code 15
+        self._owns_ray = True
+        if sys.platform == "linux":
+            raylet = next(child for child in psutil.Process().children() if child.name() == "raylet")
+            self._guard = guard.start(raylet.pid)
 
     def _reserve(self, spec: WorkerSpec, resources: dict[str, float], nodes: list[Node]) -> PlacementGroup:
         """Return a placement group for the ranks: the first layout for which there are free resources."""
@@ -205,11 +215,6 @@ class RayLauncher:
             raise RankFailed(rank, f"its process did not start within {_START_S:g} s") from error
         except RayError as error:
             raise RankFailed(rank, f"its process did not start: {_in_one_line(error)}") from error
-
-
-def _host_and_port(address: str) -> tuple[str, int] | None:
-    host, _, port = address.rpartition(":")
-    return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
 
 
 def _init_within(address: str, timeout_s: float) -> None:

@@ -28,7 +28,8 @@ class EngineConfig:
         ep_size: number of ranks; each computes attention for its own requests and holds a share of the experts.
         launcher: what starts the ranks: "local" (processes on this machine), "ray", or "auto" (ray if `ray_address` is
             set, else local).
-        ray_address: address of a running Ray cluster; None starts Ray on this machine when the launcher is ray.
+        ray_address: address of a running Ray cluster ("host:port"), "auto" for the one on this machine, or "local" to start
+            Ray here; None: Ray's variable RAY_ADDRESS if it is set, else "local", when the launcher is ray.
         load_format: "auto" (safetensors), "dummy" (random weights with the model's shapes) or "mock" (no model at all:
             ranks that compute nothing answer with pseudo-random tokens, to measure scheduler, fronts and clients).
         mock_step_time_s: seconds that a step of the load format "mock" takes at least, up to 1.
@@ -155,7 +156,7 @@ class EngineConfig:
         if not is_int(self.seed) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be a 64-bit integer, got {self.seed!r}")
         if self.ray_address is not None and not isinstance(self.ray_address, str):
-            raise ValueError(f'ray_address must be "host:port", "auto" or None, got {self.ray_address!r}')
+            raise ValueError(f'ray_address must be "host:port", "auto", "local" or None, got {self.ray_address!r}')
         if self.ray_address is not None and self.launcher == "local":
             raise ValueError(
                 f"ray_address {self.ray_address!r} has no effect with launcher 'local'; use 'ray' or 'auto'"
