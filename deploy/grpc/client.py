@@ -214,11 +214,13 @@ class Client:
         self._call(self._stub.Abort, pb.AbortRequest(request_id=request_id))
 
     def model_info(self) -> dict[str, Any]:
-        """Return the fields of `ModelInfo` of the .proto; `output_format` is a dictionary. Raises `ServerError`."""
+        """Return the fields of `ModelInfo` of the .proto, messages as dictionaries. Raises `ServerError`."""
         info = self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest())
         output_format = json_format.MessageToDict(info.output_format, preserving_proto_field_name=True)
+        defaults = {field.name: value for field, value in info.default_sampling_params.ListFields()}
         return {field.name: getattr(info, field.name) for field in pb.ModelInfo.DESCRIPTOR.fields} | {
-            "output_format": output_format
+            "output_format": output_format,
+            "default_sampling_params": defaults,
         }
 
     def stats(self) -> dict[str, Any]:

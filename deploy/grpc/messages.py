@@ -97,7 +97,8 @@ def from_sampling_params(values: Mapping[str, Any]) -> pb.SamplingParams:
 def from_model_info(info: ModelInfo, output_format: OutputFormat | None, chat_variables: Sequence[str]) -> pb.ModelInfo:
     """Return the message of `info`, with the output format and the chat template's variables."""
     values = dataclasses.asdict(info)
-    del values["path"], values["all_to_all"], values["default_sampling_params"]
+    del values["path"], values["all_to_all"]
+    values["default_sampling_params"] = from_sampling_params(info.default_sampling_params)
     values["output_format"] = None if output_format is None else from_output_format(output_format)
     version = importlib.metadata.version("expertwire")
     return pb.ModelInfo(version=version, chat_variables=chat_variables, **values)

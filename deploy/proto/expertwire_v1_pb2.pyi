@@ -412,7 +412,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_num_seqs", "seed", "version", "output_format", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype", "max_queued_requests", "max_queued_requests_per_tenant")
+    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_num_seqs", "seed", "version", "output_format", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype", "max_queued_requests", "max_queued_requests_per_tenant", "default_sampling_params")
     class CacheBlocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -450,6 +450,7 @@ class ModelInfo(_message.Message):
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_REQUESTS_PER_TENANT_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     dtype: str
@@ -473,7 +474,8 @@ class ModelInfo(_message.Message):
     kv_cache_dtype: str
     max_queued_requests: int
     max_queued_requests_per_tenant: int
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ..., max_queued_requests: _Optional[int] = ..., max_queued_requests_per_tenant: _Optional[int] = ...) -> None: ...
+    default_sampling_params: SamplingParams
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ..., max_queued_requests: _Optional[int] = ..., max_queued_requests_per_tenant: _Optional[int] = ..., default_sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class OutputFormat(_message.Message):
     __slots__ = ("name", "reasoning_start", "reasoning_end", "end_of_turn", "reasoning_efforts")

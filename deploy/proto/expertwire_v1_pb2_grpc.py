@@ -151,7 +151,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """Returns the resolved configuration, and why it is so.
+        """Returns the resolved configuration, and why it is so. For administrators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -147,6 +147,8 @@ async def test_unset_fields_take_the_model_s_defaults(run):
     await run.submitted()
     ((_, params),) = run.frontend.submitted
     assert (params.temperature, params.top_k, params.top_p) == (0.6, -1, 1.0)
+    told = (await run.stub.GetModelInfo(pb.GetModelInfoRequest())).default_sampling_params
+    assert {field.name: value for field, value in told.ListFields()} == defaults
     call.cancel()
 
 
