@@ -9,21 +9,30 @@ import threading
 import pytest
 from helpers import chat_templates, fake_frontend
 
+from expertwire.deploy.grpc.async_client import AsyncClient
 from expertwire.deploy.grpc.client import Client, ServerError
 from expertwire.deploy.grpc.server import Server
 from expertwire.engine.frontend.api import Logprob, RequestError, RequestOptions
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.tokenizer import Tokenizer
 
-STATS = {"num_running": 2.0, "running": [1.0, 1.0], "expert_load": [[1, 2, 3], [4, 5, 6]]}
+STATS = {
+    "num_running": 2, "num_waiting": 0, "held": 0, "running": [1, 1], "outstanding_tokens": [5, 6],
+    "blocks": {"kv": 9}, "blocks_used": {"kv": [0, 5]}, "expert_load": [[1, 2, 3], [4, 5, 6]],
+}  # fmt: skip
 
 
 class EchoFrontend(fake_frontend.FakeFrontend):
     """Answers a prompt with itself, letter by letter; one that ends in "..." never ends. Tenant "busy" is to wait."""
 
+    num_refusals = 0
+
     def submit(self, prompt, params, options):
         number = super().submit(prompt, params, options)
         text = "".join(chr(token) for token in prompt)
+        if options.tenant == "soon" and self.num_refusals:
+            self.num_refusals -= 1
+            self.push(number, error=RequestError("RESOURCE_EXHAUSTED", "soon", 0.05), token_ids=())
         if options.tenant == "busy":
             self.push(number, error=RequestError("RESOURCE_EXHAUSTED", "wait", 0.25), token_ids=())
         for branch in range(params.n):
@@ -231,3 +240,69 @@ def test_model_info_stats_and_health(server, client):
         assert not nobody.is_serving()
         with pytest.raises(ServerError, match="UNAVAILABLE"):
             nobody.model_info()
+
+
+def test_queries(server, client, serve_family):
+    tokenizer = serve_family("deepseek_v31")
+    tokens = client.tokenize("hello there")
+    assert tokens == tokenizer.encode("hello there")
+    assert client.detokenize(tokens) == tokenizer.decode(tokens)
+    assert client.tokenize(Chat(messages=chat_templates.TURNS)) == tokenizer.encode_chat(
+        Chat(messages=chat_templates.TURNS)
+    )
+    assert client.loads()["ranks"][1]["blocks_used"] == {"kv": 5}
+    assert client.flush_cache() == {"full": 7}
+    watching = client.watch_experts(interval_s=0.1)
+    assert [next(watching), next(watching)] == [STATS["expert_load"]] * 2
+    watching.close()
+
+
+@pytest.mark.parametrize("retries", [0, 1, 2])
+def test_refused_calls_are_tried_again(server, retries):
+    """The server refuses tenant "soon" twice, each time for a moment."""
+    server["frontend"].num_refusals = 2
+    with Client(server["address"], retries=retries) as client:
+        generation = client.generate([65], tenant="soon")
+        if retries == 2:
+            assert "".join(chunk.text for chunk in generation) == "A"
+        else:
+            with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: soon"):
+                list(generation)
+    assert server["frontend"].num_refusals == 1 - retries + (retries == 2)
+
+
+def test_retries_are_bounded():
+    with pytest.raises(ValueError, match=r"retries must be an integer in \[0, 4\], got 5"):
+        Client(retries=5)
+
+
+def test_an_asyncio_client_does_the_same(server, client, serve_family):
+    tokenizer = serve_family("deepseek_v31")
+
+    async def main():
+        async with AsyncClient(server["address"], timeout_s=20) as other:
+            generation = other.generate([72, 73, 74], temperature=0, n=2)
+            chunks = [chunk async for chunk in generation]
+            assert "".join(chunk.text for chunk in chunks if chunk.branch == 1) == "HIJ"
+            assert generation.usage.completion_tokens == 6
+            chat = other.chat(chat_templates.TURNS, max_tokens=3, thinking=True)
+            assert [chunk async for chunk in chat][-1].finish_reason == "length" and chat.opens_reasoning
+            with pytest.raises(ServerError, match="temperature"):
+                async for _ in other.generate("a", temperature=-1.0):
+                    pass
+            assert await other.tokenize("hello") == tokenizer.encode("hello")
+            assert await other.detokenize(tokenizer.encode("hello")) == "hello"
+            assert await other.model_info() == client.model_info()
+            assert await other.stats() == client.stats()
+            assert await other.loads() == client.loads()
+            assert await other.flush_cache() == client.flush_cache()
+            endless = other.generate([65, 46, 46, 46])
+            async for chunk in endless:
+                await other.abort(endless.request_id)
+                if chunk.finish_reason:
+                    assert chunk.finish_reason == "abort"
+            watching = other.watch_experts(interval_s=0.1)
+            assert await anext(watching) == STATS["expert_load"]
+            await watching.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
