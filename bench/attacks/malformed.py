@@ -121,6 +121,10 @@ def _method(method: MethodDescriptor) -> Method:
     return Method(path, method.input_type, bool(method.client_streaming))
 
 
+# grpcio's own, in the client, where a call ends with its status while the client writes another message.
+_ENDED = "Internal error from Core"
+
+
 async def _call(channel: grpc.aio.Channel, method: Method, messages: list[bytes]) -> tuple[str, str]:
     """Make a call and read its first answer; return the status and its message."""
     call: Any = channel.stream_stream(method.path)(timeout=_ANSWER_S)
@@ -132,6 +136,8 @@ async def _call(channel: grpc.aio.Channel, method: Method, messages: list[bytes]
         status = await call.code() if answer is grpc.aio.EOF else grpc.StatusCode.OK
         return status.name, (await call.details() or "") if answer is grpc.aio.EOF else ""
     except grpc.aio.AioRpcError as error:
+        if error.details() == _ENDED:
+            return "ENDED_WHILE_WRITING", ""
         return error.code().name, error.details() or ""
     except asyncio.InvalidStateError:  # the call ended while messages were written
         return (await call.code()).name, await call.details() or ""

@@ -13,11 +13,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
-from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from expertwire.deploy.grpc import status
-from expertwire.deploy.grpc.identity import Authenticator, Identity
+from expertwire.deploy.grpc.identity import ANYBODY, Authenticator, Identity
 from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import RequestError, RequestFailed
@@ -78,47 +79,55 @@ class Call:
         try:
             message.ParseFromString(data)
         except (DecodeError, RecursionError) as error:
-            text = f"the message cannot be decoded as expertwire.v1.{self._request.DESCRIPTOR.name}: {error}"
+            text = f"the message cannot be decoded as {self._request.DESCRIPTOR.full_name}: {error}"
             raise RequestFailed(RequestError("INVALID_ARGUMENT", text)) from error
         return message
 
 
 def make_handlers(
-    servicers: Sequence[object], overload: Overload, authenticator: Authenticator
+    service: ServiceDescriptor, servicers: Sequence[object], overload: Overload, authenticator: Authenticator | None
 ) -> grpc.GenericRpcHandler:
-    """Return the handlers of the service.
+    """Return the handlers of a service.
 
     Args:
+        service: the service.
         servicers: have together an async method for each of the service's, of the same name. It takes the request, unless the
             client streams them, and the `Call`; it returns the response, unless it streams them. It raises `RequestFailed`, or
             ValueError for the client's mistakes.
         overload: admits calls.
-        authenticator: finds out who makes them.
+        authenticator: finds out who makes them. None: anybody may, and they are not counted, so that health checks are answered
+            by a server that is busy.
     """
     handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
         method.name: grpc.stream_stream_rpc_method_handler(
             functools.partial(_serve, method, run, overload, authenticator),
-            response_serializer=_message_class(method.output_type.name).SerializeToString,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
-        for method in SERVICE.methods
+        for method in service.methods
         for servicer in servicers
         if (run := getattr(servicer, method.name, None)) is not None
     }
-    return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
+    missing = {method.name for method in service.methods} - handlers.keys()
+    assert not missing, f"nobody serves {missing} of {service.full_name}"
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
 async def _serve(
     method: MethodDescriptor,
     run: Callable[..., Awaitable[Any]],
     overload: Overload,
-    authenticator: Authenticator,
+    authenticator: Authenticator | None,
     _: object,
     context: grpc.aio.ServicerContext,
 ) -> None:
     """Serve one call."""
     try:
+        kind = GetMessageClass(method.input_type)
+        if authenticator is None:
+            await _run(method, run, Call(context, overload, kind, ANYBODY))
+            return
         with overload.call(), authenticator.call(context, method.name) as identity:
-            await _run(method, run, Call(context, overload, _message_class(method.input_type.name), identity))
+            await _run(method, run, Call(context, overload, kind, identity))
     except RequestFailed as failed:
         await status.abort(context, failed.error)
 
@@ -142,7 +151,3 @@ async def _run(method: MethodDescriptor, run: Callable[..., Awaitable[Any]], cal
         _log.exception("error: a call of %s ended with an exception", method.name)
         text = f"{method.name} failed in the server, whose log says why"
         raise RequestFailed(RequestError("INTERNAL", text)) from error
-
-
-def _message_class(name: str) -> type[Message]:
-    return getattr(pb, name)

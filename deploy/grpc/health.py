@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
+from typing import Any
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
+
+from expertwire.deploy.grpc.calls import Call
+from expertwire.engine.frontend.api import RequestError, RequestFailed
 
 LIVENESS = "liveness"  # name of the service that is healthy as long as the server's loop works
+_MAX_WATCHERS = 256
 _Status = health_pb2.HealthCheckResponse
+_messages: Any = health_pb2  # whose stubs lack those of List
 
 
-class HealthServicer(health_pb2_grpc.HealthServicer):
+class HealthServicer:
     """The health service.
 
     Args:
@@ -29,6 +34,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._is_ready = is_ready
         self._was_ready = is_ready()
         self._changed = asyncio.Event()
+        self._num_watchers = 0
 
     def notify(self) -> None:
         """Wake the watchers if the engine's health has changed; to be called a few times a second."""
@@ -37,22 +43,36 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
             self._changed.set()
             self._changed = asyncio.Event()
 
-    async def Check(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
+    async def Check(self, request: health_pb2.HealthCheckRequest, call: Call) -> health_pb2.HealthCheckResponse:
         """Return the status of a service."""
         status = self._status(request.service)
         if status == _Status.SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service is called {request.service!r:.100}")
+            text = f"no service is called {request.service!r:.100}"
+            raise RequestFailed(RequestError("NOT_FOUND", text))
         return _Status(status=status)
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext) -> None:
+    async def List(self, request: Any, call: Call) -> Any:
+        """Return the status of every service."""
+        names = (*sorted(self._services), LIVENESS)
+        return _messages.HealthListResponse(statuses={name: _Status(status=self._status(name)) for name in names})
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, call: Call) -> None:
         """Send the status of a service now and at every change."""
+        if self._num_watchers >= _MAX_WATCHERS:
+            text = f"{_MAX_WATCHERS} calls of Watch run; no more are allowed"
+            raise RequestFailed(RequestError("RESOURCE_EXHAUSTED", text, 1.0))
+        self._num_watchers += 1
+        try:
+            await self._watch(request.service, call)
+        finally:
+            self._num_watchers -= 1
+
+    async def _watch(self, service: str, call: Call) -> None:
         sent = None
         while True:
-            changed, status = self._changed, self._status(request.service)
+            changed, status = self._changed, self._status(service)
             if status != sent:
-                await context.write(_Status(status=status))
+                await call.write(_Status(status=status))
                 sent = status
             else:
                 await changed.wait()

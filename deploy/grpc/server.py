@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from expertwire.deploy.grpc import calls, status
+from expertwire.deploy.grpc import calls
+from expertwire.deploy.grpc.calls import Call
 from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.health import HealthServicer
 from expertwire.deploy.grpc.identity import Authenticator
@@ -18,11 +19,11 @@ from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.grpc.queries import QueryServicer
 from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.deploy.grpc.servicer import GOODBYE_S, STALL_S, InferenceServicer
-from expertwire.engine.frontend.api import RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
 
-_HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+_REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 SERVICE = calls.SERVICE.full_name
 _BEAT_S = 0.25
 _DEFAULT_LIMITS = Limits()
@@ -100,10 +101,14 @@ class Server:
         servicer = InferenceServicer(frontend, authenticator, texts, stall_s)
         queries = QueryServicer(frontend, texts, info, servicer.watch_writes)
         health = HealthServicer(("", SERVICE), lambda: not servicer.problem and not servicer.draining)
-        handlers = calls.make_handlers((servicer, queries), self._overload, authenticator)
-        self._server.add_generic_rpc_handlers((handlers,))
-        health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(authenticator), self._server)
+        services: tuple[tuple[Any, tuple[object, ...], Authenticator | None], ...] = (
+            (calls.SERVICE, (servicer, queries), authenticator),
+            (_HEALTH, (health,), None),
+            (_REFLECTION, (_Reflection(),), authenticator),
+        )
+        self._server.add_generic_rpc_handlers(
+            [calls.make_handlers(service, servicers, self._overload, who) for service, servicers, who in services]
+        )
         beating = asyncio.create_task(_beat(servicer, health, on_beat))
         await self._server.start()
         try:
@@ -117,25 +122,22 @@ class Server:
         return servicer.failure
 
 
-class _Reflection(reflection.aio.ReflectionServicer):
-    """Server reflection for those who may call."""
+class _Reflection:
+    """Server reflection, by the library's servicer."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
-        super().__init__((SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME))
-        self._authenticator = authenticator
+    def __init__(self) -> None:
+        names = (SERVICE, _HEALTH.full_name, reflection.SERVICE_NAME)
+        self._library: Any = reflection.aio.ReflectionServicer(names)
 
-    # The stubs of the library take the generator for a coroutine.
-    async def ServerReflectionInfo(  # type: ignore[override]
-        self, requests: Any, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[Any]:
+    async def ServerReflectionInfo(self, call: Call) -> None:
         """See grpc.reflection.v1alpha."""
-        try:
-            self._authenticator.identify(context, "ServerReflectionInfo")
-        except RequestFailed as failed:
-            await status.abort(context, failed.error)
-        responses: Any = super().ServerReflectionInfo(requests, context)
-        async for response in responses:
-            yield response
+        async for response in self._library.ServerReflectionInfo(_requests(call), None):
+            await call.write(response)
+
+
+async def _requests(call: Call) -> AsyncIterator[Any]:
+    while (request := await call.wait()) is not None:
+        yield request
 
 
 async def _beat(servicer: InferenceServicer, health: HealthServicer, on_beat: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status.rpc_status import aio as rpc_status
 from helpers import fake_frontend
 
@@ -28,6 +29,7 @@ async def serving(**limits):
     task = asyncio.ensure_future(server.serve(frontend, stop=stop, drain_timeout_s=0))
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            channel.target = f"127.0.0.1:{server.port}"
             yield frontend, channel
         stop.set()
         await task
@@ -72,6 +74,41 @@ def test_messages_that_cannot_be_decoded_are_the_clients_mistake():
                     if code == "INVALID_ARGUMENT":
                         assert f"decoded as expertwire.v1.{request}: " in message
             assert frontend.submitted == []
+
+    run(main())
+
+
+def test_messages_of_health_and_reflection_too():
+    async def main():
+        async with serving() as (_, channel):
+            for path in (
+                "grpc.health.v1.Health/Check",
+                "grpc.health.v1.Health/List",
+                "grpc.health.v1.Health/Watch",
+                "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            ):
+                call = channel.stream_stream(f"/{path}")()
+                await call.write(b"\xff")
+                assert (await status_of(call))[0] == "INVALID_ARGUMENT", path
+
+    run(main())
+
+
+def test_watchers_of_health_are_few_and_it_lists_its_services():
+    async def main():
+        async with serving(max_calls=1) as (_, channel):
+            stub = health_pb2_grpc.HealthStub(channel)
+            watching = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(256)]
+            for call in watching:
+                assert (await call.read()).status == health_pb2.HealthCheckResponse.SERVING
+            async with grpc.aio.insecure_channel(channel.target, [("grpc.use_local_subchannel_pool", 1)]) as other:
+                stub = health_pb2_grpc.HealthStub(other)
+                code, message, _ = await status_of(stub.Watch(health_pb2.HealthCheckRequest()))
+                assert code == "RESOURCE_EXHAUSTED" and "256 calls of Watch run" in message
+                listed = await stub.List(health_pb2.HealthListRequest())
+                assert set(listed.statuses) == {"", SERVICE, "liveness"}
+            for call in watching:
+                call.cancel()
 
     run(main())
 

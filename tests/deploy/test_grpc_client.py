@@ -27,8 +27,8 @@ class EchoFrontend(fake_frontend.FakeFrontend):
 
     num_refusals = 0
 
-    def submit(self, prompt, params, options):
-        number = super().submit(prompt, params, options)
+    def submit(self, prompt, params, options, **other):
+        number = super().submit(prompt, params, options, **other)
         text = "".join(chr(token) for token in prompt)
         if options.tenant == "soon" and self.num_refusals:
             self.num_refusals -= 1
