@@ -168,7 +168,9 @@ def _generate(args: argparse.Namespace) -> int:
 def _add_inspect(commands: Any) -> None:
     text = "print the parameters of a checkpoint and the memory that it needs"
     parser = commands.add_parser("inspect", help=text, description=_sentence(text))
-    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint, or with its config.json alone")
+    parser.add_argument(
+        "path", metavar="PATH", help="folder of a checkpoint, or with its config.json alone; or a name on the hub"
+    )
     parser.add_argument("--ep-size", type=_ranks, default=1, metavar="N", help="number of ranks (default: %(default)s)")
     text = "tokens of one request (default: the model's maximum)"
     parser.add_argument("--context", type=_ranks, metavar="N", help=text)
@@ -179,9 +181,11 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from expertwire.deploy import hub
     from expertwire.deploy.inspect import lines
 
-    for line in lines(args.path, args.ep_size, args.context, args.gpu_memory, **set_fields(args, ("kv_cache_dtype",))):
+    path = hub.model_folder(args.path, weights=False) if hub.is_name(args.path) else args.path
+    for line in lines(path, args.ep_size, args.context, args.gpu_memory, **set_fields(args, ("kv_cache_dtype",))):
         print(line)
     return 0
 

@@ -18,7 +18,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 # The groups of the engine's options in --help; "engine" has those that are in no other.
 ENGINE_GROUPS: Mapping[str, tuple[str, ...]] = {
     "model": (
-        "dtype", "device", "load_format", "generation_config",
+        "revision", "served_model_name", "dtype", "device", "load_format", "generation_config",
         "quantization", "numerics", "attention_backend", "max_model_len", "seed",
     ),
     "ranks": ("ep_size", "launcher", "ray_address", "threads_per_rank", "start_timeout_s", "step_timeout_s"),
@@ -45,7 +45,7 @@ _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add `MODEL` and the options of `EngineConfig`."""
-    text = "folder of a Hugging Face checkpoint (default: the demo model)"
+    text = "folder of a Hugging Face checkpoint, or its name on the hub (default: the demo model)"
     parser.add_argument("model", metavar="MODEL", nargs="?", help=text)
     for title, fields in engine_groups().items():
         add_options(parser.add_argument_group(title), EngineConfig, fields)

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from expertwire.deploy import hub
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.launcher import WORKER, Launcher, LocalLauncher
 from expertwire.engine.mock_worker import MOCK_WORKER
+
+
+def with_model_folder(config: EngineConfig) -> EngineConfig:
+    """Return the options with the folder of the model, which is downloaded if it is a name of the Hugging Face hub.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be downloaded.
+    """
+    if not hub.is_name(config.model):
+        if config.revision is not None:
+            raise ValueError(f"revision has no effect on a folder, got {config.revision!r} for {config.model}")
+        return config
+    folder = hub.model_folder(config.model, config.revision, weights=config.load_format == "auto")
+    name = config.served_model_name or config.model.rpartition("/")[2]
+    return dataclasses.replace(config, model=folder, revision=None, served_model_name=name)
 
 
 def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -48,6 +65,7 @@ def open_frontend(config: EngineConfig) -> Iterator[Frontend]:
         ValueError: an option or the checkpoint is not usable.
         EngineFailed: the engine could not start.
     """
+    config = with_model_folder(config)
     tokenizer = open_tokenizer(config)
     with (
         Engine(config, make_launcher(config), end_of_turn_ids(tokenizer)) as engine,

@@ -42,6 +42,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str
     """
     reserve_port(server.host, server.port).close()  # before the model is loaded
     config = _with_quotas(config, Security.open(server).tenants)
+    config = runtime.with_model_folder(config)
     tokenizer = runtime.open_tokenizer(config)
     _exit_on_signals()
     with contextlib.ExitStack() as stack:

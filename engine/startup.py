@@ -76,7 +76,7 @@ def _model_info(args: ControllerArgs, sizes: CacheSizes, device: str, all_to_all
     config, model = args.config, args.model
     names = [spec.name for spec in model.cache_specs()]
     return ModelInfo(
-        name=config.model.rstrip("/").rsplit("/", 1)[-1],
+        name=config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1],
         path=config.model,
         architecture=model.architecture,
         dtype=model.dtype,

@@ -29,7 +29,7 @@ class LLM:
     """A model that generates text. Use it as a context manager, or call `close`.
 
     Args:
-        model: folder of a Hugging Face checkpoint.
+        model: folder of a Hugging Face checkpoint, or its name on the hub ("org/name").
         options: other fields of `EngineConfig` (`dtype`, `device`, `ep_size`, `launcher`, `load_format`, `max_model_len`,
             `max_num_batched_tokens`, `max_num_seqs`, `seed`, ...).
 

@@ -38,6 +38,7 @@ MUTATORS = {"append", "add", "extend", "insert", "update", "pop", "popitem", "cl
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 ENGINE_FLAGS = {
+    "--revision", "--served-model-name",
     "--dtype", "--device", "--ep-size", "--launcher", "--ray-address", "--load-format", "--mock-step-time", "--quantization",
     "--numerics", "--attention-backend", "--max-model-len", "--generation-config",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queued-requests", "--max-queued-requests-per-tenant",

@@ -22,7 +22,10 @@ class EngineConfig:
     """Options of the engine; each is also an argument of `expertwire.LLM` and an option of `expertwire serve`.
 
     Args:
-        model: folder of a Hugging Face checkpoint.
+        model: folder of a Hugging Face checkpoint, or its name on the hub ("org/name"), which is taken from the hub's cache or
+            downloaded into it.
+        revision: branch, tag or commit of a model of the hub; None: the main branch.
+        served_model_name: name of the model that clients see; None: the last part of `model`.
         dtype: type of weights and activations: "auto" (the checkpoint's), "float32" or "bfloat16".
         device: "auto" (cuda if there is a GPU), "cpu" or "cuda".
         ep_size: number of ranks; each computes attention for its own requests and holds a share of the experts.
@@ -94,6 +97,8 @@ class EngineConfig:
     """
 
     model: str
+    revision: str | None = None
+    served_model_name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ep_size: int = 1
@@ -145,6 +150,9 @@ class EngineConfig:
         if not is_number(share) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}")
         self._check_mock()
+        for field in ("revision", "served_model_name"):
+            if (name := getattr(self, field)) is not None and (not isinstance(name, str) or not name):
+                raise ValueError(f"{field} must be a string that is not empty, or None, got {name!r}")
         self._check_ranks()
         self._check_attention()
         self._check_table()

@@ -140,6 +140,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(
-            f"model: there is no folder {str(path)!r}; give the folder of a downloaded Hugging Face checkpoint"
+            f"model: there is no folder {str(path)!r}; give the folder of a downloaded Hugging Face checkpoint, or a name on "
+            "the hub"
         )
     return folder
