@@ -17,7 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from expertwire.deploy.grpc import status
+from expertwire.deploy.grpc import status, wire
 from expertwire.deploy.grpc.identity import ANYBODY, Authenticator, Identity
 from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
@@ -75,6 +75,7 @@ class Call:
         await self.context.write(message)
 
     def _decode(self, data: bytes) -> Message:
+        wire.check_num_fields(data, self._request.DESCRIPTOR)
         message = self._request()
         try:
             message.ParseFromString(data)

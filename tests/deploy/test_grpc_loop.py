@@ -53,6 +53,7 @@ LARGE = {
     "token ids": lambda: generate(ids=[5] * 1_000_000),
     "many stop strings": lambda: generate(ids=[5], params={"stop": [f"~{i}" for i in range(1024)]}),
     "too many stop strings": lambda: generate(ids=[5], params={"stop": [f"~{i}" for i in range(50_000)]}),
+    "more stop strings": lambda: generate(ids=[5], params={"stop": ["a"] * 2_500_000}),
     "long stop strings": lambda: generate(ids=[5], params={"stop": ["a" * 1_000_000]}),
     "many stop tokens": lambda: generate(ids=[5], params={"stop_token_ids": range(1_000_000)}),
     "many biases": lambda: generate(ids=[5], params={"logit_bias": dict.fromkeys(range(100_000), 1.0)}),
@@ -145,5 +146,5 @@ def test_nothing_holds_the_loop(tmp_path):
 
     held = asyncio.run(run())
     print(*(f"{1e3 * seconds:6.1f} ms  {status:20} {name}" for name, (seconds, status) in held.items()), sep="\n")
-    assert {status for _, status in held.values()} <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"}
+    assert {status for _, status in held.values()}.isdisjoint({"UNKNOWN", "DEADLINE_EXCEEDED", "CANCELLED"})
     assert [name for name, (seconds, _) in held.items() if seconds > HELD_S] == []
