@@ -99,6 +99,11 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
             raise ValueError(f"text must be a string of valid Unicode, got {text!r:.100}") from error
+        except BaseException as error:
+            # A panic of the library is no Exception, so nobody would answer the client.
+            if type(error).__name__ == "PanicException":
+                raise RuntimeError(f"the tokenizer has panicked: {error}") from error
+            raise
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; ids beyond the vocabulary have none."""
