@@ -202,7 +202,7 @@ def _checkpoint(description: str, change: Change, *words: str, starts_processes:
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("", "COMMAND"),
-    ("train", "'train'", "serve, generate, demo, inspect, explain, experts, bench"),
+    ("train", "'train'", "serve, generate, demo, inspect, explain, experts, token, bench"),
     ("serve --tensor-parallel-size=2", "--tensor-parallel-size", "--help"),
     ("serve one two", "two"),
     ("serve /no/such/folder --port 0", "there is no folder '/no/such/folder'"),
@@ -393,7 +393,13 @@ def _requests() -> Iterator[Case]:
     yield _request(
         "n=2, when max_queued_requests=1", many, "INVALID_ARGUMENT", "n must be", "max_queued_requests = 1", "got 2"
     )
-    yield _request("Abort of an unknown request_id", lambda env: env.client.abort("x"), "NOT_FOUND", "'x'")
+    yield _request(
+        "Abort without a request_id",
+        lambda env: env.client.abort(""),
+        "INVALID_ARGUMENT",
+        "request_ids",
+        "at least one",
+    )
     big = partial(Environment.request, priority=2**31)
     yield _request("priority=2**31 (refused by the client)", big, "ValueError", "priority", "2147483648")
     unknown = partial(Environment.request, best_of=2)

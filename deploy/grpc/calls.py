@@ -32,18 +32,30 @@ class Call:
 
     Attributes:
         context: gRPC's own view of it.
-        client: address of the client, without the port.
-        identity: who makes it.
+        client: who shares what one client may hold: the tenant, or the address of a client that nobody has verified.
     """
 
     def __init__(
-        self, context: grpc.aio.ServicerContext, overload: Overload, request: type[Message], identity: Identity
+        self,
+        context: grpc.aio.ServicerContext,
+        overload: Overload,
+        request: type[Message],
+        identify: Callable[[], Identity],
     ) -> None:
         self.context = context
-        self.identity = identity
-        self.client = context.peer().rpartition(":")[0]
+        self.client = identify().tenant or context.peer().rpartition(":")[0]
+        self._identify = identify
         self._overload = overload
         self._request = request
+
+    @property
+    def identity(self) -> Identity:
+        """Identity of the caller, found out again after the tenants have changed.
+
+        Raises:
+            RequestFailed: nobody that the server still knows.
+        """
+        return self._identify()
 
     @property
     def deadline_s(self) -> float | None:
@@ -125,10 +137,10 @@ async def _serve(
     try:
         kind = GetMessageClass(method.input_type)
         if authenticator is None:
-            await _run(method, run, Call(context, overload, kind, ANYBODY))
+            await _run(method, run, Call(context, overload, kind, lambda: ANYBODY))
             return
-        with overload.call(), authenticator.call(context, method.name) as identity:
-            await _run(method, run, Call(context, overload, kind, identity))
+        with overload.call(), authenticator.call(context, method.name) as identify:
+            await _run(method, run, Call(context, overload, kind, identify))
     except RequestFailed as failed:
         await status.abort(context, failed.error)
 

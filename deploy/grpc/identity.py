@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,21 +115,42 @@ class Authenticator:
         return Identity(tenant=tenant.name, is_verified=True, is_admin=tenant.admin)
 
     @contextlib.contextmanager
-    def call(self, connection: Connection, method: str) -> Iterator[Identity]:
-        """Yield who makes a call of `method`, and audit the call if it is an administrative one.
+    def call(self, connection: Connection, method: str) -> Iterator[Callable[[], Identity]]:
+        """Admit a call of `method`, and audit it if it is an administrative one.
+
+        Yields:
+            A function that returns who makes the call. It looks again after the tenants have changed, since a call may last.
 
         Raises:
             RequestFailed: nobody that the server knows, or somebody who may not.
         """
         identity = self.identify(connection, method)
+        version = self._version
+
+        def current() -> Identity:
+            nonlocal identity, version
+            if version != self._version:
+                identity, version = self.identify(connection, method), self._version
+            return identity
+
+        with self._audited(connection, identity, method):
+            if method in _FOR_ADMINISTRATORS:
+                identity.check_admin(method)
+            yield current
+
+    @property
+    def _version(self) -> int:
+        return 0 if self._tenants is None else self._tenants.version
+
+    @contextlib.contextmanager
+    def _audited(self, connection: Connection, identity: Identity, method: str) -> Iterator[None]:
+        """Audit a call of `method` when it ends, if it is an administrative one."""
         if method not in _AUDITED:
-            yield identity
+            yield
             return
         outcome = "CANCELLED"
         try:
-            if method in _FOR_ADMINISTRATORS:
-                identity.check_admin(method)
-            yield identity
+            yield
             outcome = "OK"
         except RequestFailed as failed:
             outcome = failed.error.code

@@ -184,7 +184,7 @@ class InferenceServicer:
         self._check_is_new(key)
         params = grpc_messages.to_sampling_params(request.sampling_params, self._frontend.model_info)
         prompt = grpc_messages.to_prompt(request)
-        tokens = await self._texts.encode(prompt, params, client=call.identity.tenant or call.client)
+        tokens = await self._texts.encode(prompt, params, client=call.client)
         # Others have been served meanwhile.
         self._check_takes_requests()
         self._check_is_new(key)

@@ -22,9 +22,15 @@ from expertwire.deploy.grpc.server import Server
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 
+
+def hashed(token):
+    """Return the digest of a token as the file has it."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
 TOKENS = {"alice": "a", "bob": "b", "ops": "o"}
 FILE = "\n".join(
-    f'[tenants.{name}]\ntokens = ["{hashlib.sha256(token.encode()).hexdigest()}"]\nadmin = {str(name == "ops").lower()}\n'
+    f'[tenants.{name}]\ntokens = ["{hashed(token)}"]\nadmin = {str(name == "ops").lower()}\n'
     f'certificates = ["{name}.example.org"]'
     for name, token in TOKENS.items()
 )
@@ -33,8 +39,9 @@ FILE = "\n".join(
 class Running:
     """A server with tenants, and its clients."""
 
-    def __init__(self, server, frontend, audit_log, folder):
-        self.port, self.frontend, self.audit_log, self.folder = server.port, frontend, audit_log, folder
+    def __init__(self, server, frontend, security, folder):
+        self.port, self.frontend, self.security = server.port, frontend, security
+        self.tenants, self.audit_log = folder / "tenants.toml", folder / "audit.jsonl"
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
         self.stub = pb_grpc.InferenceStub(self.channel)
 
@@ -76,7 +83,7 @@ async def running(folder, **options):
     serving = asyncio.ensure_future(
         server.serve(frontend, authenticator=security.authenticator(), stop=stop, drain_timeout_s=0.1)
     )
-    run = Running(server, frontend, folder / "audit.jsonl", folder)
+    run = Running(server, frontend, security, folder)
     try:
         yield run
     finally:
@@ -190,6 +197,29 @@ async def test_an_administrator_ends_the_requests_of_another(server):
 async def test_statistics_are_audited(server):
     assert await server.status(server.stub.GetStats(pb.GetStatsRequest(), metadata=authorization("o"))) == "OK"
     assert server.audited() == [{"tenant": "ops", "method": "GetStats", "outcome": "OK"}]
+
+
+def test_a_session_ends_with_the_token(tmp_path):
+    """Running requests go on; those that come after the token has left the file are refused."""
+
+    async def run():
+        async with running(tmp_path) as server:
+            call = server.stub.Session(metadata=authorization(TOKENS["bob"]))
+            statuses = []
+            for key in (1, 2):
+                request = pb.SubmitRequest(key=key, request=pb.GenerateRequest(text="x"))
+                await call.write(pb.SessionRequest(requests=[request]))
+                if key == 1:
+                    while not server.frontend.submitted:
+                        await asyncio.sleep(0.005)
+                    server.tenants.write_text(FILE.replace(hashed("b"), hashed("new")))
+                    assert server.security.tenants.refresh()
+            statuses += [(end.key, end.code) for end in (await call.read()).ends]
+            call.cancel()
+            assert len(server.frontend.submitted) == 1
+            return statuses
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == [(2, grpc.StatusCode.UNAUTHENTICATED.value[0])]
 
 
 @pytest.mark.parametrize(("name", "seen"), [("alice", {"alice"}), ("bob", set()), ("ops", {"alice", "carol"})])
