@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from helpers import fake_frontend
 from helpers.certificates import Authority
 
+from expertwire.deploy.grpc.calls import SERVICE
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.deploy.grpc.credentials import ssl_credentials
 from expertwire.deploy.grpc.security import Security
@@ -106,40 +107,39 @@ def scenario(function):
     return test
 
 
-CALLS = {
-    "Generate": lambda stub, metadata: collect(stub.Generate(pb.GenerateRequest(text="x"), metadata=metadata)),
-    "Abort": lambda stub, metadata: stub.Abort(pb.AbortRequest(request_id="x"), metadata=metadata),
-    "GetModelInfo": lambda stub, metadata: stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=metadata),
-    "GetStats": lambda stub, metadata: stub.GetStats(pb.GetStatsRequest(), metadata=metadata),
-}
-
-
 async def collect(call):
     return [message async for message in call]
 
 
-@pytest.mark.parametrize("method", CALLS)
+@pytest.mark.parametrize("method", [method.name for method in SERVICE.methods])
 @pytest.mark.parametrize(
     "metadata",
     [(), authorization("wrong"), (("authorization", "Basic YTpi"),), authorization("a") + authorization("b")],
     ids=["no token", "wrong token", "another scheme", "two tokens"],
 )
 def test_nobody_calls_without_a_token(tmp_path, method, metadata):
+    """A stranger is refused before its message: none is sent here."""
+
     async def run():
         async with running(tmp_path) as server:
-            assert await server.status(CALLS[method](server.stub, metadata)) == "UNAUTHENTICATED"
-            assert server.frontend.submitted == []
+            call = server.channel.stream_stream(f"/{SERVICE.full_name}/{method}")(metadata=metadata)
+            assert await server.status(call.read()) == "UNAUTHENTICATED"
             assert server.audited() == [{"tenant": "", "method": method, "outcome": "UNAUTHENTICATED"}]
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
-@scenario
-async def test_a_stranger_is_refused_before_its_message(server):
-    call = server.channel.stream_stream("/expertwire.v1.Inference/Generate")()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call.read()  # although nothing was sent
-    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+@pytest.mark.parametrize("method", ["FlushCache", "GetServerInfo"])
+@pytest.mark.parametrize(("name", "status"), [("alice", "PERMISSION_DENIED"), ("ops", "OK")])
+def test_methods_for_administrators(tmp_path, method, name, status):
+    async def run():
+        async with running(tmp_path) as server:
+            request = getattr(pb, f"{method}Request")()
+            call = getattr(server.stub, method)(request, metadata=authorization(TOKENS[name]))
+            assert await server.status(call) == status
+            assert server.audited() == [{"tenant": name, "method": method, "outcome": status}]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 @scenario
@@ -264,7 +264,9 @@ def test_certificates(tmp_path, issued_for, token, status):
             running(tmp_path, **options) as server,
             grpc.aio.secure_channel(f"localhost:{server.port}", ssl_credentials(authority.ca_certs, **own)) as channel,
         ):
-            return await server.status(CALLS["GetModelInfo"](pb_grpc.InferenceStub(channel), metadata))
+            return await server.status(
+                pb_grpc.InferenceStub(channel).GetModelInfo(pb.GetModelInfoRequest(), metadata=metadata)
+            )
 
     assert asyncio.run(asyncio.wait_for(run(), 60)) == status
 
