@@ -26,4 +26,12 @@ async def run(server: Server, seconds: float) -> dict[str, Any]:
     return {"bursts": bursts, "statuses": dict(statuses)}
 
 
-ATTACKS = (Attack(name="bursts", about=f"{_CALLS:,} short requests at once", run=run, seconds=10.0),)
+ATTACKS = (
+    Attack(
+        name="bursts",
+        about=f"{_CALLS:,} short requests of one tenant at once, --scheduling-policy fair",
+        run=run,
+        seconds=10.0,
+        serve_args=("--scheduling-policy", "fair"),
+    ),
+)

@@ -91,9 +91,10 @@ ATTACKS = (
     ),
     Attack(
         name="many_streams",
-        about=f"{_STREAMS:,} streams and {_IDLE:,} silent connections at once",
+        about=f"{_STREAMS:,} streams and {_IDLE:,} silent connections at once, --scheduling-policy fair",
         run=run_streams,
         seconds=60.0,
+        serve_args=("--scheduling-policy", "fair"),
         joins=False,
     ),
 )
