@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from expertwire.deploy import runtime
@@ -20,6 +21,7 @@ from expertwire.deploy.tenants import Tenants
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.api import EngineFailed
+from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.mock_worker import DEVICE
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -47,7 +49,8 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str
     _exit_on_signals()
     with contextlib.ExitStack() as stack:
         launcher, end_of_turn_ids = runtime.make_launcher(config), runtime.end_of_turn_ids(tokenizer)
-        engine = stack.enter_context(Engine(config, launcher, end_of_turn_ids))
+        sys.stderr.write(f"{_about_start(config)}\n")
+        engine = stack.enter_context(Engine(config, launcher, end_of_turn_ids, log_stats=not server.disable_log_stats))
         fronts = stack.enter_context(contextlib.closing(Fronts(engine, config, server)))
         announce("\n".join([f"serving {engine.info.name} on {server.host}:{fronts.port}", *_about(engine.info)]))
         is_stopping = _stop_on_signals()
@@ -69,6 +72,19 @@ def _with_quotas(config: EngineConfig, tenants: Reloading[Tenants] | None) -> En
         return config
     known = tenants.value
     return dataclasses.replace(config, tenant_quotas=known.quotas(), default_tenant_quota=known.default_quota)
+
+
+def _about_start(config: EngineConfig) -> str:
+    """Return what the start takes its time for."""
+    ranks = f"{config.ep_size} rank{'s' * (config.ep_size > 1)}"
+    name = config.served_model_name or Path(config.model).name
+    if config.load_format != "auto":
+        return f"starting {name} on {ranks}, with {config.load_format} weights"
+    size = Checkpoint(config.model).nbytes / 1e9
+    return (
+        f"starting {name} on {ranks}: loading {size:,.3g} GB of weights, and compiling the kernels "
+        "that no earlier start has cached"
+    )
 
 
 def _about(info: ModelInfo) -> Iterator[str]:

@@ -31,6 +31,7 @@ from expertwire.engine.kv_cache.cache_sizes import CacheTooSmall
 from expertwire.engine.loader.quantization import expert_bytes
 from expertwire.engine.process import raise_descriptor_limit
 from expertwire.engine.startup import ControllerArgs, RankDomains, scheduler_config, start_ranks
+from expertwire.engine.stats_log import StatsLog
 from expertwire.moe.eplb.load import ExpertLoad
 from expertwire.moe.eplb.placement import place
 from expertwire.moe.eplb.rebalancer import Rebalancer
@@ -73,6 +74,7 @@ class ControllerState:
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
     load: ExpertLoad | None = None  # None for a dense model
     rebalancing: Rebalancer | None = None
+    stats_log: StatsLog | None = None
     unchecked: bool = False  # whether anything has happened since the scheduler's last integrity check
 
 
@@ -95,6 +97,8 @@ def controller_main(args: ControllerArgs, newcomers: int) -> None:
         state = ControllerState(
             scheduler=scheduler, hub=hub, info=info, frontends=frontends, load=_expert_load(args, info, domains)
         )
+        if args.log_stats:
+            state.stats_log = StatsLog(lambda line: sys.stderr.write(f"{line}\n"))
         if config.eplb_step_interval:
             assert state.load is not None, "a dense model has no experts to move"
             size = expert_bytes(args.model, config.quantization)
@@ -282,6 +286,8 @@ def step(
     _deliver(state, outputs)
     clock.append(time.perf_counter())
     _count(state, in_flight, results, clock)
+    if state.stats_log is not None and in_flight.num_tokens_P.any():
+        state.stats_log.step(state.totals, state.scheduler.stats)
     rows_LE = None
     if in_flight.report_load and state.load is not None:
         rows_LE = np.sum([result.expert_load for result in results], axis=0).reshape(state.load.rows_LE.shape)

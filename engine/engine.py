@@ -35,6 +35,7 @@ class Engine:
         config: the engine's options.
         launcher: starts the ranks.
         end_of_turn_ids: tokens that end an output besides the checkpoint's end-of-sequence ids.
+        log_stats: whether the controller writes a line of statistics to standard error every 10 s.
 
     Attributes:
         info: the model and its limits.
@@ -44,7 +45,9 @@ class Engine:
         EngineFailed: a rank could not start; the message names it.
     """
 
-    def __init__(self, config: EngineConfig, launcher: Launcher, end_of_turn_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, config: EngineConfig, launcher: Launcher, end_of_turn_ids: Sequence[int] = (), *, log_stats: bool = False
+    ) -> None:
         model = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
         eos_token_ids = dict.fromkeys((*model.eos_token_ids, *end_of_turn_ids))
         model = dataclasses.replace(model, eos_token_ids=tuple(eos_token_ids))
@@ -59,6 +62,7 @@ class Engine:
             default_sampling_params=default_sampling_params(config.model, config.generation_config),
             hub_address=launcher.hub_address(),
             token=token,
+            log_stats=log_stats,
         )
         self._to_controller, theirs = socket.socketpair()
         with theirs:

@@ -29,6 +29,7 @@ class ControllerArgs:
     hub_address: str
     token: str
     default_sampling_params: dict[str, Any] = field(default_factory=dict)
+    log_stats: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

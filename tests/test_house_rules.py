@@ -56,7 +56,8 @@ FLAGS = {
         "--host", "--port", "--fronts", "--drain-timeout", "--max-connections",
         "--max-calls-per-connection", "--max-calls", "--max-message-mib", "--message-timeout", "--max-connection-idle",
         "--max-connection-age", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--tenants",
-        "--insecure", "--no-insecure", "--audit-log", *ENGINE_FLAGS,
+        "--insecure", "--no-insecure", "--audit-log",
+        "--disable-log-stats", "--no-disable-log-stats", "--log-level", *ENGINE_FLAGS,
     },
     "generate": {
         "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", *ENGINE_FLAGS,

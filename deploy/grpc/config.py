@@ -6,10 +6,13 @@ import ipaddress
 import os
 import resource
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from expertwire.scheduler.config import is_int, is_number
 
 _UNLIMITED = 1 << 30
+
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,9 @@ class ServerConfig:
             quotas; a call without a token or certificate of one is refused. Unset: anybody may call, for any tenant.
         insecure: listen where other machines can connect, without TLS and tenants; for private networks.
         audit_log: file to which administrative calls and failed authentications are appended, as lines of JSON.
+        disable_log_stats: do not write a line of statistics to standard error every 10 s while requests run.
+        log_level: least severe messages to write to standard error: "debug" (also a line for each request and its end), "info",
+            "warning" or "error".
         limits: what clients may hold of a front.
 
     Raises:
@@ -113,6 +119,8 @@ class ServerConfig:
     tenants: str | None = None
     insecure: bool = False
     audit_log: str | None = None
+    disable_log_stats: bool = False
+    log_level: LogLevel = "warning"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -122,6 +130,10 @@ class ServerConfig:
             raise ValueError(f"fronts must be None or an integer in [1, 64], got {self.fronts!r}")
         if not is_number(self.drain_timeout_s) or self.drain_timeout_s < 0:
             raise ValueError(f"drain_timeout_s must be a number of seconds >= 0, got {self.drain_timeout_s!r}")
+        if not isinstance(self.disable_log_stats, bool):
+            raise ValueError(f"disable_log_stats must be True or False, got {self.disable_log_stats!r}")
+        if self.log_level not in get_args(LogLevel):
+            raise ValueError(f"log_level must be one of {', '.join(get_args(LogLevel))}, got {self.log_level!r}")
         self._check_security()
 
     def _check_security(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
+import logging
 import signal
 import socket
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def front_main(args: FrontArgs) -> None:
     """Serve until the parent asks to drain or closes the lifeline; entry point of the process."""
     faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a front that it kills
     process.raise_descriptor_limit()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("expertwire").setLevel(args.server.log_level.upper())
     parent = SocketChannel(socket.socket(fileno=args.parent))
     tokenizer = runtime.open_tokenizer(args.engine)
     to_controller = SocketChannel(socket.socket(fileno=args.controller))

@@ -213,6 +213,7 @@ class InferenceServicer:
         self._streams[opened.number] = stream
         self._ids[opened.key] = opened.number
         self._idle.clear()
+        _log.debug("request %r of tenant %r begins", opened.key[1], opened.key[0])
 
     def grant(self, number: int, tokens: int) -> None:
         """Let each branch of a request send more tokens."""
@@ -256,6 +257,10 @@ class InferenceServicer:
         self.abort(opened.number)
         if not self._streams:
             self._idle.set()
+        if _log.isEnabledFor(logging.DEBUG):
+            usage = opened.usage.message()
+            sizes = f"{usage.prompt_tokens} prompt tokens ({usage.cached_prompt_tokens} cached), {usage.completion_tokens} output"
+            _log.debug("request %r of tenant %r ends: %s", opened.key[1], opened.key[0], sizes)
 
     def _pump(self) -> None:
         """Wake the streams whose requests have news."""

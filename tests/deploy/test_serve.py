@@ -140,8 +140,8 @@ def test_a_full_queue_is_an_answer(client):
 
 
 def test_a_signal_drains():
-    with serve() as served, Client(served.address) as client:
-        chunks = iter(client.generate("SUM 1 2 ?", ignore_eos=True, max_tokens=100))
+    with serve("--log-level", "debug") as served, Client(served.address) as client:
+        chunks = iter(client.generate("SUM 1 2 ?", request_id="mine", ignore_eos=True, max_tokens=100))
         next(chunks)
         served.process.send_signal(signal.SIGTERM)
         until(lambda: not client.is_serving())
@@ -149,6 +149,10 @@ def test_a_signal_drains():
             list(client.generate("SUM 1 2 ?"))
         assert list(chunks)[-1].finish_reason == "length"
         assert served.process.wait(60) == 0
+        said = served.process.stderr.read()
+        assert re.match(r"starting demo_model on 1 rank: loading [\d.]+ GB of weights, and compiling", said)
+        assert "request 'mine' of tenant '' begins\n" in said
+        assert "request 'mine' of tenant '' ends: 4 prompt tokens (0 cached), 100 output\n" in said
 
 
 def test_a_second_signal_ends_at_once():
