@@ -72,22 +72,22 @@ def _stops(count: int) -> dict[str, Any]:
 
 
 CASES: Mapping[str, Case] = {
-    "streams": Case(rate=12_000),
-    "streams 16": Case(rate=12_000, streams=16),
-    "streams 256": Case(rate=12_000, streams=256),
-    "session": Case(rate=60_000, streams=256, session="text"),
-    "session ids": Case(rate=100_000, streams=256, session="ids"),
-    "n 4": Case(rate=12_000, streams=16, sampling={"n": 4}),
-    "n 16": Case(rate=12_000, streams=4, sampling={"n": 16}),
-    "logprobs 0": Case(rate=8_000, sampling={"logprobs": 0}),
-    "logprobs 5": Case(rate=5_000, sampling={"logprobs": 5}),
-    "logprobs 20": Case(rate=2_500, sampling={"logprobs": 20}),
-    "stop 4": Case(rate=10_000, sampling=_stops(4)),
+    "streams": Case(rate=6_000),
+    "streams 16": Case(rate=6_000, streams=16),
+    "streams 256": Case(rate=6_000, streams=256),
+    "session": Case(rate=30_000, streams=256, session="text"),
+    "session ids": Case(rate=50_000, streams=256, session="ids"),
+    "n 4": Case(rate=6_000, streams=16, sampling={"n": 4}),
+    "n 16": Case(rate=6_000, streams=4, sampling={"n": 16}),
+    "logprobs 0": Case(rate=5_000, sampling={"logprobs": 0}),
+    "logprobs 5": Case(rate=3_000, sampling={"logprobs": 5}),
+    "logprobs 20": Case(rate=1_500, sampling={"logprobs": 20}),
+    "stop 4": Case(rate=6_000, sampling=_stops(4)),
     "stop 64": Case(rate=6_000, sampling=_stops(64)),
-    "fronts 2": Case(rate=12_000, fronts=2),
-    "fronts 4": Case(rate=12_000, fronts=4),
+    "fronts 2": Case(rate=6_000, fronts=2),
+    "fronts 4": Case(rate=6_000, fronts=4),
 }
-ECHO, LATENCY = "bare grpc.aio", "latency"
+ECHO, PACED_ECHO, LATENCY = "bare grpc.aio", "bare, in steps", "latency"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -99,7 +99,7 @@ def run(argv: Sequence[str]) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    names = (ECHO, LATENCY, *CASES)
+    names = (ECHO, PACED_ECHO, LATENCY, *CASES)
     parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
     parser.add_argument("--seconds", type=float, default=4.0, metavar="X", help="of a run (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="of which the median counts (default: 3)")
@@ -111,8 +111,8 @@ def main(args: argparse.Namespace) -> int:
     results: dict[str, Any] = {}
     with _model_folder() as model:
         for name in args.cases:
-            if name == ECHO:
-                results[name] = _measure_echo(args.seconds, args.runs)
+            if name in (ECHO, PACED_ECHO):
+                results[name] = _measure_echo(args.seconds, args.runs, in_steps=name == PACED_ECHO)
             elif name == LATENCY:
                 results[name] = _measure_latency(model, args.seconds, args.runs)
             else:
@@ -129,9 +129,9 @@ def _measure(model: Path, case: Case, seconds: float, runs: int) -> dict[str, An
         return _summary([_window(client, pids, seconds) for _ in range(runs)])
 
 
-def _measure_echo(seconds: float, runs: int) -> dict[str, Any]:
+def _measure_echo(seconds: float, runs: int, *, in_steps: bool) -> dict[str, Any]:
     case = CASES["streams"]
-    with EchoServer() as server, Client(_load(case, server.address)) as client:
+    with EchoServer(case.step_time_s if in_steps else 0.0) as server, Client(_load(case, server.address)) as client:
         _await_streams(client, case.streams)
         return _summary([_window(client, [server.pid], seconds) for _ in range(runs)])
 
