@@ -218,6 +218,15 @@ def test_a_frozen_process_is_noticed_by_health_checks(place):
 
 
 @pytest.mark.slow
+def test_other_machines_reach_no_port_of_a_local_engine():
+    with serve("--launcher", "local", "--ep-size", "2") as served:
+        family = [psutil.Process(served.process.pid), *psutil.Process(served.process.pid).children(recursive=True)]
+        ports = [each for process in family for each in process.net_connections("tcp") if each.status == "LISTEN"]
+        assert {each.laddr.ip for each in ports} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+        assert int(served.address.rpartition(":")[2]) in {each.laddr.port for each in ports}
+
+
+@pytest.mark.slow
 def test_tenants_and_quotas_of_the_file(tmp_path):
     tokens = {name: make_token() for name in ("alice", "bob")}
     file = tmp_path / "tenants.toml"
