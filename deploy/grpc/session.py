@@ -122,7 +122,7 @@ class Session:
             RequestFailed: one cannot be decoded.
         """
         reading = asyncio.create_task(self._read(first))
-        reading.add_done_callback(lambda _: self._news.set())
+        reading.add_done_callback(self._read_ended)
         try:
             await self._write(reading)
         finally:
@@ -138,6 +138,11 @@ class Session:
         self._news.set()
 
     # ---- what the client sends
+
+    def _read_ended(self, reading: asyncio.Task[None]) -> None:
+        if not reading.cancelled():
+            reading.exception()  # `_write` raises it, unless the call ends first: then asyncio shall not log it
+        self._news.set()
 
     async def _read(self, first: pb.SessionRequest) -> None:
         message: pb.SessionRequest | None = first
