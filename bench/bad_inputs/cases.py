@@ -150,7 +150,7 @@ CHECKPOINTS: tuple[tuple[Any, ...], ...] = (
     ("only tekken.json", renamed("tokenizer.json", "tekken.json"), "no tokenizer.json", "tekken.json"),
     ("only tiktoken.model", renamed("tokenizer.json", "tiktoken.model"), "tiktoken.model", "TikTokenTokenizer"),
     ("only tokenizer.model", renamed("tokenizer.json", "tokenizer.model"), "no tokenizer.json", "transformers"),
-    ("tokenizer.json damaged", writing("tokenizer.json", "{"), "tokenizer.json", "cannot be read"),
+    ("tokenizer.json damaged", writing("tokenizer.json", "{"), "tokenizer.json", "not valid JSON"),
     ("a chat template that is not Jinja", writing("chat_template.jinja", "{% if"), "chat template", "not valid"),
     ("no weights", without(WEIGHTS), "no weights", WEIGHTS),
     ("only pytorch_model.bin", renamed(WEIGHTS, "pytorch_model.bin"), "*.bin", "save them as safetensors"),

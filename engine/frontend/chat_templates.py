@@ -133,7 +133,7 @@ class ChatTemplates:
         try:
             reads = _free_variables(self._environment.parse(source)) - self._environment.globals.keys()
             return _Compiled(self._environment.from_string(source), reads)
-        except TemplateError as error:
+        except (TemplateError, SyntaxError, RecursionError) as error:  # it may be nested too deeply for Python
             raise ValueError(f"{name} is not valid Jinja: {error}") from error
 
 

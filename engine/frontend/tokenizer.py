@@ -11,18 +11,15 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import tokenizers
 
-from expertwire.engine.frontend import text_bounds, tiktoken_files
+from expertwire.engine.frontend import text_bounds, tiktoken_files, tokenizer_files
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.chat_templates import ChatTemplates
 from expertwire.engine.frontend.output_formats import OutputFormat, output_format_of
 from expertwire.engine.loader.checkpoint import checkpoint_folder
-from expertwire.engine.models.hf_config import parse_json
-
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # Decoders that give every token but the first a text that does not depend on its neighbours.
 _PIECE_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
@@ -71,12 +68,12 @@ class Tokenizer:
             ValueError: a file is missing, malformed or of an unsupported kind; the message names it.
         """
         folder = checkpoint_folder(path)
-        config = _read_json(folder / "tokenizer_config.json")
-        backend = _read_backend(folder, config)
+        config = tokenizer_files.read_config(folder)
+        backend = tokenizer_files.read_backend(folder, config)
         backend.no_truncation()
         backend.no_padding()
-        special_tokens = _special_tokens(folder, config)
-        _add_missing(backend, config, special_tokens)
+        special_tokens = tokenizer_files.special_tokens(folder, config)
+        tokenizer_files.add_missing(backend, config, special_tokens)
         return cls(backend, special_tokens, ChatTemplates.open(folder, config, special_tokens))
 
     @property
@@ -277,20 +274,6 @@ class _PieceStream:
         return text
 
 
-def _read_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        if (folder / tiktoken_files.NAME).is_file():
-            return tiktoken_files.read(folder / tiktoken_files.NAME, config)
-        present = [name for name in ("tokenizer.model", "tekken.json") if (folder / name).is_file()]
-        hint = f"; convert its {present[0]} with transformers" if present else ""
-        raise ValueError(f"{folder} has no tokenizer.json, which is needed for text{hint}")
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
 def _make_table(backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> _ByteTable | _PieceTable:
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     kinds = [part["type"] for part in decoder.get("decoders", [decoder] if decoder else [])]
@@ -304,28 +287,3 @@ def _make_table(backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> _By
             f"{', '.join(sorted(_PIECE_DECODERS))}"
         )
     return _PieceTable(backend, skipped, "ByteFallback" in kinds)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, {} if there is no such file."""
-    return parse_json(file.read_bytes(), str(file)) if file.is_file() else {}
-
-
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return name -> text. `special_tokens_map.json` is read only if the config does not list the added tokens."""
-    legacy = {} if "added_tokens_decoder" in config else _read_json(folder / "special_tokens_map.json")
-    found = {name: legacy.get(name, config.get(name)) for name in SPECIAL_TOKENS}
-    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    """Add the tokens that only the config declares, so that they are recognised in text."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = [
-        entry for _, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    ]
-    missing = [tokenizers.AddedToken(**entry) for entry in declared if entry["content"] not in known]
-    known |= {token.content for token in missing}
-    missing += [tokenizers.AddedToken(text, special=True) for text in special_tokens.values() if text not in known]
-    backend.add_tokens(list({token.content: token for token in missing}.values()))

@@ -170,7 +170,9 @@ class TestBadFiles:
     @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": 3}'])
     def test_malformed_tokenizer(self, tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer\.json (cannot be read|is not valid JSON|must be a JSON object)"
+        ):
             Tokenizer.open(tmp_path)
 
     @pytest.mark.parametrize(("content", "error"), [("{", "not valid JSON"), ("[]", "must be a JSON object")])
