@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from expertwire.scheduler.queue import WaitingQueue
     from expertwire.scheduler.tenants import Account
 
-_DECAY = 1 - 1 / 64  # of what was computed lately, a step
 MayStart = Callable[[Request], bool]
 
 
@@ -138,19 +137,21 @@ class FairShare(Policy):
     lifted to the present, so being idle saves up nothing (virtual token counters: Sheng et al., "Fairness in Serving Large
     Language Models", OSDI 2024). The present is the least counter of those that wait, and goes on with what is computed, lest
     a stream of new tenants starve an old one. Counters that are less than `slack` from the present are taken for equal, and
-    of these tenants the one goes first for which the least was computed lately: within the slack a tenant may send a burst
-    before others that take more all the time. Within a tenant it is first come, first served. `Sharing` tells what is
-    computed, and lets running requests give way.
+    of these tenants the one goes first that has begun to wait last: one whose requests start soon may send a burst before one
+    that waits all the time, and pays for it when the slack is used up. Within a tenant it is first come, first served.
+    `Sharing` tells what is computed, and lets running requests give way.
 
     Args:
-        slack: tokens per weight, >= 1.
+        slack: steps of full size, per weight, >= 1.
     """
 
-    slack: int = 8192
+    slack: int = 64
+    step_tokens: float = field(default=1.0, init=False)  # of a step of full size; set by `Sharing`
     closed: set[Account] = field(default_factory=set, init=False)  # tenants that admit nothing in this step
     first_waiting: Account | None = field(default=None, init=False)
     _accounts: dict[str, Account] = field(default_factory=dict, init=False)  # of tenants with unfinished requests
     _present: float = field(default=0.0, init=False)
+    _num_steps: int = field(default=0, init=False)
     _waited: set[Account] = field(default_factory=set, init=False)  # in this step
     _position: dict[Account, int] = field(default_factory=dict, init=False)
 
@@ -170,24 +171,23 @@ class FairShare(Policy):
     def begin(self, num_waiting: Callable[[str], int]) -> None:
         """Begin a step, in which so many requests of a tenant wait."""
         self._accounts = {name: account for name, account in self._accounts.items() if account.num_unfinished}
+        self._num_steps += 1
         waiting = [account for name, account in self._accounts.items() if num_waiting(name)]
         for account in waiting:
             if account not in self._waited:
                 account.served = max(account.served, self._present)
+                account.waits_since = self._num_steps
         self._present = max(self._present, min((account.served for account in waiting), default=0.0))
         self._waited, self.closed = set(waiting), set()
         self._position = {account: i for i, account in enumerate(sorted(self.accounts, key=self._key))}
         may_start = [a for a in waiting if a.quota.max_running is None or a.num_running < a.quota.max_running]
         self.first_waiting = min(may_start, key=self.position, default=None)
 
-    def charge(self, tokens: Mapping[Account, float], *, contended: bool) -> None:
-        """Charge what a step computes for each tenant; `contended`: somebody waits."""
+    def charge(self, tokens: Mapping[Account, float]) -> None:
+        """Charge what a step computes for each tenant while somebody waits."""
         for account, num_tokens in tokens.items():
-            by_weight = num_tokens / account.quota.weight
-            account.lately = account.lately * _DECAY + by_weight
-            account.served += by_weight if contended else 0.0
-        if contended:
-            self._present += sum(tokens.values()) / sum(account.quota.weight for account in tokens)
+            account.served += num_tokens / account.quota.weight
+        self._present += sum(tokens.values()) / sum(account.quota.weight for account in tokens)
 
     def level(self, account: Account) -> int:
         """Return how many times `slack` a tenant has been served beyond the present; negative: how far it is behind."""
@@ -204,21 +204,21 @@ class FairShare(Policy):
         heap = [(*self._key(account), account.served) for account, _ in lanes.values()]
         heapify(heap)
         while heap:
-            _, lately, index, served = heap[0]
+            _, newest, index, served = heap[0]
             account, lane = lanes[index]
             request = next(lane, None)
             if request is None or (may_start is not None and not may_start(request)):
                 heappop(heap)
                 continue
             yield request
-            more = len(request.tokens) / account.quota.weight
-            heapreplace(heap, (self._level(served + more), lately + more, index, served + more))
+            served += len(request.tokens) / account.quota.weight
+            heapreplace(heap, (self._level(served), newest, index, served))
 
-    def _key(self, account: Account) -> tuple[int, float, int]:
-        return self.level(account), account.lately, account.index
+    def _key(self, account: Account) -> tuple[int, int, int]:
+        return self.level(account), -account.waits_since, account.index
 
     def _level(self, served: float) -> int:
-        return int((served - self._present) / self.slack)
+        return int((served - self._present) / (self.slack * self.step_tokens))
 
 
 _POLICIES: Mapping[str, type[Any]] = {

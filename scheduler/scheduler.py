@@ -215,7 +215,8 @@ class Scheduler:
         assert len(self._in_flight) < MAX_IN_FLIGHT, f"step {self._in_flight[0].plan.step} is not committed"
         batch = self._batch
         released = self._release()
-        rows, num, tokens_P, missing_CP = self._select()
+        share = self._sharing
+        rows, num, tokens_P, missing_CP = batch.select() if share is None else share.select(self._queue.num_of)
         rows, num, preempted = self._preempt(rows, num, missing_CP)
         admissions, rows, num, suspended = self._choose(rows, num, tokens_P)
         if len(preempted) or len(suspended):
@@ -229,9 +230,8 @@ class Scheduler:
         copies = batch.unshare_tails(new_rows[admissions.parent_A >= 0])
         num_missing = int(missing_CP.sum())
         step = batch.schedule(self._num_plans, rows, num, num_missing, new_rows, admissions.num_scheduled_A)
-        if self._sharing is not None:
-            all_num = np.append(num, admissions.num_scheduled_A)
-            self._sharing.charge(np.append(rows, new_rows), all_num, contended=bool(self._queue))
+        if share is not None and self._queue:
+            share.charge(np.append(rows, new_rows), np.append(num, admissions.num_scheduled_A))
         plan = build_plan(
             batch,
             step,
@@ -343,16 +343,6 @@ class Scheduler:
         rows, num = rows[stay], num[stay]
         served_S = batch.serve_blocks(rows, batch.missing_blocks(rows, num))
         return rows[served_S], num[served_S], emptied
-
-    def _select(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Select the rows of the step as `RunningBatch.select` does, sharing the prefills' tokens among tenants."""
-        rows, num, tokens_P, missing_CP = self._batch.select()
-        if self._sharing is not None:
-            self._sharing.begin(self._queue.num_of)
-            rows, num = self._sharing.cut_prefills(rows, num, tokens_P)
-            for missing_P, missing_S in zip(missing_CP, self._batch.missing_blocks(rows, num), strict=True):
-                missing_P[:] = np.bincount(self._batch.rank_Z[rows], missing_S, len(missing_P))
-        return rows, num, tokens_P, missing_CP
 
     def _choose(
         self, rows: np.ndarray, num: np.ndarray, tokens_P: np.ndarray

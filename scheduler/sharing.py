@@ -43,24 +43,34 @@ class Sharing:
         self._policy, self._batch, self._running, self._suspend = policy, batch, running, suspend
         self._num_slots = batch.config.num_ranks * min(batch.config.max_num_seqs, batch.config.max_num_batched_tokens)
         budget = batch.config.chunked_prefill_size or batch.config.max_num_batched_tokens
-        self._row_cost = max(budget * batch.config.num_ranks / self._num_slots, 1.0)
+        policy.step_tokens = float(budget * batch.config.num_ranks)
+        self._row_cost = max(policy.step_tokens / self._num_slots, 1.0)
         self._num_blocks_C = batch.pool.num_blocks_C * batch.config.num_ranks
         self._rows_u, self._blocks_Cu = np.zeros(0, np.int64), np.zeros((len(batch.specs), 0), np.int64)
         # Tokens scheduled in this step, and those without the ones of rows that are held back.
         self._num_Z, self._spent_Z = np.zeros((2, len(batch.rank_Z)), np.int64)
         self._num_counted = 0  # of the requests that start in this step
 
-    def begin(self, num_waiting: Callable[[str], int]) -> None:
-        """Begin a step: put the tenants in order, and take stock of what they hold. `num_waiting`: of a tenant."""
-        batch, policy = self._batch, self._policy
-        self._num_counted = 0
+    def select(self, num_waiting: Callable[[str], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Begin a step, in which so many requests of a tenant wait, and select its rows as `RunningBatch.select` does."""
+        batch = self._batch
+        rows, num, tokens_P, missing_CP = batch.select()
+        self._policy.begin(num_waiting)
+        self._take_stock()
+        rows, num = self._cut_prefills(rows, num, tokens_P)
+        for missing_P, missing_S in zip(missing_CP, batch.missing_blocks(rows, num), strict=True):
+            missing_P[:] = np.bincount(batch.rank_Z[rows], missing_S, len(missing_P))
+        return rows, num, tokens_P, missing_CP
+
+    def _take_stock(self) -> None:
+        """Count the tenants' rows and blocks."""
+        batch, self._num_counted = self._batch, 0
         rows = np.flatnonzero(batch.running_Z)
         tenants = batch.tenant_Z[rows]
-        num_tenants = 1 + max((account.index for account in policy.accounts), default=0)
+        num_tenants = 1 + max((account.index for account in self._policy.accounts), default=0)
         self._rows_u = np.bincount(tenants, minlength=num_tenants)
         blocks_CS = batch.num_blocks_of(rows)
         self._blocks_Cu = np.stack([np.bincount(tenants, blocks_S, num_tenants) for blocks_S in blocks_CS])
-        policy.begin(num_waiting)
 
     def share(self, account: Account, more_rows: int = 0, more_blocks_C: np.ndarray | int = 0) -> float:
         """Return a tenant's share with so many more rows and blocks."""
@@ -75,18 +85,18 @@ class Sharing:
             share_u[account.index] = self.share(account)
         return np.where(self._batch.running_Z, share_u[np.minimum(self._batch.tenant_Z, len(share_u) - 1)], 0.0)
 
-    def charge(self, rows: np.ndarray, num: np.ndarray, *, contended: bool) -> None:
+    def charge(self, rows: np.ndarray, num: np.ndarray) -> None:
         """Charge what a step computes to the tenants.
 
         A row costs its tokens, and at least its part of a step: so a step full of outputs costs as much as one full of prompts.
         """
         cost_S = np.maximum(num, self._row_cost)
         cost_u = np.bincount(self._batch.tenant_Z[rows], cost_S, len(self._rows_u)).tolist()
-        self._policy.charge({account: cost_u[account.index] for account in self._policy.accounts}, contended=contended)
+        self._policy.charge({account: cost_u[account.index] for account in self._policy.accounts})
 
     # ---- the token budget
 
-    def cut_prefills(self, rows: np.ndarray, num: np.ndarray, tokens_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _cut_prefills(self, rows: np.ndarray, num: np.ndarray, tokens_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give the token budget of ranks where several tenants prefill to these in order; return new `rows` and `num`."""
         batch = self._batch
         left_Z = self._left_to_compute()
@@ -186,7 +196,10 @@ class Sharing:
         self._blocks_Cu[:, account.index] += blocks_C
 
     def _victims(self, account: Account, share: float, needed_C: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return rows of a tenant on the rank with the least load and lost tokens; none if its share would get too small."""
+        """Return rows of a tenant on one rank; none if its share would get too small.
+
+        It is the rank that loses the fewest tokens and has the most left to compute in this step.
+        """
         batch = self._batch
         rows = np.flatnonzero(batch.running_Z & ~batch.draining_Z & (batch.tenant_Z == account.index))
         lost_Z = batch.num_computed_Z - batch.num_hashed_Z * batch.config.block_size * (batch.hasher is not None)
@@ -195,7 +208,7 @@ class Sharing:
         best, least = rows[:0], np.inf
         for rank in np.unique(batch.rank_Z[rows]).tolist():
             chosen = self._enough(account, rows[batch.rank_Z[rows] == rank], rank, share, needed_C, budget)
-            if len(chosen) and (cost := budget.load_P[rank] + lost_Z[chosen].sum()) < least:
+            if len(chosen) and (cost := lost_Z[chosen].sum() - budget.tokens_P[rank]) < least:
                 best, least = chosen, cost
         return best
 

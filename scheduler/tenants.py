@@ -54,7 +54,7 @@ class Account:
         num_refused: requests refused with RESOURCE_EXHAUSTED.
         served: tokens computed for it while somebody waited, over its weight; for the policy "fair", which says how an output
             token counts.
-        lately: the same in the last steps, whether somebody waited or not.
+        waits_since: number of the step since which requests of it wait, or in which they last began to.
     """
 
     tenant: str
@@ -65,13 +65,15 @@ class Account:
     num_tokens: int = 0
     num_refused: int = 0
     served: float = 0.0
-    lately: float = 0.0
+    waits_since: int = 0
     tokens: PerMinute | None = field(init=False)
     requests: PerMinute | None = field(init=False)
+    limited: bool = field(init=False)  # whether it may be refused
 
     def __post_init__(self) -> None:
         limits = self.quota.tokens_per_minute, self.quota.requests_per_minute
         self.tokens, self.requests = (None if limit is None else PerMinute(limit) for limit in limits)
+        self.limited = any(limit is not None for limit in (*limits, self.quota.max_requests))
 
     def idle(self, now: float) -> bool:
         """Return whether nothing is lost if the tenant is forgotten, but for its statistics."""
@@ -143,7 +145,11 @@ class Tenants:
 
     def accept(self, request: Request, now: float) -> Rejection | None:
         """Charge a request, whose `limit` and `account` are set, to its tenant; or return why it is refused."""
-        account, limit = request.account, request.account.quota.tokens_per_minute
+        account = request.account
+        if not account.limited:
+            account.num_unfinished += 1
+            return None
+        limit = account.quota.tokens_per_minute
         if limit is not None and request.limit > limit:
             message = (
                 f"prompt and max_tokens are {request.limit} tokens; tenant {request.tenant!r} may have "

@@ -151,7 +151,7 @@ def test_the_worst_stream_passes_a_request_exactly_as_often_as_the_window_allows
 
 def charge(line, request, num_tokens):
     tokens = dict.fromkeys(line.policy.accounts, 0)
-    line.policy.charge(tokens | {request.account: num_tokens}, contended=True)
+    line.policy.charge(tokens | {request.account: num_tokens})
 
 
 def serve(line, num_tokens):
@@ -189,12 +189,12 @@ def test_weights_of_one_and_three_are_a_quarter_and_three_quarters():
 
 
 def test_one_step_admits_tenants_in_turn_of_what_it_will_compute():
-    line = Line(FairShare(slack=1), large=3)
+    line = Line(FairShare(slack=1), large=4)
     for _ in range(8):
         line.submit(tenant="small")
         line.submit(tenant="large")
     order = [key % 2 for key in line.order()]  # 1: large
-    assert [order[:n].count(0) for n in (4, 8)] == [1, 2]
+    assert [order[:n].count(0) for n in (5, 10)] == [1, 2]
 
 
 def test_a_flood_does_not_delay_a_tenant_that_was_idle():
@@ -218,19 +218,16 @@ def test_idle_tenant_saves_up_nothing():
     assert [serve(line, 10) for _ in range(10)].count("idle") == 5
 
 
-def test_who_has_had_less_lately_goes_first_within_the_slack():
+def test_who_began_to_wait_last_goes_first_within_the_slack():
     line = Line(FairShare(slack=100))
-    a, b = line.submit(tenant="a"), line.submit(tenant="b")
-    for _ in range(3):
-        charge(line, a, 30)
-        charge(line, b, 30)
-    b.account.lately = 0.0
     for _ in range(9):
         line.submit(tenant="a")
+    line.admit()
+    for _ in range(9):
         line.submit(tenant="b")
-    served = [serve(line, 40) for _ in range(6)]
-    assert served[:2] == [*"bb"], "it may send a burst"
-    assert "a" in served[2:5]
+    served = [serve(line, 40) for _ in range(9)]
+    assert served[:3] == [*"bbb"], "it may send a burst"
+    assert served.count("a") >= 2, "and pays for it"
 
 
 def test_an_endless_stream_of_new_tenants_starves_no_old_one():
