@@ -134,6 +134,7 @@ async def _serve(
     context: grpc.aio.ServicerContext,
 ) -> None:
     """Serve one call."""
+    error: RequestError | None = None
     try:
         kind = GetMessageClass(method.input_type)
         if authenticator is None:
@@ -142,7 +143,10 @@ async def _serve(
         with overload.call(), authenticator.call(context, method.name) as identify:
             await _run(method, run, Call(context, overload, kind, identify))
     except RequestFailed as failed:
-        await status.abort(context, failed.error)
+        error = failed.error
+    if error is not None:
+        # Not in the handler, where the abort's own exception would keep the failed one, and with it the client's message.
+        await status.abort(context, error)
 
 
 async def _run(method: MethodDescriptor, run: Callable[..., Awaitable[Any]], call: Call) -> None:

@@ -63,6 +63,7 @@ class InferenceServicer:
         self._stall_s = stall_s
         self._streams: dict[int, Stream] = {}  # by the frontend's request id
         self._ids: dict[tuple[str, str], int] = {}  # tenant and client's request id -> frontend's
+        self._turns = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop = asyncio.get_running_loop()
@@ -74,7 +75,7 @@ class InferenceServicer:
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> None:
         """See the .proto."""
         opened = await self.submit(request, call, call.deadline_s)
-        stream = OutputStream(self._frontend, opened)
+        stream = OutputStream(self._frontend, opened, self._turns if _is_costly(request.sampling_params) else None)
         self.add(opened, stream)
         try:
             while (message := await stream.read()) is not None:
@@ -93,7 +94,7 @@ class InferenceServicer:
     async def GenerateUnary(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
         """See the .proto."""
         opened = await self.submit(request, call, call.deadline_s)
-        stream = OutputStream(self._frontend, opened)
+        stream = OutputStream(self._frontend, opened, self._turns if _is_costly(request.sampling_params) else None)
         self.add(opened, stream)
         whole = WholeResponse()
         try:
@@ -316,3 +317,8 @@ class InferenceServicer:
 
 def _unavailable(message: str) -> RequestFailed:
     return RequestFailed(RequestError("UNAVAILABLE", message))
+
+
+def _is_costly(params: pb.SamplingParams) -> bool:
+    """Return whether messages may take many times as long to make as those of single tokens."""
+    return params.logprobs > 0 or params.HasField("prompt_logprobs") or params.n > 8

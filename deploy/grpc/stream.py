@@ -26,17 +26,19 @@ class OutputStream:
     Args:
         frontend: the frontend that the request was submitted to.
         opened: the request.
+        turns: shared by streams whose messages are costly; the loop makes one of them at a time, and serves others in between.
 
     Attributes:
         error: the error that the stream ends with, or None.
         writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
     """
 
-    def __init__(self, frontend: Frontend, opened: Opened) -> None:
+    def __init__(self, frontend: Frontend, opened: Opened, turns: asyncio.Lock | None = None) -> None:
         self.writing_since: float | None = None
         self._frontend = frontend
         self._request: OpenRequest | None = None
         self._opened = opened
+        self._turns = turns
         self.error: RequestError | None = None
         self._unread_prompt: deque[Position | None] = deque()
         self._is_dropped = False
@@ -70,6 +72,9 @@ class OutputStream:
             await self._waiter
         if self._complete:
             return None
+        if self._turns is not None:
+            async with self._turns:
+                await asyncio.sleep(0)
         message = pb.GenerateResponse()
         if self._has_output():
             self._take(message)

@@ -192,7 +192,7 @@ class Frontend:
             branch = Branch(request, sequence_id, index, stream, load, credit)
             branch.allowance = allowance
             request.running[sequence_id] = self._sequences[sequence_id] = branch
-        values = dataclasses.replace(params, seed=seed).to_dict()
+        values = dataclasses.replace(params, seed=seed, stop=None).to_dict()  # stop strings are found here
         self._send(
             Submit(
                 sequence_ids=np.array(ids, np.int64),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 
 import grpc
 import pytest
@@ -17,7 +18,7 @@ from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.server import SERVICE, Server
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
-from expertwire.engine.frontend.api import RequestError
+from expertwire.engine.frontend.api import RequestError, RequestFailed
 
 ONE_MESSAGE = {method.name: method.input_type.name for method in calls.SERVICE.methods if not method.client_streaming}
 
@@ -226,3 +227,26 @@ def test_our_own_mistakes_are_internal_and_logged(caplog):
 def test_limits_are_checked(options, words):
     with pytest.raises(ValueError, match=words):
         Limits(**options)
+
+
+def test_a_refused_call_leaves_nothing_behind():
+    """An exception that stays would hold the message, of megabytes, until a collection."""
+
+    async def main():
+        async with serving() as (_, channel):
+            call = open_call(channel)
+            await call.write(pb.GenerateRequest(text="a" * 10_000).SerializeToString())
+            assert (await status_of(call))[0] == "INVALID_ARGUMENT"
+            await asyncio.sleep(0.1)
+            gc.collect()
+            gc.disable()
+            try:
+                call = open_call(channel)
+                await call.write(pb.GenerateRequest(text="a" * 10_000).SerializeToString())
+                assert (await status_of(call))[0] == "INVALID_ARGUMENT"
+                await asyncio.sleep(0.1)
+                assert [each for each in gc.get_objects() if isinstance(each, RequestFailed)] == []
+            finally:
+                gc.enable()
+
+    run(main())

@@ -483,3 +483,30 @@ def test_two_servers_do_not_share_a_port():
 
     with pytest.raises(ValueError, match="taken"):
         asyncio.run(listen())
+
+
+@scenario()
+async def test_costly_messages_are_made_one_at_a_turn_of_the_loop(run):
+    calls = [run.generate(logprobs=1, max_tokens=9) for _ in range(32)]
+    await run.submitted(32)
+    taken, most, take = 0, 0, run.frontend.take
+
+    def counting(*args):
+        nonlocal taken
+        taken += 1
+        return take(*args)
+
+    async def watch():
+        nonlocal taken, most
+        while True:
+            most, taken = max(most, taken), 0
+            await asyncio.sleep(0)
+
+    run.frontend.take = counting
+    watching = asyncio.ensure_future(watch())
+    for number in range(32):
+        run.frontend.push(number, text="a", finish_reason="length")
+    for call in calls:
+        assert text_of(await collect(call)) == "a"
+    watching.cancel()
+    assert most == 1
