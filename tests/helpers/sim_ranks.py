@@ -8,7 +8,7 @@ once. `expected_output` is the same without any scheduler.
 from __future__ import annotations
 
 import functools
-from collections import Counter, deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -117,7 +117,7 @@ class SimRank:
             (len(specs), max(self.num_blocks), config.block_size), -1, np.int64
         )  # a state is a block's first
         self.num_computed = 0
-        self.num_sampled: Counter[int] = Counter()  # by seed
+        self.sampled: defaultdict[int, set[int]] = defaultdict(set)  # positions, by seed
         self.broken: dict[int, int] = {}  # by seed, the position from which on the logits are not finite
         self.no_decode_waits = True  # whether to check that
 
@@ -220,7 +220,7 @@ class SimRank:
         if self._is_broken(slot, len(slot.tokens)):
             token = -1
         slot.tokens.append(max(token, 0))
-        self.num_sampled[seed] += 1
+        self.sampled[seed].add(len(slot.tokens))
         return index, token, int(sampling["logprobs"])
 
     def _is_broken(self, slot: Slot, position: int) -> bool:
@@ -344,7 +344,8 @@ class SimCluster:
             rank.no_decode_waits = strict
         results = [rank.run(seen) for rank in self.ranks]
         for key, credit in self.credit.items():
-            num_sampled = sum(rank.num_sampled[key] for rank in self.ranks)  # `make_request` makes the seed the key
+            # `make_request` makes the seed the key. What was in flight when a request gave way is sampled again.
+            num_sampled = len(set().union(*(rank.sampled[key] for rank in self.ranks)))
             assert num_sampled <= credit, f"request {key} has sampled {num_sampled} tokens with a credit of {credit}"
         outputs = self.scheduler.commit(plan, results[::-1], self.now)
         self.num_operations += 1
