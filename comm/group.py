@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
+from expertwire.comm import listeners
+
 
 class Pending(Protocol):
     """An exchange in progress; its buffers may be used only after `wait`."""
@@ -159,9 +161,11 @@ class TorchGroup:
             self.device = device
             gloo: Any = dist.ProcessGroupGloo  # whose options torch does not annotate
             options = gloo._Options()
-            options._devices = [gloo.create_device(hostname=local_ip)]
+            with listeners.opened() as opened:
+                options._devices = [gloo.create_device(hostname=local_ip)]
             options._timeout = timeout
             self._group = gloo(store, rank, size, options)
+            listeners.refuse_connections(opened)  # all ranks are connected
         else:
             index = torch.cuda.current_device()
             self.device = f"cuda:{index}"
