@@ -164,6 +164,8 @@ async def _run(method: MethodDescriptor, run: Callable[..., Awaitable[Any]], cal
         raise RequestFailed(RequestError("INVALID_ARGUMENT", str(error))) from error
     except (RequestFailed, asyncio.CancelledError, grpc.aio.AbortError):
         raise
+    except grpc.aio.InternalError:
+        return  # the client has left while a message was written
     except Exception as error:
         _log.exception("error: a call of %s ended with an exception", method.name)
         text = f"{method.name} failed in the server, whose log says why"
