@@ -7,6 +7,7 @@ message is read, and a message that cannot be decoded is the client's mistake (I
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -82,6 +83,10 @@ class Call:
         data: Any = await self.context.read()
         return None if data is grpc.aio.EOF else self._decode(data)
 
+    def streaming(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the client may send messages for any time. It raises RequestFailed if too many do."""
+        return self._overload.streaming(self.client)
+
     async def write(self, message: Message) -> None:
         """Send a message; return when the connection has taken it."""
         await self.context.write(message)
@@ -152,7 +157,8 @@ async def _serve(
 async def _run(method: MethodDescriptor, run: Callable[..., Awaitable[Any]], call: Call) -> None:
     try:
         if method.client_streaming:
-            await run(call)
+            with call.streaming():
+                await run(call)
             return
         request = await call.read()
         if request is None:

@@ -16,6 +16,7 @@ from expertwire.engine.frontend.api import RequestError, RequestFailed
 _RETRY_S = 1.0
 _SLOW_S = 0.1  # a message that has not arrived within this time is slow
 _MAX_SLOW, _MAX_SLOW_OF_CLIENT = 32, 16
+_MAX_STREAMING, _MAX_STREAMING_OF_CLIENT = 64, 32
 
 
 class Overload:
@@ -30,6 +31,7 @@ class Overload:
         self.num_calls = 0
         self.num_refused = 0
         self._limits = limits
+        self._streaming: Counter[str] = Counter()  # calls whose clients stream, by client
         self._slow: Counter[str] = Counter()  # messages that arrive slowly, by client
 
     @contextlib.contextmanager
@@ -48,6 +50,27 @@ class Overload:
             yield
         finally:
             self.num_calls -= 1
+
+    @contextlib.contextmanager
+    def streaming(self, client: str) -> Iterator[None]:
+        """Count a call whose client sends messages when it likes: one that has arrived in part takes memory for any time.
+
+        Raises:
+            RequestFailed: there are too many, or too many of this client.
+        """
+        if self._streaming.total() >= _MAX_STREAMING or self._streaming[client] >= _MAX_STREAMING_OF_CLIENT:
+            self.num_refused += 1
+            text = (
+                f"{self._streaming.total()} calls stream requests, {self._streaming[client]} of this client; at most "
+                f"{_MAX_STREAMING} and {_MAX_STREAMING_OF_CLIENT} are allowed in each of the server's processes"
+            )
+            raise RequestFailed(RequestError("RESOURCE_EXHAUSTED", text, _RETRY_S))
+        self._streaming[client] += 1
+        try:
+            yield
+        finally:
+            self._streaming[client] -= 1
+            self._streaming += Counter()  # forget clients without any
 
     @contextlib.contextmanager
     def reading(self, client: str) -> Iterator[asyncio.Timeout]:

@@ -170,6 +170,29 @@ def test_too_many_calls_are_refused_before_they_are_read():
     run(main())
 
 
+def test_sessions_of_one_client_are_few():
+    async def main():
+        async with serving() as (_, channel):
+            sessions = [open_call(channel, "Session") for _ in range(33)]
+            endings = {asyncio.ensure_future(status_of(call)): call for call in sessions}
+            [refused], waiting = await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
+            code, message, [details] = refused.result()
+            assert code == "RESOURCE_EXHAUSTED" and "32 of this client; at most 64 and 32 are allowed" in message
+            assert details.retry_delay.seconds == 1
+            left = waiting.pop()
+            left.cancel()
+            endings[left].cancel()
+            await asyncio.sleep(0.2)
+            late = open_call(channel, "Session")
+            await late.done_writing()
+            assert [message async for message in late] == []
+            for ending in waiting:
+                ending.cancel()
+                endings[ending].cancel()
+
+    run(main())
+
+
 def test_large_messages_are_refused():
     async def main():
         async with serving(max_message_mib=1) as (_, channel):
