@@ -231,7 +231,7 @@ def test_ranks_are_balanced_by_tokens():
 
 
 class Lifo(Policy):
-    def order(self, queue, cached_tokens):
+    def order(self, queue, cached_tokens, may_start=None):
         return reversed(list(queue))
 
 
