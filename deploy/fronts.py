@@ -23,7 +23,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.api import EngineFailed
 
-SILENT_S = 2.0  # a front that serves and has not been heard for so long is killed
+SILENT_S = 1.75  # a front that serves and has not been heard for so long is killed
 _START_S = 60.0  # for a front to begin to serve
 _MIN_LIFE_S = 5.0  # a front that ends sooner is not simply replaced
 _MAX_SHORT_LIVES = 3
