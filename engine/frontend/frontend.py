@@ -408,7 +408,6 @@ class Frontend:
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, StepOutputs):
-            self._begin_outputs(message)
             rest = self._begin_outputs(message)
             self._handle_rows(rest, 0, len(rest.key_O))
         elif isinstance(message, Rejection):

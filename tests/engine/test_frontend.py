@@ -467,6 +467,18 @@ def test_statistics_keep_what_arrives_meanwhile(frontend, controller):
     assert [update.token_ids for update in frontend.poll(3600.0)] == [(50, 51)]
 
 
+def test_statistics_count_what_arrives_meanwhile_once(frontend, controller):
+    frontend.submit([10, 11, 12], SamplingParams(prompt_logprobs=0, expert_load=True))
+    wire = int(controller.heard()[0].sequence_ids[0])
+    rows = [PromptRow(wire, 1, -1.0, 3), PromptRow(wire, 2, -2.0, 1)]
+    controller.say(Row(wire, 50, LENGTH), prompt_rows=rows, routed=[(wire, 0, 7)])
+    controller.send(Stats(values={}))
+    assert frontend.stats(5.0) == {}
+    [update] = frontend.poll(1.0)
+    assert len(update.prompt_logprobs) == 3
+    assert sum(map(sum, update.expert_load)) == 7
+
+
 def test_fileno_shows_what_arrives(frontend, controller):
     assert select.select([frontend], [], [], 0) == ([], [], [])
     frontend.submit("a", SamplingParams())
