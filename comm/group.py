@@ -162,7 +162,7 @@ class TorchGroup:
             gloo: Any = dist.ProcessGroupGloo  # whose options torch does not annotate
             options = gloo._Options()
             with listeners.opened() as opened:
-                options._devices = [gloo.create_device(hostname=local_ip)]
+                options._devices = [gloo.create_device(hostname=local_ip, lazy_init=False)]
             options._timeout = timeout
             self._group = gloo(store, rank, size, options)
             listeners.refuse_connections(opened)  # all ranks are connected

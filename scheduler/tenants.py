@@ -118,11 +118,6 @@ class Tenants:
         every = [*quotas.values(), self._default]
         self.quotas_hold = any(quota.max_running is not None or quota.kv_share is not None for quota in every)
 
-    @property
-    def max_index(self) -> int:
-        """The most that an account's index can be."""
-        return len(self._listed) + self._max_unlisted
-
     def __iter__(self) -> Iterator[Account]:
         return iter([*self._listed.values(), *self._others.values()])
 

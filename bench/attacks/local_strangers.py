@@ -43,6 +43,8 @@ async def run(server: Server, seconds: float, *, unix: bool) -> dict[str, Any]:
         for _, family, where in listeners
         if (family == socket.AF_UNIX) == unix and (isinstance(where, str) or where[1] != server.port)
     ]
+    if not targets:
+        await asyncio.sleep(seconds)  # beside others it must not begin again and again
     counts = await asyncio.gather(*(asyncio.to_thread(_storm, *target, seconds) for target in targets * _THREADS))
     return {**seen, "targets": len(targets), "connections": sum(counts)}
 
