@@ -24,12 +24,10 @@ class Overload:
 
     Attributes:
         num_calls: calls that run.
-        num_refused: calls that were refused since the start.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.num_calls = 0
-        self.num_refused = 0
         self._limits = limits
         self._streaming: Counter[str] = Counter()  # calls whose clients stream, by client
         self._slow: Counter[str] = Counter()  # messages that arrive slowly, by client
@@ -42,7 +40,6 @@ class Overload:
             RequestFailed: there are too many.
         """
         if self.num_calls >= self._limits.max_calls:
-            self.num_refused += 1
             text = f"the server has {self.num_calls} calls; max_calls allows {self._limits.max_calls} in each of its processes"
             raise RequestFailed(RequestError("RESOURCE_EXHAUSTED", text, _RETRY_S))
         self.num_calls += 1
@@ -59,7 +56,6 @@ class Overload:
             RequestFailed: there are too many, or too many of this client.
         """
         if self._streaming.total() >= _MAX_STREAMING or self._streaming[client] >= _MAX_STREAMING_OF_CLIENT:
-            self.num_refused += 1
             text = (
                 f"{self._streaming.total()} calls stream requests, {self._streaming[client]} of this client; at most "
                 f"{_MAX_STREAMING} and {_MAX_STREAMING_OF_CLIENT} are allowed in each of the server's processes"
@@ -101,7 +97,6 @@ class Overload:
             if not is_refused:
                 text = f"the call's message did not arrive within message_timeout_s = {timeout_s:g} s"
                 raise RequestFailed(RequestError("DEADLINE_EXCEEDED", text)) from error
-            self.num_refused += 1
             text = f"the call's message arrives slowly, and so do {self._slow.total()} others"
             raise RequestFailed(RequestError("RESOURCE_EXHAUSTED", text, _RETRY_S)) from error
         finally:

@@ -10,11 +10,11 @@ import numpy as np
 
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.grpc.calls import Call
+from expertwire.deploy.grpc.requests import Requests
 from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import RequestError, RequestFailed
 from expertwire.engine.frontend.chat import ChatText
-from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.prompts import check_has_tokenizer, check_ids
 from expertwire.engine.frontend.text_workers import TextWorkers
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -27,23 +27,19 @@ class QueryServicer:
     """Queries about the engine and its tokenizer.
 
     Args:
-        frontend: used by the loop's thread only.
+        requests: the requests of all calls.
         texts: tokenise and detokenise.
         info: the server's options; None: there are none.
-        on_sent: called when something has been sent by the frontend.
     """
 
-    def __init__(
-        self, frontend: Frontend, texts: TextWorkers, info: ServerInfo | None, on_sent: Callable[[], None]
-    ) -> None:
-        self._frontend = frontend
+    def __init__(self, requests: Requests, texts: TextWorkers, info: ServerInfo | None) -> None:
+        self._requests, self._frontend = requests, requests.frontend
         self._texts = texts
         self._info = info
-        self._on_sent = on_sent
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
         """See the .proto."""
-        self._check_alive()
+        self._requests.check_alive()
         special = not request.HasField("add_special_tokens") or request.add_special_tokens
         prompt = grpc_messages.to_prompt(request)
         assert isinstance(prompt, str | ChatText), type(prompt)
@@ -56,7 +52,7 @@ class QueryServicer:
 
     async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
         """See the .proto."""
-        self._check_alive()
+        self._requests.check_alive()
         skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
         tokens = np.array(request.token_ids, np.int32)
         if len(tokens):
@@ -66,7 +62,7 @@ class QueryServicer:
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, call: Call) -> pb.ModelInfo:
         """See the .proto."""
-        self._check_alive()
+        self._requests.check_alive()
         info, tokenizer = self._frontend.model_info, self._frontend.tokenizer
         if tokenizer is None:
             return grpc_messages.from_model_info(info, None, ())
@@ -105,18 +101,14 @@ class QueryServicer:
 
     async def _ask(self, request: Callable[[Callable[[Any], None]], None]) -> Any:
         """Return the controller's answer to a request."""
-        self._check_alive()
+        self._requests.check_alive()
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         request(lambda value: None if answer.done() else answer.set_result(value))
-        self._on_sent()
+        self._requests.watch_writes()
         try:
             value = await asyncio.wait_for(answer, _ANSWER_S)
         except TimeoutError as error:
             text = f"the engine did not answer within {_ANSWER_S:g} s"
             raise RequestFailed(RequestError("UNAVAILABLE", text)) from error
-        self._check_alive()
+        self._requests.check_alive()
         return value
-
-    def _check_alive(self) -> None:
-        if (failure := self._frontend.failure) is not None:
-            raise RequestFailed(RequestError("UNAVAILABLE", str(failure)))

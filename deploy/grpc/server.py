@@ -17,8 +17,9 @@ from expertwire.deploy.grpc.health import HealthServicer
 from expertwire.deploy.grpc.identity import Authenticator
 from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.grpc.queries import QueryServicer
+from expertwire.deploy.grpc.requests import GOODBYE_S, STALL_S, Requests
 from expertwire.deploy.grpc.server_info import ServerInfo
-from expertwire.deploy.grpc.servicer import GOODBYE_S, STALL_S, InferenceServicer
+from expertwire.deploy.grpc.servicer import InferenceServicer
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
 
@@ -90,7 +91,7 @@ class Server:
             drain_timeout_s: seconds for running requests to finish.
             texts: tokenise what clients send; left open. None does it on the loop.
             info: the server's options.
-            stall_s: as for `InferenceServicer`.
+            stall_s: as for `Requests`.
             on_ready: called when the server is ready.
             on_beat: called a few times a second while the loop works.
 
@@ -98,9 +99,9 @@ class Server:
             The message with which the engine failed, or "".
         """
         authenticator, texts = authenticator or Authenticator(), texts or TextWorkers(frontend, None)
-        servicer = InferenceServicer(frontend, authenticator, texts, stall_s)
-        queries = QueryServicer(frontend, texts, info, servicer.watch_writes)
-        health = HealthServicer(("", SERVICE), lambda: not servicer.problem and not servicer.draining)
+        requests = Requests(frontend, texts, stall_s)
+        servicer, queries = InferenceServicer(requests, authenticator), QueryServicer(requests, texts, info)
+        health = HealthServicer(("", SERVICE), lambda: not requests.problem and not requests.draining)
         services: tuple[tuple[Any, tuple[object, ...], Authenticator | None], ...] = (
             (calls.SERVICE, (servicer, queries), authenticator),
             (_HEALTH, (health,), None),
@@ -109,17 +110,17 @@ class Server:
         self._server.add_generic_rpc_handlers(
             [calls.make_handlers(service, servicers, self._overload, who) for service, servicers, who in services]
         )
-        beating = asyncio.create_task(_beat(servicer, health, on_beat))
+        beating = asyncio.create_task(_beat(requests, health, on_beat))
         await self._server.start()
         try:
             on_ready()
             await stop.wait()
-            await servicer.drain(drain_timeout_s)
-            servicer.close()
+            await requests.drain(drain_timeout_s)
+            requests.stop()
         finally:
             beating.cancel()
             await self._server.stop(GOODBYE_S)
-        return servicer.failure
+        return requests.failure
 
 
 class _Reflection:
@@ -140,10 +141,10 @@ async def _requests(call: Call) -> AsyncIterator[Any]:
         yield request
 
 
-async def _beat(servicer: InferenceServicer, health: HealthServicer, on_beat: Callable[[], None]) -> None:
+async def _beat(requests: Requests, health: HealthServicer, on_beat: Callable[[], None]) -> None:
     """Report the health, and end stalled streams."""
     while True:
         health.notify()
-        servicer.end_stalled()
+        requests.end_stalled()
         on_beat()
         await asyncio.sleep(_BEAT_S)

@@ -21,7 +21,6 @@ from expertwire.deploy.grpc.session_columns import Columns
 from expertwire.deploy.grpc.stream import MESSAGE_SIZE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Position, RequestError, RequestFailed
-from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.token_columns import ColumnReader
 
@@ -88,8 +87,7 @@ class Session:
     """One call of `Session`.
 
     Args:
-        frontend: the frontend that requests are submitted to.
-        requests: the server's requests.
+        requests: the requests of all calls.
         call: the call.
         options: what the client's first message says.
 
@@ -100,9 +98,9 @@ class Session:
         ValueError: the options are wrong.
     """
 
-    def __init__(self, frontend: Frontend, requests: Requests, call: Call, options: pb.SessionOptions) -> None:
+    def __init__(self, requests: Requests, call: Call, options: pb.SessionOptions) -> None:
         self.writing_since: float | None = None
-        self._frontend, self._requests, self._call = frontend, requests, call
+        self._frontend, self._requests, self._call = requests.frontend, requests, call
         self._ids_only = options.token_ids_only
         self._window = options.window_tokens or None
         if self._window is not None and self._window < MIN_WINDOW:
@@ -319,7 +317,7 @@ class Session:
         if entry.opening is not None:
             entry.opening.cancel()
         if entry.opened is not None:
-            self._requests.close_request(entry.opened)
+            self._requests.close(entry.opened)
 
 
 def _end(entry: _Entry) -> pb.SessionEnd:
