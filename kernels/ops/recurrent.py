@@ -37,8 +37,9 @@ class StateMetadata:
         seqs: the sequences; `block_table` lists the blocks of the state cache, one for each interval; `slot_mapping` has no
             meaning. Sequences with one query come first.
         snapshot_every: positions of an interval.
-        chunk_table: i32 [S, W], blocks of the chunk cache, one for each chunk; None: the mixer has none. Blocks of chunks
-            before that of a sequence's first query may have been freed.
+        chunk_table: i32 [S, W], blocks of the chunk cache, which hold as many positions as its tensors' second dimension says,
+            one chunk or several; None: the mixer has none. Blocks before that of a sequence's first query may have been
+            freed.
     """
 
     seqs: AttentionMetadata
