@@ -15,11 +15,14 @@ import torch
 
 from expertwire.kernels.ops import (
     attention,
+    causal_conv1d,
     combine,
     experts,
+    gated_rms_norm,
     heads,
     index,
     linear,
+    mamba2,
     mla,
     permute,
     prepare_inputs,
@@ -29,11 +32,14 @@ from expertwire.kernels.ops import (
 )
 from expertwire.kernels.ops.attention import Attend, RopeAndCache
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionWeights, ComposedAttention, FuseAttention
+from expertwire.kernels.ops.causal_conv1d import CausalConv1d
 from expertwire.kernels.ops.combine import Combine
 from expertwire.kernels.ops.experts import PrepareExperts, SiluMul
+from expertwire.kernels.ops.gated_rms_norm import GatedRmsNorm
 from expertwire.kernels.ops.heads import PreparePerHead
 from expertwire.kernels.ops.index import ChoosePositions, RopeAndCacheIndex
 from expertwire.kernels.ops.linear import PrepareLinear
+from expertwire.kernels.ops.mamba2 import Mamba2
 from expertwire.kernels.ops.mla import AttendLatent, RopeAndCacheLatent
 from expertwire.kernels.ops.moe_block import FuseMoe, MoeBlock, MoeWeights
 from expertwire.kernels.ops.permute import Permute
@@ -77,6 +83,9 @@ class Ops:
     attend_latent: AttendLatent
     rope_and_cache_index: RopeAndCacheIndex
     choose_positions: ChoosePositions
+    causal_conv1d: CausalConv1d
+    mamba2: Mamba2
+    gated_rms_norm: GatedRmsNorm
     route: Route
     route_and_count: RouteAndCount
     silu_mul: SiluMul
@@ -196,6 +205,9 @@ def cpu(*, fast: bool = False) -> Ops:
         attend_latent=cpu_mla.attend,
         rope_and_cache_index=rotary.rope_and_cache_index,
         choose_positions=cpu_mla.choose_positions,
+        causal_conv1d=causal_conv1d.reference,
+        mamba2=mamba2.reference,
+        gated_rms_norm=gated_rms_norm.reference,
         route=cpu_routing.route,
         route_and_count=partial(routing.route_and_count, route=cpu_routing.route),
         silu_mul=elementwise.silu_mul,
@@ -229,6 +241,9 @@ def plain() -> Ops:
         attend_latent=mla.attend,
         rope_and_cache_index=index.rope_and_cache,
         choose_positions=index.choose_positions,
+        causal_conv1d=causal_conv1d.reference,
+        mamba2=mamba2.reference,
+        gated_rms_norm=gated_rms_norm.reference,
         route=routing.reference,
         route_and_count=routing.route_and_count,
         silu_mul=experts.silu_mul_reference,
@@ -281,6 +296,9 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         attend_latent=partial(gpu_mla.attend, device=gpu),
         rope_and_cache_index=gpu_index_keys.rope_and_cache,
         choose_positions=partial(gpu_index.choose_positions, device=gpu),
+        causal_conv1d=causal_conv1d.reference,
+        mamba2=mamba2.reference,
+        gated_rms_norm=gated_rms_norm.reference,
         route=gpu_routing.route,
         route_and_count=gpu_routing.route_and_count,
         silu_mul=quantize.silu_mul,

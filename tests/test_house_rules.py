@@ -244,7 +244,8 @@ def test_every_kernel_file_has_its_reference():
     missing = [
         str(file.relative_to(ROOT))
         for file in sorted((ROOT / "kernels" / "ops").glob("*.py"))
-        if file.name not in ("__init__.py", "variants.py", "attention_block.py", "moe_block.py")  # which hold no op
+        if file.name
+        not in ("__init__.py", "variants.py", "recurrent.py", "attention_block.py", "moe_block.py")  # which hold no op
         and not any(
             isinstance(node, ast.FunctionDef) and node.name.startswith("reference")
             for node in ast.parse(file.read_text()).body

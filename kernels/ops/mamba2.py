@@ -1,0 +1,161 @@
+"""Mamba-2's recurrence, of its inputs after the convolution (Dao and Gu, "Transformers are SSMs", 2024). For each head:
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T        [N, d]
+    y_t = h_t^T C_t + D x_t                           [d]
+
+with A < 0 and `dt = clamp(softplus(dt + dt_bias), dt_min, dt_max)`. It is computed chunk by chunk, of CHUNK positions at
+multiples of CHUNK (`recurrent`), from the state at a chunk's beginning:
+
+    y_t = exp(S_t) h^T C_t + sum_{s <= t} exp(S_t - S_s) dt_s (C_t . B_s) x_s + D x_t
+
+where S_t is the sum of dt A from the chunk's first token to t, so that no exponent is positive. The inputs of a chunk that
+is not yet full are kept in the chunk cache.
+
+T tokens, D width of the rows, H heads of d numbers, G groups of heads that share B and C, N numbers of the state for each of
+a head's d, B blocks, s positions of a block of the chunk cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertwire.kernels.ops.recurrent import StateMetadata, pieces
+
+CHUNK = 64  # positions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mamba2Weights:
+    """A layer's numbers for each head, in fp32, and its shapes.
+
+    Attributes:
+        A_H: -exp(A_log).
+        D_H: factor of a token's own input.
+        dt_bias_H: added to dt before softplus.
+        num_groups, head_dim, state_size: G, d and N.
+        dt_min, dt_max: limits of dt (`time_step_limit`).
+    """
+
+    A_H: Tensor
+    D_H: Tensor
+    dt_bias_H: Tensor
+    num_groups: int
+    head_dim: int
+    state_size: int
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Return the widths of x, B and C in a row."""
+        read = self.num_groups * self.state_size
+        return len(self.A_H) * self.head_dim, read, read
+
+
+class Mamba2Cache(NamedTuple):
+    """A layer's blocks. Those of inputs hold positions: some multiple of CHUNK.
+
+    Attributes:
+        state_BHNd: fp32, the state cache.
+        inputs_BsD: the chunk cache: rows x | B | C in their dtype.
+        dt_BsH: fp32, of the chunk cache, after softplus and clamp.
+    """
+
+    state_BHNd: Tensor
+    inputs_BsD: Tensor
+    dt_BsH: Tensor
+
+
+class Mamba2(Protocol):
+    """See `reference`."""
+
+    def __call__(
+        self, xBC_TD: Tensor, dt_TH: Tensor, weights: Mamba2Weights, cache: Mamba2Cache, states: StateMetadata
+    ) -> Tensor:
+        """Return y_TD; write the cache."""
+        ...
+
+
+def reference(
+    xBC_TD: Tensor, dt_TH: Tensor, weights: Mamba2Weights, cache: Mamba2Cache, states: StateMetadata
+) -> Tensor:
+    """Return y [T, H * d] in the dtype of the rows; rows that belong to no sequence hold anything.
+
+    Args:
+        xBC_TD: rows x [H * d] | B [G * N] | C [G * N] after convolution and SiLU.
+        dt_TH: raw, any float dtype, any distance between rows.
+        weights: of the layer.
+        cache: read and written. Of the chunk cache only what later steps read need be written: the chunk of a sequence that
+            the step leaves unfinished.
+        states: of the step, with a `chunk_table`.
+    """
+    assert states.chunk_table is not None, "no table of the chunk cache"
+    dt_TH = discretize(dt_TH, weights)
+    y_TD = xBC_TD.new_empty(len(xBC_TD), weights.widths[0])
+    for piece in pieces(states):
+        state_HNd = torch.zeros_like(cache.state_BHNd[0])
+        if piece.source >= 0:
+            state_HNd.copy_(cache.state_BHNd[piece.source])
+        start = piece.start
+        while start < piece.end:
+            end = min(piece.end, (start // CHUNK + 1) * CHUNK)
+            rows = slice(piece.row + start - piece.start, piece.row + end - piece.start)
+            inputs, dt = _store(xBC_TD[rows], dt_TH[rows], cache, states.chunk_table[piece.number], start)
+            y_TD[rows], after_HNd = _chunk(inputs, dt, state_HNd, weights, first=start % CHUNK)
+            state_HNd = after_HNd if end % CHUNK == 0 else state_HNd
+            start = end
+        cache.state_BHNd[piece.target] = state_HNd
+    return y_TD
+
+
+def discretize(dt_TH: Tensor, weights: Mamba2Weights) -> Tensor:
+    """Return fp32 steps."""
+    return F.softplus(dt_TH.float() + weights.dt_bias_H).clamp(weights.dt_min, weights.dt_max)
+
+
+def _store(xBC_TD: Tensor, dt_TH: Tensor, cache: Mamba2Cache, table: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Store a chunk's tokens from position `start` on; return those of the chunk up to the last of them."""
+    size = cache.inputs_BsD.shape[1]
+    block, at = int(table[start // size]), start % size
+    cache.inputs_BsD[block, at : at + len(xBC_TD)] = xBC_TD
+    cache.dt_BsH[block, at : at + len(dt_TH)] = dt_TH
+    chunk = slice(at // CHUNK * CHUNK, at + len(xBC_TD))
+    return cache.inputs_BsD[block, chunk], cache.dt_BsH[block, chunk]
+
+
+def _chunk(
+    xBC_TD: Tensor, dt_TH: Tensor, state_HNd: Tensor, weights: Mamba2Weights, *, first: int
+) -> tuple[Tensor, Tensor]:
+    """Return y of the tokens of a chunk from the `first` on, and the state after the last."""
+    x_THd, B_THN, C_THN = _split(xBC_TD, weights)
+    sums_TH = (dt_TH * weights.A_H).cumsum(0)
+    # [t, s]: tokens that read and that are read.
+    exponents = (sums_TH[:, None] - sums_TH).masked_fill(_later(len(sums_TH), sums_TH.device), -math.inf)
+    weight_THT = (exponents.exp() * dt_TH * torch.einsum("thn,shn->tsh", C_THN, B_THN)).transpose(1, 2)
+    y_THd = torch.einsum("ths,shd->thd", weight_THT[first:], x_THd)
+    y_THd += sums_TH[first:, :, None].exp() * torch.einsum("thn,hnd->thd", C_THN[first:], state_HNd)
+    y_THd += weights.D_H[:, None] * x_THd[first:]
+    left_TH = (sums_TH[-1] - sums_TH).exp() * dt_TH
+    after_HNd = sums_TH[-1].exp()[:, None, None] * state_HNd
+    after_HNd += torch.einsum("th,thn,thd->hnd", left_TH, B_THN, x_THd)
+    return y_THd.flatten(1).to(xBC_TD.dtype), after_HNd
+
+
+def _split(xBC_TD: Tensor, weights: Mamba2Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x [T, H, d], B and C [T, H, N] in fp32."""
+    x_TD, *rest = xBC_TD.float().split(weights.widths, -1)
+    heads = len(weights.A_H)
+    each = heads // weights.num_groups
+    B_THN, C_THN = (part.unflatten(-1, (weights.num_groups, -1)).repeat_interleave(each, 1) for part in rest)
+    return x_TD.unflatten(-1, (heads, -1)), B_THN, C_THN
+
+
+def _later(num: int, device: torch.device) -> Tensor:
+    """Return [t, s, 1]: whether s comes after t."""
+    return torch.ones(num, num, dtype=torch.bool, device=device).triu(1)[..., None]

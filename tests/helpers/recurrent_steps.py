@@ -1,0 +1,114 @@
+"""Steps of recurrent mixers in tests: sequences with blocks of their own, and ways to cut them into steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from expertwire.kernels.ops import attention
+from expertwire.kernels.ops.recurrent import StateMetadata
+
+Part = tuple[int, int, int]  # of a step: sequence, first position, end
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tables [S, W] of sequences whose blocks lie scattered, behind a null block.
+
+    `every` positions have a block of the state cache, `size` positions one of the chunk cache.
+    """
+
+    every: int
+    size: int
+    state_table: torch.Tensor
+    chunk_table: torch.Tensor
+    num_states: int
+    num_chunks: int
+
+    @classmethod
+    def scatter(cls, lengths, every, size, seed=0):
+        rng = np.random.default_rng(seed)
+        (states, num_states), (chunks, num_chunks) = (_table(lengths, positions, rng) for positions in (every, size))
+        return cls(every, size, states, chunks, num_states, num_chunks)
+
+    def with_first_blocks_of(self, source, count):
+        """Return tables in which each sequence begins with the first `count` states of sequence `source`."""
+        table = self.state_table.clone()
+        table[:, :count] = table[source, :count]
+        return replace(self, state_table=table)
+
+    def metadata(self, parts: list[Part], max_seq_len=None) -> StateMetadata:
+        """Describe a step; single tokens first."""
+        rows = torch.tensor([sequence for sequence, _, _ in parts], dtype=torch.int64)
+        queries, ends = [end - start for _, start, end in parts], [end for _, _, end in parts]
+        return StateMetadata(
+            seqs=attention.describe(queries, ends, self.state_table[rows].contiguous(), max_seq_len),
+            snapshot_every=self.every,
+            chunk_table=self.chunk_table[rows].contiguous(),
+        )
+
+
+def _table(lengths, positions, rng):
+    counts = [-(-length // positions) for length in lengths]
+    num = sum(counts) + 3
+    ids = 1 + rng.permutation(num - 1)
+    rows = np.zeros((len(lengths), max(counts, default=0) + 1), np.int32)
+    for b, count in enumerate(counts):
+        rows[b, :count], ids = ids[:count], ids[count:]
+    return torch.from_numpy(rows), num
+
+
+def whole(lengths):
+    """Return one step of everything."""
+    return [_ordered([(b, 0, length) for b, length in enumerate(lengths)])]
+
+
+def one_by_one(lengths, first=0):
+    """Return steps of a token of each sequence, behind a step with the first `first`."""
+    starts = [min(first, length) for length in lengths]
+    steps = [_ordered([(b, 0, start) for b, start in enumerate(starts) if start])] if first else []
+    for step in range(max(lengths, default=0)):
+        parts = [(b, p + step, p + step + 1) for b, p in enumerate(starts) if p + step < lengths[b]]
+        steps += [parts] if parts else []
+    return steps
+
+
+def random_cuts(lengths, seed, most=90):
+    """Return steps of parts of some sequences, in any order."""
+    rng = np.random.default_rng(seed)
+    done, steps = [0] * len(lengths), []
+    while any(a < b for a, b in zip(done, lengths, strict=True)):
+        parts = []
+        for b in rng.permutation(len(lengths)):
+            if done[b] < lengths[b] and rng.random() < 0.7:
+                size = 1 if rng.random() < 0.3 else int(rng.integers(1, most))
+                end = min(lengths[b], done[b] + size)
+                parts.append((int(b), done[b], end))
+                done[b] = end
+        steps += [_ordered(parts)] if parts else []
+    return steps
+
+
+def _ordered(parts):
+    return sorted(parts, key=lambda part: part[2] - part[1] > 1)
+
+
+def run(steps, blocks, inputs, compute):
+    """Run steps; return each sequence's outputs.
+
+    Args:
+        steps: lists of parts.
+        blocks: of the sequences.
+        inputs: for each sequence a tuple of tensors, one row a position.
+        compute: from the rows of a step, as many tensors, and its metadata to its outputs.
+    """
+    outputs = [[] for _ in inputs]
+    for parts in steps:
+        tensors = zip(*(tuple(x[start:end] for x in inputs[b]) for b, start, end in parts), strict=True)
+        y = compute(*(torch.cat(rows) for rows in tensors), blocks.metadata(parts))
+        counts = [end - start for _, start, end in parts]
+        for (b, _, _), rows in zip(parts, y.split(counts), strict=True):
+            outputs[b].append(rows.clone())
+    return [torch.cat(rows) for rows in outputs]
