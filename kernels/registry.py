@@ -18,6 +18,7 @@ from expertwire.kernels.ops import (
     causal_conv1d,
     combine,
     experts,
+    gated_delta_rule,
     gated_rms_norm,
     heads,
     index,
@@ -35,6 +36,7 @@ from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionWeig
 from expertwire.kernels.ops.causal_conv1d import CausalConv1d
 from expertwire.kernels.ops.combine import Combine
 from expertwire.kernels.ops.experts import PrepareExperts, SiluMul
+from expertwire.kernels.ops.gated_delta_rule import GatedDeltaRule
 from expertwire.kernels.ops.gated_rms_norm import GatedRmsNorm
 from expertwire.kernels.ops.heads import PreparePerHead
 from expertwire.kernels.ops.index import ChoosePositions, RopeAndCacheIndex
@@ -86,6 +88,7 @@ class Ops:
     causal_conv1d: CausalConv1d
     mamba2: Mamba2
     gated_rms_norm: GatedRmsNorm
+    gated_delta_rule: GatedDeltaRule
     route: Route
     route_and_count: RouteAndCount
     silu_mul: SiluMul
@@ -208,6 +211,7 @@ def cpu(*, fast: bool = False) -> Ops:
         causal_conv1d=causal_conv1d.reference,
         mamba2=mamba2.reference,
         gated_rms_norm=gated_rms_norm.reference,
+        gated_delta_rule=gated_delta_rule.reference,
         route=cpu_routing.route,
         route_and_count=partial(routing.route_and_count, route=cpu_routing.route),
         silu_mul=elementwise.silu_mul,
@@ -244,6 +248,7 @@ def plain() -> Ops:
         causal_conv1d=causal_conv1d.reference,
         mamba2=mamba2.reference,
         gated_rms_norm=gated_rms_norm.reference,
+        gated_delta_rule=gated_delta_rule.reference,
         route=routing.reference,
         route_and_count=routing.route_and_count,
         silu_mul=experts.silu_mul_reference,
@@ -299,6 +304,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         causal_conv1d=causal_conv1d.reference,
         mamba2=mamba2.reference,
         gated_rms_norm=gated_rms_norm.reference,
+        gated_delta_rule=gated_delta_rule.reference,
         route=gpu_routing.route,
         route_and_count=gpu_routing.route_and_count,
         silu_mul=quantize.silu_mul,
