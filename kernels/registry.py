@@ -186,6 +186,7 @@ def cpu(*, fast: bool = False) -> Ops:
     # numba is slow to import and of no use elsewhere.
     from expertwire.kernels.cpu import attention as cpu_attention
     from expertwire.kernels.cpu import blocks, elementwise, gemm, rotary
+    from expertwire.kernels.cpu import gated_delta_rule as cpu_gated_delta_rule
     from expertwire.kernels.cpu import mla as cpu_mla
     from expertwire.kernels.cpu import prepare_inputs as cpu_prepare_inputs
     from expertwire.kernels.cpu import routing as cpu_routing
@@ -211,7 +212,7 @@ def cpu(*, fast: bool = False) -> Ops:
         causal_conv1d=causal_conv1d.reference,
         mamba2=mamba2.reference,
         gated_rms_norm=gated_rms_norm.reference,
-        gated_delta_rule=gated_delta_rule.reference,
+        gated_delta_rule=cpu_gated_delta_rule.gated_delta_rule,
         route=cpu_routing.route,
         route_and_count=partial(routing.route_and_count, route=cpu_routing.route),
         silu_mul=elementwise.silu_mul,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels.cpu._llvm import LANES, PANEL, allocating_jit, as_array, empty, panels
+from expertwire.kernels.cpu._llvm import LANES, PANEL, add_product, allocating_jit, as_array, empty, panels
 
 NUM_K = 96
 PAIRS = pytest.param(
@@ -64,3 +64,25 @@ def test_both_numbers_of_a_pair_count_in_full(dtype, weights):
     x[0, 10], x[1, 11], w[:, 10], w[:, 11] = 1.0078125, 1.0078125, 1.0078125, -2.0156250
     expected = torch.tensor([1.0078125**2, -1.0078125 * 2.015625])
     torch.testing.assert_close(multiply(x, w), expected[:, None].expand(2, PANEL), rtol=0, atol=0)
+
+
+@allocating_jit
+def _add_product(x, num_k, w, num_n, y):
+    add_product(x, 1, x.shape[1], len(x), num_k, w, 0, w.shape[1], num_n, y, 2, y.shape[1])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 12, 13, 31])
+@pytest.mark.parametrize("num_k", [0, 1, 17])
+def test_product_with_a_part_of_a_matrix(num_rows, num_k):
+    """It begins at any element, is added to what there is, and writes nothing else."""
+    x, w, y = torch.randn(num_rows, 20), torch.randn(18, 70), torch.randn(num_rows, 80)
+    expected = y.clone()
+    expected[:, 2:66] += x[:, 1 : 1 + num_k] @ w[:num_k, :64]
+    _add_product(x.numpy(), num_k, w.numpy(), 64, y.numpy())
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for m in range(num_rows):
+        alone = torch.zeros(1, 80)
+        _add_product(x[m : m + 1].numpy(), num_k, w.numpy(), 64, alone.numpy())
+        rows = torch.zeros(num_rows, 80)
+        _add_product(x.numpy(), num_k, w.numpy(), 64, rows.numpy())
+        assert torch.equal(alone[0], rows[m])

@@ -6,6 +6,7 @@ A numba kernel uses these like any compiled function and never sees IR:
 - `rows`: operations on one row of numbers, softmax and online softmax
 - `panels`, `kv_panels`, `codes`: weights, cached keys and values, and quantised codes packed for products
 - `products`: rows times a panel, by AMX, AVX512-BF16 or fp32 vectors
+- `matrices`: rows times a matrix that is not packed
 
 `vectors` (helpers that emit IR) and `amx` are used by these modules alone.
 """
@@ -15,7 +16,8 @@ if not __name__.startswith("expertwire."):
 
 from expertwire.kernels.cpu._llvm.codes import expand_codes
 from expertwire.kernels.cpu._llvm.kv_panels import empty_panels, pack_keys, pack_values
-from expertwire.kernels.cpu._llvm.panels import K_STEP, PANEL, pack_rows, store_gated_rows, store_rows
+from expertwire.kernels.cpu._llvm.matrices import add_product
+from expertwire.kernels.cpu._llvm.panels import K_STEP, PANEL, pack_rows, store_gated_rows, store_rows, transpose
 from expertwire.kernels.cpu._llvm.products import (
     BF16_PRODUCTS,
     HEAD,
@@ -50,6 +52,7 @@ __all__ = [
     "LEAST_ROWS",
     "PANEL",
     "accumulators",
+    "add_product",
     "add_row",
     "add_scaled_row",
     "allocating_jit",
@@ -79,4 +82,5 @@ __all__ = [
     "softmax",
     "store_gated_rows",
     "store_rows",
+    "transpose",
 ]

@@ -29,13 +29,13 @@ PANEL = 2 * LANES  # outputs
 K_STEP = 32  # divides K: sixteen pairs
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 # Rows of x that are multiplied at once; the sums of the largest number fill the registers.
-_ROWS_AT_ONCE = (12, 8, 6, 4, 3, 2, 1) if _FEATURES.get("avx512f", False) else (3, 2, 1)
-ROWS = _ROWS_AT_ONCE[0]
+ROWS_AT_ONCE = (12, 8, 6, 4, 3, 2, 1) if _FEATURES.get("avx512f", False) else (3, 2, 1)
+ROWS = ROWS_AT_ONCE[0]
 MULTIPLIES_PAIRS = _FEATURES.get("avx512bf16", False)  # rows may be bf16
 
 
 @intrinsic
-def _transpose(context, x, x_at, ldx, y, y_at, ldy):
+def transpose(context, x, x_at, ldx, y, y_at, ldy):
     """Transpose 16 x 16 elements of 32 bits from x to y; each is given by array, start and row stride in elements."""
 
     def generate(context, builder, signature, args):
@@ -63,7 +63,7 @@ def pack_half(rows, at, stride, panels, i, half):
     num_k = panels.shape[1]
     target = i * num_k * PANEL + half * LANES
     for k in range(0, num_k, LANES):
-        _transpose(rows, at + k, stride, panels, target + k * PANEL, PANEL)
+        transpose(rows, at + k, stride, panels, target + k * PANEL, PANEL)
 
 
 @allocating_jit
@@ -133,7 +133,7 @@ def multiply_rows(context, num_rows, x, x_at, ldx, w, w_at, ahead_at, num_k, y, 
         y_start = start(8, args[9], F32)
         w_start, ahead = start(4, args[5], I32), start(4, args[6], I32)
         done, taken = b.append_basic_block("done"), []
-        for rows in _ROWS_AT_ONCE:
+        for rows in ROWS_AT_ONCE:
             enough, fewer = b.append_basic_block(f"rows{rows}"), b.append_basic_block("fewer")
             b.cbranch(b.icmp_signed(">=", args[0], I64(rows)), enough, fewer)
             b.position_at_end(enough)
