@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import grpc
 
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 
@@ -36,7 +36,7 @@ class Attack:
 
     name: str
     about: str
-    run: Callable[[Server, float], Awaitable[Mapping[str, Any]]]
+    run: Callable[[Target, float], Awaitable[Mapping[str, Any]]]
     seconds: float = 20.0
     model: Model = "demo"
     serve_args: Sequence[str] = ()

@@ -7,13 +7,13 @@ from collections import Counter
 from typing import Any
 
 from expertwire.bench.attacks.attack import Attack, gather_statuses, request, stubs
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 _CALLS = 6_000
 _CONNECTIONS = 60
 
 
-async def run(server: Server, seconds: float) -> dict[str, Any]:
+async def run(server: Target, seconds: float) -> dict[str, Any]:
     """Start 6,000 short requests at once, again and again; return their statuses."""
     statuses: Counter[str] = Counter()
     bursts, end = 0, time.monotonic() + seconds

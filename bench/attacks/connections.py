@@ -9,7 +9,7 @@ from typing import Any
 
 from expertwire.bench.attacks.attack import Attack
 from expertwire.bench.attacks.raw_http2 import RawConnection
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 from expertwire.bench.attacks.unread_streams import GENERATE
 
 _HALF_SENT = 40
@@ -17,7 +17,7 @@ _ANNOUNCED_BYTES, _SENT_BYTES = 32 << 20, 16 << 20
 _IDLE = 1_500
 
 
-async def run_half_sent(server: Server, seconds: float) -> dict[str, Any]:
+async def run_half_sent(server: Target, seconds: float) -> dict[str, Any]:
     """Announce 40 messages of 32 MiB, each on its connection, and send half of each."""
     prefix = struct.pack(">BI", 0, _ANNOUNCED_BYTES)
     connections: list[RawConnection] = []
@@ -42,7 +42,7 @@ async def run_half_sent(server: Server, seconds: float) -> dict[str, Any]:
     return {"messages": len(connections), "ended_by_server": int(ended)}
 
 
-async def run_idle(server: Server, seconds: float) -> dict[str, Any]:
+async def run_idle(server: Target, seconds: float) -> dict[str, Any]:
     """Open more TCP connections than the server has descriptors, and say nothing."""
     sockets: list[asyncio.StreamWriter] = []
     readers: list[asyncio.StreamReader] = []

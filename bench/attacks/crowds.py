@@ -9,14 +9,14 @@ from collections import Counter
 from typing import Any
 
 from expertwire.bench.attacks.attack import Attack, gather_statuses, request, status_of, stubs
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 _STORM_STREAMS = 200
 _STREAMS, _IDLE, _CONNECTIONS = 2_000, 1_000, 25
 _MEAN_PATIENCE_S = 0.5
 
 
-async def run_fair(server: Server, seconds: float) -> dict[str, Any]:
+async def run_fair(server: Target, seconds: float) -> dict[str, Any]:
     """Keep 400 long streams of one tenant open."""
     statuses: Counter[str] = Counter()
     end = time.monotonic() + seconds
@@ -33,7 +33,7 @@ async def run_fair(server: Server, seconds: float) -> dict[str, Any]:
     return {"statuses": dict(statuses)}
 
 
-async def run_disconnects(server: Server, seconds: float) -> dict[str, Any]:
+async def run_disconnects(server: Target, seconds: float) -> dict[str, Any]:
     """Keep 200 streams open whose clients leave after a random time, some with their connections."""
     counts: Counter[str] = Counter()
     end = time.monotonic() + seconds
@@ -54,7 +54,7 @@ async def run_disconnects(server: Server, seconds: float) -> dict[str, Any]:
     return {"calls": dict(counts)}
 
 
-async def run_streams(server: Server, seconds: float) -> dict[str, Any]:
+async def run_streams(server: Target, seconds: float) -> dict[str, Any]:
     """Open 2,000 streams and 1,000 silent connections."""
     idle: list[asyncio.StreamWriter] = []
     failed = 0
@@ -81,7 +81,6 @@ ATTACKS = (
         run=run_fair,
         seconds=45.0,
         serve_args=("--scheduling-policy", "fair", "--max-num-seqs", "64"),
-        joins=False,
     ),
     Attack(
         name="disconnect_storm",
@@ -95,6 +94,5 @@ ATTACKS = (
         run=run_streams,
         seconds=60.0,
         serve_args=("--scheduling-policy", "fair"),
-        joins=False,
     ),
 )

@@ -8,13 +8,13 @@ from typing import Any
 
 from expertwire.bench.attacks.attack import Attack
 from expertwire.bench.attacks.models import demo_model
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 _SIZE_KIB = 256
 _MOUNT = f'mount -t tmpfs -o size={_SIZE_KIB}k none /dev/shm && exec "$@"'
 
 
-async def run(server: Server, seconds: float) -> dict[str, Any]:
+async def run(server: Target, seconds: float) -> dict[str, Any]:
     """Start another server in a mount namespace of its own; return how it ends. Needs root."""
     serve = [sys.executable, "-m", "expertwire.deploy.cli", "serve", str(demo_model()), "--port", "0", "--ep-size", "2"]
     serve += ["--launcher", "local", "--device", "cpu"]

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from expertwire.bench.attacks.attack import Attack, request, stubs
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 _PIECE = "Once upon a time there was a text that had no end. "
 
@@ -19,7 +19,7 @@ def text_of(size_mb: float) -> str:
     return _PIECE * int(size_mb * 1e6 / len(_PIECE))
 
 
-async def run(server: Server, seconds: float, *, size_mb: float) -> dict[str, Any]:
+async def run(server: Target, seconds: float, *, size_mb: float) -> dict[str, Any]:
     """Send such texts one after another; return the answers and how long they took."""
     statuses: dict[str, int] = {}
     longest_s, end = 0.0, time.monotonic() + seconds
@@ -43,7 +43,6 @@ ATTACKS = tuple(
         about=f"texts of {size_mb} MB, one after another",
         run=functools.partial(run, size_mb=size_mb),
         seconds=5.0,
-        joins=size_mb != 4,
     )
     for size_mb in (1, 4, 60)
 )

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from expertwire.bench.attacks.attack import Attack
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 _HELD = 4_000  # sockets of a thread at most; then the oldest makes place
 _THREADS = 4  # that connect to each address
@@ -33,7 +33,7 @@ def is_loopback(where: str | tuple[str, int]) -> bool:
     return (mapped or address).is_loopback
 
 
-async def run(server: Server, seconds: float, *, unix: bool) -> dict[str, Any]:
+async def run(server: Target, seconds: float, *, unix: bool) -> dict[str, Any]:
     """Connect to all unix sockets, or to all ports but the service's, as often as possible."""
     listeners = server.listeners()
     seen = {"listeners": sorted({describe(*each) for each in listeners})}

@@ -8,13 +8,13 @@ from typing import Any
 
 from expertwire.bench.attacks.attack import Attack, request, stubs
 from expertwire.bench.attacks.models import LONG_ARGS
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 _PROMPT_TOKENS = 120_000
 _HOLD_S = 15.0  # after which the client gives up
 
 
-async def run(server: Server, seconds: float) -> dict[str, Any]:
+async def run(server: Target, seconds: float) -> dict[str, Any]:
     """Send long prompts one after another; return how many were answered and after how long."""
     answered_s: list[float] = []
     sent, end = 0, time.monotonic() + seconds

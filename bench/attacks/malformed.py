@@ -15,7 +15,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from expertwire.bench.attacks.attack import Attack
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 _CALLS = 20_000
 _AT_ONCE = 64
@@ -79,7 +79,7 @@ def spoiled(kind: Descriptor, rng: random.Random) -> tuple[str, list[bytes]]:
     return way, ways[way]()
 
 
-async def run(server: Server, seconds: float, *, calls: int = _CALLS) -> dict[str, Any]:
+async def run(server: Target, seconds: float, *, calls: int = _CALLS) -> dict[str, Any]:
     """Make calls, up to a number and a time; return the statuses by method, and examples of those that lie."""
     methods = await asyncio.to_thread(methods_of, server.address)
     counts: dict[str, Counter[str]] = {method.path: Counter() for method in methods}
@@ -139,7 +139,7 @@ async def _call(channel: grpc.aio.Channel, method: Method, messages: list[bytes]
         if error.details() == _ENDED:
             return "ENDED_WHILE_WRITING", ""
         return error.code().name, error.details() or ""
-    except asyncio.InvalidStateError:  # the call ended while messages were written
+    except (asyncio.InvalidStateError, grpc.aio.InternalError):  # the call ended while messages were written
         return (await call.code()).name, await call.details() or ""
     finally:
         call.cancel()

@@ -11,10 +11,10 @@ import grpc
 
 from expertwire.bench.attacks.attack import Attack, request, stubs
 from expertwire.bench.attacks.models import NAN_TOKEN
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 
-async def run(server: Server, seconds: float) -> dict[str, Any]:
+async def run(server: Target, seconds: float) -> dict[str, Any]:
     """Send prompts with the token; return how they end and what they say."""
     statuses: Counter[str] = Counter()
     tokens = wrong = 0

@@ -18,45 +18,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 
-from expertwire.bench.attacks import (
-    bursts,
-    connections,
-    crowds,
-    frozen,
-    full_shared_memory,
-    large_text,
-    local_strangers,
-    lost_wakeup,
-    malformed,
-    models,
-    not_a_number,
-    stop_strings,
-    strangers,
-    unread_streams,
-)
+from expertwire.bench.attacks import all_at_once, models
 from expertwire.bench.attacks.attack import Attack
 from expertwire.bench.attacks.good_client import GoodClient
-from expertwire.bench.attacks.server import Sample, Server, Watch
+from expertwire.bench.attacks.registry import ATTACKS
+from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Sample, Target, Watch
 from expertwire.bench.machine import processor
 
-_MODULES = (
-    lost_wakeup, large_text, unread_streams, stop_strings, local_strangers, bursts, frozen, connections, strangers,
-    malformed, not_a_number, crowds, full_shared_memory,
-)  # fmt: skip
-ATTACKS: Mapping[str, Attack] = {attack.name: attack for module in _MODULES for attack in module.ATTACKS}
-ALL_AT_ONCE = "all_at_once"
 _WARM_UP_S = 2.0
 _QUIET_S = 5.0
 _GRACE_S = 75.0  # beyond its seconds, after which an attack is ended
 _RECOVERY_S = 20.0
 _RECOVERY_STEP_S = 2.0
+_LONG = ("methods", "examples", "attackers", "each_s")  # what was seen that is not in the line of a result
 _ERRORS = 2_000  # characters of standard error that are kept
 
 
@@ -101,7 +82,7 @@ class Result:
         connections = sum(good["connections"]["counts"].values())
         health = ", ".join(f"{how} {n}" for how, n in good["health"]["counts"].items())
         recovered = "no" if self.recovered_s is None else f"after {self.recovered_s:.0f} s"
-        seen = {name: value for name, value in self.seen.items() if name not in ("methods", "examples")}
+        seen = {name: value for name, value in self.seen.items() if name not in _LONG}
         return (
             f"{self.name}: good client's longest pause {self.quiet['requests']['longest_ms']:,.0f} -> "
             f"{good['requests']['longest_ms']:,.0f} ms, {self.failed} of {total} failed; health {health or 'silent'}, longest "
@@ -150,7 +131,7 @@ def run(argv: Sequence[str]) -> int:
     wanted = [ATTACKS[name] for name in args.names or ([] if args.all_at_once else ATTACKS)] * args.repeat
     seconds = [attack.seconds if args.seconds is None else args.seconds for attack in wanted]
     if args.all_at_once:
-        wanted.append(all_at_once([attack for attack in ATTACKS.values() if attack.joins]))
+        wanted.append(all_at_once.all_at_once([attack for attack in ATTACKS.values() if attack.joins]))
         seconds.append(args.all_at_once)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -185,16 +166,16 @@ async def measure(attack: Attack, seconds: float, folder: Path, extra: Sequence[
     arguments = (*attack.serve_args, *extra)
     with (
         Server(model, arguments, descriptors=attack.descriptors) as server,
-        GoodClient(server.address, attack.good_interval_s) as client,
+        GoodClient(server.target.address, attack.good_interval_s) as client,
     ):
         await asyncio.sleep(_WARM_UP_S)
         await client.take()
         await asyncio.sleep(_QUIET_S)
         quiet, began = await client.take(), time.monotonic()
-        with Watch(server) as watch:
+        with Watch(server.target) as watch:
             try:
                 async with asyncio.timeout(seconds + _GRACE_S):
-                    seen = await attack.run(server, seconds)
+                    seen = await attack.run(server.target, seconds)
             except TimeoutError:
                 seen = {"ended": f"by the time limit of {seconds + _GRACE_S:g} s"}
             except (OSError, grpc.RpcError) as error:
@@ -202,7 +183,7 @@ async def measure(attack: Attack, seconds: float, folder: Path, extra: Sequence[
             length = time.monotonic() - began
             good = await client.take()
             before = watch.samples[0]
-            recovered_s = await _recovery(server, client, before)
+            recovered_s = await _recovery(server.target, client, before)
         return Result(
             name=attack.name,
             seconds=round(length, 1),
@@ -211,45 +192,13 @@ async def measure(attack: Attack, seconds: float, folder: Path, extra: Sequence[
             seen=seen,
             before=before,
             peak=watch.peak(),
-            after=server.sample(),
+            after=server.target.sample(),
             recovered_s=recovered_s,
             errors=server.log()[-_ERRORS:],
         )
 
 
-def all_at_once(attacks: Sequence[Attack]) -> Attack:
-    """Return an attack of all of them together, on the model that all can use; each begins anew when it ends."""
-
-    async def repeat(attack: Attack, server: Server, end: float) -> dict[str, Any]:
-        rounds, seen = 0, {}
-        while (left := end - time.monotonic()) > 1:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left + _GRACE_S):
-                    seen = dict(await attack.run(server, min(left, attack.seconds)))
-            rounds += 1
-        return {
-            "rounds": rounds,
-            **{name: value for name, value in seen.items() if name not in ("methods", "examples")},
-        }
-
-    async def together(server: Server, seconds: float) -> dict[str, Any]:
-        end = time.monotonic() + seconds
-        runs = await asyncio.gather(*(repeat(attack, server, end) for attack in attacks), return_exceptions=True)
-        return {
-            attack.name: repr(seen) if isinstance(seen, BaseException) else seen
-            for attack, seen in zip(attacks, runs, strict=True)
-        }
-
-    return Attack(
-        name=ALL_AT_ONCE,
-        about="all that can share a server",
-        run=together,
-        model="long",
-        serve_args=models.LONG_ARGS,
-    )
-
-
-async def _recovery(server: Server, client: GoodClient, before: Sample) -> float | None:
+async def _recovery(server: Target, client: GoodClient, before: Sample) -> float | None:
     """Wait until the good client is served and the server holds no more than before; return the seconds, or None."""
     began = time.monotonic()
     while time.monotonic() < began + _RECOVERY_S:

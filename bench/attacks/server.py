@@ -1,43 +1,22 @@
-"""A server as a black box: a process, what /proc says of it and its children, and what it listens on."""
+"""`Server`: `expertwire serve` as a process, to be attacked."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 import psutil
 
-_SAMPLE_S = 0.25
+from expertwire.bench.attacks.target import Target
+
 _STOP_S = 20.0
-_LISTENING = "0A"  # state of a TCP socket in /proc/net/tcp
-_ACCEPTS = 0x10000  # flag of a listening unix socket in /proc/net/unix
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """The resources that the server's processes hold.
-
-    Attributes:
-        front_mib: memory of all processes but the ranks, without what they share with others.
-        ranks_mib: memory of the ranks, likewise.
-        descriptors: open descriptors of all processes.
-        processes: how many there are.
-    """
-
-    front_mib: float
-    ranks_mib: float
-    descriptors: int
-    processes: int
 
 
 class Server:
@@ -47,7 +26,12 @@ class Server:
         model: folder of the checkpoint.
         serve_args: further options.
         descriptors: limit of descriptors of each process; None keeps this process's.
+
+    Attributes:
+        target: what attacks see of it.
     """
+
+    target: Target
 
     def __init__(self, model: Path, serve_args: Sequence[str] = (), *, descriptors: int | None = None) -> None:
         command = [sys.executable, "-m", "expertwire.deploy.cli", "serve", str(model), "--port", "0", "--ep-size", "2"]
@@ -55,78 +39,35 @@ class Server:
         if descriptors is not None:
             command = ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh", *command]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
-        self.process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
-        self._roles: dict[psutil.Process, str] = {}
+        self._process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
         try:
-            self.address = self._wait_ready()
-            self.port = int(self.address.rpartition(":")[2])
-            self.family()
+            self.target = Target(self._wait_ready(), self._process.pid)
         except BaseException:
             self.close()
             raise
-
-    def family(self) -> list[psutil.Process]:
-        """Return the processes that run now, the started one first."""
-        try:
-            found = [self.process, *self.process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            found = []
-        for process in found:
-            if process not in self._roles or self._roles[process] == "starting":
-                self._roles[process] = self._role_of(process)
-        return found
-
-    def with_role(self, role: str) -> list[psutil.Process]:
-        """Return the processes that are a "front", the "controller", a "rank", or something "other"."""
-        return [process for process in self.family() if self._roles[process] == role]
-
-    def sample(self) -> Sample:
-        """Return what the processes hold now."""
-        front = ranks = 0.0
-        descriptors = processes = 0
-        for process in self.family():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                memory = process.memory_info()
-                mib = (memory.rss - memory.shared) / 2**20
-                descriptors += process.num_fds()
-                processes += 1
-                if self._roles[process] == "rank":
-                    ranks += mib
-                else:
-                    front += mib
-        return Sample(front_mib=front, ranks_mib=ranks, descriptors=descriptors, processes=processes)
 
     def log(self) -> str:
         """Return what the server has written to standard error."""
         self._errors.seek(0)
         return self._errors.read()
 
-    def listeners(self) -> list[tuple[str, socket.AddressFamily, str | tuple[str, int]]]:
-        """Return the sockets on which the server's processes listen: role of the process, family, address."""
-        roles = {}
-        for process in self.family():
-            with contextlib.suppress(OSError):
-                for link in Path(f"/proc/{process.pid}/fd").iterdir():
-                    with contextlib.suppress(OSError):
-                        roles[str(link.readlink())] = self._roles[process]
-        found = [(f"socket:[{inode}]", family, where) for inode, family, where in _all_listeners(self.process.pid)]
-        return [(roles[link], family, where) for link, family, where in found if link in roles]
-
     def close(self) -> None:
         """End all processes."""
-        family = list(self._roles)
+        family: list[psutil.Process] = [self._process]
+        with contextlib.suppress(psutil.NoSuchProcess):  # if it has ended, its children end by themselves
+            family += self._process.children(recursive=True)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
-        self.process.terminate()
+        self._process.terminate()
         with contextlib.suppress(psutil.TimeoutExpired):
-            self.process.wait(_STOP_S)
+            self._process.wait(_STOP_S)
         _, left = psutil.wait_procs(family, timeout=5)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self._process.wait()
+        self._process.stdout.close()
         self._errors.close()
 
     def __enter__(self) -> Self:
@@ -136,71 +77,9 @@ class Server:
         self.close()
 
     def _wait_ready(self) -> str:
-        for line in self.process.stdout:
+        for line in self._process.stdout:
             if line.startswith("serving "):
                 # Nobody reads what it prints from now on.
-                threading.Thread(target=self.process.stdout.read, daemon=True).start()
+                threading.Thread(target=self._process.stdout.read, daemon=True).start()
                 return line.split()[-1]
-        raise RuntimeError(f"the server ended with code {self.process.wait()} before it was ready:\n{self.log()}")
-
-    def _role_of(self, process: psutil.Process) -> str:
-        """Tell a process by the libraries that it has loaded."""
-        try:
-            maps = Path(f"/proc/{process.pid}/maps").read_text()
-        except OSError:
-            return "other"
-        if "libtorch" in maps:
-            return "rank"
-        if "llvmlite" in maps:
-            return "controller"
-        if "cygrpc" in maps:
-            return "front"
-        return "starting" if time.time() - process.create_time() < 5 else "other"
-
-
-class Watch:
-    """Samples of a server by a thread; the largest of each figure."""
-
-    def __init__(self, server: Server) -> None:
-        self.samples = [server.sample()]
-        self._server = server
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def peak(self) -> Sample:
-        """Return the largest value of each figure."""
-        names = Sample.__dataclass_fields__
-        return Sample(**{name: max(getattr(sample, name) for sample in self.samples) for name in names})
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._end.wait(_SAMPLE_S):
-            self.samples.append(self._server.sample())
-
-
-def _all_listeners(pid: int) -> Iterator[tuple[str, socket.AddressFamily, str | tuple[str, int]]]:
-    """Yield inode, family and address of the listening sockets in the network namespace of a process."""
-    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in _lines(pid, name):
-            fields = line.split()
-            if fields[3] == _LISTENING:
-                digits, _, port = fields[1].partition(":")
-                words = [bytes.fromhex(digits[i : i + 8])[::-1] for i in range(0, len(digits), 8)]
-                yield fields[9], family, (socket.inet_ntop(family, b"".join(words)), int(port, 16))
-    for line in _lines(pid, "unix"):
-        fields = line.split()
-        if int(fields[3], 16) & _ACCEPTS and len(fields) == 8:
-            path = fields[7]
-            yield fields[6], socket.AF_UNIX, "\0" + path[1:] if path.startswith("@") else path
-
-
-def _lines(pid: int, name: str) -> list[str]:
-    file = Path(f"/proc/{pid}/net/{name}")
-    return file.read_text().splitlines()[1:] if file.exists() else []
+        raise RuntimeError(f"the server ended with code {self._process.wait()} before it was ready:\n{self.log()}")

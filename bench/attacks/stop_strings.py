@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from expertwire.bench.attacks.attack import Attack, gather_statuses, request, stubs
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 from expertwire.scheduler.sampling_params import MAX_STOP
 
 
@@ -15,7 +15,7 @@ def stop_strings(count: int = MAX_STOP) -> list[str]:
     return [f"~{i:05d}~" for i in range(count)]
 
 
-async def run(server: Server, seconds: float, *, streams: int, **params: Any) -> dict[str, Any]:
+async def run(server: Target, seconds: float, *, streams: int, **params: Any) -> dict[str, Any]:
     """Open streams with such requests and read them; return their statuses."""
     message = request(stop=stop_strings(), max_tokens=400, **params)
     async with stubs(server.address, 1 + streams // 32) as all_stubs:

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from expertwire.bench.attacks.attack import Attack, authorization, request, stubs
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 
 VICTIM, STRANGER = authorization("victim"), authorization("attacker")
@@ -23,7 +23,7 @@ _LENGTH = 200  # tokens of the request that the stranger tries to end
 _SECRET = "Call me Ishmael. Some years ago, never mind how long precisely. " * 8
 
 
-async def run(server: Server, seconds: float) -> dict[str, Any]:
+async def run(server: Target, seconds: float) -> dict[str, Any]:
     """Try it; return what works."""
     async with stubs(server.address, 2) as (victim, stranger), asyncio.timeout(seconds):
         return {

@@ -12,7 +12,7 @@ import grpc
 from expertwire.bench.attacks.attack import Attack, request, stubs
 from expertwire.bench.attacks.large_text import text_of
 from expertwire.bench.attacks.raw_http2 import MAX_WINDOW, RawConnection
-from expertwire.bench.attacks.server import Server
+from expertwire.bench.attacks.target import Target
 
 GENERATE = "/expertwire.v1.Inference/Generate"
 _CONNECTION_STREAMS = 50
@@ -28,7 +28,7 @@ async def _send_text(address: str) -> str:
         return "OK"
 
 
-async def run_with_text(server: Server, seconds: float) -> dict[str, Any]:
+async def run_with_text(server: Target, seconds: float) -> dict[str, Any]:
     """128 streams of four outputs with 64 log-probabilities, of which none is read, and 24 MB of text."""
     message = request(n=4, logprobs=64, max_tokens=1500)
     end = time.monotonic() + seconds
@@ -46,7 +46,7 @@ async def run_with_text(server: Server, seconds: float) -> dict[str, Any]:
     return {"text": status, "refused": sum(c.received["RST_STREAM"] for c in connections)}
 
 
-async def run_memory(server: Server, seconds: float) -> dict[str, Any]:
+async def run_memory(server: Target, seconds: float) -> dict[str, Any]:
     """100 streams of 3,600 tokens with five log-probabilities, on connections with a closed window."""
     message = request(n=2, logprobs=5, max_tokens=1800)
     connections = []
@@ -64,7 +64,7 @@ async def run_memory(server: Server, seconds: float) -> dict[str, Any]:
     return {"refused": refused, "closed_connections": closed}
 
 
-async def run_clients(server: Server, seconds: float) -> dict[str, Any]:
+async def run_clients(server: Target, seconds: float) -> dict[str, Any]:
     """50 clients with ten streams each; they open the largest window and do not read their sockets."""
     message = request(n=1, logprobs=20, max_tokens=1800)
     clients, refused = [], 0

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
 from types import SimpleNamespace
 
 import grpc
+import psutil
 import pytest
 from grpc_reflection.v1alpha import reflection
 
-from expertwire.bench.attacks import local_strangers, malformed, models
+from expertwire.bench.attacks import all_at_once, frozen, local_strangers, malformed, models
 from expertwire.bench.attacks import run as attacks
+from expertwire.bench.attacks.attack import Attack
 from expertwire.bench.attacks.raw_http2 import RawConnection, grpc_message
-from expertwire.bench.attacks.server import Sample
+from expertwire.bench.attacks.registry import ATTACKS
+from expertwire.bench.attacks.target import Sample, Target
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 
@@ -115,6 +119,62 @@ async def test_malformed_calls_reach_every_method_and_find_statuses_that_lie(ser
     assert seen["methods"][PATH + "Abort"]["UNKNOWN"] > 0
     assert type(seen["methods"][PATH + "Abort"]) is dict  # `dataclasses.asdict` spoils a Counter
     assert any("a bug" in details for details in seen["examples"].values())
+
+
+@against_server
+async def test_attackers_together_have_a_process_each(servicer, port):
+    names = ("large_text_1mb", "half_sent", "internal_ports")
+    server = Target(f"127.0.0.1:{port}", os.getpid())
+    attack = all_at_once.all_at_once([ATTACKS[name] for name in names])
+    running = asyncio.create_task(attack.run(server, 3))
+    found = set()
+    while not running.done():
+        lines = [" ".join(child.cmdline()) for child in psutil.Process().children() if child.status() != "zombie"]
+        found |= {name for name in names for line in lines if f"all_at_once {name} 127.0.0.1:{port}" in line}
+        await asyncio.sleep(0.05)
+    seen = await running
+    assert found == set(names)
+    assert not psutil.Process().children()
+    assert seen["rounds"].keys() == set(names)
+    assert seen["rounds"]["half_sent"] in ("1+0", "0+0")  # it is given up when the time is over
+    assert all(report["processor_s"] > 0 for report in seen["attackers"].values())
+    assert servicer.prompt_bytes
+
+
+@against_server
+async def test_an_attacker_that_fails_begins_again(servicer, port):
+    tries = []
+
+    async def run(server, seconds):
+        tries.append(seconds)
+        if len(tries) < 3:
+            raise OSError("refused")
+        await asyncio.sleep(60)
+
+    attack = Attack(name="x", about="", run=run, seconds=0.5)
+    report = await all_at_once.repeat(attack, Target(f"127.0.0.1:{port}", os.getpid()), 1.5)
+    assert (report["rounds"], report["failed"], report["last"]) == (0, 2, {"failed": "OSError('refused')"})
+    assert max(tries) == 0.5
+
+
+def test_every_freeze_is_counted(monkeypatch):
+    times = iter([*(i / 10 for i in range(19)), None])
+
+    async def victim(server, role):
+        return role
+
+    async def freeze(server, victim):
+        took_s = next(times)
+        return (None, "not noticed within 30 s") if took_s is None else (took_s, "NOT_SERVING")
+
+    monkeypatch.setattr(frozen, "_victim", victim)
+    monkeypatch.setattr(frozen, "_freeze", freeze)
+    monkeypatch.setattr(frozen, "_PHASES_S", 0)
+    seen = asyncio.run(frozen.run(None, 60, role="rank"))
+    assert seen.pop("each_s") == [i / 10 for i in range(19)]
+    assert seen == {
+        "noticed": 19, "max_s": 1.8, "median_s": 0.9, "how": {"NOT_SERVING": 19}, "ended": "not noticed within 30 s"
+    }  # fmt: skip
 
 
 def test_malformed_calls_are_the_same_in_every_run():
