@@ -1,7 +1,8 @@
 """Chat templates of a checkpoint: Jinja sources that turn messages into the text of a prompt.
 
-Templates come with the weights, so they run in Jinja's sandbox and get JSON values only. The environment is that of Hugging
-Face's templates: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls and `{% generation %}` blocks.
+Templates come with the weights, so they run in Jinja's sandbox and get JSON values only, and nothing of them runs while they are
+compiled. The environment is that of Hugging Face's templates: `raise_exception`, `strftime_now`, `tojson` without HTML escapes,
+loop controls and `{% generation %}` blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -24,7 +26,11 @@ from expertwire.engine.frontend.content_parts import check_parts, flattened, ite
 
 # Errors that a template may raise on messages that it does not expect.
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+# Errors of a source that is not Jinja, or nested too deeply: the last two.
+_SOURCE_FAULTS = (TemplateError, SyntaxError, ValueError, RecursionError, MemoryError)
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
+# Bytes of all templates. To compile one takes up to 32 us and 4 KiB; known models have less than 32 KiB.
+MAX_BYTES = 1 << 17
 _CUT = "<<cut here>> "  # a template that trims the text removes the space
 
 
@@ -51,11 +57,12 @@ class ChatTemplates:
         source: the sources of all templates.
 
     Raises:
-        ValueError: a source is not a valid template.
+        ValueError: a source is not a valid template, or they are larger than `MAX_BYTES`.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         self.source = "\n".join(sources.values())
+        _check_size("chat templates", self.source)
         self._environment = make_environment()
         self._special_tokens = dict(special_tokens)
         self._templates = {name: self._compile(f"chat template {name!r}", source) for name, source in sources.items()}
@@ -130,17 +137,20 @@ class ChatTemplates:
         return self._templates[name]
 
     def _compile(self, name: str, source: str) -> _Compiled:
+        _check_size(name, source)
         try:
-            reads = _free_variables(self._environment.parse(source)) - self._environment.globals.keys()
+            tree = self._environment.parse(source)
+            _check_escapes(tree)
+            reads = _free_variables(tree) - self._environment.globals.keys()
             return _Compiled(self._environment.from_string(source), reads)
-        except (TemplateError, SyntaxError, RecursionError) as error:  # it may be nested too deeply for Python
+        except _SOURCE_FAULTS as error:
             raise ValueError(f"{name} is not valid Jinja: {error}") from error
 
 
 def _read_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    sources = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    sources = {name: _read(path) for name, path in files.items() if path.is_file()}
     if sources:
         return sources
     found, file = config.get("chat_template"), folder / "tokenizer_config.json"
@@ -159,9 +169,20 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return sources
 
 
+def _read(file: Path) -> str:
+    if (size := file.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{file} must have at most {MAX_BYTES} bytes, got {size}")
+    return file.read_text(encoding="utf-8")
+
+
+def _check_size(name: str, source: str) -> None:
+    if (size := len(source.encode(errors="replace"))) > MAX_BYTES:
+        raise ValueError(f"{name} must have at most {MAX_BYTES} bytes, got {size}")
+
+
 def _read_legacy(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        return json.loads(_read(file))["chat_template"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} must be a JSON object with a chat_template: {error}") from error
 
@@ -248,11 +269,28 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+class _NoFolding(CodeGenerator):
+    """Code that computes no expression of a template while it is compiled, as `{{ 'a' * 3000000000 }}` would be."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
+        if isinstance(node, (nodes.Const, nodes.TemplateData)):
+            return super()._output_child_to_const(node, frame, finalize)
+        raise nodes.Impossible
+
+
+def _check_escapes(tree: nodes.Template) -> None:
+    """Raise TemplateError if an `autoescape` block has an expression, which would be computed while it is compiled."""
+    for block in tree.find_all(nodes.EvalContextModifier):
+        if not all(isinstance(option.value, nodes.Const) for option in block.options):
+            raise TemplateError(f"line {block.lineno}: autoescape must be true or false")
+
+
 def make_environment() -> ImmutableSandboxedEnvironment:
     """Return the environment in which templates are compiled."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False
     )
+    environment.code_generator_class = _NoFolding
     environment.filters["tojson"] = _to_json
     helpers: dict[str, Callable] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     environment.globals.update(helpers)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
+import sys
 
 import pytest
 from helpers import chat_templates, tokenizer_files
@@ -310,6 +312,56 @@ class TestRefusals:
     def test_a_template_that_misbehaves_is_the_users_error(self, tmp_path, template):
         with pytest.raises(ValueError, match="cannot render these messages"):
             open_template(tmp_path, template).render_chat(Chat(messages=QUESTION))
+
+
+COMPILE = """
+import resource, sys
+from expertwire.engine.frontend.chat_templates import ChatTemplates
+
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for template in sys.argv[1:]:
+    ChatTemplates({"default": template}, {})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10, "MiB")
+"""
+
+
+def test_nothing_of_a_template_runs_while_it_is_compiled():
+    large = "'a' * 1000000000"
+    templates = [
+        "{{ %s }}", "{{ (%s) ~ 'b' }}", "{{ (%s) is string }}", "{{ (%s)[0] }}", "{%% if %s %%}{%% endif %%}",
+        "{%% set a = %s %%}", "{%% macro f(a=%s) %%}{%% endmacro %%}", "{%% include %s %%}",
+    ]  # fmt: skip
+    templates = [template % large for template in templates]
+    templates += ["{{ 'a' | center(1000000000) }}", "{{ 9 ** 9 ** 9 }}", "{{ '%1000000000d' % 1 }}"]
+    done = subprocess.run([sys.executable, "-c", COMPILE, *templates], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert int(done.stdout.split()[0]) < 100
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% autoescape 'a' * 1000000000 %}{% endautoescape %}", "line 1: autoescape must be true or false"),
+        ("{{ " + "1" * 5000 + " }}", "is not valid Jinja: .*4300 digits"),
+        ("é" * (ours.MAX_BYTES // 2 + 1), f"at most {ours.MAX_BYTES} bytes, got {ours.MAX_BYTES + 2}"),
+    ],
+)
+def test_templates_that_cost_too_much_are_refused(tmp_path, template, message):
+    with pytest.raises(ValueError, match=message):
+        open_template(tmp_path, template)
+    chat = Chat(messages=QUESTION, chat_template="{{ 1 }}" + template)
+    with pytest.raises(ValueError, match=f"chat_template.*{message}".replace(f", got {ours.MAX_BYTES + 2}", "")):
+        open_template(tmp_path, "{{ 1 }}").render_chat(chat)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
+def test_a_large_template_is_refused_unread(tmp_path, name):
+    folder = tokenizer_files.write(tmp_path, "word_level", chat_template=None)
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=f"{name} must have at most {ours.MAX_BYTES} bytes, got {1 << 40}"):
+        Tokenizer.open(folder)
 
 
 def test_the_clock_of_templates(tmp_path, monkeypatch):

@@ -120,12 +120,8 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
     ("template", "limits", "message"),
     [
         (ENDLESS, {"timeout_s": 1.0}, "INVALID_ARGUMENT: prompt: to render and tokenise it must take at most 1 s"),
-        (
-            "{{ 'a' * (3000000000 * messages | length) }}",
-            {"memory_bytes": 1 << 28},
-            "must take at most 256 MiB of memory",
-        ),
-        ("{% for a in range(99999) %}" + "a" * 200_000 + "{% endfor %}", {}, "its text must have at most"),
+        ("{{ 'a' * 3000000000 }}", {"memory_bytes": 1 << 28}, "must take at most 256 MiB of memory"),
+        ("{% for a in range(99999) %}" + "a" * 100_000 + "{% endfor %}", {}, "its text must have at most"),
         ("{{ raise_exception('no') }}", {}, "the chat template cannot render these messages: no"),
     ],
 )
