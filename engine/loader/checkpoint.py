@@ -19,7 +19,9 @@ ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# The format's own limit is 100 MB, of which Python can make 3 GB of objects. An entry has about 130 bytes.
+MAX_HEADER_BYTES = 32 << 20
+_MAX_DIMS = 64  # as in torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +101,16 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(prefix, "little")
         if prefix == b"version ":
             raise ValueError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull`")
-        if len(prefix) < 8 or length > MAX_HEADER_BYTES:
+        if len(prefix) < 8:
             raise ValueError(f"{file} is not a safetensors file ({size} bytes)")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{file} is not a safetensors file, or its header is too large: {length} bytes in a file of {size}; at most "
+                f"{MAX_HEADER_BYTES} are allowed"
+            )
+        if 8 + length > size:
+            raise ValueError(f"{file} is truncated: {size} bytes, its header alone should end at {8 + length}")
         header_bytes = opened.read(length)
-    if len(header_bytes) < length:
-        raise ValueError(f"{file} is truncated: {size} bytes, its header alone should end at {8 + length}")
     header = parse_json(header_bytes, f"{file}: the header")
     header.pop("__metadata__", None)
     tensors = {name: _stored(file, 8 + length, name, entry) for name, entry in header.items()}
@@ -118,14 +125,15 @@ def _stored(file: Path, data_start: int, name: str, entry: object) -> StoredTens
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
             0 <= begin <= end
-            and all(is_int(n) and n >= 0 for n in shape)
+            and len(shape) <= _MAX_DIMS
+            and all(is_int(n) and 0 <= n < 2**63 for n in shape)
             and (dtype not in ITEM_SIZES or end - begin == math.prod(shape) * ITEM_SIZES[dtype])
         ):
             return StoredTensor(
                 file=file, dtype=dtype, shape=tuple(shape), offset=data_start + begin, nbytes=end - begin
             )
         case _:
-            raise ValueError(f"{file}: the header's entry of {name} is damaged: {entry!r}")
+            raise ValueError(f"{file}: the header's entry of {name} is damaged: {entry!r:.200}")
 
 
 def first_ten(names: Iterable[str]) -> str:

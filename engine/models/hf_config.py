@@ -10,6 +10,7 @@ from typing import Any
 from expertwire.scheduler.config import is_int, is_number
 
 REQUIRED: Any = object()
+MAX_JSON_BYTES = 64 << 20  # of a file; an index of 100,000 tensors has 10 MB
 MAX_INTEGER = 2**31 - 1  # a larger count of anything is a mistake
 
 
@@ -115,6 +116,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a file of a checkpoint."""
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}; a Hugging Face checkpoint has one")
+    if (size := file.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{file} must have at most {MAX_JSON_BYTES} bytes, got {size}")
     return parse_json(file.read_bytes(), str(file))
 
 

@@ -7,7 +7,8 @@ import torch
 from helpers import tiny_checkpoints as tiny
 from safetensors.torch import load_file
 
-from expertwire.engine.loader.checkpoint import Checkpoint
+from expertwire.engine.loader.checkpoint import MAX_HEADER_BYTES, Checkpoint
+from expertwire.engine.models.hf_config import MAX_JSON_BYTES
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -113,6 +114,8 @@ def save_header(file, header, data=b""):
         {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
         {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
         {"dtype": "F32", "shape": [2]},
+        {"dtype": "F32", "shape": [2] + [1] * 64, "data_offsets": [0, 8]},
+        {"dtype": "unknown", "shape": [2**63], "data_offsets": [0, 8]},
         {"dtype": None, "shape": [2], "data_offsets": [0, 8]},
         "x",
     ],
@@ -127,7 +130,11 @@ def test_a_damaged_entry_is_named(tmp_path, entry):
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
-        (b"\xff" * 100, r"is not a safetensors file \(100 bytes\)"),
+        (
+            b"\xff" * 100,
+            rf"or its header is too large: {2**64 - 1} bytes in a file of 100; at most {MAX_HEADER_BYTES} are",
+        ),
+        (b"\xff" * 7, r"is not a safetensors file \(7 bytes\)"),
         ((5).to_bytes(8, "little") + b"{{{{{", "header is not valid JSON"),
         ((2).to_bytes(8, "little") + b"[]", "header must be a JSON object"),
     ],
@@ -136,6 +143,27 @@ def test_what_is_no_safetensors_file(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         Checkpoint(tmp_path)
+
+
+def test_a_large_header_is_refused_unread(tmp_path):
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as opened:
+        opened.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+        opened.truncate(1 << 30)
+    with pytest.raises(
+        ValueError, match=f"its header is too large: {MAX_HEADER_BYTES + 1} bytes in a file of"
+    ) as error:
+        Checkpoint(tmp_path)
+    assert str(file) in str(error.value)
+
+
+def test_a_large_index_is_refused_unread(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    with index.open("wb") as opened:
+        opened.truncate(1 << 40)
+    with pytest.raises(ValueError, match=f"at most {MAX_JSON_BYTES} bytes, got {1 << 40}") as error:
+        Checkpoint(tmp_path)
+    assert str(index) in str(error.value)
 
 
 def test_folders_without_usable_weights(tmp_path):
