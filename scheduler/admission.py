@@ -256,6 +256,17 @@ def token_limit(request: Request, config: SchedulerConfig) -> int:
     return length + request.params.most_output_tokens(length, config.max_model_len)
 
 
+def is_long(request: Request, config: SchedulerConfig) -> bool:
+    """Return whether the request, whose `limit` is set, computes more tokens than the model's original context has.
+
+    The last token is never computed. Without `max_tokens` nobody knows how many there will be: the known ones count.
+    """
+    if config.original_max_position_embeddings is None:
+        return False
+    num_tokens = len(request.tokens) if request.params.max_tokens is None else request.limit - 1
+    return num_tokens > config.original_max_position_embeddings
+
+
 class Capacity(NamedTuple):
     """The most tokens of one request that a rank can keep, and the cache that limits them."""
 

@@ -87,6 +87,9 @@ class SchedulerConfig:
             `max_queued_requests`.
         tenant_quotas: shares and limits of tenants, by name.
         default_tenant_quota: those of each other tenant; None: weight 1 and no limits.
+        original_max_position_embeddings: tokens of the model's original context, if ranks compute
+            *long* requests, which need more, differently (LongRoPE): a long and a short request share no
+            blocks. None: no request is long.
 
     Raises:
         ValueError: names the field and the values it allows.
@@ -107,6 +110,7 @@ class SchedulerConfig:
     max_queued_requests_per_tenant: int | None = None
     tenant_quotas: Mapping[str, TenantQuota] = field(default_factory=dict)
     default_tenant_quota: TenantQuota | None = None
+    original_max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -121,7 +125,7 @@ class SchedulerConfig:
             value = getattr(self, name)
             if not is_int(value) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-        for name in ("chunked_prefill_size", "max_queued_requests_per_tenant"):
+        for name in ("chunked_prefill_size", "max_queued_requests_per_tenant", "original_max_position_embeddings"):
             value = getattr(self, name)
             if value is not None and (not is_int(value) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")

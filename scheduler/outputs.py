@@ -93,7 +93,7 @@ def gather(
 
     Returns:
         i32 [O], the outputs' rows of the batch; and the outputs, whose `finish_O` may be
-        `CHECK_STOP_IDS` or `OUT_OF_CREDIT`, see `RunningBatch.append_sampled`.
+        `CHECK_STOP_IDS` or `SUSPENDED`, see `RunningBatch.append_sampled`.
     """
     slot_O, offsets_P1 = pack_lists([result.slot_O for result in results], np.int32)
     sampled = slot_O, *(_joined(results, name) for name in ("token_O", "logprob_O", "token_rank_O"))

@@ -33,7 +33,7 @@ REQUEST_DTYPE = np.dtype(
         ("eos_stops", np.bool_),
         ("has_stop_ids", np.bool_),
         ("reads_cache", np.bool_),  # may start with cached blocks
-        ("on_credit", np.bool_),  # at `limit` it has used up its credit, and has not ended
+        ("suspends", np.bool_),  # at `limit` it leaves its slot, and has not ended: see `Request.next_limit`
         ("sampling", SAMPLING_DTYPE),
     ]
 )
@@ -82,6 +82,8 @@ class Request:
     place: tuple[float, ...] = ()  # in the queue, before `order`; set by the policy
     limit: int = 0  # prompt and output tokens at most, set by `Scheduler.submit`
     credit_limit: int = sys.maxsize  # prompt and output tokens that its credit allows; likewise
+    is_long: bool = False  # needs more tokens than the original context; likewise, and again where it outgrows that
+    outgrows_at: int = sys.maxsize  # tokens with which one that is not long has outgrown it
     row: int = -1  # of the running batch; -1 while it waits
     num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
     num_counted: int = 0  # tokens computed before it was preempted: their experts have been counted
@@ -100,14 +102,14 @@ class Request:
         self.tokens, self.block_hashes = self.prompt, NO_HASHES
 
     @property
-    def on_credit(self) -> bool:
-        """Return whether its credit does not last until its end."""
-        return self.credit_limit < self.limit
+    def suspends(self) -> bool:
+        """Return whether it leaves its slot at `next_limit` and has not ended."""
+        return self.next_limit < self.limit
 
     @property
     def next_limit(self) -> int:
-        """Return the number of tokens at which it ends or has used up its credit."""
-        return min(self.limit, self.credit_limit)
+        """Return the number of tokens at which it ends, has used up its credit or has outgrown the original context."""
+        return min(self.limit, self.credit_limit, self.outgrows_at)
 
     @property
     def held(self) -> bool:
@@ -141,13 +143,14 @@ class Request:
             not p.ignore_eos,
             bool(self.stop_ids),
             p.prompt_logprobs is None,
-            self.on_credit,
+            self.suspends,
             self.seed,
             self.branch,
             prompt_len,
             min_tokens,
             p.top_k if 0 < p.top_k < vocab_size else -1,
             self.num_counted if p.expert_load else -1,
+            self.is_long,
             *p.rank_values(),
         )
 

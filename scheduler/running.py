@@ -95,7 +95,7 @@ class RunningBatch:
         counters_Z, info_Z = aligned(num_rows, row_loops.COUNTERS), aligned(num_rows, row_loops.ROW_INFO)
         info_Z["rank"] = self.rank_Z
         # Views by field.
-        self.key_Z, self.num_cached_Z, self.on_credit_Z = (info_Z[name] for name in ("key", "num_cached", "on_credit"))
+        self.key_Z, self.num_cached_Z, self.suspends_Z = (info_Z[name] for name in ("key", "num_cached", "suspends"))
         self.num_known_Z, self.num_tokens_Z = counters_Z["num_known"], counters_Z["num_tokens"]
         self.num_computed_Z, self.num_held_Z = counters_Z["num_computed"], counters_Z["num_held"]
         self.limit_Z, self.in_flight_Z = counters_Z["limit"], counters_Z["in_flight"]
@@ -319,7 +319,7 @@ class RunningBatch:
             the tokens of requests that run, without those that have none; and for each row of the step whether its request is
             still the scheduled one and runs, u8 [Z]. A finish reason is `CHECK_STOP_IDS` where
             `may_stop_V` says that the token stops some requests, and the row's request has stop
-            ids; it is `OUT_OF_CREDIT` where a request is to be held.
+            ids; it is `SUSPENDED` where a request is to leave its row.
         """
         tokens = step_loops.Sampled(*sampled)
         accepted = step_loops.Accepted.empty(len(tokens.slot_O))

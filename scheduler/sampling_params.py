@@ -214,6 +214,7 @@ SAMPLING_DTYPE = np.dtype(
         ("min_tokens", np.int32),
         ("top_k", np.int32),  # -1: all
         ("experts_from", np.int32),  # tokens from this position on have their experts counted; -1: none
+        ("is_long", np.int32),  # 1: see `SchedulerConfig.original_max_position_embeddings`
         *((field.name, field.metadata["dtype"]) for field in _RANK_FIELDS),
     ]
 )

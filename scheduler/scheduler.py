@@ -19,6 +19,7 @@ groups, B blocks added to block tables, Z slots of all ranks. `rows` are rows of
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from itertools import repeat
@@ -27,8 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler._compiled.steps import CHECK_STOP_IDS, OUT_OF_CREDIT, StepSchedule
-from expertwire.scheduler.admission import Admission, capacity, token_limit, why_invalid
+from expertwire.scheduler._compiled.steps import CHECK_STOP_IDS, SUSPENDED, StepSchedule
+from expertwire.scheduler.admission import Admission, capacity, is_long, token_limit, why_invalid
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig, check_cache_specs
 from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
@@ -63,6 +64,10 @@ class Scheduler:
     A request that has used up its credit is *held*: it has no slot, no blocks and no place in the
     queue. With more credit it returns to its place; what it has computed is found in the prefix
     cache, unless it was evicted.
+
+    Where the model has an original context (`SchedulerConfig.original_max_position_embeddings`), a
+    request is *long* or short from its submission on. One without `max_tokens` that outgrows that context
+    returns to its place in the queue and is computed again, as a long one.
 
     `epoch`, stamped on every plan, is that of the placement of experts; whoever moves experts
     increments it.
@@ -145,8 +150,7 @@ class Scheduler:
         if rejection is not None:
             account.num_refused += rejection.code == "RESOURCE_EXHAUSTED"
             return rejection
-        if self._batch.hasher is not None:
-            request.block_hashes = self._batch.hasher.hash(request.tokens, request.tenant, request.salt)
+        self._classify(request)
         request.arrival = now
         request.place = self._policy.place(request, now)
         if request.credit is not None:
@@ -164,7 +168,7 @@ class Scheduler:
         request.credit_limit += num_tokens
         if key in self._running:
             self._batch.limit_Z[request.row] = request.next_limit
-            self._batch.on_credit_Z[request.row] = request.on_credit
+            self._batch.suspends_Z[request.row] = request.suspends
         elif self._held.pop(key, None) is not None:
             self._enqueue(request)
         else:
@@ -175,7 +179,7 @@ class Scheduler:
 
         They share its blocks until one of them writes. A child has the prompt of `key`, counts its
         tokens so far as its own, and draws with its own seed and branch. One that finds no slot on
-        the rank of `key` waits like any other request.
+        the rank of `key`, or is long where `key` is not, waits like any other request.
 
         Returns:
             A rejection for each child that is not accepted.
@@ -193,7 +197,7 @@ class Scheduler:
             child.tokens = tokens
             if (rejection := self.submit(child, now)) is not None:
                 rejections.append(rejection)
-            elif key in self._running and child.key in self._queue:
+            elif key in self._running and child.key in self._queue and child.is_long == parent.is_long:
                 self._admission.forks[child.key] = parent.row
         return rejections
 
@@ -382,7 +386,7 @@ class Scheduler:
     # ---- requests that end or return to the queue
 
     def _finish(self, rows_O: np.ndarray, outputs: StepOutputs) -> None:
-        """End the requests that these outputs complete, set their finish reasons, and hold those without credit."""
+        """End the requests that these outputs complete, set their finish reasons, and suspend those that cannot go on."""
         batch, finish_O = self._batch, outputs.finish_O
         for i in np.flatnonzero(finish_O == CHECK_STOP_IDS):
             row = rows_O[i]
@@ -391,11 +395,11 @@ class Scheduler:
             elif batch.num_known_Z[row] < batch.limit_Z[row]:
                 finish_O[i] = FinishReason.NONE
             else:
-                finish_O[i] = OUT_OF_CREDIT if batch.on_credit_Z[row] else FinishReason.LENGTH
-        held = np.flatnonzero(finish_O == OUT_OF_CREDIT)
-        finish_O[held] = FinishReason.NONE
+                finish_O[i] = SUSPENDED if batch.suspends_Z[row] else FinishReason.LENGTH
+        suspended = np.flatnonzero(finish_O == SUSPENDED)
+        finish_O[suspended] = FinishReason.NONE
         self._close(rows_O[np.flatnonzero(finish_O)])
-        self._suspend(rows_O[held])
+        self._suspend(rows_O[suspended])
 
     def _fail(self, keys: list[int]) -> None:
         """End requests whose logits are not finite. Nobody is to find what they have computed."""
@@ -445,7 +449,18 @@ class Scheduler:
     def _put_back(self, requests: list[Request]) -> None:
         for request in requests:
             request.row = -1
+            if len(request.tokens) >= request.outgrows_at:
+                self._classify(request)
             self._enqueue(request)
+
+    def _classify(self, request: Request) -> None:
+        """Say whether the request is long, and hash its tokens as those of its kind."""
+        original = self.config.original_max_position_embeddings
+        request.is_long = is_long(request, self.config)
+        request.outgrows_at = sys.maxsize if original is None or request.is_long else original + 1
+        if self._batch.hasher is not None:
+            kind = request.tenant, request.salt, request.is_long
+            request.block_hashes = self._batch.hasher.hash(request.tokens, *kind)
 
     def _enqueue(self, request: Request) -> None:
         """Put a request in its place in the queue, and pack its record; hold it if it has no credit."""

@@ -37,7 +37,7 @@ COUNTERS = np.dtype(
         ("num_computed", np.int32),
         ("num_held", np.int32),  # tokens whose blocks are allocated and known to its rank, in every cache
         ("num_hashed", np.int32),  # blocks that are in the prefix cache
-        ("limit", np.int32),  # of num_known: there it ends, or has used up its credit
+        ("limit", np.int32),  # of num_known: there it ends or is suspended
         ("in_flight", np.int32),  # steps
     ]
 )
@@ -52,7 +52,7 @@ ROW_INFO = np.dtype(
         ("stop_from", np.int32),  # stop and end-of-sequence ids count from this num_known on
         ("eos_stops", np.bool_),
         ("has_stop_ids", np.bool_),
-        ("on_credit", np.bool_),  # at its limit it has used up its credit, and has not ended
+        ("suspends", np.bool_),  # at its limit it leaves the row, and has not ended
         ("reserved", np.int8),
     ]
 )
@@ -99,7 +99,7 @@ def start_rows(
         batch.occupied_Z[row] = batch.running_Z[row] = True
         info.key, state.limit, info.stop_from = record.key, record.limit, record.stop_from
         info.eos_stops, info.has_stop_ids, info.num_cached = record.eos_stops, record.has_stop_ids, record.num_cached
-        info.on_credit = record.on_credit
+        info.suspends = record.suspends
         state.num_known = state.num_tokens = num_tokens
         state.num_computed, state.num_hashed = num_cached_A[i], num_cached_A[i] // size
         state.num_tail = token_offsets_A1[i + 1] - tail_start

@@ -23,8 +23,8 @@ from expertwire.scheduler._compiled.rows import hash_rows, num_missing
 
 jit = compiler(__file__, _nrt=False)  # see blocks
 
-# Instead of a `FinishReason`: the token may be one of the request's stop ids; it has used up its credit.
-CHECK_STOP_IDS, OUT_OF_CREDIT = 255, 254
+# Instead of a `FinishReason`: the token may be one of the request's stop ids; the request leaves its slot and has not ended.
+CHECK_STOP_IDS, SUSPENDED = 255, 254
 _STOP, _LENGTH = 1, 2
 _SAMPLED, _RUNNING = 1, 2  # bits of `mark_Z`
 _MANY = 2**31 - 1
@@ -69,7 +69,7 @@ class Accepted(NamedTuple):
     row_O: np.ndarray  # i32
     key_O: np.ndarray  # i64
     token_O: np.ndarray  # i32
-    finish_O: np.ndarray  # u8, a `FinishReason`, `CHECK_STOP_IDS` or `OUT_OF_CREDIT`
+    finish_O: np.ndarray  # u8, a `FinishReason`, `CHECK_STOP_IDS` or `SUSPENDED`
     num_cached_O: np.ndarray  # i32
     logprob_O: np.ndarray  # f32
     token_rank_O: np.ndarray  # i32
@@ -280,7 +280,7 @@ def _finish_reason(row, info, eos_ids, may_stop_V, token):
     """Return the finish reason of a row whose last token is `token`."""
     reason = 0
     if row.num_known >= row.limit:
-        reason = OUT_OF_CREDIT if info.on_credit else _LENGTH
+        reason = SUSPENDED if info.suspends else _LENGTH
     if row.num_known >= info.stop_from:
         if info.has_stop_ids and may_stop_V[token]:
             reason = CHECK_STOP_IDS

@@ -1,8 +1,8 @@
 """Simulated ranks: they apply plans as a worker does, check all that a worker relies on, and sample tokens by hashing.
 
-A simulated cache holds, for each token, a hash of all tokens up to it; ranks read it back through the block tables before they
-sample, so a wrong block table, a block overwritten by another request, a prefix taken for another or a skipped token fails at
-once. `expected_output` is the same without any scheduler.
+A simulated cache holds, for each token, a hash of the request's kind (long or not) and all tokens up to it; ranks read it back
+through the block tables before they sample, so a wrong block table, a block overwritten by another request, a prefix taken for
+another or a skipped token fails at once. `expected_output` is the same without any scheduler.
 """
 
 from __future__ import annotations
@@ -103,6 +103,11 @@ class Slot:
     num_computed: int = -1  # not known before the first tokens are scheduled, as a beginning may be cached
     blocks: list[dict[int, int]] = field(default_factory=list)  # of each cache, by place in its block table
 
+    @property
+    def states(self) -> list[int]:
+        """The hashes of the prefixes of the computed tokens; the empty one is that of the request's kind."""
+        return list(accumulate(self.tokens[: self.num_computed], prefix_hash, initial=int(self.sampling["is_long"])))
+
 
 class SimRank:
     """One rank: a slot table and, for each cache, one integer a token."""
@@ -179,12 +184,15 @@ class SimRank:
         assert slot.num_computed in (-1, start), f"slot {index} continues at {start}, has {slot.num_computed}"
         assert num > 0
         assert start + num <= len(slot.tokens)
-        states = list(accumulate(slot.tokens[: start + num], prefix_hash, initial=0))[1:]
+        original = self.config.original_max_position_embeddings
+        assert original is None or start + num <= original or slot.sampling["is_long"], "a short request is too long"
+        slot.num_computed = start + num
+        empty, *states = slot.states
         for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
             if spec.kind == "state":
                 size = spec.snapshot_every
-                found = cache[blocks[(start - 1) // size], 0] if start else 0
-                assert found == (states[start - 1] if start else 0), "the state is another one"
+                found = cache[blocks[(start - 1) // size], 0] if start else empty
+                assert found == (states[start - 1] if start else empty), "the state is another one"
                 for position in range(start, start + num):
                     cache[blocks[position // size], 0] = states[position]
             else:
@@ -192,7 +200,6 @@ class SimRank:
                 for position in range(start, start + num):
                     cache[blocks[position // size], position % size] = states[position]
             assert max(blocks) == (start + num - 1) // size, "more blocks than the tokens need"
-        slot.num_computed = start + num
         self.num_computed += num
         count = int(slot.sampling["prompt_logprobs"])
         predicted = range(start + 1, min(start + num + 1, int(slot.sampling["prompt_len"])))
@@ -201,7 +208,7 @@ class SimRank:
     def _check_caches(self, slot: Slot, start: int) -> None:
         """Check that the caches hold all that the tokens from `start` on attend to."""
         size = self.config.block_size
-        states = list(accumulate(slot.tokens[: slot.num_computed], prefix_hash, initial=0))[1:]
+        states = slot.states[1:]
         for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
             if spec.kind == "state":
                 assert cache[blocks[(slot.num_computed - 1) // spec.snapshot_every], 0] == states[-1], "a wrong state"

@@ -47,6 +47,7 @@ class Machine(RuleBasedStateMachine):
         policy=st.sampled_from(sorted(POLICIES)),
         max_running=st.sampled_from([None, None, 1, 2]),
         kv_share=st.sampled_from([None, None, 0.1, 0.5]),
+        original=st.sampled_from([None, None, 4, 9, 15]),
     )
     def start(
         self,
@@ -63,6 +64,7 @@ class Machine(RuleBasedStateMachine):
         policy,
         max_running,
         kv_share,
+        original,
     ):
         max_model_len = 24
         every = block_size * blocks_per_state
@@ -80,6 +82,7 @@ class Machine(RuleBasedStateMachine):
             ),
             max_queued_requests=6,
             enable_prefix_caching=enable_prefix_caching,
+            original_max_position_embeddings=original,
             tenant_quotas={"b": TenantQuota(weight=3.0, max_running=max_running, kv_share=kv_share)},
         )
         self.cluster = SimCluster(self.config, POLICIES[policy](), specs=specs, overlap=overlap)
@@ -92,7 +95,7 @@ class Machine(RuleBasedStateMachine):
         length=st.integers(1, 23),
         shared=st.sampled_from([0, 3, 8, 15, 30]),
         text=st.integers(0, 1),
-        max_tokens=st.sampled_from([20, 12, 5, 1]),
+        max_tokens=st.sampled_from([None, 20, 12, 5, 1]),
         min_share=st.sampled_from([0, 0, 0.5, 1]),
         stops=st.lists(st.integers(0, 49), max_size=3),
         ignore_eos=st.sampled_from([True, True, False]),
@@ -111,7 +114,7 @@ class Machine(RuleBasedStateMachine):
                 priority=priority,
                 tenant=tenant,
                 max_tokens=max_tokens,
-                min_tokens=int(max_tokens * min_share),
+                min_tokens=int((max_tokens or 0) * min_share),
                 stop_token_ids=stops,
                 ignore_eos=ignore_eos,
                 credit=credit,
