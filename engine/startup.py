@@ -122,4 +122,5 @@ def scheduler_config(args: ControllerArgs, info: ModelInfo) -> SchedulerConfig:
         max_queued_requests_per_tenant=config.max_queued_requests_per_tenant,
         tenant_quotas=config.tenant_quotas or {},
         default_tenant_quota=config.default_tenant_quota,
+        original_max_position_embeddings=args.model.original_max_position_embeddings,
     )

@@ -194,6 +194,7 @@ class OneRank:
             eos_token_ids=(),
             vocab_size=self.config.vocab_size,
             enable_prefix_caching=enable_prefix_caching,
+            original_max_position_embeddings=self.config.original_max_position_embeddings,
             max_model_len=sizes.max_model_len,
             block_size=BLOCK_SIZE,
         )

@@ -88,32 +88,37 @@ class RankModel:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
         """Return logits, fp32 [T, V], with the prompt computed in chunks of `chunk` tokens."""
-        blocks_CW = self._blocks(len(ids))
-        return np.concatenate(list(self._logits(ids, blocks_CW, chunk or len(ids))))
+        blocks_CW, is_long = self._blocks(len(ids)), self._is_long(len(ids))
+        return np.concatenate(list(self._logits(ids, blocks_CW, chunk or len(ids), is_long)))
 
     @torch.inference_mode()
     def greedy(self, ids: Sequence[int], num: int) -> list[int]:
         """Return the next `num` tokens of greedy decoding."""
-        known, blocks_CW = list(ids), self._blocks(len(ids) + num)
-        [*_, last] = self._logits(ids, blocks_CW, 64)
+        known, blocks_CW, is_long = list(ids), self._blocks(len(ids) + num), self._is_long(len(ids) + num - 1)
+        [*_, last] = self._logits(ids, blocks_CW, 64, is_long)
         for _ in range(num):
             known.append(int(last[-1].argmax()))
-            last = self._forward(known[-1:], len(known) - 1, blocks_CW)
+            last = self._forward(known[-1:], len(known) - 1, blocks_CW, is_long)
         return known[len(ids) :]
+
+    def _is_long(self, num_computed: int) -> bool:
+        original = self.config.original_max_position_embeddings
+        return original is not None and num_computed > original
 
     def _blocks(self, length: int) -> np.ndarray:
         """Return a block table for each cache, in random order."""
         rng = np.random.default_rng(length)
         return np.stack([1 + rng.permutation(self._num_blocks) for _ in self._caches]).astype(np.int32)
 
-    def _logits(self, ids: Sequence[int], blocks_CW: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+    def _logits(self, ids: Sequence[int], blocks_CW: np.ndarray, chunk: int, is_long: bool) -> Iterator[np.ndarray]:
         for start in range(0, len(ids), chunk):
-            yield self._forward(ids[start : start + chunk], start, blocks_CW)
+            yield self._forward(ids[start : start + chunk], start, blocks_CW, is_long)
 
-    def _forward(self, ids: Sequence[int], start: int, blocks_CW: np.ndarray) -> np.ndarray:
+    def _forward(self, ids: Sequence[int], start: int, blocks_CW: np.ndarray, is_long: bool) -> np.ndarray:
         batches, begin = [], 0
         for [num] in split_tokens([len(ids)], min(self._num_micro_batches, len(ids))):
             part, num_tokens_P = ids[begin : begin + num], [num] * self._size
-            batches.append(prompt_batch(part, start + begin, blocks_CW, BLOCK_SIZE, num_tokens_P))
+            batch = prompt_batch(part, start + begin, blocks_CW, BLOCK_SIZE, num_tokens_P, is_long=is_long)
+            batches.append(batch)
             begin += num
         return self.model.logits(self.model.forward(batches, self._caches)).numpy()

@@ -18,7 +18,7 @@ from expertwire.engine.models.model_config import QueryScaling
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.kernels.ops.rotary import RopeInputs
-from expertwire.kernels.ops.variants import Rope
+from expertwire.kernels.ops.variants import LongRope, Rope
 from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.placement import Placement
 
@@ -75,7 +75,14 @@ class Step:
 
     def rope_inputs(self, rope: Rope, metadata: AttentionMetadata) -> RopeInputs:
         """Return the inputs of an op that rotates by `rope` and writes a cache of this metadata."""
-        return RopeInputs(self.tables[rope], self.batch.positions_T, metadata.slot_mapping, rope.interleaved)
+        return RopeInputs(self.tables[rope], self._table_rows(rope), metadata.slot_mapping, rope.interleaved)
+
+    def _table_rows(self, rope: Rope) -> Tensor:
+        """Return the tokens' rows of the tables, i64 [T]: with LongRoPE, long requests have rows of their own."""
+        scaling, is_long_T, positions_T = rope.scaling, self.batch.is_long_T, self.batch.positions_T
+        if not isinstance(scaling, LongRope) or is_long_T is None:
+            return positions_T
+        return self.shared(scaling, lambda: positions_T + is_long_T * scaling.original_max_position)
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Return the value for `key`, computed by the first layer that asks for it."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from expertwire.engine.models.hf_config import HfConfig
-from expertwire.kernels.ops.variants import Activation, Rope, Routing
+from expertwire.kernels.ops.variants import Activation, LongRope, Rope, Routing
 from expertwire.scheduler.config import CacheKind, CacheSpec
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "fp8": 1}
@@ -262,6 +262,15 @@ class ModelConfig:
     @property
     def top_k(self) -> int:
         return self.moe.top_k if self.moe is not None else 0
+
+    @property
+    def original_max_position_embeddings(self) -> int | None:
+        """The model's original context, up to which sequences are rotated by other factors; None: all by the same ones."""
+        ropes = [layer.attention.rope for layer in self.layers]
+        scalings = [rope.scaling for rope in ropes if rope is not None]
+        originals = {scaling.original_max_position for scaling in scalings if isinstance(scaling, LongRope)}
+        assert len(originals) <= 1, f"layers with different original contexts: {originals}"
+        return next(iter(originals), None)
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """Return the KV caches of a rank; those without a window come first."""

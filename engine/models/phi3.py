@@ -1,8 +1,9 @@
 """Phi-3 and Phi-4-mini: Llama with fused projections, rotary embedding of part of a head, and a sliding window.
 
-Their 128k versions have two lists of rotary factors (LongRoPE). transformers changes to the long one as soon as a sequence is
-longer than the original context, although its first tokens have used the other; here, as in vLLM, one list is used throughout:
-the long one if `max_model_len` is longer than the original context. `--max-model-len 4096` selects the short one.
+Their 128k versions have two lists of rotary factors (LongRoPE). As in transformers, and unlike in vLLM, where the length that is
+served decides for all, each request has its own: the long one if prompt and `max_tokens` do not fit the original context
+(`scheduler.admission.is_long`). A request that may outgrow that context has the long list from its first token on; one without
+`max_tokens` has the short one until it does, and is then computed anew with the long one, as transformers' `generate` does.
 """
 
 from __future__ import annotations

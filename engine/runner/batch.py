@@ -33,6 +33,8 @@ class ForwardBatch:
         token_ids_T: i64; `positions_T`: i64.
         attention_metadata: of each KV cache group, in the order of the model's `cache_specs`.
         num_tokens_P: tokens of every rank.
+        is_long_T: integers, 1 where the token is of a long request (`SchedulerConfig.original_max_position_embeddings`); None: of
+            none.
         num_valid: i32 [1] on the device: this rank's tokens from there on are padding of a captured step, and `num_tokens_P`
             are bounds. None: all tokens are valid.
         on_routed: called by every layer with experts, if some request asked for its experts.
@@ -42,6 +44,7 @@ class ForwardBatch:
     positions_T: Tensor
     attention_metadata: tuple[AttentionMetadata, ...]
     num_tokens_P: Sequence[int]
+    is_long_T: Tensor | None = None
     num_valid: Tensor | None = None
     on_routed: OnRouted | None = None
 
@@ -53,6 +56,8 @@ def prompt_batch(
     block_size: int,
     num_tokens_P: Sequence[int],
     device: str = "cpu",
+    *,
+    is_long: bool = False,
 ) -> ForwardBatch:
     """Return the batch of one sequence's tokens at the positions from `start` on. `blocks_CB`: i32, its block tables."""
     position_T = np.arange(start, start + len(token_ids))
@@ -68,4 +73,5 @@ def prompt_batch(
         positions_T=torch.from_numpy(position_T).to(device),
         attention_metadata=tuple(metadata(blocks_B) for blocks_B in blocks_CB),
         num_tokens_P=num_tokens_P,
+        is_long_T=torch.full((len(token_ids),), int(is_long), device=device),
     )

@@ -214,6 +214,7 @@ class InputBatch:
                 for mapping_T, table_SW in zip(mapping_CT.unbind(), tables_CSW.unbind(), strict=True)
             ),
             num_tokens_P=num_tokens_P,
+            is_long_T=inputs.is_long_T,
             num_valid=inputs.num_valid if is_padded else None,
             on_routed=on_routed,
         )

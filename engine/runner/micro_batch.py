@@ -80,17 +80,20 @@ class MicroBatch:
         """The row of each sequence's last token."""
         return self.cu_seqlens_q[1:] - 1
 
-    def pack(self, size: int) -> np.ndarray:
-        """Return the numbers for `PackedInputs` with room for `size` tokens; those behind the last belong to no slot."""
-        count, room = self.num_tokens, _aligned(size)
-        words = np.zeros(5 * room + 12, np.int32)
-        words[:size] = -1
+    def pack(self, size: int, is_long: np.ndarray) -> np.ndarray:
+        """Return the numbers for `PackedInputs` with room for `size` tokens; those behind the last belong to no slot.
+
+        Args:
+            is_long: of each slot, whether its request is long.
+        """
+        count, room, words = self.num_tokens, _aligned(size), no_tokens(size)
         words[:count] = self.slot_T
         words[room : room + count] = self.position_T
-        words[2 * room : 2 * room + len(self.seq_len_S)] = self.seq_len_S
-        words[3 * room : 3 * room + len(self.slot_S)] = self.slot_S
-        words[4 * room : 4 * room + size + 1] = count
-        words[4 * room : 4 * room + len(self.cu_seqlens_q)] = self.cu_seqlens_q
+        words[2 * room : 2 * room + count] = is_long[self.slot_T]
+        words[3 * room : 3 * room + len(self.seq_len_S)] = self.seq_len_S
+        words[4 * room : 4 * room + len(self.slot_S)] = self.slot_S
+        words[5 * room : 5 * room + size + 1] = count
+        words[5 * room : 5 * room + len(self.cu_seqlens_q)] = self.cu_seqlens_q
         words[-8], words[-4] = count, self.num_decodes
         return words
 
@@ -112,15 +115,19 @@ class PackedInputs:
     def position_T(self) -> Tensor:
         return self._field(1, self.num_tokens)
 
+    @property
+    def is_long_T(self) -> Tensor:
+        return self._field(2, self.num_tokens)
+
     def seq_lens(self, num_sequences: int) -> Tensor:
-        return self._field(2, num_sequences)
+        return self._field(3, num_sequences)
 
     def slot_S(self, num_sequences: int) -> Tensor:
         """Return the slots of the first sequences; 0 where there is none."""
-        return self._field(3, num_sequences)
+        return self._field(4, num_sequences)
 
     def cu_seqlens_q(self, num_sequences: int) -> Tensor:
-        return self._field(4, num_sequences + 1)
+        return self._field(5, num_sequences + 1)
 
     @property
     def num_valid(self) -> Tensor:
@@ -139,7 +146,7 @@ class PackedInputs:
 
 def no_tokens(size: int) -> np.ndarray:
     """Return the numbers of `size` tokens that belong to no slot, as `MicroBatch.pack` has them."""
-    words = np.zeros(5 * _aligned(size) + 12, np.int32)
+    words = np.zeros(6 * _aligned(size) + 12, np.int32)
     words[:size] = -1
     return words
 

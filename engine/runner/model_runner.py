@@ -210,7 +210,8 @@ class ModelRunner:
         asked = [counts for counts in routed if counts is not None]
         graph = None if asked else self._graph_for(step, plan.num_tokens_P)
         sizes = [given.num_tokens for given in (parts if graph is None else graph.inputs)]
-        inputs = [part.pack(size) for part, size in zip(parts, sizes, strict=True)]
+        is_long = self.batch.sampling["is_long"]
+        inputs = [part.pack(size, is_long) for part, size in zip(parts, sizes, strict=True)]
         position_O, row_O = self.batch.num_tokens[step.slot_O], step.last_row_S[step.is_sampled_S]
         state = self.batch.sampling[step.slot_O]
         columns = [state[name].astype(dtype) for name, dtype in DRAW_PARAMETERS.items()]

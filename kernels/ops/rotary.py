@@ -5,9 +5,10 @@
 
 Pairs are (x_i, x_{i + size/2}), as in the Llama family, or (x_2i, x_{2i+1}), *interleaved*. A model whose context
 was extended after training scales the frequencies (`variants`), and some multiply cosines and sines by an
-*attention factor*, so that scores grow by its square.
+*attention factor*, so that scores grow by its square. LongRoPE has two sets of frequencies, of which each sequence uses one: the
+tables have the rows of both, one behind the other (`tables`).
 
-T tokens, H heads, d head size, r rotated numbers of a head.
+T tokens, H heads, d head size, r rotated numbers of a head, Y positions of the tables.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class RopeInputs:
 
     Attributes:
         tables: `tables` of the rotated numbers, the first r of a head.
-        positions_T: i64.
+        positions_T: i64, rows of the tables.
         slot_mapping_T: i64, block * block_size + offset. On a GPU a token with a negative one is not stored.
         interleaved: pairs are (x_2i, x_2i+1), not (x_i, x_i+r/2).
     """
@@ -55,15 +56,15 @@ class RopeInputs:
 
 
 def tables(num_positions: int, rope: Rope, device: str) -> tuple[Tensor, Tensor]:
-    """Return cosines and signed sines, fp32 [positions, size], multiplied by the attention factor.
+    """Return cosines and signed sines, fp32 [Y, size], multiplied by the attention factor.
 
     Columns i and i + size/2 belong to pair i, interleaved or not; the first half of the sines is negative, as
-    `rotate` expects. With `LongRope`, `num_positions` selects the factors: it must be that of the longest sequence,
-    not of a step.
+    `rotate` expects. Row y belongs to position y. With `LongRope` that is so for sequences of at most
+    `original_max_position` tokens; row `original_max_position + y` belongs to position y of a longer one, and there
+    are none of these if `num_positions`, that of the longest sequence, is not more.
     """
     assert rope.size % 2 == 0, f"{rope.size} rotated numbers are no pairs"
-    frequencies, factor = _scaled(rope, num_positions)
-    angles = torch.arange(num_positions).float()[:, None] * frequencies
+    angles, factor = _angles(num_positions, rope)
     cos, sin = angles.cos() * factor, angles.sin() * factor
     return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)
 
@@ -102,13 +103,32 @@ def rotate_at(x_THr: Tensor, rope: RopeInputs) -> Tensor:
     return x_THr.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if rope.interleaved else x_THr
 
 
-def _scaled(rope: Rope, num_positions: int) -> tuple[Tensor, float]:
+def _angles(num_positions: int, rope: Rope) -> tuple[Tensor, float]:
+    """Return the angles of the tables' rows, fp32 [Y, size / 2], and the attention factor."""
+    position_Y, scaling = torch.arange(num_positions).float(), rope.scaling
+    if not isinstance(scaling, LongRope):
+        frequencies, factor = _scaled(rope, scaling)
+        return position_Y[:, None] * frequencies, factor
+    periods, original = _periods(rope), scaling.original_max_position
+    parts = [(scaling.short_factor, position_Y[:original])]
+    if num_positions > original:
+        parts.append((scaling.long_factor, position_Y))
+    assert all(len(factors) == len(periods) for factors, _ in parts), f"factors not for {len(periods)} pairs: {scaling}"
+    angles = [some_Y[:, None] * (1.0 / (torch.tensor(factors) * periods)) for factors, some_Y in parts]
+    return torch.cat(angles), _long_rope_factor(scaling)
+
+
+def _periods(rope: Rope) -> Tensor:
+    return rope.theta ** (torch.arange(0, rope.size, 2).float() / max(rope.size, 1))
+
+
+def _scaled(rope: Rope, scaling: LinearScaling | Llama3 | Yarn | None) -> tuple[Tensor, float]:
     """Return frequencies fp32 [size / 2] and the attention factor.
 
     In fp32 as in the models' own code: at position 10^5 a frequency's rounding turns a pair by 0.01 rad.
     """
-    periods = rope.theta ** (torch.arange(0, rope.size, 2).float() / max(rope.size, 1))
-    frequencies, scaling = 1.0 / periods, rope.scaling
+    periods = _periods(rope)
+    frequencies = 1.0 / periods
     match scaling:
         case None:
             return frequencies, 1.0
@@ -118,11 +138,6 @@ def _scaled(rope: Rope, num_positions: int) -> tuple[Tensor, float]:
             return _llama3(frequencies, scaling), 1.0
         case Yarn():
             return _yarn(periods, rope, scaling), _yarn_factor(scaling)
-        case LongRope():
-            is_long = num_positions > scaling.original_max_position
-            factors = torch.tensor(scaling.long_factor if is_long else scaling.short_factor)
-            assert len(factors) == rope.size // 2, f"{len(factors)} factors for {rope.size // 2} pairs"
-            return 1.0 / (factors * periods), _long_rope_factor(scaling)
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3) -> Tensor:

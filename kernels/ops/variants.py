@@ -89,7 +89,7 @@ class LinearScaling:
 class LongRope:
     """LongRoPE (Ding et al., 2024; Phi-3): each frequency is divided by its own factor.
 
-    `long_factor` is used if positions beyond `original_max_position` are served, else `short_factor`.
+    A sequence of at most `original_max_position` tokens has `short_factor`, a longer one `long_factor` throughout.
     `attention_factor` None: sqrt(1 + ln(max_position / original) / ln(original)).
     """
 

@@ -99,13 +99,14 @@ def test_a_quirk(case, monkeypatch):
     assert np.abs(without - right).max() > DIFFERS
 
 
-def test_the_longest_sequence_served_chooses_the_list():
-    """LongRoPE, unlike in transformers: all prompts are rotated by the list for the longest sequence that is served."""
-    folder, ids = architectures.folder("phi4_mini"), tiny.prompt(16)
-    right = architectures.reference_logits("phi4_mini", ids)  # its length chooses the short one
+@pytest.mark.parametrize("max_tokens", [16, 256])
+@pytest.mark.parametrize("length", [15, 16, 17, 100])
+def test_each_prompt_chooses_its_list(length, max_tokens):
+    """LongRoPE: whatever is served besides."""
+    folder, ids = architectures.folder("phi4_mini"), tiny.prompt(min(length, max_tokens))
+    right = architectures.reference_logits("phi4_mini", ids)
     assert isinstance(read_model_config(folder).layers[0].attention.rope.scaling, LongRope)
-    assert np.abs(RankModel(folder, max_tokens=16).logits(ids) - right).max() <= AGREES
-    assert np.abs(RankModel(folder, max_tokens=32).logits(ids) - right).max() > DIFFERS
+    assert np.abs(RankModel(folder, max_tokens=max_tokens).logits(ids) - right).max() <= AGREES
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi4_mini"])

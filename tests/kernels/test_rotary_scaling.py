@@ -136,18 +136,22 @@ def transformers_tables(rope, kind, keys, max_position, num_positions):
 def test_as_transformers(name, num_positions):
     rope, (kind, keys), max_position = MODELS[name]
     cos, sin = transformers_tables(rope, kind, keys, max_position, num_positions)
-    tables = rotary.tables(num_positions, rope, "cpu")
+    # The rows of long sequences are the last ones.
+    tables = [table[-num_positions:] for table in rotary.tables(num_positions, rope, "cpu")]
     # A frequency's last bit turns position 4096 by 2^-12.
     close = {"rtol": 0, "atol": 6e-4}
     torch.testing.assert_close(tables[0], torch.cat((cos, cos), 1), **close)
     torch.testing.assert_close(tables[1], torch.cat((-sin, sin), 1), **close)
 
 
-def test_the_list_is_chosen_by_the_longest_sequence():
+def test_long_sequences_have_rows_of_their_own_behind_those_of_short_ones():
     rope = MODELS["Phi-4-mini"][0]
-    short, short_again, long = (rotary.tables(num, rope, "cpu")[0][:300] for num in (300, 4096, 4097))
-    assert torch.equal(short, short_again)
-    assert not torch.allclose(short, long, atol=0.1)
+    for number in (0, 1):
+        few, short, both = (rotary.tables(num, rope, "cpu")[number] for num in (300, 4096, 5000))
+        assert [len(table) for table in (few, short, both)] == [300, 4096, 4096 + 5000]
+        assert torch.equal(few, short[:300])
+        assert torch.equal(short, both[:4096])
+        assert not torch.allclose(both[:300], both[4096:4396], atol=0.1)
 
 
 @pytest.mark.parametrize(

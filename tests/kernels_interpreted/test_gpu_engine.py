@@ -4,7 +4,7 @@ of single queries are captured, but for those of a request that has asked for it
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_checkpoints
+from helpers import architectures, tiny_checkpoints
 from helpers.fake_graphs import FakeCapture
 
 from expertwire.comm.all_to_all.base import AllToAllSpec
@@ -67,7 +67,7 @@ def requests(folder):
     ]
 
 
-def serve(folder, ops, num_micro_batches=1, num_requests=5, capture=None):
+def serve(folder, ops, asked, num_micro_batches=1, capture=None):
     """Tokens and log-probabilities by request, the ranks' load, and the experts of the request that has asked."""
     config, runner = build(folder, ops, num_micro_batches, capture)
     if ops.on_device:
@@ -81,11 +81,12 @@ def serve(folder, ops, num_micro_batches=1, num_requests=5, capture=None):
             max_queued_requests=9,
             eos_token_ids=(),
             vocab_size=config.vocab_size,
+            original_max_position_embeddings=config.original_max_position_embeddings,
             **SIZES,
         ),
         config.cache_specs(),
     )
-    for request in requests(folder)[:num_requests]:
+    for request in asked:
         assert scheduler.submit(request, 0.0) is None
     tokens, logprobs, prompts = {}, {}, {}
     of_first = np.zeros(config.num_layers * config.num_experts, np.int64)
@@ -106,19 +107,42 @@ def serve(folder, ops, num_micro_batches=1, num_requests=5, capture=None):
     return tokens, logprobs, prompts, load, of_first
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe"])
-@pytest.mark.parametrize(("num_micro_batches", "num_requests"), [(1, 5), (2, 2)], ids=["whole steps", "halves"])
-def test_the_same_tokens_as_on_the_cpu(kind, num_micro_batches, num_requests):
-    folder = tiny_checkpoints.cached(kind, num_hidden_layers=2)  # one sparse, one dense
-    expected = serve(folder, kernels.cpu(), num_requests=num_requests)
-    capture = FakeCapture()
-    found = serve(folder, kernels.triton(describe("cpu")), num_micro_batches, num_requests, capture)
-    assert capture.replays > 0
+def check_outputs(found, expected):
     assert found[0] == expected[0]
     for part in (1, 2):
         assert found[part].keys() == expected[part].keys()
         for key, pairs in expected[part].items():
             np.testing.assert_allclose(np.array(found[part][key]), np.array(pairs), atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe"])
+@pytest.mark.parametrize(("num_micro_batches", "num_requests"), [(1, 5), (2, 2)], ids=["whole steps", "halves"])
+def test_the_same_tokens_as_on_the_cpu(kind, num_micro_batches, num_requests):
+    folder = tiny_checkpoints.cached(kind, num_hidden_layers=2)  # one sparse, one dense
+    expected = serve(folder, kernels.cpu(), requests(folder)[:num_requests])
+    capture = FakeCapture()
+    gpu = kernels.triton(describe("cpu"))
+    found = serve(folder, gpu, requests(folder)[:num_requests], num_micro_batches, capture)
+    assert capture.replays > 0
+    check_outputs(found, expected)
     np.testing.assert_array_equal(found[3], expected[3])
     np.testing.assert_array_equal(found[4], expected[4])
     assert found[4].sum() == 2 * (5 + 4 - 1)  # of its tokens all but the last, in the layer with experts
+
+
+def test_long_and_short_requests_in_one_batch():
+    """LongRoPE of an original context of 16 tokens."""
+    folder, capture = architectures.folder("phi4_mini"), FakeCapture()
+
+    def request(key, length, num):
+        prompt = np.array(tiny_checkpoints.prompt(length, seed=key), np.int32)
+        return Request(key=key, prompt=prompt, params=SamplingParams(max_tokens=num, logprobs=2, temperature=0), seed=0)
+
+    def answers(ops, *capture):
+        return serve(
+            folder, ops, [request(*sizes) for sizes in ((0, 5, 4), (1, 20, 3), (2, 10, 7), (3, 9, 9))], 1, *capture
+        )
+
+    expected, found = answers(kernels.cpu()), answers(kernels.triton(describe("cpu")), capture)
+    assert capture.replays > 0
+    check_outputs(found, expected)
