@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 if TYPE_CHECKING:
     from expertwire.scheduler.quotas import TenantQuota
 
-CacheKind = Literal["full", "window", "latent", "index", "state"]
+CacheKind = Literal["full", "window", "latent", "index", "chunk", "state"]
 
 
 def is_int(value: object) -> TypeGuard[int]:
@@ -30,13 +31,16 @@ class CacheSpec:
     Args:
         name: unique within the model.
         kind: `full` paged KV; `window` paged KV of the last `window` tokens; `latent` one compressed
-            row a token; `index` sparse-attention keys; `state` one recurrent state a sequence.
-        bytes_per_token: on one rank, all writing layers together (for `state`: bytes per slot).
+            row a token; `index` sparse-attention keys; `state` one recurrent state a sequence; `chunk` the inputs of a
+            recurrent mixer since its state last moved on.
+        bytes_per_token: on one rank, all writing layers together (for `state`: bytes of a state).
         writers: layers that write it.
         readers: layers that read it (a layer may read another layer's cache).
         window: tokens kept, for kind `window`.
         snapshot_every: tokens between kept copies of the state, for kind `state`: each block holds one
             state. A multiple of the block size.
+        chunk_size: tokens after which the state moves on, for kind `chunk`: a token reads those of its own chunk, and blocks
+            hold whole chunks.
     """
 
     name: str
@@ -46,15 +50,24 @@ class CacheSpec:
     readers: tuple[int, ...]
     window: int | None = None
     snapshot_every: int | None = None
+    chunk_size: int | None = None
 
     @property
     def num_seen(self) -> int | None:
-        """Number of cached tokens that a token reads, itself included; None: all."""
-        return 2 if self.kind == "state" else self.window  # a token reads the state after the one before
+        """Number of cached tokens that a token reads beside those in its own block, plus one; None: all."""
+        if self.kind == "state":
+            return 2  # a token reads the state after the one before
+        return 1 if self.kind == "chunk" else self.window
 
     def tokens_per_block(self, block_size: int) -> int:
-        """Return `block_size`, or `snapshot_every` for a state."""
+        """Return `block_size`; for a state `snapshot_every`, for chunks the least multiple of both sizes."""
+        if self.chunk_size is not None:
+            return math.lcm(self.chunk_size, block_size)
         return self.snapshot_every or block_size
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Return the bytes of a block."""
+        return self.bytes_per_token * (1 if self.kind == "state" else self.tokens_per_block(block_size))
 
     def most_blocks(self, block_size: int, max_model_len: int, max_num_batched_tokens: int) -> int:
         """Return the most blocks that one request holds, at its longest or in a window and one step."""
@@ -152,6 +165,7 @@ def check_cache_specs(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfi
         raise ValueError(f"cache_specs must have at least one cache, each with its own name, got {names}")
     if isinstance(num_blocks, tuple) and len(num_blocks) != len(names):
         raise ValueError(f"num_blocks must be one number, or one for each of the caches {names}, got {num_blocks}")
+    chunk = math.lcm(*(spec.tokens_per_block(config.block_size) for spec in cache_specs if spec.chunk_size))
     for spec in cache_specs:
         prefix = f"cache {spec.name!r} is of kind {spec.kind!r}"
         if spec.kind not in get_args(CacheKind):
@@ -161,9 +175,13 @@ def check_cache_specs(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfi
         if spec.kind != "window" and spec.window is not None:
             raise ValueError(f"{prefix}; window must be None, got {spec.window!r}")
         every = spec.snapshot_every
-        if spec.kind == "state" and (every is None or every < 1 or every % config.block_size):
+        if spec.kind == "state" and (every is None or every < 1 or every % math.lcm(chunk, config.block_size)):
             raise ValueError(
-                f"{prefix}; snapshot_every must be a multiple of block_size {config.block_size}, got {every!r}"
+                f"{prefix}; snapshot_every must be a multiple of block_size {config.block_size} and of the chunk size, "
+                f"together {math.lcm(chunk, config.block_size)}, got {every!r}"
             )
         if spec.kind != "state" and every is not None:
             raise ValueError(f"{prefix}; snapshot_every must be None, got {every!r}")
+        if (spec.kind == "chunk") != (spec.chunk_size is not None) or (spec.chunk_size or 1) < 1:
+            allowed = "an integer >= 1" if spec.kind == "chunk" else "None"
+            raise ValueError(f"{prefix}; chunk_size must be {allowed}, got {spec.chunk_size!r}")

@@ -19,6 +19,7 @@ _cache = partial(CacheSpec, bytes_per_token=1, writers=(0,), readers=(0,))
 _CACHES = (
     _cache(name="full", kind="full"),
     _cache(name="window", kind="window", window=3),
+    _cache(name="chunk", kind="chunk", chunk_size=2),
     _cache(name="state", kind="state", snapshot_every=2),
 )
 

@@ -31,7 +31,9 @@ WINDOWED = (
     CacheSpec(name="window", kind="window", bytes_per_token=4, writers=(0,), readers=(0,), window=6),
 )
 STATE = CacheSpec(name="state", kind="state", bytes_per_token=4, writers=(0,), readers=(0,), snapshot_every=8)
+CHUNK = CacheSpec(name="chunk", kind="chunk", bytes_per_token=4, writers=(0,), readers=(0,), chunk_size=4)
 WITH_STATE = (CACHES[0], STATE)
+WITH_CHUNKS = (CACHES[0], CHUNK, STATE)
 
 
 def make_config(**changes) -> SchedulerConfig:
@@ -118,9 +120,8 @@ class SimRank:
         self.specs = specs
         self.slots: dict[int, Slot] = {}
         self.num_blocks = [usable + 1 for usable in config.num_usable_blocks(len(specs))]
-        self.caches = np.full(
-            (len(specs), max(self.num_blocks), config.block_size), -1, np.int64
-        )  # a state is a block's first
+        most = max(spec.tokens_per_block(config.block_size) for spec in specs)
+        self.caches = np.full((len(specs), max(self.num_blocks), most), -1, np.int64)  # a state is a block's first
         self.num_computed = 0
         self.sampled: defaultdict[int, set[int]] = defaultdict(set)  # positions, by seed
         self.broken: dict[int, int] = {}  # by seed, the position from which on the logits are not finite
@@ -196,7 +197,7 @@ class SimRank:
                 for position in range(start, start + num):
                     cache[blocks[position // size], 0] = states[position]
             else:
-                size = self.config.block_size
+                size = spec.tokens_per_block(self.config.block_size)
                 for position in range(start, start + num):
                     cache[blocks[position // size], position % size] = states[position]
             assert max(blocks) == (start + num - 1) // size, "more blocks than the tokens need"
@@ -207,13 +208,15 @@ class SimRank:
 
     def _check_caches(self, slot: Slot, start: int) -> None:
         """Check that the caches hold all that the tokens from `start` on attend to."""
-        size = self.config.block_size
         states = slot.states[1:]
         for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
             if spec.kind == "state":
                 assert cache[blocks[(slot.num_computed - 1) // spec.snapshot_every], 0] == states[-1], "a wrong state"
                 continue
+            size = spec.tokens_per_block(self.config.block_size)
             first = 0 if spec.window is None else max(start - spec.window + 1, 0)
+            if spec.chunk_size is not None:
+                first = start // spec.chunk_size * spec.chunk_size
             found = [int(cache[blocks[p // size], p % size]) for p in range(first, slot.num_computed)]
             assert found == states[first:], f"cache {spec.name!r} holds other tokens"
 

@@ -6,7 +6,7 @@ Prompts share prefixes, pools are often so small that requests are preempted, an
 import dataclasses
 
 import pytest
-from helpers.sim_ranks import CACHES, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
+from helpers.sim_ranks import CACHES, CHUNK, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -40,7 +40,9 @@ class Machine(RuleBasedStateMachine):
         chunked_prefill_size=st.sampled_from([None, None, 1, 3]),
         block_size=st.integers(1, 5),
         spares=st.lists(st.sampled_from([0, 0, 0, 1, 2, 5, 10]), min_size=3, max_size=3),
-        specs=st.sampled_from([CACHES[:1], CACHES, WINDOWED, WINDOWED[1:], (*WINDOWED, STATE), (CACHES[0], STATE)]),
+        specs=st.sampled_from(
+            [CACHES[:1], CACHES, WINDOWED, WINDOWED[1:], (*WINDOWED, STATE), (CACHES[0], CHUNK, STATE)]
+        ),
         blocks_per_state=st.integers(1, 3),
         overlap=st.booleans(),
         enable_prefix_caching=st.sampled_from([True, True, False]),
@@ -68,7 +70,11 @@ class Machine(RuleBasedStateMachine):
     ):
         max_model_len = 24
         every = block_size * blocks_per_state
-        specs = tuple(dataclasses.replace(s, snapshot_every=every) if s is STATE else s for s in specs)
+        changes = {
+            STATE: {"snapshot_every": every},
+            CHUNK: {"chunk_size": every if blocks_per_state == 2 else block_size},
+        }
+        specs = tuple(dataclasses.replace(s, **changes.get(s, {})) for s in specs)
         self.config = make_config(
             num_ranks=num_ranks,
             max_num_seqs=max_num_seqs,

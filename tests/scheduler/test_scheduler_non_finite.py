@@ -4,7 +4,7 @@ import pytest
 from helpers.sim_ranks import (
     CACHES,
     WINDOWED,
-    WITH_STATE,
+    WITH_CHUNKS,
     SimCluster,
     check,
     expected_output,
@@ -41,7 +41,7 @@ def test_the_rank_is_named():
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("specs", [CACHES, WINDOWED, WITH_STATE], ids=["full", "window", "state"])
+@pytest.mark.parametrize("specs", [CACHES, WINDOWED, WITH_CHUNKS], ids=["full", "window", "state"])
 def test_its_tokens_are_not_found_in_the_prefix_cache(overlap, specs):
     """Nor those that it has found there itself; other prefixes are."""
     cluster = SimCluster(make_config(num_ranks=1, num_blocks=30), overlap=overlap, specs=specs)

@@ -1,7 +1,7 @@
 """Caches of recurrent states: a block holds the state after its last token; snapshots are kept."""
 
 import pytest
-from helpers.sim_ranks import STATE, WITH_STATE, SimCluster, check, make_config, make_request, serve
+from helpers.sim_ranks import STATE, WITH_CHUNKS, WITH_STATE, SimCluster, check, make_config, make_request, serve
 
 SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_batched_tokens": 8, "num_blocks": 65}
 EVERY = 8
@@ -13,7 +13,9 @@ def states(cluster):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("specs", [WITH_STATE, (STATE,)], ids=["with a full cache", "alone"])
+@pytest.mark.parametrize(
+    "specs", [WITH_STATE, WITH_CHUNKS, (STATE,)], ids=["with a full cache", "with chunks", "alone"]
+)
 def test_a_request_holds_one_state_and_at_times_two(specs, overlap):
     cluster = SimCluster(make_config(**SIZES), specs=specs, overlap=overlap)
     request = make_request(0, 60, max_tokens=60, ignore_eos=True)
@@ -26,7 +28,9 @@ def test_a_request_holds_one_state_and_at_times_two(specs, overlap):
     check(cluster, request)
 
 
-@pytest.mark.parametrize("specs", [WITH_STATE, (STATE,)], ids=["with a full cache", "alone"])
+@pytest.mark.parametrize(
+    "specs", [WITH_STATE, WITH_CHUNKS, (STATE,)], ids=["with a full cache", "with chunks", "alone"]
+)
 @pytest.mark.parametrize("length", [5, 8, 9, 16, 17, 20, 41])
 def test_a_prefix_ends_where_a_state_was_kept(length, specs):
     cluster = SimCluster(make_config(**SIZES), specs=specs)
@@ -42,11 +46,12 @@ def test_evicted_state_ends_no_prefix():
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("specs", [WITH_STATE, WITH_CHUNKS], ids=["states", "chunks"])
 @pytest.mark.parametrize("num_steps", range(4, 14))
-def test_fork_continues_from_its_own_state(num_steps, overlap):
+def test_fork_continues_from_its_own_state(num_steps, specs, overlap):
     """With a step in flight the state has changed; the fork continues from a snapshot, if there is one."""
     config = make_config(**{**SIZES, "max_num_seqs": 4})
-    cluster = SimCluster(config, specs=WITH_STATE, overlap=overlap)
+    cluster = SimCluster(config, specs=specs, overlap=overlap)
     parent = make_request(0, 11, max_tokens=20, ignore_eos=True)
     cluster.submit(parent)
     for _ in range(num_steps):
