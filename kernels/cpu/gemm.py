@@ -32,6 +32,7 @@ from expertwire.kernels.cpu._llvm import (
     empty,
     end_products,
     jit,
+    load,
     multiply,
     multiply_and_gate,
     operand,
@@ -56,7 +57,7 @@ from expertwire.kernels.ops.variants import Activation
 CHUNK = 288
 
 Gating = tuple[np.float32, np.float32, np.float32]  # alpha, limit and offset of `experts.gate_reference`
-Operands = tuple[np.ndarray | Codes, np.ndarray, np.ndarray | Codes, np.ndarray, Gating]
+Operands = tuple[np.ndarray | Codes, np.ndarray, np.ndarray | Codes, np.ndarray, Gating | None]
 
 
 def is_packed(weight: Weight) -> bool:
@@ -94,11 +95,11 @@ class PackedLinear:
 class PackedExperts:
     """`kernels.ops.experts.GroupedMlp`; weights are panels of numbers or `quantized.Codes`."""
 
-    w13: np.ndarray | Codes  # [e, F / 16, K', 32]: sixteen outputs of w1, then sixteen of w3
+    w13: np.ndarray | Codes  # [e, F / 16, K', 32]: sixteen outputs of w1, then sixteen of w3; without a gate as w2
     w2: np.ndarray | Codes  # [e, panels, K', 32]
-    bias13: np.ndarray  # fp32 [e, F / 16, 32]
+    bias13: np.ndarray  # fp32 [e, F / 16, 32]; [e, F] without a gate
     bias2: np.ndarray  # fp32 [e, D]
-    gating: Gating
+    gating: Gating | None  # None: squared ReLU
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -171,7 +172,6 @@ def prepare_experts(
     """As `kernels.ops.experts.PrepareExperts`."""
     activation = activation or Activation()
     if is_packed(w13) and is_packed(w2):
-        assert activation.gated, f"{activation} on a CPU"
         return pack_experts(w13, w2, activation, bias13_eF, bias2_eD)
     return experts_op.prepare(w13, w2, activation=activation, silu_mul=silu_mul, bias13_eF=bias13_eF, bias2_eD=bias2_eD)
 
@@ -199,22 +199,23 @@ def pack_experts(
     bias13_eF: Tensor | None = None,
     bias2_eD: Tensor | None = None,
 ) -> PackedExperts:
-    """Pack weights [e, 2F, D] and [e, D, F] that panels support."""
+    """Pack weights [e, 2F, D], without a gate [e, F, D], and [e, D, F] that panels support."""
     assert supports(w13), f"w13 {tuple(w13.shape)}"
     assert supports(w2), f"w2 {tuple(w2.shape)}"
     num_experts, width, inner = w2.shape
-    alpha, limit, offset = activation.gating
+    rows = w13.shape[1]
+    bias13 = np.zeros((num_experts, rows), np.float32) if bias13_eF is None else bias13_eF.float().numpy()
+    bias2 = np.zeros((num_experts, width), np.float32) if bias2_eD is None else bias2_eD.float().numpy()
+    packed_w2 = _pack(w2, np.arange(0, width, LANES))
+    if not activation.gated:
+        starts = np.arange(0, -(-rows // PANEL) * PANEL, LANES)
+        return PackedExperts(_pack(w13, starts), packed_w2, bias13, bias2, gating=None)
     gates = np.arange(0, inner, LANES)
     halves = np.stack((gates, gates + inner), 1).flatten()
-    bias13 = np.zeros((num_experts, 2 * inner), np.float32) if bias13_eF is None else bias13_eF.float().numpy()
-    bias2 = np.zeros((num_experts, width), np.float32) if bias2_eD is None else bias2_eD.float().numpy()
-    return PackedExperts(
-        w13=_pack(w13, halves),
-        w2=_pack(w2, np.arange(0, width, LANES)),
-        bias13=bias13.reshape(num_experts, -1, LANES)[:, halves // LANES].reshape(num_experts, -1, PANEL),
-        bias2=bias2,
-        gating=(np.float32(alpha), np.float32(limit), np.float32(offset)),
-    )
+    bias13 = bias13.reshape(num_experts, -1, LANES)[:, halves // LANES].reshape(num_experts, -1, PANEL)
+    alpha, limit, offset = activation.gating
+    gating = np.float32(alpha), np.float32(limit), np.float32(offset)
+    return PackedExperts(_pack(w13, halves), packed_w2, bias13, bias2, gating)
 
 
 def _pack(w_eNK: Weight, starts: np.ndarray) -> np.ndarray | Codes:
@@ -282,9 +283,34 @@ def _store_partial_panel(acc, count, bias, n, y):
             y[i, k] = round_like(acc[HEAD + i, k - n] + bias[k], y[i, k])
 
 
-@jit
 def _hidden(x, num_m, w13, bias, gating, scratch, acc, other, like, hidden):
-    """Compute the hidden layer of an expert, rounded as `like`; rows are gated while the next ones are multiplied."""
+    """Compute the hidden layer of an expert, rounded as `like`; without `gating` by squared ReLU."""
+
+
+@overload(_hidden)
+def _hidden_overload(x, num_m, w13, bias, gating, scratch, acc, other, like, hidden):
+    def gated(x, num_m, w13, bias, gating, scratch, acc, other, like, hidden):
+        _gated_hidden(x, num_m, w13, bias, gating, scratch, acc, other, like, hidden)
+
+    def ungated(x, num_m, w13, bias, gating, scratch, acc, other, like, hidden):
+        _product(x, num_m, w13, bias, scratch, acc, hidden)
+        for m in range(num_m):
+            _relu2(hidden[m], like)
+
+    return ungated if isinstance(gating, types.NoneType) else gated
+
+
+@jit
+def _relu2(row, like):
+    """Square the positive numbers of a row of products, every result rounded as `like`."""
+    for i in range(len(row)):
+        number = max(load(round_like(load(row[i]), like)), np.float32(0))
+        row[i] = round_like(load(round_like(number * number, like)), row[i])
+
+
+@jit
+def _gated_hidden(x, num_m, w13, bias, gating, scratch, acc, other, like, hidden):
+    """Rows are gated while the next ones are multiplied."""
     width, num_k = hidden.shape[1], x.shape[1]
     pending = other, HEAD, 0, bias, 0, gating, like, hidden, 0, width
     for i in range(num_panels(w13)):
@@ -320,7 +346,8 @@ def _gather(x, index, start, count, rows):
 def experts_rows(x, index, offsets, operands, y):
     """As `kernels.ops.experts.reference`, with `PackedExperts.operands`; at least one row."""
     w13, bias13, w2, bias2, gating = operands
-    most, width, inner = min(CHUNK, np.diff(offsets).max()), x.shape[1], bias13.shape[1] * LANES
+    most, width = min(CHUNK, np.diff(offsets).max()), x.shape[1]
+    inner = bias13[0].size if gating is None else bias13.shape[1] * LANES
     scratch13, scratch2 = scratch(expert(w13, 0), x), scratch(expert(w2, 0), x)
     rows, hidden, acc = operand(most, width, scratch13), operand(most, inner, scratch2), accumulators()
     other = accumulators()

@@ -64,7 +64,8 @@ class PrepareExperts(Protocol):
         expected: float = 1.0,
         overlapped: bool = False,
     ) -> GroupedMlp:
-        """Prepare weights [e, 2F, D], gate rows over up rows, and [e, D, F]. Quantised ones stay as they are in memory.
+        """Prepare weights [e, 2F, D], gate rows over up rows, or [e, F, D] without a gate, and [e, D, F]. Quantised ones stay
+        as they are in memory.
 
         `expected`: the share of R that holds rows under even routing, where the device counts rows. `overlapped`: an
         all-to-all runs at the same time on a GPU.
@@ -190,11 +191,11 @@ class LibraryExperts:
         return y_RD
 
     def _gated(self, gate_up_NF: Tensor) -> Tensor:
-        return (
-            self.silu_mul(gate_up_NF)
-            if self.activation.kind == "swiglu"
-            else gate_reference(gate_up_NF, self.activation)
-        )
+        if not self.activation.gated:
+            return gate_up_NF.relu_().square_()
+        if self.activation.kind == "swiglu":
+            return self.silu_mul(gate_up_NF)
+        return gate_reference(gate_up_NF, self.activation)
 
 
 def tensors_of(weight: Weight) -> tuple[Tensor, ...]:
@@ -219,7 +220,6 @@ def prepare(
 ) -> LibraryExperts:
     """As `PrepareExperts`, with `linear.library`; the host counts rows."""
     activation = activation or Activation()
-    assert activation.gated, f"{activation} on a CPU"
     return LibraryExperts(
         w13=w13, w2=w2, activation=activation, bias13_eF=bias13_eF, bias2_eD=bias2_eD, silu_mul=silu_mul
     )

@@ -8,6 +8,7 @@ import torch
 
 from expertwire.kernels import registry
 from expertwire.kernels.ops import experts
+from expertwire.kernels.ops.variants import Activation
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -91,6 +92,23 @@ def test_bits_of_rows_do_not_depend_on_their_company(dtype, width, inner):
             if start <= first < last <= end:
                 alone = np.repeat([0, last - first], [e + 1, 5 - e])
                 assert torch.equal(apply(x, index[first:last], alone), whole[first:last]), (e, first, last)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "inner"), [(64, 96), (96, 80), (33, 7), (128, 1856)])
+def test_squared_relu_without_a_gate(ops, dtype, width, inner):
+    x, index, offsets, w13, w2 = inputs([3, 0, 17, 1, 40], dtype, width, inner)
+    w1, relu2 = w13[:, :inner].clone(), Activation("relu2")
+    apply = ops.experts(w1.clone(), w2.clone(), activation=relu2)
+    whole = apply(x, index, offsets)
+    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
+        hidden = (x[index[start:end]].double() @ w1[e].double().T).to(dtype).relu().square()
+        expected = hidden.double() @ w2[e].double().T
+        torch.testing.assert_close(whole[start:end].double(), expected, **TOLERANCE[dtype])
+    alone = apply(x, index[4:5], np.array([0, 0, 0, 1, 1, 1]))
+    assert ops is OPS["torch"] or torch.equal(alone, whole[4:5])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
