@@ -32,7 +32,8 @@ def explain(options: EngineConfig, device: str, topology: str | None = None) -> 
     dispatch = list(_describe_all_to_all(config, options, device, topology))  # first, as it may raise
     yield from _on_a_cpu(config) if device == "cpu" else _on_a_gpu(config, device, options.ep_size)
     for spec in config.cache_specs():
-        yield f"cache {spec.name!r} in {config.cache_dtype(spec.kind)}: {spec.bytes_per_token:,} bytes a token on each rank"
+        held = "state" if spec.kind == "state" else "token"
+        yield f"cache {spec.name!r} in {config.cache_dtype(spec.kind)}: {spec.bytes_per_token:,} bytes a {held} on each rank"
     yield from dispatch
 
 
@@ -46,8 +47,8 @@ def _describe_all_to_all(
     validation.check_dispatch(options, config)
     ep_size, fp8 = options.ep_size, validation.sends_fp8(options, config, on_gpu=device != "cpu")
     where = read(topology).first(ep_size) if topology else _default_topology(device, ep_size)
-    row = config.hidden_size * {"float32": 4, "bfloat16": 2}[config.dtype]
-    sent = config.hidden_size * 33 // 32 if fp8 else row  # a scale of four bytes for 128 numbers
+    row = config.dispatch_size * {"float32": 4, "bfloat16": 2}[config.dtype]
+    sent = config.dispatch_size * 33 // 32 if fp8 else row  # a scale of four bytes for 128 numbers
     here = BackendConditions(
         topology=where,
         device="cpu" if device == "cpu" else "cuda",
@@ -144,9 +145,7 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
     gpu = {"h200": H200, "b200": B200}.get(device) or describe("cuda")
     dtype = getattr(torch, config.dtype)
     yield registry.triton(gpu).explain()
-    for head_dim in sorted(
-        {a.head_dim for layer in config.layers if isinstance(a := layer.attention, AttentionConfig)}
-    ):
+    for head_dim in sorted({a.head_dim for layer in config.layers if isinstance(a := layer.mixer, AttentionConfig)}):
         yield f"attention: {attention.tile_config(head_dim=head_dim, element_size=dtype.itemsize, arch=gpu.arch)}"
     format = expert_format(config, None)
     for tokens in _TOKENS:
@@ -163,10 +162,11 @@ def _on_a_gpu(config: ModelConfig, device: str, ep_size: int) -> Iterator[str]:
 
 def _products(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Return the shapes of some weights."""
-    shapes, attention = {}, config.layers[0].attention
-    if isinstance(attention, AttentionConfig):
-        shapes["query, key and value"] = sum(attention.qkv_sizes), config.hidden_size
+    shapes: dict[str, tuple[int, int]] = {}
+    for layer in config.layers:
+        if isinstance(layer.mixer, AttentionConfig):
+            shapes.setdefault("query, key and value", (sum(layer.mixer.qkv_sizes), config.hidden_size))
     if config.moe is not None:
-        shapes["w13"] = (2 * config.moe.intermediate_size, config.hidden_size)
-        shapes["w2"] = (config.hidden_size, config.moe.intermediate_size)
+        shapes["w13"] = (sum(config.moe.w13_parts), config.dispatch_size)
+        shapes["w2"] = (config.dispatch_size, config.moe.intermediate_size)
     return shapes

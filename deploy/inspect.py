@@ -8,8 +8,9 @@ from typing import Literal
 
 from expertwire.engine.loader.inspection import Inspection, inspect
 from expertwire.engine.models.model_config import (
-    AttentionConfig,
     LatentAttentionConfig,
+    Mamba2Config,
+    Mixer,
     MlpConfig,
     ModelConfig,
     MoeConfig,
@@ -59,9 +60,10 @@ def lines(
 
 def _model(config: ModelConfig) -> Iterator[str]:
     yield f"{config.architecture} ({config.model_type}), {config.num_layers} layers of width {config.hidden_size}"
-    kinds = Counter((_attention(layer.attention), _mlp(layer.mlp)) for layer in config.layers)
-    for (attention, mlp), number in kinds.items():
-        yield f"  {number} x {attention}; {mlp}"
+    for layer, number in Counter(config.layers).items():
+        halves = [] if layer.mixer is None else [_mixer(layer.mixer)]
+        halves += [] if layer.mlp is None else [_mlp(layer.mlp)]
+        yield f"  {number} x {'; '.join(halves)}"
     stored = "unquantised"
     if config.quantization is not None:
         q = config.quantization
@@ -71,7 +73,10 @@ def _model(config: ModelConfig) -> Iterator[str]:
     yield f"vocabulary of {config.vocab_size}, head {tied}; ends at {', '.join(map(str, config.eos_token_ids)) or 'no token'}"
 
 
-def _attention(config: AttentionConfig | LatentAttentionConfig) -> str:
+def _mixer(config: Mixer) -> str:
+    if isinstance(config, Mamba2Config):
+        groups = f"states of {config.state_size} in {config.num_groups} groups"
+        return f"Mamba-2, {config.num_heads} heads of {config.head_dim}, {groups}"
     if isinstance(config, LatentAttentionConfig):
         sparse = f", sparse: {config.indexer.top_k} positions" if config.indexer is not None else ""
         return f"latent attention, {config.num_heads} heads, {config.kv_lora_rank} + {config.rope.size} numbers a token{sparse}"
@@ -84,7 +89,8 @@ def _mlp(config: MlpConfig | MoeConfig) -> str:
     if not isinstance(config, MoeConfig):
         return f"MLP of {config.intermediate_size}"
     shared = f", shared expert of {config.shared_intermediate_size}" if config.shared_intermediate_size else ""
-    return f"{config.top_k} of {config.num_experts} experts of {config.intermediate_size} by {config.score}{shared}"
+    latent = f" on latents of {config.latent_size}" if config.latent_size else ""
+    return f"{config.top_k} of {config.num_experts} experts of {config.intermediate_size}{latent} by {config.score}{shared}"
 
 
 def _counts(found: Inspection) -> Iterator[str]:
@@ -117,11 +123,14 @@ def _row(kind: str, number: int, stored: int, held: list[int]) -> str:
 def _memory(found: Inspection, context: int) -> Iterator[str]:
     caches = found.cache_bytes(context)
     for spec in found.caches:
-        kept = f"the last {spec.window} tokens" if spec.window is not None else "every token"
+        kept = f"a token, the last {spec.window} tokens" if spec.window is not None else "a token, every token"
+        if spec.kind == "chunk":
+            kept = f"a token, at most {spec.chunk_size} tokens"
+        elif spec.kind == "state":
+            kept = "a request, and a snapshot"
         yield (
             f"cache {spec.name!r} of {len(spec.writers)} layers, {found.config.cache_dtype(spec.kind)}: "
-            f"{spec.bytes_per_token:,} bytes a token, {kept}: "
-            f"{_size(caches[spec.name])} for a request of {context}"
+            f"{spec.bytes_per_token:,} bytes {kept}: {_size(caches[spec.name])} for a request of {context}"
         )
     on_cpu, on_gpu = (sum(found.rank_bytes[device].values()) for device in ("cpu", "cuda"))
     yield (

@@ -27,7 +27,8 @@ ENGINE_GROUPS: Mapping[str, tuple[str, ...]] = {
         "max_queued_requests_per_tenant", "scheduling_policy", "aging",
     ),
     "KV cache": (
-        "enable_prefix_caching", "block_size", "kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization",
+        "enable_prefix_caching", "block_size", "kv_cache_dtype", "snapshot_every", "snapshot_share", "kv_cache_memory_bytes",
+        "gpu_memory_utilization",
     ),
     "experts": (
         "num_redundant_experts", "topology", "eplb_step_interval", "all2all_backend", "all2all_table", "dispatch_dtype",

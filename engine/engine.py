@@ -48,7 +48,7 @@ class Engine:
     def __init__(
         self, config: EngineConfig, launcher: Launcher, end_of_turn_ids: Sequence[int] = (), *, log_stats: bool = False
     ) -> None:
-        model = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
+        model = read_model_config(config.model, config.dtype, config.kv_cache_dtype, config.snapshot_every)
         eos_token_ids = dict.fromkeys((*model.eos_token_ids, *end_of_turn_ids))
         model = dataclasses.replace(model, eos_token_ids=tuple(eos_token_ids))
         max_model_len = validate(config, model)

@@ -69,7 +69,9 @@ class MockSteps:
     depth = 1
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
-        self._model: ModelConfig = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
+        self._model: ModelConfig = read_model_config(
+            config.model, config.dtype, config.kv_cache_dtype, config.snapshot_every
+        )
         self._rank, self._step_time_s = rank, config.mock_step_time_s
         self._sampling_Z = np.zeros(config.max_num_seqs, SAMPLING_DTYPE)
         self._bans: dict[int, frozenset[int]] = {}  # by slot

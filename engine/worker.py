@@ -147,7 +147,7 @@ def _start(
         master=store,
     )
     closing.callback(group.close)
-    model_config = read_model_config(config.model, config.dtype, config.kv_cache_dtype)
+    model_config = read_model_config(config.model, config.dtype, config.kv_cache_dtype, config.snapshot_every)
     domain_P, failing_P = _rank_domains(config, group, node, device)
     model, all_to_all = _load(config, model_config, rank, num_ranks, node, sharers, device, group, domain_P, link.beat)
     place_2 = np.array([*domain_P[rank : rank + 1], *failing_P[rank : rank + 1]], np.int64)

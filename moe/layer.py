@@ -63,6 +63,7 @@ class MoeLayer:
         router: on a device it also counts the load, in the launch that chooses experts.
         experts: whose `weights` are rewritten in place when experts move.
         shared: the shared expert, or None.
+        latent: to and from the width of the rows that experts read and write, where that is not D; these rows travel. Or None.
         norm, eps: of the norm behind the layer.
         all_to_alls: one for each micro-batch that can be in flight.
         log2phy_QE: i64, `Placement.log2phy` this rank; None: physical ids are logical ones.
@@ -75,6 +76,7 @@ class MoeLayer:
     router: Router
     experts: GroupedMlp
     shared: Linear | None
+    latent: tuple[Linear, Linear] | None
     norm: Tensor
     eps: float
     all_to_alls: Sequence[AllToAll]
@@ -130,6 +132,8 @@ class MoeLayer:
         input_TD, shared_TD = x_TD, None
         if self.router.routing.scales_input:
             input_TD, weights_TK = (x_TD * weights_TK).to(x_TD.dtype), torch.ones_like(weights_TK)
+        if self.latent is not None:
+            input_TD = self.latent[0](input_TD)
         mixed, most, whole = [], self.exchange_tokens, (input_TD, physical_TK, weights_TK)
         for first, counts_P in exchanges(num_tokens_P, most):
             rows, physical, weights = whole if most is None else (tensor[first : first + most] for tensor in whole)
@@ -145,6 +149,8 @@ class MoeLayer:
             yield
             mixed.append(self.ops.combine(all_to_all.combine_recv(returning), weights))
         y_TD = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        if self.latent is not None:
+            y_TD = self.latent[1](y_TD)
         return y_TD if shared_TD is None else torch.add(y_TD, shared_TD)
 
     def _count(self, ids_TK: Tensor) -> None:
@@ -180,6 +186,7 @@ def prepare(
     choice_bias: Tensor | None = None,
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
     shared: Linear | None = None,
+    latent: tuple[Linear, Linear] | None = None,
     layer: int = 0,
     exchange_tokens: int | None = None,
 ) -> MoeLayer:
@@ -188,7 +195,8 @@ def prepare(
     Args:
         w_router: [E, D]; in fp32 if logits are to be. `router_bias` [E] is added to logits, `choice_bias` fp32 [E]
             to scores.
-        w13: [e, 2F, D], gate rows over up rows; `w2` [e, D, F]; `biases` of the two.
+        w13: [e, 2F, D], gate rows over up rows, or [e, F, D] without a gate; `w2` [e, D, F]; `biases` of the two.
+        shared, latent: as `MoeLayer` has them.
         norm_D: weights of the norm behind the layer.
         all_to_alls: one for each micro-batch that can be in flight.
         exchange_tokens: most tokens of a rank in an exchange, if a step can have more.
@@ -216,7 +224,7 @@ def prepare(
         bias_E=choice_bias,
     )
     block = None
-    if alone and isinstance(all_to_alls[0], ReferenceAllToAll):  # others may round rows
+    if alone and latent is None and isinstance(all_to_alls[0], ReferenceAllToAll):  # others may round rows
         weights = MoeWeights(
             router=router.dense,
             routing=routing,
@@ -234,6 +242,7 @@ def prepare(
         router=router,
         experts=grouped_mlp,
         shared=shared,
+        latent=latent,
         norm=norm_D,
         eps=eps,
         all_to_alls=tuple(all_to_alls),

@@ -44,7 +44,7 @@ ENGINE_FLAGS = {
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queued-requests", "--max-queued-requests-per-tenant",
     "--chunked-prefill-size", "--scheduling-policy",
     "--aging", "--enable-prefix-caching", "--no-enable-prefix-caching", "--block-size",
-    "--kv-cache-dtype", "--kv-cache-memory-bytes", "--gpu-memory-utilization",
+    "--kv-cache-dtype", "--snapshot-every", "--snapshot-share", "--kv-cache-memory-bytes", "--gpu-memory-utilization",
     "--num-redundant-experts", "--topology", "--eplb-step-interval", "--all2all-backend", "--all2all-table",
     "--dispatch-dtype",
     "--enable-two-batch-overlap", "--no-enable-two-batch-overlap", "--threads-per-rank", "--seed", "--start-timeout",

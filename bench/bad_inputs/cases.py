@@ -101,6 +101,8 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ({"ray_address": "head"}, "ray_address", "host:port"),
     ({"ray_address": "127.0.0.1:1"}, "ray_address", "nothing answers there"),
     ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "(0, 1]"),
+    ({"snapshot_every": 0}, "snapshot_every", ">= 1"),
+    ({"snapshot_share": 0.9}, "snapshot_share", "[0, 0.5]"),
     ({"tensor_parallel_size": 2}, "tensor_parallel_size", "ep_size"),
 )
 

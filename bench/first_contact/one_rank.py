@@ -210,7 +210,7 @@ class OneRank:
                 group=SoloGroup(),
                 rank_offsets=placement.rank_offsets,
                 max_tokens=self.sizes.max_num_batched_tokens,
-                hidden_size=config.hidden_size,
+                hidden_size=config.dispatch_size,
                 top_k=config.top_k,
                 dtype=dtype,
             )

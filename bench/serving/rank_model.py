@@ -41,6 +41,7 @@ class RankModel:
         kv_cache_dtype: `EngineConfig.kv_cache_dtype`.
         fast: whether `EngineConfig.numerics` is "fast".
         num_micro_batches: in which the tokens of a forward pass are computed.
+        snapshot_every: `EngineConfig.snapshot_every`.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class RankModel:
         kv_cache_dtype: Literal["auto", "fp8"] = "auto",
         fast: bool = False,
         num_micro_batches: int = 1,
+        snapshot_every: int = 128,
     ) -> None:
         group = SoloGroup() if group is None else group
-        config = read_model_config(folder, dtype, kv_cache_dtype)
+        config = read_model_config(folder, dtype, kv_cache_dtype, snapshot_every)
         torch_dtype = getattr(torch, config.dtype)
         placement: Placement | None = None
         all_to_alls: tuple[ReferenceAllToAll, ...] = ()
@@ -66,7 +68,7 @@ class RankModel:
                 group=group,
                 rank_offsets=placement.rank_offsets,
                 max_tokens=max_tokens,
-                hidden_size=config.hidden_size,
+                hidden_size=config.dispatch_size,
                 top_k=config.top_k,
                 dtype=torch_dtype,
             )

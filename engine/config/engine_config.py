@@ -69,6 +69,9 @@ class EngineConfig:
         block_size: number of tokens in a block of the KV cache.
         kv_cache_dtype: type of cached keys, values and latents: "auto" (that of activations) or "fp8" (e4m3, half the
             bytes of bfloat16, with the checkpoint's scales or 1.0).
+        snapshot_every: tokens between two snapshots of a request's recurrent state, for models that have one (Mamba-2, gated
+            delta net): a cached prefix ends at a multiple of it.
+        snapshot_share: fraction of the memory for caches that such snapshots may take, beside the states of running requests.
         kv_cache_memory_bytes: size of the KV cache of one rank in bytes; None takes what `max_num_seqs` requests of
             `max_model_len` tokens need, at most what is free: on a GPU what `gpu_memory_utilization` leaves, on a CPU
             half of the memory that is free after loading.
@@ -123,6 +126,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     block_size: int = 16
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    snapshot_every: int = 512
+    snapshot_share: float = 0.2
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     num_redundant_experts: int = 0
@@ -149,6 +154,10 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if not is_number(share) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}")
+        if not is_number(self.snapshot_share) or not 0 <= self.snapshot_share <= 0.5:
+            raise ValueError(f"snapshot_share must be a number in [0, 0.5], got {self.snapshot_share!r}")
+        if not is_int(self.snapshot_every) or self.snapshot_every < 1:
+            raise ValueError(f"snapshot_every must be an integer >= 1, got {self.snapshot_every!r}")
         self._check_mock()
         for field in ("revision", "served_model_name"):
             if (name := getattr(self, field)) is not None and (not isinstance(name, str) or not name):

@@ -13,6 +13,7 @@ from expertwire.engine.models.model_config import (
     ITEM_SIZES,
     AttentionConfig,
     LatentAttentionConfig,
+    Mixer,
     ModelConfig,
     MoeConfig,
 )
@@ -43,6 +44,7 @@ def validate(config: EngineConfig, model: ModelConfig) -> int:
                 raise ValueError(f"{field} must be 0: {model.architecture} has no experts; got {value}")
     check_dispatch(config, model)
     check_attention(config, model)
+    _check_states(config, model)
     if config.topology is not None:
         topology.read(config.topology).first(config.ep_size)
     if config.quantization is not None:
@@ -53,6 +55,19 @@ def validate(config: EngineConfig, model: ModelConfig) -> int:
     if config.kv_cache_memory_bytes is not None:
         cache_sizes(config.on("cpu"), model.cache_specs(), max_model_len)  # a CPU needs less than a GPU
     return max_model_len
+
+
+def _check_states(config: EngineConfig, model: ModelConfig) -> None:
+    for spec in model.cache_specs():
+        if spec.kind == "chunk" and config.snapshot_every % (tokens := spec.tokens_per_block(config.block_size)):
+            raise ValueError(
+                f"snapshot_every must be a multiple of {tokens}, where the states of {model.architecture} move on and blocks of "
+                f"{config.block_size} tokens end, got {config.snapshot_every}"
+            )
+        if spec.kind == "state" and config.snapshot_every % config.block_size:
+            raise ValueError(
+                f"snapshot_every must be a multiple of block_size {config.block_size}, got {config.snapshot_every}"
+            )
 
 
 def sends_fp8(config: EngineConfig, model: ModelConfig, *, on_gpu: bool) -> bool:
@@ -88,8 +103,8 @@ def exchange_tokens(config: EngineConfig, model: ModelConfig, num_ranks: int, *,
         num_ranks=num_ranks,
         experts=-(-(model.num_experts + config.num_redundant_experts) // num_ranks),
         top_k=model.top_k,
-        row_bytes=packed_bytes(model.hidden_size) if fp8 else model.hidden_size * item,
-        combine_bytes=model.hidden_size * item,
+        row_bytes=packed_bytes(model.dispatch_size) if fp8 else model.hidden_size * item,
+        combine_bytes=model.dispatch_size * item,
         expert_bytes=size * (item + quantised),
         budget=symmetric_buffer.EXCHANGE_BYTES // config.num_micro_batches,
     )
@@ -118,10 +133,10 @@ def check_dispatch(config: EngineConfig, model: ModelConfig) -> None:
         value = getattr(config, field)
         if value not in (None, "auto", False) and not any(model.sparse_layers):
             raise ValueError(f"{field} has no effect: {model.architecture} has no experts; got {value!r}")
-    if config.dispatch_dtype == "fp8" and model.hidden_size % _FP8_GROUP:
+    if config.dispatch_dtype == "fp8" and model.dispatch_size % _FP8_GROUP:
         raise ValueError(
             f"dispatch_dtype 'fp8' needs rows of a multiple of {_FP8_GROUP} numbers; {model.architecture} has "
-            f"{model.hidden_size}"
+            f"{model.dispatch_size}"
         )
     sends_fp8(config, model, on_gpu=config.device == "cuda")
     if config.all2all_table is not None:
@@ -137,10 +152,10 @@ def _check_quantization(name: str, model: ModelConfig) -> None:
             f"quantization must be None: the checkpoint has experts in {model.quantization.expert_method} already; got {name!r}"
         )
     group = 1 if name == "fp8" else 32
-    if model.hidden_size % group or model.moe.intermediate_size % group:
+    if model.dispatch_size % group or model.moe.intermediate_size % group:
         raise ValueError(
             f"quantization {name!r} needs experts whose widths are multiples of {group}; {model.architecture} has "
-            f"{model.hidden_size} and {model.moe.intermediate_size}"
+            f"{model.dispatch_size} and {model.moe.intermediate_size}"
         )
 
 
@@ -152,7 +167,7 @@ def check_attention(config: EngineConfig, model: ModelConfig) -> None:
     """
     if config.attention_backend != "flashinfer":
         return
-    lacks = dict.fromkeys(lack for layer in model.layers for lack in _flashinfer_lacks(layer.attention))
+    lacks = dict.fromkeys(lack for layer in model.layers for lack in _flashinfer_lacks(layer.mixer))
     if model.dtype != "bfloat16":
         lacks[f"dtype {model.dtype} (bfloat16 is allowed)"] = None
     if lacks:
@@ -161,8 +176,10 @@ def check_attention(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
-def _flashinfer_lacks(attention: AttentionConfig | LatentAttentionConfig) -> list[str]:
-    found = []
+def _flashinfer_lacks(attention: Mixer | None) -> list[str]:
+    found: list[str] = []
+    if not isinstance(attention, AttentionConfig | LatentAttentionConfig):
+        return found
     if isinstance(attention, LatentAttentionConfig):
         if attention.indexer is not None:
             found.append("sparse attention")
@@ -181,8 +198,8 @@ def _flashinfer_lacks(attention: AttentionConfig | LatentAttentionConfig) -> lis
 
 def _fp8_obstacle(config: EngineConfig, model: ModelConfig) -> str:
     """Return what is needed for experts to read activations in fp8; "" if nothing is missing."""
-    if model.hidden_size % _FP8_GROUP:
-        return f"rows of a multiple of {_FP8_GROUP} numbers; {model.architecture} has {model.hidden_size}"
+    if model.dispatch_size % _FP8_GROUP:
+        return f"rows of a multiple of {_FP8_GROUP} numbers; {model.architecture} has {model.dispatch_size}"
     format = expert_format(model, config.quantization)
     if (format, model.dtype) != ("fp8_block", "bfloat16"):
         return (

@@ -69,6 +69,7 @@ OUTPUT_FORMATS = (
         end_of_turn=("<|user|>", "<|observation|>"),
         reasoning=_THINK,
     ),
+    OutputFormat(name="granite_4", marks=("<|start_of_role|>", "<tool_call>"), end_of_turn=("<|end_of_text|>",)),
     OutputFormat(
         name="qwen3_coder",
         marks=("<tool_call>", "<function=", "<|im_end|>"),

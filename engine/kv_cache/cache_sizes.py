@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.scheduler.config import CacheSpec
 
-_KINDS = {"full", "window", "latent", "index"}
 _ALL = 2**60  # blocks: more than any rank can have
 
 
@@ -40,18 +39,17 @@ class CacheSizes:
 def cache_sizes(
     config: EngineConfig, specs: Sequence[CacheSpec], max_model_len: int, free_bytes: int = 0
 ) -> CacheSizes:
-    """Return the sizes that hold as many tokens as fit. Beside groups with full attention, a sliding-window group gets no more
-    blocks than it can use.
+    """Return the sizes that hold as many tokens as fit. Beside groups with full attention, a group of which requests need only
+    the end (a sliding window, a chunk) gets no more blocks than it can use.
 
     The budget is `kv_cache_memory_bytes`, or what `max_num_seqs` requests of `max_model_len` need, but at most `free_bytes`.
+    Recurrent states take what the running requests hold, and `snapshot_share` of the budget for snapshots; at most half of it.
 
     Raises:
         CacheTooSmall: not even one request of the asked length fits.
     """
-    kinds = [spec.kind for spec in specs]
-    assert set(kinds) <= _KINDS, f"caches of kinds {kinds}; ranks keep {sorted(_KINDS)}"
     size = config.block_size
-    bytes_C = [size * spec.bytes_per_token for spec in specs]
+    bytes_C = [spec.bytes_per_block(size) for spec in specs]
     needed_C = [spec.most_blocks(size, max_model_len, config.step_tokens) for spec in specs]
     useful_C = [_useful(spec, config, max_model_len) for spec in specs]
     if min(useful_C) < _ALL <= max(useful_C):
@@ -63,12 +61,13 @@ def cache_sizes(
     budget = config.kv_cache_memory_bytes
     if budget is None:
         budget = min(_total(config.max_num_seqs * -(-max_model_len // size), bytes_C, useful_C), free_bytes)
+    states_C = [_states(config, *each, budget) for each in zip(specs, bytes_C, needed_C, strict=True)]
     for most_C in (useful_C, least_C):
-        num_C = _fill(budget, bytes_C, most_C)
+        num_C = _fill(budget, bytes_C, most_C, states_C)
         if fits := all(num >= needed for num, needed in zip(num_C, needed_C, strict=True)):
             break
-    num_tokens = max(num_C) * size
-    if not fits and (config.max_model_len is not None or max(num_C) < 2):
+    num_tokens = max(num for num, states in zip(num_C, states_C, strict=True) if not states) * size
+    if not fits and (config.max_model_len is not None or num_tokens < 2 * size):
         needed = sum(num * nbytes for num, nbytes in zip(needed_C, bytes_C, strict=True))
         raise CacheTooSmall(
             f"the KV cache of one rank ({budget} bytes) holds {num_tokens} tokens; max_model_len = {max_model_len} needs "
@@ -83,19 +82,34 @@ def cache_sizes(
 
 
 def _useful(spec: CacheSpec, config: EngineConfig, max_model_len: int) -> int:
-    """Return how many blocks a group can use: `_ALL`, or, with a sliding window, twice what the running requests hold at once:
-    others can be admitted, and blocks that slid out stay in the prefix cache for a while."""
-    if spec.window is None:
+    """Return how many blocks a group can use: `_ALL`, or, where requests need only the end, twice what the running ones hold at
+    once: others can be admitted, and blocks that slid out stay in the prefix cache for a while."""
+    if spec.num_seen is None:
         return _ALL
     each = spec.most_blocks(config.block_size, max_model_len, max_num_batched_tokens=1)
-    return 2 * (config.max_num_seqs * each + -(-config.step_tokens // config.block_size))
+    return 2 * (config.max_num_seqs * each + -(-config.step_tokens // spec.tokens_per_block(config.block_size)))
 
 
-def _fill(budget: int, bytes_C: Sequence[int], most_C: Sequence[int]) -> list[int]:
-    """Return the blocks of each group: as many as of any other, but `most_C` at most."""
-    end = budget // sum(nbytes for nbytes, most in zip(bytes_C, most_C, strict=True) if most == _ALL) + 1
+def _states(config: EngineConfig, spec: CacheSpec, nbytes: int, needed: int, budget: int) -> int:
+    """Return the blocks of a group of recurrent states, 0 for another one.
+
+    A running request has one, and at times two: some enter an interval in the same step.
+    """
+    if spec.kind != "state":
+        return 0
+    snapshots = int(config.snapshot_share * budget) // nbytes if config.enable_prefix_caching else 0
+    of_step = -(-config.step_tokens // spec.tokens_per_block(config.block_size))
+    running = config.max_num_seqs + config.max_num_seqs // 8 + of_step + 1
+    return max(needed, min(running + snapshots, budget // 2 // nbytes))
+
+
+def _fill(budget: int, bytes_C: Sequence[int], most_C: Sequence[int], states_C: Sequence[int]) -> list[int]:
+    """Return the blocks of each group: the states, and of the others as many as of any, but `most_C` at most."""
+    budget -= sum(nbytes * states for nbytes, states in zip(bytes_C, states_C, strict=True))
+    most_C = [0 if states else most for most, states in zip(most_C, states_C, strict=True)]
+    end = max(budget, 0) // sum(nbytes for nbytes, most in zip(bytes_C, most_C, strict=True) if most == _ALL) + 1
     num = bisect_right(range(end), budget, key=lambda num: _total(num, bytes_C, most_C)) - 1
-    return [min(num, most) for most in most_C]
+    return [states or max(min(num, most), 0) for most, states in zip(most_C, states_C, strict=True)]
 
 
 def _total(num: int, bytes_C: Sequence[int], most_C: Sequence[int]) -> int:

@@ -19,10 +19,11 @@ from expertwire.scheduler.plan import RankPlan
 
 @dataclass(frozen=True, kw_only=True)
 class NamedCache:
-    """A KV cache group: the tensors [blocks, block_size, ...] of each layer that writes it.
+    """A KV cache group: the tensors [blocks, tokens of a block, ...] of each layer that writes it; of kind "state" [blocks, ...].
 
     Kinds "full" and "window" keep keys and values [..., G key/value heads, d head size]; "latent" and "index" one tensor
-    [..., l]. Keys, values and latents may be fp8 (`EngineConfig.kv_cache_dtype`).
+    [..., l]; "chunk" and "state" what `kernels.ops.recurrent` says. Keys, values and latents may be fp8
+    (`EngineConfig.kv_cache_dtype`).
     """
 
     spec: CacheSpec
@@ -33,20 +34,20 @@ def make(
     spec: CacheSpec,
     num_blocks: int,
     block_size: int,
-    shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
+    tensors: Mapping[int, Sequence[tuple[tuple[int, ...], torch.dtype]]],
     device: str,
 ) -> NamedCache:
     """Return the group, filled with zeros: padding reads the null block, and 0 * NaN would not be 0.
 
     Args:
-        shapes: of one token, for each tensor of a layer.
+        tensors: of each layer that writes it, shape and dtype of each tensor: of one token, or of one state.
     """
-
-    def layer() -> tuple[Tensor, ...]:
-        return tuple(torch.zeros((num_blocks, block_size, *shape), dtype=dtype, device=device) for shape in shapes)
-
-    return NamedCache(spec=spec, layers={i: layer() for i in spec.writers})
+    lead = (num_blocks,) if spec.kind == "state" else (num_blocks, spec.tokens_per_block(block_size))
+    layers = {
+        layer: tuple(torch.zeros((*lead, *shape), dtype=dtype, device=device) for shape, dtype in each)
+        for layer, each in tensors.items()
+    }
+    return NamedCache(spec=spec, layers=layers)
 
 
 def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[[np.ndarray], Tensor]) -> None:

@@ -27,8 +27,11 @@ _KINDS = (
     ("router", "routers"),
     ("choice_bias", "routers"),
     ("gate_up", "dense MLPs"),
+    ("up", "dense MLPs"),
     ("down", "dense MLPs"),
     ("indexer.", "indexers"),
+    ("mamba.", "recurrent mixers"),
+    ("latent_", "experts' projections"),
     ("input_norm", "norms"),
     ("post_norm", "norms"),
     ("norm", "norms"),
@@ -90,7 +93,7 @@ def _each(
         yield param, loaded, _held_quantized(config, param, matrix, dtype, on_gpu=on_gpu)
     copies = (param for param in [*layout.specs, *layout.quantized] if fast and param.endswith(".kv_b"))
     for param in copies:  # latent attention's second way for prompts
-        attention = config.layers[int(param.split(".")[1])].attention
+        attention = config.layers[int(param.split(".")[1])].mixer
         if isinstance(attention, LatentAttentionConfig) and attention.indexer is None:
             kv_b = layout.quantized.get(param)
             shape = layout.specs[param].shape if kv_b is None else (kv_b.rows, kv_b.columns)

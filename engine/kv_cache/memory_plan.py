@@ -15,7 +15,7 @@ import torch
 from expertwire.comm.all_to_all import fp8 as a2a_fp8
 from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, MlpConfig, ModelConfig
+from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, Mixer, MlpConfig, ModelConfig
 from expertwire.engine.runner.cuda_graphs import GraphSize, graph_sizes
 from expertwire.engine.runner.exchange import Exchange, absent_group, exchange_of
 from expertwire.moe.eplb.placement import place
@@ -165,26 +165,33 @@ def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_a
     """
     itemsize = getattr(torch, model.dtype).itemsize
     stream = 3 * num_tokens * model.hidden_size
-    attention = max(num_tokens * _attention_width(layer.attention) for layer in model.layers)
+    mixer = max(num_tokens * _mixer_width(layer.mixer) for layer in model.layers)
     mlp = 0
     for layer in model.layers:
+        if layer.mlp is None:
+            continue
         if isinstance(layer.mlp, MlpConfig):
             mlp = max(mlp, 3 * num_tokens * layer.mlp.intermediate_size)
             continue
         here = -(-(layer.mlp.num_experts + config.num_redundant_experts) // config.ep_size)
         rows = of_all * min(layer.mlp.top_k, here)
         # What the experts make of rows, with a copy for narrow numbers, their results, and the shared expert's.
-        routed = rows * (2 * layer.mlp.intermediate_size + model.hidden_size)
+        routed = rows * (2 * layer.mlp.intermediate_size + model.dispatch_size)
         mlp = max(mlp, routed + 3 * num_tokens * layer.mlp.shared_intermediate_size)
-    return itemsize * (stream + max(attention, mlp))
+    return itemsize * (stream + max(mixer, mlp))
 
 
-def _attention_width(attention: AttentionConfig | LatentAttentionConfig) -> int:
-    """Return how many numbers a token has at once: queries, keys and values, and the output of every head."""
-    if isinstance(attention, LatentAttentionConfig):
-        compressed = attention.kv_lora_rank + attention.rope.size
-        return attention.num_heads * (2 * compressed + attention.kv_lora_rank)
-    return attention.head_dim * 2 * (attention.num_heads + attention.num_kv_heads)
+def _mixer_width(mixer: Mixer | None) -> int:
+    """Return how many numbers a token has at once: queries, keys and values, and the output of every head; of Mamba-2 the
+    projection, the convolution and the output."""
+    if mixer is None:
+        return 0
+    if isinstance(mixer, LatentAttentionConfig):
+        compressed = mixer.kv_lora_rank + mixer.rope.size
+        return mixer.num_heads * (2 * compressed + mixer.kv_lora_rank)
+    if isinstance(mixer, AttentionConfig):
+        return mixer.head_dim * 2 * (mixer.num_heads + mixer.num_kv_heads)
+    return 2 * (mixer.inner_size + mixer.conv_size) + mixer.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,13 @@ def declare(
     width: int,
     here: Sequence[int],
 ) -> None:
-    """Add `w13` [e, 2F, D], gate above up, `w2` [e, D, F] and their biases, of the experts `here`, in this order."""
-    is_fused, method = _stored_as(layout, source, names)
+    """Add `w13` [e, 2F, D], gate above up, or [e, F, D] without a gate, `w2` [e, D, F] and their biases, of the experts `here`,
+    in this order."""
+    is_fused, method = _stored_as(layout, source, names, names.gate if moe.activation.gated else names.up)
     lead = (len(here),)
     w13 = StackedMatrix(
         param=param + "w13",
-        parts=(moe.intermediate_size, moe.intermediate_size),
+        parts=moe.w13_parts,
         columns=width,
         method=method,
         lead=lead,
@@ -42,9 +43,9 @@ def declare(
         slots_of[logical].append(slot)
     for e, slots in slots_of.items():
         one = source + names.experts.format(e)
+        first = (names.gate, names.up) if moe.activation.gated else (names.up,)
         for matrix, p, module, whole in (
-            (w13, 0, names.gate, names.fused[0]),
-            (w13, 1, names.up, names.fused[0]),
+            *((w13, p, module, names.fused[0]) for p, module in enumerate(first)),
             (w2, 0, names.down, names.fused[1]),
         ):
             if is_fused:
@@ -53,13 +54,13 @@ def declare(
                 _single(layout, one + module, matrix, p, slots, moe)
 
 
-def _stored_as(layout: ParameterLayout, source: str, names: TensorNames) -> tuple[bool, QuantMethod | None]:
-    """Return whether tensors hold all experts, and how they are quantized."""
+def _stored_as(layout: ParameterLayout, source: str, names: TensorNames, one: str) -> tuple[bool, QuantMethod | None]:
+    """Return whether tensors hold all experts, and how they are quantized; `one`: a module of each expert."""
     quantization = layout.quantization
     method = None
     if quantization is not None and quantization.expert_method is not None:
         method = METHODS[quantization.expert_method]
-    fused, single = source + names.fused[0], source + names.experts.format(0) + names.gate
+    fused, single = source + names.fused[0], source + names.experts.format(0) + one
     is_fused = layout.has(fused) or (method is not None and layout.has(fused + method.data[1]))
     if method is None or quantization is None:
         return is_fused, None

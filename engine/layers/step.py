@@ -17,6 +17,7 @@ from expertwire.engine.kv_cache.caches import NamedCache
 from expertwire.engine.models.model_config import QueryScaling
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels.ops.attention import AttentionMetadata
+from expertwire.kernels.ops.recurrent import StateMetadata
 from expertwire.kernels.ops.rotary import RopeInputs
 from expertwire.kernels.ops.variants import LongRope, Rope
 from expertwire.kernels.registry import Ops
@@ -43,12 +44,12 @@ class RankContext:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """The attention of one layer in its model.
+    """The mixer of one layer in its model.
 
     Attributes:
         caches: indices of the KV cache groups that the layer writes, ascending.
         fp8_cache: whether keys and values, or latents, are stored in fp8.
-        norm: weights [D] of the norm behind attention; `eps` belongs to it.
+        norm: weights [D] of the norm behind the mixer; `eps` belongs to it.
     """
 
     ops: Ops
@@ -72,6 +73,21 @@ class Step:
     def cache(self, number: int, layer: int) -> tuple[AttentionMetadata, tuple[Tensor, ...]]:
         """Return the attention metadata of the model's cache of that number, and a layer's tensors."""
         return self.batch.attention_metadata[number], self.caches[number].layers[layer]
+
+    def states(
+        self, numbers: tuple[int, ...], layer: int
+    ) -> tuple[StateMetadata, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the metadata of recurrent states, and a layer's tensors in the chunk cache and in the state cache.
+
+        Args:
+            numbers: the model's caches of these two kinds, or of the latter alone: then there are no tensors of the former.
+        """
+        *chunk, state = numbers
+        spec, metadata = self.caches[state].spec, self.batch.attention_metadata
+        assert spec.snapshot_every is not None, f"layer {layer} has its state in a cache of kind {spec.kind}"
+        table = metadata[chunk[0]].block_table if chunk else None
+        states = StateMetadata(seqs=metadata[state], snapshot_every=spec.snapshot_every, chunk_table=table)
+        return states, self.caches[chunk[0]].layers[layer] if chunk else (), self.caches[state].layers[layer]
 
     def rope_inputs(self, rope: Rope, metadata: AttentionMetadata) -> RopeInputs:
         """Return the inputs of an op that rotates by `rope` and writes a cache of this metadata."""

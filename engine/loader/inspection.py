@@ -88,11 +88,17 @@ class Inspection:
         return EngineConfig(model="", ep_size=self.ep_size, device="cuda", load_format="dummy").on("cuda")
 
     def cache_bytes(self, context: int) -> dict[str, int]:
-        """Return the bytes of a request of `context` tokens by cache; a window keeps no more than its own tokens."""
-        return {
-            spec.name: spec.bytes_per_token * min(context, spec.window if spec.window is not None else context)
-            for spec in self.caches
-        }
+        """Return the bytes of a request of `context` tokens by cache.
+
+        A window and a chunk keep no more than their own tokens, and there is one state.
+        """
+
+        def kept(spec: CacheSpec) -> int:
+            if spec.kind == "state":
+                return 1
+            return min(context, spec.chunk_size or spec.window or context)
+
+        return {spec.name: spec.bytes_per_token * kept(spec) for spec in self.caches}
 
 
 def inspect(path: str | Path, ep_size: int = 1, kv_cache_dtype: Literal["auto", "fp8"] = "auto") -> Inspection:

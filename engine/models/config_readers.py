@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from expertwire.engine.models.hf_config import HfConfig
@@ -14,12 +15,13 @@ from expertwire.engine.models.model_config import (
     QueryScaling,
 )
 from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
+from expertwire.scheduler.config import is_number
 
 
 def attention(
-    hf: HfConfig, *, head_dim: Any = None, interleaved: bool = False, partial: float = 1.0
+    hf: HfConfig, *, head_dim: Any = None, interleaved: bool = False, partial: float = 1.0, rotated: bool = True
 ) -> AttentionConfig:
-    """Return grouped-query attention with rotary embedding, without biases, norms or a window.
+    """Return grouped-query attention with rotary embedding, if `rotated`, without biases, norms or a window.
 
     Args:
         hf: the config.
@@ -27,16 +29,36 @@ def attention(
         interleaved: as `rope` has it.
         partial: as `rope` has it.
     """
-    num_heads, num_kv_heads = hf.integer("num_attention_heads"), hf.integer("num_key_value_heads")
-    if num_heads % num_kv_heads:
-        raise hf.error(f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})")
+    num_heads, num_kv_heads = head_counts(hf)
     size = _head_dim(hf, num_heads, head_dim)
     return AttentionConfig(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=size,
-        rope=rope(hf, size, interleaved=interleaved, partial=partial),
+        rope=rope(hf, size, interleaved=interleaved, partial=partial) if rotated else None,
     )
+
+
+def head_counts(hf: HfConfig) -> tuple[int, int]:
+    """Return the numbers of query heads and of key and value heads."""
+    num_heads, num_kv_heads = hf.integer("num_attention_heads"), hf.integer("num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise hf.error(f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})")
+    return num_heads, num_kv_heads
+
+
+def dt_limits(hf: HfConfig) -> tuple[float, float]:
+    """Return `time_step_limit`, the bounds of Mamba-2's time step; without a field there are none. Infinity may be a number or,
+    as some tools write it, a string or an object."""
+    limits = hf.get("time_step_limit")
+    if limits is None:
+        return 0.0, math.inf
+    infinity = ("inf", "Infinity", {"__float__": "Infinity"})
+    if isinstance(limits, list) and len(limits) == 2:
+        low, high = (math.inf if limit in infinity else limit for limit in limits)
+        if is_number(low) and (is_number(high) or high == math.inf) and 0 <= low < high:
+            return float(low), float(high)
+    raise hf.error(f"time_step_limit must be a list of two numbers >= 0, the second one larger, got {limits!r}")
 
 
 def _head_dim(hf: HfConfig, num_heads: int, default: Any) -> int:
@@ -56,7 +78,7 @@ def _head_dim(hf: HfConfig, num_heads: int, default: Any) -> int:
 
 def dense(hf: HfConfig, attention: AttentionConfig) -> tuple[LayerConfig, ...]:
     """Return equal layers without experts."""
-    layer = LayerConfig(attention=attention, mlp=MlpConfig(intermediate_size=hf.integer("intermediate_size")))
+    layer = LayerConfig(mixer=attention, mlp=MlpConfig(intermediate_size=hf.integer("intermediate_size")))
     return (layer,) * hf.integer("num_hidden_layers")
 
 

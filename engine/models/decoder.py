@@ -9,7 +9,7 @@ T tokens of this rank, O sampled rows, D model width, L layers, V vocabulary, E 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -20,17 +20,19 @@ from torch import Tensor
 
 from expertwire.engine.kv_cache import caches as named_caches
 from expertwire.engine.kv_cache.caches import NamedCache
-from expertwire.engine.layers import attention, latent, mlp
+from expertwire.engine.layers import attention, latent, mamba2, mlp
 from expertwire.engine.layers.step import LayerContext, RankContext, Step
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.parameters import LoadedParameters
-from expertwire.engine.models.decoder_parameters import declare_parameters
+from expertwire.engine.models.decoder_parameters import declare_parameters, norm_names
 from expertwire.engine.models.model_config import (
     AttentionConfig,
     LatentAttentionConfig,
+    Mixer,
     MlpConfig,
     ModelConfig,
     MoeConfig,
+    cache_tensors,
 )
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels.formats import Weight, quantize_experts
@@ -40,16 +42,16 @@ from expertwire.kernels.ops.variants import Rope
 from expertwire.moe import layer as moe_layer
 from expertwire.moe.layer import MoeLayer
 from expertwire.moe.micro_batch import MicroBatch, interleave
-from expertwire.scheduler.config import CacheKind
+from expertwire.scheduler.config import CacheSpec
 
 Params = dict[str, Tensor]
 
 
-class AttentionLayer(Protocol):
-    """A layer's first half."""
+class MixerLayer(Protocol):
+    """A layer's first half: attention or a recurrent mixer."""
 
     def __call__(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Return the residual sum `x + attention(normed)` and its norm."""
+        """Return the residual sum `x + mixer(normed)` and its norm."""
         ...
 
 
@@ -83,9 +85,9 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderLayer:
-    """Pre-norm residual layer: attention, then an MLP or a mixture of experts."""
+    """Pre-norm residual layer: a mixer, then an MLP or a mixture of experts; any may be missing."""
 
-    attention: AttentionLayer
+    mixer: MixerLayer | None
     mlp: MlpLayer | None
     moe: MoeLayer | None
 
@@ -129,39 +131,43 @@ class Decoder:
         tied = self._embed if ops.on_device else self._embed.clone()
         head = tied if c.tie_word_embeddings else p.weight("lm_head")
         self._head = ops.linear(head, dtype=self.context.dtype)
-        # The norm after each layer is the next layer's first one.
-        norms = [*(p.tensor(f"layers.{i}.input_norm") for i in range(c.num_layers)), p.tensor("norm")]
-        self._first_norm = norms[0]
-        for i, next_norm in enumerate(norms[1:]):
-            self.layers.append(self._bind_layer(i, p.within(f"layers.{i}."), next_norm))
+        # Each half of a layer ends with the norm of the half after it.
+        norms = [p.tensor(name) for name in norm_names(c)]
+        self._first_norm, behind = norms[0], iter(norms[1:])
+        for i in range(c.num_layers):
+            self.layers.append(self._bind_layer(i, p.within(f"layers.{i}."), behind))
         assert not p.rest(), f"parameters that no layer took: {p.rest()}"
 
-    def _bind_layer(self, i: int, p: LoadedParameters, next_norm: Tensor) -> DecoderLayer:
-        layer = self.config.layers[i]
-        attend = self._bind_attention(i, p, layer.attention)
+    def _bind_layer(self, i: int, p: LoadedParameters, norms: Iterator[Tensor]) -> DecoderLayer:
+        """Bind a layer; `norms`: behind this half of a layer, and those that follow."""
+        layer, mix, dense, moe = self.config.layers[i], None, None, None
+        if layer.mixer is not None:
+            mix = self._bind_mixer(i, p, layer.mixer, next(norms))
         if isinstance(layer.mlp, MlpConfig):
-            return DecoderLayer(attention=attend, mlp=self._dense(p, next_norm), moe=None)
-        return DecoderLayer(attention=attend, mlp=None, moe=self._bind_moe(i, p, layer.mlp, next_norm))
+            dense = self._dense(p, layer.mlp, next(norms))
+        elif layer.mlp is not None:
+            moe = self._bind_moe(i, p, layer.mlp, next(norms))
+        return DecoderLayer(mixer=mix, mlp=dense, moe=moe)
 
-    def _bind_attention(
-        self, i: int, p: LoadedParameters, config: AttentionConfig | LatentAttentionConfig
-    ) -> AttentionLayer:
+    def _bind_mixer(self, i: int, p: LoadedParameters, config: Mixer, norm: Tensor) -> MixerLayer:
         context = LayerContext(
             ops=self.context.ops,
             dtype=self.context.dtype,
             layer=i,
             caches=tuple(number for number, spec in enumerate(self.config.cache_specs()) if i in spec.writers),
             fp8_cache=self.config.kv_cache_dtype == "fp8",
-            norm=p.tensor("post_norm"),
+            norm=norm,
             eps=self.config.rms_norm_eps,
         )
         if isinstance(config, AttentionConfig):
             return attention.bind(p, config, context).forward
-        return latent.bind(p, config, context).forward
+        if isinstance(config, LatentAttentionConfig):
+            return latent.bind(p, config, context).forward
+        return mamba2.bind(p, config, context).forward
 
-    def _dense(self, p: LoadedParameters, next_norm: Tensor) -> MlpLayer:
+    def _dense(self, p: LoadedParameters, config: MlpConfig, next_norm: Tensor) -> MlpLayer:
         ops, eps = self.context.ops, self.config.rms_norm_eps
-        dense = mlp.bind(p, ops, self.context.dtype)
+        dense = mlp.bind(p, config, ops, self.context.dtype)
 
         def apply(x_TD: Tensor, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
             return ops.add_rms_norm(x_TD, dense(normed_TD), next_norm, eps)
@@ -172,11 +178,17 @@ class Decoder:
         context = self.context
         assert context.placement is not None
         assert context.all_to_alls, f"{self.config.architecture} has experts but no all-to-all"
-        shared = mlp.bind(p.within("shared."), context.ops, context.dtype) if moe.shared_intermediate_size else None
+        shared = latent = None
+        if moe.shared_intermediate_size:
+            config = MlpConfig(intermediate_size=moe.shared_intermediate_size, activation=moe.activation)
+            shared = mlp.bind(p.within("shared."), config, context.ops, context.dtype)
+        if moe.latent_size:
+            down, up = (context.ops.linear(p.weight(name), dtype=context.dtype) for name in ("latent_in", "latent_out"))
+            latent = down, up
         return moe_layer.prepare(
             p.tensor("router"),
-            self._experts(p, "w13", (moe.intermediate_size, moe.intermediate_size)),
-            self._experts(p, "w2", (self.config.hidden_size,)),
+            self._experts(p, "w13", moe.w13_parts),
+            self._experts(p, "w2", (moe.latent_size or self.config.hidden_size,)),
             next_norm,
             ops=context.ops,
             routing=moe,
@@ -189,6 +201,7 @@ class Decoder:
             rank=context.rank,
             all_to_alls=context.all_to_alls,
             shared=shared,
+            latent=latent,
             layer=i,
             exchange_tokens=context.exchange_tokens,
         )
@@ -208,49 +221,44 @@ class Decoder:
             self._tables[rope] = rotary.tables(max_model_len, rope, device)
         specs = self.config.cache_specs()
         return [
-            named_caches.make(
-                spec, num, block_size, self._shapes(spec.kind, spec.writers[0]), self._cache_dtype(spec.kind), device
-            )
+            named_caches.make(spec, num, block_size, {i: self._cache_tensors(spec, i) for i in spec.writers}, device)
             for spec, num in zip(specs, num_blocks, strict=True)
         ]
 
-    def _cache_dtype(self, kind: CacheKind) -> torch.dtype:
-        return FP8 if self.config.cache_dtype(kind) == "fp8" else self.context.dtype
+    def _cache_tensors(self, spec: CacheSpec, layer: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of each tensor that a layer keeps in a cache."""
+        config, found = self.config, []
+        for shape, name in cache_tensors(config.layers[layer].mixer)[spec.kind]:
+            dtype = config.cache_dtype(spec.kind, name)
+            found.append((shape, FP8 if dtype == "fp8" else getattr(torch, dtype)))
+        return found
 
     def _ropes(self) -> set[Rope]:
         ropes = set()
         for layer in self.config.layers:
-            if isinstance(layer.attention, AttentionConfig):
-                ropes.add(attention.rope_of(layer.attention))
-            else:
-                ropes.add(layer.attention.rope)
-                if layer.attention.indexer is not None:
-                    ropes.add(layer.attention.indexer.rope)
+            if isinstance(layer.mixer, AttentionConfig):
+                ropes.add(attention.rope_of(layer.mixer))
+            elif isinstance(layer.mixer, LatentAttentionConfig):
+                ropes.add(layer.mixer.rope)
+                if layer.mixer.indexer is not None:
+                    ropes.add(layer.mixer.indexer.rope)
         return ropes
-
-    def _shapes(self, kind: str, layer: int) -> list[tuple[int, ...]]:
-        """Return the shapes that a cache group stores of a token in a layer; all its layers have the same."""
-        config = self.config.layers[layer].attention
-        if isinstance(config, AttentionConfig):
-            return [(config.num_kv_heads, config.head_dim)] * 2
-        if kind == "latent":
-            return [(config.kv_lora_rank + config.rope.size,)]
-        assert config.indexer is not None, f"a cache of kind {kind} in layer {layer}"
-        return [(config.indexer.head_dim,)]
 
     def forward(self, batches: Sequence[ForwardBatch], caches: Sequence[NamedCache]) -> Tensor:
         """As `Model.forward`."""
-        assert self._tables, "forward before allocate"
         outputs = interleave([self._micro_batch(i, batch, caches) for i, batch in enumerate(batches)])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _micro_batch(self, number: int, batch: ForwardBatch, caches: Sequence[NamedCache]) -> MicroBatch[Tensor]:
         step = Step(batch=batch, caches=caches, tables=self._tables)
         x_TD = self._embed[batch.token_ids_T]
+        if self.config.embedding_scale != 1:
+            x_TD = x_TD * self.config.embedding_scale
         normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
         for i, layer in enumerate(self.layers):
             self.context.beat()
-            x_TD, normed_TD = layer.attention(x_TD, normed_TD, step)
+            if layer.mixer is not None:
+                x_TD, normed_TD = layer.mixer(x_TD, normed_TD, step)
             if layer.moe is not None:
                 on_routed = None if batch.on_routed is None else partial(batch.on_routed, i)
                 x_TD, normed_TD = yield from layer.moe.micro_batch(
@@ -262,7 +270,8 @@ class Decoder:
 
     def logits(self, x_OD: Tensor) -> Tensor:
         """As `Model.logits`."""
-        return self._head(x_OD).float()
+        logits_OV = self._head(x_OD).float()
+        return logits_OV if self.config.logits_scale == 1 else logits_OV * self.config.logits_scale
 
     def take_expert_load(self) -> np.ndarray:
         """Return i64 [L * E], this rank's routed rows of each expert since the last call; 0 in dense layers."""

@@ -6,10 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from expertwire.engine.layers import attention, experts, kv_scales, latent, mlp
+from expertwire.engine.layers import attention, experts, kv_scales, latent, mamba2, mlp
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.parameters import ParameterLayout
-from expertwire.engine.models.model_config import AttentionConfig, MlpConfig, ModelConfig, MoeConfig, TensorNames
+from expertwire.engine.models.model_config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    Mixer,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    TensorNames,
+)
+
+
+def norm_names(config: ModelConfig) -> list[str]:
+    """Return the parameters of the norms before each half of each layer, and of the last one."""
+    halves = ((i, layer) for i, layer in enumerate(config.layers))
+    names = []
+    for i, layer in halves:
+        names += [f"layers.{i}.input_norm"] * (layer.mixer is not None)
+        names += [f"layers.{i}.post_norm"] * (layer.mlp is not None)
+    return [*names, "norm"]
 
 
 def declare_parameters(
@@ -24,31 +42,40 @@ def declare_parameters(
     """
     layout = ParameterLayout(stored=stored, quantization=config.quantization)
     names, width = config.tensor_names, config.hidden_size
-    prefix = layout.first_stored(names.prefixes, "embed_tokens.weight")
+    prefix = layout.first_stored(names.prefixes, names.embed + ".weight")
     head = layout.first_stored(names.heads, ".weight")
-    layout.matrix("embed", (prefix + "embed_tokens", config.vocab_size), columns=width, quantized=False)
+    layout.matrix("embed", (prefix + names.embed, config.vocab_size), columns=width, quantized=False)
     for i, layer in enumerate(config.layers):
         source, param = f"{prefix}layers.{i}.", f"layers.{i}."
-        layout.vector(param + "input_norm", (source + "input_layernorm.weight", width))
-        layout.vector(param + "post_norm", (source + "post_attention_layernorm.weight", width))
-        if isinstance(layer.attention, AttentionConfig):
-            attention.declare(layout, param, source, layer.attention, names, width)
-            num_kv_heads, is_latent = layer.attention.num_kv_heads, False
-        else:
-            latent.declare(layout, param, source, layer.attention, names, width)
-            num_kv_heads, is_latent = 1, True
-        fp8 = config.kv_cache_dtype == "fp8"
-        kv_scales.declare(layout, param, source + "self_attn.", num_kv_heads, is_latent=is_latent, fp8=fp8)
+        if layer.mixer is not None:
+            layout.vector(param + "input_norm", (source + names.input_norm + ".weight", width))
+            _declare_mixer(layout, param, source, layer.mixer, names, width, fp8=config.kv_cache_dtype == "fp8")
+        if layer.mlp is not None:
+            layout.vector(param + "post_norm", (source + names.post_norm + ".weight", width))
         if isinstance(layer.mlp, MlpConfig):
-            mlp.declare(layout, param, source + names.mlp, layer.mlp.intermediate_size, names, width)
-        else:
+            mlp.declare(layout, param, source + names.mlp, layer.mlp, names, width)
+        elif layer.mlp is not None:
             _declare_moe(layout, param, source + names.moe, layer.mlp, names, width, experts_of(i))
-    layout.vector("norm", (prefix + "norm.weight", width))
+    layout.vector("norm", (prefix + names.norm + ".weight", width))
     if config.tie_word_embeddings:
         layout.ignore(head + ".weight")  # some checkpoints have it nevertheless
     else:
         layout.matrix("lm_head", (head, config.vocab_size), columns=width)
     return layout
+
+
+def _declare_mixer(
+    layout: ParameterLayout, param: str, source: str, mixer: Mixer, names: TensorNames, width: int, *, fp8: bool
+) -> None:
+    if isinstance(mixer, AttentionConfig):
+        attention.declare(layout, param, source, mixer, names, width)
+    elif isinstance(mixer, LatentAttentionConfig):
+        latent.declare(layout, param, source, mixer, names, width)
+    else:
+        mamba2.declare(layout, param, source, mixer, names, width)
+        return
+    num_kv_heads, is_latent = (1, True) if isinstance(mixer, LatentAttentionConfig) else (mixer.num_kv_heads, False)
+    kv_scales.declare(layout, param, source + names.attention, num_kv_heads, is_latent=is_latent, fp8=fp8)
 
 
 def _declare_moe(
@@ -68,6 +95,11 @@ def _declare_moe(
     if moe.choice_bias:
         bias = source + names.choice_bias, number
         layout.vector(param + "choice_bias", bias, fan_in=number, dtype=torch.float32)
-    experts.declare(layout, param, source, moe, names, width, here)
+    if moe.latent_size:
+        into, out_of = (source + name for name in names.latent)
+        layout.matrix(param + "latent_in", (into, moe.latent_size), columns=width)
+        layout.matrix(param + "latent_out", (out_of, width), columns=moe.latent_size)
+    experts.declare(layout, param, source, moe, names, moe.latent_size or width, here)
     if moe.shared_intermediate_size:
-        mlp.declare(layout, param + "shared.", source + names.shared, moe.shared_intermediate_size, names, width)
+        shared = MlpConfig(intermediate_size=moe.shared_intermediate_size, activation=moe.activation)
+        mlp.declare(layout, param + "shared.", source + names.shared, shared, names, width)

@@ -128,7 +128,7 @@ def stack(hf: HfConfig, attention: AttentionConfig | LatentAttentionConfig, moe:
         first, step = hf.integer("first_k_dense_replace", low=0), hf.integer("moe_layer_freq", default=1)
         types = ["sparse" if i >= first and i % step == 0 else "dense" for i in range(num_layers)]
     mlp = MlpConfig(intermediate_size=hf.integer("intermediate_size")) if "dense" in types else None
-    return tuple(LayerConfig(attention=attention, mlp=mlp if mlp and kind == "dense" else moe) for kind in types)
+    return tuple(LayerConfig(mixer=attention, mlp=mlp if mlp and kind == "dense" else moe) for kind in types)
 
 
 def _v2_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:

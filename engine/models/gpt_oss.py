@@ -21,7 +21,7 @@ def layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
     if any(slides):
         hf.integer("sliding_window")
     moe = _moe(hf)
-    return tuple(LayerConfig(attention=sliding if slide else full, mlp=moe) for slide in slides)
+    return tuple(LayerConfig(mixer=sliding if slide else full, mlp=moe) for slide in slides)
 
 
 def _moe(hf: HfConfig) -> MoeConfig:

@@ -33,7 +33,7 @@ def layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
         chunked = is_rotated[i] if types is None else types[i] == "chunked_attention"
         mlp = moe if i in sparse else dense
         assert mlp is not None, f"layer {i} is neither sparse nor dense"
-        found.append(LayerConfig(attention=_attention(hf, is_rotated[i], chunked), mlp=mlp))
+        found.append(LayerConfig(mixer=_attention(hf, is_rotated[i], chunked), mlp=mlp))
     return tuple(found)
 
 

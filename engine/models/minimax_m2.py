@@ -15,7 +15,7 @@ def layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
     normed = hf.flag("use_qk_norm", default=True)
     plain = config_readers.attention(hf, head_dim=REQUIRED)
     attention = replace(plain, rope=_rope(hf, plain), qk_norm="row" if normed else "none")
-    layer, num_layers = LayerConfig(attention=attention, mlp=_moe(hf)), hf.integer("num_hidden_layers")
+    layer, num_layers = LayerConfig(mixer=attention, mlp=_moe(hf)), hf.integer("num_hidden_layers")
     types = hf.get("attn_type_list")
     if types is not None and types != [1] * num_layers:
         raise hf.error(f"attn_type_list must be {num_layers} times 1 (softmax attention), got {types!r}")

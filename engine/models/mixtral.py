@@ -12,7 +12,7 @@ from expertwire.engine.models.model_config import LayerConfig, ModelFamily, Tens
 def layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
     attention = replace(config_readers.attention(hf), window=config_readers.window(hf))
     moe = config_readers.moe(hf, "num_local_experts", "num_experts", size="intermediate_size", renormalize=True)
-    return (LayerConfig(attention=attention, mlp=moe),) * hf.integer("num_hidden_layers")
+    return (LayerConfig(mixer=attention, mlp=moe),) * hf.integer("num_hidden_layers")
 
 
 MIXTRAL = ModelFamily(layers=layers, names=TensorNames(moe="block_sparse_moe.", gate="w1", up="w3", down="w2"))

@@ -7,17 +7,19 @@ D model width, F expert width, E logical experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from expertwire.engine.models.hf_config import HfConfig
-from expertwire.kernels.ops.variants import Activation, LongRope, Rope, Routing
+from expertwire.kernels.ops.variants import CHUNK, Activation, LongRope, Rope, Routing
 from expertwire.scheduler.config import CacheKind, CacheSpec
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 SWIGLU = Activation()
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +99,47 @@ class LatentAttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """A Mamba-2 mixer (Dao and Gu, 2024): see `kernels.ops.mamba2`.
+
+    Attributes:
+        num_heads, head_dim: of the inner width.
+        state_size: numbers of the state for each number of a head.
+        num_groups: groups of heads that share B and C, and which the gated norm normalises apart.
+        norm_eps: epsilon of that norm.
+        conv_kernel: taps of the convolution.
+        conv_bias: whether the convolution has a bias.
+        proj_bias: whether the two projections have biases.
+        dt_limits: bounds of the time step.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int
+    conv_bias: bool
+    norm_eps: float
+    proj_bias: bool = False
+    dt_limits: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def inner_size(self) -> int:
+        """The width of x, z and the output."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """The channels of the convolution: x, B and C."""
+        return self.inner_size + 2 * self.num_groups * self.state_size
+
+
+@dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-    """A dense MLP with SwiGLU."""
+    """A dense MLP. "relu2" has no gate."""
 
     intermediate_size: int
+    activation: Activation = SWIGLU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +153,8 @@ class MoeConfig(Routing):
         router_fp32: whether the router's product is computed in float32, whatever the activations are.
         bias: whether the experts' two products have biases.
         shared_intermediate_size: of the shared expert; 0: there is none.
+        latent_size: width of the rows that experts read and write, to and from which the layer projects (latent MoE, Nemotron 3
+            Super); 0: the model's.
     """
 
     num_experts: int
@@ -124,14 +165,23 @@ class MoeConfig(Routing):
     activation: Activation = SWIGLU
     bias: bool = False
     shared_intermediate_size: int = 0
+    latent_size: int = 0
+
+    @property
+    def w13_parts(self) -> tuple[int, ...]:
+        """The rows of each matrix of an expert's first product: gate and up, or up alone."""
+        return (self.intermediate_size,) * (2 if self.activation.gated else 1)
+
+
+Mixer = AttentionConfig | LatentAttentionConfig | Mamba2Config
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """A decoder layer: attention, then an MLP or a mixture of experts, each with a norm before it."""
+    """A decoder layer: a mixer of tokens, then an MLP or a mixture of experts, each with a norm before it; one may be missing."""
 
-    attention: AttentionConfig | LatentAttentionConfig
-    mlp: MlpConfig | MoeConfig
+    mixer: Mixer | None
+    mlp: MlpConfig | MoeConfig | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +215,12 @@ class TensorNames:
     Attributes:
         prefixes: possible prefixes of the decoder; the first one that the checkpoint has is used.
         heads: possible names of the language model's head, likewise.
+        embed, norm: the embedding and the last norm.
+        input_norm, post_norm: the norms before a layer's mixer and before its MLP.
+        attention: prefix of an attention's scales and norms within a layer.
         qkv: the projections of query, key and value, or one module with all of them.
         output: attention's output projection.
+        mamba: prefix of a Mamba-2 mixer within a layer.
         mlp: prefix of a dense MLP within a layer.
         moe: prefix of a mixture of experts within a layer.
         gate, up, down: projections of an MLP, a shared expert and each expert.
@@ -179,12 +233,19 @@ class TensorNames:
             and [E, F, D].
         interleaved: whether the rows of gate and up alternate in fused tensors.
         shared: prefix of the shared expert within `moe`.
+        latent: within `moe`, the projections of `MoeConfig.latent_size`.
     """
 
     prefixes: tuple[str, ...] = ("model.",)
     heads: tuple[str, ...] = ("lm_head",)
+    embed: str = "embed_tokens"
+    norm: str = "norm"
+    input_norm: str = "input_layernorm"
+    post_norm: str = "post_attention_layernorm"
+    attention: str = "self_attn."
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     output: str = "self_attn.o_proj"
+    mamba: str = "mamba."
     mlp: str = "mlp."
     moe: str = "mlp."
     gate: str = "gate_proj"
@@ -198,6 +259,7 @@ class TensorNames:
     fused_layout: Literal["rows", "columns"] = "rows"
     interleaved: bool = False
     shared: str = "shared_experts."
+    latent: tuple[str, str] = ("fc1_latent_proj", "fc2_latent_proj")
 
 
 DEFAULT_NAMES = TensorNames()
@@ -212,17 +274,27 @@ class ModelFamily:
         names: names of the checkpoint's tensors.
         ignored_tensors: tensors of its checkpoints that are not loaded.
         mtp_field: the field with the number of layers for multi-token prediction, which are not loaded; None: there are none.
+        fields: reads fields of `ModelConfig` that this family has elsewhere, or alone.
+        activation: what `hidden_act` must be.
     """
 
     layers: Callable[[HfConfig], tuple[LayerConfig, ...]]
     names: TensorNames = DEFAULT_NAMES
     ignored_tensors: tuple[IgnoredTensors, ...] = ()
     mtp_field: str | None = None
+    fields: Callable[[HfConfig], Mapping[str, Any]] = lambda hf: {}
+    activation: str = "silu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Hyperparameters of a decoder."""
+    """Hyperparameters of a decoder.
+
+    Attributes:
+        embedding_scale: factor of the embedding.
+        logits_scale: factor of the logits.
+        snapshot_every: as `CacheSpec` has it, for models with recurrent states.
+    """
 
     architecture: str  # e.g. "Qwen3MoeForCausalLM"
     model_type: str  # the checkpoint's, e.g. "kimi_k2"
@@ -238,6 +310,9 @@ class ModelConfig:
     quantization: QuantizationConfig | None = None
     tensor_names: TensorNames = DEFAULT_NAMES
     ignored_tensors: tuple[IgnoredTensors, ...] = ()
+    embedding_scale: float = 1.0
+    logits_scale: float = 1.0
+    snapshot_every: int = 512
 
     @property
     def num_layers(self) -> int:
@@ -249,6 +324,11 @@ class ModelConfig:
         kinds = {layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeConfig)}
         assert len(kinds) <= 1, f"layers with different mixtures of experts: {kinds}"
         return next(iter(kinds), None)
+
+    @property
+    def dispatch_size(self) -> int:
+        """Numbers in a row that travels to its experts."""
+        return (self.moe.latent_size if self.moe is not None else 0) or self.hidden_size
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
@@ -266,47 +346,72 @@ class ModelConfig:
     @property
     def original_max_position_embeddings(self) -> int | None:
         """The model's original context, up to which sequences are rotated by other factors; None: all by the same ones."""
-        ropes = [layer.attention.rope for layer in self.layers]
+        mixers = [layer.mixer for layer in self.layers]
+        ropes = [mixer.rope for mixer in mixers if isinstance(mixer, AttentionConfig | LatentAttentionConfig)]
         scalings = [rope.scaling for rope in ropes if rope is not None]
         originals = {scaling.original_max_position for scaling in scalings if isinstance(scaling, LongRope)}
         assert len(originals) <= 1, f"layers with different original contexts: {originals}"
         return next(iter(originals), None)
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """Return the KV caches of a rank; those without a window come first."""
-        values_of: dict[tuple[CacheKind, int | None], dict[int, int]] = {}  # by layer
+        """Return the KV caches of a rank; those of all tokens come first, recurrent states last."""
+        bytes_of: dict[tuple[CacheKind, int | None], dict[int, int]] = {}  # by layer
         for i, layer in enumerate(self.layers):
-            for kind, window, num_values in _cached_values(layer.attention):
-                values_of.setdefault((kind, window), {})[i] = num_values
-        kinds: list[CacheKind] = ["full", "latent", "index", "window"]
+            window = _window(layer.mixer)
+            for kind, tensors in cache_tensors(layer.mixer).items():
+                nbytes = sum(math.prod(shape) * ITEM_SIZES[self.cache_dtype(kind, dtype)] for shape, dtype in tensors)
+                bytes_of.setdefault((kind, window if kind == "window" else None), {})[i] = nbytes
+        kinds = get_args(CacheKind)
+        order: list[CacheKind] = sorted(
+            kinds, key=lambda kind: (kind in ("window", "chunk", "state"), kinds.index(kind))
+        )
         specs = []
-        for kind, window in sorted(values_of, key=lambda key: (kinds.index(key[0]), key[1] or 0)):
-            values = values_of[kind, window]
+        for kind, window in sorted(bytes_of, key=lambda key: (order.index(key[0]), key[1] or 0)):
+            layers = bytes_of[kind, window]
             specs.append(
                 CacheSpec(
                     name=kind if window is None else f"window {window}",
                     kind=kind,
-                    bytes_per_token=ITEM_SIZES[self.cache_dtype(kind)] * sum(values.values()),
-                    writers=tuple(values),
-                    readers=tuple(values),
+                    bytes_per_token=sum(layers.values()),
+                    writers=tuple(layers),
+                    readers=tuple(layers),
                     window=window,
+                    snapshot_every=self.snapshot_every if kind == "state" else None,
+                    chunk_size=CHUNK if kind == "chunk" else None,
                 )
             )
         return tuple(specs)
 
-    def cache_dtype(self, kind: CacheKind) -> Literal["float32", "bfloat16", "fp8"]:
-        """Return the dtype of a kind of cache. Index keys are never fp8: a small error would change the chosen positions."""
-        return self.dtype if self.kv_cache_dtype == "auto" or kind == "index" else self.kv_cache_dtype
+    def cache_dtype(self, kind: CacheKind, dtype: str = "auto") -> Literal["float32", "bfloat16", "fp8"]:
+        """Return the dtype of a tensor of a kind of cache, for which its mixer names "float32" or "auto".
+
+        Index keys and recurrent states are never fp8: a small error would change the chosen positions, or grow.
+        """
+        if dtype == "float32":
+            return "float32"
+        is_fp8 = self.kv_cache_dtype == "fp8" and kind in ("full", "window", "latent")
+        return "fp8" if is_fp8 else self.dtype
 
 
-def _cached_values(
-    attention: AttentionConfig | LatentAttentionConfig,
-) -> Iterator[tuple[CacheKind, int | None, int]]:
-    """Yield the kind and the window of each cache that a layer writes, and how many values of a token."""
-    if isinstance(attention, AttentionConfig):
-        window = attention.window or attention.chunk
-        yield "full" if window is None else "window", window, 2 * attention.num_kv_heads * attention.head_dim
-        return
-    yield "latent", None, attention.kv_lora_rank + attention.rope.size
-    if attention.indexer is not None:
-        yield "index", None, attention.indexer.head_dim
+def cache_tensors(mixer: Mixer | None) -> Mapping[CacheKind, tuple[tuple[Shape, str], ...]]:
+    """Return the shapes and dtypes ("float32" or "auto") of the tensors that a mixer keeps in each kind of cache: of one token,
+    but for kind "state" of one state."""
+    if mixer is None:
+        return {}
+    if isinstance(mixer, AttentionConfig):
+        shape = mixer.num_kv_heads, mixer.head_dim
+        return {"full" if _window(mixer) is None else "window": ((shape, "auto"), (shape, "auto"))}
+    if isinstance(mixer, LatentAttentionConfig):
+        found: dict[CacheKind, tuple[tuple[Shape, str], ...]] = {
+            "latent": (((mixer.kv_lora_rank + mixer.rope.size,), "auto"),)
+        }
+        return found if mixer.indexer is None else found | {"index": (((mixer.indexer.head_dim,), "auto"),)}
+    m = mixer
+    return {
+        "chunk": (((m.conv_size,), "auto"), ((m.num_heads,), "float32")),
+        "state": (((m.conv_kernel - 1, m.conv_size), "auto"), ((m.num_heads, m.state_size, m.head_dim), "float32")),
+    }
+
+
+def _window(mixer: Mixer | None) -> int | None:
+    return mixer.window or mixer.chunk if isinstance(mixer, AttentionConfig) else None

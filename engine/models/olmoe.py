@@ -16,7 +16,7 @@ def layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
     attention = replace(config_readers.attention(hf), qkv_bias=bias, output_bias=bias, qk_norm="row")
     renormalize = hf.flag("norm_topk_prob")
     moe = config_readers.moe(hf, "num_experts", "num_local_experts", size="intermediate_size", renormalize=renormalize)
-    return (LayerConfig(attention=attention, mlp=moe),) * hf.integer("num_hidden_layers")
+    return (LayerConfig(mixer=attention, mlp=moe),) * hf.integer("num_hidden_layers")
 
 
 OLMOE = ModelFamily(layers=layers)

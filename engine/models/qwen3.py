@@ -24,7 +24,7 @@ def dense_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
         first = hf.integer("max_window_layers", low=0) if types is None else num_layers
         slides = [i >= first if types is None else types[i] == "sliding_attention" for i in range(num_layers)]
     sliding = replace(attention, window=config_readers.window(hf)) if any(slides) else attention
-    return tuple(LayerConfig(attention=sliding if slide else attention, mlp=mlp) for slide in slides)
+    return tuple(LayerConfig(mixer=sliding if slide else attention, mlp=mlp) for slide in slides)
 
 
 def moe_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
@@ -38,7 +38,7 @@ def moe_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
         hf, "num_experts", "num_local_experts", size="moe_intermediate_size", renormalize=renormalize
     )
     return tuple(
-        LayerConfig(attention=attention, mlp=moe if i not in dense and (i + 1) % step == 0 else mlp)
+        LayerConfig(mixer=attention, mlp=moe if i not in dense and (i + 1) % step == 0 else mlp)
         for i in range(num_layers)
     )
 

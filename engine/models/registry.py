@@ -19,6 +19,7 @@ from expertwire.engine.models.config_readers import mtp_layers
 from expertwire.engine.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
 from expertwire.engine.models.glm import GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA
 from expertwire.engine.models.gpt_oss import GPT_OSS
+from expertwire.engine.models.granite import GRANITE_MOE_HYBRID
 from expertwire.engine.models.hf_config import HfConfig, read_json
 from expertwire.engine.models.kimi_k25 import KIMI_K25
 from expertwire.engine.models.llama import LLAMA
@@ -27,6 +28,7 @@ from expertwire.engine.models.minimax_m2 import MINIMAX_M2
 from expertwire.engine.models.mistral import MINISTRAL3, MISTRAL, MISTRAL3, MISTRAL4
 from expertwire.engine.models.mixtral import MIXTRAL
 from expertwire.engine.models.model_config import ModelConfig, ModelFamily
+from expertwire.engine.models.nemotron_h import NEMOTRON_H
 from expertwire.engine.models.olmoe import OLMOE
 from expertwire.engine.models.phi3 import PHI3
 from expertwire.engine.models.qwen3 import QWEN3, QWEN3_MOE
@@ -58,6 +60,8 @@ FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
         "MistralForCausalLM": MISTRAL,
         "Ministral3ForCausalLM": MINISTRAL3,
         "Phi3ForCausalLM": PHI3,
+        "NemotronHForCausalLM": NEMOTRON_H,
+        "GraniteMoeHybridForCausalLM": GRANITE_MOE_HYBRID,
     }
 )
 
@@ -66,13 +70,14 @@ def read_model_config(
     path: str | Path,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+    snapshot_every: int = 512,
 ) -> ModelConfig:
     """Return the configuration of the checkpoint in folder `path`.
 
     Args:
         path: folder with `config.json` and, optionally, `generation_config.json`, whose end-of-sequence ids win.
         dtype: of the model; "auto": the checkpoint's, which must not be float16.
-        kv_cache_dtype: as `ModelConfig` has it.
+        kv_cache_dtype, snapshot_every: as `ModelConfig` has them.
 
     Raises:
         ValueError: the folder or a file is missing or damaged, the architecture is not supported, or a field is missing, wrong or
@@ -82,10 +87,13 @@ def read_model_config(
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
     text = hf.section("text_config") if hf.get("text_config") is not None else hf
-    text.one_of(text.first_present("hidden_act", "hidden_activation"), "silu")
+    text.one_of(text.first_present("hidden_act", "hidden_activation", "mlp_hidden_act"), family.activation)
     vocab_size = text.integer("vocab_size")
-    text.integer("num_hidden_layers", high=MAX_LAYERS)  # before a family creates that many
+    text.integer("num_hidden_layers", high=MAX_LAYERS, default=0)  # before a family creates that many
     mtp = mtp_layers(text, family.mtp_field) if family.mtp_field is not None else ()
+    layers, fields = family.layers(text), dict(family.fields(text))
+    if "rms_norm_eps" not in fields:
+        fields["rms_norm_eps"] = text.number("rms_norm_eps")
     return ModelConfig(
         architecture=architecture,
         model_type=str(text.get("model_type") or hf.get("model_type") or ""),
@@ -93,14 +101,15 @@ def read_model_config(
         kv_cache_dtype=kv_cache_dtype,
         vocab_size=vocab_size,
         hidden_size=text.integer("hidden_size"),
-        layers=family.layers(text),
-        rms_norm_eps=text.number("rms_norm_eps"),
+        layers=layers,
         max_position_embeddings=text.integer("max_position_embeddings"),
         tie_word_embeddings=_tie_word_embeddings(hf, text),
         eos_token_ids=_eos_token_ids(hf, text, vocab_size),
         quantization=quantization.read(hf) or quantization.read(text),
         tensor_names=family.names,
         ignored_tensors=(*family.ignored_tensors, *mtp),
+        snapshot_every=snapshot_every,
+        **fields,
     )
 
 

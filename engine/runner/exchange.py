@@ -48,7 +48,7 @@ def exchange_of(
         group=group,
         rank_offsets=rank_offsets,
         max_tokens=config.micro_batch_tokens,
-        hidden_size=model.hidden_size,
+        hidden_size=model.dispatch_size,
         top_k=model.top_k,
         dtype=getattr(torch, model.dtype),
         layers=layers,

@@ -50,6 +50,14 @@ def _first_layer(caches: Sequence[NamedCache], tables_CW: Tensor, position: int,
     wrong = []
     for cache, table_W in zip(caches, tables_CW, strict=True):
         if cache.spec.kind == "state":
+            block = int(table_W[position // cache.spec.tokens_per_block(block_size)])
+            wrong += [
+                layer
+                for layer, tensors in cache.layers.items()
+                if not all(tensor[block].isfinite().all() for tensor in tensors)
+            ]
+            continue
+        if cache.spec.kind == "chunk":  # what it holds of other tokens is in no order
             continue
         at = torch.arange(position + 1, device=table_W.device)
         blocks, offsets = table_W[at // block_size].long(), at % block_size

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+CHUNK = 64  # positions after which the states of mixers in chunked form move on (`kernels.ops.recurrent`)
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 

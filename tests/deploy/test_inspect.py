@@ -27,6 +27,8 @@ PUBLISHED = {
         (5.125, 5.135),
         ("embedding",),
     ),  # 5.13B in the model card, which says what it leaves out
+    "nemotron-3-nano": ("NemotronH", (3.2, 3.3), ("embedding",)),  # 3.2B, and 3.6B with embeddings, in the model card
+    "granite-4.0-h-small": ("GraniteMoeHybrid", (8.8, 9.2), ()),  # 9B in the model card
     "mistral-small-4": ("Mistral4", (6.25, 6.75), ()),  # 6.5B in the model card, to half a billion
 }
 
@@ -37,8 +39,10 @@ def reference_total(name, family):
     fields = {
         k: v
         for k, v in fields.items()
-        if k not in ("architectures", "model_type", "quantization_config", "torch_dtype")
+        if k not in ("architectures", "model_type", "quantization_config", "torch_dtype", "norm_eps")
     }
+    if fields.get("position_embedding_type") == "nope":
+        fields["position_embedding_type"] = None
     config = getattr(transformers, f"{family}Config")(**fields)
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(config)

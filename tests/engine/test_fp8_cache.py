@@ -107,7 +107,7 @@ def test_latents_take_the_scale_of_keys(tmp_path):
     folder = architectures.folder("deepseek_v3")
     scales = [{"kv_a_proj_with_mqa.k_scale": 0.125, "v_scale": 7.0}, {"kv_scale": 0.25}, {"v_scale": 7.0}]
     model = RankModel(with_scales(folder, tmp_path, scales), kv_cache_dtype="fp8")
-    found = [layer.attention.__self__.kv_scale for layer in model.model.layers]
+    found = [layer.mixer.__self__.kv_scale for layer in model.model.layers]
     assert torch.cat(found).tolist() == [0.125, 0.25] + [1.0] * (len(found) - 2)
     ids = tiny.prompt(LENGTH, seed=4)
     assert not np.array_equal(model.logits(ids), RankModel(folder, kv_cache_dtype="fp8").logits(ids))

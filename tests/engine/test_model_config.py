@@ -40,7 +40,7 @@ def test_mixtral_8x7b(tmp_path):
         dtype="bfloat16",
         vocab_size=32000,
         hidden_size=4096,
-        layers=(LayerConfig(attention=attention, mlp=moe),) * 32,
+        layers=(LayerConfig(mixer=attention, mlp=moe),) * 32,
         rms_norm_eps=1e-5,
         max_position_embeddings=32768,
         tie_word_embeddings=False,
@@ -59,7 +59,7 @@ def test_qwen3_30b_a3b(tmp_path):
         dtype="bfloat16",
         vocab_size=151936,
         hidden_size=2048,
-        layers=(LayerConfig(attention=attention, mlp=moe),) * 48,
+        layers=(LayerConfig(mixer=attention, mlp=moe),) * 48,
         rms_norm_eps=1e-6,
         max_position_embeddings=40960,
         tie_word_embeddings=False,
@@ -75,7 +75,7 @@ def test_qwen3_8b(tmp_path):
         MlpConfig(intermediate_size=12288),
     )
     assert (config.sparse_layers, config.num_experts, config.top_k) == ((False,) * 36, 0, 0)
-    assert config.layers[0].attention.qk_norm == "head"
+    assert config.layers[0].mixer.qk_norm == "head"
 
 
 def test_every_architecture_has_a_config_here(tmp_path):
@@ -112,7 +112,7 @@ def test_every_override_reaches_the_config():
     # Layer 1 is dense by mlp_only_layers, 0 and 2 by the step.
     assert config.sparse_layers == (False, False, False, True)
     assert (config.moe.renormalize, config.dtype, config.moe.intermediate_size) == (False, "bfloat16", 64)
-    assert config.layers[0].attention.head_dim == 32
+    assert config.layers[0].mixer.head_dim == 32
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_what_has_no_effect_is_accepted(tmp_path, change):
 
 
 def attention_of(folder, name, layer=0, **changes):
-    return read(folder, {**HUB_CONFIGS[name], **changes}).layers[layer].attention
+    return read(folder, {**HUB_CONFIGS[name], **changes}).layers[layer].mixer
 
 
 def test_rotary_scalings(tmp_path):
@@ -217,8 +217,8 @@ def test_phi_4_mini_rotates_three_quarters_by_two_lists(tmp_path, kind):
 )
 def test_windows(tmp_path, name, changes, slides):
     config = read(tmp_path, {**HUB_CONFIGS[name], **changes})
-    assert [layer.attention.window is not None for layer in config.layers] == slides
-    assert all(layer.attention.window in (None, 4096, 2047) for layer in config.layers)
+    assert [layer.mixer.window is not None for layer in config.layers] == slides
+    assert all(layer.mixer.window in (None, 4096, 2047) for layer in config.layers)
 
 
 @pytest.mark.parametrize(

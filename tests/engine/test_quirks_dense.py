@@ -35,12 +35,12 @@ def without_head_norms(config):
 
 
 def other_list(config):
-    old = config.layers[0].attention.rope.scaling
+    old = config.layers[0].mixer.rope.scaling
     return scaling(short_factor=old.long_factor, long_factor=old.short_factor)(config)
 
 
 def all_rotated(config):
-    old = config.layers[0].attention.rope.scaling
+    old = config.layers[0].mixer.rope.scaling
     longer = {name: getattr(old, name) + (1.0,) * 4 for name in ("short_factor", "long_factor")}
     return rope(size=32, scaling=replace(old, **longer))(config)
 
@@ -105,7 +105,7 @@ def test_each_prompt_chooses_its_list(length, max_tokens):
     """LongRoPE: whatever is served besides."""
     folder, ids = architectures.folder("phi4_mini"), tiny.prompt(min(length, max_tokens))
     right = architectures.reference_logits("phi4_mini", ids)
-    assert isinstance(read_model_config(folder).layers[0].attention.rope.scaling, LongRope)
+    assert isinstance(read_model_config(folder).layers[0].mixer.rope.scaling, LongRope)
     assert np.abs(RankModel(folder, max_tokens=max_tokens).logits(ids) - right).max() <= AGREES
 
 

@@ -46,7 +46,7 @@ def groups_by(by):
 
 
 def of_attention(config):
-    return config.layers[0].attention
+    return config.layers[0].mixer
 
 
 def plain_scale(config):
@@ -219,7 +219,7 @@ def test_16_both_styles_of_config_say_the_same(checkpoint):
     new = {"rope_parameters": rope, "dtype": "float32", "mlp_layer_types": latent.DENSE_FIRST}
     old = {"rope_scaling", "rope_theta", "torch_dtype", "first_k_dense_replace", "moe_layer_freq"}
     expected = read_model_config(checkpoint("deepseek_v3"))
-    assert expected.layers[0].attention.rope.scaling.factor == 40
+    assert expected.layers[0].mixer.rope.scaling.factor == 40
     assert read_model_config(checkpoint("deepseek_v3", *old, **new)) == expected
 
 

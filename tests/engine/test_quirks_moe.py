@@ -47,10 +47,10 @@ class Bound:
 
 
 def norm_of_each_head(layer):
-    old = layer.attention.__self__
+    old = layer.mixer.__self__
     norms = torch.cat([norm.unflatten(0, (-1, old.config.head_dim)) for norm in old.block.weights.row_norms])
     weights = replace(old.block.weights, row_norms=None, head_norms_hd=norms)
-    return replace(layer, attention=replace(old, block=replace(old.block, weights=weights)).forward)
+    return replace(layer, mixer=replace(old, block=replace(old.block, weights=weights)).forward)
 
 
 def weights_with_the_bias(layer):
@@ -80,13 +80,13 @@ def is_plain(attention):
 
 
 def rotated_everywhere(config):
-    found = next(layer.attention.rope for layer in config.layers if layer.attention.rope is not None)
+    found = next(layer.mixer.rope for layer in config.layers if layer.mixer.rope is not None)
     return attention(is_plain, rope=found)(config)
 
 
 def other_layers_slide(config):
-    kinds = {slides(layer.attention): layer.attention for layer in config.layers}
-    layers = [replace(layer, attention=kinds[not slides(layer.attention)]) for layer in config.layers]
+    kinds = {slides(layer.mixer): layer.mixer for layer in config.layers}
+    layers = [replace(layer, mixer=kinds[not slides(layer.mixer)]) for layer in config.layers]
     return replace(config, layers=tuple(layers))
 
 
@@ -218,7 +218,7 @@ def test_router_in_float32(name, monkeypatch):
 def test_no_bias_on_the_output(name, monkeypatch):
     """13: the config's word is of query, key and value alone."""
     config = read_model_config(architectures.folder(name), "float32")
-    assert all(layer.attention.qkv_bias and not layer.attention.output_bias for layer in config.layers)
+    assert all(layer.mixer.qkv_bias and not layer.mixer.output_bias for layer in config.layers)
     with_bias = attention(output_bias=True)(config)
     monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: with_bias)
     with pytest.raises(ValueError, match=r"o_proj\.bias"):

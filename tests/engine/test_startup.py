@@ -13,6 +13,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import memory_plan
 from expertwire.engine.kv_cache.memory_plan import Measured, MemoryPlan
 from expertwire.engine.startup import ControllerArgs, start_ranks
+from expertwire.scheduler.config import CacheSpec
 
 GB = 10**9
 
@@ -57,10 +58,7 @@ MODEL = SimpleNamespace(
     eos_token_ids=(), num_layers=1, num_experts=0, top_k=0,
     cache_specs=lambda: (SPEC,),
 )  # fmt: skip
-SPEC = SimpleNamespace(
-    name="full", kind="full", bytes_per_token=64, writers=(0,), window=None,
-    most_blocks=lambda size, length, max_num_batched_tokens: -(-length // size),
-)  # fmt: skip
+SPEC = CacheSpec(name="full", kind="full", bytes_per_token=64, writers=(0,), readers=(0,))
 
 
 def args(**options):

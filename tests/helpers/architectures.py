@@ -54,6 +54,7 @@ _CHATS = {
     "glm4_moe_lite": "glm_47",
     "glm_moe_dsa": "glm_47",
     "gpt_oss": "gpt_oss",
+    "granite": "granite_4",
     "kimi": "kimi_k2",
     "llama": "llama_3",
     "llama4": "llama_4",
@@ -62,6 +63,7 @@ _CHATS = {
     "ministral": "mistral",
     "mistral": "mistral",
     "mixtral": "mistral",
+    "nemotron": "qwen3_coder",
     "olmoe": "olmoe",
     "phi": "phi_4_mini",
     "qwen3": "qwen3",
@@ -76,9 +78,14 @@ def chat_family(name: str) -> str:
 @functools.cache
 def all_of_them() -> dict[str, Tiny]:
     """Return the tiny models by name."""
-    from helpers import architectures_dense, architectures_latent, architectures_moe  # which import this module
+    from helpers import (  # which import this module
+        architectures_dense,
+        architectures_hybrid,
+        architectures_latent,
+        architectures_moe,
+    )
 
-    return architectures_moe.ALL | architectures_latent.ALL | architectures_dense.ALL
+    return architectures_moe.ALL | architectures_latent.ALL | architectures_dense.ALL | architectures_hybrid.ALL
 
 
 @functools.cache

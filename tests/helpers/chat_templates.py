@@ -468,6 +468,30 @@ OLMOE = """{{ bos_token }}{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
+GRANITE_4 = """
+{%- if tools or messages[0].role == 'system' %}
+    {{- '<|start_of_role|>system<|end_of_role|>' }}
+    {%- if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}
+    {%- if tools %}
+        {{- 'Functions:\n<tools>' }}{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}{{ '\n</tools>' }}
+    {%- endif %}
+    {{- '<|end_of_text|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {{- '<|start_of_role|>user<|end_of_role|>\n<tool_response>\n' + message.content + '\n</tool_response><|end_of_text|>\n' }}
+    {%- elif message.role != 'system' %}
+        {{- '<|start_of_role|>' + message.role + '<|end_of_role|>' + (message.content or '') }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson + '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|end_of_text|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}
+"""
+
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 _DEEPSEEK = (
@@ -513,6 +537,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "kimi_k2": Family(
         template=KIMI_K2, special=_KIMI, plain=("<think>", "</think>"), bos="[BOS]", eos="[EOS]", output_format="kimi_k2"
+    ),
+    "granite_4": Family(
+        template=GRANITE_4, special=("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), plain=_TAGS[:4],
+        eos="<|end_of_text|>", output_format="granite_4",
     ),
     "gpt_oss": Family(
         template=HARMONY, special=_HARMONY, bos="<|startoftext|>", eos="<|return|>", output_format="harmony"

@@ -393,6 +393,8 @@ HUB_CONFIGS: dict[str, Config] = {
     "llama4": LLAMA_4_SCOUT,
     "mobile_llm": MOBILE_LLM_R1,
     "mistral4": MISTRAL_SMALL_4,
+    "nemotron_h": _published("nemotron-3-nano"),
+    "granite": _published("granite-4.0-h-small"),
     "mistral4_text": {
         **MISTRAL_SMALL_4["text_config"],
         "architectures": ["Mistral4ForCausalLM"],

@@ -14,7 +14,7 @@ def attention(where=lambda old: True, **fields):
         return replace(old, **{name: value(old) if callable(value) else value for name, value in fields.items()})
 
     def change(config):
-        layers = [replace(layer, attention=changed(layer.attention)) for layer in config.layers]
+        layers = [replace(layer, mixer=changed(layer.mixer)) for layer in config.layers]
         return replace(config, layers=tuple(layers))
 
     return change

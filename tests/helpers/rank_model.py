@@ -34,12 +34,12 @@ class RankModel(_RankModel):
                 watched = replace(layer.moe.router, route=_watched_route(layer.moe.router.route, margin, near))
                 moe = replace(layer.moe, router=watched, block=None)
                 self.model.layers[i] = layer = replace(layer, moe=moe)
-            attention = layer.attention.__self__
+            attention = None if layer.mixer is None else layer.mixer.__self__
             if getattr(attention, "index", None) is not None:
                 ops = attention.context.ops
                 watched = replace(attention.context, ops=replace(ops, choose_positions=_watched_choice(ops, near)))
                 attention = replace(attention, index=replace(attention.index, context=watched))
-                self.model.layers[i] = replace(layer, attention=attention.forward)
+                self.model.layers[i] = replace(layer, mixer=attention.forward)
 
         def tell() -> bool:
             found, near[0] = near[0], False

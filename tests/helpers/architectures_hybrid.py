@@ -1,0 +1,189 @@
+"""Tiny models with recurrent states beside attention.
+
+Decays reach from fractions of a token to thousands, so that states of earlier chunks and snapshots show; most models have sizes
+of their own for each head, group and state, so that a swapped dimension does not pass unseen.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import (
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    PreTrainedModel,
+)
+
+from helpers.architectures import Tensors, Tiny, biased, hub_style
+
+_EOS = {"bos_token_id": 298, "eos_token_id": 299, "pad_token_id": None}
+
+
+def slow_decay(made: PreTrainedModel) -> None:
+    """Give Mamba-2's heads decays and time steps of different sizes."""
+    for name, values in made.named_parameters():
+        num_heads = values.shape[0]
+        if name.endswith("A_log"):
+            values.copy_(torch.linspace(math.log(0.01), math.log(3), num_heads))
+        elif name.endswith("dt_bias"):
+            values.copy_(torch.linspace(0, -2.5, num_heads))
+
+
+# ---- Nemotron-H and Nemotron 3
+
+_KINDS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+_NEMOTRON = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 112,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 80,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 2.5,
+    "layer_norm_epsilon": 0.05,
+    "max_position_embeddings": 1024,
+    # transformers clamps the time step there; the published code does not.
+    "time_step_min": 1e-30,
+    "attn_implementation": "eager",
+    **_EOS,
+}
+
+
+def _nemotron(pattern: str, **changes: Any) -> PreTrainedModel:
+    config = NemotronHConfig(**_NEMOTRON | changes, layers_block_type=[_KINDS[letter] for letter in pattern])
+    return biased(NemotronHForCausalLM(config))
+
+
+def _nemotron_tensors(tensors: Tensors) -> Tensors:
+    """Return the hub's tensors: experts one by one, and a layer for multi-token prediction."""
+    found: Tensors = {"mtp.layers.0.eh_proj.weight": torch.ones(4, 8)}
+    for name, values in tensors.items():
+        hub, is_expert, part = name.replace("model.", "backbone.", 1).rpartition(".experts.")
+        if not is_expert:
+            found[part] = values
+            continue
+        found |= {f"{hub}.experts.{e}.{part}.weight": matrix for e, matrix in enumerate(values)}
+    return found
+
+
+def nemotron_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config like Nemotron's: a pattern of letters, and fields of rotary embeddings that it does not have."""
+    letters = {kind: letter for letter, kind in _KINDS.items()}
+    pattern = "".join(letters[kind] for kind in config["layers_block_type"])
+    more = {
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(pattern),
+        "rope_theta": 10000,
+        "norm_eps": 1e-5,
+    }
+    fields = hub_style(config, "NemotronHForCausalLM", **more)
+    return {name: value for name, value in fields.items() if name not in ("layers_block_type", "rope_scaling")}
+
+
+# ---- Granite 4.0
+
+_GRANITE = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "shared_intermediate_size": 80,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "mamba_n_heads": 12,
+    "mamba_d_head": 16,
+    "mamba_d_state": 24,
+    "rms_norm_eps": 0.05,
+    "max_position_embeddings": 1024,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 0.7,
+    "tie_word_embeddings": True,
+    "attn_implementation": "eager",
+    **_EOS,
+}
+
+
+def _granite(**changes: Any) -> PreTrainedModel:
+    return GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**_GRANITE | changes))
+
+
+def _granite_tensors(tensors: Tensors) -> Tensors:
+    names = {
+        "experts.gate_up_proj": "input_linear.weight",
+        "experts.down_proj": "output_linear.weight",
+        "router.weight": "router.layer.weight",
+    }
+    found = {}
+    for name, values in tensors.items():
+        for ours, hub in names.items():
+            if "block_sparse_moe." in name:
+                name = name.replace(ours, hub)
+        found[name] = values
+    return found
+
+
+def _granite_adjust(made: PreTrainedModel) -> None:
+    """Larger weights, as the residual multiplier would hide what a layer adds."""
+    slow_decay(made)
+    for name, values in made.named_parameters():
+        if name.endswith(("o_proj.weight", "out_proj.weight", "output_linear.weight", "experts.down_proj")):
+            values.mul_(4)
+        elif "embed_tokens" in name:
+            values.mul_(0.25)
+
+
+def granite_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config like Granite's."""
+    kinds = {"linear_attention": "mamba", "full_attention": "attention"}
+    layers = [kinds.get(kind, kind) for kind in config["layer_types"]]
+    position = config["position_embedding_type"] or "nope"
+    more = {"layer_types": layers, "position_embedding_type": position, "time_step_limit": None}
+    return hub_style(config, "GraniteMoeHybridForCausalLM", **more)
+
+
+ALL = {
+    "nemotron_h": Tiny(
+        model=lambda: _nemotron("M-M*-"),
+        hub_tensors=_nemotron_tensors,
+        hub_config=nemotron_config,
+        adjust=slow_decay,
+    ),
+    "nemotron3_nano": Tiny(
+        model=lambda: _nemotron("MEM*E"),
+        hub_tensors=_nemotron_tensors,
+        hub_config=nemotron_config,
+        adjust=slow_decay,
+    ),
+    "nemotron3_super": Tiny(
+        model=lambda: _nemotron("ME*EM", moe_latent_size=64, hidden_size=80, mamba_num_heads=5, n_groups=1),
+        hub_tensors=_nemotron_tensors,
+        hub_config=nemotron_config,
+        adjust=slow_decay,
+    ),
+    "granite_h": Tiny(model=_granite, hub_tensors=_granite_tensors, hub_config=granite_config, adjust=_granite_adjust),
+    "granite_h_dense": Tiny(
+        model=lambda: _granite(
+            num_local_experts=0, position_embedding_type="rope", mamba_n_groups=2, tie_word_embeddings=False
+        ),
+        hub_tensors=_granite_tensors,
+        hub_config=granite_config,
+        adjust=_granite_adjust,
+    ),
+}
