@@ -186,7 +186,9 @@ def cpu(*, fast: bool = False) -> Ops:
     # numba is slow to import and of no use elsewhere.
     from expertwire.kernels.cpu import attention as cpu_attention
     from expertwire.kernels.cpu import blocks, elementwise, gemm, rotary
+    from expertwire.kernels.cpu import causal_conv1d as cpu_causal_conv1d
     from expertwire.kernels.cpu import gated_delta_rule as cpu_gated_delta_rule
+    from expertwire.kernels.cpu import mamba2 as cpu_mamba2
     from expertwire.kernels.cpu import mla as cpu_mla
     from expertwire.kernels.cpu import prepare_inputs as cpu_prepare_inputs
     from expertwire.kernels.cpu import routing as cpu_routing
@@ -209,9 +211,9 @@ def cpu(*, fast: bool = False) -> Ops:
         attend_latent=cpu_mla.attend,
         rope_and_cache_index=rotary.rope_and_cache_index,
         choose_positions=cpu_mla.choose_positions,
-        causal_conv1d=causal_conv1d.reference,
-        mamba2=mamba2.reference,
-        gated_rms_norm=gated_rms_norm.reference,
+        causal_conv1d=cpu_causal_conv1d.causal_conv1d,
+        mamba2=cpu_mamba2.mamba2,
+        gated_rms_norm=elementwise.gated_rms_norm,
         gated_delta_rule=cpu_gated_delta_rule.gated_delta_rule,
         route=cpu_routing.route,
         route_and_count=partial(routing.route_and_count, route=cpu_routing.route),

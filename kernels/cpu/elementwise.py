@@ -60,12 +60,57 @@ def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -
 
 
 @jit
+def silu(x: float) -> float:
+    """Return x / (1 + e^-x) in fp32."""
+    # e^-x leaves the range of exp only where silu is zero.
+    return x / (np.float32(1) + exp(min(-x, np.float32(88.0))))
+
+
+@jit
+def _gate_row(gate: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+    """`y = silu(gate) * x`, of fp32 rows; the loop is in vectors only if y is another row."""
+    for i in range(len(x)):
+        y[i] = round_like(silu(gate[i]) * x[i], y[i])
+
+
+@allocating_jit
+def _gated_rms_norm(x_TD, z_TD, weight_D, eps, group_size, gate_first, y_TD):
+    width = len(weight_D)
+    row_D, gate_D, gated_D = (empty((width,), np.float32), empty((width,), np.float32), empty((width,), np.float32))
+    for t in range(len(x_TD)):
+        copy_row(x_TD[t], row_D)
+        copy_row(z_TD[t], gate_D)
+        if gate_first:
+            _gate_row(gate_D, row_D, gated_D)
+        for g in range(0, width, group_size):
+            end = g + group_size
+            if gate_first:
+                scale_row(gated_D[g:end], rms_scale(gated_D[g:end], eps), weight_D[g:end], y_TD[t, g:end])
+            else:
+                scale_row(row_D[g:end], rms_scale(row_D[g:end], eps), weight_D[g:end], row_D[g:end])
+        if not gate_first:
+            _gate_row(gate_D, row_D, y_TD[t])
+
+
+def gated_rms_norm(
+    x_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, group_size: int, gate_first: bool
+) -> Tensor:
+    """As `kernels.ops.gated_rms_norm.GatedRmsNorm`."""
+    for rows in (x_TD, z_TD):
+        assert rows.stride(1) == 1, f"strides {rows.stride()} of shape {tuple(rows.shape)}"
+    assert weight_D.shape[0] == x_TD.shape[1], f"{tuple(weight_D.shape)} weights for {tuple(x_TD.shape)}"
+    assert x_TD.shape[1] % group_size == 0, f"groups of {group_size} in rows of {x_TD.shape[1]}"
+    y_TD = x_TD.new_empty(x_TD.shape)
+    x, z, weight, y = (as_array(tensor.detach()) for tensor in (x_TD, z_TD, weight_D, y_TD))
+    _gated_rms_norm(x, z, weight, eps, group_size, gate_first, y)
+    return y_TD
+
+
+@jit
 def silu_mul_of(gate: float, up: float, like: float) -> float:
     """Return silu(gate) * up of fp32 products, every intermediate rounded to `like`'s type, as the result."""
     gate, up = load(round_like(gate, like)), load(round_like(up, like))
-    # e^-x leaves the range of exp only where silu is zero.
-    silu = load(round_like(gate / (np.float32(1) + exp(min(-gate, np.float32(88.0)))), like))
-    return round_like(silu * up, like)
+    return round_like(load(round_like(silu(gate), like)) * up, like)
 
 
 @jit

@@ -55,7 +55,7 @@ class Mamba2Weights:
     def widths(self) -> tuple[int, int, int]:
         """Return the widths of x, B and C in a row."""
         read = self.num_groups * self.state_size
-        return len(self.A_H) * self.head_dim, read, read
+        return self.A_H.shape[0] * self.head_dim, read, read
 
 
 class Mamba2Cache(NamedTuple):

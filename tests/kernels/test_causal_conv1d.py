@@ -59,6 +59,16 @@ def test_values_and_tails(ops, dtype, width, taps, with_bias):
     assert torch.equal(tail[others], torch.full_like(tail[others], 7.0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", [steps.one_by_one(LENGTHS), *(steps.random_cuts(LENGTHS, seed) for seed in range(4))])
+def test_bits_do_not_depend_on_the_steps(dtype, plan):
+    inputs, weight, bias = scene(LENGTHS, dtype)
+    expected, expected_tail, _ = compute(OPS["cpu"], steps.whole(LENGTHS), LENGTHS, inputs, weight, bias)
+    y, tail, _ = compute(OPS["cpu"], plan, LENGTHS, inputs, weight, bias)
+    assert all(torch.equal(a, b) for a, b in zip(y, expected, strict=True))
+    assert torch.equal(tail, expected_tail)
+
+
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_sequences_go_on_from_one_snapshot(ops):
     """Two of them in one step, which reads the block of the interval before and leaves it as it is."""

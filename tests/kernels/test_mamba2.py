@@ -113,6 +113,36 @@ def test_values_of_several_steps(ops, plan):
         torch.testing.assert_close(y[b].double(), recurrence(x, dt, weights)[0], **TOLERANCE[torch.float32])
 
 
+PLANS = {
+    "one by one": steps.one_by_one(LENGTHS),
+    "prompt, then one by one": steps.one_by_one(LENGTHS, 61),
+    **{f"cuts {seed}": steps.random_cuts(LENGTHS, seed) for seed in range(3)},
+    "long cuts": steps.random_cuts(LENGTHS, 9, most=300),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_bits_and_states_do_not_depend_on_the_steps(dtype, shape, plan):
+    weights = weights_of(*SHAPES[shape])
+    inputs = inputs_of(LENGTHS, weights, dtype)
+    expected, expected_state, _ = compute(OPS["cpu"], steps.whole(LENGTHS), inputs, weights)
+    y, state, _ = compute(OPS["cpu"], PLANS[plan], inputs, weights, size=2 * CHUNK)
+    assert all(torch.equal(a, b) for a, b in zip(y, expected, strict=True))
+    assert torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_other_sequences(dtype):
+    weights = weights_of(*SHAPES["groups"])
+    inputs = inputs_of(LENGTHS, weights, dtype)
+    together, _, _ = compute(OPS["cpu"], steps.whole(LENGTHS), inputs, weights)
+    for b, length in enumerate(LENGTHS):
+        alone, _, _ = compute(OPS["cpu"], steps.whole([length]), inputs[b : b + 1], weights)
+        assert torch.equal(alone[0], together[b])
+
+
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_sequences_go_on_from_one_snapshot(ops):
     """Two of them in one step, which reads the block of the interval before and leaves it as it is."""
