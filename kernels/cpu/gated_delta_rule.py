@@ -148,11 +148,14 @@ def _solve(v_TD, beta_T, weights, place, num, known, u):
 def _compute_head(v_TD, gates, state, turned, rows, scores, place, decay, weights, found, u, out_TD):
     """Compute the outputs of a head for the tokens of a chunk from number `place` on.
 
-    `decay` and `u` hold the chunk's up to there, and get those of the tokens. `state` [d, v] moves on with the last one.
+    `u` holds the chunk's up to there, and gets those of the tokens; `decay` holds logarithms of each token's, and gets their
+    sums. `state` [d, v] moves on with the last token.
     """
     (g_T, beta_T), num, (dim, size) = gates, len(v_TD), state.shape
-    for i in range(place, place + num):
-        decay[i] = g_T[i - place] + (decay[i - 1] if i > 0 else np.float32(0))
+    for i in range(num):
+        decay[place + i] = g_T[i]
+    for i in range(1, place + num):
+        decay[i] += decay[i - 1]
     found[: 2 * num] = np.float32(0)
     add_product(rows, place * dim, dim, 2 * num, dim, state, 0, size, size, found, 0, size)
     for row in range(2 * num):
@@ -188,7 +191,7 @@ def _move_on(state, turned, decay, weighted, u):
 @jit
 def _advance(qkv_TD, g_TH, beta_TH, cache, blocks_W, g, first, start, end, target, scratch, out_TD):
     """Compute a piece's tokens from position `start` to `end`, in rows from `first` on, for the heads of key head g."""
-    state_BHdv, k_BsGd, u_BsHv, decay_BsH = cache
+    state_BHdv, k_BsGd, u_BsHv, g_BsH = cache
     rows, turned, scores, weights, found, u, decay = scratch
     size, (num_keys, dim), num_heads = u.shape[1], k_BsGd.shape[2:], u_BsHv.shape[2]
     group, values_at = num_heads // num_keys, 2 * num_keys * dim
@@ -206,7 +209,7 @@ def _advance(qkv_TD, g_TH, beta_TH, cache, blocks_W, g, first, start, end, targe
         for h in range(g * group, (g + 1) * group):
             for i in range(place):
                 copy_row(u_BsHv[block, begin + i, h], u[i])
-                decay[i] = decay_BsH[block, begin + i, h]
+                decay[i] = g_BsH[block, begin + i, h]
             values_TD = qkv_TD[row : row + num, values_at + h * size : values_at + (h + 1) * size]
             gates = g_TH[row : row + num, h], beta_TH[row : row + num, h]
             out = out_TD[row : row + num, h * size : (h + 1) * size]
@@ -215,7 +218,7 @@ def _advance(qkv_TD, g_TH, beta_TH, cache, blocks_W, g, first, start, end, targe
             )
             for i in range(place, kept):
                 copy_row(u[i], u_BsHv[block, begin + i, h])
-                decay_BsH[block, begin + i, h] = decay[i]
+                g_BsH[block, begin + i, h] = g_TH[row + i - place, h]
         for i in range(place, kept):
             copy_row(rows[i], keys_sGd[i, g])
         position += num

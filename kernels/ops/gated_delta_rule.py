@@ -11,7 +11,7 @@ In chunks of 64 positions, with G_t the sum of g from the beginning of t's chunk
     o_t = e^G_t S^T q_t + sum_{s<=t} e^(G_t - G_s) (q_t . k_s) u_s
     S' = e^G_r S + sum_s e^(G_r - G_s) k_s u_s^T
 
-where s is in the chunk and r its last position. The chunk cache holds k, u and G. `recurrent` says why, and where states lie.
+where s is in the chunk and r its last position. The chunk cache holds k, u and g. `recurrent` says why, and where states lie.
 
 Yang, Kautz and Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024), has
 a chunked form.
@@ -41,13 +41,13 @@ class DeltaCache(NamedTuple):
         state_BHdv: in blocks of the state cache.
         k_BsGd: keys, divided by their norm. This and what follows is in blocks of the chunk cache; P is a multiple of `CHUNK`.
         u_BsHv: what a token adds to the state at its key.
-        decay_BsH: G, logarithm of the decay since the beginning of the chunk.
+        g_BsH: logarithm of a token's decay.
     """
 
     state_BHdv: Tensor
     k_BsGd: Tensor
     u_BsHv: Tensor
-    decay_BsH: Tensor
+    g_BsH: Tensor
 
 
 class GatedDeltaRule(Protocol):
@@ -139,10 +139,11 @@ def _advance(tokens: list[_Token], piece: Piece, blocks: list[int], cache: Delta
     return torch.stack(outputs).flatten(1)
 
 
-def _step(token: _Token, state_Hdv: Tensor, k_YGd: Tensor, u_YHv: Tensor, decay_YH: Tensor) -> Tensor:
+def _step(token: _Token, state_Hdv: Tensor, k_YGd: Tensor, u_YHv: Tensor, g_YH: Tensor) -> Tensor:
     """Write the last row of the chunk's tensors, which end with this token; return its o_Hv."""
     group = len(state_Hdv) // len(token.k_Gd)
-    k_YGd[-1], decay_YH[-1] = token.k_Gd, token.g_H if len(k_YGd) == 1 else decay_YH[-2] + token.g_H
+    k_YGd[-1], g_YH[-1] = token.k_Gd, token.g_H
+    decay_YH = g_YH.cumsum(0)
     q_H1d, k_H1d = (x_Gd.repeat_interleave(group, 0)[:, None] for x_Gd in (token.q_Gd, token.k_Gd))
     keys_HdY = k_YGd.repeat_interleave(group, 1).permute(1, 2, 0)
     weights_H1Y, values_HYv = (decay_YH[-1] - decay_YH).exp().T[:, None], u_YHv.transpose(0, 1)
@@ -153,8 +154,9 @@ def _step(token: _Token, state_Hdv: Tensor, k_YGd: Tensor, u_YHv: Tensor, decay_
     return (decay_H11 * (q_H1d @ state_Hdv) + (weights_H1Y * (q_H1d @ keys_HdY)) @ values_HYv)[:, 0]
 
 
-def _move_on(state_Hdv: Tensor, k_YGd: Tensor, u_YHv: Tensor, decay_YH: Tensor) -> Tensor:
+def _move_on(state_Hdv: Tensor, k_YGd: Tensor, u_YHv: Tensor, g_YH: Tensor) -> Tensor:
     """Return the state after a whole chunk."""
+    decay_YH = g_YH.cumsum(0)
     keys_YHd = k_YGd.repeat_interleave(len(state_Hdv) // k_YGd.shape[1], 1)
     weighted_YHd = (decay_YH[-1] - decay_YH).exp()[..., None] * keys_YHd
     return decay_YH[-1].exp()[:, None, None] * state_Hdv + weighted_YHd.permute(1, 2, 0) @ u_YHv.transpose(0, 1)
