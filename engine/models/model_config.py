@@ -131,7 +131,12 @@ class Mamba2Config:
     @property
     def conv_size(self) -> int:
         """The channels of the convolution: x, B and C."""
-        return self.inner_size + 2 * self.num_groups * self.state_size
+        return self.stored_size + self.num_groups * self.state_size
+
+    @property
+    def stored_size(self) -> int:
+        """The width of a row of the chunk cache: x and B."""
+        return self.inner_size + self.num_groups * self.state_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,7 +413,7 @@ def cache_tensors(mixer: Mixer | None) -> Mapping[CacheKind, tuple[tuple[Shape, 
         return found if mixer.indexer is None else found | {"index": (((mixer.indexer.head_dim,), "auto"),)}
     m = mixer
     return {
-        "chunk": (((m.conv_size,), "auto"), ((m.num_heads,), "float32")),
+        "chunk": (((m.stored_size,), "auto"), ((m.num_heads,), "float32")),
         "state": (((m.conv_kernel - 1, m.conv_size), "auto"), ((m.num_heads, m.state_size, m.head_dim), "float32")),
     }
 

@@ -234,7 +234,8 @@ def _chunk(new_TD, raw_TH, layer, cache, state_HNd, block, at, first, scratch, y
         _head(h, layer.D_H[h], state_HNd[h], first, complete, scratch, y_TD[:, h * dim : (h + 1) * dim])
     if not complete:
         for t in range(len(new_TD)):
-            copy_row(new_TD[t], cache.inputs_BsD[block, at + first + t])
+            kept = cache.inputs_BsD[block, at + first + t]
+            copy_row(new_TD[t, : len(kept)], kept)
             for h in range(heads):
                 cache.dt_BsH[block, at + first + t, h] = scratch.dt_HK[h, first + t]
 
@@ -266,6 +267,9 @@ def mamba2(xBC_TD: Tensor, dt_TH: Tensor, weights: Mamba2Weights, cache: Mamba2C
     assert all(tensor.is_contiguous() for tensor in cache), [tensor.stride() for tensor in cache]
     assert cache.inputs_BsD.dtype == xBC_TD.dtype, f"inputs {cache.inputs_BsD.dtype} of {xBC_TD.dtype}"
     shape = weights.A_H.shape[0], weights.state_size, weights.head_dim
+    assert cache.inputs_BsD.shape[2] == weights.stored_width, (
+        f"{tuple(cache.inputs_BsD.shape)}, {weights.stored_width} wide"
+    )
     assert cache.state_BHNd.shape[1:] == shape, f"states {tuple(cache.state_BHNd.shape)} of {shape}"
     assert cache.inputs_BsD.shape[1] % CHUNK == 0, f"blocks of {cache.inputs_BsD.shape[1]} positions, chunks of {CHUNK}"
     y_TD = xBC_TD.new_empty(xBC_TD.shape[0], weights.widths[0])

@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.kernels.ops.recurrent import StateMetadata, pieces
-
-CHUNK = 64  # positions
+from expertwire.kernels.ops.variants import CHUNK
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,13 +56,18 @@ class Mamba2Weights:
         read = self.num_groups * self.state_size
         return self.A_H.shape[0] * self.head_dim, read, read
 
+    @property
+    def stored_width(self) -> int:
+        """Return the width of rows of the chunk cache: x and B."""
+        return sum(self.widths[:2])
+
 
 class Mamba2Cache(NamedTuple):
     """A layer's blocks. Those of inputs hold positions: some multiple of CHUNK.
 
     Attributes:
         state_BHNd: fp32, the state cache.
-        inputs_BsD: the chunk cache: rows x | B | C in their dtype.
+        inputs_BsD: the chunk cache: rows x | B in their dtype, `stored_width` numbers.
         dt_BsH: fp32, of the chunk cache, after softplus and clamp.
     """
 
@@ -106,8 +110,11 @@ def reference(
         while start < piece.end:
             end = min(piece.end, (start // CHUNK + 1) * CHUNK)
             rows = slice(piece.row + start - piece.start, piece.row + end - piece.start)
-            inputs, dt = _store(xBC_TD[rows], dt_TH[rows], cache, states.chunk_table[piece.number], start)
-            y_TD[rows], after_HNd = _chunk(inputs, dt, state_HNd, weights, first=start % CHUNK)
+            stored, dt = _store(
+                xBC_TD[rows, : weights.stored_width], dt_TH[rows], cache, states.chunk_table[piece.number], start
+            )
+            x_THd, B_THN, C_THN = _split(stored, xBC_TD[rows, weights.stored_width :], weights)
+            y_TD[rows], after_HNd = _chunk(x_THd, B_THN, C_THN, dt, state_HNd, weights)
             state_HNd = after_HNd if end % CHUNK == 0 else state_HNd
             start = end
         cache.state_BHNd[piece.target] = state_HNd
@@ -119,43 +126,41 @@ def discretize(dt_TH: Tensor, weights: Mamba2Weights) -> Tensor:
     return F.softplus(dt_TH.float() + weights.dt_bias_H).clamp(weights.dt_min, weights.dt_max)
 
 
-def _store(xBC_TD: Tensor, dt_TH: Tensor, cache: Mamba2Cache, table: Tensor, start: int) -> tuple[Tensor, Tensor]:
+def _store(xB_TD: Tensor, dt_TH: Tensor, cache: Mamba2Cache, table: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """Store a chunk's tokens from position `start` on; return those of the chunk up to the last of them."""
     size = cache.inputs_BsD.shape[1]
     block, at = int(table[start // size]), start % size
-    cache.inputs_BsD[block, at : at + len(xBC_TD)] = xBC_TD
+    cache.inputs_BsD[block, at : at + len(xB_TD)] = xB_TD
     cache.dt_BsH[block, at : at + len(dt_TH)] = dt_TH
-    chunk = slice(at // CHUNK * CHUNK, at + len(xBC_TD))
+    chunk = slice(at // CHUNK * CHUNK, at + len(xB_TD))
     return cache.inputs_BsD[block, chunk], cache.dt_BsH[block, chunk]
 
 
 def _chunk(
-    xBC_TD: Tensor, dt_TH: Tensor, state_HNd: Tensor, weights: Mamba2Weights, *, first: int
+    x_THd: Tensor, B_THN: Tensor, C_THN: Tensor, dt_TH: Tensor, state_HNd: Tensor, weights: Mamba2Weights
 ) -> tuple[Tensor, Tensor]:
-    """Return y of the tokens of a chunk from the `first` on, and the state after the last."""
-    x_THd, B_THN, C_THN = _split(xBC_TD, weights)
+    """Return y of a chunk's last tokens, those that C has, and the state after them."""
+    new = len(x_THd) - len(C_THN)
     sums_TH = (dt_TH * weights.A_H).cumsum(0)
     # [t, s]: tokens that read and that are read.
-    exponents = (sums_TH[:, None] - sums_TH).masked_fill(_later(len(sums_TH), sums_TH.device), -math.inf)
-    weight_THT = (exponents.exp() * dt_TH * torch.einsum("thn,shn->tsh", C_THN, B_THN)).transpose(1, 2)
-    y_THd = torch.einsum("ths,shd->thd", weight_THT[first:], x_THd)
-    y_THd += sums_TH[first:, :, None].exp() * torch.einsum("thn,hnd->thd", C_THN[first:], state_HNd)
-    y_THd += weights.D_H[:, None] * x_THd[first:]
+    later = torch.ones(len(sums_TH), len(sums_TH), dtype=torch.bool, device=x_THd.device).triu(1)[new:, :, None]
+    exponents = (sums_TH[new:, None] - sums_TH).masked_fill(later, -math.inf)
+    weight_TTH = exponents.exp() * dt_TH * torch.einsum("thn,shn->tsh", C_THN, B_THN)
+    y_THd = torch.einsum("tsh,shd->thd", weight_TTH, x_THd)
+    y_THd += sums_TH[new:, :, None].exp() * torch.einsum("thn,hnd->thd", C_THN, state_HNd)
+    y_THd += weights.D_H[:, None] * x_THd[new:]
     left_TH = (sums_TH[-1] - sums_TH).exp() * dt_TH
     after_HNd = sums_TH[-1].exp()[:, None, None] * state_HNd
     after_HNd += torch.einsum("th,thn,thd->hnd", left_TH, B_THN, x_THd)
-    return y_THd.flatten(1).to(xBC_TD.dtype), after_HNd
+    return y_THd.flatten(1), after_HNd
 
 
-def _split(xBC_TD: Tensor, weights: Mamba2Weights) -> tuple[Tensor, Tensor, Tensor]:
+def _split(xB_TD: Tensor, C_TD: Tensor, weights: Mamba2Weights) -> tuple[Tensor, Tensor, Tensor]:
     """Return x [T, H, d], B and C [T, H, N] in fp32."""
-    x_TD, *rest = xBC_TD.float().split(weights.widths, -1)
-    heads = len(weights.A_H)
-    each = heads // weights.num_groups
-    B_THN, C_THN = (part.unflatten(-1, (weights.num_groups, -1)).repeat_interleave(each, 1) for part in rest)
+    heads = weights.A_H.shape[0]
+    x_TD, B_TD = xB_TD.float().split(weights.widths[:2], -1)
+    B_THN, C_THN = (
+        part.unflatten(-1, (weights.num_groups, -1)).repeat_interleave(heads // weights.num_groups, 1)
+        for part in (B_TD, C_TD.float())
+    )
     return x_TD.unflatten(-1, (heads, -1)), B_THN, C_THN
-
-
-def _later(num: int, device: torch.device) -> Tensor:
-    """Return [t, s, 1]: whether s comes after t."""
-    return torch.ones(num, num, dtype=torch.bool, device=device).triu(1)[..., None]

@@ -51,7 +51,7 @@ def cache_of(blocks, weights, dtype, value=5.0):
     heads = len(weights.A_H)
     return Mamba2Cache(
         state_BHNd=torch.full((blocks.num_states, heads, weights.state_size, weights.head_dim), value),
-        inputs_BsD=torch.full((blocks.num_chunks, blocks.size, sum(weights.widths)), value, dtype=dtype),
+        inputs_BsD=torch.full((blocks.num_chunks, blocks.size, weights.stored_width), value, dtype=dtype),
         dt_BsH=torch.full((blocks.num_chunks, blocks.size, heads), value),
     )
 

@@ -68,7 +68,7 @@ def test_a_mixer_is_that_of_transformers(ops, make):
     tail = torch.empty(blocks.num_states, TAPS - 1, width)
     cache = Mamba2Cache(
         torch.empty(blocks.num_states, HEADS, STATE, DIM),
-        torch.empty(blocks.num_chunks, CHUNK, width),
+        torch.empty(blocks.num_chunks, CHUNK, weights.stored_width),
         torch.empty(blocks.num_chunks, CHUNK, HEADS),
     )
 
