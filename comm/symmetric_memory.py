@@ -49,7 +49,8 @@ def shared(group: Group, nbytes: int) -> list[Tensor]:
         buffers = [_map(Path(peer), nbytes) for _, peer, _ in files]
         group.barrier()
     finally:
-        path.unlink(missing_ok=True)
+        if not problem:
+            path.unlink()
     return buffers
 
 
@@ -105,11 +106,23 @@ def _create(path: Path, nbytes: int) -> str:
         try:
             # Allocated now: a full file system is an error here and not a SIGBUS at the first write.
             os.posix_fallocate(file, 0, nbytes)
+        except OSError:
+            path.unlink()
+            raise
         finally:
             os.close(file)
     except OSError as error:
-        return f"{path.parent}: {error.strerror}"
+        return f"{path.parent}: {error.strerror}{_space(path.parent)}"
     return ""
+
+
+def _space(folder: Path) -> str:
+    """Return what is free in a folder, for an error message; "" if there is no such folder."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return ""
+    return f" ({found.f_bavail * found.f_frsize} bytes and {found.f_favail} files are free)"
 
 
 def _map(path: Path, nbytes: int) -> Tensor:

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import socket
 import sys
 import time
@@ -87,7 +88,12 @@ def controller_main(args: ControllerArgs, newcomers: int) -> None:
     raise_descriptor_limit()
     frontends = FrontendHub(socket.socket(fileno=newcomers))
     config = args.config
-    hub = ControlHub(config.ep_size, address=args.hub_address, token=args.token)
+    try:
+        hub = ControlHub(config.ep_size, address=args.hub_address, token=args.token)
+    except (OSError, ValueError) as error:
+        says = error.strerror if isinstance(error, OSError) else str(error)
+        _report(failed={"rank": -1, "message": f"the controller {says}{_free_space(args.hub_address)}"})
+        return
     state: ControllerState | None = None
     try:
         _report(listening={"hub": hub.address})
@@ -136,6 +142,15 @@ def collect_when_idle() -> None:
     """
     gc.collect()
     gc.disable()
+
+
+def _free_space(address: str) -> str:
+    """Return what is free in the folder of a unix socket, for an error message; "" for other addresses."""
+    kind, _, path = address.partition(":")
+    if kind != "unix" or path.startswith("@"):
+        return ""
+    found = os.statvfs(os.path.dirname(path))
+    return f" (in its folder, of TMPDIR, {found.f_bavail * found.f_frsize} bytes and {found.f_favail} files are free)"
 
 
 def _report(**status: Any) -> None:

@@ -127,7 +127,8 @@ def _conditions(spec: AllToAllSpec, reports: Sequence[RankReport], device: str) 
         row_bytes=layout.dispatch_rows.shape[-1] + layout.combine_rows.shape[-1],
         libraries=libraries(),
         gpus_shared=len(set(gpus)) < len(gpus),
-        buffers_fit=device != "cpu" or shared_bytes >= num_buffers * layout.nbytes,
+        buffer_bytes=num_buffers * layout.nbytes if device == "cpu" else 0,
+        shared_bytes=shared_bytes,
     )
 
 

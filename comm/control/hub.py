@@ -30,13 +30,14 @@ _WATCH_S = 0.25  # time between calls of `collect`'s `meanwhile`
 def this_node() -> str:
     """Return an id of this host, equal in two processes only if they can share memory and local sockets.
 
-    It differs between machines, network namespaces, and mounts of /dev/shm.
+    It differs between machines, network namespaces, and mounts of /dev/shm, of which there may be none.
     """
     if sys.platform != "linux":
         return f"{platform.node()}:{uuid.getnode()}"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     network = Path("/proc/self/ns/net").stat().st_ino
-    return f"{boot}:{network}:{Path('/dev/shm').stat().st_dev}"
+    shared = Path("/dev/shm")
+    return f"{boot}:{network}:{shared.stat().st_dev if shared.exists() else 'none'}"
 
 
 class ControlHub:

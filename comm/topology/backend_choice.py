@@ -28,7 +28,8 @@ class BackendConditions:
         row_bytes: of a dispatched and a combined row, together.
         libraries: those of "gloo" and "nccl" that torch has.
         gpus_shared: several ranks use one GPU.
-        buffers_fit: the symmetric buffers of CPU ranks fit into shared memory.
+        buffer_bytes: size of all symmetric buffers of CPU ranks, which are in shared memory.
+        shared_bytes: free shared memory of the CPU ranks' node.
     """
 
     topology: Topology
@@ -37,7 +38,8 @@ class BackendConditions:
     row_bytes: int
     libraries: Collection[str] = ("gloo", "nccl")
     gpus_shared: bool = False
-    buffers_fit: bool = True
+    buffer_bytes: int = 0
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +130,11 @@ def unusable_reason(backend: Backend, conditions: BackendConditions) -> str:
                 f"the ranks are in {topology.num_domains} NVLink domains ({topology}), and no rank reaches another's memory "
                 "across them (every rank must see all GPUs of its node)"
             )
-        if conditions.device == "cpu" and not conditions.buffers_fit:
-            return "the ranks' buffers do not fit into the shared memory of /dev/shm"
+        if conditions.buffer_bytes > conditions.shared_bytes:
+            return (
+                f"the ranks' buffers do not fit into shared memory: they need {conditions.buffer_bytes} bytes, and /dev/shm has "
+                f"{conditions.shared_bytes} free"
+            )
         return ""
     library = "gloo" if conditions.device == "cpu" else "nccl"
     if library not in conditions.libraries:

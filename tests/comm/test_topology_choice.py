@@ -28,7 +28,11 @@ HOSTS = replace(RACK, topology=ranks("ab"), device="cpu")
         (BOARDS, "nccl", "2 NVLink domains .*enough for grouped .*a row crosses to another domain once"),
         (replace(BOARDS, step_rows=GROUPED_FROM_ROWS - 1), "reference", "too few for grouped"),
         (HOST, "nvlink", "write into shared memory"),
-        (replace(HOST, buffers_fit=False), "nccl", "do not fit into the shared memory"),
+        (
+            replace(HOST, buffer_bytes=2_000_000, shared_bytes=1_500_000),
+            "nccl",
+            "do not fit into shared memory: they need 2000000 bytes, and /dev/shm has 1500000 free",
+        ),
         (HOSTS, "nccl", "on 2 nodes and share no memory"),
         (replace(HOSTS, step_rows=1), "reference", "on 2 nodes"),
         (replace(RACK, topology=ranks("a")), "reference", "one rank"),
@@ -53,7 +57,11 @@ def test_a_wanted_backend_is_taken_if_usable(here, wanted):
     [
         ("nvlink", BOARDS, r"'nvlink' cannot be used: .*2 NVLink domains .*; allowed here are auto, reference, nccl$"),
         ("nvlink", HOSTS, r"'nvlink' .* on 2 nodes and share no memory; allowed here are auto, reference, nccl$"),
-        ("nvlink", replace(HOST, buffers_fit=False), r"/dev/shm; allowed here are auto, reference, nccl$"),
+        (
+            "nvlink",
+            replace(HOST, buffer_bytes=2_000_000, shared_bytes=1_500_000),
+            r"/dev/shm has 1500000 free; allowed here are auto, reference, nccl$",
+        ),
         (
             "nccl",
             replace(HOST, libraries=("nccl",)),

@@ -51,7 +51,7 @@ def step(tokens, row_bytes=ROW):
         (step(16), "nvlink", "128 tokens"),  # the next in factors
         (step(8), "reference", "1 tokens"),
         (step(8, 16 * ROW), "nvlink", "128 tokens"),  # bytes count, not tokens
-        (replace(step(128), buffers_fit=False), "nccl", "800 us with max_ctas=8$"),
+        (replace(step(128), buffer_bytes=2_000_000, shared_bytes=1_500_000), "nccl", "800 us with max_ctas=8$"),
         (replace(step(10**6), topology=ranks("aa")), "nccl", "with 2 ranks"),
     ],
 )

@@ -1,5 +1,7 @@
 """The order of the controller's steps while an engine starts, and the memory that caches get."""
 
+import json
+import re
 import socket
 from types import SimpleNamespace
 
@@ -64,6 +66,27 @@ SPEC = CacheSpec(name="full", kind="full", bytes_per_token=64, writers=(0,), rea
 def args(**options):
     config = EngineConfig(model="m", ep_size=2, **options)
     return ControllerArgs(config=config, model=MODEL, max_model_len=1024, hub_address="", token="t")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("", r"cannot listen on unix:.*/hub: .* \(in its folder, of TMPDIR, \d+ bytes and \d+ files are free\)"),
+        ("x" * 100, "a unix socket's path has at most 107 bytes"),
+    ],
+)
+def test_a_folder_without_room_for_the_controllers_socket_is_named(tmp_path, capsys, folder, message):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    place = tmp_path / folder / "hub"
+    if not folder:
+        place.mkdir()  # something that cannot be bound, as on a full file system
+    args = SimpleNamespace(config=EngineConfig(model="m", ep_size=2), hub_address=f"unix:{place}", token="t")
+    ours, theirs = socket.socketpair()
+    with ours:
+        controller.controller_main(args, theirs.detach())
+    failed = json.loads(capsys.readouterr().out)["failed"]
+    assert failed["rank"] == -1
+    assert re.search(message, failed["message"])
 
 
 def test_compiled_loops_are_warmed_up_while_the_ranks_load(monkeypatch, capsys):
