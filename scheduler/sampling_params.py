@@ -169,7 +169,7 @@ class SamplingParams:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary that JSON can carry and `from_dict` reads back."""
-        return dataclasses.asdict(self)
+        return dict(zip(_NAMES, _get_fields(self), strict=True))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SamplingParams:
@@ -197,6 +197,8 @@ def check_lengths(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{field} must have at most {allowed} entries, got {length}")
 
 
+_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_get_fields = attrgetter(*_NAMES)
 _RANK_FIELDS = [field for field in dataclasses.fields(SamplingParams) if field.metadata]
 _BOUNDS = [
     (field.name, field.metadata["low"], field.metadata["high"])

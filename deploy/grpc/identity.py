@@ -133,6 +133,9 @@ class Authenticator:
                 identity, version = self.identify(connection, method), self._version
             return identity
 
+        if method not in _AUDITED:
+            yield current
+            return
         with self._audited(connection, identity, method):
             if method in _FOR_ADMINISTRATORS:
                 identity.check_admin(method)
@@ -144,10 +147,7 @@ class Authenticator:
 
     @contextlib.contextmanager
     def _audited(self, connection: Connection, identity: Identity, method: str) -> Iterator[None]:
-        """Audit a call of `method` when it ends, if it is an administrative one."""
-        if method not in _AUDITED:
-            yield
-            return
+        """Audit a call of `method` when it ends."""
         outcome = "CANCELLED"
         try:
             yield

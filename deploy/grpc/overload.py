@@ -78,7 +78,7 @@ class Overload:
             RequestFailed: the message did not arrive in time, or arrives slowly and too many others do.
         """
         timeout_s, loop = self._limits.message_timeout_s, asyncio.get_running_loop()
-        timeout = asyncio.timeout(timeout_s)
+        slow_s, timeout = min(_SLOW_S, timeout_s / 2), asyncio.timeout(None)
         is_slow = is_refused = False
 
         def slow() -> None:
@@ -89,8 +89,9 @@ class Overload:
             else:
                 is_slow = True
                 self._slow[client] += 1
+                timeout.reschedule(loop.time() + timeout_s - slow_s)
 
-        timer = loop.call_later(min(_SLOW_S, timeout_s / 2), slow)
+        timer = loop.call_later(slow_s, slow)
         try:
             yield timeout
         except TimeoutError as error:

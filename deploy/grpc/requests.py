@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -128,7 +128,7 @@ class Requests:
         """
         arrived_s = time.monotonic()
         self._check_takes_requests()
-        request_id = request.request_id or uuid.uuid4().hex
+        request_id = request.request_id or secrets.token_hex(16)
         if len(request_id) > MAX_REQUEST_ID:
             raise ValueError(f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}")
         key = call.identity.tenant, request_id
@@ -174,8 +174,8 @@ class Requests:
 
     def abort(self, number: int) -> None:
         """End a request; its stream is woken."""
-        self.frontend.abort(number)
-        self._pump()
+        if self.frontend.abort(number):
+            self._pump()
 
     def abort_by_name(self, tenant: str, request_ids: Sequence[str]) -> None:
         """End a tenant's requests with these ids, here and on the other fronts: gRPC may have brought the call to any of them."""
@@ -252,7 +252,7 @@ class Requests:
 
     def _opens_reasoning(self, tokens: np.ndarray) -> bool:
         tokenizer = self.frontend.tokenizer
-        if tokenizer is None:
+        if tokenizer is None or tokenizer.output_format.reasoning is None:
             return False
         return tokenizer.output_format.opens_reasoning(
             tokenizer.decode(tokens[-_PROMPT_END:].tolist(), skip_special_tokens=False)

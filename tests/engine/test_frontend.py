@@ -145,7 +145,7 @@ class TestEnds:
         wires = submit.sequence_ids.tolist()
         controller.say(*(Row(wires[0], token) for token in ids(tokenizer, "fox")))
         assert "".join(update.text for update in frontend.poll(1.0)) == ""
-        frontend.abort(request)
+        assert frontend.abort(request)
         assert frontend.num_open == 0
         [abort] = controller.heard()
         assert isinstance(abort, Abort)
@@ -154,8 +154,8 @@ class TestEnds:
         assert [(update.branch, update.text, update.done) for update in updates] == [(0, "fox", False), (1, "", True)]
         assert {update.finish_reason for update in updates} == {"abort"}
         controller.say(Row(wires[0], 50), Row(wires[1], 51, LENGTH))
-        frontend.abort(request)
-        frontend.abort(12345)
+        assert not frontend.abort(request)
+        assert not frontend.abort(12345)
         assert controller.heard() == []
         assert frontend.poll(0.0) == []
 
