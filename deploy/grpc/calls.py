@@ -104,8 +104,8 @@ class Call:
 
 def make_handlers(
     service: ServiceDescriptor, servicers: Sequence[object], overload: Overload, authenticator: Authenticator | None
-) -> grpc.GenericRpcHandler:
-    """Return the handlers of a service.
+) -> dict[str, grpc.RpcMethodHandler[bytes, Any]]:
+    """Return the handlers of a service by method.
 
     Args:
         service: the service.
@@ -116,7 +116,7 @@ def make_handlers(
         authenticator: finds out who makes them. None: anybody may, and they are not counted, so that health checks are answered
             by a server that is busy.
     """
-    handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
+    handlers = {
         method.name: grpc.stream_stream_rpc_method_handler(
             functools.partial(_serve, method, run, overload, authenticator),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
@@ -127,7 +127,7 @@ def make_handlers(
     }
     missing = {method.name for method in service.methods} - handlers.keys()
     assert not missing, f"nobody serves {missing} of {service.full_name}"
-    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+    return handlers
 
 
 async def _serve(

@@ -107,9 +107,10 @@ class Server:
             (_HEALTH, (health,), None),
             (_REFLECTION, (_Reflection(),), authenticator),
         )
-        self._server.add_generic_rpc_handlers(
-            [calls.make_handlers(service, servicers, self._overload, who) for service, servicers, who in services]
-        )
+        for service, servicers, who in services:
+            handlers = calls.make_handlers(service, servicers, self._overload, who)
+            # The calls of each registered method wait in a queue of its own, so health checks do not wait behind others.
+            self._server.add_registered_method_handlers(service.full_name, handlers)
         beating = asyncio.create_task(_beat(requests, health, on_beat))
         await self._server.start()
         try:

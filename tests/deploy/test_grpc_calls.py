@@ -31,6 +31,7 @@ async def serving(**limits):
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             channel.target = f"127.0.0.1:{server.port}"
+            channel.overload = server._overload
             yield frontend, channel
         stop.set()
         await task
@@ -112,6 +113,19 @@ def test_watchers_of_health_are_few_and_it_lists_its_services():
                 call.cancel()
 
     run(main())
+
+
+def test_health_checks_do_not_wait_behind_other_calls():
+    async def run():
+        async with serving(max_calls_per_connection=1000) as (_, channel):
+            waiting = [open_call(channel) for _ in range(400)]  # which gRPC hands to the server one by one
+            check = health_pb2_grpc.HealthStub(channel).Check
+            assert (await check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+            assert channel.overload.num_calls < 200
+            for call in waiting:
+                call.cancel()
+
+    asyncio.run(run())
 
 
 def test_a_call_has_a_message():
