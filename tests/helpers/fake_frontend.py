@@ -103,12 +103,14 @@ class FakeFrontend:
         self.failure = EngineFailed(message, rank)
         os.write(self._wake, b"x")
 
-    def abort(self, number: int) -> None:
+    def abort(self, number: int) -> bool:
         request = self._requests[number]
-        if not request.done:
-            self.aborted.append(number)
-            for branch in range(request.running):
-                self.push(number, branch, finish_reason="abort")
+        if request.done:
+            return False
+        self.aborted.append(number)
+        for branch in range(request.running):
+            self.push(number, branch, finish_reason="abort")
+        return True
 
     def poll(self, timeout_s: float) -> list[Update]:
         return [update for request in self.receive(timeout_s) for update in self.take(request)]
