@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -21,11 +22,28 @@ from google.protobuf.message_factory import GetMessageClass
 from expertwire.deploy.grpc import status, wire
 from expertwire.deploy.grpc.identity import ANYBODY, Authenticator, Identity
 from expertwire.deploy.grpc.overload import Overload
+from expertwire.deploy.grpc.turns import OPENING, Turns
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import RequestError, RequestFailed
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Parts of the server that the calls of a service share.
+
+    Args:
+        overload: admits calls.
+        turns: order in which clients are served.
+        authenticator: finds out who makes them. None: anybody may, and they are neither counted nor wait for their turn, so that
+            health checks are answered by a server that is busy.
+    """
+
+    overload: Overload
+    turns: Turns
+    authenticator: Authenticator | None
 
 
 class Call:
@@ -39,14 +57,17 @@ class Call:
     def __init__(
         self,
         context: grpc.aio.ServicerContext,
-        overload: Overload,
+        service: Service,
         request: type[Message],
         identify: Callable[[], Identity],
     ) -> None:
         self.context = context
-        self.client = identify().tenant or context.peer().rpartition(":")[0]
+        tenant, peer = identify().tenant, context.peer()
+        self.client = tenant or peer.rpartition(":")[0]
         self._identify = identify
-        self._overload = overload
+        self._overload, self._turns = service.overload, service.turns
+        self._turn_of = tenant or peer
+        self._is_counted = service.authenticator is not None
         self._request = request
 
     @property
@@ -72,7 +93,7 @@ class Call:
         with self._overload.reading(self.client) as timeout:
             async with timeout:
                 data: Any = await self.context.read()
-        return None if data is grpc.aio.EOF else self._decode(data)
+        return await self._decode(data)
 
     async def wait(self) -> Any:
         """Return the next message of a client who may take any time for it, or None after the last.
@@ -80,8 +101,15 @@ class Call:
         Raises:
             RequestFailed: it cannot be decoded.
         """
-        data: Any = await self.context.read()
-        return None if data is grpc.aio.EOF else self._decode(data)
+        return await self._decode(await self.context.read())
+
+    def turn(self, cost: int) -> Awaitable[None]:
+        """Return what waits for the turn of the call's tenant, or of its connection if nobody has verified the tenant.
+
+        Args:
+            cost: as for `Turns.take`.
+        """
+        return self._turns.take(self._turn_of, cost)
 
     def streaming(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the client may send messages for any time. It raises RequestFailed if too many do."""
@@ -91,7 +119,12 @@ class Call:
         """Send a message; return when the connection has taken it."""
         await self.context.write(message)
 
-    def _decode(self, data: bytes) -> Message:
+    async def _decode(self, data: Any) -> Message | None:
+        """Return the message of these bytes when it is the client's turn."""
+        if data is grpc.aio.EOF:
+            return None
+        if self._is_counted:
+            await self.turn(OPENING)
         wire.check_num_fields(data, self._request.DESCRIPTOR)
         message = self._request()
         try:
@@ -103,38 +136,35 @@ class Call:
 
 
 def make_handlers(
-    service: ServiceDescriptor, servicers: Sequence[object], overload: Overload, authenticator: Authenticator | None
+    descriptor: ServiceDescriptor, servicers: Sequence[object], service: Service
 ) -> dict[str, grpc.RpcMethodHandler[bytes, Any]]:
     """Return the handlers of a service by method.
 
     Args:
-        service: the service.
+        descriptor: of the service.
         servicers: have together an async method for each of the service's, of the same name. It takes the request, unless the
             client streams them, and the `Call`; it returns the response, unless it streams them. It raises `RequestFailed`, or
             ValueError for the client's mistakes.
-        overload: admits calls.
-        authenticator: finds out who makes them. None: anybody may, and they are not counted, so that health checks are answered
-            by a server that is busy.
+        service: what its calls share.
     """
-    handlers = {
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, Any]] = {
         method.name: grpc.stream_stream_rpc_method_handler(
-            functools.partial(_serve, method, run, overload, authenticator),
+            functools.partial(_serve, method, run, service),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
-        for method in service.methods
+        for method in descriptor.methods
         for servicer in servicers
         if (run := getattr(servicer, method.name, None)) is not None
     }
-    missing = {method.name for method in service.methods} - handlers.keys()
-    assert not missing, f"nobody serves {missing} of {service.full_name}"
+    missing = {method.name for method in descriptor.methods} - handlers.keys()
+    assert not missing, f"nobody serves {missing} of {descriptor.full_name}"
     return handlers
 
 
 async def _serve(
     method: MethodDescriptor,
     run: Callable[..., Awaitable[Any]],
-    overload: Overload,
-    authenticator: Authenticator | None,
+    service: Service,
     _: object,
     context: grpc.aio.ServicerContext,
 ) -> None:
@@ -142,11 +172,12 @@ async def _serve(
     error: RequestError | None = None
     try:
         kind = GetMessageClass(method.input_type)
-        if authenticator is None:
-            await _run(method, run, Call(context, overload, kind, lambda: ANYBODY))
+        if service.authenticator is None:
+            await _run(method, run, Call(context, service, kind, lambda: ANYBODY))
             return
-        with overload.call(), authenticator.call(context, method.name) as identify:
-            await _run(method, run, Call(context, overload, kind, identify))
+        service.turns.note_arrival()
+        with service.overload.call(), service.authenticator.call(context, method.name) as identify:
+            await _run(method, run, Call(context, service, kind, identify))
     except RequestFailed as failed:
         error = failed.error
     if error is not None:

@@ -35,7 +35,7 @@ class Limits:
 
     max_connections: int | None = None
     max_calls_per_connection: int = 256
-    max_calls: int = 4096
+    max_calls: int = 16384
     max_message_mib: int = 8
     message_timeout_s: float = 5.0
     max_connection_idle_s: float = 300.0

@@ -20,6 +20,7 @@ from expertwire.deploy.grpc.queries import QueryServicer
 from expertwire.deploy.grpc.requests import GOODBYE_S, STALL_S, Requests
 from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.deploy.grpc.servicer import InferenceServicer
+from expertwire.deploy.grpc.turns import Turns
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
 
@@ -56,7 +57,7 @@ class Server:
         credentials: grpc.ServerCredentials | None = None,
         shares_port: bool = False,
     ) -> None:
-        self._overload = Overload(limits)
+        self._overload, self._turns = Overload(limits), Turns()
         self._server = grpc.aio.server(options=(*limits.options(), ("grpc.so_reuseport", int(shares_port))))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
@@ -107,10 +108,11 @@ class Server:
             (_HEALTH, (health,), None),
             (_REFLECTION, (_Reflection(),), authenticator),
         )
-        for service, servicers, who in services:
-            handlers = calls.make_handlers(service, servicers, self._overload, who)
+        for descriptor, servicers, who in services:
+            service = calls.Service(overload=self._overload, turns=self._turns, authenticator=who)
+            handlers = calls.make_handlers(descriptor, servicers, service)
             # The calls of each registered method wait in a queue of its own, so health checks do not wait behind others.
-            self._server.add_registered_method_handlers(service.full_name, handlers)
+            self._server.add_registered_method_handlers(descriptor.full_name, handlers)
         beating = asyncio.create_task(_beat(requests, health, on_beat))
         await self._server.start()
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -11,6 +10,7 @@ from expertwire.deploy.grpc.identity import Authenticator
 from expertwire.deploy.grpc.requests import Requests
 from expertwire.deploy.grpc.session import Session
 from expertwire.deploy.grpc.stream import OutputStream, WholeResponse
+from expertwire.deploy.grpc.turns import COSTLY, MESSAGE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 
 
@@ -25,7 +25,6 @@ class InferenceServicer:
     def __init__(self, requests: Requests, authenticator: Authenticator) -> None:
         self._requests = requests
         self._authenticator = authenticator
-        self._turns = asyncio.Lock()
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> None:
         """See the .proto."""
@@ -62,8 +61,8 @@ class InferenceServicer:
     async def _open(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[OutputStream]:
         """Submit a request and yield its stream; end it also where the client leaves or its deadline passes."""
         opened = await self._requests.submit(request, call, call.deadline_s)
-        turns = self._turns if _is_costly(request.sampling_params) else None
-        stream = OutputStream(self._requests.frontend, opened, turns)
+        cost = COSTLY if _is_costly(request.sampling_params) else MESSAGE
+        stream = OutputStream(self._requests.frontend, opened, lambda: call.turn(cost))
         self._requests.add(opened, stream)
         try:
             yield stream

@@ -19,6 +19,7 @@ from expertwire.deploy.grpc.messages import add_logprobs
 from expertwire.deploy.grpc.requests import Opened, Requests
 from expertwire.deploy.grpc.session_columns import Columns
 from expertwire.deploy.grpc.stream import MESSAGE_SIZE
+from expertwire.deploy.grpc.turns import COSTLY, OPENING
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Position, RequestError, RequestFailed
 from expertwire.engine.frontend.open_requests import OpenRequest
@@ -149,11 +150,11 @@ class Session:
                 raise ValueError("options must be in the first message of the call only")
             for submit in message.requests:
                 # Refusals wait for the client to read, and so does what it sends.
+                await self._call.turn(OPENING)
                 while len(self._refused) >= MAX_REQUESTS:
                     self._room.clear()
                     await self._room.wait()
                 self._submit(submit)
-                await asyncio.sleep(0)  # the loop serves others in between
             self._grant(message)
             for key in message.abort_keys:
                 if (entry := self._entries.get(key)) is not None:
@@ -256,6 +257,7 @@ class Session:
                 await self._news.wait()
             if reading.done():
                 reading.result()
+            await self._call.turn(COSTLY)
             message = self._take()
             self.writing_since = time.monotonic()
             await self._call.write(message)

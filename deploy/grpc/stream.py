@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 
 from expertwire.deploy.grpc.messages import add_logprobs, write_chunk
 from expertwire.deploy.grpc.requests import Opened
@@ -26,19 +27,19 @@ class OutputStream:
     Args:
         frontend: the frontend that the request was submitted to.
         opened: the request.
-        turns: shared by streams whose messages are costly; the loop makes one of them at a time, and serves others in between.
+        turn: waits for the client's turn, before a message is made.
 
     Attributes:
         error: the error that the stream ends with, or None.
         writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
     """
 
-    def __init__(self, frontend: Frontend, opened: Opened, turns: asyncio.Lock | None = None) -> None:
+    def __init__(self, frontend: Frontend, opened: Opened, turn: Callable[[], Awaitable[None]]) -> None:
         self.writing_since: float | None = None
         self._frontend = frontend
         self._request: OpenRequest | None = None
         self._opened = opened
-        self._turns = turns
+        self._turn = turn
         self.error: RequestError | None = None
         self._unread_prompt: deque[Position | None] = deque()
         self._is_dropped = False
@@ -72,9 +73,7 @@ class OutputStream:
             await self._waiter
         if self._complete:
             return None
-        if self._turns is not None:
-            async with self._turns:
-                await asyncio.sleep(0)
+        await self._turn()
         message = pb.GenerateResponse()
         if self._has_output():
             self._take(message)

@@ -130,7 +130,7 @@ def test_options_are_shown_as_they_were_resolved():
             assert config["engine.dtype"] == ("float32", "\"auto\" stands for the model's, or this machine's")
             assert config["engine.seed"] == (5, "")
             assert config["server.port"] == (7, "")
-            assert config["server.max_calls"] == (4096, "")
+            assert config["server.max_calls"] == (16384, "")
             fronts, reason = config["server.fronts"]
             assert fronts == info.fronts >= 1 and "eight cores" in reason
             assert info.version and info.uptime_s > 0

@@ -1,0 +1,116 @@
+"""Clients take turns, a round of the loop has little to do, and calls that arrive come first, but not for long."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+
+import grpc
+from helpers import fake_frontend
+
+from expertwire.deploy.grpc import turns
+from expertwire.deploy.grpc.server import SERVICE, Server
+from expertwire.deploy.grpc.turns import COSTLY, MESSAGE, OPENING, Turns
+from expertwire.deploy.proto import expertwire_v1_pb2 as pb
+
+PER_ROUND = {MESSAGE: 24, OPENING: 4, COSTLY: 1}  # steps
+
+
+async def take_all(shared, done, client, steps, cost=OPENING):
+    """Let a client ask for its steps all at once."""
+
+    async def step():
+        await shared.take(client, cost)
+        done.append(client)
+
+    await asyncio.gather(*(step() for _ in range(steps)))
+
+
+def test_clients_take_turns():
+    async def run():
+        shared, done = Turns(), []
+        many = asyncio.ensure_future(take_all(shared, done, "many", 100))
+        await asyncio.sleep(0)
+        await take_all(shared, done, "few", 2)
+        assert len(done) < 20, done
+        await many
+        assert Counter(done) == {"many": 100, "few": 2}
+
+    asyncio.run(run())
+
+
+def test_a_round_has_little_to_do():
+    async def run(cost):
+        shared, done = Turns(), []
+        asking = asyncio.ensure_future(take_all(shared, done, "a", 100, cost))
+        rounds = 0
+        while not asking.done():
+            before = len(done)
+            await asyncio.sleep(0)
+            rounds += 1
+            assert len(done) - before <= PER_ROUND[cost] + 1
+        assert rounds < 2 * 100 / PER_ROUND[cost] + 10
+
+    for cost in PER_ROUND:
+        asyncio.run(run(cost))
+
+
+def test_arriving_calls_come_first_but_not_for_long():
+    async def run():
+        shared, done = Turns(), []
+        await take_all(shared, done, "a", 8)
+        asking = asyncio.ensure_future(take_all(shared, done, "a", 100))
+        began, sizes = time.monotonic(), set()
+        while not asking.done():
+            shared.note_arrival()
+            await asyncio.sleep(0)
+            sizes.add(len(done))
+        assert len(sizes) > 100 / (PER_ROUND[OPENING] + 1), "they are served while calls arrive"
+        assert len(sizes) < 3 + (time.monotonic() - began) / turns._PATIENCE_S, "a few at a time"
+
+    asyncio.run(run())
+
+
+def test_who_has_gone_has_no_turn():
+    async def run():
+        shared, done = Turns(), []
+        gone = asyncio.ensure_future(take_all(shared, done, "gone", 1000))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        begun = len(done)
+        await take_all(shared, done, "here", 3)
+        assert done[begun:].count("here") == 3
+        assert len(done) < 20
+
+    asyncio.run(run())
+
+
+def test_a_clients_call_is_not_served_behind_all_those_of_another(monkeypatch):
+    # As if the machine did nothing else, however busy it is.
+    monkeypatch.setattr(turns, "_QUIET_S", 0.05)
+    monkeypatch.setattr(turns, "_PATIENCE_S", 5.0)
+
+    async def run():
+        server, frontend, stop = Server("127.0.0.1", 0), fake_frontend.FakeFrontend(), asyncio.Event()
+        serving = asyncio.ensure_future(server.serve(frontend, stop=stop, drain_timeout_s=0))
+        options, done, calls = [("grpc.use_local_subchannel_pool", 1)], [], []
+        channels = [grpc.insecure_channel(f"127.0.0.1:{server.port}", options) for _ in range(2)]
+        for channel in channels:
+            await asyncio.to_thread(grpc.channel_ready_future(channel).result, 10)
+        for name, channel, count in (("crowd", channels[0], 200), ("one", channels[1], 1)):
+            method = channel.unary_unary(f"/{SERVICE}/GetModelInfo")
+            for _ in range(count):
+                calls.append(method.future(pb.GetModelInfoRequest().SerializeToString()))
+                calls[-1].add_done_callback(lambda _, name=name: done.append(name))
+            time.sleep(0.2)  # the loop stands still, so all calls wait in gRPC, and the one is the last
+        for call in calls:
+            assert await asyncio.to_thread(call.result, 10)
+        for channel in channels:
+            channel.close()
+        stop.set()
+        await serving
+        return done.index("one")
+
+    assert asyncio.run(run()) < 50
