@@ -14,6 +14,7 @@ import grpc
 
 from expertwire.deploy.grpc import client_messages as values
 from expertwire.deploy.grpc.client_messages import Chunk, Progress, raise_server_error
+from expertwire.deploy.grpc.client_session import AsyncClientSession
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.frontend.chat import Chat
@@ -63,6 +64,7 @@ class AsyncClient:
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._stub: Any = pb_grpc.InferenceStub(self._channel)
         self._timeout_s = timeout_s
+        self._retries = retries
 
     def generate(
         self, prompt: str | Sequence[int] | Chat, *, timeout_s: float | None = None, **arguments: Any
@@ -78,6 +80,11 @@ class AsyncClient:
         """Request answers in a conversation; see `Client.chat`."""
         chat = values.make_chat(messages, arguments)
         return self.generate(chat, timeout_s=timeout_s, **arguments)
+
+    def session(self, *, token_ids_only: bool = False, window_tokens: int = 0) -> AsyncClientSession:
+        """Begin a session, in which many requests share one call; see `Client.session`."""
+        options = pb.SessionOptions(token_ids_only=token_ids_only, window_tokens=window_tokens)
+        return AsyncClientSession(self._stub.Session, self._metadata, options, self._retries)
 
     async def abort(self, *request_ids: str) -> None:
         """End running requests of this tenant; others are ignored. Raises `ServerError`."""

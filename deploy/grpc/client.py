@@ -14,6 +14,7 @@ import grpc
 
 from expertwire.deploy.grpc import client_messages as values
 from expertwire.deploy.grpc.client_messages import Chunk, Progress, ServerError, raise_server_error
+from expertwire.deploy.grpc.client_session import ClientSession
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.frontend.chat import Chat
@@ -76,6 +77,7 @@ class Client:
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._stub = pb_grpc.InferenceStub(self._channel)
         self._timeout_s = timeout_s
+        self._retries = retries
 
     def generate(
         self, prompt: str | Sequence[int] | Chat, *, timeout_s: float | None = None, **arguments: Any
@@ -110,6 +112,19 @@ class Client:
         """
         chat = values.make_chat(messages, arguments)
         return self.generate(chat, timeout_s=timeout_s, **arguments)
+
+    def session(self, *, token_ids_only: bool = False, window_tokens: int = 0) -> ClientSession:
+        """Begin a session, in which many requests share one call.
+
+        Args:
+            token_ids_only: send no text, which costs the server a fraction.
+            window_tokens: output tokens that a branch sends before it waits for `ClientSession.grant`, at least 16; 0: as many as
+                the connection takes.
+
+        Errors of the server come from the iteration.
+        """
+        options = pb.SessionOptions(token_ids_only=token_ids_only, window_tokens=window_tokens)
+        return ClientSession(self._stub.Session, self._metadata, options, self._retries)
 
     def abort(self, *request_ids: str) -> None:
         """End running requests of this tenant; others are ignored. Raises `ServerError`."""

@@ -192,11 +192,16 @@ def from_loads(loads: pb.Loads) -> dict[str, Any]:
     return {"num_waiting": loads.num_waiting, "num_held": loads.num_held, "ranks": ranks}
 
 
-def raise_server_error(error: grpc.RpcError) -> NoReturn:
-    """Raise the `ServerError` of a failed call."""
+def to_server_error(error: grpc.RpcError) -> ServerError:
+    """Return the error of a failed call."""
     metadata: Any = error.trailing_metadata() or ()
     wait_ms = int(dict(metadata).get(PUSHBACK, -1))
-    raise ServerError(error.code().name, error.details() or "", None if wait_ms < 0 else wait_ms / 1e3) from error
+    return ServerError(error.code().name, error.details() or "", None if wait_ms < 0 else wait_ms / 1e3)
+
+
+def raise_server_error(error: grpc.RpcError) -> NoReturn:
+    """Raise the `ServerError` of a failed call."""
+    raise to_server_error(error) from error
 
 
 def _to_chunk(chunk: pb.Chunk) -> Chunk:
