@@ -8,6 +8,7 @@ from typing import Literal
 
 from expertwire.engine.loader.inspection import Inspection, inspect
 from expertwire.engine.models.model_config import (
+    GatedDeltaNetConfig,
     LatentAttentionConfig,
     Mamba2Config,
     Mixer,
@@ -77,11 +78,15 @@ def _mixer(config: Mixer) -> str:
     if isinstance(config, Mamba2Config):
         groups = f"states of {config.state_size} in {config.num_groups} groups"
         return f"Mamba-2, {config.num_heads} heads of {config.head_dim}, {groups}"
+    if isinstance(config, GatedDeltaNetConfig):
+        sizes = f"states of {config.key_dim} x {config.value_dim}"
+        return f"gated delta net, {config.num_heads} heads on {config.num_key_heads}, {sizes}"
     if isinstance(config, LatentAttentionConfig):
         sparse = f", sparse: {config.indexer.top_k} positions" if config.indexer is not None else ""
         return f"latent attention, {config.num_heads} heads, {config.kv_lora_rank} + {config.rope.size} numbers a token{sparse}"
     seen = f", window {config.window}" if config.window else f", chunks of {config.chunk}" if config.chunk else ""
     sinks = ", sinks" if config.sinks else ""
+    seen += ", gated" if config.gated else ""
     return f"attention, {config.num_heads} heads on {config.num_kv_heads} of {config.head_dim}{seen}{sinks}"
 
 

@@ -30,6 +30,7 @@ from expertwire.kernels.ops import (
     rms_norm,
     routing,
     sampling,
+    sigmoid_mul,
 )
 from expertwire.kernels.ops.attention import Attend, RopeAndCache
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionWeights, ComposedAttention, FuseAttention
@@ -49,6 +50,7 @@ from expertwire.kernels.ops.prepare_inputs import PrepareInputs
 from expertwire.kernels.ops.rms_norm import AddRmsNorm, RmsNorm
 from expertwire.kernels.ops.routing import Route, RouteAndCount
 from expertwire.kernels.ops.sampling import AddToLogits, Penalize, Sample
+from expertwire.kernels.ops.sigmoid_mul import SigmoidMul
 
 if TYPE_CHECKING:
     from expertwire.kernels.gpu.device import Device
@@ -92,6 +94,7 @@ class Ops:
     route: Route
     route_and_count: RouteAndCount
     silu_mul: SiluMul
+    sigmoid_mul: SigmoidMul
     permute: Permute
     combine: Combine
     prepare_inputs: PrepareInputs
@@ -110,6 +113,7 @@ class Ops:
             add_rms_norm=self.add_rms_norm,
             rope_and_cache=self.rope_and_cache,
             attend=self.attend,
+            sigmoid_mul=self.sigmoid_mul,
         )
 
     def moe_block(self, weights: MoeWeights) -> MoeBlock | None:
@@ -218,6 +222,7 @@ def cpu(*, fast: bool = False) -> Ops:
         route=cpu_routing.route,
         route_and_count=partial(routing.route_and_count, route=cpu_routing.route),
         silu_mul=elementwise.silu_mul,
+        sigmoid_mul=elementwise.sigmoid_mul,
         permute=permute.reference,
         combine=elementwise.combine,
         prepare_inputs=cpu_prepare_inputs.prepare_inputs,
@@ -255,6 +260,7 @@ def plain() -> Ops:
         route=routing.reference,
         route_and_count=routing.route_and_count,
         silu_mul=experts.silu_mul_reference,
+        sigmoid_mul=sigmoid_mul.reference,
         permute=permute.reference,
         combine=combine.combine,
         prepare_inputs=prepare_inputs.reference,
@@ -281,6 +287,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
     from expertwire.kernels.gpu import routing as gpu_routing
     from expertwire.kernels.gpu import sampling as gpu_sampling
+    from expertwire.kernels.gpu import sigmoid_mul as gpu_sigmoid_mul
 
     scale_rows = fast and gpu.arch // 10 == 10  # tensor cores of Blackwell's data centre GPUs take scales
     attend = partial((gpu_prefill if fast else gpu_attention).attend, device=gpu)
@@ -311,6 +318,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         route=gpu_routing.route,
         route_and_count=gpu_routing.route_and_count,
         silu_mul=quantize.silu_mul,
+        sigmoid_mul=gpu_sigmoid_mul.sigmoid_mul,
         permute=partial(gpu_permute.permute, format="dense"),
         combine=gpu_combine.combine,
         prepare_inputs=gpu_prepare_inputs.prepare_inputs,

@@ -31,6 +31,7 @@ _KINDS = (
     ("down", "dense MLPs"),
     ("indexer.", "indexers"),
     ("mamba.", "recurrent mixers"),
+    ("delta.", "recurrent mixers"),
     ("latent_", "experts' projections"),
     ("input_norm", "norms"),
     ("post_norm", "norms"),

@@ -29,13 +29,13 @@ def declare(
     layout.matrix(param + "qkv", *parts, columns=width)
     if config.qkv_bias:
         layout.vector(param + "qkv_bias", *((module + ".bias", size) for module, size in parts), fan_in=width)
-    layout.matrix(param + "o", (source + names.output, width), columns=sizes[0])
+    layout.matrix(param + "o", (source + names.output, width), columns=config.num_heads * config.head_dim)
     if config.output_bias:
         layout.vector(param + "o_bias", (source + names.output + ".bias", width), fan_in=width)
     if config.qk_norm in ("head", "row"):
         q_size, k_size, _ = sizes if config.qk_norm == "row" else (config.head_dim,) * 3
-        layout.vector(param + "q_norm", (source + "self_attn.q_norm.weight", q_size))
-        layout.vector(param + "k_norm", (source + "self_attn.k_norm.weight", k_size))
+        layout.norm(param + "q_norm", (source + "self_attn.q_norm.weight", q_size))
+        layout.norm(param + "k_norm", (source + "self_attn.k_norm.weight", k_size))
     if config.sinks:
         layout.vector(param + "sinks", (source + "self_attn.sinks", config.num_heads), fan_in=1)
     layout.ignore(source + "self_attn.rotary_emb.inv_freq")
@@ -77,6 +77,7 @@ def bind(p: LoadedParameters, config: AttentionConfig, context: LayerContext) ->
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
+        gated=config.gated,
         row_norms=(p.tensor("q_norm"), p.tensor("k_norm")) if config.qk_norm == "row" else None,
         head_norms_hd=_head_norms(p, config, context.norm) if config.qk_norm in ("head", "plain") else None,
         options=AttentionOptions(

@@ -40,3 +40,8 @@ def bind(p: LoadedParameters, config: MlpConfig, ops: Ops, dtype: torch.dtype) -
         return up_TF.relu_().square_()
 
     return lambda x_TD: down(relu2(up(x_TD)))
+
+
+def gated(dense: Linear, gate: Linear, ops: Ops) -> Linear:
+    """Return an MLP whose output is multiplied by the sigmoid of the gate, [T, 1]."""
+    return lambda x_TD: ops.sigmoid_mul(dense(x_TD)[:, None], gate(x_TD)[:, None])[:, 0]

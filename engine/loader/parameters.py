@@ -223,6 +223,8 @@ class ParameterLayout:
         specs: the parameters, by name.
         sources: the weight map, which knows every tensor of the checkpoint.
         quantized: the quantized matrices by name; each consists of several parameters.
+        zero_centred_norms: whether norms' weights are stored less one.
+        centred: those that are.
     """
 
     stored: Mapping[str, StoredTensor] | None
@@ -230,6 +232,8 @@ class ParameterLayout:
     specs: dict[str, ParamSpec] = field(default_factory=dict)
     sources: dict[str, tuple[Destination, ...]] = field(default_factory=dict)
     quantized: dict[str, StackedMatrix] = field(default_factory=dict)
+    zero_centred_norms: bool = False
+    centred: set[str] = field(default_factory=set)
 
     def has(self, name: str) -> bool:
         """Return whether the checkpoint has this tensor."""
@@ -265,6 +269,13 @@ class ParameterLayout:
             self.assign(name, Destination(param=param, region=(slice(start, start + size),)))
             start += size
 
+    def norm(self, param: str, part: tuple[str, int]) -> None:
+        """Add the weights of a norm of the decoder: in fp32 if they are stored less one, as bf16 has no bits for one more."""
+        self.vector(param, part, dtype=torch.float32 if self.zero_centred_norms else None)
+        if self.zero_centred_norms:
+            self.specs[param] = replace(self.specs[param], value=0.0)
+            self.centred.add(param)
+
     def matrix(
         self,
         param: str,
@@ -281,6 +292,38 @@ class ParameterLayout:
         for p, (module, _) in enumerate(parts):
             self.assign_part(matrix, p, module)
             self.ignore(*(module + suffix for suffix in (method.ignored if method is not None else ())))
+
+    def matrix_in_turns(self, param: str, module: str, parts: tuple[int, ...], turns: int, *, columns: int) -> None:
+        """Add a matrix of parts of the given numbers of rows; a module has them in turns, each with its share of every part.
+
+        Raises:
+            ValueError: it is quantized, and not in blocks that end where shares do.
+        """
+        method = self._linear_method([module])
+        matrix = StackedMatrix(param=param, parts=parts, columns=columns, method=method)
+        self.add(matrix)
+        shares = [rows // turns for rows in parts]
+        in_blocks = method is None or (method.format == "fp8_block" and all(rows % BLOCK == 0 for rows in shares))
+        if not in_blocks:
+            raise ValueError(
+                f"{module} is quantized, with rows in turns of {shares}: allowed are blocks of fp8 that divide these by {BLOCK}"
+            )
+        for name, tensor in matrix.tensors():
+            suffix, _ = _stored_as(matrix, tensor, fused=False)
+            size = {"row": 1, "block": BLOCK}[tensor.per]
+            taken = 0
+            for turn in range(turns):
+                for p, share in enumerate(shares):
+                    start, number = matrix.span(p, tensor.per).start + turn * share // size, share // size
+                    destination = Destination(
+                        param=name,
+                        region=(slice(start, start + number),),
+                        source=(slice(taken, taken + number),),
+                        stored=(matrix.count(tensor.per), *tensor.columns),
+                    )
+                    self.assign(module + suffix, destination)
+                    taken += number
+        self.ignore(*(module + suffix for suffix in (method.ignored if method is not None else ())))
 
     def add(self, matrix: StackedMatrix, experts: tuple[int, ...] | None = None) -> None:
         """Add the parameters of a matrix; `experts` as `ParamSpec` has them."""
@@ -336,6 +379,8 @@ class ParameterLayout:
 
     def loaded(self, tensors: dict[str, Tensor]) -> LoadedParameters:
         """Return the filled parameters, to be taken one by one."""
+        for name in self.centred & tensors.keys():
+            tensors[name] += 1
         return LoadedParameters(tensors, self.quantized)
 
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from expertwire.engine.kv_cache import caches as named_caches
 from expertwire.engine.kv_cache.caches import NamedCache
-from expertwire.engine.layers import attention, latent, mamba2, mlp
+from expertwire.engine.layers import attention, gated_delta_net, latent, mamba2, mlp
 from expertwire.engine.layers.step import LayerContext, RankContext, Step
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.parameters import LoadedParameters
 from expertwire.engine.models.decoder_parameters import declare_parameters, norm_names
 from expertwire.engine.models.model_config import (
     AttentionConfig,
+    GatedDeltaNetConfig,
     LatentAttentionConfig,
     Mixer,
     MlpConfig,
@@ -163,6 +164,8 @@ class Decoder:
             return attention.bind(p, config, context).forward
         if isinstance(config, LatentAttentionConfig):
             return latent.bind(p, config, context).forward
+        if isinstance(config, GatedDeltaNetConfig):
+            return gated_delta_net.bind(p, config, context).forward
         return mamba2.bind(p, config, context).forward
 
     def _dense(self, p: LoadedParameters, config: MlpConfig, next_norm: Tensor) -> MlpLayer:
@@ -182,6 +185,9 @@ class Decoder:
         if moe.shared_intermediate_size:
             config = MlpConfig(intermediate_size=moe.shared_intermediate_size, activation=moe.activation)
             shared = mlp.bind(p.within("shared."), config, context.ops, context.dtype)
+            if moe.shared_gate:
+                gate = context.ops.linear(p.weight("shared.gate"), dtype=context.dtype)
+                shared = mlp.gated(shared, gate, context.ops)
         if moe.latent_size:
             down, up = (context.ops.linear(p.weight(name), dtype=context.dtype) for name in ("latent_in", "latent_out"))
             latent = down, up

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from expertwire.engine.layers import attention, experts, kv_scales, latent, mamba2, mlp
+from expertwire.engine.layers import attention, experts, gated_delta_net, kv_scales, latent, mamba2, mlp
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.parameters import ParameterLayout
 from expertwire.engine.models.model_config import (
     AttentionConfig,
+    GatedDeltaNetConfig,
     LatentAttentionConfig,
     Mixer,
     MlpConfig,
@@ -40,7 +41,9 @@ def declare_parameters(
         stored: the checkpoint's tensors; None: there is no checkpoint, and the config names the formats.
         experts_of: returns the logical experts of a layer that the rank holds, in order.
     """
-    layout = ParameterLayout(stored=stored, quantization=config.quantization)
+    layout = ParameterLayout(
+        stored=stored, quantization=config.quantization, zero_centred_norms=config.zero_centred_norms
+    )
     names, width = config.tensor_names, config.hidden_size
     prefix = layout.first_stored(names.prefixes, names.embed + ".weight")
     head = layout.first_stored(names.heads, ".weight")
@@ -48,15 +51,15 @@ def declare_parameters(
     for i, layer in enumerate(config.layers):
         source, param = f"{prefix}layers.{i}.", f"layers.{i}."
         if layer.mixer is not None:
-            layout.vector(param + "input_norm", (source + names.input_norm + ".weight", width))
+            layout.norm(param + "input_norm", (source + names.input_norm + ".weight", width))
             _declare_mixer(layout, param, source, layer.mixer, names, width, fp8=config.kv_cache_dtype == "fp8")
         if layer.mlp is not None:
-            layout.vector(param + "post_norm", (source + names.post_norm + ".weight", width))
+            layout.norm(param + "post_norm", (source + names.post_norm + ".weight", width))
         if isinstance(layer.mlp, MlpConfig):
             mlp.declare(layout, param, source + names.mlp, layer.mlp, names, width)
         elif layer.mlp is not None:
             _declare_moe(layout, param, source + names.moe, layer.mlp, names, width, experts_of(i))
-    layout.vector("norm", (prefix + names.norm + ".weight", width))
+    layout.norm("norm", (prefix + names.norm + ".weight", width))
     if config.tie_word_embeddings:
         layout.ignore(head + ".weight")  # some checkpoints have it nevertheless
     else:
@@ -71,6 +74,9 @@ def _declare_mixer(
         attention.declare(layout, param, source, mixer, names, width)
     elif isinstance(mixer, LatentAttentionConfig):
         latent.declare(layout, param, source, mixer, names, width)
+    elif isinstance(mixer, GatedDeltaNetConfig):
+        gated_delta_net.declare(layout, param, source, mixer, names, width)
+        return
     else:
         mamba2.declare(layout, param, source, mixer, names, width)
         return
@@ -103,3 +109,6 @@ def _declare_moe(
     if moe.shared_intermediate_size:
         shared = MlpConfig(intermediate_size=moe.shared_intermediate_size, activation=moe.activation)
         mlp.declare(layout, param + "shared.", source + names.shared, shared, names, width)
+        if moe.shared_gate:
+            gate = source + names.shared_gate, 1
+            layout.matrix(param + "shared.gate", gate, columns=width, quantized=False)

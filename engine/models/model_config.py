@@ -42,6 +42,8 @@ class AttentionConfig:
         window: tokens of the sliding window, the query's own included; None: no window.
         chunk: tokens of a chunk, outside of which a query attends to nothing (Llama 4); None: no chunks.
         sinks: whether each head has a learned logit in the softmax (gpt-oss).
+        gated: whether a head's output is multiplied by the sigmoid of a gate, which the query projection has behind the head's
+            query (Qwen3-Next).
         scale: factor of the logits; None: head_dim^-0.5.
     """
 
@@ -57,12 +59,13 @@ class AttentionConfig:
     sinks: bool = False
     scale: float | None = None
     query_scaling: QueryScaling | None = None
+    gated: bool = False
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """The output sizes of the query, key and value projections."""
+        """The output sizes of the query projection, gates included, and of the key and value projections."""
         kv = self.num_kv_heads * self.head_dim
-        return self.num_heads * self.head_dim, kv, kv
+        return self.num_heads * self.head_dim * (1 + self.gated), kv, kv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,41 @@ class Mamba2Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetConfig:
+    """A gated delta net (Yang, Kautz and Hatamizadeh, 2024): see `kernels.ops.gated_delta_rule`.
+
+    Attributes:
+        num_heads: of values.
+        num_key_heads: of queries and of keys; divides `num_heads`.
+        key_dim, value_dim: sizes of a head's keys and values.
+        conv_kernel: taps of the convolution.
+        norm_eps: epsilon of the gated norm.
+    """
+
+    num_heads: int
+    num_key_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+    norm_eps: float
+
+    @property
+    def key_size(self) -> int:
+        """The width of the queries, and that of the keys."""
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def inner_size(self) -> int:
+        """The width of the values, of z and of the output."""
+        return self.num_heads * self.value_dim
+
+    @property
+    def conv_size(self) -> int:
+        """The channels of the convolution: queries, keys and values."""
+        return 2 * self.key_size + self.inner_size
+
+
+@dataclass(frozen=True, kw_only=True)
 class MlpConfig:
     """A dense MLP. "relu2" has no gate."""
 
@@ -158,6 +196,7 @@ class MoeConfig(Routing):
         router_fp32: whether the router's product is computed in float32, whatever the activations are.
         bias: whether the experts' two products have biases.
         shared_intermediate_size: of the shared expert; 0: there is none.
+        shared_gate: whether its output is multiplied by the sigmoid of a number that the layer computes for each token.
         latent_size: width of the rows that experts read and write, to and from which the layer projects (latent MoE, Nemotron 3
             Super); 0: the model's.
     """
@@ -170,6 +209,7 @@ class MoeConfig(Routing):
     activation: Activation = SWIGLU
     bias: bool = False
     shared_intermediate_size: int = 0
+    shared_gate: bool = False
     latent_size: int = 0
 
     @property
@@ -178,7 +218,8 @@ class MoeConfig(Routing):
         return (self.intermediate_size,) * (2 if self.activation.gated else 1)
 
 
-Mixer = AttentionConfig | LatentAttentionConfig | Mamba2Config
+RecurrentConfig = Mamba2Config | GatedDeltaNetConfig
+Mixer = AttentionConfig | LatentAttentionConfig | RecurrentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +267,9 @@ class TensorNames:
         qkv: the projections of query, key and value, or one module with all of them.
         output: attention's output projection.
         mamba: prefix of a Mamba-2 mixer within a layer.
+        delta: likewise, of a gated delta net.
+        delta_by_head: whether its projections are two, "in_proj_qkvz" and "in_proj_ba", in which each key head has its rows of
+            q, k, v and z, and of b and a; else they are four.
         mlp: prefix of a dense MLP within a layer.
         moe: prefix of a mixture of experts within a layer.
         gate, up, down: projections of an MLP, a shared expert and each expert.
@@ -238,6 +282,7 @@ class TensorNames:
             and [E, F, D].
         interleaved: whether the rows of gate and up alternate in fused tensors.
         shared: prefix of the shared expert within `moe`.
+        shared_gate: the projection of `MoeConfig.shared_gate`, within `moe`.
         latent: within `moe`, the projections of `MoeConfig.latent_size`.
     """
 
@@ -251,6 +296,8 @@ class TensorNames:
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     output: str = "self_attn.o_proj"
     mamba: str = "mamba."
+    delta: str = "linear_attn."
+    delta_by_head: bool = False
     mlp: str = "mlp."
     moe: str = "mlp."
     gate: str = "gate_proj"
@@ -264,6 +311,7 @@ class TensorNames:
     fused_layout: Literal["rows", "columns"] = "rows"
     interleaved: bool = False
     shared: str = "shared_experts."
+    shared_gate: str = "shared_expert_gate"
     latent: tuple[str, str] = ("fc1_latent_proj", "fc2_latent_proj")
 
 
@@ -299,6 +347,7 @@ class ModelConfig:
         embedding_scale: factor of the embedding.
         logits_scale: factor of the logits.
         snapshot_every: as `CacheSpec` has it, for models with recurrent states.
+        zero_centred_norms: whether the weights of norms are stored less one; recurrent mixers' own are not.
     """
 
     architecture: str  # e.g. "Qwen3MoeForCausalLM"
@@ -318,6 +367,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     snapshot_every: int = 512
+    zero_centred_norms: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -411,6 +461,13 @@ def cache_tensors(mixer: Mixer | None) -> Mapping[CacheKind, tuple[tuple[Shape, 
             "latent": (((mixer.kv_lora_rank + mixer.rope.size,), "auto"),)
         }
         return found if mixer.indexer is None else found | {"index": (((mixer.indexer.head_dim,), "auto"),)}
+    if isinstance(mixer, GatedDeltaNetConfig):
+        keys, values = (mixer.num_key_heads, mixer.key_dim), (mixer.num_heads, mixer.value_dim)
+        state = mixer.num_heads, mixer.key_dim, mixer.value_dim
+        return {
+            "chunk": ((keys, "float32"), (values, "float32"), ((mixer.num_heads,), "float32")),
+            "state": (((mixer.conv_kernel - 1, mixer.conv_size), "auto"), (state, "float32")),
+        }
     m = mixer
     return {
         "chunk": (((m.stored_size,), "auto"), ((m.num_heads,), "float32")),

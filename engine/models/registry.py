@@ -32,6 +32,7 @@ from expertwire.engine.models.nemotron_h import NEMOTRON_H
 from expertwire.engine.models.olmoe import OLMOE
 from expertwire.engine.models.phi3 import PHI3
 from expertwire.engine.models.qwen3 import QWEN3, QWEN3_MOE
+from expertwire.engine.models.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from expertwire.scheduler.config import is_int
 
 DTYPES = ("float32", "bfloat16")
@@ -62,6 +63,11 @@ FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
         "Phi3ForCausalLM": PHI3,
         "NemotronHForCausalLM": NEMOTRON_H,
         "GraniteMoeHybridForCausalLM": GRANITE_MOE_HYBRID,
+        "Qwen3NextForCausalLM": QWEN3_NEXT,
+        "Qwen3_5ForConditionalGeneration": QWEN3_5,
+        "Qwen3_5ForCausalLM": QWEN3_5,
+        "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE,
+        "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
     }
 )
 

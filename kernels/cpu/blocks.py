@@ -97,7 +97,7 @@ def fuse_attention(weights: AttentionWeights, *, scales_queries: bool) -> Attent
     w, qkv, output = weights, weights.qkv, weights.output
     if not (isinstance(qkv, PackedLinear) and isinstance(output, PackedLinear)):
         return None
-    if w.row_norms is not None or scales_queries:
+    if w.row_norms is not None or w.gated or scales_queries:
         return None
     qk_norm_hd = w.norm_D.new_empty(0, w.head_dim) if w.head_norms_hd is None else w.head_norms_hd
     options = variant(w.options, w.head_dim)

@@ -2,7 +2,7 @@
 
 Tokens are independent and the order of operations within a token is fixed, so its bits do not depend on the batch.
 
-T tokens, D model width, F expert width, K experts of a token, N rows, R rows of
+T tokens, H heads, d head size, D model width, F expert width, K experts of a token, N rows, R rows of
 the experts' outputs.
 """
 
@@ -157,3 +157,31 @@ def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     place_TK = np.arange(weights_TK.numel()).reshape(weights_TK.shape)
     combine_rows(as_array(rows_TKD.flatten(0, 1)), place_TK, weights_TK.numpy(), as_array(out_TD))
     return out_TD
+
+
+@jit
+def _sigmoid(x: float) -> float:
+    # e^-x leaves the range of exp only where the sigmoid is zero.
+    return np.float32(1) / (np.float32(1) + exp(min(-x, np.float32(88.0))))
+
+
+@jit
+def _sigmoid_mul(x_THd: np.ndarray, gate_THd: np.ndarray, y_THd: np.ndarray) -> None:
+    num_tokens, num_heads, dim = x_THd.shape
+    for t in range(num_tokens):
+        for h in range(num_heads):
+            if gate_THd.shape[2] == 1:
+                factor = _sigmoid(load(gate_THd[t, h, 0]))
+                for i in range(dim):
+                    y_THd[t, h, i] = round_like(load(x_THd[t, h, i]) * factor, y_THd[t, h, i])
+            else:
+                for i in range(dim):
+                    factor = _sigmoid(load(gate_THd[t, h, i]))
+                    y_THd[t, h, i] = round_like(load(x_THd[t, h, i]) * factor, y_THd[t, h, i])
+
+
+def sigmoid_mul(x_THd: Tensor, gate_THd: Tensor) -> Tensor:
+    """As `kernels.ops.sigmoid_mul.SigmoidMul`."""
+    y_THd = torch.empty_like(x_THd)
+    _sigmoid_mul(as_array(x_THd), as_array(gate_THd), as_array(y_THd))
+    return y_THd

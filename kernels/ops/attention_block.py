@@ -22,6 +22,7 @@ from expertwire.kernels.ops.attention import PLAIN, Attend, AttentionMetadata, A
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.rms_norm import AddRmsNorm, RmsNorm
 from expertwire.kernels.ops.rotary import RopeInputs
+from expertwire.kernels.ops.sigmoid_mul import SigmoidMul
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class AttentionWeights:
     """Prepared weights and options of a block.
 
     Attributes:
-        qkv: to (H + 2G) * d outputs; query, key and value heads in this order.
+        qkv: to (H + 2G) * d outputs; query, key and value heads in this order. If `gated`, to (2H + 2G) * d: each query
+            head has a gate behind it, by whose sigmoid the head's output is multiplied.
         output: from H * d inputs to D.
         row_norms: weights [H * d] and [G * d] of RMS norms over whole query and key projections, or None.
         head_norms_hd: weights [H + G, d] of RMS norms of query and key heads, or None.
@@ -44,6 +46,7 @@ class AttentionWeights:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    gated: bool = False
     row_norms: tuple[Tensor, Tensor] | None = None
     head_norms_hd: Tensor | None = None
     options: AttentionOptions = PLAIN
@@ -98,14 +101,16 @@ class ComposedAttention:
     add_rms_norm: AddRmsNorm
     rope_and_cache: RopeAndCache
     attend: Attend
+    sigmoid_mul: SigmoidMul
 
     def __call__(
         self, x_TD: Tensor, normed_TD: Tensor, k_cache: Tensor, v_cache: Tensor, inputs: AttentionInputs
     ) -> tuple[Tensor, Tensor]:
         """As `AttentionBlock`."""
         w = self.weights
+        qkv_Thd, gate_THd = self._project(normed_TD)
         q_THd = self.rope_and_cache(
-            self._project(normed_TD),
+            qkv_Thd,
             w.head_norms_hd,
             w.eps,
             inputs.rope,
@@ -116,11 +121,17 @@ class ComposedAttention:
         if inputs.query_scales_T11 is not None:
             q_THd = (q_THd * inputs.query_scales_T11).to(x_TD.dtype)
         attended_THd = self.attend(q_THd, k_cache, v_cache, inputs.metadata, w.options)
+        if gate_THd is not None:
+            attended_THd = self.sigmoid_mul(attended_THd, gate_THd)
         return self.add_rms_norm(x_TD, w.output(attended_THd.flatten(1)), w.norm_D, w.eps)
 
-    def _project(self, normed_TD: Tensor) -> Tensor:
-        """Return query, key and value heads [T, H + 2G, d]."""
-        w, rows = self.weights, self.weights.qkv(normed_TD)
+    def _project(self, normed_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return query, key and value heads [T, H + 2G, d], and gates or None."""
+        w, rows, gate_THd = self.weights, self.weights.qkv(normed_TD), None
+        if w.gated:
+            gated, kv = rows.tensor_split((2 * w.num_heads * w.head_dim,), dim=1)
+            q_THd, gate_THd = gated.unflatten(1, (w.num_heads, 2, w.head_dim)).unbind(2)
+            rows = torch.cat((q_THd.flatten(1), kv), dim=1)
         if w.row_norms is not None:
             sizes = [heads * w.head_dim for heads in (w.num_heads, w.num_kv_heads, w.num_kv_heads)]
             q, k, v = rows.split(sizes, dim=1)
@@ -128,4 +139,4 @@ class ComposedAttention:
                 self.rms_norm(part.contiguous(), norm, w.eps) for part, norm in zip((q, k), w.row_norms, strict=True)
             )
             rows = torch.cat((q, k, v), dim=1)
-        return rows.unflatten(1, (-1, w.head_dim))
+        return rows.unflatten(1, (-1, w.head_dim)), gate_THd

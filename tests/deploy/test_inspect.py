@@ -29,6 +29,8 @@ PUBLISHED = {
     ),  # 5.13B in the model card, which says what it leaves out
     "nemotron-3-nano": ("NemotronH", (3.2, 3.3), ("embedding",)),  # 3.2B, and 3.6B with embeddings, in the model card
     "granite-4.0-h-small": ("GraniteMoeHybrid", (8.8, 9.2), ()),  # 9B in the model card
+    "qwen3-next-80b-a3b": ("Qwen3Next", (3.2, 3.3), ("embedding", "head")),  # 3B in the model card
+    "qwen3.5-35b-a3b": ("Qwen3_5Moe", (2.9, 3.0), ("embedding",)),  # 3B in the model card
     "mistral-small-4": ("Mistral4", (6.25, 6.75), ()),  # 6.5B in the model card, to half a billion
 }
 
@@ -43,7 +45,8 @@ def reference_total(name, family):
     }
     if fields.get("position_embedding_type") == "nope":
         fields["position_embedding_type"] = None
-    config = getattr(transformers, f"{family}Config")(**fields)
+    text = "Text" if family == "Qwen3_5Moe" else ""
+    config = getattr(transformers, f"{family}{text}Config")(**fields)
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     return sum(values.numel() for values in model.parameters())

@@ -150,13 +150,16 @@ MEANS_NONE = {
 MEANS_THE_USUAL = {
     "attention_bias",
     "attn_scale",
+    "attn_output_gate",
     "attn_temperature_tuning",
     "clip_qkv",
     "floor_scale",
+    "full_attention_interval",
     "head_dim",
     "interleave_moe_layer_step",
     "layer_types",
     "lm_head_bias",
+    "mamba_ssm_dtype",
     "max_window_layers",
     "mlp_bias",
     "mlp_only_layers",
@@ -177,7 +180,7 @@ MEANS_THE_USUAL = {
     "num_key_value_heads",
 }
 UNUSED = {"attention_dropout", "bos_token_id", "model_type", "qk_head_dim", "vision_config"}
-# A dense Llama 4 has no experts whatever these say, and a mixture in every layer no MLP.
+# A dense Llama 4 has no experts whatever these say, and a mixture in every layer, as in Qwen3-Next, no MLP.
 UNUSED_WITHOUT_SUCH_LAYERS = {"num_experts_per_tok", "num_local_experts", "intermediate_size", "intermediate_size_mlp"}
 NAMED_INSTEAD = {
     "rope_parameters": "rope|beta",
@@ -211,7 +214,7 @@ def refusal(folder, config):
 def test_a_missing_field_is_named_unless_the_hub_omits_it(tmp_path, kind):
     config = HUB_CONFIGS[kind]
     optional = MEANS_NONE | MEANS_THE_USUAL | UNUSED
-    if kind in ("llama4", "mobile_llm") or kind.startswith("mistral4"):
+    if kind in ("llama4", "mobile_llm", "qwen3_next") or kind.startswith("mistral4"):
         optional |= UNUSED_WITHOUT_SUCH_LAYERS
     for field, rest in without_each_field(config):
         message = refusal(tmp_path, rest)

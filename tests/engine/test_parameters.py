@@ -132,6 +132,46 @@ def test_stacked_modules_of_a_linear_layer(tmp_path):
     equal(found.weight("qkv"), torch.cat(right))
 
 
+TURNS, PARTS = 2, (256, 256, 512)
+
+
+def in_turns(parts):
+    """The rows of stacked matrices as a module has them: a share of each, in turns."""
+    return torch.cat([share for turn in zip(*(part.chunk(TURNS) for part in parts), strict=True) for share in turn])
+
+
+def declare_in_turns(layout):
+    layout.matrix_in_turns("qkv", "m", PARTS, TURNS, columns=D)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_rows_in_turns(tmp_path, is_quantized):
+    stored = in_turns(random(sum(PARTS), D).split(PARTS))
+    tensors, right = {"m.weight": stored}, stored
+    if is_quantized:
+        tensors["m.weight"], tensors["m.weight_scale_inv"], right = blocks_of(stored)
+    found = loaded(tmp_path, tensors, declare_in_turns, FP8_BLOCK)
+    shares = right.split([size // TURNS for size in PARTS] * TURNS)
+    equal(found.weight("qkv"), torch.cat([torch.cat(shares[p :: len(PARTS)]) for p in range(len(PARTS))]))
+
+
+def test_rows_in_turns_that_cut_blocks_are_refused(tmp_path):
+    data, scales, _ = blocks_of(random(320, D))
+    tensors = {"m.weight": data, "m.weight_scale_inv": scales}
+    with pytest.raises(ValueError, match=r"rows in turns of \[80, 80\]: allowed are blocks of fp8"):
+        loaded(tmp_path, tensors, lambda layout: layout.matrix_in_turns("x", "m", (160, 160), 2, columns=D), FP8_BLOCK)
+
+
+def test_norms_that_are_stored_less_one():
+    layout = ParameterLayout(stored=None, quantization=None, zero_centred_norms=True)
+    layout.norm("norm", ("norm.weight", 3))
+    layout.vector("other", ("other.weight", 3))
+    assert layout.specs["norm"].dtype == torch.float32
+    found = layout.loaded({"norm": torch.tensor([0.0, 0.5, -1.0]), "other": torch.zeros(3)})
+    equal(found.tensor("norm"), torch.tensor([1.0, 1.5, 0.0]))
+    equal(found.tensor("other"), torch.zeros(3))
+
+
 def test_modules_that_are_left_out_of_the_quantisation(tmp_path):
     """The tensors show which modules these are, whatever the config says."""
     data, scales, right = blocks_of(random(160, D))

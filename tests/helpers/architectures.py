@@ -67,6 +67,7 @@ _CHATS = {
     "olmoe": "olmoe",
     "phi": "phi_4_mini",
     "qwen3": "qwen3",
+    "qwen3_5": "qwen3_coder",
 }
 
 

@@ -16,15 +16,21 @@ from transformers import (
     NemotronHConfig,
     NemotronHForCausalLM,
     PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
-from helpers.architectures import Tensors, Tiny, biased, hub_style
+from helpers.architectures import Tensors, Tiny, biased, hub_style, per_expert
 
 _EOS = {"bos_token_id": 298, "eos_token_id": 299, "pad_token_id": None}
 
 
 def slow_decay(made: PreTrainedModel) -> None:
-    """Give Mamba-2's heads decays and time steps of different sizes."""
+    """Give the heads of recurrent mixers decays and time steps of different sizes."""
     for name, values in made.named_parameters():
         num_heads = values.shape[0]
         if name.endswith("A_log"):
@@ -158,7 +164,92 @@ def granite_config(config: dict[str, Any]) -> dict[str, Any]:
     return hub_style(config, "GraniteMoeHybridForCausalLM", **more)
 
 
+# ---- Qwen3-Next, Qwen3.5 and Qwen3.6
+
+_QWEN = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "rms_norm_eps": 0.01,
+    "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    "attn_implementation": "eager",
+    **_EOS,
+}
+_QWEN_MOE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 80,
+}
+
+
+def _qwen_adjust(made: PreTrainedModel) -> None:
+    """Weights of zero-centred norms around zero."""
+    slow_decay(made)
+    for name, values in made.named_parameters():
+        if "norm" in name and "linear_attn.norm" not in name:
+            values.sub_(1)
+
+
+def _qwen_next_tensors(tensors: Tensors) -> Tensors:
+    return per_expert(tensors) | {"mtp.fc.weight": torch.ones(4, 8)}
+
+
+def _qwen_tensors(tensors: Tensors) -> Tensors:
+    """Return the hub's tensors of Qwen3.5: the text model's within a wrapper, experts fused, beside what is not loaded."""
+    more = {"model.visual.patch_embed.proj.weight": torch.ones(4, 8), "mtp.layers.0.mlp.gate.weight": torch.ones(4, 8)}
+    return {name.replace("model.", "model.language_model.", 1): values for name, values in tensors.items()} | more
+
+
+def qwen_next_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config like Qwen3-Next's."""
+    return hub_style(config, "Qwen3NextForCausalLM")
+
+
+def qwen_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config like Qwen3.5's: the text model's in a section, whose rope parameters have sections for images."""
+    kind = "Moe" if "num_experts" in config else ""
+    text = {name: value for name, value in config.items() if name not in ("architectures", "dtype", "layer_types")}
+    rope = config["rope_parameters"] | {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+    return {
+        "architectures": [f"Qwen3_5{kind}ForConditionalGeneration"],
+        "model_type": f"qwen3_5{'_moe' if kind else ''}",
+        "text_config": text | {"dtype": "float32", "rope_parameters": rope, "full_attention_interval": 3},
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "vision_config": {"model_type": "qwen3_5_vision", "hidden_size": 8},
+    }
+
+
 ALL = {
+    "qwen3_next": Tiny(
+        model=lambda: Qwen3NextForCausalLM(
+            Qwen3NextConfig(**_QWEN | _QWEN_MOE, mlp_only_layers=[1], intermediate_size=112)
+        ),
+        hub_tensors=_qwen_next_tensors,
+        hub_config=qwen_next_config,
+        adjust=_qwen_adjust,
+    ),
+    "qwen3_5": Tiny(
+        model=lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_QWEN, intermediate_size=112, tie_word_embeddings=True)),
+        hub_tensors=_qwen_tensors,
+        hub_config=qwen_config,
+        adjust=_qwen_adjust,
+    ),
+    "qwen3_5_moe": Tiny(
+        model=lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_QWEN | _QWEN_MOE)),
+        hub_tensors=_qwen_tensors,
+        hub_config=qwen_config,
+        adjust=_qwen_adjust,
+    ),
     "nemotron_h": Tiny(
         model=lambda: _nemotron("M-M*-"),
         hub_tensors=_nemotron_tensors,

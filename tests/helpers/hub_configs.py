@@ -368,6 +368,29 @@ KIMI_K2_5 = {
     "vision_config": {"model_type": "kimi_k25_vision"},
 }
 
+QWEN3_5_35B_A3B = _published("qwen3.5-35b-a3b")
+_QWEN3_5_9B_TEXT = {
+    **_changed(
+        QWEN3_5_35B_A3B["text_config"],
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    ),
+    **_heads(16, 4, 256),
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 32,
+}
+QWEN3_5_9B = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "text_config": _QWEN3_5_9B_TEXT,
+    "tie_word_embeddings": False,
+}
+
 # By short name; every supported architecture has one.
 HUB_CONFIGS: dict[str, Config] = {
     "mixtral": MIXTRAL_8X7B,
@@ -395,6 +418,11 @@ HUB_CONFIGS: dict[str, Config] = {
     "mistral4": MISTRAL_SMALL_4,
     "nemotron_h": _published("nemotron-3-nano"),
     "granite": _published("granite-4.0-h-small"),
+    "qwen3_next": _published("qwen3-next-80b-a3b"),
+    "qwen3_5": QWEN3_5_9B,
+    "qwen3_5_moe": QWEN3_5_35B_A3B,
+    "qwen3_5_text": {**_QWEN3_5_9B_TEXT, "architectures": ["Qwen3_5ForCausalLM"]},
+    "qwen3_5_moe_text": {**QWEN3_5_35B_A3B["text_config"], "architectures": ["Qwen3_5MoeForCausalLM"]},
     "mistral4_text": {
         **MISTRAL_SMALL_4["text_config"],
         "architectures": ["Mistral4ForCausalLM"],
