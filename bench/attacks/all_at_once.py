@@ -23,6 +23,7 @@ from expertwire.bench.attacks.attack import Attack
 from expertwire.bench.attacks.target import Target
 
 NAME = "all_at_once"
+_QUEUE = ("--max-queued-requests-per-tenant", "2048")  # half of the queue, which the attackers would fill
 _AFTER_FAILURE_S = 0.2
 _STOP_S = 20.0  # for an attacker to end after its time
 
@@ -52,7 +53,7 @@ def all_at_once(attacks: Sequence[Attack]) -> Attack:
         about="all that can share a server; rounds are those that ended and those that failed",
         run=together,
         model="long",
-        serve_args=(*models.LONG_ARGS, "--scheduling-policy", "fair"),
+        serve_args=(*models.LONG_ARGS, "--scheduling-policy", "fair", *_QUEUE),
     )
 
 
