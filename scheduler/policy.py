@@ -6,6 +6,7 @@ looks at its head. Waiting time can be part of it: if all gain by the second ali
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from heapq import heapify, heappop, heapreplace
@@ -34,6 +35,10 @@ class Policy:
         its old place.
         """
         return ()
+
+    def num_ahead(self, request: Request, queue: WaitingQueue) -> int:
+        """Return how many of the waiting requests are expected to be admitted before a new one, to predict its wait."""
+        return len(queue)
 
     def order(
         self, queue: WaitingQueue, cached_tokens: Callable[[Request], int], may_start: MayStart | None = None
@@ -167,6 +172,13 @@ class FairShare(Policy):
     def place(self, request: Request, now: float) -> tuple[float, ...]:
         self._accounts[request.tenant] = request.account
         return (request.account.index,)  # a tenant's requests are next to each other in the queue
+
+    def num_ahead(self, request: Request, queue: WaitingQueue) -> int:
+        """See `Policy`. Beside those of its own tenant, at most the shares of others, however many of theirs wait."""
+        mine = queue.num_of(request.tenant)
+        others = (account for account in self._accounts.values() if account is not request.account)
+        shares = ((account, (mine + 1) * account.quota.weight / request.account.quota.weight) for account in others)
+        return mine + sum(min(queue.num_of(account.tenant), math.ceil(share)) for account, share in shares)
 
     def begin(self, num_waiting: Callable[[str], int]) -> None:
         """Begin a step, in which so many requests of a tenant wait."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.outputs import Rejection
@@ -114,9 +114,23 @@ class AdmissionRate:
 
 
 def reject(
-    request: Request, config: SchedulerConfig, queue: WaitingQueue, rate: AdmissionRate, now: float
+    request: Request,
+    config: SchedulerConfig,
+    queue: WaitingQueue,
+    rate: AdmissionRate,
+    num_ahead: Callable[[Request, WaitingQueue], int],
+    now: float,
 ) -> Rejection | None:
-    """Return a rejection if the queue is full or the request's deadline would pass while it waits, or None."""
+    """Return a rejection if the queue is full or the request's deadline would pass while it waits, or None.
+
+    Args:
+        request: a new request.
+        config: has the limits.
+        queue: the requests that wait.
+        rate: of admissions.
+        num_ahead: see `Policy.num_ahead`.
+        now: seconds.
+    """
     most, message, retry_after_s = config.max_queued_requests_per_tenant, None, None
     if len(queue) >= config.max_queued_requests:
         message = f"{len(queue)} requests are waiting; allowed are max_queued_requests = {config.max_queued_requests}: try later"
@@ -128,7 +142,7 @@ def reject(
         )
         retry_after_s = rate.wait_s(1, now)
     elif request.deadline is not None:
-        wait_s, left_s = rate.wait_s(len(queue), now), request.deadline - now
+        wait_s, left_s = rate.wait_s(num_ahead(request, queue), now), request.deadline - now
         if left_s <= 0 or (wait_s is not None and wait_s > left_s):
             wait_s = wait_s or 0.0
             message = (

@@ -146,7 +146,9 @@ class Scheduler:
             message = "too many tenants that no quota names have requests: try later"
             return Rejection(request.key, "RESOURCE_EXHAUSTED", message)
         request.account = account
-        rejection = reject(request, self.config, self._queue, self._rate, now) or self._tenants.accept(request, now)
+        rejection = reject(
+            request, self.config, self._queue, self._rate, self._policy.num_ahead, now
+        ) or self._tenants.accept(request, now)
         if rejection is not None:
             account.num_refused += rejection.code == "RESOURCE_EXHAUSTED"
             return rejection

@@ -3,7 +3,8 @@
 import pytest
 from helpers.sim_ranks import CACHES, SimCluster, make_config, make_request
 
-from expertwire.scheduler.policy import Priority
+from expertwire.scheduler.policy import FairShare, Priority
+from expertwire.scheduler.quotas import TenantQuota
 from expertwire.scheduler.scheduler import Scheduler
 
 ONE = {"num_ranks": 1, "max_num_seqs": 1, "num_blocks": 41}
@@ -39,6 +40,19 @@ def test_a_deadline_that_can_be_met_is_accepted():
     cluster = at_rate(0.5, num_waiting=10)
     assert submit(cluster, 1000, left_s=8.0) is None
     assert submit(cluster, 1001) is None, "no deadline, no matter"
+
+
+@pytest.mark.parametrize(("weight", "num_ahead"), [(1.0, 1), (0.25, 4)])
+def test_with_fair_shares_a_deadline_is_judged_by_the_turns_of_tenants(weight, num_ahead):
+    quotas = {"other": TenantQuota(weight=weight)}
+    cluster = SimCluster(make_config(**ONE, max_queued_requests=1000, tenant_quotas=quotas), FairShare())
+    cluster.submit(*(make_request(key, 2, max_tokens=1, tenant="storm") for key in range(200)))
+    for _ in range(100):
+        cluster.step()
+        cluster.now = round(cluster.now - 0.01, 9) + 0.5
+    assert submit(cluster, 1000, left_s=10.0, tenant="storm").code == "RESOURCE_EXHAUSTED"
+    assert submit(cluster, 1001, left_s=0.5 * num_ahead - 0.2, tenant="other") is not None
+    assert submit(cluster, 1002, left_s=0.5 * num_ahead + 0.2, tenant="other") is None
 
 
 def test_after_the_hint_the_request_is_accepted():
