@@ -462,7 +462,7 @@ class Frontend:
             if branch is None:
                 continue
             branch.token_ids.append(token)
-            if branch.stream is not None and (text := branch.push(token, finish)):
+            if text := branch.push(token, finish):
                 branch.texts.append(text)
             if branch.logprobs is not None:
                 sampled = sampled or logprobs.SampledLogprobs(message, start, end, self.tokenizer)

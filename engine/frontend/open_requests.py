@@ -85,7 +85,7 @@ class Branch:
         self.stream = stream
         self.stop = None if request.stop_automaton is None else StopStrings(request.stop_automaton)
         self.has_begun = False  # whether the first token has come
-        self.num_tokens = 0
+        self.num_tokens = 0  # with stop strings
         self.window = window
         self.allowance: int | None = None
         self.num_uncredited = 0
@@ -109,6 +109,8 @@ class Branch:
         """Add a token; return the new text that is final. The last token (`finish` is set) releases the text held back."""
         if self.stream is None:
             return ""
+        if not finish and self.stop is None:  # as for nearly every token
+            return self.stream.push(token)
         text = ""
         if finish != FinishReason.STOP:
             self.num_tokens += 1
