@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 if TYPE_CHECKING:
     from expertwire.scheduler.quotas import TenantQuota
 
+_NEVER = 2**31 - 1  # more tokens than any request has
 CacheKind = Literal["full", "window", "latent", "index", "chunk", "state"]
 
 
@@ -39,8 +40,8 @@ class CacheSpec:
         window: tokens kept, for kind `window`.
         snapshot_every: tokens between kept copies of the state, for kind `state`: each block holds one
             state. A multiple of the block size.
-        chunk_size: tokens after which the state moves on, for kind `chunk`: a token reads those of its own chunk, and blocks
-            hold whole chunks.
+        chunk_size: tokens after which the state moves on, for kind `chunk`: a token reads those of its own chunk. A request
+            has one block of so many tokens, which each chunk overwrites.
     """
 
     name: str
@@ -60,14 +61,15 @@ class CacheSpec:
         return 1 if self.kind == "chunk" else self.window
 
     def tokens_per_block(self, block_size: int) -> int:
-        """Return `block_size`; for a state `snapshot_every`, for chunks the least multiple of both sizes."""
+        """Return after how many tokens a request needs another block: `block_size`, for a state `snapshot_every`, for chunks
+        more than there are."""
         if self.chunk_size is not None:
-            return math.lcm(self.chunk_size, block_size)
+            return _NEVER // block_size * block_size
         return self.snapshot_every or block_size
 
     def bytes_per_block(self, block_size: int) -> int:
         """Return the bytes of a block."""
-        return self.bytes_per_token * (1 if self.kind == "state" else self.tokens_per_block(block_size))
+        return self.bytes_per_token * (1 if self.kind == "state" else self.chunk_size or block_size)
 
     def most_blocks(self, block_size: int, max_model_len: int, max_num_batched_tokens: int) -> int:
         """Return the most blocks that one request holds, at its longest or in a window and one step."""
@@ -165,7 +167,7 @@ def check_cache_specs(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfi
         raise ValueError(f"cache_specs must have at least one cache, each with its own name, got {names}")
     if isinstance(num_blocks, tuple) and len(num_blocks) != len(names):
         raise ValueError(f"num_blocks must be one number, or one for each of the caches {names}, got {num_blocks}")
-    chunk = math.lcm(*(spec.tokens_per_block(config.block_size) for spec in cache_specs if spec.chunk_size))
+    chunk = math.lcm(*(spec.chunk_size or 1 for spec in cache_specs))
     for spec in cache_specs:
         prefix = f"cache {spec.name!r} is of kind {spec.kind!r}"
         if spec.kind not in get_args(CacheKind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from expertwire.comm.topology import backend_times, topology
@@ -58,16 +59,13 @@ def validate(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _check_states(config: EngineConfig, model: ModelConfig) -> None:
-    for spec in model.cache_specs():
-        if spec.kind == "chunk" and config.snapshot_every % (tokens := spec.tokens_per_block(config.block_size)):
-            raise ValueError(
-                f"snapshot_every must be a multiple of {tokens}, where the states of {model.architecture} move on and blocks of "
-                f"{config.block_size} tokens end, got {config.snapshot_every}"
-            )
-        if spec.kind == "state" and config.snapshot_every % config.block_size:
-            raise ValueError(
-                f"snapshot_every must be a multiple of block_size {config.block_size}, got {config.snapshot_every}"
-            )
+    specs = model.cache_specs()
+    tokens = math.lcm(config.block_size, *(spec.chunk_size or 1 for spec in specs))
+    if any(spec.kind == "state" for spec in specs) and config.snapshot_every % tokens:
+        raise ValueError(
+            f"snapshot_every must be a multiple of {tokens}, where blocks of {config.block_size} tokens end and the states of "
+            f"{model.architecture} move on, got {config.snapshot_every}"
+        )
 
 
 def sends_fp8(config: EngineConfig, model: ModelConfig, *, on_gpu: bool) -> bool:

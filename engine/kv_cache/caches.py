@@ -42,7 +42,7 @@ def make(
     Args:
         tensors: of each layer that writes it, shape and dtype of each tensor: of one token, or of one state.
     """
-    lead = (num_blocks,) if spec.kind == "state" else (num_blocks, spec.tokens_per_block(block_size))
+    lead = (num_blocks,) if spec.kind == "state" else (num_blocks, spec.chunk_size or block_size)
     layers = {
         layer: tuple(torch.zeros((*lead, *shape), dtype=dtype, device=device) for shape, dtype in each)
         for layer, each in tensors.items()

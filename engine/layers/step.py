@@ -1,6 +1,6 @@
 """Context of a decoder's layers: the rank they run on, and what they share in a step.
 
-T tokens of this rank.
+T tokens of this rank, S sequences.
 """
 
 from __future__ import annotations
@@ -84,9 +84,13 @@ class Step:
         """
         *chunk, state = numbers
         spec, metadata = self.caches[state].spec, self.batch.attention_metadata
-        assert spec.snapshot_every is not None, f"layer {layer} has its state in a cache of kind {spec.kind}"
-        table = metadata[chunk[0]].block_table if chunk else None
-        states = StateMetadata(seqs=metadata[state], snapshot_every=spec.snapshot_every, chunk_table=table)
+
+        def describe() -> StateMetadata:
+            assert spec.snapshot_every is not None
+            blocks_S = metadata[chunk[0]].block_table[:, 0].contiguous() if chunk else None
+            return StateMetadata(seqs=metadata[state], snapshot_every=spec.snapshot_every, chunk_blocks_S=blocks_S)
+
+        states = self.shared(numbers, describe)
         return states, self.caches[chunk[0]].layers[layer] if chunk else (), self.caches[state].layers[layer]
 
     def rope_inputs(self, rope: Rope, metadata: AttentionMetadata) -> RopeInputs:

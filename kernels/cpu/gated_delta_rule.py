@@ -50,11 +50,11 @@ def gated_delta_rule(
     if key_size % LANES or value_size % PANEL:
         return op.reference(qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, states)
     assert all(tensor.is_contiguous() for tensor in (qkv_TD, *cache)), [tensor.stride() for tensor in (qkv_TD, *cache)]
-    assert states.chunk_table is not None, "no blocks for the chunks"
+    assert states.chunk_blocks_S is not None, "no blocks of the chunk cache"
     out_TD = qkv_TD.new_empty(len(qkv_TD), cache.u_BsHv.shape[2:].numel())
     if len(qkv_TD):
         seqs = states.seqs
-        where = (x.numpy() for x in (seqs.block_table, states.chunk_table, seqs.cu_seqlens_q, seqs.seq_lens))
+        where = (x.numpy() for x in (seqs.block_table, states.chunk_blocks_S, seqs.cu_seqlens_q, seqs.seq_lens))
         inputs = (as_array(x) for x in (qkv_TD, a_TH, b_TH, A_H, dt_bias_H))
         _run(*inputs, tuple(map(as_array, cache)), *where, states.snapshot_every, as_array(out_TD))
     return out_TD
@@ -189,7 +189,7 @@ def _move_on(state, turned, decay, weighted, u):
 
 
 @jit
-def _advance(qkv_TD, g_TH, beta_TH, cache, blocks_W, g, first, start, end, target, scratch, out_TD):
+def _advance(qkv_TD, g_TH, beta_TH, cache, block, g, first, start, end, target, scratch, out_TD):
     """Compute a piece's tokens from position `start` to `end`, in rows from `first` on, for the heads of key head g."""
     state_BHdv, k_BsGd, u_BsHv, g_BsH = cache
     rows, turned, scores, weights, found, u, decay = scratch
@@ -199,8 +199,7 @@ def _advance(qkv_TD, g_TH, beta_TH, cache, blocks_W, g, first, start, end, targe
     while position < end:
         place = position % CHUNK
         num = min(end - position, CHUNK - place)
-        block, begin = blocks_W[position // k_BsGd.shape[1]], position % k_BsGd.shape[1] - place
-        keys_sGd = k_BsGd[block, begin : begin + CHUNK]
+        keys_sGd = k_BsGd[block]
         row, kept = first + position - start, place + num if place + num < CHUNK else place
         _read_keys(qkv_TD, g, row, num, place, keys_sGd, rows, turned)
         columns = -(-(place + num) // PANEL) * PANEL
@@ -208,8 +207,8 @@ def _advance(qkv_TD, g_TH, beta_TH, cache, blocks_W, g, first, start, end, targe
         add_product(rows, place * dim, dim, 2 * num, dim, turned, 0, CHUNK, columns, scores, 0, CHUNK)
         for h in range(g * group, (g + 1) * group):
             for i in range(place):
-                copy_row(u_BsHv[block, begin + i, h], u[i])
-                decay[i] = g_BsH[block, begin + i, h]
+                copy_row(u_BsHv[block, i, h], u[i])
+                decay[i] = g_BsH[block, i, h]
             values_TD = qkv_TD[row : row + num, values_at + h * size : values_at + (h + 1) * size]
             gates = g_TH[row : row + num, h], beta_TH[row : row + num, h]
             out = out_TD[row : row + num, h * size : (h + 1) * size]
@@ -217,15 +216,17 @@ def _advance(qkv_TD, g_TH, beta_TH, cache, blocks_W, g, first, start, end, targe
                 values_TD, gates, state_BHdv[target, h], turned, rows, scores, place, decay, weights, found, u, out
             )
             for i in range(place, kept):
-                copy_row(u[i], u_BsHv[block, begin + i, h])
-                g_BsH[block, begin + i, h] = g_TH[row + i - place, h]
+                copy_row(u[i], u_BsHv[block, i, h])
+                g_BsH[block, i, h] = g_TH[row + i - place, h]
         for i in range(place, kept):
             copy_row(rows[i], keys_sGd[i, g])
         position += num
 
 
 @allocating_jit
-def _run(qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, state_table, chunk_table, cu_seqlens_q, seq_lens_S, every, out_TD):
+def _run(
+    qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, state_table, chunk_blocks_S, cu_seqlens_q, seq_lens_S, every, out_TD
+):
     num_keys, (dim, size) = cache[1].shape[2], cache[0].shape[2:]
     g_TH, beta_TH = empty(a_TH.shape, np.float32), empty(a_TH.shape, np.float32)
     _gate(a_TH, b_TH, A_H, dt_bias_H, g_TH, beta_TH)
@@ -246,6 +247,6 @@ def _run(qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, state_table, chunk_table, cu
             target = state_table[number, start // every]
             _begin(cache[0], state_table[number, (start - 1) // every] if start > 0 else -1, target)
             for g in range(num_keys):
-                piece = chunk_table[number], g, first, start, end, target
+                piece = chunk_blocks_S[number], g, first, start, end, target
                 _advance(qkv_TD, g_TH, beta_TH, cache, *piece, scratch, out_TD)
             first, start = first + end - start, end

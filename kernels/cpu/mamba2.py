@@ -102,13 +102,13 @@ def _softplus(x):
 
 
 @jit
-def _find_steps(raw_TH, dt_BsH, block, at, first, layer, dt_HK, sums_HK):
+def _find_steps(raw_TH, dt_BsH, block, first, layer, dt_HK, sums_HK):
     """Compute dt and its sums of a chunk: `first` tokens from the cache, then new ones."""
     for h in range(len(dt_HK)):
         total = np.float32(0)
         for s in range(first + len(raw_TH)):
             if s < first:
-                dt = dt_BsH[block, at + s, h]
+                dt = dt_BsH[block, s, h]
             else:
                 dt = _softplus(np.float32(load(raw_TH[s - first, h])) + layer.dt_bias_H[h])
                 dt = min(max(dt, np.float32(layer.dt_min)), np.float32(layer.dt_max))
@@ -117,20 +117,20 @@ def _find_steps(raw_TH, dt_BsH, block, at, first, layer, dt_HK, sums_HK):
 
 
 @jit
-def _gather(new_TD, inputs_BsD, block, at, first, column, width, rows):
+def _gather(new_TD, inputs_BsD, block, first, column, width, rows):
     """Copy a column slice of a chunk's rows: `first` tokens from the cache, then new ones."""
     for s in range(first):
-        copy_row(inputs_BsD[block, at + s, column : column + width], rows[s])
+        copy_row(inputs_BsD[block, s, column : column + width], rows[s])
     for s in range(len(new_TD)):
         copy_row(new_TD[s, column : column + width], rows[first + s])
 
 
 @jit
-def _prepare_group(new_TD, inputs_BsD, block, at, first, B_at, C_at, size, scratch):
+def _prepare_group(new_TD, inputs_BsD, block, first, B_at, C_at, size, scratch):
     """Gather B of a chunk and C of its new tokens, and multiply them."""
     known = first + len(new_TD)
-    _gather(new_TD, inputs_BsD, block, at, first, B_at, size, scratch.B_KN)
-    _gather(new_TD, inputs_BsD, block, at, 0, C_at, size, scratch.C_KN)
+    _gather(new_TD, inputs_BsD, block, first, B_at, size, scratch.B_KN)
+    _gather(new_TD, inputs_BsD, block, 0, C_at, size, scratch.C_KN)
     width = scratch.B_KN.shape[1]
     for s in range(0, known, LANES):
         for n in range(0, width, LANES):
@@ -217,33 +217,33 @@ def _head(h, skip, state_Nd, first, complete, scratch, y_Td):
 
 
 @jit
-def _chunk(new_TD, raw_TH, layer, cache, state_HNd, block, at, first, scratch, y_TD):
+def _chunk(new_TD, raw_TH, layer, cache, state_HNd, block, first, scratch, y_TD):
     """Compute the new tokens of a chunk, which has `first` others.
 
     The state moves on if they complete the chunk, else they are written to the chunk cache.
     """
     (heads, size, dim), complete = state_HNd.shape, first + len(new_TD) == CHUNK
-    _find_steps(raw_TH, cache.dt_BsH, block, at, first, layer, scratch.dt_HK, scratch.sums_HK)
+    _find_steps(raw_TH, cache.dt_BsH, block, first, layer, scratch.dt_HK, scratch.sums_HK)
     each = heads // layer.num_groups
     for h in range(heads):
         if h % each == 0:
             B_at = heads * dim + h // each * size
             C_at = B_at + layer.num_groups * size
-            _prepare_group(new_TD, cache.inputs_BsD, block, at, first, B_at, C_at, size, scratch)
-        _gather(new_TD, cache.inputs_BsD, block, at, first, h * dim, dim, scratch.x_Kd)
+            _prepare_group(new_TD, cache.inputs_BsD, block, first, B_at, C_at, size, scratch)
+        _gather(new_TD, cache.inputs_BsD, block, first, h * dim, dim, scratch.x_Kd)
         _head(h, layer.D_H[h], state_HNd[h], first, complete, scratch, y_TD[:, h * dim : (h + 1) * dim])
     if not complete:
         for t in range(len(new_TD)):
-            kept = cache.inputs_BsD[block, at + first + t]
+            kept = cache.inputs_BsD[block, first + t]
             copy_row(new_TD[t, : len(kept)], kept)
             for h in range(heads):
-                cache.dt_BsH[block, at + first + t, h] = scratch.dt_HK[h, first + t]
+                cache.dt_BsH[block, first + t, h] = scratch.dt_HK[h, first + t]
 
 
 @allocating_jit
-def _mamba2(xBC_TD, raw_TH, layer, cache, steps, chunk_table_SW, y_TD):
+def _mamba2(xBC_TD, raw_TH, layer, cache, steps, chunk_blocks_S, y_TD):
     cu_seqlens_q, seq_lens_S, table_SW, every = steps
-    block_size, (heads, size, dim) = cache.inputs_BsD.shape[1], cache.state_BHNd.shape[1:]
+    heads, size, dim = cache.state_BHNd.shape[1:]
     scratch = _scratch(heads, size, dim)
     for b in range(len(seq_lens_S)):
         row, length = np.int64(cu_seqlens_q[b]), np.int64(seq_lens_S[b])
@@ -253,16 +253,15 @@ def _mamba2(xBC_TD, raw_TH, layer, cache, steps, chunk_table_SW, y_TD):
             begin_state(cache.state_BHNd, source, target)
             while start < end:
                 stop = min(end, (start // CHUNK + 1) * CHUNK)
-                block, first = chunk_table_SW[b, start // block_size], start % CHUNK
-                at, last = start % block_size - first, row + stop - start
-                where = cache.state_BHNd[target], block, at, first
+                last = row + stop - start
+                where = cache.state_BHNd[target], chunk_blocks_S[b], start % CHUNK
                 _chunk(xBC_TD[row:last], raw_TH[row:last], layer, cache, *where, scratch, y_TD[row:last])
                 row, start = last, stop
 
 
 def mamba2(xBC_TD: Tensor, dt_TH: Tensor, weights: Mamba2Weights, cache: Mamba2Cache, states: StateMetadata) -> Tensor:
     """As `kernels.ops.mamba2.Mamba2`."""
-    assert states.chunk_table is not None, "no table of the chunk cache"
+    assert states.chunk_blocks_S is not None, "no blocks of the chunk cache"
     assert xBC_TD.is_contiguous(), f"strides {xBC_TD.stride()} of shape {tuple(xBC_TD.shape)}"
     assert all(tensor.is_contiguous() for tensor in cache), [tensor.stride() for tensor in cache]
     assert cache.inputs_BsD.dtype == xBC_TD.dtype, f"inputs {cache.inputs_BsD.dtype} of {xBC_TD.dtype}"
@@ -271,13 +270,13 @@ def mamba2(xBC_TD: Tensor, dt_TH: Tensor, weights: Mamba2Weights, cache: Mamba2C
         f"{tuple(cache.inputs_BsD.shape)}, {weights.stored_width} wide"
     )
     assert cache.state_BHNd.shape[1:] == shape, f"states {tuple(cache.state_BHNd.shape)} of {shape}"
-    assert cache.inputs_BsD.shape[1] % CHUNK == 0, f"blocks of {cache.inputs_BsD.shape[1]} positions, chunks of {CHUNK}"
+    assert cache.inputs_BsD.shape[1] == CHUNK, f"blocks of {cache.inputs_BsD.shape[1]} positions, chunks of {CHUNK}"
     y_TD = xBC_TD.new_empty(xBC_TD.shape[0], weights.widths[0])
     layer = _Layer(
         weights.A_H.numpy(), weights.D_H.numpy(), weights.dt_bias_H.numpy(), weights.num_groups, weights.dt_min,
         weights.dt_max,
     )  # fmt: skip
     arrays = _Cache(*(as_array(tensor) for tensor in cache))
-    table = states.chunk_table.numpy()
-    _mamba2(as_array(xBC_TD), as_array(dt_TH.detach()), layer, arrays, steps(states), table, as_array(y_TD))
+    blocks = states.chunk_blocks_S.numpy()
+    _mamba2(as_array(xBC_TD), as_array(dt_TH.detach()), layer, arrays, steps(states), blocks, as_array(y_TD))
     return y_TD

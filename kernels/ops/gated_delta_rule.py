@@ -39,7 +39,7 @@ class DeltaCache(NamedTuple):
 
     Attributes:
         state_BHdv: in blocks of the state cache.
-        k_BsGd: keys, divided by their norm. This and what follows is in blocks of the chunk cache; P is a multiple of `CHUNK`.
+        k_BsGd: keys, divided by their norm. This and what follows is in blocks of the chunk cache.
         u_BsHv: what a token adds to the state at its key.
         g_BsH: logarithm of a token's decay.
     """
@@ -83,14 +83,14 @@ def reference(
         a_TH, b_TH: of decay and beta, fp32 or bf16; rows may lie apart.
         A_H, dt_bias_H: fp32; A is negative.
         cache: written.
-        states: of the step, with a chunk table.
+        states: of the step, with `chunk_blocks_S`.
     """
-    assert states.chunk_table is not None, "no blocks for the chunks"
+    assert states.chunk_blocks_S is not None, "no blocks of the chunk cache"
     o_TD = torch.empty_like(qkv_TD[:, : cache.u_BsHv.shape[2:].numel()])
     for piece in pieces(states):
         rows = range(piece.row, piece.row + piece.end - piece.start)
         tokens = [_token(qkv_TD[row], a_TH[row], b_TH[row], A_H, dt_bias_H, cache) for row in rows]
-        o_TD[rows.start : rows.stop] = _advance(tokens, piece, states.chunk_table[piece.number].tolist(), cache)
+        o_TD[rows.start : rows.stop] = _advance(tokens, piece, int(states.chunk_blocks_S[piece.number]), cache)
     return o_TD
 
 
@@ -119,21 +119,20 @@ def _token(qkv_D: Tensor, a_H: Tensor, b_H: Tensor, A_H: Tensor, dt_bias_H: Tens
     return _Token(q_Gd * key_size**-0.5, k_Gd, v_Hv, g_H, b_H.float().sigmoid())
 
 
-def _advance(tokens: list[_Token], piece: Piece, blocks: list[int], cache: DeltaCache) -> Tensor:
+def _advance(tokens: list[_Token], piece: Piece, block: int, cache: DeltaCache) -> Tensor:
     """Compute the tokens of a piece; return o_TD.
 
     Shapes depend only on a token's place in its chunk, so that its bits do too.
     """
-    per_block = cache.k_BsGd.shape[1]
     source_Hdv = cache.state_BHdv[piece.source]
     state_Hdv = source_Hdv.clone() if piece.source >= 0 else torch.zeros_like(source_Hdv)
     outputs = []
     for token, position in zip(tokens, range(piece.start, piece.end), strict=True):
-        begin, place = position % per_block // CHUNK * CHUNK, position % CHUNK
-        chunk = (tensor_Bs[blocks[position // per_block], begin : begin + place + 1] for tensor_Bs in cache[1:])
+        place = position % CHUNK
+        chunk = (tensor_Bs[block, : place + 1] for tensor_Bs in cache[1:])
         outputs.append(_step(token, state_Hdv, *chunk))
         if place == CHUNK - 1:
-            chunk = (tensor_Bs[blocks[position // per_block], begin : begin + CHUNK] for tensor_Bs in cache[1:])
+            chunk = (tensor_Bs[block] for tensor_Bs in cache[1:])
             state_Hdv = _move_on(state_Hdv, *chunk)
     cache.state_BHdv[piece.target] = state_Hdv
     return torch.stack(outputs).flatten(1)

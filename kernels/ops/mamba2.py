@@ -63,7 +63,7 @@ class Mamba2Weights:
 
 
 class Mamba2Cache(NamedTuple):
-    """A layer's blocks. Those of inputs hold positions: some multiple of CHUNK.
+    """A layer's blocks. Those of inputs hold CHUNK positions.
 
     Attributes:
         state_BHNd: fp32, the state cache.
@@ -97,9 +97,9 @@ def reference(
         weights: of the layer.
         cache: read and written. Of the chunk cache only what later steps read need be written: the chunk of a sequence that
             the step leaves unfinished.
-        states: of the step, with a `chunk_table`.
+        states: of the step, with `chunk_blocks_S`.
     """
-    assert states.chunk_table is not None, "no table of the chunk cache"
+    assert states.chunk_blocks_S is not None, "no blocks of the chunk cache"
     dt_TH = discretize(dt_TH, weights)
     y_TD = xBC_TD.new_empty(len(xBC_TD), weights.widths[0])
     for piece in pieces(states):
@@ -111,7 +111,11 @@ def reference(
             end = min(piece.end, (start // CHUNK + 1) * CHUNK)
             rows = slice(piece.row + start - piece.start, piece.row + end - piece.start)
             stored, dt = _store(
-                xBC_TD[rows, : weights.stored_width], dt_TH[rows], cache, states.chunk_table[piece.number], start
+                xBC_TD[rows, : weights.stored_width],
+                dt_TH[rows],
+                cache,
+                int(states.chunk_blocks_S[piece.number]),
+                start,
             )
             x_THd, B_THN, C_THN = _split(stored, xBC_TD[rows, weights.stored_width :], weights)
             y_TD[rows], after_HNd = _chunk(x_THd, B_THN, C_THN, dt, state_HNd, weights)
@@ -126,13 +130,12 @@ def discretize(dt_TH: Tensor, weights: Mamba2Weights) -> Tensor:
     return F.softplus(dt_TH.float() + weights.dt_bias_H).clamp(weights.dt_min, weights.dt_max)
 
 
-def _store(xB_TD: Tensor, dt_TH: Tensor, cache: Mamba2Cache, table: Tensor, start: int) -> tuple[Tensor, Tensor]:
+def _store(xB_TD: Tensor, dt_TH: Tensor, cache: Mamba2Cache, block: int, start: int) -> tuple[Tensor, Tensor]:
     """Store a chunk's tokens from position `start` on; return those of the chunk up to the last of them."""
-    size = cache.inputs_BsD.shape[1]
-    block, at = int(table[start // size]), start % size
+    at = start % CHUNK
     cache.inputs_BsD[block, at : at + len(xB_TD)] = xB_TD
     cache.dt_BsH[block, at : at + len(dt_TH)] = dt_TH
-    chunk = slice(at // CHUNK * CHUNK, at + len(xB_TD))
+    chunk = slice(0, at + len(xB_TD))
     return cache.inputs_BsD[block, chunk], cache.dt_BsH[block, chunk]
 
 

@@ -3,9 +3,10 @@
 Positions of a sequence are cut at absolute places, whatever a step computes of them:
 
 - into *chunks* of C positions. A mixer in chunked form computes a token's output from the state at the beginning of its
-  chunk and from the inputs of the chunk's tokens up to its own; a *chunk cache* keeps these inputs until the chunk is
-  full and the state moves on. So a token's bits do not depend on how steps cut its sequence: a decode is the last row of
-  what a prefill computes for the same chunk. A mixer whose state moves on with every token has C = 1 and no such cache.
+  chunk and from the inputs of the chunk's tokens up to its own. A *chunk cache* keeps these inputs until the chunk is full
+  and the state moves on; a sequence has one block of C positions there, which its next chunk overwrites. So a token's
+  bits do not depend on how steps cut its sequence: a decode is the last row of what a prefill computes for the same
+  chunk. A mixer whose state moves on with every token has C = 1 and no such cache.
 - into *intervals* of `snapshot_every` positions, a multiple of C. Each has a block of the *state cache*. When e tokens of
   a sequence are computed, block j, of the interval with token e - 1 or an earlier one, holds what is true after
   e_j = min(e, (j + 1) * snapshot_every) tokens: the state after the last whole chunk, of e_j // C * C tokens, and the
@@ -37,14 +38,12 @@ class StateMetadata:
         seqs: the sequences; `block_table` lists the blocks of the state cache, one for each interval; `slot_mapping` has no
             meaning. Sequences with one query come first.
         snapshot_every: positions of an interval.
-        chunk_table: i32 [S, W], blocks of the chunk cache, which hold as many positions as its tensors' second dimension says,
-            one chunk or several; None: the mixer has none. Blocks before that of a sequence's first query may have been
-            freed.
+        chunk_blocks_S: i32, each sequence's block of the chunk cache; None: the mixer has none.
     """
 
     seqs: AttentionMetadata
     snapshot_every: int
-    chunk_table: Tensor | None = None
+    chunk_blocks_S: Tensor | None = None
 
 
 class Piece(NamedTuple):

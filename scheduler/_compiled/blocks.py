@@ -366,7 +366,7 @@ def _has_tails(caches, blocks, rank, hash_B2, depth, block_size):
     """Return whether a rank has the blocks in the windows of the token after `depth` blocks."""
     for cache in range(len(caches.size_C)):
         hashes = caches.hashes_C[cache]
-        if depth % hashes:
+        if depth % hashes and caches.window_C[cache] > 1:  # otherwise nothing of the prefix is read
             return False
         owner = cache * blocks.num_ranks + rank
         for index in range(depth // hashes - 1, first_seen(caches, cache, depth * block_size) - 1, -1):

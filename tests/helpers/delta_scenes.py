@@ -3,7 +3,7 @@
 import torch
 
 from expertwire.kernels.ops import attention
-from expertwire.kernels.ops.gated_delta_rule import DeltaCache
+from expertwire.kernels.ops.gated_delta_rule import CHUNK, DeltaCache
 from expertwire.kernels.ops.recurrent import StateMetadata
 
 NAN = float("nan")
@@ -14,28 +14,28 @@ class Scene:
 
     Attributes:
         inputs: of each sequence, qkv_TD, a_TH and b_TH.
-        cache: its state blocks, `every` positions each, and chunk blocks, of `per_block` positions.
+        cache: its state blocks, `every` positions each, and chunk blocks, one a sequence.
     """
 
-    def __init__(self, lengths, dtype, *, keys=2, heads=4, key_size=32, value_size=32, every=128, per_block=64, seed=0):
+    def __init__(self, lengths, dtype, *, keys=2, heads=4, key_size=32, value_size=32, every=128, seed=0):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
             return torch.randn(*shape, generator=generator)
 
-        self.sizes, self.every, self.per_block = (keys, heads, key_size, value_size), every, per_block
+        self.sizes, self.every = (keys, heads, key_size, value_size), every
         width = 2 * keys * key_size + heads * value_size
         self.inputs = [[draw(length, size).to(dtype) for size in (width, heads, heads)] for length in lengths]
         self.A, self.dt_bias = -draw(heads).exp(), draw(heads) - 2
         self.done = [0] * len(lengths)
-        counts = [[-(-length // size) for length in lengths] for size in (every, per_block)]
+        counts = [[-(-length // every) for length in lengths], [1] * len(lengths)]
         self.states, self.chunks = (self._table(per_sequence, generator) for per_sequence in counts)
         num_states, num_chunks = (1 + sum(per_sequence) for per_sequence in counts)
         self.cache = DeltaCache(
             torch.full((num_states, heads, key_size, value_size), NAN),
-            torch.full((num_chunks, per_block, keys, key_size), NAN),
-            torch.full((num_chunks, per_block, heads, value_size), NAN),
-            torch.full((num_chunks, per_block, heads), NAN),
+            torch.full((num_chunks, CHUNK, keys, key_size), NAN),
+            torch.full((num_chunks, CHUNK, heads, value_size), NAN),
+            torch.full((num_chunks, CHUNK, heads), NAN),
         )
 
     @staticmethod
@@ -54,7 +54,7 @@ class Scene:
         lengths = [self.done[i] + nums[i] for i in order]
         tables = [torch.nn.functional.pad(table[order], (0, 0, 0, unused)) for table in (self.states, self.chunks)]
         seqs = attention.describe([*(nums[i] for i in order), *[0] * unused], [*lengths, *[0] * unused], tables[0])
-        states = StateMetadata(seqs=seqs, snapshot_every=self.every, chunk_table=tables[1])
+        states = StateMetadata(seqs=seqs, snapshot_every=self.every, chunk_blocks_S=tables[1][:, 0].contiguous())
         rows = [
             torch.cat([self.inputs[i][which][self.done[i] : self.done[i] + nums[i]] for i in order])
             for which in range(3)

@@ -17,21 +17,20 @@ Part = tuple[int, int, int]  # of a step: sequence, first position, end
 class Blocks:
     """Tables [S, W] of sequences whose blocks lie scattered, behind a null block.
 
-    `every` positions have a block of the state cache, `size` positions one of the chunk cache.
+    `every` positions have a block of the state cache; a sequence has one of the chunk cache.
     """
 
     every: int
-    size: int
     state_table: torch.Tensor
-    chunk_table: torch.Tensor
+    chunk_blocks: torch.Tensor
     num_states: int
     num_chunks: int
 
     @classmethod
-    def scatter(cls, lengths, every, size, seed=0):
+    def scatter(cls, lengths, every, seed=0):
         rng = np.random.default_rng(seed)
-        (states, num_states), (chunks, num_chunks) = (_table(lengths, positions, rng) for positions in (every, size))
-        return cls(every, size, states, chunks, num_states, num_chunks)
+        (states, num_states), (chunks, num_chunks) = _table(lengths, every, rng), _table([1] * len(lengths), 1, rng)
+        return cls(every, states, chunks[:, 0].contiguous(), num_states, num_chunks)
 
     def with_first_blocks_of(self, source, count):
         """Return tables in which each sequence begins with the first `count` states of sequence `source`."""
@@ -46,7 +45,7 @@ class Blocks:
         return StateMetadata(
             seqs=attention.describe(queries, ends, self.state_table[rows].contiguous(), max_seq_len),
             snapshot_every=self.every,
-            chunk_table=self.chunk_table[rows].contiguous(),
+            chunk_blocks_S=self.chunk_blocks[rows],
         )
 
 

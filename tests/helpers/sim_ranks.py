@@ -120,7 +120,7 @@ class SimRank:
         self.specs = specs
         self.slots: dict[int, Slot] = {}
         self.num_blocks = [usable + 1 for usable in config.num_usable_blocks(len(specs))]
-        most = max(spec.tokens_per_block(config.block_size) for spec in specs)
+        most = max(spec.chunk_size or config.block_size for spec in specs)
         self.caches = np.full((len(specs), max(self.num_blocks), most), -1, np.int64)  # a state is a block's first
         self.num_computed = 0
         self.sampled: defaultdict[int, set[int]] = defaultdict(set)  # positions, by seed
@@ -196,8 +196,16 @@ class SimRank:
                 assert found == (states[start - 1] if start else empty), "the state is another one"
                 for position in range(start, start + num):
                     cache[blocks[position // size], 0] = states[position]
+            elif spec.kind == "chunk":
+                size = spec.chunk_size
+                for position in range(start // size * size, start):
+                    assert cache[blocks[0], position % size] == states[position], "another chunk's inputs"
+                for position in range(start, start + num):
+                    cache[blocks[0], position % size] = states[position]
+                assert list(blocks) == [0], "one block for all chunks"
+                continue
             else:
-                size = spec.tokens_per_block(self.config.block_size)
+                size = self.config.block_size
                 for position in range(start, start + num):
                     cache[blocks[position // size], position % size] = states[position]
             assert max(blocks) == (start + num - 1) // size, "more blocks than the tokens need"
@@ -213,10 +221,10 @@ class SimRank:
             if spec.kind == "state":
                 assert cache[blocks[(slot.num_computed - 1) // spec.snapshot_every], 0] == states[-1], "a wrong state"
                 continue
-            size = spec.tokens_per_block(self.config.block_size)
+            if spec.kind == "chunk":
+                continue
+            size = self.config.block_size
             first = 0 if spec.window is None else max(start - spec.window + 1, 0)
-            if spec.chunk_size is not None:
-                first = start // spec.chunk_size * spec.chunk_size
             found = [int(cache[blocks[p // size], p % size]) for p in range(first, slot.num_computed)]
             assert found == states[first:], f"cache {spec.name!r} holds other tokens"
 

@@ -24,7 +24,7 @@ def scene(lengths, dtype, width=80, taps=4, with_bias=True, seed=0):
 
 def compute(ops, plan, lengths, inputs, weight, bias, blocks=None):
     """Return outputs and tails."""
-    blocks = blocks or steps.Blocks.scatter(lengths, EVERY, 64)
+    blocks = blocks or steps.Blocks.scatter(lengths, EVERY)
     tail = torch.full((blocks.num_states, weight.shape[1] - 1, len(weight)), 7.0).to(inputs[0][0].dtype)
     y = steps.run(plan, blocks, inputs, lambda x, states: ops.causal_conv1d(x, weight, bias, tail, states))
     return y, tail, blocks
@@ -74,7 +74,7 @@ def test_sequences_go_on_from_one_snapshot(ops):
     """Two of them in one step, which reads the block of the interval before and leaves it as it is."""
     inputs, weight, bias = scene([300], torch.float32)
     lengths = [300, 300, 290]
-    blocks = steps.Blocks.scatter(lengths, EVERY, 64).with_first_blocks_of(0, 2)
+    blocks = steps.Blocks.scatter(lengths, EVERY).with_first_blocks_of(0, 2)
     plan = [[(0, 0, 300)], [(1, 256, 300), (2, 256, 290)]]
     tail = torch.zeros(blocks.num_states, 3, len(weight))
 
@@ -93,7 +93,7 @@ def test_rows_may_lie_apart(ops):
     [(wide,)], weight, bias = scene([70], torch.bfloat16, width=100)
     part, weight, bias = wide[:, 9:89], weight[:80], bias[:80]
     (near,), _, _ = compute(ops, [[(0, 0, 70)]], [70], [(part.contiguous(),)], weight, bias)
-    blocks = steps.Blocks.scatter([70], EVERY, 64)
+    blocks = steps.Blocks.scatter([70], EVERY)
     tail = torch.zeros(blocks.num_states, 3, 80, dtype=torch.bfloat16)
     y = ops.causal_conv1d(part, weight, bias, tail, blocks.metadata([(0, 0, 70)]))
     assert torch.equal(y, near) and y.is_contiguous()
@@ -101,6 +101,6 @@ def test_rows_may_lie_apart(ops):
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_no_rows(ops):
-    blocks = steps.Blocks.scatter([], EVERY, 64)
+    blocks = steps.Blocks.scatter([], EVERY)
     y = ops.causal_conv1d(torch.empty(0, 8), torch.ones(8, 4), None, torch.zeros(3, 3, 8), blocks.metadata([]))
     assert y.shape == (0, 8)

@@ -71,14 +71,14 @@ def test_transformers(ops, rule):
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("every", "per_block"), [(64, 64), (128, 128), (256, 64)])
-def test_bits_do_not_depend_on_cuts(ops, dtype, every, per_block):
+@pytest.mark.parametrize("every", [64, 128, 256])
+def test_bits_do_not_depend_on_cuts(ops, dtype, every):
     """Neither on other sequences of the step, nor on which blocks hold the state."""
     for length in LENGTHS:
-        alone = Scene([length], dtype, every=every, per_block=per_block)
+        alone = Scene([length], dtype, every=every)
         [expected], scenes = alone.whole(ops.gated_delta_rule), []
         for cuts in ([1] * length, random_cuts(length, 1), random_cuts(length, 2, largest=200)):
-            scenes.append(Scene([length], dtype, every=every, per_block=per_block))
+            scenes.append(Scene([length], dtype, every=every))
             [out] = scenes[-1].run(ops.gated_delta_rule, [[cut] for cut in cuts])
             assert torch.equal(out, expected), f"{length} tokens in steps of {cuts}"
         for scene in scenes:
@@ -146,7 +146,7 @@ def test_no_tokens(ops):
     scene = Scene([5], torch.float32)
     width = scene.inputs[0][0].shape[1]
     states = scene.states[:0]
-    metadata = StateMetadata(seqs=attention.describe([], [], states), snapshot_every=128, chunk_table=states)
+    metadata = StateMetadata(seqs=attention.describe([], [], states), snapshot_every=128, chunk_blocks_S=states[:, 0])
     nothing = torch.empty(0, 4)
     out = ops.gated_delta_rule(torch.empty(0, width), nothing, nothing, scene.A, scene.dt_bias, scene.cache, metadata)
     assert out.shape == (0, 4 * 32)

@@ -51,15 +51,15 @@ def cache_of(blocks, weights, dtype, value=5.0):
     heads = len(weights.A_H)
     return Mamba2Cache(
         state_BHNd=torch.full((blocks.num_states, heads, weights.state_size, weights.head_dim), value),
-        inputs_BsD=torch.full((blocks.num_chunks, blocks.size, weights.stored_width), value, dtype=dtype),
-        dt_BsH=torch.full((blocks.num_chunks, blocks.size, heads), value),
+        inputs_BsD=torch.full((blocks.num_chunks, CHUNK, weights.stored_width), value, dtype=dtype),
+        dt_BsH=torch.full((blocks.num_chunks, CHUNK, heads), value),
     )
 
 
-def compute(ops, plan, inputs, weights, size=CHUNK):
+def compute(ops, plan, inputs, weights):
     """Return outputs, states and the sequences' blocks."""
     dtype = inputs[0][0].dtype
-    blocks = steps.Blocks.scatter([len(x) for x, _ in inputs], EVERY, size)
+    blocks = steps.Blocks.scatter([len(x) for x, _ in inputs], EVERY)
     cache = cache_of(blocks, weights, dtype)
     y = steps.run(plan, blocks, inputs, lambda x, dt, states: ops.mamba2(x, dt, weights, cache, states))
     return y, cache.state_BHNd, blocks
@@ -128,7 +128,7 @@ def test_bits_and_states_do_not_depend_on_the_steps(dtype, shape, plan):
     weights = weights_of(*SHAPES[shape])
     inputs = inputs_of(LENGTHS, weights, dtype)
     expected, expected_state, _ = compute(OPS["cpu"], steps.whole(LENGTHS), inputs, weights)
-    y, state, _ = compute(OPS["cpu"], PLANS[plan], inputs, weights, size=2 * CHUNK)
+    y, state, _ = compute(OPS["cpu"], PLANS[plan], inputs, weights)
     assert all(torch.equal(a, b) for a, b in zip(y, expected, strict=True))
     assert torch.equal(state, expected_state)
 
@@ -148,7 +148,7 @@ def test_sequences_go_on_from_one_snapshot(ops):
     """Two of them in one step, which reads the block of the interval before and leaves it as it is."""
     weights = weights_of(*SHAPES["groups"])
     [(x, dt)] = inputs_of([300], weights, torch.float32)
-    blocks = steps.Blocks.scatter([300, 300, 257], EVERY, CHUNK).with_first_blocks_of(0, 2)
+    blocks = steps.Blocks.scatter([300, 300, 257], EVERY).with_first_blocks_of(0, 2)
     cache = cache_of(blocks, weights, x.dtype)
 
     def step(*parts):
@@ -180,7 +180,7 @@ def test_dt_may_be_a_column_slice(ops):
     weights = weights_of(*SHAPES["groups"])
     [(x, dt)] = inputs_of([70], weights, torch.bfloat16)
     wide = torch.cat((torch.randn(70, 5).bfloat16(), dt), 1)
-    blocks = steps.Blocks.scatter([70], EVERY, CHUNK)
+    blocks = steps.Blocks.scatter([70], EVERY)
     found = [
         ops.mamba2(x, step, weights, cache_of(blocks, weights, x.dtype), blocks.metadata([(0, 0, 70)]))
         for step in (dt, wide[:, 5:])
@@ -191,7 +191,7 @@ def test_dt_may_be_a_column_slice(ops):
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_no_rows(ops):
     weights = weights_of(*SHAPES["groups"])
-    blocks = steps.Blocks.scatter([], EVERY, CHUNK)
+    blocks = steps.Blocks.scatter([], EVERY)
     cache = cache_of(blocks, weights, torch.float32)
     y = ops.mamba2(torch.empty(0, sum(weights.widths)), torch.empty(0, 6), weights, cache, blocks.metadata([]))
     assert y.shape == (0, weights.widths[0])

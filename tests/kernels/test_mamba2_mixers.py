@@ -63,7 +63,7 @@ def test_a_mixer_is_that_of_transformers(ops, make):
         state_size=STATE,
         dt_min=dt_min,
     )
-    blocks = steps.Blocks.scatter(LENGTHS, 2 * CHUNK, CHUNK)
+    blocks = steps.Blocks.scatter(LENGTHS, 2 * CHUNK)
     width = sum(weights.widths)
     tail = torch.empty(blocks.num_states, TAPS - 1, width)
     cache = Mamba2Cache(
