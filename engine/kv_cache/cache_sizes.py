@@ -39,11 +39,12 @@ class CacheSizes:
 def cache_sizes(
     config: EngineConfig, specs: Sequence[CacheSpec], max_model_len: int, free_bytes: int = 0
 ) -> CacheSizes:
-    """Return the sizes that hold as many tokens as fit. Beside groups with full attention, a group of which requests need only
-    the end (a sliding window, a chunk) gets no more blocks than it can use.
+    """Return the sizes that hold as many tokens as fit. Beside groups with full attention, a sliding-window group gets no more
+    blocks than it can use.
 
     The budget is `kv_cache_memory_bytes`, or what `max_num_seqs` requests of `max_model_len` need, but at most `free_bytes`.
-    Recurrent states take what the running requests hold, and `snapshot_share` of the budget for snapshots; at most half of it.
+    Recurrent states and their chunks take what the running requests hold, and `snapshot_share` of the budget for snapshots; in
+    all at most half of it, so that fewer requests than `max_num_seqs` may run.
 
     Raises:
         CacheTooSmall: not even one request of the asked length fits.
@@ -60,8 +61,8 @@ def cache_sizes(
         useful_C = least_C = [_ALL] * len(specs)
     budget = config.kv_cache_memory_bytes
     if budget is None:
-        budget = min(_total(config.max_num_seqs * -(-max_model_len // size), bytes_C, useful_C), free_bytes)
-    states_C = [_states(config, *each, budget) for each in zip(specs, bytes_C, needed_C, strict=True)]
+        budget = min(_wanted(config, specs, max_model_len, useful_C), free_bytes)
+    states_C = _states(config, specs, bytes_C, needed_C, budget)
     for most_C in (useful_C, least_C):
         num_C = _fill(budget, bytes_C, most_C, states_C)
         if fits := all(num >= needed for num, needed in zip(num_C, needed_C, strict=True)):
@@ -82,25 +83,44 @@ def cache_sizes(
 
 
 def _useful(spec: CacheSpec, config: EngineConfig, max_model_len: int) -> int:
-    """Return how many blocks a group can use: `_ALL`, or, where requests need only the end, twice what the running ones hold at
-    once: others can be admitted, and blocks that slid out stay in the prefix cache for a while."""
-    if spec.num_seen is None:
+    """Return how many blocks a group can use: `_ALL`, or, with a sliding window, twice what the running requests hold at once:
+    others can be admitted, and blocks that slid out stay in the prefix cache for a while."""
+    if spec.window is None:
         return _ALL
     each = spec.most_blocks(config.block_size, max_model_len, max_num_batched_tokens=1)
-    return 2 * (config.max_num_seqs * each + -(-config.step_tokens // spec.tokens_per_block(config.block_size)))
+    return 2 * (config.max_num_seqs * each + -(-config.step_tokens // config.block_size))
 
 
-def _states(config: EngineConfig, spec: CacheSpec, nbytes: int, needed: int, budget: int) -> int:
-    """Return the blocks of a group of recurrent states, 0 for another one.
+def _wanted(config: EngineConfig, specs: Sequence[CacheSpec], max_model_len: int, useful_C: Sequence[int]) -> int:
+    """Return the bytes that `max_num_seqs` requests of the asked length need."""
+    size, num_seqs = config.block_size, config.max_num_seqs
+    recurrent = num_seqs * sum(spec.bytes_per_block(size) for spec in specs if spec.kind in ("state", "chunk"))
+    paged = [(spec.bytes_per_block(size), useful) for spec, useful in zip(specs, useful_C, strict=True)
+             if spec.kind not in ("state", "chunk")]  # fmt: skip
+    found = _total(num_seqs * -(-max_model_len // size), *zip(*paged, strict=True))
+    return max(found + 2 * recurrent, 4 * recurrent)  # of which recurrent states take half at most
 
-    A running request has one, and at times two: some enter an interval in the same step.
+
+def _states(
+    config: EngineConfig, specs: Sequence[CacheSpec], bytes_C: Sequence[int], needed_C: Sequence[int], budget: int
+) -> list[int]:
+    """Return the blocks of each group of recurrent states and of their chunks, 0 of the others.
+
+    A running request has one of each. Some enter an interval in the same step and have two states, one in eight is the guess.
     """
-    if spec.kind != "state":
-        return 0
-    snapshots = int(config.snapshot_share * budget) // nbytes if config.enable_prefix_caching else 0
-    of_step = -(-config.step_tokens // spec.tokens_per_block(config.block_size))
-    running = config.max_num_seqs + config.max_num_seqs // 8 + of_step + 1
-    return max(needed, min(running + snapshots, budget // 2 // nbytes))
+    bytes_of = {spec.kind: nbytes for spec, nbytes in zip(specs, bytes_C, strict=True)}
+    if "state" not in bytes_of:
+        return [0] * len(specs)
+    state, chunk = bytes_of["state"], bytes_of.get("chunk", 0)
+    snapshots = int(config.snapshot_share * budget) // state if config.enable_prefix_caching else 0
+    of_step = -(-config.step_tokens // config.snapshot_every) + 1
+    left = budget // 2 - (snapshots + of_step) * state
+    running = max(1, min(config.max_num_seqs, left // (state + state // 8 + chunk)))
+    num_of = {"state": running + running // 8 + of_step + snapshots, "chunk": running}
+    return [
+        max(needed, num_of[spec.kind]) if spec.kind in num_of else 0
+        for spec, needed in zip(specs, needed_C, strict=True)
+    ]
 
 
 def _fill(budget: int, bytes_C: Sequence[int], most_C: Sequence[int], states_C: Sequence[int]) -> list[int]:
