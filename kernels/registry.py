@@ -22,6 +22,7 @@ from expertwire.kernels.ops import (
     gated_rms_norm,
     heads,
     index,
+    layer_norm,
     linear,
     mamba2,
     mla,
@@ -30,6 +31,7 @@ from expertwire.kernels.ops import (
     rms_norm,
     routing,
     sampling,
+    selective_scan,
     sigmoid_mul,
 )
 from expertwire.kernels.ops.attention import Attend, RopeAndCache
@@ -41,6 +43,7 @@ from expertwire.kernels.ops.gated_delta_rule import GatedDeltaRule
 from expertwire.kernels.ops.gated_rms_norm import GatedRmsNorm
 from expertwire.kernels.ops.heads import PreparePerHead
 from expertwire.kernels.ops.index import ChoosePositions, RopeAndCacheIndex
+from expertwire.kernels.ops.layer_norm import AddLayerNorm, LayerNorm
 from expertwire.kernels.ops.linear import PrepareLinear
 from expertwire.kernels.ops.mamba2 import Mamba2
 from expertwire.kernels.ops.mla import AttendLatent, RopeAndCacheLatent
@@ -50,6 +53,7 @@ from expertwire.kernels.ops.prepare_inputs import PrepareInputs
 from expertwire.kernels.ops.rms_norm import AddRmsNorm, RmsNorm
 from expertwire.kernels.ops.routing import Route, RouteAndCount
 from expertwire.kernels.ops.sampling import AddToLogits, Penalize, Sample
+from expertwire.kernels.ops.selective_scan import SelectiveScan
 from expertwire.kernels.ops.sigmoid_mul import SigmoidMul
 
 if TYPE_CHECKING:
@@ -80,6 +84,8 @@ class Ops:
     experts: PrepareExperts
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
+    layer_norm: LayerNorm
+    add_layer_norm: AddLayerNorm
     rope_and_cache: RopeAndCache
     attend: Attend
     attend_expanded: Attend
@@ -89,6 +95,7 @@ class Ops:
     choose_positions: ChoosePositions
     causal_conv1d: CausalConv1d
     mamba2: Mamba2
+    selective_scan: SelectiveScan
     gated_rms_norm: GatedRmsNorm
     gated_delta_rule: GatedDeltaRule
     route: Route
@@ -196,6 +203,7 @@ def cpu(*, fast: bool = False) -> Ops:
     from expertwire.kernels.cpu import mla as cpu_mla
     from expertwire.kernels.cpu import prepare_inputs as cpu_prepare_inputs
     from expertwire.kernels.cpu import routing as cpu_routing
+    from expertwire.kernels.cpu import selective_scan as cpu_selective_scan
     from expertwire.kernels.cpu._llvm import BF16_PRODUCTS
 
     return Ops(
@@ -208,6 +216,8 @@ def cpu(*, fast: bool = False) -> Ops:
         experts=gemm.prepare_experts,
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
+        layer_norm=layer_norm.reference,
+        add_layer_norm=layer_norm.add_reference,
         rope_and_cache=rotary.rope_and_cache,
         attend=cpu_attention.attend,
         attend_expanded=cpu_attention.attend,
@@ -217,6 +227,7 @@ def cpu(*, fast: bool = False) -> Ops:
         choose_positions=cpu_mla.choose_positions,
         causal_conv1d=cpu_causal_conv1d.causal_conv1d,
         mamba2=cpu_mamba2.mamba2,
+        selective_scan=cpu_selective_scan.selective_scan,
         gated_rms_norm=elementwise.gated_rms_norm,
         gated_delta_rule=cpu_gated_delta_rule.gated_delta_rule,
         route=cpu_routing.route,
@@ -246,6 +257,8 @@ def plain() -> Ops:
         experts=experts.prepare,
         rms_norm=rms_norm.reference,
         add_rms_norm=rms_norm.add_reference,
+        layer_norm=layer_norm.reference,
+        add_layer_norm=layer_norm.add_reference,
         rope_and_cache=attention.rope_and_cache,
         attend=attention.attend,
         attend_expanded=attention.attend,
@@ -255,6 +268,7 @@ def plain() -> Ops:
         choose_positions=index.choose_positions,
         causal_conv1d=causal_conv1d.reference,
         mamba2=mamba2.reference,
+        selective_scan=selective_scan.reference,
         gated_rms_norm=gated_rms_norm.reference,
         gated_delta_rule=gated_delta_rule.reference,
         route=routing.reference,
@@ -304,6 +318,8 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         experts=partial(gpu_experts.prepare, device=gpu, scale_rows=scale_rows),
         rms_norm=gpu_rms_norm.rms_norm,
         add_rms_norm=gpu_rms_norm.add_rms_norm,
+        layer_norm=layer_norm.reference,
+        add_layer_norm=layer_norm.add_reference,
         rope_and_cache=rope_and_cache.rope_and_cache,
         attend=attend,
         attend_expanded=attend,
@@ -313,6 +329,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         choose_positions=partial(gpu_index.choose_positions, device=gpu),
         causal_conv1d=causal_conv1d.reference,
         mamba2=mamba2.reference,
+        selective_scan=selective_scan.reference,
         gated_rms_norm=gated_rms_norm.reference,
         gated_delta_rule=gated_delta_rule.reference,
         route=gpu_routing.route,

@@ -15,14 +15,22 @@ from expertwire.kernels.gpu.device import B200, H200
 def test_the_choice_can_be_read(ops, folder):
     why, *lines = ops.explain().splitlines()
     assert why == ops.why
-    assert len(lines) == 26 + (ops.fuse_moe is not None) + (ops.fuse_attention is not None)
+    assert len(lines) == 29 + (ops.fuse_moe is not None) + (ops.fuse_attention is not None)
     assert sum(f": {folder}" in line for line in lines) >= 7, lines
 
 
 def test_a_gpu_runs_triton():
     lines = registry.triton(H200).explain().splitlines()[1:]
     missing = {line.partition(":")[0] for line in lines if ": expertwire.kernels.gpu." not in line}
-    assert missing == {"causal_conv1d", "gated_delta_rule", "mamba2", "gated_rms_norm"}  # these have references only
+    assert missing == {  # these have references only
+        "layer_norm",
+        "add_layer_norm",
+        "causal_conv1d",
+        "mamba2",
+        "selective_scan",
+        "gated_rms_norm",
+        "gated_delta_rule",
+    }
 
 
 def test_fp32_on_blackwell_is_refused_with_what_is_allowed():
