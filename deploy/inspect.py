@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from expertwire.engine.loader.inspection import Inspection, inspect
+from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
 from expertwire.engine.models.model_config import (
     GatedDeltaNetConfig,
     LatentAttentionConfig,
+    LayerConfig,
     Mamba2Config,
     Mixer,
     MlpConfig,
@@ -61,10 +63,8 @@ def lines(
 
 def _model(config: ModelConfig) -> Iterator[str]:
     yield f"{config.architecture} ({config.model_type}), {config.num_layers} layers of width {config.hidden_size}"
-    for layer, number in Counter(config.layers).items():
-        halves = [] if layer.mixer is None else [_mixer(layer.mixer)]
-        halves += [] if layer.mlp is None else [_mlp(layer.mlp)]
-        yield f"  {number} x {'; '.join(halves)}"
+    for layer, number in Counter(map(_layer, config.layers)).items():
+        yield f"  {number} x {layer}"
     stored = "unquantised"
     if config.quantization is not None:
         q = config.quantization
@@ -74,7 +74,20 @@ def _model(config: ModelConfig) -> Iterator[str]:
     yield f"vocabulary of {config.vocab_size}, head {tied}; ends at {', '.join(map(str, config.eos_token_ids)) or 'no token'}"
 
 
+def _layer(layer: LayerConfig) -> str:
+    halves = [] if layer.mixer is None else [_mixer(layer.mixer)]
+    return "; ".join([*halves, *([] if layer.mlp is None else [_mlp(layer.mlp)])])
+
+
 def _mixer(config: Mixer) -> str:
+    if isinstance(config, MambaConfig):
+        return f"Mamba, {config.inner_size} channels, states of {config.state_size}"
+    if isinstance(config, GatedMemoryConfig):
+        return f"gated memory of layer {config.memory_layer}, {config.inner_size} channels"
+    if isinstance(config, DifferentialAttentionConfig):
+        heads = f"{config.num_heads} heads on {config.num_kv_heads} of {config.head_dim}"
+        seen = f", window {config.window}" if config.window else ""
+        return f"differential attention, {heads}{seen}{f', of layer {config.kv_layer}' if config.kv_layer is not None else ''}"
     if isinstance(config, Mamba2Config):
         groups = f"states of {config.state_size} in {config.num_groups} groups"
         return f"Mamba-2, {config.num_heads} heads of {config.head_dim}, {groups}"

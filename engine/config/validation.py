@@ -10,6 +10,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache.cache_sizes import cache_sizes
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.quantization import expert_format
+from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig
 from expertwire.engine.models.model_config import (
     ITEM_SIZES,
     AttentionConfig,
@@ -176,6 +177,9 @@ def check_attention(config: EngineConfig, model: ModelConfig) -> None:
 
 def _flashinfer_lacks(attention: Mixer | None) -> list[str]:
     found: list[str] = []
+    if isinstance(attention, DifferentialAttentionConfig) and 2 * attention.head_dim not in _FLASHINFER_HEAD_DIMS:
+        allowed = ", ".join(str(dim // 2) for dim in _FLASHINFER_HEAD_DIMS)
+        found.append(f"differential attention with heads of {attention.head_dim} ({allowed} are allowed)")
     if not isinstance(attention, AttentionConfig | LatentAttentionConfig):
         return found
     if isinstance(attention, LatentAttentionConfig):

@@ -15,6 +15,7 @@ import torch
 from expertwire.comm.all_to_all import fp8 as a2a_fp8
 from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
 from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, Mixer, MlpConfig, ModelConfig
 from expertwire.engine.runner.cuda_graphs import GraphSize, graph_sizes
 from expertwire.engine.runner.exchange import Exchange, absent_group, exchange_of
@@ -191,6 +192,10 @@ def _mixer_width(mixer: Mixer | None) -> int:
         return mixer.num_heads * (2 * compressed + mixer.kv_lora_rank)
     if isinstance(mixer, AttentionConfig):
         return mixer.head_dim * 2 * (mixer.num_heads + mixer.num_kv_heads)
+    if isinstance(mixer, DifferentialAttentionConfig):  # twice as wide: queries, outputs, and these in fp32
+        return mixer.head_dim * 2 * (6 * mixer.num_heads + mixer.num_kv_heads)
+    if isinstance(mixer, MambaConfig | GatedMemoryConfig):
+        return 8 * mixer.inner_size
     return 2 * (mixer.inner_size + mixer.conv_size) + mixer.num_heads
 
 

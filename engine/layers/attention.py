@@ -19,6 +19,8 @@ from expertwire.kernels.ops.attention import AttentionOptions
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
 from expertwire.kernels.ops.variants import Rope
 
+NO_ROPE = Rope(theta=1.0, size=0)
+
 
 def declare(
     layout: ParameterLayout, param: str, source: str, config: AttentionConfig, names: TensorNames, width: int
@@ -94,7 +96,7 @@ def bind(p: LoadedParameters, config: AttentionConfig, context: LayerContext) ->
 
 def rope_of(config: AttentionConfig) -> Rope:
     """Return the rotary embedding, of size 0 where nothing is rotated."""
-    return config.rope if config.rope is not None else Rope(theta=1.0, size=0)
+    return config.rope if config.rope is not None else NO_ROPE
 
 
 def _head_norms(p: LoadedParameters, config: AttentionConfig, like: Tensor) -> Tensor:

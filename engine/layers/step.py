@@ -1,6 +1,6 @@
 """Context of a decoder's layers: the rank they run on, and what they share in a step.
 
-T tokens of this rank, S sequences.
+T tokens of this rank, S sequences, D model width.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class LayerContext:
     """The mixer of one layer in its model.
 
     Attributes:
-        caches: indices of the KV cache groups that the layer writes, ascending.
+        caches: indices of the KV cache groups that the layer writes or reads, ascending.
         fp8_cache: whether keys and values, or latents, are stored in fp8.
         norm: weights [D] of the norm behind the mixer; `eps` belongs to it.
+        norm_bias: its bias [D], if it is a LayerNorm; None: it is an RMS norm.
     """
 
     ops: Ops
@@ -59,11 +60,25 @@ class LayerContext:
     fp8_cache: bool
     norm: Tensor
     eps: float
+    norm_bias: Tensor | None = None
+
+    def add_norm(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual sum and its norm, of either kind."""
+        return add_norm(self.ops, x_TD, delta_TD, self.norm, self.norm_bias, self.eps)
+
+
+def add_norm(
+    ops: Ops, x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the residual sum and its RMS norm or, with a bias, its LayerNorm."""
+    if bias_D is None:
+        return ops.add_rms_norm(x_TD, delta_TD, weight_D, eps)
+    return ops.add_layer_norm(x_TD, delta_TD, weight_D, bias_D, eps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A step's batch and caches, and values that layers share."""
+    """The batch and caches of a step, or of one of its micro-batches, and values that layers share."""
 
     batch: ForwardBatch
     caches: Sequence[NamedCache]
@@ -109,6 +124,16 @@ class Step:
         if key not in self._shared:
             self._shared[key] = compute()
         return self._shared[key]
+
+    def keep(self, layer: int, value: Tensor) -> None:
+        """Keep what a layer gives to later ones, for the same tokens."""
+        key = "kept", layer
+        assert key not in self._shared, f"layer {layer} has given a value already"
+        self._shared[key] = value
+
+    def kept(self, layer: int) -> Tensor:
+        """Return what an earlier layer has kept."""
+        return self._shared["kept", layer]
 
     def query_scales(self, scaling: QueryScaling) -> Tensor:
         """Return fp32 [T, 1, 1], factors of queries by position."""

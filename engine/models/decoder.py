@@ -20,11 +20,12 @@ from torch import Tensor
 
 from expertwire.engine.kv_cache import caches as named_caches
 from expertwire.engine.kv_cache.caches import NamedCache
-from expertwire.engine.layers import attention, gated_delta_net, latent, mamba2, mlp
-from expertwire.engine.layers.step import LayerContext, RankContext, Step
+from expertwire.engine.layers import attention, differential_attention, gated_delta_net, latent, mamba, mamba2, mlp
+from expertwire.engine.layers.step import LayerContext, RankContext, Step, add_norm
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.parameters import LoadedParameters
 from expertwire.engine.models.decoder_parameters import declare_parameters, norm_names
+from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
 from expertwire.engine.models.model_config import (
     AttentionConfig,
     GatedDeltaNetConfig,
@@ -46,6 +47,7 @@ from expertwire.moe.micro_batch import MicroBatch, interleave
 from expertwire.scheduler.config import CacheSpec
 
 Params = dict[str, Tensor]
+Norm = tuple[Tensor, Tensor | None]  # weights, and the bias of a LayerNorm
 
 
 class MixerLayer(Protocol):
@@ -133,13 +135,13 @@ class Decoder:
         head = tied if c.tie_word_embeddings else p.weight("lm_head")
         self._head = ops.linear(head, dtype=self.context.dtype)
         # Each half of a layer ends with the norm of the half after it.
-        norms = [p.tensor(name) for name in norm_names(c)]
+        norms = [(p.tensor(name), p.maybe(name + "_bias")) for name in norm_names(c)]
         self._first_norm, behind = norms[0], iter(norms[1:])
         for i in range(c.num_layers):
             self.layers.append(self._bind_layer(i, p.within(f"layers.{i}."), behind))
         assert not p.rest(), f"parameters that no layer took: {p.rest()}"
 
-    def _bind_layer(self, i: int, p: LoadedParameters, norms: Iterator[Tensor]) -> DecoderLayer:
+    def _bind_layer(self, i: int, p: LoadedParameters, norms: Iterator[Norm]) -> DecoderLayer:
         """Bind a layer; `norms`: behind this half of a layer, and those that follow."""
         layer, mix, dense, moe = self.config.layers[i], None, None, None
         if layer.mixer is not None:
@@ -150,16 +152,24 @@ class Decoder:
             moe = self._bind_moe(i, p, layer.mlp, next(norms))
         return DecoderLayer(mixer=mix, mlp=dense, moe=moe)
 
-    def _bind_mixer(self, i: int, p: LoadedParameters, config: Mixer, norm: Tensor) -> MixerLayer:
+    def _bind_mixer(self, i: int, p: LoadedParameters, config: Mixer, norm: Norm) -> MixerLayer:
         context = LayerContext(
             ops=self.context.ops,
             dtype=self.context.dtype,
             layer=i,
-            caches=tuple(number for number, spec in enumerate(self.config.cache_specs()) if i in spec.writers),
+            caches=tuple(number for number, spec in enumerate(self.config.cache_specs()) if i in spec.readers),
             fp8_cache=self.config.kv_cache_dtype == "fp8",
-            norm=norm,
+            norm=norm[0],
             eps=self.config.rms_norm_eps,
+            norm_bias=norm[1],
         )
+        if isinstance(config, DifferentialAttentionConfig):
+            return differential_attention.bind(p, config, context).forward
+        if isinstance(config, MambaConfig):
+            return mamba.bind(p, config, context).forward
+        if isinstance(config, GatedMemoryConfig):
+            return mamba.bind_unit(p, config, context).forward
+        assert norm[1] is None, f"LayerNorm behind {config}"
         if isinstance(config, AttentionConfig):
             return attention.bind(p, config, context).forward
         if isinstance(config, LatentAttentionConfig):
@@ -168,18 +178,19 @@ class Decoder:
             return gated_delta_net.bind(p, config, context).forward
         return mamba2.bind(p, config, context).forward
 
-    def _dense(self, p: LoadedParameters, config: MlpConfig, next_norm: Tensor) -> MlpLayer:
+    def _dense(self, p: LoadedParameters, config: MlpConfig, next_norm: Norm) -> MlpLayer:
         ops, eps = self.context.ops, self.config.rms_norm_eps
         dense = mlp.bind(p, config, ops, self.context.dtype)
 
         def apply(x_TD: Tensor, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
-            return ops.add_rms_norm(x_TD, dense(normed_TD), next_norm, eps)
+            return add_norm(ops, x_TD, dense(normed_TD), *next_norm, eps)
 
         return apply
 
-    def _bind_moe(self, i: int, p: LoadedParameters, moe: MoeConfig, next_norm: Tensor) -> MoeLayer:
+    def _bind_moe(self, i: int, p: LoadedParameters, moe: MoeConfig, next_norm: Norm) -> MoeLayer:
         context = self.context
         assert context.placement is not None
+        assert next_norm[1] is None, f"layer {i}: LayerNorm behind experts"
         assert context.all_to_alls, f"{self.config.architecture} has experts but no all-to-all"
         shared = latent = None
         if moe.shared_intermediate_size:
@@ -195,7 +206,7 @@ class Decoder:
             p.tensor("router"),
             self._experts(p, "w13", moe.w13_parts),
             self._experts(p, "w2", (moe.latent_size or self.config.hidden_size,)),
-            next_norm,
+            next_norm[0],
             ops=context.ops,
             routing=moe,
             activation=moe.activation,
@@ -244,6 +255,8 @@ class Decoder:
         for layer in self.config.layers:
             if isinstance(layer.mixer, AttentionConfig):
                 ropes.add(attention.rope_of(layer.mixer))
+            elif isinstance(layer.mixer, DifferentialAttentionConfig):
+                ropes.add(attention.NO_ROPE)
             elif isinstance(layer.mixer, LatentAttentionConfig):
                 ropes.add(layer.mixer.rope)
                 if layer.mixer.indexer is not None:
@@ -260,7 +273,7 @@ class Decoder:
         x_TD = self._embed[batch.token_ids_T]
         if self.config.embedding_scale != 1:
             x_TD = x_TD * self.config.embedding_scale
-        normed_TD = self.context.ops.rms_norm(x_TD, self._first_norm, self.config.rms_norm_eps)
+        normed_TD = self._norm_first(x_TD)
         for i, layer in enumerate(self.layers):
             self.context.beat()
             if layer.mixer is not None:
@@ -273,6 +286,12 @@ class Decoder:
             elif layer.mlp is not None:
                 x_TD, normed_TD = layer.mlp(x_TD, normed_TD)
         return normed_TD
+
+    def _norm_first(self, x_TD: Tensor) -> Tensor:
+        (weight_D, bias_D), ops, eps = self._first_norm, self.context.ops, self.config.rms_norm_eps
+        if bias_D is None:
+            return ops.rms_norm(x_TD, weight_D, eps)
+        return ops.layer_norm(x_TD, weight_D, bias_D, eps)
 
     def logits(self, x_OD: Tensor) -> Tensor:
         """As `Model.logits`."""

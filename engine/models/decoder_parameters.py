@@ -6,9 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from expertwire.engine.layers import attention, experts, gated_delta_net, kv_scales, latent, mamba2, mlp
+from expertwire.engine.layers import (
+    attention,
+    differential_attention,
+    experts,
+    gated_delta_net,
+    kv_scales,
+    latent,
+    mamba,
+    mamba2,
+    mlp,
+)
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.parameters import ParameterLayout
+from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
 from expertwire.engine.models.model_config import (
     AttentionConfig,
     GatedDeltaNetConfig,
@@ -51,15 +62,16 @@ def declare_parameters(
     for i, layer in enumerate(config.layers):
         source, param = f"{prefix}layers.{i}.", f"layers.{i}."
         if layer.mixer is not None:
-            layout.norm(param + "input_norm", (source + names.input_norm + ".weight", width))
-            _declare_mixer(layout, param, source, layer.mixer, names, width, fp8=config.kv_cache_dtype == "fp8")
+            _declare_norm(layout, param + "input_norm", source + names.input_norm, config)
+            _declare_mixer(layout, param, source, layer.mixer, names, width)
+            _declare_kv_scales(layout, i, prefix, config)
         if layer.mlp is not None:
-            layout.norm(param + "post_norm", (source + names.post_norm + ".weight", width))
+            _declare_norm(layout, param + "post_norm", source + names.post_norm, config)
         if isinstance(layer.mlp, MlpConfig):
             mlp.declare(layout, param, source + names.mlp, layer.mlp, names, width)
         elif layer.mlp is not None:
             _declare_moe(layout, param, source + names.moe, layer.mlp, names, width, experts_of(i))
-    layout.norm("norm", (prefix + names.norm + ".weight", width))
+    _declare_norm(layout, "norm", prefix + names.norm, config)
     if config.tie_word_embeddings:
         layout.ignore(head + ".weight")  # some checkpoints have it nevertheless
     else:
@@ -67,21 +79,46 @@ def declare_parameters(
     return layout
 
 
+def _declare_norm(layout: ParameterLayout, param: str, module: str, config: ModelConfig) -> None:
+    width = config.hidden_size
+    layout.norm(param, (module + ".weight", width))
+    if config.norm == "layer":
+        layout.vector(param + "_bias", (module + ".bias", width), fan_in=width)
+
+
 def _declare_mixer(
-    layout: ParameterLayout, param: str, source: str, mixer: Mixer, names: TensorNames, width: int, *, fp8: bool
+    layout: ParameterLayout, param: str, source: str, mixer: Mixer, names: TensorNames, width: int
 ) -> None:
     if isinstance(mixer, AttentionConfig):
         attention.declare(layout, param, source, mixer, names, width)
     elif isinstance(mixer, LatentAttentionConfig):
         latent.declare(layout, param, source, mixer, names, width)
+    elif isinstance(mixer, DifferentialAttentionConfig):
+        differential_attention.declare(layout, param, source, mixer, names, width)
+    elif isinstance(mixer, MambaConfig):
+        mamba.declare(layout, param, source, mixer, names, width)
+    elif isinstance(mixer, GatedMemoryConfig):
+        mamba.declare_unit(layout, param, source, mixer, names, width)
     elif isinstance(mixer, GatedDeltaNetConfig):
         gated_delta_net.declare(layout, param, source, mixer, names, width)
-        return
     else:
         mamba2.declare(layout, param, source, mixer, names, width)
+
+
+def _declare_kv_scales(layout: ParameterLayout, i: int, prefix: str, config: ModelConfig) -> None:
+    """Declare the scales of the fp8 cache that layer i reads."""
+    mixer, owner = config.layers[i].mixer, i
+    if isinstance(mixer, DifferentialAttentionConfig):
+        num_heads, owner = mixer.num_kv_heads // 2, i if mixer.kv_layer is None else mixer.kv_layer
+    elif isinstance(mixer, AttentionConfig):
+        num_heads = mixer.num_kv_heads
+    elif isinstance(mixer, LatentAttentionConfig):
+        num_heads = 1
+    else:
         return
-    num_kv_heads, is_latent = (1, True) if isinstance(mixer, LatentAttentionConfig) else (mixer.num_kv_heads, False)
-    kv_scales.declare(layout, param, source + names.attention, num_kv_heads, is_latent=is_latent, fp8=fp8)
+    source = f"{prefix}layers.{owner}.{config.tensor_names.attention}"
+    is_latent, fp8 = isinstance(mixer, LatentAttentionConfig), config.kv_cache_dtype == "fp8"
+    kv_scales.declare(layout, f"layers.{i}.", source, num_heads, is_latent=is_latent, fp8=fp8)
 
 
 def _declare_moe(

@@ -8,12 +8,13 @@ D model width, F expert width, E logical experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 from expertwire.engine.models.hf_config import HfConfig
+from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
 from expertwire.kernels.ops.variants import CHUNK, Activation, LongRope, Rope, Routing
 from expertwire.scheduler.config import CacheKind, CacheSpec
 
@@ -218,8 +219,8 @@ class MoeConfig(Routing):
         return (self.intermediate_size,) * (2 if self.activation.gated else 1)
 
 
-RecurrentConfig = Mamba2Config | GatedDeltaNetConfig
-Mixer = AttentionConfig | LatentAttentionConfig | RecurrentConfig
+RecurrentConfig = Mamba2Config | GatedDeltaNetConfig | MambaConfig
+Mixer = AttentionConfig | LatentAttentionConfig | DifferentialAttentionConfig | RecurrentConfig | GatedMemoryConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +267,7 @@ class TensorNames:
         attention: prefix of an attention's scales and norms within a layer.
         qkv: the projections of query, key and value, or one module with all of them.
         output: attention's output projection.
-        mamba: prefix of a Mamba-2 mixer within a layer.
+        mamba: prefix of a Mamba mixer or a gated memory unit within a layer.
         delta: likewise, of a gated delta net.
         delta_by_head: whether its projections are two, "in_proj_qkvz" and "in_proj_ba", in which each key head has its rows of
             q, k, v and z, and of b and a; else they are four.
@@ -346,6 +347,8 @@ class ModelConfig:
     Attributes:
         embedding_scale: factor of the embedding.
         logits_scale: factor of the logits.
+        norm: kind of the norms before each half of a layer and of the last one: "rms" or "layer", which have biases.
+        rms_norm_eps: their epsilon, of either kind.
         snapshot_every: as `CacheSpec` has it, for models with recurrent states.
         zero_centred_norms: whether the weights of norms are stored less one; recurrent mixers' own are not.
     """
@@ -366,6 +369,7 @@ class ModelConfig:
     ignored_tensors: tuple[IgnoredTensors, ...] = ()
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
+    norm: Literal["rms", "layer"] = "rms"
     snapshot_every: int = 512
     zero_centred_norms: bool = False
 
@@ -429,13 +433,19 @@ class ModelConfig:
                     kind=kind,
                     bytes_per_token=sum(layers.values()),
                     writers=tuple(layers),
-                    readers=tuple(layers),
+                    readers=self._readers(kind, layers),
                     window=window,
                     snapshot_every=self.snapshot_every if kind == "state" else None,
                     chunk_size=CHUNK if kind == "chunk" else None,
                 )
             )
         return tuple(specs)
+
+    def _readers(self, kind: CacheKind, writers: Collection[int]) -> tuple[int, ...]:
+        """Return the writers of a cache, and the layers that read what one of them writes."""
+        mixers = enumerate(layer.mixer for layer in self.layers)
+        others = [i for i, mixer in mixers if kind in ("full", "window") and _kv_layer(mixer) in writers]
+        return tuple(sorted((*writers, *others)))
 
     def cache_dtype(self, kind: CacheKind, dtype: str = "auto") -> Literal["float32", "bfloat16", "fp8"]:
         """Return the dtype of a tensor of a kind of cache, for which its mixer names "float32" or "auto".
@@ -456,6 +466,11 @@ def cache_tensors(mixer: Mixer | None) -> Mapping[CacheKind, tuple[tuple[Shape, 
     if isinstance(mixer, AttentionConfig):
         shape = mixer.num_kv_heads, mixer.head_dim
         return {"full" if _window(mixer) is None else "window": ((shape, "auto"), (shape, "auto"))}
+    if isinstance(mixer, DifferentialAttentionConfig):
+        if mixer.kv_layer is not None:
+            return {}
+        shape = mixer.num_kv_heads // 2, 2 * mixer.head_dim
+        return {"full" if mixer.window is None else "window": ((shape, "auto"), (shape, "auto"))}
     if isinstance(mixer, LatentAttentionConfig):
         found: dict[CacheKind, tuple[tuple[Shape, str], ...]] = {
             "latent": (((mixer.kv_lora_rank + mixer.rope.size,), "auto"),)
@@ -468,6 +483,11 @@ def cache_tensors(mixer: Mixer | None) -> Mapping[CacheKind, tuple[tuple[Shape, 
             "chunk": ((keys, "float32"), (values, "float32"), ((mixer.num_heads,), "float32")),
             "state": (((mixer.conv_kernel - 1, mixer.conv_size), "auto"), (state, "float32")),
         }
+    if isinstance(mixer, GatedMemoryConfig):
+        return {}
+    if isinstance(mixer, MambaConfig):
+        tail, state = (mixer.conv_kernel - 1, mixer.inner_size), (mixer.state_size, mixer.inner_size)
+        return {"state": ((tail, "auto"), (state, "float32"))}
     m = mixer
     return {
         "chunk": (((m.stored_size,), "auto"), ((m.num_heads,), "float32")),
@@ -476,4 +496,10 @@ def cache_tensors(mixer: Mixer | None) -> Mapping[CacheKind, tuple[tuple[Shape, 
 
 
 def _window(mixer: Mixer | None) -> int | None:
+    if isinstance(mixer, DifferentialAttentionConfig):
+        return mixer.window
     return mixer.window or mixer.chunk if isinstance(mixer, AttentionConfig) else None
+
+
+def _kv_layer(mixer: Mixer | None) -> int | None:
+    return mixer.kv_layer if isinstance(mixer, DifferentialAttentionConfig) else None

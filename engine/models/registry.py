@@ -31,6 +31,7 @@ from expertwire.engine.models.model_config import ModelConfig, ModelFamily
 from expertwire.engine.models.nemotron_h import NEMOTRON_H
 from expertwire.engine.models.olmoe import OLMOE
 from expertwire.engine.models.phi3 import PHI3
+from expertwire.engine.models.phi4flash import PHI4_FLASH
 from expertwire.engine.models.qwen3 import QWEN3, QWEN3_MOE
 from expertwire.engine.models.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from expertwire.scheduler.config import is_int
@@ -61,6 +62,7 @@ FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
         "MistralForCausalLM": MISTRAL,
         "Ministral3ForCausalLM": MINISTRAL3,
         "Phi3ForCausalLM": PHI3,
+        "Phi4FlashForCausalLM": PHI4_FLASH,
         "NemotronHForCausalLM": NEMOTRON_H,
         "GraniteMoeHybridForCausalLM": GRANITE_MOE_HYBRID,
         "Qwen3NextForCausalLM": QWEN3_NEXT,
@@ -100,6 +102,8 @@ def read_model_config(
     layers, fields = family.layers(text), dict(family.fields(text))
     if "rms_norm_eps" not in fields:
         fields["rms_norm_eps"] = text.number("rms_norm_eps")
+    if "tie_word_embeddings" not in fields:
+        fields["tie_word_embeddings"] = _tie_word_embeddings(hf, text)
     return ModelConfig(
         architecture=architecture,
         model_type=str(text.get("model_type") or hf.get("model_type") or ""),
@@ -109,7 +113,6 @@ def read_model_config(
         hidden_size=text.integer("hidden_size"),
         layers=layers,
         max_position_embeddings=text.integer("max_position_embeddings"),
-        tie_word_embeddings=_tie_word_embeddings(hf, text),
         eos_token_ids=_eos_token_ids(hf, text, vocab_size),
         quantization=quantization.read(hf) or quantization.read(text),
         tensor_names=family.names,

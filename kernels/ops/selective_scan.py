@@ -3,7 +3,8 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t      [N]
     y_t = h_t . C_t + skip x_t
 
-with A < 0 and `dt = softplus(dt + dt_bias)`. The state moves on with every token (`recurrent`: C = 1), so there is no chunk cache.
+with A < 0 and `dt = softplus(dt + dt_bias)`. The state moves on with every token (`recurrent`: C = 1), so there is no chunk
+cache.
 
 T tokens, D width of the rows (the channels), N numbers of the state for each channel, B blocks.
 """

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from helpers.architectures import Tensors, Tiny, biased, hub_style, per_expert
+from helpers.reference_phi4flash import Phi4Flash, Phi4FlashConfig
 
 _EOS = {"bos_token_id": 298, "eos_token_id": 299, "pad_token_id": None}
 
@@ -164,6 +165,34 @@ def granite_config(config: dict[str, Any]) -> dict[str, Any]:
     return hub_style(config, "GraniteMoeHybridForCausalLM", **more)
 
 
+# ---- Phi-4-mini-flash, by a reference of our own
+
+
+def _flash_adjust(made: Any) -> None:
+    """Decays of all lengths, lambdas that differ, and outputs of mixers that are about as large as those of the MLPs."""
+    generator, names = torch.Generator().manual_seed(7), dict(made.named_parameters())
+    for name, values in made.named_parameters():
+        if name.endswith("A_log"):
+            values.copy_(torch.linspace(math.log(0.02), math.log(4), values.numel()).view(values.shape))
+        elif name.endswith("dt_proj.bias"):
+            values.copy_(torch.linspace(0.5, -3, values.numel()))
+        elif name.endswith((".D", "subln.weight")):
+            values.copy_(1 + 0.3 * torch.randn(values.shape, generator=generator))
+        elif "lambda_" in name:
+            values.mul_(0.4)
+        elif name.endswith("out_proj.weight") and name.replace("out_proj", "Wqkv") in names:
+            values.mul_(4)
+        elif name.endswith("x_proj.weight"):
+            values.mul_(0.2)
+        elif name.endswith("out_proj.weight"):
+            values.mul_(0.03)
+
+
+def flash_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config like the published one, which has no fields of Mamba's."""
+    return config | {"architectures": ["Phi4FlashForCausalLM"], "torch_dtype": "float32"}
+
+
 # ---- Qwen3-Next, Qwen3.5 and Qwen3.6
 
 _QWEN = {
@@ -230,6 +259,13 @@ def qwen_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 ALL = {
+    "phi4_flash": Tiny(
+        model=lambda: Phi4Flash(Phi4FlashConfig()),
+        hub_tensors=lambda tensors: tensors,
+        hub_config=flash_config,
+        logits=lambda made, ids: made.logits(ids),
+        adjust=_flash_adjust,
+    ),
     "qwen3_next": Tiny(
         model=lambda: Qwen3NextForCausalLM(
             Qwen3NextConfig(**_QWEN | _QWEN_MOE, mlp_only_layers=[1], intermediate_size=112)

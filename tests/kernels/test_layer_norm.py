@@ -36,4 +36,6 @@ def test_bits_do_not_depend_on_the_other_rows(dtype, width):
     x, delta, weight, bias = scene(dtype, width)
     whole = OPS["cpu"].add_layer_norm(x, delta, weight, bias, 0.01)[1]
     for t in range(len(x)):
-        assert torch.equal(OPS["cpu"].add_layer_norm(x[t : t + 1], delta[t : t + 1], weight, bias, 0.01)[1][0], whole[t])
+        assert torch.equal(
+            OPS["cpu"].add_layer_norm(x[t : t + 1], delta[t : t + 1], weight, bias, 0.01)[1][0], whole[t]
+        )

@@ -128,7 +128,9 @@ def test_as_the_mixer_of_transformers(ops):
         mixer.dt_proj.bias.copy_(torch.randn(64))
         mixer.D.copy_(torch.randn(64))
     weights = ScanWeights(
-        A_ND=-mixer.A_log.detach().exp().t().contiguous(), skip_D=mixer.D.detach(), dt_bias_D=mixer.dt_proj.bias.detach()
+        A_ND=-mixer.A_log.detach().exp().t().contiguous(),
+        skip_D=mixer.D.detach(),
+        dt_bias_D=mixer.dt_proj.bias.detach(),
     )
     blocks = steps.Blocks.scatter(LENGTHS, EVERY)
     tail, state = torch.empty(blocks.num_states, 3, 64), torch.empty(blocks.num_states, SIZE, 64)
