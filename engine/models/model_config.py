@@ -486,8 +486,8 @@ def cache_tensors(mixer: Mixer | None) -> Mapping[CacheKind, tuple[tuple[Shape, 
     if isinstance(mixer, GatedMemoryConfig):
         return {}
     if isinstance(mixer, MambaConfig):
-        tail, state = (mixer.conv_kernel - 1, mixer.inner_size), (mixer.state_size, mixer.inner_size)
-        return {"state": ((tail, "auto"), (state, "float32"))}
+        shapes = (mixer.conv_kernel - 1, mixer.inner_size), (mixer.state_size, mixer.inner_size)
+        return {"state": ((shapes[0], "auto"), (shapes[1], "float32"))}
     m = mixer
     return {
         "chunk": (((m.stored_size,), "auto"), ((m.num_heads,), "float32")),

@@ -22,7 +22,7 @@ from expertwire.scheduler.config import is_int
 
 def _layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
     config_readers.no_biases(hf, "mlp_bias", "lm_head_bias", "mamba_proj_bias")
-    hf.one_of("mb_per_layer", 2, default=2)
+    hf.one_of("mb_per_layer", 2)
     hf.one_of("mamba_conv_bias", True, default=True)
     count = hf.integer("num_hidden_layers")
     if count % 4:
