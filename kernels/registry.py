@@ -289,6 +289,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import attention as gpu_attention
     from expertwire.kernels.gpu import combine as gpu_combine
     from expertwire.kernels.gpu import experts as gpu_experts
+    from expertwire.kernels.gpu import gated_delta_rule as gpu_gated_delta_rule
     from expertwire.kernels.gpu import heads as gpu_heads
     from expertwire.kernels.gpu import index as gpu_index
     from expertwire.kernels.gpu import index_rope_and_cache as gpu_index_keys
@@ -331,7 +332,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         mamba2=mamba2.reference,
         selective_scan=selective_scan.reference,
         gated_rms_norm=gated_rms_norm.reference,
-        gated_delta_rule=gated_delta_rule.reference,
+        gated_delta_rule=partial(gpu_gated_delta_rule.gated_delta_rule, fast=fast),
         route=gpu_routing.route,
         route_and_count=gpu_routing.route_and_count,
         silu_mul=quantize.silu_mul,

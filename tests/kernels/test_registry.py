@@ -29,7 +29,6 @@ def test_a_gpu_runs_triton():
         "mamba2",
         "selective_scan",
         "gated_rms_norm",
-        "gated_delta_rule",
     }
 
 

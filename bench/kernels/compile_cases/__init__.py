@@ -5,6 +5,7 @@ from __future__ import annotations
 from expertwire.bench.kernels.compile_cases import (
     all_to_all,
     attention,
+    gated_delta_rule,
     grouped_gemm,
     layer_ops,
     linear,
@@ -14,7 +15,17 @@ from expertwire.bench.kernels.compile_cases import (
 )
 from expertwire.bench.kernels.compile_check import Case
 
-_FAMILIES = all_to_all, attention, grouped_gemm, layer_ops, linear, mla, sampling, sparse_attention
+_FAMILIES = (
+    all_to_all,
+    attention,
+    gated_delta_rule,
+    grouped_gemm,
+    layer_ops,
+    linear,
+    mla,
+    sampling,
+    sparse_attention,
+)
 
 
 def every_case() -> list[Case]:

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from expertwire.bench.kernels.compile_check import Case
-from expertwire.kernels.gpu import combine, permute, rms_norm, rope_and_cache, routing
+from expertwire.kernels.gpu import combine, permute, rms_norm, rope_and_cache, routing, sigmoid_mul
 from expertwire.kernels.gpu.dependent_launch import PDL
 from expertwire.kernels.ops.attention import FP8
 from expertwire.kernels.ops.variants import Groups, Routing
@@ -33,6 +33,27 @@ def rms_norm_cases() -> list[Case]:
         )
         for form in ("norm", "add")
         for width in (2048, 2880, 7168)
+    ]
+
+
+def sigmoid_mul_cases() -> list[Case]:
+    """Return the shapes of Qwen3-Next: heads of attention, and the shared expert."""
+    return [
+        Case(
+            name=f"sigmoid_mul d{width}{' one gate' * one_gate}",
+            kernel=sigmoid_mul.sigmoid_mul_kernel,
+            args={
+                **dict.fromkeys(("x_ptr", "gate_ptr", "y_ptr"), torch.bfloat16),
+                "width": width,
+                "stride_token": 1 if one_gate else 9216,
+                "stride_head": 1 if one_gate else 2 * width,
+            },
+            constexprs={"ONE_GATE": one_gate, "COLUMNS": triton.next_power_of_2(width)},
+            num_warps=sigmoid_mul.warps_of(width),
+            options=PDL,
+            blocks_per_sm=4,
+        )
+        for width, one_gate in ((256, False), (2048, True), (4096, True))
     ]
 
 
@@ -192,4 +213,11 @@ def combine_cases() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*rms_norm_cases(), *rope_and_cache_cases(), *routing_cases(), *permute_cases(), *combine_cases()]
+    return [
+        *rms_norm_cases(),
+        *sigmoid_mul_cases(),
+        *rope_and_cache_cases(),
+        *routing_cases(),
+        *permute_cases(),
+        *combine_cases(),
+    ]
