@@ -11,12 +11,13 @@ from helpers import tiny_checkpoints as tiny
 from helpers.slow import slow_but
 
 from expertwire import LLM, SamplingParams
+from expertwire.engine.models.registry import read_model_config
 
 EVERY = 64
 LENGTHS = [1, 2, 17, 63, 64, 65, 150, 300]
 NUM_OUTPUT = 16
 PARAMS = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True, logprobs=64)
-NAMES = slow_but(["nemotron3_super"], ["nemotron3_super", "granite_h"])
+NAMES = slow_but(["nemotron3_super"], ["nemotron3_super", "granite_h", "phi4_flash"])
 
 
 def serve(name, **options):
@@ -46,7 +47,8 @@ def test_company_chunks_ranks_and_snapshots(name, dtype):
     prompts = [tiny.prompt(length, seed=length) for length in LENGTHS]
     with serve(name, dtype=dtype, enable_prefix_caching=False) as llm:
         alone = [bits(llm.generate([prompt], PARAMS, use_tqdm=False))[0] for prompt in prompts]
-    for options in ({}, {"enable_two_batch_overlap": True}):
+    has_experts = any(read_model_config(architectures.folder(name)).sparse_layers)
+    for options in [{}] + [{"enable_two_batch_overlap": True}] * has_experts:
         with serve(name, dtype=dtype, ep_size=2, chunked_prefill_size=48, **options) as llm:
             for attempt in ("cold", "cached"):
                 outputs = llm.generate(prompts, PARAMS, use_tqdm=False)

@@ -67,8 +67,8 @@ def test_long_prompts_in_any_cut(dtype):
     whole = model.logits(ids)
     if dtype == "float32":
         assert np.abs(whole - architectures.reference_logits(NAME, ids)).max() <= AGREES
-    for chunk in (1, 7, 64):
-        assert np.array_equal(model.logits(ids, chunk), whole), chunk
+    for chunk, num in ((1, 140), (7, 600), (64, 600)):
+        assert np.array_equal(model.logits(ids[:num], chunk), whole[:num]), chunk
     in_two = RankModel(folder, dtype, max_tokens=1024, num_micro_batches=2)
     assert np.array_equal(in_two.logits(ids), whole)
     assert np.array_equal(in_two.logits(ids, 150), whole)
