@@ -287,13 +287,16 @@ def plain() -> Ops:
 def triton(gpu: Device, *, fast: bool = False) -> Ops:
     """Return the ops for a GPU, or in Triton's interpreter for tensors on a CPU."""
     from expertwire.kernels.gpu import attention as gpu_attention
+    from expertwire.kernels.gpu import causal_conv1d as gpu_causal_conv1d
     from expertwire.kernels.gpu import combine as gpu_combine
     from expertwire.kernels.gpu import experts as gpu_experts
     from expertwire.kernels.gpu import gated_delta_rule as gpu_gated_delta_rule
+    from expertwire.kernels.gpu import gated_rms_norm as gpu_gated_rms_norm
     from expertwire.kernels.gpu import heads as gpu_heads
     from expertwire.kernels.gpu import index as gpu_index
     from expertwire.kernels.gpu import index_rope_and_cache as gpu_index_keys
     from expertwire.kernels.gpu import linear as gpu_linear
+    from expertwire.kernels.gpu import mamba2 as gpu_mamba2
     from expertwire.kernels.gpu import mla as gpu_mla
     from expertwire.kernels.gpu import mla_rope_and_cache, penalties, quantize, rope_and_cache
     from expertwire.kernels.gpu import permute as gpu_permute
@@ -328,10 +331,10 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         attend_latent=partial(gpu_mla.attend, device=gpu),
         rope_and_cache_index=gpu_index_keys.rope_and_cache,
         choose_positions=partial(gpu_index.choose_positions, device=gpu),
-        causal_conv1d=causal_conv1d.reference,
-        mamba2=mamba2.reference,
+        causal_conv1d=gpu_causal_conv1d.causal_conv1d,
+        mamba2=gpu_mamba2.mamba2,
         selective_scan=selective_scan.reference,
-        gated_rms_norm=gated_rms_norm.reference,
+        gated_rms_norm=gpu_gated_rms_norm.gated_rms_norm,
         gated_delta_rule=partial(gpu_gated_delta_rule.gated_delta_rule, fast=fast),
         route=gpu_routing.route,
         route_and_count=gpu_routing.route_and_count,

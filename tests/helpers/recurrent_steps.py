@@ -38,15 +38,22 @@ class Blocks:
         table[:, :count] = table[source, :count]
         return replace(self, state_table=table)
 
-    def metadata(self, parts: list[Part], max_seq_len=None) -> StateMetadata:
-        """Describe a step; single tokens first."""
+    def metadata(self, parts: list[Part], unused=None) -> StateMetadata:
+        """Describe a step; single tokens first.
+
+        With `unused`, as a captured step: that many sequences without queries stand last, and bounds are loose.
+        """
         rows = torch.tensor([sequence for sequence, _, _ in parts], dtype=torch.int64)
         queries, ends = [end - start for _, start, end in parts], [end for _, _, end in parts]
-        return StateMetadata(
-            seqs=attention.describe(queries, ends, self.state_table[rows].contiguous(), max_seq_len),
-            snapshot_every=self.every,
-            chunk_blocks_S=self.chunk_blocks[rows],
-        )
+        padding = [0] * (unused or 0)
+        table, chunks = self.state_table[rows], self.chunk_blocks[rows]
+        states = torch.cat((table, table.new_zeros(len(padding), table.shape[1])))
+        seqs = attention.describe(queries + padding, ends + padding, states)
+        if unused is not None:
+            most = seqs.num_sequences
+            seqs = replace(seqs, max_decodes=most, max_prefills=most, max_prefill_tokens=sum(queries) + most)
+        blocks_S = torch.cat((chunks, chunks.new_zeros(len(padding))))
+        return StateMetadata(seqs=seqs, snapshot_every=self.every, chunk_blocks_S=blocks_S)
 
 
 def _table(lengths, positions, rng):
@@ -64,14 +71,15 @@ def whole(lengths):
     return [_ordered([(b, 0, length) for b, length in enumerate(lengths)])]
 
 
-def one_by_one(lengths, first=0):
-    """Return steps of a token of each sequence, behind a step with the first `first`."""
-    starts = [min(first, length) for length in lengths]
-    steps = [_ordered([(b, 0, start) for b, start in enumerate(starts) if start])] if first else []
-    for step in range(max(lengths, default=0)):
-        parts = [(b, p + step, p + step + 1) for b, p in enumerate(starts) if p + step < lengths[b]]
-        steps += [parts] if parts else []
-    return steps
+def one_by_one(lengths, first=0, most=None):
+    """Return steps of a token of each sequence, up to `most`, between a step with the first `first` and one of the rest."""
+    done = [min(first, length) for length in lengths]
+    steps = [_ordered([(b, 0, start) for b, start in enumerate(done) if start])]
+    while any(a < b for a, b in zip(done, lengths, strict=True)) and (most is None or len(steps) <= most):
+        steps.append([(b, done[b], done[b] + 1) for b in range(len(lengths)) if done[b] < lengths[b]])
+        done = [min(start + 1, length) for start, length in zip(done, lengths, strict=True)]
+    steps.append(_ordered([(b, done[b], length) for b, length in enumerate(lengths) if done[b] < length]))
+    return [parts for parts in steps if parts]
 
 
 def random_cuts(lengths, seed, most=90):
@@ -94,7 +102,7 @@ def _ordered(parts):
     return sorted(parts, key=lambda part: part[2] - part[1] > 1)
 
 
-def run(steps, blocks, inputs, compute):
+def run(steps, blocks, inputs, compute, unused=None):
     """Run steps; return each sequence's outputs.
 
     Args:
@@ -102,12 +110,15 @@ def run(steps, blocks, inputs, compute):
         blocks: of the sequences.
         inputs: for each sequence a tuple of tensors, one row a position.
         compute: from the rows of a step, as many tensors, and its metadata to its outputs.
+        unused: see `Blocks.metadata`; each has a row of NaN.
     """
     outputs = [[] for _ in inputs]
     for parts in steps:
         tensors = zip(*(tuple(x[start:end] for x in inputs[b]) for b, start, end in parts), strict=True)
-        y = compute(*(torch.cat(rows) for rows in tensors), blocks.metadata(parts))
+        joined = (torch.cat(rows) for rows in tensors)
+        padded = (torch.nn.functional.pad(rows, (0, 0, 0, unused or 0), value=float("nan")) for rows in joined)
+        y = compute(*padded, blocks.metadata(parts, unused))
         counts = [end - start for _, start, end in parts]
-        for (b, _, _), rows in zip(parts, y.split(counts), strict=True):
+        for (b, _, _), rows in zip(parts, y[: sum(counts)].split(counts), strict=True):
             outputs[b].append(rows.clone())
     return [torch.cat(rows) for rows in outputs]
