@@ -9,8 +9,8 @@ Products of fp32 numbers (the state, weights of tokens, inputs that move the sta
 products: of the upper and of the lower half of the fp32 number. Numbers of fp32 models are multiplied as three products of
 tf32, for which registers do not suffice: such models are for tests.
 
-T tokens, D width of the rows, H heads of d numbers, N numbers of the state for each of them, B blocks, S sequences. In the kernels M are
-the positions of a chunk that read, K those that are read.
+T tokens, D width of the rows, H heads of d numbers, N numbers of the state for each of them, B blocks, S sequences. In the
+kernels M are the positions of a chunk that read, K those that are read.
 """
 
 from __future__ import annotations
