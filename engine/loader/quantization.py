@@ -174,7 +174,8 @@ def expert_bytes(model: ModelConfig, quantize: str | None) -> int:
     assert model.moe is not None, f"{model.architecture} has no experts"
     format = expert_format(model, quantize)
     bits = 8 * ITEM_SIZES[model.dtype] if format == "dense" else 8 if format.startswith("fp8") else 4.5
-    return int(3 * model.hidden_size * model.moe.intermediate_size * bits / 8)
+    matrices = len(model.moe.w13_parts) + 1
+    return int(matrices * model.dispatch_size * model.moe.intermediate_size * bits / 8)
 
 
 def expert_format(model: ModelConfig, quantize: str | None) -> str:

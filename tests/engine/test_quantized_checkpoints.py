@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import architectures
 from helpers import tiny_checkpoints as tiny
+from helpers.published_formats import e2m1, fp8_modelopt, nvfp4, whole
 from helpers.rank_model import RankModel
 from helpers.ranks import Ranks
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,6 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from expertwire.engine.loader.inspection import inspect
 from expertwire.kernels import formats
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 # Neither widths nor rows are multiples of 128, so blocks at the edges are cut.
 CONFIG = Qwen3MoeConfig(
     vocab_size=320,
@@ -66,20 +66,9 @@ def fp8_ue8m0(w):
     return {".weight": data, ".scale": scales.to(torch.float8_e8m0fnu)}, right
 
 
-def whole(w, dtype=torch.float32):
-    scale = (w.abs().max() / 448).to(dtype)
-    data = (w / scale.float()).to(torch.float8_e4m3fn)
-    return data, scale, data.float() * scale.float()
-
-
 def fp8_static(w):
     data, scale, right = whole(w, torch.bfloat16)
     return {".weight": data, ".weight_scale_inv": scale, ".activation_scale": torch.tensor(0.02).bfloat16()}, right
-
-
-def fp8_modelopt(w):
-    data, scale, right = whole(w)
-    return {".weight": data, ".weight_scale": scale, ".input_scale": torch.tensor(0.02)}, right
 
 
 def fp8_channel(w):
@@ -98,12 +87,6 @@ def int4(w):
     return {".weight_packed": packed, ".weight_scale": scales, ".weight_shape": torch.tensor(w.shape)}, right
 
 
-def e2m1(values):
-    codes = (values[..., None] - E2M1).abs().argmin(-1)
-    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
-    return (low + 16 * high).to(torch.uint8), E2M1[codes]
-
-
 def mxfp4(w):
     groups = w.view(len(w), -1, 32)
     exponents = (groups.abs().amax(-1) / 6).log2().ceil()
@@ -111,16 +94,6 @@ def mxfp4(w):
     scales = (exponents + 127).to(torch.uint8)
     right = (values * exponents.exp2()[..., None]).view(w.shape)
     return {".weight": packed.flatten(1).view(torch.int8), ".scale": scales.view(torch.float8_e8m0fnu)}, right
-
-
-def nvfp4(w):
-    groups = w.view(len(w), -1, 16)
-    second = w.abs().max() / 6 / 448
-    scales = (groups.abs().amax(-1) / 6 / second).to(torch.float8_e4m3fn)
-    factors = (scales.float() * second)[..., None]
-    packed, values = e2m1(groups / factors)
-    names = {".weight_scale": scales, ".weight_scale_2": second, ".input_scale": torch.tensor(0.02)}
-    return {".weight": packed.flatten(1), **names}, (values * factors).view(w.shape)
 
 
 # How linear layers and experts are made, and what config.json says.

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from helpers.architectures import Tensors, Tiny, biased, hub_style, per_expert
+from helpers.published_formats import MODELOPT_FP8, MODELOPT_NVFP4, Published
 from helpers.reference_phi4flash import Phi4Flash, Phi4FlashConfig
 
 _EOS = {"bos_token_id": 298, "eos_token_id": 299, "pad_token_id": None}
@@ -97,6 +98,19 @@ def nemotron_config(config: dict[str, Any]) -> dict[str, Any]:
     }
     fields = hub_style(config, "NemotronHForCausalLM", **more)
     return {name: value for name, value in fields.items() if name not in ("layers_block_type", "rope_scaling")}
+
+
+def _quantized(pattern: str, stored: Published, **changes: Any) -> Tiny:
+    def adjust(made: PreTrainedModel) -> None:
+        slow_decay(made)
+        stored.round(made)
+
+    return Tiny(
+        model=lambda: _nemotron(pattern, **changes),
+        hub_tensors=lambda tensors: stored.tensors(_nemotron_tensors(tensors)),
+        hub_config=lambda config: nemotron_config(config) | {"quantization_config": stored.config},
+        adjust=adjust,
+    )
 
 
 # ---- Granite 4.0
@@ -304,6 +318,8 @@ ALL = {
         hub_config=nemotron_config,
         adjust=slow_decay,
     ),
+    "nemotron3_nano_fp8": _quantized("MEM*E", MODELOPT_FP8),
+    "nemotron3_super_nvfp4": _quantized("ME*EM", MODELOPT_NVFP4, moe_latent_size=64),
     "granite_h": Tiny(model=_granite, hub_tensors=_granite_tensors, hub_config=granite_config, adjust=_granite_adjust),
     "granite_h_dense": Tiny(
         model=lambda: _granite(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from expertwire.kernels.formats import dequantize, quantize
 from helpers.architectures import Tensors
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 Packed = tuple[Tensors, torch.Tensor]  # a matrix's tensors by suffix, and the matrix that they stand for
 
 
@@ -82,6 +83,35 @@ def _static(w: torch.Tensor) -> Packed:
     return tensors, data.float() * scale.float()
 
 
+def whole(w: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a matrix in fp8, its scale, and what both stand for."""
+    scale = (w.abs().max() / 448).to(dtype)
+    data = (w / scale.float()).to(torch.float8_e4m3fn)
+    return data, scale, data.float() * scale.float()
+
+
+def fp8_modelopt(w: torch.Tensor) -> Packed:
+    data, scale, right = whole(w)
+    return {".weight": data, ".weight_scale": scale, ".input_scale": torch.tensor(0.02)}, right
+
+
+def e2m1(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return packed codes of the nearest numbers, and these."""
+    codes = (values[..., None] - E2M1).abs().argmin(-1)
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return (low + 16 * high).to(torch.uint8), E2M1[codes]
+
+
+def nvfp4(w: torch.Tensor) -> Packed:
+    groups = w.view(len(w), -1, 16)
+    second = w.abs().max() / 6 / 448
+    scales = (groups.abs().amax(-1) / 6 / second).to(torch.float8_e4m3fn)
+    factors = (scales.float() * second)[..., None]
+    packed, values = e2m1(groups / factors)
+    names = {".weight_scale": scales, ".weight_scale_2": second, ".input_scale": torch.tensor(0.02)}
+    return {".weight": packed.flatten(1), **names}, (values * factors).view(w.shape)
+
+
 FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
 DEEPSEEK = Published(
     applies=lambda name: "_proj" in name and "eh_proj" not in name,
@@ -108,4 +138,28 @@ MISTRAL = Published(
     pack=_static,
     config={**FP8, "activation_scheme": "static", "weight_block_size": None, "modules_to_not_convert": ["lm_head"]},
     fused=True,
+)
+MODELOPT_FP8 = Published(
+    applies=lambda name: "_proj" in name and "eh_proj" not in name and "latent" not in name,
+    pack=fp8_modelopt,
+    config={"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "*latent_proj*"]},
+)
+MODELOPT_NVFP4 = Published(
+    applies=lambda name: ".experts." in name,
+    pack=nvfp4,
+    config={
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "ignore": [
+            "lm_head",
+            "*in_proj*",
+            "*out_proj*",
+            "*q_proj*",
+            "*k_proj*",
+            "*v_proj*",
+            "*o_proj*",
+            "*shared_experts*",
+            "*latent_proj*",
+        ],
+    },
 )
