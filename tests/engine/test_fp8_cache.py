@@ -152,7 +152,7 @@ def test_half_the_bytes_of_bfloat16():
 
 def test_copied_blocks_keep_their_bytes():
     [spec] = read_model_config(parity.checkpoint(VARIANT), kv_cache_dtype="fp8").cache_specs()
-    cache = caches.make(spec, 5, 4, [(2, 8), (2, 8)], FP8, "cpu")
+    cache = caches.make(spec, 5, 4, dict.fromkeys(spec.writers, [((2, 8), FP8)] * 2), "cpu")
     for tensors in cache.layers.values():
         for blocks in tensors:
             blocks.view(torch.uint8).random_(0, 256)

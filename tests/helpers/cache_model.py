@@ -18,6 +18,7 @@ from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.scheduler.scheduler import Scheduler
 
 VOCAB, BLOCK = 101, 4
+_TENSORS = (((1,), torch.int64), ((2, 1), torch.int64))  # of a token in a layer
 
 
 def spec(kind, window=None):
@@ -61,7 +62,7 @@ class CacheModel:
 
     def allocate(self, *, num_blocks, block_size, max_model_len):
         return [
-            named_caches.make(spec, num, block_size, ((1,), (2, 1)), torch.int64, "cpu")
+            named_caches.make(spec, num, block_size, dict.fromkeys(spec.writers, _TENSORS), "cpu")
             for spec, num in zip(SPECS, num_blocks, strict=True)
         ]
 
