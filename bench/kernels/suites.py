@@ -16,7 +16,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from expertwire.bench.kernels import attention as kernels_attention
-from expertwire.bench.kernels import bits, checks_caches, checks_layer_ops, experts, layer_ops
+from expertwire.bench.kernels import bits, checks_caches, checks_layer_ops, experts, layer_ops, mamba2
 from expertwire.bench.kernels import checks as kernels_checks
 from expertwire.bench.kernels.measure import Bits, Check, Item, TensorRng, last_line, measure_ceilings, run_item
 from expertwire.bench.kernels.results import Results
@@ -50,9 +50,10 @@ def items(name: str, quick: bool, tiny: bool) -> list[Item]:
         case "check-attention":
             return kernels_checks.attention_items(quick, tiny)
         case "check-layer-ops":
-            return checks_layer_ops.items(quick, tiny) + checks_caches.items(quick, tiny)
+            layer_items = checks_layer_ops.items(quick, tiny) + mamba2.check_items(quick, tiny)
+            return layer_items + checks_caches.items(quick, tiny)
         case "bits":
-            return bits.items(quick, tiny)
+            return bits.items(quick, tiny) + mamba2.bits_items()
         case "attention":
             return kernels_attention.items(quick)
         case "latent":

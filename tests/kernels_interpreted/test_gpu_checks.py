@@ -1,4 +1,4 @@
-"""The checks of a first run on a GPU, in the interpreter: caches, and FlashInfer's attention (a strict
+"""The checks of a first run on a GPU, in the interpreter: caches, Mamba-2, and FlashInfer's attention (a strict
 fake) beside ours.
 """
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import fake_flashinfer
 
-from expertwire.bench.kernels import checks_caches, flashinfer
+from expertwire.bench.kernels import checks_caches, flashinfer, mamba2
 from expertwire.bench.kernels.attention import Heads
 from expertwire.bench.kernels.measure import TensorRng, run_item
 from expertwire.kernels.gpu.device import describe
 
-ITEMS = {item.key: item for item in checks_caches.items(True, True)}
+ITEMS = {item.key: item for item in checks_caches.items(True, True) + mamba2.check_items(True, True)}
 
 
 def draw_for(name):
@@ -19,8 +19,14 @@ def draw_for(name):
 
 
 @pytest.mark.parametrize("name", ITEMS)
-def test_caches(name):
+def test_caches_and_states(name):
     assert run_item(ITEMS[name], draw_for(name))["ok"]
+
+
+def test_bits_of_states():
+    [item] = mamba2.bits_items()
+    found = run_item(item, draw_for(item.key))
+    assert found["ok"] and set(found["classes"]) == {"convolved", "y", "tails", "states"}
 
 
 @pytest.mark.parametrize("batch", [[(1, 17), (1, 40)], [(1, 5), (20, 33)]], ids=["decode", "mixed"])
