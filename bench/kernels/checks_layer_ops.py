@@ -19,7 +19,19 @@ from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
 from expertwire.kernels.gpu import rope_and_cache as gpu_rotate
 from expertwire.kernels.gpu import routing as gpu_routing
 from expertwire.kernels.gpu import sampling as gpu_sampling
-from expertwire.kernels.ops import attention, combine, linear, permute, quantize, rms_norm, rotary, routing, sampling
+from expertwire.kernels.gpu import sigmoid_mul as gpu_sigmoid_mul
+from expertwire.kernels.ops import (
+    attention,
+    combine,
+    linear,
+    permute,
+    quantize,
+    rms_norm,
+    rotary,
+    routing,
+    sampling,
+    sigmoid_mul,
+)
 from expertwire.kernels.ops.variants import Groups, Rope, Routing
 
 
@@ -107,6 +119,7 @@ def norm_check(rng: TensorRng, num_tokens: int) -> Findings:
         summed, normed = gpu_rms_norm.add_rms_norm(x, delta, weight, 1e-6)
         quantized = gpu_quantize.quantize(x, dtype=dtype)
         hidden = gpu_quantize.silu_mul(torch.cat((x, delta), -1))
+        gated = gpu_sigmoid_mul.sigmoid_mul(x[:, None], delta[:, None])
     total, expected = rms_norm.add_reference(x, delta, weight, 1e-6)
     rows, weights = rng.normal(num_tokens, 4, D), rng.uniform(0, 1, num_tokens, 4)
     with poisoned():
@@ -118,6 +131,7 @@ def norm_check(rng: TensorRng, num_tokens: int) -> Findings:
         "norm of sum": (error(normed, expected), ROUNDED),
         "fp8": (error(quantize.dequantize(quantized), x), 0.04),
         "silu_mul": (error(hidden, F.silu(x.float()) * delta.float()), ROUNDED),
+        "sigmoid_mul": (error(gated, sigmoid_mul.reference(x.float()[:, None], delta.float()[:, None])), ROUNDED),
         "combine": (differing(mixed, combine.reference(rows, weights, delta)), 0.0),
     }
 

@@ -16,7 +16,15 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from expertwire.bench.kernels import attention as kernels_attention
-from expertwire.bench.kernels import bits, checks_caches, checks_layer_ops, experts, layer_ops, mamba2
+from expertwire.bench.kernels import (
+    bits,
+    checks_caches,
+    checks_layer_ops,
+    experts,
+    gated_delta_rule,
+    layer_ops,
+    mamba2,
+)
 from expertwire.bench.kernels import checks as kernels_checks
 from expertwire.bench.kernels.measure import Bits, Check, Item, TensorRng, last_line, measure_ceilings, run_item
 from expertwire.bench.kernels.results import Results
@@ -50,8 +58,8 @@ def items(name: str, quick: bool, tiny: bool) -> list[Item]:
         case "check-attention":
             return kernels_checks.attention_items(quick, tiny)
         case "check-layer-ops":
-            layer_items = checks_layer_ops.items(quick, tiny) + mamba2.check_items(quick, tiny)
-            return layer_items + checks_caches.items(quick, tiny)
+            mixers = mamba2.check_items(quick, tiny) + gated_delta_rule.check_items(quick, tiny)
+            return checks_layer_ops.items(quick, tiny) + mixers + checks_caches.items(quick, tiny)
         case "bits":
             return bits.items(quick, tiny) + mamba2.bits_items()
         case "attention":

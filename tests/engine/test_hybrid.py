@@ -17,7 +17,7 @@ EVERY = 64
 LENGTHS = [1, 2, 17, 63, 64, 65, 150, 300]
 NUM_OUTPUT = 16
 PARAMS = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True, logprobs=64)
-NAMES = slow_but(["nemotron3_super"], ["nemotron3_super", "granite_h", "phi4_flash"])
+NAMES = slow_but(["nemotron3_super"], ["nemotron3_super", "granite_h", "qwen3_next", "phi4_flash"])
 
 
 def serve(name, **options):

@@ -1,4 +1,4 @@
-"""The checks of a first run on a GPU, in the interpreter: caches, Mamba-2, and FlashInfer's attention (a strict
+"""The checks of a first run on a GPU, in the interpreter: caches, recurrent mixers, and FlashInfer's attention (a strict
 fake) beside ours.
 """
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 from helpers import fake_flashinfer
 
-from expertwire.bench.kernels import checks_caches, flashinfer, mamba2
+from expertwire.bench.kernels import checks_caches, flashinfer, gated_delta_rule, mamba2
 from expertwire.bench.kernels.attention import Heads
 from expertwire.bench.kernels.measure import TensorRng, run_item
 from expertwire.kernels.gpu.device import describe
 
-ITEMS = {item.key: item for item in checks_caches.items(True, True) + mamba2.check_items(True, True)}
+MIXERS = mamba2.check_items(True, True) + gated_delta_rule.check_items(True, True)
+ITEMS = {item.key: item for item in checks_caches.items(True, True) + MIXERS}
 
 
 def draw_for(name):
