@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from helpers.architectures import Tensors, Tiny, biased, hub_style, per_expert
-from helpers.published_formats import MODELOPT_FP8, MODELOPT_NVFP4, Published
+from helpers.published_formats import MODELOPT_FP8, MODELOPT_NVFP4, QWEN, Published
 from helpers.reference_phi4flash import Phi4Flash, Phi4FlashConfig
 
 _EOS = {"bos_token_id": 298, "eos_token_id": 299, "pad_token_id": None}
@@ -235,12 +235,21 @@ _QWEN_MOE = {
 }
 
 
+# Each key head has whole blocks of fp8.
+_WIDE = {"linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+
+
 def _qwen_adjust(made: PreTrainedModel) -> None:
     """Weights of zero-centred norms around zero."""
     slow_decay(made)
     for name, values in made.named_parameters():
         if "norm" in name and "linear_attn.norm" not in name:
             values.sub_(1)
+
+
+def _qwen_rounded(made: PreTrainedModel) -> None:
+    _qwen_adjust(made)
+    QWEN.round(made)
 
 
 def _qwen_next_tensors(tensors: Tensors) -> Tensors:
@@ -287,6 +296,18 @@ ALL = {
         hub_tensors=_qwen_next_tensors,
         hub_config=qwen_next_config,
         adjust=_qwen_adjust,
+    ),
+    "qwen3_next_fp8": Tiny(
+        model=lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_QWEN | _QWEN_MOE | _WIDE)),
+        hub_tensors=lambda tensors: QWEN.tensors(_qwen_next_tensors(tensors)),
+        hub_config=lambda config: qwen_next_config(config) | {"quantization_config": QWEN.config},
+        adjust=_qwen_rounded,
+    ),
+    "qwen3_5_moe_fp8": Tiny(
+        model=lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_QWEN | _QWEN_MOE)),
+        hub_tensors=lambda tensors: QWEN.tensors(_qwen_tensors(per_expert(tensors))),
+        hub_config=lambda config: qwen_config(config) | {"quantization_config": QWEN.config},
+        adjust=_qwen_rounded,
     ),
     "qwen3_5": Tiny(
         model=lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_QWEN, intermediate_size=112, tie_word_embeddings=True)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ DEEPSEEK = Published(
     pack=_blocks,
     config={**FP8, "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
 )
+QWEN = replace(DEEPSEEK, applies=lambda name: "_proj" in name and re.search(r"in_proj_(a|b|ba)\.", name) is None)
 KIMI = Published(
     applies=lambda name: ".experts." in name,
     pack=_int4,
