@@ -28,7 +28,9 @@ _KINDS = ("mamba", "attention", "linear_attention", "full_attention")
 def _layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
     num_layers = hf.integer("num_hidden_layers")
     name = hf.first_present("layer_types", "layers_block_type")
-    kinds = hf.choices(name, num_layers, *_KINDS) or ["mamba"] * num_layers
+    kinds = hf.choices(name, num_layers, *_KINDS)
+    if kinds is None:
+        raise hf.error(f"{name} must be a list of {num_layers} values out of {', '.join(_KINDS)}, got null")
     is_recurrent = [kind in ("mamba", "linear_attention") for kind in kinds]
     mamba = _mamba(hf) if any(is_recurrent) else None
     attention = _attention(hf) if not all(is_recurrent) else None

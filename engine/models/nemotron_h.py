@@ -72,7 +72,7 @@ def _mamba(hf: HfConfig) -> Mamba2Config:
         state_size=hf.integer("ssm_state_size"),
         num_groups=hf.integer("n_groups"),
         conv_kernel=hf.integer("conv_kernel", low=2),
-        conv_bias=hf.flag("use_conv_bias", default=True),
+        conv_bias=hf.flag("use_conv_bias"),
         dt_limits=config_readers.dt_limits(hf),
         norm_eps=_norm_eps(hf),
     )
