@@ -236,7 +236,8 @@ def _warm_runner(
         assert model.context.placement is not None, "a dense model's experts cannot move"
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = ExpertMover(layers, model.context.placement, group)
-    capture = cuda_graphs.cuda(group.barrier) if model.context.ops.capturable else None
+    capturable = model.context.ops.capturable and model.config.capturable
+    capture = cuda_graphs.cuda(group.barrier) if capturable else None
     runner = _model_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)
     runner.warm_up(config.micro_batch_tokens, config.max_num_seqs)
     runner.settle()

@@ -22,7 +22,7 @@ def layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
         raise hf.error(f"clip_qkv must be null, got {hf.get('clip_qkv')!r}")
     attention = replace(config_readers.attention(hf), qk_norm="head")
     moe = config_readers.moe(hf, "num_experts", size="moe_intermediate_size", renormalize=hf.flag("norm_topk_prob"))
-    return (LayerConfig(attention=attention, mlp=moe),) * hf.integer("num_hidden_layers")
+    return (LayerConfig(mixer=attention, mlp=moe),) * hf.integer("num_hidden_layers")
 
 
 MY_MOE = ModelFamily(layers=layers)  # tensor names as in Llama and Qwen: the default

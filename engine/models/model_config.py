@@ -385,6 +385,11 @@ class ModelConfig:
         return next(iter(kinds), None)
 
     @property
+    def capturable(self) -> bool:
+        """Return whether a CUDA graph can hold a step: Mamba's scan has no kernel for GPUs yet, and its reference reads back."""
+        return not any(isinstance(layer.mixer, MambaConfig) for layer in self.layers)
+
+    @property
     def dispatch_size(self) -> int:
         """Numbers in a row that travels to its experts."""
         return (self.moe.latent_size if self.moe is not None else 0) or self.hidden_size

@@ -28,15 +28,8 @@ def test_the_demo_model_on_this_cpu(capsys):
 def test_a_gpu_by_its_name(capsys, model, device, capability):
     found = lines(capsys, str(CONFIGS / model), "--device", device, "--ep-size", "8")
     assert capability in found[0]
-    in_torch = (
-        "rope_and_cache_index",
-        "choose_positions",
-        "causal_conv1d",
-        "mamba2",
-        "gated_rms_norm",
-        "gated_delta_rule",
-    )
-    assert all(".kernels.gpu." in line or line.startswith(in_torch) for line in found[1:15])
+    in_torch = {"layer_norm", "add_layer_norm", "selective_scan"}  # of Phi-4-mini-flash
+    assert {line.partition(":")[0] for line in found[1:29] if ".kernels.gpu." not in line} == in_torch
     tokens = [int(line.split("tokens=")[1].split(",")[0]) for line in found if line.startswith("  w13")]
     assert tokens == sorted(tokens), "more tokens take tiles at least as large"
     assert tokens[0] < tokens[-1]

@@ -76,11 +76,13 @@ def test_config_names_the_wrong_field(field, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "odd"}, "these kinds: full, window, latent, index, state"),
+        ({"kind": "odd"}, "these kinds: full, window, latent, index, chunk, state"),
         ({"kind": "latent", "window": 8}, "window must be None, got 8"),
         ({"kind": "full", "snapshot_every": 8}, "snapshot_every must be None, got 8"),
-        ({"kind": "state"}, "snapshot_every must be a multiple of block_size 4, got None"),
-        ({"kind": "state", "snapshot_every": 6}, "snapshot_every must be a multiple of block_size 4, got 6"),
+        ({"kind": "chunk"}, "chunk_size must be an integer >= 1, got None"),
+        ({"kind": "full", "chunk_size": 4}, "chunk_size must be None, got 4"),
+        ({"kind": "state"}, "of the chunk size, together 4, got None"),
+        ({"kind": "state", "snapshot_every": 6}, "of the chunk size, together 4, got 6"),
     ],
 )
 def test_a_cache_whose_fields_do_not_fit_is_refused(fields, message):
