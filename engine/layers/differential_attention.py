@@ -81,7 +81,7 @@ class DifferentialAttention:
         # In fp32, and product and difference each rounded, whatever the batch.
         scaled_TJp = self.lambda_full * b_TJp
         pairs = ops.rms_norm((a_TJp - scaled_TJp).flatten(0, 1), self.norm_p, c.norm_eps)
-        rows_TD = pairs.to(x_TD.dtype).view(len(x_TD), -1)
+        rows_TD = pairs.to(x_TD.dtype).view(len(x_TD), a_TJp.shape[1] * a_TJp.shape[2])
         return self.context.add_norm(x_TD, self.output(rows_TD))
 
 
