@@ -61,8 +61,13 @@ def validate(config: EngineConfig, model: ModelConfig) -> int:
 
 def _check_states(config: EngineConfig, model: ModelConfig) -> None:
     specs = model.cache_specs()
+    if not any(spec.kind == "state" for spec in specs):
+        for field in ("snapshot_every", "snapshot_share"):
+            if (value := getattr(config, field)) != getattr(EngineConfig, field):
+                raise ValueError(f"{field} has no effect: {model.architecture} has no recurrent states; got {value}")
+        return
     tokens = math.lcm(config.block_size, *(spec.chunk_size or 1 for spec in specs))
-    if any(spec.kind == "state" for spec in specs) and config.snapshot_every % tokens:
+    if config.snapshot_every % tokens:
         raise ValueError(
             f"snapshot_every must be a multiple of {tokens}, where blocks of {config.block_size} tokens end and the states of "
             f"{model.architecture} move on, got {config.snapshot_every}"

@@ -94,11 +94,13 @@ def _useful(spec: CacheSpec, config: EngineConfig, max_model_len: int) -> int:
 def _wanted(config: EngineConfig, specs: Sequence[CacheSpec], max_model_len: int, useful_C: Sequence[int]) -> int:
     """Return the bytes that `max_num_seqs` requests of the asked length need."""
     size, num_seqs = config.block_size, config.max_num_seqs
-    recurrent = num_seqs * sum(spec.bytes_per_block(size) for spec in specs if spec.kind in ("state", "chunk"))
-    paged = [(spec.bytes_per_block(size), useful) for spec, useful in zip(specs, useful_C, strict=True)
-             if spec.kind not in ("state", "chunk")]  # fmt: skip
-    found = _total(num_seqs * -(-max_model_len // size), *zip(*paged, strict=True))
-    return max(found + 2 * recurrent, 4 * recurrent)  # of which recurrent states take half at most
+    blocks, paged, recurrent = num_seqs * -(-max_model_len // size), 0, 0
+    for spec, useful in zip(specs, useful_C, strict=True):
+        if spec.kind in ("state", "chunk"):
+            recurrent += num_seqs * spec.bytes_per_block(size)
+        else:
+            paged += min(blocks, useful) * spec.bytes_per_block(size)
+    return max(paged + 2 * recurrent, 4 * recurrent)  # of which recurrent states take half at most
 
 
 def _states(

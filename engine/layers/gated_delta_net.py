@@ -19,6 +19,7 @@ from torch import Tensor
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
 from expertwire.engine.models.model_config import GatedDeltaNetConfig, TensorNames
+from expertwire.kernels.ops import causal_conv1d
 from expertwire.kernels.ops.gated_delta_rule import DeltaCache
 from expertwire.kernels.ops.linear import Linear
 
@@ -84,7 +85,7 @@ def bind(p: LoadedParameters, config: GatedDeltaNetConfig, context: LayerContext
         context=context,
         in_proj=in_proj,
         gates=gates,
-        conv_DK=p.tensor("conv").squeeze(1),
+        conv_DK=causal_conv1d.prepare(p.tensor("conv")),
         A_H=-p.tensor("A_log").exp(),
         dt_bias_H=p.tensor("dt_bias"),
         norm_D=p.tensor("norm").repeat(config.num_heads),

@@ -22,6 +22,7 @@ from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
 from expertwire.engine.models.mixer_configs import GatedMemoryConfig, MambaConfig
 from expertwire.engine.models.model_config import TensorNames
+from expertwire.kernels.ops import causal_conv1d
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.selective_scan import ScanWeights
 
@@ -79,7 +80,7 @@ def bind(p: LoadedParameters, config: MambaConfig, context: LayerContext) -> Mam
         config=config,
         context=context,
         in_proj=linear(p.weight("in_proj"), dtype=dtype),
-        conv_DK=p.tensor("conv").squeeze(1),
+        conv_DK=causal_conv1d.prepare(p.tensor("conv")),
         conv_bias_D=p.tensor("conv_bias"),
         x_proj=linear(p.weight("x_proj"), dtype=dtype),
         dt_proj=linear(p.weight("dt_proj"), dtype=dtype),

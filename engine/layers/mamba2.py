@@ -18,6 +18,7 @@ from torch import Tensor
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
 from expertwire.engine.models.model_config import Mamba2Config, TensorNames
+from expertwire.kernels.ops import causal_conv1d
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.mamba2 import Mamba2Cache, Mamba2Weights
 
@@ -71,7 +72,7 @@ class Mamba2:
 
 def bind(p: LoadedParameters, config: Mamba2Config, context: LayerContext) -> Mamba2:
     """Return the layer of the parameters that `declare` declared."""
-    p, dt_min_max = p.within("mamba."), config.dt_limits
+    p, (dt_min, dt_max) = p.within("mamba."), config.dt_limits
     weights = Mamba2Weights(
         A_H=-p.tensor("A_log").exp(),
         D_H=p.tensor("D"),
@@ -79,14 +80,14 @@ def bind(p: LoadedParameters, config: Mamba2Config, context: LayerContext) -> Ma
         num_groups=config.num_groups,
         head_dim=config.head_dim,
         state_size=config.state_size,
-        dt_min=dt_min_max[0],
-        dt_max=dt_min_max[1],
+        dt_min=dt_min,
+        dt_max=dt_max,
     )
     return Mamba2(
         config=config,
         context=context,
         in_proj=context.ops.linear(p.weight("in_proj"), p.maybe("in_proj_bias"), dtype=context.dtype),
-        conv_DK=p.tensor("conv").squeeze(1),
+        conv_DK=causal_conv1d.prepare(p.tensor("conv")),
         conv_bias_D=p.maybe("conv_bias"),
         weights=weights,
         norm_D=p.tensor("norm"),

@@ -34,9 +34,8 @@ from expertwire.engine.models.model_config import (
 
 def norm_names(config: ModelConfig) -> list[str]:
     """Return the parameters of the norms before each half of each layer, and of the last one."""
-    halves = ((i, layer) for i, layer in enumerate(config.layers))
     names = []
-    for i, layer in halves:
+    for i, layer in enumerate(config.layers):
         names += [f"layers.{i}.input_norm"] * (layer.mixer is not None)
         names += [f"layers.{i}.post_norm"] * (layer.mlp is not None)
     return [*names, "norm"]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from expertwire.engine.models.hf_config import HfConfig
 from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
@@ -20,6 +20,14 @@ from expertwire.scheduler.config import CacheKind, CacheSpec
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 SWIGLU = Activation()
+_CACHE_KINDS: tuple[CacheKind, ...] = (
+    "full",
+    "latent",
+    "index",
+    "window",
+    "chunk",
+    "state",
+)  # in the order of a model's caches
 Shape = tuple[int, ...]
 
 
@@ -425,12 +433,8 @@ class ModelConfig:
             for kind, tensors in cache_tensors(layer.mixer).items():
                 nbytes = sum(math.prod(shape) * ITEM_SIZES[self.cache_dtype(kind, dtype)] for shape, dtype in tensors)
                 bytes_of.setdefault((kind, window if kind == "window" else None), {})[i] = nbytes
-        kinds = get_args(CacheKind)
-        order: list[CacheKind] = sorted(
-            kinds, key=lambda kind: (kind in ("window", "chunk", "state"), kinds.index(kind))
-        )
         specs = []
-        for kind, window in sorted(bytes_of, key=lambda key: (order.index(key[0]), key[1] or 0)):
+        for kind, window in sorted(bytes_of, key=lambda key: (_CACHE_KINDS.index(key[0]), key[1] or 0)):
             layers = bytes_of[kind, window]
             specs.append(
                 CacheSpec(

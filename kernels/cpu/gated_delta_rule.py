@@ -29,6 +29,7 @@ from expertwire.kernels.cpu._llvm import (
     rms_scale,
     transpose,
 )
+from expertwire.kernels.cpu.recurrent import begin_state, next_piece, steps
 from expertwire.kernels.ops import gated_delta_rule as op
 from expertwire.kernels.ops.gated_delta_rule import CHUNK, EPS, DeltaCache
 from expertwire.kernels.ops.recurrent import StateMetadata
@@ -53,10 +54,8 @@ def gated_delta_rule(
     assert states.chunk_blocks_S is not None, "no blocks of the chunk cache"
     out_TD = qkv_TD.new_empty(len(qkv_TD), cache.u_BsHv.shape[2:].numel())
     if len(qkv_TD):
-        seqs = states.seqs
-        where = (x.numpy() for x in (seqs.block_table, states.chunk_blocks_S, seqs.cu_seqlens_q, seqs.seq_lens))
         inputs = (as_array(x) for x in (qkv_TD, a_TH, b_TH, A_H, dt_bias_H))
-        _run(*inputs, tuple(map(as_array, cache)), *where, states.snapshot_every, as_array(out_TD))
+        _run(*inputs, tuple(map(as_array, cache)), steps(states), states.chunk_blocks_S.numpy(), as_array(out_TD))
     return out_TD
 
 
@@ -79,17 +78,6 @@ def _normalise(x, factor, y):
     scale = rms_scale(x, EPS / len(x)) * np.float32(factor / math.sqrt(len(x)))
     for i in range(len(x)):
         y[i] = load(x[i]) * scale
-
-
-@jit
-def _begin(state_BHdv, source, target):
-    """Let a piece's target block hold the state before its first token."""
-    if source < 0:
-        state_BHdv[target] = np.float32(0)
-    elif source != target:
-        for h in range(state_BHdv.shape[1]):
-            for k in range(state_BHdv.shape[2]):
-                copy_row(state_BHdv[source, h, k], state_BHdv[target, h, k])
 
 
 @jit
@@ -224,9 +212,8 @@ def _advance(qkv_TD, g_TH, beta_TH, cache, block, g, first, start, end, target, 
 
 
 @allocating_jit
-def _run(
-    qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, state_table, chunk_blocks_S, cu_seqlens_q, seq_lens_S, every, out_TD
-):
+def _run(qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, steps, chunk_blocks_S, out_TD):
+    cu_seqlens_q, seq_lens_S, table_SW, every = steps
     num_keys, (dim, size) = cache[1].shape[2], cache[0].shape[2:]
     g_TH, beta_TH = empty(a_TH.shape, np.float32), empty(a_TH.shape, np.float32)
     _gate(a_TH, b_TH, A_H, dt_bias_H, g_TH, beta_TH)
@@ -243,9 +230,8 @@ def _run(
         first, length = cu_seqlens_q[number], seq_lens_S[number]
         start = length - (cu_seqlens_q[number + 1] - first)
         while start < length:
-            end = min(length, (start // every + 1) * every)
-            target = state_table[number, start // every]
-            _begin(cache[0], state_table[number, (start - 1) // every] if start > 0 else -1, target)
+            end, source, target = next_piece(table_SW[number], start, length, every)
+            begin_state(cache[0], source, target)
             for g in range(num_keys):
                 piece = chunk_blocks_S[number], g, first, start, end, target
                 _advance(qkv_TD, g_TH, beta_TH, cache, *piece, scratch, out_TD)

@@ -29,6 +29,11 @@ class CausalConv1d(Protocol):
         ...
 
 
+def prepare(weight_D1K: Tensor) -> Tensor:
+    """Return weight_DK of a checkpoint's weight, in the order in which kernels read it: tap by tap."""
+    return weight_D1K.squeeze(1).t().contiguous().t()
+
+
 def reference(
     x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BkD: Tensor, states: StateMetadata
 ) -> Tensor:

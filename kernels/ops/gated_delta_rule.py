@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertwire.kernels.ops.recurrent import Piece, StateMetadata, pieces
+from expertwire.kernels.ops.variants import CHUNK
 
-CHUNK = 64  # positions
 EPS = 1e-6  # added to the sums of squares of q and k
 
 
