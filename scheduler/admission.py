@@ -1,7 +1,7 @@
 """Admission: whether a request can be served, and which waiting ones start in a step on which ranks.
 
 `rows` are rows of the running batch. P ranks, A requests, B blocks, C KV cache groups, Q entries of
-a hash table, Z slots of all ranks.
+a hash table, S scheduled requests, Z slots of all ranks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 from expertwire.scheduler._compiled import admissions as loops
 from expertwire.scheduler._compiled import blocks as block_loops
 from expertwire.scheduler._compiled.admissions import Budget, Candidates, Decisions
-from expertwire.scheduler._compiled.blocks import NONE, Caches
+from expertwire.scheduler._compiled.blocks import LEADER, NONE, Caches
 from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.groups import Groups
 from expertwire.scheduler.load_balancing import LoadBalancing
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
@@ -66,7 +67,7 @@ class QuotaCheck:
     def __call__(self, request: Request) -> bool:
         account, quota = request.account, request.account.quota
         num_starting = self._num_starting.get(account, 0)
-        num_running = account.num_running + num_starting
+        num_running = account.num_running + account.num_reserved + num_starting
         if quota.max_running is not None and num_running >= quota.max_running:
             return False
         if quota.kv_share is not None:
@@ -98,10 +99,12 @@ class Admission:
     """Admits requests in the policy's order, until one fits on no rank.
 
     Args:
+        groups: whose leaders wait or run.
         quotas_hold: whether tenants have quotas that let requests wait.
 
     Attributes:
-        forks: the keys of waiting forks, and the rows of the requests that they continue.
+        forks: the keys of waiting forks, with the rows of the requests that they continue and how many tokens are the same.
+        complete: the leaders whose known tokens this step computes, and how many of their followers start.
     """
 
     def __init__(
@@ -110,16 +113,18 @@ class Admission:
         queue: WaitingQueue,
         policy: Policy,
         balancing: LoadBalancing,
+        groups: Groups,
         *,
         quotas_hold: bool = False,
     ) -> None:
-        self._batch, self._queue = batch, queue
+        self._batch, self._queue, self._groups = batch, queue, groups
         self._policy, self._balancing = policy, balancing
         self._quotas_hold = quotas_hold
         self.make_room: MakeRoom | None = None  # for a request that fits nowhere
         self._starting: list[Request] = []  # in this step
         self._in_progress = np.zeros(1 << len(batch.rank_Z).bit_length(), np.uint64)
-        self.forks: dict[int, int] = {}
+        self.forks: dict[int, tuple[int, int]] = {}
+        self.complete: dict[int, int] = {}
 
     def choose(self, tokens_P: np.ndarray) -> Admissions:
         """Choose the requests that start now. `tokens_P`: what every rank's token budget has left."""
@@ -134,10 +139,20 @@ class Admission:
         parts = [*forks, *self._admit_queued(budget, {part.requests[0].key for part in forks}, may_start)]
         return _joined(parts) if any(part.requests for part in parts) else NO_ADMISSIONS
 
+    def add_fork(self, request: Request, parent: Request, tokens: np.ndarray) -> None:
+        """Let a waiting request start beside a running one, which has `tokens`, in the next plan if it fits."""
+        if request.is_long != parent.is_long or (request.tenant, request.salt) != (parent.tenant, parent.salt):
+            return
+        mine = request.tokens
+        most = min(len(mine), len(tokens))
+        differs = mine[:most] != tokens[:most]
+        num_common = int(differs.argmax()) if differs.any() else most
+        self.forks[request.key] = parent.row, num_common
+
     def forget_parents(self, rows: np.ndarray) -> None:
         """Let forks of these rows, which run no more, wait like any other request."""
         if self.forks:
-            self.forks = {child: row for child, row in self.forks.items() if row not in rows}
+            self.forks = {child: (row, num) for child, (row, num) in self.forks.items() if row not in rows}
 
     def _compute_budget(self, tokens_P: np.ndarray) -> Budget:
         batch, config, balancing = self._batch, self._batch.config, self._balancing
@@ -151,16 +166,32 @@ class Admission:
         )
         due_Z = np.empty(len(batch.rank_Z), np.int32)
         loops.charge_running(batch.caches, batch.arrays, budget, self._in_progress, due_Z)
+        if self._groups:
+            budget.slots_P[:] -= self._groups.reserved_P
+            budget.blocks_CP[:] -= self._groups.reserved_P
         return budget
+
+    def _reserve(self, leader: Request, rank: int, budget: Budget, may_start: QuotaCheck | None) -> None:
+        """Keep slots for the followers of a leader that starts: as many as the rank and the tenant's quota have left."""
+        followers, count = self._groups.followers(leader.key), 0
+        most = min(len(followers), int(budget.slots_P[rank]), *budget.blocks_CP[:, rank].tolist())
+        while count < most and (may_start is None or may_start(followers[count])):
+            count += 1
+        budget.slots_P[rank] -= count
+        budget.blocks_CP[:, rank] -= count
+        num_tokens = len(leader.tokens)
+        load = self._balancing.load(*np.array([[num_tokens], [num_tokens], [leader.limit - num_tokens]]))
+        budget.load_P[rank] += count * float(load[0])
+        self._groups.reserve(leader.key, rank, count)
 
     def _admit_forks(self, budget: Budget, may_start: QuotaCheck | None) -> list[_Part]:
         """Start forks beside the requests that they continue, sharing their blocks; the others wait on."""
         batch, parts = self._batch, []
         needed_C = np.zeros(len(batch.specs), np.int64)
-        for key, row in self.forks.items():
+        for key, (row, num_common) in self.forks.items():
             child, rank = self._queue.get(key), int(batch.rank_Z[row])
             num_tokens = len(child.tokens)
-            num_cached = 0 if batch.draining_Z[row] else batch.num_shareable(row, num_tokens - 1)
+            num_cached = 0 if batch.draining_Z[row] else batch.num_shareable(row, min(num_common, num_tokens - 1))
             loops.blocks_needed(batch.caches, num_tokens - num_cached, needed_C)
             needed_C += 1  # as the last block may have to be copied
             if num_cached and loops.fits(budget, rank, needed_C) and (may_start is None or may_start(child)):
@@ -168,6 +199,8 @@ class Admission:
                 num = loops.charge(budget, rank, needed_C, num_tokens - num_cached, float(load[0]))
                 columns = np.array([[rank], [num_cached], [num], [row], [0]])
                 parts.append(_Part([child], columns, child.block_hashes))
+                if key in self._groups:
+                    self._reserve(child, rank, budget, may_start)
         self.forks.clear()
         return parts
 
@@ -175,15 +208,83 @@ class Admission:
         """Start requests of the queue other than `forked`, a chunk at a time."""
         queue = self._policy.order(self._queue, self._num_cached, may_start)
         queue = (request for request in queue if request.key not in forked) if forked else iter(queue)
-        while (most := self._chunk(budget)) and (requests := list(islice(queue, most))):
+        while (most := self._chunk(budget)) and (requests := self._next(queue, most)):
             candidates = self._candidates(requests)
             columns = np.full((5, len(requests)), NONE)
             columns[4] = candidates.first_A
             count = self._choose(requests, candidates, columns, budget)
             starts = np.flatnonzero(columns[0] != NONE)
+            if columns[0, -1] != NONE and requests[-1].key in self._groups:
+                self._reserve(requests[-1], int(columns[0, -1]), budget, may_start)
             yield _Part([requests[i] for i in starts.tolist()], columns[:, starts], candidates.hash_B2)
             if count < len(requests):
                 break
+
+    def _next(self, queue: Iterator[Request], most: int) -> list[Request]:
+        """Return the next requests of the queue, at most up to a leader, whose group takes slots of a rank when it starts."""
+        if not self._groups:
+            return list(islice(queue, most))
+        requests = []
+        for request in islice(queue, most):
+            requests.append(request)
+            if request.key in self._groups:
+                break
+        return requests
+
+    def with_followers(self, admissions: Admissions, rows: np.ndarray, num: np.ndarray) -> Admissions:
+        """Add the followers whose leaders compute the last of their known tokens in this step, as far as there are blocks.
+
+        `complete` has these leaders from now on. `rows`, `num`: those that are computed and their tokens.
+        """
+        self.complete.clear()
+        batch, groups = self._batch, self._groups
+        starting = dict(
+            zip((request.key for request in admissions.requests), range(len(admissions.requests)), strict=True)
+        )
+        computed = dict(zip(batch.key_Z[rows].tolist(), range(len(rows)), strict=True))
+        free_CP: np.ndarray | None = None
+        parts = []
+        for key in groups.running():
+            if (i := starting.get(key)) is not None:
+                rank, num_tokens = int(admissions.rank_A[i]), int(admissions.record_A["num_tokens"][i])
+                end = admissions.num_cached_A[i] + admissions.num_scheduled_A[i]
+            elif (i := computed.get(key)) is not None:
+                rank, num_tokens = int(batch.rank_Z[rows[i]]), int(batch.num_tokens_Z[rows[i]])
+                end = batch.num_computed_Z[rows[i]] + num[i]
+            else:
+                continue
+            if end < num_tokens:
+                continue
+            if free_CP is None:
+                free_CP = self._free_beside(admissions, rows, num)
+            has_tail_C = num_tokens % batch.caches.size_C > 0
+            most = min([groups.num_reserved(key), *free_CP[has_tail_C, rank].tolist()])
+            started = groups.followers(key)[: max(int(most), 0)]
+            free_CP[has_tail_C, rank] -= len(started)
+            self.complete[key] = len(started)
+            for follower in started:
+                follower.record = follower.pack(batch.config.vocab_size)
+                columns = np.array([[rank], [num_tokens], [0], [LEADER], [0]])
+                parts.append(_Part([follower], columns, follower.block_hashes))
+        if not parts:
+            return admissions
+        columns = np.stack(admissions[1:6])
+        if admissions.requests:
+            parts.insert(0, _Part(admissions.requests, columns, admissions.hash_B2))
+        return _joined(parts)
+
+    def _free_beside(self, admissions: Admissions, rows: np.ndarray, num: np.ndarray) -> np.ndarray:
+        """Return how many blocks are left, at least, beside those that a step's requests take: i64 [C, P]."""
+        batch = self._batch
+        free_CP = batch.pool.num_free_CP.copy()
+        needed_C = np.zeros(len(batch.specs), np.int64)
+        for cache, missing_S in enumerate(batch.missing_blocks(rows, num)):
+            free_CP[cache] -= np.bincount(batch.rank_Z[rows], missing_S, free_CP.shape[1]).astype(np.int64)
+        ends_A = admissions.num_cached_A + admissions.num_scheduled_A
+        for rank, end in zip(admissions.rank_A.tolist(), ends_A.tolist(), strict=True):
+            loops.blocks_needed(batch.caches, end, needed_C)
+            free_CP[:, rank] -= needed_C + 1  # one that a fork's last block may be copied to
+        return free_CP
 
     def _chunk(self, budget: Budget) -> int:
         """Return the number of requests to look at next."""
@@ -287,7 +388,7 @@ def capacity(caches: Caches, num_blocks_C: np.ndarray) -> Capacity:
 def why_invalid(request: Request, config: SchedulerConfig, caches: Caches, most: Capacity) -> str | None:
     """Return why the request, whose `limit` is set, can never be served, or None. Fronts have checked its token ids."""
     length = len(request.prompt)
-    assert block_loops.all_below(request.prompt, config.vocab_size), (
+    assert block_loops.all_below(request.tokens, config.vocab_size), (
         f"request {request.key} has ids not in the vocabulary"
     )
     if length == 0:
@@ -296,6 +397,11 @@ def why_invalid(request: Request, config: SchedulerConfig, caches: Caches, most:
         return (
             f"prompt has {length} tokens; allowed are at most {config.max_model_len - 1} "
             f"(max_model_len = {config.max_model_len}, of which one is for the output)"
+        )
+    if len(request.tokens) >= request.limit:
+        return (
+            f"prompt ({length} tokens) and the output that it begins with ({len(request.output)}) must be less than "
+            f"{request.limit} tokens (prompt and max_tokens, or max_model_len)"
         )
     if request.limit - 1 > most.num_tokens:  # the last token is never computed
         size, most_blocks = int(caches.size_C[most.cache]), int(caches.most_C[most.cache])

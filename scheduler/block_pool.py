@@ -68,11 +68,13 @@ class BlockPool:
             queues=queues,
             heads=np.zeros(num_owners, np.int64),
             tails=np.repeat(self.num_blocks_C, num_ranks),
+            num_evicted=np.zeros(num_owners, np.int64),
             buckets=np.full(num_buckets, END, np.int32),
             holders=np.zeros(num_buckets, np.uint64),
         )
         # Views by cache, rank and block.
         self.num_free_CP = self.blocks.num_free.reshape(num_caches, num_ranks)
+        self.num_evicted_CP = self.blocks.num_evicted.reshape(num_caches, num_ranks)
         self.refs_CPB = block_B["refs"].reshape(num_caches, num_ranks, num_blocks)
 
     def allocate(self, cache: int, rank_B: np.ndarray) -> np.ndarray:

@@ -40,8 +40,8 @@ class CacheSpec:
         window: tokens kept, for kind `window`.
         snapshot_every: tokens between kept copies of the state, for kind `state`: each block holds one
             state. A multiple of the block size.
-        chunk_size: tokens after which the state moves on, for kind `chunk`: a token reads those of its own chunk. A request
-            has one block of so many tokens, which each chunk overwrites.
+        chunk_size: tokens after which the state moves on, for kinds `chunk` and `state`: a token reads those of its own chunk.
+            Of kind `chunk` a request has one block of so many tokens, which each chunk overwrites.
     """
 
     name: str
@@ -61,11 +61,15 @@ class CacheSpec:
         return 1 if self.kind == "chunk" else self.window
 
     def tokens_per_block(self, block_size: int) -> int:
-        """Return after how many tokens a request needs another block: `block_size`, for a state `snapshot_every`, for chunks
-        more than there are."""
-        if self.chunk_size is not None:
+        """Return the tokens of an entry of a block table: `block_size`, for a state those after which a snapshot can be kept, for
+        chunks more than there are."""
+        if self.kind == "chunk":
             return _NEVER // block_size * block_size
-        return self.snapshot_every or block_size
+        return math.lcm(block_size, self.chunk_size or 1) if self.kind == "state" else block_size
+
+    def entries_per_snapshot(self, block_size: int) -> int:
+        """Return after how many entries of a block table a state's snapshot is kept; 1 of other kinds."""
+        return (self.snapshot_every or 1) // self.tokens_per_block(block_size) or 1
 
     def bytes_per_block(self, block_size: int) -> int:
         """Return the bytes of a block."""
@@ -75,7 +79,17 @@ class CacheSpec:
         """Return the most blocks that one request holds, at its longest or in a window and one step."""
         size, seen = self.tokens_per_block(block_size), self.num_seen
         longest = -(-max_model_len // size)
-        return longest if seen is None else min(longest, -(-(seen + max_num_batched_tokens) // size) + 1)
+        if seen is None:
+            return longest
+        if self.kind == "state":
+            size *= self.entries_per_snapshot(block_size)
+        return min(longest, -(-(seen + max_num_batched_tokens) // size) + 1 + self.num_extra)
+
+    @property
+    def num_extra(self) -> int:
+        """Number of blocks that the tokens of a step may take beside those after every `snapshot_every`, for a state: where
+        the request begins, where it leaves a cached prefix, and where its prompt ends."""
+        return 3 if self.kind == "state" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +198,10 @@ def check_cache_specs(cache_specs: tuple[CacheSpec, ...], config: SchedulerConfi
             )
         if spec.kind != "state" and every is not None:
             raise ValueError(f"{prefix}; snapshot_every must be None, got {every!r}")
-        if (spec.kind == "chunk") != (spec.chunk_size is not None) or (spec.chunk_size or 1) < 1:
+        if spec.kind == "state" and spec.tokens_per_block(config.block_size) % chunk:
+            raise ValueError(f"{prefix}; chunk_size must be that of the chunk cache, {chunk}, got {spec.chunk_size!r}")
+        sized = {"chunk": (True,), "state": (True, False)}.get(spec.kind, (False,))
+        if (spec.chunk_size is not None) not in sized or (spec.chunk_size is not None and spec.chunk_size < 1):
             allowed = "an integer >= 1" if spec.kind == "chunk" else "None"
+            allowed = "an integer >= 1 or None" if spec.kind == "state" else allowed
             raise ValueError(f"{prefix}; chunk_size must be {allowed}, got {spec.chunk_size!r}")

@@ -5,7 +5,7 @@ Letters as in `plan`, and I prompt tokens whose log-probabilities are reported, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import attrgetter
@@ -21,20 +21,21 @@ if TYPE_CHECKING:  # clients of the outputs need no compiled code
 
 
 class FinishReason(IntEnum):
-    """Why a request ended; NONE: it runs on."""
+    """Why a request ended; NONE: it runs on; PAUSED: it has not ended, and samples nothing until it is resumed."""
 
     NONE = 0
     STOP = 1
     LENGTH = 2
+    PAUSED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutputs:
     """Sampled tokens and prompt log-probabilities of one step by request key, sorted by rank.
 
-    Fields as in `StepResult`. A request's last output has `finish_O` set. Prompt log-probabilities
-    come with the step that computed them: before the request's first token, and once more after a
-    preemption. A front gets the outputs of its own requests, under its own ids.
+    Fields as in `StepResult`. A request's last output has `finish_O` set; one after which it is paused has PAUSED.
+    Prompt log-probabilities come with the step that computed them: before the request's first token, and once
+    more after a preemption. A front gets the outputs of its own requests, under its own ids.
 
     `failed_keys` names requests that have ended because their logits are not finite, in the row for
     the token at `failed_positions`; they have no other output in this step.
@@ -64,13 +65,45 @@ class StepOutputs:
     failed_positions: I32
     failed_ranks: I32
 
+    def select(self, sampled: np.ndarray, prompts: np.ndarray, routed: np.ndarray, failed: np.ndarray) -> StepOutputs:
+        """Return the outputs with these rows of each kind, by ascending indices: of `key_O`, `prompt_key_I`, `routed_keys` and
+        `failed_keys`."""
+        values = dict(vars(self))
+        for name, value in vars(self).items():
+            if name.endswith("_O"):
+                values[name] = value[sampled]
+            elif name.endswith("_I"):
+                values[name] = value[prompts]
+            elif name.startswith("routed_"):
+                values[name] = value[routed]
+            elif name.startswith("failed_"):
+                values[name] = value[failed]
+        values |= self._take(sampled, "top_offsets_O1", ("top_ids", "top_logprobs"))
+        values |= self._take(prompts, "prompt_top_offsets_I1", ("prompt_top_ids", "prompt_top_logprobs"))
+        return StepOutputs(**values)
+
+    def split(self, kept_O: np.ndarray) -> tuple[StepOutputs, StepOutputs]:
+        """Return the outputs without some sampled tokens, and these tokens alone. `kept_O`: bool."""
+        every = [np.arange(len(rows)) for rows in (self.prompt_key_I, self.routed_keys, self.failed_keys)]
+        nothing = np.zeros(0, np.int64)
+        rest = self.select(np.flatnonzero(~kept_O), *every)
+        return rest, self.select(np.flatnonzero(kept_O), nothing, nothing, nothing)
+
+    def _take(self, rows: np.ndarray, offsets: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return some rows of ragged arrays, with their offsets."""
+        bounds = getattr(self, offsets)
+        starts, counts = bounds[:-1][rows], np.diff(bounds)[rows]
+        new_offsets = to_offsets(counts)
+        index = np.arange(new_offsets[-1]) + np.repeat(starts - new_offsets[:-1], counts)
+        return {offsets: new_offsets, **{name: getattr(self, name)[index] for name in names}}
+
 
 @dataclass(frozen=True)
 class Rejection:
     """The answer to a request that is not accepted.
 
     Args:
-        key: of the request.
+        key: of the request, and of the first branch of a group.
         code: name of a gRPC status. INVALID_ARGUMENT: never possible; RESOURCE_EXHAUSTED: try again later.
         message: names the field, its value and what is allowed.
         retry_after_s: RESOURCE_EXHAUSTED: seconds to wait before trying again; None if nothing is known.
@@ -87,17 +120,17 @@ def gather(
     results: Sequence[StepResult],
     batch: RunningBatch,
     eos_ids: np.ndarray,
-    may_stop_V: np.ndarray,
+    special_V: np.ndarray,
 ) -> tuple[np.ndarray, StepOutputs]:
     """Append the sampled tokens of all ranks to the batch, and gather the outputs of running requests.
 
     Returns:
         i32 [O], the outputs' rows of the batch; and the outputs, whose `finish_O` may be
-        `CHECK_STOP_IDS` or `SUSPENDED`, see `RunningBatch.append_sampled`.
+        `CHECK_IDS` or `SUSPENDED`, see `RunningBatch.append_sampled`.
     """
     slot_O, offsets_P1 = pack_lists([result.slot_O for result in results], np.int32)
     sampled = slot_O, *(_joined(results, name) for name in ("token_O", "logprob_O", "token_rank_O"))
-    accepted, runs_Z = batch.append_sampled(results[0].step, step, offsets_P1, sampled, eos_ids, may_stop_V)
+    accepted, runs_Z = batch.append_sampled(results[0].step, step, offsets_P1, sampled, eos_ids, special_V)
     failed_rows, failed = _failed(results, sampled[1], runs_Z, batch)
     if len(failed_rows):
         runs_Z[failed_rows] = 0

@@ -144,6 +144,7 @@ class RankPlan(NamedTuple):
     sched_start_S: I32  # tokens computed before this step
     sched_num_S: I32  # tokens to compute in this step
     sched_sample_S: U8  # 1: sample the next token after the last one
+    sched_source_S: I32  # the slot whose last hidden states it samples from: its own, or where num is 0 another one
 
 
 # The offsets of a `RankPlan`'s fields: by their first word, and for lists, of each request's items.
@@ -210,6 +211,7 @@ class StepPlan(_Message):
     sched_start_S: I32
     sched_num_S: I32
     sched_sample_S: U8
+    sched_source_S: I32
 
     move_source_M: I32 = field(default_factory=_empty)
     move_target_M: I32 = field(default_factory=_empty)

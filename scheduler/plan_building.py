@@ -87,4 +87,5 @@ def build_plan(
         sched_start_S=step.start_S,
         sched_num_S=step.num_S,
         sched_sample_S=step.sample_S,
+        sched_source_S=step.source_S,
     )

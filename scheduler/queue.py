@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from expertwire.scheduler.config import SchedulerConfig
+from expertwire.scheduler.groups import Groups
 from expertwire.scheduler.outputs import Rejection
 from expertwire.scheduler.request import Request
 
@@ -40,12 +41,16 @@ class WaitingQueue:
     def add(self, request: Request) -> None:
         """Insert a request, whose `place` is set and stays as it is while it waits."""
         assert request.key not in self._requests, f"key {request.key} is waiting already"
-        if request.order < 0:
-            request.order = self._num_added
-            self._num_added += 1
+        self.number(request)
         insort(self._entries, (request.place, request.order, request))
         self._requests[request.key] = request
         self._num_of[request.tenant] = self.num_of(request.tenant) + 1
+
+    def number(self, request: Request) -> None:
+        """Give a request its order, if it has none."""
+        if request.order < 0:
+            request.order = self._num_added
+            self._num_added += 1
 
     def get(self, key: int) -> Request:
         """Return the waiting request with this key."""
@@ -113,6 +118,10 @@ class AdmissionRate:
         return num_ahead * (now - self._admitted_at[0]) / len(self._admitted_at)
 
 
+def _num_of(tenant: str, queue: WaitingQueue, groups: Groups) -> int:
+    return queue.num_of(tenant) + sum(follower.tenant == tenant for follower in groups)
+
+
 def reject(
     request: Request,
     config: SchedulerConfig,
@@ -120,22 +129,27 @@ def reject(
     rate: AdmissionRate,
     num_ahead: Callable[[Request, WaitingQueue], int],
     now: float,
+    groups: Groups,
+    num_branches: int,
 ) -> Rejection | None:
-    """Return a rejection if the queue is full or the request's deadline would pass while it waits, or None.
+    """Return a rejection if the queue has too few places or the request's deadline would pass while it waits, or None.
 
     Args:
-        request: a new request.
+        request: a new request, or the leader of a group.
         config: has the limits.
         queue: the requests that wait.
         rate: of admissions.
         num_ahead: see `Policy.num_ahead`.
         now: seconds.
+        groups: have requests that wait beside the queue.
+        num_branches: requests that need a place.
     """
+    num_waiting = len(queue) + len(groups)
     most, message, retry_after_s = config.max_queued_requests_per_tenant, None, None
-    if len(queue) >= config.max_queued_requests:
-        message = f"{len(queue)} requests are waiting; allowed are max_queued_requests = {config.max_queued_requests}: try later"
+    if num_waiting + num_branches > config.max_queued_requests:
+        message = f"{num_waiting} requests are waiting; allowed are max_queued_requests = {config.max_queued_requests}: try later"
         retry_after_s = rate.wait_s(1, now)
-    elif most is not None and (waiting := queue.num_of(request.tenant)) >= most:
+    elif most is not None and (waiting := _num_of(request.tenant, queue, groups)) + num_branches > most:
         message = (
             f"{waiting} requests of tenant {request.tenant!r} are waiting; allowed are max_queued_requests_per_tenant = {most}: "
             "try later"
@@ -146,7 +160,7 @@ def reject(
         if left_s <= 0 or (wait_s is not None and wait_s > left_s):
             wait_s = wait_s or 0.0
             message = (
-                f"the first token would come in about {wait_s:.3g} s, with {len(queue)} requests waiting; the deadline is in "
+                f"the first token would come in about {wait_s:.3g} s, with {num_waiting} requests waiting; the deadline is in "
                 f"{left_s:.3g} s: try later, or with a later deadline"
             )
             retry_after_s = max(wait_s - max(left_s, 0.0), 0.0)

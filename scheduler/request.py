@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _I32 = np.dtype(np.int32)
 _NO_IDS: frozenset[int] = frozenset()
 NO_HASHES = np.zeros((0, 2), np.uint64)
+_NO_TOKENS = np.zeros(0, np.int32)
 # The record of a request, made when it is queued and read by the compiled loops, the running batch
 # and the plan.
 REQUEST_DTYPE = np.dtype(
@@ -34,6 +35,7 @@ REQUEST_DTYPE = np.dtype(
         ("has_stop_ids", np.bool_),
         ("reads_cache", np.bool_),  # may start with cached blocks
         ("suspends", np.bool_),  # at `limit` it leaves its slot, and has not ended: see `Request.next_limit`
+        ("has_pause_ids", np.bool_),
         ("sampling", SAMPLING_DTYPE),
     ]
 )
@@ -57,6 +59,7 @@ class Request:
     Args:
         key: chosen by the caller, unique among the unfinished requests.
         prompt: i32 [prompt length], token ids.
+        output: i32, output tokens that it begins with: of a branch that continues another one.
         params: an output with `n` branches is `n` requests; `params.seed` is not read here.
         branch: index among the `n` outputs.
         seed: draws are a function of (seed, branch, position).
@@ -65,6 +68,7 @@ class Request:
         salt: prefixes are shared only among requests of one tenant and salt.
         deadline: latest time of its first token, on the clock of `now`; None: no deadline.
         credit: output tokens that it may sample before `Scheduler.grant` adds to them; None: no limit.
+        pause_ids: i32, ascending: token ids after which it is paused.
     """
 
     key: int
@@ -77,6 +81,8 @@ class Request:
     salt: str = ""
     deadline: float | None = None
     credit: int | None = None
+    output: np.ndarray = field(default_factory=lambda: _NO_TOKENS)
+    pause_ids: np.ndarray = field(default_factory=lambda: _NO_TOKENS)
     arrival: float = 0.0  # the `now` of `Scheduler.submit`
     order: int = -1  # in the queue, by submission; set by the queue
     place: tuple[float, ...] = ()  # in the queue, before `order`; set by the policy
@@ -86,6 +92,8 @@ class Request:
     outgrows_at: int = sys.maxsize  # tokens with which one that is not long has outgrown it
     row: int = -1  # of the running batch; -1 while it waits
     num_cached: int = -1  # prompt tokens found in the cache when it was first admitted
+    is_paused: bool = False
+    paused_at: float = 0.0  # the `now` of the commit that paused it
     num_counted: int = 0  # tokens computed before it was preempted: their experts have been counted
     account: Account = field(init=False)  # of its tenant; set by `Scheduler.submit`
     stop_ids: frozenset[int] = field(init=False)
@@ -100,6 +108,8 @@ class Request:
         assert self.prompt.ndim == 1, self.prompt.shape
         self.stop_ids = frozenset(self.params.stop_token_ids) if self.params.stop_token_ids else _NO_IDS
         self.tokens, self.block_hashes = self.prompt, NO_HASHES
+        if len(self.output):
+            self.tokens = np.concatenate((self.prompt, self.output))
 
     @property
     def suspends(self) -> bool:
@@ -113,13 +123,18 @@ class Request:
 
     @property
     def held(self) -> bool:
-        """Return whether it has used up its credit, unless it runs."""
-        return len(self.tokens) >= self.credit_limit
+        """Return whether it has used up its credit or is paused, unless it runs."""
+        return self.is_paused or len(self.tokens) >= self.credit_limit
 
     @property
     def has_run(self) -> bool:
         """Return whether it has run, unless it runs."""
         return self.num_cached >= 0
+
+    def pauses_at(self, token: int) -> bool:
+        """Return whether it is paused when it has sampled this token."""
+        at = int(self.pause_ids.searchsorted(token))
+        return at < len(self.pause_ids) and int(self.pause_ids[at]) == token
 
     def banned_ids(self, eos_token_ids: tuple[int, ...]) -> Sequence[int]:
         """Return the ids that cannot be sampled before `min_tokens` output tokens, ascending."""
@@ -144,6 +159,7 @@ class Request:
             bool(self.stop_ids),
             p.prompt_logprobs is None,
             self.suspends,
+            len(self.pause_ids) > 0,
             self.seed,
             self.branch,
             prompt_len,

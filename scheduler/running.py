@@ -40,7 +40,9 @@ class Admissions(NamedTuple):
     rank_A: np.ndarray  # i64, as the next four
     num_cached_A: np.ndarray  # tokens that need not be computed
     num_scheduled_A: np.ndarray  # tokens to compute in this step
-    parent_A: np.ndarray  # the row whose blocks a fork shares; or -1
+    parent_A: (
+        np.ndarray
+    )  # the row whose blocks a fork shares; `LEADER`: a follower, which shares those of its leader; or -1
     first_A: np.ndarray  # index of the request's first hash in `hash_B2`, which is empty without a prefix cache
     record_A: np.ndarray  # REQUEST_DTYPE
     hash_B2: np.ndarray  # u64, see `Request.block_hashes`
@@ -53,6 +55,20 @@ class BlockCopies(NamedTuple):
     cache_M: np.ndarray
     from_M: np.ndarray
     to_M: np.ndarray
+
+    def joined(self, others: BlockCopies) -> BlockCopies:
+        """Return these and other copies."""
+        return (
+            _by_rank([self, others]) if len(self.rank_M) and len(others.rank_M) else max(self, others, key=_num_copies)
+        )
+
+
+class NewTails(NamedTuple):
+    """Last blocks of rows that started as followers: they get what their leaders' hold before the next step."""
+
+    rows: np.ndarray
+    from_CS: np.ndarray  # block ids; -1 where the last block is full, and shared
+    to_CS: np.ndarray
 
 
 _NO_ROWS = np.zeros(0, np.int64)
@@ -68,6 +84,8 @@ def describe(specs: Sequence[CacheSpec], config: SchedulerConfig) -> Caches:
         size_C=size_C,
         window_C=np.array([spec.num_seen or EVERYTHING for spec in specs]),
         hashes_C=size_C // config.block_size,
+        every_C=np.array([spec.entries_per_snapshot(config.block_size) for spec in specs]),
+        extra_C=np.array([spec.num_extra for spec in specs]),
         most_C=np.array(most),
         # A cache without a window needs a prefix's first blocks. If all caches have windows, the
         # last blocks are enough.
@@ -80,7 +98,7 @@ class RunningBatch:
 
     A row is *occupied* from admission until its release is planned, and *running* until its request
     has ended. Between the two it waits for its release. A *draining* row runs, but is scheduled no
-    more: its request returns to the queue.
+    more: its request returns to the queue. A *paused* one runs, and is not scheduled until its request is resumed.
     """
 
     def __init__(self, config: SchedulerConfig, specs: Sequence[CacheSpec], pool: BlockPool) -> None:
@@ -96,11 +114,12 @@ class RunningBatch:
         info_Z["rank"] = self.rank_Z
         # Views by field.
         self.key_Z, self.num_cached_Z, self.suspends_Z = (info_Z[name] for name in ("key", "num_cached", "suspends"))
+        self.stop_from_Z = info_Z["stop_from"]
         self.num_known_Z, self.num_tokens_Z = counters_Z["num_known"], counters_Z["num_tokens"]
         self.num_computed_Z, self.num_held_Z = counters_Z["num_computed"], counters_Z["num_held"]
         self.limit_Z, self.in_flight_Z = counters_Z["limit"], counters_Z["in_flight"]
         self.num_hashed_Z = counters_Z["num_hashed"]
-        self.occupied_Z, self.running_Z, self.draining_Z = np.zeros((3, num_rows), bool)
+        self.occupied_Z, self.running_Z, self.draining_Z, self.paused_Z = np.zeros((4, num_rows), bool)
         self.order_Z = np.zeros(num_rows, np.int64)  # of submission
         self.priority_Z = np.zeros(num_rows, np.int64)
         self.tenant_Z = np.zeros(num_rows, np.int64)  # `Account.index`
@@ -121,12 +140,14 @@ class RunningBatch:
         self._sum_Z4 = aligned(num_rows * 4, np.dtype(np.uint64)).reshape(num_rows, 4)
         self.caches = describe(specs, config)
         self._has_windows = bool((self.caches.window_C < EVERYTHING).any())
+        self._repeats = bool((self.caches.every_C > 1).any())  # blocks in block tables
         self.arrays = row_loops.BatchArrays(
             block_size=size,
             per_rank=slots,
             occupied_Z=self.occupied_Z,
             running_Z=self.running_Z,
             draining_Z=self.draining_Z,
+            paused_Z=self.paused_Z,
             counters_Z=counters_Z,
             info_Z=info_Z,
             tables_CZ=self.tables_CZ,
@@ -136,6 +157,7 @@ class RunningBatch:
             hash_ZB2=self._hash_ZB2,
             sum_Z4=self._sum_Z4,
         )
+        self._new_tails: list[NewTails] = []
         self._selected_Z = np.zeros((2, num_rows), np.int64)
 
     def admit(self, admissions: Admissions, tokens: np.ndarray, token_offsets_A1: np.ndarray) -> np.ndarray:
@@ -189,6 +211,10 @@ class RunningBatch:
         count = step_loops.select_rows(self.caches, self.arrays, most, chunk, row_S, num_S, tokens_P, missing_CP)
         return row_S[:count], num_S[:count], tokens_P, missing_CP
 
+    def num_free_slots_P(self) -> np.ndarray:
+        """Return the number of empty rows of each rank, i64."""
+        return (~self.occupied_Z).reshape(len(self.bounds_P1) - 1, -1).sum(axis=1)
+
     def free_outside_windows(self, rows: np.ndarray) -> None:
         """Free the blocks before each row's windows, whose next token to compute is known."""
         if self._has_windows:
@@ -205,14 +231,15 @@ class RunningBatch:
 
         Those of the tenant with the largest share first, if shares are given; of these the least urgent,
         of these the one with the fewest tokens to recompute, then the latest. One whose next block would
-        be its last is spared while there are others of the tenant. A rank's most urgent request, the
+        be its last is spared while there are others of the tenant. A rank's most urgent request that is not paused, the
         oldest of equals, is never preempted: it makes progress, so that all do in the end.
         """
         chosen: list[int] = []
         for rank in np.flatnonzero(short_CP.any(axis=0)):
             first, last = self.bounds_P1[rank : rank + 2]
             rows = first + np.flatnonzero(self.running_Z[first:last] & ~self.draining_Z[first:last])
-            rows = rows[np.lexsort((self.order_Z[rows], self.priority_Z[rows]))][1:]
+            rows = rows[np.lexsort((self.order_Z[rows], self.priority_Z[rows]))]
+            rows = np.delete(rows, np.flatnonzero(~self.paused_Z[rows])[:1])
             about_to_finish = self.limit_Z[rows] - self.num_tokens_Z[rows] <= self.config.block_size
             over = np.zeros(len(rows)) if share_Z is None else -share_Z[rows]
             keys = (-self.order_Z[rows], self.num_computed_Z[rows], -self.priority_Z[rows], about_to_finish, over)
@@ -245,19 +272,20 @@ class RunningBatch:
         if not len(rows):
             return _NO_COPIES
         parts = []
-        for cache, size in enumerate(self.caches.size_C.tolist()):
-            inside = self.num_computed_Z[rows] % size > 0
+        for cache, (size, every) in enumerate(
+            zip(self.caches.size_C.tolist(), self.caches.every_C.tolist(), strict=True)
+        ):
+            # A parent may go on in the block of a state at any token.
+            inside = (self.num_computed_Z[rows] % size > 0) | (every > 1)
             row_M, rank_M = rows[inside], self.rank_Z[rows[inside]]
-            index_M = self.num_computed_Z[row_M] // size
+            index_M = (self.num_computed_Z[row_M] - 1) // size
             from_M = self.block_ids_CZW[cache, row_M, index_M]
             assert (self.pool.refs_CPB[cache, rank_M, from_M] > 1).all(), "a fork shares no block"
             to_M = self.pool.allocate(cache, rank_M)
             self.pool.free(cache, rank_M, from_M)
             self.block_ids_CZW[cache, row_M, index_M] = to_M
             parts.append((rank_M, np.full(len(row_M), cache), from_M, to_M))
-        copies = BlockCopies(*(np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)))
-        by_rank = np.argsort(copies.rank_M, kind="stable")
-        return BlockCopies(*(part[by_rank] for part in copies))
+        return _by_rank(parts)
 
     def schedule(
         self,
@@ -267,12 +295,16 @@ class RunningBatch:
         num_missing: int,
         new_rows: np.ndarray,
         new_num: np.ndarray,
+        leaders: np.ndarray,
     ) -> step_loops.StepSchedule:
         """Schedule step `number`: `num` more tokens of each row and `new_num` of the new rows.
 
-        Allocate blocks, of which the rows lack `num_missing` at most, advance the counters, and put
-        full blocks into the prefix cache, including those that steps in flight will fill.
+        New rows that are not their own `leaders` compute nothing, share their leaders' full blocks and sample as they do.
+        Allocate blocks, of which the rows lack `num_missing` at most, advance the counters, and put full blocks into the
+        prefix cache, including those that steps in flight will fill.
         """
+        if self._repeats:
+            num_missing = step_loops.count_new_entries(self.caches, self.arrays, rows, num)
         most = num_missing + step_loops.count_new_entries(self.caches, self.arrays, new_rows, new_num)
         step = step_loops.StepSchedule.empty(self.config.num_ranks, len(rows) + len(new_rows), most)
         count = step_loops.schedule(
@@ -285,11 +317,37 @@ class RunningBatch:
             num,
             new_rows,
             new_num,
+            leaders,
             step,
             np.empty(most, np.int32),
             *np.empty((2, len(step.slot_S)), np.int64),
         )
+        if len(follow := np.flatnonzero(leaders != new_rows)):
+            rows = new_rows[follow]
+            self._new_tails.append(NewTails(rows, self._tails(leaders[follow], rows), self._tails(rows, rows)))
         return step if count == most else step._replace(block_4B=step.block_4B[:, :count].copy())
+
+    def _tails(self, rows: np.ndarray, like: np.ndarray) -> np.ndarray:
+        """Return the rows' blocks of the last tokens that the rows `like` have computed, i32 [C, S]; -1 where these are full."""
+        num_S = self.num_computed_Z[like]
+        return np.stack(
+            [
+                np.where(num_S % size > 0, self.block_ids_CZW[cache, rows, num_S // size], -1)
+                for cache, size in enumerate(self.caches.size_C.tolist())
+            ]
+        )
+
+    def copy_new_tails(self) -> BlockCopies:
+        """Return the copies due before the next step: of the last blocks of the leaders whose followers have started."""
+        if not self._new_tails:
+            return _NO_COPIES
+        parts = []
+        for rows, from_CS, to_CS in self._new_tails:
+            caches, places = np.nonzero((from_CS >= 0) & self.running_Z[rows])
+            ids = from_CS[caches, places], to_CS[caches, places]
+            parts.append((self.rank_Z[rows[places]], caches, *ids))
+        self._new_tails.clear()
+        return _by_rank(parts)
 
     def num_shareable(self, row: int, most: int) -> int:
         """Return how many of a row's first tokens, `most` at most, a fork can share, or 0.
@@ -297,9 +355,11 @@ class RunningBatch:
         A state exists for all computed tokens, and where a snapshot was kept; behind a snapshot it
         has changed.
         """
+        if any(row in tails.rows for tails in self._new_tails):
+            return 0  # what its last block will hold is not there yet
         num = int(self.num_computed_Z[row])
         if num > most:
-            every = math.lcm(*(spec.tokens_per_block(1) for spec in self.specs if spec.kind == "state"))
+            every = math.lcm(*(spec.snapshot_every or 1 for spec in self.specs))
             num = most // every * every
         first_C = np.maximum(num - self.caches.window_C + 1, 0) // self.caches.size_C
         return num if (self.tables_CZ["num_dropped"][:, row] <= first_C).all() else 0
@@ -311,14 +371,14 @@ class RunningBatch:
         offsets_P1: np.ndarray,
         sampled: Sequence[np.ndarray],
         eos_ids: np.ndarray,
-        may_stop_V: np.ndarray,
+        special_V: np.ndarray,
     ) -> tuple[step_loops.Accepted, np.ndarray]:
         """Append the tokens that the ranks have sampled in step `number` to their rows; `sampled`: `Sampled`.
 
         Returns:
             the tokens of requests that run, without those that have none; and for each row of the step whether its request is
-            still the scheduled one and runs, u8 [Z]. A finish reason is `CHECK_STOP_IDS` where
-            `may_stop_V` says that the token stops some requests, and the row's request has stop
+            still the scheduled one and runs, u8 [Z]. A finish reason is `CHECK_IDS` where
+            `special_V` says that the token stops or pauses some requests, and the row's request has such
             ids; it is `SUSPENDED` where a request is to leave its row.
         """
         tokens = step_loops.Sampled(*sampled)
@@ -328,7 +388,7 @@ class RunningBatch:
             self.arrays,
             self._factors,
             eos_ids,
-            may_stop_V,
+            special_V,
             number,
             step,
             offsets_P1,
@@ -371,12 +431,16 @@ class RunningBatch:
     def num_blocks_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of blocks in each row's block tables: i64 [C, S]."""
         tables_CS = self.tables_CZ[:, rows]
-        return (tables_CS["num_blocks"] - tables_CS["num_dropped"]).astype(np.int64)
+        num_CS = (tables_CS["num_blocks"] - tables_CS["num_dropped"]).astype(np.int64)
+        for cache in np.flatnonzero(self.caches.every_C > 1).tolist():
+            num_CS[cache] = [len(self.blocks_of(cache, row)) for row in rows.tolist()]
+        return num_CS
 
     def blocks_of(self, cache: int, row: int) -> np.ndarray:
         """Return the ids of a row's blocks: i32."""
         table = self.tables_CZ[cache, row]
-        return self.block_ids_CZW[cache, row, table["num_dropped"] : table["num_blocks"]]
+        ids_B = self.block_ids_CZW[cache, row, table["num_dropped"] : table["num_blocks"]]
+        return ids_B[np.diff(ids_B, prepend=0) != 0]  # states repeat
 
     def check_integrity(self) -> None:
         """Assert that the counters are consistent, and the block tables are what the pool accounts for."""
@@ -399,3 +463,14 @@ class RunningBatch:
             for row in rows.tolist():
                 np.add.at(refs_CPB[cache, self.rank_Z[row]], self.blocks_of(cache, row), 1)
         assert np.array_equal(refs_CPB, self.pool.refs_CPB), "the block tables and the pool disagree on references"
+
+
+def _num_copies(copies: BlockCopies) -> int:
+    return len(copies.rank_M)
+
+
+def _by_rank(parts: Sequence[Sequence[np.ndarray]]) -> BlockCopies:
+    """Return copies joined; each part has the fields of `BlockCopies`."""
+    copies = BlockCopies(*(np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True)))
+    by_rank = np.argsort(copies.rank_M, kind="stable")
+    return BlockCopies(*(part[by_rank] for part in copies))

@@ -27,6 +27,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_OUTPUT_ENTRIES = 1 << 24
 MAX_PROMPT_ENTRIES = 1 << 21
+MAX_THINKING = 1 << 30
 _MAX_LENGTHS = (("stop", MAX_STOP), ("stop_token_ids", MAX_STOP_TOKEN_IDS), ("logit_bias", MAX_LOGIT_BIAS))
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -50,6 +51,11 @@ class SamplingParams:
         seed: draws are a function of (seed, branch, position) alone; None picks one and reports it.
         stop: strings that end the output; not part of the returned text. At most 1,024, of 65,536 characters together.
         stop_token_ids: token ids that end the output, besides the model's end-of-sequence ids; at most 1,024.
+        thinking_budget: tokens of reasoning after which its closing delimiter is the next token; None: no limit.
+        thinking_grace: tokens beyond the budget within which a sentence of the reasoning may end; it is closed there, or
+            behind them.
+        min_thinking_tokens: before this many tokens of reasoning, at most the budget, a token that would end it, or the
+            output within it, becomes "Wait".
         ignore_eos: go on after an end-of-sequence id.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt
             or output; in [0.01, 100].
@@ -86,6 +92,9 @@ class SamplingParams:
     expert_load: bool = False
     n: int = 1
     skip_special_tokens: bool = True
+    thinking_budget: int | None = rank_field(None, np.int32)
+    thinking_grace: int = rank_field(0, np.int32)
+    min_thinking_tokens: int = rank_field(0, np.int32)
 
     def __post_init__(self) -> None:
         for field, kinds, allowed in (
@@ -138,9 +147,29 @@ class SamplingParams:
             value = getattr(self, field)
             if value is not None and (not is_int(value) or not 0 <= value <= MAX_LOGPROBS):
                 raise ValueError(f"{field} must be None or an integer in [0, {MAX_LOGPROBS}], got {value!r}")
+        self._check_thinking()
         for field in ("expert_load", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
+
+    def _check_thinking(self) -> None:
+        budget, grace, minimum = self.thinking_budget, self.thinking_grace, self.min_thinking_tokens
+        if budget is not None and (not is_int(budget) or not 0 <= budget <= MAX_THINKING):
+            raise ValueError(
+                f"thinking_budget must be None (no limit) or an integer in [0, {MAX_THINKING}], got {budget!r}"
+            )
+        if not is_int(grace) or not 0 <= grace <= MAX_THINKING:
+            raise ValueError(f"thinking_grace must be an integer in [0, {MAX_THINKING}], got {grace!r}")
+        if grace and budget is None:
+            raise ValueError(f"thinking_grace {grace} has no effect without thinking_budget; set both")
+        if not is_int(minimum) or not 0 <= minimum <= (MAX_THINKING if budget is None else budget):
+            bound = str(MAX_THINKING) if budget is None else f"thinking_budget = {budget}"
+            raise ValueError(f"min_thinking_tokens must be an integer in [0, {bound}], got {minimum!r}")
+
+    @property
+    def controls_thinking(self) -> bool:
+        """True if reasoning has a budget or a minimum."""
+        return self.thinking_budget is not None or self.min_thinking_tokens > 0
 
     def most_output_tokens(self, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return the number of tokens at which an output ends."""

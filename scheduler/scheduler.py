@@ -19,6 +19,7 @@ groups, B blocks added to block tables, Z slots of all ranks. `rows` are rows of
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -28,10 +29,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expertwire.scheduler._compiled.steps import CHECK_STOP_IDS, SUSPENDED, StepSchedule
+from expertwire.scheduler._compiled.blocks import LEADER
+from expertwire.scheduler._compiled.steps import CHECK_IDS, MAY_PAUSE, MAY_STOP, SUSPENDED, StepSchedule
 from expertwire.scheduler.admission import Admission, capacity, is_long, token_limit, why_invalid
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig, check_cache_specs
+from expertwire.scheduler.groups import Groups
 from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
 from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs, gather
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult, to_offsets
@@ -44,6 +47,7 @@ from expertwire.scheduler.sharing import Sharing
 from expertwire.scheduler.tenants import Tenants
 
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
+PATIENCE_S = 1.0  # for so long a paused request keeps its slot while others wait
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -58,12 +62,16 @@ class Scheduler:
     """Schedules the requests of all ranks.
 
     The caller plans a step, sends the plan to the ranks, and commits their results, in the order of
-    the plans; the next step may be planned before that. `submit`, `grant`, `abort` and `fork` may be
+    the plans; the next step may be planned before that. `submit`, `grant`, `resume` and `abort` may be
     called at any time.
 
     A request that has used up its credit is *held*: it has no slot, no blocks and no place in the
     queue. With more credit it returns to its place; what it has computed is found in the prefix
     cache, unless it was evicted.
+
+    A request that has sampled one of its `pause_ids` is *paused*: it keeps its slot and blocks, and is not
+    scheduled until `resume`. What the step in flight has sampled for it by then is kept back until then. Where others
+    wait, or need its blocks, it loses both after `PATIENCE_S`, and comes back as after a preemption.
 
     Where the model has an original context (`SchedulerConfig.original_max_position_embeddings`), a
     request is *long* or short from its submission on. One without `max_tokens` that outgrows that context
@@ -97,8 +105,9 @@ class Scheduler:
         self._queue = WaitingQueue()
         self._tenants = Tenants(config.tenant_quotas, config.default_tenant_quota)
         balancing = balancing or LeastLoaded()
+        self._groups = Groups(config.num_ranks)
         self._admission = Admission(
-            self._batch, self._queue, self._policy, balancing, quotas_hold=self._tenants.quotas_hold
+            self._batch, self._queue, self._policy, balancing, self._groups, quotas_hold=self._tenants.quotas_hold
         )
         self._running: dict[int, Request] = {}
         self._sharing: Sharing | None = None
@@ -107,7 +116,9 @@ class Scheduler:
             self._admission.make_room = self._sharing.make_room
         self._gave_way: list[Request] = []  # to those that this plan admits
         self._held: dict[int, Request] = {}
-        self._may_stop_V = np.zeros(config.vocab_size, bool)  # stop ids of the requests so far
+        self._kept: dict[int, StepOutputs] = {}  # tokens of paused requests that nobody has been told of, by key
+        # The ids at which requests so far stop or pause: `MAY_STOP` and `MAY_PAUSE`.
+        self._special_V = np.zeros(config.vocab_size, np.uint8)
         self._ended: list[int] = []  # rows to release in the next plan
         self._in_flight: deque[_InFlight] = deque()
         self._rate = AdmissionRate()
@@ -118,7 +129,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._groups)
 
     @property
     def num_running(self) -> int:
@@ -126,18 +137,35 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """No request is waiting or running, nothing is in flight, and the ranks' slots are released."""
-        return not (self._queue or self._running or self._ended or self._in_flight)
+        """There is nothing to do: no request waits or runs, unless it is held or paused, nothing is in flight, and the ranks'
+        slots are released."""
+        if self._queue or self._ended or self._in_flight:
+            return False
+        return not self._running or len(self._running) == np.count_nonzero(self._batch.paused_Z)
 
     def unfinished(self) -> list[int]:
         """Return the keys of all requests that are waiting, running or held."""
-        return [*(request.key for request in self._queue), *self._running, *self._held]
+        waiting = itertools.chain(self._queue, self._groups)
+        return [*(request.key for request in waiting), *self._running, *self._held]
 
     def submit(self, request: Request, now: float) -> Rejection | None:
         """Queue a request, or return why it is rejected."""
-        assert request.key not in self._running, f"key {request.key} is running already"
-        assert request.key not in self._held, f"key {request.key} is held already"
-        request.limit = token_limit(request, self.config)
+        return self.submit_group((request,), now)
+
+    def submit_group(self, requests: Sequence[Request], now: float, parent: int | None = None) -> Rejection | None:
+        """Queue branches of one request as a group, or return why they are rejected, all of them.
+
+        What all of them have is computed once, see `groups`.
+
+        Args:
+            requests: the branches, which differ in `key`, `branch` and what they report only.
+            parent: key of a request whose blocks they share as far as their tokens are the same, if it runs; else they wait
+                like any other request. It does not matter if there is none of this key.
+        """
+        request = requests[0]
+        for each in requests:
+            assert self._find(each.key) is None, f"key {each.key} is in use"
+            each.limit = token_limit(each, self.config)
         if (reason := why_invalid(request, self.config, self._batch.caches, self._capacity)) is not None:
             return Rejection(request.key, "INVALID_ARGUMENT", reason)
         if not self._queue:
@@ -147,8 +175,8 @@ class Scheduler:
             return Rejection(request.key, "RESOURCE_EXHAUSTED", message)
         request.account = account
         rejection = reject(
-            request, self.config, self._queue, self._rate, self._policy.num_ahead, now
-        ) or self._tenants.accept(request, now)
+            request, self.config, self._queue, self._rate, self._policy.num_ahead, now, self._groups, len(requests)
+        ) or self._tenants.accept(request, now, len(requests))
         if rejection is not None:
             account.num_refused += rejection.code == "RESOURCE_EXHAUSTED"
             return rejection
@@ -157,8 +185,35 @@ class Scheduler:
         request.place = self._policy.place(request, now)
         if request.credit is not None:
             request.credit_limit = len(request.tokens) + request.credit
-        self._enqueue(request)
+        for each in requests:
+            each.account, each.arrival, each.place = account, now, request.place
+            each.is_long, each.outgrows_at, each.block_hashes = (
+                request.is_long,
+                request.outgrows_at,
+                request.block_hashes,
+            )
+            each.credit_limit = request.credit_limit
+        self._lead(requests)
+        if (
+            running := None if parent is None else self._running.get(parent)
+        ) is not None and request.key in self._queue:
+            self._admission.add_fork(request, running, self._batch.tokens(running.row, running))
         return None
+
+    def _lead(self, requests: Sequence[Request]) -> None:
+        """Let the first of these branches, which have computed nothing, wait in the queue and lead the others."""
+        if not requests:
+            return
+        leader, *followers = requests
+        if leader.held:
+            for request in requests:
+                self._enqueue(request)
+            return
+        self._enqueue(leader)
+        for follower in followers:
+            self._queue.number(follower)
+        if followers:
+            self._groups.add(leader, followers)
 
     def grant(self, key: int, num_tokens: int) -> None:
         """Let a request sample `num_tokens` more output tokens than before. Unknown keys are ignored.
@@ -176,40 +231,45 @@ class Scheduler:
         else:
             request.record = request.pack(self.config.vocab_size)
 
-    def fork(self, key: int, children: Sequence[Request], now: float) -> list[Rejection]:
-        """Let `children` continue from the present state of the request `key`, with its tokens so far.
-
-        They share its blocks until one of them writes. A child has the prompt of `key`, counts its
-        tokens so far as its own, and draws with its own seed and branch. One that finds no slot on
-        the rank of `key`, or is long where `key` is not, waits like any other request.
+    def resume(self, key: int) -> StepOutputs | None:
+        """Let a paused request go on; others and unknown keys are ignored.
 
         Returns:
-            A rejection for each child that is not accepted.
-
-        Raises:
-            KeyError: `key` is neither waiting, running nor held.
+            The token that was kept back, if there is one. It may end or pause the request.
         """
-        if (parent := self._find(key)) is None:
-            raise KeyError(f"request {key} is neither waiting, running nor held")
-        tokens = self._batch.tokens(parent.row, parent) if key in self._running else parent.tokens
-        rejections = []
-        for child in children:
-            limit = token_limit(child, self.config)
-            assert len(tokens) < limit, f"fork of {key}: its {len(tokens)} tokens are the limit"
-            child.tokens = tokens
-            if (rejection := self.submit(child, now)) is not None:
-                rejections.append(rejection)
-            elif key in self._running and child.key in self._queue and child.is_long == parent.is_long:
-                self._admission.forks[child.key] = parent.row
-        return rejections
+        if (request := self._find(key)) is None or not request.is_paused:
+            return None
+        kept = self._kept.pop(key, None)
+        finish = FinishReason.NONE if kept is None else FinishReason(kept.finish_O.item())
+        if finish == FinishReason.PAUSED:
+            return kept
+        request.is_paused = False
+        if key in self._running:
+            self._batch.paused_Z[request.row] = False
+            row = np.array([request.row])
+            if finish:
+                self._close(row)
+            elif self._batch.num_known_Z[request.row] >= self._batch.limit_Z[request.row]:
+                self._suspend(row)
+            return kept
+        del self._held[key]
+        if finish:
+            self._tenants.ended(request, len(request.tokens))
+        else:
+            self._enqueue(request)
+        return kept
 
     def abort(self, key: int) -> None:
         """Forget a request: no further output. The next plan frees its slot and blocks. Unknown keys are ignored."""
         self._admission.forks.pop(key, None)
+        self._kept.pop(key, None)
         if (request := self._running.get(key)) is not None:
             self._close(np.array([request.row]))
-        elif (request := self._queue.discard(key) or self._held.pop(key, None)) is not None:
+        elif (
+            request := self._groups.discard(key) or self._queue.discard(key) or self._held.pop(key, None)
+        ) is not None:
             self._tenants.ended(request, len(request.tokens) if request.has_run else 0)
+            self._lead_others(key)
 
     def plan(self, now: float, *, report_load: bool = False, moves: ExpertMoves | None = None) -> StepPlan | None:
         """Return the next step, or None if there is nothing to compute, release, report or move.
@@ -220,6 +280,8 @@ class Scheduler:
         """
         assert len(self._in_flight) < MAX_IN_FLIGHT, f"step {self._in_flight[0].plan.step} is not committed"
         batch = self._batch
+        if self._queue and batch.paused_Z.any():
+            self._end_patience(now)
         released = self._release()
         share = self._sharing
         rows, num, tokens_P, missing_CP = batch.select() if share is None else share.select(self._queue.num_of)
@@ -227,15 +289,21 @@ class Scheduler:
         admissions, rows, num, suspended = self._choose(rows, num, tokens_P)
         if len(preempted) or len(suspended):
             released = np.sort(np.concatenate((released, preempted, suspended)))
+        if self._groups:
+            admissions = self._admission.with_followers(admissions, rows, num)
         self._rate.admitted(len(admissions.requests), now)
         if not (len(rows) or admissions.requests or len(released) or report_load or moves):
             return None
+        copies = batch.copy_new_tails()
         new_rows, new = _NO_ROWS, self._no_admissions
         if admissions.requests:
             new_rows, new = self._admit(admissions)
-        copies = batch.unshare_tails(new_rows[admissions.parent_A >= 0])
+        copies = copies.joined(batch.unshare_tails(new_rows[admissions.parent_A >= 0]))
+        leaders = new_rows
+        if self._groups:
+            leaders = self._start_followers(admissions, new_rows)
         num_missing = int(missing_CP.sum())
-        step = batch.schedule(self._num_plans, rows, num, num_missing, new_rows, admissions.num_scheduled_A)
+        step = batch.schedule(self._num_plans, rows, num, num_missing, new_rows, admissions.num_scheduled_A, leaders)
         if share is not None and self._queue:
             share.charge(np.append(rows, new_rows), np.append(num, admissions.num_scheduled_A))
         plan = build_plan(
@@ -262,19 +330,25 @@ class Scheduler:
         results = sorted(results, key=attrgetter("rank"))
         got = [(result.step, result.rank) for result in results]
         assert got == [*zip(repeat(plan.step), range(self.config.num_ranks))], f"step {plan.step}: got {got}"
-        rows_O, outputs = gather(step.schedule, results, self._batch, self._eos_ids, self._may_stop_V)
+        rows_O, outputs = gather(step.schedule, results, self._batch, self._eos_ids, self._special_V)
         if len(outputs.failed_keys):
             self._fail(outputs.failed_keys.tolist())
-        self._finish(rows_O, outputs)
+        self._check_ids(rows_O, outputs)
+        kept_O = self._batch.paused_Z[rows_O]
+        if kept_O.any():
+            rows_O, outputs = rows_O[~kept_O], self._keep_back(kept_O, outputs)
+        self._finish(rows_O, outputs, now)
         return outputs
 
     def stats(self) -> dict[str, Any]:
         """Return gauges as JSON values: lists have one entry a rank, caches go by name.
 
-        `held` is the number of requests that have used up their credit.
+        `held` is the number of requests that have used up their credit, or were paused and have lost their slot; `paused`
+        that of paused requests with a slot.
 
         Counters since the start: prompt tokens of the admitted requests, how many of them were in
-        the prefix cache, preemptions, and requests that ended because their logits were not finite.
+        the prefix cache, preemptions, cached blocks that were evicted, and requests that ended because
+        their logits were not finite.
         `tenants` has both, see `Tenants.stats`; `tenants_forgotten` counts those that have left it.
         """
         pool, batch = self._pool, self._batch
@@ -283,10 +357,14 @@ class Scheduler:
             "num_running": self.num_running,
             "num_waiting": self.num_waiting,
             "held": len(self._held),
+            "paused": int(np.count_nonzero(batch.paused_Z)),
             "running": batch.sum_P(np.array(1)).tolist(),
             "outstanding_tokens": batch.sum_P(batch.limit_Z - batch.num_computed_Z).tolist(),
             "blocks": dict(zip((spec.name for spec in self.cache_specs), pool.num_blocks_C.tolist(), strict=True)),
             "blocks_used": {spec.name: pool.num_used(cache).tolist() for cache, spec in enumerate(self.cache_specs)},
+            "blocks_evicted": dict(
+                zip((spec.name for spec in self.cache_specs), pool.num_evicted_CP.tolist(), strict=True)
+            ),
             "tenants": self._tenants.stats(),
             "tenants_forgotten": self._tenants.num_forgotten,
             **self._counts,
@@ -306,13 +384,27 @@ class Scheduler:
         assert sorted(keys) == sorted(self._running), (keys, list(self._running))
         assert not any(request.key in self._running or request.held for request in self._queue)
         assert all(request.held and key not in self._running for key, request in self._held.items())
+        paused = [key for key, request in self._running.items() if request.is_paused]
+        assert sorted(batch.key_Z[np.flatnonzero(batch.paused_Z & batch.running_Z)].tolist()) == sorted(paused), paused
+        assert all((found := self._find(key)) is not None and found.is_paused for key in self._kept), list(self._kept)
         ended = np.flatnonzero(batch.occupied_Z & ~batch.running_Z).tolist()
         assert ended == sorted(self._ended), (ended, self._ended)
         assert self._in_flight or not batch.in_flight_Z[rows].any(), "scheduled, but nothing in flight"
+        self._groups.check_integrity()
+        assert all((key in self._running) == (rank >= 0) for key, rank in self._groups.ranks().items())
+        assert all(key in self._running or key in self._queue for key in self._groups.ranks()), self._groups.ranks()
+        assert (batch.num_free_slots_P() >= self._groups.reserved_P).all(), self._groups.reserved_P
         self._tenants.check_integrity(self._running.values(), batch.tenant_Z, len(self.unfinished()))
-        assert all(child in self._queue and batch.running_Z[row] for child, row in self._admission.forks.items())
+        assert all(child in self._queue and batch.running_Z[row] for child, (row, _) in self._admission.forks.items())
 
     # ---- planning: release, preempt, admit
+
+    def _end_patience(self, now: float) -> None:
+        """Take slots and blocks from requests that have been paused for long."""
+        batch = self._batch
+        rows = np.flatnonzero(batch.paused_Z & batch.running_Z & ~batch.draining_Z & (batch.in_flight_Z == 0))
+        waited = [now - self._running[key].paused_at >= PATIENCE_S for key in batch.key_Z[rows].tolist()]
+        self._suspend(rows[np.array(waited, bool)])
 
     def _release(self) -> np.ndarray:
         """Empty the rows of ended requests, and of preempted ones with nothing in flight; return them."""
@@ -367,7 +459,8 @@ class Scheduler:
     def _admit(self, admissions: Admissions) -> tuple[np.ndarray, dict[str, Any]]:
         """Move requests from the queue to slots; return their rows, ascending, and the plan's fields about them."""
         requests, record_A = admissions.requests, admissions.record_A
-        self._queue.remove(requests)
+        follows_A = admissions.parent_A == LEADER
+        self._queue.remove(list(itertools.compress(requests, ~follows_A)) if follows_A.any() else requests)
         first_A = record_A["num_cached"] < 0  # others come back after preemption
         cached_A = np.minimum(admissions.num_cached_A, record_A["prompt_len"])
         self._counts["prompt_tokens"] += int(record_A["prompt_len"][first_A].sum())
@@ -378,34 +471,77 @@ class Scheduler:
         rows = self._batch.admit(admissions, tokens, token_offsets_A1)
         self._running.update(zip(record_A["key"].tolist(), requests, strict=True))
         for i in np.flatnonzero(record_A["has_stop_ids"]):
-            self._may_stop_V[list(requests[i].stop_ids)] = True
+            self._special_V[list(requests[i].stop_ids)] |= MAY_STOP
+        for i in np.flatnonzero(record_A["has_pause_ids"]):
+            self._special_V[requests[i].pause_ids] |= MAY_PAUSE
         for request, row in zip(requests, rows.tolist(), strict=True):
             request.row, request.block_hashes, request.record = row, NO_HASHES, b""  # the batch has them now
             request.account.num_running += 1
         self._batch.tenant_Z[rows] = [request.account.index for request in requests]
         return rows, plan_fields(requests, record_A, tokens, token_offsets_A1, self._eos_token_ids)
 
+    def _start_followers(self, admissions: Admissions, new_rows: np.ndarray) -> np.ndarray:
+        """Take the followers that start from their groups; return the row of each new row's leader, its own where it has none.
+
+        Those for which there is no slot or no block are a group of their own from now on, and wait.
+        """
+        leaders, groups = new_rows.copy(), self._groups
+        for key, num_started in self._admission.complete.items():
+            followers = groups.cut(key, 0)
+            rows = [follower.row for follower in followers[:num_started]]
+            leaders[np.searchsorted(new_rows, rows)] = self._running[key].row
+            self._lead(followers[num_started:])
+        for request in admissions.requests:
+            if request.key in groups:
+                self._lead(groups.cut(request.key, groups.num_reserved(request.key)))
+        return leaders
+
     # ---- requests that end or return to the queue
 
-    def _finish(self, rows_O: np.ndarray, outputs: StepOutputs) -> None:
-        """End the requests that these outputs complete, set their finish reasons, and suspend those that cannot go on."""
+    def _check_ids(self, rows_O: np.ndarray, outputs: StepOutputs) -> None:
+        """Set the finish reasons of tokens at which some request stops or pauses."""
         batch, finish_O = self._batch, outputs.finish_O
-        for i in np.flatnonzero(finish_O == CHECK_STOP_IDS):
-            row = rows_O[i]
-            if int(outputs.token_O[i]) in self._running[int(batch.key_Z[row])].stop_ids:
+        for i in np.flatnonzero(finish_O == CHECK_IDS):
+            row, token = rows_O[i], int(outputs.token_O[i])
+            request, num_known = self._running[int(batch.key_Z[row])], batch.num_known_Z[row]
+            if token in request.stop_ids and num_known >= batch.stop_from_Z[row]:
                 finish_O[i] = FinishReason.STOP
-            elif batch.num_known_Z[row] < batch.limit_Z[row]:
-                finish_O[i] = FinishReason.NONE
+            elif num_known >= batch.limit_Z[row] and not batch.suspends_Z[row]:
+                finish_O[i] = FinishReason.LENGTH
+            elif request.pauses_at(token):
+                finish_O[i] = FinishReason.PAUSED
             else:
-                finish_O[i] = SUSPENDED if batch.suspends_Z[row] else FinishReason.LENGTH
-        suspended = np.flatnonzero(finish_O == SUSPENDED)
-        finish_O[suspended] = FinishReason.NONE
-        self._close(rows_O[np.flatnonzero(finish_O)])
-        self._suspend(rows_O[suspended])
+                finish_O[i] = FinishReason.NONE if num_known < batch.limit_Z[row] else SUSPENDED
+
+    def _keep_back(self, kept_O: np.ndarray, outputs: StepOutputs) -> StepOutputs:
+        """Keep the tokens of paused requests, which the step in flight had sampled, and return the other outputs."""
+        rest, kept = outputs.split(kept_O)
+        kept.finish_O[kept.finish_O == SUSPENDED] = FinishReason.NONE
+        for key in kept.key_O.tolist():
+            assert key not in self._kept, f"request {key} is paused and was scheduled"
+            self._kept[key] = kept.split(kept.key_O == key)[1]
+        return rest
+
+    def _finish(self, rows_O: np.ndarray, outputs: StepOutputs, now: float) -> None:
+        """End the requests that these outputs complete, pause others, and suspend those that cannot go on."""
+        batch, finish_O = self._batch, outputs.finish_O
+        paused_O = finish_O == FinishReason.PAUSED
+        suspended_O = finish_O == SUSPENDED
+        if paused_O.any():
+            rows = rows_O[paused_O]
+            batch.paused_Z[rows] = True
+            for key in batch.key_Z[rows].tolist():
+                self._running[key].is_paused, self._running[key].paused_at = True, now
+            suspended_O |= paused_O & (batch.num_known_Z[rows_O] >= batch.limit_Z[rows_O])
+        self._close(rows_O[(finish_O != 0) & ~paused_O & ~suspended_O])
+        finish_O[finish_O == SUSPENDED] = FinishReason.NONE
+        self._suspend(rows_O[suspended_O])
 
     def _fail(self, keys: list[int]) -> None:
         """End requests whose logits are not finite. Nobody is to find what they have computed."""
         rows = np.array([self._running[key].row for key in keys])
+        for key in keys:
+            self._kept.pop(key, None)
         self._batch.forget(rows)
         self._close(rows)
         self._counts["non_finite"] += len(keys)
@@ -421,12 +557,19 @@ class Scheduler:
         requests = [self._running.pop(key) for key in self._batch.key_Z[rows].tolist()]
         for request in requests:
             request.account.num_running -= 1
+            self._groups.stopped(request.key)
         return requests
 
     def _close(self, rows: np.ndarray) -> None:
         """End these rows' requests for good."""
         for request, num_tokens in zip(self._end(rows), self._batch.num_known_Z[rows].tolist(), strict=True):
             self._tenants.ended(request, num_tokens)
+            self._lead_others(request.key)
+
+    def _lead_others(self, key: int) -> None:
+        """Let the followers of a request, which has ended, wait without it."""
+        if key in self._groups:
+            self._lead(self._groups.cut(key, 0))
 
     def _suspend(self, rows: np.ndarray) -> None:
         """Stop running these rows' requests, which have nothing in flight; they continue later with their output so far."""
@@ -474,6 +617,6 @@ class Scheduler:
 
     def _find(self, key: int) -> Request | None:
         """Return the waiting, running or held request with this key, or None."""
-        if (request := self._running.get(key) or self._held.get(key)) is not None:
+        if (request := self._running.get(key) or self._held.get(key) or self._groups.find(key)) is not None:
             return request
         return self._queue.get(key) if key in self._queue else None

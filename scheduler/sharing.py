@@ -147,7 +147,7 @@ class Sharing:
 
     def _left_to_compute(self) -> np.ndarray:
         batch = self._batch
-        runs_Z = batch.running_Z & ~batch.draining_Z & (batch.num_tokens_Z < batch.limit_Z)
+        runs_Z = batch.running_Z & ~batch.draining_Z & ~batch.paused_Z & (batch.num_tokens_Z < batch.limit_Z)
         return np.where(runs_Z, batch.num_tokens_Z - batch.num_computed_Z, 0).astype(np.int64)
 
     def _in_order(self, rows: np.ndarray) -> list[int]:

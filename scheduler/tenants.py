@@ -50,6 +50,7 @@ class Account:
         index: in arrays by tenant; that of a forgotten tenant is used again.
         num_unfinished: requests that wait, run or are held.
         num_running: of these, those that run.
+        num_reserved: slots that are kept for others of these (`Groups`).
         num_tokens: prompt and output tokens of the requests that have ended.
         num_refused: requests refused with RESOURCE_EXHAUSTED.
         served: tokens computed for it while somebody waited, over its weight; for the policy "fair", which says how an output
@@ -62,6 +63,7 @@ class Account:
     index: int
     num_unfinished: int = 0
     num_running: int = 0
+    num_reserved: int = 0
     num_tokens: int = 0
     num_refused: int = 0
     served: float = 0.0
@@ -80,12 +82,24 @@ class Account:
         rates = [rate for rate in (self.tokens, self.requests) if rate is not None]
         return not self.num_unfinished and all(rate.wait_s(rate.limit, now) == 0 for rate in rates)
 
-    def refusal(self, num_tokens: int, now: float) -> tuple[str, float | None] | None:
-        """Return why a request that may have `num_tokens` tokens is refused now, and the seconds to wait; or None."""
+    def excess(self, num_branches: int, num_tokens: int) -> str | None:
+        """Return why requests that may have `num_tokens` tokens together can never be accepted, or None."""
         quota = self.quota
-        if quota.max_requests is not None and self.num_unfinished >= quota.max_requests:
+        if quota.tokens_per_minute is not None and num_tokens > quota.tokens_per_minute:
+            each = "prompt and max_tokens are" if num_branches == 1 else f"{num_branches} x (prompt + max_tokens) are"
+            return f"{each} {num_tokens} tokens; tenant {self.tenant!r} may have tokens_per_minute = {quota.tokens_per_minute}"
+        for name in ("max_requests", "requests_per_minute"):
+            most = getattr(quota, name)
+            if most is not None and num_branches > most:
+                return f"the request has {num_branches} branches; tenant {self.tenant!r} may have {name} = {most}"
+        return None
+
+    def refusal(self, num_branches: int, num_tokens: int, now: float) -> tuple[str, float | None] | None:
+        """Return why requests that may have `num_tokens` tokens together are refused now, and the seconds to wait; or None."""
+        quota = self.quota
+        if quota.max_requests is not None and self.num_unfinished + num_branches > quota.max_requests:
             return f"has {self.num_unfinished} requests; allowed are max_requests = {quota.max_requests}", None
-        if self.requests is not None and (wait_s := self.requests.wait_s(1, now)):
+        if self.requests is not None and (wait_s := self.requests.wait_s(num_branches, now)):
             return f"has sent its requests_per_minute = {self.requests.limit}", wait_s
         if self.tokens is not None and (wait_s := self.tokens.wait_s(num_tokens, now)):
             left, limit = max(int(self.tokens.left), 0), self.tokens.limit
@@ -138,27 +152,25 @@ class Tenants:
         self._others[tenant] = account
         return account
 
-    def accept(self, request: Request, now: float) -> Rejection | None:
-        """Charge a request, whose `limit` and `account` are set, to its tenant; or return why it is refused."""
-        account = request.account
+    def accept(self, request: Request, now: float, num_branches: int = 1) -> Rejection | None:
+        """Charge a request, whose `limit` and `account` are set, to its tenant; or return why it is refused.
+
+        `num_branches`: of a group, all of whose branches are such requests.
+        """
+        account, num_tokens = request.account, num_branches * request.limit
         if not account.limited:
-            account.num_unfinished += 1
+            account.num_unfinished += num_branches
             return None
-        limit = account.quota.tokens_per_minute
-        if limit is not None and request.limit > limit:
-            message = (
-                f"prompt and max_tokens are {request.limit} tokens; tenant {request.tenant!r} may have "
-                f"tokens_per_minute = {limit}"
-            )
-            return Rejection(request.key, "INVALID_ARGUMENT", message)
-        if (refusal := account.refusal(request.limit, now)) is not None:
+        if (excess := account.excess(num_branches, num_tokens)) is not None:
+            return Rejection(request.key, "INVALID_ARGUMENT", excess)
+        if (refusal := account.refusal(num_branches, num_tokens, now)) is not None:
             why, retry_after_s = refusal
             message = f"tenant {request.tenant!r} {why}: try later"
             return Rejection(request.key, "RESOURCE_EXHAUSTED", message, retry_after_s)
-        for rate, amount in ((account.requests, 1), (account.tokens, request.limit)):
+        for rate, amount in ((account.requests, num_branches), (account.tokens, num_tokens)):
             if rate is not None:
                 rate.take(amount)
-        account.num_unfinished += 1
+        account.num_unfinished += num_branches
         return None
 
     def ended(self, request: Request, num_tokens: int) -> None:

@@ -20,12 +20,12 @@ _CACHES = (
     _cache(name="full", kind="full"),
     _cache(name="window", kind="window", window=3),
     _cache(name="chunk", kind="chunk", chunk_size=2),
-    _cache(name="state", kind="state", snapshot_every=2),
+    _cache(name="state", kind="state", snapshot_every=4),
 )
 
 
 def warm_up() -> None:
-    """Serve a few requests on a simulated rank, with a common prefix, a fork, a preemption and a failure.
+    """Serve a few requests on a simulated rank, with a common prefix, a group that forks, a preemption and a failure.
 
     Takes some 10 s where nothing has been compiled yet, and otherwise a fraction of a second.
     """
@@ -44,6 +44,7 @@ def warm_up() -> None:
     scheduler = Scheduler(config, _CACHES)
     for key in range(3):
         scheduler.submit(_request(key), 0.0)
+    output: list[int] = []  # of request 0
     for step in range(60):
         plan = scheduler.plan(0.0)
         if plan is not None:
@@ -51,9 +52,10 @@ def warm_up() -> None:
             token_O = np.full(len(slot_O), 4, np.int32)
             if step == 4:
                 token_O[-1:] = -1
-            scheduler.commit(plan, [StepResult.sampled(step=plan.step, rank=0, slot_O=slot_O, token_O=token_O)], 0.0)
+            result = StepResult.sampled(step=plan.step, rank=0, slot_O=slot_O, token_O=token_O)
+            output += [key for key in scheduler.commit(plan, [result], 0.0).key_O.tolist() if key == 0]
         if step == 6:
-            scheduler.fork(0, [_request(4)], 0.0)
+            scheduler.submit_group([_request(key, len(output)) for key in (4, 5)], 0.0, parent=0)
         scheduler.check_integrity()
     assert scheduler.idle, f"the warm-up does not end: {scheduler.stats()}"
     stats = scheduler.stats()
@@ -62,6 +64,8 @@ def warm_up() -> None:
     )
 
 
-def _request(key: int) -> Request:
-    prompt = np.full(5, 2, np.int32)
-    return Request(key=key, prompt=prompt, params=SamplingParams(max_tokens=7, stop_token_ids=[3]), seed=0)
+def _request(key: int, num_output: int = 0) -> Request:
+    prompt, output = np.full(5, 2, np.int32), np.full(num_output, 4, np.int32)
+    return Request(
+        key=key, prompt=prompt, output=output, params=SamplingParams(max_tokens=7, stop_token_ids=[3]), seed=0
+    )

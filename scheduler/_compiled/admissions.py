@@ -11,6 +11,7 @@ import numpy as np
 from expertwire.compiled import compiler
 from expertwire.scheduler._compiled.blocks import NONE, find_prefix, guess_prefix, prefetch
 from expertwire.scheduler._compiled.rows import num_blocks_due
+from expertwire.scheduler._compiled.snapshots import blocks_at_most
 
 jit = compiler(__file__, _nrt=False)  # see blocks
 
@@ -78,9 +79,9 @@ def expected_work(num_tokens_A, num_computed_A, num_left_A, horizon, kv_share, l
 
 @jit
 def blocks_needed(caches, num_tokens, needed_C):
-    """Compute the number of blocks that `num_tokens` tokens of one request need."""
+    """Compute the number of blocks that `num_tokens` tokens of one request need, at most."""
     for cache in range(len(needed_C)):
-        needed_C[cache] = min(-(-num_tokens // caches.size_C[cache]), caches.most_C[cache])
+        needed_C[cache] = blocks_at_most(caches, cache, num_tokens)
 
 
 @jit

@@ -21,6 +21,7 @@ END = -1  # of a bucket's chain
 UNHASHED = -2  # a block's `chain`: it has no hash, so it is in no bucket
 IN_USE = -1  # a block's `place`: it is not in the free queue
 NONE = -1  # no rank, no block, no row
+LEADER = -2  # instead of a row: that of a request that is only now admitted
 EVERYTHING = 2**60  # window of a cache without a window, in tokens
 _LOW_HALF = np.uint64(2**32 - 1)
 _HALF = np.uint64(32)
@@ -66,9 +67,13 @@ def prefetch(context, array, index):
 class Caches(NamedTuple):
     """Sizes of the caches, i64 [C]."""
 
-    size_C: np.ndarray  # tokens in a block
+    size_C: np.ndarray  # tokens of an entry of a block table
     window_C: np.ndarray  # tokens that a token attends to, itself included
-    hashes_C: np.ndarray  # block hashes in a block: more than 1 where a cache's blocks are larger than the block size
+    hashes_C: (
+        np.ndarray
+    )  # block hashes in an entry of a block table: more than 1 where it is larger than the block size
+    every_C: np.ndarray  # entries after which a snapshot is kept; 1 where each entry has a block of its own
+    extra_C: np.ndarray  # `CacheSpec.num_extra`
     most_C: np.ndarray  # blocks that one request can hold
     max_misses: int  # consecutive blocks of a prefix that may be missing from `Blocks.holders`
 
@@ -88,6 +93,7 @@ class Blocks(NamedTuple):
     queues: np.ndarray  # i32 [owners, a power of two]
     heads: np.ndarray  # i64 [owners], modulo the queues' length
     tails: np.ndarray
+    num_evicted: np.ndarray  # i64 [owners], blocks that were allocated while they had a hash
     buckets: np.ndarray  # i32 [a power of two], the first block of each bucket's chain
     holders: np.ndarray  # u64: the upper 32 bits of a hash, and below them the rank that used it last, less `NONE`
 
@@ -281,6 +287,15 @@ def guess_prefix(blocks, hash_B2, max_misses):
         if misses > max_misses:
             break
     return depth, rank
+
+
+@jit(inner=True)
+def forget_block(blocks, owner, number):
+    """Remove a free block from the prefix cache, so that it is the next to be allocated."""
+    compact_queues(blocks)
+    share_block(blocks, owner, number)
+    clear_block_hash(blocks, number)
+    drop_block(blocks, owner, number)
 
 
 @jit

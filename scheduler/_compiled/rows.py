@@ -22,6 +22,12 @@ from expertwire.scheduler._compiled.blocks import (
     set_block_hash,
     share_block,
 )
+from expertwire.scheduler._compiled.snapshots import (
+    begins_block,
+    choose_snapshots,
+    count_blocks,
+    replace_snapshot,
+)
 
 jit = compiler(__file__, _nrt=False)  # see blocks
 
@@ -53,12 +59,17 @@ ROW_INFO = np.dtype(
         ("eos_stops", np.bool_),
         ("has_stop_ids", np.bool_),
         ("suspends", np.bool_),  # at its limit it leaves the row, and has not ended
-        ("reserved", np.int8),
+        ("has_pause_ids", np.bool_),
+        # Where its states are kept, see `snapshots`; tokens.
+        ("num_begun", np.int32),
+        ("branch", np.int32),
+        ("last_prompt", np.int32),
+        ("reserved1", np.int32),
     ]
 )
 
-# A row's blocks are entries [num_dropped, num_blocks) of its block table; those that left a window
-# were freed. Its rank knows the entries before num_sent.
+# A row's blocks are entries [num_dropped, num_blocks) of its block table, where states repeat (see `snapshots`); those
+# that left a window were freed. Its rank knows the entries before num_sent.
 BLOCK_TABLE = np.dtype(
     [("num_blocks", np.int32), ("num_dropped", np.int32), ("num_sent", np.int32), ("reserved", np.int32)]
 )
@@ -72,6 +83,7 @@ class BatchArrays(NamedTuple):
     occupied_Z: np.ndarray
     running_Z: np.ndarray
     draining_Z: np.ndarray
+    paused_Z: np.ndarray
     counters_Z: np.ndarray  # COUNTERS
     info_Z: np.ndarray  # ROW_INFO
     tables_CZ: np.ndarray  # BLOCK_TABLE
@@ -88,7 +100,8 @@ def start_rows(
 ):
     """Fill new rows with their requests' records, last tokens, block hashes and cached blocks.
 
-    The blocks are shared with the row `parent_A`, or else found in the prefix cache.
+    The blocks are shared with the row `parent_A`, or if that is `NONE` found in the prefix cache. A row whose parent
+    is `LEADER` has none before `schedule` shares those of its leader.
     """
     size = batch.block_size
     for i in range(len(row_A)):
@@ -99,7 +112,7 @@ def start_rows(
         batch.occupied_Z[row] = batch.running_Z[row] = True
         info.key, state.limit, info.stop_from = record.key, record.limit, record.stop_from
         info.eos_stops, info.has_stop_ids, info.num_cached = record.eos_stops, record.has_stop_ids, record.num_cached
-        info.suspends = record.suspends
+        info.suspends, info.has_pause_ids = record.suspends, record.has_pause_ids
         state.num_known = state.num_tokens = num_tokens
         state.num_computed, state.num_hashed = num_cached_A[i], num_cached_A[i] // size
         state.num_tail = token_offsets_A1[i + 1] - tail_start
@@ -111,9 +124,10 @@ def start_rows(
                 batch.hash_ZB2[row, b, 0], batch.hash_ZB2[row, b, 1] = hash_B2[first + b, 0], hash_B2[first + b, 1]
             batch.sum_Z4[row, 0], batch.sum_Z4[row, 1] = hash_B2[end, 0], hash_B2[end, 1]
             batch.sum_Z4[row, 2], batch.sum_Z4[row, 3] = hash_B2[end + 1, 0], hash_B2[end + 1, 1]
+        choose_snapshots(caches, blocks, batch, row, num_cached_A[i], parent_A[i] != NONE)
         if parent_A[i] >= 0:
-            _share_row(caches, blocks, batch, row, parent_A[i], num_cached_A[i])
-        elif num_cached_A[i] > 0:
+            share_row(caches, blocks, batch, row, parent_A[i], num_cached_A[i], True)
+        elif num_cached_A[i] > 0 and parent_A[i] == NONE:
             _share_prefix(caches, blocks, batch, row, num_cached_A[i] // size)
 
 
@@ -135,11 +149,13 @@ def _share_prefix(caches, blocks, batch, row, depth):
 
 
 @jit(inner=True)
-def _share_row(caches, blocks, batch, row, parent, num_cached):
-    """Start an empty row with the blocks of another row's first tokens."""
+def share_row(caches, blocks, batch, row, parent, num_cached, with_tail):
+    """Start an empty row with the blocks of another row's first tokens; `with_tail`: also the last one if it is not full."""
     for cache in range(len(caches.size_C)):
-        owner, first = cache * blocks.num_ranks + batch.info_Z[row].rank, batch.tables_CZ[cache, parent].num_dropped
-        end = -(-num_cached // caches.size_C[cache])
+        owner, first = cache * blocks.num_ranks + batch.info_Z[row].rank, first_seen(caches, cache, num_cached)
+        end = num_cached // caches.size_C[cache]
+        if with_tail and num_cached % caches.size_C[cache]:
+            end += 1
         for index in range(first, end):
             block = batch.block_ids_CZW[cache, parent, index]
             share_block(blocks, owner, owner * blocks.num_blocks + block)
@@ -165,6 +181,8 @@ def _prefetch_row(caches, blocks, batch, row, whole):
         per_block, owner = caches.hashes_C[cache], cache * blocks.num_ranks + batch.info_Z[row].rank
         ids_B, hash_B2 = batch.block_ids_CZW[cache, row], batch.hash_ZB2[row]
         for index in _unhashed(caches, batch, cache, row, whole):
+            if not begins_block(caches, batch, cache, row, index + 1):
+                continue
             last = (index + 1) * per_block - 1
             prefetch(blocks.block_B, (owner * blocks.num_blocks + ids_B[index],))
             prefetch_hash(blocks, owner, hash_B2[last, 0], hash_B2[last, 1])
@@ -177,7 +195,10 @@ def _hash_row(caches, blocks, batch, row, whole):
         per_block, owner = caches.hashes_C[cache], cache * blocks.num_ranks + batch.info_Z[row].rank
         ids_B, hash_B2 = batch.block_ids_CZW[cache, row], batch.hash_ZB2[row]
         for index in _unhashed(caches, batch, cache, row, whole):
+            if not begins_block(caches, batch, cache, row, index + 1):
+                continue  # the state goes on
             number, last = owner * blocks.num_blocks + ids_B[index], (index + 1) * per_block - 1
+            replace_snapshot(caches, blocks, batch, cache, row, index)
             if blocks.block_B[number].chain == UNHASHED:
                 set_block_hash(blocks, owner, number, hash_B2[last, 0], hash_B2[last, 1])
     batch.counters_Z[row].num_hashed = whole
@@ -217,10 +238,15 @@ def forget_rows(caches, blocks, batch, row_S):
 
 @jit(inner=True)
 def _free_before(blocks, batch, cache, row, end):
-    """Drop a row's blocks before index `end`, the last one first."""
-    owner = cache * blocks.num_ranks + batch.info_Z[row].rank
-    for index in range(end - 1, batch.tables_CZ[cache, row].num_dropped - 1, -1):
-        drop_block(blocks, owner, owner * blocks.num_blocks + batch.block_ids_CZW[cache, row, index])
+    """Drop a row's blocks before index `end` that no later entry repeats, the last one first."""
+    owner, table, ids_W = (
+        cache * blocks.num_ranks + batch.info_Z[row].rank,
+        batch.tables_CZ[cache, row],
+        batch.block_ids_CZW[cache, row],
+    )
+    for index in range(end - 1, table.num_dropped - 1, -1):
+        if index + 1 == table.num_blocks or ids_W[index] != ids_W[index + 1]:
+            drop_block(blocks, owner, owner * blocks.num_blocks + ids_W[index])
 
 
 @jit(inner=True)
@@ -244,7 +270,7 @@ def release_rows(caches, blocks, batch, hashing, row_S):
             table = batch.tables_CZ[cache, row]
             _free_before(blocks, batch, cache, row, np.int64(table.num_blocks))
             table.num_blocks = table.num_dropped = table.num_sent = 0
-        batch.occupied_Z[row] = batch.running_Z[row] = batch.draining_Z[row] = False
+        batch.occupied_Z[row] = batch.running_Z[row] = batch.draining_Z[row] = batch.paused_Z[row] = False
         batch.counters_Z[row].in_flight = batch.counters_Z[row].num_held = 0
 
 
@@ -264,13 +290,17 @@ def free_outside_windows(caches, blocks, batch, row_S):
 @jit(inner=True)
 def num_missing(caches, batch, cache, row, end):
     """Return the number of blocks that a row lacks to hold `end` tokens."""
-    return max(-(-end // caches.size_C[cache]) - batch.tables_CZ[cache, row].num_blocks, 0)
+    first = batch.tables_CZ[cache, row].num_blocks
+    return count_blocks(caches, batch, cache, row, first, -(-end // caches.size_C[cache]))
 
 
 @jit(inner=True)
 def num_blocks_due(caches, batch, cache, row):
     """Return the number of blocks that a running row will still take for the tokens that it has."""
-    held = batch.tables_CZ[cache, row].num_blocks - batch.tables_CZ[cache, row].num_dropped
+    table = batch.tables_CZ[cache, row]
+    held = table.num_blocks - table.num_dropped
+    if caches.every_C[cache] > 1:
+        held = 1  # it holds more for the tokens of a step only
     return min(
         num_missing(caches, batch, cache, row, batch.counters_Z[row].num_tokens), caches.most_C[cache] - held + 1
     )

@@ -10,6 +10,7 @@ import numpy as np
 from expertwire.compiled import compiler
 from expertwire.scheduler._compiled.blocks import (
     NONE,
+    UNHASHED,
     clear_block_hash,
     extend,
     prefetch,
@@ -19,13 +20,16 @@ from expertwire.scheduler._compiled.blocks import (
     take_block,
     upper_halves,
 )
-from expertwire.scheduler._compiled.rows import hash_rows, num_missing
+from expertwire.scheduler._compiled.rows import hash_rows, num_missing, share_row
+from expertwire.scheduler._compiled.snapshots import begins_block
 
 jit = compiler(__file__, _nrt=False)  # see blocks
 
-# Instead of a `FinishReason`: the token may be one of the request's stop ids; the request leaves its slot and has not ended.
-CHECK_STOP_IDS, SUSPENDED = 255, 254
+# Instead of a `FinishReason`: the token may be one of the request's stop or pause ids; the request leaves its slot and has not
+# ended.
+CHECK_IDS, SUSPENDED = 255, 254
 _STOP, _LENGTH = 1, 2
+MAY_STOP, MAY_PAUSE = 1, 2  # bits of `special_V`
 _SAMPLED, _RUNNING = 1, 2  # bits of `mark_Z`
 _MANY = 2**31 - 1
 _AHEAD = 8  # blocks, distance of prefetching
@@ -40,6 +44,7 @@ class StepSchedule(NamedTuple):
     start_S: np.ndarray  # tokens computed before this step
     num_S: np.ndarray
     sample_S: np.ndarray  # u8, 1: sample the next token
+    source_S: np.ndarray  # the slot from whose last hidden states to sample
     tokens_P1: np.ndarray  # offsets of the ranks' tokens
     block_offsets_P1: np.ndarray
     block_4B: np.ndarray  # new entries: slot, cache, index in the block table, block
@@ -48,9 +53,9 @@ class StepSchedule(NamedTuple):
     def empty(cls, num_ranks: int, num_rows: int, num_blocks: int) -> Self:
         """Return uninitialised arrays."""
         offsets_P1, tokens_P1, block_offsets_P1 = np.zeros((3, num_ranks + 1), np.int32)
-        slot_S, start_S, num_S = np.empty((3, num_rows), np.int32)
+        slot_S, start_S, num_S, source_S = np.empty((4, num_rows), np.int32)
         sample_S, block_4B = np.empty(num_rows, np.uint8), np.empty((4, num_blocks), np.int32)
-        return cls(offsets_P1, slot_S, start_S, num_S, sample_S, tokens_P1, block_offsets_P1, block_4B)
+        return cls(offsets_P1, slot_S, start_S, num_S, sample_S, source_S, tokens_P1, block_offsets_P1, block_4B)
 
 
 class Sampled(NamedTuple):
@@ -69,7 +74,7 @@ class Accepted(NamedTuple):
     row_O: np.ndarray  # i32
     key_O: np.ndarray  # i64
     token_O: np.ndarray  # i32
-    finish_O: np.ndarray  # u8, a `FinishReason`, `CHECK_STOP_IDS` or `SUSPENDED`
+    finish_O: np.ndarray  # u8, a `FinishReason`, `CHECK_IDS` or `SUSPENDED`
     num_cached_O: np.ndarray  # i32
     logprob_O: np.ndarray  # f32
     token_rank_O: np.ndarray  # i32
@@ -89,7 +94,8 @@ def select_rows(caches, batch, max_num_batched_tokens, chunked_prefill_size, row
         num_decodes, begin = 0, count
         for at in range(rank * batch.per_rank, (rank + 1) * batch.per_rank):
             row = batch.counters_Z[at]
-            if batch.running_Z[at] and not batch.draining_Z[at] and row.num_tokens < row.limit:
+            waits = batch.draining_Z[at] or batch.paused_Z[at]
+            if batch.running_Z[at] and not waits and row.num_tokens < row.limit:
                 num = row.num_tokens - row.num_computed
                 assert num > 0, "nothing to compute in a running row"
                 num_decodes += num == 1
@@ -136,7 +142,7 @@ def missing_blocks(caches, batch, row_S, num_S, missing_CS):
 
 @jit
 def count_new_entries(caches, batch, row_S, num_S):
-    """Return the number of block table entries that `schedule` will report for new rows."""
+    """Return the number of block table entries that `schedule` will report for rows."""
     count = 0
     for i in range(len(row_S)):
         end = batch.counters_Z[row_S[i]].num_computed + num_S[i]
@@ -161,10 +167,13 @@ def _allocate(caches, blocks, batch, row, taken_B, num_taken, step, n):
     for cache in range(len(caches.size_C)):
         owner, table = cache * blocks.num_ranks + rank, batch.tables_CZ[cache, row]
         for index in range(table.num_blocks, -(-batch.counters_Z[row].num_computed // caches.size_C[cache])):
-            number = take_block(blocks, owner)
-            taken_B[num_taken] = number
-            num_taken += 1
-            batch.block_ids_CZW[cache, row, index] = number - owner * blocks.num_blocks
+            if begins_block(caches, batch, cache, row, index):
+                number = take_block(blocks, owner)
+                taken_B[num_taken] = number
+                num_taken += 1
+                batch.block_ids_CZW[cache, row, index] = number - owner * blocks.num_blocks
+            else:
+                batch.block_ids_CZW[cache, row, index] = batch.block_ids_CZW[cache, row, index - 1]
             table.num_blocks = index + 1
         for index in range(table.num_sent, table.num_blocks):
             assert n < step.block_4B.shape[1], "new blocks were counted wrong"
@@ -191,23 +200,34 @@ def _prefetch_free(caches, blocks, batch, row_S):
 
 
 @jit(inner=True)
-def _allocate_all(caches, blocks, batch, row_S, taken_B, step):
-    """Allocate the missing blocks of these rows, ascending, and set the ranks' offsets; return both counts."""
+def _allocate_all(caches, blocks, batch, row_S, row_A, leader_A, taken_B, step):
+    """Allocate the missing blocks of these rows, ascending, and set the ranks' offsets; return both counts.
+
+    The followers among `row_A`, which are not their own leaders, share the full blocks of these.
+    """
     _prefetch_free(caches, blocks, batch, row_S)
-    i, num_taken, n = 0, _ZERO, _ZERO
+    i, a, num_taken, n = 0, 0, _ZERO, _ZERO
     for rank in range(len(step.block_offsets_P1) - 1):
         while i < len(row_S) and row_S[i] < (rank + 1) * batch.per_rank:
             num_taken, n = _allocate(caches, blocks, batch, row_S[i], taken_B, num_taken, step, n)
             i += 1
+        while a < len(row_A) and row_A[a] < (rank + 1) * batch.per_rank:
+            if leader_A[a] != row_A[a]:
+                share_row(caches, blocks, batch, row_A[a], leader_A[a], batch.counters_Z[row_A[a]].num_computed, False)
+                num_taken, n = _allocate(caches, blocks, batch, row_A[a], taken_B, num_taken, step, n)
+            a += 1
         step.block_offsets_P1[rank + 1] = n
     return num_taken, n
 
 
 @jit
-def schedule(caches, blocks, batch, hashing, number, row_S, num_S, row_A, num_A, step, taken_B, growing_S, due_S):
+def schedule(
+    caches, blocks, batch, hashing, number, row_S, num_S, row_A, num_A, leader_A, step, taken_B, growing_S, due_S
+):
     """Schedule two lists of rows; return the number of new block table entries.
 
-    Each list is ascending and has the number of tokens to compute beside it. `row_A` are new rows,
+    Each list is ascending and has the number of tokens to compute beside it. `row_A` are new rows; a
+    follower has its leader's row in `leader_A` and nothing to compute, others have their own.
     `step` is filled in, `number` is its number. With `hashing`, full blocks go to the prefix cache.
     `taken_B`, `growing_S` and `due_S` are scratch.
     """
@@ -217,11 +237,11 @@ def schedule(caches, blocks, batch, hashing, number, row_S, num_S, row_A, num_A,
     for rank in range(len(step.offsets_P1) - 1):
         first, last = rank * batch.per_rank, (rank + 1) * batch.per_rank
         while True:
-            row, num = last, 0
+            row, num, source = last, 0, NONE
             if r < len(row_S) and row_S[r] < row:
                 row, num = row_S[r], num_S[r]
             if a < len(row_A) and row_A[a] < row:
-                row, num = row_A[a], num_A[a]
+                row, num, source = row_A[a], num_A[a], leader_A[a]
                 a += 1
             elif row < last:
                 r += 1
@@ -232,10 +252,12 @@ def schedule(caches, blocks, batch, hashing, number, row_S, num_S, row_A, num_A,
             step.slot_S[i], step.start_S[i], step.num_S[i] = row - first, state.num_computed, num
             samples = end == state.num_tokens
             step.sample_S[i] = samples
+            follows = source >= 0 and source != row
+            step.source_S[i] = source - first if follows else row - first
             state.num_computed = end
             state.num_tokens += samples
             state.in_flight += 1
-            if end > state.num_held:
+            if end > state.num_held and not follows:
                 _prefetch_table(caches, batch, row, end)
                 growing_S[num_growing] = row
                 num_growing += 1
@@ -246,13 +268,15 @@ def schedule(caches, blocks, batch, hashing, number, row_S, num_S, row_A, num_A,
             num_tokens += num
             i += 1
         step.offsets_P1[rank + 1], step.tokens_P1[rank + 1] = i, num_tokens
-    num_taken, n = _allocate_all(caches, blocks, batch, growing_S[:num_growing], taken_B, step)
+    num_taken, n = _allocate_all(caches, blocks, batch, growing_S[:num_growing], row_A, leader_A, taken_B, step)
     for b in range(num_taken):
         if b + 2 * _AHEAD < num_taken:
             prefetch_bucket(blocks, taken_B[b + 2 * _AHEAD])
         if b + _AHEAD < num_taken:
             prefetch_chain(blocks, taken_B[b + _AHEAD])
-        clear_block_hash(blocks, np.int64(taken_B[b]))
+        number = np.int64(taken_B[b])
+        blocks.num_evicted[number // blocks.num_blocks] += blocks.block_B[number].chain != UNHASHED
+        clear_block_hash(blocks, number)
     if hashing:
         hash_rows(caches, blocks, batch, due_S[:num_due])
     return n
@@ -276,14 +300,16 @@ def _mark_rows(batch, number, step, mark_Z):
 
 
 @jit(inner=True, inline="always")
-def _finish_reason(row, info, eos_ids, may_stop_V, token):
+def _finish_reason(row, info, eos_ids, special_V, token):
     """Return the finish reason of a row whose last token is `token`."""
     reason = 0
     if row.num_known >= row.limit:
         reason = SUSPENDED if info.suspends else _LENGTH
+    if info.has_pause_ids and special_V[token] & MAY_PAUSE:
+        reason = CHECK_IDS
     if row.num_known >= info.stop_from:
-        if info.has_stop_ids and may_stop_V[token]:
-            reason = CHECK_STOP_IDS
+        if info.has_stop_ids and special_V[token] & MAY_STOP:
+            reason = CHECK_IDS
         if info.eos_stops:
             for j in range(len(eos_ids)):
                 if token == eos_ids[j]:
@@ -293,7 +319,7 @@ def _finish_reason(row, info, eos_ids, may_stop_V, token):
 
 @jit
 def append_sampled(
-    batch, factors_B4s, eos_ids, may_stop_V, number, step, offsets_P1, sampled, mark_Z, accepted, whole_O
+    batch, factors_B4s, eos_ids, special_V, number, step, offsets_P1, sampled, mark_Z, accepted, whole_O
 ):
     """Append sampled tokens to their rows; return how many are `accepted`, or -1 for an unexpected slot.
 
@@ -325,7 +351,7 @@ def append_sampled(
                 num_whole += 1
             accepted.at_O[count], accepted.row_O[count] = o, at
             accepted.key_O[count], accepted.token_O[count] = info.key, token
-            accepted.finish_O[count] = _finish_reason(row, info, eos_ids, may_stop_V, token)
+            accepted.finish_O[count] = _finish_reason(row, info, eos_ids, special_V, token)
             accepted.num_cached_O[count] = info.num_cached
             accepted.logprob_O[count], accepted.token_rank_O[count] = sampled.logprob_O[o], sampled.token_rank_O[o]
             count += 1

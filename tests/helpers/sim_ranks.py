@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -33,7 +33,7 @@ WINDOWED = (
 STATE = CacheSpec(name="state", kind="state", bytes_per_token=4, writers=(0,), readers=(0,), snapshot_every=8)
 CHUNK = CacheSpec(name="chunk", kind="chunk", bytes_per_token=4, writers=(0,), readers=(0,), chunk_size=4)
 WITH_STATE = (CACHES[0], STATE)
-WITH_CHUNKS = (CACHES[0], CHUNK, STATE)
+WITH_CHUNKS = (CACHES[0], CHUNK, replace(STATE, chunk_size=4))
 
 
 def make_config(**changes) -> SchedulerConfig:
@@ -60,7 +60,8 @@ def make_request(key: int, length: int = 5, *, branch: int = 0, shared: int = 0,
     own = np.random.default_rng(key).integers(2, 50, length)
     common = np.random.default_rng([text, 1]).integers(2, 50, 1000)
     prompt = np.concatenate((common[: min(shared, length)], own[min(shared, length) :])).astype(np.int32)
-    fields = {name: values.pop(name) for name in ("priority", "tenant", "salt", "deadline", "credit") if name in values}
+    names = "priority", "tenant", "salt", "deadline", "credit", "pause_ids"
+    fields = {name: values.pop(name) for name in names if name in values}
     return Request(key=key, prompt=prompt, params=SamplingParams(**values), branch=branch, seed=key, **fields)
 
 
@@ -139,11 +140,23 @@ class SimRank:
             zip(mine.sched_slot_S.tolist(), mine.sched_start_S, mine.sched_num_S, mine.sched_sample_S, strict=True)
         )
         # As in a model's layers: what all of them write comes before what any of them reads.
-        prompts = [row for index, start, num, _ in scheduled for row in self._compute(index, int(start), int(num))]
-        outputs = []
-        for index, start, _, sample in scheduled:
+        prompts = [
+            row for index, start, num, _ in scheduled if num for row in self._compute(index, int(start), int(num))
+        ]
+        sources, outputs = dict(zip(mine.sched_slot_S.tolist(), mine.sched_source_S.tolist(), strict=True)), []
+        known = {index: list(self.slots[index].tokens) for index in sources}
+        for index, start, num, sample in scheduled:
             slot = self.slots[index]
-            self._check_caches(slot, int(start))
+            if num:
+                assert sources[index] == index
+                self._check_caches(slot, int(start))
+            else:  # it samples as its leader does, whose last row this step computes
+                leader = self.slots[sources[index]]
+                assert slot.num_computed == -1
+                assert known[sources[index]] == known[index]
+                assert leader.num_computed == len(known[index]) == start
+                assert leader.sampling["is_long"] == slot.sampling["is_long"]
+                slot.num_computed = int(start)
             assert sample == (slot.num_computed == len(slot.tokens))
             if sample:
                 outputs.append(self._sample(index))
@@ -191,7 +204,7 @@ class SimRank:
         empty, *states = slot.states
         for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
             if spec.kind == "state":
-                size = spec.snapshot_every
+                size = spec.tokens_per_block(self.config.block_size)
                 found = cache[blocks[(start - 1) // size], 0] if start else empty
                 assert found == (states[start - 1] if start else empty), "the state is another one"
                 for position in range(start, start + num):
@@ -219,7 +232,8 @@ class SimRank:
         states = slot.states[1:]
         for spec, cache, blocks in zip(self.specs, self.caches, slot.blocks, strict=True):
             if spec.kind == "state":
-                assert cache[blocks[(slot.num_computed - 1) // spec.snapshot_every], 0] == states[-1], "a wrong state"
+                size = spec.tokens_per_block(self.config.block_size)
+                assert cache[blocks[(slot.num_computed - 1) // size], 0] == states[-1], "a wrong state"
                 continue
             if spec.kind == "chunk":
                 continue
@@ -302,6 +316,8 @@ class SimCluster:
         self.failed: dict[int, tuple[int, int]] = {}  # position and rank
         self.num_cached: dict[int, int] = {}
         self.credit: dict[int, int] = {}  # granted in all, of the requests that have any
+        self.paused: set[int] = set()
+        self.order: list[int] = []  # keys in the order in which they were admitted, again after a preemption
         self.now = 0.0
         self.num_operations = 0  # calls to the scheduler, without those that check it and plans that have nothing to do
         self._check = self.scheduler.check_integrity if check else lambda: None
@@ -314,17 +330,28 @@ class SimCluster:
             self.num_operations += 1
             self._check()
 
+    def submit_group(self, *requests: Request, parent: int | None = None) -> None:
+        rejection = self.scheduler.submit_group(requests, self.now, parent)
+        assert rejection is None, rejection
+        for request in requests:
+            self._accepted(request)
+        self.num_operations += 1
+        self._check()
+
     def fork(self, key: int, *children: Request) -> None:
         """The children's answers begin with what `key` has been answered so far."""
-        rejections = self.scheduler.fork(key, children, self.now)
-        assert not rejections, rejections
+        for child in children:
+            child.output = np.array(self.tokens[key], np.int32)
+            child.tokens = np.concatenate((child.prompt, child.output))
+        rejection = self.scheduler.submit_group(children, self.now, key)
+        assert rejection is None, rejection
         for child in children:
             self._accepted(child)
         self.num_operations += 1
         self._check()
 
     def _accepted(self, request: Request) -> None:
-        self.tokens[request.key] = request.tokens[len(request.prompt) :].tolist()
+        self.tokens[request.key] = request.output.tolist()
         if request.credit is not None:
             self.credit[request.key] = request.credit
 
@@ -332,6 +359,13 @@ class SimCluster:
         self.scheduler.grant(key, num_tokens)
         if key in self.credit:
             self.credit[key] += num_tokens
+        self.num_operations += 1
+        self._check()
+
+    def resume(self, key: int) -> None:
+        self.paused.discard(key)
+        if (outputs := self.scheduler.resume(key)) is not None:
+            self._take(outputs)
         self.num_operations += 1
         self._check()
 
@@ -348,6 +382,7 @@ class SimCluster:
     def plan(self) -> StepPlan | None:
         plan = self.scheduler.plan(self.now)
         if plan is not None:
+            self.order += self.admitted(plan)
             self.in_flight.append(plan)
             self.plans.append(StepPlan.from_arrays(plan.to_arrays()))
             self.num_operations += 1
@@ -357,7 +392,7 @@ class SimCluster:
         plan = self.in_flight.popleft()
         # Ranks see what came over a channel, and answer in any order.
         seen = self.plans[plan.step - self.plans[0].step]
-        strict = not self.overlap and not self.scheduler.stats()["preemptions"]
+        strict = not (self.overlap or self.paused or self.scheduler.stats()["preemptions"])
         for rank in self.ranks:
             rank.no_decode_waits = strict
         results = [rank.run(seen) for rank in self.ranks]
@@ -367,6 +402,11 @@ class SimCluster:
             assert num_sampled <= credit, f"request {key} has sampled {num_sampled} tokens with a credit of {credit}"
         outputs = self.scheduler.commit(plan, results[::-1], self.now)
         self.num_operations += 1
+        self._take(outputs)
+        self.now += 0.01
+        return outputs
+
+    def _take(self, outputs: StepOutputs) -> None:
         for key, token, finish, cached in zip(
             outputs.key_O.tolist(),
             outputs.token_O.tolist(),
@@ -375,23 +415,26 @@ class SimCluster:
             strict=True,
         ):
             assert key not in {**self.finish, **self.failed}, f"request {key} has ended already"
+            assert key not in self.paused, f"request {key} is paused"
             self.tokens[key].append(token)
             assert self.num_cached.setdefault(key, cached) == cached
-            if finish:
+            if finish == FinishReason.PAUSED:
+                self.paused.add(key)
+            elif finish:
                 self.finish[key] = FinishReason(finish)
         failed = outputs.failed_keys, outputs.failed_positions, outputs.failed_ranks
         for key, position, rank in zip(*(column.tolist() for column in failed), strict=True):
             assert key not in {**self.finish, **self.failed}, f"request {key} has ended already"
             assert key not in outputs.key_O
             self.failed[key] = position, rank
-        self.now += 0.01
-        return outputs
 
     def step(self) -> StepOutputs | None:
         """Plan a step, and commit it, or the one before it; None if there was nothing to do."""
         plan = self.plan()
         self._check()
         outputs = None
+        if plan is None and not self.in_flight:
+            self.now += 0.5  # it waits for something else than a step
         if self.in_flight and (plan is None or len(self.in_flight) > self.overlap):
             outputs = self.commit()
             self._check()

@@ -176,7 +176,7 @@ def test_tenants_that_wait_are_served_by_their_weights(weights, requests):
         request = line.admit()
         charge(line, request, request.limit)
         served[request.tenant] += request.limit / weight[request.tenant]
-        assert abs(served["a"] - served["b"]) <= largest + line.policy.slack
+        assert abs(served["a"] - served["b"]) <= largest + line.policy.slack + 1e-9  # sums of thirds
 
 
 def test_weights_of_one_and_three_are_a_quarter_and_three_quarters():

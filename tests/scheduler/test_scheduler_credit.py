@@ -178,8 +178,8 @@ def test_fork_counts_its_own_tokens(held):
     begun = tuple(cluster.tokens[0])
     children = [make_request(key, branch=key, credit=credit, **LONG) for key, credit in ((1, 0), (2, 2))]
     for child in children:
-        child.prompt = child.tokens = parent.prompt
-    cluster.fork(0, *children)
+        child.prompt = parent.prompt
+        cluster.fork(0, child)
     until_idle(cluster)
     assert [len(cluster.tokens[key]) - len(begun) for key in (1, 2)] == [0, 2]
     for key in range(3):

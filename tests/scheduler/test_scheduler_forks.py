@@ -1,7 +1,8 @@
 """Forks: requests that continue another one and share its blocks."""
 
+import numpy as np
 import pytest
-from helpers.sim_ranks import CACHES, WINDOWED, SimCluster, check, make_config, make_request
+from helpers.sim_ranks import CACHES, WINDOWED, WITH_CHUNKS, SimCluster, check, make_config, make_request
 
 SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 41, "max_num_seqs": 6}
 
@@ -9,7 +10,7 @@ SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 41, "max_nu
 def make_child(parent, key, **values):
     """Return a fork of `parent` with its own draws."""
     child = make_request(key, 1, **{"max_tokens": 20, "ignore_eos": True, **values})
-    child.prompt = child.tokens = parent.prompt
+    child.prompt = parent.prompt
     child.tenant, child.salt = parent.tenant, parent.salt
     return child
 
@@ -56,8 +57,9 @@ def test_fork_recomputes_nothing(num_children):
     cluster, parent = start(10, 3)  # 12 tokens are computed
     cluster.fork(0, *(make_child(parent, key, max_tokens=4) for key in range(1, 1 + num_children)))
     plan = cluster.plan()
-    assert plan.sched_start_S.tolist() == [12] * (1 + num_children)
-    assert plan.sched_num_S.tolist() == [1] * (1 + num_children)
+    # The children are a group: the first computes the last token, and the others sample as it does.
+    assert plan.sched_start_S.tolist() == [12, 12, *[13] * (num_children - 1)]
+    assert plan.sched_num_S.tolist() == [1, 1, *[0] * (num_children - 1)]
     cluster.commit()
     assert [cluster.num_cached[key] for key in range(1, 1 + num_children)] == [10] * num_children
     assert cluster.scheduler.stats()["cached_tokens"] == 10 * num_children
@@ -77,7 +79,8 @@ def test_whole_blocks_are_shared_and_never_copied():
 @pytest.mark.parametrize("num_children", [1, 3])
 def test_partial_block_is_copied_for_all_but_one(num_children):
     cluster, parent = start(10, 2)  # 11 tokens: 2 whole blocks, and one of 3 tokens
-    cluster.fork(0, *(make_child(parent, key, max_tokens=10) for key in range(1, 1 + num_children)))
+    for key in range(1, 1 + num_children):
+        cluster.fork(0, make_child(parent, key, max_tokens=10))
     before = len(cluster.plans)
     plan = cluster.plan().rank(0)
     assert plan.copy_cache_M.tolist() == sorted([0, 1] * num_children)
@@ -146,20 +149,54 @@ def test_an_aborted_fork_leaves_the_others_alone():
     check(cluster, child, begun)
 
 
-def test_fork_of_an_unknown_key_is_an_error():
-    cluster, parent = start(10, 2)
-    with pytest.raises(KeyError, match="request 7 is neither waiting, running nor held"):
-        cluster.scheduler.fork(7, [make_child(parent, 1)], cluster.now)
+def test_fork_of_a_request_that_is_gone():
+    cluster, parent = start(10, 3)
+    cluster.abort(0)
+    cluster.step()
+    child = make_child(parent, 1)
+    cluster.fork(0, child)
+    begun = tuple(cluster.tokens[1])
+    assert len(begun) == 3
+    cluster.drain()
+    check(cluster, child, begun)
 
 
-def test_forks_are_rejected_when_the_queue_is_full():
+def test_forks_are_rejected_together_when_the_queue_is_full():
     cluster = SimCluster(make_config(**{**SIZES, "max_queued_requests": 2}))
     parent = make_request(0, max_tokens=5)
     cluster.submit(parent)
     cluster.step()
-    rejections = cluster.scheduler.fork(0, [make_child(parent, key) for key in (1, 2, 3)], cluster.now)
-    assert [(rejection.key, rejection.code) for rejection in rejections] == [(3, "RESOURCE_EXHAUSTED")]
-    assert sorted(cluster.scheduler.unfinished()) == [0, 1, 2]
+    cluster.submit(make_request(8), make_request(9))
+    rejection = cluster.scheduler.submit_group([make_child(parent, key) for key in (1, 2, 3)], cluster.now, 0)
+    assert (rejection.key, rejection.code) == (1, "RESOURCE_EXHAUSTED")
+    assert sorted(cluster.scheduler.unfinished()) == [0, 8, 9]
+
+
+def test_a_fork_with_nothing_left_to_sample_is_rejected():
+    cluster, parent = start(10, 3)
+    child = make_child(parent, 1, max_tokens=3)
+    child.output = np.array(cluster.tokens[0], np.int32)
+    child.tokens = np.concatenate((child.prompt, child.output))
+    rejection = cluster.scheduler.submit_group([child], cluster.now, 0)
+    assert rejection.code == "INVALID_ARGUMENT"
+    assert "output that it begins with (3)" in rejection.message
+
+
+@pytest.mark.parametrize("specs", [CACHES, WINDOWED, WITH_CHUNKS], ids=["full", "window", "chunk"])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("num_kept", "forced"), [(0, ()), (1, ()), (3, (7, 8, 9)), (5, (7,)), (6, ()), (6, (5, 6))])
+def test_fork_in_the_middle_with_forced_tokens(num_kept, forced, overlap, specs):
+    cluster, parent = start(10, 7, overlap=overlap, specs=specs, num_blocks=81)
+    assert len(cluster.tokens[0]) >= 6
+    child = make_child(parent, 1, branch=2)
+    cluster.tokens[1] = [*cluster.tokens[0][:num_kept], *forced]
+    child.output = np.array(cluster.tokens[1], np.int32)
+    child.tokens = np.concatenate((child.prompt, child.output))
+    assert cluster.scheduler.submit_group([child], cluster.now, 0) is None
+    begun = tuple(cluster.tokens[1])
+    cluster.drain()
+    check(cluster, parent)
+    check(cluster, child, begun)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

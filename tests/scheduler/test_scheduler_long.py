@@ -125,7 +125,7 @@ def test_a_fork_of_another_kind_shares_no_blocks(max_tokens):
     cluster.step()
     begun = tuple(cluster.tokens[0])
     child = make_request(1, 6, max_tokens=max_tokens, ignore_eos=True)
-    child.prompt = child.tokens = parent.prompt
+    child.prompt = parent.prompt
     cluster.fork(0, child)
     plan = cluster.plan()
     start = dict(zip(plan.sched_slot_S.tolist(), plan.sched_start_S.tolist(), strict=True))

@@ -1,13 +1,14 @@
-"""Random schedules: submit, fork, grant, abort, plan and commit in any order, with slots, blocks and budgets always short.
+"""Random schedules: submit, fork, grant, pause, resume, abort, plan, commit in any order; slots, blocks and budgets always short.
 
 Prompts share prefixes, pools are often so small that requests are preempted, and every other run plans ahead.
 """
 
 import dataclasses
 
+import numpy as np
 import pytest
 from helpers.sim_ranks import CACHES, CHUNK, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -30,6 +31,10 @@ POLICIES = {
 }
 
 
+# Token ids at which requests pause.
+PAUSES = st.sampled_from([(), (), tuple(range(0, 50, 7)), tuple(range(50))]).map(lambda ids: np.array(ids, np.int32))
+
+
 class Machine(RuleBasedStateMachine):
     num_operations = 0  # of all machines of a class together
 
@@ -43,7 +48,8 @@ class Machine(RuleBasedStateMachine):
         specs=st.sampled_from(
             [CACHES[:1], CACHES, WINDOWED, WINDOWED[1:], (*WINDOWED, STATE), (CACHES[0], CHUNK, STATE)]
         ),
-        blocks_per_state=st.integers(1, 3),
+        blocks_per_chunk=st.integers(1, 2),
+        chunks_per_snapshot=st.sampled_from([1, 2, 3, 5]),
         overlap=st.booleans(),
         enable_prefix_caching=st.sampled_from([True, True, False]),
         policy=st.sampled_from(sorted(POLICIES)),
@@ -60,7 +66,8 @@ class Machine(RuleBasedStateMachine):
         block_size,
         spares,
         specs,
-        blocks_per_state,
+        blocks_per_chunk,
+        chunks_per_snapshot,
         overlap,
         enable_prefix_caching,
         policy,
@@ -69,10 +76,10 @@ class Machine(RuleBasedStateMachine):
         original,
     ):
         max_model_len = 24
-        every = block_size * blocks_per_state
+        chunk = block_size * blocks_per_chunk
         changes = {
-            STATE: {"snapshot_every": every},
-            CHUNK: {"chunk_size": every if blocks_per_state == 2 else block_size},
+            STATE: {"snapshot_every": chunk * chunks_per_snapshot, "chunk_size": chunk},
+            CHUNK: {"chunk_size": chunk},
         }
         specs = tuple(dataclasses.replace(s, **changes.get(s, {})) for s in specs)
         self.config = make_config(
@@ -108,12 +115,30 @@ class Machine(RuleBasedStateMachine):
         priority=st.integers(-2, 2),
         tenant=st.sampled_from("ab"),
         credit=st.sampled_from([None, None, 0, 1, 4]),
+        pauses=PAUSES,
+        is_group=st.booleans(),
     )
-    def submit(self, count, length, shared, text, max_tokens, min_share, stops, ignore_eos, priority, tenant, credit):
-        """Return requests with a common prefix."""
-        for _ in range(count):
+    def submit(
+        self,
+        count,
+        length,
+        shared,
+        text,
+        max_tokens,
+        min_share,
+        stops,
+        ignore_eos,
+        priority,
+        tenant,
+        credit,
+        pauses,
+        is_group,
+    ):
+        """Submit requests with a common prefix, or a group of branches."""
+        group, scheduler = [], self.cluster.scheduler
+        for i in range(count):
             request = make_request(
-                len(self.requests),
+                len(self.requests) + i * is_group,
                 length,
                 shared=shared,
                 text=text,
@@ -124,13 +149,22 @@ class Machine(RuleBasedStateMachine):
                 stop_token_ids=stops,
                 ignore_eos=ignore_eos,
                 credit=credit,
+                pause_ids=pauses,
             )
-            scheduler = self.cluster.scheduler
+            if is_group:
+                request.prompt = request.tokens = group[0].prompt if group else request.prompt
+                group.append(request)
+                continue
             if scheduler.num_waiting >= self.config.max_queued_requests:
                 assert scheduler.submit(request, self.cluster.now).code == "RESOURCE_EXHAUSTED"
                 return
             self.cluster.submit(request)
             self.requests[request.key] = request
+        if group and scheduler.num_waiting + len(group) > self.config.max_queued_requests:
+            assert scheduler.submit_group(group, self.cluster.now).code == "RESOURCE_EXHAUSTED"
+        elif group:
+            self.cluster.submit_group(*group)
+            self.requests |= {request.key: request for request in group}
 
     @precondition(lambda self: self.cluster.scheduler.unfinished())
     @rule(
@@ -139,10 +173,16 @@ class Machine(RuleBasedStateMachine):
         branch=st.integers(1, 3),
         max_tokens=st.integers(1, 12),
         credit=st.sampled_from([None, 0, 2]),
+        cut=st.sampled_from([0, 0, 1, 4]),
+        forced=st.lists(st.integers(2, 49), max_size=3),
+        from_prompt=st.booleans(),
+        pauses=PAUSES,
     )
-    def fork(self, data, count, branch, max_tokens, credit):
+    def fork(self, data, count, branch, max_tokens, credit, cut, forced, from_prompt, pauses):
+        """Branches that continue another request, after its last token, an earlier one or the prompt, with forced tokens."""
         parent = self.requests[data.draw(st.sampled_from(sorted(self.cluster.scheduler.unfinished())))]
-        so_far = len(self.cluster.tokens[parent.key])
+        begun = [] if from_prompt else [*self.cluster.tokens[parent.key][: -cut or None], *forced]
+        so_far = len(begun)
         if len(parent.prompt) + so_far >= self.config.max_model_len:
             return
         if self.cluster.scheduler.num_waiting + count > self.config.max_queued_requests:
@@ -151,13 +191,15 @@ class Machine(RuleBasedStateMachine):
         for i in range(count):
             key = len(self.requests) + i
             child = make_request(key, 1, branch=branch, max_tokens=so_far + max_tokens, ignore_eos=max_tokens % 2 == 0)
-            child.prompt = child.tokens = parent.prompt
-            child.tenant, child.credit = parent.tenant, credit
+            child.prompt = parent.prompt
+            child.tenant, child.credit, child.pause_ids = parent.tenant, credit, pauses
+            child.output = np.array(begun, np.int32)
+            child.tokens = np.concatenate((child.prompt, child.output))
             children.append(child)
-        self.cluster.fork(parent.key, *children)
+        self.cluster.submit_group(*children, parent=parent.key)
         for child in children:
             self.requests[child.key] = child
-            self.begun[child.key] = tuple(self.cluster.tokens[child.key])
+            self.begun[child.key] = tuple(begun)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), seldom=st.sampled_from([False, False, False, True]))
@@ -174,6 +216,11 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), num_tokens=st.sampled_from([1, 3, 8]))
     def grant(self, data, num_tokens):
         self.cluster.grant(data.draw(st.sampled_from(sorted(self.requests))), num_tokens)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def resume(self, data):
+        self.cluster.resume(data.draw(st.sampled_from(sorted(self.cluster.paused or self.requests))))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), tokens=st.integers(0, 5), seldom=st.sampled_from([False, False, False, True]))
@@ -210,7 +257,14 @@ class Machine(RuleBasedStateMachine):
         for key in self.cluster.credit:
             self.cluster.grant(key, self.config.max_model_len)
         # Alone on one rank, a request takes at most this many steps, and there is always one that gets on.
-        self.cluster.drain(max_steps=10 + 2 * sum(4 + request.limit for request in self.requests.values()))
+        most = 10 + 2 * sum(4 + request.limit for request in self.requests.values())
+        for _ in range(2 * most):
+            if self.cluster.scheduler.idle:
+                if not self.cluster.paused:
+                    break
+                self.cluster.resume(min(self.cluster.paused))
+            self.cluster.step()
+        self.cluster.drain(max_steps=most)
         for key, request in self.requests.items():
             tokens, reason = expected_output(request, self.config, self.begun.get(key, ()))
             if key in self.aborted:
@@ -227,7 +281,9 @@ class Machine(RuleBasedStateMachine):
         type(self).num_operations += self.cluster.num_operations
 
 
-Machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+# Without explanations, for which hypothesis traces every line.
+PHASES = [Phase.reuse, Phase.generate, Phase.shrink]
+Machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None, phases=PHASES)
 TestRandomSchedules = Machine.TestCase
 
 
@@ -237,6 +293,8 @@ def test_hundred_thousand_operations():
     class Many(Machine):
         pass
 
-    run_state_machine_as_test(Many, settings=settings(max_examples=800, stateful_step_count=60, deadline=None))
+    run_state_machine_as_test(
+        Many, settings=settings(max_examples=800, stateful_step_count=60, deadline=None, phases=PHASES)
+    )
     print(f"{Many.num_operations} operations")
     assert Many.num_operations >= 100_000

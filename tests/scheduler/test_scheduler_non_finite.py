@@ -104,7 +104,7 @@ def test_a_fork_of_one_that_fails_waits_and_answers():
     cluster.submit(parent)
     cluster.step()
     child = make_request(1, branch=1, **LONG)
-    child.prompt = child.tokens = parent.prompt
+    child.prompt = parent.prompt
     cluster.fork(0, child)
     cluster.break_at(0, 7)
     cluster.drain()

@@ -3,6 +3,7 @@
 import random
 from collections import deque
 
+import numpy as np
 import pytest
 from helpers.sim_ranks import CACHES, WINDOWED, SimRank, make_config, make_request
 
@@ -38,8 +39,11 @@ class Calls:
     def _submit(self, scheduler, key, values, now):
         return scheduler.submit(make_twin(key, values), now)
 
-    def _fork(self, scheduler, parent, key, values, now):
-        return scheduler.fork(parent, [make_twin(key, values)], now)
+    def _group(self, scheduler, keys, values, parent, now):
+        return scheduler.submit_group([make_twin(key, values) for key in keys], now, parent)
+
+    def _resume(self, scheduler, key):
+        return scheduler.resume(key)
 
     def _abort(self, scheduler, key):
         scheduler.abort(key)
@@ -55,8 +59,10 @@ class Calls:
 
 
 def make_twin(key, values):
-    """Return a request with `values` and its own key; forks have their parent's prompt."""
+    """Return a request with `values` and its own key, as of a group or of a fork from the prompt."""
     request = make_request(**values)
+    if values["max_tokens"] % 3 == 0:
+        request.pause_ids = np.arange(0, 50, 5, dtype=np.int32)
     request.key = request.seed = key
     return request
 
@@ -72,11 +78,27 @@ def as_bytes(value):
 
 
 def play(calls, ranks, rng, max_in_flight):
-    """Play a random session of plans, commits, submissions, grants, aborts and forks."""
+    """Play a random session of plans, commits, submissions, grants, aborts, resumptions, groups and forks."""
     values_of, in_flight, now = {}, deque(), 0.0
     for key in range(800):
         now += rng.random() / 10
-        kind = rng.choice(["submit", "submit", "grant", "abort", "fork", "plan", "plan", "plan", "plan", "commit"])
+        kind = rng.choice(
+            [
+                "submit",
+                "submit",
+                "grant",
+                "resume",
+                "resume",
+                "abort",
+                "group",
+                "fork",
+                "plan",
+                "plan",
+                "plan",
+                "plan",
+                "commit",
+            ]
+        )
         unfinished = calls.scheduler.unfinished()
         if kind == "submit":
             values = {
@@ -94,10 +116,13 @@ def play(calls, ranks, rng, max_in_flight):
             calls("abort", rng.choice(unfinished))
         elif kind == "grant" and unfinished:
             calls("grant", rng.choice(unfinished), rng.randint(1, 4))
-        elif kind == "fork" and unfinished:
+        elif kind == "resume" and unfinished:
+            calls("resume", rng.choice(unfinished))
+        elif kind in ("group", "fork") and unfinished:
             parent = rng.choice(unfinished)
-            values_of[key] = values_of[parent]
-            calls("fork", parent, key, values_of[key], now)
+            keys = range(1000 * key, 1000 * key + rng.randint(1, 4))
+            values_of |= dict.fromkeys(keys, values_of[parent])
+            calls("group", [*keys], values_of[parent], parent if kind == "fork" else None, now)
         elif kind == "plan" and len(in_flight) < max_in_flight and (plan := calls("plan", now)) is not None:
             in_flight.append(plan)
         elif in_flight:

@@ -1,10 +1,26 @@
 """Caches of recurrent states: a block holds the state after its last token; snapshots are kept."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
-from helpers.sim_ranks import STATE, WITH_CHUNKS, WITH_STATE, SimCluster, check, make_config, make_request, serve
+from helpers.sim_ranks import (
+    CACHES,
+    CHUNK,
+    STATE,
+    WITH_CHUNKS,
+    WITH_STATE,
+    SimCluster,
+    check,
+    make_config,
+    make_request,
+    serve,
+)
+
+from expertwire.scheduler._compiled.blocks import UNHASHED
 
 SIZES = {"num_ranks": 1, "max_model_len": 128, "max_num_batched_tokens": 8, "num_blocks": 65}
-EVERY = 8
+BLOCK, EVERY = 4, 8
 
 
 def states(cluster):
@@ -32,14 +48,14 @@ def test_a_request_holds_one_state_and_at_times_two(specs, overlap):
     "specs", [WITH_STATE, WITH_CHUNKS, (STATE,)], ids=["with a full cache", "with chunks", "alone"]
 )
 @pytest.mark.parametrize("length", [5, 8, 9, 16, 17, 20, 41])
-def test_a_prefix_ends_where_a_state_was_kept(length, specs):
+def test_the_same_prompt_is_found_up_to_its_last_block(length, specs):
     cluster = SimCluster(make_config(**SIZES), specs=specs)
-    assert [serve(cluster, key, length) for key in (0, 1)] == [0, (length - 1) // EVERY * EVERY]
+    assert [serve(cluster, key, length) for key in (0, 1)] == [0, (length - 1) // BLOCK * BLOCK]
 
 
 def test_evicted_state_ends_no_prefix():
-    # 5 states: of 60 tokens the last ones are left.
-    cluster = SimCluster(make_config(**{**SIZES, "num_blocks": (65, 6)}), specs=WITH_STATE)
+    # 7 states: of 60 tokens the last ones are left.
+    cluster = SimCluster(make_config(**{**SIZES, "num_blocks": (65, 8)}), specs=WITH_STATE)
     serve(cluster, 0, 60)
     assert serve(cluster, 1, 60) == 56
     assert serve(cluster, 2, 20) == 0
@@ -60,7 +76,7 @@ def test_fork_continues_from_its_own_state(num_steps, specs, overlap):
     assert begun
     children = [make_request(key, 11, max_tokens=20, ignore_eos=True) for key in (1, 2)]
     for child in children:
-        child.prompt = child.tokens = parent.prompt
+        child.prompt = parent.prompt
     cluster.fork(0, *children)
     cluster.drain()
     for request, start in ((parent, ()), (children[0], begun), (children[1], begun)):
@@ -68,7 +84,7 @@ def test_fork_continues_from_its_own_state(num_steps, specs, overlap):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("num_states", [4, 6])
+@pytest.mark.parametrize("num_states", [7, 9])
 def test_few_states_serve_all_requests(num_states, overlap):
     config = make_config(**{**SIZES, "num_blocks": (65, num_states), "max_num_seqs": 4})
     cluster = SimCluster(config, specs=WITH_STATE, overlap=overlap)
@@ -86,3 +102,60 @@ def test_a_chunk_with_more_states_than_there_are_is_refused():
     rejection = cluster.scheduler.submit(make_request(0, 60), 0.0)
     assert rejection.code == "INVALID_ARGUMENT"
     assert "cache blocks; a rank has 2" in rejection.message
+
+
+def num_snapshots(cluster):
+    """Return how many states have a hash."""
+    pool = cluster.scheduler._pool
+    hashed = (pool.blocks.block_B["chain"] != UNHASHED).reshape(pool.refs_CPB.shape)
+    return int(hashed[-1].sum())
+
+
+SPARSE = replace(STATE, snapshot_every=128, chunk_size=4)
+TURNS = [pytest.param((CACHES[0], SPARSE), id="states"), pytest.param((CACHES[0], CHUNK, SPARSE), id="chunks")]
+
+
+def follow(cluster, key, history, num_new, **values):
+    """Serve a prompt of `history` and `num_new` more tokens; return its cached tokens, and it with its answer."""
+    request = make_request(key, num_new, **{"max_tokens": 13, "ignore_eos": True, **values})
+    request.prompt = request.tokens = np.concatenate((history, request.prompt)).astype(np.int32)
+    cluster.submit(request)
+    cluster.drain()
+    check(cluster, request)
+    return cluster.num_cached[key], np.concatenate((request.prompt, cluster.tokens[key]))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("specs", TURNS)
+def test_a_conversation_goes_on_where_the_answer_ended(specs, overlap):
+    cluster = SimCluster(make_config(**SIZES), specs=specs, overlap=overlap)
+    history = np.zeros(0, np.int32)
+    for key in range(4):
+        known = len(history)
+        cached, history = follow(cluster, key, history, 10)
+        # The last token of an answer was not computed.
+        assert cached == (max(known - 1, 0) // BLOCK * BLOCK if key else 0)
+        # Of each turn the end of its prompt lasts, and the end of its answer.
+        assert num_snapshots(cluster) <= 2 * (key + 1)
+
+
+@pytest.mark.parametrize("specs", TURNS)
+def test_a_shared_beginning_gets_a_snapshot_where_the_second_request_leaves_it(specs):
+    cluster = SimCluster(make_config(**SIZES), specs=specs)
+    found = [serve(cluster, key, 40, shared=22) for key in range(4)]
+    assert found == [0, 0, 20, 20]
+
+
+@pytest.mark.parametrize("specs", TURNS)
+def test_an_answer_has_one_snapshot_at_a_time(specs):
+    cluster = SimCluster(make_config(**SIZES), specs=specs)
+    request = make_request(0, 10, max_tokens=40, ignore_eos=True)
+    cluster.submit(request)
+    most = 0
+    while not cluster.scheduler.idle:
+        cluster.step()
+        most = max(most, num_snapshots(cluster))
+    check(cluster, request)
+    assert most == 2  # of the prompt, and of the answer so far
+    _, used = cluster.scheduler.stats()["blocks_used"].popitem()
+    assert used == [0]

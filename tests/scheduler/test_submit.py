@@ -83,6 +83,7 @@ def test_config_names_the_wrong_field(field, value):
         ({"kind": "full", "chunk_size": 4}, "chunk_size must be None, got 4"),
         ({"kind": "state"}, "of the chunk size, together 4, got None"),
         ({"kind": "state", "snapshot_every": 6}, "of the chunk size, together 4, got 6"),
+        ({"kind": "state", "snapshot_every": 8, "chunk_size": 0}, "chunk_size must be an integer >= 1 or None, got 0"),
     ],
 )
 def test_a_cache_whose_fields_do_not_fit_is_refused(fields, message):

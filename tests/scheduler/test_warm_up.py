@@ -22,7 +22,7 @@ for key in range(6):
 running = next(key for key in cluster.tokens if cluster.tokens[key] and key not in cluster.finish)
 parent = make_request(running, 2 + 5 * running % 17, shared=6)
 child = make_request(100, 5, max_tokens=13)
-child.prompt = child.tokens = parent.prompt
+child.prompt = parent.prompt
 cluster.fork(running, child)
 cluster.break_at(running, len(parent.prompt) + len(cluster.tokens[running]))
 cluster.drain()
