@@ -295,6 +295,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import heads as gpu_heads
     from expertwire.kernels.gpu import index as gpu_index
     from expertwire.kernels.gpu import index_rope_and_cache as gpu_index_keys
+    from expertwire.kernels.gpu import layer_norm as gpu_layer_norm
     from expertwire.kernels.gpu import linear as gpu_linear
     from expertwire.kernels.gpu import mamba2 as gpu_mamba2
     from expertwire.kernels.gpu import mla as gpu_mla
@@ -305,6 +306,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import rms_norm as gpu_rms_norm
     from expertwire.kernels.gpu import routing as gpu_routing
     from expertwire.kernels.gpu import sampling as gpu_sampling
+    from expertwire.kernels.gpu import selective_scan as gpu_selective_scan
     from expertwire.kernels.gpu import sigmoid_mul as gpu_sigmoid_mul
 
     scale_rows = fast and gpu.arch // 10 == 10  # tensor cores of Blackwell's data centre GPUs take scales
@@ -322,8 +324,8 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         experts=partial(gpu_experts.prepare, device=gpu, scale_rows=scale_rows),
         rms_norm=gpu_rms_norm.rms_norm,
         add_rms_norm=gpu_rms_norm.add_rms_norm,
-        layer_norm=layer_norm.reference,
-        add_layer_norm=layer_norm.add_reference,
+        layer_norm=gpu_layer_norm.layer_norm,
+        add_layer_norm=gpu_layer_norm.add_layer_norm,
         rope_and_cache=rope_and_cache.rope_and_cache,
         attend=attend,
         attend_expanded=attend,
@@ -333,7 +335,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         choose_positions=partial(gpu_index.choose_positions, device=gpu),
         causal_conv1d=gpu_causal_conv1d.causal_conv1d,
         mamba2=gpu_mamba2.mamba2,
-        selective_scan=selective_scan.reference,
+        selective_scan=gpu_selective_scan.selective_scan,
         gated_rms_norm=gpu_gated_rms_norm.gated_rms_norm,
         gated_delta_rule=partial(gpu_gated_delta_rule.gated_delta_rule, fast=fast),
         route=gpu_routing.route,

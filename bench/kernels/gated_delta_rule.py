@@ -40,7 +40,7 @@ def gated_delta_check(rng: TensorRng, num_tokens: int) -> Findings:
         outputs, done = [], 0
         for num in steps:
             seqs = attention.describe([num], [done + num], table)
-            states = StateMetadata(seqs=seqs, snapshot_every=_EVERY, chunk_blocks_S=table[0, :1])
+            states = StateMetadata(seqs=seqs, interval=_EVERY, chunk_blocks_S=table[0, :1])
             qkv_TD, a_TH, b_TH = (x[done : done + num] for x in inputs)
             outputs.append(op(qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, states))
             done += num

@@ -66,7 +66,7 @@ class _Layer:
         for start, end in pairwise([0, *accumulate(sizes)]):
             seqs = attention.describe([end - start], [end], table)
             states = StateMetadata(
-                seqs=seqs, snapshot_every=_EVERY, chunk_blocks_S=torch.ones(1, dtype=torch.int32, device=x.device)
+                seqs=seqs, interval=_EVERY, chunk_blocks_S=torch.ones(1, dtype=torch.int32, device=x.device)
             )
             convolved.append(ops[0](x[start:end], self.weight_DK, self.bias_D, tail, states))
             y.append(ops[1](convolved[-1], self.dt_TH[start:end], weights, cache, states))

@@ -48,6 +48,7 @@ SUITE_NAMES = (
     "sampling",
     "latent",
     "layer-ops",
+    "recurrent",
     "experts-more",
 )
 CHECKS = ("check-experts", "check-attention", "check-layer-ops", "bits")  # can run on a CPU

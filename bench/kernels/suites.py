@@ -24,6 +24,8 @@ from expertwire.bench.kernels import (
     gated_delta_rule,
     layer_ops,
     mamba2,
+    recurrent,
+    selective_scan,
 )
 from expertwire.bench.kernels import checks as kernels_checks
 from expertwire.bench.kernels.measure import Bits, Check, Item, TensorRng, last_line, measure_ceilings, run_item
@@ -44,7 +46,8 @@ SECONDS: Mapping[str, tuple[float, float]] = {
     "sampling": (12, 5),
     "latent": (15, 5),
     "layer-ops": (40, 8),
-    "experts-more": (120, 5),
+    "recurrent": (25, 8),
+    "experts-more": (105, 5),
 }
 
 
@@ -58,8 +61,8 @@ def items(name: str, quick: bool, tiny: bool) -> list[Item]:
         case "check-attention":
             return kernels_checks.attention_items(quick, tiny)
         case "check-layer-ops":
-            mixers = mamba2.check_items(quick, tiny) + gated_delta_rule.check_items(quick, tiny)
-            return checks_layer_ops.items(quick, tiny) + mixers + checks_caches.items(quick, tiny)
+            rooms = checks_layer_ops.items, mamba2.check_items, gated_delta_rule.check_items, selective_scan.check_items
+            return [item for room in (*rooms, checks_caches.items) for item in room(quick, tiny)]
         case "bits":
             return bits.items(quick, tiny) + mamba2.bits_items()
         case "attention":
@@ -70,6 +73,8 @@ def items(name: str, quick: bool, tiny: bool) -> list[Item]:
             return layer_ops.routing_items(quick)
         case "sampling":
             return layer_ops.sampling_items(quick)
+        case "recurrent":
+            return recurrent.items(quick)
     assert name == "layer-ops", name
     return layer_ops.other_items(quick)
 

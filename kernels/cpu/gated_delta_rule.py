@@ -37,6 +37,15 @@ from expertwire.kernels.ops.recurrent import StateMetadata
 _SOLVED = 16  # tokens, of those whose u are not computed by products of several rows
 
 
+def why_reference(key_size: int, value_size: int) -> str | None:
+    """Return why heads of these sizes are computed by the reference, or None if they are computed here."""
+    if key_size % LANES == 0 and value_size % PANEL == 0:
+        return None
+    return (
+        f"keys of {key_size} and values of {value_size}: vectors need multiples of {LANES} and {PANEL}, so this is slow"
+    )
+
+
 def gated_delta_rule(
     qkv_TD: Tensor,
     a_TH: Tensor,
@@ -48,7 +57,7 @@ def gated_delta_rule(
 ) -> Tensor:
     """As `kernels.ops.gated_delta_rule.reference`, which runs if vectors of sixteen do not divide the heads."""
     key_size, value_size = cache.state_BHdv.shape[2:]
-    if key_size % LANES or value_size % PANEL:
+    if why_reference(key_size, value_size):
         return op.reference(qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, states)
     assert all(tensor.is_contiguous() for tensor in (qkv_TD, *cache)), [tensor.stride() for tensor in (qkv_TD, *cache)]
     assert states.chunk_blocks_S is not None, "no blocks of the chunk cache"

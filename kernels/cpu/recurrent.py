@@ -10,21 +10,23 @@ import numpy as np
 from expertwire.kernels.cpu._llvm import copy_row, jit
 from expertwire.kernels.ops.recurrent import StateMetadata
 
-Steps = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # cu_seqlens_q, seq_lens, block table, snapshot_every
+Steps = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # cu_seqlens_q, seq_lens, block table, interval
 
 
 def steps(states: StateMetadata) -> Steps:
     """Return what compiled loops need of a step's description."""
     seqs = states.seqs
-    return seqs.cu_seqlens_q.numpy(), seqs.seq_lens.numpy(), seqs.block_table.numpy(), states.snapshot_every
+    return seqs.cu_seqlens_q.numpy(), seqs.seq_lens.numpy(), seqs.block_table.numpy(), states.interval
 
 
 @jit
 def next_piece(table, start, length, every):
     """Return end, source and target of the `recurrent.Piece` from position `start` on, of a sequence of `length` tokens."""
-    end = min(length, (start // every + 1) * every)
+    end = (start // every + 1) * every
+    while end < length and table[end // every] == table[start // every]:
+        end += every
     source = np.int64(table[(start - 1) // every]) if start > 0 else np.int64(-1)
-    return end, source, np.int64(table[start // every])
+    return min(end, length), source, np.int64(table[start // every])
 
 
 @jit

@@ -120,7 +120,7 @@ def conv_tails_kernel(
     TAPS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Grid (channels, prefills): write the last inputs of every piece of a prefill."""
+    """Grid (channels, prefills): write the last inputs of a prefill in each of its blocks."""
     wait_for_previous_kernel()
     sequence = tl.load(num_decodes) + tl.program_id(1)
     if sequence >= num_sequences:
@@ -139,15 +139,18 @@ def conv_tails_kernel(
     for step in range(last - first + 1):
         interval = last - step
         target = tl.load(table + interval).to(tl.int64)
-        end = tl.minimum(length, (interval + 1) * every)
-        for k in tl.static_range(TAPS - 1):
-            past = end - start - (TAPS - 1) + k
-            at = (row + past).to(tl.int64) * stride_x
-            value = tl.load(x + at + channel, mask=exists & (past >= 0), other=0.0)
-            at = (past + TAPS - 1) * WIDTH
-            old = tl.load(before + at + channel, mask=exists & (past < 0) & (start > 0), other=0.0)
-            tl.debug_barrier()  # later taps read what this one does not replace: numbers move to the front
-            tl.store(tail + (target * (TAPS - 1) + k) * WIDTH + channel, tl.where(past >= 0, value, old), mask=exists)
+        # Where the next interval has the same block, that holds its tail.
+        if (interval == last) | (tl.load(table + tl.minimum(interval + 1, last)) != target):
+            end = tl.minimum(length, (interval + 1) * every)
+            for k in tl.static_range(TAPS - 1):
+                past = end - start - (TAPS - 1) + k
+                at = (row + past).to(tl.int64) * stride_x
+                value = tl.load(x + at + channel, mask=exists & (past >= 0), other=0.0)
+                at = (past + TAPS - 1) * WIDTH
+                old = tl.load(before + at + channel, mask=exists & (past < 0) & (start > 0), other=0.0)
+                tl.debug_barrier()  # later taps read what this one does not replace: numbers move to the front
+                here = tail + (target * (TAPS - 1) + k) * WIDTH + channel
+                tl.store(here, tl.where(past >= 0, value, old), mask=exists)
 
 
 def causal_conv1d(
@@ -169,13 +172,13 @@ def causal_conv1d(
         rows, columns = (1, DECODE_COLUMNS) if is_decode else (ROWS, COLUMNS)
         each, tiles = span.blocks(rows)
         causal_conv1d_kernel[triton.cdiv(width, columns), tiles](
-            x_TD, weight_DK, bias_D, tail_BkD, y_TD, *described, *span.bounds, states.snapshot_every, x_TD.stride(0),
+            x_TD, weight_DK, bias_D, tail_BkD, y_TD, *described, *span.bounds, states.interval, x_TD.stride(0),
             *weight_DK.stride(), seqs.block_table.stride(0), WIDTH=width, TAPS=taps, ROWS=rows, COLUMNS=columns,
             BLOCKS_EACH=each, num_warps=4, **PDL,
         )  # fmt: skip
     if seqs.max_prefill_tokens:
         conv_tails_kernel[triton.cdiv(width, DECODE_COLUMNS), seqs.max_prefills](
-            x_TD, tail_BkD, *described, seqs.num_sequences, states.snapshot_every, x_TD.stride(0),
+            x_TD, tail_BkD, *described, seqs.num_sequences, states.interval, x_TD.stride(0),
             seqs.block_table.stride(0), WIDTH=width, TAPS=taps, COLUMNS=DECODE_COLUMNS, num_warps=4, **PDL,
         )  # fmt: skip
     return y_TD

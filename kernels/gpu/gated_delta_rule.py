@@ -180,7 +180,7 @@ def gated_delta_rule_kernel(
                 tl.store(decays + place * H, g, mask=is_new)
                 if head % (H // G) == 0:
                     tl.store(keys + key_at, k, mask=is_new[:, None])
-        # Within an interval, a state is stored where it moves on; a new interval's block also has it as it was.
+        # Within a block, a state is stored where it moves on; a new block also has it as it was.
         if (end == CHUNK) | ((begin % every == 0) & (first == 0)):
             target = _state_at(state_cache, state_table, begin // every, head, H, DIM, SIZE, COLUMNS)
             tl.store(target, state)
@@ -355,7 +355,7 @@ def gated_delta_rule(
     out_TD, seqs = qkv_TD.new_empty(len(qkv_TD), num_heads * size), states.seqs
     tables = seqs.block_table, chunk_blocks_S
     tensors = qkv_TD, a_TH, b_TH, A_H, dt_bias_H, out_TD, *cache, seqs.num_decodes
-    sizes = qkv_TD.stride(0), a_TH.stride(0), b_TH.stride(0), states.snapshot_every, seqs.block_table.stride(0)
+    sizes = qkv_TD.stride(0), a_TH.stride(0), b_TH.stride(0), states.interval, seqs.block_table.stride(0)
     constants, num_sequences = constexprs(cache, qkv_TD.dtype), seqs.num_sequences
     if fast and seqs.max_decodes:
         grid = seqs.max_decodes, num_heads, size // columns

@@ -281,7 +281,9 @@ def mamba2_prefill_kernel(
             held = -1
         end = tl.minimum(begin + CHUNK, length)
         target = tl.load(table + begin // every)
-        if ((end == length) | (end % every == 0)) & (held != target):
+        # The state goes on in its block: it is stored where the step or the block ends.
+        follower = tl.load(table + tl.minimum(end, length - 1) // every)
+        if ((end == length) | (follower != target)) & (held != target):
             tl.store(state + target.to(tl.int64) * STATE + state_Nd, h_Nd, mask=is_state)
             held = target
 
@@ -370,7 +372,7 @@ def mamba2(xBC_TD: Tensor, dt_TH: Tensor, weights: Mamba2Weights, cache: Mamba2C
     shapes, keep = constexprs(*shape), keep_constexprs(*shape)
     programs, limits = heads * triton.cdiv(dim, shapes["COLUMNS"]), (weights.dt_min, weights.dt_max)
     tensors = xBC_TD, dt_TH, weights.A_H, weights.D_H, weights.dt_bias_H, *cache, y_TD, seqs.num_decodes
-    numbers = *limits, states.snapshot_every, dt_TH.stride(0), seqs.block_table.stride(0)
+    numbers = *limits, states.interval, dt_TH.stride(0), seqs.block_table.stride(0)
     if seqs.max_decodes:
         mamba2_decode_kernel[programs, seqs.max_decodes](
             *tensors, seqs.seq_lens, seqs.block_table, blocks_S, *numbers, **shapes, num_warps=DECODE_WARPS, **OPTIONS, **PDL

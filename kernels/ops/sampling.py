@@ -228,8 +228,12 @@ def token_logprobs(logits_OV: Tensor, token_O: Tensor, num_top: int) -> tuple[Te
     """Return log-probability fp32 [O] and rank i64 [O] (1: most probable) of the given tokens, of raw logits; then the
     `num_top` most probable tokens' ids i64 and log-probabilities fp32 [O, num_top], descending.
     """
-    logprobs_OV = torch.log_softmax(logits_OV, dim=-1)
-    chosen_O1 = logprobs_OV.gather(1, token_O.unsqueeze(1))
-    rank_O = (logprobs_OV > chosen_O1).sum(dim=-1) + 1
-    top_logprobs, top_ids = logprobs_OV.topk(num_top, dim=-1)
-    return chosen_O1.squeeze(1), rank_O, top_ids, top_logprobs
+    return token_scores(torch.log_softmax(logits_OV, dim=-1), token_O, num_top)
+
+
+def token_scores(scores_OV: Tensor, token_O: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same of any scores, fp32 [O, V]."""
+    chosen_O1 = scores_OV.gather(1, token_O.unsqueeze(1))
+    rank_O = (scores_OV > chosen_O1).sum(dim=-1) + 1
+    top_scores, top_ids = scores_OV.topk(num_top, dim=-1)
+    return chosen_O1.squeeze(1), rank_O, top_ids, top_scores

@@ -9,6 +9,7 @@ import torch
 
 from expertwire.kernels.ops import attention
 from expertwire.kernels.ops.recurrent import StateMetadata
+from expertwire.kernels.ops.variants import CHUNK
 
 Part = tuple[int, int, int]  # of a step: sequence, first position, end
 
@@ -17,7 +18,8 @@ Part = tuple[int, int, int]  # of a step: sequence, first position, end
 class Blocks:
     """Tables [S, W] of sequences whose blocks lie scattered, behind a null block.
 
-    `every` positions have a block of the state cache; a sequence has one of the chunk cache.
+    `every` positions have a block of the state cache, which entries of the steps' tables repeat; a sequence has one of the chunk
+    cache.
     """
 
     every: int
@@ -47,13 +49,14 @@ class Blocks:
         queries, ends = [end - start for _, start, end in parts], [end for _, _, end in parts]
         padding = [0] * (unused or 0)
         table, chunks = self.state_table[rows], self.chunk_blocks[rows]
-        states = torch.cat((table, table.new_zeros(len(padding), table.shape[1])))
+        repeats = self.every // CHUNK if self.every % CHUNK == 0 else 2
+        states = torch.cat((table, table.new_zeros(len(padding), table.shape[1]))).repeat_interleave(repeats, 1)
         seqs = attention.describe(queries + padding, ends + padding, states)
         if unused is not None:
             most = seqs.num_sequences
             seqs = replace(seqs, max_decodes=most, max_prefills=most, max_prefill_tokens=sum(queries) + most)
         blocks_S = torch.cat((chunks, chunks.new_zeros(len(padding))))
-        return StateMetadata(seqs=seqs, snapshot_every=self.every, chunk_blocks_S=blocks_S)
+        return StateMetadata(seqs=seqs, interval=self.every // repeats, chunk_blocks_S=blocks_S)
 
 
 def _table(lengths, positions, rng):

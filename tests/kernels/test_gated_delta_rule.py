@@ -146,7 +146,7 @@ def test_no_tokens(ops):
     scene = Scene([5], torch.float32)
     width = scene.inputs[0][0].shape[1]
     states = scene.states[:0]
-    metadata = StateMetadata(seqs=attention.describe([], [], states), snapshot_every=128, chunk_blocks_S=states[:, 0])
+    metadata = StateMetadata(seqs=attention.describe([], [], states), interval=128, chunk_blocks_S=states[:, 0])
     nothing = torch.empty(0, 4)
     out = ops.gated_delta_rule(torch.empty(0, width), nothing, nothing, scene.A, scene.dt_bias, scene.cache, metadata)
     assert out.shape == (0, 4 * 32)

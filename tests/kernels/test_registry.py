@@ -21,8 +21,7 @@ def test_the_choice_can_be_read(ops, folder):
 
 def test_a_gpu_runs_triton():
     lines = registry.triton(H200).explain().splitlines()[1:]
-    missing = {line.partition(":")[0] for line in lines if ": expertwire.kernels.gpu." not in line}
-    assert missing == {"layer_norm", "add_layer_norm", "selective_scan"}  # these have references only
+    assert [line for line in lines if ": expertwire.kernels.gpu." not in line] == []
 
 
 def test_fp32_on_blackwell_is_refused_with_what_is_allowed():

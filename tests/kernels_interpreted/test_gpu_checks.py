@@ -6,13 +6,13 @@ import pytest
 import torch
 from helpers import fake_flashinfer
 
-from expertwire.bench.kernels import checks_caches, flashinfer, gated_delta_rule, mamba2
+from expertwire.bench.kernels import checks_caches, flashinfer, gated_delta_rule, mamba2, selective_scan
 from expertwire.bench.kernels.attention import Heads
 from expertwire.bench.kernels.measure import TensorRng, run_item
 from expertwire.kernels.gpu.device import describe
 
-MIXERS = mamba2.check_items(True, True) + gated_delta_rule.check_items(True, True)
-ITEMS = {item.key: item for item in checks_caches.items(True, True) + MIXERS}
+ROOMS = checks_caches.items, mamba2.check_items, gated_delta_rule.check_items, selective_scan.check_items
+ITEMS = {item.key: item for items in ROOMS for item in items(True, True)}
 
 
 def draw_for(name):

@@ -12,6 +12,7 @@ from expertwire.bench.kernels.compile_cases import (
     mamba2,
     mla,
     sampling,
+    selective_scan,
     sparse_attention,
 )
 from expertwire.bench.kernels.compile_check import Case
@@ -26,6 +27,7 @@ _FAMILIES = (
     mamba2,
     mla,
     sampling,
+    selective_scan,
     sparse_attention,
 )
 

@@ -1,4 +1,4 @@
-"""Compile cases of the ops between GEMMs: RMS norm, rope and cache write, routing, permutation, combine."""
+"""Compile cases of the ops between GEMMs: norms, rope and cache write, routing, permutation, combine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 
 from expertwire.bench.kernels.compile_check import Case
-from expertwire.kernels.gpu import combine, permute, rms_norm, rope_and_cache, routing, sigmoid_mul
+from expertwire.kernels.gpu import combine, layer_norm, permute, rms_norm, rope_and_cache, routing, sigmoid_mul
 from expertwire.kernels.gpu.dependent_launch import PDL
 from expertwire.kernels.ops.attention import FP8
 from expertwire.kernels.ops.variants import Groups, Routing
@@ -33,6 +33,28 @@ def rms_norm_cases() -> list[Case]:
         )
         for form in ("norm", "add")
         for width in (2048, 2880, 7168)
+    ]
+
+
+def layer_norm_cases() -> list[Case]:
+    """Return the shapes of Phi-4-mini-flash."""
+    bf16, width = torch.bfloat16, 2560
+    return [
+        Case(
+            name=f"layer_norm.{form} D{width}",
+            kernel=layer_norm.layer_norm_kernel,
+            args={
+                **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "y_ptr"), bf16),
+                **dict.fromkeys(("delta_ptr", "sum_ptr"), bf16 if form == "add" else None),
+                "width": width,
+                "eps": 1e-5,
+            },
+            constexprs={"COLUMNS": triton.next_power_of_2(width)},
+            num_warps=layer_norm.warps_of(triton.next_power_of_2(width)),
+            options=PDL,
+            blocks_per_sm=2,
+        )
+        for form in ("norm", "add")
     ]
 
 
@@ -215,6 +237,7 @@ def combine_cases() -> list[Case]:
 def cases() -> list[Case]:
     return [
         *rms_norm_cases(),
+        *layer_norm_cases(),
         *sigmoid_mul_cases(),
         *rope_and_cache_cases(),
         *routing_cases(),
