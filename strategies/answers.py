@@ -1,0 +1,181 @@
+"""Answers, extracted from the text of outputs to vote on or to compare.
+
+Two answers are equal if their normal forms are (`normalized`). An output without an answer has no vote.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from expertwire.strategies.checks import require_integer, require_string
+from expertwire.strategies.patterns import Pattern, compile_pattern
+
+# A regular expression sees the last characters only, and gives up after these steps: about a second at worst.
+MAX_REGEX_CHARS = 4096
+MAX_REGEX_STEPS = 1_000_000
+MAX_ANSWER_CHARS = 4096
+MAX_BOXES = 64  # beginnings of boxes that are tried, from the last one on
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?")
+
+
+class AnswerExtractor(Protocol):
+    """Extracts the answer from an output's text. Implementations are frozen dataclasses of options."""
+
+    def __call__(self, text: str, /) -> str | None:
+        """Return the answer, or None if there is none. An empty answer is none."""
+        ...
+
+
+def normalized(answer: str | None) -> str | None:
+    """Return the normal form of an answer; None if nothing is left.
+
+    White space at both ends, dollar signs around and a full stop at the end are removed; white space inside becomes one space. A
+    plain decimal number loses its thousands separators, a plus sign, zeros in front and zeros behind the point: "$1,050.0$." is
+    "1050". An answer of more than 4096 characters is cut.
+    """
+    if answer is None:
+        return None
+    answer = " ".join(answer[:MAX_ANSWER_CHARS].split())
+    answer = answer.removesuffix(".").strip().strip("$").strip().removesuffix(".").strip()
+    if _NUMBER.fullmatch(answer):
+        whole, _, fraction = answer.lstrip("+-").replace(",", "").partition(".")
+        digits = whole.lstrip("0") or "0"
+        fraction = fraction.rstrip("0")
+        number = digits + ("." + fraction if fraction else "")
+        answer = "-" + number if answer.startswith("-") and number != "0" else number
+    return answer or None
+
+
+@dataclass(frozen=True)
+class WholeText:
+    """The answer is the whole text."""
+
+    def __call__(self, text: str, /) -> str | None:
+        """Return the text's normal form."""
+        return normalized(text)
+
+
+@dataclass(frozen=True)
+class BoxedAnswer:
+    """The answer is what is in the last `\\boxed{...}` whose braces are balanced; `\\{` and `\\}` are no braces."""
+
+    def __call__(self, text: str, /) -> str | None:
+        """Return the last box's content; None if there is no complete one."""
+        end = len(text)
+        for _ in range(MAX_BOXES):
+            start = text.rfind("\\boxed{", 0, end)
+            if start < 0:
+                break
+            content = _balanced(text, start + len("\\boxed{"))
+            if content is not None:
+                return normalized(content)
+            end = start
+        return None
+
+
+def _balanced(text: str, begin: int) -> str | None:
+    """Return the text from `begin` up to the brace that closes it, if there is one within the limit of an answer."""
+    depth, position = 1, begin
+    while position < min(len(text), begin + MAX_ANSWER_CHARS):
+        char = text[position]
+        if char == "\\":
+            position += 1  # and the next character
+        elif char in "{}":
+            depth += 1 if char == "{" else -1
+            if depth == 0:
+                return text[begin:position]
+        position += 1
+    return None
+
+
+@dataclass(frozen=True)
+class RegexAnswer:
+    """The answer is a group of the last match of a regular expression.
+
+    The syntax is that of `expertwire.strategies.patterns`, which is `re`'s without what takes exponential time. The last 4096
+    characters of the text are searched; a search of more than a million steps finds no answer.
+
+    Args:
+        pattern: the regular expression.
+        group: number of the group; 0 is the whole match. None: 1 if the pattern has groups, else 0.
+
+    Raises:
+        ValueError: names the field and what it allows.
+    """
+
+    pattern: str
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        require_string("answer.pattern", self.pattern)
+        try:
+            compiled = _compiled(self.pattern)
+        except ValueError as error:
+            raise ValueError(
+                f"answer.pattern must be a regular expression that can be searched safely: {error}"
+            ) from None
+        if self.group is not None:
+            require_integer("answer.group", self.group, minimum=0, maximum=compiled.num_groups)
+
+    def __call__(self, text: str, /) -> str | None:
+        """Return the group of the last match; None if nothing matches."""
+        compiled = _compiled(self.pattern)
+        group = min(1, compiled.num_groups) if self.group is None else self.group
+        try:
+            match = compiled.last_match(text[-MAX_REGEX_CHARS:], max_steps=MAX_REGEX_STEPS)
+        except TimeoutError:
+            return None
+        return None if match is None else normalized(match[group])
+
+
+@lru_cache(maxsize=64)
+def _compiled(pattern: str) -> Pattern:
+    return compile_pattern(pattern)
+
+
+@dataclass(frozen=True)
+class JsonPointerAnswer:
+    """The answer is what a JSON pointer (RFC 6901) leads to in the text, which must be one JSON value.
+
+    A string is the answer itself, a number or a Boolean its JSON, an object or array its JSON with sorted keys. `null` is no
+    answer.
+
+    Args:
+        pointer: for instance "/result/value"; "" is the whole value.
+
+    Raises:
+        ValueError: names the field and what it allows.
+    """
+
+    pointer: str
+
+    def __post_init__(self) -> None:
+        require_string("answer.pointer", self.pointer, empty=True)
+        if self.pointer and not self.pointer.startswith("/"):
+            raise ValueError(f"answer.pointer must be empty or begin with '/' (RFC 6901), got {self.pointer!r}")
+        if re.search(r"~(?![01])", self.pointer):
+            raise ValueError(f"answer.pointer must have '~' only as '~0' (a '~') or '~1' (a '/'), got {self.pointer!r}")
+
+    def __call__(self, text: str, /) -> str | None:
+        """Return the value that the pointer leads to; None if the text is no JSON or has no such value."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        for part in self.pointer.split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(value, dict) and key in value:
+                value = value[key]
+            elif isinstance(value, list) and re.fullmatch("0|[1-9][0-9]{0,8}", key) and int(key) < len(value):
+                value = value[int(key)]
+            else:
+                return None
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            return None
+        return normalized(value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False))

@@ -1,0 +1,143 @@
+"""Answers and the regular expressions that find them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertwire.strategies.answers import BoxedAnswer, JsonPointerAnswer, RegexAnswer, WholeText, normalized
+from expertwire.strategies.patterns import compile_pattern
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        (None, None), ("", None), (" \n", None), ("$$", None), (" 42. ", "42"), ("$1,050.0$.", "1050"), ("+007", "7"),
+        ("-0.0", "0"), ("-0.50", "-0.5"), ("1,05", "1,05"), ("3.", "3"), ("a  b\nc", "a b c"), ("Paris", "Paris"),
+        ("1e5", "1e5"), (".", None), ("x = 5", "x = 5"),
+    ],
+)  # fmt: skip
+def test_normal_forms(answer, normal):
+    assert normalized(answer) == normal
+
+
+@given(st.text(max_size=50))
+def test_normal_forms_are_their_own_normal_forms(text):
+    once = normalized(text)
+    assert normalized(once) == once
+    assert WholeText()(text) == once
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{42}", "42"),
+        (r"\boxed{1} and then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{7} and \boxed{8", "7"),  # the last complete one
+        (r"\boxed{\boxed{3}", "3"),
+        (r"\boxed{ }", None),
+        ("no box", None),
+        (r"\boxed 5", None),
+    ],
+)
+def test_boxed_answers(text, answer):
+    assert BoxedAnswer()(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("pointer", "text", "answer"),
+    [
+        ("/a", '{"a": 5}', "5"), ("/a", '{"a": "5.0"}', "5"), ("/a/1", '{"a": [1, true]}', "true"), ("", "[1, 2]", "[1, 2]"),
+        ("/a~1b/~0", '{"a/b": {"~": "x"}}', "x"), ("/a", '{"a": null}', None), ("/a", "{}", None), ("/0", "[]", None),
+        ("/01", "[1, 2]", None), ("/a", "not json", None), ("/a", "[" * 100_000, None), ("/a", '{"a": NaN}', None),
+        ("/a", '{"a": {"c": 1, "b": 2}}', '{"b": 2, "c": 1}'),
+    ],
+)  # fmt: skip
+def test_json_pointers(pointer, text, answer):
+    assert JsonPointerAnswer(pointer)(text) == answer
+
+
+@pytest.mark.parametrize("pointer", ["a", "/~2", "/a~"])
+def test_bad_json_pointers_are_refused(pointer):
+    with pytest.raises(ValueError, match=r"answer\.pointer"):
+        JsonPointerAnswer(pointer)
+
+
+def test_a_regular_expression_takes_its_last_match():
+    extract = RegexAnswer(r"answer(?: is|:) (-?\d+)")
+    assert extract("answer is 5, no, answer: -70") == "-70"
+    assert extract("nothing") is None
+    assert RegexAnswer(r"(\w+)=(\d+)", group=2)("a=1 b=2") == "2"
+    assert RegexAnswer(r"\d+")("1 22 333") == "333"
+    assert RegexAnswer(r"\d+", group=0)("1 22 333") == "333"
+    assert RegexAnswer(r"a|(b)")("a") is None  # the group takes no part in the match
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group", "message"),
+    [
+        ("", None, r"answer\.pattern"), ("(", None, "missing"), (")", None, "unbalanced"), ("*a", None, "nothing to repeat"),
+        ("a**", None, "multiple repeat"), (r"(a)\1", None, "escape"), ("(?=a)", None, "look-around"), ("a{9999}", None, "200"),
+        ("((((a{99}){99}){99}){99})", None, "too large"), ("(" * 60 + ")" * 60, None, "groups within"), ("[z-a]", None, "range"),
+        ("[a", None, "ends too early"), ("a", 1, r"answer\.group"), ("(a)", 2, r"answer\.group.* 0 to 1"),
+    ],
+)  # fmt: skip
+def test_bad_patterns_are_refused(pattern, group, message):
+    with pytest.raises(ValueError, match=message):
+        RegexAnswer(pattern, group)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(a+)+b", r"(a|a)*b", r"(a*)*b", r"(\w+\s?)*!", r"(.*)(.*)(.*)(.*)x", "(a?){100}a{100}b"]
+)
+def test_no_pattern_takes_exponential_time(pattern):
+    """Python's own `re` would not return from most of these."""
+    text = "a" * 200
+    compiled = compile_pattern(pattern)
+    assert compiled.last_match(text, max_steps=2 * (len(text) + 1) * len(compiled.code)) is None
+
+
+def test_a_search_that_takes_too_many_steps_finds_no_answer():
+    assert RegexAnswer("(a?){100}a{100}b?")("a" * 5000) is None
+
+
+PIECES = st.sampled_from(
+    ["a", "b", "ab", ".", r"\d", r"\w", r"\s", r"\D", "[ab1]", "[^a]", "[a-c]", r"\b", "^", "$", "1", " ", r"\."]
+)
+
+
+def combined(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    sequence = st.lists(inner, min_size=1, max_size=3).map("".join)
+    return st.one_of(
+        sequence,
+        sequence.map(lambda text: f"({text})"),
+        st.tuples(sequence, st.sampled_from(["*", "+", "?", "*?", "+?", "??", "{2}", "{1,}", "{0,2}"])).map(
+            lambda pair: f"(?:{pair[0]}){pair[1]}"
+        ),
+        st.tuples(sequence, sequence).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.recursive(PIECES, combined, max_leaves=6), st.text(alphabet="aab1c. \n", max_size=12))
+def test_matches_are_those_of_re(pattern, text):
+    """`re` repeats what is empty once more, so that only whole matches are compared, and only where it finds no empty one."""
+    expected = [match[0] for match in re.finditer(pattern, text)]
+    if "" in expected:
+        return
+    found = compile_pattern(pattern).last_match(text, max_steps=10**6)
+    assert (found[0] if found else None) == (expected[-1] if expected else None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="ab1= ,", max_size=30))
+def test_groups_are_those_of_re(text):
+    pattern = r"(a+)(?:=|, ?)(b*?)(\d)?(?:,|$)"
+    expected = list(re.finditer(pattern, text))
+    found = compile_pattern(pattern).last_match(text, max_steps=10**6)
+    assert (found and found[1:]) == (list(expected[-1].groups()) if expected else None)
