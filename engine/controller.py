@@ -16,7 +16,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -57,10 +58,12 @@ _IDLE_S = 1.0
 _SILENT_S = 1.5
 
 
-# Counters in `Stats`, besides the scheduler's gauges: steps with tokens, tokens computed and sampled, and times in µs: to plan a
-# step, to wait for the ranks' results of the step before, to commit them, and to send outputs to frontends. `forward_us` is the
-# forward pass of the slowest rank, which overlaps these.
-_TOTALS = ("steps", "tokens_computed", "tokens_sampled", "plan_us", "wait_us", "commit_us", "deliver_us", "forward_us")
+# Counters in `Stats`, besides the scheduler's gauges: steps with tokens; tokens computed, sampled, and of these dropped, because
+# their requests had ended or given way; and times in µs: to plan a step, to wait for the ranks' results of the step before, to
+# commit them, and to send outputs to frontends. `forward_us` is the forward pass of the slowest rank, which overlaps these.
+# `groups` has what frontends count (`engine.frontend.groups`).
+_COUNTS = ("steps", "tokens_computed", "tokens_sampled", "tokens_dropped")
+_TOTALS = (*_COUNTS, "plan_us", "wait_us", "commit_us", "deliver_us", "forward_us")
 
 
 @dataclass(kw_only=True)
@@ -73,6 +76,7 @@ class ControllerState:
     frontends: FrontendHub
     awaiting_stats: list[int] = field(default_factory=list)  # numbers of frontends
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
+    counts: Counter[str] = field(default_factory=Counter)  # of all frontends
     load: ExpertLoad | None = None  # None for a dense model
     rebalancing: Rebalancer | None = None
     stats_log: StatsLog | None = None
@@ -236,11 +240,18 @@ def _handle(state: ControllerState, number: int, message: messages.Message) -> N
         case messages.Credit():
             for sequence_id, tokens in zip(message.ids.tolist(), message.tokens.tolist(), strict=True):
                 state.scheduler.grant(_key(number, sequence_id), tokens)
+        case messages.Resume():
+            for sequence_id in message.ids.tolist():
+                if (outputs := state.scheduler.resume(_key(number, sequence_id))) is not None:
+                    state.totals["tokens_dropped"] -= len(outputs.key_O)  # they were only held back
+                    _deliver(state, outputs)
         case messages.Abort():
             for sequence_id in message.ids.tolist():
                 state.scheduler.abort(_key(number, sequence_id))
         case messages.AbortByName():
             state.frontends.broadcast(message)
+        case messages.Count():
+            state.counts.update(message.values)
         case messages.CacheFlush():
             state.frontends.send(number, messages.CacheFlush(freed_blocks=state.scheduler.flush_cache()))
         case messages.StatsRequest():
@@ -254,10 +265,12 @@ def _submit(state: ControllerState, number: int, message: messages.Submit) -> No
     params, options = SamplingParams.from_dict(message.params), RequestOptions(**message.options)
     assert params.seed is not None, f"sequences {message.sequence_ids} of frontend {number} have no seed"
     without_prompt = replace(params, prompt_logprobs=None)
-    for branch, key in enumerate(keys):
-        request = Request(
+    num_prompt = len(message.tokens) if message.num_prompt_tokens is None else message.num_prompt_tokens
+    group = [
+        Request(
             key=key,
-            prompt=message.tokens,
+            prompt=message.tokens[:num_prompt],
+            output=message.tokens[num_prompt:],
             params=without_prompt if branch else params,
             branch=branch,
             seed=params.seed,
@@ -266,9 +279,13 @@ def _submit(state: ControllerState, number: int, message: messages.Submit) -> No
             salt=options.cache_salt,
             deadline=None if options.deadline_s is None else now + options.deadline_s,
             credit=message.credit,
+            pause_ids=message.pause_token_ids,
         )
-        if (rejection := state.scheduler.submit(request, now)) is not None:
-            state.frontends.send(number, replace(rejection, key=rejection.key & _ID_MASK))
+        for branch, key in enumerate(keys, message.first_branch)
+    ]
+    parent = None if message.parent is None else _key(number, message.parent)
+    if (rejection := state.scheduler.submit_group(group, now, parent)) is not None:
+        state.frontends.send(number, replace(rejection, key=rejection.key & _ID_MASK))
 
 
 def step(
@@ -300,7 +317,7 @@ def step(
     clock.append(time.perf_counter())
     _deliver(state, outputs)
     clock.append(time.perf_counter())
-    _count(state, in_flight, results, clock)
+    _count(state, in_flight, results, len(outputs.key_O), clock)
     if state.stats_log is not None and in_flight.num_tokens_P.any():
         state.stats_log.step(state.totals, state.scheduler.stats)
     rows_LE = None
@@ -337,37 +354,20 @@ def _deliver(state: ControllerState, outputs: StepOutputs) -> None:
 
 def _outputs_for(number: int, outputs: StepOutputs, *, all_of_them: bool) -> StepOutputs:
     """Return a frontend's part of the outputs, by its own sequence ids."""
-    values = dict(vars(outputs))
     if not all_of_them:
-        sampled, prompts, routed, failed = (np.flatnonzero(values[name] >> _ID_BITS == number) for name in _KEYS)
-        tops = _take(values, sampled, "top_offsets_O1", ("top_ids", "top_logprobs"))
-        tops |= _take(values, prompts, "prompt_top_offsets_I1", ("prompt_top_ids", "prompt_top_logprobs"))
-        for name, value in vars(outputs).items():
-            if name.endswith("_O"):
-                values[name] = value[sampled]
-            elif name.endswith("_I"):
-                values[name] = value[prompts]
-            elif name.startswith("routed_"):
-                values[name] = value[routed]
-            elif name.startswith("failed_"):
-                values[name] = value[failed]
-        values |= tops
-    return StepOutputs(**values | {name: values[name] & _ID_MASK for name in _KEYS})
+        outputs = outputs.select(*(np.flatnonzero(getattr(outputs, name) >> _ID_BITS == number) for name in _KEYS))
+    return replace(outputs, **{name: getattr(outputs, name) & _ID_MASK for name in _KEYS})
 
 
-def _take(values: dict[str, Any], rows: np.ndarray, offsets: str, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return some rows of ragged arrays, with their offsets."""
-    starts, counts = values[offsets][:-1][rows], np.diff(values[offsets])[rows]
-    new_offsets = np.concatenate(([0], np.cumsum(counts)))
-    index = np.arange(new_offsets[-1]) + np.repeat(starts - new_offsets[:-1], counts)
-    return {offsets: new_offsets.astype(np.int32), **{name: values[name][index] for name in names}}
-
-
-def _count(state: ControllerState, plan: StepPlan, results: list[StepResult], clock: list[float]) -> None:
+def _count(
+    state: ControllerState, plan: StepPlan, results: list[StepResult], num_outputs: int, clock: list[float]
+) -> None:
     totals = state.totals
     totals["steps"] += bool(plan.num_tokens_P.any())
     totals["tokens_computed"] += int(plan.num_tokens_P.sum())
-    totals["tokens_sampled"] += sum(len(result.token_O) for result in results)
+    num_sampled = sum(len(result.token_O) for result in results)
+    totals["tokens_sampled"] += num_sampled
+    totals["tokens_dropped"] += num_sampled - num_outputs
     totals["forward_us"] += max(result.forward_us for result in results)
     for name, start, end in zip(("plan_us", "wait_us", "commit_us", "deliver_us"), clock, clock[1:], strict=False):
         totals[name] += int((end - start) * 1e6)
@@ -376,7 +376,7 @@ def _count(state: ControllerState, plan: StepPlan, results: list[StepResult], cl
 def _answer_stats(state: ControllerState) -> None:
     """Send the scheduler's gauges, the totals and `ExpertLoad.summary` to the frontends that asked."""
     load = {"expert_load": [[]] * state.info.num_layers} if state.load is None else state.load.summary()
-    values = {**state.scheduler.stats(), **state.totals, **load}
+    values = {**state.scheduler.stats(), **state.totals, **load, "groups": dict(state.counts)}
     if state.rebalancing is not None:
         values["rebalancing"] = {"epoch": state.scheduler.epoch, **state.rebalancing.stats()}
     for number in state.awaiting_stats:

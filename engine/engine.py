@@ -17,6 +17,7 @@ from expertwire.comm.control.channel import SocketChannel
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.config.generation_config import default_sampling_params
+from expertwire.engine.config.thinking import ThinkingIds
 from expertwire.engine.config.validation import validate
 from expertwire.engine.frontend.api import EngineFailed
 from expertwire.engine.frontend_hub import send_connection
@@ -35,6 +36,7 @@ class Engine:
         config: the engine's options.
         launcher: starts the ranks.
         end_of_turn_ids: tokens that end an output besides the checkpoint's end-of-sequence ids.
+        thinking: the tokens of its reasoning; None if requests cannot control that.
         log_stats: whether the controller writes a line of statistics to standard error every 10 s.
 
     Attributes:
@@ -46,7 +48,13 @@ class Engine:
     """
 
     def __init__(
-        self, config: EngineConfig, launcher: Launcher, end_of_turn_ids: Sequence[int] = (), *, log_stats: bool = False
+        self,
+        config: EngineConfig,
+        launcher: Launcher,
+        end_of_turn_ids: Sequence[int] = (),
+        thinking: ThinkingIds | None = None,
+        *,
+        log_stats: bool = False,
     ) -> None:
         model = read_model_config(config.model, config.dtype, config.kv_cache_dtype, config.snapshot_every)
         eos_token_ids = dict.fromkeys((*model.eos_token_ids, *end_of_turn_ids))
@@ -62,6 +70,7 @@ class Engine:
             default_sampling_params=default_sampling_params(config.model, config.generation_config),
             hub_address=launcher.hub_address(),
             token=token,
+            thinking=thinking if thinking is not None and thinking.fits(model.vocab_size) else None,
             log_stats=log_stats,
         )
         self._to_controller, theirs = socket.socketpair()

@@ -1,13 +1,23 @@
 """Messages between frontends and the controller, and their encoding as named arrays (see `comm.control.channel`).
 
-A frontend opens a channel, sends `Hello` and receives `Welcome`. Then it sends `Submit`, `Credit`, `Abort`, `AbortByName`,
-`StatsRequest` and `CacheFlush` in any order, and receives `StepOutputs`, `Rejection`, `Stats`, `CacheFlush`, `AbortByName`,
-`Beat` if it asked for it, and at most one `Failure`, the last.
+A frontend opens a channel, sends `Hello` and receives `Welcome`. Then it sends `Submit`, `Credit`, `Resume`, `Abort`,
+`AbortByName`, `Count`, `StatsRequest` and `CacheFlush` in any order, and receives `StepOutputs`, `Rejection`, `Stats`,
+`CacheFlush`, `AbortByName`, `Beat` if it asked for it, and at most one `Failure`, the last.
 The frontend chooses the sequence ids, unique on its channel; a request with `n` branches has `n` of them.
+
+**Branches.** The sequences of one `Submit` are a group: their common tokens are computed once, and either all are accepted or one
+`Rejection` names the first. More branches of the same request are another `Submit` with the same `params` and the next
+`first_branch`: from the prompt, or, a *fork*, from the prompt and output tokens that the frontend knows or wants
+(`num_prompt_tokens`). Draws are a function of (seed, branch, position) alone, so a branch does not depend on when it starts.
+
+**Pauses.** A sequence that samples one of its `pause_token_ids` is paused: that token has PAUSED for a finish reason in
+`StepOutputs`, and no token follows until `Resume`. A token that had been sampled by then comes when it is resumed; it may be the
+last one, or have PAUSED in its turn. A token that ends the sequence has its own finish reason. `Credit` and `Abort` work as ever.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,15 +49,31 @@ class Welcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """A request, with a sequence id for each of its branches. `params` has a seed, which the frontend chose if need be."""
+    """A group of branches of a request.
 
-    sequence_ids: np.ndarray  # i64, by branch
-    params: dict[str, Any]  # `SamplingParams.to_dict`; prompt log-probabilities come with branch 0 only
-    options: dict[str, Any]  # `RequestOptions.to_dict`; a deadline counts from the arrival of this message
-    tokens: np.ndarray  # i32, the prompt
-    credit: int | None = (
-        None  # output tokens that each sequence may sample before the frontend sends `Credit`; None: no limit
-    )
+    Args:
+        sequence_ids: i64, of the branches `first_branch` and on.
+        params: `SamplingParams.to_dict`, with a seed, which the frontend chose if need be. `max_tokens` and `min_tokens` count
+            the output tokens in `tokens`, too. Prompt log-probabilities come with branch 0 only.
+        options: `RequestOptions.to_dict`; a deadline counts from the arrival of this message.
+        tokens: i32, the prompt and what the output begins with.
+        credit: output tokens that each sequence may sample before the frontend sends `Credit`; None: no limit.
+        num_prompt_tokens: how many of `tokens` are the prompt; None: all.
+        first_branch: index of the first sequence among the branches of its request.
+        parent: id of a sequence with which these share the cache blocks of their common tokens if it still has them; else they
+            find them in the prefix cache or compute them again. Any id is allowed, also of a sequence that has ended.
+        pause_token_ids: i32, ascending: ids after which a sequence is paused, at most 65,536.
+    """
+
+    sequence_ids: np.ndarray
+    params: dict[str, Any]
+    options: dict[str, Any]
+    tokens: np.ndarray
+    credit: int | None = None
+    num_prompt_tokens: int | None = None
+    first_branch: int = 0
+    parent: int | None = None
+    pause_token_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +85,24 @@ class Credit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Let these paused sequences go on. Ids that are unknown, finished or not paused are ignored."""
+
+    ids: np.ndarray  # i64
+
+
+@dataclass(frozen=True, kw_only=True)
 class Abort:
     """Free these sequences: the client has gone, or a stop string was found. Unknown and finished ids are ignored."""
 
     ids: np.ndarray  # i64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """Counts of the frontend since its last message, by name. `Stats` has the sums over all frontends since the start."""
+
+    values: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +152,10 @@ Message = (
     | Welcome
     | Submit
     | Credit
+    | Resume
     | Abort
     | AbortByName
+    | Count
     | StatsRequest
     | CacheFlush
     | StepOutputs

@@ -14,6 +14,7 @@ import numpy as np
 
 from expertwire.comm.control.channel import ControlHub
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
+from expertwire.engine.config.thinking import ThinkingIds
 from expertwire.engine.kv_cache.cache_sizes import CacheSizes, cache_sizes
 from expertwire.engine.models.model_config import ModelConfig
 from expertwire.scheduler.config import SchedulerConfig
@@ -29,6 +30,7 @@ class ControllerArgs:
     hub_address: str
     token: str
     default_sampling_params: dict[str, Any] = field(default_factory=dict)
+    thinking: ThinkingIds | None = None
     log_stats: bool = False
 
 
@@ -66,7 +68,10 @@ def start_ranks(
     cache_bytes = min(int(answer["cache_bytes"][0]) for answer in hub.collect(timeout_s))
     specs = args.model.cache_specs()
     sizes = cache_sizes(args.config.on(device), specs, args.max_model_len, cache_bytes)
-    hub.publish({"num_blocks": np.array(sizes.num_blocks), "max_model_len": np.array([sizes.max_model_len])})
+    thinking = {} if args.thinking is None else args.thinking.to_arrays()
+    eos_token_ids = np.array(args.model.eos_token_ids, np.int64)
+    numbers = {"num_blocks": np.array(sizes.num_blocks), "max_model_len": np.array([sizes.max_model_len])}
+    hub.publish({**numbers, "eos_token_ids": eos_token_ids, **thinking})
     hub.collect(timeout_s)
     domains, failure_domains = np.stack([answer["place"] for answer in loaded], axis=1).tolist() or ((), ())
     info = _model_info(args, sizes, device, bytes(loaded[0]["all_to_all"]).decode())
@@ -100,6 +105,7 @@ def _model_info(args: ControllerArgs, sizes: CacheSizes, device: str, all_to_all
         max_queued_requests_per_tenant=config.max_queued_requests_per_tenant or config.max_queued_requests,
         seed=config.seed,
         default_sampling_params=args.default_sampling_params,
+        num_labels=model.num_labels,
     )
 
 

@@ -7,7 +7,8 @@ Messages before the first plan; each is sent to every rank, and every rank answe
                  rank's node}                                  and reason, "place": NVLink and failure domain}
     controller: {"max_model_len": at most}              rank: {"cache_bytes": most bytes of its KV caches}
     controller: {"num_blocks": of each KV cache group,  rank: {}
-                 "max_model_len"}
+                 "max_model_len", "eos_token_ids", and
+                 `ThinkingIds.to_arrays`, if there are any}
 
 A rank that fails answers with the error (`ControlLink.fail`) and waits for the connection to close.
 
@@ -35,6 +36,7 @@ from expertwire.comm.control.channel import ChannelClosed, ControlLink
 from expertwire.comm.topology import backend_times, topology
 from expertwire.comm.topology import probe as topology_probe
 from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.config.thinking import ThinkingIds
 from expertwire.engine.config.validation import describe_gpu_dispatch
 from expertwire.engine.kv_cache import memory, memory_plan
 from expertwire.engine.kv_cache.caches import NamedCache
@@ -52,6 +54,7 @@ from expertwire.engine.runner import cuda_graphs
 from expertwire.engine.runner.cuda_graphs import Capture
 from expertwire.engine.runner.exchange import Exchange, exchange_of
 from expertwire.engine.runner.model_runner import ModelRunner
+from expertwire.engine.runner.thinking import Thinking
 from expertwire.kernels import registry as kernels
 from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.mover import ExpertMover
@@ -159,9 +162,23 @@ def _start(
     sizes = _receive(link)
     num_blocks, max_model_len = sizes["num_blocks"].tolist(), int(sizes["max_model_len"][0])
     caches = model.allocate(num_blocks=num_blocks, block_size=config.block_size, max_model_len=max_model_len)
-    runner = _warm_runner(config, model, caches, max_model_len, num_ranks, group)
+    thinking = _thinking(config, model, sizes)
+    runner = _warm_runner(config, model, caches, max_model_len, num_ranks, group, thinking)
     link.send({})
     return runner
+
+
+def _thinking(config: EngineConfig, model: Decoder, sizes: dict[str, np.ndarray]) -> Thinking | None:
+    """Return the control of reasoning of this model; None if its tokens are not known."""
+    if (ids := ThinkingIds.from_arrays(sizes)) is None:
+        return None
+    return Thinking(
+        ids,
+        sizes["eos_token_ids"].tolist(),
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=model.config.vocab_size,
+        device=model.context.device,
+    )
 
 
 def _group_timeout_s(config: EngineConfig, device: str) -> float:
@@ -208,6 +225,7 @@ def _model_runner(
     *,
     capture: Capture | None = None,
     mover: ExpertMover | None = None,
+    thinking: Thinking | None = None,
 ) -> ModelRunner:
     return ModelRunner(
         model=model,
@@ -219,6 +237,7 @@ def _model_runner(
         num_micro_batches=config.num_micro_batches,
         capture=capture,
         mover=mover,
+        thinking=thinking,
     )
 
 
@@ -229,6 +248,7 @@ def _warm_runner(
     max_model_len: int,
     num_ranks: int,
     group: groups.Group,
+    thinking: Thinking | None,
 ) -> ModelRunner:
     """Return the warmed-up runner. Graphs are captured now, so that running out of memory is found before anyone is served."""
     mover = None
@@ -236,9 +256,10 @@ def _warm_runner(
         assert model.context.placement is not None, "a dense model's experts cannot move"
         layers = {i: layer.moe for i, layer in enumerate(model.layers) if layer.moe is not None}
         mover = ExpertMover(layers, model.context.placement, group)
-    capturable = model.context.ops.capturable and model.config.capturable
-    capture = cuda_graphs.cuda(group.barrier) if capturable else None
-    runner = _model_runner(config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover)
+    capture = cuda_graphs.cuda(group.barrier) if model.context.ops.capturable else None
+    runner = _model_runner(
+        config, model, caches, max_model_len, num_ranks, capture=capture, mover=mover, thinking=thinking
+    )
     runner.warm_up(config.micro_batch_tokens, config.max_num_seqs)
     runner.settle()
     return runner

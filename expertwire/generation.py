@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +17,9 @@ from expertwire.engine.frontend.api import EngineFailed, LogprobDict, RequestErr
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.logprobs import to_dict
 from expertwire.scheduler.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from expertwire.group_generation import GroupOutput
 
 _POLL_S = 0.2  # longest wait for an interrupt to take effect
 
@@ -61,6 +64,7 @@ class RequestOutput:
         outputs: the `n` outputs.
         finished: whether all outputs have ended.
         num_cached_tokens: number of prompt tokens that the first output found in the prefix cache.
+        group: how the strategy came to the outputs; None without one. Outputs are then those selected, best first.
     """
 
     request_id: str
@@ -70,6 +74,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    group: GroupOutput | None = None
 
 
 class Job:
@@ -154,7 +159,7 @@ class Run:
                 continue
             if update.error is not None:
                 del self._open[update.request_id]
-                self._raise(job, update.error)
+                raise_error(self._frontend, job.index, update.error)
             self._capacity += job.num_waiting
             job.add(update)
             self._capacity -= job.num_waiting
@@ -171,11 +176,13 @@ class Run:
             self._frontend.abort(request_id)
         self._open.clear()
 
-    def _raise(self, job: Job, error: RequestError) -> NoReturn:
-        if self._frontend.failure is not None:
-            raise EngineFailed(str(self._frontend.failure), self._frontend.failure.rank)
-        kind = ValueError if error.code == "INVALID_ARGUMENT" else RuntimeError
-        raise kind(f"prompt {job.index}: {error.message} ({error.code})")
+
+def raise_error(frontend: Frontend, prompt: int, error: RequestError) -> NoReturn:
+    """Raise the exception of a prompt that has ended with an error."""
+    if frontend.failure is not None:
+        raise EngineFailed(str(frontend.failure), frontend.failure.rank)
+    kind = ValueError if error.code == "INVALID_ARGUMENT" else RuntimeError
+    raise kind(f"prompt {prompt}: {error.message} ({error.code})")
 
 
 class Progress:

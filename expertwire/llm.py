@@ -15,10 +15,13 @@ from expertwire.deploy.options import ENGINE_FIELDS
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.frontend.api import EngineFailed, RequestOptions
 from expertwire.engine.frontend.chat import Chat
-from expertwire.engine.frontend.prompts import Prompt
+from expertwire.engine.frontend.groups import Groups, check_params
+from expertwire.engine.frontend.prompts import Prompt, score_params
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, Run, delayed_interrupt
+from expertwire.group_generation import GroupJob, GroupsRun
 from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.strategies.base import Strategy
 
 __all__ = ["LLM", "CompletionOutput", "EngineFailed", "RequestOutput", "SamplingParams"]
 
@@ -73,6 +76,7 @@ class LLM:
         prompts: Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        strategy: Strategy | Sequence[Strategy] | None = None,
         use_tqdm: bool = True,
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str] | None = None,
@@ -86,6 +90,8 @@ class LLM:
             prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these; a
                 dictionary may have its own "cache_salt".
             sampling_params: for all prompts, or a list with one for each; None takes `get_default_sampling_params`.
+            strategy: of test-time compute, for all prompts or one for each, for instance `BestOfN(8, verifier=f)` of
+                `expertwire.strategies`. It starts, prunes and selects branches; `n` must be 1. None: independent outputs.
             use_tqdm: show a progress bar.
             priority: for all prompts, or one for each; lower is served earlier with the scheduling policy "priority". None: 0.
             tenant: name for fair sharing and limits, for all prompts or one for each. None: "".
@@ -93,18 +99,20 @@ class LLM:
 
         Raises:
             ValueError: a prompt or its parameters are invalid; all are checked before any is generated.
+            RuntimeError: a strategy or its verifier has failed.
             EngineFailed: the engine has failed; the message names the rank.
         """
         items = _as_list(prompts)
         plain = [_plain_prompt(prompt) for prompt in items]
         options = _options_of(items, priority=priority, tenant=tenant, cache_salt=cache_salt)
-        return self._run(self._jobs(plain, sampling_params, options), use_tqdm)
+        return self._run(self._jobs(plain, sampling_params, options), use_tqdm, strategy)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        strategy: Strategy | Sequence[Strategy] | None = None,
         use_tqdm: bool = True,
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str] | None = None,
@@ -121,7 +129,7 @@ class LLM:
 
         Args:
             messages: dictionaries with "role" and "content", or a list of such lists.
-            sampling_params: as in `generate`.
+            sampling_params: as in `generate`; so is `strategy`.
             use_tqdm: show a progress bar.
             priority: as in `generate`; so are `tenant` and `cache_salt`.
             add_generation_prompt: end the prompt with the start of the assistant's answer.
@@ -157,7 +165,30 @@ class LLM:
         # The template writes the special tokens.
         prompts = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         each = _options_of(conversations, priority=priority, tenant=tenant, cache_salt=cache_salt)
-        return self._run(self._jobs(prompts, sampling_params, each), use_tqdm)
+        return self._run(self._jobs(prompts, sampling_params, each), use_tqdm, strategy)
+
+    def reward(
+        self, prompts: Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]], *, use_tqdm: bool = True
+    ) -> list[np.ndarray]:
+        """Return the scores of each prompt, f32 [labels], of a reward model or classifier.
+
+        They are what the model's head gives for the last token: a reward, or logits of labels, as transformers'
+        `*ForSequenceClassification` returns them. What earlier calls have computed of a prompt is found in the prefix cache.
+
+        Args:
+            prompts: as in `generate`.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            ValueError: a prompt is invalid, or the model generates text.
+            EngineFailed: the engine has failed; the message names the rank.
+        """
+        info, items = self.model_info, _as_list(prompts)
+        if not info.num_labels:
+            raise ValueError(f"{info.architecture} generates text and has no labels: use generate")
+        plain = [_plain_prompt(prompt) for prompt in items]
+        found = self._run(self._jobs(plain, score_params(info), _options_of(items)), use_tqdm, None)
+        return [_scores(output, info.num_labels) for output in found]
 
     def stats(self) -> dict[str, Any]:
         """Return the engine's counters and gauges.
@@ -192,20 +223,42 @@ class LLM:
             jobs.append(Job(index, text, tokens, param, option))
         return jobs
 
-    def _run(self, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, jobs: list[Job], use_tqdm: bool, strategy: Strategy | Sequence[Strategy] | None
+    ) -> list[RequestOutput]:
         limit = self._config.max_queued_requests_per_tenant
-        run = Run(
-            self._frontend, jobs, min(self._config.max_queued_requests, limit or self._config.max_queued_requests)
-        )
-        with Progress(len(jobs), use_tqdm) as progress, delayed_interrupt() as check_interrupt:
-            try:
-                while run.unfinished:
-                    run.submit()
-                    progress.show(*run.poll())
-                    check_interrupt()
-            finally:
-                run.abort()
-        return [job.output() for job in jobs]
+        capacity = min(self._config.max_queued_requests, limit or self._config.max_queued_requests)
+        if strategy is None:
+            _run_all(Run(self._frontend, jobs, capacity), use_tqdm)
+            return [job.output() for job in jobs]
+        strategies = _one_each("strategy", strategy, len(jobs))
+        for job in jobs:
+            check_params(job.params)
+        group_jobs = [
+            GroupJob(job.index, job.text, job.tokens, job.params, job.options, each)
+            for job, each in zip(jobs, strategies, strict=True)
+        ]
+        with contextlib.closing(Groups(self._frontend)) as groups:
+            _run_all(GroupsRun(groups, group_jobs, capacity), use_tqdm)
+        return [job.output() for job in group_jobs]
+
+
+def _run_all(run: Run | GroupsRun, use_tqdm: bool) -> None:
+    """Run all prompts; an interrupt or an error aborts those that are open."""
+    with Progress(run.unfinished, use_tqdm) as progress, delayed_interrupt() as check_interrupt:
+        try:
+            while run.unfinished:
+                run.submit()
+                progress.show(*run.poll())
+                check_interrupt()
+        finally:
+            run.abort()
+
+
+def _scores(output: RequestOutput, num_labels: int) -> np.ndarray:
+    positions = output.outputs[0].logprobs
+    assert positions is not None, "scores were not asked for"
+    return np.array([positions[0][label].logprob for label in range(num_labels)], np.float32)
 
 
 def _check_names(options: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ class EngineConfig:
         kv_cache_dtype: type of cached keys, values and latents: "auto" (that of activations) or "fp8" (e4m3, half the
             bytes of bfloat16, with the checkpoint's scales or 1.0).
         snapshot_every: tokens between two snapshots of a request's recurrent state, for models that have one (Mamba-2, gated
-            delta net): a cached prefix ends at a multiple of it.
+            delta net). Others are kept where a prompt or an output ends, and where a request leaves a cached prefix.
         snapshot_share: fraction of the memory for caches that such snapshots may take, beside the states of running requests.
         kv_cache_memory_bytes: size of the KV cache of one rank in bytes; None takes what `max_num_seqs` requests of
             `max_model_len` tokens need, at most what is free: on a GPU what `gpu_memory_utilization` leaves, on a CPU
@@ -303,6 +303,7 @@ class ModelInfo:
     seed: int
     # Of requests that leave them unset; fields that are not here have the defaults of `SamplingParams`.
     default_sampling_params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    num_labels: int = 0  # of a model that scores texts; 0: it generates
 
     def sampling_params(self, **fields: Any) -> SamplingParams:
         """Return sampling parameters with the model's defaults where `fields` does not set them.

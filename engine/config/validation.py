@@ -10,15 +10,13 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache.cache_sizes import cache_sizes
 from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.loader.quantization import expert_format
-from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig
-from expertwire.engine.models.model_config import (
-    ITEM_SIZES,
+from expertwire.engine.models.mixer_configs import (
     AttentionConfig,
+    DifferentialAttentionConfig,
     LatentAttentionConfig,
     Mixer,
-    ModelConfig,
-    MoeConfig,
 )
+from expertwire.engine.models.model_config import ITEM_SIZES, ModelConfig, MoeConfig
 from expertwire.moe.eplb.placement import place
 
 _FP8_GROUP = 128  # numbers that share a scale

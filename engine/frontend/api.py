@@ -87,6 +87,7 @@ class Update(NamedTuple):
         stop_reason: the stop string or the id among `stop_token_ids` that ended the branch.
         seed: seed of the request; sampling depends on (seed, branch, position) alone.
         num_cached_tokens: number of prompt tokens that branch 0 found in the prefix cache; 0 before its first token.
+        paused: whether the branch is paused after its last token.
         error: error of the whole request, which is its last update.
         done: whether this is the request's last update.
     """
@@ -102,6 +103,7 @@ class Update(NamedTuple):
     stop_reason: str | int | None = None
     seed: int = 0
     num_cached_tokens: int = 0
+    paused: bool = False
     error: RequestError | None = None
     done: bool = False
 

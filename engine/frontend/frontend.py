@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,12 @@ from expertwire.engine.messages import (
     AbortByName,
     Beat,
     CacheFlush,
+    Count,
     Credit,
     Failure,
     Hello,
     Message,
+    Resume,
     Stats,
     StatsRequest,
     Submit,
@@ -48,6 +50,7 @@ from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _DEFAULT_OPTIONS = RequestOptions()
+_NO_IDS = np.zeros(0, np.int32)
 # Most tokens and log-probabilities of a branch that wait to be taken, and the fewest tokens.
 WINDOW, _MIN_WINDOW = 4096, 16
 # Without a message from the controller for so long, an engine that sends beats is not healthy.
@@ -71,6 +74,7 @@ class Frontend:
         model_info: the model and its limits.
         on_abort_by_name: called with a tenant and request ids for `abort_by_name` of any frontend.
         has_more: whether the last `receive` stopped at `max_rows`; then `fileno()` does not show what is left.
+        counts: what is to be added to the engine's statistics, such as `tokens_late`: tokens that came for what had been aborted.
 
     Raises:
         EngineFailed: the controller does not answer, or the engine has failed.
@@ -92,6 +96,7 @@ class Frontend:
         self._sequences: dict[int, Branch] = {}
         self._news: list[OpenRequest] = []
         self.has_more = False
+        self.counts: Counter[str] = Counter()
         self._partial: tuple[StepOutputs, int] | None = None  # outputs of which only these first rows have been handled
         self._columns = TokenColumns(None if tokenizer is None else tokenizer.reasoning_ids)
         self._stats_callbacks: deque[Callable[[dict[str, Any] | None], None]] = deque()
@@ -143,6 +148,10 @@ class Frontend:
         allowance: int | None = None,
         columns: tuple[ColumnReader, int] | None = None,
         opens_reasoning: bool = False,
+        first_branch: int = 0,
+        num_prompt_tokens: int | None = None,
+        parent: int | None = None,
+        pause_token_ids: np.ndarray = _NO_IDS,
     ) -> int:
         """Request outputs for the tokens that `encode` returned for these parameters.
 
@@ -156,6 +165,9 @@ class Frontend:
             columns: gets the tokens, for `take_columns`, under this key of its own; updates then have ends and errors only. Not
                 for requests with text or log-probabilities.
             opens_reasoning: whether the prompt ends with the start of reasoning, for columns.
+            first_branch: index of the first branch, for a request that has more branches than these.
+            num_prompt_tokens: how many of `tokens` are the prompt; the output begins with the others. None: all.
+            parent, pause_token_ids: as for `messages.Submit`.
 
         Returns:
             The id of the request; `poll` returns its updates, or `receive` and `take` do.
@@ -164,13 +176,14 @@ class Frontend:
             EngineFailed: the engine has failed.
         """
         self._check_alive()
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        seed = self.new_seed() if params.seed is None else params.seed
         request = OpenRequest(self._next_request_id, tokens, params, seed)
         self._next_request_id += 1
         self._requests[request.id] = request
         window = max(_MIN_WINDOW, min(window, WINDOW // (1 + (params.logprobs or 0))))
         window = window if allowance is None else min(window, allowance)
-        most = params.most_output_tokens(len(tokens), self.model_info.max_model_len)
+        num_prompt = len(tokens) if num_prompt_tokens is None else num_prompt_tokens
+        most = params.most_output_tokens(num_prompt, self.model_info.max_model_len)
         credit = window if most > window else None
         allowance = None if allowance is None else allowance - window
         if columns is None:
@@ -189,8 +202,10 @@ class Frontend:
             if detokenize and self.tokenizer is not None:
                 stream = self.tokenizer.stream(params.skip_special_tokens)
             load = np.zeros(shape, np.int64) if params.expert_load else None
-            branch = Branch(request, sequence_id, index, stream, load, credit)
+            branch = Branch(request, sequence_id, first_branch + index, stream, load, credit)
             branch.allowance = allowance
+            if text := branch.begin_with(tokens[num_prompt:].tolist()):
+                branch.texts.append(text)
             request.running[sequence_id] = self._sequences[sequence_id] = branch
         self._send(
             Submit(
@@ -199,10 +214,18 @@ class Frontend:
                 options=options.to_dict(),
                 tokens=tokens,
                 credit=credit,
+                num_prompt_tokens=num_prompt_tokens,
+                first_branch=first_branch,
+                parent=parent,
+                pause_token_ids=pause_token_ids,
             )
         )
         self._check_alive()
         return request.id
+
+    def new_seed(self) -> int:
+        """Return a seed for a request without one."""
+        return self._seeds.getrandbits(63)
 
     def grant(self, request_id: int, tokens: int) -> None:
         """Let each branch of a request, submitted with an `allowance`, sample more tokens; finished ones are ignored."""
@@ -218,20 +241,35 @@ class Frontend:
         if self._credits:
             self._send_credits()
 
-    def abort(self, request_id: int) -> bool:
-        """End a request; return whether it ran: unknown and finished ones are ignored.
+    def abort(self, request_id: int, branches: Container[int] | None = None) -> bool:
+        """End a request, or these branches of it; return whether it ran: unknown and finished ones are ignored.
 
         The next `poll` returns at once, with an update of finish reason "abort" for each unfinished branch. `fileno()` does
         not become readable, so callers that wait for it must call `poll` or `receive` themselves.
         """
         request = self._requests.get(request_id)
-        branches = [] if request is None else list(request.running.values())
-        for branch in branches:
+        running = [] if request is None else list(request.running.values())
+        running = [branch for branch in running if branches is None or branch.index in branches]
+        for branch in running:
             branch.texts.append(branch.flush())
             self._end(branch, "abort")
-        if branches:
-            self._abort_sequences([branch.sequence_id for branch in branches])
-        return bool(branches)
+        if running:
+            self._abort_sequences([branch.sequence_id for branch in running])
+        return bool(running)
+
+    def resume(self, request_id: int, branches: Container[int]) -> None:
+        """Let paused branches of a request go on; others are ignored."""
+        request = self._requests.get(request_id)
+        running = [] if request is None else list(request.running.values())
+        paused = [branch for branch in running if branch.is_paused and branch.index in branches]
+        for branch in paused:
+            branch.is_paused = False
+        if paused:
+            self._send(Resume(ids=np.array([branch.sequence_id for branch in paused], np.int64)))
+
+    def find(self, request_id: int) -> OpenRequest | None:
+        """Return a request that runs, or None."""
+        return self._requests.get(request_id)
 
     def poll(self, timeout_s: float) -> list[Update]:
         """Return the updates that have arrived; wait up to `timeout_s` seconds for a first message if there are none.
@@ -334,6 +372,7 @@ class Frontend:
     def request_stats(self, callback: Callable[[dict[str, Any] | None], None]) -> None:
         """Ask for the engine's counters and gauges. `poll` or `receive` call `callback` with them, or with None if it fails."""
         self._stats_callbacks.append(callback)
+        self._send_counts()
         self._send(StatsRequest())
 
     def request_cache_flush(self, callback: Callable[[dict[str, int] | None], None]) -> None:
@@ -422,6 +461,7 @@ class Frontend:
             self.on_abort_by_name(message.tenant, message.request_ids)
         elif isinstance(message, Beat):
             self._problem = message.problem
+            self._send_counts()
         elif isinstance(message, Failure):
             self._fail(message.rank, message.message)
         else:
@@ -460,8 +500,11 @@ class Frontend:
         for row, sequence_id, token, finish in rows:
             branch = self._sequences.get(sequence_id)
             if branch is None:
+                self.counts["tokens_late"] += 1
                 continue
             branch.token_ids.append(token)
+            branch.is_paused = finish == FinishReason.PAUSED
+            finish = 0 if branch.is_paused else finish
             if text := branch.push(token, finish):
                 branch.texts.append(text)
             if branch.logprobs is not None:
@@ -475,7 +518,7 @@ class Frontend:
                     stopped.append(sequence_id)
             elif finish:
                 self._finish(branch, finish, token)
-            elif len(branch.token_ids) == 1:
+            elif len(branch.token_ids) == 1 or branch.is_paused:
                 self._announce(branch)
         if stopped:
             self._abort_sequences(stopped)
@@ -546,6 +589,11 @@ class Frontend:
             num_tokens, num_reasoning = self._columns.remove(branch.sequence_id)
             branch.request.num_column_tokens += num_tokens
             branch.request.num_column_reasoning += num_reasoning
+
+    def _send_counts(self) -> None:
+        if self.counts:
+            self._send(Count(values=dict(self.counts)))
+            self.counts.clear()
 
     def _send_credited(self, credited: Credited) -> None:
         if len(credited.tokens):

@@ -47,6 +47,11 @@ class PositionLogprobs(Mapping[int, Logprob]):
         ids.insert(0, token)
         return zip(ids, [logprob, *values], [rank, *ranks], map(self._text_of, ids), strict=True)
 
+    @property
+    def sampled(self) -> float:
+        """Log-probability of the sampled (or the prompt's) token."""
+        return self._own[1]
+
     def to_dict(self) -> dict[int, Logprob]:
         """Return the entries by token id."""
         return {token: Logprob(logprob, rank, text) for token, logprob, rank, text in self.rows()}
@@ -115,6 +120,11 @@ def add_prompt_logprobs(message: StepOutputs, sequences: Mapping[int, Branch], t
 def to_dict(position: Position) -> dict[int, Logprob]:
     """Return a position's log-probabilities as a dictionary."""
     return position.to_dict() if isinstance(position, PositionLogprobs) else dict(position)
+
+
+def sampled_logprob(position: Position) -> float:
+    """Return the log-probability of a position's sampled token."""
+    return position.sampled if isinstance(position, PositionLogprobs) else next(iter(position.values())).logprob
 
 
 def rows_of(position: Position) -> Iterable[tuple[int, float, int, str | None]]:

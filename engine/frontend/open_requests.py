@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from expertwire.engine.frontend.api import Position, RequestError, Update
@@ -60,14 +62,16 @@ class Branch:
         window: tokens that may be sampled and not taken; None if all that it can sample fit.
         allowance: tokens that the reader allows beyond those credited; None: any number.
         num_uncredited: tokens taken that no `Credit` has replaced.
+        is_paused: whether its last token is one after which it is paused.
         token_ids, texts, logprobs, prompt_logprobs: output that nobody has taken.
         finish_reason, stop_reason: set when the branch has ended.
         expert_load: i64 [layers, experts]; None if not requested.
     """
 
     __slots__ = (
-        "allowance", "expert_load", "finish_reason", "has_begun", "index", "logprobs", "num_tokens", "num_uncredited",
-        "prompt_logprobs", "request", "sequence_id", "stop", "stop_reason", "stream", "texts", "token_ids", "window",
+        "allowance", "expert_load", "finish_reason", "has_begun", "index", "is_paused", "logprobs", "num_tokens",
+        "num_uncredited", "prompt_logprobs", "request", "sequence_id", "stop", "stop_reason", "stream", "texts",
+        "token_ids", "window",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +93,7 @@ class Branch:
         self.window = window
         self.allowance: int | None = None
         self.num_uncredited = 0
+        self.is_paused = False
         self.token_ids: list[int] = []
         self.texts: list[str] = []
         self.logprobs: list[Position] | None = None if request.params.logprobs is None else []
@@ -104,6 +109,14 @@ class Branch:
         if self.finish_reason is not None and self.expert_load is not None:
             size += self.expert_load.size // _COUNTS
         return size
+
+    def begin_with(self, token_ids: Sequence[int]) -> str:
+        """Take in the tokens that the output begins with, and return their text. Stop strings in it do not count."""
+        if self.stream is None:
+            return ""
+        text = "".join(map(self.stream.push, token_ids))
+        self.num_tokens = len(token_ids)
+        return text
 
     def push(self, token: int, finish: int) -> str:
         """Add a token; return the new text that is final. The last token (`finish` is set) releases the text held back."""
@@ -150,6 +163,7 @@ class Branch:
             self.stop_reason,
             self.request.seed,
             self.request.num_cached_tokens,
+            self.is_paused,
         )
         self.token_ids.clear()
         self.texts.clear()

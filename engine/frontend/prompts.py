@@ -20,7 +20,7 @@ def encode_prompt(prompt: Prompt, params: SamplingParams, info: ModelInfo, token
     Raises:
         ValueError: the engine cannot serve them; names the field and what is allowed.
     """
-    check_params(params, info, has_tokenizer=tokenizer is not None)
+    check_params(params, info, tokenizer)
     if isinstance(prompt, (str, Chat, ChatText)):
         check_has_tokenizer(prompt, tokenizer is not None)
         assert tokenizer is not None
@@ -48,17 +48,21 @@ def tokenize(prompt: str | Chat | ChatText, tokenizer: Tokenizer, max_chars: int
     return tokenizer.encode_chat(chat, max_chars)
 
 
-def check_params(params: SamplingParams, info: ModelInfo, *, has_tokenizer: bool) -> None:
+def check_params(params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer | None) -> None:
     """Check parameters against the model, before anybody looks at the prompt.
 
     Raises:
         ValueError: the engine cannot serve them; names the field and what is allowed.
     """
-    if params.stop and not has_tokenizer:
+    if info.num_labels and params != score_params(info):
+        raise ValueError(f"{info.architecture} scores texts and generates none: use LLM.reward")
+    if params.stop and tokenizer is None:
         raise ValueError("stop needs a tokenizer, and the model has none; use stop_token_ids")
     check_ids("stop_token_ids", params.stop_token_ids or (), info.vocab_size)
     check_ids("logit_bias", params.logit_bias or (), info.vocab_size)
     _check_bans(params, info)
+    if params.controls_thinking:
+        _check_thinking(params, info, tokenizer)
     for field in ("max_queued_requests", "max_queued_requests_per_tenant"):
         if params.n > (allowed := getattr(info, field)):
             raise ValueError(f"n must be at most {field} = {allowed}, got {params.n}")
@@ -69,6 +73,11 @@ def check_params(params: SamplingParams, info: ModelInfo, *, has_tokenizer: bool
             raise ValueError(
                 f"{field} must be at most the vocabulary's {info.vocab_size}, got {getattr(params, field)}"
             )
+
+
+def score_params(info: ModelInfo) -> SamplingParams:
+    """Return the only parameters with which a model that scores can be asked: the scores come as log-probabilities of labels."""
+    return SamplingParams(temperature=0.0, max_tokens=1, logprobs=info.num_labels, ignore_eos=True)
 
 
 def check_tokens(tokens: np.ndarray, params: SamplingParams, info: ModelInfo) -> None:
@@ -124,6 +133,26 @@ def _check_bans(params: SamplingParams, info: ModelInfo) -> None:
         raise ValueError(
             f"min_tokens must be 0 if stop_token_ids and the end-of-sequence ids are the whole vocabulary "
             f"({info.vocab_size} ids), as they are banned before it; got {params.min_tokens}"
+        )
+
+
+def _check_thinking(params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer | None) -> None:
+    """Refuse to control reasoning that the ranks could not tell."""
+    field = "min_thinking_tokens" if params.thinking_budget is None else "thinking_budget"
+    if tokenizer is None:
+        raise ValueError(f"{field} needs a tokenizer that knows how reasoning is delimited, and the model has none")
+    ids, output_format = tokenizer.thinking_ids, tokenizer.output_format
+    if ids is None or not ids.fits(info.vocab_size):
+        why = "has no reasoning"
+        if output_format.reasoning is not None:
+            why = f"ends reasoning with {output_format.reasoning[1]!r}, which is no single token of the model"
+        raise ValueError(
+            f"{field} must be unset for this model: its output format {output_format.name!r} {why}; use max_tokens"
+        )
+    if params.min_thinking_tokens and ids.wait is None:
+        raise ValueError(
+            f"min_thinking_tokens must be 0 for this model: no token of its vocabulary stands for 'Wait', got "
+            f"{params.min_thinking_tokens}"
         )
 
 

@@ -92,7 +92,7 @@ class TextWorkers:
         info = self._frontend.model_info
         if not self._has_workers or not isinstance(prompt, (str, ChatText)):
             return self._frontend.encode(prompt, params)
-        check_params(params, info, has_tokenizer=True)
+        check_params(params, info, self._frontend.tokenizer)
         if isinstance(prompt, str):
             if len(prompt) <= _INLINE_CHARS:
                 return self._frontend.encode(prompt, params)

@@ -15,6 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 NAME = "tiktoken.model"
+MAX_BYTES = 16 << 20  # of the file; Kimi's has 3 MB
+MAX_TOKEN_BYTES = 1024  # of a token, as finding its merge takes time quadratic in them
 _NUM_SPECIAL = 256  # ids that follow the ranks
 _LETTERS = r"[^\r\n\p{L}\p{N}]?"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -38,7 +40,7 @@ def read(file: Path, config: Mapping[str, Any]) -> Tokenizer:
     """Read a `tiktoken.model`; `config` is its `tokenizer_config.json`, which names the special tokens.
 
     Raises:
-        ValueError: the file is damaged, or the config is not Kimi's.
+        ValueError: the file is damaged or too large, or the config is not Kimi's.
     """
     if config.get("tokenizer_class") != "TikTokenTokenizer":
         raise ValueError(
@@ -72,6 +74,8 @@ def byte_alphabet() -> dict[int, str]:
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
+    if (size := file.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{file} must have at most {MAX_BYTES} bytes, got {size}")
     try:
         lines = [line.split() for line in file.read_bytes().splitlines() if line.strip()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -81,6 +85,8 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
         raise ValueError(
             f"{file} is damaged: its ranks must be 0, 1, 2 and so on, with every single byte among the tokens"
         )
+    if (longest := max(map(len, ranks))) > MAX_TOKEN_BYTES:
+        raise ValueError(f"{file}: a token must have at most {MAX_TOKEN_BYTES} bytes, got {longest}")
     return ranks
 
 

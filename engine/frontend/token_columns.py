@@ -28,7 +28,7 @@ _ROW = np.dtype(
         (
             "begun",
             np.int64,
-        ),  # tokens of the start of reasoning that have come; all of them: in reasoning; -1: not, or behind it
+        ),  # tokens of the start of reasoning that have come; all of them: within reasoning
         ("num_uncredited", np.int64),  # tokens taken that no `messages.Credit` has replaced
         ("threshold", np.int64),  # of uncredited tokens, from which on they are credited
         ("allowance", np.int64),  # tokens that the reader allows beyond those credited
@@ -207,10 +207,9 @@ class TokenColumns:
         begun, start = self._rows["begun"][place], self._reasoning_start
         is_open, is_end = begun == len(start), token_ids == self._reasoning_end
         self._rows["num_reasoning"][place] += is_open & ~is_end
-        begins = np.zeros(len(place), bool)
-        if len(start):
-            begins = (begun >= 0) & (token_ids == start[np.minimum(begun, len(start) - 1)])
-        self._rows["begun"][place] = np.where(is_open, np.where(is_end, -1, begun), np.where(begins, begun + 1, -1))
+        matches = token_ids == start[np.minimum(begun, len(start) - 1)]
+        begins = np.where(matches, begun + 1, token_ids == start[0])
+        self._rows["begun"][place] = np.where(is_open, np.where(is_end, 0, begun), begins)
 
     def _credit(self, place: np.ndarray) -> Credited:
         place = place[self._rows["num_uncredited"][place] >= self._rows["threshold"][place]]

@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 
 import tokenizers
 
-from expertwire.engine.frontend import text_bounds, tiktoken_files, tokenizer_files
+from expertwire.engine.config.thinking import ThinkingIds
+from expertwire.engine.frontend import sentences, text_bounds, tiktoken_files, tokenizer_files
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.chat_templates import ChatTemplates
 from expertwire.engine.frontend.output_formats import OutputFormat, output_format_of
@@ -118,7 +119,22 @@ class Tokenizer:
         if self.output_format.reasoning is None:
             return None
         start, end = (self.encode(text, add_special_tokens=False) for text in self.output_format.reasoning)
-        return ReasoningIds(tuple(start), end[0]) if len(end) == 1 else None
+        return ReasoningIds(tuple(start), end[0]) if len(end) == 1 and start and start[0] not in start[1:] else None
+
+    @functools.cached_property
+    def thinking_ids(self) -> ThinkingIds | None:
+        """The tokens by which ranks control reasoning; None as `reasoning_ids`."""
+        if self.reasoning_ids is None:
+            return None
+        wait = self.encode("Wait", add_special_tokens=False)
+        texts = sentences.texts(self._backend.get_vocab(), self._tables[False].text)
+        return ThinkingIds(
+            start=self.reasoning_ids.start,
+            end=self.reasoning_ids.end,
+            wait=wait[0] if len(wait) == 1 and self._tables[False].text(wait[0]).strip() == "Wait" else None,
+            spaces=tuple(sorted(token for token, text in texts.items() if text.isspace())),
+            sentence_ends=tuple(sorted(token for token, text in texts.items() if sentences.ends_sentence(text))),
+        )
 
     @property
     def chat_variables(self) -> tuple[str, ...]:

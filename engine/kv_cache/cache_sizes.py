@@ -5,6 +5,7 @@ C KV cache groups.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,11 +97,28 @@ def _wanted(config: EngineConfig, specs: Sequence[CacheSpec], max_model_len: int
     size, num_seqs = config.block_size, config.max_num_seqs
     blocks, paged, recurrent = num_seqs * -(-max_model_len // size), 0, 0
     for spec, useful in zip(specs, useful_C, strict=True):
-        if spec.kind in ("state", "chunk"):
+        if spec.kind == "state":
+            state = spec.bytes_per_block(size)
+            held = num_seqs * (state + state // 8) + _states_of_step(config, spec) * state
+            recurrent += max(held, spec.most_blocks(size, max_model_len, config.step_tokens) * state)
+        elif spec.kind == "chunk":
             recurrent += num_seqs * spec.bytes_per_block(size)
         else:
             paged += min(blocks, useful) * spec.bytes_per_block(size)
-    return max(paged + 2 * recurrent, 4 * recurrent)  # of which recurrent states take half at most
+    if not recurrent:
+        return paged
+    # Beside the snapshots' share; recurrent states and they take half at most.
+    share = _snapshot_share(config)
+    return math.ceil(max((paged + recurrent) / (1 - share), recurrent / max(0.5 - share, 0.05)))
+
+
+def _snapshot_share(config: EngineConfig) -> float:
+    return config.snapshot_share if config.enable_prefix_caching else 0.0
+
+
+def _states_of_step(config: EngineConfig, spec: CacheSpec) -> int:
+    """Return the most states that the tokens of a step begin."""
+    return -(-config.step_tokens // config.snapshot_every) + 1 + spec.num_extra
 
 
 def _states(
@@ -114,8 +132,8 @@ def _states(
     if "state" not in bytes_of:
         return [0] * len(specs)
     state, chunk = bytes_of["state"], bytes_of.get("chunk", 0)
-    snapshots = int(config.snapshot_share * budget) // state if config.enable_prefix_caching else 0
-    of_step = -(-config.step_tokens // config.snapshot_every) + 1
+    snapshots = int(_snapshot_share(config) * budget) // state
+    of_step = next(_states_of_step(config, spec) for spec in specs if spec.kind == "state")
     left = budget // 2 - (snapshots + of_step) * state
     running = max(1, min(config.max_num_seqs, left // (state + state // 8 + chunk)))
     num_of = {"state": running + running // 8 + of_step + snapshots, "chunk": running}

@@ -27,6 +27,7 @@ class NamedCache:
     """
 
     spec: CacheSpec
+    tokens_per_block: int  # tokens of an entry of a block table, as `CacheSpec.tokens_per_block`
     layers: Mapping[int, tuple[Tensor, ...]]
 
 
@@ -47,7 +48,7 @@ def make(
         layer: tuple(torch.zeros((*lead, *shape), dtype=dtype, device=device) for shape, dtype in each)
         for layer, each in tensors.items()
     }
-    return NamedCache(spec=spec, layers=layers)
+    return NamedCache(spec=spec, tokens_per_block=spec.tokens_per_block(block_size), layers=layers)
 
 
 def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[[np.ndarray], Tensor]) -> None:

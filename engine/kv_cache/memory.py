@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from expertwire.engine.loader.parameters import ParameterLayout, ParamSpec, StackedMatrix, tensors_of
-from expertwire.engine.models.model_config import LatentAttentionConfig, ModelConfig
+from expertwire.engine.models.mixer_configs import LatentAttentionConfig
+from expertwire.engine.models.model_config import ModelConfig
 from expertwire.kernels.formats import BLOCK, GPU_LINEAR_FORMATS, GROUPS, ON_THE_FLY
 
 # A parameter's kind, by the first of these that its name within the layer begins with; anything else is attention.
@@ -99,7 +100,7 @@ def _each(
             kv_b = layout.quantized.get(param)
             shape = layout.specs[param].shape if kv_b is None else (kv_b.rows, kv_b.columns)
             yield param, 0, math.prod(shape) * dtype.itemsize
-    if config.tie_word_embeddings and not on_gpu:
+    if config.head == "lm" and config.tie_word_embeddings and not on_gpu:
         yield "lm_head", 0, spec_bytes(layout.specs["embed"], dtype)  # packed from a copy
 
 

@@ -15,8 +15,7 @@ import torch
 from expertwire.comm.all_to_all import fp8 as a2a_fp8
 from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.engine.config.engine_config import EngineConfig
-from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
-from expertwire.engine.models.model_config import AttentionConfig, LatentAttentionConfig, Mixer, MlpConfig, ModelConfig
+from expertwire.engine.models.model_config import MlpConfig, ModelConfig
 from expertwire.engine.runner.cuda_graphs import GraphSize, graph_sizes
 from expertwire.engine.runner.exchange import Exchange, absent_group, exchange_of
 from expertwire.moe.eplb.placement import place
@@ -166,7 +165,7 @@ def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_a
     """
     itemsize = getattr(torch, model.dtype).itemsize
     stream = 3 * num_tokens * model.hidden_size
-    mixer = max(num_tokens * _mixer_width(layer.mixer) for layer in model.layers)
+    mixer = num_tokens * max(layer.mixer.activation_size for layer in model.layers if layer.mixer is not None)
     mlp = 0
     for layer in model.layers:
         if layer.mlp is None:
@@ -180,23 +179,6 @@ def _activations(config: EngineConfig, model: ModelConfig, num_tokens: int, of_a
         routed = rows * (2 * layer.mlp.intermediate_size + model.dispatch_size)
         mlp = max(mlp, routed + 3 * num_tokens * layer.mlp.shared_intermediate_size)
     return itemsize * (stream + max(mixer, mlp))
-
-
-def _mixer_width(mixer: Mixer | None) -> int:
-    """Return how many numbers a token has at once: queries, keys and values, and the output of every head; of Mamba-2 the
-    projection, the convolution and the output."""
-    if mixer is None:
-        return 0
-    if isinstance(mixer, LatentAttentionConfig):
-        compressed = mixer.kv_lora_rank + mixer.rope.size
-        return mixer.num_heads * (2 * compressed + mixer.kv_lora_rank)
-    if isinstance(mixer, AttentionConfig):
-        return mixer.head_dim * 2 * (mixer.num_heads + mixer.num_kv_heads)
-    if isinstance(mixer, DifferentialAttentionConfig):  # twice as wide: queries, outputs, and these in fp32
-        return mixer.head_dim * 2 * (6 * mixer.num_heads + mixer.num_kv_heads)
-    if isinstance(mixer, MambaConfig | GatedMemoryConfig):
-        return 8 * mixer.inner_size
-    return 2 * (mixer.inner_size + mixer.conv_size) + mixer.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import LoadedParameters, ParameterLayout
-from expertwire.engine.models.model_config import AttentionConfig, TensorNames
+from expertwire.engine.models.mixer_configs import AttentionConfig
+from expertwire.engine.models.model_config import TensorNames
 from expertwire.kernels.ops.attention import AttentionOptions
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
 from expertwire.kernels.ops.variants import Rope
@@ -70,6 +71,7 @@ class GroupedQueryAttention:
 
 def bind(p: LoadedParameters, config: AttentionConfig, context: LayerContext) -> GroupedQueryAttention:
     """Return the layer of the parameters that `declare` declared."""
+    assert context.norm_bias is None, f"layer {context.layer}: LayerNorm behind {config}"
     ops, rope = context.ops, rope_of(config)
     weights = AttentionWeights(
         qkv=ops.linear(p.weight("qkv"), p.maybe("qkv_bias"), dtype=context.dtype),

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
-from expertwire.engine.models.model_config import GatedDeltaNetConfig, TensorNames
+from expertwire.engine.models.mixer_configs import GatedDeltaNetConfig
+from expertwire.engine.models.model_config import TensorNames
 from expertwire.kernels.ops import causal_conv1d
 from expertwire.kernels.ops.gated_delta_rule import DeltaCache
 from expertwire.kernels.ops.linear import Linear
@@ -71,7 +72,7 @@ class GatedDeltaNet:
         cache = DeltaCache(state_BHdv, *chunk)
         o_TD = context.ops.gated_delta_rule(qkv_TD, a_TH, b_TH, self.A_H, self.dt_bias_H, cache, states)
         y_TD = context.ops.gated_rms_norm(o_TD, z_TD, self.norm_D, c.norm_eps, c.value_dim, gate_first=False)
-        return context.ops.add_rms_norm(x_TD, self.out_proj(y_TD), context.norm, context.eps)
+        return context.add_norm(x_TD, self.out_proj(y_TD))
 
 
 def bind(p: LoadedParameters, config: GatedDeltaNetConfig, context: LayerContext) -> GatedDeltaNet:

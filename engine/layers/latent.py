@@ -16,7 +16,8 @@ from torch import Tensor
 from expertwire.engine.layers import kv_scales
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import LoadedParameters, ParameterLayout
-from expertwire.engine.models.model_config import IndexerConfig, LatentAttentionConfig, TensorNames
+from expertwire.engine.models.mixer_configs import IndexerConfig, LatentAttentionConfig
+from expertwire.engine.models.model_config import TensorNames
 from expertwire.kernels.formats import dequantize
 from expertwire.kernels.ops import attention, mla, rotary
 from expertwire.kernels.ops.attention import AttentionMetadata
@@ -140,7 +141,7 @@ class LatentQueryAttention:
             rotated_THr.copy_(rotated_THr * scales)
         chosen = self.index.choose(query_Tq, normed_TD, step) if self.index is not None else None
         attended_THv = self._attended(plain_THn, q_THl, cache, metadata, chosen)
-        return context.ops.add_rms_norm(x_TD, self.output(attended_THv.flatten(1)), context.norm, context.eps)
+        return context.add_norm(x_TD, self.output(attended_THv.flatten(1)))
 
     def _attended(
         self, plain_THn: Tensor, q_THl: Tensor, cache: Tensor, metadata: AttentionMetadata, chosen: Tensor | None

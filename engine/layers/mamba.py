@@ -1,11 +1,7 @@
-"""Mamba mixer of the first kind in a layer, and the norm behind it; and the gated memory unit, which reads its scan again.
+"""Mamba mixer of the first kind (Gu and Dao, 2023) in a layer, and the norm behind it.
 
     x | z = in_proj(normed);  x = conv1d(x);  dt | B | C = x_proj(x);  y = selective_scan(x, dt_proj(dt), B, C)
-    mixer: out_proj(silu(z) * y)                              gated memory unit: out_proj(silu(in_proj(normed)) * y)
-
-Gu and Dao, "Mamba" (2023), and Ren et al., "Decoder-Hybrid-Decoder Architecture for Efficient Reasoning with Long Generation"
-(2025). The memory y is that of the same token, of an earlier layer, before its gate: layers hand it on within a step, and no
-cache has it.
+    mixer = out_proj(silu(z) * y)
 
 T tokens, D width of rows: of the model, or inside the mixer, n numbers of the state for each channel, K taps of the
 convolution, k those before a token's own, B blocks.
@@ -20,7 +16,7 @@ from torch import Tensor
 
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
-from expertwire.engine.models.mixer_configs import GatedMemoryConfig, MambaConfig
+from expertwire.engine.models.mixer_configs import MambaConfig
 from expertwire.engine.models.model_config import TensorNames
 from expertwire.kernels.ops import causal_conv1d
 from expertwire.kernels.ops.linear import Linear
@@ -87,40 +83,5 @@ def bind(p: LoadedParameters, config: MambaConfig, context: LayerContext) -> Mam
         weights=ScanWeights(
             A_ND=-p.tensor("A_log").exp().t().contiguous(), skip_D=p.tensor("D"), dt_bias_D=p.tensor("dt_bias")
         ),
-        out_proj=linear(p.weight("out_proj"), dtype=dtype),
-    )
-
-
-def declare_unit(
-    layout: ParameterLayout, param: str, source: str, config: GatedMemoryConfig, names: TensorNames, width: int
-) -> None:
-    """Declare the parameters of a gated memory unit whose tensors begin with `source`."""
-    module, param = source + names.mamba, param + "mamba."
-    layout.matrix(param + "in_proj", (module + "in_proj", config.inner_size), columns=width)
-    layout.matrix(param + "out_proj", (module + "out_proj", width), columns=config.inner_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedMemoryUnit:
-    """The gated memory unit of one layer."""
-
-    config: GatedMemoryConfig
-    context: LayerContext
-    in_proj: Linear
-    out_proj: Linear
-
-    def forward(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Return the residual sum `x + unit(normed)` and its norm."""
-        gate_and_memory_TD = torch.cat((self.in_proj(normed_TD), step.kept(self.config.memory_layer)), dim=1)
-        return self.context.add_norm(x_TD, self.out_proj(self.context.ops.silu_mul(gate_and_memory_TD)))
-
-
-def bind_unit(p: LoadedParameters, config: GatedMemoryConfig, context: LayerContext) -> GatedMemoryUnit:
-    """Return the layer of the parameters that `declare_unit` declared."""
-    p, linear, dtype = p.within("mamba."), context.ops.linear, context.dtype
-    return GatedMemoryUnit(
-        config=config,
-        context=context,
-        in_proj=linear(p.weight("in_proj"), dtype=dtype),
         out_proj=linear(p.weight("out_proj"), dtype=dtype),
     )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from expertwire.engine.layers.step import LayerContext, Step
 from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
-from expertwire.engine.models.model_config import Mamba2Config, TensorNames
+from expertwire.engine.models.mixer_configs import Mamba2Config
+from expertwire.engine.models.model_config import TensorNames
 from expertwire.kernels.ops import causal_conv1d
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.mamba2 import Mamba2Cache, Mamba2Weights
@@ -67,7 +68,7 @@ class Mamba2:
         y_TD = context.ops.mamba2(xBC_TD, dt_TH, self.weights, cache, states)
         group = c.inner_size // c.num_groups
         y_TD = context.ops.gated_rms_norm(y_TD, z_TD, self.norm_D, c.norm_eps, group, gate_first=True)
-        return context.ops.add_rms_norm(x_TD, self.out_proj(y_TD), context.norm, context.eps)
+        return context.add_norm(x_TD, self.out_proj(y_TD))
 
 
 def bind(p: LoadedParameters, config: Mamba2Config, context: LayerContext) -> Mamba2:

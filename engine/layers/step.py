@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertwire.comm.all_to_all.base import AllToAll
 from expertwire.engine.kv_cache.caches import NamedCache
-from expertwire.engine.models.model_config import QueryScaling
+from expertwire.engine.models.mixer_configs import QueryScaling
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.kernels.ops.recurrent import StateMetadata
@@ -98,12 +98,11 @@ class Step:
             numbers: the model's caches of these two kinds, or of the latter alone: then there are no tensors of the former.
         """
         *chunk, state = numbers
-        spec, metadata = self.caches[state].spec, self.batch.attention_metadata
+        interval, metadata = self.caches[state].tokens_per_block, self.batch.attention_metadata
 
         def describe() -> StateMetadata:
-            assert spec.snapshot_every is not None
             blocks_S = metadata[chunk[0]].block_table[:, 0].contiguous() if chunk else None
-            return StateMetadata(seqs=metadata[state], snapshot_every=spec.snapshot_every, chunk_blocks_S=blocks_S)
+            return StateMetadata(seqs=metadata[state], interval=interval, chunk_blocks_S=blocks_S)
 
         states = self.shared(numbers, describe)
         return states, self.caches[chunk[0]].layers[layer] if chunk else (), self.caches[state].layers[layer]

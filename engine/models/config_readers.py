@@ -6,14 +6,8 @@ import math
 from typing import Any
 
 from expertwire.engine.models.hf_config import HfConfig
-from expertwire.engine.models.model_config import (
-    AttentionConfig,
-    IgnoredTensors,
-    LayerConfig,
-    MlpConfig,
-    MoeConfig,
-    QueryScaling,
-)
+from expertwire.engine.models.mixer_configs import AttentionConfig, QueryScaling
+from expertwire.engine.models.model_config import IgnoredTensors, LayerConfig, MlpConfig, MoeConfig
 from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
 from expertwire.scheduler.config import is_number
 

@@ -20,22 +20,19 @@ from torch import Tensor
 
 from expertwire.engine.kv_cache import caches as named_caches
 from expertwire.engine.kv_cache.caches import NamedCache
-from expertwire.engine.layers import attention, differential_attention, gated_delta_net, latent, mamba, mamba2, mlp
+from expertwire.engine.layers import attention, head, mixers, mlp
+from expertwire.engine.layers.mixers import MixerLayer
 from expertwire.engine.layers.step import LayerContext, RankContext, Step, add_norm
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.parameters import LoadedParameters
 from expertwire.engine.models.decoder_parameters import declare_parameters, norm_names
-from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
-from expertwire.engine.models.model_config import (
+from expertwire.engine.models.mixer_configs import (
     AttentionConfig,
-    GatedDeltaNetConfig,
+    DifferentialAttentionConfig,
     LatentAttentionConfig,
     Mixer,
-    MlpConfig,
-    ModelConfig,
-    MoeConfig,
-    cache_tensors,
 )
+from expertwire.engine.models.model_config import MlpConfig, ModelConfig, MoeConfig
 from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels.formats import Weight, quantize_experts
 from expertwire.kernels.ops import rotary
@@ -48,14 +45,6 @@ from expertwire.scheduler.config import CacheSpec
 
 Params = dict[str, Tensor]
 Norm = tuple[Tensor, Tensor | None]  # weights, and the bias of a LayerNorm
-
-
-class MixerLayer(Protocol):
-    """A layer's first half: attention or a recurrent mixer."""
-
-    def __call__(self, x_TD: Tensor, normed_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Return the residual sum `x + mixer(normed)` and its norm."""
-        ...
 
 
 class MlpLayer(Protocol):
@@ -78,7 +67,7 @@ class Model(Protocol):
         ...
 
     def logits(self, x_OD: Tensor) -> Tensor:
-        """Return fp32 [O, V] for any rows of hidden states."""
+        """Return fp32 [O, V] for any rows of hidden states; of a model with labels their scores."""
         ...
 
     def allocate(self, *, num_blocks: Sequence[int], block_size: int, max_model_len: int) -> list[NamedCache]:
@@ -130,10 +119,7 @@ class Decoder:
         """Prepare `params` for the kernels; empty the dictionary, so that at most one parameter is held twice."""
         c, ops, p = self.config, self.context.ops, self.layout.loaded(params)
         self._embed = p.tensor("embed")
-        # The embedding is read row by row, the head may be repacked: a tied head needs a copy.
-        tied = self._embed if ops.on_device else self._embed.clone()
-        head = tied if c.tie_word_embeddings else p.weight("lm_head")
-        self._head = ops.linear(head, dtype=self.context.dtype)
+        self._head = head.bind(p, c, self._embed, ops, self.context.dtype)
         # Each half of a layer ends with the norm of the half after it.
         norms = [(p.tensor(name), p.maybe(name + "_bias")) for name in norm_names(c)]
         self._first_norm, behind = norms[0], iter(norms[1:])
@@ -163,20 +149,7 @@ class Decoder:
             eps=self.config.rms_norm_eps,
             norm_bias=norm[1],
         )
-        if isinstance(config, DifferentialAttentionConfig):
-            return differential_attention.bind(p, config, context).forward
-        if isinstance(config, MambaConfig):
-            return mamba.bind(p, config, context).forward
-        if isinstance(config, GatedMemoryConfig):
-            return mamba.bind_unit(p, config, context).forward
-        assert norm[1] is None, f"LayerNorm behind {config}"
-        if isinstance(config, AttentionConfig):
-            return attention.bind(p, config, context).forward
-        if isinstance(config, LatentAttentionConfig):
-            return latent.bind(p, config, context).forward
-        if isinstance(config, GatedDeltaNetConfig):
-            return gated_delta_net.bind(p, config, context).forward
-        return mamba2.bind(p, config, context).forward
+        return mixers.bind(p, config, context)
 
     def _dense(self, p: LoadedParameters, config: MlpConfig, next_norm: Norm) -> MlpLayer:
         ops, eps = self.context.ops, self.config.rms_norm_eps
@@ -245,7 +218,9 @@ class Decoder:
     def _cache_tensors(self, spec: CacheSpec, layer: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of each tensor that a layer keeps in a cache."""
         config, found = self.config, []
-        for shape, name in cache_tensors(config.layers[layer].mixer)[spec.kind]:
+        mixer = config.layers[layer].mixer
+        assert mixer is not None, f"layer {layer} has no mixer, and writes the cache {spec.name}"
+        for shape, name in mixer.cache_tensors[spec.kind]:
             dtype = config.cache_dtype(spec.kind, name)
             found.append((shape, FP8 if dtype == "fp8" else getattr(torch, dtype)))
         return found
@@ -295,8 +270,7 @@ class Decoder:
 
     def logits(self, x_OD: Tensor) -> Tensor:
         """As `Model.logits`."""
-        logits_OV = self._head(x_OD).float()
-        return logits_OV if self.config.logits_scale == 1 else logits_OV * self.config.logits_scale
+        return self._head(x_OD)
 
     def take_expert_load(self) -> np.ndarray:
         """Return i64 [L * E], this rank's routed rows of each expert since the last call; 0 in dense layers."""

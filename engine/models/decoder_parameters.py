@@ -6,30 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from expertwire.engine.layers import (
-    attention,
-    differential_attention,
-    experts,
-    gated_delta_net,
-    kv_scales,
-    latent,
-    mamba,
-    mamba2,
-    mlp,
-)
+from expertwire.engine.layers import experts, head, kv_scales, mixers, mlp
 from expertwire.engine.loader.checkpoint import StoredTensor
 from expertwire.engine.loader.parameters import ParameterLayout
-from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
-from expertwire.engine.models.model_config import (
+from expertwire.engine.models.mixer_configs import (
     AttentionConfig,
-    GatedDeltaNetConfig,
+    DifferentialAttentionConfig,
     LatentAttentionConfig,
-    Mixer,
-    MlpConfig,
-    ModelConfig,
-    MoeConfig,
-    TensorNames,
 )
+from expertwire.engine.models.model_config import MlpConfig, ModelConfig, MoeConfig, TensorNames
 
 
 def norm_names(config: ModelConfig) -> list[str]:
@@ -56,13 +41,12 @@ def declare_parameters(
     )
     names, width = config.tensor_names, config.hidden_size
     prefix = layout.first_stored(names.prefixes, names.embed + ".weight")
-    head = layout.first_stored(names.heads, ".weight")
     layout.matrix("embed", (prefix + names.embed, config.vocab_size), columns=width, quantized=False)
     for i, layer in enumerate(config.layers):
         source, param = f"{prefix}layers.{i}.", f"layers.{i}."
         if layer.mixer is not None:
             _declare_norm(layout, param + "input_norm", source + names.input_norm, config)
-            _declare_mixer(layout, param, source, layer.mixer, names, width)
+            mixers.declare(layout, param, source, layer.mixer, names, width)
             _declare_kv_scales(layout, i, prefix, config)
         if layer.mlp is not None:
             _declare_norm(layout, param + "post_norm", source + names.post_norm, config)
@@ -71,10 +55,7 @@ def declare_parameters(
         elif layer.mlp is not None:
             _declare_moe(layout, param, source + names.moe, layer.mlp, names, width, experts_of(i))
     _declare_norm(layout, "norm", prefix + names.norm, config)
-    if config.tie_word_embeddings:
-        layout.ignore(head + ".weight")  # some checkpoints have it nevertheless
-    else:
-        layout.matrix("lm_head", (head, config.vocab_size), columns=width)
+    head.declare(layout, config)
     return layout
 
 
@@ -83,25 +64,6 @@ def _declare_norm(layout: ParameterLayout, param: str, module: str, config: Mode
     layout.norm(param, (module + ".weight", width))
     if config.norm == "layer":
         layout.vector(param + "_bias", (module + ".bias", width), fan_in=width)
-
-
-def _declare_mixer(
-    layout: ParameterLayout, param: str, source: str, mixer: Mixer, names: TensorNames, width: int
-) -> None:
-    if isinstance(mixer, AttentionConfig):
-        attention.declare(layout, param, source, mixer, names, width)
-    elif isinstance(mixer, LatentAttentionConfig):
-        latent.declare(layout, param, source, mixer, names, width)
-    elif isinstance(mixer, DifferentialAttentionConfig):
-        differential_attention.declare(layout, param, source, mixer, names, width)
-    elif isinstance(mixer, MambaConfig):
-        mamba.declare(layout, param, source, mixer, names, width)
-    elif isinstance(mixer, GatedMemoryConfig):
-        mamba.declare_unit(layout, param, source, mixer, names, width)
-    elif isinstance(mixer, GatedDeltaNetConfig):
-        gated_delta_net.declare(layout, param, source, mixer, names, width)
-    else:
-        mamba2.declare(layout, param, source, mixer, names, width)
 
 
 def _declare_kv_scales(layout: ParameterLayout, i: int, prefix: str, config: ModelConfig) -> None:

@@ -11,16 +11,8 @@ from typing import Literal
 
 from expertwire.engine.models import config_readers
 from expertwire.engine.models.hf_config import HfConfig
-from expertwire.engine.models.model_config import (
-    AttentionConfig,
-    IndexerConfig,
-    LatentAttentionConfig,
-    LayerConfig,
-    MlpConfig,
-    ModelFamily,
-    MoeConfig,
-    QueryScaling,
-)
+from expertwire.engine.models.mixer_configs import AttentionConfig, IndexerConfig, LatentAttentionConfig, QueryScaling
+from expertwire.engine.models.model_config import LayerConfig, MlpConfig, ModelFamily, MoeConfig
 from expertwire.kernels.ops.variants import Groups, Rope
 
 MTP_FIELD = "num_nextn_predict_layers"

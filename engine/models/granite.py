@@ -12,15 +12,8 @@ from typing import Any
 
 from expertwire.engine.models import config_readers
 from expertwire.engine.models.hf_config import HfConfig
-from expertwire.engine.models.model_config import (
-    AttentionConfig,
-    LayerConfig,
-    Mamba2Config,
-    MlpConfig,
-    ModelFamily,
-    MoeConfig,
-    TensorNames,
-)
+from expertwire.engine.models.mixer_configs import AttentionConfig, Mamba2Config
+from expertwire.engine.models.model_config import LayerConfig, MlpConfig, ModelFamily, MoeConfig, TensorNames
 
 _KINDS = ("mamba", "attention", "linear_attention", "full_attention")
 

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 from expertwire.engine.models import config_readers
 from expertwire.engine.models.hf_config import HfConfig
+from expertwire.engine.models.mixer_configs import AttentionConfig, QueryScaling
 from expertwire.engine.models.model_config import (
-    AttentionConfig,
     IgnoredTensors,
     LayerConfig,
     MlpConfig,
     ModelFamily,
     MoeConfig,
-    QueryScaling,
     TensorNames,
 )
 from expertwire.scheduler.config import is_int

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from expertwire.engine.models import config_readers
 from expertwire.engine.models.hf_config import REQUIRED, HfConfig
-from expertwire.engine.models.model_config import AttentionConfig, LayerConfig, ModelFamily, MoeConfig, TensorNames
+from expertwire.engine.models.mixer_configs import AttentionConfig
+from expertwire.engine.models.model_config import LayerConfig, ModelFamily, MoeConfig, TensorNames
 from expertwire.kernels.ops.variants import Rope
 
 

@@ -14,176 +14,19 @@ from functools import cached_property
 from typing import Any, Literal
 
 from expertwire.engine.models.hf_config import HfConfig
-from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
-from expertwire.kernels.ops.variants import CHUNK, Activation, LongRope, Rope, Routing
+from expertwire.engine.models.mixer_configs import (
+    AttentionConfig,
+    DifferentialAttentionConfig,
+    LatentAttentionConfig,
+    Mixer,
+)
+from expertwire.kernels.ops.variants import CHUNK, Activation, LongRope, Routing
 from expertwire.scheduler.config import CacheKind, CacheSpec
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 SWIGLU = Activation()
-_CACHE_KINDS: tuple[CacheKind, ...] = (
-    "full",
-    "latent",
-    "index",
-    "window",
-    "chunk",
-    "state",
-)  # in the order of a model's caches
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueryScaling:
-    """Queries at position p are multiplied by `1 + beta * ln(1 + floor((p + offset) / length))` (Llama 4)."""
-
-    beta: float
-    length: int
-    offset: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Grouped-query attention.
-
-    Attributes:
-        rope: the rotary embedding; None: no positional embedding (NoPE).
-        qk_norm: RMS norm of query and key before the rotary embedding: "head", each head, with weights; "row", the whole
-            projection, with weights; "plain", each head, without weights.
-        window: tokens of the sliding window, the query's own included; None: no window.
-        chunk: tokens of a chunk, outside of which a query attends to nothing (Llama 4); None: no chunks.
-        sinks: whether each head has a learned logit in the softmax (gpt-oss).
-        gated: whether a head's output is multiplied by the sigmoid of a gate, which the query projection has behind the head's
-            query (Qwen3-Next).
-        scale: factor of the logits; None: head_dim^-0.5.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope: Rope | None
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: Literal["none", "head", "row", "plain"] = "none"
-    window: int | None = None
-    chunk: int | None = None
-    sinks: bool = False
-    scale: float | None = None
-    query_scaling: QueryScaling | None = None
-    gated: bool = False
-
-    @property
-    def qkv_sizes(self) -> tuple[int, int, int]:
-        """The output sizes of the query projection, gates included, and of the key and value projections."""
-        kv = self.num_kv_heads * self.head_dim
-        return self.num_heads * self.head_dim * (1 + self.gated), kv, kv
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexerConfig:
-    """The indexer of sparse attention, which chooses the `top_k` positions to attend to (DeepSeek-V3.2)."""
-
-    num_heads: int
-    head_dim: int
-    top_k: int
-    rope: Rope
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentAttentionConfig:
-    """Multi-head latent attention (MLA, DeepSeek-V2): see `kernels.ops.mla`. `rope.size` is `qk_rope_head_dim`.
-
-    Attributes:
-        q_lora_rank: size of the compressed query; None: queries are not compressed.
-        kv_lora_rank: size of the latent.
-        scale: factor of the logits; None: `kernels.ops.rotary.softmax_scale`.
-        norm_eps: epsilon of the norms of the compressed query and the latent; other norms have `ModelConfig.rms_norm_eps`.
-    """
-
-    num_heads: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    v_head_dim: int
-    rope: Rope
-    scale: float | None = None
-    norm_eps: float = 1e-6
-    query_scaling: QueryScaling | None = None
-    indexer: IndexerConfig | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mamba2Config:
-    """A Mamba-2 mixer (Dao and Gu, 2024): see `kernels.ops.mamba2`.
-
-    Attributes:
-        num_heads, head_dim: of the inner width.
-        state_size: numbers of the state for each number of a head.
-        num_groups: groups of heads that share B and C, and which the gated norm normalises apart.
-        norm_eps: epsilon of that norm.
-        conv_kernel: taps of the convolution.
-        conv_bias: whether the convolution has a bias.
-        proj_bias: whether the two projections have biases.
-        dt_limits: bounds of the time step.
-    """
-
-    num_heads: int
-    head_dim: int
-    state_size: int
-    num_groups: int
-    conv_kernel: int
-    conv_bias: bool
-    norm_eps: float
-    proj_bias: bool = False
-    dt_limits: tuple[float, float] = (0.0, math.inf)
-
-    @property
-    def inner_size(self) -> int:
-        """The width of x, z and the output."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def conv_size(self) -> int:
-        """The channels of the convolution: x, B and C."""
-        return self.stored_size + self.num_groups * self.state_size
-
-    @property
-    def stored_size(self) -> int:
-        """The width of a row of the chunk cache: x and B."""
-        return self.inner_size + self.num_groups * self.state_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedDeltaNetConfig:
-    """A gated delta net (Yang, Kautz and Hatamizadeh, 2024): see `kernels.ops.gated_delta_rule`.
-
-    Attributes:
-        num_heads: of values.
-        num_key_heads: of queries and of keys; divides `num_heads`.
-        key_dim, value_dim: sizes of a head's keys and values.
-        conv_kernel: taps of the convolution.
-        norm_eps: epsilon of the gated norm.
-    """
-
-    num_heads: int
-    num_key_heads: int
-    key_dim: int
-    value_dim: int
-    conv_kernel: int
-    norm_eps: float
-
-    @property
-    def key_size(self) -> int:
-        """The width of the queries, and that of the keys."""
-        return self.num_key_heads * self.key_dim
-
-    @property
-    def inner_size(self) -> int:
-        """The width of the values, of z and of the output."""
-        return self.num_heads * self.value_dim
-
-    @property
-    def conv_size(self) -> int:
-        """The channels of the convolution: queries, keys and values."""
-        return 2 * self.key_size + self.inner_size
+# In the order of a model's caches.
+_CACHE_KINDS: tuple[CacheKind, ...] = ("full", "latent", "index", "window", "chunk", "state")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +68,6 @@ class MoeConfig(Routing):
     def w13_parts(self) -> tuple[int, ...]:
         """The rows of each matrix of an expert's first product: gate and up, or up alone."""
         return (self.intermediate_size,) * (2 if self.activation.gated else 1)
-
-
-RecurrentConfig = Mamba2Config | GatedDeltaNetConfig | MambaConfig
-Mixer = AttentionConfig | LatentAttentionConfig | DifferentialAttentionConfig | RecurrentConfig | GatedMemoryConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +194,8 @@ class ModelConfig:
     Attributes:
         embedding_scale: factor of the embedding.
         logits_scale: factor of the logits.
+        head: see `engine.layers.head`; models with another head than "lm" score texts by `num_labels` labels.
+        num_labels: 0: the model generates text.
         norm: kind of the norms before each half of a layer and of the last one: "rms" or "layer", which have biases.
         rms_norm_eps: their epsilon, of either kind.
         snapshot_every: as `CacheSpec` has it, for models with recurrent states.
@@ -377,6 +218,8 @@ class ModelConfig:
     ignored_tensors: tuple[IgnoredTensors, ...] = ()
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
+    head: Literal["lm", "score", "reward"] = "lm"
+    num_labels: int = 0
     norm: Literal["rms", "layer"] = "rms"
     snapshot_every: int = 512
     zero_centred_norms: bool = False
@@ -391,11 +234,6 @@ class ModelConfig:
         kinds = {layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeConfig)}
         assert len(kinds) <= 1, f"layers with different mixtures of experts: {kinds}"
         return next(iter(kinds), None)
-
-    @property
-    def capturable(self) -> bool:
-        """Return whether a CUDA graph can hold a step: Mamba's scan has no kernel for GPUs yet, and its reference reads back."""
-        return not any(isinstance(layer.mixer, MambaConfig) for layer in self.layers)
 
     @property
     def dispatch_size(self) -> int:
@@ -429,10 +267,11 @@ class ModelConfig:
         """Return the KV caches of a rank; those of all tokens come first, recurrent states last."""
         bytes_of: dict[tuple[CacheKind, int | None], dict[int, int]] = {}  # by layer
         for i, layer in enumerate(self.layers):
-            window = _window(layer.mixer)
-            for kind, tensors in cache_tensors(layer.mixer).items():
+            if layer.mixer is None:
+                continue
+            for kind, tensors in layer.mixer.cache_tensors.items():
                 nbytes = sum(math.prod(shape) * ITEM_SIZES[self.cache_dtype(kind, dtype)] for shape, dtype in tensors)
-                bytes_of.setdefault((kind, window if kind == "window" else None), {})[i] = nbytes
+                bytes_of.setdefault((kind, _window(layer.mixer) if kind == "window" else None), {})[i] = nbytes
         specs = []
         for kind, window in sorted(bytes_of, key=lambda key: (_CACHE_KINDS.index(key[0]), key[1] or 0)):
             layers = bytes_of[kind, window]
@@ -445,15 +284,20 @@ class ModelConfig:
                     readers=self._readers(kind, layers),
                     window=window,
                     snapshot_every=self.snapshot_every if kind == "state" else None,
-                    chunk_size=CHUNK if kind == "chunk" else None,
+                    chunk_size=CHUNK if kind in ("chunk", "state") else None,
                 )
             )
         return tuple(specs)
 
     def _readers(self, kind: CacheKind, writers: Collection[int]) -> tuple[int, ...]:
         """Return the writers of a cache, and the layers that read what one of them writes."""
-        mixers = enumerate(layer.mixer for layer in self.layers)
-        others = [i for i, mixer in mixers if kind in ("full", "window") and _kv_layer(mixer) in writers]
+        others = [
+            i
+            for i, layer in enumerate(self.layers)
+            if isinstance(layer.mixer, DifferentialAttentionConfig)
+            and layer.mixer.kv_layer in writers
+            and kind in ("full", "window")
+        ]
         return tuple(sorted((*writers, *others)))
 
     def cache_dtype(self, kind: CacheKind, dtype: str = "auto") -> Literal["float32", "bfloat16", "fp8"]:
@@ -467,48 +311,5 @@ class ModelConfig:
         return "fp8" if is_fp8 else self.dtype
 
 
-def cache_tensors(mixer: Mixer | None) -> Mapping[CacheKind, tuple[tuple[Shape, str], ...]]:
-    """Return the shapes and dtypes ("float32" or "auto") of the tensors that a mixer keeps in each kind of cache: of one token,
-    but for kind "state" of one state."""
-    if mixer is None:
-        return {}
-    if isinstance(mixer, AttentionConfig):
-        shape = mixer.num_kv_heads, mixer.head_dim
-        return {"full" if _window(mixer) is None else "window": ((shape, "auto"), (shape, "auto"))}
-    if isinstance(mixer, DifferentialAttentionConfig):
-        if mixer.kv_layer is not None:
-            return {}
-        shape = mixer.num_kv_heads // 2, 2 * mixer.head_dim
-        return {"full" if mixer.window is None else "window": ((shape, "auto"), (shape, "auto"))}
-    if isinstance(mixer, LatentAttentionConfig):
-        found: dict[CacheKind, tuple[tuple[Shape, str], ...]] = {
-            "latent": (((mixer.kv_lora_rank + mixer.rope.size,), "auto"),)
-        }
-        return found if mixer.indexer is None else found | {"index": (((mixer.indexer.head_dim,), "auto"),)}
-    if isinstance(mixer, GatedDeltaNetConfig):
-        keys, values = (mixer.num_key_heads, mixer.key_dim), (mixer.num_heads, mixer.value_dim)
-        state = mixer.num_heads, mixer.key_dim, mixer.value_dim
-        return {
-            "chunk": ((keys, "float32"), (values, "float32"), ((mixer.num_heads,), "float32")),
-            "state": (((mixer.conv_kernel - 1, mixer.conv_size), "auto"), (state, "float32")),
-        }
-    if isinstance(mixer, GatedMemoryConfig):
-        return {}
-    if isinstance(mixer, MambaConfig):
-        shapes = (mixer.conv_kernel - 1, mixer.inner_size), (mixer.state_size, mixer.inner_size)
-        return {"state": ((shapes[0], "auto"), (shapes[1], "float32"))}
-    m = mixer
-    return {
-        "chunk": (((m.stored_size,), "auto"), ((m.num_heads,), "float32")),
-        "state": (((m.conv_kernel - 1, m.conv_size), "auto"), ((m.num_heads, m.state_size, m.head_dim), "float32")),
-    }
-
-
-def _window(mixer: Mixer | None) -> int | None:
-    if isinstance(mixer, DifferentialAttentionConfig):
-        return mixer.window
-    return mixer.window or mixer.chunk if isinstance(mixer, AttentionConfig) else None
-
-
-def _kv_layer(mixer: Mixer | None) -> int | None:
-    return mixer.kv_layer if isinstance(mixer, DifferentialAttentionConfig) else None
+def _window(mixer: Mixer) -> int | None:
+    return mixer.window_size if isinstance(mixer, AttentionConfig | DifferentialAttentionConfig) else None

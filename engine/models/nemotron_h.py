@@ -11,11 +11,10 @@ from typing import Any
 
 from expertwire.engine.models import config_readers, deepseek
 from expertwire.engine.models.hf_config import HfConfig
+from expertwire.engine.models.mixer_configs import AttentionConfig, Mamba2Config
 from expertwire.engine.models.model_config import (
-    AttentionConfig,
     IgnoredTensors,
     LayerConfig,
-    Mamba2Config,
     MlpConfig,
     ModelFamily,
     MoeConfig,

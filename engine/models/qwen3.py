@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from expertwire.engine.models import config_readers
+from expertwire.engine.models import config_readers, qwen2
 from expertwire.engine.models.hf_config import REQUIRED, HfConfig
-from expertwire.engine.models.model_config import AttentionConfig, LayerConfig, MlpConfig, ModelFamily
+from expertwire.engine.models.mixer_configs import AttentionConfig
+from expertwire.engine.models.model_config import LayerConfig, MlpConfig, ModelFamily
 
 
 def _attention(hf: HfConfig) -> AttentionConfig:
@@ -15,16 +16,7 @@ def _attention(hf: HfConfig) -> AttentionConfig:
 
 
 def dense_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
-    num_layers, attention = hf.integer("num_hidden_layers"), _attention(hf)
-    mlp = MlpConfig(intermediate_size=hf.integer("intermediate_size"))
-    slides = [False] * num_layers
-    if hf.flag("use_sliding_window", default=False):
-        types = hf.choices("layer_types", num_layers, "full_attention", "sliding_attention")
-        # Without a list, the layers from max_window_layers on have a sliding window.
-        first = hf.integer("max_window_layers", low=0) if types is None else num_layers
-        slides = [i >= first if types is None else types[i] == "sliding_attention" for i in range(num_layers)]
-    sliding = replace(attention, window=config_readers.window(hf)) if any(slides) else attention
-    return tuple(LayerConfig(mixer=sliding if slide else attention, mlp=mlp) for slide in slides)
+    return qwen2.layers_with(hf, _attention(hf))
 
 
 def moe_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:

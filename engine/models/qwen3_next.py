@@ -12,9 +12,8 @@ from typing import Any
 
 from expertwire.engine.models import config_readers
 from expertwire.engine.models.hf_config import REQUIRED, HfConfig
+from expertwire.engine.models.mixer_configs import AttentionConfig, GatedDeltaNetConfig
 from expertwire.engine.models.model_config import (
-    AttentionConfig,
-    GatedDeltaNetConfig,
     IgnoredTensors,
     LayerConfig,
     MlpConfig,

@@ -32,9 +32,11 @@ from expertwire.engine.models.nemotron_h import NEMOTRON_H
 from expertwire.engine.models.olmoe import OLMOE
 from expertwire.engine.models.phi3 import PHI3
 from expertwire.engine.models.phi4flash import PHI4_FLASH
+from expertwire.engine.models.qwen2 import QWEN2
 from expertwire.engine.models.qwen3 import QWEN3, QWEN3_MOE
 from expertwire.engine.models.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from expertwire.scheduler.config import is_int
+from expertwire.scheduler.sampling_params import MAX_LOGPROBS
 
 DTYPES = ("float32", "bfloat16")
 MAX_LAYERS = 4096
@@ -43,6 +45,7 @@ FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
     {
         "MixtralForCausalLM": MIXTRAL,
         "Qwen3MoeForCausalLM": QWEN3_MOE,
+        "Qwen2ForCausalLM": QWEN2,
         "Qwen3ForCausalLM": QWEN3,
         "GptOssForCausalLM": GPT_OSS,
         "Llama4ForConditionalGeneration": LLAMA4,
@@ -73,6 +76,9 @@ FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
     }
 )
 
+# Beside these, every "...ForCausalLM" may be a "...ForSequenceClassification".
+_REWARD_MODELS = {"Qwen2ForRewardModel": 1, "Qwen2ForProcessRewardModel": 2}  # their numbers of labels
+
 
 def read_model_config(
     path: str | Path,
@@ -93,7 +99,7 @@ def read_model_config(
     """
     hf = HfConfig(checkpoint_folder(path) / "config.json")
     architecture = _architecture(hf)
-    family = FAMILIES[architecture]
+    family, head, num_labels = _family(hf, architecture)
     text = hf.section("text_config") if hf.get("text_config") is not None else hf
     text.one_of(text.first_present("hidden_act", "hidden_activation", "mlp_hidden_act"), family.activation)
     vocab_size = text.integer("vocab_size")
@@ -116,6 +122,8 @@ def read_model_config(
         eos_token_ids=_eos_token_ids(hf, text, vocab_size),
         quantization=quantization.read(hf) or quantization.read(text),
         tensor_names=family.names,
+        head=head,
+        num_labels=num_labels,
         ignored_tensors=(*family.ignored_tensors, *mtp),
         snapshot_every=snapshot_every,
         **fields,
@@ -124,10 +132,29 @@ def read_model_config(
 
 def _architecture(hf: HfConfig) -> str:
     match hf.get("architectures"):
-        case [str(architecture), *_] if architecture in FAMILIES:
+        case [str(architecture), *_] if architecture in _REWARD_MODELS or _generator(architecture) in FAMILIES:
             return architecture
         case found:
             raise hf.error(f"architectures must begin with one of {', '.join(FAMILIES)}, got {found!r}")
+
+
+def _generator(architecture: str) -> str:
+    """Return the name of the language model of which a classifier has the decoder; any other name is returned as it is."""
+    return architecture.replace("ForSequenceClassification", "ForCausalLM")
+
+
+def _family(hf: HfConfig, architecture: str) -> tuple[ModelFamily, Literal["lm", "score", "reward"], int]:
+    """Return the family, the kind of head and the number of labels."""
+    if architecture in _REWARD_MODELS:
+        return QWEN2, "reward", _REWARD_MODELS[architecture]
+    if architecture in FAMILIES:
+        return FAMILIES[architecture], "lm", 0
+    labels = hf.get("id2label")  # transformers writes it unless there are two, its default
+    if not isinstance(labels, dict | None) or labels == {}:
+        raise hf.error(f"id2label must be an object with a name for each label, got {labels!r}")
+    if labels is not None and len(labels) > MAX_LOGPROBS:
+        raise hf.error(f"id2label must have at most {MAX_LOGPROBS} labels, got {len(labels)}")
+    return FAMILIES[_generator(architecture)], "score", 2 if labels is None else len(labels)
 
 
 def _dtype(hf: HfConfig, text: HfConfig, wanted: str) -> Any:

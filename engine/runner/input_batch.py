@@ -18,6 +18,7 @@ from torch import Tensor
 
 from expertwire.engine.runner.batch import ForwardBatch, OnRouted
 from expertwire.engine.runner.micro_batch import MicroBatch, PackedInputs
+from expertwire.engine.runner.thinking import Thinking
 from expertwire.kernels.ops.attention import AttentionMetadata
 from expertwire.kernels.registry import Ops
 from expertwire.scheduler.config import CacheSpec
@@ -42,6 +43,7 @@ class InputBatch:
         specs: of the KV cache groups.
         device: of the tables.
         ops: which look up rows of the tables and change logits.
+        thinking: controls the reasoning of slots; None if no request asks for that.
 
     Attributes:
         token_ids: i32 [slots, max_model_len + 1], on the device.
@@ -59,8 +61,9 @@ class InputBatch:
         specs: Sequence[CacheSpec],
         device: str,
         ops: Ops,
+        thinking: Thinking | None = None,
     ) -> None:
-        self.max_num_seqs, self.block_size, self._ops = max_num_seqs, block_size, ops
+        self.max_num_seqs, self.block_size, self._ops, self._thinking = max_num_seqs, block_size, ops, thinking
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         self.sampling = np.zeros(max_num_seqs, SAMPLING_DTYPE)
         self._bans = [_NONE] * max_num_seqs
@@ -82,7 +85,7 @@ class InputBatch:
 
     def update(self, plan: RankPlan) -> list[np.ndarray]:
         """Release and admit on the host, and return the arrays to upload for `write`: indices and values of blocks, indices of
-        blocks that slid out of their windows, indices and values of tokens."""
+        blocks that slid out of their windows, indices and values of tokens, and what `Thinking.admit` returns."""
         self.num_tokens[plan.release_slot] = 0
         starts, tokens = [_NONE], [_NONE]
         for i, slot in enumerate(plan.admit_slot_A.tolist()):
@@ -101,11 +104,12 @@ class InputBatch:
             self._block_index(*self._slide(plan)),
             np.concatenate(starts).astype(np.int64),
             np.concatenate(tokens).astype(np.int32),
+            *([] if self._thinking is None else self._thinking.admit(plan)),
         ]
 
     def write(self, changes: Sequence[Tensor]) -> None:
         """Set blocks and tokens on the device; `changes` as `update` returned them, uploaded."""
-        at_block, block_ids, at_slid, at_token, tokens = changes
+        at_block, block_ids, at_slid, at_token, tokens, *states = changes
         # A released slot keeps its blocks, which nothing reads before they are set anew.
         if at_block.numel():
             self.block_tables.view(-1).index_copy_(0, at_block, block_ids)
@@ -113,6 +117,8 @@ class InputBatch:
             self.block_tables.view(-1).index_fill_(0, at_slid, 0)
         if at_token.numel():
             self.token_ids.view(-1).index_copy_(0, at_token, tokens)
+        if self._thinking is not None:
+            self._thinking.write(*states)
 
     def append(self, slot_O: np.ndarray, at_O: Tensor, token_O: Tensor) -> None:
         """Write sampled tokens at these indices of `token_ids` on the device (`token_index`)."""

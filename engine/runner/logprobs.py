@@ -23,15 +23,18 @@ def of(
     token_O: Tensor,
     num_top_O: np.ndarray,
     upload: Upload,
+    *,
+    are_scores: bool = False,
 ) -> Sequence[Tensor]:
     """Return log-probabilities, ranks and most probable tokens of the rows that ask (`num_top_O` >= 0), on the device; nothing if
-    none does."""
+    none does. `are_scores`: the rows are a reward model's scores of labels, which are reported as they are."""
     asked = np.flatnonzero(num_top_O >= 0)
     if not len(asked):
         return ()
     [rows] = upload(asked)
     widest = int(np.minimum(num_top_O[asked], logits_OV.shape[1]).max())
-    return sampling.token_logprobs(logits_OV.index_select(0, rows), token_O.index_select(0, rows).long(), widest)
+    read = sampling.token_scores if are_scores else sampling.token_logprobs
+    return read(logits_OV.index_select(0, rows), token_O.index_select(0, rows).long(), widest)
 
 
 def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> dict[str, np.ndarray]:

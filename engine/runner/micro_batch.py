@@ -22,7 +22,7 @@ class MicroBatch:
         slot_S: slot of each sequence; `slot_T`, `position_T`: slot and position of each token.
         cu_seqlens_q: [S + 1], first row of each sequence and the end of the last.
         seq_len_S: tokens of each sequence, with this step's.
-        is_sampled_S: bool, whether the sequence samples; `slot_O`: the slots of those.
+        is_sampled_S: bool, whether the sequence samples; `slot_O`: the slots of those. See also `sampled`.
         num_decodes: sequences with one query.
     """
 
@@ -74,6 +74,19 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return len(self.slot_T)
+
+    def sampled(self, plan: RankPlan) -> tuple[np.ndarray, np.ndarray]:
+        """Return the slots that sample and the rows from whose hidden states they do: [O].
+
+        A slot that computes no token samples from the row of another one, which samples, too.
+        """
+        row_O = self.last_row_S[self.is_sampled_S]
+        follows_S = plan.sched_num_S == 0
+        if not follows_S.any():
+            return self.slot_O, row_O
+        order_O = self.slot_O.argsort()
+        at = order_O[self.slot_O.searchsorted(plan.sched_source_S[follows_S], sorter=order_O)]
+        return np.append(self.slot_O, plan.sched_slot_S[follows_S]), np.append(row_O, row_O[at])
 
     @property
     def last_row_S(self) -> np.ndarray:
@@ -164,13 +177,18 @@ def split_tokens(num_tokens_P: Sequence[int], num_micro_batches: int) -> list[li
 def micro_batches(plan: RankPlan, num_micro_batches: int = 1) -> list[MicroBatch]:
     """Return what the plan computes, its tokens cut as `split_tokens` says.
 
-    A sequence that is cut is in both micro-batches, as if they were two chunks of its prompt.
+    A sequence that is cut is in both micro-batches, as if they were two chunks of its prompt. One that computes no token is in
+    none.
     """
     slot_S, start_S, num_S = (
         values.astype(np.int64) for values in (plan.sched_slot_S, plan.sched_start_S, plan.sched_num_S)
     )
     is_sampled_S = plan.sched_sample_S != 0
     if num_micro_batches == 1:
+        computes_S = num_S > 0
+        if not computes_S.all():
+            slot_S, start_S, num_S = slot_S[computes_S], start_S[computes_S], num_S[computes_S]
+            is_sampled_S = is_sampled_S[computes_S]
         return [MicroBatch.of(slot_S, start_S, num_S, is_sampled_S)]
     before_S, found, end = np.cumsum(num_S) - num_S, [], 0
     for [num] in split_tokens([int(num_S.sum())], num_micro_batches):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ from expertwire.engine.runner.staging import (
     memory_of,
     upload_nowhere,
 )
+from expertwire.engine.runner.thinking import Thinking
 from expertwire.engine.runner.timeline import CudaTimeline, HostTimeline, Timeline
 from expertwire.kernels.ops.sampling import DRAW_PARAMETERS, token_logprobs
 from expertwire.moe.eplb.mover import ExpertMover
@@ -62,6 +63,7 @@ class ModelRunner:
         num_micro_batches: into which a step is cut, so that one computes while another's tokens are exchanged.
         capture: captures steps, `cuda_graphs.cuda()`; None: none. Unused if an all-to-all is not `graph_safe`.
         mover: moves experts between ranks; None if they never move. A graph finds the new ones where the old were.
+        thinking: controls the reasoning of requests; None if none asks for that.
 
     Attributes:
         depth: steps that can be launched at once; 2 on a GPU, where the next step's work is queued when one ends.
@@ -79,9 +81,10 @@ class ModelRunner:
         num_micro_batches: int = 1,
         capture: Capture | None = None,
         mover: ExpertMover | None = None,
+        thinking: Thinking | None = None,
     ) -> None:
         context = model.context
-        self._model, self._caches, self._capture, self._mover = model, caches, capture, mover
+        self._model, self._caches, self._capture, self._mover, self._thinking = model, caches, capture, mover, thinking
         self._ops, self._device, self._rank, self._num_ranks = context.ops, context.device, context.rank, num_ranks
         self._num_micro_batches = num_micro_batches
         self.depth = 2 if context.ops.on_device else 1
@@ -99,6 +102,7 @@ class ModelRunner:
             specs=[cache.spec for cache in caches],
             device=context.device,
             ops=context.ops,
+            thinking=thinking,
         )
         self._is_padded = context.ops.on_device and all(each.graph_safe for each in context.all_to_alls)
         self._dummy = DummySteps(
@@ -212,11 +216,12 @@ class ModelRunner:
         sizes = [given.num_tokens for given in (parts if graph is None else graph.inputs)]
         is_long = self.batch.sampling["is_long"]
         inputs = [part.pack(size, is_long) for part, size in zip(parts, sizes, strict=True)]
-        position_O, row_O = self.batch.num_tokens[step.slot_O], step.last_row_S[step.is_sampled_S]
-        state = self.batch.sampling[step.slot_O]
+        slot_O, row_O = step.sampled(rank_plan)
+        position_O, state = self.batch.num_tokens[slot_O], self.batch.sampling[slot_O]
         columns = [state[name].astype(dtype) for name, dtype in DRAW_PARAMETERS.items()]
-        bent = self.batch.logit_changes(step.slot_O)
-        sampling = [*bent, row_O, self.batch.token_index(step.slot_O, position_O), *columns, position_O]
+        bent = self.batch.logit_changes(slot_O)
+        limits = [] if self._thinking is None else self._thinking.limits(slot_O, self.batch.sampling)
+        sampling = [*bent, *limits, row_O, self.batch.token_index(slot_O, position_O), *columns, position_O]
         uploaded = self._upload(*changes, *inputs, *sampling)
         self._apply(rank_plan, uploaded[: len(changes)])
         of_parts, of_rows = uploaded[len(changes) : -len(sampling)], uploaded[-len(sampling) :]
@@ -226,7 +231,7 @@ class ModelRunner:
             hidden_TD = self._forward(of_parts, parts, routed, plan.num_tokens_P.tolist())
         outputs = [
             self._prompt_logprobs(hidden_TD, step),
-            self._sample(hidden_TD, step, state, of_rows[: len(bent)], *of_rows[len(bent) :]),
+            self._sample(hidden_TD, slot_O, state, *_cut(of_rows, len(bent), len(limits))),
             *(_Output([counts.tokens], partial(_routed, counts)) for counts in asked),
         ]
         arrays = self._download([tensor for tensors, _ in outputs for tensor in tensors])
@@ -308,33 +313,44 @@ class ModelRunner:
     def _sample(
         self,
         hidden_TD: Tensor,
-        step: MicroBatch,
+        slot_O: np.ndarray,
         state: np.ndarray,
         bent: Sequence[Tensor],
-        row_O: Tensor,
-        at_O: Tensor,
-        *columns: Tensor,
+        limits: Sequence[Tensor],
+        inputs: Sequence[Tensor],
     ) -> _Output:
-        """Sample and write down the tokens, and return what the result says of them. `state`: sampling parameters [O]."""
+        """Sample and write down the tokens, and return what the result says of them.
+
+        Args:
+            state: sampling parameters [O].
+            bent: changes of logits, see `InputBatch.logit_changes`; `limits`: of reasoning, see `Thinking.limits`.
+            inputs: of the rows: their place in `hidden_TD`, the index of the next token, and the columns of `Sample`.
+        """
         if not len(state):
             return _Output([], lambda _: logprobs.NO_TOKENS)
+        row_O, at_O, *columns = inputs
         logits_OV = self._model.logits(hidden_TD.index_select(0, row_O)).contiguous()
         raw_OV = logits_OV.clone() if (state["logprobs"] >= 0).any() else logits_OV
-        self.batch.change_logits(logits_OV, bent, step.slot_O)
+        self.batch.change_logits(logits_OV, bent, slot_O)
+        if self._thinking is not None:
+            self._thinking.keep_closed(logits_OV, limits)
         token_O = self._ops.sample(
             logits_OV,
             *columns,
             drawn=bool(state["temperature"].any()),
             filtered=bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any()),
         )
+        if self._thinking is not None:
+            token_O = self._thinking.control(token_O, limits)
         # The next step in flight computes a request that has just failed: it needs a token.
         known_O = token_O.clamp_min(0)
-        self.batch.append(step.slot_O, at_O, known_O)
-        picked = logprobs.of(raw_OV, known_O, state["logprobs"], self._upload)
+        self.batch.append(slot_O, at_O, known_O)
+        are_scores = self._model.config.num_labels > 0
+        picked = logprobs.of(raw_OV, known_O, state["logprobs"], self._upload, are_scores=are_scores)
         vocab = logits_OV.shape[1]
         return _Output(
             [token_O, *picked],
-            lambda arrays: logprobs.token_fields(step.slot_O, arrays[0], arrays[1:], state["logprobs"], vocab),
+            lambda arrays: logprobs.token_fields(slot_O, arrays[0], arrays[1:], state["logprobs"], vocab),
         )
 
     def _prompt_logprobs(self, hidden_TD: Tensor, step: MicroBatch) -> _Output:
@@ -357,6 +373,12 @@ class ModelRunner:
             [torch.cat(parts) for parts in zip(*portions, strict=True)],
             lambda arrays: logprobs.prompt_fields(slots, positions, logprobs.fields(arrays, num_top, vocab)),
         )
+
+
+def _cut(tensors: Sequence[Tensor], *sizes: int) -> list[Sequence[Tensor]]:
+    """Return portions of these sizes, and the rest."""
+    ends = list(accumulate(sizes, initial=0))
+    return [*(tensors[start:end] for start, end in pairwise(ends)), tensors[ends[-1] :]]
 
 
 def _routed(counts: RoutedCounts, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -31,8 +31,9 @@ def log(
     if not (sampled.any() or prompts.any()):
         return
     slots = np.unique(np.concatenate((result.slot_O[sampled], result.prompt_slot[prompts]))).tolist()
-    position = int(step.seq_len_S[step.slot_S == slots[0]].max()) - 1
-    layer = _first_layer(caches, block_tables[:, slots[0]], position, block_size)
+    first = next(slot for slot in slots if slot in step.slot_S)  # not one that samples as another slot does
+    position = int(step.seq_len_S[step.slot_S == first].max()) - 1
+    layer = _first_layer(caches, block_tables[:, first], position, block_size)
     where = "all caches are finite" if layer is None else f"the first layer with such numbers in its cache is {layer}"
     _log.error(
         "step %d, rank %d: the logits of slot(s) %s are not finite; for the token at position %d of slot %d, %s",
@@ -40,7 +41,7 @@ def log(
         result.rank,
         ", ".join(map(str, slots)),
         position,
-        slots[0],
+        first,
         where,
     )
 

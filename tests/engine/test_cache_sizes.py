@@ -83,3 +83,22 @@ def test_requests_are_no_longer_than_what_fits_unless_that_was_asked_for():
     assert windows.max_model_len == 8192, "a window holds a request of any length"
     with pytest.raises(CacheTooSmall, match="holds 16 tokens; max_model_len = 8192 needs"):
         cache_sizes(config(kv_cache_memory_bytes=2000), (FULL,), 8192)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 4, 64])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.45])
+@pytest.mark.parametrize("max_model_len", [1024, 65_536])
+def test_what_a_hybrid_needs_is_enough_for_all_its_requests(max_num_seqs, share, max_model_len):
+    names = {"writers": (0,), "readers": (0,)}
+    specs = (
+        spec("full", 100),
+        CacheSpec(name="chunk", kind="chunk", bytes_per_token=50, chunk_size=64, **names),
+        CacheSpec(name="state", kind="state", bytes_per_token=90_000, snapshot_every=512, **names),
+    )
+    given = config(
+        max_num_seqs=max_num_seqs, snapshot_share=share, max_model_len=max_model_len, max_num_batched_tokens=2048
+    )
+    full, chunk, state = cache_sizes(given, specs, max_model_len, free_bytes=10**12).num_blocks
+    assert full >= max_num_seqs * max_model_len // BLOCK + 1
+    assert chunk == max_num_seqs + 1
+    assert state > max_num_seqs

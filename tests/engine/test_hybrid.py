@@ -13,7 +13,7 @@ from helpers.slow import slow_but
 from expertwire import LLM, SamplingParams
 from expertwire.engine.models.registry import read_model_config
 
-EVERY = 64
+ENTRY, EVERY = 64, 256  # tokens after which a snapshot can be kept, and is kept
 LENGTHS = [1, 2, 17, 63, 64, 65, 150, 300]
 NUM_OUTPUT = 16
 PARAMS = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True, logprobs=64)
@@ -54,7 +54,7 @@ def test_company_chunks_ranks_and_snapshots(name, dtype):
                 outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
                 assert bits(outputs) == alone, f"{options}, {attempt}"
                 found = [output.num_cached_tokens for output in outputs]
-                whole = [0 if attempt == "cold" else (length - 1) // EVERY * EVERY for length in LENGTHS]
+                whole = [0 if attempt == "cold" else (length - 1) // ENTRY * ENTRY for length in LENGTHS]
                 # Which rank has a prefix is a guess.
                 assert all(num in (0, most) for num, most in zip(found, whole, strict=True)), found
                 assert any(found) == (attempt == "cached")
@@ -72,7 +72,7 @@ def test_a_conversation_goes_on_from_its_last_snapshot(name):
             turns.append((prompt, list(output.outputs[0].token_ids), output.num_cached_tokens))
             prompt = prompt + turns[-1][1] + tiny.prompt(20, seed=2 + turn)
     # The last token of an answer has not been computed.
-    assert [cached for _, _, cached in turns] == [0, 149 // EVERY * EVERY, 219 // EVERY * EVERY]
+    assert [cached for _, _, cached in turns] == [0, 149 // ENTRY * ENTRY, 219 // ENTRY * ENTRY]
     with serve(name, enable_prefix_caching=False) as llm:
         for prompt, answer, _ in turns:
             [output] = llm.generate(
@@ -81,13 +81,26 @@ def test_a_conversation_goes_on_from_its_last_snapshot(name):
             assert list(output.outputs[0].token_ids) == answer
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nemotron3_super", "qwen3_next"])
+def test_experts_move_while_states_go_on(name):
+    prompts = [tiny.prompt(length, seed=length) for length in LENGTHS]
+    seen = []
+    for options in ({}, {"ep_size": 2, "eplb_step_interval": 4}):
+        with serve(name, dtype="bfloat16", **options) as llm:
+            seen.append([bits(llm.generate(prompts, PARAMS, use_tqdm=False)) for _ in range(4)])
+            stats = llm.stats()
+    assert stats["rebalancing"]["moved_experts"] > 0, stats["rebalancing"]
+    assert seen[0] == seen[1]
+
+
 def test_caches_that_are_too_small_give_the_same_tokens():
     """Requests wait for a state, or are preempted and go on from their last snapshot."""
-    prompts = [tiny.prompt(30 + 17 * i, seed=i) for i in range(10)]
-    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    prompts = [tiny.prompt(30 + 37 * i, seed=i) for i in range(10)]
+    params = SamplingParams(temperature=0, max_tokens=130, ignore_eos=True)
     answers, preemptions = [], []
-    for nbytes in (60_000_000, 470_000):
-        options = {"max_model_len": 300, "max_num_batched_tokens": 64, "snapshot_share": 0.0}
+    for nbytes in (60_000_000, 800_000):
+        options = {"max_model_len": 500, "max_num_batched_tokens": 64, "snapshot_share": 0.0}
         with serve("nemotron3_super", kv_cache_memory_bytes=nbytes, **options) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             answers.append([list(output.outputs[0].token_ids) for output in outputs])

@@ -18,14 +18,8 @@ from helpers.hub_configs import (
     write,
 )
 
-from expertwire.engine.models.model_config import (
-    AttentionConfig,
-    LayerConfig,
-    MlpConfig,
-    ModelConfig,
-    MoeConfig,
-    QuantizationConfig,
-)
+from expertwire.engine.models.mixer_configs import AttentionConfig
+from expertwire.engine.models.model_config import LayerConfig, MlpConfig, ModelConfig, MoeConfig, QuantizationConfig
 from expertwire.engine.models.registry import FAMILIES, read_model_config
 from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
 

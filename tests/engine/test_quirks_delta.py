@@ -19,7 +19,7 @@ from helpers.rank_model import RankModel
 from expertwire.bench.serving import rank_model as bench_rank_model
 from expertwire.engine.layers.gated_delta_net import GatedDeltaNet
 from expertwire.engine.loader.parameters import ParameterLayout
-from expertwire.engine.models.model_config import AttentionConfig, GatedDeltaNetConfig
+from expertwire.engine.models.mixer_configs import AttentionConfig, GatedDeltaNetConfig
 from expertwire.engine.models.registry import read_model_config
 
 NAMES = ["qwen3_next", "qwen3_5", "qwen3_5_moe"]

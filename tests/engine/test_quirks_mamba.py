@@ -19,7 +19,7 @@ from helpers.rank_model import RankModel
 
 from expertwire.bench.serving import rank_model as bench_rank_model
 from expertwire.engine.layers.mamba2 import Mamba2
-from expertwire.engine.models.model_config import AttentionConfig
+from expertwire.engine.models.mixer_configs import AttentionConfig
 from expertwire.engine.models.registry import read_model_config
 from expertwire.kernels.ops.variants import Rope
 

@@ -57,7 +57,7 @@ class FakeHub:
 
 MODEL = SimpleNamespace(
     architecture="A", dtype="bfloat16", kv_cache_dtype="auto", vocab_size=9,
-    eos_token_ids=(), num_layers=1, num_experts=0, top_k=0,
+    eos_token_ids=(), num_layers=1, num_experts=0, top_k=0, num_labels=0,
     cache_specs=lambda: (SPEC,),
 )  # fmt: skip
 SPEC = CacheSpec(name="full", kind="full", bytes_per_token=64, writers=(0,), readers=(0,))
@@ -106,7 +106,7 @@ def test_ranks_have_all_loaded_before_any_runs_its_largest_step():
     info, _ = start_ranks(args(), FakeHub(done))
     assert done == [
         "joined", "nothing", "collect", "sharers store", "collect", "max_model_len", "collect",
-        "max_model_len num_blocks", "collect",
+        "eos_token_ids max_model_len num_blocks", "collect",
     ]  # fmt: skip
     assert info.cache_bytes["full"] <= (1 << 20) + 64 * 16, "the rank with least room decides"
     assert info.cache_bytes["full"] > (1 << 20) - 64 * 16

@@ -177,9 +177,9 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
             # A task that a dead process is given before its end is noticed fails, too.
             while any(map(psutil.pid_exists, killed)):
                 await asyncio.sleep(0.05)
-            await workers.encode(chat(), PARAMS, client="a")
             while len(worker_pids() - before) < 2:  # one that was killed while it started is replaced after a pause
                 await asyncio.sleep(0.05)
+            await workers.encode(chat(), PARAMS, client="a")
 
     asyncio.run(run())
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 from helpers import chat_templates, tokenizer_files
 
+from expertwire.engine.frontend import tiktoken_files
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.tokenizer import Tokenizer
 
@@ -140,4 +141,17 @@ def test_damaged_files(tmp_path, ranks, text, error):
     write(tmp_path, ranks)
     (tmp_path / "tiktoken.model").write_text(text)
     with pytest.raises(ValueError, match=rf"tiktoken\.model {error}"):
+        Tokenizer.open(tmp_path)
+
+
+def test_large_files_and_tokens_are_refused(tmp_path, ranks):
+    file = write(tmp_path, ranks) / "tiktoken.model"
+    with file.open("ab") as large:
+        large.truncate(tiktoken_files.MAX_BYTES + 1)
+    with pytest.raises(ValueError, match=rf"tiktoken\.model must have at most {tiktoken_files.MAX_BYTES} bytes"):
+        Tokenizer.open(tmp_path)
+    write(tmp_path, ranks | {b"x" * (tiktoken_files.MAX_TOKEN_BYTES + 1): len(ranks)})
+    with pytest.raises(
+        ValueError, match=rf"a token must have at most {tiktoken_files.MAX_TOKEN_BYTES} bytes, got 1025"
+    ):
         Tokenizer.open(tmp_path)

@@ -117,7 +117,7 @@ def test_no_more_is_credited_than_the_reader_allows():
     assert credited.tokens.tolist() == [2]  # the window's four were used
 
 
-@pytest.mark.parametrize("start", [(3,), (3, 4), ()])
+@pytest.mark.parametrize("start", [(3,), (3, 4), (3, 4, 6)])
 @pytest.mark.parametrize("opens", [False, True])
 def test_reasoning_is_counted_as_usage_counts_it(start, opens):
     reasoning, rng = ReasoningIds(start, 5), np.random.default_rng(1)

@@ -66,6 +66,7 @@ _CHATS = {
     "nemotron": "qwen3_coder",
     "olmoe": "olmoe",
     "phi": "phi_4_mini",
+    "qwen2": "qwen3",
     "qwen3": "qwen3",
     "qwen3_5": "qwen3_coder",
 }

@@ -15,6 +15,8 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -91,6 +93,11 @@ def _qwen3() -> PreTrainedModel:
     )
 
 
+def _qwen2() -> PreTrainedModel:
+    fields = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2}
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **fields, rope_parameters=default_rope(1e6)))
+
+
 def _phi3(original_max_position: int | None, **changes: Any) -> PreTrainedModel:
     fields = {**SIZES, "hidden_size": 128, "pad_token_id": 0, "eos_token_id": 2, "rope_parameters": default_rope(1e4)}
     if original_max_position is not None:
@@ -148,6 +155,11 @@ ALL = {
         model=_mistral, hub_tensors=same, hub_config=lambda config: hub_style(config, "MistralForCausalLM")
     ),
     "ministral3": Tiny(model=_ministral3, hub_tensors=_wrapped, hub_config=wrapped_config),
+    "qwen2": Tiny(
+        model=_qwen2,
+        hub_tensors=same,
+        hub_config=lambda config: hub_style(config, "Qwen2ForCausalLM", layer_types=None),
+    ),
     "qwen3": Tiny(
         model=_qwen3,
         hub_tensors=same,

@@ -54,7 +54,7 @@ def text(prompt, num_tokens):
 class CacheModel:
     """See the module. Two layers write, in parallel; the second one's caches hold the hash and one."""
 
-    config = None
+    config = SimpleNamespace(num_labels=0)
 
     def __init__(self, ops):
         names = {"rank": 0, "device": "cpu", "all_to_alls": (), "exchange_tokens": None}
@@ -124,19 +124,18 @@ class CacheModel:
 
 
 class Server:
-    """A scheduler and one rank; collects tokens by request."""
+    """A scheduler and one rank; collects tokens by request. `options`: of the scheduler."""
 
-    def __init__(self, runner, num_blocks, *, depth=1):
-        self.config = SchedulerConfig(
-            num_ranks=1,
-            max_num_seqs=4,
-            max_num_batched_tokens=16,
-            num_blocks=num_blocks,
-            max_queued_requests=99,
-            eos_token_ids=(),
-            vocab_size=VOCAB,
-            **SIZES,
-        )
+    def __init__(self, runner, num_blocks, *, depth=1, **options):
+        defaults = {
+            "num_ranks": 1,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 16,
+            "max_queued_requests": 99,
+            "eos_token_ids": (),
+            "vocab_size": VOCAB,
+        }
+        self.config = SchedulerConfig(num_blocks=num_blocks, **SIZES, **{**defaults, **options})
         self.scheduler, self.runner, self.depth = Scheduler(self.config, SPECS), runner, depth
         self.flight, self.tokens, self.num_copies = deque(), {}, 0
 
@@ -145,8 +144,10 @@ class Server:
         self.tokens[request.key] = []
 
     def fork(self, key, child):
-        assert not self.scheduler.fork(key, [child], 0.0)
-        self.tokens[child.key] = child.tokens[len(child.prompt) :].tolist()
+        child.output = np.array(self.tokens[key], np.int32)
+        child.tokens = np.concatenate((child.prompt, child.output))
+        assert self.scheduler.submit_group([child], 0.0, key) is None
+        self.tokens[child.key] = list(self.tokens[key])
 
     def step(self):
         plan = self.scheduler.plan(0.0)
@@ -160,7 +161,7 @@ class Server:
                 self.tokens[key].append(token)
 
     def drain(self):
-        for _ in range(2000):
+        for _ in range(20_000):
             if self.scheduler.idle:
                 break
             self.step()

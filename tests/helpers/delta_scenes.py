@@ -53,8 +53,10 @@ class Scene:
         order = [i for i in sorted(range(len(nums)), key=lambda i: nums[i] != 1) if nums[i]]
         lengths = [self.done[i] + nums[i] for i in order]
         tables = [torch.nn.functional.pad(table[order], (0, 0, 0, unused)) for table in (self.states, self.chunks)]
-        seqs = attention.describe([*(nums[i] for i in order), *[0] * unused], [*lengths, *[0] * unused], tables[0])
-        states = StateMetadata(seqs=seqs, snapshot_every=self.every, chunk_blocks_S=tables[1][:, 0].contiguous())
+        # Entries of a chunk each repeat the block of `every` positions.
+        repeated = tables[0].repeat_interleave(self.every // CHUNK, 1)
+        seqs = attention.describe([*(nums[i] for i in order), *[0] * unused], [*lengths, *[0] * unused], repeated)
+        states = StateMetadata(seqs=seqs, interval=CHUNK, chunk_blocks_S=tables[1][:, 0].contiguous())
         rows = [
             torch.cat([self.inputs[i][which][self.done[i] : self.done[i] + nums[i]] for i in order])
             for which in range(3)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from expertwire.engine.config.engine_config import ModelInfo
+from expertwire.engine.config.thinking import ThinkingIds
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestOptions, Update
+from expertwire.engine.frontend.output_formats import PLAIN
 from expertwire.engine.frontend.prompts import encode_prompt
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -24,6 +26,9 @@ MODEL_INFO = ModelInfo(
 
 class LetterTokenizer:
     """One token a character."""
+
+    output_format = PLAIN
+    thinking_ids = ThinkingIds(start=(1,), end=2, wait=3, spaces=(), sentence_ends=())
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) % MODEL_INFO.vocab_size for letter in text]

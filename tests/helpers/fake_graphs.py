@@ -155,7 +155,9 @@ class _Tape(TorchDispatchMode):
             masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
             assert not masks, f"{name} by a mask waits for the device during a capture"
         if any(returned.alias_info is not None and not returned.alias_info.is_write for returned in schema.returns):
-            return operation(*args, **kwargs)  # a view
+            found = operation(*args, **kwargs)
+            if {_storage(x) for x in _tensors(found)} <= {_storage(x) for x in _tensors((args, kwargs))}:
+                return found  # a view; `contiguous` and `reshape` are copies too
         if schema.is_mutable:
             self._record(name, lambda args, kwargs: operation(*args, **kwargs), args, kwargs)
             written = [
@@ -187,6 +189,14 @@ class _Tape(TorchDispatchMode):
         self.memory.append(memory.fill_(self._poison))
         self._private.add(out.untyped_storage()._cdata)
         return out
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _again(operation: Any, out: Any, args: Any, kwargs: Any) -> None:

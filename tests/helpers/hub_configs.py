@@ -42,6 +42,22 @@ def _base(architecture: str, model_type: str, **fields: Any) -> Config:
 
 MIXTRAL_8X7B = _published("mixtral-8x7b")
 QWEN3_30B_A3B = _published("qwen3-30b-a3b")
+QWEN2_5_7B = _base(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    **_heads(28, 4),
+    eos_token_id=151645,
+    hidden_size=3584,
+    intermediate_size=18944,
+    max_position_embeddings=32768,
+    max_window_layers=28,
+    num_hidden_layers=28,
+    rms_norm_eps=1e-06,
+    rope_theta=1000000.0,
+    sliding_window=131072,
+    use_sliding_window=False,
+    vocab_size=152064,
+)
 QWEN3_8B = _base(
     "Qwen3ForCausalLM",
     "qwen3",
@@ -417,6 +433,7 @@ QWEN3_5_9B = {
 HUB_CONFIGS: dict[str, Config] = {
     "mixtral": MIXTRAL_8X7B,
     "qwen3_moe": QWEN3_30B_A3B,
+    "qwen2": QWEN2_5_7B,
     "qwen3": QWEN3_8B,
     "llama": LLAMA_3_1_8B,
     "mistral": MISTRAL_7B,

@@ -66,7 +66,7 @@ def start(model, monkeypatch):
     def start(folder=model, config=None, **options):
         engines = []
 
-        def start_engine(config, launcher, end_of_turn_ids):
+        def start_engine(config, launcher, end_of_turn_ids, thinking):
             engines.append(FakeEngine(config, **options))
             return engines[0]
 
@@ -197,7 +197,7 @@ def test_ends_of_a_turn_reach_the_engine(start, tmp_path, monkeypatch):
     model = chat_templates.write(tmp_path, chat_templates.FAMILIES["gpt_oss"])
     given = []
 
-    def start_engine(config, launcher, end_of_turn_ids):
+    def start_engine(config, launcher, end_of_turn_ids, thinking):
         given.extend(end_of_turn_ids)
         return FakeEngine(config)
 
@@ -389,7 +389,7 @@ def test_the_engine_ends_with_the_object(start):
 def test_an_engine_whose_frontend_cannot_start_is_closed(model, monkeypatch):
     engines = []
 
-    def start_engine(config, launcher, end_of_turn_ids):
+    def start_engine(config, launcher, end_of_turn_ids, thinking):
         engines.append(FakeEngine(config))
         engines[0].controller.close()
         return engines[0]

@@ -1,0 +1,167 @@
+"""Reward models and classifiers against transformers, and against a small implementation of the heads that only the hub has."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_checkpoints as tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen2Model
+
+from expertwire import LLM, SamplingParams
+from expertwire.strategies.verifiers import Candidate, VerifierError
+from expertwire.verifiers import RewardModel, YesNo
+
+PROMPTS = [tiny.prompt(length, seed=length) for length in (1, 17, 70)]
+OPTIONS = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 1 << 24, "max_num_seqs": 8}
+
+
+def classifier(folder, kind, num_labels):
+    """Write a classifier with the decoder of a tiny model; return transformers' model."""
+    tiny.make(kind, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = [config["architectures"][0].replace("CausalLM", "SequenceClassification")]
+    config["id2label"] = {str(label): f"LABEL_{label}" for label in range(num_labels)}
+    config["label2id"] = {name: int(label) for label, name in config["id2label"].items()}
+    if num_labels == 2:
+        del config["id2label"], config["label2id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    width = tensors.pop("lm_head.weight").shape[1]
+    tensors["score.weight"] = torch.randn(num_labels, width, generator=torch.Generator().manual_seed(1))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(("kind", "num_labels", "ep_size"), [("qwen3", 1, 1), ("qwen3_moe", 2, 2), ("mixtral", 5, 1)])
+def test_a_classifier_gives_the_scores_of_transformers(tmp_path, kind, num_labels, ep_size):
+    model = classifier(tmp_path, kind, num_labels)
+    with LLM(tmp_path, ep_size=ep_size, **OPTIONS) as llm:
+        assert llm.model_info.num_labels == num_labels
+        scores = llm.reward(PROMPTS, use_tqdm=False)
+        again = llm.reward([PROMPTS[2] + PROMPTS[1]], use_tqdm=False)
+        with pytest.raises(ValueError, match=r"scores texts and generates none: use LLM\.reward"):
+            llm.generate(PROMPTS, SamplingParams(max_tokens=2), use_tqdm=False)
+    for ids, found in zip([*PROMPTS, PROMPTS[2] + PROMPTS[1]], [*scores, *again], strict=True):
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids])).logits[0].numpy()
+        assert found.shape == (num_labels,)
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def qwen_reward_model(folder, architecture, num_labels):
+    """Write a checkpoint; return the function from tokens to scores at every position, f32 [T, labels].
+
+    The hub's code is a Qwen2 decoder, and on it `score`, a linear layer, ReLU and another one, all with biases.
+    """
+    config = Qwen2Config(
+        vocab_size=320, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
+    )  # fmt: skip
+    decoder = Qwen2Model(config).float().eval()
+    tiny._scale_weights(decoder, seed=0)
+    generator = torch.Generator().manual_seed(2)
+    head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, num_labels))
+    with torch.no_grad():
+        for values in head.parameters():
+            values.copy_(torch.randn(values.shape, generator=generator) * 0.3)
+    tensors = {f"model.{name}": values for name, values in decoder.state_dict().items()}
+    tensors |= {f"score.{name}": values for name, values in head.state_dict().items()}
+    save_file({name: values.contiguous() for name, values in tensors.items()}, folder / "model.safetensors")
+    fields = config.to_dict() | {"architectures": [architecture], "torch_dtype": "float32", "rope_theta": 1e4}
+    fields = {name: value for name, value in fields.items() if name not in ("rope_parameters", "dtype", "layer_types")}
+    (folder / "config.json").write_text(json.dumps(fields))
+    tiny._write_tokenizer("qwen3", folder)
+
+    def scores(ids):
+        with torch.no_grad():
+            return head(decoder(torch.tensor([ids])).last_hidden_state[0]).numpy()
+
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("architecture", "num_labels"), [("Qwen2ForRewardModel", 1), ("Qwen2ForProcessRewardModel", 2)]
+)
+def test_qwen_reward_heads(tmp_path, architecture, num_labels):
+    reference = qwen_reward_model(tmp_path, architecture, num_labels)
+    with LLM(tmp_path, **OPTIONS) as llm:
+        scores = llm.reward(PROMPTS, use_tqdm=False)
+    for ids, found in zip(PROMPTS, scores, strict=True):
+        np.testing.assert_allclose(found, reference(ids)[-1], atol=1e-4)
+
+
+def candidate(text, prompt="one and one?"):
+    return Candidate(prompt=prompt, text=text, prompt_token_ids=(), token_ids=(), complete=True)
+
+
+def test_steps_are_scored_by_the_probability_of_the_last_label_at_their_marks(tmp_path):
+    reference = qwen_reward_model(tmp_path, "Qwen2ForProcessRewardModel", 2)
+    with LLM(tmp_path, block_size=16, **OPTIONS) as llm:
+        verifier = RewardModel(llm=llm, system="judge", step_text="; ", step_token="!")
+        [mark] = llm.tokenizer.encode("!", add_special_tokens=False)
+        whole = verifier.prompt(candidate("the one; then; another"))
+        ends = [i for i, token in enumerate(whole) if token == mark]
+        assert len(ends) == 3
+        assert whole[-1] == mark
+        wanted = torch.softmax(torch.tensor(reference(whole)[ends]), dim=-1)[:, 1].numpy()
+        found = [verifier([candidate(text)])[0] for text in ("the one", "the one; then; ", "the one; then; another")]
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        stats = llm.stats()
+        assert stats["prompt_tokens"] - stats["cached_tokens"] < len(whole) + 2 * 16, "known steps are computed once"
+        with pytest.raises(VerifierError, match="no step yet"):
+            verifier([candidate(" ")])
+        for wrong, message in (
+            ({"step_text": "; "}, "step_text and step_token must both be None or texts"),
+            ({"step_text": "; ", "step_token": "<extra_0>"}, "step_token must be one token"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                RewardModel(llm=llm, **wrong)
+
+
+def test_a_longer_text_finds_what_a_shorter_one_has_computed(tmp_path):
+    classifier(tmp_path, "qwen3", 1)
+    with LLM(tmp_path, block_size=16, **OPTIONS) as llm:
+        llm.reward([PROMPTS[2]], use_tqdm=False)
+        llm.reward([PROMPTS[2] + PROMPTS[1]], use_tqdm=False)
+        assert llm.stats()["cached_tokens"] == 64
+
+
+def test_a_language_model_has_no_labels():
+    with (
+        LLM(tiny.cached("qwen3"), **OPTIONS) as llm,
+        pytest.raises(ValueError, match="generates text and has no labels"),
+    ):
+        llm.reward(PROMPTS, use_tqdm=False)
+
+
+@pytest.mark.parametrize("labels", [{}, ["good"], {str(label): "" for label in range(65)}])
+def test_labels_that_cannot_be_served_are_refused(tmp_path, labels):
+    classifier(tmp_path, "qwen3", 2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+    with pytest.raises(ValueError, match="id2label must"):
+        LLM(tmp_path, **OPTIONS)
+
+
+def test_a_language_model_says_yes_or_no():
+    folder = tiny.cached("qwen3")
+    with LLM(folder, **OPTIONS) as llm:
+        question, asked = "{prompt} {text}?", candidate("{two}", prompt="{one}")
+        ids = YesNo(llm=llm, question=question).prompt(asked)
+        assert "{one} {two}?" in llm.tokenizer.decode(ids)
+        probabilities = torch.softmax(torch.tensor(tiny.reference_logits(folder, ids)[-1]), dim=-1)
+        mass = {}
+        for token in probabilities.topk(64).indices.tolist():
+            word = llm.tokenizer.token_text(token).strip().lower() if token < 297 else ""
+            mass[word] = mass.get(word, 0.0) + float(probabilities[token])
+        yes, no = [word for word in mass if word][:2]
+        found = YesNo(llm=llm, question=question, yes=yes, no=no)([asked])
+        assert found == pytest.approx([mass[yes] / (mass[yes] + mass[no])], abs=1e-4)
+        with pytest.raises(VerifierError, match="neither 'yes' nor 'no'"):
+            YesNo(llm=llm)([candidate("two")])
+        with pytest.raises(ValueError, match="question must have"):
+            YesNo(llm=llm, question="{prompt}")
+        with pytest.raises(ValueError, match="llm must be a reward model"):
+            RewardModel(llm=llm)
