@@ -39,7 +39,8 @@ class DemoConfig:
 
 CONFIGS = {
     "demo": DemoConfig(),
-    "sibling": DemoConfig(hidden_size=64, num_hidden_layers=2, head_dim=16, num_experts=4, moe_intermediate_size=64),
+    "small": DemoConfig(hidden_size=48, num_hidden_layers=2, head_dim=16, num_experts=16, moe_intermediate_size=32),
+    "thinking": DemoConfig(),
 }
 
 

@@ -14,26 +14,48 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from demo_network import CONFIGS, DemoConfig, DemoModel
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from expertwire.deploy.demo_task import EOS, PAD, QUESTION, UNKNOWN, WORDS, Kind, make_example
+from expertwire.deploy.demo_task import (
+    END_OF_STEP,
+    END_OF_THINKING,
+    EOS,
+    PAD,
+    QUESTION,
+    THINK,
+    UNKNOWN,
+    WAIT,
+    WORDS,
+    Kind,
+    make_example,
+    make_thinking_example,
+)
 
 TOKEN_IDS = {word: token_id for token_id, word in enumerate(WORDS)}
 SPECIAL = (PAD, EOS, UNKNOWN, *(word for word in WORDS if word.startswith("<reserved")))
-# (kind, size, share of the training tokens)
-MIX: tuple[tuple[Kind, int, float], ...] = (
-    *(
-        ("SUM", size, share)
-        for size, share in zip(range(2, 9), (0.04, 0.14, 0.16, 0.14, 0.12, 0.08, 0.04), strict=True)
-    ),
-    *(("COUNTDOWN", size, share) for size, share in zip(range(2, 6), (0.02, 0.08, 0.10, 0.08), strict=True)),
+Mix = tuple[tuple[Kind, int, float], ...]  # (kind, size, share of the batches)
+SUMS: Mix = tuple(
+    ("SUM", size, share) for size, share in zip(range(2, 9), (0.04, 0.14, 0.16, 0.14, 0.12, 0.08, 0.04), strict=True)
 )
+MIXES: dict[str, Mix] = {
+    "demo": (
+        *SUMS,
+        *(("COUNTDOWN", size, share) for size, share in zip(range(2, 6), (0.02, 0.08, 0.10, 0.08), strict=True)),
+    ),
+    # The lowest tier of a cascade: what it is for are the easy problems.
+    "small": tuple(
+        ("SUM", size, share) for size, share in zip(range(2, 8), (0.15, 0.35, 0.25, 0.15, 0.06, 0.04), strict=True)
+    ),
+    "thinking": SUMS,
+}
+CUT_SHARE, AGAIN_SHARE = 0.3, 0.15  # of the thinking model's batches
 CHAT_TEMPLATE = (
     "{%- set question = messages[-1]['content'] | trim -%}"
     "{{ question }}{% if add_generation_prompt and not question.endswith('?') %} ?{% endif %}"
@@ -44,8 +66,12 @@ CHAT_TEMPLATE = (
 class Recipe:
     """Hyperparameters of a training.
 
-    One of `tokens` and `cpu_seconds` is the budget; only `tokens` gives the same weights twice.
+    One of `tokens` and `cpu_seconds` is the budget; only `tokens` gives the same weights twice. `model` is a key of `MIXES`,
+    `init` the folder of a checkpoint to start from.
     """
+
+    model: str = "demo"
+    init: str | None = None
 
     tokens: int | None = None
     cpu_seconds: float | None = None
@@ -68,16 +94,42 @@ class Batch:
 
 
 def make_batch(recipe: Recipe, step: int) -> Batch:
-    """The batch of a step: a function of (recipe.seed, step)."""
+    """The batch of a step: a function of (recipe.model, recipe.seed, step)."""
     rng = random.Random(f"{recipe.seed} {step}")
-    kind, size, _ = rng.choices(MIX, [share for _, _, share in MIX])[0]
+    mix = MIXES[recipe.model]
+    kind, size, _ = rng.choices(mix, [share for _, _, share in mix])[0]
+    options = _thinking_options(rng, size) if recipe.model == "thinking" else None
     texts: list[list[str]] = []
     while not texts or len(texts) < recipe.batch_tokens // len(texts[0]):
-        problem, solution = make_example(kind, size, rng.getrandbits(48), "train")
+        seed = rng.getrandbits(48)
+        if options is None:
+            problem, solution = make_example(kind, size, seed, "train")
+        else:
+            problem, solution = make_thinking_example(size, seed, "train", **options)
         texts.append([*problem.prompt.split(), *solution.split(), EOS])
     first = texts[0].index(QUESTION) + 1
     ids_BS = torch.tensor([[TOKEN_IDS[word] for word in words] for words in texts])
-    return Batch(ids_BS, first, torch.tensor(token_weights(kind, texts[0][first:])))
+    weights = token_weights(kind, texts[0][first:])
+    if options is not None:
+        weights = [w * f for w, f in zip(weights, _forced(texts[0][first:], cut="cut" in options), strict=True)]
+    return Batch(ids_BS, first, torch.tensor(weights))
+
+
+def _thinking_options(rng: random.Random, size: int) -> dict[str, Any]:
+    """Draw whether a batch's thinking is cut, half the time at the end of a step, or begins again."""
+    fate = rng.random()
+    if fate < CUT_SHARE:
+        words = make_thinking_example(size, 0)[1].split()
+        words = words[1 : words.index(END_OF_THINKING)]
+        ends = [0, *(i + 1 for i, word in enumerate(words) if word == END_OF_STEP)]
+        return {"cut": rng.choice(ends) if rng.random() < 0.5 else rng.randrange(len(words))}
+    return {"again": True} if fate < CUT_SHARE + AGAIN_SHARE else {}
+
+
+def _forced(words: list[str], *, cut: bool) -> list[float]:
+    """0 for words that a server forces: `Wait`, and `</think>` in thinking that was cut; 1 for the others."""
+    forced = (WAIT, END_OF_THINKING) if cut else (WAIT,)
+    return [float(word not in forced) for word in words]
 
 
 def token_weights(kind: Kind, words: list[str]) -> list[float]:
@@ -89,7 +141,9 @@ def token_weights(kind: Kind, words: list[str]) -> list[float]:
     weights = [1.0] * len(words)
     for i, word in enumerate(words):
         if kind == "SUM" and word == "+":
-            weights[i - 1] = weights[i + 1] = 0.25
+            weights[i - 1] = 0.25
+            if i + 1 < len(words):
+                weights[i + 1] = 0.25
     return weights
 
 
@@ -120,6 +174,8 @@ class Training:
         self.recipe, self.state_path = recipe, state_path
         self.key = repr((config, recipe))
         self.model = DemoModel(config, recipe.seed)
+        if recipe.init is not None:
+            load_weights(self.model, Path(recipe.init))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
         )
@@ -198,6 +254,26 @@ def hub_tensors(model: DemoModel) -> dict[str, Tensor]:
     return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
 
 
+def load_weights(model: DemoModel, folder: Path) -> None:
+    """Load the weights of a checkpoint that `save_checkpoint` wrote."""
+    tensors = load_file(folder / "model.safetensors")
+    state = model.state_dict()
+    assert hub_tensors(model).keys() == tensors.keys(), f"{folder} is not a checkpoint of this configuration"
+    for name in state:
+        stem, _, kind = name.rpartition(".experts.")
+        if not stem:
+            state[name] = tensors[name].float()
+            continue
+        names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        state[name] = torch.stack(
+            [
+                torch.cat([tensors[f"{stem}.experts.{e}.{each}.weight"] for each in names])
+                for e in range(model.c.num_experts)
+            ]
+        ).float()
+    model.load_state_dict(state)
+
+
 def hub_config(c: DemoConfig) -> dict:
     """`config.json` as the hub has it for Qwen3-MoE."""
     fixed = {
@@ -231,7 +307,7 @@ def make_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(TOKEN_IDS, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
-    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<think>", "</think>")])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in (THINK, END_OF_THINKING)])
     return tokenizer
 
 
@@ -259,7 +335,7 @@ def save_checkpoint(model: DemoModel, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
 
 
-def compare_with_transformers(model: DemoModel, folder: Path) -> tuple[float, int, int]:
+def compare_with_transformers(model: DemoModel, folder: Path, name: str) -> tuple[float, int, int]:
     """The saved checkpoint in fp32 through transformers against this file's forward of the same (bf16) weights.
 
     Returns:
@@ -272,7 +348,7 @@ def compare_with_transformers(model: DemoModel, folder: Path) -> tuple[float, in
     ours.load_state_dict({name: weight.bfloat16().float() for name, weight in model.state_dict().items()})
     largest, equal, total = 0.0, 0, 0
     for step in range(20):
-        ids_BS = make_batch(Recipe(seed=-1, batch_tokens=512), step).ids_BS
+        ids_BS = make_batch(Recipe(model=name, seed=-1, batch_tokens=512), step).ids_BS
         with torch.no_grad():
             ours_BSV, theirs_BSV = ours(ids_BS)[0], theirs(ids_BS).logits
         largest = max(largest, (ours_BSV - theirs_BSV).abs().max().item())
@@ -289,6 +365,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=float, help="budget in tokens: the same weights every time")
     parser.add_argument("--minutes", type=float, help="budget in CPU minutes: depends on the machine")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="folder of a checkpoint of the same sizes to start from")
+    parser.add_argument("--lr", type=float, default=Recipe.lr, help="highest learning rate")
     parser.add_argument("--state", type=Path, help="file to save the run's state in, and to go on from")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
@@ -297,11 +375,14 @@ def main(argv: list[str] | None = None) -> None:
         tokens=None if args.tokens is None else int(args.tokens),
         cpu_seconds=None if args.minutes is None else 60 * args.minutes,
         seed=args.seed,
+        model=args.model,
+        init=None if args.init is None else str(args.init),
+        lr=args.lr,
     )
     training = Training(CONFIGS[args.model], recipe, args.state)
     training.run()
     save_checkpoint(training.model, args.out)
-    largest, equal, total = compare_with_transformers(training.model, args.out)
+    largest, equal, total = compare_with_transformers(training.model, args.out, args.model)
     print(
         f"against transformers in fp32: largest difference of logits {largest:.2g}, {equal} of {total} next tokens equal"
     )

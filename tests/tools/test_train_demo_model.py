@@ -7,25 +7,27 @@ import torch
 from demo_network import CONFIGS, DemoConfig, DemoModel
 from tokenizers import Tokenizer
 from train_demo_model import (
+    MIXES,
     TOKEN_IDS,
     Recipe,
     Training,
     compare_with_transformers,
     learning_rate,
+    load_weights,
     make_batch,
     save_checkpoint,
     token_weights,
 )
 
 from expertwire.bench.demo.accuracy import DEMO_MODEL
-from expertwire.deploy.demo_task import EOS, SIZES, WORDS, make_example, side_of
+from expertwire.deploy.demo_task import END_OF_THINKING, EOS, SIZES, WAIT, WORDS, make_example, side_of
 
 SMALL = DemoConfig(hidden_size=32, num_hidden_layers=1, head_dim=8, num_experts=4, moe_intermediate_size=16)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+@pytest.fixture(scope="module", params=["demo_model", "demo_model_small", "demo_model_thinking"])
+def tokenizer(request):
+    return Tokenizer.from_file(str(DEMO_MODEL.with_name(request.param) / "tokenizer.json"))
 
 
 def test_the_tokenizer_gives_back_every_text(tokenizer):
@@ -48,7 +50,7 @@ def test_the_training_forward_equals_transformers(name, tmp_path):
     pytest.importorskip("transformers")
     model = DemoModel(CONFIGS[name], seed=3)
     save_checkpoint(model, tmp_path)
-    largest, equal, total = compare_with_transformers(model, tmp_path)
+    largest, equal, total = compare_with_transformers(model, tmp_path, name)
     assert largest < 1e-4
     assert equal == total > 1000
 
@@ -83,12 +85,15 @@ def test_a_run_has_one_budget(budget):
         Training(SMALL, Recipe(**budget))
 
 
-def test_batches_follow_from_the_step_and_hold_training_problems_only():
-    recipe = Recipe(tokens=1, batch_tokens=512)
+@pytest.mark.parametrize("model", MIXES)
+def test_batches_follow_from_the_step_and_hold_training_problems_only(model):
+    recipe = Recipe(model=model, tokens=1, batch_tokens=512)
     for step in range(20):
         batch = make_batch(recipe, step)
         assert torch.equal(batch.ids_BS, make_batch(recipe, step).ids_BS)
-        assert not torch.equal(batch.ids_BS, make_batch(Recipe(tokens=1, seed=1, batch_tokens=512), step).ids_BS)
+        assert not torch.equal(
+            batch.ids_BS, make_batch(Recipe(model=model, tokens=1, seed=1, batch_tokens=512), step).ids_BS
+        )
         for ids in batch.ids_BS.tolist():
             words = [WORDS[token_id] for token_id in ids]
             kind, *numbers = words[: words.index("TO") if "TO" in words else batch.first - 1]
@@ -109,3 +114,30 @@ def test_the_learning_rate_rises_stays_and_falls():
     recipe = Recipe(tokens=1, lr=1.0, warmup=0.1, decay_from=0.5)
     rates = [learning_rate(recipe, progress) for progress in (0.0, 0.05, 0.1, 0.5, 0.75, 1.0)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 0.5, 0])
+
+
+def test_a_training_can_start_from_a_checkpoint(tmp_path):
+    model = DemoModel(SMALL, seed=5)
+    save_checkpoint(model, tmp_path)
+    other = DemoModel(SMALL, seed=6)
+    load_weights(other, tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight.bfloat16().float(), other.state_dict()[name]), name
+
+
+def test_the_thinking_model_learns_to_be_cut_and_to_begin_again_and_not_when():
+    """Words that a server forces have no weight: the model must not say them by itself."""
+    seen, said = {"cut": 0, "again": 0}, 0
+    for step in range(60):
+        batch = make_batch(Recipe(model="thinking", tokens=1, batch_tokens=256), step)
+        words = [WORDS[token_id] for token_id in batch.ids_BS[0, batch.first :].tolist()]
+        weights = dict(zip(range(len(words)), batch.weights_S.tolist(), strict=True))
+        end = words.index(END_OF_THINKING)
+        whole = words[1:end].count(";") >= batch.first - 3 and words[end - 1] == ";"
+        assert whole or weights[end] == 0
+        said += weights[end] == 1
+        assert all(weights[i] == 0 for i, word in enumerate(words) if word == WAIT)
+        assert all(weights[i] == 1 for i in range(end + 1, len(words)))
+        seen["cut"] += not whole
+        seen["again"] += WAIT in words
+    assert min(*seen.values(), said) >= 3
