@@ -284,6 +284,9 @@ SAMPLING: tuple[tuple[Any, ...], ...] = (
     ({"prompt_logprobs": -1}, "prompt_logprobs", "[0, 64]"),
     ({"n": 0}, "n must", "[1, 256]"),
     ({"skip_special_tokens": "no"}, "skip_special_tokens", "True or False"),
+    ({"thinking_budget": -1}, "thinking_budget", "None (no limit)"),
+    ({"thinking_grace": 5}, "thinking_grace", "no effect without thinking_budget"),
+    ({"min_thinking_tokens": 9, "thinking_budget": 8}, "min_thinking_tokens", "[0, thinking_budget = 8]"),
     ({"best_of": 2}, "best_of"),
 )
 

@@ -128,7 +128,17 @@ def kernels_timed(run: Run) -> None:
 def kernels_timed_more(run: Run) -> None:
     """The other formats, and what lies around."""
     _timed_kernels(
-        run, ("experts-deepseek", "routing", "experts-gpt-oss", "sampling", "latent", "layer-ops", "experts-more")
+        run,
+        (
+            "experts-deepseek",
+            "routing",
+            "experts-gpt-oss",
+            "sampling",
+            "latent",
+            "layer-ops",
+            "recurrent",
+            "experts-more",
+        ),
     )
 
 

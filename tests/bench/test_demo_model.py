@@ -25,6 +25,14 @@ def test_the_checkpoint_is_in_the_hubs_format_and_small():
     assert sum(path.stat().st_size for path in DEMO_MODEL.iterdir()) < 3e6
 
 
+@pytest.mark.parametrize("name", ["demo_model_small", "demo_model_thinking"])
+def test_the_other_checkpoints_are_small_and_share_the_vocabulary(name):
+    folder = DEMO_MODEL.with_name(name)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / file).read_bytes() == (DEMO_MODEL / file).read_bytes()
+
+
 def test_a_chat_becomes_a_prompt():
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)

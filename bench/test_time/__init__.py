@@ -1,0 +1,1 @@
+"""`expertwire.bench.test_time`; see docs/architecture.md."""

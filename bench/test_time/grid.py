@@ -1,0 +1,93 @@
+"""The strategies of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from expertwire.bench.test_time.step_retries import StepRetries
+from expertwire.deploy import demo_verifiers
+from expertwire.deploy.demo_task import END_OF_STEP, Kind
+from expertwire.strategies.adaptive_consistency import AdaptiveConsistency
+from expertwire.strategies.answers import RegexAnswer
+from expertwire.strategies.base import Budget, Strategy
+from expertwire.strategies.beam import BeamSearch
+from expertwire.strategies.best_of_n import BestOfN
+from expertwire.strategies.confidence_pruning import ConfidencePruning
+from expertwire.strategies.confidence_vote import ConfidenceVote
+from expertwire.strategies.first_k_finish import FirstKFinish
+from expertwire.strategies.majority_vote import MajorityVote
+
+ANSWER = RegexAnswer(r"answer ([0-9]+)")
+NEEDS_32 = {("SUM", 4), ("SUM", 5)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A strategy of the study.
+
+    Attributes:
+        name: in tables.
+        make: from the size of the problems.
+        branches: started at most from the prompt.
+        votes: whether it votes: `COUNTDOWN` problems contain their answer, so votes are no use there.
+        groups_at_once: simulated together, where branches are forked.
+        cuts: budgets of tokens, in whole answers, at which the same branches are looked at; the last one is that of the run.
+    """
+
+    name: str
+    make: Callable[[int], Strategy]
+    branches: int = 1
+    votes: bool = False
+    groups_at_once: int = 100
+    cuts: tuple[int, ...] = ()
+
+    def fits(self, kind: Kind, size: int, branches: int) -> bool:
+        """Return whether the strategy makes sense in a bin whose bank has so many branches."""
+        return self.branches <= branches and not (self.votes and kind == "COUNTDOWN")
+
+
+def _best_of(n: int) -> Entry:
+    return Entry(f"best-of-{n}", lambda size: BestOfN(n, verifier=demo_verifiers.outcome), n)
+
+
+def _majority(n: int) -> Entry:
+    return Entry(f"majority of {n}", lambda size: MajorityVote(n, ANSWER), n, votes=True)
+
+
+def _whole_answers(count: int, size: int) -> Budget:
+    return Budget(tokens=count * (size - 1) * (size + 6))
+
+
+BANKED = (
+    *(_best_of(n) for n in (1, 2, 4, 8, 16)),
+    *(_majority(n) for n in (4, 8, 16, 32)),
+    Entry("confidence vote of 16", lambda size: ConfidenceVote(16, ANSWER), 16, votes=True),
+    Entry("adaptive consistency of 32", lambda size: AdaptiveConsistency(32, ANSWER, concurrency=1), 32, votes=True),
+    Entry("adaptive, 4 at once, of 32", lambda size: AdaptiveConsistency(32, ANSWER), 32, votes=True),
+    Entry(
+        "confidence pruning of 16",
+        lambda size: ConfidencePruning(16, ANSWER, warm_up=4, keep_share=0.75, window=6),
+        16,
+        votes=True,
+    ),
+    Entry("first 4 of 16", lambda size: FirstKFinish(16, 4, ANSWER), 16, votes=True),
+)
+
+
+def _beam(n: int) -> Entry:
+    def make(size: int) -> Strategy:
+        return BeamSearch(n, 4, demo_verifiers.process, step_text=END_OF_STEP)
+
+    return Entry(f"beam {n}x4", make, groups_at_once=250)
+
+
+LIVE = (
+    _beam(4),
+    Entry(
+        "step retries",
+        lambda size: StepRetries(demo_verifiers.process, END_OF_STEP, budget=_whole_answers(8, size)),
+        groups_at_once=500,
+        cuts=(2, 4, 8),
+    ),
+)

@@ -1,0 +1,113 @@
+"""The study of test-time compute: simulated branches are those of the model, and choices are reported on the other fold."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expertwire.bench.demo.accuracy import DEMO_MODEL
+from expertwire.bench.test_time import cascade
+from expertwire.bench.test_time.simulation import simulate
+from expertwire.bench.test_time.sources import Asked, Bank, Sampler
+from expertwire.bench.test_time.statistics import Runs, choose_for, interval, out_of_sample
+from expertwire.bench.test_time.step_retries import StepRetries
+from expertwire.deploy import demo_verifiers
+from expertwire.deploy.demo_task import check, make_problem
+from expertwire.strategies.base import Budget
+from expertwire.strategies.best_of_n import BestOfN
+
+ASKED = [Asked(make_problem("SUM", 4, seed), seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(DEMO_MODEL)
+
+
+@pytest.fixture(scope="module")
+def bank(sampler):
+    return Bank.sample(sampler, ASKED, 4)
+
+
+def test_greedy_texts_are_those_of_transformers(bank):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
+    inputs = tokenizer([one.problem.prompt for one in ASKED], return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert [tokenizer.decode(row, skip_special_tokens=True) for row in ids] == bank.texts(-1)
+
+
+def test_a_bank_replays_what_the_sampler_samples(sampler, bank, tmp_path: Path):
+    strategy = BestOfN(4, verifier=demo_verifiers.outcome)
+    bank.save(tmp_path / "bank.npz")
+    read = Bank.load(tmp_path / "bank.npz", ASKED)
+    outcomes = simulate(strategy, ASKED, read, groups_at_once=4)
+    assert outcomes == simulate(strategy, ASKED, sampler)
+    solved = [any(check(one.problem, read.texts(branch)[i]) for branch in range(4)) for i, one in enumerate(ASKED)]
+    assert [each.right for each in outcomes] == solved
+    lengths = sum(read.lengths(branch) for branch in range(4))
+    assert [each.tokens for each in outcomes] == lengths.tolist()
+    assert all(each.branches == 4 and 0 < each.kept < each.tokens for each in outcomes)
+
+
+def test_step_retries_keep_right_steps_and_their_budget(sampler):
+    free = simulate(StepRetries(demo_verifiers.process, ";"), ASKED, sampler)
+    assert all(each.right for each in free)
+    tight = simulate(StepRetries(demo_verifiers.process, ";", budget=Budget(tokens=12)), ASKED, sampler)
+    assert all(each.tokens == 12 and not each.right for each in tight)
+
+
+def runs(right, tokens):
+    return Runs(np.array(right, bool), np.array(tokens, float), np.array(tokens, float))
+
+
+def test_the_cheapest_choice_that_is_as_good_is_taken():
+    dear = runs([1, 1, 1, 1], [9, 9, 9, 9])
+    table = {
+        "easy": {"dear": dear, "cheap": runs([1, 1, 1, 1], [2, 2, 2, 2])},
+        "hard": {"dear": dear, "cheap": runs([0, 0, 0, 0], [2, 2, 2, 2])},
+    }
+    assert choose_for(table, 1.0) == {"easy": "cheap", "hard": "dear"}
+    ours, theirs, choices = out_of_sample(table, "dear")
+    assert ours.right.all()
+    assert (ours.tokens.mean(), theirs.tokens.mean()) == (5.5, 9)
+    assert choices == [{"easy": "cheap", "hard": "dear"}] * 2
+
+
+def test_a_choice_is_not_judged_on_the_problems_it_was_made_on():
+    table = {"bin": {"dear": runs([1, 1] * 2, [9] * 4), "lucky": runs([1, 0] * 2, [2] * 4)}}
+    ours, _, choices = out_of_sample(table, "dear")
+    assert choices == [{"bin": "dear"}, {"bin": "lucky"}]
+    assert ours.right.tolist() == [True, True, False, False]
+
+
+def test_intervals_are_wilsons():
+    low, high = interval(np.array([True] * 90 + [False] * 10))
+    assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-3)
+
+
+def test_an_abort_saves_the_rest_of_the_small_tier():
+    ones = np.ones(2)
+    signal = np.array([[-0.1, -5.0, -0.1, -0.1], [-0.1, -0.1, -0.1, -0.1]])
+    legs = cascade.Legs(
+        size=3 * ones,
+        prompt=0 * ones,
+        small=4 * ones,
+        large=4 * ones,
+        small_right=np.array([False, True]),
+        large_right=np.array([True, True]),
+        signals={"token": signal},
+        ratio=0.5,
+    )
+    sent = np.zeros(2, bool)
+    whole = cascade.run(legs, direct=sent, signal="token", threshold=-1.0, abort=False)
+    abort = cascade.run(legs, direct=sent, signal="token", threshold=-1.0, abort=True)
+    assert whole.right.all()
+    assert abort.escalated.tolist() == [True, False]
+    assert whole.cost.tolist() == [1.5, 0.5]
+    assert abort.cost.tolist() == [1.25, 0.5]
+    direct = cascade.run(legs, direct=~sent, signal=None, threshold=0.0, abort=False)
+    assert direct.cost.tolist() == [1.0, 1.0]
