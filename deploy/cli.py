@@ -29,7 +29,6 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
 
-_POLL_S = 0.2  # longest wait for an interrupt to take effect
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "n")
 BENCHES: Mapping[str, tuple[str, str]] = {  # by name: the module in `expertwire.bench`, and the help text
     "throughput": ("serving.throughput", "tokens per second and per core-second with random prompts"),
@@ -134,34 +133,27 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--prompt", action="append", required=True, help="prompt text; may be repeated")
     group = parser.add_argument_group("sampling", "defaults in the model's generation_config.json come first")
     add_options(group, SamplingParams, SAMPLING_FIELDS)
+    text = "strategy of test-time compute, such as majority_vote:n=8,answer=boxed (docs/test_time_compute.md)"
+    parser.add_argument("--strategy", metavar="NAME:OPTIONS", help=text)
     add_engine_options(parser)
     parser.set_defaults(command=_generate)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    """Print the outputs: a single one token by token, several in order with headings."""
-    from expertwire.deploy.runtime import open_frontend
+    from expertwire.deploy.generate import generate
+    from expertwire.strategies.registry import parse_strategy, strategy_from_dict
 
     fields = set_fields(args, SAMPLING_FIELDS)
-    SamplingParams(**fields)  # before the model is loaded
-    with open_frontend(engine_config(args)) as frontend:
-        params = frontend.model_info.sampling_params(**fields)
-        is_single = len(args.prompt) == params.n == 1
-        ids = [frontend.submit(frontend.encode(prompt, params), params) for prompt in args.prompt]
-        texts = {(request_id, branch): "" for request_id in ids for branch in range(params.n)}
-        while frontend.num_open:
-            for update in frontend.poll(_POLL_S):
-                if update.error is not None:
-                    raise (EngineFailed if frontend.failure else ValueError)(update.error.message)
-                texts[update.request_id, update.branch] += update.text
-                if is_single:
-                    print(update.text, end="", flush=True)
-    if is_single:
-        print()
-        return 0
-    for (request_id, branch), text in texts.items():
-        output = f", output {branch + 1}" if params.n > 1 else ""
-        print(f"==> prompt {ids.index(request_id) + 1}{output} <==\n{text}")
+    SamplingParams(**fields)  # before the model is loaded; so is the strategy
+    strategy = None if args.strategy is None else strategy_from_dict(parse_strategy(args.strategy))
+    generate(
+        engine_config(args),
+        args.prompt,
+        lambda frontend: frontend.model_info.sampling_params(**fields),
+        strategy,
+        out=functools.partial(print, end="", flush=True),
+        log=sys.stderr.write,
+    )
     return 0
 
 

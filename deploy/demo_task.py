@@ -10,6 +10,8 @@ There are two kinds of problem, both solved step by step on a list of numbers:
 Every step ends in `;` and repeats the list that remains, so the rest depends on the last list (and the target) alone.
 The text consists of words separated by blanks, one token a word (`WORDS`).
 
+The thinking model solves `SUM` alone, with the steps between `<think>` and `</think>`: `make_thinking_example`.
+
 A hash of its kind and its numbers, without their order and the target, assigns a problem to training or test: training never
 sees the set of numbers of a test problem, though it sees all additions.
 """
@@ -32,10 +34,11 @@ LARGEST_COUNTDOWN_NUMBER = 15
 TEST_SHARE_256 = 32  # number of test problems in 256 hash values
 
 PAD, EOS, UNKNOWN, QUESTION, END_OF_STEP = "<pad>", "<eos>", "<unk>", "?", ";"
-# `<think>`, `</think>` and the reserved words are not trained; they are for later tasks with the same vocabulary.
+THINK, END_OF_THINKING, WAIT = "<think>", "</think>", "Wait"  # only the thinking model is trained on these three
+# The reserved words are not trained; they are for later tasks with the same vocabulary.
 _SYMBOLS = (
-    PAD, EOS, UNKNOWN, "<think>", "</think>", "SUM", "COUNTDOWN", "TO", QUESTION, "+", "-", "*", "=", ":", END_OF_STEP, "answer",
-    *(f"<reserved_{i}>" for i in range(12)),
+    PAD, EOS, UNKNOWN, THINK, END_OF_THINKING, "SUM", "COUNTDOWN", "TO", QUESTION, "+", "-", "*", "=", ":", END_OF_STEP,
+    "answer", WAIT, *(f"<reserved_{i}>" for i in range(1, 12)),
 )  # fmt: skip
 _NUMBERS = tuple(str(number) for number in range(MODULUS))
 WORDS: tuple[str, ...] = (*_SYMBOLS, *_NUMBERS)  # the index of a word is its token id
@@ -86,6 +89,49 @@ def make_example(kind: Kind, size: int, seed: int, side: Side = "train") -> tupl
             return Problem(kind, numbers, answer), " ".join((*steps, f"answer {answer}"))
 
 
+def make_thinking_example(
+    size: int, seed: int, side: Side = "train", *, cut: int | None = None, again: bool = False
+) -> tuple[Problem, str]:
+    """Return a `SUM` problem and a solution whose steps stand between `<think>` and `</think>`.
+
+    Args:
+        size: number of numbers.
+        seed: of the problem and the order of its steps.
+        side: test or training.
+        cut: words of the steps that are left before `</think>`, wherever that is; None: all. The answer is right anyhow.
+        again: whether a second attempt follows: `Wait : 40 70 15 ;` and the steps in another order.
+
+    Raises:
+        ValueError: as `make_problem`.
+    """
+    problem, solution = make_example("SUM", size, seed, side)
+    thinking, _, answer = solution.rpartition(f"{END_OF_STEP} ")
+    words = [*thinking.split(), END_OF_STEP]
+    if again:
+        path = _random_path("SUM", problem.numbers, random.Random(f"again {size} {seed} {side}"))
+        assert path is not None, "a SUM has a path in any order"
+        words += [WAIT, ":", *map(str, problem.numbers), END_OF_STEP, *" ".join(path[0]).split()]
+    return problem, " ".join((THINK, *words[:cut], END_OF_THINKING, answer))
+
+
+def read_problem(prompt: str) -> Problem:
+    """Return the problem that a prompt asks.
+
+    Raises:
+        ValueError: the text is no prompt of the task.
+    """
+    words = prompt.split()
+    match words[:1], words[-1:]:
+        case ["SUM"], ["?"] if len(words) > 2 and all(word in _NUMBERS for word in words[1:-1]):
+            numbers = tuple(map(int, words[1:-1]))
+            return Problem("SUM", numbers, sum(numbers) % MODULUS)
+        case ["COUNTDOWN"], ["?"] if words[-3:-2] == ["TO"] and all(
+            word in _NUMBERS for word in (*words[1:-3], words[-2])
+        ):
+            return Problem("COUNTDOWN", tuple(map(int, words[1:-3])), int(words[-2]))
+    raise ValueError(f"a prompt must be 'SUM <numbers> ?' or 'COUNTDOWN <numbers> TO <target> ?', got {prompt!r}")
+
+
 def side_of(kind: Kind, numbers: tuple[int, ...]) -> Side:
     """Return whether problems with these numbers are for test or training, which depends on the sorted numbers."""
     digest = hashlib.blake2b(f"{kind} {_join(sorted(numbers))}".encode(), digest_size=1).digest()
@@ -94,7 +140,7 @@ def side_of(kind: Kind, numbers: tuple[int, ...]) -> Side:
 
 def final_answer(text: str) -> int | None:
     """The number after the closing `answer`, or None where the text does not end in one."""
-    match text.rpartition(END_OF_STEP)[2].split():
+    match text.rpartition(END_OF_THINKING if END_OF_THINKING in text else END_OF_STEP)[2].split():
         case ["answer", number] if number in _NUMBERS:
             return int(number)
     return None

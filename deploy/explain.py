@@ -10,7 +10,8 @@ from expertwire.comm.topology.topology import RankLocation, Topology, read
 from expertwire.engine.config import validation
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.loader.quantization import expert_format
-from expertwire.engine.models.model_config import AttentionConfig, ModelConfig
+from expertwire.engine.models.mixer_configs import AttentionConfig, GatedDeltaNetConfig
+from expertwire.engine.models.model_config import ModelConfig
 from expertwire.engine.models.registry import read_model_config
 
 _TOKENS = (1, 8, 64, 512, 4096)
@@ -122,9 +123,13 @@ def _on_a_cpu(config: ModelConfig) -> Iterator[str]:
     import torch
 
     from expertwire.kernels import registry
-    from expertwire.kernels.cpu import gemm
+    from expertwire.kernels.cpu import gated_delta_rule, gemm
 
     yield registry.cpu().explain()
+    mixers = [layer.mixer for layer in config.layers]
+    for sizes in sorted({(m.key_dim, m.value_dim) for m in mixers if isinstance(m, GatedDeltaNetConfig)}):
+        if why := gated_delta_rule.why_reference(*sizes):
+            yield f"gated_delta_rule: {registry.plain().gated_delta_rule.__module__}.reference for {why}"
     for name, shape in _products(config).items():
         weight = torch.empty(shape, dtype=getattr(torch, config.dtype))
         if gemm.is_packed(weight):

@@ -7,17 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from expertwire.engine.loader.inspection import Inspection, inspect
-from expertwire.engine.models.mixer_configs import DifferentialAttentionConfig, GatedMemoryConfig, MambaConfig
-from expertwire.engine.models.model_config import (
-    GatedDeltaNetConfig,
-    LatentAttentionConfig,
-    LayerConfig,
-    Mamba2Config,
-    Mixer,
-    MlpConfig,
-    ModelConfig,
-    MoeConfig,
-)
+from expertwire.engine.models.model_config import LayerConfig, MlpConfig, ModelConfig, MoeConfig
 
 
 def lines(
@@ -75,32 +65,8 @@ def _model(config: ModelConfig) -> Iterator[str]:
 
 
 def _layer(layer: LayerConfig) -> str:
-    halves = [] if layer.mixer is None else [_mixer(layer.mixer)]
+    halves = [] if layer.mixer is None else [str(layer.mixer)]
     return "; ".join([*halves, *([] if layer.mlp is None else [_mlp(layer.mlp)])])
-
-
-def _mixer(config: Mixer) -> str:
-    if isinstance(config, MambaConfig):
-        return f"Mamba, {config.inner_size} channels, states of {config.state_size}"
-    if isinstance(config, GatedMemoryConfig):
-        return f"gated memory of layer {config.memory_layer}, {config.inner_size} channels"
-    if isinstance(config, DifferentialAttentionConfig):
-        heads = f"{config.num_heads} heads on {config.num_kv_heads} of {config.head_dim}"
-        seen = f", window {config.window}" if config.window else ""
-        return f"differential attention, {heads}{seen}{f', of layer {config.kv_layer}' if config.kv_layer is not None else ''}"
-    if isinstance(config, Mamba2Config):
-        groups = f"states of {config.state_size} in {config.num_groups} groups"
-        return f"Mamba-2, {config.num_heads} heads of {config.head_dim}, {groups}"
-    if isinstance(config, GatedDeltaNetConfig):
-        sizes = f"states of {config.key_dim} x {config.value_dim}"
-        return f"gated delta net, {config.num_heads} heads on {config.num_key_heads}, {sizes}"
-    if isinstance(config, LatentAttentionConfig):
-        sparse = f", sparse: {config.indexer.top_k} positions" if config.indexer is not None else ""
-        return f"latent attention, {config.num_heads} heads, {config.kv_lora_rank} + {config.rope.size} numbers a token{sparse}"
-    seen = f", window {config.window}" if config.window else f", chunks of {config.chunk}" if config.chunk else ""
-    sinks = ", sinks" if config.sinks else ""
-    seen += ", gated" if config.gated else ""
-    return f"attention, {config.num_heads} heads on {config.num_kv_heads} of {config.head_dim}{seen}{sinks}"
 
 
 def _mlp(config: MlpConfig | MoeConfig) -> str:

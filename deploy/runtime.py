@@ -9,6 +9,7 @@ from pathlib import Path
 
 from expertwire.deploy import hub
 from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.config.thinking import ThinkingIds
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.tokenizer import Tokenizer
@@ -42,9 +43,9 @@ def open_tokenizer(config: EngineConfig) -> Tokenizer | None:
     return Tokenizer.open(config.model)
 
 
-def end_of_turn_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Return the tokens that end an answer in the model's output format; none without a tokenizer."""
-    return () if tokenizer is None else tokenizer.end_of_turn_ids()
+def special_ids(tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ThinkingIds | None]:
+    """Return the tokens that end an answer in the model's output format, and those of reasoning; none without a tokenizer."""
+    return ((), None) if tokenizer is None else (tokenizer.end_of_turn_ids(), tokenizer.thinking_ids)
 
 
 def make_launcher(config: EngineConfig) -> Launcher:
@@ -68,7 +69,7 @@ def open_frontend(config: EngineConfig) -> Iterator[Frontend]:
     config = with_model_folder(config)
     tokenizer = open_tokenizer(config)
     with (
-        Engine(config, make_launcher(config), end_of_turn_ids(tokenizer)) as engine,
+        Engine(config, make_launcher(config), *special_ids(tokenizer)) as engine,
         contextlib.closing(Frontend(engine.connect(), tokenizer, deterministic_seeds=True)) as frontend,
     ):
         yield frontend

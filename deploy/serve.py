@@ -48,9 +48,9 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str
     tokenizer = runtime.open_tokenizer(config)
     _exit_on_signals()
     with contextlib.ExitStack() as stack:
-        launcher, end_of_turn_ids = runtime.make_launcher(config), runtime.end_of_turn_ids(tokenizer)
+        launcher, ids = runtime.make_launcher(config), runtime.special_ids(tokenizer)
         sys.stderr.write(f"{_about_start(config)}\n")
-        engine = stack.enter_context(Engine(config, launcher, end_of_turn_ids, log_stats=not server.disable_log_stats))
+        engine = stack.enter_context(Engine(config, launcher, *ids, log_stats=not server.disable_log_stats))
         fronts = stack.enter_context(contextlib.closing(Fronts(engine, config, server)))
         announce("\n".join([f"serving {engine.info.name} on {server.host}:{fronts.port}", *_about(engine.info)]))
         is_stopping = _stop_on_signals()

@@ -21,16 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # Which of our folders each folder may import, besides itself.
 MAY_IMPORT = {
     "scheduler": set(),
+    "strategies": set(),
     "kernels": set(),
     "comm": {"kernels"},
     "moe": {"kernels", "comm", "scheduler"},
-    "engine": {"kernels", "comm", "moe", "scheduler"},
-    "deploy": {"kernels", "comm", "moe", "scheduler", "engine"},
-    "expertwire": {"kernels", "comm", "moe", "scheduler", "engine", "deploy"},
-    "bench": {"kernels", "comm", "moe", "scheduler", "engine", "deploy", "expertwire"},
+    "engine": {"kernels", "comm", "moe", "scheduler", "strategies"},
+    "deploy": {"kernels", "comm", "moe", "scheduler", "strategies", "engine"},
+    "expertwire": {"kernels", "comm", "moe", "scheduler", "strategies", "engine", "deploy"},
+    "bench": {"kernels", "comm", "moe", "scheduler", "strategies", "engine", "deploy", "expertwire"},
 }
 LEAF = "expertwire.compiled"  # anybody may import it
-CORE = ("scheduler", "kernels", "comm", "moe", "engine")
+CORE = ("scheduler", "strategies", "kernels", "comm", "moe", "engine")
 MAY_READ_ENVIRONMENT = {"deploy"}
 STATELESS = ("engine", "moe", "comm")  # no mutable state in modules
 MUTABLE_CALLS = {"dict", "list", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict"}
@@ -60,7 +61,8 @@ FLAGS = {
         "--disable-log-stats", "--no-disable-log-stats", "--log-level", *ENGINE_FLAGS,
     },
     "generate": {
-        "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", *ENGINE_FLAGS,
+        "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", "--strategy",
+        *ENGINE_FLAGS,
     },
     "demo": {"--launcher", "--ep-size"},
     "inspect": {"--ep-size", "--context", "--gpu-memory", "--kv-cache-dtype"},

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("expertwire", "scheduler", "kernels", "comm", "moe", "engine", "deploy", "bench")
+FOLDERS = ("expertwire", "scheduler", "strategies", "kernels", "comm", "moe", "engine", "deploy", "bench")
 BUILD = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
 
 pytestmark = pytest.mark.slow

@@ -69,26 +69,37 @@ class UsageCounter:
 
 
 class _Reasoning:
-    """The reasoning of one branch, of which the output is before, inside or behind."""
+    """The reasoning of one branch, of which the output is before, within or behind."""
 
     def __init__(self, ids: ReasoningIds, is_open: bool) -> None:
         self._ids = ids
-        self._begun: list[int] | None = None if is_open else []  # the first tokens, until it is clear what they begin
-        self._is_open = is_open
+        self._matched = (
+            len(ids.start) if is_open else 0
+        )  # tokens of the start that have come; all of them: within reasoning
 
     def count(self, token_ids: Sequence[int]) -> int:
         """Return how many of the next tokens are reasoning, without its delimiters."""
-        if self._begun is not None:
-            missing = len(self._ids.start) - len(self._begun)
-            self._begun += token_ids[:missing]
-            token_ids = token_ids[missing:]
-            if len(self._begun) < len(self._ids.start):
-                return 0
-            self._is_open = tuple(self._begun) == self._ids.start
-            self._begun = None
-        if not self._is_open:
-            return 0
-        if self._ids.end not in token_ids:
-            return len(token_ids)
-        self._is_open = False
-        return token_ids.index(self._ids.end)
+        (start, end), num, at = self._ids, 0, 0
+        while at < len(token_ids):
+            if self._matched == len(start):
+                closed = _find(end, token_ids, at)
+                num += closed - at
+                self._matched = 0 if closed < len(token_ids) else len(start)
+                at = closed + 1
+            elif self._matched == 0:
+                begun = _find(start[0], token_ids, at)
+                self._matched = int(begun < len(token_ids))
+                at = begun + 1
+            elif token_ids[at] == start[self._matched]:
+                self._matched, at = self._matched + 1, at + 1
+            else:
+                self._matched = 0  # the token may begin it anew
+        return num
+
+
+def _find(token: int, token_ids: Sequence[int], at: int) -> int:
+    """Return the index of a token from `at` on, or the number of tokens."""
+    try:
+        return token_ids.index(token, at)
+    except ValueError:
+        return len(token_ids)

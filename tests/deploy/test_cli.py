@@ -70,6 +70,8 @@ def fails(capsys, *args: str) -> str:
         (["generate", "--prompt", "SUM", "--max-tokens", "0"], ["max_tokens", ">= 1"]),
         (["generate", "--prompt", "SUM", "--n", "1000"], ["n must", "256"]),
         (["generate", "/no/such/folder", "--prompt", "a"], ["/no/such/folder"]),
+        (["generate", "--prompt", "a", "--strategy", "luck"], ["strategy must be one of", "best_of_n", "'luck'"]),
+        (["generate", "--prompt", "a", "--strategy", "majority_vote:n=0,answer=boxed"], ["n must be", "0"]),
         (["demo", "--launcher", "auto"], ["--launcher", "auto", "ray", "local"]),
         (["bench"], ["BENCHMARK"]),
         (["bench", "speed"], ["speed", "throughput"]),
@@ -160,6 +162,18 @@ def test_help_imports_nothing_heavy():
 def test_generate_answers():
     done = run("generate", "--prompt", "SUM 40 70 15 ?", "--temperature", "0", "--max-tokens", "64")
     assert (done.returncode, done.stdout.strip()[-9:]) == (0, "answer 25"), done.stderr
+
+
+def test_generate_by_a_strategy():
+    strategy = '{"strategy": "majority_vote", "n": 5, "answer": {"type": "regex", "pattern": "answer ([0-9]+)"}}'
+    done = run(
+        "generate", "--prompt", "SUM 40 70 15 ?", "--temperature", "0", "--max-tokens", "64", "--strategy", strategy
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("answer 25\n")
+    assert done.stdout.count("\n") == 1
+    assert "prompt 1: answer '25', most votes" in done.stderr
+    assert "branches kept; tokens: " in done.stderr
 
 
 def test_generate_several_prompts_and_outputs():

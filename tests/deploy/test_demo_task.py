@@ -1,9 +1,12 @@
 """The demo task: its problems can be solved, its verifier finds every wrong step, its test problems are not trained on."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertwire.deploy import demo_verifiers
 from expertwire.deploy.demo_task import (
     SIZES,
     WORDS,
@@ -13,7 +16,9 @@ from expertwire.deploy.demo_task import (
     first_wrong_step,
     make_example,
     make_problem,
+    make_thinking_example,
     reachable,
+    read_problem,
     side_of,
 )
 
@@ -153,3 +158,43 @@ def test_mistakes_are_named(arguments, message):
 
 def test_the_vocabulary_has_128_words_once():
     assert len(set(WORDS)) == len(WORDS) == 128
+
+
+@given(bins, seeds)
+def test_a_prompt_is_read_back(kind_size, seed):
+    problem = make_problem(*kind_size, seed)
+    assert read_problem(problem.prompt) == problem
+
+
+@pytest.mark.parametrize("prompt", ["", "SUM ?", "SUM 1 x ?", "SUM 1 2", "COUNTDOWN 1 2 ?", "PRODUCT 1 2 ?"])
+def test_other_prompts_are_refused(prompt):
+    with pytest.raises(ValueError, match="a prompt must be"):
+        read_problem(prompt)
+
+
+@given(bins, seeds)
+def test_verifiers_accept_right_and_refuse_wrong_outputs(kind_size, seed):
+    problem, solution = make_example(*kind_size, seed, "test")
+    first, _, _ = solution.partition(";")
+    part = f"{first};"
+    wrong = part.replace(":", ": 0", 1)  # restates a number that is not left
+
+    def candidate(text, complete):
+        return SimpleNamespace(prompt=problem.prompt, text=text, complete=complete)
+
+    candidates = [candidate(solution, True), candidate(part, False), candidate(wrong, False), candidate(part, True)]
+    assert demo_verifiers.process(candidates) == [1.0, 1.0, 0.0, 0.0]
+    assert demo_verifiers.outcome(candidates) == [1.0, 0.0, 0.0, 0.0]
+
+
+@given(st.integers(2, 8), seeds, st.integers(0, 90), st.booleans())
+def test_thinking_examples_answer_right_wherever_they_are_cut(size, seed, cut, again):
+    problem, solution = make_thinking_example(size, seed, cut=cut, again=again)
+    assert check(problem, solution)
+    words = solution.split()
+    assert (words[0], words[-3:-1]) == ("<think>", ["</think>", "answer"])
+    assert len(words) <= cut + 4
+    whole = make_thinking_example(size, seed, again=again)[1]
+    assert whole.count("Wait") == again
+    steps = whole.removeprefix("<think>").partition("Wait")[0].partition("</think>")[0]
+    assert first_wrong_step(problem, steps) is None

@@ -38,7 +38,7 @@ RANKS, GPUS, NBYTES = 72, 4, 4096
 SPEC = CacheSpec(name="full", kind="full", bytes_per_token=64, writers=(0,), readers=(0,))
 MODEL = SimpleNamespace(
     architecture="A", dtype="bfloat16", kv_cache_dtype="auto", vocab_size=32000,
-    eos_token_ids=(EOS,), num_layers=1, num_experts=256, top_k=8, original_max_position_embeddings=None,
+    eos_token_ids=(EOS,), num_labels=0, num_layers=1, num_experts=256, top_k=8, original_max_position_embeddings=None,
     cache_specs=lambda: (SPEC,),
 )  # fmt: skip
 

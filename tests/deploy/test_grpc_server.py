@@ -176,6 +176,7 @@ async def test_token_ids_and_every_sampling_field_arrive(run):
         "stop": ["a", "b"], "stop_token_ids": [7], "ignore_eos": True, "repetition_penalty": 1.1,
         "presence_penalty": 0.2, "frequency_penalty": -0.3, "logit_bias": {4: -1.5}, "logprobs": 2,
         "prompt_logprobs": 3, "n": 2, "skip_special_tokens": False, "expert_load": True,
+        "thinking_budget": 7, "thinking_grace": 2, "min_thinking_tokens": 3,
     }  # fmt: skip
     assert set(values) == set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling_params=pb.SamplingParams(**values))

@@ -23,7 +23,8 @@ IDS = ReasoningIds((7, 8), 9)
         ([7, 1, 2, 9], False, 0),
         ([7], False, 0),
         ([9, 1, 9], True, 0),
-        ([1, 9, 7, 8, 1, 9], True, 1),
+        ([1, 9, 7, 8, 1, 9], True, 2),
+        ([5, 7, 7, 8, 1, 2, 9, 7, 9, 7, 8, 3], False, 3),
     ],
 )
 def test_reasoning_tokens(tokens, is_open, expected, size):

@@ -28,6 +28,7 @@ PUBLISHED = {
         ("embedding",),
     ),  # 5.13B in the model card, which says what it leaves out
     "nemotron-3-nano": ("NemotronH", (3.2, 3.3), ("embedding",)),  # 3.2B, and 3.6B with embeddings, in the model card
+    "nemotron-3-super": ("NemotronH", (12.7, 12.8), ()),  # 120.6B and 12.7B active in arXiv 2604.12374, cut off
     "granite-4.0-h-small": ("GraniteMoeHybrid", (8.8, 9.2), ()),  # 9B in the model card
     "qwen3-next-80b-a3b": ("Qwen3Next", (3.2, 3.3), ("embedding", "head")),  # 3B in the model card
     "qwen3.5-35b-a3b": ("Qwen3_5Moe", (2.9, 3.0), ("embedding",)),  # 3B in the model card
