@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expertwire.strategies.answers import BoxedAnswer, JsonPointerAnswer, RegexAnswer, WholeText, normalized
-from expertwire.strategies.patterns import compile_pattern
 
 
 @pytest.mark.parametrize(
@@ -81,10 +78,12 @@ def test_a_regular_expression_takes_its_last_match():
 @pytest.mark.parametrize(
     ("pattern", "group", "message"),
     [
-        ("", None, r"answer\.pattern"), ("(", None, "missing"), (")", None, "unbalanced"), ("*a", None, "nothing to repeat"),
-        ("a**", None, "multiple repeat"), (r"(a)\1", None, "escape"), ("(?=a)", None, "look-around"), ("a{9999}", None, "200"),
-        ("((((a{99}){99}){99}){99})", None, "too large"), ("(" * 60 + ")" * 60, None, "groups within"), ("[z-a]", None, "range"),
-        ("[a", None, "ends too early"), ("a", 1, r"answer\.group"), ("(a)", 2, r"answer\.group.* 0 to 1"),
+        ("", None, r"answer\.pattern"), ("(", None, "missing"), (")", None, "unexpected"), ("*a", None, "no argument"),
+        (r"(a)\1", None, "escape"), ("(?=a)", None, r"RE2's syntax.*\(\?="), ("a{9999}", None, "repetition"),
+        ("[z-a]", None, "range"),
+        ("a{900}", None, "at most 256 instructions"), ("((((a{99}){99}){99}){99})", None, "repetition"),
+        ("[a", None, "missing"), ("a", 1, r"answer\.group"), ("(a)", 2, r"answer\.group.* 0 to 1"),
+        ("\ud800", None, "surrogates"),
     ],
 )  # fmt: skip
 def test_bad_patterns_are_refused(pattern, group, message):
@@ -92,52 +91,12 @@ def test_bad_patterns_are_refused(pattern, group, message):
         RegexAnswer(pattern, group)
 
 
-@pytest.mark.parametrize(
-    "pattern", [r"(a+)+b", r"(a|a)*b", r"(a*)*b", r"(\w+\s?)*!", r"(.*)(.*)(.*)(.*)x", "(a?){100}a{100}b"]
-)
+@pytest.mark.parametrize("pattern", [r"(a+)+b", r"(a|a)*b", r"(a*)*b", r"(\w+\s?)*!", r"(.*)(.*)(.*)(.*)x"])
 def test_no_pattern_takes_exponential_time(pattern):
     """Python's own `re` would not return from most of these."""
-    text = "a" * 200
-    compiled = compile_pattern(pattern)
-    assert compiled.last_match(text, max_steps=2 * (len(text) + 1) * len(compiled.code)) is None
+    assert RegexAnswer(pattern)("a" * 5000) is None
 
 
-def test_a_search_that_takes_too_many_steps_finds_no_answer():
-    assert RegexAnswer("(a?){100}a{100}b?")("a" * 5000) is None
-
-
-PIECES = st.sampled_from(
-    ["a", "b", "ab", ".", r"\d", r"\w", r"\s", r"\D", "[ab1]", "[^a]", "[a-c]", r"\b", "^", "$", "1", " ", r"\."]
-)
-
-
-def combined(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    sequence = st.lists(inner, min_size=1, max_size=3).map("".join)
-    return st.one_of(
-        sequence,
-        sequence.map(lambda text: f"({text})"),
-        st.tuples(sequence, st.sampled_from(["*", "+", "?", "*?", "+?", "??", "{2}", "{1,}", "{0,2}"])).map(
-            lambda pair: f"(?:{pair[0]}){pair[1]}"
-        ),
-        st.tuples(sequence, sequence).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
-    )
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.recursive(PIECES, combined, max_leaves=6), st.text(alphabet="aab1c. \n", max_size=12))
-def test_matches_are_those_of_re(pattern, text):
-    """`re` repeats what is empty once more, so that only whole matches are compared, and only where it finds no empty one."""
-    expected = [match[0] for match in re.finditer(pattern, text)]
-    if "" in expected:
-        return
-    found = compile_pattern(pattern).last_match(text, max_steps=10**6)
-    assert (found[0] if found else None) == (expected[-1] if expected else None)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(alphabet="ab1= ,", max_size=30))
-def test_groups_are_those_of_re(text):
-    pattern = r"(a+)(?:=|, ?)(b*?)(\d)?(?:,|$)"
-    expected = list(re.finditer(pattern, text))
-    found = compile_pattern(pattern).last_match(text, max_steps=10**6)
-    assert (found and found[1:]) == (list(expected[-1].groups()) if expected else None)
+def test_text_outside_ascii_and_before_the_last_characters():
+    assert RegexAnswer(r"é(\w+)")("ö" * 5000 + "éab cd") == "ab"
+    assert RegexAnswer(r"é(.)")("é1" + "ö" * 5000) is None
