@@ -9,7 +9,8 @@ from expertwire.deploy.runtime import open_frontend
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestOptions
 from expertwire.engine.frontend.frontend import Frontend
-from expertwire.engine.frontend.groups import GroupRun, Groups
+from expertwire.engine.frontend.group_run import GroupRun
+from expertwire.engine.frontend.groups import Groups
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.base import Strategy
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from expertwire.engine.frontend.api import RequestOptions
+from expertwire.engine.frontend.group_run import Fate, GroupRun
 from expertwire.engine.frontend.group_views import BranchRun
-from expertwire.engine.frontend.groups import Fate, GroupRun, Groups
+from expertwire.engine.frontend.groups import Groups
 from expertwire.engine.frontend.logprobs import to_dict
 from expertwire.generation import CompletionOutput, RequestOutput, raise_error
 from expertwire.scheduler.sampling_params import SamplingParams

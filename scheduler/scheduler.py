@@ -20,7 +20,6 @@ groups, B blocks added to block tables, Z slots of all ranks. `rows` are rows of
 from __future__ import annotations
 
 import itertools
-import sys
 from collections import deque
 from collections.abc import Sequence
 from itertools import repeat
@@ -31,12 +30,14 @@ import numpy as np
 
 from expertwire.scheduler._compiled.blocks import LEADER
 from expertwire.scheduler._compiled.steps import CHECK_IDS, MAY_PAUSE, MAY_STOP, SUSPENDED, StepSchedule
-from expertwire.scheduler.admission import Admission, capacity, is_long, token_limit, why_invalid
+from expertwire.scheduler.admission import Admission, capacity, token_limit, why_invalid
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig, check_cache_specs
 from expertwire.scheduler.groups import Groups
+from expertwire.scheduler.lifecycle import Lifecycle
 from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
 from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs, gather
+from expertwire.scheduler.pauses import Pauses
 from expertwire.scheduler.plan import ExpertMoves, StepPlan, StepResult, to_offsets
 from expertwire.scheduler.plan_building import build_plan, plan_fields
 from expertwire.scheduler.policy import FairShare, Fcfs, Policy
@@ -47,7 +48,6 @@ from expertwire.scheduler.sharing import Sharing
 from expertwire.scheduler.tenants import Tenants
 
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
-PATIENCE_S = 1.0  # for so long a paused request keeps its slot while others wait
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -105,21 +105,19 @@ class Scheduler:
         self._queue = WaitingQueue()
         self._tenants = Tenants(config.tenant_quotas, config.default_tenant_quota)
         balancing = balancing or LeastLoaded()
-        self._groups = Groups(config.num_ranks)
+        groups = Groups(config.num_ranks)
         self._admission = Admission(
-            self._batch, self._queue, self._policy, balancing, self._groups, quotas_hold=self._tenants.quotas_hold
+            self._batch, self._queue, self._policy, balancing, groups, quotas_hold=self._tenants.quotas_hold
         )
-        self._running: dict[int, Request] = {}
+        self._lifecycle = Lifecycle(config, self._batch, self._queue, groups, self._tenants, self._admission)
+        self._groups, self._running, self._held = groups, self._lifecycle.running, self._lifecycle.held
+        self._pauses = Pauses(self._batch, self._lifecycle, self._tenants)
         self._sharing: Sharing | None = None
         if isinstance(self._policy, FairShare):
-            self._sharing = Sharing(self._policy, self._batch, self._running, self._give_way)
+            self._sharing = Sharing(self._policy, self._batch, self._running, self._preempt_now)
             self._admission.make_room = self._sharing.make_room
-        self._gave_way: list[Request] = []  # to those that this plan admits
-        self._held: dict[int, Request] = {}
-        self._kept: dict[int, StepOutputs] = {}  # tokens of paused requests that nobody has been told of, by key
         # The ids at which requests so far stop or pause: `MAY_STOP` and `MAY_PAUSE`.
         self._special_V = np.zeros(config.vocab_size, np.uint8)
-        self._ended: list[int] = []  # rows to release in the next plan
         self._in_flight: deque[_InFlight] = deque()
         self._rate = AdmissionRate()
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "preemptions": 0, "non_finite": 0}
@@ -139,14 +137,13 @@ class Scheduler:
     def idle(self) -> bool:
         """There is nothing to do: no request waits or runs, unless it is held or paused, nothing is in flight, and the ranks'
         slots are released."""
-        if self._queue or self._ended or self._in_flight:
+        if self._queue or self._lifecycle.has_ended or self._in_flight:
             return False
         return not self._running or len(self._running) == np.count_nonzero(self._batch.paused_Z)
 
     def unfinished(self) -> list[int]:
         """Return the keys of all requests that are waiting, running or held."""
-        waiting = itertools.chain(self._queue, self._groups)
-        return [*(request.key for request in waiting), *self._running, *self._held]
+        return self._lifecycle.unfinished()
 
     def submit(self, request: Request, now: float) -> Rejection | None:
         """Queue a request, or return why it is rejected."""
@@ -164,7 +161,7 @@ class Scheduler:
         """
         request = requests[0]
         for each in requests:
-            assert self._find(each.key) is None, f"key {each.key} is in use"
+            assert self._lifecycle.find(each.key) is None, f"key {each.key} is in use"
             each.limit = token_limit(each, self.config)
         if (reason := why_invalid(request, self.config, self._batch.caches, self._capacity)) is not None:
             return Rejection(request.key, "INVALID_ARGUMENT", reason)
@@ -180,7 +177,7 @@ class Scheduler:
         if rejection is not None:
             account.num_refused += rejection.code == "RESOURCE_EXHAUSTED"
             return rejection
-        self._classify(request)
+        self._lifecycle.classify(request)
         request.arrival = now
         request.place = self._policy.place(request, now)
         if request.credit is not None:
@@ -193,41 +190,26 @@ class Scheduler:
                 request.block_hashes,
             )
             each.credit_limit = request.credit_limit
-        self._lead(requests)
+        self._lifecycle.lead(requests)
         if (
             running := None if parent is None else self._running.get(parent)
         ) is not None and request.key in self._queue:
             self._admission.add_fork(request, running, self._batch.tokens(running.row, running))
         return None
 
-    def _lead(self, requests: Sequence[Request]) -> None:
-        """Let the first of these branches, which have computed nothing, wait in the queue and lead the others."""
-        if not requests:
-            return
-        leader, *followers = requests
-        if leader.held:
-            for request in requests:
-                self._enqueue(request)
-            return
-        self._enqueue(leader)
-        for follower in followers:
-            self._queue.number(follower)
-        if followers:
-            self._groups.add(leader, followers)
-
     def grant(self, key: int, num_tokens: int) -> None:
         """Let a request sample `num_tokens` more output tokens than before. Unknown keys are ignored.
 
         A held request is admitted again as after a preemption, so it is better to grant many tokens at once.
         """
-        if (request := self._find(key)) is None or request.credit is None:
+        if (request := self._lifecycle.find(key)) is None or request.credit is None:
             return
         request.credit_limit += num_tokens
         if key in self._running:
             self._batch.limit_Z[request.row] = request.next_limit
             self._batch.suspends_Z[request.row] = request.suspends
         elif self._held.pop(key, None) is not None:
-            self._enqueue(request)
+            self._lifecycle.enqueue(request)
         else:
             request.record = request.pack(self.config.vocab_size)
 
@@ -237,39 +219,19 @@ class Scheduler:
         Returns:
             The token that was kept back, if there is one. It may end or pause the request.
         """
-        if (request := self._find(key)) is None or not request.is_paused:
-            return None
-        kept = self._kept.pop(key, None)
-        finish = FinishReason.NONE if kept is None else FinishReason(kept.finish_O.item())
-        if finish == FinishReason.PAUSED:
-            return kept
-        request.is_paused = False
-        if key in self._running:
-            self._batch.paused_Z[request.row] = False
-            row = np.array([request.row])
-            if finish:
-                self._close(row)
-            elif self._batch.num_known_Z[request.row] >= self._batch.limit_Z[request.row]:
-                self._suspend(row)
-            return kept
-        del self._held[key]
-        if finish:
-            self._tenants.ended(request, len(request.tokens))
-        else:
-            self._enqueue(request)
-        return kept
+        return self._pauses.resume(key)
 
     def abort(self, key: int) -> None:
         """Forget a request: no further output. The next plan frees its slot and blocks. Unknown keys are ignored."""
         self._admission.forks.pop(key, None)
-        self._kept.pop(key, None)
+        self._pauses.forget(key)
         if (request := self._running.get(key)) is not None:
-            self._close(np.array([request.row]))
+            self._lifecycle.close(np.array([request.row]))
         elif (
             request := self._groups.discard(key) or self._queue.discard(key) or self._held.pop(key, None)
         ) is not None:
             self._tenants.ended(request, len(request.tokens) if request.has_run else 0)
-            self._lead_others(key)
+            self._lifecycle.lead_others(key)
 
     def plan(self, now: float, *, report_load: bool = False, moves: ExpertMoves | None = None) -> StepPlan | None:
         """Return the next step, or None if there is nothing to compute, release, report or move.
@@ -281,8 +243,8 @@ class Scheduler:
         assert len(self._in_flight) < MAX_IN_FLIGHT, f"step {self._in_flight[0].plan.step} is not committed"
         batch = self._batch
         if self._queue and batch.paused_Z.any():
-            self._end_patience(now)
-        released = self._release()
+            self._pauses.end_patience(now)
+        released = self._lifecycle.release()
         share = self._sharing
         rows, num, tokens_P, missing_CP = batch.select() if share is None else share.select(self._queue.num_of)
         rows, num, preempted = self._preempt(rows, num, missing_CP)
@@ -336,7 +298,7 @@ class Scheduler:
         self._check_ids(rows_O, outputs)
         kept_O = self._batch.paused_Z[rows_O]
         if kept_O.any():
-            rows_O, outputs = rows_O[~kept_O], self._keep_back(kept_O, outputs)
+            rows_O, outputs = rows_O[~kept_O], self._pauses.keep_back(kept_O, outputs)
         self._finish(rows_O, outputs, now)
         return outputs
 
@@ -379,44 +341,14 @@ class Scheduler:
         self._pool.check_integrity()
         batch = self._batch
         batch.check_integrity()
-        rows = np.flatnonzero(batch.running_Z)
-        keys = batch.key_Z[rows].tolist()
-        assert sorted(keys) == sorted(self._running), (keys, list(self._running))
-        assert not any(request.key in self._running or request.held for request in self._queue)
-        assert all(request.held and key not in self._running for key, request in self._held.items())
-        paused = [key for key, request in self._running.items() if request.is_paused]
-        assert sorted(batch.key_Z[np.flatnonzero(batch.paused_Z & batch.running_Z)].tolist()) == sorted(paused), paused
-        assert all((found := self._find(key)) is not None and found.is_paused for key in self._kept), list(self._kept)
-        ended = np.flatnonzero(batch.occupied_Z & ~batch.running_Z).tolist()
-        assert ended == sorted(self._ended), (ended, self._ended)
-        assert self._in_flight or not batch.in_flight_Z[rows].any(), "scheduled, but nothing in flight"
-        self._groups.check_integrity()
-        assert all((key in self._running) == (rank >= 0) for key, rank in self._groups.ranks().items())
-        assert all(key in self._running or key in self._queue for key in self._groups.ranks()), self._groups.ranks()
-        assert (batch.num_free_slots_P() >= self._groups.reserved_P).all(), self._groups.reserved_P
+        self._lifecycle.check_integrity()
+        self._pauses.check_integrity()
+        in_flight = batch.in_flight_Z[np.flatnonzero(batch.running_Z)]
+        assert self._in_flight or not in_flight.any(), "scheduled, but nothing in flight"
         self._tenants.check_integrity(self._running.values(), batch.tenant_Z, len(self.unfinished()))
         assert all(child in self._queue and batch.running_Z[row] for child, (row, _) in self._admission.forks.items())
 
     # ---- planning: release, preempt, admit
-
-    def _end_patience(self, now: float) -> None:
-        """Take slots and blocks from requests that have been paused for long."""
-        batch = self._batch
-        rows = np.flatnonzero(batch.paused_Z & batch.running_Z & ~batch.draining_Z & (batch.in_flight_Z == 0))
-        waited = [now - self._running[key].paused_at >= PATIENCE_S for key in batch.key_Z[rows].tolist()]
-        self._suspend(rows[np.array(waited, bool)])
-
-    def _release(self) -> np.ndarray:
-        """Empty the rows of ended requests, and of preempted ones with nothing in flight; return them."""
-        batch = self._batch
-        if batch.draining_Z.any():
-            draining = np.flatnonzero(batch.draining_Z & batch.running_Z)
-            self._suspend(draining[batch.in_flight_Z[draining] == 0])
-        ended, self._ended = self._ended, []
-        rows = np.array(sorted(ended), np.int64)
-        if len(rows):
-            batch.release(rows)
-        return rows
 
     def _preempt(
         self, rows: np.ndarray, num: np.ndarray, missing_CP: np.ndarray
@@ -436,11 +368,16 @@ class Scheduler:
         victims = batch.choose_victims(np.maximum(missing_CP - self._pool.num_free_CP, 0), share_Z)
         batch.draining_Z[victims] = True
         self._counts["preemptions"] += len(victims)
-        emptied = self._release()
+        emptied = self._lifecycle.release()
         stay = ~np.isin(rows, victims)
         rows, num = rows[stay], num[stay]
         served_S = batch.serve_blocks(rows, batch.missing_blocks(rows, num))
         return rows[served_S], num[served_S], emptied
+
+    def _preempt_now(self, rows: np.ndarray) -> None:
+        """Suspend these rows' requests at once, and release their slots; what is in flight for them is dropped."""
+        self._lifecycle.give_way(rows)
+        self._counts["preemptions"] += len(rows)
 
     def _choose(
         self, rows: np.ndarray, num: np.ndarray, tokens_P: np.ndarray
@@ -451,10 +388,7 @@ class Scheduler:
         held = self._sharing.hold_back(rows, num, tokens_P)
         admissions = self._admission.choose(tokens_P)
         rows, num = self._sharing.give_back(held, rows, tokens_P)
-        gave_way, self._gave_way = self._gave_way, []
-        suspended = np.array([request.row for request in gave_way], np.int64)
-        self._put_back(gave_way)
-        return admissions, rows, num, suspended
+        return admissions, rows, num, self._lifecycle.take_suspended()
 
     def _admit(self, admissions: Admissions) -> tuple[np.ndarray, dict[str, Any]]:
         """Move requests from the queue to slots; return their rows, ascending, and the plan's fields about them."""
@@ -490,10 +424,10 @@ class Scheduler:
             followers = groups.cut(key, 0)
             rows = [follower.row for follower in followers[:num_started]]
             leaders[np.searchsorted(new_rows, rows)] = self._running[key].row
-            self._lead(followers[num_started:])
+            self._lifecycle.lead(followers[num_started:])
         for request in admissions.requests:
             if request.key in groups:
-                self._lead(groups.cut(request.key, groups.num_reserved(request.key)))
+                self._lifecycle.lead(groups.cut(request.key, groups.num_reserved(request.key)))
         return leaders
 
     # ---- requests that end or return to the queue
@@ -513,15 +447,6 @@ class Scheduler:
             else:
                 finish_O[i] = FinishReason.NONE if num_known < batch.limit_Z[row] else SUSPENDED
 
-    def _keep_back(self, kept_O: np.ndarray, outputs: StepOutputs) -> StepOutputs:
-        """Keep the tokens of paused requests, which the step in flight had sampled, and return the other outputs."""
-        rest, kept = outputs.split(kept_O)
-        kept.finish_O[kept.finish_O == SUSPENDED] = FinishReason.NONE
-        for key in kept.key_O.tolist():
-            assert key not in self._kept, f"request {key} is paused and was scheduled"
-            self._kept[key] = kept.split(kept.key_O == key)[1]
-        return rest
-
     def _finish(self, rows_O: np.ndarray, outputs: StepOutputs, now: float) -> None:
         """End the requests that these outputs complete, pause others, and suspend those that cannot go on."""
         batch, finish_O = self._batch, outputs.finish_O
@@ -529,94 +454,17 @@ class Scheduler:
         suspended_O = finish_O == SUSPENDED
         if paused_O.any():
             rows = rows_O[paused_O]
-            batch.paused_Z[rows] = True
-            for key in batch.key_Z[rows].tolist():
-                self._running[key].is_paused, self._running[key].paused_at = True, now
+            self._pauses.begin(rows, now)
             suspended_O |= paused_O & (batch.num_known_Z[rows_O] >= batch.limit_Z[rows_O])
-        self._close(rows_O[(finish_O != 0) & ~paused_O & ~suspended_O])
+        self._lifecycle.close(rows_O[(finish_O != 0) & ~paused_O & ~suspended_O])
         finish_O[finish_O == SUSPENDED] = FinishReason.NONE
-        self._suspend(rows_O[suspended_O])
+        self._lifecycle.suspend(rows_O[suspended_O])
 
     def _fail(self, keys: list[int]) -> None:
         """End requests whose logits are not finite. Nobody is to find what they have computed."""
         rows = np.array([self._running[key].row for key in keys])
         for key in keys:
-            self._kept.pop(key, None)
+            self._pauses.forget(key)
         self._batch.forget(rows)
-        self._close(rows)
+        self._lifecycle.close(rows)
         self._counts["non_finite"] += len(keys)
-
-    def _end(self, rows: np.ndarray) -> list[Request]:
-        """Stop running these rows' requests, and return them; the next plan releases their slots."""
-        self._ended += rows.tolist()
-        return self._stop(rows)
-
-    def _stop(self, rows: np.ndarray) -> list[Request]:
-        self._admission.forget_parents(rows)
-        self._batch.running_Z[rows] = False
-        requests = [self._running.pop(key) for key in self._batch.key_Z[rows].tolist()]
-        for request in requests:
-            request.account.num_running -= 1
-            self._groups.stopped(request.key)
-        return requests
-
-    def _close(self, rows: np.ndarray) -> None:
-        """End these rows' requests for good."""
-        for request, num_tokens in zip(self._end(rows), self._batch.num_known_Z[rows].tolist(), strict=True):
-            self._tenants.ended(request, num_tokens)
-            self._lead_others(request.key)
-
-    def _lead_others(self, key: int) -> None:
-        """Let the followers of a request, which has ended, wait without it."""
-        if key in self._groups:
-            self._lead(self._groups.cut(key, 0))
-
-    def _suspend(self, rows: np.ndarray) -> None:
-        """Stop running these rows' requests, which have nothing in flight; they continue later with their output so far."""
-        self._put_back(self._saved(rows, self._end(rows)))
-
-    def _give_way(self, rows: np.ndarray) -> None:
-        """Suspend these rows' requests at once, and release their slots; what is in flight for them is dropped."""
-        self._gave_way += self._saved(rows, self._stop(rows))
-        self._counts["preemptions"] += len(rows)
-        self._batch.release(rows)
-
-    def _saved(self, rows: np.ndarray, requests: list[Request]) -> list[Request]:
-        """Return the requests that these rows have run, with their output so far."""
-        batch = self._batch
-        for row, request in zip(rows.tolist(), requests, strict=True):
-            request.tokens = batch.tokens(row, request)
-            request.block_hashes = batch.block_hashes(row)
-            request.num_cached = int(batch.num_cached_Z[row])
-            request.num_counted = max(request.num_counted, int(batch.num_computed_Z[row]))
-        return requests
-
-    def _put_back(self, requests: list[Request]) -> None:
-        for request in requests:
-            request.row = -1
-            if len(request.tokens) >= request.outgrows_at:
-                self._classify(request)
-            self._enqueue(request)
-
-    def _classify(self, request: Request) -> None:
-        """Say whether the request is long, and hash its tokens as those of its kind."""
-        original = self.config.original_max_position_embeddings
-        request.is_long = is_long(request, self.config)
-        request.outgrows_at = sys.maxsize if original is None or request.is_long else original + 1
-        if self._batch.hasher is not None:
-            kind = request.tenant, request.salt, request.is_long
-            request.block_hashes = self._batch.hasher.hash(request.tokens, *kind)
-
-    def _enqueue(self, request: Request) -> None:
-        """Put a request in its place in the queue, and pack its record; hold it if it has no credit."""
-        if request.held:
-            self._held[request.key] = request
-            return
-        self._queue.add(request)
-        request.record = request.pack(self.config.vocab_size)
-
-    def _find(self, key: int) -> Request | None:
-        """Return the waiting, running or held request with this key, or None."""
-        if (request := self._running.get(key) or self._held.get(key) or self._groups.find(key)) is not None:
-            return request
-        return self._queue.get(key) if key in self._queue else None

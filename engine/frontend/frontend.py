@@ -11,40 +11,27 @@ Shape letters as in `scheduler.outputs`.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
 
-from expertwire.comm.control.channel import ChannelClosed, ControlChannel
-from expertwire.engine.config.engine_config import ModelInfo
-from expertwire.engine.frontend import logprobs
+from expertwire.comm.control.channel import ControlChannel
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestOptions, Update
+from expertwire.engine.frontend.connection import Connection
 from expertwire.engine.frontend.open_requests import Branch, OpenRequest
 from expertwire.engine.frontend.prompts import Prompt, encode_prompt
-from expertwire.engine.frontend.token_columns import FIRST_ID, ColumnReader, Credited, TokenColumns, Tokens
+from expertwire.engine.frontend.sequences import Sequences, batch_end
+from expertwire.engine.frontend.token_columns import FIRST_ID, ColumnReader, Credited, Tokens
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.engine.messages import (
-    Abort,
     AbortByName,
-    Beat,
-    CacheFlush,
-    Count,
     Credit,
-    Failure,
-    Hello,
     Message,
     Resume,
-    Stats,
-    StatsRequest,
     Submit,
-    Welcome,
-    decode,
-    encode,
 )
 from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs
 from expertwire.scheduler.sampling_params import SamplingParams
@@ -90,44 +77,32 @@ class Frontend:
         welcome_timeout_s: float = 30.0,
     ) -> None:
         self.tokenizer = tokenizer
-        self._channel = channel
-        self._watches = watches
-        self._requests: dict[int, OpenRequest] = {}
-        self._sequences: dict[int, Branch] = {}
-        self._news: list[OpenRequest] = []
+        self._connection = Connection(channel, watches=watches, welcome_timeout_s=welcome_timeout_s)
+        self._connection.on_failure = self._end_all
+        self.model_info, self.counts = self._connection.model_info, self._connection.counts
+        self._sequences = Sequences(self._connection, tokenizer)
         self.has_more = False
-        self.counts: Counter[str] = Counter()
         self._partial: tuple[StepOutputs, int] | None = None  # outputs of which only these first rows have been handled
-        self._columns = TokenColumns(None if tokenizer is None else tokenizer.reasoning_ids)
-        self._stats_callbacks: deque[Callable[[dict[str, Any] | None], None]] = deque()
-        self._flush_callbacks: deque[Callable[[dict[str, int] | None], None]] = deque()
         self.on_abort_by_name: Callable[[str, Sequence[str]], None] = lambda _tenant, _request_ids: None
         self._credits: list[Branch] = []
         self._next_request_id = 0
         self._next_sequence_id = 0
-        self._failure: EngineFailed | None = None
-        self._problem, self._heard_s = "", time.monotonic()
-        self.model_info = self._say_hello(welcome_timeout_s)
         self._seeds = random.Random(self.model_info.seed) if deterministic_seeds else random.SystemRandom()
 
     @property
     def num_open(self) -> int:
         """Number of requests that run."""
-        return len(self._requests)
+        return len(self._sequences.requests)
 
     @property
     def failure(self) -> EngineFailed | None:
         """The error with which the engine failed, or None."""
-        return self._failure
+        return self._connection.failure
 
     @property
     def problem(self) -> str:
         """Why the engine cannot serve at the moment, or "". Only for a frontend that `watches`."""
-        if self._failure is not None:
-            return str(self._failure)
-        if (silence_s := time.monotonic() - self._heard_s) > _SILENT_S:
-            return f"the controller has been silent for {silence_s:.1f} s"
-        return self._problem
+        return self._connection.problem
 
     def encode(self, prompt: Prompt, params: SamplingParams) -> np.ndarray:
         """Check a prompt and its parameters; return the prompt's tokens for `submit`, i32 [length].
@@ -175,11 +150,11 @@ class Frontend:
         Raises:
             EngineFailed: the engine has failed.
         """
-        self._check_alive()
+        self._connection.check_alive()
         seed = self.new_seed() if params.seed is None else params.seed
         request = OpenRequest(self._next_request_id, tokens, params, seed)
         self._next_request_id += 1
-        self._requests[request.id] = request
+        self._sequences.requests[request.id] = request
         window = max(_MIN_WINDOW, min(window, WINDOW // (1 + (params.logprobs or 0))))
         window = window if allowance is None else min(window, allowance)
         num_prompt = len(tokens) if num_prompt_tokens is None else num_prompt_tokens
@@ -193,7 +168,7 @@ class Frontend:
             assert params.logprobs is None, "log-probabilities do not come in columns"
             assert not detokenize, "text does not come in columns"
             ids = [
-                self._columns.add(*columns, branch, credit, allowance, opens_reasoning=opens_reasoning)
+                self._sequences.columns.add(*columns, branch, credit, allowance, opens_reasoning=opens_reasoning)
                 for branch in range(params.n)
             ]
         shape = self.model_info.num_layers, self.model_info.num_experts
@@ -206,8 +181,8 @@ class Frontend:
             branch.allowance = allowance
             if text := branch.begin_with(tokens[num_prompt:].tolist()):
                 branch.texts.append(text)
-            request.running[sequence_id] = self._sequences[sequence_id] = branch
-        self._send(
+            self._sequences.add(branch)
+        self._connection.send(
             Submit(
                 sequence_ids=np.array(ids, np.int64),
                 params=params.to_dict() | {"seed": seed, "stop": ()},  # stop strings are found here
@@ -220,7 +195,7 @@ class Frontend:
                 pause_token_ids=pause_token_ids,
             )
         )
-        self._check_alive()
+        self._connection.check_alive()
         return request.id
 
     def new_seed(self) -> int:
@@ -229,10 +204,10 @@ class Frontend:
 
     def grant(self, request_id: int, tokens: int) -> None:
         """Let each branch of a request, submitted with an `allowance`, sample more tokens; finished ones are ignored."""
-        request = self._requests.get(request_id)
+        request = self._sequences.requests.get(request_id)
         for branch in [] if request is None else request.running.values():
             if branch.sequence_id >= FIRST_ID:
-                self._send_credited(self._columns.grant(branch.sequence_id, tokens))
+                self._send_credited(self._sequences.columns.grant(branch.sequence_id, tokens))
                 continue
             assert branch.allowance is not None, f"request {request_id} has no allowance"
             branch.allowance += tokens
@@ -247,29 +222,22 @@ class Frontend:
         The next `poll` returns at once, with an update of finish reason "abort" for each unfinished branch. `fileno()` does
         not become readable, so callers that wait for it must call `poll` or `receive` themselves.
         """
-        request = self._requests.get(request_id)
-        running = [] if request is None else list(request.running.values())
-        running = [branch for branch in running if branches is None or branch.index in branches]
-        for branch in running:
-            branch.texts.append(branch.flush())
-            self._end(branch, "abort")
-        if running:
-            self._abort_sequences([branch.sequence_id for branch in running])
-        return bool(running)
+        request = self._sequences.requests.get(request_id)
+        return request is not None and self._sequences.abort(request, branches)
 
     def resume(self, request_id: int, branches: Container[int]) -> None:
         """Let paused branches of a request go on; others are ignored."""
-        request = self._requests.get(request_id)
+        request = self._sequences.requests.get(request_id)
         running = [] if request is None else list(request.running.values())
         paused = [branch for branch in running if branch.is_paused and branch.index in branches]
         for branch in paused:
             branch.is_paused = False
         if paused:
-            self._send(Resume(ids=np.array([branch.sequence_id for branch in paused], np.int64)))
+            self._connection.send(Resume(ids=np.array([branch.sequence_id for branch in paused], np.int64)))
 
     def find(self, request_id: int) -> OpenRequest | None:
         """Return a request that runs, or None."""
-        return self._requests.get(request_id)
+        return self._sequences.requests.get(request_id)
 
     def poll(self, timeout_s: float) -> list[Update]:
         """Return the updates that have arrived; wait up to `timeout_s` seconds for a first message if there are none.
@@ -290,31 +258,29 @@ class Frontend:
         Raises:
             EngineFailed: the engine has failed, and the end of every open request has been returned.
         """
-        if not self._news:
-            self._check_alive()
-        timeout_s = 0.0 if self._news or self._partial else timeout_s
+        if not self._sequences.has_news:
+            self._connection.check_alive()
+        timeout_s = 0.0 if self._sequences.has_news or self._partial else timeout_s
         num_rows = 0
         while max_rows is None or num_rows < max_rows:
             if self._partial is None:
-                message = self._receive(timeout_s)
+                message = self._connection.receive(timeout_s)
                 if message is None:
                     break
                 timeout_s = 0.0
                 if not isinstance(message, StepOutputs):
                     self._handle(message)
                     continue
-                self._partial = self._begin_outputs(message), 0
+                self._partial = self._sequences.begin_outputs(message), 0
             message, start = self._partial
             end = len(message.key_O)
             if max_rows is not None:
-                end, weight = _batch_end(message, start, max_rows - num_rows)
+                end, weight = batch_end(message, start, max_rows - num_rows)
                 num_rows += weight
-            self._handle_rows(message, start, end)
+            self._partial = (message, end) if end < len(message.key_O) else None
+            self._sequences.handle_rows(message, start, end)
         self.has_more = max_rows is not None and num_rows >= max_rows
-        news, self._news = self._news, []
-        for request in news:
-            request.has_news = False
-        return news
+        return self._sequences.take_news()
 
     def take(self, request: OpenRequest, max_size: int | None = None) -> list[Update]:
         """Return the output of a request that has not been taken, at most one update a branch; the engine may then continue.
@@ -345,44 +311,37 @@ class Frontend:
     def take_columns(self, reader: ColumnReader, max_tokens: int) -> Tokens:
         """Return tokens that a reader has not taken, about `max_tokens` at most; the engine may then continue."""
         sequence_ids, tokens = reader.take(max_tokens)
-        self._send_credited(self._columns.taken(sequence_ids, tokens.num_tokens))
+        self._send_credited(self._sequences.columns.taken(sequence_ids, tokens.num_tokens))
         return tokens
 
     def remove_reader(self, reader: ColumnReader) -> None:
         """Forget a reader, whose requests have all been aborted or have ended."""
-        self._columns.remove_reader(reader)
+        self._sequences.columns.remove_reader(reader)
 
     def fileno(self) -> int:
         """Return a file descriptor that is readable when `poll(0)` may return updates."""
-        return self._channel.fileno()
+        return self._connection.fileno()
 
     @property
     def pending(self) -> int:
         """Bytes that wait to be sent; callers that wait for `fileno()` wait until it is writable as well, and call `flush`."""
-        return self._channel.pending
+        return self._connection.pending
 
     def flush(self) -> None:
         """Send what the kernel takes without waiting."""
-        if self._failure is None:
-            try:
-                self._channel.flush()
-            except ChannelClosed as error:
-                self._fail(-1, f"the connection to the controller is lost: {error}")
+        self._connection.flush()
 
     def request_stats(self, callback: Callable[[dict[str, Any] | None], None]) -> None:
         """Ask for the engine's counters and gauges. `poll` or `receive` call `callback` with them, or with None if it fails."""
-        self._stats_callbacks.append(callback)
-        self._send_counts()
-        self._send(StatsRequest())
+        self._connection.request_stats(callback)
 
     def request_cache_flush(self, callback: Callable[[dict[str, int] | None], None]) -> None:
         """Empty the prefix cache of blocks that no request uses; `callback` gets their number by cache, as in `request_stats`."""
-        self._flush_callbacks.append(callback)
-        self._send(CacheFlush())
+        self._connection.request_cache_flush(callback)
 
     def abort_by_name(self, tenant: str, request_ids: Sequence[str]) -> None:
         """Let every frontend of the engine, this one too, abort the requests of a tenant to which its user gave these ids."""
-        self._send(AbortByName(tenant=tenant, request_ids=list(request_ids)))
+        self._connection.send(AbortByName(tenant=tenant, request_ids=list(request_ids)))
 
     def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
         """Return the engine's counters and gauges. Output that arrives meanwhile is kept for the next `poll`.
@@ -397,239 +356,40 @@ class Frontend:
         answers: list[dict[str, Any] | None] = []
         self.request_stats(answers.append)
         deadline = time.monotonic() + timeout_s
-        while not answers and self._failure is None:
-            message = self._receive(max(0.0, deadline - time.monotonic()))
+        while not answers and self.failure is None:
+            message = self._connection.receive(max(0.0, deadline - time.monotonic()))
             if message is not None:
                 self._handle(message)
-            elif self._failure is None:
+            elif self.failure is None:
                 raise TimeoutError(f"the engine returned no statistics within {timeout_s:g} s")
-        self._check_alive()
+        self._connection.check_alive()
         assert answers[0] is not None, "the engine has not failed"
         return answers[0]
 
     def close(self) -> None:
         """Close the channel; the controller then frees the open requests. Idempotent."""
-        self._channel.close()
-
-    def _say_hello(self, timeout_s: float) -> ModelInfo:
-        self._send(Hello(beats=self._watches))
-        message = self._receive(timeout_s)
-        if isinstance(message, Welcome):
-            return ModelInfo.from_dict(message.model_info)
-        if isinstance(message, Failure):
-            self._handle(message)
-        self._check_alive()
-        raise EngineFailed(f"the controller did not answer within {timeout_s:g} s")
-
-    def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise EngineFailed(str(self._failure), self._failure.rank)
-
-    def _send(self, message: Message) -> None:
-        if self._failure is None:
-            try:
-                self._channel.send(encode(message))
-            except ChannelClosed as error:
-                self._fail(-1, f"the connection to the controller is lost: {error}")
-
-    def _receive(self, timeout_s: float) -> Message | None:
-        if self._failure is not None:
-            return None
-        try:
-            arrays = self._channel.recv(timeout_s)
-        except ChannelClosed as error:
-            self._fail(-1, f"the connection to the controller is lost: {error}")
-            return None
-        if arrays is None:
-            return None
-        self._heard_s = time.monotonic()
-        return decode(arrays)
+        self._connection.close()
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, StepOutputs):
-            rest = self._begin_outputs(message)
-            self._handle_rows(rest, 0, len(rest.key_O))
+            rest = self._sequences.begin_outputs(message)
+            self._sequences.handle_rows(rest, 0, len(rest.key_O))
         elif isinstance(message, Rejection):
-            if branch := self._sequences.get(message.key):
-                error = RequestError(message.code, message.message, message.retry_after_s)
-                self._end_with_error(branch.request, error)
-        elif isinstance(message, Stats):
-            self._stats_callbacks.popleft()(message.values)
-        elif isinstance(message, CacheFlush):
-            self._flush_callbacks.popleft()(message.freed_blocks)
+            self._sequences.reject(message)
         elif isinstance(message, AbortByName):
             self.on_abort_by_name(message.tenant, message.request_ids)
-        elif isinstance(message, Beat):
-            self._problem = message.problem
-            self._send_counts()
-        elif isinstance(message, Failure):
-            self._fail(message.rank, message.message)
-        else:
+        elif not self._connection.handle(message):
             raise AssertionError(f"unexpected message from the controller: {type(message).__name__}")
 
-    def _begin_outputs(self, message: StepOutputs) -> StepOutputs:
-        """Handle all but the rows for `_handle_rows`, which it returns."""
-        if len(message.prompt_key_I):
-            logprobs.add_prompt_logprobs(message, self._sequences, self.tokenizer)
-        if len(message.routed_keys):
-            self._add_expert_load(message)
-        self._handle_failed(message)
-        in_columns = message.key_O >= FIRST_ID
-        if not in_columns.any():
-            return message
-        self._handle_columns(message, np.flatnonzero(in_columns))
-        return _with_rows(message, np.flatnonzero(~in_columns))
-
-    def _handle_columns(self, message: StepOutputs, rows: np.ndarray) -> None:
-        """Give the tokens of these rows to their readers; only first and last ones are looked at one by one."""
-        is_first = self._columns.push(message.key_O[rows], message.token_O[rows])
-        for row in rows[is_first | (message.finish_O[rows] != FinishReason.NONE)].tolist():
-            if (branch := self._sequences.get(int(message.key_O[row]))) is not None:
-                if branch.index == 0 and not branch.has_begun:
-                    self._begin(branch, int(message.num_cached_O[row]))
-                if finish := int(message.finish_O[row]):
-                    self._finish(branch, finish, int(message.token_O[row]))
-
-    def _handle_rows(self, message: StepOutputs, start: int, end: int) -> None:
-        """Add the tokens of some rows to their branches."""
-        self._partial = (message, end) if end < len(message.key_O) else None
-        stopped: list[int] = []
-        sampled: logprobs.SampledLogprobs | None = None
-        sequence_ids, tokens = message.key_O[start:end].tolist(), message.token_O[start:end].tolist()
-        rows = zip(range(start, end), sequence_ids, tokens, message.finish_O[start:end].tolist(), strict=True)
-        for row, sequence_id, token, finish in rows:
-            branch = self._sequences.get(sequence_id)
-            if branch is None:
-                self.counts["tokens_late"] += 1
-                continue
-            branch.token_ids.append(token)
-            branch.is_paused = finish == FinishReason.PAUSED
-            finish = 0 if branch.is_paused else finish
-            if text := branch.push(token, finish):
-                branch.texts.append(text)
-            if branch.logprobs is not None:
-                sampled = sampled or logprobs.SampledLogprobs(message, start, end, self.tokenizer)
-                branch.logprobs.append(sampled.of_row(row))
-            if branch.index == 0 and not branch.has_begun:
-                self._begin(branch, int(message.num_cached_O[row]))
-            if branch.stop is not None and branch.stop.found is not None:
-                self._end(branch, "stop", branch.stop.found)
-                if not finish:
-                    stopped.append(sequence_id)
-            elif finish:
-                self._finish(branch, finish, token)
-            elif len(branch.token_ids) == 1 or branch.is_paused:
-                self._announce(branch)
-        if stopped:
-            self._abort_sequences(stopped)
-
-    def _finish(self, branch: Branch, finish: int, token: int) -> None:
-        """End a branch with its last token."""
-        stop_ids = branch.request.params.stop_token_ids or ()
-        is_stop_token = finish == FinishReason.STOP and token in stop_ids
-        self._end(branch, _FINISH_REASONS[FinishReason(finish)], token if is_stop_token else None)
-
-    def _begin(self, branch: Branch, num_cached: int) -> None:
-        """Note what comes with the first token of a request's first branch."""
-        request, branch.has_begun = branch.request, True
-        request.began_s = time.monotonic()
-        request.num_cached_tokens = num_cached
-        branch.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-
-    def _handle_failed(self, message: StepOutputs) -> None:
-        failed = (message.failed_keys, message.failed_positions, message.failed_ranks)
-        for sequence_id, position, rank in zip(*(column.tolist() for column in failed), strict=True):
-            if branch := self._sequences.get(sequence_id):
-                text = (
-                    f"the logits for the token at position {position} are not finite (NaN or infinite), on rank {rank}"
-                )
-                self._end_with_error(branch.request, RequestError("INTERNAL", text))
-
-    def _announce(self, branch: Branch) -> None:
-        """Note that a branch has output that nobody has taken."""
-        request = branch.request
-        request.untaken.setdefault(branch.index, branch)
-        if not request.has_news:
-            request.has_news = True
-            self._news.append(request)
-
-    def _end(self, branch: Branch, reason: str, stop_reason: str | int | None = None) -> None:
-        """Forget a branch, whose last output is announced."""
-        branch.finish_reason, branch.stop_reason = reason, stop_reason
-        request = branch.request
-        self._forget(branch)
-        if request.done:
-            del self._requests[request.id]
-        self._announce(branch)
-
-    def _add_expert_load(self, message: StepOutputs) -> None:
-        order = np.argsort(message.routed_keys, kind="stable")
-        sequence_ids, starts = np.unique(message.routed_keys[order], return_index=True)
-        for sequence_id, rows in zip(sequence_ids.tolist(), np.split(order, starts[1:]), strict=True):
-            branch = self._sequences.get(sequence_id)
-            if branch is not None and branch.expert_load is not None:
-                load = branch.expert_load.reshape(-1)
-                np.add.at(load, message.routed_experts[rows], message.routed_tokens[rows])
-
-    def _end_with_error(self, request: OpenRequest, error: RequestError) -> None:
-        sequence_ids = list(request.running)
-        for branch in list(request.running.values()):
-            self._forget(branch)
-        del self._requests[request.id]
-        request.error = error
-        if not request.has_news:
-            request.has_news = True
-            self._news.append(request)
-        if len(sequence_ids) > 1:
-            self._abort_sequences(sequence_ids)
-
-    def _forget(self, branch: Branch) -> None:
-        del self._sequences[branch.sequence_id], branch.request.running[branch.sequence_id]
-        if branch.sequence_id >= FIRST_ID:
-            num_tokens, num_reasoning = self._columns.remove(branch.sequence_id)
-            branch.request.num_column_tokens += num_tokens
-            branch.request.num_column_reasoning += num_reasoning
-
-    def _send_counts(self) -> None:
-        if self.counts:
-            self._send(Count(values=dict(self.counts)))
-            self.counts.clear()
+    def _end_all(self) -> None:
+        self._sequences.fail(RequestError("UNAVAILABLE", str(self.failure)))
 
     def _send_credited(self, credited: Credited) -> None:
         if len(credited.tokens):
-            self._send(Credit(ids=credited.sequence_ids, tokens=credited.tokens))
+            self._connection.send(Credit(ids=credited.sequence_ids, tokens=credited.tokens))
 
     def _send_credits(self) -> None:
         branches, self._credits = self._credits, []
         ids, tokens = [branch.sequence_id for branch in branches], [branch.credit() for branch in branches]
         if any(tokens):
-            self._send(Credit(ids=np.array(ids, np.int64), tokens=np.array(tokens, np.int64)))
-
-    def _abort_sequences(self, sequence_ids: Sequence[int]) -> None:
-        self._send(Abort(ids=np.array(sequence_ids, np.int64)))
-
-    def _fail(self, rank: int, message: str) -> None:
-        named = rank < 0 or f"rank {rank}" in message
-        self._failure = EngineFailed(message if named else f"rank {rank}: {message}", rank)
-        for request in list(self._requests.values()):
-            self._end_with_error(request, RequestError("UNAVAILABLE", str(self._failure)))
-        while self._stats_callbacks:
-            self._stats_callbacks.popleft()(None)
-        while self._flush_callbacks:
-            self._flush_callbacks.popleft()(None)
-
-
-def _with_rows(message: StepOutputs, rows: np.ndarray) -> StepOutputs:
-    """Return the outputs with these rows, ascending; no other row has log-probabilities."""
-    names = ("key_O", "token_O", "finish_O", "num_cached_O", "logprob_O", "token_rank_O")
-    columns = {name: getattr(message, name)[rows] for name in names}
-    offsets = np.append(message.top_offsets_O1[:-1][rows], message.top_offsets_O1[-1])
-    return dataclasses.replace(message, **columns, top_offsets_O1=offsets)
-
-
-def _batch_end(message: StepOutputs, start: int, max_rows: int) -> tuple[int, int]:
-    """Return the end of a batch of at most `max_rows` rows from `start`, and how many rows it counts as; at least one row."""
-    weights = np.arange(len(message.key_O) + 1) + message.top_offsets_O1 // _ENTRIES_OF_ROW
-    end = int(np.searchsorted(weights, weights[start] + max_rows, side="right")) - 1
-    end = min(max(end, start + 1), len(message.key_O))
-    return end, int(weights[end] - weights[start])
+            self._connection.send(Credit(ids=np.array(ids, np.int64), tokens=np.array(tokens, np.int64)))

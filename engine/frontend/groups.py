@@ -12,414 +12,20 @@ The four add up to the engine's `tokens_sampled`, if it serves nothing else.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import select
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
 
 import numpy as np
 
-from expertwire.engine.frontend.api import EngineFailed, Position, RequestError, RequestOptions, Update
+from expertwire.engine.frontend.api import RequestOptions
 from expertwire.engine.frontend.frontend import Frontend
-from expertwire.engine.frontend.group_views import BranchRun
+from expertwire.engine.frontend.group_run import GroupRun, StrategyFailed
 from expertwire.engine.frontend.open_requests import OpenRequest
-from expertwire.engine.frontend.verifier_calls import Outcome, VerifierCalls
-from expertwire.scheduler.sampling_params import MAX_BRANCHES, SamplingParams
-from expertwire.strategies.accounting import TokenCounts, count_tokens
-from expertwire.strategies.base import (
-    Action,
-    Finish,
-    Fork,
-    Group,
-    Needs,
-    Prune,
-    Resume,
-    Score,
-    Selection,
-    Start,
-    Status,
-    Strategy,
-    Verify,
-)
-from expertwire.strategies.verifiers import Candidate, VerifierError
-
-T = TypeVar("T")
-Fate = Literal["kept", "pruned"]
-MAX_PAUSE_IDS = 65_536
-MAX_STEP_TEXTS = 64  # whose tokens are remembered
-MAX_STARTED = 16 * MAX_BRANCHES  # branches of a group, ended ones included
-_log = logging.getLogger(__name__)
-
-
-class _StrategyFailed(Exception):
-    """A strategy, or a part of it, has raised an exception or asked for what cannot be."""
-
-
-class GroupRun:
-    """One group, from its request to its result. `Groups.start` makes it.
-
-    Attributes:
-        id: the number of the group in its `Groups`.
-        tokens: the prompt, i32 [length].
-        params: sampling parameters, with the group's seed.
-        branches: all branches so far, by index.
-        prompt_logprobs: those of the prompt, if requested and come.
-        num_cached_tokens: prompt tokens that branch 0 found in the prefix cache.
-        selection: what the strategy has selected; None while the group runs, and if it failed or was aborted.
-        error: the error that ended the group, or None.
-        done: whether it has ended.
-        on_done: called when it has ended, but not by `abort`.
-    """
-
-    def __init__(
-        self,
-        groups: Groups,
-        number: int,
-        tokens: np.ndarray,
-        params: SamplingParams,
-        options: RequestOptions,
-        strategy: Strategy,
-        prompt: str | None,
-    ) -> None:
-        self.id = number
-        self.tokens = tokens
-        self.params = params
-        self.branches: list[BranchRun] = []
-        self.prompt_logprobs: list[Position | None] | None = None
-        self.num_cached_tokens = 0
-        self.selection: Selection | None = None
-        self.error: RequestError | None = None
-        self.done = False
-        self.on_done: Callable[[], None] = lambda: None
-        self._groups, self._frontend = groups, groups.frontend
-        self._options, self._prompt = options, prompt
-        self._strategy, self._name = strategy, type(strategy).__name__
-        self._request_ids: list[int] = []
-        self._has_news = False
-        self._begin_s = time.monotonic()
-        self._needs = self._checked("needs", lambda: strategy.needs)
-        self._pause_ids, self._forced_texts = groups.tokenized(self._needs)
-
-    @property
-    def num_tokens(self) -> int:
-        """Output tokens sampled for all branches together."""
-        return sum(branch.num_own_tokens for branch in self.branches)
-
-    @property
-    def num_live(self) -> int:
-        """Branches that have not ended."""
-        return sum(not branch.is_over for branch in self.branches)
-
-    @property
-    def deadline_s(self) -> float | None:
-        """When the group's time is up, by `time.monotonic`; None: never."""
-        seconds = self._needs.budget.seconds
-        return None if seconds is None else self._begin_s + seconds
-
-    def fate(self, branch: BranchRun) -> Fate:
-        """Return what became of a branch: it ended by itself, or it was pruned."""
-        return "kept" if branch.status is Status.FINISHED else "pruned"
-
-    def token_counts(self) -> TokenCounts:
-        """Return the tokens so far by what became of them."""
-        return count_tokens(self.view(), self.selection or Selection(branches=()))
-
-    def view(self) -> Group:
-        """Return the group as it is now."""
-        return Group(
-            num_prompt_tokens=len(self.tokens),
-            branches=tuple(branch.view() for branch in self.branches),
-            elapsed_s=time.monotonic() - self._begin_s,
-            forced_texts=self._forced_texts,
-        )
-
-    def abort(self) -> None:
-        """End the group without a result."""
-        if not self.done:
-            self._end()
-
-    def begin(self) -> None:
-        """Start the first branches."""
-        self._has_news = True
-        self.advance()
-
-    def handle(self, request: OpenRequest) -> None:
-        """Take in the news of one of the group's requests, and let the strategy decide."""
-        self._take(request)
-        self.advance()
-
-    def advance(self) -> None:
-        """Let the strategy decide if there is news for it, and end the group if it is time."""
-        if self.done:
-            return
-        try:
-            if self._is_used_up():
-                self._finish()
-                return
-            while self._has_news and not self.done:
-                self._has_news = False
-                self._carry_out(self._checked("decide", lambda: list(self._strategy.decide(self.view()))))
-            if not self.done and not any(b.status is Status.RUNNING or b.num_asked for b in self.branches):
-                self._finish()
-        except _StrategyFailed as failed:
-            _log.warning("warning: a request ends with an error: %s", failed, exc_info=failed.__cause__)
-            self._fail(RequestError("INTERNAL", str(failed)))
-        except EngineFailed as failed:
-            self._fail(RequestError("UNAVAILABLE", str(failed)))
-
-    # ---- what arrives
-
-    def _take(self, request: OpenRequest) -> None:
-        for update in self._frontend.take(request):
-            if update.error is None:
-                self._add(update)
-            else:
-                self._fail(update.error)
-
-    def _add(self, update: Update) -> None:
-        branch = self.branches[update.branch]
-        asked = self.params.logprobs is not None
-        branch.add(update, logprobs=self._needs.logprobs, positions=asked)
-        if update.branch == 0:
-            self.num_cached_tokens = update.num_cached_tokens
-            self.prompt_logprobs = update.prompt_logprobs or self.prompt_logprobs
-        self._has_news |= self._needs.every_step and bool(update.token_ids)
-        if branch.is_over or self.done:
-            return
-        if update.paused:
-            branch.change(status=Status.PAUSED, step_ends=[*branch.step_ends, len(branch.token_ids)])
-            self._has_news = True
-        if update.finish_reason is None:
-            return
-        if update.finish_reason == "abort":  # by the client, under the request's name
-            self._end()
-            self.on_done()
-            return
-        branch.change(stop_reason=update.stop_reason, expert_load=update.expert_load)
-        self._ended(branch, update.finish_reason)
-
-    def _ended(self, branch: BranchRun, reason: str) -> None:
-        """Take note that a branch has ended by itself."""
-        branch.change(status=Status.FINISHED, finish_reason=reason)
-        self._has_news = True
-        if self._needs.answer is not None:
-            extract = self._needs.answer
-            try:
-                branch.change(answer=self._checked("answer", lambda: extract(branch.text)) or None)
-            except _StrategyFailed as failed:
-                _log.warning("warning: a request ends with an error: %s", failed, exc_info=failed.__cause__)
-                self._fail(RequestError("INTERNAL", str(failed)))
-
-    def _scored(self, branch: BranchRun, num_tokens: int, outcome: Outcome) -> None:
-        """Take in the score of a branch's first tokens."""
-        if self.done:
-            return
-        value: float | None
-        if isinstance(outcome, VerifierError):
-            branch.problems.append(str(outcome))
-            try:
-                value = self._needs.verifier_policy.failed_score(outcome)
-            except VerifierError as error:
-                self._fail(RequestError("INTERNAL", str(error)))
-                return
-        else:
-            value = outcome
-        score = Score(num_tokens=num_tokens, value=value)
-        branch.change(num_asked=branch.num_asked - 1, scores=[*branch.scores, score])
-        self._has_news = True
-        self.advance()
-
-    # ---- what the strategy wants
-
-    def _checked(self, part: str, call: Callable[[], T]) -> T:
-        """Return what a part of the strategy returns.
-
-        Raises:
-            _StrategyFailed: it has raised an exception.
-        """
-        try:
-            return call()
-        except Exception as error:
-            text = f"the strategy {self._name} has failed in {part}: {type(error).__name__}: {error}"
-            raise _StrategyFailed(text[:2000]) from error
-
-    def _carry_out(self, actions: Sequence[Action]) -> None:
-        for action in actions:
-            match action:
-                case Start():
-                    self._start(action)
-                case Fork():
-                    self._fork(action)
-                case Resume(index):
-                    self._resume(self._branch(action, index))
-                case Prune(index):
-                    self._prune([self._branch(action, index)])
-                case Verify(index):
-                    self._verify(self._branch(action, index))
-                case Finish():
-                    self._finish()
-                    return
-                case _:
-                    raise _StrategyFailed(f"the strategy {self._name} wants {action!r:.200}, which is no action")
-        self._groups.calls.dispatch()
-
-    def _branch(self, action: Action, index: int) -> BranchRun:
-        if not isinstance(index, int) or not 0 <= index < len(self.branches):
-            text = f"the strategy {self._name} wants {action!r:.200}, but the group has {len(self.branches)} branches"
-            raise _StrategyFailed(text)
-        return self.branches[index]
-
-    def _start(self, action: Start) -> None:
-        count = self._allowed(action.count)
-        if count:
-            self._submit(count, self.tokens, action.label)
-
-    def _fork(self, action: Fork) -> None:
-        parent, count = self._branch(action, action.branch), self._allowed(action.count)
-        num_known = len(parent.token_ids)
-        num_kept = num_known - parent.ends_with_stop_token if action.num_tokens is None else action.num_tokens
-        forced, info = list(action.forced), self._frontend.model_info
-        if not 0 <= num_kept <= num_known or any(not 0 <= token < info.vocab_size for token in forced):
-            raise _StrategyFailed(f"the strategy {self._name} wants {action!r:.200} of a branch of {num_known} tokens")
-        if count == 0:
-            return
-        output = parent.token_ids[:num_kept] + forced
-        if len(output) >= self.params.most_output_tokens(len(self.tokens), info.max_model_len):
-            first = len(self.branches)
-            children = [BranchRun(index, -1, action.label) for index in range(first, first + count)]
-            self.branches += children
-        else:
-            tokens = np.concatenate((self.tokens, np.array(output, np.int32)))
-            children = self._submit(count, tokens, action.label, parent=parent.sequence_id, greedy=action.greedy)
-        for child in children:
-            child.continue_from(parent, num_kept, forced)
-            if child.sequence_id is None:
-                tokenizer = self._frontend.tokenizer
-                skip = self.params.skip_special_tokens
-                child.change(text="" if tokenizer is None else tokenizer.decode(output, skip))
-                self._ended(child, "length")
-
-    def _submit(
-        self, count: int, tokens: np.ndarray, label: str, *, parent: int | None = None, greedy: bool = False
-    ) -> list[BranchRun]:
-        """Start branches whose known tokens are these."""
-        first, params = len(self.branches), dataclasses.replace(self.params, n=count)
-        if self._needs.logprobs and params.logprobs is None:
-            params = dataclasses.replace(params, logprobs=0)
-        if greedy:
-            params = dataclasses.replace(params, temperature=0.0)
-        number = self._frontend.submit(
-            tokens,
-            params,
-            self._options,
-            first_branch=first,
-            num_prompt_tokens=len(self.tokens),
-            parent=parent,
-            pause_token_ids=self._pause_ids,
-        )
-        self._request_ids.append(number)
-        self._groups.add(number, self)
-        started = [BranchRun(index, number, label) for index in range(first, first + count)]
-        self.branches += started
-        request = self._frontend.find(number)
-        for sequence_id, branch in () if request is None else request.running.items():
-            run = self.branches[branch.index]
-            run.sequence_id, run.text = sequence_id, "".join(branch.texts)
-            branch.texts.clear()
-        return started
-
-    def _resume(self, branch: BranchRun) -> None:
-        if branch.status is Status.PAUSED:
-            branch.change(status=Status.RUNNING)
-            self._frontend.resume(branch.request_id, (branch.index,))
-
-    def _allowed(self, count: int) -> int:
-        """Return how many of `count` branches may be started."""
-        if not isinstance(count, int) or count < 1:
-            raise _StrategyFailed(f"the strategy {self._name} wants to start {count!r:.100} branches")
-        if (most := self._needs.budget.branches) is not None:
-            count = min(count, most - len(self.branches))
-        if self.num_live + count > MAX_BRANCHES or len(self.branches) + count > MAX_STARTED:
-            raise _StrategyFailed(
-                f"the strategy {self._name} wants {count} branches more than {self.num_live} running and "
-                f"{len(self.branches)} started ones; at most {MAX_BRANCHES} may run, and {MAX_STARTED} be started"
-            )
-        return count
-
-    def _verify(self, branch: BranchRun) -> None:
-        if self._needs.verifier is None:
-            raise _StrategyFailed(f"the strategy {self._name} wants a score, but has no verifier")
-        num_tokens = len(branch.token_ids)
-        candidate = Candidate(
-            prompt=self._prompt_text(),
-            text=branch.text,
-            prompt_token_ids=self.tokens.tolist(),
-            token_ids=tuple(branch.token_ids),
-            complete=branch.status is Status.FINISHED,
-        )
-        branch.change(num_asked=branch.num_asked + 1)
-        self._groups.calls.ask(
-            self._needs.verifier,
-            self._needs.verifier_policy,
-            self.id,
-            candidate,
-            lambda outcome: self._scored(branch, num_tokens, outcome),
-        )
-
-    def _prompt_text(self) -> str:
-        if self._prompt is None:
-            tokenizer = self._frontend.tokenizer
-            self._prompt = "" if tokenizer is None else tokenizer.decode(self.tokens.tolist(), False)
-        return self._prompt
-
-    def _prune(self, branches: Sequence[BranchRun]) -> None:
-        """End branches that have not ended. What the frontend has of their output is theirs."""
-        numbers = {branch.request_id for branch in branches if not branch.is_over}
-        requests = [request for number in sorted(numbers) if (request := self._frontend.find(number)) is not None]
-        for request in requests:
-            self._take(request)  # some may have ended by themselves
-        pruned = [branch for branch in branches if not branch.is_over]
-        for branch in pruned:
-            branch.change(status=Status.PRUNED)
-        for request in requests:
-            self._frontend.abort(request.id, [branch.index for branch in pruned])
-            self._take(request)
-
-    # ---- the end
-
-    def _is_used_up(self) -> bool:
-        budget = self._needs.budget
-        tokens_end = budget.tokens is not None and self.num_tokens >= budget.tokens
-        return tokens_end or (self.deadline_s is not None and time.monotonic() >= self.deadline_s)
-
-    def _finish(self) -> None:
-        """Prune what runs, and let the strategy select."""
-        self._prune(self.branches)
-        if self.done:
-            return
-        selection = self._checked("select", lambda: self._strategy.select(self.view()))
-        if not selection.branches:
-            self._fail(RequestError("INTERNAL", f"the strategy {self._name} has no result: {selection.reason}"))
-            return
-        for index in selection.branches:
-            if not isinstance(index, int) or not 0 <= index < len(self.branches):
-                text = f"the strategy {self._name} selects branch {index!r:.100} of {len(self.branches)}"
-                raise _StrategyFailed(text)
-        self.selection = selection
-        self._end()
-        self.on_done()
-
-    def _fail(self, error: RequestError) -> None:
-        if not self.done:
-            self.error = error
-            self._end()
-            self.on_done()
-
-    def _end(self) -> None:
-        self.done = True
-        self._prune(self.branches)
-        self._groups.remove(self, self._request_ids)
+from expertwire.engine.frontend.strategy_texts import StrategyTexts
+from expertwire.engine.frontend.verifier_calls import VerifierCalls
+from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.strategies.base import Strategy
 
 
 class Groups:
@@ -428,6 +34,9 @@ class Groups:
     Args:
         frontend: runs their branches.
         calls: calls their verifiers; `close` closes it.
+
+    Attributes:
+        texts: the tokens of strategies' texts.
     """
 
     def __init__(self, frontend: Frontend, calls: VerifierCalls | None = None) -> None:
@@ -435,7 +44,7 @@ class Groups:
         self.calls = VerifierCalls() if calls is None else calls
         self._runs: dict[int, GroupRun] = {}  # by the frontend's request ids
         self._open: dict[int, GroupRun] = {}  # by their own numbers
-        self._pause_ids: dict[str, np.ndarray] = {}  # by the text of a step's end
+        self.texts = StrategyTexts(frontend)
         self._next = 0
 
     @property
@@ -477,7 +86,7 @@ class Groups:
             params = dataclasses.replace(params, seed=self.frontend.new_seed())
         try:
             run = GroupRun(self, self._next, tokens, params, options, strategy, prompt)
-        except _StrategyFailed as failed:
+        except StrategyFailed as failed:
             raise ValueError(str(failed)) from failed
         self._next += 1
         self._open[run.id] = run
@@ -530,32 +139,6 @@ class Groups:
         for run in list(self._open.values()):
             run.abort()
         self.calls.close()
-
-    def tokenized(self, needs: Needs) -> tuple[np.ndarray, tuple[tuple[int, ...], ...]]:
-        """Return the ids after which branches pause, i32 ascending, and the ids of each of the forced texts.
-
-        Raises:
-            ValueError: there is no tokenizer, or too many tokens have the text.
-        """
-        tokenizer = self.frontend.tokenizer
-        if tokenizer is None and (needs.step_text or needs.forced_texts):
-            raise ValueError("this strategy needs a tokenizer, and the model has none")
-        if tokenizer is None or not needs.step_text:
-            ids = np.zeros(0, np.int32)
-        elif (found := self._pause_ids.get(needs.step_text)) is not None:
-            ids = found
-        else:
-            vocab_size = min(tokenizer.vocab_size, self.frontend.model_info.vocab_size)
-            ids = np.array([i for i in range(vocab_size) if needs.step_text in tokenizer.token_text(i)], np.int32)
-            if not 0 < len(ids) <= MAX_PAUSE_IDS:
-                text = f"step_text must be in at least 1 and at most {MAX_PAUSE_IDS} tokens of the vocabulary"
-                raise ValueError(f"{text}, got {needs.step_text!r:.100}, which is in {len(ids)}")
-            if len(self._pause_ids) >= MAX_STEP_TEXTS:
-                self._pause_ids.clear()
-            self._pause_ids[needs.step_text] = ids
-        if tokenizer is None:
-            return ids, ()
-        return ids, tuple(tuple(tokenizer.encode(text, False)) for text in needs.forced_texts)
 
     def add(self, request_id: int, run: GroupRun) -> None:
         """Note that one of the frontend's requests belongs to a group."""

@@ -14,7 +14,7 @@ from helpers.sim_ranks import (
 )
 
 from expertwire.scheduler.outputs import FinishReason
-from expertwire.scheduler.scheduler import PATIENCE_S
+from expertwire.scheduler.pauses import PATIENCE_S
 
 SIZES = {"num_ranks": 1, "max_num_batched_tokens": 32, "num_blocks": 41, "max_num_seqs": 6}
 SPECS = pytest.mark.parametrize("specs", [CACHES, WINDOWED, WITH_CHUNKS], ids=["full", "window", "chunk"])
