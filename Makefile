@@ -4,6 +4,7 @@
 #   make test        the tests that a change needs before it is shown: representatives of everything, in a few minutes
 #   make test-slow   the tests that `make test` leaves out: compilations, matrices (docs/testing.md)
 #   make test-full   all tests, with exhaustive matrices that take hours
+#   make test-random   the randomised tests, with new examples and many more of them
 #   make check-model NAME=gpt_oss   a family of models against transformers
 #   make lint        style: ruff, and ruff's format
 #   make types       mypy; it also builds the tree of links in which editors find the modules
@@ -26,7 +27,7 @@ PROTO := deploy/proto
 # The oldest tools whose code the oldest grpcio and protobuf of pyproject.toml can run.
 PROTO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: demo test test-slow test-full check-model lint types kernels-report proto clean
+.PHONY: demo test test-slow test-full test-random check-model lint types kernels-report proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/expertwire demo
@@ -39,6 +40,9 @@ test-slow: $(INSTALLED_DEV)
 
 test-full: $(INSTALLED_DEV)
 	$(PYTEST)
+
+test-random: $(INSTALLED_DEV)
+	$(PYTEST) -m "hypothesis" --hypothesis-profile=random --timeout=3600
 
 check-model: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -q tests/engine/test_architectures.py tests/deploy/test_inspect.py -k "$(NAME)"

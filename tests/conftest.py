@@ -6,9 +6,25 @@ deploy/ray_cluster.sh runs, ends every Ray on a machine. Groups that take a minu
 process works on one of them alone at the end, and the tests that are distributed one by one come last.
 """
 
+import contextlib
 import os
+import random
+import sys
 
+import numpy as np
 import pytest
+
+with contextlib.suppress(ModuleNotFoundError):  # where it is missing, the files that need it are skipped
+    from hypothesis import settings
+    from hypothesis.internal.conjecture import providers
+
+    # How long an example takes says how busy the machine is.
+    settings.register_profile("fixed", derandomize=True, deadline=None)
+    settings.register_profile("random", derandomize=False, deadline=None, print_blob=True)
+    settings.load_profile("fixed")
+    # hypothesis draws constants that it finds in our modules, too. Which of them are loaded depends on the tests that the
+    # process ran before, and no change of a module should change what tests of another draw.
+    providers.is_local_module_file = lambda path: False
 
 # Two processes of tests share the cores, and torch's threads spin while they wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -78,6 +94,15 @@ def pytest_collection_modifyitems(items):
         most = max((number for name, number in needed.items() if item.get_closest_marker(name)), default=0)
         if most and most > num_gpus():
             item.add_marker(pytest.mark.skip(reason=f"needs {most} CUDA device(s), and there are {num_gpus()}"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Make what a test draws without a seed independent of the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 def num_gpus():

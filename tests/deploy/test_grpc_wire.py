@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expertwire.deploy.grpc import wire
@@ -43,7 +44,7 @@ def test_too_many_fields_are_refused(data):
         wire.check_num_fields(data, REQUEST)
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(st.binary(min_size=1, max_size=60))
 def test_malformed_messages_raise_nothing_else(data):
     with contextlib.suppress(ValueError):

@@ -7,8 +7,9 @@ import pytest
 import test_rebalance_live as live
 from helpers import architectures, parity
 from helpers import tiny_checkpoints as tiny
+from helpers.examples import examples
 from helpers.rank_model import RankModel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expertwire import LLM
@@ -33,7 +34,7 @@ def of_slots(step):
     return {slot: step.position_T[step.slot_T == slot].tolist() for slot in sorted(set(step.slot_T.tolist()))}
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9), st.booleans()), min_size=1, max_size=8),
     st.integers(1, 3),

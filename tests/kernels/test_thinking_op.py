@@ -1,8 +1,9 @@
 """Control of reasoning, row by row, against its definition in plain Python."""
 
 import torch
+from helpers.examples import examples
 from helpers.thinking_machine import Limits, Marks, banned, chosen, num_reasoning
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expertwire.kernels.ops import thinking
@@ -46,7 +47,7 @@ def column(values):
 rows_of = st.lists(st.tuples(limits(), st.booleans(), st.lists(tokens, max_size=24)), min_size=1, max_size=5)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(models(), rows_of)
 def test_rows_as_each_alone(marks, rows):
     """Every row has its own limits and draws; one without draws left repeats its last."""

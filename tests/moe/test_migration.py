@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers.examples import examples
 from helpers.ranks import Ranks
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_layer import D, E, layer, tokens
 
@@ -31,7 +32,7 @@ def other(placement, seed):
     )
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.integers(2, 12), st.integers(2, 5), st.integers(0, 8), st.integers(1, 3), st.integers(0, 99))
 def test_moves_lead_from_one_placement_to_the_other(experts, ranks, redundant, max_moves, seed):
     before = place(experts, ranks, min(redundant, experts * ranks - experts), num_layers=3)

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expertwire.moe.eplb.placement import TURNS, Placement, place
@@ -30,7 +31,7 @@ def test_placements(sizes):
     assert copies.max() - copies.min() <= 1
 
 
-@settings(deadline=None, max_examples=12)
+@examples(12)
 @given(SIZES.filter(lambda s: s[2] <= s[0] * s[1] - s[0]))
 def test_every_home_finds_a_copy_and_its_own_first(sizes):
     placement = place(*sizes)
@@ -59,7 +60,7 @@ def placements(draw):
     )
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(placements())
 def test_replicas_get_their_shares_of_an_experts_rows(placement):
     table_PQE = np.stack([placement.log2phy(home, 1) for home in range(placement.num_ranks)])

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expertwire.bench.scheduler.balance_peer import balance
@@ -31,7 +32,7 @@ def check_whole(before, after):
             assert sum(kept) == len(experts) - len(gone), "an expert that stays has changed its slot"
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 30), st.integers(0, 999), st.integers(1, 3))
 def test_any_shape_stays_whole(experts, ranks, redundant, seed, domains):
     redundant = min(redundant, experts * ranks - experts)
@@ -64,7 +65,7 @@ def test_equal_pieces_where_full_ones_do_not_fit():
     assert spread(rebalance(load, place(64, 16, 16)), load).max() < 1.005
 
 
-@settings(deadline=None, max_examples=12)
+@examples(12)
 @given(st.sampled_from([(16, 8, 16), (64, 8, 72), (64, 16, 80), (96, 24, 120)]), st.integers(0, 999))
 def test_never_worse_than_the_published_algorithm(shape, seed):
     experts, ranks, slots = shape

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
 
@@ -379,7 +380,7 @@ def check(pool, cache, plains):
         assert {letter for block, letter in zip(ids, LETTERS, strict=True) if block >= 0} == set(plain.hashed.values())
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(st.randoms(use_true_random=True), st.integers(1, 2), st.integers(1, 3), st.integers(2, 9))
 def test_pool_agrees_with_a_plain_one(random, num_caches, num_ranks, num_blocks):
     pool = pool_of(num_blocks, num_caches, num_ranks)

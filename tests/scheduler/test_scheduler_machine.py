@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers.examples import examples
 from helpers.sim_ranks import CACHES, CHUNK, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -283,8 +284,16 @@ class Machine(RuleBasedStateMachine):
 
 # Without explanations, for which hypothesis traces every line.
 PHASES = [Phase.reuse, Phase.generate, Phase.shrink]
-Machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None, phases=PHASES)
+Machine.TestCase.settings = examples(40, stateful_step_count=40, phases=PHASES)
 TestRandomSchedules = Machine.TestCase
+
+
+@pytest.mark.slow
+def test_more_random_schedules():
+    class More(Machine):
+        pass
+
+    run_state_machine_as_test(More, settings=examples(200, stateful_step_count=40, phases=PHASES))
 
 
 @pytest.mark.full
@@ -294,7 +303,7 @@ def test_hundred_thousand_operations():
         pass
 
     run_state_machine_as_test(
-        Many, settings=settings(max_examples=800, stateful_step_count=60, deadline=None, phases=PHASES)
+        Many, settings=settings(max_examples=800, stateful_step_count=60, derandomize=False, phases=PHASES)
     )
     print(f"{Many.num_operations} operations")
     assert Many.num_operations >= 100_000

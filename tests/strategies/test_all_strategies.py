@@ -7,8 +7,9 @@ import json
 import random
 
 import pytest
+from helpers.examples import examples
 from helpers.simulated_groups import END, run_group
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expertwire.strategies.accounting import count_tokens
@@ -96,7 +97,7 @@ def test_the_list_is_complete():
 
 
 @pytest.mark.parametrize("which", range(len(all_strategies(UNLIMITED))))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(seed=st.integers(0, 10**6), order=st.none() | st.integers(0, 10**6), budget=BUDGETS, on_failure=POLICIES)
 def test_a_strategy_ends_keeps_its_budget_and_replays(which, seed, order, budget, on_failure):
     """The simulated driver checks each action, that decisions are repeatable, and that the group ends."""
@@ -134,7 +135,7 @@ def test_a_strategy_ends_keeps_its_budget_and_replays(which, seed, order, budget
         assert selected[0].answer == outcome.selection.answer
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(seed=st.integers(0, 10**6), order=st.integers(0, 10**6))
 def test_whole_outputs_do_not_depend_on_the_order_of_arrival(seed, order):
     """Strategies that wait for all their branches give one result in whatever order these come."""
