@@ -98,6 +98,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_explain(commands)
     _add_experts(commands)
     _add_token(commands)
+    _add_replay(commands)
     group = commands.add_parser("bench", help="run a benchmark", description="Run a benchmark.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
     for name, (module_name, text) in BENCHES.items():
@@ -246,6 +247,23 @@ def _token(args: argparse.Namespace) -> int:
     Tenant(name=args.tenant, tokens=(digest,))
     print(f'[tenants."{args.tenant}"]\ntokens = ["{digest}"]')
     print(token, file=sys.stderr)
+    return 0
+
+
+def _add_replay(commands: Any) -> None:
+    text = "say what a cascade's thresholds did, and what others would have done, from its decision log"
+    parser = commands.add_parser("replay", help=text, description=_sentence(text))
+    parser.add_argument("log", metavar="LOG", help="file of decision records, written by --decision-log")
+    text = "another threshold: router=X, confidence=X or verifier=X, or X alone for confidence; may be repeated"
+    parser.add_argument("--threshold", action="append", default=[], metavar="X", help=text)
+    parser.set_defaults(command=_replay)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from expertwire.deploy import replay
+
+    for line in replay.lines(args.log, replay.thresholds_of(args.threshold)):
+        print(line)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Expertwire: a serving engine for Mixture-of-Experts language models on NVLink clusters.
 
-It exports `LLM`, `SamplingParams`, `TenantQuota` and the version; modules that are slow to import are imported on first use.
+It exports `LLM`, `CascadeLLM`, `SamplingParams`, `TenantQuota` and the version; modules that are slow to import are imported on
+first use.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "TenantQuota", "__version__"]
+__all__ = ["LLM", "CascadeLLM", "RequestOutput", "SamplingParams", "TenantQuota", "__version__"]
 
 if TYPE_CHECKING:
+    from expertwire.cascade import CascadeLLM
     from expertwire.llm import LLM, RequestOutput
     from expertwire.scheduler.quotas import TenantQuota
     from expertwire.scheduler.sampling_params import SamplingParams
@@ -28,6 +30,10 @@ def __getattr__(name: str) -> object:
         from expertwire import llm
 
         return getattr(llm, name)
+    if name == "CascadeLLM":
+        from expertwire.cascade import CascadeLLM
+
+        return CascadeLLM
     if name == "SamplingParams":
         from expertwire.scheduler.sampling_params import SamplingParams
 

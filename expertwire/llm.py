@@ -15,6 +15,7 @@ from expertwire.deploy.options import ENGINE_FIELDS
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.frontend.api import EngineFailed, RequestOptions
 from expertwire.engine.frontend.chat import Chat
+from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.groups import Groups, check_params
 from expertwire.engine.frontend.prompts import Prompt, score_params
 from expertwire.engine.frontend.tokenizer import Tokenizer
@@ -67,6 +68,23 @@ class LLM:
         """The tokenizer; None for random weights (`load_format="dummy"`) of a folder without one."""
         return self._frontend.tokenizer
 
+    @property
+    def frontend(self) -> Frontend:
+        """The engine's frontend, for what runs requests of several models together (`CascadeLLM`).
+
+        Raises:
+            ValueError: this `LLM` is closed.
+        """
+        if not self._closing.alive:
+            raise ValueError("this LLM is closed")
+        return self._frontend
+
+    @property
+    def queue_capacity(self) -> int:
+        """Requests that may wait at once."""
+        limit = self._config.max_queued_requests_per_tenant
+        return min(self._config.max_queued_requests, limit or self._config.max_queued_requests)
+
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the model's defaults, which `generation_config` chooses."""
         return self.model_info.sampling_params()
@@ -102,8 +120,8 @@ class LLM:
             RuntimeError: a strategy or its verifier has failed.
             EngineFailed: the engine has failed; the message names the rank.
         """
-        items = _as_list(prompts)
-        plain = [_plain_prompt(prompt) for prompt in items]
+        items = as_list(prompts)
+        plain = [plain_prompt(prompt) for prompt in items]
         options = _options_of(items, priority=priority, tenant=tenant, cache_salt=cache_salt)
         return self._run(self._jobs(plain, sampling_params, options), use_tqdm, strategy)
 
@@ -183,10 +201,10 @@ class LLM:
             ValueError: a prompt is invalid, or the model generates text.
             EngineFailed: the engine has failed; the message names the rank.
         """
-        info, items = self.model_info, _as_list(prompts)
+        info, items = self.model_info, as_list(prompts)
         if not info.num_labels:
             raise ValueError(f"{info.architecture} generates text and has no labels: use generate")
-        plain = [_plain_prompt(prompt) for prompt in items]
+        plain = [plain_prompt(prompt) for prompt in items]
         found = self._run(self._jobs(plain, score_params(info), _options_of(items)), use_tqdm, None)
         return [_scores(output, info.num_labels) for output in found]
 
@@ -208,16 +226,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         options: Sequence[RequestOptions],
     ) -> list[Job]:
-        if not self._closing.alive:
-            raise ValueError("this LLM is closed")
+        frontend = self.frontend
         sampling_params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        params = _one_each("sampling_params", sampling_params, len(prompts))
+        params = one_each("sampling_params", sampling_params, len(prompts))
         jobs = []
         for index, ((text, prompt), param, option) in enumerate(zip(prompts, params, options, strict=True)):
             if not isinstance(param, SamplingParams):
                 raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {param!r}")
             try:
-                tokens = self._frontend.encode(prompt, param)
+                tokens = frontend.encode(prompt, param)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
             jobs.append(Job(index, text, tokens, param, option))
@@ -226,12 +243,11 @@ class LLM:
     def _run(
         self, jobs: list[Job], use_tqdm: bool, strategy: Strategy | Sequence[Strategy] | None
     ) -> list[RequestOutput]:
-        limit = self._config.max_queued_requests_per_tenant
-        capacity = min(self._config.max_queued_requests, limit or self._config.max_queued_requests)
+        capacity = self.queue_capacity
         if strategy is None:
             _run_all(Run(self._frontend, jobs, capacity), use_tqdm)
             return [job.output() for job in jobs]
-        strategies = _one_each("strategy", strategy, len(jobs))
+        strategies = one_each("strategy", strategy, len(jobs))
         for job in jobs:
             check_params(job.params)
         group_jobs = [
@@ -267,7 +283,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
             raise TypeError(f"LLM has no option {name!r}; there are {', '.join(ENGINE_FIELDS)}")
 
 
-def _as_list(prompts: Any) -> Sequence[Any]:
+def as_list(prompts: Any) -> Sequence[Any]:
     """Return a list of prompts; a list of integers is one prompt."""
     if isinstance(prompts, (str, Mapping, np.ndarray)):
         return [prompts]
@@ -276,7 +292,7 @@ def _as_list(prompts: Any) -> Sequence[Any]:
     return [prompts] if len(prompts) and all(isinstance(item, (int, np.integer)) for item in prompts) else prompts
 
 
-def _plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
+def plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
     """Return the prompt's text, if it has one, and the prompt that the frontend encodes."""
     if isinstance(prompt, Mapping):
         if not {"prompt", "prompt_token_ids", "cache_salt"}.issuperset(prompt) or not prompt.keys() - {"cache_salt"}:
@@ -288,7 +304,7 @@ def _plain_prompt(prompt: Any) -> tuple[str | None, Prompt]:
     return (prompt if isinstance(prompt, str) else None), prompt
 
 
-def _one_each(field: str, value: Any, count: int) -> list[Any]:
+def one_each(field: str, value: Any, count: int) -> list[Any]:
     """Return a list with a value for each prompt, from one for all or a list."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
@@ -299,7 +315,7 @@ def _one_each(field: str, value: Any, count: int) -> list[Any]:
 
 def _options_of(prompts: Sequence[Any], **values: Any) -> list[RequestOptions]:
     """Return the options of each prompt; those in a prompt's dictionary take precedence."""
-    each = {field: _one_each(field, value, len(prompts)) for field, value in values.items() if value is not None}
+    each = {field: one_each(field, value, len(prompts)) for field, value in values.items() if value is not None}
     options = []
     for index, prompt in enumerate(prompts):
         own = {"cache_salt": prompt["cache_salt"]} if isinstance(prompt, Mapping) and "cache_salt" in prompt else {}

@@ -16,19 +16,24 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 
 from expertwire.strategies.checks import require_integer, require_number, require_string
 
 MECHANISMS = ("router", "confidence", "verifier")
+MAX_FEATURE_CHARS = 65_536  # of a prompt that its features look at
 
 
 def prompt_features(text: str, num_tokens: int) -> dict[str, float]:
-    """Return the features of a prompt that cost nothing to compute: its length, numbers, digits, lines and operators."""
+    """Return the features of a prompt that cost nothing to compute: its length, numbers, digits, lines and operators.
+
+    Of a text of more than `MAX_FEATURE_CHARS` characters the last ones count.
+    """
+    text = text[-MAX_FEATURE_CHARS:]
     numbers = re.findall(r"[0-9]+", text)
     return {
         "log_tokens": math.log1p(num_tokens),
@@ -60,9 +65,13 @@ class Router:
         lengths = {len(self.features), len(self.means), len(self.scales), len(self.weights)}
         if len(lengths) > 1:
             raise ValueError(f"router must have a mean, a scale and a weight for each of {self.features}, got {self}")
+        for name in self.features:
+            require_string("router.features", name)
         for field in ("means", "scales", "weights"):
             for value in getattr(self, field):
                 require_number(f"router.{field}", value)
+        for value in self.scales:
+            require_number("router.scales", value, above=0)
         require_number("router.bias", self.bias)
 
     def probability(self, features: Mapping[str, float]) -> float:
@@ -125,18 +134,35 @@ def fit_router(
     return Router(names, tuple(means.tolist()), tuple(scales.tolist()), tuple(weights), bias)
 
 
-def confidence_minima(logprobs: Sequence[float], window: int) -> list[tuple[int, float]]:
-    """Return each new lowest mean of `window` consecutive log-probabilities: the number of tokens it came after, and itself.
+class Confidence:
+    """The mean log-probabilities of consecutive tokens of an output that grows.
 
-    From these the place where any threshold would have aborted is known. Nothing before `window` tokens.
+    Attributes:
+        minima: each new lowest mean of `window` tokens: the number of tokens it came after, and itself. From these the place
+            where any threshold would have aborted is known.
     """
-    sums = list(accumulate(logprobs, initial=0.0))
-    minima: list[tuple[int, float]] = []
-    for end in range(window, len(sums)):
-        mean = (sums[end] - sums[end - window]) / window
-        if not minima or mean < minima[-1][1]:
-            minima.append((end, mean))
-    return minima
+
+    def __init__(self, window: int) -> None:
+        self.minima: list[tuple[int, float]] = []
+        self._recent: deque[float] = deque(maxlen=window)
+        self._num_tokens = 0
+
+    def push(self, logprob: float) -> None:
+        """Add the next token's log-probability."""
+        self._recent.append(logprob)
+        self._num_tokens += 1
+        if len(self._recent) == self._recent.maxlen:
+            mean = sum(self._recent) / len(self._recent)
+            if not self.minima or mean < self.minima[-1][1]:
+                self.minima.append((self._num_tokens, mean))
+
+
+def confidence_minima(logprobs: Sequence[float], window: int) -> list[tuple[int, float]]:
+    """Return `Confidence.minima` of a whole output. Nothing before `window` tokens."""
+    confidence = Confidence(window)
+    for logprob in logprobs:
+        confidence.push(logprob)
+    return confidence.minima
 
 
 def first_below(minima: Sequence[tuple[int, float]], threshold: float) -> int | None:
@@ -155,8 +181,11 @@ class Cascade:
         router_threshold: least probability that the small model is right.
         confidence_threshold: least confidence, as a mean log-probability per token (at most 0).
         window: tokens of a window of confidence.
+        verifier: name of the verifier; needed with its threshold on a server.
         verifier_threshold: least score of the small model's output.
         random_share: share of requests in the random slice.
+        small_token_cost, large_token_cost: of a token of each model, those of the prompt included, in any unit, for instance its
+            active parameters.
 
     Raises:
         ValueError: names the field and what it allows.
@@ -169,8 +198,11 @@ class Cascade:
     router_threshold: float | None = None
     confidence_threshold: float | None = None
     window: int = 1
+    verifier: str | None = None
     verifier_threshold: float | None = None
     random_share: float = 0.02
+    small_token_cost: float = 1.0
+    large_token_cost: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("small", "large", "version"):
@@ -185,6 +217,10 @@ class Cascade:
             require_number("cascade.confidence_threshold", self.confidence_threshold, maximum=0)
         if self.verifier_threshold is not None:
             require_number("cascade.verifier_threshold", self.verifier_threshold)
+        if self.verifier is not None:
+            require_string("cascade.verifier", self.verifier)
+        for field in ("small_token_cost", "large_token_cost"):
+            require_number(f"cascade.{field}", getattr(self, field), minimum=0)
         require_integer("cascade.window", self.window, minimum=1)
         require_number("cascade.random_share", self.random_share, minimum=0, maximum=1)
 
@@ -206,11 +242,9 @@ class Cascade:
         assert self.router is not None
         return self.router.probability(features) < self.router_threshold
 
-    def aborts(self, logprobs: Sequence[float]) -> bool:
-        """Return whether the last window of the small model's log-probabilities so far ends it. To be asked after each token."""
-        if self.confidence_threshold is None or len(logprobs) < self.window:
-            return False
-        return sum(logprobs[-self.window :]) / self.window < self.confidence_threshold
+    def doubts(self, minima: Sequence[tuple[int, float]]) -> bool:
+        """Return whether the small model's output with these minima is aborted. To be asked after each token."""
+        return self.confidence_threshold is not None and first_below(minima[-1:], self.confidence_threshold) is not None
 
     def rejects(self, score: float | None) -> bool:
         """Return whether the verifier's score sends a complete output to the large model; a verifier that failed does."""

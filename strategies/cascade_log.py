@@ -24,13 +24,15 @@ class Leg:
         model: its name.
         tokens: output tokens it computed.
         complete: whether it ran to its end.
-        cost: of the leg, in units of the log's writer, for instance active parameters x tokens.
+        prompt_tokens: tokens of the prompt.
+        cost: of the leg, in units of the log's writer, in proportion to its tokens and those of the prompt.
         latency_s: seconds.
     """
 
     model: str
     tokens: int
     complete: bool
+    prompt_tokens: int = 0
     cost: float = 0.0
     latency_s: float = 0.0
 
@@ -54,6 +56,7 @@ class DecisionRecord:
         outcomes: by model, how right its complete output was, from 0 to 1, where a verifier knows it.
         in_random_slice: whether both models ran.
         propensity: probability with which a request comes into the random slice.
+        time_s: when it ended, in seconds since 1970; 0: not known.
     """
 
     request_id: str
@@ -70,6 +73,7 @@ class DecisionRecord:
     outcomes: Mapping[str, float] | None = None
     in_random_slice: bool = False
     propensity: float = 0.0
+    time_s: float = 0.0
 
     def to_json(self) -> str:
         """Return the record as a line of a log, without its end."""
@@ -232,7 +236,8 @@ def _cost(record: DecisionRecord, reason: str, thresholds: Mapping[str, float]) 
         return large.cost
     tokens = first_below(record.minima, thresholds["confidence"]) if reason == "confidence" else small.tokens
     assert tokens is not None, record
-    part = small.cost * tokens / small.tokens if small.tokens else small.cost
+    whole = small.prompt_tokens + small.tokens
+    part = small.cost * (small.prompt_tokens + tokens) / whole if whole else small.cost
     return part + (large.cost if reason != "kept" else 0.0)
 
 

@@ -72,6 +72,7 @@ FLAGS = {
     },
     "experts": {"--ssl-ca-certs", "--token-file", "--png", "--json"},
     "token": set(),
+    "replay": {"--threshold"},
     "bench throughput": {
         "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
     },

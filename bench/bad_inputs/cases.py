@@ -204,7 +204,7 @@ def _checkpoint(description: str, change: Change, *words: str, starts_processes:
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("", "COMMAND"),
-    ("train", "'train'", "serve, generate, demo, inspect, explain, experts, token, bench"),
+    ("train", "'train'", "serve, generate, demo, inspect, explain, experts, token, replay, bench"),
     ("serve --tensor-parallel-size=2", "--tensor-parallel-size", "--help"),
     ("serve one two", "two"),
     ("serve /no/such/folder --port 0", "there is no folder '/no/such/folder'"),
@@ -224,6 +224,10 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("serve --ep-size 0 --port 0", "ep_size", ">= 1"),
     ("serve --scheduling-policy lottery", "--scheduling-policy", "fcfs, priority, shortest, prefix, fair"),
     ("serve --dtype float64", "--dtype", "auto, float32, bfloat16"),
+    ("replay", "LOG"),
+    ("replay /no/such/log", "decision log /no/such/log cannot be read"),
+    ("replay /dev/null --threshold length=1", "threshold must be X or MECHANISM=X", "'length=1'"),
+    ("replay /dev/null", "must have at least one record"),
     ("generate", "--prompt"),
     ("generate /no/such/folder --prompt x", "there is no folder '/no/such/folder'"),
     ("generate --prompt x --temperature hot", "--temperature", "'hot'"),

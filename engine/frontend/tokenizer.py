@@ -87,6 +87,14 @@ class Tokenizer:
         """Most bytes of text (UTF-8) that one token may stand for; see `text_bounds`."""
         return text_bounds.max_token_bytes(self._backend)
 
+    def makes_same_tokens(self, other: Tokenizer) -> bool:
+        """Return whether another tokenizer makes the same tokens of any text."""
+        return self._backend.to_str() == other._backend.to_str()
+
+    def makes_same_chats(self, other: Tokenizer) -> bool:
+        """Return whether another tokenizer also renders chats alike."""
+        return self.makes_same_tokens(other) and self._chat_templates.source == other._chat_templates.source
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; special tokens written in it are recognised.
 

@@ -1,0 +1,341 @@
+"""Cascades: requests that a small model answers, or a large one, over a frontend of each.
+
+A `CascadeRun` is one request. It submits to the frontends, takes in what comes, and carries out what the policy
+(`strategies.cascade.Cascade`) says: it aborts the small model's request at the first window of low confidence, asks the verifier,
+and submits the same prompt to the large one. The small model's output is held back until it is accepted; the large one's can be
+taken as it comes. Everything but the calls of verifiers happens in the frontends' thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from expertwire.engine.frontend.api import EngineFailed, RequestError, Update
+from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy
+from expertwire.engine.frontend.open_requests import OpenRequest
+from expertwire.engine.frontend.verifier_calls import Outcome, VerifierCalls
+from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.strategies.cascade import MAX_FEATURE_CHARS, Confidence, prompt_features
+from expertwire.strategies.cascade_log import DecisionRecord, Leg
+from expertwire.strategies.verifiers import Candidate
+
+KEPT, ABORTED = "kept", "aborted"
+LegName = Literal["small", "large"]
+_MAX_FEATURE_TOKENS = MAX_FEATURE_CHARS // 4  # of a prompt without text
+
+
+class CascadeRun:
+    """One request of a cascade, from its prompt to its decision record.
+
+    A request of the random slice runs both models to their ends; its output can be taken when both have ended, and it fails if
+    one of them does.
+
+    Args:
+        policy: decides.
+        small, large: the models' parts.
+        request_id: of the request; the random slice is a function of it.
+        prompt: text of the prompt; None: it is decoded from the small model's tokens.
+        calls: calls the verifier.
+        on_submit: called when a leg has been submitted.
+        on_news: called when there is something to take, or the request has failed.
+
+    Attributes:
+        reason: why the client gets the output it gets: "kept", the mechanism that escalated, or "aborted"; "" before.
+        record: what was decided; None while it runs, and where it has failed or was aborted.
+        error: the error that ended it, or None.
+        done: whether it has ended, and all its output has been taken.
+    """
+
+    def __init__(
+        self,
+        policy: CascadePolicy,
+        small: CascadeLeg,
+        large: CascadeLeg,
+        *,
+        request_id: str,
+        prompt: str | None,
+        calls: VerifierCalls,
+        on_submit: Callable[[LegName], None] = lambda _: None,
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
+        check_cascade_params(small.params)
+        self.policy, self.request_id = policy, request_id
+        self.legs: dict[LegName, CascadeLeg] = {"small": small, "large": large}
+        self.reason = ""
+        self.record: DecisionRecord | None = None
+        self.error: RequestError | None = None
+        self.done = False
+        seed = small.frontend.new_seed() if small.params.seed is None else small.params.seed
+        for leg in (small, large):
+            leg.params = dataclasses.replace(leg.params, seed=seed)
+        self._shows_logprobs = small.params.logprobs is not None
+        if not self._shows_logprobs:
+            small.params = dataclasses.replace(small.params, logprobs=0)
+        self._prompt = prompt if prompt is not None else _text_of(small)
+        self._features = prompt_features(self._prompt, len(small.tokens))
+        self._confidence = Confidence(policy.cascade.window)
+        self._scores: dict[str, float | None] = {}
+        self._num_asked = 0  # scores that have not come
+        self._output: list[Update] = []  # that was held back, and that the client may have
+        self._calls, self._on_submit, self._on_news = calls, on_submit, on_news
+        self._in_slice = policy.cascade.in_random_slice(request_id)
+
+    @property
+    def model(self) -> str:
+        """The model whose output the client gets; "" before that is decided, and if it was aborted."""
+        cascade = self.policy.cascade
+        return {"": "", ABORTED: "", KEPT: cascade.small}.get(self.reason, cascade.large)
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens of both models that have come."""
+        return sum(leg.num_tokens for leg in self.legs.values())
+
+    @property
+    def has_output(self) -> bool:
+        """True if `take` has something to return."""
+        request = self.legs["large"].request
+        if self.done or not self._streams:
+            return bool(self._output)
+        return request is not None and (bool(request.untaken) or request.done)
+
+    def begin(self) -> None:
+        """Submit the first leg, or both.
+
+        Raises:
+            EngineFailed: a model's engine has failed.
+        """
+        cascade = self.policy.cascade
+        if cascade.router is not None:
+            self._scores["router"] = cascade.router.probability(self._features)
+        if cascade.routes_to_large(self._features):
+            self.reason = "router"
+        if not self.reason or self._in_slice:
+            self._submit("small")
+        if self.reason or self._in_slice:
+            self._submit("large")
+
+    def handle(self, name: LegName, request: OpenRequest) -> None:
+        """Take in a leg's news, from `Frontend.receive`."""
+        leg = self.legs[name]
+        if self.done or not leg.is_running:
+            return  # what was aborted
+        if name == "large" and self._streams:
+            leg.request = request
+            if request.done:
+                leg.end()
+            self._on_news()
+            return
+        for update in leg.frontend.take(request):
+            self._add(name, update)
+        self._settle()
+
+    def take(self, max_size: int | None = None) -> list[Update]:
+        """Return output that the client may have; the last update is `done`. Errors are in `error`.
+
+        Args:
+            max_size: tokens and log-probabilities at most, about; the rest stays.
+        """
+        if not self.has_output:
+            return []
+        if self._streams:
+            updates = self._take_large(max_size)
+        else:
+            updates, size = [], 0
+            while self._output and (max_size is None or size < max_size):
+                update = self._output.pop(0)
+                size += len(update.token_ids) * (1 + (self.legs["small"].params.logprobs or 0))
+                updates.append(update if self._shows_logprobs else update._replace(logprobs=None))
+        if updates and updates[-1].done:
+            self._finish()
+        return updates
+
+    def abort(self) -> None:
+        """End the request: both models' parts stop. Without effect if it has ended."""
+        if not self.done:
+            self._end()
+
+    @property
+    def _streams(self) -> bool:
+        """True if the large model's output goes to the client as it comes."""
+        return not self._in_slice and self.legs["large"].number is not None
+
+    def _take_large(self, max_size: int | None) -> list[Update]:
+        leg = self.legs["large"]
+        assert leg.request is not None, "the large model has no output"
+        updates = leg.frontend.take(leg.request, max_size)
+        for update in updates:
+            leg.num_tokens += len(update.token_ids)
+            if update.error is not None:
+                self._fail(update.error)
+                return []
+            leg.complete = update.finish_reason in ("stop", "length")
+            if update.finish_reason == "abort":  # by the client, under the request's name
+                self.reason = ABORTED
+        return updates
+
+    def _submit(self, name: LegName) -> None:
+        leg, now = self.legs[name], time.monotonic()
+        options, begin_s = leg.options, self.legs["small"].begin_s
+        if name == "large" and options.deadline_s is not None and begin_s:
+            options = dataclasses.replace(options, deadline_s=max(0.0, options.deadline_s - (now - begin_s)))
+        leg.begin_s = now
+        leg.number = leg.frontend.submit(leg.tokens, leg.params, options)
+        self._on_submit(name)
+
+    def _add(self, name: LegName, update: Update) -> None:
+        """Take in a part of an output that is held back."""
+        leg = self.legs[name]
+        leg.num_tokens += len(update.token_ids)
+        leg.updates.append(update)
+        if name == "small" and update.token_ids:
+            assert update.logprobs is not None, "asked for by the constructor"
+            for token, position in zip(update.token_ids, update.logprobs, strict=True):
+                self._confidence.push(position[token].logprob)
+                if not self.reason and self.policy.cascade.doubts(self._confidence.minima):
+                    self.reason = "confidence"
+        if update.error is not None:
+            leg.end()
+            self._fail(update.error)
+        elif update.finish_reason == "abort":  # by the client, under the request's name
+            leg.end()
+            self.reason, self._output = ABORTED, [update._replace(token_ids=(), text="", logprobs=(), done=True)]
+        elif update.finish_reason is not None:
+            leg.end()
+            leg.complete = True
+            self._completed(name)
+
+    def _completed(self, name: LegName) -> None:
+        """Ask the verifier about a whole output, if its score decides or is an outcome of the random slice."""
+        verifier, leg = self.policy.verifier, self.legs[name]
+        decides = name == "small" and not self.reason and self.policy.cascade.verifier_threshold is not None
+        if verifier is not None and (decides or self._in_slice):
+            candidate = Candidate(
+                prompt=self._prompt,
+                text="".join(update.text for update in leg.updates),
+                prompt_token_ids=leg.tokens.tolist(),
+                token_ids=[token for update in leg.updates for token in update.token_ids],
+                complete=True,
+            )
+            self._num_asked += 1
+            self._calls.ask(
+                verifier, self.policy.verifier_policy, id(self), candidate, lambda found: self._scored(name, found)
+            )
+            self._calls.dispatch()
+        elif name == "small" and not self.reason:
+            self.reason = KEPT
+
+    def _scored(self, name: LegName, outcome: Outcome) -> None:
+        """Take in the score of a complete output."""
+        if self.done:
+            return
+        self._num_asked -= 1
+        self.legs[name].outcome = score = outcome if isinstance(outcome, float) else None
+        if name == "small":
+            self._scores["verifier"] = score
+            if not self.reason:
+                self.reason = "verifier" if self.policy.cascade.rejects(score) else KEPT
+        self._settle()
+
+    def _settle(self) -> None:
+        """Carry out what has been decided, and tell that there is something to take."""
+        if self.done or not self.reason:
+            return
+        if self.reason == ABORTED:
+            self._stop("small")
+            self._stop("large")
+            self._on_news()
+        elif self.reason != KEPT and not self._in_slice:
+            self._stop("small")
+            try:
+                self._submit("large")
+            except EngineFailed as failed:
+                self._fail(RequestError("UNAVAILABLE", str(failed)))
+        elif not self._num_asked and not any(leg.is_running for leg in self.legs.values()):
+            self._output = self.legs["small" if self.reason == KEPT else "large"].updates
+            self._on_news()
+
+    def _stop(self, name: LegName) -> None:
+        leg = self.legs[name]
+        if leg.is_running:
+            assert leg.number is not None, "it runs"
+            leg.end()
+            leg.frontend.abort(leg.number)
+
+    def _fail(self, error: RequestError) -> None:
+        self.error = error
+        self._end()
+        self._on_news()
+
+    def _finish(self) -> None:
+        """Write down what was decided, after the last update was taken."""
+        if self.reason != ABORTED:
+            self.record = self._make_record()
+            self._count()
+        self._end()
+
+    def _end(self) -> None:
+        self.done = True
+        self._stop("small")
+        self._stop("large")
+        self._calls.forget(id(self))
+
+    def _count(self) -> None:
+        """Add to the statistics of the small model's engine what was decided, and the tokens of both."""
+        counts = self.legs["small"].frontend.counts
+        counts["cascade_requests"] += 1
+        counts["cascade_kept" if self.reason == KEPT else f"cascade_escalated_{self.reason}"] += 1
+        counts["cascade_random_slice"] += self._in_slice
+        for name, leg in self.legs.items():
+            counts[f"cascade_tokens_{name}"] += leg.num_tokens
+
+    def _make_record(self) -> DecisionRecord:
+        cascade, minima = self.policy.cascade, self._confidence.minima
+        names: dict[LegName, str] = {"small": cascade.small, "large": cascade.large}
+        costs: dict[LegName, float] = {"small": cascade.small_token_cost, "large": cascade.large_token_cost}
+        legs = [
+            Leg(
+                model=names[name],
+                tokens=leg.num_tokens,
+                complete=leg.complete,
+                prompt_tokens=len(leg.tokens),
+                cost=costs[name] * (len(leg.tokens) + leg.num_tokens),
+                latency_s=(leg.end_s or time.monotonic()) - leg.begin_s,
+            )
+            for name, leg in self.legs.items()
+            if leg.number is not None
+        ]
+        outcomes = {names[name]: leg.outcome for name, leg in self.legs.items() if leg.outcome is not None}
+        router = self._scores.get("router")
+        return DecisionRecord(
+            request_id=self.request_id,
+            policy_version=cascade.version,
+            candidates=(cascade.small, cascade.large),
+            scores={**self._scores, "confidence": minima[-1][1] if minima else None},
+            thresholds=cascade.thresholds,
+            chosen=self.model,
+            reason=self.reason,
+            legs=tuple(legs),
+            features=self._features,
+            bin=None if router is None else f"{min(int(router * 10), 9) / 10:.1f}",
+            minima=tuple(minima),
+            outcomes={model: score for model, score in outcomes.items() if 0 <= score <= 1} or None,
+            in_random_slice=self._in_slice,
+            propensity=cascade.random_share,
+            time_s=time.time(),
+        )
+
+
+def check_cascade_params(params: SamplingParams) -> None:
+    """Raise ValueError if a request to a cascade cannot have these sampling parameters."""
+    if params.n != 1:
+        raise ValueError(f"n must be 1 for a cascade, got {params.n}")
+
+
+def _text_of(leg: CascadeLeg) -> str:
+    """Return the text of a prompt, of a very long one its last part; "" without a tokenizer."""
+    tokenizer = leg.frontend.tokenizer
+    return "" if tokenizer is None else tokenizer.decode(leg.tokens[-_MAX_FEATURE_TOKENS:].tolist())
