@@ -15,11 +15,12 @@ import grpc
 from expertwire.deploy.grpc import client_messages as values
 from expertwire.deploy.grpc.client_messages import Chunk, Progress, ServerError, raise_server_error
 from expertwire.deploy.grpc.client_session import ClientSession
+from expertwire.deploy.grpc.strategy_messages import ServerVerifier
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.engine.frontend.chat import Chat
 
-__all__ = ["Chunk", "Client", "Generation", "ServerError"]
+__all__ = ["Chunk", "Client", "Generation", "ServerError", "ServerVerifier"]
 
 
 class Generation(Progress):
@@ -88,8 +89,11 @@ class Client:
             prompt: text, token ids or a chat.
             timeout_s: the server refuses the request if its first token cannot come in time, and aborts it after this time.
             arguments: `request_id` (unique among the tenant's running requests), `priority` (lower is served earlier with the
-                scheduling policy "priority"), `tenant` and `cache_salt` (cached prefixes are shared only within one of each), and
-                fields of `expertwire.SamplingParams`.
+                scheduling policy "priority"), `tenant` and `cache_salt` (cached prefixes are shared only within one of each),
+                `strategy` of test-time compute (an object of `expertwire.strategies`, its options, or a string as on the command
+                line; its verifier is a name of the server's, in an object `ServerVerifier(name)`), `all_branches` (send the
+                output of every branch as it comes, instead of that of the selected ones at the end), and fields of
+                `expertwire.SamplingParams`.
 
         Raises:
             ValueError: an argument is unknown or of the wrong type. Errors of the server come from the iteration.

@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf import json_format
 
+from expertwire.deploy.grpc.group_results import GroupResult, from_group_result
 from expertwire.deploy.grpc.messages import FINISH_REASONS, from_chat, from_sampling_params
 from expertwire.deploy.grpc.status import PUSHBACK
+from expertwire.deploy.grpc.strategy_messages import from_strategy
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Logprob, LogprobDict
 from expertwire.engine.frontend.chat import Chat
@@ -20,6 +22,7 @@ from expertwire.engine.frontend.chat import Chat
 _REASON_NAMES = {code: name for name, code in FINISH_REASONS.items()}
 _CHAT_OPTIONS = tuple(field.name for field in pb.Chat.DESCRIPTOR.fields if field.name != "messages")
 _OPTIONS = ("request_id", "priority", "tenant", "cache_salt")
+_STRATEGY = ("strategy", "all_branches")
 
 
 class ServerError(RuntimeError):
@@ -62,6 +65,9 @@ class Usage:
     reasoning_tokens: int
     time_to_first_token_s: float
     total_time_s: float
+    kept_tokens: int
+    pruned_tokens: int
+    verifier_tokens: int
 
 
 class Progress:
@@ -73,6 +79,7 @@ class Progress:
             chunk.
         prompt_logprobs: one entry per prompt token, None for the first, if requested; complete before the first chunk.
         usage: set when the stream has ended without an error.
+        group: likewise, of a request with a strategy.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -80,12 +87,17 @@ class Progress:
         self.opens_reasoning = False
         self.prompt_logprobs: list[LogprobDict | None] = []
         self.usage: Usage | None = None
+        self.group: GroupResult | None = None
+        self._group = pb.GroupResult()
 
     def add(self, message: pb.GenerateResponse) -> list[Chunk]:
         """Take note of a message; return its chunks."""
         self.opens_reasoning |= message.opens_reasoning
         self.prompt_logprobs += [_to_logprobs(entry) for entry in message.prompt_logprobs]
+        if message.HasField("group"):
+            self._group.MergeFrom(message.group)
         if message.HasField("usage"):
+            self.group = from_group_result(self._group) if self._group.branches else None
             self.usage = Usage(**{field: getattr(message.usage, field) for field in _USAGE_FIELDS})
         return [_to_chunk(chunk) for chunk in message.chunks]
 
@@ -126,11 +138,18 @@ def make_request(prompt: str | Sequence[int] | Chat, arguments: Mapping[str, Any
         ValueError: an argument is unknown or of the wrong type.
     """
     options = {name: arguments[name] for name in _OPTIONS if arguments.get(name) is not None}
-    params = from_sampling_params({name: value for name, value in arguments.items() if name not in _OPTIONS})
+    others = {name: value for name, value in arguments.items() if name not in _OPTIONS + _STRATEGY}
+    params = from_sampling_params(others)
     try:
         request = pb.GenerateRequest(**{"request_id": uuid.uuid4().hex, **options}, sampling_params=params)
     except (TypeError, ValueError) as error:
         raise ValueError(f"request options {options}: {error}") from error
+    if (strategy := arguments.get("strategy")) is not None:
+        request.strategy.CopyFrom(from_strategy(strategy))
+    if (all_branches := arguments.get("all_branches")) is not None:
+        if strategy is None:
+            raise ValueError(f"all_branches needs a strategy, got {all_branches!r} without one")
+        request.strategy.all_branches = all_branches
     if isinstance(prompt, Chat):
         request.chat.CopyFrom(from_chat(prompt))
     elif isinstance(prompt, str):

@@ -10,6 +10,7 @@ import numpy as np
 
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.grpc.calls import Call
+from expertwire.deploy.grpc.catalog import Catalog
 from expertwire.deploy.grpc.requests import Requests
 from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
@@ -30,12 +31,14 @@ class QueryServicer:
         requests: the requests of all calls.
         texts: tokenise and detokenise.
         info: the server's options; None: there are none.
+        catalog: strategies and verifiers that clients may name.
     """
 
-    def __init__(self, requests: Requests, texts: TextWorkers, info: ServerInfo | None) -> None:
+    def __init__(self, requests: Requests, texts: TextWorkers, info: ServerInfo | None, catalog: Catalog) -> None:
         self._requests, self._frontend = requests, requests.frontend
         self._texts = texts
         self._info = info
+        self._catalog = catalog
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
         """See the .proto."""
@@ -65,8 +68,12 @@ class QueryServicer:
         self._requests.check_alive()
         info, tokenizer = self._frontend.model_info, self._frontend.tokenizer
         if tokenizer is None:
-            return grpc_messages.from_model_info(info, None, ())
-        return grpc_messages.from_model_info(info, tokenizer.output_format, tokenizer.chat_variables)
+            message = grpc_messages.from_model_info(info, None, ())
+        else:
+            message = grpc_messages.from_model_info(info, tokenizer.output_format, tokenizer.chat_variables)
+        message.strategies.extend(self._catalog.strategy_names)
+        message.verifiers.extend(self._catalog.verifier_names)
+        return message
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.ServerInfo:
         """See the .proto."""

@@ -17,13 +17,18 @@ import numpy as np
 
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.grpc.calls import Call
-from expertwire.deploy.grpc.usage import UsageCounter
+from expertwire.deploy.grpc.catalog import Catalog
+from expertwire.deploy.grpc.group_loop import GroupLoop
+from expertwire.deploy.grpc.usage import GroupUsage, UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
+from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed, RequestOptions
 from expertwire.engine.frontend.frontend import WINDOW, Frontend
+from expertwire.engine.frontend.group_run import GroupRun
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.text_workers import TextWorkers
 from expertwire.engine.frontend.token_columns import ColumnReader
+from expertwire.engine.frontend.tokenizer import ReasoningIds
+from expertwire.scheduler.sampling_params import SamplingParams
 
 MAX_REQUEST_ID = 256  # characters
 GOODBYE_S = 2.0  # for the last messages to be sent
@@ -49,6 +54,30 @@ class Opened(NamedTuple):
     opens_reasoning: bool
 
 
+class OpenedGroup(NamedTuple):
+    """A request with a strategy that has begun; attributes as those of `Opened`.
+
+    Attributes:
+        run: its group.
+    """
+
+    run: GroupRun
+    key: tuple[str, str]
+    usage: GroupUsage
+    opens_reasoning: bool
+
+
+class _Prepared(NamedTuple):
+    """A request that has been checked."""
+
+    key: tuple[str, str]
+    params: SamplingParams
+    options: RequestOptions
+    tokens: np.ndarray
+    opens_reasoning: bool
+    arrived_s: float
+
+
 class Stream(Protocol):
     """The way of one request's output to its client.
 
@@ -64,12 +93,20 @@ class Stream(Protocol):
         """See above."""
         ...
 
-    def wake(self, request: OpenRequest) -> None:
-        """Take note that the request has news."""
+    def abort(self) -> bool:
+        """End the request, and return whether it ran; the stream goes on with what is unread."""
         ...
 
     def fail(self, code: str, message: str, *, drop: bool = False) -> None:
         """End with an error status after what is unread, or, with `drop`, instead of it."""
+        ...
+
+
+class RequestStream(Stream, Protocol):
+    """The stream of a request without a strategy."""
+
+    def wake(self, request: OpenRequest) -> None:
+        """Take note that the request has news."""
         ...
 
 
@@ -79,6 +116,7 @@ class Requests:
     Args:
         frontend: used by the loop's thread only.
         texts: tokenise what clients send.
+        catalog: strategies and verifiers that clients may name.
         stall_s: a client that reads nothing for so many seconds, while there is output for it, loses its request.
 
     Attributes:
@@ -87,20 +125,22 @@ class Requests:
         draining: whether new requests are refused.
     """
 
-    def __init__(self, frontend: Frontend, texts: TextWorkers, stall_s: float = STALL_S) -> None:
+    def __init__(self, frontend: Frontend, texts: TextWorkers, catalog: Catalog, stall_s: float = STALL_S) -> None:
         self.frontend = frontend
         self.failure = ""
         self.draining = False
         self._texts = texts
         self._stall_s = stall_s
-        self._streams: dict[int, Stream] = {}  # by the frontend's request id
-        self._ids: dict[tuple[str, str], int] = {}  # tenant and client's request id -> frontend's
+        self._catalog = catalog
+        self._open: dict[tuple[str, str], Stream] = {}  # by tenant and client's request id
+        self._streams: dict[int, RequestStream] = {}  # those without a strategy, by the frontend's request id
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop = asyncio.get_running_loop()
         self._descriptor = frontend.fileno()
         self._writes = False  # whether the loop waits until the frontend can send more
         self._loop.add_reader(self._descriptor, self._pump)
+        self._groups = GroupLoop(frontend, self._settle)
         frontend.on_abort_by_name = self._abort_named
 
     async def submit(
@@ -126,44 +166,44 @@ class Requests:
             ValueError: names the field and what is allowed.
             RequestFailed: it cannot be served.
         """
-        arrived_s = time.monotonic()
-        self._check_takes_requests()
-        request_id = request.request_id or secrets.token_hex(16)
-        if len(request_id) > MAX_REQUEST_ID:
-            raise ValueError(f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}")
-        key = call.identity.tenant, request_id
-        tenant = call.identity.tenant_of(request.tenant)
-        self._check_is_new(key)
-        params = grpc_messages.to_sampling_params(request.sampling_params, self.frontend.model_info)
-        prompt = grpc_messages.to_prompt(request)
-        tokens = await self._texts.encode(prompt, params, client=call.client)
-        # Others have been served meanwhile.
-        self._check_takes_requests()
-        self._check_is_new(key)
+        prepared = await self._prepare(request, call, deadline_s)
         try:
-            opens_reasoning = self._opens_reasoning(tokens)
             number = self.frontend.submit(
-                tokens,
-                params,
-                grpc_messages.to_options(request, tenant, deadline_s),
+                prepared.tokens,
+                prepared.params,
+                prepared.options,
                 detokenize=detokenize,
                 window=window,
                 allowance=allowance,
                 columns=columns,
-                opens_reasoning=opens_reasoning,
+                opens_reasoning=prepared.opens_reasoning,
             )
         except EngineFailed as error:
             self._fail(error)
             raise _unavailable(self.failure) from error
         self.watch_writes()
-        reasoning = None if self.frontend.tokenizer is None else self.frontend.tokenizer.reasoning_ids
-        usage = UsageCounter(len(tokens), reasoning, arrived_s, opens_reasoning=opens_reasoning)
-        return Opened(number, key, usage, opens_reasoning)
+        usage = UsageCounter(
+            len(prepared.tokens), self._reasoning_ids, prepared.arrived_s, opens_reasoning=prepared.opens_reasoning
+        )
+        return Opened(number, prepared.key, usage, prepared.opens_reasoning)
 
-    def add(self, opened: Opened, stream: Stream) -> None:
+    async def start(self, request: pb.GenerateRequest, call: Call, deadline_s: float | None) -> OpenedGroup:
+        """Start the group of a request with a strategy; arguments and errors as those of `submit`."""
+        strategy = self._catalog.strategy(request.strategy)
+        prepared = await self._prepare(request, call, deadline_s)
+        text = request.text if request.HasField("text") else None
+        run = self._groups.start(prepared.tokens, prepared.params, prepared.options, strategy, text)
+        usage = GroupUsage(run, self._reasoning_ids, prepared.arrived_s, opens_reasoning=prepared.opens_reasoning)
+        return OpenedGroup(run, prepared.key, usage, prepared.opens_reasoning)
+
+    def add(self, opened: Opened, stream: RequestStream) -> None:
         """Wake `stream` when the request has news."""
         self._streams[opened.number] = stream
-        self._ids[opened.key] = opened.number
+        self.add_group(opened, stream)
+
+    def add_group(self, opened: Opened | OpenedGroup, stream: Stream) -> None:
+        """Take note of the stream of a group, which wakes itself."""
+        self._open[opened.key] = stream
         self._idle.clear()
         _log.debug("request %r of tenant %r begins", opened.key[1], opened.key[0])
 
@@ -172,9 +212,9 @@ class Requests:
         self.frontend.grant(number, tokens)
         self.watch_writes()
 
-    def abort(self, number: int) -> None:
+    def abort(self, stream: Stream) -> None:
         """End a request; its stream is woken."""
-        if self.frontend.abort(number):
+        if stream.abort():
             self._pump()
 
     def abort_by_name(self, tenant: str, request_ids: Sequence[str]) -> None:
@@ -183,12 +223,16 @@ class Requests:
         self.frontend.abort_by_name(tenant, request_ids)
         self.watch_writes()
 
-    def close(self, opened: Opened) -> None:
+    def close(self, opened: Opened | OpenedGroup) -> None:
         """Forget a request, and end it if it runs."""
-        del self._streams[opened.number], self._ids[opened.key]
+        stream = self._open.pop(opened.key)
+        if isinstance(opened, Opened):
+            del self._streams[opened.number]
+        else:
+            self._groups.closed()
         # Without effect if the request has finished.
-        self.abort(opened.number)
-        if not self._streams:
+        self.abort(stream)
+        if not self._open:
             self._idle.set()
         if _log.isEnabledFor(logging.DEBUG):
             usage = opened.usage.message()
@@ -207,9 +251,9 @@ class Requests:
         then crashes), so the call itself ends when the client reads on, leaves, or its connection reaches its age limit.
         """
         oldest = time.monotonic() - self._stall_s
-        for number, stream in self._streams.items():
+        for stream in self._open.values():
             if stream.error is None and stream.writing_since is not None and stream.writing_since < oldest:
-                self.frontend.abort(number)
+                stream.abort()
                 stream.fail("RESOURCE_EXHAUSTED", f"the client has read nothing for {self._stall_s:g} s", drop=True)
         self.watch_writes()
 
@@ -218,13 +262,14 @@ class Requests:
         self.draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
-        for stream in self._streams.values():
+        for stream in self._open.values():
             stream.fail("UNAVAILABLE", f"the server shuts down and did not finish this request within {timeout_s:g} s")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), GOODBYE_S)
 
     def stop(self) -> None:
         """Stop reading from the frontend."""
+        self._groups.stop()
         if not self.failure:
             self._stop_watching()
 
@@ -247,8 +292,31 @@ class Requests:
             raise _unavailable("the server is draining and takes no new requests; ask another one")
 
     def _check_is_new(self, key: tuple[str, str]) -> None:
-        if key in self._ids:
+        if key in self._open:
             raise RequestFailed(RequestError("ALREADY_EXISTS", f"a request with the id {key[1]!r} is running"))
+
+    async def _prepare(self, request: pb.GenerateRequest, call: Call, deadline_s: float | None) -> _Prepared:
+        """Check a request and return what it says; arguments and errors as those of `submit`."""
+        arrived_s = time.monotonic()
+        self._check_takes_requests()
+        request_id = request.request_id or secrets.token_hex(16)
+        if len(request_id) > MAX_REQUEST_ID:
+            raise ValueError(f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}")
+        key = call.identity.tenant, request_id
+        tenant = call.identity.tenant_of(request.tenant)
+        self._check_is_new(key)
+        params = grpc_messages.to_sampling_params(request.sampling_params, self.frontend.model_info)
+        prompt = grpc_messages.to_prompt(request)
+        tokens = await self._texts.encode(prompt, params, client=call.client)
+        options = grpc_messages.to_options(request, tenant, deadline_s)
+        # Others have been served meanwhile.
+        self._check_takes_requests()
+        self._check_is_new(key)
+        return _Prepared(key, params, options, tokens, self._opens_reasoning(tokens), arrived_s)
+
+    @property
+    def _reasoning_ids(self) -> ReasoningIds | None:
+        return None if self.frontend.tokenizer is None else self.frontend.tokenizer.reasoning_ids
 
     def _opens_reasoning(self, tokens: np.ndarray) -> bool:
         tokenizer = self.frontend.tokenizer
@@ -260,10 +328,10 @@ class Requests:
 
     def _abort_named(self, tenant: str, request_ids: Sequence[str]) -> None:
         """Abort those of a tenant's requests that run here."""
-        numbers = [number for each in request_ids if (number := self._ids.get((tenant, each))) is not None]
-        for number in numbers:
-            self.frontend.abort(number)
-        if numbers:
+        streams = [stream for each in request_ids if (stream := self._open.get((tenant, each))) is not None]
+        for stream in streams:
+            stream.abort()
+        if streams:
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
@@ -273,15 +341,24 @@ class Requests:
         except EngineFailed as error:
             self._fail(error)
             return
+        has_groups = False
         for request in news:
             if stream := self._streams.get(request.id):
                 stream.wake(request)
+            else:
+                has_groups |= self._groups.handle(request)
+        if has_groups:
+            self._groups.settle()
+        if self.frontend.has_more and self.frontend.failure is None:
+            self._loop.call_soon(self._pump)  # the loop serves others in between
+        self._settle()
+
+    def _settle(self) -> None:
+        """Notice that the frontend has failed, or has something to send."""
         if self.frontend.failure is not None:
             self._fail(self.frontend.failure)
-            return
-        if self.frontend.has_more:
-            self._loop.call_soon(self._pump)  # the loop serves others in between
-        self.watch_writes()
+        else:
+            self.watch_writes()
 
     def _flush(self) -> None:
         self.frontend.flush()
@@ -297,7 +374,7 @@ class Requests:
             self._stop_watching()
             self.failure = str(error)
             _log.error("error: %s", self.failure)
-            for stream in self._streams.values():
+            for stream in self._open.values():
                 stream.fail("UNAVAILABLE", self.failure)
 
     def _stop_watching(self) -> None:

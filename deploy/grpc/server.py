@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from expertwire.deploy.grpc import calls
 from expertwire.deploy.grpc.calls import Call
+from expertwire.deploy.grpc.catalog import Catalog
 from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.health import HealthServicer
 from expertwire.deploy.grpc.identity import Authenticator
@@ -29,6 +30,7 @@ _REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 SERVICE = calls.SERVICE.full_name
 _BEAT_S = 0.25
 _DEFAULT_LIMITS = Limits()
+_DEFAULT_CATALOG = Catalog()
 
 
 class Server:
@@ -79,6 +81,7 @@ class Server:
         drain_timeout_s: float,
         texts: TextWorkers | None = None,
         info: ServerInfo | None = None,
+        catalog: Catalog = _DEFAULT_CATALOG,
         stall_s: float = STALL_S,
         on_ready: Callable[[], None] = lambda: None,
         on_beat: Callable[[], None] = lambda: None,
@@ -92,6 +95,7 @@ class Server:
             drain_timeout_s: seconds for running requests to finish.
             texts: tokenise what clients send; left open. None does it on the loop.
             info: the server's options.
+            catalog: strategies and verifiers that clients may name.
             stall_s: as for `Requests`.
             on_ready: called when the server is ready.
             on_beat: called a few times a second while the loop works.
@@ -100,8 +104,8 @@ class Server:
             The message with which the engine failed, or "".
         """
         authenticator, texts = authenticator or Authenticator(), texts or TextWorkers(frontend, None)
-        requests = Requests(frontend, texts, stall_s)
-        servicer, queries = InferenceServicer(requests, authenticator), QueryServicer(requests, texts, info)
+        requests = Requests(frontend, texts, catalog, stall_s)
+        servicer, queries = InferenceServicer(requests, authenticator), QueryServicer(requests, texts, info, catalog)
         health = HealthServicer(("", SERVICE), lambda: not requests.problem and not requests.draining)
         services: tuple[tuple[Any, tuple[object, ...], Authenticator | None], ...] = (
             (calls.SERVICE, (servicer, queries), authenticator),

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from expertwire.deploy.grpc.calls import Call
+from expertwire.deploy.grpc.group_stream import GroupStream
 from expertwire.deploy.grpc.identity import Authenticator
-from expertwire.deploy.grpc.requests import Requests
+from expertwire.deploy.grpc.requests import Opened, OpenedGroup, Requests
 from expertwire.deploy.grpc.session import Session
 from expertwire.deploy.grpc.stream import OutputStream, WholeResponse
 from expertwire.deploy.grpc.turns import COSTLY, MESSAGE
@@ -58,16 +59,24 @@ class InferenceServicer:
         return pb.AbortResponse()
 
     @contextlib.asynccontextmanager
-    async def _open(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[OutputStream]:
+    async def _open(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[OutputStream | GroupStream]:
         """Submit a request and yield its stream; end it also where the client leaves or its deadline passes."""
-        opened = await self._requests.submit(request, call, call.deadline_s)
-        cost = COSTLY if _is_costly(request.sampling_params) else MESSAGE
-        stream = OutputStream(self._requests.frontend, opened, lambda: call.turn(cost))
-        self._requests.add(opened, stream)
+        requests = self._requests
+        opened: Opened | OpenedGroup
+        stream: OutputStream | GroupStream
+        if request.HasField("strategy"):
+            opened, shows_all = await requests.start(request, call, call.deadline_s), request.strategy.all_branches
+            stream = GroupStream(opened, lambda: call.turn(COSTLY), all_branches=shows_all)
+            requests.add_group(opened, stream)
+        else:
+            opened = await requests.submit(request, call, call.deadline_s)
+            cost = COSTLY if _is_costly(request.sampling_params) else MESSAGE
+            stream = OutputStream(requests.frontend, opened, lambda: call.turn(cost))
+            requests.add(opened, stream)
         try:
             yield stream
         finally:
-            self._requests.close(opened)
+            requests.close(opened)
 
 
 def _is_costly(params: pb.SamplingParams) -> bool:

@@ -60,6 +60,10 @@ class _Entry:
             self.request = request
             self._session.wake(self)
 
+    def abort(self) -> bool:
+        """See `Stream`."""
+        return self.opened is not None and self._session.frontend.abort(self.opened.number)
+
     def fail(self, code: str, message: str, *, drop: bool = False) -> None:
         """See `Stream`."""
         if self.error is None:
@@ -93,6 +97,7 @@ class Session:
         options: what the client's first message says.
 
     Attributes:
+        frontend: runs its requests.
         writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
 
     Raises:
@@ -101,7 +106,7 @@ class Session:
 
     def __init__(self, requests: Requests, call: Call, options: pb.SessionOptions) -> None:
         self.writing_since: float | None = None
-        self._frontend, self._requests, self._call = requests.frontend, requests, call
+        self.frontend, self._requests, self._call = requests.frontend, requests, call
         self._ids_only = options.token_ids_only
         self._window = options.window_tokens or None
         if self._window is not None and self._window < MIN_WINDOW:
@@ -129,7 +134,7 @@ class Session:
             reading.cancel()
             for entry in list(self._entries.values()):
                 self._close(entry)
-            self._frontend.remove_reader(self._reader)
+            self.frontend.remove_reader(self._reader)
 
     def wake(self, entry: _Entry) -> None:
         """Take note that an entry has news."""
@@ -206,7 +211,7 @@ class Session:
 
     def _abort(self, entry: _Entry) -> None:
         if entry.opened is not None:
-            self._requests.abort(entry.opened.number)
+            self._requests.abort(entry)
         elif entry.opening is not None and entry.opening.cancel():
             entry.fail("CANCELLED", "the request was aborted before it began")
 
@@ -218,6 +223,9 @@ class Session:
     def _refusal(self, request: pb.GenerateRequest, num_branches: int) -> RequestError | None:
         if self._ids_only and request.sampling_params.stop:
             text = "stop must be empty in a session with token_ids_only, which makes no text; use stop_token_ids"
+            return RequestError("INVALID_ARGUMENT", text)
+        if request.HasField("strategy"):
+            text = "strategy must be unset in a session; send such a request with Generate or GenerateUnary"
             return RequestError("INVALID_ARGUMENT", text)
         if len(self._entries) < MAX_REQUESTS and self._num_branches + num_branches <= MAX_BRANCHES:
             return None
@@ -269,7 +277,7 @@ class Session:
         columns, size = Columns(with_text=not self._ids_only), 0
         ends, self._refused = self._refused, []
         if self._reader.has_tokens:
-            columns.add_tokens(self._frontend.take_columns(self._reader, _COLUMN_TOKENS))
+            columns.add_tokens(self.frontend.take_columns(self._reader, _COLUMN_TOKENS))
             if self._reader.has_tokens:
                 return columns.message(ends)  # an end comes behind its tokens
         while self._ready and size < MESSAGE_SIZE:
@@ -291,7 +299,7 @@ class Session:
             entry.opens_reasoning = False
         if not entry.unread_prompt and entry.request is not None:
             assert entry.opened is not None, f"request {entry.key} has news and was not submitted"
-            for update in self._frontend.take(entry.request, _TURN):
+            for update in self.frontend.take(entry.request, _TURN):
                 entry.opened.usage.add(update)
                 if update.prompt_logprobs:
                     entry.unread_prompt.extend(update.prompt_logprobs)

@@ -58,12 +58,16 @@ def _field(message: str) -> str:
     return word[0] if word and word[0] in _FIELDS else ""
 
 
-def _fields(message: Descriptor) -> Iterator[str]:
-    for field in message.fields:
-        yield field.name
-        if field.message_type is not None:
-            yield from _fields(field.message_type)
+def _fields(message: Descriptor, seen: set[str]) -> Iterator[str]:
+    """Yield the names of the fields of a message and of the messages in it, but of those already seen."""
+    if message.full_name not in seen:
+        seen.add(message.full_name)
+        for field in message.fields:
+            yield field.name
+            if field.message_type is not None:
+                yield from _fields(field.message_type, seen)
 
 
 _REQUESTS = [method.input_type for method in pb.DESCRIPTOR.services_by_name["Inference"].methods]
-_FIELDS = frozenset(name for request in _REQUESTS for name in _fields(request))
+_SEEN: set[str] = set()
+_FIELDS = frozenset(name for request in _REQUESTS for name in _fields(request, _SEEN))

@@ -53,6 +53,10 @@ class OutputStream:
             self._request = request
         self._wake_reader()
 
+    def abort(self) -> bool:
+        """End the request; return whether it ran."""
+        return self._frontend.abort(self._opened.number)
+
     def fail(self, code: str, message: str, *, drop: bool = False) -> None:
         """End with an error status after what is unread, or, with `drop`, instead of it."""
         if self.error is None:

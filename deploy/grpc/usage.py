@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Update
+from expertwire.engine.frontend.group_run import GroupRun
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.tokenizer import ReasoningIds
 
@@ -66,6 +67,48 @@ class UsageCounter:
             time_to_first_token_s=self._first_token_s,
             total_time_s=self._total_s,
         )
+
+
+class GroupUsage:
+    """Tokens and times of one request with a strategy.
+
+    Args:
+        run: its group.
+        reasoning, arrived_s, opens_reasoning: as for `UsageCounter`.
+    """
+
+    def __init__(
+        self, run: GroupRun, reasoning: ReasoningIds | None, arrived_s: float, *, opens_reasoning: bool
+    ) -> None:
+        self._run, self._arrived_s = run, arrived_s
+        self._reasoning, self._opens_reasoning = reasoning, opens_reasoning
+
+    def message(self) -> pb.Usage:
+        """Return the message; of a group that runs, up to now."""
+        run, counts = self._run, self._run.token_counts()
+        assert run.params.seed is not None, "a group has a seed"
+        return pb.Usage(
+            prompt_tokens=len(run.tokens),
+            completion_tokens=run.num_tokens,
+            seed=run.params.seed,
+            cached_prompt_tokens=run.num_cached_tokens,
+            reasoning_tokens=self._num_reasoning(),
+            time_to_first_token_s=0.0 if run.first_token_s is None else run.first_token_s - self._arrived_s,
+            total_time_s=time.monotonic() - self._arrived_s,
+            kept_tokens=counts.kept,
+            pruned_tokens=counts.pruned,
+            verifier_tokens=counts.verifier,
+        )
+
+    def _num_reasoning(self) -> int:
+        if self._reasoning is None:
+            return 0
+        num = 0
+        for branch in self._run.branches:
+            reader = _Reasoning(self._reasoning, self._opens_reasoning)
+            reader.count(branch.token_ids[: branch.num_shared])
+            num += reader.count(branch.token_ids[branch.num_shared :])
+        return num
 
 
 class _Reasoning:

@@ -14,13 +14,22 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_ABORT: _ClassVar[FinishReason]
+
+class BranchFate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BRANCH_FATE_UNSPECIFIED: _ClassVar[BranchFate]
+    BRANCH_FATE_KEPT: _ClassVar[BranchFate]
+    BRANCH_FATE_PRUNED: _ClassVar[BranchFate]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_ABORT: FinishReason
+BRANCH_FATE_UNSPECIFIED: BranchFate
+BRANCH_FATE_KEPT: BranchFate
+BRANCH_FATE_PRUNED: BranchFate
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling_params", "priority", "tenant", "cache_salt")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling_params", "priority", "tenant", "cache_salt", "strategy")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +38,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -37,7 +47,8 @@ class GenerateRequest(_message.Message):
     priority: int
     tenant: str
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    strategy: Strategy
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., strategy: _Optional[_Union[Strategy, _Mapping]] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -119,18 +130,20 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., n: _Optional[int] = ..., skip_special_tokens: bool = ..., expert_load: bool = ..., thinking_budget: _Optional[int] = ..., thinking_grace: _Optional[int] = ..., min_thinking_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "chunks", "prompt_logprobs", "usage", "opens_reasoning")
+    __slots__ = ("request_id", "chunks", "prompt_logprobs", "usage", "opens_reasoning", "group")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     OPENS_REASONING_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     chunks: _containers.RepeatedCompositeFieldContainer[Chunk]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     usage: Usage
     opens_reasoning: bool
-    def __init__(self, request_id: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., opens_reasoning: bool = ...) -> None: ...
+    group: GroupResult
+    def __init__(self, request_id: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., opens_reasoning: bool = ..., group: _Optional[_Union[GroupResult, _Mapping]] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("branch", "token_ids", "text", "logprobs", "finish_reason", "stop_string", "stop_token_id", "expert_load")
@@ -171,7 +184,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., decoded_token: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "seed", "cached_prompt_tokens", "reasoning_tokens", "time_to_first_token_s", "total_time_s")
+    __slots__ = ("prompt_tokens", "completion_tokens", "seed", "cached_prompt_tokens", "reasoning_tokens", "time_to_first_token_s", "total_time_s", "kept_tokens", "pruned_tokens", "verifier_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +192,9 @@ class Usage(_message.Message):
     REASONING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TIME_S_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PRUNED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     seed: int
@@ -186,7 +202,374 @@ class Usage(_message.Message):
     reasoning_tokens: int
     time_to_first_token_s: float
     total_time_s: float
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., total_time_s: _Optional[float] = ...) -> None: ...
+    kept_tokens: int
+    pruned_tokens: int
+    verifier_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., total_time_s: _Optional[float] = ..., kept_tokens: _Optional[int] = ..., pruned_tokens: _Optional[int] = ..., verifier_tokens: _Optional[int] = ...) -> None: ...
+
+class Strategy(_message.Message):
+    __slots__ = ("adaptive_consistency", "auto", "beam_search", "best_of_n", "compute_optimal", "confidence_pruning", "confidence_vote", "dvts", "first_k_finish", "lookahead", "majority_vote", "sequential_revision", "verifier_vote", "custom", "all_branches")
+    ADAPTIVE_CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
+    AUTO_FIELD_NUMBER: _ClassVar[int]
+    BEAM_SEARCH_FIELD_NUMBER: _ClassVar[int]
+    BEST_OF_N_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_OPTIMAL_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_PRUNING_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_VOTE_FIELD_NUMBER: _ClassVar[int]
+    DVTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_K_FINISH_FIELD_NUMBER: _ClassVar[int]
+    LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
+    MAJORITY_VOTE_FIELD_NUMBER: _ClassVar[int]
+    SEQUENTIAL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_VOTE_FIELD_NUMBER: _ClassVar[int]
+    CUSTOM_FIELD_NUMBER: _ClassVar[int]
+    ALL_BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    adaptive_consistency: AdaptiveConsistency
+    auto: Auto
+    beam_search: BeamSearch
+    best_of_n: BestOfN
+    compute_optimal: ComputeOptimal
+    confidence_pruning: ConfidencePruning
+    confidence_vote: ConfidenceVote
+    dvts: Dvts
+    first_k_finish: FirstKFinish
+    lookahead: Lookahead
+    majority_vote: MajorityVote
+    sequential_revision: SequentialRevision
+    verifier_vote: VerifierVote
+    custom: CustomStrategy
+    all_branches: bool
+    def __init__(self, adaptive_consistency: _Optional[_Union[AdaptiveConsistency, _Mapping]] = ..., auto: _Optional[_Union[Auto, _Mapping]] = ..., beam_search: _Optional[_Union[BeamSearch, _Mapping]] = ..., best_of_n: _Optional[_Union[BestOfN, _Mapping]] = ..., compute_optimal: _Optional[_Union[ComputeOptimal, _Mapping]] = ..., confidence_pruning: _Optional[_Union[ConfidencePruning, _Mapping]] = ..., confidence_vote: _Optional[_Union[ConfidenceVote, _Mapping]] = ..., dvts: _Optional[_Union[Dvts, _Mapping]] = ..., first_k_finish: _Optional[_Union[FirstKFinish, _Mapping]] = ..., lookahead: _Optional[_Union[Lookahead, _Mapping]] = ..., majority_vote: _Optional[_Union[MajorityVote, _Mapping]] = ..., sequential_revision: _Optional[_Union[SequentialRevision, _Mapping]] = ..., verifier_vote: _Optional[_Union[VerifierVote, _Mapping]] = ..., custom: _Optional[_Union[CustomStrategy, _Mapping]] = ..., all_branches: bool = ...) -> None: ...
+
+class Budget(_message.Message):
+    __slots__ = ("tokens", "branches", "seconds")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    branches: int
+    seconds: float
+    def __init__(self, tokens: _Optional[int] = ..., branches: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Answer(_message.Message):
+    __slots__ = ("boxed", "regex", "json_pointer", "whole_text")
+    BOXED_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    JSON_POINTER_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_TEXT_FIELD_NUMBER: _ClassVar[int]
+    boxed: BoxedAnswer
+    regex: RegexAnswer
+    json_pointer: JsonPointerAnswer
+    whole_text: WholeTextAnswer
+    def __init__(self, boxed: _Optional[_Union[BoxedAnswer, _Mapping]] = ..., regex: _Optional[_Union[RegexAnswer, _Mapping]] = ..., json_pointer: _Optional[_Union[JsonPointerAnswer, _Mapping]] = ..., whole_text: _Optional[_Union[WholeTextAnswer, _Mapping]] = ...) -> None: ...
+
+class BoxedAnswer(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RegexAnswer(_message.Message):
+    __slots__ = ("pattern", "group")
+    PATTERN_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    pattern: str
+    group: int
+    def __init__(self, pattern: _Optional[str] = ..., group: _Optional[int] = ...) -> None: ...
+
+class JsonPointerAnswer(_message.Message):
+    __slots__ = ("pointer",)
+    POINTER_FIELD_NUMBER: _ClassVar[int]
+    pointer: str
+    def __init__(self, pointer: _Optional[str] = ...) -> None: ...
+
+class WholeTextAnswer(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VerifierPolicy(_message.Message):
+    __slots__ = ("on_failure", "timeout_s", "max_batch")
+    ON_FAILURE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    on_failure: str
+    timeout_s: float
+    max_batch: int
+    def __init__(self, on_failure: _Optional[str] = ..., timeout_s: _Optional[float] = ..., max_batch: _Optional[int] = ...) -> None: ...
+
+class AdaptiveConsistency(_message.Message):
+    __slots__ = ("n", "answer", "threshold", "concurrency", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    answer: Answer
+    threshold: float
+    concurrency: int
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., threshold: _Optional[float] = ..., concurrency: _Optional[int] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class Auto(_message.Message):
+    __slots__ = ("answer", "budget")
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    answer: Answer
+    budget: Budget
+    def __init__(self, answer: _Optional[_Union[Answer, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class BeamSearch(_message.Message):
+    __slots__ = ("n", "width", "verifier", "step_text", "aggregation", "max_steps", "answer", "verifier_policy", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    STEP_TEXT_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    width: int
+    verifier: str
+    step_text: str
+    aggregation: str
+    max_steps: int
+    answer: Answer
+    verifier_policy: VerifierPolicy
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., width: _Optional[int] = ..., verifier: _Optional[str] = ..., step_text: _Optional[str] = ..., aggregation: _Optional[str] = ..., max_steps: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class BestOfN(_message.Message):
+    __slots__ = ("n", "verifier", "score", "verifier_policy", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    verifier: str
+    score: str
+    verifier_policy: VerifierPolicy
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., verifier: _Optional[str] = ..., score: _Optional[str] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class ComputeOptimal(_message.Message):
+    __slots__ = ("table", "probe", "signal", "answer", "verifier", "verifier_policy", "budget")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    table: _containers.RepeatedCompositeFieldContainer[Bin]
+    probe: int
+    signal: str
+    answer: Answer
+    verifier: str
+    verifier_policy: VerifierPolicy
+    budget: Budget
+    def __init__(self, table: _Optional[_Iterable[_Union[Bin, _Mapping]]] = ..., probe: _Optional[int] = ..., signal: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., verifier: _Optional[str] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class Bin(_message.Message):
+    __slots__ = ("strategy", "least", "name", "accuracy", "tokens")
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    strategy: Strategy
+    least: float
+    name: str
+    accuracy: float
+    tokens: float
+    def __init__(self, strategy: _Optional[_Union[Strategy, _Mapping]] = ..., least: _Optional[float] = ..., name: _Optional[str] = ..., accuracy: _Optional[float] = ..., tokens: _Optional[float] = ...) -> None: ...
+
+class ConfidencePruning(_message.Message):
+    __slots__ = ("n", "answer", "warm_up", "keep_share", "window", "top_share", "consensus", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    WARM_UP_FIELD_NUMBER: _ClassVar[int]
+    KEEP_SHARE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    TOP_SHARE_FIELD_NUMBER: _ClassVar[int]
+    CONSENSUS_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    answer: Answer
+    warm_up: int
+    keep_share: float
+    window: int
+    top_share: float
+    consensus: float
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., warm_up: _Optional[int] = ..., keep_share: _Optional[float] = ..., window: _Optional[int] = ..., top_share: _Optional[float] = ..., consensus: _Optional[float] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class ConfidenceVote(_message.Message):
+    __slots__ = ("n", "answer", "confidence", "window", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    answer: Answer
+    confidence: str
+    window: int
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., confidence: _Optional[str] = ..., window: _Optional[int] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class Dvts(_message.Message):
+    __slots__ = ("n", "width", "verifier", "step_text", "aggregation", "max_steps", "answer", "verifier_policy", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    STEP_TEXT_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    width: int
+    verifier: str
+    step_text: str
+    aggregation: str
+    max_steps: int
+    answer: Answer
+    verifier_policy: VerifierPolicy
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., width: _Optional[int] = ..., verifier: _Optional[str] = ..., step_text: _Optional[str] = ..., aggregation: _Optional[str] = ..., max_steps: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class FirstKFinish(_message.Message):
+    __slots__ = ("n", "k", "answer", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    k: int
+    answer: Answer
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., k: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class Lookahead(_message.Message):
+    __slots__ = ("n", "width", "verifier", "lookahead", "step_text", "max_steps", "answer", "verifier_policy", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
+    STEP_TEXT_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    width: int
+    verifier: str
+    lookahead: int
+    step_text: str
+    max_steps: int
+    answer: Answer
+    verifier_policy: VerifierPolicy
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., width: _Optional[int] = ..., verifier: _Optional[str] = ..., lookahead: _Optional[int] = ..., step_text: _Optional[str] = ..., max_steps: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class MajorityVote(_message.Message):
+    __slots__ = ("n", "answer", "stop_when_decided", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    STOP_WHEN_DECIDED_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    answer: Answer
+    stop_when_decided: bool
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., stop_when_decided: bool = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class SequentialRevision(_message.Message):
+    __slots__ = ("revisions", "text", "chains", "end_text", "choose", "answer", "budget")
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAINS_FIELD_NUMBER: _ClassVar[int]
+    END_TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHOOSE_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    revisions: int
+    text: str
+    chains: int
+    end_text: str
+    choose: str
+    answer: Answer
+    budget: Budget
+    def __init__(self, revisions: _Optional[int] = ..., text: _Optional[str] = ..., chains: _Optional[int] = ..., end_text: _Optional[str] = ..., choose: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class VerifierVote(_message.Message):
+    __slots__ = ("n", "answer", "verifier", "verifier_policy", "budget")
+    N_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    answer: Answer
+    verifier: str
+    verifier_policy: VerifierPolicy
+    budget: Budget
+    def __init__(self, n: _Optional[int] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., verifier: _Optional[str] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class CustomStrategy(_message.Message):
+    __slots__ = ("name", "options")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    options: str
+    def __init__(self, name: _Optional[str] = ..., options: _Optional[str] = ...) -> None: ...
+
+class GroupResult(_message.Message):
+    __slots__ = ("branches", "selected", "answer", "weights", "reason")
+    BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    SELECTED_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    branches: _containers.RepeatedCompositeFieldContainer[BranchResult]
+    selected: _containers.RepeatedScalarFieldContainer[int]
+    answer: str
+    weights: _containers.RepeatedCompositeFieldContainer[AnswerWeight]
+    reason: str
+    def __init__(self, branches: _Optional[_Iterable[_Union[BranchResult, _Mapping]]] = ..., selected: _Optional[_Iterable[int]] = ..., answer: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[AnswerWeight, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class AnswerWeight(_message.Message):
+    __slots__ = ("answer", "weight")
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    answer: str
+    weight: float
+    def __init__(self, answer: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class BranchResult(_message.Message):
+    __slots__ = ("index", "fate", "parent", "num_tokens", "num_shared_tokens", "finish_reason", "answer", "score", "problems")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    FATE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    fate: BranchFate
+    parent: int
+    num_tokens: int
+    num_shared_tokens: int
+    finish_reason: FinishReason
+    answer: str
+    score: float
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, index: _Optional[int] = ..., fate: _Optional[_Union[BranchFate, str]] = ..., parent: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_shared_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., answer: _Optional[str] = ..., score: _Optional[float] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("options", "requests", "abort_keys", "credit_keys", "credit_tokens")
@@ -418,7 +801,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_num_seqs", "seed", "version", "output_format", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype", "max_queued_requests", "max_queued_requests_per_tenant", "default_sampling_params", "num_labels")
+    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_model_len", "eos_token_ids", "num_layers", "num_experts", "top_k", "ep_size", "device", "block_size", "cache_tokens", "max_num_seqs", "seed", "version", "output_format", "chat_variables", "cache_blocks", "cache_bytes", "kv_cache_dtype", "max_queued_requests", "max_queued_requests_per_tenant", "default_sampling_params", "num_labels", "strategies", "verifiers")
     class CacheBlocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -458,6 +841,8 @@ class ModelInfo(_message.Message):
     MAX_QUEUED_REQUESTS_PER_TENANT_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     NUM_LABELS_FIELD_NUMBER: _ClassVar[int]
+    STRATEGIES_FIELD_NUMBER: _ClassVar[int]
+    VERIFIERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     dtype: str
@@ -483,7 +868,9 @@ class ModelInfo(_message.Message):
     max_queued_requests_per_tenant: int
     default_sampling_params: SamplingParams
     num_labels: int
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ..., max_queued_requests: _Optional[int] = ..., max_queued_requests_per_tenant: _Optional[int] = ..., default_sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., num_labels: _Optional[int] = ...) -> None: ...
+    strategies: _containers.RepeatedScalarFieldContainer[str]
+    verifiers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., ep_size: _Optional[int] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., seed: _Optional[int] = ..., version: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, _Mapping]] = ..., chat_variables: _Optional[_Iterable[str]] = ..., cache_blocks: _Optional[_Mapping[str, int]] = ..., cache_bytes: _Optional[_Mapping[str, int]] = ..., kv_cache_dtype: _Optional[str] = ..., max_queued_requests: _Optional[int] = ..., max_queued_requests_per_tenant: _Optional[int] = ..., default_sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., num_labels: _Optional[int] = ..., strategies: _Optional[_Iterable[str]] = ..., verifiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OutputFormat(_message.Message):
     __slots__ = ("name", "reasoning_start", "reasoning_end", "end_of_turn", "reasoning_efforts")

@@ -58,7 +58,9 @@ class GroupRun:
         selection: what the strategy has selected; None while the group runs, and if it failed or was aborted.
         error: the error that ended the group, or None.
         done: whether it has ended.
+        first_token_s: when the first token of any branch came, by `time.monotonic`; None before.
         on_done: called when it has ended, but not by `abort`.
+        on_news: called when branches may have new output.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class GroupRun:
         self.selection: Selection | None = None
         self.error: RequestError | None = None
         self.done = False
+        self.first_token_s: float | None = None
         self.on_done: Callable[[], None] = lambda: None
+        self.on_news: Callable[[], None] = lambda: None
         self._groups, self._frontend = groups, groups.frontend
         self._options, self._prompt = options, prompt
         self._strategy, self._name = strategy, type(strategy).__name__
@@ -137,6 +141,7 @@ class GroupRun:
         """Take in the news of one of the group's requests, and let the strategy decide."""
         self._take(request)
         self.advance()
+        self.on_news()
 
     def advance(self) -> None:
         """Let the strategy decide if there is news for it, and end the group if it is time."""
@@ -170,6 +175,8 @@ class GroupRun:
         branch = self.branches[update.branch]
         asked = self.params.logprobs is not None
         branch.add(update, logprobs=self._needs.logprobs, positions=asked)
+        if self.first_token_s is None and update.token_ids:
+            self.first_token_s = time.monotonic()
         if update.branch == 0:
             self.num_cached_tokens = update.num_cached_tokens
             self.prompt_logprobs = update.prompt_logprobs or self.prompt_logprobs

@@ -42,7 +42,7 @@ def test_every_field_that_a_client_may_set_is_in_the_proto():
     # The deadline is the call's.
     options = {field.name for field in dataclasses.fields(RequestOptions)} - {"deadline_s"}
     request = pb.GenerateRequest.DESCRIPTOR.fields_by_name
-    assert set(request) == {"request_id", "text", "token_ids", "chat", "sampling_params"} | options
+    assert set(request) == {"request_id", "text", "token_ids", "chat", "sampling_params", "strategy"} | options
     assert all(request[name].has_presence for name in options)
     # A client's own template would be its code.
     chat = pb.Chat.DESCRIPTOR.fields_by_name
@@ -52,7 +52,8 @@ def test_every_field_that_a_client_may_set_is_in_the_proto():
 
 def test_model_info_has_everything_but_the_folder_and_how_tokens_travel():
     fields = {field.name for field in dataclasses.fields(ModelInfo)} - {"path", "all_to_all"}
-    assert set(pb.ModelInfo.DESCRIPTOR.fields_by_name) == fields | {"version", "output_format", "chat_variables"}
+    server = {"version", "output_format", "chat_variables", "strategies", "verifiers"}
+    assert set(pb.ModelInfo.DESCRIPTOR.fields_by_name) == fields | server
 
 
 def test_output_formats_are_whole_but_for_their_marks():
