@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from expertwire.deploy.grpc.config import Limits, ServerConfig
+from expertwire.deploy.model_options import add_model_options, engine_configs
 from expertwire.deploy.options import (
     EXPLAINED_FIELDS,
     LIMIT_FIELDS,
@@ -115,6 +116,7 @@ def _add_serve(commands: Any) -> None:
     add_options(parser.add_argument_group("server"), ServerConfig, SERVER_FIELDS)
     text = "what clients may hold of each front; docs/server.md says how a call beyond it ends"
     add_options(parser.add_argument_group("limits", text), Limits, LIMIT_FIELDS)
+    add_model_options(parser)
     add_engine_options(parser)
     parser.set_defaults(command=_serve)
 
@@ -124,7 +126,7 @@ def _serve(args: argparse.Namespace) -> int:
     from expertwire.deploy.serve import serve
 
     server = ServerConfig(**set_fields(args, SERVER_FIELDS), limits=Limits(**set_fields(args, LIMIT_FIELDS)))
-    return serve(engine_config(args), server, announce=functools.partial(print, flush=True))
+    return serve(engine_configs(args), server, announce=functools.partial(print, flush=True))
 
 
 def _add_generate(commands: Any) -> None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.deploy.grpc.config import ServerConfig
@@ -37,8 +38,7 @@ class Fronts:
     """The fronts of one server.
 
     Args:
-        engine: a running engine.
-        engine_config: its options.
+        engines: running engines, each with its options; the model of the first answers calls that name none.
         config: the server's options.
 
     Attributes:
@@ -46,11 +46,12 @@ class Fronts:
 
     Raises:
         ValueError: the address cannot be used.
-        EngineFailed: the engine has failed, or a front could not start.
+        EngineFailed: an engine has failed, or a front could not start.
     """
 
-    def __init__(self, engine: Engine, engine_config: EngineConfig, config: ServerConfig) -> None:
-        self._engine, self._engine_config = engine, engine_config
+    def __init__(self, engines: Sequence[tuple[Engine, EngineConfig]], config: ServerConfig) -> None:
+        self._engines = engines
+        self._failed: dict[str, str] = {}  # models whose engines have failed, and how
         self._reserved = reserve_port(config.host, config.port)
         self.port = self._reserved.getsockname()[1]
         self._config = dataclasses.replace(config, port=self.port)
@@ -68,11 +69,10 @@ class Fronts:
         """Wait a little, and replace fronts that have ended or are silent.
 
         Raises:
-            EngineFailed: the engine has failed, or fronts end as soon as they are started.
+            EngineFailed: all engines have failed, or fronts end as soon as they are started.
         """
         self._hear(timeout_s)
-        if self._engine.failure is not None:
-            raise EngineFailed(self._engine.failure)
+        self._note_failures()
         for number, front in enumerate(self._fronts):
             if (trouble := front.trouble()) is None:
                 continue
@@ -99,23 +99,38 @@ class Fronts:
         self._reserved.close()
 
     def _start(self) -> _Front:
-        to_controller = self._engine.connect_socket()
+        serving = [(engine, config) for engine, config in self._engines if engine.info.name not in self._failed]
         ours, theirs = socket.socketpair()
-        with theirs, to_controller:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(theirs)
+            sockets = [stack.enter_context(engine.connect_socket()) for engine, _ in serving]
             args = FrontArgs(
-                engine=self._engine_config,
+                engines=tuple(config for _, config in serving),
+                controllers=tuple(each.fileno() for each in sockets),
+                failed=self._failed,
                 server=self._config,
-                controller=to_controller.fileno(),
                 parent=theirs.fileno(),
             )
-            child = process.start_call("expertwire.deploy.grpc.front:front_main", args, sockets=[theirs, to_controller])
+            child = process.start_call("expertwire.deploy.grpc.front:front_main", args, sockets=[theirs, *sockets])
         return _Front(child, SocketChannel(ours))
+
+    def _note_failures(self) -> None:
+        """Take note of engines that have failed, of which clients learn from the fronts.
+
+        Raises:
+            EngineFailed: all have.
+        """
+        for engine, _ in self._engines:
+            if engine.failure is not None and engine.info.name not in self._failed:
+                self._failed[engine.info.name] = engine.failure
+                if len(self._failed) == len(self._engines):
+                    raise EngineFailed(engine.failure)
+                _log.error("error: the model %s cannot serve any more, others do: %s", engine.info.name, engine.failure)
 
     def _await_serving(self) -> None:
         while not all(front.is_serving for front in self._fronts):
             self._hear(_POLL_S)
-            if self._engine.failure is not None:
-                raise EngineFailed(self._engine.failure)
+            self._note_failures()
             for front in self._fronts:
                 if (trouble := front.trouble()) is not None:
                     raise EngineFailed(f"a front (process {front.process.pid}) {trouble} before it served")

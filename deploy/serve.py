@@ -7,7 +7,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,32 +27,36 @@ from expertwire.engine.mock_worker import DEVICE
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def serve(config: EngineConfig, server: ServerConfig, *, announce: Callable[[str], None]) -> int:
+def serve(configs: Sequence[EngineConfig], server: ServerConfig, *, announce: Callable[[str], None]) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal ends at once.
 
     Args:
-        config: the engine's options.
+        configs: options of each model's engine; the first model answers calls that name none.
         server: the server's options.
-        announce: called with "serving MODEL on HOST:PORT", and a line on the caches, once the server is ready.
+        announce: called with "serving MODEL on HOST:PORT", and lines on the caches, once the server is ready.
 
     Returns:
         The exit code, 0.
 
     Raises:
         ValueError: the port is taken, or the model or an option is not usable.
-        EngineFailed: the engine could not start, or has failed.
+        EngineFailed: an engine could not start, or all have failed.
     """
     reserve_port(server.host, server.port).close()  # before the model is loaded
-    config = _with_quotas(config, Security.open(server).tenants)
-    config = runtime.with_model_folder(config)
-    tokenizer = runtime.open_tokenizer(config)
+    tenants = Security.open(server).tenants
+    configs = [runtime.with_model_folder(_with_quotas(config, tenants)) for config in configs]
+    special_ids = [runtime.special_ids(runtime.open_tokenizer(config)) for config in configs]
     _exit_on_signals()
     with contextlib.ExitStack() as stack:
-        launcher, ids = runtime.make_launcher(config), runtime.special_ids(tokenizer)
-        sys.stderr.write(f"{_about_start(config)}\n")
-        engine = stack.enter_context(Engine(config, launcher, *ids, log_stats=not server.disable_log_stats))
-        fronts = stack.enter_context(contextlib.closing(Fronts(engine, config, server)))
-        announce("\n".join([f"serving {engine.info.name} on {server.host}:{fronts.port}", *_about(engine.info)]))
+        engines = []
+        for config, ids in zip(configs, special_ids, strict=True):
+            sys.stderr.write(f"{_about_start(config)}\n")
+            launcher, log_stats = runtime.make_launcher(config), not server.disable_log_stats
+            engines.append((stack.enter_context(Engine(config, launcher, *ids, log_stats=log_stats)), config))
+        fronts = stack.enter_context(contextlib.closing(Fronts(engines, server)))
+        infos = [engine.info for engine, _ in engines]
+        names = ", ".join(info.name for info in infos)
+        announce("\n".join([f"serving {names} on {server.host}:{fronts.port}", *_about_all(infos)]))
         is_stopping = _stop_on_signals()
         try:
             while not is_stopping():
@@ -85,6 +89,11 @@ def _about_start(config: EngineConfig) -> str:
         f"starting {name} on {ranks}: loading {size:,.3g} GB of weights, and compiling the kernels "
         "that no earlier start has cached"
     )
+
+
+def _about_all(infos: Sequence[ModelInfo]) -> Iterator[str]:
+    for info in infos:
+        yield from (line if len(infos) == 1 else f"{info.name}: {line}" for line in _about(info))
 
 
 def _about(info: ModelInfo) -> Iterator[str]:

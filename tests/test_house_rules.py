@@ -58,7 +58,8 @@ FLAGS = {
         "--max-calls-per-connection", "--max-calls", "--max-message-mib", "--message-timeout", "--max-connection-idle",
         "--max-connection-age", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--tenants",
         "--insecure", "--no-insecure", "--audit-log",
-        "--disable-log-stats", "--no-disable-log-stats", "--log-level", *ENGINE_FLAGS,
+        "--disable-log-stats", "--no-disable-log-stats", "--log-level", "--models", "--model-options", "--shares",
+        *ENGINE_FLAGS,
     },
     "generate": {
         "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", "--strategy",

@@ -166,7 +166,7 @@ def _server(model: Path, case: Case) -> Iterator[tuple[str, list[int], Engine]]:
         engine = stack.enter_context(Engine(config, runtime.make_launcher(config)))
         others = set(psutil.Process().children())
         server = ServerConfig(port=0, fronts=case.fronts)
-        fronts = stack.enter_context(contextlib.closing(Fronts(engine, config, server)))
+        fronts = stack.enter_context(contextlib.closing(Fronts([(engine, config)], server)))
         pids = [child.pid for child in psutil.Process().children() if child not in others]
         assert len(pids) == case.fronts, f"{len(pids)} new processes, {case.fronts} fronts"
         ended = threading.Event()

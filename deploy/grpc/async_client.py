@@ -81,44 +81,54 @@ class AsyncClient:
         chat = values.make_chat(messages, arguments)
         return self.generate(chat, timeout_s=timeout_s, **arguments)
 
-    def session(self, *, token_ids_only: bool = False, window_tokens: int = 0) -> AsyncClientSession:
+    def session(self, *, token_ids_only: bool = False, window_tokens: int = 0, model: str = "") -> AsyncClientSession:
         """Begin a session, in which many requests share one call; see `Client.session`."""
-        options = pb.SessionOptions(token_ids_only=token_ids_only, window_tokens=window_tokens)
+        options = pb.SessionOptions(token_ids_only=token_ids_only, window_tokens=window_tokens, model=model)
         return AsyncClientSession(self._stub.Session, self._metadata, options, self._retries)
 
     async def abort(self, *request_ids: str) -> None:
         """End running requests of this tenant; others are ignored. Raises `ServerError`."""
         await self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids))
 
-    async def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool = True) -> list[int]:
+    async def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool = True, model: str = "") -> list[int]:
         """Return the tokens of a text or a chat. Raises `ServerError`."""
         request = values.make_tokenize_request(prompt, add_special_tokens=add_special_tokens)
+        request.model = model
         return list((await self._call(self._stub.Tokenize, request)).token_ids)
 
-    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, model: str = "") -> str:
         """Return the text of tokens. Raises `ServerError`."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens, model=model)
         return (await self._call(self._stub.Detokenize, request)).text
 
-    async def model_info(self) -> dict[str, Any]:
+    async def model_info(self, model: str = "") -> dict[str, Any]:
         """Return the fields of `ModelInfo`; see `Client.model_info`. Raises `ServerError`."""
-        return values.from_model_info(await self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest()))
+        return values.from_model_info(await self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest(model=model)))
+
+    async def models(self) -> dict[str, str]:
+        """Return why each of the server's models cannot serve, by name; "" if it can. Raises `ServerError`."""
+        return {
+            model.name: model.problem
+            for model in (await self._call(self._stub.ListModels, pb.ListModelsRequest())).models
+        }
 
     async def server_info(self) -> dict[str, Any]:
         """Return the server's options; see `Client.server_info`. Raises `ServerError`."""
         return values.from_server_info(await self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest()))
 
-    async def stats(self) -> dict[str, Any]:
+    async def stats(self, model: str = "") -> dict[str, Any]:
         """Return counters and gauges of the engine; see `Client.stats`. Raises `ServerError`."""
-        return values.from_stats(await self._call(self._stub.GetStats, pb.GetStatsRequest()))
+        return values.from_stats(await self._call(self._stub.GetStats, pb.GetStatsRequest(model=model)))
 
-    async def loads(self) -> dict[str, Any]:
+    async def loads(self, model: str = "") -> dict[str, Any]:
         """Return the loads of the ranks; see `Client.loads`. Raises `ServerError`."""
-        return values.from_loads(await self._call(self._stub.GetLoads, pb.GetLoadsRequest()))
+        return values.from_loads(await self._call(self._stub.GetLoads, pb.GetLoadsRequest(model=model)))
 
-    async def watch_experts(self, interval_s: float = 1.0) -> AsyncIterator[list[list[int]]]:
+    async def watch_experts(self, interval_s: float = 1.0, model: str = "") -> AsyncIterator[list[list[int]]]:
         """Yield the tokens of the experts, by layer, once in so many seconds. Raises `ServerError`."""
-        call = self._stub.WatchExperts(pb.WatchExpertsRequest(interval_s=interval_s), metadata=self._metadata)
+        call = self._stub.WatchExperts(
+            pb.WatchExpertsRequest(interval_s=interval_s, model=model), metadata=self._metadata
+        )
         try:
             async for message in call:
                 yield [list(layer.tokens) for layer in message.layers]
@@ -127,9 +137,9 @@ class AsyncClient:
         finally:
             call.cancel()
 
-    async def flush_cache(self) -> dict[str, int]:
+    async def flush_cache(self, model: str = "") -> dict[str, int]:
         """Empty the prefix cache; see `Client.flush_cache`. Raises `ServerError`."""
-        return dict((await self._call(self._stub.FlushCache, pb.FlushCacheRequest())).freed_blocks)
+        return dict((await self._call(self._stub.FlushCache, pb.FlushCacheRequest(model=model))).freed_blocks)
 
     async def close(self) -> None:
         """Close the connection; running requests are aborted."""

@@ -89,7 +89,8 @@ class Client:
             prompt: text, token ids or a chat.
             timeout_s: the server refuses the request if its first token cannot come in time, and aborts it after this time.
             arguments: `request_id` (unique among the tenant's running requests), `priority` (lower is served earlier with the
-                scheduling policy "priority"), `tenant` and `cache_salt` (cached prefixes are shared only within one of each),
+                scheduling policy "priority"), `model` of a server with several, `tenant` and `cache_salt` (cached prefixes are
+                shared only within one of each),
                 `strategy` of test-time compute (an object of `expertwire.strategies`, its options, or a string as on the command
                 line; its verifier is a name of the server's, in an object `ServerVerifier(name)`), `all_branches` (send the
                 output of every branch as it comes, instead of that of the selected ones at the end), and fields of
@@ -117,52 +118,60 @@ class Client:
         chat = values.make_chat(messages, arguments)
         return self.generate(chat, timeout_s=timeout_s, **arguments)
 
-    def session(self, *, token_ids_only: bool = False, window_tokens: int = 0) -> ClientSession:
+    def session(self, *, token_ids_only: bool = False, window_tokens: int = 0, model: str = "") -> ClientSession:
         """Begin a session, in which many requests share one call.
 
         Args:
             token_ids_only: send no text, which costs the server a fraction.
             window_tokens: output tokens that a branch sends before it waits for `ClientSession.grant`, at least 16; 0: as many as
                 the connection takes.
+            model: of all its requests; "": the first.
 
         Errors of the server come from the iteration.
         """
-        options = pb.SessionOptions(token_ids_only=token_ids_only, window_tokens=window_tokens)
+        options = pb.SessionOptions(token_ids_only=token_ids_only, window_tokens=window_tokens, model=model)
         return ClientSession(self._stub.Session, self._metadata, options, self._retries)
 
     def abort(self, *request_ids: str) -> None:
         """End running requests of this tenant; others are ignored. Raises `ServerError`."""
         self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids))
 
-    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool = True) -> list[int]:
+    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool = True, model: str = "") -> list[int]:
         """Return the tokens of a text or a chat. Raises `ServerError`."""
         request = values.make_tokenize_request(prompt, add_special_tokens=add_special_tokens)
+        request.model = model
         return list(self._call(self._stub.Tokenize, request).token_ids)
 
-    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, model: str = "") -> str:
         """Return the text of tokens. Raises `ServerError`."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens, model=model)
         return self._call(self._stub.Detokenize, request).text
 
-    def model_info(self) -> dict[str, Any]:
+    def model_info(self, model: str = "") -> dict[str, Any]:
         """Return the fields of `ModelInfo` of the .proto, messages as dictionaries. Raises `ServerError`."""
-        return values.from_model_info(self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest()))
+        return values.from_model_info(self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest(model=model)))
+
+    def models(self) -> dict[str, str]:
+        """Return why each of the server's models cannot serve, by name; "" if it can. Raises `ServerError`."""
+        return {model.name: model.problem for model in self._call(self._stub.ListModels, pb.ListModelsRequest()).models}
 
     def server_info(self) -> dict[str, Any]:
         """Return version, uptime_s, fronts, and config: option -> (value, reason). Raises `ServerError`."""
         return values.from_server_info(self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest()))
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, model: str = "") -> dict[str, Any]:
         """Return counters and gauges of the engine; `expert_load` has tokens by layer and expert. Raises `ServerError`."""
-        return values.from_stats(self._call(self._stub.GetStats, pb.GetStatsRequest()))
+        return values.from_stats(self._call(self._stub.GetStats, pb.GetStatsRequest(model=model)))
 
-    def loads(self) -> dict[str, Any]:
+    def loads(self, model: str = "") -> dict[str, Any]:
         """Return num_waiting, num_held, and the loads of the ranks. Raises `ServerError`."""
-        return values.from_loads(self._call(self._stub.GetLoads, pb.GetLoadsRequest()))
+        return values.from_loads(self._call(self._stub.GetLoads, pb.GetLoadsRequest(model=model)))
 
-    def watch_experts(self, interval_s: float = 1.0) -> Iterator[list[list[int]]]:
+    def watch_experts(self, interval_s: float = 1.0, model: str = "") -> Iterator[list[list[int]]]:
         """Yield the tokens that each expert has computed, by layer, once in so many seconds. Raises `ServerError`."""
-        call = self._stub.WatchExperts(pb.WatchExpertsRequest(interval_s=interval_s), metadata=self._metadata)
+        call = self._stub.WatchExperts(
+            pb.WatchExpertsRequest(interval_s=interval_s, model=model), metadata=self._metadata
+        )
         try:
             for message in call:
                 yield [list(layer.tokens) for layer in message.layers]
@@ -171,9 +180,9 @@ class Client:
         finally:
             call.cancel()
 
-    def flush_cache(self) -> dict[str, int]:
+    def flush_cache(self, model: str = "") -> dict[str, int]:
         """Empty the prefix cache of blocks that no request uses; return their number by cache. Raises `ServerError`."""
-        return dict(self._call(self._stub.FlushCache, pb.FlushCacheRequest()).freed_blocks)
+        return dict(self._call(self._stub.FlushCache, pb.FlushCacheRequest(model=model)).freed_blocks)
 
     def is_serving(self) -> bool:
         """Return whether the server's health check succeeds; False also if there is no server."""

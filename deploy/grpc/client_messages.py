@@ -21,7 +21,7 @@ from expertwire.engine.frontend.chat import Chat
 
 _REASON_NAMES = {code: name for name, code in FINISH_REASONS.items()}
 _CHAT_OPTIONS = tuple(field.name for field in pb.Chat.DESCRIPTOR.fields if field.name != "messages")
-_OPTIONS = ("request_id", "priority", "tenant", "cache_salt")
+_OPTIONS = ("request_id", "priority", "tenant", "cache_salt", "model")
 _STRATEGY = ("strategy", "all_branches")
 
 

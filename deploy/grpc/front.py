@@ -1,4 +1,4 @@
-"""A front: a process with a gRPC server, its event loop and its frontend. `deploy.fronts` starts and watches it.
+"""A front: a process with a gRPC server, its event loop and a frontend of each model. `deploy.fronts` starts and watches it.
 
 It talks to its parent over an inherited socket. It sends {"serving"} once, and {"beat"} a few times a second from the loop that
 serves; it receives {"drain"}.
@@ -13,6 +13,7 @@ import gc
 import logging
 import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,15 +38,17 @@ class FrontArgs:
     """Arguments of a front.
 
     Args:
-        engine: the engine's options, of which the model's folder counts.
+        engines: options of each model's engine, of which the model's folder counts.
+        controllers: descriptors of the sockets to the controllers, of the engines in their order.
+        failed: by name, why further models cannot serve.
         server: the server's options, with the port that all fronts share.
-        controller: descriptor of the socket to the controller.
         parent: descriptor of the socket to the parent.
     """
 
-    engine: EngineConfig
+    engines: tuple[EngineConfig, ...]
+    controllers: tuple[int, ...]
+    failed: dict[str, str]
     server: ServerConfig
-    controller: int
     parent: int
 
 
@@ -56,11 +59,15 @@ def front_main(args: FrontArgs) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("expertwire").setLevel(args.server.log_level.upper())
     parent = SocketChannel(socket.socket(fileno=args.parent))
-    tokenizer = runtime.open_tokenizer(args.engine)
-    to_controller = SocketChannel(socket.socket(fileno=args.controller))
-    with contextlib.closing(Frontend(to_controller, tokenizer, watches=True)) as frontend:
+    with contextlib.ExitStack() as stack:
+        frontends = []
+        for engine, controller in zip(args.engines, args.controllers, strict=True):
+            tokenizer = runtime.open_tokenizer(engine)
+            to_controller = SocketChannel(socket.socket(fileno=controller))
+            frontend = Frontend(to_controller, tokenizer, watches=True)
+            frontends.append(stack.enter_context(contextlib.closing(frontend)))
         _collect_rarely()
-        asyncio.run(_serve(args, frontend, parent))
+        asyncio.run(_serve(args, frontends, parent))
 
 
 def _collect_rarely() -> None:
@@ -73,7 +80,7 @@ def _collect_rarely() -> None:
     gc.set_threshold(20_000)
 
 
-async def _serve(args: FrontArgs, frontend: Frontend, parent: SocketChannel) -> None:
+async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketChannel) -> None:
     config, stop, loop = args.server, asyncio.Event(), asyncio.get_running_loop()
 
     def listen_to_parent() -> None:
@@ -89,7 +96,7 @@ async def _serve(args: FrontArgs, frontend: Frontend, parent: SocketChannel) -> 
 
     def beat() -> None:
         nonlocal ending
-        if frontend.failure is not None and ending is None:
+        if all(frontend.failure is not None for frontend in frontends) and ending is None:
             # If only the link to the controller is lost, the parent starts another front.
             ending = loop.call_later(FAILED_S, stop.set)
         if not parent.pending:
@@ -99,19 +106,23 @@ async def _serve(args: FrontArgs, frontend: Frontend, parent: SocketChannel) -> 
     loop.add_reader(parent.fileno(), listen_to_parent)
     security = Security.open(config)
     server = Server(config.host, config.port, config.limits, credentials=security.credentials(), shares_port=True)
-    texts = TextWorkers(frontend, args.engine.model)
+    pairs = list(zip(args.engines, frontends, strict=True))
+    texts = [TextWorkers(frontend, engine.model) for engine, frontend in pairs]
     refreshing = asyncio.create_task(security.keep_fresh())
     try:
         await server.serve(
-            frontend,
+            frontends[0],
             authenticator=security.authenticator(),
             stop=stop,
             drain_timeout_s=config.drain_timeout_s,
-            texts=texts,
-            info=ServerInfo(args.engine, config, frontend.model_info),
+            texts=texts[0],
+            others=list(zip(frontends, texts, strict=True))[1:],
+            failed=args.failed,
+            info=ServerInfo([(engine, frontend.model_info) for engine, frontend in pairs], config),
             on_ready=lambda: parent.send({"serving": NOTHING}),
             on_beat=beat,
         )
     finally:
-        texts.close()
+        for each in texts:
+            each.close()
         refreshing.cancel()

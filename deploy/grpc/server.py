@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from expertwire.deploy.grpc.catalog import Catalog
 from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.health import HealthServicer
 from expertwire.deploy.grpc.identity import Authenticator
+from expertwire.deploy.grpc.models import Model, Models
 from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.grpc.queries import QueryServicer
 from expertwire.deploy.grpc.requests import GOODBYE_S, STALL_S, Requests
@@ -31,6 +33,7 @@ SERVICE = calls.SERVICE.full_name
 _BEAT_S = 0.25
 _DEFAULT_LIMITS = Limits()
 _DEFAULT_CATALOG = Catalog()
+_NONE_FAILED: Mapping[str, str] = MappingProxyType({})
 
 
 class Server:
@@ -80,6 +83,8 @@ class Server:
         stop: asyncio.Event,
         drain_timeout_s: float,
         texts: TextWorkers | None = None,
+        others: Sequence[tuple[Frontend, TextWorkers]] = (),
+        failed: Mapping[str, str] = _NONE_FAILED,
         info: ServerInfo | None = None,
         catalog: Catalog = _DEFAULT_CATALOG,
         stall_s: float = STALL_S,
@@ -89,11 +94,13 @@ class Server:
         """Serve until `stop` is set, and drain.
 
         Args:
-            frontend: a frontend that watches its engine; left open.
+            frontend: a frontend that watches its engine, whose model answers calls that name none; left open.
             authenticator: finds out who makes a call; None believes everybody.
             stop: set to end the service.
             drain_timeout_s: seconds for running requests to finish.
             texts: tokenise what clients send; left open. None does it on the loop.
+            others: frontends of further models, of other names, with what tokenises for them; left open.
+            failed: by name, why further models cannot serve.
             info: the server's options.
             catalog: strategies and verifiers that clients may name.
             stall_s: as for `Requests`.
@@ -101,12 +108,13 @@ class Server:
             on_beat: called a few times a second while the loop works.
 
         Returns:
-            The message with which the engine failed, or "".
+            The message with which all engines failed, or "".
         """
         authenticator, texts = authenticator or Authenticator(), texts or TextWorkers(frontend, None)
-        requests = Requests(frontend, texts, catalog, stall_s)
-        servicer, queries = InferenceServicer(requests, authenticator), QueryServicer(requests, texts, info, catalog)
-        health = HealthServicer(("", SERVICE), lambda: not requests.problem and not requests.draining)
+        each = ((frontend, texts), *others)
+        models = Models([Model(Requests(one, of, catalog, stall_s), of) for one, of in each], failed)
+        servicer, queries = InferenceServicer(models, authenticator), QueryServicer(models, info, catalog)
+        health = HealthServicer(("", SERVICE), lambda: models.is_ready)
         services: tuple[tuple[Any, tuple[object, ...], Authenticator | None], ...] = (
             (calls.SERVICE, (servicer, queries), authenticator),
             (_HEALTH, (health,), None),
@@ -117,17 +125,17 @@ class Server:
             handlers = calls.make_handlers(descriptor, servicers, service)
             # The calls of each registered method wait in a queue of its own, so health checks do not wait behind others.
             self._server.add_registered_method_handlers(descriptor.full_name, handlers)
-        beating = asyncio.create_task(_beat(requests, health, on_beat))
+        beating = asyncio.create_task(_beat(models, health, on_beat))
         await self._server.start()
         try:
             on_ready()
             await stop.wait()
-            await requests.drain(drain_timeout_s)
-            requests.stop()
+            await models.drain(drain_timeout_s)
+            models.stop()
         finally:
             beating.cancel()
             await self._server.stop(GOODBYE_S)
-        return requests.failure
+        return models.failure
 
 
 class _Reflection:
@@ -148,10 +156,10 @@ async def _requests(call: Call) -> AsyncIterator[Any]:
         yield request
 
 
-async def _beat(requests: Requests, health: HealthServicer, on_beat: Callable[[], None]) -> None:
+async def _beat(models: Models, health: HealthServicer, on_beat: Callable[[], None]) -> None:
     """Report the health, and end stalled streams."""
     while True:
         health.notify()
-        requests.end_stalled()
+        models.end_stalled()
         on_beat()
         await asyncio.sleep(_BEAT_S)

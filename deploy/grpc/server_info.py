@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from expertwire.deploy.grpc.config import ServerConfig
@@ -21,15 +21,17 @@ class ServerInfo:
     """Options of a running server.
 
     Args:
-        engine: the engine's options, as they were given.
-        server: the server's options, likewise.
-        model: the running model.
+        engines: of each model, the engine's options, as they were given, and the running model.
+        server: the server's options, as they were given.
     """
 
-    def __init__(self, engine: EngineConfig, server: ServerConfig, model: ModelInfo) -> None:
+    def __init__(self, engines: Sequence[tuple[EngineConfig, ModelInfo]], server: ServerConfig) -> None:
         self._started_s = time.monotonic()
         self._fronts = server.num_fronts()
-        self._entries = [*_engine_entries(engine, model), *_server_entries(server)]
+        self._entries = list(_server_entries(server))
+        for engine, model in engines:
+            prefix = "engine" if len(engines) == 1 else f"engine.{model.name}"
+            self._entries += _engine_entries(prefix, engine, model)
 
     def message(self) -> pb.ServerInfo:
         """Return the message."""
@@ -41,7 +43,7 @@ class ServerInfo:
         )
 
 
-def _engine_entries(engine: EngineConfig, model: ModelInfo) -> Iterator[pb.ConfigEntry]:
+def _engine_entries(prefix: str, engine: EngineConfig, model: ModelInfo) -> Iterator[pb.ConfigEntry]:
     for field in dataclasses.fields(engine):
         given = value = getattr(engine, field.name)
         reason = ""
@@ -51,10 +53,10 @@ def _engine_entries(engine: EngineConfig, model: ModelInfo) -> Iterator[pb.Confi
                 reason = f"{_shown(given)} stands for the model's, or this machine's"
         elif field.name == "all2all_backend" and model.all_to_all:
             value, _, reason = model.all_to_all.partition(" ")
-        yield _entry(f"engine.{field.name}", value, reason)
+        yield _entry(f"{prefix}.{field.name}", value, reason)
     sizes = "what the model's caches take within kv_cache_memory_bytes, or within the memory that is free"
-    yield _entry("engine.cache_tokens", model.cache_tokens, sizes)
-    yield _entry("engine.cache_bytes", model.cache_bytes, sizes)
+    yield _entry(f"{prefix}.cache_tokens", model.cache_tokens, sizes)
+    yield _entry(f"{prefix}.cache_bytes", model.cache_bytes, sizes)
 
 
 def _server_entries(server: ServerConfig) -> Iterator[pb.ConfigEntry]:

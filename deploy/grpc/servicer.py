@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from expertwire.deploy.grpc.calls import Call
 from expertwire.deploy.grpc.group_stream import GroupStream
 from expertwire.deploy.grpc.identity import Authenticator
-from expertwire.deploy.grpc.requests import Opened, OpenedGroup, Requests
+from expertwire.deploy.grpc.models import Models
+from expertwire.deploy.grpc.requests import Opened, OpenedGroup
 from expertwire.deploy.grpc.session import Session
 from expertwire.deploy.grpc.stream import OutputStream, WholeResponse
 from expertwire.deploy.grpc.turns import COSTLY, MESSAGE
@@ -19,12 +20,12 @@ class InferenceServicer:
     """Requests for text, and their ends.
 
     Args:
-        requests: the requests of all calls.
+        models: the models and their requests.
         authenticator: knows who may act for whom.
     """
 
-    def __init__(self, requests: Requests, authenticator: Authenticator) -> None:
-        self._requests = requests
+    def __init__(self, models: Models, authenticator: Authenticator) -> None:
+        self._models = models
         self._authenticator = authenticator
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> None:
@@ -46,22 +47,23 @@ class InferenceServicer:
     async def Session(self, call: Call) -> None:
         """See the .proto."""
         if (first := await call.wait()) is not None:
-            await Session(self._requests, call, first.options).run(first)
+            requests = self._models.find(first.options.model).requests
+            await Session(requests, call, first.options).run(first)
 
     async def Abort(self, request: pb.AbortRequest, call: Call) -> pb.AbortResponse:
         """See the .proto."""
-        self._requests.check_alive()
+        self._models.check_alive()
         tenant = self._authenticator.owner(call.context, call.identity, request.tenant, "Abort")
         request_ids = [each for each in (request.request_id, *request.request_ids) if each]
         if not request_ids:
             raise ValueError("request_ids must have at least one id, got none")
-        self._requests.abort_by_name(tenant, request_ids)
+        self._models.abort_by_name(tenant, request_ids)
         return pb.AbortResponse()
 
     @contextlib.asynccontextmanager
     async def _open(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[OutputStream | GroupStream]:
         """Submit a request and yield its stream; end it also where the client leaves or its deadline passes."""
-        requests = self._requests
+        requests = self._models.find(request.model).requests
         opened: Opened | OpenedGroup
         stream: OutputStream | GroupStream
         if request.HasField("strategy"):

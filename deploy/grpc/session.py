@@ -224,6 +224,9 @@ class Session:
         if self._ids_only and request.sampling_params.stop:
             text = "stop must be empty in a session with token_ids_only, which makes no text; use stop_token_ids"
             return RequestError("INVALID_ARGUMENT", text)
+        if request.model not in ("", name := self._requests.frontend.model_info.name):
+            text = f"model must be that of the session, {name!r} (SessionOptions.model), or empty; got {request.model!r:.200}"
+            return RequestError("INVALID_ARGUMENT", text)
         if request.HasField("strategy"):
             text = "strategy must be unset in a session; send such a request with Generate or GenerateUnary"
             return RequestError("INVALID_ARGUMENT", text)

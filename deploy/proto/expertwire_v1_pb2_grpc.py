@@ -64,6 +64,11 @@ class InferenceStub(object):
                 request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/expertwire.v1.Inference/ListModels',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/expertwire.v1.Inference/GetModelInfo',
                 request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.GetModelInfoRequest.SerializeToString,
@@ -143,6 +148,13 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListModels(self, request, context):
+        """Returns the names of the server's models.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Returns the model and its limits.
         """
@@ -217,6 +229,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeRequest.FromString,
                     response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ListModelsRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ListModelsResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -411,6 +428,33 @@ class Inference(object):
             '/expertwire.v1.Inference/Detokenize',
             expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeRequest.SerializeToString,
             expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertwire.v1.Inference/ListModels',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ListModelsRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

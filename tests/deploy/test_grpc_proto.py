@@ -42,7 +42,7 @@ def test_every_field_that_a_client_may_set_is_in_the_proto():
     # The deadline is the call's.
     options = {field.name for field in dataclasses.fields(RequestOptions)} - {"deadline_s"}
     request = pb.GenerateRequest.DESCRIPTOR.fields_by_name
-    assert set(request) == {"request_id", "text", "token_ids", "chat", "sampling_params", "strategy"} | options
+    assert set(request) == {"request_id", "text", "token_ids", "chat", "sampling_params", "strategy", "model"} | options
     assert all(request[name].has_presence for name in options)
     # A client's own template would be its code.
     chat = pb.Chat.DESCRIPTOR.fields_by_name

@@ -33,7 +33,7 @@ async def serving(tokenizer=None):
     frontend.tokenizer, frontend.stats_values = tokenizer, STATS
     if tokenizer is not None:
         frontend.model_info = dataclasses.replace(frontend.model_info, vocab_size=tokenizer.vocab_size)
-    info = ServerInfo(ENGINE, ServerConfig(port=7), frontend.model_info)
+    info = ServerInfo([(ENGINE, frontend.model_info)], ServerConfig(port=7))
     task = asyncio.ensure_future(server.serve(frontend, stop=stop, drain_timeout_s=0, info=info))
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

@@ -1,0 +1,94 @@
+"""The models of a front, by name: each has a frontend, requests of its own and processes that tokenise."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from expertwire.deploy.grpc.requests import Requests
+from expertwire.engine.frontend.api import RequestError, RequestFailed
+from expertwire.engine.frontend.text_workers import TextWorkers
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is served."""
+
+    requests: Requests
+    texts: TextWorkers
+
+
+class Models:
+    """The models of a front.
+
+    Args:
+        models: the first answers calls that name none.
+        failed: by name, why further models cannot serve: their engines had failed before this front began.
+    """
+
+    def __init__(self, models: Sequence[Model], failed: Mapping[str, str]) -> None:
+        self._models = {model.requests.frontend.model_info.name: model for model in models}
+        self._failed = failed
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all models; of those that serve first."""
+        return [*self._models, *self._failed]
+
+    def find(self, name: str) -> Model:
+        """Return the model of a name, or the first one if it is empty.
+
+        Raises:
+            RequestFailed: there is none, or its engine has failed.
+        """
+        if name in self._failed:
+            raise RequestFailed(RequestError("UNAVAILABLE", self._failed[name]))
+        if name and name not in self._models:
+            text = f"model must be one of {', '.join(self.names)}, got {name!r:.200}"
+            raise RequestFailed(RequestError("NOT_FOUND", text))
+        return self._models[name] if name else next(iter(self._models.values()))
+
+    def problem(self, name: str) -> str:
+        """Return why a model cannot serve at the moment, or ""."""
+        return self._failed.get(name) or self._models[name].requests.problem
+
+    @property
+    def is_ready(self) -> bool:
+        """True if at least one model can serve."""
+        return any(not each.problem and not each.draining for each in self._requests)
+
+    @property
+    def failure(self) -> str:
+        """The message with which all engines have failed, or "": one of them works."""
+        failures = [each.failure for each in self._requests]
+        return failures[0] if all(failures) else ""
+
+    def check_alive(self) -> None:
+        """Raise RequestFailed if all engines have failed."""
+        if self.failure:
+            self._requests[0].check_alive()
+
+    def abort_by_name(self, tenant: str, request_ids: Sequence[str]) -> None:
+        """End a tenant's requests with these ids, of every model."""
+        for each in self._requests:
+            if not each.failure:
+                each.abort_by_name(tenant, request_ids)
+
+    def end_stalled(self) -> None:
+        """End the requests whose clients have read nothing for too long; see `Requests`."""
+        for each in self._requests:
+            each.end_stalled()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait for those that run; see `Requests`."""
+        await asyncio.gather(*(each.drain(timeout_s) for each in self._requests))
+
+    def stop(self) -> None:
+        """Stop reading from the frontends."""
+        for each in self._requests:
+            each.stop()
+
+    @property
+    def _requests(self) -> list[Requests]:
+        return [model.requests for model in self._models.values()]
