@@ -122,14 +122,16 @@ class _Message:
 class RankPlan(NamedTuple):
     """One rank's slice of a step: views into the `StepPlan`.
 
-    Order of application: release slots, admit requests, set blocks in the slots' block tables, copy
-    blocks (all reads before any write), then compute the scheduled tokens.
+    Order of application: release slots, admit requests, set blocks in the slots' block tables (first
+    those of leaders, whose tables their followers start with), copy blocks (all reads before any
+    write), then compute the scheduled tokens.
     """
 
     release_slot: I32
     admit_slot_A: I32
+    admit_source_A: I32  # the slot whose tokens and block tables it starts with: its own, or its leader's
     admit_sampling_A: SamplingRecords
-    admit_tokens: list[I32]  # of each admitted request, the tokens known at admission
+    admit_tokens: list[I32]  # of each admitted request, the tokens known at admission; none where they are its leader's
     admit_bans: list[I32]  # ids that cannot be sampled before min_tokens
     admit_bias_ids: list[I32]
     admit_bias_values: list[F32]
@@ -186,6 +188,7 @@ class StepPlan(_Message):
 
     admit_offsets_P1: I32
     admit_slot_A: I32
+    admit_source_A: I32
     admit_sampling_A: SamplingRecords
     admit_token_offsets_A1: I32
     admit_tokens: I32

@@ -24,7 +24,7 @@ def plan_fields(
     token_offsets_A1: np.ndarray,
     eos_token_ids: tuple[int, ...],
 ) -> dict[str, Any]:
-    """Return the fields of a `StepPlan` about new requests, without their slots. `tokens`: of all requests, joined."""
+    """Return the fields of a `StepPlan` about new requests, without their slots. `tokens`: those to send, joined."""
     bans_A = [request.banned_ids(eos_token_ids) for request in requests]
     biases_A = [request.params.logit_bias or {} for request in requests]
     bans, ban_offsets = pack_lists(bans_A, np.int32)
@@ -51,6 +51,7 @@ def build_plan(
     report_load: bool,
     released: np.ndarray,
     new_rows: np.ndarray,
+    leaders: np.ndarray,
     new: dict[str, Any],
     copies: BlockCopies,
 ) -> StepPlan:
@@ -59,6 +60,7 @@ def build_plan(
     Args:
         released: rows to release.
         new_rows: rows of the admitted requests.
+        leaders: the rows of their leaders; of a request that has none, its own.
         new: `plan_fields` of these requests.
         copies: blocks to copy.
     """
@@ -72,6 +74,7 @@ def build_plan(
         release_slot=batch.slot_Z[released],
         admit_offsets_P1=batch.offsets_P1(new_rows),
         admit_slot_A=batch.slot_Z[new_rows],
+        admit_source_A=batch.slot_Z[leaders],
         **new,
         block_offsets_P1=step.block_offsets_P1,
         block_slot_B=block_slot_B,

@@ -49,6 +49,7 @@ from expertwire.scheduler.tenants import Tenants
 
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
 _NO_ROWS = np.zeros(0, np.int64)
+_NO_TOKENS = np.zeros(0, np.int32)
 
 
 class _InFlight(NamedTuple):
@@ -276,6 +277,7 @@ class Scheduler:
             report_load=report_load,
             released=released,
             new_rows=new_rows,
+            leaders=leaders,
             new=new,
             copies=copies,
         )
@@ -412,6 +414,10 @@ class Scheduler:
             request.row, request.block_hashes, request.record = row, NO_HASHES, b""  # the batch has them now
             request.account.num_running += 1
         self._batch.tenant_Z[rows] = [request.account.index for request in requests]
+        if follows_A.any():  # ranks have the tokens of leaders
+            own = itertools.compress(requests, ~follows_A)
+            tokens = np.concatenate([_NO_TOKENS, *(request.tokens for request in own)])
+            token_offsets_A1 = to_offsets(np.where(follows_A, 0, record_A["num_tokens"]))
         return rows, plan_fields(requests, record_A, tokens, token_offsets_A1, self._eos_token_ids)
 
     def _start_followers(self, admissions: Admissions, new_rows: np.ndarray) -> np.ndarray:

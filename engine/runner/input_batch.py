@@ -71,6 +71,7 @@ class InputBatch:
         self._is_penalized = np.zeros(max_num_seqs, bool)
         self._has_lists = np.zeros(max_num_seqs, bool)  # whether the slot has bans or biases
         self._windows = [(group, spec.window) for group, spec in enumerate(specs) if spec.window is not None]
+        self._num_followed = 0  # tokens at most of the leaders whose followers are admitted
         self._num_slid = np.zeros((len(specs), max_num_seqs), np.int64)  # blocks of a slot that slid out of its window
         self.token_ids = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int32, device=device)
         assert self.token_ids.numel() < 2**31, (
@@ -85,8 +86,11 @@ class InputBatch:
 
     def update(self, plan: RankPlan) -> list[np.ndarray]:
         """Release and admit on the host, and return the arrays to upload for `write`: indices and values of blocks, indices of
-        blocks that slid out of their windows, indices and values of tokens, and what `Thinking.admit` returns."""
+        blocks that slid out of their windows, indices and values of tokens, slots of followers and of their leaders, and what
+        `Thinking.admit` returns."""
         self.num_tokens[plan.release_slot] = 0
+        follows_A = plan.admit_source_A != plan.admit_slot_A
+        followers, leaders = plan.admit_slot_A[follows_A], plan.admit_source_A[follows_A]
         starts, tokens = [_NONE], [_NONE]
         for i, slot in enumerate(plan.admit_slot_A.tolist()):
             self.num_tokens[slot] = len(plan.admit_tokens[i])
@@ -94,6 +98,8 @@ class InputBatch:
             self.set_sampling(slot, plan.admit_sampling_A[i], *lists)
             starts.append(self.token_index(np.array(slot), np.arange(len(plan.admit_tokens[i]))))
             tokens.append(plan.admit_tokens[i])
+        self.num_tokens[followers] = self.num_tokens[leaders]
+        self._num_followed = int(self.num_tokens[leaders].max(initial=0))
         self._num_slid[:, plan.admit_slot_A] = 0
         assert (plan.sched_start_S + plan.sched_num_S <= self.num_tokens[plan.sched_slot_S]).all(), (
             "a plan computes tokens that are not known"
@@ -104,21 +110,35 @@ class InputBatch:
             self._block_index(*self._slide(plan)),
             np.concatenate(starts).astype(np.int64),
             np.concatenate(tokens).astype(np.int32),
+            followers.astype(np.int64),
+            leaders.astype(np.int64),
             *([] if self._thinking is None else self._thinking.admit(plan)),
         ]
 
     def write(self, changes: Sequence[Tensor]) -> None:
         """Set blocks and tokens on the device; `changes` as `update` returned them, uploaded."""
-        at_block, block_ids, at_slid, at_token, tokens, *states = changes
+        at_block, block_ids, at_slid, at_token, tokens, followers, leaders, *states = changes
         # A released slot keeps its blocks, which nothing reads before they are set anew.
         if at_block.numel():
             self.block_tables.view(-1).index_copy_(0, at_block, block_ids)
-        if at_slid.numel():
-            self.block_tables.view(-1).index_fill_(0, at_slid, 0)
         if at_token.numel():
             self.token_ids.view(-1).index_copy_(0, at_token, tokens)
         if self._thinking is not None:
             self._thinking.write(*states)
+        if followers.numel():
+            self._follow(followers, leaders)
+            if at_block.numel():  # last blocks are the followers' own
+                self.block_tables.view(-1).index_copy_(0, at_block, block_ids)
+        if at_slid.numel():
+            self.block_tables.view(-1).index_fill_(0, at_slid, 0)
+
+    def _follow(self, followers: Tensor, leaders: Tensor) -> None:
+        """Start the followers with what their leaders know: tokens, blocks and the state of their reasoning."""
+        num_blocks = -(-self._num_followed // self.block_size)
+        for table in (self.token_ids[:, : self._num_followed], *self.block_tables[:, :, :num_blocks]):
+            table.index_copy_(0, followers, table.index_select(0, leaders))
+        if self._thinking is not None:
+            self._thinking.follow(followers, leaders)
 
     def append(self, slot_O: np.ndarray, at_O: Tensor, token_O: Tensor) -> None:
         """Write sampled tokens at these indices of `token_ids` on the device (`token_index`)."""

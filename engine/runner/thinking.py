@@ -53,7 +53,8 @@ class Thinking:
             records["min_thinking_tokens"] > 0
         )
         slots, states = [], []
-        for i in np.flatnonzero(self._is_controlled[plan.admit_slot_A]).tolist():
+        is_own = plan.admit_source_A == plan.admit_slot_A  # `follow` gives the others their leaders'
+        for i in np.flatnonzero(self._is_controlled[plan.admit_slot_A] & is_own).tolist():
             tokens, prompt_len = plan.admit_tokens[i], int(records["prompt_len"][i])
             output, is_open = tokens[prompt_len:].tolist(), self._ids.opens(tokens[:prompt_len])
             states.append(state_of(output, self._ids.start, self._ids.end, self._sentence_ends, is_open=is_open))
@@ -64,6 +65,10 @@ class Thinking:
         """Set states on the device; the arrays of `admit`, uploaded."""
         if slots.numel():
             self._states.index_copy_(0, slots, states)
+
+    def follow(self, followers: Tensor, leaders: Tensor) -> None:
+        """Set the states of slots on the device to those of other slots; i64."""
+        self._states.index_copy_(0, followers, self._states.index_select(0, leaders))
 
     def limits(self, slot_O: np.ndarray, sampling: np.ndarray) -> list[np.ndarray]:
         """Return the arrays to upload for `keep_closed` and `control`, of all rows: slots, budgets, budgets with grace, minima.

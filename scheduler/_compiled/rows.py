@@ -150,7 +150,10 @@ def _share_prefix(caches, blocks, batch, row, depth):
 
 @jit(inner=True)
 def share_row(caches, blocks, batch, row, parent, num_cached, with_tail):
-    """Start an empty row with the blocks of another row's first tokens; `with_tail`: also the last one if it is not full."""
+    """Start an empty row with the blocks of another row's first tokens.
+
+    `with_tail`: also with the last one if it is not full. Without, the row follows the other one, whose table its rank copies.
+    """
     for cache in range(len(caches.size_C)):
         owner, first = cache * blocks.num_ranks + batch.info_Z[row].rank, first_seen(caches, cache, num_cached)
         end = num_cached // caches.size_C[cache]
@@ -161,7 +164,8 @@ def share_row(caches, blocks, batch, row, parent, num_cached, with_tail):
             share_block(blocks, owner, owner * blocks.num_blocks + block)
             batch.block_ids_CZW[cache, row, index] = block
         table = batch.tables_CZ[cache, row]
-        table.num_dropped = table.num_sent = first
+        table.num_dropped = first
+        table.num_sent = first if with_tail else end
         table.num_blocks = end
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -165,26 +166,42 @@ class SimRank:
     def _update_slots(self, mine: RankPlan) -> None:
         for index in mine.release_slot.tolist():
             del self.slots[index]
-        for i, index in enumerate(mine.admit_slot_A.tolist()):
+        sources = mine.admit_source_A.tolist()
+        # Leaders first, whose tokens and blocks their followers start with.
+        admitted = sorted(enumerate(mine.admit_slot_A.tolist()), key=lambda item: sources[item[0]] != item[1])
+        for i, index in admitted:
+            source = sources[i]
+            assert source == index or not len(mine.admit_tokens[i])
             assert index not in self.slots, f"slot {index} is in use"
             assert 0 <= index < self.config.max_num_seqs
             self.slots[index] = Slot(
                 sampling=mine.admit_sampling_A[i].copy(),
-                tokens=mine.admit_tokens[i].tolist(),
+                tokens=list(self.slots[source].tokens) if source != index else mine.admit_tokens[i].tolist(),
                 bans=set(mine.admit_bans[i].tolist()),
                 bias=dict(zip(mine.admit_bias_ids[i].tolist(), mine.admit_bias_values[i].tolist(), strict=True)),
                 blocks=[{} for _ in self.specs],
             )
-        for index, cache, position, block in zip(
-            mine.block_slot_B.tolist(),
-            mine.block_cache_B,
-            mine.block_index_B.tolist(),
-            mine.block_id_B.tolist(),
-            strict=True,
-        ):
+        followers = {index for i, index in admitted if sources[i] != index}
+        entries = list(
+            zip(
+                mine.block_slot_B.tolist(),
+                mine.block_cache_B,
+                mine.block_index_B.tolist(),
+                mine.block_id_B.tolist(),
+                strict=True,
+            )
+        )
+        self._set_blocks(entry for entry in entries if entry[0] not in followers)
+        for i, index in admitted:
+            if index in followers:
+                self.slots[index].blocks = [dict(blocks) for blocks in self.slots[sources[i]].blocks]
+        self._set_blocks(entry for entry in entries if entry[0] in followers)
+        self.caches[mine.copy_cache_M, mine.copy_to_M] = self.caches[mine.copy_cache_M, mine.copy_from_M]
+
+    def _set_blocks(self, entries: Iterable[tuple[int, int, int, int]]) -> None:
+        for index, cache, position, block in entries:
             assert 0 < block < self.num_blocks[cache], f"block {block}: the null block, or there is none such"
             self.slots[index].blocks[cache][position] = block
-        self.caches[mine.copy_cache_M, mine.copy_to_M] = self.caches[mine.copy_cache_M, mine.copy_from_M]
 
     def _check_no_decode_is_left_out(self, mine: RankPlan) -> None:
         scheduled = set(mine.sched_slot_S.tolist())

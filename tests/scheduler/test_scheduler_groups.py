@@ -262,3 +262,21 @@ def test_a_long_group(overlap):
     cluster.drain()
     for request in (*long, *outgrowing):
         check(cluster, request)
+
+
+@SPECS
+@pytest.mark.parametrize("length", [1024, 1026])
+def test_plans_carry_what_branches_have_in_common_once(length, specs):
+    def num_bytes(count):
+        sizes = {"max_model_len": 1100, "max_num_batched_tokens": 2048, "num_blocks": 600, "max_num_seqs": 20}
+        cluster = SimCluster(make_config(**{**SIZES, **sizes}), specs=specs)
+        group = make_group(count, length, max_tokens=2)
+        cluster.submit_group(*group)
+        cluster.drain()
+        for request in group:
+            check(cluster, request)
+        return sum(plan.to_arrays()["StepPlan"].nbytes for plan in cluster.plans)
+
+    assert num_bytes(1) > 4 * length
+    # A follower's record, its own last blocks, and its slots in two steps; all followers together less than the prompt.
+    assert num_bytes(17) - num_bytes(1) < 16 * 300 < 2 * 4 * length
