@@ -77,6 +77,26 @@ class RequestOutput:
     group: GroupOutput | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardOutput:
+    """The scores of one prompt.
+
+    Attributes:
+        scores: f32 [labels].
+        num_prompt_tokens: tokens of the prompt.
+        num_cached_tokens: those that were found in the prefix cache.
+    """
+
+    scores: np.ndarray
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that the engine computed for the scores."""
+        return self.num_prompt_tokens - self.num_cached_tokens
+
+
 class Job:
     """A prompt and its outputs so far."""
 

@@ -19,12 +19,12 @@ from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.groups import Groups, check_params
 from expertwire.engine.frontend.prompts import Prompt, score_params
 from expertwire.engine.frontend.tokenizer import Tokenizer
-from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, Run, delayed_interrupt
+from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, RewardOutput, Run, delayed_interrupt
 from expertwire.group_generation import GroupJob, GroupsRun
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.base import Strategy
 
-__all__ = ["LLM", "CompletionOutput", "EngineFailed", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "EngineFailed", "RequestOutput", "RewardOutput", "SamplingParams"]
 
 Message = Mapping[str, Any]
 
@@ -201,12 +201,25 @@ class LLM:
             ValueError: a prompt is invalid, or the model generates text.
             EngineFailed: the engine has failed; the message names the rank.
         """
+        return [output.scores for output in self.reward_outputs(prompts, use_tqdm=use_tqdm)]
+
+    def reward_outputs(
+        self, prompts: Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]], *, use_tqdm: bool = True
+    ) -> list[RewardOutput]:
+        """Return the scores of each prompt as `reward` does, and how many tokens were computed for them."""
         info, items = self.model_info, as_list(prompts)
         if not info.num_labels:
             raise ValueError(f"{info.architecture} generates text and has no labels: use generate")
         plain = [plain_prompt(prompt) for prompt in items]
         found = self._run(self._jobs(plain, score_params(info), _options_of(items)), use_tqdm, None)
-        return [_scores(output, info.num_labels) for output in found]
+        return [
+            RewardOutput(
+                scores=_scores(output, info.num_labels),
+                num_prompt_tokens=len(output.prompt_token_ids),
+                num_cached_tokens=output.num_cached_tokens,
+            )
+            for output in found
+        ]
 
     def stats(self) -> dict[str, Any]:
         """Return the engine's counters and gauges.

@@ -1,6 +1,7 @@
 """Verifiers that are models: reward models, of outcomes or of steps, and language models that are asked yes or no.
 
-Each runs on an `LLM` of its own, which is not the one whose outputs it scores, and is called by one thread at a time.
+Each runs on an `LLM` of its own, which is not the one whose outputs it scores, and has one call at a time, with the candidates
+of all groups that have come meanwhile. What its engine computes for a score counts as the group's verifier tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.llm import LLM
 from expertwire.scheduler.sampling_params import MAX_LOGPROBS, SamplingParams
-from expertwire.strategies.verifiers import Candidate, VerifierError
+from expertwire.strategies.verifiers import Candidate, CountedScore, VerifierError
 
 QUESTION = "{prompt}\n\nA proposed answer:\n\n{text}\n\nIs the proposed answer correct? Reply with Yes or No."
 
@@ -42,6 +44,7 @@ class RewardModel:
     system: str | None = None
     step_text: str | None = None
     step_token: str | None = None
+    max_calls: ClassVar[int] = 1
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,8 +63,8 @@ class RewardModel:
         """Return the candidates' scores."""
         prompts = [self.prompt(candidate) for candidate in candidates]
         with self._lock:
-            scores = self.llm.reward(prompts, use_tqdm=False)
-        return [_reward(values) for values in scores]
+            outputs = self.llm.reward_outputs(prompts, use_tqdm=False)
+        return [CountedScore(_reward(output.scores), output.num_computed_tokens) for output in outputs]
 
     def prompt(self, candidate: Candidate) -> list[int]:
         """Return the tokens that the model is given; the score is that of the last one.
@@ -108,6 +111,7 @@ class YesNo:
     question: str = QUESTION
     yes: str = "yes"
     no: str = "no"
+    max_calls: ClassVar[int] = 1
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,8 +133,9 @@ class YesNo:
         prompts = [self.prompt(candidate) for candidate in candidates]
         with self._lock:
             outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        scores = []
-        for output in outputs:
+        num_tokens = [len(output.prompt_token_ids) - output.num_cached_tokens for output in outputs]
+        scores: list[float] = []
+        for output, num in zip(outputs, num_tokens, strict=True):
             [position] = output.outputs[0].logprobs or [{}]
             mass = {self.yes: 0.0, self.no: 0.0}
             for token in position.values():
@@ -139,9 +144,10 @@ class YesNo:
                     mass[word] += math.exp(token.logprob)
             if not sum(mass.values()):
                 raise VerifierError(
-                    f"neither {self.yes!r} nor {self.no!r} is among the {len(position)} most probable tokens"
+                    f"neither {self.yes!r} nor {self.no!r} is among the {len(position)} most probable tokens",
+                    num_tokens,
                 )
-            scores.append(mass[self.yes] / sum(mass.values()))
+            scores.append(CountedScore(mass[self.yes] / sum(mass.values()), num))
         return scores
 
     def prompt(self, candidate: Candidate) -> list[int]:

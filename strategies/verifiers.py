@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, SupportsFloat
+from typing import Protocol, Self, SupportsFloat
 
 from expertwire.strategies.checks import require_integer, require_number, require_one_of
 
@@ -29,16 +29,43 @@ class Candidate:
     complete: bool
 
 
+class CountedScore(float):
+    """A score for which an engine computed tokens.
+
+    Attributes:
+        num_tokens: those that it computed, without those that it found in its prefix cache.
+    """
+
+    __slots__ = ("num_tokens",)
+    num_tokens: int
+
+    def __new__(cls, value: float, num_tokens: int) -> Self:
+        score = super().__new__(cls, value)
+        score.num_tokens = num_tokens
+        return score
+
+
 class Verifier(Protocol):
-    """Scores outputs. It may be slow, raise or hang: the caller has a time limit and a policy for that."""
+    """Scores outputs. It may be slow, raise or hang: the caller has a time limit and a policy for that.
+
+    One with an attribute `max_calls` has at most so many calls at a time; candidates that come meanwhile go into the next one.
+    """
 
     def __call__(self, candidates: Sequence[Candidate], /) -> Sequence[float]:
-        """Return a score for each candidate; higher is better."""
+        """Return a score for each candidate; higher is better. A `CountedScore` says how many tokens it took."""
         ...
 
 
 class VerifierError(Exception):
-    """A verifier failed: it raised, was late, or returned something else than a score for each candidate."""
+    """A verifier failed: it raised, was late, or returned something else than a score for each candidate.
+
+    Attributes:
+        num_tokens: of each candidate, those that an engine had computed by then; empty if none has.
+    """
+
+    def __init__(self, message: str, num_tokens: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.num_tokens = tuple(num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +106,7 @@ DEFAULT_POLICY = VerifierPolicy()
 
 
 def checked_scores(returned: object, num_candidates: int) -> list[float]:
-    """Return the scores that a verifier returned, as numbers.
+    """Return the scores that a verifier returned, as numbers; a `CountedScore` stays one.
 
     Args:
         returned: a sequence (or an array of one dimension) of numbers.
@@ -102,6 +129,7 @@ def checked_scores(returned: object, num_candidates: int) -> list[float]:
         except (TypeError, ValueError, OverflowError) as error:
             raise VerifierError(f"the verifier's score of candidate {index} is {value!r:.100}, not a number") from error
         if not math.isfinite(score):
-            raise VerifierError(f"the verifier's score of candidate {index} is {score}, not a finite number")
-        scores.append(score)
+            counted = [getattr(each, "num_tokens", 0) for each in values]
+            raise VerifierError(f"the verifier's score of candidate {index} is {score}, not a finite number", counted)
+        scores.append(value if isinstance(value, CountedScore) else score)
     return scores

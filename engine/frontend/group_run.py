@@ -88,7 +88,7 @@ class GroupRun:
         self._groups, self._frontend = groups, groups.frontend
         self._options, self._prompt = options, prompt
         self._strategy, self._name = strategy, type(strategy).__name__
-        self._request_ids: list[int] = []
+        self._requests: dict[int, OpenRequest] = {}  # ended ones, too: they may have output that has not been taken
         self._has_news = False
         self._begin_s = time.monotonic()
         self._needs = self._checked("needs", lambda: strategy.needs)
@@ -212,16 +212,16 @@ class GroupRun:
         if self.done:
             return
         value: float | None
-        if isinstance(outcome, VerifierError):
-            branch.problems.append(str(outcome))
+        if isinstance(outcome.score, VerifierError):
+            branch.problems.append(str(outcome.score))
             try:
-                value = self._needs.verifier_policy.failed_score(outcome)
+                value = self._needs.verifier_policy.failed_score(outcome.score)
             except VerifierError as error:
                 self._fail(RequestError("INTERNAL", str(error)))
                 return
         else:
-            value = outcome
-        score = Score(num_tokens=num_tokens, value=value)
+            value = float(outcome.score)
+        score = Score(num_tokens=num_tokens, value=value, verifier_tokens=outcome.num_tokens)
         branch.change(num_asked=branch.num_asked - 1, scores=[*branch.scores, score])
         self._has_news = True
         self.advance()
@@ -314,12 +314,13 @@ class GroupRun:
             parent=parent,
             pause_token_ids=self._pause_ids,
         )
-        self._request_ids.append(number)
         self._groups.add(number, self)
         started = [BranchRun(index, number, label) for index in range(first, first + count)]
         self.branches += started
         request = self._frontend.find(number)
-        for sequence_id, branch in () if request is None else request.running.items():
+        assert request is not None, "it has only now been submitted"
+        self._requests[number] = request
+        for sequence_id, branch in request.running.items():
             run = self.branches[branch.index]
             run.sequence_id, run.text = sequence_id, "".join(branch.texts)
             branch.texts.clear()
@@ -372,7 +373,7 @@ class GroupRun:
     def _prune(self, branches: Sequence[BranchRun]) -> None:
         """End branches that have not ended. What the frontend has of their output is theirs."""
         numbers = {branch.request_id for branch in branches if not branch.is_over}
-        requests = [request for number in sorted(numbers) if (request := self._frontend.find(number)) is not None]
+        requests = [self._requests[number] for number in sorted(numbers) if number in self._requests]
         for request in requests:
             self._take(request)  # some may have ended by themselves
         pruned = [branch for branch in branches if not branch.is_over]
@@ -415,4 +416,4 @@ class GroupRun:
     def _end(self) -> None:
         self.done = True
         self._prune(self.branches)
-        self._groups.remove(self, self._request_ids)
+        self._groups.remove(self, self._requests)

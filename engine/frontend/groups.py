@@ -6,7 +6,8 @@ group's seed and an index of their own. Everything but the calls of verifiers (`
 **Tokens.** What the engine samples for a group is counted once, as *kept* or as *pruned* (`strategies.accounting`). Until
 the controller has heard that a branch is pruned, it may send a few more of its tokens; they are counted as *late*, for the
 frontend as a whole. What a rank samples in the step in flight for a branch that has ended, the controller counts as *dropped*.
-The four add up to the engine's `tokens_sampled`, if it serves nothing else.
+The four add up to the engine's `tokens_sampled`, if it serves nothing else. Tokens that an engine computes for a verifier count
+for the group that gets the score in time, and in the statistics, as `tokens_verifier`, whenever they come.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -128,7 +129,10 @@ class Groups:
 
     def deliver(self) -> None:
         """Take in what verifiers have answered, and end the groups whose time is up."""
+        before = self.calls.num_tokens
         self.calls.deliver()
+        if num_tokens := self.calls.num_tokens - before:
+            self.frontend.counts["tokens_verifier"] += num_tokens
         now = time.monotonic()
         for run in list(self._open.values()):
             if run.deadline_s is not None and run.deadline_s <= now:
@@ -144,7 +148,7 @@ class Groups:
         """Note that one of the frontend's requests belongs to a group."""
         self._runs[request_id] = run
 
-    def remove(self, run: GroupRun, request_ids: Sequence[int]) -> None:
+    def remove(self, run: GroupRun, request_ids: Iterable[int]) -> None:
         """Forget a group that has ended, and count what it took."""
         for number in request_ids:
             self._runs.pop(number, None)
@@ -153,7 +157,7 @@ class Groups:
         counts, tokens = self.frontend.counts, run.token_counts()
         for branch in run.branches:
             counts[f"branches_{run.fate(branch)}"] += 1
-        counts.update(tokens_kept=tokens.kept, tokens_pruned=tokens.pruned, tokens_verifier=tokens.verifier)
+        counts.update(tokens_kept=tokens.kept, tokens_pruned=tokens.pruned)
 
 
 def check_params(params: SamplingParams) -> None:

@@ -20,13 +20,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 from expertwire.strategies.verifiers import Candidate, Verifier, VerifierError, VerifierPolicy, checked_scores
 
 MAX_CALLS = 16  # calls in flight
 MAX_CALLS_OF_ONE = 4  # calls in flight of one verifier
-Outcome = float | VerifierError
 _log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """The outcome of a candidate: its score, or why there is none, and the tokens that an engine computed for it."""
+
+    score: float | VerifierError
+    num_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -63,10 +70,11 @@ class VerifierCalls:
     Attributes:
         num_calls: calls made.
         num_failed: candidates without a score.
+        num_tokens: tokens that engines computed for candidates, late and forgotten ones included.
     """
 
     def __init__(self) -> None:
-        self.num_calls = self.num_failed = 0
+        self.num_calls = self.num_failed = self.num_tokens = 0
         self._queues: dict[tuple[int, VerifierPolicy], _Queue] = {}  # by the verifier's id
         self._in_flight: dict[_Call, None] = {}
         self._ended: deque[_Call] = deque()  # written by threads
@@ -125,16 +133,17 @@ class VerifierCalls:
             call = self._ended.popleft()
             del self._in_flight[call]
             for question, outcome in zip(call.questions, call.outcomes, strict=True):
+                self.num_tokens += outcome.num_tokens
                 self._answer(question, outcome)
         now = time.monotonic()
         for question in self._open_questions():
             if question.deadline_s <= now:
-                self._answer(question, VerifierError("the verifier has not answered in time"))
+                self._answer(question, Outcome(VerifierError("the verifier has not answered in time")))
         self.dispatch()
         for queue, num_hanging in self._refused():
             while queue.questions:
                 text = f"{num_hanging} calls of verifiers have not returned in time, and no more may be in flight"
-                self._answer(queue.questions.popleft(), VerifierError(text))
+                self._answer(queue.questions.popleft(), Outcome(VerifierError(text)))
 
     def forget(self, group: int) -> None:
         """Forget the candidates of a group that has ended."""
@@ -154,12 +163,12 @@ class VerifierCalls:
         return [question for question in waiting + asked if question.is_open]
 
     def _answer(self, question: _Question, outcome: Outcome) -> None:
-        self.num_failed += question.is_open and isinstance(outcome, VerifierError)
+        self.num_failed += question.is_open and isinstance(outcome.score, VerifierError)
         question.answer(outcome)
 
     def _may_call(self, verifier: Verifier) -> bool:
         of_one = sum(call.verifier is verifier for call in self._in_flight)
-        return of_one < MAX_CALLS_OF_ONE and len(self._in_flight) < MAX_CALLS
+        return of_one < getattr(verifier, "max_calls", MAX_CALLS_OF_ONE) and len(self._in_flight) < MAX_CALLS
 
     def _refused(self) -> list[tuple[_Queue, int]]:
         """Return the queues that wait for calls of which all hang, and the number of these."""
@@ -181,10 +190,14 @@ class VerifierCalls:
         """Call the verifier; runs in a thread of its own."""
         groups = {question.group for question in call.questions}
         call.outcomes = _outcomes(call.verifier, call.questions)
-        if len(groups) > 1 and isinstance(call.outcomes[0], VerifierError):
+        if len(groups) > 1 and isinstance(call.outcomes[0].score, VerifierError):
+            before = [outcome.num_tokens for outcome in call.outcomes]
             by_group = itertools.groupby(sorted(call.questions, key=attrgetter("group")), key=attrgetter("group"))
             alone = {id(q): o for _, of_one in by_group for q, o in _scored(call.verifier, list(of_one))}
-            call.outcomes = [alone[id(question)] for question in call.questions]
+            again = [alone[id(question)] for question in call.questions]
+            call.outcomes = [
+                Outcome(outcome.score, outcome.num_tokens + num) for outcome, num in zip(again, before, strict=True)
+            ]
         self._ended.append(call)
         self._poke()
 
@@ -207,7 +220,7 @@ def _outcomes(verifier: Verifier, questions: Sequence[_Question]) -> list[Outcom
     """Return the scores of all the candidates, or for each of them why there is none."""
     try:
         scores = verifier([question.candidate for question in questions])
-        return list(checked_scores(scores, len(questions)))
+        return [Outcome(score, getattr(score, "num_tokens", 0)) for score in checked_scores(scores, len(questions))]
     except VerifierError as error:
         failed = error
     except SystemExit as error:
@@ -215,4 +228,5 @@ def _outcomes(verifier: Verifier, questions: Sequence[_Question]) -> list[Outcom
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the verifier's
         _log.warning("warning: a verifier has raised an exception", exc_info=True)
         failed = VerifierError(f"the verifier has raised {type(error).__name__}: {error}"[:1000])
-    return [failed] * len(questions)
+    num_tokens = failed.num_tokens if len(failed.num_tokens) == len(questions) else (0,) * len(questions)
+    return [Outcome(failed, num) for num in num_tokens]

@@ -89,8 +89,8 @@ class InputBatch:
         blocks that slid out of their windows, indices and values of tokens, slots of followers and of their leaders, and what
         `Thinking.admit` returns."""
         self.num_tokens[plan.release_slot] = 0
-        follows_A = plan.admit_source_A != plan.admit_slot_A
-        followers, leaders = plan.admit_slot_A[follows_A], plan.admit_source_A[follows_A]
+        follows = plan.admit_source_A != plan.admit_slot_A
+        followers, leaders = plan.admit_slot_A[follows], plan.admit_source_A[follows]
         starts, tokens = [_NONE], [_NONE]
         for i, slot in enumerate(plan.admit_slot_A.tolist()):
             self.num_tokens[slot] = len(plan.admit_tokens[i])

@@ -1,6 +1,9 @@
 """Reward models and classifiers against transformers, and against a small implementation of the heads that only the hub has."""
 
 import json
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,10 @@ from helpers import tiny_checkpoints as tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen2Model
 
+import expertwire
 from expertwire import LLM, SamplingParams
+from expertwire.engine.frontend.verifier_calls import VerifierCalls
+from expertwire.strategies import BeamSearch, BestOfN, VerifierPolicy
 from expertwire.strategies.verifiers import Candidate, VerifierError
 from expertwire.verifiers import RewardModel, YesNo
 
@@ -165,3 +171,86 @@ def test_a_language_model_says_yes_or_no():
             YesNo(llm=llm, question="{prompt}")
         with pytest.raises(ValueError, match="llm must be a reward model"):
             RewardModel(llm=llm)
+
+
+def both_stats(*llms):
+    for llm in llms:
+        llm.stats()  # what is on its way comes before its answer
+    return [llm.stats() for llm in llms]
+
+
+@pytest.mark.parametrize("kind", ["reward", "process reward", "yes or no"])
+def test_a_verifiers_tokens_count_as_its_groups(tmp_path, kind):
+    """Tokens that the verifier's engine computes are those that groups and statistics call the verifier's."""
+    labels = 2 if kind == "process reward" else 1
+    if kind != "yes or no":
+        name = "Qwen2ForRewardModel" if labels == 1 else "Qwen2ForProcessRewardModel"
+        qwen_reward_model(tmp_path, name, labels)
+    folder = tiny.cached("qwen3") if kind == "yes or no" else tmp_path
+    demo = Path(expertwire.__file__).with_name("demo_model")
+    with LLM(demo, load_format="mock", max_num_seqs=16) as llm, LLM(folder, block_size=16, **OPTIONS) as judge:
+        if kind == "reward":
+            verifier = RewardModel(llm=judge)
+        elif kind == "process reward":
+            verifier = RewardModel(llm=judge, step_text=";", step_token="!")
+        else:
+            verifier = YesNo(llm=judge, yes="one", no="two")  # whether these are probable depends on the output
+        policy = VerifierPolicy(on_failure="zero", timeout_s=300)
+        best = BestOfN(4, verifier=verifier, verifier_policy=policy)
+        beams = BeamSearch(4, 2, verifier=verifier, verifier_policy=policy, step_text=";", max_steps=3)
+        before, judge_before = both_stats(llm, judge)
+        params = SamplingParams(max_tokens=40, ignore_eos=True, seed=5)
+        prompts = ["SUM 40 70 15 61 ?", "SUM 2 3 ?", "SUM 9 9 4 1 ?"]
+        outputs = llm.generate(prompts, params, strategy=[best, beams, best], use_tqdm=False)
+        after, judge_after = both_stats(llm, judge)
+    computed = judge_after["tokens_computed"] - judge_before["tokens_computed"]
+    of_groups = sum(output.group.tokens.verifier for output in outputs)
+    assert of_groups == after["groups"]["tokens_verifier"] == computed > 0
+    assert judge_after["cached_tokens"], "what was computed of an output is not computed again"
+    kept, pruned = (sum(getattr(output.group.tokens, fate) for output in outputs) for fate in ("kept", "pruned"))
+    counted = kept + pruned + after["groups"].get("tokens_late", 0) + after["tokens_dropped"]
+    assert counted == after["tokens_sampled"] - before["tokens_sampled"]
+
+
+def test_tokens_of_a_failed_call_count():
+    error = VerifierError("it fails", [3, 4])
+
+    def fails(candidates):
+        raise error
+
+    calls, found = VerifierCalls(), []
+    for group in (1, 2):
+        calls.ask(fails, VerifierPolicy(), group, candidate("a"), found.append)
+    calls.dispatch()
+    deadline = time.monotonic() + 60
+    while len(found) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        calls.deliver()
+    calls.close()
+    # Both together, and then, for each group alone, with a number for another candidate, which says nothing.
+    assert [(outcome.score, outcome.num_tokens) for outcome in found] == [(error, 3), (error, 4)]
+    assert calls.num_tokens == 7
+
+
+def test_candidates_that_come_during_the_only_call_share_the_next():
+    released, sizes = threading.Event(), []
+
+    class OneAtATime:
+        max_calls = 1
+
+        def __call__(self, candidates):
+            sizes.append(len(candidates))
+            released.wait(60)
+            return [0.0] * len(candidates)
+
+    calls, found, verifier = VerifierCalls(), [], OneAtATime()
+    for group in range(4):
+        calls.ask(verifier, VerifierPolicy(), group, candidate("a"), found.append)
+        calls.dispatch()
+    released.set()
+    deadline = time.monotonic() + 60
+    while len(found) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        calls.deliver()
+    calls.close()
+    assert sizes == [1, 3]
