@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.deploy.grpc.config import ServerConfig
@@ -23,6 +23,7 @@ from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
 from expertwire.engine.frontend.api import EngineFailed
+from expertwire.strategies.cascade import Cascade
 
 SILENT_S = 1.75  # a front that serves and has not been heard for so long is killed
 _START_S = 60.0  # for a front to begin to serve
@@ -40,6 +41,7 @@ class Fronts:
     Args:
         engines: running engines, each with its options; the model of the first answers calls that name none.
         config: the server's options.
+        cascades: policies over the models, by name; None: there are none.
 
     Attributes:
         port: the port that the fronts listen on.
@@ -49,8 +51,14 @@ class Fronts:
         EngineFailed: an engine has failed, or a front could not start.
     """
 
-    def __init__(self, engines: Sequence[tuple[Engine, EngineConfig]], config: ServerConfig) -> None:
+    def __init__(
+        self,
+        engines: Sequence[tuple[Engine, EngineConfig]],
+        config: ServerConfig,
+        cascades: Mapping[str, Cascade] | None = None,
+    ) -> None:
         self._engines = engines
+        self._cascades = dict(cascades or {})
         self._failed: dict[str, str] = {}  # models whose engines have failed, and how
         self._reserved = reserve_port(config.host, config.port)
         self.port = self._reserved.getsockname()[1]
@@ -108,6 +116,7 @@ class Fronts:
                 engines=tuple(config for _, config in serving),
                 controllers=tuple(each.fileno() for each in sockets),
                 failed=self._failed,
+                cascades=self._cascades,
                 server=self._config,
                 parent=theirs.fileno(),
             )

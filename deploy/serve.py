@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from expertwire.deploy import runtime
+from expertwire.deploy.cascades import open_cascades
 from expertwire.deploy.fronts import Fronts, reserve_port
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.deploy.grpc.front import FAILED_S
@@ -46,6 +47,7 @@ def serve(configs: Sequence[EngineConfig], server: ServerConfig, *, announce: Ca
     tenants = Security.open(server).tenants
     configs = [runtime.with_model_folder(_with_quotas(config, tenants)) for config in configs]
     special_ids = [runtime.special_ids(runtime.open_tokenizer(config)) for config in configs]
+    cascades = open_cascades(server, [config.served_model_name or Path(config.model).name for config in configs])
     _exit_on_signals()
     with contextlib.ExitStack() as stack:
         engines = []
@@ -53,7 +55,7 @@ def serve(configs: Sequence[EngineConfig], server: ServerConfig, *, announce: Ca
             sys.stderr.write(f"{_about_start(config)}\n")
             launcher, log_stats = runtime.make_launcher(config), not server.disable_log_stats
             engines.append((stack.enter_context(Engine(config, launcher, *ids, log_stats=log_stats)), config))
-        fronts = stack.enter_context(contextlib.closing(Fronts(engines, server)))
+        fronts = stack.enter_context(contextlib.closing(Fronts(engines, server, cascades)))
         infos = [engine.info for engine, _ in engines]
         names = ", ".join(info.name for info in infos)
         announce("\n".join([f"serving {names} on {server.host}:{fronts.port}", *_about_all(infos)]))

@@ -59,6 +59,7 @@ FLAGS = {
         "--max-connection-age", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--tenants",
         "--insecure", "--no-insecure", "--audit-log",
         "--disable-log-stats", "--no-disable-log-stats", "--log-level", "--models", "--model-options", "--shares",
+        "--cascade", "--decision-log",
         *ENGINE_FLAGS,
     },
     "generate": {

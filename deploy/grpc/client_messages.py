@@ -70,6 +70,17 @@ class Usage:
     verifier_tokens: int
 
 
+@dataclass(frozen=True)
+class CascadeResult:
+    """Which model of a cascade answered, and why; fields as in the .proto. `legs` has (model, tokens, complete, seconds)."""
+
+    model: str
+    reason: str
+    policy_version: str
+    legs: list[tuple[str, int, bool, float]]
+    in_random_slice: bool
+
+
 class Progress:
     """Progress of a request's stream.
 
@@ -80,6 +91,7 @@ class Progress:
         prompt_logprobs: one entry per prompt token, None for the first, if requested; complete before the first chunk.
         usage: set when the stream has ended without an error.
         group: likewise, of a request with a strategy.
+        cascade: likewise, of a request that names a cascade.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -88,6 +100,7 @@ class Progress:
         self.prompt_logprobs: list[LogprobDict | None] = []
         self.usage: Usage | None = None
         self.group: GroupResult | None = None
+        self.cascade: CascadeResult | None = None
         self._group = pb.GroupResult()
 
     def add(self, message: pb.GenerateResponse) -> list[Chunk]:
@@ -98,8 +111,14 @@ class Progress:
             self._group.MergeFrom(message.group)
         if message.HasField("usage"):
             self.group = from_group_result(self._group) if self._group.branches else None
+            self.cascade = _to_cascade(message.cascade) if message.HasField("cascade") else None
             self.usage = Usage(**{field: getattr(message.usage, field) for field in _USAGE_FIELDS})
         return [_to_chunk(chunk) for chunk in message.chunks]
+
+
+def _to_cascade(message: pb.CascadeResult) -> CascadeResult:
+    legs = [(leg.model, leg.tokens, leg.complete, leg.latency_s) for leg in message.legs]
+    return CascadeResult(message.model, message.reason, message.policy_version, legs, message.in_random_slice)
 
 
 _USAGE_FIELDS = tuple(pb.Usage.DESCRIPTOR.fields_by_name)

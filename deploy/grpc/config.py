@@ -100,6 +100,8 @@ class ServerConfig:
             quotas; a call without a token or certificate of one is refused. Unset: anybody may call, for any tenant.
         insecure: listen where other machines can connect, without TLS and tenants; for private networks.
         audit_log: file to which administrative calls and failed authentications are appended, as lines of JSON.
+        cascade: a cascade over the models, as NAME=FILE with a policy (docs/test_time_compute.md); requests name it like a model.
+        decision_log: file to which a record of each request of a cascade is appended, as a line of JSON.
         disable_log_stats: do not write a line of statistics to standard error every 10 s while requests run.
         log_level: least severe messages to write to standard error: "debug" (also a line for each request and its end), "info",
             "warning" or "error".
@@ -119,6 +121,8 @@ class ServerConfig:
     tenants: str | None = None
     insecure: bool = False
     audit_log: str | None = None
+    cascade: list[str] | None = None
+    decision_log: str | None = None
     disable_log_stats: bool = False
     log_level: LogLevel = "warning"
     limits: Limits = field(default_factory=Limits)

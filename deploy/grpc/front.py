@@ -26,8 +26,11 @@ from expertwire.deploy.grpc.server import Server
 from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.engine import process
 from expertwire.engine.config.engine_config import EngineConfig
+from expertwire.engine.frontend.cascade_legs import CascadePolicy
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
+from expertwire.strategies.cascade import Cascade
+from expertwire.strategies.decision_log import DecisionLog
 
 NOTHING = np.zeros(0, np.uint8)
 FAILED_S = 3.0  # for which a front without an engine still answers, so that clients and health checks learn why
@@ -41,6 +44,7 @@ class FrontArgs:
         engines: options of each model's engine, of which the model's folder counts.
         controllers: descriptors of the sockets to the controllers, of the engines in their order.
         failed: by name, why further models cannot serve.
+        cascades: policies over the models, by name.
         server: the server's options, with the port that all fronts share.
         parent: descriptor of the socket to the parent.
     """
@@ -48,6 +52,7 @@ class FrontArgs:
     engines: tuple[EngineConfig, ...]
     controllers: tuple[int, ...]
     failed: dict[str, str]
+    cascades: dict[str, Cascade]
     server: ServerConfig
     parent: int
 
@@ -108,6 +113,7 @@ async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketC
     server = Server(config.host, config.port, config.limits, credentials=security.credentials(), shares_port=True)
     pairs = list(zip(args.engines, frontends, strict=True))
     texts = [TextWorkers(frontend, engine.model) for engine, frontend in pairs]
+    log = None if config.decision_log is None else DecisionLog(config.decision_log)
     refreshing = asyncio.create_task(security.keep_fresh())
     try:
         await server.serve(
@@ -118,6 +124,8 @@ async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketC
             texts=texts[0],
             others=list(zip(frontends, texts, strict=True))[1:],
             failed=args.failed,
+            cascades={name: CascadePolicy(cascade=cascade) for name, cascade in args.cascades.items()},
+            decision_log=log,
             info=ServerInfo([(engine, frontend.model_info) for engine, frontend in pairs], config),
             on_ready=lambda: parent.send({"serving": NOTHING}),
             on_beat=beat,
@@ -126,3 +134,5 @@ async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketC
         for each in texts:
             each.close()
         refreshing.cancel()
+        if log is not None:
+            log.close()

@@ -6,9 +6,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from expertwire.deploy.grpc.cascade_loop import CascadeLoop, ServedCascade
 from expertwire.deploy.grpc.requests import Requests
 from expertwire.engine.frontend.api import RequestError, RequestFailed
+from expertwire.engine.frontend.cascade_legs import CascadePolicy
 from expertwire.engine.frontend.text_workers import TextWorkers
+from expertwire.strategies.decision_log import DecisionLog
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,41 @@ class Models:
     Args:
         models: the first answers calls that name none.
         failed: by name, why further models cannot serve: their engines had failed before this front began.
+        cascades: policies over the models, by name.
+        log: gets the cascades' decisions; None: there is none.
     """
 
-    def __init__(self, models: Sequence[Model], failed: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        failed: Mapping[str, str],
+        cascades: Mapping[str, CascadePolicy],
+        log: DecisionLog | None,
+    ) -> None:
         self._models = {model.requests.frontend.model_info.name: model for model in models}
         self._failed = failed
+        self._policies = cascades
+        served = {}
+        for name, policy in cascades.items():
+            of = [self._models.get(each) for each in (policy.cascade.small, policy.cascade.large)]
+            if (small := of[0]) is not None and (large := of[1]) is not None:
+                served[name] = ServedCascade(policy, small.requests, large.requests)
+        self.cascades = CascadeLoop(served, log)
 
     @property
     def names(self) -> list[str]:
-        """Names of all models; of those that serve first."""
-        return [*self._models, *self._failed]
+        """Names of all models, of those that serve first, and of cascades."""
+        return [*self._models, *self._failed, *self._policies]
+
+    def is_cascade(self, name: str) -> bool:
+        """Return whether a name is that of a cascade."""
+        return name in self._policies
+
+    def check_cascade(self, name: str) -> None:
+        """Raise RequestFailed if a model of a cascade cannot serve."""
+        cascade = self._policies[name].cascade
+        for each in (cascade.small, cascade.large):
+            self.find(each).requests.check_alive()
 
     def find(self, name: str) -> Model:
         """Return the model of a name, or the first one if it is empty.
@@ -44,6 +72,8 @@ class Models:
         """
         if name in self._failed:
             raise RequestFailed(RequestError("UNAVAILABLE", self._failed[name]))
+        if name in self._policies:
+            raise ValueError(f"model must be no cascade here, and {name!r} is one; models: {', '.join(self._models)}")
         if name and name not in self._models:
             text = f"model must be one of {', '.join(self.names)}, got {name!r:.200}"
             raise RequestFailed(RequestError("NOT_FOUND", text))
@@ -51,6 +81,8 @@ class Models:
 
     def problem(self, name: str) -> str:
         """Return why a model cannot serve at the moment, or ""."""
+        if (policy := self._policies.get(name)) is not None:
+            return self.problem(policy.cascade.small) or self.problem(policy.cascade.large)
         return self._failed.get(name) or self._models[name].requests.problem
 
     @property
@@ -76,7 +108,8 @@ class Models:
                 each.abort_by_name(tenant, request_ids)
 
     def end_stalled(self) -> None:
-        """End the requests whose clients have read nothing for too long; see `Requests`."""
+        """End the requests whose clients have read nothing for too long; see `Requests`. Late verifiers are noticed."""
+        self.cascades.deliver()
         for each in self._requests:
             each.end_stalled()
 
@@ -86,6 +119,7 @@ class Models:
 
     def stop(self) -> None:
         """Stop reading from the frontends."""
+        self.cascades.stop()
         for each in self._requests:
             each.stop()
 

@@ -107,7 +107,10 @@ class QueryServicer:
 
     async def ListModels(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         """See the .proto."""
-        models = [pb.ServedModel(name=name, problem=self._models.problem(name)) for name in self._models.names]
+        models = [
+            pb.ServedModel(name=name, problem=self._models.problem(name), is_cascade=self._models.is_cascade(name))
+            for name in self._models.names
+        ]
         return pb.ListModelsResponse(models=models)
 
     def _alive(self, name: str) -> Model:

@@ -67,7 +67,7 @@ class OpenedGroup(NamedTuple):
     opens_reasoning: bool
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """A request that has been checked."""
 
     key: tuple[str, str]
@@ -102,12 +102,16 @@ class Stream(Protocol):
         ...
 
 
-class RequestStream(Stream, Protocol):
-    """The stream of a request without a strategy."""
+class Waker(Protocol):
+    """Something that waits for news of a request."""
 
     def wake(self, request: OpenRequest) -> None:
         """Take note that the request has news."""
         ...
+
+
+class RequestStream(Stream, Waker, Protocol):
+    """The stream of a request without a strategy."""
 
 
 class Requests:
@@ -133,7 +137,7 @@ class Requests:
         self._stall_s = stall_s
         self._catalog = catalog
         self._open: dict[tuple[str, str], Stream] = {}  # by tenant and client's request id
-        self._streams: dict[int, RequestStream] = {}  # those without a strategy, by the frontend's request id
+        self._streams: dict[int, Waker] = {}  # those without a strategy, by the frontend's request id
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop = asyncio.get_running_loop()
@@ -166,7 +170,7 @@ class Requests:
             ValueError: names the field and what is allowed.
             RequestFailed: it cannot be served.
         """
-        prepared = await self._prepare(request, call, deadline_s)
+        prepared = await self.prepare(request, call, deadline_s)
         try:
             number = self.frontend.submit(
                 prepared.tokens,
@@ -183,17 +187,17 @@ class Requests:
             raise _unavailable(self.failure) from error
         self.watch_writes()
         usage = UsageCounter(
-            len(prepared.tokens), self._reasoning_ids, prepared.arrived_s, opens_reasoning=prepared.opens_reasoning
+            len(prepared.tokens), self.reasoning_ids, prepared.arrived_s, opens_reasoning=prepared.opens_reasoning
         )
         return Opened(number, prepared.key, usage, prepared.opens_reasoning)
 
     async def start(self, request: pb.GenerateRequest, call: Call, deadline_s: float | None) -> OpenedGroup:
         """Start the group of a request with a strategy; arguments and errors as those of `submit`."""
         strategy = self._catalog.strategy(request.strategy)
-        prepared = await self._prepare(request, call, deadline_s)
+        prepared = await self.prepare(request, call, deadline_s)
         text = request.text if request.HasField("text") else None
         run = self._groups.start(prepared.tokens, prepared.params, prepared.options, strategy, text)
-        usage = GroupUsage(run, self._reasoning_ids, prepared.arrived_s, opens_reasoning=prepared.opens_reasoning)
+        usage = GroupUsage(run, self.reasoning_ids, prepared.arrived_s, opens_reasoning=prepared.opens_reasoning)
         return OpenedGroup(run, prepared.key, usage, prepared.opens_reasoning)
 
     def add(self, opened: Opened, stream: RequestStream) -> None:
@@ -206,6 +210,37 @@ class Requests:
         self._open[opened.key] = stream
         self._idle.clear()
         _log.debug("request %r of tenant %r begins", opened.key[1], opened.key[0])
+
+    def watch(self, number: int, leg: Waker) -> None:
+        """Wake a part of a request of several models when this model has news of it."""
+        self._streams[number] = leg
+        self._settle()
+
+    def unwatch(self, number: int) -> None:
+        """Forget a part of a request, which has been ended."""
+        del self._streams[number]
+        self._settle()
+
+    def add_stream(self, key: tuple[str, str], stream: Stream) -> None:
+        """Take note of the stream of a request of several models, which wakes itself."""
+        self._open[key] = stream
+        self._idle.clear()
+
+    def remove_stream(self, key: tuple[str, str]) -> None:
+        """Forget such a stream."""
+        del self._open[key]
+        if not self._open:
+            self._idle.set()
+
+    def makes_same_tokens(self, other: Requests) -> bool:
+        """Return whether the other model's tokenizer makes the same tokens of texts."""
+        one, two = self.frontend.tokenizer, other.frontend.tokenizer
+        return one is two if one is None or two is None else one.makes_same_tokens(two)
+
+    def makes_same_chats(self, other: Requests) -> bool:
+        """Return whether the other model's tokenizer makes the same tokens of chats."""
+        one, two = self.frontend.tokenizer, other.frontend.tokenizer
+        return one is two if one is None or two is None else one.makes_same_chats(two)
 
     def grant(self, number: int, tokens: int) -> None:
         """Let each branch of a request send more tokens."""
@@ -291,11 +326,12 @@ class Requests:
         if self.draining:
             raise _unavailable("the server is draining and takes no new requests; ask another one")
 
-    def _check_is_new(self, key: tuple[str, str]) -> None:
+    def check_is_new(self, key: tuple[str, str]) -> None:
+        """Raise RequestFailed if a request with this tenant and id runs."""
         if key in self._open:
             raise RequestFailed(RequestError("ALREADY_EXISTS", f"a request with the id {key[1]!r} is running"))
 
-    async def _prepare(self, request: pb.GenerateRequest, call: Call, deadline_s: float | None) -> _Prepared:
+    async def prepare(self, request: pb.GenerateRequest, call: Call, deadline_s: float | None) -> Prepared:
         """Check a request and return what it says; arguments and errors as those of `submit`."""
         arrived_s = time.monotonic()
         self._check_takes_requests()
@@ -304,18 +340,19 @@ class Requests:
             raise ValueError(f"request_id must have at most {MAX_REQUEST_ID} characters, got {len(request_id)}")
         key = call.identity.tenant, request_id
         tenant = call.identity.tenant_of(request.tenant)
-        self._check_is_new(key)
+        self.check_is_new(key)
         params = grpc_messages.to_sampling_params(request.sampling_params, self.frontend.model_info)
         prompt = grpc_messages.to_prompt(request)
         tokens = await self._texts.encode(prompt, params, client=call.client)
         options = grpc_messages.to_options(request, tenant, deadline_s)
         # Others have been served meanwhile.
         self._check_takes_requests()
-        self._check_is_new(key)
-        return _Prepared(key, params, options, tokens, self._opens_reasoning(tokens), arrived_s)
+        self.check_is_new(key)
+        return Prepared(key, params, options, tokens, self._opens_reasoning(tokens), arrived_s)
 
     @property
-    def _reasoning_ids(self) -> ReasoningIds | None:
+    def reasoning_ids(self) -> ReasoningIds | None:
+        """The tokens around reasoning; None if the model has none."""
         return None if self.frontend.tokenizer is None else self.frontend.tokenizer.reasoning_ids
 
     def _opens_reasoning(self, tokens: np.ndarray) -> bool:

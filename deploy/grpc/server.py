@@ -24,8 +24,10 @@ from expertwire.deploy.grpc.requests import GOODBYE_S, STALL_S, Requests
 from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.deploy.grpc.servicer import InferenceServicer
 from expertwire.deploy.grpc.turns import Turns
+from expertwire.engine.frontend.cascade_legs import CascadePolicy
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
+from expertwire.strategies.decision_log import DecisionLog
 
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 _REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
@@ -34,6 +36,7 @@ _BEAT_S = 0.25
 _DEFAULT_LIMITS = Limits()
 _DEFAULT_CATALOG = Catalog()
 _NONE_FAILED: Mapping[str, str] = MappingProxyType({})
+_NO_CASCADES: Mapping[str, CascadePolicy] = MappingProxyType({})
 
 
 class Server:
@@ -85,6 +88,8 @@ class Server:
         texts: TextWorkers | None = None,
         others: Sequence[tuple[Frontend, TextWorkers]] = (),
         failed: Mapping[str, str] = _NONE_FAILED,
+        cascades: Mapping[str, CascadePolicy] = _NO_CASCADES,
+        decision_log: DecisionLog | None = None,
         info: ServerInfo | None = None,
         catalog: Catalog = _DEFAULT_CATALOG,
         stall_s: float = STALL_S,
@@ -101,6 +106,8 @@ class Server:
             texts: tokenise what clients send; left open. None does it on the loop.
             others: frontends of further models, of other names, with what tokenises for them; left open.
             failed: by name, why further models cannot serve.
+            cascades: policies over the models, by name.
+            decision_log: gets the cascades' decisions; left open.
             info: the server's options.
             catalog: strategies and verifiers that clients may name.
             stall_s: as for `Requests`.
@@ -112,7 +119,9 @@ class Server:
         """
         authenticator, texts = authenticator or Authenticator(), texts or TextWorkers(frontend, None)
         each = ((frontend, texts), *others)
-        models = Models([Model(Requests(one, of, catalog, stall_s), of) for one, of in each], failed)
+        models = Models(
+            [Model(Requests(one, of, catalog, stall_s), of) for one, of in each], failed, cascades, decision_log
+        )
         servicer, queries = InferenceServicer(models, authenticator), QueryServicer(models, info, catalog)
         health = HealthServicer(("", SERVICE), lambda: models.is_ready)
         services: tuple[tuple[Any, tuple[object, ...], Authenticator | None], ...] = (

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from expertwire.deploy.grpc.calls import Call
+from expertwire.deploy.grpc.cascade_stream import CascadeStream
 from expertwire.deploy.grpc.group_stream import GroupStream
 from expertwire.deploy.grpc.identity import Authenticator
 from expertwire.deploy.grpc.models import Models
@@ -61,8 +62,14 @@ class InferenceServicer:
         return pb.AbortResponse()
 
     @contextlib.asynccontextmanager
-    async def _open(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[OutputStream | GroupStream]:
+    async def _open(
+        self, request: pb.GenerateRequest, call: Call
+    ) -> AsyncIterator[OutputStream | GroupStream | CascadeStream]:
         """Submit a request and yield its stream; end it also where the client leaves or its deadline passes."""
+        if self._models.is_cascade(request.model):
+            async with self._open_cascade(request, call) as cascade:
+                yield cascade
+            return
         requests = self._models.find(request.model).requests
         opened: Opened | OpenedGroup
         stream: OutputStream | GroupStream
@@ -79,6 +86,18 @@ class InferenceServicer:
             yield stream
         finally:
             requests.close(opened)
+
+    @contextlib.asynccontextmanager
+    async def _open_cascade(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[CascadeStream]:
+        self._models.check_cascade(request.model)
+        cascades, cost = self._models.cascades, COSTLY if _is_costly(request.sampling_params) else MESSAGE
+        stream = CascadeStream(lambda: call.turn(cost))
+        stream.opened = opened = await cascades.open(request, call, stream.wake)
+        opened.served.small.add_stream(opened.key, stream)
+        try:
+            yield stream
+        finally:
+            cascades.close(opened)
 
 
 def _is_costly(params: pb.SamplingParams) -> bool:

@@ -132,20 +132,48 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., n: _Optional[int] = ..., skip_special_tokens: bool = ..., expert_load: bool = ..., thinking_budget: _Optional[int] = ..., thinking_grace: _Optional[int] = ..., min_thinking_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "chunks", "prompt_logprobs", "usage", "opens_reasoning", "group")
+    __slots__ = ("request_id", "chunks", "prompt_logprobs", "usage", "opens_reasoning", "group", "cascade")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     OPENS_REASONING_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    CASCADE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     chunks: _containers.RepeatedCompositeFieldContainer[Chunk]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     usage: Usage
     opens_reasoning: bool
     group: GroupResult
-    def __init__(self, request_id: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., opens_reasoning: bool = ..., group: _Optional[_Union[GroupResult, _Mapping]] = ...) -> None: ...
+    cascade: CascadeResult
+    def __init__(self, request_id: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., opens_reasoning: bool = ..., group: _Optional[_Union[GroupResult, _Mapping]] = ..., cascade: _Optional[_Union[CascadeResult, _Mapping]] = ...) -> None: ...
+
+class CascadeResult(_message.Message):
+    __slots__ = ("model", "reason", "policy_version", "legs", "in_random_slice")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LEGS_FIELD_NUMBER: _ClassVar[int]
+    IN_RANDOM_SLICE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    reason: str
+    policy_version: str
+    legs: _containers.RepeatedCompositeFieldContainer[CascadeLeg]
+    in_random_slice: bool
+    def __init__(self, model: _Optional[str] = ..., reason: _Optional[str] = ..., policy_version: _Optional[str] = ..., legs: _Optional[_Iterable[_Union[CascadeLeg, _Mapping]]] = ..., in_random_slice: bool = ...) -> None: ...
+
+class CascadeLeg(_message.Message):
+    __slots__ = ("model", "tokens", "complete", "latency_s")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    tokens: int
+    complete: bool
+    latency_s: float
+    def __init__(self, model: _Optional[str] = ..., tokens: _Optional[int] = ..., complete: bool = ..., latency_s: _Optional[float] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("branch", "token_ids", "text", "logprobs", "finish_reason", "stop_string", "stop_token_id", "expert_load")
@@ -718,12 +746,14 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ServedModel, _Mapping]]] = ...) -> None: ...
 
 class ServedModel(_message.Message):
-    __slots__ = ("name", "problem")
+    __slots__ = ("name", "problem", "is_cascade")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    IS_CASCADE_FIELD_NUMBER: _ClassVar[int]
     name: str
     problem: str
-    def __init__(self, name: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+    is_cascade: bool
+    def __init__(self, name: _Optional[str] = ..., problem: _Optional[str] = ..., is_cascade: bool = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -158,10 +158,19 @@ class CascadeRun:
         if not self.done:
             self._end()
 
+    def cancel(self) -> bool:
+        """End the request as its client's abort by name does: a last update says so. Return whether it ran."""
+        if self.done:
+            return False
+        last = Update(0, finish_reason="abort", seed=self.legs["small"].params.seed or 0, done=True)
+        self.reason, self._in_slice, self._output = ABORTED, False, [last]
+        self._settle()
+        return True
+
     @property
     def _streams(self) -> bool:
         """True if the large model's output goes to the client as it comes."""
-        return not self._in_slice and self.legs["large"].number is not None
+        return not self._in_slice and self.legs["large"].number is not None and not self._output
 
     def _take_large(self, max_size: int | None) -> list[Update]:
         leg = self.legs["large"]

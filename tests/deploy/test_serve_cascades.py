@@ -1,0 +1,174 @@
+"""Cascades over gRPC: what clients get, what is logged, and what is left after aborts. The engines have no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import expertwire
+from expertwire.deploy.cascades import open_cascades
+from expertwire.deploy.grpc.client import Client, ServerError
+from expertwire.deploy.grpc.config import ServerConfig
+from expertwire.strategies.cascade import Cascade, Router
+from expertwire.strategies.cascade_log import reason_at
+from expertwire.strategies.cascade_policy import cascade_to_json
+from expertwire.strategies.decision_log import read_records
+
+DEMO = Path(expertwire.__file__).with_name("demo_model")
+MODELS = f"small={DEMO.with_name('demo_model_small')},large={DEMO}"
+KEEP = Cascade(small="small", large="large", version="1", random_share=0.0)
+POLICIES = {
+    "keep": KEEP,
+    "doubt": dataclasses.replace(KEEP, confidence_threshold=0.0),
+    "route": dataclasses.replace(KEEP, router=Router(("numbers",), (0.0,), (1.0,), (-1.0,), 2.5), router_threshold=0.5),
+    "both": dataclasses.replace(KEEP, confidence_threshold=0.0, random_share=1.0),
+}
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("log") / "decisions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def address(log):
+    options = ["--models", MODELS, "--load-format", "mock", "--mock-step-time", "0.005", "--decision-log", str(log)]
+    for name, policy in POLICIES.items():
+        path = log.with_name(f"{name}.json")
+        path.write_text(cascade_to_json(policy))
+        options += ["--cascade", f"{name}={path}"]
+    command = [sys.executable, "-m", "expertwire.deploy.cli", "serve", "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving small, large on ")
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+        process.stdout.close()
+
+
+@pytest.fixture
+def client(address):
+    with Client(address) as client:
+        yield client
+
+
+def ask(client, model, prompt="SUM 1 2 ?", **options):
+    generation = client.generate(prompt, model=model, **{"max_tokens": 40, "ignore_eos": True, "seed": 3} | options)
+    chunks = list(generation)
+    return [token for chunk in chunks for token in chunk.token_ids], generation
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "model", "reason", "legs"),
+    [
+        ("keep", "SUM 1 2 ?", "small", "kept", ["small"]), ("doubt", "SUM 1 2 ?", "large", "confidence", ["small", "large"]),
+        ("route", "SUM 1 2 ?", "small", "kept", ["small"]), ("route", "SUM 1 2 3 ?", "large", "router", ["large"]),
+        ("both", "SUM 1 2 ?", "large", "confidence", ["small", "large"]), ("keep", [5, 6], "small", "kept", ["small"]),
+    ],
+)  # fmt: skip
+def test_the_output_is_the_chosen_models_own(client, log, name, prompt, model, reason, legs):
+    own, _ = ask(client, model, prompt)
+    tokens, generation = ask(client, name, prompt)
+    result = generation.cascade
+    assert tokens == own
+    assert (result.model, result.reason, [leg[0] for leg in result.legs]) == (model, reason, legs)
+    assert (generation.usage.completion_tokens, generation.usage.seed) == (40, 3)
+    if name == "doubt":
+        assert result.legs[0][1] < 40, "the small model has gone on"
+        assert not result.legs[0][2]
+    if name == "both":
+        assert result.in_random_slice
+        assert [leg[1:3] for leg in result.legs] == [(40, True)] * 2
+    until(lambda: log.stat().st_size and generation.request_id in log.read_text())
+    [record] = [each for each in read_records(log)[0] if each.request_id == generation.request_id]
+    assert (record.chosen, record.reason, reason_at(record, record.thresholds)) == (model, reason, reason)
+
+
+@pytest.mark.parametrize("name", ["keep", "doubt", "both"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_is_cancelled_leaves_nothing(client, name, by_name):
+    before = [client.stats(model)["tokens_sampled"] for model in ("small", "large")]
+    generation = client.generate(
+        "SUM 1 ?", model=name, max_tokens=1500, ignore_eos=True, request_id=f"{name} {by_name}"
+    )
+    chunks = iter(generation)
+    if name == "doubt":
+        next(chunks)  # of the large model
+    else:
+        until(lambda: client.stats("small")["tokens_sampled"] > before[0] + 3)
+    if by_name:
+        client.abort(generation.request_id)
+        assert list(chunks)[-1].finish_reason == "abort"
+        assert (generation.cascade.model, generation.cascade.reason) == ("", "aborted")
+    else:
+        generation.close()
+    for model, sampled in zip(("small", "large"), before, strict=True):
+        until(lambda model=model: client.stats(model)["num_running"] == 0)
+        assert client.stats(model)["tokens_sampled"] - sampled < 1400
+
+
+def test_a_deadline_ends_both_legs(client):
+    with pytest.raises(ServerError, match="DEADLINE_EXCEEDED"):
+        list(client.generate("SUM 1 ?", model="both", max_tokens=1900, ignore_eos=True, timeout_s=1.0))
+    for model in ("small", "large"):
+        until(lambda model=model: client.stats(model)["num_running"] == 0)
+
+
+def test_statistics_and_names(client):
+    assert client.models() == dict.fromkeys(("small", "large", *POLICIES), "")
+    count = "cascade_escalated_confidence"
+    before = client.stats("small")["groups"].get(count, 0)
+    ask(client, "doubt")
+    until(lambda: client.stats("small")["groups"].get(count, 0) > before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 2}, "n must be 1 for a cascade, got 2"), ({"prompt_logprobs": 1}, "prompt_logprobs must be unset for a cascade"),
+        ({"strategy": "majority_vote:n=2,answer=boxed"}, "strategy must be unset for a cascade"),
+        ({"max_tokens": -1}, "max_tokens"),
+    ],
+)  # fmt: skip
+def test_requests_that_a_cascade_cannot_take_are_refused(client, arguments, message):
+    with pytest.raises(ServerError, match=message) as raised:
+        ask(client, "keep", **arguments)
+    assert raised.value.code == "INVALID_ARGUMENT"
+
+
+def test_queries_take_no_cascade(client):
+    with pytest.raises(ServerError, match="model must be no cascade here"):
+        client.model_info("keep")
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "message"),
+    [
+        ({}, {"cascade": ["keep"]}, "must be NAME=FILE"), ({}, {"cascade": ["small=FILE"]}, "another name than the models"),
+        ({"large": "huge"}, {"cascade": ["keep=FILE"]}, "large must be one of the models small, large, got 'huge'"),
+        ({"verifier_threshold": 0.5}, {"cascade": ["keep=FILE"]}, "verifier_threshold must be null"),
+        ({}, {"cascade": ["keep=/no/such"]}, "/no/such cannot be read"),
+        ({}, {"decision_log": "x"}, "--decision-log needs --cascade"),
+    ],
+)  # fmt: skip
+def test_options_that_are_wrong_are_refused(tmp_path, changed, options, message):
+    (tmp_path / "policy").write_text(cascade_to_json(dataclasses.replace(KEEP, **changed)))
+    if "cascade" in options:
+        options = {"cascade": [options["cascade"][0].replace("FILE", str(tmp_path / "policy"))]}
+    with pytest.raises(ValueError, match=message):
+        open_cascades(ServerConfig(**options), ["small", "large"])
