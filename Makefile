@@ -36,10 +36,10 @@ test: $(INSTALLED_DEV)
 	$(PYTEST) -m "not slow and not full"
 
 test-slow: $(INSTALLED_DEV)
-	$(PYTEST) -m "slow and not full"
+	$(PYTEST) -m "slow and not full" --new-interpreters
 
 test-full: $(INSTALLED_DEV)
-	$(PYTEST)
+	$(PYTEST) --new-interpreters
 
 test-random: $(INSTALLED_DEV)
 	$(PYTEST) -m "hypothesis" --hypothesis-profile=random --timeout=3600

@@ -38,6 +38,7 @@ LONG = (
     "test_gpu_latent_engine", "test_gpu_quantized_model",
     "test_gpu_graphs", "test_all_to_all.py", "test_gpu_start", "test_gpu_mla", "test_gpu_prefill",
 )  # fmt: skip
+FORKS = pytest.StashKey()
 # A machine lent for its GPU may lack these: a file of tests that needs one of them is skipped there.
 OPTIONAL = ("grpc_health", "grpc_reflection", "grpc_tools", "hypothesis", "ray", "transformers")
 
@@ -53,6 +54,29 @@ def rank_of(nodeid):
     group = group_of(nodeid)
     name = group.partition("test_interpreted[")[2].removesuffix("]") or group
     return LONG.index(name) if name in LONG else len(LONG) + (group == nodeid)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--new-interpreters",
+        action="store_true",
+        help="start children as users' are, not as forks of a process that has torch",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Let children of this test, and of the fixtures that it is the first to need, be forks (helpers/forks.py)."""
+    from helpers import forks
+
+    config = item.config
+    if item.get_closest_marker("new_interpreters") or config.getoption("--new-interpreters") or not forks.are_safe():
+        forks.process.start_call = forks.start_call
+        return
+    if FORKS not in config.stash:
+        config.stash[FORKS] = forks.Forks()
+        config.add_cleanup(config.stash[FORKS].close)
+    forks.process.start_call = config.stash[FORKS].start_call
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -126,6 +126,7 @@ async def test_attackers_together_have_a_process_each(servicer, port):
     names = ("large_text_1mb", "half_sent", "internal_ports")
     server = Target(f"127.0.0.1:{port}", os.getpid())
     attack = all_at_once.all_at_once([ATTACKS[name] for name in names])
+    before = psutil.Process().children()
     running = asyncio.create_task(attack.run(server, 3))
     found = set()
     while not running.done():
@@ -134,9 +135,10 @@ async def test_attackers_together_have_a_process_each(servicer, port):
         await asyncio.sleep(0.05)
     seen = await running
     assert found == set(names)
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
     assert seen["rounds"].keys() == set(names)
-    assert seen["rounds"]["half_sent"] in ("1+0", "0+0")  # it is given up when the time is over
+    # It is given up when the time is over, or fails where the machine is too busy; without a report there is no time below.
+    assert seen["rounds"]["half_sent"] in ("1+0", "0+0", "0+1")
     assert all(report["processor_s"] > 0 for report in seen["attackers"].values())
     assert servicer.prompt_bytes
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers.slow import slow_but
 
 from expertwire.bench.kernels import experts_cpu
 from expertwire.bench.kernels.experts_cpu import D, E, F, K
 
 
-@pytest.mark.parametrize("dtype", experts_cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], experts_cpu.DTYPES), ids=str)
 def test_rows_of_a_measurement(dtype):
     with torch.inference_mode():
         rows = experts_cpu.measure([experts_cpu.random_layer(seed, dtype) for seed in range(2)], 3, rounds=2)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from expertwire.bench.scheduler import fair
 
 
@@ -16,6 +18,7 @@ def test_a_good_tenant_is_served_beside_each_storm(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("beside")
 
 
+@pytest.mark.slow
 def test_without_fair_shares_the_bar_is_missed(capsys):
     """So the bench can fail."""
     small = ["--ranks", "1", "--num-seqs", "16", "--requests", "40", "--rate", "4", "--policy", "fcfs"]

@@ -27,6 +27,7 @@ RUNS = [
     *(("processes", size, "nccl over gloo") for size in (2, 4, 8)),
     *(("threads", size, "nvlink over slices") for size in (1, 2, 3, 4, 8)),
 ]
+SLOW = (("processes", 8, "reference"), ("processes", 8, "nccl over gloo"))  # the other backends have 8 ranks, too
 D, F = 24, 16
 
 
@@ -105,7 +106,13 @@ def ranks(pools, request):
 
 every_run = pytest.mark.parametrize(
     ("ranks", "backend"),
-    [pytest.param((kind, size), backend, id=f"{backend}, {size} ranks") for kind, size, backend in RUNS],
+    [
+        pytest.param(
+            (kind, size), backend, id=f"{backend}, {size} ranks", marks=pytest.mark.slow if run in SLOW else ()
+        )
+        for run in RUNS
+        for kind, size, backend in [run]
+    ],
     indirect=["ranks"],
 )
 

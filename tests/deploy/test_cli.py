@@ -164,25 +164,26 @@ def test_generate_answers():
     assert (done.returncode, done.stdout.strip()[-9:]) == (0, "answer 25"), done.stderr
 
 
-def test_generate_by_a_strategy():
+def test_generate_by_a_strategy(capsys):
     strategy = '{"strategy": "majority_vote", "n": 5, "answer": {"type": "regex", "pattern": "answer ([0-9]+)"}}'
-    done = run(
-        "generate", "--prompt", "SUM 40 70 15 ?", "--temperature", "0", "--max-tokens", "64", "--strategy", strategy
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("answer 25\n")
-    assert done.stdout.count("\n") == 1
-    assert "prompt 1: answer '25', most votes" in done.stderr
-    assert "branches kept; tokens: " in done.stderr
+    request = ["--prompt", "SUM 40 70 15 ?", "--temperature", "0", "--max-tokens", "64", "--strategy", strategy]
+    assert cli.main(["generate", *request]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("answer 25\n")
+    assert out.count("\n") == 1
+    assert "prompt 1: answer '25', most votes" in err
+    assert "branches kept; tokens: " in err
 
 
-def test_generate_several_prompts_and_outputs():
-    done = run("generate", "--prompt", "SUM 1 2 ?", "--prompt", "SUM 3 4 ?", "--n", "2", "--max-tokens", "3")
-    headings = [line for line in done.stdout.splitlines() if line.startswith("==>")]
-    assert headings == [f"==> prompt {i}, output {j} <==" for i in (1, 2) for j in (1, 2)], done.stderr
+def test_generate_several_prompts_and_outputs(capsys):
+    requests = ["--prompt", "SUM 1 2 ?", "--prompt", "SUM 3 4 ?", "--n", "2", "--max-tokens", "3"]
+    assert cli.main(["generate", *requests]) == 0
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("==>")]
+    assert headings == [f"==> prompt {i}, output {j} <==" for i in (1, 2) for j in (1, 2)]
 
 
-def test_generate_refuses_what_does_not_fit_the_model():
-    done = run("generate", "--prompt", "1 " * 3000, "--max-tokens", "3")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "max_model_len" in done.stderr.splitlines()[-1]
+def test_generate_refuses_what_does_not_fit_the_model(capsys):
+    assert cli.main(["generate", "--prompt", "1 " * 3000, "--max-tokens", "3"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "max_model_len" in err.splitlines()[-1]

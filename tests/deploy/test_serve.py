@@ -155,6 +155,7 @@ def test_a_signal_drains():
         assert "request 'mine' of tenant '' ends: 4 prompt tokens (0 cached), 100 output\n" in said
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once():
     with serve("--drain-timeout", "600") as served, Client(served.address) as client:
         chunks = iter(client.generate("SUM 1 2 ?", ignore_eos=True, max_tokens=1900))
@@ -206,7 +207,7 @@ def test_a_front_that_ends_or_freezes_is_replaced_and_the_others_go_on():
         assert served.end() == 0
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["controller", "rank"])
+@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["controller", "rank"])
 def test_a_frozen_process_is_noticed_by_health_checks(place):
     with serve("--launcher", "local") as served, Client(served.address) as client:
         frozen = children_in_order(served)[place]
@@ -258,6 +259,7 @@ def _code(client):
     return "OK"
 
 
+@pytest.mark.slow
 def test_a_signal_while_it_starts_leaves_nothing():
     command = [sys.executable, "-m", "expertwire.deploy.cli", "serve", "--port", "0", "--ep-size", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

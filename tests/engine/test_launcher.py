@@ -14,6 +14,7 @@ from expertwire.comm.control.channel import ControlHub
 from expertwire.engine import process
 from expertwire.engine.launcher import LocalLauncher, RankFailed, WorkerSpec
 
+pytestmark = pytest.mark.new_interpreters  # which are what is tested
 WORKER = "helpers.control_ranks:worker_main"
 
 

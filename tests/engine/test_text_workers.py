@@ -19,6 +19,7 @@ from expertwire.engine.frontend.text_workers import TextLimits, TextWorkers
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.scheduler.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.new_interpreters  # which are found by their command
 PARAMS = SamplingParams(max_tokens=1)
 LONG = "The quick brown fox jumps. " * 400  # more than what is tokenised on the loop
 WIDE = dataclasses.replace(INFO, max_model_len=100_000)
