@@ -17,6 +17,7 @@ from expertwire.strategies.first_k_finish import FirstKFinish
 from expertwire.strategies.lookahead import Lookahead
 from expertwire.strategies.majority_vote import MajorityVote
 from expertwire.strategies.sequential_revision import SequentialRevision
+from expertwire.strategies.step_retries import StepRetries
 from expertwire.strategies.verifier_vote import VerifierVote
 from expertwire.strategies.verifiers import Candidate, Verifier, VerifierError, VerifierPolicy
 
@@ -45,6 +46,7 @@ __all__ = [
     "Selection",
     "SequentialRevision",
     "Status",
+    "StepRetries",
     "Strategy",
     "Verifier",
     "VerifierError",

@@ -31,6 +31,7 @@ from expertwire.strategies.first_k_finish import FirstKFinish
 from expertwire.strategies.lookahead import Lookahead
 from expertwire.strategies.majority_vote import MajorityVote
 from expertwire.strategies.sequential_revision import SequentialRevision
+from expertwire.strategies.step_retries import StepRetries
 from expertwire.strategies.verifier_vote import VerifierVote
 from expertwire.strategies.verifiers import Verifier, VerifierPolicy
 
@@ -48,6 +49,7 @@ STRATEGIES: Final[Mapping[str, type]] = types.MappingProxyType(
         "lookahead": Lookahead,
         "majority_vote": MajorityVote,
         "sequential_revision": SequentialRevision,
+        "step_retries": StepRetries,
         "verifier_vote": VerifierVote,
     }
 )

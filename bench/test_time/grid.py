@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from expertwire.bench.test_time.step_retries import StepRetries
 from expertwire.deploy import demo_verifiers
 from expertwire.deploy.demo_task import END_OF_STEP, Kind
 from expertwire.strategies.adaptive_consistency import AdaptiveConsistency
@@ -13,13 +12,17 @@ from expertwire.strategies.answers import RegexAnswer
 from expertwire.strategies.base import Budget, Strategy
 from expertwire.strategies.beam import BeamSearch
 from expertwire.strategies.best_of_n import BestOfN
+from expertwire.strategies.compute_optimal import Bin, ComputeOptimal
 from expertwire.strategies.confidence_pruning import ConfidencePruning
 from expertwire.strategies.confidence_vote import ConfidenceVote
+from expertwire.strategies.dvts import DVTS
 from expertwire.strategies.first_k_finish import FirstKFinish
 from expertwire.strategies.majority_vote import MajorityVote
+from expertwire.strategies.step_retries import StepRetries
 
 ANSWER = RegexAnswer(r"answer ([0-9]+)")
-NEEDS_32 = {("SUM", 4), ("SUM", 5)}
+NEEDS_32 = {("SUM", 4)}
+HARD = {("SUM", 7), ("SUM", 8), ("COUNTDOWN", 4), ("COUNTDOWN", 5)}  # best-of-16 leaves room for more than 8 beams
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Entry:
         branches: started at most from the prompt.
         votes: whether it votes: `COUNTDOWN` problems contain their answer, so votes are no use there.
         groups_at_once: simulated together, where branches are forked.
+        bins: in which it is tried; empty: in all.
         cuts: budgets of tokens, in whole answers, at which the same branches are looked at; the last one is that of the run.
     """
 
@@ -40,11 +44,16 @@ class Entry:
     branches: int = 1
     votes: bool = False
     groups_at_once: int = 100
+    bins: frozenset[tuple[Kind, int]] = frozenset()
     cuts: tuple[int, ...] = ()
 
     def fits(self, kind: Kind, size: int, branches: int) -> bool:
         """Return whether the strategy makes sense in a bin whose bank has so many branches."""
-        return self.branches <= branches and not (self.votes and kind == "COUNTDOWN")
+        return (
+            (not self.bins or (kind, size) in self.bins)
+            and self.branches <= branches
+            and not (self.votes and kind == "COUNTDOWN")
+        )
 
 
 def _best_of(n: int) -> Entry:
@@ -75,19 +84,36 @@ BANKED = (
 )
 
 
-def _beam(n: int) -> Entry:
-    def make(size: int) -> Strategy:
-        return BeamSearch(n, 4, demo_verifiers.process, step_text=END_OF_STEP)
+def _beam_search(n: int) -> Strategy:
+    return BeamSearch(n, 4, demo_verifiers.process, step_text=END_OF_STEP)
 
-    return Entry(f"beam {n}x4", make, groups_at_once=250)
+
+def _beam(n: int, bins: frozenset[tuple[Kind, int]] = frozenset()) -> Entry:
+    return Entry(f"beam {n}x4", lambda size: _beam_search(n), groups_at_once=800 // n, bins=bins)
+
+
+def _probe(size: int) -> Strategy:
+    rows = (Bin(strategy=BestOfN(2, demo_verifiers.process), least=0.5), Bin(strategy=_beam_search(8)))
+    return ComputeOptimal(rows, probe=2, signal="verifier", verifier=demo_verifiers.process)
 
 
 LIVE = (
+    _beam(8),
     _beam(4),
+    _beam(16, frozenset(HARD)),
     Entry(
         "step retries",
-        lambda size: StepRetries(demo_verifiers.process, END_OF_STEP, budget=_whole_answers(8, size)),
+        lambda size: StepRetries(
+            demo_verifiers.process, END_OF_STEP, max_retries=10_000, budget=_whole_answers(8, size)
+        ),
         groups_at_once=500,
         cuts=(2, 4, 8),
+    ),
+    Entry("probe of 2, then beam 8x4", _probe, groups_at_once=100),
+    Entry(
+        "dvts 8x4",
+        lambda size: DVTS(8, 4, demo_verifiers.process, step_text=END_OF_STEP),
+        groups_at_once=100,
+        bins=frozenset({("SUM", 5), ("SUM", 7), ("COUNTDOWN", 5)}),
     ),
 )

@@ -55,9 +55,10 @@ class Network:
         if old.dim() == 6:
             self._kv_L2AGYd[:, :, : old.shape[2]] = old
 
-    def copy(self, sources: list[int], targets: list[int]) -> None:
-        """Copy the caches of some slots to others."""
-        self._kv_L2AGYd[:, :, targets] = self._kv_L2AGYd[:, :, sources]
+    def copy(self, sources: list[int], targets: list[int], num_positions: int) -> None:
+        """Copy the first positions of some slots to others; all are read before any is written."""
+        used_L2AGYd = self._kv_L2AGYd[..., :num_positions, :]
+        used_L2AGYd[:, :, targets] = used_L2AGYd[:, :, sources]
 
     @torch.inference_mode()
     def step(self, ids_S: Tensor, positions_S: Tensor, slots_S: Tensor) -> Tensor:

@@ -180,9 +180,11 @@ class _Groups:
             case Verify():
                 self._verify(group, action.branch)
             case Prune():
-                self._running.pop(group.rows[action.branch], None)
                 branch = self._seen(group, action.branch)
-                group.branches[action.branch] = replace(branch, status=Status.PRUNED)
+                if branch.status in LIVE:
+                    self._running.pop(group.rows[action.branch], None)
+                    self._source.release(group.rows[action.branch])
+                    group.branches[action.branch] = replace(branch, status=Status.PRUNED)
             case Resume():
                 branch = group.branches[action.branch]
                 assert branch.status is Status.PAUSED, f"{action} of a branch that is {branch.status}"
@@ -256,6 +258,7 @@ class _Groups:
             if branch.status in LIVE:
                 self._running.pop(row, None)
                 group.branches[index] = replace(branch, status=Status.PRUNED)
+            self._source.release(row)
 
     def _outcome(self, g: int) -> Outcome:
         group, sampled = self._groups[g], int(self._sampled[g])

@@ -8,6 +8,7 @@ S sequences of a step, V vocabulary.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,10 @@ class Source(Protocol):
         """Begin a row that continues another one after its first tokens; `token_ids` are all that it has."""
         ...
 
+    def release(self, row: int) -> None:
+        """Forget a row: it is neither advanced nor forked any more."""
+        ...
+
     def advance(self, rows: Ints) -> tuple[Ints, Floats]:
         """Return one more token of each row, and its log-probability before the temperature."""
         ...
@@ -74,9 +79,11 @@ class Sampler:
         self._num_prompts, self._prompt_length = prompts.shape
         self._rows: list[tuple[int, int, bool, int]] = []  # seed, branch, greedy, output tokens
         self._last: list[int] = []  # the token that the network has not seen
-        self._copies: list[tuple[int, int]] = []  # (from slot, to slot), not yet done
-        self._capacity = 0
-        self._reserve(16 * self._num_prompts)
+        self._slots: list[int] = []  # of rows, in the network's cache
+        self._free: list[int] = []  # slots of released rows, a heap
+        self._copies: dict[int, int] = {}  # from slots, by the slots to which they are still to be copied
+        self._num_slots = self._capacity = self._num_prompts
+        self.network.reserve(self._capacity)
         slots = torch.arange(self._num_prompts)
         for t in range(self._prompt_length - 1):
             self.network.step(torch.from_numpy(prompts[:, t]), torch.full_like(slots, t), slots)
@@ -89,22 +96,31 @@ class Sampler:
     def fork(self, parent: int, row: int, branch: int, token_ids: Sequence[int], greedy: bool) -> None:
         """Begin a row with another one's cache; tokens that its parent has not are computed."""
         seed, _, _, length = self._rows[parent]
-        self._add(row, self._num_prompts + parent, (seed, branch, greedy, len(token_ids)), token_ids[-1])
-        begin = min(length, len(token_ids)) - 1
-        slot = torch.tensor([self._num_prompts + row])
-        self._copy()
-        for t in range(begin, len(token_ids) - 1):
-            position = torch.tensor([self._prompt_length + t])
+        assert self._slots[parent] >= 0, f"row {parent} was released"
+        self._add(row, self._slots[parent], (seed, branch, greedy, len(token_ids)), token_ids[-1])
+        missing = range(min(length, len(token_ids)) - 1, len(token_ids) - 1)
+        if missing:
+            self._copy()
+        for t in missing:
+            position, slot = torch.tensor([self._prompt_length + t]), torch.tensor([self._slots[row]])
             self.network.step(torch.tensor([token_ids[t]]), position, slot)
+
+    def release(self, row: int) -> None:
+        """Forget a row, whose slot another one will take."""
+        if self._slots[row] >= 0:
+            heapq.heappush(self._free, self._slots[row])
+            self._slots[row] = -1
 
     def advance(self, rows: Ints) -> tuple[Ints, Floats]:
         """Sample by inversion of the distribution function at a number that is a hash of (seed, branch, position)."""
         self._copy()
+        slots = np.array(self._slots)[rows]
+        rows, slots = rows[(order := slots.argsort())], slots[order]
         states = [self._rows[row] for row in rows]
         seeds, branches, greedy, lengths = (np.array(column) for column in zip(*states, strict=True))
         ids_S = torch.tensor([self._last[row] for row in rows])
         positions_S = torch.from_numpy(self._prompt_length - 1 + lengths)
-        logprobs_SV = self.network.step(ids_S, positions_S, torch.from_numpy(rows + self._num_prompts))
+        logprobs_SV = self.network.step(ids_S, positions_S, torch.from_numpy(slots))
         cumulative_SV = (logprobs_SV / self._temperature).softmax(-1).double().cumsum(-1)
         draws_S = torch.from_numpy(uniform(seeds, branches, lengths)) * cumulative_SV[:, -1]
         drawn_S = (cumulative_SV <= draws_S[:, None]).sum(-1)
@@ -113,25 +129,30 @@ class Sampler:
         for row, token in zip(rows.tolist(), tokens_S.tolist(), strict=True):
             seed, branch, is_greedy, length = self._rows[row]
             self._rows[row], self._last[row] = (seed, branch, is_greedy, length + 1), token
-        return tokens_S.numpy(), logprobs_S.numpy()
+        back = order.argsort()
+        return tokens_S.numpy()[back], logprobs_S.numpy()[back]
 
     def _add(self, row: int, source: int, state: tuple[int, int, bool, int], last: int) -> None:
         assert row == len(self._rows), f"row {row} is not the next one, {len(self._rows)}"
+        if self._free:
+            slot = heapq.heappop(self._free)
+        else:
+            slot, self._num_slots = self._num_slots, self._num_slots + 1
+        if source in self._copies or slot in self._copies:
+            self._copy()
+        self._copies[slot] = source
         self._rows.append(state)
         self._last.append(last)
-        self._reserve(len(self._rows))
-        self._copies.append((source, self._num_prompts + row))
+        self._slots.append(slot)
 
     def _copy(self) -> None:
+        if self._num_slots > self._capacity:
+            self._capacity = max(self._num_slots, self._capacity * 3 // 2)
+            self.network.reserve(self._capacity)
         if self._copies:
-            sources, targets = zip(*self._copies, strict=True)
-            self.network.copy(list(sources), list(targets))
-            self._copies = []
-
-    def _reserve(self, rows: int) -> None:
-        if rows > self._capacity:
-            self._capacity = max(rows, self._capacity * 3 // 2)
-            self.network.reserve(self._num_prompts + self._capacity)
+            longest = self._prompt_length + max(length for _, _, _, length in self._rows)
+            self.network.copy(list(self._copies.values()), list(self._copies), longest)
+            self._copies = {}
 
 
 class Bank:
@@ -206,6 +227,9 @@ class Bank:
     def fork(self, parent: int, row: int, branch: int, token_ids: Sequence[int], greedy: bool) -> None:
         """Raise: a bank has no branches but those from the prompt."""
         raise ValueError("a bank has no forks: searches over steps need a Sampler")
+
+    def release(self, row: int) -> None:
+        """Do nothing: a row of a bank costs nothing."""
 
     def advance(self, rows: Ints) -> tuple[Ints, Floats]:
         """Read the next tokens."""

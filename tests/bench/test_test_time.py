@@ -10,11 +10,11 @@ from expertwire.bench.test_time import cascade
 from expertwire.bench.test_time.simulation import simulate
 from expertwire.bench.test_time.sources import Asked, Bank, Sampler
 from expertwire.bench.test_time.statistics import Runs, choose_for, interval, out_of_sample
-from expertwire.bench.test_time.step_retries import StepRetries
 from expertwire.deploy import demo_verifiers
 from expertwire.deploy.demo_task import check, make_problem
 from expertwire.strategies.base import Budget
 from expertwire.strategies.best_of_n import BestOfN
+from expertwire.strategies.step_retries import StepRetries
 
 ASKED = [Asked(make_problem("SUM", 4, seed), seed) for seed in range(6)]
 

@@ -29,6 +29,7 @@ from expertwire.strategies.majority_vote import MajorityVote
 from expertwire.strategies.record import Recorded, ReplayMismatch, action_from_dict, action_to_dict, replay
 from expertwire.strategies.registry import STRATEGIES
 from expertwire.strategies.sequential_revision import SequentialRevision
+from expertwire.strategies.step_retries import StepRetries
 from expertwire.strategies.verifier_vote import VerifierVote
 from expertwire.strategies.verifiers import VerifierPolicy
 
@@ -73,6 +74,7 @@ def all_strategies(budget: Budget, on_failure: str = "drop") -> list:
         MajorityVote(7, NUMBER, budget=budget),
         SequentialRevision(2, chains=2, choose="majority", answer=NUMBER, budget=budget),
         SequentialRevision(2, end_text=";", budget=budget),
+        StepRetries(step_text=";", least=0.3, max_retries=5, **verified),
         VerifierVote(5, NUMBER, **verified),
     ]
 

@@ -11,6 +11,7 @@ from expertwire.strategies.beam import BeamSearch
 from expertwire.strategies.dvts import DVTS
 from expertwire.strategies.lookahead import ROLLOUT, Lookahead
 from expertwire.strategies.sequential_revision import SequentialRevision
+from expertwire.strategies.step_retries import StepRetries
 from expertwire.strategies.steps import aggregate, step_scores
 from expertwire.strategies.verifiers import VerifierPolicy
 
@@ -163,6 +164,49 @@ class TestDVTS:
         outcome = run_group(DVTS(2, 2, digit_sum, step_text=";"), model)
         assert outcome.statuses() == ["finished"] * 3
         assert outcome.text == "9;1"
+
+
+class TestStepRetries:
+    def test_a_step_is_sampled_again_from_where_it_began(self):
+        """Branch 0 says "0;", which is refused; 1 says "1;"; 1 to 4 go on with 4 to 7, and 5 with 8."""
+
+        def accepts(candidates):
+            return [float(candidate.text in ("1;", "1;8")) for candidate in candidates]
+
+        outcome = run_group(StepRetries(accepts, step_text=";"), digits(2))
+        branches = outcome.group.branches
+        assert [branch.parent for branch in branches] == [None, None, 1, 2, 3, 4]
+        assert [branch.num_shared for branch in branches] == [0, 0, 2, 2, 2, 2]
+        assert outcome.text == "1;8"
+        assert outcome.num_sampled == 2 + 4 + 4 * 2
+        assert outcome.selection.reason == "5 steps were sampled again"
+
+    def test_a_score_at_least_least_is_accepted(self):
+        assert run_group(StepRetries(digit_sum, step_text=";", least=2), digits(2)).text == "2;5"
+
+    @pytest.mark.parametrize("score", [0.0, float("nan")])
+    def test_after_the_last_retry_the_output_is_not_judged(self, score):
+        outcome = run_group(StepRetries(lambda _: [score], step_text=";", max_retries=2), digits(2))
+        assert outcome.statuses() == ["pruned", "pruned", "finished"]
+        assert outcome.text == "2;5"
+        assert not outcome.group.branches[2].scores
+
+    def test_a_branch_whose_verifier_failed_is_not_chosen_when_the_budget_ends(self):
+        strategy = StepRetries(lambda _: [float("nan")], step_text=";", budget=Budget(branches=2))
+        selection = run_group(strategy, digits(1)).selection
+        assert selection.branches == ()
+        assert "the verifier failed for 2 of 2 branches" in selection.reason
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"verifier": None}, "verifier must be given"), ({"step_text": ""}, "step_text"), ({"least": "x"}, "least"),
+            ({"max_retries": -1}, "max_retries"),
+        ],
+    )  # fmt: skip
+    def test_bad_options_name_the_field(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            StepRetries(**{"verifier": digit_sum, **options})
 
 
 class TestLookahead:
