@@ -37,9 +37,11 @@ class DemoConfig:
     rope_theta: float = 10000.0
 
 
+_SMALL = DemoConfig(hidden_size=48, num_hidden_layers=2, head_dim=16, num_experts=16, moe_intermediate_size=32)
 CONFIGS = {
     "demo": DemoConfig(),
-    "small": DemoConfig(hidden_size=48, num_hidden_layers=2, head_dim=16, num_experts=16, moe_intermediate_size=32),
+    "small": _SMALL,
+    "small_choices": _SMALL,
     "thinking": DemoConfig(),
 }
 

@@ -1,7 +1,6 @@
 """Train the demo model and write it in the Hugging Face hub's format: `python tools/train_demo_model.py --help`.
 
-A batch holds problems of one kind and size, so no row is padded, and is a function of (seed, step), so that a run that was
-stopped goes on from its state file as if it had not been.
+A batch is a function of (model, seed, step), so that a run that was stopped goes on from its state file as if it had not been.
 
 Shape letters: B batch, S sequence length, V vocabulary.
 """
@@ -10,52 +9,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from demo_batches import TOKEN_IDS, Batch, make_batch
 from demo_network import CONFIGS, DemoConfig, DemoModel
 from safetensors.torch import load_file, save
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from expertwire.deploy.demo_task import (
-    END_OF_STEP,
     END_OF_THINKING,
     EOS,
     PAD,
-    QUESTION,
     THINK,
     UNKNOWN,
-    WAIT,
     WORDS,
-    Kind,
-    make_example,
-    make_thinking_example,
 )
 
-TOKEN_IDS = {word: token_id for token_id, word in enumerate(WORDS)}
 SPECIAL = (PAD, EOS, UNKNOWN, *(word for word in WORDS if word.startswith("<reserved")))
-Mix = tuple[tuple[Kind, int, float], ...]  # (kind, size, share of the batches)
-SUMS: Mix = tuple(
-    ("SUM", size, share) for size, share in zip(range(2, 9), (0.04, 0.14, 0.16, 0.14, 0.12, 0.08, 0.04), strict=True)
-)
-MIXES: dict[str, Mix] = {
-    "demo": (
-        *SUMS,
-        *(("COUNTDOWN", size, share) for size, share in zip(range(2, 6), (0.02, 0.08, 0.10, 0.08), strict=True)),
-    ),
-    # The lowest tier of a cascade: what it is for are the easy problems.
-    "small": tuple(
-        ("SUM", size, share) for size, share in zip(range(2, 8), (0.15, 0.35, 0.25, 0.15, 0.06, 0.04), strict=True)
-    ),
-    "thinking": SUMS,
-}
-CUT_SHARE, AGAIN_SHARE = 0.3, 0.15  # of the thinking model's batches
 CHAT_TEMPLATE = (
     "{%- set question = messages[-1]['content'] | trim -%}"
     "{{ question }}{% if add_generation_prompt and not question.endswith('?') %} ?{% endif %}"
@@ -66,7 +41,7 @@ CHAT_TEMPLATE = (
 class Recipe:
     """Hyperparameters of a training.
 
-    One of `tokens` and `cpu_seconds` is the budget; only `tokens` gives the same weights twice. `model` is a key of `MIXES`,
+    One of `tokens` and `cpu_seconds` is the budget; only `tokens` gives the same weights twice. `model` is a key of `CONFIGS`,
     `init` the folder of a checkpoint to start from.
     """
 
@@ -84,74 +59,18 @@ class Recipe:
     aux_coefficient: float = 0.01
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Examples of one kind and size: `first` is the prompt's length, the weights are those of the tokens after it."""
-
-    ids_BS: Tensor
-    first: int
-    weights_S: Tensor
-
-
-def make_batch(recipe: Recipe, step: int) -> Batch:
-    """The batch of a step: a function of (recipe.model, recipe.seed, step)."""
-    rng = random.Random(f"{recipe.seed} {step}")
-    mix = MIXES[recipe.model]
-    kind, size, _ = rng.choices(mix, [share for _, _, share in mix])[0]
-    options = _thinking_options(rng, size) if recipe.model == "thinking" else None
-    texts: list[list[str]] = []
-    while not texts or len(texts) < recipe.batch_tokens // len(texts[0]):
-        seed = rng.getrandbits(48)
-        if options is None:
-            problem, solution = make_example(kind, size, seed, "train")
-        else:
-            problem, solution = make_thinking_example(size, seed, "train", **options)
-        texts.append([*problem.prompt.split(), *solution.split(), EOS])
-    first = texts[0].index(QUESTION) + 1
-    ids_BS = torch.tensor([[TOKEN_IDS[word] for word in words] for words in texts])
-    weights = token_weights(kind, texts[0][first:])
-    if options is not None:
-        weights = [w * f for w, f in zip(weights, _forced(texts[0][first:], cut="cut" in options), strict=True)]
-    return Batch(ids_BS, first, torch.tensor(weights))
-
-
-def _thinking_options(rng: random.Random, size: int) -> dict[str, Any]:
-    """Draw whether a batch's thinking is cut, half the time at the end of a step, or begins again."""
-    fate = rng.random()
-    if fate < CUT_SHARE:
-        words = make_thinking_example(size, 0)[1].split()
-        words = words[1 : words.index(END_OF_THINKING)]
-        ends = [0, *(i + 1 for i, word in enumerate(words) if word == END_OF_STEP)]
-        return {"cut": rng.choice(ends) if rng.random() < 0.5 else rng.randrange(len(words))}
-    return {"again": True} if fate < CUT_SHARE + AGAIN_SHARE else {}
-
-
-def _forced(words: list[str], *, cut: bool) -> list[float]:
-    """0 for words that a server forces: `Wait`, and `</think>` in thinking that was cut; 1 for the others."""
-    forced = (WAIT, END_OF_THINKING) if cut else (WAIT,)
-    return [float(word not in forced) for word in words]
-
-
-def token_weights(kind: Kind, words: list[str]) -> list[float]:
-    """The weight of each completion token in the loss.
-
-    Which two numbers a step of `SUM` takes is arbitrary: predicting the draw only adds noise to the gradient, so these two
-    tokens of a step weigh less. In `COUNTDOWN` the choice is the reasoning, and weighs as much as the rest.
-    """
-    weights = [1.0] * len(words)
-    for i, word in enumerate(words):
-        if kind == "SUM" and word == "+":
-            weights[i - 1] = 0.25
-            if i + 1 < len(words):
-                weights[i + 1] = 0.25
-    return weights
-
-
 def batch_loss(model: DemoModel, batch: Batch, aux_coefficient: float) -> Tensor:
-    """Weighted cross-entropy of the completions plus the load-balancing loss."""
+    """Weighted cross-entropy of the completions plus the load-balancing loss.
+
+    Where several tokens are right, the loss is that of their joint probability: which one the model prefers is left to it.
+    """
     logits_BSV, aux = model(batch.ids_BS[:, :-1], first=batch.first - 1)
     targets_BS = batch.ids_BS[:, batch.first :]
     losses_BS = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none").view(targets_BS.shape)
+    if batch.others_BSV is not None:
+        logprobs_BSV = logits_BSV.log_softmax(-1)
+        joint_BS = logprobs_BSV.masked_fill(~batch.others_BSV, -torch.inf).logsumexp(-1)
+        losses_BS = torch.where(batch.others_BSV.any(-1), -joint_BS, losses_BS)
     return (losses_BS.mean(0) * batch.weights_S).sum() / batch.weights_S.sum() + aux_coefficient * aux
 
 
@@ -220,7 +139,7 @@ class Training:
         started = time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.progress)
-        batch = make_batch(self.recipe, self.step)
+        batch = make_batch(self.recipe.model, self.recipe.seed, self.recipe.batch_tokens, self.step)
         loss = batch_loss(self.model, batch, self.recipe.aux_coefficient)
         self.optimizer.zero_grad()
         loss.backward()
@@ -348,7 +267,7 @@ def compare_with_transformers(model: DemoModel, folder: Path, name: str) -> tupl
     ours.load_state_dict({name: weight.bfloat16().float() for name, weight in model.state_dict().items()})
     largest, equal, total = 0.0, 0, 0
     for step in range(20):
-        ids_BS = make_batch(Recipe(model=name, seed=-1, batch_tokens=512), step).ids_BS
+        ids_BS = make_batch(name, -1, 512, step).ids_BS
         with torch.no_grad():
             ours_BSV, theirs_BSV = ours(ids_BS)[0], theirs(ids_BS).logits
         largest = max(largest, (ours_BSV - theirs_BSV).abs().max().item())
@@ -367,6 +286,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", type=Path, help="folder of a checkpoint of the same sizes to start from")
     parser.add_argument("--lr", type=float, default=Recipe.lr, help="highest learning rate")
+    parser.add_argument("--warmup", type=float, default=Recipe.warmup, help="share of the budget in which it rises")
+    parser.add_argument("--decay-from", type=float, default=Recipe.decay_from, help="share from which it falls")
     parser.add_argument("--state", type=Path, help="file to save the run's state in, and to go on from")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
@@ -378,6 +299,8 @@ def main(argv: list[str] | None = None) -> None:
         model=args.model,
         init=None if args.init is None else str(args.init),
         lr=args.lr,
+        warmup=args.warmup,
+        decay_from=args.decay_from,
     )
     training = Training(CONFIGS[args.model], recipe, args.state)
     training.run()

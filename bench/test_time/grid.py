@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertwire.deploy import demo_verifiers
 from expertwire.deploy.demo_task import END_OF_STEP, Kind
@@ -15,13 +15,13 @@ from expertwire.strategies.best_of_n import BestOfN
 from expertwire.strategies.compute_optimal import Bin, ComputeOptimal
 from expertwire.strategies.confidence_pruning import ConfidencePruning
 from expertwire.strategies.confidence_vote import ConfidenceVote
-from expertwire.strategies.dvts import DVTS
 from expertwire.strategies.first_k_finish import FirstKFinish
 from expertwire.strategies.majority_vote import MajorityVote
 from expertwire.strategies.step_retries import StepRetries
 
 ANSWER = RegexAnswer(r"answer ([0-9]+)")
 NEEDS_32 = {("SUM", 4)}
+MIDDLE = {("SUM", 4), ("SUM", 5), ("SUM", 6)}  # votes and probes tell something
 HARD = {("SUM", 7), ("SUM", 8), ("COUNTDOWN", 4), ("COUNTDOWN", 5)}  # best-of-16 leaves room for more than 8 beams
 
 
@@ -33,7 +33,7 @@ class Entry:
         name: in tables.
         make: from the size of the problems.
         branches: started at most from the prompt.
-        votes: whether it votes: `COUNTDOWN` problems contain their answer, so votes are no use there.
+        votes: whether it votes; `COUNTDOWN` problems contain their answer, so votes are no use there.
         groups_at_once: simulated together, where branches are forked.
         bins: in which it is tried; empty: in all.
         cuts: budgets of tokens, in whole answers, at which the same branches are looked at; the last one is that of the run.
@@ -52,7 +52,7 @@ class Entry:
         return (
             (not self.bins or (kind, size) in self.bins)
             and self.branches <= branches
-            and not (self.votes and kind == "COUNTDOWN")
+            and (not self.votes or (kind, size) in MIDDLE)
         )
 
 
@@ -68,8 +68,9 @@ def _whole_answers(count: int, size: int) -> Budget:
     return Budget(tokens=count * (size - 1) * (size + 6))
 
 
+BEST_OF = tuple(_best_of(n) for n in (1, 2, 4, 8, 16))
 BANKED = (
-    *(_best_of(n) for n in (1, 2, 4, 8, 16)),
+    *BEST_OF,
     *(_majority(n) for n in (4, 8, 16, 32)),
     Entry("confidence vote of 16", lambda size: ConfidenceVote(16, ANSWER), 16, votes=True),
     Entry("adaptive consistency of 32", lambda size: AdaptiveConsistency(32, ANSWER, concurrency=1), 32, votes=True),
@@ -97,7 +98,7 @@ def _probe(size: int) -> Strategy:
     return ComputeOptimal(rows, probe=2, signal="verifier", verifier=demo_verifiers.process)
 
 
-LIVE = (
+FORKING = (
     _beam(8),
     _beam(4),
     _beam(16, frozenset(HARD)),
@@ -109,11 +110,13 @@ LIVE = (
         groups_at_once=500,
         cuts=(2, 4, 8),
     ),
-    Entry("probe of 2, then beam 8x4", _probe, groups_at_once=100),
-    Entry(
-        "dvts 8x4",
-        lambda size: DVTS(8, 4, demo_verifiers.process, step_text=END_OF_STEP),
-        groups_at_once=100,
-        bins=frozenset({("SUM", 5), ("SUM", 7), ("COUNTDOWN", 5)}),
-    ),
+    Entry("probe of 2, then beam 8x4", _probe, groups_at_once=100, bins=frozenset(MIDDLE)),
 )
+ON_ENGINE = ("majority of 16", "confidence pruning of 16", "beam 4x4", "beam 8x4", "probe of 2, then beam 8x4")
+
+
+def on_engine(kind: Kind, size: int) -> list[Entry]:
+    """Return the strategies that are run on the engine, too; steps retried within 8 whole answers are one."""
+    entries = [entry for entry in (*BANKED, *FORKING) if entry.name in ON_ENGINE and entry.fits(kind, size, 16)]
+    retries = next(entry for entry in FORKING if entry.name == "step retries")
+    return [*BEST_OF, *entries, replace(retries, name="step retries, 8x")]

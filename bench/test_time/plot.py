@@ -9,7 +9,7 @@ from typing import Any
 from expertwire.bench.test_time.statistics import Runs
 
 Points = Sequence[tuple[float, float]]
-TICKS = (50, 100, 200, 500, 1000)
+TICKS = (20, 50, 100, 200, 500, 1000)
 HARD = ("SUM-5", "SUM-7", "COUNTDOWN-5")
 
 
@@ -42,6 +42,7 @@ def _bin(axis: Any, name: str, runs: Mapping[str, Runs]) -> None:
     for family, label, style in (
         ("best-of-", "best-of-n", "o-"),
         ("beam", "beam", "s--"),
+        ("probe", "probe, then beam", "d"),
         ("step retries", "step retries", "^-"),
     ):
         points = sorted(_point(run) for each, run in runs.items() if each.startswith(family))

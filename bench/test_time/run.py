@@ -1,8 +1,8 @@
 """Accuracy against tokens and time for every strategy, by difficulty: `python -m expertwire.bench test-time --help`.
 
 The problems are test problems of the demo model's task, 500 of each kind and size. Branches are simulated in lock step with the
-checkpoint's weights (`simulation`), with the strategies that a server runs. Time is given as decode steps from the first token to
-the result: what a group takes alone. On a full machine time goes with the tokens of all branches.
+checkpoint's weights (`simulation`), with the strategies that a server runs; time is given as decode steps from the first token to
+the result. The engine itself (`live`) runs the first problems of some bins, for the wall time and to check the simulation.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from expertwire.bench.demo.accuracy import DEMO_MODEL
-from expertwire.bench.test_time import cascade, plot
-from expertwire.bench.test_time.grid import BANKED, LIVE, NEEDS_32, Entry
+from expertwire.bench.test_time import cascade, live, plot
+from expertwire.bench.test_time.grid import BANKED, FORKING, NEEDS_32, Entry
 from expertwire.bench.test_time.network import Network
 from expertwire.bench.test_time.simulation import Outcome, simulate
 from expertwire.bench.test_time.sources import Asked, Bank, Sampler
@@ -73,18 +73,28 @@ class Study:
         bank.save(path)
         return bank
 
-    def live(self, entry: Entry, kind: Kind, size: int) -> list[Outcome]:
-        """Return the outcomes of a strategy that forks from the cache, or sample them."""
-        path = self.cache / "live" / f"{entry.name}_{kind}-{size}.json"
+    def outcomes(self, entry: Entry, kind: Kind, size: int, bank: Bank | None) -> list[Outcome]:
+        """Return the outcomes of a strategy from the cache, or simulate them; without a bank the branches are sampled."""
+        path = self.cache / "outcomes" / f"{entry.name}_{kind}-{size}.json"
         if path.exists():
             outcomes = [Outcome(**each) for each in json.loads(path.read_text())]
             assert len(outcomes) == self.problems, f"{path} is of other problems"
             return outcomes
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = self.sampler(DEMO_MODEL)
-        outcomes = simulate(entry.make(size), self.asked(kind, size), source, groups_at_once=entry.groups_at_once)
+        source = self.sampler(DEMO_MODEL) if bank is None else bank
+        at_once = entry.groups_at_once if bank is None else self.problems
+        outcomes = simulate(entry.make(size), self.asked(kind, size), source, groups_at_once=at_once)
         path.write_text(json.dumps([asdict(each) for each in outcomes]))
         return outcomes
+
+    def on_engine(self, problems: int) -> dict[str, list[dict[str, Any]]]:
+        """Return what the engine gave for the first problems of some bins from the cache, or run it."""
+        path = self.cache / f"engine_{problems}.json"
+        if not path.exists():
+            asked = {(kind, size): self.asked(kind, size)[:problems] for kind, size in live.BINS}
+            path.write_text(json.dumps(live.measure(asked)))
+        runs: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
+        return runs
 
 
 def runs_of(outcomes: Sequence[Outcome]) -> Runs:
@@ -107,11 +117,10 @@ def measure_bin(study: Study, kind: Kind, size: int) -> dict[str, Runs]:
     runs = {"greedy": greedy_runs(bank)}
     for entry in BANKED:
         if entry.fits(kind, size, bank.tokens.shape[1] - 1):
-            outcomes = simulate(entry.make(size), bank.asked, bank, groups_at_once=len(bank.asked))
-            runs[entry.name] = runs_of(outcomes)
-    for entry in LIVE:
+            runs[entry.name] = runs_of(study.outcomes(entry, kind, size, bank))
+    for entry in FORKING:
         if entry.fits(kind, size, BRANCHES):
-            whole = runs_of(study.live(entry, kind, size))
+            whole = runs_of(study.outcomes(entry, kind, size, None))
             runs |= {f"{entry.name}, {k}x": whole.cut(k * longest(size)) for k in entry.cuts} or {entry.name: whole}
     print(f"{kind}-{size}: " + ", ".join(f"{name} {run.right.mean():.3f}" for name, run in runs.items()), flush=True)
     return runs
@@ -158,8 +167,9 @@ def with_verifier(measured: dict[str, dict[str, Runs]], kinds: tuple[str, ...]) 
 
 FAMILIES = {
     "best-of-n alone": ("greedy", "best-of-"),
-    "best-of-n and beams": ("greedy", "best-of-", "beam"),
-    "with step retries": ("greedy", "best-of-", "beam", "step retries"),
+    "best-of-n and searches": ("greedy", "best-of-", "beam"),
+    "those after a probe, too": ("greedy", "best-of-", "beam", "probe"),
+    "with step retries": ("greedy", "best-of-", "beam", "probe", "step retries"),
 }
 
 
@@ -219,12 +229,18 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m expertwire.bench test-time", description=run.__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="folder of sampled branches, kept between runs")
     parser.add_argument("--problems", type=int, default=500, help="problems of each kind and size")
+    parser.add_argument("--live", type=int, default=20, help="problems of some bins for the engine itself; 0: none")
     parser.add_argument("--json", type=Path, help="file of the results")
     parser.add_argument("--png", type=Path, help="file of the plot")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     started = time.process_time()
-    results, shown = report(Study(args.cache, args.problems))
+    study = Study(args.cache, args.problems)
+    results, shown = report(study)
+    if args.live:
+        runs = study.on_engine(min(args.live, args.problems))
+        results["live"] = {name: live.compare(each, shown["measured"][name]) for name, each in runs.items()}
+        print(live.table(results["live"]))
     results["cpu_seconds"] = round(time.process_time() - started, 1)
     print(json.dumps({name: results[name] for name in ("compute_optimal", "votes_on_SUM-4", "cascade")}, indent=1))
     if args.json is not None:

@@ -82,7 +82,7 @@ class Sampler:
         self._slots: list[int] = []  # of rows, in the network's cache
         self._free: list[int] = []  # slots of released rows, a heap
         self._copies: dict[int, int] = {}  # from slots, by the slots to which they are still to be copied
-        self._num_slots = self._capacity = self._num_prompts
+        self.num_slots = self._capacity = self._num_prompts
         self.network.reserve(self._capacity)
         slots = torch.arange(self._num_prompts)
         for t in range(self._prompt_length - 1):
@@ -137,7 +137,7 @@ class Sampler:
         if self._free:
             slot = heapq.heappop(self._free)
         else:
-            slot, self._num_slots = self._num_slots, self._num_slots + 1
+            slot, self.num_slots = self.num_slots, self.num_slots + 1
         if source in self._copies or slot in self._copies:
             self._copy()
         self._copies[slot] = source
@@ -146,8 +146,8 @@ class Sampler:
         self._slots.append(slot)
 
     def _copy(self) -> None:
-        if self._num_slots > self._capacity:
-            self._capacity = max(self._num_slots, self._capacity * 3 // 2)
+        if self.num_slots > self._capacity:
+            self._capacity = max(self.num_slots, self._capacity * 3 // 2)
             self.network.reserve(self._capacity)
         if self._copies:
             longest = self._prompt_length + max(length for _, _, _, length in self._rows)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from expertwire.bench.demo.accuracy import DEMO_MODEL
-from expertwire.bench.test_time import cascade
+from expertwire.bench.test_time import cascade, live
 from expertwire.bench.test_time.simulation import simulate
 from expertwire.bench.test_time.sources import Asked, Bank, Sampler
 from expertwire.bench.test_time.statistics import Runs, choose_for, interval, out_of_sample
 from expertwire.deploy import demo_verifiers
 from expertwire.deploy.demo_task import check, make_problem
 from expertwire.strategies.base import Budget
+from expertwire.strategies.beam import BeamSearch
 from expertwire.strategies.best_of_n import BestOfN
 from expertwire.strategies.step_retries import StepRetries
 
@@ -111,3 +112,32 @@ def test_an_abort_saves_the_rest_of_the_small_tier():
     assert abort.cost.tolist() == [1.25, 0.5]
     direct = cascade.run(legs, direct=~sent, signal=None, threshold=0.0, abort=False)
     assert direct.cost.tolist() == [1.0, 1.0]
+
+
+def test_a_live_run_is_compared_on_the_same_problems_and_with_best_of_n_at_equal_cost():
+    simulated = {
+        "greedy": runs([1, 0, 1, 1], [5] * 4),
+        "best-of-1": runs([0, 0, 0, 0], [5] * 4),
+        "best-of-4": runs([1, 1, 1, 1], [20] * 4),
+    }
+    tokens = {"greedy": 5, "best-of-1": 5, "best-of-4": 20}
+    seconds = {"greedy": 1.0, "best-of-1": 1.0, "best-of-4": 4.0}
+    live_runs = [
+        {"name": name, "right": run.right[:2].tolist(), "tokens": [tokens[name]] * 2, "wall_s": seconds[name]}
+        for name, run in simulated.items()
+    ]
+    live_runs.append({"name": "greedy", "right": [True, True], "tokens": [10, 10], "wall_s": 4.0})
+    good, _, _, bad = live.compare(live_runs, simulated)
+    assert good["agrees"] and not bad["agrees"], "greedy answers are right or wrong as the simulated ones are"
+    assert (good["accuracy"], good["simulated_accuracy"], good["accuracy_of_all"]) == (0.5, 0.5, 0.75)
+    assert bad["best_of_n_at_equal_tokens"] == 0.5, "halfway between 5 and 20 on a logarithmic scale"
+    assert bad["best_of_n_at_equal_time"] == 1.0
+    assert (bad["wall_ms"], bad["tokens_per_s"]) == (2000.0, 5.0)
+    assert live.table({"SUM-5": [good]}).splitlines()[-1].startswith("| SUM-5 | greedy | 0.75 | 0.5 | 0.5 | 5.0 |")
+
+
+def test_slots_of_pruned_branches_are_used_again(sampler):
+    beams = BeamSearch(4, 4, demo_verifiers.process, step_text=";")
+    first = simulate(beams, ASKED, sampler)
+    assert sampler.num_slots == len(ASKED) * (1 + 4), "a slot for a prompt and four for its beams"
+    assert first == simulate(beams, ASKED, sampler, groups_at_once=1), "whatever slots they are in"

@@ -4,19 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_batches import MIXES, TOKEN_IDS, Batch, make_batch, token_weights
 from demo_network import CONFIGS, DemoConfig, DemoModel
 from tokenizers import Tokenizer
 from train_demo_model import (
-    MIXES,
-    TOKEN_IDS,
     Recipe,
     Training,
+    batch_loss,
     compare_with_transformers,
     learning_rate,
     load_weights,
-    make_batch,
     save_checkpoint,
-    token_weights,
 )
 
 from expertwire.bench.demo.accuracy import DEMO_MODEL
@@ -87,13 +85,10 @@ def test_a_run_has_one_budget(budget):
 
 @pytest.mark.parametrize("model", MIXES)
 def test_batches_follow_from_the_step_and_hold_training_problems_only(model):
-    recipe = Recipe(model=model, tokens=1, batch_tokens=512)
     for step in range(20):
-        batch = make_batch(recipe, step)
-        assert torch.equal(batch.ids_BS, make_batch(recipe, step).ids_BS)
-        assert not torch.equal(
-            batch.ids_BS, make_batch(Recipe(model=model, tokens=1, seed=1, batch_tokens=512), step).ids_BS
-        )
+        batch = make_batch(model, 0, 512, step)
+        assert torch.equal(batch.ids_BS, make_batch(model, 0, 512, step).ids_BS)
+        assert not torch.equal(batch.ids_BS, make_batch(model, 1, 512, step).ids_BS)
         for ids in batch.ids_BS.tolist():
             words = [WORDS[token_id] for token_id in ids]
             kind, *numbers = words[: words.index("TO") if "TO" in words else batch.first - 1]
@@ -108,6 +103,36 @@ def test_arbitrary_choices_weigh_less():
     light = [i for i, weight in enumerate(token_weights("SUM", words)) if weight < 1]
     assert light == [0, 2, 9, 11]
     assert set(token_weights("COUNTDOWN", words)) == {1.0}
+
+
+def test_where_any_choice_is_right_all_numbers_of_the_list_in_their_order_are():
+    """Which number comes first in a step is open, but for the last one; the second comes behind it in the list."""
+    for step in range(10):
+        batch = make_batch("small_choices", 0, 256, step)
+        assert batch.others_BSV is not None
+        words = [WORDS[token_id] for token_id in batch.ids_BS[0].tolist()]
+        left, solution = words[1 : batch.first - 1], words[batch.first :]
+        right = [sorted(WORDS[i] for i in row.nonzero().flatten().tolist()) for row in batch.others_BSV[0] if row.any()]
+        taken = [(solution[i - 1], solution[i + 1]) for i, word in enumerate(solution) if word == "+"]
+        assert right[0] == sorted(set(left[:-1]))
+        assert right[1] == sorted(set(left[left.index(taken[0][0]) + 1 :]))
+        assert len(right) == 2 * len(taken)
+        assert all(first in firsts for (first, _), firsts in zip(taken, right[::2], strict=True))
+        assert all(second in seconds for (_, second), seconds in zip(taken, right[1::2], strict=True))
+
+
+def test_any_right_choice_has_the_same_loss():
+    model, ids_BS = DemoModel(SMALL, seed=1), torch.tensor([[5, 30, 31, 32]])
+    others_BSV = torch.zeros(1, 2, len(WORDS), dtype=torch.bool)
+    others_BSV[0, 1, [32, 33, 34]] = True
+
+    def loss(target: int) -> float:
+        ids_BS[0, -1] = target
+        return batch_loss(model, Batch(ids_BS.clone(), 2, torch.tensor([0.0, 1.0]), others_BSV), 0.0).item()
+
+    assert loss(32) == loss(33) == loss(34)
+    logits_BSV, _ = model(ids_BS[:, :-1])
+    assert loss(32) == pytest.approx(-logits_BSV[0, -1].softmax(-1)[32:35].sum().log().item(), rel=1e-5)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -129,7 +154,7 @@ def test_the_thinking_model_learns_to_be_cut_and_to_begin_again_and_not_when():
     """Words that a server forces have no weight: the model must not say them by itself."""
     seen, said = {"cut": 0, "again": 0}, 0
     for step in range(60):
-        batch = make_batch(Recipe(model="thinking", tokens=1, batch_tokens=256), step)
+        batch = make_batch("thinking", 0, 256, step)
         words = [WORDS[token_id] for token_id in batch.ids_BS[0, batch.first :].tolist()]
         weights = dict(zip(range(len(words)), batch.weights_S.tolist(), strict=True))
         end = words.index(END_OF_THINKING)
