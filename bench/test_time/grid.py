@@ -21,8 +21,9 @@ from expertwire.strategies.step_retries import StepRetries
 
 ANSWER = RegexAnswer(r"answer ([0-9]+)")
 NEEDS_32 = {("SUM", 4)}
-MIDDLE = {("SUM", 4), ("SUM", 5), ("SUM", 6)}  # votes and probes tell something
-HARD = {("SUM", 7), ("SUM", 8), ("COUNTDOWN", 4), ("COUNTDOWN", 5)}  # best-of-16 leaves room for more than 8 beams
+MIDDLE: frozenset[tuple[Kind, int]] = frozenset({("SUM", 4), ("SUM", 5), ("SUM", 6)})  # votes and probes tell something
+# Here best-of-16 leaves room for more than 8 beams.
+HARD: frozenset[tuple[Kind, int]] = frozenset({("SUM", 7), ("SUM", 8), ("COUNTDOWN", 4), ("COUNTDOWN", 5)})
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _probe(size: int) -> Strategy:
 FORKING = (
     _beam(8),
     _beam(4),
-    _beam(16, frozenset(HARD)),
+    _beam(16, HARD),
     Entry(
         "step retries",
         lambda size: StepRetries(
@@ -110,7 +111,7 @@ FORKING = (
         groups_at_once=500,
         cuts=(2, 4, 8),
     ),
-    Entry("probe of 2, then beam 8x4", _probe, groups_at_once=100, bins=frozenset(MIDDLE)),
+    Entry("probe of 2, then beam 8x4", _probe, groups_at_once=100, bins=MIDDLE),
 )
 ON_ENGINE = ("majority of 16", "confidence pruning of 16", "beam 4x4", "beam 8x4", "probe of 2, then beam 8x4")
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from expertwire.bench.demo.accuracy import DEMO_MODEL
-from expertwire.bench.test_time import cascade, live, plot
+from expertwire.bench.test_time import cascade, live, plot, replay
 from expertwire.bench.test_time.grid import BANKED, FORKING, NEEDS_32, Entry
 from expertwire.bench.test_time.network import Network
 from expertwire.bench.test_time.simulation import Outcome, simulate
@@ -200,6 +200,7 @@ def report(study: Study) -> tuple[dict[str, Any], dict[str, Any]]:
         "either": float((legs.small_right | legs.large_right).mean()),
         "small_alone_cost": float(((legs.prompt + legs.small).mean()) * legs.ratio / (legs.prompt + legs.large).mean()),
         "mechanisms": mechanisms,
+        "replay": replay.check(legs, -0.22, (-0.1, -0.15, -0.3, -0.5)),
     }
     results = {
         "problems": study.problems,

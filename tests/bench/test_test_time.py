@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from expertwire.bench.demo.accuracy import DEMO_MODEL
-from expertwire.bench.test_time import cascade, live
+from expertwire.bench.test_time import cascade, live, replay
 from expertwire.bench.test_time.simulation import simulate
 from expertwire.bench.test_time.sources import Asked, Bank, Sampler
 from expertwire.bench.test_time.statistics import Runs, choose_for, interval, out_of_sample
@@ -141,3 +141,21 @@ def test_slots_of_pruned_branches_are_used_again(sampler):
     first = simulate(beams, ASKED, sampler)
     assert sampler.num_slots == len(ASKED) * (1 + 4), "a slot for a prompt and four for its beams"
     assert first == simulate(beams, ASKED, sampler, groups_at_once=1), "whatever slots they are in"
+
+
+def test_the_cascades_log_replays_and_predicts_as_the_runs_are():
+    random = np.random.default_rng(0)
+    signal = -np.abs(random.normal(0, 0.3, (400, 12)))
+    signal[:, :3] = cascade.NEVER
+    tokens, right = np.full(400, 12.0), np.ones(400, bool)
+    legs = cascade.Legs(
+        size=tokens, prompt=tokens, small=tokens, large=tokens, small_right=right, large_right=right,
+        signals={"window of 4": signal}, ratio=0.1,
+    )  # fmt: skip
+    result = replay.check(legs, -0.6, (-0.5, -0.9), share=0.5)
+    assert result["replay_equals_run"]
+    higher, lower = result["predictions"]
+    assert 0 < result["escalated"] < higher["true"] == higher["predicted"]
+    assert higher["exact"] and not lower["exact"]
+    assert 0 < lower["true"] < result["escalated"]
+    assert abs(lower["true"] - lower["predicted"]) < 0.08
