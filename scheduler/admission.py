@@ -92,7 +92,7 @@ class QuotaCheck:
     def _needed(self, request: Request) -> np.ndarray:
         needed_C = np.zeros(len(self._batch.specs), np.int64)
         loops.blocks_needed(self._batch.caches, len(request.tokens), needed_C)
-        return needed_C + 1
+        return np.minimum(needed_C + 1, self._batch.caches.most_C)
 
 
 class Admission:
@@ -193,10 +193,10 @@ class Admission:
             num_tokens = len(child.tokens)
             num_cached = 0 if batch.draining_Z[row] else batch.num_shareable(row, min(num_common, num_tokens - 1))
             loops.blocks_needed(batch.caches, num_tokens - num_cached, needed_C)
-            needed_C += 1  # as the last block may have to be copied
+            needed_C = np.minimum(needed_C + 1, batch.caches.most_C)  # as the last block may have to be copied
             if num_cached and loops.fits(budget, rank, needed_C) and (may_start is None or may_start(child)):
                 load = self._balancing.load(*np.array([[num_tokens], [num_cached], [child.limit - num_tokens]]))
-                num = loops.charge(budget, rank, needed_C, num_tokens - num_cached, float(load[0]))
+                num = loops.charge(batch.caches, budget, rank, needed_C, num_tokens - num_cached, float(load[0]))
                 columns = np.array([[rank], [num_cached], [num], [row], [0]])
                 parts.append(_Part([child], columns, child.block_hashes))
                 if key in self._groups:
@@ -283,7 +283,9 @@ class Admission:
         ends_A = admissions.num_cached_A + admissions.num_scheduled_A
         for rank, end in zip(admissions.rank_A.tolist(), ends_A.tolist(), strict=True):
             loops.blocks_needed(batch.caches, end, needed_C)
-            free_CP[:, rank] -= needed_C + 1  # one that a fork's last block may be copied to
+            free_CP[:, rank] -= np.minimum(
+                needed_C + 1, batch.caches.most_C
+            )  # one that a fork's last block may be copied to
         return free_CP
 
     def _chunk(self, budget: Budget) -> int:

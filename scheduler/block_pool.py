@@ -15,10 +15,13 @@ u64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from expertwire.scheduler._compiled import blocks as block_loops
 from expertwire.scheduler._compiled.blocks import END, IN_USE, UNHASHED
+from expertwire.scheduler._compiled.heap import WORTH
 
 _LINE = 64  # bytes of a cache line
 
@@ -43,9 +46,12 @@ def aligned_rows(num_rows: int, width: int, kind: type) -> np.ndarray:
 
 
 class BlockPool:
-    """Blocks of each cache on each of `num_ranks` ranks: `num_blocks_C` usable ones, and the null block."""
+    """Blocks of each cache on each of `num_ranks` ranks: `num_blocks_C` usable ones, and the null block.
 
-    def __init__(self, num_blocks_C: list[int], num_ranks: int) -> None:
+    Free blocks of the caches in `weighs_C` are evicted by their worth (see `heap`).
+    """
+
+    def __init__(self, num_blocks_C: list[int], num_ranks: int, weighs_C: Sequence[bool] | None = None) -> None:
         num_caches, num_blocks = len(num_blocks_C), max(num_blocks_C) + 1
         num_owners = num_caches * num_ranks
         total = num_owners * num_blocks
@@ -56,10 +62,14 @@ class BlockPool:
         self.num_blocks = num_blocks
         block_B = aligned(total, block_loops.BLOCK)
         block_B["place"], block_B["chain"] = IN_USE, UNHASHED
+        worth_B = aligned(total, WORTH)  # pages that are never touched take no memory
+        weighs = np.repeat(np.zeros(num_caches, bool) if weighs_C is None else np.array(weighs_C), num_ranks)
         queues = np.zeros((num_owners, 1 << (2 * num_blocks - 1).bit_length()), np.int32)
         for owner, usable in enumerate(np.repeat(self.num_blocks_C, num_ranks).tolist()):
             number_B = owner * num_blocks + np.arange(1, usable + 1)
             queues[owner, :usable], block_B["place"][number_B] = number_B, np.arange(usable)
+            if weighs[owner]:
+                worth_B["freed"][number_B] = np.arange(-usable, 0)
         self.blocks = block_loops.Blocks(
             num_blocks=num_blocks,
             num_ranks=num_ranks,
@@ -69,6 +79,10 @@ class BlockPool:
             heads=np.zeros(num_owners, np.int64),
             tails=np.repeat(self.num_blocks_C, num_ranks),
             num_evicted=np.zeros(num_owners, np.int64),
+            weighs=weighs,
+            worth_B=worth_B,
+            levels=np.zeros(num_owners, np.int64),
+            clocks=np.zeros(num_owners, np.int64),
             buckets=np.full(num_buckets, END, np.int32),
             holders=np.zeros(num_buckets, np.uint64),
         )
@@ -111,6 +125,13 @@ class BlockPool:
             count = block_loops.walk_free(self.blocks, owner, number_B)
             assert count == self.num_free_CP[cache, rank], (cache, rank, count, self.num_free_CP[cache, rank])
             free = number_B[:count] - owner * self.num_blocks
+            if self.blocks.weighs[owner]:
+                worth_B = self.blocks.worth_B[number_B[:count]]
+                rank_B, freed_B, parents = worth_B["rank"], worth_B["freed"], (np.arange(1, count) - 1) // 2
+                ordered_B = (rank_B[parents] < rank_B[1:]) | (rank_B[parents] == rank_B[1:]) & (
+                    freed_B[parents] <= freed_B[1:]
+                )
+                assert ordered_B.all(), (cache, rank, rank_B, freed_B)
             found = np.sort(np.concatenate((free, np.flatnonzero(refs_B))))
             assert np.array_equal(found, np.arange(1, int(self.num_blocks_C[cache]) + 1)), (cache, rank, free, refs_B)
             assert (refs_B >= 0).all(), (cache, rank)

@@ -100,7 +100,8 @@ class Scheduler:
         # Some checkpoints name ids outside the vocabulary, which are never sampled.
         self._eos_token_ids = tuple(token for token in config.eos_token_ids if 0 <= token < config.vocab_size)
         self._eos_ids = np.array(self._eos_token_ids, np.int64)
-        self._pool = BlockPool(config.num_usable_blocks(len(cache_specs)), config.num_ranks)
+        weighs_C = [spec.kind == "state" for spec in cache_specs]
+        self._pool = BlockPool(config.num_usable_blocks(len(cache_specs)), config.num_ranks, weighs_C)
         self._batch = RunningBatch(config, cache_specs, self._pool)
         self._capacity = capacity(self._batch.caches, self._pool.num_blocks_C)
         self._queue = WaitingQueue()

@@ -96,14 +96,15 @@ def fits(budget, rank, needed_C):
 
 
 @jit
-def charge(budget, rank, needed_C, num_new, load):
-    """Charge a request, with one more block for its next token; return how many of `num_new` tokens it computes."""
+def charge(caches, budget, rank, needed_C, num_new, load):
+    """Charge a request, with one more block for its next token if it may hold that many; return how many of `num_new` tokens it
+    computes."""
     num_scheduled = min(num_new, budget.tokens_P[rank])
     budget.tokens_P[rank] -= num_scheduled
     budget.slots_P[rank] -= 1
     budget.load_P[rank] += load
     for cache in range(len(needed_C)):
-        budget.blocks_CP[cache, rank] -= needed_C[cache] + 1
+        budget.blocks_CP[cache, rank] -= min(needed_C[cache] + 1, caches.most_C[cache])
     return num_scheduled
 
 
@@ -134,7 +135,8 @@ def charge_running(caches, batch, budget, in_progress, due_Z):
                 num_due += 1
         budget.slots_P[rank] -= num_occupied
         for cache in range(len(caches.size_C)):
-            budget.blocks_CP[cache, rank] -= num_running  # for their next tokens
+            if caches.most_C[cache] > 1:
+                budget.blocks_CP[cache, rank] -= num_running  # for their next tokens
     for at in due_Z[:num_due]:
         in_set(in_progress, batch.hash_ZB2[at, batch.counters_Z[at].num_hashed, 0], True)
 
@@ -201,7 +203,7 @@ def choose(caches, blocks, block_size, budget, candidates, credit, in_progress, 
         if rank < 0:
             return i
         load = candidates.load_A[i] - max(credit, 0.0) * num_cached
-        decisions.num_scheduled_A[i] = charge(budget, rank, needed_C, num_tokens - num_cached, load)
+        decisions.num_scheduled_A[i] = charge(caches, budget, rank, needed_C, num_tokens - num_cached, load)
         decisions.rank_A[i], decisions.num_cached_A[i] = rank, num_cached
         if depth < len(hash_B2):
             in_set(in_progress, hash_B2[depth, 0], True)

@@ -16,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from expertwire.compiled import compiler
+from expertwire.scheduler._compiled import heap
 
 END = -1  # of a bucket's chain
 UNHASHED = -2  # a block's `chain`: it has no hash, so it is in no bucket
@@ -37,7 +38,7 @@ jit = compiler(__file__, _nrt=False)
 BLOCK = np.dtype(
     [
         ("refs", np.int32),
-        ("place", np.int32),  # in the free queue, or `IN_USE`
+        ("place", np.int32),  # in the free queue or heap, or `IN_USE`
         ("chain", np.int32),  # the next block in the same bucket, `END`, or `UNHASHED`
         ("reserved", np.int32),
         ("hash0", np.uint64),  # the halves of its hash
@@ -83,7 +84,7 @@ class Blocks(NamedTuple):
 
     An owner's free queue is a ring: its entries from `head` to `tail` that equal their blocks'
     `place` are its free blocks. Other entries are left over from blocks that were taken out of the
-    middle.
+    middle. An owner that weighs its blocks has a heap there instead, of `num_free` blocks.
     """
 
     num_blocks: int
@@ -94,6 +95,10 @@ class Blocks(NamedTuple):
     heads: np.ndarray  # i64 [owners], modulo the queues' length
     tails: np.ndarray
     num_evicted: np.ndarray  # i64 [owners], blocks that were allocated while they had a hash
+    weighs: np.ndarray  # bool [owners]
+    worth_B: np.ndarray  # `heap.WORTH`, of owners that weigh
+    levels: np.ndarray  # i64 [owners], the level: the worth of the last wanted block that was evicted
+    clocks: np.ndarray  # i64 [owners], blocks that were freed
     buckets: np.ndarray  # i32 [a power of two], the first block of each bucket's chain
     holders: np.ndarray  # u64: the upper 32 bits of a hash, and below them the rank that used it last, less `NONE`
 
@@ -109,6 +114,11 @@ def take_block(blocks, owner):
     misses overlap.
     """
     assert blocks.num_free[owner] > 0, "no block is free"
+    if blocks.weighs[owner]:
+        number = blocks.queues[owner, 0]
+        blocks.levels[owner] = max(blocks.levels[owner], blocks.worth_B[number].rank - heap.WANTED)
+        share_block(blocks, owner, number)
+        return number
     last_place = blocks.queues.shape[1] - 1
     while True:
         place = blocks.heads[owner] & last_place
@@ -125,6 +135,8 @@ def take_block(blocks, owner):
 @jit(inner=True)
 def prefetch_free(blocks, owner, ahead, count):
     """Prefetch what `take_block` will touch for `count` blocks, after `ahead` others."""
+    if blocks.weighs[owner]:
+        return
     last_place = blocks.queues.shape[1] - 1
     for at in range(blocks.heads[owner] + ahead, blocks.heads[owner] + ahead + count):
         prefetch(blocks.block_B, (blocks.queues[owner, at & last_place],))
@@ -134,6 +146,8 @@ def prefetch_free(blocks, owner, ahead, count):
 def share_block(blocks, owner, number):
     """Add a reference. A free block's entry stays in the queue, but is no longer valid."""
     if blocks.block_B[number].refs == 0:
+        if blocks.weighs[owner]:
+            heap.remove(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.num_free[owner], number)
         blocks.block_B[number].place = IN_USE
         blocks.num_free[owner] -= 1
     blocks.block_B[number].refs += 1
@@ -149,6 +163,13 @@ def drop_block(blocks, owner, number):
     blocks.block_B[number].refs -= 1
     if blocks.block_B[number].refs > 0:
         return
+    if blocks.weighs[owner]:
+        blocks.worth_B[number].freed = blocks.clocks[owner]
+        blocks.clocks[owner] += 1
+        blocks.worth_B[number].rank = _rank(blocks, owner, number)
+        heap.push(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.num_free[owner], number)
+        blocks.num_free[owner] += 1
+        return
     last_place = blocks.queues.shape[1] - 1
     if blocks.block_B[number].chain == UNHASHED:
         blocks.heads[owner] -= 1
@@ -159,6 +180,25 @@ def drop_block(blocks, owner, number):
     blocks.queues[owner, place] = number
     blocks.block_B[number].place = place
     blocks.num_free[owner] += 1
+
+
+@jit(inner=True)
+def _rank(blocks, owner, number):
+    """Return the rank of a block among the free ones of an owner that weighs; see `snapshots`."""
+    if blocks.block_B[number].chain == UNHASHED:
+        return heap.NO_HASH
+    if blocks.worth_B[number].followers == 1:
+        return heap.SUPERSEDED
+    return heap.WANTED + blocks.levels[owner] + blocks.worth_B[number].gain
+
+
+@jit(inner=True)
+def weigh_block(blocks, owner, number):
+    """Find a block's place among the free ones anew, as its hash or its worth has changed, if it is one of them."""
+    if blocks.weighs[owner] and blocks.block_B[number].place != IN_USE:
+        blocks.worth_B[number].rank = _rank(blocks, owner, number)
+        place = blocks.block_B[number].place
+        heap.sift(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.num_free[owner], place)
 
 
 @jit(inner=True)
@@ -255,6 +295,7 @@ def clear_block_hash(blocks, number):
             other = blocks.block_B[other].chain
         blocks.block_B[other].chain = blocks.block_B[number].chain
     blocks.block_B[number].chain = UNHASHED
+    weigh_block(blocks, owner, number)
 
 
 @jit(inner=True)
@@ -302,6 +343,10 @@ def forget_block(blocks, owner, number):
 def walk_free(blocks, owner, number_B):
     """Write an owner's free blocks in order; return their number, or -1 if there are too many."""
     last_place, count = blocks.queues.shape[1] - 1, 0
+    if blocks.weighs[owner]:
+        for place in range(min(blocks.num_free[owner], len(number_B))):
+            number_B[place] = blocks.queues[owner, place]
+        return -1 if blocks.num_free[owner] > len(number_B) else blocks.num_free[owner]
     for at in range(blocks.heads[owner], blocks.tails[owner]):
         number = blocks.queues[owner, at & last_place]
         if blocks.block_B[number].place == at & last_place:

@@ -26,7 +26,7 @@ from expertwire.scheduler._compiled.snapshots import (
     begins_block,
     choose_snapshots,
     count_blocks,
-    replace_snapshot,
+    leave_snapshot,
 )
 
 jit = compiler(__file__, _nrt=False)  # see blocks
@@ -64,7 +64,7 @@ ROW_INFO = np.dtype(
         ("num_begun", np.int32),
         ("branch", np.int32),
         ("last_prompt", np.int32),
-        ("reserved1", np.int32),
+        ("last_kept", np.int32),
     ]
 )
 
@@ -202,8 +202,8 @@ def _hash_row(caches, blocks, batch, row, whole):
             if not begins_block(caches, batch, cache, row, index + 1):
                 continue  # the state goes on
             number, last = owner * blocks.num_blocks + ids_B[index], (index + 1) * per_block - 1
-            replace_snapshot(caches, blocks, batch, cache, row, index)
             if blocks.block_B[number].chain == UNHASHED:
+                leave_snapshot(caches, blocks, batch, cache, row, index, number)
                 set_block_hash(blocks, owner, number, hash_B2[last, 0], hash_B2[last, 1])
     batch.counters_Z[row].num_hashed = whole
 

@@ -16,7 +16,7 @@ Letters as in `rows`.
 import numpy as np
 
 from expertwire.compiled import compiler
-from expertwire.scheduler._compiled.blocks import EVERYTHING, NONE, find_block, forget_block
+from expertwire.scheduler._compiled.blocks import EVERYTHING, NONE, find_block, forget_block, weigh_block
 
 jit = compiler(__file__, _nrt=False)  # see blocks
 
@@ -60,9 +60,10 @@ def choose_snapshots(caches, blocks, batch, row, num_cached, is_fork):
     """Choose where a row that begins with `num_cached` tokens keeps snapshots. A fork begins with a copy of a state."""
     info, num_known = batch.info_Z[row], batch.counters_Z[row].num_known
     for cache in range(len(caches.size_C)):
-        if caches.every_C[cache] > 1:
+        if blocks.weighs[cache * blocks.num_ranks]:
             size = caches.size_C[cache]
             info.num_begun = NONE if is_fork else num_cached
+            info.last_kept = num_cached
             info.last_prompt = (num_known - 1) // size * size
             shared = num_cached if is_fork else _num_shared(caches, blocks, batch, row, num_cached)
             info.branch = shared // size * size
@@ -85,12 +86,33 @@ def _num_shared(caches, blocks, batch, row, num_cached):
 
 
 @jit(inner=True)
-def replace_snapshot(caches, blocks, batch, cache, row, index):
-    """Forget the snapshot before entry `index`, whose end has one now, unless it lasts or somebody uses it."""
-    if index == 0 or caches.every_C[cache] == 1 or is_lasting(caches, batch, cache, row, index):
+def leave_snapshot(caches, blocks, batch, cache, row, index, number):
+    """Note that block `number`, which gets its hash, keeps the state at the end of entry `index`.
+
+    The snapshot before entry `index` is forgotten unless it lasts or somebody uses it: this one replaces it.
+    """
+    owner, info, per_block = (
+        cache * blocks.num_ranks + batch.info_Z[row].rank,
+        batch.info_Z[row],
+        caches.hashes_C[cache],
+    )
+    if not blocks.weighs[owner]:
         return
-    last = index * caches.hashes_C[cache] - 1
-    owner = cache * blocks.num_ranks + batch.info_Z[row].rank
-    number = find_block(blocks, owner, batch.hash_ZB2[row, last, 0], batch.hash_ZB2[row, last, 1])
-    if number != NONE and blocks.block_B[number].refs == 0:
-        forget_block(blocks, owner, np.int64(number))
+    end = (index + 1) * caches.size_C[cache]
+    gain, last, info.last_kept = end - info.last_kept, info.last_kept // batch.block_size - 1, end
+    before = np.int32(NONE)
+    if last >= 0:
+        before = find_block(blocks, owner, batch.hash_ZB2[row, last, 0], batch.hash_ZB2[row, last, 1])
+    if before != NONE:
+        replaced = index > 0 and caches.every_C[cache] > 1 and last == index * per_block - 1
+        replaced = replaced and not is_lasting(caches, batch, cache, row, index) and blocks.block_B[before].refs == 0
+        worth = blocks.worth_B[before]
+        worth.followers += not replaced
+        if worth.followers < 2:
+            gain += worth.gain
+        if replaced:
+            forget_block(blocks, owner, np.int64(before))
+        else:
+            weigh_block(blocks, owner, np.int64(before))
+    blocks.worth_B[number].gain = gain
+    blocks.worth_B[number].followers = end == info.branch

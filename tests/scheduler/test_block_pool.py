@@ -11,6 +11,7 @@ from expertwire.scheduler.block_pool import BlockPool
 
 # Only compiled code can call these.
 _find_block, _set_block_hash, _share_block = block_loops.find_block, block_loops.set_block_hash, block_loops.share_block
+_weigh_block, _forget_block = block_loops.weigh_block, block_loops.forget_block
 
 
 @njit
@@ -26,6 +27,16 @@ def set_block_hash(blocks, owner, number, hash0, hash1):
 @njit
 def share_block(blocks, owner, number):
     _share_block(blocks, owner, number)
+
+
+@njit
+def weigh_block(blocks, owner, number):
+    _weigh_block(blocks, owner, number)
+
+
+@njit
+def forget_block(blocks, owner, number):
+    _forget_block(blocks, owner, number)
 
 
 LETTERS = "abcdefghijklxyz"
@@ -209,6 +220,58 @@ def test_caches_may_have_different_numbers_of_blocks():
     pool.free(1, array(0), array(2))
     assert take(pool, 1, rank=0, cache=1).tolist() == [2]
     pool.check_integrity()
+
+
+def pool_that_weighs(num_blocks, gains, followers, letters):
+    """Return a pool whose first block is free without a hash, and then those of these worths, freed one after the other."""
+    pool = BlockPool([num_blocks], 1, [True])
+    ids = take(pool, num_blocks)
+    set_hash(pool, ids[1:], letters)
+    pool.blocks.worth_B["gain"][ids[1:]], pool.blocks.worth_B["followers"][ids[1:]] = gains, followers
+    give(pool, ids[::-1])
+    return pool
+
+
+def test_weighed_blocks_are_evicted_by_worth_and_then_by_age():
+    pool = pool_that_weighs(6, (10, 30, 20, 20, 40), (0, 1, 0, 2, 1), "abcde")
+    # Without a hash, superseded ones, and then by the tokens that they save.
+    assert take(pool, 6).tolist() == [1, 3, 6, 2, 4, 5]
+    assert found(pool, "a") == {}
+
+
+def test_weighed_blocks_age_by_what_is_evicted():
+    pool = pool_that_weighs(4, (10, 30, 35), (0, 0, 0), "abc")
+    assert take(pool, 3).tolist() == [1, 2, 3]  # of worth 30 in the end
+    pool.blocks.worth_B["gain"][2], pool.blocks.worth_B["followers"][2] = 10, 0
+    set_hash(pool, [2], "d")
+    give(pool, [2])
+    assert take(pool, 1).tolist() == [4], "40 is more than 35"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "share", "give", "weigh", "forget"]), st.integers(0, 11)), max_size=80)
+)
+def test_weighed_blocks_stay_in_order(actions):
+    pool = pool_that_weighs(12, range(11), (np.arange(11) % 3).tolist(), LETTERS[:11])
+    refs_B, number = pool.refs_CPB[0, 0], 0
+    for action, block in actions:
+        block += 1
+        if action == "take" and pool.num_free_CP[0, 0]:
+            free = [b for b in range(1, 13) if not refs_B[b]]
+            least = min(free, key=lambda b: tuple(pool.blocks.worth_B[["rank", "freed"]][b]))
+            assert take(pool, 1).tolist() == [least]
+        elif action == "share":
+            share_block(pool.blocks, 0, block)
+        elif action == "give" and refs_B[block]:
+            pool.blocks.worth_B["gain"][block] = number = number + 7
+            give(pool, [block])
+        elif action == "weigh":
+            pool.blocks.worth_B["followers"][block] += 1
+            weigh_block(pool.blocks, 0, block)
+        elif action == "forget" and not refs_B[block]:
+            forget_block(pool.blocks, 0, block)
+        pool.check_integrity()
 
 
 def test_guess_returns_a_rank_that_had_the_block():

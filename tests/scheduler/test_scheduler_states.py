@@ -159,3 +159,70 @@ def test_an_answer_has_one_snapshot_at_a_time(specs):
     assert most == 2  # of the prompt, and of the answer so far
     _, used = cluster.scheduler.stats()["blocks_used"].popitem()
     assert used == [0]
+
+
+def with_few_states(specs):
+    """Return a cluster with eight states and enough of the rest."""
+    num_blocks = tuple(9 if spec.kind == "state" else 400 for spec in specs)
+    return SimCluster(make_config(**{**SIZES, "num_blocks": num_blocks}), specs=specs)
+
+
+def talk(cluster, first_key, num_turns):
+    """Serve the turns of a conversation, each of which leaves two snapshots; return it."""
+    history = np.zeros(0, np.int32)
+    for key in range(first_key, first_key + num_turns):
+        _, history = follow(cluster, key, history, 10)
+    return history
+
+
+@pytest.mark.parametrize("specs", TURNS)
+def test_the_end_of_a_conversation_outlives_states_that_others_have_left_behind(specs):
+    cluster = with_few_states(specs)
+    first = talk(cluster, 0, 1)
+    talk(cluster, 10, 5)
+    cached, _ = follow(cluster, 20, first, 4)
+    assert cached == (len(first) - 1) // BLOCK * BLOCK
+
+
+@pytest.mark.parametrize("specs", TURNS)
+def test_a_state_of_many_tokens_outlives_younger_ones_of_few_for_a_time(specs):
+    """Each of the short ones would be the last to be evicted by age."""
+    found = []
+    for num_others in (20, 300):
+        cluster = with_few_states(specs)
+        _, history = follow(cluster, 0, np.zeros(0, np.int32), 90)
+        for key in range(1, 1 + num_others):
+            serve(cluster, key, 5, shared=0)
+        found.append(follow(cluster, 1000, history, 4)[0])
+    assert found == [(len(history) - 1) // BLOCK * BLOCK, 0]
+
+
+@pytest.mark.parametrize("specs", TURNS)
+def test_where_requests_part_a_state_is_kept_although_they_went_on(specs):
+    cluster = with_few_states(specs)
+    for key in range(3):
+        serve(cluster, key, 40, shared=22)
+    talk(cluster, 10, 5)
+    assert serve(cluster, 20, 40, shared=22) == 20
+
+
+@pytest.mark.parametrize("specs", TURNS)
+def test_a_prompt_that_came_twice_is_kept(specs):
+    cluster = with_few_states(specs)
+    assert [serve(cluster, key, 30, max_tokens=10) for key in range(2)] == [0, 28]
+    talk(cluster, 10, 5)
+    assert serve(cluster, 20, 30) == 28
+
+
+def test_requests_start_while_there_is_a_chunk_for_each():
+    config = make_config(**{**SIZES, "num_blocks": (65, 4, 65), "max_num_seqs": 4, "max_num_batched_tokens": 40})
+    cluster = SimCluster(config, specs=WITH_CHUNKS)
+    requests = [make_request(key, 9, max_tokens=9, ignore_eos=True) for key in range(4)]
+    cluster.submit(*requests)
+    running = []
+    while not cluster.scheduler.idle:
+        cluster.step()
+        running.append(cluster.scheduler.stats()["blocks_used"]["chunk"][0])
+    assert running[0] == max(running) == 3
+    for request in requests:
+        check(cluster, request)
