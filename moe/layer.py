@@ -18,7 +18,7 @@ from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.kernels.formats import Weight
 from expertwire.kernels.ops.experts import GroupedMlp
 from expertwire.kernels.ops.linear import Linear
-from expertwire.kernels.ops.moe_block import MoeBlock, MoeWeights
+from expertwire.kernels.ops.moe_block import DenseMlp, MoeBlock, MoeWeights
 from expertwire.kernels.ops.routing import Route, RouteAndCount, Routed, to_physical
 from expertwire.kernels.ops.variants import Activation, Routing
 from expertwire.kernels.registry import Ops
@@ -75,7 +75,7 @@ class MoeLayer:
     ops: Ops
     router: Router
     experts: GroupedMlp
-    shared: Linear | None
+    shared: DenseMlp | None
     latent: tuple[Linear, Linear] | None
     norm: Tensor
     eps: float
@@ -185,7 +185,7 @@ def prepare(
     router_bias: Tensor | None = None,
     choice_bias: Tensor | None = None,
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
-    shared: Linear | None = None,
+    shared: DenseMlp | None = None,
     latent: tuple[Linear, Linear] | None = None,
     layer: int = 0,
     exchange_tokens: int | None = None,

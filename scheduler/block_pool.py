@@ -3,7 +3,8 @@
 A block in use has one reference or more. Free blocks wait in a queue; the null block, block 0 of
 each cache of each rank, is never allocated (ranks pad with it). A block with a hash (see
 `prefix_cache`) is freed to the queue's end, so that blocks are evicted least recently used first; a
-block without one to its head. A request that shares a free block takes it out of the queue.
+block without one to its head. A request that shares a free block takes it out of the queue. Blocks of
+states wait in a heap instead, and are evicted by their worth (see `heap` and `snapshots`).
 
 The compiled loops find blocks by hash through buckets of chained blocks. Several blocks of equal
 content may have one hash. `holders` remembers which rank used a hash last: a guess, because

@@ -1,16 +1,13 @@
-"""Dense MLP: a layer's second half, or a shared expert.
-
-T tokens, D model width, F the MLP's width.
-"""
+"""Dense MLP: a layer's second half, or a shared expert."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from expertwire.engine.loader.parameters import LoadedParameters, ParameterLayout
 from expertwire.engine.models.model_config import MlpConfig, TensorNames
 from expertwire.kernels.ops.linear import Linear
+from expertwire.kernels.ops.moe_block import DenseMlp
 from expertwire.kernels.registry import Ops
 
 
@@ -28,20 +25,14 @@ def declare(
     layout.matrix(param + "down", (source + names.down, width), columns=size)
 
 
-def bind(p: LoadedParameters, config: MlpConfig, ops: Ops, dtype: torch.dtype) -> Linear:
-    """Return the MLP of the parameters that `declare` declared, [T, D] to [T, D]."""
+def bind(p: LoadedParameters, config: MlpConfig, ops: Ops, dtype: torch.dtype, gate: Linear | None = None) -> DenseMlp:
+    """Return the MLP of the parameters that `declare` declared, with its gate, if it has one."""
     assert config.activation.kind in ("swiglu", "relu2"), f"{config.activation} in a dense MLP"
-    if config.activation.gated:
-        gate_up, down = ops.linear(p.weight("gate_up"), dtype=dtype), ops.linear(p.weight("down"), dtype=dtype)
-        return lambda x_TD: down(ops.silu_mul(gate_up(x_TD)))
-    up, down = ops.linear(p.weight("up"), dtype=dtype), ops.linear(p.weight("down"), dtype=dtype)
-
-    def relu2(up_TF: Tensor) -> Tensor:
-        return up_TF.relu_().square_()
-
-    return lambda x_TD: down(relu2(up(x_TD)))
-
-
-def gated(dense: Linear, gate: Linear, ops: Ops) -> Linear:
-    """Return an MLP whose output is multiplied by the sigmoid of the gate, [T, 1]."""
-    return lambda x_TD: ops.sigmoid_mul(dense(x_TD)[:, None], gate(x_TD)[:, None])[:, 0]
+    is_gated = config.activation.gated
+    return DenseMlp(
+        up=ops.linear(p.weight("gate_up" if is_gated else "up"), dtype=dtype),
+        down=ops.linear(p.weight("down"), dtype=dtype),
+        silu_mul=ops.silu_mul if is_gated else None,
+        gate=gate,
+        sigmoid_mul=ops.sigmoid_mul,
+    )

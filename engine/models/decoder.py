@@ -168,10 +168,8 @@ class Decoder:
         shared = latent = None
         if moe.shared_intermediate_size:
             config = MlpConfig(intermediate_size=moe.shared_intermediate_size, activation=moe.activation)
-            shared = mlp.bind(p.within("shared."), config, context.ops, context.dtype)
-            if moe.shared_gate:
-                gate = context.ops.linear(p.weight("shared.gate"), dtype=context.dtype)
-                shared = mlp.gated(shared, gate, context.ops)
+            gate = context.ops.linear(p.weight("shared.gate"), dtype=context.dtype) if moe.shared_gate else None
+            shared = mlp.bind(p.within("shared."), config, context.ops, context.dtype, gate)
         if moe.latent_size:
             down, up = (context.ops.linear(p.weight(name), dtype=context.dtype) for name in ("latent_in", "latent_out"))
             latent = down, up

@@ -18,10 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu._llvm import allocating_jit, as_array, empty
+from expertwire.kernels.cpu._llvm import add_row, allocating_jit, as_array, empty
 from expertwire.kernels.cpu.attention import attend_rows, scales, variant
-from expertwire.kernels.cpu.elementwise import add_rms_norm_rows, combine_rows
-from expertwire.kernels.cpu.gemm import CHUNK, Operands, PackedExperts, PackedLinear, experts_rows, linear_rows
+from expertwire.kernels.cpu.elementwise import (
+    add_rms_norm_rows,
+    combine_rows,
+    relu2_rows,
+    sigmoid_mul_rows,
+    silu_mul_rows,
+)
+from expertwire.kernels.cpu.gemm import (
+    CHUNK,
+    Operands,
+    PackedExperts,
+    PackedLinear,
+    experts_rows,
+    linear_rows,
+    pack_linear,
+)
 from expertwire.kernels.cpu.rotary import rope_and_cache_rows
 from expertwire.kernels.cpu.routing import Rule, route_rows, rule
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
@@ -148,10 +162,16 @@ def _moe(
     x_TD: np.ndarray,
     normed_TD: np.ndarray,
     router: Weights,
+    like_router: np.ndarray,
     top_k: int,
     rule: Rule,
     log2phy_E: np.ndarray,
     experts: Operands,
+    shared_up: Weights,
+    num_up: int,
+    is_gated: bool,
+    shared_down: Weights,
+    shared_gate: Weights,
     norm_D: np.ndarray,
     eps: float,
     load_E: np.ndarray,
@@ -159,8 +179,9 @@ def _moe(
     y_TD: np.ndarray,
 ) -> None:
     num_tokens, width = x_TD.shape
+    shared = len(shared_up[0]) > 0
     ids_TK, weights_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
-    logits_TE = np.empty((num_tokens, len(load_E)), x_TD.dtype)
+    logits_TE = np.empty((num_tokens, len(load_E)), like_router.dtype)
     linear_rows(normed_TD, router[0], router[1], logits_TE)
     route_rows(logits_TE, rule, ids_TK, weights_TK)
 
@@ -173,24 +194,53 @@ def _moe(
     _sort(physical_TK, offsets, row_index_R, place_TK)
     rows_RD = empty((num_tokens * top_k, width), x_TD.dtype)
     experts_rows(normed_TD, row_index_R, offsets, experts, rows_RD)
-    delta_TD = empty((min(num_tokens, CHUNK), width), x_TD.dtype)
+    num_rows = min(num_tokens, CHUNK)
+    delta_TD, shared_TD = empty((num_rows, width), x_TD.dtype), empty((num_rows * shared, width), x_TD.dtype)
+    hidden_TF = empty((num_rows * shared, num_up // (1 + is_gated)), x_TD.dtype)
+    up_TF, gate_T1 = empty((num_rows * shared, num_up), x_TD.dtype), empty((num_rows * shared, 1), x_TD.dtype)
     for start in range(0, num_tokens, CHUNK):
         end = min(start + CHUNK, num_tokens)
         part_TD = delta_TD[: end - start]
         combine_rows(rows_RD, place_TK[start:end], weights_TK[start:end], part_TD)
+        if shared:
+            rows = end - start
+            if is_gated:
+                linear_rows(normed_TD[start:end], shared_up[0], shared_up[1], up_TF[:rows])
+                silu_mul_rows(up_TF[:rows], hidden_TF[:rows])
+            else:
+                linear_rows(normed_TD[start:end], shared_up[0], shared_up[1], hidden_TF[:rows])
+                relu2_rows(hidden_TF[:rows])
+            linear_rows(hidden_TF[:rows], shared_down[0], shared_down[1], shared_TD[:rows])
+            if len(shared_gate[0]) > 0:
+                linear_rows(normed_TD[start:end], shared_gate[0], shared_gate[1], gate_T1[:rows])
+                shared_T1D = shared_TD[:rows].reshape((rows, 1, width))
+                sigmoid_mul_rows(shared_T1D, gate_T1[:rows].reshape((rows, 1, 1)), shared_T1D)
+            for t in range(rows):
+                add_row(part_TD[t], shared_TD[t], part_TD[t])
         add_rms_norm_rows(x_TD[start:end], part_TD, norm_D, eps, sum_TD[start:end], y_TD[start:end])
 
 
 def fuse_moe(weights: MoeWeights) -> MoeBlock | None:
-    """As `kernels.ops.moe_block.FuseMoe`: of packed weights and softmax routing, without a shared expert."""
+    """As `kernels.ops.moe_block.FuseMoe`: of packed weights."""
     w, router, experts, routing = weights, weights.router, weights.experts, weights.routing
-    if not (isinstance(router, PackedLinear) and isinstance(experts, PackedExperts)):
+    if not (isinstance(router, PackedLinear) and isinstance(experts, PackedExperts)) or routing.scales_input:
         return None
-    limits = routing.score, w.choice_bias, routing.groups, routing.scale, routing.scales_input, w.shared
-    if limits != ("softmax", None, None, 1.0, False, None):
-        return None
-    choice = routing.top_k, rule(len(w.log2phy_E), routing), w.log2phy_E.numpy()
-    return _MoeBlock(((router.panels, router.bias), *choice, experts.operands, as_array(w.norm_D), w.eps))
+    nothing = w.norm_D.new_empty(0, w.norm_D.shape[0])
+    up = down = gate = absent = pack_linear(nothing)
+    if (shared := w.shared) is not None:
+        linears = shared.up, shared.down, absent if shared.gate is None else shared.gate
+        if not all(isinstance(each, PackedLinear) for each in linears):
+            return None
+        up, down, gate = linears
+    like_router = np.empty(0, np.uint16 if router.panels.dtype == np.uint32 else np.float32)
+    choice = routing.top_k, rule(len(w.log2phy_E), routing, w.choice_bias), w.log2phy_E.numpy()
+    is_gated = shared is not None and shared.silu_mul is not None
+    dense = _weights(up), up.num_outputs, is_gated, _weights(down), _weights(gate)
+    return _MoeBlock((_weights(router), like_router, *choice, experts.operands, *dense, as_array(w.norm_D), w.eps))
+
+
+def _weights(linear: PackedLinear) -> Weights:
+    return linear.panels, linear.bias
 
 
 @dataclass(frozen=True, eq=False)

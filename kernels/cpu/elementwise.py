@@ -122,7 +122,7 @@ def silu_mul_row(gate_up: np.ndarray, out: np.ndarray, like: float) -> None:
 
 
 @jit
-def _silu_mul(gate_up_NF: np.ndarray, out_NF: np.ndarray) -> None:
+def silu_mul_rows(gate_up_NF: np.ndarray, out_NF: np.ndarray) -> None:
     for n in range(out_NF.shape[0]):
         silu_mul_row(gate_up_NF[n], out_NF[n], out_NF[n, 0])
 
@@ -130,8 +130,19 @@ def _silu_mul(gate_up_NF: np.ndarray, out_NF: np.ndarray) -> None:
 def silu_mul(gate_up_NF: Tensor) -> Tensor:
     """As `kernels.ops.experts.SiluMul`."""
     out_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], gate_up_NF.shape[1] // 2)
-    _silu_mul(as_array(gate_up_NF), as_array(out_NF))
+    silu_mul_rows(as_array(gate_up_NF), as_array(out_NF))
     return out_NF
+
+
+@jit
+def relu2_rows(x_NF: np.ndarray) -> None:
+    """Square the positive numbers of rows, in place, and let the others be zero."""
+    for n in range(x_NF.shape[0]):
+        for i in range(x_NF.shape[1]):
+            number = load(x_NF[n, i])
+            if number <= np.float32(0):  # not of NaN
+                number = np.float32(0)
+            x_NF[n, i] = round_like(number * number, x_NF[n, i])
 
 
 @jit
@@ -166,7 +177,7 @@ def _sigmoid(x: float) -> float:
 
 
 @jit
-def _sigmoid_mul(x_THd: np.ndarray, gate_THd: np.ndarray, y_THd: np.ndarray) -> None:
+def sigmoid_mul_rows(x_THd: np.ndarray, gate_THd: np.ndarray, y_THd: np.ndarray) -> None:
     num_tokens, num_heads, dim = x_THd.shape
     for t in range(num_tokens):
         for h in range(num_heads):
@@ -183,5 +194,5 @@ def _sigmoid_mul(x_THd: np.ndarray, gate_THd: np.ndarray, y_THd: np.ndarray) -> 
 def sigmoid_mul(x_THd: Tensor, gate_THd: Tensor) -> Tensor:
     """As `kernels.ops.sigmoid_mul.SigmoidMul`."""
     y_THd = torch.empty_like(x_THd)
-    _sigmoid_mul(as_array(x_THd), as_array(gate_THd), as_array(y_THd))
+    sigmoid_mul_rows(as_array(x_THd), as_array(gate_THd), as_array(y_THd))
     return y_THd

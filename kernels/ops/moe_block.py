@@ -5,7 +5,7 @@
 Where tokens travel between ranks, `moe.layer.MoeLayer` composes the plain ops around an all-to-all. Where they do
 not, a device may run the whole block in one call (`Ops.fuse_moe`), with the same bits.
 
-T tokens, D model width, E logical experts.
+T tokens, D model width, E logical experts, F width of a dense MLP.
 """
 
 from __future__ import annotations
@@ -16,9 +16,32 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from expertwire.kernels.ops.experts import GroupedMlp
+from expertwire.kernels.ops.experts import GroupedMlp, SiluMul
 from expertwire.kernels.ops.linear import Linear
+from expertwire.kernels.ops.sigmoid_mul import SigmoidMul
 from expertwire.kernels.ops.variants import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseMlp:
+    """An MLP for every token, [T, D] to [T, D]: a layer's second half, or a shared expert.
+
+    Attributes:
+        up: to [T, 2F], gates before what they gate, or, without `silu_mul`, to [T, F], of which positive numbers are squared.
+        gate: to [T, 1], by whose sigmoid the output is multiplied, or None.
+    """
+
+    up: Linear
+    down: Linear
+    silu_mul: SiluMul | None
+    gate: Linear | None
+    sigmoid_mul: SigmoidMul
+
+    def __call__(self, x_TD: Tensor, /) -> Tensor:
+        """Return the output, as a `Linear`."""
+        up_TF = self.up(x_TD)
+        y_TD = self.down(up_TF.relu_().square_() if self.silu_mul is None else self.silu_mul(up_TF))
+        return y_TD if self.gate is None else self.sigmoid_mul(y_TD[:, None], self.gate(x_TD)[:, None])[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +60,7 @@ class MoeWeights:
     routing: Routing
     choice_bias: Tensor | None
     experts: GroupedMlp
-    shared: Linear | None
+    shared: DenseMlp | None
     norm_D: Tensor
     eps: float
     log2phy_E: Tensor

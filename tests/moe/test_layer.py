@@ -14,7 +14,8 @@ from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import registry
 from expertwire.kernels.ops import linear, routing
-from expertwire.kernels.ops.variants import Routing
+from expertwire.kernels.ops.moe_block import DenseMlp
+from expertwire.kernels.ops.variants import Groups, Routing
 from expertwire.moe import reference
 from expertwire.moe.eplb.placement import place
 from expertwire.moe.layer import exchanges, prepare
@@ -43,10 +44,52 @@ def norm(dtype):
     return torch.linspace(0.5, 1.5, D).to(dtype)
 
 
+SHARED = ["swiglu", "swiglu with a gate", "relu2"]
+
+
+def shared_expert(kind, dtype):
+    """Return an MLP for all tokens, or None."""
+    if kind is None:
+        return None
+    is_gated, width = kind != "relu2", 2 * 48 if kind == "swiglu" else 64
+
+    def linear(rows, columns, seed):
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * columns**-0.5
+        return OPS.linear(weight.to(dtype))
+
+    return DenseMlp(
+        up=linear(width * (1 + is_gated), D, 1),
+        down=linear(D, width, 2),
+        silu_mul=OPS.silu_mul if is_gated else None,
+        gate=linear(1, D, 3) if "with" in kind else None,
+        sigmoid_mul=OPS.sigmoid_mul,
+    )
+
+
+ROUTING = {
+    "softmax": (Routing(top_k=K, renormalize=True), None),
+    "as it is": (Routing(top_k=K, renormalize=False), None),
+    "sigmoid": (
+        Routing(top_k=K, renormalize=True, score="sigmoid", groups=Groups(number=4, kept=2, by="two_best"), scale=2.5),
+        torch.linspace(-0.1, 0.1, E),
+    ),
+}
+
+
 def layer(
-    group, dtype, *, renormalize=True, redundant=0, shared=None, on_device=False, make=None, exchange_tokens=None
+    group,
+    dtype,
+    *,
+    renormalize=True,
+    routing=None,
+    redundant=0,
+    shared=None,
+    on_device=False,
+    make=None,
+    exchange_tokens=None,
 ):
-    """`make`: the all-to-alls of a spec."""
+    """`make`: the all-to-alls of a spec; `routing`: options and a bias for the choice."""
+    rule, choice_bias = routing or (Routing(top_k=K, renormalize=renormalize), None)
     placement = place(E, group.size, redundant)
     router, w13, w2 = weights(dtype)
     here = list(placement.experts_of(group.rank))
@@ -64,7 +107,8 @@ def layer(
         w2[here],
         norm(dtype),
         ops=dataclasses.replace(OPS, on_device=on_device, fuse_moe=None if on_device else OPS.fuse_moe),
-        routing=Routing(top_k=K, renormalize=renormalize),
+        routing=rule,
+        choice_bias=choice_bias,
         eps=EPS,
         placement=placement,
         rank=group.rank,
@@ -89,8 +133,9 @@ def expected(x, dtype, *, renormalize=True, shared=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("shared", [None, torch.sin], ids=["routed", "shared"])
+@pytest.mark.parametrize("shared", [None, *SHARED])
 def test_alone(dtype, renormalize, shared):
+    shared = shared_expert(shared, dtype)
     moe = layer(SoloGroup(), dtype, renormalize=renormalize, shared=shared)
     load = np.zeros(E, np.int64)
     for count in (0, 1, 50):
@@ -102,10 +147,11 @@ def test_alone(dtype, renormalize, shared):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("routing", ROUTING)
+@pytest.mark.parametrize("shared", [None, *SHARED])
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 30, 64, 300])
-def test_the_fused_layer_has_the_bits_of_the_ops_one_by_one(dtype, renormalize, count):
-    moe = layer(SoloGroup(), dtype, renormalize=renormalize)
+def test_the_fused_layer_has_the_bits_of_the_ops_one_by_one(dtype, routing, shared, count):
+    moe = layer(SoloGroup(), dtype, routing=ROUTING[routing], shared=shared_expert(shared, dtype))
     assert moe.block is not None
     by_ops = dataclasses.replace(moe, block=None, load_E=np.zeros(E, np.int64))
     normed = tokens(0, count, dtype)
@@ -115,8 +161,11 @@ def test_the_fused_layer_has_the_bits_of_the_ops_one_by_one(dtype, renormalize, 
     assert moe.load_E.tolist() == by_ops.load_E.tolist()
 
 
-def test_a_fused_layer_needs_all_experts_here_and_none_that_all_share():
-    assert layer(SoloGroup(), torch.float32, shared=torch.sin).block is None
+def test_a_fused_layer_needs_all_experts_here_and_packed_weights():
+    shared = shared_expert("swiglu", torch.float32)
+    assert layer(SoloGroup(), torch.float32, shared=shared).block is not None
+    not_packed = dataclasses.replace(shared, down=torch.sin)
+    assert layer(SoloGroup(), torch.float32, shared=not_packed).block is None
     with Ranks(2) as ranks:
         assert ranks.run(has_fused) == [False, False]
 
