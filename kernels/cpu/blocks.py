@@ -39,9 +39,13 @@ from expertwire.kernels.cpu.gemm import (
 from expertwire.kernels.cpu.rotary import rope_and_cache_rows
 from expertwire.kernels.cpu.routing import Rule, route_rows, rule
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
+from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.moe_block import MoeBlock, MoeWeights
 
 Weights = tuple[np.ndarray, np.ndarray]  # panels and bias of a `PackedLinear`
+# A shared expert's first and second product and gate, outputs of the first, and whether half of them are gates; without one, or
+# without a gate, its weights are empty.
+Shared = tuple[Weights, Weights, Weights, int, bool]
 
 
 @allocating_jit
@@ -158,6 +162,30 @@ def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray,
 
 
 @allocating_jit
+def _add_shared(x_TD: np.ndarray, shared: Shared, sum_TD: np.ndarray) -> None:
+    """Add the shared expert's outputs; see `kernels.ops.moe_block.DenseMlp`."""
+    up, down, gate, num_up, is_gated = shared
+    num_tokens, width = sum_TD.shape
+    up_TF = empty((num_tokens, num_up), x_TD.dtype)
+    linear_rows(x_TD, up[0], up[1], up_TF)
+    hidden_TF = up_TF
+    if is_gated:
+        hidden_TF = empty((num_tokens, num_up // 2), x_TD.dtype)
+        silu_mul_rows(up_TF, hidden_TF)
+    else:
+        relu2_rows(up_TF)
+    y_T1D = empty((num_tokens, 1, width), x_TD.dtype)
+    y_TD = y_T1D.reshape((num_tokens, width))
+    linear_rows(hidden_TF, down[0], down[1], y_TD)
+    if len(gate[0]) > 0:
+        gate_T1 = empty((num_tokens, 1), x_TD.dtype)
+        linear_rows(x_TD, gate[0], gate[1], gate_T1)
+        sigmoid_mul_rows(y_T1D, gate_T1.reshape((num_tokens, 1, 1)), y_T1D)
+    for t in range(num_tokens):
+        add_row(sum_TD[t], y_TD[t], sum_TD[t])
+
+
+@allocating_jit
 def _moe(
     x_TD: np.ndarray,
     normed_TD: np.ndarray,
@@ -167,11 +195,7 @@ def _moe(
     rule: Rule,
     log2phy_E: np.ndarray,
     experts: Operands,
-    shared_up: Weights,
-    num_up: int,
-    is_gated: bool,
-    shared_down: Weights,
-    shared_gate: Weights,
+    shared: Shared,
     norm_D: np.ndarray,
     eps: float,
     load_E: np.ndarray,
@@ -179,7 +203,6 @@ def _moe(
     y_TD: np.ndarray,
 ) -> None:
     num_tokens, width = x_TD.shape
-    shared = len(shared_up[0]) > 0
     ids_TK, weights_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
     logits_TE = np.empty((num_tokens, len(load_E)), like_router.dtype)
     linear_rows(normed_TD, router[0], router[1], logits_TE)
@@ -194,29 +217,13 @@ def _moe(
     _sort(physical_TK, offsets, row_index_R, place_TK)
     rows_RD = empty((num_tokens * top_k, width), x_TD.dtype)
     experts_rows(normed_TD, row_index_R, offsets, experts, rows_RD)
-    num_rows = min(num_tokens, CHUNK)
-    delta_TD, shared_TD = empty((num_rows, width), x_TD.dtype), empty((num_rows * shared, width), x_TD.dtype)
-    hidden_TF = empty((num_rows * shared, num_up // (1 + is_gated)), x_TD.dtype)
-    up_TF, gate_T1 = empty((num_rows * shared, num_up), x_TD.dtype), empty((num_rows * shared, 1), x_TD.dtype)
+    delta_TD = empty((min(num_tokens, CHUNK), width), x_TD.dtype)
     for start in range(0, num_tokens, CHUNK):
         end = min(start + CHUNK, num_tokens)
         part_TD = delta_TD[: end - start]
         combine_rows(rows_RD, place_TK[start:end], weights_TK[start:end], part_TD)
-        if shared:
-            rows = end - start
-            if is_gated:
-                linear_rows(normed_TD[start:end], shared_up[0], shared_up[1], up_TF[:rows])
-                silu_mul_rows(up_TF[:rows], hidden_TF[:rows])
-            else:
-                linear_rows(normed_TD[start:end], shared_up[0], shared_up[1], hidden_TF[:rows])
-                relu2_rows(hidden_TF[:rows])
-            linear_rows(hidden_TF[:rows], shared_down[0], shared_down[1], shared_TD[:rows])
-            if len(shared_gate[0]) > 0:
-                linear_rows(normed_TD[start:end], shared_gate[0], shared_gate[1], gate_T1[:rows])
-                shared_T1D = shared_TD[:rows].reshape((rows, 1, width))
-                sigmoid_mul_rows(shared_T1D, gate_T1[:rows].reshape((rows, 1, 1)), shared_T1D)
-            for t in range(rows):
-                add_row(part_TD[t], shared_TD[t], part_TD[t])
+        if len(shared[0][0]) > 0:
+            _add_shared(normed_TD[start:end], shared, part_TD)
         add_rms_norm_rows(x_TD[start:end], part_TD, norm_D, eps, sum_TD[start:end], y_TD[start:end])
 
 
@@ -225,18 +232,18 @@ def fuse_moe(weights: MoeWeights) -> MoeBlock | None:
     w, router, experts, routing = weights, weights.router, weights.experts, weights.routing
     if not (isinstance(router, PackedLinear) and isinstance(experts, PackedExperts)) or routing.scales_input:
         return None
-    nothing = w.norm_D.new_empty(0, w.norm_D.shape[0])
-    up = down = gate = absent = pack_linear(nothing)
-    if (shared := w.shared) is not None:
+    absent, shared = pack_linear(w.norm_D.new_empty(0, w.norm_D.shape[0])), w.shared
+    linears: tuple[Linear, ...] = absent, absent, absent
+    if shared is not None:
         linears = shared.up, shared.down, absent if shared.gate is None else shared.gate
-        if not all(isinstance(each, PackedLinear) for each in linears):
-            return None
-        up, down, gate = linears
+    packed = [each for each in linears if isinstance(each, PackedLinear)]
+    if len(packed) < len(linears):
+        return None
     like_router = np.empty(0, np.uint16 if router.panels.dtype == np.uint32 else np.float32)
     choice = routing.top_k, rule(len(w.log2phy_E), routing, w.choice_bias), w.log2phy_E.numpy()
     is_gated = shared is not None and shared.silu_mul is not None
-    dense = _weights(up), up.num_outputs, is_gated, _weights(down), _weights(gate)
-    return _MoeBlock((_weights(router), like_router, *choice, experts.operands, *dense, as_array(w.norm_D), w.eps))
+    dense = *map(_weights, packed), packed[0].num_outputs, is_gated
+    return _MoeBlock((_weights(router), like_router, *choice, experts.operands, dense, as_array(w.norm_D), w.eps))
 
 
 def _weights(linear: PackedLinear) -> Weights:
