@@ -11,8 +11,8 @@ with the same tokens goes on. Snapshots are kept where a request is likely to le
 - after every entry of the output, from which the next turn of a conversation goes on: each such snapshot replaces the one before.
 
 A free snapshot's worth, by which it is evicted (see `heap`), is the number of tokens to compute anew without it: those since
-the snapshot before it, or since the one before that if this one alone was left behind that. A snapshot that exactly one other
-was left behind is superseded, since whoever comes back goes on from the deeper one; behind which several were left, requests part.
+the snapshot before it, or since the one before that if this one alone was left behind that. A snapshot behind which exactly one
+was left is superseded, since whoever comes back goes on from the deeper one; behind which several were left, requests part.
 
 Letters as in `rows`.
 """

@@ -248,6 +248,7 @@ def test_weighed_blocks_age_by_what_is_evicted():
     assert take(pool, 1).tolist() == [4], "40 is more than 35"
 
 
+@examples(60)
 @given(
     st.lists(st.tuples(st.sampled_from(["take", "share", "give", "weigh", "forget"]), st.integers(0, 11)), max_size=80)
 )
