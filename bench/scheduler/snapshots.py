@@ -9,6 +9,8 @@ running request among them.
 Hit rates are shares of prompt tokens: `attention` is that of a model with attention alone, `hybrid` what the scheduler finds, and
 `oracle` that of one which knows the trace: of what a request leaves it keeps the deepest state alone, and evicts the one that
 saves the fewest tokens for the time until its next use.
+
+O sampled rows.
 """
 
 from __future__ import annotations

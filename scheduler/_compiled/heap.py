@@ -3,6 +3,8 @@
 Free snapshots of recurrent states are evicted by what it would cost to do without them (see `snapshots`); free blocks of other
 caches wait in a ring (see `blocks`). `heap` holds numbers of blocks in its first `count` places; a block's `place` is its place
 there, so that any block can be taken out in O(log count).
+
+Letters as in `blocks`.
 """
 
 import numpy as np
