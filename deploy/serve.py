@@ -14,6 +14,7 @@ from typing import NoReturn
 from expertwire.deploy import runtime
 from expertwire.deploy.cascades import open_cascades
 from expertwire.deploy.fronts import Fronts, reserve_port
+from expertwire.deploy.grpc.catalog import open_catalog
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.deploy.grpc.front import FAILED_S
 from expertwire.deploy.grpc.reloading import Reloading
@@ -44,6 +45,7 @@ def serve(configs: Sequence[EngineConfig], server: ServerConfig, *, announce: Ca
         EngineFailed: an engine could not start, or all have failed.
     """
     reserve_port(server.host, server.port).close()  # before the model is loaded
+    open_catalog(server.strategies, server.services(), server.verifier_ca_certs)  # as each front does
     tenants = Security.open(server).tenants
     configs = [runtime.with_model_folder(_with_quotas(config, tenants)) for config in configs]
     special_ids = [runtime.special_ids(runtime.open_tokenizer(config)) for config in configs]

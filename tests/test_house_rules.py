@@ -57,7 +57,7 @@ FLAGS = {
         "--host", "--port", "--fronts", "--drain-timeout", "--max-connections",
         "--max-calls-per-connection", "--max-calls", "--max-message-mib", "--message-timeout", "--max-connection-idle",
         "--max-connection-age", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--tenants",
-        "--insecure", "--no-insecure", "--audit-log",
+        "--insecure", "--no-insecure", "--audit-log", "--strategies", "--verifier", "--verifier-ca-certs",
         "--disable-log-stats", "--no-disable-log-stats", "--log-level", "--models", "--model-options", "--shares",
         "--cascade", "--decision-log",
         *ENGINE_FLAGS,

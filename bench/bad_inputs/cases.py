@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from expertwire import LLM, SamplingParams, TenantQuota
+from expertwire.bench.bad_inputs import bad_strategies
 from expertwire.bench.bad_inputs.broken_checkpoints import (
     WEIGHTS,
     Change,
@@ -255,7 +256,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 
 
 def _commands() -> Iterator[Case]:
-    for line, *words in COMMANDS:
+    for line, *words in (*COMMANDS, *bad_strategies.COMMANDS):
         yield Case(
             area="Commands",
             description=f"expertwire {line}".strip(),
@@ -403,6 +404,11 @@ def _requests() -> Iterator[Case]:
     for params, *words in SAMPLING:
         if _fits_protobuf(params):
             yield _request(_arguments(params), partial(Environment.request, **params), "INVALID_ARGUMENT", *words)
+    for strategy, status, *words in bad_strategies.STRATEGIES:
+        run = partial(Environment.request, strategy=bad_strategies.value(strategy))
+        yield _request(bad_strategies.description(strategy), run, status, *words)
+    both = partial(Environment.request, strategy="first_k_finish:n=2", n=2)
+    yield _request("strategy=first_k_finish:n=2, n=2", both, "INVALID_ARGUMENT", "n must be", "got 2")
     chat = [{"role": "user", "content": "a"}]
     ask = lambda env: list(env.client.chat(chat))  # noqa: E731 - as short as a partial
     yield _request("a chat, of a model without tokenizer", ask, "INVALID_ARGUMENT", "needs a tokenizer", "token ids")

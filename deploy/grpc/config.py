@@ -103,6 +103,10 @@ class ServerConfig:
         cascade: a cascade over the models, as NAME=FILE with a policy (docs/test_time_compute.md); requests name it like a model.
         decision_log: file to which a record of each request of a cascade is appended, as a line of JSON.
         disable_log_stats: do not write a line of statistics to standard error every 10 s while requests run.
+        strategies: name of an installed module, or a .py file, with a dictionary STRATEGIES of classes, VERIFIERS of callables, or
+            both, which requests may then name.
+        verifier: NAME=HOST:PORT of a verifier that is a gRPC service (`expertwire.v1.Verifier`); may be repeated.
+        verifier_ca_certs: PEM file of the authorities of these services; None: they have no TLS.
         log_level: least severe messages to write to standard error: "debug" (also a line for each request and its end), "info",
             "warning" or "error".
         limits: what clients may hold of a front.
@@ -124,6 +128,9 @@ class ServerConfig:
     cascade: list[str] | None = None
     decision_log: str | None = None
     disable_log_stats: bool = False
+    strategies: str | None = None
+    verifier: str | list[str] | tuple[str, ...] | None = None
+    verifier_ca_certs: str | None = None
     log_level: LogLevel = "warning"
     limits: Limits = field(default_factory=Limits)
 
@@ -152,6 +159,10 @@ class ServerConfig:
                 f"--host {self.host} can be reached by other machines: give --ssl-keyfile and --ssl-certfile, "
                 "--tenants, or --insecure in a private network"
             )
+
+    def services(self) -> tuple[str, ...]:
+        """Return "NAME=HOST:PORT" of each verifier that is a service."""
+        return (self.verifier,) if isinstance(self.verifier, str) else tuple(self.verifier or ())
 
     def num_fronts(self) -> int:
         """Return the number of fronts for this machine."""

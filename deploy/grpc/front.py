@@ -20,6 +20,7 @@ import numpy as np
 
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.deploy import runtime
+from expertwire.deploy.grpc.catalog import open_catalog
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.deploy.grpc.security import Security
 from expertwire.deploy.grpc.server import Server
@@ -110,6 +111,7 @@ async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketC
 
     loop.add_reader(parent.fileno(), listen_to_parent)
     security = Security.open(config)
+    catalog = open_catalog(config.strategies, config.services(), config.verifier_ca_certs)
     server = Server(config.host, config.port, config.limits, credentials=security.credentials(), shares_port=True)
     pairs = list(zip(args.engines, frontends, strict=True))
     texts = [TextWorkers(frontend, engine.model) for engine, frontend in pairs]
@@ -127,6 +129,7 @@ async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketC
             cascades={name: CascadePolicy(cascade=cascade) for name, cascade in args.cascades.items()},
             decision_log=log,
             info=ServerInfo([(engine, frontend.model_info) for engine, frontend in pairs], config),
+            catalog=catalog,
             on_ready=lambda: parent.send({"serving": NOTHING}),
             on_beat=beat,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import time
@@ -28,7 +29,8 @@ from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.text_workers import TextWorkers
 from expertwire.engine.frontend.token_columns import ColumnReader
 from expertwire.engine.frontend.tokenizer import ReasoningIds
-from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.scheduler.sampling_params import MAX_BRANCHES, SamplingParams
+from expertwire.strategies.base import Strategy
 
 MAX_REQUEST_ID = 256  # characters
 GOODBYE_S = 2.0  # for the last messages to be sent
@@ -195,6 +197,7 @@ class Requests:
         """Start the group of a request with a strategy; arguments and errors as those of `submit`."""
         strategy = self._catalog.strategy(request.strategy)
         prepared = await self.prepare(request, call, deadline_s)
+        self._check_cost(prepared, strategy)
         text = request.text if request.HasField("text") else None
         run = self._groups.start(prepared.tokens, prepared.params, prepared.options, strategy, text)
         usage = GroupUsage(run, self.reasoning_ids, prepared.arrived_s, opens_reasoning=prepared.opens_reasoning)
@@ -354,6 +357,12 @@ class Requests:
     def reasoning_ids(self) -> ReasoningIds | None:
         """The tokens around reasoning; None if the model has none."""
         return None if self.frontend.tokenizer is None else self.frontend.tokenizer.reasoning_ids
+
+    def _check_cost(self, prepared: Prepared, strategy: Strategy) -> None:
+        """Refuse a strategy with more output than one request may have, which the front keeps until the group has ended."""
+        most = min(MAX_BRANCHES, max(1, getattr(strategy, "n", 1)))
+        params = dataclasses.replace(prepared.params, n=most)
+        params.check_cost(len(prepared.tokens), self.frontend.model_info.max_model_len)
 
     def _opens_reasoning(self, tokens: np.ndarray) -> bool:
         tokenizer = self.frontend.tokenizer

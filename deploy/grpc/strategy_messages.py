@@ -20,6 +20,7 @@ from expertwire.strategies.registry import ANSWERS, parse_strategy, strategy_to_
 from expertwire.strategies.verifiers import Candidate, VerifierError
 
 MAX_CUSTOM_CHARS = 65_536
+MAX_CHARS = 4096  # of another option; the front tokenises some, and compiles others
 _KINDS = tuple(field.name for field in pb.Strategy.DESCRIPTOR.oneofs_by_name["kind"].fields)
 
 
@@ -96,6 +97,8 @@ def _values(message: Message) -> dict[str, Any]:
             values[field.name] = _answer_options(value)
         elif field.name == "table":
             values[field.name] = [_row_options(row) for row in value]
+        elif isinstance(value, str) and len(value) > MAX_CHARS:
+            raise ValueError(f"{field.name} must have at most {MAX_CHARS} characters in a request, got {len(value)}")
         else:
             values[field.name] = _values(value) if isinstance(value, Message) else value
     return values

@@ -626,3 +626,81 @@ class Inference(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class VerifierStub(object):
+    """Scores outputs for strategies. A server with `--verifier NAME=HOST:PORT` is the client of such a service; everything but a finite
+    score for each candidate is a failure, and the request's VerifierPolicy says what that means.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Score = channel.unary_unary(
+                '/expertwire.v1.Verifier/Score',
+                request_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+
+
+class VerifierServicer(object):
+    """Scores outputs for strategies. A server with `--verifier NAME=HOST:PORT` is the client of such a service; everything but a finite
+    score for each candidate is a failure, and the request's VerifierPolicy says what that means.
+    """
+
+    def Score(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_VerifierServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ScoreRequest.FromString,
+                    response_serializer=expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ScoreResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'expertwire.v1.Verifier', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('expertwire.v1.Verifier', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Verifier(object):
+    """Scores outputs for strategies. A server with `--verifier NAME=HOST:PORT` is the client of such a service; everything but a finite
+    score for each candidate is a failure, and the request's VerifierPolicy says what that means.
+    """
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertwire.v1.Verifier/Score',
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ScoreRequest.SerializeToString,
+            expertwire_dot_deploy_dot_proto_dot_expertwire__v1__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

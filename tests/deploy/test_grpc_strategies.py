@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 import expertwire
+from expertwire.deploy.grpc import group_loop
 from expertwire.deploy.grpc.async_client import AsyncClient
 from expertwire.deploy.grpc.catalog import Catalog
 from expertwire.deploy.grpc.client import Client, ServerError, ServerVerifier
@@ -369,6 +370,29 @@ def test_mistakes_name_the_field(client, strategy, arguments, message):
     assert error.message.startswith(message)
 
 
+def test_the_output_of_a_group_is_bounded_as_that_of_a_request(server, client):
+    frontend = server["frontend"]
+    plain, frontend.model_info = frontend.model_info, dataclasses.replace(frontend.model_info, max_model_len=10**6)
+    try:
+        error = error_of(client, "first_k_finish:n=100", max_tokens=200_000)
+    finally:
+        frontend.model_info = plain
+    assert error.code == "INVALID_ARGUMENT"
+    assert error.message.startswith("n x max_tokens x (1 + logprobs) must be at most 16777216, got 100 x 200000 x 1")
+
+
+def test_only_so_many_groups_run_at_once(client, monkeypatch):
+    monkeypatch.setattr(group_loop, "MAX_GROUPS", 1)
+    first = client.generate(PROMPT, strategy="first_k_finish:n=2", all_branches=True, **ENDLESS)
+    next(iter(first))
+    error = error_of(client, "first_k_finish:n=2")
+    assert (error.code, error.retry_after_s) == ("RESOURCE_EXHAUSTED", 1.0)
+    assert "at most 1 may" in error.message
+    first.close()
+    until(lambda: idle(client))
+    assert outputs_of(client.generate(PROMPT, strategy="first_k_finish:n=2", **FREE))
+
+
 def test_empty_messages_are_mistakes(server):
     with grpc.insecure_channel(server["address"]) as channel:
         stub = pb_grpc.InferenceStub(channel)
@@ -376,6 +400,11 @@ def test_empty_messages_are_mistakes(server):
             (pb.Strategy(), "strategy must have one of adaptive_consistency, auto"),
             (pb.Strategy(majority_vote=pb.MajorityVote(n=2, answer=pb.Answer())), "answer must have one of boxed"),
             (pb.Strategy(custom=pb.CustomStrategy(name="twice", options="[1]")), "options must be a JSON object"),
+            (
+                pb.Strategy(sequential_revision=pb.SequentialRevision(revisions=1, text="a" * 5000)),
+                "text must have at most 4096 characters",
+            ),
+            (pb.Strategy(first_k_finish=pb.FirstKFinish(n=100_000)), "n must be at most 256"),
             (
                 pb.Strategy(compute_optimal=pb.ComputeOptimal(table=[pb.Bin(strategy=pb.Strategy(all_branches=True))])),
                 "all_branches must be unset in a table",

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import psutil
 import pytest
 
 from expertwire.deploy.demo_task import check, make_problem
 from expertwire.deploy.grpc.client import Client, ServerError
+from expertwire.deploy.grpc.grpc_verifier import VerifierServer
 from expertwire.deploy.tenants import make_token
 
 ENDLESS = {"ignore_eos": True, "max_tokens": 1900}
@@ -105,6 +107,48 @@ def test_answers_over_grpc_are_right(client):
     assert stats["num_running"] == 0
     assert [len(tokens) for tokens in stats["expert_load"]] == [8] * 3
     assert all(sum(tokens) > 0 for tokens in stats["expert_load"])
+
+
+OWN = """
+from dataclasses import dataclass
+from expertwire.strategies import BestOfN, Needs, Selection
+from expertwire.strategies.base import Start
+from expertwire.deploy.demo_verifiers import outcome
+
+@dataclass(frozen=True)
+class Only:
+    count: int
+    needs = Needs()
+    def decide(self, group): return [] if group.branches else [Start(self.count)]
+    def select(self, group): return Selection(branches=(self.count - 1,), reason="the last")
+
+STRATEGIES = {"only": Only}
+VERIFIERS = {"exact": outcome}
+"""
+
+
+def test_a_module_s_strategies_and_the_verifier_of_a_service(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    problem = make_problem("SUM", 4, 1)
+    with VerifierServer(lambda candidates: [len(each.token_ids) for each in candidates]) as service:
+        length = f"length=127.0.0.1:{service.port}"
+        with serve("--strategies", str(path), "--verifier", length) as served, Client(served.address) as client:
+            assert list(client.model_info()["verifiers"]) == ["exact", "length"]
+            generation = client.generate(problem.prompt, strategy={"strategy": "only", "count": 3}, max_tokens=8)
+            assert {chunk.branch for chunk in generation} == {2}
+            for verifier, score in (("exact", lambda text, _: check(problem, text)), ("length", lambda _, num: num)):
+                strategy = {"strategy": "best_of_n", "n": 4, "verifier": verifier}
+                generation = client.generate(
+                    problem.prompt, strategy=strategy, all_branches=True, max_tokens=64, seed=1
+                )
+                texts, nums = Counter(), Counter()
+                for chunk in generation:
+                    texts[chunk.branch] = (texts[chunk.branch] or "") + chunk.text
+                    nums[chunk.branch] += len(chunk.token_ids)
+                branches = generation.group.branches
+                assert [branch.score for branch in branches] == [score(texts[i], nums[i]) for i in range(4)]
+            assert served.end() == 0
 
 
 def test_clients_that_leave_free_their_blocks(client):
