@@ -15,7 +15,6 @@ STRATEGIES: tuple[tuple[str | dict[str, Any], str, *tuple[str, ...]], ...] = (
     ("best_of_n:n=2,verifier=exact", "INVALID_ARGUMENT", "verifier must be one of", "none is configured", "'exact'"),
     ("best_of_n:n=2,score=length", "INVALID_ARGUMENT", "score must be one of", "'mean_logprob'", "'length'"),
     ("best_of_n:n=2,size=2 (refused by the client)", "ValueError", "best_of_n has the options n, verifier", "size"),
-    ("best_of_n:n=many (refused by the client)", "ValueError", "best_of_n: n cannot be 'many'"),
     ("majority_vote:n=2", "INVALID_ARGUMENT", "needs the options n, answer", "answer must be given"),
     ("majority_vote:n=2,answer=json (refused by the client)", "ValueError", "answer.type must be one of boxed"),
     ({"strategy": "majority_vote", "n": 2, "answer": REGEX}, "INVALID_ARGUMENT", "answer.pattern must be"),

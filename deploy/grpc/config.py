@@ -103,8 +103,8 @@ class ServerConfig:
         cascade: a cascade over the models, as NAME=FILE with a policy (docs/test_time_compute.md); requests name it like a model.
         decision_log: file to which a record of each request of a cascade is appended, as a line of JSON.
         disable_log_stats: do not write a line of statistics to standard error every 10 s while requests run.
-        strategies: name of an installed module, or a .py file, with a dictionary STRATEGIES of classes, VERIFIERS of callables, or
-            both, which requests may then name.
+        strategies: name of an installed module, or a .py file, with a dictionary STRATEGIES of classes, VERIFIERS of callables,
+            or both, which requests may then name.
         verifier: NAME=HOST:PORT of a verifier that is a gRPC service (`expertwire.v1.Verifier`); may be repeated.
         verifier_ca_certs: PEM file of the authorities of these services; None: they have no TLS.
         log_level: least severe messages to write to standard error: "debug" (also a line for each request and its end), "info",

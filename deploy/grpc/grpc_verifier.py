@@ -115,7 +115,7 @@ class VerifierServer:
         threads = ThreadPoolExecutor(num_threads, thread_name_prefix="verifier")
         options = (("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.so_reuseport", 0))
         self._server = grpc.server(threads, options=options)
-        pb_grpc.add_VerifierServicer_to_server(_Servicer(verifier), self._server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_VerifierServicer_to_server(_Servicer(verifier), self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if credentials is None:

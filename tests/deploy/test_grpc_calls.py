@@ -243,6 +243,7 @@ def test_invalid_arguments_name_the_field_in_their_details():
 def test_our_own_mistakes_are_internal_and_logged(caplog):
     async def main():
         async with serving() as (frontend, channel):
+            await channel.channel_ready()
             frontend.model_info = None
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await pb_grpc.InferenceStub(channel).GetModelInfo(pb.GetModelInfoRequest())
