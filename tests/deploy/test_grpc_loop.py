@@ -112,6 +112,14 @@ async def held_by(address, method, message):
     return monitor.longest_s, status
 
 
+async def held_each_time(address, method, message):
+    """Return the least of up to three calls: a busy machine makes one slow, and what holds the loop holds it every time."""
+    found = [await held_by(address, method, message)]
+    while found[-1][0] > HELD_S and len(found) < 3:
+        found.append(await held_by(address, method, message))
+    return min(found)
+
+
 def test_the_monitor_notices():
     async def run():
         monitor = Monitor()
@@ -138,10 +146,10 @@ def test_nothing_holds_the_loop(tmp_path):
             for _ in range(2):  # the first call of a kind imports and warms up
                 for method in METHODS:
                     for name, data in (("nothing", b""), ("noise", bytes(range(256)) * 4096)):
-                        held[f"{method}: {name}"] = await held_by(address, method, data)
+                        held[f"{method}: {name}"] = await held_each_time(address, method, data)
             for name, make in LARGE.items():
                 message = make().SerializeToString()
-                held[name] = await held_by(address, "Generate", message)
+                held[name] = await held_each_time(address, "Generate", message)
         return held
 
     held = asyncio.run(run())
