@@ -100,6 +100,7 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_experts(commands)
     _add_token(commands)
     _add_replay(commands)
+    _add_calibrate(commands)
     group = commands.add_parser("bench", help="run a benchmark", description="Run a benchmark.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
     for name, (module_name, text) in BENCHES.items():
@@ -265,6 +266,28 @@ def _replay(args: argparse.Namespace) -> int:
     from expertwire.deploy import replay
 
     for line in replay.lines(args.log, replay.thresholds_of(args.threshold)):
+        print(line)
+    return 0
+
+
+def _add_calibrate(commands: Any) -> None:
+    text = "fit a cascade's router and thresholds to a decision log in which both models answered"
+    parser = commands.add_parser("calibrate", help=text, description=_sentence(text))
+    parser.add_argument(
+        "log", metavar="LOG", help="file of decision records with outcomes, best with a random_share of 1"
+    )
+    parser.add_argument("--cascade", required=True, metavar="FILE", help="policy that the records were made with")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file for the new policy")
+    text = "quality that may be lost to the large model alone (default: %(default)s)"
+    parser.add_argument("--shortfall", type=float, default=0.0, metavar="X", help=text)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the folds (default: %(default)s)")
+    parser.set_defaults(command=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from expertwire.deploy import calibrate
+
+    for line in calibrate.lines(args.log, args.cascade, args.out, shortfall=args.shortfall, seed=args.seed):
         print(line)
     return 0
 

@@ -61,14 +61,15 @@ def _own(records: Sequence[DecisionRecord]) -> Iterator[str]:
 
 def _told(evaluation: Evaluation) -> Iterator[str]:
     how = "counted" if evaluation.is_exact else f"estimated from {evaluation.num_random} requests of the random slice"
-    yield f"  escalated {_shown(evaluation.escalated)} ({how})"
+    yield f"  escalated {shown(evaluation.escalated)} ({how})"
     if evaluation.quality is not None:
-        yield f"  quality {_shown(evaluation.quality)} (estimated from the random slice)"
+        yield f"  quality {shown(evaluation.quality)} (estimated from the random slice)"
     if evaluation.cost is not None:
         yield f"  cost of a request {evaluation.cost:.6g} (estimated from the random slice)"
 
 
-def _shown(interval: Interval) -> str:
+def shown(interval: Interval) -> str:
+    """Return the text of an estimate with its interval."""
     if interval.low == interval.high:
         return f"{interval.value:.4f}"
     return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"

@@ -75,6 +75,7 @@ FLAGS = {
     "experts": {"--ssl-ca-certs", "--token-file", "--png", "--json"},
     "token": set(),
     "replay": {"--threshold"},
+    "calibrate": {"--cascade", "--out", "--shortfall", "--seed"},
     "bench throughput": {
         "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
     },

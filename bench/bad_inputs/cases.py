@@ -205,7 +205,7 @@ def _checkpoint(description: str, change: Change, *words: str, starts_processes:
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("", "COMMAND"),
-    ("train", "'train'", "serve, generate, demo, inspect, explain, experts, token, replay, bench"),
+    ("train", "'train'", "serve, generate, demo, inspect, explain, experts, token, replay, calibrate, bench"),
     ("serve --tensor-parallel-size=2", "--tensor-parallel-size", "--help"),
     ("serve one two", "two"),
     ("serve /no/such/folder --port 0", "there is no folder '/no/such/folder'"),
@@ -235,6 +235,10 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("serve --cascade fast=/no/such/policy.json", "policy /no/such/policy.json cannot be read"),
     ("serve --decision-log log.jsonl", "--decision-log needs --cascade"),
     ("serve --models a=/no/such/folder", "/no/such/folder"),
+    (
+        "calibrate /dev/null --cascade /no/such/policy.json --out /dev/null",
+        "policy /no/such/policy.json cannot be read",
+    ),
     ("replay", "LOG"),
     ("replay /no/such/log", "decision log /no/such/log cannot be read"),
     ("replay /dev/null --threshold length=1", "threshold must be X or MECHANISM=X", "'length=1'"),

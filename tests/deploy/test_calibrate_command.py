@@ -1,0 +1,80 @@
+"""`expertwire calibrate`: a policy from a decision log, in which a prompt's length and confidence say who is right."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from expertwire.deploy.cli import main
+from expertwire.strategies.cascade import Cascade
+from expertwire.strategies.cascade_log import DecisionRecord, Leg
+from expertwire.strategies.cascade_policy import cascade_to_json, read_cascade
+
+BASE = Cascade(small="s", large="l", version="base", random_share=1.0)
+
+
+def record(rng: random.Random, number: int) -> DecisionRecord:
+    """A request of which the small model is wrong if it is long, and half of the time if its output is unsure."""
+    is_long, is_unsure = rng.random() < 0.3, rng.random() < 0.3
+    right = not is_long and not (is_unsure and rng.random() < 0.5)
+    legs = (
+        Leg(model="s", tokens=10, complete=True, prompt_tokens=5, cost=15.0),
+        Leg(model="l", tokens=10, complete=True, prompt_tokens=5, cost=150.0),
+    )
+    return DecisionRecord(
+        request_id=str(number), policy_version="base", candidates=("s", "l"), scores={}, thresholds={}, chosen="s",
+        reason="kept", legs=legs, features={"log_tokens": 3.0 if is_long else 1.0},
+        minima=((3, -2.0 - rng.random() if is_unsure else -0.1 * rng.random()),),
+        outcomes={"s": float(right), "l": 1.0}, in_random_slice=True, propensity=1.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = random.Random(4)
+    log, policy = tmp_path / "log", tmp_path / "policy"
+    log.write_text("".join(record(rng, number).to_json() + "\n" for number in range(400)))
+    policy.write_text(cascade_to_json(BASE))
+    return str(log), str(policy), str(tmp_path / "new")
+
+
+def test_the_policy_routes_what_is_long_and_aborts_what_is_unsure(files, capsys):
+    log, policy, new = files
+    assert main(["calibrate", log, "--cascade", policy, "--out", new]) == 0
+    cascade = read_cascade(new)
+    assert cascade.version != "base"
+    assert cascade.routes_to_large({"log_tokens": 3.0})
+    assert not cascade.routes_to_large({"log_tokens": 1.0})
+    assert -2.1 < cascade.confidence_threshold < 0
+    out = capsys.readouterr().out
+    quality, large = map(float, re.search(r"quality ([\d.]+).*alone ([\d.]+)", out).groups())
+    cost, large_cost = map(float, re.search(r"request ([\d.]+); of l alone ([\d.]+)", out).groups())
+    assert quality > large - 0.03
+    assert cost < 0.65 * large_cost
+    assert 0.3 < float(re.search(r"escalated ([\d.]+)", out)[1]) < 0.7
+
+
+def test_a_shortfall_makes_it_cheaper(files, capsys):
+    log, policy, new = files
+    costs = []
+    for shortfall in ("0", "0.2", "1"):
+        assert main(["calibrate", log, "--cascade", policy, "--out", new, "--shortfall", shortfall]) == 0
+        costs.append(float(re.search(r"request ([\d.]+);", capsys.readouterr().out)[1]))
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] == 15.0, "the small model alone"
+
+
+def test_mistakes_have_messages(files, tmp_path, capsys):
+    log, policy, new = files
+    assert main(["calibrate", log, "--cascade", policy, "--out", new, "--shortfall", "2"]) == 2
+    few = tmp_path / "few"
+    few.write_text(record(random.Random(1), 1).to_json())
+    assert main(["calibrate", str(few), "--cascade", policy, "--out", new]) == 2
+    (tmp_path / "other").write_text(cascade_to_json(Cascade(small="a", large="b", version="1")))
+    assert main(["calibrate", log, "--cascade", str(tmp_path / "other"), "--out", new]) == 2
+    errors = capsys.readouterr().err
+    assert "shortfall must be a finite number >= 0 and <= 1, got 2.0" in errors
+    assert "at least 20 requests of the random slice" in errors
+    assert "records must be of the policy's models a and b" in errors
