@@ -24,13 +24,21 @@ def main() -> int:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(_DEMO))
+    parser.add_argument(
+        "--load-format", default="auto", help="dummy: random weights, for a folder with a configuration only"
+    )
     parser.add_argument("--branches", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of each output")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    options = {"max_num_seqs": args.branches, "kv_cache_memory_bytes": 200_000_000, "max_model_len": 2048}
+    options = {
+        "load_format": args.load_format,
+        "max_num_seqs": args.branches,
+        "kv_cache_memory_bytes": 200_000_000,
+        "max_model_len": 2048,
+    }
     rows: dict[str, list[dict[str, float]]] = {}
     with LLM(args.model, **options) as cached, LLM(args.model, **options, enable_prefix_caching=False) as plain:
         for number in range(-1, args.rounds):
