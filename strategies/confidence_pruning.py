@@ -70,9 +70,10 @@ class ConfidencePruning:
             return []
         if len(group.branches) < self.n:
             return start_missing(group, self.n)
-        weights = tally(self._voters(group), self._weight)
-        if self.consensus is not None and weights and max(weights.values()) >= self.consensus * sum(weights.values()):
-            return [Finish()]
+        if self.consensus is not None:  # `decide` is called every step, and votes take long
+            weights = tally(self._voters(group), self._weight)
+            if weights and max(weights.values()) >= self.consensus * sum(weights.values()):
+                return [Finish()]
         return [Prune(branch.index) for branch in group.with_status(Status.RUNNING) if self._fell(branch, threshold)]
 
     def select(self, group: Group) -> Selection:

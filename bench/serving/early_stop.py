@@ -53,7 +53,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    ways, rows = strategies(args.branches), {}
+    ways = strategies(args.branches)
+    rows: dict[str, list[dict[str, Any]]] = {}
     with LLM(_DEMO, max_num_seqs=args.slots, enable_prefix_caching=False) as llm:
         measure(llm, args, ways[_WITHOUT], seed=0)  # a warm-up
         for number in range(args.rounds):
