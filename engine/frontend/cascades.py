@@ -20,7 +20,7 @@ from expertwire.engine.frontend.verifier_calls import Outcome, VerifierCalls
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.cascade import MAX_FEATURE_CHARS, Confidence, prompt_features
 from expertwire.strategies.cascade_log import DecisionRecord, Leg
-from expertwire.strategies.verifiers import Candidate
+from expertwire.strategies.verifiers import Candidate, VerifierError
 
 KEPT, ABORTED = "kept", "aborted"
 LegName = Literal["small", "large"]
@@ -242,7 +242,8 @@ class CascadeRun:
         if self.done:
             return
         self._num_asked -= 1
-        self.legs[name].outcome = score = outcome if isinstance(outcome, float) else None
+        score = None if isinstance(outcome.score, VerifierError) else float(outcome.score)
+        self.legs[name].outcome = score
         if name == "small":
             self._scores["verifier"] = score
             if not self.reason:
