@@ -25,7 +25,7 @@ from expertwire.strategies.verifiers import Verifier
 MAX_VERIFIER_S = 300.0  # for which a client may let a verifier's call last, which keeps others waiting
 MAX_ROWS = 64  # of a table
 # Options that say how many branches or rounds there are.
-_COUNTS = ("n", "width", "chains", "concurrency", "revisions", "max_steps", "lookahead")
+_COUNTS = ("n", "width", "chains", "concurrency", "revisions", "max_steps", "lookahead", "max_retries")
 _MAX_COUNT = MAX_BRANCHES
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 

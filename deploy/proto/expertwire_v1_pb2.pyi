@@ -264,7 +264,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., total_time_s: _Optional[float] = ..., kept_tokens: _Optional[int] = ..., pruned_tokens: _Optional[int] = ..., verifier_tokens: _Optional[int] = ...) -> None: ...
 
 class Strategy(_message.Message):
-    __slots__ = ("adaptive_consistency", "auto", "beam_search", "best_of_n", "compute_optimal", "confidence_pruning", "confidence_vote", "dvts", "first_k_finish", "lookahead", "majority_vote", "sequential_revision", "verifier_vote", "custom", "all_branches")
+    __slots__ = ("adaptive_consistency", "auto", "beam_search", "best_of_n", "compute_optimal", "confidence_pruning", "confidence_vote", "dvts", "first_k_finish", "lookahead", "majority_vote", "sequential_revision", "verifier_vote", "custom", "step_retries", "all_branches")
     ADAPTIVE_CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
     AUTO_FIELD_NUMBER: _ClassVar[int]
     BEAM_SEARCH_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +279,7 @@ class Strategy(_message.Message):
     SEQUENTIAL_REVISION_FIELD_NUMBER: _ClassVar[int]
     VERIFIER_VOTE_FIELD_NUMBER: _ClassVar[int]
     CUSTOM_FIELD_NUMBER: _ClassVar[int]
+    STEP_RETRIES_FIELD_NUMBER: _ClassVar[int]
     ALL_BRANCHES_FIELD_NUMBER: _ClassVar[int]
     adaptive_consistency: AdaptiveConsistency
     auto: Auto
@@ -294,8 +295,9 @@ class Strategy(_message.Message):
     sequential_revision: SequentialRevision
     verifier_vote: VerifierVote
     custom: CustomStrategy
+    step_retries: StepRetries
     all_branches: bool
-    def __init__(self, adaptive_consistency: _Optional[_Union[AdaptiveConsistency, _Mapping]] = ..., auto: _Optional[_Union[Auto, _Mapping]] = ..., beam_search: _Optional[_Union[BeamSearch, _Mapping]] = ..., best_of_n: _Optional[_Union[BestOfN, _Mapping]] = ..., compute_optimal: _Optional[_Union[ComputeOptimal, _Mapping]] = ..., confidence_pruning: _Optional[_Union[ConfidencePruning, _Mapping]] = ..., confidence_vote: _Optional[_Union[ConfidenceVote, _Mapping]] = ..., dvts: _Optional[_Union[Dvts, _Mapping]] = ..., first_k_finish: _Optional[_Union[FirstKFinish, _Mapping]] = ..., lookahead: _Optional[_Union[Lookahead, _Mapping]] = ..., majority_vote: _Optional[_Union[MajorityVote, _Mapping]] = ..., sequential_revision: _Optional[_Union[SequentialRevision, _Mapping]] = ..., verifier_vote: _Optional[_Union[VerifierVote, _Mapping]] = ..., custom: _Optional[_Union[CustomStrategy, _Mapping]] = ..., all_branches: bool = ...) -> None: ...
+    def __init__(self, adaptive_consistency: _Optional[_Union[AdaptiveConsistency, _Mapping]] = ..., auto: _Optional[_Union[Auto, _Mapping]] = ..., beam_search: _Optional[_Union[BeamSearch, _Mapping]] = ..., best_of_n: _Optional[_Union[BestOfN, _Mapping]] = ..., compute_optimal: _Optional[_Union[ComputeOptimal, _Mapping]] = ..., confidence_pruning: _Optional[_Union[ConfidencePruning, _Mapping]] = ..., confidence_vote: _Optional[_Union[ConfidenceVote, _Mapping]] = ..., dvts: _Optional[_Union[Dvts, _Mapping]] = ..., first_k_finish: _Optional[_Union[FirstKFinish, _Mapping]] = ..., lookahead: _Optional[_Union[Lookahead, _Mapping]] = ..., majority_vote: _Optional[_Union[MajorityVote, _Mapping]] = ..., sequential_revision: _Optional[_Union[SequentialRevision, _Mapping]] = ..., verifier_vote: _Optional[_Union[VerifierVote, _Mapping]] = ..., custom: _Optional[_Union[CustomStrategy, _Mapping]] = ..., step_retries: _Optional[_Union[StepRetries, _Mapping]] = ..., all_branches: bool = ...) -> None: ...
 
 class Budget(_message.Message):
     __slots__ = ("tokens", "branches", "seconds")
@@ -560,6 +562,22 @@ class SequentialRevision(_message.Message):
     answer: Answer
     budget: Budget
     def __init__(self, revisions: _Optional[int] = ..., text: _Optional[str] = ..., chains: _Optional[int] = ..., end_text: _Optional[str] = ..., choose: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class StepRetries(_message.Message):
+    __slots__ = ("verifier", "step_text", "least", "max_retries", "verifier_policy", "budget")
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    STEP_TEXT_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    MAX_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    verifier: str
+    step_text: str
+    least: float
+    max_retries: int
+    verifier_policy: VerifierPolicy
+    budget: Budget
+    def __init__(self, verifier: _Optional[str] = ..., step_text: _Optional[str] = ..., least: _Optional[float] = ..., max_retries: _Optional[int] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
 
 class VerifierVote(_message.Message):
     __slots__ = ("n", "answer", "verifier", "verifier_policy", "budget")
