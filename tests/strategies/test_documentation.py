@@ -40,7 +40,7 @@ def test_the_command_lines_are_strategies():
 
 
 def test_the_example_of_an_own_strategy_runs_and_replays(monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (code,) = (each for each in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class UntilShort" in each)
     module = ModuleType("page_on_test_time_compute")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look
     exec(code, module.__dict__)
