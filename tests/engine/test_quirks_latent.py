@@ -111,7 +111,7 @@ def biased_weights(ops):
         weights_TK = (logits_TE.sigmoid() + bias_E).gather(1, ids_TK)
         return ids_TK, routing.scale * weights_TK / weights_TK.sum(1, keepdim=True)
 
-    return {"route": route}
+    return {"route": route, "fuse_moe": None}
 
 
 def last_numbers_rotated(ops):

@@ -147,7 +147,7 @@ def test_alone(dtype, renormalize, shared):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("routing", "shared"), zip([*ROUTING, "softmax"], [None, *SHARED], strict=True))
+@pytest.mark.parametrize(("routing", "shared"), list(zip([*ROUTING, "softmax"], [None, *SHARED], strict=True)))
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 30, 64, 300])
 def test_the_fused_layer_has_the_bits_of_the_ops_one_by_one(dtype, routing, shared, count):
     moe = layer(SoloGroup(), dtype, routing=ROUTING[routing], shared=shared_expert(shared, dtype))
