@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.strategies.cascade import Cascade
 from expertwire.strategies.cascade_policy import read_cascade
 from expertwire.strategies.decision_log import DecisionLog
+from expertwire.strategies.verifiers import Verifier
 
 
-def open_cascades(server: ServerConfig, models: Sequence[str]) -> dict[str, Cascade]:
+def open_cascades(server: ServerConfig, models: Sequence[str], verifiers: Mapping[str, Verifier]) -> dict[str, Cascade]:
     """Return the policies of the server's cascades, by name.
 
+    Args:
+        server: the server's options.
+        models: names of its models.
+        verifiers: that it knows, by name.
+
     Raises:
-        ValueError: a policy is wrong, or is not for these models, or the log cannot be written.
+        ValueError: a policy is wrong, or is not for these models and verifiers, or the log cannot be written.
     """
     cascades: dict[str, Cascade] = {}
     for text in server.cascade or ():
@@ -29,10 +35,10 @@ def open_cascades(server: ServerConfig, models: Sequence[str]) -> dict[str, Casc
                 raise ValueError(
                     f"--cascade {name}: {field} must be one of the models {', '.join(models)}, got {model!r}"
                 )
-        if cascade.verifier_threshold is not None:
+        if cascade.verifier not in verifiers and (cascade.verifier or cascade.verifier_threshold is not None):
             raise ValueError(
-                f"--cascade {name}: verifier_threshold must be null, as the server has no verifiers, "
-                f"got {cascade.verifier_threshold} of {cascade.verifier!r}"
+                f"--cascade {name}: verifier must be one that --verifier or --strategies gives "
+                f"({', '.join(sorted(verifiers)) or 'none does'}), got {cascade.verifier!r}"
             )
         cascades[name] = cascade
     if server.decision_log is not None:

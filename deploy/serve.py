@@ -45,11 +45,12 @@ def serve(configs: Sequence[EngineConfig], server: ServerConfig, *, announce: Ca
         EngineFailed: an engine could not start, or all have failed.
     """
     reserve_port(server.host, server.port).close()  # before the model is loaded
-    open_catalog(server.strategies, server.services(), server.verifier_ca_certs)  # as each front does
+    catalog = open_catalog(server.strategies, server.services(), server.verifier_ca_certs)  # as each front does
     tenants = Security.open(server).tenants
     configs = [runtime.with_model_folder(_with_quotas(config, tenants)) for config in configs]
     special_ids = [runtime.special_ids(runtime.open_tokenizer(config)) for config in configs]
-    cascades = open_cascades(server, [config.served_model_name or Path(config.model).name for config in configs])
+    names = [config.served_model_name or Path(config.model).name for config in configs]
+    cascades = open_cascades(server, names, catalog.verifiers)
     _exit_on_signals()
     with contextlib.ExitStack() as stack:
         engines = []
@@ -59,8 +60,11 @@ def serve(configs: Sequence[EngineConfig], server: ServerConfig, *, announce: Ca
             engines.append((stack.enter_context(Engine(config, launcher, *ids, log_stats=log_stats)), config))
         fronts = stack.enter_context(contextlib.closing(Fronts(engines, server, cascades)))
         infos = [engine.info for engine, _ in engines]
-        names = ", ".join(info.name for info in infos)
-        announce("\n".join([f"serving {names} on {server.host}:{fronts.port}", *_about_all(infos)]))
+        announce(
+            "\n".join(
+                [f"serving {', '.join(info.name for info in infos)} on {server.host}:{fronts.port}", *_about_all(infos)]
+            )
+        )
         is_stopping = _stop_on_signals()
         try:
             while not is_stopping():

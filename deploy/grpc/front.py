@@ -126,7 +126,10 @@ async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketC
             texts=texts[0],
             others=list(zip(frontends, texts, strict=True))[1:],
             failed=args.failed,
-            cascades={name: CascadePolicy(cascade=cascade) for name, cascade in args.cascades.items()},
+            cascades={
+                name: CascadePolicy(cascade=cascade, verifier=catalog.verifiers.get(cascade.verifier or ""))
+                for name, cascade in args.cascades.items()
+            },
             decision_log=log,
             info=ServerInfo([(engine, frontend.model_info) for engine, frontend in pairs], config),
             catalog=catalog,

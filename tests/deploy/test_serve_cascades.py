@@ -27,7 +27,15 @@ POLICIES = {
     "doubt": dataclasses.replace(KEEP, confidence_threshold=0.0),
     "route": dataclasses.replace(KEEP, router=Router(("numbers",), (0.0,), (1.0,), (-1.0,), 2.5), router_threshold=0.5),
     "both": dataclasses.replace(KEEP, confidence_threshold=0.0, random_share=1.0),
+    "judge": dataclasses.replace(KEEP, verifier="has_five", verifier_threshold=0.5),
+    "fail": dataclasses.replace(KEEP, verifier="fails", verifier_threshold=0.5),
 }
+VERIFIERS = """
+def has_five(candidates):
+    return [float("5" in candidate.prompt and candidate.complete) for candidate in candidates]
+
+VERIFIERS = {"has_five": has_five, "fails": lambda candidates: 1 / 0}
+"""
 
 
 def until(condition):
@@ -44,7 +52,20 @@ def log(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(log):
-    options = ["--models", MODELS, "--load-format", "mock", "--mock-step-time", "0.005", "--decision-log", str(log)]
+    module = log.with_name("verifiers.py")
+    module.write_text(VERIFIERS)
+    options = [
+        "--strategies",
+        str(module),
+        "--models",
+        MODELS,
+        "--load-format",
+        "mock",
+        "--mock-step-time",
+        "0.005",
+        "--decision-log",
+        str(log),
+    ]
     for name, policy in POLICIES.items():
         path = log.with_name(f"{name}.json")
         path.write_text(cascade_to_json(policy))
@@ -79,6 +100,8 @@ def ask(client, model, prompt="SUM 1 2 ?", **options):
         ("keep", "SUM 1 2 ?", "small", "kept", ["small"]), ("doubt", "SUM 1 2 ?", "large", "confidence", ["small", "large"]),
         ("route", "SUM 1 2 ?", "small", "kept", ["small"]), ("route", "SUM 1 2 3 ?", "large", "router", ["large"]),
         ("both", "SUM 1 2 ?", "large", "confidence", ["small", "large"]), ("keep", [5, 6], "small", "kept", ["small"]),
+        ("judge", "SUM 5 2 ?", "small", "kept", ["small"]), ("judge", "SUM 1 2 ?", "large", "verifier", ["small", "large"]),
+        ("fail", "SUM 5 2 ?", "large", "verifier", ["small", "large"]),
     ],
 )  # fmt: skip
 def test_the_output_is_the_chosen_models_own(client, log, name, prompt, model, reason, legs):
@@ -161,7 +184,8 @@ def test_queries_take_no_cascade(client):
     [
         ({}, {"cascade": ["keep"]}, "must be NAME=FILE"), ({}, {"cascade": ["small=FILE"]}, "another name than the models"),
         ({"large": "huge"}, {"cascade": ["keep=FILE"]}, "large must be one of the models small, large, got 'huge'"),
-        ({"verifier_threshold": 0.5}, {"cascade": ["keep=FILE"]}, "verifier_threshold must be null"),
+        ({"verifier_threshold": 0.5, "verifier": "one"}, {"cascade": ["keep=FILE"]}, r"strategies gives \(exact\), got 'one'"),
+        ({"verifier_threshold": 0.5}, {"cascade": ["keep=FILE"]}, r"strategies gives \(exact\), got None"),
         ({}, {"cascade": ["keep=/no/such"]}, "/no/such cannot be read"),
         ({}, {"decision_log": "x"}, "--decision-log needs --cascade"),
     ],
@@ -171,4 +195,6 @@ def test_options_that_are_wrong_are_refused(tmp_path, changed, options, message)
     if "cascade" in options:
         options = {"cascade": [options["cascade"][0].replace("FILE", str(tmp_path / "policy"))]}
     with pytest.raises(ValueError, match=message):
-        open_cascades(ServerConfig(**options), ["small", "large"])
+        open_cascades(
+            ServerConfig(**options), ["small", "large"], {"exact": lambda candidates: [1.0] * len(candidates)}
+        )
