@@ -61,6 +61,16 @@ def requests(llm, num, rng):
     return prompts, params
 
 
+def drawable(logits_V, params, branch, prompt, i):
+    """The tokens that a rounding error of the logits leaves to choose from: nearly always one."""
+    if not params.temperature:
+        return np.flatnonzero(logits_V >= logits_V.max() - 1e-4).tolist()
+    p = np.exp((logits_V - logits_V.max()) / params.temperature)
+    [number] = uniform(*(np.array([value]) for value in (params.seed, branch, len(prompt) + i)))
+    first, last = np.searchsorted(np.cumsum(p / p.sum()), [number - 1e-5, number + 1e-5], side="right")
+    return range(first, last + 1)
+
+
 def check(folder, llm, prompt, params, output, marks):
     """Check every branch, token by token; return what was enforced."""
     is_open = llm.tokenizer.thinking_ids.opens(np.array(prompt, np.int32))
@@ -75,12 +85,10 @@ def check(folder, llm, prompt, params, output, marks):
                 logits_V[biased] += value
             if (ban := banned(before, marks, limits, is_open)) is not None:
                 logits_V[ban] = -np.inf
-            drawn = int(logits_V.argmax())
-            if params.temperature:
-                p = np.exp((logits_V - logits_V.max()) / params.temperature)
-                [number] = uniform(*(np.array([value]) for value in (params.seed, branch, len(prompt) + i)))
-                drawn = int(np.searchsorted(np.cumsum(p / p.sum()), number, side="right"))
-            assert token == chosen(drawn, before, marks, limits, is_open), f"branch {branch}, output {i} of {tokens}"
+            expected = {
+                chosen(drawn, before, marks, limits, is_open) for drawn in drawable(logits_V, params, branch, prompt, i)
+            }
+            assert token in expected, f"branch {branch}, output {i} of {tokens}: {expected}"
         assert len(tokens) == params.max_tokens or tokens[-1] in marks.eos
         num = num_reasoning(tokens, marks, is_open)
         assert num <= budget + params.thinking_grace
