@@ -121,6 +121,7 @@ async def test_malformed_calls_reach_every_method_and_find_statuses_that_lie(ser
     assert any("a bug" in details for details in seen["examples"].values())
 
 
+@pytest.mark.slow
 @against_server
 async def test_attackers_together_have_a_process_each(servicer, port):
     names = ("large_text_1mb", "half_sent", "internal_ports")

@@ -202,6 +202,7 @@ def test_every_byte_arrives_where_it_should(ranks, backend, name):
     ranks.run(run_exchange, backend, EXCHANGES[name], 3)
 
 
+@pytest.mark.slow
 @every_run
 def test_hundreds_of_steps_with_stragglers(ranks, backend):
     """The number of tokens varies by step, sometimes 0, in the same buffers."""

@@ -12,6 +12,7 @@ from expertwire.deploy.demo import _address, _client
 from expertwire.engine.frontend.api import EngineFailed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.full)])
 def test_the_demo_answers_and_ends(launcher):
     command = [sys.executable, "-m", "expertwire.deploy.cli", "demo", "--launcher", launcher]

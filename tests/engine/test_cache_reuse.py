@@ -67,6 +67,7 @@ def test_salt_and_tenant_keep_prefixes_apart():
         assert [cached(cache_salt="x"), cached(cache_salt="x"), cached(cache_salt="x", tenant="a")] == [0, 48, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_a_pool_that_is_too_small_gives_the_same_tokens(ep_size):
     prompts = [tiny.prompt(20 + 3 * i, seed=i) for i in range(12)]

@@ -118,6 +118,7 @@ def test_what_the_cache_has_is_not_computed(cases):
     assert load.tolist() == (whole - of_reference(case.ids[:cached])).tolist()
 
 
+@pytest.mark.slow
 def test_tokens_computed_twice_count_once():
     """Requests are preempted where blocks are short, and then computed again."""
     prompts = [tiny.prompt(20 + 3 * i, seed=i) for i in range(12)]

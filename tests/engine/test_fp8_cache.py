@@ -88,6 +88,7 @@ def test_logits_are_those_of_quantised_keys_and_values(tmp_path, published):
         assert np.abs(found - reference(ids, meant[1:] + meant[:1])).max() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(VARIANT, "float32"), (VARIANT, "bfloat16"), ("deepseek_v3", "bfloat16"), ("gpt_oss", "bfloat16")],

@@ -41,7 +41,7 @@ def bits(outputs):
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("name", NAMES)
 def test_company_chunks_ranks_and_snapshots(name, dtype):
     prompts = [tiny.prompt(length, seed=length) for length in LENGTHS]
@@ -94,6 +94,7 @@ def test_experts_move_while_states_go_on(name):
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 def test_caches_that_are_too_small_give_the_same_tokens():
     """Requests wait for a state, or are preempted and go on from their last snapshot."""
     prompts = [tiny.prompt(30 + 37 * i, seed=i) for i in range(10)]
@@ -124,6 +125,7 @@ def test_options_that_do_not_fit_the_model_are_refused(name, options, message):
         LLM(architectures.folder(name), launcher="local", **options)
 
 
+@pytest.mark.slow
 def test_prompt_logprobs_are_transformers():
     name, ids = "nemotron3_nano", tiny.prompt(200, seed=5)
     expected = torch.from_numpy(architectures.reference_logits(name, ids)).log_softmax(-1).numpy()

@@ -60,6 +60,7 @@ def test_a_prompt_in_chunks(dtype, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_company_chunks_ranks_and_cache(dtype):
     lengths = [1, 2, 17, 40, 65, 150, 200]

@@ -75,6 +75,7 @@ def test_one_that_may_cross_is_long_from_the_beginning():
     assert any(right[:1] != other for (_, right), other in zip(cases, short, strict=True)), "the lists say the same"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 10, 16])
 def test_without_max_tokens_it_changes_to_the_long_list_where_transformers_does(length):
     num = 40 - length
@@ -115,6 +116,7 @@ def test_only_blocks_of_the_same_list_are_hit():
     assert seen[0][1][0] != seen[1][1][0], "the lists say the same"
 
 
+@pytest.mark.slow
 def test_company_changes_no_bit():
     sizes = [*SHORT, *LONG, *CROSSING, (10, None), (16, None)]
     prompts = [tiny.prompt(length, seed=length) for length, _ in sizes]

@@ -53,6 +53,7 @@ def test_tokens_and_logprobs(variant, lengths, together, options):
     assert tally.excused <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ep_size", [1, 3])
 def test_the_reference_decodes_the_same(ep_size):
     """`parity.case` takes the reference's tokens from its own cached decoding; so they are compared at length once."""

@@ -120,6 +120,7 @@ def clean():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ep_size"), CASES)
 def test_an_embedding_that_is_nan(kind, ep_size, clean, tmp_path, capfd):
     computed = [

@@ -59,6 +59,7 @@ def of_config(config, monkeypatch):
 # ---- longer prompts, other cuts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_long_prompts_in_any_cut(dtype):
     """Snapshots every 128 tokens; steps of one token, of 7 and 64, and micro-batches give the same bits."""

@@ -10,6 +10,7 @@ from helpers import tiny_checkpoints as tiny
 from helpers.published_formats import e2m1, fp8_modelopt, nvfp4, whole
 from helpers.rank_model import RankModel
 from helpers.ranks import Ranks
+from helpers.slow import slow_but
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -182,10 +183,12 @@ def reference(model, ids):
 
 
 CASES = [(name, False) for name in FORMATS] + [(name, True) for name in FUSED]
+KEPT = [("fp8_ue8m0 and mxfp4", False), ("int4", False), ("fp8_block", True), ("nvfp4", True)]
 
 
-@pytest.mark.parametrize(("name", "fused"), CASES, ids=[f"{n}, fused" if f else n for n, f in CASES])
-def test_logits_are_those_of_the_dequantised_weights(tmp_path, name, fused):
+@pytest.mark.parametrize("case", slow_but(KEPT, CASES), ids=[f"{n}, fused" if f else n for n, f in CASES])
+def test_logits_are_those_of_the_dequantised_weights(tmp_path, case):
+    name, fused = case
     torch.manual_seed(0)
     model = make(tmp_path, name, fused=fused)
     rank_model = RankModel(tmp_path)
@@ -228,6 +231,7 @@ def logits_of_rank(group, folder, ids):
     return RankModel(folder, group=group).logits(ids)
 
 
+@pytest.mark.slow
 def test_ranks_give_the_same_bits(tmp_path):
     make(tmp_path, "fp8_ue8m0 and mxfp4", fused=False)
     ids = tiny.prompt(40)

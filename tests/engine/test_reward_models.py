@@ -179,6 +179,7 @@ def both_stats(*llms):
     return [llm.stats() for llm in llms]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reward", "process reward", "yes or no"])
 def test_a_verifiers_tokens_count_as_its_groups(tmp_path, kind):
     """Tokens that the verifier's engine computes are those that groups and statistics call the verifier's."""

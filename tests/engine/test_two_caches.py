@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import architectures
 from helpers import tiny_checkpoints as tiny
+from helpers.slow import slow_but
 
 from expertwire import LLM, SamplingParams
 
@@ -24,7 +25,7 @@ def assert_greedy(prompt, answer):
     assert np.array_equal(best[len(prompt) - 1 : -1], answer)
 
 
-@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("ep_size", slow_but([1], [1, 2]))
 def test_small_pools(ep_size):
     prompts = [tiny.prompt(length, seed=length) for length in LENGTHS]
     options = {"block_size": BLOCK, "max_num_batched_tokens": 32, "max_num_seqs": 2, "max_model_len": 400}

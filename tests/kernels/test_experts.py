@@ -94,6 +94,7 @@ def test_bits_of_rows_do_not_depend_on_their_company(dtype, width, inner):
                 assert torch.equal(apply(x, index[first:last], alone), whole[first:last]), (e, first, last)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
