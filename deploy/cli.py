@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from expertwire.deploy.grpc.config import Limits, ServerConfig
 from expertwire.deploy.model_options import add_model_options, engine_configs
@@ -29,8 +29,14 @@ from expertwire.deploy.options import (
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
+from expertwire.strategies.compute_optimal import PROBE_SIGNALS
 
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "n")
+if TYPE_CHECKING:
+    from expertwire.deploy.grpc.catalog import Catalog
+
+BRANCH_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop")
+SAMPLING_FIELDS = (*BRANCH_FIELDS, "n")
+CATALOG_FIELDS = ("strategies", "verifier", "verifier_ca_certs")
 BENCHES: Mapping[str, tuple[str, str]] = {  # by name: the module in `expertwire.bench`, and the help text
     "throughput": ("serving.throughput", "tokens per second and per core-second with random prompts"),
     "all-to-all": ("all_to_all.run", "dispatch and combine, compared with bounds, a model and published figures"),
@@ -139,17 +145,18 @@ def _add_generate(commands: Any) -> None:
     add_options(group, SamplingParams, SAMPLING_FIELDS)
     text = "strategy of test-time compute, such as majority_vote:n=8,answer=boxed (docs/test_time_compute.md)"
     parser.add_argument("--strategy", metavar="NAME:OPTIONS", help=text)
+    _add_catalog(parser)
     add_engine_options(parser)
     parser.set_defaults(command=_generate)
 
 
 def _generate(args: argparse.Namespace) -> int:
     from expertwire.deploy.generate import generate
-    from expertwire.strategies.registry import parse_strategy, strategy_from_dict
 
     fields = set_fields(args, SAMPLING_FIELDS)
     SamplingParams(**fields)  # before the model is loaded; so is the strategy
-    strategy = None if args.strategy is None else strategy_from_dict(parse_strategy(args.strategy))
+    catalog = _open_catalog(args)
+    strategy = None if args.strategy is None else catalog.parse(args.strategy)
     generate(
         engine_config(args),
         args.prompt,
@@ -271,8 +278,16 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _add_calibrate(commands: Any) -> None:
+    text = "choose what test-time compute does, by how it did"
+    group = commands.add_parser("calibrate", help=text, description=_sentence(text))
+    subcommands = group.add_subparsers(metavar="WHAT", required=True)
+    _add_calibrate_cascade(subcommands)
+    _add_calibrate_strategies(subcommands)
+
+
+def _add_calibrate_cascade(commands: Any) -> None:
     text = "fit a cascade's router and thresholds to a decision log in which both models answered"
-    parser = commands.add_parser("calibrate", help=text, description=_sentence(text))
+    parser = commands.add_parser("cascade", help=text, description=_sentence(text))
     parser.add_argument(
         "log", metavar="LOG", help="file of decision records with outcomes, best with a random_share of 1"
     )
@@ -281,15 +296,90 @@ def _add_calibrate(commands: Any) -> None:
     text = "quality that may be lost to the large model alone (default: %(default)s)"
     parser.add_argument("--shortfall", type=float, default=0.0, metavar="X", help=text)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the folds (default: %(default)s)")
-    parser.set_defaults(command=_calibrate)
+    parser.set_defaults(command=_calibrate_cascade)
 
 
-def _calibrate(args: argparse.Namespace) -> int:
-    from expertwire.deploy import calibrate
+def _calibrate_cascade(args: argparse.Namespace) -> int:
+    from expertwire.deploy import calibrate_cascade
 
-    for line in calibrate.lines(args.log, args.cascade, args.out, shortfall=args.shortfall, seed=args.seed):
+    for line in calibrate_cascade.lines(args.log, args.cascade, args.out, shortfall=args.shortfall, seed=args.seed):
         print(line)
     return 0
+
+
+def _add_calibrate_strategies(commands: Any) -> None:
+    text = "make a table for compute_optimal: which strategy pays for which prompts, by runs on prompts of yours"
+    parser = commands.add_parser("strategies", help=text, description=_sentence(text))
+    text = 'file of prompts, a JSON object a line: {"prompt": text} or {"messages": [...]}, with an "id" or without'
+    parser.add_argument("--prompts", required=True, metavar="FILE", help=text)
+    text = "strategy that the table may choose, such as majority_vote:n=8,answer=boxed; may be repeated"
+    parser.add_argument("--candidate", action="append", default=[], metavar="NAME:OPTIONS", help=text)
+    text = "strategy whose accuracy the table has to reach; the table may choose it, too"
+    parser.add_argument("--baseline", required=True, metavar="NAME:OPTIONS", help=text)
+    text = "name of the verifier that scores results, from 0 for wrong to 1 for right"
+    parser.add_argument("--grader", required=True, metavar="NAME", help=text)
+    _add_catalog(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="file for the strategy with its table, as JSON")
+    parser.add_argument("--probe", type=int, default=4, metavar="N", help="outputs of the probe (default: %(default)s)")
+    text = "what tells how difficult a prompt is (default: %(default)s)"
+    parser.add_argument("--signal", choices=PROBE_SIGNALS, default="agreement", help=text)
+    parser.add_argument("--num-bins", type=int, default=3, metavar="N", help="rows of the table (default: %(default)s)")
+    text = "accuracy that may be lost to the baseline (default: %(default)s)"
+    parser.add_argument("--tolerance", type=float, default=0.0, metavar="X", help=text)
+    group = parser.add_argument_group("sampling", "defaults in the model's generation_config.json come first")
+    add_options(group, SamplingParams, BRANCH_FIELDS)
+    add_engine_options(parser)
+    parser.set_defaults(command=_calibrate_strategies)
+
+
+def _calibrate_strategies(args: argparse.Namespace) -> int:
+    from expertwire.deploy import calibrate_strategies
+    from expertwire.strategies.registry import strategy_to_dict
+
+    fields = set_fields(args, BRANCH_FIELDS)
+    SamplingParams(**fields)
+    catalog = _open_catalog(args)
+    if args.grader not in catalog.verifiers:
+        known = ", ".join(catalog.verifier_names) or "none is configured"
+        raise ValueError(
+            f"grader must be a verifier that --strategies or --verifier gives: {known}; got {args.grader!r}"
+        )
+    study = calibrate_strategies.Study(
+        candidates={text: catalog.parse(text) for text in [*args.candidate, args.baseline]},
+        baseline=args.baseline,
+        verifier=catalog.verifiers[args.grader],
+        probe=args.probe,
+        signal=args.signal,
+        num_bins=args.num_bins,
+        tolerance=args.tolerance,
+    )
+    prompts = calibrate_strategies.read_prompts(args.prompts)
+    with open(args.out, "a"):  # before an hour of work
+        pass
+    strategy, found = calibrate_strategies.run(
+        engine_config(args),
+        prompts,
+        lambda frontend: frontend.model_info.sampling_params(**fields),
+        study,
+        log=sys.stderr.write,
+    )
+    options = strategy_to_dict(strategy, verifiers=catalog.verifiers, strategies=catalog.strategies)
+    Path(args.out).write_text(json.dumps(options) + "\n")
+    for line in calibrate_strategies.report(found, study):
+        print(line)
+    return 0
+
+
+def _add_catalog(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name strategies and verifiers of the user's own."""
+    add_options(parser, ServerConfig, CATALOG_FIELDS)
+
+
+def _open_catalog(args: argparse.Namespace) -> Catalog:
+    from expertwire.deploy.grpc.catalog import open_catalog
+
+    fields = set_fields(args, CATALOG_FIELDS)
+    return open_catalog(fields.get("strategies"), fields.get("verifier", ()), fields.get("verifier_ca_certs"))
 
 
 def _add_demo(commands: Any) -> None:

@@ -47,7 +47,7 @@ class CascadeLLM:
     """Two models and a policy. It does not close the models.
 
     Args:
-        policy: the policy, or the path of a file that `expertwire calibrate` has written.
+        policy: the policy, or the path of a file that `expertwire calibrate cascade` has written.
         models: the `LLM`s by the policy's names of them.
         verifier: scores the small model's outputs; needed with `verifier_threshold`.
         verifier_policy: limits of the verifier; a failure sends the request to the large model.

@@ -185,13 +185,14 @@ class ComputeOptimal:
             selection = row.strategy.select(seen)
         else:  # the budget left nothing to a strategy that began anew
             selection, first = without_score(group), 0
-        choice = f"bin {row.name!r} ({self.signal} {self._signal(group):.4g}) of {type(row.strategy).__name__}"
+        choice = f"bin {row.name!r} ({self.signal} {self.signal_of(group):.4g}) of {type(row.strategy).__name__}"
         if row.accuracy is not None and row.tokens is not None:
             choice += f", estimate: accuracy {row.accuracy:.3f} for {row.tokens:.0f} tokens"
         branches = tuple(index + first for index in selection.branches)
         return replace(selection, branches=branches, reason=f"{choice}: {selection.reason}")
 
-    def _signal(self, group: Group) -> float:
+    def signal_of(self, group: Group) -> float:
+        """Return the signal that the probe has given; it must have ended."""
         probe = group.branches[: self.probe]
         finished = [branch for branch in probe if branch.status is Status.FINISHED]
         if self.signal == "agreement":
@@ -203,7 +204,7 @@ class ComputeOptimal:
         return sum(values) / len(values) if values else -math.inf
 
     def _chosen(self, group: Group) -> Bin:
-        signal = self._signal(group)
+        signal = self.signal_of(group)
         return next(row for row in self.table if row.least is None or signal >= row.least)
 
     def _seen_by(self, strategy: Strategy, group: Group) -> tuple[Group, int]:

@@ -64,6 +64,7 @@ FLAGS = {
     },
     "generate": {
         "--prompt", "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", "--n", "--strategy",
+        "--strategies", "--verifier", "--verifier-ca-certs",
         *ENGINE_FLAGS,
     },
     "demo": {"--launcher", "--ep-size"},
@@ -75,7 +76,12 @@ FLAGS = {
     "experts": {"--ssl-ca-certs", "--token-file", "--png", "--json"},
     "token": set(),
     "replay": {"--threshold"},
-    "calibrate": {"--cascade", "--out", "--shortfall", "--seed"},
+    "calibrate cascade": {"--cascade", "--out", "--shortfall", "--seed"},
+    "calibrate strategies": {
+        "--prompts", "--candidate", "--baseline", "--grader", "--out", "--probe", "--signal", "--num-bins", "--tolerance",
+        "--strategies", "--verifier", "--verifier-ca-certs",
+        "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", *ENGINE_FLAGS,
+    },
     "bench throughput": {
         "--input-len", "--output-len", "--num-prompts", "--concurrency", "--temperature", "--json", *ENGINE_FLAGS,
     },

@@ -236,8 +236,13 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("serve --decision-log log.jsonl", "--decision-log needs --cascade"),
     ("serve --models a=/no/such/folder", "/no/such/folder"),
     (
-        "calibrate /dev/null --cascade /no/such/policy.json --out /dev/null",
+        "calibrate cascade /dev/null --cascade /no/such/policy.json --out /dev/null",
         "policy /no/such/policy.json cannot be read",
+    ),
+    ("calibrate", "WHAT"),
+    (
+        "calibrate strategies --prompts /dev/null --baseline best --grader exact --out /dev/null",
+        "grader must be a verifier that --strategies or --verifier gives",
     ),
     ("replay", "LOG"),
     ("replay /no/such/log", "decision log /no/such/log cannot be read"),

@@ -19,7 +19,7 @@ from expertwire.deploy.grpc.strategy_messages import to_options
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.scheduler.sampling_params import MAX_BRANCHES
 from expertwire.strategies.base import Strategy
-from expertwire.strategies.registry import NO_VERIFIERS, STRATEGIES, strategy_from_dict
+from expertwire.strategies.registry import NO_VERIFIERS, STRATEGIES, parse_strategy, strategy_from_dict
 from expertwire.strategies.verifiers import Verifier
 
 MAX_VERIFIER_S = 300.0  # for which a client may let a verifier's call last, which keeps others waiting
@@ -51,6 +51,14 @@ class Catalog:
     def verifier_names(self) -> list[str]:
         """The names of the verifiers, in order."""
         return sorted(self.verifiers)
+
+    def parse(self, text: str) -> Strategy:
+        """Return the strategy that a command line names.
+
+        Raises:
+            ValueError: names the option and the values it allows.
+        """
+        return strategy_from_dict(parse_strategy(text), verifiers=self.verifiers, strategies=self.strategies)
 
     def strategy(self, message: pb.Strategy) -> Strategy:
         """Return the strategy that a message asks for.

@@ -349,7 +349,7 @@ class GroupRun:
             raise StrategyFailed(f"the strategy {self._name} wants a score, but has no verifier")
         num_tokens = len(branch.token_ids)
         candidate = Candidate(
-            prompt=self._prompt_text(),
+            prompt=self.prompt_text(),
             text=branch.text,
             prompt_token_ids=self.tokens.tolist(),
             token_ids=tuple(branch.token_ids),
@@ -364,7 +364,8 @@ class GroupRun:
             lambda outcome: self._scored(branch, num_tokens, outcome),
         )
 
-    def _prompt_text(self) -> str:
+    def prompt_text(self) -> str:
+        """Return the text of the prompt; "" if it was given as token ids and there is no tokenizer."""
         if self._prompt is None:
             tokenizer = self._frontend.tokenizer
             self._prompt = "" if tokenizer is None else tokenizer.decode(self.tokens.tolist(), False)

@@ -1,16 +1,21 @@
-"""`expertwire calibrate`: a policy from a decision log, in which a prompt's length and confidence say who is right."""
+"""`expertwire calibrate`: a cascade's policy from a decision log, and a table of strategies from runs of the demo model."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 
 import pytest
 
+from expertwire.deploy import demo_verifiers
 from expertwire.deploy.cli import main
+from expertwire.deploy.demo_task import make_problem
 from expertwire.strategies.cascade import Cascade
 from expertwire.strategies.cascade_log import DecisionRecord, Leg
 from expertwire.strategies.cascade_policy import cascade_to_json, read_cascade
+from expertwire.strategies.compute_optimal import ComputeOptimal
+from expertwire.strategies.registry import strategy_from_dict
 
 BASE = Cascade(small="s", large="l", version="base", random_share=1.0)
 
@@ -42,7 +47,7 @@ def files(tmp_path):
 
 def test_the_policy_routes_what_is_long_and_aborts_what_is_unsure(files, capsys):
     log, policy, new = files
-    assert main(["calibrate", log, "--cascade", policy, "--out", new]) == 0
+    assert main(["calibrate", "cascade", log, "--cascade", policy, "--out", new]) == 0
     cascade = read_cascade(new)
     assert cascade.version != "base"
     assert cascade.routes_to_large({"log_tokens": 3.0})
@@ -60,7 +65,7 @@ def test_a_shortfall_makes_it_cheaper(files, capsys):
     log, policy, new = files
     costs = []
     for shortfall in ("0", "0.2", "1"):
-        assert main(["calibrate", log, "--cascade", policy, "--out", new, "--shortfall", shortfall]) == 0
+        assert main(["calibrate", "cascade", log, "--cascade", policy, "--out", new, "--shortfall", shortfall]) == 0
         costs.append(float(re.search(r"request ([\d.]+);", capsys.readouterr().out)[1]))
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] == 15.0, "the small model alone"
@@ -68,13 +73,66 @@ def test_a_shortfall_makes_it_cheaper(files, capsys):
 
 def test_mistakes_have_messages(files, tmp_path, capsys):
     log, policy, new = files
-    assert main(["calibrate", log, "--cascade", policy, "--out", new, "--shortfall", "2"]) == 2
+    assert main(["calibrate", "cascade", log, "--cascade", policy, "--out", new, "--shortfall", "2"]) == 2
     few = tmp_path / "few"
     few.write_text(record(random.Random(1), 1).to_json())
-    assert main(["calibrate", str(few), "--cascade", policy, "--out", new]) == 2
+    assert main(["calibrate", "cascade", str(few), "--cascade", policy, "--out", new]) == 2
     (tmp_path / "other").write_text(cascade_to_json(Cascade(small="a", large="b", version="1")))
-    assert main(["calibrate", log, "--cascade", str(tmp_path / "other"), "--out", new]) == 2
+    assert main(["calibrate", "cascade", log, "--cascade", str(tmp_path / "other"), "--out", new]) == 2
     errors = capsys.readouterr().err
     assert "shortfall must be a finite number >= 0 and <= 1, got 2.0" in errors
     assert "at least 20 requests of the random slice" in errors
     assert "records must be of the policy's models a and b" in errors
+
+
+def vote(n):
+    options = {"strategy": "majority_vote", "n": n, "answer": {"type": "regex", "pattern": r"(\d+)\s*$"}}
+    return json.dumps(options)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The command on problems of two difficulties, without the options that tests change."""
+    prompts, module = tmp_path / "prompts.jsonl", tmp_path / "graders.py"
+    problems = [make_problem("SUM", size, seed) for size in (3, 6) for seed in range(40_000, 40_016)]
+    prompts.write_text("".join(json.dumps({"prompt": problem.prompt}) + "\n" for problem in problems))
+    module.write_text(
+        f"from {demo_verifiers.__name__} import outcome\n"
+        'VERIFIERS = {"exact": outcome, "percent": lambda candidates: [100.0 for _ in candidates]}\n'
+    )
+    return [
+        "calibrate", "strategies", "--prompts", str(prompts), "--strategies", str(module), "--baseline", vote(12),
+        "--out", str(tmp_path / "table.json"), "--launcher", "local", "--max-tokens", "64", "--temperature", "0.8",
+    ]  # fmt: skip
+
+
+def test_a_table_takes_few_tokens_where_the_probe_agrees(study, tmp_path, capsys):
+    options = ["--grader", "exact", "--candidate", vote(4), "--num-bins", "2", "--tolerance", "0.1"]
+    assert main([*study, *options]) == 0
+    strategy = strategy_from_dict(json.loads((tmp_path / "table.json").read_text()))
+    assert isinstance(strategy, ComputeOptimal)
+    assert [row.least is None for row in strategy.table] == [False, True]
+    assert strategy.table[0].strategy.n == 4, "easy prompts do not need twelve outputs"
+    out = capsys.readouterr().out
+    tokens, baseline = map(float, re.search(r"tokens (\d+); of the baseline (\d+)", out).groups())
+    assert 0 < tokens < baseline
+    assert int(re.search(r"on (\d+) other prompts", out)[1]) < 32
+
+
+def test_mistakes_in_a_study_have_messages(study, tmp_path, capsys):
+    assert main([*study, "--grader", "percent"]) == 2
+    assert main([*study, "--grader", "judge"]) == 2
+    assert main([*study, "--grader", "exact", "--signal", "agreement", "--probe", "99"]) == 2
+    bad = tmp_path / "bad.jsonl"
+    for line in ('{"text": "x"}', "{", '{"prompt": 5}', "", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}'):
+        bad.write_text(line)
+        assert main([*study, "--grader", "exact", "--prompts", str(bad)]) == 2
+    errors = capsys.readouterr().err
+    assert "the verifier's score must be a finite number >= 0 and <= 1, got 100.0" in errors
+    assert "gives: exact, percent; got 'judge'" in errors
+    assert "probe must be" in errors
+    assert "line 1: must be an object with" in errors
+    assert "line 1: no JSON" in errors
+    assert "line 1: prompt must be a text, got 5" in errors
+    assert "it is empty" in errors
+    assert "must give each id once" in errors

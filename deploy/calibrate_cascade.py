@@ -1,4 +1,4 @@
-"""`expertwire calibrate`: a cascade's router and thresholds, from a decision log in which both models answered."""
+"""`expertwire calibrate cascade`: a cascade's router and thresholds, from a decision log in which both models answered."""
 
 from __future__ import annotations
 
