@@ -12,31 +12,30 @@ import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from expertwire.deploy import calibrate
 from expertwire.deploy.grpc.config import Limits, ServerConfig
 from expertwire.deploy.model_options import add_model_options, engine_configs
 from expertwire.deploy.options import (
+    BRANCH_FIELDS,
+    CATALOG_FIELDS,
     EXPLAINED_FIELDS,
     LIMIT_FIELDS,
     SERVER_FIELDS,
     add_engine_options,
     add_options,
+    catalog_of,
     engine_config,
     model_folder,
+    sentence,
     set_fields,
 )
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import EngineFailed
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.strategies.compute_optimal import PROBE_SIGNALS
 
-if TYPE_CHECKING:
-    from expertwire.deploy.grpc.catalog import Catalog
-
-BRANCH_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop")
 SAMPLING_FIELDS = (*BRANCH_FIELDS, "n")
-CATALOG_FIELDS = ("strategies", "verifier", "verifier_ca_certs")
 BENCHES: Mapping[str, tuple[str, str]] = {  # by name: the module in `expertwire.bench`, and the help text
     "throughput": ("serving.throughput", "tokens per second and per core-second with random prompts"),
     "all-to-all": ("all_to_all.run", "dispatch and combine, compared with bounds, a model and published figures"),
@@ -106,11 +105,11 @@ def make_parser(*, benches: Collection[str] = BENCHES) -> argparse.ArgumentParse
     _add_experts(commands)
     _add_token(commands)
     _add_replay(commands)
-    _add_calibrate(commands)
+    calibrate.add_parser(commands)
     group = commands.add_parser("bench", help="run a benchmark", description="Run a benchmark.")
     subcommands = group.add_subparsers(metavar="BENCHMARK", required=True)
     for name, (module_name, text) in BENCHES.items():
-        bench = subcommands.add_parser(name, help=text, description=_sentence(text))
+        bench = subcommands.add_parser(name, help=text, description=sentence(text))
         if name in benches:
             module = importlib.import_module(f"expertwire.bench.{module_name}")
             module.add_arguments(bench)
@@ -145,7 +144,7 @@ def _add_generate(commands: Any) -> None:
     add_options(group, SamplingParams, SAMPLING_FIELDS)
     text = "strategy of test-time compute, such as majority_vote:n=8,answer=boxed (docs/test_time_compute.md)"
     parser.add_argument("--strategy", metavar="NAME:OPTIONS", help=text)
-    _add_catalog(parser)
+    add_options(parser, ServerConfig, CATALOG_FIELDS)
     add_engine_options(parser)
     parser.set_defaults(command=_generate)
 
@@ -155,7 +154,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     fields = set_fields(args, SAMPLING_FIELDS)
     SamplingParams(**fields)  # before the model is loaded; so is the strategy
-    catalog = _open_catalog(args)
+    catalog = catalog_of(args)
     strategy = None if args.strategy is None else catalog.parse(args.strategy)
     generate(
         engine_config(args),
@@ -170,7 +169,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _add_inspect(commands: Any) -> None:
     text = "print the parameters of a checkpoint and the memory that it needs"
-    parser = commands.add_parser("inspect", help=text, description=_sentence(text))
+    parser = commands.add_parser("inspect", help=text, description=sentence(text))
     parser.add_argument(
         "path", metavar="PATH", help="folder of a checkpoint, or with its config.json alone; or a name on the hub"
     )
@@ -195,7 +194,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _add_explain(commands: Any) -> None:
     text = "print the kernels and the all-to-all backend that a model runs with, and why"
-    parser = commands.add_parser("explain", help=text, description=_sentence(text))
+    parser = commands.add_parser("explain", help=text, description=sentence(text))
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder with a config.json (default: the demo model)")
     text = "target device; h200 and b200 need not be present (default: %(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda", "h200", "b200"), default="cpu", help=text)
@@ -219,7 +218,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _add_experts(commands: Any) -> None:
     text = "show the load of experts and ranks"
-    parser = commands.add_parser("experts", help=text, description=_sentence(text))
+    parser = commands.add_parser("experts", help=text, description=sentence(text))
     parser.add_argument("source", metavar="SOURCE", help="host:port of a server, or a file written by --json")
     text = "PEM file of the authority of a server with TLS (default: no TLS)"
     parser.add_argument("--ssl-ca-certs", metavar="FILE", help=text)
@@ -245,7 +244,7 @@ def _experts(args: argparse.Namespace) -> int:
 
 def _add_token(commands: Any) -> None:
     text = "make a token for a new tenant: its table for the tenants file goes to the output, the token to the error output"
-    parser = commands.add_parser("token", help=text, description=_sentence(text))
+    parser = commands.add_parser("token", help=text, description=sentence(text))
     parser.add_argument("tenant", metavar="TENANT", help="name of the tenant: letters, digits and _ . -")
     parser.set_defaults(command=_token)
 
@@ -262,7 +261,7 @@ def _token(args: argparse.Namespace) -> int:
 
 def _add_replay(commands: Any) -> None:
     text = "say what a cascade's thresholds did, and what others would have done, from its decision log"
-    parser = commands.add_parser("replay", help=text, description=_sentence(text))
+    parser = commands.add_parser("replay", help=text, description=sentence(text))
     parser.add_argument("log", metavar="LOG", help="file of decision records, written by --decision-log")
     text = "another threshold: router=X, confidence=X or verifier=X, or X alone for confidence; may be repeated"
     parser.add_argument("--threshold", action="append", default=[], metavar="X", help=text)
@@ -277,114 +276,9 @@ def _replay(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_calibrate(commands: Any) -> None:
-    text = "choose what test-time compute does, by how it did"
-    group = commands.add_parser("calibrate", help=text, description=_sentence(text))
-    subcommands = group.add_subparsers(metavar="WHAT", required=True)
-    _add_calibrate_cascade(subcommands)
-    _add_calibrate_strategies(subcommands)
-
-
-def _add_calibrate_cascade(commands: Any) -> None:
-    text = "fit a cascade's router and thresholds to a decision log in which both models answered"
-    parser = commands.add_parser("cascade", help=text, description=_sentence(text))
-    parser.add_argument(
-        "log", metavar="LOG", help="file of decision records with outcomes, best with a random_share of 1"
-    )
-    parser.add_argument("--cascade", required=True, metavar="FILE", help="policy that the records were made with")
-    parser.add_argument("--out", required=True, metavar="FILE", help="file for the new policy")
-    text = "quality that may be lost to the large model alone (default: %(default)s)"
-    parser.add_argument("--shortfall", type=float, default=0.0, metavar="X", help=text)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the folds (default: %(default)s)")
-    parser.set_defaults(command=_calibrate_cascade)
-
-
-def _calibrate_cascade(args: argparse.Namespace) -> int:
-    from expertwire.deploy import calibrate_cascade
-
-    for line in calibrate_cascade.lines(args.log, args.cascade, args.out, shortfall=args.shortfall, seed=args.seed):
-        print(line)
-    return 0
-
-
-def _add_calibrate_strategies(commands: Any) -> None:
-    text = "make a table for compute_optimal: which strategy pays for which prompts, by runs on prompts of yours"
-    parser = commands.add_parser("strategies", help=text, description=_sentence(text))
-    text = 'file of prompts, a JSON object a line: {"prompt": text} or {"messages": [...]}, with an "id" or without'
-    parser.add_argument("--prompts", required=True, metavar="FILE", help=text)
-    text = "strategy that the table may choose, such as majority_vote:n=8,answer=boxed; may be repeated"
-    parser.add_argument("--candidate", action="append", default=[], metavar="NAME:OPTIONS", help=text)
-    text = "strategy whose accuracy the table has to reach; the table may choose it, too"
-    parser.add_argument("--baseline", required=True, metavar="NAME:OPTIONS", help=text)
-    text = "name of the verifier that scores results, from 0 for wrong to 1 for right"
-    parser.add_argument("--grader", required=True, metavar="NAME", help=text)
-    _add_catalog(parser)
-    parser.add_argument("--out", required=True, metavar="FILE", help="file for the strategy with its table, as JSON")
-    parser.add_argument("--probe", type=int, default=4, metavar="N", help="outputs of the probe (default: %(default)s)")
-    text = "what tells how difficult a prompt is (default: %(default)s)"
-    parser.add_argument("--signal", choices=PROBE_SIGNALS, default="agreement", help=text)
-    parser.add_argument("--num-bins", type=int, default=3, metavar="N", help="rows of the table (default: %(default)s)")
-    text = "accuracy that may be lost to the baseline (default: %(default)s)"
-    parser.add_argument("--tolerance", type=float, default=0.0, metavar="X", help=text)
-    group = parser.add_argument_group("sampling", "defaults in the model's generation_config.json come first")
-    add_options(group, SamplingParams, BRANCH_FIELDS)
-    add_engine_options(parser)
-    parser.set_defaults(command=_calibrate_strategies)
-
-
-def _calibrate_strategies(args: argparse.Namespace) -> int:
-    from expertwire.deploy import calibrate_strategies
-    from expertwire.strategies.registry import strategy_to_dict
-
-    fields = set_fields(args, BRANCH_FIELDS)
-    SamplingParams(**fields)
-    catalog = _open_catalog(args)
-    if args.grader not in catalog.verifiers:
-        known = ", ".join(catalog.verifier_names) or "none is configured"
-        raise ValueError(
-            f"grader must be a verifier that --strategies or --verifier gives: {known}; got {args.grader!r}"
-        )
-    study = calibrate_strategies.Study(
-        candidates={text: catalog.parse(text) for text in [*args.candidate, args.baseline]},
-        baseline=args.baseline,
-        verifier=catalog.verifiers[args.grader],
-        probe=args.probe,
-        signal=args.signal,
-        num_bins=args.num_bins,
-        tolerance=args.tolerance,
-    )
-    prompts = calibrate_strategies.read_prompts(args.prompts)
-    with open(args.out, "a"):  # before an hour of work
-        pass
-    strategy, found = calibrate_strategies.run(
-        engine_config(args),
-        prompts,
-        lambda frontend: frontend.model_info.sampling_params(**fields),
-        study,
-        log=sys.stderr.write,
-    )
-    options = strategy_to_dict(strategy, verifiers=catalog.verifiers, strategies=catalog.strategies)
-    Path(args.out).write_text(json.dumps(options) + "\n")
-    for line in calibrate_strategies.report(found, study):
-        print(line)
-    return 0
-
-
-def _add_catalog(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name strategies and verifiers of the user's own."""
-    add_options(parser, ServerConfig, CATALOG_FIELDS)
-
-
-def _open_catalog(args: argparse.Namespace) -> Catalog:
-    from expertwire.deploy.grpc.catalog import open_catalog
-
-    fields = set_fields(args, CATALOG_FIELDS)
-    return open_catalog(fields.get("strategies"), fields.get("verifier", ()), fields.get("verifier_ca_certs"))
-
-
 def _add_demo(commands: Any) -> None:
     text = "serve the demo model and ask it questions"
-    parser = commands.add_parser("demo", help=text, description=_sentence(text))
+    parser = commands.add_parser("demo", help=text, description=sentence(text))
     parser.add_argument(
         "--launcher", choices=("ray", "local"), default="ray", help="starts the ranks (default: %(default)s)"
     )
@@ -396,10 +290,6 @@ def _demo(args: argparse.Namespace) -> int:
     from expertwire.deploy.demo import demo
 
     return demo(launcher=args.launcher, ep_size=args.ep_size)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def _ranks(text: str) -> int:

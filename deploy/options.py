@@ -10,10 +10,13 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from expertwire.deploy.grpc.config import Limits, ServerConfig
 from expertwire.engine.config.engine_config import EngineConfig
+
+if TYPE_CHECKING:
+    from expertwire.deploy.grpc.catalog import Catalog
 
 # The groups of the engine's options in --help; "engine" has those that are in no other.
 ENGINE_GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -39,6 +42,8 @@ ENGINE_FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig) i
 _QUOTAS = ("tenant_quotas", "default_tenant_quota")  # the command line takes them from the file of tenants
 SERVER_FIELDS = tuple(field.name for field in dataclasses.fields(ServerConfig) if field.name != "limits")
 LIMIT_FIELDS = tuple(field.name for field in dataclasses.fields(Limits))
+BRANCH_FIELDS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop")
+CATALOG_FIELDS = ("strategies", "verifier", "verifier_ca_certs")
 EXPLAINED_FIELDS = ("all2all_backend", "all2all_table", "dispatch_dtype", "enable_two_batch_overlap", "kv_cache_dtype")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _FIELD = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
@@ -127,3 +132,20 @@ def parse_size(text: str) -> int:
     return (
         int(float(match[1]) * _UNITS[match[2].upper()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
     )
+
+
+def catalog_of(args: argparse.Namespace) -> Catalog:
+    """Return the strategies and verifiers that `CATALOG_FIELDS` name.
+
+    Raises:
+        ValueError: names the option, the module and what is wrong with it.
+    """
+    from expertwire.deploy.grpc.catalog import open_catalog
+
+    fields = set_fields(args, CATALOG_FIELDS)
+    return open_catalog(fields.get("strategies"), fields.get("verifier", ()), fields.get("verifier_ca_certs"))
+
+
+def sentence(text: str) -> str:
+    """Return a help text as a sentence."""
+    return f"{text[0].upper()}{text[1:]}."
