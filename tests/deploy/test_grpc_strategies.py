@@ -174,7 +174,7 @@ STRATEGIES_TRIED = {
     "votes": MajorityVote(6, RegexAnswer("([a-z])"), stop_when_decided=False, budget=Budget(branches=5)),
     "table": ComputeOptimal(
         (
-            Bin(strategy=MajorityVote(4, WholeText()), least=0.9, name="easy"),
+            Bin(strategy=MajorityVote(4, WholeText(), stop_when_decided=False), least=0.9, name="easy"),
             Bin(strategy=BestOfN(3, verifier=most_tokens_even)),
         ),
         probe=2,
