@@ -69,6 +69,8 @@ def front_main(args: FrontArgs) -> None:
         frontends = []
         for engine, controller in zip(args.engines, args.controllers, strict=True):
             tokenizer = runtime.open_tokenizer(engine)
+            if tokenizer is not None:
+                _ = tokenizer.vocabulary_text  # now, and not when a request's strategy first needs it
             to_controller = SocketChannel(socket.socket(fileno=controller))
             frontend = Frontend(to_controller, tokenizer, watches=True)
             frontends.append(stack.enter_context(contextlib.closing(frontend)))

@@ -32,8 +32,8 @@ class StrategyTexts:
         elif (found := self._pause_ids.get(needs.step_text)) is not None:
             ids = found
         else:
-            vocab_size = min(tokenizer.vocab_size, self._frontend.model_info.vocab_size)
-            ids = np.array([i for i in range(vocab_size) if needs.step_text in tokenizer.token_text(i)], np.int32)
+            ids = tokenizer.vocabulary_text.ids_with(needs.step_text)
+            ids = ids[ids < self._frontend.model_info.vocab_size]
             if not 0 < len(ids) <= MAX_PAUSE_IDS:
                 text = f"step_text must be in at least 1 and at most {MAX_PAUSE_IDS} tokens of the vocabulary"
                 raise ValueError(f"{text}, got {needs.step_text!r:.100}, which is in {len(ids)}")

@@ -20,6 +20,7 @@ from expertwire.engine.frontend import sentences, text_bounds, tiktoken_files, t
 from expertwire.engine.frontend.chat import Chat
 from expertwire.engine.frontend.chat_templates import ChatTemplates
 from expertwire.engine.frontend.output_formats import OutputFormat, output_format_of
+from expertwire.engine.frontend.vocabulary_text import VocabularyText
 from expertwire.engine.loader.checkpoint import checkpoint_folder
 
 # Decoders that give every token but the first a text that does not depend on its neighbours.
@@ -86,6 +87,11 @@ class Tokenizer:
     def max_token_bytes(self) -> int:
         """Most bytes of text (UTF-8) that one token may stand for; see `text_bounds`."""
         return text_bounds.max_token_bytes(self._backend)
+
+    @functools.cached_property
+    def vocabulary_text(self) -> VocabularyText:
+        """The texts of all tokens, for searches; made in up to a second for large vocabularies."""
+        return VocabularyText(self._tables[False].texts(self.vocab_size))
 
     def makes_same_tokens(self, other: Tokenizer) -> bool:
         """Return whether another tokenizer makes the same tokens of any text."""
@@ -213,6 +219,9 @@ class _ByteTable(dict[int, bytes]):
     def text(self, token: int) -> str:
         return self[token].decode(errors="replace")
 
+    def texts(self, num: int) -> list[str]:
+        return [self.text(token) for token in range(num)]
+
     def stream(self) -> TextStream:
         return _ByteStream(self)
 
@@ -256,6 +265,11 @@ class _PieceTable(dict[int, str | None]):
 
     def text(self, token: int) -> str:
         return self.join([token], first=False)
+
+    def texts(self, num: int) -> list[str]:
+        anchor = len(self._decode([self._anchor]))
+        pairs = [[self._anchor, token] for token in range(num)]
+        return [text[anchor:] for text in self._backend.decode_batch(pairs, skip_special_tokens=False)]
 
     def stream(self) -> TextStream:
         return _PieceStream(self)

@@ -107,6 +107,13 @@ def test_decoders_that_cannot_be_streamed_are_refused(tmp_path, decoder):
         Tokenizer.open(folder)
 
 
+def test_tokens_with_a_text(ours):
+    texts = [ours.token_text(token) for token in range(ours.vocab_size)]
+    for text in ("\n", "e", " t", "\ufffd", "; ", texts[-1], texts[len(texts) // 2], "no token has this", "\ud800", ""):
+        expected = [token for token, other in enumerate(texts) if text and text in other]
+        assert ours.vocabulary_text.ids_with(text).tolist() == expected, text
+
+
 def test_token_text(tmp_path):
     tokenizer = Tokenizer.open(tokenizer_files.write(tmp_path / "a", "byte_fallback"))
     assert tokenizer.token_text(tokenizer.encode("x the")[-1]) == " the"
