@@ -11,12 +11,13 @@ be tested without an engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from expertwire.strategies.answers import AnswerExtractor
 from expertwire.strategies.checks import require_integer, require_number
+from expertwire.strategies.confidence import lowest_window
 from expertwire.strategies.verifiers import DEFAULT_POLICY, Verifier, VerifierPolicy
 
 
@@ -82,11 +83,18 @@ class Branch:
     scores: Sequence[Score] = ()
     scoring: bool = False
     step_ends: Sequence[int] = ()
+    _lowest: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_own_tokens(self) -> int:
         """Tokens that were sampled for this branch alone."""
         return len(self.token_ids) - self.num_shared
+
+    def lowest_window(self, window: int) -> float:
+        """Return the lowest mean of `window` consecutive log-probabilities, computed once; see `confidence`."""
+        if window not in self._lowest:
+            self._lowest[window] = lowest_window(self.logprobs, window)
+        return self._lowest[window]
 
 
 @dataclass(frozen=True, kw_only=True)

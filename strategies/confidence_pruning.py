@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from expertwire.strategies.answers import AnswerExtractor
 from expertwire.strategies.base import UNLIMITED, Action, Branch, Budget, Finish, Group, Needs, Prune, Selection, Status
 from expertwire.strategies.checks import require_callable, require_integer, require_number
-from expertwire.strategies.votes import lowest_window, start_missing, tally, vote, without_answer
+from expertwire.strategies.confidence import lowest_window
+from expertwire.strategies.votes import start_missing, tally, vote, without_answer
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class ConfidencePruning:
         return ranked[min(int((1 - self.keep_share) * len(ranked) + 1e-9), len(ranked) - 1)] if ranked else None
 
     def _confidence(self, branch: Branch) -> float:
-        return lowest_window(branch.logprobs, self.window)
+        return branch.lowest_window(self.window)
 
     def _weight(self, branch: Branch) -> float:
         return math.exp(self._confidence(branch))

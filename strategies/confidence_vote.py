@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from expertwire.strategies.answers import AnswerExtractor
 from expertwire.strategies.base import UNLIMITED, Action, Branch, Budget, Group, Needs, Selection, Status
 from expertwire.strategies.checks import require_callable, require_integer, require_one_of
-from expertwire.strategies.votes import lowest_window, mean_logprob, start_missing, vote
+from expertwire.strategies.votes import mean_logprob, start_missing, vote
 
 
 @dataclass(frozen=True)
@@ -64,4 +64,4 @@ class ConfidenceVote:
     def _weight(self, branch: Branch) -> float:
         if self.confidence == "mean":
             return math.exp(mean_logprob(branch))
-        return math.exp(lowest_window(branch.logprobs, self.window))
+        return math.exp(branch.lowest_window(self.window))

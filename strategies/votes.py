@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 from expertwire.strategies.base import Action, Branch, Group, Selection, Start, Status, Verify
 
@@ -112,11 +111,3 @@ def without_score(group: Group) -> Selection:
 def mean_logprob(branch: Branch) -> float:
     """Return the mean log-probability of a branch's tokens; minus infinity without any."""
     return sum(branch.logprobs) / len(branch.logprobs) if branch.logprobs else float("-inf")
-
-
-def lowest_window(logprobs: Sequence[float], window: int) -> float:
-    """Return the lowest mean of `window` consecutive log-probabilities; the mean of all if they are fewer, and 0.0 of none."""
-    if len(logprobs) <= window:
-        return sum(logprobs) / len(logprobs) if logprobs else 0.0
-    sums = list(accumulate(logprobs, initial=0.0))
-    return min((after - before) / window for before, after in zip(sums, sums[window:], strict=False))

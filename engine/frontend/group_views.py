@@ -30,7 +30,8 @@ class Prefix(Sequence[T]):
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         if isinstance(index, slice):
-            return tuple(self._entries[i] for i in range(*index.indices(self._length)))
+            begin, end, step = index.indices(self._length)
+            return tuple(self._entries[begin:end] if step == 1 else [self._entries[i] for i in range(begin, end, step)])
         if not -self._length <= index < self._length:
             raise IndexError(f"index {index} of a sequence of {self._length}")
         return self._entries[index % self._length]

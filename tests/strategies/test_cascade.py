@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertwire.strategies.cascade import Cascade, Router, confidence_minima, first_below, fit_router, prompt_features
 from expertwire.strategies.cascade_log import DecisionRecord, Leg, evaluate_thresholds, reason_at, record_from_json
-from expertwire.strategies.votes import lowest_window
+from expertwire.strategies.confidence import lowest_window
 
 ROUTER = Router(("x",), (0.0,), (1.0,), (1.0,), 0.0)
 
