@@ -201,8 +201,10 @@ async def _run(method: MethodDescriptor, run: Callable[..., Awaitable[Any]], cal
         raise RequestFailed(RequestError("INVALID_ARGUMENT", str(error))) from error
     except (RequestFailed, asyncio.CancelledError, grpc.aio.AbortError):
         raise
-    except grpc.aio.InternalError:
-        return  # the client has left while a message was written
+    except grpc.aio.InternalError as error:
+        # The client has left while a message was written, and gRPC is about to cancel this. A return would let it send a status
+        # before, and headers once more if the message was the first: it logs that as TOO_MANY_OPERATIONS.
+        raise asyncio.CancelledError from error
     except Exception as error:
         _log.exception("error: a call of %s ended with an exception", method.name)
         text = f"{method.name} failed in the server, whose log says why"

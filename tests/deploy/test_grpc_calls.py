@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status.rpc_status import aio as rpc_status
 from helpers import fake_frontend
 
+from expertwire.bench.attacks.raw_http2 import RawConnection
 from expertwire.deploy.grpc import calls
 from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.server import SERVICE, Server
@@ -252,6 +253,29 @@ def test_our_own_mistakes_are_internal_and_logged(caplog):
 
     run(main())
     assert "Traceback" in caplog.text and "GetModelInfo" in caplog.text
+
+
+def test_clients_that_leave_while_a_message_is_written_leave_no_trace(caplog):
+    async def main():
+        async with serving() as (frontend, channel):
+            for round in range(20):
+                connection = await RawConnection(window=0).connect("127.0.0.1", int(channel.target.rpartition(":")[2]))
+                for _ in range(8):
+                    await connection.call(f"/{SERVICE}/Generate", pb.GenerateRequest(text="a"))
+                first = round * 8
+                while len(frontend.submitted) < first + 8:
+                    await asyncio.sleep(0.01)
+                for number in range(first, first + 8):
+                    frontend.push(number, text="ab" * 500)
+                await asyncio.sleep(0.05)
+                await connection.close()
+            while channel.overload.num_calls:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert len(frontend.aborted) == 160
+
+    run(main())
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
