@@ -19,9 +19,9 @@ _FRAME_BYTES = 16_384
 MAX_WINDOW = 2**31 - 1
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+def frame(kind: int, flags: int, stream: int, payload: bytes | memoryview) -> bytes:
     """Return a frame."""
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+    return b"".join((struct.pack(">I", len(payload))[1:], struct.pack(">BBI", kind, flags, stream), payload))
 
 
 def grpc_message(message: Any) -> bytes:
@@ -74,16 +74,17 @@ class RawConnection:
 
     async def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
         """Send data, as the server's windows let us."""
-        while data:
+        left = memoryview(data)  # whose slices are no copies
+        while left:
             allowed = min(self._credit[0], self._credit[stream], _FRAME_BYTES)
             if allowed <= 0:
                 self._news.clear()
                 await self._news.wait()
                 continue
-            part, data = data[:allowed], data[allowed:]
+            part, left = left[:allowed], left[allowed:]
             self._credit[0] -= len(part)
             self._credit[stream] -= len(part)
-            self._write(frame(_DATA, _END_STREAM if end and not data else 0, stream, part))
+            self._write(frame(_DATA, _END_STREAM if end and not left else 0, stream, part))
             assert self._writer is not None, "not connected"
             await self._writer.drain()
 

@@ -138,8 +138,7 @@ async def test_attackers_together_have_a_process_each(servicer, port):
     assert found == set(names)
     assert psutil.Process().children() == before
     assert seen["rounds"].keys() == set(names)
-    # It is given up when the time is over, or fails where the machine is too busy; without a report there is no time below.
-    assert seen["rounds"]["half_sent"] in ("1+0", "0+0", "0+1")
+    assert seen["rounds"]["half_sent"] in ("1+0", "0+0"), seen["attackers"]  # it is given up when the time is over
     assert all(report["processor_s"] > 0 for report in seen["attackers"].values())
     assert servicer.prompt_bytes
 
