@@ -1,7 +1,8 @@
 """The fronts of a server: processes that serve gRPC on one port, started, watched and replaced.
 
 The kernel spreads connections over the fronts (SO_REUSEPORT). A front that ends loses its own connections only and is replaced;
-the controller aborts its requests. One that is silent is killed, because the kernel goes on giving it connections.
+the controller aborts its requests. One that is silent is killed, because the kernel goes on giving it connections. One that has
+lost its link to an engine that works gives way to another, and then finishes what its other engines have begun.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.deploy.grpc.config import ServerConfig
@@ -30,6 +31,7 @@ _START_S = 60.0  # for a front to begin to serve
 _MIN_LIFE_S = 5.0  # a front that ends sooner is not simply replaced
 _MAX_SHORT_LIVES = 3
 _POLL_S = 0.1
+_LINK_S = 1.0  # after which an engine whose link is lost is known to work, as it has not ended
 _STACKS_S = 0.05  # for a front to print its stacks before it is killed
 _STOP_S = 5.0
 _log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Fronts:
         self.port = self._reserved.getsockname()[1]
         self._config = dataclasses.replace(config, port=self.port)
         self._fronts: list[_Front] = []
+        self._leaving: list[tuple[_Front, int]] = []  # fronts that give way, and the numbers of those in their places
         self._short_lives = 0
         try:
             for _ in range(config.num_fronts()):
@@ -74,7 +77,7 @@ class Fronts:
             raise
 
     def watch(self, timeout_s: float = _POLL_S) -> None:
-        """Wait a little, and replace fronts that have ended or are silent.
+        """Wait a little, and replace fronts that have ended, are silent or have lost a link.
 
         Raises:
             EngineFailed: all engines have failed, or fronts end as soon as they are started.
@@ -82,28 +85,34 @@ class Fronts:
         self._hear(timeout_s)
         self._note_failures()
         for number, front in enumerate(self._fronts):
-            if (trouble := front.trouble()) is None:
+            ending = front.trouble()
+            if (trouble := ending or front.lost_link(self._failed)) is None:
                 continue
             _log.error("error: a front (process %d) %s; it is replaced", front.process.pid, trouble)
-            front.kill()
+            if ending is None:
+                self._leaving.append((front, number))
+            else:
+                front.kill()
             self._count_short_life(front, trouble)
             self._fronts[number] = self._start()
+        self._let_leave()
 
     def drain(self) -> None:
         """Let every front refuse new requests and finish the running ones; wait until all have ended."""
-        for front in self._fronts:
-            with contextlib.suppress(ChannelClosed):
-                front.channel.send({"drain": NOTHING})
+        fronts = self._all_fronts()
+        for front in fronts:
+            front.tell("drain")
         deadline = time.monotonic() + self._config.drain_timeout_s + _STOP_S
-        while time.monotonic() < deadline and any(front.process.poll() is None for front in self._fronts):
+        while time.monotonic() < deadline and any(front.process.poll() is None for front in fronts):
             self._hear(_POLL_S)
 
     def close(self) -> None:
         """End every front. Idempotent."""
-        process.stop_all([front.process for front in self._fronts], _STOP_S, grace_s=0.0)
-        for front in self._fronts:
+        fronts = self._all_fronts()
+        process.stop_all([front.process for front in fronts], _STOP_S, grace_s=0.0)
+        for front in fronts:
             front.channel.close()
-        self._fronts = []
+        self._fronts, self._leaving = [], []
         self._reserved.close()
 
     def _start(self) -> _Front:
@@ -121,7 +130,19 @@ class Fronts:
                 parent=theirs.fileno(),
             )
             child = process.start_call("expertwire.deploy.grpc.front:front_main", args, sockets=[theirs, *sockets])
-        return _Front(child, SocketChannel(ours))
+        return _Front(child, SocketChannel(ours), [engine.info.name for engine, _ in serving])
+
+    def _all_fronts(self) -> list[_Front]:
+        return [*self._fronts, *(front for front, _ in self._leaving)]
+
+    def _let_leave(self) -> None:
+        """Let fronts give way to those in their places that serve, and forget those that have left."""
+        for front, number in list(self._leaving):
+            if front.trouble() is not None:
+                front.kill()
+                self._leaving.remove((front, number))
+            elif self._fronts[number].is_serving and not front.is_told:
+                front.tell("give_way")
 
     def _note_failures(self) -> None:
         """Take note of engines that have failed, of which clients learn from the fronts.
@@ -146,7 +167,7 @@ class Fronts:
 
     def _hear(self, timeout_s: float) -> None:
         """Receive what the fronts say; wait up to `timeout_s` seconds for it."""
-        by_descriptor = {front.channel.fileno(): front for front in self._fronts if not front.has_hung_up}
+        by_descriptor = {front.channel.fileno(): front for front in self._all_fronts() if not front.has_hung_up}
         poller = select.poll()
         for descriptor in by_descriptor:
             poller.register(descriptor, select.POLLIN)
@@ -163,22 +184,32 @@ class Fronts:
 
 
 class _Front:
-    """A front's process, and what its parent knows of it."""
+    """A front's process, and what its parent knows of it; `models` are the names of its engines."""
 
-    def __init__(self, child: subprocess.Popen[bytes], channel: SocketChannel) -> None:
+    def __init__(self, child: subprocess.Popen[bytes], channel: SocketChannel, models: Sequence[str]) -> None:
         self.process = child
         self.channel = channel
         self.started_s = self._heard_s = time.monotonic()
         self.is_serving = False
+        self.is_told = False  # to end
         self.has_hung_up = False
+        self._models = models
+        self._lost_s: dict[str, float] = {}  # when it was first heard that the link to a model's engine is lost
 
     def hear(self) -> None:
         try:
             while (message := self.channel.recv(0)) is not None:
                 self.is_serving |= "serving" in message
                 self._heard_s = time.monotonic()
+                for number in message.get("lost", ()):
+                    self._lost_s.setdefault(self._models[number], self._heard_s)
         except ChannelClosed:
             self.has_hung_up = True
+
+    def tell(self, what: str) -> None:
+        self.is_told = True
+        with contextlib.suppress(ChannelClosed):
+            self.channel.send({what: NOTHING})
 
     def trouble(self) -> str | None:
         """Return why the front has to be replaced, or None."""
@@ -186,6 +217,12 @@ class _Front:
             return process.describe_exit(code)
         silent_s, limit_s = time.monotonic() - self._heard_s, SILENT_S if self.is_serving else _START_S
         return f"has been silent for {silent_s:.1f} s" if silent_s > limit_s else None
+
+    def lost_link(self, failed: Container[str]) -> str | None:
+        """Return that it has lost a link to an engine that works, or None."""
+        before = time.monotonic() - _LINK_S
+        lost = [model for model, since_s in self._lost_s.items() if since_s < before and model not in failed]
+        return f"has lost its link to the model {lost[0]}, which works" if lost else None
 
     def kill(self) -> None:
         if self.process.poll() is None:

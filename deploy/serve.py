@@ -16,7 +16,6 @@ from expertwire.deploy.cascades import open_cascades
 from expertwire.deploy.fronts import Fronts, reserve_port
 from expertwire.deploy.grpc.catalog import open_catalog
 from expertwire.deploy.grpc.config import ServerConfig
-from expertwire.deploy.grpc.front import FAILED_S
 from expertwire.deploy.grpc.reloading import Reloading
 from expertwire.deploy.grpc.security import Security
 from expertwire.deploy.tenants import Tenants
@@ -27,6 +26,7 @@ from expertwire.engine.loader.checkpoint import Checkpoint
 from expertwire.engine.mock_worker import DEVICE
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FAILED_S = 3.0  # for which fronts without an engine still answer, so that clients and health checks learn why
 
 
 def serve(configs: Sequence[EngineConfig], server: ServerConfig, *, announce: Callable[[str], None]) -> int:
@@ -70,7 +70,7 @@ def serve(configs: Sequence[EngineConfig], server: ServerConfig, *, announce: Ca
             while not is_stopping():
                 fronts.watch()
         except EngineFailed:
-            end = time.monotonic() + FAILED_S
+            end = time.monotonic() + _FAILED_S
             while time.monotonic() < end and not is_stopping():
                 time.sleep(0.05)
             raise

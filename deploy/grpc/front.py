@@ -1,7 +1,7 @@
 """A front: a process with a gRPC server, its event loop and a frontend of each model. `deploy.fronts` starts and watches it.
 
-It talks to its parent over an inherited socket. It sends {"serving"} once, and {"beat"} a few times a second from the loop that
-serves; it receives {"drain"}.
+It talks to its parent over an inherited socket. It sends {"serving"} once, and a few times a second, from the loop that serves,
+{"lost"}: which of its engines it cannot reach. It receives {"drain"}, or {"give_way"} when another front has taken its place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from expertwire.strategies.cascade import Cascade
 from expertwire.strategies.decision_log import DecisionLog
 
 NOTHING = np.zeros(0, np.uint8)
-FAILED_S = 3.0  # for which a front without an engine still answers, so that clients and health checks learn why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class FrontArgs:
 
 
 def front_main(args: FrontArgs) -> None:
-    """Serve until the parent asks to drain or closes the lifeline; entry point of the process."""
+    """Serve until the parent asks to drain or to give way, or closes the lifeline; entry point of the process."""
     faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a front that it kills
     process.raise_descriptor_limit()
     logging.basicConfig(format="%(message)s")
@@ -90,26 +89,24 @@ def _collect_rarely() -> None:
 
 async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketChannel) -> None:
     config, stop, loop = args.server, asyncio.Event(), asyncio.get_running_loop()
+    gives_way = False
 
     def listen_to_parent() -> None:
+        nonlocal gives_way
         try:
-            if parent.recv(0) is None:
+            if (message := parent.recv(0)) is None:
                 return
+            gives_way = "give_way" in message
         except ChannelClosed:
             pass
         loop.remove_reader(parent.fileno())
         stop.set()
 
-    ending: asyncio.TimerHandle | None = None
-
     def beat() -> None:
-        nonlocal ending
-        if all(frontend.failure is not None for frontend in frontends) and ending is None:
-            # If only the link to the controller is lost, the parent starts another front.
-            ending = loop.call_later(FAILED_S, stop.set)
         if not parent.pending:
+            lost = [number for number, frontend in enumerate(frontends) if frontend.failure is not None]
             with contextlib.suppress(ChannelClosed):
-                parent.send({"beat": NOTHING})
+                parent.send({"lost": np.array(lost, np.int32)})
 
     loop.add_reader(parent.fileno(), listen_to_parent)
     security = Security.open(config)
@@ -124,6 +121,7 @@ async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketC
             frontends[0],
             authenticator=security.authenticator(),
             stop=stop,
+            gives_way=lambda: gives_way,
             drain_timeout_s=config.drain_timeout_s,
             texts=texts[0],
             others=list(zip(frontends, texts, strict=True))[1:],

@@ -84,6 +84,7 @@ class Server:
         *,
         authenticator: Authenticator | None = None,
         stop: asyncio.Event,
+        gives_way: Callable[[], bool] = lambda: False,
         drain_timeout_s: float,
         texts: TextWorkers | None = None,
         others: Sequence[tuple[Frontend, TextWorkers]] = (),
@@ -102,6 +103,7 @@ class Server:
             frontend: a frontend that watches its engine, whose model answers calls that name none; left open.
             authenticator: finds out who makes a call; None believes everybody.
             stop: set to end the service.
+            gives_way: tells then whether another process serves the port, to which clients are sent.
             drain_timeout_s: seconds for running requests to finish.
             texts: tokenise what clients send; left open. None does it on the loop.
             others: frontends of further models, of other names, with what tokenises for them; left open.
@@ -134,16 +136,19 @@ class Server:
             handlers = calls.make_handlers(descriptor, servicers, service)
             # The calls of each registered method wait in a queue of its own, so health checks do not wait behind others.
             self._server.add_registered_method_handlers(descriptor.full_name, handlers)
-        beating = asyncio.create_task(_beat(models, health, on_beat))
+        beating, leaving = asyncio.create_task(_beat(models, health, on_beat)), list[asyncio.Task[None]]()
         await self._server.start()
         try:
             on_ready()
             await stop.wait()
+            if gives_way():
+                # Clients connect anew at once.
+                leaving.append(asyncio.create_task(self._server.stop(drain_timeout_s + GOODBYE_S)))
             await models.drain(drain_timeout_s)
             models.stop()
         finally:
             beating.cancel()
-            await self._server.stop(GOODBYE_S)
+            await asyncio.gather(self._server.stop(GOODBYE_S), *leaving)
         return models.failure
 
 
