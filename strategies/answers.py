@@ -20,8 +20,10 @@ from expertwire.strategies.checks import require_integer, require_string
 MAX_REGEX_CHARS = 1024
 MAX_REGEX_PROGRAM = 256
 MAX_ANSWER_CHARS = 4096
-MAX_BOXES = 64  # beginnings of boxes that are tried, from the last one on
+MAX_JSON_CHARS = 65_536  # the parser keeps all other threads waiting, for 2 ms
+MAX_BOXES = 8  # beginnings of boxes that are tried, from the last one on
 
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a brace, or what is none as it follows a backslash
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?")
 
 
@@ -82,16 +84,12 @@ class BoxedAnswer:
 
 def _balanced(text: str, begin: int) -> str | None:
     """Return the text from `begin` up to the brace that closes it, if there is one within the limit of an answer."""
-    depth, position = 1, begin
-    while position < min(len(text), begin + MAX_ANSWER_CHARS):
-        char = text[position]
-        if char == "\\":
-            position += 1  # and the next character
-        elif char in "{}":
-            depth += 1 if char == "{" else -1
+    depth = 1
+    for match in _BRACE.finditer(text, begin, begin + MAX_ANSWER_CHARS):
+        if (found := match[0]) in "{}":
+            depth += 1 if found == "{" else -1
             if depth == 0:
-                return text[begin:position]
-        position += 1
+                return text[begin : match.start()]
     return None
 
 
@@ -149,7 +147,7 @@ def _compiled(pattern: str) -> re2._Regexp:
 
 @dataclass(frozen=True)
 class JsonPointerAnswer:
-    """The answer is what a JSON pointer (RFC 6901) leads to in the text, which must be one JSON value.
+    """The answer is what a JSON pointer (RFC 6901) leads to in the text, which must be one JSON value of up to 65,536 characters.
 
     A string is the answer itself, a number or a Boolean its JSON, an object or array its JSON with sorted keys. `null` is no
     answer.
@@ -171,7 +169,9 @@ class JsonPointerAnswer:
             raise ValueError(f"answer.pointer must have '~' only as '~0' (a '~') or '~1' (a '/'), got {self.pointer!r}")
 
     def __call__(self, text: str, /) -> str | None:
-        """Return the value that the pointer leads to; None if the text is no JSON or has no such value."""
+        """Return the value that the pointer leads to; None if the text is no JSON, is too long or has no such value."""
+        if len(text) > MAX_JSON_CHARS:
+            return None
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):

@@ -38,6 +38,10 @@ def test_normal_forms_are_their_own_normal_forms(text):
         (r"\boxed{7} and \boxed{8", "7"),  # the last complete one
         (r"\boxed{\boxed{3}", "3"),
         (r"\boxed{ }", None),
+        (r"\boxed{1}" + r"\boxed{" * 7, "1"),
+        (r"\boxed{1}" + r"\boxed{" * 8, None),
+        (r"\boxed{" + "a" * 4095 + "}", "a" * 4095),
+        (r"\boxed{" + "a" * 4096 + "}", None),
         ("no box", None),
         (r"\boxed 5", None),
     ],
@@ -51,8 +55,9 @@ def test_boxed_answers(text, answer):
     [
         ("/a", '{"a": 5}', "5"), ("/a", '{"a": "5.0"}', "5"), ("/a/1", '{"a": [1, true]}', "true"), ("", "[1, 2]", "[1, 2]"),
         ("/a~1b/~0", '{"a/b": {"~": "x"}}', "x"), ("/a", '{"a": null}', None), ("/a", "{}", None), ("/0", "[]", None),
-        ("/01", "[1, 2]", None), ("/a", "not json", None), ("/a", "[" * 100_000, None), ("/a", '{"a": NaN}', None),
-        ("/a", '{"a": {"c": 1, "b": 2}}', '{"b": 2, "c": 1}'),
+        ("/01", "[1, 2]", None), ("/a", "not json", None), ("/a", "[" * 60_000, None), ("/a", '{"a": NaN}', None),
+        ("/a", '{"a": {"c": 1, "b": 2}}', '{"b": 2, "c": 1}'), ("/a", '{"a": 5}' + " " * 65_528, "5"),
+        ("/a", '{"a": 5}' + " " * 65_529, None),
     ],
 )  # fmt: skip
 def test_json_pointers(pointer, text, answer):
