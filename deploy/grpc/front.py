@@ -13,6 +13,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,9 @@ from expertwire.strategies.cascade import Cascade
 from expertwire.strategies.decision_log import DecisionLog
 
 NOTHING = np.zeros(0, np.uint8)
+_SWITCH_S = (
+    0.5e-3  # for which the loop waits, whenever it goes on, for a thread that computes; ten times that by default
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,7 @@ def front_main(args: FrontArgs) -> None:
             frontend = Frontend(to_controller, tokenizer, watches=True)
             frontends.append(stack.enter_context(contextlib.closing(frontend)))
         _collect_rarely()
+        sys.setswitchinterval(_SWITCH_S)
         asyncio.run(_serve(args, frontends, parent))
 
 

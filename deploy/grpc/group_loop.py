@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from expertwire.strategies.base import Strategy
 
 MAX_GROUPS = 1024  # that run at once; what the loop does at each deadline takes time in their number
 _RETRY_S = 1.0
+T = TypeVar("T")
 
 
 class GroupLoop:
@@ -29,7 +32,9 @@ class GroupLoop:
     """
 
     def __init__(self, frontend: Frontend, on_sent: Callable[[], None]) -> None:
-        self._groups = Groups(frontend)
+        self._groups = Groups(frontend, aside=self._compute)
+        # One thread: each group computes one thing at a time in it, so groups take turns.
+        self._computing, self._is_stopped = ThreadPoolExecutor(1, "strategies"), False
         self._on_sent = on_sent
         self._num_open = 0
         self._loop = asyncio.get_running_loop()
@@ -84,6 +89,22 @@ class GroupLoop:
             self._timer.cancel()
             self._timer = None
         self._groups.close()
+        self._is_stopped = True
+        self._computing.shutdown(wait=False, cancel_futures=True)
+
+    def _compute(self, call: Callable[[], T], then: Callable[[Future[T]], None]) -> None:
+        """Compute something beside the loop, and give `then` the outcome."""
+
+        def done(future: Future[T]) -> None:
+            if not self._is_stopped:
+                self._loop.call_soon_threadsafe(self._computed, then, future)
+
+        self._computing.submit(call).add_done_callback(done)
+
+    def _computed(self, then: Callable[[Future[T]], None], future: Future[T]) -> None:
+        if not self._is_stopped:
+            then(future)
+            self._settle()
 
     def _expire(self) -> None:
         self._timer = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Fate = Literal["kept", "pruned"]
 MAX_STARTED = 16 * MAX_BRANCHES  # branches of a group, ended ones included
+# Up to this size a part of a strategy is computed at once, in less than a millisecond. The size is that of the tokens that it may
+# look at; a branch counts as 16 tokens, a character that is searched as 64.
+_SMALL, _BRANCH, _CHARACTER = 8192, 16, 64
 _log = logging.getLogger(__name__)
 
 
@@ -89,7 +94,8 @@ class GroupRun:
         self._options, self._prompt = options, prompt
         self._strategy, self._name = strategy, type(strategy).__name__
         self._requests: dict[int, OpenRequest] = {}  # ended ones, too: they may have output that has not been taken
-        self._has_news = False
+        self._has_news = self._is_ending = self._waits = False
+        self._unanswered: list[BranchRun] = []  # branches that have finished, whose answers are not known
         self._begin_s = time.monotonic()
         self._needs = self._checked("needs", lambda: strategy.needs)
         self._pause_ids, self._forced_texts = groups.texts.tokenized(self._needs)
@@ -106,9 +112,9 @@ class GroupRun:
 
     @property
     def deadline_s(self) -> float | None:
-        """When the group's time is up, by `time.monotonic`; None: never."""
+        """When the group's time is up, by `time.monotonic`; None: never, or it ends already."""
         seconds = self._needs.budget.seconds
-        return None if seconds is None else self._begin_s + seconds
+        return None if seconds is None or self._is_ending else self._begin_s + seconds
 
     def fate(self, branch: BranchRun) -> Fate:
         """Return what became of a branch: it ended by itself, or it was pruned."""
@@ -145,17 +151,54 @@ class GroupRun:
 
     def advance(self) -> None:
         """Let the strategy decide if there is news for it, and end the group if it is time."""
-        if self.done:
+        with self._failing():
+            if not self.done and not self._is_ending and self._is_used_up():
+                self._finish()
+            while not self.done and not self._waits and self._go_on():
+                pass
+
+    def _go_on(self) -> bool:
+        """Do the next thing that the group needs; return whether there was any."""
+        if self._unanswered:
+            self._answer()
+        elif self._is_ending:
+            group = self.view()
+            self._compute("select", self._size, lambda: self._strategy.select(group), self._selected)
+        elif self._has_news:
+            self._has_news, group = False, self.view()
+            self._compute("decide", self._size, lambda: list(self._strategy.decide(group)), self._carry_out)
+        elif not any(branch.status is Status.RUNNING or branch.num_asked for branch in self.branches):
+            self._finish()
+        else:
+            return False
+        return True
+
+    def _compute(self, part: str, size: int, call: Callable[[], T], then: Callable[[T], None]) -> None:
+        """Compute a part of the strategy, beside the frontend's thread if it is large, and give `then` the result."""
+        if size <= _SMALL or self._groups.aside is None:
+            then(self._checked(part, call))
             return
+
+        def computed(future: Future[T]) -> None:
+            self._waits = False
+            if not self.done:
+                with self._failing():
+                    then(future.result())
+                self.advance()
+                self.on_news()
+
+        self._waits = True
+        self._groups.aside(lambda: self._checked(part, call), computed)
+
+    @property
+    def _size(self) -> int:
+        return sum(len(branch.token_ids) + _BRANCH for branch in self.branches)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """End the group with an error where the strategy or the engine fails."""
         try:
-            if self._is_used_up():
-                self._finish()
-                return
-            while self._has_news and not self.done:
-                self._has_news = False
-                self._carry_out(self._checked("decide", lambda: list(self._strategy.decide(self.view()))))
-            if not self.done and not any(b.status is Status.RUNNING or b.num_asked for b in self.branches):
-                self._finish()
+            yield
         except StrategyFailed as failed:
             _log.warning("warning: a request ends with an error: %s", failed, exc_info=failed.__cause__)
             self._fail(RequestError("INTERNAL", str(failed)))
@@ -200,12 +243,19 @@ class GroupRun:
         branch.change(status=Status.FINISHED, finish_reason=reason)
         self._has_news = True
         if self._needs.answer is not None:
-            extract = self._needs.answer
-            try:
-                branch.change(answer=self._checked("answer", lambda: extract(branch.text)) or None)
-            except StrategyFailed as failed:
-                _log.warning("warning: a request ends with an error: %s", failed, exc_info=failed.__cause__)
-                self._fail(RequestError("INTERNAL", str(failed)))
+            self._unanswered.append(branch)
+
+    def _answer(self) -> None:
+        """Extract the answers of branches that have finished."""
+        branches, self._unanswered, extract = self._unanswered, [], self._needs.answer
+        assert extract is not None, "no answers are needed"
+        texts = [branch.text for branch in branches]
+
+        def note(answers: list[str | None]) -> None:
+            for branch, answer in zip(branches, answers, strict=True):
+                branch.change(answer=answer or None)
+
+        self._compute("answer", _CHARACTER * sum(map(len, texts)), lambda: [extract(text) for text in texts], note)
 
     def _scored(self, branch: BranchRun, num_tokens: int, outcome: Outcome) -> None:
         """Take in the score of a branch's first tokens."""
@@ -392,11 +442,11 @@ class GroupRun:
         return tokens_end or (self.deadline_s is not None and time.monotonic() >= self.deadline_s)
 
     def _finish(self) -> None:
-        """Prune what runs, and let the strategy select."""
+        """Prune what runs, and let the strategy select next."""
         self._prune(self.branches)
-        if self.done:
-            return
-        selection = self._checked("select", lambda: self._strategy.select(self.view()))
+        self._is_ending = True
+
+    def _selected(self, selection: Selection) -> None:
         if not selection.branches:
             self._fail(RequestError("INTERNAL", f"the strategy {self._name} has no result: {selection.reason}"))
             return

@@ -1,7 +1,8 @@
 """Groups: requests with a strategy of test-time compute, run over a frontend.
 
 A group's branches are branches of ordinary requests to the frontend, one for each time that some are started, all with the
-group's seed and an index of their own. Everything but the calls of verifiers (`verifier_calls`) happens in the frontend's thread.
+group's seed and an index of their own. Everything happens in the frontend's thread but the calls of verifiers (`verifier_calls`)
+and, where there is `aside`, large parts of strategies.
 
 **Tokens.** What the engine samples for a group is counted once, as *kept* or as *pruned* (`strategies.accounting`). Until
 the controller has heard that a branch is pruned, it may send a few more of its tokens; they are counted as *late*, for the
@@ -16,6 +17,8 @@ import dataclasses
 import select
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +31,16 @@ from expertwire.engine.frontend.verifier_calls import VerifierCalls
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.base import Strategy
 
+T = TypeVar("T")
+
+
+class Aside(Protocol):
+    """See `Groups`."""
+
+    def __call__(self, call: Callable[[], T], then: Callable[[Future[T]], None], /) -> None:
+        """Call `call` in another thread, and `then` in this one."""
+        ...
+
 
 class Groups:
     """The groups of a frontend.
@@ -35,13 +48,15 @@ class Groups:
     Args:
         frontend: runs their branches.
         calls: calls their verifiers; `close` closes it.
+        aside: calls its first argument in another thread, and then, in this one, the second with the outcome; None: everything is
+            computed in this thread.
 
     Attributes:
         texts: the tokens of strategies' texts.
     """
 
-    def __init__(self, frontend: Frontend, calls: VerifierCalls | None = None) -> None:
-        self.frontend = frontend
+    def __init__(self, frontend: Frontend, calls: VerifierCalls | None = None, *, aside: Aside | None = None) -> None:
+        self.frontend, self.aside = frontend, aside
         self.calls = VerifierCalls() if calls is None else calls
         self._runs: dict[int, GroupRun] = {}  # by the frontend's request ids
         self._open: dict[int, GroupRun] = {}  # by their own numbers

@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import threading
 import time
 
 import grpc
 import pytest
 from helpers import tokenizer_files
 from helpers.fake_controller import INFO, ThreadController
+from helpers.slow import slow_but
 
 from expertwire.deploy.grpc import calls
+from expertwire.deploy.grpc.catalog import Catalog
 from expertwire.deploy.grpc.server import Server
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.text_workers import TextWorkers
 from expertwire.engine.frontend.tokenizer import Tokenizer
+from expertwire.strategies import MajorityVote, Needs, registry
 
 # The aim is 20 ms; processors differ by more than the rest.
 HELD_S = 0.04
@@ -64,6 +68,48 @@ LARGE = {
 }
 
 
+STRATEGIES = {
+    "a regular expression that backtracks": {"regex": {"pattern": "(a+)+$"}},
+    "a regular expression with a match a character": {"regex": {"pattern": "(?:.*~~)|."}},
+    "a regular expression of many groups": {"regex": {"pattern": "((a)|(b)|(c)|(d)|(e)|(f))*~~|."}},
+    "a pointer into text": {"json_pointer": {"pointer": "/a"}},
+    "boxes": {"boxed": {}},
+}
+
+
+def vote(answer):
+    strategy = pb.Strategy(majority_vote={"n": 64, "answer": answer})
+    return generate(ids=[5], params={"max_tokens": 600, "ignore_eos": True}, strategy=strategy)
+
+
+class Blocking:
+    """An extractor of the server's own, which returns when it is let go."""
+
+    def __init__(self):
+        self.is_called, self.may_return = threading.Event(), threading.Event()
+        self.was_let_go = False
+
+    def __call__(self, text):
+        self.is_called.set()
+        self.was_let_go = self.may_return.wait(30)
+        return text[:1]
+
+
+BLOCKING = Blocking()
+
+
+@dataclasses.dataclass(frozen=True)
+class Patient:
+    """A vote over what `BLOCKING` extracts."""
+
+    @property
+    def needs(self):
+        return Needs(answer=BLOCKING)
+
+    decide = MajorityVote(2, answer=BLOCKING).decide
+    select = MajorityVote(2, answer=BLOCKING).select
+
+
 class Monitor:
     """The longest processor time of the loop's thread between two of its turns."""
 
@@ -83,9 +129,14 @@ async def serving(folder):
     info = dataclasses.replace(INFO, max_model_len=32_768, max_num_seqs=256)
     controller = ThreadController(info, all_top=True)
     frontend = Frontend(controller.frontend_channel, Tokenizer.open(folder))
-    stop, server = asyncio.Event(), Server("127.0.0.1", 0)
+    stop, server, catalog = (
+        asyncio.Event(),
+        Server("127.0.0.1", 0),
+        Catalog(strategies={**registry.STRATEGIES, "patient": Patient}),
+    )
     with contextlib.closing(TextWorkers(frontend, str(folder))) as texts:
-        task = asyncio.ensure_future(server.serve(frontend, stop=stop, drain_timeout_s=1.0, texts=texts))
+        serving = server.serve(frontend, stop=stop, drain_timeout_s=1.0, texts=texts, catalog=catalog)
+        task = asyncio.ensure_future(serving)
         yield f"127.0.0.1:{server.port}"
         stop.set()
         await task
@@ -134,6 +185,38 @@ def test_the_monitor_notices():
         assert monitor.longest_s > HELD_S
 
     asyncio.run(run())
+
+
+def test_others_are_served_while_answers_are_extracted(tmp_path):
+    folder = tokenizer_files.write(tmp_path, "byte_level")
+
+    async def run():
+        async with serving(folder) as address:
+            strategy = pb.Strategy(custom={"name": "patient", "options": "{}"})
+            request = generate(ids=[5], params={"max_tokens": 300, "ignore_eos": True}, strategy=strategy)
+            slow = asyncio.create_task(asyncio.to_thread(call, address, "Generate", request.SerializeToString()))
+            await asyncio.to_thread(BLOCKING.is_called.wait, 30)
+            assert await asyncio.to_thread(call, address, "Generate", generate(ids=[5]).SerializeToString()) == "OK"
+            assert not slow.done()
+            BLOCKING.may_return.set()
+            assert await slow == "OK"
+
+    asyncio.run(run())
+    assert BLOCKING.was_let_go
+
+
+@pytest.mark.parametrize("name", slow_but(["a regular expression with a match a character"], STRATEGIES))
+def test_no_strategy_holds_the_loop(tmp_path, name):
+    folder = tokenizer_files.write(tmp_path, "byte_level")
+
+    async def run():
+        async with serving(folder) as address:
+            request = vote(STRATEGIES[name]).SerializeToString()
+            return await held_each_time(address, "GenerateUnary", request)
+
+    seconds, status = asyncio.run(run())
+    print(f"{1e3 * seconds:6.1f} ms  {status:20} {name}")
+    assert status == "OK" and seconds <= HELD_S
 
 
 @pytest.mark.slow
