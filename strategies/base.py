@@ -17,7 +17,7 @@ from typing import Protocol
 
 from expertwire.strategies.answers import AnswerExtractor
 from expertwire.strategies.checks import require_integer, require_number
-from expertwire.strategies.confidence import lowest_window
+from expertwire.strategies.confidence import Windows
 from expertwire.strategies.verifiers import DEFAULT_POLICY, Verifier, VerifierPolicy
 
 
@@ -67,6 +67,7 @@ class Branch:
         scores: verifier's scores, in the order in which they came.
         scoring: whether a score that was asked for has not come.
         step_ends: numbers of output tokens after which it or, within the shared tokens, its parent paused; ascending.
+        windows: what `lowest_window` has computed, for all views of the branch.
     """
 
     index: int
@@ -83,7 +84,7 @@ class Branch:
     scores: Sequence[Score] = ()
     scoring: bool = False
     step_ends: Sequence[int] = ()
-    _lowest: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    windows: Windows = field(default_factory=Windows, repr=False, compare=False)
 
     @property
     def num_own_tokens(self) -> int:
@@ -91,10 +92,8 @@ class Branch:
         return len(self.token_ids) - self.num_shared
 
     def lowest_window(self, window: int) -> float:
-        """Return the lowest mean of `window` consecutive log-probabilities, computed once; see `confidence`."""
-        if window not in self._lowest:
-            self._lowest[window] = lowest_window(self.logprobs, window)
-        return self._lowest[window]
+        """Return the lowest mean of `window` consecutive log-probabilities; see `confidence`."""
+        return self.windows.lowest(self.logprobs, window)
 
 
 @dataclass(frozen=True, kw_only=True)

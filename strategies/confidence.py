@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+
+import numpy as np
 
 
-def lowest_window(logprobs: Sequence[float], window: int) -> float:
-    """Return the lowest mean of `window` consecutive log-probabilities; the mean of all if they are fewer, and 0.0 of none."""
-    if len(logprobs) <= window:
-        return sum(logprobs) / len(logprobs) if logprobs else 0.0
-    sums = list(accumulate(logprobs, initial=0.0))
-    return min((after - before) / window for before, after in zip(sums, sums[window:], strict=False))
+class Windows:
+    """Lowest means of windows of an output's log-probabilities, computed for new tokens only while the output grows.
+
+    The views of one output share it, so that a decision at every step costs what the step has added.
+    """
+
+    def __init__(self) -> None:
+        self._sums = array("d", [0.0])  # of the first log-probabilities, by their number
+        self._lowest: dict[
+            int, tuple[int, float]
+        ] = {}  # by window: number of tokens that were looked at, and lowest mean
+
+    def lowest(self, logprobs: Sequence[float], window: int) -> float:
+        """Return the lowest mean of `window` consecutive log-probabilities; the mean of all if they are fewer, and 0.0 of none.
+
+        Args:
+            logprobs: those of the last call, or more of the same output, or fewer.
+            window: at least 1.
+        """
+        length, total = len(logprobs), self._sums[-1]
+        for value in logprobs[len(self._sums) - 1 :]:
+            total += value
+            self._sums.append(total)
+        if length <= window:
+            return self._sums[length] / length if length else 0.0
+        seen, lowest = self._lowest.get(window, (window - 1, float("inf")))
+        if seen > length:
+            seen, lowest = window - 1, float("inf")
+        if seen < length:
+            sums = np.frombuffer(self._sums)[seen + 1 - window : length + 1]
+            lowest = min(lowest, float(((sums[window:] - sums[:-window]) / window).min()))
+            self._lowest[window] = length, lowest
+        return lowest

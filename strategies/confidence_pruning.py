@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from expertwire.strategies.answers import AnswerExtractor
 from expertwire.strategies.base import UNLIMITED, Action, Branch, Budget, Finish, Group, Needs, Prune, Selection, Status
 from expertwire.strategies.checks import require_callable, require_integer, require_number
-from expertwire.strategies.confidence import lowest_window
 from expertwire.strategies.votes import start_missing, tally, vote, without_answer
 
 
@@ -22,7 +21,6 @@ class ConfidencePruning:
     Later branches are pruned when they fall below it. Branches at or above it vote with the weight exp(confidence).
 
     The paper takes the mean over the most likely tokens of a position where this takes the sampled token's log-probability.
-    A pruned window is found if at most `window` tokens came since the decision before; `select` looks at all of them.
 
     Args:
         n: branches.
@@ -100,8 +98,7 @@ class ConfidencePruning:
         return math.exp(self._confidence(branch))
 
     def _fell(self, branch: Branch, threshold: float) -> bool:
-        recent = branch.logprobs[-2 * self.window :]
-        return len(recent) >= self.window and lowest_window(recent, self.window) < threshold
+        return len(branch.logprobs) >= self.window and self._confidence(branch) < threshold
 
     def _voters(self, group: Group) -> list[Branch]:
         finished = group.with_status(Status.FINISHED)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 from expertwire.engine.frontend.api import Logprob, Position, Update
 from expertwire.engine.frontend.logprobs import sampled_logprob
 from expertwire.strategies.base import Branch, Score, Status
+from expertwire.strategies.confidence import Windows
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ class BranchRun:
         self.sequence_id: int | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self._windows = Windows()
         self.positions: list[Position] = []
         self.text = ""
         self.status = Status.RUNNING
@@ -144,5 +146,6 @@ class BranchRun:
                 scores=tuple(self.scores),
                 scoring=self.num_asked > 0,
                 step_ends=tuple(self.step_ends),
+                windows=self._windows,
             )
         return self._view

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertwire.strategies.cascade import Cascade, Router, confidence_minima, first_below, fit_router, prompt_features
 from expertwire.strategies.cascade_log import DecisionRecord, Leg, evaluate_thresholds, reason_at, record_from_json
-from expertwire.strategies.confidence import lowest_window
+from expertwire.strategies.confidence import Windows
 
 ROUTER = Router(("x",), (0.0,), (1.0,), (1.0,), 0.0)
 
@@ -68,7 +68,7 @@ def test_minima_say_where_any_threshold_aborts(logprobs, window, threshold):
     aborted = next((end for end in ends if cascade.doubts(confidence_minima(logprobs[:end], window))), None)
     assert first_below(minima, threshold) == aborted
     if len(logprobs) >= window:
-        assert minima[-1][1] == pytest.approx(lowest_window(logprobs, window), abs=1e-9)
+        assert minima[-1][1] == pytest.approx(Windows().lowest(logprobs, window), abs=1e-9)
 
 
 @pytest.mark.parametrize(
