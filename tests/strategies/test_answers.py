@@ -88,7 +88,8 @@ def test_a_regular_expression_takes_its_last_match():
         ("[z-a]", None, "range"),
         ("a{900}", None, "at most 256 instructions"), ("((((a{99}){99}){99}){99})", None, "repetition"),
         ("[a", None, "missing"), ("a", 1, r"answer\.group"), ("(a)", 2, r"answer\.group.* 0 to 1"),
-        ("\ud800", None, "surrogates"),
+        ("\ud800", None, "surrogates"), (r"(((.{9}){9}){9})", None, "at most 256 instructions of RE2, got more"),
+        ("a" * 513, None, "at most 512 characters, got 513"), (r"\pL\PL" * 5, None, r"\\p or \\P at most 8 times, got 10"),
     ],
 )  # fmt: skip
 def test_bad_patterns_are_refused(pattern, group, message):
