@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from expertwire.engine.frontend.api import EngineFailed, Position, RequestError, RequestOptions, Update
 from expertwire.engine.frontend.group_views import BranchRun
 from expertwire.engine.frontend.open_requests import OpenRequest
+from expertwire.engine.frontend.strategy_parts import StrategyFailed, StrategyParts, size_of_branches, size_of_texts
 from expertwire.engine.frontend.verifier_calls import Outcome
 from expertwire.scheduler.sampling_params import MAX_BRANCHES, SamplingParams
 from expertwire.strategies.accounting import TokenCounts, count_tokens
@@ -40,14 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Fate = Literal["kept", "pruned"]
 MAX_STARTED = 16 * MAX_BRANCHES  # branches of a group, ended ones included
-# Up to this size a part of a strategy is computed at once, in less than a millisecond. The size is that of the tokens that it may
-# look at; a branch counts as 16 tokens, a character that is searched as 64.
-_SMALL, _BRANCH, _CHARACTER = 8192, 16, 64
 _log = logging.getLogger(__name__)
-
-
-class StrategyFailed(Exception):
-    """A strategy, or a part of it, has raised an exception or asked for what cannot be."""
 
 
 class GroupRun:
@@ -92,12 +85,12 @@ class GroupRun:
         self.on_news: Callable[[], None] = lambda: None
         self._groups, self._frontend = groups, groups.frontend
         self._options, self._prompt = options, prompt
-        self._strategy, self._name = strategy, type(strategy).__name__
+        self._strategy, self._parts = strategy, StrategyParts(strategy, groups.aside)
         self._requests: dict[int, OpenRequest] = {}  # ended ones, too: they may have output that has not been taken
-        self._has_news = self._is_ending = self._waits = False
+        self._has_news = self._is_ending = False
         self._unanswered: list[BranchRun] = []  # branches that have finished, whose answers are not known
         self._begin_s = time.monotonic()
-        self._needs = self._checked("needs", lambda: strategy.needs)
+        self._needs = self._parts.call("needs", lambda: strategy.needs)
         self._pause_ids, self._forced_texts = groups.texts.tokenized(self._needs)
 
     @property
@@ -154,7 +147,7 @@ class GroupRun:
         with self._failing():
             if not self.done and not self._is_ending and self._is_used_up():
                 self._finish()
-            while not self.done and not self._waits and self._go_on():
+            while not self.done and not self._parts.is_busy and self._go_on():
                 pass
 
     def _go_on(self) -> bool:
@@ -163,36 +156,33 @@ class GroupRun:
             self._answer()
         elif self._is_ending:
             group = self.view()
-            self._compute("select", self._size, lambda: self._strategy.select(group), self._selected)
+            self._compute(
+                "select", size_of_branches(group.branches), lambda: self._strategy.select(group), self._selected
+            )
         elif self._has_news:
             self._has_news, group = False, self.view()
-            self._compute("decide", self._size, lambda: list(self._strategy.decide(group)), self._carry_out)
+            size = size_of_branches(group.branches)
+            self._compute("decide", size, lambda: list(self._strategy.decide(group)), self._carry_out)
         elif not any(branch.status is Status.RUNNING or branch.num_asked for branch in self.branches):
             self._finish()
         else:
             return False
         return True
 
-    def _compute(self, part: str, size: int, call: Callable[[], T], then: Callable[[T], None]) -> None:
-        """Compute a part of the strategy, beside the frontend's thread if it is large, and give `then` the result."""
-        if size <= _SMALL or self._groups.aside is None:
-            then(self._checked(part, call))
-            return
+    def _compute(self, part: str, size: int, call: Callable[[], T], use: Callable[[T], None]) -> None:
+        """Compute a part of the strategy, use the result, and go on if that was aside."""
+        is_aside = False
 
-        def computed(future: Future[T]) -> None:
-            self._waits = False
+        def computed(result: Callable[[], T]) -> None:
             if not self.done:
                 with self._failing():
-                    then(future.result())
+                    use(result())
+            if is_aside:
                 self.advance()
                 self.on_news()
 
-        self._waits = True
-        self._groups.aside(lambda: self._checked(part, call), computed)
-
-    @property
-    def _size(self) -> int:
-        return sum(len(branch.token_ids) + _BRANCH for branch in self.branches)
+        self._parts.compute(part, size, call, computed)
+        is_aside = self._parts.is_busy
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -255,11 +245,11 @@ class GroupRun:
             for branch, answer in zip(branches, answers, strict=True):
                 branch.change(answer=answer or None)
 
-        self._compute("answer", _CHARACTER * sum(map(len, texts)), lambda: [extract(text) for text in texts], note)
+        self._compute("answer", size_of_texts(texts), lambda: [extract(text) for text in texts], note)
 
     def _scored(self, branch: BranchRun, num_tokens: int, outcome: Outcome) -> None:
         """Take in the score of a branch's first tokens."""
-        if self.done:
+        if self.done or self._is_ending:
             return
         value: float | None
         if isinstance(outcome.score, VerifierError):
@@ -278,18 +268,6 @@ class GroupRun:
 
     # ---- what the strategy wants
 
-    def _checked(self, part: str, call: Callable[[], T]) -> T:
-        """Return what a part of the strategy returns.
-
-        Raises:
-            StrategyFailed: it has raised an exception.
-        """
-        try:
-            return call()
-        except Exception as error:
-            text = f"the strategy {self._name} has failed in {part}: {type(error).__name__}: {error}"
-            raise StrategyFailed(text[:2000]) from error
-
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
             match action:
@@ -307,12 +285,12 @@ class GroupRun:
                     self._finish()
                     return
                 case _:
-                    raise StrategyFailed(f"the strategy {self._name} wants {action!r:.200}, which is no action")
+                    raise StrategyFailed(f"the strategy {self._parts.name} wants {action!r:.200}, which is no action")
         self._groups.calls.dispatch()
 
     def _branch(self, action: Action, index: int) -> BranchRun:
         if not isinstance(index, int) or not 0 <= index < len(self.branches):
-            text = f"the strategy {self._name} wants {action!r:.200}, but the group has {len(self.branches)} branches"
+            text = f"the strategy {self._parts.name} wants {action!r:.200}, but the group has {len(self.branches)} branches"
             raise StrategyFailed(text)
         return self.branches[index]
 
@@ -327,7 +305,9 @@ class GroupRun:
         num_kept = num_known - parent.ends_with_stop_token if action.num_tokens is None else action.num_tokens
         forced, info = list(action.forced), self._frontend.model_info
         if not 0 <= num_kept <= num_known or any(not 0 <= token < info.vocab_size for token in forced):
-            raise StrategyFailed(f"the strategy {self._name} wants {action!r:.200} of a branch of {num_known} tokens")
+            raise StrategyFailed(
+                f"the strategy {self._parts.name} wants {action!r:.200} of a branch of {num_known} tokens"
+            )
         if count == 0:
             return
         output = parent.token_ids[:num_kept] + forced
@@ -384,19 +364,19 @@ class GroupRun:
     def _allowed(self, count: int) -> int:
         """Return how many of `count` branches may be started."""
         if not isinstance(count, int) or count < 1:
-            raise StrategyFailed(f"the strategy {self._name} wants to start {count!r:.100} branches")
+            raise StrategyFailed(f"the strategy {self._parts.name} wants to start {count!r:.100} branches")
         if (most := self._needs.budget.branches) is not None:
             count = min(count, most - len(self.branches))
         if self.num_live + count > MAX_BRANCHES or len(self.branches) + count > MAX_STARTED:
             raise StrategyFailed(
-                f"the strategy {self._name} wants {count} branches more than {self.num_live} running and "
+                f"the strategy {self._parts.name} wants {count} branches more than {self.num_live} running and "
                 f"{len(self.branches)} started ones; at most {MAX_BRANCHES} may run, and {MAX_STARTED} be started"
             )
         return count
 
     def _verify(self, branch: BranchRun) -> None:
         if self._needs.verifier is None:
-            raise StrategyFailed(f"the strategy {self._name} wants a score, but has no verifier")
+            raise StrategyFailed(f"the strategy {self._parts.name} wants a score, but has no verifier")
         num_tokens = len(branch.token_ids)
         candidate = Candidate(
             prompt=self.prompt_text(),
@@ -448,11 +428,11 @@ class GroupRun:
 
     def _selected(self, selection: Selection) -> None:
         if not selection.branches:
-            self._fail(RequestError("INTERNAL", f"the strategy {self._name} has no result: {selection.reason}"))
+            self._fail(RequestError("INTERNAL", f"the strategy {self._parts.name} has no result: {selection.reason}"))
             return
         for index in selection.branches:
             if not isinstance(index, int) or not 0 <= index < len(self.branches):
-                text = f"the strategy {self._name} selects branch {index!r:.100} of {len(self.branches)}"
+                text = f"the strategy {self._parts.name} selects branch {index!r:.100} of {len(self.branches)}"
                 raise StrategyFailed(text)
         self.selection = selection
         self._end()

@@ -17,29 +17,18 @@ import dataclasses
 import select
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from typing import Protocol, TypeVar
 
 import numpy as np
 
 from expertwire.engine.frontend.api import RequestOptions
 from expertwire.engine.frontend.frontend import Frontend
-from expertwire.engine.frontend.group_run import GroupRun, StrategyFailed
+from expertwire.engine.frontend.group_run import GroupRun
 from expertwire.engine.frontend.open_requests import OpenRequest
+from expertwire.engine.frontend.strategy_parts import Aside, StrategyFailed
 from expertwire.engine.frontend.strategy_texts import StrategyTexts
 from expertwire.engine.frontend.verifier_calls import VerifierCalls
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.base import Strategy
-
-T = TypeVar("T")
-
-
-class Aside(Protocol):
-    """See `Groups`."""
-
-    def __call__(self, call: Callable[[], T], then: Callable[[Future[T]], None], /) -> None:
-        """Call `call` in another thread, and `then` in this one."""
-        ...
 
 
 class Groups:

@@ -25,6 +25,7 @@ from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.deploy.runtime import make_launcher, open_tokenizer, special_ids
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
+from expertwire.engine.frontend import strategy_parts
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.strategies import (
     BestOfN,
@@ -131,6 +132,13 @@ def client(server):
         yield client
 
 
+@pytest.fixture(params=["at once", "aside"])
+def computed(request, monkeypatch):
+    """Compute small parts of strategies at once, or all of them beside the loop."""
+    if request.param == "aside":
+        monkeypatch.setattr(strategy_parts, "_SMALL", -1)
+
+
 def until(condition):
     deadline = time.monotonic() + 60
     while not condition():
@@ -198,7 +206,7 @@ def named(strategy):
     return dataclasses.replace(strategy, verifier=name) if getattr(strategy, "verifier", None) else strategy
 
 
-def test_results_are_those_of_the_offline_api(client):
+def test_results_are_those_of_the_offline_api(client, computed):
     with expertwire.LLM(DEMO, **OPTIONS) as llm:
         params = expertwire.SamplingParams(seed=7, logprobs=1, **FREE)
         offline = {
@@ -295,7 +303,7 @@ def test_a_strategy_of_the_server_s_own(client):
 
 
 @pytest.mark.parametrize("way", ["cancel", "deadline", "abort", "vanish"])
-def test_whatever_ends_a_group_frees_all_it_has(server, client, way):
+def test_whatever_ends_a_group_frees_all_it_has(server, client, way, computed):
     strategy = {"strategy": "first_k_finish", "n": 6}
     before = counted(client)
     with Client(server["address"]) as other:
@@ -340,7 +348,7 @@ def test_a_group_that_waits_for_a_verifier_can_be_cancelled_and_has_a_deadline(s
     until(lambda: idle(client))
 
 
-def test_failures_of_verifiers(client):
+def test_failures_of_verifiers(client, computed):
     strategy = {"strategy": "best_of_n", "n": 2, "verifier": "failing"}
     error = error_of(client, strategy)
     assert error.code == "INTERNAL"
