@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from expertwire.engine import process
+from expertwire.kernels import registry
 
 _SET_CHILD_SUBREAPER = 36  # of prctl(2)
 _ANSWER_S = 120.0
@@ -186,6 +187,7 @@ def _become(descriptors: list[int], middle: int, parent: int, folder: str, inher
 if __name__ == "__main__":
     for name in _MODULES:
         __import__(name)
+    registry.cpu()  # imports the kernels and loads those whose signatures are declared
     gc.freeze()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has only one of the threads"
     with socket.socket(fileno=int(sys.argv[1])) as ours:
