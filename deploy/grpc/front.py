@@ -35,9 +35,8 @@ from expertwire.strategies.cascade import Cascade
 from expertwire.strategies.decision_log import DecisionLog
 
 NOTHING = np.zeros(0, np.uint8)
-_SWITCH_S = (
-    0.5e-3  # for which the loop waits, whenever it goes on, for a thread that computes; ten times that by default
-)
+# Time for which the loop waits, whenever it goes on, for a thread that computes; by default it is ten times that.
+_SWITCH_S = 0.5e-3
 
 
 @dataclass(frozen=True, kw_only=True)
