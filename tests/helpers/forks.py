@@ -22,6 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from numba.core.caching import NullCache
+from numba.core.dispatcher import Dispatcher
+
 from expertwire.engine import process
 from expertwire.kernels import registry
 
@@ -184,10 +187,24 @@ def _become(descriptors: list[int], middle: int, parent: int, folder: str, inher
         os.close(each)
 
 
+def _load_compiled() -> None:
+    """Load the machine code that numba's caches have: every child would load what it needs of it again."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("expertwire.")]
+    dispatchers = {each for module in modules for each in vars(module).values() if isinstance(each, Dispatcher)}
+    for each in dispatchers:
+        target = each.targetctx.codegen().magic_tuple()
+        if each.targetoptions.get("no_cpython_wrapper") or not each._can_compile or isinstance(each._cache, NullCache):
+            continue
+        for signature, made_for, _ in each._cache._cache_file._load_index():
+            if made_for == target:
+                each.compile(signature)
+
+
 if __name__ == "__main__":
     for name in _MODULES:
         __import__(name)
     registry.cpu()  # imports the kernels and loads those whose signatures are declared
+    _load_compiled()
     gc.freeze()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has only one of the threads"
     with socket.socket(fileno=int(sys.argv[1])) as ours:
