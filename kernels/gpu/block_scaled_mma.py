@@ -200,7 +200,7 @@ def quantize_rows(
 
 
 def warps_of(columns: int) -> int:
-    return min(16, max(1, columns // 512))
+    return min(16, max(1, columns // 1024))
 
 
 def pack_weight(

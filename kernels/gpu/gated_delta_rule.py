@@ -162,10 +162,10 @@ def gated_delta_rule_kernel(
         k = _keys(new_q + G * DIM + token_at, is_new, keys + key_at, is_old, EPS)
         state = tl.load(source, mask=begin > 0, other=0.0)
         q = _normalised(new_q + token_at, is_new[:, None], EPS) * (DIM**-0.5)
-        known = tl.exp(decay)[:, None] * tl.dot(q, state, input_precision=PRECISION)
         seen = place[:, None] >= place[None, :]
         faded = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], 0.0))
         weights = tl.where(seen, faded * tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
+        known = tl.exp(decay)[:, None] * tl.dot(q, state, input_precision=PRECISION)
         o = tl.dot(weights, u, known, input_precision=PRECISION)
         found = out + (row * H + head) * SIZE + tl.program_id(2) * COLUMNS
         tl.store(found + value_at, o.to(out.dtype.element_ty), mask=is_new[:, None])
