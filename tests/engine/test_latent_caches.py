@@ -6,7 +6,7 @@ from helpers.rank_model import RankModel
 
 from expertwire import LLM, SamplingParams
 
-NAME, BLOCK, NUM_NEW = "deepseek_v32", 16, 24
+NAME, BLOCK, NUM_NEW = "deepseek_v32", 16, 12
 LENGTHS = (5, 41, 100, 200)  # the indexer chooses 32 positions
 
 
