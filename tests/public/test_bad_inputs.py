@@ -12,6 +12,7 @@ from helpers.slow import slow_but
 from expertwire.bench.bad_inputs.cases import Case, cases
 from expertwire.bench.bad_inputs.environment import Environment
 from expertwire.bench.bad_inputs.run import Answer, page, try_case
+from expertwire.engine import process
 
 CASES = cases()
 ERRORS = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -20,6 +21,7 @@ ERRORS = Path(__file__).parents[2] / "docs" / "errors.md"
 @pytest.fixture(scope="module")
 def found() -> Iterator[Callable[[Case], Answer]]:
     """Return a function that tries a case, each only once, and returns the answer."""
+    process.start_call("time:sleep", 0).wait()  # with the first child starts the process that forks, which stays
     before = psutil.Process().children(recursive=True)
     answers: dict[int, Answer] = {}
     with Environment() as env:
@@ -30,7 +32,7 @@ def found() -> Iterator[Callable[[Case], Answer]]:
             return answers[id(case)]
 
         yield find
-    left = [process for process in psutil.Process().children(recursive=True) if process not in before]
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert not left
 
 
