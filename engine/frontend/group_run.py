@@ -14,7 +14,13 @@ import numpy as np
 from expertwire.engine.frontend.api import EngineFailed, Position, RequestError, RequestOptions, Update
 from expertwire.engine.frontend.group_views import BranchRun
 from expertwire.engine.frontend.open_requests import OpenRequest
-from expertwire.engine.frontend.strategy_parts import StrategyFailed, StrategyParts, size_of_branches, size_of_texts
+from expertwire.engine.frontend.strategy_parts import (
+    StrategyFailed,
+    StrategyParts,
+    TooManyBranches,
+    size_of_branches,
+    size_of_texts,
+)
 from expertwire.engine.frontend.verifier_calls import Outcome
 from expertwire.scheduler.sampling_params import MAX_BRANCHES, SamplingParams
 from expertwire.strategies.accounting import TokenCounts, count_tokens
@@ -191,7 +197,7 @@ class GroupRun:
             yield
         except StrategyFailed as failed:
             _log.warning("warning: a request ends with an error: %s", failed, exc_info=failed.__cause__)
-            self._fail(RequestError("INTERNAL", str(failed)))
+            self._fail(RequestError(failed.code, str(failed)))
         except EngineFailed as failed:
             self._fail(RequestError("UNAVAILABLE", str(failed)))
 
@@ -368,9 +374,10 @@ class GroupRun:
         if (most := self._needs.budget.branches) is not None:
             count = min(count, most - len(self.branches))
         if self.num_live + count > MAX_BRANCHES or len(self.branches) + count > MAX_STARTED:
-            raise StrategyFailed(
-                f"the strategy {self._parts.name} wants {count} branches more than {self.num_live} running and "
-                f"{len(self.branches)} started ones; at most {MAX_BRANCHES} may run, and {MAX_STARTED} be started"
+            raise TooManyBranches(
+                f"the strategy {self._parts.name} asks for {count} branches more, where {self.num_live} run and "
+                f"{len(self.branches)} were started; at most {MAX_BRANCHES} of a request may run at once, and {MAX_STARTED} "
+                f"be started in all"
             )
         return count
 

@@ -16,7 +16,19 @@ _SMALL, _BRANCH, _CHARACTER = 8192, 16, 64
 
 
 class StrategyFailed(Exception):
-    """A strategy, or a part of it, has raised an exception or asked for what cannot be."""
+    """A strategy, or a part of it, has raised an exception or asked for what cannot be.
+
+    Attributes:
+        code: the gRPC status of the request that ends by it.
+    """
+
+    code = "INTERNAL"
+
+
+class TooManyBranches(StrategyFailed):
+    """A strategy has asked for more branches than a group may have; what it does is right, but not here."""
+
+    code = "FAILED_PRECONDITION"
 
 
 class Aside(Protocol):

@@ -25,7 +25,7 @@ from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
 from expertwire.deploy.runtime import make_launcher, open_tokenizer, special_ids
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.engine import Engine
-from expertwire.engine.frontend import strategy_parts
+from expertwire.engine.frontend import group_run, strategy_parts
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.strategies import (
     BestOfN,
@@ -38,7 +38,7 @@ from expertwire.strategies import (
     Selection,
     WholeText,
 )
-from expertwire.strategies.base import Start
+from expertwire.strategies.base import Start, Status
 from expertwire.strategies.registry import ANSWERS, STRATEGIES
 
 DEMO = Path(expertwire.__file__).with_name("demo_model")
@@ -87,9 +87,26 @@ class Twice:
         return Selection(branches=(best.index,), reason=f"the longest of {self.label}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """A strategy of the server's own that wants too many branches: at once, or in turns."""
+
+    at_once: int
+
+    @property
+    def needs(self):
+        return Needs()
+
+    def decide(self, group):
+        return [Start(self.at_once)] if all(each.status is Status.FINISHED for each in group.branches) else []
+
+    def select(self, group):
+        return Selection(branches=(0,), reason="never")
+
+
 HANGING = Hanging()
 VERIFIERS = {"even": most_tokens_even, "hanging": HANGING, "failing": failing}
-CATALOG = Catalog(strategies={**STRATEGIES, "twice": Twice}, verifiers=VERIFIERS)
+CATALOG = Catalog(strategies={**STRATEGIES, "twice": Twice, "greedy": Greedy}, verifiers=VERIFIERS)
 
 
 @contextlib.contextmanager
@@ -115,7 +132,8 @@ def serving():
             yield running
         finally:
             HANGING.may_return.set()
-            running["loop"].call_soon_threadsafe(running["stop"].set)
+            with contextlib.suppress(RuntimeError):  # a test has stopped it, and the loop is closed
+                running["loop"].call_soon_threadsafe(running["stop"].set)
             thread.join(30)
             assert not thread.is_alive()
 
@@ -290,7 +308,7 @@ def test_unary_and_async_calls(server):
 
 def test_names_of_strategies_and_verifiers_are_told(client):
     info = client.model_info()
-    assert list(info["strategies"]) == sorted([*STRATEGIES, "twice"])
+    assert list(info["strategies"]) == sorted([*STRATEGIES, "greedy", "twice"])
     assert list(info["verifiers"]) == ["even", "failing", "hanging"]
 
 
@@ -300,6 +318,20 @@ def test_a_strategy_of_the_server_s_own(client):
     assert generation.group.reason == "the longest of mine"
     error = error_of(client, {"strategy": "twice", "size": 3})
     assert (error.code, error.message) == ("INVALID_ARGUMENT", "strategy twice has the options label, got size")
+
+
+@pytest.mark.parametrize("at_once", [5, 2])
+def test_a_strategy_of_the_server_s_own_that_wants_too_many_branches(client, monkeypatch, at_once):
+    monkeypatch.setattr(group_run, "MAX_BRANCHES", 4)
+    monkeypatch.setattr(group_run, "MAX_STARTED", 8)
+    error = error_of(client, {"strategy": "greedy", "at_once": at_once}, max_tokens=1)
+    started = 0 if at_once == 5 else 8
+    assert (error.code, error.message) == (
+        "FAILED_PRECONDITION",
+        f"the strategy Greedy asks for {at_once} branches more, where 0 run and {started} were started; "
+        "at most 4 of a request may run at once, and 8 be started in all",
+    )
+    assert idle(client)
 
 
 @pytest.mark.parametrize("way", ["cancel", "deadline", "abort", "vanish"])
