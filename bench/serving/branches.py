@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument(
         "--load-format", default="auto", help="dummy: random weights, for a folder with a configuration only"
     )
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--branches", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of each output")
@@ -35,6 +36,7 @@ def main() -> int:
     args = parser.parse_args()
     options = {
         "load_format": args.load_format,
+        "dtype": args.dtype,
         "max_num_seqs": args.branches,
         "kv_cache_memory_bytes": 200_000_000,
         "max_model_len": 2048,
@@ -54,9 +56,31 @@ def main() -> int:
     group = found["group, cache off"]["tokens_per_s"]
     for name in ("requests, cache off", "requests, cache on"):
         print(f"group without prefix cache / {name}: {group / found[name]['tokens_per_s']:.2f}")
+    num_output = args.branches * args.output
+    step = step_in_prompt_tokens(
+        num_output / group,
+        num_output / found["requests, cache off"]["tokens_per_s"],
+        args.branches,
+        args.prompt,
+        args.output,
+    )
+    print(f"a decode step of {args.branches} branches takes as long as {step:.0f} tokens of a prompt")
     if args.json is not None:
-        args.json.write_text(json.dumps({"options": {**vars(args), "json": None}, "rows": rows, "medians": found}))
+        options = {**vars(args), "model": Path(args.model).name, "json": None}
+        args.json.write_text(json.dumps({"options": options, "rows": rows, "medians": found, "step": step}))
     return 0
+
+
+def step_in_prompt_tokens(group_s: float, requests_s: float, branches: int, prompt: int, output: int) -> float:
+    """Return how many tokens of a prompt are computed in the time of a decode step.
+
+    Args:
+        group_s, requests_s: time of the branches as a group, which computes the prompt once, and as requests, which compute it
+            `branches` times.
+        branches, prompt, output: their number, tokens of the prompt, tokens of each output.
+    """
+    token_s = (requests_s - group_s) / ((branches - 1) * prompt)
+    return (group_s - prompt * token_s) / ((output - 1) * token_s)
 
 
 def measure(llm: LLM, args: argparse.Namespace, way: str, *, seed: int) -> dict[str, float]:

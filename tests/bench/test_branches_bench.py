@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pytest
+
 from expertwire.bench.serving import branches
 
 
@@ -13,3 +15,11 @@ def test_branches_as_a_group_and_as_requests(monkeypatch, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())["medians"]
     assert found["group, cache off"]["computed"] < 40 + 3 * 4 + 3
     assert found["requests, cache off"]["computed"] > 3 * 40
+
+
+@pytest.mark.parametrize("step", [16, 56, 120])
+def test_a_step_in_tokens_of_a_prompt(step):
+    token_s = 2e-5
+    group_s, requests_s = [(prompts * 512 + 127 * step) * token_s for prompts in (1, 16)]
+    assert branches.step_in_prompt_tokens(group_s, requests_s, 16, 512, 128) == pytest.approx(step)
+    assert (requests_s / group_s >= 1.99) == (step <= 56)
