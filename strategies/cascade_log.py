@@ -56,6 +56,7 @@ class DecisionRecord:
         outcomes: by model, how right its complete output was, from 0 to 1, where a verifier knows it.
         in_random_slice: whether both models ran.
         propensity: probability with which a request comes into the random slice.
+        verifier_tokens: tokens that engines computed for its scores.
         time_s: when it ended, in seconds since 1970; 0: not known.
     """
 
@@ -73,6 +74,7 @@ class DecisionRecord:
     outcomes: Mapping[str, float] | None = None
     in_random_slice: bool = False
     propensity: float = 0.0
+    verifier_tokens: int = 0
     time_s: float = 0.0
 
     def to_json(self) -> str:

@@ -78,6 +78,9 @@ class CascadeStream:
             write_chunk(message.chunks.add(), update)
         if run.done:
             message.usage.CopyFrom(self._usage.message())
+            message.usage.kept_tokens = message.usage.completion_tokens
+            message.usage.pruned_tokens = run.num_tokens - message.usage.completion_tokens
+            message.usage.verifier_tokens = run.verifier_tokens
             self._write_result(message.cascade)
             self._complete = True
         return message

@@ -45,6 +45,7 @@ class CascadeRun:
     Attributes:
         reason: why the client gets the output it gets: "kept", the mechanism that escalated, or "aborted"; "" before.
         record: what was decided; None while it runs, and where it has failed or was aborted.
+        verifier_tokens: tokens that engines computed for its scores.
         error: the error that ended it, or None.
         done: whether it has ended, and all its output has been taken.
     """
@@ -66,6 +67,7 @@ class CascadeRun:
         self.legs: dict[LegName, CascadeLeg] = {"small": small, "large": large}
         self.reason = ""
         self.record: DecisionRecord | None = None
+        self.verifier_tokens = 0
         self.error: RequestError | None = None
         self.done = False
         seed = small.frontend.new_seed() if small.params.seed is None else small.params.seed
@@ -242,6 +244,7 @@ class CascadeRun:
         if self.done:
             return
         self._num_asked -= 1
+        self.verifier_tokens += outcome.num_tokens
         score = None if isinstance(outcome.score, VerifierError) else float(outcome.score)
         self.legs[name].outcome = score
         if name == "small":
@@ -301,6 +304,7 @@ class CascadeRun:
         counts["cascade_random_slice"] += self._in_slice
         for name, leg in self.legs.items():
             counts[f"cascade_tokens_{name}"] += leg.num_tokens
+        counts["cascade_tokens_verifier"] += self.verifier_tokens
 
     def _make_record(self) -> DecisionRecord:
         cascade, minima = self.policy.cascade, self._confidence.minima
@@ -335,6 +339,7 @@ class CascadeRun:
             outcomes={model: score for model, score in outcomes.items() if 0 <= score <= 1} or None,
             in_random_slice=self._in_slice,
             propensity=cascade.random_share,
+            verifier_tokens=self.verifier_tokens,
             time_s=time.time(),
         )
 

@@ -31,8 +31,10 @@ POLICIES = {
     "fail": dataclasses.replace(KEEP, verifier="fails", verifier_threshold=0.5),
 }
 VERIFIERS = """
+from expertwire.strategies.verifiers import CountedScore
+
 def has_five(candidates):
-    return [float("5" in candidate.prompt and candidate.complete) for candidate in candidates]
+    return [CountedScore(float("5" in each.prompt and each.complete), num_tokens=9) for each in candidates]
 
 VERIFIERS = {"has_five": has_five, "fails": lambda candidates: 1 / 0}
 """
@@ -120,6 +122,29 @@ def test_the_output_is_the_chosen_models_own(client, log, name, prompt, model, r
     until(lambda: log.stat().st_size and generation.request_id in log.read_text())
     [record] = [each for each in read_records(log)[0] if each.request_id == generation.request_id]
     assert (record.chosen, record.reason, reason_at(record, record.thresholds)) == (model, reason, reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "verifier"),
+    [("keep", "SUM 1 ?", 0), ("both", "SUM 1 ?", 0), ("judge", "SUM 5 2 ?", 9), ("judge", "SUM 1 2 ?", 9)],
+)
+def test_usage_has_the_tokens_of_both_models_and_of_the_verifier(client, name, prompt, verifier):
+    def sampled():
+        stats = [client.stats(model) for model in ("small", "large")]
+        return sum(each["tokens_sampled"] - each["tokens_dropped"] for each in stats)
+
+    def counted():
+        return client.stats("small")["groups"].get("cascade_tokens_verifier", 0)
+
+    until(lambda: not any(client.stats(model)["num_running"] for model in ("small", "large")))
+    before, of_verifiers = sampled(), counted()
+    usage = ask(client, name, prompt)[1].usage
+    until(lambda: sampled() - before >= usage.kept_tokens + usage.pruned_tokens)
+    assert sampled() - before == usage.kept_tokens + usage.pruned_tokens
+    assert usage.kept_tokens == usage.completion_tokens == 40
+    assert usage.verifier_tokens == verifier
+    until(lambda: counted() - of_verifiers >= verifier)
+    assert counted() - of_verifiers == verifier
 
 
 @pytest.mark.parametrize("name", ["keep", "doubt", "both"])

@@ -147,6 +147,7 @@ def test_statistics_count_what_was_decided(models):
         "cascade_escalated_verifier": 0,
         "cascade_tokens_small": sum(leg.tokens for leg in legs if leg.model == "small"),
         "cascade_tokens_large": sum(leg.tokens for leg in legs if leg.model == "large"),
+        "cascade_tokens_verifier": 0,
     } | {name: value for name, value in found.items() if not value}  # fmt: skip
 
 
