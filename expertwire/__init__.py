@@ -6,6 +6,7 @@ first use.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ __all__ = ["LLM", "CascadeLLM", "RequestOutput", "SamplingParams", "TenantQuota"
 
 if TYPE_CHECKING:
     from expertwire.cascade import CascadeLLM
-    from expertwire.llm import LLM, RequestOutput
+    from expertwire.llm import LLM
+    from expertwire.outputs import RequestOutput
     from expertwire.scheduler.quotas import TenantQuota
     from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -25,21 +27,17 @@ if (_ROOT / "pyproject.toml").exists():
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
 
 
+# Imported on first use.
+_MODULES = {
+    "LLM": "expertwire.llm",
+    "CascadeLLM": "expertwire.cascade",
+    "RequestOutput": "expertwire.outputs",
+    "SamplingParams": "expertwire.scheduler.sampling_params",
+    "TenantQuota": "expertwire.scheduler.quotas",
+}
+
+
 def __getattr__(name: str) -> object:
-    if name in ("LLM", "RequestOutput"):
-        from expertwire import llm
-
-        return getattr(llm, name)
-    if name == "CascadeLLM":
-        from expertwire.cascade import CascadeLLM
-
-        return CascadeLLM
-    if name == "SamplingParams":
-        from expertwire.scheduler.sampling_params import SamplingParams
-
-        return SamplingParams
-    if name == "TenantQuota":
-        from expertwire.scheduler.quotas import TenantQuota
-
-        return TenantQuota
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'expertwire' has no attribute {name!r}")

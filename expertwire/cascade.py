@@ -16,8 +16,9 @@ from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy
 from expertwire.engine.frontend.cascades import CascadeRun, LegName, check_cascade_params
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.verifier_calls import VerifierCalls
-from expertwire.generation import Job, Progress, RequestOutput, delayed_interrupt, raise_error
+from expertwire.generation import Job, ProgressBar, delayed_interrupt, raise_error
 from expertwire.llm import LLM, as_list, one_each, plain_prompt
+from expertwire.outputs import RequestOutput
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.cascade import Cascade
 from expertwire.strategies.cascade_log import DecisionRecord
@@ -129,7 +130,7 @@ class CascadeLLM:
                 raise ValueError(f"prompt {index}: {error}") from error
         with contextlib.closing(VerifierCalls()) as calls:
             run = _Run(self._bound, jobs, calls, min(llm.queue_capacity for llm in self._llms.values()))
-            with Progress(len(jobs), use_tqdm) as progress, delayed_interrupt() as check_interrupt:
+            with ProgressBar(len(jobs), use_tqdm) as progress, delayed_interrupt() as check_interrupt:
                 try:
                     while run.unfinished:
                         run.submit()

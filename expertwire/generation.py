@@ -7,8 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -16,85 +15,10 @@ from tqdm import tqdm
 from expertwire.engine.frontend.api import EngineFailed, LogprobDict, RequestError, RequestOptions, Update
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.logprobs import to_dict
+from expertwire.outputs import CompletionOutput, RequestOutput
 from expertwire.scheduler.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from expertwire.group_generation import GroupOutput
-
 _POLL_S = 0.2  # longest wait for an interrupt to take effect
-
-
-@dataclass
-class CompletionOutput:
-    """One of a request's `n` outputs.
-
-    Attributes:
-        index: index of the output, from 0.
-        text: empty without a tokenizer.
-        token_ids: the output's tokens, including an end-of-sequence or stop token.
-        logprobs: one entry per token if requested: token id -> `Logprob`, the sampled token first.
-        cumulative_logprob: sum over the sampled tokens, if `logprobs` was requested.
-        expert_load: if requested, number of computed tokens of prompt and output by layer and expert. Tokens found in the prefix
-            cache and the last token, which is not computed, do not count.
-        finish_reason: "stop" or "length".
-        stop_reason: the stop string or the id among `stop_token_ids` that ended the output.
-        seed: seed that, with `index` and the prompt, reproduces the output.
-    """
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[LogprobDict] | None = None
-    cumulative_logprob: float | None = None
-    expert_load: list[list[int]] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    seed: int | None = None
-
-
-@dataclass
-class RequestOutput:
-    """The outputs for one prompt.
-
-    Attributes:
-        request_id: unique within an `LLM`.
-        prompt: text of the prompt; None for token ids.
-        prompt_token_ids: tokens of the prompt.
-        prompt_logprobs: if requested, None for the first token, then token id -> `Logprob`, the prompt's token first.
-        outputs: the `n` outputs.
-        finished: whether all outputs have ended.
-        num_cached_tokens: number of prompt tokens that the first output found in the prefix cache.
-        group: how the strategy came to the outputs; None without one. Outputs are then those selected, best first.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[LogprobDict | None] | None
-    outputs: list[CompletionOutput]
-    finished: bool
-    num_cached_tokens: int = 0
-    group: GroupOutput | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardOutput:
-    """The scores of one prompt.
-
-    Attributes:
-        scores: f32 [labels].
-        num_prompt_tokens: tokens of the prompt.
-        num_cached_tokens: those that were found in the prefix cache.
-    """
-
-    scores: np.ndarray
-    num_prompt_tokens: int
-    num_cached_tokens: int
-
-    @property
-    def num_computed_tokens(self) -> int:
-        """Tokens that the engine computed for the scores."""
-        return self.num_prompt_tokens - self.num_cached_tokens
 
 
 class Job:
@@ -205,7 +129,7 @@ def raise_error(frontend: Frontend, prompt: int, error: RequestError) -> NoRetur
     raise kind(f"prompt {prompt}: {error.message} ({error.code})")
 
 
-class Progress:
+class ProgressBar:
     """A progress bar over prompts that shows tokens per second."""
 
     def __init__(self, total: int, shown: bool) -> None:
@@ -213,7 +137,7 @@ class Progress:
         self._begin = time.monotonic()
         self._tokens = 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:

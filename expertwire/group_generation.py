@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from expertwire.engine.frontend.api import RequestOptions
-from expertwire.engine.frontend.group_run import Fate, GroupRun
+from expertwire.engine.frontend.group_run import GroupRun
 from expertwire.engine.frontend.group_views import BranchRun
 from expertwire.engine.frontend.groups import Groups
 from expertwire.engine.frontend.logprobs import to_dict
-from expertwire.generation import CompletionOutput, RequestOutput, raise_error
+from expertwire.generation import raise_error
+from expertwire.outputs import CompletionOutput, GroupBranch, GroupOutput, RequestOutput
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.strategies.accounting import TokenCounts
 from expertwire.strategies.base import Strategy
 
 _POLL_S = 0.2  # longest wait for an interrupt to take effect
-
-
-@dataclass
-class GroupBranch:
-    """One of a group's branches.
-
-    Attributes:
-        index: of the branch, in the order of their starts.
-        parent: index of the branch that it continues; None if it began at the prompt.
-        num_shared: output tokens that it has from its parent.
-        fate: "kept" if it ended by itself, else "pruned".
-        text, token_ids: its output, with that of its parent; a pruned branch has what it had by then.
-        finish_reason: "stop" or "length" if it was kept.
-        answer: what the strategy extracted from its text.
-        score: the verifier's last score of it; None if there is none, or the verifier failed.
-        problems: why scores are missing.
-    """
-
-    index: int
-    parent: int | None
-    num_shared: int
-    fate: Fate
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    answer: str | None
-    score: float | None
-    problems: list[str]
-
-    @property
-    def num_own_tokens(self) -> int:
-        """Tokens that were sampled for this branch alone."""
-        return len(self.token_ids) - self.num_shared
-
-
-@dataclass
-class GroupOutput:
-    """The way in which a strategy came to the outputs of a prompt.
-
-    Attributes:
-        branches: all branches, by index.
-        selected: indices of those that are the request's outputs, best first.
-        answer: the answer chosen, if the strategy chooses among answers.
-        weights: what each answer got, in the order of first appearance; None without answers.
-        reason: why, in a few words.
-        tokens: what became of the tokens sampled; each counts once.
-    """
-
-    branches: list[GroupBranch]
-    selected: list[int]
-    answer: str | None
-    weights: Mapping[str, float] | None
-    reason: str
-    tokens: TokenCounts
 
 
 @dataclass

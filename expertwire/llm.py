@@ -19,8 +19,9 @@ from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.groups import Groups, check_params
 from expertwire.engine.frontend.prompts import Prompt, score_params
 from expertwire.engine.frontend.tokenizer import Tokenizer
-from expertwire.generation import CompletionOutput, Job, Progress, RequestOutput, RewardOutput, Run, delayed_interrupt
+from expertwire.generation import Job, ProgressBar, Run, delayed_interrupt
 from expertwire.group_generation import GroupJob, GroupsRun
+from expertwire.outputs import CompletionOutput, RequestOutput, RewardOutput
 from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.base import Strategy
 
@@ -274,7 +275,7 @@ class LLM:
 
 def _run_all(run: Run | GroupsRun, use_tqdm: bool) -> None:
     """Run all prompts; an interrupt or an error aborts those that are open."""
-    with Progress(run.unfinished, use_tqdm) as progress, delayed_interrupt() as check_interrupt:
+    with ProgressBar(run.unfinished, use_tqdm) as progress, delayed_interrupt() as check_interrupt:
         try:
             while run.unfinished:
                 run.submit()

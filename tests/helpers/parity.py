@@ -18,7 +18,7 @@ import torch
 
 from expertwire import LLM, SamplingParams
 from expertwire.engine.models.registry import read_model_config
-from expertwire.generation import RequestOutput
+from expertwire.outputs import RequestOutput
 from helpers import tiny_checkpoints as tiny
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 130, 300)
