@@ -15,12 +15,11 @@ from torch import Tensor
 
 from expertwire.comm.all_to_all.base import AllToAll
 from expertwire.comm.all_to_all.reference import ReferenceAllToAll
-from expertwire.kernels.formats import Weight
-from expertwire.kernels.ops.experts import GroupedMlp
+from expertwire.kernels.ops.experts import GroupedMlp, GroupedMlpWeights
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.moe_block import DenseMlp, MoeBlock, MoeWeights
 from expertwire.kernels.ops.routing import Route, RouteAndCount, Routed, to_physical
-from expertwire.kernels.ops.variants import Activation, Routing
+from expertwire.kernels.ops.variants import Routing
 from expertwire.kernels.registry import Ops
 from expertwire.moe.eplb.placement import Placement
 from expertwire.moe.micro_batch import MicroBatch, run
@@ -171,8 +170,7 @@ def exchanges(num_tokens_P: Sequence[int], most: int | None) -> Iterator[tuple[i
 
 def prepare(
     w_router: Tensor,
-    w13: Weight,
-    w2: Weight,
+    experts: GroupedMlpWeights,
     norm_D: Tensor,
     *,
     ops: Ops,
@@ -181,10 +179,8 @@ def prepare(
     placement: Placement,
     rank: int,
     all_to_alls: Sequence[AllToAll],
-    activation: Activation | None = None,
     router_bias: Tensor | None = None,
     choice_bias: Tensor | None = None,
-    biases: tuple[Tensor | None, Tensor | None] = (None, None),
     shared: DenseMlp | None = None,
     latent: tuple[Linear, Linear] | None = None,
     layer: int = 0,
@@ -195,7 +191,7 @@ def prepare(
     Args:
         w_router: [E, D]; in fp32 if logits are to be. `router_bias` [E] is added to logits, `choice_bias` fp32 [E]
             to scores.
-        w13: [e, 2F, D], gate rows over up rows, or [e, F, D] without a gate; `w2` [e, D, F]; `biases` of the two.
+        experts: those of this rank.
         shared, latent: as `MoeLayer` has them.
         norm_D: weights of the norm behind the layer.
         all_to_alls: one for each micro-batch that can be in flight.
@@ -205,11 +201,7 @@ def prepare(
     log2phy_QE = torch.from_numpy(placement.log2phy(rank, layer)).to(w_router.device)
     alone = placement.num_ranks == 1
     grouped_mlp = ops.experts(
-        w13,
-        w2,
-        activation=activation,
-        bias13_eF=biases[0],
-        bias2_eD=biases[1],
+        experts,
         expected=_expected(placement, rank, routing.top_k),
         overlapped=not alone and len(all_to_alls) > 1,
     )

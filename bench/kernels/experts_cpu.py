@@ -32,6 +32,7 @@ from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import registry
 from expertwire.kernels.ops import rms_norm, routing
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 from expertwire.kernels.ops.variants import Routing
 from expertwire.moe import reference
 from expertwire.moe.eplb.placement import place
@@ -159,8 +160,7 @@ def _moe(weights: Weights) -> MoeLayer:
     )
     return prepare(
         weights.router,
-        weights.w13,
-        weights.w2,
+        GroupedMlpWeights(weights.w13, weights.w2),
         weights.norm,
         ops=registry.cpu(),
         routing=Routing(top_k=K, renormalize=True),

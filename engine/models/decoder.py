@@ -37,6 +37,7 @@ from expertwire.engine.runner.batch import ForwardBatch
 from expertwire.kernels.formats import Weight, quantize_experts
 from expertwire.kernels.ops import rotary
 from expertwire.kernels.ops.attention import FP8
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 from expertwire.kernels.ops.variants import Rope
 from expertwire.moe import layer as moe_layer
 from expertwire.moe.layer import MoeLayer
@@ -173,17 +174,21 @@ class Decoder:
         if moe.latent_size:
             down, up = (context.ops.linear(p.weight(name), dtype=context.dtype) for name in ("latent_in", "latent_out"))
             latent = down, up
-        return moe_layer.prepare(
-            p.tensor("router"),
+        experts = GroupedMlpWeights(
             self._experts(p, "w13", moe.w13_parts),
             self._experts(p, "w2", (moe.latent_size or self.config.hidden_size,)),
+            moe.activation,
+            p.maybe("w13_bias"),
+            p.maybe("w2_bias"),
+        )
+        return moe_layer.prepare(
+            p.tensor("router"),
+            experts,
             next_norm[0],
             ops=context.ops,
             routing=moe,
-            activation=moe.activation,
             router_bias=p.maybe("router_bias"),
             choice_bias=p.maybe("choice_bias"),
-            biases=(p.maybe("w13_bias"), p.maybe("w2_bias")),
             eps=self.config.rms_norm_eps,
             placement=context.placement,
             rank=context.rank,

@@ -20,11 +20,10 @@ from expertwire.engine.models.mixer_configs import (
     LatentAttentionConfig,
     Mixer,
 )
-from expertwire.kernels.ops.variants import CHUNK, Activation, LongRope, Routing
+from expertwire.kernels.ops.variants import CHUNK, SWIGLU, Activation, LongRope, Routing
 from expertwire.scheduler.config import CacheKind, CacheSpec
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "fp8": 1}
-SWIGLU = Activation()
 # In the order of a model's caches.
 _CACHE_KINDS: tuple[CacheKind, ...] = ("full", "latent", "index", "window", "chunk", "state")
 

@@ -47,11 +47,10 @@ from expertwire.kernels.cpu.quantized import Codes, expert, num_panels, panel_of
 from expertwire.kernels.formats import QuantizedWeight, Weight
 from expertwire.kernels.ops import experts as experts_op
 from expertwire.kernels.ops import heads, linear
-from expertwire.kernels.ops.experts import GroupedMlp
+from expertwire.kernels.ops.experts import GroupedMlp, GroupedMlpWeights
 from expertwire.kernels.ops.heads import PerHead
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.permute import TileMap
-from expertwire.kernels.ops.variants import Activation
 
 # Rows of x that stay in the cache while they are multiplied by all weights; a multiple of `rows_at_once`.
 CHUNK = 288
@@ -159,21 +158,11 @@ def prepare_per_head(w_HNK: Tensor) -> PerHead:
     return pack_heads(w_HNK) if is_packed(w_HNK) else heads.prepare(w_HNK)
 
 
-def prepare_experts(
-    w13: Weight,
-    w2: Weight,
-    *,
-    activation: Activation | None = None,
-    bias13_eF: Tensor | None = None,
-    bias2_eD: Tensor | None = None,
-    expected: float = 1.0,
-    overlapped: bool = False,
-) -> GroupedMlp:
+def prepare_experts(weights: GroupedMlpWeights, *, expected: float = 1.0, overlapped: bool = False) -> GroupedMlp:
     """As `kernels.ops.experts.PrepareExperts`."""
-    activation = activation or Activation()
-    if is_packed(w13) and is_packed(w2):
-        return pack_experts(w13, w2, activation, bias13_eF, bias2_eD)
-    return experts_op.prepare(w13, w2, activation=activation, silu_mul=silu_mul, bias13_eF=bias13_eF, bias2_eD=bias2_eD)
+    if is_packed(weights.w13) and is_packed(weights.w2):
+        return pack_experts(weights)
+    return experts_op.prepare(weights, silu_mul=silu_mul)
 
 
 def pack_linear(w_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
@@ -192,30 +181,25 @@ def pack_heads(w_HNK: Tensor) -> PackedHeads:
     return PackedHeads(_pack_dense(w_HNK, np.arange(0, -(-num_outputs // PANEL) * PANEL, LANES)), num_outputs)
 
 
-def pack_experts(
-    w13: Weight,
-    w2: Weight,
-    activation: Activation,
-    bias13_eF: Tensor | None = None,
-    bias2_eD: Tensor | None = None,
-) -> PackedExperts:
-    """Pack weights [e, 2F, D], without a gate [e, F, D], and [e, D, F] that panels support."""
-    assert supports(w13), f"w13 {tuple(w13.shape)}"
-    assert supports(w2), f"w2 {tuple(w2.shape)}"
-    num_experts, width, inner = w2.shape
-    rows = w13.shape[1]
-    bias13 = np.zeros((num_experts, rows), np.float32) if bias13_eF is None else bias13_eF.float().numpy()
-    bias2 = np.zeros((num_experts, width), np.float32) if bias2_eD is None else bias2_eD.float().numpy()
-    packed_w2 = _pack(w2, np.arange(0, width, LANES))
-    if not activation.gated:
+def pack_experts(weights: GroupedMlpWeights) -> PackedExperts:
+    """Pack weights that panels support."""
+    w = weights
+    assert supports(w.w13), f"w13 {tuple(w.w13.shape)}"
+    assert supports(w.w2), f"w2 {tuple(w.w2.shape)}"
+    num_experts, width, inner = w.w2.shape
+    rows = w.w13.shape[1]
+    bias13 = np.zeros((num_experts, rows), np.float32) if w.bias13_eF is None else w.bias13_eF.float().numpy()
+    bias2 = np.zeros((num_experts, width), np.float32) if w.bias2_eD is None else w.bias2_eD.float().numpy()
+    packed_w2 = _pack(w.w2, np.arange(0, width, LANES))
+    if not w.activation.gated:
         starts = np.arange(0, -(-rows // PANEL) * PANEL, LANES)
-        return PackedExperts(_pack(w13, starts), packed_w2, bias13, bias2, gating=None)
+        return PackedExperts(_pack(w.w13, starts), packed_w2, bias13, bias2, gating=None)
     gates = np.arange(0, inner, LANES)
     halves = np.stack((gates, gates + inner), 1).flatten()
     bias13 = bias13.reshape(num_experts, -1, LANES)[:, halves // LANES].reshape(num_experts, -1, PANEL)
-    alpha, limit, offset = activation.gating
+    alpha, limit, offset = w.activation.gating
     gating = np.float32(alpha), np.float32(limit), np.float32(offset)
-    return PackedExperts(_pack(w13, halves), packed_w2, bias13, bias2, gating)
+    return PackedExperts(_pack(w.w13, halves), packed_w2, bias13, bias2, gating)
 
 
 def _pack(w_eNK: Weight, starts: np.ndarray) -> np.ndarray | Codes:

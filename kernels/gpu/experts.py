@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.formats import QuantizedWeight, Weight
+from expertwire.kernels.formats import QuantizedWeight
 from expertwire.kernels.gpu import block_scaled_mma, formats, grouped_gemm, grouped_gemm_tiles, quantize
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.gpu.formats import ExpertWeights
-from expertwire.kernels.ops.experts import GroupedMlp
+from expertwire.kernels.ops.experts import GroupedMlp, GroupedMlpWeights
 from expertwire.kernels.ops.permute import TileMap
 from expertwire.kernels.ops.quantize import unpack
 from expertwire.kernels.ops.variants import Activation
@@ -120,18 +120,14 @@ def _operand(
 
 
 def prepare(
-    w13: Weight,
-    w2: Weight,
+    weights: GroupedMlpWeights,
     *,
     device: Device,
-    activation: Activation | None = None,
-    bias13_eF: Tensor | None = None,
-    bias2_eD: Tensor | None = None,
     expected: float = 1.0,
     overlapped: bool = False,
     scale_rows: bool = False,
 ) -> GroupedMlp:
-    """Return a callable for the weights [e, 2F, D], gate rows over up rows, and [e, D, F].
+    """As `kernels.ops.experts.PrepareExperts`.
 
     Tiles are chosen for the share `expected` of R. `overlapped`: rows of another micro-batch are
     exchanged meanwhile, by kernels that need some multiprocessors. `scale_rows`: rows that meet
@@ -140,7 +136,7 @@ def prepare(
     Raises:
         ValueError: gate and up of an "nvfp4" expert have different global scales, or rows cannot be quantised for its width.
     """
-    activation = activation or Activation()
+    w13, w2 = weights.w13, weights.w2
     kinds = [weight.format if isinstance(weight, QuantizedWeight) else "dense" for weight in (w13, w2)]
     assert kinds[0] == kinds[1], f"w13 in {kinds[0]}, w2 in {kinds[1]}"
     pack = block_scaled_mma.pack_weight if scale_rows and kinds[0] in block_scaled_mma.FORMATS else formats.pack4
@@ -152,11 +148,11 @@ def prepare(
             f"got {sizes}; 'invariant' takes any"
         )
     return GpuExperts(
-        w13=formats.of_weight(w13, gated=activation.gated, pack=pack),
+        w13=formats.of_weight(w13, gated=weights.activation.gated, pack=pack),
         w2=formats.of_weight(w2, pack=pack),
-        activation=activation,
-        bias13_eF=bias13_eF,
-        bias2_eD=bias2_eD,
+        activation=weights.activation,
+        bias13_eF=weights.bias13_eF,
+        bias2_eD=weights.bias2_eD,
         device=device,
         expected=expected,
         reserved_sms=device.exchange_sms if overlapped else 0,

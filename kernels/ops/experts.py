@@ -22,7 +22,24 @@ from torch import Tensor
 from expertwire.kernels.formats import QuantizedWeight, Weight, dequantize
 from expertwire.kernels.ops import linear
 from expertwire.kernels.ops.permute import TileMap
-from expertwire.kernels.ops.variants import Activation
+from expertwire.kernels.ops.variants import SWIGLU, Activation
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedMlpWeights:
+    """The weights of a layer's experts on this rank; quantised ones stay as they are in memory.
+
+    Attributes:
+        w13: [e, 2F, D], gate rows over up rows, or [e, F, D] without a gate.
+        w2: [e, D, F].
+        bias13_eF, bias2_eD: added to the products, or None.
+    """
+
+    w13: Weight
+    w2: Weight
+    activation: Activation = SWIGLU
+    bias13_eF: Tensor | None = None
+    bias2_eD: Tensor | None = None
 
 
 class GroupedMlp(Protocol):
@@ -53,19 +70,8 @@ class GroupedMlp(Protocol):
 class PrepareExperts(Protocol):
     """Preparation of a layer's experts."""
 
-    def __call__(
-        self,
-        w13: Weight,
-        w2: Weight,
-        *,
-        activation: Activation | None = None,
-        bias13_eF: Tensor | None = None,
-        bias2_eD: Tensor | None = None,
-        expected: float = 1.0,
-        overlapped: bool = False,
-    ) -> GroupedMlp:
-        """Prepare weights [e, 2F, D], gate rows over up rows, or [e, F, D] without a gate, and [e, D, F]. Quantised ones stay
-        as they are in memory.
+    def __call__(self, weights: GroupedMlpWeights, *, expected: float = 1.0, overlapped: bool = False) -> GroupedMlp:
+        """Prepare weights.
 
         `expected`: the share of R that holds rows under even routing, where the device counts rows. `overlapped`: an
         all-to-all runs at the same time on a GPU.
@@ -156,21 +162,18 @@ def w2_reference(
     return out_ND
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class LibraryExperts:
     """`GroupedMlp` with torch's GEMM, one expert at a time; quantised experts are dequantised when used."""
 
-    w13: Weight  # [e, 2F, D]
-    w2: Weight  # [e, D, F]
-    activation: Activation
-    bias13_eF: Tensor | None
-    bias2_eD: Tensor | None
+    mlp: GroupedMlpWeights
     silu_mul: SiluMul
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        biases = tuple(bias for bias in (self.bias13_eF, self.bias2_eD) if bias is not None)
-        return tensors_of(self.w13) + tensors_of(self.w2) + biases
+        w = self.mlp
+        biases = tuple(bias for bias in (w.bias13_eF, w.bias2_eD) if bias is not None)
+        return tensors_of(w.w13) + tensors_of(w.w2) + biases
 
     def __call__(
         self,
@@ -183,19 +186,21 @@ class LibraryExperts:
         assert isinstance(offsets, np.ndarray), "the host counts rows"
         assert home_R is None, "rows stay in order"
         assert tile_map is None, "rows are not in tiles"
+        w = self.mlp
         x_RD, y_RD = x_UD.index_select(0, row_index_R), x_UD.new_empty(len(row_index_R), x_UD.shape[1])
         for e, (start, end) in enumerate(pairwise(offsets.tolist())):
             if start < end:
-                gate_up = linear.library(x_RD[start:end], *_layer(self.w13, self.bias13_eF, e, x_UD.dtype))
-                y_RD[start:end] = linear.library(self._gated(gate_up), *_layer(self.w2, self.bias2_eD, e, x_UD.dtype))
+                gate_up = linear.library(x_RD[start:end], *_layer(w.w13, w.bias13_eF, e, x_UD.dtype))
+                y_RD[start:end] = linear.library(self._gated(gate_up), *_layer(w.w2, w.bias2_eD, e, x_UD.dtype))
         return y_RD
 
     def _gated(self, gate_up_NF: Tensor) -> Tensor:
-        if not self.activation.gated:
+        activation = self.mlp.activation
+        if not activation.gated:
             return gate_up_NF.relu_().square_()
-        if self.activation.kind == "swiglu":
+        if activation.kind == "swiglu":
             return self.silu_mul(gate_up_NF)
-        return gate_reference(gate_up_NF, self.activation)
+        return gate_reference(gate_up_NF, activation)
 
 
 def tensors_of(weight: Weight) -> tuple[Tensor, ...]:
@@ -208,18 +213,11 @@ def _layer(weight: Weight, bias_eN: Tensor | None, e: int, dtype: torch.dtype) -
 
 
 def prepare(
-    w13: Weight,
-    w2: Weight,
+    weights: GroupedMlpWeights,
     *,
-    activation: Activation | None = None,
-    bias13_eF: Tensor | None = None,
-    bias2_eD: Tensor | None = None,
     expected: float = 1.0,
     overlapped: bool = False,
     silu_mul: SiluMul = silu_mul_reference,
 ) -> LibraryExperts:
     """As `PrepareExperts`, with `linear.library`; the host counts rows."""
-    activation = activation or Activation()
-    return LibraryExperts(
-        w13=w13, w2=w2, activation=activation, bias13_eF=bias13_eF, bias2_eD=bias2_eD, silu_mul=silu_mul
-    )
+    return LibraryExperts(weights, silu_mul)

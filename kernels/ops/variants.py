@@ -11,7 +11,7 @@ Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Groups:
+class ExpertGroups:
     """Group-limited routing: choose among the experts of the `kept` best of `number` equal groups, ranked `by`."""
 
     number: int
@@ -45,6 +45,9 @@ class Activation:
         """Return alpha, limit and offset of `experts.gate_reference`."""
         assert self.gated, self
         return (1.0, math.inf, 0.0) if self.kind == "swiglu" else (self.alpha, self.limit, 1.0)
+
+
+SWIGLU = Activation()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,6 @@ class Routing:
     top_k: int
     renormalize: bool
     score: Score = "softmax"
-    groups: Groups | None = None
+    groups: ExpertGroups | None = None
     scale: float = 1.0
     scales_input: bool = False

@@ -8,6 +8,7 @@ import torch
 
 from expertwire.kernels import registry
 from expertwire.kernels.ops import experts
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 from expertwire.kernels.ops.variants import Activation
 
 OPS = {"cpu": registry.choose("cpu"), "torch": registry.plain()}
@@ -66,7 +67,7 @@ def formula(x, index, offsets, w13, w2):
 def test_prepared(ops, dtype, name):
     *rows, w13, w2 = inputs(COUNTS[name], dtype)
     expected = formula(*rows, w13, w2)
-    y = ops.experts(w13.clone(), w2.clone())(*rows)
+    y = ops.experts(GroupedMlpWeights(w13.clone(), w2.clone()))(*rows)
     assert (y.shape, y.dtype) == (expected.shape, dtype)
     torch.testing.assert_close(y.double(), expected, **TOLERANCE[dtype])
     torch.testing.assert_close(experts.reference(*rows, w13, w2).double(), expected, **TOLERANCE[dtype])
@@ -76,7 +77,7 @@ def test_prepared(ops, dtype, name):
 @pytest.mark.parametrize(("width", "inner"), [(24, 16), (33, 7), (64, 48), (128, 256)])
 def test_other_widths(width, inner):
     *rows, w13, w2 = inputs([0, 3, 20, 1], torch.float32, width, inner)
-    y = OPS["cpu"].experts(w13.clone(), w2.clone())(*rows)
+    y = OPS["cpu"].experts(GroupedMlpWeights(w13.clone(), w2.clone()))(*rows)
     torch.testing.assert_close(y.double(), formula(*rows, w13, w2), **TOLERANCE[torch.float32])
 
 
@@ -85,7 +86,7 @@ def test_other_widths(width, inner):
 @pytest.mark.parametrize(("width", "inner"), [(32, 64), (64, 96), (96, 32), (256, 160), (1120, 32)])
 def test_bits_of_rows_do_not_depend_on_their_company(dtype, width, inner):
     x, index, offsets, w13, w2 = inputs([129, 0, 3, 17, 300], dtype, width, inner)
-    apply = OPS["cpu"].experts(w13, w2)
+    apply = OPS["cpu"].experts(GroupedMlpWeights(w13, w2))
     whole = apply(x, index, offsets)
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
         for first, last in [(start, start + 1), (start + 1, end), (start + 2, start + 19), (start + 3, start + 99)]:
@@ -102,7 +103,7 @@ def test_bits_of_rows_do_not_depend_on_their_company(dtype, width, inner):
 def test_squared_relu_without_a_gate(ops, dtype, width, inner):
     x, index, offsets, w13, w2 = inputs([3, 0, 17, 1, 40], dtype, width, inner)
     w1, relu2 = w13[:, :inner].clone(), Activation("relu2")
-    apply = ops.experts(w1.clone(), w2.clone(), activation=relu2)
+    apply = ops.experts(GroupedMlpWeights(w1.clone(), w2.clone(), relu2))
     whole = apply(x, index, offsets)
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
         hidden = (x[index[start:end]].double() @ w1[e].double().T).to(dtype).relu().square()
@@ -119,7 +120,7 @@ def test_an_expert_is_two_linear_layers_and_the_activation_between_them(dtype, r
     x, index, offsets, w13, w2 = inputs([0, rows, 0, 0, 0], dtype, width)
     hidden = OPS["cpu"].silu_mul(OPS["cpu"].linear(w13[1])(x[index]))
     expected = OPS["cpu"].linear(w2[1])(hidden)
-    assert torch.equal(OPS["cpu"].experts(w13, w2)(x, index, offsets), expected)
+    assert torch.equal(OPS["cpu"].experts(GroupedMlpWeights(w13, w2))(x, index, offsets), expected)
 
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)

@@ -1,6 +1,8 @@
 """Experts in every format and with every activation: each row gets its expert's output, whatever came with it, and what lies in
 memory is about what the checkpoint holds."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from expertwire.kernels import formats
 from expertwire.kernels.cpu import blocks, elementwise, gemm, routing
 from expertwire.kernels.ops import experts
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 from expertwire.kernels.ops.moe_block import MoeWeights
 from expertwire.kernels.ops.variants import Activation, Routing
 
@@ -18,7 +21,10 @@ ACTIVATIONS = {"swiglu": Activation(), "clamped": CLAMPED}
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 2**-6, "atol": 4e-2}}
 NUM_EXPERTS, WIDTH, INNER = 4, 160, 224  # blocks of 128 are cut off, of gate, up and down, and of columns
 COUNTS = (3, 0, 17, 1)
-prepare = gemm.prepare_experts
+
+
+def prepare(*weights, **options):
+    return gemm.prepare_experts(GroupedMlpWeights(*weights, **options))
 
 
 @pytest.fixture(params=[1, 3], ids=["packed", "library"])
@@ -67,17 +73,18 @@ def rows_of(counts, dtype, width=WIDTH):
 def formula(x, index, offsets, w13, w2, activation, bias13_eF=None, bias2_eD=None):
     """fp64, rounded to x's dtype where layers end; the activation by the published formulas."""
     dtype, rows = x.dtype, []
-    for r, row in enumerate(x[index]):
-        e = np.searchsorted(offsets, r, side="right") - 1
-        product = w13[e].double() @ row.double() + (0 if bias13_eF is None else bias13_eF[e].double())
-        gate, up = product.to(dtype).double().chunk(2)
+    for e, (start, end) in enumerate(pairwise(offsets)):
+        product = x[index[start:end]].double() @ w13[e].double().T
+        product += 0 if bias13_eF is None else bias13_eF[e].double()
+        gate, up = product.to(dtype).double().chunk(2, dim=1)
         if activation.kind == "swiglu":
             hidden = (gate * gate.sigmoid()).to(dtype).double() * up
         else:
             gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
             hidden = (gate * (activation.alpha * gate).sigmoid()).to(dtype).double() * (up + 1)
-        rows.append(w2[e].double() @ hidden.to(dtype).double() + (0 if bias2_eD is None else bias2_eD[e].double()))
-    return torch.stack(rows)
+        y = hidden.to(dtype).double() @ w2[e].double().T
+        rows.append(y + (0 if bias2_eD is None else bias2_eD[e].double()))
+    return torch.cat(rows)
 
 
 @pytest.mark.usefixtures("threads")

@@ -22,6 +22,7 @@ from expertwire.kernels.gpu import dispatch_combine, dispatch_low_latency
 from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu.device import H200
 from expertwire.kernels.ops import experts, quantize
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 
 
 @dataclass
@@ -230,7 +231,8 @@ def test_experts_give_the_same_bits_for_every_dispatch_dtype(few_ids):
         ranks = [NvlinkGpuAllToAll(spec, memories, num_programs=2, **few) for spec in specs]
         handles = [rank.dispatch_send(*sent, tokens) for rank, *sent in zip(ranks, x, ids, strict=True)]
         for i, rank in enumerate(ranks):
-            apply = gpu_experts.prepare(w13.experts(2 * i, 2 * i + 2), w2.experts(2 * i, 2 * i + 2), device=H200)
+            here = GroupedMlpWeights(w13.experts(2 * i, 2 * i + 2), w2.experts(2 * i, 2 * i + 2))
+            apply = gpu_experts.prepare(here, device=H200)
             arrived = rank.dispatch_recv(handles[i])
             rows = arrived.row_index_R, arrived.expert_offsets, arrived.home_R
             rank.combine_send(handles[i], apply(arrived.x_UD, *rows))
@@ -256,7 +258,7 @@ def test_experts_read_rows_in_the_symmetric_buffer():
     handles = [rank.dispatch_send(*sent, tokens) for rank, *sent in zip(ranks, x, ids, strict=True)]
     for i, rank in enumerate(ranks):
         here = slice(i * experts_here, (i + 1) * experts_here)
-        apply = gpu_experts.prepare(w13[here].clone(), w2[here].clone(), device=H200)
+        apply = gpu_experts.prepare(GroupedMlpWeights(w13[here].clone(), w2[here].clone()), device=H200)
         arrived = rank.dispatch_recv(handles[i])
         rank.combine_send(handles[i], apply(arrived.x_UD, arrived.row_index_R, arrived.expert_offsets, arrived.home_R))
     for i, rank in enumerate(ranks):

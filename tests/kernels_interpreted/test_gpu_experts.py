@@ -13,6 +13,7 @@ from expertwire.kernels.gpu import experts as gpu_experts
 from expertwire.kernels.gpu import linear as gpu_linear
 from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops import experts, linear, quantize
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 from expertwire.kernels.ops.variants import Activation
 
 DEVICE = Device(arch=90, num_sms=2)
@@ -58,7 +59,7 @@ def test_experts(format, monkeypatch):
     bias13, bias2 = normal(3, 2 * inner, seed=3), normal(3, width, seed=4)
     weights, x = weights_of(format, width, inner), normal(20, width, seed=5)
     index = torch.randint(20, (20,), generator=torch.Generator().manual_seed(6)).int()
-    apply = gpu_experts.prepare(*weights, device=DEVICE, activation=activation, bias13_eF=bias13, bias2_eD=bias2)
+    apply = gpu_experts.prepare(GroupedMlpWeights(*weights, activation, bias13, bias2), device=DEVICE)
     w13, w2 = (formats.dequantize(weight, torch.float32) for weight in weights)
     home = torch.arange(20).int()
     for rewritten in (False, True):
@@ -84,7 +85,7 @@ def test_tiles_are_for_the_rows_that_are_expected(monkeypatch):
     index, found = torch.zeros(400, dtype=torch.int32), []
     index[:20] = torch.randint(9, (20,), generator=torch.Generator().manual_seed(6))
     for expected in (1.0, 0.05):
-        apply = gpu_experts.prepare(*weights, device=DEVICE, expected=expected)
+        apply = gpu_experts.prepare(GroupedMlpWeights(*weights), device=DEVICE, expected=expected)
         found.append(apply(x, index, OFFSETS, torch.arange(400).int()))
     assert max(seen) == 128
     assert min(seen) == 16
@@ -100,17 +101,17 @@ def test_rows_are_quantised_for_4_bit_weights_where_that_is_chosen(format, monke
     (w13, w2), x = weights_of(format, 128, 64), normal(20, 128, seed=5)
     x[3] *= 1e-4  # what a row is small by is its own affair
     index, home = torch.randint(20, (20,), generator=torch.Generator().manual_seed(6)).int(), torch.arange(20).int()
-    apply = gpu_experts.prepare(w13, w2, device=DEVICE, scale_rows=True)
+    apply = gpu_experts.prepare(GroupedMlpWeights(w13, w2), device=DEVICE, scale_rows=True)
     assert apply.w13.format == block_scaled_mma.FORMATS[format]
     found = apply(x, index, OFFSETS, home)
     plain13, plain2 = (formats.dequantize(weight, torch.float32) for weight in (w13, w2))
     hidden = experts.w13_reference(dequantised(format, x), index, OFFSETS, plain13, Activation())
     expected = experts.w2_reference(dequantised(format, hidden), OFFSETS, plain2, home, torch.empty(20, 128))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
-    unrounded = gpu_experts.prepare(w13, w2, device=DEVICE)(x, index, OFFSETS, home)
+    unrounded = gpu_experts.prepare(GroupedMlpWeights(w13, w2), device=DEVICE)(x, index, OFFSETS, home)
     assert 0.001 < (found - unrounded).norm() / unrounded.norm() < 0.3
     with pytest.raises(ValueError, match="64 divides, got") if format == "nvfp4" else contextlib.nullcontext():
-        gpu_experts.prepare(*weights_of(format, 96, 64), device=DEVICE, scale_rows=True)
+        gpu_experts.prepare(GroupedMlpWeights(*weights_of(format, 96, 64)), device=DEVICE, scale_rows=True)
 
 
 def dequantised(format, x):
@@ -125,7 +126,7 @@ def dequantised(format, x):
 def test_packed_rows_give_the_bits_of_rows_that_are_quantised_here(monkeypatch):
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)
     monkeypatch.setattr(gpu_experts.grouped_gemm_tiles, "quantize_tiles", quantize_tiles)
-    apply = gpu_experts.prepare(*weights_of("fp8_block", 256, 128), device=DEVICE)
+    apply = gpu_experts.prepare(GroupedMlpWeights(*weights_of("fp8_block", 256, 128)), device=DEVICE)
     x, index = normal(9, 256, seed=5).bfloat16(), torch.randint(9, (20,), generator=torch.Generator().manual_seed(6))
     found = [apply(rows, index, OFFSETS) for rows in (x, quantize.pack(quantize.reference(x)))]
     assert found[1].dtype == torch.bfloat16
@@ -136,7 +137,7 @@ def test_global_scales_that_differ():
     w13, w2 = weights_of("nvfp4", 96, 64)
     w13.global_scales[1, 1] *= 2
     with pytest.raises(ValueError, match="global scales"):
-        gpu_experts.prepare(w13, w2, device=DEVICE)
+        gpu_experts.prepare(GroupedMlpWeights(w13, w2), device=DEVICE)
 
 
 def test_a_linear_layer_is_unpacked():

@@ -22,6 +22,7 @@ from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 from expertwire.kernels import registry
 from expertwire.kernels.formats import QuantizedWeight
 from expertwire.kernels.gpu.device import H200
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 from expertwire.kernels.ops.variants import Routing
 from expertwire.moe.eplb.placement import place
 from expertwire.moe.layer import MoeLayer, prepare
@@ -69,8 +70,7 @@ def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_micro_batche
     w13, w2 = (quantised(e, (F, F), D), quantised(e, (D,), F)) if fp8 else (meta(e, 2 * F, D), meta(e, D, F))
     return prepare(
         meta(E, D),
-        w13,
-        w2,
+        GroupedMlpWeights(w13, w2),
         meta(D),
         ops=ops,
         routing=Routing(top_k=K, renormalize=True),

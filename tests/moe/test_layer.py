@@ -14,8 +14,9 @@ from expertwire.comm.all_to_all.reference import ReferenceAllToAll
 from expertwire.comm.group import SoloGroup
 from expertwire.kernels import registry
 from expertwire.kernels.ops import linear, routing
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 from expertwire.kernels.ops.moe_block import DenseMlp
-from expertwire.kernels.ops.variants import Groups, Routing
+from expertwire.kernels.ops.variants import ExpertGroups, Routing
 from expertwire.moe import reference
 from expertwire.moe.eplb.placement import place
 from expertwire.moe.layer import exchanges, prepare
@@ -70,7 +71,9 @@ ROUTING = {
     "softmax": (Routing(top_k=K, renormalize=True), None),
     "as it is": (Routing(top_k=K, renormalize=False), None),
     "sigmoid": (
-        Routing(top_k=K, renormalize=True, score="sigmoid", groups=Groups(number=4, kept=2, by="two_best"), scale=2.5),
+        Routing(
+            top_k=K, renormalize=True, score="sigmoid", groups=ExpertGroups(number=4, kept=2, by="two_best"), scale=2.5
+        ),
         torch.linspace(-0.1, 0.1, E),
     ),
 }
@@ -103,8 +106,7 @@ def layer(
     )
     return prepare(
         router,
-        w13[here],
-        w2[here],
+        GroupedMlpWeights(w13[here], w2[here]),
         norm(dtype),
         ops=dataclasses.replace(OPS, on_device=on_device, fuse_moe=None if on_device else OPS.fuse_moe),
         routing=rule,
