@@ -4,68 +4,42 @@ The numbers in the names of the cases are those of the reference's list of quirk
 the bound model, or from the way in which parameters are found.
 """
 
-import functools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import architectures
-from helpers import tiny_checkpoints as tiny
-from helpers.quirks import attention, moe, unread
+from helpers.quirks import DIFFERS, attention, check_quirk, known, mixers, moe, unread, with_ops, without_convolution
 from helpers.rank_model import RankModel
 
 from expertwire.bench.serving import rank_model as bench_rank_model
+from expertwire.engine.layers.attention import GroupedQueryAttention
 from expertwire.engine.layers.gated_delta_net import GatedDeltaNet
 from expertwire.engine.loader.parameters import ParameterLayout
 from expertwire.engine.models.mixer_configs import AttentionConfig, GatedDeltaNetConfig
 from expertwire.engine.models.registry import read_model_config
 
 NAMES = ["qwen3_next", "qwen3_5", "qwen3_5_moe"]
-NUM_TOKENS = 150
-AGREES, DIFFERS = 1e-3, 1e-2
-ROUTER_MARGIN = 2e-4
 
 
 def is_attention(mixer):
     return isinstance(mixer, AttentionConfig)
 
 
-@dataclass(frozen=True)
-class Delta:
-    """Changes each gated delta net of the bound model."""
-
-    change: object
-
-    def __call__(self, mixer):
-        return self.change(mixer) if isinstance(mixer, GatedDeltaNet) else mixer
+def delta(change):
+    return mixers(GatedDeltaNet, change)
 
 
-@dataclass(frozen=True)
-class Gated:
-    """Changes each block of attention of the bound model."""
-
-    change: object
-
-    def __call__(self, mixer):
-        return mixer if isinstance(mixer, GatedDeltaNet) else replace(mixer, block=self.change(mixer.block))
-
-
-def with_ops(**changed):
-    return lambda mixer: replace(mixer, context=replace(mixer.context, ops=replace(mixer.context.ops, **changed)))
+def gated(change):
+    """Change each block of attention."""
+    return mixers(GroupedQueryAttention, lambda mixer: replace(mixer, block=change(mixer.block)))
 
 
 def gate_first(mixer):
     norm = mixer.context.ops.gated_rms_norm
     return with_ops(gated_rms_norm=lambda *args, gate_first: norm(*args, gate_first=True))(mixer)
-
-
-def without_convolution(mixer):
-    """Only its last tap, of the token itself."""
-    weights = torch.zeros_like(mixer.conv_DK)
-    weights[:, -1] = mixer.conv_DK[:, -1]
-    return replace(mixer, conv_DK=weights)
 
 
 def delta_rule(change):
@@ -125,14 +99,14 @@ CASES = {
         "zero-centred-norms": lambda config: replace(config, zero_centred_norms=False),
         "partly-rotated": attention(is_attention, rope=lambda old: replace(old.rope, size=32)),
         "rotated-in-halves": attention(is_attention, rope=lambda old: replace(old.rope, interleaved=True)),
-        "gate-of-attention": Gated(without_gate),
-        "gate-behind-each-head": Gated(queries_before_gates),
-        "convolution": Delta(without_convolution),
-        "norm-before-the-gate": Delta(gate_first),
-        "decay": Delta(delta_rule(without_decay)),
-        "dt_bias": Delta(delta_rule(without_dt_bias)),
-        "beta": Delta(delta_rule(beta_of_one)),
-        "shared-key-heads": Delta(delta_rule(heads_in_turns)),
+        "gate-of-attention": gated(without_gate),
+        "gate-behind-each-head": gated(queries_before_gates),
+        "convolution": delta(without_convolution),
+        "norm-before-the-gate": delta(gate_first),
+        "decay": delta(delta_rule(without_decay)),
+        "dt_bias": delta(delta_rule(without_dt_bias)),
+        "beta": delta(delta_rule(beta_of_one)),
+        "shared-key-heads": delta(delta_rule(heads_in_turns)),
     }.items()
 } | {
     "10-qwen3_next-shared-expert-gate": ("qwen3_next", without_shared_gate),
@@ -142,36 +116,9 @@ CASES = {
 }
 
 
-@functools.cache
-def known(name):
-    """A prompt on which rounding changes no expert, and transformers' logits, with which the model's agree."""
-    watched = RankModel(architectures.folder(name), max_tokens=256)
-    near_tie = watched.watch_routers(ROUTER_MARGIN)
-    for draw in range(100):
-        ids = tiny.prompt(NUM_TOKENS, seed=draw, vocab_size=320)
-        found = watched.logits(ids)
-        if not near_tie():
-            right = architectures.reference_logits(name, ids)
-            assert np.abs(found - right).max() <= AGREES
-            return ids, right
-    raise AssertionError(f"{name}: no prompt keeps away from ties")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_quirk(case, monkeypatch):
-    name, change = CASES[case]
-    ids, right = known(name)
-    config = read_model_config(architectures.folder(name), "float32")
-    of_bound = isinstance(change, Delta | Gated)
-    config = config if of_bound else change(config)
-    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: config)
-    without = RankModel(architectures.folder(name), max_tokens=256)
-    if of_bound:
-        layers = without.model.layers
-        without.model.layers = [replace(layer, mixer=change(layer.mixer.__self__).forward) for layer in layers]
-    found = without.logits(ids)
-    assert np.isfinite(found).all()
-    assert np.abs(found - right).max() > DIFFERS
+@pytest.mark.parametrize(("name", "change"), CASES.values(), ids=CASES)
+def test_a_quirk(name, change, monkeypatch):
+    check_quirk(monkeypatch, name, change)
 
 
 def test_rows_by_key_head(monkeypatch):

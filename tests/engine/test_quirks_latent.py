@@ -4,7 +4,6 @@ Cases are numbered: 1 routing, 2 groups, 3 scale and pairing of latent attention
 YaRN, 8 query scaling, 14 tied embeddings and ends, 16 styles of config.
 """
 
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -14,8 +13,7 @@ import pytest
 import torch
 from helpers import architectures
 from helpers import architectures_latent as latent
-from helpers import tiny_checkpoints as tiny
-from helpers.quirks import attention, moe, rope, scaling, unread
+from helpers.quirks import attention, check_quirk, known, moe, rope, scaling, unread
 from helpers.rank_model import RankModel
 
 from expertwire.bench.serving import rank_model as bench_rank_model
@@ -25,20 +23,6 @@ from expertwire.kernels.ops import rotary
 from expertwire.kernels.ops.variants import Rope, Yarn
 
 LENGTH = 90  # beyond YaRN's and the query scaling's 64 positions, and the 32 that an indexer chooses
-AGREE, DIFFER, ROUTER_MARGIN = 1e-3, 1e-2, 2e-4
-
-
-@functools.cache
-def reference(name):
-    """A prompt on which rounding changes no choice, and its logits."""
-    watched = RankModel(architectures.folder(name))
-    near_tie = watched.watch_routers(ROUTER_MARGIN)
-    for seed in range(100):
-        ids = tiny.prompt(LENGTH, seed=seed)
-        watched.logits(ids)
-        if not near_tie():
-            return ids, architectures.reference_logits(name, ids)
-    raise AssertionError(f"no prompt for {name} keeps away from ties")
 
 
 def groups_by(by):
@@ -146,30 +130,22 @@ OPS = {
 }
 
 
-def difference(name):
-    ids, expected = reference(name)
-    return np.abs(RankModel(architectures.folder(name)).logits(ids) - expected).max()
-
-
 @pytest.mark.parametrize("name", latent.ALL)
 def test_with_its_quirks_a_model_agrees(name):
-    assert difference(name) <= AGREE
+    known(name, LENGTH)
 
 
 @pytest.mark.parametrize(("name", "change"), CONFIGS.values(), ids=CONFIGS)
 def test_a_quirk_of_the_config_matters(name, change, monkeypatch):
-    reference(name)
-    changed = change(read_model_config(architectures.folder(name)))
-    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: changed)
-    assert difference(name) > DIFFER
+    check_quirk(monkeypatch, name, change, num_tokens=LENGTH)
 
 
 @pytest.mark.parametrize(("name", "change"), OPS.values(), ids=OPS)
 def test_a_quirk_of_the_ops_matters(name, change, monkeypatch):
-    reference(name)
+    known(name, LENGTH)
     ops = registry.cpu()
     monkeypatch.setattr(registry, "choose", lambda device, **_: replace(ops, **change(ops)))
-    assert difference(name) > DIFFER
+    check_quirk(monkeypatch, name, num_tokens=LENGTH)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"])

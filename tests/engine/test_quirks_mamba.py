@@ -6,43 +6,23 @@ from the bound model.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from helpers import architectures
-from helpers import tiny_checkpoints as tiny
-from helpers.quirks import attention, moe
-from helpers.rank_model import RankModel
+from helpers.quirks import attention, check_quirk, mixers, moe, with_ops, without_convolution
 
-from expertwire.bench.serving import rank_model as bench_rank_model
 from expertwire.engine.layers.mamba2 import Mamba2
 from expertwire.engine.models.mixer_configs import AttentionConfig
-from expertwire.engine.models.registry import read_model_config
 from expertwire.kernels.ops.variants import Rope
-
-NUM_TOKENS = 150
-AGREES, DIFFERS = 1e-3, 1e-2
 
 
 def is_attention(mixer):
     return isinstance(mixer, AttentionConfig)
 
 
-@dataclass(frozen=True)
-class Bound:
-    """Changes each Mamba-2 mixer of the bound model."""
-
-    change: object
-
-    def __call__(self, mixer):
-        return self.change(mixer) if isinstance(mixer, Mamba2) else mixer
-
-
-def with_ops(**changed):
-    return lambda mixer: replace(mixer, context=replace(mixer.context, ops=replace(mixer.context.ops, **changed)))
+def mamba(change):
+    return mixers(Mamba2, change)
 
 
 def gate_behind_the_norm(mixer):
@@ -56,13 +36,6 @@ def one_norm_group(mixer):
     return with_ops(gated_rms_norm=lambda x, z, weight, eps, group, **how: norm(x, z, weight, eps, width, **how))(mixer)
 
 
-def without_convolution(mixer):
-    """Only its last tap, of the token itself."""
-    weights = torch.zeros_like(mixer.conv_DK)
-    weights[:, -1] = mixer.conv_DK[:, -1]
-    return replace(mixer, conv_DK=weights)
-
-
 def without_convolution_bias(mixer):
     return replace(mixer, conv_bias_D=torch.zeros_like(mixer.conv_bias_D))
 
@@ -74,7 +47,7 @@ def weights(**changes):
         found = {name: value(getattr(mixer.weights, name)) for name, value in changes.items()}
         return replace(mixer, weights=replace(mixer.weights, **found))
 
-    return Bound(change)
+    return mamba(change)
 
 
 def scale(**fields):
@@ -82,9 +55,9 @@ def scale(**fields):
 
 
 MAMBA = {
-    "norm-behind-the-gate": Bound(gate_behind_the_norm),
-    "convolution": Bound(without_convolution),
-    "convolution-bias": Bound(without_convolution_bias),
+    "norm-behind-the-gate": mamba(gate_behind_the_norm),
+    "convolution": mamba(without_convolution),
+    "convolution-bias": mamba(without_convolution_bias),
     "D": weights(D_H=torch.zeros_like),
     "dt_bias": weights(dt_bias_H=torch.zeros_like),
     "decay": weights(A_H=torch.zeros_like),
@@ -97,8 +70,8 @@ CASES = {
         for quirk, change in MAMBA.items()
     },
     **{f"12-granite_h-{quirk}": ("granite_h", change) for quirk, change in MAMBA.items()},
-    "11-nemotron_h-norm-groups": ("nemotron_h", Bound(one_norm_group)),
-    "12-granite_h_dense-norm-groups": ("granite_h_dense", Bound(one_norm_group)),
+    "11-nemotron_h-norm-groups": ("nemotron_h", mamba(one_norm_group)),
+    "12-granite_h_dense-norm-groups": ("granite_h_dense", mamba(one_norm_group)),
     "11-nemotron_h-no-positions": ("nemotron_h", attention(is_attention, rope=Rope(theta=1e4, size=32))),
     "1c-nemotron3_nano-scale": ("nemotron3_nano", moe(scale=1.0)),
     "1c-nemotron3_nano-renormalized": ("nemotron3_nano", moe(renormalize=False)),
@@ -114,29 +87,6 @@ CASES = {
 }
 
 
-@functools.cache
-def known(name):
-    """A prompt, and transformers' logits, with which the model's agree."""
-    ids = tiny.prompt(NUM_TOKENS, vocab_size=320)
-    right = architectures.reference_logits(name, ids)
-    assert np.abs(RankModel(architectures.folder(name), max_tokens=256).logits(ids) - right).max() <= AGREES
-    return ids, right
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_quirk(case, monkeypatch):
-    name, change = CASES[case]
-    ids, right = known(name)
-    folder = architectures.folder(name)
-    if isinstance(change, Bound):
-        without = RankModel(folder, max_tokens=256)
-        for i, layer in enumerate(without.model.layers):
-            if layer.mixer is not None:
-                without.model.layers[i] = replace(layer, mixer=change(layer.mixer.__self__).forward)
-    else:
-        config = change(read_model_config(folder, "float32", snapshot_every=128))
-        monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: config)
-        without = RankModel(folder, max_tokens=256)
-    found = without.logits(ids)
-    assert np.isfinite(found).all()
-    assert np.abs(found - right).max() > DIFFERS
+@pytest.mark.parametrize(("name", "change"), CASES.values(), ids=CASES)
+def test_a_quirk(name, change, monkeypatch):
+    check_quirk(monkeypatch, name, change)

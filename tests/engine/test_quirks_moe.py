@@ -4,17 +4,15 @@ The numbers in the names of the cases are those of the reference's list of quirk
 where the config cannot say so, from the bound model.
 """
 
-import functools
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import architectures
-from helpers import tiny_checkpoints as tiny
-from helpers.quirks import attention, moe, rope, scaling, unread
+from helpers.quirks import DIFFERS, Bound, attention, check_quirk, known, moe, rope, scaling, unread
 from helpers.rank_model import RankModel
 
 from expertwire.bench.serving import rank_model as bench_rank_model
@@ -24,8 +22,6 @@ from expertwire.engine.models.registry import read_model_config
 from expertwire.kernels.ops.variants import Activation
 
 NUM_TOKENS = 70
-AGREES, DIFFERS = 1e-3, 1e-2
-ROUTER_MARGIN = 2e-4
 
 
 class PlainUp(Activation):
@@ -37,13 +33,6 @@ class PlainUp(Activation):
 
 
 # ---- ways to remove a quirk of a bound model
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Changes each layer of the model."""
-
-    change: object
 
 
 def norm_of_each_head(layer):
@@ -155,42 +144,15 @@ CASES = {
 }
 
 
-@functools.cache
-def known(name):
-    """A prompt on which rounding changes no expert, and transformers' logits, with which the model's agree."""
-    folder = architectures.folder(name)
-    watched = RankModel(folder, max_tokens=128)
-    near_tie = watched.watch_routers(ROUTER_MARGIN)
-    for draw in range(100):
-        # Ids that the tokenizer does not know, too (quirk 14).
-        ids = tiny.prompt(NUM_TOKENS, seed=draw, vocab_size=320)
-        found = watched.logits(ids)
-        if not near_tie():
-            right = architectures.reference_logits(name, ids)
-            assert np.abs(found - right).max() <= AGREES
-            return ids, right
-    raise AssertionError(f"{name}: no prompt keeps away from ties")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_quirk(case, monkeypatch):
-    name, *changes = CASES[case]
-    ids, right = known(name)
-    config = read_model_config(architectures.folder(name), "float32")
-    for change in changes:
-        config = config if isinstance(change, Bound) else change(config)
-    monkeypatch.setattr(bench_rank_model, "read_model_config", lambda folder, *_: config)
-    without = RankModel(architectures.folder(name), max_tokens=128)
-    for change in changes:
-        if isinstance(change, Bound):
-            without.model.layers = [change.change(layer) for layer in without.model.layers]
-    assert np.abs(without.logits(ids) - right).max() > DIFFERS
+@pytest.mark.parametrize(("name", "changes"), [(name, changes) for name, *changes in CASES.values()], ids=CASES)
+def test_a_quirk(name, changes, monkeypatch):
+    check_quirk(monkeypatch, name, *changes, num_tokens=NUM_TOKENS)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gpt_oss_mxfp4"])
 def test_alternating_rows(name, monkeypatch):
     """3: gate and up rows, or columns, and biases."""
-    ids, right = known(name)
+    ids, right = known(name, NUM_TOKENS)
     family = registry.FAMILIES["GptOssForCausalLM"]
     stacked = replace(family, names=replace(family.names, interleaved=False))
     monkeypatch.setattr(registry, "FAMILIES", {"GptOssForCausalLM": stacked})
