@@ -45,7 +45,7 @@ from expertwire.kernels.ops.heads import PreparePerHead
 from expertwire.kernels.ops.index import ChoosePositions, RopeAndCacheIndex
 from expertwire.kernels.ops.layer_norm import AddLayerNorm, LayerNorm
 from expertwire.kernels.ops.linear import PrepareLinear
-from expertwire.kernels.ops.mamba2 import Mamba2
+from expertwire.kernels.ops.mamba2 import Mamba2Scan
 from expertwire.kernels.ops.mla import AttendLatent, RopeAndCacheLatent
 from expertwire.kernels.ops.moe_block import FuseMoe, MoeBlock, MoeWeights
 from expertwire.kernels.ops.permute import Permute
@@ -94,7 +94,7 @@ class Ops:
     rope_and_cache_index: RopeAndCacheIndex
     choose_positions: ChoosePositions
     causal_conv1d: CausalConv1d
-    mamba2: Mamba2
+    mamba2: Mamba2Scan
     selective_scan: SelectiveScan
     gated_rms_norm: GatedRmsNorm
     gated_delta_rule: GatedDeltaRule

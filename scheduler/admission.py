@@ -18,7 +18,7 @@ from expertwire.scheduler._compiled import blocks as block_loops
 from expertwire.scheduler._compiled.admissions import Budget, Candidates, Decisions
 from expertwire.scheduler._compiled.blocks import LEADER, NONE, Caches
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.groups import Groups
+from expertwire.scheduler.groups import WaitingGroups
 from expertwire.scheduler.load_balancing import LoadBalancing
 from expertwire.scheduler.policy import Policy
 from expertwire.scheduler.queue import WaitingQueue
@@ -113,7 +113,7 @@ class Admission:
         queue: WaitingQueue,
         policy: Policy,
         balancing: LoadBalancing,
-        groups: Groups,
+        groups: WaitingGroups,
         *,
         quotas_hold: bool = False,
     ) -> None:

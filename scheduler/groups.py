@@ -34,7 +34,7 @@ class _Group:
     num_reserved: int = 0
 
 
-class Groups:
+class WaitingGroups:
     """The groups whose followers have not started, by the keys of their leaders.
 
     Attributes:

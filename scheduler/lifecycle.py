@@ -13,11 +13,11 @@ import numpy as np
 
 from expertwire.scheduler.admission import Admission, is_long
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.groups import Groups
+from expertwire.scheduler.groups import WaitingGroups
 from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.running import RunningBatch
-from expertwire.scheduler.tenants import Tenants
+from expertwire.scheduler.tenants import TenantAccounts
 
 
 class Lifecycle:
@@ -35,8 +35,8 @@ class Lifecycle:
         config: SchedulerConfig,
         batch: RunningBatch,
         queue: WaitingQueue,
-        groups: Groups,
-        tenants: Tenants,
+        groups: WaitingGroups,
+        tenants: TenantAccounts,
         admission: Admission,
     ) -> None:
         self.queue, self.groups = queue, groups
@@ -83,7 +83,7 @@ class Lifecycle:
             self.lead(self.groups.cut(key, 0))
 
     def classify(self, request: Request) -> None:
-        """Say whether the request is long, and hash its tokens as those of its kind."""
+        """Set whether the request is long (LongRoPE), and hash its prompt blocks apart from those of the other kind."""
         original = self._config.original_max_position_embeddings
         request.is_long = is_long(request, self._config)
         request.outgrows_at = sys.maxsize if original is None or request.is_long else original + 1

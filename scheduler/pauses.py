@@ -11,7 +11,7 @@ from expertwire.scheduler._compiled.steps import SUSPENDED
 from expertwire.scheduler.lifecycle import Lifecycle
 from expertwire.scheduler.outputs import FinishReason, StepOutputs
 from expertwire.scheduler.running import RunningBatch
-from expertwire.scheduler.tenants import Tenants
+from expertwire.scheduler.tenants import TenantAccounts
 
 PATIENCE_S = 1.0  # for so long a paused request keeps its slot while others wait
 
@@ -19,7 +19,7 @@ PATIENCE_S = 1.0  # for so long a paused request keeps its slot while others wai
 class Pauses:
     """The paused requests, and the tokens that the step in flight has sampled for them, of which nobody has been told."""
 
-    def __init__(self, batch: RunningBatch, lifecycle: Lifecycle, tenants: Tenants) -> None:
+    def __init__(self, batch: RunningBatch, lifecycle: Lifecycle, tenants: TenantAccounts) -> None:
         self._batch, self._lifecycle, self._tenants = batch, lifecycle, tenants
         self._kept: dict[int, StepOutputs] = {}  # by key
 

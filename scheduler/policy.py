@@ -83,7 +83,7 @@ class Priority(Policy):
 
 @dataclass(frozen=True)
 class ShortestRemaining(Policy):
-    """The request with the fewest tokens left first, counted up to its `limit`; waiting counts.
+    """Serve the request with the fewest tokens left up to its `limit` first; aging keeps long ones from starving.
 
     A preempted request computes its known tokens again, so it has `limit` tokens left once more and
     keeps its place. With aging a request is only passed by those that are shorter by d > 0 tokens

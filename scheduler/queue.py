@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from expertwire.scheduler.config import SchedulerConfig
-from expertwire.scheduler.groups import Groups
+from expertwire.scheduler.groups import WaitingGroups
 from expertwire.scheduler.outputs import Rejection
 from expertwire.scheduler.request import Request
 
@@ -118,7 +118,7 @@ class AdmissionRate:
         return num_ahead * (now - self._admitted_at[0]) / len(self._admitted_at)
 
 
-def _num_of(tenant: str, queue: WaitingQueue, groups: Groups) -> int:
+def _num_of(tenant: str, queue: WaitingQueue, groups: WaitingGroups) -> int:
     return queue.num_of(tenant) + sum(follower.tenant == tenant for follower in groups)
 
 
@@ -129,7 +129,7 @@ def reject(
     rate: AdmissionRate,
     num_ahead: Callable[[Request, WaitingQueue], int],
     now: float,
-    groups: Groups,
+    groups: WaitingGroups,
     num_branches: int,
 ) -> Rejection | None:
     """Return a rejection if the queue has too few places or the request's deadline would pass while it waits, or None.

@@ -33,7 +33,7 @@ from expertwire.scheduler._compiled.steps import CHECK_IDS, MAY_PAUSE, MAY_STOP,
 from expertwire.scheduler.admission import Admission, capacity, token_limit, why_invalid
 from expertwire.scheduler.block_pool import BlockPool
 from expertwire.scheduler.config import CacheSpec, SchedulerConfig, check_cache_specs
-from expertwire.scheduler.groups import Groups
+from expertwire.scheduler.groups import WaitingGroups
 from expertwire.scheduler.lifecycle import Lifecycle
 from expertwire.scheduler.load_balancing import LeastLoaded, LoadBalancing
 from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs, gather
@@ -45,7 +45,7 @@ from expertwire.scheduler.queue import AdmissionRate, WaitingQueue, reject
 from expertwire.scheduler.request import NO_HASHES, Request
 from expertwire.scheduler.running import NO_ADMISSIONS, Admissions, RunningBatch
 from expertwire.scheduler.sharing import Sharing
-from expertwire.scheduler.tenants import Tenants
+from expertwire.scheduler.tenants import TenantAccounts
 
 MAX_IN_FLIGHT = 2  # steps: one that the ranks compute, and the next
 _NO_ROWS = np.zeros(0, np.int64)
@@ -105,9 +105,9 @@ class Scheduler:
         self._batch = RunningBatch(config, cache_specs, self._pool)
         self._capacity = capacity(self._batch.caches, self._pool.num_blocks_C)
         self._queue = WaitingQueue()
-        self._tenants = Tenants(config.tenant_quotas, config.default_tenant_quota)
+        self._tenants = TenantAccounts(config.tenant_quotas, config.default_tenant_quota)
         balancing = balancing or LeastLoaded()
-        groups = Groups(config.num_ranks)
+        groups = WaitingGroups(config.num_ranks)
         self._admission = Admission(
             self._batch, self._queue, self._policy, balancing, groups, quotas_hold=self._tenants.quotas_hold
         )
@@ -314,7 +314,7 @@ class Scheduler:
         Counters since the start: prompt tokens of the admitted requests, how many of them were in
         the prefix cache, preemptions, cached blocks that were evicted, and requests that ended because
         their logits were not finite.
-        `tenants` has both, see `Tenants.stats`; `tenants_forgotten` counts those that have left it.
+        `tenants` has both, see `TenantAccounts.stats`; `tenants_forgotten` counts those that have left it.
         """
         pool, batch = self._pool, self._batch
         return {

@@ -56,13 +56,13 @@ class Sharing:
         batch = self._batch
         rows, num, tokens_P, missing_CP = batch.select()
         self._policy.begin(num_waiting)
-        self._take_stock()
+        self._count_running()
         rows, num = self._cut_prefills(rows, num, tokens_P)
         for missing_P, missing_S in zip(missing_CP, batch.missing_blocks(rows, num), strict=True):
             missing_P[:] = np.bincount(batch.rank_Z[rows], missing_S, len(missing_P))
         return rows, num, tokens_P, missing_CP
 
-    def _take_stock(self) -> None:
+    def _count_running(self) -> None:
         """Count the tenants' rows and blocks."""
         batch, self._num_counted = self._batch, 0
         rows = np.flatnonzero(batch.running_Z)

@@ -50,7 +50,7 @@ class Account:
         index: in arrays by tenant; that of a forgotten tenant is used again.
         num_unfinished: requests that wait, run or are held.
         num_running: of these, those that run.
-        num_reserved: slots that are kept for others of these (`Groups`).
+        num_reserved: slots that are kept for others of these (`WaitingGroups`).
         num_tokens: prompt and output tokens of the requests that have ended.
         num_refused: requests refused with RESOURCE_EXHAUSTED.
         served: tokens computed for it while somebody waited, over its weight; for the policy "fair", which says how an output
@@ -110,7 +110,7 @@ class Account:
         return None
 
 
-class Tenants:
+class TenantAccounts:
     """The accounts of all tenants.
 
     `quotas_hold`: whether there is a quota that lets requests wait.

@@ -335,6 +335,17 @@ def test_docstrings_begin_as_sentences():
     assert not wrong, "\n".join(wrong)
 
 
+def test_a_class_has_its_name_for_itself():
+    """No two public classes share a name; strategies, which import nothing of ours, have words of their own."""
+    places: dict[str, list[str]] = {}
+    for _, file, tree in sources("scheduler", "kernels", "comm", "moe", "engine", "deploy", "expertwire"):
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(place(file, node))
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert not shared, shared
+
+
 def shape_letters(tree: ast.Module) -> set[str]:
     """Return the capitals at the ends of a module's names."""
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -32,7 +32,7 @@ from expertwire.kernels.ops import (
     sampling,
     sigmoid_mul,
 )
-from expertwire.kernels.ops.variants import Groups, Rope, Routing
+from expertwire.kernels.ops.variants import ExpertGroups, Rope, Routing
 
 
 def routing_check(rng: TensorRng, rule: str, num_tokens: int) -> Findings:
@@ -42,11 +42,11 @@ def routing_check(rng: TensorRng, rule: str, num_tokens: int) -> Findings:
         "softmax": {"renormalize": True},
         "sigmoid": {"renormalize": False, "score": "sigmoid"},
         "sqrt_softplus": {"renormalize": True, "score": "sqrt_softplus"},
-        "V2": {"renormalize": False, "groups": Groups(number=8, kept=3, by="best")},
+        "V2": {"renormalize": False, "groups": ExpertGroups(number=8, kept=3, by="best")},
         "V3": {
             "renormalize": True,
             "score": "sigmoid",
-            "groups": Groups(number=8, kept=4, by="two_best"),
+            "groups": ExpertGroups(number=8, kept=4, by="two_best"),
             "scale": 2.5,
         },
     }

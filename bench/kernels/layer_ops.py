@@ -15,10 +15,10 @@ from expertwire.bench.kernels.measure import Call, Item, TensorRng, Timed, Timed
 from expertwire.bench.kernels.models import DEEPSEEK, GPT_OSS, QWEN3, Cost, Model, linear_cost
 from expertwire.kernels.gpu import combine, linear, permute, quantize, rms_norm, rope_and_cache, routing, sampling
 from expertwire.kernels.ops.rotary import RopeInputs
-from expertwire.kernels.ops.variants import Groups, Routing
+from expertwire.kernels.ops.variants import ExpertGroups, Routing
 
 VOCAB = 151936
-DEEPSEEK_GROUPS = Groups(number=8, kept=4, by="two_best")
+DEEPSEEK_GROUPS = ExpertGroups(number=8, kept=4, by="two_best")
 ROUTINGS = {
     DEEPSEEK.name: Routing(top_k=DEEPSEEK.top_k, renormalize=True, score="sigmoid", groups=DEEPSEEK_GROUPS, scale=2.5),
     QWEN3.name: Routing(top_k=QWEN3.top_k, renormalize=True),

@@ -102,7 +102,7 @@ def _spent() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _load(pieces: Sequence[reader.Piece], number: int) -> None:
+def _load(pieces: Sequence[reader.FilePiece], number: int) -> None:
     reader.read(pieces, reader.transfers(torch.device("cpu"), number), lambda piece: None)
 
 

@@ -75,7 +75,7 @@ class Identity:
 ANYBODY = Identity()
 
 
-class Connection(Protocol):
+class CallContext(Protocol):
     """The client of a call as gRPC shows it; a `grpc.aio.ServicerContext` is one."""
 
     def invocation_metadata(self) -> Any:
@@ -100,7 +100,7 @@ class Authenticator:
         self._tenants = tenants
         self._audit = audit or AuditLog()
 
-    def identify(self, connection: Connection, method: str) -> Identity:
+    def identify(self, connection: CallContext, method: str) -> Identity:
         """Return who makes a call of `method`.
 
         Raises:
@@ -115,7 +115,7 @@ class Authenticator:
         return Identity(tenant=tenant.name, is_verified=True, is_admin=tenant.admin)
 
     @contextlib.contextmanager
-    def call(self, connection: Connection, method: str) -> Iterator[Callable[[], Identity]]:
+    def call(self, connection: CallContext, method: str) -> Iterator[Callable[[], Identity]]:
         """Admit a call of `method`, and audit it if it is an administrative one.
 
         Yields:
@@ -146,7 +146,7 @@ class Authenticator:
         return 0 if self._tenants is None else self._tenants.version
 
     @contextlib.contextmanager
-    def _audited(self, connection: Connection, identity: Identity, method: str) -> Iterator[None]:
+    def _audited(self, connection: CallContext, identity: Identity, method: str) -> Iterator[None]:
         """Audit a call of `method` when it ends."""
         outcome = "CANCELLED"
         try:
@@ -158,7 +158,7 @@ class Authenticator:
         finally:
             self._audit.record(method, outcome, tenant=identity.tenant, peer=connection.peer())
 
-    def owner(self, connection: Connection, identity: Identity, claimed: str, method: str) -> str:
+    def owner(self, connection: CallContext, identity: Identity, claimed: str, method: str) -> str:
         """Return the tenant whose requests an administrative call is about, and audit a call about those of another.
 
         Args:
@@ -177,7 +177,7 @@ class Authenticator:
         return claimed
 
 
-def _tenant_of(tenants: Tenants, connection: Connection) -> Tenant | None:
+def _tenant_of(tenants: Tenants, connection: CallContext) -> Tenant | None:
     """Return the tenant whose token the call has, or, without a token, the one of the client's certificate.
 
     A certificate of one tenant with the token of another is neither's; one of no tenant may be a proxy's.

@@ -15,7 +15,7 @@ from expertwire.strategies.decision_log import DecisionLog
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """A model that is served."""
 
     requests: Requests
@@ -34,7 +34,7 @@ class Models:
 
     def __init__(
         self,
-        models: Sequence[Model],
+        models: Sequence[ServedModel],
         failed: Mapping[str, str],
         cascades: Mapping[str, CascadePolicy],
         log: DecisionLog | None,
@@ -64,7 +64,7 @@ class Models:
         for each in (cascade.small, cascade.large):
             self.find(each).requests.check_alive()
 
-    def find(self, name: str) -> Model:
+    def find(self, name: str) -> ServedModel:
         """Return the model of a name, or the first one if it is empty.
 
         Raises:

@@ -11,7 +11,7 @@ import numpy as np
 from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.grpc.calls import Call
 from expertwire.deploy.grpc.catalog import Catalog
-from expertwire.deploy.grpc.models import Model, Models
+from expertwire.deploy.grpc.models import Models, ServedModel
 from expertwire.deploy.grpc.server_info import ServerInfo
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import RequestError, RequestFailed
@@ -113,7 +113,7 @@ class QueryServicer:
         ]
         return pb.ListModelsResponse(models=models)
 
-    def _alive(self, name: str) -> Model:
+    def _alive(self, name: str) -> ServedModel:
         """Return a model whose engine has not failed.
 
         Raises:
@@ -124,11 +124,11 @@ class QueryServicer:
         return model
 
 
-async def _stats(model: Model) -> dict[str, Any]:
+async def _stats(model: ServedModel) -> dict[str, Any]:
     return await _ask(model, model.requests.frontend.request_stats)
 
 
-async def _ask(model: Model, request: Callable[[Callable[[Any], None]], None]) -> Any:
+async def _ask(model: ServedModel, request: Callable[[Callable[[Any], None]], None]) -> Any:
     """Return the controller's answer to a request."""
     model.requests.check_alive()
     answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

@@ -17,7 +17,7 @@ from expertwire.deploy.grpc.catalog import Catalog
 from expertwire.deploy.grpc.config import Limits
 from expertwire.deploy.grpc.health import HealthServicer
 from expertwire.deploy.grpc.identity import Authenticator
-from expertwire.deploy.grpc.models import Model, Models
+from expertwire.deploy.grpc.models import Models, ServedModel
 from expertwire.deploy.grpc.overload import Overload
 from expertwire.deploy.grpc.queries import QueryServicer
 from expertwire.deploy.grpc.requests import GOODBYE_S, STALL_S, Requests
@@ -122,7 +122,7 @@ class Server:
         authenticator, texts = authenticator or Authenticator(), texts or TextWorkers(frontend, None)
         each = ((frontend, texts), *others)
         models = Models(
-            [Model(Requests(one, of, catalog, stall_s), of) for one, of in each], failed, cascades, decision_log
+            [ServedModel(Requests(one, of, catalog, stall_s), of) for one, of in each], failed, cascades, decision_log
         )
         servicer, queries = InferenceServicer(models, authenticator), QueryServicer(models, info, catalog)
         health = HealthServicer(("", SERVICE), lambda: models.is_ready)

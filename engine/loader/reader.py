@@ -62,7 +62,7 @@ class _Fill:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class FilePiece:
     """Consecutive bytes of a file and the regions that they fill; `last`: whether it is the last piece of its tensor."""
 
     file: Path
@@ -84,7 +84,9 @@ class Piece:
         return fill.target.view(-1).view(torch.uint8)
 
 
-def pieces(stored: StoredTensor, destinations: Sequence[Destination], params: Mapping[str, Tensor]) -> Iterator[Piece]:
+def pieces(
+    stored: StoredTensor, destinations: Sequence[Destination], params: Mapping[str, Tensor]
+) -> Iterator[FilePiece]:
     """Yield what must be read of a tensor, in the order of the file: all of it, or some indices of its first dimension.
 
     Pieces are cut between rows, every `CHUNK_BYTES` or after each row if rows are longer. A tensor of which only a part is
@@ -102,7 +104,7 @@ def pieces(stored: StoredTensor, destinations: Sequence[Destination], params: Ma
         targets = [params[d.param][d.region] for d in of_lead]
         if any(len(d.source) > skip or d.transposed or d.repeated for d in of_lead):
             fills = tuple(_Fill(target=t, destination=d, skip=skip) for t, d in zip(targets, of_lead, strict=True))
-            yield Piece(
+            yield FilePiece(
                 file=stored.file, offset=offset, nbytes=nbytes, dtype=dtype, shape=shape, fills=fills, last=True
             )
             continue
@@ -111,7 +113,7 @@ def pieces(stored: StoredTensor, destinations: Sequence[Destination], params: Ma
         step = max(1, CHUNK_BYTES // row_bytes)
         for start in range(0, rows, step):
             end = min(rows, start + step)
-            yield Piece(
+            yield FilePiece(
                 file=stored.file,
                 offset=offset + start * row_bytes,
                 nbytes=(end - start) * row_bytes,
@@ -281,7 +283,7 @@ def transfers(device: torch.device, number: int) -> list[Transfer]:
     return [HostTransfer() for _ in range(number)]
 
 
-def read(pieces: Sequence[Piece], transfers: Sequence[Transfer], done: Callable[[Piece], None]) -> None:
+def read(pieces: Sequence[FilePiece], transfers: Sequence[Transfer], done: Callable[[FilePiece], None]) -> None:
     """Read all pieces, with a thread per transfer; `done` is called with each piece, by one thread at a time.
 
     Raises:
@@ -289,7 +291,7 @@ def read(pieces: Sequence[Piece], transfers: Sequence[Transfer], done: Callable[
     """
     remaining, lock, files = deque(pieces), threading.Lock(), _Files()
 
-    def take() -> Piece | None:
+    def take() -> FilePiece | None:
         with lock:
             return remaining.popleft() if remaining else None
 
@@ -319,7 +321,7 @@ def read(pieces: Sequence[Piece], transfers: Sequence[Transfer], done: Callable[
         files.close()
 
 
-def _read_piece(piece: Piece, transfer: Transfer, files: _Files) -> None:
+def _read_piece(piece: FilePiece, transfer: Transfer, files: _Files) -> None:
     direct = piece.direct
     raw = transfer.scratch(piece.nbytes) if direct is None else direct
     transfer.fetch(raw, lambda memory, start: files.read_into(memory, piece.file, piece.offset + start))

@@ -123,7 +123,7 @@ def load_weights(
     total, num_tensors, read = sum(piece.nbytes for piece in pieces), sum(piece.last for piece in pieces), 0
     with tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
 
-        def done(piece: reader.Piece) -> None:
+        def done(piece: reader.FilePiece) -> None:
             nonlocal read
             read += piece.last
             bar.set_postfix_str(f"{read}/{num_tensors} tensors", refresh=False)

@@ -13,7 +13,7 @@ from expertwire.engine.models import config_readers
 from expertwire.engine.models.hf_config import HfConfig
 from expertwire.engine.models.mixer_configs import AttentionConfig, IndexerConfig, LatentAttentionConfig, QueryScaling
 from expertwire.engine.models.model_config import LayerConfig, MlpConfig, ModelFamily, MoeConfig
-from expertwire.kernels.ops.variants import Groups, Rope
+from expertwire.kernels.ops.variants import ExpertGroups, Rope
 
 MTP_FIELD = "num_nextn_predict_layers"
 
@@ -97,7 +97,7 @@ def experts(hf: HfConfig, other_name: str, *, by: Literal["best", "two_best"] | 
     )
 
 
-def _groups(hf: HfConfig, moe: MoeConfig, by: Literal["best", "two_best"]) -> Groups | None:
+def _groups(hf: HfConfig, moe: MoeConfig, by: Literal["best", "two_best"]) -> ExpertGroups | None:
     """Return the groups of experts; None if there is one group or all are kept."""
     number = hf.integer("n_group", default=1)
     kept = hf.integer("topk_group", default=number)
@@ -109,7 +109,7 @@ def _groups(hf: HfConfig, moe: MoeConfig, by: Literal["best", "two_best"]) -> Gr
             f"topk_group must be at most n_group ({number}) and leave num_experts_per_tok "
             f"({moe.top_k}) experts, got {kept}"
         )
-    return None if kept == number else Groups(number=number, kept=kept, by=by)
+    return None if kept == number else ExpertGroups(number=number, kept=kept, by=by)
 
 
 def stack(hf: HfConfig, attention: AttentionConfig | LatentAttentionConfig, moe: MoeConfig) -> tuple[LayerConfig, ...]:

@@ -260,7 +260,7 @@ def _mamba2(xBC_TD, raw_TH, layer, cache, steps, chunk_blocks_S, y_TD):
 
 
 def mamba2(xBC_TD: Tensor, dt_TH: Tensor, weights: Mamba2Weights, cache: Mamba2Cache, states: StateMetadata) -> Tensor:
-    """As `kernels.ops.mamba2.Mamba2`."""
+    """As `kernels.ops.mamba2.Mamba2Scan`."""
     assert states.chunk_blocks_S is not None, "no blocks of the chunk cache"
     assert xBC_TD.is_contiguous(), f"strides {xBC_TD.stride()} of shape {tuple(xBC_TD.shape)}"
     assert all(tensor.is_contiguous() for tensor in cache), [tensor.stride() for tensor in cache]

@@ -76,7 +76,7 @@ class Mamba2Cache(NamedTuple):
     dt_BsH: Tensor
 
 
-class Mamba2(Protocol):
+class Mamba2Scan(Protocol):
     """See `reference`."""
 
     def __call__(

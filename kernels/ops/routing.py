@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertwire.kernels.ops.variants import Groups, Routing, Score
+from expertwire.kernels.ops.variants import ExpertGroups, Routing, Score
 
 # Keeps the division by a sum of scores finite where all are zero; it changes no other sum.
 TINY = 1e-20
@@ -131,7 +131,7 @@ def _scores(logits_TE: Tensor, score: Score) -> Tensor:
             return F.softplus(logits_TE).sqrt()
 
 
-def _limited(choice_TE: Tensor, groups: Groups) -> Tensor:
+def _limited(choice_TE: Tensor, groups: ExpertGroups) -> Tensor:
     """Return `choice_TE` with -inf for the experts of dropped groups."""
     choice_TJe = choice_TE.unflatten(1, (groups.number, -1))
     group_TJ = choice_TJe.topk(1 if groups.by == "best" else 2, dim=-1).values.sum(dim=-1)

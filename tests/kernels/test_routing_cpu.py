@@ -5,14 +5,14 @@ import torch
 
 from expertwire.kernels import registry
 from expertwire.kernels.ops import routing
-from expertwire.kernels.ops.variants import Groups, Routing
+from expertwire.kernels.ops.variants import ExpertGroups, Routing
 
 OPS = registry.cpu()
 GROUPS = {
     "all": None,
-    "best": Groups(number=8, kept=3, by="best"),
-    "two best": Groups(number=8, kept=3, by="two_best"),
-    "one": Groups(number=8, kept=1, by="two_best"),
+    "best": ExpertGroups(number=8, kept=3, by="best"),
+    "two best": ExpertGroups(number=8, kept=3, by="two_best"),
+    "one": ExpertGroups(number=8, kept=1, by="two_best"),
 }
 EXPERTS, TOP_K = 64, 6
 BIAS = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(1))
@@ -38,7 +38,7 @@ def test_reference(score, biased, groups, dtype):
 
 
 def test_of_equal_experts_and_groups_the_first_wins():
-    groups = Groups(number=4, kept=2, by="two_best")
+    groups = ExpertGroups(number=4, kept=2, by="two_best")
     rule = Routing(top_k=3, renormalize=False, score="sigmoid", groups=groups)
     ids, weights = OPS.route(torch.zeros(1, 8), rule, torch.zeros(8))
     assert (ids.tolist(), weights.tolist()) == ([[0, 1, 2]], [[0.5, 0.5, 0.5]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertwire.kernels.ops import combine, routing
-from expertwire.kernels.ops.variants import Groups, Routing
+from expertwire.kernels.ops.variants import ExpertGroups, Routing
 
 EXPERTS, TOP_K = 64, 6
 GROUPS = {"n_group": 8, "topk_group": 3}
@@ -30,13 +30,13 @@ def peer(name):
         from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
         router = DeepseekV2TopkRouter(config(routed_scaling_factor=16.0, topk_method="group_limited_greedy", **GROUPS))
-        rule = {"renormalize": False, "scale": 16.0, "groups": Groups(number=8, kept=3, by="best")}
+        rule = {"renormalize": False, "scale": 16.0, "groups": ExpertGroups(number=8, kept=3, by="best")}
     elif name == "deepseek v3":
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
         router = DeepseekV3TopkRouter(config(routed_scaling_factor=2.5, **GROUPS))
         router.e_score_correction_bias.copy_(torch.randn(EXPERTS, generator=torch.Generator().manual_seed(1)))
-        groups = Groups(number=8, kept=3, by="two_best")
+        groups = ExpertGroups(number=8, kept=3, by="two_best")
         bias = router.e_score_correction_bias
         rule = {"renormalize": True, "score": "sigmoid", "scale": 2.5, "groups": groups}
     else:
@@ -74,7 +74,7 @@ def test_sqrt_softplus_and_top_1():
 @pytest.mark.parametrize("by", ["best", "two_best"])
 def test_of_equal_groups_and_experts_the_lowest_id_wins(by):
     logits = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]])
-    rule = Routing(top_k=3, renormalize=True, groups=Groups(number=4, kept=2, by=by))
+    rule = Routing(top_k=3, renormalize=True, groups=ExpertGroups(number=4, kept=2, by=by))
     ids, _ = routing.reference(logits, rule)
     assert ids.tolist() == [[1, 2, 0]]
 

@@ -5,10 +5,10 @@ import torch
 
 from expertwire.kernels.gpu import routing as gpu
 from expertwire.kernels.ops import routing
-from expertwire.kernels.ops.variants import Groups, Routing
+from expertwire.kernels.ops.variants import ExpertGroups, Routing
 
-V2 = Groups(number=8, kept=3, by="best")
-V3 = Groups(number=4, kept=2, by="two_best")
+V2 = ExpertGroups(number=8, kept=3, by="best")
+V3 = ExpertGroups(number=4, kept=2, by="two_best")
 RULES = {
     "softmax": ({"renormalize": False}, 128, 8),
     "renormalized": ({"renormalize": True}, 8, 2),

@@ -10,7 +10,7 @@ from expertwire.scheduler.queue import WaitingQueue
 from expertwire.scheduler.quotas import TenantQuota
 from expertwire.scheduler.request import Request
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.scheduler.tenants import Tenants
+from expertwire.scheduler.tenants import TenantAccounts
 
 
 class Line:
@@ -18,7 +18,7 @@ class Line:
 
     def __init__(self, policy, cached=None, **weights):
         self.policy, self.queue, self.keys = policy, WaitingQueue(), count()
-        self.tenants = Tenants({tenant: TenantQuota(weight=weight) for tenant, weight in weights.items()})
+        self.tenants = TenantAccounts({tenant: TenantQuota(weight=weight) for tenant, weight in weights.items()})
         self.cached = cached if cached is not None else {}
         self.num_lookups = 0
 

@@ -5,7 +5,7 @@ from helpers.sim_ranks import SimCluster, check, make_config, make_request
 
 from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity
 from expertwire.scheduler.quotas import TenantQuota
-from expertwire.scheduler.tenants import Tenants
+from expertwire.scheduler.tenants import TenantAccounts
 
 LONG = {"max_tokens": 20, "ignore_eos": True}
 
@@ -173,7 +173,7 @@ def test_statistics_by_tenant():
 
 
 def test_strangers_names_are_bounded_and_the_longest_idle_goes_first():
-    tenants = Tenants({"listed": TenantQuota()}, TenantQuota(requests_per_minute=60), max_unlisted=3)
+    tenants = TenantAccounts({"listed": TenantQuota()}, TenantQuota(requests_per_minute=60), max_unlisted=3)
     busy, *idle = [tenants.find(name, 0.0) for name in "abc"]
     busy.num_unfinished = 1
     idle[0].requests.take(1)  # forgotten now, it would have its minute back

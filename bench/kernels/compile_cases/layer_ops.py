@@ -11,7 +11,7 @@ from expertwire.bench.kernels.compile_check import Case
 from expertwire.kernels.gpu import combine, layer_norm, permute, rms_norm, rope_and_cache, routing, sigmoid_mul
 from expertwire.kernels.gpu.dependent_launch import PDL
 from expertwire.kernels.ops.attention import FP8
-from expertwire.kernels.ops.variants import Groups, Routing
+from expertwire.kernels.ops.variants import ExpertGroups, Routing
 
 
 def rms_norm_cases() -> list[Case]:
@@ -133,8 +133,8 @@ def rope_and_cache_cases() -> list[Case]:
 
 
 def routing_cases() -> list[Case]:
-    v2 = Groups(number=8, kept=3, by="best")
-    v3 = Groups(number=8, kept=4, by="two_best")
+    v2 = ExpertGroups(number=8, kept=3, by="best")
+    v3 = ExpertGroups(number=8, kept=4, by="two_best")
     models = {
         "qwen3-30b": (128, torch.bfloat16, False, Routing(top_k=8, renormalize=True)),
         "mixtral": (8, torch.bfloat16, False, Routing(top_k=2, renormalize=True)),
