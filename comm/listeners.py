@@ -41,7 +41,7 @@ def _listening() -> frozenset[int]:
 
 
 def refuse_connections(descriptors: Iterable[int]) -> None:
-    """Let these listening sockets get no connections any more; those that exist go on. Linux only."""
+    """Let these listening sockets accept no further connections; open ones stay open. Linux only."""
     instructions = ctypes.create_string_buffer(_TAKE_NOTHING)
     program = struct.pack("HL", 1, ctypes.addressof(instructions))  # struct sock_fprog
     for descriptor in descriptors:

@@ -13,7 +13,7 @@ from typing import Any
 from expertwire.bench.attacks.attack import Attack
 from expertwire.bench.attacks.target import Target
 
-_HELD = 4_000  # sockets of a thread at most; then the oldest makes place
+_HELD = 4_000  # most open sockets of a thread; one more closes the oldest
 _THREADS = 4  # that connect to each address
 
 

@@ -19,7 +19,7 @@ from expertwire.scheduler.outputs import StepOutputs
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _PROMPT = np.arange(10, 26, dtype=np.int32)
-_SKEW_S = 0.5e-3  # that a token may come before the bare link's, which shares the cores
+_SKEW_S = 0.5e-3  # how much earlier than over the bare link a token may come: both share the cores
 
 
 class Steps:

@@ -87,7 +87,7 @@ _VLLM_VARIABLES = (
 
 
 _Key = tuple[str, str, int, str]  # model, dtype, batch, engine
-_WARM_UP = 256, 4  # tokens of a prompt and of an output
+_WARM_UP = 256, 4  # prompt tokens and output tokens of the request that warms an engine up
 Generate = Callable[[np.ndarray, int, "Stopwatch"], None]  # prompts i64 [sequences, tokens], tokens of an output
 
 

@@ -36,7 +36,7 @@ class Asked:
 
     @property
     def max_tokens(self) -> int:
-        """Output tokens after which a branch is cut: a step takes size + 6 words at most, and there are size - 1 of them."""
+        """Return the most output tokens of a branch: size - 1 steps of at most size + 6 words each."""
         size = len(self.problem.numbers)
         return size * (size + 6)
 

@@ -180,7 +180,7 @@ def storm(frontend: Frontend, seconds: float, *, seed: int, fault_share: float =
     for run in runs:
         report.ended[_ending(run, run.id in cancelled, report.problems)] += 1
     groups.close()
-    take_stock(frontend, report)
+    check_leftovers(frontend, report)
     counted, of_runs = report.stats["groups"], [run.token_counts() for run in runs]
     for fate in ("kept", "pruned"):
         if (total := sum(getattr(tokens, fate) for tokens in of_runs)) != counted.get(f"tokens_{fate}", 0):
@@ -190,8 +190,8 @@ def storm(frontend: Frontend, seconds: float, *, seed: int, fault_share: float =
     return report
 
 
-def take_stock(frontend: Frontend, report: Report) -> None:
-    """Note what the engine still has of groups that have ended, tokens that are not accounted for, and threads of verifiers."""
+def check_leftovers(frontend: Frontend, report: Report) -> None:
+    """Report what is left of groups that have ended: requests, tokens that no usage counts, threads of verifiers."""
     deadline = time.monotonic() + 2 * _HANGS_S + 10
     while True:  # the last step may be in flight, and tokens on their way
         stats = _stats(frontend)

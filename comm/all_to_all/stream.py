@@ -28,7 +28,7 @@ class StreamAllToAll:
 
     Args:
         inner: takes device tensors and waits for nothing on the host.
-        stream: used by nothing else, not even another micro-batch, whose sends would not wait for this one's receives.
+        stream: of this micro-batch alone: sends of another one must not wait behind its receives.
     """
 
     def __init__(self, inner: AllToAll, stream: torch.cuda.Stream) -> None:

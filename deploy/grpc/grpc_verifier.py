@@ -87,7 +87,7 @@ class GrpcVerifier:
 
 
 class VerifierServer:
-    """A gRPC service around a verifier, in threads of this process, from its making to its closing.
+    """A gRPC service around a verifier. It runs in threads of this process from construction until `close`.
 
     Args:
         verifier: called by `num_threads` threads.

@@ -47,7 +47,7 @@ class OpenRequest:
 
     @property
     def done(self) -> bool:
-        """True when no more output will come."""
+        """Return whether no more output will come."""
         return not self.running
 
     def error_update(self) -> Update:

@@ -76,7 +76,7 @@ def check_params(params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer |
 
 
 def score_params(info: ModelInfo) -> SamplingParams:
-    """Return the only parameters with which a model that scores can be asked: the scores come as log-probabilities of labels."""
+    """Return the sampling parameters of a request to a model with labels, whose scores come as log-probabilities."""
     return SamplingParams(temperature=0.0, max_tokens=1, logprobs=info.num_labels, ignore_eos=True)
 
 

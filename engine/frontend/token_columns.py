@@ -29,7 +29,7 @@ _ROW = np.dtype(
             "begun",
             np.int64,
         ),  # tokens of the start of reasoning that have come; all of them: within reasoning
-        ("num_uncredited", np.int64),  # tokens taken that no `messages.Credit` has replaced
+        ("num_uncredited", np.int64),  # tokens taken since the last `messages.Credit`
         ("threshold", np.int64),  # of uncredited tokens, from which on they are credited
         ("allowance", np.int64),  # tokens that the reader allows beyond those credited
     ]

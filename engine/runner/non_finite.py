@@ -72,5 +72,5 @@ def _first_layer(caches: Sequence[NamedCache], tables_CW: Tensor, position: int,
 
 
 def _at(tensor: Tensor, blocks: Tensor, offsets: Tensor) -> Tensor:
-    """Return the numbers of some tokens, fp32; fp8 is copied as bytes."""
+    """Return the cached values of some tokens, in fp32; an fp8 cache is read as bytes."""
     return as_bytes(tensor)[blocks, offsets].view(tensor.dtype).float()

@@ -102,7 +102,7 @@ class Uploads:
     """As `Upload`, by one copy for all arrays, each of which begins at a multiple of 16 bytes.
 
     Args:
-        num_buffers: a copy is waited for once so many later ones were asked for.
+        num_buffers: copies that may be in flight; a further one waits for the oldest.
     """
 
     def __init__(self, device: str, memory: HostMemory, num_buffers: int = 8) -> None:

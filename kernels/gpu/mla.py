@@ -277,7 +277,7 @@ def attend(
         top_k = chosen.shape[1]
         assert chosen.shape == (num_tokens, top_k), f"lists {tuple(chosen.shape)} of {num_tokens} tokens"
         assert chosen.is_contiguous(), f"lists with strides {chosen.stride()}"
-    # A token has a slot for each split of its list, or at least one, however long its sequence is.
+    # One slot of partial results a token and split of its list of keys, and at least one a token.
     splits = triton.cdiv(top_k or seqs.max_seq_len, config.split)
     least = splits if top_k else 1
     num_slots = max(least, min(workspace_rows // num_heads, num_tokens * splits))

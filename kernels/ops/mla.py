@@ -45,7 +45,7 @@ from expertwire.kernels.ops.attention import (
 from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.rotary import RopeInputs, rotate_at
 
-_WORTH = 2  # most keys made for a query
+_MAX_KEYS_PER_QUERY = 2  # where latents are expanded
 
 
 class RopeAndCacheLatent(Protocol):
@@ -185,7 +185,7 @@ def attend(
 
 def is_worth_expanding(prefills: AttentionMetadata, num_tokens: int) -> bool:
     """Return whether prefills with `num_tokens` queries in total have few enough keys to expand."""
-    return 0 < prefills.num_sequences * prefills.max_seq_len <= _WORTH * num_tokens
+    return 0 < prefills.num_sequences * prefills.max_seq_len <= _MAX_KEYS_PER_QUERY * num_tokens
 
 
 def attend_expanded(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from expertwire.bench.test_time.storm import OPTIONS, Report, storm, take_stock
+from expertwire.bench.test_time.storm import OPTIONS, Report, check_leftovers, storm
 from expertwire.deploy.runtime import open_frontend
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import RequestOptions
@@ -135,7 +135,7 @@ def test_a_group_is_cancelled_in_any_state(groups, cancel):
     assert (run.done, run.selection, run.error) == (True, None, None)
     assert all(branch.is_over for branch in run.branches)
     report = Report()
-    take_stock(groups.frontend, report)
+    check_leftovers(groups.frontend, report)
     assert report.problems == []
     pruned, pruned_before = (stats["groups"].get("branches_pruned", 0) for stats in (report.stats, before))
     assert pruned - pruned_before >= len(run.branches)
@@ -166,7 +166,7 @@ def test_output_that_nobody_has_taken_when_a_group_ends_is_counted():
             time.sleep(0.3)  # both end before anything is received
             groups.poll(0.05)
         report = Report()
-        take_stock(groups.frontend, report)
+        check_leftovers(groups.frontend, report)
     assert report.problems == []
     assert [branch.status for branch in run.branches] == [Status.FINISHED] * 2
     assert run.token_counts().kept == 14
