@@ -90,8 +90,16 @@ class CascadeLoop:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._calls.fileno(), self.deliver)
 
-    async def open(self, request: pb.GenerateRequest, call: Call, on_news: Callable[[], None]) -> OpenedCascade:
+    async def open(
+        self, request: pb.GenerateRequest, call: Call, deadline_s: float | None, on_news: Callable[[], None]
+    ) -> OpenedCascade:
         """Begin a request that names a cascade.
+
+        Args:
+            request: the client's request.
+            call: the call that it came with.
+            deadline_s: seconds within which its first token must come.
+            on_news: called when there is output, or the request has failed.
 
         Raises:
             ValueError: names the field and what is allowed.
@@ -100,7 +108,7 @@ class CascadeLoop:
         served = self.cascades[request.model]
         _check(request, served)
         small, large = served.small, served.large
-        first = await small.prepare(request, call, call.deadline_s)
+        first = await small.prepare(request, call, deadline_s)
         check_cascade_params(first.params)
         other = pb.GenerateRequest()
         other.CopyFrom(request)
@@ -109,7 +117,7 @@ class CascadeLoop:
         if shares:
             other.token_ids.SetInParent()
             other.token_ids.ids.extend(first.tokens.tolist())
-        prepared: dict[LegName, Prepared] = {"small": first, "large": await large.prepare(other, call, call.deadline_s)}
+        prepared: dict[LegName, Prepared] = {"small": first, "large": await large.prepare(other, call, deadline_s)}
         small.check_is_new(first.key)  # others have been served meanwhile
         legs = {
             name: CascadeLeg(

@@ -109,9 +109,10 @@ class Progress:
         self.prompt_logprobs += [_to_logprobs(entry) for entry in message.prompt_logprobs]
         if message.HasField("group"):
             self._group.MergeFrom(message.group)
+        if message.HasField("cascade"):
+            self.cascade = _to_cascade(message.cascade)
         if message.HasField("usage"):
             self.group = from_group_result(self._group) if self._group.branches else None
-            self.cascade = _to_cascade(message.cascade) if message.HasField("cascade") else None
             self.usage = Usage(**{field: getattr(message.usage, field) for field in _USAGE_FIELDS})
         return [_to_chunk(chunk) for chunk in message.chunks]
 

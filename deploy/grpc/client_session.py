@@ -57,6 +57,10 @@ class SubmittedRequest(Progress):
             setattr(chunk, stop, getattr(details, stop))
         message = pb.GenerateResponse(chunks=[chunk], opens_reasoning=details.opens_reasoning)
         message.prompt_logprobs.extend(details.prompt_logprobs)
+        if details.HasField("group"):
+            message.group.CopyFrom(details.group)
+        if details.HasField("cascade"):
+            message.cascade.CopyFrom(details.cascade)
         (made,) = self.add(message)
         has_output = bool(chunk.token_ids or chunk.text or chunk.finish_reason)
         return made if has_output else None

@@ -79,6 +79,10 @@ class Models:
             raise RequestFailed(RequestError("NOT_FOUND", text))
         return self._models[name] if name else next(iter(self._models.values()))
 
+    def of_session(self, name: str) -> Model:
+        """Return the model of a session of this name; of a cascade's the small one. Errors as those of `find`."""
+        return self.find(self._policies[name].cascade.small if name in self._policies else name)
+
     def problem(self, name: str) -> str:
         """Return why a model cannot serve at the moment, or ""."""
         if (policy := self._policies.get(name)) is not None:

@@ -10,10 +10,9 @@ from expertwire.deploy.grpc.cascade_stream import CascadeStream
 from expertwire.deploy.grpc.group_stream import GroupStream
 from expertwire.deploy.grpc.identity import Authenticator
 from expertwire.deploy.grpc.models import Models
-from expertwire.deploy.grpc.requests import Opened, OpenedGroup
+from expertwire.deploy.grpc.opening import open_request
 from expertwire.deploy.grpc.session import Session
 from expertwire.deploy.grpc.stream import OutputStream, WholeResponse
-from expertwire.deploy.grpc.turns import COSTLY, MESSAGE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 
 
@@ -48,8 +47,7 @@ class InferenceServicer:
     async def Session(self, call: Call) -> None:
         """See the .proto."""
         if (first := await call.wait()) is not None:
-            requests = self._models.find(first.options.model).requests
-            await Session(requests, call, first.options).run(first)
+            await Session(self._models, call, first.options).run(first)
 
     async def Abort(self, request: pb.AbortRequest, call: Call) -> pb.AbortResponse:
         """See the .proto."""
@@ -66,40 +64,8 @@ class InferenceServicer:
         self, request: pb.GenerateRequest, call: Call
     ) -> AsyncIterator[OutputStream | GroupStream | CascadeStream]:
         """Submit a request and yield its stream; end it also where the client leaves or its deadline passes."""
-        if self._models.is_cascade(request.model):
-            async with self._open_cascade(request, call) as cascade:
-                yield cascade
-            return
-        requests = self._models.find(request.model).requests
-        opened: Opened | OpenedGroup
-        stream: OutputStream | GroupStream
-        if request.HasField("strategy"):
-            opened, shows_all = await requests.start(request, call, call.deadline_s), request.strategy.all_branches
-            stream = GroupStream(opened, lambda: call.turn(COSTLY), all_branches=shows_all)
-            requests.add_group(opened, stream)
-        else:
-            opened = await requests.submit(request, call, call.deadline_s)
-            cost = COSTLY if _is_costly(request.sampling_params) else MESSAGE
-            stream = OutputStream(requests.frontend, opened, lambda: call.turn(cost))
-            requests.add(opened, stream)
+        opening = await open_request(self._models, request, call)
         try:
-            yield stream
+            yield opening.stream
         finally:
-            requests.close(opened)
-
-    @contextlib.asynccontextmanager
-    async def _open_cascade(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[CascadeStream]:
-        self._models.check_cascade(request.model)
-        cascades, cost = self._models.cascades, COSTLY if _is_costly(request.sampling_params) else MESSAGE
-        stream = CascadeStream(lambda: call.turn(cost))
-        stream.opened = opened = await cascades.open(request, call, stream.wake)
-        opened.served.small.add_stream(opened.key, stream)
-        try:
-            yield stream
-        finally:
-            cascades.close(opened)
-
-
-def _is_costly(params: pb.SamplingParams) -> bool:
-    """Return whether messages may take many times as long to make as those of single tokens."""
-    return params.logprobs > 0 or params.HasField("prompt_logprobs") or params.n > 8
+            opening.close()

@@ -10,18 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 
 import grpc
 
 from expertwire.deploy.grpc.calls import Call
-from expertwire.deploy.grpc.messages import add_logprobs
-from expertwire.deploy.grpc.requests import Opened, Requests
+from expertwire.deploy.grpc.models import Models
+from expertwire.deploy.grpc.opening import is_composite, open_composite
 from expertwire.deploy.grpc.session_columns import Columns
+from expertwire.deploy.grpc.session_sources import RequestSource, Source, StreamSource
 from expertwire.deploy.grpc.stream import MESSAGE_SIZE
 from expertwire.deploy.grpc.turns import COSTLY, OPENING
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.frontend.api import Position, RequestError, RequestFailed
+from expertwire.engine.frontend.api import RequestError, RequestFailed
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.token_columns import ColumnReader
 
@@ -30,7 +30,6 @@ MAX_REQUESTS, MAX_BRANCHES = 1024, 4096  # of a session, that are open at once
 WINDOW = 256  # tokens of a branch that wait to be taken
 MIN_WINDOW = 16
 _COLUMN_TOKENS = 65_536  # in a message, of requests of which only token ids are sent
-_TURN = 1024  # tokens and log-probabilities that a request sends before it is the next one's turn
 
 
 class _Entry:
@@ -40,14 +39,10 @@ class _Entry:
         self.key, self.num_branches = key, num_branches
         self.error: RequestError | None = None
         self.opening: asyncio.Task[None] | None = None
-        self.opened: Opened | None = None  # None until the request has been submitted
-        self.request: OpenRequest | None = None  # None until it has news
-        self.unread_prompt: deque[Position | None] = deque()
+        self.source: Source | None = None  # None until the request has begun
         self.granted = 0  # tokens, before the request was submitted
-        self.opens_reasoning = False  # what the client has not been told
         self.deadline: asyncio.TimerHandle | None = None
         self._session = session
-        self._is_dropped = False
 
     @property
     def writing_since(self) -> float | None:
@@ -56,57 +51,55 @@ class _Entry:
 
     def wake(self, request: OpenRequest) -> None:
         """See `Stream`."""
-        if not self._is_dropped:
-            self.request = request
+        if isinstance(self.source, RequestSource) and self.source.note(request):
             self._session.wake(self)
 
     def abort(self) -> bool:
         """See `Stream`."""
-        return self.opened is not None and self._session.frontend.abort(self.opened.number)
+        return self.source is not None and self.source.abort()
 
     def fail(self, code: str, message: str, *, drop: bool = False) -> None:
         """See `Stream`."""
         if self.error is None:
             self.error = RequestError(code, message)
-            if drop:
-                self.request, self._is_dropped = None, True
-                self.unread_prompt.clear()
+            if drop and self.source is not None:
+                self.source.drop()
             self._session.wake(self)
 
     @property
     def has_output(self) -> bool:
         """True if something has not been taken."""
-        return (
-            self.opens_reasoning
-            or bool(self.unread_prompt)
-            or (self.request is not None and bool(self.request.untaken))
-        )
+        return self.source is not None and self.source.has_output
 
     @property
     def has_ended(self) -> bool:
         """True if nothing more will come."""
-        return not self.has_output and (self.error is not None or (self.request is not None and self.request.done))
+        has_source_ended = self.source is not None and self.source.has_ended
+        return not self.has_output and (self.error is not None or has_source_ended)
 
 
 class Session:
     """One call of `Session`.
 
     Args:
-        requests: the requests of all calls.
+        models: the models and their requests.
         call: the call.
         options: what the client's first message says.
 
     Attributes:
-        frontend: runs its requests.
         writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
 
     Raises:
         ValueError: the options are wrong.
+        RequestFailed: there is no such model, or it cannot serve.
     """
 
-    def __init__(self, requests: Requests, call: Call, options: pb.SessionOptions) -> None:
+    def __init__(self, models: Models, call: Call, options: pb.SessionOptions) -> None:
         self.writing_since: float | None = None
-        self.frontend, self._requests, self._call = requests.frontend, requests, call
+        self._models, self._call = models, call
+        self._requests = models.of_session(options.model).requests
+        self._frontend = self._requests.frontend
+        self._model = options.model or self._frontend.model_info.name
         self._ids_only = options.token_ids_only
         self._window = options.window_tokens or None
         if self._window is not None and self._window < MIN_WINDOW:
@@ -134,7 +127,7 @@ class Session:
             reading.cancel()
             for entry in list(self._entries.values()):
                 self._close(entry)
-            self.frontend.remove_reader(self._reader)
+            self._frontend.remove_reader(self._reader)
 
     def wake(self, entry: _Entry) -> None:
         """Take note that an entry has news."""
@@ -183,16 +176,12 @@ class Session:
         entry.opening = asyncio.create_task(self._open(entry, submit))
 
     async def _open(self, entry: _Entry, submit: pb.SubmitRequest) -> None:
+        deadline_s = submit.deadline_s if submit.HasField("deadline_s") else None
         try:
-            entry.opened = await self._requests.submit(
-                submit.request,
-                self._call,
-                submit.deadline_s if submit.HasField("deadline_s") else None,
-                detokenize=not self._ids_only,
-                window=WINDOW,
-                allowance=self._window,
-                columns=(self._reader, entry.key) if self._fits_columns(submit.request.sampling_params) else None,
-            )
+            if is_composite(self._models, submit.request):
+                await self._run_composite(entry, submit.request, deadline_s)
+            else:
+                await self._open_request(entry, submit.request, deadline_s)
         except ValueError as error:
             entry.fail("INVALID_ARGUMENT", str(error))
         except RequestFailed as failed:
@@ -201,16 +190,31 @@ class Session:
         except Exception:  # noqa: BLE001 - a mistake of ours costs this request only
             _log.exception("error: a request of a session ended with an exception")
             entry.fail("INTERNAL", "the request failed in the server, whose log says why")
-        else:
-            entry.opens_reasoning = entry.opened.opens_reasoning
-            self._requests.add(entry.opened, entry)
-            if entry.granted:
-                self._requests.grant(entry.opened.number, entry.granted)
-            if entry.opens_reasoning:
-                self.wake(entry)
+
+    async def _open_request(self, entry: _Entry, request: pb.GenerateRequest, deadline_s: float | None) -> None:
+        opened = await self._requests.submit(
+            request,
+            self._call,
+            deadline_s,
+            detokenize=not self._ids_only,
+            window=WINDOW,
+            allowance=self._window,
+            columns=(self._reader, entry.key) if self._fits_columns(request.sampling_params) else None,
+        )
+        entry.source = RequestSource(entry.key, self._requests, opened)
+        self._requests.add(opened, entry)
+        if entry.granted:
+            self._requests.grant(opened.number, entry.granted)
+        if entry.has_output:
+            self.wake(entry)
+
+    async def _run_composite(self, entry: _Entry, request: pb.GenerateRequest, deadline_s: float | None) -> None:
+        opening = await open_composite(self._models, request, self._call, deadline_s, entry)
+        source = entry.source = StreamSource(entry.key, opening, lambda: self.wake(entry))
+        await source.run()
 
     def _abort(self, entry: _Entry) -> None:
-        if entry.opened is not None:
+        if entry.source is not None:
             self._requests.abort(entry)
         elif entry.opening is not None and entry.opening.cancel():
             entry.fail("CANCELLED", "the request was aborted before it began")
@@ -224,11 +228,16 @@ class Session:
         if self._ids_only and request.sampling_params.stop:
             text = "stop must be empty in a session with token_ids_only, which makes no text; use stop_token_ids"
             return RequestError("INVALID_ARGUMENT", text)
-        if request.model not in ("", name := self._requests.frontend.model_info.name):
-            text = f"model must be that of the session, {name!r} (SessionOptions.model), or empty; got {request.model!r:.200}"
+        if not request.model:
+            request.model = self._model
+        if request.model != self._model and not self._models.is_cascade(request.model):
+            text = (
+                f"model must be that of the session, {self._model!r} (SessionOptions.model), a cascade, or empty; got "
+                f"{request.model!r:.200}"
+            )
             return RequestError("INVALID_ARGUMENT", text)
-        if request.HasField("strategy"):
-            text = "strategy must be unset in a session; send such a request with Generate or GenerateUnary"
+        if self._window is not None and is_composite(self._models, request):
+            text = "strategy must be unset, and model no cascade, in a session with window_tokens"
             return RequestError("INVALID_ARGUMENT", text)
         if len(self._entries) < MAX_REQUESTS and self._num_branches + num_branches <= MAX_BRANCHES:
             return None
@@ -246,8 +255,8 @@ class Session:
             raise ValueError("credit_keys must be empty in a session without window_tokens")
         for key, tokens in zip(message.credit_keys, message.credit_tokens, strict=True):
             entry = self._entries.get(key)
-            if entry is not None and entry.opened is not None:
-                self._requests.grant(entry.opened.number, tokens)
+            if entry is not None and isinstance(entry.source, RequestSource):
+                self._requests.grant(entry.source.opened.number, tokens)
             elif entry is not None:
                 entry.granted += tokens
 
@@ -280,46 +289,19 @@ class Session:
         columns, size = Columns(with_text=not self._ids_only), 0
         ends, self._refused = self._refused, []
         if self._reader.has_tokens:
-            columns.add_tokens(self.frontend.take_columns(self._reader, _COLUMN_TOKENS))
+            columns.add_tokens(self._frontend.take_columns(self._reader, _COLUMN_TOKENS))
             if self._reader.has_tokens:
                 return columns.message(ends)  # an end comes behind its tokens
         while self._ready and size < MESSAGE_SIZE:
             entry = self._ready.pop(next(iter(self._ready)))
-            if entry.has_output:
-                size += self._take_turn(entry, columns)
+            if entry.source is not None and entry.has_output:
+                size += entry.source.take(columns)
             if entry.has_output:
                 self._ready[entry.key] = entry
             elif entry.has_ended:
                 ends.append(_end(entry))
                 self._close(entry)
         return columns.message(ends)
-
-    def _take_turn(self, entry: _Entry, columns: Columns) -> int:
-        """Move some output of an entry into the columns; return how much."""
-        size = 0
-        if entry.opens_reasoning:
-            columns.add_details(entry.key, pb.SessionDetails(opens_reasoning=True))
-            entry.opens_reasoning = False
-        if not entry.unread_prompt and entry.request is not None:
-            assert entry.opened is not None, f"request {entry.key} has news and was not submitted"
-            for update in self.frontend.take(entry.request, _TURN):
-                entry.opened.usage.add(update)
-                if update.prompt_logprobs:
-                    entry.unread_prompt.extend(update.prompt_logprobs)
-                if update.error is not None:
-                    entry.error = entry.error or update.error
-                    continue
-                columns.add(entry.key, update)
-                size += 1 + len(update.token_ids) + sum(map(len, update.logprobs or ()))
-        part: list[Position | None] = []
-        while entry.unread_prompt and size < _TURN:
-            part.append(entry.unread_prompt.popleft())
-            size += 1 + len(part[-1] or ())
-        if part:
-            details = pb.SessionDetails()
-            add_logprobs(details.prompt_logprobs, part)
-            columns.add_details(entry.key, details)
-        return size
 
     def _close(self, entry: _Entry) -> None:
         del self._entries[entry.key]
@@ -329,17 +311,17 @@ class Session:
             entry.deadline.cancel()
         if entry.opening is not None:
             entry.opening.cancel()
-        if entry.opened is not None:
-            self._requests.close(entry.opened)
+        if entry.source is not None:
+            entry.source.close()
 
 
 def _end(entry: _Entry) -> pb.SessionEnd:
-    if entry.error is not None:
-        return _failed_end(entry.key, entry.error)
-    assert entry.opened is not None, f"request {entry.key} has ended and was not submitted"
-    if entry.request is not None:
-        entry.opened.usage.add_columns(entry.request)
-    return pb.SessionEnd(key=entry.key, usage=entry.opened.usage.message())
+    source = entry.source
+    error = entry.error if source is None else entry.error or source.error
+    if error is not None:
+        return _failed_end(entry.key, error)
+    assert source is not None, f"request {entry.key} has ended and was not submitted"
+    return pb.SessionEnd(key=entry.key, usage=source.usage())
 
 
 def _failed_end(key: int, error: RequestError) -> pb.SessionEnd:

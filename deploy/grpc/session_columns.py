@@ -29,7 +29,8 @@ class Columns:
 
     def add(self, key: int, update: Update) -> None:
         """Add an update of a request without its prompt's log-probabilities."""
-        self._add(key, update.branch, update.token_ids, update.text, update.finish_reason)
+        reason = pb.FINISH_REASON_UNSPECIFIED if update.finish_reason is None else FINISH_REASONS[update.finish_reason]
+        self._add(key, update.branch, update.token_ids, update.text, reason)
         if update.logprobs is None and update.stop_reason is None and update.expert_load is None:
             return
         details = pb.SessionDetails(entry=len(self._keys) - 1)
@@ -42,9 +43,19 @@ class Columns:
         details.expert_load.extend(pb.ExpertLoad(tokens=tokens) for tokens in update.expert_load or ())
         self._details.append(details)
 
+    def add_chunk(self, key: int, chunk: pb.Chunk) -> None:
+        """Add a chunk of a stream."""
+        self._add(key, chunk.branch, chunk.token_ids, chunk.text, chunk.finish_reason)
+        details = pb.SessionDetails(logprobs=chunk.logprobs, expert_load=chunk.expert_load)
+        if stop := chunk.WhichOneof("stop_reason"):
+            setattr(details, stop, getattr(chunk, stop))
+        if details.ListFields():
+            details.entry = len(self._keys) - 1
+            self._details.append(details)
+
     def add_details(self, key: int, details: pb.SessionDetails) -> None:
         """Add what there is to say of a request apart from its tokens."""
-        self._add(key, 0, (), "", None)
+        self._add(key, 0, (), "", pb.FINISH_REASON_UNSPECIFIED)
         details.entry = len(self._keys) - 1
         self._details.append(details)
 
@@ -69,13 +80,11 @@ class Columns:
             ends=ends,
         )
 
-    def _add(self, key: int, branch: int, token_ids: Sequence[int], text: str, finish_reason: str | None) -> None:
+    def _add(self, key: int, branch: int, token_ids: Sequence[int], text: str, reason: pb.FinishReason) -> None:
         self._keys.append(key)
         self._branches.append(branch)
         self._num_tokens.append(len(token_ids))
         self._token_ids.extend(token_ids)
         if self._with_text:
             self._texts.append(text)
-        self._finish_reasons.append(
-            pb.FINISH_REASON_UNSPECIFIED if finish_reason is None else FINISH_REASONS[finish_reason]
-        )
+        self._finish_reasons.append(reason)

@@ -700,7 +700,7 @@ class SessionResponse(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[int]] = ..., branches: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[str]] = ..., finish_reasons: _Optional[_Iterable[_Union[FinishReason, str]]] = ..., details: _Optional[_Iterable[_Union[SessionDetails, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[SessionEnd, _Mapping]]] = ...) -> None: ...
 
 class SessionDetails(_message.Message):
-    __slots__ = ("entry", "logprobs", "stop_string", "stop_token_id", "expert_load", "prompt_logprobs", "opens_reasoning")
+    __slots__ = ("entry", "logprobs", "stop_string", "stop_token_id", "expert_load", "prompt_logprobs", "opens_reasoning", "group", "cascade")
     ENTRY_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STOP_STRING_FIELD_NUMBER: _ClassVar[int]
@@ -708,6 +708,8 @@ class SessionDetails(_message.Message):
     EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     OPENS_REASONING_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    CASCADE_FIELD_NUMBER: _ClassVar[int]
     entry: int
     logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     stop_string: str
@@ -715,7 +717,9 @@ class SessionDetails(_message.Message):
     expert_load: _containers.RepeatedCompositeFieldContainer[ExpertLoad]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     opens_reasoning: bool
-    def __init__(self, entry: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., opens_reasoning: bool = ...) -> None: ...
+    group: GroupResult
+    cascade: CascadeResult
+    def __init__(self, entry: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., expert_load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., opens_reasoning: bool = ..., group: _Optional[_Union[GroupResult, _Mapping]] = ..., cascade: _Optional[_Union[CascadeResult, _Mapping]] = ...) -> None: ...
 
 class SessionEnd(_message.Message):
     __slots__ = ("key", "usage", "code", "message", "retry_after_s")

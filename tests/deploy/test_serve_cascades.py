@@ -124,9 +124,66 @@ def test_the_output_is_the_chosen_models_own(client, log, name, prompt, model, r
     assert (record.chosen, record.reason, reason_at(record, record.thresholds)) == (model, reason, reason)
 
 
+@pytest.mark.parametrize("of", ["", "small", "judge"])
+def test_sessions_give_what_generate_gives(client, log, of):
+    prompts = ("SUM 5 2 ?", "SUM 1 2 ?", "SUM 1 2 3 ?")
+    options = {"max_tokens": 40, "ignore_eos": True, "seed": 3}
+    with client.session(model=of) as session:
+        asked = {
+            (name, prompt): session.submit(prompt, model=name, **options) for name in POLICIES for prompt in prompts
+        }
+        asked[of, prompts[0]] = session.submit(prompts[0], **options)
+        other = session.submit(prompts[0], model="large", **options)
+        tokens = {}
+        for request, chunk in session:
+            tokens.setdefault(request.key, []).extend(chunk.token_ids if chunk else ())
+    for (name, prompt), request in asked.items():
+        own, generation = ask(client, name, prompt)
+        assert tokens[request.key] == own
+        if name in POLICIES:
+            mine, theirs = request.cascade, generation.cascade
+            assert (mine.model, mine.reason, mine.in_random_slice) == (
+                theirs.model,
+                theirs.reason,
+                theirs.in_random_slice,
+            )
+            assert request.usage.completion_tokens == request.usage.kept_tokens == 40
+            until(lambda request=request: request.request_id in log.read_text())
+        else:
+            assert request.cascade is None
+    assert "model must be that of the session" in str(other.error)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_cascade_in_a_session_can_be_aborted_and_has_a_deadline(client, by_name):
+    endless = {"max_tokens": 1900, "ignore_eos": True, "model": "both"}
+    with client.session() as session:
+        late = session.submit("SUM 1 ?", timeout_s=0.5, **endless)
+        request = session.submit("SUM 1 ?", request_id=f"session {by_name}", **endless)
+        other = session.submit("SUM 1 2 ?", max_tokens=10, ignore_eos=True)
+        until(lambda: client.stats("large")["num_running"] == 2)
+        if by_name:
+            client.abort(request.request_id)
+        else:
+            session.abort(request)
+        reasons = {}
+        for each, chunk in session:
+            reasons[each.key] = chunk.finish_reason if chunk else reasons.get(each.key)
+    assert (request.error, reasons[request.key], request.cascade.reason) == (None, "abort", "aborted")
+    assert (late.error.code, other.error) == ("DEADLINE_EXCEEDED", None)
+    for model in ("small", "large"):
+        until(lambda model=model: client.stats(model)["num_running"] == 0)
+
+
 @pytest.mark.parametrize(
     ("name", "prompt", "verifier"),
-    [("keep", "SUM 1 ?", 0), ("both", "SUM 1 ?", 0), ("judge", "SUM 5 2 ?", 9), ("judge", "SUM 1 2 ?", 9)],
+    [
+        ("keep", "SUM 1 ?", 0),
+        ("both", "SUM 1 ?", 0),
+        ("draft", "SUM 1 ?", 0),
+        ("judge", "SUM 5 2 ?", 9),
+        ("judge", "SUM 1 2 ?", 9),
+    ],
 )
 def test_usage_has_the_tokens_of_both_models_and_of_the_verifier(client, name, prompt, verifier):
     def sampled():
