@@ -79,7 +79,7 @@ class Models:
             raise RequestFailed(RequestError("NOT_FOUND", text))
         return self._models[name] if name else next(iter(self._models.values()))
 
-    def of_session(self, name: str) -> Model:
+    def of_session(self, name: str) -> ServedModel:
         """Return the model of a session of this name; of a cascade's the small one. Errors as those of `find`."""
         return self.find(self._policies[name].cascade.small if name in self._policies else name)
 
