@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from expertwire.engine.frontend.api import RequestOptions
-from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy
-from expertwire.engine.frontend.cascades import CascadeRun, LegName, check_cascade_params
+from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy, check_cascade_params
+from expertwire.engine.frontend.cascades import CascadeRun, LegName
 from expertwire.engine.frontend.frontend import Frontend
 from expertwire.engine.frontend.verifier_calls import VerifierCalls
 from expertwire.generation import Job, ProgressBar, delayed_interrupt, raise_error
@@ -129,7 +129,8 @@ class CascadeLLM:
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
         with contextlib.closing(VerifierCalls()) as calls:
-            run = _Run(self._bound, jobs, calls, min(llm.queue_capacity for llm in self._llms.values()))
+            capacity = min(llm.queue_capacity for llm in self._llms.values())
+            run = _Run(self._bound, jobs, self._shares_tokens, calls, capacity)
             with ProgressBar(len(jobs), use_tqdm) as progress, delayed_interrupt() as check_interrupt:
                 try:
                     while run.unfinished:
@@ -188,8 +189,11 @@ class _Job:
 class _Run:
     """Runs all prompts, as many at a time as the engines' queues take."""
 
-    def __init__(self, policy: CascadePolicy, jobs: Sequence[_Job], calls: VerifierCalls, capacity: int) -> None:
+    def __init__(
+        self, policy: CascadePolicy, jobs: Sequence[_Job], shares_tokens: bool, calls: VerifierCalls, capacity: int
+    ) -> None:
         self.unfinished = len(jobs)
+        self._shares_tokens = shares_tokens
         self._policy, self._calls, self._capacity = policy, calls, capacity
         self._todo = list(reversed(jobs))
         self._open: dict[int, _Job] = {}
@@ -250,6 +254,7 @@ class _Run:
             job.legs["large"],
             request_id=job.request_id,
             prompt=job.text,
+            shares_tokens=self._shares_tokens,
             calls=self._calls,
             on_submit=note,
         )

@@ -184,6 +184,9 @@ class Cascade:
         verifier: name of the verifier; needed with its threshold on a server.
         verifier_threshold: least score of the small model's output.
         random_share: share of requests in the random slice.
+        draft_tolerance: where the tokenizers agree, the large model starts from what the small one has written, up to the first
+            token whose log-probability it finds this much below its most probable token's; 0: up to the first that it would
+            not choose itself. None: it starts from the prompt, as it does in the random slice.
         small_token_cost, large_token_cost: of a token of each model, those of the prompt included, in any unit, for instance its
             active parameters.
 
@@ -201,6 +204,7 @@ class Cascade:
     verifier: str | None = None
     verifier_threshold: float | None = None
     random_share: float = 0.02
+    draft_tolerance: float | None = None
     small_token_cost: float = 1.0
     large_token_cost: float = 1.0
 
@@ -219,6 +223,8 @@ class Cascade:
             require_number("cascade.verifier_threshold", self.verifier_threshold)
         if self.verifier is not None:
             require_string("cascade.verifier", self.verifier)
+        if self.draft_tolerance is not None:
+            require_number("cascade.draft_tolerance", self.draft_tolerance, minimum=0)
         for field in ("small_token_cost", "large_token_cost"):
             require_number(f"cascade.{field}", getattr(self, field), minimum=0)
         require_integer("cascade.window", self.window, minimum=1)

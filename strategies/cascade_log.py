@@ -25,7 +25,9 @@ class Leg:
         tokens: output tokens it computed.
         complete: whether it ran to its end.
         prompt_tokens: tokens of the prompt.
-        cost: of the leg, in units of the log's writer, in proportion to its tokens and those of the prompt.
+        draft_tokens: of the other model's output that it was given to start from.
+        accepted_tokens: those of them that its output begins with.
+        cost: of the leg, in units of the log's writer, in proportion to its tokens, those of the prompt and of the draft.
         latency_s: seconds.
     """
 
@@ -33,6 +35,8 @@ class Leg:
     tokens: int
     complete: bool
     prompt_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     cost: float = 0.0
     latency_s: float = 0.0
 
@@ -57,6 +61,7 @@ class DecisionRecord:
         in_random_slice: whether both models ran.
         propensity: probability with which a request comes into the random slice.
         verifier_tokens: tokens that engines computed for its scores.
+        draft_tolerance: of the cascade, if the models have one tokenizer; None: the large model starts from the prompt.
         time_s: when it ended, in seconds since 1970; 0: not known.
     """
 
@@ -75,6 +80,7 @@ class DecisionRecord:
     in_random_slice: bool = False
     propensity: float = 0.0
     verifier_tokens: int = 0
+    draft_tolerance: float | None = None
     time_s: float = 0.0
 
     def to_json(self) -> str:

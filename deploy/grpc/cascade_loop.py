@@ -11,8 +11,8 @@ from expertwire.deploy.grpc.requests import Prepared, Requests
 from expertwire.deploy.grpc.usage import UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
-from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy
-from expertwire.engine.frontend.cascades import CascadeRun, LegName, check_cascade_params
+from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy, check_cascade_params
+from expertwire.engine.frontend.cascades import CascadeRun, LegName
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.verifier_calls import VerifierCalls
 from expertwire.strategies.decision_log import DecisionLog
@@ -140,6 +140,7 @@ class CascadeLoop:
             legs["large"],
             request_id=first.key[1],
             prompt=request.text if request.HasField("text") else None,
+            shares_tokens=small.makes_same_tokens(large),
             calls=self._calls,
             on_submit=watch,
             on_news=on_news,
@@ -171,7 +172,7 @@ class CascadeLoop:
     def _forget(self, opened: OpenedCascade) -> None:
         opened.run.abort()
         for name, requests in opened.served.legs.items():
-            if (number := opened.run.legs[name].number) is not None:
+            for number in opened.run.legs[name].numbers:
                 requests.unwatch(number)
 
 

@@ -99,4 +99,4 @@ class CascadeStream:
         if run.record is not None:
             result.policy_version, result.in_random_slice = run.record.policy_version, run.record.in_random_slice
             for leg in run.record.legs:
-                result.legs.add(model=leg.model, tokens=leg.tokens, complete=leg.complete, latency_s=leg.latency_s)
+                result.legs.add(**{field.name: getattr(leg, field.name) for field in pb.CascadeLeg.DESCRIPTOR.fields})

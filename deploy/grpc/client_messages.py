@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 from google.protobuf import json_format
@@ -70,14 +70,25 @@ class Usage:
     verifier_tokens: int
 
 
+class CascadeLeg(NamedTuple):
+    """What one model of a cascade did; fields as in the .proto."""
+
+    model: str
+    tokens: int
+    complete: bool
+    latency_s: float
+    draft_tokens: int
+    accepted_tokens: int
+
+
 @dataclass(frozen=True)
 class CascadeResult:
-    """Which model of a cascade answered, and why; fields as in the .proto. `legs` has (model, tokens, complete, seconds)."""
+    """Which model of a cascade answered, and why; fields as in the .proto."""
 
     model: str
     reason: str
     policy_version: str
-    legs: list[tuple[str, int, bool, float]]
+    legs: list[CascadeLeg]
     in_random_slice: bool
 
 
@@ -118,7 +129,7 @@ class Progress:
 
 
 def _to_cascade(message: pb.CascadeResult) -> CascadeResult:
-    legs = [(leg.model, leg.tokens, leg.complete, leg.latency_s) for leg in message.legs]
+    legs = [CascadeLeg(*(getattr(leg, field) for field in CascadeLeg._fields)) for leg in message.legs]
     return CascadeResult(message.model, message.reason, message.policy_version, legs, message.in_random_slice)
 
 

@@ -190,16 +190,20 @@ class CascadeResult(_message.Message):
     def __init__(self, model: _Optional[str] = ..., reason: _Optional[str] = ..., policy_version: _Optional[str] = ..., legs: _Optional[_Iterable[_Union[CascadeLeg, _Mapping]]] = ..., in_random_slice: bool = ...) -> None: ...
 
 class CascadeLeg(_message.Message):
-    __slots__ = ("model", "tokens", "complete", "latency_s")
+    __slots__ = ("model", "tokens", "complete", "latency_s", "draft_tokens", "accepted_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     tokens: int
     complete: bool
     latency_s: float
-    def __init__(self, model: _Optional[str] = ..., tokens: _Optional[int] = ..., complete: bool = ..., latency_s: _Optional[float] = ...) -> None: ...
+    draft_tokens: int
+    accepted_tokens: int
+    def __init__(self, model: _Optional[str] = ..., tokens: _Optional[int] = ..., complete: bool = ..., latency_s: _Optional[float] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("branch", "token_ids", "text", "logprobs", "finish_reason", "stop_string", "stop_token_id", "expert_load")

@@ -8,23 +8,26 @@ taken as it comes. Everything but the calls of verifiers happens in the frontend
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from expertwire.engine.frontend.api import EngineFailed, RequestError, Update
-from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy
+import numpy as np
+
+from expertwire.engine.frontend.api import EngineFailed, Position, RequestError, Update
+from expertwire.engine.frontend.cascade_drafts import accepted_logprobs, checking_params, draft_of, num_accepted
+from expertwire.engine.frontend.cascade_legs import CascadeLeg, CascadePolicy, check_cascade_params
 from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.verifier_calls import Outcome, VerifierCalls
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.strategies.cascade import MAX_FEATURE_CHARS, Confidence, prompt_features
-from expertwire.strategies.cascade_log import DecisionRecord, Leg
+from expertwire.strategies.cascade import Confidence, prompt_features
+from expertwire.strategies.cascade_log import DecisionRecord
 from expertwire.strategies.verifiers import Candidate, VerifierError
 
 KEPT, ABORTED = "kept", "aborted"
 LegName = Literal["small", "large"]
-_MAX_FEATURE_TOKENS = MAX_FEATURE_CHARS // 4  # of a prompt without text
 
 
 class CascadeRun:
@@ -38,6 +41,7 @@ class CascadeRun:
         small, large: the models' parts.
         request_id: of the request; the random slice is a function of it.
         prompt: text of the prompt; None: it is decoded from the small model's tokens.
+        shares_tokens: whether the models have one tokenizer, so that the large one may start from the small one's output.
         calls: calls the verifier.
         on_submit: called when a leg has been submitted.
         on_news: called when there is something to take, or the request has failed.
@@ -58,6 +62,7 @@ class CascadeRun:
         *,
         request_id: str,
         prompt: str | None,
+        shares_tokens: bool,
         calls: VerifierCalls,
         on_submit: Callable[[LegName], None] = lambda _: None,
         on_news: Callable[[], None] = lambda: None,
@@ -76,11 +81,13 @@ class CascadeRun:
         self._shows_logprobs = small.params.logprobs is not None
         if not self._shows_logprobs:
             small.params = dataclasses.replace(small.params, logprobs=0)
-        self._prompt = prompt if prompt is not None else _text_of(small)
+        self._prompt = prompt if prompt is not None else small.prompt_text()
         self._features = prompt_features(self._prompt, len(small.tokens))
         self._confidence = Confidence(policy.cascade.window)
         self._scores: dict[str, float | None] = {}
         self._num_asked = 0  # scores that have not come
+        self._tolerance = policy.cascade.draft_tolerance if shares_tokens else None
+        self._accepted: list[Update] = []  # the beginning of the large model's output, until the client takes it
         self._output: list[Update] = []  # that was held back, and that the client may have
         self._calls, self._on_submit, self._on_news = calls, on_submit, on_news
         self._in_slice = policy.cascade.in_random_slice(request_id)
@@ -102,7 +109,7 @@ class CascadeRun:
         request = self.legs["large"].request
         if self.done or not self._streams:
             return bool(self._output)
-        return request is not None and (bool(request.untaken) or request.done)
+        return bool(self._accepted) or (request is not None and (bool(request.untaken) or request.done))
 
     def begin(self) -> None:
         """Submit the first leg, or both.
@@ -123,8 +130,11 @@ class CascadeRun:
     def handle(self, name: LegName, request: OpenRequest) -> None:
         """Take in a leg's news, from `Frontend.receive`."""
         leg = self.legs[name]
-        if self.done or not leg.is_running:
+        if self.done or not leg.is_running or request.id != leg.number:
             return  # what was aborted
+        if leg.checks_draft:
+            self._check_draft(request)
+            return
         if name == "large" and self._streams:
             leg.request = request
             if request.done:
@@ -175,8 +185,9 @@ class CascadeRun:
         return not self._in_slice and self.legs["large"].number is not None and not self._output
 
     def _take_large(self, max_size: int | None) -> list[Update]:
-        leg = self.legs["large"]
-        assert leg.request is not None, "the large model has no output"
+        leg, (accepted, self._accepted) = self.legs["large"], (self._accepted, [])
+        if leg.request is None:
+            return accepted
         updates = leg.frontend.take(leg.request, max_size)
         for update in updates:
             leg.num_tokens += len(update.token_ids)
@@ -186,16 +197,83 @@ class CascadeRun:
             leg.complete = update.finish_reason in ("stop", "length")
             if update.finish_reason == "abort":  # by the client, under the request's name
                 self.reason = ABORTED
-        return updates
+        if leg.draft:  # the check of the draft has computed what is cached
+            updates = [update._replace(num_cached_tokens=0) for update in updates]
+        return accepted + updates
 
     def _submit(self, name: LegName) -> None:
-        leg, now = self.legs[name], time.monotonic()
+        """Begin a leg."""
+        leg = self.legs[name]
+        leg.begin_s = time.monotonic()
+        if leg.draft:
+            tokens = np.concatenate((leg.tokens, np.array(leg.draft, np.int32)))
+            self._request(name, tokens, checking_params(leg.params))
+        else:
+            self._request(name, leg.tokens, leg.params)
+
+    def _request(
+        self, name: LegName, tokens: np.ndarray, params: SamplingParams, num_prompt: int | None = None
+    ) -> None:
+        leg = self.legs[name]
         options, begin_s = leg.options, self.legs["small"].begin_s
         if name == "large" and options.deadline_s is not None and begin_s:
-            options = dataclasses.replace(options, deadline_s=max(0.0, options.deadline_s - (now - begin_s)))
-        leg.begin_s = now
-        leg.number = leg.frontend.submit(leg.tokens, leg.params, options)
+            left_s = options.deadline_s - (time.monotonic() - begin_s)
+            options = dataclasses.replace(options, deadline_s=max(0.0, left_s))
+        leg.numbers.append(leg.frontend.submit(tokens, params, options, num_prompt_tokens=num_prompt))
         self._on_submit(name)
+
+    def _hand_over(self) -> None:
+        """Begin the large model's leg, from what the small one has written."""
+        small, large = self.legs["small"], self.legs["large"]
+        if self._tolerance is not None:
+            max_model_len = large.frontend.model_info.max_model_len
+            large.draft = draft_of(small.updates, large.params, large.tokens, max_model_len)
+        with self._failing():
+            self._submit("large")
+
+    def _check_draft(self, request: OpenRequest) -> None:
+        """Take in what the large model says of the draft, and let it go on behind what it keeps."""
+        leg = self.legs["large"]
+        assert self._tolerance is not None, "there is a draft"
+        for update in leg.frontend.take(request):
+            leg.num_tokens += len(update.token_ids)
+            if update.error is not None:
+                leg.end()
+                self._fail(update.error)
+                return
+            if update.finish_reason == "abort":  # by the client, under the request's name
+                leg.end()
+                self.cancel()
+                return
+            if update.prompt_logprobs is not None:
+                positions = update.prompt_logprobs[len(leg.tokens) :]
+                leg.num_accepted = num_accepted(leg.draft, positions, self._tolerance)
+                self._accept(positions[: leg.num_accepted])
+
+    def _accept(self, positions: Sequence[Position | None]) -> None:
+        leg, accepted = self.legs["large"], self.legs["large"].draft[: len(positions)]
+        with self._failing():
+            tokens = np.concatenate((leg.tokens, np.array(accepted, np.int32)))
+            self._request("large", tokens, leg.params, len(leg.tokens))
+        if self.done or leg.number is None or not accepted:
+            return
+        request = leg.frontend.find(leg.number)
+        assert request is not None, "it has only now been submitted"
+        [branch] = request.running.values()
+        text = "".join(branch.texts)
+        branch.texts.clear()
+        self._accepted = [
+            Update(request.id, 0, tuple(accepted), text, accepted_logprobs(positions, leg.params), seed=request.seed)
+        ]
+        self._on_news()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """End the request with an error where the engine fails."""
+        try:
+            yield
+        except EngineFailed as failed:
+            self._fail(RequestError("UNAVAILABLE", str(failed)))
 
     def _add(self, name: LegName, update: Update) -> None:
         """Take in a part of an output that is held back."""
@@ -263,10 +341,7 @@ class CascadeRun:
             self._on_news()
         elif self.reason != KEPT and not self._in_slice:
             self._stop("small")
-            try:
-                self._submit("large")
-            except EngineFailed as failed:
-                self._fail(RequestError("UNAVAILABLE", str(failed)))
+            self._hand_over()
         elif not self._num_asked and not any(leg.is_running for leg in self.legs.values()):
             self._output = self.legs["small" if self.reason == KEPT else "large"].updates
             self._on_news()
@@ -304,24 +379,15 @@ class CascadeRun:
         counts["cascade_random_slice"] += self._in_slice
         for name, leg in self.legs.items():
             counts[f"cascade_tokens_{name}"] += leg.num_tokens
+        counts["cascade_tokens_draft"] += len(self.legs["large"].draft)
+        counts["cascade_tokens_accepted"] += self.legs["large"].num_accepted or 0
         counts["cascade_tokens_verifier"] += self.verifier_tokens
 
     def _make_record(self) -> DecisionRecord:
         cascade, minima = self.policy.cascade, self._confidence.minima
         names: dict[LegName, str] = {"small": cascade.small, "large": cascade.large}
         costs: dict[LegName, float] = {"small": cascade.small_token_cost, "large": cascade.large_token_cost}
-        legs = [
-            Leg(
-                model=names[name],
-                tokens=leg.num_tokens,
-                complete=leg.complete,
-                prompt_tokens=len(leg.tokens),
-                cost=costs[name] * (len(leg.tokens) + leg.num_tokens),
-                latency_s=(leg.end_s or time.monotonic()) - leg.begin_s,
-            )
-            for name, leg in self.legs.items()
-            if leg.number is not None
-        ]
+        legs = [leg.record(names[name], costs[name]) for name, leg in self.legs.items() if leg.number is not None]
         outcomes = {names[name]: leg.outcome for name, leg in self.legs.items() if leg.outcome is not None}
         router = self._scores.get("router")
         return DecisionRecord(
@@ -340,17 +406,6 @@ class CascadeRun:
             in_random_slice=self._in_slice,
             propensity=cascade.random_share,
             verifier_tokens=self.verifier_tokens,
+            draft_tolerance=self._tolerance,
             time_s=time.time(),
         )
-
-
-def check_cascade_params(params: SamplingParams) -> None:
-    """Raise ValueError if a request to a cascade cannot have these sampling parameters."""
-    if params.n != 1:
-        raise ValueError(f"n must be 1 for a cascade, got {params.n}")
-
-
-def _text_of(leg: CascadeLeg) -> str:
-    """Return the text of a prompt, of a very long one its last part; "" without a tokenizer."""
-    tokenizer = leg.frontend.tokenizer
-    return "" if tokenizer is None else tokenizer.decode(leg.tokens[-_MAX_FEATURE_TOKENS:].tolist())

@@ -26,6 +26,7 @@ POLICIES = {
     "keep": KEEP,
     "doubt": dataclasses.replace(KEEP, confidence_threshold=0.0),
     "route": dataclasses.replace(KEEP, router=Router(("numbers",), (0.0,), (1.0,), (-1.0,), 2.5), router_threshold=0.5),
+    "draft": dataclasses.replace(KEEP, confidence_threshold=0.0, draft_tolerance=1e3, window=8),
     "both": dataclasses.replace(KEEP, confidence_threshold=0.0, random_share=1.0),
     "judge": dataclasses.replace(KEEP, verifier="has_five", verifier_threshold=0.5),
     "fail": dataclasses.replace(KEEP, verifier="fails", verifier_threshold=0.5),
@@ -204,7 +205,22 @@ def test_usage_has_the_tokens_of_both_models_and_of_the_verifier(client, name, p
     assert counted() - of_verifiers == verifier
 
 
-@pytest.mark.parametrize("name", ["keep", "doubt", "both"])
+def test_the_large_model_starts_from_the_draft(client, log):
+    own, _ = ask(client, "small")
+    tokens, generation = ask(client, "draft", logprobs=1)
+    small, large = generation.cascade.legs
+    assert generation.cascade.reason == "confidence"
+    assert large.accepted_tokens == large.draft_tokens == small.tokens >= 8
+    assert tokens[: large.accepted_tokens] == own[: large.accepted_tokens]
+    usage = generation.usage
+    assert (usage.completion_tokens, usage.kept_tokens, usage.cached_prompt_tokens) == (40, 40, 0)
+    assert usage.pruned_tokens == small.tokens + large.tokens - 40
+    until(lambda: generation.request_id in log.read_text())
+    [record] = [each for each in read_records(log)[0] if each.request_id == generation.request_id]
+    assert (record.draft_tolerance, record.legs[1].accepted_tokens) == (1e3, large.accepted_tokens)
+
+
+@pytest.mark.parametrize("name", ["keep", "doubt", "both", "draft"])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_what_is_cancelled_leaves_nothing(client, name, by_name):
     before = [client.stats(model)["tokens_sampled"] for model in ("small", "large")]
@@ -212,7 +228,7 @@ def test_what_is_cancelled_leaves_nothing(client, name, by_name):
         "SUM 1 ?", model=name, max_tokens=1500, ignore_eos=True, request_id=f"{name} {by_name}"
     )
     chunks = iter(generation)
-    if name == "doubt":
+    if name in ("doubt", "draft"):
         next(chunks)  # of the large model
     else:
         until(lambda: client.stats("small")["tokens_sampled"] > before[0] + 3)
