@@ -30,6 +30,7 @@ from expertwire.kernels.cpu._llvm import (
     empty_panels,
     end_products,
     jit,
+    longest_part,
     multiply,
     operand,
     pack_keys,
@@ -80,9 +81,9 @@ def attend_rows(
     sinks_H,
     out_THd,
 ):
-    """As `kernels.ops.attention.reference`, on arrays; `sinks_H` and `kv_scales_2G` may be empty."""
+    """As `kernels.ops.attention.reference`, on arrays, for at least one sequence; `sinks_H` and `kv_scales_2G` may be empty."""
     num_kv, dim, group = k_BsGd.shape[2], k_BsGd.shape[3], q_THd.shape[1] // k_BsGd.shape[2]
-    longest, most = max(seq_lens_S), np.diff(cu_seqlens_q).max()
+    longest, most = max(seq_lens_S), longest_part(cu_seqlens_q)
     reach = _reach(longest, window, chunk)
     # Number of queries that are multiplied by the same packed keys.
     piece = most if reach == longest else min(most, max(reach, _LEAST_QUERIES))
@@ -193,26 +194,6 @@ def _store_outputs(acc, unbiased, start, count, g, group, column, out_THd):
         i += rows
 
 
-@allocating_jit
-def _attend(
-    q_THd,
-    k_BsGd,
-    v_BsGd,
-    kv_scales_2G,
-    tables_SW,
-    cu_seqlens_q,
-    seq_lens_S,
-    scale,
-    window,
-    chunk,
-    sinks_H,
-    out_THd,
-):
-    if len(seq_lens_S) > 0:
-        options = scale, window, chunk, sinks_H
-        attend_rows(q_THd, k_BsGd, v_BsGd, kv_scales_2G, tables_SW, cu_seqlens_q, seq_lens_S, *options, out_THd)
-
-
 def attend(
     q_THd: Tensor,
     k_cache: Tensor,
@@ -226,7 +207,8 @@ def attend(
     out_THd = torch.empty_like(q_THd)
     q, k, v, out = (as_array(tensor) for tensor in (q_THd, k_cache, v_cache, out_THd))
     where = (tensor.numpy() for tensor in (seqs.block_table, seqs.cu_seqlens_q, seqs.seq_lens))
-    _attend(q, k, v, scales(options.kv_scales_2G), *where, *variant(options, q.shape[2]), out)
+    if seqs.num_sequences > 0:
+        attend_rows(q, k, v, scales(options.kv_scales_2G), *where, *variant(options, q.shape[2]), out)
     return out_THd
 
 

@@ -34,18 +34,15 @@ from expertwire.kernels.cpu.gemm import (
     PackedLinear,
     experts_rows,
     linear_rows,
-    pack_linear,
 )
 from expertwire.kernels.cpu.rotary import rope_and_cache_rows
 from expertwire.kernels.cpu.routing import Rule, route_rows, rule
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionInputs, AttentionWeights
-from expertwire.kernels.ops.linear import Linear
 from expertwire.kernels.ops.moe_block import MoeBlock, MoeWeights
 
 Weights = tuple[np.ndarray, np.ndarray]  # panels and bias of a `PackedLinear`
-# A shared expert's first and second product and gate, outputs of the first, and whether half of them are gates; without one, or
-# without a gate, its weights are empty.
-Shared = tuple[Weights, Weights, Weights, int, bool]
+# A shared expert's first and second product and gate, or None, outputs of the first, and whether half of them are gates.
+Shared = tuple[Weights, Weights, Weights | None, int, bool]
 
 
 @allocating_jit
@@ -162,9 +159,10 @@ def _sort(physical_TK: np.ndarray, offsets: np.ndarray, row_index_R: np.ndarray,
 
 
 @allocating_jit
-def _add_shared(x_TD: np.ndarray, shared: Shared, sum_TD: np.ndarray) -> None:
+def _add_shared(
+    x_TD: np.ndarray, up: Weights, down: Weights, gate: Weights | None, num_up: int, is_gated: bool, sum_TD: np.ndarray
+) -> None:
     """Add the shared expert's outputs; see `kernels.ops.moe_block.DenseMlp`."""
-    up, down, gate, num_up, is_gated = shared
     num_tokens, width = sum_TD.shape
     up_TF = empty((num_tokens, num_up), x_TD.dtype)
     linear_rows(x_TD, up[0], up[1], up_TF)
@@ -177,7 +175,7 @@ def _add_shared(x_TD: np.ndarray, shared: Shared, sum_TD: np.ndarray) -> None:
     y_T1D = empty((num_tokens, 1, width), x_TD.dtype)
     y_TD = y_T1D.reshape((num_tokens, width))
     linear_rows(hidden_TF, down[0], down[1], y_TD)
-    if len(gate[0]) > 0:
+    if gate is not None:
         gate_T1 = empty((num_tokens, 1), x_TD.dtype)
         linear_rows(x_TD, gate[0], gate[1], gate_T1)
         sigmoid_mul_rows(y_T1D, gate_T1.reshape((num_tokens, 1, 1)), y_T1D)
@@ -195,7 +193,7 @@ def _moe(
     rule: Rule,
     log2phy_E: np.ndarray,
     experts: Operands,
-    shared: Shared,
+    shared: Shared | None,  # what a model does not have is not compiled
     norm_D: np.ndarray,
     eps: float,
     load_E: np.ndarray,
@@ -222,8 +220,8 @@ def _moe(
         end = min(start + CHUNK, num_tokens)
         part_TD = delta_TD[: end - start]
         combine_rows(rows_RD, place_TK[start:end], weights_TK[start:end], part_TD)
-        if len(shared[0][0]) > 0:
-            _add_shared(normed_TD[start:end], shared, part_TD)
+        if shared is not None:
+            _add_shared(normed_TD[start:end], *shared, part_TD)
         add_rms_norm_rows(x_TD[start:end], part_TD, norm_D, eps, sum_TD[start:end], y_TD[start:end])
 
 
@@ -232,17 +230,17 @@ def fuse_moe(weights: MoeWeights) -> MoeBlock | None:
     w, router, experts, routing = weights, weights.router, weights.experts, weights.routing
     if not (isinstance(router, PackedLinear) and isinstance(experts, PackedExperts)) or routing.scales_input:
         return None
-    absent, shared = pack_linear(w.norm_D.new_empty(0, w.norm_D.shape[0])), w.shared
-    linears: tuple[Linear, ...] = absent, absent, absent
-    if shared is not None:
-        linears = shared.up, shared.down, absent if shared.gate is None else shared.gate
-    packed = [each for each in linears if isinstance(each, PackedLinear)]
-    if len(packed) < len(linears):
-        return None
+    dense: Shared | None = None
+    if w.shared is not None:
+        up, down, gate = w.shared.up, w.shared.down, w.shared.gate
+        if not (isinstance(up, PackedLinear) and isinstance(down, PackedLinear)):
+            return None
+        if not (gate is None or isinstance(gate, PackedLinear)):
+            return None
+        of_gate = None if gate is None else _weights(gate)
+        dense = _weights(up), _weights(down), of_gate, up.num_outputs, w.shared.silu_mul is not None
     like_router = np.empty(0, np.uint16 if router.panels.dtype == np.uint32 else np.float32)
     choice = routing.top_k, rule(len(w.log2phy_E), routing, w.choice_bias), w.log2phy_E.numpy()
-    is_gated = shared is not None and shared.silu_mul is not None
-    dense = *map(_weights, packed), packed[0].num_outputs, is_gated
     return _MoeBlock((_weights(router), like_router, *choice, experts.operands, dense, as_array(w.norm_D), w.eps))
 
 

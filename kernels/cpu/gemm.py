@@ -33,6 +33,7 @@ from expertwire.kernels.cpu._llvm import (
     end_products,
     jit,
     load,
+    longest_part,
     multiply,
     multiply_and_gate,
     operand,
@@ -86,7 +87,7 @@ class PackedLinear:
     def __call__(self, x_MK: Tensor) -> Tensor:
         x_MK = x_MK.to(torch.bfloat16 if self.panels.dtype == np.uint32 else torch.float32)
         y_MN = x_MK.new_empty(x_MK.shape[0], self.num_outputs)
-        _linear(as_array(x_MK), self.panels, self.bias, as_array(y_MN))
+        linear_rows(as_array(x_MK), self.panels, self.bias, as_array(y_MN))
         return y_MN
 
 
@@ -122,7 +123,8 @@ class PackedExperts:
         assert home_R is None, "rows stay in order"
         assert tile_map is None, "rows are not in tiles"
         y_RD = x_UD.new_empty(len(row_index_R), x_UD.shape[1])
-        _experts(as_array(x_UD), row_index_R.numpy(), offsets, self.operands, as_array(y_RD))
+        if len(row_index_R) > 0:
+            experts_rows(as_array(x_UD), row_index_R.numpy(), offsets, self.operands, as_array(y_RD))
         return y_RD
 
 
@@ -330,7 +332,7 @@ def _gather(x, index, start, count, rows):
 def experts_rows(x, index, offsets, operands, y):
     """As `kernels.ops.experts.reference`, with `PackedExperts.operands`; at least one row."""
     w13, bias13, w2, bias2, gating = operands
-    most, width = min(CHUNK, np.diff(offsets).max()), x.shape[1]
+    most, width = min(CHUNK, longest_part(offsets)), x.shape[1]
     inner = bias13[0].size if gating is None else bias13.shape[1] * LANES
     scratch13, scratch2 = scratch(expert(w13, 0), x), scratch(expert(w2, 0), x)
     rows, hidden, acc = operand(most, width, scratch13), operand(most, inner, scratch2), accumulators()
@@ -343,17 +345,6 @@ def experts_rows(x, index, offsets, operands, y):
             _hidden(rows, count, expert(w13, e), bias13[e], gating, scratch13, acc, other, x[0, 0], hidden)
             _product(hidden, count, expert(w2, e), bias2[e], scratch2, acc, y[start : start + count])
     end_products(scratch13)
-
-
-@allocating_jit
-def _linear(x, w, bias, y):
-    linear_rows(x, w, bias, y)
-
-
-@allocating_jit
-def _experts(x, index, offsets, operands, y):
-    if len(index) > 0:
-        experts_rows(x, index, offsets, operands, y)
 
 
 @allocating_jit

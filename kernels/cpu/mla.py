@@ -33,6 +33,7 @@ from expertwire.kernels.cpu._llvm import (
     exp,
     jit,
     load,
+    longest_part,
     multiply,
     online_softmax_update,
     operand,
@@ -53,7 +54,7 @@ def _attend(q_THl, cache_Bs1l, kv_scale, tables_SW, cu_seqlens_q, seq_lens_S, sc
     (num_heads, width), rank = q_THl.shape[1:], out_THc.shape[2]
     depth, depth_v = -(-width // K_STEP) * K_STEP, -(-rank // K_STEP) * K_STEP
     keys, values = empty_panels(q_THl, _SPLIT // PANEL, depth), empty_panels(q_THl, depth_v // PANEL, _SPLIT)
-    step = min(_ROWS, np.diff(cu_seqlens_q).max() * num_heads)
+    step = min(_ROWS, longest_part(cu_seqlens_q) * num_heads)
     rows, two_rows = operand(LANES, depth, keys), np.zeros((2, depth_v), cache_Bs1l.dtype)
     queries, weights = operand(step, depth, keys), operand(step, _SPLIT, values)
     rows[:], queries[:] = 0, 0

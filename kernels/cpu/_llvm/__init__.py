@@ -41,7 +41,16 @@ from expertwire.kernels.cpu._llvm.rows import (
     scale_row,
     softmax,
 )
-from expertwire.kernels.cpu._llvm.scalars import allocating_jit, as_array, empty, exp, jit, load, round_like
+from expertwire.kernels.cpu._llvm.scalars import (
+    allocating_jit,
+    as_array,
+    empty,
+    exp,
+    jit,
+    load,
+    longest_part,
+    round_like,
+)
 from expertwire.kernels.cpu._llvm.vectors import LANES
 
 __all__ = [
@@ -67,6 +76,7 @@ __all__ = [
     "expand_codes",
     "jit",
     "load",
+    "longest_part",
     "multiply",
     "multiply_and_gate",
     "online_softmax_update",

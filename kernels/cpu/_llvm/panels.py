@@ -73,10 +73,9 @@ def pack_rows(w, starts, panels):
     rows = np.zeros((LANES, num_k), w.dtype)
     for half in range(len(starts)):
         for i in range(LANES):
-            if starts[half] + i < num_n:
-                rows[i] = w[starts[half] + i]
-            else:
-                rows[i] = 0
+            n = starts[half] + i
+            for k in range(num_k):  # an assignment of rows takes a second to compile
+                rows[i, k] = w[n, k] if n < num_n else 0
         pack_half(rows, 0, num_k, panels, half // 2, half % 2)
 
 

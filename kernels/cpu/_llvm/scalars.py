@@ -42,6 +42,15 @@ def empty(shape, dtype):
     return memory[start : start + size].reshape(shape)
 
 
+@jit(inner=True)
+def longest_part(offsets):
+    """Return the largest difference of adjacent offsets; `np.diff` takes seconds to compile."""
+    longest = 0
+    for i in range(len(offsets) - 1):
+        longest = max(longest, offsets[i + 1] - offsets[i])
+    return longest
+
+
 @intrinsic
 def _bits_to_f32(context: Any, bits: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
