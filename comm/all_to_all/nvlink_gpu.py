@@ -98,7 +98,9 @@ class NvlinkGpuAllToAll:
         if spec.num_micro_batches > 1:
             # The other micro-batch computes meanwhile, on all but a few multiprocessors. One warp waits, not a program an expert.
             self._num_programs, self._few_arrived_ids = min(num_programs, OVERLAP_PROGRAMS), 0
-        self._limit = int(spec.timeout_s * 1e9) if mine.is_cuda else max_turns
+        # A kernel that is compiled ahead, for tensors on "meta", has to be the one that a GPU launches.
+        self._has_clock = mine.device.type != "cpu"
+        self._limit = int(spec.timeout_s * 1e9) if self._has_clock else max_turns
         combine_dtype, combine_size = spec.combine_dtype or spec.dtype, spec.combine_size or spec.hidden_size
         for what, nbytes in (
             ("dispatch", spec.hidden_size * spec.dtype.itemsize),
@@ -260,7 +262,7 @@ class NvlinkGpuAllToAll:
             spec.group.rank, spec.group.size, spec.max_tokens, self._num_experts,
             layout.dispatch_signals.offset, layout.routes.offset, layout.stall_signals.offset, self._limit,
             K=spec.top_k, CHUNK=dispatch_low_latency.chunk_of(most_tokens, spec.top_k, spec.group.size),
-            RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._mine.is_cuda,
+            RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._has_clock,
         )  # fmt: skip
 
     def _most_rows(self, num_tokens_P: Sequence[int]) -> int:
@@ -275,7 +277,7 @@ class NvlinkGpuAllToAll:
         signals.wait_for_signals_kernel[(1,)](
             self._peers, self._epoch, spec.group.rank, spec.group.size,
             signals_at, self._layout.stall_signals.offset, self._limit,
-            PHASE=phase, RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._mine.is_cuda, num_warps=1,
+            PHASE=phase, RANKS=triton.next_power_of_2(spec.group.size), CLOCK=self._has_clock, num_warps=1,
         )  # fmt: skip
 
     def _region(self, region: Region) -> Tensor:

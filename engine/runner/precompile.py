@@ -118,8 +118,7 @@ def _all_to_all(spec: AllToAllSpec, of: Rank, ops: kernels.Ops) -> AllToAll:
     from expertwire.comm.all_to_all.symmetric_buffer import BufferLayout
 
     memory = torch.empty(BufferLayout.of(spec).nbytes, dtype=torch.uint8, device=_DEVICE)
-    limit_ns = int(spec.timeout_s * 1e9)  # a number of turns elsewhere, and no more than a number here
-    return NvlinkGpuAllToAll(spec, [memory] * of.num_ranks, num_programs=of.gpu.num_sms, max_turns=limit_ns)
+    return NvlinkGpuAllToAll(spec, [memory] * of.num_ranks, num_programs=of.gpu.num_sms)
 
 
 class _StoragelessDecoder(Decoder):
@@ -140,7 +139,7 @@ class Precompilation:
 
     def __init__(self, of: Rank, *, share: int, num_shares: int, num_processes: int) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `wait`
-        command = [sys.executable, "-m", __name__]
+        command = [sys.executable, "-P", "-m", __name__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._said)
         assert self._process.stdin is not None
         with self._process.stdin as given:

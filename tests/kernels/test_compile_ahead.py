@@ -1,5 +1,6 @@
 """Compiling ahead: a program's launches are found without making them, and later found in the cache."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner import precompile
-from expertwire.kernels.gpu import compile_ahead, rms_norm
+from expertwire.kernels.gpu import compile_ahead, dispatch_low_latency, rms_norm, signals
 from expertwire.kernels.gpu.compile_ahead import absent_gpu
 from expertwire.kernels.gpu.device import H200
 
@@ -122,6 +123,27 @@ def test_ranks_of_a_node_launch_the_same_kernels():
     of = rank(CONFIGS / "qwen3-30b-a3b", 32)
     first, *others = (set(precompile.launches(replace(of, rank=rank))) for rank in (0, 1, 3, 16))
     assert [len(found ^ first) for found in others] == [0, 0, 0]
+
+
+def test_kernels_that_wait_are_compiled_with_the_clock_of_a_gpu():
+    """A constant of the kernels; without it each rank would compile them at its first step, one by one."""
+    found = [launch for launch in precompile.launches(rank(CONFIGS / "qwen3-30b-a3b", 8)) if _waits(launch)]
+    assert {launch.kernel for launch in found} == {"wait_for_signals_kernel", "low_latency_receive_kernel"}
+    for launch in found:
+        described = json.loads(launch.specialization)
+        constants = dict(zip(map(str, described["constant_keys"]), described["constant_vals"], strict=True))
+        assert constants[str([_CLOCKS[launch.kernel]])] is True, launch.kernel
+
+
+def _waits(launch):
+    return launch.kernel in _CLOCKS
+
+
+# Where each kernel has its argument CLOCK.
+_CLOCKS = {
+    kernel.__name__: kernel.arg_names.index("CLOCK")
+    for kernel in (signals.wait_for_signals_kernel, dispatch_low_latency.low_latency_receive_kernel)
+}
 
 
 def test_steps_of_several_exchanges_are_warmed_up_as_such(monkeypatch):
