@@ -51,9 +51,15 @@ class DummySteps:
         return PackedInputs(words.clone(), num_tokens)
 
     def run_padded(self, size: GraphSize, inputs: list[PackedInputs]) -> Tensor:
-        """Run a step with the bounds of a graph: all that it captures. `inputs`: of each micro-batch."""
+        """Run a step with the bounds of a graph: all that it captures. `inputs`: of each micro-batch.
+
+        Where an all-to-all takes the ranks' numbers of tokens as they are, and not as bounds, these are the same on all ranks,
+        which run this together: a rank that expected more rows than it is sent would wait for ever.
+        """
         batches, batch = [], self._batch
-        tokens_P = size.tokens_P(self._rank, self._num_ranks)
+        tokens_P = (
+            size.tokens_P(self._rank, self._num_ranks) if self._is_padded else [size.num_tokens] * self._num_ranks
+        )
         for given, num_tokens_P in zip(inputs, split_tokens(tokens_P, self._num_micro_batches), strict=True):
             num = num_tokens_P[self._rank]
             tables_CSW = batch.block_tables.index_select(1, given.slot_S(num))

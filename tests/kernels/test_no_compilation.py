@@ -17,6 +17,7 @@ from helpers.fake_graphs import FakeCapture
 from helpers.fake_launches import FakeLaunches
 from helpers.launched_runner import MAX_RUNNING, NUM_BLOCKS, SIZES, build
 
+from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.runner.cuda_graphs import Captured
 from expertwire.engine.runner.input_batch import InputBatch
@@ -171,6 +172,26 @@ def test_a_mixed_graph_has_room_for_requests_that_run(monkeypatch):
         runner.run_largest_graph(512, MAX_RUNNING)
     [metadata] = [each for batch in seen for each in batch.attention_metadata]
     assert (metadata.max_decodes, metadata.max_prefills, metadata.max_prefill_tokens) == (24, 24, 512)
+
+
+def test_dummy_steps_have_the_tokens_that_an_exchange_is_told(monkeypatch):
+    """All ranks run the same dummy steps. An all-to-all whose host counts rows (`ReferenceAllToAll`, for one) receives from each
+    rank as many as it is told, so that other numbers, such as bounds, would let it wait for ever."""
+    told, send = [], NvlinkGpuAllToAll.dispatch_send
+
+    def note(self, x_TD, physical_TK, num_tokens_P, num_valid=None):
+        told.append((len(x_TD), list(num_tokens_P)))
+        return send(self, x_TD, physical_TK, num_tokens_P, num_valid)
+
+    monkeypatch.setattr(NvlinkGpuAllToAll, "graph_safe", False)
+    monkeypatch.setattr(NvlinkGpuAllToAll, "dispatch_send", note)
+    with FakeLaunches():
+        _, runner = build(2, 64, None)
+        runner.run_largest_graph(64, MAX_RUNNING)
+        runner.run_peak(64, MAX_RUNNING)
+        runner.warm_up(64, MAX_RUNNING)
+    assert len({num for num, _ in told}) > 5
+    assert [(num, num_P) for num, num_P in told if num_P != [num] * 2] == []
 
 
 def test_logits_of_a_prompt_come_in_portions(monkeypatch):
