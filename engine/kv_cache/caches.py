@@ -51,11 +51,19 @@ def make(
     return NamedCache(spec=spec, tokens_per_block=spec.tokens_per_block(block_size), layers=layers)
 
 
-def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[[np.ndarray], Tensor]) -> None:
-    """Copy the blocks that a plan names. `upload` copies integers to the caches' device."""
-    for index in sorted(set(plan.copy_cache_M.tolist())):
-        here_M = plan.copy_cache_M == index
-        source, target = upload(plan.copy_from_M[here_M]).long(), upload(plan.copy_to_M[here_M]).long()
+def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[..., list[Tensor]]) -> None:
+    """Copy the blocks that a plan names. `upload` brings arrays to the caches' device, here all by one call."""
+    found = sorted(set(plan.copy_cache_M.tolist()))
+    if not found:
+        return
+    blocks_M = [blocks for index in found for blocks in _copied(plan, plan.copy_cache_M == index)]
+    uploaded = upload(*blocks_M)
+    for index, source, target in zip(found, uploaded[::2], uploaded[1::2], strict=True):
         for tensors in caches[index].layers.values():
             for blocks in map(as_bytes, tensors):
                 blocks.index_copy_(0, target, blocks.index_select(0, source))
+
+
+def _copied(plan: RankPlan, here_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the blocks that are copied and those that they are copied to, i64, of some of a plan's copies."""
+    return plan.copy_from_M[here_M].astype(np.int64), plan.copy_to_M[here_M].astype(np.int64)

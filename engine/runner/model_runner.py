@@ -242,7 +242,7 @@ class ModelRunner:
     def _apply(self, plan: RankPlan, changes: Sequence[Tensor]) -> None:
         """Update slots and blocks on the device."""
         self.batch.write(changes)
-        copy_blocks(self._caches, plan, lambda values: self._upload(values)[0])
+        copy_blocks(self._caches, plan, self._upload)
 
     def _move(self, moves: ExpertMoves | None) -> int:
         """Move experts between ranks, and return how long it took, in us."""

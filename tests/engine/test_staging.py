@@ -1,12 +1,16 @@
 """Copies to and from a device through buffers that are allocated once."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from helpers.fake_device import FakePinnedMemory
 from helpers.fake_streams import FakeEvent, FakeStreams, StreamOrderError
 
-from expertwire.engine.runner.staging import Downloads, PinnedMemory, PlainMemory, Uploads
+from expertwire.engine.kv_cache import caches
+from expertwire.engine.runner.staging import Downloads, PinnedMemory, PlainMemory, Uploads, upload_nowhere
+from expertwire.scheduler.config import CacheSpec
 
 
 def test_arrays_keep_their_shapes_and_dtypes():
@@ -104,3 +108,28 @@ def test_results_are_read_when_they_are_home(streams):
     first()
     with pytest.raises(StreamOrderError, match="the host reads or writes pinned memory"):
         second()
+
+
+def test_the_copies_of_all_caches_go_up_together():
+    """A step has as many uploads under way as there are buffers: one more would wait for the step before."""
+    specs = [CacheSpec(name=name, kind="full", bytes_per_token=4, writers=(0,), readers=(0,)) for name in "abc"]
+    found = [caches.make(spec, 6, 1, {0: [((1,), torch.float32)]}, "cpu") for spec in specs]
+    for cache in found:
+        cache.layers[0][0].copy_(torch.arange(6.0)[:, None, None])
+    copies = {"copy_cache_M": [2, 0, 2], "copy_from_M": [1, 2, 3], "copy_to_M": [4, 5, 0]}
+    plan = SimpleNamespace(**{name: np.array(value, np.int32) for name, value in copies.items()})
+    uploaded = []
+
+    def upload(*arrays):
+        uploaded.append(arrays)
+        return upload_nowhere(*arrays)
+
+    caches.copy_blocks(found, plan, upload)
+    assert len(uploaded) == 1
+    assert [cache.layers[0][0].flatten().tolist() for cache in found] == [
+        [0, 1, 2, 3, 4, 2],
+        [0, 1, 2, 3, 4, 5],
+        [3, 1, 2, 3, 1, 5],
+    ]
+    caches.copy_blocks(found, SimpleNamespace(copy_cache_M=np.zeros(0, np.int32)), upload)
+    assert len(uploaded) == 1
