@@ -180,12 +180,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_peak(self, max_num_batched_tokens: int, max_num_seqs: int) -> None:
-        """Run what takes most memory, without requests: a full step of all ranks, and logits of all requests that can run."""
+        """Run what takes most memory, without requests: a full step of all ranks, and logits and log-probabilities of all
+        requests that can run, which take more than the candidates of sampling."""
         self._dummy.run_prompt(max_num_batched_tokens)
         config = self._model.config
         x_OD = torch.zeros(max_num_seqs, config.hidden_size, dtype=self._model.context.dtype, device=self._device)
         logits_OV = self._model.logits(x_OD).contiguous()
         raw_OV = logits_OV.clone()  # as where log-probabilities are asked for
+        token_O = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
+        logprobs.of(raw_OV, token_O, np.zeros(max_num_seqs, np.int32), self._upload)
         del logits_OV, raw_OV
         self._model.take_expert_load()
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -16,6 +17,8 @@ from helpers.cache_model import SPECS
 from helpers.fake_graphs import FakeCapture
 from helpers.fake_launches import FakeLaunches
 from helpers.launched_runner import MAX_RUNNING, NUM_BLOCKS, SIZES, build
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
 from expertwire.engine.models.decoder import Decoder
@@ -192,6 +195,65 @@ def test_dummy_steps_have_the_tokens_that_an_exchange_is_told(monkeypatch):
         runner.warm_up(64, MAX_RUNNING)
     assert len({num for num, _ in told}) > 5
     assert [(num, num_P) for num, num_P in told if num_P != [num] * 2] == []
+
+
+def test_the_peak_has_what_sampling_allocates(monkeypatch):
+    """Caches get what the largest step leaves; candidates of top-k take twice what logits do, as log-probabilities do."""
+    with FakeLaunches():
+        config, runner = build(1, 32, None)
+        monkeypatch.setattr(
+            Decoder, "forward", lambda self, batches, caches: torch.zeros(32, config.hidden_size, dtype=torch.bfloat16)
+        )
+        with Allocated() as measured:
+            runner.run_peak(32, MAX_RUNNING)
+        scheduler = Scheduler(
+            SchedulerConfig(
+                num_ranks=1,
+                max_num_seqs=MAX_RUNNING,
+                max_num_batched_tokens=32,
+                num_blocks=NUM_BLOCKS,
+                max_queued_requests=99,
+                eos_token_ids=(),
+                vocab_size=config.vocab_size,
+                **SIZES,
+            ),
+            config.cache_specs(),
+        )
+        params = SamplingParams(max_tokens=3, temperature=0.7, top_k=20, top_p=0.9, logprobs=3)
+        for key in range(MAX_RUNNING):
+            prompt = np.array([key], np.int32)
+            assert scheduler.submit(Request(key=key, prompt=prompt, params=params, seed=1), 0.0) is None
+        with Allocated() as served:
+            step(scheduler, runner, 1)
+    logits = 4 * MAX_RUNNING * config.vocab_size
+    assert served.peak > 3 * logits
+    assert measured.peak >= served.peak - logits / 4, "beside a step's inputs and results"
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile have taken at once."""
+
+    def __init__(self):
+        super().__init__()
+        self._now = self.peak = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in before | self._seen:
+                continue
+            storage = tensor.untyped_storage()
+            self._seen.add(storage._cdata)
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            self.peak = max(self.peak, self._now)
+        return out
+
+    def _free(self, data, nbytes):
+        self._seen.discard(data)
+        self._now -= nbytes
 
 
 def test_logits_of_a_prompt_come_in_portions(monkeypatch):
