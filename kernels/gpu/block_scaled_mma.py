@@ -117,19 +117,20 @@ def quantize_rows_kernel(
     values_ptr,  # words of eight for "nvfp4"
     scales_ptr,  # words of four for "nvfp4"
     row_scales_ptr,  # None for "e4m3"
+    index_ptr,
     num_rows_ptr,
     width,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Grid (programs,): quantise `num_rows` rows, or one for each program."""
+    """Grid (programs,): quantise `num_rows` rows, or one for each program; those of `index`, else the first ones."""
     wait_for_previous_kernel()
     num_rows = tl.num_programs(0) if num_rows_ptr is None else tl.load(num_rows_ptr)
     GROUPS: tl.constexpr = COLUMNS // GROUP
     d, group = tl.arange(0, COLUMNS), tl.arange(0, GROUPS)
     for r in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        row = tl.cast(r, tl.int64)
+        row = tl.cast(r, tl.int64) if index_ptr is None else tl.load(index_ptr + r).to(tl.int64)
         x = tl.reshape(tl.load(x_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32), GROUPS, GROUP)
         largest = tl.max(tl.abs(x), axis=1)
         if KIND == "e4m3":
@@ -163,6 +164,7 @@ def quantize_rows(
     format: str,
     x_NK: Tensor,
     num_rows: Tensor | None = None,
+    index: Tensor | None = None,
     *,
     value_dtype: torch.dtype = FP8,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -170,7 +172,8 @@ def quantize_rows(
     "nvfp4_x4", the rows' own scales fp32 [N].
 
     `bench.kernels.reference_formats.quantize_scaled_rows` is the reference. `num_rows`: i32 [1],
-    rows from there on stay undefined. `value_dtype`: of "mxfp4_x8"; fp32 leaves values unrounded.
+    rows from there on stay undefined. `index`: i32, the rows to quantise, of which the first `num_rows`
+    count. `value_dtype`: of "mxfp4_x8"; fp32 leaves values unrounded.
     """
     num, width = x_NK.shape
     kind, group = KINDS[format][1], SCALED[format]
@@ -182,12 +185,14 @@ def quantize_rows(
     row_scales = x_NK.new_empty(num, dtype=torch.float32) if nvfp4 else None
     if num:
         columns = triton.next_power_of_2(width)
-        programs = num if num_rows is None else min(num, MAX_PROGRAMS)
+        most = num if index is None else len(index)
+        programs = most if num_rows is None else min(most, MAX_PROGRAMS)
         quantize_rows_kernel[(programs,)](
             x_NK,
             values.view(torch.int32) if nvfp4 else values,
             scales.view(torch.int32 if nvfp4 else torch.uint8),
             row_scales,
+            index,
             num_rows,
             width,
             KIND=kind,

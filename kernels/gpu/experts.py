@@ -101,21 +101,28 @@ def _operand(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return rows, their groups' scales and their own, as a product with these weights takes them.
 
-    Without an index, x has the routed rows.
+    Without an index, x has the routed rows. With one, x may be all that other ranks can send, of which few rows
+    have come: then only those are quantised, each once for every expert that it has here.
     """
-    format, num_rows = weights.format, rows.expert_offsets[-1:] if row_index_R is None else None
+    format, few = weights.format, row_index_R is not None and len(row_index_R) < len(x)
+    num_rows = rows.expert_offsets[-1:] if row_index_R is None or few else None
+    index = row_index_R if few else None
     assert x.dtype != torch.uint8 or format == "fp8_block", f"packed rows meet weights of format {format}"
     if format == "fp8_block":
         if row_index_R is None:
             return *grouped_gemm_tiles.quantize_tiles(x, rows.expert_offsets, rows.tile_map), None
         packed = x.dtype == torch.uint8
-        values, scales = unpack(x, weights.shape[2]) if packed else quantize.quantize(x, formats.BLOCK)
+        values, scales = (
+            unpack(x, weights.shape[2])
+            if packed
+            else quantize.quantize(x, formats.BLOCK, num_rows=num_rows, index=index)
+        )
         return values, grouped_gemm_tiles.tile_scales(scales, row_index_R, rows.expert_offsets, rows.tile_map), None
     if format == "fp8_row":
-        values, scales = quantize.quantize(x, x.shape[1], num_rows=num_rows)
+        values, scales = quantize.quantize(x, x.shape[1], num_rows=num_rows, index=index)
         return values, scales[:, 0], None
     if format in formats.SCALED:
-        return block_scaled_mma.quantize_rows(format, x, num_rows)
+        return block_scaled_mma.quantize_rows(format, x, num_rows, index)
     return x, None, None
 
 

@@ -52,6 +52,7 @@ def quantize_kernel(
     x_ptr,
     values_ptr,
     scales_ptr,
+    index_ptr,
     num_rows_ptr,
     width,
     GATED: tl.constexpr,
@@ -61,7 +62,8 @@ def quantize_kernel(
     """Quantise rows of `width` columns, or with GATED multiply `width` ups by the silu of the `width`
     gates before them.
 
-    `num_rows`: how many rows there are, else one for each program.
+    `num_rows`: how many rows there are, else one for each program. `index`: which they are, a row maybe
+    several times, else the first ones.
     """
     wait_for_previous_kernel()
     num_rows = tl.num_programs(0) if num_rows_ptr is None else tl.load(num_rows_ptr)
@@ -69,7 +71,7 @@ def quantize_kernel(
     d = start + tl.arange(0, COLUMNS)
     dtype = x_ptr.dtype.element_ty
     for r in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        row = tl.cast(r, tl.int64)
+        row = tl.cast(r, tl.int64) if index_ptr is None else tl.load(index_ptr + r).to(tl.int64)
         if GATED:
             gate = tl.load(x_ptr + row * 2 * width + d, mask=d < width, other=0.0).to(tl.float32)
             up = tl.load(x_ptr + row * 2 * width + width + d, mask=d < width, other=0.0).to(tl.float32)
@@ -104,8 +106,9 @@ def _run(
     gated: bool,
     group: int,
     num_rows: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> None:
-    most_rows, width = values_TD.shape
+    width, most_rows = values_TD.shape[1], len(values_TD) if index is None else len(index)
     assert x_TD.is_contiguous(), f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
     if most_rows == 0:
         return
@@ -116,6 +119,7 @@ def _run(
         x_TD,
         values_TD,
         scales,
+        index,
         num_rows,
         width,
         gated,
@@ -135,12 +139,16 @@ def quantize(
     group: int = GROUP,
     *,
     num_rows: Tensor | None = None,
+    index: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> QuantizedRows:
-    """Run `kernels.ops.quantize.reference`, or `scaled` with dtype fp32. The group is a power of two or the row."""
+    """Run `kernels.ops.quantize.reference`, or `scaled` with dtype fp32. The group is a power of two or the row.
+
+    `index`: i32, the rows to quantise, of which the first `num_rows` count; others stay undefined.
+    """
     most_rows, width = x_TD.shape
     done = allocate(most_rows, width, group, x_TD, dtype)
-    _run(x_TD, *done, gated=False, group=check_group(width, group), num_rows=num_rows)
+    _run(x_TD, *done, gated=False, group=check_group(width, group), num_rows=num_rows, index=index)
     return done
 
 

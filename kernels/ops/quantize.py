@@ -36,10 +36,13 @@ def scaled(x_TD: Tensor, group: int = GROUP) -> QuantizedRows:
     return QuantizedRows(values.flatten(1), (largest_TJ1 / LARGEST).squeeze(2))
 
 
-def reference(x_TD: Tensor, group: int = GROUP, *, num_rows: Tensor | None = None) -> QuantizedRows:
+def reference(
+    x_TD: Tensor, group: int = GROUP, *, num_rows: Tensor | None = None, index: Tensor | None = None
+) -> QuantizedRows:
     """Quantise x in fp32, bf16 or fp16; D is a multiple of `group`.
 
-    Rows from `num_rows` (i32 [1] on the device) on may be left undefined.
+    Rows from `num_rows` (i32 [1] on the device) on may be left undefined; or those that are not among the first `num_rows` of
+    `index` (i32).
     """
     values_TD, scales_TJ = scaled(x_TD, group)
     return QuantizedRows(values_TD.to(torch.float8_e4m3fn), scales_TJ)

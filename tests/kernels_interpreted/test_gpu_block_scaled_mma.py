@@ -90,3 +90,13 @@ def test_missing_rows_are_not_read():
     expected = block_scaled_mma.quantize_rows("mxfp4_x8", x[:4], value_dtype=torch.float32)
     assert torch.equal(values[:4], expected[0])
     assert torch.equal(scales[:4], expected[1])
+
+
+@pytest.mark.parametrize("format", ["mxfp4_x8", "nvfp4_x4"])
+def test_rows_that_an_index_names(format):
+    """A row that two experts have is named twice; those behind the number of rows do not count."""
+    x, options = rows(9, 128), {"value_dtype": torch.float32} if format == "mxfp4_x8" else {}
+    index, num = torch.tensor([4, 6, 4, 1, 8], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
+    found = block_scaled_mma.quantize_rows(format, x, num, index, **options)
+    for some, every in zip(found, block_scaled_mma.quantize_rows(format, x, **options), strict=True):
+        assert some is every is None or torch.equal(some[[1, 4, 6]].float(), every[[1, 4, 6]].float())

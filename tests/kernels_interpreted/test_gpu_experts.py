@@ -122,6 +122,36 @@ def dequantised(format, x):
     return reference_formats.dequantize_scaled(codes, scales) * row_scales[:, None]
 
 
+@pytest.mark.parametrize("format", ["fp8_row", "fp8_block", "mxfp4"])
+def test_of_a_buffer_only_rows_that_have_come_are_quantised(format, monkeypatch):
+    """A symmetric buffer has room for all ranks' longest prompts, and a decode fills little of it."""
+    asked = []
+
+    def note(num_rows, index):
+        asked.append((None if index is None else index.tolist(), None if num_rows is None else int(num_rows)))
+
+    def quantised(x, group, *, num_rows, index):
+        note(num_rows, index)
+        return quantize.reference(x, group)
+
+    def rows_quantised(format, x, num_rows, index):
+        note(num_rows, index)
+        return reference_formats.quantize_scaled_rows(format, x)
+
+    monkeypatch.setattr(gpu_experts.quantize, "quantize", quantised)
+    monkeypatch.setattr(gpu_experts.block_scaled_mma, "quantize_rows", rows_quantised)
+    monkeypatch.setattr(gpu_experts.grouped_gemm_tiles, "quantize_tiles", quantize_tiles)
+    weights = GroupedMlpWeights(*weights_of(format, 128, 128))
+    apply = gpu_experts.prepare(weights, device=DEVICE, scale_rows=format == "mxfp4")
+    index = torch.randint(9, (20,), generator=torch.Generator().manual_seed(6)).int()
+    small = normal(9, 128, seed=5)
+    buffer = torch.cat((small, torch.full((60, 128), torch.nan)))
+    found = [apply(x, index, OFFSETS, torch.arange(20).int()) for x in (small, buffer)]
+    assert torch.equal(*found)
+    of_x = asked[:: 1 if format == "fp8_block" else 2]
+    assert of_x == [(None, None), (index.tolist(), 20)]
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # scales of padding are undefined
 def test_packed_rows_give_the_bits_of_rows_that_are_quantised_here(monkeypatch):
     monkeypatch.setattr(gpu_experts.quantize, "quantize", quantize.reference)

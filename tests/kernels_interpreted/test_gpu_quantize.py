@@ -66,3 +66,19 @@ def test_missing_rows_are_not_read(monkeypatch):
     done = gpu.quantize(x, num_rows=torch.tensor([9, 3], dtype=torch.int32)[1:], dtype=torch.float32)
     assert torch.equal(done.values_TD[:3], quantize.scaled(x).values_TD[:3])
     assert (done.values_TD[3:] == 7).all()
+
+
+def test_rows_that_an_index_names(monkeypatch):
+    """Rows that have come, among all that other ranks can send; one that two experts have is named twice."""
+    x = rows(40, 256, torch.bfloat16)
+    x[7] = float("nan")  # nobody has sent it
+    index, num = torch.tensor([31, 2, 31, 0, 7], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
+    room = quantize.QuantizedRows(torch.full((40, 256), -7.0), torch.full((40, 2), -7.0))
+    monkeypatch.setattr(gpu, "allocate", lambda *args: room)
+    done, expected = gpu.quantize(x, index=index, num_rows=num, dtype=torch.float32), quantize.scaled(x)
+    come = [0, 2, 31]
+    assert torch.equal(done.values_TD[come], expected.values_TD[come])
+    assert torch.equal(done.scales_TJ[come], expected.scales_TJ[come])
+    others = [row for row in range(40) if row not in come]
+    assert (done.values_TD[others] == -7).all()
+    assert (done.scales_TJ[others] == -7).all()
