@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers.fake_cuda import FakeCuda
 
 from expertwire.comm.control.channel import RankTimeout
-from expertwire.engine import controller
+from expertwire.engine import controller, worker
 from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.kv_cache import memory_plan
 from expertwire.engine.kv_cache.memory_plan import Measured, MemoryPlan
@@ -161,6 +162,24 @@ def test_caches_get_what_the_largest_step_leaves(monkeypatch):
     assert found.room(config, DENSE) == 90 * GB - 69 * GB - 2 * GB - graphs
     full = options(gpu_memory_utilization=1.0)
     assert found.room(full, DENSE) == 100 * GB - 69 * GB - 2 * GB - graphs
+
+
+@pytest.mark.parametrize("sharers", [1, 8])
+def test_a_ranks_caches_get_the_room_of_its_own_gpu_however_many_share_the_node(monkeypatch, sharers):
+    gpu, released = Memory().install(monkeypatch), []
+    runner = SimpleNamespace(
+        run_largest_graph=lambda *sizes: gpu.take(GB),
+        run_peak=lambda *sizes: gpu.take(9 * GB),
+        settle=lambda: released.append("settle"),
+    )
+    monkeypatch.setattr(worker, "_model_runner", lambda *args: runner)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append("cache"))
+    context = SimpleNamespace(device="cuda:0", ops=SimpleNamespace(on_device=True))
+    config = SimpleNamespace(sparse_layers=(False,), cache_specs=lambda: (SPEC,))
+    model = SimpleNamespace(context=context, config=config, allocate=lambda **sizes: [])
+    found = worker._available_bytes(options(ep_size=8), model, 1024, num_ranks=8, sharers=sharers)
+    assert found == 90 * GB - 69 * GB - 2 * GB - (GB + 2 * (16 << 20))
+    assert released == ["settle", "cache"]
 
 
 def test_caches_that_cannot_be_had_are_refused_before_they_are_allocated():
