@@ -31,16 +31,34 @@ class Alone(SoloGroup):
         self.size = size
 
 
-def build(num_ranks, max_tokens, capture, *, device="cpu", num_micro_batches=1):
-    """With several parts, their all-to-alls have streams of their own."""
-    folder = tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
-    config, ops = read_model_config(folder, "bfloat16"), kernels.triton(H200)
-    placement = place(config.num_experts, num_ranks)
+def build(
+    num_ranks, max_tokens, capture, *, folder=None, fast=False, device="cpu", num_micro_batches=1, num_blocks=NUM_BLOCKS
+):
+    """Return a model's config and a runner. `folder`: of the checkpoint; None: a Qwen3-MoE with one sparse and one dense layer.
+
+    With several micro-batches, their all-to-alls have streams of their own.
+    """
+    folder = folder or tiny_checkpoints.cached("qwen3_moe", num_hidden_layers=2)
+    config, ops = read_model_config(folder, "bfloat16"), kernels.triton(H200, fast=fast)
+    placement, all_to_alls = None, ()
+    if any(config.sparse_layers):
+        placement = place(config.num_experts, num_ranks)
+        all_to_alls = _all_to_alls(config, ops, placement.rank_offsets, num_ranks, max_tokens, num_micro_batches)
+    context = RankContext(
+        rank=0, dtype=torch.bfloat16, device=device, ops=ops, placement=placement, all_to_alls=tuple(all_to_alls)
+    )
+    model, specs = load_model(config, context, Checkpoint(folder)), config.cache_specs()
+    caches = model.allocate(num_blocks=[num_blocks] * len(specs), **SIZES)
+    options = {"num_ranks": num_ranks, "num_micro_batches": num_micro_batches, "max_num_seqs": MAX_RUNNING}
+    return config, ModelRunner(model=model, caches=caches, capture=capture, **options, **SIZES)
+
+
+def _all_to_alls(config, ops, rank_offsets, num_ranks, max_tokens, num_micro_batches):
     spec = AllToAllSpec(
         group=Alone(num_ranks),
-        rank_offsets=placement.rank_offsets,
+        rank_offsets=rank_offsets,
         max_tokens=max_tokens,
-        hidden_size=config.hidden_size,
+        hidden_size=config.dispatch_size,
         top_k=config.top_k,
         dtype=torch.bfloat16,
         num_micro_batches=num_micro_batches,
@@ -50,12 +68,4 @@ def build(num_ranks, max_tokens, capture, *, device="cpu", num_micro_batches=1):
     else:
         memories = [torch.zeros(BufferLayout.of(spec).nbytes, dtype=torch.uint8) for _ in range(num_ranks)]
         all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=132) for _ in range(num_micro_batches)]
-    if num_micro_batches > 1:
-        all_to_alls = map(on_stream, all_to_alls)
-    context = RankContext(
-        rank=0, dtype=torch.bfloat16, device=device, ops=ops, placement=placement, all_to_alls=tuple(all_to_alls)
-    )
-    model, specs = load_model(config, context, Checkpoint(folder)), config.cache_specs()
-    caches = model.allocate(num_blocks=[NUM_BLOCKS] * len(specs), **SIZES)
-    options = {"num_ranks": num_ranks, "num_micro_batches": num_micro_batches, "max_num_seqs": MAX_RUNNING}
-    return config, ModelRunner(model=model, caches=caches, capture=capture, **options, **SIZES)
+    return map(on_stream, all_to_alls) if num_micro_batches > 1 else all_to_alls

@@ -17,6 +17,7 @@ from helpers.cache_model import SPECS
 from helpers.fake_graphs import FakeCapture
 from helpers.fake_launches import FakeLaunches
 from helpers.launched_runner import MAX_RUNNING, NUM_BLOCKS, SIZES, build
+from helpers.slow import slow_but
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,26 +58,44 @@ def random_request(rng, key, most):
 @pytest.mark.parametrize("captured", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("num_ranks", [1, 2], ids="EP {}".format)
 def test_random_steps_compile_nothing(num_ranks, captured):
-    rng, max_tokens = np.random.default_rng(num_ranks), 8192
+    compile_nothing(np.random.default_rng(num_ranks), num_ranks, captured, num_requests=30)
+
+
+MIXERS = ["gpt_oss_mxfp4", "llama4_scout", "phi4_mini", "qwen3_next", "nemotron_h", "granite_h", "phi4_flash"]
+
+
+@pytest.mark.parametrize("fast", slow_but([False], [False, True]), ids=["invariant", "fast"])
+@pytest.mark.parametrize("name", slow_but(["qwen3_next"], MIXERS))
+def test_other_mixers_compile_nothing(name, fast):
+    """Windows, sinks, chunks, LongRoPE by request, and recurrent mixers, in captured steps: what a capture refuses is refused."""
+    architectures = pytest.importorskip("helpers.architectures")  # needs transformers
+    options = {"folder": architectures.folder(name), "fast": fast, "num_blocks": 1000}
+    compile_nothing(np.random.default_rng(5), 1, True, num_requests=20, max_tokens=512, longest=900, **options)
+
+
+def compile_nothing(rng, num_ranks, captured, *, num_requests, max_tokens=8192, longest=8000, **options):
+    """Serve random requests, half of them short, and check that every kernel of a step was launched in the warm-up."""
     with FakeLaunches() as gpu:
-        config, runner = build(num_ranks, max_tokens, FakeCapture(gpu) if captured else None)
+        config, runner = build(num_ranks, max_tokens, FakeCapture(gpu) if captured else None, **options)
         runner.warm_up(max_num_batched_tokens=max_tokens, max_num_seqs=MAX_RUNNING)
         warm = {(launch.kernel, launch.variant) for launch in gpu.take()}
+        specs = config.cache_specs()
         scheduler = Scheduler(
             SchedulerConfig(
                 num_ranks=num_ranks,
                 max_num_seqs=MAX_RUNNING,
                 max_num_batched_tokens=max_tokens,
-                num_blocks=NUM_BLOCKS,
+                num_blocks=(options.get("num_blocks", NUM_BLOCKS),) * len(specs),
                 max_queued_requests=999,
                 eos_token_ids=(),
                 vocab_size=config.vocab_size,
+                original_max_position_embeddings=config.original_max_position_embeddings,
                 **SIZES,
             ),
-            config.cache_specs(),
+            specs,
         )
-        for key in range(30):
-            assert scheduler.submit(random_request(rng, key, 20 if key % 2 else 8000), 0.0) is None
+        for key in range(num_requests):
+            assert scheduler.submit(random_request(rng, key, 20 if key % 2 else longest), 0.0) is None
             for _ in range(int(rng.integers(3))):
                 step(scheduler, runner, num_ranks)
         for _ in range(15):
