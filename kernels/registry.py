@@ -203,6 +203,7 @@ def cpu(*, fast: bool = False) -> Ops:
     from expertwire.kernels.cpu import mla as cpu_mla
     from expertwire.kernels.cpu import prepare_inputs as cpu_prepare_inputs
     from expertwire.kernels.cpu import routing as cpu_routing
+    from expertwire.kernels.cpu import sampling as cpu_sampling
     from expertwire.kernels.cpu import selective_scan as cpu_selective_scan
     from expertwire.kernels.cpu._llvm import BF16_PRODUCTS
 
@@ -239,7 +240,7 @@ def cpu(*, fast: bool = False) -> Ops:
         prepare_inputs=cpu_prepare_inputs.prepare_inputs,
         penalize=sampling.penalize_rows,
         add_to_logits=sampling.add_to_logits,
-        sample=sampling.sample,
+        sample=cpu_sampling.sample,
         fuse_attention=blocks.fuse_attention,
         fuse_moe=blocks.fuse_moe,
     )

@@ -114,7 +114,7 @@ def reference(
     # Relative to the largest, so that a tiny temperature overflows to -inf only.
     logits_OV = (logits_OV - largest_O1) / torch.where(drawn, temperature_O, 1.0).unsqueeze(1)
     if bool(((top_k_O > 0) | (top_p_O < 1)).any()):
-        logits_OV = _keep_top(logits_OV, top_k_O, top_p_O)
+        logits_OV = keep_top(logits_OV, top_k_O, top_p_O)
     probs_OV = torch.softmax(logits_OV, dim=-1)
     if bool((min_p_O > 0).any()):
         floor_O1 = min_p_O.unsqueeze(1) * probs_OV.amax(dim=-1, keepdim=True)
@@ -154,7 +154,7 @@ def _most_probable(logits_OV: Tensor) -> tuple[Tensor, Tensor]:
     return greedy_O.masked_fill(~largest_O1.squeeze(1).isfinite(), -1), largest_O1
 
 
-def _keep_top(logits_OV: Tensor, top_k_O: Tensor, top_p_O: Tensor) -> Tensor:
+def keep_top(logits_OV: Tensor, top_k_O: Tensor, top_p_O: Tensor) -> Tensor:
     ordered_OV, ids_OV = logits_OV.sort(dim=-1, descending=True, stable=True)
     vocab = logits_OV.shape[1]
     limit_O1 = torch.where(top_k_O > 0, top_k_O, vocab).unsqueeze(1)
