@@ -6,6 +6,9 @@ only on the keys that it sees, not on the number of queries, nor on keys behind 
 sums run over the packed keys in order, invisible keys add exact zeros, and packing begins at a multiple of 32
 positions, so that a key always falls to the same lane and pair.
 
+Packing is most of a decode's work. Sequences that follow one another and begin with the same blocks, such as the branches of a
+prompt, are therefore taken head by head, and what is packed of their common beginning stays.
+
 T tokens, H query heads, G key/value heads, d head size, S sequences, B blocks, s block size, W entries of a block
 table.
 """
@@ -66,6 +69,15 @@ def _reach(longest, window, chunk):
     return min(longest, chunk) if chunk > 0 else longest
 
 
+@jit(inner=True)
+def _num_shared(tables_SW, b, seq_lens_S, block_size):
+    """Return how many positions sequence b shares with the one before it: their tables begin with the same blocks."""
+    most, i = min(seq_lens_S[b - 1], seq_lens_S[b]) // block_size, 0
+    while i < most and tables_SW[b, i] == tables_SW[b - 1, i]:
+        i += 1
+    return i * block_size
+
+
 @allocating_jit
 def attend_rows(
     q_THd,
@@ -82,7 +94,8 @@ def attend_rows(
     out_THd,
 ):
     """As `kernels.ops.attention.reference`, on arrays, for at least one sequence; `sinks_H` and `kv_scales_2G` may be empty."""
-    num_kv, dim, group = k_BsGd.shape[2], k_BsGd.shape[3], q_THd.shape[1] // k_BsGd.shape[2]
+    block_size, num_kv, dim = k_BsGd.shape[1:]
+    group = q_THd.shape[1] // num_kv
     longest, most = max(seq_lens_S), longest_part(cu_seqlens_q)
     reach = _reach(longest, window, chunk)
     # Number of queries that are multiplied by the same packed keys.
@@ -97,35 +110,46 @@ def attend_rows(
     scores, weights = empty((step, width), np.float32), operand(step, width, values)
     acc, unbiased = accumulators(), np.zeros(PANEL, np.float32)
     begin_products(keys)
-    for b in range(len(seq_lens_S)):
-        last, length = cu_seqlens_q[b + 1], seq_lens_S[b]
-        for query in range(cu_seqlens_q[b], last, piece):
-            end = min(query + piece, last)
-            first = _first_visible(length - last + query, window, chunk)
-            start, stop = first // PANEL * PANEL, length - last + end
-            for g in range(num_kv):
-                pack_keys(k_BsGd, tables_SW[b], g, start, stop, rows, keys)
-                pack_values(v_BsGd, dim, tables_SW[b], g, start, first, stop, two_rows, values)
-                _attend_head(
-                    q_THd[query:end],
-                    g,
-                    group,
-                    start,
-                    stop,
-                    window,
-                    chunk,
-                    keys,
-                    values,
-                    np.float32(scale) * scale_of(kv_scales_2G, 0, g),
-                    scale_of(kv_scales_2G, 1, g),
-                    sinks_H,
-                    queries,
-                    scores,
-                    weights,
-                    acc,
-                    unbiased,
-                    out_THd[query:end],
-                )
+    until = 0
+    while until < len(seq_lens_S):
+        since, until = until, until + 1
+        while until < len(seq_lens_S) and _num_shared(tables_SW, until, seq_lens_S, block_size) >= PANEL:
+            until += 1
+        for g in range(num_kv):
+            packed_start, packed_first, packed_stop = 0, 0, 0  # nothing is packed of this head
+            for b in range(since, until):
+                last, length = cu_seqlens_q[b + 1], seq_lens_S[b]
+                shared = _num_shared(tables_SW, b, seq_lens_S, block_size) if b > since else 0
+                for query in range(cu_seqlens_q[b], last, piece):
+                    end = min(query + piece, last)
+                    first = _first_visible(length - last + query, window, chunk)
+                    start, stop = first // PANEL * PANEL, length - last + end
+                    begin = start
+                    if start == packed_start and first == packed_first:
+                        begin = max(start, min(shared, packed_stop, stop) // PANEL * PANEL)
+                    pack_keys(k_BsGd, tables_SW[b], g, start, begin, stop, rows, keys)
+                    pack_values(v_BsGd, dim, tables_SW[b], g, start, begin, first, stop, two_rows, values)
+                    packed_start, packed_first, packed_stop = start, first, stop
+                    _attend_head(
+                        q_THd[query:end],
+                        g,
+                        group,
+                        start,
+                        stop,
+                        window,
+                        chunk,
+                        keys,
+                        values,
+                        np.float32(scale) * scale_of(kv_scales_2G, 0, g),
+                        scale_of(kv_scales_2G, 1, g),
+                        sinks_H,
+                        queries,
+                        scores,
+                        weights,
+                        acc,
+                        unbiased,
+                        out_THd[query:end],
+                    )
     end_products(keys)
 
 

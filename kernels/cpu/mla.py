@@ -75,8 +75,8 @@ def _attend(q_THl, cache_Bs1l, kv_scale, tables_SW, cu_seqlens_q, seq_lens_S, sc
             end = length - num + (start + count - 1) // num_heads + 1
             for split in range(0, end, _SPLIT):
                 stop = min(split + _SPLIT, end)
-                pack_keys(cache_Bs1l, tables_SW[b], 0, split, stop, rows, keys)
-                pack_values(cache_Bs1l, rank, tables_SW[b], 0, split, split, stop, two_rows, values)
+                pack_keys(cache_Bs1l, tables_SW[b], 0, split, split, stop, rows, keys)
+                pack_values(cache_Bs1l, rank, tables_SW[b], 0, split, split, split, stop, two_rows, values)
                 seen = -(-(stop - split) // PANEL) * PANEL
                 _score(queries, count, keys, seen, acc, unbiased, scores)
                 for i in range(count):
@@ -200,7 +200,7 @@ def _choose(q_THd, weights_TH, k_Bs1d, tables_SW, cu_seqlens_q, seq_lens_S, chos
     begin_products(keys)
     for b in range(len(seq_lens_S)):
         if seq_lens_S[b] > chosen_Tk.shape[1]:
-            pack_keys(k_Bs1d, tables_SW[b], 0, 0, seq_lens_S[b], rows, keys)
+            pack_keys(k_Bs1d, tables_SW[b], 0, 0, 0, seq_lens_S[b], rows, keys)
         for t in range(cu_seqlens_q[b], cu_seqlens_q[b + 1]):
             visible = seq_lens_S[b] - cu_seqlens_q[b + 1] + t + 1
             if visible <= chosen_Tk.shape[1]:

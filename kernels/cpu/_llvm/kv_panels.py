@@ -87,16 +87,17 @@ def _prefetch_ahead(cache_BsGd, table, g, start, length):
 
 
 @jit
-def pack_keys(k_BsGd, table, g, base, length, rows, keys):
-    """Pack a sequence's keys of head g from position `base` on, each as the weights of one output.
+def pack_keys(k_BsGd, table, g, base, begin, length, rows, keys):
+    """Pack a sequence's keys of head g from position `begin` on, each as the weights of one output.
 
+    The first panel is that of position `base`; those before `begin`, a whole number of panels behind it, stay as they are.
     `rows` [16, d] is scratch with zeros beyond the head's dimensions. Panels before the first and behind the last
     visible key hold arbitrary numbers.
     """
     block_size, num_kv, dim = k_BsGd.shape[1:]
     num = keys_in_row(keys)
     in_place = _has_bits_of(k_BsGd, keys) and block_size % LANES == 0 and dim % K_STEP == 0
-    for start in range(base, length, LANES):
+    for start in range(begin, length, LANES):
         i, half = (start - base) // PANEL, (start - base) // LANES % 2
         _prefetch_ahead(k_BsGd, table, g, start, length)
         if in_place:
@@ -139,18 +140,19 @@ def _join(context, v, low_at, high_at, values, at):
 
 
 @jit
-def pack_values(v_BsGd, dim, table, g, base, first, length, rows, values):
-    """Pack a sequence's values of head g, the first `dim` numbers, from position `base` on: [d / 32, K', 32].
+def pack_values(v_BsGd, dim, table, g, base, begin, first, length, rows, values):
+    """Pack a sequence's values of head g, the first `dim` numbers, from position `begin` on: [d / 32, K', 32].
 
-    Zeros stand before position `first` and behind the last one. `rows` [2, d] is scratch with zeros beyond the head's
+    Row 0 of a panel belongs to position `base`; rows before `begin`, a multiple of `PANEL` positions behind it, stay as they
+    are. Zeros stand before position `first` and behind the last one. `rows` [2, d] is scratch with zeros beyond the head's
     dimensions.
     """
     num, depth = keys_in_row(values), values.shape[1]
-    end = -(-(length - base) // PANEL) * PANEL // num
-    start, whole = -(-(first - base) // num), (length - base) // num
+    end, origin = -(-(length - base) // PANEL) * PANEL // num, (begin - base) // num
+    start, whole = max(-(-(first - base) // num), origin), (length - base) // num
     if dim % K_STEP > 0 or start > whole:
         start = whole = end
-    _pack_some_values(v_BsGd, dim, table, g, base, first, length, 0, start, rows, values)
+    _pack_some_values(v_BsGd, dim, table, g, base, first, length, origin, start, rows, values)
     block_size, size = v_BsGd.shape[1], v_BsGd.shape[2] * v_BsGd.shape[3]
     position, left, at = base + start * num, 0, 0
     for k in range(start, whole):
