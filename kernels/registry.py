@@ -149,19 +149,19 @@ def choose(device: str, *, fast: bool = False, attention: Literal["triton", "fla
     """Return the ops for "cpu" or "cuda"; `attention` decides whose attention runs on a GPU.
 
     Raises:
-        ValueError: the GPU is too old, or `attention` is not installed or not for this device.
+        ValueError: there are no kernels for the GPU, or `attention` is not installed or not for this device.
     """
     if device == "cpu":
         if attention != "triton":
             raise ValueError(f"attention_backend must be 'triton' where the device is a CPU, got {attention!r}")
         return cpu(fast=fast)
-    from expertwire.kernels.gpu.device import describe
+    from expertwire.kernels.gpu.device import SUPPORTED, describe
 
     gpu = describe(device)
-    if gpu.arch < 90:
+    if not gpu.is_supported:
         name = torch.cuda.get_device_name(device)
         raise ValueError(
-            f"device {device} is a {name} of compute capability {gpu.arch / 10}; allowed are 9.0 and above"
+            f"device {device} is a {name} of compute capability {gpu.arch / 10}; allowed are {SUPPORTED}, or device 'cpu'"
         )
     ops = triton(gpu, fast=fast)
     return flashinfer(ops, device) if attention == "flashinfer" else ops

@@ -43,6 +43,7 @@ def environment(run: Run) -> None:
     if run.toy:
         return
     from expertwire.bench.kernels.measure import measure_ceilings
+    from expertwire.kernels.gpu.device import SUPPORTED, describe
 
     with run.record.item("device"):
         properties = torch.cuda.get_device_properties(0)
@@ -55,7 +56,7 @@ def environment(run: Run) -> None:
             "cuda": torch.version.cuda,
         }
         run.record.fact("device", device)
-        run.record.check("compute capability", properties.major >= 9, "9.0 or above is needed")
+        run.record.check("compute capability", describe("cuda:0").is_supported, f"allowed are {SUPPORTED}")
     with run.record.item("NCCL"):
         run.record.fact("NCCL", list(torch.cuda.nccl.version()))
     with run.record.item("nvidia-smi"):

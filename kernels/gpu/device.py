@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 REGISTERS_PER_SM = 65536
+SUPPORTED = "9.x and 10.x, of data centres (Hopper, Blackwell)"
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,15 @@ class Device:
 
     arch: int
     num_sms: int
+
+    @property
+    def is_supported(self) -> bool:
+        """Return whether the kernels fit.
+
+        Their tiles take up to 192 KB of shared memory, and wgmma or tcgen05. Blackwell's workstation GPUs, 12.x, give a
+        block 99 KB and have neither (CUDA C++ Programming Guide, technical specifications by compute capability).
+        """
+        return self.arch // 10 in (9, 10)
 
     @property
     def exchange_sms(self) -> int:

@@ -1,5 +1,7 @@
 """Which implementations are chosen, and that one can read it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,3 +38,21 @@ def test_rows_are_quantised_for_4_bit_experts_only_on_blackwell_and_only_if_that
         quantises = (gpu, fast) == (B200, True)
         assert ops.experts.keywords["scale_rows"] == quantises
         assert ("MXFP8" in ops.explain().splitlines()[0]) == quantises
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_supported"), [((8, 9), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_gpus_without_kernels_are_refused_by_name(monkeypatch, capability, is_supported):
+    """Workstations' Blackwell has other matrix instructions and half the shared memory: launches would fail one by one."""
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=188)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    if is_supported:
+        assert registry.choose("cuda:0").on_device
+    else:
+        with pytest.raises(
+            ValueError, match=rf"a card of compute capability {major}.{minor}; allowed are 9.x and 10.x"
+        ):
+            registry.choose("cuda:0")
