@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 MAX_REQUESTS, MAX_BRANCHES = 1024, 4096  # of a session, that are open at once
 WINDOW = 256  # tokens of a branch that wait to be taken
 MIN_WINDOW = 16
-_COLUMN_TOKENS = 65_536  # in a message, of requests of which only token ids are sent
+_COLUMN_IDS = 65_536  # in a message, of requests of which only token ids are sent
 
 
 class _Entry:
@@ -220,9 +220,9 @@ class Session:
             entry.fail("CANCELLED", "the request was aborted before it began")
 
     def _fits_columns(self, params: pb.SamplingParams) -> bool:
-        """Return whether there is nothing to say of a request's tokens but their ids."""
+        """Return whether there is nothing to say of a request's tokens but their ids and text."""
         has_details = params.HasField("logprobs") or params.HasField("prompt_logprobs") or params.expert_load
-        return self._ids_only and not has_details
+        return not has_details and not params.stop
 
     def _refusal(self, request: pb.GenerateRequest, num_branches: int) -> RequestError | None:
         if self._ids_only and request.sampling_params.stop:
@@ -289,7 +289,8 @@ class Session:
         columns, size = Columns(with_text=not self._ids_only), 0
         ends, self._refused = self._refused, []
         if self._reader.has_tokens:
-            columns.add_tokens(self._frontend.take_columns(self._reader, _COLUMN_TOKENS))
+            max_tokens = _COLUMN_IDS if self._ids_only else MESSAGE_SIZE
+            columns.add_tokens(self._frontend.take_columns(self._reader, max_tokens))
             if self._reader.has_tokens:
                 return columns.message(ends)  # an end comes behind its tokens
         while self._ready and size < MESSAGE_SIZE:

@@ -65,6 +65,8 @@ class Columns:
         self._branches += tokens.branches.tolist()
         self._num_tokens += tokens.num_tokens.tolist()
         self._token_ids += tokens.token_ids.tolist()
+        if self._with_text:
+            self._texts += tokens.texts or [""] * len(tokens.keys)
         self._finish_reasons += [pb.FINISH_REASON_UNSPECIFIED] * len(tokens.keys)
 
     def message(self, ends: Sequence[pb.SessionEnd]) -> pb.SessionResponse:

@@ -33,17 +33,14 @@ from expertwire.engine.messages import (
     Resume,
     Submit,
 )
-from expertwire.scheduler.outputs import FinishReason, Rejection, StepOutputs
+from expertwire.scheduler.outputs import Rejection, StepOutputs
 from expertwire.scheduler.sampling_params import SamplingParams
 
 _DEFAULT_OPTIONS = RequestOptions()
 _NO_IDS = np.zeros(0, np.int32)
 # Most tokens and log-probabilities of a branch that wait to be taken, and the fewest tokens.
 WINDOW, _MIN_WINDOW = 4096, 16
-# Without a message from the controller for so long, an engine that sends beats is not healthy.
-_SILENT_S = 1.75
-_ENTRIES_OF_ROW = 16  # log-probabilities that take as long to handle and to send as a token
-_FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+_COLUMN_ROWS_OF_ROW = 8  # tokens in columns that take as long to handle as one by itself
 
 
 class Frontend:
@@ -137,8 +134,8 @@ class Frontend:
             detokenize: whether updates have text; without it there can be no stop strings.
             window: tokens of a branch that wait to be taken, at most; fewer with log-probabilities.
             allowance: tokens that each branch may sample before `grant` allows more; None: any number.
-            columns: gets the tokens, for `take_columns`, under this key of its own; updates then have ends and errors only. Not
-                for requests with text or log-probabilities.
+            columns: gets the tokens, for `take_columns`, under this key of its own; updates then have ends and errors only. All
+                requests of a reader have text, or none has. Not for requests with stop strings or log-probabilities.
             opens_reasoning: whether the prompt ends with the start of reasoning, for columns.
             first_branch: index of the first branch, for a request that has more branches than these.
             num_prompt_tokens: how many of `tokens` are the prompt; the output begins with the others. None: all.
@@ -166,7 +163,7 @@ class Frontend:
             self._next_sequence_id += params.n
         else:
             assert params.logprobs is None, "log-probabilities do not come in columns"
-            assert not detokenize, "text does not come in columns"
+            assert not params.stop, "stop strings are not searched in columns"
             ids = [
                 self._sequences.columns.add(*columns, branch, credit, allowance, opens_reasoning=opens_reasoning)
                 for branch in range(params.n)
@@ -182,6 +179,8 @@ class Frontend:
             if text := branch.begin_with(tokens[num_prompt:].tolist()):
                 branch.texts.append(text)
             self._sequences.add(branch)
+            if columns is not None and stream is not None:
+                columns[0].push_text[sequence_id] = branch.push
         self._connection.send(
             Submit(
                 sequence_ids=np.array(ids, np.int64),
@@ -271,7 +270,12 @@ class Frontend:
                 if not isinstance(message, StepOutputs):
                     self._handle(message)
                     continue
-                self._partial = self._sequences.begin_outputs(message), 0
+                rest = self._sequences.begin_outputs(message)
+                num_rest = 0 if rest is None else len(rest.key_O)
+                num_rows += (len(message.key_O) - num_rest) // _COLUMN_ROWS_OF_ROW
+                if rest is None:
+                    continue
+                self._partial = rest, 0
             message, start = self._partial
             end = len(message.key_O)
             if max_rows is not None:
@@ -372,8 +376,8 @@ class Frontend:
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, StepOutputs):
-            rest = self._sequences.begin_outputs(message)
-            self._sequences.handle_rows(rest, 0, len(rest.key_O))
+            if (rest := self._sequences.begin_outputs(message)) is not None:
+                self._sequences.handle_rows(rest, 0, len(rest.key_O))
         elif isinstance(message, Rejection):
             self._sequences.reject(message)
         elif isinstance(message, AbortByName):

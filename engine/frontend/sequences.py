@@ -80,14 +80,18 @@ class Sequences:
         for request in list(self.requests.values()):
             self._end_with_error(request, error)
 
-    def begin_outputs(self, message: StepOutputs) -> StepOutputs:
-        """Handle all but the rows for `handle_rows`, which it returns."""
+    def begin_outputs(self, message: StepOutputs) -> StepOutputs | None:
+        """Handle all but the rows for `handle_rows`, which it returns; None: there are none."""
         if len(message.prompt_key_I):
             logprobs.add_prompt_logprobs(message, self._sequences, self._tokenizer)
         if len(message.routed_keys):
             self._add_expert_load(message)
-        self._handle_failed(message)
+        if len(message.failed_keys):
+            self._handle_failed(message)
         in_columns = message.key_O >= FIRST_ID
+        if in_columns.all():
+            self._add_columns(message, slice(None))
+            return None
         if not in_columns.any():
             return message
         self._add_columns(message, np.flatnonzero(in_columns))
@@ -125,15 +129,17 @@ class Sequences:
         if stopped:
             self._abort(stopped)
 
-    def _add_columns(self, message: StepOutputs, rows: np.ndarray) -> None:
+    def _add_columns(self, message: StepOutputs, rows: np.ndarray | slice) -> None:
         """Give the tokens of these rows to their readers; only first and last ones are looked at one by one."""
-        is_first = self.columns.push(message.key_O[rows], message.token_O[rows])
-        for row in rows[is_first | (message.finish_O[rows] != FinishReason.NONE)].tolist():
-            if (branch := self._sequences.get(int(message.key_O[row]))) is not None:
+        names = ("key_O", "token_O", "finish_O", "num_cached_O")
+        sequence_ids, token_ids, finish_reasons, num_cached = (getattr(message, name)[rows] for name in names)
+        is_first = self.columns.push(sequence_ids, token_ids, finish_reasons)
+        for row in np.flatnonzero(is_first | (finish_reasons != FinishReason.NONE)).tolist():
+            if (branch := self._sequences.get(int(sequence_ids[row]))) is not None:
                 if branch.index == 0 and not branch.has_begun:
-                    self._begin(branch, int(message.num_cached_O[row]))
-                if finish := int(message.finish_O[row]):
-                    self._finish(branch, finish, int(message.token_O[row]))
+                    self._begin(branch, int(num_cached[row]))
+                if finish := int(finish_reasons[row]):
+                    self._finish(branch, finish, int(token_ids[row]))
 
     def _finish(self, branch: Branch, finish: int, token: int) -> None:
         """End a branch with its last token."""

@@ -1,4 +1,4 @@
-"""Outputs for readers that take token ids only: steps' rows as arrays, over which Python does not loop.
+"""Outputs for readers of many sequences: steps' rows as arrays, over which Python does not loop but to make their text.
 
 A frontend has one table of such sequences. Their ids are `FIRST_ID` and above, which tells their rows from others; an id's place
 in the table is its remainder by the size of the table, in which no two have the same place.
@@ -37,12 +37,26 @@ _ROW = np.dtype(
 
 
 class Tokens(NamedTuple):
-    """Tokens of some sequences, i64: an entry for each, whose `num_tokens` tokens are the next in `token_ids`."""
+    """Tokens of some sequences, i64: an entry for each, whose `num_tokens` tokens are the next in `token_ids`.
+
+    `texts` has their text; it is empty if the reader takes token ids only.
+    """
 
     keys: np.ndarray
     branches: np.ndarray
     num_tokens: np.ndarray
     token_ids: np.ndarray
+    texts: list[str]
+
+
+class _Part(NamedTuple):
+    """A token of each of some sequences, and its text, as in `Tokens`."""
+
+    sequence_ids: np.ndarray
+    keys: np.ndarray
+    branches: np.ndarray
+    token_ids: np.ndarray
+    texts: list[str]
 
 
 class Credited(NamedTuple):
@@ -60,38 +74,60 @@ class ColumnReader:
 
     Attributes:
         number: the table's number of it; -1 until it has a sequence.
+        push_text: by sequence, returns the text of its next token and finish reason; of all sequences, or of none.
     """
 
     def __init__(self, on_news: Callable[[], None]) -> None:
         self.number = -1
+        self.push_text: dict[int, Callable[[int, int], str]] = {}
         self._on_news = on_news
-        self._parts: deque[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = deque()
+        self._parts: deque[_Part] = deque()
 
     @property
     def has_tokens(self) -> bool:
         """True if there are tokens that have not been taken."""
         return bool(self._parts)
 
-    def put(self, sequence_ids: np.ndarray, keys: np.ndarray, branches: np.ndarray, token_ids: np.ndarray) -> None:
-        """Add a token of each of these sequences."""
-        self._parts.append((sequence_ids, keys, branches, token_ids))
+    def put(
+        self,
+        sequence_ids: np.ndarray,
+        keys: np.ndarray,
+        branches: np.ndarray,
+        token_ids: np.ndarray,
+        finish: np.ndarray,
+    ) -> None:
+        """Add a token of each of these sequences, with its finish reason."""
+        texts: list[str] = []
+        if push := self.push_text:
+            rows = zip(sequence_ids.tolist(), token_ids.tolist(), finish.tolist(), strict=True)
+            texts = [push[sequence_id](token, why) for sequence_id, token, why in rows]
+        self._parts.append(_Part(sequence_ids, keys, branches, token_ids, texts))
         self._on_news()
 
     def take(self, max_tokens: int) -> tuple[np.ndarray, Tokens]:
         """Return at most about so many of the tokens, and the ids of the entries' sequences."""
-        parts, size = [], 0
+        parts: list[_Part] = []
+        size = 0
         while self._parts and size < max_tokens:
             parts.append(self._parts.popleft())
-            size += len(parts[-1][0])
+            size += len(parts[-1].keys)
         if len(parts) == 1:
-            sequence_ids, keys, branches, token_ids = parts[0]
-            return sequence_ids, Tokens(keys, branches, np.ones(len(keys), np.int64), token_ids)
-        sequence_ids, keys, branches, token_ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+            [part] = parts
+            num_tokens = np.ones(len(part.keys), np.int64)
+            return part.sequence_ids, Tokens(part.keys, part.branches, num_tokens, part.token_ids, part.texts)
+        sequence_ids, keys, branches, token_ids = (
+            np.concatenate(columns) for columns in list(zip(*parts, strict=True))[:4]
+        )
         order = np.argsort(sequence_ids, kind="stable")
         sequence_ids = sequence_ids[order]
         starts = np.flatnonzero(np.diff(sequence_ids, prepend=-1))
         counts, first = np.diff(starts, append=len(order)), order[starts]
-        return sequence_ids[starts], Tokens(keys[first], branches[first], counts, token_ids[order])
+        texts = [text for part in parts for text in part.texts]
+        if texts:
+            sorted_texts = [texts[row] for row in order.tolist()]
+            bounds = zip(starts.tolist(), (starts + counts).tolist(), strict=True)
+            texts = ["".join(sorted_texts[start:end]) for start, end in bounds]
+        return sequence_ids[starts], Tokens(keys[first], branches[first], counts, token_ids[order], texts)
 
 
 class TokenColumns:
@@ -157,6 +193,7 @@ class TokenColumns:
         row = self._rows[sequence_id % len(self._rows)]
         assert row["sequence_id"] == sequence_id, f"sequence {sequence_id} is not in the table"
         row["sequence_id"] = -1
+        self._readers[int(row["reader"])].push_text.pop(sequence_id, None)
         self._num_used -= 1
         return int(row["num_tokens"]), int(row["num_reasoning"])
 
@@ -164,8 +201,8 @@ class TokenColumns:
         """Remove a reader, whose sequences have been removed."""
         self._readers.pop(reader.number, None)
 
-    def push(self, sequence_ids: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-        """Give a token of each of these sequences to its reader; removed sequences are ignored.
+    def push(self, sequence_ids: np.ndarray, token_ids: np.ndarray, finish: np.ndarray) -> np.ndarray:
+        """Give a token of each of these sequences, with its finish reason, to its reader; removed sequences are ignored.
 
         Returns:
             Whether it is the sequence's first token.
@@ -174,7 +211,9 @@ class TokenColumns:
         known = self._rows["sequence_id"][place] == sequence_ids
         is_first = known & (self._rows["num_tokens"][place] == 0)
         if not known.all():
-            place, sequence_ids, token_ids = place[known], sequence_ids[known], token_ids[known]
+            place, sequence_ids, token_ids, finish = (
+                column[known] for column in (place, sequence_ids, token_ids, finish)
+            )
         if not len(place):
             return is_first
         self._rows["num_tokens"][place] += 1
@@ -182,11 +221,12 @@ class TokenColumns:
             self._count_reasoning(place, token_ids)
         readers, keys, branches = (self._rows[name][place] for name in ("reader", "key", "branch"))
         if (readers == readers[0]).all():
-            self._readers[int(readers[0])].put(sequence_ids, keys, branches, token_ids)
+            self._readers[int(readers[0])].put(sequence_ids, keys, branches, token_ids, finish)
             return is_first
         for number in np.unique(readers).tolist():
             own = readers == number
-            self._readers[number].put(sequence_ids[own], keys[own], branches[own], token_ids[own])
+            columns = (sequence_ids, keys, branches, token_ids, finish)
+            self._readers[number].put(*(column[own] for column in columns))
         return is_first
 
     def taken(self, sequence_ids: np.ndarray, num_tokens: np.ndarray) -> Credited:

@@ -23,7 +23,8 @@ def add(table, reader, key, branch=0, *, window=None, allowance=None, opens_reas
 
 def push(table, tokens):
     """`tokens`: by sequence id."""
-    return table.push(np.array([*tokens], np.int64), np.array([*tokens.values()], np.int32)).tolist()
+    finish = np.zeros(len(tokens), np.uint8)
+    return table.push(np.array([*tokens], np.int64), np.array([*tokens.values()], np.int32), finish).tolist()
 
 
 def taken(table, reader, max_tokens=1000):
@@ -49,6 +50,23 @@ def test_tokens_of_several_steps_are_joined_by_branch():
     assert taken(table, one)[0] == {(7, 0): [4, 5], (7, 1): [3]}
     assert (len(one.news), one.has_tokens) == (3, False)
     assert (table.remove(a), table.remove(b)) == ((3, 0), (2, 0))
+
+
+def test_texts_are_joined_with_their_tokens():
+    table, one = TokenColumns(None), reader()
+    a, b = add(table, one, 1), add(table, one, 2)
+    for sequence_id in (a, b):
+        one.push_text[sequence_id] = lambda token, finish: f"<{token}>" if not finish else "end"
+    push(table, {b: 1, a: 2})
+    assert one.take(1000)[1].texts == ["<1>", "<2>"]
+    push(table, {a: 3})
+    push(table, {b: 4, a: 5})
+    table.push(np.array([a]), np.array([6], np.int32), np.ones(1, np.uint8))
+    table.remove(a)
+    push(table, {a: 7, b: 8})
+    _, tokens = one.take(1000)
+    assert (tokens.keys.tolist(), tokens.texts) == ([1, 2], ["<3><5>end", "<4><8>"])
+    assert list(one.push_text) == [b]
 
 
 def test_a_reader_takes_whole_steps_up_to_a_size():
