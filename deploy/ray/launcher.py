@@ -260,9 +260,20 @@ def _resources(spec: WorkerSpec, entries: list[dict[str, Any]]) -> dict[str, flo
     cpus = [node.get("CPU", 0) for node in nodes]
     if not any(cpus):
         raise ValueError("the Ray cluster has no CPUs; start its nodes with --num-cpus of at least 1")
-    share = next(k for k in range(1, 10_000) if sum(int(cpu * k) for cpu in cpus) >= spec.num_ranks)
-    cpu = math.floor(1e4 / share) / 1e4  # Ray counts in 1/10,000
-    return {"CPU": cpu, "GPU": 1} if needs_gpu else {"CPU": cpu}
+    if not needs_gpu:
+        share = next(k for k in range(1, 10_000) if sum(int(cpu * k) for cpu in cpus) >= spec.num_ranks)
+        return {"CPU": _part(share)}
+    # A rank takes its share of a CPU where its GPU is, whatever other nodes have.
+    of_gpus = [(node.get("CPU", 0), node["GPU"]) for node in nodes if node.get("GPU", 0)]
+    if not all(cpu for cpu, _ in of_gpus):
+        raise ValueError("a node of the Ray cluster has GPUs and no CPUs; start it with --num-cpus of at least 1")
+    share = next(k for k in range(1, 10_000) if all(int(cpu * k) >= gpu for cpu, gpu in of_gpus))
+    return {"CPU": _part(share), "GPU": 1}
+
+
+def _part(share: int) -> float:
+    """Return one of so many equal parts of a CPU, which Ray counts in 1/10,000."""
+    return math.floor(1e4 / share) / 1e4
 
 
 def _how_it_ended(run: ray.ObjectRef) -> tuple[int, str]:

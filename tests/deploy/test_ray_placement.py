@@ -1,8 +1,12 @@
 """Ranks on a Ray cluster of GPUs: which nodes, in which order, and which of a node's devices; over tables like Ray's."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from expertwire.deploy.ray import launcher
 from expertwire.deploy.ray.placement import Node, in_order, layouts, ordinal
+from expertwire.engine.launcher import WorkerSpec
 
 
 def node(name, gpus=4, **labels):
@@ -81,3 +85,26 @@ def test_a_gpu_that_cannot_be_seen_is_named():
         ValueError, match="has assigned GPU 6, but the process sees only those of CUDA_VISIBLE_DEVICES=0,1"
     ):
         ordinal(["6"], "0,1")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_ranks", "expected"),
+    [
+        ([(192, 8), (192, 8)], 16, {"CPU": 1, "GPU": 1}),
+        ([(64, 0), (4, 8), (4, 8)], 16, {"CPU": 0.5, "GPU": 1}),  # the head's cores are of no use to ranks elsewhere
+        ([(64, 0), (16, 8), (3, 4)], 12, {"CPU": 0.5, "GPU": 1}),
+        ([(4, 0), (2, 0)], 12, {"CPU": 0.5}),
+    ],
+)
+def test_a_rank_takes_a_share_of_the_cores_beside_its_gpu(nodes, num_ranks, expected):
+    """Otherwise a cluster whose GPUs are all free would have no room: Ray places a rank's CPU and GPU on one node."""
+    entries = [{"Resources": {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})} for cpus, gpus in nodes]
+    spec = WorkerSpec(config=SimpleNamespace(device="auto"), num_ranks=num_ranks, address="", token="")
+    assert launcher._resources(spec, entries) == expected
+
+
+def test_gpus_without_cores_are_named():
+    entries = [{"Resources": {"CPU": 8.0}}, {"Resources": {"GPU": 8.0}}]
+    spec = WorkerSpec(config=SimpleNamespace(device="cuda"), num_ranks=8, address="", token="")
+    with pytest.raises(ValueError, match="has GPUs and no CPUs; start it with --num-cpus"):
+        launcher._resources(spec, entries)
