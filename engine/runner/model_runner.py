@@ -1,8 +1,8 @@
 """One rank's steps: update the input batch by the plan, run the model, sample, return the result.
 
 On a GPU (`Ops.on_device`) a step is launched while another computes: nothing here waits for the device before `finish`, but for
-steps before which experts move or that report the experts' load; small steps replay CUDA graphs (`cuda_graphs`), copies go through
-pinned memory (`staging`). On a CPU a step is computed when it is finished, so that the result before it is sent first.
+steps before which experts move or that report the experts' load; small steps replay CUDA graphs (`cuda_graphs`), copies go
+through pinned memory (`staging`). On a CPU a step is computed when it is finished, so that the result before it is sent first.
 
 T tokens, S sequences, D model width, O sampled rows, V vocabulary, P ranks.
 """
