@@ -159,7 +159,9 @@ class InputBatch:
 
         The scheduler gives their blocks to others and does not name them in the plan.
         """
-        found = [np.zeros((3, 0), np.int64)]
+        if not self._windows:
+            return np.zeros((3, 0), np.int64)
+        found = []
         slot_S, start_S = plan.sched_slot_S, plan.sched_start_S.astype(np.int64)
         for group, window in self._windows:
             slid_S, before_S = np.maximum(start_S - window + 1, 0) // self.block_size, self._num_slid[group, slot_S]

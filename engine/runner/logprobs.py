@@ -41,17 +41,18 @@ def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> di
     """Return what `of` found, on the host, as fields of a `StepResult`."""
     count = len(num_top_O)
     logprob_O, rank_O = np.full(count, np.nan, np.float32), np.zeros(count, np.int32)
-    num_top, top_ids, top_logprobs = np.zeros(count, np.int64), _I32, _F32
+    offsets_O1, top_ids, top_logprobs = np.zeros(count + 1, np.int32), _I32, _F32
     if len(found):
         asked = np.flatnonzero(num_top_O >= 0)
-        num_top[asked] = np.minimum(num_top_O[asked], vocab)
+        num_top = np.minimum(num_top_O, vocab).clip(0)
+        num_top.cumsum(out=offsets_O1[1:])
         logprob_O[asked], rank_O[asked] = found[0], found[1]
         kept = np.arange(found[2].shape[1]) < num_top[asked, None]
         top_ids, top_logprobs = found[2].astype(np.int32)[kept], found[3][kept]
     return {
         "logprob_O": logprob_O,
         "token_rank_O": rank_O,
-        "top_offsets_O1": np.concatenate(([0], np.cumsum(num_top))).astype(np.int32),
+        "top_offsets_O1": offsets_O1,
         "top_ids": top_ids,
         "top_logprobs": top_logprobs,
     }
@@ -62,9 +63,10 @@ def token_fields(
 ) -> dict[str, np.ndarray]:
     """Return sampled tokens and `fields` as fields of a `StepResult`. A row whose log-probabilities are NaN has no token: the
     sampler does not see what is wrong with a banned one."""
-    more = fields(found, num_top_O, vocab)
-    has_none_O = (num_top_O >= 0) & np.isnan(more["logprob_O"])
-    return {"slot_O": slot_O.astype(np.int32), "token_O": np.where(has_none_O, -1, token_O).astype(np.int32), **more}
+    more, token_O = fields(found, num_top_O, vocab), token_O.astype(np.int32)
+    if len(found):
+        token_O[(num_top_O >= 0) & np.isnan(more["logprob_O"])] = -1
+    return {"slot_O": slot_O.astype(np.int32), "token_O": token_O, **more}
 
 
 def prompt_rows(sampling: np.ndarray, step: MicroBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -43,8 +43,11 @@ class MicroBatch:
             start_S: position of each one's first token; `num_S`: how many tokens it computes.
         """
         is_prefill_S = num_S != 1
-        order_S = np.argsort(is_prefill_S, kind="stable")
-        slot_S, start_S, num_S, is_sampled_S = (values[order_S] for values in (slot_S, start_S, num_S, is_sampled_S))
+        num_decodes = len(num_S) - int(is_prefill_S.sum())
+        if 0 < num_decodes < len(num_S):
+            order_S = np.argsort(is_prefill_S, kind="stable")
+            each_S = slot_S, start_S, num_S, is_sampled_S
+            slot_S, start_S, num_S, is_sampled_S = (values[order_S] for values in each_S)
         cu_seqlens_q = np.concatenate(([0], np.cumsum(num_S)))
         return cls(
             slot_S=slot_S,
@@ -54,7 +57,7 @@ class MicroBatch:
             seq_len_S=start_S + num_S,
             is_sampled_S=is_sampled_S,
             slot_O=slot_S[is_sampled_S],
-            num_decodes=len(num_S) - int(is_prefill_S.sum()),
+            num_decodes=num_decodes,
         )
 
     @classmethod
