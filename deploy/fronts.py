@@ -16,6 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
 from expertwire.deploy.grpc.config import ServerConfig
@@ -27,6 +28,7 @@ from expertwire.engine.frontend.api import EngineFailed
 from expertwire.strategies.cascade import Cascade
 
 SILENT_S = 1.75  # a front that serves and has not been heard for so long is killed
+_STARVED_S = 8.0  # or for so long, if it has waited for a processor for most of that time
 _START_S = 60.0  # for a front to begin to serve
 _MIN_LIFE_S = 5.0  # a front that ends sooner is not simply replaced
 _MAX_SHORT_LIVES = 3
@@ -190,6 +192,7 @@ class _Front:
         self.process = child
         self.channel = channel
         self.started_s = self._heard_s = time.monotonic()
+        self._waited_s = 0.0  # for a processor, when it was last heard
         self.is_serving = False
         self.is_told = False  # to end
         self.has_hung_up = False
@@ -200,7 +203,7 @@ class _Front:
         try:
             while (message := self.channel.recv(0)) is not None:
                 self.is_serving |= "serving" in message
-                self._heard_s = time.monotonic()
+                self._heard_s, self._waited_s = time.monotonic(), waited_s(self.process.pid)
                 for number in message.get("lost", ()):
                     self._lost_s.setdefault(self._models[number], self._heard_s)
         except ChannelClosed:
@@ -216,7 +219,13 @@ class _Front:
         if (code := self.process.poll()) is not None:
             return process.describe_exit(code)
         silent_s, limit_s = time.monotonic() - self._heard_s, SILENT_S if self.is_serving else _START_S
-        return f"has been silent for {silent_s:.1f} s" if silent_s > limit_s else None
+        if silent_s <= limit_s:
+            return None
+        # Where others take the processors, a front that works is late, and a new one would be later.
+        starved_s = waited_s(self.process.pid) - self._waited_s
+        if silent_s / 2 < starved_s and silent_s <= _STARVED_S:
+            return None
+        return f"has been silent for {silent_s:.1f} s, {starved_s:.1f} s of which it waited for a processor"
 
     def lost_link(self, failed: Container[str]) -> str | None:
         """Return that it has lost a link to an engine that works, or None."""
@@ -231,6 +240,14 @@ class _Front:
             self.process.kill()
         self.process.wait()
         self.channel.close()
+
+
+def waited_s(pid: int) -> float:
+    """Return for how long the main thread of a process has waited for a processor; 0.0 if the kernel does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def reserve_port(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 from helpers.fake_controller import INFO, ThreadController
 
 import expertwire
-from expertwire.deploy.fronts import Fronts
+from expertwire.deploy.fronts import SILENT_S, Fronts, waited_s
 from expertwire.deploy.grpc.client import Client, ServerError
 from expertwire.deploy.grpc.config import ServerConfig
 from expertwire.engine.config.engine_config import EngineConfig
@@ -102,3 +103,22 @@ def test_a_front_stays_when_an_engine_has_failed():
         time.sleep(2.0)
         assert answers(client, "large")
         assert len(large.controllers) == 1
+
+
+def test_a_silent_front_is_killed_unless_it_waits_for_a_processor(monkeypatch):
+    engine = FakeEngine("small")
+    with serving(engine) as server:
+        fronts = server.fronts
+        [front] = fronts._fronts
+        # What it waits beyond this is all the time since it was last heard.
+        monkeypatch.setattr("expertwire.deploy.fronts.waited_s", lambda _: time.monotonic())
+        front.process.send_signal(signal.SIGSTOP)
+        time.sleep(SILENT_S + 1.0)
+        assert fronts._fronts == [front]
+        monkeypatch.setattr("expertwire.deploy.fronts.waited_s", lambda _: front._waited_s)
+        until(lambda: fronts._fronts[0] is not front and fronts._fronts[0].is_serving)
+
+
+def test_waiting_for_a_processor_is_known():
+    assert waited_s(os.getpid()) >= 0.0
+    assert waited_s(2**22 + 1) == 0.0  # beyond the largest process id
