@@ -37,16 +37,24 @@ class Member:
     size: int
 
 
-def quantised(e, parts, columns):
-    """fp8 by blocks of 128 x 128, [e, rows of all parts, columns]."""
+def quantised(e, parts, columns, by_row):
+    """fp8 by blocks of 128 x 128, or by row, [e, rows of all parts, columns]."""
     rows = sum(parts)
-    scales = meta(e, -(-rows // 128), -(-columns // 128), dtype=torch.float32)
+    scales = meta(e, rows) if by_row else meta(e, -(-rows // 128), -(-columns // 128))
     data = meta(e, rows, columns, dtype=torch.float8_e4m3fn)
-    return QuantizedWeight(format="fp8_block", data=data, scales=scales, parts=parts)
+    return QuantizedWeight(format="fp8_row" if by_row else "fp8_block", data=data, scales=scales.float(), parts=parts)
 
 
-def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_micro_batches: int = 1, **options: Any) -> MoeLayer:
-    """Return an MoE layer of Qwen3-30B-A3B, on rank 0."""
+def layer(
+    ranks: int,
+    *,
+    fp8: bool = False,
+    by_row: bool = False,
+    redundant: int = 0,
+    num_micro_batches: int = 1,
+    **options: Any,
+) -> MoeLayer:
+    """Return an MoE layer of Qwen3-30B-A3B, on rank 0. With experts of fp8 rows travel in fp8, unless its scales are of rows."""
     placement, ops = place(E, ranks, redundant), registry.triton(H200)
     group: Any = Member(0, ranks)
     spec = AllToAllSpec(
@@ -58,7 +66,7 @@ def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_micro_batche
         dtype=torch.bfloat16,
         num_micro_batches=num_micro_batches,
     )
-    if fp8 and ranks > 1:
+    if fp8 and not by_row and ranks > 1:
         spec = packed(spec)
     all_to_alls: list[Any]
     if ranks == 1:
@@ -67,7 +75,9 @@ def layer(ranks: int, *, fp8: bool = False, redundant: int = 0, num_micro_batche
         memories = [meta(BufferLayout.of(spec).nbytes, dtype=torch.uint8)] * ranks
         all_to_alls = [NvlinkGpuAllToAll(spec, memories, num_programs=H200.num_sms) for _ in range(num_micro_batches)]
     e = len(placement.experts_of(0))
-    w13, w2 = (quantised(e, (F, F), D), quantised(e, (D,), F)) if fp8 else (meta(e, 2 * F, D), meta(e, D, F))
+    w13, w2 = meta(e, 2 * F, D), meta(e, D, F)
+    if fp8:
+        w13, w2 = quantised(e, (F, F), D, by_row), quantised(e, (D,), F, by_row)
     return prepare(
         meta(E, D),
         GroupedMlpWeights(w13, w2),
@@ -157,6 +167,19 @@ def test_nothing_is_compiled_after_warm_up(ranks, fp8, exchange_tokens):
             run(moe, step)
             late = [launch.kernel for launch in fake.take() if (launch.kernel, launch.variant) not in known]
             assert not late, f"{step}: compiled while serving: {late}"
+
+
+def test_rows_are_quantised_where_they_have_come():
+    """Experts whose scales are of rows get rows as they are, in a buffer for 8 x 2,048 tokens."""
+    with FakeLaunches() as fake:
+        moe = layer(8, fp8=True, by_row=True)
+        known = warmed_up(fake, moe, 8, MAX_TOKENS)
+        for tokens, programs in ((4, 8 * 4 * K), (64, 4096), (MAX_TOKENS, 8 * MAX_TOKENS)):
+            run(moe, [tokens] * 8)
+            of_step = fake.take()
+            of_x, _ = (launch.grid[0] for launch in of_step if launch.kernel == "quantize_kernel")
+            assert of_x == programs, tokens
+            assert not [launch.kernel for launch in of_step if (launch.kernel, launch.variant) not in known]
 
 
 def test_experts_leave_multiprocessors_to_the_rows_of_the_other_part():
