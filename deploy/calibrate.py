@@ -68,6 +68,7 @@ def _add_strategies(commands: Any) -> None:
     add_options(parser, ServerConfig, CATALOG_FIELDS)
     parser.add_argument("--out", required=True, metavar="FILE", help="file for the strategy with its table, as JSON")
     parser.add_argument("--probe", type=int, default=4, metavar="N", help="outputs of the probe (default: %(default)s)")
+    parser.add_argument("--greedy-probe", action="store_true", help="let the first of them be greedy")
     text = "what tells how difficult a prompt is (default: %(default)s)"
     parser.add_argument("--signal", choices=PROBE_SIGNALS, default="agreement", help=text)
     parser.add_argument("--num-bins", type=int, default=3, metavar="N", help="rows of the table (default: %(default)s)")
@@ -96,6 +97,7 @@ def _strategies(args: argparse.Namespace) -> int:
         baseline=args.baseline,
         verifier=catalog.verifiers[args.grader],
         probe=args.probe,
+        greedy_probe=args.greedy_probe,
         signal=args.signal,
         num_bins=args.num_bins,
         tolerance=args.tolerance,

@@ -40,7 +40,7 @@ class Study:
         candidates: strategies that a row of the table may have, by name.
         baseline: name of the one whose accuracy the table has to reach.
         verifier: scores results, from 0 for wrong to 1 for right.
-        probe, signal: as for `ComputeOptimal`.
+        probe, greedy_probe, signal: as for `ComputeOptimal`.
         num_bins, tolerance, seed: as for `calibrate`; the seed is also that of the first prompt's outputs.
 
     Raises:
@@ -51,6 +51,7 @@ class Study:
     baseline: str
     verifier: Verifier
     probe: int = 4
+    greedy_probe: bool = False
     signal: str = "agreement"
     num_bins: int = 3
     tolerance: float = 0.0
@@ -71,6 +72,7 @@ class Study:
         return ComputeOptimal(
             table=tuple(rows),
             probe=self.probe,
+            greedy_probe=self.greedy_probe,
             signal=self.signal,
             answer=next((each.answer for each in needs if each.answer is not None), None),
             verifier=self._serving_verifier(needs, rows),

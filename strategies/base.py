@@ -124,10 +124,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Start:
-    """Start `count` branches from the prompt. They have this label."""
+    """Start `count` branches from the prompt.
+
+    Attributes:
+        label: of the branches.
+        greedy: whether they take the most likely token instead of the request's sampling parameters.
+    """
 
     count: int
     label: str = ""
+    greedy: bool = False
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ class ComputeOptimal:
     Args:
         table: rows from the largest `least` (easy prompts) to the smallest, which has to be None.
         probe: outputs of the probe.
+        greedy_probe: whether the first of them is greedy. Where greedy decoding beats single samples and there is a verifier, its
+            score of this one output tells much for few tokens.
         signal: "agreement": the share of the most frequent answer among the probe's outputs; "mean_logprob": their mean
             log-probability; "verifier": the mean of their scores.
         answer: extracts answers, for "agreement" and for strategies of the table; equal to theirs.
@@ -103,6 +105,7 @@ class ComputeOptimal:
 
     table: tuple[Bin, ...]
     probe: int = 4
+    greedy_probe: bool = False
     signal: str = "agreement"
     answer: AnswerExtractor | None = None
     verifier: Verifier | None = None
@@ -111,6 +114,8 @@ class ComputeOptimal:
 
     def __post_init__(self) -> None:
         require_integer("probe", self.probe, minimum=1, maximum=16)
+        if not isinstance(self.greedy_probe, bool):
+            raise ValueError(f"greedy_probe must be True or False, got {self.greedy_probe!r}")
         require_one_of("signal", self.signal, PROBE_SIGNALS)
         if self.signal == "agreement":
             require_callable("answer", self.answer, why='signal="agreement" compares answers')
@@ -156,7 +161,9 @@ class ComputeOptimal:
     def decide(self, group: Group) -> Sequence[Action]:
         """Run the probe; then decide as the strategy that the table has for its signal."""
         if len(group.branches) < self.probe:
-            return start_missing(group, self.probe)
+            if not self.greedy_probe or group.branches:
+                return start_missing(group, self.probe)
+            return [Start(1, greedy=True), *([Start(self.probe - 1)] if self.probe > 1 else [])]
         probe = group.branches[: self.probe]
         waits: list[Action] = [Resume(branch.index) for branch in probe if branch.status is Status.PAUSED]
         if self.signal == "verifier":

@@ -78,8 +78,8 @@ FLAGS = {
     "replay": {"--threshold"},
     "calibrate cascade": {"--cascade", "--out", "--shortfall", "--seed"},
     "calibrate strategies": {
-        "--prompts", "--candidate", "--baseline", "--grader", "--out", "--probe", "--signal", "--num-bins", "--tolerance",
-        "--strategies", "--verifier", "--verifier-ca-certs",
+        "--prompts", "--candidate", "--baseline", "--grader", "--out", "--probe", "--greedy-probe", "--signal", "--num-bins",
+        "--tolerance", "--strategies", "--verifier", "--verifier-ca-certs",
         "--temperature", "--top-p", "--top-k", "--min-p", "--max-tokens", "--stop", *ENGINE_FLAGS,
     },
     "bench throughput": {

@@ -99,6 +99,13 @@ def _probe(size: int) -> Strategy:
     return ComputeOptimal(rows, probe=2, signal="verifier", verifier=demo_verifiers.process)
 
 
+def _greedy_probe(n: int, bins: frozenset[tuple[Kind, int]] = frozenset()) -> Entry:
+    """A greedy output, and where the verifier rejects it a beam search."""
+    rows = (Bin(strategy=BestOfN(1, demo_verifiers.process), least=0.5), Bin(strategy=_beam_search(n)))
+    strategy = ComputeOptimal(rows, probe=1, greedy_probe=True, signal="verifier", verifier=demo_verifiers.process)
+    return Entry(f"checked greedy, then beam {n}x4", lambda size: strategy, groups_at_once=800 // n, bins=bins)
+
+
 FORKING = (
     _beam(8),
     _beam(4),
@@ -112,8 +119,18 @@ FORKING = (
         cuts=(2, 4, 8),
     ),
     Entry("probe of 2, then beam 8x4", _probe, groups_at_once=100, bins=MIDDLE),
+    _greedy_probe(4),
+    _greedy_probe(8),
+    _greedy_probe(16, HARD),
 )
-ON_ENGINE = ("majority of 16", "confidence pruning of 16", "beam 4x4", "beam 8x4", "probe of 2, then beam 8x4")
+ON_ENGINE = (
+    "majority of 16",
+    "confidence pruning of 16",
+    "beam 4x4",
+    "beam 8x4",
+    "probe of 2, then beam 8x4",
+    "checked greedy, then beam 8x4",
+)
 
 
 def on_engine(kind: Kind, size: int) -> list[Entry]:

@@ -43,6 +43,7 @@ def _bin(axis: Any, name: str, runs: Mapping[str, Runs]) -> None:
         ("best-of-", "best-of-n", "o-"),
         ("beam", "beam", "s--"),
         ("probe", "probe, then beam", "d"),
+        ("checked greedy", "greedy probe, then beam", "x-"),
         ("step retries", "step retries", "^-"),
     ):
         points = sorted(_point(run) for each, run in runs.items() if each.startswith(family))

@@ -169,7 +169,8 @@ FAMILIES = {
     "best-of-n alone": ("greedy", "best-of-"),
     "best-of-n and searches": ("greedy", "best-of-", "beam"),
     "those after a probe, too": ("greedy", "best-of-", "beam", "probe"),
-    "with step retries": ("greedy", "best-of-", "beam", "probe", "step retries"),
+    "those after a greedy probe, too": ("greedy", "best-of-", "beam", "probe", "checked greedy"),
+    "with step retries": ("greedy", "best-of-", "beam", "probe", "checked greedy", "step retries"),
 }
 
 

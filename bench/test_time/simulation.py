@@ -174,7 +174,7 @@ class _Groups:
         match action:
             case Start():
                 for _ in range(self._allowed(group, action.count)):
-                    self._add(g, Branch(index=len(group.branches), label=action.label), greedy=False)
+                    self._add(g, Branch(index=len(group.branches), label=action.label), greedy=action.greedy)
             case Fork():
                 self._fork(g, action)
             case Verify():

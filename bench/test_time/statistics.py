@@ -68,12 +68,24 @@ def choose(table: Table, price: float) -> dict[str, str]:
 
 
 def choose_for(table: Table, accuracy: float) -> dict[str, str]:
-    """Return the choice with the fewest tokens whose accuracy over all bins together is at least `accuracy`."""
-    for price in np.geomspace(1.0, 1e-7, 200):
-        chosen = choose(table, float(price))
-        if pooled(table, chosen).right.mean() >= accuracy:
-            return chosen
-    return choose(table, 0.0)
+    """Return the choice with the fewest tokens whose accuracy over all bins together is at least `accuracy`.
+
+    The exact one: bin after bin, for each number of right answers the fewest tokens that give it.
+    """
+    fewest, chosen = {0: 0.0}, {0: dict[str, str]()}  # tokens and choice by right answers in the bins so far
+    for name, runs in table.items():
+        more: dict[int, float] = {}
+        with_bin: dict[int, dict[str, str]] = {}
+        figures = [(each, int(run.right.sum()), float(run.tokens.sum())) for each, run in runs.items()]
+        for right, tokens in fewest.items():
+            for each, right_here, tokens_here in figures:
+                total = right + right_here
+                if tokens + tokens_here < more.get(total, math.inf):
+                    more[total], with_bin[total] = tokens + tokens_here, {**chosen[right], name: each}
+        fewest, chosen = more, with_bin
+    needed = accuracy * sum(len(next(iter(runs.values())).right) for runs in table.values())
+    enough = [right for right in fewest if right >= needed - 1e-6] or [max(fewest)]
+    return chosen[min(enough, key=fewest.__getitem__)]
 
 
 def pooled(table: Table, chosen: Mapping[str, str]) -> Runs:

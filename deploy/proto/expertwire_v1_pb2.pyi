@@ -416,7 +416,7 @@ class BestOfN(_message.Message):
     def __init__(self, n: _Optional[int] = ..., verifier: _Optional[str] = ..., score: _Optional[str] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
 
 class ComputeOptimal(_message.Message):
-    __slots__ = ("table", "probe", "signal", "answer", "verifier", "verifier_policy", "budget")
+    __slots__ = ("table", "probe", "signal", "answer", "verifier", "verifier_policy", "budget", "greedy_probe")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     SIGNAL_FIELD_NUMBER: _ClassVar[int]
@@ -424,6 +424,7 @@ class ComputeOptimal(_message.Message):
     VERIFIER_FIELD_NUMBER: _ClassVar[int]
     VERIFIER_POLICY_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
+    GREEDY_PROBE_FIELD_NUMBER: _ClassVar[int]
     table: _containers.RepeatedCompositeFieldContainer[Bin]
     probe: int
     signal: str
@@ -431,7 +432,8 @@ class ComputeOptimal(_message.Message):
     verifier: str
     verifier_policy: VerifierPolicy
     budget: Budget
-    def __init__(self, table: _Optional[_Iterable[_Union[Bin, _Mapping]]] = ..., probe: _Optional[int] = ..., signal: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., verifier: _Optional[str] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+    greedy_probe: bool
+    def __init__(self, table: _Optional[_Iterable[_Union[Bin, _Mapping]]] = ..., probe: _Optional[int] = ..., signal: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., verifier: _Optional[str] = ..., verifier_policy: _Optional[_Union[VerifierPolicy, _Mapping]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., greedy_probe: bool = ...) -> None: ...
 
 class Bin(_message.Message):
     __slots__ = ("strategy", "least", "name", "accuracy", "tokens")

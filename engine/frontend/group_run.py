@@ -303,7 +303,7 @@ class GroupRun:
     def _start(self, action: Start) -> None:
         count = self._allowed(action.count)
         if count:
-            self._submit(count, self.tokens, action.label)
+            self._submit(count, self.tokens, action.label, greedy=action.greedy)
 
     def _fork(self, action: Fork) -> None:
         parent, count = self._branch(action, action.branch), self._allowed(action.count)

@@ -129,7 +129,7 @@ class SimulatedGroup:
             case Start():
                 assert action.count >= 1, action
                 for _ in range(self.allowed(action.count)):
-                    self.add(Branch(index=len(self.branches), label=action.label), greedy=False)
+                    self.add(Branch(index=len(self.branches), label=action.label), greedy=action.greedy)
             case Fork():
                 self.fork(action)
             case Verify():

@@ -178,6 +178,18 @@ class TestComputeOptimal:
         assert outcome.statuses() == ["finished", "finished", "pruned", "finished", "finished"]
         assert outcome.selection.branches == (3,)
 
+    @pytest.mark.parametrize("probe", [1, 3])
+    def test_the_first_output_of_a_probe_may_be_greedy(self, probe):
+        def model(index, text, greedy):
+            return ("9" if greedy else "5") if not text else END, -0.1
+
+        rows = (Bin(least=9.0, strategy=BestOfN(1, digits), name="easy"), Bin(strategy=BestOfN(4, digits), name="hard"))
+        strategy = ComputeOptimal(rows, probe=probe, greedy_probe=True, signal="verifier", verifier=digits)
+        outcome = run_group(strategy, model)
+        assert [branch.text for branch in outcome.group.branches] == ["9"] + ["5"] * (0 if probe == 1 else 3)
+        assert outcome.text == "9"
+        assert ("bin 'easy'" in outcome.selection.reason) == (probe == 1)
+
     def test_the_chosen_strategy_has_a_budget_of_its_own(self):
         small = MajorityVote(8, NUMBER, stop_when_decided=False, budget=Budget(branches=5))
         outcome = run_group(ComputeOptimal((Bin(strategy=small),), answer=NUMBER), scripted("7", "5"))
@@ -194,7 +206,8 @@ class TestComputeOptimal:
             ({"table": (HARD, EASY)}, "table.least must fall"),
             ({"table": (Bin(strategy=MajorityVote(4, RegexAnswer("a"))),)}, "answer must be that of the table's strategies"),
             ({"table": (Bin(strategy=BestOfN(4, digits)),)}, "verifier must be that"),
-            ({"signal": "length"}, "signal must be one of"), ({"probe": 0}, "probe"), ({"answer": None}, "answer must be given"),
+            ({"signal": "length"}, "signal must be one of"), ({"probe": 0}, "probe"), ({"greedy_probe": 1}, "greedy_probe"),
+            ({"answer": None}, "answer must be given"),
             ({"signal": "verifier"}, "verifier must be given"),
         ],
     )  # fmt: skip

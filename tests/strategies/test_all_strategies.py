@@ -200,7 +200,7 @@ def test_a_line_that_is_no_event_is_refused(line):
         replay([start, line], MajorityVote(2, NUMBER))
 
 
-@pytest.mark.parametrize("action", [Start(3, "a"), Fork(1, 2, 7, (5, 6), True, "b"), Finish()])
+@pytest.mark.parametrize("action", [Start(3, "a"), Start(1, greedy=True), Fork(1, 2, 7, (5, 6), True, "b"), Finish()])
 def test_actions_as_json(action):
     assert action_from_dict(json.loads(json.dumps(action_to_dict(action)))) == action
 
