@@ -70,8 +70,8 @@ class Usage:
     verifier_tokens: int
 
 
-class CascadeLeg(NamedTuple):
-    """What one model of a cascade did; fields as in the .proto."""
+class LegResult(NamedTuple):
+    """One model's part in a request of a cascade; fields as in the .proto."""
 
     model: str
     tokens: int
@@ -88,7 +88,7 @@ class CascadeResult:
     model: str
     reason: str
     policy_version: str
-    legs: list[CascadeLeg]
+    legs: list[LegResult]
     in_random_slice: bool
 
 
@@ -129,7 +129,7 @@ class Progress:
 
 
 def _to_cascade(message: pb.CascadeResult) -> CascadeResult:
-    legs = [CascadeLeg(*(getattr(leg, field) for field in CascadeLeg._fields)) for leg in message.legs]
+    legs = [LegResult(*(getattr(leg, field) for field in LegResult._fields)) for leg in message.legs]
     return CascadeResult(message.model, message.reason, message.policy_version, legs, message.in_random_slice)
 
 

@@ -1,4 +1,4 @@
-"""What the requests of a session send: a plain request's tokens as the frontend has them, or the messages of a stream."""
+"""Output of the requests of a session: a plain request's tokens as the frontend has them, or the messages of a stream."""
 
 from __future__ import annotations
 

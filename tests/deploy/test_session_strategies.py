@@ -40,13 +40,13 @@ def client(server):
 
 
 def generated(client, **arguments):
-    """What `Generate` gives: outputs by branch, and the call."""
+    """Return what `Generate` gives: outputs by branch, and the call."""
     generation = client.generate(PROMPT, **arguments)
     return outputs_of(generation), generation
 
 
 def taken(session):
-    """What comes of a session's requests, by key, as `outputs_of` says it."""
+    """Return what comes of a session's requests, by key, as `outputs_of` says it."""
     chunks = {}
     for request, chunk in session:
         chunks.setdefault(request.key, [])
