@@ -39,6 +39,7 @@ LONG = (
     "test_gpu_graphs", "test_all_to_all.py", "test_gpu_start", "test_gpu_mla", "test_gpu_prefill",
 )  # fmt: skip
 FORKS = pytest.StashKey()
+ENVIRONMENT = pytest.StashKey()  # the variables when the tests have been collected
 # A machine lent for its GPU may lack these: a file of tests that needs one of them is skipped there.
 OPTIONAL = ("grpc_health", "grpc_reflection", "grpc_tools", "hypothesis", "ray", "transformers")
 
@@ -77,6 +78,26 @@ def pytest_runtest_setup(item):
         config.stash[FORKS] = forks.Forks()
         config.add_cleanup(config.stash[FORKS].close)
     forks.process.start_call = config.stash[FORKS].start_call
+
+
+def pytest_collection_finish(session):
+    session.config.stash[ENVIRONMENT] = dict(os.environ)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Undo what a test leaves in the environment, such as the variables that Ray and the command line set.
+
+    A child whose environment differs from the first one's is a new interpreter, so one such test would make all later ones of its
+    process several times as slow. What starts Ray for a whole file keeps it until the end of the file.
+    """
+    result = yield
+    if item.path.name not in RAY or nextitem is None or nextitem.path != item.path:
+        wanted = item.config.stash[ENVIRONMENT]
+        for name in os.environ.keys() - wanted.keys() - {"PYTEST_CURRENT_TEST"}:
+            del os.environ[name]
+        os.environ.update(wanted)
+    return result
 
 
 @pytest.hookimpl(optionalhook=True)

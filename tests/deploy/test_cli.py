@@ -176,14 +176,25 @@ def test_generate_by_a_strategy(capsys):
 
 
 def test_generate_several_prompts_and_outputs(capsys):
-    requests = ["--prompt", "SUM 1 2 ?", "--prompt", "SUM 3 4 ?", "--n", "2", "--max-tokens", "3"]
+    requests = [
+        "--prompt",
+        "SUM 1 2 ?",
+        "--prompt",
+        "SUM 3 4 ?",
+        "--n",
+        "2",
+        "--max-tokens",
+        "3",
+        "--load-format",
+        "mock",
+    ]
     assert cli.main(["generate", *requests]) == 0
     headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("==>")]
     assert headings == [f"==> prompt {i}, output {j} <==" for i in (1, 2) for j in (1, 2)]
 
 
 def test_generate_refuses_what_does_not_fit_the_model(capsys):
-    assert cli.main(["generate", "--prompt", "1 " * 3000, "--max-tokens", "3"]) == 2
+    assert cli.main(["generate", "--prompt", "1 " * 3000, "--max-tokens", "3", "--load-format", "mock"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "max_model_len" in err.splitlines()[-1]

@@ -58,9 +58,14 @@ def cases():
 
 
 @pytest.fixture(scope="module")
-def alone(cases):
-    with serve(kv_cache_memory_bytes=20_000_000) as llm:
-        return ask(llm, [case.ids for case in cases])[0]
+def llm():
+    with serve(kv_cache_memory_bytes=20_000_000) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def alone(llm, cases):
+    return ask(llm, [case.ids for case in cases])[0]
 
 
 def test_as_transformers_routes_them(cases, alone):
@@ -107,11 +112,10 @@ def test_ends_branches_and_those_who_do_not_ask(cases, alone):
     assert plain.outputs[0].token_ids == asked.outputs[0].token_ids
 
 
-def test_what_the_cache_has_is_not_computed(cases):
+@pytest.mark.usefixtures("alone")
+def test_what_the_cache_has_is_not_computed(llm, cases):
     case = cases[2]
-    with serve(kv_cache_memory_bytes=20_000_000) as llm:
-        ask(llm, [case.ids])
-        [load], [answer] = ask(llm, [case.ids])
+    [load], [answer] = ask(llm, [case.ids])
     cached = answer.num_cached_tokens
     assert cached == 128
     whole = of_reference(case.ids + case.greedy[: NUM_OUTPUT - 1])

@@ -25,6 +25,13 @@ def engine(**options):
     return LLM(str(architectures.folder(NAME)), **numerics, **sizes | options)
 
 
+@pytest.fixture(scope="module")
+def llm():
+    """An engine for all tests that need no options."""
+    with engine() as served:
+        yield served
+
+
 def params(num, **changes):
     return SamplingParams(**{"temperature": 0, "ignore_eos": True, "max_tokens": num, **changes})
 
@@ -54,22 +61,27 @@ def tokens(outputs):
 BATCHES = {"short": SHORT, "long": LONG, "mixed": [size for pair in zip(SHORT, LONG, strict=False) for size in pair]}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"chunked_prefill_size": 5}, {"ep_size": 2}], ids=["whole", "chunks", "two ranks"]
-)
-def test_batches_answer_as_transformers(options):
-    with engine(**options) as llm:
-        for sizes in BATCHES.values():
-            cases = [case(*size) for size in sizes]
-            asked = [params(num) for _, num in sizes]
-            found = llm.generate([ids for ids, _ in cases], asked, use_tqdm=False)
-            assert tokens(found) == [right for _, right in cases]
+def check_batches(llm):
+    for sizes in BATCHES.values():
+        cases = [case(*size) for size in sizes]
+        asked = [params(num) for _, num in sizes]
+        found = llm.generate([ids for ids, _ in cases], asked, use_tqdm=False)
+        assert tokens(found) == [right for _, right in cases]
 
 
-def test_one_that_may_cross_is_long_from_the_beginning():
+def test_batches_answer_as_transformers(llm):
+    check_batches(llm)
+
+
+@pytest.mark.parametrize("options", [{"chunked_prefill_size": 5}, {"ep_size": 2}], ids=["chunks", "two ranks"])
+def test_batches_answer_so_in_chunks_and_on_two_ranks(options):
+    with engine(**options) as served:
+        check_batches(served)
+
+
+def test_one_that_may_cross_is_long_from_the_beginning(llm):
     cases = [long_case(*size) for size in CROSSING]
-    with engine() as llm:
-        found = llm.generate([ids for ids, _ in cases], [params(num) for _, num in CROSSING], use_tqdm=False)
+    found = llm.generate([ids for ids, _ in cases], [params(num) for _, num in CROSSING], use_tqdm=False)
     assert tokens(found) == [right for _, right in cases]
     short = [architectures.reference_greedy(NAME, ids, 1)[0] for ids, _ in cases]
     assert any(right[:1] != other for (_, right), other in zip(cases, short, strict=True)), "the lists say the same"
@@ -89,28 +101,26 @@ def test_without_max_tokens_it_changes_to_the_long_list_where_transformers_does(
         assert ids + tokens(outputs)[0] == right[0].tolist()
 
 
-def test_logprobs_are_those_of_the_list():
-    with engine() as llm:
-        for length, num in [(12, 3), (12, 30), (16, 1), (30, 5)]:
-            ids = tiny.prompt(length, seed=length)
-            asked = params(num, logprobs=5, prompt_logprobs=5)
-            [output] = llm.generate([ids], asked, use_tqdm=False)
-            text = ids + tokens([output])[0]
-            # Transformers chooses by the whole text; the last token is not computed.
-            right = torch.from_numpy(architectures.reference_logits(NAME, text[:-1])).log_softmax(-1).numpy()
-            entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-            for position, at in enumerate(entries):
-                found = np.array([entry.logprob for entry in at.values()])
-                assert np.abs(found - right[position][list(at)]).max() <= TOLERANCE, f"{length} + {num}, at {position}"
+def test_logprobs_are_those_of_the_list(llm):
+    for length, num in [(12, 3), (12, 30), (16, 1), (30, 5)]:
+        ids = tiny.prompt(length, seed=length)
+        asked = params(num, logprobs=5, prompt_logprobs=5)
+        [output] = llm.generate([ids], asked, use_tqdm=False)
+        text = ids + tokens([output])[0]
+        # Transformers chooses by the whole text; the last token is not computed.
+        right = torch.from_numpy(architectures.reference_logits(NAME, text[:-1])).log_softmax(-1).numpy()
+        entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        for position, at in enumerate(entries):
+            found = np.array([entry.logprob for entry in at.values()])
+            assert np.abs(found - right[position][list(at)]).max() <= TOLERANCE, f"{length} + {num}, at {position}"
 
 
-def test_only_blocks_of_the_same_list_are_hit():
-    ids = tiny.prompt(13, seed=5)
-    with engine() as llm:
-        seen = []
-        for num in (4, 9, 4, 9):
-            [output] = llm.generate([ids], params(num, logprobs=20), use_tqdm=False)
-            seen.append((output.num_cached_tokens, output.outputs[0].logprobs))
+def test_only_blocks_of_the_same_list_are_hit(llm):
+    ids = tiny.prompt(13, seed=500)  # of no other test
+    seen = []
+    for num in (4, 9, 4, 9):
+        [output] = llm.generate([ids], params(num, logprobs=20), use_tqdm=False)
+        seen.append((output.num_cached_tokens, output.outputs[0].logprobs))
     assert [cached for cached, _ in seen] == [0, 0, 12, 12]
     assert seen[0][1] == seen[2][1] and seen[1][1] == seen[3][1], "other bits with a cached prefix"
     assert seen[0][1][0] != seen[1][1][0], "the lists say the same"
@@ -131,11 +141,10 @@ def test_company_changes_no_bit():
             assert [parity.bits(output) for output in together] == alone
 
 
-def test_branches_are_of_one_kind():
+def test_branches_are_of_one_kind(llm):
     ids, right = case(9, 8)
-    with engine() as llm:
-        [short] = llm.generate([ids], params(8, n=3), use_tqdm=False)
-        [long] = llm.generate([ids], params(9, n=3), use_tqdm=False)
+    [short] = llm.generate([ids], params(8, n=3), use_tqdm=False)
+    [long] = llm.generate([ids], params(9, n=3), use_tqdm=False)
     assert [list(branch.token_ids) for branch in short.outputs] == [right] * 3
     expected = RankModel(architectures.folder(NAME)).greedy(ids, 9)
     assert [list(branch.token_ids) for branch in long.outputs] == [expected] * 3

@@ -1,5 +1,6 @@
 """Weights that are not finite: the requests that meet them end with an error, and others keep every bit."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -107,25 +108,22 @@ def check(model, ep_size, clean, failing, capfd, layer):
     assert f"the first layer with such numbers in its cache is {layer}" in said
 
 
-CASES = [("mixtral", 1), pytest.param("mixtral", 2, marks=pytest.mark.slow), ("qwen3_moe", 2)]
+CASES = [*(pytest.param("mixtral", ranks, marks=pytest.mark.slow) for ranks in (1, 2)), ("qwen3_moe", 2)]
 
 
-@pytest.fixture(scope="module")
-def clean():
-    """Answers of the unchanged models; they are the same on any number of ranks."""
-    found = {}
-    for kind in ("mixtral", "qwen3_moe"):
-        with Served(tiny.cached(kind), 1) as served:
-            found[kind] = served.answer()
-    return found
+@functools.cache
+def clean(kind):
+    """Return the answers of an unchanged model; they are the same on any number of ranks."""
+    with Served(tiny.cached(kind), 1) as served:
+        return served.answer()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ep_size"), CASES)
-def test_an_embedding_that_is_nan(kind, ep_size, clean, tmp_path, capfd):
+def test_an_embedding_that_is_nan(kind, ep_size, tmp_path, capfd):
     computed = [
         {*prompt, *(token for token, _ in answer[0][:-1])}
-        for (prompt, _), answer in zip(REQUESTS, clean[kind], strict=True)
+        for (prompt, _), answer in zip(REQUESTS, clean(kind), strict=True)
     ]
     token = next(t for t in REQUESTS[4][0] if not any(t in tokens for tokens in computed[:3]))
     failing = [i for i, tokens in enumerate(computed) if token in tokens]
@@ -133,12 +131,12 @@ def test_an_embedding_that_is_nan(kind, ep_size, clean, tmp_path, capfd):
     def change(weights):
         weights["model.embed_tokens.weight"][token] = float("nan")
 
-    check(broken(kind, tmp_path / "broken", change), ep_size, clean[kind], failing, capfd, layer=0)
+    check(broken(kind, tmp_path / "broken", change), ep_size, clean(kind), failing, capfd, layer=0)
 
 
 @pytest.mark.parametrize(("kind", "ep_size"), CASES)
-def test_an_expert_that_is_nan(kind, ep_size, clean, tmp_path, capfd):
-    load = np.array([answer[1] for answer in clean[kind]])  # [requests, layers, experts]
+def test_an_expert_that_is_nan(kind, ep_size, tmp_path, capfd):
+    load = np.array([answer[1] for answer in clean(kind)])  # [requests, layers, experts]
     spared = np.where(load[:, :-1].sum(axis=(1, 2), keepdims=True) > 0, load[:, :-1] == 0, False).sum(axis=0)
     spared[load.sum(axis=0)[:-1] == 0] = 0  # nobody meets it
     layer, expert = np.unravel_index(spared.argmax(), spared.shape)
@@ -150,7 +148,7 @@ def test_an_expert_that_is_nan(kind, ep_size, clean, tmp_path, capfd):
         assert len(names) == 3
         weights[names[0]][0, 0] = float("nan")
 
-    check(broken(kind, tmp_path / "broken", change), ep_size, clean[kind], failing, capfd, layer=layer + 1)
+    check(broken(kind, tmp_path / "broken", change), ep_size, clean(kind), failing, capfd, layer=layer + 1)
 
 
 def test_log_probabilities_that_are_nan(tmp_path):

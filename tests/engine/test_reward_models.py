@@ -40,13 +40,17 @@ def classifier(folder, kind, num_labels):
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize(("kind", "num_labels", "ep_size"), [("qwen3", 1, 1), ("qwen3_moe", 2, 2), ("mixtral", 5, 1)])
+@pytest.mark.parametrize(
+    ("kind", "num_labels", "ep_size"),
+    [("qwen3", 1, 1), ("qwen3_moe", 2, 2), pytest.param("mixtral", 5, 1, marks=pytest.mark.slow)],
+)
 def test_a_classifier_gives_the_scores_of_transformers(tmp_path, kind, num_labels, ep_size):
     model = classifier(tmp_path, kind, num_labels)
     with LLM(tmp_path, ep_size=ep_size, **OPTIONS) as llm:
         assert llm.model_info.num_labels == num_labels
         scores = llm.reward(PROMPTS, use_tqdm=False)
         again = llm.reward([PROMPTS[2] + PROMPTS[1]], use_tqdm=False)
+        assert ep_size > 1 or llm.stats()["cached_tokens"] == 64, "a longer text finds what a shorter one has computed"
         with pytest.raises(ValueError, match=r"scores texts and generates none: use LLM\.reward"):
             llm.generate(PROMPTS, SamplingParams(max_tokens=2), use_tqdm=False)
     for ids, found in zip([*PROMPTS, PROMPTS[2] + PROMPTS[1]], [*scores, *again], strict=True):
@@ -87,14 +91,14 @@ def qwen_reward_model(folder, architecture, num_labels):
     return scores
 
 
-@pytest.mark.parametrize(
-    ("architecture", "num_labels"), [("Qwen2ForRewardModel", 1), ("Qwen2ForProcessRewardModel", 2)]
-)
-def test_qwen_reward_heads(tmp_path, architecture, num_labels):
-    reference = qwen_reward_model(tmp_path, architecture, num_labels)
+def test_a_reward_head(tmp_path):
+    reference = qwen_reward_model(tmp_path, "Qwen2ForRewardModel", 1)
     with LLM(tmp_path, **OPTIONS) as llm:
-        scores = llm.reward(PROMPTS, use_tqdm=False)
-    for ids, found in zip(PROMPTS, scores, strict=True):
+        check_rewards(llm, reference)
+
+
+def check_rewards(llm, reference):
+    for ids, found in zip(PROMPTS, llm.reward(PROMPTS, use_tqdm=False), strict=True):
         np.testing.assert_allclose(found, reference(ids)[-1], atol=1e-4)
 
 
@@ -116,6 +120,7 @@ def test_steps_are_scored_by_the_probability_of_the_last_label_at_their_marks(tm
         np.testing.assert_allclose(found, wanted, atol=1e-4)
         stats = llm.stats()
         assert stats["prompt_tokens"] - stats["cached_tokens"] < len(whole) + 2 * 16, "known steps are computed once"
+        check_rewards(llm, reference)
         with pytest.raises(VerifierError, match="no step yet"):
             verifier([candidate(" ")])
         for wrong, message in (
@@ -124,22 +129,6 @@ def test_steps_are_scored_by_the_probability_of_the_last_label_at_their_marks(tm
         ):
             with pytest.raises(ValueError, match=message):
                 RewardModel(llm=llm, **wrong)
-
-
-def test_a_longer_text_finds_what_a_shorter_one_has_computed(tmp_path):
-    classifier(tmp_path, "qwen3", 1)
-    with LLM(tmp_path, block_size=16, **OPTIONS) as llm:
-        llm.reward([PROMPTS[2]], use_tqdm=False)
-        llm.reward([PROMPTS[2] + PROMPTS[1]], use_tqdm=False)
-        assert llm.stats()["cached_tokens"] == 64
-
-
-def test_a_language_model_has_no_labels():
-    with (
-        LLM(tiny.cached("qwen3"), **OPTIONS) as llm,
-        pytest.raises(ValueError, match="generates text and has no labels"),
-    ):
-        llm.reward(PROMPTS, use_tqdm=False)
 
 
 @pytest.mark.parametrize("labels", [{}, ["good"], {str(label): "" for label in range(65)}])
@@ -151,9 +140,11 @@ def test_labels_that_cannot_be_served_are_refused(tmp_path, labels):
         LLM(tmp_path, **OPTIONS)
 
 
-def test_a_language_model_says_yes_or_no():
+def test_a_language_model_has_no_labels_and_says_yes_or_no():
     folder = tiny.cached("qwen3")
     with LLM(folder, **OPTIONS) as llm:
+        with pytest.raises(ValueError, match="generates text and has no labels"):
+            llm.reward(PROMPTS, use_tqdm=False)
         question, asked = "{prompt} {text}?", candidate("{two}", prompt="{one}")
         ids = YesNo(llm=llm, question=question).prompt(asked)
         assert "{one} {two}?" in llm.tokenizer.decode(ids)

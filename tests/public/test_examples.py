@@ -12,7 +12,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("offline.py", "SUM 40 70 15 ? 40 + 15 = 55 : 70 55 ; 70 + 55 = 25 : 25 ; answer 25"),
+        pytest.param(  # the README's is in test_readme.py
+            "offline.py",
+            "SUM 40 70 15 ? 40 + 15 = 55 : 70 55 ; 70 + 55 = 25 : 25 ; answer 25",
+            marks=pytest.mark.slow,
+        ),
         ("own_policy.py", "ShortPromptsFirst"),
         ("own_model.py", "the same as the registry's: True"),
     ],
