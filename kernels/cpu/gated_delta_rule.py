@@ -11,6 +11,7 @@ sequences, B blocks, s positions in one of the chunk cache, W entries of a block
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +23,7 @@ from expertwire.kernels.cpu._llvm import (
     allocating_jit,
     as_array,
     copy_row,
+    decay_factor,
     empty,
     exp,
     jit,
@@ -34,7 +36,20 @@ from expertwire.kernels.ops import gated_delta_rule as op
 from expertwire.kernels.ops.gated_delta_rule import CHUNK, EPS, DeltaCache
 from expertwire.kernels.ops.recurrent import StateMetadata
 
-_SOLVED = 16  # tokens, of those whose u are not computed by products of several rows
+_ROWS = 12  # tokens whose sums over the chunk are computed together
+
+
+class _Scratch(NamedTuple):
+    """Matrices of a chunk, in fp32."""
+
+    rows: np.ndarray  # [128, d]: keys up to those of a step's tokens, and the tokens' queries behind them
+    turned: np.ndarray  # [d, 64]: the keys transposed, up to a multiple of sixteen
+    scores: np.ndarray  # [128, 64]: tokens' keys and queries times the chunk's keys
+    weights: np.ndarray  # [128 or d, 64]
+    found: np.ndarray  # [128, v]: what keys and queries find
+    u: np.ndarray  # [64, v]
+    decay: np.ndarray  # [64]
+    factors: np.ndarray  # [64]
 
 
 def why_reference(key_size: int, value_size: int) -> str | None:
@@ -64,7 +79,8 @@ def gated_delta_rule(
     out_TD = qkv_TD.new_empty(len(qkv_TD), cache.u_BsHv.shape[2:].numel())
     if len(qkv_TD):
         inputs = (as_array(x) for x in (qkv_TD, a_TH, b_TH, A_H, dt_bias_H))
-        _run(*inputs, tuple(map(as_array, cache)), steps(states), states.chunk_blocks_S.numpy(), as_array(out_TD))
+        step = tuple(map(as_array, cache)), steps(states), states.chunk_blocks_S.numpy()
+        _run(*inputs, *step, as_array(out_TD))
     return out_TD
 
 
@@ -76,8 +92,9 @@ def _gate(a_TH, b_TH, A_H, dt_bias_H, g_TH, beta_TH):
             x = load(a_TH[t, h]) + dt_bias_H[h]
             softplus = max(x, np.float32(0)) + np.float32(math.log1p(exp(-abs(x))))
             g_TH[t, h] = A_H[h] * softplus
-            # e^-x leaves the range of exp only where beta is zero.
-            beta_TH[t, h] = np.float32(1) / (np.float32(1) + exp(min(-load(b_TH[t, h]), np.float32(88))))
+            y = load(b_TH[t, h])
+            # As `decay_factor`: no subnormal number.
+            beta_TH[t, h] = np.float32(0) if y < np.float32(-60) else np.float32(1) / (np.float32(1) + exp(-y))
 
 
 @jit
@@ -90,13 +107,12 @@ def _normalise(x, factor, y):
 
 
 @jit
-def _read_keys(qkv_TD, g, first, num, place, k_sGd, rows, turned):
-    """Write into `rows` the chunk's keys up to those of `num` tokens from `first` on, and their queries behind them.
+def _read_keys(qkv_TD, g, first, num, place, k_sGd, scratch):
+    """Write the chunk's keys up to those of `num` tokens from row `first` on, their queries behind them, and the keys transposed.
 
-    The first of these tokens is number `place` of the chunk, whose cached keys are `k_sGd`. `turned` [d, 64] gets the keys
-    transposed, up to a multiple of sixteen.
+    The first of these tokens is number `place` of the chunk, whose cached keys are `k_sGd`.
     """
-    num_keys, dim = k_sGd.shape[1:]
+    (num_keys, dim), rows = k_sGd.shape[1:], scratch.rows
     for s in range(place):
         copy_row(k_sGd[s, g], rows[s])
     for i in range(num):
@@ -105,119 +121,147 @@ def _read_keys(qkv_TD, g, first, num, place, k_sGd, rows, turned):
         _normalise(row[g * dim : (g + 1) * dim], dim**-0.5, rows[place + num + i])
     for s in range(0, place + num, LANES):
         for k in range(0, dim, LANES):
-            transpose(rows, s * dim + k, dim, turned, k * CHUNK + s, CHUNK)
+            transpose(rows, s * dim + k, dim, scratch.turned, k * CHUNK + s, CHUNK)
 
 
 @jit
-def _weigh(scores, place, num, decay, weights):
+def _score(place, num, scratch):
+    """Multiply keys and queries of tokens by the chunk's keys."""
+    dim, columns = scratch.rows.shape[1], -(-(place + num) // PANEL) * PANEL
+    scratch.scores[: 2 * num] = np.float32(0)
+    product = scratch.turned, 0, CHUNK, columns, scratch.scores, 0, CHUNK
+    add_product(scratch.rows, place * dim, dim, 2 * num, dim, *product)
+
+
+@jit
+def _sum_decays(g_T, place, decay):
+    """Put the logarithms of tokens' decays behind those of the chunk's earlier tokens, and add them up."""
+    for i in range(len(g_T)):
+        decay[place + i] = g_T[i]
+    for i in range(1, place + len(g_T)):
+        decay[i] += decay[i - 1]
+
+
+@jit
+def _weigh(place, num, scratch):
     """Multiply the scores of keys and queries by the decay since the tokens that they meet; zeros behind these.
 
     Of a key, its own token is one of those behind.
     """
-    for row in range(2 * num):
-        last = place + row % num
-        seen = last if row < num else last + 1
-        for s in range(seen):
-            weights[row, s] = exp(decay[last] - decay[s]) * scores[row, s]
-        weights[row, seen:] = np.float32(0)
+    scores, decay, factors, weights = scratch.scores, scratch.decay, scratch.factors, scratch.weights
+    for i in range(num):
+        last = place + i
+        width = -(-(last + 1) // LANES) * LANES  # whole vectors: what stands behind `last` is not kept
+        for s in range(width):
+            factors[s] = decay_factor(min(decay[last] - decay[s], np.float32(0)))
+        for row in (i, num + i):
+            for s in range(width):
+                weights[row, s] = factors[s] * scores[row, s]
+        weights[i, last:] = np.float32(0)
+        weights[num + i, last + 1 :] = np.float32(0)
 
 
 @jit
-def _solve(v_TD, beta_T, weights, place, num, known, u):
-    """Compute the rows of u [64, v] from `place` on.
+def _solve(v_TD, beta_T, place, scratch):
+    """Compute the rows of u from `place` on.
 
-    Their `known` holds what the state before the chunk says of their values, and gets what the chunk's tokens add.
+    `found` holds what the state before the chunk says of their values, and gets what the chunk's tokens add.
     """
-    size = known.shape[1]
-    for start in range(0, num, _SOLVED):
-        end = min(start + _SOLVED, num)
-        product = start * CHUNK, CHUNK, end - start, place + start, u, 0, size, size, known, start * size, size
+    num, weights, found, u = len(v_TD), scratch.weights, scratch.found, scratch.u
+    size = u.shape[1]
+    for start in range(0, num, _ROWS):
+        end, before = min(start + _ROWS, num), place + start
+        product = start * CHUNK, CHUNK, end - start, before, u, 0, size, size, found, start * size, size
         add_product(weights, *product)
         for i in range(start, end):
-            before = place + start
-            own = i * CHUNK + before, CHUNK, 1, i - start, u, before * size, size, size, known, i * size, size
+            own = i * CHUNK + before, CHUNK, 1, i - start, u, before * size, size, size, found, i * size, size
             add_product(weights, *own)
             for j in range(size):
-                u[place + i, j] = beta_T[i] * (load(v_TD[i, j]) - known[i, j])
+                u[place + i, j] = beta_T[i] * (load(v_TD[i, j]) - found[i, j])
 
 
 @jit
-def _compute_head(v_TD, gates, state, turned, rows, scores, place, decay, weights, found, u, out_TD):
+def _compute_head(v_TD, g_T, beta_T, state, place, scratch, out_TD):
     """Compute the outputs of a head for the tokens of a chunk from number `place` on.
 
-    `u` holds the chunk's up to there, and gets those of the tokens; `decay` holds logarithms of each token's, and gets their
-    sums. `state` [d, v] moves on with the last token.
+    `scratch` holds u and logarithms of decays up to there. `state` [d, v] moves on with the last token.
     """
-    (g_T, beta_T), num, (dim, size) = gates, len(v_TD), state.shape
-    for i in range(num):
-        decay[place + i] = g_T[i]
-    for i in range(1, place + num):
-        decay[i] += decay[i - 1]
+    num, (dim, size), found, decay = len(v_TD), state.shape, scratch.found, scratch.decay
+    _sum_decays(g_T, place, decay)
     found[: 2 * num] = np.float32(0)
-    add_product(rows, place * dim, dim, 2 * num, dim, state, 0, size, size, found, 0, size)
+    add_product(scratch.rows, place * dim, dim, 2 * num, dim, state, 0, size, size, found, 0, size)
     for row in range(2 * num):
-        factor = exp(decay[place + row % num])
+        factor = decay_factor(decay[place + row % num])
         for j in range(size):
             found[row, j] *= factor
-    _weigh(scores, place, num, decay, weights)
-    _solve(v_TD, beta_T, weights, place, num, found, u)
-    product = num * CHUNK, CHUNK, num, place + num, u, 0, size, size, found, num * size, size
-    add_product(weights, *product)
+    _weigh(place, num, scratch)
+    _solve(v_TD, beta_T, place, scratch)
+    for start in range(0, num, _ROWS):
+        row, end = num + start, min(start + _ROWS, num)
+        product = row * CHUNK, CHUNK, end - start, place + end, scratch.u, 0, size, size, found, row * size, size
+        add_product(scratch.weights, *product)
     for i in range(num):
         copy_row(found[num + i], out_TD[i])
     if place + num == CHUNK:
-        _move_on(state, turned, decay, weights, u)
+        _move_on(state, scratch)
 
 
 @jit
-def _move_on(state, turned, decay, weighted, u):
-    """Let `state` be the one after the chunk; `weighted` is scratch, and `decay` changes."""
-    dim, size = state.shape
+def _move_on(state, scratch):
+    """Let `state` be the one after the chunk; `decay` and `weights` change."""
+    (dim, size), decay, weighted = state.shape, scratch.decay, scratch.weights
     last = decay[CHUNK - 1]
-    factor = exp(last)
+    factor = decay_factor(last)
     for s in range(CHUNK):
-        decay[s] = exp(last - decay[s])
+        decay[s] = decay_factor(last - decay[s])
     for k in range(dim):
         for s in range(CHUNK):
-            weighted[k, s] = decay[s] * turned[k, s]
+            weighted[k, s] = decay[s] * scratch.turned[k, s]
         for j in range(size):
             state[k, j] *= factor
-    add_product(weighted, 0, CHUNK, dim, CHUNK, u, 0, size, size, state, 0, size)
+    add_product(weighted, 0, CHUNK, dim, CHUNK, scratch.u, 0, size, size, state, 0, size)
 
 
 @jit
 def _advance(qkv_TD, g_TH, beta_TH, cache, block, g, first, start, end, target, scratch, out_TD):
     """Compute a piece's tokens from position `start` to `end`, in rows from `first` on, for the heads of key head g."""
     state_BHdv, k_BsGd, u_BsHv, g_BsH = cache
-    rows, turned, scores, weights, found, u, decay = scratch
-    size, (num_keys, dim), num_heads = u.shape[1], k_BsGd.shape[2:], u_BsHv.shape[2]
+    u, (num_keys, dim), (num_heads, size) = scratch.u, k_BsGd.shape[2:], u_BsHv.shape[2:]
     group, values_at = num_heads // num_keys, 2 * num_keys * dim
     position = start
     while position < end:
         place = position % CHUNK
         num = min(end - position, CHUNK - place)
-        keys_sGd = k_BsGd[block]
         row, kept = first + position - start, place + num if place + num < CHUNK else place
-        _read_keys(qkv_TD, g, row, num, place, keys_sGd, rows, turned)
-        columns = -(-(place + num) // PANEL) * PANEL
-        scores[: 2 * num] = np.float32(0)
-        add_product(rows, place * dim, dim, 2 * num, dim, turned, 0, CHUNK, columns, scores, 0, CHUNK)
+        _read_keys(qkv_TD, g, row, num, place, k_BsGd[block], scratch)
+        _score(place, num, scratch)
         for h in range(g * group, (g + 1) * group):
             for i in range(place):
                 copy_row(u_BsHv[block, i, h], u[i])
-                decay[i] = g_BsH[block, i, h]
+                scratch.decay[i] = g_BsH[block, i, h]
             values_TD = qkv_TD[row : row + num, values_at + h * size : values_at + (h + 1) * size]
-            gates = g_TH[row : row + num, h], beta_TH[row : row + num, h]
-            out = out_TD[row : row + num, h * size : (h + 1) * size]
-            _compute_head(
-                values_TD, gates, state_BHdv[target, h], turned, rows, scores, place, decay, weights, found, u, out
-            )
+            gates, out = (g_TH[row : row + num, h], beta_TH[row : row + num, h]), out_TD[row : row + num]
+            _compute_head(values_TD, *gates, state_BHdv[target, h], place, scratch, out[:, h * size : (h + 1) * size])
             for i in range(place, kept):
                 copy_row(u[i], u_BsHv[block, i, h])
                 g_BsH[block, i, h] = g_TH[row + i - place, h]
         for i in range(place, kept):
-            copy_row(rows[i], keys_sGd[i, g])
+            copy_row(scratch.rows[i], k_BsGd[block, i, g])
         position += num
+
+
+@allocating_jit
+def _scratch(dim, size):
+    return _Scratch(
+        np.zeros((2 * CHUNK, dim), np.float32),
+        np.zeros((dim, CHUNK), np.float32),
+        empty((2 * CHUNK, CHUNK), np.float32),
+        empty((max(2 * CHUNK, dim), CHUNK), np.float32),
+        empty((2 * CHUNK, size), np.float32),
+        empty((CHUNK, size), np.float32),
+        empty((CHUNK,), np.float32),
+        empty((CHUNK,), np.float32),
+    )
 
 
 @allocating_jit
@@ -226,15 +270,7 @@ def _run(qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, steps, chunk_blocks_S, out_T
     num_keys, (dim, size) = cache[1].shape[2], cache[0].shape[2:]
     g_TH, beta_TH = empty(a_TH.shape, np.float32), empty(a_TH.shape, np.float32)
     _gate(a_TH, b_TH, A_H, dt_bias_H, g_TH, beta_TH)
-    scratch = (
-        np.zeros((2 * CHUNK, dim), np.float32),
-        np.zeros((dim, CHUNK), np.float32),
-        empty((2 * CHUNK, CHUNK), np.float32),
-        empty((max(2 * CHUNK, dim), CHUNK), np.float32),
-        empty((2 * CHUNK, size), np.float32),
-        empty((CHUNK, size), np.float32),
-        empty((CHUNK,), np.float32),
-    )
+    scratch = _scratch(dim, size)
     for number in range(len(seq_lens_S)):
         first, length = cu_seqlens_q[number], seq_lens_S[number]
         start = length - (cu_seqlens_q[number + 1] - first)

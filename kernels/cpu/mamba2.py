@@ -27,6 +27,7 @@ from expertwire.kernels.cpu._llvm import (
     allocating_jit,
     as_array,
     copy_row,
+    decay_factor,
     empty,
     exp,
     jit,
@@ -156,7 +157,7 @@ def _prepare_group(new_TD, inputs_BsD, block, first, B_at, C_at, size, scratch):
 def _weigh(scores_K, sums_K, dt_K, t, limit, weights_K):
     """Weigh the tokens up to t; write zeros behind them."""
     for s in range(_pad(t + 1, LANES)):
-        weights_K[s] = exp(min(sums_K[t] - sums_K[s], np.float32(0))) * dt_K[s] * scores_K[s]
+        weights_K[s] = decay_factor(min(sums_K[t] - sums_K[s], np.float32(0))) * dt_K[s] * scores_K[s]
     for s in range(t + 1, limit):
         weights_K[s] = 0
 
@@ -177,7 +178,7 @@ def _outputs(h, skip, state_Nd, first, scratch, y_Td):
     for m in range(0, num, _ROWS):
         end = min(m + _ROWS, num)
         for t in range(m, end):
-            _scale_row(exp(sums_K[first + t]), found_Kd[t])
+            _scale_row(decay_factor(sums_K[first + t]), found_Kd[t])
             _weigh(scratch.scores_KK[t], sums_K, dt_K, first + t, first + end, scratch.weights_KK[t])
         product = m * CHUNK, CHUNK, end - m, first + end, x_Kd, 0, columns, columns, found_Kd, m * columns, columns
         add_product(scratch.weights_KK, *product)
@@ -190,11 +191,11 @@ def _outputs(h, skip, state_Nd, first, scratch, y_Td):
 def _advance(h, state_Nd, scratch):
     """Let a head's state move on by a whole chunk; `x_Kd` is scaled in place."""
     sums_K, dt_K, x_Kd, (size, columns) = scratch.sums_HK[h], scratch.dt_HK[h], scratch.x_Kd, state_Nd.shape
-    decay = exp(sums_K[CHUNK - 1])
+    decay = decay_factor(sums_K[CHUNK - 1])
     for n in range(size):
         _scale_row(decay, state_Nd[n])
     for s in range(CHUNK):
-        _scale_row(exp(sums_K[CHUNK - 1] - sums_K[s]) * dt_K[s], x_Kd[s])
+        _scale_row(decay_factor(sums_K[CHUNK - 1] - sums_K[s]) * dt_K[s], x_Kd[s])
     add_product(scratch.B_NK, 0, CHUNK, size, CHUNK, x_Kd, 0, columns, columns, state_Nd, 0, columns)
 
 

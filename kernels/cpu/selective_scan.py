@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.cpu._llvm import allocating_jit, as_array, empty, exp, jit, load, round_like
+from expertwire.kernels.cpu._llvm import allocating_jit, as_array, decay_factor, empty, exp, jit, load, round_like
 from expertwire.kernels.cpu.recurrent import begin_state, next_piece, steps
 from expertwire.kernels.ops.recurrent import StateMetadata
 from expertwire.kernels.ops.selective_scan import ScanWeights
@@ -52,7 +52,7 @@ def _begin_token(x_D, dt_D, dt_bias_D, skip_D, step_D, input_D, sum_D):
 def _advance(A_D, write, read, step_D, input_D, state_D, sum_D):
     """Let one number of each channel's state move on, and add what the output reads of it."""
     for i in range(len(sum_D)):
-        state = exp(step_D[i] * A_D[i]) * state_D[i] + write * input_D[i]
+        state = decay_factor(step_D[i] * A_D[i]) * state_D[i] + write * input_D[i]
         state_D[i] = state
         sum_D[i] += read * state
 

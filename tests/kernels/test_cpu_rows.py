@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from expertwire.kernels.cpu._llvm import allocating_jit, as_array, empty, rows
+from expertwire.kernels.cpu._llvm import allocating_jit, as_array, decay_factor, empty, rows
 from expertwire.kernels.cpu.gemm import pack_linear
 
 LENGTHS = (1, 15, 16, 17, 64, 100)
@@ -44,6 +44,14 @@ def test_rows_of_any_length(length, dtype):
     torch.testing.assert_close(total, y.float() + x.float() * np.float32(-0.3), rtol=0, atol=0)
     expected = 1 / torch.sqrt((x.float() ** 2).mean() + 1e-6)
     assert rows.rms_scale(as_array(x), 1e-6) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_what_has_decayed_is_zero():
+    """And not a number whose products are subnormal."""
+    x = torch.tensor([0.0, -1e-6, -1.0, -59.9, -60.1, -87.0, -1e4, -torch.inf])
+    found = torch.tensor([decay_factor(np.float32(each)) for each in x])
+    torch.testing.assert_close(found[:4], x[:4].exp(), rtol=1e-6, atol=0)
+    assert not found[4:].any()
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -141,6 +141,18 @@ def test_extreme_decays(ops, dtype):
     torch.testing.assert_close(out.double(), recurrence(scene, 0)[0], **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("decay", [0.5, 1.3, 21.0])
+def test_a_state_that_decays_holds_no_subnormal_numbers(decay):
+    """Each product with one takes some processors 150 cycles."""
+    scene = Scene([128], torch.float32)
+    scene.A, scene.dt_bias = torch.full_like(scene.A, -decay), torch.ones_like(scene.dt_bias)
+    _, a, b = scene.inputs[0]
+    a[:], b[64:] = 0.0, -1000.0  # the second chunk adds nothing
+    scene.whole(OPS["cpu"].gated_delta_rule)
+    size = scene.snapshot(0).abs()
+    assert not ((size > 0) & (size < torch.finfo(torch.float32).tiny)).any()
+
+
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_no_tokens(ops):
     scene = Scene([5], torch.float32)

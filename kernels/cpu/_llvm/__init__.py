@@ -44,6 +44,7 @@ from expertwire.kernels.cpu._llvm.rows import (
 from expertwire.kernels.cpu._llvm.scalars import (
     allocating_jit,
     as_array,
+    decay_factor,
     empty,
     exp,
     jit,
@@ -68,6 +69,7 @@ __all__ = [
     "as_array",
     "begin_products",
     "copy_row",
+    "decay_factor",
     "divide_row",
     "empty",
     "empty_panels",
