@@ -10,6 +10,7 @@ from expertwire.comm.all_to_all.base import AllToAllSpec
 from expertwire.comm.all_to_all.nccl import NcclAllToAll
 from expertwire.comm.all_to_all.stream import StreamAllToAll, on_stream
 from expertwire.kernels import registry
+from expertwire.kernels.ops.experts import GroupedMlpWeights
 from expertwire.kernels.ops.variants import Routing
 from expertwire.moe.eplb.placement import place
 from expertwire.moe.layer import prepare
@@ -83,7 +84,8 @@ def spec(group):
 
 
 def layers(all_to_alls):
-    weights = torch.randn(E, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.ones(D)
+    experts = GroupedMlpWeights(torch.randn(E, 2 * F, D), torch.randn(E, D, F))
+    weights = torch.randn(E, D), experts, torch.ones(D)
     make = partial(prepare, ops=registry.plain(), routing=Routing(top_k=K, renormalize=True), eps=1e-6)
     return [make(*weights, placement=place(E, 1), rank=0, all_to_alls=all_to_alls) for _ in range(2)]
 
