@@ -22,9 +22,8 @@ from expertwire.deploy.grpc.client_messages import Chunk, Progress, ServerError,
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.chat import Chat
 
-_MESSAGE_BYTES = (
-    64 << 10
-)  # small messages are joined up to this size; the server limits the fields of those over 128 KiB
+# Small messages are joined up to this size; the server limits the fields of those over 128 KiB.
+_MESSAGE_BYTES = 64 << 10
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.2, 5.0  # before a retry, where the server names no time; doubled after each
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 _READ_AHEAD = 4  # messages that an asyncio session buffers for its reader

@@ -61,9 +61,8 @@ def num_accepted(draft: Sequence[int], positions: Sequence[Position | None], tol
         own, *others = rows_of(position)
         assert own[0] == token, (own, token)
         best = max(logprob for _, logprob, _, _ in others)
-        if best - own[1] > tolerance or (
-            best == own[1] and tolerance == 0
-        ):  # which of two it would choose is not known
+        is_tie = best == own[1] and tolerance == 0  # which of the two the model would choose is not known
+        if is_tie or best - own[1] > tolerance:
             return count
     return len(draft)
 

@@ -25,10 +25,7 @@ _ROW = np.dtype(
         ("branch", np.int64),
         ("num_tokens", np.int64),  # sampled so far
         ("num_reasoning", np.int64),  # of them, those between the delimiters of reasoning
-        (
-            "begun",
-            np.int64,
-        ),  # tokens of the start of reasoning that have come; all of them: within reasoning
+        ("begun", np.int64),  # tokens of the start of reasoning that have come; all of them: within reasoning
         ("num_uncredited", np.int64),  # tokens taken since the last `messages.Credit`
         ("threshold", np.int64),  # of uncredited tokens, from which on they are credited
         ("allowance", np.int64),  # tokens that the reader allows beyond those credited
