@@ -39,8 +39,8 @@ SHAPE = {
 class ReferenceExperts:
     """fp8 weights times rows that are quantised in groups of 128, with fp32 arithmetic; the layer between is fp32, too."""
 
-    def __init__(self, w13, w2, **_):
-        self.w13, self.w2 = (formats.dequantize(weight, torch.float32) for weight in (w13, w2))
+    def __init__(self, weights, **_):
+        self.w13, self.w2 = (formats.dequantize(weight, torch.float32) for weight in (weights.w13, weights.w2))
         self.weights = (self.w13, self.w2)
 
     def __call__(self, x_UD, row_index_R, offsets, home_R=None, tile_map=None):
