@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,12 +77,20 @@ def test_what_is_there_is_not_run_again(results):
 
 def test_a_suite_ends_with_its_time(results, monkeypatch):
     monkeypatch.setattr(kernels_suites, "_settle", lambda: True)
+    clock = SimpleNamespace(now=1000.0)
+    clock.time = lambda: clock.now
+    monkeypatch.setattr(kernels_suites, "time", clock)
+
+    def takes_twenty_seconds(_):
+        clock.now += 20
+        return {"x": (0.0, 0.0)}
+
     calls = []
-    items = [Check(key, lambda _: time.sleep(0.02) or {"x": (0.0, 0.0)}) for key in "ab"] + [counted("c", calls)]
+    items = [*(Check(key, takes_twenty_seconds) for key in "ab"), counted("c", calls)]
     monkeypatch.setattr(TensorRng, "of", lambda *_: None)
-    run_suites(results, items, "cuda", seconds=0.03)
+    run_suites(results, items, "cuda", seconds=30)
     assert [key for _, key, _ in results.items()] == ["a", "b"]
-    run_suites(results, items, "cuda", deadline=time.time() - 1)
+    run_suites(results, items, "cuda", deadline=clock.now - 1)
     assert calls == []
 
 
