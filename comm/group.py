@@ -175,6 +175,9 @@ class TorchGroup:
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
             # The first call would make the communicator, but needs all ranks, and `send_recv` may involve only some.
             self._group.eager_connect_single_device(torch.device("cuda", index))
+            # NCCL connects two ranks, with megabytes of buffers a channel, when the first send between them is enqueued
+            # (`p2pTaskAppend` in enqueue.cc, 2.28 to 2.30): now, ahead of the measurement of memory, not while serving.
+            all_gather_rows(self, torch.zeros(1, dtype=torch.uint8, device=self.device))
 
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
         options = dist.AllToAllOptions()

@@ -20,6 +20,7 @@ from expertwire.comm.control.hub import this_node
 from expertwire.comm.group import Group, TorchGroup, all_gather_text
 
 _SHARED_FOLDER = Path("/dev/shm")
+_BACKEND = "CUDA"  # TORCH_SYMMMEM may name another; NVSHMEM and NCCL want a process group with a backend of their own
 
 
 def slices(num_ranks: int, nbytes: int, device: str = "cpu") -> list[Tensor]:
@@ -78,9 +79,17 @@ class SymmetricMemory:
 
     Attributes:
         buffers: u8 [nbytes], by rank, zeroed.
+
+    Raises:
+        ValueError: torch was told to use another kind of symmetric memory.
     """
 
     def __init__(self, group: TorchGroup, nbytes: int, device: torch.device) -> None:
+        if (backend := _SymmetricMemory.get_backend(device)) != _BACKEND:
+            raise ValueError(
+                f"all2all_backend 'nvlink' needs torch's symmetric memory of kind {_BACKEND!r}, this process has {backend!r}; "
+                f"unset TORCH_SYMMMEM"
+            )
         name = group.register()
         self._device = device
         # Not `_symmetric_memory.empty`, which allocates from a pool: a handle's buffers begin where the pool's block does.

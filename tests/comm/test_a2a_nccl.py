@@ -122,6 +122,16 @@ def test_exchanges_between_gpus(nccl, tokens):
     on_gpus(run_exchange, "nccl over gloo", Exchange(tokens=tokens, ids="holes"), 2)
 
 
+def test_parts_of_a_group_are_connected_before_they_serve(nccl):
+    """A communicator of its own has connections of its own."""
+
+    def run(group):
+        part = group.split([0, 0, 0], NcclOptions(max_ctas=8))
+        return swap_with(part, [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+
+    assert on_gpus(run)[0] == [[0.0], [1.0] * 4, [2.0] * 7]
+
+
 # What the host learns a number of the device by, on a GPU.
 ASKING = (torch.Tensor.cpu, torch.Tensor.nonzero, torch.nonzero, torch.bincount, torch.Tensor.item, torch.unique)
 

@@ -114,9 +114,23 @@ def test_two_ranks_on_one_gpu_are_refused_unless_they_may(torch_on_gpus, monkeyp
     assert on_ranks(run) == [RANKS] * RANKS
 
 
+def test_another_kind_of_symmetric_memory_is_refused(torch_on_gpus, monkeypatch):
+    """NVSHMEM's and NCCL's want a process group with a backend, which the registered one has not."""
+    monkeypatch.setattr(symmetric_memory, "_SymmetricMemory", FakeSymmetricMemory(backend="NVSHMEM"))
+
+    def run(rank, store):
+        group = joined(rank, store, "cpu")
+        with pytest.raises(ValueError, match="of kind 'CUDA', this process has 'NVSHMEM'; unset TORCH_SYMMMEM"):
+            symmetric_memory.symmetric(group, NBYTES, torch.device("cuda", rank))
+        group.close()
+
+    on_ranks(run)
+
+
 def test_the_fake_has_torchs_names_and_arguments():
     """All names and arguments that the fake replaces exist in torch."""
     real = _distributed_c10d._SymmetricMemory
     words = re.findall(r"(\w+):", real.empty_strided_p2p.__doc__)
     assert words == [*inspect.signature(FakeSymmetricMemory().empty_strided_p2p).parameters]
     assert re.findall(r"(\w+):", real.rendezvous.__doc__) == ["tensor", "group_name"]
+    assert re.findall(r"(\w+):", real.get_backend.__doc__) == ["arg0"]

@@ -67,6 +67,33 @@ def ray_places(nodes):
     ]
 
 
+def choice_of(places, rack_of):
+    """The number of NVLink domains that ranks at these places find, and the name of the all-to-all that they choose."""
+    reports = [
+        topology_probe.RankReport(
+            node=node,
+            gpu=f"{node} {gpu}",
+            peers=tuple(f"{node} {i}" for i in range(GPUS)),
+            cluster=rack_of[node].encode().hex().rjust(32, "0"),
+            fabric_state="completed",
+        )
+        for node, gpu in places
+    ]
+    topology = topology_probe.assemble(reports)
+    conditions = BackendConditions(topology=topology, device="cuda", step_rows=1 << 20, row_bytes=1 << 14)
+    return topology.num_domains, choose("auto", conditions).name
+
+
+def test_labels_keep_ranks_in_the_rack_that_packing_alone_would_leave():
+    """Ray's PACK fills one node after the other, of whatever rack: with two racks of two nodes, Ray 2.60 mixed them in 3 of 8
+    placements."""
+    nodes = cluster()
+    rack_of = {node.node_id: node.domain for node in nodes}
+    packed = [(node.node_id, gpu) for node in nodes for gpu in range(node.num_gpus)][:RANKS]
+    assert choice_of(packed, rack_of) == (2, "nccl")
+    assert choice_of(ray_places(nodes), rack_of) == (1, "nvlink")
+
+
 class StoreGroup(TorchGroup):
     """A group that exchanges through the store: 72 ranks of gloo would be 5,000 connections of one process."""
 

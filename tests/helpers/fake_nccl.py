@@ -3,6 +3,8 @@
 - `_end_coalescing` is None where nothing was sent or received since `_start_coalescing`.
 - A call of all ranks makes the communicator; to send, receive or enter a barrier without one, and without `device_ids`, is an
   error (NCCL would make one for each pair, or guess a device).
+- The first exchange with a rank connects it, which takes memory (`p2pTaskAppend` in NCCL's enqueue.cc): rows for a rank that
+  no exchange of all ranks has connected would take it while serving, and are an error.
 - Outside of coalescing, sending and receiving between two ranks in different orders would hang: it is an error.
 """
 
@@ -38,6 +40,7 @@ class FakeProcessGroupNCCL:
         self._gloo = dist.ProcessGroupGloo(store, rank, size, gloo)
         self._connected: torch.device | None = None
         self._coalesced: list[Any] | None = None
+        self._paired: set[int] = set()
         self.aborted = False
 
     def eager_connect_single_device(self, device: torch.device) -> None:
@@ -48,6 +51,7 @@ class FakeProcessGroupNCCL:
 
     def alltoall_base(self, out, rows, out_counts, counts, options):
         assert self._connected, "no communicator"
+        self._paired |= {peer for peer, pair in enumerate(zip(out_counts, counts, strict=True)) if all(pair)}
         return self._gloo.alltoall_base(out, rows, out_counts, counts, options)
 
     def _allgather_base(self, out, rows):
@@ -62,6 +66,7 @@ class FakeProcessGroupNCCL:
 
     def _point_to_point(self, call, tensors, peer, tag):
         assert self._connected, "a communicator would be made by the ranks that send, and only by them"
+        assert peer in self._paired, f"rank {peer} is connected while serving, by memory that nobody has measured"
         assert self._coalesced is not None, "sends and receives that are not coalesced wait for each other"
         assert all(tensor.is_contiguous() for tensor in tensors), "NCCL takes dense tensors only"
         self._coalesced.append(call(tensors, peer, tag))

@@ -79,15 +79,19 @@ class FakeSymmetricMemory:
 
     Args:
         shared_devices: several ranks may share a device (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES).
+        backend: the kind of memory (TORCH_SYMMMEM).
     """
 
-    def __init__(self, *, shared_devices: bool = False, timeout_s: float = 1.0) -> None:
-        self._shared_devices, self._timeout_s = shared_devices, timeout_s
+    def __init__(self, *, shared_devices: bool = False, timeout_s: float = 1.0, backend: str = "CUDA") -> None:
+        self._shared_devices, self._timeout_s, self._backend = shared_devices, timeout_s, backend
         self._of_thread = threading.local()
 
     def enter(self, host: str) -> None:
         """Set the host of this thread's process."""
         self._of_thread.host = host
+
+    def get_backend(self, device: torch.device) -> str:
+        return self._backend
 
     def empty_strided_p2p(self, size, stride, dtype, device, group_name=None, alloc_id=None) -> torch.Tensor:
         assert torch.device(device).type == "cuda", f"symmetric memory on {device}"
