@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,6 +36,7 @@ from expertwire.kernels.gpu.device import Device
 from expertwire.kernels.ops.linear import Linear, unpacked
 
 _SIDE_BY_SIDE = 128  # tokens
+_BLOCK_K = 64  # columns that are multiplied at once; fewer in fp32
 # Without it, ptxas for Blackwell spills a register or two where hundreds are left.
 OPTIONS = {"maxnreg": 255, **PDL}
 SCALE_BLOCK = tl.constexpr(BLOCK)
@@ -193,7 +195,7 @@ class LinearTileConfig:
 
 def tile_config(num_tokens: int, num_rows: int, depth: int, dtype: torch.dtype, device: Device) -> LinearTileConfig:
     """Return the configuration for weights [num_rows, depth] that meet activations of this dtype."""
-    block_k = 16 if dtype == torch.float32 else 64
+    block_k = 16 if dtype == torch.float32 else _BLOCK_K
     blocks = triton.cdiv(depth, block_k)
     row_tiles = triton.cdiv(num_rows, 64)
     # Splits computed side by side should occupy some 128 multiprocessors, with four blocks or more each.
@@ -270,11 +272,15 @@ def prepare(
     assert bias_N is None or (bias_N.shape == (num_rows,) and bias_N.is_contiguous()), bias_N
     counters = torch.zeros(triton.cdiv(num_rows, 64), dtype=torch.int32, device=weight.device)
 
+    padding = matrix.data.shape[1] // matrix.num_terms - width
+
     def apply(x_TD: Tensor) -> Tensor:
         num_tokens = x_TD.shape[0]
         assert (x_TD.shape[1], x_TD.dtype) == (width, x_dtype), f"{x_TD.shape} {x_TD.dtype} for {width} {x_dtype}"
         assert x_TD.stride(1) == 1 or width == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
         y_TN = x_TD.new_empty(num_tokens, num_rows, dtype=out_dtype or x_dtype)
+        if padding:
+            x_TD = F.pad(x_TD, (0, padding))
         if num_tokens:
             _launch(x_TD, matrix, bias_N, y_TN, counters, device)
         return y_TN
@@ -290,10 +296,13 @@ class Matrix:
     dense     | [N, TERMS * D]     |                       |
     fp8_block | e4m3 [N, D]        | fp32 [-, ceil(D/128)] | i32: the row of `scales` that a weight row has
     fp8_row   | e4m3 [N, D]        | fp32 [N]              |
+
+    Of several terms (`num_terms`), each is padded with zeros to a multiple of the columns that are multiplied at once.
     """
 
     format: str
     data: Tensor
+    num_terms: int = 1
     scales: Tensor | None = None
     scale_row_N: Tensor | None = None
 
@@ -308,7 +317,10 @@ class Matrix:
             return cls(format="dense", data=w_ND)
         terms = three_terms(w_ND)
         assert terms[0].dtype == x_dtype, f"{x_dtype} by {w_ND.dtype}"
-        return cls(format="dense", data=torch.cat(terms, dim=1))
+        padding = -w_ND.shape[1] % _BLOCK_K
+        return cls(
+            format="dense", data=torch.cat([F.pad(term, (0, padding)) for term in terms], 1), num_terms=len(terms)
+        )
 
     @classmethod
     def fp8(cls, weight: QuantizedWeight) -> Matrix:

@@ -1,5 +1,8 @@
 """The dense product: against its reference, and bit for bit for any number of rows."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -81,6 +84,23 @@ def test_an_fp32_weight_in_three_terms_is_exact(tokens, monkeypatch):
     y, counters = x.new_empty(tokens, 66), torch.zeros(2, dtype=torch.int32)
     gpu._launch(x, gpu.Matrix(format="dense", data=weight), None, y, counters, DEVICE)
     torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 72), (140, 1000), (3, 64)])
+def test_an_fp32_weight_of_any_width_meets_bf16_activations(tokens, width, monkeypatch):
+    """As a router in fp32 does. For the interpreter, values in bf16 are held in fp32."""
+    launch = gpu._launch
+    widened = lambda x, matrix, *rest: launch(x.float(), replace(matrix, data=matrix.data.float()), *rest)  # noqa: E731
+    monkeypatch.setattr(gpu, "_launch", widened)
+    monkeypatch.setattr(gpu, "tile_config", partial(_of_bf16, gpu.tile_config))
+    x, w, b = inputs(tokens, 8, width, torch.float32)
+    x = x.bfloat16()
+    done = gpu.prepare(w, b, device=DEVICE, x_dtype=torch.bfloat16, out_dtype=torch.float32)(x)
+    torch.testing.assert_close(done, linear.reference(x.float(), w, b), rtol=1e-5, atol=1e-4)
+
+
+def _of_bf16(tile_config, num_tokens, num_rows, depth, dtype, device):
+    return tile_config(num_tokens, num_rows, depth, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("format", ["fp8_block", "fp8_row"])
