@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from expertwire.comm.control.channel import ControlHub
+from expertwire.comm.control.channel import ControlHub, RankTimeout
 from expertwire.engine.config.engine_config import EngineConfig, ModelInfo
 from expertwire.engine.config.thinking import ThinkingIds
 from expertwire.engine.kv_cache.cache_sizes import CacheSizes, cache_sizes
@@ -55,6 +55,15 @@ def start_ranks(
         CacheTooSmall: the caches do not hold one request.
     """
     timeout_s = args.config.start_timeout_s
+    try:
+        return _start_within(timeout_s, args, hub, while_they_load)
+    except RankTimeout as error:
+        raise RankTimeout(error.ranks, f"{error.what}; start_timeout_s is {timeout_s:g}") from None
+
+
+def _start_within(
+    timeout_s: float, args: ControllerArgs, hub: ControlHub, while_they_load: Callable[[], None]
+) -> tuple[ModelInfo, RankDomains]:
     hub.wait_joined(timeout_s, lambda: None)
     hub.publish({})
     present = hub.collect(timeout_s)

@@ -27,7 +27,7 @@ FABRIC_STATES = ("not supported", "not started", "in progress", "completed")
 _COMPLETED = FABRIC_STATES[3]
 _NO_CLUSTER = "00" * 16
 _PATTERN_WORDS = 1 << 12
-_PROBE_TIMEOUT_S = 60.0
+_PROBE_TIMEOUT_S, _PROBE_GPU_S = 60.0, 20.0  # for imports, and for a context on each GPU while other ranks make theirs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,9 @@ def peers_of(device: int) -> list[int]:
         ValueError: the test failed.
     """
     command = [sys.executable, "-P", "-m", "expertwire.comm.topology.probe", str(device)]
+    timeout_s = _PROBE_TIMEOUT_S + _PROBE_GPU_S * torch.cuda.device_count()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = (error.stderr or b"") if isinstance(error.stderr, bytes) else (error.stderr or "").encode()
         last = said.decode(errors="replace").strip().rpartition("\n")[2]

@@ -102,6 +102,11 @@ def test_compiled_loops_are_warmed_up_while_the_ranks_load(monkeypatch, capsys):
     assert '"failed"' in capsys.readouterr().out
 
 
+def test_ranks_that_load_for_too_long_name_the_option():
+    with pytest.raises(RankTimeout, match=r"start_timeout_s is 7$"):
+        start_ranks(args(start_timeout_s=7), FakeHub([], rounds=1))
+
+
 def test_ranks_have_all_loaded_before_any_runs_its_largest_step():
     done = []
     info, _ = start_ranks(args(), FakeHub(done))
