@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -275,16 +274,12 @@ class Decoder:
         """As `Model.logits`."""
         return self._head(x_OD)
 
-    def take_expert_load(self) -> np.ndarray:
-        """Return i64 [L * E], this rank's routed rows of each expert since the last call; 0 in dense layers."""
-        load = np.zeros((self.config.num_layers, self.config.num_experts), np.int64)
-        counted = {i: layer.moe.load_E for i, layer in enumerate(self.layers) if layer.moe is not None}
-        on_device = [load_E for load_E in counted.values() if isinstance(load_E, Tensor)]
-        if on_device:  # one copy to the host, which waits for it
-            load[list(counted)] = torch.stack(on_device).cpu().numpy()
-        else:
-            for i, load_E in counted.items():
-                load[i] = load_E
+    def take_expert_load(self) -> Tensor:
+        """Return i64 [L * E], this rank's routed rows of each expert since the last call; 0 in dense layers. It is on the model's
+        device, so that nobody has to wait for it."""
+        counted = {i: torch.as_tensor(layer.moe.load_E) for i, layer in enumerate(self.layers) if layer.moe is not None}
+        none_E = torch.zeros(self.config.num_experts, dtype=torch.int64, device=self.context.device)
+        load_LE = torch.stack([counted.get(i, none_E) for i in range(self.config.num_layers)])
         for load_E in counted.values():
-            load_E[:] = 0
-        return load.reshape(-1)
+            load_E.zero_()
+        return load_LE.view(-1)

@@ -202,11 +202,11 @@ class ModelRunner:
     def _execute(self, plan: StepPlan) -> Launched:
         rank_plan = plan.rank(self._rank)
         changes = self.batch.update(rank_plan)
-        load = self._model.take_expert_load() if plan.report_load else np.zeros(0, np.int64)
-        answer: dict[str, Any] = {"step": plan.step, "rank": self._rank, "expert_load": load}
-        answer["move_us"] = self._move(plan.moves)
+        load = [self._model.take_expert_load()] if plan.report_load else []
+        answer: dict[str, Any] = {"step": plan.step, "rank": self._rank, "move_us": self._move(plan.moves)}
         if not plan.num_tokens_P.any():
             self._apply(rank_plan, self._upload(*changes))
+            answer |= _expert_load([counts.cpu().numpy() for counts in load])
             return Launched(
                 partial(StepResult, **answer, forward_us=0, **logprobs.NO_TOKENS, **logprobs.NO_PROMPT_ROWS)
             )
@@ -235,6 +235,7 @@ class ModelRunner:
         outputs = [
             self._prompt_logprobs(hidden_TD, step),
             self._sample(hidden_TD, slot_O, state, *_cut(of_rows, len(bent), len(limits))),
+            _Output(load, _expert_load),
             *(_Output([counts.tokens], partial(_routed, counts)) for counts in asked),
         ]
         arrays = self._download([tensor for tensors, _ in outputs for tensor in tensors])
@@ -281,9 +282,9 @@ class ModelRunner:
         elapsed_us = self._timeline.wait_us(started, ended)
         self._check()
         found = iter(arrays())
-        prompt, sampled, *counted = [fields(list(islice(found, len(tensors)))) for tensors, fields in outputs]
+        prompt, sampled, load, *counted = [fields(list(islice(found, len(tensors)))) for tensors, fields in outputs]
         routed = np.concatenate([NOTHING, *(part["routed"] for part in counted)])
-        result = StepResult(**answer, forward_us=elapsed_us, **sampled, **prompt, routed=routed)
+        result = StepResult(**answer, forward_us=elapsed_us, **sampled, **prompt, **load, routed=routed)
         non_finite.log(result, step, self._caches, self.batch.block_tables, self.batch.block_size)
         return result
 
@@ -382,6 +383,10 @@ def _cut(tensors: Sequence[Tensor], *sizes: int) -> list[Sequence[Tensor]]:
     """Return portions of these sizes, and the rest."""
     ends = list(accumulate(sizes, initial=0))
     return [*(tensors[start:end] for start, end in pairwise(ends)), tensors[ends[-1] :]]
+
+
+def _expert_load(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {"expert_load": arrays[0] if arrays else np.zeros(0, np.int64)}
 
 
 def _routed(counts: RoutedCounts, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:

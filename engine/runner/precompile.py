@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from expertwire.comm.all_to_all import fp8 as a2a_fp8
 from expertwire.comm.all_to_all.base import AllToAll, AllToAllSpec
@@ -124,8 +124,8 @@ def _all_to_all(spec: AllToAllSpec, of: Rank, ops: kernels.Ops) -> AllToAll:
 class _StoragelessDecoder(Decoder):
     """A decoder whose parameters are on "meta"."""
 
-    def take_expert_load(self) -> np.ndarray:
-        return np.zeros(0, np.int64)
+    def take_expert_load(self) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64)
 
 
 class Precompilation:

@@ -120,7 +120,7 @@ class CacheModel:
         return torch.nn.functional.one_hot(x_XD[:, 0].long(), VOCAB).float()
 
     def take_expert_load(self):
-        return np.zeros(0, np.int64)
+        return torch.zeros(0, dtype=torch.int64)
 
 
 class Server:

@@ -18,6 +18,7 @@ from helpers.fake_graphs import FakeCapture
 from helpers.fake_launches import FakeLaunches
 from helpers.launched_runner import MAX_RUNNING, NUM_BLOCKS, SIZES, build
 from helpers.slow import slow_but
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -183,6 +184,38 @@ def test_launches_of_a_step():
     assert total["decode with penalties"] <= total["decode"] + 4
     assert total["mixed"] <= total["decode"] + 2
     assert total["eager"] > 2 * total["mixed"], "a mixed step replays"
+
+
+class Asking(TorchFunctionMode):
+    """Counts what a host learns a number of a GPU by."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero)
+        return function(*args, **kwargs or {})
+
+
+def test_a_report_of_loads_waits_for_nothing():
+    """It comes home with a step's results: a host that waits has no next step ready when this one ends."""
+    with FakeLaunches():
+        config, runner = build(1, 64, None)
+        limits = {"max_num_seqs": MAX_RUNNING, "max_num_batched_tokens": 64, "num_blocks": NUM_BLOCKS}
+        served = SchedulerConfig(
+            num_ranks=1, max_queued_requests=9, eos_token_ids=(), vocab_size=config.vocab_size, **limits, **SIZES
+        )
+        scheduler = Scheduler(served, config.cache_specs())
+        request = Request(key=1, prompt=np.arange(9, dtype=np.int32), params=SamplingParams(max_tokens=3), seed=1)
+        assert scheduler.submit(request, 0.0) is None
+        with torch.inference_mode():
+            for moe in (layer.moe for layer in runner._model.layers if layer.moe is not None):
+                moe.load_E.add_(5)  # of the steps before
+        with Asking() as asking:
+            launched = runner.launch(scheduler.plan(0.0, report_load=True))
+        assert asking.count == 0
+        assert launched.finish().expert_load.sum() == 5 * config.num_experts, "one of two layers is sparse"
 
 
 def test_a_mixed_graph_has_room_for_requests_that_run(monkeypatch):
