@@ -17,6 +17,7 @@ from expertwire.kernels.ops import (
     attention,
     causal_conv1d,
     combine,
+    copy_blocks,
     experts,
     gated_delta_rule,
     gated_rms_norm,
@@ -38,6 +39,7 @@ from expertwire.kernels.ops.attention import Attend, RopeAndCache
 from expertwire.kernels.ops.attention_block import AttentionBlock, AttentionWeights, ComposedAttention, FuseAttention
 from expertwire.kernels.ops.causal_conv1d import CausalConv1d
 from expertwire.kernels.ops.combine import Combine
+from expertwire.kernels.ops.copy_blocks import PrepareCopyBlocks
 from expertwire.kernels.ops.experts import PrepareExperts, SiluMul
 from expertwire.kernels.ops.gated_delta_rule import GatedDeltaRule
 from expertwire.kernels.ops.gated_rms_norm import GatedRmsNorm
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """One implementation of each op. `linear`, `linear_per_head` and `experts` prepare weights.
+    """One implementation of each op. `linear`, `linear_per_head` and `experts` prepare weights, `copy_blocks` caches.
 
     Attributes:
         why: the reason for this choice, for people.
@@ -105,6 +107,7 @@ class Ops:
     permute: Permute
     combine: Combine
     prepare_inputs: PrepareInputs
+    copy_blocks: PrepareCopyBlocks
     penalize: Penalize
     add_to_logits: AddToLogits
     sample: Sample
@@ -238,6 +241,7 @@ def cpu(*, fast: bool = False) -> Ops:
         permute=permute.reference,
         combine=elementwise.combine,
         prepare_inputs=cpu_prepare_inputs.prepare_inputs,
+        copy_blocks=copy_blocks.prepare,
         penalize=sampling.penalize_rows,
         add_to_logits=sampling.add_to_logits,
         sample=cpu_sampling.sample,
@@ -279,6 +283,7 @@ def plain() -> Ops:
         permute=permute.reference,
         combine=combine.combine,
         prepare_inputs=prepare_inputs.reference,
+        copy_blocks=copy_blocks.prepare,
         penalize=sampling.penalize_rows,
         add_to_logits=sampling.add_to_logits,
         sample=sampling.sample,
@@ -290,6 +295,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
     from expertwire.kernels.gpu import attention as gpu_attention
     from expertwire.kernels.gpu import causal_conv1d as gpu_causal_conv1d
     from expertwire.kernels.gpu import combine as gpu_combine
+    from expertwire.kernels.gpu import copy_blocks as gpu_copy_blocks
     from expertwire.kernels.gpu import experts as gpu_experts
     from expertwire.kernels.gpu import gated_delta_rule as gpu_gated_delta_rule
     from expertwire.kernels.gpu import gated_rms_norm as gpu_gated_rms_norm
@@ -346,6 +352,7 @@ def triton(gpu: Device, *, fast: bool = False) -> Ops:
         permute=partial(gpu_permute.permute, format="dense"),
         combine=gpu_combine.combine,
         prepare_inputs=gpu_prepare_inputs.prepare_inputs,
+        copy_blocks=gpu_copy_blocks.prepare,
         penalize=penalties.penalize,
         add_to_logits=penalties.add,
         sample=gpu_sampling.sample,

@@ -1,4 +1,4 @@
-"""Correctness in `bench kernels` of fp8 caches, the sparse indexer and per-head linear layers; see `checks`.
+"""Correctness in `bench kernels` of fp8 caches, copies of blocks, the sparse indexer and per-head linear layers; see `checks`.
 
 G key/value heads, H query heads.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from expertwire.bench.kernels import attention as kernels_attention
 from expertwire.bench.kernels.checks import ROUNDED, Findings, differing, error, item, poisoned
 from expertwire.bench.kernels.measure import Item, TensorRng
+from expertwire.kernels.gpu import copy_blocks as gpu_copy_blocks
 from expertwire.kernels.gpu import heads as gpu_heads
 from expertwire.kernels.gpu import index as gpu_index
 from expertwire.kernels.gpu import mla as gpu_mla
-from expertwire.kernels.ops import attention, heads, index, mla
+from expertwire.kernels.ops import attention, copy_blocks, heads, index, mla
 from expertwire.kernels.ops.attention import FP8
 
 _BATCHES = {
@@ -74,6 +77,17 @@ def heads_check(rng: TensorRng, num_tokens: int) -> Findings:
     return {"values": (error(found, heads.reference(x, w)), ROUNDED)}
 
 
+def copies_check(rng: TensorRng) -> Findings:
+    """Check copied blocks exactly, those of several sizes."""
+    sizes = ((9, 16, 4, 128), (9, 16, 4, 128), (9, 1000))
+    given = [rng.integers(-99, 99, *size).to(rng.dtype) for size in sizes]
+    found, expected = ([blocks.clone() for blocks in given] for _ in range(2))
+    source, target = (rng.fixed(blocks, torch.int64) for blocks in ([1, 7, 1], [2, 8, 0]))
+    gpu_copy_blocks.prepare(found)(source, target)
+    copy_blocks.reference(expected, source, target)
+    return {"blocks": (sum(differing(*pair) for pair in zip(found, expected, strict=True)), 0.0)}
+
+
 def items(quick: bool, tiny: bool) -> list[Item]:
     """Return the items of the suite."""
     found: list[Item] = [
@@ -82,4 +96,5 @@ def items(quick: bool, tiny: bool) -> list[Item]:
         for step, batch in (_TINY if tiny else _BATCHES).items()
     ]
     sizes = (5,) if tiny else (1, 128) if quick else (1, 17, 128, 4096)
+    found.append(item("copies of blocks", copies_check, None))
     return found + [item(f"heads T{n}", heads_check, None, n) for n in sizes]

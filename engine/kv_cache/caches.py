@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertwire.kernels.ops.attention import as_bytes
+from expertwire.kernels.ops.copy_blocks import CopyBlocks
 from expertwire.scheduler.config import CacheSpec
 from expertwire.scheduler.plan import RankPlan
 
@@ -29,6 +29,10 @@ class NamedCache:
     spec: CacheSpec
     tokens_per_block: int  # tokens of an entry of a block table, as `CacheSpec.tokens_per_block`
     layers: Mapping[int, tuple[Tensor, ...]]
+
+    def tensors(self) -> list[Tensor]:
+        """Return those of all layers."""
+        return [tensor for tensors in self.layers.values() for tensor in tensors]
 
 
 def make(
@@ -51,17 +55,20 @@ def make(
     return NamedCache(spec=spec, tokens_per_block=spec.tokens_per_block(block_size), layers=layers)
 
 
-def copy_blocks(caches: Sequence[NamedCache], plan: RankPlan, upload: Callable[..., list[Tensor]]) -> None:
-    """Copy the blocks that a plan names. `upload` brings arrays to the caches' device, here all by one call."""
+def copy_blocks(copies: Sequence[CopyBlocks], plan: RankPlan, upload: Callable[..., list[Tensor]]) -> None:
+    """Copy the blocks that a plan names.
+
+    Args:
+        copies: of each cache group.
+        upload: brings arrays to the caches' device, here all by one call.
+    """
     found = sorted(set(plan.copy_cache_M.tolist()))
     if not found:
         return
     blocks_M = [blocks for index in found for blocks in _copied(plan, plan.copy_cache_M == index)]
     uploaded = upload(*blocks_M)
-    for index, source, target in zip(found, uploaded[::2], uploaded[1::2], strict=True):
-        for tensors in caches[index].layers.values():
-            for blocks in map(as_bytes, tensors):
-                blocks.index_copy_(0, target, blocks.index_select(0, source))
+    for index, source_M, target_M in zip(found, uploaded[::2], uploaded[1::2], strict=True):
+        copies[index](source_M, target_M)
 
 
 def _copied(plan: RankPlan, here_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -87,6 +87,7 @@ class ModelRunner:
         self._model, self._caches, self._capture, self._mover, self._thinking = model, caches, capture, mover, thinking
         self._ops, self._device, self._rank, self._num_ranks = context.ops, context.device, context.rank, num_ranks
         self._num_micro_batches = num_micro_batches
+        self._copies = [context.ops.copy_blocks(cache.tensors()) for cache in caches]
         self.depth = 2 if context.ops.on_device else 1
         self._upload: Upload = upload_nowhere
         self._download: Download = download_nowhere
@@ -144,6 +145,9 @@ class ModelRunner:
         for num in dict.fromkeys(min(size.num_tokens, max_num_seqs) for size in sizes):
             logits_OV = self._model.logits(hidden_TD[:1].repeat(num, 1)).contiguous()
         self._warm_up_sampling(logits_OV)
+        null_1 = torch.zeros(1, dtype=torch.int64, device=self._device)
+        for copy in self._copies:
+            copy(null_1, null_1)
         length = 1
         while length <= max_num_batched_tokens:
             self._dummy.run_prompt(length)
@@ -246,7 +250,7 @@ class ModelRunner:
     def _apply(self, plan: RankPlan, changes: Sequence[Tensor]) -> None:
         """Update slots and blocks on the device."""
         self.batch.write(changes)
-        copy_blocks(self._caches, plan, self._upload)
+        copy_blocks(self._copies, plan, self._upload)
 
     def _move(self, moves: ExpertMoves | None) -> int:
         """Move experts between ranks, and return how long it took, in us."""

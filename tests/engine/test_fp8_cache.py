@@ -19,6 +19,7 @@ from expertwire.engine.kv_cache import caches
 from expertwire.engine.loader.inspection import inspect
 from expertwire.engine.models.registry import read_model_config
 from expertwire.engine.runner.staging import upload_nowhere
+from expertwire.kernels.ops import copy_blocks
 from expertwire.kernels.ops.attention import FP8
 
 VARIANT, LENGTH = "qwen3_moe", 60
@@ -161,7 +162,7 @@ def test_copied_blocks_keep_their_bytes():
     before = [blocks.view(torch.uint8).clone() for tensors in cache.layers.values() for blocks in tensors]
     places = {"copy_cache_M": [0, 0], "copy_from_M": [1, 3], "copy_to_M": [2, 4]}
     plan = SimpleNamespace(**{name: np.array(value, np.int32) for name, value in places.items()})
-    caches.copy_blocks([cache], plan, upload_nowhere)
+    caches.copy_blocks([copy_blocks.prepare(cache.tensors())], plan, upload_nowhere)
     after = [blocks.view(torch.uint8) for tensors in cache.layers.values() for blocks in tensors]
     for old, new in zip(before, after, strict=True):
         assert torch.equal(new, old[[0, 1, 1, 3, 3]])

@@ -10,6 +10,7 @@ from helpers.fake_streams import FakeEvent, FakeStreams, StreamOrderError
 
 from expertwire.engine.kv_cache import caches
 from expertwire.engine.runner.staging import Downloads, PinnedMemory, PlainMemory, Uploads, upload_nowhere
+from expertwire.kernels.ops import copy_blocks
 from expertwire.scheduler.config import CacheSpec
 
 
@@ -124,12 +125,13 @@ def test_the_copies_of_all_caches_go_up_together():
         uploaded.append(arrays)
         return upload_nowhere(*arrays)
 
-    caches.copy_blocks(found, plan, upload)
+    copies = [copy_blocks.prepare(cache.tensors()) for cache in found]
+    caches.copy_blocks(copies, plan, upload)
     assert len(uploaded) == 1
     assert [cache.layers[0][0].flatten().tolist() for cache in found] == [
         [0, 1, 2, 3, 4, 2],
         [0, 1, 2, 3, 4, 5],
         [3, 1, 2, 3, 1, 5],
     ]
-    caches.copy_blocks(found, SimpleNamespace(copy_cache_M=np.zeros(0, np.int32)), upload)
+    caches.copy_blocks(copies, SimpleNamespace(copy_cache_M=np.zeros(0, np.int32)), upload)
     assert len(uploaded) == 1

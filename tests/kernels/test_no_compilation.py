@@ -4,6 +4,7 @@ import os
 import time
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from expertwire.comm.all_to_all.nvlink_gpu import NvlinkGpuAllToAll
+from expertwire.engine.kv_cache.caches import copy_blocks
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.runner.cuda_graphs import Captured
 from expertwire.engine.runner.input_batch import InputBatch
+from expertwire.engine.runner.staging import upload_nowhere
 from expertwire.kernels import registry
 from expertwire.kernels.ops import attention
 from expertwire.scheduler.config import SchedulerConfig
@@ -216,6 +219,17 @@ def test_a_report_of_loads_waits_for_nothing():
             launched = runner.launch(scheduler.plan(0.0, report_load=True))
         assert asking.count == 0
         assert launched.finish().expert_load.sum() == 5 * config.num_experts, "one of two layers is sparse"
+
+
+def test_copies_of_blocks_take_a_launch():
+    """One launch copies the blocks of all layers and tensors of a cache; a fork once took two for each of these."""
+    copies = {"copy_cache_M": [0, 0], "copy_from_M": [1, 2], "copy_to_M": [3, 4]}
+    plan = SimpleNamespace(**{name: np.array(value, np.int32) for name, value in copies.items()})
+    with FakeLaunches() as gpu:
+        _, runner = build(1, 64, None)
+        gpu.take()
+        copy_blocks(runner._copies, plan, upload_nowhere)
+        assert [(launch.kernel, launch.grid) for launch in gpu.take()] == [("copy_blocks_kernel", (2, 4))]
 
 
 def test_a_mixed_graph_has_room_for_requests_that_run(monkeypatch):

@@ -17,7 +17,7 @@ from expertwire.kernels.gpu.device import B200, H200
 def test_the_choice_can_be_read(ops, folder):
     why, *lines = ops.explain().splitlines()
     assert why == ops.why
-    assert len(lines) == 29 + (ops.fuse_moe is not None) + (ops.fuse_attention is not None)
+    assert len(lines) == 30 + (ops.fuse_moe is not None) + (ops.fuse_attention is not None)
     assert sum(f": {folder}" in line for line in lines) >= 7, lines
 
 

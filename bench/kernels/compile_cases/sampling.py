@@ -1,4 +1,4 @@
-"""Compile cases of sampling, penalties, and the look-up of a step's tokens."""
+"""Compile cases of sampling, penalties, the look-up of a step's tokens, and copies of blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 
 from expertwire.bench.kernels.compile_check import Case
-from expertwire.kernels.gpu import penalties, prepare_inputs, sampling
+from expertwire.kernels.gpu import copy_blocks, penalties, prepare_inputs, sampling
 
 
 def sampling_cases() -> list[Case]:
@@ -114,5 +114,17 @@ def prepare_inputs_cases() -> list[Case]:
     ]
 
 
+def copy_blocks_cases() -> list[Case]:
+    return [
+        Case(
+            name="copy_blocks",
+            kernel=copy_blocks.copy_blocks_kernel,
+            args=dict.fromkeys(("address_ptr", "words_ptr", "source_ptr", "target_ptr"), torch.int64),
+            constexprs={"CHUNK": copy_blocks.CHUNK_WORDS},
+            wide=False,  # a warp's words lie side by side
+        )
+    ]
+
+
 def cases() -> list[Case]:
-    return [*sampling_cases(), *penalties_cases(), *prepare_inputs_cases()]
+    return [*sampling_cases(), *penalties_cases(), *prepare_inputs_cases(), *copy_blocks_cases()]
