@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 LIFELINE_EXIT_CODE = 75  # of a child whose lifeline was closed
@@ -68,6 +68,25 @@ def raise_descriptor_limit(wanted: int = 65_536) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         return limit
     return soft
+
+
+@contextlib.contextmanager
+def batch_threads() -> Iterator[None]:
+    """Let threads that are started meanwhile, and those that they start, not interrupt others when they are woken up.
+
+    A thread that is woken often and has nothing urgent to do, such as gRPC's, which tells an event loop of every message that
+    has been sent, would otherwise stop the loop each time where they share a core. Without effect if that is not allowed.
+    """
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except PermissionError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
 
 
 def describe_exit(returncode: int) -> str:

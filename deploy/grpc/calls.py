@@ -111,13 +111,17 @@ class Call:
         """
         return self._turns.take(self._turn_of, cost)
 
+    def ask(self, cost: int, begin: Callable[[], bool]) -> None:
+        """Call `begin` when the client whom `turn` means may do a step; see `Turns.ask`."""
+        self._turns.ask(self._turn_of, cost, begin)
+
     def streaming(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the client may send messages for any time. It raises RequestFailed if too many do."""
         return self._overload.streaming(self.client)
 
-    async def write(self, message: Message) -> None:
-        """Send a message; return when the connection has taken it."""
-        await self.context.write(message)
+    def write(self, message: Message) -> Awaitable[None]:
+        """Return what sends a message, and ends when the connection has taken it."""
+        return self.context.write(message)
 
     async def _decode(self, data: Any) -> Message | None:
         """Return the message of these bytes when it is the client's turn."""

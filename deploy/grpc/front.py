@@ -115,7 +115,8 @@ async def _serve(args: FrontArgs, frontends: Sequence[Frontend], parent: SocketC
     loop.add_reader(parent.fileno(), listen_to_parent)
     security = Security.open(config)
     catalog = open_catalog(config.strategies, config.services(), config.verifier_ca_certs)
-    server = Server(config.host, config.port, config.limits, credentials=security.credentials(), shares_port=True)
+    with process.batch_threads():
+        server = Server(config.host, config.port, config.limits, credentials=security.credentials(), shares_port=True)
     pairs = list(zip(args.engines, frontends, strict=True))
     texts = [TextWorkers(frontend, engine.model) for engine, frontend in pairs]
     log = None if config.decision_log is None else DecisionLog(config.decision_log)

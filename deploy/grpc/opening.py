@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ async def open_request(models: Models, request: pb.GenerateRequest, call: Call) 
     requests = models.find(request.model).requests
     opened = await requests.submit(request, call, call.deadline_s)
     cost = _cost(request.sampling_params)
-    stream = OutputStream(requests.frontend, opened, lambda: call.turn(cost))
+    stream = OutputStream(requests.frontend, opened, functools.partial(call.ask, cost))
     requests.add(opened, stream)
     return Opening(stream, lambda: requests.close(opened))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from expertwire.deploy.grpc.messages import add_logprobs, write_chunk
 from expertwire.deploy.grpc.requests import Opened
@@ -27,31 +27,33 @@ class OutputStream:
     Args:
         frontend: the frontend that the request was submitted to.
         opened: the request.
-        turn: waits for the client's turn, before a message is made.
+        ask: asks for the client's turn, before a message is made, as `Call.ask`.
 
     Attributes:
         error: the error that the stream ends with, or None.
         writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
     """
 
-    def __init__(self, frontend: Frontend, opened: Opened, turn: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, frontend: Frontend, opened: Opened, ask: Callable[[Callable[[], bool]], None]) -> None:
         self.writing_since: float | None = None
         self._frontend = frontend
         self._request: OpenRequest | None = None
         self._opened = opened
-        self._turn = turn
+        self._ask = ask
+        self._loop = asyncio.get_running_loop()
         self.error: RequestError | None = None
         self._unread_prompt: deque[Position | None] = deque()
         self._is_dropped = False
         self._begun = False  # whether the first message has been read
         self._is_last_update = self._complete = False  # whether the last update, and the last message, have been read
-        self._waiter: asyncio.Future[None] | None = None  # of the reader that waits for news
+        self._waiter: asyncio.Future[None] | None = None  # of the reader that waits for news and its turn
+        self._has_asked = False  # for a turn that has not come
 
     def wake(self, request: OpenRequest) -> None:
         """Take note that the request has news."""
         if not self._is_dropped:
             self._request = request
-        self._wake_reader()
+        self._ask_for_turn()
 
     def abort(self) -> bool:
         """End the request; return whether it ran."""
@@ -64,7 +66,7 @@ class OutputStream:
             if drop:
                 self._request, self._is_dropped = None, True
                 self._unread_prompt.clear()
-            self._wake_reader()
+            self._ask_for_turn()
 
     async def read(self) -> pb.GenerateResponse | None:
         """Return a message of unread outputs, up to about `MESSAGE_SIZE`; None after the last one.
@@ -72,12 +74,13 @@ class OutputStream:
         Raises:
             RequestFailed: the stream ends with an error.
         """
-        while not (self._has_output() or self.error is not None or self._complete):
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
         if self._complete:
             return None
-        await self._turn()
+        # News ask for the turn, not the reader when it is woken: there is one wake-up for each message.
+        self._waiter = self._loop.create_future()
+        if self._has_output() or self.error is not None:
+            self._ask_for_turn()
+        await self._waiter
         message = pb.GenerateResponse()
         if self._has_output():
             self._take(message)
@@ -99,9 +102,18 @@ class OutputStream:
         """Take note that a write begins."""
         self.writing_since = time.monotonic()
 
-    def _wake_reader(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _ask_for_turn(self) -> None:
+        if self._waiter is not None and not self._waiter.done() and not self._has_asked:
+            self._has_asked = True
+            self._ask(self._begin)
+
+    def _begin(self) -> bool:
+        """Let the reader make a message; return whether it waits."""
+        self._has_asked = False
+        if self._waiter is None or self._waiter.done():
+            return False
+        self._waiter.set_result(None)
+        return True
 
     def _has_output(self) -> bool:
         request = self._request

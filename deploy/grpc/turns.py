@@ -8,8 +8,10 @@ turns. While calls arrive, they come before the work: until then nobody knows wh
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import deque
+from collections.abc import Callable
 
 # Costs of a step, in messages of one token, which take about 80 us each.
 MESSAGE, OPENING, COSTLY = 1, 6, 24
@@ -23,8 +25,8 @@ class Turns:
 
     def __init__(self) -> None:
         self._left = _ROUND
-        # By client, of whom the one whose turn it is comes first: a future for each step, and its cost.
-        self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}
+        # By client, of whom the one whose turn it is comes first: what to call for each step, and its cost.
+        self._waiting: dict[str, deque[tuple[Callable[[], bool], int]]] = {}
         self._arrived_s = self._served_s = 0.0  # when a call has arrived, and when a round began, by `time.monotonic`
         self._is_scheduled = False
 
@@ -44,9 +46,22 @@ class Turns:
             self._schedule()
             return
         future = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(client, deque()).append((future, cost))
-        self._schedule()
+        self.ask(client, cost, functools.partial(_resolve, future))
         await future
+
+    def ask(self, client: str, cost: int, begin: Callable[[], bool]) -> None:
+        """Call `begin` when a client may do a step, now or later. It returns False if the client has gone.
+
+        Args:
+            client, cost: as for `take`.
+            begin: lets the client's task go on.
+        """
+        if self._left > 0 and not self._waiting and not self._has_to_wait():
+            if begin():
+                self._left -= cost
+        else:
+            self._waiting.setdefault(client, deque()).append((begin, cost))
+        self._schedule()
 
     def _has_to_wait(self) -> bool:
         now = time.monotonic()
@@ -68,11 +83,17 @@ class Turns:
         while self._waiting and self._left > 0:
             client = next(iter(self._waiting))
             steps = self._waiting.pop(client)
-            future, cost = steps.popleft()
+            begin, cost = steps.popleft()
             if steps:
                 self._waiting[client] = steps
-            if not future.done():  # the client has not gone
-                future.set_result(None)
+            if begin():
                 self._left -= cost
         if self._left < _ROUND:
             self._schedule()
+
+
+def _resolve(future: asyncio.Future[None]) -> bool:
+    if future.done():  # cancelled
+        return False
+    future.set_result(None)
+    return True

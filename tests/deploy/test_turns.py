@@ -87,6 +87,24 @@ def test_who_has_gone_has_no_turn():
     asyncio.run(run())
 
 
+def test_what_asks_for_a_turn_is_called_once_and_costs_nothing_if_it_has_gone():
+    async def run():
+        shared, begun = Turns(), []
+
+        def begin(name, *, is_here):
+            begun.append(name)
+            return is_here
+
+        for number in range(1000):
+            shared.ask("gone", COSTLY, lambda number=number: begin(("gone", number), is_here=False))
+        shared.ask("here", MESSAGE, lambda: begin("here", is_here=True))
+        await asyncio.sleep(0)
+        assert begun.count("here") == 1, "those who have gone take no round"
+        assert len(set(begun)) == len(begun)
+
+    asyncio.run(run())
+
+
 def test_a_clients_call_is_not_served_behind_all_those_of_another(monkeypatch):
     # As if the machine did nothing else, however busy it is.
     monkeypatch.setattr(turns, "_QUIET_S", 0.05)

@@ -1,0 +1,40 @@
+"""Threads of a process that do not interrupt others."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from expertwire.engine import process
+
+
+def policy_of_a_thread():
+    found = []
+
+    def note_theirs():
+        grandchild = threading.Thread(target=lambda: found.append(os.sched_getscheduler(0)))
+        grandchild.start()
+        grandchild.join()
+
+    thread = threading.Thread(target=note_theirs)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_threads_that_do_not_interrupt_others():
+    before = os.sched_getscheduler(0)
+    with process.batch_threads():
+        assert policy_of_a_thread() == os.SCHED_BATCH, "and those that they start"
+    assert os.sched_getscheduler(0) == before
+    assert policy_of_a_thread() == before
+
+
+def test_where_priorities_may_not_be_changed(monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    before = os.sched_getscheduler(0)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with process.batch_threads():
+        assert policy_of_a_thread() == before
