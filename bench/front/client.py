@@ -83,8 +83,11 @@ class Client:
 
 
 def client_main(load: Load, descriptor: int) -> None:
-    """Read streams until the parent closes the socket; entry point of the process."""
-    with socket.socket(fileno=descriptor) as parent:
+    """Read streams until the parent closes the socket; entry point of the process.
+
+    Real clients are on other machines, so no thread of this one interrupts the front when a message arrives.
+    """
+    with process.batch_threads(), socket.socket(fileno=descriptor) as parent:
         asyncio.run(_run(load, parent))
 
 

@@ -24,6 +24,14 @@ def test_a_token_that_is_a_step_late():
     assert (added[0], added[500]) == pytest.approx((1, 151))
 
 
+def test_steps_that_are_taken_down_late():
+    steps = [number / 10 for number in range(1000)]
+    arrivals = [step + 0.001 for step in steps[7:]]
+    late = [step + 0.03 if number % 20 == 0 else step for number, step in enumerate(steps)]
+    added = added_ms(arrivals, late)
+    assert sorted(added)[len(added) // 2] == pytest.approx(1)
+
+
 def test_tokens_without_a_step():
     with pytest.raises(ValueError, match="came before their steps"):
         added_ms([1.0, 2.0], [5.0, 6.0])
