@@ -33,7 +33,8 @@ ONE_BY_ONE = ("test_compiled.py", "test_interpreted.py")
 RAY = ("test_demo.py", "test_models_full.py", "test_ray_cluster.py", "test_ray_devices.py", "test_ray_launcher.py")
 # Groups, longest first; of files in Triton's interpreter, the test that runs one.
 LONG = (
-    "test_gpu_engine", "test_gpu_attention", "ray", "test_architectures.py", "test_bad_inputs.py",
+    "test_gpu_engine", "test_gpu_attention", "ray", "test_serve_cascades.py", "test_serve.py", "test_control_hub.py",
+    "test_architectures.py", "test_bad_inputs.py", "test_cascade_drafts.py",
     "test_gpu_prepare_inputs", "test_all_to_all_choice.py", "test_gpu_dispatch_combine",
     "test_gpu_latent_engine", "test_gpu_quantized_model",
     "test_gpu_graphs", "test_all_to_all.py", "test_gpu_start", "test_gpu_mla", "test_gpu_prefill",
@@ -75,7 +76,7 @@ def pytest_runtest_setup(item):
         forks.process.start_call = forks.start_call
         return
     if FORKS not in config.stash:
-        config.stash[FORKS] = forks.Forks()
+        config.stash[FORKS] = forks.Forks(config.stash[ENVIRONMENT])
         config.add_cleanup(config.stash[FORKS].close)
     forks.process.start_call = config.stash[FORKS].start_call
 
@@ -88,8 +89,8 @@ def pytest_collection_finish(session):
 def pytest_runtest_protocol(item, nextitem):
     """Undo what a test leaves in the environment, such as the variables that Ray and the command line set.
 
-    A child whose environment differs from the first one's is a new interpreter, so one such test would make all later ones of its
-    process several times as slow. What starts Ray for a whole file keeps it until the end of the file.
+    A child whose environment differs from the one in which tests were collected is a new interpreter, so one such test would make
+    all later ones of its process several times as slow. What starts Ray for a whole file keeps it until the end of the file.
     """
     result = yield
     if item.path.name not in RAY or nextitem is None or nextitem.path != item.path:

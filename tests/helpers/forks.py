@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,13 +46,17 @@ def are_safe() -> bool:
 
 
 class Forks:
-    """The process that forks, started with the first child."""
+    """The process that forks, started with the first child.
 
-    def __init__(self) -> None:
+    Args:
+        environment: variables of this process with which a child is a fork.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._environment: dict[str, str] = {}
+        self._environment = dict(environment)
 
     def close(self) -> None:
         """End the process."""
@@ -69,17 +73,16 @@ class Forks:
     ) -> subprocess.Popen[bytes]:
         """See `expertwire.engine.process.start_call`.
 
-        A child whose environment is another than this process had at first is a new interpreter: modules may have read it.
+        A child whose environment is another is a new interpreter: modules may have read it.
         """
         with self._lock:
-            if self._server is None:
-                self._start()
             if _environment() != self._environment:
                 return start_call(target, *args, stdout=stdout, sockets=sockets)
+            if self._server is None:
+                self._start()
             return self._fork((os.getpid(), sys.path, target, args), stdout, sockets)
 
     def _start(self) -> None:
-        self._environment = _environment()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-P", __file__, str(theirs.fileno())]
