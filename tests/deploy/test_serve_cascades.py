@@ -125,21 +125,31 @@ def test_the_output_is_the_chosen_models_own(client, log, name, prompt, model, r
     assert (record.chosen, record.reason, reason_at(record, record.thresholds)) == (model, reason, reason)
 
 
+PROMPTS = ("SUM 5 2 ?", "SUM 1 2 ?", "SUM 1 2 3 ?")
+
+
+@pytest.fixture(scope="module")
+def alone(address):
+    """Return what `Generate` gives, by model or cascade and prompt."""
+    asked = [(name, prompt) for name in POLICIES for prompt in PROMPTS]
+    with Client(address) as client:
+        return {key: ask(client, *key) for key in [*asked, ("", PROMPTS[0]), ("small", PROMPTS[0])]}
+
+
 @pytest.mark.parametrize("of", ["", "small", "judge"])
-def test_sessions_give_what_generate_gives(client, log, of):
-    prompts = ("SUM 5 2 ?", "SUM 1 2 ?", "SUM 1 2 3 ?")
+def test_sessions_give_what_generate_gives(client, alone, log, of):
     options = {"max_tokens": 40, "ignore_eos": True, "seed": 3}
     with client.session(model=of) as session:
         asked = {
-            (name, prompt): session.submit(prompt, model=name, **options) for name in POLICIES for prompt in prompts
+            (name, prompt): session.submit(prompt, model=name, **options) for name in POLICIES for prompt in PROMPTS
         }
-        asked[of, prompts[0]] = session.submit(prompts[0], **options)
-        other = session.submit(prompts[0], model="large", **options)
+        asked[of, PROMPTS[0]] = session.submit(PROMPTS[0], **options)
+        other = session.submit(PROMPTS[0], model="large", **options)
         tokens = {}
         for request, chunk in session:
             tokens.setdefault(request.key, []).extend(chunk.token_ids if chunk else ())
     for (name, prompt), request in asked.items():
-        own, generation = ask(client, name, prompt)
+        own, generation = alone[name, prompt]
         assert tokens[request.key] == own
         if name in POLICIES:
             mine, theirs = request.cascade, generation.cascade

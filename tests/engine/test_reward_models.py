@@ -20,7 +20,13 @@ from expertwire.strategies.verifiers import Candidate, VerifierError
 from expertwire.verifiers import RewardModel, YesNo
 
 PROMPTS = [tiny.prompt(length, seed=length) for length in (1, 17, 70)]
-OPTIONS = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 1 << 24, "max_num_seqs": 8}
+OPTIONS = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 1 << 24,
+    "max_num_seqs": 8,
+    "threads_per_rank": 1,
+}
 
 
 def classifier(folder, kind, num_labels):

@@ -28,8 +28,8 @@ ALL = 1e3  # a tolerance that keeps everything
 @pytest.fixture(scope="module")
 def models():
     with (
-        expertwire.LLM(DEMO.with_name("demo_model_small"), max_model_len=256) as small,
-        expertwire.LLM(DEMO, max_model_len=256) as large,
+        expertwire.LLM(DEMO.with_name("demo_model_small"), max_model_len=256, threads_per_rank=1) as small,
+        expertwire.LLM(DEMO, max_model_len=256, threads_per_rank=1) as large,
     ):
         yield {"small": small, "large": large}
 

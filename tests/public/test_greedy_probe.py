@@ -15,7 +15,9 @@ def test_the_first_branch_is_greedy_and_the_others_are_those_of_the_seed():
     rows = (Bin(least=0.5, strategy=BestOfN(2, process)), Bin(strategy=BeamSearch(4, 4, process, step_text=";")))
     strategy = ComputeOptimal(rows, probe=2, greedy_probe=True, signal="verifier", verifier=process)
     greedy, sampled = (expertwire.SamplingParams(temperature=t, seed=3, max_tokens=64) for t in (0, 0.8))
-    with expertwire.LLM(Path(expertwire.__file__).with_name("demo_model"), max_model_len=256) as llm:
+    with expertwire.LLM(
+        Path(expertwire.__file__).with_name("demo_model"), max_model_len=256, threads_per_rank=1
+    ) as llm:
         alone = llm.generate(problems, greedy, use_tqdm=False)
         both = expertwire.SamplingParams(temperature=0.8, seed=3, max_tokens=64, n=2)
         branches = llm.generate(problems, both, use_tqdm=False)
