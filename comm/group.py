@@ -40,21 +40,13 @@ class Group(Protocol):
         """
         ...
 
-    def barrier(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class PeerGroup(Group, Protocol):
-    """A group whose ranks also send to each other in pairs."""
-
-    def send_recv(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
-        """Send `send_P[p]` to each rank p and receive `receive_P[p]` from it, all at once; empty ones are skipped."""
-        ...
-
     def all_gather(self, out: Tensor, rows: Tensor) -> Pending:
         """Gather every rank's `rows`, equally many, into `out` in rank order."""
         ...
+
+    def barrier(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +81,6 @@ class _Done:
         return None
 
 
-class _All:
-    """Several exchanges in progress."""
-
-    def __init__(self, pending: Sequence[Pending]) -> None:
-        self._pending = pending
-
-    def wait(self) -> None:
-        for one in self._pending:
-            one.wait()
-
-
 class SoloGroup:
     """A group of one rank, which receives what it sends."""
 
@@ -109,10 +90,6 @@ class SoloGroup:
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
         assert list(out_counts) == list(counts), f"sends {list(counts)} rows to itself but receives {list(out_counts)}"
         out.copy_(rows)
-        return _Done()
-
-    def send_recv(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
-        receive_P[0].copy_(send_P[0])
         return _Done()
 
     def all_gather(self, out: Tensor, rows: Tensor) -> Pending:
@@ -173,39 +150,17 @@ class TorchGroup:
             options._timeout = timeout
             configure(options.config, nccl)
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
-            # The first call would make the communicator, but needs all ranks, and `send_recv` may involve only some.
             self._group.eager_connect_single_device(torch.device("cuda", index))
             # NCCL connects two ranks, with megabytes of buffers a channel, when the first send between them is enqueued
             # (`p2pTaskAppend` in enqueue.cc, 2.28 to 2.30): now, ahead of the measurement of memory, not while serving.
             all_gather_rows(self, torch.zeros(1, dtype=torch.uint8, device=self.device))
 
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
+        """See `Group`. One call: a `send` and a `recv` for each rank would be two events, a record of the flight recorder and a
+        reference to memory each (`pointToPoint` in ProcessGroupNCCL.cpp), where `alltoall_base` has a loop of ncclSend and
+        ncclRecv (`all2all_single_unequal_split` in torch/csrc/cuda/nccl.cpp)."""
         options = dist.AllToAllOptions()
         return self._group.alltoall_base(out, rows, list(out_counts), list(counts), options)
-
-    def send_recv(self, receive_P: Sequence[Tensor], send_P: Sequence[Tensor]) -> Pending:
-        """See `PeerGroup`. NCCL sends and receives all in one kernel, gloo has a call for each.
-
-        `ProcessGroupNCCL::endCoalescing` closes the NCCL group and returns nullptr, here None, if nothing was sent or
-        received since `startCoalescing` (torch 2.11 to 2.13, ProcessGroupNCCL.cpp: `coalescedComm_ == nullptr`). Until it
-        has been waited for, the work keeps the tensors alive.
-        """
-        grouped = self.device != "cpu"
-        if grouped:
-            self._group._start_coalescing()
-        works: list[Pending] = []
-        for peer, (receive, send) in enumerate(zip(receive_P, send_P, strict=True)):
-            if peer == self.rank:
-                receive.copy_(send)
-                continue
-            if len(receive):
-                works.append(self._group.recv([_bytes(receive)], peer, 0))
-            if len(send):
-                works.append(self._group.send([_bytes(send)], peer, 0))
-        if grouped:
-            work = self._group._end_coalescing()
-            works = [] if work is None else [work]
-        return _All(works)
 
     def all_gather(self, out: Tensor, rows: Tensor) -> Pending:
         return self._group._allgather_base(_bytes(out), _bytes(rows))

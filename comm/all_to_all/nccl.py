@@ -1,8 +1,8 @@
-"""Dispatch and combine by grouped sends and receives: NCCL between GPUs, gloo between CPUs.
+"""Dispatch and combine by exchanges of as many rows as there are: NCCL between GPUs, gloo between CPUs.
 
 The expert ids of all tokens are all-gathered (the plan gives the numbers of tokens), so that each rank computes on its
-device which rows it sends and receives. The rows follow in one grouped send and receive, during which the order of the
-routed rows is computed.
+device which rows it sends and receives. The rows follow in one exchange, during which the order of the routed rows is
+computed.
 
 The host waits for the device once a layer. NCCL takes the numbers of rows from the host
 (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/p2p.html), and they depend on the routing, so that no CUDA
@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from expertwire.comm.all_to_all.base import AllToAllSpec, Dispatched, Handle
-from expertwire.comm.group import PeerGroup, Pending
+from expertwire.comm.group import Group, Pending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +45,12 @@ class _CombineHandle(Handle):
 
 
 class NcclAllToAll:
-    """An all-to-all over `PeerGroup.send_recv`."""
+    """An all-to-all over `Group.exchange`, whose routing is computed on the device."""
 
     graph_safe = False
 
     def __init__(self, spec: AllToAllSpec) -> None:
-        self._spec, self._group, self._ranks_of = spec, cast(PeerGroup, spec.group), RankTable(spec.rank_offsets)
+        self._spec, self._group, self._ranks_of = spec, spec.group, RankTable(spec.rank_offsets)
 
     def dispatch_send(
         self, x_TD: Tensor, physical_TK: Tensor, num_tokens_P: Sequence[int], num_valid: Tensor | None = None
@@ -69,7 +68,7 @@ class NcclAllToAll:
         counts = torch.cat([*sums, self._expert_offsets(ids_PTK)]).cpu()  # the host waits here, and nowhere else
         copies_P, sent_P, rows_P, received_P = counts[: 4 * group.size].view(4, -1).tolist()
         sent_tokens = _true_first(sends_PT)[: sum(copies_P)] % max(1, num_tokens)
-        x_UD, pending = _send_recv(group, x_TD[sent_tokens], copies_P, rows_P)
+        x_UD, pending = _exchange(group, x_TD[sent_tokens], copies_P, rows_P)
         ids_UK = ids_PTK.flatten(0, 1)[_true_first(receives_PT)[: sum(rows_P)]]
         row_index_R, position_R = self._by_expert(ids_UK, sum(received_P))
         return _DispatchHandle(
@@ -90,7 +89,7 @@ class NcclAllToAll:
     def combine_send(self, handle: Handle, y_RD: Tensor) -> _CombineHandle:
         assert isinstance(handle, _DispatchHandle), handle
         rows_RD = y_RD.index_select(0, handle.position_R)
-        y_ND, pending = _send_recv(self._group, rows_RD, handle.received_P, handle.sent_P)
+        y_ND, pending = _exchange(self._group, rows_RD, handle.received_P, handle.sent_P)
         return _CombineHandle(num_tokens=handle.num_tokens, slot_N=handle.slot_N, y_ND=y_ND, pending=pending)
 
     def combine_recv(self, handle: Handle) -> Tensor:
@@ -133,10 +132,11 @@ def _true_first(flags: Tensor) -> Tensor:
     return (~flags.flatten()).sort(stable=True).indices
 
 
-def _send_recv(group: PeerGroup, rows: Tensor, counts_P: list[int], receive_P: list[int]) -> tuple[Tensor, Pending]:
+def _exchange(group: Group, rows: Tensor, counts_P: list[int], receive_P: list[int]) -> tuple[Tensor, Pending]:
     """Start sending `counts_P[p]` rows to each rank p, in rank order, and receiving `receive_P[p]` into a new tensor."""
     out = rows.new_empty(sum(receive_P), *rows.shape[1:])
-    return out, group.send_recv(out.split(receive_P), rows.contiguous().split(counts_P))
+    # As bytes, because gloo refuses some dtypes.
+    return out, group.exchange(out.view(torch.uint8), rows.contiguous().view(torch.uint8), receive_P, counts_P)
 
 
 class RankTable:

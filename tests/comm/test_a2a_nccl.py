@@ -1,4 +1,4 @@
-"""Grouped sends and receives beyond the conformance suite: float8, options, NCCL's contracts."""
+"""The exchange over NCCL beyond the conformance suite: float8, options, NCCL's contracts."""
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -100,10 +100,10 @@ def on_gpus(function, *args):
 
 
 def swap_with(group, counts_PP):
-    sent = [torch.full((counts_PP[group.rank][peer], 2), float(group.rank)) for peer in range(3)]
-    received = [torch.full((counts_PP[peer][group.rank], 2), -1.0) for peer in range(3)]
-    group.send_recv(received, sent).wait()
-    return [rows[:, 0].tolist() for rows in received]
+    counts_P, receive_P = counts_PP[group.rank], [counts_P[group.rank] for counts_P in counts_PP]
+    out = torch.full((sum(receive_P), 2), -1.0)
+    group.exchange(out, torch.full((sum(counts_P), 2), float(group.rank)), receive_P, counts_P).wait()
+    return [rows[:, 0].tolist() for rows in out.split(receive_P)]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def swap_with(group, counts_PP):
     ids=["nothing travels", "one rank has no part", "all"],
 )
 def test_rows_sent_between_gpus_arrive(nccl, counts_PP):
-    """NCCL's end of coalescing returns None to a rank that has neither sent nor received."""
+    """Every rank takes part, also one that neither sends nor receives."""
     for rank, received in enumerate(on_gpus(swap_with, counts_PP)):
         assert received == [[float(peer)] * counts_PP[peer][rank] for peer in range(3)]
 
@@ -122,14 +122,24 @@ def test_exchanges_between_gpus(nccl, tokens):
     on_gpus(run_exchange, "nccl over gloo", Exchange(tokens=tokens, ids="holes"), 2)
 
 
-def test_parts_of_a_group_are_connected_before_they_serve(nccl):
+def test_groups_are_connected_before_memory_is_measured(nccl):
     """A communicator of its own has connections of its own."""
+    on_gpus(lambda group: [check_connected(each) for each in (group, group.split([0] * 3, NcclOptions(max_ctas=8)))])
 
-    def run(group):
-        part = group.split([0, 0, 0], NcclOptions(max_ctas=8))
-        return swap_with(part, [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
 
-    assert on_gpus(run)[0] == [[0.0], [1.0] * 4, [2.0] * 7]
+def check_connected(group):
+    assert group._group.connected == {0, 1, 2}
+
+
+def test_a_layer_takes_three_calls(nccl):
+    """Ids, rows, and rows that return, whatever the number of ranks: calls for each rank would be the host's work."""
+
+    def count(group):
+        before = group._group.num_calls
+        run_exchange(group, "nccl over gloo", Exchange(tokens=(5, 3, 7), top_k=2), 1)
+        return group._group.num_calls - before
+
+    assert on_gpus(count) == [3, 3, 3]
 
 
 # What the host learns a number of the device by, on a GPU.

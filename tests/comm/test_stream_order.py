@@ -21,7 +21,7 @@ PARTS = 2
 
 
 class Alone:
-    """A `PeerGroup` of one rank whose collectives run on their own stream and keep their tensors until they are waited
+    """A `Group` of one rank whose collectives run on their own stream and keep their tensors until they are waited
     for, as `ProcessGroupNCCL` does (`stashed_for_allocator_safety_`, ProcessGroupNCCL.cpp of torch 2.13)."""
 
     rank, size = 0, 1
@@ -29,8 +29,8 @@ class Alone:
     def __init__(self, streams):
         self._stream = streams.stream()
 
-    def send_recv(self, receive_P, send_P):
-        return self._copied(receive_P, send_P)
+    def exchange(self, out, rows, out_counts, counts):
+        return self._copied([out], [rows])
 
     def all_gather(self, out, rows):
         return self._copied([out], [rows])
