@@ -8,6 +8,7 @@ record weighted by the inverse of the probability with which it came there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -191,7 +192,8 @@ def _escalated(
 ) -> Interval:
     """Return the share that goes to the large model: counted where the log tells, estimated for the others.
 
-    The others are like those of the random slice about which the log would not tell either, had they not been in it.
+    The others are like those of the random slice about which the log would not tell either, had they not been in it. The
+    interval is that of the log's own requests, hence as wide as chance makes both the slice and the others.
     """
     known = sum(reason is not None and reason != "kept" for reason in reasons) / len(records)
     unknown = sum(reason is None for reason in reasons) / len(records)
@@ -206,7 +208,7 @@ def _escalated(
     ]
     if not alike:
         raise ValueError("records must have requests of the random slice like those about which the log cannot tell")
-    rest = _weighted([value for value, _ in alike], [weight for _, weight in alike])
+    rest = _weighted([value for value, _ in alike], [weight for _, weight in alike], reasons.count(None))
     return Interval(*(known + unknown * value for value in (rest.value, rest.low, rest.high)))
 
 
@@ -253,8 +255,13 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float | None:
     return sum(map(float.__mul__, values, weights)) / sum(weights) if values else None
 
 
-def _weighted(values: Sequence[float], weights: Sequence[float]) -> Interval:
-    """Return the weighted mean with Wilson's interval for the effective number of records."""
+def _weighted(values: Sequence[float], weights: Sequence[float], num_others: float = math.inf) -> Interval:
+    """Return the weighted mean with Wilson's interval for the effective number of records.
+
+    Args:
+        num_others: records whose own mean is predicted; infinite for the mean of all that could ever come.
+    """
     mean = _mean(values, weights)
     assert mean is not None
-    return wilson(mean, sum(weights) ** 2 / sum(weight**2 for weight in weights))
+    inverse_count = sum(weight**2 for weight in weights) / sum(weights) ** 2
+    return wilson(mean, 1 / (inverse_count + 1 / num_others))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def write_log(legs: Legs, cascade: Cascade) -> list[DecisionRecord]:
     return records
 
 
-def check(legs: Legs, threshold: float, others: tuple[float, ...], *, share: float = 0.1) -> dict[str, Any]:
+def check(legs: Legs, threshold: float, others: tuple[float, ...], *, share: float, slices: int) -> dict[str, Any]:
     """Return whether the log's replay escalates what the run did, and the shares it predicts beside those of other runs.
 
     Args:
@@ -52,31 +53,45 @@ def check(legs: Legs, threshold: float, others: tuple[float, ...], *, share: flo
         threshold: of the run.
         others: thresholds to predict; higher ones are known from the log, lower ones estimated from its random slice.
         share: of the random slice.
+        slices: how many random slices are drawn, one a version of the policy. Errors are over all, the prediction is the first's.
     """
-    cascade = Cascade(
+    policy = Cascade(
         small="small", large="large", version="1", confidence_threshold=threshold, window=WINDOW, random_share=share
     )
-    records = write_log(legs, cascade)
-    nobody = np.zeros(len(records), bool)
+    logs = [write_log(legs, replace(policy, version=str(1 + number))) for number in range(slices)]
+    nobody = np.zeros(len(logs[0]), bool)
 
     def escalated(at: float) -> Any:
         return run(legs, direct=nobody, signal=SIGNAL, threshold=at, abort=True).escalated
 
-    replayed = [reason_at(record, record.thresholds) != "kept" for record in records]
+    replayed = np.array([[reason_at(record, record.thresholds) != "kept" for record in records] for records in logs])
     predictions = []
     for at in others:
-        evaluation = evaluate_thresholds(records, {"confidence": at})
+        found, true = (
+            [evaluate_thresholds(records, {"confidence": at}) for records in logs],
+            float(escalated(at).mean()),
+        )
+        shares = np.array([[each.escalated.value, each.escalated.low, each.escalated.high] for each in found])
+        errors = shares[:, 0] - true
         predictions.append(
             {
                 "threshold": at,
-                "predicted": round(evaluation.escalated.value, 4),
-                "true": round(float(escalated(at).mean()), 4),
-                "exact": evaluation.is_exact,
+                "predicted": round(float(shares[0, 0]), 4),
+                "interval": np.round(shares[0, 1:], 4).tolist(),
+                "true": round(true, 4),
+                "exact": found[0].is_exact,
+                "root_mean_square_error": round(float(np.sqrt((errors**2).mean())), 4),
+                "largest_error": round(float(np.abs(errors).max()), 4),
+                "intervals_with_the_true_share": round(
+                    float(((shares[:, 1] <= true + 1e-9) & (true - 1e-9 <= shares[:, 2])).mean()), 4
+                ),
             }
         )
     return {
         "threshold": threshold,
-        "escalated": round(float(np.mean(replayed)), 4),
-        "replay_equals_run": bool((np.array(replayed) == escalated(threshold)).all()),
+        "random_share": share,
+        "slices": slices,
+        "escalated": round(float(replayed[0].mean()), 4),
+        "replay_equals_run": bool((replayed == escalated(threshold)).all()),
         "predictions": predictions,
     }

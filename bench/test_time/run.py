@@ -41,6 +41,7 @@ CASCADE_SIZES = range(3, 8)
 SMALL_MODEL = DEMO_MODEL.with_name("demo_model_small")
 FIRST_SEED = 20_000  # no decision about a training looked at the problems from here on
 BRANCHES = 16
+REPLAY_SHARE, REPLAY_SLICES = 0.5, 20  # twice the error of a share escalated is then below 2 points, see the results
 PRICES = [float(price) for price in np.geomspace(3e-2, 1e-6, 40)]
 
 
@@ -201,7 +202,7 @@ def report(study: Study) -> tuple[dict[str, Any], dict[str, Any]]:
         "either": float((legs.small_right | legs.large_right).mean()),
         "small_alone_cost": float(((legs.prompt + legs.small).mean()) * legs.ratio / (legs.prompt + legs.large).mean()),
         "mechanisms": mechanisms,
-        "replay": replay.check(legs, -0.22, (-0.1, -0.15, -0.3, -0.5)),
+        "replay": replay.check(legs, -0.22, (-0.1, -0.15, -0.3, -0.5), share=REPLAY_SHARE, slices=REPLAY_SLICES),
     }
     results = {
         "problems": study.problems,

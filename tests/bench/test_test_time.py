@@ -152,10 +152,13 @@ def test_the_cascades_log_replays_and_predicts_as_the_runs_are():
         size=tokens, prompt=tokens, small=tokens, large=tokens, small_right=right, large_right=right,
         signals={"window of 4": signal}, ratio=0.1,
     )  # fmt: skip
-    result = replay.check(legs, -0.6, (-0.5, -0.9), share=0.5)
+    result = replay.check(legs, -0.6, (-0.5, -0.7), share=0.5, slices=8)
     assert result["replay_equals_run"]
     higher, lower = result["predictions"]
     assert 0 < result["escalated"] < higher["true"] == higher["predicted"]
     assert higher["exact"] and not lower["exact"]
     assert 0 < lower["true"] < result["escalated"]
-    assert abs(lower["true"] - lower["predicted"]) < 0.08
+    assert abs(lower["true"] - lower["predicted"]) <= lower["largest_error"] < 0.08
+    assert (higher["largest_error"], higher["interval"]) == (0, [higher["true"]] * 2)
+    assert 0 < lower["root_mean_square_error"] <= lower["largest_error"]
+    assert lower["intervals_with_the_true_share"] >= 6 / 8, "of 95 %"

@@ -160,6 +160,17 @@ def test_higher_thresholds_are_known_from_the_log(router, confidence):
     assert evaluation.escalated.value == escalations / len(records)
 
 
+def test_intervals_hold_where_the_slice_is_most_of_the_log():
+    """The share is that of the log's own requests, of which the few outside the slice vary, too."""
+    inside = 0
+    for seed in range(40):
+        records, _, _ = run(policy(0.2, -1.0, share=0.8), seed=seed, count=400)
+        _, escalations, _ = run(policy(0.2, -2.0), seed=seed, count=400)
+        found = evaluate_thresholds(records, {"confidence": -2.0}).escalated
+        inside += found.low <= escalations / len(records) <= found.high
+    assert inside >= 34, "of 40 intervals of 95 %"
+
+
 @pytest.mark.parametrize(("router", "confidence"), [(0.2, -2.5), (0.05, -2.0)])
 def test_lower_thresholds_are_estimated_without_bias(router, confidence):
     """Over eight logs of 700 requests the estimates are right to 2 points in the mean, and nearly all intervals hold."""
