@@ -16,6 +16,7 @@ u64.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,11 +40,15 @@ def aligned_rows(num_rows: int, width: int, kind: type) -> np.ndarray:
     """Return zeros [num_rows, at least width] whose rows are an odd number of cache lines.
 
     With a power of two, the same columns of all rows would compete for a few places of the
-    processor's cache.
+    processor's cache. What is never touched of a row takes no memory: numpy would ask for huge
+    pages, which the beginnings of rows fill with zeros of the rest.
     """
     dtype = np.dtype(kind)
     num_lines = -(-width * dtype.itemsize // _LINE) | 1
-    return aligned(num_rows * num_lines * _LINE // dtype.itemsize, dtype).reshape(num_rows, -1)
+    memory = mmap.mmap(-1, max(1, num_rows * num_lines * _LINE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype, num_rows * num_lines * _LINE // dtype.itemsize).reshape(num_rows, -1)
 
 
 class BlockPool:

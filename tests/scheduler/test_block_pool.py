@@ -1,4 +1,5 @@
 import numpy as np
+import psutil
 import pytest
 from helpers.examples import examples
 from hypothesis import given
@@ -7,7 +8,7 @@ from numba import njit
 
 from expertwire.scheduler._compiled import blocks as block_loops
 from expertwire.scheduler._compiled.blocks import END, NONE, guess_prefix
-from expertwire.scheduler.block_pool import BlockPool
+from expertwire.scheduler.block_pool import BlockPool, aligned_rows
 
 # Only compiled code can call these.
 _find_block, _set_block_hash, _share_block = block_loops.find_block, block_loops.set_block_hash, block_loops.share_block
@@ -452,3 +453,13 @@ def test_pool_agrees_with_a_plain_one(random, num_caches, num_ranks, num_blocks)
         cache = random.randrange(num_caches)
         random.choice([do_allocate, do_share, do_free, do_hash])(random, pool, cache, plains[cache])
         check(pool, cache, plains[cache])
+
+
+def test_rows_of_which_little_is_used_take_little_memory():
+    process = psutil.Process()
+    before = process.memory_info().rss
+    rows = aligned_rows(512, 131_072, np.int32)
+    assert rows.shape[1] * rows.itemsize % 128 == 64, "an odd number of cache lines"
+    assert not rows[:, :64].any()
+    rows[:, :64] = 1
+    assert process.memory_info().rss - before < rows.nbytes / 8
