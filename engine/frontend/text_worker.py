@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
 import socket
@@ -21,6 +22,7 @@ from expertwire.engine.frontend.chat import JSON_FIELDS, ChatText
 from expertwire.engine.frontend.prompts import check_length, tokenize
 from expertwire.engine.frontend.tokenizer import Tokenizer
 
+_LARGE = 256 << 10  # bytes of a task after which the worker's memory is worth returning
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -56,8 +58,18 @@ def worker_main(args: WorkerArgs) -> None:
             task = link.recv(None)
             assert task is not None, "without a timeout there is a task"
             link.send(_answer(task, tokenizer, args))
+            if sum(array.nbytes for array in task.values()) > _LARGE:
+                del task
+                _return_memory()
     except ChannelClosed:
         return
+
+
+def _return_memory() -> None:
+    """Let the operating system have what a large task took, a hundred times its text; glibc would keep most of it."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def prompt_task(prompt: str | ChatText) -> dict[str, np.ndarray]:

@@ -79,6 +79,22 @@ def test_tokens_and_texts_are_those_of_the_tokenizer(tmp_path):
     asyncio.run(run())
 
 
+def test_a_worker_keeps_little_of_what_a_large_text_took(tmp_path):
+    async def run():
+        before = worker_pids()
+        async with texts(tmp_path, info=dataclasses.replace(INFO, max_model_len=4_000_000)) as (workers, _):
+            await workers.encode(LONG, PARAMS, client="a")
+            processes = [psutil.Process(pid) for pid in worker_pids() - before]
+            small = sum(each.memory_info().rss for each in processes)
+            assert len(await workers.encode(LONG * 100, PARAMS, client="a")) > 100_000
+            # A worker returns memory before it takes another task.
+            await asyncio.gather(*(workers.encode(LONG, PARAMS, client=name) for name in "abcd"))
+            kept = sum(each.memory_info().rss for each in processes) - small
+            assert kept < 16 * len(LONG) * 100
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("tokenizer", ["byte_level", "byte_fallback"])
 def test_no_text_that_fits_is_too_large(tmp_path, tokenizer):
     backend = Tokenizer.open(tokenizer_files.write(tmp_path, tokenizer))
