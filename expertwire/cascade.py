@@ -80,6 +80,11 @@ class CascadeLLM:
         self._llms: dict[LegName, LLM] = {"small": models[cascade.small], "large": models[cascade.large]}
         self._bound = CascadePolicy(cascade=cascade, verifier=verifier, verifier_policy=verifier_policy)
         self._shares_tokens = _share_tokens(self._llms["small"], self._llms["large"])
+        if cascade.draft_tolerance is not None and not self._shares_tokens:
+            raise ValueError(
+                f"draft_tolerance must be None where tokenizers differ, as those of {cascade.small} and {cascade.large} do; got "
+                f"{cascade.draft_tolerance}"
+            )
         self._log = None if decision_log is None else DecisionLog(decision_log)
         # Request ids differ from run to run, so that each has a random slice of its own.
         self._prefix, self._num_requests = f"{time.time_ns():x}", 0

@@ -30,6 +30,15 @@ STRATEGIES: tuple[tuple[str | dict[str, Any], str, *tuple[str, ...]], ...] = (
     ("sequential_revision:revisions=1000", "INVALID_ARGUMENT", "revisions must be at most 256"),
     ("sequential_revision:revisions=1", "INVALID_ARGUMENT", "needs a tokenizer"),
 )
+CASCADES: tuple[tuple[dict[str, Any], *tuple[str, ...]], ...] = (
+    ({"large": "a"}, "cascade.large must be another model than small", "'a'"),
+    ({"router_threshold": 0.5}, "cascade.router must be given with router_threshold"),
+    ({"confidence_threshold": 0.5}, "cascade.confidence_threshold", "<= 0", "got 0.5"),
+    ({"window": 0}, "cascade.window", ">= 1", "got 0"),
+    ({"random_share": 1.5}, "cascade.random_share", "got 1.5"),
+    ({"draft_tolerance": -1.0}, "cascade.draft_tolerance", ">= 0", "got -1.0"),
+    ({"draft_tolerance": float("nan")}, "cascade.draft_tolerance", "nan"),
+)
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("serve --strategies no_such_module --port 0", "strategies: module no_such_module cannot be imported"),
     ("serve --strategies json --port 0", "strategies: module json must have a dictionary STRATEGIES or VERIFIERS"),

@@ -26,6 +26,7 @@ from expertwire.bench.bad_inputs.broken_checkpoints import (
 )
 from expertwire.bench.bad_inputs.environment import DEMO, Environment
 from expertwire.deploy.grpc.messages import from_sampling_params
+from expertwire.strategies.cascade import Cascade
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Return all bad inputs."""
-    return [*_options(), *_checkpoints(), *_commands(), *_sampling(), *_prompts(), *_requests()]
+    return [*_options(), *_checkpoints(), *_commands(), *_sampling(), *_prompts(), *_cascades(), *_requests()]
 
 
 OPTIONS: tuple[tuple[Any, ...], ...] = (
@@ -407,6 +408,17 @@ REQUESTS: tuple[tuple[Any, ...], ...] = (
 )
 
 
+def _cascades() -> Iterator[Case]:
+    for changes, *words in bad_strategies.CASCADES:
+
+        def make(_: Environment, changes: dict[str, Any] = changes) -> Cascade:
+            return Cascade(**{"small": "a", "large": "b", "version": "1", **changes})
+
+        yield Case(
+            area="Cascades", description=_arguments(changes), run=make, expected="ValueError", words=tuple(words)
+        )
+
+
 def _requests() -> Iterator[Case]:
     for description, values, *words in REQUESTS:
         yield _request(description, partial(Environment.request, **values), "INVALID_ARGUMENT", *words)
@@ -418,6 +430,14 @@ def _requests() -> Iterator[Case]:
         yield _request(bad_strategies.description(strategy), run, status, *words)
     both = partial(Environment.request, strategy="first_k_finish:n=2", n=2)
     yield _request("strategy=first_k_finish:n=2, n=2", both, "INVALID_ARGUMENT", "n must be", "got 2")
+    windowed = partial(Environment.session_request, window_tokens=64, strategy="first_k_finish:n=2")
+    yield _request(
+        "strategy=first_k_finish:n=2, in a session with window_tokens=64",
+        windowed,
+        "INVALID_ARGUMENT",
+        "strategy must be unset",
+        "window_tokens",
+    )
     chat = [{"role": "user", "content": "a"}]
     ask = lambda env: list(env.client.chat(chat))  # noqa: E731 - as short as a partial
     yield _request("a chat, of a model without tokenizer", ask, "INVALID_ARGUMENT", "needs a tokenizer", "token ids")

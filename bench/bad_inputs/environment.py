@@ -103,6 +103,15 @@ class Environment:
         """Send a request, valid but for `values`, to the server and read its stream."""
         list(self.client.generate(**{"prompt": [5], "max_tokens": 16, **values}))
 
+    def session_request(self, *, window_tokens: int, **values: Any) -> None:
+        """Send a request, valid but for `values`, in a session, and raise the error that it ends with."""
+        with self.client.session(window_tokens=window_tokens) as session:
+            request = session.submit(**{"prompt": [5], "max_tokens": 16, **values})
+            for _ in session:
+                pass
+        if request.error is not None:
+            raise request.error
+
     def request_beside(self, **values: Any) -> None:
         """Send a request while the request "first" runs."""
         first = self.client.generate([5], request_id="first", max_tokens=2000, ignore_eos=True)

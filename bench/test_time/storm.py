@@ -122,6 +122,7 @@ def random_strategy(rng: random.Random, verifier: Verifier) -> tuple[str, Strate
         {"strategy": "beam_search", **steps},
         {"strategy": "dvts", **steps},
         {"strategy": "lookahead", **steps},
+        {"strategy": "step_retries", "step_text": steps["step_text"], "least": 0.4, "max_retries": 8, **scored},
         {"strategy": "sequential_revision", "revisions": 2, "text": "SUM", "chains": rng.randint(1, 3)},
     ]
     table = [

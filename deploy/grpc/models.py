@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from expertwire.engine.frontend.api import RequestError, RequestFailed
 from expertwire.engine.frontend.cascade_legs import CascadePolicy
 from expertwire.engine.frontend.text_workers import TextWorkers
 from expertwire.strategies.decision_log import DecisionLog
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Models:
             of = [self._models.get(each) for each in (policy.cascade.small, policy.cascade.large)]
             if (small := of[0]) is not None and (large := of[1]) is not None:
                 served[name] = ServedCascade(policy, small.requests, large.requests)
+                if policy.cascade.draft_tolerance is not None and not small.requests.makes_same_tokens(large.requests):
+                    _log.warning(
+                        "warning: draft_tolerance of the cascade %s has no effect, as its models have different tokenizers",
+                        name,
+                    )
         self.cascades = CascadeLoop(served, log)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,3 +166,11 @@ def test_tokens_are_kept_up_to_the_first_that_is_too_unlikely():
     assert num_accepted([7, 7], [best, tied], 0.0) == 1  # which of the two it would choose is not known
     assert num_accepted([7, 7], [best, tied], 0.1) == 2
     assert num_accepted([], [], 0.0) == 0
+
+
+def test_drafts_need_equal_tokenizers(models):
+    policy = dataclasses.replace(DOUBT, draft_tolerance=0.5)
+    without = {"small": models["small"], "large": SimpleNamespace(tokenizer=None)}
+    with pytest.raises(ValueError, match=r"draft_tolerance must be None where tokenizers differ.*got 0\.5"):
+        expertwire.CascadeLLM(policy, without)
+    expertwire.CascadeLLM(DOUBT, without).close()
