@@ -191,12 +191,20 @@ def storm(frontend: Frontend, seconds: float, *, seed: int, fault_share: float =
     return report
 
 
-def check_leftovers(frontend: Frontend, report: Report) -> None:
-    """Report what is left of groups that have ended: requests, tokens that no usage counts, threads of verifiers."""
+def check_leftovers(frontend: Frontend, report: Report, num_tokens: int | None = None) -> None:
+    """Report what is left of requests that have ended: requests, tokens that no usage counts, threads of verifiers.
+
+    Args:
+        frontend: of the engine.
+        report: gets the problems, and the engine's counters.
+        num_tokens: that requests have received; None: those that the engine counts as groups', kept and pruned.
+    """
     deadline = time.monotonic() + 2 * _HANGS_S + 10
     while True:  # the last step may be in flight, and tokens on their way
         stats = _stats(frontend)
-        if (_is_idle(stats) and _num_accounted(stats) == stats["tokens_sampled"]) or time.monotonic() > deadline:
+        if (
+            _is_idle(stats) and _num_accounted(stats, num_tokens) == stats["tokens_sampled"]
+        ) or time.monotonic() > deadline:
             break
         time.sleep(0.05)
     report.stats = stats
@@ -205,7 +213,7 @@ def check_leftovers(frontend: Frontend, report: Report) -> None:
         report.problems.append(f"the engine still has {left}")
     if frontend.num_open:
         report.problems.append(f"the frontend still has {frontend.num_open} requests")
-    if (total := _num_accounted(stats)) != stats["tokens_sampled"]:
+    if (total := _num_accounted(stats, num_tokens)) != stats["tokens_sampled"]:
         report.problems.append(f"{total} tokens are accounted for, {stats['tokens_sampled']} were sampled")
     while (names := _verifier_threads()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -234,9 +242,11 @@ def _is_idle(stats: dict[str, Any]) -> bool:
     return not (used or any(stats[name] for name in ("num_running", "num_waiting", "held", "paused")))
 
 
-def _num_accounted(stats: dict[str, Any]) -> int:
+def _num_accounted(stats: dict[str, Any], num_tokens: int | None) -> int:
     counted = stats["groups"]
-    return sum(counted.get(f"tokens_{fate}", 0) for fate in ("kept", "pruned", "late")) + int(stats["tokens_dropped"])
+    if num_tokens is None:
+        num_tokens = sum(counted.get(f"tokens_{fate}", 0) for fate in ("kept", "pruned"))
+    return int(num_tokens + counted.get("tokens_late", 0) + stats["tokens_dropped"])
 
 
 def _verifier_threads() -> list[str]:
