@@ -13,10 +13,11 @@ from typing import Protocol
 import numpy as np
 
 from expertwire.comm.control.codec import pack, unpack
+from expertwire.comm.control.connections import Listener, connect, listen
 from expertwire.comm.control.errors import ChannelClosed, RankError, RankLost, RankTimeout
 from expertwire.comm.control.hub import ControlHub, this_node
 from expertwire.comm.control.link import ControlLink
-from expertwire.comm.control.socket_channel import Listener, SocketChannel, connect, listen
+from expertwire.comm.control.socket_channel import SocketChannel
 
 __all__ = [
     "ChannelClosed",

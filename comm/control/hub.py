@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from expertwire.comm.control.codec import pack, unpack
+from expertwire.comm.control.connections import listen
 from expertwire.comm.control.errors import BEAT, ERROR, ChannelClosed, RankError, RankLost, RankTimeout
-from expertwire.comm.control.socket_channel import SocketChannel, listen
+from expertwire.comm.control.socket_channel import SocketChannel
 
 _POLL_S = 0.05
 _WATCH_S = 0.25  # time between calls of `collect`'s `meanwhile`

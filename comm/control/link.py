@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from expertwire.comm.control.codec import unpack
+from expertwire.comm.control.connections import connect, listen
 from expertwire.comm.control.errors import BEAT, ERROR, ChannelClosed
-from expertwire.comm.control.socket_channel import SocketChannel, connect, listen
+from expertwire.comm.control.socket_channel import SocketChannel
 
 _JOIN_S = 60.0  # for the peers to do their part once all ranks have said hello
 _DRAIN_S = 60.0  # for a peer to read on in the middle of a message
