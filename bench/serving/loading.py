@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from expertwire.bench.machine import processor
 from expertwire.engine.loader import reader, weights
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.parameters import Destination, ParamSpec
+from expertwire.engine.loader.param_specs import ParamSpec
+from expertwire.engine.loader.parameters import Destination
 
 _ROWS, _COLUMNS = 2048, 7168  # an expert's matrix in DeepSeek-V3, e4m3
 _PER_FILE = 32  # matrices

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from expertwire.engine.loader.parameters import ParameterLayout, ParamSpec, StackedMatrix, tensors_of
+from expertwire.engine.loader.param_specs import ParamSpec, StackedMatrix, tensors_of
+from expertwire.engine.loader.parameters import ParameterLayout
 from expertwire.engine.models.mixer_configs import LatentAttentionConfig
 from expertwire.engine.models.model_config import ModelConfig
 from expertwire.kernels.formats import BLOCK, GPU_LINEAR_FORMATS, GROUPS, ON_THE_FLY

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expertwire.engine.loader.parameters import Destination, ParameterLayout, ParamSpec, StackedMatrix
+from expertwire.engine.loader.param_specs import ParamSpec, StackedMatrix
+from expertwire.engine.loader.parameters import Destination, ParameterLayout
 from expertwire.engine.loader.quantization import METHODS, QuantMethod, is_ignored
 from expertwire.engine.models.model_config import MoeConfig, TensorNames
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
+from expertwire.engine.loader.param_specs import ParamSpec
+from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout
 
 _NAMES = {
     "k": ("attn.k_scale", "k_scale", "k_proj.k_scale", "qkv_proj.k_scale", "k_proj.output_scale", "kv_scale"),

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from expertwire.engine.layers.step import LayerContext, Step
-from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout, ParamSpec
+from expertwire.engine.loader.param_specs import ParamSpec
+from expertwire.engine.loader.parameters import Destination, LoadedParameters, ParameterLayout
 from expertwire.engine.models.mixer_configs import Mamba2Config
 from expertwire.engine.models.model_config import TensorNames
 from expertwire.kernels.ops import causal_conv1d

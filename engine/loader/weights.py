@@ -18,7 +18,8 @@ from expertwire.engine.kv_cache import memory
 from expertwire.engine.layers.step import RankContext
 from expertwire.engine.loader import reader
 from expertwire.engine.loader.checkpoint import Checkpoint, first_ten
-from expertwire.engine.loader.parameters import Destination, ParamSpec, WeightMap
+from expertwire.engine.loader.param_specs import ParamSpec
+from expertwire.engine.loader.parameters import Destination, WeightMap
 from expertwire.engine.models.decoder import Decoder
 from expertwire.engine.models.model_config import ModelConfig
 

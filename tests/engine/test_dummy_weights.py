@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertwire.engine.loader import weights
-from expertwire.engine.loader.parameters import ParamSpec
+from expertwire.engine.loader.param_specs import ParamSpec
 
 
 def dummy(specs, dtype=torch.float32, seed=0):

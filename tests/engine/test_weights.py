@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from expertwire.engine.loader import reader, weights
 from expertwire.engine.loader.checkpoint import Checkpoint
-from expertwire.engine.loader.parameters import Destination, ParamSpec
+from expertwire.engine.loader.param_specs import ParamSpec
+from expertwire.engine.loader.parameters import Destination
 
 # A little model: D width 6, F expert width 5, E 4 experts, fused query and value (4 + 2 rows), one replicated expert.
 D, F, E = 6, 5, 4
