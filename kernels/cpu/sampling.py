@@ -7,19 +7,16 @@ O sampled rows, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.kernels import threads
 from expertwire.kernels.cpu._llvm import jit
 from expertwire.kernels.ops.sampling import keep_top
 
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-_FEW = 1 << 18  # numbers whose softmax takes about 0.1 ms on one thread
 
 
 @jit
@@ -78,21 +75,6 @@ def _draw(probs_OV, temperature_O, min_p_O, seed_O, branch_O, position_O, token_
             token_O[o] = token
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch use one thread.
-
-    Its softmax divides even two short rows among all threads and waits for them: a few us become 0.5 ms where another process
-    has the other core, and then the thread spins on that core.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def sample(
     logits_OV: Tensor,
     temperature_O: Tensor,
@@ -113,7 +95,7 @@ def sample(
     if drawn:
         scaled_OV = torch.empty_like(logits_OV)
         _scale(logits, token, temperature, scaled_OV.numpy())
-        with _one_thread() if logits_OV.numel() <= _FEW else contextlib.nullcontext():
+        with threads.as_many_as_worth(scaled_OV):
             if filtered:
                 scaled_OV = keep_top(scaled_OV, top_k_O, top_p_O)
             probs_OV = torch.softmax(scaled_OV, dim=-1)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertwire.kernels import threads
+
 # The fields of a slot's sampling record that `sample` takes, in its order, and their dtypes.
 DRAW_PARAMETERS = {
     "temperature": np.float32,
@@ -228,7 +230,9 @@ def token_logprobs(logits_OV: Tensor, token_O: Tensor, num_top: int) -> tuple[Te
     """Return log-probability fp32 [O] and rank i64 [O] (1: most probable) of the given tokens, of raw logits; then the
     `num_top` most probable tokens' ids i64 and log-probabilities fp32 [O, num_top], descending.
     """
-    return token_scores(torch.log_softmax(logits_OV, dim=-1), token_O, num_top)
+    with threads.as_many_as_worth(logits_OV):
+        logprobs_OV = torch.log_softmax(logits_OV, dim=-1)
+    return token_scores(logprobs_OV, token_O, num_top)
 
 
 def token_scores(scores_OV: Tensor, token_O: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -185,3 +185,17 @@ def test_token_logprobs():
     assert top_ids[0, 2] == 2
     torch.testing.assert_close(top.double(), expected.gather(1, top_ids))
     assert sampling.token_logprobs(logits, torch.tensor([2, 3]), 0)[2].shape == (2, 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (16, 128), (33, 4097), (3, 151_936)])
+def test_log_probabilities_do_not_depend_on_threads(shape):
+    logits, token = 5 * torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.zeros(shape[0]).long()
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(sampling.token_logprobs(logits, token, 2))
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *found))
+    assert torch.equal(found[0][0], torch.log_softmax(logits, -1)[:, 0])
