@@ -276,7 +276,7 @@ def _ray(needed: bool) -> Iterator[list[psutil.Process]]:
         yield []
         return
     launcher = RayLauncher()
-    launcher.hub_address()
+    launcher.connect()
     try:
         children = psutil.Process().children(recursive=True)
         yield [child for child in children if child.name() in ("raylet", "gcs_server")]

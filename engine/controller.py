@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -101,7 +102,9 @@ def controller_main(args: ControllerArgs, newcomers: int) -> None:
     state: ControllerState | None = None
     try:
         _report(listening={"hub": hub.address})
-        info, domains = start_ranks(args, hub, while_they_load=warm_up)
+        with ThreadPoolExecutor(1) as pool:  # compiles while the ranks' processes start and load
+            compiled = pool.submit(warm_up)
+            info, domains = start_ranks(args, hub, while_they_load=compiled.result)
         policy = make_policy(config.scheduling_policy, aging=config.aging)
         scheduler = Scheduler(scheduler_config(args, info), args.model.cache_specs(), policy)
         state = ControllerState(

@@ -87,14 +87,32 @@ class RayLauncher:
         self._runs: list[ray.ObjectRef] = []
         self._places: list[tuple[str, int]] = []
 
-    def hub_address(self) -> str:
-        """See `engine.launcher.Launcher`. Connects to Ray, or starts it.
+    def connect(self) -> None:
+        """Connect to Ray, or start it. Idempotent.
 
         Raises:
             ValueError: no Ray cluster answers at the given address, or it refuses our token.
             EngineFailed: Ray cannot be started.
         """
-        self._connect()
+        if ray.is_initialized():
+            return
+        if self._address == "local":
+            self._start_ray()
+            return
+        if self._address != "auto":
+            addresses.check_answers(self._address, self._connect_timeout_s)
+        _init_within(self._address, self._connect_timeout_s)
+        self._owns_ray = True  # only the connection; `stop` leaves the cluster running
+
+    def hub_address(self) -> str:
+        """See `engine.launcher.Launcher`. Connects to a cluster; a Ray of its own is started by `start`, beside the controller.
+
+        Raises:
+            ValueError: no Ray cluster answers at the given address, or it refuses our token.
+        """
+        if self._address == "local" and not ray.is_initialized():
+            return "tcp:127.0.0.1:0"  # all ranks will be on this machine
+        self.connect()
         return f"tcp:{ray.util.get_node_ip_address()}:0"
 
     def start(self, spec: WorkerSpec) -> None:
@@ -102,10 +120,11 @@ class RayLauncher:
 
         Raises:
             ValueError: the cluster is too small, or cannot be reached.
+            EngineFailed: Ray cannot be started.
             RankFailed: no room in time, or a process did not start.
         """
         assert not self._actors, f"{len(self._actors)} workers run already"
-        self._connect()
+        self.connect()
         deadline = time.monotonic() + _START_S
         entries = [entry for entry in ray.nodes() if entry["Alive"]]
         nodes = [Node.of(entry) for entry in entries]
@@ -156,17 +175,6 @@ class RayLauncher:
             guard.stop(self._guard)
         self._guard = None
         self._actors, self._runs, self._places, self._group, self._owns_ray = [], [], [], None, False
-
-    def _connect(self) -> None:
-        if ray.is_initialized():
-            return
-        if self._address == "local":
-            self._start_ray()
-            return
-        if self._address != "auto":
-            addresses.check_answers(self._address, self._connect_timeout_s)
-        _init_within(self._address, self._connect_timeout_s)
-        self._owns_ray = True  # only the connection; `stop` leaves the cluster running
 
     def _start_ray(self) -> None:
         on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -65,7 +65,7 @@ class TestVariable:
         asked = []
         monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["address"]) or 1 / 0)
         with pytest.raises(EngineFailed, match="Ray cannot be started on this machine: division"):
-            RayLauncher(given).hub_address()
+            RayLauncher(given).connect()
         assert asked == [found]
 
     def test_is_named_if_it_is_malformed(self, monkeypatch):
@@ -109,5 +109,5 @@ def test_our_handler_of_sigterm_is_back_when_ray_has_set_its_own(monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(EngineFailed, match="timed out during startup"):
-        RayLauncher("local").hub_address()
+        RayLauncher("local").connect()
     assert signal.getsignal(signal.SIGTERM) is before

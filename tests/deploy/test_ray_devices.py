@@ -45,7 +45,7 @@ def test_every_rank_sees_all_gpus_of_its_node_and_has_one_of_its_own(cluster):
 @pytest.mark.slow
 def test_more_ranks_than_gpus_are_refused(cluster):
     launcher = RayLauncher(worker="helpers.control_ranks:worker_main")
-    launcher.hub_address()
+    launcher.connect()
     with pytest.raises(ValueError, match="ep_size is 4, but the Ray cluster has 3 GPUs"):
         launcher.start(WorkerSpec(config=CONFIG, num_ranks=4, address="tcp:127.0.0.1:1", token=TOKEN))
     launcher.stop(10)

@@ -30,7 +30,7 @@ class Cuda:
 def owner():
     """The launcher that has started Ray: once for all tests here, because it takes seconds."""
     launcher = RayLauncher(worker=WORKER)
-    launcher.hub_address()
+    launcher.connect()
     yield launcher
     launcher.stop(10)
 
@@ -101,7 +101,7 @@ def test_more_gpus_than_there_are_is_a_clear_error(engine):
 
 @pytest.mark.slow
 def test_stopping_the_launcher_that_started_ray_ends_it(owner):
-    owner.hub_address()
+    owner.connect()
     children = psutil.Process().children(recursive=True)
     ours = [
         child for child in children if child.status() != psutil.STATUS_ZOMBIE and "ray" in " ".join(child.cmdline())

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,11 +91,19 @@ def test_a_folder_without_room_for_the_controllers_socket_is_named(tmp_path, cap
     assert re.search(message, failed["message"])
 
 
-def test_compiled_loops_are_warmed_up_while_the_ranks_load(monkeypatch, capsys):
-    """Ranks wait for the store's address before they load: what the controller does ahead of that, they wait for."""
+def test_compiled_loops_are_warmed_up_while_the_ranks_start_and_load(monkeypatch, capsys):
+    """Ranks wait for the store's address before they load: the controller must not wait for the compiler ahead of that."""
     done = []
+
+    def compile_():
+        deadline = time.monotonic() + 30
+        while "sharers store" not in done:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        done.append("warm up")
+
     monkeypatch.setattr(controller, "ControlHub", lambda *args, **kwargs: FakeHub(done, rounds=1))
-    monkeypatch.setattr(controller, "warm_up", lambda: done.append("warm up"))
+    monkeypatch.setattr(controller, "warm_up", compile_)
     ours, theirs = socket.socketpair()
     with ours:
         controller.controller_main(args(), theirs.detach())
