@@ -44,6 +44,10 @@ class Group(Protocol):
         """Gather every rank's `rows`, equally many, into `out` in rank order."""
         ...
 
+    def connect(self) -> None:
+        """Take what `exchange` needs now, and not at its first call. All ranks call it together."""
+        ...
+
     def barrier(self) -> None: ...
 
     def close(self) -> None: ...
@@ -73,6 +77,10 @@ class NcclOptions:
 
 
 MAX_CTAS = 64  # NCCL's MAXCHANNELS
+# Of the communicator of all ranks, which gathers texts and moves experts. NCCL holds 9.6 MB for each channel and peer that rows
+# are exchanged with (init.cc: `DEFAULT_BUFFSIZE`, `DEFAULT_LL_BUFFSIZE`, `DEFAULT_LL128_BUFFSIZE`; p2p.cc: `p2pRecvSetup`), and
+# by default has 32 channels between two GPUs of an NVSwitch: by its sources 2 GB at 8 ranks, and 22 GB at 72.
+FEW_CHANNELS = NcclOptions(max_ctas=2)
 _TEXT_BYTES = 4096
 
 
@@ -95,6 +103,9 @@ class SoloGroup:
     def all_gather(self, out: Tensor, rows: Tensor) -> Pending:
         out.copy_(rows)
         return _Done()
+
+    def connect(self) -> None:
+        return None
 
     def barrier(self) -> None:
         return None
@@ -151,9 +162,6 @@ class TorchGroup:
             configure(options.config, nccl)
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
             self._group.eager_connect_single_device(torch.device("cuda", index))
-            # NCCL connects two ranks, with megabytes of buffers a channel, when the first send between them is enqueued
-            # (`p2pTaskAppend` in enqueue.cc, 2.28 to 2.30): now, ahead of the measurement of memory, not while serving.
-            all_gather_rows(self, torch.zeros(1, dtype=torch.uint8, device=self.device))
 
     def exchange(self, out: Tensor, rows: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Pending:
         """See `Group`. One call: a `send` and a `recv` for each rank would be two events, a record of the flight recorder and a
@@ -164,6 +172,13 @@ class TorchGroup:
 
     def all_gather(self, out: Tensor, rows: Tensor) -> Pending:
         return self._group._allgather_base(_bytes(out), _bytes(rows))
+
+    def connect(self) -> None:
+        """See `Group`. NCCL connects two ranks, with buffers for each channel, when the first send between them is enqueued
+        (`p2pTaskAppend` in enqueue.cc, 2.28 to 2.30), and `alltoall_base` sends to all ranks, if nothing
+        (`_nccl_should_send_recv`). Called ahead of the measurement of memory, nobody runs out of it while serving."""
+        ones = torch.zeros(self.size, 1, dtype=torch.uint8, device=self.device)
+        exchange_now(self, ones, [1] * self.size, [1] * self.size)
 
     def barrier(self) -> None:
         """Wait for all ranks; a CUDA group also waits for the work on this rank's current stream."""
@@ -231,6 +246,8 @@ def make_group(
 ) -> Group:
     """Return the group of `size` ranks that meet at a store; the rank that serves a TCP store passes it as `master`.
 
+    Between GPUs it has `FEW_CHANNELS`: rows of tokens want a group of their own (`TorchGroup.split`).
+
     Args:
         store_address: "tcp:host:port", or "file:/path" for ranks of one machine.
     """
@@ -242,7 +259,9 @@ def make_group(
         store.set_timeout(timedelta(seconds=timeout_s))
     else:
         store = master or _connect_store(store_address, timeout_s)
-    return TorchGroup(store=store, rank=rank, size=size, device=device, local_ip=local_ip, timeout_s=timeout_s)
+    return TorchGroup(
+        store=store, rank=rank, size=size, device=device, local_ip=local_ip, timeout_s=timeout_s, nccl=FEW_CHANNELS
+    )
 
 
 def _connect_store(address: str, timeout_s: float = 300.0) -> dist.TCPStore:
@@ -272,8 +291,9 @@ def exchange_now(group: Group, rows: Tensor, out_counts: Sequence[int], counts: 
 
 def all_gather_rows(group: Group, row: Tensor) -> Tensor:
     """Return the row [n] of every rank, [P, n], on the row's device. All ranks call it together."""
-    ones = [1] * group.size
-    return exchange_now(group, row.repeat(group.size, 1), ones, ones)
+    out = row.new_empty(group.size, *row.shape)
+    group.all_gather(out, row.contiguous()[None]).wait()
+    return out
 
 
 def all_gather_text(group: Group, text: str, device: torch.device | str = "cpu") -> list[str]:

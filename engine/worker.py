@@ -150,6 +150,8 @@ def _start(
         master=store,
     )
     closing.callback(group.close)
+    if config.eplb_step_interval:
+        group.connect()  # experts move by it
     model_config = read_model_config(config.model, config.dtype, config.kv_cache_dtype, config.snapshot_every)
     domain_P, failing_P = _rank_domains(config, group, node, device)
     model, all_to_all = _load(config, model_config, rank, num_ranks, node, sharers, device, group, domain_P, link.beat)

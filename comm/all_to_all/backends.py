@@ -64,8 +64,9 @@ def build(
     reports = topology_probe.gather_reports(spec.group, topology_probe.probe(node, device), device)
     conditions = _conditions(dispatched, reports, device)
     choice = choose(wanted, conditions, table)
-    if (options := NcclOptions(**choice.nccl)) != NcclOptions():
-        spec = replace(spec, group=cast(TorchGroup, spec.group).split([0] * spec.group.size, options))
+    if device != "cpu" and choice.name != "nvlink":
+        group = cast(TorchGroup, spec.group)
+        spec = replace(spec, group=group.split([0] * group.size, NcclOptions(**choice.nccl)))
     if choice.name == "nvlink" and device != "cpu" and len({report.node for report in reports}) > 1:
         fabric.check_fabric(reports)
         fabric.check_import(spec.group, fabric.load_driver(device), device)
@@ -83,6 +84,8 @@ def make(name: str, spec: AllToAllSpec, device: str, *, fp8: bool = False) -> tu
         from expertwire.comm.all_to_all import nvlink_gpu
 
         return nvlink_gpu.build(packed(spec) if fp8 else spec)
+    if device != "cpu":
+        spec.group.connect()
     backends: dict[str, Callable[[AllToAllSpec], AllToAll]] = {
         "reference": ReferenceAllToAll,
         "nccl": NcclAllToAll,
@@ -98,7 +101,10 @@ def _micro_batches(spec: AllToAllSpec) -> list[AllToAllSpec]:
 def _hierarchical(spec: AllToAllSpec, rails: tuple[list[int], list[int]]) -> Callable[[AllToAllSpec], AllToAll]:
     """Return the constructor of an all-to-all across domains, with groups of its own. All ranks call it together."""
     group, (domain_P, place_P) = cast(TorchGroup, spec.group), rails
-    return partial(HierarchicalAllToAll, across=group.split(place_P), within=group.split(domain_P), make=NcclAllToAll)
+    across, within = group.split(place_P), group.split(domain_P)
+    for each in (across, within):
+        each.connect()
+    return partial(HierarchicalAllToAll, across=across, within=within, make=NcclAllToAll)
 
 
 def _with_fp8(make: Callable[[AllToAllSpec], AllToAll], spec: AllToAllSpec, device: str, fp8: bool) -> AllToAll:

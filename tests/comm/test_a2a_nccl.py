@@ -13,7 +13,10 @@ from helpers.ranks import Ranks
 from torch.overrides import TorchFunctionMode
 
 from expertwire.comm import group as groups
+from expertwire.comm.all_to_all import backends
 from expertwire.comm.group import NcclOptions
+from expertwire.comm.topology import probe as topology_probe
+from expertwire.kernels import registry
 
 
 @pytest.fixture(scope="module", params=[1, 3])
@@ -79,6 +82,8 @@ def test_a_rank_with_other_tokens_than_planned_is_an_error():
 def nccl(monkeypatch):
     """Yield ranks that are threads, each with a fake GPU."""
     monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeProcessGroupNCCL, raising=False)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(topology_probe, "peers_of", lambda mine: [])
     FakeCuda(3).install(monkeypatch)
 
 
@@ -122,13 +127,18 @@ def test_exchanges_between_gpus(nccl, tokens):
     on_gpus(run_exchange, "nccl over gloo", Exchange(tokens=tokens, ids="holes"), 2)
 
 
-def test_groups_are_connected_before_memory_is_measured(nccl):
-    """A communicator of its own has connections of its own."""
-    on_gpus(lambda group: [check_connected(each) for each in (group, group.split([0] * 3, NcclOptions(max_ctas=8)))])
+def test_ranks_are_connected_before_memory_is_measured_and_only_for_rows(nccl):
+    """The communicator of all ranks gathers texts without; one that exchanges rows has connections of its own."""
 
+    def run(group):
+        before = groups.all_gather_text(group, f"rank {group.rank}"), set(group._group.connected)
+        nccl, _ = backends.build("nccl", Exchange().spec(group), registry.plain(), "node", f"cuda:{group.rank}")
+        exchanging = nccl[0]._group._group
+        return before, set(group._group.connected), exchanging.connected, vars(exchanging.options.config)
 
-def check_connected(group):
-    assert group._group.connected == {0, 1, 2}
+    for before, after, exchanging, options in on_gpus(run):
+        assert before == (["rank 0", "rank 1", "rank 2"], set())
+        assert (after, exchanging, options) == (set(), {0, 1, 2}, {})
 
 
 def test_a_layer_takes_three_calls(nccl):

@@ -26,6 +26,7 @@ class FakeProcessGroupNCCL:
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         gloo._timeout = options._timeout
         self._gloo = dist.ProcessGroupGloo(store, rank, size, gloo)
+        self.options = options
         self._device: torch.device | None = None
         self.connected: set[int] = set()
         self.num_calls = 0
