@@ -97,16 +97,24 @@ def test_experts_move_while_states_go_on(name):
 
 
 @pytest.mark.slow
-def test_caches_that_are_too_small_give_the_same_tokens():
+@pytest.mark.parametrize(
+    ("name", "dtype", "lengths", "num_output", "nbytes"),
+    [
+        ("nemotron3_super", "float32", range(30, 400, 37), 130, 800_000),
+        ("nemotron3_super", "bfloat16", range(30, 400, 37), 130, 800_000),
+        ("phi4_flash", "float32", range(30, 400, 37), 130, 1_600_000),
+        ("phi4_flash", "bfloat16", range(30, 400, 37), 130, 800_000),
+    ],
+)
+def test_caches_that_are_too_small_give_the_same_bits(name, dtype, lengths, num_output, nbytes):
     """Requests wait for a state, or are preempted and go on from their last snapshot."""
-    prompts = [tiny.prompt(30 + 37 * i, seed=i) for i in range(10)]
-    params = SamplingParams(temperature=0, max_tokens=130, ignore_eos=True)
+    prompts = [tiny.prompt(length, seed=i) for i, length in enumerate(lengths)]
+    params = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, logprobs=64)
+    fixed = {"max_model_len": max(lengths) + num_output + 7, "max_num_batched_tokens": 64, "snapshot_share": 0.0}
     answers, preemptions = [], []
-    for nbytes in (60_000_000, 800_000):
-        options = {"max_model_len": 500, "max_num_batched_tokens": 64, "snapshot_share": 0.0}
-        with serve("nemotron3_super", kv_cache_memory_bytes=nbytes, **options) as llm:
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            answers.append([list(output.outputs[0].token_ids) for output in outputs])
+    for enough in (60_000_000, nbytes):
+        with serve(name, dtype=dtype, kv_cache_memory_bytes=enough, **fixed) as llm:
+            answers.append(bits(llm.generate(prompts, params, use_tqdm=False)))
             preemptions.append(llm.stats()["preemptions"])
     assert answers[0] == answers[1]
     assert preemptions[0] == 0
