@@ -102,9 +102,10 @@ def controller_main(args: ControllerArgs, newcomers: int) -> None:
     state: ControllerState | None = None
     try:
         _report(listening={"hub": hub.address})
-        with ThreadPoolExecutor(1) as pool:  # compiles while the ranks' processes start and load
-            compiled = pool.submit(warm_up)
-            info, domains = start_ranks(args, hub, while_they_load=compiled.result)
+        # While the ranks start, load and compile what they run: they wait for this process only when all have done so.
+        compiled = ThreadPoolExecutor(1).submit(warm_up)
+        info, domains = start_ranks(args, hub)
+        compiled.result()
         policy = make_policy(config.scheduling_policy, aging=config.aging)
         scheduler = Scheduler(scheduler_config(args, info), args.model.cache_specs(), policy)
         state = ControllerState(

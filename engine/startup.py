@@ -6,7 +6,6 @@ P ranks.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,13 +41,8 @@ class RankDomains:
     failure_domains: tuple[int, ...]
 
 
-def start_ranks(
-    args: ControllerArgs, hub: ControlHub, while_they_load: Callable[[], None] = lambda: None
-) -> tuple[ModelInfo, RankDomains]:
+def start_ranks(args: ControllerArgs, hub: ControlHub) -> tuple[ModelInfo, RankDomains]:
     """Let the ranks join, load weights and allocate caches, by the exchange that `engine.worker` describes.
-
-    Args:
-        while_they_load: called while the ranks load.
 
     Raises:
         RankLost, RankTimeout, RankError: a rank is at fault.
@@ -56,21 +50,18 @@ def start_ranks(
     """
     timeout_s = args.config.start_timeout_s
     try:
-        return _start_within(timeout_s, args, hub, while_they_load)
+        return _start_within(timeout_s, args, hub)
     except RankTimeout as error:
         raise RankTimeout(error.ranks, f"{error.what}; start_timeout_s is {timeout_s:g}") from None
 
 
-def _start_within(
-    timeout_s: float, args: ControllerArgs, hub: ControlHub, while_they_load: Callable[[], None]
-) -> tuple[ModelInfo, RankDomains]:
+def _start_within(timeout_s: float, args: ControllerArgs, hub: ControlHub) -> tuple[ModelInfo, RankDomains]:
     hub.wait_joined(timeout_s, lambda: None)
     hub.publish({})
     present = hub.collect(timeout_s)
     nodes = [bytes(answer["node"]) for answer in present]
     sharers_P = np.array([nodes.count(node) for node in nodes])
     hub.publish({"store": present[0]["store"], "sharers": sharers_P})
-    while_they_load()
     loaded = hub.collect(timeout_s)
     device = bytes(loaded[0]["device"]).decode()
     hub.publish({"max_model_len": np.array([args.max_model_len])})

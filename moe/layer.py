@@ -88,6 +88,14 @@ class MoeLayer:
         """Return the residual sum and its norm. All ranks call this together, also without tokens."""
         return run(self.micro_batch(x_TD, normed_TD, num_tokens_P))
 
+    def run_experts_alone(self) -> None:
+        """Run the first expert for one token, without other ranks, on a CPU: for warm-up."""
+        x_TD = torch.zeros_like(self.norm)[None]
+        input_TD = x_TD if self.latent is None else self.latent[0](x_TD)
+        offsets = np.ones(len(self.experts.weights[0]) + 1, np.int64)
+        offsets[0] = 0
+        self.experts(input_TD, torch.zeros(1, dtype=torch.int64), offsets)
+
     def micro_batch(
         self,
         x_TD: Tensor,

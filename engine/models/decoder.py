@@ -274,6 +274,12 @@ class Decoder:
         """As `Model.logits`."""
         return self._head(x_OD)
 
+    def run_experts_alone(self) -> None:
+        """Run the first sparse layer's experts, if there are any, without other ranks; see `MoeLayer.run_experts_alone`."""
+        first = next((layer.moe for layer in self.layers if layer.moe is not None), None)
+        if first is not None:
+            first.run_experts_alone()
+
     def take_expert_load(self) -> Tensor:
         """Return i64 [L * E], this rank's routed rows of each expert since the last call; 0 in dense layers. It is on the model's
         device, so that nobody has to wait for it."""

@@ -130,6 +130,8 @@ class ModelRunner:
         if self._ops.on_device:
             self._warm_up_on_device(max_num_batched_tokens, max_num_seqs)
         else:
+            if self._rank % 2:  # ranks of a machine share compiled code, so half of them begin with another part
+                self._model.run_experts_alone()
             for num in range(1, min(2, max_num_batched_tokens) + 1):
                 self._model.logits(self._dummy.run_in_null_block(num)).argmax(dim=-1)
         self._model.take_expert_load()

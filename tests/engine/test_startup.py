@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import threading
 import time
 from types import SimpleNamespace
 
@@ -91,23 +92,34 @@ def test_a_folder_without_room_for_the_controllers_socket_is_named(tmp_path, cap
     assert re.search(message, failed["message"])
 
 
-def test_compiled_loops_are_warmed_up_while_the_ranks_start_and_load(monkeypatch, capsys):
-    """Ranks wait for the store's address before they load: the controller must not wait for the compiler ahead of that."""
+def test_compiled_loops_are_warmed_up_while_the_ranks_start(monkeypatch, capsys):
+    """Ranks wait for the controller three times before they compile what they run: it must not wait for its own compiler then."""
     done = []
 
     def compile_():
         deadline = time.monotonic() + 30
-        while "sharers store" not in done:
+        while done.count("collect") < 4:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         done.append("warm up")
+        raise OSError("compiled last")
 
-    monkeypatch.setattr(controller, "ControlHub", lambda *args, **kwargs: FakeHub(done, rounds=1))
+    monkeypatch.setattr(controller, "ControlHub", lambda *args, **kwargs: FakeHub(done))
     monkeypatch.setattr(controller, "warm_up", compile_)
+    ours, theirs = socket.socketpair()
+    with ours, pytest.raises(OSError, match="compiled last"):
+        controller.controller_main(args(), theirs.detach())
+    assert done[-1] == "warm up"
+
+
+def test_ranks_that_fail_are_reported_while_the_compiler_works(monkeypatch, capsys):
+    reported = threading.Event()
+    monkeypatch.setattr(controller, "ControlHub", lambda *args, **kwargs: FakeHub([], rounds=1))
+    monkeypatch.setattr(controller, "warm_up", lambda: reported.wait(30))
     ours, theirs = socket.socketpair()
     with ours:
         controller.controller_main(args(), theirs.detach())
-    assert done[done.index("sharers store") :][:3] == ["sharers store", "warm up", "collect"]
+    reported.set()
     assert '"failed"' in capsys.readouterr().out
 
 
