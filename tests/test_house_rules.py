@@ -282,6 +282,12 @@ def test_the_wheel_has_every_package():
         assert (ROOT / package.removeprefix("expertwire.").replace(".", "/") / "py.typed").is_file(), package
 
 
+def test_files_of_tests_have_different_names():
+    """pytest knows a module of tests by its name alone, and collects but one of two. Interpreted ones have a process of their own."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py") if file.parent.name != "kernels_interpreted"]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_folders_refuse_their_bare_names():
     names = [name for name in MAY_IMPORT if name != "expertwire"]
     code = f"""
