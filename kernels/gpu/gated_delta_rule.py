@@ -5,13 +5,16 @@ of: products by `tl.dot` for all 64 rows of a chunk, present or not, then a loop
 each from the rows before it. A decode and a prefill thus run the same instructions of the same kernel for a token, and its
 bits do not depend on how steps cut its sequence as long as a row of `tl.dot` depends on nothing but itself, as attention
 assumes too (`attention`). The interpreter shows the rest; a GPU has yet to show this. (The inverse of the triangular matrix
-would replace the loop by products, but needs what all tokens of a chunk are before earlier ones are subtracted: a decode
-knows the results alone.)
+would replace the loop by products, but needs what all tokens of a chunk are before earlier ones are subtracted: of old ones the
+results alone are known, and a row would depend on which those are.)
 
 Products are of fp32. For bf16 models operands are rounded to TF32, whose 10 bits of mantissa are three more than those of
 bf16; for fp32 models each is three products of TF32, whose error is about that of fp32.
 
-The kernel of `fast` decodes reads the state and the chunk once, and multiplies in fp32 without matrix instructions.
+The kernel of `fast` decodes reads the state and the chunk once, and multiplies in fp32 without matrix instructions. As
+prefills then need not share its bits, they do take the inverse (Yang, Wang, Zhang, Shen and Kim, "Parallelizing Linear
+Transformers with the Delta Rule over Sequence Length", 2024), which depends on no state and has a kernel of its own, for all
+chunks side by side.
 
 The state goes through global memory, where the L2 cache keeps it, from chunk to chunk, and keys are read twice: registers
 are what the kernel is short of.
@@ -32,6 +35,7 @@ from expertwire.kernels.ops.gated_delta_rule import CHUNK, EPS, DeltaCache
 from expertwire.kernels.ops.recurrent import StateMetadata
 
 _COLUMNS = 32  # of the state in a program
+PARTS = 16  # programs that share the inverses of a sequence's chunks
 NUM_WARPS = 8
 DECODE_WARPS = 8
 
@@ -73,6 +77,85 @@ def _solve(weights, wanted, beta, u, first, end, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _inverse(matrix, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the inverse of 1 + N for a strictly lower triangular matrix N.
+
+    D, the inverses of its blocks on the diagonal, are found row by row in all of them at once. With M = D times the rest of N,
+    which has no more than three blocks above one another, the whole is (1 - M) (1 + M^2) D.
+    """
+    NUM: tl.constexpr = 4
+    BLOCK: tl.constexpr = CHUNK // NUM
+    place, block, inner = tl.arange(0, CHUNK), tl.arange(0, NUM), tl.arange(0, BLOCK)
+    on_diagonal = block[:, None, None, None] == block[None, None, :, None]
+    diagonal = tl.sum(tl.where(on_diagonal, tl.reshape(matrix, (NUM, BLOCK, NUM, BLOCK)), 0.0), 2)
+    inverse = tl.zeros((NUM, BLOCK, BLOCK), tl.float32) + tl.where(inner[:, None] == inner[None, :], 1.0, 0.0)[None]
+    for i in range(1, BLOCK):
+        is_row = (inner == i)[None, :, None]
+        row = tl.sum(tl.where(is_row, diagonal, 0.0), 1)
+        inverse = tl.where(is_row, inverse - tl.sum(row[:, :, None] * inverse, 1)[:, None, :], inverse)
+    inverse = tl.reshape(tl.where(on_diagonal, inverse[:, :, None, :], 0.0), (CHUNK, CHUNK))
+    rest = tl.where(place[:, None] // BLOCK == place[None, :] // BLOCK, 0.0, matrix)
+    moved = tl.dot(inverse, rest, input_precision=PRECISION)
+    inverse += tl.dot(moved, tl.dot(moved, inverse, input_precision=PRECISION), input_precision=PRECISION)
+    return inverse - tl.dot(moved, inverse, input_precision=PRECISION)
+
+
+@triton.jit
+def inverse_kernel(
+    qkv,
+    a,
+    b,
+    A,
+    dt_bias,
+    inverse,
+    k_cache,
+    g_cache,
+    num_decodes,
+    cu_seqlens_q,
+    seq_lens,
+    chunk_blocks,
+    stride_token,
+    stride_a,
+    stride_b,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Grid (sequences, H, PARTS): for the new rows of prefills' chunks, rows of the inverse [T, H, CHUNK] by which u follows
+    from what is wanted in new rows, and u in old ones."""
+    wait_for_previous_kernel()
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first_row, length = tl.load(cu_seqlens_q + sequence), tl.load(seq_lens + sequence)
+    start = length - (tl.load(cu_seqlens_q + sequence + 1) - first_row)
+    if (start == length) | (sequence < tl.load(num_decodes)):
+        return
+    group = head // (H // G)
+    rate, bias = tl.load(A + head), tl.load(dt_bias + head)
+    slot = tl.load(chunk_blocks + sequence).to(tl.int64) * CHUNK
+    for begin in tl.range((start // CHUNK + tl.program_id(2)) * CHUNK, length, PARTS * CHUNK, disable_licm=True):
+        place, dim = tl.arange(0, CHUNK), tl.arange(0, DIM)
+        first, end = tl.maximum(start - begin, 0), tl.minimum(length - begin, CHUNK)
+        is_old, is_new = place < first, (place >= first) & (place < end)
+        row = (first_row + begin - start).to(tl.int64)
+        time = tl.load(a + row * stride_a + head + place * stride_a, mask=is_new, other=0.0).to(tl.float32)
+        g = tl.load(g_cache + slot * H + head + place * H, mask=is_old, other=0.0)
+        decay = tl.cumsum(tl.where(is_new, rate * _softplus(time + bias), g), 0)
+        beta = tl.load(b + row * stride_b + head + place * stride_b, mask=is_new, other=0.0).to(tl.float32)
+        new = qkv + row * stride_token + (G + group) * DIM + place[:, None] * stride_token + dim
+        k = _keys(new, is_new, k_cache + (slot * G + group) * DIM + place[:, None] * (G * DIM) + dim, is_old, EPS)
+        is_met = (place[:, None] > place[None, :]) & is_new[:, None]
+        faded = tl.exp(tl.where(is_met, decay[:, None] - decay[None, :], 0.0)) * tl.sigmoid(beta)[:, None]
+        found = tl.where(is_met, faded * tl.dot(k, tl.trans(k), input_precision=PRECISION), 0.0)
+        found = _inverse(found, CHUNK, PRECISION)
+        target = inverse + (row * H + head) * CHUNK + place[:, None] * (H * CHUNK) + place
+        tl.store(target, found, mask=is_new[:, None])
+
+
+@triton.jit
 def _state_at(
     cache, table, interval, head, H: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -94,6 +177,7 @@ def gated_delta_rule_kernel(
     u_cache,
     g_cache,
     num_decodes,
+    inverse,
     cu_seqlens_q,
     seq_lens,
     state_table,
@@ -113,7 +197,7 @@ def gated_delta_rule_kernel(
     PRECISION: tl.constexpr,
     WITH_DECODES: tl.constexpr,
 ):
-    """Grid (sequences, H, v / COLUMNS)."""
+    """Grid (sequences, H, v / COLUMNS). `inverse`: of `inverse_kernel`, without decodes."""
     wait_for_previous_kernel()
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first_row, length = tl.load(cu_seqlens_q + sequence), tl.load(seq_lens + sequence)
@@ -151,11 +235,17 @@ def gated_delta_rule_kernel(
         k = _keys(new_q + G * DIM + token_at, is_new, keys + key_at, is_old, EPS)
         state = tl.load(source, mask=begin > 0, other=0.0)
         wanted = v - tl.exp(decay)[:, None] * tl.dot(k, state, input_precision=PRECISION)
-        is_before = place[:, None] > place[None, :]
-        faded = tl.exp(tl.where(is_before, decay[:, None] - decay[None, :], 0.0))
-        weights = tl.where(is_before, faded * tl.dot(k, tl.trans(k), input_precision=PRECISION), 0.0)
         u = tl.load(values + value_at, mask=is_old[:, None], other=0.0)
-        u = _solve(weights, wanted, tl.sigmoid(beta), u, first, end, CHUNK)
+        if WITH_DECODES:
+            is_before = place[:, None] > place[None, :]
+            faded = tl.exp(tl.where(is_before, decay[:, None] - decay[None, :], 0.0))
+            weights = tl.where(is_before, faded * tl.dot(k, tl.trans(k), input_precision=PRECISION), 0.0)
+            u = _solve(weights, wanted, tl.sigmoid(beta), u, first, end, CHUNK)
+        else:
+            u = tl.where(is_new[:, None], tl.sigmoid(beta)[:, None] * wanted, u)
+            at = inverse + (row * H + head) * CHUNK + place[:, None] * (H * CHUNK) + place
+            solved = tl.dot(tl.load(at, mask=is_new[:, None], other=0.0), u, input_precision=PRECISION)
+            u = tl.where(is_new[:, None], solved, u)
 
         # Keys and state are read again, rather than kept in registers. The compiler takes no value from before a barrier.
         tl.debug_barrier()
@@ -342,7 +432,8 @@ def gated_delta_rule(
 ) -> Tensor:
     """Run `kernels.ops.gated_delta_rule.reference`; d is a power of two from 16 to 256, v 16 or a multiple of 32.
 
-    Rows that belong to no sequence are left as they are. `fast`: decodes have a kernel of their own, and other bits.
+    Rows that belong to no sequence are left as they are. `fast`: decodes and the inverses of prefills have kernels of their own,
+    and other bits.
     """
     num_heads, dim, size = cache.state_BHdv.shape[1:]
     columns, chunk_blocks_S = min(_COLUMNS, size), states.chunk_blocks_S
@@ -360,13 +451,20 @@ def gated_delta_rule(
     if fast and seqs.max_decodes:
         grid = seqs.max_decodes, num_heads, size // columns
         decode_kernel[grid](*tensors, seqs.seq_lens, *tables, *sizes, **constants, num_warps=DECODE_WARPS, **PDL)
+    num_keys, inverse_THM = cache.k_BsGd.shape[2], None
+    if fast and seqs.max_prefills:
+        inverse_THM = qkv_TD.new_empty(len(qkv_TD), num_heads, CHUNK, dtype=torch.float32)
+        inverse_kernel[(num_sequences, num_heads, PARTS)](
+            qkv_TD, a_TH, b_TH, A_H, dt_bias_H, inverse_THM, cache.k_BsGd, cache.g_BsH, seqs.num_decodes, seqs.cu_seqlens_q,
+            seqs.seq_lens, chunk_blocks_S, *sizes[:3], G=num_keys, H=num_heads, DIM=dim, CHUNK=CHUNK, EPS=EPS,
+            PRECISION=constants["PRECISION"], PARTS=PARTS, num_warps=NUM_WARPS, **PDL,
+        )  # fmt: skip
     if num_sequences and (seqs.max_prefills or not fast):
-        where, grid = (seqs.cu_seqlens_q, seqs.seq_lens), (num_sequences, num_heads, size // columns)
+        where, grid = (inverse_THM, seqs.cu_seqlens_q, seqs.seq_lens), (num_sequences, num_heads, size // columns)
         gated_delta_rule_kernel[grid](
             *tensors, *where, *tables, *sizes, **constants, WITH_DECODES=not fast, num_warps=NUM_WARPS, **PDL
         )
     if seqs.max_prefills:
-        num_keys = cache.k_BsGd.shape[2]
         store_kernel[(num_sequences, num_keys)](
             qkv_TD, a_TH, A_H, dt_bias_H, cache.k_BsGd, cache.g_BsH, seqs.cu_seqlens_q, seqs.seq_lens, chunk_blocks_S,
             *sizes[:2], G=num_keys, H=num_heads, DIM=dim, CHUNK=CHUNK, EPS=EPS, num_warps=NUM_WARPS, **PDL,

@@ -56,6 +56,21 @@ def test_fast_decodes(dtype):
         torch.testing.assert_close(out, known, **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_fast_prefills(dtype):
+    """From any place of a chunk to any other, and of keys that are all alike: then the triangular matrix is full."""
+    lengths, fast = [141, 64, 33], functools.partial(gated_delta_rule, fast=True)
+    steps = [[9, 64, 31], [50, 0, 2], [7, 0, 0], [75, 0, 0]]
+    scenes = [Scene(lengths, dtype, every=64, **SIZES) for _ in range(2)]
+    for scene in scenes:
+        qkv, _, _ = scene.inputs[1]
+        qkv[:, 32:64] = qkv[0, 32:64]
+    found, expected = (scene.run(op, steps, unused=1) for scene, op in zip(scenes, (fast, reference), strict=True))
+    for out, known in zip(found, expected, strict=True):
+        torch.testing.assert_close(out, known, **TOLERANCE[dtype])
+    torch.testing.assert_close(*(scene.snapshot(0) for scene in scenes), **TOLERANCE[torch.float32])
+
+
 def test_a_step_that_ends_a_chunk_and_begins_another():
     """Keys of the former are read while those of the latter are to be kept in the same block."""
     steps = [[50], [90], [1]]

@@ -30,14 +30,15 @@ def _cases_of(num_keys: int, num_heads: int, dim: int, size: int) -> list[Case]:
         "state_width": 512,
     }
     name, expect = f"G{num_keys} H{num_heads} d{dim} v{size}", {90: "HGMMA", 100: "UTC"}
-    store = gpu.store_kernel.arg_names
+    prefill = {**common, "cu_seqlens_q": i32}
+    inverse, store = gpu.inverse_kernel.arg_names, gpu.store_kernel.arg_names
     return [
         *(
             Case(
                 name=f"gated_delta_rule.{'prefill' if fast else 'any'} {name}",
                 kernel=gpu.gated_delta_rule_kernel,
-                args={**common, "cu_seqlens_q": i32},
-                constexprs={**constexprs, "WITH_DECODES": not fast},
+                args={**prefill, "inverse": f32} if fast else prefill,
+                constexprs={**constexprs, "WITH_DECODES": not fast} | ({} if fast else {"inverse": None}),
                 num_warps=gpu.NUM_WARPS,
                 expect=expect,
                 options=PDL,
@@ -54,9 +55,18 @@ def _cases_of(num_keys: int, num_heads: int, dim: int, size: int) -> list[Case]:
             options=PDL,
         ),
         Case(
+            name=f"gated_delta_rule.inverse {name}",
+            kernel=gpu.inverse_kernel,
+            args={key: kind for key, kind in {**prefill, "inverse": f32}.items() if key in inverse},
+            constexprs={**{key: value for key, value in constexprs.items() if key in inverse}, "PARTS": gpu.PARTS},
+            num_warps=gpu.NUM_WARPS,
+            expect=expect,
+            options=PDL,
+        ),
+        Case(
             name=f"gated_delta_rule.store {name}",
             kernel=gpu.store_kernel,
-            args={name: kind for name, kind in {**common, "cu_seqlens_q": i32}.items() if name in store},
+            args={name: kind for name, kind in prefill.items() if name in store},
             constexprs={name: value for name, value in constexprs.items() if name in store},
             num_warps=gpu.NUM_WARPS,
             options=PDL,
