@@ -283,7 +283,7 @@ def test_the_wheel_has_every_package():
 
 
 def test_files_of_tests_have_different_names():
-    """pytest knows a module of tests by its name alone, and collects but one of two. Interpreted ones have a process of their own."""
+    """pytest knows a module by its name alone, and collects but one of two. Interpreted ones have a process of their own."""
     names = [file.name for file in (ROOT / "tests").rglob("test_*.py") if file.parent.name != "kernels_interpreted"]
     assert not {name for name in names if names.count(name) > 1}
 
