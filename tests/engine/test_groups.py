@@ -63,6 +63,7 @@ def test_a_branch_is_what_it_would_be_alone(kind):
     # Of the hybrid model the states run out first, and these do not grow; `tests/scheduler` has its preemptions.
     assert stats["preemptions"] or name != "qwen3_moe", "no request was preempted"
     assert stats["cached_tokens"]
+    assert sum(map(len, client.tokens.values())) == stats["tokens_sampled"] - stats["tokens_dropped"]
     with branch_client(folder(name), dtype=dtype, enable_prefix_caching=False, max_model_len=300) as client:
         for bits, (tokens, params, fields) in zip(found, wanted, strict=True):
             [alone] = client.submit(tokens, params, **fields)
@@ -87,6 +88,7 @@ def test_sixteen_branches_compute_their_prompt_once():
     assert stats["tokens_computed"] - count * num_output <= num_prompt
     assert stats["tokens_computed"] >= num_prompt + count * (num_output - 1)
     assert stats["prompt_tokens"] - stats["cached_tokens"] == num_prompt
+    assert stats["tokens_sampled"] - stats["tokens_dropped"] == count * num_output
     assert 0 < peak <= (num_prompt + count * num_output) // 16 + count
 
 

@@ -124,8 +124,10 @@ def test_exact_to_the_token(folder, num, options):
         outputs, marks = llm.generate(prompts, params, use_tqdm=False), marks_of(llm)
         seen = sum(check(folder, llm, *each, marks) for each in zip(prompts, params, outputs, strict=True))
         assert (seen > num / 50).all(), seen
+        stats, kept = llm.stats(), sum(len(each.token_ids) for output in outputs for each in output.outputs)
+        assert kept == stats["tokens_sampled"] - stats["tokens_dropped"]
         if "max_num_batched_tokens" in options:
-            assert llm.stats()["preemptions"] > 0
+            assert stats["preemptions"] > 0
 
 
 def test_forced_tokens_have_the_models_log_probabilities(folder):
