@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from expertwire.engine.models.hf_config import HfConfig
-from expertwire.engine.models.mixer_configs import AttentionConfig, QueryScaling
+from expertwire.engine.models.mixer_configs import AttentionConfig, Mixer, QueryScaling
 from expertwire.engine.models.model_config import IgnoredTensors, LayerConfig, MlpConfig, MoeConfig
 from expertwire.kernels.ops.variants import LinearScaling, Llama3, LongRope, Rope, Yarn
 from expertwire.scheduler.config import is_number
@@ -96,6 +97,14 @@ def moe(hf: HfConfig, *names: str, size: str, renormalize: bool) -> MoeConfig:
     if top_k > num_experts:
         raise hf.error(f"num_experts_per_tok ({top_k}) must be at most {name} ({num_experts})")
     return MoeConfig(num_experts=num_experts, top_k=top_k, intermediate_size=hf.integer(size), renormalize=renormalize)
+
+
+def sparse_layers(hf: HfConfig, mixers: Sequence[Mixer], moe: MoeConfig) -> tuple[LayerConfig, ...]:
+    """Return Qwen's layers: every `decoder_sparse_step`-th one has experts, unless `mlp_only_layers` has it; others are dense."""
+    step, dense = hf.integer("decoder_sparse_step"), hf.layer_indices("mlp_only_layers", len(mixers)) or []
+    sparse = [(i + 1) % step == 0 and i not in dense for i in range(len(mixers))]
+    mlp = None if all(sparse) else MlpConfig(intermediate_size=hf.integer("intermediate_size"))
+    return tuple(LayerConfig(mixer=mixers[i], mlp=moe if sparse[i] else mlp) for i in range(len(mixers)))
 
 
 def window(hf: HfConfig) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from expertwire.engine.models import config_readers, qwen2
 from expertwire.engine.models.hf_config import REQUIRED, HfConfig
 from expertwire.engine.models.mixer_configs import AttentionConfig
-from expertwire.engine.models.model_config import LayerConfig, MlpConfig, ModelFamily
+from expertwire.engine.models.model_config import LayerConfig, ModelFamily
 
 
 def _attention(hf: HfConfig) -> AttentionConfig:
@@ -23,16 +23,11 @@ def moe_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
     num_layers, attention = hf.integer("num_hidden_layers"), _attention(hf)
     if hf.flag("use_sliding_window", default=False):
         attention = replace(attention, window=config_readers.window(hf))
-    step, dense = hf.integer("decoder_sparse_step"), hf.layer_indices("mlp_only_layers", num_layers) or []
-    mlp = MlpConfig(intermediate_size=hf.integer("intermediate_size"))
     renormalize = hf.flag("norm_topk_prob")
     moe = config_readers.moe(
         hf, "num_experts", "num_local_experts", size="moe_intermediate_size", renormalize=renormalize
     )
-    return tuple(
-        LayerConfig(mixer=attention, mlp=moe if i not in dense and (i + 1) % step == 0 else mlp)
-        for i in range(num_layers)
-    )
+    return config_readers.sparse_layers(hf, [attention] * num_layers, moe)
 
 
 QWEN3 = ModelFamily(layers=dense_layers)

@@ -64,7 +64,8 @@ def _delta(hf: HfConfig) -> GatedDeltaNetConfig:
     )
 
 
-def _experts(hf: HfConfig, *, renormalize: bool) -> MoeConfig:
+def experts(hf: HfConfig, *, renormalize: bool) -> MoeConfig:
+    """Return experts beside which a shared one is multiplied by a gate."""
     moe = config_readers.moe(
         hf, "num_experts", "num_local_experts", size="moe_intermediate_size", renormalize=renormalize
     )
@@ -72,16 +73,7 @@ def _experts(hf: HfConfig, *, renormalize: bool) -> MoeConfig:
 
 
 def _next_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
-    mixers = _mixers(hf)
-    step = hf.integer("decoder_sparse_step")
-    dense = hf.layer_indices("mlp_only_layers", len(mixers)) or []
-    moe, mlp = _experts(hf, renormalize=hf.flag("norm_topk_prob")), None
-    if dense or step > 1:
-        mlp = MlpConfig(intermediate_size=hf.integer("intermediate_size"))
-    return tuple(
-        LayerConfig(mixer=mixer, mlp=moe if i not in dense and (i + 1) % step == 0 else mlp)
-        for i, mixer in enumerate(mixers)
-    )
+    return config_readers.sparse_layers(hf, _mixers(hf), experts(hf, renormalize=hf.flag("norm_topk_prob")))
 
 
 def _dense_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
@@ -90,7 +82,7 @@ def _dense_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
 
 
 def _moe_layers(hf: HfConfig) -> tuple[LayerConfig, ...]:
-    moe = _experts(hf, renormalize=True)
+    moe = experts(hf, renormalize=True)
     return tuple(LayerConfig(mixer=mixer, mlp=moe) for mixer in _mixers(hf))
 
 

@@ -33,6 +33,7 @@ from expertwire.engine.models.olmoe import OLMOE
 from expertwire.engine.models.phi3 import PHI3
 from expertwire.engine.models.phi4flash import PHI4_FLASH
 from expertwire.engine.models.qwen2 import QWEN2
+from expertwire.engine.models.qwen2_moe import QWEN2_MOE
 from expertwire.engine.models.qwen3 import QWEN3, QWEN3_MOE
 from expertwire.engine.models.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from expertwire.scheduler.config import is_int
@@ -45,6 +46,7 @@ FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
     {
         "MixtralForCausalLM": MIXTRAL,
         "Qwen3MoeForCausalLM": QWEN3_MOE,
+        "Qwen2MoeForCausalLM": QWEN2_MOE,
         "Qwen2ForCausalLM": QWEN2,
         "Qwen3ForCausalLM": QWEN3,
         "GptOssForCausalLM": GPT_OSS,

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "bench" / "configs"
 # transformers' classes; between what the makers' active parameters are, in billions; what they leave out.
 PUBLISHED = {
     "mixtral-8x7b": ("Mixtral", (12.85, 12.95), ()),  # 12.9B in the announcement
+    "qwen1.5-moe-a2.7b": ("Qwen2Moe", (2.65, 2.75), ()),  # 2.7B and 14.3B in all, in the model card
     "qwen3-30b-a3b": ("Qwen3Moe", (3.3, 3.4), ()),  # 3.3B in the model card, cut off
     "deepseek-v3": ("DeepseekV3", (37, 38), ()),  # 37B in arXiv 2412.19437, cut off
     "kimi-k2-thinking": ("DeepseekV3", (31.5, 32.5), ("embedding",)),  # 32B in the model card

@@ -82,6 +82,7 @@ def other_layers_slide(config):
 SCALING = QueryScaling(beta=0.3, length=16, offset=1)  # of the tiny Llama 4s
 CASES = {
     "1a-mixtral-renormalized": ("mixtral", moe(renormalize=False)),
+    "1a-qwen2_moe-not-renormalized": ("qwen2_moe", moe(renormalize=True)),
     "1a-qwen3_moe-renormalized": ("qwen3_moe", moe(renormalize=False)),
     "1a-olmoe-not-renormalized": ("olmoe", moe(renormalize=True)),
     "1b-gpt_oss-softmax-of-the-chosen": ("gpt_oss", moe(renormalize=False)),
@@ -139,6 +140,8 @@ CASES = {
     "13-minimax_m2-norm-of-the-row": ("minimax_m2", Bound(norm_of_each_head)),
     "13-minimax_m2-qk-norm": ("minimax_m2", attention(qk_norm="none"), unread(".*[qk]_norm.*")),
     "13-minimax_m2-rotary-dim": ("minimax_m2", rope(size=32)),
+    "13-qwen2_moe-qkv-bias": ("qwen2_moe", attention(qkv_bias=False), unread(r".*[qkv]_proj\.bias")),
+    "13-qwen2_moe-shared-expert-gate": ("qwen2_moe", moe(shared_gate=False), unread(r".*shared_expert_gate\.weight")),
     "13-olmoe-norm-of-the-row": ("olmoe", Bound(norm_of_each_head)),
     "13-olmoe-qk-norm": ("olmoe", attention(qk_norm="none"), unread(".*[qk]_norm.*")),
 }
@@ -217,7 +220,18 @@ def test_several_ends(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "llama4_maverick", "mobilellm_r1", "minimax_m2", "glm4_moe"]
+    "name",
+    [
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+        "gpt_oss",
+        "llama4_maverick",
+        "mobilellm_r1",
+        "minimax_m2",
+        "glm4_moe",
+    ],
 )
 def test_both_styles(name, tmp_path):
     """16: transformers 5's own file means the same as the hub's."""
@@ -250,6 +264,7 @@ def test_old_name_of_the_scaling(tmp_path):
 
 REFUSED = {
     "olmoe-clip_qkv": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null, got 8.0"),
+    "qwen2_moe-window": ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window must be False"),
     "gpt_oss-no-window": ("gpt_oss", {"sliding_window": None}, "'sliding_window' is missing"),
     "gpt_oss-layer_types": ("gpt_oss", {"layer_types": ["chunked"] * 3}, "layer_types must be a list of 3 values"),
     "minimax-qk_norm_type": ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type must be 'per_layer'"),

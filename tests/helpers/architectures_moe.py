@@ -23,6 +23,8 @@ from transformers import (
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -58,7 +60,7 @@ def _further_layers(tensors: Tensors, count: int) -> Tensors:
     return tensors | {f"model.layers.{last + i}.eh_proj.weight": torch.ones(4, 8) for i in range(count)}
 
 
-# ---- Mixtral, Qwen3-MoE, OLMoE
+# ---- Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE
 
 
 def _mixtral() -> PreTrainedModel:
@@ -69,6 +71,20 @@ def _mixtral() -> PreTrainedModel:
 
 def _mixtral_tensors(tensors: Tensors) -> Tensors:
     return per_expert({n.replace(".mlp.", ".block_sparse_moe."): t for n, t in tensors.items()}, "w1", "w3", "w2")
+
+
+def _qwen2_moe() -> PreTrainedModel:
+    """A shared expert wider than a routed one, and a dense layer."""
+    sizes = {name: size for name, size in ODD_SIZES.items() if name != "head_dim"}
+    fields: dict[str, Any] = {
+        "intermediate_size": 112,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 72,
+        "num_experts": NUM_EXPERTS,
+        "mlp_only_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**sizes, **fields}))
 
 
 def _qwen3_moe() -> PreTrainedModel:
@@ -279,6 +295,11 @@ ALL = {
         model=_mixtral,
         hub_tensors=_mixtral_tensors,
         hub_config=lambda config: hub_style(config, "MixtralForCausalLM"),
+    ),
+    "qwen2_moe": Tiny(
+        model=_qwen2_moe,
+        hub_tensors=per_expert,
+        hub_config=lambda config: hub_style(config, "Qwen2MoeForCausalLM", layer_types=None, qkv_bias=None),
     ),
     "qwen3_moe": Tiny(
         model=_qwen3_moe,

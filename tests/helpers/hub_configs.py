@@ -434,6 +434,7 @@ HUB_CONFIGS: dict[str, Config] = {
     "mixtral": MIXTRAL_8X7B,
     "qwen3_moe": QWEN3_30B_A3B,
     "qwen2": QWEN2_5_7B,
+    "qwen2_moe": _published("qwen1.5-moe-a2.7b"),
     "qwen3": QWEN3_8B,
     "llama": LLAMA_3_1_8B,
     "mistral": MISTRAL_7B,
