@@ -21,9 +21,10 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
-# With the method "thread" a test that hangs in native code or in its clean-up ends its process and is reported.
+# With the method "thread" a test that hangs in native code or in its clean-up ends its process and is reported. The run then ends:
+# pytest-xdist would run that test again, and waits for ever for the tests that its process had completed.
 # Bytecode is kept, whatever the environment says: tests start hundreds of interpreters that import the same modules.
-PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n 2 --timeout-method=thread
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n 2 --max-worker-restart=0 --timeout-method=thread
 PROTO := deploy/proto
 # The oldest tools whose code the oldest grpcio and protobuf of pyproject.toml can run.
 PROTO_TOOLS := grpcio-tools==1.73.1
