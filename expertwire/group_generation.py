@@ -90,7 +90,8 @@ class GroupsRun:
     def poll(self) -> tuple[int, int]:
         """Wait for news; return the numbers of prompts finished and of new tokens."""
         self._groups.poll(0.0 if any(run.done for _, run in self._open) else _POLL_S)
-        self._largest = max([self._largest, *(run.num_live for _, run in self._open)])
+        if self._todo:
+            self._largest = max([self._largest, *(run.num_live for _, run in self._open)])
         before, self._num_tokens = self._num_tokens, sum(run.num_tokens for _, run in self._open)
         tokens = self._num_tokens - before
         done = [(job, run) for job, run in self._open if run.done]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_FEW = 8  # windows that a loop looks at in less time than numpy
+
 
 class Windows:
     """Lowest means of windows of an output's log-probabilities, computed for new tokens only while the output grows.
@@ -27,17 +29,23 @@ class Windows:
             logprobs: those of the last call, or more of the same output, or fewer.
             window: at least 1.
         """
-        length, total = len(logprobs), self._sums[-1]
-        for value in logprobs[len(self._sums) - 1 :]:
-            total += value
-            self._sums.append(total)
+        length = len(logprobs)
+        if length >= len(self._sums):
+            total = self._sums[-1]
+            for value in logprobs[len(self._sums) - 1 :]:
+                total += value
+                self._sums.append(total)
         if length <= window:
             return self._sums[length] / length if length else 0.0
         seen, lowest = self._lowest.get(window, (window - 1, float("inf")))
         if seen > length:
             seen, lowest = window - 1, float("inf")
         if seen < length:
-            sums = np.frombuffer(self._sums)[seen + 1 - window : length + 1]
-            lowest = min(lowest, float(((sums[window:] - sums[:-window]) / window).min()))
+            if length - seen > _FEW:
+                part = np.frombuffer(self._sums)[seen + 1 - window : length + 1]
+                lowest = min(lowest, float(((part[window:] - part[:-window]) / window).min()))
+            else:
+                for end in range(seen + 1, length + 1):
+                    lowest = min(lowest, (self._sums[end] - self._sums[end - window]) / window)
             self._lowest[window] = length, lowest
         return lowest

@@ -50,6 +50,8 @@ class GroupLoop:
         options: RequestOptions,
         strategy: Strategy,
         prompt: str | None,
+        *,
+        streams: bool,
     ) -> GroupRun:
         """Start a group, which counts until `closed`; arguments and errors as those of `Groups.start`.
 
@@ -59,7 +61,7 @@ class GroupLoop:
         if self._num_open >= MAX_GROUPS:
             text = f"{self._num_open} requests with a strategy run; at most {MAX_GROUPS} may in each of the server's processes"
             raise RequestFailed(RequestError("RESOURCE_EXHAUSTED", text, _RETRY_S))
-        run = self._groups.start(tokens, params, options, strategy, prompt=prompt)
+        run = self._groups.start(tokens, params, options, strategy, prompt=prompt, streams=streams)
         self._num_open += 1
         self._settle()
         return run

@@ -199,7 +199,14 @@ class Requests:
         prepared = await self.prepare(request, call, deadline_s)
         self._check_cost(prepared, strategy)
         text = request.text if request.HasField("text") else None
-        run = self._groups.start(prepared.tokens, prepared.params, prepared.options, strategy, text)
+        run = self._groups.start(
+            prepared.tokens,
+            prepared.params,
+            prepared.options,
+            strategy,
+            text,
+            streams=request.strategy.all_branches,
+        )
         usage = GroupUsage(run, self.reasoning_ids, prepared.arrived_s, opens_reasoning=prepared.opens_reasoning)
         return OpenedGroup(run, prepared.key, usage, prepared.opens_reasoning)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +11,12 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 
 from expertwire.engine.frontend.api import EngineFailed, Position, RequestError, RequestOptions, Update
+from expertwire.engine.frontend.group_branches import GroupBranches
 from expertwire.engine.frontend.group_views import BranchRun
 from expertwire.engine.frontend.open_requests import OpenRequest
-from expertwire.engine.frontend.strategy_parts import (
-    StrategyFailed,
-    StrategyParts,
-    TooManyBranches,
-    size_of_branches,
-    size_of_texts,
-)
+from expertwire.engine.frontend.strategy_parts import StrategyFailed, StrategyParts, size_of_branches, size_of_texts
 from expertwire.engine.frontend.verifier_calls import Outcome
-from expertwire.scheduler.sampling_params import MAX_BRANCHES, SamplingParams
+from expertwire.scheduler.sampling_params import SamplingParams
 from expertwire.strategies.accounting import TokenCounts, count_tokens
 from expertwire.strategies.base import (
     Action,
@@ -38,14 +32,13 @@ from expertwire.strategies.base import (
     Strategy,
     Verify,
 )
-from expertwire.strategies.verifiers import Candidate, VerifierError
+from expertwire.strategies.verifiers import VerifierError
 
 if TYPE_CHECKING:
     from expertwire.engine.frontend.groups import Groups
 
 T = TypeVar("T")
 Fate = Literal["kept", "pruned"]
-MAX_STARTED = 16 * MAX_BRANCHES  # branches of a group, ended ones included
 _log = logging.getLogger(__name__)
 
 
@@ -56,15 +49,11 @@ class GroupRun:
         id: the number of the group in its `Groups`.
         tokens: the prompt, i32 [length].
         params: sampling parameters, with the group's seed.
-        branches: all branches so far, by index.
-        prompt_logprobs: those of the prompt, if requested and come.
-        num_cached_tokens: prompt tokens that branch 0 found in the prefix cache.
         selection: what the strategy has selected; None while the group runs, and if it failed or was aborted.
         error: the error that ended the group, or None.
         done: whether it has ended.
-        first_token_s: when the first token of any branch came, by `time.monotonic`; None before.
         on_done: called when it has ended, but not by `abort`.
-        on_news: called when branches may have new output.
+        on_news: called when branches may have new output, if the group was started with `streams`.
     """
 
     def __init__(
@@ -76,38 +65,66 @@ class GroupRun:
         options: RequestOptions,
         strategy: Strategy,
         prompt: str | None,
+        *,
+        streams: bool,
     ) -> None:
         self.id = number
         self.tokens = tokens
         self.params = params
-        self.branches: list[BranchRun] = []
-        self.prompt_logprobs: list[Position | None] | None = None
-        self.num_cached_tokens = 0
         self.selection: Selection | None = None
         self.error: RequestError | None = None
         self.done = False
-        self.first_token_s: float | None = None
         self.on_done: Callable[[], None] = lambda: None
         self.on_news: Callable[[], None] = lambda: None
         self._groups, self._frontend = groups, groups.frontend
-        self._options, self._prompt = options, prompt
+        self._prompt = prompt
         self._strategy, self._parts = strategy, StrategyParts(strategy, groups.aside)
-        self._requests: dict[int, OpenRequest] = {}  # ended ones, too: they may have output that has not been taken
         self._has_news = self._is_ending = False
         self._unanswered: list[BranchRun] = []  # branches that have finished, whose answers are not known
         self._begin_s = time.monotonic()
         self._needs = self._parts.call("needs", lambda: strategy.needs)
-        self._pause_ids, self._forced_texts = groups.texts.tokenized(self._needs)
+        pause_ids, self._forced_texts = groups.texts.tokenized(self._needs)
+        self._branches = GroupBranches(
+            self._frontend,
+            tokens,
+            params,
+            options,
+            self._needs,
+            self._parts.name,
+            pause_token_ids=pause_ids,
+            is_quiet=not (streams or self._needs.every_step or self._needs.budget.tokens is not None),
+            on_submit=lambda request_id: groups.add(request_id, self),
+        )
+
+    @property
+    def branches(self) -> Sequence[BranchRun]:
+        """All branches so far, by index."""
+        return self._branches.all
 
     @property
     def num_tokens(self) -> int:
-        """Output tokens sampled for all branches together."""
-        return sum(branch.num_own_tokens for branch in self.branches)
+        """Output tokens sampled for all branches together; those of running branches may be missing."""
+        return self._branches.num_tokens
 
     @property
     def num_live(self) -> int:
         """Branches that have not ended."""
-        return sum(not branch.is_over for branch in self.branches)
+        return self._branches.num_live
+
+    @property
+    def prompt_logprobs(self) -> list[Position | None] | None:
+        """Log-probabilities of the prompt, if requested and come."""
+        return self._branches.prompt_logprobs
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that branch 0 found in the prefix cache."""
+        return self._branches.num_cached_tokens
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When the first branch's first token came, by `time.monotonic`; None before."""
+        return self._branches.first_token_s
 
     @property
     def deadline_s(self) -> float | None:
@@ -127,7 +144,7 @@ class GroupRun:
         """Return the group as it is now."""
         return Group(
             num_prompt_tokens=len(self.tokens),
-            branches=tuple(branch.view() for branch in self.branches),
+            branches=self._branches.views(),
             elapsed_s=time.monotonic() - self._begin_s,
             forced_texts=self._forced_texts,
         )
@@ -143,14 +160,14 @@ class GroupRun:
         self.advance()
 
     def handle(self, request: OpenRequest) -> None:
-        """Take in the news of one of the group's requests, and let the strategy decide."""
-        self._take(request)
+        """Take in the news of the group's requests, of which one has some, and let the strategy decide."""
         self.advance()
         self.on_news()
 
     def advance(self) -> None:
         """Let the strategy decide if there is news for it, and end the group if it is time."""
         with self._failing():
+            self._take()
             if not self.done and not self._is_ending and self._is_used_up():
                 self._finish()
             while not self.done and not self._parts.is_busy and self._go_on():
@@ -162,18 +179,19 @@ class GroupRun:
             self._answer()
         elif self._is_ending:
             group = self.view()
-            self._compute(
-                "select", size_of_branches(group.branches), lambda: self._strategy.select(group), self._selected
-            )
+            self._compute("select", self._size, lambda: self._strategy.select(group), self._selected)
         elif self._has_news:
             self._has_news, group = False, self.view()
-            size = size_of_branches(group.branches)
-            self._compute("decide", size, lambda: list(self._strategy.decide(group)), self._carry_out)
+            self._compute("decide", self._size, lambda: list(self._strategy.decide(group)), self._carry_out)
         elif not any(branch.status is Status.RUNNING or branch.num_asked for branch in self.branches):
             self._finish()
         else:
             return False
         return True
+
+    @property
+    def _size(self) -> int:
+        return size_of_branches(len(self.branches), self._branches.num_known)
 
     def _compute(self, part: str, size: int, call: Callable[[], T], use: Callable[[T], None]) -> None:
         """Compute a part of the strategy, use the result, and go on if that was aside."""
@@ -203,22 +221,15 @@ class GroupRun:
 
     # ---- what arrives
 
-    def _take(self, request: OpenRequest) -> None:
-        for update in self._frontend.take(request):
+    def _take(self) -> None:
+        for update in self._branches.take():
             if update.error is None:
-                self._add(update)
+                self._note(update)
             else:
                 self._fail(update.error)
 
-    def _add(self, update: Update) -> None:
+    def _note(self, update: Update) -> None:
         branch = self.branches[update.branch]
-        asked = self.params.logprobs is not None
-        branch.add(update, logprobs=self._needs.logprobs, positions=asked)
-        if self.first_token_s is None and update.token_ids:
-            self.first_token_s = time.monotonic()
-        if update.branch == 0:
-            self.num_cached_tokens = update.num_cached_tokens
-            self.prompt_logprobs = update.prompt_logprobs or self.prompt_logprobs
         self._has_news |= self._needs.every_step and bool(update.token_ids)
         if branch.is_over or self.done:
             return
@@ -236,7 +247,7 @@ class GroupRun:
 
     def _ended(self, branch: BranchRun, reason: str) -> None:
         """Take note that a branch has ended by itself."""
-        branch.change(status=Status.FINISHED, finish_reason=reason)
+        self._branches.end(branch, Status.FINISHED, reason)
         self._has_news = True
         if self._needs.answer is not None:
             self._unanswered.append(branch)
@@ -282,7 +293,7 @@ class GroupRun:
                 case Fork():
                     self._fork(action)
                 case Resume(index):
-                    self._resume(self._branch(action, index))
+                    self._branches.resume(self._branch(action, index))
                 case Prune(index):
                     self._prune([self._branch(action, index)])
                 case Verify(index):
@@ -301,97 +312,29 @@ class GroupRun:
         return self.branches[index]
 
     def _start(self, action: Start) -> None:
-        count = self._allowed(action.count)
-        if count:
-            self._submit(count, self.tokens, action.label, greedy=action.greedy)
+        if count := self._branches.allowed(action.count):
+            self._branches.start(count, action.label, greedy=action.greedy)
 
     def _fork(self, action: Fork) -> None:
-        parent, count = self._branch(action, action.branch), self._allowed(action.count)
+        parent, count = self._branch(action, action.branch), self._branches.allowed(action.count)
         num_known = len(parent.token_ids)
         num_kept = num_known - parent.ends_with_stop_token if action.num_tokens is None else action.num_tokens
-        forced, info = list(action.forced), self._frontend.model_info
-        if not 0 <= num_kept <= num_known or any(not 0 <= token < info.vocab_size for token in forced):
+        vocab_size = self._frontend.model_info.vocab_size
+        if not 0 <= num_kept <= num_known or any(not 0 <= token < vocab_size for token in action.forced):
             raise StrategyFailed(
                 f"the strategy {self._parts.name} wants {action!r:.200} of a branch of {num_known} tokens"
             )
-        if count == 0:
-            return
-        output = parent.token_ids[:num_kept] + forced
-        if len(output) >= self.params.most_output_tokens(len(self.tokens), info.max_model_len):
-            first = len(self.branches)
-            children = [BranchRun(index, -1, action.label) for index in range(first, first + count)]
-            self.branches += children
-        else:
-            tokens = np.concatenate((self.tokens, np.array(output, np.int32)))
-            children = self._submit(count, tokens, action.label, parent=parent.sequence_id, greedy=action.greedy)
-        for child in children:
-            child.continue_from(parent, num_kept, forced)
-            if child.sequence_id is None:
-                tokenizer = self._frontend.tokenizer
-                skip = self.params.skip_special_tokens
-                child.change(text="" if tokenizer is None else tokenizer.decode(output, skip))
+        if count:
+            for child in self._branches.fork(
+                parent, count, num_kept, action.forced, action.label, greedy=action.greedy
+            ):
                 self._ended(child, "length")
-
-    def _submit(
-        self, count: int, tokens: np.ndarray, label: str, *, parent: int | None = None, greedy: bool = False
-    ) -> list[BranchRun]:
-        """Start branches whose known tokens are these."""
-        first, params = len(self.branches), dataclasses.replace(self.params, n=count)
-        if self._needs.logprobs and params.logprobs is None:
-            params = dataclasses.replace(params, logprobs=0)
-        if greedy:
-            params = dataclasses.replace(params, temperature=0.0)
-        number = self._frontend.submit(
-            tokens,
-            params,
-            self._options,
-            first_branch=first,
-            num_prompt_tokens=len(self.tokens),
-            parent=parent,
-            pause_token_ids=self._pause_ids,
-        )
-        self._groups.add(number, self)
-        started = [BranchRun(index, number, label) for index in range(first, first + count)]
-        self.branches += started
-        request = self._frontend.find(number)
-        assert request is not None, "it has only now been submitted"
-        self._requests[number] = request
-        for sequence_id, branch in request.running.items():
-            run = self.branches[branch.index]
-            run.sequence_id, run.text = sequence_id, "".join(branch.texts)
-            branch.texts.clear()
-        return started
-
-    def _resume(self, branch: BranchRun) -> None:
-        if branch.status is Status.PAUSED:
-            branch.change(status=Status.RUNNING)
-            self._frontend.resume(branch.request_id, (branch.index,))
-
-    def _allowed(self, count: int) -> int:
-        """Return how many of `count` branches may be started."""
-        if not isinstance(count, int) or count < 1:
-            raise StrategyFailed(f"the strategy {self._parts.name} wants to start {count!r:.100} branches")
-        if (most := self._needs.budget.branches) is not None:
-            count = min(count, most - len(self.branches))
-        if self.num_live + count > MAX_BRANCHES or len(self.branches) + count > MAX_STARTED:
-            raise TooManyBranches(
-                f"the strategy {self._parts.name} asks for {count} branches more, where {self.num_live} run and "
-                f"{len(self.branches)} were started; at most {MAX_BRANCHES} of a request may run at once, and {MAX_STARTED} "
-                f"be started in all"
-            )
-        return count
 
     def _verify(self, branch: BranchRun) -> None:
         if self._needs.verifier is None:
             raise StrategyFailed(f"the strategy {self._parts.name} wants a score, but has no verifier")
         num_tokens = len(branch.token_ids)
-        candidate = Candidate(
-            prompt=self.prompt_text(),
-            text=branch.text,
-            prompt_token_ids=self.tokens.tolist(),
-            token_ids=tuple(branch.token_ids),
-            complete=branch.status is Status.FINISHED,
-        )
+        candidate = branch.candidate(self.prompt_text(), self.tokens)
         branch.change(num_asked=branch.num_asked + 1)
         self._groups.calls.ask(
             self._needs.verifier,
@@ -410,16 +353,8 @@ class GroupRun:
 
     def _prune(self, branches: Sequence[BranchRun]) -> None:
         """End branches that have not ended. What the frontend has of their output is theirs."""
-        numbers = {branch.request_id for branch in branches if not branch.is_over}
-        requests = [self._requests[number] for number in sorted(numbers) if number in self._requests]
-        for request in requests:
-            self._take(request)  # some may have ended by themselves
-        pruned = [branch for branch in branches if not branch.is_over]
-        for branch in pruned:
-            branch.change(status=Status.PRUNED)
-        for request in requests:
-            self._frontend.abort(request.id, [branch.index for branch in pruned])
-            self._take(request)
+        self._take()  # some may have ended by themselves
+        self._branches.prune([branch for branch in branches if not branch.is_over])
 
     # ---- the end
 
@@ -454,4 +389,4 @@ class GroupRun:
     def _end(self) -> None:
         self.done = True
         self._prune(self.branches)
-        self._groups.remove(self, self._requests)
+        self._groups.remove(self, self._branches.request_ids)

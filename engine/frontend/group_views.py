@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar, overload
 
+import numpy as np
+
 from expertwire.engine.frontend.api import Logprob, Position, Update
 from expertwire.engine.frontend.logprobs import sampled_logprob
 from expertwire.strategies.base import Branch, Score, Status
 from expertwire.strategies.confidence import Windows
+from expertwire.strategies.verifiers import Candidate
 
 T = TypeVar("T")
 
@@ -127,6 +130,16 @@ class BranchRun:
         self._view = None
         for name, value in values.items():
             setattr(self, name, value)
+
+    def candidate(self, prompt: str, prompt_token_ids: np.ndarray) -> Candidate:
+        """Return what a verifier is shown of the branch."""
+        return Candidate(
+            prompt=prompt,
+            text=self.text,
+            prompt_token_ids=prompt_token_ids.tolist(),
+            token_ids=tuple(self.token_ids),
+            complete=self.status is Status.FINISHED,
+        )
 
     def view(self) -> Branch:
         """Return the branch as it is now."""

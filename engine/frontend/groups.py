@@ -49,13 +49,14 @@ class Groups:
         self.calls = VerifierCalls() if calls is None else calls
         self._runs: dict[int, GroupRun] = {}  # by the frontend's request ids
         self._open: dict[int, GroupRun] = {}  # by their own numbers
+        self._timed: dict[int, GroupRun] = {}  # those of them with a budget in seconds
         self.texts = StrategyTexts(frontend)
         self._next = 0
 
     @property
     def deadline_s(self) -> float | None:
         """When `deliver` must be called though nothing is readable, by `time.monotonic`; None: never."""
-        limits = [self.calls.deadline_s, *(run.deadline_s for run in self._open.values())]
+        limits = [self.calls.deadline_s, *(run.deadline_s for run in self._timed.values())]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def fileno(self) -> int:
@@ -70,6 +71,7 @@ class Groups:
         strategy: Strategy,
         *,
         prompt: str | None = None,
+        streams: bool = False,
         on_done: Callable[[], None] = lambda: None,
     ) -> GroupRun:
         """Start a group.
@@ -80,6 +82,7 @@ class Groups:
             options: options for the scheduler.
             strategy: decides about the group.
             prompt: text of the prompt for the verifier; None: it is decoded from `tokens`.
+            streams: whether somebody reads branches' output while the group runs, as `GroupRun.on_news` tells of it.
             on_done: called when the group has ended, which may be within this call.
 
         Raises:
@@ -90,11 +93,13 @@ class Groups:
         if params.seed is None:
             params = dataclasses.replace(params, seed=self.frontend.new_seed())
         try:
-            run = GroupRun(self, self._next, tokens, params, options, strategy, prompt)
+            run = GroupRun(self, self._next, tokens, params, options, strategy, prompt, streams=streams)
         except StrategyFailed as failed:
             raise ValueError(str(failed)) from failed
         self._next += 1
         self._open[run.id] = run
+        if run.deadline_s is not None:
+            self._timed[run.id] = run
         run.on_done = on_done
         run.begin()
         return run
@@ -138,7 +143,7 @@ class Groups:
         if num_tokens := self.calls.num_tokens - before:
             self.frontend.counts["tokens_verifier"] += num_tokens
         now = time.monotonic()
-        for run in list(self._open.values()):
+        for run in list(self._timed.values()):
             if run.deadline_s is not None and run.deadline_s <= now:
                 run.advance()
 
@@ -157,6 +162,7 @@ class Groups:
         for number in request_ids:
             self._runs.pop(number, None)
         del self._open[run.id]
+        self._timed.pop(run.id, None)
         self.calls.forget(run.id)
         counts, tokens = self.frontend.counts, run.token_counts()
         for branch in run.branches:

@@ -11,6 +11,8 @@ from expertwire.engine.frontend.open_requests import Branch
 from expertwire.engine.frontend.tokenizer import Tokenizer
 from expertwire.scheduler.outputs import StepOutputs
 
+_NO_IDS, _NO_LOGPROBS = np.zeros(0, np.int32), np.zeros(0, np.float32)
+
 
 class PositionLogprobs(Mapping[int, Logprob]):
     """Log-probabilities at one position by token id: the sampled (or the prompt's) token first, then the most probable ones.
@@ -94,11 +96,11 @@ class SampledLogprobs:
     def of_row(self, row: int) -> PositionLogprobs:
         """Return those of one row. They are copies, as rows of other requests lie in the same arrays."""
         at = row - self._start
-        top = slice(self._offsets[at], self._offsets[at + 1])
-        message = self._message
-        return PositionLogprobs(
-            self._own[at], message.top_ids[top].copy(), message.top_logprobs[top].copy(), self._text_of
-        )
+        begin, end, message = self._offsets[at], self._offsets[at + 1], self._message
+        if begin == end:
+            return PositionLogprobs(self._own[at], _NO_IDS, _NO_LOGPROBS, self._text_of)
+        ids, logprobs = message.top_ids[begin:end].copy(), message.top_logprobs[begin:end].copy()
+        return PositionLogprobs(self._own[at], ids, logprobs, self._text_of)
 
 
 def add_prompt_logprobs(message: StepOutputs, sequences: Mapping[int, Branch], tokenizer: Tokenizer | None) -> None:

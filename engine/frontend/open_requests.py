@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,6 +61,7 @@ class Branch:
 
     Attributes:
         window: tokens that may be sampled and not taken; None if all that it can sample fit.
+        news_size: tokens that nobody has taken, from which on they are news.
         allowance: tokens that the reader allows beyond those credited; None: any number.
         num_uncredited: tokens taken that no `Credit` has replaced.
         is_paused: whether its last token is one after which it is paused.
@@ -69,9 +71,9 @@ class Branch:
     """
 
     __slots__ = (
-        "allowance", "expert_load", "finish_reason", "has_begun", "index", "is_paused", "logprobs", "num_tokens",
-        "num_uncredited", "prompt_logprobs", "request", "sequence_id", "stop", "stop_reason", "stream", "texts",
-        "token_ids", "window",
+        "allowance", "expert_load", "finish_reason", "has_begun", "index", "is_paused", "logprobs", "news_size",
+        "num_tokens", "num_uncredited", "prompt_logprobs", "request", "sequence_id", "stop", "stop_reason", "stream",
+        "texts", "token_ids", "window",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +84,8 @@ class Branch:
         stream: TextStream | None,
         expert_load: np.ndarray | None,
         window: int | None,
+        *,
+        is_quiet: bool = False,
     ) -> None:
         self.request = request
         self.sequence_id = sequence_id
@@ -91,6 +95,7 @@ class Branch:
         self.has_begun = False  # whether the first token has come
         self.num_tokens = 0  # with stop strings
         self.window = window
+        self.news_size = 1 if not is_quiet else sys.maxsize if window is None else window // 2
         self.allowance: int | None = None
         self.num_uncredited = 0
         self.is_paused = False

@@ -124,7 +124,7 @@ class Sequences:
                     stopped.append(sequence_id)
             elif finish:
                 self._finish(branch, finish, token)
-            elif len(branch.token_ids) == 1 or branch.is_paused:
+            elif branch.is_paused or (size := len(branch.token_ids)) == 1 or size == branch.news_size:
                 self._announce(branch)
         if stopped:
             self._abort(stopped)
@@ -167,7 +167,8 @@ class Sequences:
         """Note that a branch has output that nobody has taken."""
         request = branch.request
         request.untaken.setdefault(branch.index, branch)
-        if not request.has_news:
+        has_ended = branch.finish_reason is not None
+        if not request.has_news and (has_ended or branch.is_paused or len(branch.token_ids) >= branch.news_size):
             request.has_news = True
             self._news.append(request)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-from expertwire.strategies.base import Branch, Strategy
+from expertwire.strategies.base import Strategy
 
 T = TypeVar("T")
 
@@ -82,9 +82,9 @@ class StrategyParts:
         self._aside(lambda: self.call(part, call), computed)
 
 
-def size_of_branches(branches: Sequence[Branch]) -> int:
-    """Return the size of a part that looks at these branches."""
-    return sum(len(branch.token_ids) + _BRANCH for branch in branches)
+def size_of_branches(count: int, num_tokens: int) -> int:
+    """Return the size of a part that looks at branches, which have so many tokens together."""
+    return num_tokens + count * _BRANCH
 
 
 def size_of_texts(texts: Sequence[str]) -> int:

@@ -32,7 +32,7 @@ from expertwire.deploy.grpc.client_messages import make_request
 from expertwire.deploy.grpc.strategy_messages import from_strategy, to_options
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.deploy.proto import expertwire_v1_pb2_grpc as pb_grpc
-from expertwire.engine.frontend import group_run, strategy_parts
+from expertwire.engine.frontend import group_branches, strategy_parts
 from expertwire.strategies import (
     BestOfN,
     Bin,
@@ -164,8 +164,8 @@ def test_a_strategy_of_the_server_s_own(client):
 
 @pytest.mark.parametrize("at_once", [5, 2])
 def test_a_strategy_of_the_server_s_own_that_wants_too_many_branches(client, monkeypatch, at_once):
-    monkeypatch.setattr(group_run, "MAX_BRANCHES", 4)
-    monkeypatch.setattr(group_run, "MAX_STARTED", 8)
+    monkeypatch.setattr(group_branches, "MAX_BRANCHES", 4)
+    monkeypatch.setattr(group_branches, "MAX_STARTED", 8)
     error = error_of(client, {"strategy": "greedy", "at_once": at_once}, max_tokens=1)
     started = 0 if at_once == 5 else 8
     assert (error.code, error.message) == (

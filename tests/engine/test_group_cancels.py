@@ -15,7 +15,7 @@ from expertwire.engine.config.engine_config import EngineConfig
 from expertwire.engine.frontend.api import RequestOptions
 from expertwire.engine.frontend.groups import Groups
 from expertwire.scheduler.sampling_params import SamplingParams
-from expertwire.strategies import FirstKFinish, Needs, Selection, Status
+from expertwire.strategies import FirstKFinish, Needs, Selection, Status, WholeText
 from expertwire.strategies.base import Finish, Fork, Resume, Start, Verify
 
 LONG = SamplingParams(max_tokens=10_000, ignore_eos=True, seed=1)
@@ -34,9 +34,9 @@ def groups():
         yield groups
 
 
-def start(groups, strategy, prompt=(1, 2, 3), params=LONG):
+def start(groups, strategy, prompt=(1, 2, 3), params=LONG, streams=True):
     tokens = groups.frontend.encode(list(prompt), params)
-    return groups.start(tokens, params, RequestOptions(), strategy)
+    return groups.start(tokens, params, RequestOptions(), strategy, streams=streams)
 
 
 def wait(groups, condition):
@@ -170,6 +170,32 @@ def test_output_that_nobody_has_taken_when_a_group_ends_is_counted():
     assert report.problems == []
     assert [branch.status for branch in run.branches] == [Status.FINISHED] * 2
     assert run.token_counts().kept == 14
+
+
+def test_a_group_that_waits_for_ends_is_not_called_every_step(groups, monkeypatch):
+    taken, take = [], groups.frontend.take
+    monkeypatch.setattr(groups.frontend, "take", lambda request: taken.append(request.id) or take(request))
+    # More than a window of tokens with so many log-probabilities: the engine waits until some are taken.
+    params = SamplingParams(max_tokens=500, ignore_eos=True, seed=1, logprobs=20)
+    run = start(groups, FirstKFinish(2, 2, WholeText()), params=params, streams=False)
+    wait(groups, lambda: run.done)
+    assert [len(branch.token_ids) for branch in run.branches] == [500, 500]
+    assert (run.num_tokens, len(run.branches[0].positions)) == (1000, 500)
+    assert len(taken) <= 20
+
+
+def test_a_decision_sees_all_tokens_of_branches_that_have_no_news(groups):
+    seen = []
+
+    class Seeing(Script):
+        def decide(self, group):
+            seen.extend(len(branch.token_ids) for branch in group.with_status(Status.RUNNING))
+            return super().decide(group)
+
+    run = start(groups, Seeing(Needs(step_text="1"), Status.PAUSED, (Finish(),)), streams=False)
+    wait(groups, lambda: run.done)
+    assert seen
+    assert all(seen)
 
 
 @pytest.mark.slow
