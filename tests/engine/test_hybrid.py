@@ -11,7 +11,9 @@ from helpers import tiny_checkpoints as tiny
 from helpers.slow import slow_but
 
 from expertwire import LLM, SamplingParams
+from expertwire.engine.frontend.api import RequestOptions
 from expertwire.engine.models.registry import read_model_config
+from expertwire.generation import Job
 
 ENTRY, EVERY = 64, 256  # tokens after which a snapshot can be kept, and is kept
 LENGTHS = [1, 2, 17, 63, 64, 65, 150, 300]
@@ -128,6 +130,33 @@ def test_caches_that_are_too_small_give_the_same_bits(name, dtype, lengths, num_
     assert answers[0] == answers[1]
     assert preemptions[0] == 0
     assert preemptions[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["granite_h", "qwen3_next"])
+def test_requests_that_give_way_give_the_same_bits(name, dtype, share):
+    """Another tenant's request takes the place of one that runs, which goes on from its last snapshot or from its beginning."""
+    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True, logprobs=64)
+    jobs = [
+        Job(i, None, np.array(tiny.prompt(length, seed=i), np.int32), params, RequestOptions(tenant=tenant))
+        for i, (length, tenant) in enumerate([(90, "first"), (230, "first"), (75, "second")])
+    ]
+    fixed = {"dtype": dtype, "max_num_batched_tokens": 64, "snapshot_share": share}
+    with serve(name, **fixed) as llm:
+        alone = [bits(llm.generate([job.tokens.tolist()], params, use_tqdm=False))[0] for job in jobs]
+    with serve(name, scheduling_policy="fair", max_num_seqs=2, **fixed) as llm:
+        *first, late = jobs
+        numbers = {llm.frontend.submit(job.tokens, params, job.options): job for job in first}
+        while not all(job.finished for job in jobs):
+            for update in llm.frontend.poll(0.2):
+                assert update.error is None, update.error
+                numbers[update.request_id].add(update)
+            if len(numbers) < len(jobs) and all(len(job.outputs[0].token_ids) > 20 for job in first):
+                numbers[llm.frontend.submit(late.tokens, params, late.options)] = late
+        assert llm.stats()["preemptions"] > 0
+    assert bits([job.output() for job in jobs]) == alone
 
 
 @pytest.mark.parametrize(
