@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from heapq import heapify, heappop, heapreplace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from expertwire.scheduler.config import is_int, is_number
 from expertwire.scheduler.request import Request
@@ -233,6 +233,7 @@ class FairShare(Policy):
         return int((served - self._present) / (self.slack * self.step_tokens))
 
 
+PolicyName = Literal["fcfs", "priority", "shortest", "prefix", "fair"]
 _POLICIES: Mapping[str, type[Any]] = {
     "fcfs": Fcfs,
     "priority": Priority,
@@ -243,7 +244,7 @@ _POLICIES: Mapping[str, type[Any]] = {
 
 
 def make_policy(name: str, *, aging: float | None = None) -> Policy:
-    """Return a new policy: "fcfs", "priority", "shortest", "prefix" or "fair", with the options that are not None.
+    """Return a new policy of one of these names, with the options that are not None.
 
     Raises:
         ValueError: there is no such policy, or it has no such option, or the value is not allowed.

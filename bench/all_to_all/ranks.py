@@ -26,7 +26,6 @@ from expertwire.comm.all_to_all.base import AllToAll, AllToAllSpec
 from expertwire.comm.group import Group, NcclOptions, SoloGroup, TorchGroup
 from expertwire.engine import process
 
-BACKENDS = ("reference", "nccl", "nvlink")
 GRAPH_SAFE = ("nvlink",)  # on GPUs
 _TIMEOUT_S = 1800.0
 _WARM_UP = 3

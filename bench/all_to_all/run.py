@@ -26,9 +26,10 @@ from expertwire.bench.all_to_all import loopback
 from expertwire.bench.all_to_all import model as all_to_all_model
 from expertwire.bench.all_to_all import shared as all_to_all_shared
 from expertwire.bench.all_to_all import text as all_to_all_text
-from expertwire.bench.all_to_all.ranks import BACKENDS, GRAPH_SAFE, Candidate, Setting, run
+from expertwire.bench.all_to_all.ranks import GRAPH_SAFE, Candidate, Setting, run
 from expertwire.bench.machine import processor
 from expertwire.comm.group import NcclOptions
+from expertwire.comm.topology.backend_choice import BACKENDS
 from expertwire.kernels.ops import quantize
 
 PHASES = ("dispatch", "combine")

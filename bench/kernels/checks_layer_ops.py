@@ -174,7 +174,7 @@ def sampling_check(rng: TensorRng, num_rows: int) -> Findings:
     )
     counters = [rng.integers(0, 2**31 - 1, num_rows, dtype=torch.int64) for _ in range(3)]
     with poisoned():
-        tokens = gpu_sampling.sample(logits, temperature, top_k, top_p, min_p, *counters)
+        tokens = gpu_sampling.sample(logits, sampling.Draws(temperature, top_k, top_p, min_p, *counters))
     drawn = torch.from_numpy(sampling.uniform(*(counter.cpu().numpy() for counter in counters))).to(rng.device)
     expected = sampling.reference(logits, temperature, top_k, top_p, min_p, drawn)
     return {"tokens": (differing(tokens, expected), 0.02)}

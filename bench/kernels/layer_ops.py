@@ -15,6 +15,7 @@ from expertwire.bench.kernels.measure import Call, Item, TensorRng, Timed, Timed
 from expertwire.bench.kernels.models import DEEPSEEK, GPT_OSS, QWEN3, Cost, Model, linear_cost
 from expertwire.kernels.gpu import combine, linear, permute, quantize, rms_norm, rope_and_cache, routing, sampling
 from expertwire.kernels.ops.rotary import RopeInputs
+from expertwire.kernels.ops.sampling import Draws
 from expertwire.kernels.ops.variants import ExpertGroups, Routing
 
 VOCAB = 151936
@@ -67,7 +68,7 @@ def sampling_work(rng: TensorRng, rule: str, num_rows: int) -> TimedCalls:
     def column(value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((num_rows,), value, dtype=dtype, device=rng.device)
 
-    parameters = (
+    draws = Draws(
         column(0.8 if drawn else 0.0, torch.float32),
         column(50 if filtered else -1, torch.int64),
         column(0.9 if filtered else 1.0, torch.float32),
@@ -78,7 +79,7 @@ def sampling_work(rng: TensorRng, rule: str, num_rows: int) -> TimedCalls:
     calls: dict[str, list[Call]] = {"ours": []}
     for _ in range(1 if rng.is_meta else min(8, copies(moved))):
         logits = rng.normal(num_rows, VOCAB, dtype=torch.float32, scale=3)
-        calls["ours"].append(_sample(logits, parameters, drawn, filtered))
+        calls["ours"].append(_sample(logits, draws, drawn, filtered))
         if filtered:
             calls.setdefault("torch.sort", []).append(_sort(logits))
     labels = {"rule": rule, "rows": num_rows}
@@ -87,8 +88,8 @@ def sampling_work(rng: TensorRng, rule: str, num_rows: int) -> TimedCalls:
     )
 
 
-def _sample(logits: Tensor, parameters: tuple[Tensor, ...], drawn: bool, filtered: bool) -> Call:
-    return lambda: sampling.sample(logits, *parameters, drawn=drawn, filtered=filtered)
+def _sample(logits: Tensor, draws: Draws, drawn: bool, filtered: bool) -> Call:
+    return lambda: sampling.sample(logits, draws, drawn=drawn, filtered=filtered)
 
 
 def _sort(logits: Tensor) -> Call:

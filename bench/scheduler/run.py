@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from expertwire.bench.scheduler.traces import TRACES, Poisson, Served, oracle_hi
 from expertwire.scheduler.config import SchedulerConfig
 from expertwire.scheduler.load_balancing import LoadBalancing
 from expertwire.scheduler.outputs import FinishReason
+from expertwire.scheduler.policy import PolicyName
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     text = "arrivals and lengths of requests (default: %(default)s)"
     parser.add_argument("--trace", choices=sorted(TRACES), default="poisson", help=text)
-    text = "order in which waiting requests are served: fcfs, priority, shortest, prefix or fair (default: %(default)s)"
+    text = f"order in which waiting requests are served: {', '.join(get_args(PolicyName))} (default: %(default)s)"
     parser.add_argument("--scheduling-policy", default="fcfs", help=text)
     for name, default, text in (
         ("--ranks", 8, "data-parallel ranks"),

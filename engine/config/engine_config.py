@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from expertwire.comm.topology.backend_choice import Backend
 from expertwire.scheduler.config import is_int, is_number
-from expertwire.scheduler.policy import make_policy
+from expertwire.scheduler.policy import PolicyName, make_policy
 from expertwire.scheduler.quotas import TenantQuota
 from expertwire.scheduler.sampling_params import SamplingParams
 
@@ -119,7 +120,7 @@ class EngineConfig:
     max_queued_requests: int = 4096
     max_queued_requests_per_tenant: int | None = None
     chunked_prefill_size: int | None = None
-    scheduling_policy: Literal["fcfs", "priority", "shortest", "prefix", "fair"] = "fcfs"
+    scheduling_policy: PolicyName = "fcfs"
     aging: float | None = None
     tenant_quotas: Mapping[str, TenantQuota] | None = None
     default_tenant_quota: TenantQuota | None = None
@@ -133,7 +134,7 @@ class EngineConfig:
     num_redundant_experts: int = 0
     topology: str | None = None
     eplb_step_interval: int = 0
-    all2all_backend: Literal["auto", "reference", "nccl", "nvlink"] = "auto"
+    all2all_backend: Literal["auto", Backend] = "auto"
     all2all_table: str | None = None
     dispatch_dtype: Literal["auto", "fp8"] = "auto"
     enable_two_batch_overlap: bool = False

@@ -40,7 +40,7 @@ from expertwire.engine.runner.staging import (
 )
 from expertwire.engine.runner.thinking import Thinking
 from expertwire.engine.runner.timeline import CudaTimeline, HostTimeline, Timeline
-from expertwire.kernels.ops.sampling import DRAW_PARAMETERS, token_logprobs
+from expertwire.kernels.ops.sampling import DRAW_PARAMETERS, Draws, token_logprobs
 from expertwire.moe.eplb.mover import ExpertMover
 from expertwire.scheduler.plan import ExpertMoves, RankPlan, StepPlan, StepResult
 
@@ -159,7 +159,7 @@ class ModelRunner:
         num = len(logits_OV)
         for drawn, filtered in ((False, False), (True, False), (True, True)):
             columns = self._upload(*(np.zeros(num, dtype) for dtype in (*DRAW_PARAMETERS.values(), np.int64)))
-            self._ops.sample(logits_OV, *columns, drawn=drawn, filtered=filtered)
+            self._ops.sample(logits_OV, Draws(*columns), drawn=drawn, filtered=filtered)
         id_1 = torch.zeros(1, dtype=torch.int32, device=logits_OV.device)
         zero_1 = logits_OV.new_zeros(1)
         parameters = zero_1 + 1, zero_1, zero_1
@@ -346,7 +346,7 @@ class ModelRunner:
             self._thinking.keep_closed(logits_OV, limits)
         token_O = self._ops.sample(
             logits_OV,
-            *columns,
+            Draws(*columns),
             drawn=bool(state["temperature"].any()),
             filtered=bool(((state["top_k"] > 0) | (state["top_p"] < 1)).any()),
         )

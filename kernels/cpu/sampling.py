@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertwire.kernels import threads
 from expertwire.kernels.cpu._llvm import jit
-from expertwire.kernels.ops.sampling import keep_top
+from expertwire.kernels.ops.sampling import Draws, keep_top
 
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -75,30 +75,18 @@ def _draw(probs_OV, temperature_O, min_p_O, seed_O, branch_O, position_O, token_
             token_O[o] = token
 
 
-def sample(
-    logits_OV: Tensor,
-    temperature_O: Tensor,
-    top_k_O: Tensor,
-    top_p_O: Tensor,
-    min_p_O: Tensor,
-    seed_O: Tensor,
-    branch_O: Tensor,
-    position_O: Tensor,
-    *,
-    drawn: bool = True,
-    filtered: bool = True,
-) -> Tensor:
+def sample(logits_OV: Tensor, draws: Draws, *, drawn: bool = True, filtered: bool = True) -> Tensor:
     """As `kernels.ops.sampling.Sample`."""
     token_O = torch.empty(len(logits_OV), dtype=torch.int64)
-    logits, token, temperature = logits_OV.numpy(), token_O.numpy(), temperature_O.numpy()
+    logits, token, temperature = logits_OV.numpy(), token_O.numpy(), draws.temperature_O.numpy()
     _choose_greedily(logits, token)
     if drawn:
         scaled_OV = torch.empty_like(logits_OV)
         _scale(logits, token, temperature, scaled_OV.numpy())
         with threads.as_many_as_worth(scaled_OV):
             if filtered:
-                scaled_OV = keep_top(scaled_OV, top_k_O, top_p_O)
+                scaled_OV = keep_top(scaled_OV, draws.top_k_O, draws.top_p_O)
             probs_OV = torch.softmax(scaled_OV, dim=-1)
-        columns = (column.numpy() for column in (min_p_O, seed_O, branch_O, position_O))
+        columns = (column.numpy() for column in (draws.min_p_O, draws.seed_O, draws.branch_O, draws.position_O))
         _draw(probs_OV.numpy(), temperature, *columns, token)
     return token_O

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertwire.kernels.gpu.top_k_top_p import draw_candidate, pick, share, weight_of
+from expertwire.kernels.ops.sampling import Draws
 
 CHUNK_TOKENS = 4096
 _LEVELS = tl.constexpr(8)
@@ -224,19 +225,7 @@ def choose_kernel(
     tl.store(token_ptr + row, token.to(tl.int64))
 
 
-def sample(
-    logits_OV: Tensor,
-    temperature_O: Tensor,
-    top_k_O: Tensor,
-    top_p_O: Tensor,
-    min_p_O: Tensor,
-    seed_O: Tensor,
-    branch_O: Tensor,
-    position_O: Tensor,
-    *,
-    drawn: bool = True,
-    filtered: bool = True,
-) -> Tensor:
+def sample(logits_OV: Tensor, draws: Draws, *, drawn: bool = True, filtered: bool = True) -> Tensor:
     """Return token ids i64 [O], or -1, as `kernels.ops.sampling.reference` does with uniform numbers of
     (seed, branch, position).
 
@@ -246,8 +235,9 @@ def sample(
     """
     num_rows, vocab = logits_OV.shape
     assert logits_OV.is_contiguous(), f"strides {logits_OV.stride()} of shape {tuple(logits_OV.shape)}"
+    temperature_O, top_k_O, top_p_O, min_p_O, *counters = draws
     check_columns(num_rows, torch.float32, temperature_O, top_p_O, min_p_O)
-    check_columns(num_rows, torch.int64, top_k_O, seed_O, branch_O, position_O)
+    check_columns(num_rows, torch.int64, top_k_O, *counters)
     num_chunks = triton.cdiv(vocab, CHUNK_TOKENS)
     sizes = vocab, num_chunks
     largest, first = empty_rows(logits_OV, torch.float32, *sizes[1:]), empty_rows(logits_OV, torch.int32, *sizes[1:])
@@ -262,15 +252,13 @@ def sample(
     if drawn:
         masses = empty_rows(logits_OV, torch.int64, num_chunks, _LEVELS.value)
         counts = empty_rows(logits_OV, torch.int32, num_chunks, _LEVELS.value) if filtered else first
-        parameters = temperature_O, top_k_O, top_p_O, min_p_O
-        weigh_kernel[grid](logits_OV, largest, *parameters, counts, masses, *sizes, FILTERED=filtered, **shape)
+        weigh_kernel[grid](logits_OV, largest, *draws[:4], counts, masses, *sizes, FILTERED=filtered, **shape)
     if filtered:
         keys, tokens = (empty_rows(logits_OV, torch.int32, vocab) for _ in range(2))
         found = counts, masses, keys, tokens
-        gather_kernel[grid](logits_OV, largest, temperature_O, top_k_O, top_p_O, *found, *sizes, **shape)
+        gather_kernel[grid](logits_OV, largest, *draws[:3], *found, *sizes, **shape)
     choose_kernel[(num_rows,)](
-        logits_OV, largest, first, temperature_O, top_k_O, top_p_O, min_p_O, seed_O, branch_O, position_O,
-        counts, masses, keys, tokens, token_O, *sizes, DRAWN=drawn, FILTERED=filtered, **shape,
+        logits_OV, largest, first, *draws, counts, masses, keys, tokens, token_O, *sizes, DRAWN=drawn, FILTERED=filtered, **shape,
     )  # fmt: skip
     return token_O
 

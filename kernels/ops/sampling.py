@@ -13,7 +13,7 @@ O sampled rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from expertwire.kernels import threads
 
-# The fields of a slot's sampling record that `sample` takes, in its order, and their dtypes.
+# The fields of a slot's sampling record that begin `Draws`, and their dtypes.
 DRAW_PARAMETERS = {
     "temperature": np.float32,
     "top_k": np.int64,
@@ -38,23 +38,22 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
+class Draws(NamedTuple):
+    """The draw of the next token of each row: the columns of `DRAW_PARAMETERS`, and the token's position i64."""
+
+    temperature_O: Tensor
+    top_k_O: Tensor
+    top_p_O: Tensor
+    min_p_O: Tensor
+    seed_O: Tensor
+    branch_O: Tensor
+    position_O: Tensor
+
+
 class Sample(Protocol):
     """Draws the next token of each row; see `sample`."""
 
-    def __call__(
-        self,
-        logits_OV: Tensor,
-        temperature_O: Tensor,
-        top_k_O: Tensor,
-        top_p_O: Tensor,
-        min_p_O: Tensor,
-        seed_O: Tensor,
-        branch_O: Tensor,
-        position_O: Tensor,
-        *,
-        drawn: bool = True,
-        filtered: bool = True,
-    ) -> Tensor:
+    def __call__(self, logits_OV: Tensor, draws: Draws, *, drawn: bool = True, filtered: bool = True) -> Tensor:
         """Return token ids i64 [O], or -1."""
         ...
 
@@ -127,26 +126,13 @@ def reference(
     return torch.where(drawn & (greedy_O >= 0), token_O, greedy_O)
 
 
-def sample(
-    logits_OV: Tensor,
-    temperature_O: Tensor,
-    top_k_O: Tensor,
-    top_p_O: Tensor,
-    min_p_O: Tensor,
-    seed_O: Tensor,
-    branch_O: Tensor,
-    position_O: Tensor,
-    *,
-    drawn: bool = True,
-    filtered: bool = True,
-) -> Tensor:
-    """Return `reference` with the numbers `uniform` of (seed, branch, position), i64. `drawn`: whether any row is not greedy;
+def sample(logits_OV: Tensor, draws: Draws, *, drawn: bool = True, filtered: bool = True) -> Tensor:
+    """Return `reference` with the numbers `uniform` of (seed, branch, position). `drawn`: whether any row is not greedy;
     `filtered`: whether any has top-k or top-p."""
     if not drawn:
         return _most_probable(logits_OV)[0]
-    uniform_O = uniform(*(values.numpy(force=True) for values in (seed_O, branch_O, position_O)))
-    columns = temperature_O, top_k_O, top_p_O, min_p_O
-    return reference(logits_OV, *columns, torch.from_numpy(uniform_O).to(logits_OV.device))
+    uniform_O = uniform(*(values.numpy(force=True) for values in draws[4:]))
+    return reference(logits_OV, *draws[:4], torch.from_numpy(uniform_O).to(logits_OV.device))
 
 
 def _most_probable(logits_OV: Tensor) -> tuple[Tensor, Tensor]:

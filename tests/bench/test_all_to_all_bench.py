@@ -8,10 +8,11 @@ import torch
 
 from expertwire.bench.all_to_all import run as all_to_all
 from expertwire.bench.all_to_all import text as all_to_all_text
-from expertwire.bench.all_to_all.ranks import BACKENDS, Candidate, Setting
+from expertwire.bench.all_to_all.ranks import Candidate, Setting
 from expertwire.comm.all_to_all import cost_model
 from expertwire.comm.group import NcclOptions
 from expertwire.comm.topology import backend_times
+from expertwire.comm.topology.backend_choice import BACKENDS
 from expertwire.deploy import cli
 
 SMALL = ["--ranks", "2", "--tokens", "1", "4", "--hidden-size", "16", "--steps", "3", "--runs", "2"]

@@ -97,7 +97,7 @@ def alone(request, marks, is_open, output=()):
         if (token := banned(output, marks, limits, is_open)) is not None:
             logits_V[token] = -torch.inf
         columns = params.temperature, -1, 1.0, 0.0, request.seed, request.branch, len(tokens)
-        drawn = int(sampling.sample(logits_V[None], *(torch.tensor([value]) for value in columns)))
+        drawn = int(sampling.sample(logits_V[None], sampling.Draws(*(torch.tensor([value]) for value in columns))))
         output.append(chosen(drawn, output, marks, limits, is_open))
     return output
 

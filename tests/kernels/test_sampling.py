@@ -127,8 +127,8 @@ def test_a_row_without_probabilities_gives_no_token_and_others_the_same_ones(row
 
 def test_a_row_without_probabilities_among_greedy_ones():
     logits = torch.from_numpy(np.stack([LOGITS, *ROWS_WITHOUT_PROBABILITIES.values()]).astype(np.float32))
-    nothing = [torch.zeros(len(logits))] * 7
-    assert sampling.sample(logits, *nothing, drawn=False).tolist() == [LOGITS.argmax(), *[-1] * 5]
+    nothing = sampling.Draws(*[torch.zeros(len(logits))] * 7)
+    assert sampling.sample(logits, nothing, drawn=False).tolist() == [LOGITS.argmax(), *[-1] * 5]
 
 
 def test_uniform_is_philox():

@@ -38,14 +38,14 @@ def small_chunks_and_poisoned_memory(monkeypatch):
 
 
 def columns(rules, seed=0):
-    """Return the arguments after the logits, one rule a row."""
+    """Return draws by one rule a row."""
 
     def column(name, default, dtype):
         return torch.tensor([rule.get(name, default) for rule in rules], dtype=dtype)
 
     rng = np.random.default_rng(seed)
     num = len(rules)
-    return (
+    return sampling.Draws(
         column("temperature", 1.0, torch.float32),
         column("top_k", -1, torch.int64),
         column("top_p", 1.0, torch.float32),
@@ -98,7 +98,7 @@ def test_random_bits_are_those_of_the_reference():
 
 def check(logits, rules, seed=0, **kwargs):
     arguments = columns(rules, seed)
-    done = gpu.sample(logits, *arguments, **kwargs)
+    done = gpu.sample(logits, arguments, **kwargs)
     u = uniform(*arguments[4:])
     with np.errstate(all="ignore"):
         expected = [by_sorting(row, rule, x) for row, rule, x in zip(logits.numpy(), rules, u.tolist(), strict=True)]
@@ -160,16 +160,16 @@ def test_a_token_without_weight_is_not_picked():
 def test_a_row_without_probabilities_gives_no_token_and_others_the_same_ones(values):
     logits = torch.randn(2 * len(RULES), 100, generator=torch.Generator().manual_seed(3))
     rules = [rule for rule in RULES for _ in range(2)]
-    alone = gpu.sample(logits, *columns(rules))
+    alone = gpu.sample(logits, columns(rules))
     assert (alone >= 0).all()
     for i, value in enumerate(values):
         logits[::2, 7 + 60 * i] = value
     if values == [-np.inf]:
         logits[::2] = -np.inf
-    tokens = gpu.sample(logits, *columns(rules))
+    tokens = gpu.sample(logits, columns(rules))
     assert (tokens[::2] == -1).all()
     assert torch.equal(tokens[1::2], alone[1::2])
-    assert (gpu.sample(logits, *columns(rules), drawn=False)[::2] == -1).all()
+    assert (gpu.sample(logits, columns(rules), drawn=False)[::2] == -1).all()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -177,7 +177,7 @@ def test_a_row_without_probabilities_gives_no_token_and_others_the_same_ones(val
 def test_a_tiny_temperature_is_greedy(temperature):
     logits = torch.randn(4, 200, generator=torch.Generator().manual_seed(1))
     rules = [{"temperature": temperature, **more} for more in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.5})]
-    assert gpu.sample(logits, *columns(rules)).tolist() == logits.argmax(-1).tolist()
+    assert gpu.sample(logits, columns(rules)).tolist() == logits.argmax(-1).tolist()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -185,11 +185,10 @@ def test_what_the_host_knows_changes_launches_not_tokens():
     logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(2))
     check(logits, [PLAIN, GREEDY, {"min_p": 0.2}], filtered=False)
     check(logits, [GREEDY] * 3, drawn=False)
-    assert gpu.sample(logits[:0], *columns([])).shape == (0,)
+    assert gpu.sample(logits[:0], columns([])).shape == (0,)
 
 
 def test_columns_of_another_type_are_refused():
-    arguments = list(columns([PLAIN]))
-    arguments[1] = arguments[1].int()
+    draws = columns([PLAIN])
     with pytest.raises(AssertionError, match=r"torch.int32, not torch.int64"):
-        gpu.sample(torch.zeros(1, 8), *arguments)
+        gpu.sample(torch.zeros(1, 8), draws._replace(top_k_O=draws.top_k_O.int()))

@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 from helpers.examples import examples
+from helpers.policies import POLICIES
 from helpers.sim_ranks import CACHES, CHUNK, STATE, WINDOWED, SimCluster, expected_output, make_config, make_request
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -20,17 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
 from expertwire.scheduler.quotas import TenantQuota
-
-POLICIES = {
-    "fcfs": Fcfs,
-    "priority": lambda: Priority(aging=1.0),
-    "shortest": lambda: ShortestRemaining(aging=10.0),
-    "prefix": lambda: PrefixAffinity(window=3),
-    "fair": FairShare,
-}
-
 
 # Token ids at which requests pause.
 PAUSES = st.sampled_from([(), (), tuple(range(0, 50, 7)), tuple(range(50))]).map(lambda ids: np.array(ids, np.int32))

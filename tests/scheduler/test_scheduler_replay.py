@@ -5,9 +5,9 @@ from collections import deque
 
 import numpy as np
 import pytest
+from helpers.policies import POLICIES
 from helpers.sim_ranks import CACHES, WINDOWED, SimRank, make_config, make_request
 
-from expertwire.scheduler.policy import FairShare, Fcfs, PrefixAffinity, Priority, ShortestRemaining
 from expertwire.scheduler.scheduler import Scheduler
 
 
@@ -131,17 +131,7 @@ def play(calls, ranks, rng, max_in_flight):
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 2])
-@pytest.mark.parametrize(
-    "policy",
-    [
-        Fcfs,
-        lambda: Priority(aging=1.0),
-        lambda: ShortestRemaining(aging=10.0),
-        lambda: PrefixAffinity(window=3),
-        FairShare,
-    ],
-    ids=["fcfs", "priority", "shortest", "prefix", "fair"],
-)
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_the_same_calls_give_the_same_bytes(policy, max_in_flight):
     specs = WINDOWED if max_in_flight == 1 else CACHES
     config = make_config(max_num_seqs=4, num_blocks=9, max_queued_requests=8, chunked_prefill_size=6)
