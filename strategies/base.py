@@ -219,10 +219,13 @@ UNLIMITED = Budget()
 class Needs:
     """The news that a strategy needs; constant during a group.
 
+    `decide` is called when a branch pauses, ends or gets a score.
+
     Attributes:
         logprobs: whether branches have log-probabilities.
-        every_step: whether `decide` is called after every step with new tokens, and not only when a branch pauses, ends or gets
-            a score.
+        every_step: whether it is called after every step with new tokens, too.
+        falling_window: it is called, too, when the lowest mean of so many consecutive log-probabilities of a branch falls, from
+            its first window on (`Branch.lowest_window`); wants `logprobs`. None: it is not.
         step_text: a branch pauses after each token whose text contains this; None: never.
         answer: extracts the answer of a finished branch; None: answers are not needed.
         verifier: scores branches; None: there is none.
@@ -233,12 +236,18 @@ class Needs:
 
     logprobs: bool = False
     every_step: bool = False
+    falling_window: int | None = None
     step_text: str | None = None
     answer: AnswerExtractor | None = None
     verifier: Verifier | None = None
     verifier_policy: VerifierPolicy = DEFAULT_POLICY
     forced_texts: tuple[str, ...] = ()
     budget: Budget = UNLIMITED
+
+    @property
+    def watches_tokens(self) -> bool:
+        """True if any token may be a reason to call `decide`."""
+        return self.every_step or self.falling_window is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,7 +149,7 @@ class ComputeOptimal:
         limited = any(needs.budget.tokens is not None for needs in all_needs)
         return Needs(
             logprobs=self.signal == "mean_logprob" or any(needs.logprobs for needs in all_needs),
-            every_step=limited or any(needs.every_step for needs in all_needs),
+            every_step=limited or any(needs.watches_tokens for needs in all_needs),
             step_text=next((needs.step_text for needs in all_needs if needs.step_text is not None), None),
             answer=self.answer,
             verifier=self.verifier,

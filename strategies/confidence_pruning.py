@@ -57,8 +57,8 @@ class ConfidencePruning:
 
     @property
     def needs(self) -> Needs:
-        """Answers, log-probabilities, and a decision every step."""
-        return Needs(logprobs=True, every_step=True, answer=self.answer, budget=self.budget)
+        """Answers, log-probabilities, and a decision when a branch becomes less confident."""
+        return Needs(logprobs=True, falling_window=self.window, answer=self.answer, budget=self.budget)
 
     def decide(self, group: Group) -> Sequence[Action]:
         """Start the warm-up, then the other branches; prune those below the threshold."""
@@ -69,7 +69,7 @@ class ConfidencePruning:
             return []
         if len(group.branches) < self.n:
             return start_missing(group, self.n)
-        if self.consensus is not None:  # `decide` is called every step, and votes take long
+        if self.consensus is not None:  # votes take long
             weights = tally(self._voters(group), self._weight)
             if weights and max(weights.values()) >= self.consensus * sum(weights.values()):
                 return [Finish()]

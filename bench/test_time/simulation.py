@@ -120,7 +120,7 @@ class _Groups:
         if budget is not None:
             for g in np.unique(groups[self._sampled[groups] >= budget]).tolist():
                 self._end(self._groups[g])
-        news = groups if self._needs.every_step else groups[changed]
+        news = groups if self._needs.watches_tokens else groups[changed]
         return [g for g in np.unique(news).tolist() if self._groups[g].steps is None]
 
     def _change(self, group: _State, index: int, *, ended: bool) -> None:

@@ -74,7 +74,7 @@ class BranchRun:
         self.sequence_id: int | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
-        self._windows = Windows()
+        self._windows, self._lowest = Windows(), float("inf")
         self.positions: list[Position] = []
         self.text = ""
         self.status = Status.RUNNING
@@ -112,6 +112,13 @@ class BranchRun:
                 self.logprobs.extend(map(sampled_logprob, update.logprobs))
             if positions:
                 self.positions.extend(update.logprobs)
+
+    def has_fallen(self, window: int) -> bool:
+        """Return whether the lowest mean of `window` consecutive log-probabilities is less than at the last call."""
+        if len(self.logprobs) < window:
+            return False
+        before, self._lowest = self._lowest, self._windows.lowest(self.logprobs, window)
+        return self._lowest < before
 
     def continue_from(self, parent: BranchRun, num_tokens: int, forced: Sequence[int]) -> None:
         """Begin with the first tokens of another branch, and then with given ones."""

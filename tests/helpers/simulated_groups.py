@@ -95,7 +95,7 @@ class SimulatedGroup:
                 break
             if budget.seconds is not None and self.clock >= budget.seconds:
                 break
-            if news or self.needs.every_step:
+            if news or self.needs.watches_tokens:
                 self.decide()
         for branch in self.branches:
             if branch.view.status in (Status.RUNNING, Status.PAUSED):
