@@ -65,43 +65,62 @@ def _conv_cases_of(name: str, width: int, row: int) -> list[Case]:
 
 def _recurrence_cases_of(name: str, shape: tuple[int, int, int, int]) -> list[Case]:
     i32, (_, row) = torch.int32, _widths(*shape)
-    args = {
-        **dict.fromkeys(("xBC", "raw", "inputs", "y"), torch.bfloat16),
-        **dict.fromkeys(("A", "D", "dt_bias", "state", "dts"), torch.float32),
-        **dict.fromkeys(("num_decodes", "seq_lens", "block_table", "chunk_blocks"), i32),
-        "dt_min": 0.0,
-        "dt_max": float("inf"),
-        "every": _EVERY,
-        "stride_raw": row,
-        "table_width": 33,
-    }
-    common: dict[str, Any] = {
-        "constexprs": mamba2.constexprs(*shape),
-        "expect": {90: "HGMMA", 100: "UTC"},
-        "options": {**mamba2.OPTIONS, **PDL},
-        "wide": False,  # dt is a number a token and head
-    }
+    limits: dict[str, Any] = {"dt_min": 0.0, "dt_max": float("inf"), "stride_raw": row}
+    places = {"every": _EVERY, "table_width": 33}
+    prefills: dict[str, Any] = dict.fromkeys(("num_decodes", "cu_seqlens_q", "seq_lens", "chunk_blocks"), i32)
+    prefills["num_sequences"] = 7
+    options = {**mamba2.OPTIONS, **PDL}
+    products: dict[str, Any] = {"expect": {90: "HGMMA", 100: "UTC"}, "options": options}
     keep = Case(
         name=f"mamba2.keep_inputs {name}",
         kernel=mamba2.keep_inputs_kernel,
-        args={
-            **dict.fromkeys(("xBC", "raw", "inputs"), torch.bfloat16),
-            **dict.fromkeys(("dt_bias", "dts"), torch.float32),
-            **dict.fromkeys(("num_decodes", "cu_seqlens_q", "seq_lens", "chunk_blocks"), i32),
-            **{name: args[name] for name in ("dt_min", "dt_max", "stride_raw")},
-            "num_sequences": 7,
-        },
+        args=dict.fromkeys(("xBC", "raw", "inputs"), torch.bfloat16)
+        | dict.fromkeys(("dt_bias", "dts"), torch.float32)
+        | prefills
+        | limits,
         constexprs=mamba2.keep_constexprs(*shape),
-        options=common["options"],
+        options=options,
+        wide=False,  # dt is a number a token and head
+    )
+    sums = Case(
+        name=f"mamba2.sums {name}",
+        kernel=mamba2.chunk_sums_kernel,
+        args={"raw": torch.bfloat16}
+        | dict.fromkeys(("A", "dt_bias", "dts", "sums"), torch.float32)
+        | prefills
+        | limits,
+        constexprs={"HEADS": shape[0], "CHUNK": mamba2.CHUNK, "PARTS": mamba2.SUMS_PARTS},
+        num_warps=mamba2.SUMS_WARPS,
+        options=options,
         wide=False,
     )
-    decode, prefill = mamba2.mamba2_decode_kernel, mamba2.mamba2_prefill_kernel
-    more = {"cu_seqlens_q": i32, "num_sequences": 7}
-    return [
-        keep,
-        Case(name=f"mamba2.decode {name}", kernel=decode, args=args, num_warps=mamba2.DECODE_WARPS, blocks_per_sm=3, **common),
-        Case(name=f"mamba2.prefill {name}", kernel=prefill, args=args | more, num_warps=mamba2.PREFILL_WARPS, **common),
-    ]  # fmt: skip
+    decode = Case(
+        name=f"mamba2.decode {name}",
+        kernel=mamba2.mamba2_decode_kernel,
+        args=dict.fromkeys(("xBC", "raw", "inputs", "y"), torch.bfloat16)
+        | dict.fromkeys(("A", "D", "dt_bias", "state", "dts"), torch.float32)
+        | dict.fromkeys(("num_decodes", "seq_lens", "block_table", "chunk_blocks"), i32)
+        | limits
+        | places,
+        constexprs=mamba2.constexprs(*shape, mamba2.DECODE_COLUMNS),
+        num_warps=mamba2.NUM_WARPS,
+        blocks_per_sm=3,
+        wide=False,
+        **products,
+    )
+    prefill = Case(
+        name=f"mamba2.prefill {name}",
+        kernel=mamba2.mamba2_prefill_kernel,
+        args=dict.fromkeys(("xBC", "inputs", "y"), torch.bfloat16)
+        | dict.fromkeys(("sums", "D", "state"), torch.float32)
+        | {"block_table": i32}
+        | prefills
+        | places,
+        constexprs=mamba2.constexprs(*shape, mamba2.PREFILL_COLUMNS),
+        num_warps=mamba2.NUM_WARPS,
+        **products,
+    )
+    return [keep, sums, decode, prefill]
 
 
 def gated_rms_norm_cases() -> list[Case]:
