@@ -6,23 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertwire.strategies.answers import AnswerExtractor
-from expertwire.strategies.base import (
-    UNLIMITED,
-    Action,
-    Branch,
-    Budget,
-    Finish,
-    Group,
-    Needs,
-    Prune,
-    Resume,
-    Selection,
-    Status,
-    Verify,
-)
-from expertwire.strategies.steps import aggregate, expand, needs_of_search, require_search, select_by_steps, step_scores
+from expertwire.strategies.base import UNLIMITED, Action, Budget, Finish, Group, Needs, Prune, Selection, Status
+from expertwire.strategies.steps import before_choice, expand, needs_of_search, ranked, require_search, select_by_steps
 from expertwire.strategies.verifiers import DEFAULT_POLICY, Verifier, VerifierPolicy
-from expertwire.strategies.votes import is_scored, start_missing
+from expertwire.strategies.votes import start_missing
 
 
 @dataclass(frozen=True)
@@ -70,30 +57,15 @@ class BeamSearch:
         """Ask for scores; when all beams have theirs, prune and expand."""
         if not group.branches:
             return start_missing(group, self.n)
-        paused = group.with_status(Status.PAUSED)
-        free = [branch for branch in paused if len(branch.step_ends) >= self.max_steps]
-        if free:
-            return [Resume(branch.index) for branch in free]
-        complete = group.with_status(Status.FINISHED)
-        unscored = [branch for branch in (*paused, *complete) if not is_scored(branch)]
-        if unscored:
-            return [Verify(branch.index) for branch in unscored]
-        if group.with_status(Status.RUNNING) or any(branch.scoring for branch in group.branches):
-            return []
-        if len(complete) >= self.n:
+        if (actions := before_choice(group.branches, self.max_steps)) is not None:
+            return actions
+        if len(group.with_status(Status.FINISHED)) >= self.n:
             return [Finish()]
-        kept = self._ranked(group, paused)[: self.n // self.width]
+        paused = group.with_status(Status.PAUSED)
+        kept = ranked(group, paused, self.aggregation)[: self.n // self.width]
         going_on = {branch.index for branch in kept}
         return [*(Prune(branch.index) for branch in paused if branch.index not in going_on), *expand(kept, self.n)]
 
     def select(self, group: Group) -> Selection:
         """Return the best of the complete beams."""
         return select_by_steps(group, group.branches, self.aggregation, self.answer)
-
-    def _ranked(self, group: Group, paused: Sequence[Branch]) -> list[Branch]:
-        scored = [
-            (score, branch)
-            for branch in paused
-            if (score := aggregate(step_scores(group, branch), self.aggregation)) is not None
-        ]
-        return [branch for _, branch in sorted(scored, key=lambda pair: (-pair[0], pair[1].index))]

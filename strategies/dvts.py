@@ -14,23 +14,20 @@ from expertwire.strategies.base import (
     Group,
     Needs,
     Prune,
-    Resume,
     Selection,
     Start,
     Status,
-    Verify,
 )
 from expertwire.strategies.steps import (
-    aggregate,
+    before_choice,
     expand,
     needs_of_search,
     num_steps,
+    ranked,
     require_search,
     select_by_steps,
-    step_scores,
 )
 from expertwire.strategies.verifiers import DEFAULT_POLICY, Verifier, VerifierPolicy
-from expertwire.strategies.votes import is_scored
 
 
 @dataclass(frozen=True)
@@ -87,22 +84,15 @@ class DVTS:
         return select_by_steps(group, group.branches, self.aggregation, self.answer)
 
     def _grow(self, group: Group, tree: Sequence[Branch]) -> list[Action]:
+        if (actions := before_choice(tree, self.max_steps)) is not None:
+            return actions
         paused = [branch for branch in tree if branch.status is Status.PAUSED]
-        free = [branch for branch in paused if len(branch.step_ends) >= self.max_steps]
-        if free:
-            return [Resume(branch.index) for branch in free]
-        complete = [branch for branch in tree if branch.status is Status.FINISHED]
-        unscored = [branch for branch in (*paused, *complete) if not is_scored(branch)]
-        if unscored:
-            return [Verify(branch.index) for branch in unscored]
-        if not paused or any(branch.scoring or branch.status is Status.RUNNING for branch in tree):
+        if not paused:
             return []
         # Branches that completed in an earlier step were worse than the one that the tree went on with.
         step = max(num_steps(branch) for branch in paused)
-        rivals = [*paused, *(branch for branch in complete if num_steps(branch) == step)]
-        scores = {branch.index: aggregate(step_scores(group, branch), self.aggregation) for branch in rivals}
-        scored = [branch for branch in rivals if scores[branch.index] is not None]
-        best = min(scored, key=lambda branch: (-(scores[branch.index] or 0.0), branch.index), default=None)
+        complete = [branch for branch in tree if branch.status is Status.FINISHED and num_steps(branch) == step]
+        best = next(iter(ranked(group, [*paused, *complete], self.aggregation)), None)
         prune: list[Action] = [Prune(branch.index) for branch in paused if branch is not best]
         if best is None or best.status is Status.FINISHED:
             return prune

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from expertwire.strategies.answers import AnswerExtractor
-from expertwire.strategies.base import Action, Branch, Budget, Fork, Group, Needs, Resume, Selection, Status
+from expertwire.strategies.base import Action, Branch, Budget, Fork, Group, Needs, Resume, Selection, Status, Verify
 from expertwire.strategies.checks import (
     require_callable,
     require_integer,
@@ -15,7 +15,7 @@ from expertwire.strategies.checks import (
     require_string,
 )
 from expertwire.strategies.verifiers import Verifier, VerifierPolicy
-from expertwire.strategies.votes import vote, without_score
+from expertwire.strategies.votes import is_scored, vote, without_score
 
 AGGREGATIONS = ("last", "min", "prod")
 
@@ -102,6 +102,26 @@ def num_steps(branch: Branch) -> int:
     """Return the number of steps of a branch that pauses or has finished; what comes before the end is a step."""
     last = branch.step_ends[-1] if branch.step_ends else 0
     return len(branch.step_ends) + (branch.status is Status.FINISHED and last < len(branch.token_ids))
+
+
+def before_choice(branches: Sequence[Branch], max_steps: int) -> list[Action] | None:
+    """Return what has to come before a choice among these branches: those of `max_steps` steps go on without one, and all others
+    pause or end and get a score. None: the choice is due.
+    """
+    paused = [branch for branch in branches if branch.status is Status.PAUSED]
+    if free := [branch for branch in paused if len(branch.step_ends) >= max_steps]:
+        return [Resume(branch.index) for branch in free]
+    complete = [branch for branch in branches if branch.status is Status.FINISHED]
+    if unscored := [branch for branch in (*paused, *complete) if not is_scored(branch)]:
+        return [Verify(branch.index) for branch in unscored]
+    return [] if any(branch.scoring or branch.status is Status.RUNNING for branch in branches) else None
+
+
+def ranked(group: Group, branches: Sequence[Branch], aggregation: str) -> list[Branch]:
+    """Return the branches that have an aggregate of their steps' scores, the highest first, the lowest index among equals."""
+    scored = [(aggregate(step_scores(group, branch), aggregation), branch) for branch in branches]
+    found = [(-score, branch.index, branch) for score, branch in scored if score is not None]
+    return [branch for _, _, branch in sorted(found, key=lambda each: each[:2])]
 
 
 def expand(kept: Sequence[Branch], count: int) -> list[Action]:
