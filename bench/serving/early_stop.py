@@ -45,7 +45,13 @@ def main() -> int:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--size", type=int, default=5, help="numbers of each problem")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[5],
+        help="numbers of each problem, in turn; with one size all outputs are as long, and end and are replaced at once",
+    )
     parser.add_argument("--branches", type=int, default=16)
     parser.add_argument(
         "--slots", type=int, default=24, help="not a multiple of the branches, or all of a group end at once"
@@ -76,7 +82,9 @@ def main() -> int:
 
 def measure(llm: LLM, args: argparse.Namespace, strategy: Strategy, *, seed: int) -> dict[str, Any]:
     """Return tokens sampled, seconds, steps, and the share of right answers, of one call with new problems."""
-    problems = [make_problem("SUM", args.size, 1000 * seed + index) for index in range(args.prompts)]
+    problems = [
+        make_problem("SUM", args.size[index % len(args.size)], 1000 * seed + index) for index in range(args.prompts)
+    ]
     params = SamplingParams(temperature=0.7, max_tokens=128, seed=seed)
     before, began = llm.stats(), time.perf_counter()
     outputs = llm.generate([problem.prompt for problem in problems], params, strategy=strategy, use_tqdm=False)
