@@ -73,9 +73,6 @@ class Topology:
         """Return each rank's domain, i64 [P], numbered in the order of first ranks; likewise below."""
         return _numbers(location.domain for location in self.locations)
 
-    def node_P(self) -> np.ndarray:
-        return _numbers(location.node for location in self.locations)
-
     def failure_domain_P(self) -> np.ndarray:
         return _numbers(location.failure_domain for location in self.locations)
 
