@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from expertwire.deploy.grpc.calls import Call
-from expertwire.deploy.grpc.requests import Prepared, Requests
+from expertwire.deploy.grpc.requests import Requests
+from expertwire.deploy.grpc.started import Prepared
 from expertwire.deploy.grpc.usage import UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed

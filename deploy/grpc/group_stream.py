@@ -14,7 +14,7 @@ from typing import Any
 
 from expertwire.deploy.grpc.group_results import finish_reason, write_branch, write_selection
 from expertwire.deploy.grpc.messages import add_logprobs
-from expertwire.deploy.grpc.requests import OpenedGroup
+from expertwire.deploy.grpc.started import OpenedGroup
 from expertwire.deploy.grpc.stream import MESSAGE_SIZE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Position, RequestError, RequestFailed

@@ -10,7 +10,7 @@ from expertwire.deploy.grpc.calls import Call
 from expertwire.deploy.grpc.cascade_stream import CascadeStream
 from expertwire.deploy.grpc.group_stream import GroupStream
 from expertwire.deploy.grpc.models import Models
-from expertwire.deploy.grpc.requests import Stream
+from expertwire.deploy.grpc.started import Stream
 from expertwire.deploy.grpc.stream import OutputStream
 from expertwire.deploy.grpc.turns import COSTLY, MESSAGE
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb

@@ -12,7 +12,6 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,16 +19,15 @@ from expertwire.deploy.grpc import messages as grpc_messages
 from expertwire.deploy.grpc.calls import Call
 from expertwire.deploy.grpc.catalog import Catalog
 from expertwire.deploy.grpc.group_loop import GroupLoop
+from expertwire.deploy.grpc.started import Opened, OpenedGroup, Prepared, RequestStream, Stream, Waker
 from expertwire.deploy.grpc.usage import GroupUsage, UsageCounter
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
-from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed, RequestOptions
+from expertwire.engine.frontend.api import EngineFailed, RequestError, RequestFailed
 from expertwire.engine.frontend.frontend import WINDOW, Frontend
-from expertwire.engine.frontend.group_run import GroupRun
-from expertwire.engine.frontend.open_requests import OpenRequest
 from expertwire.engine.frontend.text_workers import TextWorkers
 from expertwire.engine.frontend.token_columns import ColumnReader
 from expertwire.engine.frontend.tokenizer import ReasoningIds
-from expertwire.scheduler.sampling_params import MAX_BRANCHES, SamplingParams
+from expertwire.scheduler.sampling_params import MAX_BRANCHES
 from expertwire.strategies.base import Strategy
 
 MAX_REQUEST_ID = 256  # characters
@@ -38,82 +36,6 @@ STALL_S = 30.0
 _BATCH_ROWS = 512  # tokens that are handled before the loop serves others
 _PROMPT_END = 32  # tokens; more than any delimiter of reasoning and the space after it
 _log = logging.getLogger(__name__)
-
-
-class Opened(NamedTuple):
-    """A request that has been submitted.
-
-    Attributes:
-        number: the frontend's id of it.
-        key: tenant, and the client's id or the one chosen for it.
-        usage: what it has used.
-        opens_reasoning: whether the prompt ends with the start of reasoning.
-    """
-
-    number: int
-    key: tuple[str, str]
-    usage: UsageCounter
-    opens_reasoning: bool
-
-
-class OpenedGroup(NamedTuple):
-    """A request with a strategy that has begun; attributes as those of `Opened`.
-
-    Attributes:
-        run: its group.
-    """
-
-    run: GroupRun
-    key: tuple[str, str]
-    usage: GroupUsage
-    opens_reasoning: bool
-
-
-class Prepared(NamedTuple):
-    """A request that has been checked."""
-
-    key: tuple[str, str]
-    params: SamplingParams
-    options: RequestOptions
-    tokens: np.ndarray
-    opens_reasoning: bool
-    arrived_s: float
-
-
-class Stream(Protocol):
-    """The way of one request's output to its client.
-
-    Attributes:
-        error: the error that the stream ends with, or None.
-        writing_since: when the write began that has not ended, by `time.monotonic`; None between writes.
-    """
-
-    error: RequestError | None
-
-    @property
-    def writing_since(self) -> float | None:
-        """See above."""
-        ...
-
-    def abort(self) -> bool:
-        """End the request, and return whether it ran; the stream goes on with what is unread."""
-        ...
-
-    def fail(self, code: str, message: str, *, drop: bool = False) -> None:
-        """End with an error status after what is unread, or, with `drop`, instead of it."""
-        ...
-
-
-class Waker(Protocol):
-    """Something that waits for news of a request."""
-
-    def wake(self, request: OpenRequest) -> None:
-        """Take note that the request has news."""
-        ...
-
-
-class RequestStream(Stream, Waker, Protocol):
-    """The stream of a request without a strategy."""
 
 
 class Requests:

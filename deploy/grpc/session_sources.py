@@ -9,8 +9,9 @@ from typing import Protocol
 
 from expertwire.deploy.grpc.messages import add_logprobs
 from expertwire.deploy.grpc.opening import Opening
-from expertwire.deploy.grpc.requests import Opened, Requests
+from expertwire.deploy.grpc.requests import Requests
 from expertwire.deploy.grpc.session_columns import Columns
+from expertwire.deploy.grpc.started import Opened
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Position, RequestError, RequestFailed
 from expertwire.engine.frontend.open_requests import OpenRequest

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from expertwire.deploy.grpc.messages import add_logprobs, write_chunk
-from expertwire.deploy.grpc.requests import Opened
+from expertwire.deploy.grpc.started import Opened
 from expertwire.deploy.proto import expertwire_v1_pb2 as pb
 from expertwire.engine.frontend.api import Position, RequestError, RequestFailed
 from expertwire.engine.frontend.frontend import Frontend
