@@ -8,6 +8,7 @@ ends, however it ends, a thread of the child sees the end of the pipe and exits.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import pickle
@@ -87,6 +88,13 @@ def batch_threads() -> Iterator[None]:
         yield
     finally:
         os.sched_setscheduler(0, *before)
+
+
+def return_memory() -> None:
+    """Let the operating system have this process's free memory; glibc would keep most of it."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def describe_exit(returncode: int) -> str:

@@ -42,7 +42,12 @@ async def open_request(models: Models, request: pb.GenerateRequest, call: Call) 
     cost = _cost(request.sampling_params)
     stream = OutputStream(requests.frontend, opened, functools.partial(call.ask, cost))
     requests.add(opened, stream)
-    return Opening(stream, lambda: requests.close(opened))
+
+    def close() -> None:
+        requests.close(opened)
+        stream.forget()
+
+    return Opening(stream, close)
 
 
 def is_composite(models: Models, request: pb.GenerateRequest) -> bool:

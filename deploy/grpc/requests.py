@@ -197,6 +197,7 @@ class Requests:
             del self._streams[opened.number]
         else:
             self._groups.closed()
+            opened.run.on_done = opened.run.on_news = _ignore  # the stream refers to it, too
         # Without effect if the request has finished.
         self.abort(stream)
         if not self._open:
@@ -320,8 +321,10 @@ class Requests:
         for request in news:
             if stream := self._streams.get(request.id):
                 stream.wake(request)
+            elif self._groups.handle(request):
+                has_groups = True
             else:
-                has_groups |= self._groups.handle(request)
+                request.untaken.clear()  # nobody waits for it, and it refers to the request
         if has_groups:
             self._groups.settle()
         if self.frontend.has_more and self.frontend.failure is None:
@@ -357,6 +360,10 @@ class Requests:
         if self._writes:
             self._loop.remove_writer(self._descriptor)
             self._writes = False
+
+
+def _ignore() -> None:
+    """Do nothing."""
 
 
 def _unavailable(message: str) -> RequestFailed:

@@ -78,6 +78,11 @@ class Server:
                 f"cannot listen on {address}: the port is taken, or the host is not this machine"
             ) from error
 
+    @property
+    def num_calls(self) -> int:
+        """Calls that run, without health checks."""
+        return self._overload.num_calls
+
     async def serve(
         self,
         frontend: Frontend,

@@ -21,8 +21,13 @@ _MAX_MESSAGE = 2048  # characters: a status travels in the trailing metadata, of
 
 
 async def abort(context: grpc.aio.ServicerContext, error: RequestError) -> None:
-    """End a call with an error status and its details; it raises."""
-    await context.abort(grpc.StatusCode[error.code], _short(error.message), _metadata(error))
+    """End a call with an error status and its details; its handler then returns."""
+    try:
+        await context.abort(grpc.StatusCode[error.code], _short(error.message), _metadata(error))
+    except grpc.aio.AbortError as aborted:
+        # gRPC keeps the exception with the call, and raises it again when the handler has returned. With its traceback it would
+        # hold the handler's frames, which hold the call: all of that would stay until cyclic garbage is collected.
+        aborted.__traceback__ = None
 
 
 def _metadata(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:

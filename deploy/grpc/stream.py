@@ -68,6 +68,11 @@ class OutputStream:
                 self._unread_prompt.clear()
             self._ask_for_turn()
 
+    def forget(self) -> None:
+        """Forget what is unread, which refers to the request that refers to it; the client has gone or has all."""
+        if self._request is not None:
+            self._request.untaken.clear()
+
     async def read(self) -> pb.GenerateResponse | None:
         """Return a message of unread outputs, up to about `MESSAGE_SIZE`; None after the last one.
 

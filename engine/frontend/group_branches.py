@@ -71,6 +71,10 @@ class GroupBranches:
         """When the first branch's first token came, by `time.monotonic`; None before."""
         return None if self._first is None else self._first.began_s
 
+    def close(self) -> None:
+        """Forget the group, which refers to this; called when it has ended."""
+        self._on_submit = lambda _: None
+
     def views(self) -> tuple[Branch, ...]:
         """Return the branches as they are now."""
         return tuple([branch.view() for branch in self.all])

@@ -392,3 +392,4 @@ class GroupRun:
         self.done = True
         self._prune(self.branches)
         self._groups.remove(self, self._branches.request_ids)
+        self._branches.close()

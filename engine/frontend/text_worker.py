@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import resource
 import socket
@@ -17,6 +16,7 @@ import numpy as np
 import psutil
 
 from expertwire.comm.control.channel import ChannelClosed, SocketChannel
+from expertwire.engine import process
 from expertwire.engine.config.engine_config import ModelInfo
 from expertwire.engine.frontend.chat import JSON_FIELDS, ChatText
 from expertwire.engine.frontend.prompts import check_length, tokenize
@@ -60,16 +60,9 @@ def worker_main(args: WorkerArgs) -> None:
             link.send(_answer(task, tokenizer, args))
             if sum(array.nbytes for array in task.values()) > _LARGE:
                 del task
-                _return_memory()
+                process.return_memory()  # a hundred times the task's text
     except ChannelClosed:
         return
-
-
-def _return_memory() -> None:
-    """Let the operating system have what a large task took, a hundred times its text; glibc would keep most of it."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def prompt_task(prompt: str | ChatText) -> dict[str, np.ndarray]:
