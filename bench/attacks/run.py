@@ -114,6 +114,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--all-at-once", type=float, metavar="S", help="also run those that can share a server for S seconds, together"
     )
+    parser.add_argument(
+        "--bare", action="store_true", help="attack a gRPC server that does nothing; for attacks that only generate"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was seen there, after each attack")
     return parser
 
@@ -138,7 +141,7 @@ def run(argv: Sequence[str]) -> int:
         for attack, length in zip(wanted, seconds, strict=True):
             load = os.getloadavg()
             try:
-                result = asyncio.run(measure(attack, length, Path(folder), extra))
+                result = asyncio.run(measure(attack, length, Path(folder), extra, bare=args.bare))
             except RuntimeError as error:
                 print(f"{attack.name}: not measured: {error}", flush=True)
                 results.append({"name": attack.name, "not_measured": str(error)})
@@ -150,7 +153,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-async def measure(attack: Attack, seconds: float, folder: Path, extra: Sequence[str]) -> Result:
+async def measure(attack: Attack, seconds: float, folder: Path, extra: Sequence[str], *, bare: bool = False) -> Result:
     """Attack a server.
 
     Args:
@@ -158,11 +161,12 @@ async def measure(attack: Attack, seconds: float, folder: Path, extra: Sequence[
         seconds: how long.
         folder: for checkpoints.
         extra: further options of `expertwire serve`.
+        bare: attack a server that does nothing.
 
     Raises:
         RuntimeError: the server did not start.
     """
-    model = models.folder_of(attack.model, folder)
+    model = None if bare else models.folder_of(attack.model, folder)
     arguments = (*attack.serve_args, *extra)
     with (
         Server(model, arguments, descriptors=attack.descriptors) as server,
@@ -185,7 +189,7 @@ async def measure(attack: Attack, seconds: float, folder: Path, extra: Sequence[
             before = watch.samples[0]
             recovered_s = await _recovery(server.target, client, before)
         return Result(
-            name=attack.name,
+            name=f"{attack.name} (bare)" if bare else attack.name,
             seconds=round(length, 1),
             quiet=quiet,
             good=good,

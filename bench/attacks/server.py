@@ -1,4 +1,4 @@
-"""`Server`: `expertwire serve` as a process, to be attacked."""
+"""`Server`: `expertwire serve`, or a server that does nothing, as a process, to be attacked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Server:
     """`expertwire serve` on two local ranks.
 
     Args:
-        model: folder of the checkpoint.
+        model: folder of the checkpoint; None: a server that does nothing, see `bare`.
         serve_args: further options.
         descriptors: limit of descriptors of each process; None keeps this process's.
 
@@ -33,9 +33,22 @@ class Server:
 
     target: Target
 
-    def __init__(self, model: Path, serve_args: Sequence[str] = (), *, descriptors: int | None = None) -> None:
-        command = [sys.executable, "-m", "expertwire.deploy.cli", "serve", str(model), "--port", "0", "--ep-size", "2"]
-        command += ["--launcher", "local", "--device", "cpu", "--drain-timeout", "1", *serve_args]
+    def __init__(self, model: Path | None, serve_args: Sequence[str] = (), *, descriptors: int | None = None) -> None:
+        if model is None:
+            command = [sys.executable, "-m", "expertwire.bench.attacks.bare"]
+        else:
+            command = [
+                sys.executable,
+                "-m",
+                "expertwire.deploy.cli",
+                "serve",
+                str(model),
+                "--port",
+                "0",
+                "--ep-size",
+                "2",
+            ]
+            command += ["--launcher", "local", "--device", "cpu", "--drain-timeout", "1", *serve_args]
         if descriptors is not None:
             command = ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh", *command]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from expertwire.bench.attacks import all_at_once, frozen, local_strangers, malformed, models
 from expertwire.bench.attacks import run as attacks
-from expertwire.bench.attacks.attack import Attack
+from expertwire.bench.attacks.attack import Attack, gather_statuses, request, stubs
 from expertwire.bench.attacks.raw_http2 import RawConnection, grpc_message
 from expertwire.bench.attacks.registry import ATTACKS
 from expertwire.bench.attacks.target import Sample, Target
@@ -241,3 +241,18 @@ def test_an_unknown_attack_is_refused(capsys):
 
 def test_the_message_has_a_prefix():
     assert grpc_message(b"ab") == b"\0\0\0\0\x02ab"
+
+
+def test_a_server_that_does_nothing_serves_the_good_client(tmp_path, monkeypatch):
+    for name in ("_WARM_UP_S", "_QUIET_S", "_RECOVERY_STEP_S"):
+        monkeypatch.setattr(attacks, name, 0.5)
+
+    async def attack(target, seconds):
+        async with stubs(target.address) as (stub,):
+            return {"statuses": await gather_statuses([stub.Generate(request(max_tokens=2)) for _ in range(20)], 30)}
+
+    small = Attack(name="small", about="", run=attack)
+    result = asyncio.run(attacks.measure(small, 0.5, tmp_path, (), bare=True))
+    assert (result.name, result.seen) == ("small (bare)", {"statuses": {"OK": 20}})
+    assert set(result.quiet["requests"]["counts"]) == {"OK"} and set(result.quiet["health"]["counts"]) == {"SERVING"}
+    assert result.failed == 0 and result.recovered_s is not None
