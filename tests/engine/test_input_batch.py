@@ -44,6 +44,7 @@ def test_rows_are_looked_up_as_by_the_reference():
     for found, expected in zip(prepare_inputs.prepare_inputs(*arguments), reference(*arguments), strict=True):
         assert found.dtype == expected.dtype == torch.int64
         assert torch.equal(found, expected)
+        assert found.is_contiguous()  # attention is compiled apart for groups whose mapping is not
 
 
 def test_biases_are_added_and_bans_win_over_everything():
