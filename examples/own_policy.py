@@ -2,7 +2,7 @@
 
 python examples/own_policy.py
 
-To serve with it, add it to `_POLICIES` in scheduler/policy.py; docs/extending.md names its test.
+To serve with it, add it to `PolicyName` and `_POLICIES` in scheduler/policy.py; docs/extending.md names its test.
 """
 
 from dataclasses import dataclass
