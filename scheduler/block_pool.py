@@ -69,32 +69,29 @@ class BlockPool:
         block_B = aligned(total, block_loops.BLOCK)
         block_B["place"], block_B["chain"] = IN_USE, UNHASHED
         worth_B = aligned(total, WORTH)  # pages that are never touched take no memory
-        weighs = np.repeat(np.zeros(num_caches, bool) if weighs_C is None else np.array(weighs_C), num_ranks)
+        owners = aligned(num_owners, block_loops.OWNER)
+        owners["num_free"] = owners["tail"] = np.repeat(self.num_blocks_C, num_ranks)
+        if weighs_C is not None:
+            owners["weighs"] = np.repeat(weighs_C, num_ranks)
         queues = np.zeros((num_owners, 1 << (2 * num_blocks - 1).bit_length()), np.int32)
         for owner, usable in enumerate(np.repeat(self.num_blocks_C, num_ranks).tolist()):
             number_B = owner * num_blocks + np.arange(1, usable + 1)
             queues[owner, :usable], block_B["place"][number_B] = number_B, np.arange(usable)
-            if weighs[owner]:
+            if owners["weighs"][owner]:
                 worth_B["freed"][number_B] = np.arange(-usable, 0)
         self.blocks = block_loops.Blocks(
             num_blocks=num_blocks,
             num_ranks=num_ranks,
             block_B=block_B,
-            num_free=np.repeat(self.num_blocks_C, num_ranks),
+            owners=owners,
             queues=queues,
-            heads=np.zeros(num_owners, np.int64),
-            tails=np.repeat(self.num_blocks_C, num_ranks),
-            num_evicted=np.zeros(num_owners, np.int64),
-            weighs=weighs,
             worth_B=worth_B,
-            levels=np.zeros(num_owners, np.int64),
-            clocks=np.zeros(num_owners, np.int64),
             buckets=np.full(num_buckets, END, np.int32),
             holders=np.zeros(num_buckets, np.uint64),
         )
         # Views by cache, rank and block.
-        self.num_free_CP = self.blocks.num_free.reshape(num_caches, num_ranks)
-        self.num_evicted_CP = self.blocks.num_evicted.reshape(num_caches, num_ranks)
+        self.num_free_CP = owners["num_free"].reshape(num_caches, num_ranks)
+        self.num_evicted_CP = owners["num_evicted"].reshape(num_caches, num_ranks)
         self.refs_CPB = block_B["refs"].reshape(num_caches, num_ranks, num_blocks)
 
     def allocate(self, cache: int, rank_B: np.ndarray) -> np.ndarray:
@@ -131,7 +128,7 @@ class BlockPool:
             count = block_loops.walk_free(self.blocks, owner, number_B)
             assert count == self.num_free_CP[cache, rank], (cache, rank, count, self.num_free_CP[cache, rank])
             free = number_B[:count] - owner * self.num_blocks
-            if self.blocks.weighs[owner]:
+            if self.blocks.owners["weighs"][owner]:
                 worth_B = self.blocks.worth_B[number_B[:count]]
                 rank_B, freed_B, parents = worth_B["rank"], worth_B["freed"], (np.arange(1, count) - 1) // 2
                 ordered_B = (rank_B[parents] < rank_B[1:]) | (rank_B[parents] == rank_B[1:]) & (

@@ -46,6 +46,20 @@ BLOCK = np.dtype(
     ]
 )
 
+# One array of records: all arrays of a tuple are passed on, one by one, wherever it is.
+OWNER = np.dtype(
+    [
+        ("num_free", np.int64),
+        ("head", np.int64),  # of its queue, modulo the queue's length
+        ("tail", np.int64),
+        ("num_evicted", np.int64),  # blocks that were allocated while they had a hash
+        ("weighs", np.int64),  # 1: its free blocks are in a heap
+        ("level", np.int64),  # the worth of the last wanted block that was evicted
+        ("clock", np.int64),  # blocks that were freed
+        ("reserved", np.int64),
+    ]
+)
+
 
 @intrinsic
 def prefetch(context, array, index):
@@ -90,15 +104,9 @@ class Blocks(NamedTuple):
     num_blocks: int
     num_ranks: int
     block_B: np.ndarray  # BLOCK
-    num_free: np.ndarray  # i64 [owners]
+    owners: np.ndarray  # OWNER
     queues: np.ndarray  # i32 [owners, a power of two]
-    heads: np.ndarray  # i64 [owners], modulo the queues' length
-    tails: np.ndarray
-    num_evicted: np.ndarray  # i64 [owners], blocks that were allocated while they had a hash
-    weighs: np.ndarray  # bool [owners]
     worth_B: np.ndarray  # `heap.WORTH`, of owners that weigh
-    levels: np.ndarray  # i64 [owners], the level: the worth of the last wanted block that was evicted
-    clocks: np.ndarray  # i64 [owners], blocks that were freed
     buckets: np.ndarray  # i32 [a power of two], the first block of each bucket's chain
     holders: np.ndarray  # u64: the upper 32 bits of a hash, and below them the rank that used it last, less `NONE`
 
@@ -113,32 +121,32 @@ def take_block(blocks, owner):
     It keeps its hash: the caller clears the hashes of many blocks at once, so that their cache
     misses overlap.
     """
-    assert blocks.num_free[owner] > 0, "no block is free"
-    if blocks.weighs[owner]:
+    assert blocks.owners[owner].num_free > 0, "no block is free"
+    if blocks.owners[owner].weighs:
         number = blocks.queues[owner, 0]
-        blocks.levels[owner] = max(blocks.levels[owner], blocks.worth_B[number].rank - heap.WANTED)
+        blocks.owners[owner].level = max(blocks.owners[owner].level, blocks.worth_B[number].rank - heap.WANTED)
         share_block(blocks, owner, number)
         return number
     last_place = blocks.queues.shape[1] - 1
     while True:
-        place = blocks.heads[owner] & last_place
+        place = blocks.owners[owner].head & last_place
         number = blocks.queues[owner, place]
-        blocks.heads[owner] += 1
+        blocks.owners[owner].head += 1
         if blocks.block_B[number].place == place:
             break
     blocks.block_B[number].refs = 1
     blocks.block_B[number].place = IN_USE
-    blocks.num_free[owner] -= 1
+    blocks.owners[owner].num_free -= 1
     return number
 
 
 @jit(inner=True)
 def prefetch_free(blocks, owner, ahead, count):
     """Prefetch what `take_block` will touch for `count` blocks, after `ahead` others."""
-    if blocks.weighs[owner]:
+    if blocks.owners[owner].weighs:
         return
     last_place = blocks.queues.shape[1] - 1
-    for at in range(blocks.heads[owner] + ahead, blocks.heads[owner] + ahead + count):
+    for at in range(blocks.owners[owner].head + ahead, blocks.owners[owner].head + ahead + count):
         prefetch(blocks.block_B, (blocks.queues[owner, at & last_place],))
 
 
@@ -146,10 +154,10 @@ def prefetch_free(blocks, owner, ahead, count):
 def share_block(blocks, owner, number):
     """Add a reference. A free block's entry stays in the queue, but is no longer valid."""
     if blocks.block_B[number].refs == 0:
-        if blocks.weighs[owner]:
-            heap.remove(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.num_free[owner], number)
+        if blocks.owners[owner].weighs:
+            heap.remove(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.owners[owner].num_free, number)
         blocks.block_B[number].place = IN_USE
-        blocks.num_free[owner] -= 1
+        blocks.owners[owner].num_free -= 1
     blocks.block_B[number].refs += 1
 
 
@@ -163,23 +171,23 @@ def drop_block(blocks, owner, number):
     blocks.block_B[number].refs -= 1
     if blocks.block_B[number].refs > 0:
         return
-    if blocks.weighs[owner]:
-        blocks.worth_B[number].freed = blocks.clocks[owner]
-        blocks.clocks[owner] += 1
+    if blocks.owners[owner].weighs:
+        blocks.worth_B[number].freed = blocks.owners[owner].clock
+        blocks.owners[owner].clock += 1
         blocks.worth_B[number].rank = _rank(blocks, owner, number)
-        heap.push(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.num_free[owner], number)
-        blocks.num_free[owner] += 1
+        heap.push(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.owners[owner].num_free, number)
+        blocks.owners[owner].num_free += 1
         return
     last_place = blocks.queues.shape[1] - 1
     if blocks.block_B[number].chain == UNHASHED:
-        blocks.heads[owner] -= 1
-        place = blocks.heads[owner] & last_place
+        blocks.owners[owner].head -= 1
+        place = blocks.owners[owner].head & last_place
     else:
-        place = blocks.tails[owner] & last_place
-        blocks.tails[owner] += 1
+        place = blocks.owners[owner].tail & last_place
+        blocks.owners[owner].tail += 1
     blocks.queues[owner, place] = number
     blocks.block_B[number].place = place
-    blocks.num_free[owner] += 1
+    blocks.owners[owner].num_free += 1
 
 
 @jit(inner=True)
@@ -189,33 +197,33 @@ def _rank(blocks, owner, number):
         return heap.NO_HASH
     if blocks.worth_B[number].followers == 1:
         return heap.SUPERSEDED
-    return heap.WANTED + blocks.levels[owner] + blocks.worth_B[number].gain
+    return heap.WANTED + blocks.owners[owner].level + blocks.worth_B[number].gain
 
 
 @jit(inner=True)
 def weigh_block(blocks, owner, number):
     """Find a block's place among the free ones anew, as its hash or its worth has changed, if it is one of them."""
-    if blocks.weighs[owner] and blocks.block_B[number].place != IN_USE:
+    if blocks.owners[owner].weighs and blocks.block_B[number].place != IN_USE:
         blocks.worth_B[number].rank = _rank(blocks, owner, number)
         place = blocks.block_B[number].place
-        heap.sift(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.num_free[owner], place)
+        heap.sift(blocks.queues[owner], blocks.block_B, blocks.worth_B, blocks.owners[owner].num_free, place)
 
 
 @jit(inner=True)
 def compact_queues(blocks):
     """Remove invalid entries from the free queues where there are many, so that every block finds a place."""
     num_places = blocks.queues.shape[1]
-    for owner in range(len(blocks.heads)):
-        if blocks.tails[owner] - blocks.heads[owner] > num_places - blocks.num_blocks:
-            end = blocks.heads[owner]
-            for at in range(blocks.heads[owner], blocks.tails[owner]):
+    for owner in range(len(blocks.owners)):
+        if blocks.owners[owner].tail - blocks.owners[owner].head > num_places - blocks.num_blocks:
+            end = blocks.owners[owner].head
+            for at in range(blocks.owners[owner].head, blocks.owners[owner].tail):
                 place = at & (num_places - 1)
                 number = blocks.queues[owner, place]
                 if blocks.block_B[number].place == place:
                     blocks.queues[owner, end & (num_places - 1)] = number
                     blocks.block_B[number].place = end & (num_places - 1)
                     end += 1
-            blocks.tails[owner] = end
+            blocks.owners[owner].tail = end
 
 
 @jit
@@ -343,11 +351,11 @@ def forget_block(blocks, owner, number):
 def walk_free(blocks, owner, number_B):
     """Write an owner's free blocks in order; return their number, or -1 if there are too many."""
     last_place, count = blocks.queues.shape[1] - 1, 0
-    if blocks.weighs[owner]:
-        for place in range(min(blocks.num_free[owner], len(number_B))):
+    if blocks.owners[owner].weighs:
+        for place in range(min(blocks.owners[owner].num_free, len(number_B))):
             number_B[place] = blocks.queues[owner, place]
-        return -1 if blocks.num_free[owner] > len(number_B) else blocks.num_free[owner]
-    for at in range(blocks.heads[owner], blocks.tails[owner]):
+        return -1 if blocks.owners[owner].num_free > len(number_B) else blocks.owners[owner].num_free
+    for at in range(blocks.owners[owner].head, blocks.owners[owner].tail):
         number = blocks.queues[owner, at & last_place]
         if blocks.block_B[number].place == at & last_place:
             if count == len(number_B):

@@ -64,7 +64,7 @@ def choose_snapshots(caches, blocks, batch, row, num_cached, is_fork):
     """Choose where a row that begins with `num_cached` tokens keeps snapshots. A fork begins with a copy of a state."""
     info, num_known = batch.info_Z[row], batch.counters_Z[row].num_known
     for cache in range(len(caches.size_C)):
-        if blocks.weighs[cache * blocks.num_ranks]:
+        if blocks.owners[cache * blocks.num_ranks].weighs:
             size = caches.size_C[cache]
             info.num_begun = NONE if is_fork else num_cached
             info.last_kept = num_cached
@@ -100,7 +100,7 @@ def leave_snapshot(caches, blocks, batch, cache, row, index, number):
         batch.info_Z[row],
         caches.hashes_C[cache],
     )
-    if not blocks.weighs[owner]:
+    if not blocks.owners[owner].weighs:
         return
     end = (index + 1) * caches.size_C[cache]
     gain, last, info.last_kept = end - info.last_kept, info.last_kept // batch.block_size - 1, end

@@ -275,7 +275,7 @@ def schedule(
         if b + _AHEAD < num_taken:
             prefetch_chain(blocks, taken_B[b + _AHEAD])
         number = np.int64(taken_B[b])
-        blocks.num_evicted[number // blocks.num_blocks] += blocks.block_B[number].chain != UNHASHED
+        blocks.owners[number // blocks.num_blocks].num_evicted += blocks.block_B[number].chain != UNHASHED
         clear_block_hash(blocks, number)
     if hashing:
         hash_rows(caches, blocks, batch, due_S[:num_due])
