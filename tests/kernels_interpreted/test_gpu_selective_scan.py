@@ -25,9 +25,9 @@ def scene(dtype, width=24, size=16, lengths=LENGTHS):
     return inputs, weights
 
 
-def compute(op, plan, inputs, weights, unused=None):
+def compute(op, plan, inputs, weights, unused=None, every=EVERY):
     """Return outputs and states, which hold NaN first."""
-    blocks = steps.Blocks.scatter([len(x) for x, *_ in inputs], EVERY)
+    blocks = steps.Blocks.scatter([len(x) for x, *_ in inputs], every)
     state = torch.full((blocks.num_states, *weights.A_ND.shape), float("nan"))
     return steps.run(plan, blocks, inputs, lambda *rows: op(*rows[:-1], weights, state, rows[-1]), unused), state
 
@@ -58,6 +58,17 @@ def test_bits_depend_neither_on_steps_nor_on_bounds(plan, unused):
     y, state = compute(gpu.selective_scan, plan, *scenery, unused=unused)
     assert all(torch.equal(a, b) for a, b in zip(y, expected, strict=True))
     torch.testing.assert_close(state, expected_state, rtol=0, atol=0, equal_nan=True)
+
+
+def test_intervals_of_any_length_change_no_bit():
+    """Those that are no multiple of the tokens that are loaded at a time."""
+    scenery = scene(torch.float32)
+    expected, _ = compute(gpu.selective_scan, steps.whole(LENGTHS), *scenery)
+    plan = steps.random_cuts(LENGTHS, 2, 20)
+    _, expected_state = compute(selective_scan.reference, plan, *scenery, every=22)
+    y, state = compute(gpu.selective_scan, plan, *scenery, every=22)
+    assert all(torch.equal(a, b) for a, b in zip(y, expected, strict=True))
+    torch.testing.assert_close(state, expected_state, **TOLERANCE[torch.float32], equal_nan=True)
 
 
 def test_sequences_go_on_from_one_snapshot():
