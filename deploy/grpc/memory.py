@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 
 import psutil
 
@@ -18,7 +19,8 @@ _ROUNDS = 2  # collections of it, after which the next one is collected too
 _NEVER = 1 << 30
 _FEW = 50_000  # blocks of memory that calls hold, in which the oldest generation is collected within some 20 ms
 _MOST = 16_000_000  # blocks by which a front may grow that always has calls, which takes a second or two
-_TRIMMED = 64 << 20  # bytes more than before, after which free memory is returned
+_TRIMMED = 64 << 20  # bytes more than at the beginning, at which free memory is returned
+_TRIM_S = 10.0  # seconds between two returns: gRPC frees what calls took somewhat later than they end
 
 
 class Memory:
@@ -35,7 +37,7 @@ class Memory:
         gc.freeze()
         gc.set_threshold(_YOUNG, _ROUNDS, _NEVER)
         self._num_frozen = self._num_left = sys.getallocatedblocks()
-        self._process = psutil.Process()
+        self._process, self._trim_s = psutil.Process(), 0.0
         self._resident = self._process.memory_info().rss
 
     def tend(self, num_calls: int) -> None:
@@ -46,6 +48,7 @@ class Memory:
         if gc.get_count()[2] and (is_short or num_blocks > self._num_left + _MOST):
             gc.collect()
             self._num_left = sys.getallocatedblocks()
-        if is_short and self._process.memory_info().rss > self._resident + _TRIMMED:
+        now = time.monotonic()
+        if is_short and now >= self._trim_s and self._process.memory_info().rss > self._resident + _TRIMMED:
             process.return_memory()
-            self._resident = self._process.memory_info().rss
+            self._trim_s = now + _TRIM_S

@@ -108,6 +108,20 @@ def test_free_memory_is_returned_where_calls_hold_little(make_memory):
     del kept
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_memory_that_is_freed_after_a_return_is_returned_too(make_memory, monkeypatch):
+    monkeypatch.setattr(memory, "_TRIM_S", 0.0)
+    front, process = make_memory(), psutil.Process()
+    held = [b"a" * 600 + bytes(1) for _ in range(300_000)]
+    kept = b"b" * 601 + bytes(1)  # behind them, so that what is free before it stays
+    front.tend(1)
+    del held
+    before = process.memory_info().rss
+    front.tend(1)
+    assert process.memory_info().rss < before - (100 << 20)
+    del kept
+
+
 def generate(**params):
     sampling = pb.SamplingParams(**{"max_tokens": 20, **params})
     return pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), sampling_params=sampling)
