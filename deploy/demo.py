@@ -116,7 +116,7 @@ def _address(server: subprocess.Popen[str], log: IO[str], what: str) -> str:
                 raise EngineFailed(f"the server did not start: {_tail(log)}")
             if not line.startswith("serving "):  # Ray's warnings
                 continue
-            print(f"\r{line.strip()} (started in {seconds:.1f} s)")
+            print(f"\r{line.strip()} (started in {time.monotonic() - begin:.1f} s)")
             return line.split()[-1]
     raise EngineFailed(f"the server did not start within {_START_S:g} s: {_tail(log)}")
 
