@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import time
 
 import numpy as np
 import psutil
@@ -49,10 +50,18 @@ async def texts(tmp_path, *, info=WIDE, template=None, tokenizer="byte_level", *
     controller.close()
 
 
+def command(process):
+    """Return a process's command line; nothing for one that has ended. For an instant after `exec` it is still empty."""
+    try:
+        while not (words := process.cmdline()):
+            time.sleep(0.001)
+    except psutil.NoSuchProcess:  # or a zombie
+        return ""
+    return " ".join(words)
+
+
 def worker_pids():
-    return {
-        child.pid for child in psutil.Process().children() if "expertwire.engine.process" in " ".join(child.cmdline())
-    }
+    return {child.pid for child in psutil.Process().children() if "expertwire.engine.process" in command(child)}
 
 
 async def failure(awaitable):
