@@ -226,6 +226,26 @@ class RunningBatch:
         step_loops.missing_blocks(self.caches, self.arrays, rows, num, missing_CS)
         return missing_CS
 
+    def shortage(self, rows: np.ndarray, num: np.ndarray, missing_CP: np.ndarray) -> np.ndarray:
+        """Return how many blocks must be taken from running requests so that the others can go on: i64 [C, P].
+
+        A row that begins a recurrent state leaves the one before in the next plan. So where all branches of a group begin one in
+        the same step, and there is one for the most urgent row, some wait a step for the states of others, and none are taken.
+        """
+        short_CP = np.maximum(missing_CP - self.pool.num_free_CP, 0)
+        states_C = np.array([spec.kind == "state" for spec in self.specs])
+        if not short_CP[states_C].any():
+            return short_CP
+        missing_CS = self.missing_blocks(rows, num)
+        served_S, rank_S = self.serve_blocks(rows, missing_CS), self.rank_Z[rows]
+        for rank in np.flatnonzero(short_CP[states_C].any(axis=0)):
+            on_rank = np.flatnonzero(rank_S == rank)
+            first = on_rank[np.lexsort((self.order_Z[rows[on_rank]], self.priority_Z[rows[on_rank]]))[0]]
+            begun_C = (missing_CS[:, on_rank] * served_S[on_rank]).any(axis=1)
+            if served_S[first]:
+                short_CP[states_C & begun_C, rank] = 0
+        return short_CP
+
     def choose_victims(self, short_CP: np.ndarray, share_Z: np.ndarray | None = None) -> np.ndarray:
         """Return the rows to preempt, ascending, so that `short_CP` more blocks become free.
 

@@ -368,7 +368,7 @@ class Scheduler:
         if (missing_CP <= self._pool.num_free_CP).all():
             return rows, num, _NO_ROWS
         share_Z = None if self._sharing is None else self._sharing.share_Z()
-        victims = batch.choose_victims(np.maximum(missing_CP - self._pool.num_free_CP, 0), share_Z)
+        victims = batch.choose_victims(batch.shortage(rows, num, missing_CP), share_Z)
         batch.draining_Z[victims] = True
         self._counts["preemptions"] += len(victims)
         emptied = self._lifecycle.release()

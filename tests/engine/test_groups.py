@@ -71,11 +71,12 @@ def test_a_branch_is_what_it_would_be_alone(kind):
             assert client.bits(alone) == bits, fields
 
 
-def test_sixteen_branches_compute_their_prompt_once():
+@pytest.mark.parametrize("name", MODELS)
+def test_sixteen_branches_compute_their_prompt_once(name):
     num_prompt, num_output, count = 512, 128, 16
     params = SamplingParams(max_tokens=num_output, ignore_eos=True, seed=3)
     options = {"max_model_len": 1024, "max_num_seqs": count, "enable_prefix_caching": False}
-    with branch_client(folder("qwen3_moe"), kv_cache_memory_bytes=20_000_000, **options) as client:
+    with branch_client(folder(name), kv_cache_memory_bytes=20_000_000, **options) as client:
         ids = client.submit(tiny.prompt(num_prompt, seed=1), params, count)
         peak = 0
         while not all(len(client.tokens[sequence]) > num_output - 3 for sequence in ids):
@@ -84,6 +85,7 @@ def test_sixteen_branches_compute_their_prompt_once():
                 peak = max(peak, *client.stats()["blocks_used"]["full"])
         client.run()
         stats = client.stats()
+    assert not stats["preemptions"]
     # The step that is planned when a sequence ends computes each of them once more, and drops it.
     assert stats["tokens_computed"] - count * num_output <= num_prompt
     assert stats["tokens_computed"] >= num_prompt + count * (num_output - 1)

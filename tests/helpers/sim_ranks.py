@@ -338,6 +338,11 @@ class SimCluster:
         self.now = 0.0
         self.num_operations = 0  # calls to the scheduler, without those that check it and plans that have nothing to do
         self._check = self.scheduler.check_integrity if check else lambda: None
+        # A decode waits for the states of others, if all begin one at the same time.
+        self._states_are_few = any(
+            spec.kind == "state" and num <= 2 * config.max_num_seqs
+            for spec, num in zip(specs, self.ranks[0].num_blocks, strict=True)
+        )
 
     def submit(self, *requests: Request) -> None:
         for request in requests:
@@ -409,7 +414,7 @@ class SimCluster:
         plan = self.in_flight.popleft()
         # Ranks see what came over a channel, and answer in any order.
         seen = self.plans[plan.step - self.plans[0].step]
-        strict = not (self.overlap or self.paused or self.scheduler.stats()["preemptions"])
+        strict = not (self.overlap or self.paused or self.scheduler.stats()["preemptions"] or self._states_are_few)
         for rank in self.ranks:
             rank.no_decode_waits = strict
         results = [rank.run(seen) for rank in self.ranks]

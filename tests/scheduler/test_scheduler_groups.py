@@ -43,6 +43,22 @@ def test_a_groups_prompt_is_computed_once(length, caching, overlap, specs):
     assert [len(plan.admit_slot_A) for plan in firsts] == ([1, 3] if length > 8 else [4])
 
 
+@OVERLAP
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("num_states", [8, 9, 12])
+def test_branches_that_begin_states_at_once_wait_for_each_other(num_states, caching, overlap):
+    """All come to the end of a block in the same step, and hold two states then."""
+    sizes = {**SIZES, "num_blocks": (81, 81, num_states + 1), "enable_prefix_caching": caching}
+    cluster = SimCluster(make_config(**sizes), overlap=overlap, specs=WITH_CHUNKS)
+    group = make_group(6, 6, max_tokens=26)
+    cluster.submit_group(*group)
+    cluster.drain()
+    for request in group:
+        check(cluster, request)
+    assert cluster.scheduler.stats()["preemptions"] == 0
+    assert num_computed(cluster) == 6 + 6 * 25
+
+
 @SPECS
 @OVERLAP
 def test_a_group_behind_a_prefix_hit(overlap, specs):
