@@ -38,7 +38,7 @@ def main() -> int:
         "load_format": args.load_format,
         "dtype": args.dtype,
         "max_num_seqs": args.branches,
-        "kv_cache_memory_bytes": 200_000_000,
+        "kv_cache_memory_bytes": 400_000_000,
         "max_model_len": 2048,
     }
     rows: dict[str, list[dict[str, float]]] = {}
