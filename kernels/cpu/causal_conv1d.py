@@ -10,7 +10,16 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from expertwire.kernels.cpu._llvm import allocating_jit, as_array, copy_row, empty, jit, load, round_like
+from expertwire.kernels.cpu._llvm import (
+    allocating_jit,
+    as_array,
+    as_rows,
+    copy_row,
+    empty,
+    jit,
+    load,
+    round_like,
+)
 from expertwire.kernels.cpu.elementwise import silu
 from expertwire.kernels.cpu.recurrent import next_piece, steps
 from expertwire.kernels.ops.recurrent import StateMetadata
@@ -39,22 +48,23 @@ def _store_silu(sum_D, y_D):
 
 
 @jit
-def _piece(x_TD, weight_KD, bias_D, tail_BkD, source, target, window_KD, sum_D, y_TD):
-    """Compute the tokens of a piece; `window_KD` holds the inputs that the taps see, position p in row p % K."""
+def _piece(x_TD, first, last, weight_KD, bias_D, tail_BkD, source, target, window_KD, sum_D, y_TD):
+    """Compute tokens `first` to `last`, a piece; `window_KD` holds the inputs that the taps see, position p in row p % K."""
     taps = len(weight_KD)
     for k in range(taps - 1):
         if source >= 0:
             copy_row(tail_BkD[source, k], window_KD[k])
         else:
             window_KD[k] = 0
-    for t in range(len(x_TD)):
-        copy_row(x_TD[t], window_KD[(t + taps - 1) % taps])
+    for t in range(last - first):
+        at = (first + t) * x_TD.stride
+        copy_row(x_TD.numbers[at : at + x_TD.width], window_KD[(t + taps - 1) % taps])
         _begin_sum(bias_D, weight_KD[0], window_KD[t % taps], sum_D)
         for k in range(1, taps):
             _add_tap(weight_KD[k], window_KD[(t + k) % taps], sum_D)
-        _store_silu(sum_D, y_TD[t])
+        _store_silu(sum_D, y_TD[first + t])
     for k in range(taps - 1):
-        copy_row(window_KD[(len(x_TD) + k) % taps], tail_BkD[target, k])
+        copy_row(window_KD[(last - first + k) % taps], tail_BkD[target, k])
 
 
 @allocating_jit
@@ -62,24 +72,23 @@ def _causal_conv1d(x_TD, weight_KD, bias_D, tail_BkD, steps, y_TD):
     cu_seqlens_q, seq_lens_S, table_SW, every = steps
     window_KD, sum_D = empty(weight_KD.shape, np.float32), empty((weight_KD.shape[1],), np.float32)
     for b in range(len(seq_lens_S)):
-        row, length = cu_seqlens_q[b], seq_lens_S[b]
-        start = length - (cu_seqlens_q[b + 1] - row)
+        first, length = np.int64(cu_seqlens_q[b]), np.int64(seq_lens_S[b])
+        start = length - (cu_seqlens_q[b + 1] - first)
         while start < length:
             end, source, target = next_piece(table_SW[b], start, length, every)
-            last = row + end - start
-            _piece(x_TD[row:last], weight_KD, bias_D, tail_BkD, source, target, window_KD, sum_D, y_TD[row:last])
-            row, start = last, end
+            last = first + end - start
+            _piece(x_TD, first, last, weight_KD, bias_D, tail_BkD, source, target, window_KD, sum_D, y_TD)
+            first, start = last, end
 
 
 def causal_conv1d(
     x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BkD: Tensor, states: StateMetadata
 ) -> Tensor:
     """As `kernels.ops.causal_conv1d.CausalConv1d`."""
-    assert x_TD.stride(1) == 1, f"strides {x_TD.stride()} of shape {tuple(x_TD.shape)}"
     assert tail_BkD.is_contiguous(), f"strides {tail_BkD.stride()} of tails"
     assert tail_BkD.dtype == x_TD.dtype, f"tails {tail_BkD.dtype} of inputs {x_TD.dtype}"
     y_TD, bias_D = x_TD.new_empty(x_TD.shape), weight_DK.new_empty(0) if bias_D is None else bias_D
     weight_KD = weight_DK.detach().t().contiguous()
-    arrays = (as_array(tensor) for tensor in (x_TD, weight_KD, bias_D.detach(), tail_BkD))
-    _causal_conv1d(*arrays, steps(states), as_array(y_TD))
+    arrays = (as_array(tensor) for tensor in (weight_KD, bias_D.detach(), tail_BkD))
+    _causal_conv1d(as_rows(x_TD), *arrays, steps(states), as_array(y_TD))
     return y_TD

@@ -17,6 +17,7 @@ from expertwire.kernels.cpu._llvm import (
     add_scaled_row,
     allocating_jit,
     as_array,
+    as_rows,
     copy_row,
     empty,
     exp,
@@ -78,8 +79,9 @@ def _gated_rms_norm(x_TD, z_TD, weight_D, eps, group_size, gate_first, y_TD):
     width = len(weight_D)
     row_D, gate_D, gated_D = (empty((width,), np.float32), empty((width,), np.float32), empty((width,), np.float32))
     for t in range(len(x_TD)):
+        at = t * z_TD.stride
         copy_row(x_TD[t], row_D)
-        copy_row(z_TD[t], gate_D)
+        copy_row(z_TD.numbers[at : at + width], gate_D)
         if gate_first:
             _gate_row(gate_D, row_D, gated_D)
         for g in range(0, width, group_size):
@@ -96,13 +98,11 @@ def gated_rms_norm(
     x_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, group_size: int, gate_first: bool
 ) -> Tensor:
     """As `kernels.ops.gated_rms_norm.GatedRmsNorm`."""
-    for rows in (x_TD, z_TD):
-        assert rows.stride(1) == 1, f"strides {rows.stride()} of shape {tuple(rows.shape)}"
     assert weight_D.shape[0] == x_TD.shape[1], f"{tuple(weight_D.shape)} weights for {tuple(x_TD.shape)}"
     assert x_TD.shape[1] % group_size == 0, f"groups of {group_size} in rows of {x_TD.shape[1]}"
     y_TD = x_TD.new_empty(x_TD.shape)
-    x, z, weight, y = (as_array(tensor.detach()) for tensor in (x_TD, z_TD, weight_D, y_TD))
-    _gated_rms_norm(x, z, weight, eps, group_size, gate_first, y)
+    x, weight, y = (as_array(tensor.detach()) for tensor in (x_TD.contiguous(), weight_D, y_TD))
+    _gated_rms_norm(x, as_rows(z_TD.detach()), weight, eps, group_size, gate_first, y)
     return y_TD
 
 
@@ -194,5 +194,5 @@ def sigmoid_mul_rows(x_THd: np.ndarray, gate_THd: np.ndarray, y_THd: np.ndarray)
 def sigmoid_mul(x_THd: Tensor, gate_THd: Tensor) -> Tensor:
     """As `kernels.ops.sigmoid_mul.SigmoidMul`."""
     y_THd = torch.empty_like(x_THd)
-    sigmoid_mul_rows(as_array(x_THd), as_array(gate_THd), as_array(y_THd))
+    sigmoid_mul_rows(as_array(x_THd), as_array(gate_THd.contiguous()), as_array(y_THd))
     return y_THd

@@ -78,7 +78,7 @@ def gated_delta_rule(
     assert states.chunk_blocks_S is not None, "no blocks of the chunk cache"
     out_TD = qkv_TD.new_empty(len(qkv_TD), cache.u_BsHv.shape[2:].numel())
     if len(qkv_TD):
-        inputs = (as_array(x) for x in (qkv_TD, a_TH, b_TH, A_H, dt_bias_H))
+        inputs = (as_array(x) for x in (qkv_TD, a_TH.contiguous(), b_TH.contiguous(), A_H, dt_bias_H))
         step = tuple(map(as_array, cache)), steps(states), states.chunk_blocks_S.numpy()
         _run(*inputs, *step, as_array(out_TD))
     return out_TD
@@ -272,7 +272,7 @@ def _run(qkv_TD, a_TH, b_TH, A_H, dt_bias_H, cache, steps, chunk_blocks_S, out_T
     _gate(a_TH, b_TH, A_H, dt_bias_H, g_TH, beta_TH)
     scratch = _scratch(dim, size)
     for number in range(len(seq_lens_S)):
-        first, length = cu_seqlens_q[number], seq_lens_S[number]
+        first, length = np.int64(cu_seqlens_q[number]), np.int64(seq_lens_S[number])
         start = length - (cu_seqlens_q[number + 1] - first)
         while start < length:
             end, source, target = next_piece(table_SW[number], start, length, every)

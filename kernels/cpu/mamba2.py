@@ -278,6 +278,6 @@ def mamba2(xBC_TD: Tensor, dt_TH: Tensor, weights: Mamba2Weights, cache: Mamba2C
         weights.dt_max,
     )  # fmt: skip
     arrays = _Cache(*(as_array(tensor) for tensor in cache))
-    blocks = states.chunk_blocks_S.numpy()
-    _mamba2(as_array(xBC_TD), as_array(dt_TH.detach()), layer, arrays, steps(states), blocks, as_array(y_TD))
+    inputs = as_array(xBC_TD), as_array(dt_TH.detach().contiguous())
+    _mamba2(*inputs, layer, arrays, steps(states), states.chunk_blocks_S.numpy(), as_array(y_TD))
     return y_TD

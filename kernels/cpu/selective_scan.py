@@ -83,7 +83,7 @@ def _scan(x_TD, dt_TD, B_TN, C_TN, A_ND, skip_D, dt_bias_D, state_BHND, steps, y
     cu_seqlens_q, seq_lens_S, table_SW, every = steps
     scratch = empty((3, _CHANNELS), np.float32)
     for b in range(len(seq_lens_S)):
-        row, length = cu_seqlens_q[b], seq_lens_S[b]
+        row, length = np.int64(cu_seqlens_q[b]), np.int64(seq_lens_S[b])
         start = length - (cu_seqlens_q[b + 1] - row)
         while start < length:
             end, source, target = next_piece(table_SW[b], start, length, every)
@@ -105,9 +105,9 @@ def selective_scan(
 ) -> Tensor:
     """As `kernels.ops.selective_scan.SelectiveScan`."""
     w = weights
-    assert all(x.stride(1) == 1 for x in (x_TD, dt_TD, B_TN, C_TN)), [x.stride() for x in (x_TD, dt_TD, B_TN, C_TN)]
     assert all(x.is_contiguous() and x.dtype == torch.float32 for x in (w.A_ND, state_BND)), "states and A"
     y_TD = x_TD.new_empty(x_TD.shape)
-    inputs = x_TD, dt_TD, B_TN, C_TN, w.A_ND, w.skip_D, w.dt_bias_D, state_BND[:, None]
+    rows = (x.contiguous() for x in (x_TD, dt_TD, B_TN, C_TN))
+    inputs = *rows, w.A_ND, w.skip_D, w.dt_bias_D, state_BND[:, None]
     _scan(*(as_array(tensor) for tensor in inputs), steps(states), as_array(y_TD))
     return y_TD

@@ -44,6 +44,7 @@ from expertwire.kernels.cpu._llvm.rows import (
 from expertwire.kernels.cpu._llvm.scalars import (
     allocating_jit,
     as_array,
+    as_rows,
     decay_factor,
     empty,
     exp,
@@ -67,6 +68,7 @@ __all__ = [
     "add_scaled_row",
     "allocating_jit",
     "as_array",
+    "as_rows",
     "begin_products",
     "copy_row",
     "decay_factor",

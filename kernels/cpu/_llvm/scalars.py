@@ -6,7 +6,7 @@ Conversions round to nearest even; fp8 saturates. This module also defines the d
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -166,3 +166,22 @@ def as_array(x: Tensor) -> np.ndarray:
     """Return a view that numba understands: bf16 as u16, fp8 as u8."""
     seen_as = _SEEN_AS.get(x.dtype)
     return x.numpy() if seen_as is None else x.view(seen_as).numpy()
+
+
+class Rows(NamedTuple):
+    """Rows of contiguous numbers that may lie apart, such as some columns of a product: row t begins at number `t * stride`.
+
+    A view of one such row is contiguous and a view of more rows is not, so numba would compile what reads the view twice.
+    """
+
+    numbers: np.ndarray  # from the first row's first to the last row's last
+    stride: int
+    width: int
+
+
+def as_rows(x: Tensor) -> Rows:
+    """Return a tensor's rows for compiled functions."""
+    (num, width), (stride, step) = x.shape, x.stride()
+    assert step == 1, f"strides {x.stride()} of shape {tuple(x.shape)}"
+    length = (num - 1) * stride + width if num > 0 else 0
+    return Rows(as_array(x.as_strided((length,), (1,))), stride, width)
