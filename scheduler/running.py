@@ -150,6 +150,7 @@ class RunningBatch:
             paused_Z=self.paused_Z,
             counters_Z=counters_Z,
             info_Z=info_Z,
+            snapshots_Z=aligned(num_rows, row_loops.SNAPSHOTS),
             tables_CZ=self.tables_CZ,
             block_ids_CZW=self.block_ids_CZW,
             tail_Zs=self._tail_Zs,

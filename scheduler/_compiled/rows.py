@@ -48,7 +48,7 @@ COUNTERS = np.dtype(
     ]
 )
 
-# Other data of the request in a row.
+# Other data of the request in a row, in half a cache line, too.
 ROW_INFO = np.dtype(
     [
         ("key", np.int64),
@@ -60,12 +60,12 @@ ROW_INFO = np.dtype(
         ("has_stop_ids", np.bool_),
         ("suspends", np.bool_),  # at its limit it leaves the row, and has not ended
         ("has_pause_ids", np.bool_),
-        # Where its states are kept, see `snapshots`; tokens.
-        ("num_begun", np.int32),
-        ("branch", np.int32),
-        ("last_prompt", np.int32),
-        ("last_kept", np.int32),
     ]
+)
+
+# Where snapshots of a row's recurrent states are kept, see `snapshots`; tokens.
+SNAPSHOTS = np.dtype(
+    [("num_begun", np.int32), ("branch", np.int32), ("last_prompt", np.int32), ("last_kept", np.int32)]
 )
 
 # A row's blocks are entries [num_dropped, num_blocks) of its block table, where states repeat (see `snapshots`); those
@@ -86,6 +86,7 @@ class BatchArrays(NamedTuple):
     paused_Z: np.ndarray
     counters_Z: np.ndarray  # COUNTERS
     info_Z: np.ndarray  # ROW_INFO
+    snapshots_Z: np.ndarray  # SNAPSHOTS
     tables_CZ: np.ndarray  # BLOCK_TABLE
     block_ids_CZW: np.ndarray
     tail_Zs: np.ndarray

@@ -30,15 +30,15 @@ def begins_block(caches, batch, cache, row, index):
     """Return whether an entry of a row's block table has another block than the one before it."""
     if caches.every_C[cache] == 1:
         return True
-    info, start = batch.info_Z[row], index * caches.size_C[cache]
-    return is_lasting(caches, batch, cache, row, index) or start == info.num_begun or start > info.last_prompt
+    kept, start = batch.snapshots_Z[row], index * caches.size_C[cache]
+    return is_lasting(caches, batch, cache, row, index) or start == kept.num_begun or start > kept.last_prompt
 
 
 @jit(inner=True)
 def is_lasting(caches, batch, cache, row, index):
     """Return whether the snapshot where an entry begins is kept until it is evicted."""
-    info, start = batch.info_Z[row], index * caches.size_C[cache]
-    return index % caches.every_C[cache] == 0 or start == info.branch or (start == info.last_prompt and start > 0)
+    kept, start = batch.snapshots_Z[row], index * caches.size_C[cache]
+    return index % caches.every_C[cache] == 0 or start == kept.branch or (start == kept.last_prompt and start > 0)
 
 
 @jit(inner=True)
@@ -62,15 +62,15 @@ def blocks_at_most(caches, cache, num_tokens):
 @jit(inner=True)
 def choose_snapshots(caches, blocks, batch, row, num_cached, is_fork):
     """Choose where a row that begins with `num_cached` tokens keeps snapshots. A fork begins with a copy of a state."""
-    info, num_known = batch.info_Z[row], batch.counters_Z[row].num_known
+    kept, num_known = batch.snapshots_Z[row], batch.counters_Z[row].num_known
     for cache in range(len(caches.size_C)):
         if blocks.owners[cache * blocks.num_ranks].weighs:
             size = caches.size_C[cache]
-            info.num_begun = NONE if is_fork else num_cached
-            info.last_kept = num_cached
-            info.last_prompt = (num_known - 1) // size * size
+            kept.num_begun = NONE if is_fork else num_cached
+            kept.last_kept = num_cached
+            kept.last_prompt = (num_known - 1) // size * size
             shared = num_cached if is_fork else _num_shared(caches, blocks, batch, row, num_cached)
-            info.branch = shared // size * size
+            kept.branch = shared // size * size
 
 
 @jit(inner=True)
@@ -95,15 +95,15 @@ def leave_snapshot(caches, blocks, batch, cache, row, index, number):
 
     The snapshot before entry `index` is forgotten unless it lasts or somebody uses it: this one replaces it.
     """
-    owner, info, per_block = (
+    owner, kept, per_block = (
         cache * blocks.num_ranks + batch.info_Z[row].rank,
-        batch.info_Z[row],
+        batch.snapshots_Z[row],
         caches.hashes_C[cache],
     )
     if not blocks.owners[owner].weighs:
         return
     end = (index + 1) * caches.size_C[cache]
-    gain, last, info.last_kept = end - info.last_kept, info.last_kept // batch.block_size - 1, end
+    gain, last, kept.last_kept = end - kept.last_kept, kept.last_kept // batch.block_size - 1, end
     before = np.int32(NONE)
     if last >= 0:
         before = find_block(blocks, owner, batch.hash_ZB2[row, last, 0], batch.hash_ZB2[row, last, 1])
@@ -119,4 +119,4 @@ def leave_snapshot(caches, blocks, batch, cache, row, index, number):
         else:
             weigh_block(blocks, owner, np.int64(before))
     blocks.worth_B[number].gain = gain
-    blocks.worth_B[number].followers = end == info.branch
+    blocks.worth_B[number].followers = end == kept.branch
