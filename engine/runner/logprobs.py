@@ -31,10 +31,12 @@ def of(
     asked = np.flatnonzero(num_top_O >= 0)
     if not len(asked):
         return ()
-    [rows] = upload(asked)
+    if len(asked) < len(num_top_O):
+        [rows] = upload(asked)
+        logits_OV, token_O = logits_OV.index_select(0, rows), token_O.index_select(0, rows)
     widest = int(np.minimum(num_top_O[asked], logits_OV.shape[1]).max())
     read = sampling.token_scores if are_scores else sampling.token_logprobs
-    return read(logits_OV.index_select(0, rows), token_O.index_select(0, rows).long(), widest)
+    return read(logits_OV, token_O.long(), widest)
 
 
 def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> dict[str, np.ndarray]:
@@ -43,12 +45,13 @@ def fields(found: Sequence[np.ndarray], num_top_O: np.ndarray, vocab: int) -> di
     logprob_O, rank_O = np.full(count, np.nan, np.float32), np.zeros(count, np.int32)
     offsets_O1, top_ids, top_logprobs = np.zeros(count + 1, np.int32), _I32, _F32
     if len(found):
-        asked = np.flatnonzero(num_top_O >= 0)
-        num_top = np.minimum(num_top_O, vocab).clip(0)
-        num_top.cumsum(out=offsets_O1[1:])
+        asked = num_top_O >= 0
         logprob_O[asked], rank_O[asked] = found[0], found[1]
-        kept = np.arange(found[2].shape[1]) < num_top[asked, None]
-        top_ids, top_logprobs = found[2].astype(np.int32)[kept], found[3][kept]
+        if widest := found[2].shape[1]:
+            num_top = np.minimum(num_top_O, vocab).clip(0)
+            num_top.cumsum(out=offsets_O1[1:])
+            kept = np.arange(widest) < num_top[asked, None]
+            top_ids, top_logprobs = found[2].astype(np.int32)[kept], found[3][kept]
     return {
         "logprob_O": logprob_O,
         "token_rank_O": rank_O,

@@ -194,7 +194,9 @@ class ModelRunner:
         logits_OV = self._model.logits(x_OD).contiguous()
         raw_OV = logits_OV.clone()  # as where log-probabilities are asked for
         token_O = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
-        logprobs.of(raw_OV, token_O, np.zeros(max_num_seqs, np.int32), self._upload)
+        num_top_O = np.zeros(max_num_seqs, np.int32)
+        num_top_O[1:2] = -1  # where one row does not ask, those that do are copied
+        logprobs.of(raw_OV, token_O, num_top_O, self._upload)
         del logits_OV, raw_OV
         self._model.take_expert_load()
 
@@ -340,7 +342,8 @@ class ModelRunner:
             return _Output([], lambda _: logprobs.NO_TOKENS)
         row_O, at_O, *columns = inputs
         logits_OV = self._model.logits(hidden_TD.index_select(0, row_O)).contiguous()
-        raw_OV = logits_OV.clone() if (state["logprobs"] >= 0).any() else logits_OV
+        is_changed = len(bent) > 0 or len(limits) > 0
+        raw_OV = logits_OV.clone() if is_changed and (state["logprobs"] >= 0).any() else logits_OV
         self.batch.change_logits(logits_OV, bent, slot_O)
         if self._thinking is not None:
             self._thinking.keep_closed(logits_OV, limits)

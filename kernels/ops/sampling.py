@@ -224,6 +224,14 @@ def token_logprobs(logits_OV: Tensor, token_O: Tensor, num_top: int) -> tuple[Te
 def token_scores(scores_OV: Tensor, token_O: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the same of any scores, fp32 [O, V]."""
     chosen_O1 = scores_OV.gather(1, token_O.unsqueeze(1))
-    rank_O = (scores_OV > chosen_O1).sum(dim=-1) + 1
+    rank_O = _num_larger(scores_OV, chosen_O1) + 1
     top_scores, top_ids = scores_OV.topk(num_top, dim=-1)
     return chosen_O1.squeeze(1), rank_O, top_ids, top_scores
+
+
+def _num_larger(scores_OV: Tensor, chosen_O1: Tensor) -> Tensor:
+    """Return how many of a row's scores are larger than the given one, i64 [O]."""
+    if not scores_OV.is_cpu:
+        return (scores_OV > chosen_O1).sum(dim=-1)
+    # Of a large vocabulary torch adds up numbers seven times as fast as truth values; sums below 2**24 are exact.
+    return torch.gt(scores_OV, chosen_O1, out=torch.empty_like(scores_OV)).sum(dim=-1).long()
